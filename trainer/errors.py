@@ -1,0 +1,89 @@
+"""What can go wrong, and the exit code that each kind ends with.
+
+    MusterError                     1  the run failed
+    ├── UsageError                  2  the user can mend it: recipe, command line, inputs
+    │   ├── RecipeError             2  every mistake of a recipe, with path and line
+    │   ├── InputError              2  model, data or storage is missing, unreadable or malformed
+    │   ├── RunHeld                 2  another driver holds the run
+    │   └── RecipeChanged           2  the run was begun with another recipe
+    ├── StorageError                1  the storage failed for longer than the deadline
+    ├── CorruptObject               1  an object's bytes are not those that were written
+    ├── Fenced                      1  a newer attempt owns the run; this one must stop writing
+    ├── NonFiniteLoss               1  the loss became inf or nan
+    ├── WorkerFailed                1  a training worker died or raised
+    └── Interrupted                 3  stopped on request; the same command resumes
+
+Every one of them is built from positional arguments only, so that it survives pickling between processes.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+
+class MusterError(Exception):
+    """Base of all errors that muster raises on purpose; its text is meant for the user."""
+
+    exit_code = 1
+
+
+class UsageError(MusterError):
+    exit_code = 2
+
+
+class Mistake(NamedTuple):
+    """One mistake in a recipe: ``where`` is ``file:line`` (or the command line), ``path`` the dotted YAML path."""
+
+    where: str
+    path: str
+    message: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.path}: {self.message}" if self.path else f"{self.where}: {self.message}"
+
+
+class RecipeError(UsageError):
+    """All mistakes of one recipe, in the order of its lines."""
+
+    def __init__(self, mistakes: tuple[Mistake, ...]) -> None:
+        super().__init__(mistakes)
+        self.mistakes = mistakes
+
+    def __str__(self) -> str:
+        return "\n".join(str(m) for m in self.mistakes)
+
+
+class InputError(UsageError):
+    pass
+
+
+class RunHeld(UsageError):
+    pass
+
+
+class RecipeChanged(UsageError):
+    pass
+
+
+class StorageError(MusterError):
+    pass
+
+
+class CorruptObject(MusterError):
+    pass
+
+
+class Fenced(MusterError):
+    pass
+
+
+class NonFiniteLoss(MusterError):
+    pass
+
+
+class WorkerFailed(MusterError):
+    pass
+
+
+class Interrupted(MusterError):
+    exit_code = 3
