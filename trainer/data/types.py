@@ -1,0 +1,125 @@
+"""The types through which the data path and the training loop meet.
+
+Legend: B packs in a micro-batch, L tokens of its longest pack.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.errors import CorruptObject
+
+Ints = npt.NDArray[np.int64]
+Tokens = npt.NDArray[np.int32]
+Bools = npt.NDArray[np.bool_]
+
+EMPTY_LENGTH = 8
+
+
+class SampleRef(NamedTuple):
+    """A sample of the prepared data: its window, and its row in that window's index."""
+
+    window: int
+    sample: int
+
+
+@dataclass(frozen=True)
+class Cursor:
+    """Where a run stands in its data: everything that resume needs, about 300 bytes of JSON.
+
+    ``window`` counts within the epoch's order, ``pack`` is the next pack within that window's plan, ``chain`` is the
+    hash of all plans up to and including this window's, ``samples`` counts what was consumed since the run began.
+    """
+
+    fingerprint: str
+    seed: int
+    epoch: int
+    window: int
+    pack: int
+    chain: str
+    samples: int
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Cursor:
+        """The cursor of a commit record; CorruptObject when a field is missing, unknown or of another type."""
+        types = {f.name: str if f.type == "str" else int for f in dataclasses.fields(cls)}
+        wrong = sorted(types.keys() ^ data.keys()) or [n for n, t in types.items() if type(data[n]) is not t]
+        if wrong:
+            raise CorruptObject(
+                f"the data cursor {dict(data)!r} is not whole: {', '.join(wrong)} missing, unknown or mistyped"
+            )
+        return cls(**data)
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Packs of one forward pass; ``index`` counts within the global step, whatever the number of ranks."""
+
+    index: int
+    packs: tuple[tuple[SampleRef, ...], ...]
+    tokens: int
+    target_tokens: int
+
+    @property
+    def samples(self) -> int:
+        return sum(len(pack) for pack in self.packs)
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One global step: its micro-batches, its totals over all ranks, and the cursor after it."""
+
+    epoch: int
+    micro_batches: tuple[MicroBatch, ...]
+    tokens: int
+    target_tokens: int
+    samples: int
+    next: Cursor
+
+    def rounds(self, world_size: int) -> int:
+        """Forward passes that each rank runs in this step; ranks that are short fill up with ``Batch.empty()``."""
+        return -(-len(self.micro_batches) // world_size)
+
+    def of_rank(self, rank: int, world_size: int) -> tuple[MicroBatch, ...]:
+        return self.micro_batches[rank::world_size]
+
+
+@dataclass
+class Batch:
+    """A micro-batch as numpy arrays.
+
+    ``input_ids`` int64 [B, L], 0 at pads; ``position_ids`` int64 [B, L], restarting at 0 with each sample and 0 at
+    every pad, so that each pad is a segment of its own; ``targets`` bool [B, L], True at the tokens that are to be
+    predicted (never the first of a sample, never a pad). ``tokens`` and ``target_tokens`` count without pads.
+    """
+
+    index: int
+    input_ids: Ints
+    position_ids: Ints
+    targets: Bools
+    sample_ids: list[str] = field(default_factory=list)
+    tokens: int = 0
+    target_tokens: int = 0
+
+    @classmethod
+    def empty(cls) -> Batch:
+        """The zero-weight batch that keeps a rank without data in step with the others: [1, 8], no target, index -1."""
+        zeros = np.zeros((1, EMPTY_LENGTH), np.int64)
+        return cls(-1, zeros, zeros.copy(), np.zeros((1, EMPTY_LENGTH), np.bool_))
+
+
+@dataclass
+class RankStep:
+    """A step as one rank runs it: the global plan, and the batches k % world_size == rank in order."""
+
+    plan: StepPlan
+    batches: list[Batch]
