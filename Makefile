@@ -1,0 +1,36 @@
+# make quickstart   install into .venv and fine-tune a small model on this machine
+# make test         all tests (what .ci/run runs, after make lint)
+# make lint         ruff, format, types, import floors
+# make schema       write docs/recipe.md and recipes/recipe.schema.json anew from the recipe's fields
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: quickstart test lint schema install clean
+.DEFAULT_GOAL := test
+
+install: $(INSTALLED)
+
+$(INSTALLED): pyproject.toml setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	touch $@
+
+quickstart: $(INSTALLED)
+	$(BIN)/python -m launcher.quickstart
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+schema: $(INSTALLED)
+	$(BIN)/python -m trainer.recipe.reference
+
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

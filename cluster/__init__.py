@@ -1,0 +1,1 @@
+"""Where a job runs; imports neither torch nor ray."""

@@ -1,0 +1,1 @@
+"""The command line, the driver on Ray, and what people see of a run."""

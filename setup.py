@@ -1,0 +1,12 @@
+"""Finds the packages; everything else about the project stands in pyproject.toml.
+
+pyproject.toml can map folders to packages but cannot find sub-packages under a prefix, and a list kept by hand would
+lose a new one from the wheel without a word.
+"""
+
+from setuptools import find_namespace_packages, setup
+
+SHIPPED = ["launcher", "launcher.*", "cluster", "cluster.*", "trainer", "trainer.*", "recipes"]
+
+found = find_namespace_packages(include=SHIPPED, exclude=["*__pycache__*"])
+setup(packages=[f"muster.{package}" for package in found])

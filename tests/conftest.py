@@ -1,0 +1,39 @@
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.support.s3 import S3, serve
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an untrained Llama (hidden 64, 2 layers) and its tokenizer. Treat it as read-only."""
+    from launcher.quickstart.corpus import pretraining_texts
+    from launcher.quickstart.model import Shape, make_model
+
+    shape = Shape(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, vocabulary=384, positions=512)
+    return make_model(tmp_path_factory.mktemp("tiny-model"), shape, pretraining_texts(seed=3, count=200), seed=3)
+
+
+@pytest.fixture(scope="session")
+def moto_server() -> Iterator[S3]:
+    """The session's S3 server; tests ask for ``moto``, which empties it first."""
+    with serve() as server:
+        yield server
+
+
+@pytest.fixture
+def moto(moto_server: S3, monkeypatch: pytest.MonkeyPatch) -> S3:
+    """An empty S3 with the buckets corpus, models and runs; AWS_* in this process's environment point at it."""
+    import s3fs
+
+    for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in moto_server.env.items():
+        monkeypatch.setenv(name, value)
+    s3fs.S3FileSystem.clear_instance_cache()
+    moto_server.reset()
+    return moto_server
