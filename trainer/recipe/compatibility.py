@@ -1,0 +1,56 @@
+"""What cannot work together across sections: one table, read by every check of a recipe."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+from trainer.recipe.base import Conflict, Path
+
+if TYPE_CHECKING:
+    from trainer.recipe.root import Recipe
+
+
+class Rule(NamedTuple):
+    """``broken`` says whether the recipe breaks it; ``paths`` are the values that it looks at, the chief one first."""
+
+    paths: tuple[Path, ...]
+    broken: Callable[[Recipe], bool]
+    message: Callable[[Recipe], str]
+
+
+RULES = (
+    Rule(
+        (("model", "quantization"), ("adapter", "method")),
+        lambda r: r.model.quantization != "none" and r.adapter.method == "none",
+        lambda r: (
+            f"{r.model.quantization} weights cannot be trained, and adapter.method none trains all of them; "
+            "set quantization to none, or choose an adapter such as lora"
+        ),
+    ),
+    Rule(
+        (("optimizer", "name"), ("strategy", "kind")),
+        lambda r: r.optimizer.name != "adamw" and r.strategy.kind == "fsdp",
+        lambda r: (
+            f"{r.optimizer.name} does not take the sharded parameters of strategy.kind fsdp; use adamw, or ddp with it"
+        ),
+    ),
+    Rule(
+        (("schedule", "warmup_steps"), ("training", "steps")),
+        lambda r: r.training.steps is not None and r.schedule.warmup_steps > r.training.steps,
+        lambda r: (
+            f"{r.schedule.warmup_steps} warm-up steps are more than training.steps {r.training.steps}, "
+            "so that the learning rate is never reached; lower one or raise the other"
+        ),
+    ),
+    Rule(
+        (("training", "eval_every"), ("data", "eval")),
+        lambda r: r.training.eval_every is not None and not r.data.eval,
+        lambda r: "has no effect without data.eval; add a source there, or leave it out",
+    ),
+)
+
+
+def across_sections(recipe: Recipe) -> Iterator[Conflict]:
+    """The rules that this recipe breaks."""
+    return (Conflict(rule.paths, rule.message(recipe)) for rule in RULES if rule.broken(recipe))

@@ -1,0 +1,166 @@
+"""A recipe's text: YAML or JSON to plain data, with the line of every value.
+
+YAML is read by the rules of its version 1.2, which people expect: ``1e-4`` is a number, ``on`` and ``no`` are text, and
+so is ``2026-01-01``. PyYAML by itself follows 1.1.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any, NamedTuple
+
+import yaml
+
+from trainer.recipe.base import Path
+
+
+class Note(NamedTuple):
+    """A mistake before its file is named. ``line`` counts from 1; 0 stands for none."""
+
+    line: int
+    path: Path
+    message: str
+
+
+class Document(NamedTuple):
+    """``lines`` has the line of each key or list entry by its path; ``notes`` what the text itself does wrong."""
+
+    data: Any
+    lines: dict[Path, int]
+    notes: list[Note]
+
+
+NULL, BOOL, INT, FLOAT = (f"tag:yaml.org,2002:{kind}" for kind in ("null", "bool", "int", "float"))
+RESOLVERS = (
+    (NULL, r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    (BOOL, r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    (INT, r"[-+]?[0-9][0-9_]*|0x[0-9a-fA-F]+", list("-+0123456789")),
+    (FLOAT, r"[-+]?(\.[0-9]+|[0-9][0-9_]*(\.[0-9]*)?)([eE][-+]?[0-9]+)?", list("-+.0123456789")),
+    (FLOAT, r"[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", list("-+.")),
+)
+
+
+class Loader(yaml.SafeLoader):
+    """SafeLoader with the plain scalars of YAML 1.2."""
+
+
+class Dumper(yaml.SafeDumper):
+    """SafeDumper that quotes whatever either version of YAML would take for something else than text."""
+
+
+Loader.yaml_implicit_resolvers = {}  # or add_implicit_resolver would begin with a copy of version 1.1's
+for _tag, _pattern, _first in RESOLVERS:
+    _whole = re.compile(rf"^(?:{_pattern})$")
+    Loader.add_implicit_resolver(_tag, _whole, _first)
+    Dumper.add_implicit_resolver(_tag, _whole, _first)
+Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^(?:<<)$"), ["<"])
+
+
+def _integer(loader: Loader, node: yaml.ScalarNode) -> int:
+    text = str(loader.construct_scalar(node)).replace("_", "")
+    return int(text, 16) if text.lower().startswith("0x") else int(text)
+
+
+Loader.add_constructor(INT, _integer)
+
+
+def read_yaml(text: str) -> Document:
+    """Parse YAML; a syntax error ends up in the notes, with data None."""
+    loader = Loader(text)
+    try:
+        node = loader.get_single_node()
+        return _Walk(loader).document(node)
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        line = mark.line + 1 if mark else 1
+        return Document(None, {}, [Note(line, (), f"is not YAML: {error.problem or error.context}{_advice(error)}")])
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        return Document(None, {}, [Note(line, (), f"is not YAML: character {error.character!r} is not allowed")])
+    finally:
+        loader.dispose()
+
+
+def read_json(text: str) -> Document:
+    """Parse JSON. JSON is YAML too once tabs are spaces (they cannot stand inside its strings), hence the lines."""
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        return Document(None, {}, [Note(error.lineno, (), f"is not JSON: {error.msg} (column {error.colno})")])
+    _, lines, notes = read_yaml(text.replace("\t", " "))
+    return Document(data, lines, [note for note in notes if note.path])
+
+
+def read_value(text: str) -> Any:
+    """One value of an override, as YAML would read it; text that is not YAML stays text."""
+    document = read_yaml(text)
+    return text if document.notes else document.data
+
+
+def _advice(error: yaml.MarkedYAMLError) -> str:
+    problem = error.problem or ""
+    if "\\t" in problem:
+        return "; indent with spaces, not tabs"
+    if "mapping values are not allowed" in problem:
+        return "; put text that holds ': ' in quotes, and check the indentation"
+    if "alias" in (error.context or "") or "undefined alias" in problem:
+        return "; put text that begins with '*' or '&' in quotes"
+    return ""
+
+
+class _Walk:
+    """One pass over the node tree: values, lines, and the mistakes that plain loading would pass over."""
+
+    def __init__(self, loader: Loader) -> None:
+        self.loader = loader
+        self.lines: dict[Path, int] = {}
+        self.notes: list[Note] = []
+        self.open: list[yaml.Node] = []
+
+    def document(self, node: yaml.Node | None) -> Document:
+        data = None if node is None else self.value(node, ())
+        return Document(data, self.lines, self.notes)
+
+    def value(self, node: yaml.Node, path: Path) -> Any:
+        if any(node is parent for parent in self.open):
+            return self._note(node, path, "contains itself through an alias")
+        self.open.append(node)
+        try:
+            if isinstance(node, yaml.MappingNode):
+                return self._mapping(node, path)
+            if isinstance(node, yaml.SequenceNode):
+                return [self._entry(child, (*path, i)) for i, child in enumerate(node.value)]
+            return self._scalar(node, path)
+        finally:
+            self.open.pop()
+
+    def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
+        own = [key.value for key, _ in node.value]
+        self.loader.flatten_mapping(node)
+        inherited = len(node.value) - len([key for key in own if key != "<<"])
+        out: dict[str, Any] = {}
+        for index, (key, child) in enumerate(node.value):
+            name = str(key.value) if isinstance(key, yaml.ScalarNode) else ""
+            here = (*path, name)
+            if not name:
+                self._note(key, path, "has a key that is not text")
+            elif name in out and index > inherited and here in self.lines and own.count(name) > 1:
+                self._note(key, here, f"is given twice, first on line {self.lines[here]}; keep one of them")
+            else:
+                self.lines[here] = key.start_mark.line + 1
+                out[name] = self.value(child, here)
+        return out
+
+    def _entry(self, node: yaml.Node, path: Path) -> Any:
+        self.lines[path] = node.start_mark.line + 1
+        return self.value(node, path)
+
+    def _scalar(self, node: yaml.Node, path: Path) -> Any:
+        try:
+            return self.loader.construct_object(node)
+        except (yaml.YAMLError, ValueError):
+            return self._note(node, path, f"cannot be read as {node.tag.rsplit(':', 1)[-1]}: {node.value!r}")
+
+    def _note(self, node: yaml.Node, path: Path, message: str) -> None:
+        self.notes.append(Note(node.start_mark.line + 1, path, message))

@@ -1,0 +1,158 @@
+"""From a file, a text or plain data to a recipe, or to all of its mistakes at once.
+
+A validation stops at what it cannot read. To see the rest, every value that is wrong is replaced by one that is right
+and the recipe is validated again, until it stands; then the rules across values are asked, but for those that
+look at a replaced value.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import pathlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from trainer.errors import Mistake, RecipeError
+from trainer.recipe.base import Conflict, Path, show
+from trainer.recipe.document import Document, read_json, read_yaml
+from trainer.recipe.overrides import apply
+from trainer.recipe.root import Recipe
+from trainer.recipe.sentences import path_of, sentence
+from trainer.recipe.tree import annotation_at, dotted, field_at, section_of, stand_in, stand_in_for
+
+COMMAND_LINE = "command line"
+
+
+class Found(NamedTuple):
+    """A mistake by the paths that it is about, the chief one first."""
+
+    paths: tuple[Path, ...]
+    message: str
+
+
+def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Recipe:
+    """Read a ``.yaml`` or ``.json`` recipe and apply ``KEY=VALUE`` overrides; raises RecipeError with all mistakes."""
+    path = pathlib.Path(path)
+    try:
+        text = path.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        raise _one(str(path), "there is no such file; give the path of a recipe (.yaml or .json)") from None
+    except UnicodeDecodeError as error:
+        raise _one(str(path), f"is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    except OSError as error:
+        raise _one(str(path), f"cannot be read: {error.strerror}") from None
+    return loads(text, str(path), overrides)
+
+
+def loads(text: str, where: str = "recipe.yaml", overrides: Sequence[str] = ()) -> Recipe:
+    """The same for a text; ``where`` names it in mistakes, and its ending tells JSON from YAML."""
+    document = read_json(text) if where.endswith(".json") else read_yaml(text)
+    if not isinstance(document.data, dict):
+        raise RecipeError(tuple(_not_a_mapping(document, where)))
+    data = document.data
+    applied = apply(data, overrides)
+    found, recipe = _validate(data)
+    mistakes = [Mistake(f"{where}:{note.line}", dotted(note.path), note.message) for note in document.notes]
+    mistakes += [Mistake(_where(f.paths, document, applied.paths, where), dotted(f.paths[0]), f.message) for f in found]
+    mistakes.sort(key=_line)
+    mistakes += [Mistake(COMMAND_LINE, dotted(p), message) for p, message in applied.mistakes]
+    if mistakes or recipe is None:
+        raise RecipeError(tuple(mistakes))
+    return recipe
+
+
+def parse(data: dict[str, Any]) -> Recipe:
+    """A recipe from plain data, which is left as it is; raises RecipeError with all mistakes, without lines."""
+    if not isinstance(data, dict):
+        raise _one("recipe", f"is a mapping of sections, got {show(data)}")
+    found, recipe = _validate(copy.deepcopy(data))
+    if found or recipe is None:
+        raise RecipeError(tuple(Mistake("recipe", dotted(path), message) for (path, *_), message in found))
+    return recipe
+
+
+def _validate(data: dict[str, Any]) -> tuple[list[Found], Recipe | None]:
+    """All mistakes, and the recipe when there is none. ``data`` is mended in place."""
+    found: list[Found] = []
+    mended: set[Path] = set()
+    while True:
+        try:
+            # JSON, since a strict model takes JSON's lists for tuples but not Python's.
+            recipe = Recipe.model_validate_json(json.dumps(data, default=str))
+            break
+        except ValidationError as error:
+            errors = error.errors(include_url=False)
+        before = len(mended)
+        for detail in errors:
+            if path_of(detail) not in mended:
+                found.append(Found((path_of(detail),), sentence(detail)))
+            mended |= {path_of(detail), _mend(data, detail)}
+        assert len(mended) > before, f"no way to go on after {errors}"
+    found += [Found(*conflict) for conflict in recipe.conflicts() if not _touches(conflict, mended)]
+    return found, None if found else recipe
+
+
+def _mend(data: dict[str, Any], error: ErrorDetails) -> Path:
+    """Take out or replace what the error is about; the path of what was touched."""
+    path = path_of(error)
+    if error["type"] == "extra_forbidden":
+        _parent(data, path).pop(path[-1], None)
+        return path
+    while field_at(path) is None and not _is_entry(path):
+        path = path[:-1]
+    field, parent = field_at(path), _parent(data, path)
+    if field is None:
+        parent[path[-1]] = stand_in(annotation_at(path))
+    elif field.is_required():
+        parent[path[-1]] = stand_in_for(field)
+    else:
+        parent.pop(path[-1], None)
+    return path
+
+
+def _is_entry(path: Path) -> bool:
+    """Whether the path is that of a section in a list of sections."""
+    return isinstance(path[-1], int) and section_of(annotation_at(path)) is not None
+
+
+def _parent(data: Any, path: Path) -> Any:
+    for key in path[:-1]:
+        data = data[key]
+    return data
+
+
+def _touches(conflict: Conflict, mended: set[Path]) -> bool:
+    """Whether the conflict is about a value that was wrong already, or about one inside or around it."""
+    return any(a[: len(b)] == b or b[: len(a)] == a for a in conflict.paths for b in mended)
+
+
+def _where(paths: Sequence[Path], document: Document, overridden: Sequence[Path], file: str) -> str:
+    """The command line when it set one of the values, else the line of the nearest thing that stands in the file."""
+    if any(path[: len(key)] == key for path in paths for key in overridden):
+        return COMMAND_LINE
+    path = paths[0]
+    while path and path not in document.lines:
+        path = path[:-1]
+    return f"{file}:{document.lines.get(path, 1)}"
+
+
+def _line(mistake: Mistake) -> tuple[bool, int]:
+    """Sorts by line, with the command line last."""
+    _, _, line = mistake.where.rpartition(":")
+    return (mistake.where == COMMAND_LINE, int(line) if line.isdecimal() else 0)
+
+
+def _not_a_mapping(document: Document, where: str) -> list[Mistake]:
+    if document.notes:
+        return [Mistake(f"{where}:{note.line}", dotted(note.path), note.message) for note in document.notes]
+    if document.data is None:
+        return [Mistake(where, "", "is empty; a recipe is a mapping that begins with name: and model:")]
+    return [Mistake(f"{where}:1", "", f"a recipe is a mapping of sections, got {show(document.data)}")]
+
+
+def _one(where: str, message: str) -> RecipeError:
+    return RecipeError((Mistake(where, "", message),))

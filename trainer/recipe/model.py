@@ -1,0 +1,30 @@
+"""The base model."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from trainer.recipe.base import Location, Section
+
+
+class ModelSection(Section):
+    """The base model: where it comes from and what its frozen weights are held in."""
+
+    path: Location = Field(examples=["Qwen/Qwen2.5-7B-Instruct"])
+    """Causal language model: a Hugging Face Hub id, a local folder, or an fsspec URL of a folder (`s3://models/llama`)."""
+
+    revision: str = "main"
+    """Branch, tag or commit on the Hub; without effect for folders and URLs. Give a commit to make a run repeatable."""
+
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"
+    """Type that the forward and backward pass compute in, and that unquantised weights are held in: 2 bytes per
+    parameter for bfloat16 and float16, 4 for float32. float16 scales the loss to keep small gradients."""
+
+    quantization: Literal["none", "nf4", "int8"] = "none"
+    """How the frozen linear weights are held: `nf4` about 0.52 bytes per parameter (double quantisation), `int8`
+    1 byte, `none` as `dtype` says. Needs an adapter: quantised weights are not trained."""
+
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Only for repositories that you have read."""

@@ -1,0 +1,32 @@
+"""The optimizer."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, Strict
+
+from trainer.recipe.base import Section, takes
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class OptimizerSection(Section):
+    """AdamW (Loshchilov & Hutter, 2019) in one of its forms."""
+
+    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    """`adamw` keeps 8 bytes of state per trainable parameter; `adamw_8bit` 2 bytes (bitsandbytes); `paged_adamw_8bit`
+    moves them to host memory when the device's runs out."""
+
+    lr: float = Field(gt=0.0, examples=[2e-4])
+    """Peak learning rate, reached after the warm-up. Adapters take about ten times that of full fine-tuning: 1e-4 to
+    5e-4 against 1e-5 to 5e-5."""
+
+    weight_decay: float = Field(default=0.0, ge=0.0)
+    """Decoupled weight decay per step, as a fraction of lr; norms and biases are left out."""
+
+    betas: Annotated[tuple[Beta, Beta], Strict(False), takes("two numbers from 0 to below 1")] = (0.9, 0.999)
+    """Decay of the running mean of the gradient and of its square."""
+
+    eps: float = Field(default=1e-8, gt=0.0)
+    """Added to the denominator of the update."""

@@ -1,0 +1,75 @@
+"""``KEY=VALUE`` on the command line: dotted paths into the recipe, typed by the field that they set."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from trainer.recipe.base import Path
+from trainer.recipe.document import read_value
+from trainer.recipe.sentences import unknown_key
+from trainer.recipe.tree import annotation_at, dotted, kinds
+
+
+class Applied(NamedTuple):
+    """The paths that were set, and what was wrong with the others."""
+
+    paths: list[Path]
+    mistakes: list[tuple[Path, str]]
+
+
+def apply(data: dict[str, Any], overrides: Sequence[str]) -> Applied:
+    """Set each ``KEY=VALUE`` in ``data``; later ones win. Nothing is validated here but the keys."""
+    paths: list[Path] = []
+    mistakes: list[tuple[Path, str]] = []
+    for override in overrides:
+        key, separator, text = override.partition("=")
+        path = tuple(int(part) if part.isdecimal() else part for part in key.strip().split("."))
+        wrong = _wrong_key(path) if separator else f"{override!r} is not KEY=VALUE, such as optimizer.lr=1e-4"
+        wrong = wrong or _set(data, path, typed(text.strip(), annotation_at(path)))
+        if wrong:
+            mistakes.append((path if separator else (), wrong))
+        else:
+            paths.append(path)
+    return Applied(paths, mistakes)
+
+
+def typed(text: str, annotation: Any) -> Any:
+    """The value that a text stands for at a field: ``123`` is text for a name and a number for a count."""
+    value, takes = read_value(text), kinds(annotation)
+    quoted = re.match(r"['\"]", text) is not None
+    if str not in takes or (isinstance(value, str) and quoted):
+        return value
+    if isinstance(value, str) or type(value) not in takes:
+        return text if value is not None or type(None) not in takes else None
+    return value
+
+
+def _wrong_key(path: Path) -> str:
+    """Why there is nothing to set at a path; empty when there is."""
+    for length in range(1, len(path) + 1):
+        if annotation_at(path[:length]) is None:
+            key = path[length - 1]
+            if isinstance(key, int):
+                return f"{dotted(path[: length - 1]) or 'a recipe'} is not a list, so that it has no entry {key}"
+            return unknown_key(path[:length])
+    return ""
+
+
+def _set(data: Any, path: Path, value: Any) -> str:
+    """Put the value in its place; what is wrong when the place is not there."""
+    for position, key in enumerate(path):
+        last = position == len(path) - 1
+        if isinstance(data, list):
+            if not isinstance(key, int) or key >= len(data):
+                return f"{dotted(path[:position])} has {len(data)} entries, counted from 0; there is no {key}"
+        elif not isinstance(data, dict):
+            return f"cannot be set: {dotted(path[:position])} is neither a mapping nor a list"
+        elif not last and data.get(key) is None:
+            data[key] = {}
+        if last:
+            data[key] = value
+        else:
+            data = data[key]
+    return ""

@@ -1,0 +1,42 @@
+"""What the job asks the cluster for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Annotated
+
+from pydantic import Field, Strict
+
+from trainer.recipe.base import Conflict, Section, takes
+
+Count = Annotated[int, Field(ge=1)]
+Bounds = Annotated[tuple[Count, Count], Strict(False)]
+
+
+class ResourcesSection(Section):
+    """What the job asks the cluster for."""
+
+    workers: Annotated[Count | Bounds, takes("a number of workers from 1 up, or [min, max]")] = 1
+    """Training processes, or `[min, max]` to go on with what there is. The result does not depend on it."""
+
+    gpus_per_worker: int = Field(default=0, ge=0)
+    """GPUs that each worker reserves; 0 trains on the CPU."""
+
+    cpus_per_worker: int = Field(default=1, ge=1)
+    """CPU cores that each worker reserves, for reading data as well as for training."""
+
+    max_failures: int = Field(default=3, ge=0)
+    """Restarts of the worker group, over the whole attempt, before the run gives up."""
+
+    @property
+    def min_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.workers if isinstance(self.workers, int) else self.workers[1]
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.min_workers > self.max_workers:
+            low, high = self.min_workers, self.max_workers
+            yield Conflict((("workers",),), f"[{low}, {high}] has its minimum above its maximum; write [{high}, {low}]")

@@ -1,0 +1,76 @@
+"""The recipe as a whole."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+from trainer.recipe.adapter import AdapterSection
+from trainer.recipe.base import Conflict, Listed, Location, OneOf, Section
+from trainer.recipe.checkpoint import CheckpointSection
+from trainer.recipe.data import DataSection
+from trainer.recipe.model import ModelSection
+from trainer.recipe.optimizer import OptimizerSection
+from trainer.recipe.resources import ResourcesSection
+from trainer.recipe.schedule import ScheduleSection
+from trainer.recipe.strategy import StrategySection
+from trainer.recipe.training import TrainingSection
+from trainer.registry import TASKS, TRACKERS
+
+
+def _run_name(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise ValueError(
+            f"{name!r} cannot name a run: use up to 100 letters, digits, '.', '_' and '-', with a letter or digit first"
+        )
+    return name
+
+
+class Recipe(Section):
+    """Everything that decides a run. It is frozen into the run at its first start."""
+
+    name: Annotated[str, AfterValidator(_run_name)] = Field(examples=["my-run"])
+    """Name of the run, which lives at `<storage>/<name>`. The same name and storage resume it."""
+
+    seed: int = Field(default=17, ge=0)
+    """Decides the order of the data, the adapter's first values and dropout. The same seed gives the same run."""
+
+    task: Annotated[str, OneOf(TASKS)] = "sft"
+    """What is learned: `sft` is supervised fine-tuning of a causal language model."""
+
+    model: ModelSection
+    adapter: AdapterSection = AdapterSection()
+    data: DataSection
+    training: TrainingSection
+    optimizer: OptimizerSection
+    schedule: ScheduleSection = ScheduleSection()
+    strategy: StrategySection = StrategySection()
+    resources: ResourcesSection = ResourcesSection()
+
+    storage: Location = Field(examples=["s3://runs"])
+    """Folder that runs are kept in: an fsspec URL (`s3://runs`) or a local path, seen by all workers. Prepared data is
+    shared between the runs of a storage."""
+
+    checkpoint: CheckpointSection = CheckpointSection()
+
+    tracking: Listed[Annotated[str, OneOf(TRACKERS)]] = ()
+    """Experiment trackers that the metrics are sent to as well. The run's own storage always holds them."""
+
+    @property
+    def run_uri(self) -> str:
+        """Where the run lives: ``<storage>/<name>``."""
+        scheme, separator, path = self.storage.rpartition("://")
+        return f"{scheme}{separator}{path.rstrip('/')}/{self.name}"
+
+    def conflicts(self) -> Iterator[Conflict]:
+        """Everything that cannot stand together, inside the sections and across them."""
+        from trainer.recipe.compatibility import across_sections
+
+        for name in type(self).model_fields:
+            section = getattr(self, name)
+            if isinstance(section, Section):
+                yield from (conflict.under(name) for conflict in section.conflicts())
+        yield from across_sections(self)

@@ -1,0 +1,29 @@
+"""The learning-rate schedule."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from trainer.recipe.base import Conflict, Section
+
+
+class ScheduleSection(Section):
+    """The learning rate over the steps of the run."""
+
+    name: Literal["constant", "linear", "cosine"] = "constant"
+    """Course after the warm-up: stay at `lr`, or fall to `min_lr_ratio` of it at the last step, in a line or a half
+    cosine."""
+
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps over which the learning rate rises in a line from 0 to `lr`."""
+
+    min_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
+    """Learning rate at the last step, as a fraction of `lr`."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.name == "constant" and self.min_lr_ratio > 0:
+            message = "has no effect with schedule.name constant; leave it out, or choose linear or cosine"
+            yield Conflict((("min_lr_ratio",), ("name",)), message)

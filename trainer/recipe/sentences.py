@@ -1,0 +1,94 @@
+"""pydantic's errors in the words of someone who reads a recipe."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pydantic_core import ErrorDetails
+
+from trainer.recipe.base import Path, show
+from trainer.recipe.tree import annotation_at, dotted, field_at, places, section_of
+from trainer.registry import choose_hint
+
+RIGHT = {
+    "int_type": "takes a whole number",
+    "int_from_float": "takes a whole number",
+    "float_type": "takes a number",
+    "finite_number": "takes a finite number",
+    "string_type": "takes text",
+    "bool_type": "takes true or false",
+    "tuple_type": "takes a list",
+    "list_type": "takes a list",
+    "dict_type": "takes a mapping of keys to values",
+    "greater_than": "must be above {gt}",
+    "greater_than_equal": "must be at least {ge}",
+    "less_than": "must be below {lt}",
+    "less_than_equal": "must be at most {le}",
+}
+
+
+def path_of(error: ErrorDetails) -> Path:
+    """Where the error stands, without the tags that pydantic adds for keys."""
+    return tuple(key for key in error["loc"] if key != "[key]")
+
+
+def sentence(error: ErrorDetails) -> str:
+    """What is wrong at the error's path, the value got, and what would be right."""
+    kind, path, context = error["type"], path_of(error), error.get("ctx", {})
+    if kind == "extra_forbidden":
+        return unknown_key(path)
+    if kind == "missing":
+        return _missing(path)
+    if kind == "value_error":
+        return str(context["error"])
+    if kind in ("model_type", "model_attributes_type"):
+        return f"takes a mapping with {_keys(path)}, got {show(error['input'])}"
+    if kind == "literal_error":
+        return _not_one_of(error["input"], context["expected"])
+    right = RIGHT.get(kind, error["msg"]).format(**context)
+    return f"{right}, got {show(error['input'])}{_quotes(kind, error['input'])}"
+
+
+def unknown_key(path: Path) -> str:
+    """Where a key that is not known here may have been meant to stand."""
+    key, section = str(path[-1]), section_of(annotation_at(path[:-1]))
+    here = tuple(section.model_fields) if section else ()
+    hint = choose_hint(key, here)
+    elsewhere = places(key)
+    if elsewhere and not hint:
+        return f"unknown key here; it belongs at {' or '.join(elsewhere)}"
+    if hint:
+        return f"unknown key{hint}"
+    where = dotted(path[:-1]) or "a recipe"
+    return f"unknown key; {where} takes: {', '.join(here)}" if here else f"unknown key; {where} takes no keys"
+
+
+def _missing(path: Path) -> str:
+    field = field_at(path)
+    description = (field.description or "") if field else ""
+    if field is None or not field.examples:
+        return f"is missing; it takes a mapping with {_keys(path)}" if _keys(path) else "is missing"
+    first = re.split(r"(?<=[.:;])\s", " ".join(description.split()))[0].rstrip(".:;")
+    return f"is missing ({first}); for example {path[-1]}: {field.examples[0]}"
+
+
+def _keys(path: Path) -> str:
+    section = section_of(annotation_at(path))
+    return ", ".join(section.model_fields) if section else ""
+
+
+def _not_one_of(value: Any, expected: str) -> str:
+    names = tuple(re.findall(r"'([^']*)'", expected))
+    hint = choose_hint(value, names) if isinstance(value, str) else ""
+    return f"{show(value)} is not one of: {', '.join(names)}{hint}"
+
+
+def _quotes(kind: str, value: Any) -> str:
+    if kind == "string_type" and isinstance(value, bool | int | float):
+        return "; write it in quotes"
+    if kind in ("int_type", "float_type") and isinstance(value, str) and re.fullmatch(r"[-+.\deE]*\d", value):
+        return "; write it without quotes"
+    if kind == "bool_type" and str(value).lower() in ("yes", "no", "on", "off", "0", "1"):
+        return "; write true or false in full"
+    return ""

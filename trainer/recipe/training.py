@@ -1,0 +1,55 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from pydantic import Field
+
+from trainer.recipe.base import Conflict, Section
+
+LENGTH = (("steps",), ("epochs",))
+
+
+class TrainingSection(Section):
+    """How long, in what portions."""
+
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps of the whole run. Exactly one of `steps` and `epochs` is given."""
+
+    epochs: int | None = Field(default=None, ge=1)
+    """Passes over the training data, instead of `steps`. The last step of an epoch may be short."""
+
+    global_batch: int = Field(ge=1, examples=[64])
+    """Packs per optimizer step, over all ranks, whatever their number: the result does not depend on the workers."""
+
+    micro_batch: int = Field(ge=1, examples=[4])
+    """Packs per forward pass of one rank. Activation memory grows in proportion, the result stays the same."""
+
+    gradient_checkpointing: bool = False
+    """Compute activations again in the backward pass instead of keeping them: much less memory for one
+    more forward pass per step."""
+
+    max_grad_norm: float | None = Field(default=1.0, gt=0.0)
+    """Gradients are scaled down to this L2 norm, taken over the whole model and all ranks; null never clips."""
+
+    eval_every: int | None = Field(default=None, ge=1)
+    """Steps between evaluations on `data.eval`; null evaluates after the last step only."""
+
+    stop_after: int | None = Field(default=None, ge=1)
+    """End this attempt at this step with a checkpoint and exit code 3; the same command without it goes on. Counted
+    from the run's first step."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.steps is None and self.epochs is None:
+            yield Conflict(LENGTH, "is missing: give training.steps, or training.epochs instead")
+        if self.steps is not None and self.epochs is not None:
+            message = (
+                f"is {self.steps} while training.epochs is {self.epochs}; give one of them, and set the other to null"
+            )
+            yield Conflict(LENGTH, message)
+        if self.micro_batch > self.global_batch:
+            message = f"{self.micro_batch} packs per forward pass are more than the {self.global_batch} of a whole step"
+            yield Conflict(
+                (("micro_batch",), ("global_batch",)), f"{message}; lower it to training.global_batch or less"
+            )

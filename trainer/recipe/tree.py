@@ -1,0 +1,108 @@
+"""Finding one's way in the recipe's model: the field behind a path, the places of a key, values to stand in."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
+
+from pydantic.fields import FieldInfo
+
+from trainer.recipe.base import Path, Section
+from trainer.recipe.root import Recipe
+
+
+def options(annotation: Any) -> Iterator[Any]:
+    """The plain types that an annotation stands for, with unions and Annotated opened up."""
+    origin = get_origin(annotation)
+    if origin is Annotated:
+        yield from options(get_args(annotation)[0])
+    elif origin in (Union, types.UnionType):
+        for argument in get_args(annotation):
+            yield from options(argument)
+    else:
+        yield annotation
+
+
+def kinds(annotation: Any) -> set[type]:
+    """The Python types that values of an annotation have: ``{int, list}`` for a number or a list."""
+    out: set[type] = set()
+    for option in options(annotation):
+        origin = get_origin(option)
+        if origin is Literal:
+            out |= {type(value) for value in get_args(option)}
+        else:
+            out.add({tuple: list}.get(origin, origin) if origin else option)
+    return out
+
+
+def descend(annotation: Any, key: str | int) -> Any:
+    """The annotation of what stands under ``key`` of a value of this one; None when nothing can."""
+    for option in options(annotation):
+        if isinstance(option, type) and issubclass(option, Section) and key in option.model_fields:
+            return option.model_fields[str(key)].annotation
+        origin, arguments = get_origin(option), get_args(option)
+        if origin is tuple and isinstance(key, int):
+            return arguments[0]
+        if origin is dict and isinstance(key, str):
+            return arguments[1]
+    return None
+
+
+def annotation_at(path: Path) -> Any:
+    """The annotation of the value at a path of the recipe; None where there can be none."""
+    annotation: Any = Recipe
+    for key in path:
+        annotation = descend(annotation, key)
+        if annotation is None:
+            return None
+    return annotation
+
+
+def section_of(annotation: Any) -> type[Section] | None:
+    """The section that a value of this annotation is, if it is one."""
+    for option in options(annotation):
+        if isinstance(option, type) and issubclass(option, Section):
+            return option
+    return None
+
+
+def field_at(path: Path) -> FieldInfo | None:
+    """The field at a path; None for the root, for entries of lists and for what is unknown."""
+    section = section_of(annotation_at(path[:-1])) if path else None
+    return section.model_fields.get(str(path[-1])) if section else None
+
+
+def places(key: str) -> list[str]:
+    """Every dotted path at which a key of this name may stand."""
+    return [dotted(path) for path in sections_paths(Recipe, ()) if path and path[-1] == key]
+
+
+def sections_paths(section: type[Section], prefix: Path) -> Iterator[Path]:
+    """The paths of all fields, sections and leaves alike; entries of lists stand as index 0."""
+    for name, field in section.model_fields.items():
+        path = (*prefix, name)
+        yield path
+        for option in options(field.annotation):
+            inner, below = (get_args(option)[0], (*path, 0)) if get_origin(option) is tuple else (option, path)
+            child = section_of(inner)
+            if child is not None:
+                yield from sections_paths(child, below)
+
+
+def stand_in(annotation: Any) -> Any:
+    """A smallest valid value: lets the rest of a recipe be checked while this part of it is wrong."""
+    section = section_of(annotation)
+    if section is not None:
+        return {n: stand_in_for(f) for n, f in section.model_fields.items() if f.is_required()}
+    option = next(options(annotation))
+    return [stand_in(get_args(option)[0])] if get_origin(option) is tuple else None
+
+
+def stand_in_for(field: FieldInfo) -> Any:
+    """The same for a field, by its example where it has one."""
+    return field.examples[0] if field.examples else stand_in(field.annotation)
+
+
+def dotted(path: Path) -> str:
+    return ".".join(str(key) for key in path)

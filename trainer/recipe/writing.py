@@ -1,0 +1,62 @@
+"""A recipe written out: frozen into a run, compared with another, described to editors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import yaml
+
+from trainer.recipe.base import Path
+from trainer.recipe.document import Dumper
+from trainer.recipe.root import Recipe
+from trainer.recipe.tree import dotted
+
+MAY_CHANGE: tuple[Path, ...] = (
+    ("name",),
+    ("storage",),
+    ("resources",),
+    ("strategy",),
+    ("checkpoint",),
+    ("tracking",),
+    ("training", "stop_after"),
+)
+"""What may differ between the attempts of a run. Name and storage say where the run is, not what comes out of it."""
+
+
+def dump(recipe: Recipe) -> str:
+    """The recipe with every default filled in, as YAML in the order of the model; `loads` gives it back."""
+    return yaml.dump(recipe.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def differences(frozen: Recipe, new: Recipe) -> list[str]:
+    """``path: old -> new`` for each value that decides the result and is not the same."""
+    old, now = dict(_leaves(frozen)), dict(_leaves(new))
+    paths = [*old, *(path for path in now if path not in old)]
+    return [f"{dotted(p)}: {_show(old, p)} -> {_show(now, p)}" for p in paths if _show(old, p) != _show(now, p)]
+
+
+def schema() -> dict[str, Any]:
+    """The JSON Schema of a recipe, for editors."""
+    head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": "recipe.schema.json"}
+    return head | Recipe.model_json_schema()
+
+
+def _leaves(recipe: Recipe) -> Iterator[tuple[Path, Any]]:
+    for path, value in _walk(recipe.model_dump(mode="json"), ()):
+        if not any(path[: len(free)] == free for free in MAY_CHANGE):
+            yield path, value
+
+
+def _walk(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in items:
+        yield from _walk(child, (*path, key))
+    if not isinstance(value, dict | list) or not value:
+        yield path, value
+
+
+def _show(leaves: dict[Path, Any], path: Path) -> str:
+    if path not in leaves:
+        return "(not there)"
+    return yaml.dump(leaves[path], Dumper=Dumper, allow_unicode=True, width=10**6).removesuffix("...\n").strip()

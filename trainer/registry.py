@@ -1,0 +1,86 @@
+"""The tables of choices: a name that a recipe may give, and the code that it stands for.
+
+A choice is one file plus one line here. The tables hold text only, so that a recipe is checked without importing what
+it names; `Registry.load` imports on first use.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+from collections.abc import Mapping
+from typing import Any
+
+from trainer.errors import UsageError
+
+
+def choose_hint(name: str, names: tuple[str, ...]) -> str:
+    """``; did you mean 'lora'?`` when one of the names is close to the one given, else nothing."""
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    return f"; did you mean {close[0]!r}?" if close else ""
+
+
+class Registry:
+    """Names of one kind of choice, each with the ``module:attribute`` that it loads."""
+
+    def __init__(self, kind: str, table: Mapping[str, str]) -> None:
+        self.kind = kind
+        self._table = dict(table)
+
+    def names(self) -> tuple[str, ...]:
+        return tuple(self._table)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._table
+
+    def require(self, name: str) -> str:
+        """The ``module:attribute`` behind ``name``; raises UsageError with the names that are there."""
+        if name not in self._table:
+            raise UsageError(self._unknown(name))
+        return self._table[name]
+
+    def load(self, name: str) -> Any:
+        """Import what ``name`` stands for; raises UsageError for a name that is not in the table."""
+        module, attribute = self.require(name).split(":")
+        return getattr(importlib.import_module(module), attribute)
+
+    def _unknown(self, name: str) -> str:
+        if not self._table:
+            return f"{name!r} is not a {self.kind}: there is none to choose yet, leave it out"
+        names = ", ".join(self._table)
+        return f"{self.kind} {name!r} is not one of: {names}{choose_hint(name, self.names())}"
+
+
+ADAPTERS = Registry(
+    "adapter method",
+    {
+        "lora": "trainer.adapters.lora:Lora",
+        "dora": "trainer.adapters.dora:Dora",
+        "none": "trainer.adapters.none:FullFineTuning",
+    },
+)
+
+STRATEGIES = Registry(
+    "strategy",
+    {
+        "ddp": "trainer.strategies.ddp:DDP",
+        "fsdp": "trainer.strategies.fsdp:FSDP",
+    },
+)
+
+TASKS = Registry(
+    "task",
+    {
+        "sft": "trainer.tasks.sft:SupervisedFineTuning",
+    },
+)
+
+FORMATS = Registry(
+    "data format",
+    {
+        "completion": "trainer.data.formats.completion:Completion",
+        "messages": "trainer.data.formats.messages:Messages",
+    },
+)
+
+TRACKERS = Registry("tracker", {})
