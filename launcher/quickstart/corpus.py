@@ -73,7 +73,10 @@ def questions(seed: int) -> tuple[list[Question], list[Question]]:
 
 
 def write_questions(train: Path, held_out: Path, seed: int, parts: int = 2) -> None:
-    """JSON Lines of prompt and completion: ``parts`` files under ``train``, one under ``held_out``."""
+    """JSON Lines of prompt and completion: ``parts`` files under ``train``, one under ``held_out``.
+
+    A file that has these bytes already is not written again: its time is part of what a run's data are known by.
+    """
     for_training, for_evaluation = questions(seed)
     random.Random(f"order/{seed}").shuffle(for_training)
     for part in range(parts):
@@ -96,5 +99,7 @@ def _ask(people: dict[str, dict[str, str]], keys: Iterable[tuple[str, str]]) -> 
 
 
 def _write_jsonl(path: Path, rows: Iterable[Question]) -> None:
+    text = "".join(json.dumps({"prompt": q.prompt, "completion": q.completion}) + "\n" for q in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps({"prompt": q.prompt, "completion": q.completion}) + "\n" for q in rows))
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)

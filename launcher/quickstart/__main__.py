@@ -1,0 +1,112 @@
+"""``python -m launcher.quickstart [KEY=VALUE…]``, from the project's root: from nothing to a tuned model.
+
+Makes a small base model and data, has ``muster run recipes/quickstart.yaml`` fine-tune it, and shows what changed.
+Overrides go to the run. A second call resumes, or finds the run finished and only shows it.
+"""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from launcher.quickstart import prepare
+from launcher.quickstart.answers import answers, right
+from launcher.quickstart.chart import draw, losses
+from launcher.quickstart.corpus import questions
+from trainer.recipe import Recipe, load
+from trainer.storage import Storage, open_storage
+
+RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml"
+SHOWN = 4
+
+
+def main(overrides: Sequence[str]) -> int:
+    """The whole quickstart; returns the exit code of the run."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+    console, started = Console(), time.monotonic()
+    recipe = load(RECIPE, overrides)
+    make_inputs(console, recipe)
+    console.rule("muster run recipes/quickstart.yaml")
+    code = subprocess.run([sys.executable, "-m", "launcher", "run", str(RECIPE), *overrides], check=False).returncode
+    if code == 0:
+        run = open_storage(recipe.run_uri)
+        show_curve(console, run)
+        show_answers(console, recipe, run)
+        show_next(console, recipe, time.monotonic() - started)
+    return code
+
+
+def make_inputs(console: Console, recipe: Recipe) -> None:
+    """The base and the data at the paths that the recipe names."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, transient=True) as progress:
+        task = progress.add_task("pretraining a small Llama", total=prepare.STEPS)
+        base = Path(recipe.model.path)
+        made = prepare.prepare_base(base, on_step=lambda step, loss: progress.update(task, completed=step))
+    console.print(f"base model: {base} ({'made and pretrained' if made else 'was there'})")
+    train, held_out = (Path(sources[0].path).parent for sources in (recipe.data.train, recipe.data.eval))
+    prepare.prepare_data(train, held_out)
+    console.print(f"questions to learn from: {train}; held out: {held_out}")
+
+
+def show_curve(console: Console, run: Storage) -> None:
+    from trainer.reporter import read_rows
+
+    rows = list(read_rows(run, "metrics"))
+    console.rule("loss over target tokens")
+    for line in draw(losses(rows), width=max(min(console.width - 16, 72), 20)):
+        console.print(line, markup=False, highlight=False)
+    for step, value in losses(rows, "eval_loss"):
+        console.print(f"step {step:>4}: loss on held-out questions {value:.3f}", highlight=False)
+
+
+def show_answers(console: Console, recipe: Recipe, run: Storage) -> None:
+    """Held-out questions, answered by the base alone and with the adapter on it."""
+    held_out, base = questions(prepare.SEED)[1], Path(recipe.model.path)
+    with tempfile.TemporaryDirectory() as folder:
+        before, after = answers(base, None, held_out), answers(base, fetch_adapter(run, Path(folder)), held_out)
+    table = Table("question (none like it was trained on)", "before", "after", "right answer")
+    for i in range(0, len(held_out), max(len(held_out) // SHOWN, 1)):
+        asked, wanted = held_out[i].prompt.splitlines()[0].removeprefix("Question: "), held_out[i].completion.strip()
+        table.add_row(asked, before[i], after[i], wanted)
+    console.rule("answers, with plain transformers and peft")
+    console.print(table)
+    counts = f"{right(held_out, before)} before, {right(held_out, after)} after"
+    console.print(f"exactly right, of {len(held_out)} held-out questions: {counts}", highlight=False)
+
+
+def fetch_adapter(run: Storage, folder: Path) -> Path:
+    """The final adapter's files in a local folder, wherever the run is stored."""
+    adapter = run.child("adapter")
+    for found in adapter.list():
+        adapter.download(found.key, folder / Path(found.key).name)
+    return folder
+
+
+def show_next(console: Console, recipe: Recipe, seconds: float) -> None:
+    console.rule(f"done in {seconds:.0f} s")
+    console.print(f"adapter:  {recipe.run_uri}/adapter", soft_wrap=True)
+    console.print(f"look:     muster status {recipe.run_uri}", soft_wrap=True)
+    console.print(
+        "again:    make quickstart (finds this run finished); with another name it trains anew:", soft_wrap=True
+    )
+    console.print(
+        "          .venv/bin/python -m launcher.quickstart name=second optimizer.lr=1e-3",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,31 @@
+"""What a model says before and after, with transformers and peft alone: nothing of muster touches the adapter here."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launcher.quickstart.corpus import Question
+
+
+def answers(base: Path, adapter: Path | None, asked: Sequence[Question], max_tokens: int = 24) -> list[str]:
+    """Greedy completions of the prompts by ``base``, with ``adapter`` on it if there is one; whitespace stripped."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    if adapter is not None:
+        model = PeftModel.from_pretrained(model, str(adapter))
+    inputs = tokenizer([q.prompt for q in asked], return_tensors="pt", padding=True, return_token_type_ids=False)
+    with torch.inference_mode():
+        out = model.eval().generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
+    new_tokens = out[:, inputs["input_ids"].shape[1] :]
+    return [text.strip() for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
+
+
+def right(asked: Sequence[Question], said: Sequence[str]) -> int:
+    """How many answers are exactly the question's completion."""
+    return sum(text == question.completion.strip() for question, text in zip(asked, said, strict=True))

@@ -1,0 +1,85 @@
+"""The wheel carries the checkout's tree under muster/, and works from anywhere."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("launcher", "cluster", "trainer")
+
+
+def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="session")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The wheel, built from a copy: a build leaves build/ and *.egg-info beside its sources."""
+    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    for name in (*PACKAGES, "recipes"):
+        shutil.copytree(ROOT / name, source / name)
+    built = run(
+        sys.executable, "-m", "pip", "wheel", "-q", ".", "--no-deps", "--no-build-isolation", "-w", out, cwd=source
+    )
+    assert built.returncode == 0, built.stderr
+    return next(out.glob("muster-*.whl"))
+
+
+@pytest.fixture(scope="session")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A new environment with the wheel in it; it borrows the dependencies of this one."""
+    home = tmp_path_factory.mktemp("elsewhere") / "venv"
+    venv.create(home, with_pip=False, symlinks=True)
+    python = home / "bin" / "python"
+    result = run(
+        sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel, cwd=home
+    )
+    assert result.returncode == 0, result.stderr
+    return home
+
+
+def site_packages(home: Path) -> Path:
+    return next((home / "lib").glob("python*/site-packages"))
+
+
+def shipped() -> set[str]:
+    """What the wheel has to carry, read off the checkout."""
+    code = {p for name in PACKAGES for p in (ROOT / name).rglob("*.py")}
+    data = {*(ROOT / "recipes").glob("*.yaml"), ROOT / "recipes" / "recipe.schema.json"}
+    return {f"muster/{p.relative_to(ROOT).as_posix()}" for p in code | data}
+
+
+def test_the_wheel_carries_every_module_and_recipe_and_nothing_else(wheel: Path) -> None:
+    names = {n for n in zipfile.ZipFile(wheel).namelist() if not n.endswith("/")}
+    inside = {n for n in names if n.startswith("muster/")}
+    assert inside == shipped()
+    assert {n.split("/")[0] for n in names - inside} == {f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"}
+
+
+def test_site_packages_gains_only_muster(installed: Path) -> None:
+    gained = {p.name for p in site_packages(installed).iterdir()}
+    assert {name for name in gained if not name.endswith(".dist-info")} == {"muster"}
+    assert len(gained) == 2
+
+
+def test_every_shipped_recipe_is_valid_from_the_wheel(installed: Path) -> None:
+    site = site_packages(installed)
+    # A path file adds this environment's libraries without running its editable install of muster.
+    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    result = run(installed / "bin" / "muster", "validate", "--all", cwd=Path("/"))
+    said = result.stdout + result.stderr
+    assert result.returncode == 0, said
+    where = run(installed / "bin" / "python", "-c", "import muster.launcher as m; print(m.__path__)", cwd=Path("/"))
+    assert str(site) in where.stdout
+    for recipe in (ROOT / "recipes").glob("*.yaml"):
+        assert recipe.name in said
