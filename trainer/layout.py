@@ -1,0 +1,71 @@
+"""Where things lie in a run: the only place that spells the keys of `<storage>/<name>/`.
+
+recipe.yaml, provenance.json   frozen at the first start
+data.json                      which prepared data the run reads
+lease                          the driver that is alive
+claims/d000001, claims/000001  drivers and attempts, who may write
+commits/<attempt>/<inverted>   one record per committed checkpoint, the only truth
+checkpoints/<unique>/          what the records point at
+adapter/                       the final adapter
+metrics/ events/ ledger/       JSON Lines in parts
+plan/                          the packing plan, one object per window
+"""
+
+from __future__ import annotations
+
+import re
+
+RECIPE = "recipe.yaml"
+PROVENANCE = "provenance.json"
+DATA = "data.json"
+LEASE = "lease"
+CLAIMS = "claims"
+COMMITS = "commits"
+CHECKPOINTS = "checkpoints"
+ADAPTER = "adapter"
+METRICS = "metrics"
+EVENTS = "events"
+LEDGER = "ledger"
+PLAN = "plan"
+PREPARED = "_data"
+"""Prepared data, shared between runs: beside the runs, not inside one."""
+
+_LAST_STEP = 10**12 - 1
+
+
+def driver_claim(driver: int) -> str:
+    return f"{CLAIMS}/d{driver:06d}"
+
+
+def attempt_claim(attempt: int) -> str:
+    return f"{CLAIMS}/{attempt:06d}"
+
+
+def commit(attempt: int, step: int) -> str:
+    """The record's key; the step is inverted so that a sorted listing gives the newest one first."""
+    if not 0 <= step <= _LAST_STEP:
+        raise ValueError(f"step {step} is outside 0 to {_LAST_STEP}")
+    return f"{COMMITS}/{attempt:06d}/{_LAST_STEP - step:012d}.json"
+
+
+def parse_commit(key: str) -> tuple[int, int] | None:
+    """(attempt, step) of a record's key, None for any other key."""
+    match = re.fullmatch(rf"{COMMITS}/(\d{{6,}})/(\d{{12}})\.json", key)
+    return (int(match[1]), _LAST_STEP - int(match[2])) if match else None
+
+
+def checkpoint(unique: str) -> str:
+    return f"{CHECKPOINTS}/{unique}"
+
+
+def metrics_part(attempt: int) -> str:
+    """Prefix of an attempt's metrics parts; `trainer.reporter.JsonLines` adds the part's number."""
+    return f"{METRICS}/a{attempt:06d}"
+
+
+def events_part(attempt: int, writer: str) -> str:
+    return f"{EVENTS}/a{attempt:06d}-{writer}"
+
+
+def ledger_part(attempt: int, rank: int) -> str:
+    return f"{LEDGER}/a{attempt:06d}-r{rank:05d}"

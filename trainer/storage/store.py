@@ -1,0 +1,216 @@
+"""`Storage`: one folder of a file system, with the rules that every part of a run relies on.
+
+Each call either does what it says or raises FileNotFoundError (the object is missing), InputError (the user can mend
+it), CorruptObject (an object is shorter than it should be) or StorageError (it went on failing until the deadline).
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import uuid
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from trainer.errors import CorruptObject, InputError, MusterError
+from trainer.storage.backend import Backend, Listing, Names, ObjectInfo, Transient
+from trainer.storage.retry import Retry
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+_DOWNLOAD_PART = 16 * 2**20
+_PARALLEL_PARTS = 4
+
+
+def is_safe_key(key: str) -> bool:
+    """Whether ``key`` stays below the folder that it is relative to, spelt in one way only."""
+    return bool(key) and "\\" not in key and "\0" not in key and all(p not in ("", ".", "..") for p in key.split("/"))
+
+
+class Storage:
+    """A folder of a file system; keys are relative to it (``commits/000001/…``). Thread-safe; pickles as its URL."""
+
+    def __init__(self, url: str, backend: Backend, retry: Retry) -> None:
+        self.url = url.rstrip("/") or "/"
+        self._backend = backend
+        self._retry = retry
+
+    def __repr__(self) -> str:
+        return f"Storage({self.url!r})"
+
+    def child(self, prefix: str) -> Storage:
+        """The folder ``prefix`` inside this one; it need not exist."""
+        return Storage(self.uri(prefix.strip("/")), self._backend, self._retry)
+
+    def uri(self, key: str) -> str:
+        """The object's full URL or path, for messages and for readers elsewhere."""
+        if not is_safe_key(key):
+            raise ValueError(f"storage key {key!r} is empty, absolute or climbs out of {self.url}")
+        return f"{self.url.rstrip('/')}/{key}"
+
+    def read(self, key: str) -> bytes:
+        path = self.uri(key)
+        return self._call("read", path, lambda: self._backend.read(path))
+
+    def read_range(self, key: str, start: int, stop: int) -> bytes:
+        """Exactly ``stop - start`` bytes from ``start``; CorruptObject when the object ends before ``stop``."""
+        if not 0 <= start <= stop:
+            raise ValueError(f"range {start}-{stop} of {key!r} is not a range")
+        path = self.uri(key)
+        return b"" if start == stop else self._call("read", path, lambda: self._exactly(path, start, stop))
+
+    def write(self, key: str, data: bytes) -> None:
+        """Creates or replaces; readers see the old bytes or the new ones."""
+        path = self.uri(key)
+        self._call("write", path, lambda: self._backend.write(path, data))
+
+    def put_if_absent(self, key: str, data: bytes) -> bool:
+        """Whether the object now holds ``data``: written by this call, or there already with the very same bytes.
+
+        A reply can be lost after the object was made, also inside the HTTP client, and the repetition then finds its
+        own object. So the bytes decide; who must be the only one puts a nonce in them.
+        """
+        path = self.uri(key)
+        try:
+            self._call("create", path, lambda: self._create(path, data))
+            return True
+        except FileExistsError:
+            return self._holds(key, data)
+
+    def list(self, prefix: str = "") -> Listing:
+        """All objects below the folder ``prefix``, at any depth, sorted by key (which include the prefix)."""
+        prefix = prefix.strip("/")
+        path = self.uri(prefix) if prefix else self.url
+        found = self._call("list", path, lambda: self._backend.list(path))
+        lead = f"{prefix}/" if prefix else ""
+        return sorted(info._replace(key=lead + info.key) for info in found)
+
+    def folders(self, prefix: str = "") -> Names:
+        """Names of the folders directly inside ``prefix``, sorted; cheap however much lies below them."""
+        path = self.uri(prefix.strip("/")) if prefix.strip("/") else self.url
+        return sorted(self._call("list", path, lambda: self._backend.folders(path)))
+
+    def info(self, key: str) -> ObjectInfo | None:
+        """None when there is no such object."""
+        path = self.uri(key)
+        found = self._call("look at", path, lambda: self._backend.info(path))
+        return found and found._replace(key=key)
+
+    def delete(self, keys: Iterable[str]) -> None:
+        """Objects that are not there are no error."""
+        paths = [self.uri(key) for key in keys]
+        if paths:
+            self._call("delete", f"{len(paths)} objects of {self.url}", lambda: self._backend.delete(paths))
+
+    def read_json(self, key: str) -> Any:
+        """CorruptObject when the object is not JSON."""
+        data = self.read(key)
+        try:
+            return json.loads(data)
+        except ValueError as error:
+            raise CorruptObject(f"{self.uri(key)} is not JSON ({error}); it was written by something else") from error
+
+    def write_json(self, key: str, value: Any) -> None:
+        self.write(key, to_json(value))
+
+    def upload(self, key: str, path: str | os.PathLike[str]) -> None:
+        """`write` from a local file of any size."""
+        target = self.uri(key)
+        self._call("write", target, lambda: self._backend.upload(target, os.fspath(path)))
+
+    def download(self, key: str, path: str | os.PathLike[str]) -> int:
+        """Into a local file, which appears only when it is whole; parts of 16 MiB side by side. Returns the bytes."""
+        info = self.info(key)
+        if info is None:
+            raise FileNotFoundError(self.uri(key))
+        target = Path(path)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")
+        try:
+            self._fill(partial, key, info.size)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+        return info.size
+
+    def check_writable(self) -> bool:
+        """Writes, reads and deletes a probe; InputError says which permission, bucket or credential is wrong.
+
+        Returns whether conditional put works. Where it does not, two drivers of one run that start in the same
+        moment cannot be told apart, which the caller has to say.
+        """
+        key, path = f".probe-{uuid.uuid4().hex}", self.url
+        try:
+            first = self.put_if_absent(key, b"1")
+            second = self.put_if_absent(key, b"2")
+            readable = self.read(key) in (b"1", b"2")
+            self.delete([key])
+        except FileNotFoundError as error:
+            raise InputError(
+                f"what was just written to {path} cannot be found there; choose another storage"
+            ) from error
+        if not (first and readable):
+            raise InputError(f"{path} does not give back what was written to it; choose another storage")
+        return not second
+
+    def _fill(self, partial: Path, key: str, size: int) -> None:
+        starts = range(0, size, _DOWNLOAD_PART)
+        with open(partial, "wb") as file, ThreadPoolExecutor(_PARALLEL_PARTS) as pool:
+            file.truncate(size)
+
+            def part(start: int) -> None:
+                data = self.read_range(key, start, min(size, start + _DOWNLOAD_PART))
+                os.pwrite(file.fileno(), data, start)
+
+            list(pool.map(part, starts))
+
+    def _create(self, path: str, data: bytes) -> None:
+        try:
+            self._backend.create(path, data)
+        except NotImplementedError:
+            if self._backend.info(path) is not None:
+                raise FileExistsError(path) from None
+            self._backend.write(path, data)
+
+    def _holds(self, key: str, data: bytes) -> bool:
+        try:
+            return self.read(key) == data
+        except FileNotFoundError:  # deleted since: not ours any more
+            return False
+
+    def _exactly(self, path: str, start: int, stop: int) -> bytes:
+        data = self._backend.read_range(path, start, stop)
+        if len(data) == stop - start:
+            return data
+        info = self._backend.info(path)
+        if info is None:
+            raise FileNotFoundError(path)
+        if info.size < stop:
+            raise CorruptObject(f"{path} has {info.size} bytes where at least {stop} were written; restore the object")
+        raise Transient(f"{len(data)} of {stop - start} bytes came")
+
+    def _call(self, verb: str, path: str, attempt: Callable[[], T]) -> T:
+        try:
+            return self._retry.call(f"{verb} {path}", attempt)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(f"{path} does not exist") from error
+        except MusterError:
+            log.debug("could not %s %s", verb, path, exc_info=True)
+            raise
+
+    def __reduce__(self) -> tuple[Callable[[str, float], Storage], tuple[str, float]]:
+        return _reopened, (self.url, self._retry.deadline_s)
+
+
+def _reopened(url: str, deadline_s: float) -> Storage:
+    from trainer.storage.places import open_storage
+
+    return open_storage(url, deadline_s=deadline_s)
+
+
+def to_json(value: Any) -> bytes:
+    """Compact UTF-8 JSON with sorted keys, a newline at the end; refuses nan and inf, which JSON does not have."""
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
