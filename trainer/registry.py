@@ -51,12 +51,12 @@ class Registry:
         return f"{self.kind} {name!r} is not one of: {names}{choose_hint(name, self.names())}"
 
 
-ADAPTERS = Registry(
+METHODS = Registry(
     "adapter method",
     {
         "lora": "trainer.adapters.lora:Lora",
-        "dora": "trainer.adapters.dora:Dora",
-        "none": "trainer.adapters.none:FullFineTuning",
+        "dora": "trainer.adapters.lora:Dora",
+        "none": "trainer.adapters.full:Full",
     },
 )
 
@@ -71,7 +71,16 @@ STRATEGIES = Registry(
 TASKS = Registry(
     "task",
     {
-        "sft": "trainer.tasks.sft:SupervisedFineTuning",
+        "sft": "trainer.tasks.sft:SFT",
+    },
+)
+
+OPTIMIZERS = Registry(
+    "optimizer",
+    {
+        "adamw": "trainer.optim.optimizers:adamw",
+        "adamw_8bit": "trainer.optim.optimizers:adamw_8bit",
+        "paged_adamw_8bit": "trainer.optim.optimizers:paged_adamw_8bit",
     },
 )
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, TypeVar
-from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -22,14 +22,14 @@ from pydantic_core import CoreSchema, core_schema
 from trainer.errors import UsageError
 from trainer.registry import Registry
 
-Path = tuple[str | int, ...]
+KeyPath = tuple[str | int, ...]
 """Where a value stands in a recipe: ``("data", "train", 0, "path")``."""
 
 
 class Conflict(NamedTuple):
     """Values that are right each by itself and cannot stand together; ``paths`` names them all, the chief one first."""
 
-    paths: tuple[Path, ...]
+    paths: tuple[KeyPath, ...]
     message: str
 
     def under(self, *prefix: str | int) -> Conflict:
@@ -108,9 +108,12 @@ def _cut(text: str, length: int = 60) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
+CREDENTIALS = re.compile(r"://([^/@]*@|[^/@]*:(?!\d+(/|$))[^@]*@)")
+"""``user@`` or ``user:password@`` after the scheme, where the password may hold a slash; a host's port is none."""
+
+
 def _without_credentials(url: str) -> str:
-    authority = urlsplit(url).netloc if "://" in url else ""
-    if "@" in authority:
+    if CREDENTIALS.search(url) and not url.startswith("hf://"):
         raise ValueError(
             "holds credentials (user:password@…), and a recipe is stored and printed; "
             "take them out and give them in the environment (for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from trainer.recipe.base import Conflict, Path
+from trainer.recipe.base import Conflict, KeyPath
 
 if TYPE_CHECKING:
     from trainer.recipe.root import Recipe
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 class Rule(NamedTuple):
     """``broken`` says whether the recipe breaks it; ``paths`` are the values that it looks at, the chief one first."""
 
-    paths: tuple[Path, ...]
+    paths: tuple[KeyPath, ...]
     broken: Callable[[Recipe], bool]
     message: Callable[[Recipe], str]
 
@@ -34,6 +34,11 @@ RULES = (
         lambda r: (
             f"{r.optimizer.name} does not take the sharded parameters of strategy.kind fsdp; use adamw, or ddp with it"
         ),
+    ),
+    Rule(
+        (("optimizer", "name"), ("resources", "gpus_per_worker")),
+        lambda r: r.optimizer.name.startswith("paged") and r.resources.gpus_per_worker == 0,
+        lambda r: f"{r.optimizer.name} moves GPU memory to the host, and gpus_per_worker is 0; use adamw_8bit",
     ),
     Rule(
         (("schedule", "warmup_steps"), ("training", "steps")),

@@ -12,14 +12,14 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from trainer.recipe.base import Path
+from trainer.recipe.base import KeyPath
 
 
 class Note(NamedTuple):
     """A mistake before its file is named. ``line`` counts from 1; 0 stands for none."""
 
     line: int
-    path: Path
+    path: KeyPath
     message: str
 
 
@@ -27,7 +27,7 @@ class Document(NamedTuple):
     """``lines`` has the line of each key or list entry by its path; ``notes`` what the text itself does wrong."""
 
     data: Any
-    lines: dict[Path, int]
+    lines: dict[KeyPath, int]
     notes: list[Note]
 
 
@@ -114,7 +114,7 @@ class _Walk:
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
-        self.lines: dict[Path, int] = {}
+        self.lines: dict[KeyPath, int] = {}
         self.notes: list[Note] = []
         self.open: list[yaml.Node] = []
 
@@ -122,7 +122,7 @@ class _Walk:
         data = None if node is None else self.value(node, ())
         return Document(data, self.lines, self.notes)
 
-    def value(self, node: yaml.Node, path: Path) -> Any:
+    def value(self, node: yaml.Node, path: KeyPath) -> Any:
         if any(node is parent for parent in self.open):
             return self._note(node, path, "contains itself through an alias")
         self.open.append(node)
@@ -135,32 +135,40 @@ class _Walk:
         finally:
             self.open.pop()
 
-    def _mapping(self, node: yaml.MappingNode, path: Path) -> dict[str, Any]:
-        own = [key.value for key, _ in node.value]
+    def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
+        node.value = self._first_of_each(node, path)
         self.loader.flatten_mapping(node)
-        inherited = len(node.value) - len([key for key in own if key != "<<"])
         out: dict[str, Any] = {}
-        for index, (key, child) in enumerate(node.value):
-            name = str(key.value) if isinstance(key, yaml.ScalarNode) else ""
-            here = (*path, name)
-            if not name:
-                self._note(key, path, "has a key that is not text")
-            elif name in out and index > inherited and here in self.lines and own.count(name) > 1:
-                self._note(key, here, f"is given twice, first on line {self.lines[here]}; keep one of them")
-            else:
-                self.lines[here] = key.start_mark.line + 1
-                out[name] = self.value(child, here)
+        for key, child in node.value:
+            here = (*path, str(key.value))
+            self.lines[here] = key.start_mark.line + 1
+            out[str(key.value)] = self.value(child, here)
         return out
 
-    def _entry(self, node: yaml.Node, path: Path) -> Any:
+    def _first_of_each(self, node: yaml.MappingNode, path: KeyPath) -> list[tuple[yaml.Node, yaml.Node]]:
+        """The entries whose key is text and stands for the first time, before merged ones (``<<``) come in."""
+        lines: dict[str, int] = {}
+        entries: list[tuple[yaml.Node, yaml.Node]] = []
+        for key, child in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                self._note(key, path, "has a key that is not text")
+            elif key.value in lines:
+                message = f"is given twice, first on line {lines[key.value]}; keep one of them"
+                self._note(key, (*path, str(key.value)), message)
+            else:
+                lines[key.value] = key.start_mark.line + 1
+                entries.append((key, child))
+        return entries
+
+    def _entry(self, node: yaml.Node, path: KeyPath) -> Any:
         self.lines[path] = node.start_mark.line + 1
         return self.value(node, path)
 
-    def _scalar(self, node: yaml.Node, path: Path) -> Any:
+    def _scalar(self, node: yaml.Node, path: KeyPath) -> Any:
         try:
             return self.loader.construct_object(node)
         except (yaml.YAMLError, ValueError):
             return self._note(node, path, f"cannot be read as {node.tag.rsplit(':', 1)[-1]}: {node.value!r}")
 
-    def _note(self, node: yaml.Node, path: Path, message: str) -> None:
+    def _note(self, node: yaml.Node, path: KeyPath, message: str) -> None:
         self.notes.append(Note(node.start_mark.line + 1, path, message))

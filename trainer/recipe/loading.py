@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from trainer.errors import Mistake, RecipeError
-from trainer.recipe.base import Conflict, Path, show
+from trainer.recipe.base import Conflict, KeyPath, show
 from trainer.recipe.document import Document, read_json, read_yaml
 from trainer.recipe.overrides import apply
 from trainer.recipe.root import Recipe
@@ -30,7 +30,7 @@ COMMAND_LINE = "command line"
 class Found(NamedTuple):
     """A mistake by the paths that it is about, the chief one first."""
 
-    paths: tuple[Path, ...]
+    paths: tuple[KeyPath, ...]
     message: str
 
 
@@ -78,7 +78,7 @@ def parse(data: dict[str, Any]) -> Recipe:
 def _validate(data: dict[str, Any]) -> tuple[list[Found], Recipe | None]:
     """All mistakes, and the recipe when there is none. ``data`` is mended in place."""
     found: list[Found] = []
-    mended: set[Path] = set()
+    mended: set[KeyPath] = set()
     while True:
         try:
             # JSON, since a strict model takes JSON's lists for tuples but not Python's.
@@ -96,7 +96,7 @@ def _validate(data: dict[str, Any]) -> tuple[list[Found], Recipe | None]:
     return found, None if found else recipe
 
 
-def _mend(data: dict[str, Any], error: ErrorDetails) -> Path:
+def _mend(data: dict[str, Any], error: ErrorDetails) -> KeyPath:
     """Take out or replace what the error is about; the path of what was touched."""
     path = path_of(error)
     if error["type"] == "extra_forbidden":
@@ -114,23 +114,23 @@ def _mend(data: dict[str, Any], error: ErrorDetails) -> Path:
     return path
 
 
-def _is_entry(path: Path) -> bool:
+def _is_entry(path: KeyPath) -> bool:
     """Whether the path is that of a section in a list of sections."""
     return isinstance(path[-1], int) and section_of(annotation_at(path)) is not None
 
 
-def _parent(data: Any, path: Path) -> Any:
+def _parent(data: Any, path: KeyPath) -> Any:
     for key in path[:-1]:
         data = data[key]
     return data
 
 
-def _touches(conflict: Conflict, mended: set[Path]) -> bool:
+def _touches(conflict: Conflict, mended: set[KeyPath]) -> bool:
     """Whether the conflict is about a value that was wrong already, or about one inside or around it."""
     return any(a[: len(b)] == b or b[: len(a)] == a for a in conflict.paths for b in mended)
 
 
-def _where(paths: Sequence[Path], document: Document, overridden: Sequence[Path], file: str) -> str:
+def _where(paths: Sequence[KeyPath], document: Document, overridden: Sequence[KeyPath], file: str) -> str:
     """The command line when it set one of the values, else the line of the nearest thing that stands in the file."""
     if any(path[: len(key)] == key for path in paths for key in overridden):
         return COMMAND_LINE

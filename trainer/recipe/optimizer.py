@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated
 
 from pydantic import Field, Strict
 
-from trainer.recipe.base import Section, takes
+from trainer.recipe.base import OneOf, Section, takes
+from trainer.registry import OPTIMIZERS
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -14,7 +15,7 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 class OptimizerSection(Section):
     """AdamW (Loshchilov & Hutter, 2019) in one of its forms."""
 
-    name: Literal["adamw", "adamw_8bit", "paged_adamw_8bit"] = "adamw"
+    name: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"
     """`adamw` keeps 8 bytes of state per trainable parameter; `adamw_8bit` 2 bytes (bitsandbytes); `paged_adamw_8bit`
     moves them to host memory when the device's runs out."""
 

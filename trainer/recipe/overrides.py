@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from trainer.recipe.base import Path
+from trainer.recipe.base import KeyPath
 from trainer.recipe.document import read_value
 from trainer.recipe.sentences import unknown_key
 from trainer.recipe.tree import annotation_at, dotted, kinds
@@ -15,14 +15,14 @@ from trainer.recipe.tree import annotation_at, dotted, kinds
 class Applied(NamedTuple):
     """The paths that were set, and what was wrong with the others."""
 
-    paths: list[Path]
-    mistakes: list[tuple[Path, str]]
+    paths: list[KeyPath]
+    mistakes: list[tuple[KeyPath, str]]
 
 
 def apply(data: dict[str, Any], overrides: Sequence[str]) -> Applied:
     """Set each ``KEY=VALUE`` in ``data``; later ones win. Nothing is validated here but the keys."""
-    paths: list[Path] = []
-    mistakes: list[tuple[Path, str]] = []
+    paths: list[KeyPath] = []
+    mistakes: list[tuple[KeyPath, str]] = []
     for override in overrides:
         key, separator, text = override.partition("=")
         path = tuple(int(part) if part.isdecimal() else part for part in key.strip().split("."))
@@ -46,7 +46,7 @@ def typed(text: str, annotation: Any) -> Any:
     return value
 
 
-def _wrong_key(path: Path) -> str:
+def _wrong_key(path: KeyPath) -> str:
     """Why there is nothing to set at a path; empty when there is."""
     for length in range(1, len(path) + 1):
         if annotation_at(path[:length]) is None:
@@ -57,7 +57,7 @@ def _wrong_key(path: Path) -> str:
     return ""
 
 
-def _set(data: Any, path: Path, value: Any) -> str:
+def _set(data: Any, path: KeyPath, value: Any) -> str:
     """Put the value in its place; what is wrong when the place is not there."""
     for position, key in enumerate(path):
         last = position == len(path) - 1

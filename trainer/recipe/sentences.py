@@ -7,7 +7,7 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
-from trainer.recipe.base import Path, show
+from trainer.recipe.base import KeyPath, show
 from trainer.recipe.tree import annotation_at, dotted, field_at, places, section_of
 from trainer.registry import choose_hint
 
@@ -28,7 +28,7 @@ RIGHT = {
 }
 
 
-def path_of(error: ErrorDetails) -> Path:
+def path_of(error: ErrorDetails) -> KeyPath:
     """Where the error stands, without the tags that pydantic adds for keys."""
     return tuple(key for key in error["loc"] if key != "[key]")
 
@@ -50,7 +50,7 @@ def sentence(error: ErrorDetails) -> str:
     return f"{right}, got {show(error['input'])}{_quotes(kind, error['input'])}"
 
 
-def unknown_key(path: Path) -> str:
+def unknown_key(path: KeyPath) -> str:
     """Where a key that is not known here may have been meant to stand."""
     key, section = str(path[-1]), section_of(annotation_at(path[:-1]))
     here = tuple(section.model_fields) if section else ()
@@ -64,7 +64,7 @@ def unknown_key(path: Path) -> str:
     return f"unknown key; {where} takes: {', '.join(here)}" if here else f"unknown key; {where} takes no keys"
 
 
-def _missing(path: Path) -> str:
+def _missing(path: KeyPath) -> str:
     field = field_at(path)
     description = (field.description or "") if field else ""
     if field is None or not field.examples:
@@ -73,7 +73,7 @@ def _missing(path: Path) -> str:
     return f"is missing ({first}); for example {path[-1]}: {field.examples[0]}"
 
 
-def _keys(path: Path) -> str:
+def _keys(path: KeyPath) -> str:
     section = section_of(annotation_at(path))
     return ", ".join(section.model_fields) if section else ""
 

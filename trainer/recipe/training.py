@@ -45,7 +45,7 @@ class TrainingSection(Section):
             yield Conflict(LENGTH, "is missing: give training.steps, or training.epochs instead")
         if self.steps is not None and self.epochs is not None:
             message = (
-                f"is {self.steps} while training.epochs is {self.epochs}; give one of them, and set the other to null"
+                f"is {self.steps} and training.epochs is {self.epochs}; give one of them, and set the other to null"
             )
             yield Conflict(LENGTH, message)
         if self.micro_batch > self.global_batch:

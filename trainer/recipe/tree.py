@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic.fields import FieldInfo
 
-from trainer.recipe.base import Path, Section
+from trainer.recipe.base import KeyPath, Section
 from trainer.recipe.root import Recipe
 
 
@@ -49,7 +49,7 @@ def descend(annotation: Any, key: str | int) -> Any:
     return None
 
 
-def annotation_at(path: Path) -> Any:
+def annotation_at(path: KeyPath) -> Any:
     """The annotation of the value at a path of the recipe; None where there can be none."""
     annotation: Any = Recipe
     for key in path:
@@ -67,27 +67,34 @@ def section_of(annotation: Any) -> type[Section] | None:
     return None
 
 
-def field_at(path: Path) -> FieldInfo | None:
+def field_at(path: KeyPath) -> FieldInfo | None:
     """The field at a path; None for the root, for entries of lists and for what is unknown."""
     section = section_of(annotation_at(path[:-1])) if path else None
     return section.model_fields.get(str(path[-1])) if section else None
 
 
+def element(annotation: Any) -> Any:
+    """The annotation of a list's entries; None for what is no list."""
+    for option in options(annotation):
+        if get_origin(option) is tuple:
+            return get_args(option)[0]
+    return None
+
+
 def places(key: str) -> list[str]:
     """Every dotted path at which a key of this name may stand."""
-    return [dotted(path) for path in sections_paths(Recipe, ()) if path and path[-1] == key]
+    return [dotted(path) for path in fields_below(Recipe, ()) if path and path[-1] == key]
 
 
-def sections_paths(section: type[Section], prefix: Path) -> Iterator[Path]:
+def fields_below(section: type[Section], prefix: KeyPath) -> Iterator[KeyPath]:
     """The paths of all fields, sections and leaves alike; entries of lists stand as index 0."""
     for name, field in section.model_fields.items():
         path = (*prefix, name)
         yield path
-        for option in options(field.annotation):
-            inner, below = (get_args(option)[0], (*path, 0)) if get_origin(option) is tuple else (option, path)
-            child = section_of(inner)
-            if child is not None:
-                yield from sections_paths(child, below)
+        entry = element(field.annotation)
+        child = section_of(entry or field.annotation)
+        if child is not None:
+            yield from fields_below(child, (*path, 0) if entry else path)
 
 
 def stand_in(annotation: Any) -> Any:
@@ -95,8 +102,8 @@ def stand_in(annotation: Any) -> Any:
     section = section_of(annotation)
     if section is not None:
         return {n: stand_in_for(f) for n, f in section.model_fields.items() if f.is_required()}
-    option = next(options(annotation))
-    return [stand_in(get_args(option)[0])] if get_origin(option) is tuple else None
+    entry = element(annotation)
+    return None if entry is None else [stand_in(entry)]
 
 
 def stand_in_for(field: FieldInfo) -> Any:
@@ -104,5 +111,5 @@ def stand_in_for(field: FieldInfo) -> Any:
     return field.examples[0] if field.examples else stand_in(field.annotation)
 
 
-def dotted(path: Path) -> str:
+def dotted(path: KeyPath) -> str:
     return ".".join(str(key) for key in path)

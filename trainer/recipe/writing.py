@@ -7,12 +7,12 @@ from typing import Any
 
 import yaml
 
-from trainer.recipe.base import Path
+from trainer.recipe.base import KeyPath
 from trainer.recipe.document import Dumper
 from trainer.recipe.root import Recipe
 from trainer.recipe.tree import dotted
 
-MAY_CHANGE: tuple[Path, ...] = (
+MAY_CHANGE: tuple[KeyPath, ...] = (
     ("name",),
     ("storage",),
     ("resources",),
@@ -42,13 +42,13 @@ def schema() -> dict[str, Any]:
     return head | Recipe.model_json_schema()
 
 
-def _leaves(recipe: Recipe) -> Iterator[tuple[Path, Any]]:
+def _leaves(recipe: Recipe) -> Iterator[tuple[KeyPath, Any]]:
     for path, value in _walk(recipe.model_dump(mode="json"), ()):
         if not any(path[: len(free)] == free for free in MAY_CHANGE):
             yield path, value
 
 
-def _walk(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
+def _walk(value: Any, path: KeyPath) -> Iterator[tuple[KeyPath, Any]]:
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     for key, child in items:
         yield from _walk(child, (*path, key))
@@ -56,7 +56,7 @@ def _walk(value: Any, path: Path) -> Iterator[tuple[Path, Any]]:
         yield path, value
 
 
-def _show(leaves: dict[Path, Any], path: Path) -> str:
+def _show(leaves: dict[KeyPath, Any], path: KeyPath) -> str:
     if path not in leaves:
         return "(not there)"
     return yaml.dump(leaves[path], Dumper=Dumper, allow_unicode=True, width=10**6).removesuffix("...\n").strip()

@@ -1,0 +1,157 @@
+"""Writes docs/recipe.md and recipes/recipe.schema.json from the model: ``python -m trainer.recipe.reference``."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from pydantic.fields import FieldInfo
+
+from trainer.recipe.base import KeyPath, Section
+from trainer.recipe.compatibility import RULES
+from trainer.recipe.data import COLUMNS
+from trainer.recipe.root import Recipe
+from trainer.recipe.tree import dotted, element, section_of
+from trainer.recipe.writing import MAY_CHANGE, schema
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+HEAD = """# The recipe
+
+Made from the model in `trainer/recipe/` by `make schema`; change the text under the fields there, not here.
+
+A recipe is a YAML file (or the same in JSON, ending in `.json`). Unknown keys and wrong types are refused; `muster
+validate RECIPE` lists every mistake with its line. Any value can be set on the command line by its dotted path, an
+entry of a list by its index from 0:
+
+```sh
+muster run recipes/quickstart.yaml optimizer.lr=1e-4 data.train.0.weight=2 training.max_grad_norm=null
+```
+
+YAML is read by the rules of version 1.2: `1e-4` is a number, only `true` and `false` are truth values. The first line
+`# yaml-language-server: $schema=recipe.schema.json` gives editors completion and checks.
+"""
+
+
+def pages() -> dict[pathlib.Path, str]:
+    """What is written where, below the project's root."""
+    return {
+        pathlib.Path("docs/recipe.md"): markdown(),
+        pathlib.Path("recipes/recipe.schema.json"): json.dumps(schema(), indent=2, ensure_ascii=False) + "\n",
+    }
+
+
+def markdown() -> str:
+    parts = [HEAD, *_sections(Recipe, ()), _columns(), _rules(), _changes()]
+    return "\n".join(parts)
+
+
+def _sections(section: type[Section], path: KeyPath) -> Iterator[str]:
+    """A table per section: the section itself, then those inside it, in the order of the file."""
+    title = f"## {_name(path)}" if path else "## Top level"
+    shapes = schema()["$defs"].get(section.__name__, schema())["properties"]
+    rows = [_row(name, field, shapes[name]) for name, field in section.model_fields.items()]
+    lines = [
+        title,
+        "",
+        _one_line(section.__doc__ or ""),
+        "",
+        "| key | takes | default | |",
+        "|---|---|---|---|",
+        *rows,
+        "",
+    ]
+    yield "\n".join(lines)
+    for name, field in section.model_fields.items():
+        inner = section_of(element(field.annotation) or field.annotation)
+        if inner is not None and inner is not section and (path, name) != (("data",), "eval"):
+            yield from _sections(inner, (*path, name))
+
+
+def _name(path: KeyPath) -> str:
+    return f"{dotted(path)} (each entry, of eval too)" if path == ("data", "train") else dotted(path)
+
+
+def _row(name: str, field: FieldInfo, described: dict[str, Any]) -> str:
+    inner = section_of(field.annotation)
+    about = f"see [{name}](#{name})" if inner else _one_line(field.description or "")
+    cells = (f"`{name}`", _takes(field, described), _default(field), about)
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _takes(field: FieldInfo, described: dict[str, Any]) -> str:
+    if section_of(field.annotation):
+        return "a section"
+    if section_of(element(field.annotation)):
+        return "a list of sources"
+    return shape(described)
+
+
+def shape(described: dict[str, Any]) -> str:
+    """The JSON Schema of one value in a few words."""
+    if "anyOf" in described:
+        return " or ".join(shape(option) for option in described["anyOf"])
+    if "enum" in described:
+        return ", ".join(f"`{name}`" for name in described["enum"])
+    if described.get("type") == "array":
+        if "prefixItems" in described:
+            return f"[{', '.join(shape(item) for item in described['prefixItems'])}]"
+        return f"a list of {shape(described.get('items', {}))}"
+    words = {"integer": "whole number", "number": "number", "string": "text", "boolean": "`true`, `false`"}
+    words |= {"null": "`null`", "object": "a mapping"}
+    return words[described["type"]] + _bounds(described)
+
+
+def _bounds(described: dict[str, Any]) -> str:
+    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    bounds = [f"{sign} {described[key]:g}" for key, sign in signs.items() if key in described]
+    return f" {', '.join(bounds)}" if bounds else ""
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if isinstance(value, Section):
+        return "its defaults"
+    return f"`{json.dumps(value)}`" if not isinstance(value, str) else f"`{value}`"
+
+
+def _columns() -> str:
+    rows = [f"| `{name}` | {', '.join(f'`{column}`' for column in columns)} |" for name, columns in COLUMNS.items()]
+    head = ["## Columns of a format", "", "| format | reads the columns |", "|---|---|"]
+    return "\n".join([*head, *rows, ""])
+
+
+def _rules() -> str:
+    """The pairs of settings that are checked against each other; the refusal itself gives the reason."""
+    head = [
+        "## What is checked together",
+        "",
+        "`validate` refuses values of these settings that cannot work together:",
+        "",
+    ]
+    return "\n".join([*head, *(f"- {' with '.join(f'`{dotted(path)}`' for path in rule.paths)}" for rule in RULES), ""])
+
+
+def _changes() -> str:
+    names = ", ".join(f"`{dotted(path)}`" for path in MAY_CHANGE)
+    text = f"The recipe is frozen into the run at its first start. Between attempts only these may change: {names}."
+    return "\n".join(["## What may change when a run is resumed", "", text, ""])
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def main() -> None:
+    for path, text in pages().items():
+        (ROOT / path).parent.mkdir(exist_ok=True)
+        (ROOT / path).write_text(text, encoding="utf-8")
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()
