@@ -21,6 +21,7 @@ from launcher.quickstart import prepare
 from launcher.quickstart.answers import answers, right
 from launcher.quickstart.chart import draw, losses
 from launcher.quickstart.corpus import questions
+from trainer import layout
 from trainer.recipe import Recipe, load
 from trainer.storage import Storage, open_storage
 
@@ -62,7 +63,7 @@ def make_inputs(console: Console, recipe: Recipe) -> None:
 def show_curve(console: Console, run: Storage) -> None:
     from trainer.reporter import read_rows
 
-    rows = list(read_rows(run, "metrics"))
+    rows = list(read_rows(run, layout.METRICS))
     console.rule("loss over target tokens")
     for line in draw(losses(rows), width=max(min(console.width - 16, 72), 20)):
         console.print(line, markup=False, highlight=False)
@@ -87,7 +88,7 @@ def show_answers(console: Console, recipe: Recipe, run: Storage) -> None:
 
 def fetch_adapter(run: Storage, folder: Path) -> Path:
     """The final adapter's files in a local folder, wherever the run is stored."""
-    adapter = run.child("adapter")
+    adapter = run.child(layout.ADAPTER)
     for found in adapter.list():
         adapter.download(found.key, folder / Path(found.key).name)
     return folder
@@ -95,7 +96,7 @@ def fetch_adapter(run: Storage, folder: Path) -> Path:
 
 def show_next(console: Console, recipe: Recipe, seconds: float) -> None:
     console.rule(f"done in {seconds:.0f} s")
-    console.print(f"adapter:  {recipe.run_uri}/adapter", soft_wrap=True)
+    console.print(f"adapter:  {recipe.run_uri}/{layout.ADAPTER}", soft_wrap=True)
     console.print(f"look:     muster status {recipe.run_uri}", soft_wrap=True)
     console.print(
         "again:    make quickstart (finds this run finished); with another name it trains anew:", soft_wrap=True
