@@ -1,5 +1,36 @@
 """Data whose order belongs to the run: freeze the inputs, prepare once, plan, and stream by an integer cursor."""
 
+from trainer.data.evaluation import eval_batches
+from trainer.data.executor import process_pool
+from trainer.data.freeze import freeze
+from trainer.data.prepare import MapWindows, Progress, check_first_rows, prepare, resolve_chat_template
+from trainer.data.prepared import Prepared, open_prepared
+from trainer.data.spec import FrozenObject, FrozenSource, Preparation, describe, tokenizer_fingerprint
+from trainer.data.stream import Stream, count_steps
 from trainer.data.types import Batch, Cursor, MicroBatch, RankStep, SampleRef, StepPlan
 
-__all__ = ["Batch", "Cursor", "MicroBatch", "RankStep", "SampleRef", "StepPlan"]
+__all__ = [
+    "Batch",
+    "Cursor",
+    "FrozenObject",
+    "FrozenSource",
+    "MapWindows",
+    "MicroBatch",
+    "Preparation",
+    "Prepared",
+    "Progress",
+    "RankStep",
+    "SampleRef",
+    "StepPlan",
+    "Stream",
+    "check_first_rows",
+    "count_steps",
+    "describe",
+    "eval_batches",
+    "freeze",
+    "open_prepared",
+    "prepare",
+    "process_pool",
+    "resolve_chat_template",
+    "tokenizer_fingerprint",
+]

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -29,7 +30,7 @@ def permutation(count: int, *name: str | int) -> Ints:
     return np.argsort(raw, kind="stable").astype(np.int64)
 
 
-def uniforms(columns: tuple[npt.NDArray[np.integer[npt.NBitBase]], ...], *name: str | int) -> npt.NDArray[np.float64]:
+def uniforms(columns: tuple[npt.NDArray[np.integer[Any]], ...], *name: str | int) -> npt.NDArray[np.float64]:
     """One number in [0, 1) per row of the columns, a pure function of the name and of that row's values."""
     state = np.full(len(columns[0]), int(hash_parts(*name)[:16], 16), dtype=np.uint64)
     for column in columns:

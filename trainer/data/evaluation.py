@@ -1,0 +1,53 @@
+"""Evaluation batches: the prepared data in its stored order, each sample once, shared out over the ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from trainer.data.collate import read_batch
+from trainer.data.plan import plan_in_order
+from trainer.data.prepared import Prepared
+from trainer.data.reader import CACHE_BYTES, BlockReader
+from trainer.data.types import Batch, MicroBatch, SampleRef
+
+Pack = tuple[SampleRef, ...]
+
+
+def eval_batches(
+    prepared: Prepared, micro_batch: int, rank: int, world_size: int, cache_bytes: int = CACHE_BYTES
+) -> Iterator[Batch]:
+    """This rank's batches of ``micro_batch`` packs: number k of all goes to rank k % world_size.
+
+    Every rank gets the same number, the last of some being ``Batch.empty()``, so that collectives in the forward pass
+    meet. Sequence length and packing are those of the preparation.
+    """
+    reader = BlockReader(prepared, cache_bytes)
+    mine: MicroBatch | None = None
+    count = 0
+    for part in _micro_batches(prepared, micro_batch):
+        if part.index % world_size == rank:
+            mine = part
+        count += 1
+        if count % world_size == 0:
+            assert mine is not None
+            yield read_batch(reader, mine)
+            mine = None
+    if count % world_size:
+        yield Batch.empty() if mine is None else read_batch(reader, mine)
+
+
+def _micro_batches(prepared: Prepared, size: int) -> Iterator[MicroBatch]:
+    packs = _packs(prepared)
+    index = 0
+    while part := [p for _, p in zip(range(size), packs, strict=False)]:
+        refs = tuple(refs for refs, _, _ in part)
+        yield MicroBatch(index, refs, sum(t for _, t, _ in part), sum(t for _, _, t in part))
+        index += 1
+
+
+def _packs(prepared: Prepared) -> Iterator[tuple[Pack, int, int]]:
+    for window in range(len(prepared.windows)):
+        plan = plan_in_order(prepared.index(window), prepared.spec.sequence_length, prepared.spec.packing)
+        for p in range(len(plan)):
+            refs = tuple(SampleRef(window, s) for s in plan.pack(p))
+            yield refs, int(plan.tokens[p]), int(plan.targets[p])

@@ -1,0 +1,41 @@
+"""Preparing windows in processes of this machine, where there is no Ray to do it."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from typing import Any
+
+_task: Callable[[Any], Any] | None = None
+
+
+def process_pool(processes: int) -> Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]:
+    """A ``map`` over that many spawned processes, results in order; the function is pickled once per process.
+
+    Spawned, not forked: a tokenizer's threads do not survive a fork. When a job raises, those not begun are cancelled.
+    """
+
+    def run(task: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
+        count = max(1, min(processes, len(jobs)))
+        context = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(count, context, initializer=_take_task, initargs=(task,)) as pool:
+            try:
+                yield from pool.map(_call, jobs)
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+    return run
+
+
+def _take_task(task: Callable[[Any], Any]) -> None:
+    global _task
+    _task = task
+    # The processes share the cores already; a tokenizer's own threads on top only get in each other's way.
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def _call(job: Any) -> Any:
+    assert _task is not None
+    return _task(job)

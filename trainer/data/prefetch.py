@@ -1,0 +1,85 @@
+"""Reading ahead: one thread, a bounded queue, and errors that reach the one who waits."""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Protocol
+
+from trainer.data.types import Cursor, RankStep, StepPlan
+
+_POLL_S = 0.1
+_CLOSE_S = 10.0
+
+
+class Source(Protocol):
+    """What reading ahead asks of a stream."""
+
+    def step(self, cursor: Cursor) -> StepPlan: ...
+
+    def read_step(self, plan: StepPlan, rank: int, world_size: int) -> RankStep: ...
+
+
+class Prefetcher(Iterator[RankStep]):
+    """Steps in order, at most ``depth`` of them read ahead of the consumer. ``close`` ends the thread and may be called
+    twice; after it, and after ``steps`` steps, iteration stops. An error is raised once, where its step would be."""
+
+    def __init__(
+        self, source: Source, cursor: Cursor, rank: int, world_size: int, depth: int, steps: int | None = None
+    ) -> None:
+        self._source, self._cursor, self._steps = source, cursor, steps
+        self._rank, self._world_size = rank, world_size
+        self._queue: queue.Queue[RankStep | BaseException | None] = queue.Queue(max(1, depth))
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._produce, name="muster-prefetch", daemon=True)
+        self._thread.start()
+
+    def _produce(self) -> None:
+        cursor, done = self._cursor, 0
+        try:
+            while not self._closed.is_set() and (self._steps is None or done < self._steps):
+                plan = self._source.step(cursor)
+                self._put(self._source.read_step(plan, self._rank, self._world_size))
+                cursor, done = plan.next, done + 1
+            self._put(None)
+        except BaseException as error:  # whatever it is, it belongs to the consumer
+            self._put(error)
+
+    def _put(self, item: RankStep | BaseException | None) -> None:
+        while not self._closed.is_set():
+            try:
+                return self._queue.put(item, timeout=_POLL_S)
+            except queue.Full:
+                continue
+
+    def __next__(self) -> RankStep:
+        item = None
+        while not self._closed.is_set():
+            try:
+                item = self._queue.get(timeout=_POLL_S)
+                break
+            except queue.Empty:
+                continue
+        if isinstance(item, RankStep):
+            return item
+        self.close()
+        if item is not None:
+            raise item
+        raise StopIteration
+
+    def close(self) -> None:
+        """Waits up to 10 s for the read in progress to end; what was read ahead is dropped."""
+        self._closed.set()
+        if threading.current_thread() is not self._thread:
+            # A read that goes on retrying against a dead storage must not hold up the end of a run.
+            self._thread.join(_CLOSE_S)
+
+    def __enter__(self) -> Prefetcher:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
