@@ -21,13 +21,19 @@ def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
 
 
 @pytest.fixture(scope="session")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The wheel, built from a copy: a build leaves build/ and *.egg-info beside its sources."""
-    source, out = tmp_path_factory.mktemp("source"), tmp_path_factory.mktemp("wheel")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what the wheel is built from: a build leaves build/ and *.egg-info beside its sources."""
+    source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     for name in (*PACKAGES, "recipes"):
         shutil.copytree(ROOT / name, source / name)
+    return source
+
+
+@pytest.fixture(scope="session")
+def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("wheel")
     built = run(
         sys.executable, "-m", "pip", "wheel", "-q", ".", "--no-deps", "--no-build-isolation", "-w", out, cwd=source
     )
@@ -52,17 +58,17 @@ def site_packages(home: Path) -> Path:
     return next((home / "lib").glob("python*/site-packages"))
 
 
-def shipped() -> set[str]:
-    """What the wheel has to carry, read off the checkout."""
-    code = {p for name in PACKAGES for p in (ROOT / name).rglob("*.py")}
-    data = {*(ROOT / "recipes").glob("*.yaml"), ROOT / "recipes" / "recipe.schema.json"}
-    return {f"muster/{p.relative_to(ROOT).as_posix()}" for p in code | data}
+def shipped(source: Path) -> set[str]:
+    """What the wheel has to carry, read off its sources."""
+    code = {p for name in PACKAGES for p in (source / name).rglob("*.py")}
+    data = {*(source / "recipes").glob("*.yaml"), source / "recipes" / "recipe.schema.json"}
+    return {f"muster/{p.relative_to(source).as_posix()}" for p in code | data}
 
 
-def test_the_wheel_carries_every_module_and_recipe_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_carries_every_module_and_recipe_and_nothing_else(source: Path, wheel: Path) -> None:
     names = {n for n in zipfile.ZipFile(wheel).namelist() if not n.endswith("/")}
     inside = {n for n in names if n.startswith("muster/")}
-    assert inside == shipped()
+    assert inside == shipped(source)
     assert {n.split("/")[0] for n in names - inside} == {f"{'-'.join(wheel.name.split('-')[:2])}.dist-info"}
 
 
