@@ -67,17 +67,19 @@ Loader.add_constructor(INT, _integer)
 
 def read_yaml(text: str) -> Document:
     """Parse YAML; a syntax error ends up in the notes, with data None."""
-    loader = Loader(text)
     try:
-        node = loader.get_single_node()
-        return _Walk(loader).document(node)
+        loader = Loader(text)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        return Document(
+            None, {}, [Note(line, (), f"is not YAML: the character {text[error.position]!r} cannot stand in it")]
+        )
+    try:
+        return _Walk(loader).document(loader.get_single_node())
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
         return Document(None, {}, [Note(line, (), f"is not YAML: {error.problem or error.context}{_advice(error)}")])
-    except yaml.reader.ReaderError as error:
-        line = text.count("\n", 0, error.position) + 1
-        return Document(None, {}, [Note(line, (), f"is not YAML: character {error.character!r} is not allowed")])
     finally:
         loader.dispose()
 

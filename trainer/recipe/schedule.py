@@ -14,14 +14,14 @@ class ScheduleSection(Section):
     """The learning rate over the steps of the run."""
 
     name: Literal["constant", "linear", "cosine"] = "constant"
-    """Course after the warm-up: stay at `lr`, or fall to `min_lr_ratio` of it at the last step, in a line or a half
-    cosine."""
+    """Course after the warm-up: stay at `lr`, or fall to `min_lr_ratio` of it by the end of the run, in a line or
+    half a cosine."""
 
     warmup_steps: int = Field(default=0, ge=0)
     """Steps over which the learning rate rises in a line from 0 to `lr`."""
 
     min_lr_ratio: float = Field(default=0.0, ge=0.0, le=1.0)
-    """Learning rate at the last step, as a fraction of `lr`."""
+    """Learning rate that a falling schedule ends at, as a fraction of `lr`."""
 
     def conflicts(self) -> Iterator[Conflict]:
         if self.name == "constant" and self.min_lr_ratio > 0:
