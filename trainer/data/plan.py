@@ -1,9 +1,7 @@
 """The plan: which samples stand in which pack, in which order. A pure function of the data's shape, seed and epoch.
 
 An epoch takes the windows in a permuted order. Within a window, each sample is copied by its source's weight, the
-copies are permuted, packed, and the packs permuted. Packing is best-fit-decreasing: samples from the longest to the
-shortest, each into the pack where the least room is left after it; among samples of one length, the permuted order
-decides, so that the company a sample keeps differs from epoch to epoch.
+copies are permuted, packed, and the packs permuted.
 
 An *epoch* so means each sample of each source once; a weight of 2 means twice, 0.5 a random half of them, which is
 another half each epoch.
@@ -14,12 +12,12 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from trainer.data.blocks import WindowIndex
+from trainer.data.packing import fill_packs
 from trainer.data.seeding import permutation, uniforms
 from trainer.data.types import Ints
 
@@ -92,34 +90,7 @@ def plan_in_order(index: WindowIndex, sequence_length: int, packing: bool) -> Wi
 def _packs(index: WindowIndex, chosen: Ints, settings: PlanSettings) -> list[Ints]:
     if not settings.packing:
         return list(chosen.reshape(-1, 1))
-    return [chosen[p] for p in best_fit(index.length[chosen], settings.sequence_length)]
-
-
-def best_fit(lengths: npt.NDArray[np.integer[Any]], capacity: int) -> list[list[int]]:
-    """Positions of ``lengths`` in packs whose lengths sum to at most ``capacity``; best-fit-decreasing, ties in order.
-
-    ``open_`` has bit r set while some pack has room r left, so that the tightest pack is found by its lowest set bit.
-    """
-    assert len(lengths) == 0 or int(lengths.max()) <= capacity, "a sample is longer than a pack"
-    packs: list[list[int]] = []
-    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
-    open_ = 0
-    sizes = lengths.tolist()
-    for i in np.argsort(-lengths.astype(np.int64), kind="stable").tolist():
-        size = sizes[i]
-        fitting = open_ >> size
-        if fitting:
-            room = size + (fitting & -fitting).bit_length() - 1
-            pack = by_room[room].pop()
-            if not by_room[room]:
-                open_ ^= 1 << room
-            packs[pack].append(i)
-        else:
-            room, pack = capacity, len(packs)
-            packs.append([i])
-        by_room[room - size].append(pack)
-        open_ |= 1 << (room - size)
-    return packs
+    return [chosen[p] for p in fill_packs(index.length[chosen], settings.sequence_length)]
 
 
 def _assemble(index: WindowIndex, packs: Sequence[Ints]) -> WindowPlan:

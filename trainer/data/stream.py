@@ -12,7 +12,8 @@ from dataclasses import dataclass, replace
 
 from trainer.data.blocks import WindowIndex
 from trainer.data.collate import read_batch
-from trainer.data.plan import PlanSettings, best_fit, copies
+from trainer.data.packing import fill_packs
+from trainer.data.plan import PlanSettings, copies
 from trainer.data.plan_store import LinkedPlan, PlanStore
 from trainer.data.prefetch import Prefetcher
 from trainer.data.prepared import Prepared
@@ -182,4 +183,4 @@ def _packs_of(index: WindowIndex, settings: PlanSettings, epoch: int) -> int:
     times = copies(index, settings, epoch)
     if not settings.packing:
         return int(times.sum())
-    return len(best_fit(index.length.repeat(times), settings.sequence_length))
+    return len(fill_packs(index.length.repeat(times), settings.sequence_length))
