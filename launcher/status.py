@@ -1,0 +1,144 @@
+"""What a run says of itself, read from its storage alone, from anywhere, while it goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import islice
+from typing import Any
+
+from trainer import layout
+from trainer.checkpoint.claims import read_claims
+from trainer.checkpoint.protocol import list_commits
+from trainer.checkpoint.record import CommitRecord
+from trainer.errors import CorruptObject, InputError
+from trainer.lease import ENDED, LeaseRecord, read_lease
+from trainer.reporter import rows_backwards
+from trainer.storage import Storage
+
+_PARALLEL_RUNS = 8
+_ROWS_LOOKED_AT = 2000
+_POSITION = ("attempt", "step", "total_steps", "world_size", "samples", "epoch")
+
+
+@dataclass(frozen=True)
+class CheckpointStatus:
+    """``committed_at`` is ISO 8601 in UTC."""
+
+    step: int
+    uri: str
+    committed_at: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """``step`` is the last one in the metrics; ``metrics`` holds the last step's values and the last evaluation's."""
+
+    name: str
+    uri: str
+    state: str
+    step: int
+    total_steps: int
+    attempts: int
+    world_size: int
+    samples: int
+    epoch: int
+    holder: str | None
+    checkpoints: tuple[CheckpointStatus, ...]
+    metrics: Mapping[str, Any]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def read_status(run: Storage, *, now: float | None = None) -> Status:
+    """InputError when there is no run. ``now`` is unix s, this machine's clock by default."""
+    with ThreadPoolExecutor(4) as pool:
+        begun = pool.submit(run.info, layout.RECIPE)
+        lease = pool.submit(_lease, run)
+        claims = pool.submit(read_claims, run)
+        commits = pool.submit(list_commits, run)
+        train, evaluation = _last_rows(run)
+    if begun.result() is None and lease.result() is None:
+        raise InputError(f"there is no run at {run.url}; `muster ls` with the folder above it lists those that are")
+    return _status(run, lease.result(), claims.result().attempt, commits.result(), {**evaluation, **train}, now)
+
+
+def list_runs(storage: Storage) -> list[Status]:
+    """The runs directly inside a storage, by name; folders that hold no run are left out."""
+    names = [name for name in storage.folders() if not name.startswith(("_", "."))]
+    with ThreadPoolExecutor(_PARALLEL_RUNS) as pool:
+        found = pool.map(lambda name: _status_or_none(storage.child(name)), names)
+        return [status for status in found if status is not None]
+
+
+def _status_or_none(run: Storage) -> Status | None:
+    if run.info(layout.RECIPE) is None:
+        return None
+    return read_status(run)
+
+
+def _status(
+    run: Storage,
+    lease: LeaseRecord | None,
+    attempts: int,
+    commits: list[CommitRecord],
+    row: Mapping[str, Any],
+    now: float | None,
+) -> Status:
+    newest: Mapping[str, Any] = {"step": commits[0].step, **commits[0].state} if commits else {}
+    position = {key: int(row.get(key) or newest.get(key) or 0) for key in _POSITION}
+    return Status(
+        name=run.url.rsplit("/", 1)[-1],
+        uri=run.url,
+        state=_state(lease, time.time() if now is None else now),
+        step=position["step"],
+        total_steps=position["total_steps"],
+        attempts=attempts,
+        world_size=position["world_size"],
+        samples=position["samples"],
+        epoch=position["epoch"],
+        holder=str(lease.holder) if lease and lease.state not in ENDED else None,
+        checkpoints=tuple(_checkpoints(run, commits)),
+        metrics={key: value for key, value in row.items() if key not in _POSITION},
+    )
+
+
+def _state(lease: LeaseRecord | None, now: float) -> str:
+    if lease is None:
+        return "interrupted"
+    if lease.state in ENDED:
+        return lease.state
+    return "running" if lease.is_alive(now) else "interrupted"
+
+
+def _checkpoints(run: Storage, commits: list[CommitRecord]) -> list[CheckpointStatus]:
+    """By step; of a step that two generations committed, the newer one's."""
+    by_step = {c.step: c for c in reversed(commits)}
+    return [
+        CheckpointStatus(step, run.uri(layout.checkpoint(c.checkpoint)), c.committed_at)
+        for step, c in sorted(by_step.items())
+    ]
+
+
+def _lease(run: Storage) -> LeaseRecord | None:
+    try:
+        return read_lease(run)
+    except CorruptObject:
+        return None
+
+
+def _last_rows(run: Storage) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The last training step's row, and the last evaluation's values, which are looked for so far and no further."""
+    train: dict[str, Any] = {}
+    evaluation: dict[str, Any] = {}
+    for row in islice(rows_backwards(run, layout.METRICS), _ROWS_LOOKED_AT):
+        if not train and "loss" in row:
+            train = row
+        if not evaluation and "eval_loss" in row:
+            evaluation = {key: value for key, value in row.items() if key not in _POSITION}
+        if train and evaluation:
+            break
+    return train, evaluation

@@ -1,0 +1,28 @@
+"""Checkpoints that are whole or not there (protocol.py states how)."""
+
+from __future__ import annotations
+
+from trainer.checkpoint.blobs import put_checkpoint
+from trainer.checkpoint.claims import Claims, check_fence, claim_attempt, claim_driver, read_claims
+from trainer.checkpoint.protocol import OnSkip, commit, list_commits, log_skip, retain
+from trainer.checkpoint.record import CommitRecord, FileEntry
+from trainer.checkpoint.restore import fetch, fetch_whole, newest_whole
+
+__all__ = [
+    "Claims",
+    "CommitRecord",
+    "FileEntry",
+    "OnSkip",
+    "check_fence",
+    "claim_attempt",
+    "claim_driver",
+    "commit",
+    "fetch",
+    "fetch_whole",
+    "list_commits",
+    "log_skip",
+    "newest_whole",
+    "put_checkpoint",
+    "read_claims",
+    "retain",
+]

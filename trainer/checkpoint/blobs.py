@@ -1,0 +1,67 @@
+"""A checkpoint's objects: uploaded under a name that was never used before, so that nothing is ever overwritten."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import uuid
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from trainer import layout
+from trainer.checkpoint.record import FileEntry
+from trainer.storage import Storage
+
+_PARALLEL_UPLOADS = 4
+_BLOCK = 2**20
+
+
+def put_checkpoint(
+    storage: Storage, content: Path | Mapping[str, bytes], *, attempt: int, step: int
+) -> tuple[str, dict[str, FileEntry]]:
+    """Uploads a folder (all files below it) or named bytes to ``checkpoints/<name>/``; returns the name and the files'
+    entries for the commit record. Nobody sees the checkpoint before the record is there."""
+    name = new_name(attempt, step)
+    names = sorted(content) if isinstance(content, Mapping) else _files_below(content)
+
+    def put(file: str) -> FileEntry:
+        key = f"{layout.checkpoint(name)}/{file}"
+        if isinstance(content, Mapping):
+            storage.write(key, content[file])
+            return entry_of(content[file])
+        entry = entry_of_file(content / file)
+        storage.upload(key, content / file)
+        return entry
+
+    with ThreadPoolExecutor(_PARALLEL_UPLOADS) as pool:
+        return name, dict(zip(names, pool.map(put, names), strict=True))
+
+
+def new_name(attempt: int, step: int) -> str:
+    """Unique by its random part; attempt and step are there for people, and for the sweep of orphans."""
+    return f"a{attempt:06d}-s{step:09d}-{uuid.uuid4().hex[:12]}"
+
+
+def attempt_of(name: str) -> int | None:
+    """The attempt that made a checkpoint's name, None for a name that `new_name` did not make."""
+    match = re.fullmatch(r"a(\d{6,})-s\d{9,}-[0-9a-f]{12}", name)
+    return int(match[1]) if match else None
+
+
+def entry_of(data: bytes) -> FileEntry:
+    return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+def entry_of_file(path: Path) -> FileEntry:
+    """`entry_of` without the file in memory."""
+    digest, size = hashlib.sha256(), 0
+    with open(path, "rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _files_below(folder: Path) -> list[str]:
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())

@@ -1,0 +1,86 @@
+"""The one way back: the newest commit that is whole, verified before anything of it is used."""
+
+from __future__ import annotations
+
+import shutil
+import uuid
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from trainer import layout
+from trainer.checkpoint.blobs import entry_of, entry_of_file
+from trainer.checkpoint.protocol import OnSkip, list_commits, log_skip
+from trainer.checkpoint.record import CommitRecord, FileEntry
+from trainer.errors import CorruptObject
+from trainer.storage import Storage
+
+T = TypeVar("T")
+_PARALLEL_FILES = 4
+
+
+def newest_whole(storage: Storage, *, on_skip: OnSkip = log_skip) -> tuple[CommitRecord, dict[str, bytes]] | None:
+    """The commit and its files in memory; None when there is no commit that is whole."""
+    return _first_whole(storage, lambda record: _in_memory(storage, record), on_skip)
+
+
+def fetch_whole(storage: Storage, target: Path, *, on_skip: OnSkip = log_skip) -> CommitRecord | None:
+    """The commit, with its files in ``target``, a folder that this call creates (it must not exist).
+
+    None, and no folder, when there is no commit that is whole. Needs disk, not memory.
+    """
+    if target.exists():
+        raise ValueError(f"{target} exists; a checkpoint is fetched into a folder of its own")
+    found = _first_whole(storage, lambda record: _on_disk(storage, record, target), on_skip)
+    return found[0] if found else None
+
+
+def fetch(storage: Storage, record: CommitRecord, target: Path) -> None:
+    """One given commit into ``target``, a folder that must not exist: what a rank calls once rank 0 has chosen.
+
+    CorruptObject or FileNotFoundError when it is not whole; then there is no folder.
+    """
+    _on_disk(storage, record, target)
+
+
+def _first_whole(storage: Storage, take: Callable[[CommitRecord], T], on_skip: OnSkip) -> tuple[CommitRecord, T] | None:
+    for record in list_commits(storage, on_skip):
+        try:
+            return record, take(record)
+        except (CorruptObject, FileNotFoundError) as error:
+            on_skip(record.step, storage.uri(layout.checkpoint(record.checkpoint)), str(error))
+    return None
+
+
+def _in_memory(storage: Storage, record: CommitRecord) -> dict[str, bytes]:
+    files = {}
+    for name, entry in record.files.items():
+        key = record.file_key(name)
+        files[name] = storage.read(key)
+        _compare(storage.uri(key), entry_of(files[name]), entry)
+    return files
+
+
+def _on_disk(storage: Storage, record: CommitRecord, target: Path) -> None:
+    partial = target.with_name(f"{target.name}.{uuid.uuid4().hex[:8]}.partial")
+
+    def bring(name: str) -> None:
+        key = record.file_key(name)
+        storage.download(key, partial / name)
+        _compare(storage.uri(key), entry_of_file(partial / name), record.files[name])
+
+    try:
+        partial.mkdir(parents=True)
+        with ThreadPoolExecutor(_PARALLEL_FILES) as pool:
+            list(pool.map(bring, record.files))
+        partial.rename(target)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _compare(uri: str, got: FileEntry, written: FileEntry) -> None:
+    if got["bytes"] != written["bytes"]:
+        raise CorruptObject(f"{uri} has {got['bytes']} bytes, {written['bytes']} were written")
+    if got["sha256"] != written["sha256"]:
+        raise CorruptObject(f"{uri} has sha256 {got['sha256'][:16]}…, {written['sha256'][:16]}… was written")

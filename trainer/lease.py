@@ -1,0 +1,224 @@
+"""The lease: which driver is alive and has the run.
+
+A record in the run that its driver rewrites every 3 s with a growing ``beat``. It informs (status, "who holds it?") and
+keeps two drivers from fighting; it does not protect: clocks differ and networks stall, so a new holder always claims a
+driver number, which fences the old one (trainer.checkpoint.claims) whether or not it has noticed.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from trainer import layout
+from trainer.checkpoint.claims import claim_driver, read_claims
+from trainer.errors import CorruptObject, MusterError, RunHeld
+from trainer.storage import Storage
+
+log = logging.getLogger(__name__)
+RENEW_S = 3.0
+STALE_S = 15.0
+WATCH_S = 20.0
+_POLL_S = 1.0
+RUNNING, STOPPING = "running", "stopping"
+ENDED = ("succeeded", "failed", "interrupted")
+
+
+@dataclass(frozen=True)
+class Holder:
+    """A process, told apart from every other one that ever ran: ``process_start`` is unix s, ``boot_id`` names the
+    boot and the pid namespace, ``job`` a Slurm job or RayJob that may be requeued under the same name."""
+
+    host: str
+    boot_id: str
+    pid: int
+    process_start: float
+    job: str | None
+
+    @staticmethod
+    def of_this_process(job: str | None) -> Holder:
+        import psutil
+
+        me = psutil.Process()
+        return Holder(socket.gethostname(), _boot_id(), me.pid, me.create_time(), job)
+
+    def is_dead(self) -> bool:
+        """Whether this process is known to have ended: only on its own host and boot can that be seen.
+
+        Another boot id proves nothing (hosts may share a name), and a reboot takes longer than a lease stays fresh.
+        """
+        if (self.host, self.boot_id) != (socket.gethostname(), _boot_id()):
+            return False
+        import psutil
+
+        try:
+            process = psutil.Process(self.pid)
+            other_process = abs(process.create_time() - self.process_start) > 1.0
+            return other_process or bool(process.status() == psutil.STATUS_ZOMBIE)
+        except psutil.NoSuchProcess:
+            return True
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}" + (f" (job {self.job})" if self.job else "")
+
+
+@dataclass(frozen=True)
+class LeaseRecord:
+    """``time`` is the holder's clock at the last renewal (unix s); ``beat`` counts renewals."""
+
+    driver: int
+    state: str
+    holder: Holder
+    time: float
+    beat: int
+
+    def is_alive(self, now: float) -> bool:
+        """As far as one look can tell, by clocks that may differ."""
+        return self.state not in ENDED and now - self.time <= STALE_S and not self.holder.is_dead()
+
+
+def read_lease(run: Storage) -> LeaseRecord | None:
+    """None when nobody ever held the run; CorruptObject when the record is not one."""
+    try:
+        body = run.read_json(layout.LEASE)
+    except FileNotFoundError:
+        return None
+    try:
+        holder = Holder(**{name: body.pop(name) for name in Holder.__dataclass_fields__})
+        return LeaseRecord(holder=holder, **body)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise CorruptObject(f"{run.uri(layout.LEASE)} is not a lease ({error}); take over with --takeover") from error
+
+
+class Lease:
+    """Held from `acquire` to `release`. ``lost`` is set once a newer driver is seen; then nothing may be written."""
+
+    def __init__(self, run: Storage, record: LeaseRecord, clock: Callable[[], float], renew_s: float) -> None:
+        self.lost = threading.Event()
+        self._run = run
+        self._record = record
+        self._state = record.state  # apart from the record: a signal handler may set it while a renewal is under way
+        self._clock = clock
+        self._renew_s = renew_s
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._ended = False
+        self._thread = threading.Thread(target=self._work, name="lease", daemon=True)
+        self._thread.start()
+
+    @property
+    def driver(self) -> int:
+        """The driver number that attempts are claimed with."""
+        return self._record.driver
+
+    @property
+    def holder(self) -> Holder:
+        return self._record.holder
+
+    @staticmethod
+    def acquire(
+        run: Storage,
+        *,
+        job: str | None = None,
+        takeover: bool = False,
+        clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], None] = time.sleep,
+        renew_s: float = RENEW_S,
+    ) -> Lease:
+        """Takes the run. Waits up to 20 s to see whether the one who has it is alive; RunHeld names a live one.
+
+        At once when nobody holds it, when its holder is seen dead on this host, when the holder is of the same ``job``
+        (a requeued one), and with ``takeover``.
+        """
+        if not takeover:
+            _wait_until_free(run, job, clock, sleep)
+        holder = Holder.of_this_process(job)
+        driver = claim_driver(run, asdict(holder))
+        record = LeaseRecord(driver, RUNNING, holder, clock(), 1)
+        _write(run, record)
+        newest = read_claims(run).driver
+        if newest > driver:
+            raise RunHeld(
+                f"driver {newest} took {run.url} in the same moment; look at it with `muster status {run.url}`"
+            )
+        return Lease(run, record, clock, renew_s)
+
+    def request_stop(self) -> None:
+        """Shows ``stopping`` in the record; from a signal handler too, since the renewing thread does the writing."""
+        self._state = STOPPING
+        self._wake.set()
+
+    def release(self, state: str) -> None:
+        """Ends as ``succeeded``, ``failed`` or ``interrupted``; storage errors are raised. A lost lease is left alone."""
+        if state not in ENDED:
+            raise ValueError(f"a lease ends with one of {', '.join(ENDED)}, not with {state!r}")
+        with self._lock:
+            self._ended = True
+        self._wake.set()
+        self._thread.join()
+        self._state = state
+        self._renew()
+
+    def _work(self) -> None:
+        while not self.lost.is_set():
+            self._wake.wait(self._renew_s)
+            self._wake.clear()
+            with self._lock:
+                if self._ended:
+                    return
+            try:
+                self._renew()
+            except MusterError as error:
+                log.warning("the lease of %s was not renewed: %s", self._run.url, error)
+
+    def _renew(self) -> None:
+        """Looks for a newer driver first, so that a lost lease does not hide the one of who has the run now."""
+        if read_claims(self._run).driver > self.driver:
+            self.lost.set()
+            return
+        beat = self._record.beat + 1
+        self._record = replace(self._record, state=self._state, time=self._clock(), beat=beat)
+        _write(self._run, self._record)
+
+
+def _wait_until_free(run: Storage, job: str | None, clock: Callable[[], float], sleep: Callable[[float], None]) -> None:
+    first = read_lease(run)
+    started = clock()
+    while (now := read_lease(run)) is not None:
+        if not now.is_alive(clock()) or (job is not None and now.holder.job == job):
+            return
+        if first is None or (now.driver, now.beat) != (first.driver, first.beat):
+            raise RunHeld(
+                f"{now.holder} holds {run.url} and is alive (driver {now.driver}, seen "
+                f"{max(0.0, clock() - now.time):.0f} s ago). Stop it, or take the run over with --takeover"
+            )
+        if clock() - started >= WATCH_S:
+            return
+        sleep(_POLL_S)
+
+
+def _write(run: Storage, record: LeaseRecord) -> None:
+    run.write_json(layout.LEASE, to_row(record))
+
+
+def to_row(record: LeaseRecord) -> Mapping[str, Any]:
+    """The flat JSON object that is stored."""
+    row = asdict(record)
+    return {**row.pop("holder"), **row}
+
+
+def _boot_id() -> str:
+    """This boot of this machine, and the pid namespace: a container's process 7 is not the host's."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            return f"{file.read().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"
+    except OSError:
+        import psutil
+
+        return f"{int(psutil.boot_time())}/0"
