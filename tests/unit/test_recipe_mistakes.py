@@ -168,6 +168,13 @@ def test_credentials_are_refused_and_not_printed(path: str, url: str) -> None:
     assert "cr3t" not in message
 
 
+@pytest.mark.parametrize("path", ["seed", "name", "adapter.method", "model.dtype", "tracking"])
+def test_credentials_in_the_wrong_place_are_not_printed_either(path: str) -> None:
+    [(where, message)] = mistakes(changed(path, "s3://key:s3cr3t@bucket"))
+    assert where == path
+    assert "cr3t" not in message
+
+
 @pytest.mark.parametrize("url", ["s3://bucket/a@b/*.jsonl", "http://host:9000/a@b", "hf://set@main", "a@b.jsonl"])
 def test_an_at_sign_elsewhere_is_no_credential(url: str) -> None:
     assert parse(changed("data.train.0.path", url)).data.train[0].path == url
@@ -248,3 +255,9 @@ def test_a_missing_file_and_a_file_that_is_no_text(tmp_path: Path) -> None:
         load(tmp_path / "bytes.yaml")
     with pytest.raises(RecipeError, match="cannot be read"):
         load(tmp_path)
+
+
+def test_choices_that_are_not_there_are_the_only_mistakes_of_a_recipe_that_asks_for_them() -> None:
+    source = {"path": "s3://corpus/*.jsonl", "format": "qa", "columns": {"question": "q", "answer": "a"}}
+    asked = GOOD | {"data": {"train": [source]}, "tracking": ["tensorboard"]}
+    assert [path for path, _ in mistakes(asked)] == ["data.train.0.format", "tracking.0"]

@@ -17,7 +17,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from trainer.errors import Mistake, RecipeError
-from trainer.recipe.base import Conflict, KeyPath, show
+from trainer.recipe.base import CREDENTIALS, Conflict, KeyPath, show
 from trainer.recipe.document import Document, read_json, read_yaml
 from trainer.recipe.overrides import apply
 from trainer.recipe.root import Recipe
@@ -56,10 +56,10 @@ def loads(text: str, where: str = "recipe.yaml", overrides: Sequence[str] = ()) 
     data = document.data
     applied = apply(data, overrides)
     found, recipe = _validate(data)
-    mistakes = [Mistake(f"{where}:{note.line}", dotted(note.path), note.message) for note in document.notes]
-    mistakes += [Mistake(_where(f.paths, document, applied.paths, where), dotted(f.paths[0]), f.message) for f in found]
+    mistakes = [_mistake(f"{where}:{note.line}", note.path, note.message) for note in document.notes]
+    mistakes += [_mistake(_where(f.paths, document, applied.paths, where), f.paths[0], f.message) for f in found]
     mistakes.sort(key=_line)
-    mistakes += [Mistake(COMMAND_LINE, dotted(p), message) for p, message in applied.mistakes]
+    mistakes += [_mistake(COMMAND_LINE, p, message) for p, message in applied.mistakes]
     if mistakes or recipe is None:
         raise RecipeError(tuple(mistakes))
     return recipe
@@ -71,7 +71,7 @@ def parse(data: dict[str, Any]) -> Recipe:
         raise _one("recipe", f"is a mapping of sections, got {show(data)}")
     found, recipe = _validate(copy.deepcopy(data))
     if found or recipe is None:
-        raise RecipeError(tuple(Mistake("recipe", dotted(path), message) for (path, *_), message in found))
+        raise RecipeError(tuple(_mistake("recipe", path, message) for (path, *_), message in found))
     return recipe
 
 
@@ -148,11 +148,16 @@ def _line(mistake: Mistake) -> tuple[bool, int]:
 
 def _not_a_mapping(document: Document, where: str) -> list[Mistake]:
     if document.notes:
-        return [Mistake(f"{where}:{note.line}", dotted(note.path), note.message) for note in document.notes]
+        return [_mistake(f"{where}:{note.line}", note.path, note.message) for note in document.notes]
     if document.data is None:
-        return [Mistake(where, "", "is empty; a recipe is a mapping that begins with name: and model:")]
-    return [Mistake(f"{where}:1", "", f"a recipe is a mapping of sections, got {show(document.data)}")]
+        return [_mistake(where, (), "is empty; a recipe is a mapping that begins with name: and model:")]
+    return [_mistake(f"{where}:1", (), f"a recipe is a mapping of sections, got {show(document.data)}")]
+
+
+def _mistake(where: str, path: KeyPath, message: str) -> Mistake:
+    """Credentials may have been put anywhere, and mistakes are printed and logged."""
+    return Mistake(where, dotted(path), CREDENTIALS.sub("://…@", message))
 
 
 def _one(where: str, message: str) -> RecipeError:
-    return RecipeError((Mistake(where, "", message),))
+    return RecipeError((_mistake(where, (), message),))
