@@ -6,10 +6,12 @@ Overrides go to the run. A second call resumes, or finds the run finished and on
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,9 +33,7 @@ SHOWN = 4
 
 def main(overrides: Sequence[str]) -> int:
     """The whole quickstart; returns the exit code of the run."""
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()
+    quiet_libraries()
     console, started = Console(), time.monotonic()
     recipe = load(RECIPE, overrides)
     make_inputs(console, recipe)
@@ -45,6 +45,15 @@ def main(overrides: Sequence[str]) -> int:
         show_answers(console, recipe, run)
         show_next(console, recipe, time.monotonic() - started)
     return code
+
+
+def quiet_libraries() -> None:
+    """Keep what libraries say about loading a small model on a CPU out of a first user's terminal."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def make_inputs(console: Console, recipe: Recipe) -> None:
@@ -76,7 +85,7 @@ def show_answers(console: Console, recipe: Recipe, run: Storage) -> None:
     held_out, base = questions(prepare.SEED)[1], Path(recipe.model.path)
     with tempfile.TemporaryDirectory() as folder:
         before, after = answers(base, None, held_out), answers(base, fetch_adapter(run, Path(folder)), held_out)
-    table = Table("question (none like it was trained on)", "before", "after", "right answer")
+    table = Table("held-out question", "before", "after", "right answer")
     for i in range(0, len(held_out), max(len(held_out) // SHOWN, 1)):
         asked, wanted = held_out[i].prompt.splitlines()[0].removeprefix("Question: "), held_out[i].completion.strip()
         table.add_row(asked, before[i], after[i], wanted)
@@ -97,7 +106,7 @@ def fetch_adapter(run: Storage, folder: Path) -> Path:
 def show_next(console: Console, recipe: Recipe, seconds: float) -> None:
     console.rule(f"done in {seconds:.0f} s")
     console.print(f"adapter:  {recipe.run_uri}/{layout.ADAPTER}", soft_wrap=True)
-    console.print(f"look:     muster status {recipe.run_uri}", soft_wrap=True)
+    console.print(f"look:     .venv/bin/muster status {recipe.run_uri}", soft_wrap=True)
     console.print(
         "again:    make quickstart (finds this run finished); with another name it trains anew:", soft_wrap=True
     )

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Point = tuple[int, float]
+MIN_WIDTH = 20
+"""Room for the axis labels."""
 
 
 def losses(rows: Iterable[Mapping[str, Any]], key: str = "loss") -> list[Point]:
@@ -20,13 +22,15 @@ def losses(rows: Iterable[Mapping[str, Any]], key: str = "loss") -> list[Point]:
 
 
 def draw(curve: Sequence[Point], width: int = 60, height: int = 12, mark: str = "*") -> list[str]:
-    """``height`` lines of a plot ``width`` columns wide, then its axis and the first and last step.
+    """``height`` lines of a plot at most ``width`` columns wide, then its axis and the first and last step.
 
-    A column shows the mean over its steps, so that a long run keeps its shape. Empty when there is nothing to draw.
+    A short run gets a column per step; of a long one, a column shows the mean over its steps, which keeps the shape.
+    Empty when there is nothing to draw.
     """
     curve = [(step, value) for step, value in curve if math.isfinite(value)]
     if not curve:
         return []
+    width = min(width, max(len(curve), MIN_WIDTH))
     columns = _columns(curve, width)
     low, high = min(columns.values()), max(columns.values())
     span = (high - low) or 1.0
