@@ -1,7 +1,8 @@
 """Filling packs: two heuristics for bin packing, and the better of their answers.
 
 *Best-fit-decreasing* takes the samples from the longest to the shortest, each into the pack where the least room is
-left after it. It is nearly perfect while short samples remain to fill the gaps, and leaves 1 to 3 % where there are none.
+left after it. It is nearly perfect while short samples remain to fill the gaps, and leaves 1 to 3 % where there are
+none.
 
 *Exact fit* fills pack after pack: the longest sample left, then, as soon as there is one, a sample or a pair of samples
 that fills the pack to its last token, else the longest that goes in.

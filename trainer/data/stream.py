@@ -22,6 +22,9 @@ from trainer.data.types import Batch, Cursor, MicroBatch, RankStep, SampleRef, S
 from trainer.errors import CorruptObject, InputError
 from trainer.storage import Storage
 
+_EMPTY_EPOCHS = 50
+"""A weight well below 1 may draw nothing from a handful of samples for an epoch or two; this many are a mistake."""
+
 
 @dataclass(frozen=True)
 class _Pack:
@@ -101,14 +104,13 @@ class Stream:
     def _enter(self, cursor: Cursor) -> tuple[Cursor, LinkedPlan]:
         """The plan under the cursor; a cursor at the end of a window moves on to the next pack there is."""
         linked = self.plans.at(cursor.epoch, cursor.window, cursor.chain)
-        passed = 0
+        first = cursor.epoch
         while cursor.pack >= len(linked.plan):
             cursor, linked = self._next_window(cursor)
-            passed += 1
-            if passed > 2 * self.plans.windows:
+            if cursor.epoch > first + _EMPTY_EPOCHS:
                 raise InputError(
                     f"the weights {list(self.plans.settings.weights)} leave no sample of "
-                    f"{self.prepared.totals.samples} in an epoch; raise them"
+                    f"{self.prepared.totals.samples} in {_EMPTY_EPOCHS} epochs; raise them"
                 )
         return cursor, linked
 

@@ -15,7 +15,7 @@ from trainer.data.readers import Reader, open_reader
 from trainer.data.rows import Encoded, Fault, Row, fit
 from trainer.data.spans import Span
 from trainer.data.spec import FrozenObject, Preparation
-from trainer.errors import InputError
+from trainer.errors import CorruptObject, InputError
 from trainer.storage import Storage, open_storage
 
 BATCH_ROWS = 512
@@ -61,7 +61,7 @@ def prepare_window(spec: Preparation, tokenizer: Any, storage: Storage, job: Win
     objects = [spec.sources[s.source].objects[s.object] for s in job.spans]
     try:
         key, data, index = _Window(spec, tokenizer).build(job)
-    except (InputError, FileNotFoundError):
+    except (InputError, CorruptObject, FileNotFoundError):
         check_objects(objects)  # a changed object explains the error better than what it led to
         raise
     check_objects(sorted(set(objects)))
