@@ -1,1 +1,1 @@
-"""Where a job runs; imports neither torch nor ray."""
+"""Where a job runs. Imports neither torch nor Ray."""

@@ -108,6 +108,7 @@ class Lease:
         self._renew_s = renew_s
         self._lock = threading.Lock()
         self._wake = threading.Event()
+        self._stopping = threading.Event()
         self._ended = False
         self._thread = threading.Thread(target=self._work, name="lease", daemon=True)
         self._thread.start()
@@ -155,7 +156,7 @@ class Lease:
         self._wake.set()
 
     def release(self, state: str) -> None:
-        """Ends as ``succeeded``, ``failed`` or ``interrupted``; storage errors are raised. A lost lease is left alone."""
+        """Ends as ``succeeded``, ``failed`` or ``interrupted``; raises storage errors. A lost lease is left alone."""
         if state not in ENDED:
             raise ValueError(f"a lease ends with one of {', '.join(ENDED)}, not with {state!r}")
         with self._lock:

@@ -125,7 +125,7 @@ class Storage:
         """Into a local file, which appears only when it is whole; parts of 16 MiB side by side. Returns the bytes."""
         info = self.info(key)
         if info is None:
-            raise FileNotFoundError(self.uri(key))
+            raise FileNotFoundError(f"{self.uri(key)} does not exist")
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(f".{target.name}.{uuid.uuid4().hex}")

@@ -70,6 +70,8 @@ class JsonLines:
 def parse_line(line: bytes) -> Row | Fault:
     try:
         value = json.loads(line)
+    except json.JSONDecodeError as error:
+        return Fault(f"not valid JSON ({error.msg.removesuffix(' at')}, column {error.colno}): {_excerpt(line)}")
     except (ValueError, RecursionError) as error:
         return Fault(f"not valid JSON ({error}): {_excerpt(line)}")
     if not isinstance(value, dict):

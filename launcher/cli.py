@@ -1,0 +1,167 @@
+"""The command line: ``muster …`` and ``python -m launcher …`` are this program.
+
+Results go to stdout, everything else to stderr. Nothing heavy is imported before a command needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from trainer.errors import Interrupted, MusterError, RecipeError, UsageError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+app = typer.Typer(
+    name="muster",
+    help="Fine-tune language models over many nodes: exact data order, resumable anywhere.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe: YAML or JSON file")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes, by dotted path")]
+
+
+def stderr() -> Console:
+    plain = bool(os.environ.get("CI")) or not sys.stderr.isatty()
+    return Console(stderr=True, highlight=False, force_terminal=False if plain else None, width=200 if plain else None)
+
+
+@app.command()
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    on: Annotated[str | None, typer.Option(help="local | ray: where to run; without it, RAY_ADDRESS decides")] = None,
+    takeover: Annotated[
+        bool, typer.Option("--takeover", help="take the run from a driver that still holds it")
+    ] = False,
+) -> None:
+    """Train RECIPE to its end. Running it again resumes it."""
+    from launcher.driver import run as drive
+    from launcher.progress import Progress
+    from trainer.recipe import load
+
+    choose_ray(on)
+    console = stderr()
+    loaded = load(recipe, overrides or [])
+    adapter = drive(loaded, Progress(console), takeover=takeover)
+    console.print(Text(f"finished: the adapter lies in {adapter}"), soft_wrap=True)
+
+
+def choose_ray(on: str | None) -> None:
+    if on not in (None, "local", "ray"):
+        raise UsageError(f"--on {on!r} is not one of: local, ray")
+    if on == "local":
+        os.environ.pop("RAY_ADDRESS", None)
+    if on == "ray" and not os.environ.get("RAY_ADDRESS"):
+        os.environ["RAY_ADDRESS"] = "auto"
+
+
+@app.command()
+def validate(
+    recipes: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE]...", help="recipes to check")] = None,
+    shipped: Annotated[bool, typer.Option("--all", help="check every recipe that muster ships")] = False,
+    inputs: Annotated[bool, typer.Option("--inputs", help="contact model, data and storage as well")] = False,
+) -> None:
+    """Say every mistake of each RECIPE, with its line. Nothing is created, and nothing contacted without --inputs."""
+    from trainer.recipe import load
+
+    paths = [*(recipes or []), *(sorted(map(str, (ROOT / "recipes").glob("*.yaml"))) if shipped else [])]
+    if not paths:
+        raise UsageError("name a recipe to validate, or --all")
+    console, failed = stderr(), False
+    for path in paths:
+        try:
+            loaded = load(path)
+            if inputs:
+                _check_inputs(loaded, console)
+            console.print(Text(f"ok  {path}"), soft_wrap=True)
+        except UsageError as error:
+            failed = True
+            console.print(Text(error_text(error, path)), soft_wrap=True)
+    if failed:
+        raise typer.Exit(2)
+
+
+def _check_inputs(recipe: object, console: Console) -> None:
+    from launcher.driver import check_inputs
+    from launcher.progress import Progress
+    from trainer.recipe import Recipe
+    from trainer.storage import open_storage
+
+    assert isinstance(recipe, Recipe)
+    check_inputs(recipe, open_storage(recipe.storage), Progress(console))
+
+
+def error_text(error: MusterError, path: str | None = None) -> str:
+    if isinstance(error, RecipeError):
+        count = len(error.mistakes)
+        return f"{error}\n{count} mistake{'s' if count > 1 else ''}"
+    return f"{path}: {error}" if path else str(error)
+
+
+@app.command()
+def schema() -> None:
+    """Print the recipe's JSON Schema, for editors."""
+    from trainer.recipe import schema as recipe_schema
+
+    print(json.dumps(recipe_schema(), indent=2))
+
+
+@app.command()
+def status(
+    run_uri: Annotated[str, typer.Argument(metavar="RUN_URI", help="where the run lies, as muster ls prints it")],
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+) -> None:
+    """Say what a run is doing, from its storage alone."""
+    from launcher.status import read_status
+    from launcher.tables import status_table
+    from trainer.storage import open_storage
+
+    found = read_status(open_storage(run_uri))
+    if as_json:
+        print(json.dumps(found.to_json()))
+    else:
+        Console().print(status_table(found))
+
+
+@app.command("ls")
+def list_(
+    storage: Annotated[str, typer.Argument(metavar="STORAGE_URI", help="the storage of a recipe, e.g. s3://runs")],
+    as_json: Annotated[bool, typer.Option("--json", help="a JSON list on stdout")] = False,
+) -> None:
+    """List the runs in a storage."""
+    from launcher.status import list_runs
+    from launcher.tables import runs_table
+    from trainer.storage import open_storage
+
+    found = list_runs(open_storage(storage))
+    if as_json:
+        print(json.dumps([s.to_json() for s in found]))
+    else:
+        Console().print(runs_table(found))
+
+
+def main() -> None:
+    """Ends the process with the designed exit codes: 0 done, 1 failed, 2 usage, 3 interrupted and resumable."""
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    try:
+        app(standalone_mode=True)
+    except MusterError as error:
+        kind = "interrupted" if isinstance(error, Interrupted) else "error"
+        print(f"muster: {kind}: {error_text(error)}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("muster: interrupted: the same command goes on from the newest checkpoint", file=sys.stderr)
+        sys.exit(Interrupted.exit_code)

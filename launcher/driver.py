@@ -1,0 +1,179 @@
+"""``muster run``: checks the inputs, freezes the recipe, prepares the data, trains on Ray, and ends honestly.
+
+The exit code follows from what lies in the storage (a commit of the last step, a final adapter that reads back as it
+was committed), never from what Ray says.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from dataclasses import asdict
+from types import FrameType
+
+from cluster.standing import standing
+from launcher.environment import Environment
+from launcher.progress import Progress
+from trainer import layout
+from trainer.begin import check_same_recipe, freeze_recipe, prepare_data
+from trainer.checkpoint import read_claims
+from trainer.errors import Interrupted, MusterError, WorkerFailed
+from trainer.lease import Lease
+from trainer.publish import finished
+from trainer.recipe import Recipe
+from trainer.reporter import Events
+from trainer.storage import Storage, open_storage
+
+POLL_S = 0.5
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+
+
+def run(recipe: Recipe, progress: Progress, *, takeover: bool = False) -> str:
+    """Trains the recipe's run to its end, from wherever it stands; returns the final adapter's URI.
+
+    Raises UsageError (2) before anything is started where it can be known by then, Interrupted (3) after a stop that
+    lost nothing, and any other MusterError (1) with the first cause of a failure.
+    """
+    storage = open_storage(recipe.storage)
+    run_storage = storage.child(recipe.name)
+    check_same_recipe(run_storage, recipe)
+    if finished(run_storage):
+        progress.say(f"{run_storage.url} has reached its last step already")
+        return run_storage.uri(layout.ADAPTER)
+    with Signals(progress) as signals:
+        check_inputs(recipe, storage, progress)
+        lease = Lease.acquire(run_storage, job=standing(os.environ).job, takeover=takeover)
+        signals.tell(lease)
+        return _hold(recipe, storage, run_storage, lease, signals, progress)
+
+
+def check_inputs(recipe: Recipe, storage: Storage, progress: Progress) -> None:
+    """Storage, model and data, before any worker starts. Raises InputError."""
+    from launcher.inputs import check_model, check_storage
+
+    progress.phase("checking storage, model and data")
+    if not check_storage(storage):
+        progress.say(
+            f"{storage.url} has no conditional put: two drivers that start this run in the same moment cannot be told "
+            "apart, so start it from one place only"
+        )
+    check_model(recipe)
+
+
+def _hold(
+    recipe: Recipe, storage: Storage, run_storage: Storage, lease: Lease, signals: Signals, progress: Progress
+) -> str:
+    """Everything that happens while the lease is held; it is released with the state in which the run really is."""
+    state = "failed"
+    try:
+        _train(recipe, storage, run_storage, lease, signals, progress)
+        if finished(run_storage) is None:
+            if signals.stopped or recipe.training.stop_after is not None:
+                raise Interrupted(_stopped_text(run_storage))
+            raise WorkerFailed(f"the workers ended without an error, and {run_storage.url} has not its last commit")
+        state = "succeeded"
+        return run_storage.uri(layout.ADAPTER)
+    except Interrupted:
+        state = "interrupted"
+        raise
+    except MusterError:
+        if signals.stopped:  # a second signal, or a failure on the way out: what is committed is what counts
+            state = "interrupted"
+        raise
+    finally:
+        _release(run_storage, lease, state)
+
+
+def _release(run_storage: Storage, lease: Lease, state: str) -> None:
+    events = Events(run_storage, read_claims(run_storage).attempt, f"driver{lease.driver}")
+    events.emit("end", state=state)
+    events.close()
+    lease.release(state)
+
+
+def _stopped_text(run_storage: Storage) -> str:
+    return f"stopped on request; the same command goes on from the newest checkpoint of {run_storage.url}"
+
+
+def _train(
+    recipe: Recipe, storage: Storage, run_storage: Storage, lease: Lease, signals: Signals, progress: Progress
+) -> None:
+    from launcher.inputs import load_run_tokenizer
+    from launcher.ray_session import check_resources, quiet_logs, ray_map, ray_session
+
+    environment = Environment.current()
+    progress.phase("starting Ray")
+    with ray_session(standing(os.environ).ray_address, recipe.resources):
+        quiet_logs()
+        check_resources(recipe.resources, stopped=lambda: signals.stopped)
+        progress.phase("preparing data")
+        data = prepare_data(
+            recipe,
+            run_storage,
+            storage.child(layout.PREPARED),
+            lambda: load_run_tokenizer(recipe),
+            map_windows=ray_map(environment),
+            on_progress=progress.prepared,
+        )
+        progress.data(data)
+        freeze_recipe(run_storage, recipe)
+        signals.check()
+        _fit(recipe, run_storage, lease, data.total_steps, environment, progress)
+
+
+def _fit(
+    recipe: Recipe, run_storage: Storage, lease: Lease, total_steps: int, environment: Environment, progress: Progress
+) -> None:
+    from launcher.training import fit
+    from trainer.worker import Job
+
+    job = Job(recipe.storage, lease.driver, recipe, total_steps, {**asdict(lease.holder), "by": "muster run"})
+    with progress.training(run_storage, read_claims(run_storage).attempt, total_steps) as watch:
+
+        def every() -> None:
+            watch()
+            if lease.lost.is_set():
+                raise WorkerFailed(f"another driver has taken {run_storage.url} over; this one has stopped")
+
+        fit(recipe, job, environment, every, POLL_S)
+
+
+class Signals:
+    """The first SIGINT, SIGTERM or SIGUSR1 asks the workers to commit and end; the second leaves at once, with what has
+    been committed by then."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._asked = threading.Event()
+        self._lease: Lease | None = None
+
+    @property
+    def stopped(self) -> bool:
+        return self._asked.is_set()
+
+    def tell(self, lease: Lease) -> None:
+        self._lease = lease
+        if self.stopped:
+            lease.request_stop()
+
+    def check(self) -> None:
+        if self.stopped:
+            raise Interrupted("stopped before training began; nothing is lost, the same command starts it")
+
+    def __enter__(self) -> Signals:
+        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        name = signal.Signals(number).name
+        if self.stopped:
+            raise Interrupted(f"{name} again: left at once; the same command goes on from the newest checkpoint")
+        self._asked.set()
+        self._progress.say(f"{name}: the workers commit and end; once more to leave at once")
+        if self._lease:
+            self._lease.request_stop()

@@ -1,0 +1,199 @@
+"""Joins a Ray cluster or starts a Ray on this machine, and finds out early whether it has what a recipe asks for."""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from launcher.environment import Environment
+from trainer.errors import InputError, Interrupted
+from trainer.recipe import ResourcesSection
+
+log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parents[1]
+RESOURCE_WAIT_S = 45.0
+POLL_S = 1.0
+DRIVER_SETTINGS = {
+    # A dead worker is noticed within half a second, and a group that cannot be placed gives up in time to say why.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "RAY_DEDUP_LOGS": "0",
+}
+
+
+@contextmanager
+def ray_session(address: str | None, resources: ResourcesSection) -> Iterator[None]:
+    """A connected Ray for the time of the block: the cluster at ``address``, or one of this machine's own.
+
+    Raises InputError when no cluster answers there."""
+    for name, value in DRIVER_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    # Workers import this very tree, from a checkout as from a wheel.
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *filter(None, _python_path())]))
+    import ray
+
+    if address is None:
+        _start_local(resources)
+    else:
+        _join(address)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _python_path() -> list[str]:
+    return os.environ.get("PYTHONPATH", "").split(os.pathsep)
+
+
+def _start_local(resources: ResourcesSection) -> None:
+    import ray
+
+    # A token file in the home directory would switch authentication on for some processes and not for others.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    wanted = resources.max_workers * resources.cpus_per_worker
+    cores = os.cpu_count() or 1
+    if wanted > cores:
+        log.warning(
+            "%d workers of %d CPUs run on %d cores: slower, with the same result",
+            resources.max_workers,
+            resources.cpus_per_worker,
+            cores,
+        )
+    ray.init(
+        address="local",
+        num_cpus=max(wanted, cores),
+        include_dashboard=False,
+        log_to_driver=False,
+        logging_level=logging.ERROR,
+        configure_logging=True,
+    )
+
+
+def _join(address: str) -> None:
+    import ray
+
+    # A submitted job brings its own working directory; elsewhere the workers find this tree by its path.
+    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    runtime_env = None if submitted else {"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}}
+    try:
+        ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as e:
+        raise InputError(
+            f"no Ray cluster answers at {address!r} ({e}); unset RAY_ADDRESS to start one on this machine"
+        ) from e
+
+
+def wanted(resources: ResourcesSection) -> dict[str, float]:
+    """The least that the recipe's workers need together, by Ray's names."""
+    workers = resources.min_workers
+    need = {"CPU": float(workers * resources.cpus_per_worker), "GPU": float(workers * resources.gpus_per_worker)}
+    return {name: amount for name, amount in need.items() if amount}
+
+
+def workers_that_fit(resources: ResourcesSection, nodes: Sequence[Mapping[str, float]]) -> int:
+    """How many workers the nodes' resources hold: a worker cannot be split over two nodes."""
+    need = {"CPU": float(resources.cpus_per_worker), "GPU": float(resources.gpus_per_worker)}
+    asked = {name: amount for name, amount in need.items() if amount}
+    return sum(min(math.floor(node.get(name, 0.0) / amount) for name, amount in asked.items()) for node in nodes)
+
+
+def check_resources(
+    resources: ResourcesSection,
+    *,
+    timeout_s: float = RESOURCE_WAIT_S,
+    nodes: Callable[[], list[dict[str, float]]] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+    stopped: Callable[[], bool] = lambda: False,
+) -> None:
+    """Waits (an autoscaler may be adding nodes) until the cluster can hold the least number of workers.
+
+    Raises InputError that says what is missing."""
+    nodes = nodes or _live_nodes
+    deadline = clock() + timeout_s
+    while workers_that_fit(resources, nodes()) < resources.min_workers:
+        if stopped():
+            raise Interrupted("stopped while waiting for the cluster's resources")
+        if clock() >= deadline:
+            raise InputError(_missing(resources, nodes()))
+        sleep(POLL_S)
+
+
+def _missing(resources: ResourcesSection, nodes: Sequence[Mapping[str, float]]) -> str:
+    have = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
+    each = f"{resources.cpus_per_worker} CPUs and {resources.gpus_per_worker} GPUs"
+    return (
+        f"the recipe needs {resources.min_workers} workers of {each} each, and the cluster's {len(nodes)} nodes hold "
+        f"{workers_that_fit(resources, nodes)} of them ({have['CPU']:g} CPUs, {have['GPU']:g} GPUs in all): add nodes, "
+        "or lower resources.workers, resources.gpus_per_worker or resources.cpus_per_worker"
+    )
+
+
+def _live_nodes() -> list[dict[str, float]]:
+    import ray
+
+    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+
+
+def ray_map(environment: Environment) -> Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]:
+    """A ``map`` over Ray tasks of one CPU each, results in order; a single job runs in this process, where it costs no
+    worker's start. Jobs in flight are bounded by the cluster's CPUs."""
+
+    def run(task: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
+        if len(jobs) <= 1:
+            yield from map(task, jobs)
+            return
+        import ray
+
+        call = ray.remote(num_cpus=1, max_retries=3)(_run)
+        # As arguments, both stay in the object store; a closure would be kept by the cluster's control store.
+        shared, variables = ray.put(task), ray.put(environment)
+        ahead = max(2, int(ray.cluster_resources().get("CPU", 1)))
+        pending: list[Any] = []
+        for job in jobs:
+            pending.append(call.remote(variables, shared, job))
+            if len(pending) >= ahead:
+                yield _result(pending.pop(0))
+        while pending:
+            yield _result(pending.pop(0))
+
+    return run
+
+
+def _run(environment: Environment, task: Callable[[Any], Any], job: Any) -> Any:
+    environment.apply()
+    return task(job)
+
+
+def _result(reference: Any) -> Any:
+    """What the task returned; its own exception rather than Ray's wrapping of it."""
+    import ray
+
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        raise (cause if isinstance(cause, Exception) else error) from None
+
+
+def quiet_logs() -> None:
+    """Ray's own loggers say nothing below an error: what matters is in the run's events."""
+    for name in ("ray", "ray.train", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        import warnings
+
+        warnings.filterwarnings("ignore", module=r"ray\..*")

@@ -1,0 +1,33 @@
+"""Tables for people: one run, and the runs of a storage."""
+
+from __future__ import annotations
+
+from rich import box
+from rich.table import Table
+
+from launcher.status import Status
+
+
+def status_table(status: Status) -> Table:
+    table = Table(box=box.SIMPLE, show_header=False, title=status.uri, title_justify="left")
+    table.add_row("state", status.state + (f" ({status.holder})" if status.holder else ""))
+    table.add_row("step", f"{status.step} of {status.total_steps}")
+    table.add_row("attempts", str(status.attempts))
+    table.add_row("workers", str(status.world_size))
+    table.add_row("samples", f"{status.samples:,}")
+    for name in ("loss", "eval_loss", "lr", "tokens_per_s"):
+        if status.metrics.get(name) is not None:
+            table.add_row(name, f"{status.metrics[name]:,.6g}")
+    for checkpoint in status.checkpoints:
+        table.add_row(f"checkpoint {checkpoint.step}", f"{checkpoint.committed_at}  {checkpoint.uri}")
+    return table
+
+
+def runs_table(runs: list[Status]) -> Table:
+    table = Table("run", "state", "step", "loss", "workers", "attempts", box=box.SIMPLE)
+    for run in runs:
+        loss = run.metrics.get("loss")
+        steps = f"{run.step}/{run.total_steps}"
+        shown = "" if loss is None else f"{loss:.4f}"
+        table.add_row(run.name, run.state, steps, shown, str(run.world_size), str(run.attempts))
+    return table

@@ -1,0 +1,172 @@
+"""The training itself as Ray Train runs it: the function of each worker, what a failure means, and the wait for it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+from ray.train.torch import TorchConfig
+from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
+from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
+from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+from launcher.causes import Cause, Failure, first_cause
+from launcher.environment import Environment
+from trainer.recipe import Recipe, ResourcesSection
+from trainer.storage import open_storage
+from trainer.worker import Job
+
+log = logging.getLogger(__name__)
+
+START_ATTEMPTS = 3
+COLLECTIVE_TIMEOUT_S = 1800
+
+
+class Worker:
+    """The function that Ray Train calls on each worker. It is pickled, with the environment inside."""
+
+    def __init__(self, job: Job, environment: Environment) -> None:
+        self._job, self._environment = job, environment
+
+    def __call__(self) -> None:
+        from ray.train import get_context
+
+        self._environment.apply()
+        rank = get_context().get_world_rank()
+        try:
+            _train(self._job, rank)
+        except Exception as error:
+            trace = traceback.format_exc()
+            raise Failure.of(error, time.time(), rank, os.uname().nodename, trace) from None
+
+
+def _train(job: Job, rank: int) -> None:
+    from trainer.errors import Interrupted
+    from trainer.watch import StopWatch
+    from trainer.worker import train
+
+    run = open_storage(job.storage).child(job.recipe.name)
+    with StopWatch(run, job.driver, enabled=rank == 0) as watch:
+        try:
+            train(job, watch.stop_requested)
+        except Interrupted as stopped:
+            log.info("%s", stopped)
+
+
+class FailurePolicy(DefaultFailurePolicy):
+    """Ray Train's own policy, but what would fail again the same way ends the run at once, and every failure is written
+    to the run's events with its first cause. Runs in Ray Train's controller."""
+
+    def __init__(self, config: FailureConfig, job: Job, environment: Environment) -> None:
+        super().__init__(config)
+        self._job, self._environment = job, environment
+
+    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        cause = cause_of(training_failed_error)
+        decision = FailureDecision.RAISE if cause.fatal else super().make_decision(training_failed_error)
+        try:
+            self._record(cause, decision)
+        except Exception:
+            log.exception("the failure could not be written to the run's events")
+        return decision
+
+    def _record(self, cause: Cause, decision: FailureDecision) -> None:
+        from trainer.checkpoint import read_claims
+        from trainer.reporter import Events
+
+        self._environment.apply()
+        run = open_storage(self._job.storage, deadline_s=20).child(self._job.recipe.name)
+        events = Events(run, read_claims(run).attempt, f"driver{self._job.driver}-controller")
+        retried = decision == FailureDecision.RETRY
+        events.emit("failure", cause=cause.message, rank=cause.rank, host=cause.host, retried=retried)
+        events.close()
+
+
+def cause_of(error: BaseException) -> Cause:
+    if isinstance(error, WorkerGroupError) and error.worker_failures:
+        return first_cause(error.worker_failures)
+    if isinstance(error, ControllerError):
+        return Cause(_controller_message(error.controller_failure))
+    return Cause(f"{type(error).__name__}: {error}")
+
+
+def _controller_message(failure: BaseException) -> str:
+    name = type(failure).__name__
+    if name == "WorkerGroupStartupTimeoutError":
+        return (
+            f"the cluster did not give {getattr(failure, 'num_workers', 'the')} workers their CPUs and GPUs in time: "
+            "other jobs hold them, or no single node has enough; see `ray status`"
+        )
+    return f"{name}: {failure}"
+
+
+class Trainer(TorchTrainer):
+    """TorchTrainer with this failure policy in the place of its default one, which has no hook of its own."""
+
+    def __init__(self, job: Job, environment: Environment, folder: str) -> None:
+        resources = job.recipe.resources
+        self._policy = FailurePolicy(_failure_config(resources), job, environment)
+        super().__init__(
+            Worker(job, environment),
+            torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
+            scaling_config=_scaling(resources),
+            run_config=RunConfig(name=job.recipe.name, storage_path=folder, failure_config=_failure_config(resources)),
+        )
+
+    def _initialize_and_run_controller(self, **settings: Any) -> Any:
+        return super()._initialize_and_run_controller(**{**settings, "failure_policy": self._policy})
+
+
+def _failure_config(resources: ResourcesSection) -> FailureConfig:
+    return FailureConfig(max_failures=resources.max_failures, controller_failure_limit=START_ATTEMPTS - 1)
+
+
+def _scaling(resources: ResourcesSection) -> ScalingConfig:
+    elastic = resources.min_workers != resources.max_workers
+    return ScalingConfig(
+        num_workers=(resources.min_workers, resources.max_workers) if elastic else resources.max_workers,
+        use_gpu=resources.gpus_per_worker > 0,
+        resources_per_worker={"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker},
+    )
+
+
+class Fit:
+    """Ray Train in a thread of its own, so that the main thread keeps its signals and the screen.
+
+    The folder is Ray Train's scratch space on the driver's host: checkpoints do not go through it."""
+
+    def __init__(self, job: Job, environment: Environment) -> None:
+        self.error: BaseException | None = None
+        self._job, self._environment = job, environment
+        self._thread = threading.Thread(target=self._run, name="ray-train", daemon=True)
+        self._thread.start()
+
+    def wait(self, timeout_s: float) -> bool:
+        """Whether it has ended by then."""
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def _run(self) -> None:
+        try:
+            with tempfile.TemporaryDirectory(prefix="muster-ray-train-") as folder:
+                Trainer(self._job, self._environment, folder).fit()
+        except BaseException as error:
+            self.error = error
+
+
+def fit(recipe: Recipe, job: Job, environment: Environment, every: Callable[[], None], poll_s: float) -> None:
+    """Trains to the end, calling ``every`` each ``poll_s`` seconds. Raises the first cause of a failure."""
+    running = Fit(job, environment)
+    while not running.wait(poll_s):
+        every()
+    every()
+    if running.error is not None:
+        raise cause_of(running.error).as_error() from running.error

@@ -1,0 +1,120 @@
+"""``torchrun … -m trainer RUN_URI``: trains a run that ``muster run`` began, without Ray.
+
+Rank 0 is the run's driver: it takes the lease and renews it. Every rank listens for SIGTERM, SIGINT and SIGUSR1 (a
+scheduler's warning), and one signal to any of them ends the attempt with a commit and exit code 3.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from types import FrameType
+from typing import TYPE_CHECKING
+
+from trainer import layout
+from trainer.begin import prepare_data, read_recipe, try_open_data
+from trainer.errors import InputError, Interrupted, MusterError
+from trainer.lease import Lease
+from trainer.model import fetch_model, load_tokenizer
+from trainer.publish import finished
+from trainer.recipe import Recipe
+from trainer.storage import Storage, open_storage
+from trainer.worker import Job, train
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+PREPARED_WAIT_S = 3600.0
+POLL_S = 0.5
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="torchrun -m trainer", description="Train a run without Ray.")
+    parser.add_argument("run_uri", help="where the run lies, as `muster ls` prints it")
+    parser.add_argument("--takeover", action="store_true", help="take the run from a driver that still holds it")
+    options = parser.parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    try:
+        _run(options.run_uri, takeover=options.takeover)
+    except MusterError as error:
+        print(f"muster: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return 0
+
+
+def _run(run_uri: str, *, takeover: bool) -> None:
+    stop = _listen()
+    folder, _, name = run_uri.rstrip("/").rpartition("/")
+    storage = open_storage(folder or ".")
+    run = storage.child(name)
+    recipe = read_recipe(run)
+    if finished(run):
+        print(f"muster: {run_uri} has reached its last step; its adapter lies in {run.uri(layout.ADAPTER)}")
+    elif _rank() == 0:
+        _drive(storage, run, recipe, stop, takeover=takeover)
+    else:
+        total = _await_data(recipe, run, storage, stop)
+        train(Job(folder or ".", 0, recipe, total, {}), stop.is_set)
+
+
+def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: threading.Event, *, takeover: bool) -> None:
+    """Rank 0: prepares what is not prepared, trains, and says in the lease how it ended."""
+    lease = Lease.acquire(run, job=os.environ.get("SLURM_JOB_ID"), takeover=takeover)
+    state = "failed"
+    try:
+        total = _prepare(recipe, run, storage)
+        holder = {"host": lease.holder.host, "pid": lease.holder.pid, "by": "torchrun"}
+        train(Job(storage.url, lease.driver, recipe, total, holder), lambda: stop.is_set() or lease.lost.is_set())
+        state = "succeeded" if finished(run) else "failed"
+        print(f"muster: finished; the adapter lies in {run.uri(layout.ADAPTER)}", flush=True)
+    except Interrupted:
+        state = "interrupted"
+        raise
+    finally:
+        lease.release(state)
+
+
+def _prepare(recipe: Recipe, run: Storage, storage: Storage) -> int:
+    def tokenizer() -> PreTrainedTokenizerBase:
+        files = fetch_model(recipe.model, weights=False)
+        return load_tokenizer(files.folder, trust_remote_code=recipe.model.trust_remote_code)
+
+    return prepare_data(recipe, run, storage.child(layout.PREPARED), tokenizer).total_steps
+
+
+def _await_data(recipe: Recipe, run: Storage, storage: Storage, stop: threading.Event) -> int:
+    """The other ranks join the process group only once rank 0 has prepared the data, so that nobody waits in a
+    collective for a tokenizer."""
+    deadline = time.monotonic() + PREPARED_WAIT_S
+    while time.monotonic() < deadline:
+        data = try_open_data(recipe, run, storage.child(layout.PREPARED))
+        if data is not None:
+            return data.total_steps
+        if stop.wait(POLL_S):
+            raise Interrupted("stopped while the data was being prepared")
+    raise InputError(f"rank 0 has not prepared the data of {run.url} within {PREPARED_WAIT_S:.0f} s")
+
+
+def _listen() -> threading.Event:
+    stop = threading.Event()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        stop.set()
+
+    for number in SIGNALS:
+        signal.signal(number, handle)
+    return stop
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""A saved adapter is reopened and looked at before anybody is told that it exists."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+
+from trainer.adapters.base import Adapter
+from trainer.errors import CorruptObject
+
+
+def verify_saved(adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], folder: Path) -> None:
+    """Compares the file in ``folder`` with the saved names and shapes that are expected.
+
+    Raises CorruptObject when a tensor is missing, foreign, of another shape, of no floating dtype, not finite, or when
+    every tensor that training should have moved away from zero still lies there (a gather that saved nothing).
+    """
+    from safetensors import safe_open
+
+    path = folder / adapter.weights_file
+    learnt: list[bool] = []
+    with safe_open(path, framework="pt") as file:
+        _compare_names(path, set(file.keys()), set(shapes))
+        for name, shape in shapes.items():
+            tensor = file.get_tensor(name)
+            _check_tensor(path, name, tensor, shape)
+            if adapter.starts_at_zero(name):
+                learnt.append(bool(tensor.any()))
+    if learnt and not any(learnt):
+        raise CorruptObject(f"{path.name}: all {len(learnt)} tensors that training moves away from zero are zero")
+
+
+def _compare_names(path: Path, got: set[str], want: set[str]) -> None:
+    if got != want:
+        raise CorruptObject(
+            f"{path.name}: {len(want - got)} tensors are missing {sorted(want - got)[:3]}, "
+            f"{len(got - want)} are foreign {sorted(got - want)[:3]}"
+        )
+
+
+def _check_tensor(path: Path, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != tuple(shape):
+        raise CorruptObject(f"{path.name}: {name} has shape {tuple(tensor.shape)}, expected {tuple(shape)}")
+    if not tensor.is_floating_point():
+        raise CorruptObject(f"{path.name}: {name} has dtype {tensor.dtype}, expected a floating-point one")
+    if not torch.isfinite(tensor).all():
+        raise CorruptObject(f"{path.name}: {name} holds values that are not finite")

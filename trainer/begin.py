@@ -1,0 +1,243 @@
+"""What has to be so before any worker starts: the recipe frozen, the inputs there, the data prepared.
+
+Nothing is frozen before the inputs have been found good, and until the first checkpoint is committed a mended recipe
+or mended data may take the place of what was frozen: nothing would be lost by it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer import layout
+from trainer.data import (
+    Preparation,
+    Prepared,
+    check_first_rows,
+    count_steps,
+    describe,
+    freeze,
+    open_prepared,
+    prepare,
+    resolve_chat_template,
+)
+from trainer.errors import InputError, RecipeChanged
+from trainer.recipe import DataSection, Recipe, SourceSection, differences, dump, loads
+from trainer.storage import Storage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "accelerate",
+    "bitsandbytes",
+    "deepspeed",
+    "datasets",
+    "ray",
+    "fsspec",
+    "s3fs",
+)
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The prepared data of a run, and the number of steps that it comes to."""
+
+    train: Prepared
+    eval: Prepared | None
+    total_steps: int
+
+
+def read_recipe(run: Storage) -> Recipe:
+    """The run's frozen recipe. Raises InputError when there is no run at this address."""
+    try:
+        text = run.read(layout.RECIPE).decode()
+    except FileNotFoundError:
+        raise InputError(f"there is no run at {run.url}: no {layout.RECIPE} lies there") from None
+    return loads(text, run.uri(layout.RECIPE))
+
+
+def has_commits(run: Storage) -> bool:
+    return bool(run.list(layout.COMMITS))
+
+
+def check_same_recipe(run: Storage, recipe: Recipe) -> None:
+    """Raises RecipeChanged when the run was begun with a recipe that gives another result."""
+    try:
+        frozen = read_recipe(run)
+    except InputError:
+        return
+    changes = differences(frozen, recipe)
+    if changes and has_commits(run):
+        raise RecipeChanged(
+            f"{run.url} was begun with another recipe:\n  " + "\n  ".join(changes) + "\n"
+            "Run it with the recipe that it was begun with, or give the new one another name."
+        )
+
+
+def freeze_recipe(run: Storage, recipe: Recipe) -> None:
+    """Writes the resolved recipe and the provenance, unless the run has them; see the module's note on mending."""
+    check_same_recipe(run, recipe)
+    lasting = recipe.model_copy(update={"training": recipe.training.model_copy(update={"stop_after": None})})
+    if not has_commits(run):
+        run.write(layout.RECIPE, dump(lasting).encode())
+        run.write_json(layout.PROVENANCE, provenance())
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, host and code version. No environment variable is in it: some hold credentials."""
+    return {
+        "muster": code_version(),
+        "packages": {name: _version(name) for name in PACKAGES},
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "host": socket.gethostname(),
+        "command": Path(sys.argv[0]).name,
+    }
+
+
+def code_version() -> str:
+    """The installed version, and the commit where the code lies in a git checkout."""
+    root = Path(__file__).resolve().parents[1]
+    version = _version("muster") or "unknown"
+    if not (root / ".git").exists():
+        return version
+    try:
+        found = subprocess.run(
+            ["git", "-C", str(root), "describe", "--always", "--dirty"], capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return version
+    return f"{version}+{found.stdout.strip()}" if found.returncode == 0 else version
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def check_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Looks at the first rows of every source. Raises InputError for what a whole preparation would fail at soonest."""
+    for sources in filter(None, (recipe.data.train, recipe.data.eval)):
+        check_first_rows(_spec(recipe, sources, tokenizer, None), tokenizer)
+
+
+def prepare_data(
+    recipe: Recipe,
+    run: Storage,
+    shared: Storage,
+    tokenizer: Callable[[], PreTrainedTokenizerBase],
+    *,
+    map_windows: Callable[..., Any] = map,
+    on_progress: Callable[..., None] | None = None,
+) -> RunData:
+    """Opens the run's prepared data, or makes it; ``tokenizer`` is called only if there is something to make."""
+    frozen = _frozen_data(run)
+    parts: dict[str, Prepared | None] = {"train": None, "eval": None}
+    loaded: list[PreTrainedTokenizerBase] = []
+    for part, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
+        if not sources:
+            continue
+        spec = Preparation.from_json(frozen[part]) if frozen else None
+        prepared = open_prepared(shared, spec.fingerprint) if spec else None
+        if prepared is None:
+            loaded = loaded or [tokenizer()]
+            spec = _spec(recipe, sources, loaded[0], spec)
+            prepared = prepare(spec, loaded[0], shared, map_windows=map_windows, on_progress=on_progress)
+        parts[part] = prepared
+    train = parts["train"]
+    assert train is not None, "a recipe has training data"
+    if frozen is None:
+        run.write_json(layout.DATA, {part: p.spec.to_json() for part, p in parts.items() if p is not None})
+    return RunData(train, parts["eval"], total_steps(recipe, train))
+
+
+def open_data(recipe: Recipe, run: Storage, shared: Storage) -> RunData:
+    """On a worker: the data that the driver has prepared. Raises InputError when it is not complete."""
+    data = try_open_data(recipe, run, shared)
+    if data is None:
+        raise InputError(f"the prepared data of {run.url} is not complete in {shared.url}; start the run again")
+    return data
+
+
+def try_open_data(recipe: Recipe, run: Storage, shared: Storage) -> RunData | None:
+    """The same, or None when it is not complete."""
+    try:
+        frozen = _read_data(run)
+    except FileNotFoundError:
+        return None
+    parts = {part: open_prepared(shared, Preparation.from_json(spec).fingerprint) for part, spec in frozen.items()}
+    if any(prepared is None for prepared in parts.values()):
+        return None
+    train = parts["train"]
+    assert train is not None
+    return RunData(train, parts.get("eval"), total_steps(recipe, train))
+
+
+def total_steps(recipe: Recipe, train: Prepared) -> int:
+    training = recipe.training
+    if training.steps is not None:
+        return training.steps
+    assert training.epochs is not None, "the recipe gives steps or epochs"
+    return count_steps(
+        train,
+        seed=recipe.seed,
+        epochs=training.epochs,
+        global_batch=training.global_batch,
+        sequence_length=recipe.data.sequence_length,
+        packing=recipe.data.packing,
+        weights=weights(recipe.data),
+    )
+
+
+def weights(data: DataSection) -> tuple[float, ...]:
+    return tuple(s.weight for s in data.train)
+
+
+def _frozen_data(run: Storage) -> dict[str, Any] | None:
+    """What was frozen, if it binds: without a committed checkpoint, mended data may take its place."""
+    if not has_commits(run):
+        return None
+    return _read_data(run)
+
+
+def _read_data(run: Storage) -> dict[str, Any]:
+    found: dict[str, Any] = run.read_json(layout.DATA)
+    return found
+
+
+def _spec(
+    recipe: Recipe, sources: Sequence[SourceSection], tokenizer: PreTrainedTokenizerBase, frozen: Preparation | None
+) -> Preparation:
+    if frozen is None:
+        return describe(freeze(sources), tokenizer, **_settings(recipe))
+    spec = describe(frozen.sources, tokenizer, **_settings(recipe))
+    if spec.fingerprint != frozen.fingerprint:
+        raise InputError(
+            "the tokenizer or the chat template is not the one that this run was begun with, and its prepared data is "
+            "gone; put the old one back, or start a run under another name"
+        )
+    return spec
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    data = recipe.data
+    return {
+        "sequence_length": data.sequence_length,
+        "packing": data.packing,
+        "task": recipe.task,
+        "chat_template": resolve_chat_template(data.chat_template),
+        "max_bad_rows": data.max_bad_rows,
+    }

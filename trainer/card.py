@@ -1,0 +1,90 @@
+"""The model card that lies beside the final adapter: what it is, how it was made, how to load it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import yaml
+
+from trainer.recipe import Recipe, dump
+
+LOAD_ADAPTER = """\
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+base = AutoModelForCausalLM.from_pretrained({base!r})
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+"""
+LOAD_MODEL = """\
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+"""
+
+
+def model_card(recipe: Recipe, facts: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
+    """Markdown with the Hub's front matter. ``facts``: the last step's metrics row and the last evaluation's."""
+    full = recipe.adapter.method == "none"
+    front = {
+        "base_model": recipe.model.path,
+        "library_name": "transformers" if full else "peft",
+        "pipeline_tag": "text-generation",
+        "tags": ["muster", recipe.task, *([] if full else [recipe.adapter.method])],
+    }
+    load = LOAD_MODEL if full else LOAD_ADAPTER.format(base=recipe.model.path)
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(front, sort_keys=False).strip(),
+            "---",
+            "",
+            f"# {recipe.name}",
+            "",
+            _summary(recipe, full),
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in _figures(facts).items()),
+            "",
+            "## Load it",
+            "",
+            "```python",
+            load.strip(),
+            "```",
+            "",
+            "## Recipe",
+            "",
+            "```yaml",
+            dump(recipe).strip(),
+            "```",
+            "",
+            f"Versions: muster {provenance.get('muster')}, "
+            + ", ".join(f"{k} {v}" for k, v in provenance.get("packages", {}).items() if v),
+            "",
+        ]
+    )
+
+
+def _summary(recipe: Recipe, full: bool) -> str:
+    what = "Full fine-tuning" if full else f"A {recipe.adapter.method} adapter of rank {recipe.adapter.rank}"
+    base = f"`{recipe.model.path}`"
+    packed = "" if recipe.model.quantization == "none" else f", trained on the base in {recipe.model.quantization}"
+    return f"{what} for {base}{packed}."
+
+
+def _figures(facts: Mapping[str, Any]) -> dict[str, str]:
+    shown = {
+        "step": "steps",
+        "samples": "samples",
+        "loss": "loss of the last step",
+        "eval_loss": "evaluation loss",
+        "world_size": "ranks",
+    }
+    return {label: _number(facts[key]) for key, label in shown.items() if facts.get(key) is not None}
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

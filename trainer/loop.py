@@ -1,0 +1,186 @@
+"""The training loop: the same few lines for every method, strategy and task.
+
+A global step is cut into micro-batches; rank r runs those with k % world_size == r. What a micro-batch holds, and the
+random numbers that its forward draws, depend on (seed, step, k) alone, and the loss is the sum over target tokens
+divided by the step's target tokens, known from the plan: so any number of ranks trains the same run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trainer.data import Batch, Cursor, RankStep, StepPlan
+from trainer.errors import NonFiniteLoss
+from trainer.optim import learning_rate
+from trainer.recipe import Recipe
+from trainer.strategies import Strategy
+from trainer.tasks import Task
+from trainer.world import World
+
+NAMED_SAMPLES = 8
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a run stands: ``step`` optimizer steps are done, ``cursor`` is the next one's data."""
+
+    step: int
+    cursor: Cursor
+
+
+@dataclass(frozen=True)
+class Hooks:
+    """What the loop tells others. ``stop_requested`` may say yes on any one rank; the other calls happen on all."""
+
+    step_done: Callable[[dict[str, Any]], None]
+    fed: Callable[[int, list[Batch]], None]
+    checkpoint: Callable[[Position, bool], None]
+    evaluated: Callable[[dict[str, Any]], None]
+    stop_requested: Callable[[], bool]
+
+
+class Loop:
+    """Trains from a position to the last step, to ``training.stop_after``, or until somebody asks it to stop."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        world: World,
+        strategy: Strategy,
+        task: Task,
+        hooks: Hooks,
+        *,
+        total_steps: int,
+        eval_batches: Callable[[], Iterator[Batch]] | None,
+    ) -> None:
+        self.recipe, self.world, self.strategy, self.task, self.hooks = recipe, world, strategy, task, hooks
+        self.total_steps = total_steps
+        self.eval_batches = eval_batches
+
+    def run(self, start: Position, steps: Iterator[RankStep]) -> Position:
+        """Returns the position reached, which has been handed to ``hooks.checkpoint`` as the last one."""
+        training = self.recipe.training
+        end = min(self.total_steps, training.stop_after or self.total_steps)
+        position = start
+        self.strategy.module.train()
+        while position.step < end:
+            step = position.step + 1
+            began = time.monotonic()
+            data = next(steps)
+            metrics, stop = self._step(step, data, began)
+            position = Position(step, data.plan.next)
+            self.hooks.fed(step, data.batches)
+            self.hooks.step_done(metrics)
+            if self._evaluation_due(step):
+                self.evaluate(step)
+            last = stop or step == end
+            if last or step % self.recipe.checkpoint.every_steps == 0:
+                self.hooks.checkpoint(position, last)
+            if stop:
+                break
+        return position
+
+    def _evaluation_due(self, step: int) -> bool:
+        every = self.recipe.training.eval_every
+        return self.eval_batches is not None and (step == self.total_steps or (every is not None and step % every == 0))
+
+    def _step(self, step: int, data: RankStep, began: float) -> tuple[dict[str, Any], bool]:
+        loss_sum = self._accumulate(step, data)
+        total, bad, stop = self.world.sum(
+            [loss_sum, float(not math.isfinite(loss_sum)), float(self.hooks.stop_requested())]
+        )
+        if bad:
+            self._non_finite(step, data, loss_sum)
+        training = self.recipe.training
+        lr = learning_rate(self.recipe.schedule, self.recipe.optimizer.lr, step, self.total_steps)
+        norm = self.strategy.step(lr, training.max_grad_norm)
+        if not math.isfinite(norm) and not self.strategy.scaler.is_enabled():
+            raise NonFiniteLoss(
+                f"step {step}: the gradient's norm is {norm} while the loss is finite; lower the "
+                f"learning rate ({lr:g}) or set training.max_grad_norm"
+            )
+        return self._metrics(step, data.plan, total, lr, norm, time.monotonic() - began), bool(stop)
+
+    def _accumulate(self, step: int, data: RankStep) -> float:
+        """This rank's sum of losses; gradients of the step's mean loss lie in the parameters afterwards."""
+        plan = data.plan
+        rounds = plan.rounds(self.world.size)
+        batches = data.batches + [Batch.empty()] * (rounds - len(data.batches))
+        scale = self.world.size / max(1, plan.target_tokens)
+        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        for i, batch in enumerate(batches):
+            seed_micro_batch(self.recipe.seed, step, batch.index)
+            with self.strategy.micro_batch(last=i == rounds - 1):
+                with self._autocast():
+                    loss = self.task.loss_sum(self.strategy.module, batch, self.world.device)
+                self.strategy.backward(loss * scale)
+            total += loss.detach()
+        return float(total)
+
+    def _autocast(self) -> AbstractContextManager[Any]:
+        dtype = getattr(torch, self.recipe.model.dtype)
+        return nullcontext() if dtype == torch.float32 else torch.autocast(self.world.device.type, dtype)
+
+    def _metrics(
+        self, step: int, plan: StepPlan, loss_sum: float, lr: float, norm: float, seconds: float
+    ) -> dict[str, Any]:
+        return {
+            "step": step,
+            "total_steps": self.total_steps,
+            "epoch": plan.epoch,
+            "loss": loss_sum / max(1, plan.target_tokens),
+            "lr": lr,
+            "grad_norm": norm,
+            "tokens": plan.tokens,
+            "target_tokens": plan.target_tokens,
+            "tokens_per_s": plan.tokens / max(seconds, 1e-9),
+            "step_s": seconds,
+            "world_size": self.world.size,
+            "samples": plan.next.samples,
+        }
+
+    def _non_finite(self, step: int, data: RankStep, loss_sum: float) -> None:
+        """Every rank gets here, since the sum told all of them; each names what it had been fed."""
+        mine = [s for b in data.batches for s in b.sample_ids] if not math.isfinite(loss_sum) else []
+        named = [(rank, samples) for rank, samples in enumerate(self.world.gather(mine)) if samples]
+        where = "; ".join(f"rank {r}: samples {', '.join(s[:NAMED_SAMPLES])}" for r, s in named)
+        raise NonFiniteLoss(
+            f"step {step}: the loss is not finite ({where}). Lower optimizer.lr, or look at these samples"
+        )
+
+    @torch.no_grad()
+    def evaluate(self, step: int) -> None:
+        assert self.eval_batches is not None
+        began = time.monotonic()
+        loss_sum, targets, tokens = 0.0, 0, 0
+        self.strategy.module.eval()
+        for batch in self.eval_batches():
+            with self._autocast():
+                loss_sum += float(self.task.loss_sum(self.strategy.module, batch, self.world.device))
+            targets, tokens = targets + batch.target_tokens, tokens + batch.tokens
+        self.strategy.settle()
+        self.strategy.module.train()
+        loss_sum, all_targets, all_tokens = self.world.sum([loss_sum, targets, tokens])
+        self.hooks.evaluated(
+            {
+                "step": step,
+                **self.task.eval_metrics(loss_sum, int(all_targets)),
+                "eval_tokens": int(all_tokens),
+                "eval_target_tokens": int(all_targets),
+                "eval_s": time.monotonic() - began,
+            }
+        )
+
+
+def seed_micro_batch(seed: int, step: int, index: int) -> None:
+    """Seeds torch's generators on every device from (seed, step, micro-batch), whatever rank runs it."""
+    digest = hashlib.sha256(f"micro-batch:{seed}:{step}:{index}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -1,0 +1,24 @@
+"""The model's tokenizer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.errors import InputError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Raises InputError when the folder holds no tokenizer, or one without an end-of-sequence token."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as e:
+        raise InputError(f"no tokenizer can be loaded from {folder}: {e}") from e
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer in {folder} has no eos_token: set one in its tokenizer_config.json")
+    return tokenizer

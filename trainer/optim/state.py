@@ -1,0 +1,52 @@
+"""Optimizer state as named whole tensors, so that any strategy on any number of ranks can load it.
+
+Each entry of the state of parameter ``p`` is saved as ``p.<key>``. A tensor of the parameter's own shape is laid out
+as the parameter is; anything else (a step counter, a quantisation table) is the same on every rank. Whole numbers are
+saved as int64 scalars, which no optimizer here uses for a tensor of its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+Whole = Callable[[torch.Tensor], torch.Tensor]
+Spread = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def optimizer_state(
+    optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter], whole: Whole
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, whole tensor on the CPU); gathers, so every rank iterates to the end."""
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state[parameter].items():
+            if isinstance(value, int):
+                yield f"{name}.{key}", torch.tensor(value, dtype=torch.int64)
+            else:
+                yield f"{name}.{key}", whole(value.detach()).cpu()
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer,
+    parameters: Mapping[str, torch.nn.Parameter],
+    names: Mapping[str, list[str]],
+    read: Callable[[str], torch.Tensor],
+    spread: Spread,
+) -> None:
+    """``names``: the state keys that were saved for each parameter; ``read`` gives a whole tensor by its saved name."""
+    for name, parameter in parameters.items():
+        state: dict[str, Any] = {}
+        for key in names.get(name, []):
+            state[key] = _restored(read(f"{name}.{key}"), parameter, spread)
+        optimizer.state[parameter] = state
+
+
+def _restored(saved: torch.Tensor, parameter: torch.nn.Parameter, spread: Spread) -> Any:
+    if saved.ndim == 0 and saved.dtype == torch.int64:
+        return int(saved)
+    if saved.shape == parameter.shape and saved.is_floating_point():
+        return spread(saved, parameter)
+    # A scalar step counter stays on the CPU, where torch's optimizers keep it.
+    return saved if saved.ndim == 0 else saved.to(parameter.device)

@@ -1,0 +1,60 @@
+"""What one rank of an attempt writes down: rank 0 the metrics and events, every rank its ledger."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trainer import layout
+from trainer.data import Batch
+from trainer.recipe import Recipe
+from trainer.reporter import Events, JsonLines
+from trainer.storage import Storage
+from trainer.world import World
+
+
+class Recorder:
+    """Metrics and events on rank 0, silent on the others; the ledger, if the recipe wants one, on all."""
+
+    def __init__(self, run: Storage, recipe: Recipe, world: World, attempt: int) -> None:
+        self.world = world
+        self.attempt = attempt
+        self.facts: dict[str, Any] = {}
+        self._metrics = JsonLines(run, layout.metrics_part(attempt)) if world.is_first else None
+        self._events = Events(run, attempt, "rank0") if world.is_first else None
+        self._ledger = JsonLines(run, layout.ledger_part(attempt, world.rank)) if recipe.data.ledger else None
+
+    def event(self, event: str, **fields: Any) -> None:
+        if self._events:
+            self._events.emit(event, **fields)
+
+    def metrics(self, row: dict[str, Any]) -> None:
+        self.facts.update(row)
+        if self._metrics:
+            self._metrics.add({"attempt": self.attempt, **row})
+
+    def fed(self, step: int, batches: list[Batch]) -> None:
+        """``batches``: what this rank fed to the model in ``step``, zero-weight ones left out."""
+        if self._ledger:
+            for batch in batches:
+                self._ledger.add(
+                    {
+                        "attempt": self.attempt,
+                        "step": step,
+                        "micro_batch": batch.index,
+                        "rank": self.world.rank,
+                        "samples": batch.sample_ids,
+                        "tokens": batch.tokens,
+                        "target_tokens": batch.target_tokens,
+                    }
+                )
+
+    def settle_ledger(self) -> None:
+        """Collective: when it returns, every rank's ledger is in the storage, and a commit may follow."""
+        if self._ledger:
+            self._ledger.flush(strict=True)
+            self.world.gather(None)
+
+    def close(self) -> None:
+        for part in (self._metrics, self._ledger, self._events):
+            if part:
+                part.close()

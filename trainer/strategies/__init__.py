@@ -1,0 +1,5 @@
+"""How one model is spread over the ranks."""
+
+from trainer.strategies.base import Strategy, make_strategy
+
+__all__ = ["Strategy", "make_strategy"]

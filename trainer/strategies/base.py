@@ -1,0 +1,124 @@
+"""The seam of a strategy.
+
+A strategy wraps the model, runs the backward of each micro-batch, steps the optimizer, and moves whole tensors in and
+out of whatever layout it keeps them in: what is saved never depends on the strategy or on the number of ranks.
+
+Gradients are *averaged* over the ranks by every strategy, so the loop multiplies its share of the loss by the number
+of ranks.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainer.registry import STRATEGIES
+from trainer.world import World
+
+if TYPE_CHECKING:
+    from trainer.recipe import Recipe
+
+MakeOptimizer = Callable[[Mapping[str, torch.nn.Parameter]], torch.optim.Optimizer]
+
+
+class Strategy(ABC):
+    """One model on all ranks. Every method is called by every rank, in the same order, unless it says otherwise."""
+
+    model: torch.nn.Module  # the model without any wrapper: names and attributes are the model's own
+    module: torch.nn.Module  # what the forward is called on
+    optimizer: torch.optim.Optimizer
+
+    def __init__(self, recipe: Recipe, world: World) -> None:
+        self.recipe = recipe
+        self.world = world
+        self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.model.dtype == "float16")
+
+    def setup(self, model: torch.nn.Module, make_optimizer: MakeOptimizer) -> None:
+        """Takes over ``model`` (whole, the same values on every rank) and makes the optimizer over what is trained."""
+        self.model = model
+        self.module = self.wrap(model)
+        self.optimizer = make_optimizer(self.trainable())
+
+    @abstractmethod
+    def wrap(self, model: torch.nn.Module) -> torch.nn.Module: ...
+
+    @abstractmethod
+    def micro_batch(self, last: bool) -> AbstractContextManager[None]:
+        """Surrounds forward and backward of one micro-batch; gradients are exchanged in the last one of a step only."""
+
+    def backward(self, loss: torch.Tensor) -> None:
+        """Adds this micro-batch's gradients: of ``loss``, in float16 scaled against underflow."""
+        self.scaler.scale(loss).backward()
+
+    def step(self, lr: float, max_norm: float | None) -> float:
+        """One update with the learning rate ``lr``, the gradient of the whole model clipped to ``max_norm``.
+
+        Returns the gradient's norm before clipping. In float16 a step whose gradient overflowed is left out."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        self.scaler.unscale_(self.optimizer)
+        norm = self.clip(float("inf") if max_norm is None else max_norm)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        return norm
+
+    def settle(self) -> None:  # noqa: B027 - most strategies have nothing to do here
+        """Puts parameters back where they lie between steps, after forwards that no backward followed."""
+
+    def clip(self, max_norm: float) -> float:
+        parameters = [p for p in self.trainable().values() if p.grad is not None]
+        return float(self.whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm)))
+
+    def trainable(self) -> dict[str, torch.nn.Parameter]:
+        return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    @abstractmethod
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The whole of a tensor that may be spread over the ranks."""
+
+    @abstractmethod
+    def spread(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """The inverse: ``whole`` (the same on every rank) in the layout, device and dtype of ``like``."""
+
+    def local_bytes(self) -> int:
+        """Bytes of the model's parameters that this rank keeps between steps. No collective."""
+        return sum(_bytes(p) for p in self.model.parameters())
+
+    @abstractmethod
+    def wrapped(self) -> list[str]:
+        """The modules that were really wrapped, read off the model. No collective."""
+
+    def report(self) -> dict[str, Any]:
+        """What the start event says about the strategy."""
+        total = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        return {
+            "kind": self.recipe.strategy.kind,
+            "wrapped": self.wrapped(),
+            "total_bytes": total,
+            "sharded_bytes": self.world.gather(self.local_bytes()),
+        }
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Each trainable parameter, whole, on the CPU."""
+        for name, parameter in self.trainable().items():
+            yield name, self.whole(parameter.detach()).cpu()
+
+    def load_weights(self, read: Callable[[str], torch.Tensor]) -> None:
+        for name, parameter in self.trainable().items():
+            with torch.no_grad():
+                parameter.copy_(self.spread(read(name), parameter))
+
+
+def _bytes(parameter: torch.Tensor) -> int:
+    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+    return int(local.numel() * local.element_size())
+
+
+def make_strategy(recipe: Recipe, world: World) -> Strategy:
+    strategy: Strategy = STRATEGIES.load(recipe.strategy.kind)(recipe, world)
+    return strategy

@@ -1,0 +1,37 @@
+"""Every rank holds the whole model; torch's DistributedDataParallel averages gradients while the backward runs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.nn.parallel import DistributedDataParallel
+
+from trainer.strategies.base import Strategy
+
+
+class DDP(Strategy):
+    def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
+        # Every rank has loaded and initialised the same values; broadcasting them again would cost a model's bytes.
+        module = DistributedDataParallel(model, init_sync=False, broadcast_buffers=False, gradient_as_bucket_view=True)
+        assert module.process_group.size() == self.world.size
+        return module
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        assert isinstance(self.module, DistributedDataParallel)
+        if last:
+            yield
+        else:
+            with self.module.no_sync():
+                yield
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor
+
+    def spread(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        return whole.to(device=like.device, dtype=like.dtype)
+
+    def wrapped(self) -> list[str]:
+        return [""] if isinstance(self.module, DistributedDataParallel) else []

@@ -1,0 +1,76 @@
+"""Parameters, gradients and optimizer state are sharded over the ranks by torch's FSDP2 (``fully_shard``).
+
+One group per decoder layer, gathered for its forward and again for its backward; the root holds what lies outside."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from trainer.errors import InputError
+from trainer.strategies.base import Strategy
+
+
+class FSDP(Strategy):
+    def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
+        mesh = init_device_mesh(self.world.device.type, (self.world.size,))
+        for layer in decoder_layers(model):
+            fully_shard(layer, mesh=mesh, mp_policy=self._precision())
+        fully_shard(model, mesh=mesh, mp_policy=self._precision())
+        unsharded = [n for n, p in model.named_parameters() if not isinstance(p, DTensor)]
+        assert not unsharded, f"fully_shard left {unsharded[:3]} whole"
+        return model
+
+    def _precision(self) -> MixedPrecisionPolicy:
+        """Full fine-tuning gathers its float32 parameters in the recipe's dtype. Adapters stay as they are: their bytes
+        are few, and a cast would also reach the packed bytes of a quantised base."""
+        if self.recipe.adapter.method != "none" or self.recipe.model.dtype == "float32":
+            return MixedPrecisionPolicy()
+        return MixedPrecisionPolicy(getattr(torch, self.recipe.model.dtype), reduce_dtype=torch.float32)
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        assert isinstance(self.module, FSDPModule)
+        self.module.set_requires_gradient_sync(last)
+        yield
+
+    def settle(self) -> None:
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+    def spread(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        if not isinstance(like, DTensor):
+            return whole.to(device=like.device, dtype=like.dtype)
+        whole = whole.to(device=self.world.device, dtype=like.dtype)
+        # Every rank has read the same bytes: each cuts its own shard, and nothing crosses the network.
+        return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+
+    def wrapped(self) -> list[str]:
+        return [n for n, m in self.model.named_modules() if isinstance(m, FSDPModule)]
+
+
+def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """The repeated blocks of a transformer: the members of its longest ModuleList whose entries are of one class.
+
+    Raises InputError when there is none: then nothing but the root could be sharded, and a step would gather it all."""
+    lists: list[torch.nn.ModuleList] = [
+        m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len({type(x) for x in m}) == 1
+    ]
+    if not lists:
+        raise InputError(
+            f"strategy.kind fsdp: no list of decoder layers in {type(model).__name__}; use strategy.kind=ddp"
+        )
+    return max((list(m) for m in lists), key=_size)
+
+
+def _size(layers: list[torch.nn.Module]) -> int:
+    return sum(p.numel() for layer in layers for p in layer.parameters())

@@ -1,0 +1,87 @@
+"""Logits only where there is a target.
+
+In instruction data most tokens are prompt, and with vocabularies of 128 k the LM head and the softmax cost more than a
+small model's layers. So the head of the model is made to see the hidden states of target positions alone: the
+selection happens *inside* the model's forward, where sharding strategies have gathered the head's weights.
+
+Where the logits are the head's plain output, the head also turns them into per-token losses, chunk by chunk, so that
+at most ``CHUNK_LOGITS`` of them exist at a time. Models that scale or cap their logits after the head (``POST_HEAD``)
+get the logits of the selected positions back instead, and the loss is taken from those.
+
+Shapes: B packs, L tokens, T targets in the micro-batch, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+CHUNK_LOGITS = 32 * 1024 * 1024
+POST_HEAD = (
+    "final_logit_softcapping",
+    "logits_scaling",
+    "logit_scale",
+    "output_multiplier_scale",
+    "lm_head_multiplier",
+)
+
+
+class TargetHead:
+    """Replaces the forward of a model's output embeddings while ``select`` is active."""
+
+    def __init__(self, model: Any) -> None:
+        head = model.get_output_embeddings()
+        if head is None:
+            raise ValueError(f"{type(model).__name__} has no output embeddings: it is no causal language model")
+        text_config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+        self.plain = all(getattr(text_config, name, None) in (None, 0, 1, 1.0) for name in POST_HEAD)
+        self._project: Callable[[torch.Tensor], torch.Tensor] = head.forward
+        self._targets_BL: torch.Tensor | None = None
+        self._labels_T: torch.Tensor | None = None
+        head.forward = self._forward
+
+    @contextmanager
+    def select(self, targets_BL: torch.Tensor, labels_T: torch.Tensor) -> Iterator[None]:
+        """``targets_BL``: True at the positions whose *next* token is a target; ``labels_T``: those next tokens."""
+        self._targets_BL, self._labels_T = targets_BL, labels_T
+        try:
+            yield
+        finally:
+            self._targets_BL = self._labels_T = None
+
+    def nll(self, output: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+        """Negative log-likelihoods [T] in float32 from what the model returned as its logits under ``select``."""
+        if self.plain:
+            return output.reshape(-1)
+        return cross_entropy(output.reshape(len(labels_T), -1).float(), labels_T, reduction="none")
+
+    def _forward(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
+        if self._targets_BL is None or self._labels_T is None:
+            return self._project(hidden_BLD)
+        hidden_TD = hidden_BLD[self._targets_BL]
+        if not self.plain:
+            return self._project(hidden_TD).unsqueeze(0)
+        return self._chunked_nll(hidden_TD, self._labels_T).view(1, -1, 1)
+
+    def _chunked_nll(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+        rows = max(1, CHUNK_LOGITS // self._vocabulary())
+        if len(labels_T) <= rows:
+            return self._chunk_nll(hidden_TD, labels_T)
+        # Each chunk's logits are computed again in the backward rather than kept.
+        parts = [
+            checkpoint(self._chunk_nll, h, y, use_reentrant=False)
+            for h, y in zip(hidden_TD.split(rows), labels_T.split(rows), strict=True)
+        ]
+        return torch.cat(parts)
+
+    def _chunk_nll(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(self._project(hidden_TD).float(), labels_T, reduction="none")
+
+    def _vocabulary(self) -> int:
+        head: Any = getattr(self._project, "__self__", None)
+        return int(getattr(head, "out_features", 0) or CHUNK_LOGITS // 1024)

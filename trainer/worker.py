@@ -1,0 +1,264 @@
+"""One rank of one attempt: joins the world, builds the model, restores, trains, commits.
+
+The same function runs under Ray Train and under torchrun; whoever starts it has frozen the recipe and prepared the
+data, and holds the run's lease.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer import layout
+from trainer.adapters import make_adapter
+from trainer.begin import RunData, open_data, weights
+from trainer.card import model_card
+from trainer.checkpoint import CommitRecord, claim_attempt, commit, fetch, fetch_whole, put_checkpoint, retain
+from trainer.committer import Committed, Committer
+from trainer.data import Batch, Cursor, Stream, eval_batches
+from trainer.errors import Interrupted
+from trainer.loop import Hooks, Loop, Position
+from trainer.model import Loaded, build, fetch_model, load_tokenizer
+from trainer.optim import make_optimizer
+from trainer.publish import TOTAL_STEPS, publish
+from trainer.recipe import Recipe
+from trainer.recorder import Recorder
+from trainer.state import Snapshot, TrainState
+from trainer.storage import open_storage
+from trainer.strategies import Strategy, make_strategy
+from trainer.tasks import make_task
+from trainer.world import World, join_world
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker is told. ``recipe`` is this attempt's (its resources and strategy may differ from the frozen one);
+    ``holder`` says who claims the attempt."""
+
+    storage: str
+    driver: int
+    recipe: Recipe
+    total_steps: int
+    holder: Mapping[str, Any]
+
+
+def train(job: Job, stop_requested: Callable[[], bool]) -> Position:
+    """Trains until the last step; every rank of the attempt calls it.
+
+    ``stop_requested`` is asked on every rank after each step; one yes ends the attempt with a commit.
+    Raises Interrupted when it ended before the last step, after its state was committed.
+    """
+    torch.manual_seed(job.recipe.seed)
+    torch.set_num_threads(job.recipe.resources.cpus_per_worker)
+    with join_world() as world:
+        return Attempt(job, world).run(stop_requested)
+
+
+class Attempt:
+    """The parts of one attempt on one rank, in the order in which they are made."""
+
+    def __init__(self, job: Job, world: World) -> None:
+        self.job, self.world, self.recipe = job, world, job.recipe
+        self.storage = open_storage(job.storage)
+        self.run_storage = self.storage.child(job.recipe.name)
+        self.began = time.monotonic()
+
+    def run(self, stop_requested: Callable[[], bool]) -> Position:
+        run, recipe = self.run_storage, self.recipe
+        data = open_data(recipe, run, self.storage.child(layout.PREPARED))
+        self._build()
+        self.number = self.world.from_first(lambda: claim_attempt(run, self.job.driver, dict(self.job.holder)))
+        self.recorder = Recorder(run, recipe, self.world, self.number)
+        stream = self._stream(data)
+        start = self._restore(stream)
+        self._say_started(start)
+        self.committer = Committer(self._commit, self._committed) if self.world.is_first else None
+        try:
+            end = self._train(data, stream, start, stop_requested)
+            if self.committer:
+                self.committer.close()
+            self.world.gather(None)  # nobody leaves before the last commit is in
+            return self._end(end)
+        finally:
+            self.recorder.close()
+
+    def _build(self) -> None:
+        """Model, adapter, task and strategy; they refer to one another in this order only."""
+        recipe = self.recipe
+        self.adapter = make_adapter(recipe)
+        self.task = make_task(recipe)
+        self.files = fetch_model(recipe.model)
+        loaded = build(
+            recipe.model,
+            self.files.folder,
+            self.world.device,
+            full=self.adapter.full,
+            checkpointing=recipe.training.gradient_checkpointing,
+        )
+        self._check_length(loaded.model)
+        model = self.adapter.attach(loaded.model)
+        self.task.attach(model)
+        self.strategy: Strategy = make_strategy(recipe, self.world)
+        self.strategy.setup(model, lambda parameters: make_optimizer(recipe.optimizer, parameters))
+        self.state = TrainState(self.strategy, self.adapter)
+        self.load = self._load_report(loaded)
+
+    def _check_length(self, model: Any) -> None:
+        positions = getattr(model.config, "max_position_embeddings", None)
+        if positions and self.recipe.data.sequence_length > positions and self.world.is_first:
+            log.warning(
+                "data.sequence_length %d is more than the %d positions of the model; samples are restarted at position "
+                "0 within a pack, so only samples longer than that are affected",
+                self.recipe.data.sequence_length,
+                positions,
+            )
+
+    def _load_report(self, loaded: Loaded) -> list[dict[str, int]]:
+        mine = {
+            "rank": self.world.rank,
+            "bytes_read": max(loaded.bytes_read, self.files.fetched_bytes),
+            "peak_host_bytes": loaded.peak_host_bytes,
+        }
+        return self.world.gather(mine)
+
+    def _stream(self, data: RunData) -> Stream:
+        recipe = self.recipe
+        return Stream(
+            data.train,
+            self.run_storage,
+            seed=recipe.seed,
+            sequence_length=recipe.data.sequence_length,
+            packing=recipe.data.packing,
+            weights=weights(recipe.data),
+            global_batch=recipe.training.global_batch,
+            micro_batch=recipe.training.micro_batch,
+        )
+
+    def _restore(self, stream: Stream) -> Position:
+        """The one way to begin: from the newest whole checkpoint, or from nothing."""
+        with tempfile.TemporaryDirectory(prefix="muster-restore-") as folder:
+            target = Path(folder, "checkpoint")
+            record = self.world.from_first(lambda: fetch_whole(self.run_storage, target, on_skip=self._skipped))
+            if record is None:
+                return Position(0, stream.start())
+            if not self.world.is_first:
+                fetch(self.run_storage, record, target)
+            self.state.load(target, record.state)
+            return Position(record.step, Cursor.from_json(record.state["cursor"]))
+
+    def _skipped(self, step: int, uri: str, reason: str) -> None:
+        log.warning("the checkpoint of step %d is passed over: %s", step, reason)
+        self.recorder.event("skipped_checkpoint", step=step, uri=uri, reason=reason)
+
+    def _say_started(self, start: Position) -> None:
+        hosts, strategy = self.world.gather(self.world.host), self.strategy.report()
+        self.recorder.event(
+            "start",
+            step=start.step,
+            total_steps=self.job.total_steps,
+            hosts=hosts,
+            world_size=self.world.size,
+            strategy=strategy,
+            load=self.load,
+            trainable_parameters=sum(p.numel() for p in self.strategy.trainable().values()),
+            build_s=time.monotonic() - self.began,
+        )
+
+    def _train(self, data: RunData, stream: Stream, start: Position, stop_requested: Callable[[], bool]) -> Position:
+        if start.step >= min(self.job.total_steps, self.recipe.training.stop_after or self.job.total_steps):
+            return start
+        hooks = Hooks(
+            step_done=self._step_done,
+            fed=self.recorder.fed,
+            checkpoint=self._checkpoint,
+            evaluated=self.recorder.metrics,
+            stop_requested=stop_requested,
+        )
+        loop = Loop(
+            self.recipe,
+            self.world,
+            self.strategy,
+            self.task,
+            hooks,
+            total_steps=self.job.total_steps,
+            eval_batches=(lambda: self._eval_batches(data)) if data.eval else None,
+        )
+        with closing(stream.prefetch(start.cursor, self.world.rank, self.world.size)) as steps:
+            return loop.run(start, steps)
+
+    def _eval_batches(self, data: RunData) -> Iterator[Batch]:
+        assert data.eval is not None
+        return eval_batches(data.eval, self.recipe.training.micro_batch, self.world.rank, self.world.size)
+
+    def _step_done(self, metrics: dict[str, Any]) -> None:
+        self.recorder.metrics(metrics)
+        if self.committer:
+            self.committer.check()
+
+    def _checkpoint(self, position: Position, last: bool) -> None:
+        """Every rank; the loop goes on as soon as the state is copied to the host."""
+        began = time.monotonic()
+        self.recorder.settle_ledger()
+        state = {
+            "cursor": position.cursor.to_json(),
+            "world_size": self.world.size,
+            "strategy": self.recipe.strategy.kind,
+            TOTAL_STEPS: self.job.total_steps,
+            "facts": dict(self.recorder.facts),
+        }
+        snapshot = self.state.snapshot(position.step, state, final=last)
+        if self.committer and snapshot:
+            self.committer.submit(snapshot)
+            self.recorder.facts["stall_s"] = time.monotonic() - began
+
+    def _commit(self, snapshot: Snapshot, folder: Path) -> dict[str, Any]:
+        """On the committer's thread of rank 0: write, verify, upload, commit, make room."""
+        run = self.run_storage
+        self.state.write(snapshot, folder)
+        last = snapshot.step == self.job.total_steps
+        if last:
+            self._finish_folder(folder, snapshot.state["facts"])
+        unique, files = put_checkpoint(run, folder, attempt=self.number, step=snapshot.step)
+        record = CommitRecord(
+            step=snapshot.step,
+            attempt=self.number,
+            driver=self.job.driver,
+            nonce=uuid.uuid4().hex,
+            checkpoint=unique,
+            files=files,
+            state=snapshot.state,
+            committed_at=datetime.now(UTC).isoformat(),
+        )
+        commit(run, record)
+        retain(run, self.recipe.checkpoint.keep_last, self.number)
+        if last:
+            publish(run, record)
+        return {"uri": run.uri(layout.checkpoint(unique)), "bytes": sum(f["bytes"] for f in files.values())}
+
+    def _finish_folder(self, folder: Path, facts: Mapping[str, Any]) -> None:
+        recipe = self.recipe
+        load_tokenizer(self.files.folder, trust_remote_code=recipe.model.trust_remote_code).save_pretrained(folder)
+        provenance = self.run_storage.read_json(layout.PROVENANCE)
+        (folder / "README.md").write_text(model_card(recipe, facts, provenance))
+
+    def _committed(self, done: Committed) -> None:
+        self.recorder.event("checkpoint", step=done.step, uri=done.uri, upload_s=done.upload_s, bytes=done.bytes)
+
+    def _end(self, end: Position) -> Position:
+        if end.step < self.job.total_steps:
+            self.recorder.event("end", state="interrupted", step=end.step)
+            raise Interrupted(f"stopped after step {end.step} of {self.job.total_steps}, which is committed")
+        self.recorder.event("end", state="succeeded", step=end.step)
+        return end

@@ -1,0 +1,102 @@
+"""Who else is training: this process's rank, its device, and the few collectives that the loop needs.
+
+The process group is torch's own. Under a launcher that has set one up already (Ray Train) it is taken as it is; under
+torchrun it is made from the environment; a lone process gets a group of one, so that every strategy runs the same code.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore
+
+T = TypeVar("T")
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among ``size`` ranks. All methods but ``is_first`` are collectives: every rank calls them, in the
+    same order; a rank that dies makes the others raise after at most ``COLLECTIVE_TIMEOUT``."""
+
+    rank: int
+    size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def host(self) -> str:
+        return socket.gethostname()
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sum over the ranks, in float64."""
+        tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(tensor)
+        return [float(v) for v in tensor.tolist()]
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's (picklable, small) value, in the order of the ranks, on every rank."""
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's (picklable, small) value, on every rank."""
+        box = [value if self.is_first else None]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+    def from_first(self, decide: Callable[[], T]) -> T:
+        """What ``decide`` returns on rank 0, on every rank; what it raises there, every rank raises."""
+        outcome: tuple[T | None, Exception | None] = (None, None)
+        if self.is_first:
+            try:
+                outcome = (decide(), None)
+            except Exception as error:
+                outcome = (None, error)
+        value, failure = self.broadcast(outcome)
+        if failure is not None:
+            raise failure
+        return cast(T, value)
+
+
+def pick_device(local_rank: int) -> torch.device:
+    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+
+
+def _init_group(device: torch.device) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+    else:
+        dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
+
+
+@contextmanager
+def join_world() -> Iterator[World]:
+    """Enters the process group and leaves it again if it was made here."""
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    # Ray narrows CUDA_VISIBLE_DEVICES to the worker's own devices; torchrun does not.
+    device = pick_device(local_rank % max(1, torch.cuda.device_count()))
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    ours = not dist.is_initialized()
+    if ours:
+        _init_group(device)
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+    finally:
+        if ours:
+            dist.destroy_process_group()
