@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from launcher.status import list_runs, read_status
+from tests.storage.doubles import faulty
+from trainer.checkpoint import CommitRecord, claim_attempt, claim_driver, commit, put_checkpoint
+from trainer.errors import InputError
+from trainer.lease import Holder, LeaseRecord, to_row
+from trainer.reporter import JsonLines
+from trainer.storage import Storage
+
+LEASE = LeaseRecord(1, "running", Holder("another-host", "boot/1", 4711, 1000.0, None), 5000.0, 7)
+
+
+def make_run(run: Storage, *, attempts: int = 2) -> None:
+    run.write("recipe.yaml", b"name: x\n")
+    driver = claim_driver(run, {})
+    for attempt in range(1, attempts + 1):
+        assert claim_attempt(run, driver, {}) == attempt
+        rows = JsonLines(run, f"metrics/a{attempt:06d}")
+        for step in range(5 * attempt - 4, 5 * attempt + 1):
+            rows.add(
+                {"attempt": attempt, "step": step, "total_steps": 20, "loss": 10.0 - step, "lr": 0.1, "world_size": 2}
+                | {"samples": 8 * step, "epoch": 0}
+            )
+            if step % 4 == 0:
+                rows.add({"attempt": attempt, "step": step, "eval_loss": 100.0 - step})
+        rows.close()
+        name, files = put_checkpoint(run, {"x": b"1"}, attempt=attempt, step=5 * attempt)
+        commit(run, CommitRecord(5 * attempt, attempt, driver, name, name, files, {}, f"2026-01-0{attempt}T00:00:00Z"))
+
+
+def test_a_running_run_tells_all_that_was_promised() -> None:
+    run, _ = faulty()
+    make_run(run)
+    run.write_json("lease", to_row(LEASE))
+    got = json.loads(json.dumps(read_status(run, now=5010.0).to_json()))
+    assert {k: got[k] for k in ("state", "step", "total_steps", "attempts", "world_size", "samples")} == {
+        "state": "running", "step": 10, "total_steps": 20, "attempts": 2, "world_size": 2, "samples": 80,
+    }  # fmt: skip
+    assert got["metrics"] == {"loss": 0.0, "lr": 0.1, "eval_loss": 92.0}
+    assert [(c["step"], c["committed_at"]) for c in got["checkpoints"]] == [
+        (5, "2026-01-01T00:00:00Z"),
+        (10, "2026-01-02T00:00:00Z"),
+    ]
+    assert all(c["uri"].startswith("faulty://run/checkpoints/a00000") for c in got["checkpoints"])
+    assert got["holder"] == "process 4711 on another-host"
+
+
+@pytest.mark.parametrize(
+    ("record", "now", "state"),
+    [
+        (LEASE, 5015.0, "running"),
+        (LEASE, 5016.0, "interrupted"),
+        (replace(LEASE, state="stopping"), 5001.0, "running"),
+        (replace(LEASE, state="succeeded"), 9999.0, "succeeded"),
+        (replace(LEASE, state="failed"), 5000.0, "failed"),
+        (None, 5000.0, "interrupted"),
+    ],
+)
+def test_the_state_follows_the_lease(record: LeaseRecord | None, now: float, state: str) -> None:
+    run, _ = faulty()
+    make_run(run, attempts=1)
+    if record is not None:
+        run.write_json("lease", to_row(record))
+    assert read_status(run, now=now).state == state
+
+
+def test_a_run_before_its_first_step_is_at_step_0() -> None:
+    run, _ = faulty()
+    run.write("recipe.yaml", b"")
+    status = read_status(run)
+    assert (status.state, status.step, status.attempts, status.checkpoints) == ("interrupted", 0, 0, ())
+
+
+def test_a_step_that_two_generations_committed_is_the_newer_ones() -> None:
+    run, _ = faulty()
+    make_run(run)
+    name, files = put_checkpoint(run, {"x": b"2"}, attempt=2, step=5)
+    commit(run, CommitRecord(5, 2, 1, "n", name, files, {}, "2026-02-01T00:00:00Z"))
+    assert [(c.step, c.committed_at[:7]) for c in read_status(run).checkpoints] == [(5, "2026-02"), (10, "2026-01")]
+
+
+def test_no_run_is_a_sentence() -> None:
+    run, _ = faulty()
+    with pytest.raises(InputError, match=r"no run at faulty://run; `muster ls`"):
+        read_status(run)
+
+
+def test_runs_are_listed_and_other_folders_are_not() -> None:
+    storage, _ = faulty()
+    make_run(storage.child("b"))
+    make_run(storage.child("a"), attempts=1)
+    storage.write("_data/0123/manifest.json", b"{}")
+    storage.write("notes/x.txt", b"")
+    assert [(s.name, s.step, s.uri) for s in list_runs(storage)] == [
+        ("a", 5, "faulty://run/a"),
+        ("b", 10, "faulty://run/b"),
+    ]
+
+
+def test_reading_a_status_imports_nothing_heavy() -> None:
+    code = (
+        "import sys, tempfile; from launcher.status import list_runs; from trainer.storage import open_storage;"
+        "list_runs(open_storage(tempfile.mkdtemp()));"
+        "print([m for m in ('torch', 'ray', 'numpy', 'transformers', 'botocore', 's3fs') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,207 @@
+"""What every backend promises, and how addresses become storages and lists of objects."""
+
+from __future__ import annotations
+
+import errno
+import os
+import pickle
+import threading
+import uuid
+from pathlib import Path
+
+import pytest
+
+from trainer.errors import CorruptObject, InputError
+from trainer.storage import Storage, expand, is_safe_key, locate, open_storage
+
+
+@pytest.fixture(params=["local", "memory"])
+def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Storage:
+    return open_storage(str(tmp_path / "store") if request.param == "local" else f"memory://{uuid.uuid4().hex}")
+
+
+def test_objects_are_written_read_listed_and_deleted(storage: Storage) -> None:
+    for key in ("b/2", "b/1/x", "a", "bb/1"):
+        storage.write(key, key.encode())
+    assert [o.key for o in storage.list()] == ["a", "b/1/x", "b/2", "bb/1"]
+    assert [(o.key, o.size) for o in storage.list("b")] == [("b/1/x", 5), ("b/2", 3)]
+    assert storage.list("nothing") == [] == storage.folders("nothing")
+    assert storage.folders() == ["b", "bb"]
+    assert storage.child("b").read("1/x") == b"b/1/x"
+    storage.write("a", b"new")
+    assert storage.read("a") == b"new"
+    storage.delete(["a", "b/2", "never there"])
+    assert [o.key for o in storage.list()] == ["b/1/x", "bb/1"]
+
+
+def test_a_missing_object_is_named(storage: Storage) -> None:
+    with pytest.raises(FileNotFoundError, match=f"{storage.url}/a/b"):
+        storage.read("a/b")
+    storage.write("a/b", b"")
+    assert storage.info("a/b") is not None
+    assert storage.info("a") is None
+    assert storage.info("c") is None
+
+
+def test_the_tag_changes_with_the_content(storage: Storage) -> None:
+    storage.write("a", b"1")
+    before = storage.info("a")
+    storage.write("a", b"22")
+    after = storage.info("a")
+    assert before is not None
+    assert after is not None
+    assert before.etag != after.etag
+
+
+def test_ranges_are_exact_or_an_error(storage: Storage) -> None:
+    storage.write("a", b"0123456789")
+    assert storage.read_range("a", 3, 7) == b"3456"
+    assert storage.read_range("a", 10, 10) == b""
+    for start, stop in ((5, 11), (20, 30)):
+        with pytest.raises(CorruptObject, match=f"10 bytes where at least {stop}"):
+            storage.read_range("a", start, stop)
+    with pytest.raises(FileNotFoundError):
+        storage.read_range("b", 0, 1)
+
+
+def test_put_if_absent_lets_one_of_many_writers_win(storage: Storage) -> None:
+    results: dict[int, bool] = {}
+    gate = threading.Barrier(8)
+
+    def race(i: int) -> None:
+        gate.wait(10)
+        results[i] = storage.put_if_absent("claims/1", b"%d" % i)
+
+    threads = [threading.Thread(target=race, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (winner,) = [i for i, won in results.items() if won]
+    assert storage.read("claims/1") == b"%d" % winner
+    assert storage.put_if_absent("claims/1", b"%d" % winner), "the same bytes are there: nothing is wrong"
+
+
+def test_files_go_up_and_come_down_whole(storage: Storage, tmp_path: Path) -> None:
+    data = os.urandom(17 * 2**20)  # two parts
+    (tmp_path / "up").write_bytes(data)
+    storage.upload("deep/er", tmp_path / "up")
+    assert storage.download("deep/er", tmp_path / "new" / "down") == len(data)
+    assert (tmp_path / "new" / "down").read_bytes() == data
+    with pytest.raises(FileNotFoundError):
+        storage.download("nothing", tmp_path / "new" / "x")
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["down"]
+
+
+def test_json_comes_back_and_rubbish_is_named(storage: Storage) -> None:
+    storage.write_json("a.json", {"é": [1, None]})
+    assert storage.read_json("a.json") == {"é": [1, None]}
+    storage.write("a.json", b'{"cut": ')
+    with pytest.raises(CorruptObject, match=r"a\.json is not JSON"):
+        storage.read_json("a.json")
+    with pytest.raises(ValueError, match="JSON"):
+        storage.write_json("b.json", float("nan"))
+
+
+def test_check_writable_leaves_nothing_behind(storage: Storage) -> None:
+    assert storage.check_writable()
+    assert storage.list() == []
+
+
+def test_a_storage_pickles_as_its_address(storage: Storage) -> None:
+    storage.write("a/b", b"1")
+    assert pickle.loads(pickle.dumps(storage.child("a"))).read("b") == b"1"
+
+
+@pytest.mark.parametrize("key", ["", "/etc/passwd", "../x", "a/../../x", "a//b", "a/./b", "a\\b", "a\0"])
+def test_keys_cannot_leave_the_folder(storage: Storage, key: str) -> None:
+    assert not is_safe_key(key)
+    with pytest.raises(ValueError, match="storage key"):
+        storage.read(key)
+
+
+def test_local_addresses_are_absolute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert open_storage("runs/").url == f"{tmp_path}/runs"
+    assert open_storage("~/runs").url == f"{tmp_path}/home/runs"
+    assert open_storage(f"file://{tmp_path}/with%20space").url == f"{tmp_path}/with space"
+
+
+def test_local_readers_never_see_temporary_files(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    (tmp_path / "a.0123.muster-tmp").write_bytes(b"left by a killed writer")
+    storage.write("b", b"1")
+    assert [o.key for o in storage.list()] == ["b"]
+
+
+def test_deleting_the_last_object_of_a_local_folder_removes_it(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    storage.write("checkpoints/one/x", b"1")
+    storage.write("checkpoints/two/x", b"1")
+    storage.delete(["checkpoints/one/x"])
+    assert storage.folders("checkpoints") == ["two"]
+
+
+def test_a_folder_without_permission_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: str, **options: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(os, "makedirs", refuse)  # root, as CI often is, may write everywhere
+    with pytest.raises(InputError, match=r"no permission for .*runs \(Permission denied\)"):
+        open_storage(str(tmp_path / "runs")).check_writable()
+
+
+def test_a_file_in_the_place_of_a_folder_is_a_sentence(tmp_path: Path) -> None:
+    (tmp_path / "runs").write_bytes(b"")
+    with pytest.raises(InputError, match="a file and a folder"):
+        open_storage(str(tmp_path / "runs")).check_writable()
+
+
+def test_an_address_with_credentials_is_refused_without_repeating_them() -> None:
+    with pytest.raises(InputError) as caught:
+        open_storage("s3://me:hunter2@bucket/x")
+    assert "hunter2" not in str(caught.value)
+    assert "AWS_SECRET_ACCESS_KEY" in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["nosuch://bucket/x", "s3://", ""])
+def test_an_address_that_is_none_is_refused(url: str) -> None:
+    with pytest.raises(InputError):
+        open_storage(url)
+
+
+@pytest.fixture(params=["local", "memory"])
+def corpus(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    url = str(tmp_path / "corpus") if request.param == "local" else f"memory://{uuid.uuid4().hex}"
+    storage = open_storage(url)
+    for key in ("b.jsonl", "a.jsonl", "sub/c.jsonl", "note.txt", "_SUCCESS", ".hidden/x.jsonl"):
+        storage.write(key, key.encode())
+    return url
+
+
+@pytest.mark.parametrize(
+    ("what", "names"),
+    [
+        ("/*.jsonl", ["a.jsonl", "b.jsonl"]),
+        ("/**/*.jsonl", ["a.jsonl", "b.jsonl", "sub/c.jsonl"]),
+        ("", ["a.jsonl", "b.jsonl", "note.txt", "sub/c.jsonl"]),
+        ("/sub", ["sub/c.jsonl"]),
+        ("/a.jsonl", ["a.jsonl"]),
+        ("/z*.jsonl", []),
+        ("/missing.jsonl", []),
+    ],
+)
+def test_expand_lists_files_folders_and_globs(corpus: str, what: str, names: list[str]) -> None:
+    found = [o for o in expand(corpus + what) if ".hidden" not in o.url]
+    assert [o.url.partition(corpus.rpartition("/")[2] + "/")[2] for o in found] == names
+    for o in found:
+        storage, key = locate(o.url)
+        assert len(storage.read(key)) == o.size
+        assert o.etag
+
+
+def test_locate_refuses_what_names_no_object() -> None:
+    for url in ("s3://bucket", "s3://bucket/"):
+        with pytest.raises(InputError, match="not an object"):
+            locate(url)
