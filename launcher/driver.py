@@ -86,9 +86,11 @@ def _hold(
 
 
 def _release(run_storage: Storage, lease: Lease, state: str) -> None:
-    events = Events(run_storage, read_claims(run_storage).attempt, f"driver{lease.driver}")
-    events.emit("end", state=state)
-    events.close()
+    """Rank 0 has said how its attempt ended, unless it failed: then the driver says so."""
+    if state == "failed":
+        events = Events(run_storage, read_claims(run_storage).attempt, f"driver{lease.driver}")
+        events.emit("end", state=state)
+        events.close()
     lease.release(state)
 
 

@@ -66,7 +66,8 @@ class TargetHead:
         hidden_TD = hidden_BLD[self._targets_BL]
         if not self.plain:
             return self._project(hidden_TD).unsqueeze(0)
-        return self._chunked_nll(hidden_TD, self._labels_T).view(1, -1, 1)
+        # A tensor of its own: FSDP2 hooks what the model returns, and would lose its hook on a view.
+        return self._chunked_nll(hidden_TD, self._labels_T)[None, :, None].clone()
 
     def _chunked_nll(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
         rows = max(1, CHUNK_LOGITS // self._vocabulary())

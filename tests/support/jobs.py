@@ -1,0 +1,98 @@
+"""`muster run` as users start it: a process of its own, watched from outside through the run's storage."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+
+from tests.support.training import losses
+from tests.support.waiting import wait_for
+from trainer.recipe import Recipe, dump
+
+ROOT = Path(__file__).resolve().parents[2]
+LIMIT_S = 240
+
+
+@dataclass
+class Command:
+    """A started command; ``log`` gets its output."""
+
+    process: subprocess.Popen[bytes]
+    log: Path
+    started: float
+
+    def wait(self, timeout_s: float = LIMIT_S) -> int:
+        try:
+            return self.process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            raise AssertionError(f"no end within {timeout_s} s:\n{self.output()[-3000:]}") from None
+
+    def output(self) -> str:
+        return self.log.read_text(errors="replace")
+
+    def interrupt(self) -> None:
+        """Ctrl-C: the whole process group of the terminal gets it."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def kill(self) -> None:
+        """SIGKILL to the command, its descendants and its training workers."""
+        root = psutil.Process(self.process.pid)
+        victims = [*root.children(recursive=True), root, *map(psutil.Process, self.workers())]
+        for victim in victims:
+            if victim.is_running():
+                victim.kill()
+        self.process.wait(20)
+
+    def workers(self) -> list[int]:
+        """Pids of the training workers, wherever Ray has started them."""
+        found = []
+        for p in psutil.process_iter(["pid", "cmdline", "create_time"]):
+            if "RayTrainWorker" in " ".join(p.info["cmdline"] or []) and p.info["create_time"] > self.started:
+                found.append(p.info["pid"])
+        return sorted(found)
+
+
+def start(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Command:
+    """Starts ``python …`` in the project's root."""
+    log = Path(tempfile.mkdtemp(prefix="muster-test-"), "log")
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [sys.executable, *arguments],
+            cwd=ROOT,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            stdin=subprocess.DEVNULL,
+            env={**os.environ, **(environment or {})},
+            start_new_session=True,
+        )
+    return Command(process, log, time.time())
+
+
+def write_recipe(recipe: Recipe, folder: Path) -> str:
+    path = folder / f"{recipe.name}.yaml"
+    path.write_text(dump(recipe))
+    return str(path)
+
+
+def muster_run(recipe: Recipe, folder: Path, *overrides: str) -> Command:
+    return start(["-m", "launcher", "run", write_recipe(recipe, folder), *overrides])
+
+
+def wait_for_step(recipe: Recipe, step: int, command: Command) -> None:
+    """Until the run's metrics reach ``step``, with the command still running."""
+
+    def reached() -> bool:
+        assert command.process.poll() is None, command.output()[-3000:]
+        return max(losses(recipe), default=0) >= step
+
+    wait_for(reached, f"step {step} of {recipe.name}", timeout_s=LIMIT_S, every_s=0.2)
