@@ -37,23 +37,24 @@ POLL_S = 0.5
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="torchrun -m trainer", description="Train a run without Ray.")
     parser.add_argument("run_uri", help="where the run lies, as `muster ls` prints it")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to resources or strategy")
     parser.add_argument("--takeover", action="store_true", help="take the run from a driver that still holds it")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     try:
-        _run(options.run_uri, takeover=options.takeover)
+        _run(options.run_uri, options.overrides, takeover=options.takeover)
     except MusterError as error:
         print(f"muster: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     return 0
 
 
-def _run(run_uri: str, *, takeover: bool) -> None:
+def _run(run_uri: str, overrides: list[str], *, takeover: bool) -> None:
     stop = _listen()
     folder, _, name = run_uri.rstrip("/").rpartition("/")
     storage = open_storage(folder or ".")
     run = storage.child(name)
-    recipe = read_recipe(run)
+    recipe = read_recipe(run, overrides)
     if finished(run):
         print(f"muster: {run_uri} has reached its last step; its adapter lies in {run.uri(layout.ADAPTER)}")
     elif _rank() == 0:

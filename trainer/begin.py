@@ -58,13 +58,19 @@ class RunData:
     total_steps: int
 
 
-def read_recipe(run: Storage) -> Recipe:
-    """The run's frozen recipe. Raises InputError when there is no run at this address."""
+def read_recipe(run: Storage, overrides: Sequence[str] = ()) -> Recipe:
+    """The run's frozen recipe, with what may change between attempts changed.
+
+    Raises InputError when there is no run at this address, RecipeChanged when an override changes the result."""
     try:
         text = run.read(layout.RECIPE).decode()
     except FileNotFoundError:
         raise InputError(f"there is no run at {run.url}: no {layout.RECIPE} lies there") from None
-    return loads(text, run.uri(layout.RECIPE))
+    frozen = loads(text, run.uri(layout.RECIPE))
+    recipe = loads(text, run.uri(layout.RECIPE), overrides)
+    if changes := differences(frozen, recipe):
+        raise RecipeChanged(f"between attempts of {run.url} this cannot change:\n  " + "\n  ".join(changes))
+    return recipe
 
 
 def has_commits(run: Storage) -> bool:

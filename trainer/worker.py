@@ -62,7 +62,7 @@ def train(job: Job, stop_requested: Callable[[], bool]) -> Position:
     """
     torch.manual_seed(job.recipe.seed)
     torch.set_num_threads(job.recipe.resources.cpus_per_worker)
-    with join_world() as world:
+    with join_world(gpu=job.recipe.resources.gpus_per_worker > 0) as world:
         return Attempt(job, world).run(stop_requested)
 
 

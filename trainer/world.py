@@ -18,6 +18,8 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
+from trainer.errors import InputError
+
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 
@@ -72,8 +74,17 @@ class World:
         return cast(T, value)
 
 
-def pick_device(local_rank: int) -> torch.device:
-    return torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+def pick_device(local_rank: int, *, gpu: bool) -> torch.device:
+    """Raises InputError when a GPU is asked for and torch sees none."""
+    if not gpu:
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise InputError(
+            f"resources.gpus_per_worker asks for GPUs, and torch {torch.__version__} sees none on "
+            f"{socket.gethostname()}: look at nvidia-smi and for a CUDA build, or set resources.gpus_per_worker=0"
+        )
+    # Ray shows a worker its own devices only; torchrun shows all of the host's to each.
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
 def _init_group(device: torch.device) -> None:
@@ -85,11 +96,10 @@ def _init_group(device: torch.device) -> None:
 
 
 @contextmanager
-def join_world() -> Iterator[World]:
-    """Enters the process group and leaves it again if it was made here."""
+def join_world(*, gpu: bool) -> Iterator[World]:
+    """Enters the process group and leaves it again if it was made here. ``gpu``: train on one, else on the CPU."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    # Ray narrows CUDA_VISIBLE_DEVICES to the worker's own devices; torchrun does not.
-    device = pick_device(local_rank % max(1, torch.cuda.device_count()))
+    device = pick_device(local_rank, gpu=gpu)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     ours = not dist.is_initialized()
