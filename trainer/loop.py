@@ -26,6 +26,7 @@ from trainer.tasks import Task
 from trainer.world import World
 
 NAMED_SAMPLES = 8
+MIN_LOSS_SCALE = 1.0
 
 
 @dataclass(frozen=True)
@@ -102,12 +103,17 @@ class Loop:
         training = self.recipe.training
         lr = learning_rate(self.recipe.schedule, self.recipe.optimizer.lr, step, self.total_steps)
         norm = self.strategy.step(lr, training.max_grad_norm)
-        if not math.isfinite(norm) and not self.strategy.scaler.is_enabled():
+        if not math.isfinite(norm) and not self._may_scale_down():
             raise NonFiniteLoss(
                 f"step {step}: the gradient's norm is {norm} while the loss is finite; lower the "
-                f"learning rate ({lr:g}) or set training.max_grad_norm"
+                f"learning rate ({lr:g}), or compute in float32 or bfloat16 (model.dtype)"
             )
         return self._metrics(step, data.plan, total, lr, norm, time.monotonic() - began), bool(stop)
+
+    def _may_scale_down(self) -> bool:
+        """In float16 the first gradients overflow as a matter of course, until the scale of the loss has come down."""
+        scaler = self.strategy.scaler
+        return scaler.is_enabled() and scaler.get_scale() >= MIN_LOSS_SCALE
 
     def _accumulate(self, step: int, data: RankStep) -> float:
         """This rank's sum of losses; gradients of the step's mean loss lie in the parameters afterwards."""

@@ -7,6 +7,7 @@ a run counts as finished only when every one of them reads back with the hash of
 from __future__ import annotations
 
 import hashlib
+import logging
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +17,8 @@ from trainer import layout
 from trainer.checkpoint import CommitRecord, list_commits
 from trainer.errors import CorruptObject
 from trainer.storage import Storage
+
+log = logging.getLogger(__name__)
 
 TOTAL_STEPS = "total_steps"
 OPTIMIZER_FILE = "optimizer.safetensors"
@@ -35,14 +38,20 @@ def is_last(record: CommitRecord) -> bool:
 def finished(run: Storage) -> CommitRecord | None:
     """The commit of the last step, if there is one, its adapter published and verified; None when training is to go on.
 
-    A run that died between its last commit and the last copy is completed here."""
+    A run that died between its last commit and the last copy is completed here. Where the last checkpoint itself is
+    damaged, training goes on from the newest one that is whole."""
     newest = next(iter(list_commits(run)), None)
     if newest is None or not is_last(newest):
         return None
-    if not is_published(run, newest):
+    if is_published(run, newest):
+        return newest
+    try:
         publish(run, newest)
-        if not is_published(run, newest):
-            raise CorruptObject(f"{run.uri(layout.ADAPTER)} does not read back as it was committed; run again")
+    except (CorruptObject, FileNotFoundError) as error:
+        log.warning("the last checkpoint of %s is damaged, its steps are trained anew: %s", run.url, error)
+        return None
+    if not is_published(run, newest):
+        raise CorruptObject(f"{run.uri(layout.ADAPTER)} does not read back as it was committed; run again")
     return newest
 
 
@@ -74,7 +83,7 @@ def _copy(run: Storage, source: str, target: str, info: FileInfo, folder: str) -
     with local.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest != info["sha256"]:
-        raise CorruptObject(f"{run.uri(source)} is not what was committed; run again to train its steps anew")
+        raise CorruptObject(f"{run.uri(source)} is not what was committed")
     run.upload(target, local)
     local.unlink()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from trainer import layout
@@ -55,6 +56,8 @@ class Recorder:
             self.world.gather(None)
 
     def close(self) -> None:
-        for part in (self._metrics, self._ledger, self._events):
-            if part:
-                part.close()
+        """Closes all of them, whatever one of them raises."""
+        with ExitStack() as stack:
+            for part in (self._events, self._ledger, self._metrics):
+                if part:
+                    stack.callback(part.close)

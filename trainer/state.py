@@ -45,6 +45,8 @@ class TrainState:
         self.strategy = strategy
         self.adapter = adapter
         self.saved_names = adapter.saved_names(strategy.model)
+        # Taken from the model once, not from what is gathered: a gather that lost something is to be found out.
+        self._shapes = {self.saved_names[name]: tuple(p.shape) for name, p in strategy.trainable().items()}
 
     def snapshot(self, step: int, state: Mapping[str, Any], *, final: bool) -> Snapshot | None:
         """Collective. The snapshot on rank 0, None on the others; nobody waits for storage."""
@@ -63,8 +65,7 @@ class TrainState:
         save_file(dict(snapshot.optimizer), folder / OPTIMIZER_FILE)
         if self._has_master(snapshot.weights):
             save_file(dict(snapshot.weights), folder / MASTER_FILE)
-        shapes = {self.saved_names[n]: tuple(t.shape) for n, t in snapshot.weights.items()}
-        verify_saved(self.adapter, shapes, folder)
+        verify_saved(self.adapter, self._shapes, folder, updated=bool(snapshot.optimizer))
 
     def _has_master(self, weights: Mapping[str, torch.Tensor]) -> bool:
         dtype = getattr(torch, self.adapter.recipe.model.dtype)
@@ -104,5 +105,5 @@ class TrainState:
 
 def _copies(tensors: Any, keep: bool) -> dict[str, torch.Tensor]:
     """Iterates to the end on every rank (the iterator gathers); copies where they are kept, since a tensor that was on
-    the CPU all along is the one that training goes on changing."""
-    return {name: tensor.clone() for name, tensor in tensors if keep}
+    the CPU all along is the one that training goes on changing. safetensors takes contiguous ones only."""
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors if keep}

@@ -6,7 +6,7 @@ import logging
 import threading
 
 from trainer.errors import MusterError
-from trainer.lease import STOPPING, read_lease
+from trainer.lease import RUNNING, LeaseRecord, read_lease
 from trainer.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -15,8 +15,8 @@ POLL_S = 1.0
 
 
 class StopWatch:
-    """``stop_requested`` says yes once the driver is stopping, or another one has taken its place: then this attempt's
-    next commit is fenced, and finds that out. Storage that does not answer changes nothing."""
+    """``stop_requested`` says yes once the driver is stopping or gone, or another one has taken its place: then this
+    attempt's next commit is fenced, and finds that out. Storage that does not answer changes nothing."""
 
     def __init__(self, run: Storage, driver: int, *, enabled: bool, poll_s: float = POLL_S) -> None:
         self._run, self._driver, self._poll_s = run, driver, poll_s
@@ -41,5 +41,9 @@ class StopWatch:
             except MusterError as error:
                 log.warning("the lease of %s cannot be read: %s", self._run.url, error)
                 continue
-            if lease is not None and (lease.driver > self._driver or lease.state == STOPPING):
+            if lease is not None and self._ends(lease):
                 self._stop.set()
+
+    def _ends(self, lease: LeaseRecord) -> bool:
+        """A driver that was overtaken may still write once: only newer ones, and our own, count."""
+        return lease.driver > self._driver or (lease.driver == self._driver and lease.state != RUNNING)

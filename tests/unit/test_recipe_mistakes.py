@@ -191,6 +191,7 @@ def test_an_at_sign_elsewhere_is_no_credential(url: str) -> None:
             "model.quantization",
             "cannot be trained",
         ),
+        ({"model": {"path": "x", "quantization": "int8"}, "strategy": {"kind": "fsdp"}}, "model.quantization", "nf4"),
         (
             {"optimizer": {"lr": 1.0, "name": "adamw_8bit"}, "strategy": {"kind": "fsdp"}},
             "optimizer.name",

@@ -7,6 +7,7 @@ trained magnitude m of shape [out]. B starts at zero, so that the first forward 
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 import re
@@ -32,8 +33,12 @@ class Lora(Adapter):
     def attach(self, base: torch.nn.Module) -> torch.nn.Module:
         from peft import get_peft_model
 
-        check_targets(base, self.recipe.adapter.target_modules)
-        model = get_peft_model(base, self.config())
+        section = self.recipe.adapter
+        check_targets(base, section.target_modules)
+        try:
+            model = get_peft_model(base, self.config())
+        except ValueError as e:
+            raise InputError(f"adapter.target_modules {section.target_modules!r} do not fit this model: {e}") from e
         initialise(model, self.recipe.seed)
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -78,22 +83,24 @@ class Lora(Adapter):
 
         names = self.saved_names(model)
         save_file({names[n]: t.contiguous() for n, t in weights.items()}, folder / self.weights_file, {"format": "pt"})
-        _saved_config(model).save_pretrained(str(folder))
+        self._saved_config(model).save_pretrained(str(folder))
+
+    def _saved_config(self, model: Any) -> LoraConfig:
+        """peft's own, with the base that the recipe names (peft has put the folder here that it was loaded from), and
+        with the targets in order (peft keeps a set, whose order differs from process to process)."""
+        config: LoraConfig = copy.deepcopy(model.peft_config[ADAPTER_NAME])
+        config.base_model_name_or_path = self.recipe.model.path
+        if not isinstance(config.target_modules, str):
+            config.target_modules = sorted(config.target_modules or ())
+        config.inference_mode = True
+        return config
 
     def starts_at_zero(self, saved_name: str) -> bool:
-        return ".lora_B." in saved_name or ".lora_embedding_B" in saved_name
+        return ".lora_B." in saved_name
 
 
 class Dora(Lora):
     use_dora = True
-
-
-def _saved_config(model: Any) -> Any:
-    import copy
-
-    config = copy.deepcopy(model.peft_config[ADAPTER_NAME])
-    config.inference_mode = True
-    return config
 
 
 def initialise(model: PeftModel | torch.nn.Module, seed: int) -> None:

@@ -7,6 +7,7 @@ under autocast in the recipe's dtype. Frozen parameters are held in the recipe's
 from __future__ import annotations
 
 import resource
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,13 +54,25 @@ def build(section: ModelSection, folder: Path, device: torch.device, *, full: bo
 
     Raises InputError when the files are not a causal LM that transformers can load.
     """
+    before = _resident_bytes()
+    model = _load_whole(section, folder, device, torch.float32 if full else getattr(torch, section.dtype))
+    _keep_weights_packed(model)
+    model.requires_grad_(full)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    read = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    return Loaded(model, read, max(0, _peak_bytes() - before))
+
+
+def _load_whole(section: ModelSection, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
-    before = _resident_bytes()
+    loaded: Any
     try:
-        model = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             folder,
-            dtype=torch.float32 if full else getattr(torch, section.dtype),
+            output_loading_info=True,
+            dtype=dtype,
             quantization_config=quantization_config(section),
             device_map={"": device},
             trust_remote_code=section.trust_remote_code,
@@ -67,12 +80,19 @@ def build(section: ModelSection, folder: Path, device: torch.device, *, full: bo
         )
     except (OSError, ValueError, KeyError, ImportError) as e:
         raise InputError(f"model.path {section.path!r} cannot be loaded as a causal language model: {e}") from e
-    _keep_weights_packed(model)
-    model.requires_grad_(full)
-    if checkpointing:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    read = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    return Loaded(model, read, max(0, _peak_bytes() - before))
+    model, loading = loaded
+    _check_whole(section.path, loading)
+    return model
+
+
+def _check_whole(path: str, loading: Mapping[str, Any]) -> None:
+    """transformers draws what a file lacks at random, differently on every rank, with a warning."""
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise InputError(
+            f"model.path {path!r} lacks {len(missing)} weights of a causal language model ({', '.join(missing[:3])}); "
+            "name a checkpoint that was saved whole, with its output head"
+        )
 
 
 def _keep_weights_packed(model: torch.nn.Module) -> None:

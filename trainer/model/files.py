@@ -23,6 +23,9 @@ from trainer.storage import ObjectInfo, Storage, open_storage
 LOCK_TIMEOUT_S = 3600
 WEIGHTS = (".safetensors",)
 SKIPPED = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot")
+TWICE = ("consolidated", "original/")
+"""Where repositories hold the same weights a second time, in their authors' own format."""
+HUB_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ def _checked(files: ModelFiles, path: str) -> ModelFiles:
 
 
 def _wanted(key: str, weights: bool) -> bool:
-    return not key.endswith(SKIPPED) and (weights or not key.endswith(WEIGHTS))
+    return not key.endswith(SKIPPED) and not key.startswith(TWICE) and (weights or not key.endswith(WEIGHTS))
 
 
 def _from_url(url: str, weights: bool) -> ModelFiles:
@@ -90,9 +93,18 @@ def _download(storage: Storage, objects: list[ObjectInfo], target: Path) -> None
 def _from_hub(section: ModelSection, weights: bool) -> ModelFiles:
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.model", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])]
+    patterns = [
+        *HUB_PATTERNS,
+        *(["*.safetensors"] if weights else []),
+        *(["*.py"] if section.trust_remote_code else []),
+    ]
     try:
-        folder = snapshot_download(section.path, revision=section.revision, allow_patterns=patterns)
+        folder = snapshot_download(
+            section.path,
+            revision=section.revision,
+            allow_patterns=patterns,
+            ignore_patterns=[f"{name}*" for name in TWICE],
+        )
     except Exception as e:
         raise InputError(
             f"model.path {section.path!r} is neither a folder here nor a model that the Hub gives "

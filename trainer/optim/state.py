@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from trainer.errors import CorruptObject
+
 Whole = Callable[[torch.Tensor], torch.Tensor]
 Spread = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -35,7 +37,12 @@ def load_optimizer_state(
     read: Callable[[str], torch.Tensor],
     spread: Spread,
 ) -> None:
-    """``names``: the state keys that were saved for each parameter; ``read`` gives a whole tensor by its saved name."""
+    """``names``: the state keys that were saved for each parameter; ``read`` gives a whole tensor by its saved name.
+
+    Raises CorruptObject when state was saved for a parameter that is not there."""
+    foreign = sorted(set(names) - set(parameters))
+    if foreign:
+        raise CorruptObject(f"the optimizer's state is that of another model: nothing here is called {foreign[:3]}")
     for name, parameter in parameters.items():
         state: dict[str, Any] = {}
         for key in names.get(name, []):

@@ -29,6 +29,11 @@ RULES = (
         ),
     ),
     Rule(
+        (("model", "quantization"), ("strategy", "kind")),
+        lambda r: r.model.quantization == "int8" and r.strategy.kind == "fsdp",
+        lambda r: "int8 weights cannot be sharded by strategy.kind fsdp; use nf4, or ddp with int8",
+    ),
+    Rule(
         (("optimizer", "name"), ("strategy", "kind")),
         lambda r: r.optimizer.name != "adamw" and r.strategy.kind == "fsdp",
         lambda r: (

@@ -9,6 +9,7 @@ of ranks.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -57,13 +58,16 @@ class Strategy(ABC):
     def step(self, lr: float, max_norm: float | None) -> float:
         """One update with the learning rate ``lr``, the gradient of the whole model clipped to ``max_norm``.
 
-        Returns the gradient's norm before clipping. In float16 a step whose gradient overflowed is left out."""
+        Returns the gradient's norm before clipping; a step whose gradient is not finite is left out."""
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.scaler.unscale_(self.optimizer)
         norm = self.clip(float("inf") if max_norm is None else max_norm)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+        if self.scaler.is_enabled():
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
+        elif math.isfinite(norm):
+            self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 

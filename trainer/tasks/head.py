@@ -21,14 +21,19 @@ import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
+from trainer.errors import InputError
+
 CHUNK_LOGITS = 32 * 1024 * 1024
 POST_HEAD = (
     "final_logit_softcapping",
-    "logits_scaling",
-    "logit_scale",
-    "output_multiplier_scale",
     "lm_head_multiplier",
+    "logit_scale",
+    "logits_scaling",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+    "output_multiplier_scale",
 )
+"""Names of settings under which models of transformers change their logits after the head."""
 
 
 class TargetHead:
@@ -41,6 +46,9 @@ class TargetHead:
         text_config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
         self.plain = all(getattr(text_config, name, None) in (None, 0, 1, 1.0) for name in POST_HEAD)
         self._project: Callable[[torch.Tensor], torch.Tensor] = head.forward
+        self._vocabulary = int(getattr(head, "out_features", 0) or text_config.vocab_size)
+        self._made: torch.Tensor | None = None
+        self._compared = False
         self._targets_BL: torch.Tensor | None = None
         self._labels_T: torch.Tensor | None = None
         head.forward = self._forward
@@ -55,8 +63,11 @@ class TargetHead:
             self._targets_BL = self._labels_T = None
 
     def nll(self, output: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
-        """Negative log-likelihoods [T] in float32 from what the model returned as its logits under ``select``."""
+        """Negative log-likelihoods [T] in float32 from what the model returned as its logits under ``select``.
+
+        Raises InputError when the model changes its logits after the head in a way that ``POST_HEAD`` lacks."""
         if self.plain:
+            self._compare(output)
             return output.reshape(-1)
         return cross_entropy(output.reshape(len(labels_T), -1).float(), labels_T, reduction="none")
 
@@ -65,12 +76,25 @@ class TargetHead:
             return self._project(hidden_BLD)
         hidden_TD = hidden_BLD[self._targets_BL]
         if not self.plain:
-            return self._project(hidden_TD).unsqueeze(0)
+            return self._project(hidden_TD[None])
         # A tensor of its own: FSDP2 hooks what the model returns, and would lose its hook on a view.
-        return self._chunked_nll(hidden_TD, self._labels_T)[None, :, None].clone()
+        nll = self._chunked_nll(hidden_TD, self._labels_T)[None, :, None].clone()
+        self._made = None if self._compared else nll.detach().clone()
+        return nll
+
+    def _compare(self, output: torch.Tensor) -> None:
+        """Once: what the head made has to be what the model returns; losses that were scaled would train, wrongly."""
+        if self._made is not None and self._made.any():
+            if not torch.equal(output.detach(), self._made):
+                raise InputError(
+                    "this model changes its logits after the output head, by a setting that muster does not know; "
+                    f"known are {', '.join(POST_HEAD)}"
+                )
+            self._compared = True
+        self._made = None
 
     def _chunked_nll(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
-        rows = max(1, CHUNK_LOGITS // self._vocabulary())
+        rows = max(1, CHUNK_LOGITS // self._vocabulary)
         if len(labels_T) <= rows:
             return self._chunk_nll(hidden_TD, labels_T)
         # Each chunk's logits are computed again in the backward rather than kept.
@@ -82,7 +106,3 @@ class TargetHead:
 
     def _chunk_nll(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
         return cross_entropy(self._project(hidden_TD).float(), labels_T, reduction="none")
-
-    def _vocabulary(self) -> int:
-        head: Any = getattr(self._project, "__self__", None)
-        return int(getattr(head, "out_features", 0) or CHUNK_LOGITS // 1024)
