@@ -61,11 +61,15 @@ class Committer:
     def close(self) -> None:
         """Waits for everything that was submitted; raises if it could not be committed. The storage's own deadline
         bounds the wait."""
+        self.drain()
+        self.check()
+
+    def drain(self) -> None:
+        """The same without raising: when training has failed, what was submitted before is worth having."""
         with self._ready:
             self._closing = True
             self._ready.notify_all()
         self._thread.join()
-        self.check()
 
     def _raise(self) -> None:
         if self._error is not None:

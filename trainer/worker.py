@@ -11,7 +11,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -26,7 +26,7 @@ from trainer.card import model_card
 from trainer.checkpoint import CommitRecord, claim_attempt, commit, fetch, fetch_whole, put_checkpoint, retain
 from trainer.committer import Committed, Committer
 from trainer.data import Batch, Cursor, Stream, eval_batches
-from trainer.errors import Interrupted
+from trainer.errors import Interrupted, MusterError
 from trainer.loop import Hooks, Loop, Position
 from trainer.model import Loaded, build, fetch_model, load_tokenizer
 from trainer.optim import make_optimizer
@@ -84,15 +84,30 @@ class Attempt:
         stream = self._stream(data)
         start = self._restore(stream)
         self._say_started(start)
+        self.stalls: dict[int, float] = {}
         self.committer = Committer(self._commit, self._committed) if self.world.is_first else None
-        try:
+        with self._recorded():
             end = self._train(data, stream, start, stop_requested)
             if self.committer:
                 self.committer.close()
             self.world.gather(None)  # nobody leaves before the last commit is in
             return self._end(end)
-        finally:
-            self.recorder.close()
+
+    @contextmanager
+    def _recorded(self) -> Iterator[None]:
+        """Commits and stores what there is, also after a failure; it is the failure that is told then, not that its
+        record could not be stored either."""
+        try:
+            yield
+        except BaseException:
+            try:
+                if self.committer:
+                    self.committer.drain()
+                self.recorder.close()
+            except MusterError as error:
+                log.warning("the records of attempt %d are not complete: %s", self.number, error)
+            raise
+        self.recorder.close()
 
     def _build(self) -> None:
         """Model, adapter, task and strategy; they refer to one another in this order only."""
@@ -220,8 +235,8 @@ class Attempt:
         }
         snapshot = self.state.snapshot(position.step, state, final=last)
         if self.committer and snapshot:
+            self.stalls[position.step] = time.monotonic() - began
             self.committer.submit(snapshot)
-            self.recorder.facts["stall_s"] = time.monotonic() - began
 
     def _commit(self, snapshot: Snapshot, folder: Path) -> dict[str, Any]:
         """On the committer's thread of rank 0: write, verify, upload, commit, make room."""
@@ -254,7 +269,14 @@ class Attempt:
         (folder / "README.md").write_text(model_card(recipe, facts, provenance))
 
     def _committed(self, done: Committed) -> None:
-        self.recorder.event("checkpoint", step=done.step, uri=done.uri, upload_s=done.upload_s, bytes=done.bytes)
+        self.recorder.event(
+            "checkpoint",
+            step=done.step,
+            uri=done.uri,
+            stall_s=self.stalls.pop(done.step),
+            upload_s=done.upload_s,
+            bytes=done.bytes,
+        )
 
     def _end(self, end: Position) -> Position:
         if end.step < self.job.total_steps:
