@@ -231,7 +231,7 @@ def test_blocks_are_bounded_and_read_once_while_they_last(monkeypatch):
         s.read_step(plan, 0, 1)
     assert len(fetched) == len(prepared.index(0).meta.blocks) > 5
     assert set(fetched.values()) == {1}
-    small = stream(prepared, memory(), cache_bytes=500)
+    small = stream(prepared, memory(), memory_bytes=500)
     for plan in steps_of(small, 15):
         small.read_step(plan, 0, 1)
         assert small.reader.held_bytes <= 500
@@ -303,6 +303,9 @@ def test_what_fails_while_reading_ahead_is_raised_where_its_step_would_be():
             if plan == plans[2]:
                 raise StorageError("the storage is away")
             return s.read_step(plan, rank, world_size)
+
+        def ahead(self, plan):
+            s.ahead(plan)
 
     steps = Prefetcher(Failing(), s.start(), 0, 1, depth=2)
     assert [next(steps).plan, next(steps).plan] == plans[:2]

@@ -6,21 +6,15 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trainer.data.reader import BlockReader
-from trainer.data.types import Batch, Bools, MicroBatch, SampleRef, Tokens
-
-Sample = tuple[Tokens, Bools]
+from trainer.data.reader import BlockReader, Sample
+from trainer.data.types import Batch, MicroBatch
 
 
 def read_batch(reader: BlockReader, micro_batch: MicroBatch) -> Batch:
-    packs = [[_sample(reader, ref) for ref in pack] for pack in micro_batch.packs]
-    ids = [reader.prepared.index(r.window).sample_id(r.sample) for pack in micro_batch.packs for r in pack]
-    return collate(micro_batch.index, packs, ids)
-
-
-def _sample(reader: BlockReader, ref: SampleRef) -> Sample:
-    index = reader.prepared.index(ref.window)
-    return reader.block(ref.window, int(index.block[ref.sample])).sample(int(index.block_row[ref.sample]))
+    refs = [ref for pack in micro_batch.packs for ref in pack]
+    samples = iter(reader.samples(refs))
+    packs = [[next(samples) for _ in pack] for pack in micro_batch.packs]
+    return collate(micro_batch.index, packs, [reader.prepared.index(w).sample_id(s) for w, s in refs])
 
 
 def collate(index: int, packs: Sequence[Sequence[Sample]], sample_ids: list[str]) -> Batch:

@@ -5,26 +5,36 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from trainer.data.collate import read_batch
+from trainer.data.disk_cache import DiskCache
 from trainer.data.plan import plan_in_order
 from trainer.data.prepared import Prepared
-from trainer.data.reader import CACHE_BYTES, BlockReader
+from trainer.data.reader import MEMORY_BYTES, BlockReader
 from trainer.data.types import Batch, MicroBatch, SampleRef
+from trainer.data.upcoming import Upcoming, Use
 
 Pack = tuple[SampleRef, ...]
 
 
 def eval_batches(
-    prepared: Prepared, micro_batch: int, rank: int, world_size: int, cache_bytes: int = CACHE_BYTES
+    prepared: Prepared,
+    micro_batch: int,
+    rank: int,
+    world_size: int,
+    *,
+    memory_bytes: int = MEMORY_BYTES,
+    cache: DiskCache | None = None,
 ) -> Iterator[Batch]:
     """This rank's batches of ``micro_batch`` packs: number k of all goes to rank k % world_size.
 
     Every rank gets the same number, the last of some being ``Batch.empty()``, so that collectives in the forward pass
     meet. Sequence length and packing are those of the preparation.
     """
-    reader = BlockReader(prepared, cache_bytes)
+    upcoming = Upcoming(lambda _: range(len(prepared.windows)))
+    reader = BlockReader(prepared, upcoming, memory_bytes=memory_bytes, cache=cache)
     mine: MicroBatch | None = None
     count = 0
     for part in _micro_batches(prepared, micro_batch):
+        upcoming.move(Use(0, part.packs[0][0].window, 0))
         if part.index % world_size == rank:
             mine = part
         count += 1

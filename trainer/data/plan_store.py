@@ -111,10 +111,16 @@ class PlanStore:
             )
         return held
 
+    def order(self, epoch: int) -> list[int]:
+        """The windows of the prepared data in the order of this epoch."""
+        with self._lock:
+            if epoch not in self._orders:
+                near = {e: o for e, o in self._orders.items() if abs(e - epoch) <= 1}
+                self._orders = {**near, epoch: epoch_order(self.settings, epoch, self.windows)}
+            return self._orders[epoch]
+
     def _window(self, epoch: int, ordinal: int) -> int:
-        if epoch not in self._orders:
-            self._orders = {epoch: epoch_order(self.settings, epoch, self.windows)}
-        return self._orders[epoch][ordinal]
+        return self.order(epoch)[ordinal]
 
     def _url(self, epoch: int, ordinal: int) -> str:
         return f"{self.run.url}/{plan_key(epoch, ordinal)}"

@@ -21,6 +21,8 @@ class Source(Protocol):
 
     def read_step(self, plan: StepPlan, rank: int, world_size: int) -> RankStep: ...
 
+    def ahead(self, plan: StepPlan) -> None: ...
+
 
 class Prefetcher(Iterator[RankStep]):
     """Steps in order, at most ``depth`` of them read ahead of the consumer. ``close`` ends the thread and may be called
@@ -42,6 +44,7 @@ class Prefetcher(Iterator[RankStep]):
             while not self._closed.is_set() and (self._steps is None or done < self._steps):
                 plan = self._source.step(cursor)
                 self._put(self._source.read_step(plan, self._rank, self._world_size))
+                self._source.ahead(plan)
                 cursor, done = plan.next, done + 1
             self._put(None)
         except BaseException as error:  # whatever it is, it belongs to the consumer

@@ -16,7 +16,7 @@ from trainer.errors import CorruptObject
 from trainer.storage import Storage
 
 MANIFEST = "manifest.json"
-_INDEXES_HELD = 8
+_INDEXES_HELD = 4
 
 
 @dataclass

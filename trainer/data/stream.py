@@ -7,18 +7,21 @@ number of ranks; micro-batch k goes to rank k % world_size.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from trainer.data.blocks import WindowIndex
 from trainer.data.collate import read_batch
+from trainer.data.disk_cache import DiskCache
 from trainer.data.packing import fill_packs
 from trainer.data.plan import PlanSettings, copies
 from trainer.data.plan_store import LinkedPlan, PlanStore
 from trainer.data.prefetch import Prefetcher
 from trainer.data.prepared import Prepared
-from trainer.data.reader import CACHE_BYTES, BlockReader
-from trainer.data.types import Batch, Cursor, MicroBatch, RankStep, SampleRef, StepPlan
+from trainer.data.reader import MEMORY_BYTES, READERS, BlockReader
+from trainer.data.types import Batch, Cursor, Ints, MicroBatch, RankStep, SampleRef, StepPlan
+from trainer.data.upcoming import Upcoming, Use, packs_of_blocks
 from trainer.errors import CorruptObject, InputError
 from trainer.storage import Storage
 
@@ -50,13 +53,18 @@ class Stream:
         weights: Sequence[float],
         global_batch: int,
         micro_batch: int,
-        cache_bytes: int = CACHE_BYTES,
+        memory_bytes: int = MEMORY_BYTES,
+        readers: int = READERS,
+        cache: DiskCache | None = None,
     ) -> None:
         self.prepared, self.seed = prepared, seed
         self.global_batch, self.micro_batch = global_batch, micro_batch
         settings = plan_settings(prepared, seed, sequence_length, packing, weights)
         self.plans = PlanStore(prepared, run, settings)
-        self.reader = BlockReader(prepared, cache_bytes)
+        self.upcoming = Upcoming(self.plans.order)
+        self.reader = BlockReader(prepared, self.upcoming, memory_bytes=memory_bytes, readers=readers, cache=cache)
+        self._warmed: int | None = None
+        self._warming: threading.Thread | None = None
 
     def start(self) -> Cursor:
         """The cursor before the first step."""
@@ -67,7 +75,7 @@ class Stream:
         """The step that begins at the cursor. CorruptObject when the cursor is not one of this data, seed and plan."""
         self._check(cursor)
         cursor, linked = self._enter(cursor)
-        epoch, packs = cursor.epoch, list[_Pack]()
+        start, packs = cursor, list[_Pack]()
         while True:
             taken = self._take(linked, cursor.pack, self.global_batch - len(packs))
             packs += taken
@@ -75,13 +83,14 @@ class Stream:
             if len(packs) == self.global_batch or cursor.window + 1 == self.plans.windows:
                 break
             cursor, linked = self._next_window(cursor)
-        return self._plan_of(epoch, packs, cursor)
+        return self._plan_of(start, packs, cursor)
 
     def read(self, micro_batch: MicroBatch) -> Batch:
         return read_batch(self.reader, micro_batch)
 
     def read_step(self, plan: StepPlan, rank: int, world_size: int) -> RankStep:
         """The step with this rank's micro-batches, read."""
+        self._move(plan.start)
         return RankStep(plan, [self.read(m) for m in plan.of_rank(rank, world_size)])
 
     def prefetch(
@@ -93,6 +102,24 @@ class Stream:
         ``next``.
         """
         return Prefetcher(self, cursor, rank, world_size, depth, steps)
+
+    def ahead(self, plan: StepPlan) -> None:
+        """Begins to fetch the window after the one in which this step begins, in a thread; at once when it is there."""
+        following = self.upcoming.following()
+        if self._warmed == following or (self._warming is not None and self._warming.is_alive()):
+            return
+        self._warmed = following
+        self._warming = threading.Thread(
+            target=self.reader.warm, args=(following,), name="muster-read-ahead", daemon=True
+        )
+        self._warming.start()
+
+    def _move(self, to: Cursor) -> None:
+        def packs() -> dict[int, Ints]:
+            linked = self.plans.at(to.epoch, to.window, to.chain)
+            return packs_of_blocks(linked.plan, self.prepared.index(linked.window).block)
+
+        self.upcoming.move(Use(to.epoch, to.window, to.pack), packs)
 
     def _check(self, cursor: Cursor) -> None:
         if (cursor.fingerprint, cursor.seed) != (self.prepared.fingerprint, self.seed):
@@ -127,7 +154,7 @@ class Stream:
             for p in range(first, min(first + count, len(plan)))
         ]
 
-    def _plan_of(self, epoch: int, packs: list[_Pack], after: Cursor) -> StepPlan:
+    def _plan_of(self, start: Cursor, packs: list[_Pack], after: Cursor) -> StepPlan:
         parts = [packs[i : i + self.micro_batch] for i in range(0, len(packs), self.micro_batch)]
         micro_batches = tuple(
             MicroBatch(i, tuple(p.samples for p in part), sum(p.tokens for p in part), sum(p.targets for p in part))
@@ -135,7 +162,8 @@ class Stream:
         )
         samples = sum(m.samples for m in micro_batches)
         return StepPlan(
-            epoch,
+            start.epoch,
+            start,
             micro_batches,
             sum(m.tokens for m in micro_batches),
             sum(m.target_tokens for m in micro_batches),

@@ -76,9 +76,11 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class StepPlan:
-    """One global step: its micro-batches, its totals over all ranks, and the cursor after it."""
+    """One global step: its micro-batches, its totals over all ranks, and the cursors before its first pack and after
+    its last."""
 
     epoch: int
+    start: Cursor
     micro_batches: tuple[MicroBatch, ...]
     tokens: int
     target_tokens: int
