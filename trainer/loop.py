@@ -120,7 +120,7 @@ class Loop:
         plan = data.plan
         rounds = plan.rounds(self.world.size)
         batches = data.batches + [Batch.empty()] * (rounds - len(data.batches))
-        scale = self.world.size / max(1, plan.target_tokens)
+        scale = (self.world.size if self.strategy.averages else 1) / max(1, plan.target_tokens)
         total = torch.zeros((), dtype=torch.float64, device=self.world.device)
         for i, batch in enumerate(batches):
             seed_micro_batch(self.recipe.seed, step, batch.index)

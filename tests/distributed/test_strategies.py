@@ -17,13 +17,19 @@ MODELS: dict[str, dict[str, Any]] = {
     "dora": {"adapter.method": "dora"},
     "qlora": {"adapter.method": "lora", "model.quantization": "nf4"},
     "qdora": {"adapter.method": "dora", "model.quantization": "nf4"},
+    "bfloat16": {"model.dtype": "bfloat16"},
+    "float16": {"model.dtype": "float16"},
     "lora-int8": {"adapter.method": "lora", "model.quantization": "int8"},
     "full": {"adapter.method": "none", "optimizer.lr": 1e-3},
     "checkpointing": {"training.gradient_checkpointing": True},
 }
 PLACES = [("ddp", 2), ("fsdp", 2), ("fsdp", 3)]
-ONLY_DDP = {"lora-int8"}
+ONLY_DDP = {"lora-int8"}  # the recipe refuses it elsewhere
+CELLS = [(m, kind, ranks) for m in MODELS for kind, ranks in PLACES if not (kind == "fsdp" and m in ONLY_DDP)]
 TOLERANCE = 1e-5
+# Rounding in the forward depends on nothing but the micro-batch; what differs is the order in which gradients add up,
+# and what that does to numbers that are rounded to 8 or 11 bits afterwards.
+MIXED_TOLERANCE = {"bfloat16": 5e-3, "float16": 5e-3}
 
 
 def _name(model: str, kind: str, ranks: int) -> str:
@@ -48,17 +54,14 @@ def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kind, ranks", PLACES)
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize(("model", "kind", "ranks"), CELLS)
 def test_trains_like_one_process(runs: dict[str, Recipe], model: str, kind: str, ranks: int) -> None:
-    if _name(model, kind, ranks) not in runs:
-        pytest.skip(f"{model} is not offered under {kind}")
     one, many = runs[_name(model, "ddp", 1)], runs[_name(model, kind, ranks)]
     want, got = losses(one), losses(many)
     assert list(want) == list(got) == list(range(1, 11))
     assert want[10] < want[1], "it learns"
     worst = max(abs(got[s] - want[s]) / want[s] for s in want)
-    assert worst <= TOLERANCE, f"{worst:.1e}"
+    assert worst <= MIXED_TOLERANCE.get(model, TOLERANCE), f"{worst:.1e}"
     assert ledger(many) == ledger(one)
 
 
@@ -74,9 +77,17 @@ def test_what_was_wrapped_is_what_the_recipe_asks_for(runs: dict[str, Recipe]) -
     assert "" in fsdp["wrapped"]
 
 
-def test_the_same_run_twice_gives_the_same_bytes(
-    runs: dict[str, Recipe], tiny_model: Path, tmp_path: Path
-) -> None:
+def test_exact_gives_the_same_bytes_on_any_number_of_ranks(tiny_model: Path, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "data" / "a.jsonl", 90)
+    saved = []
+    for ranks in (1, 3):
+        recipe = small_recipe(f"exact-{ranks}", tiny_model, tmp_path, exact=True)
+        train_in_processes([recipe], ranks)
+        saved.append(adapter_bytes(recipe))
+    assert saved[0] == saved[1]
+
+
+def test_the_same_run_twice_gives_the_same_bytes(runs: dict[str, Recipe], tiny_model: Path, tmp_path: Path) -> None:
     write_pairs(tmp_path / "data" / "a.jsonl", 90)
     again = small_recipe("again", tiny_model, tmp_path)
     train_in_processes([again], 2)

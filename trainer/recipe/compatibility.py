@@ -46,6 +46,21 @@ RULES = (
         lambda r: f"{r.optimizer.name} moves GPU memory to the host, and gpus_per_worker is 0; use adamw_8bit",
     ),
     Rule(
+        (("exact",), ("strategy", "kind")),
+        lambda r: r.exact and r.strategy.kind != "ddp",
+        lambda r: f"cannot hold under {r.strategy.kind}, which adds gradients shard by shard; use strategy.kind ddp",
+    ),
+    Rule(
+        (("exact",), ("resources", "gpus_per_worker")),
+        lambda r: r.exact and r.resources.gpus_per_worker > 0,
+        lambda r: "cannot hold on GPUs, whose kernels add in an order of their own; set gpus_per_worker to 0",
+    ),
+    Rule(
+        (("exact",), ("model", "dtype")),
+        lambda r: r.exact and r.model.dtype == "float16",
+        lambda r: "needs gradients that are not scaled, and float16 scales them; use float32 or bfloat16",
+    ),
+    Rule(
         (("schedule", "warmup_steps"), ("training", "steps")),
         lambda r: r.training.steps is not None and r.schedule.warmup_steps > r.training.steps,
         lambda r: (

@@ -38,6 +38,11 @@ class Recipe(Section):
     seed: int = Field(default=17, ge=0)
     """Decides the order of the data, the adapter's first values and dropout. The same seed gives the same run."""
 
+    exact: bool = False
+    """Byte-identical results for any number of workers: gradients are added as whole numbers, which costs time and
+    twice the bytes on the network. With `strategy.kind: ddp` on CPUs; without it the same number of workers gives
+    the same bytes, and another number gives them within the noise of float32."""
+
     task: Annotated[str, OneOf(TASKS)] = "sft"
     """What is learned: `sft` is supervised fine-tuning of a causal language model."""
 

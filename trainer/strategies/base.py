@@ -3,8 +3,8 @@
 A strategy wraps the model, runs the backward of each micro-batch, steps the optimizer, and moves whole tensors in and
 out of whatever layout it keeps them in: what is saved never depends on the strategy or on the number of ranks.
 
-Gradients are *averaged* over the ranks by every strategy, so the loop multiplies its share of the loss by the number
-of ranks.
+Most strategies *average* gradients over the ranks, so that the loop multiplies its share of the loss by the number of
+ranks; one that adds them says so (``averages``).
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ class Strategy(ABC):
     model: torch.nn.Module  # the model without any wrapper: names and attributes are the model's own
     module: torch.nn.Module  # what the forward is called on
     optimizer: torch.optim.Optimizer
+    averages = True
 
     def __init__(self, recipe: Recipe, world: World) -> None:
         self.recipe = recipe
@@ -124,5 +125,9 @@ def _bytes(parameter: torch.Tensor) -> int:
 
 
 def make_strategy(recipe: Recipe, world: World) -> Strategy:
+    if recipe.exact:
+        from trainer.strategies.exact import ExactDDP
+
+        return ExactDDP(recipe, world)
     strategy: Strategy = STRATEGIES.load(recipe.strategy.kind)(recipe, world)
     return strategy
