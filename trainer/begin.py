@@ -28,7 +28,7 @@ from trainer.data import (
     prepare,
     resolve_chat_template,
 )
-from trainer.errors import InputError, RecipeChanged
+from trainer.errors import CorruptObject, InputError, RecipeChanged
 from trainer.recipe import DataSection, Recipe, SourceSection, differences, dump, loads
 from trainer.storage import Storage
 
@@ -79,12 +79,10 @@ def has_commits(run: Storage) -> bool:
 
 def check_same_recipe(run: Storage, recipe: Recipe) -> None:
     """Raises RecipeChanged when the run was begun with a recipe that gives another result."""
-    try:
-        frozen = read_recipe(run)
-    except InputError:
+    if not has_commits(run):
         return
-    changes = differences(frozen, recipe)
-    if changes and has_commits(run):
+    changes = differences(read_recipe(run), recipe)
+    if changes:
         raise RecipeChanged(
             f"{run.url} was begun with another recipe:\n  " + "\n  ".join(changes) + "\n"
             "Run it with the recipe that it was begun with, or give the new one another name."
@@ -216,7 +214,13 @@ def _frozen_data(run: Storage) -> dict[str, Any] | None:
     """What was frozen, if it binds: without a committed checkpoint, mended data may take its place."""
     if not has_commits(run):
         return None
-    return _read_data(run)
+    try:
+        return _read_data(run)
+    except FileNotFoundError:
+        raise CorruptObject(
+            f"{run.url} has checkpoints but no {layout.DATA}, which says what data they were trained on; put it back, or "
+            "start a run under another name"
+        ) from None
 
 
 def _read_data(run: Storage) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,27 @@ def _train(recipe: Recipe, *, first: bool) -> None:
         state = "interrupted"
     if lease:
         lease.release(state)
+
+
+def train_here(recipe: Recipe, stop_requested: Callable[[], bool] = lambda: False) -> str:
+    """Trains the recipe's run in this process, as the one rank there is; returns the state that it ended in."""
+    from trainer.errors import Interrupted
+    from trainer.worker import Job, train
+
+    storage = open_storage(recipe.storage)
+    run = storage.child(recipe.name)
+    lease = Lease.acquire(run)
+    state = "failed"
+    try:
+        total = prepare(recipe, storage).total_steps
+        freeze_recipe(run, recipe)
+        train(Job(recipe.storage, lease.driver, recipe, total, {}), stop_requested)
+        state = "succeeded"
+    except Interrupted:
+        state = "interrupted"
+    finally:
+        lease.release(state)
+    return state
 
 
 def prepare(recipe: Recipe, storage: Storage) -> Any:

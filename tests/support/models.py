@@ -1,0 +1,71 @@
+"""Built models and hand-made micro-batches for the tests of what trains on them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from trainer.adapters import Adapter, make_adapter
+from trainer.data import Batch
+from trainer.data.collate import collate
+from trainer.model import build
+from trainer.recipe import Recipe
+
+CPU = torch.device("cpu")
+
+
+def built(recipe: Recipe) -> tuple[Any, Adapter]:
+    """The recipe's base with its adapter attached, in training mode, and the adapter."""
+    torch.set_num_threads(1)  # models this small lose time by sharing their work out
+    adapter = make_adapter(recipe)
+    folder = Path(recipe.model.path)
+    checkpointing = recipe.training.gradient_checkpointing
+    base = build(recipe.model, folder, CPU, full=adapter.full, checkpointing=checkpointing).model
+    return adapter.attach(base).train(), adapter
+
+
+def base_of(recipe: Recipe) -> Any:
+    return build(recipe.model, Path(recipe.model.path), CPU, full=False, checkpointing=False).model
+
+
+def packed(lengths: Sequence[Sequence[int]], *, prompt: int = 3, vocabulary: int = 384, seed: int = 0) -> Batch:
+    """A micro-batch with one row per pack of samples of these lengths; what follows ``prompt`` tokens is a target."""
+    draw = np.random.Generator(np.random.PCG64(seed))
+    packs = [
+        [(draw.integers(4, vocabulary, n).astype(np.int32), np.arange(n) >= max(1, prompt)) for n in pack]
+        for pack in lengths
+    ]
+    names = [f"0:0/{i}" for i in range(sum(len(pack) for pack in lengths))]
+    return collate(0, packs, names)
+
+
+def samples_of(batch: Batch) -> list[tuple[int, slice]]:
+    """(row, columns) of every sample of the micro-batch, pads left out."""
+    found = []
+    for row, positions in enumerate(batch.position_ids):
+        starts = [int(i) for i in np.flatnonzero(positions == 0)]
+        for start, end in zip(starts, [*starts[1:], len(positions)], strict=True):
+            if end - start > 1:  # a pad is a segment of length one
+                found.append((row, slice(start, end)))
+    return found
+
+
+def stir(model: torch.nn.Module, scale: float = 0.05) -> None:
+    """Moves what is trained away from where it begins, so that an adapter changes what its base says."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter += scale * torch.randn(parameter.shape, generator=generator)
+
+
+def logits_of(model: torch.nn.Module, seed: int = 1, vocabulary: int = 384) -> torch.Tensor:
+    """The logits of one fixed text, in evaluation mode."""
+    tokens = torch.randint(4, vocabulary, (1, 20), generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        logits: torch.Tensor = model.eval()(input_ids=tokens, use_cache=False).logits.float()
+    return logits
