@@ -18,10 +18,12 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from trainer.data.rows import Encoded
-from trainer.data.types import Bools, Tokens
+from trainer.data.types import Bools, Floats, Tokens, TokenTypes
 
 BLOCK_BYTES = 8 << 20
 _META = b"window"
+_PART_SHIFT = 40
+"""A row number is below this many bits (a byte offset in 1 TiB); the number of a part of the row stands above them."""
 
 BLOCK_SCHEMA = pa.schema(
     [
@@ -32,6 +34,7 @@ BLOCK_SCHEMA = pa.schema(
         ("target", pa.list_(pa.bool_())),
     ]
 )
+"""The columns that every block has. Labelled samples and pairs add their own: see `encode_block`."""
 
 
 class BlockInfo(NamedTuple):
@@ -111,8 +114,15 @@ class WindowIndex:
 
 
 def sample_id(source: Any, obj: Any, row: Any) -> str:
-    """``<source index>:<object index>/<byte offset or row number>``: where the sample came from."""
-    return f"{source}:{obj}/{row}"
+    """``<source index>:<object index>/<byte offset or row number>``: where the sample came from; ``+1`` and so on after
+    it names the further samples that a long text was cut into."""
+    number, part = int(row) & ((1 << _PART_SHIFT) - 1), int(row) >> _PART_SHIFT
+    return f"{source}:{obj}/{number}+{part}" if part else f"{source}:{obj}/{number}"
+
+
+def part_of_row(row: int, part: int) -> int:
+    """The number that a row's sample goes by when the row came to several."""
+    return row | part << _PART_SHIFT
 
 
 class WindowWriter:
@@ -128,10 +138,11 @@ class WindowWriter:
         self._index: list[tuple[int, int, int, int, int, int, int]] = []
 
     def add(self, source: int, obj: int, row: int, sample: Encoded) -> None:
-        size = 4 * len(sample.tokens) + len(sample.target) // 8 + 25
+        size = _stored_bytes(sample)
         if self._samples and self._size + size > self.block_bytes:
             self._close_block()
-        length, targets = len(sample.tokens), int(sample.target.sum())
+        sides = [s for s in (sample, sample.rejected) if s is not None]
+        length, targets = sum(len(s.tokens) for s in sides), sum(int(s.target.sum()) for s in sides)
         self._index.append((source, obj, row, length, targets, len(self._blocks), len(self._samples)))
         self._ids.append((source, obj, row))
         self._samples.append(sample)
@@ -153,40 +164,104 @@ class WindowWriter:
         return key, body, encode_index(self._index, WindowMeta(key, self._blocks, counts, bad_rows))
 
 
+def _stored_bytes(sample: Encoded) -> int:
+    """About what the sample takes in a block."""
+    own = 4 * len(sample.tokens) + len(sample.target) // 8 + 25
+    types = 0 if sample.token_types is None else len(sample.token_types)
+    return own + types + (0 if sample.rejected is None else _stored_bytes(sample.rejected))
+
+
 def encode_block(ids: Sequence[tuple[int, int, int]], samples: Sequence[Encoded]) -> bytes:
-    offsets = pa.array(np.cumsum([0, *(len(s.tokens) for s in samples)]), pa.int32())
+    """One Arrow IPC stream. Of the further columns ``label``, ``token_types``, ``margin``, ``rejected_tokens`` and
+    ``rejected_target`` it has those that its samples have; they are of one kind, since a task takes one."""
     source, obj, row = zip(*ids, strict=True)
-    columns = [
-        pa.array(source, pa.int32()),
-        pa.array(obj, pa.int32()),
-        pa.array(row, pa.int64()),
-        pa.ListArray.from_arrays(offsets, pa.array(np.concatenate([s.tokens for s in samples]))),
-        pa.ListArray.from_arrays(offsets, pa.array(np.concatenate([s.target for s in samples]))),
-    ]
-    return stream_bytes(pa.table(columns, schema=BLOCK_SCHEMA))
+    columns = {
+        "source": pa.array(source, pa.int32()),
+        "object": pa.array(obj, pa.int32()),
+        "row": pa.array(row, pa.int64()),
+        "tokens": _lists([s.tokens for s in samples]),
+        "target": _lists([s.target for s in samples]),
+    }
+    assert list(columns) == BLOCK_SCHEMA.names
+    return stream_bytes(pa.table(columns | _further_columns(samples)))
+
+
+def _further_columns(samples: Sequence[Encoded]) -> dict[str, Any]:
+    columns: dict[str, Any] = {}
+    if any(s.label is not None for s in samples):
+        columns["label"] = pa.array([s.label for s in samples], pa.int32())
+    if any(s.token_types is not None for s in samples):
+        columns["token_types"] = _lists([s.token_types for s in samples])
+    if any(s.margin is not None for s in samples):
+        columns["margin"] = pa.array([s.margin or 0.0 for s in samples], pa.float32())
+    if any(s.rejected is not None for s in samples):
+        others = [s.rejected for s in samples]
+        columns["rejected_tokens"] = _lists([None if s is None else s.tokens for s in others])
+        columns["rejected_target"] = _lists([None if s is None else s.target for s in others])
+    return columns
+
+
+def _lists(arrays: Sequence[npt.NDArray[Any] | None]) -> Any:
+    whole = [a for a in arrays if a is not None]
+    assert len(whole) == len(arrays), "some samples of the block are of another kind than the others"
+    offsets = pa.array(np.cumsum([0, *(len(a) for a in whole)]), pa.int32())
+    return pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(whole)))
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block's samples: tokens and target lie one after the other, sample i at ``offsets[i]:offsets[i + 1]``."""
+    """A block's samples: tokens and target lie one after the other, sample i at ``offsets[i]:offsets[i + 1]``.
+
+    ``labels`` and ``margins`` have one entry per sample, ``token_types`` one per token, ``rejected`` holds the other
+    answers as samples of their own; each is None where the format has no such thing.
+    """
 
     offsets: npt.NDArray[np.int32]
     tokens: Tokens
     target: Bools
+    labels: npt.NDArray[np.int32] | None = None
+    token_types: TokenTypes | None = None
+    margins: Floats | None = None
+    rejected: Block | None = None
 
     @property
     def nbytes(self) -> int:
-        return self.offsets.nbytes + self.tokens.nbytes + self.target.nbytes
+        arrays = (self.offsets, self.tokens, self.target, self.labels, self.token_types, self.margins)
+        return sum(a.nbytes for a in arrays if a is not None) + (self.rejected.nbytes if self.rejected else 0)
 
-    def sample(self, row: int) -> tuple[Tokens, Bools]:
+    def sample(self, row: int) -> Encoded:
         low, high = self.offsets[row], self.offsets[row + 1]
-        return self.tokens[low:high], self.target[low:high]
+        return Encoded(
+            self.tokens[low:high],
+            self.target[low:high],
+            label=None if self.labels is None else int(self.labels[row]),
+            token_types=None if self.token_types is None else self.token_types[low:high],
+            rejected=None if self.rejected is None else self.rejected.sample(row),
+            margin=None if self.margins is None else float(self.margins[row]),
+        )
 
 
 def decode_block(raw: bytes) -> Block:
     table = read_stream(raw)
-    tokens, target = (table.column(name).chunk(0) for name in ("tokens", "target"))
-    return Block(tokens.offsets.to_numpy(), tokens.values.to_numpy(), target.values.to_numpy(zero_copy_only=False))
+    there = set(table.column_names)
+
+    def flat(name: str) -> Any:
+        return table.column(name).chunk(0) if name in there else None
+
+    def values(name: str) -> Any:
+        lists = flat(name)
+        return None if lists is None else lists.values.to_numpy(zero_copy_only=False)
+
+    def numbers(name: str) -> Any:
+        column = flat(name)
+        return None if column is None else column.to_numpy()
+
+    rejected = None
+    if "rejected_tokens" in there:
+        offsets = flat("rejected_tokens").offsets.to_numpy()
+        rejected = Block(offsets, values("rejected_tokens"), values("rejected_target"))
+    own = flat("tokens").offsets.to_numpy(), values("tokens"), values("target")
+    return Block(*own, numbers("label"), values("token_types"), numbers("margin"), rejected)
 
 
 _INDEX_COLUMNS = ("source", "object", "row", "length", "targets", "block", "block_row")

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from trainer.data.reader import BlockReader, Sample
+from trainer.data.reader import BlockReader
+from trainer.data.rows import Encoded
 from trainer.data.types import Batch, MicroBatch
+
+Pack = Sequence[Encoded]
 
 
 def read_batch(reader: BlockReader, micro_batch: MicroBatch) -> Batch:
@@ -17,25 +20,43 @@ def read_batch(reader: BlockReader, micro_batch: MicroBatch) -> Batch:
     return collate(micro_batch.index, packs, [reader.prepared.index(w).sample_id(s) for w, s in refs])
 
 
-def collate(index: int, packs: Sequence[Sequence[Sample]], sample_ids: list[str]) -> Batch:
+def collate(index: int, packs: Sequence[Pack], sample_ids: list[str]) -> Batch:
     """Packs side by side, padded to the longest. Positions restart with each sample, and every pad is at position 0:
     block-diagonal attention, which is derived from the positions, then lets no pad see anything."""
-    length = max(sum(len(tokens) for tokens, _ in pack) for pack in packs)
+    samples = [sample for pack in packs for sample in pack]
+    rejected = [sample.rejected for sample in samples if sample.rejected is not None]
+    rows = [*packs, *([sample] for sample in rejected)]
+    length = max(sum(len(sample.tokens) for sample in pack) for pack in rows)
     batch = Batch(
         index,
-        np.zeros((len(packs), length), np.int64),
-        np.zeros((len(packs), length), np.int64),
-        np.zeros((len(packs), length), np.bool_),
+        np.zeros((len(rows), length), np.int64),
+        np.zeros((len(rows), length), np.int64),
+        np.zeros((len(rows), length), np.bool_),
         sample_ids,
+        labels=np.array([s.label for s in samples if s.label is not None], np.int64),
+        token_types=_zeros_if(any(s.token_types is not None for s in samples), len(rows), length),
+        pairs=len(rejected),
+        margins=np.array([s.margin or 0.0 for s in samples if s.rejected is not None], np.float32),
     )
-    for row, pack in enumerate(packs):
-        at = 0
-        for tokens, target in pack:
-            end = at + len(tokens)
-            batch.input_ids[row, at:end] = tokens
-            batch.position_ids[row, at:end] = np.arange(len(tokens))
-            batch.targets[row, at:end] = target
-            at = end
-        batch.tokens += at
+    for row, pack in enumerate(rows):
+        batch.tokens += _fill_row(batch, row, pack)
     batch.target_tokens = int(batch.targets.sum())
     return batch
+
+
+def _fill_row(batch: Batch, row: int, pack: Pack) -> int:
+    """The tokens that went in."""
+    at = 0
+    for sample in pack:
+        end = at + len(sample.tokens)
+        batch.input_ids[row, at:end] = sample.tokens
+        batch.position_ids[row, at:end] = np.arange(end - at)
+        batch.targets[row, at:end] = sample.target
+        if batch.token_types is not None and sample.token_types is not None:
+            batch.token_types[row, at:end] = sample.token_types
+        at = end
+    return at
+
+
+def _zeros_if(wanted: bool, rows: int, length: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]] | None:
+    return np.zeros((rows, length), np.int64) if wanted else None

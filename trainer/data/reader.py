@@ -7,12 +7,14 @@ import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
+from typing import Any
 
 from trainer.data.blocks import Block, decode_block
 from trainer.data.disk_cache import DiskCache
 from trainer.data.prepared import Prepared
+from trainer.data.rows import Encoded
 from trainer.data.threads import for_each
-from trainer.data.types import Bools, SampleRef, Tokens
+from trainer.data.types import SampleRef
 from trainer.data.upcoming import Upcoming
 from trainer.errors import MusterError
 
@@ -26,7 +28,6 @@ READERS = 4
 """Blocks that are fetched side by side."""
 
 Key = tuple[int, int]
-Sample = tuple[Tokens, Bools]
 
 
 class BlockReader:
@@ -53,20 +54,19 @@ class BlockReader:
     def held_bytes(self) -> int:
         return self._held_bytes
 
-    def samples(self, refs: Sequence[SampleRef]) -> list[Sample]:
-        """Tokens and targets of each, in the order of ``refs``. At most ``readers`` blocks beyond the limit are in
+    def samples(self, refs: Sequence[SampleRef]) -> list[Encoded]:
+        """Each of them, in the order of ``refs``. At most ``readers`` blocks beyond the limit are in
         memory meanwhile, since a block that is not to be held is let go once its samples are copied."""
         rows: dict[Key, list[tuple[int, int]]] = {}
         for at, (window, sample) in enumerate(refs):
             index = self.prepared.index(window)
             rows.setdefault((window, int(index.block[sample])), []).append((at, int(index.block_row[sample])))
-        found: dict[int, Sample] = {}
+        found: dict[int, Encoded] = {}
 
         def take(key: Key) -> None:
             block = self.block(*key)
             for at, row in rows[key]:
-                tokens, target = block.sample(row)
-                found[at] = tokens.copy(), target.copy()
+                found[at] = block.sample(row).copy()
 
         with self._lock:
             absent = [key for key in rows if key not in self._blocks]

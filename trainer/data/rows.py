@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from trainer.data.types import Bools, Tokens
+from trainer.data.types import Bools, Tokens, TokenTypes
 
 Row = dict[str, Any]
 
@@ -19,20 +19,57 @@ class Fault(NamedTuple):
 @dataclass(frozen=True)
 class Encoded:
     """A sample: int32 tokens [T], and bool target [T], True where a token is to be predicted; ``truncated``: it was
-    longer."""
+    longer; ``splits``: one that is too long is cut into several instead.
+
+    With a ``label``, the one target is the last token, from which the label is predicted; ``token_types`` int8 [T] tell
+    an encoder the two texts of a pair apart. With ``rejected``, this is the chosen one of two answers; ``margin`` says
+    by how much.
+    """
 
     tokens: Tokens
     target: Bools
     truncated: bool = False
+    splits: bool = False
+    label: int | None = None
+    token_types: TokenTypes | None = None
+    rejected: Encoded | None = None
+    margin: float | None = None
+
+    def copy(self) -> Encoded:
+        """One whose arrays hold on to no block."""
+        types, rejected = self.token_types, self.rejected
+        return replace(
+            self,
+            tokens=self.tokens.copy(),
+            target=self.target.copy(),
+            token_types=None if types is None else types.copy(),
+            rejected=None if rejected is None else rejected.copy(),
+        )
 
 
-def fit(sample: Encoded, sequence_length: int) -> Encoded | None:
-    """The sample cut on the right to ``sequence_length`` tokens; None when no target token is left.
+def fit(sample: Encoded, sequence_length: int) -> list[Encoded]:
+    """The sample in at most ``sequence_length`` tokens: cut on the right, or into several; none when no target is left.
 
-    Nothing predicts a sample's first token, so that it is never a target.
+    Nothing predicts a sample's first token, so that it is never a target. The pieces of one that splits overlap by a
+    token, so that each of its tokens but the first is a target once.
     """
-    target = sample.target[:sequence_length].copy()
+    if sample.label is not None:
+        return [sample]  # its format has cut it, since what stands at the end has to stay there
+    if sample.splits and len(sample.tokens) > sequence_length:
+        starts = range(0, len(sample.tokens) - 1, sequence_length - 1)
+        return [piece for at in starts for piece in _cut(sample, at, sequence_length, truncated=False)]
+    if sample.rejected is None:
+        return _cut(sample, 0, sequence_length, len(sample.tokens) > sequence_length)
+    sides = [fit(replace(side, rejected=None), sequence_length) for side in (sample, sample.rejected)]
+    if not all(sides):
+        return []
+    (chosen,), (rejected,) = sides
+    return [replace(chosen, rejected=rejected, truncated=chosen.truncated or rejected.truncated)]
+
+
+def _cut(sample: Encoded, start: int, length: int, truncated: bool) -> list[Encoded]:
+    target = sample.target[start : start + length].copy()
     target[:1] = False
     if not target.any():
-        return None
-    return Encoded(sample.tokens[:sequence_length], target, len(sample.tokens) > sequence_length)
+        return []
+    return [replace(sample, tokens=sample.tokens[start : start + length], target=target, truncated=truncated)]

@@ -18,6 +18,8 @@ from trainer.errors import CorruptObject
 Ints = npt.NDArray[np.int64]
 Tokens = npt.NDArray[np.int32]
 Bools = npt.NDArray[np.bool_]
+TokenTypes = npt.NDArray[np.int8]
+Floats = npt.NDArray[np.float32]
 
 EMPTY_LENGTH = 8
 
@@ -102,6 +104,12 @@ class Batch:
     ``input_ids`` int64 [B, L], 0 at pads; ``position_ids`` int64 [B, L], restarting at 0 with each sample and 0 at
     every pad, so that each pad is a segment of its own; ``targets`` bool [B, L], True at the tokens that are to be
     predicted (never the first of a sample, never a pad). ``tokens`` and ``target_tokens`` count without pads.
+
+    Classification: ``labels`` int64 [samples], in the order of ``sample_ids``, which is that of the True ones of
+    ``targets`` (row by row): each marks the last token of its sample. ``token_types`` int64 [B, L], all 0 for one text.
+
+    Preference: ``pairs`` is their number, and B is twice that: the chosen answer to pair i is row i, the rejected one
+    row ``pairs + i``; ``margins`` float32 [pairs], 0 where the data gives none.
     """
 
     index: int
@@ -111,6 +119,10 @@ class Batch:
     sample_ids: list[str] = field(default_factory=list)
     tokens: int = 0
     target_tokens: int = 0
+    labels: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    token_types: Ints | None = None
+    pairs: int = 0
+    margins: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
 
     @classmethod
     def empty(cls) -> Batch:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
-from trainer.data.blocks import BadRow, Counts, WindowMeta, WindowWriter, decode_index
+from trainer.data.blocks import BadRow, Counts, WindowMeta, WindowWriter, decode_index, part_of_row
 from trainer.data.formats import Format, open_format
 from trainer.data.freeze import check_objects
 from trainer.data.readers import Reader, open_reader
@@ -104,14 +104,14 @@ class _Window:
 
     def _add_sample(self, span: Span, row: int, sample: Encoded) -> None:
         fitted, counts = fit(sample, self.spec.sequence_length), self.counts[span.source]
-        if fitted is None:
-            counts.dropped += 1
-            return
-        counts.samples += 1
-        counts.tokens += len(fitted.tokens)
-        counts.target_tokens += int(fitted.target.sum())
-        counts.truncated += fitted.truncated
-        self.writer.add(span.source, span.object, row, fitted)
+        counts.dropped += not fitted
+        for part, piece in enumerate(fitted):
+            sides = [side for side in (piece, piece.rejected) if side is not None]
+            counts.samples += 1
+            counts.tokens += sum(len(side.tokens) for side in sides)
+            counts.target_tokens += sum(int(side.target.sum()) for side in sides)
+            counts.truncated += piece.truncated
+            self.writer.add(span.source, span.object, part_of_row(row, part), piece)
 
     def _add_bad(self, source: int, frozen: FrozenObject, reader: Reader, row: int, fault: Fault) -> None:
         counts = self.counts[source]
