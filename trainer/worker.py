@@ -25,7 +25,7 @@ from trainer.begin import RunData, open_data, weights
 from trainer.card import model_card
 from trainer.checkpoint import CommitRecord, claim_attempt, commit, fetch, fetch_whole, put_checkpoint, retain
 from trainer.committer import Committed, Committer
-from trainer.data import Batch, Cursor, Stream, eval_batches
+from trainer.data import Batch, Cursor, Stream, eval_batches, open_caches
 from trainer.errors import Interrupted, MusterError
 from trainer.loop import Hooks, Loop, Position
 from trainer.model import Loaded, build, fetch_model, load_tokenizer
@@ -78,6 +78,7 @@ class Attempt:
     def run(self, stop_requested: Callable[[], bool]) -> Position:
         run, recipe = self.run_storage, self.recipe
         data = open_data(recipe, run, self.storage.child(layout.PREPARED))
+        self.cache, self.eval_cache = open_caches(data.train, data.eval, recipe.data.cache_bytes)
         self._build()
         self.number = self.world.from_first(lambda: claim_attempt(run, self.job.driver, dict(self.job.holder)))
         self.recorder = Recorder(run, recipe, self.world, self.number)
@@ -159,6 +160,7 @@ class Attempt:
             weights=weights(recipe.data),
             global_batch=recipe.training.global_batch,
             micro_batch=recipe.training.micro_batch,
+            cache=self.cache,
         )
 
     def _restore(self, stream: Stream) -> Position:
@@ -215,7 +217,8 @@ class Attempt:
 
     def _eval_batches(self, data: RunData) -> Iterator[Batch]:
         assert data.eval is not None
-        return eval_batches(data.eval, self.recipe.training.micro_batch, self.world.rank, self.world.size)
+        world = self.world
+        return eval_batches(data.eval, self.recipe.training.micro_batch, world.rank, world.size, cache=self.eval_cache)
 
     def _step_done(self, metrics: dict[str, Any]) -> None:
         self.recorder.metrics(metrics)

@@ -1,5 +1,6 @@
 """Data whose order belongs to the run: freeze the inputs, prepare once, plan, and stream by an integer cursor."""
 
+from trainer.data.disk_cache import DiskCache, open_caches
 from trainer.data.evaluation import eval_batches
 from trainer.data.executor import process_pool
 from trainer.data.freeze import freeze
@@ -12,6 +13,7 @@ from trainer.data.types import Batch, Cursor, MicroBatch, RankStep, SampleRef, S
 __all__ = [
     "Batch",
     "Cursor",
+    "DiskCache",
     "FrozenObject",
     "FrozenSource",
     "MapWindows",
@@ -28,6 +30,7 @@ __all__ = [
     "describe",
     "eval_batches",
     "freeze",
+    "open_caches",
     "open_prepared",
     "prepare",
     "process_pool",

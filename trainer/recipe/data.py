@@ -98,6 +98,11 @@ class DataSection(Section):
     max_bad_rows: int = Field(default=0, ge=0)
     """Rows per source that may be unreadable; they are skipped and reported. One more ends the preparation."""
 
+    cache_bytes: int = Field(default=8 << 30, ge=0)
+    """Bytes of prepared data that each host keeps on its own disk, shared by its ranks, so that later epochs and
+    attempts need not fetch them again; what the plan uses latest makes room. They lie under `$MUSTER_CACHE/blocks`, or
+    else in the temporary folder; a full disk is a warning, and 0 keeps nothing. Local storage needs no cache."""
+
     chat_template: str | None = None
     """Jinja template for `messages`, or the path of a file that holds one; null takes the tokenizer's own."""
 

@@ -20,6 +20,7 @@ MAY_CHANGE: tuple[KeyPath, ...] = (
     ("checkpoint",),
     ("tracking",),
     ("training", "stop_after"),
+    ("data", "cache_bytes"),
 )
 """What may differ between the attempts of a run. Name and storage say where the run is, not what comes out of it."""
 
