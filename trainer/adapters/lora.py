@@ -58,7 +58,6 @@ class Lora(Adapter):
             target_modules=targets if isinstance(targets, str) else list(targets),
             bias=section.bias,
             use_dora=self.use_dora,
-            base_model_name_or_path=self.recipe.model.path,
             revision=self.recipe.model.revision,
         )
 
