@@ -1,3 +1,4 @@
 from launcher.cli import main
 
-main()
+if __name__ == "__main__":  # a process pool imports this file again
+    main()

@@ -16,6 +16,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from launcher import preparing
 from trainer.errors import Interrupted, MusterError, RecipeError, UsageError
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -151,6 +152,9 @@ def list_(
         print(json.dumps([s.to_json() for s in found]))
     else:
         Console().print(runs_table(found))
+
+
+app.command()(preparing.prepare)
 
 
 def main() -> None:

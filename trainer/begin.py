@@ -147,7 +147,26 @@ def prepare_data(
     map_windows: Callable[..., Any] = map,
     on_progress: Callable[..., None] | None = None,
 ) -> RunData:
-    """Opens the run's prepared data, or makes it; ``tokenizer`` is called only if there is something to make."""
+    """Opens the run's prepared data, or makes it, and notes in the run which they are; ``tokenizer`` is called only if
+    there is something to make."""
+    bound = _frozen_data(run) is not None
+    train, evaluation = prepare_parts(recipe, run, shared, tokenizer, map_windows=map_windows, on_progress=on_progress)
+    if not bound:
+        parts = {"train": train, "eval": evaluation}
+        run.write_json(layout.DATA, {part: p.spec.to_json() for part, p in parts.items() if p is not None})
+    return RunData(train, evaluation, total_steps(recipe, train))
+
+
+def prepare_parts(
+    recipe: Recipe,
+    run: Storage,
+    shared: Storage,
+    tokenizer: Callable[[], PreTrainedTokenizerBase],
+    *,
+    map_windows: Callable[..., Any] = map,
+    on_progress: Callable[..., None] | None = None,
+) -> tuple[Prepared, Prepared | None]:
+    """Training and evaluation data, prepared under ``shared``; of the run nothing is written."""
     frozen = _frozen_data(run)
     parts: dict[str, Prepared | None] = {"train": None, "eval": None}
     loaded: list[PreTrainedTokenizerBase] = []
@@ -163,9 +182,7 @@ def prepare_data(
         parts[part] = prepared
     train = parts["train"]
     assert train is not None, "a recipe has training data"
-    if frozen is None:
-        run.write_json(layout.DATA, {part: p.spec.to_json() for part, p in parts.items() if p is not None})
-    return RunData(train, parts["eval"], total_steps(recipe, train))
+    return train, parts["eval"]
 
 
 def open_data(recipe: Recipe, run: Storage, shared: Storage) -> RunData:
@@ -218,8 +235,8 @@ def _frozen_data(run: Storage) -> dict[str, Any] | None:
         return _read_data(run)
     except FileNotFoundError:
         raise CorruptObject(
-            f"{run.url} has checkpoints but no {layout.DATA}, which says what data they were trained on; put it back, or "
-            "start a run under another name"
+            f"{run.url} has checkpoints but no {layout.DATA}, which says what data they were trained on; put it back, "
+            "or start a run under another name"
         ) from None
 
 

@@ -8,6 +8,7 @@ from trainer.data.prepare import MapWindows, Progress, check_first_rows, prepare
 from trainer.data.prepared import Prepared, open_prepared
 from trainer.data.spec import FrozenObject, FrozenSource, Preparation, describe, tokenizer_fingerprint
 from trainer.data.stream import Stream, count_steps
+from trainer.data.summary import Summary, summarise
 from trainer.data.types import Batch, Cursor, MicroBatch, RankStep, SampleRef, StepPlan
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "SampleRef",
     "StepPlan",
     "Stream",
+    "Summary",
     "check_first_rows",
     "count_steps",
     "describe",
@@ -35,5 +37,6 @@ __all__ = [
     "prepare",
     "process_pool",
     "resolve_chat_template",
+    "summarise",
     "tokenizer_fingerprint",
 ]

@@ -12,12 +12,16 @@ _task: Callable[[Any], Any] | None = None
 
 
 def process_pool(processes: int) -> Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]:
-    """A ``map`` over that many spawned processes, results in order; the function is pickled once per process.
+    """A ``map`` over that many spawned processes, results in order; the function is pickled once per process. A single
+    job runs in this process, where it costs no start.
 
     Spawned, not forked: a tokenizer's threads do not survive a fork. When a job raises, those not begun are cancelled.
     """
 
     def run(task: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
+        if len(jobs) <= 1:
+            yield from map(task, jobs)
+            return
         count = max(1, min(processes, len(jobs)))
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(count, context, initializer=_take_task, initargs=(task,)) as pool:

@@ -7,7 +7,6 @@ import logging
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Future
-from typing import Any
 
 from trainer.data.blocks import Block, decode_block
 from trainer.data.disk_cache import DiskCache

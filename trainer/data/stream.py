@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from trainer.data.blocks import WindowIndex
 from trainer.data.collate import read_batch
@@ -206,11 +207,19 @@ def count_steps(
 
 
 def _count_packs(prepared: Prepared, settings: PlanSettings, epoch: int) -> int:
-    return sum(_packs_of(prepared.index(w), settings, epoch) for w in range(len(prepared.windows)))
+    return sum(epoch_packs(prepared.index(w), settings, epoch).packs for w in range(len(prepared.windows)))
 
 
-def _packs_of(index: WindowIndex, settings: PlanSettings, epoch: int) -> int:
+class EpochPacks(NamedTuple):
+    """What a window gives to an epoch."""
+
+    packs: int
+    tokens: int
+
+
+def epoch_packs(index: WindowIndex, settings: PlanSettings, epoch: int) -> EpochPacks:
     times = copies(index, settings, epoch)
+    tokens = int((index.length * times).sum())
     if not settings.packing:
-        return int(times.sum())
-    return len(fill_packs(index.length.repeat(times), settings.sequence_length))
+        return EpochPacks(int(times.sum()), tokens)
+    return EpochPacks(len(fill_packs(index.length.repeat(times), settings.sequence_length)), tokens)
