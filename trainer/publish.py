@@ -60,14 +60,16 @@ def published_files(record: CommitRecord) -> dict[str, FileInfo]:
 
 
 def publish(run: Storage, record: CommitRecord) -> str:
-    """Copies what is missing or differs, takes away what does not belong there; returns the adapter's URI."""
+    """Takes away what does not belong there, copies what is missing or differs; returns the adapter's URI.
+
+    In this order, so that the last copy is the end of it, and `is_published` need not look for anything else."""
     wanted = published_files(record)
+    stale = [o.key for o in run.list(layout.ADAPTER) if o.key.removeprefix(f"{layout.ADAPTER}/") not in wanted]
+    run.delete(stale)
     with tempfile.TemporaryDirectory(prefix="muster-publish-") as folder:
         for name, info in wanted.items():
             if not _matches(run, f"{layout.ADAPTER}/{name}", info):
                 _copy(run, f"{layout.checkpoint(record.checkpoint)}/{name}", f"{layout.ADAPTER}/{name}", info, folder)
-    stale = [o.key for o in run.list(layout.ADAPTER) if o.key.removeprefix(f"{layout.ADAPTER}/") not in wanted]
-    run.delete(stale)
     return run.uri(layout.ADAPTER)
 
 
