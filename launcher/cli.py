@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -19,7 +19,11 @@ from rich.text import Text
 from launcher import preparing
 from trainer.errors import Interrupted, MusterError, RecipeError, UsageError
 
+if TYPE_CHECKING:
+    from trainer.recipe import Recipe
+
 ROOT = Path(__file__).resolve().parents[1]
+LOOK_DEADLINE_S = 15.0  # of the commands that only read: a person waits
 
 app = typer.Typer(
     name="muster",
@@ -35,7 +39,7 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 
 
 def stderr() -> Console:
-    plain = bool(os.environ.get("CI")) or not sys.stderr.isatty()
+    plain = bool(os.environ.get("CI")) or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb"
     return Console(stderr=True, highlight=False, force_terminal=False if plain else None, width=200 if plain else None)
 
 
@@ -64,7 +68,8 @@ def choose_ray(on: str | None) -> None:
     if on not in (None, "local", "ray"):
         raise UsageError(f"--on {on!r} is not one of: local, ray")
     if on == "local":
-        os.environ.pop("RAY_ADDRESS", None)
+        for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+            os.environ.pop(name, None)
     if on == "ray" and not os.environ.get("RAY_ADDRESS"):
         os.environ["RAY_ADDRESS"] = "auto"
 
@@ -95,14 +100,11 @@ def validate(
         raise typer.Exit(2)
 
 
-def _check_inputs(recipe: object, console: Console) -> None:
+def _check_inputs(recipe: Recipe, console: Console) -> None:
     from launcher.driver import check_inputs
     from launcher.progress import Progress
-    from trainer.recipe import Recipe
-    from trainer.storage import open_storage
 
-    assert isinstance(recipe, Recipe)
-    check_inputs(recipe, open_storage(recipe.storage), Progress(console))
+    check_inputs(recipe, Progress(console))
 
 
 def error_text(error: MusterError, path: str | None = None) -> str:
@@ -130,7 +132,7 @@ def status(
     from launcher.tables import status_table
     from trainer.storage import open_storage
 
-    found = read_status(open_storage(run_uri))
+    found = read_status(open_storage(run_uri, deadline_s=LOOK_DEADLINE_S))
     if as_json:
         print(json.dumps(found.to_json()))
     else:
@@ -147,9 +149,11 @@ def list_(
     from launcher.tables import runs_table
     from trainer.storage import open_storage
 
-    found = list_runs(open_storage(storage))
+    found = list_runs(open_storage(storage, deadline_s=LOOK_DEADLINE_S))
     if as_json:
         print(json.dumps([s.to_json() for s in found]))
+    elif not found:
+        stderr().print(Text(f"no run lies in {storage}"), soft_wrap=True)
     else:
         Console().print(runs_table(found))
 
@@ -157,9 +161,16 @@ def list_(
 app.command()(preparing.prepare)
 
 
+class ToStderr(logging.Handler):
+    """Writes to what ``sys.stderr`` is at the time: a live display stands in for it while it is drawn."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        print(self.format(record), file=sys.stderr)
+
+
 def main() -> None:
     """Ends the process with the designed exit codes: 0 done, 1 failed, 2 usage, 3 interrupted and resumable."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", stream=sys.stderr)
+    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", handlers=[ToStderr()])
     try:
         app(standalone_mode=True)
     except MusterError as error:

@@ -26,6 +26,7 @@ from trainer.reporter import Events
 from trainer.storage import Storage, open_storage
 
 POLL_S = 0.5
+FIRST_LOOK_S = 30.0  # a storage that does not answer now is more likely a wrong address than a bad minute
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -37,28 +38,30 @@ def run(recipe: Recipe, progress: Progress, *, takeover: bool = False) -> str:
     """
     storage = open_storage(recipe.storage)
     run_storage = storage.child(recipe.name)
-    check_same_recipe(run_storage, recipe)
-    if finished(run_storage):
+    first_look = open_storage(recipe.storage, deadline_s=FIRST_LOOK_S).child(recipe.name)
+    check_same_recipe(first_look, recipe)
+    if finished(first_look):
         progress.say(f"{run_storage.url} has reached its last step already")
         return run_storage.uri(layout.ADAPTER)
     with Signals(progress) as signals:
-        check_inputs(recipe, storage, progress)
+        check_inputs(recipe, progress)
         lease = Lease.acquire(run_storage, job=standing(os.environ).job, takeover=takeover)
         signals.tell(lease)
         return _hold(recipe, storage, run_storage, lease, signals, progress)
 
 
-def check_inputs(recipe: Recipe, storage: Storage, progress: Progress) -> None:
+def check_inputs(recipe: Recipe, progress: Progress) -> None:
     """Storage, model and data, before any worker starts. Raises InputError."""
     from launcher.inputs import check_model, check_storage
 
     progress.phase("checking storage, model and data")
+    storage = open_storage(recipe.storage, deadline_s=FIRST_LOOK_S)
     if not check_storage(storage):
         progress.say(
             f"{storage.url} has no conditional put: two drivers that start this run in the same moment cannot be told "
             "apart, so start it from one place only"
         )
-    check_model(recipe)
+    check_model(recipe, progress.warn)
 
 
 def _hold(
@@ -102,13 +105,14 @@ def _train(
     recipe: Recipe, storage: Storage, run_storage: Storage, lease: Lease, signals: Signals, progress: Progress
 ) -> None:
     from launcher.inputs import load_run_tokenizer
-    from launcher.ray_session import check_resources, quiet_logs, ray_map, ray_session
+    from launcher.ray_session import RESOURCE_WAIT_S, check_resources, quiet_logs, ray_map, ray_session
 
-    environment = Environment.current()
-    progress.phase("starting Ray")
-    with ray_session(standing(os.environ).ray_address, recipe.resources):
+    environment, address = Environment.current(), standing(os.environ).ray_address
+    progress.phase(f"joining Ray at {address}" if address else "starting Ray")
+    with ray_session(address, recipe.resources):
         quiet_logs()
-        check_resources(recipe.resources, stopped=lambda: signals.stopped)
+        patience_s = RESOURCE_WAIT_S if address else 0.0  # nobody adds anything to this machine
+        check_resources(recipe.resources, timeout_s=patience_s, stopped=lambda: signals.stopped)
         progress.phase("preparing data")
         data = prepare_data(
             recipe,

@@ -2,47 +2,128 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import errno
+from typing import TYPE_CHECKING, Any
 
 from trainer.begin import check_rows
-from trainer.errors import InputError
-from trainer.recipe import Recipe
+from trainer.errors import InputError, StorageError
+from trainer.recipe import ModelSection, Recipe
 from trainer.storage import Storage
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def check_storage(storage: Storage) -> bool:
     """Whether the storage has conditional put; InputError when it cannot be written."""
-    return storage.check_writable()
+    try:
+        return storage.check_writable()
+    except StorageError as error:
+        if _is_full(error):
+            raise InputError(
+                f"the disk of {storage.url} is full: make room there, or choose another storage"
+            ) from error
+        raise
 
 
-def check_model(recipe: Recipe) -> None:
-    """The model is there and is a causal language model, the adapter's target modules are in it, the tokenizer loads,
-    and the first rows of every source become samples. Reads configuration and rows, no weights. Raises InputError."""
-    from trainer.model import fetch_model
+def _is_full(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__
+    return False
 
-    files = fetch_model(recipe.model, weights=False)
+
+def check_model(recipe: Recipe, warn: Callable[[str], None]) -> None:
+    """The model is there, whole, and a causal language model; the adapter's target modules are in it; its tokenizer
+    and its positions fit the recipe; and the first rows of every source become samples.
+
+    Reads configuration, rows, and of the weights the headers alone. Raises InputError; ``warn`` gets what may be meant.
+    """
+    from trainer.model import check_weights, fetch_model
+
+    folder = fetch_model(recipe.model, weights=False).folder
+    model = _model_without_weights(recipe.model, folder)
     if recipe.adapter.method != "none":
-        _check_targets(recipe, str(files.folder))
-    check_rows(recipe, load_run_tokenizer(recipe))
+        from trainer.adapters.lora import check_targets
+
+        check_targets(model, recipe.adapter.target_modules)
+    check_weights(recipe.model)
+    tokenizer = load_run_tokenizer(recipe)
+    check_vocabulary(recipe.model.path, tokenizer, int(model.get_input_embeddings().weight.shape[0]))
+    check_positions(recipe, model, warn)
+    check_rows(recipe, tokenizer)
 
 
-def _check_targets(recipe: Recipe, folder: str) -> None:
+def _model_without_weights(section: ModelSection, folder: Path) -> PreTrainedModel:
+    """The model's modules on torch's meta device, which holds shapes only."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from trainer.adapters.lora import check_targets
-
-    trust = recipe.model.trust_remote_code
+    trust = section.trust_remote_code
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    except (OSError, ValueError, KeyError, ImportError, AttributeError) as e:
+        raise InputError(f"model.path {section.path!r} has a config.json that cannot be used: {first_line(e)}") from e
+    try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError, ImportError) as e:
-        raise InputError(f"model.path {recipe.model.path!r} is not a causal language model that loads: {e}") from e
-    check_targets(model, recipe.adapter.target_modules)
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+    except (ValueError, KeyError, ImportError, AttributeError) as e:
+        raise InputError(_no_language_model(section.path, config, e)) from e
+    return model
+
+
+def _no_language_model(path: str, config: Any, error: Exception) -> str:
+    kind = getattr(config, "model_type", "unknown")
+    if type(config).__name__ in str(error):
+        return (
+            f"model.path {path!r} holds a {kind!r} model, which is no causal language model: name one whose "
+            "config.json lists an architecture that ends in ForCausalLM"
+        )
+    return f"model.path {path!r} holds a {kind!r} model that cannot be built: {first_line(error)}"
+
+
+def check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
+    """Raises InputError when the tokenizer gives tokens that the model has no embedding for: on a GPU, that would end
+    a worker without a word."""
+    marks = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos")}
+    beyond = {name: number for name, number in marks.items() if number is not None and number >= embeddings}
+    if beyond:
+        name, number = next(iter(beyond.items()))
+        raise InputError(
+            f"the tokenizer of {path} gives its {name}_token {getattr(tokenizer, f'{name}_token')!r} the number "
+            f"{number}, and the model has embeddings for {embeddings} tokens only: set {name}_token in "
+            "tokenizer_config.json to the one that the model was trained with"
+        )
+    if tokenizer.vocab_size > embeddings:
+        raise InputError(
+            f"the tokenizer of {path} has {tokenizer.vocab_size} tokens, and the model embeddings for {embeddings} "
+            "only: put the tokenizer that belongs to the model beside its config.json"
+        )
+
+
+def check_positions(recipe: Recipe, model: PreTrainedModel, warn: Callable[[str], None]) -> None:
+    """Whether samples may get longer than what the model was trained on. In a pack, positions begin anew with each
+    sample, so that a long pack of short samples is fine."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    length = recipe.data.sequence_length
+    if not isinstance(positions, int) or length <= positions:
+        return
+    text = f"data.sequence_length {length} is more than the {positions} positions that the model was trained with"
+    if not recipe.data.packing or _learns_positions(model, positions):
+        raise InputError(f"{text}; set it to {positions} or less")
+    warn(f"{text}: samples that are longer than {positions} tokens will be learnt badly, or set it to {positions}")
+
+
+def _learns_positions(model: PreTrainedModel, positions: int) -> bool:
+    """Whether positions are rows of a table (GPT-2, OPT), which ends; rotary ones go on."""
+    import torch
+
+    rows = {m.num_embeddings for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    return not rows.isdisjoint((positions, positions + 2))  # OPT keeps two rows to itself
 
 
 def load_run_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
@@ -50,3 +131,9 @@ def load_run_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
     files = fetch_model(recipe.model, weights=False)
     return load_tokenizer(files.folder, trust_remote_code=recipe.model.trust_remote_code)
+
+
+def first_line(error: BaseException) -> str:
+    """Libraries explain at length; the first line says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

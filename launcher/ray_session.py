@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -19,8 +20,10 @@ from trainer.recipe import ResourcesSection
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
-RESOURCE_WAIT_S = 45.0
+RESOURCE_WAIT_S = 40.0
+ANSWER_WAIT_S = 15.0
 POLL_S = 1.0
+DIAL_S = 3.0
 DRIVER_SETTINGS = {
     # A dead worker is noticed within half a second, and a group that cannot be placed gives up in time to say why.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -43,6 +46,7 @@ def ray_session(address: str | None, resources: ResourcesSection) -> Iterator[No
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *filter(None, _python_path())]))
     import ray
 
+    _hush_raylet()
     if address is None:
         _start_local(resources)
     else:
@@ -84,15 +88,68 @@ def _start_local(resources: ResourcesSection) -> None:
 def _join(address: str) -> None:
     import ray
 
+    found = locate_cluster(address)
     # A submitted job brings its own working directory; elsewhere the workers find this tree by its path.
     submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     runtime_env = None if submitted else {"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}}
     try:
-        ray.init(address=address, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(address=found, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, RuntimeError, ValueError) as e:
+        raise no_cluster(address, " ".join(str(e).split())) from e
+
+
+def locate_cluster(address: str) -> str:
+    """``host:port`` of the cluster at ``address`` (``auto``: the one on this machine), which something listens at.
+
+    Raises InputError. Ray itself would try again and again for minutes, in the words of its network layer."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    if "://" in address:
         raise InputError(
-            f"no Ray cluster answers at {address!r} ({e}); unset RAY_ADDRESS to start one on this machine"
-        ) from e
+            f"RAY_ADDRESS is {address!r}, which is not a cluster to join: give HOST:PORT of its head (6379 unless told "
+            "otherwise), or submit with `ray job submit --address http://HOST:8265 -- muster run …`"
+        )
+    try:
+        found = canonicalize_bootstrap_address(address)
+    except (ConnectionError, ValueError, OSError) as e:
+        raise no_cluster(address, " ".join(str(e).split())) from e
+    if found is None:
+        raise no_cluster(address, "none is known on this machine")
+    await_answer(address, found)
+    return str(found)
+
+
+def no_cluster(address: str, cause: str) -> InputError:
+    return InputError(
+        f"no Ray cluster answers at {address!r} ({cause}): start one with `ray start --head`, correct RAY_ADDRESS, or "
+        "unset it (--on local) for a Ray of this machine's own"
+    )
+
+
+def await_answer(
+    address: str,
+    found: str,
+    *,
+    timeout_s: float = ANSWER_WAIT_S,
+    dial: Callable[[str], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Returns once ``found`` accepts a connection; InputError after ``timeout_s``: a head may be just starting."""
+    dial = dial or _dial
+    deadline = clock() + timeout_s
+    while True:
+        try:
+            return dial(found)
+        except OSError as e:
+            if clock() >= deadline:
+                raise no_cluster(address, e.strerror or str(e)) from e
+        sleep(POLL_S)
+
+
+def _dial(host_and_port: str) -> None:
+    host, _, port = host_and_port.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), DIAL_S).close()
 
 
 def wanted(resources: ResourcesSection) -> dict[str, float]:
@@ -132,13 +189,42 @@ def check_resources(
 
 
 def _missing(resources: ResourcesSection, nodes: Sequence[Mapping[str, float]]) -> str:
-    have = {name: sum(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
-    each = f"{resources.cpus_per_worker} CPUs and {resources.gpus_per_worker} GPUs"
+    need = wanted(resources)
+    have = {name: sum(node.get(name, 0.0) for node in nodes) for name in need}
+    lacking = {name: need[name] - have[name] for name in need if need[name] > have[name]}
+    if lacking:
+        missing = f"missing: {_amounts(lacking)}"
+    else:
+        missing = "enough in all, but no single node has enough for one more worker"
+    fit = workers_that_fit(resources, nodes)
     return (
-        f"the recipe needs {resources.min_workers} workers of {each} each, and the cluster's {len(nodes)} nodes hold "
-        f"{workers_that_fit(resources, nodes)} of them ({have['CPU']:g} CPUs, {have['GPU']:g} GPUs in all): add nodes, "
-        "or lower resources.workers, resources.gpus_per_worker or resources.cpus_per_worker"
+        f"resources.workers asks for {_many(resources.min_workers, 'worker')} with {_each(resources)} each, and the "
+        f"cluster has room for {fit} ({_many(len(nodes), 'node')} with {_amounts(have)} in all; {missing}): add "
+        f"nodes, or lower {' or '.join(_to_lower(resources))}"
     )
+
+
+def _each(resources: ResourcesSection) -> str:
+    gpus = {"GPU": float(resources.gpus_per_worker)} if resources.gpus_per_worker else {}
+    return _amounts({"CPU": float(resources.cpus_per_worker), **gpus})
+
+
+def _to_lower(resources: ResourcesSection) -> Iterator[str]:
+    """The settings that can be lowered at all."""
+    if resources.min_workers > 1:
+        yield "resources.workers"
+    if resources.gpus_per_worker:
+        yield "resources.gpus_per_worker (0 trains on CPUs)"
+    if resources.cpus_per_worker > 1:
+        yield "resources.cpus_per_worker"
+
+
+def _amounts(amounts: Mapping[str, float]) -> str:
+    return " and ".join(_many(amount, name) for name, amount in amounts.items())
+
+
+def _many(count: float, noun: str) -> str:
+    return f"{count:g} {noun}" + ("" if count == 1 else "s")
 
 
 def _live_nodes() -> list[dict[str, float]]:
@@ -186,6 +272,14 @@ def _result(reference: Any) -> Any:
     except ray.exceptions.RayTaskError as error:
         cause = error.cause
         raise (cause if isinstance(cause, Exception) else error) from None
+
+
+def _hush_raylet() -> None:
+    """Ray prints what its daemons say of dead processes to stdout, where results belong; the first cause of a failure
+    is told by this driver anyway."""
+    from ray._private import worker
+
+    worker.listen_error_messages = lambda worker, threads_stopped: None
 
 
 def quiet_logs() -> None:

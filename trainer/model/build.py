@@ -65,6 +65,7 @@ def build(section: ModelSection, folder: Path, device: torch.device, *, full: bo
 
 
 def _load_whole(section: ModelSection, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
 
     loaded: Any
@@ -77,8 +78,9 @@ def _load_whole(section: ModelSection, folder: Path, device: torch.device, dtype
             device_map={"": device},
             trust_remote_code=section.trust_remote_code,
             use_safetensors=True,
+            ignore_mismatched_sizes=True,  # `_check_whole` says which, where transformers only says that there are some
         )
-    except (OSError, ValueError, KeyError, ImportError) as e:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as e:
         raise InputError(f"model.path {section.path!r} cannot be loaded as a causal language model: {e}") from e
     model, loading = loaded
     _check_whole(section.path, loading)
@@ -86,7 +88,15 @@ def _load_whole(section: ModelSection, folder: Path, device: torch.device, dtype
 
 
 def _check_whole(path: str, loading: Mapping[str, Any]) -> None:
-    """transformers draws what a file lacks at random, differently on every rank, with a warning."""
+    """transformers draws what a file lacks, or has in another shape, at random: differently on every rank, with a
+    warning."""
+    unlike = sorted(loading["mismatched_keys"])
+    if unlike:
+        name, stored, wanted = unlike[0]
+        raise InputError(
+            f"model.path {path!r}: {len(unlike)} weights have not the shape that config.json asks for ({name}: "
+            f"{list(stored)} stored, {list(wanted)} asked for); put the config.json that belongs to the weights there"
+        )
     missing = sorted(loading["missing_keys"])
     if missing:
         raise InputError(

@@ -25,6 +25,7 @@ WEIGHTS = (".safetensors",)
 SKIPPED = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot")
 TWICE = ("consolidated", "original/")
 """Where repositories hold the same weights a second time, in their authors' own format."""
+LONGEST_CAUSE = 300
 HUB_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 
 
@@ -71,12 +72,21 @@ def _from_url(url: str, weights: bool) -> ModelFiles:
         )
     listing = json.dumps([url, [(o.key, o.size, o.etag) for o in objects]])
     target = cache_folder() / "models" / hashlib.sha256(listing.encode()).hexdigest()[:32]
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock", timeout=LOCK_TIMEOUT_S):
-        if target.is_dir():
-            return ModelFiles(target)
-        _download(storage, objects, target)
-    return ModelFiles(target, sum(o.size for o in objects))
+    size = sum(o.size for o in objects)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock", timeout=LOCK_TIMEOUT_S):
+            if target.is_dir():
+                return ModelFiles(target)
+            _download(storage, objects, target)
+    except FileNotFoundError as e:
+        raise InputError(f"model.path {url!r} changed while it was copied ({e}); run the same command again") from e
+    except OSError as e:
+        raise InputError(
+            f"the model cache {target.parent} cannot take the {size:,} bytes of {url} ({e.strerror or e}): "
+            "let MUSTER_CACHE name a folder with room, which can be written"
+        ) from e
+    return ModelFiles(target, size)
 
 
 def _download(storage: Storage, objects: list[ObjectInfo], target: Path) -> None:
@@ -98,6 +108,8 @@ def _from_hub(section: ModelSection, weights: bool) -> ModelFiles:
         *(["*.safetensors"] if weights else []),
         *(["*.py"] if section.trust_remote_code else []),
     ]
+    if section.path.startswith(("/", ".", "~")) or section.path.count("/") > 1:
+        raise InputError(f"model.path {section.path!r} is no folder on this host; correct the path")
     try:
         folder = snapshot_download(
             section.path,
@@ -106,8 +118,9 @@ def _from_hub(section: ModelSection, weights: bool) -> ModelFiles:
             ignore_patterns=[f"{name}*" for name in TWICE],
         )
     except Exception as e:
+        said = " ".join(str(e).split())[:LONGEST_CAUSE]
         raise InputError(
             f"model.path {section.path!r} is neither a folder here nor a model that the Hub gives "
-            f"(revision {section.revision!r}): {e}"
+            f"(revision {section.revision!r}): {said}"
         ) from e
     return ModelFiles(Path(folder))

@@ -18,7 +18,10 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as e:
-        raise InputError(f"no tokenizer can be loaded from {folder}: {e}") from e
+        said = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        raise InputError(
+            f"no tokenizer can be loaded from {folder} ({said}); put the tokenizer's files beside config.json"
+        ) from e
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer in {folder} has no eos_token: set one in its tokenizer_config.json")
     return tokenizer

@@ -39,6 +39,8 @@ def _translated(path: str) -> Iterator[None]:
             f"choose another path or move the one that is there"
         ) from error
     except OSError as error:
+        if error.errno == errno.EROFS:
+            raise InputError(f"{path} lies on a read-only file system; choose another folder") from error
         raise Transient(one_line(error)) from error
 
 

@@ -114,11 +114,20 @@ def _filesystem(protocol: str, attempts: int, pid: int, environment: int) -> Any
 def filesystem(url: str, attempts: int = 1) -> Any:
     """The fsspec file system of a URL; InputError when the scheme is unknown or its package is not installed."""
     protocol = url.split("://", 1)[0]
+    if protocol in S3_PROTOCOLS:
+        _check_endpoint()
     environment = hash(tuple(sorted(item for item in os.environ.items() if item[0].startswith("AWS_"))))
     try:
         return _filesystem(protocol, attempts, os.getpid(), environment)
     except (ValueError, ImportError) as error:
         raise InputError(f"cannot open {url}: {one_line(error)}; use s3://, a local folder, or install it") from error
+
+
+def _check_endpoint() -> None:
+    for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
+        value = os.environ.get(name)
+        if value and not value.startswith(("http://", "https://")):
+            raise InputError(f"{name} is {value!r}, which is no URL; write http://HOST:PORT or https://HOST")
 
 
 def etag_of(info: Mapping[str, Any]) -> str:

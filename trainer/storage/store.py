@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from trainer.errors import CorruptObject, InputError, MusterError
+from trainer.errors import CorruptObject, InputError, MusterError, StorageError
 from trainer.storage.backend import Backend, Listing, Names, ObjectInfo, Transient
 from trainer.storage.retry import Retry
 
@@ -150,8 +150,10 @@ class Storage:
             self.delete([key])
         except FileNotFoundError as error:
             raise InputError(
-                f"what was just written to {path} cannot be found there; choose another storage"
+                f"{path} cannot be made, or does not keep what is written to it; choose another storage"
             ) from error
+        except (InputError, StorageError) as error:  # about the folder, which the user knows
+            raise type(error)(str(error).replace(self.uri(key), path)) from error
         if not (first and readable):
             raise InputError(f"{path} does not give back what was written to it; choose another storage")
         return not second

@@ -1,0 +1,82 @@
+"""Whether a model's weight files are whole, told by their headers: no weights are read.
+
+A safetensors file is eight bytes with the header's length, the header (JSON: each tensor's offsets), and the tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+from trainer.errors import CorruptObject, InputError
+from trainer.recipe.model import ModelSection
+from trainer.storage import ObjectInfo, Storage, open_storage
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+LARGEST_HEADER = 100 * 2**20  # safetensors' own limit
+_PARALLEL_READS = 8
+
+
+def check_weights(section: ModelSection) -> None:
+    """Raises InputError when weight files of a folder or URL are missing or torn. What comes from the Hub is left to
+    the Hub's own checks."""
+    if "://" not in section.path and not Path(section.path).is_dir():
+        return
+    storage = open_storage(section.path)
+    found = {o.key: o for o in storage.list() if "/" not in o.key}
+    needed = sorted(_needed(storage, section.path, found))
+    missing = [name for name in needed if name not in found]
+    if missing:
+        raise InputError(
+            f"model.path {section.path!r}: {len(missing)} of the {len(needed)} weight files that {INDEX} names are not "
+            f"there ({', '.join(missing[:3])}); copy the model again"
+        )
+    with ThreadPoolExecutor(_PARALLEL_READS) as pool:
+        list(pool.map(lambda name: _check_file(storage, found[name]), needed))
+
+
+def _needed(storage: Storage, path: str, found: Iterable[str]) -> set[str]:
+    names = set(found)
+    if SINGLE in names:
+        return {SINGLE}
+    if INDEX in names:
+        try:
+            return set(storage.read_json(INDEX)["weight_map"].values())
+        except (KeyError, TypeError, AttributeError, CorruptObject) as error:
+            raise InputError(f"{storage.uri(INDEX)} holds no weight_map; copy the model again") from error
+    others = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".h5", ".gguf")))
+    hint = (
+        f"{', '.join(others[:3])} would have to be saved as safetensors, with save_pretrained of transformers"
+        if others
+        else f"put {SINGLE} there"
+    )
+    raise InputError(f"model.path {path!r} holds no weights in safetensors: {hint}")
+
+
+def _check_file(storage: Storage, item: ObjectInfo) -> None:
+    size = _whole_size(storage, item)
+    if size != item.size:
+        raise InputError(
+            f"{storage.uri(item.key)} is torn: it has {item.size} bytes"
+            + (f", and its header speaks of {size}" if size else " and no readable header")
+            + "; copy the model again"
+        )
+
+
+def _whole_size(storage: Storage, item: ObjectInfo) -> int | None:
+    """Bytes of the whole file by its header; None without a readable one."""
+    if item.size < 8:
+        return None
+    (length,) = struct.unpack("<Q", storage.read_range(item.key, 0, 8))
+    if length > min(item.size - 8, LARGEST_HEADER):
+        return None
+    try:
+        header = json.loads(storage.read_range(item.key, 8, 8 + length))
+        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        return None
+    return int(8 + length + max(ends, default=0))
