@@ -53,7 +53,8 @@ def check_model(recipe: Recipe, warn: Callable[[str], None]) -> None:
         check_targets(model, recipe.adapter.target_modules)
     check_weights(recipe.model)
     tokenizer = load_run_tokenizer(recipe)
-    check_vocabulary(recipe.model.path, tokenizer, int(model.get_input_embeddings().weight.shape[0]))
+    embeddings: Any = model.get_input_embeddings()
+    check_vocabulary(recipe.model.path, tokenizer, len(embeddings.weight))
     check_positions(recipe, model, warn)
     check_rows(recipe, tokenizer)
 

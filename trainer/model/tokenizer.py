@@ -18,7 +18,7 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as e:
-        said = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
+        said = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__).rstrip(":")
         raise InputError(
             f"no tokenizer can be loaded from {folder} ({said}); put the tokenizer's files beside config.json"
         ) from e
