@@ -19,6 +19,7 @@ import torch
 
 from trainer.data import Batch, Cursor, RankStep, StepPlan
 from trainer.errors import NonFiniteLoss
+from trainer.heartbeat import CHECKPOINT, WAITING_FOR_DATA
 from trainer.optim import learning_rate
 from trainer.recipe import Recipe
 from trainer.strategies import Strategy
@@ -46,6 +47,7 @@ class Hooks:
     checkpoint: Callable[[Position, bool], None]
     evaluated: Callable[[dict[str, Any]], None]
     stop_requested: Callable[[], bool]
+    phase: Callable[[int, str], None]
 
 
 class Loop:
@@ -75,6 +77,7 @@ class Loop:
         while position.step < end:
             step = position.step + 1
             began = time.monotonic()
+            self.hooks.phase(step, WAITING_FOR_DATA)
             data = next(steps)
             metrics, stop = self._step(step, data, began)
             position = Position(step, data.plan.next)
@@ -84,6 +87,7 @@ class Loop:
                 self.evaluate(step)
             last = stop or step == end
             if last or step % self.recipe.checkpoint.every_steps == 0:
+                self.hooks.phase(step, CHECKPOINT)
                 self.hooks.checkpoint(position, last)
             if stop:
                 break
@@ -95,6 +99,7 @@ class Loop:
 
     def _step(self, step: int, data: RankStep, began: float) -> tuple[dict[str, Any], bool]:
         loss_sum = self._accumulate(step, data)
+        self.hooks.phase(step, "exchange of the loss")
         total, bad, stop = self.world.sum(
             [loss_sum, float(not math.isfinite(loss_sum)), float(self.hooks.stop_requested())]
         )
@@ -102,6 +107,7 @@ class Loop:
             self._non_finite(step, data, loss_sum)
         training = self.recipe.training
         lr = learning_rate(self.recipe.schedule, self.recipe.optimizer.lr, step, self.total_steps)
+        self.hooks.phase(step, "optimizer")
         norm = self.strategy.step(lr, training.max_grad_norm)
         if not math.isfinite(norm) and not self._may_scale_down():
             raise NonFiniteLoss(
@@ -125,8 +131,10 @@ class Loop:
         for i, batch in enumerate(batches):
             seed_micro_batch(self.recipe.seed, step, batch.index)
             with self.strategy.micro_batch(last=i == rounds - 1):
+                self.hooks.phase(step, f"forward of micro-batch {batch.index}")
                 with self._autocast():
                     loss = self.task.loss_sum(self.strategy.module, batch, self.world.device)
+                self.hooks.phase(step, f"backward of micro-batch {batch.index}")
                 self.strategy.backward(loss * scale)
             total += loss.detach()
         return float(total)
@@ -169,6 +177,7 @@ class Loop:
         loss_sum, targets, tokens = 0.0, 0, 0
         self.strategy.module.eval()
         for batch in self.eval_batches():
+            self.hooks.phase(step, "evaluation")
             with self._autocast():
                 loss_sum += float(self.task.loss_sum(self.strategy.module, batch, self.world.device))
             targets, tokens = targets + batch.target_tokens, tokens + batch.tokens

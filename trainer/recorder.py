@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any
 
 from trainer import layout
 from trainer.data import Batch
+from trainer.heartbeat import Pulse
 from trainer.recipe import Recipe
 from trainer.reporter import Events, JsonLines
 from trainer.storage import Storage
@@ -18,6 +21,7 @@ class Recorder:
 
     def __init__(self, run: Storage, recipe: Recipe, world: World, attempt: int) -> None:
         self.world = world
+        self._run = run
         self.attempt = attempt
         self.facts: dict[str, Any] = {}
         self._metrics = JsonLines(run, layout.metrics_part(attempt)) if world.is_first else None
@@ -27,6 +31,11 @@ class Recorder:
     def event(self, event: str, **fields: Any) -> None:
         if self._events:
             self._events.emit(event, **fields)
+
+    def hang(self, found: Sequence[Pulse], text: str) -> None:
+        """Who holds the others up, with their stacks; written by whichever rank has found it out."""
+        events = self._events or Events(self._run, self.attempt, f"rank{self.world.rank}")
+        events.emit("hang", cause=text, ranks=[asdict(pulse) for pulse in found])
 
     def metrics(self, row: dict[str, Any]) -> None:
         self.facts.update(row)

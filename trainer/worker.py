@@ -27,6 +27,7 @@ from trainer.checkpoint import CommitRecord, claim_attempt, commit, fetch, fetch
 from trainer.committer import Committed, Committer
 from trainer.data import Batch, Cursor, Stream, eval_batches, open_caches
 from trainer.errors import Interrupted, MusterError
+from trainer.heartbeat import Heartbeat, Pulse, end_culprits, hang_text, store_of_group
 from trainer.loop import Hooks, Loop, Position
 from trainer.model import Loaded, build, fetch_model, load_tokenizer
 from trainer.optim import make_optimizer
@@ -196,12 +197,14 @@ class Attempt:
     def _train(self, data: RunData, stream: Stream, start: Position, stop_requested: Callable[[], bool]) -> Position:
         if start.step >= min(self.job.total_steps, self.recipe.training.stop_after or self.job.total_steps):
             return start
+        self.heartbeat = Heartbeat(self.world.rank, self.world.size, self.world.host, store_of_group(), self._hang)
         hooks = Hooks(
             step_done=self._step_done,
             fed=self.recorder.fed,
             checkpoint=self._checkpoint,
             evaluated=self.recorder.metrics,
             stop_requested=stop_requested,
+            phase=self.heartbeat.phase,
         )
         loop = Loop(
             self.recipe,
@@ -212,8 +215,14 @@ class Attempt:
             total_steps=self.job.total_steps,
             eval_batches=(lambda: self._eval_batches(data)) if data.eval else None,
         )
-        with closing(stream.prefetch(start.cursor, self.world.rank, self.world.size)) as steps:
+        with self.heartbeat, closing(stream.prefetch(start.cursor, self.world.rank, self.world.size)) as steps:
             return loop.run(start, steps)
+
+    def _hang(self, found: list[Pulse]) -> None:
+        try:
+            self.recorder.hang(found, hang_text(found, self.heartbeat.still_s()))
+        finally:
+            end_culprits(found, self.world.host)
 
     def _eval_batches(self, data: RunData) -> Iterator[Batch]:
         assert data.eval is not None
@@ -221,6 +230,7 @@ class Attempt:
         return eval_batches(data.eval, self.recipe.training.micro_batch, world.rank, world.size, cache=self.eval_cache)
 
     def _step_done(self, metrics: dict[str, Any]) -> None:
+        self.heartbeat.step_done(metrics["step_s"])
         self.recorder.metrics(metrics)
         if self.committer:
             self.committer.check()

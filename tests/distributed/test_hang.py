@@ -1,0 +1,74 @@
+"""A rank that stops in the middle of training is named and ended, so that its group can be started again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch.multiprocessing as mp
+
+from tests.support.training import _rank, run_of, small_recipe, write_pairs
+from tests.support.waiting import free_port
+from trainer import heartbeat, layout
+from trainer.recipe import Recipe
+from trainer.reporter import read_rows
+from trainer.tasks.sft import SFT
+
+LIMIT_S = 90
+
+
+def _hanging_rank(rank: int, recipe: Recipe, world_size: int, port: int, how: str) -> None:
+    """Rank 1 stops at its 9th micro-batch: the whole process (SIGSTOP), or its training thread only."""
+    heartbeat.LEAST_PATIENCE_S, heartbeat.STALE_S, heartbeat.BEAT_S = 3.0, 2.0, 0.2
+    if rank == 1:
+        plain, calls = SFT.loss_sum, iter(range(1000))
+
+        def stuck(self: SFT, *args: Any) -> Any:
+            if next(calls) == 8:
+                if how == "stopped":
+                    os.kill(os.getpid(), signal.SIGSTOP)
+                else:
+                    threading.Event().wait(120)
+            return plain(self, *args)
+
+        SFT.loss_sum = stuck  # type: ignore[method-assign]
+    _rank(rank, [recipe], world_size, port)
+
+
+@pytest.mark.parametrize("how", ["stopped", "stuck"])
+def test_the_rank_is_named_with_its_phase_and_ended(how: str, tiny_model: Path, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "data" / "a.jsonl", 60)
+    sizes = {"training.global_batch": 4, "training.micro_batch": 1}
+    recipe = small_recipe(f"hang-{how}", tiny_model, tmp_path, **sizes)
+    context = mp.start_processes(
+        _hanging_rank, args=(recipe, 2, free_port(), how), nprocs=2, join=False, start_method="spawn"
+    )
+    ended = _end(context)
+    assert (ended.error_index, ended.signal_name) == (1, "SIGKILL")
+    hang = next(e for e in read_rows(run_of(recipe), layout.EVENTS) if e["event"] == "hang")
+    (culprit,) = hang["ranks"]
+    assert culprit["rank"] == 1
+    assert "rank 1 on" in hang["cause"]
+    if how == "stuck":  # a stopped process's newest pulse is from shortly before
+        assert culprit["step"] == 5
+        assert culprit["phase"].startswith("forward of micro-batch")
+        assert "stuck" in culprit["stack"]
+
+
+def _end(context: Any) -> mp.ProcessExitedException:
+    """How the group ended: the first process that did."""
+    deadline = time.monotonic() + LIMIT_S
+    try:
+        while not context.join(timeout=1):
+            assert time.monotonic() < deadline, f"nobody was ended within {LIMIT_S} s"
+    except mp.ProcessExitedException as ended:
+        return ended
+    finally:
+        for process in context.processes:
+            process.kill()
+    raise AssertionError("the group ended as if nothing had happened")
