@@ -89,6 +89,11 @@ FORMATS = Registry(
     {
         "completion": "trainer.data.formats.completion:Completion",
         "messages": "trainer.data.formats.messages:Messages",
+        "instruction": "trainer.data.formats.instruction:Instruction",
+        "qa": "trainer.data.formats.qa:QuestionAnswer",
+        "text": "trainer.data.formats.text:Text",
+        "preference": "trainer.data.formats.preference:Preference",
+        "classification": "trainer.data.formats.classification:Classification",
     },
 )
 

@@ -10,7 +10,7 @@ import pytest
 from tests.unit.data_support import tokenizer
 from trainer.data.formats import open_format
 from trainer.data.rows import Encoded, Fault, fit
-from trainer.data.spec import FrozenSource
+from trainer.data.spec import FrozenSource, Preparation
 from trainer.errors import InputError
 from trainer.registry import FORMATS
 
@@ -21,11 +21,21 @@ CHAT = [
     {"role": "user", "content": "Where?"},
     {"role": "assistant", "content": "In Ashford, é 日本."},
 ]
-GOOD = {"completion": {"prompt": "Who? ", "completion": "Mira."}, "messages": {"messages": CHAT}}
+GOOD = {
+    "completion": {"prompt": "Who? ", "completion": "Mira."},
+    "messages": {"messages": CHAT},
+    "instruction": {"instruction": "Say who.", "output": "Mira."},
+    "qa": {"question": "Who?", "answer": "Mira."},
+    "text": {"text": "Mira is a baker."},
+    "preference": {"prompt": "Who? ", "chosen": "Mira.", "rejected": "No."},
+    "classification": {"text": "Mira is a baker.", "label": "yes"},
+}
 
 
-def encode(format, rows, *, by=None, chat_template=None, **source):
-    return open_format(FrozenSource("x", format, (), **source), by or tokenizer(), chat_template).encode(rows)
+def encode(format, rows, *, by=None, chat_template=None, labels=("no", "yes"), sequence_length=64, **source):
+    frozen = FrozenSource("x", format, (), **source)
+    spec = Preparation((frozen,), "t", sequence_length, chat_template=chat_template, labels=labels)
+    return open_format(frozen, by or tokenizer(), spec).encode(rows)
 
 
 def said(encoded):

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from tests.unit.data_support import memory, source, write_rows
 from trainer.data import freeze
 from trainer.data.readers import open_reader, reader_name
+from trainer.data.readers.body import ObjectBody
 from trainer.data.readers.jsonl import JsonLines
 from trainer.data.readers.parquet import Parquet
 from trainer.data.rows import Fault
@@ -27,7 +28,7 @@ def read_all(reader):
 def json_lines(body, span_bytes=1 << 20):
     storage = memory()
     storage.write("x.jsonl", body)
-    return JsonLines(storage, "x.jsonl", len(body), span_bytes)
+    return JsonLines(ObjectBody(storage, "x.jsonl", len(body)), span_bytes)
 
 
 @given(
@@ -78,7 +79,7 @@ def test_parquet_rows_are_numbered_whatever_the_cuts(span_bytes):
     pq.write_table(pa.table({"t": list(range(3000))}), sink, row_group_size=1300)
     body = sink.getvalue().to_pybytes()
     storage.write("x.parquet", body)
-    reader = Parquet(storage, "x.parquet", len(body), span_bytes)
+    reader = Parquet(ObjectBody(storage, "x.parquet", len(body)), span_bytes)
     rows = read_all(reader) if span_bytes > 1 else [r for p in reader.cut()[1290:1310] for r in reader.rows(*p[:2])]
     assert rows == [(i, {"t": i}) for i in (range(3000) if span_bytes > 1 else range(1290, 1310))]
     assert reader.place(6) == "row 7"
@@ -88,7 +89,7 @@ def test_what_is_no_parquet_is_named():
     storage = memory()
     storage.write("x.parquet", b"PAR1 and no more")
     with pytest.raises(InputError, match=r"x\.parquet: not a readable parquet file"):
-        Parquet(storage, "x.parquet", 16)
+        Parquet(ObjectBody(storage, "x.parquet", 16))
 
 
 def test_a_suffix_without_a_reader_is_named_with_those_that_have_one():
@@ -113,7 +114,7 @@ def test_sources_are_frozen_in_order_and_cut(tmp_path):
     (frozen,) = freeze([source(tmp_path / "*")])
     assert [o.url.rsplit("/", 1)[-1] for o in frozen.objects] == ["a.jsonl", "b.jsonl"]
     assert [(s.object, s.start, s.stop) for s in cut([frozen])] == [(0, 0, 35), (1, 0, 35)]
-    assert [row["prompt"] for o in frozen.objects for _, row in read_all(open_reader(o.url, o.size))] == ["a", "b"]
+    assert [row["prompt"] for o in frozen.objects for _, row in read_all(open_reader(frozen, o))] == ["a", "b"]
 
 
 @pytest.mark.parametrize("path", ["nothing/*.jsonl", "nothing.jsonl", "nothing"])

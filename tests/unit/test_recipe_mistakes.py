@@ -259,6 +259,6 @@ def test_a_missing_file_and_a_file_that_is_no_text(tmp_path: Path) -> None:
 
 
 def test_choices_that_are_not_there_are_the_only_mistakes_of_a_recipe_that_asks_for_them() -> None:
-    source = {"path": "s3://corpus/*.jsonl", "format": "qa", "columns": {"question": "q", "answer": "a"}}
+    source = {"path": "s3://corpus/*.jsonl", "format": "poem", "columns": {"question": "q", "answer": "a"}}
     asked = GOOD | {"data": {"train": [source]}, "tracking": ["tensorboard"]}
     assert [path for path, _ in mistakes(asked)] == ["data.train.0.format", "tracking.0"]

@@ -3,10 +3,10 @@
 from trainer.data.disk_cache import DiskCache, open_caches
 from trainer.data.evaluation import eval_batches
 from trainer.data.executor import process_pool
-from trainer.data.freeze import freeze
+from trainer.data.freeze import describe, freeze
 from trainer.data.prepare import MapWindows, Progress, check_first_rows, prepare, resolve_chat_template
 from trainer.data.prepared import Prepared, open_prepared
-from trainer.data.spec import FrozenObject, FrozenSource, Preparation, describe, tokenizer_fingerprint
+from trainer.data.spec import FrozenObject, FrozenSource, Preparation, tokenizer_fingerprint
 from trainer.data.stream import Stream, count_steps
 from trainer.data.summary import Summary, summarise
 from trainer.data.types import Batch, Cursor, MicroBatch, RankStep, SampleRef, StepPlan

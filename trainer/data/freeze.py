@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
+from trainer.data.labels import label_set
 from trainer.data.readers import reader_name
-from trainer.data.spec import FrozenObject, FrozenSource
+from trainer.data.spec import FrozenObject, FrozenSource, Preparation, tokenizer_fingerprint
 from trainer.errors import InputError
 from trainer.storage import expand, locate
 
@@ -16,12 +18,48 @@ if TYPE_CHECKING:
 
 def freeze(sources: Sequence[SourceSection]) -> tuple[FrozenSource, ...]:
     """The objects behind each source, sorted by URL, with size and ETag. InputError names a source without any."""
-    return tuple(FrozenSource(s.path, s.format, _objects(s.path), dict(s.columns), s.template) for s in sources)
+    return tuple(_freeze(source) for source in sources)
+
+
+def _freeze(source: SourceSection) -> FrozenSource:
+    frozen = FrozenSource(
+        source.path,
+        source.format,
+        (),
+        dict(source.columns),
+        source.template,
+        header=source.header,
+        sample_by=source.sample_by,
+        labels=source.labels,
+    )
+    objects = (_dataset(source.path, source.split),) if frozen.is_hub else _objects(source.path)
+    return replace(frozen, objects=objects)
+
+
+def _dataset(path: str, split: str | None) -> FrozenObject:
+    from trainer.data.readers.hub import freeze_dataset
+
+    return freeze_dataset(path, split)
+
+
+def describe(
+    sources: Sequence[FrozenSource], tokenizer: Any, *, labels: Sequence[str] | None = None, **settings: Any
+) -> Preparation:
+    """The preparation of these sources by this tokenizer; settings are Preparation's other fields.
+
+    ``labels`` is the label set of classification; without it, it is looked for in these sources. Evaluation data takes
+    that of the training data.
+    """
+    labels = label_set(sources) if labels is None else tuple(labels)
+    return Preparation(tuple(sources), tokenizer_fingerprint(tokenizer), labels=labels, **settings)
 
 
 def check_unchanged(sources: Iterable[FrozenSource]) -> None:
     """InputError naming the first object that is gone or not what was frozen; each source's path is listed once."""
     for source in sources:
+        if source.is_hub:
+            check_objects(source.objects)
+            continue
         now = {o.url: o for o in _expand(source.path)}
         for old in source.objects:
             _check(old, now.get(old.url))
@@ -30,15 +68,23 @@ def check_unchanged(sources: Iterable[FrozenSource]) -> None:
 def check_objects(frozen: Iterable[FrozenObject]) -> None:
     """The same for single objects, each looked up by itself."""
     for old in frozen:
-        storage, key = locate(old.url)
-        info = storage.info(key)
-        _check(old, FrozenObject(old.url, info.size, info.etag) if info is not None else None)
+        _check(old, _current(old))
+
+
+def _current(old: FrozenObject) -> FrozenObject | None:
+    if "#" in old.url and old.url.startswith("hf://"):
+        from trainer.data.readers.hub import check_dataset
+
+        return check_dataset(old)
+    storage, key = locate(old.url)
+    info = storage.info(key)
+    return FrozenObject(old.url, info.size, info.etag) if info is not None else None
 
 
 def _check(old: FrozenObject, new: FrozenObject | None) -> None:
     if new == old:
         return
-    what = "is gone" if new is None else f"has changed ({old.size} bytes then, {new.size} now; ETag {new.etag})"
+    what = "is gone" if new is None else f"has changed (size {old.size} then, {new.size} now; ETag {new.etag})"
     raise InputError(
         f"the input {old.url} {what} since this run was begun, and its prepared data is not complete; put the old "
         "object back, or start a run under another name"

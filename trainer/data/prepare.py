@@ -120,10 +120,10 @@ def check_first_rows(spec: Preparation, tokenizer: Any, rows: int = 8) -> None:
 
 
 def _check_source(source: FrozenSource, spec: Preparation, tokenizer: Any, rows: int) -> None:
-    form, first = open_format(source, tokenizer, spec.chat_template), source.objects[0]
-    reader = open_reader(first.url, first.size)
+    form, first = open_format(source, tokenizer, spec), source.objects[0]
+    reader = open_reader(source, first)
     bad = 0
-    for piece in reader.cut()[:1]:
+    for piece in islice(reader.cut(), 1):
         for row, sample in encode_rows(form, list(islice(reader.rows(piece.start, piece.stop), rows))):
             if not isinstance(sample, Fault):
                 continue

@@ -23,12 +23,13 @@ class Span(NamedTuple):
 
 
 def cut(sources: Sequence[FrozenSource]) -> list[Span]:
-    """All spans of all sources, in their order. Contacts the storage only for formats with a footer (parquet)."""
+    """All spans of all sources, in their order. Line files are cut by their sizes alone; parquet by its footer; what
+    has to be parsed to be cut (JSON arrays, CSV) or unpacked is read once, in bounded memory."""
     return [
         Span(i, j, piece.start, piece.stop, piece.size)
         for i, source in enumerate(sources)
         for j, frozen in enumerate(source.objects)
-        for piece in open_reader(frozen.url, frozen.size).cut()
+        for piece in open_reader(source, frozen).cut()
     ]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -15,8 +15,14 @@ FORMAT_VERSION = 1
 _PROBE = "A probe: 12 résumés, 3.5 % of \n\tthem naïve."
 
 
+_LATER: dict[str, Any] = {"header": None, "sample_by": "line", "labels": None}
+"""Settings of a source that are written down only where they are given, so that adding them has changed no
+fingerprint. The same holds for `Preparation.labels`."""
+
+
 class FrozenObject(NamedTuple):
-    """An input object as it was when the run began; ``etag`` changes whenever its bytes do."""
+    """An input object as it was when the run began; ``etag`` changes whenever its bytes do. Of a Hub dataset, ``size``
+    counts rows."""
 
     url: str
     size: int
@@ -25,22 +31,40 @@ class FrozenObject(NamedTuple):
 
 @dataclass(frozen=True)
 class FrozenSource:
-    """A source of the recipe with the objects it stood for. Its weight is not here: it decides no token."""
+    """A source of the recipe with the objects it stood for. Its weight is not here: it decides no token.
+
+    ``header`` names the columns of CSV and TSV files without a header line, ``sample_by`` says what of a text file is a
+    sample, ``labels`` are the names of a classification source's labels.
+    """
 
     path: str
     format: str
     objects: tuple[FrozenObject, ...]
     columns: Mapping[str, str] = field(default_factory=dict)
     template: str | None = None
+    header: tuple[str, ...] | None = None
+    sample_by: str = "line"
+    labels: tuple[str, ...] | None = None
+
+    @property
+    def is_hub(self) -> bool:
+        """Whether the `datasets` library reads it. ``hf://datasets/…`` names files on the Hub, which fsspec reads."""
+        return self.path.startswith("hf://") and not self.path.startswith("hf://datasets/")
+
+    def to_json(self) -> dict[str, Any]:
+        data = dataclasses.asdict(self)
+        return {name: value for name, value in data.items() if name not in _LATER or value != _LATER[name]}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> FrozenSource:
-        return cls(**{**data, "objects": tuple(FrozenObject(*o) for o in data["objects"])})
+        lists = {name: tuple(data[name]) for name in ("header", "labels") if data.get(name) is not None}
+        return cls(**{**data, **lists, "objects": tuple(FrozenObject(*o) for o in data["objects"])})
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """Everything that decides the prepared tokens. ``chat_template`` is template text, None for the tokenizer's own."""
+    """Everything that decides the prepared tokens. ``chat_template`` is template text, None for the tokenizer's own;
+    ``labels`` the label set of classification, a label's number being its place."""
 
     sources: tuple[FrozenSource, ...]
     tokenizer: str
@@ -50,13 +74,16 @@ class Preparation:
     chat_template: str | None = None
     max_bad_rows: int = 0
     version: int = FORMAT_VERSION
+    labels: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
+        data = dataclasses.asdict(self) | {"sources": [s.to_json() for s in self.sources]}
+        return data if self.labels else {name: value for name, value in data.items() if name != "labels"}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Preparation:
-        return cls(**{**data, "sources": tuple(FrozenSource.from_json(s) for s in data["sources"])})
+        sources = tuple(FrozenSource.from_json(s) for s in data["sources"])
+        return cls(**{**data, "sources": sources, "labels": tuple(data.get("labels", ()))})
 
     @property
     def fingerprint(self) -> str:
@@ -83,11 +110,6 @@ def tokenizer_fingerprint(tokenizer: Any) -> str:
         rules.pop("padding", None)
     probe = tokenizer(_PROBE)["input_ids"]
     return _hash_json([rules, probe, tokenizer.eos_token_id, tokenizer.chat_template])[:32]
-
-
-def describe(sources: Sequence[FrozenSource], tokenizer: Any, **settings: Any) -> Preparation:
-    """The preparation of these sources by this tokenizer; settings are Preparation's other fields."""
-    return Preparation(tuple(sources), tokenizer_fingerprint(tokenizer), **settings)
 
 
 def _hash_json(value: Any) -> str:

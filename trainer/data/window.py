@@ -81,15 +81,16 @@ class _Window:
 
     def __init__(self, spec: Preparation, tokenizer: Any) -> None:
         self.spec = spec
-        self.formats: list[Format] = [open_format(s, tokenizer, spec.chat_template) for s in spec.sources]
+        self.formats: list[Format] = [open_format(s, tokenizer, spec) for s in spec.sources]
         self.counts = [Counts() for _ in spec.sources]
         self.bad_rows: list[BadRow] = []
         self.writer = WindowWriter()
 
     def build(self, job: WindowJob) -> tuple[str, bytes, bytes]:
         for span in job.spans:
-            frozen = self.spec.sources[span.source].objects[span.object]
-            self._add_span(span, frozen, open_reader(frozen.url, frozen.size))
+            source = self.spec.sources[span.source]
+            frozen = source.objects[span.object]
+            self._add_span(span, frozen, open_reader(source, frozen))
         return self.writer.finish(f"w{job.window:06d}", self.counts, self.bad_rows)
 
     def _add_span(self, span: Span, frozen: FrozenObject, reader: Reader) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from trainer.recipe.base import Conflict, KeyPath
+from trainer.recipe.data import TASK_FORMATS
 
 if TYPE_CHECKING:
     from trainer.recipe.root import Recipe
@@ -78,4 +79,15 @@ RULES = (
 
 def across_sections(recipe: Recipe) -> Iterator[Conflict]:
     """The rules that this recipe breaks."""
-    return (Conflict(rule.paths, rule.message(recipe)) for rule in RULES if rule.broken(recipe))
+    yield from (Conflict(rule.paths, rule.message(recipe)) for rule in RULES if rule.broken(recipe))
+    yield from _formats_of_task(recipe)
+
+
+def _formats_of_task(recipe: Recipe) -> Iterator[Conflict]:
+    """The sources that the task cannot learn from."""
+    known = TASK_FORMATS.get(recipe.task, ())
+    for part, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
+        for index, source in enumerate(sources):
+            if source.format not in known:
+                message = f"task {recipe.task} does not learn from format {source.format}; it takes {', '.join(known)}"
+                yield Conflict((("data", part, index, "format"), ("task",)), message)

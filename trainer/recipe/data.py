@@ -4,21 +4,35 @@ from __future__ import annotations
 
 import string
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from trainer.recipe.base import Conflict, Listed, Location, OneOf, Section
+from trainer.recipe.datasets import DATASETS, filled
 from trainer.registry import FORMATS, choose_hint
 
 COLUMNS: dict[str, tuple[str, ...]] = {
     "completion": ("prompt", "completion"),
-    "messages": ("messages",),
+    "messages": ("messages", "tools"),
+    "instruction": ("instruction", "input", "output"),
+    "qa": ("question", "answer", "aliases"),
+    "text": ("text",),
+    "preference": ("prompt", "chosen", "rejected", "margin"),
+    "classification": ("text", "text_pair", "label"),
 }
 """The columns that each format reads; `columns` maps these names to those of the file."""
 
-TEMPLATED = ("completion",)
-"""Formats whose prompt a `template` may render."""
+OPTIONAL_COLUMNS = ("tools", "input", "aliases", "margin", "text_pair")
+"""Those that rows may lack."""
+
+TEMPLATED = ("completion", "instruction", "classification")
+"""Formats whose prompt or text a `template` may render."""
+
+TASK_FORMATS: dict[str, tuple[str, ...]] = {
+    "sft": ("completion", "messages", "instruction", "qa", "text"),
+}
+"""The formats that each task learns from."""
 
 
 def _template(text: str) -> str:
@@ -34,31 +48,87 @@ def _template(text: str) -> str:
     return text
 
 
+def _schema_of_source(schema: dict[str, Any]) -> None:
+    """A data set's name stands for path and format."""
+    schema["required"] = []
+    schema["anyOf"] = [{"required": ["path", "format"]}, {"required": ["dataset"]}]
+
+
 class SourceSection(Section):
-    """One source of rows."""
+    """One source of rows: `path` and `format`, or the name of a known `dataset`."""
+
+    model_config = ConfigDict(json_schema_extra=_schema_of_source)
+
+    dataset: str | None = Field(default=None, json_schema_extra={"enum": [*DATASETS, None]})
+    """A known data set, which gives path, format, columns and labels; what is given beside it comes first, so that
+    `path` may name a copy of it."""
 
     path: Location = Field(examples=["s3://corpus/train/*.jsonl"])
-    """File, folder or glob of JSON Lines or parquet, local or any fsspec URL. One that matches nothing is an error."""
+    """File, folder or glob, local or any fsspec URL: JSON Lines, a JSON array, CSV, TSV, text or parquet by the suffix,
+    each also compressed (`.gz`, `.zst`). `hf://owner/name` or `hf://owner/name/config` (`name@revision` pins it) is
+    loaded through the datasets library. One that matches nothing is an error."""
 
     format: Annotated[str, OneOf(FORMATS)] = Field(examples=["completion"])
     """How a row becomes a sample. `completion`: tokens(prompt) + tokens(completion) + end of text, with the loss on
-    completion and end; `messages`: a conversation through the chat template, with the loss on the assistant's turns."""
+    completion and end; `messages`: a conversation through the chat template, with the loss on the assistant's turns;
+    `instruction`: Alpaca's prompt, and the output as its completion; `qa`: `Question: …\\nAnswer:`, and the first
+    answer as its completion; `text`: every token, long texts cut into several samples; `preference`: a chosen and a
+    rejected answer; `classification`: one text or two, and a label."""
+
+    split: str | None = None
+    """Split of an `hf://` data set; null is `train`, and has to be given under `eval`."""
 
     columns: dict[str, str] = Field(default_factory=dict)
-    """The file's name for each column that the format reads, where they differ: `{prompt: question}`."""
+    """The file's name for each column that the format reads, where they differ: `{prompt: question}`. A dot leads into
+    a mapping: `answer.value`."""
 
     template: Annotated[str, AfterValidator(_template)] | None = None
-    """Makes the prompt of a `completion` out of columns, by str.format: `"Question: {question}\\nAnswer: "`."""
+    """Makes the prompt of a `completion` or `instruction`, or the text of a `classification`, out of columns, by
+    str.format: `"Question: {question}\\nAnswer: "`."""
+
+    labels: Listed[str] | None = None
+    """Names of the labels of a `classification`, in the order of their numbers; a row gives the name or the number.
+    null takes the values that there are, for which all rows are read once before the preparation."""
+
+    header: Listed[str] | None = None
+    """Column names of CSV or TSV files without a header line; null takes them from the first line."""
+
+    sample_by: Literal["line", "document"] = "line"
+    """What of a text file (`.txt`) is a sample: each line, or the whole file."""
 
     weight: float = Field(default=1.0, gt=0.0)
     """Copies of each sample per epoch: 2 feeds every sample twice, 0.5 a random half of them,
     another half in each epoch."""
 
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_dataset(cls, data: Any) -> Any:
+        return filled(data) if isinstance(data, dict) else data
+
     def conflicts(self) -> Iterator[Conflict]:
+        yield from self._wrong_dataset()
+        yield from self._wrong_columns()
+        if self.split is not None and not self.is_dataset:
+            yield Conflict((("split",), ("path",)), "has no effect on files; name those of the split in path")
+        if self.labels is not None:
+            yield from self._wrong_labels(self.labels)
+
+    @property
+    def is_dataset(self) -> bool:
+        """Whether the `datasets` library loads it. ``hf://datasets/…`` names files on the Hub, which fsspec reads."""
+        return self.path.startswith("hf://") and not self.path.startswith("hf://datasets/")
+
+    def _wrong_dataset(self) -> Iterator[Conflict]:
+        if self.dataset is not None and self.dataset not in DATASETS:
+            names = ", ".join(DATASETS)
+            hint = choose_hint(self.dataset, tuple(DATASETS))
+            yield Conflict((("dataset",),), f"data set {self.dataset!r} is not one of: {names}{hint}")
+
+    def _wrong_columns(self) -> Iterator[Conflict]:
         known = COLUMNS.get(self.format, ())
         if self.template is not None and self.format not in TEMPLATED:
-            allowed = " and ".join(TEMPLATED)
-            message = f"has no effect with format {self.format}; only {allowed} takes a template, leave it out"
+            allowed = ", ".join(TEMPLATED)
+            message = f"has no effect with format {self.format}; only {allowed} take a template, leave it out"
             yield Conflict((("template",), ("format",)), message)
         elif self.template is None:
             for name in self.columns:
@@ -66,6 +136,12 @@ class SourceSection(Section):
                     hint = choose_hint(name, known)
                     message = f"format {self.format} reads no column {name!r}, it reads: {', '.join(known)}{hint}"
                     yield Conflict((("columns", name), ("format",), ("template",)), message)
+
+    def _wrong_labels(self, labels: tuple[str, ...]) -> Iterator[Conflict]:
+        if self.format != "classification":
+            yield Conflict((("labels",), ("format",)), f"has no effect with format {self.format}; leave it out")
+        elif len(set(labels)) < max(len(labels), 2):
+            yield Conflict((("labels",),), "needs two labels or more, each once")
 
 
 def _some(sources: tuple[SourceSection, ...]) -> tuple[SourceSection, ...]:
@@ -110,3 +186,12 @@ class DataSection(Section):
         for part, sources in (("train", self.train), ("eval", self.eval)):
             for index, source in enumerate(sources):
                 yield from (conflict.under(part, index) for conflict in source.conflicts())
+                if self.packing and source.format == "preference":
+                    message = "cannot stand with format preference, whose samples are pairs; write packing: false"
+                    yield Conflict((("packing",), (part, index, "format")), message)
+        for index, source in enumerate(self.eval):
+            if source.is_dataset and source.split is None:
+                message = (
+                    "names no split, and that of the training data would be taken; add split: test (or validation)"
+                )
+                yield Conflict((("eval", index, "path"), ("eval", index, "split")), message)

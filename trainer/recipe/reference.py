@@ -11,7 +11,8 @@ from pydantic.fields import FieldInfo
 
 from trainer.recipe.base import KeyPath, Section
 from trainer.recipe.compatibility import RULES
-from trainer.recipe.data import COLUMNS
+from trainer.recipe.data import COLUMNS, OPTIONAL_COLUMNS, TASK_FORMATS
+from trainer.recipe.datasets import DATASETS
 from trainer.recipe.root import Recipe
 from trainer.recipe.tree import dotted, element, section_of
 from trainer.recipe.writing import MAY_CHANGE, schema
@@ -44,7 +45,7 @@ def pages() -> dict[pathlib.Path, str]:
 
 
 def markdown() -> str:
-    parts = [HEAD, *_sections(Recipe, ()), _columns(), _rules(), _changes()]
+    parts = [HEAD, *_sections(Recipe, ()), _columns(), _datasets(), _rules(), _changes()]
     return "\n".join(parts)
 
 
@@ -120,8 +121,21 @@ def _default(field: FieldInfo) -> str:
 
 
 def _columns() -> str:
-    rows = [f"| `{name}` | {', '.join(f'`{column}`' for column in columns)} |" for name, columns in COLUMNS.items()]
+    rows = [f"| `{name}` | {', '.join(_column(c) for c in columns)} |" for name, columns in COLUMNS.items()]
     head = ["## Columns of a format", "", "| format | reads the columns |", "|---|---|"]
+    tasks = [
+        f"Task `{task}` learns from {', '.join(f'`{f}`' for f in formats)}." for task, formats in TASK_FORMATS.items()
+    ]
+    return "\n".join([*head, *rows, "", *tasks, ""])
+
+
+def _column(name: str) -> str:
+    return f"`{name}` (may be missing)" if name in OPTIONAL_COLUMNS else f"`{name}`"
+
+
+def _datasets() -> str:
+    rows = [f"| `{name}` | `{d.path}` | `{d.format}` |" for name, d in DATASETS.items()]
+    head = ["## Known data sets", "", "| `dataset` | path | format |", "|---|---|---|"]
     return "\n".join([*head, *rows, ""])
 
 
@@ -133,7 +147,8 @@ def _rules() -> str:
         "`validate` refuses values of these settings that cannot work together:",
         "",
     ]
-    return "\n".join([*head, *(f"- {' with '.join(f'`{dotted(path)}`' for path in rule.paths)}" for rule in RULES), ""])
+    pairs = [rule.paths for rule in RULES] + [(("task",), ("data", "train", 0, "format"))]
+    return "\n".join([*head, *(f"- {' with '.join(f'`{dotted(path)}`' for path in paths)}" for paths in pairs), ""])
 
 
 def _changes() -> str:

@@ -9,24 +9,23 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from itertools import pairwise
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.data.readers import Piece
+from trainer.data.readers.body import Body, RangedFile
 from trainer.data.rows import Fault, Row
 from trainer.errors import InputError
-from trainer.storage import Storage
 
 SPAN_BYTES = 32 << 20
 _BATCH_ROWS = 1024
 
 
 class Parquet:
-    def __init__(self, storage: Storage, key: str, size: int, span_bytes: int = SPAN_BYTES) -> None:
-        self.url, self.span_bytes = f"{storage.url}/{key}", span_bytes
-        raw = io.BufferedReader(RangedFile(storage, key, size), 1 << 20)
+    def __init__(self, body: Body, span_bytes: int = SPAN_BYTES) -> None:
+        self.url, self.span_bytes = body.url, span_bytes
+        raw = io.BufferedReader(RangedFile(body), 1 << 20)
         try:
             self.file = pq.ParquetFile(pa.PythonFile(raw, mode="r"))
         except pa.ArrowInvalid as error:
@@ -68,33 +67,3 @@ class Parquet:
 
     def place(self, row: int) -> str:
         return f"row {row + 1}"
-
-
-class RangedFile(io.RawIOBase):
-    """One object as a seekable file, each read a ranged read."""
-
-    def __init__(self, storage: Storage, key: str, size: int) -> None:
-        self._storage, self._key, self._size, self._at = storage, key, size, 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._at
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._size}[whence]
-        self._at = base + offset
-        return self._at
-
-    def readinto(self, buffer: Any) -> int:
-        stop = min(self._at + len(buffer), self._size)
-        if stop <= self._at:
-            return 0
-        body = self._storage.read_range(self._key, self._at, stop)
-        buffer[: len(body)] = body
-        self._at = stop
-        return len(body)

@@ -1,0 +1,68 @@
+"""classification: one text or two, encoded as the tokenizer does it for its model, and the number of a label.
+
+The only target is the last token, from which a decoder's head reads; so a step's target tokens count its samples. What
+is too long is cut by the tokenizer, the longer text of two first, so that what it puts at the end stays.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from trainer.data.formats.columns import Columns, as_text
+from trainer.data.labels import label_name
+from trainer.data.rows import Encoded, Fault, Row
+from trainer.data.spec import FrozenSource, Preparation
+from trainer.errors import InputError
+
+Texts = tuple[str, str | None]
+
+
+class Classification:
+    def __init__(self, source: FrozenSource, tokenizer: Any, spec: Preparation) -> None:
+        self.tokenizer, self.columns, self.length = tokenizer, Columns(source), spec.sequence_length
+        if not spec.labels:
+            raise InputError(
+                f"data source {source.path}: classification needs the label set of the training data, and there is none"
+            )
+        self.numbers = {label: number for number, label in enumerate(spec.labels)}
+        self.own = source.labels
+
+    def encode(self, rows: Sequence[Row]) -> list[Encoded | Fault]:
+        texts, labels = [self._texts(row) for row in rows], [self._label(row) for row in rows]
+        return [
+            label if isinstance(label, Fault) else text if isinstance(text, Fault) else self._encode_one(text, label)
+            for text, label in zip(texts, labels, strict=True)
+        ]
+
+    def _texts(self, row: Row) -> Texts | Fault:
+        if self.columns.template is not None:
+            text, pair = self.columns.filled(row, self.columns.template), None
+        else:
+            text, pair = self.columns.text(row, "text"), self.columns.optional(row, "text_pair")
+        second = None if pair is None else as_text(pair, self.columns.names.get("text_pair", "text_pair"))
+        if isinstance(text, Fault):
+            return text
+        return second if isinstance(second, Fault) else (text, second)
+
+    def _label(self, row: Row) -> int | Fault:
+        name = label_name(self.columns.value(row, "label"), self.own)
+        if isinstance(name, Fault):
+            return name
+        if name in self.numbers:
+            return self.numbers[name]
+        return Fault(f"the label {name!r} is not one of those of the training data: {', '.join(self.numbers)}"[:300])
+
+    def _encode_one(self, texts: Texts, label: int) -> Encoded | Fault:
+        out = self.tokenizer(*texts, return_attention_mask=False, verbose=False)
+        truncated = len(out["input_ids"]) > self.length
+        if truncated:
+            out = self.tokenizer(*texts, return_attention_mask=False, truncation=True, max_length=self.length)
+        tokens = np.array(out["input_ids"], dtype=np.int32)
+        if not len(tokens):
+            return Fault("there is no text, and the tokenizer adds nothing to it")
+        types = np.array(out["token_type_ids"], dtype=np.int8) if "token_type_ids" in out else None
+        target = np.arange(len(tokens)) == len(tokens) - 1
+        return Encoded(tokens, target, truncated, label=label, token_types=types)

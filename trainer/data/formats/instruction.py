@@ -1,0 +1,47 @@
+"""instruction: Alpaca's prompt around an instruction and, where there is one, its input; the output is the completion.
+
+The wording is that of Stanford Alpaca (Taori et al. 2023). A template takes its place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from trainer.data.formats.columns import Columns, as_text
+from trainer.data.formats.joined import Joiner, Pair, both
+from trainer.data.rows import Encoded, Fault, Row
+from trainer.data.spec import FrozenSource, Preparation
+
+PROMPT = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Response:\n"
+)
+PROMPT_WITH_INPUT = (
+    "Below is an instruction that describes a task, paired with an input that provides further context. Write a "
+    "response that appropriately completes the request.\n\n"
+    "### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:\n"
+)
+
+
+class Instruction:
+    def __init__(self, source: FrozenSource, tokenizer: Any, spec: Preparation) -> None:
+        del spec
+        self.joiner, self.columns = Joiner(tokenizer, "instruction"), Columns(source)
+
+    def encode(self, rows: Sequence[Row]) -> list[Encoded | Fault]:
+        return self.joiner.encode([both(self._prompt(row), self.columns.text(row, "output")) for row in rows])
+
+    def _prompt(self, row: Row) -> str | Fault:
+        if self.columns.template is not None:
+            return self.columns.filled(row, self.columns.template)
+        given = self.columns.optional(row, "input")
+        texts = both(self.columns.text(row, "instruction"), "" if given is None else as_text(given, "input"))
+        return texts if isinstance(texts, Fault) else prompt_of(texts)
+
+
+def prompt_of(texts: Pair) -> str:
+    instruction, given = texts
+    if not given.strip():
+        return PROMPT.format(instruction=instruction)
+    return PROMPT_WITH_INPUT.format(instruction=instruction, input=given)

@@ -1,0 +1,57 @@
+"""A prompt and what is to be said after it: tokens(prompt) + tokens(completion) + eos, targets on completion and eos.
+
+The prompt's tokens include what the tokenizer itself puts around a text (BOS); the completion's include nothing
+special.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from trainer.data.rows import Encoded, Fault
+from trainer.errors import InputError
+
+Pair = tuple[str, str]
+
+
+class Joiner:
+    """InputError when the tokenizer has no eos token; ``format`` is named in it."""
+
+    def __init__(self, tokenizer: Any, format: str) -> None:
+        self.tokenizer, self.eos = tokenizer, eos_of(tokenizer, format)
+
+    def encode(self, texts: Sequence[Pair | Fault]) -> list[Encoded | Fault]:
+        """The pairs of prompt and completion, tokenised together; faults keep their places."""
+        pairs = [t for t in texts if not isinstance(t, Fault)]
+        if not pairs:
+            return [t for t in texts if isinstance(t, Fault)]
+        prompts = self.tokenizer([p for p, _ in pairs], return_attention_mask=False)["input_ids"]
+        completions = self.tokenizer([c for _, c in pairs], add_special_tokens=False, return_attention_mask=False)[
+            "input_ids"
+        ]
+        encoded = iter([self._join(p, c) for p, c in zip(prompts, completions, strict=True)])
+        return [t if isinstance(t, Fault) else next(encoded) for t in texts]
+
+    def _join(self, prompt: list[int], completion: list[int]) -> Encoded:
+        tokens = np.array([*prompt, *completion, self.eos], dtype=np.int32)
+        target = np.zeros(len(tokens), dtype=np.bool_)
+        target[len(prompt) :] = True
+        return Encoded(tokens, target)
+
+
+def eos_of(tokenizer: Any, format: str) -> int:
+    if tokenizer.eos_token_id is None:
+        raise InputError(
+            f"the tokenizer has no eos token, which the format {format} puts after each text; set eos_token in its "
+            "tokenizer_config.json"
+        )
+    return int(tokenizer.eos_token_id)
+
+
+def both(prompt: str | Fault, completion: str | Fault) -> Pair | Fault:
+    if isinstance(prompt, Fault):
+        return prompt
+    return completion if isinstance(completion, Fault) else (prompt, completion)

@@ -1,0 +1,83 @@
+"""preference: a prompt, and of two answers to it the chosen one and the rejected one, each with targets on the answer.
+
+Texts are read as in completion. Turns go through the chat template, whether they stand as prompt, chosen and rejected
+(each a turn, a list of turns, or text) or as ShareGPT's ``conversations`` before a chosen and a rejected turn. An
+answer that opens with another's turn is the whole conversation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from trainer.data.formats.chat import Chat
+from trainer.data.formats.columns import Columns, as_text
+from trainer.data.formats.joined import Joiner, Pair, both
+from trainer.data.formats.turns import Turn, turns_of
+from trainer.data.rows import Encoded, Fault, Row
+from trainer.data.spec import FrozenSource, Preparation
+
+SIDES = ("chosen", "rejected")
+
+
+class Preference:
+    def __init__(self, source: FrozenSource, tokenizer: Any, spec: Preparation) -> None:
+        self.joiner, self.chat = Joiner(tokenizer, "preference"), Chat(tokenizer, spec.chat_template)
+        self.columns = Columns(source)
+
+    def encode(self, rows: Sequence[Row]) -> list[Encoded | Fault]:
+        sides = [self._encode_side(rows, side) for side in SIDES]
+        return [self._paired(row, *answers) for row, *answers in zip(rows, *sides, strict=True)]
+
+    def _encode_side(self, rows: Sequence[Row], side: str) -> list[Encoded | Fault]:
+        """Texts are tokenised together, conversations one by one."""
+        parts = [self._read(row, side) for row in rows]
+        texts = [part for part in parts if not isinstance(part, list)]
+        joined = iter(self.joiner.encode(texts))
+        return [self._converse(part) if isinstance(part, list) else next(joined) for part in parts]
+
+    def _read(self, row: Row, side: str) -> Pair | list[Turn] | Fault:
+        prompt, answer = self._prompt(row), self.columns.value(row, side)
+        if isinstance(answer, Fault):
+            return answer
+        if isinstance(prompt, str | Fault) and isinstance(answer, str):
+            return both(as_text(prompt, "prompt"), as_text(answer, side))
+        turns = turns_of(_listed(answer, "assistant"))
+        if isinstance(turns, Fault) or turns[0]["role"] != "assistant":
+            return turns
+        before = turns_of(prompt if isinstance(prompt, Fault) else _listed(prompt, "user"))
+        return before if isinstance(before, Fault) else [*before, *turns]
+
+    def _prompt(self, row: Row) -> Any | Fault:
+        if "prompt" not in self.columns.names and "prompt" not in row and "conversations" in row:
+            return row["conversations"]
+        return self.columns.value(row, "prompt")
+
+    def _converse(self, turns: list[Turn]) -> Encoded | Fault:
+        if not self.chat.template:
+            return Fault(
+                "the row holds a conversation, and neither the tokenizer nor the recipe has a chat template for it; "
+                "set data.chat_template to a Jinja template or to the path of one"
+            )
+        if turns[-1]["role"] != "assistant":
+            return Fault(f"the conversation has to end with the assistant's answer, not with {turns[-1]['role']!r}")
+        return self.chat.encode(turns, last_only=True)
+
+    def _paired(self, row: Row, chosen: Encoded | Fault, rejected: Encoded | Fault) -> Encoded | Fault:
+        margin = self.columns.optional(row, "margin")
+        for part in (chosen, rejected, margin):
+            if isinstance(part, Fault):
+                return part
+        if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float)):
+            return Fault(f"the margin has to be a number, not {type(margin).__name__} ({margin!r:.40})")
+        assert isinstance(chosen, Encoded)
+        assert isinstance(rejected, Encoded)
+        return replace(chosen, rejected=rejected, margin=None if margin is None else float(margin))
+
+
+def _listed(value: Any, role: str) -> Any:
+    """A text or a single turn as a conversation of one."""
+    if isinstance(value, str):
+        return [{"role": role, "content": value}]
+    return [value] if isinstance(value, dict) else value

@@ -1,0 +1,71 @@
+r"""qa: ``Question: …\nAnswer:`` and a space and the answer; a text that has the frame already keeps one.
+
+The answer may be a list, and ``aliases`` may add to it: the first is trained on, all of them count in evaluation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from trainer.data.formats.columns import Columns, encodable
+from trainer.data.formats.joined import Joiner, Pair
+from trainer.data.rows import Encoded, Fault, Row
+from trainer.data.spec import FrozenSource, Preparation
+
+BEFORE, AFTER = "Question:", "Answer:"
+
+
+class Example(NamedTuple):
+    """A question as the model is asked it, and every answer that is right, the first being the one to train on."""
+
+    prompt: str
+    answers: tuple[str, ...]
+
+
+class QuestionAnswer:
+    def __init__(self, source: FrozenSource, tokenizer: Any, spec: Preparation) -> None:
+        del spec
+        self.joiner, self.columns = Joiner(tokenizer, "qa"), Columns(source)
+
+    def encode(self, rows: Sequence[Row]) -> list[Encoded | Fault]:
+        return self.joiner.encode([_pair_of(example_of(row, self.columns)) for row in rows])
+
+
+def example_of(row: Row, columns: Columns) -> Example | Fault:
+    """What evaluation asks and accepts; a Fault when there is no question or no answer."""
+    question, first = columns.text(row, "question"), columns.value(row, "answer")
+    more = columns.optional(row, "aliases")
+    for part in (question, first, more):
+        if isinstance(part, Fault):
+            return part
+    answers = [*_answers(first), *_answers(more)]
+    wrong = [a for a in answers if isinstance(a, Fault)]
+    if wrong:
+        return wrong[0]
+    texts = [a for a in answers if isinstance(a, str)]
+    if not texts:
+        return Fault(f"there is no answer ({first!r:.40}); every question needs one")
+    assert isinstance(question, str)
+    return Example(f"{BEFORE} {unframed(question)}\n{AFTER}", tuple(dict.fromkeys(texts)))
+
+
+def unframed(question: str) -> str:
+    r"""The question alone, where the text is ``Question: …\nAnswer:`` already or has one end of it."""
+    text = question.strip()
+    return text.removeprefix(BEFORE).removesuffix(AFTER).strip()
+
+
+def _answers(value: Any) -> list[str | Fault]:
+    if value is None:
+        return []
+    if isinstance(value, list):
+        return [answer for one in value for answer in _answers(one)]
+    if isinstance(value, bool) or not isinstance(value, str | int | float):
+        return [Fault(f"an answer has to be text or a list of texts, not {type(value).__name__} ({value!r:.40})")]
+    text = str(value).strip()
+    return [encodable(text)] if text else []
+
+
+def _pair_of(example: Example | Fault) -> Pair | Fault:
+    return example if isinstance(example, Fault) else (example.prompt, f" {example.answers[0]}")

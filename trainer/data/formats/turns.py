@@ -1,0 +1,72 @@
+"""Conversations as data: a list of turns with a role and a content, in the shapes that data sets have them in."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from trainer.data.rows import Fault
+
+Turn = dict[str, Any]
+
+ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+    "function_call": "assistant",
+    "observation": "tool",
+    "function_response": "tool",
+}
+"""ShareGPT's names of the roles; others are kept as they are."""
+
+
+def turns_of(value: Any) -> list[Turn] | Fault:
+    """A conversation's turns, checked: a list of mappings with a role, or with ShareGPT's ``from`` and ``value``.
+
+    Keys without a value go, at any depth: parquet gives every turn the keys of all.
+    """
+    if isinstance(value, Fault):
+        return value
+    if not isinstance(value, list) or not value:
+        return Fault(f"a conversation has to be a list of messages, not {type(value).__name__} ({value!r:.40})")
+    turns = [turn_of(turn) for turn in value]
+    for i, turn in enumerate(turns):
+        if turn is None:
+            return Fault(f"message {i + 1} has to be a mapping with role and content, not {value[i]!r:.60}")
+    return [turn for turn in turns if turn is not None]
+
+
+def turn_of(turn: Any) -> Turn | None:
+    if not isinstance(turn, dict):
+        return None
+    if "role" not in turn and isinstance(turn.get("from"), str):
+        said = {k: v for k, v in turn.items() if k not in ("from", "value")}
+        turn = {"role": ROLES.get(turn["from"], turn["from"]), "content": turn.get("value"), **said}
+    if not isinstance(turn.get("role"), str):
+        return None
+    pruned: Turn = without_nothing(turn)
+    return pruned
+
+
+def without_nothing(value: Any) -> Any:
+    """The value without the keys of its mappings that hold None."""
+    if isinstance(value, dict):
+        return {k: without_nothing(v) for k, v in value.items() if v is not None}
+    return [without_nothing(v) for v in value] if isinstance(value, list) else value
+
+
+def tools_of(value: Any) -> list[Any] | Fault | None:
+    """The tools that a conversation may call, a list or its JSON; None for none."""
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            return Fault(f"the tools are not valid JSON ({error})")
+    if value is None or value == "" or value == []:
+        return None
+    if isinstance(value, Fault):
+        return value
+    pruned = without_nothing(value)
+    return pruned if isinstance(pruned, list) else Fault(f"the tools have to be a list, not {type(value).__name__}")

@@ -1,0 +1,134 @@
+"""The bytes that a reader reads: an object's own, by ranged reads, or what a compressed object unpacks to.
+
+A compressed object can be read from its beginning only. It is unpacked into a temporary file, as far as it was asked
+for, and read by ranges from there: memory stays bounded, and a process that comes back to an object has it already.
+"""
+
+from __future__ import annotations
+
+import io
+import tempfile
+import threading
+from collections import OrderedDict
+from typing import Any, Protocol
+
+import pyarrow as pa
+
+from trainer.errors import InputError
+from trainer.storage import Storage
+
+SPAN_BYTES = 2 << 20
+UNPACKED_SPAN_BYTES = 16 << 20
+"""Larger for a compressed object, since each process that reads one of its spans unpacks it up to there."""
+
+UNPACKED_BYTES = 8 << 30
+"""Disk that a process keeps unpacked objects on, the last used ones; one that is larger is kept by itself."""
+
+_CHUNK = 1 << 20
+
+
+class Body(Protocol):
+    """``url`` names it in messages; ``span_bytes`` is how finely it is cut."""
+
+    url: str
+    span_bytes: int
+
+    def clip(self, position: int) -> int:
+        """The position, or the end of the body when that comes first; asking for no more than needed is cheaper."""
+        ...
+
+    def read(self, start: int, stop: int) -> bytes:
+        """Bytes start to stop, fewer only where the body ends."""
+        ...
+
+
+class ObjectBody:
+    span_bytes = SPAN_BYTES
+
+    def __init__(self, storage: Storage, key: str, size: int) -> None:
+        self.url, self.size = f"{storage.url}/{key}", size
+        self._storage, self._key = storage, key
+
+    def clip(self, position: int) -> int:
+        return min(position, self.size)
+
+    def read(self, start: int, stop: int) -> bytes:
+        return self._storage.read_range(self._key, min(start, self.size), self.clip(stop))
+
+
+class UnpackedBody:
+    """A compressed body, unpacked into a file without a name. Thread-safe."""
+
+    span_bytes = UNPACKED_SPAN_BYTES
+
+    def __init__(self, packed: Body, codec: str) -> None:
+        self.url, self.size = packed.url, 0
+        raw = io.BufferedReader(RangedFile(packed), _CHUNK)
+        self._stream = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), codec)
+        self._file = tempfile.TemporaryFile(prefix="muster-unpacked-")  # noqa: SIM115 (it lives as long as this object)
+        self._whole = False
+        self._lock = threading.Lock()
+
+    def clip(self, position: int) -> int:
+        with self._lock:
+            self._file.seek(0, io.SEEK_END)
+            while self.size < position and not self._whole:
+                self._unpack()
+            return min(position, self.size)
+
+    def read(self, start: int, stop: int) -> bytes:
+        stop = self.clip(stop)
+        with self._lock:
+            self._file.seek(start)
+            return self._file.read(max(stop - start, 0))
+
+    def _unpack(self) -> None:
+        try:
+            chunk = self._stream.read(_CHUNK)
+        except OSError as error:
+            raise InputError(f"{self.url}: cannot be unpacked, {self.size} bytes in ({error})") from error
+        self._file.write(chunk)
+        self.size += len(chunk)
+        self._whole = not chunk
+
+
+class RangedFile(io.RawIOBase):
+    """A body as a seekable file, each read a ranged read."""
+
+    def __init__(self, body: Body) -> None:
+        self._body, self._at = body, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._at
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at}.get(whence)
+        self._at = (self._body.clip(1 << 62) if base is None else base) + offset
+        return self._at
+
+    def readinto(self, buffer: Any) -> int:
+        body = self._body.read(self._at, self._at + len(buffer))
+        buffer[: len(body)] = body
+        self._at += len(body)
+        return len(body)
+
+
+_kept: OrderedDict[tuple[str, str], UnpackedBody] = OrderedDict()
+_kept_lock = threading.Lock()
+
+
+def unpacked(packed: Body, codec: str, etag: str) -> Body:
+    """The unpacked body, the one of before where this process still has it."""
+    key = (packed.url, etag)
+    with _kept_lock:
+        body = _kept.pop(key, None) or UnpackedBody(packed, codec)
+        while _kept and sum(b.size for b in (body, *_kept.values())) > UNPACKED_BYTES:
+            _kept.popitem(last=False)  # its file goes with the last reader that still holds it
+        _kept[key] = body
+    return body

@@ -1,0 +1,104 @@
+"""CSV as in RFC 4180: fields may be quoted, and a quoted one may hold commas, quotes (doubled) and newlines.
+
+Where a record begins is known only from what stands before it, so that cutting parses the file once from end to end, a
+piece at a time. A row is its record's byte offset.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+
+from trainer.data.readers import Piece
+from trainer.data.readers.body import Body
+from trainer.data.readers.lines import BOM, line_of
+from trainer.data.readers.tsv import check_names, row_of_fields
+from trainer.data.rows import Fault, Row
+
+_READ_BYTES = 256 << 10
+FIELD_BYTES = 64 << 20
+"""A field longer than this is taken for one whose closing quote is missing."""
+
+csv.field_size_limit(FIELD_BYTES)  # of the process: the module has no other place for it, and its own is 128 KiB
+
+
+class Csv:
+    """``header`` names the columns of a file whose first record is a row already."""
+
+    def __init__(self, body: Body, header: Sequence[str] | None = None, span_bytes: int | None = None) -> None:
+        self.body, self.span_bytes = body, span_bytes or body.span_bytes
+        self._start = len(BOM) if body.read(0, len(BOM)) == BOM else 0
+        self.names = tuple(header) if header is not None else self._read_header()
+        check_names(self.names, body.url)
+
+    def cut(self) -> Iterator[Piece]:
+        start = last = self._start
+        for begin, end, _ in self._records(start):
+            if begin - start >= self.span_bytes:
+                yield Piece(start, begin, begin - start)
+                start = begin
+            last = end
+        if last > start:
+            yield Piece(start, last, last - start)
+
+    def rows(self, start: int, stop: int) -> Iterator[tuple[int, Row | Fault]]:
+        for begin, _, fields in self._records(start):
+            if begin >= stop:
+                return
+            if isinstance(fields, Fault):
+                yield begin, fields
+            elif fields:
+                yield begin, row_of_fields(self.names, fields)
+
+    def place(self, row: int) -> str:
+        return line_of(self.body, row)
+
+    def _read_header(self) -> tuple[str, ...]:
+        for _, end, fields in self._records(self._start):
+            self._start = end
+            return () if isinstance(fields, Fault) else tuple(fields)
+        return ()
+
+    def _records(self, start: int) -> Iterator[tuple[int, int, list[str] | Fault]]:
+        """Each record from ``start`` on with its first byte and the one behind its last. A blank line has no fields."""
+        lines = _Lines(self.body, start)
+        records = csv.reader(lines, strict=True)
+        while True:
+            begin = lines.at
+            try:
+                fields: list[str] | Fault = next(records)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                fields = Fault(f"not valid CSV ({error}); quote a field that holds quotes, and double those")
+            yield begin, lines.at, fields
+
+
+class _Lines(Iterator[str]):
+    """The body's lines from a place on, with their newlines; ``at`` is the byte behind the last one given."""
+
+    def __init__(self, body: Body, start: int) -> None:
+        self.at = start
+        self._body, self._next, self._half = body, start, b""
+        self._ahead: Iterator[bytes] = iter(())
+
+    def __next__(self) -> str:
+        line = next(self._ahead, None)
+        while line is None:
+            line = self._refill()
+        self.at += len(line)
+        # What is no UTF-8 becomes a lone surrogate, which the format that wants this field finds and names.
+        return line.decode("utf-8", "surrogateescape")
+
+    def _refill(self) -> bytes | None:
+        """The last line of all, or None when there are lines ahead again."""
+        raw = self._body.read(self._next, self._next + _READ_BYTES)
+        self._next += len(raw)
+        if not raw:
+            last, self._half = self._half, b""
+            if not last:
+                raise StopIteration
+            return last
+        *lines, self._half = (self._half + raw).split(b"\n")
+        self._ahead = iter([line + b"\n" for line in lines])
+        return next(self._ahead, None)

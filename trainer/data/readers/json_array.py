@@ -1,0 +1,148 @@
+"""A JSON array of objects: spans begin at elements, a row is its element's byte offset.
+
+Where an element begins is known only from what stands before it, so that cutting parses the array once from end to end,
+a piece at a time. A span is then read by itself.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+from trainer.data.readers import Piece
+from trainer.data.readers.body import Body
+from trainer.data.readers.jsonl import JsonLines, row_of
+from trainer.data.readers.lines import BOM, line_of
+from trainer.data.rows import Fault, Row
+from trainer.errors import InputError
+
+ELEMENT_BYTES = 256 << 20
+"""An element larger than this is taken for a fault of the file."""
+
+_READ_BYTES = 1 << 20
+_SPACE = " \t\r\n"
+
+
+def open_json(body: Body) -> JsonArray | JsonLines:
+    """What a file named .json holds: an array, or one object per line."""
+    head = body.read(0, 4096).removeprefix(BOM)
+    return JsonArray(body) if head.lstrip()[:1] == b"[" else JsonLines(body)
+
+
+class JsonArray:
+    def __init__(self, body: Body, span_bytes: int | None = None, read_bytes: int = _READ_BYTES) -> None:
+        self.body, self.span_bytes, self.read_bytes = body, span_bytes or body.span_bytes, read_bytes
+
+    def cut(self) -> Iterator[Piece]:
+        start = end = None
+        for element in self._elements(self._first()):
+            if start is not None and element.offset - start >= self.span_bytes:
+                yield Piece(start, element.offset, element.offset - start)
+                start = None
+            start, end = element.offset if start is None else start, element.end
+        if start is not None and end is not None:
+            yield Piece(start, end, end - start)
+
+    def rows(self, start: int, stop: int) -> Iterator[tuple[int, Row | Fault]]:
+        for element in self._elements(start):
+            if element.offset >= stop:
+                return
+            yield element.offset, row_of(element.value)
+            if element.end >= stop:
+                return
+
+    def place(self, row: int) -> str:
+        return line_of(self.body, row)
+
+    def _first(self) -> int:
+        """The offset behind the opening bracket; `open_json` has seen it."""
+        return self.body.read(0, 4096).index(b"[") + 1
+
+    def _elements(self, start: int) -> Iterator[Element]:
+        """From ``start``, where an element or the closing bracket comes next, to the end of the array."""
+        text = _Text(self.body, start, self.read_bytes)
+        if text.peek() == "]":
+            return
+        while True:
+            yield text.element()
+            mark = text.peek()
+            if mark == "]":
+                return
+            if mark != ",":
+                raise text.fault(f"{mark!r} stands where ',' or ']' is expected" if mark else "it ends before its ']'")
+            text.skip()
+
+
+class Element(NamedTuple):
+    """A parsed element, and its first byte and the one behind its last."""
+
+    offset: int
+    end: int
+    value: Any
+
+
+class _Text:
+    """The body from a place on, decoded piece by piece: ``text[at:]`` is still to be read, and begins at byte
+    ``offset``."""
+
+    def __init__(self, body: Body, start: int, read_bytes: int) -> None:
+        self.body, self.read_bytes = body, read_bytes
+        self.text, self.at, self.offset = "", 0, start
+        self._next, self._half = start, b""
+        self._decoder = json.JSONDecoder()
+
+    def peek(self) -> str:
+        """The next character that is no space; '' at the end."""
+        while True:
+            while self.at < len(self.text):
+                if self.text[self.at] not in _SPACE:
+                    return self.text[self.at]
+                self.skip()
+            if not self._more(self.read_bytes):
+                return ""
+
+    def skip(self) -> None:
+        self._advance(self.at + 1)
+
+    def element(self) -> Element:
+        self.peek()
+        size = self.read_bytes
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self.text, self.at)
+                # A number that ends with the text may go on behind it.
+                if end < len(self.text) or not self._more(size):
+                    start = self.offset
+                    self._advance(end)
+                    return Element(start, self.offset, value)
+            except (json.JSONDecodeError, RecursionError) as error:
+                if not self._may_go_on(error) or len(self.text) - self.at > ELEMENT_BYTES or not self._more(size):
+                    raise self.fault(str(error)) from error
+            size *= 2
+
+    def fault(self, reason: str) -> InputError:
+        return InputError(f"{self.body.url}, {line_of(self.body, self.offset)}: not valid JSON ({reason})")
+
+    def _may_go_on(self, error: json.JSONDecodeError | RecursionError) -> bool:
+        """Whether the error is of the kind that the end of the text makes, rather than a fault inside it."""
+        if isinstance(error, RecursionError):
+            return False
+        return error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - 12
+
+    def _advance(self, to: int) -> None:
+        passed = self.text[self.at : to]
+        self.offset += len(passed) if passed.isascii() else len(passed.encode())
+        self.at = to
+
+    def _more(self, size: int) -> bool:
+        raw = self.body.read(self._next, self._next + size)
+        self._next += len(raw)
+        try:
+            new, used = codecs.utf_8_decode(self._half + raw, "strict", not raw)
+        except UnicodeDecodeError as error:
+            raise self.fault(f"not UTF-8: {error.reason}, some bytes further on") from error
+        self._half = (self._half + raw)[used:]
+        self.text, self.at = self.text[self.at :] + new, 0
+        return bool(raw)

@@ -1,0 +1,77 @@
+"""Files of lines: spans are byte ranges, a line belongs to the span in which it starts, a row is its line's byte
+offset."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+
+from trainer.data.readers import Piece
+from trainer.data.readers.body import Body
+from trainer.data.rows import Fault, Row
+
+BOM = b"\xef\xbb\xbf"
+_LOOK_AHEAD = 64 << 10
+
+
+class LineReader(ABC):
+    """What a subclass makes of a line is its `parse`; blank lines are left out."""
+
+    def __init__(self, body: Body, span_bytes: int | None = None) -> None:
+        self.body, self.span_bytes = body, span_bytes or body.span_bytes
+
+    @abstractmethod
+    def parse(self, line: bytes) -> Row | Fault:
+        """The row of one line, which comes without its newline."""
+
+    def cut(self) -> Iterator[Piece]:
+        start = 0
+        while (stop := self.body.clip(start + self.span_bytes)) > start:
+            yield Piece(start, stop, stop - start)
+            start = stop
+
+    def rows(self, start: int, stop: int) -> Iterator[tuple[int, Row | Fault]]:
+        return ((offset, self.parse(line)) for offset, line in self.lines(start, stop))
+
+    def lines(self, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
+        """The lines that start in [start, stop), each with its offset; the last one is read to its end."""
+        first = max(start - 1, 0)
+        text = self.body.read(first, stop)
+        at = 0 if start == 0 else text.find(b"\n") + 1
+        if start > 0 and at == 0:
+            return
+        text += rest_of_line(self.body, stop) if not text.endswith(b"\n") else b""
+        while at < len(text):
+            end = text.find(b"\n", at)
+            end = len(text) if end < 0 else end
+            line = text[at:end]
+            if line.strip():
+                yield first + at, line.removeprefix(BOM) if first + at == 0 else line
+            at = end + 1
+
+    def place(self, row: int) -> str:
+        return line_of(self.body, row)
+
+
+def rest_of_line(body: Body, position: int) -> bytes:
+    """From ``position`` up to the next newline, read in growing pieces: a line may be longer than a span."""
+    rest, ahead = b"", _LOOK_AHEAD
+    while piece := body.read(position, position + ahead):
+        newline = piece.find(b"\n")
+        if newline >= 0:
+            return rest + piece[:newline]
+        rest, position, ahead = rest + piece, position + len(piece), ahead * 2
+    return rest
+
+
+def line_of(body: Body, offset: int) -> str:
+    """The line number of a byte offset, found by counting the newlines before it: for error messages only."""
+    count, step = 1, 8 << 20
+    for start in range(0, offset, step):
+        count += body.read(start, min(start + step, offset)).count(b"\n")
+    return f"line {count}"
+
+
+def excerpt(line: bytes, width: int = 60) -> str:
+    text = line.decode("utf-8", "replace").strip()
+    return text if len(text) <= width else text[:width] + "…"

@@ -1,0 +1,81 @@
+"""Data sets that a recipe may name (``dataset: gsm8k``): where they lie on the Hub, and how their rows are read.
+
+What a recipe gives itself comes first, so that a copy in a folder or a bucket is read by the same columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+
+class NamedDataset(NamedTuple):
+    """``columns`` maps what the format reads to what the data set calls it; ``labels`` are in the order of their
+    numbers."""
+
+    path: str
+    format: str
+    columns: Mapping[str, str] = {}
+    labels: tuple[str, ...] | None = None
+
+
+_QA = {"question": "question", "answer": "answer"}
+_UNKNOWN = NamedDataset("hf://unknown/unknown", "text")
+
+DATASETS: dict[str, NamedDataset] = {
+    "alpaca": NamedDataset(
+        "hf://tatsu-lab/alpaca",
+        "instruction",
+        {"instruction": "instruction", "input": "input", "output": "output"},
+    ),
+    "code_feedback": NamedDataset("hf://m-a-p/Code-Feedback", "messages", {"messages": "messages"}),
+    "glue/mrpc": NamedDataset(
+        "hf://nyu-mll/glue/mrpc",
+        "classification",
+        {"text": "sentence1", "text_pair": "sentence2", "label": "label"},
+        ("not_equivalent", "equivalent"),
+    ),
+    "glue/qqp": NamedDataset(
+        "hf://nyu-mll/glue/qqp",
+        "classification",
+        {"text": "question1", "text_pair": "question2", "label": "label"},
+        ("not_duplicate", "duplicate"),
+    ),
+    "glue/sst2": NamedDataset(
+        "hf://nyu-mll/glue/sst2",
+        "classification",
+        {"text": "sentence", "label": "label"},
+        ("negative", "positive"),
+    ),
+    "gsm8k": NamedDataset("hf://openai/gsm8k/main", "qa", _QA),
+    "imdb": NamedDataset("hf://stanfordnlp/imdb", "classification", {"text": "text", "label": "label"}, ("neg", "pos")),
+    "metamath_qa": NamedDataset(
+        "hf://meta-math/MetaMathQA", "instruction", {"instruction": "query", "output": "response"}
+    ),
+    "nq_open": NamedDataset("hf://google-research-datasets/nq_open", "qa", _QA),
+    "trivia_qa": NamedDataset(
+        "hf://mandarjoshi/trivia_qa/rc.nocontext",
+        "qa",
+        {"question": "question", "answer": "answer.value", "aliases": "answer.aliases"},
+    ),
+}
+
+
+def filled(source: dict[str, Any]) -> dict[str, Any]:
+    """A source with what its ``dataset`` stands for filled in where it says nothing itself.
+
+    A name that is not known is filled in too, so that it is the one mistake that is reported.
+    """
+    name = source.get("dataset")
+    if not isinstance(name, str):
+        return source
+    named = DATASETS.get(name, _UNKNOWN)
+    given = {"path": named.path, "format": named.format} | source
+    if given["format"] != named.format:
+        return given
+    own = given.get("columns")
+    columns = dict(named.columns) | own if isinstance(own, dict) else own
+    given["columns"] = dict(named.columns) if own is None else columns
+    if given.get("labels") is None and named.labels is not None:
+        given["labels"] = list(named.labels)
+    return given
