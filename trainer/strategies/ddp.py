@@ -14,7 +14,9 @@ from trainer.strategies.base import Strategy
 class DDP(Strategy):
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         # Every rank has loaded and initialised the same values; broadcasting them again would cost a model's bytes.
-        module = DistributedDataParallel(model, init_sync=False, broadcast_buffers=False, gradient_as_bucket_view=True)
+        module = DistributedDataParallel(
+            model, init_sync=False, forward_sync_buffers=False, gradient_as_bucket_view=True
+        )
         assert module.process_group.size() == self.world.size
         return module
 
