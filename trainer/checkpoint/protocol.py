@@ -11,9 +11,12 @@ What holds then rests on one property of the store: an object can be created onl
     3. The record ``commits/<g>/<inverted step>.json`` is put if absent. This is the only commit point. A put that
        finds an object there compares nonces: its own record, whose first reply was lost, or somebody else's.
     4. A newer claim is looked for. If there is one, this attempt is a zombie: it ends without acknowledging, although
-       the record may exist. Nobody is hurt by it: newer generations are read first.
-    5. Retention deletes the record first and its files after, so that no record ever points at nothing; files that no
-       record names are swept when their attempt is older than the one that sweeps.
+       the record may exist. Nobody is hurt by it, nor by a record whose files a newer attempt has swept before it was
+       put: newer generations are read first, and only who has committed sweeps.
+    5. Retention deletes the record first and its files after, so that no acknowledged record ever points at nothing;
+       files that no record names are swept when their attempt is older than the one that sweeps.
+
+tests/unit/protocol_model.py runs this code through all interleavings, and shows that none of the steps can go.
 
 A reader (restore.py) goes through the records from the newest generation's newest to the oldest, and takes the first
 one whose every file has the size and sha256 of the record, before anything of it is used.
@@ -34,6 +37,9 @@ from trainer.storage import Storage
 
 log = logging.getLogger(__name__)
 _PARALLEL_READS = 8
+
+CommitKey = tuple[int, int]
+"""(attempt, step) of a record."""
 
 OnSkip = Callable[[int, str, str], None]
 """Told (step, uri, reason) of every commit that is passed over."""
@@ -57,29 +63,36 @@ def commit(storage: Storage, record: CommitRecord) -> None:
     check_fence(storage, record.driver, record.attempt)
 
 
-def list_commits(storage: Storage, on_skip: OnSkip = log_skip) -> list[CommitRecord]:
+def list_commits(storage: Storage, on_skip: OnSkip = log_skip, *, newest: int | None = None) -> list[CommitRecord]:
     """Newest generation first, newest step first within it; one listing and the records, no files.
 
-    Unreadable records are told to ``on_skip``; one that retention deletes meanwhile is left out.
+    ``newest`` reads only so many. Unreadable records are told to ``on_skip``; one that retention deletes meanwhile is
+    left out.
     """
-    found = _commit_keys(storage)
-
-    def read(key: tuple[int, int]) -> CommitRecord | None:
-        attempt, step = key
-        name = layout.commit(attempt, step)
-        try:
-            record = CommitRecord.from_json(storage.read(name), storage.uri(name))
-            if (record.attempt, record.step) != key:
-                raise CorruptObject(f"the record is that of attempt {record.attempt}, step {record.step}")
-            return record
-        except FileNotFoundError:
-            return None
-        except CorruptObject as error:
-            on_skip(step, storage.uri(name), str(error))
-            return None
-
     with ThreadPoolExecutor(_PARALLEL_READS) as pool:
-        return [record for record in pool.map(read, found) if record is not None]
+        found = pool.map(lambda key: read_commit(storage, key, on_skip), commit_keys(storage)[:newest])
+        return [record for record in found if record is not None]
+
+
+def commit_keys(storage: Storage) -> list[CommitKey]:
+    """Of every record, in the order of `list_commits`; one listing."""
+    parsed = (layout.parse_commit(info.key) for info in storage.list(layout.COMMITS))
+    return sorted((key for key in parsed if key is not None), reverse=True)
+
+
+def read_commit(storage: Storage, key: CommitKey, on_skip: OnSkip = log_skip) -> CommitRecord | None:
+    """None when it has been deleted, or when it is unreadable, which ``on_skip`` is told."""
+    name = layout.commit(*key)
+    try:
+        record = CommitRecord.from_json(storage.read(name), storage.uri(name))
+        if (record.attempt, record.step) != key:
+            raise CorruptObject(f"the record is that of attempt {record.attempt}, step {record.step}")
+        return record
+    except FileNotFoundError:
+        return None
+    except CorruptObject as error:
+        on_skip(key[1], storage.uri(name), str(error))
+        return None
 
 
 def retain(storage: Storage, keep_last: int, attempt: int) -> list[int]:
@@ -91,7 +104,7 @@ def retain(storage: Storage, keep_last: int, attempt: int) -> list[int]:
         raise ValueError(f"keep_last is {keep_last}; at least the newest commit has to stay")
     records = {(r.attempt, r.step): r for r in list_commits(storage, lambda *_: None)}
     oldest_kept = sorted(records, reverse=True)[:keep_last][-1:]
-    surplus = [key for key in _commit_keys(storage) if oldest_kept and key < oldest_kept[0]]
+    surplus = [key for key in commit_keys(storage) if oldest_kept and key < oldest_kept[0]]
     storage.delete(layout.commit(*key) for key in surplus)
     kept = {r.checkpoint for key, r in records.items() if key not in surplus}
     dropped = {records[key].checkpoint for key in surplus if key in records}
@@ -107,9 +120,3 @@ def _sweep(storage: Storage, attempt: int, dropped: Iterable[str], kept: Iterabl
         if maker is not None and maker < attempt:
             gone.add(name)
     storage.delete(info.key for name in sorted(gone) for info in storage.list(layout.checkpoint(name)))
-
-
-def _commit_keys(storage: Storage) -> list[tuple[int, int]]:
-    """(attempt, step) of every record, newest generation first."""
-    parsed = (layout.parse_commit(info.key) for info in storage.list(layout.COMMITS))
-    return sorted((key for key in parsed if key is not None), reverse=True)

@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from trainer import layout
 from trainer.checkpoint.blobs import entry_of, entry_of_file
-from trainer.checkpoint.protocol import OnSkip, list_commits, log_skip
+from trainer.checkpoint.protocol import OnSkip, commit_keys, log_skip, read_commit
 from trainer.checkpoint.record import CommitRecord, FileEntry
 from trainer.errors import CorruptObject
 from trainer.storage import Storage
@@ -45,11 +45,16 @@ def fetch(storage: Storage, record: CommitRecord, target: Path) -> None:
 
 
 def _first_whole(storage: Storage, take: Callable[[CommitRecord], T], on_skip: OnSkip) -> tuple[CommitRecord, T] | None:
-    for record in list_commits(storage, on_skip):
-        try:
-            return record, take(record)
-        except (CorruptObject, FileNotFoundError) as error:
-            on_skip(record.step, storage.uri(layout.checkpoint(record.checkpoint)), str(error))
+    """Lists again when nothing was whole and there are other commits by now: to a reader who claims nothing, retention
+    may delete all that it has listed, but only after something newer was committed."""
+    tried: set[tuple[int, int]] = set()
+    while keys := [key for key in commit_keys(storage) if key not in tried]:
+        tried.update(keys)
+        for record in filter(None, (read_commit(storage, key, on_skip) for key in keys)):
+            try:
+                return record, take(record)
+            except (CorruptObject, FileNotFoundError) as error:
+                on_skip(record.step, storage.uri(layout.checkpoint(record.checkpoint)), str(error))
     return None
 
 
