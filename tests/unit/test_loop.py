@@ -108,8 +108,9 @@ def poison_gradient(b: Bench) -> None:
 
 
 @pytest.mark.parametrize("clipped", [1.0, None])
-def test_a_gradient_that_is_not_finite_changes_no_parameter(make: Make, clipped: float | None) -> None:
-    with bench(make(**{"training.max_grad_norm": clipped})) as b:
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_gradient_that_is_not_finite_changes_no_parameter(make: Make, clipped: float | None, exact: bool) -> None:
+    with bench(make(**{"training.max_grad_norm": clipped, "exact": exact})) as b:
         before = trained(b)
         poison_gradient(b)
         with pytest.raises(NonFiniteLoss, match=r"step 1: the gradient's norm is nan.*lower the learning rate"):
@@ -118,11 +119,12 @@ def test_a_gradient_that_is_not_finite_changes_no_parameter(make: Make, clipped:
         assert b.rows == []
 
 
+@pytest.mark.parametrize("exact", [False, True])
 def test_a_loss_that_is_not_finite_is_named_before_a_parameter_changes(
-    make: Make, monkeypatch: pytest.MonkeyPatch
+    make: Make, monkeypatch: pytest.MonkeyPatch, exact: bool
 ) -> None:
     loss_sum = SFT.loss_sum
-    with bench(make()) as b:
+    with bench(make(exact=exact)) as b:
         plans = [b.stream.step(b.stream.start())]
         for _ in range(2):
             plans.append(b.stream.step(plans[-1].next))

@@ -17,12 +17,11 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from trainer.errors import NonFiniteLoss
 from trainer.strategies.base import Strategy
 
 FRACTION_BITS = 40
-LIMIT = 2.0 ** (62 - FRACTION_BITS)
-"""The largest sum that the whole numbers hold: 4 million, where gradients of a mean loss are around 1."""
+LIMIT = 2.0 ** (63 - FRACTION_BITS - 13)
+"""Of one micro-batch's gradient: 1,024, where those of a mean loss are around 1. 8,192 of them add without overflow."""
 
 
 class ExactDDP(Strategy):
@@ -30,6 +29,7 @@ class ExactDDP(Strategy):
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         self._sums: dict[str, torch.Tensor] = {}
+        self._unfit = torch.zeros((), device=self.world.device)
         return model
 
     @contextmanager
@@ -44,14 +44,23 @@ class ExactDDP(Strategy):
         if name not in self._sums:
             self._sums[name] = torch.zeros(parameter.shape, dtype=torch.int64, device=parameter.device)
         if parameter.grad is not None:
-            self._sums[name] += fixed_point(parameter.grad)
+            whole = fixed_point(parameter.grad)
+            if whole is None:
+                self._unfit.fill_(1)
+            else:
+                self._sums[name] += whole
             parameter.grad = None
 
     def _exchange(self) -> None:
+        """Every rank. A gradient that one of them could not hold becomes nan on all: the loop says where and ends."""
+        dist.all_reduce(self._unfit)
+        unfit = bool(self._unfit)
+        self._unfit.zero_()
         for name, parameter in self.trainable().items():
             whole = self._sums.pop(name)
             dist.all_reduce(whole)
-            parameter.grad = (whole.double() * 2.0**-FRACTION_BITS).to(parameter.dtype)
+            gradient = (whole.double() * 2.0**-FRACTION_BITS).to(parameter.dtype)
+            parameter.grad = gradient.fill_(float("nan")) if unfit else gradient
 
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
@@ -63,11 +72,8 @@ class ExactDDP(Strategy):
         return [""]
 
 
-def fixed_point(values: torch.Tensor) -> torch.Tensor:
-    """``values`` in whole numbers (int64) of 2^-40. Raises NonFiniteLoss for what they cannot hold."""
-    largest = float(values.abs().max()) if values.numel() else 0.0
-    if not largest < LIMIT:
-        raise NonFiniteLoss(
-            f"a gradient of {largest:g} is more than exact: true can add ({LIMIT:g}); lower optimizer.lr"
-        )
+def fixed_point(values: torch.Tensor) -> torch.Tensor | None:
+    """``values`` in whole numbers (int64) of 2^-40, or None when one of them is not below ``LIMIT`` (or is nan)."""
+    if values.numel() and not float(values.abs().max()) < LIMIT:
+        return None
     return torch.round(values.double() * 2.0**FRACTION_BITS).to(torch.int64)
