@@ -17,7 +17,8 @@ def read_batch(reader: BlockReader, micro_batch: MicroBatch) -> Batch:
     refs = [ref for pack in micro_batch.packs for ref in pack]
     samples = iter(reader.samples(refs))
     packs = [[next(samples) for _ in pack] for pack in micro_batch.packs]
-    return collate(micro_batch.index, packs, [reader.prepared.index(w).sample_id(s) for w, s in refs])
+    indexes = {window: reader.prepared.index(window) for window in {ref.window for ref in refs}}
+    return collate(micro_batch.index, packs, [indexes[window].sample_id(sample) for window, sample in refs])
 
 
 def collate(index: int, packs: Sequence[Pack], sample_ids: list[str]) -> Batch:

@@ -54,18 +54,19 @@ class BlockReader:
         return self._held_bytes
 
     def samples(self, refs: Sequence[SampleRef]) -> list[Encoded]:
-        """Each of them, in the order of ``refs``. At most ``readers`` blocks beyond the limit are in
-        memory meanwhile, since a block that is not to be held is let go once its samples are copied."""
+        """Each of them, in the order of ``refs``. Their arrays are views: the blocks behind them stay in memory as long
+        as they are in use, whatever the limit, and a micro-batch's blocks are at most those of a window or two."""
+        indexes = {window: self.prepared.index(window) for window in {ref.window for ref in refs}}
         rows: dict[Key, list[tuple[int, int]]] = {}
         for at, (window, sample) in enumerate(refs):
-            index = self.prepared.index(window)
+            index = indexes[window]
             rows.setdefault((window, int(index.block[sample])), []).append((at, int(index.block_row[sample])))
         found: dict[int, Encoded] = {}
 
         def take(key: Key) -> None:
             block = self.block(*key)
             for at, row in rows[key]:
-                found[at] = block.sample(row).copy()
+                found[at] = block.sample(row)
 
         with self._lock:
             absent = [key for key in rows if key not in self._blocks]

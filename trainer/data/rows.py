@@ -35,17 +35,6 @@ class Encoded:
     rejected: Encoded | None = None
     margin: float | None = None
 
-    def copy(self) -> Encoded:
-        """One whose arrays hold on to no block."""
-        types, rejected = self.token_types, self.rejected
-        return replace(
-            self,
-            tokens=self.tokens.copy(),
-            target=self.target.copy(),
-            token_types=None if types is None else types.copy(),
-            rejected=None if rejected is None else rejected.copy(),
-        )
-
 
 def fit(sample: Encoded, sequence_length: int) -> list[Encoded]:
     """The sample in at most ``sequence_length`` tokens: cut on the right, or into several; none when no target is left.
