@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import torch
 from tests.support.looping import Bench, bench
 from tests.support.models import CPU
 from tests.support.training import losses, run_of, small_recipe, train_here, write_pairs
-from trainer import layout
+from trainer import layout, worker
 from trainer.checkpoint import list_commits
 from trainer.data import eval_batches
 from trainer.errors import NonFiniteLoss
 from trainer.loop import seed_micro_batch
+from trainer.publish import finished
 from trainer.recipe import Recipe
 from trainer.reporter import read_rows
 from trainer.tasks.sft import SFT
@@ -336,3 +338,50 @@ def test_a_gather_that_lost_something_is_found_out(make: Make, monkeypatch: pyte
         assert snapshot is not None
         with pytest.raises(CorruptObject, match="has shape"):
             b.state.write(snapshot, tmp_path)
+
+
+def test_a_failure_does_not_lose_the_checkpoint_before_it(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    loss_sum, put, fed = SFT.loss_sum, worker.put_checkpoint, [0]
+    failed = threading.Event()
+
+    def spoilt(self: SFT, module: Any, batch: Any, device: Any) -> torch.Tensor:
+        fed[0] += 1
+        if fed[0] > 3 * 2:
+            failed.set()
+            return loss_sum(self, module, batch, device) * float("nan")
+        return loss_sum(self, module, batch, device)
+
+    def slow(*given: Any, **named: Any) -> Any:
+        assert failed.wait(30.0), "the upload of step 2 is under way when step 3 fails"
+        return put(*given, **named)
+
+    monkeypatch.setattr(SFT, "loss_sum", spoilt)
+    monkeypatch.setattr(worker, "put_checkpoint", slow)
+    recipe = make(**{"checkpoint.every_steps": 2})
+    with pytest.raises(NonFiniteLoss, match="step 3"):
+        train_here(recipe)
+    assert [record.step for record in list_commits(run_of(recipe))] == [2]
+    (told,) = [e for e in read_rows(run_of(recipe), layout.EVENTS) if e["event"] == "checkpoint"]
+    assert told["step"] == 2
+    assert 0 <= told["stall_s"] < 30
+    assert [r["step"] for r in read_rows(run_of(recipe), layout.METRICS)] == [1, 2]
+
+
+def test_a_damaged_last_checkpoint_is_trained_anew(make: Make) -> None:
+    recipe = make(**{"checkpoint.every_steps": 4})
+    assert train_here(recipe) == "succeeded"
+    run, before = run_of(recipe), losses(recipe)
+    last = finished(run)
+    assert last is not None
+    for key in (last.file_key("adapter_model.safetensors"), f"{layout.ADAPTER}/adapter_model.safetensors"):
+        run.write(key, b"torn" + run.read(key)[4:])
+    assert finished(run) is None
+    assert train_here(recipe) == "succeeded"
+    assert losses(recipe) == before
+    again = finished(run)
+    assert again is not None
+    assert (again.step, again.attempt, again.files["adapter_model.safetensors"]) == (
+        6, 2, last.files["adapter_model.safetensors"],
+    )  # fmt: skip
+    skipped = [e for e in read_rows(run, layout.EVENTS) if e["event"] == "skipped_checkpoint"]
+    assert [e["step"] for e in skipped] == [6]
