@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 FORMAT_VERSION = 1
@@ -85,12 +86,12 @@ class Preparation:
         sources = tuple(FrozenSource.from_json(s) for s in data["sources"])
         return cls(**{**data, "sources": sources, "labels": tuple(data.get("labels", ()))})
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """The first 32 hex digits of the sha256 of the canonical JSON."""
         return _hash_json(self.to_json())[:32]
 
-    @property
+    @cached_property
     def order_key(self) -> str:
         """Seeds every permutation. Only the shape of the inputs is in it, neither URL nor ETag, so that a copy of the
         same data elsewhere trains in the same order."""
