@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
 from trainer.data.formats.columns import column_of
-from trainer.data.readers import open_reader
-from trainer.data.rows import Fault, Row
+from trainer.data.readers import rows_of
+from trainer.data.rows import Fault
 from trainer.data.spec import FrozenSource
 from trainer.errors import InputError
 
@@ -46,7 +46,7 @@ def _found(source: FrozenSource) -> list[str]:
     column = source.columns.get("label", "label")
     names: set[str] = set()
     for row in rows_of(source):
-        name = label_name(column_of(row, column, "label"), None)
+        name = row if isinstance(row, Fault) else label_name(column_of(row, column, "label"), None)
         if isinstance(name, str):
             names.add(name)
         if len(names) > MOST_LABELS:
@@ -55,14 +55,6 @@ def _found(source: FrozenSource) -> list[str]:
                 f"such as {', '.join(islice(names, 3))!r:.100}; map the one with the labels by columns: {{label: NAME}}"
             )
     return sorted(names, key=_order)
-
-
-def rows_of(source: FrozenSource) -> Iterator[Row]:
-    """Every readable row of a source, in its order."""
-    for frozen in source.objects:
-        reader = open_reader(source, frozen)
-        for piece in reader.cut():
-            yield from (row for _, row in reader.rows(piece.start, piece.stop) if not isinstance(row, Fault))
 
 
 def _order(name: str) -> tuple[bool, int, str]:
