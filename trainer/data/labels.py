@@ -16,7 +16,8 @@ MOST_LABELS = 10_000
 
 
 def label_name(value: Any | Fault, names: Sequence[str] | None) -> str | Fault:
-    """A label as text. With ``names``, a value that is none of them is the number of one; 1, 1.0 and "1" are alike."""
+    """A label as text; 1, 1.0 and "1" are alike. With ``names``, a value that is none of them is the number of one,
+    unless names are numbers themselves."""
     if isinstance(value, Fault):
         return value
     if isinstance(value, float) and value.is_integer():
@@ -26,7 +27,7 @@ def label_name(value: Any | Fault, names: Sequence[str] | None) -> str | Fault:
     name = str(value).lower() if isinstance(value, bool) else str(value).strip()
     if names is None or name in names:
         return name
-    if name.isdecimal() and int(name) < len(names):
+    if name.isdecimal() and int(name) < len(names) and not any(n.isdecimal() for n in names):
         return names[int(name)]
     return Fault(f"the label {name!r} is neither one of {', '.join(names)} nor the number of one"[:300])
 

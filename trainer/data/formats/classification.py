@@ -28,7 +28,7 @@ class Classification:
                 f"data source {source.path}: classification needs the label set of the training data, and there is none"
             )
         self.numbers = {label: number for number, label in enumerate(spec.labels)}
-        self.own = source.labels
+        self.names = source.labels or spec.labels
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded | Fault]:
         texts, labels = [self._texts(row) for row in rows], [self._label(row) for row in rows]
@@ -48,7 +48,7 @@ class Classification:
         return second if isinstance(second, Fault) else (text, second)
 
     def _label(self, row: Row) -> int | Fault:
-        name = label_name(self.columns.value(row, "label"), self.own)
+        name = label_name(self.columns.value(row, "label"), self.names)
         if isinstance(name, Fault):
             return name
         if name in self.numbers:
