@@ -53,13 +53,14 @@ class Status:
         return asdict(self)
 
 
-def read_status(run: Storage, *, now: float | None = None) -> Status:
-    """InputError when there is no run. ``now`` is unix s, this machine's clock by default."""
+def read_status(run: Storage, *, now: float | None = None, newest: int | None = None) -> Status:
+    """InputError when there is no run. ``now`` is unix s, this machine's clock by default; ``newest`` reads the records
+    of only so many checkpoints. What else lies in the run is not looked at, so that a look stays quick."""
     with ThreadPoolExecutor(4) as pool:
         begun = pool.submit(run.info, layout.RECIPE)
         lease = pool.submit(_lease, run)
         claims = pool.submit(read_claims, run)
-        commits = pool.submit(list_commits, run)
+        commits = pool.submit(list_commits, run, newest=newest)
         train, evaluation = _last_rows(run)
     if begun.result() is None and lease.result() is None:
         raise InputError(f"there is no run at {run.url}; `muster ls` with the folder above it lists those that are")
@@ -67,7 +68,8 @@ def read_status(run: Storage, *, now: float | None = None) -> Status:
 
 
 def list_runs(storage: Storage) -> list[Status]:
-    """The runs directly inside a storage, by name; folders that hold no run are left out."""
+    """The runs directly inside a storage, by name, with their newest checkpoint only; folders that hold no run are left
+    out."""
     names = [name for name in storage.folders() if not name.startswith(("_", "."))]
     with ThreadPoolExecutor(_PARALLEL_RUNS) as pool:
         found = pool.map(lambda name: _status_or_none(storage.child(name)), names)
@@ -77,7 +79,7 @@ def list_runs(storage: Storage) -> list[Status]:
 def _status_or_none(run: Storage) -> Status | None:
     if run.info(layout.RECIPE) is None:
         return None
-    return read_status(run)
+    return read_status(run, newest=1)
 
 
 def _status(

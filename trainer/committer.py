@@ -24,34 +24,69 @@ Commit = Callable[[Snapshot, Path], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
+class Held:
+    """Seconds for which one checkpoint held the loop up: ``stall_s`` in all, ``snapshot_s`` of it to copy the state."""
+
+    stall_s: float
+    snapshot_s: float
+
+
+NOT_HELD = Held(0.0, 0.0)
+
+
+@dataclass(frozen=True)
 class Committed:
-    """What the metrics and events say of a commit."""
+    """What the events say of a commit. ``upload_s`` is everything after the snapshot: writing, hashing, uploading and
+    committing; ``coalesced`` counts the due checkpoints whose place it took since the commit before."""
 
     step: int
     uri: str
+    held: Held
     upload_s: float
     bytes: int
+    coalesced: int
+
+
+@dataclass(frozen=True)
+class Lag:
+    """How far the storage is behind: ``backlog`` snapshots that are not committed yet (2 at most), ``age_s`` since the
+    newest commit, or since this attempt began where it has none."""
+
+    backlog: int
+    age_s: float
 
 
 class Committer:
     """``commit(snapshot, folder)`` writes, uploads and commits, and returns {"uri", "bytes"}; rank 0 alone has one."""
 
-    def __init__(self, commit: Commit, on_commit: Callable[[Committed], None]) -> None:
+    def __init__(
+        self, commit: Commit, on_commit: Callable[[Committed], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._commit = commit
         self._on_commit = on_commit
+        self._clock = clock
+        self._newest = clock()
         self._ready = threading.Condition()
-        self._waiting: Snapshot | None = None
+        self._waiting: tuple[Snapshot, Held] | None = None
+        self._working = False
+        self._coalesced = 0
         self._closing = False
         self._error: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="committer", daemon=True)
         self._thread.start()
 
-    def submit(self, snapshot: Snapshot) -> None:
+    def submit(self, snapshot: Snapshot, held: Held = NOT_HELD) -> None:
         with self._ready:
             self._raise()
-            assert not (self._waiting and self._waiting.final), "nothing comes after the final snapshot"
-            self._waiting = snapshot
+            if self._waiting:
+                assert not self._waiting[0].final, "nothing comes after the final snapshot"
+                self._coalesced += 1
+            self._waiting = snapshot, held
             self._ready.notify_all()
+
+    def lag(self) -> Lag:
+        with self._ready:
+            return Lag(int(self._waiting is not None) + int(self._working), self._clock() - self._newest)
 
     def check(self) -> None:
         """Raises what the last commit raised, if it did."""
@@ -78,20 +113,40 @@ class Committer:
     def _work(self) -> None:
         while True:
             with self._ready:
+                self._working = False
                 self._ready.wait_for(lambda: self._waiting is not None or self._closing)
-                snapshot, self._waiting = self._waiting, None
-            if snapshot is None:
-                return
+                if self._waiting is None:
+                    return
+                (snapshot, held), self._waiting = self._waiting, None
+                coalesced, self._coalesced = self._coalesced, 0
+                self._working = True
             try:
-                self._run(snapshot)
+                self._run(snapshot, held, coalesced)
             except BaseException as e:
                 log.exception("the checkpoint of step %d was not committed", snapshot.step)
                 with self._ready:
                     self._error = e
                 return
 
-    def _run(self, snapshot: Snapshot) -> None:
-        began = time.monotonic()
+    def _run(self, snapshot: Snapshot, held: Held, coalesced: int) -> None:
+        began = self._clock()
         with tempfile.TemporaryDirectory(prefix="muster-checkpoint-") as folder:
             done = self._commit(snapshot, Path(folder))
-        self._on_commit(Committed(snapshot.step, done["uri"], time.monotonic() - began, done["bytes"]))
+        now = self._clock()
+        with self._ready:
+            self._newest = now
+        self._on_commit(Committed(snapshot.step, done["uri"], held, now - began, done["bytes"], coalesced))
+
+
+class StaleAlarm:
+    """Says once that commits have fallen behind by more than ``max_age_s``, and once again only after a commit."""
+
+    def __init__(self, max_age_s: float) -> None:
+        self._max_age_s = max_age_s
+        self._said = False
+
+    def rings(self, age_s: float) -> bool:
+        late = age_s > self._max_age_s
+        rings = late and not self._said
+        self._said = late
+        return rings

@@ -28,19 +28,20 @@ class Recorder:
         self._events = Events(run, attempt, "rank0") if world.is_first else None
         self._ledger = JsonLines(run, layout.ledger_part(attempt, world.rank)) if recipe.data.ledger else None
 
-    def event(self, event: str, **fields: Any) -> None:
+    def event(self, event: str, *, wait: bool = True, **fields: Any) -> None:
         if self._events:
-            self._events.emit(event, **fields)
+            self._events.emit(event, wait=wait, **fields)
 
     def hang(self, found: Sequence[Pulse], text: str) -> None:
         """Who holds the others up, with their stacks; written by whichever rank has found it out."""
         events = self._events or Events(self._run, self.attempt, f"rank{self.world.rank}")
         events.emit("hang", cause=text, ranks=[asdict(pulse) for pulse in found])
 
-    def metrics(self, row: dict[str, Any]) -> None:
+    def metrics(self, row: dict[str, Any], **aside: Any) -> None:
+        """``aside`` is written with the row, but is no fact of the result."""
         self.facts.update(row)
         if self._metrics:
-            self._metrics.add({"attempt": self.attempt, **row})
+            self._metrics.add({"attempt": self.attempt, **row, **aside})
 
     def fed(self, step: int, batches: list[Batch]) -> None:
         """``batches``: what this rank fed to the model in ``step``, zero-weight ones left out."""

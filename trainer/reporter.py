@@ -146,11 +146,12 @@ class Events:
         self._writer = writer
         self._lines = JsonLines(storage, layout.events_part(attempt, writer))
 
-    def emit(self, event: str, **fields: Any) -> None:
-        """Stored when this returns, unless the storage is down: then the log says so and it is tried again later."""
+    def emit(self, event: str, *, wait: bool = True, **fields: Any) -> None:
+        """Stored when this returns, unless the storage is down: then the log says so and it is tried again later.
+        Without ``wait`` it is stored soon, and the caller held up by nothing."""
         head = {"attempt": self._attempt, "event": event, "time": time.time(), "writer": self._writer}
         self._lines.add({**head, **fields})
-        if not self._lines.flush(timeout_s=_EVENT_WAIT_S):
+        if wait and not self._lines.flush(timeout_s=_EVENT_WAIT_S):
             log.warning("the event %r of attempt %d is not stored yet", event, self._attempt)
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,8 @@ from trainer import layout
 from trainer.adapters import make_adapter
 from trainer.begin import RunData, open_data, weights
 from trainer.card import model_card
-from trainer.checkpoint import CommitRecord, claim_attempt, commit, fetch, fetch_whole, put_checkpoint, retain
-from trainer.committer import Committed, Committer
+from trainer.checkpoint import CommitRecord, Retention, claim_attempt, commit, fetch, fetch_whole, put_checkpoint
+from trainer.committer import Committed, Committer, Held, StaleAlarm
 from trainer.data import Batch, Cursor, Stream, eval_batches, open_caches
 from trainer.errors import Interrupted, MusterError
 from trainer.heartbeat import Heartbeat, Pulse, end_culprits, hang_text, store_of_group
@@ -86,7 +86,9 @@ class Attempt:
         stream = self._stream(data)
         start = self._restore(stream)
         self._say_started(start)
-        self.stalls: dict[int, float] = {}
+        keep = recipe.checkpoint
+        self.retention = Retention(run, self.number, keep_last=keep.keep_last, keep_for_s=keep.keep_for_s)
+        self.stall_s, self.stale = 0.0, StaleAlarm(keep.max_age_s)
         self.committer = Committer(self._commit, self._committed) if self.world.is_first else None
         with self._recorded():
             end = self._train(data, stream, start, stop_requested)
@@ -230,10 +232,17 @@ class Attempt:
         return eval_batches(data.eval, self.recipe.training.micro_batch, world.rank, world.size, cache=self.eval_cache)
 
     def _step_done(self, metrics: dict[str, Any]) -> None:
+        """A row's ``stall_s`` is what checkpoints took since the row before."""
         self.heartbeat.step_done(metrics["step_s"])
-        self.recorder.metrics(metrics)
-        if self.committer:
-            self.committer.check()
+        if not self.committer:
+            return
+        lag = self.committer.lag()
+        self.recorder.metrics(metrics, stall_s=self.stall_s, backlog=lag.backlog, checkpoint_age_s=lag.age_s)
+        self.stall_s = 0.0
+        if self.stale.rings(lag.age_s):
+            log.warning("no checkpoint was committed for %.0f s; the storage is slow or away", lag.age_s)
+            self.recorder.event("stale_checkpoint", wait=False, step=metrics["step"], **asdict(lag))
+        self.committer.check()
 
     def _checkpoint(self, position: Position, last: bool) -> None:
         """Every rank; the loop goes on as soon as the state is copied to the host."""
@@ -246,10 +255,12 @@ class Attempt:
             TOTAL_STEPS: self.job.total_steps,
             "facts": dict(self.recorder.facts),
         }
+        copying = time.monotonic()
         snapshot = self.state.snapshot(position.step, state, final=last)
+        now = time.monotonic()
+        self.stall_s += now - began
         if self.committer and snapshot:
-            self.stalls[position.step] = time.monotonic() - began
-            self.committer.submit(snapshot)
+            self.committer.submit(snapshot, Held(now - began, now - copying))
 
     def _commit(self, snapshot: Snapshot, folder: Path) -> dict[str, Any]:
         """On the committer's thread of rank 0: write, verify, upload, commit, make room."""
@@ -270,7 +281,7 @@ class Attempt:
             committed_at=datetime.now(UTC).isoformat(),
         )
         commit(run, record)
-        retain(run, self.recipe.checkpoint.keep_last, self.number)
+        self.retention.apply()
         if last:
             publish(run, record)
         return {"uri": run.uri(layout.checkpoint(unique)), "bytes": sum(f["bytes"] for f in files.values())}
@@ -286,9 +297,11 @@ class Attempt:
             "checkpoint",
             step=done.step,
             uri=done.uri,
-            stall_s=self.stalls.pop(done.step),
+            stall_s=done.held.stall_s,
+            snapshot_s=done.held.snapshot_s,
             upload_s=done.upload_s,
             bytes=done.bytes,
+            coalesced=done.coalesced,
         )
 
     def _end(self, end: Position) -> Position:

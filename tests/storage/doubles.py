@@ -78,6 +78,9 @@ class FaultyBackend:
             with self._operation("delete", path):
                 self.objects.pop(path, None)
 
+    def abort_uploads(self, path: str, stale: Callable[[str], bool]) -> int:
+        return 0
+
     def _get(self, path: str) -> bytes:
         if path not in self.objects:
             raise FileNotFoundError(path)

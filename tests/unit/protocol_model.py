@@ -23,6 +23,7 @@ from unittest import mock
 from trainer.checkpoint import (
     CommitRecord,
     OnSkip,
+    Retention,
     claim_attempt,
     claim_driver,
     commit,
@@ -30,7 +31,6 @@ from trainer.checkpoint import (
     newest_whole,
     put_checkpoint,
     read_claims,
-    retain,
 )
 from trainer.errors import Fenced, StorageError
 from trainer.storage import ObjectInfo, Retry, Storage
@@ -140,6 +140,7 @@ def one_thread() -> Iterator[None]:
     with (
         mock.patch("trainer.checkpoint.protocol.ThreadPoolExecutor", Inline),
         mock.patch("trainer.checkpoint.blobs.ThreadPoolExecutor", Inline),
+        mock.patch("trainer.checkpoint.retention.ThreadPoolExecutor", Inline),
     ):
         yield
 
@@ -180,6 +181,7 @@ class Worker:
             base = self._restore(storage, lambda *_: None)
             attempt = claim_attempt(storage, driver, {})
         step, lineage = (base.step, [*base.state["lineage"], [base.attempt, base.step]]) if base else (0, [])
+        retention = Retention(storage, attempt, keep_last=self.keep_last)
         for _ in range(self.commits):
             step += 1
             name, files = put_checkpoint(storage, {"weights": b"%d" % step}, attempt=attempt, step=step)
@@ -191,7 +193,7 @@ class Worker:
             )
             log.acknowledged.append((attempt, step))
             lineage = [*lineage, [attempt, step]]
-            retain(storage, self.keep_last, attempt)
+            retention.apply()
 
     def _restore(self, storage: Storage, on_skip: OnSkip) -> CommitRecord | None:
         """Rank 0 chooses; every other rank reads the same files before anybody trains."""

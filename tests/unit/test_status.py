@@ -3,7 +3,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
@@ -113,3 +115,44 @@ def test_reading_a_status_imports_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
+
+
+def calls(storage: Storage, look: Callable[[], object]) -> list[tuple[str, str]]:
+    asked: list[tuple[str, str]] = []
+    backend: Any = storage._backend
+    backend.before = lambda verb, path: asked.append((verb, path))
+    look()
+    backend.before = lambda verb, path: None
+    return asked
+
+
+def crowd(run: Storage, objects: int) -> None:
+    """What a long run leaves beside its records: ledgers, plans, events, files of checkpoints."""
+    for i in range(objects):
+        for folder in ("ledger", "plan", "events", "checkpoints/a000001-s000000001-0123456789ab"):
+            run.write(f"{folder}/{i:06d}", b"x")
+
+
+def test_a_look_costs_the_same_however_many_objects_there_are() -> None:
+    counts = []
+    for objects in (1, 1000):
+        storage, _ = faulty()
+        for name in ("a", "b"):
+            make_run(storage.child(name))
+            crowd(storage.child(name), objects)
+        one = calls(storage, lambda storage=storage: read_status(storage.child("a")))
+        all_of_them = calls(storage, lambda storage=storage: list_runs(storage))
+        listed = {path for verb, path in one if verb == "list"}
+        assert listed == {f"faulty://run/a/{folder}" for folder in ("claims", "commits", "metrics")}
+        counts.append((len(one), len(all_of_them)))
+    assert counts[0] == counts[1]
+    assert counts[0][0] <= 10
+
+
+def test_a_list_of_runs_reads_one_record_of_each() -> None:
+    storage, _ = faulty()
+    for attempts in (1, 40):
+        make_run(storage.child(f"r{attempts}"), attempts=attempts)
+    asked = calls(storage, lambda: list_runs(storage))
+    assert sum("/commits/" in path for _, path in asked) == 2
+    assert [status.step for status in list_runs(storage)] == [5, 200]

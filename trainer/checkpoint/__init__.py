@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from trainer.checkpoint.blobs import put_checkpoint
 from trainer.checkpoint.claims import Claims, check_fence, claim_attempt, claim_driver, read_claims
-from trainer.checkpoint.protocol import OnSkip, commit, list_commits, log_skip, retain
+from trainer.checkpoint.protocol import OnSkip, commit, list_commits, log_skip
 from trainer.checkpoint.record import CommitRecord, FileEntry
 from trainer.checkpoint.restore import fetch, fetch_whole, newest_whole
+from trainer.checkpoint.retention import Retention, retain
 
 __all__ = [
     "Claims",
     "CommitRecord",
     "FileEntry",
     "OnSkip",
+    "Retention",
     "check_fence",
     "claim_attempt",
     "claim_driver",

@@ -13,8 +13,9 @@ What holds then rests on one property of the store: an object can be created onl
     4. A newer claim is looked for. If there is one, this attempt is a zombie: it ends without acknowledging, although
        the record may exist. Nobody is hurt by it, nor by a record whose files a newer attempt has swept before it was
        put: newer generations are read first, and only who has committed sweeps.
-    5. Retention deletes the record first and its files after, so that no acknowledged record ever points at nothing;
-       files that no record names are swept when their attempt is older than the one that sweeps.
+    5. Retention (retention.py) deletes the record first and its files after, so that no acknowledged record ever points
+       at nothing; files and unfinished uploads that no record names are swept when their attempt is older than the
+       one that sweeps.
 
 tests/unit/protocol_model.py runs this code through all interleavings, and shows that none of the steps can go.
 
@@ -25,11 +26,10 @@ one whose every file has the size and sha256 of the record, before anything of i
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from trainer import layout
-from trainer.checkpoint.blobs import attempt_of
 from trainer.checkpoint.claims import check_fence
 from trainer.checkpoint.record import CommitRecord
 from trainer.errors import CorruptObject, Fenced
@@ -93,30 +93,3 @@ def read_commit(storage: Storage, key: CommitKey, on_skip: OnSkip = log_skip) ->
     except CorruptObject as error:
         on_skip(key[1], storage.uri(name), str(error))
         return None
-
-
-def retain(storage: Storage, keep_last: int, attempt: int) -> list[int]:
-    """Step 5, after an acknowledged commit of ``attempt``: keeps the ``keep_last`` newest records and what they name.
-
-    Returns the steps whose records were deleted. What is interrupted here is swept by the next attempt.
-    """
-    if keep_last < 1:
-        raise ValueError(f"keep_last is {keep_last}; at least the newest commit has to stay")
-    records = {(r.attempt, r.step): r for r in list_commits(storage, lambda *_: None)}
-    oldest_kept = sorted(records, reverse=True)[:keep_last][-1:]
-    surplus = [key for key in commit_keys(storage) if oldest_kept and key < oldest_kept[0]]
-    storage.delete(layout.commit(*key) for key in surplus)
-    kept = {r.checkpoint for key, r in records.items() if key not in surplus}
-    dropped = {records[key].checkpoint for key in surplus if key in records}
-    _sweep(storage, attempt, dropped - kept, kept)
-    return sorted(step for _, step in surplus)
-
-
-def _sweep(storage: Storage, attempt: int, dropped: Iterable[str], kept: Iterable[str]) -> None:
-    """Deletes the files of dropped records, and those of older attempts that no record names."""
-    gone = set(dropped)
-    for name in set(storage.folders(layout.CHECKPOINTS)) - gone - set(kept):
-        maker = attempt_of(name)
-        if maker is not None and maker < attempt:
-            gone.add(name)
-    storage.delete(info.key for name in sorted(gone) for info in storage.list(layout.checkpoint(name)))

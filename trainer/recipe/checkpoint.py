@@ -8,10 +8,22 @@ from trainer.recipe.base import Section
 
 
 class CheckpointSection(Section):
-    """When checkpoints are committed, and how many stay."""
+    """When checkpoints are committed, how many stay, and from when on a missing one is worth a warning."""
 
     every_steps: int = Field(default=100, ge=1)
     """Steps between checkpoints; the last step always gets one. A failure loses the steps since the newest one."""
 
     keep_last: int = Field(default=3, ge=1)
     """Committed checkpoints that are kept; older ones are deleted after a newer one is committed."""
+
+    keep_for_hours: float | None = Field(default=None, gt=0)
+    """Hours for which every committed checkpoint is kept, beyond those of `keep_last`; null keeps only those. A
+    checkpoint is deleted when it is neither among the newest `keep_last` nor younger than this."""
+
+    max_age_s: float = Field(default=3600.0, gt=0)
+    """Seconds since the newest commit after which a running attempt warns (event `stale_checkpoint`): a failure would
+    lose that much work. Training goes on."""
+
+    @property
+    def keep_for_s(self) -> float | None:
+        return None if self.keep_for_hours is None else self.keep_for_hours * 3600.0

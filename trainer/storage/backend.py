@@ -13,7 +13,7 @@ Errors are part of the contract. A backend raises nothing but
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 
@@ -67,6 +67,11 @@ class Backend(Protocol):
 
     def delete(self, paths: Sequence[str]) -> None:
         """Objects that are not there are no error."""
+        ...
+
+    def abort_uploads(self, path: str, stale: Callable[[str], bool]) -> int:
+        """Clears what uploads that never ended have left below a folder, where ``stale`` says so of the key (relative
+        to it); how many. 0 where a store keeps nothing of them."""
         ...
 
 

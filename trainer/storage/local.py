@@ -116,6 +116,16 @@ class LocalBackend:
             with contextlib.suppress(OSError):  # not empty, or not ours: it stays
                 os.rmdir(folder)
 
+    def abort_uploads(self, path: str, stale: Callable[[str], bool]) -> int:
+        """Temporary files of writers that were killed."""
+        found = []
+        with _translated(path):
+            for folder, _, names in os.walk(path):
+                full = [os.path.join(folder, name) for name in names if name.endswith(_TEMPORARY)]
+                found += [name for name in full if stale(os.path.relpath(name, path))]
+        self.delete(found)
+        return len(found)
+
     def _through_temporary(
         self, path: str, fill: Callable[[str], object], place: Callable[[str, str], object], *, durable: bool
     ) -> None:

@@ -12,7 +12,7 @@ import datetime
 import functools
 import os
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -213,6 +213,19 @@ class RemoteBackend:
         with ThreadPoolExecutor(_PARALLEL_DELETES) as pool:
             list(pool.map(self._delete_one, paths))
 
+    def abort_uploads(self, path: str, stale: Callable[[str], bool]) -> int:
+        """Multipart uploads; s3fs's own list stops at a thousand and knows no prefix."""
+        if self.protocol not in S3_PROTOCOLS:
+            return 0
+        with translated(path):
+            fs = self._fs()
+            bucket, key, _ = fs.split_path(path)
+            lead = f"{key.rstrip('/')}/"
+            found = [u for u in _uploads(fs, bucket, lead) if stale(str(u["Key"])[len(lead) :])]
+            for upload in found:
+                fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
+        return len(found)
+
     def _delete_one(self, path: str) -> None:
         with contextlib.suppress(FileNotFoundError), translated(path):
             self._fs().rm_file(path)
@@ -220,3 +233,13 @@ class RemoteBackend:
     def _guard(self) -> contextlib.AbstractContextManager[object]:
         """fsspec's memory store looks and then writes; only a lock makes its `create` exclusive between threads."""
         return _memory_lock if self.protocol == "memory" else contextlib.nullcontext()
+
+
+def _uploads(fs: Any, bucket: str, lead: str) -> Iterator[Mapping[str, Any]]:
+    """All unfinished multipart uploads of keys that begin with ``lead``."""
+    page: Mapping[str, Any] = {"IsTruncated": True}
+    marker: dict[str, str] = {}
+    while page.get("IsTruncated"):
+        page = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=lead, **marker)
+        yield from page.get("Uploads", ())
+        marker = {"KeyMarker": page.get("NextKeyMarker", ""), "UploadIdMarker": page.get("NextUploadIdMarker", "")}

@@ -105,6 +105,12 @@ class Storage:
         if paths:
             self._call("delete", f"{len(paths)} objects of {self.url}", lambda: self._backend.delete(paths))
 
+    def abort_uploads(self, prefix: str, stale: Callable[[str], bool]) -> int:
+        """Clears unfinished uploads below the folder ``prefix`` for whose key (relative to it) ``stale`` says yes;
+        returns how many. They cost money in S3 and appear in no listing."""
+        path = self.uri(prefix.strip("/"))
+        return self._call("clear unfinished uploads of", path, lambda: self._backend.abort_uploads(path, stale))
+
     def read_json(self, key: str) -> Any:
         """CorruptObject when the object is not JSON."""
         data = self.read(key)
