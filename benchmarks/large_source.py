@@ -23,6 +23,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.memory import peak_mib  # noqa: E402
+
 SEQUENCE_LENGTH, SEED = 2048, 17
 GLOBAL_BATCH, MICRO_BATCH, STEPS = 16, 4, 200
 MIB = 1 << 20
@@ -117,8 +119,8 @@ def measured(phase: Phase, *arguments: Any) -> tuple[str, float, int, int]:
     began = time.perf_counter()
     said = phase(*arguments)
     seconds = time.perf_counter() - began
-    peaks = [resource.getrusage(who).ru_maxrss // 1024 for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
-    return said, seconds, peaks[0], peaks[1]
+    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss // 1024
+    return said, seconds, int(peak_mib()), children
 
 
 def main() -> None:
