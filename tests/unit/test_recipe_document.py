@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import yaml
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from trainer.errors import RecipeError
@@ -47,6 +47,7 @@ def test_plain_values(text: str, value: Any) -> None:
 PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(st.characters(codec="utf-8"))
 
 
+@example("a\x85b")
 @given(PLAIN | st.dictionaries(st.sampled_from(["a", "b"]), PLAIN) | st.lists(PLAIN))
 def test_what_is_dumped_reads_back_the_same(value: Any) -> None:
     text = yaml.dump(value, Dumper=Dumper, allow_unicode=True)

@@ -49,6 +49,13 @@ class Dumper(yaml.SafeDumper):
     """SafeDumper that quotes whatever either version of YAML would take for something else than text."""
 
 
+def _text(dumper: Dumper, text: str) -> yaml.ScalarNode:
+    # PyYAML takes the character U+0085 for a line break in its other styles, and reads it back as a space.
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\x85" in text else None)
+
+
+Dumper.add_representer(str, _text)
+
 Loader.yaml_implicit_resolvers = {}  # or add_implicit_resolver would begin with a copy of version 1.1's
 for _tag, _pattern, _first in RESOLVERS:
     _whole = re.compile(rf"^(?:{_pattern})$")
