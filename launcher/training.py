@@ -20,8 +20,10 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 
 from launcher.causes import Cause, Failure, first_cause
 from launcher.environment import Environment
+from launcher.restarts import Fault, in_a_row, is_hopeless
+from trainer.layout import METRICS
 from trainer.recipe import Recipe, ResourcesSection
-from trainer.storage import open_storage
+from trainer.storage import Storage, open_storage
 from trainer.worker import Job
 
 log = logging.getLogger(__name__)
@@ -62,31 +64,49 @@ def _train(job: Job, rank: int) -> None:
 
 
 class FailurePolicy(DefaultFailurePolicy):
-    """Ray Train's own policy, but what would fail again the same way ends the run at once, and every failure is written
-    to the run's events with its first cause. Runs in Ray Train's controller."""
+    """Ray Train's own policy, but what would fail again the same way ends the run: a fatal cause at once, the same
+    error at the same step the third time. Every failure is written to the run's events with its first cause. Runs in
+    Ray Train's controller."""
 
     def __init__(self, config: FailureConfig, job: Job, environment: Environment) -> None:
         super().__init__(config)
         self._job, self._environment = job, environment
+        self._faults: list[Fault] = []
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         cause = cause_of(training_failed_error)
-        decision = FailureDecision.RAISE if cause.fatal else super().make_decision(training_failed_error)
+        self._environment.apply()
+        self._faults.append(Fault(self._step(), cause.message))
+        hopeless = cause.fatal or is_hopeless(self._faults)
+        decision = FailureDecision.RAISE if hopeless else super().make_decision(training_failed_error)
         try:
             self._record(cause, decision)
         except Exception:
             log.exception("the failure could not be written to the run's events")
         return decision
 
+    def _run(self) -> Storage:
+        return open_storage(self._job.storage, deadline_s=20).child(self._job.recipe.name)
+
+    def _step(self) -> int | None:
+        """The step that the run's metrics had reached, 0 before the first; None when the storage does not tell."""
+        from trainer.reporter import rows_backwards
+
+        try:
+            return next((int(row["step"]) for row in rows_backwards(self._run(), METRICS) if "loss" in row), 0)
+        except Exception:
+            log.exception("the step of the failure could not be read")
+            return None
+
     def _record(self, cause: Cause, decision: FailureDecision) -> None:
         from trainer.checkpoint import read_claims
         from trainer.reporter import Events
 
-        self._environment.apply()
-        run = open_storage(self._job.storage, deadline_s=20).child(self._job.recipe.name)
+        run, fault, times = self._run(), self._faults[-1], in_a_row(self._faults)
+        told = f"{cause.message} ({times} times in a row at step {fault.step})" if times > 1 else cause.message
         events = Events(run, read_claims(run).attempt, f"driver{self._job.driver}-controller")
         retried = decision == FailureDecision.RETRY
-        events.emit("failure", cause=cause.message, rank=cause.rank, host=cause.host, retried=retried)
+        events.emit("failure", cause=told, rank=cause.rank, host=cause.host, step=fault.step, retried=retried)
         events.close()
 
 

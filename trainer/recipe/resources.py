@@ -26,7 +26,7 @@ class ResourcesSection(Section):
     """CPU cores that each worker reserves, for reading data as well as for training."""
 
     max_failures: int = Field(default=3, ge=0)
-    """Restarts of the worker group, over the whole attempt, before the run gives up."""
+    """Restarts of the worker group before the run gives up. The same error at the same step ends it the third time."""
 
     @property
     def min_workers(self) -> int:
