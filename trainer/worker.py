@@ -29,7 +29,7 @@ from trainer.data import Batch, Cursor, Stream, eval_batches, open_caches
 from trainer.errors import Interrupted, MusterError
 from trainer.heartbeat import Heartbeat, Pulse, end_culprits, hang_text, store_of_group
 from trainer.loop import Hooks, Loop, Position
-from trainer.model import Loaded, build, fetch_model, load_tokenizer
+from trainer.model import Loaded, build, check_isolation, fetch_model, load_tokenizer
 from trainer.optim import make_optimizer
 from trainer.publish import TOTAL_STEPS, publish
 from trainer.recipe import Recipe
@@ -127,6 +127,8 @@ class Attempt:
             checkpointing=recipe.training.gradient_checkpointing,
         )
         self._check_length(loaded.model)
+        if recipe.data.packing:
+            check_isolation(loaded.model, recipe.model.path)
         model = self.adapter.attach(loaded.model)
         self.task.attach(model)
         self.strategy: Strategy = make_strategy(recipe, self.world)
