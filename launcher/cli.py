@@ -60,7 +60,10 @@ def run(
     choose_ray(on)
     console = stderr()
     loaded = load(recipe, overrides or [])
-    adapter = drive(loaded, Progress(console), takeover=takeover)
+    try:
+        adapter = drive(loaded, Progress(console), takeover=takeover)
+    except KeyboardInterrupt:  # typer would make an exit code of its own of it
+        raise Interrupted("the same command goes on from the newest checkpoint") from None
     console.print(Text(f"finished: the adapter lies in {adapter}"), soft_wrap=True)
 
 
@@ -177,6 +180,3 @@ def main() -> None:
         kind = "interrupted" if isinstance(error, Interrupted) else "error"
         print(f"muster: {kind}: {error_text(error)}", file=sys.stderr)
         sys.exit(error.exit_code)
-    except KeyboardInterrupt:
-        print("muster: interrupted: the same command goes on from the newest checkpoint", file=sys.stderr)
-        sys.exit(Interrupted.exit_code)

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 LOOK_S = 2.0
 PLAIN_S = 10.0
-WIDEST_BAR, NARROWEST_BAR = 24, 6
+WIDEST_BAR, NARROWEST_BAR = 40, 6
 PACE_STEPS = 20
 SHOWN_BAD_ROWS = 5
 
@@ -116,32 +116,32 @@ class Standing:
             "tokens": f"{self.tokens_per_s:,.0f} tokens/s",
             "eta": f"ETA {duration(self.left_s)}",
             "workers": f"{self.workers} worker" + ("" if self.workers == 1 else "s"),
-            "saved": "no checkpoint" if self.saved is None else f"checkpoint {self.saved}",
+            "saved": "not saved yet" if self.saved is None else f"saved {self.saved}",
         }
 
 
-LEAVES_FIRST = ("workers", "saved", "tokens", "eta", "loss")
+LEAVES_FIRST = ("workers", "saved", "tokens", "eta")
 GAP = "  "
 
 
-def fitted(standing: Standing, width: int) -> str:
-    """The line in ``width`` columns: with a bar where there is room for one, without the lesser parts where there is
-    not even room for them."""
+def drawn(standing: Standing, width: int) -> str:
+    """Two lines of at most ``width`` columns: how far it is, with a bar if there is room for one, and the values,
+    without the lesser ones where they do not fit."""
     parts = standing.parts()
+    first = parts.pop("step")
+    bar = min(WIDEST_BAR, width - len(first) - len(GAP))
+    if bar >= NARROWEST_BAR:
+        filled = bar * standing.step // max(1, standing.total_steps)
+        first += GAP + "━" * filled + "─" * (bar - filled)
     for name in LEAVES_FIRST:
         if len(GAP.join(parts.values())) <= width:
             break
         del parts[name]
-    first, *rest = parts.values()
-    bar = min(WIDEST_BAR, width - len(GAP.join(parts.values())) - len(GAP))
-    if bar < NARROWEST_BAR:
-        return GAP.join([first, *rest])[:width]
-    filled = bar * standing.step // max(1, standing.total_steps)
-    return GAP.join([first, "━" * filled + "─" * (bar - filled), *rest])
+    return f"{first[:width]}\n{GAP.join(parts.values())[:width]}"
 
 
 class LiveLine:
-    """What rich draws again and again on a terminal; it asks for the width each time."""
+    """What rich draws again and again on a terminal, which may have changed its width."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self.standing: Standing | None = None
@@ -151,7 +151,7 @@ class LiveLine:
         if self.standing is None:
             yield Text(f"waiting for the first step, {duration(self._clock() - self._began)}"[: options.max_width])
         else:
-            yield Text(fitted(self.standing, options.max_width), no_wrap=True)
+            yield Text(drawn(self.standing, options.max_width), no_wrap=True)
 
 
 class View:

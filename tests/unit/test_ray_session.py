@@ -1,0 +1,171 @@
+"""Finding out whether a cluster answers and has room, without a cluster: nodes, dialling and time are played."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from launcher.environment import Environment
+from launcher.ray_session import (
+    ANSWER_WAIT_S,
+    RESOURCE_WAIT_S,
+    await_answer,
+    check_resources,
+    locate_cluster,
+    ray_map,
+    wanted,
+    workers_that_fit,
+)
+from tests.support.waiting import free_port
+from trainer.errors import InputError, Interrupted
+from trainer.recipe import ResourcesSection
+
+
+class Time:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def clock(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def resources(**values: Any) -> ResourcesSection:
+    return ResourcesSection.model_validate(values)
+
+
+def check(asked: ResourcesSection, nodes: Callable[[], list[dict[str, float]]], **options: Any) -> Time:
+    time = Time()
+    check_resources(asked, nodes=nodes, clock=time.clock, sleep=time.sleep, **options)
+    return time
+
+
+def refusal(asked: ResourcesSection, *nodes: dict[str, float]) -> str:
+    with pytest.raises(InputError) as caught:
+        check(asked, lambda: list(nodes))
+    return str(caught.value)
+
+
+def test_no_worker_is_split_over_two_nodes() -> None:
+    nodes = [{"CPU": 3.0, "GPU": 1.0, "memory": 1e9}, {"CPU": 5.0}]
+    assert workers_that_fit(resources(cpus_per_worker=2), nodes) == 3
+    assert workers_that_fit(resources(cpus_per_worker=1, gpus_per_worker=1), nodes) == 1
+    assert workers_that_fit(resources(cpus_per_worker=6), nodes) == 0
+    assert workers_that_fit(resources(), []) == 0
+
+
+def test_wanted_is_for_the_least_number_of_workers() -> None:
+    assert wanted(resources(workers=[2, 8], gpus_per_worker=4, cpus_per_worker=3)) == {"CPU": 6.0, "GPU": 8.0}
+    assert wanted(resources(workers=2)) == {"CPU": 2.0}
+
+
+def test_enough_is_enough_at_once() -> None:
+    assert check(resources(workers=[2, 9]), lambda: [{"CPU": 2.0}]).now == 0
+
+
+def test_a_cluster_that_grows_is_waited_for() -> None:
+    nodes: list[dict[str, float]] = []
+
+    def growing() -> list[dict[str, float]]:
+        nodes.append({"CPU": 1.0})
+        return nodes
+
+    assert 0 < check(resources(workers=5), growing).now < RESOURCE_WAIT_S
+
+
+def test_what_is_missing_is_said_within_a_minute() -> None:
+    time = Time()
+    with pytest.raises(InputError) as caught:
+        check_resources(resources(workers=3), nodes=lambda: [{"CPU": 1.0}], clock=time.clock, sleep=time.sleep)
+    assert str(caught.value) == (
+        "resources.workers asks for 3 workers with 1 CPU each, and the cluster has room for 1 (1 node with 1 CPU in "
+        "all; missing: 2 CPUs): add nodes, or lower resources.workers"
+    )
+    assert time.now < 50
+
+
+def test_only_settings_that_can_be_lowered_are_named() -> None:
+    text = refusal(resources(gpus_per_worker=1), {"CPU": 8.0})
+    assert "1 worker with 1 CPU and 1 GPU each" in text
+    assert "missing: 1 GPU)" in text
+    assert text.endswith("lower resources.gpus_per_worker (0 trains on CPUs)")
+
+
+def test_enough_in_all_but_on_no_single_node() -> None:
+    text = refusal(resources(workers=1, cpus_per_worker=4), {"CPU": 3.0}, {"CPU": 3.0})
+    assert "no single node has enough" in text
+    assert "missing" not in text
+
+
+def test_a_machine_of_ones_own_is_not_waited_for() -> None:
+    with pytest.raises(InputError):
+        check_resources(resources(gpus_per_worker=1), nodes=lambda: [{"CPU": 8.0}], timeout_s=0.0, sleep=pytest.fail)
+
+
+def test_a_stop_ends_the_wait() -> None:
+    with pytest.raises(Interrupted):
+        check(resources(workers=9), lambda: [{"CPU": 1.0}], stopped=lambda: True)
+
+
+@pytest.mark.parametrize("address", ["ray://10.0.0.1:10001", "http://10.0.0.1:8265"])
+def test_addresses_of_ray_that_cannot_be_joined(address: str) -> None:
+    with pytest.raises(InputError, match=r"is not a cluster to join: give HOST:PORT .*`ray job submit"):
+        locate_cluster(address)
+
+
+def test_an_address_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(InputError, match="no Ray cluster answers at 'not an address'"):
+        locate_cluster("not an address")
+
+
+def test_a_head_that_is_just_starting_is_dialled_again() -> None:
+    time, calls = Time(), []
+
+    def dial(found: str) -> None:
+        calls.append(found)
+        if len(calls) < 4:
+            raise ConnectionRefusedError(111, "Connection refused")
+
+    await_answer("head:6379", "10.0.0.1:6379", dial=dial, clock=time.clock, sleep=time.sleep)
+    assert calls == ["10.0.0.1:6379"] * 4
+
+
+def test_a_head_that_never_answers_is_given_up() -> None:
+    time = Time()
+
+    def dial(found: str) -> None:
+        raise TimeoutError("timed out")
+
+    with pytest.raises(
+        InputError, match=r"no Ray cluster answers at 'head:6379' \(timed out\): start one .*--on local"
+    ):
+        await_answer("head:6379", "10.0.0.1:6379", dial=dial, clock=time.clock, sleep=time.sleep)
+    assert ANSWER_WAIT_S <= time.now < 30
+
+
+def test_dialling_for_real() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        await_answer("x", f"127.0.0.1:{server.getsockname()[1]}")
+    with pytest.raises(InputError, match="Connection refused"):
+        await_answer("x", f"127.0.0.1:{free_port()}", timeout_s=0.0)
+
+
+def test_a_single_job_is_mapped_in_this_process() -> None:
+    results = ray_map(Environment({}, "/"))(lambda job: (job, os.getpid()), [7])
+    assert list(results) == [(7, os.getpid())]
+
+
+def test_the_environment_that_travels_shows_no_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret-77aa")
+    monkeypatch.setenv("UNRELATED", "stays")
+    environment = Environment.current()
+    assert environment.variables["AWS_SECRET_ACCESS_KEY"] == "secret-77aa"
+    assert "UNRELATED" not in environment.variables
+    assert "secret-77aa" not in repr(environment)
