@@ -47,6 +47,12 @@ class Cause:
     fatal: bool = False
     usage: bool = False
     trace: str = ""
+    died: bool = False
+
+    @property
+    def by_another(self) -> bool:
+        """Whether the rank may have failed of what another one did to it: it was killed, or its collectives broke."""
+        return self.died or COLLECTIVE.search(self.message) is not None
 
     def as_error(self) -> MusterError:
         text = self.message if not self.trace else f"{self.message}\n{_tail(self.trace)}"
@@ -62,7 +68,7 @@ def first_cause(failures: Mapping[int, BaseException]) -> Cause:
         first = raised[0]
         return Cause(str(first), first.rank, first.host, first.fatal, first.usage, first.trace)
     rank, error = min(dead.items())
-    return Cause(f"rank {rank} died: {_first_line(error)}", rank)
+    return Cause(f"rank {rank} died: {_first_line(error)}", rank, died=True)
 
 
 def _suspicion(failure: Failure) -> tuple[bool, bool, float]:

@@ -28,6 +28,8 @@ DRIVER_SETTINGS = {
     # A dead worker is noticed within half a second, and a group that cannot be placed gives up in time to say why.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
+    # A process that was stopped answers nobody; of several ranks, the others have ended it before this.
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",

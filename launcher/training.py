@@ -9,6 +9,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from ray.train.torch import TorchConfig
@@ -21,7 +22,7 @@ from ray.train.v2.torch.torch_trainer import TorchTrainer
 from launcher.causes import Cause, Failure, first_cause
 from launcher.environment import Environment
 from launcher.restarts import Fault, in_a_row, is_hopeless
-from trainer.layout import METRICS
+from trainer.layout import EVENTS, METRICS
 from trainer.recipe import Recipe, ResourcesSection
 from trainer.storage import Storage, open_storage
 from trainer.worker import Job
@@ -74,8 +75,8 @@ class FailurePolicy(DefaultFailurePolicy):
         self._faults: list[Fault] = []
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
-        cause = cause_of(training_failed_error)
         self._environment.apply()
+        cause = self._cause(training_failed_error)
         self._faults.append(Fault(self._step(), cause.message))
         hopeless = cause.fatal or is_hopeless(self._faults)
         decision = FailureDecision.RAISE if hopeless else super().make_decision(training_failed_error)
@@ -84,6 +85,13 @@ class FailurePolicy(DefaultFailurePolicy):
         except Exception:
             log.exception("the failure could not be written to the run's events")
         return decision
+
+    def _cause(self, error: BaseException) -> Cause:
+        try:
+            return explained(cause_of(error), self._run())
+        except Exception:
+            log.exception("the run's events could not be read")
+            return cause_of(error)
 
     def _run(self) -> Storage:
         return open_storage(self._job.storage, deadline_s=20).child(self._job.recipe.name)
@@ -116,6 +124,19 @@ def cause_of(error: BaseException) -> Cause:
     if isinstance(error, ControllerError):
         return Cause(_controller_message(error.controller_failure))
     return Cause(f"{type(error).__name__}: {error}")
+
+
+def explained(cause: Cause, run: Storage) -> Cause:
+    """A group whose ranks were ended because one held them up failed of that: the newest attempt's events say so."""
+    from trainer.checkpoint import read_claims
+    from trainer.reporter import rows_backwards
+
+    if not cause.by_another:
+        return cause
+    attempt = read_claims(run).attempt
+    rows = (row for row in rows_backwards(run, EVENTS) if row.get("attempt") == attempt and row["event"] == "hang")
+    hang = next(rows, None)
+    return cause if hang is None else replace(cause, message=hang["cause"])
 
 
 def _controller_message(failure: BaseException) -> str:
@@ -189,4 +210,5 @@ def fit(recipe: Recipe, job: Job, environment: Environment, every: Callable[[], 
         every()
     every()
     if running.error is not None:
-        raise cause_of(running.error).as_error() from running.error
+        run = open_storage(job.storage).child(job.recipe.name)
+        raise explained(cause_of(running.error), run).as_error() from running.error

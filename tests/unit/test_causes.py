@@ -93,3 +93,9 @@ def test_a_failure_survives_pickling() -> None:
     back = pickle.loads(pickle.dumps(there))
     assert vars(back) == vars(there)
     assert str(back) == str(there)
+
+
+def test_a_killed_rank_and_a_broken_collective_may_have_failed_of_another() -> None:
+    assert Cause("rank 1 died: ActorDiedError", died=True).by_another
+    assert Cause("rank 0 on a: RuntimeError: [gloo] Connection closed by peer").by_another
+    assert not Cause("rank 0 on a: KeyError: 'x'").by_another
