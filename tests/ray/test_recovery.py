@@ -48,6 +48,22 @@ def test_a_killed_worker_is_replaced(joined: str, undisturbed: Recipe, tiny_mode
     assert read_status(run_of(recipe)).attempts == 2
 
 
+def test_a_stopped_worker_is_named_ended_and_replaced(
+    joined: str, undisturbed: Recipe, tiny_model: Path, folder: Path
+) -> None:
+    recipe = small_recipe("worker-stopped", tiny_model, folder, **CHANGES)
+    command = muster_run(recipe, folder)
+    wait_for_step(recipe, 25, command)
+    os.kill(command.workers()[1], signal.SIGSTOP)
+    assert command.wait() == 0, command.output()
+    assert adapter_bytes(recipe) == adapter_bytes(undisturbed)
+    events = read_rows(run_of(recipe), layout.EVENTS)
+    (hang,) = [e for e in events if e["event"] == "hang"]
+    (failure,) = [e for e in events if e["event"] == "failure"]
+    assert failure["cause"] == hang["cause"]
+    assert "held up by rank" in hang["cause"]
+
+
 def test_interrupted_by_the_user_and_finished_by_torchrun(
     joined: str, undisturbed: Recipe, tiny_model: Path, folder: Path
 ) -> None:
