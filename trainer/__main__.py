@@ -13,6 +13,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -41,6 +42,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--takeover", action="store_true", help="take the run from a driver that still holds it")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    _hush_libraries()
     try:
         _run(options.run_uri, options.overrides, takeover=options.takeover)
     except MusterError as error:
@@ -111,6 +113,17 @@ def _listen() -> threading.Event:
     for number in SIGNALS:
         signal.signal(number, handle)
     return stop
+
+
+def _hush_libraries() -> None:
+    """Bars and notices of libraries, once per rank, would bury what this program says."""
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    transformers_logging.set_verbosity_error()
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if not sys.warnoptions:
+        warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 
 
 def _rank() -> int:
