@@ -1,5 +1,6 @@
 # make quickstart   install into .venv and fine-tune a small model on this machine
 # make test         all tests (what .ci/run runs, after make lint)
+# make chaos        50 random kills over one run (CHAOS_KILLS=…, CHAOS_SEED=… to repeat one); half an hour
 # make lint         ruff, format, types, import floors
 # make schema       write docs/recipe.md and recipes/recipe.schema.json anew from the recipe's fields
 
@@ -7,7 +8,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: quickstart test lint schema install clean
+.PHONY: quickstart test chaos lint schema install clean
 .DEFAULT_GOAL := test
 
 install: $(INSTALLED)
@@ -23,6 +24,9 @@ quickstart: $(INSTALLED)
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(TESTS)
+
+chaos: $(INSTALLED)
+	$(BIN)/python -m pytest -m chaos tests/ray/test_chaos.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

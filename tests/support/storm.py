@@ -1,0 +1,132 @@
+"""Random kills over one run, until its end: what dies, when, and how long until the run takes another step.
+
+The driver's command is started again whenever it has died, as a person or a scheduler would; workers that die are the
+driver's own business. Everything that is drawn comes from one seed.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import mean
+
+import psutil
+
+from launcher.status import read_status
+from tests.support.jobs import Command, muster_run
+from tests.support.training import losses, run_of
+from trainer import layout
+from trainer.checkpoint import read_claims
+from trainer.recipe import Recipe
+from trainer.reporter import rows_backwards
+
+KINDS = ("worker", "worker", "worker", "every worker", "driver", "whole tree")
+STILL_S = 240.0
+POLL_S = 0.25
+
+
+@dataclass
+class Storm:
+    """What happened. ``recoveries_s`` are the seconds from each kill to the first new step after it."""
+
+    kills: list[str] = field(default_factory=list)
+    recoveries_s: list[float] = field(default_factory=list)
+    commands: int = 0
+    attempts: int = 0
+    wall_s: float = 0.0
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{self.kills.count(kind)} of {kind}" for kind in dict.fromkeys(KINDS))
+        recovery = f"{mean(self.recoveries_s):.1f} s" if self.recoveries_s else "none"
+        return (
+            f"{len(self.kills)} kills ({kinds}), {self.attempts} attempts, {self.commands} commands; "
+            f"mean recovery {recovery}, wall {self.wall_s:.0f} s"
+        )
+
+
+def rage(recipe: Recipe, folder: Path, kills: int, seed: int, say: Callable[[str], None] = lambda text: None) -> Storm:
+    """Runs ``recipe`` to its end through ``kills`` kills. AssertionError when it does not go on, or ends too early."""
+    chance, storm, began = random.Random(seed), Storm(), time.monotonic()
+    command = _start(recipe, folder, storm)
+    while len(storm.kills) < kills:
+        reached = max(losses(recipe), default=0) + chance.randrange(1, 8)
+        command = _await_step(recipe, folder, storm, command, reached)
+        kind = chance.choice(KINDS)
+        before, at = read_claims(run_of(recipe)).attempt, time.monotonic()
+        if not _kill(kind, command, chance):
+            continue
+        storm.kills.append(kind)
+        command = _await_attempt(recipe, folder, storm, command, before)
+        storm.recoveries_s.append(time.monotonic() - at)
+        say(f"kill {len(storm.kills)}: {kind} after step {reached}, going on after {storm.recoveries_s[-1]:.1f} s")
+    while (code := command.wait()) != 0:
+        assert code == -signal.SIGKILL, command.output()[-3000:]
+        command = _start(recipe, folder, storm)
+    storm.attempts, storm.wall_s = read_status(run_of(recipe)).attempts, time.monotonic() - began
+    return storm
+
+
+def _start(recipe: Recipe, folder: Path, storm: Storm) -> Command:
+    storm.commands += 1
+    return muster_run(recipe, folder)
+
+
+def _kill(kind: str, command: Command, chance: random.Random) -> bool:
+    """Whether there was something to kill."""
+    workers = command.workers()
+    if kind == "worker" and workers:
+        return _end(chance.choice(workers))
+    if kind == "every worker" and workers:
+        return sum(_end(pid) for pid in workers) > 0
+    if kind == "driver":
+        return _end(command.process.pid)
+    if kind == "whole tree":
+        command.kill()
+        return True
+    return False
+
+
+def _end(pid: int) -> bool:
+    try:
+        psutil.Process(pid).kill()
+    except psutil.NoSuchProcess:
+        return False
+    return True
+
+
+def _await_step(recipe: Recipe, folder: Path, storm: Storm, command: Command, step: int) -> Command:
+    return _watch(recipe, folder, storm, command, lambda: max(losses(recipe), default=0) >= step, f"step {step}")
+
+
+def _await_attempt(recipe: Recipe, folder: Path, storm: Storm, command: Command, before: int) -> Command:
+    """Until an attempt after ``before`` has taken a step."""
+
+    def going_on() -> bool:
+        newest = next(rows_backwards(run_of(recipe), layout.METRICS), {})
+        return int(newest.get("attempt", 0)) > before
+
+    return _watch(recipe, folder, storm, command, going_on, f"a step of an attempt after {before}")
+
+
+def _watch(
+    recipe: Recipe, folder: Path, storm: Storm, command: Command, reached: Callable[[], bool], what: str
+) -> Command:
+    deadline = time.monotonic() + STILL_S
+    while not reached():
+        assert time.monotonic() < deadline, f"{what}: not within {STILL_S:.0f} s\n{command.output()[-3000:]}"
+        code = command.process.poll()
+        if code is not None:
+            assert code == -signal.SIGKILL, f"{what}: the command ended with {code}\n{command.output()[-3000:]}"
+            command = _start(recipe, folder, storm)
+        time.sleep(POLL_S)
+    return command
+
+
+def settings() -> tuple[int, int]:
+    """(kills, seed) from CHAOS_KILLS and CHAOS_SEED; a seed of its own where none is set."""
+    return int(os.environ.get("CHAOS_KILLS", "50")), int(os.environ.get("CHAOS_SEED", random.randrange(10**6)))
