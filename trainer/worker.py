@@ -7,6 +7,7 @@ data, and holds the run's lease.
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import time
 import uuid
@@ -186,11 +187,13 @@ class Attempt:
 
     def _say_started(self, start: Position) -> None:
         hosts, strategy = self.world.gather(self.world.host), self.strategy.report()
+        pids = self.world.gather(os.getpid())
         self.recorder.event(
             "start",
             step=start.step,
             total_steps=self.job.total_steps,
             hosts=hosts,
+            pids=pids,
             world_size=self.world.size,
             strategy=strategy,
             load=self.load,

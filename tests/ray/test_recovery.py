@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher.status import read_status
-from tests.support.jobs import muster_run, start, wait_for_step
+from tests.support.jobs import muster_run, start, wait_for_step, workers
 from tests.support.training import adapter_bytes, ledger, run_of, small_recipe, train_in_processes, write_pairs
 from trainer import layout
 from trainer.recipe import Recipe
@@ -37,7 +37,7 @@ def test_a_killed_worker_is_replaced(joined: str, undisturbed: Recipe, tiny_mode
     recipe = small_recipe("worker-killed", tiny_model, folder, **CHANGES)
     command = muster_run(recipe, folder)
     wait_for_step(recipe, 25, command)
-    os.kill(command.workers()[0], signal.SIGKILL)
+    os.kill(workers(recipe)[0], signal.SIGKILL)
     assert command.wait() == 0, command.output()
     assert adapter_bytes(recipe) == adapter_bytes(undisturbed)
     assert ledger(recipe) == ledger(undisturbed)
@@ -54,7 +54,7 @@ def test_a_stopped_worker_is_named_ended_and_replaced(
     recipe = small_recipe("worker-stopped", tiny_model, folder, **CHANGES)
     command = muster_run(recipe, folder)
     wait_for_step(recipe, 25, command)
-    os.kill(command.workers()[1], signal.SIGSTOP)
+    os.kill(workers(recipe)[1], signal.SIGSTOP)
     assert command.wait() == 0, command.output()
     assert adapter_bytes(recipe) == adapter_bytes(undisturbed)
     events = read_rows(run_of(recipe), layout.EVENTS)
@@ -89,7 +89,7 @@ def test_the_whole_tree_killed_and_the_newest_checkpoint_torn(
     recipe = small_recipe("torn", tiny_model, folder, **CHANGES)
     command = muster_run(recipe, folder)
     wait_for_step(recipe, 35, command)
-    command.kill()
+    command.kill(workers(recipe))
     run = run_of(recipe)
     status = read_status(run)
     assert status.state == "interrupted"

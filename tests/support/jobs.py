@@ -9,14 +9,17 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
 
-from tests.support.training import losses
+from tests.support.training import losses, run_of
 from tests.support.waiting import wait_for
+from trainer import layout
 from trainer.recipe import Recipe, dump
+from trainer.reporter import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 240
@@ -44,22 +47,16 @@ class Command:
         """Ctrl-C: the whole process group of the terminal gets it."""
         os.killpg(self.process.pid, signal.SIGINT)
 
-    def kill(self) -> None:
-        """SIGKILL to the command, its descendants and its training workers."""
+    def kill(self, workers: Sequence[int] = ()) -> None:
+        """SIGKILL to the command, its descendants and these training workers, which Ray's daemons have started."""
         root = psutil.Process(self.process.pid)
-        victims = [*root.children(recursive=True), root, *map(psutil.Process, self.workers())]
-        for victim in victims:
-            if victim.is_running():
+        for victim in [*root.children(recursive=True), root]:
+            with suppress(psutil.NoSuchProcess):
                 victim.kill()
+        for pid in workers:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
         self.process.wait(20)
-
-    def workers(self) -> list[int]:
-        """Pids of the training workers, wherever Ray has started them."""
-        found = []
-        for p in psutil.process_iter(["pid", "cmdline", "create_time"]):
-            if "RayTrainWorker" in " ".join(p.info["cmdline"] or []) and p.info["create_time"] > self.started:
-                found.append(p.info["pid"])
-        return sorted(found)
 
 
 def start(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Command:
@@ -86,6 +83,13 @@ def write_recipe(recipe: Recipe, folder: Path) -> str:
 
 def muster_run(recipe: Recipe, folder: Path, *overrides: str) -> Command:
     return start(["-m", "launcher", "run", write_recipe(recipe, folder), *overrides])
+
+
+def workers(recipe: Recipe) -> list[int]:
+    """Pids of the newest attempt's ranks, in the order of the ranks."""
+    starts = [e for e in read_rows(run_of(recipe), layout.EVENTS) if e["event"] == "start"]
+    pids: list[int] = max(starts, key=lambda e: e["attempt"])["pids"]
+    return pids
 
 
 def wait_for_step(recipe: Recipe, step: int, command: Command) -> None:
