@@ -85,8 +85,9 @@ class Attempt:
         self.number = self.world.from_first(lambda: claim_attempt(run, self.job.driver, dict(self.job.holder)))
         self.recorder = Recorder(run, recipe, self.world, self.number)
         stream = self._stream(data)
+        restoring = time.monotonic()
         start = self._restore(stream)
-        self._say_started(start)
+        self._say_started(start, time.monotonic() - restoring)
         keep = recipe.checkpoint
         self.retention = Retention(run, self.number, keep_last=keep.keep_last, keep_for_s=keep.keep_for_s)
         self.stall_s, self.stale = 0.0, StaleAlarm(keep.max_age_s)
@@ -185,7 +186,7 @@ class Attempt:
         log.warning("the checkpoint of step %d is passed over: %s", step, reason)
         self.recorder.event("skipped_checkpoint", step=step, uri=uri, reason=reason)
 
-    def _say_started(self, start: Position) -> None:
+    def _say_started(self, start: Position, restore_s: float) -> None:
         hosts, strategy = self.world.gather(self.world.host), self.strategy.report()
         pids = self.world.gather(os.getpid())
         self.recorder.event(
@@ -198,7 +199,8 @@ class Attempt:
             strategy=strategy,
             load=self.load,
             trainable_parameters=sum(p.numel() for p in self.strategy.trainable().values()),
-            build_s=time.monotonic() - self.began,
+            build_s=time.monotonic() - self.began - restore_s,
+            restore_s=restore_s,
         )
 
     def _train(self, data: RunData, stream: Stream, start: Position, stop_requested: Callable[[], bool]) -> Position:
