@@ -76,7 +76,7 @@ def test_interrupted_by_the_user_and_finished_by_torchrun(
     assert status.state == "interrupted"
     assert status.checkpoints[-1].step == status.step >= 15
     torchrun = start(
-        ["-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "-m", "trainer", run_of(recipe).url]
+        ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "-m", "trainer", run_of(recipe).url]
     )
     assert torchrun.wait() == 0, torchrun.output()
     assert adapter_bytes(recipe) == adapter_bytes(undisturbed)
