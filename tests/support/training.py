@@ -29,7 +29,7 @@ def write_pairs(path: Path, rows: int) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def small_recipe(name: str, model: Path, folder: Path, **changes: Any) -> Recipe:
+def small_recipe(name: str, model: Path, folder: Path, /, **changes: Any) -> Recipe:
     """A recipe over ``folder/data/*.jsonl`` into ``folder/runs``; dotted keys change it."""
     recipe: dict[str, Any] = {
         "name": name,
