@@ -110,6 +110,7 @@ def _train(
     environment, address = Environment.current(), standing(os.environ).ray_address
     progress.phase(f"joining Ray at {address}" if address else "starting Ray")
     with ray_session(address, recipe.resources):
+        signals.hold()
         quiet_logs()
         patience_s = RESOURCE_WAIT_S if address else 0.0  # nobody adds anything to this machine
         check_resources(recipe.resources, timeout_s=patience_s, stopped=lambda: signals.stopped)
@@ -167,8 +168,14 @@ class Signals:
         if self.stopped:
             raise Interrupted("stopped before training began; nothing is lost, the same command starts it")
 
+    def hold(self) -> None:
+        """Takes the signals, again where somebody else did: `ray.init` ends the process on SIGTERM otherwise."""
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+
     def __enter__(self) -> Signals:
-        self._before = {number: signal.signal(number, self._handle) for number in SIGNALS}
+        self._before = {number: signal.getsignal(number) for number in SIGNALS}
+        self.hold()
         return self
 
     def __exit__(self, *exc: object) -> None:
