@@ -1,0 +1,51 @@
+"""What happens to the driver of a run on Ray, and what its command says."""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+
+import pytest
+
+from launcher.status import read_status
+from tests.support.jobs import muster_run, wait_for_step
+from tests.support.training import adapter_bytes, ledger, run_of, small_recipe, train_in_processes, write_pairs
+from tests.support.waiting import wait_for
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
+CHANGES = {"training.steps": 200, "checkpoint.every_steps": 10, "resources": {"workers": 2}}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    write_pairs(tmp_path / "data" / "a.jsonl", 90)
+    return tmp_path
+
+
+def test_terminated_it_commits_and_ends_as_interrupted(joined: str, tiny_model: Path, folder: Path) -> None:
+    recipe = small_recipe("terminated", tiny_model, folder, **CHANGES)
+    command = muster_run(recipe, folder)
+    wait_for_step(recipe, 15, command)
+    command.process.send_signal(signal.SIGTERM)
+    assert command.wait(60) == 3, command.output()
+    status = read_status(run_of(recipe))
+    assert status.state == "interrupted"
+    assert status.checkpoints[-1].step == status.step
+
+
+def test_stopped_it_is_overtaken_and_gives_up_when_it_wakes(joined: str, tiny_model: Path, folder: Path) -> None:
+    recipe = small_recipe("stopped", tiny_model, folder, **CHANGES)
+    undisturbed = small_recipe("undisturbed", tiny_model, folder, **CHANGES)
+    train_in_processes([undisturbed], 2)
+    asleep = muster_run(recipe, folder)
+    wait_for_step(recipe, 15, asleep)
+    asleep.process.send_signal(signal.SIGSTOP)
+    second = muster_run(recipe, folder, "--takeover")
+    wait_for(lambda: read_status(run_of(recipe)).attempts == 2, "the second driver's attempt", timeout_s=120)
+    asleep.process.send_signal(signal.SIGCONT)
+    assert asleep.wait(60) == 1, asleep.output()
+    assert "another driver has taken" in asleep.output()
+    assert second.wait(120) == 0, second.output()
+    assert adapter_bytes(recipe) == adapter_bytes(undisturbed)
+    assert ledger(recipe) == ledger(undisturbed)
+    assert read_status(run_of(recipe)).state == "succeeded"
