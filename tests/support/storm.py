@@ -11,6 +11,7 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import mean
@@ -18,7 +19,7 @@ from statistics import mean
 import psutil
 
 from launcher.status import read_status
-from tests.support.jobs import Command, muster_run
+from tests.support.jobs import Command, muster_run, workers
 from tests.support.training import losses, run_of
 from trainer import layout
 from trainer.checkpoint import read_claims
@@ -58,7 +59,7 @@ def rage(recipe: Recipe, folder: Path, kills: int, seed: int, say: Callable[[str
         command = _await_step(recipe, folder, storm, command, reached)
         kind = chance.choice(KINDS)
         before, at = read_claims(run_of(recipe)).attempt, time.monotonic()
-        if not _kill(kind, command, chance):
+        if not _kill(kind, recipe, command, chance):
             continue
         storm.kills.append(kind)
         command = _await_attempt(recipe, folder, storm, command, before)
@@ -76,17 +77,27 @@ def _start(recipe: Recipe, folder: Path, storm: Storm) -> Command:
     return muster_run(recipe, folder)
 
 
-def _kill(kind: str, command: Command, chance: random.Random) -> bool:
+def _alive(recipe: Recipe) -> list[int]:
+    """The newest attempt's ranks that live; a pid may be somebody else's by now, so the title is looked at too."""
+    found = []
+    for pid in workers(recipe):
+        with suppress(psutil.NoSuchProcess):
+            if "RayTrainWorker" in " ".join(psutil.Process(pid).cmdline()):
+                found.append(pid)
+    return found
+
+
+def _kill(kind: str, recipe: Recipe, command: Command, chance: random.Random) -> bool:
     """Whether there was something to kill."""
-    workers = command.workers()
-    if kind == "worker" and workers:
-        return _end(chance.choice(workers))
-    if kind == "every worker" and workers:
-        return sum(_end(pid) for pid in workers) > 0
+    alive = _alive(recipe)
+    if kind == "worker" and alive:
+        return _end(chance.choice(alive))
+    if kind == "every worker" and alive:
+        return sum(_end(pid) for pid in alive) > 0
     if kind == "driver":
         return _end(command.process.pid)
     if kind == "whole tree":
-        command.kill()
+        command.kill(alive)
         return True
     return False
 
