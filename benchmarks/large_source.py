@@ -64,7 +64,7 @@ def plan(folder: Path, rows: int, processes: int) -> str:
     prepared = opened(folder)
     settings = plan_settings(prepared, SEED, SEQUENCE_LENGTH, True, [1.0])
     packs = tokens = 0
-    for window in epoch_order(settings, 0, len(prepared.windows)):
+    for window in epoch_order(settings.order_key, SEED, 0, prepared.count):
         planned = plan_window(prepared.index(window), settings, 0, window)
         packs, tokens = packs + len(planned), tokens + int(planned.tokens.sum())
     return f"{packs:,} packs of {SEQUENCE_LENGTH}, {tokens / packs / SEQUENCE_LENGTH:.2%} full"

@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from collections.abc import Callable
 from dataclasses import asdict
+from functools import partial
 from types import FrameType
 
 from cluster.standing import standing
@@ -104,8 +106,10 @@ def _stopped_text(run_storage: Storage) -> str:
 def _train(
     recipe: Recipe, storage: Storage, run_storage: Storage, lease: Lease, signals: Signals, progress: Progress
 ) -> None:
+    from launcher.early import EarlyStart
     from launcher.inputs import load_run_tokenizer
-    from launcher.ray_session import RESOURCE_WAIT_S, check_resources, quiet_logs, ray_map, ray_session
+    from launcher.ray_session import RESOURCE_WAIT_S, check_resources, quiet_logs, ray_session
+    from launcher.ray_tasks import ray_map
 
     environment, address = Environment.current(), standing(os.environ).ray_address
     progress.phase(f"joining Ray at {address}" if address else "starting Ray")
@@ -115,22 +119,31 @@ def _train(
         patience_s = RESOURCE_WAIT_S if address else 0.0  # nobody adds anything to this machine
         check_resources(recipe.resources, timeout_s=patience_s, stopped=lambda: signals.stopped)
         progress.phase("preparing data")
-        data = prepare_data(
-            recipe,
-            run_storage,
-            storage.child(layout.PREPARED),
-            lambda: load_run_tokenizer(recipe),
-            map_windows=ray_map(environment),
-            on_progress=progress.prepared,
-        )
-        progress.data(data)
-        freeze_recipe(run_storage, recipe)
-        signals.check()
-        _fit(recipe, run_storage, lease, data.total_steps, environment, progress)
+        beside = partial(ray_map, environment, recipe.resources)
+        with EarlyStart(recipe.seed, beside, progress.prepared) as early:
+            data = prepare_data(
+                recipe,
+                run_storage,
+                storage.child(layout.PREPARED),
+                lambda: load_run_tokenizer(recipe),
+                map_windows=ray_map(environment),
+                on_progress=progress.prepared,
+                early=early.prepare,
+            )
+            progress.data(data)
+            freeze_recipe(run_storage, recipe)
+            signals.check()
+            _fit(recipe, run_storage, lease, data.total_steps, environment, progress, early.check)
 
 
 def _fit(
-    recipe: Recipe, run_storage: Storage, lease: Lease, total_steps: int, environment: Environment, progress: Progress
+    recipe: Recipe,
+    run_storage: Storage,
+    lease: Lease,
+    total_steps: int,
+    environment: Environment,
+    progress: Progress,
+    check_data: Callable[[], None],
 ) -> None:
     from launcher.training import fit
     from trainer.worker import Job
@@ -140,6 +153,7 @@ def _fit(
 
         def every() -> None:
             watch()
+            check_data()
             if lease.lost.is_set():
                 raise WorkerFailed(f"another driver has taken {run_storage.url} over; this one has stopped")
 

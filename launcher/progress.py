@@ -54,6 +54,10 @@ class Progress:
         self.phase(f"prepared window {done.windows} of {done.of}: {done.samples:,} samples, {done.tokens:,} tokens")
 
     def data(self, data: RunData) -> None:
+        if not data.train.windows:
+            others = data.train.count - 1
+            self.say(f"data: the first window, the other {others:,} while it trains; {data.total_steps:,} steps")
+            return
         totals = data.train.totals
         told = f"{totals.samples:,} samples, {totals.tokens:,} tokens ({totals.target_tokens:,} targets)"
         odd = {"truncated": totals.truncated, "dropped": totals.dropped, "bad rows": totals.bad_rows}

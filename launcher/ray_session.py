@@ -11,9 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from launcher.environment import Environment
 from trainer.errors import InputError, Interrupted
 from trainer.recipe import ResourcesSection
 
@@ -233,47 +231,6 @@ def _live_nodes() -> list[dict[str, float]]:
     import ray
 
     return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-
-
-def ray_map(environment: Environment) -> Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]:
-    """A ``map`` over Ray tasks of one CPU each, results in order; a single job runs in this process, where it costs no
-    worker's start. Jobs in flight are bounded by the cluster's CPUs."""
-
-    def run(task: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
-        if len(jobs) <= 1:
-            yield from map(task, jobs)
-            return
-        import ray
-
-        call = ray.remote(num_cpus=1, max_retries=3)(_run)
-        # As arguments, both stay in the object store; a closure would be kept by the cluster's control store.
-        shared, variables = ray.put(task), ray.put(environment)
-        ahead = max(2, int(ray.cluster_resources().get("CPU", 1)))
-        pending: list[Any] = []
-        for job in jobs:
-            pending.append(call.remote(variables, shared, job))
-            if len(pending) >= ahead:
-                yield _result(pending.pop(0))
-        while pending:
-            yield _result(pending.pop(0))
-
-    return run
-
-
-def _run(environment: Environment, task: Callable[[Any], Any], job: Any) -> Any:
-    environment.apply()
-    return task(job)
-
-
-def _result(reference: Any) -> Any:
-    """What the task returned; its own exception rather than Ray's wrapping of it."""
-    import ray
-
-    try:
-        return ray.get(reference)
-    except ray.exceptions.RayTaskError as error:
-        cause = error.cause
-        raise (cause if isinstance(cause, Exception) else error) from None
 
 
 def _hush_raylet() -> None:

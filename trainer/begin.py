@@ -24,6 +24,7 @@ from trainer.data import (
     count_steps,
     describe,
     freeze,
+    open_begun,
     open_prepared,
     prepare,
     resolve_chat_template,
@@ -47,6 +48,10 @@ PACKAGES = (
     "fsspec",
     "s3fs",
 )
+
+
+Early = Callable[[Preparation, Any, Storage], Prepared]
+"""Prepares data, and gives it back while that goes on: see `trainer.data.Begun`."""
 
 
 @dataclass(frozen=True)
@@ -146,11 +151,14 @@ def prepare_data(
     *,
     map_windows: Callable[..., Any] = map,
     on_progress: Callable[..., None] | None = None,
+    early: Early | None = None,
 ) -> RunData:
     """Opens the run's prepared data, or makes it, and notes in the run which they are; ``tokenizer`` is called only if
-    there is something to make."""
+    there is something to make. ``early`` prepares training data if the recipe says how many steps there are."""
     bound = _frozen_data(run) is not None
-    train, evaluation = prepare_parts(recipe, run, shared, tokenizer, map_windows=map_windows, on_progress=on_progress)
+    train, evaluation = prepare_parts(
+        recipe, run, shared, tokenizer, map_windows=map_windows, on_progress=on_progress, early=early
+    )
     if not bound:
         parts = {"train": train, "eval": evaluation}
         run.write_json(layout.DATA, {part: p.spec.to_json() for part, p in parts.items() if p is not None})
@@ -165,6 +173,7 @@ def prepare_parts(
     *,
     map_windows: Callable[..., Any] = map,
     on_progress: Callable[..., None] | None = None,
+    early: Early | None = None,
 ) -> tuple[Prepared, Prepared | None]:
     """Training and evaluation data, prepared under ``shared``; of the run nothing is written."""
     frozen = _frozen_data(run)
@@ -178,7 +187,10 @@ def prepare_parts(
         if prepared is None:
             loaded = loaded or [tokenizer()]
             spec = _spec(recipe, sources, loaded[0], spec)
-            prepared = prepare(spec, loaded[0], shared, map_windows=map_windows, on_progress=on_progress)
+            if early is not None and part == "train" and recipe.training.steps is not None:
+                prepared = early(spec, loaded[0], shared)
+            else:
+                prepared = prepare(spec, loaded[0], shared, map_windows=map_windows, on_progress=on_progress)
         parts[part] = prepared
     train = parts["train"]
     assert train is not None, "a recipe has training data"
@@ -186,20 +198,26 @@ def prepare_parts(
 
 
 def open_data(recipe: Recipe, run: Storage, shared: Storage) -> RunData:
-    """On a worker: the data that the driver has prepared. Raises InputError when it is not complete."""
-    data = try_open_data(recipe, run, shared)
+    """On a worker: the data that the driver has prepared, or is preparing. Raises InputError when it is not there."""
+    data = try_open_data(recipe, run, shared, open_begun if recipe.training.steps is not None else open_prepared)
     if data is None:
         raise InputError(f"the prepared data of {run.url} is not complete in {shared.url}; start the run again")
     return data
 
 
-def try_open_data(recipe: Recipe, run: Storage, shared: Storage) -> RunData | None:
+def try_open_data(
+    recipe: Recipe,
+    run: Storage,
+    shared: Storage,
+    open_train: Callable[[Storage, str], Prepared | None] = open_prepared,
+) -> RunData | None:
     """The same, or None when it is not complete."""
     try:
         frozen = _read_data(run)
     except FileNotFoundError:
         return None
-    parts = {part: open_prepared(shared, Preparation.from_json(spec).fingerprint) for part, spec in frozen.items()}
+    opens = {"train": open_train, "eval": open_prepared}
+    parts = {part: opens[part](shared, Preparation.from_json(spec).fingerprint) for part, spec in frozen.items()}
     if any(prepared is None for prepared in parts.values()):
         return None
     train = parts["train"]

@@ -16,7 +16,6 @@ from tests.support.waiting import wait_for
 from tests.unit.data_support import memory, pairs, source, stream, tokenizer, write_rows
 from trainer.data import describe, eval_batches, freeze, open_prepared, prepare
 from trainer.data.blocks import WindowWriter
-from trainer.data.prepared import MANIFEST
 from trainer.data.spans import windows
 from trainer.errors import CorruptObject, StorageError
 from trainer.storage import open_storage
@@ -59,12 +58,13 @@ def keys(backend, suffix):
 def test_killed_at_any_put_it_goes_on_from_there(spec, store, moment):
     storage, backend = store
     expected = undisturbed(spec)
-    for last in range(1, 2 * len(expected.windows) + 2):  # data and index of each window, and the manifest
+    puts = 2 * len(expected.windows) + 2  # data and index of each window, what comes first, and the manifest
+    for last in range(1, puts + 1):
         backend.objects.clear()
         setattr(backend, moment, nth_put(last, Died))
         with pytest.raises(Died):
             prepare(spec, tokenizer(), storage)
-        whole = moment == "after" and last == 2 * len(expected.windows) + 1
+        whole = moment == "after" and last == puts
         assert (open_prepared(storage, spec.fingerprint) is not None) == whole
         indexed, made = len(keys(backend, ".index")), []
         setattr(backend, moment, lambda verb, path: None)
@@ -115,7 +115,7 @@ def test_two_that_prepare_side_by_side_make_one(spec, store):
     meet = threading.Barrier(2, timeout=30)
 
     def together(verb, path):
-        if verb == "put" and not path.endswith(MANIFEST):
+        if verb == "put" and not path.endswith(".json"):
             meet.wait()
 
     backend.before = together

@@ -20,6 +20,7 @@ from trainer.data import (
     resolve_chat_template,
     tokenizer_fingerprint,
 )
+from trainer.data.begun import BEGUN
 from trainer.data.readers.jsonl import JsonLines
 from trainer.data.spans import windows
 from trainer.data.window import index_key
@@ -145,7 +146,7 @@ def test_an_input_that_changes_while_it_is_read_is_named(tmp_path):
     with pytest.raises(InputError, match=r"part-0\.jsonl has changed"):
         prepare(spec, tokenizer(), shared, map_windows=late)
     assert open_prepared(shared, spec.fingerprint) is None
-    assert not shared.list()
+    assert [o.key for o in shared.list()] == [f"{spec.fingerprint}/{BEGUN}"]
 
 
 def broken_file(tmp_path, bad):

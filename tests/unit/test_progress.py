@@ -191,7 +191,9 @@ def test_training_shows_the_end_even_of_a_run_that_fails(run: Storage, terminal:
 def test_bad_rows_are_named_up_to_a_number() -> None:
     out = io.StringIO()
     counts = Counts(rows=20, samples=11, tokens=40, target_tokens=20, truncated=3, dropped=0, bad_rows=9)
-    train = SimpleNamespace(totals=counts, bad_rows=[BadRow("s3://c/a.jsonl", f"line {i}", "broken") for i in range(9)])
+    train = SimpleNamespace(
+        windows=[1], totals=counts, bad_rows=[BadRow("s3://c/a.jsonl", f"line {i}", "broken") for i in range(9)]
+    )
     Progress(Console(file=out, width=200)).data(SimpleNamespace(train=train, eval=None, total_steps=7))  # type: ignore[arg-type]
     first, *rest = out.getvalue().splitlines()
     assert first == "data: 11 samples, 40 tokens (20 targets), 3 truncated, 9 bad rows; 7 steps"

@@ -16,10 +16,10 @@ from launcher.ray_session import (
     await_answer,
     check_resources,
     locate_cluster,
-    ray_map,
     wanted,
     workers_that_fit,
 )
+from launcher.ray_tasks import ray_map
 from tests.support.waiting import free_port
 from trainer.errors import InputError, Interrupted
 from trainer.recipe import ResourcesSection

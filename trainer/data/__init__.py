@@ -1,9 +1,11 @@
 """Data whose order belongs to the run: freeze the inputs, prepare once, plan, and stream by an integer cursor."""
 
+from trainer.data.begun import Begun, open_begun
 from trainer.data.disk_cache import DiskCache, open_caches
 from trainer.data.evaluation import eval_batches
 from trainer.data.executor import process_pool
 from trainer.data.freeze import describe, freeze
+from trainer.data.plan import epoch_order
 from trainer.data.prepare import MapWindows, Progress, check_first_rows, prepare, resolve_chat_template
 from trainer.data.prepared import Prepared, open_prepared
 from trainer.data.spec import FrozenObject, FrozenSource, Preparation, tokenizer_fingerprint
@@ -13,6 +15,7 @@ from trainer.data.types import Batch, Cursor, MicroBatch, RankStep, SampleRef, S
 
 __all__ = [
     "Batch",
+    "Begun",
     "Cursor",
     "DiskCache",
     "FrozenObject",
@@ -30,8 +33,10 @@ __all__ = [
     "check_first_rows",
     "count_steps",
     "describe",
+    "epoch_order",
     "eval_batches",
     "freeze",
+    "open_begun",
     "open_caches",
     "open_prepared",
     "prepare",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import mmap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
@@ -241,6 +242,15 @@ class Block:
         )
 
 
+def _in_own_pages(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """A copy that goes back to the operating system as soon as it is let go. Blocks come and go for as long as a run
+    lasts, and malloc would keep the pieces, in an arena per thread: memory would creep up with the data's size."""
+    pages = mmap.mmap(-1, max(1, values.nbytes))
+    copy = np.frombuffer(pages, values.dtype, len(values))
+    copy[:] = values
+    return copy
+
+
 def decode_block(raw: bytes) -> Block:
     table = read_stream(raw)
     there = set(table.column_names)
@@ -250,17 +260,20 @@ def decode_block(raw: bytes) -> Block:
 
     def values(name: str) -> Any:
         lists = flat(name)
-        return None if lists is None else lists.values.to_numpy(zero_copy_only=False)
+        return None if lists is None else _in_own_pages(lists.values.to_numpy(zero_copy_only=False))
 
     def numbers(name: str) -> Any:
         column = flat(name)
-        return None if column is None else column.to_numpy()
+        return None if column is None else column.to_numpy().copy()
 
+    def offsets(name: str) -> Any:
+        return flat(name).offsets.to_numpy().copy()
+
+    # All are copies, so that the block's bytes as they were read are let go.
     rejected = None
     if "rejected_tokens" in there:
-        offsets = flat("rejected_tokens").offsets.to_numpy()
-        rejected = Block(offsets, values("rejected_tokens"), values("rejected_target"))
-    own = flat("tokens").offsets.to_numpy(), values("tokens"), values("target")
+        rejected = Block(offsets("rejected_tokens"), values("rejected_tokens"), values("rejected_target"))
+    own = offsets("tokens"), values("tokens"), values("target")
     return Block(*own, numbers("label"), values("token_types"), numbers("margin"), rejected)
 
 

@@ -29,7 +29,7 @@ def eval_batches(
     Every rank gets the same number, the last of some being ``Batch.empty()``, so that collectives in the forward pass
     meet. Sequence length and packing are those of the preparation.
     """
-    upcoming = Upcoming(lambda _: range(len(prepared.windows)))
+    upcoming = Upcoming(lambda _: range(prepared.count))
     reader = BlockReader(prepared, upcoming, memory_bytes=memory_bytes, cache=cache)
     mine: MicroBatch | None = None
     count = 0
@@ -56,7 +56,7 @@ def _micro_batches(prepared: Prepared, size: int) -> Iterator[MicroBatch]:
 
 
 def _packs(prepared: Prepared) -> Iterator[tuple[Pack, int, int]]:
-    for window in range(len(prepared.windows)):
+    for window in range(prepared.count):
         plan = plan_in_order(prepared.index(window), prepared.spec.sequence_length, prepared.spec.packing)
         for p in range(len(plan)):
             refs = tuple(SampleRef(window, s) for s in plan.pack(p))

@@ -57,9 +57,9 @@ class WindowPlan:
         return h.hexdigest()
 
 
-def epoch_order(settings: PlanSettings, epoch: int, windows: int) -> list[int]:
+def epoch_order(order_key: str, seed: int, epoch: int, windows: int) -> list[int]:
     """The epoch's windows in the order in which they are trained on."""
-    order: list[int] = permutation(windows, "windows", settings.order_key, settings.seed, epoch).tolist()
+    order: list[int] = permutation(windows, "windows", order_key, seed, epoch).tolist()
     return order
 
 

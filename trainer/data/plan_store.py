@@ -47,7 +47,7 @@ class PlanStore:
 
     @property
     def windows(self) -> int:
-        return len(self.prepared.windows)
+        return self.prepared.count
 
     def root(self) -> str:
         """The link before the first plan: two runs share a chain only if their data and settings are the same."""
@@ -116,7 +116,10 @@ class PlanStore:
         with self._lock:
             if epoch not in self._orders:
                 near = {e: o for e, o in self._orders.items() if abs(e - epoch) <= 1}
-                self._orders = {**near, epoch: epoch_order(self.settings, epoch, self.windows)}
+                self._orders = {
+                    **near,
+                    epoch: epoch_order(self.settings.order_key, self.settings.seed, epoch, self.windows),
+                }
             return self._orders[epoch]
 
     def _window(self, epoch: int, ordinal: int) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
+from trainer.data.begun import BEGUN
 from trainer.data.blocks import BadRow
 from trainer.data.formats import open_format
 from trainer.data.freeze import check_unchanged
@@ -29,8 +30,8 @@ from trainer.data.window import (
     index_key,
     too_many_bad_rows,
 )
-from trainer.errors import InputError
-from trainer.storage import Storage, locate
+from trainer.errors import CorruptObject, InputError
+from trainer.storage import Storage, locate, to_json
 
 _INDEX = re.compile(r"w(\d{6,})\.index")
 
@@ -53,18 +54,26 @@ def prepare(
     *,
     map_windows: MapWindows = map,
     on_progress: Callable[[Progress], None] | None = None,
+    order: Callable[[int], Sequence[int]] = range,
 ) -> Prepared:
     """Prepared data under ``<shared>/<fingerprint>/``, made where it is not complete.
 
-    ``map_windows(task, jobs)`` yields the results in the jobs' order; task and jobs pickle. Complete data is opened
-    without a look at the inputs. InputError: an input changed, a row too many cannot be used, a source gives no sample.
+    ``map_windows(task, jobs)`` yields the results in the jobs' order; task and jobs pickle. ``order(count)`` says in
+    which order windows are made. Complete data is opened without a look at the inputs. InputError: an input changed, a
+    row too many cannot be used, a source gives no sample.
     """
     found = open_prepared(shared, spec.fingerprint)
     if found is not None:
         return found
     check_unchanged(spec.sources)
     folder = shared.child(spec.fingerprint)
-    entries = _prepare_windows(spec, tokenizer, folder, map_windows, on_progress)
+    jobs = [WindowJob(i, spans) for i, spans in enumerate(windows(cut(spec.sources), spec.order_key))]
+    if not folder.put_if_absent(BEGUN, to_json({"spec": spec.to_json(), "windows": len(jobs)})):
+        raise CorruptObject(
+            f"{folder.url} was begun by a version of muster that cuts the inputs into other windows; delete it"
+        )
+    task = WindowTask(spec, tokenizer, folder.url)
+    entries = _prepare_windows(task, folder, [jobs[i] for i in order(len(jobs))], map_windows, on_progress)
     _check_counts(spec, entries)
     folder.put_if_absent(MANIFEST, json.dumps(manifest_of(spec, entries), sort_keys=True).encode())
     prepared = open_prepared(shared, spec.fingerprint)
@@ -73,22 +82,24 @@ def prepare(
 
 
 def _prepare_windows(
-    spec: Preparation,
-    tokenizer: Any,
+    task: WindowTask,
     folder: Storage,
+    jobs: Sequence[WindowJob],
     map_windows: MapWindows,
     on_progress: Callable[[Progress], None] | None,
 ) -> list[WindowEntry]:
-    jobs = [WindowJob(i, spans) for i, spans in enumerate(windows(cut(spec.sources), spec.order_key))]
+    """The entries of all jobs, by their windows."""
     names = (_INDEX.fullmatch(o.key) for o in folder.list())
     done = {w: entry_of(w, folder.read(index_key(w))) for w in sorted(int(m[1]) for m in names if m)}
     missing = [job for job in jobs if job.window not in done]
-    for job, entry in zip(missing, map_windows(WindowTask(spec, tokenizer, folder.url), missing), strict=True):
+    total = sum_counts(list(done.values()), len(task.spec.sources))
+    for job, entry in zip(missing, map_windows(task, missing), strict=True):
         done[job.window] = entry
+        for sum_of_source, counts in zip(total, entry.counts, strict=True):
+            sum_of_source.add(counts)
         if on_progress is not None:
-            counts = [c for e in done.values() for c in e.counts]
-            on_progress(Progress(len(done), len(jobs), sum(c.samples for c in counts), sum(c.tokens for c in counts)))
-    return [done[job.window] for job in jobs]
+            on_progress(Progress(len(done), len(jobs), sum(c.samples for c in total), sum(c.tokens for c in total)))
+    return [done[window] for window in range(len(jobs))]
 
 
 def _check_counts(spec: Preparation, entries: Sequence[WindowEntry]) -> None:

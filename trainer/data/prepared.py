@@ -34,6 +34,15 @@ class Prepared:
         return self.spec.fingerprint
 
     @property
+    def count(self) -> int:
+        """Its windows."""
+        return len(self.windows)
+
+    def ready(self, window: int) -> bool:
+        """Whether the window is there; only data that are still being prepared lack any."""
+        return True
+
+    @property
     def totals(self) -> Counts:
         total = Counts()
         for counts in self.per_source:
@@ -55,7 +64,7 @@ class Prepared:
             if window in self._indexes:
                 self._indexes.move_to_end(window)
                 return self._indexes[window]
-        entry = self.windows[window]
+        entry = self._entry(window)
         raw = read_verified(self.storage, entry.index, entry.sha256, lambda: self.storage.read(entry.index))
         index = decode_index(raw)
         with self._lock:
@@ -63,6 +72,9 @@ class Prepared:
             while len(self._indexes) > _INDEXES_HELD:
                 self._indexes.popitem(last=False)
         return index
+
+    def _entry(self, window: int) -> WindowEntry:
+        return self.windows[window]
 
     def block_bytes(self, window: int, block: int) -> bytes:
         """One block, by a ranged read."""

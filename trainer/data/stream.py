@@ -207,7 +207,7 @@ def count_steps(
 
 
 def _count_packs(prepared: Prepared, settings: PlanSettings, epoch: int) -> int:
-    return sum(epoch_packs(prepared.index(w), settings, epoch).packs for w in range(len(prepared.windows)))
+    return sum(epoch_packs(prepared.index(w), settings, epoch).packs for w in range(prepared.count))
 
 
 class EpochPacks(NamedTuple):

@@ -41,7 +41,7 @@ def summarise(prepared: Prepared, seed: int, weights: Sequence[float]) -> Summar
     settings = plan_settings(prepared, seed, spec.sequence_length, spec.packing, weights)
     histogram = np.zeros(1, np.int64)
     packs = tokens = 0
-    for window in range(len(prepared.windows)):
+    for window in range(prepared.count):
         index = prepared.index(window)
         histogram = _add(histogram, np.bincount(index.length))
         more = epoch_packs(index, settings, epoch=0)
