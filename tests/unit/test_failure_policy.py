@@ -26,6 +26,12 @@ def recipe(tmp_path: Path) -> Recipe:
     return small_recipe("a-run", tmp_path / "model", tmp_path, resources={"workers": 2, "max_failures": 99})
 
 
+@pytest.fixture(autouse=True)
+def back_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The policy goes to the driver's folder; the tests after these start commands in the project's."""
+    monkeypatch.chdir(Path.cwd())
+
+
 def policy(recipe: Recipe, folder: Path) -> FailurePolicy:
     config = FailureConfig(max_failures=recipe.resources.max_failures)
     return FailurePolicy(config, Job(recipe.storage, 1, recipe, 10, {}), Environment({}, str(folder)))
