@@ -1,9 +1,14 @@
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+# Before torch is imported: tiny matrices gain nothing from more threads, and threads that wait for each other on a busy
+# machine made tests twenty times slower.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.support.s3 import S3, serve
 
