@@ -13,6 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,9 +59,14 @@ Early = Callable[[Preparation, Any, Storage], Prepared]
 class RunData:
     """The prepared data of a run, and the number of steps that it comes to."""
 
+    recipe: Recipe
     train: Prepared
     eval: Prepared | None
-    total_steps: int
+
+    @cached_property
+    def total_steps(self) -> int:
+        """Looks at every window where the recipe gives epochs: seconds per million samples."""
+        return total_steps(self.recipe, self.train)
 
 
 def read_recipe(run: Storage, overrides: Sequence[str] = ()) -> Recipe:
@@ -162,7 +168,7 @@ def prepare_data(
     if not bound:
         parts = {"train": train, "eval": evaluation}
         run.write_json(layout.DATA, {part: p.spec.to_json() for part, p in parts.items() if p is not None})
-    return RunData(train, evaluation, total_steps(recipe, train))
+    return RunData(recipe, train, evaluation)
 
 
 def prepare_parts(
@@ -222,7 +228,7 @@ def try_open_data(
         return None
     train = parts["train"]
     assert train is not None
-    return RunData(train, parts.get("eval"), total_steps(recipe, train))
+    return RunData(recipe, train, parts.get("eval"))
 
 
 def total_steps(recipe: Recipe, train: Prepared) -> int:
