@@ -36,7 +36,8 @@ def test_it_trains_on_what_it_would_have_trained_on(joined: str, tiny_model: Pat
     recipe = small_recipe("early", tiny_model, tmp_path, **changes, **{"resources.workers": 2})
     command = muster_run(recipe, tmp_path)
     assert command.wait() == 0, command.output()[-3000:]
-    assert "the first window, the other 2 while it trains" in command.output()
+    # Whether the other windows are still missing when training begins depends on the machine; that it may begin without
+    # them is shown by tests/unit/test_data_early.py. What is fed is the same either way.
     run = run_of(recipe)
     shared = open_storage(recipe.storage).child(layout.PREPARED)
     spec = Preparation.from_json(run.read_json(layout.DATA)["train"])
