@@ -19,7 +19,7 @@ from launcher.environment import Environment
 from launcher.progress import Progress
 from trainer import layout
 from trainer.begin import check_same_recipe, freeze_recipe, prepare_data
-from trainer.checkpoint import read_claims
+from trainer.checkpoint import list_commits, read_claims
 from trainer.errors import Interrupted, MusterError, WorkerFailed
 from trainer.lease import Lease
 from trainer.publish import finished
@@ -74,7 +74,7 @@ def _hold(
     try:
         _train(recipe, storage, run_storage, lease, signals, progress)
         if finished(run_storage) is None:
-            if signals.stopped or recipe.training.stop_after is not None:
+            if signals.stopped or _reached(run_storage, recipe.training.stop_after):
                 raise Interrupted(_stopped_text(run_storage))
             raise WorkerFailed(f"the workers ended without an error, and {run_storage.url} has not its last commit")
         state = "succeeded"
@@ -97,6 +97,11 @@ def _release(run_storage: Storage, lease: Lease, state: str) -> None:
         events.emit("end", state=state)
         events.close()
     lease.release(state)
+
+
+def _reached(run_storage: Storage, step: int | None) -> bool:
+    """Whether the step at which the attempt was to stop is committed."""
+    return step is not None and any(record.step >= step for record in list_commits(run_storage))
 
 
 def _stopped_text(run_storage: Storage) -> str:
@@ -157,7 +162,7 @@ def _fit(
             if lease.lost.is_set():
                 raise WorkerFailed(f"another driver has taken {run_storage.url} over; this one has stopped")
 
-        fit(recipe, job, environment, every, POLL_S)
+        fit(job, environment, every, POLL_S)
 
 
 class Signals:

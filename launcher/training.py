@@ -23,7 +23,7 @@ from launcher.causes import Cause, Failure, first_cause
 from launcher.environment import Environment
 from launcher.restarts import Fault, in_a_row, is_hopeless
 from trainer.layout import EVENTS, METRICS
-from trainer.recipe import Recipe, ResourcesSection
+from trainer.recipe import ResourcesSection
 from trainer.storage import Storage, open_storage
 from trainer.worker import Job
 
@@ -203,7 +203,7 @@ class Fit:
             self.error = error
 
 
-def fit(recipe: Recipe, job: Job, environment: Environment, every: Callable[[], None], poll_s: float) -> None:
+def fit(job: Job, environment: Environment, every: Callable[[], None], poll_s: float) -> None:
     """Trains to the end, calling ``every`` each ``poll_s`` seconds. Raises the first cause of a failure."""
     running = Fit(job, environment)
     while not running.wait(poll_s):

@@ -68,7 +68,7 @@ def _run(run_uri: str, overrides: list[str], *, takeover: bool) -> None:
 
 def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: threading.Event, *, takeover: bool) -> None:
     """Rank 0: prepares what is not prepared, trains, and says in the lease how it ended."""
-    lease = Lease.acquire(run, job=os.environ.get("SLURM_JOB_ID"), takeover=takeover)
+    lease = Lease.acquire(run, job=_job(), takeover=takeover)
     state = "failed"
     try:
         total = _prepare(recipe, run, storage)
@@ -124,6 +124,12 @@ def _hush_libraries() -> None:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
+
+
+def _job() -> str | None:
+    """Named as by the driver on Ray, so that a requeued Slurm job takes its own run over at once, whoever began it."""
+    slurm = os.environ.get("SLURM_JOB_ID")
+    return f"slurm:{slurm}" if slurm else None
 
 
 def _rank() -> int:

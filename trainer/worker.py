@@ -128,7 +128,6 @@ class Attempt:
             full=self.adapter.full,
             checkpointing=recipe.training.gradient_checkpointing,
         )
-        self._check_length(loaded.model)
         if recipe.data.packing:
             check_isolation(loaded.model, recipe.model.path)
         model = self.adapter.attach(loaded.model)
@@ -137,16 +136,6 @@ class Attempt:
         self.strategy.setup(model, lambda parameters: make_optimizer(recipe.optimizer, parameters))
         self.state = TrainState(self.strategy, self.adapter)
         self.load = self._load_report(loaded)
-
-    def _check_length(self, model: Any) -> None:
-        positions = getattr(model.config, "max_position_embeddings", None)
-        if positions and self.recipe.data.sequence_length > positions and self.world.is_first:
-            log.warning(
-                "data.sequence_length %d is more than the %d positions of the model; samples are restarted at position "
-                "0 within a pack, so only samples longer than that are affected",
-                self.recipe.data.sequence_length,
-                positions,
-            )
 
     def _load_report(self, loaded: Loaded) -> list[dict[str, int]]:
         mine = {
