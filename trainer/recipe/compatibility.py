@@ -1,12 +1,14 @@
-"""What cannot work together across sections: one table, read by every check of a recipe."""
+"""What cannot work together across sections, beside the support matrix (``matrix``): one table of rules."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
+from trainer.recipe import matrix
 from trainer.recipe.base import Conflict, KeyPath
 from trainer.recipe.data import TASK_FORMATS
+from trainer.recipe.zero import STAGES
 
 if TYPE_CHECKING:
     from trainer.recipe.root import Recipe
@@ -22,29 +24,25 @@ class Rule(NamedTuple):
 
 RULES = (
     Rule(
-        (("model", "quantization"), ("adapter", "method")),
-        lambda r: r.model.quantization != "none" and r.adapter.method == "none",
-        lambda r: (
-            f"{r.model.quantization} weights cannot be trained, and adapter.method none trains all of them; "
-            "set quantization to none, or choose an adapter such as lora"
-        ),
-    ),
-    Rule(
-        (("model", "quantization"), ("strategy", "kind")),
-        lambda r: r.model.quantization == "int8" and r.strategy.kind == "fsdp",
-        lambda r: "int8 weights cannot be sharded by strategy.kind fsdp; use nf4, or ddp with int8",
-    ),
-    Rule(
         (("optimizer", "name"), ("strategy", "kind")),
-        lambda r: r.optimizer.name != "adamw" and r.strategy.kind == "fsdp",
+        lambda r: r.optimizer.name != "adamw" and r.strategy.kind != "ddp",
         lambda r: (
-            f"{r.optimizer.name} does not take the sharded parameters of strategy.kind fsdp; use adamw, or ddp with it"
+            f"{r.optimizer.name} does not take the sharded parameters of strategy.kind {r.strategy.kind}; use adamw, "
+            "or ddp with it"
         ),
     ),
     Rule(
         (("optimizer", "name"), ("resources", "gpus_per_worker")),
         lambda r: r.optimizer.name.startswith("paged") and r.resources.gpus_per_worker == 0,
         lambda r: f"{r.optimizer.name} moves GPU memory to the host, and gpus_per_worker is 0; use adamw_8bit",
+    ),
+    Rule(
+        (("model", "dtype"), ("strategy", "kind")),
+        lambda r: r.model.dtype == "float16" and r.strategy.kind in STAGES,
+        lambda r: (
+            f"float16 scales the loss, and what overflows cannot be left out under {r.strategy.kind}; "
+            "use bfloat16 or float32, or fsdp"
+        ),
     ),
     Rule(
         (("exact",), ("strategy", "kind")),
@@ -80,6 +78,7 @@ RULES = (
 def across_sections(recipe: Recipe) -> Iterator[Conflict]:
     """The rules that this recipe breaks."""
     yield from (Conflict(rule.paths, rule.message(recipe)) for rule in RULES if rule.broken(recipe))
+    yield from matrix.conflicts(recipe)
     yield from _formats_of_task(recipe)
 
 

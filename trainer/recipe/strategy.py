@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from collections.abc import Iterator
+from typing import Annotated, Any
 
-from trainer.recipe.base import OneOf, Section
+from pydantic import Field
+
+from trainer.recipe import zero
+from trainer.recipe.base import Conflict, OneOf, Section, takes
 from trainer.registry import STRATEGIES
 
 
@@ -13,4 +17,32 @@ class StrategySection(Section):
 
     kind: Annotated[str, OneOf(STRATEGIES)] = "ddp"
     """`ddp` keeps the whole model on each worker and is fastest when it fits; `fsdp` gives each worker a slice of every
-    layer (FSDP2), so that memory per worker falls with their number."""
+    layer (torch's FSDP2), so that memory per worker falls with their number; `zero2` (DeepSpeed) shards gradients and
+    optimizer state only, `zero3` parameters too."""
+
+    reshard_after_forward: bool = True
+    """With `fsdp`: a layer's parameters are freed after its forward and gathered again for its backward. `false` keeps
+    them until then: faster, for the memory of the whole model's parameters in the compute type."""
+
+    offload: bool = False
+    """With `fsdp`: parameters, gradients and optimizer state lie in the host's memory, and the update runs there; a layer
+    comes to the device while it computes. Slow, for models that fit no other way."""
+
+    deepspeed: Annotated[
+        str | dict[str, Any] | None, takes("the name of a file in deepspeed/, or ZeRO settings by name")
+    ] = Field(default=None, examples=["zero3_offload"])
+    """With `zero2` or `zero3`: a file of `deepspeed/` by its name (`zero2`, `zero2_offload`, `zero3`, `zero3_offload`),
+    or the settings of DeepSpeed's `zero_optimization` themselves. Without it, the file of the kind's name."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        is_zero = self.kind in zero.STAGES
+        if is_zero:
+            for message in zero.mistakes(self.kind, self.deepspeed):
+                yield Conflict((("deepspeed",), ("kind",)), message)
+        elif self.deepspeed is not None:
+            yield Conflict((("deepspeed",), ("kind",)), f"has no effect with strategy.kind {self.kind}; leave it out")
+        if self.kind != "fsdp" and not self.reshard_after_forward:
+            yield Conflict((("reshard_after_forward",), ("kind",)), f"has no effect with strategy.kind {self.kind}")
+        if self.kind != "fsdp" and self.offload:
+            hint = f"name deepspeed: {self.kind}_offload instead" if is_zero else "it belongs to fsdp"
+            yield Conflict((("offload",), ("kind",)), f"has no effect with strategy.kind {self.kind}; {hint}")

@@ -1,0 +1,117 @@
+"""Which method, quantisation, strategy and task work together: one table.
+
+``validate`` reads it, ``muster matrix`` prints it, and ``make matrix`` trains every cell that it allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import product
+from typing import TYPE_CHECKING, NamedTuple, get_args
+
+from trainer.recipe.base import Conflict, KeyPath
+from trainer.recipe.model import ModelSection
+from trainer.registry import METHODS, STRATEGIES, TASKS
+
+if TYPE_CHECKING:
+    from trainer.recipe.root import Recipe
+
+
+class Cell(NamedTuple):
+    method: str
+    quantization: str
+    strategy: str
+    task: str
+
+
+PATHS: dict[str, KeyPath] = {
+    "method": ("adapter", "method"),
+    "quantization": ("model", "quantization"),
+    "strategy": ("strategy", "kind"),
+    "task": ("task",),
+}
+"""Where a recipe has each side of a cell."""
+
+PLAINEST_FIRST = ("quantization", "strategy", "method", "task")
+"""The sides in the order in which a recipe would rather change them: what it learns comes last."""
+
+NEARER_VALUES = {"quantization": ("nf4", "int8", "none")}
+"""The order in which the values of a side are tried in another's place: who asks for few bytes gets few bytes."""
+
+
+class Refusal(NamedTuple):
+    """Cells that do not work: those with one of these values on every side that is given."""
+
+    why: str
+    method: tuple[str, ...] = ()
+    quantization: tuple[str, ...] = ()
+    strategy: tuple[str, ...] = ()
+    task: tuple[str, ...] = ()
+
+    def sides(self) -> tuple[str, ...]:
+        return tuple(side for side in PLAINEST_FIRST if getattr(self, side))
+
+    def covers(self, cell: Cell) -> bool:
+        return all(getattr(cell, side) in getattr(self, side) for side in self.sides())
+
+
+REFUSALS = (
+    Refusal(
+        "quantised weights cannot be trained, and adapter.method none trains all of them",
+        method=("none",),
+        quantization=("nf4", "int8"),
+    ),
+    Refusal(
+        "int8 weights cannot be sharded: their scales are taken over whole rows of the whole weight",
+        quantization=("int8",),
+        strategy=("fsdp", "zero3"),
+    ),
+)
+
+
+def axes() -> dict[str, tuple[str, ...]]:
+    """Every value of every side, in the order in which people meet them."""
+    return {
+        "method": METHODS.names(),
+        "quantization": get_args(ModelSection.model_fields["quantization"].annotation),
+        "strategy": STRATEGIES.names(),
+        "task": TASKS.names(),
+    }
+
+
+def cells() -> Iterator[Cell]:
+    """All cells, allowed or not."""
+    yield from (Cell(*values) for values in product(*axes().values()))
+
+
+def refusal(cell: Cell) -> Refusal | None:
+    """Why this cell does not work; None when it does."""
+    return next((refused for refused in REFUSALS if refused.covers(cell)), None)
+
+
+def nearest(cell: Cell) -> list[tuple[str, str]]:
+    """Each single change ``(side, value)`` that leads to a cell that works, one value per side, the sides in the order
+    of ``PLAINEST_FIRST``; empty when it takes more than one change."""
+    found = []
+    for side in PLAINEST_FIRST:
+        for value in NEARER_VALUES.get(side, axes()[side]):
+            if refusal(cell._replace(**{side: value})) is None:
+                found.append((side, value))
+                break
+    return found
+
+
+def cell_of(recipe: Recipe) -> Cell:
+    return Cell(recipe.adapter.method, recipe.model.quantization, recipe.strategy.kind, recipe.task)
+
+
+def conflicts(recipe: Recipe) -> Iterator[Conflict]:
+    cell = cell_of(recipe)
+    refused = refusal(cell)
+    if refused is not None:
+        yield Conflict(tuple(PATHS[side] for side in refused.sides()), f"{refused.why}; {_advice(cell)}")
+
+
+def _advice(cell: Cell) -> str:
+    changes = [f"{'.'.join(map(str, PATHS[side]))}={value}" for side, value in nearest(cell)]
+    return f"what works is {' or '.join(changes)}" if changes else "see `muster matrix`"

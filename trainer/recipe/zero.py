@@ -1,0 +1,96 @@
+"""The ZeRO settings that a strategy names: a file of the folder ``deepspeed/``, or the settings themselves.
+
+They hold what DeepSpeed's ``zero_optimization`` takes and nothing else. Batch sizes, clipping, precision, optimizer and
+learning rate stand in the recipe; a second home for them would be a second truth.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.registry import choose_hint
+
+FOLDER = Path(__file__).resolve().parents[2] / "deepspeed"
+STAGES = {"zero2": 2, "zero3": 3}
+OFFLOADS = ("offload_optimizer", "offload_param")
+ELSEWHERE = {
+    "train_batch_size": "training.global_batch",
+    "train_micro_batch_size_per_gpu": "training.micro_batch",
+    "gradient_accumulation_steps": "training.global_batch",
+    "gradient_clipping": "training.max_grad_norm",
+    "fp16": "model.dtype",
+    "bf16": "model.dtype",
+    "torch_autocast": "model.dtype",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "activation_checkpointing": "training.gradient_checkpointing",
+}
+"""What a DeepSpeed configuration often holds, and where muster has it."""
+
+
+def names() -> tuple[str, ...]:
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.json")))
+
+
+def zero_settings(kind: str, given: str | Mapping[str, Any] | None) -> dict[str, Any]:
+    """What DeepSpeed gets as ``zero_optimization``. ``given`` is the recipe's ``strategy.deepspeed``, already checked."""
+    settings = dict(given) if isinstance(given, Mapping) else _read(given or kind)["zero_optimization"]
+    return {**settings, "stage": STAGES[kind]}
+
+
+def offloads(kind: str, given: str | Mapping[str, Any] | None) -> bool:
+    """Whether optimizer state or parameters lie in the host's memory between steps."""
+    settings = zero_settings(kind, given)
+    return any(settings.get(part, {}).get("device", "none") != "none" for part in OFFLOADS)
+
+
+def mistakes(kind: str, given: str | Mapping[str, Any] | None) -> Iterator[str]:
+    """What is wrong with ``strategy.deepspeed``, in sentences that follow its path."""
+    where, settings = "", given
+    if not isinstance(given, Mapping):
+        name = given or kind
+        if name not in names():
+            yield f"{name!r} is not one of the files in deepspeed/: {', '.join(names())}{choose_hint(name, names())}"
+            return
+        where = f"file {name}.json: "
+        try:
+            config = _read(name)
+        except ValueError as error:
+            yield f"{where}is not JSON ({error})"
+            return
+        yield from (f"{where}{text}" for text in _foreign(config, allowed={"zero_optimization"}))
+        settings = config.get("zero_optimization")
+    if not isinstance(settings, Mapping):
+        yield f"{where}zero_optimization is missing or no mapping; it holds DeepSpeed's ZeRO settings"
+        return
+    yield from (f"{where}{text}" for text in _foreign(settings, allowed=None))
+    yield from (f"{where}{text}" for text in _wrong(kind, settings))
+
+
+def _read(name: str) -> dict[str, Any]:
+    config: dict[str, Any] = json.loads((FOLDER / f"{name}.json").read_text())
+    return config
+
+
+def _foreign(settings: Mapping[str, Any], allowed: set[str] | None) -> Iterator[str]:
+    for key in settings:
+        if key in ELSEWHERE:
+            yield f"{key} does not belong here; it comes from {ELSEWHERE[key]}"
+        elif allowed is not None and key not in allowed:
+            yield f"{key} does not belong here: only ZeRO settings (zero_optimization) do"
+
+
+def _wrong(kind: str, settings: Mapping[str, Any]) -> Iterator[str]:
+    stage = settings.get("stage", STAGES[kind])
+    if stage != STAGES[kind]:
+        yield f"holds ZeRO stage {stage}, and strategy.kind {kind} is stage {STAGES[kind]}; name another, or change kind"
+    for part in OFFLOADS:
+        offload = settings.get(part, {})
+        device = offload.get("device", "none") if isinstance(offload, Mapping) else offload
+        if device not in ("none", "cpu"):
+            yield f"{part}.device {device!r} is not one of: none, cpu (checkpoints gather what lies in host memory)"
+        if part == "offload_param" and device == "cpu" and kind != "zero3":
+            yield f"offload_param needs strategy.kind zero3: {kind} keeps whole parameters on the device"
