@@ -25,8 +25,8 @@ class StrategySection(Section):
     them until then: faster, for the memory of the whole model's parameters in the compute type."""
 
     offload: bool = False
-    """With `fsdp`: parameters, gradients and optimizer state lie in the host's memory, and the update runs there; a layer
-    comes to the device while it computes. Slow, for models that fit no other way."""
+    """With `fsdp`: parameters, gradients and optimizer state lie in the host's memory, and the update runs there; a
+    layer comes to the device while it computes. Slow, for models that fit no other way."""
 
     deepspeed: Annotated[
         str | dict[str, Any] | None, takes("the name of a file in deepspeed/, or ZeRO settings by name")

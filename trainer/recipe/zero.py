@@ -36,7 +36,7 @@ def names() -> tuple[str, ...]:
 
 
 def zero_settings(kind: str, given: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    """What DeepSpeed gets as ``zero_optimization``. ``given`` is the recipe's ``strategy.deepspeed``, already checked."""
+    """What DeepSpeed gets as ``zero_optimization``. ``given``: the checked ``strategy.deepspeed``."""
     settings = dict(given) if isinstance(given, Mapping) else _read(given or kind)["zero_optimization"]
     return {**settings, "stage": STAGES[kind]}
 
@@ -86,7 +86,7 @@ def _foreign(settings: Mapping[str, Any], allowed: set[str] | None) -> Iterator[
 def _wrong(kind: str, settings: Mapping[str, Any]) -> Iterator[str]:
     stage = settings.get("stage", STAGES[kind])
     if stage != STAGES[kind]:
-        yield f"holds ZeRO stage {stage}, and strategy.kind {kind} is stage {STAGES[kind]}; name another, or change kind"
+        yield f"holds ZeRO stage {stage}, and strategy.kind {kind} is stage {STAGES[kind]}; name another file or kind"
     for part in OFFLOADS:
         offload = settings.get(part, {})
         device = offload.get("device", "none") if isinstance(offload, Mapping) else offload
