@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.errors import InputError
+from trainer.model.quantization import keep_weights_packed, quantization_config
 from trainer.recipe.model import ModelSection
 
 if TYPE_CHECKING:
@@ -30,25 +31,6 @@ class Loaded:
     peak_host_bytes: int
 
 
-def quantization_config(section: ModelSection) -> Any:
-    """NF4 with double quantisation (QLoRA, Dettmers et al. 2023, arXiv:2305.14314) or LLM.int8(), or None.
-
-    The packed bytes are stored as the compute dtype, so that whatever casts a layer's parameters to it leaves them be.
-    """
-    from transformers import BitsAndBytesConfig
-
-    dtype = getattr(torch, section.dtype)
-    if section.quantization == "nf4":
-        return BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=dtype,
-        )
-    return BitsAndBytesConfig(load_in_8bit=True) if section.quantization == "int8" else None
-
-
 def build(section: ModelSection, folder: Path, device: torch.device, *, full: bool, checkpointing: bool) -> Loaded:
     """Loads the causal LM in ``folder`` whole; ``full``: all its parameters will be trained.
 
@@ -56,7 +38,7 @@ def build(section: ModelSection, folder: Path, device: torch.device, *, full: bo
     """
     before = _resident_bytes()
     model = _load_whole(section, folder, device, torch.float32 if full else getattr(torch, section.dtype))
-    _keep_weights_packed(model)
+    keep_weights_packed(model)
     model.requires_grad_(full)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -103,14 +85,6 @@ def _check_whole(path: str, loading: Mapping[str, Any]) -> None:
             f"model.path {path!r} lacks {len(missing)} weights of a causal language model ({', '.join(missing[:3])}); "
             "name a checkpoint that was saved whole, with its output head"
         )
-
-
-def _keep_weights_packed(model: torch.nn.Module) -> None:
-    """Keeps bitsandbytes from repacking 4-bit weights for AVX512-BF16: a forward in eval mode would do it for good, and
-    the training forwards after it would go through a kernel without a gradient, silently."""
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            object.__setattr__(module, "support_avx512bf16_for_cpu", False)
 
 
 def _resident_bytes() -> int:

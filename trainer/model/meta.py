@@ -1,0 +1,177 @@
+"""The base model without its weights: every parameter on the meta device, made from ``config.json`` alone.
+
+What is quantised has its packed weights and its quantisation state there as well, with the shapes and types that
+loading would give them. Buffers that no file holds (rotary frequencies) are computed for real: they are small, and
+whatever wraps or materialises the model leaves them as they are.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainer.errors import InputError
+from trainer.model.quantization import keep_weights_packed, quantization_config
+from trainer.recipe.model import ModelSection
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+META = torch.device("meta")
+
+
+class NotByShard(Exception):
+    """This model has to be loaded whole; ``str`` says why."""
+
+
+def meta_model(
+    section: ModelSection,
+    folder: Path,
+    device: torch.device,
+    *,
+    full: bool,
+    checkpointing: bool,
+    auto_class: Any = None,
+) -> PreTrainedModel:
+    """What `build` makes, with its parameters on the meta device and its computed buffers on ``device``.
+
+    ``auto_class``: one of transformers' auto classes instead of AutoModelForCausalLM. Raises InputError when the
+    configuration is none that transformers knows, NotByShard when a buffer can only be had by loading the model whole.
+    """
+    dtype = torch.float32 if full else getattr(torch, section.dtype)
+    model: PreTrainedModel = _from_config(section, folder, dtype, auto_class)
+    _keep_wide(model, dtype)
+    if section.quantization != "none":
+        _quantise(model, section, dtype)
+    _compute_buffers(model, device)
+    model.requires_grad_(full)
+    if checkpointing:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    model.eval()
+    return model
+
+
+def _from_config(section: ModelSection, folder: Path, dtype: torch.dtype, auto_class: Any) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    auto = auto_class or AutoModelForCausalLM
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+        with META:
+            model = auto.from_config(config, dtype=dtype, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as e:
+        raise InputError(f"model.path {section.path!r} cannot be loaded as a causal language model: {e}") from e
+    _add_generation_config(model, folder)
+    return model
+
+
+def _add_generation_config(model: Any, folder: Path) -> None:
+    from transformers import GenerationConfig
+
+    if model.can_generate() and (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
+
+
+def _keep_wide(model: Any, dtype: torch.dtype) -> None:
+    """Some architectures hold a few weights in float32 whatever the model's type is (normalisation, routers)."""
+    from transformers.core_model_loading import build_glob_alternation
+
+    plan = model._get_dtype_plan(dtype)
+    if not plan:
+        return
+    wide, _, _ = build_glob_alternation(list(plan))
+    for name, parameter in model.named_parameters():
+        if wide.search(name):
+            parameter.data = parameter.data.to(torch.float32)
+
+
+def _quantise(model: Any, section: ModelSection, dtype: torch.dtype) -> None:
+    """transformers' own replacement of the linear layers; for nf4 with packed weights in them."""
+    from transformers.quantizers.auto import get_hf_quantizer
+
+    quantizer, _, device_map = get_hf_quantizer(
+        model.config, quantization_config(section), {"": torch.device("cpu")}, True, {}
+    )
+    with META:
+        quantizer.preprocess_model(model=model, dtype=dtype, device_map=device_map)
+    quantizer.postprocess_model(model)
+    model.hf_quantizer = quantizer
+    keep_weights_packed(model)
+    if section.quantization == "nf4":
+        for module in four_bit_layers(model).values():
+            _pack(module, dtype)
+
+
+def four_bit_layers(model: torch.nn.Module) -> dict[str, Any]:
+    from bitsandbytes.nn import Linear4bit
+
+    return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+
+
+def _pack(module: Any, dtype: torch.dtype) -> None:
+    from bitsandbytes.nn import Params4bit
+
+    old = module.weight
+    unpacked = torch.empty(module.out_features, module.in_features, dtype=dtype, device=META)
+    packed, state = quantise_4bit(unpacked, old.quant_storage)
+    module.weight = Params4bit(
+        packed,
+        requires_grad=False,
+        quant_state=state,
+        blocksize=old.blocksize,
+        compress_statistics=old.compress_statistics,
+        quant_type=old.quant_type,
+        quant_storage=old.quant_storage,
+        module=module,
+        bnb_quantized=True,
+    )
+    module.quant_state = state
+
+
+def quantise_4bit(weight: torch.Tensor, storage: torch.dtype) -> tuple[torch.Tensor, Any]:
+    """bitsandbytes' NF4 with double quantisation, of a tensor on any device, meta included."""
+    from bitsandbytes import functional
+
+    # It keeps its table of 8-bit codes from the first call: from a tensor on the meta device, that would be no table.
+    functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
+    packed, state = functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4", quant_storage=storage)
+    return packed, state
+
+
+def _compute_buffers(model: Any, device: torch.device) -> None:
+    """Asks the model for the buffers that are not in its files, as transformers does after loading."""
+    for name, module in model.named_modules():
+        buffers = [b for b in module._non_persistent_buffers_set if module._buffers.get(b) is not None]
+        if not buffers:
+            continue
+        # From two beginnings: what the model leaves alone comes out differently.
+        found = [_computed(_owner(model, name), module, buffers, device, fill) for fill in (0, 1)]
+        for buffer in buffers:
+            if not torch.equal(found[0][buffer], found[1][buffer]):
+                raise NotByShard(f"its buffer {name}.{buffer} is in no file, and nothing computes it")
+
+
+@torch.no_grad()
+def _computed(
+    owner: Any, module: torch.nn.Module, buffers: list[str], device: torch.device, fill: int
+) -> dict[str, torch.Tensor]:
+    for name in buffers:
+        like = module._buffers[name]
+        assert like is not None
+        module._buffers[name] = torch.full(like.shape, fill, dtype=like.dtype, device=device)
+    owner._init_weights(module)
+    return {name: module.get_buffer(name) for name in buffers}
+
+
+def _owner(model: Any, name: str) -> Any:
+    """The innermost (sub)model that the module ``name`` belongs to: it knows how the module is initialised."""
+    from transformers import PreTrainedModel
+
+    path = name.split(".") if name else []
+    for length in range(len(path), -1, -1):
+        module = model.get_submodule(".".join(path[:length]))
+        if isinstance(module, PreTrainedModel):
+            return module
+    return model
