@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from trainer.begin import check_rows
 from trainer.errors import InputError, StorageError
 from trainer.recipe import ModelSection, Recipe
+from trainer.recipe.tasks import AUTO_CLASSES, CAUSAL, SEQUENCE
 from trainer.storage import Storage
 
 if TYPE_CHECKING:
@@ -15,6 +16,9 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_KINDS = {CAUSAL: "causal language model", SEQUENCE: "model for sequence classification"}
 
 
 def check_storage(storage: Storage) -> bool:
@@ -38,7 +42,7 @@ def _is_full(error: BaseException | None) -> bool:
 
 
 def check_model(recipe: Recipe, warn: Callable[[str], None]) -> None:
-    """The model is there, whole, and a causal language model; the adapter's target modules are in it; its tokenizer
+    """The model is there, whole, and one that the task can use; the adapter's target modules are in it; its tokenizer
     and its positions fit the recipe; and the first rows of every source become samples.
 
     Reads configuration, rows, and of the weights the headers alone. Raises InputError; ``warn`` gets what may be meant.
@@ -46,7 +50,7 @@ def check_model(recipe: Recipe, warn: Callable[[str], None]) -> None:
     from trainer.model import check_weights, fetch_model
 
     folder = fetch_model(recipe.model, weights=False).folder
-    model = _model_without_weights(recipe.model, folder)
+    model = _model_without_weights(recipe.model, folder, AUTO_CLASSES[recipe.task])
     if recipe.adapter.method != "none":
         from trainer.adapters.lora import check_targets
 
@@ -59,10 +63,11 @@ def check_model(recipe: Recipe, warn: Callable[[str], None]) -> None:
     check_rows(recipe, tokenizer)
 
 
-def _model_without_weights(section: ModelSection, folder: Path) -> PreTrainedModel:
+def _model_without_weights(section: ModelSection, folder: Path, auto_class: str) -> PreTrainedModel:
     """The model's modules on torch's meta device, which holds shapes only."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    import transformers
+    from transformers import AutoConfig
 
     trust = section.trust_remote_code
     try:
@@ -71,18 +76,18 @@ def _model_without_weights(section: ModelSection, folder: Path) -> PreTrainedMod
         raise InputError(f"model.path {section.path!r} has a config.json that cannot be used: {first_line(e)}") from e
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(config, trust_remote_code=trust)
+            model: PreTrainedModel = getattr(transformers, auto_class).from_config(config, trust_remote_code=trust)
     except (ValueError, KeyError, ImportError, AttributeError) as e:
-        raise InputError(_no_language_model(section.path, config, e)) from e
+        raise InputError(_not_built(section.path, config, auto_class, e)) from e
     return model
 
 
-def _no_language_model(path: str, config: Any, error: Exception) -> str:
+def _not_built(path: str, config: Any, auto_class: str, error: Exception) -> str:
     kind = getattr(config, "model_type", "unknown")
     if type(config).__name__ in str(error):
         return (
-            f"model.path {path!r} holds a {kind!r} model, which is no causal language model: name one whose "
-            "config.json lists an architecture that ends in ForCausalLM"
+            f"model.path {path!r} holds a {kind!r} model, which is no {_KINDS[auto_class]}: name one of a family for "
+            f"which transformers has a class that ends in {auto_class.removeprefix('AutoModel')}"
         )
     return f"model.path {path!r} holds a {kind!r} model that cannot be built: {first_line(error)}"
 

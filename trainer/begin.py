@@ -145,8 +145,11 @@ def _version(name: str) -> str | None:
 
 def check_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     """Looks at the first rows of every source. Raises InputError for what a whole preparation would fail at soonest."""
+    labels: Sequence[str] | None = None
     for sources in filter(None, (recipe.data.train, recipe.data.eval)):
-        check_first_rows(_spec(recipe, sources, tokenizer, None), tokenizer)
+        spec = _spec(recipe, sources, tokenizer, None, labels)
+        check_first_rows(spec, tokenizer)
+        labels = spec.labels
 
 
 def prepare_data(
@@ -192,7 +195,8 @@ def prepare_parts(
         prepared = open_prepared(shared, spec.fingerprint) if spec else None
         if prepared is None:
             loaded = loaded or [tokenizer()]
-            spec = _spec(recipe, sources, loaded[0], spec)
+            known = parts["train"].spec.labels if parts["train"] else None
+            spec = _spec(recipe, sources, loaded[0], spec, known)
             if early is not None and part == "train" and recipe.training.steps is not None:
                 prepared = early(spec, loaded[0], shared)
             else:
@@ -270,11 +274,16 @@ def _read_data(run: Storage) -> dict[str, Any]:
 
 
 def _spec(
-    recipe: Recipe, sources: Sequence[SourceSection], tokenizer: PreTrainedTokenizerBase, frozen: Preparation | None
+    recipe: Recipe,
+    sources: Sequence[SourceSection],
+    tokenizer: PreTrainedTokenizerBase,
+    frozen: Preparation | None,
+    labels: Sequence[str] | None,
 ) -> Preparation:
+    """``labels``: the label set of the training data, to which evaluation data are held; None for the former."""
     if frozen is None:
-        return describe(freeze(sources), tokenizer, **_settings(recipe))
-    spec = describe(frozen.sources, tokenizer, **_settings(recipe))
+        return describe(freeze(sources), tokenizer, labels=labels, **_settings(recipe))
+    spec = describe(frozen.sources, tokenizer, labels=frozen.labels, **_settings(recipe))
     if spec.fingerprint != frozen.fingerprint:
         raise InputError(
             "the tokenizer or the chat template is not the one that this run was begun with, and its prepared data is "

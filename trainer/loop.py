@@ -1,8 +1,8 @@
 """The training loop: the same few lines for every method, strategy and task.
 
 A global step is cut into micro-batches; rank r runs those with k % world_size == r. What a micro-batch holds, and the
-random numbers that its forward draws, depend on (seed, step, k) alone, and the loss is the sum over target tokens
-divided by the step's target tokens, known from the plan: so any number of ranks trains the same run.
+random numbers that its forward draws, depend on (seed, step, k) alone, and the loss is the sum over the task's units
+(target tokens, samples, pairs) divided by the step's, known from the plan: so any number of ranks trains the same run.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +23,7 @@ from trainer.heartbeat import CHECKPOINT, WAITING_FOR_DATA
 from trainer.optim import learning_rate
 from trainer.recipe import Recipe
 from trainer.strategies import Strategy
-from trainer.tasks import Task
+from trainer.tasks import Task, Totals
 from trainer.world import World
 
 NAMED_SAMPLES = 8
@@ -98,10 +98,10 @@ class Loop:
         return self.eval_batches is not None and (step == self.total_steps or (every is not None and step % every == 0))
 
     def _step(self, step: int, data: RankStep, began: float) -> tuple[dict[str, Any], bool]:
-        loss_sum = self._accumulate(step, data)
+        loss_sum, totals = self._accumulate(step, data)
         self.hooks.phase(step, "exchange of the loss")
-        total, bad, stop = self.world.sum(
-            [loss_sum, float(not math.isfinite(loss_sum)), float(self.hooks.stop_requested())]
+        total, bad, stop, *sums = self.world.sum(
+            [loss_sum, float(not math.isfinite(loss_sum)), float(self.hooks.stop_requested()), *totals.numbers()]
         )
         if bad:
             self._non_finite(step, data, loss_sum)
@@ -114,43 +114,60 @@ class Loop:
                 f"step {step}: the gradient's norm is {norm} while the loss is finite; lower the "
                 f"learning rate ({lr:g}), or compute in float32 or bfloat16 (model.dtype)"
             )
-        return self._metrics(step, data.plan, total, lr, norm, time.monotonic() - began), bool(stop)
+        units = self.task.units(data.plan)
+        said = {"loss": total / max(1, units)}
+        if sums:
+            said |= self.task.step_metrics(totals.named(sums))
+        return self._metrics(step, data.plan, said, lr, norm, time.monotonic() - began), bool(stop)
 
     def _may_scale_down(self) -> bool:
         """In float16 the first gradients overflow as a matter of course, until the scale of the loss has come down."""
         scaler = self.strategy.scaler
         return scaler.is_enabled() and scaler.get_scale() >= MIN_LOSS_SCALE
 
-    def _accumulate(self, step: int, data: RankStep) -> float:
-        """This rank's sum of losses; gradients of the step's mean loss lie in the parameters afterwards."""
+    def _accumulate(self, step: int, data: RankStep) -> tuple[float, Totals]:
+        """This rank's sum of losses, and those of the metrics; gradients of the step's mean loss lie in the parameters
+        afterwards."""
         plan = data.plan
         rounds = plan.rounds(self.world.size)
         batches = data.batches + [Batch.empty()] * (rounds - len(data.batches))
-        scale = (self.world.size if self.strategy.averages else 1) / max(1, plan.target_tokens)
-        total = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        scale = (self.world.size if self.strategy.averages else 1) / max(1, self.task.units(plan))
+        total, totals = torch.zeros((), dtype=torch.float64, device=self.world.device), Totals()
+        if self.task.prepares:
+            self.hooks.phase(step, "phase before the losses")
+            self._prepare(batches)
         for i, batch in enumerate(batches):
             seed_micro_batch(self.recipe.seed, step, batch.index)
             with self.strategy.micro_batch(last=i == rounds - 1):
                 self.hooks.phase(step, f"forward of micro-batch {batch.index}")
                 with self._autocast():
-                    loss = self.task.loss_sum(self.strategy.module, batch, self.world.device)
+                    loss, sums = self.task.measure(self.strategy.module, batch, self.world.device)
                 self.hooks.phase(step, f"backward of micro-batch {batch.index}")
                 self.strategy.backward(loss * scale)
             total += loss.detach()
-        return float(total)
+            totals.add(sums)
+        return float(total), totals
+
+    @torch.no_grad()
+    def _prepare(self, batches: Sequence[Batch]) -> None:
+        self.strategy.module.eval()
+        with self._autocast():
+            self.task.prepare(self.strategy.module, batches, self.world.device)
+        self.strategy.settle()
+        self.strategy.module.train()
 
     def _autocast(self) -> AbstractContextManager[Any]:
         dtype = getattr(torch, self.recipe.model.dtype)
         return nullcontext() if dtype == torch.float32 else torch.autocast(self.world.device.type, dtype)
 
     def _metrics(
-        self, step: int, plan: StepPlan, loss_sum: float, lr: float, norm: float, seconds: float
+        self, step: int, plan: StepPlan, said: dict[str, float], lr: float, norm: float, seconds: float
     ) -> dict[str, Any]:
         return {
             "step": step,
             "total_steps": self.total_steps,
             "epoch": plan.epoch,
-            "loss": loss_sum / max(1, plan.target_tokens),
+            **said,
             "lr": lr,
             "grad_norm": norm,
             "tokens": plan.tokens,
@@ -174,25 +191,33 @@ class Loop:
     def evaluate(self, step: int) -> None:
         assert self.eval_batches is not None
         began = time.monotonic()
-        loss_sum, targets, tokens = 0.0, 0, 0
+        totals = Totals()
         self.strategy.module.eval()
         for batch in self.eval_batches():
             self.hooks.phase(step, "evaluation")
-            with self._autocast():
-                loss_sum += float(self.task.loss_sum(self.strategy.module, batch, self.world.device))
-            targets, tokens = targets + batch.target_tokens, tokens + batch.tokens
+            totals.add(self._measure(batch))
         self.strategy.settle()
         self.strategy.module.train()
-        loss_sum, all_targets, all_tokens = self.world.sum([loss_sum, targets, tokens])
+        sums = totals.named(self.world.sum(totals.numbers()))
         self.hooks.evaluated(
             {
                 "step": step,
-                **self.task.eval_metrics(loss_sum, int(all_targets)),
-                "eval_tokens": int(all_tokens),
-                "eval_target_tokens": int(all_targets),
+                **{f"eval_{name}": value for name, value in self.task.metrics(sums).items()},
+                "eval_tokens": int(sums["tokens"]),
+                "eval_target_tokens": int(sums["target_tokens"]),
                 "eval_s": time.monotonic() - began,
             }
         )
+
+    def _measure(self, batch: Batch) -> dict[str, torch.Tensor]:
+        """What a batch adds to an evaluation."""
+        module, device = self.strategy.module, self.world.device
+        with self._autocast():
+            if self.task.prepares:
+                self.task.prepare(module, [batch], device)
+            loss, sums = self.task.measure(module, batch, device)
+        counted = {"units": self.task.units(batch), "tokens": batch.tokens, "target_tokens": batch.target_tokens}
+        return {"loss": loss, **{n: torch.tensor(v, device=device) for n, v in counted.items()}, **sums}
 
 
 def seed_micro_batch(seed: int, step: int, index: int) -> None:

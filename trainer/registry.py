@@ -72,6 +72,7 @@ TASKS = Registry(
     "task",
     {
         "sft": "trainer.tasks.sft:SFT",
+        "classification": "trainer.tasks.classification:Classification",
     },
 )
 

@@ -30,7 +30,7 @@ from trainer.data import Batch, Cursor, Stream, eval_batches, open_caches
 from trainer.errors import Interrupted, MusterError
 from trainer.heartbeat import Heartbeat, Pulse, end_culprits, hang_text, store_of_group
 from trainer.loop import Hooks, Loop, Position
-from trainer.model import Loaded, build, check_isolation, fetch_model, load_tokenizer
+from trainer.model import Head, Loaded, build, check_isolation, fetch_model, load_tokenizer
 from trainer.optim import make_optimizer
 from trainer.publish import TOTAL_STEPS, publish
 from trainer.recipe import Recipe
@@ -81,7 +81,7 @@ class Attempt:
         run, recipe = self.run_storage, self.recipe
         data = open_data(recipe, run, self.storage.child(layout.PREPARED))
         self.cache, self.eval_cache = open_caches(data.train, data.eval, recipe.data.cache_bytes)
-        self._build()
+        self._build(data.train.spec.labels)
         self.number = self.world.from_first(lambda: claim_attempt(run, self.job.driver, dict(self.job.holder)))
         self.recorder = Recorder(run, recipe, self.world, self.number)
         stream = self._stream(data)
@@ -115,11 +115,11 @@ class Attempt:
             raise
         self.recorder.close()
 
-    def _build(self) -> None:
+    def _build(self, labels: tuple[str, ...]) -> None:
         """Model, adapter, task and strategy; they refer to one another in this order only."""
         recipe = self.recipe
         self.adapter = make_adapter(recipe)
-        self.task = make_task(recipe)
+        self.task = make_task(recipe, labels)
         self.files = fetch_model(recipe.model)
         loaded = build(
             recipe.model,
@@ -127,6 +127,7 @@ class Attempt:
             self.world.device,
             full=self.adapter.full,
             checkpointing=recipe.training.gradient_checkpointing,
+            head=Head(self.task.labels, recipe.seed) if self.task.labels else None,
         )
         if recipe.data.packing:
             check_isolation(loaded.model, recipe.model.path)

@@ -78,11 +78,11 @@ class Bench:
 @contextmanager
 def bench(recipe: Recipe) -> Iterator[Bench]:
     with join_world(gpu=False) as world:
-        model, adapter = built(recipe)
-        task, strategy = make_task(recipe), make_strategy(recipe, world)
+        data = prepare(recipe, open_storage(recipe.storage))
+        task, strategy = make_task(recipe, data.train.spec.labels), make_strategy(recipe, world)
+        model, adapter = built(recipe, task.labels)
         task.attach(model)
         strategy.setup(model, lambda parameters: make_optimizer(recipe.optimizer, parameters))
-        data = prepare(recipe, open_storage(recipe.storage))
         yield Bench(recipe, world, model, strategy, task, TrainState(strategy, adapter), data, _stream(recipe, data))
 
 

@@ -13,19 +13,21 @@ from trainer.adapters import Adapter, make_adapter
 from trainer.data import Batch
 from trainer.data.collate import collate
 from trainer.data.rows import Encoded
-from trainer.model import build
+from trainer.model import Head, build
 from trainer.recipe import Recipe
 
 CPU = torch.device("cpu")
 
 
-def built(recipe: Recipe) -> tuple[Any, Adapter]:
-    """The recipe's base with its adapter attached, in training mode, and the adapter."""
+def built(recipe: Recipe, labels: tuple[str, ...] | None = None) -> tuple[Any, Adapter]:
+    """The recipe's base with its adapter attached, in training mode, and the adapter. ``labels``: those of the head of
+    a sequence classifier."""
     torch.set_num_threads(1)  # models this small lose time by sharing their work out
     adapter = make_adapter(recipe)
     folder = Path(recipe.model.path)
     checkpointing = recipe.training.gradient_checkpointing
-    base = build(recipe.model, folder, CPU, full=adapter.full, checkpointing=checkpointing).model
+    head = Head(labels, recipe.seed) if labels else None
+    base = build(recipe.model, folder, CPU, full=adapter.full, checkpointing=checkpointing, head=head).model
     return adapter.attach(base).train(), adapter
 
 

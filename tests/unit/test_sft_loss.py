@@ -254,6 +254,9 @@ def test_a_model_without_an_output_head_is_refused() -> None:
 
 
 def test_evaluation_reports_the_mean_and_its_perplexity() -> None:
-    assert Task().eval_metrics(30.0, 10) == pytest.approx({"eval_loss": 3.0, "eval_perplexity": 20.0855}, rel=1e-4)
-    assert Task().eval_metrics(0.0, 0) == {"eval_loss": 0.0, "eval_perplexity": 1.0}
-    assert Task().eval_metrics(1e6, 1)["eval_perplexity"] > 1e300, "a large loss is a number, not an error"
+    def said(loss: float, units: int) -> dict[str, float]:
+        return Task().metrics({"loss": torch.tensor(loss), "units": torch.tensor(units)})
+
+    assert said(30.0, 10) == pytest.approx({"loss": 3.0, "perplexity": 20.0855}, rel=1e-4)
+    assert said(0.0, 0) == {"loss": 0.0, "perplexity": 1.0}
+    assert said(1e6, 1)["perplexity"] > 1e300, "a large loss is a number, not an error"

@@ -9,7 +9,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer.recipe import Recipe
 from trainer.registry import METHODS
@@ -48,6 +48,14 @@ class Adapter(ABC):
     def starts_at_zero(self, saved_name: str) -> bool:
         """Whether this tensor is zero until it has been trained: the check for a saved adapter that learnt nothing."""
         return False
+
+
+def head_modules(base: Any) -> list[str]:
+    """The modules of the base that are trained whole, whatever the method: a sequence classifier's head."""
+    inner = f"{getattr(base, 'base_model_prefix', '')}."
+    trained = [name for name, parameter in base.named_parameters() if parameter.requires_grad]
+    paths = [name.split(".")[: 2 if name.startswith(inner) else 1] for name in trained]
+    return list(dict.fromkeys(".".join(path) for path in paths))
 
 
 def make_adapter(recipe: Recipe) -> Adapter:

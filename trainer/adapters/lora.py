@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainer.adapters.base import Adapter
+from trainer.adapters.base import Adapter, head_modules
 from trainer.errors import InputError
+from trainer.recipe.tasks import AUTO_CLASSES, PEFT_TYPES
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -36,7 +37,7 @@ class Lora(Adapter):
         section = self.recipe.adapter
         check_targets(base, section.target_modules)
         try:
-            model = get_peft_model(base, self.config())
+            model = get_peft_model(base, self.config(head_modules(base)))
         except ValueError as e:
             raise InputError(f"adapter.target_modules {section.target_modules!r} do not fit this model: {e}") from e
         initialise(model, self.recipe.seed)
@@ -45,13 +46,14 @@ class Lora(Adapter):
                 parameter.data = parameter.data.float()
         return model
 
-    def config(self) -> LoraConfig:
+    def config(self, head: list[str]) -> LoraConfig:
         from peft import LoraConfig
 
         section = self.recipe.adapter
         targets = section.target_modules
         return LoraConfig(
-            task_type="CAUSAL_LM",
+            task_type=PEFT_TYPES[AUTO_CLASSES[self.recipe.task]],
+            modules_to_save=head or None,
             r=section.rank,
             lora_alpha=section.alpha,
             lora_dropout=section.dropout,

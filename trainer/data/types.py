@@ -124,6 +124,10 @@ class Batch:
     pairs: int = 0
     margins: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
 
+    @property
+    def samples(self) -> int:
+        return len(self.sample_ids)
+
     @classmethod
     def empty(cls) -> Batch:
         """The zero-weight batch that keeps a rank without data in step with the others: [1, 8], no target, index -1."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.errors import InputError
+from trainer.model.head import Head, head_modules, is_head, set_up_head
 from trainer.model.quantization import keep_weights_packed, quantization_config
 from trainer.recipe.model import ModelSection
 
@@ -31,59 +32,94 @@ class Loaded:
     peak_host_bytes: int
 
 
-def build(section: ModelSection, folder: Path, device: torch.device, *, full: bool, checkpointing: bool) -> Loaded:
-    """Loads the causal LM in ``folder`` whole; ``full``: all its parameters will be trained.
+def build(
+    section: ModelSection,
+    folder: Path,
+    device: torch.device,
+    *,
+    full: bool,
+    checkpointing: bool,
+    head: Head | None = None,
+) -> Loaded:
+    """Loads the causal LM in ``folder`` whole, or with a ``head`` the sequence classifier; ``full``: all its parameters
+    will be trained. Trainable are then all, or those of the head.
 
-    Raises InputError when the files are not a causal LM that transformers can load.
+    Raises InputError when the files are no such model that transformers can load.
     """
     before = _resident_bytes()
-    model = _load_whole(section, folder, device, torch.float32 if full else getattr(torch, section.dtype))
+    dtype = torch.float32 if full else getattr(torch, section.dtype)
+    model, missing = _load_whole(section, folder, device, dtype, head)
     keep_weights_packed(model)
     model.requires_grad_(full)
+    if head:
+        set_up_head(model, head, missing)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     read = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     return Loaded(model, read, max(0, _peak_bytes() - before))
 
 
-def _load_whole(section: ModelSection, folder: Path, device: torch.device, dtype: torch.dtype) -> Any:
+def _load_whole(
+    section: ModelSection, folder: Path, device: torch.device, dtype: torch.dtype, head: Head | None
+) -> tuple[Any, set[str]]:
+    """The model, and the parameters of the head that are not in the files."""
+    import transformers
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
 
+    auto = transformers.AutoModelForSequenceClassification if head else transformers.AutoModelForCausalLM
     loaded: Any
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
+        loaded = auto.from_pretrained(
             folder,
             output_loading_info=True,
             dtype=dtype,
-            quantization_config=quantization_config(section),
+            quantization_config=quantization_config(section, _unquantised(section, folder) if head else None),
             device_map={"": device},
             trust_remote_code=section.trust_remote_code,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # `_check_whole` says which, where transformers only says that there are some
+            **(head.settings() if head else {}),
         )
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as e:
-        raise InputError(f"model.path {section.path!r} cannot be loaded as a causal language model: {e}") from e
+        raise InputError(f"model.path {section.path!r} cannot be loaded as a {_kind(head)}: {e}") from e
     model, loading = loaded
-    _check_whole(section.path, loading)
-    return model
+    unlike = {name: shapes for name, *shapes in loading["mismatched_keys"]}
+    lacking = set(loading["missing_keys"]) | set(unlike)
+    drawn = {name for name in lacking if head and is_head(model, name)}
+    _check_whole(section.path, {n: s for n, s in unlike.items() if n not in drawn}, lacking - drawn, _kind(head))
+    return model, drawn
 
 
-def _check_whole(path: str, loading: Mapping[str, Any]) -> None:
+def _kind(head: Head | None) -> str:
+    return "sequence classifier" if head else "causal language model"
+
+
+def _unquantised(section: ModelSection, folder: Path) -> list[str] | None:
+    """The head's modules, read off a model without weights."""
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    if section.quantization == "none":
+        return None
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+    with torch.device("meta"):
+        return head_modules(
+            AutoModelForSequenceClassification.from_config(config, trust_remote_code=section.trust_remote_code)
+        )
+
+
+def _check_whole(path: str, unlike: Mapping[str, Any], missing: set[str], kind: str) -> None:
     """transformers draws what a file lacks, or has in another shape, at random: differently on every rank, with a
-    warning."""
-    unlike = sorted(loading["mismatched_keys"])
+    warning. ``unlike``: by name, the shape that is stored and the one that was asked for."""
     if unlike:
-        name, stored, wanted = unlike[0]
+        name, (stored, wanted) = min(unlike.items())
         raise InputError(
             f"model.path {path!r}: {len(unlike)} weights have not the shape that config.json asks for ({name}: "
             f"{list(stored)} stored, {list(wanted)} asked for); put the config.json that belongs to the weights there"
         )
-    missing = sorted(loading["missing_keys"])
     if missing:
         raise InputError(
-            f"model.path {path!r} lacks {len(missing)} weights of a causal language model ({', '.join(missing[:3])}); "
-            "name a checkpoint that was saved whole, with its output head"
+            f"model.path {path!r} lacks {len(missing)} weights of a {kind} ({', '.join(sorted(missing)[:3])}); "
+            "name a checkpoint that was saved whole"
         )
 
 

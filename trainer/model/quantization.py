@@ -9,8 +9,9 @@ import torch
 from trainer.recipe.model import ModelSection
 
 
-def quantization_config(section: ModelSection) -> Any:
-    """NF4 with double quantisation (QLoRA, Dettmers et al. 2023, arXiv:2305.14314) or LLM.int8(), or None.
+def quantization_config(section: ModelSection, skipped: list[str] | None = None) -> Any:
+    """NF4 with double quantisation (QLoRA, Dettmers et al. 2023, arXiv:2305.14314) or LLM.int8(), or None. ``skipped``:
+    modules that stay as they are; by default the output head.
 
     The packed bytes are stored as the compute dtype, so that whatever casts a layer's parameters to it leaves them be.
     """
@@ -24,8 +25,11 @@ def quantization_config(section: ModelSection) -> Any:
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
             bnb_4bit_quant_storage=dtype,
+            llm_int8_skip_modules=skipped,
         )
-    return BitsAndBytesConfig(load_in_8bit=True) if section.quantization == "int8" else None
+    if section.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    return None
 
 
 def keep_weights_packed(model: torch.nn.Module) -> None:

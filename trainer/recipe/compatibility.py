@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from trainer.recipe import matrix
 from trainer.recipe.base import Conflict, KeyPath
 from trainer.recipe.data import TASK_FORMATS
+from trainer.recipe.tasks import TASK_SECTIONS
 from trainer.recipe.zero import STAGES
 
 if TYPE_CHECKING:
@@ -80,6 +81,15 @@ def across_sections(recipe: Recipe) -> Iterator[Conflict]:
     yield from (Conflict(rule.paths, rule.message(recipe)) for rule in RULES if rule.broken(recipe))
     yield from matrix.conflicts(recipe)
     yield from _formats_of_task(recipe)
+    yield from _settings_of_other_tasks(recipe)
+
+
+def _settings_of_other_tasks(recipe: Recipe) -> Iterator[Conflict]:
+    """Settings that this task never looks at. A frozen recipe holds every default, so that those are let pass."""
+    for task in (task for task in TASK_SECTIONS if task != recipe.task):
+        given, plain = (section.model_dump() for section in (getattr(recipe, task), TASK_SECTIONS[task]()))
+        for name in (name for name in given if given[name] != plain[name]):
+            yield Conflict(((task, name), ("task",)), f"has no effect with task {recipe.task}; leave it out")
 
 
 def _formats_of_task(recipe: Recipe) -> Iterator[Conflict]:

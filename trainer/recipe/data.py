@@ -29,8 +29,12 @@ OPTIONAL_COLUMNS = ("tools", "input", "aliases", "margin", "text_pair")
 TEMPLATED = ("completion", "instruction", "classification")
 """Formats whose prompt or text a `template` may render."""
 
+UNPACKED = {"preference": "whose samples are pairs", "classification": "whose texts are read one by one"}
+"""Formats whose samples cannot share a pack, each with the reason."""
+
 TASK_FORMATS: dict[str, tuple[str, ...]] = {
     "sft": ("completion", "messages", "instruction", "qa", "text"),
+    "classification": ("classification",),
 }
 """The formats that each task learns from."""
 
@@ -186,8 +190,9 @@ class DataSection(Section):
         for part, sources in (("train", self.train), ("eval", self.eval)):
             for index, source in enumerate(sources):
                 yield from (conflict.under(part, index) for conflict in source.conflicts())
-                if self.packing and source.format == "preference":
-                    message = "cannot stand with format preference, whose samples are pairs; write packing: false"
+                if self.packing and source.format in UNPACKED:
+                    reason = f"{source.format}, {UNPACKED[source.format]}"
+                    message = f"cannot stand with format {reason}; write packing: false"
                     yield Conflict((("packing",), (part, index, "format")), message)
         for index, source in enumerate(self.eval):
             if source.is_dataset and source.split is None:

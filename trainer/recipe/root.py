@@ -17,6 +17,7 @@ from trainer.recipe.optimizer import OptimizerSection
 from trainer.recipe.resources import ResourcesSection
 from trainer.recipe.schedule import ScheduleSection
 from trainer.recipe.strategy import StrategySection
+from trainer.recipe.tasks import ClassificationSection
 from trainer.recipe.training import TrainingSection
 from trainer.registry import TASKS, TRACKERS
 
@@ -44,12 +45,14 @@ class Recipe(Section):
     the same bytes, and another number gives them within the noise of float32."""
 
     task: Annotated[str, OneOf(TASKS)] = "sft"
-    """What is learned: `sft` is supervised fine-tuning of a causal language model."""
+    """What is learned: `sft` is supervised fine-tuning of a causal language model; `classification` puts a head with an
+    output per label on any model. See tasks.md."""
 
     model: ModelSection
     adapter: AdapterSection = AdapterSection()
     data: DataSection
     training: TrainingSection
+    classification: ClassificationSection = ClassificationSection()
     optimizer: OptimizerSection
     schedule: ScheduleSection = ScheduleSection()
     strategy: StrategySection = StrategySection()

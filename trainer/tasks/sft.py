@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 import torch
 
-from trainer.tasks.base import Task
+from trainer.tasks.base import Measured, Task, ratio
 from trainer.tasks.head import TargetHead
 
 if TYPE_CHECKING:
@@ -19,6 +20,9 @@ MAX_EXPONENT = 700.0
 class SFT(Task):
     def attach(self, model: torch.nn.Module) -> None:
         self._head = TargetHead(model)
+
+    def measure(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> Measured:
+        return Measured(self.loss_sum(module, batch, device), {})
 
     def loss_sum(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
         input_ids = torch.from_numpy(batch.input_ids).to(device)
@@ -33,6 +37,6 @@ class SFT(Task):
             output = module(input_ids=input_ids, position_ids=positions, use_cache=False)
         return self._head.nll(output.logits, labels).sum()
 
-    def eval_metrics(self, loss_sum: float, targets: int) -> dict[str, float]:
-        loss = loss_sum / max(1, targets)
-        return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, MAX_EXPONENT))}
+    def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        loss = ratio(sums, "loss")
+        return {"loss": loss, "perplexity": math.exp(min(loss, MAX_EXPONENT))}

@@ -1,0 +1,66 @@
+"""Data and small models for every task: what a contract test over ``TASKS`` is made of."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tests.support.training import PHRASES, small_recipe, write_pairs
+from trainer.recipe import Recipe
+
+LABELS = ("bread", "ferry", "hills", "lighthouse")
+"""Of `write_texts`, in the order of their numbers."""
+
+FORMATS = {"sft": "completion", "classification": "classification"}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "sft": {},
+    "classification": {"data.packing": False, "classification.class_weights": {"ferry": 2.0}},
+}
+"""What a recipe of each task needs beside its data; settings of its own away from their defaults."""
+
+
+def write_texts(path: Path, rows: int) -> None:
+    """Texts and pairs of texts of differing lengths; the last word of the first decides the label."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [
+        {"text": f"{i}: {PHRASES[i % 4]}", "text_pair": "and so on " * (i % 3) or None, "label": LABELS[i % 4]}
+        for i in range(rows)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+WRITERS = {"sft": write_pairs, "classification": write_texts}
+
+
+def write_task_data(folder: Path, task: str) -> None:
+    """``folder/<task>/train.jsonl`` and ``eval.jsonl``: 48 rows, and 11 that are others."""
+    WRITERS[task](folder / task / "train.jsonl", 48)
+    WRITERS[task](folder / task / "eval.jsonl", 11)
+
+
+def task_recipe(task: str, name: str, model: Path, folder: Path, **changes: Any) -> Recipe:
+    def source(part: str) -> list[dict[str, str]]:
+        return [{"path": f"{folder}/{task}/{part}.jsonl", "format": FORMATS[task]}]
+
+    data = {"data.train": source("train"), "data.eval": source("eval"), "task": task, "training.eval_every": 4}
+    return small_recipe(f"{task}-{name}", model, folder, **{**data, **SETTINGS[task], **changes})
+
+
+def make_encoder(folder: Path, architecture: str = "ForSequenceClassification", **settings: Any) -> Path:
+    """A tiny untrained BERT with a WordPiece tokenizer; of another ``architecture`` it lacks the head, or more."""
+    import torch
+    import transformers
+    from tokenizers import BertWordPieceTokenizer
+
+    tokenizer = BertWordPieceTokenizer()
+    tokenizer.train_from_iterator([*PHRASES, "and so on 0 1 2 3 4 5 6 7 8 9"], vocab_size=200, show_progress=False)
+    transformers.BertTokenizerFast(tokenizer_object=tokenizer._tokenizer).save_pretrained(folder)
+    config = transformers.BertConfig(
+        vocab_size=200, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48,
+        max_position_embeddings=64, **settings,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        getattr(transformers, f"Bert{architecture}")(config).save_pretrained(folder)
+    return folder

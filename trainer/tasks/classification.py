@@ -1,0 +1,79 @@
+"""Classification of a text or a pair of texts: cross entropy of the head's outputs, one per label.
+
+    loss = 1/N Σ_i w(y_i) · -log softmax(z_i)[y_i]
+
+over the N samples of a step, with the weight w of each label (1 unless the recipe says otherwise).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import cross_entropy
+
+from trainer.errors import InputError
+from trainer.tasks.base import Measured, Task, ratio
+from trainer.tasks.sequences import SequenceInputs
+
+if TYPE_CHECKING:
+    from trainer.data import Batch, StepPlan
+    from trainer.recipe import Recipe
+
+
+class Classification(Task):
+    def __init__(self, recipe: Recipe, labels: tuple[str, ...] = ()) -> None:
+        """Raises InputError when a weight is given for a label that the data do not have."""
+        super().__init__(recipe, labels)
+        self.labels = labels
+        given = recipe.classification.class_weights
+        unknown = sorted(set(given) - set(labels))
+        if unknown:
+            raise InputError(
+                f"classification.class_weights names {unknown[0]!r}, and the labels of the training data are "
+                f"{', '.join(labels)}"[:500]
+            )
+        self._weights = torch.tensor([given.get(label, 1.0) for label in labels]) if given else None
+
+    def attach(self, model: torch.nn.Module) -> None:
+        self._inputs = SequenceInputs(model)
+
+    def units(self, of: StepPlan | Batch) -> int:
+        return of.samples
+
+    def measure(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> Measured:
+        labels = torch.from_numpy(batch.labels).to(device)
+        logits = module(**self._inputs.of(batch, device)).logits[: len(labels)].float()
+        weights = None if self._weights is None else self._weights.to(device)
+        loss = cross_entropy(logits, labels, weight=weights, reduction="sum")
+        return Measured(loss, counts(logits.detach().argmax(-1), labels, logits.shape[1]))
+
+    def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        average = averages(sums, self.recipe.classification.average)
+        return {"loss": ratio(sums, "loss"), **self.step_metrics(sums), **average}
+
+    def step_metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        return {"accuracy": float(sums["right"].sum()) / max(1.0, float(sums["actual"].sum()))}
+
+
+def counts(predicted: torch.Tensor, actual: torch.Tensor, labels: int) -> dict[str, torch.Tensor]:
+    """Per label, how often it is predicted, how often it is right, and how often both."""
+    return {
+        "right": torch.bincount(actual[predicted == actual], minlength=labels),
+        "predicted": torch.bincount(predicted, minlength=labels),
+        "actual": torch.bincount(actual, minlength=labels),
+    }
+
+
+def averages(sums: Mapping[str, torch.Tensor], average: str) -> dict[str, float]:
+    """Precision, recall and F1 over the labels that are predicted or right at least once; what has no denominator is
+    counted as 0."""
+    right, predicted, actual = (sums[name].double() for name in ("right", "predicted", "actual"))
+    if average == "micro":
+        right, predicted, actual = (part.sum()[None] for part in (right, predicted, actual))
+    there = (predicted + actual) > 0
+    precision, recall = right / predicted.clamp(min=1), right / actual.clamp(min=1)
+    f1 = 2 * right / (predicted + actual).clamp(min=1)
+    named = {"f1": f1, "precision": precision, "recall": recall}
+    return {name: float(values[there].mean()) if there.any() else 0.0 for name, values in named.items()}

@@ -1,0 +1,32 @@
+"""Micro-batches with one sequence per row, as a sequence classifier reads them."""
+
+from __future__ import annotations
+
+import inspect
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from trainer.data import Batch
+
+
+class SequenceInputs:
+    """The arguments of a model's forward. Pads get the model's own padding token, by which the models of transformers
+    find the last token of a sequence, and are masked; position ids are left to the model."""
+
+    def __init__(self, model: Any) -> None:
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._pad = int(base.config.get_text_config().pad_token_id)
+        self._takes = inspect.signature(base.forward).parameters
+
+    def of(self, batch: Batch, device: torch.device) -> dict[str, Any]:
+        input_ids = torch.from_numpy(batch.input_ids).to(device)
+        positions = torch.from_numpy(batch.position_ids).to(device)
+        real = positions == torch.arange(positions.shape[1], device=device)
+        inputs: dict[str, Any] = {"input_ids": input_ids.masked_fill(~real, self._pad), "attention_mask": real.long()}
+        if batch.token_types is not None and "token_type_ids" in self._takes:
+            inputs["token_type_ids"] = torch.from_numpy(batch.token_types).long().to(device)
+        if "use_cache" in self._takes:
+            inputs["use_cache"] = False
+        return inputs
