@@ -7,6 +7,9 @@ whatever wraps or materialises the model leaves them as they are.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,12 +43,30 @@ def meta_model(
     ``auto_class``: one of transformers' auto classes instead of AutoModelForCausalLM. Raises InputError when the
     configuration is none that transformers knows, NotByShard when a buffer can only be had by loading the model whole.
     """
+    from transformers import AutoConfig
+
+    with _said_of(section):
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+    model = from_config(section, config, full=full, checkpointing=checkpointing, auto_class=auto_class)
+    _add_generation_config(model, folder)
+    _compute_buffers(model, device)
+    return model
+
+
+def from_config(
+    section: ModelSection, config: Any, *, full: bool, checkpointing: bool, auto_class: Any = None
+) -> PreTrainedModel:
+    """The same from a configuration at hand, buffers on the meta device too. Raises InputError like `meta_model`."""
+    from transformers import AutoModelForCausalLM
+
+    config = copy.deepcopy(config)  # quantising writes into it
     dtype = torch.float32 if full else getattr(torch, section.dtype)
-    model: PreTrainedModel = _from_config(section, folder, dtype, auto_class)
+    with _said_of(section), META:
+        auto = auto_class or AutoModelForCausalLM
+        model: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=section.trust_remote_code)
     _keep_wide(model, dtype)
     if section.quantization != "none":
         _quantise(model, section, dtype)
-    _compute_buffers(model, device)
     model.requires_grad_(full)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -53,18 +74,12 @@ def meta_model(
     return model
 
 
-def _from_config(section: ModelSection, folder: Path, dtype: torch.dtype, auto_class: Any) -> Any:
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    auto = auto_class or AutoModelForCausalLM
+@contextmanager
+def _said_of(section: ModelSection) -> Iterator[None]:
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
-        with META:
-            model = auto.from_config(config, dtype=dtype, trust_remote_code=section.trust_remote_code)
+        yield
     except (OSError, ValueError, KeyError, ImportError) as e:
         raise InputError(f"model.path {section.path!r} cannot be loaded as a causal language model: {e}") from e
-    _add_generation_config(model, folder)
-    return model
 
 
 def _add_generation_config(model: Any, folder: Path) -> None:

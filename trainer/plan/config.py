@@ -1,0 +1,111 @@
+"""The base's ``config.json``, from wherever the recipe says the base lies; nothing else of it is read."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trainer.errors import InputError, MusterError
+from trainer.plan.shapes import known_shape
+from trainer.recipe.model import ModelSection
+from trainer.storage import open_storage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+CONFIG = "config.json"
+REACH_S = 5.0
+"""A plan is made while somebody waits: what does not answer in this time counts as out of reach."""
+
+
+@dataclass(frozen=True)
+class Base:
+    """``note`` says that the shape is not the base's own file, empty when it is."""
+
+    config: PreTrainedConfig
+    note: str = ""
+
+
+def read_base(section: ModelSection) -> Base:
+    """Raises InputError when there is no ``config.json``, or none that a causal language model can be built from."""
+    try:
+        if "://" in section.path:
+            return Base(_from_url(section))
+        if Path(section.path).is_dir():
+            return Base(_parse(section, section.path))
+        return Base(_from_hub(section))
+    except OutOfReach as error:
+        shape = known_shape(section.path)
+        if shape is None:
+            raise InputError(str(error)) from error
+        return Base(_of_shape(shape), f"{error}; planned with the known shape of {section.path.rsplit('/', 1)[-1]}")
+
+
+class OutOfReach(Exception):
+    """The file may be there, and cannot be read from here now."""
+
+
+def _from_url(section: ModelSection) -> PreTrainedConfig:
+    try:
+        text = open_storage(section.path, deadline_s=REACH_S).read(CONFIG)
+    except FileNotFoundError:
+        raise OutOfReach(f"model.path {section.path!r} holds no {CONFIG}, or is not to be seen from here") from None
+    except (MusterError, OSError) as error:
+        raise OutOfReach(f"the {CONFIG} of model.path {section.path!r} cannot be read from here: {error}") from error
+    with tempfile.TemporaryDirectory(prefix="muster-plan-") as folder:
+        Path(folder, CONFIG).write_bytes(text)
+        return _parse(section, folder)
+
+
+def _from_hub(section: ModelSection) -> PreTrainedConfig:
+    """From the Hub's cache on this host, or else from the Hub."""
+    from huggingface_hub import hf_hub_download
+
+    if section.path.startswith(("/", ".", "~")) or section.path.count("/") > 1:
+        raise InputError(f"model.path {section.path!r} is no folder on this host; correct the path")
+
+    def fetch(cached: bool) -> str:
+        return str(hf_hub_download(section.path, CONFIG, revision=section.revision, local_files_only=cached))
+
+    try:
+        file = fetch(True)
+    except Exception:
+        file = within(REACH_S, lambda: fetch(False), f"the {CONFIG} of {section.path!r} cannot be had from the Hub")
+    return _parse(section, str(Path(file).parent))
+
+
+def within(seconds: float, read: Callable[[], str], failing: str) -> str:
+    """What ``read`` returns; OutOfReach when it raises or takes longer."""
+    from trainer.plan.patience import Late, in_time
+
+    try:
+        return in_time(seconds, read)
+    except Late:
+        raise OutOfReach(f"{failing}: no answer within {seconds:g} s") from None
+    except Exception as error:
+        said = " ".join(str(error).split())[:200]
+        raise OutOfReach(f"{failing}: {said}") from error
+
+
+def _parse(section: ModelSection, folder: str) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    if not Path(folder, CONFIG).is_file():
+        raise InputError(f"model.path {section.path!r} holds no {CONFIG}: name a folder in the Hugging Face format")
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+    except Exception as e:
+        lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
+        raise InputError(f"model.path {section.path!r} has a {CONFIG} that cannot be used: {lines[0]}") from e
+    return config
+
+
+def _of_shape(shape: Any) -> PreTrainedConfig:
+    from transformers import AutoConfig
+
+    settings = {name: value for name, value in shape.items() if name != "model_type"}
+    config: PreTrainedConfig = AutoConfig.for_model(shape["model_type"], **settings)
+    return config

@@ -1,0 +1,87 @@
+"""Bytes that are alive while a model computes under fake tensors: every storage, from its first use to its end."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+aten = torch.ops.aten
+
+
+class LiveBytes(TorchDispatchMode):
+    """Counts what is allocated while it is active, but for ``held``, which was there before.
+
+    Two questions that fake tensors cannot answer are answered here: a mask picks all positions (a plan takes every
+    token for a target), and a condition on values is false (packed samples get the mask that keeps them apart).
+    """
+
+    def __init__(self, held: Iterable[torch.Tensor] = ()) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.live = 0
+        self.peaks: dict[str, int] = {}
+        self.stage = ""
+        self._sizes: dict[int, int] = {}
+        # Kept alive until the end: the address of one that had gone would be given to a new storage.
+        self._held = [_local(t).untyped_storage() for t in held]
+        self._sizes.update({storage._cdata: 0 for storage in self._held})
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is aten._local_scalar_dense.default:
+            return 0
+        if func is aten.index.Tensor and _is_mask(args[1]):
+            args = (args[0], _every_position(args[1][0]))
+        made = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if isinstance(tensor, torch.Tensor):
+                self._see(_local(tensor).untyped_storage())
+        return made
+
+    def _see(self, storage: torch.UntypedStorage, *, resized: bool = False) -> None:
+        key = storage._cdata
+        if key not in self._sizes:
+            weakref.finalize(storage, self._gone, key)
+        elif not resized:
+            return
+        size = storage.nbytes()
+        self.live += size - self._sizes.get(key, 0)
+        self._sizes[key] = size
+        self.peaks[self.stage] = max(self.peaks.get(self.stage, 0), self.live)
+
+    def _gone(self, key: int) -> None:
+        self.live -= self._sizes.pop(key, 0)
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """FSDP2 frees and fills storages in place, past the dispatcher."""
+        resize: Callable[..., Any] = torch.UntypedStorage.resize_
+
+        def seen(storage: torch.UntypedStorage, size: int) -> Any:
+            done = resize(storage, size)
+            self._see(storage, resized=True)
+            return done
+
+        torch.UntypedStorage.resize_ = seen  # type: ignore[method-assign,assignment]
+        try:
+            with self:
+                yield
+        finally:
+            torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+
+
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
+    return local
+
+
+def _is_mask(indices: Any) -> bool:
+    return len(indices) == 1 and indices[0] is not None and indices[0].dtype == torch.bool
+
+
+def _every_position(mask: torch.Tensor) -> list[torch.Tensor]:
+    return [torch.empty(mask.numel(), dtype=torch.long, device=mask.device) for _ in range(mask.ndim)]

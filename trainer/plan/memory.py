@@ -1,0 +1,170 @@
+"""From a recipe and its base's configuration to every rank's bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from trainer.plan.measure import Working, working_set
+from trainer.plan.packed import PackedLinear
+from trainer.plan.result import Limits, Plan, RankPlan
+from trainer.plan.shards import Share, Weight, share, weights_of
+from trainer.plan.skeleton import skeleton
+from trainer.plan.states import WHOLE, checkpoint_bytes, partition_bytes
+from trainer.recipe import Recipe
+from trainer.recipe.zero import STAGES, zero_settings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+LOAD_BUDGET = 150_000_000
+"""Bytes of host memory that loading by shard takes beside the shard itself."""
+DEVICE_RESERVE = 768 * 2**20
+"""Bytes of a GPU that no tensor gets: CUDA's context, NCCL's buffers, and what the allocator cannot use."""
+HOST_RESERVE = 1024 * 2**20
+"""Bytes of a rank's process without any tensor: the interpreter and its libraries."""
+BY_SHARD = ("fsdp", "zero3")
+PARTS = ("offload_param", "offload_optimizer")
+
+
+@dataclass(frozen=True)
+class Model:
+    """The whole model in numbers."""
+
+    weights: Counter[Weight]
+    total: int
+    trainable: int
+    quant_state: int
+
+    @property
+    def bytes(self) -> int:
+        return sum(w.numel * w.itemsize * count for w, count in self.weights.items()) + self.quant_state
+
+
+def read_model(recipe: Recipe, config: PreTrainedConfig) -> Model:
+    # DeepSpeed casts a model that is trained whole; its float32 copy is the optimizer's.
+    model = skeleton(recipe, config, as_gathered=recipe.strategy.kind in STAGES)
+    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
+    hidden = sum(m.in_features * m.out_features - m.packed.numel() for m in packed)
+    weights = weights_of(model)
+    return Model(
+        weights,
+        total=sum(w.numel * count for w, count in weights.items()) + hidden,
+        trainable=sum(w.numel * count for w, count in weights.items() if w.trainable),
+        quant_state=sum(m.quant_state_bytes for m in packed),
+    )
+
+
+def plan_ranks(recipe: Recipe, config: PreTrainedConfig, ranks: int, limits: Limits) -> Plan:
+    """Raises InputError when no such model can be built, or the adapter does not fit it."""
+    model = read_model(recipe, config)
+    working = gathered(recipe, model, working_set(recipe, config, ranks))
+    stored = checkpoint_bytes(recipe, model.weights)
+    training = recipe.training
+    return Plan(
+        world_size=ranks,
+        total_parameters=model.total,
+        trainable_parameters=model.trainable,
+        ranks=tuple(_rank(recipe, model, working, ranks, rank, stored if rank == 0 else 0) for rank in range(ranks)),
+        checkpoint_bytes=stored,
+        tokens_per_step=training.global_batch * recipe.data.sequence_length,
+        limits=limits,
+        on_host=recipe.resources.gpus_per_worker == 0,
+        device_reserve_bytes=HOST_RESERVE if recipe.resources.gpus_per_worker == 0 else DEVICE_RESERVE,
+        host_reserve_bytes=HOST_RESERVE,
+    )
+
+
+def gathered(recipe: Recipe, model: Model, working: Working) -> Working:
+    """DeepSpeed's share of the unsharded bytes, bounded by its settings (counted in elements)."""
+    kind = recipe.strategy.kind
+    if kind not in STAGES:
+        return working
+    settings = zero_settings(kind, recipe.strategy.deepspeed)
+    bucket = min(model.trainable, int(settings.get("reduce_bucket_size", 5e8)))
+    buckets = (2 if settings.get("overlap_comm", True) else 1) * bucket * WHOLE
+    if kind == "zero2":
+        return working._replace(unsharded=buckets)
+    live = min(_elements(model), int(settings.get("stage3_max_live_parameters", 1e9)))
+    ahead = min(_elements(model), int(settings.get("stage3_prefetch_bucket_size", 5e7)))
+    return working._replace(unsharded=buckets + (live + ahead) * _width(model))
+
+
+def _elements(model: Model) -> int:
+    return sum(w.numel * count for w, count in model.weights.items())
+
+
+def _width(model: Model) -> int:
+    """Bytes of most elements."""
+    sizes: Counter[int] = Counter()
+    for weight, count in model.weights.items():
+        sizes[weight.itemsize] += weight.numel * count
+    return max(sizes, key=sizes.__getitem__)
+
+
+def _rank(recipe: Recipe, model: Model, working: Working, ranks: int, rank: int, snapshot: int) -> RankPlan:
+    kept = _kept(recipe, model, ranks, rank)
+    update = _update_bytes(recipe, model, kept)
+    offloaded = _offloaded(recipe, kept)
+    steady = kept.frozen + kept.trainable + kept.gradient + kept.optimizer + kept.padding
+    computing = working.activations + working.unsharded
+    peak = steady - offloaded + model.quant_state + max(computing, update)
+    load = _load_bytes(recipe, model, kept)
+    host = offloaded + snapshot + (peak if recipe.resources.gpus_per_worker == 0 else 0)
+    return RankPlan(
+        rank=rank,
+        frozen_bytes=kept.frozen,
+        trainable_bytes=kept.trainable,
+        gradient_bytes=kept.gradient,
+        optimizer_bytes=kept.optimizer,
+        quant_state_bytes=model.quant_state,
+        padding_bytes=kept.padding,
+        activation_bytes=working.activations,
+        unsharded_bytes=working.unsharded,
+        update_bytes=update,
+        offloaded_bytes=offloaded,
+        peak_device_bytes=peak,
+        peak_host_load_bytes=load,
+        peak_host_bytes=max(load, host),
+    )
+
+
+def _kept(recipe: Recipe, model: Model, ranks: int, rank: int) -> Share:
+    return share(
+        recipe.strategy.kind,
+        model.weights,
+        ranks,
+        rank,
+        gradient_size=WHOLE + (8 if recipe.exact else 0),
+        state=lambda elements: partition_bytes(recipe, elements),
+    )
+
+
+def _offloaded(recipe: Recipe, kept: Share) -> int:
+    """Bytes of the kept ones that lie in the host's memory."""
+    everything = kept.frozen + kept.trainable + kept.padding
+    states = kept.gradient + kept.optimizer
+    kind = recipe.strategy.kind
+    if recipe.strategy.offload:
+        return everything + states
+    if kind in STAGES:
+        settings = zero_settings(kind, recipe.strategy.deepspeed)
+        parameters, optimizer = (settings.get(part, {}).get("device") == "cpu" for part in PARTS)
+        return (everything if parameters else 0) + (states if optimizer else 0)
+    return kept.optimizer if recipe.optimizer.name.startswith("paged") else 0
+
+
+def _update_bytes(recipe: Recipe, model: Model, kept: Share) -> int:
+    """On GPUs torch updates all tensors at once, with one temporary of their size; elsewhere one after the other."""
+    if recipe.optimizer.name != "adamw":
+        return 0
+    elements = kept.gradient // (WHOLE + (8 if recipe.exact else 0))
+    largest = max((w.numel for w in model.weights if w.trainable), default=0)
+    return WHOLE * (elements if recipe.resources.gpus_per_worker else min(elements, 2 * largest))
+
+
+def _load_bytes(recipe: Recipe, model: Model, kept: Share) -> int:
+    if recipe.strategy.kind in BY_SHARD:
+        return kept.frozen + kept.trainable + kept.padding + model.quant_state + LOAD_BUDGET
+    return model.bytes

@@ -1,0 +1,105 @@
+"""What a plan says, as data."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """One rank's bytes.
+
+    Kept between steps: ``frozen_bytes`` and ``trainable_bytes`` of parameters, ``gradient_bytes``, ``optimizer_bytes``,
+    ``quant_state_bytes`` (scales of quantised weights, on every rank whole), ``padding_bytes`` (allocated where
+    sharding does not divide evenly). While it computes: ``activation_bytes`` at their peak, ``unsharded_bytes`` of
+    gathered parameters and the buffers that they come in; while it updates: ``update_bytes``.
+
+    ``peak_device_bytes`` is the largest sum of what lies on the device at one time; ``offloaded_bytes`` lie in the
+    host's memory instead. ``peak_host_load_bytes``: while the base is loaded; ``peak_host_bytes``: at any time.
+    """
+
+    rank: int
+    frozen_bytes: int
+    trainable_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    quant_state_bytes: int
+    padding_bytes: int
+    activation_bytes: int
+    unsharded_bytes: int
+    update_bytes: int
+    offloaded_bytes: int
+    peak_device_bytes: int
+    peak_host_load_bytes: int
+    peak_host_bytes: int
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Bytes that each rank may use, None where nobody said."""
+
+    device: int | None = None
+    host: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """``parameters``: of the whole model, as if it was not quantised. ``fits``: None without limits.
+
+    ``on_host``: the device is the host's own memory (no GPU)."""
+
+    world_size: int
+    total_parameters: int
+    trainable_parameters: int
+    ranks: tuple[RankPlan, ...]
+    checkpoint_bytes: int
+    tokens_per_step: int
+    limits: Limits
+    on_host: bool
+    device_reserve_bytes: int
+    host_reserve_bytes: int
+    notes: tuple[str, ...] = ()
+
+    @property
+    def largest(self) -> RankPlan:
+        """The rank that needs most of its device; the first of them."""
+        return max(self.ranks, key=lambda r: (r.peak_device_bytes, -r.rank))
+
+    @property
+    def peak_device_bytes(self) -> int:
+        return self.largest.peak_device_bytes
+
+    @property
+    def peak_host_bytes(self) -> int:
+        return max(r.peak_host_bytes for r in self.ranks)
+
+    @property
+    def device_fits(self) -> bool | None:
+        limit = self.limits.device
+        return None if limit is None else self.peak_device_bytes + self.device_reserve_bytes <= limit
+
+    @property
+    def host_fits(self) -> bool | None:
+        limit = self.limits.host
+        return None if limit is None else self.peak_host_bytes + self.host_reserve_bytes <= limit
+
+    @property
+    def fits(self) -> bool | None:
+        asked = [fit for fit in (self.device_fits, self.host_fits) if fit is not None]
+        return all(asked) if asked else None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "fits": self.fits,
+            "world_size": self.world_size,
+            "parameters": {"total": self.total_parameters, "trainable": self.trainable_parameters},
+            "ranks": [asdict(rank) for rank in self.ranks],
+            "checkpoint_bytes": self.checkpoint_bytes,
+            "tokens_per_step": self.tokens_per_step,
+            "device_memory_bytes": self.limits.device,
+            "host_memory_bytes": self.limits.host,
+            "device_reserve_bytes": self.device_reserve_bytes,
+            "host_reserve_bytes": self.host_reserve_bytes,
+            "notes": list(self.notes),
+        }

@@ -1,0 +1,41 @@
+"""Bytes of optimizer state and of a checkpoint."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from trainer.plan.shards import Weight
+from trainer.recipe import Recipe
+from trainer.recipe.zero import STAGES
+
+MOMENTS = 2
+WHOLE = 4  # bytes of a float32
+SMALLEST_8BIT, BLOCK_8BIT = 4096, 256
+"""bitsandbytes keeps float32 moments for smaller tensors; of the others, one float32 scale per block and moment."""
+
+
+def state_bytes(optimizer: str, elements: int) -> int:
+    """Of ``optimizer.name`` for a tensor (or this rank's part of one) of so many elements. Step counters left out."""
+    if optimizer == "adamw" or elements < SMALLEST_8BIT:
+        return MOMENTS * WHOLE * elements
+    return MOMENTS * (elements + WHOLE * -(-elements // BLOCK_8BIT))
+
+
+def partition_bytes(recipe: Recipe, elements: int) -> int:
+    """The same with what DeepSpeed adds: its optimizer works on a float32 copy of what is trained."""
+    copy = WHOLE * elements if recipe.strategy.kind in STAGES else 0
+    return state_bytes(recipe.optimizer.name, elements) + copy
+
+
+def checkpoint_bytes(recipe: Recipe, weights: Counter[Weight]) -> int:
+    """Weights and optimizer state as they are stored, whatever the strategy; headers and configuration left out."""
+    import torch
+
+    trained = [(w.numel, count) for w, count in weights.items() if w.trainable]
+    elements = sum(n * count for n, count in trained)
+    moments = sum((state_bytes(recipe.optimizer.name, n) + WHOLE) * count for n, count in trained)
+    if recipe.adapter.method != "none":
+        return WHOLE * elements + moments
+    width: int = getattr(torch, recipe.model.dtype).itemsize
+    master = WHOLE * elements if width < WHOLE else 0
+    return width * elements + master + moments
