@@ -47,14 +47,14 @@ def check_model(recipe: Recipe, warn: Callable[[str], None]) -> None:
 
     Reads configuration, rows, and of the weights the headers alone. Raises InputError; ``warn`` gets what may be meant.
     """
+    from trainer.adapters import make_adapter
     from trainer.model import check_weights, fetch_model
 
     folder = fetch_model(recipe.model, weights=False).folder
     model = _model_without_weights(recipe.model, folder, AUTO_CLASSES[recipe.task])
-    if recipe.adapter.method != "none":
-        from trainer.adapters.lora import check_targets
-
-        check_targets(model, recipe.adapter.target_modules)
+    make_adapter(recipe).check(model)
+    for name in recipe.adapter.idle():
+        warn(f"adapter.{name} has no effect with adapter.method {recipe.adapter.method}")
     check_weights(recipe.model)
     tokenizer = load_run_tokenizer(recipe)
     embeddings: Any = model.get_input_embeddings()

@@ -69,7 +69,8 @@ def model_card(recipe: Recipe, facts: Mapping[str, Any], provenance: Mapping[str
 
 
 def _summary(recipe: Recipe, full: bool) -> str:
-    what = "Full fine-tuning" if full else f"A {recipe.adapter.method} adapter of rank {recipe.adapter.rank}"
+    rank = f" of rank {recipe.adapter.rank}" if recipe.adapter.uses("rank") else ""
+    what = "Full fine-tuning" if full else f"A {recipe.adapter.method} adapter{rank}"
     base = f"`{recipe.model.path}`"
     packed = "" if recipe.model.quantization == "none" else f", trained on the base in {recipe.model.quantization}"
     return f"{what} for {base}{packed}."

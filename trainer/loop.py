@@ -40,7 +40,9 @@ class Position:
 
 @dataclass(frozen=True)
 class Hooks:
-    """What the loop tells others. ``stop_requested`` may say yes on any one rank; the other calls happen on all."""
+    """What the loop tells others. ``stop_requested`` may say yes on any one rank; the other calls happen on all.
+
+    ``around_update`` is entered when a step's gradients are complete, and left when the optimizer has used them."""
 
     step_done: Callable[[dict[str, Any]], None]
     fed: Callable[[int, list[Batch]], None]
@@ -48,6 +50,7 @@ class Hooks:
     evaluated: Callable[[dict[str, Any]], None]
     stop_requested: Callable[[], bool]
     phase: Callable[[int, str], None]
+    around_update: Callable[[int], AbstractContextManager[Any]] = lambda step: nullcontext()
 
 
 class Loop:
@@ -108,7 +111,7 @@ class Loop:
         training = self.recipe.training
         lr = learning_rate(self.recipe.schedule, self.recipe.optimizer.lr, step, self.total_steps)
         self.hooks.phase(step, "optimizer")
-        norm = self.strategy.step(lr, training.max_grad_norm)
+        norm = self.strategy.step(lr, training.max_grad_norm, self.hooks.around_update(step))
         if not math.isfinite(norm) and not self._may_scale_down():
             raise NonFiniteLoss(
                 f"step {step}: the gradient's norm is {norm} while the loss is finite; lower the "

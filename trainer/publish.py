@@ -23,7 +23,8 @@ log = logging.getLogger(__name__)
 TOTAL_STEPS = "total_steps"
 OPTIMIZER_FILE = "optimizer.safetensors"
 MASTER_FILE = "master.safetensors"
-STATE_FILES = (OPTIMIZER_FILE, MASTER_FILE)
+METHOD_FILE = "method.safetensors"
+STATE_FILES = (OPTIMIZER_FILE, MASTER_FILE, METHOD_FILE)
 """Files of a checkpoint that only training needs."""
 
 READ_BYTES = 16 * 2**20

@@ -55,7 +55,11 @@ METHODS = Registry(
     "adapter method",
     {
         "lora": "trainer.adapters.lora:Lora",
+        "rslora": "trainer.adapters.lora:RsLora",
         "dora": "trainer.adapters.lora:Dora",
+        "pissa": "trainer.adapters.residual:Pissa",
+        "olora": "trainer.adapters.residual:Olora",
+        "loraplus": "trainer.adapters.lora:LoraPlus",
         "none": "trainer.adapters.full:Full",
     },
 )

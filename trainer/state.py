@@ -3,7 +3,9 @@
     adapter_config.json, adapter_model.safetensors      what was trained, as plain peft reads it
     (full fine-tuning: config.json, model.safetensors)
     optimizer.safetensors                               optimizer state, whole tensors by parameter name
-    master.safetensors                                  float32 weights, where the saved ones are narrower
+    master.safetensors                                  float32 weights, where the saved ones are narrower or in
+                                                        another form
+    method.safetensors                                  what the method keeps from step to step, where it does
     tokenizer files, README.md                          with the last checkpoint of a run
 
 Everything else that training goes on from (step, data cursor, loss scale) is JSON in the commit record. Random state
@@ -15,7 +17,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +25,7 @@ import torch
 
 from trainer.adapters import Adapter, verify_saved
 from trainer.optim.state import load_optimizer_state, optimizer_state
-from trainer.publish import MASTER_FILE, OPTIMIZER_FILE
+from trainer.publish import MASTER_FILE, METHOD_FILE, OPTIMIZER_FILE
 from trainer.strategies import Strategy
 
 
@@ -36,6 +38,7 @@ class Snapshot:
     optimizer: Mapping[str, torch.Tensor]
     state: Mapping[str, Any]
     final: bool
+    method: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class TrainState:
@@ -44,9 +47,8 @@ class TrainState:
     def __init__(self, strategy: Strategy, adapter: Adapter) -> None:
         self.strategy = strategy
         self.adapter = adapter
-        self.saved_names = adapter.saved_names(strategy.model)
         # Taken from the model once, not from what is gathered: a gather that lost something is to be found out.
-        self._shapes = {self.saved_names[name]: tuple(p.shape) for name, p in strategy.trainable().items()}
+        self._shapes = adapter.saved_shapes(strategy.model)
 
     def snapshot(self, step: int, state: Mapping[str, Any], *, final: bool) -> Snapshot | None:
         """Collective. The snapshot on rank 0, None on the others; nobody waits for storage."""
@@ -55,7 +57,8 @@ class TrainState:
         moments = optimizer_state(self.strategy.optimizer, self.strategy.trainable(), self.strategy.whole)
         optimizer = _copies(moments, keep)
         scaler = self.strategy.scaler.state_dict()
-        return Snapshot(step, weights, optimizer, {**state, "scaler": scaler}, final) if keep else None
+        method = _copies(self.adapter.state(self.strategy.model).items(), keep)
+        return Snapshot(step, weights, optimizer, {**state, "scaler": scaler}, final, method) if keep else None
 
     def write(self, snapshot: Snapshot, folder: Path) -> None:
         """Writes the snapshot's files and reopens what was trained; CorruptObject when it is not what it should be."""
@@ -65,11 +68,14 @@ class TrainState:
         save_file(dict(snapshot.optimizer), folder / OPTIMIZER_FILE)
         if self._has_master(snapshot.weights):
             save_file(dict(snapshot.weights), folder / MASTER_FILE)
+        if snapshot.method:
+            save_file(dict(snapshot.method), folder / METHOD_FILE)
         verify_saved(self.adapter, self._shapes, folder, updated=bool(snapshot.optimizer))
 
     def _has_master(self, weights: Mapping[str, torch.Tensor]) -> bool:
         dtype = getattr(torch, self.adapter.recipe.model.dtype)
-        return self.adapter.full and any(t.dtype != dtype for t in weights.values())
+        narrower = self.adapter.full and any(t.dtype != dtype for t in weights.values())
+        return narrower or not self.adapter.reads_back
 
     def load(self, folder: Path, state: Mapping[str, Any]) -> None:
         """Collective: every rank has the same verified files in ``folder``, written under any strategy."""
@@ -92,6 +98,7 @@ class TrainState:
             load_optimizer_state(
                 self.strategy.optimizer, self.strategy.trainable(), keys, moments.get_tensor, self.strategy.spread
             )
+            self._load_method(folder, reader)
         if state.get("scaler"):
             self.strategy.scaler.load_state_dict(state["scaler"])
 
@@ -99,8 +106,14 @@ class TrainState:
         if (folder / MASTER_FILE).exists():
             tensor: Callable[[str], torch.Tensor] = reader(MASTER_FILE).get_tensor
             return tensor
-        weights = reader(self.adapter.weights_file)
-        return lambda name: weights.get_tensor(self.saved_names[name])
+        read = reader(self.adapter.weights_file).get_tensor
+        return lambda name: self.adapter.trained(self.strategy.model, name, read)
+
+    def _load_method(self, folder: Path, reader: Callable[[str], Any]) -> None:
+        model, adapter = self.strategy.model, self.adapter
+        adapter.restored(model, reader(adapter.weights_file).get_tensor, self.strategy.spread)
+        kept = reader(METHOD_FILE) if (folder / METHOD_FILE).exists() else None
+        adapter.load_state(model, {n: kept.get_tensor(n) for n in kept.keys()} if kept else {})  # noqa: SIM118
 
 
 def _copies(tensors: Any, keep: bool) -> dict[str, torch.Tensor]:

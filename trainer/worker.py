@@ -121,22 +121,30 @@ class Attempt:
         self.adapter = make_adapter(recipe)
         self.task = make_task(recipe, labels)
         self.files = fetch_model(recipe.model)
+        self.head = Head(self.task.labels, recipe.seed) if self.task.labels else None
         loaded = build(
             recipe.model,
             self.files.folder,
             self.world.device,
             full=self.adapter.full,
             checkpointing=recipe.training.gradient_checkpointing,
-            head=Head(self.task.labels, recipe.seed) if self.task.labels else None,
+            head=self.head,
         )
         if recipe.data.packing:
             check_isolation(loaded.model, recipe.model.path)
-        model = self.adapter.attach(loaded.model)
+        model = self.adapter.attach(loaded.model, self._plain_model)
         self.task.attach(model)
         self.strategy: Strategy = make_strategy(recipe, self.world)
-        self.strategy.setup(model, lambda parameters: make_optimizer(recipe.optimizer, parameters))
+        scale = self.adapter.lr_scale
+        self.strategy.setup(model, lambda parameters: make_optimizer(recipe.optimizer, parameters, scale))
         self.state = TrainState(self.strategy, self.adapter)
         self.load = self._load_report(loaded)
+
+    def _plain_model(self) -> torch.nn.Module:
+        """The base once more, as it lies in its files, on the CPU."""
+        section = self.recipe.model.model_copy(update={"quantization": "none"})
+        cpu = torch.device("cpu")
+        return build(section, self.files.folder, cpu, full=False, checkpointing=False, head=self.head).model
 
     def _load_report(self, loaded: Loaded) -> list[dict[str, int]]:
         mine = {
@@ -204,6 +212,7 @@ class Attempt:
             evaluated=self.recorder.metrics,
             stop_requested=stop_requested,
             phase=self.heartbeat.phase,
+            around_update=lambda step: self.adapter.around_update(self.strategy.model, step, self.job.total_steps),
         )
         loop = Loop(
             self.recipe,

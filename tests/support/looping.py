@@ -10,6 +10,7 @@ from typing import Any
 
 from tests.support.models import built
 from tests.support.training import prepare, run_of
+from trainer.adapters import Adapter
 from trainer.begin import RunData, weights
 from trainer.data import Batch, Stream, eval_batches
 from trainer.loop import Hooks, Loop, Position
@@ -31,6 +32,7 @@ class Bench:
     model: Any
     strategy: Strategy
     task: Task
+    adapter: Adapter
     state: TrainState
     data: RunData
     stream: Stream
@@ -54,6 +56,7 @@ class Bench:
             "checkpoint": lambda position, last: self.due.append((position.step, last)),
             "evaluated": self.evaluations.append,
             "stop_requested": lambda: False,
+            "around_update": lambda step: self.adapter.around_update(self.model, step, self.data.total_steps),
             **hooks,
         }
         names = [f.name for f in dataclasses.fields(Hooks)]
@@ -82,8 +85,9 @@ def bench(recipe: Recipe) -> Iterator[Bench]:
         task, strategy = make_task(recipe, data.train.spec.labels), make_strategy(recipe, world)
         model, adapter = built(recipe, task.labels)
         task.attach(model)
-        strategy.setup(model, lambda parameters: make_optimizer(recipe.optimizer, parameters))
-        yield Bench(recipe, world, model, strategy, task, TrainState(strategy, adapter), data, _stream(recipe, data))
+        strategy.setup(model, lambda parameters: make_optimizer(recipe.optimizer, parameters, adapter.lr_scale))
+        state = TrainState(strategy, adapter)
+        yield Bench(recipe, world, model, strategy, task, adapter, state, data, _stream(recipe, data))
 
 
 def _stream(recipe: Recipe, data: RunData) -> Stream:

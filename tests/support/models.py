@@ -28,11 +28,17 @@ def built(recipe: Recipe, labels: tuple[str, ...] | None = None) -> tuple[Any, A
     checkpointing = recipe.training.gradient_checkpointing
     head = Head(labels, recipe.seed) if labels else None
     base = build(recipe.model, folder, CPU, full=adapter.full, checkpointing=checkpointing, head=head).model
-    return adapter.attach(base).train(), adapter
+    return adapter.attach(base, lambda: plain_base_of(recipe)).train(), adapter
 
 
 def base_of(recipe: Recipe) -> Any:
     return build(recipe.model, Path(recipe.model.path), CPU, full=False, checkpointing=False).model
+
+
+def plain_base_of(recipe: Recipe) -> Any:
+    """The base as it lies in its files, whatever the recipe quantises it to."""
+    section = recipe.model.model_copy(update={"quantization": "none"})
+    return build(section, Path(recipe.model.path), CPU, full=False, checkpointing=False).model
 
 
 def packed(lengths: Sequence[Sequence[int]], *, prompt: int = 3, vocabulary: int = 384, seed: int = 0) -> Batch:

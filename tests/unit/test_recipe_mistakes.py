@@ -11,6 +11,7 @@ import pytest
 
 from trainer.errors import RecipeError
 from trainer.recipe import load, loads, parse
+from trainer.registry import METHODS
 
 GOOD: dict[str, Any] = {
     "name": "good",
@@ -102,7 +103,11 @@ def test_the_error_survives_pickling_and_exits_with_2() -> None:
         ("model.trust_remote_code", "yes", "takes true or false, got the text 'yes'; write true or false in full"),
         ("model.revision", None, "takes text, got null (nothing)"),
         ("model.dtype", "bf16", "the text 'bf16' is not one of: bfloat16, float16, float32; did you mean 'bfloat16'?"),
-        ("adapter.method", "qlora", "adapter method 'qlora' is not one of: lora, dora, none; did you mean 'lora'?"),
+        (
+            "adapter.method",
+            "qlora",
+            f"adapter method 'qlora' is not one of: {', '.join(METHODS.names())}; did you mean 'lora'?",
+        ),
         ("adapter.dropout", 1, "must be below 1.0, got 1"),
         ("data.train", [], "has no source; add one with path: and format:"),
         ("data.train", {"path": "x"}, "takes a list, got a mapping"),

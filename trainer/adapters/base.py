@@ -7,7 +7,8 @@ under which names those are saved, and writes the files that a plain ``peft`` (o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,18 @@ from trainer.registry import METHODS
 if TYPE_CHECKING:
     import torch
 
+    Read = Callable[[str], torch.Tensor]
+    Spread = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
 
 class Adapter(ABC):
     """One run's adapter. ``weights_file`` is the file that holds what was trained."""
 
     weights_file = "adapter_model.safetensors"
+
+    reads_back = True
+    """Whether ``trained`` finds every trained parameter in ``weights_file``. Otherwise a checkpoint holds them beside
+    it, under their own names."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -31,19 +39,52 @@ class Adapter(ABC):
         """Whether every parameter of the base is trained."""
         return False
 
+    def check(self, base: torch.nn.Module) -> None:  # noqa: B027 - what trains everything fits every model
+        """Raises InputError when the recipe's settings do not fit the model, of which shapes are enough."""
+
     @abstractmethod
-    def attach(self, base: torch.nn.Module) -> torch.nn.Module:
+    def attach(self, base: torch.nn.Module, plain: Callable[[], torch.nn.Module] | None = None) -> torch.nn.Module:
         """The model to train. Its initial values depend on the seed and the parameters' names alone, never on the rank.
 
-        Raises InputError when the recipe's settings do not fit the model."""
+        ``plain`` loads the base once more, unquantised, on the CPU. Raises InputError when the recipe's settings do not
+        fit the model."""
 
     @abstractmethod
     def saved_names(self, model: torch.nn.Module) -> dict[str, str]:
-        """Name in the saved file for the name of each trainable parameter of ``model``."""
+        """Name in the saved file for the name of each trainable parameter of ``model`` that it holds as it is."""
+
+    def saved_shapes(self, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the saved file with its shape."""
+        parameters = dict(model.named_parameters())
+        return {saved: tuple(parameters[name].shape) for name, saved in self.saved_names(model).items()}
 
     @abstractmethod
     def save(self, model: torch.nn.Module, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
         """Writes ``weights`` (whole tensors on the CPU, by parameter name) and the configuration into ``folder``."""
+
+    def trained(self, model: torch.nn.Module, name: str, read: Read) -> torch.Tensor:
+        """The parameter ``name``, whole, from a saved file that ``read`` gives the tensors of."""
+        return read(self.saved_names(model)[name])
+
+    def restored(self, model: torch.nn.Module, read: Read, spread: Spread) -> None:  # noqa: B027 - most have no more
+        """Called when the trained parameters have been loaded, on every rank: puts back what belongs to them in the
+        frozen ones. ``spread`` lays a whole tensor out as another one is."""
+
+    def state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
+        """What the method keeps from step to step beside parameters and optimizer state."""
+        return {}
+
+    def load_state(self, model: torch.nn.Module, state: Mapping[str, torch.Tensor]) -> None:
+        assert not state, f"{type(self).__name__} keeps no state"
+
+    def lr_scale(self, name: str) -> float:
+        """The learning rate of the parameter ``name`` as a multiple of the recipe's."""
+        return 1.0
+
+    def around_update(self, model: torch.nn.Module, step: int, total_steps: int) -> AbstractContextManager[Any]:
+        """Surrounds the optimizer's update of step ``step`` (from 1), when the step's gradients are complete and not
+        yet clipped, until they are thrown away."""
+        return nullcontext()
 
     def starts_at_zero(self, saved_name: str) -> bool:
         """Whether this tensor is zero until it has been trained: the check for a saved adapter that learnt nothing."""

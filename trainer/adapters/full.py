@@ -7,7 +7,7 @@ the recipe's dtype is narrower.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ class Full(Adapter):
     def full(self) -> bool:
         return True
 
-    def attach(self, base: torch.nn.Module) -> torch.nn.Module:
+    def attach(self, base: torch.nn.Module, plain: Callable[[], torch.nn.Module] | None = None) -> torch.nn.Module:
         return base
 
     def saved_names(self, model: torch.nn.Module) -> dict[str, str]:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from trainer.recipe.optimizer import OptimizerSection
@@ -12,13 +13,21 @@ if TYPE_CHECKING:
     import torch
 
 
-def make_optimizer(section: OptimizerSection, parameters: Mapping[str, torch.nn.Parameter]) -> torch.optim.Optimizer:
+def make_optimizer(
+    section: OptimizerSection,
+    parameters: Mapping[str, torch.nn.Parameter],
+    lr_scale: Callable[[str], float] = lambda name: 1.0,
+) -> torch.optim.Optimizer:
+    """``lr_scale``: the learning rate of a parameter as a multiple of the step's; each has a group of its own."""
+    members: dict[tuple[float, bool], list[torch.nn.Parameter]] = defaultdict(list)
+    for name, parameter in parameters.items():
+        members[lr_scale(name), parameter.ndim < 2].append(parameter)
     groups = [
-        {"params": [p for p in parameters.values() if p.ndim >= 2], "weight_decay": section.weight_decay},
-        {"params": [p for p in parameters.values() if p.ndim < 2], "weight_decay": 0.0},
+        {"params": members[scale, small], "weight_decay": 0.0 if small else section.weight_decay, "lr_scale": scale}
+        for scale, small in sorted(members)
     ]
     settings = {"lr": section.lr, "betas": tuple(section.betas), "eps": section.eps}
-    optimizer: torch.optim.Optimizer = OPTIMIZERS.load(section.name)([g for g in groups if g["params"]], **settings)
+    optimizer: torch.optim.Optimizer = OPTIMIZERS.load(section.name)(groups, **settings)
     return optimizer
 
 

@@ -62,6 +62,11 @@ REFUSALS = (
         quantization=("nf4", "int8"),
     ),
     Refusal(
+        "pissa and olora start from a part of each weight, and int8 would round the rest by the largest entry of a row",
+        method=("pissa", "olora"),
+        quantization=("int8",),
+    ),
+    Refusal(
         "int8 weights cannot be sharded: their scales are taken over whole rows of the whole weight",
         quantization=("int8",),
         strategy=("fsdp", "zero3"),

@@ -13,6 +13,7 @@ from trainer.recipe.base import KeyPath, Section
 from trainer.recipe.compatibility import RULES
 from trainer.recipe.data import COLUMNS, OPTIONAL_COLUMNS, TASK_FORMATS
 from trainer.recipe.datasets import DATASETS
+from trainer.recipe.methods import DEFAULTS
 from trainer.recipe.root import Recipe
 from trainer.recipe.tree import dotted, element, section_of
 from trainer.recipe.writing import MAY_CHANGE, schema
@@ -45,7 +46,7 @@ def pages() -> dict[pathlib.Path, str]:
 
 
 def markdown() -> str:
-    parts = [HEAD, *_sections(Recipe, ()), _columns(), _datasets(), _rules(), _changes()]
+    parts = [HEAD, *_sections(Recipe, ()), _methods(), _columns(), _datasets(), _rules(), _changes()]
     return "\n".join(parts)
 
 
@@ -118,6 +119,20 @@ def _default(field: FieldInfo) -> str:
     if isinstance(value, Section):
         return "its defaults"
     return f"`{json.dumps(value)}`" if not isinstance(value, str) else f"`{value}`"
+
+
+def _methods() -> str:
+    head = ["## Methods", "", "What a recipe leaves out is filled in with these.", ""]
+    head += ["| `adapter.method` | | takes, with its defaults | `optimizer.lr` to begin with | source |"]
+    rows = []
+    for name, method in DEFAULTS.items():
+        settings = ", ".join(f"`{key}: {_value(value)}`" for key, value in method.settings.items())
+        rows.append(f"| `{name}` | {method.what} | {settings} | {method.lr} | {method.source} |")
+    return "\n".join([*head, "|---|---|---|---|---|", *rows, ""])
+
+
+def _value(value: Any) -> str:
+    return json.dumps(list(value) if isinstance(value, tuple) else value).strip('"')
 
 
 def _columns() -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -56,19 +56,20 @@ class Strategy(ABC):
         """Adds this micro-batch's gradients: of ``loss``, in float16 scaled against underflow."""
         self.scaler.scale(loss).backward()
 
-    def step(self, lr: float, max_norm: float | None) -> float:
+    def step(self, lr: float, max_norm: float | None, around: AbstractContextManager[Any] | None = None) -> float:
         """One update with the learning rate ``lr``, the gradient of the whole model clipped to ``max_norm``.
 
-        Returns the gradient's norm before clipping; a step whose gradient is not finite is left out."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = lr
+        ``around`` surrounds it: from when the gradient is whole until it is thrown away. Returns the gradient's norm
+        before clipping; a step whose gradient is not finite is left out."""
+        set_lr(self.optimizer, lr)
         self.scaler.unscale_(self.optimizer)
-        norm = self.clip(float("inf") if max_norm is None else max_norm)
-        if self.scaler.is_enabled():
-            self.scaler.step(self.optimizer)
-            self.scaler.update()
-        elif math.isfinite(norm):
-            self.optimizer.step()
+        with around or nullcontext():
+            norm = self.clip(float("inf") if max_norm is None else max_norm)
+            if self.scaler.is_enabled():
+                self.scaler.step(self.optimizer)
+                self.scaler.update()
+            elif math.isfinite(norm):
+                self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
@@ -117,6 +118,12 @@ class Strategy(ABC):
         for name, parameter in self.trainable().items():
             with torch.no_grad():
                 parameter.copy_(self.spread(read(name), parameter))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """The step's learning rate, in each group times its ``lr_scale``, where it has one."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
 def _bytes(parameter: torch.Tensor) -> int:

@@ -1,0 +1,179 @@
+"""What every adapter method promises; a new entry of the registry is taken in by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from tests.support.looping import bench
+from tests.support.models import base_of, built, logits_of, plain_base_of, stir
+from tests.support.training import small_recipe, write_pairs
+from trainer.adapters import verify_saved
+from trainer.recipe import Recipe
+from trainer.recipe.matrix import Cell, refusal
+from trainer.recipe.methods import DEFAULTS, settings_of
+from trainer.registry import METHODS
+
+Make = Callable[..., Recipe]
+ADAPTERS = [m for m in METHODS.names() if m != "none"]
+SMALLER: dict[str, Any] = {"rank": 4}
+"""Settings whose defaults are larger than the tiny model."""
+
+STARTS_ELSEWHERE: set[str] = set()
+"""Methods whose first forward is not the base's."""
+
+RATES: dict[str, float] = {}
+"""Learning rates for an untrained model of 64 dimensions, where 5e-3 is too little."""
+
+STEPS = 8
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("methods")
+    write_pairs(folder / "data" / "a.jsonl", 60)
+    return folder
+
+
+@pytest.fixture
+def make(tiny_model: Path, folder: Path, tmp_path: Path) -> Make:
+    def recipe(method: str, **changes: Any) -> Recipe:
+        settings = {f"adapter.{k}": v for k, v in SMALLER.items() if k in settings_of(method)}
+        return small_recipe(
+            "method",
+            tiny_model,
+            folder,
+            **{
+                "adapter": {"method": method},
+                **settings,
+                "data.ledger": False,
+                "training": {"steps": STEPS, "global_batch": 4, "micro_batch": 4, "gradient_checkpointing": False},
+                "optimizer.lr": RATES.get(method, 5e-3),
+                "storage": str(tmp_path / "runs"),
+                **changes,
+            },
+        )
+
+    return recipe
+
+
+def packed_bases(method: str) -> list[str]:
+    """The quantisations that the method works with."""
+    return [q for q in ("nf4", "int8") if refusal(Cell(method, q, "ddp", "sft")) is None]
+
+
+PACKED = [(m, q) for m in ADAPTERS for q in packed_bases(m)]
+
+
+def test_every_method_has_defaults_and_no_other_has() -> None:
+    assert set(DEFAULTS) == {m for m in METHODS.names() if m != "none"}
+
+
+@pytest.mark.parametrize(("method", "quantization"), [(m, "none") for m in ADAPTERS] + PACKED)
+def test_the_base_is_frozen_and_the_first_forward_is_its_own(make: Make, method: str, quantization: str) -> None:
+    recipe = make(method, **{"model.quantization": quantization})
+    model, _ = built(recipe)
+    trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert trained
+    assert all(p.dtype == torch.float32 for p in trained.values())
+    frozen = sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in trained.values())
+    assert frozen >= sum(p.numel() for p in base_of(recipe).parameters())
+    assert not any("lm_head" in name for name in trained)
+    if method not in STARTS_ELSEWHERE:
+        close = 1e-4 if method not in ("pissa", "olora") or quantization == "none" else 0.1
+        torch.testing.assert_close(logits_of(model), logits_of(base_of(recipe)), rtol=0, atol=close)
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_two_ranks_begin_with_the_same_values(make: Make, method: str) -> None:
+    torch.manual_seed(1)
+    one, _ = built(make(method))
+    torch.manual_seed(2)
+    two, _ = built(make(method))
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("method", METHODS.names())
+def test_it_learns_and_goes_on_in_the_middle_as_if_nothing_had_happened(
+    make: Make, method: str, tmp_path: Path
+) -> None:
+    """The interrupted run is stored after half of the steps, and a fresh process's state loaded from the files."""
+    half = tmp_path / "half"
+    half.mkdir()
+
+    def store(position: Any, last: bool) -> None:
+        if position.step == STEPS // 2:
+            snapshot = whole.state.snapshot(position.step, {}, final=False)
+            assert snapshot is not None
+            whole.state.write(snapshot, half)
+            middle.append((position, snapshot.state))
+
+    middle: list[tuple[Any, Any]] = []
+    recipe = make(method, **{"checkpoint.every_steps": STEPS // 2})
+    with bench(recipe) as whole:
+        whole.run(checkpoint=store)
+        losses = whole.losses()
+        end = {n: p.detach().clone() for n, p in whole.strategy.trainable().items()}
+    assert sum(losses[-2:]) < sum(losses[:2]), losses
+    position, state = middle[0]
+    with bench(recipe) as resumed:
+        resumed.state.load(half, state)
+        resumed.run(position)
+        assert resumed.losses() == losses[STEPS // 2 :]
+        for name, parameter in resumed.strategy.trainable().items():
+            assert torch.equal(parameter, end[name]), name
+
+
+def save(model: Any, adapter: Any, folder: Path) -> None:
+    weights = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    adapter.save(model, weights, folder)
+    verify_saved(adapter, adapter.saved_shapes(model), folder)
+
+
+def reloaded(base: Any, folder: Path) -> Any:
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(base, str(folder))
+
+
+@pytest.mark.parametrize(("method", "quantization"), [(m, "none") for m in ADAPTERS] + PACKED)
+def test_plain_peft_reloads_it_on_the_untouched_base(
+    make: Make, method: str, quantization: str, tmp_path: Path
+) -> None:
+    recipe = make(method, **{"model.quantization": quantization})
+    model, adapter = built(recipe)
+    stir(model)
+    save(model, adapter, tmp_path)
+    wanted = logits_of(model)
+    moved = (wanted - logits_of(base_of(recipe))).abs().max()
+    assert moved > 1e-3, "the adapter does something"
+    if method in ("pissa", "olora") and quantization != "none":
+        # What was trained stands on a quantised rest, what is saved on the unquantised weights.
+        gap = (logits_of(reloaded(plain_base_of(recipe), tmp_path)) - wanted).abs().max()
+        assert gap < 0.2 * moved
+        return
+    torch.testing.assert_close(logits_of(reloaded(base_of(recipe), tmp_path)), wanted, rtol=0, atol=1e-4)
+
+
+BESIDE = [(m, s) for m in ADAPTERS for s in ("modules_to_save", "trainable_tokens") if s in settings_of(m)]
+
+
+@pytest.mark.parametrize(("method", "setting"), BESIDE)
+def test_what_is_trained_beside_it_is_saved_and_reloaded(make: Make, method: str, setting: str, tmp_path: Path) -> None:
+    value: Any = ["lm_head"] if setting == "modules_to_save" else [5, 7]
+    recipe = make(method, **{f"adapter.{setting}": value})
+    model, adapter = built(recipe)
+    alone, _ = built(make(method))
+    more = sum(p.requires_grad for p in model.parameters()) - sum(p.requires_grad for p in alone.parameters())
+    assert more == 1
+    stir(model)
+    save(model, adapter, tmp_path)
+    with safe_open(tmp_path / adapter.weights_file, framework="pt") as file:
+        names = list(file.keys())
+    assert any(("lm_head" if setting == "modules_to_save" else "embed_tokens") in name for name in names)
+    torch.testing.assert_close(logits_of(reloaded(base_of(recipe), tmp_path)), logits_of(model), rtol=0, atol=1e-4)

@@ -1,0 +1,175 @@
+"""What the methods of peft have in common: made from a configuration, and saved as peft itself does."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from trainer.adapters.base import Adapter, head_modules
+from trainer.adapters.targets import Targets, check_names, check_targets, resolve
+from trainer.errors import CorruptObject, InputError
+from trainer.recipe.tasks import AUTO_CLASSES, PEFT_TYPES
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+    from trainer.adapters.base import Read, Spread
+
+ADAPTER_NAME = "default"
+
+
+class PeftMethod(Adapter):
+    """A method says which ``peft_type`` it is and how the recipe's settings are called there (``settings``)."""
+
+    peft_type: ClassVar[str]
+
+    def settings(self, base: torch.nn.Module) -> dict[str, Any]:
+        """The fields of peft's configuration, without those that every method has."""
+        raise NotImplementedError
+
+    def targets(self, base: torch.nn.Module) -> str | list[str]:
+        return resolve(base, self._wanted())
+
+    def _wanted(self) -> Targets:
+        wanted = self.recipe.adapter.target_modules
+        assert wanted is not None
+        return wanted
+
+    def check(self, base: Any) -> None:
+        section = self.recipe.adapter
+        if section.target_modules is not None and "target_modules" in self._fields():
+            check_targets(base, section.target_modules)
+        check_names(base, "adapter.modules_to_save", section.modules_to_save)
+        rows = base.get_input_embeddings().num_embeddings
+        beyond = [t for t in section.trainable_tokens if t >= rows]
+        if beyond:
+            raise InputError(f"adapter.trainable_tokens {beyond} are beyond the model's {rows} embeddings")
+        self.config(base, ())
+
+    def config_class(self) -> type[PeftConfig]:
+        from peft import PeftType
+        from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+        return PEFT_TYPE_TO_CONFIG_MAPPING[PeftType(self.peft_type)]
+
+    def _fields(self) -> list[str]:
+        return list(self.config_class().__dataclass_fields__)
+
+    def config(self, base: torch.nn.Module, trained_whole: Iterable[str]) -> PeftConfig:
+        """``trained_whole``: the task's own modules, which are saved with the adapter."""
+        section, fields = self.recipe.adapter, self._fields()
+        task_type = PEFT_TYPES[AUTO_CLASSES[self.recipe.task]]
+        common: dict[str, Any] = {"task_type": task_type, "revision": self.recipe.model.revision}
+        if "target_modules" in fields and section.target_modules is not None:
+            common["target_modules"] = self.targets(base)
+        beside = list(dict.fromkeys([*trained_whole, *section.modules_to_save]))
+        if beside:
+            common["modules_to_save"] = beside
+        if section.trainable_tokens:
+            common["trainable_token_indices"] = list(section.trainable_tokens)
+        return self.config_class()(**common, **self.settings(base))
+
+    def attach(self, base: Any, plain: Callable[[], torch.nn.Module] | None = None) -> torch.nn.Module:
+        from peft import get_peft_model
+
+        self.check(base)
+        try:
+            with seeded(self.recipe.seed):
+                model = get_peft_model(base, self.config(base, head_modules(base)))
+        except (ValueError, TypeError, NotImplementedError) as e:
+            raise InputError(f"{self._chief_setting()} do not fit this model: {e}") from e
+        self.initialise(model, plain)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
+        self._names, self._constants = saved_by_peft(model)
+        return model
+
+    def _chief_setting(self) -> str:
+        section = self.recipe.adapter
+        if section.uses("target_modules"):
+            return f"adapter.target_modules {section.target_modules!r}"
+        return f"the settings of adapter.method {section.method}"
+
+    def initialise(self, model: Any, plain: Callable[[], torch.nn.Module] | None) -> None:
+        """Puts the first values in place where peft's own, drawn under the recipe's seed, will not do."""
+
+    def saved_names(self, model: torch.nn.Module) -> dict[str, str]:
+        return self._names
+
+    def saved_shapes(self, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+        return super().saved_shapes(model) | {name: tuple(t.shape) for name, t in self._constants.items()}
+
+    def exported(self, model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """The saved file's tensors."""
+        return {self._names[n]: t for n, t in weights.items()} | self._constants
+
+    def save(self, model: torch.nn.Module, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
+        from safetensors.torch import save_file
+
+        tensors = {name: tensor.contiguous() for name, tensor in self.exported(model, weights).items()}
+        save_file(tensors, folder / self.weights_file, {"format": "pt"})
+        self.saved_config(model).save_pretrained(str(folder))
+
+    def saved_config(self, model: Any) -> Any:
+        """peft's own, with the base that the recipe names (peft has put the folder here that it was loaded from), and
+        with lists in order (peft keeps sets, whose order differs from process to process)."""
+        config: Any = copy.deepcopy(model.peft_config[ADAPTER_NAME])
+        config.base_model_name_or_path = self.recipe.model.path
+        for name, value in vars(config).items():
+            if isinstance(value, set):
+                setattr(config, name, sorted(value))
+        config.inference_mode = True
+        return config
+
+    def restored(self, model: torch.nn.Module, read: Read, spread: Spread) -> None:
+        for name, mine in self._constants.items():
+            if not torch.equal(read(name), mine):
+                raise CorruptObject(
+                    f"{name} had other values when the run began: this torch draws other random numbers from the same "
+                    "seed; resume with the version in the run's provenance.json"
+                )
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """What is drawn inside depends on ``seed`` alone; what is drawn afterwards is as if nothing had been."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        yield
+
+
+def saved_by_peft(model: Any) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    """Name in peft's file for each trainable parameter; and the tensors that it saves beside them, by name.
+
+    peft is asked with a marker in the place of each tensor. Names that autograd wrappers add (checkpointing, sharding)
+    never reach this point: the model is the inner one. Raises InputError when a parameter is saved in another form."""
+    from peft import get_peft_model_state_dict
+
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **persistent_buffers(model)}
+    by_tensor: dict[int, Any] = {id(t): torch.empty(0) for t in tensors.values()}
+    markers = {name: by_tensor[id(t)] for name, t in tensors.items()}
+    saved = get_peft_model_state_dict(model, state_dict=markers, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
+    keys = {id(marker): key for key, marker in saved.items()}
+    first = {id(markers[name]): name for name in reversed(list(tensors))}
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    lost = sorted(n for n in trainable if id(markers[n]) not in keys)
+    if lost:
+        raise InputError(f"peft saves {lost[0]} (of {len(lost)}) in a form from which a run cannot go on")
+    names = {n: keys[id(markers[n])] for n in trainable}
+    rest = {key: tensors[first[id(marker)]] for key, marker in saved.items() if first[id(marker)] not in trainable}
+    return names, {key: tensor.detach().cpu().clone() for key, tensor in rest.items()}
+
+
+def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    found = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        for name, buffer in module.named_buffers(prefix, recurse=False):
+            if name.rsplit(".", 1)[-1] not in module._non_persistent_buffers_set:
+                found[name] = buffer
+    return found

@@ -1,0 +1,181 @@
+"""LoRA that starts from a part of the weight itself: PiSSA and OLoRA.
+
+The weight W of shape [out, in] is taken apart into s B0 A0 + R with s = alpha / r; R takes W's place, frozen (and
+quantised: what is left after the principal part has a smaller range, hence a smaller error), and A, B start from A0,
+B0.
+PiSSA (Meng et al. 2024, arXiv:2404.02948): s B0 A0 is the best approximation of rank r, by singular values.
+OLoRA (Büyükakyüz 2024, arXiv:2406.01775): B0 holds the first r columns of Q, A0 the first r rows of R in W = Q R.
+
+What is saved is a plain LoRA of rank 2r for the original base, since s B A + R = W + s (B A - B0 A0):
+A' = [A; A0], B' = [B, -B0]. Training goes on from the same file: it holds A, B and what R was made with.
+
+The factors are computed in float64 and rounded to 8 bits, which R makes up for: so every machine, whatever its order of
+additions, finds the same ones.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainer.adapters.lora import Lora
+from trainer.adapters.peft_method import ADAPTER_NAME, seeded
+from trainer.errors import InputError
+
+if TYPE_CHECKING:
+    from trainer.adapters.base import Read, Spread
+
+LARGEST_FULL_SVD = 1024
+POWER_ITERATIONS = 16
+"""Of the randomised SVD (Halko et al. 2009, arXiv:0909.4061); PiSSA finds no difference to the full one with 16."""
+OVERSAMPLING = 16
+
+
+class Residual(Lora):
+    @abstractmethod
+    def factors(self, weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """A of shape [r, in] and B of shape [out, r] for a float64 ``weight`` of shape [out, in]; B A is the part of it
+        that will be trained."""
+
+    def initialise(self, model: Any, plain: Callable[[], torch.nn.Module] | None) -> None:
+        self._plain = plain
+        self._first: dict[str, torch.Tensor] = {}
+        originals = self._originals(model)
+        with torch.no_grad(), seeded(self.recipe.seed):
+            for name, layer in lora_layers(model):
+                weight = original_weight(originals or model, name).to(layer.weight.device)
+                a, b = self._rounded_factors(name, weight, layer.scaling[ADAPTER_NAME])
+                self._put_first(name, layer, a, b)
+                put_weight(layer.get_base_layer(), weight - layer.scaling[ADAPTER_NAME] * (b @ a))
+
+    def _originals(self, model: Any) -> torch.nn.Module | None:
+        """Quantising what is quantised already would keep the error that the method is there to make smaller."""
+        if self.recipe.model.quantization == "none":
+            return None
+        assert self._plain is not None, "a quantised base needs its unquantised weights"
+        return self._plain()
+
+    def _rounded_factors(self, name: str, weight: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
+        rank = self.recipe.adapter.rank
+        assert rank is not None
+        if rank > min(weight.shape):
+            raise InputError(f"adapter.rank {rank} is more than {name} has, which is {list(weight.shape)}; lower it")
+        a, b = self.factors(weight / scaling, rank)
+        return a.to(torch.bfloat16).double(), b.to(torch.bfloat16).double()
+
+    def _put_first(self, name: str, layer: Any, a: torch.Tensor, b: torch.Tensor) -> None:
+        for part, value in (("lora_A", a), ("lora_B", b)):
+            linear = getattr(layer, part)[ADAPTER_NAME]
+            linear.weight.data = value.to(linear.weight.device, torch.float32).contiguous()
+            self._first[f"{name}.{part}.{ADAPTER_NAME}.weight"] = linear.weight.detach().cpu().clone()
+
+    def exported(self, model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors = super().exported(model, weights)
+        for name, first in self._first.items():
+            trained = weights[name]
+            tensors[self._names[name]] = torch.cat([trained, -first], 1) if _is_b(name) else torch.cat([trained, first])
+        return tensors
+
+    def saved_shapes(self, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+        shapes = super().saved_shapes(model)
+        for name, (rows, columns) in ((n, t.shape) for n, t in self._first.items()):
+            shapes[self._names[name]] = (rows, 2 * columns) if _is_b(name) else (2 * rows, columns)
+        return shapes
+
+    def saved_config(self, model: Any) -> Any:
+        config = super().saved_config(model)
+        config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
+        return config
+
+    def trained(self, model: torch.nn.Module, name: str, read: Read) -> torch.Tensor:
+        saved = super().trained(model, name, read)
+        return self._halves(name, saved)[0] if name in self._first else saved
+
+    def _halves(self, name: str, saved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What was trained, and what it started from."""
+        trained, first = saved.chunk(2, dim=1 if _is_b(name) else 0)
+        return trained.contiguous(), (-first if _is_b(name) else first).contiguous()
+
+    def restored(self, model: torch.nn.Module, read: Read, spread: Spread) -> None:
+        super().restored(model, read, spread)
+        stored = {n: self._halves(n, read(self._names[n]))[1] for n in self._first}
+        if any(not torch.equal(stored[n], mine) for n, mine in self._first.items()):
+            self._rebuild(model, stored)
+
+    def _rebuild(self, model: Any, stored: dict[str, torch.Tensor]) -> None:
+        """Makes the frozen rest anew from the factors that the run began with."""
+        if self._plain is None or any(hasattr(p, "placements") for p in model.parameters()):
+            raise InputError(
+                f"adapter.method {self.recipe.adapter.method}: this machine takes the weights apart in another way "
+                "than the one that the run began on, and what is sharded cannot be mended; resume with "
+                "strategy.kind=ddp, or on the same kind of machine"
+            )
+        plain = self._plain()
+        for name, layer in lora_layers(model):
+            a, b = (stored[f"{name}.{part}.{ADAPTER_NAME}.weight"].double() for part in ("lora_A", "lora_B"))
+            put_weight(layer.get_base_layer(), original_weight(plain, name) - layer.scaling[ADAPTER_NAME] * (b @ a))
+        self._first = stored
+
+    def starts_at_zero(self, saved_name: str) -> bool:
+        return False
+
+
+class Pissa(Residual):
+    def factors(self, weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        if min(weight.shape) <= LARGEST_FULL_SVD:
+            u, s, vh = torch.linalg.svd(weight, full_matrices=False)
+        else:
+            u, s, v = torch.svd_lowrank(weight, rank + OVERSAMPLING, POWER_ITERATIONS)
+            vh = v.T
+        u, s, vh = u[:, :rank], s[:rank], vh[:rank]
+        # A singular vector's sign is anybody's choice: its largest entry is made positive.
+        sign = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
+        root = s.sqrt()
+        return (root[:, None] * vh) * sign.T, (u * root) * sign
+
+
+class Olora(Residual):
+    def factors(self, weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        q, r = torch.linalg.qr(weight[:, :rank])
+        q = q * torch.where(r.diagonal() < 0, -1.0, 1.0)
+        return q.T @ weight, q
+
+
+def lora_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
+    from peft.tuners.lora import LoraLayer
+
+    yield from ((n, m) for n, m in model.named_modules() if isinstance(m, LoraLayer))
+
+
+def original_weight(model: torch.nn.Module, name: str) -> torch.Tensor:
+    """The weight under a name of the adapted model as [out, in] in float64, of that model or of its plain base."""
+    plain = name.removeprefix("base_model.model.")
+    layer: Any = model.get_submodule(name if hasattr(model, "peft_config") else plain)
+    layer = getattr(layer, "base_layer", layer)
+    weight: torch.Tensor = layer.weight.detach().double()
+    return weight.T if type(layer).__name__ == "Conv1D" else weight
+
+
+def put_weight(layer: Any, weight: torch.Tensor) -> None:
+    """Gives a layer the float64 weight [out, in] in its own dtype, packed again where it was packed."""
+    old = layer.weight
+    if hasattr(old, "quant_type"):
+        layer.weight = type(old)(
+            weight.to(layer.quant_state.dtype).contiguous().to(old.device),
+            requires_grad=False,
+            quant_type=old.quant_type,
+            blocksize=old.blocksize,
+            compress_statistics=old.compress_statistics,
+            quant_storage=old.quant_storage,
+            module=layer,
+        ).to(old.device)
+        layer.quant_state = layer.weight.quant_state
+        return
+    layer.weight.data = (weight.T if type(layer).__name__ == "Conv1D" else weight).to(old).contiguous()
+
+
+def _is_b(name: str) -> bool:
+    return ".lora_B." in name

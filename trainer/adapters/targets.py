@@ -1,0 +1,92 @@
+"""Which modules of a model get an adapter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+
+from trainer.errors import InputError
+
+LISTED_MODULES = 20
+ALL_LINEAR = "all-linear"
+Targets = str | tuple[str, ...] | list[str]
+
+
+def linear_modules(base: torch.nn.Module) -> list[str]:
+    """Full names of the linear layers, quantised ones (subclasses of ``nn.Linear``) included, and GPT-2's Conv1D."""
+    return [n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"]
+
+
+def heads(base: Any) -> set[str]:
+    """Those of them that turn hidden states into answers: the output embeddings, and whatever lies outside the
+    backbone (a classifier, a score, a value head)."""
+    output = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
+    backbone = getattr(base, "base_model_prefix", "")
+    inside = f"{backbone}." if backbone and hasattr(base, backbone) else ""
+    return {n for n in linear_modules(base) if base.get_submodule(n) is output or not n.startswith(inside)}
+
+
+def resolve(base: torch.nn.Module, targets: Targets) -> str | list[str]:
+    """What peft is told: the recipe's own words where they cannot hit a head by accident, else full names.
+
+    Raises InputError when a target matches no linear layer of the model."""
+    check_targets(base, targets)
+    avoided = heads(base)
+    if targets == ALL_LINEAR:
+        return [n for n in linear_modules(base) if n not in avoided]
+    # All modules, not the linear ones alone: peft has to see, and refuse, what else a pattern matches.
+    names = [n for n, _ in base.named_modules() if n]
+    hit = set(_matched(names, targets))
+    accidents = {n for n in hit & avoided if not _named(n, names, avoided, targets)}
+    if accidents:
+        return sorted(hit - accidents)
+    return targets if isinstance(targets, str) else list(targets)
+
+
+def check_targets(base: torch.nn.Module, targets: Targets) -> None:
+    """Raises InputError when a target matches no linear layer of the model; peft itself is silent about a typo in a
+    list as long as another entry matches."""
+    if targets == ALL_LINEAR:
+        return
+    names = linear_modules(base)
+    wanted = [targets] if isinstance(targets, str) else list(targets)
+    missing = [t for t in wanted if not any(_matches(t, n, is_pattern=isinstance(targets, str)) for n in names)]
+    if missing:
+        leaves = sorted({n.rsplit(".", 1)[-1] for n in names})[:LISTED_MODULES]
+        raise InputError(
+            f"adapter.target_modules {missing} match no linear layer of this model; there are {', '.join(leaves)} "
+            "(a single string is a regular expression over whole names such as "
+            f"{names[0]!r}; or say all-linear)"
+        )
+
+
+def check_names(base: torch.nn.Module, setting: str, wanted: Iterable[str]) -> None:
+    """Raises InputError when one of ``wanted`` ends the name of no module of the model."""
+    names = [n for n, _ in base.named_modules()]
+    missing = [w for w in wanted if not any(_matches(w, n, is_pattern=False) for n in names)]
+    if missing:
+        top = [n for n, _ in base.named_children()]
+        raise InputError(f"{setting} {missing} name no module of this model; on top it has {', '.join(top)}")
+
+
+def _named(head: str, names: list[str], avoided: set[str], targets: Targets) -> bool:
+    """Whether the recipe means this head: an entry that matches heads alone, or a pattern that spells its name."""
+    if isinstance(targets, str):
+        return head.rsplit(".", 1)[-1] in targets
+    entries = [t for t in targets if _matches(t, head, is_pattern=False)]
+    return any(set(_matched(names, [entry])) <= avoided for entry in entries)
+
+
+def _matched(names: list[str], targets: Targets) -> list[str]:
+    if isinstance(targets, str):
+        return [n for n in names if _matches(targets, n, is_pattern=True)]
+    return [n for n in names if any(_matches(t, n, is_pattern=False) for t in targets)]
+
+
+def _matches(target: str, name: str, *, is_pattern: bool) -> bool:
+    if is_pattern:
+        return re.fullmatch(target, name) is not None
+    return name == target or name.endswith(f".{target}")
