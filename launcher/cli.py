@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from launcher import preparing
+from launcher import planning, preparing
 from trainer.errors import Interrupted, MusterError, RecipeError, UsageError
 
 if TYPE_CHECKING:
@@ -162,6 +162,7 @@ def list_(
 
 
 app.command()(preparing.prepare)
+app.command()(planning.plan)
 
 
 class ToStderr(logging.Handler):

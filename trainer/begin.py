@@ -235,6 +235,11 @@ def try_open_data(
     return RunData(recipe, train, parts.get("eval"))
 
 
+def find_prepared(recipe: Recipe, shared: Storage, tokenizer: PreTrainedTokenizerBase) -> Prepared | None:
+    """The recipe's training data as somebody has prepared it before; None when nobody has, or not to the end."""
+    return open_prepared(shared, _spec(recipe, recipe.data.train, tokenizer, None, None).fingerprint)
+
+
 def total_steps(recipe: Recipe, train: Prepared) -> int:
     training = recipe.training
     if training.steps is not None:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.training import small_recipe
-from trainer.plan import Limits, Plan, plan_ranks, read_base
+from trainer.plan import Limits, Plan, Planner, read_base
 from trainer.recipe import Recipe
 
 SMALL: dict[str, Any] = {
@@ -49,4 +49,4 @@ def plan_recipe(folder: Path, /, shape: dict[str, Any] = SMALL, **changes: Any) 
 
 
 def planned(recipe: Recipe, ranks: int = 1, limits: Limits | None = None) -> Plan:
-    return plan_ranks(recipe, read_base(recipe.model).config, ranks, limits or Limits())
+    return Planner(read_base(recipe.model).config, limits or Limits()).plan(recipe, ranks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import InputError, MusterError
+from trainer.plan.patience import Asked, Late
 from trainer.plan.shapes import known_shape
 from trainer.recipe.model import ModelSection
 from trainer.storage import open_storage
@@ -41,7 +43,9 @@ def read_base(section: ModelSection) -> Base:
         shape = known_shape(section.path)
         if shape is None:
             raise InputError(str(error)) from error
-        return Base(_of_shape(shape), f"{error}; planned with the known shape of {section.path.rsplit('/', 1)[-1]}")
+        return Base(
+            _of_shape(shape), f"model.path {section.path} is out of reach; planned with the known shape of its name"
+        )
 
 
 class OutOfReach(Exception):
@@ -64,6 +68,7 @@ def _from_hub(section: ModelSection) -> PreTrainedConfig:
     """From the Hub's cache on this host, or else from the Hub."""
     from huggingface_hub import hf_hub_download
 
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt
     if section.path.startswith(("/", ".", "~")) or section.path.count("/") > 1:
         raise InputError(f"model.path {section.path!r} is no folder on this host; correct the path")
 
@@ -79,10 +84,8 @@ def _from_hub(section: ModelSection) -> PreTrainedConfig:
 
 def within(seconds: float, read: Callable[[], str], failing: str) -> str:
     """What ``read`` returns; OutOfReach when it raises or takes longer."""
-    from trainer.plan.patience import Late, in_time
-
     try:
-        return in_time(seconds, read)
+        return Asked(read).answer(seconds)
     except Late:
         raise OutOfReach(f"{failing}: no answer within {seconds:g} s") from None
     except Exception as error:

@@ -56,24 +56,60 @@ def read_model(recipe: Recipe, config: PreTrainedConfig) -> Model:
     )
 
 
-def plan_ranks(recipe: Recipe, config: PreTrainedConfig, ranks: int, limits: Limits) -> Plan:
-    """Raises InputError when no such model can be built, or the adapter does not fit it."""
-    model = read_model(recipe, config)
-    working = gathered(recipe, model, working_set(recipe, config, ranks))
-    stored = checkpoint_bytes(recipe, model.weights)
-    training = recipe.training
-    return Plan(
-        world_size=ranks,
-        total_parameters=model.total,
-        trainable_parameters=model.trainable,
-        ranks=tuple(_rank(recipe, model, working, ranks, rank, stored if rank == 0 else 0) for rank in range(ranks)),
-        checkpoint_bytes=stored,
-        tokens_per_step=training.global_batch * recipe.data.sequence_length,
-        limits=limits,
-        on_host=recipe.resources.gpus_per_worker == 0,
-        device_reserve_bytes=HOST_RESERVE if recipe.resources.gpus_per_worker == 0 else DEVICE_RESERVE,
-        host_reserve_bytes=HOST_RESERVE,
-    )
+class Planner:
+    """Plans recipes that share a base. What two of them have in common is found out once."""
+
+    def __init__(self, config: PreTrainedConfig, limits: Limits) -> None:
+        self.config, self.limits = config, limits
+        self._models: dict[str, Model] = {}
+        self._working: dict[str, Working] = {}
+
+    def plan(self, recipe: Recipe, ranks: int, notes: tuple[str, ...] = ()) -> Plan:
+        """Raises InputError when no such model can be built, or the adapter does not fit it."""
+        return self._plan(recipe, ranks, gathered(recipe, self._model(recipe), self._computing(recipe, ranks)), notes)
+
+    def may_fit(self, recipe: Recipe, ranks: int) -> bool:
+        """Whether what is kept between steps fits: much quicker than a plan, which may still say no."""
+        return self._plan(recipe, ranks, Working(0, 0), ()).fits is not False
+
+    def _model(self, recipe: Recipe) -> Model:
+        key = _key(recipe, recipe.strategy.kind in STAGES)
+        if key not in self._models:
+            self._models[key] = read_model(recipe, self.config)
+        return self._models[key]
+
+    def _computing(self, recipe: Recipe, ranks: int) -> Working:
+        strategy, training = recipe.strategy, recipe.training
+        sharded = (strategy.kind, strategy.reshard_after_forward, ranks if strategy.kind == "fsdp" else 0)
+        packs = (training.micro_batch, training.gradient_checkpointing, recipe.data.sequence_length)
+        key = _key(recipe, *sharded, *packs)
+        if key not in self._working:
+            self._working[key] = working_set(recipe, self.config, ranks)
+        return self._working[key]
+
+    def _plan(self, recipe: Recipe, ranks: int, working: Working, notes: tuple[str, ...]) -> Plan:
+        model = self._model(recipe)
+        stored = checkpoint_bytes(recipe, model.weights)
+        on_host = recipe.resources.gpus_per_worker == 0
+        # The first rank's host holds a checkpoint while it is uploaded.
+        each = (_rank(recipe, model, working, ranks, rank, 0 if rank else stored) for rank in range(ranks))
+        return Plan(
+            world_size=ranks,
+            total_parameters=model.total,
+            trainable_parameters=model.trainable,
+            ranks=tuple(each),
+            checkpoint_bytes=stored,
+            tokens_per_step=recipe.training.global_batch * recipe.data.sequence_length,
+            limits=self.limits,
+            on_host=on_host,
+            device_reserve_bytes=HOST_RESERVE if on_host else DEVICE_RESERVE,
+            host_reserve_bytes=HOST_RESERVE,
+            notes=notes,
+        )
+
+
+def _key(recipe: Recipe, *more: object) -> str:
+    return repr((recipe.model, recipe.adapter, recipe.task, *more))
 
 
 def gathered(recipe: Recipe, model: Model, working: Working) -> Working:

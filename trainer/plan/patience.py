@@ -1,10 +1,11 @@
-"""Waiting for something that may not answer, and no longer than one is willing to."""
+"""Asking what may not answer, and waiting no longer than one is willing to."""
 
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -13,23 +14,27 @@ class Late(Exception):
     """No answer in time."""
 
 
-def in_time(seconds: float, ask: Callable[[], T]) -> T:
-    """What ``ask`` returns or raises; Late when that takes longer. Its thread is then left behind: it ends with the
-    process."""
-    answers: list[T] = []
-    failures: list[Exception] = []
+class Asked(Generic[T]):
+    """A question that is being answered beside what goes on. An answer that nobody waits for ends with the process."""
 
-    def work() -> None:
+    def __init__(self, ask: Callable[[], T]) -> None:
+        self._answers: list[T] = []
+        self._failures: list[Exception] = []
+        self._began = time.monotonic()
+        self._thread = threading.Thread(target=self._work, args=(ask,), daemon=True)
+        self._thread.start()
+
+    def _work(self, ask: Callable[[], T]) -> None:
         try:
-            answers.append(ask())
+            self._answers.append(ask())
         except Exception as error:
-            failures.append(error)
+            self._failures.append(error)
 
-    thread = threading.Thread(target=work, daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise Late
-    if failures:
-        raise failures[0]
-    return answers[0]
+    def answer(self, within_s: float) -> T:
+        """What was returned or raised; Late when there is nothing so many seconds after the question was asked."""
+        self._thread.join(max(0.0, self._began + within_s - time.monotonic()))
+        if self._thread.is_alive():
+            raise Late
+        if self._failures:
+            raise self._failures[0]
+        return self._answers[0]
