@@ -21,8 +21,8 @@ from typing import Any
 import torch
 
 from trainer import layout
-from trainer.adapters import make_adapter
 from trainer.begin import RunData, open_data, weights
+from trainer.building import build_parts
 from trainer.card import model_card
 from trainer.checkpoint import CommitRecord, Retention, claim_attempt, commit, fetch, fetch_whole, put_checkpoint
 from trainer.committer import Committed, Committer, Held, StaleAlarm
@@ -30,15 +30,12 @@ from trainer.data import Batch, Cursor, Stream, eval_batches, open_caches
 from trainer.errors import Interrupted, MusterError
 from trainer.heartbeat import Heartbeat, Pulse, end_culprits, hang_text, store_of_group
 from trainer.loop import Hooks, Loop, Position
-from trainer.model import Head, Loaded, build, check_isolation, fetch_model, load_tokenizer
-from trainer.optim import make_optimizer
+from trainer.model import load_tokenizer
 from trainer.publish import TOTAL_STEPS, publish
 from trainer.recipe import Recipe
 from trainer.recorder import Recorder
 from trainer.state import Snapshot, TrainState
 from trainer.storage import open_storage
-from trainer.strategies import Strategy, make_strategy
-from trainer.tasks import make_task
 from trainer.world import World, join_world
 
 log = logging.getLogger(__name__)
@@ -116,43 +113,10 @@ class Attempt:
         self.recorder.close()
 
     def _build(self, labels: tuple[str, ...]) -> None:
-        """Model, adapter, task and strategy; they refer to one another in this order only."""
-        recipe = self.recipe
-        self.adapter = make_adapter(recipe)
-        self.task = make_task(recipe, labels)
-        self.files = fetch_model(recipe.model)
-        self.head = Head(self.task.labels, recipe.seed) if self.task.labels else None
-        loaded = build(
-            recipe.model,
-            self.files.folder,
-            self.world.device,
-            full=self.adapter.full,
-            checkpointing=recipe.training.gradient_checkpointing,
-            head=self.head,
-        )
-        if recipe.data.packing:
-            check_isolation(loaded.model, recipe.model.path)
-        model = self.adapter.attach(loaded.model, self._plain_model)
-        self.task.attach(model)
-        self.strategy: Strategy = make_strategy(recipe, self.world)
-        scale = self.adapter.lr_scale
-        self.strategy.setup(model, lambda parameters: make_optimizer(recipe.optimizer, parameters, scale))
-        self.state = TrainState(self.strategy, self.adapter)
-        self.load = self._load_report(loaded)
-
-    def _plain_model(self) -> torch.nn.Module:
-        """The base once more, as it lies in its files, on the CPU."""
-        section = self.recipe.model.model_copy(update={"quantization": "none"})
-        cpu = torch.device("cpu")
-        return build(section, self.files.folder, cpu, full=False, checkpointing=False, head=self.head).model
-
-    def _load_report(self, loaded: Loaded) -> list[dict[str, int]]:
-        mine = {
-            "rank": self.world.rank,
-            "bytes_read": max(loaded.bytes_read, self.files.fetched_bytes),
-            "peak_host_bytes": loaded.peak_host_bytes,
-        }
-        return self.world.gather(mine)
+        built = build_parts(self.recipe, self.world, labels)
+        self.files, self.adapter, self.task = built.files, built.adapter, built.task
+        self.strategy, self.load = built.strategy, built.load
+        self.state = TrainState(built.strategy, built.adapter)
 
     def _stream(self, data: RunData) -> Stream:
         recipe = self.recipe

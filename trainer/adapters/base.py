@@ -7,7 +7,7 @@ under which names those are saved, and writes the files that a plain ``peft`` (o
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 
     Read = Callable[[str], torch.Tensor]
     Spread = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+Rows = Callable[[str, int, int], Iterator["torch.Tensor"]]
 
 
 class Adapter(ABC):
@@ -48,6 +50,18 @@ class Adapter(ABC):
 
         ``plain`` loads the base once more, unquantised, on the CPU. Raises InputError when the recipe's settings do not
         fit the model."""
+
+    def loads_by_shard(self, base: torch.nn.Module) -> bool:
+        """Whether `attach` also takes ``base`` while it is on the meta device, and `initial` then knows the values."""
+        return False
+
+    def initial(self, name: str, shape: torch.Size, start: int, stop: int, rows: Rows) -> torch.Tensor:
+        """Elements ``start`` to ``stop`` of the flattened parameter ``name``, as `attach` initialises it on a base
+        that has its values.
+
+        Every rank calls it, for every parameter that the base does not have, in the same order: ``rows(name, first,
+        last)`` gives rows of a weight of the base, a few at a time, and is collective."""
+        raise NotImplementedError(f"{type(self).__name__} needs a base that is loaded whole")
 
     @abstractmethod
     def saved_names(self, model: torch.nn.Module) -> dict[str, str]:

@@ -26,6 +26,9 @@ class Full(Adapter):
     def attach(self, base: torch.nn.Module, plain: Callable[[], torch.nn.Module] | None = None) -> torch.nn.Module:
         return base
 
+    def loads_by_shard(self, base: torch.nn.Module) -> bool:
+        return True
+
     def saved_names(self, model: torch.nn.Module) -> dict[str, str]:
         return {n: n for n, p in model.named_parameters() if p.requires_grad}
 

@@ -15,11 +15,14 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trainer.adapters.peft_method import PeftMethod
+
+if TYPE_CHECKING:
+    from trainer.adapters.base import Rows
 
 
 class Lora(PeftMethod):
@@ -41,6 +44,16 @@ class Lora(PeftMethod):
     def initialise(self, model: Any, plain: Callable[[], torch.nn.Module] | None) -> None:
         initialise(model, self.recipe.seed)
 
+    def loads_by_shard(self, base: torch.nn.Module) -> bool:
+        section = self.recipe.adapter
+        return not (section.modules_to_save or section.trainable_tokens)  # they begin as copies of what the base holds
+
+    def initial(self, name: str, shape: torch.Size, start: int, stop: int, rows: Rows) -> torch.Tensor:
+        if ".lora_A." in name:
+            return drawn(name, shape, self.recipe.seed).view(-1)[start:stop]
+        assert ".lora_B." in name, name
+        return torch.zeros(stop - start)
+
     def starts_at_zero(self, saved_name: str) -> bool:
         return ".lora_B." in saved_name
 
@@ -52,6 +65,19 @@ class RsLora(Lora):
 class Dora(Lora):
     use_dora = True
 
+    def loads_by_shard(self, base: torch.nn.Module) -> bool:
+        transposed = any(type(module).__name__ == "Conv1D" for module in base.modules())  # its rows are columns
+        return super().loads_by_shard(base) and not transposed
+
+    def initial(self, name: str, shape: torch.Size, start: int, stop: int, rows: Rows) -> torch.Tensor:
+        """The magnitude begins as the norm of the base's rows, in the base's type."""
+        module, marker, _ = name.partition(".lora_magnitude_vector.")
+        if not marker:
+            return super().initial(name, shape, start, stop, rows)
+        parts = rows(f"{module}.base_layer.weight", start, stop)
+        norms = [row_norms(part) for part in parts]
+        return torch.cat(norms) if norms else torch.empty(0)
+
 
 class LoraPlus(Lora):
     def lr_scale(self, name: str) -> float:
@@ -62,9 +88,21 @@ class LoraPlus(Lora):
 def initialise(model: torch.nn.Module, seed: int) -> None:
     """Draws every lora_A from a generator seeded by (seed, parameter name): independent of ranks and of load order."""
     for name, parameter in model.named_parameters():
-        if ".lora_A." in name:
-            digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
-            generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-            value = torch.empty(parameter.shape, dtype=torch.float32)
-            torch.nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
-            parameter.data.copy_(value)
+        if ".lora_A." in name and not parameter.is_meta:
+            parameter.data.copy_(drawn(name, parameter.shape, seed))
+
+
+def drawn(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
+    digest = hashlib.sha256(f"{seed}:{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    value = torch.empty(shape, dtype=torch.float32)
+    torch.nn.init.kaiming_uniform_(value, a=math.sqrt(5), generator=generator)
+    return value
+
+
+def row_norms(weight: torch.Tensor) -> torch.Tensor:
+    """L2 norm of each row of [rows, columns]; to the bit what it is among any other rows."""
+    # A reduction to a single number is spread over threads, which adds up in another order.
+    several = weight if len(weight) != 1 else weight.expand(2, -1)
+    norms: torch.Tensor = torch.linalg.norm(several, dim=1)
+    return norms[: len(weight)]

@@ -35,6 +35,9 @@ OVERSAMPLING = 16
 
 
 class Residual(Lora):
+    def loads_by_shard(self, base: torch.nn.Module) -> bool:
+        return False
+
     @abstractmethod
     def factors(self, weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
         """A of shape [r, in] and B of shape [out, r] for a float64 ``weight`` of shape [out, in]; B A is the part of it

@@ -1,13 +1,11 @@
 """Blocks on this host's own disk, shared by its ranks, so that an epoch or an attempt later they need not travel again.
 
 A block is a file named after its window, number and hash, made whole by a rename and checked by its hash when it is
-read. Locks are those of the operating system (``flock``) and end with their process, so that a killed rank leaves
-nothing that anybody waits for. Whatever goes wrong here, a full disk above all, is a warning: training goes on without.
+read. Whatever goes wrong here, a full disk above all, is a warning: training goes on without.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import logging
 import os
@@ -24,6 +22,7 @@ from typing import NamedTuple
 from trainer.data.prepared import Prepared
 from trainer.data.upcoming import Use
 from trainer.storage import Storage, local_path
+from trainer.storage.locks import hold_folder, lock_file, remove_unused
 
 log = logging.getLogger(__name__)
 
@@ -33,7 +32,6 @@ FREE_SHARE = 0.05
 _BYTES_PER_TOKEN = 5
 _SLACK = 1 << 20
 _STRIPES = 64
-_IN_USE = "in-use"
 
 
 class _File(NamedTuple):
@@ -60,7 +58,7 @@ def open_cache(storage: Storage, name: str, limit: int, root: Path | None = None
     root = root or cache_root()
     try:
         folder = _own(root) / name
-        held = _hold(folder)
+        held = hold_folder(folder)
         _remove_unused(root, folder)
     except OSError as error:
         log.warning("no local copies of data blocks, they are read from %s each time: %s", storage.url, error)
@@ -183,7 +181,7 @@ class DiskCache:
         descriptor = None
         if not self.given_up:
             with self._tolerant():
-                descriptor = _flock(self.folder / f"lock-{stripe}", fcntl.LOCK_EX)
+                descriptor = lock_file(self.folder / f"lock-{stripe}")
         try:
             yield
         finally:
@@ -192,7 +190,7 @@ class DiskCache:
 
     @contextmanager
     def _locked(self, name: str) -> Iterator[None]:
-        descriptor = _flock(self.folder / f"lock-{name}", fcntl.LOCK_EX)
+        descriptor = lock_file(self.folder / f"lock-{name}")
         try:
             yield
         finally:
@@ -220,16 +218,6 @@ def _parse(name: str) -> tuple[int, int] | None:
     return int(parts[0]), int(parts[1])
 
 
-def _flock(path: Path, how: int) -> int:
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-    try:
-        fcntl.flock(descriptor, how)
-    except OSError:
-        os.close(descriptor)
-        raise
-    return descriptor
-
-
 def _own(root: Path) -> Path:
     """The folder, made if absent; PermissionError when another user could look into it."""
     root.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -240,30 +228,7 @@ def _own(root: Path) -> Path:
     return root
 
 
-def _hold(folder: Path) -> int:
-    """A shared lock that says, until this process ends, that the folder is in use."""
-    while True:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        descriptor = _flock(folder / _IN_USE, fcntl.LOCK_SH)
-        if _same(descriptor, folder / _IN_USE):
-            return descriptor
-        os.close(descriptor)  # removed between making and locking
-
-
-def _same(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
-
-
 def _remove_unused(root: Path, own: Path) -> None:
     for folder in root.iterdir():
-        if folder == own or not (folder / _IN_USE).exists():
-            continue
-        try:
-            descriptor = _flock(folder / _IN_USE, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            continue
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(descriptor)
+        if folder != own:
+            remove_unused(folder)

@@ -6,7 +6,6 @@ under autocast in the recipe's dtype. Frozen parameters are held in the recipe's
 
 from __future__ import annotations
 
-import resource
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import torch
 
 from trainer.errors import InputError
 from trainer.model.head import Head, head_modules, is_head, set_up_head
+from trainer.model.memory import HostPeak
 from trainer.model.quantization import keep_weights_packed, quantization_config
 from trainer.recipe.model import ModelSection
 
@@ -46,7 +46,7 @@ def build(
 
     Raises InputError when the files are no such model that transformers can load.
     """
-    before = _resident_bytes()
+    host = HostPeak()
     dtype = torch.float32 if full else getattr(torch, section.dtype)
     model, missing = _load_whole(section, folder, device, dtype, head)
     keep_weights_packed(model)
@@ -56,7 +56,7 @@ def build(
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     read = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    return Loaded(model, read, max(0, _peak_bytes() - before))
+    return Loaded(model, read, host.bytes())
 
 
 def _load_whole(
@@ -121,13 +121,3 @@ def _check_whole(path: str, unlike: Mapping[str, Any], missing: set[str], kind: 
             f"model.path {path!r} lacks {len(missing)} weights of a {kind} ({', '.join(sorted(missing)[:3])}); "
             "name a checkpoint that was saved whole"
         )
-
-
-def _resident_bytes() -> int:
-    import psutil
-
-    return int(psutil.Process().memory_info().rss)
-
-
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -104,12 +104,13 @@ def _keep_wide(model: Any, dtype: torch.dtype) -> None:
 
 def _quantise(model: Any, section: ModelSection, dtype: torch.dtype) -> None:
     """transformers' own replacement of the linear layers; for nf4 with packed weights in them."""
+    from transformers.modeling_utils import local_torch_dtype
     from transformers.quantizers.auto import get_hf_quantizer
 
     quantizer, _, device_map = get_hf_quantizer(
         model.config, quantization_config(section), {"": torch.device("cpu")}, True, {}
     )
-    with META:
+    with META, local_torch_dtype(dtype, type(model).__name__):  # of the new layers' biases
         quantizer.preprocess_model(model=model, dtype=dtype, device_map=device_map)
     quantizer.postprocess_model(model)
     model.hf_quantizer = quantizer

@@ -28,7 +28,7 @@ def check_weights(section: ModelSection) -> None:
         return
     storage = open_storage(section.path)
     found = {o.key: o for o in storage.list() if "/" not in o.key}
-    needed = sorted(_needed(storage, section.path, found))
+    needed = sorted(needed_files(storage, section.path, found))
     missing = [name for name in needed if name not in found]
     if missing:
         raise InputError(
@@ -39,7 +39,8 @@ def check_weights(section: ModelSection) -> None:
         list(pool.map(lambda name: _check_file(storage, found[name]), needed))
 
 
-def _needed(storage: Storage, path: str, found: Iterable[str]) -> set[str]:
+def needed_files(storage: Storage, path: str, found: Iterable[str]) -> set[str]:
+    """Names of the weight files that the model consists of, of the files ``found``; InputError when there are none."""
     names = set(found)
     if SINGLE in names:
         return {SINGLE}

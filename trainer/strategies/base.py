@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,6 +24,20 @@ from trainer.world import World
 if TYPE_CHECKING:
     from trainer.recipe import Recipe
 
+
+@dataclass(frozen=True)
+class Piece:
+    """What this rank keeps of a parameter: elements ``start`` to ``stop`` of the flattened whole, which has ``shape``.
+    ``local`` holds them, flat, on the rank's device; it may be empty."""
+
+    name: str
+    shape: torch.Size
+    start: int
+    stop: int
+    local: torch.Tensor
+
+
+Fill = Callable[[Sequence[Piece]], None]
 MakeOptimizer = Callable[[Mapping[str, torch.nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -33,20 +48,31 @@ class Strategy(ABC):
     module: torch.nn.Module  # what the forward is called on
     optimizer: torch.optim.Optimizer
     averages = True
+    by_shard = False
+    """Whether `setup` takes a model on the meta device, of which each rank then fills its own pieces."""
 
     def __init__(self, recipe: Recipe, world: World) -> None:
         self.recipe = recipe
         self.world = world
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.model.dtype == "float16")
 
-    def setup(self, model: torch.nn.Module, make_optimizer: MakeOptimizer) -> None:
-        """Takes over ``model`` (whole, the same values on every rank) and makes the optimizer over what is trained."""
+    def setup(self, model: torch.nn.Module, make_optimizer: MakeOptimizer, fill: Fill | None = None) -> None:
+        """Takes over ``model`` and makes the optimizer over what is trained.
+
+        The model is whole, with the same values on every rank; or, with ``fill``, its parameters are on the meta
+        device, and ``fill`` gets this rank's pieces of all of them, in the same order on every rank."""
         self.model = model
         self.module = self.wrap(model)
+        if fill:
+            fill(self.materialise())
         self.optimizer = make_optimizer(self.trainable())
 
     @abstractmethod
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module: ...
+
+    def materialise(self) -> Sequence[Piece]:
+        """Memory on the rank's device for what it keeps of a wrapped model on the meta device; not filled yet."""
+        raise NotImplementedError(f"{type(self).__name__} takes no model on the meta device")
 
     @abstractmethod
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
@@ -86,6 +112,9 @@ class Strategy(ABC):
     @abstractmethod
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
         """The whole of a tensor that may be spread over the ranks."""
+
+    def whole_parameter(self, name: str) -> torch.Tensor:
+        return self.whole(self.model.get_parameter(name).detach())
 
     @abstractmethod
     def spread(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:

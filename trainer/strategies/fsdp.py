@@ -13,10 +13,12 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trainer.errors import InputError
-from trainer.strategies.base import Strategy
+from trainer.strategies.base import Piece, Strategy
 
 
 class FSDP(Strategy):
+    by_shard = True
+
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         mesh = init_device_mesh(self.world.device.type, (self.world.size,))
         for layer in decoder_layers(model):
@@ -25,6 +27,12 @@ class FSDP(Strategy):
         unsharded = [n for n, p in model.named_parameters() if not isinstance(p, DTensor)]
         assert not unsharded, f"fully_shard left {unsharded[:3]} whole"
         return model
+
+    def materialise(self) -> list[Piece]:
+        device = self.world.device
+        # Not `to_empty`: buffers that were computed for real stay. Tied parameters stay one.
+        self.model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
+        return [_piece(name, parameter) for name, parameter in self.model.named_parameters()]
 
     def _precision(self) -> MixedPrecisionPolicy:
         """Full fine-tuning gathers its float32 parameters in the recipe's dtype. Adapters stay as they are: their bytes
@@ -56,6 +64,17 @@ class FSDP(Strategy):
 
     def wrapped(self) -> list[str]:
         return [n for n, m in self.model.named_modules() if isinstance(m, FSDPModule)]
+
+
+def _piece(name: str, parameter: torch.Tensor) -> Piece:
+    """Whole rows: FSDP2 cuts along the first dimension, in chunks of equal size as far as the rows go."""
+    assert isinstance(parameter, DTensor)
+    mesh, row = parameter.device_mesh, parameter.shape[1:].numel()
+    rows_per_rank = -(-parameter.shape[0] // mesh.size())
+    start = min(mesh.get_local_rank() * rows_per_rank, parameter.shape[0])
+    # Without bitsandbytes' subclass of a tensor, which would quantise what is copied into it.
+    local = parameter.to_local().detach().as_subclass(torch.Tensor).view(-1)
+    return Piece(name, parameter.shape, start * row, start * row + local.numel(), local)
 
 
 def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:

@@ -1,0 +1,161 @@
+"""Loading by shard gives, to the last bit, what loading the base whole and cutting it gives."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.support.models import packed
+from tests.support.training import small_recipe
+from tests.support.waiting import free_port
+from trainer.recipe import Recipe
+
+VOCABULARY = 67
+"""Not a multiple of any number of ranks, so that shards are uneven."""
+SHAPE = {"hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2, "num_attention_heads": 4}
+CASES: dict[str, dict[str, Any]] = {
+    "lora": {"model.dtype": "bfloat16"},
+    "lora-float32": {},
+    "dora": {"adapter.method": "dora", "model.dtype": "bfloat16"},
+    "dora-float16": {"adapter.method": "dora", "model.dtype": "float16"},
+    "qlora": {"model.quantization": "nf4"},
+    "qlora-bfloat16": {"model.quantization": "nf4", "model.dtype": "bfloat16"},
+    "qdora": {"model.quantization": "nf4", "adapter.method": "dora", "model.dtype": "bfloat16"},
+    "full": {"adapter.method": "none", "model.dtype": "bfloat16"},
+    "bias": {"adapter.bias": "all", "model.dtype": "bfloat16"},
+    "checkpointing": {"training.gradient_checkpointing": True},
+}
+KINDS = ["fsdp"]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One way of loading, as rank 0 saw it: whole parameters, the first loss, the load report, the quantised state."""
+
+    parameters: dict[str, torch.Tensor]
+    states: dict[str, torch.Tensor]
+    buffers: dict[str, torch.Tensor]
+    loss: float
+    load: list[dict[str, int]]
+
+
+def make_model(folder: Path, *, dtype: torch.dtype = torch.bfloat16, shards: str = "5GB", **changes: Any) -> Path:
+    """A Llama with random weights, biases and norms that are not all one."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(5)
+    config = LlamaConfig(
+        vocab_size=VOCABULARY, num_key_value_heads=2, max_position_embeddings=128, attention_bias=True,
+        mlp_bias=True, **{**SHAPE, **changes},
+    )  # fmt: skip
+    model = LlamaForCausalLM(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.02 * torch.randn(parameter.shape))
+    model.to(dtype).save_pretrained(folder, max_shard_size=shards)
+    return folder
+
+
+def load_in_processes(cases: list[tuple[Recipe, bool]], ranks: int, folder: Path) -> list[Seen]:
+    """What each (recipe, by shard or whole) gives on ``ranks`` gloo processes."""
+    import torch.multiprocessing as mp
+
+    mp.spawn(_rank, args=(cases, ranks, free_port(), folder), nprocs=ranks)
+    return [torch.load(folder / f"{i}.pt", weights_only=False) for i in range(len(cases))]
+
+
+def _rank(rank: int, cases: list[tuple[Recipe, bool]], ranks: int, port: int, folder: Path) -> None:
+    import torch.distributed as dist
+
+    from trainer.world import join_world
+
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks))
+    dist.init_process_group("gloo")
+    with join_world(gpu=False) as world:
+        for i, (recipe, by_shard) in enumerate(cases):
+            seen = _load(recipe, world, by_shard=by_shard)
+            if rank == 0:
+                torch.save(seen, folder / f"{i}.pt")
+    dist.destroy_process_group()
+
+
+def _load(recipe: Recipe, world: Any, *, by_shard: bool) -> Seen:
+    from trainer import building
+    from trainer.adapters import make_adapter
+    from trainer.strategies import make_strategy
+    from trainer.tasks import make_task
+
+    if by_shard:
+        built = building.build_parts(recipe, world)
+    else:
+        built = building._whole(recipe, world, make_adapter(recipe), make_task(recipe), make_strategy(recipe, world))
+    strategy = built.strategy
+    parameters = {n: strategy.whole_parameter(n).clone() for n, _ in strategy.model.named_parameters()}
+    states = {}
+    for name, module in strategy.model.named_modules():
+        if getattr(module, "quant_state", None) is not None:
+            state = module.quant_state
+            states |= {f"{name}.absmax": state.absmax, f"{name}.code": state.code, f"{name}.offset": state.offset}
+            states |= {f"{name}.nested": state.state2.absmax, f"{name}.nested_code": state.state2.code}
+    dtype = getattr(torch, recipe.model.dtype)
+    with strategy.micro_batch(True), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        batch = packed([[12, 9], [21]], vocabulary=VOCABULARY)
+        loss = built.task.measure(strategy.module.train(), batch, world.device).loss_sum
+        strategy.backward(loss)
+    strategy.step(1e-3, 1.0)
+    buffers = dict(strategy.model.named_buffers())
+    plain = {n: p.as_subclass(torch.Tensor) for n, p in parameters.items()}
+    return Seen(plain, states, buffers, loss.item(), built.load)
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """Packed codes read as floating-point numbers may be nan, which is not equal to itself."""
+    return tensor.contiguous().view(-1).view(torch.uint8)
+
+
+def assert_same(got: Seen, want: Seen) -> None:
+    for part in ("parameters", "states", "buffers"):
+        a, b = getattr(got, part), getattr(want, part)
+        assert list(a) == list(b)
+        for name, tensor in b.items():
+            assert a[name].dtype == tensor.dtype, name
+            assert torch.equal(bits(a[name]), bits(tensor)), name
+    assert got.loss == want.loss
+
+
+Make = Callable[..., Recipe]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("base") / "sharded", shards="20KB")
+
+
+@pytest.fixture
+def make(base: Path, tmp_path: Path) -> Make:
+    def recipe(**changes: Any) -> Recipe:
+        return small_recipe("loading", base, tmp_path, **{"strategy.kind": "fsdp", "adapter.dropout": 0.0, **changes})
+
+    return recipe
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_it_is_the_whole_load_cut_up(make: Make, base: Path, tmp_path: Path, ranks: int) -> None:
+    recipes = [make(**{**changes, "strategy.kind": kind}) for changes in CASES.values() for kind in KINDS]
+    pairs = [(recipe, by_shard) for recipe in recipes for by_shard in (True, False)]
+    seen = load_in_processes(pairs, ranks, tmp_path)
+    size = sum(f.stat().st_size for f in base.glob("*.safetensors"))
+    for name, got, want in zip([c for c in CASES for _ in KINDS], seen[::2], seen[1::2], strict=True):
+        assert_same(got, want)
+        assert [row["rank"] for row in got.load] == list(range(ranks))
+        read = sum(row["bytes_read"] for row in got.load)
+        assert read < size * 1.5, f"{name}: headers and halos weigh much in a model this small, and no more than that"
+        assert sum(row["bytes_read"] for row in want.load) == ranks * size, "the yardstick is a whole load"

@@ -1,0 +1,138 @@
+"""What a rank trains with: the base, the adapter on it, the task, and the strategy that spreads it over the ranks.
+
+There are two ways. By shard, no rank ever holds more of the base than it keeps; the strategies that shard parameters go
+this way wherever the adapter, the task and the architecture can. Otherwise each rank loads the base whole.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from trainer.adapters import Adapter, make_adapter
+from trainer.errors import InputError
+from trainer.model import Head, Loaded, ModelFiles, build, check_isolation, fetch_model
+from trainer.model.by_shard import ShardLoader
+from trainer.model.memory import HostPeak
+from trainer.model.meta import META, NotByShard, meta_model
+from trainer.model.source import Source
+from trainer.optim import make_optimizer
+from trainer.recipe import Recipe
+from trainer.strategies import Strategy, make_strategy
+from trainer.tasks import Task, make_task
+from trainer.world import World
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Built:
+    """``load``: of each rank, the bytes of the base it fetched and the peak of its host memory meanwhile."""
+
+    files: ModelFiles
+    adapter: Adapter
+    task: Task
+    strategy: Strategy
+    load: list[dict[str, int]]
+
+
+def build_parts(recipe: Recipe, world: World, labels: tuple[str, ...] = ()) -> Built:
+    """Collective: every rank of the attempt calls it. ``labels``: the label set of the training data."""
+    adapter, task, strategy = make_adapter(recipe), make_task(recipe, labels), make_strategy(recipe, world)
+    if strategy.by_shard and task.labels is None and recipe.model.quantization != "int8":
+        try:
+            return _Sharded(recipe, world, adapter, task, strategy).build()
+        except NotByShard as reason:
+            if world.is_first:
+                log.warning("each rank loads %s whole before it keeps its part: %s", recipe.model.path, reason)
+    return _whole(recipe, world, adapter, task, strategy)
+
+
+def _whole(recipe: Recipe, world: World, adapter: Adapter, task: Task, strategy: Strategy) -> Built:
+    files = fetch_model(recipe.model)
+    head = Head(task.labels, recipe.seed) if task.labels else None
+    loaded: Loaded = build(
+        recipe.model,
+        files.folder,
+        world.device,
+        full=adapter.full,
+        checkpointing=recipe.training.gradient_checkpointing,
+        head=head,
+    )
+    if recipe.data.packing:
+        check_isolation(loaded.model, recipe.model.path)
+    model = adapter.attach(loaded.model, lambda: _plain_model(recipe, files, head))
+    task.attach(model)
+    strategy.setup(model, lambda parameters: make_optimizer(recipe.optimizer, parameters, adapter.lr_scale))
+    read = max(loaded.bytes_read, files.fetched_bytes)
+    return Built(files, adapter, task, strategy, _report(world, read, loaded.peak_host_bytes))
+
+
+def _plain_model(recipe: Recipe, files: ModelFiles, head: Head | None) -> torch.nn.Module:
+    """The base once more, as it lies in its files, on the CPU."""
+    section = recipe.model.model_copy(update={"quantization": "none"})
+    return build(section, files.folder, torch.device("cpu"), full=False, checkpointing=False, head=head).model
+
+
+class _Sharded:
+    """The base by shard. All that can raise NotByShard comes before the adapter and the strategy touch anything."""
+
+    def __init__(self, recipe: Recipe, world: World, adapter: Adapter, task: Task, strategy: Strategy) -> None:
+        self.recipe, self.world = recipe, world
+        self.adapter, self.task, self.strategy = adapter, task, strategy
+
+    def build(self) -> Built:
+        recipe, section = self.recipe, self.recipe.model
+        remote = "://" in section.path
+        files = fetch_model(section, weights=not remote)
+        base = meta_model(
+            section,
+            files.folder,
+            self.world.device,
+            full=self.adapter.full,
+            checkpointing=recipe.training.gradient_checkpointing,
+        )
+        if not self.adapter.loads_by_shard(base):
+            raise NotByShard(f"{recipe.adapter.method} is made from the whole of the base's weights")
+        source = Source(section.path if remote else str(files.folder))
+        try:
+            loader = ShardLoader(base, source, section.path)
+            self._check_same(loader.digest())
+            peak = self._load(base, loader)
+        finally:
+            source.close()
+        if recipe.data.packing:
+            dtype = getattr(torch, section.dtype)
+            with torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32):
+                check_isolation(self.strategy.module, section.path)
+            self.strategy.settle()
+        return Built(files, self.adapter, self.task, self.strategy, _report(self.world, source.bytes_read, peak))
+
+    def _load(self, base: Any, loader: ShardLoader) -> int:
+        """Returns the peak of host memory over what the process held before."""
+        with META:  # what the adapter makes need not exist before it is cut
+            model = self.adapter.attach(base)
+        self.task.attach(model)
+        host = HostPeak()
+        loader.attached(model, self.world.device)
+        strategy = self.strategy
+        strategy.setup(
+            model,
+            lambda parameters: make_optimizer(self.recipe.optimizer, parameters, self.adapter.lr_scale),
+            lambda pieces: loader.fill(pieces, self.adapter.initial, strategy.whole_parameter),
+        )
+        return host.bytes()
+
+    def _check_same(self, digest: str) -> None:
+        if len(set(self.world.gather(digest))) > 1:
+            raise InputError(
+                f"model.path {self.recipe.model.path!r} is not the same model on all hosts; copy it again, or name one "
+                "place that all of them read"
+            )
+
+
+def _report(world: World, bytes_read: int, peak: int) -> list[dict[str, int]]:
+    return world.gather({"rank": world.rank, "bytes_read": bytes_read, "peak_host_bytes": peak})

@@ -1,0 +1,184 @@
+"""Loads a base model so that no rank ever holds more of it than it keeps.
+
+    meta model → adapter, task → wrapped by the strategy → memory for this rank's pieces → each filled from its bytes
+
+A piece is a contiguous run of a flattened parameter (rows under FSDP2, a flat slice under ZeRO-3), so that it is one
+range of a safetensors file; a quantised one is quantised while it is read (nf4.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from trainer.errors import InputError
+from trainer.model import nf4
+from trainer.model.checkpoint_files import Stored, read_headers
+from trainer.model.meta import NotByShard, four_bit_layers
+from trainer.model.names import match_names, state_of
+from trainer.model.source import Source
+
+if TYPE_CHECKING:
+    from trainer.strategies.base import Piece
+
+CHUNK = 2**22
+"""Elements that are read at a time when their type changes on the way."""
+
+Rows = Callable[[str, int, int], Iterator[torch.Tensor]]
+Initial = Callable[[str, torch.Size, int, int, Rows], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter comes from; ``layer``: the 4-bit layer that it is the packed weight of."""
+
+    stored: Stored
+    layer: Any = None
+
+
+class ShardLoader:
+    """Brings the weights in ``source`` into the meta model ``base``, once it has been wrapped.
+
+    Raises InputError when files lack something or have it in another shape, NotByShard when ``base`` has to be loaded
+    whole."""
+
+    def __init__(self, base: Any, source: Source, path: str) -> None:
+        self.source = source
+        self.stored = read_headers(source, path)
+        names = match_names(base, self.stored, path)
+        layers = {id(layer.weight): layer for layer in four_bit_layers(base).values()} if _quantised(base) else {}
+        tensors = dict(state_of(base))
+        # By identity: the adapter renames what it wraps. Kept alive until then, for an identity to mean something.
+        self._tensors = [tensors[name] for name in names]
+        self._places = {
+            id(tensors[name]): _Place(self.stored[key], layers.get(id(tensors[name]))) for name, key in names.items()
+        }
+        _check_shapes(path, {name: (tensors[name], self._places[id(tensors[name])]) for name in names})
+        self._named: dict[str, _Place] = {}
+
+    def digest(self) -> str:
+        """Of what is stored where: the same on every rank, or they would not load the same model."""
+        return hashlib.sha256(repr(sorted(self.stored.items())).encode()).hexdigest()
+
+    def attached(self, model: torch.nn.Module, device: torch.device) -> None:
+        """Learns the names after the adapter was attached, and fills the buffers, which every rank holds whole."""
+        self._named = {n: self._places[id(p)] for n, p in model.named_parameters() if id(p) in self._places}
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and id(buffer) in self._places:
+                    stored = self._places[id(buffer)].stored
+                    module._buffers[name] = (
+                        self._values(stored, 0, stored.numel).to(device, buffer.dtype).view(buffer.shape)
+                    )
+        self._tensors, self._places = [], {}
+
+    def fill(self, pieces: Sequence[Piece], initial: Initial, whole: Callable[[str], torch.Tensor]) -> None:
+        """Collective: fills ``pieces``, which are of all parameters; those that no file holds by ``initial(name, shape,
+        start, stop, rows)``. ``whole``: the whole of a parameter that is spread over the ranks, by its name."""
+        stored = sorted((p for p in pieces if p.name in self._named), key=self._position)
+        self.source.ahead(self._ranges(stored))
+        for piece in stored:
+            place = self._named[piece.name]
+            if place.layer is not None:
+                self._quantise(piece, place)
+            else:
+                self._copy(piece, place.stored)
+        self.source.check_unchanged({place.stored.file for place in self._named.values()})
+        kept = {piece.name: piece for piece in pieces}
+        for piece in pieces:
+            if piece.name not in self._named:
+                values = initial(
+                    piece.name, piece.shape, piece.start, piece.stop, lambda n, a, b: self._rows(kept[n], a, b, whole)
+                )
+                piece.local.copy_(values)
+
+    def _position(self, piece: Piece) -> tuple[str, int]:
+        place = self._named[piece.name].stored
+        return place.file, place.start
+
+    def _ranges(self, pieces: Sequence[Piece]) -> Iterator[tuple[str, int, int]]:
+        for piece in pieces:
+            place = self._named[piece.name]
+            stored, first, last = place.stored, piece.start, piece.stop
+            if place.layer is not None:
+                first, last = nf4.elements_of(first, last, piece.local.element_size(), stored.numel)
+            if last > first:
+                size = stored.dtype.itemsize
+                yield stored.file, stored.start + first * size, stored.start + last * size
+
+    def _values(self, stored: Stored, start: int, stop: int) -> torch.Tensor:
+        raw = torch.empty((stop - start) * stored.dtype.itemsize, dtype=torch.uint8)
+        self.source.read_into(stored.file, stored.start + start * stored.dtype.itemsize, _bytes_of(raw))
+        return raw.view(stored.dtype)
+
+    def _copy(self, piece: Piece, stored: Stored) -> None:
+        local = piece.local
+        if local.numel() and local.device.type == "cpu" and local.dtype == stored.dtype:
+            view = _bytes_of(local.view(torch.uint8))
+            self.source.read_into(stored.file, stored.start + piece.start * stored.dtype.itemsize, view)
+            return
+        for start in range(piece.start, piece.stop, CHUNK):
+            stop = min(piece.stop, start + CHUNK)
+            local[start - piece.start : stop - piece.start].copy_(self._values(stored, start, stop))
+
+    def _quantise(self, piece: Piece, place: _Place) -> None:
+        layer, stored = place.layer, place.stored
+        state = layer.quant_state
+        device = piece.local.device
+
+        def read(start: int, stop: int) -> torch.Tensor:
+            return self._values(stored, start, stop).to(device=device, dtype=state.dtype)
+
+        absmax = nf4.quantise_piece(read, stored.numel, piece.start, piece.stop, piece.local)
+        layer.quant_state = nf4.nested_state(nf4.gather_absmax(absmax), state.shape, state.dtype)
+
+    def _rows(
+        self, piece: Piece, first: int, last: int, whole: Callable[[str], torch.Tensor]
+    ) -> Iterator[torch.Tensor]:
+        """Collective: rows ``first`` to ``last`` (other ones on each rank) of a weight, as the forward sees them."""
+        layer = self._named[piece.name].layer
+        if layer is not None:
+            yield from nf4.dequantise_rows(whole(piece.name), layer.quant_state, first, last)
+            return
+        columns = piece.shape[1:].numel()
+        ours = (piece.start, piece.stop) == (first * columns, last * columns)
+        if _everywhere(ours, piece.local.device):
+            yield piece.local.view(-1, *piece.shape[1:])
+        else:
+            yield whole(piece.name)[first:last]
+
+
+def _bytes_of(raw: torch.Tensor) -> memoryview:
+    array: Any = raw.numpy()
+    return memoryview(array)
+
+
+def _quantised(base: Any) -> bool:
+    return bool(getattr(base, "is_loaded_in_4bit", False))
+
+
+def _everywhere(answer: bool, device: torch.device) -> bool:
+    said = torch.tensor(int(answer), device=device)
+    dist.all_reduce(said, dist.ReduceOp.MIN)
+    return bool(said)
+
+
+def _check_shapes(path: str, found: Mapping[str, tuple[torch.Tensor, _Place]]) -> None:
+    unlike = []
+    for name, (tensor, place) in sorted(found.items()):
+        wanted = tuple(place.layer.quant_state.shape if place.layer is not None else tensor.shape)
+        if place.layer is not None and place.layer.source_cls.__name__ == "Conv1D":
+            raise NotByShard(f"its {name} is stored transposed")
+        if place.stored.shape != wanted:
+            unlike.append((name, place.stored.shape, wanted))
+    if unlike:
+        name, stored, wanted = unlike[0]
+        raise InputError(
+            f"model.path {path!r}: {len(unlike)} weights have not the shape that config.json asks for ({name}: "
+            f"{list(stored)} stored, {list(wanted)} asked for); put the config.json that belongs to the weights there"
+        )

@@ -1,0 +1,107 @@
+"""NF4 with double quantisation, of a part of a weight, to the bit as bitsandbytes does it to the whole.
+
+NF4 (Dettmers et al. 2023, arXiv:2305.14314) maps each block of 64 consecutive elements to 4-bit codes and one absmax;
+the absmax values of all blocks, less their mean, are then quantised to 8 bits in blocks of 256. A rank that keeps some
+of the packed bytes reads the elements that they stand for, widened to whole blocks; the absmax values of all ranks are
+put together before they are quantised, since their mean is over all.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+BLOCK = 64
+NESTED_BLOCK = 256
+CHUNK = 2**20
+"""Elements quantised at a time: about 20 bytes each are in use meanwhile."""
+
+Read = Callable[[int, int], torch.Tensor]
+
+
+def elements_of(start: int, stop: int, itemsize: int, numel: int) -> tuple[int, int]:
+    """The weight's elements behind storage elements ``start`` to ``stop`` of ``itemsize`` bytes, two codes a byte."""
+    return min(numel, 2 * start * itemsize), min(numel, 2 * stop * itemsize)
+
+
+def block_chunks(first: int, last: int, numel: int, chunk: int = CHUNK) -> Iterator[tuple[int, int]]:
+    """Elements ``first`` to ``last`` widened to whole blocks, in runs of at most ``chunk`` (a multiple of 64)."""
+    if first >= last:
+        return
+    end = min(numel, math.ceil(last / BLOCK) * BLOCK)
+    for start in range(first // BLOCK * BLOCK, end, chunk):
+        yield start, min(end, start + chunk)
+
+
+def quantise_piece(
+    read: Read, numel: int, start: int, stop: int, local: torch.Tensor, chunk: int = CHUNK
+) -> torch.Tensor:
+    """Fills ``local`` (flat, of the storage type) with storage elements ``start`` to ``stop`` of the packed weight.
+
+    ``read(a, b)`` gives the weight's elements ``a`` to ``b`` on the device, in the type that is quantised. Returns
+    absmax [blocks of the whole weight] float32: this piece's, and zero where other pieces lie."""
+    from bitsandbytes import functional
+
+    absmax = torch.zeros(math.ceil(numel / BLOCK), dtype=torch.float32, device=local.device)
+    first, last = elements_of(start, stop, local.element_size(), numel)
+    target = local.view(torch.uint8) if local.numel() else local
+    for a, b in block_chunks(first, last, numel, chunk):
+        packed, state = functional.quantize_4bit(read(a, b), blocksize=BLOCK, quant_type="nf4")
+        absmax[a // BLOCK : math.ceil(b / BLOCK)] = state.absmax
+        codes = packed.view(-1)
+        # ``a`` is a multiple of 64 and the piece begins at a whole byte, so that both lie on byte boundaries.
+        begin, end = max(a, first) // 2, min(math.ceil(b / 2), math.ceil(last / 2))
+        target[begin - first // 2 : end - first // 2] = codes[begin - a // 2 : end - a // 2]
+    return absmax
+
+
+def gather_absmax(absmax: torch.Tensor) -> torch.Tensor:
+    """Collective. Each block's absmax from whoever has it; where two ranks share a block, they have the same."""
+    dist.all_reduce(absmax, dist.ReduceOp.MAX)
+    return absmax
+
+
+def nested_state(absmax: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> Any:
+    """The quantisation state that bitsandbytes' ``quantize_4bit(compress_statistics=True)`` gives with these absmax."""
+    from bitsandbytes import functional
+
+    offset = absmax.mean()
+    nested, state = functional.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCK)
+    return functional.QuantState(
+        absmax=nested,
+        shape=shape,
+        dtype=dtype,
+        blocksize=BLOCK,
+        code=functional.get_4bit_type("nf4", device=absmax.device),
+        quant_type="nf4",
+        offset=offset,
+        state2=state,
+    )
+
+
+def dequantise_rows(packed: torch.Tensor, state: Any, first: int, last: int) -> Iterator[torch.Tensor]:
+    """Rows ``first`` to ``last`` of the weight behind the whole ``packed`` one, some rows at a time."""
+    from bitsandbytes import functional
+
+    columns = state.shape[1]
+    if columns % BLOCK:  # rows do not begin with a block: such weights are small
+        yield functional.dequantize_4bit(packed, state)[first:last]
+        return
+    absmax = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    codes = packed.view(torch.uint8).view(-1)
+    step = max(1, CHUNK // columns)
+    for row in range(first, last, step):
+        end = min(last, row + step)
+        part = functional.QuantState(
+            absmax=absmax[row * columns // BLOCK : end * columns // BLOCK],
+            shape=torch.Size((end - row, columns)),
+            dtype=state.dtype,
+            blocksize=BLOCK,
+            code=state.code,
+            quant_type="nf4",
+        )
+        yield functional.dequantize_4bit(codes[row * columns // 2 : end * columns // 2].view(-1, 1), part)
