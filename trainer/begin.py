@@ -287,7 +287,9 @@ def _spec(
 ) -> Preparation:
     """``labels``: the label set of the training data, to which evaluation data are held; None for the former."""
     if frozen is None:
-        return describe(freeze(sources), tokenizer, labels=labels, **_settings(recipe))
+        spec = describe(freeze(sources), tokenizer, labels=labels, **_settings(recipe))
+        _check_class_weights(recipe, spec.labels)
+        return spec
     spec = describe(frozen.sources, tokenizer, labels=frozen.labels, **_settings(recipe))
     if spec.fingerprint != frozen.fingerprint:
         raise InputError(
@@ -295,6 +297,15 @@ def _spec(
             "gone; put the old one back, or start a run under another name"
         )
     return spec
+
+
+def _check_class_weights(recipe: Recipe, labels: Sequence[str]) -> None:
+    unknown = [label for label in recipe.classification.class_weights if label not in labels]
+    if unknown:
+        raise InputError(
+            f"classification.class_weights names the label {unknown[0]!r}, and those of the training data are "
+            f"{', '.join(labels)}"[:500]
+        )
 
 
 def _settings(recipe: Recipe) -> dict[str, Any]:

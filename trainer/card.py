@@ -8,33 +8,45 @@ from typing import Any
 import yaml
 
 from trainer.recipe import Recipe, dump
+from trainer.recipe.tasks import AUTO_CLASSES, CAUSAL, SEQUENCE
 
 LOAD_ADAPTER = """\
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-base = AutoModelForCausalLM.from_pretrained({base!r})
+base = {auto}.from_pretrained({base!r})
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+"""
+LOAD_HEAD = """\
+from peft import PeftModel
+from transformers import AutoConfig, {auto}, AutoTokenizer
+
+config = AutoConfig.from_pretrained("path/to/this/folder")  # with the labels
+base = {auto}.from_pretrained({base!r}, config=config, ignore_mismatched_sizes=True)
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 """
 LOAD_MODEL = """\
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import {auto}, AutoTokenizer
 
-model = AutoModelForCausalLM.from_pretrained("path/to/this/folder")
+model = {auto}.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 """
+PIPELINES = {CAUSAL: "text-generation", SEQUENCE: "text-classification"}
 
 
 def model_card(recipe: Recipe, facts: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
     """Markdown with the Hub's front matter. ``facts``: the last step's metrics row and the last evaluation's."""
     full = recipe.adapter.method == "none"
+    auto = AUTO_CLASSES[recipe.task]
     front = {
         "base_model": recipe.model.path,
         "library_name": "transformers" if full else "peft",
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": PIPELINES[auto],
         "tags": ["muster", recipe.task, *([] if full else [recipe.adapter.method])],
     }
-    load = LOAD_MODEL if full else LOAD_ADAPTER.format(base=recipe.model.path)
+    load = LOAD_MODEL if full else LOAD_HEAD if auto == SEQUENCE else LOAD_ADAPTER
     return "\n".join(
         [
             "---",
@@ -52,7 +64,7 @@ def model_card(recipe: Recipe, facts: Mapping[str, Any], provenance: Mapping[str
             "## Load it",
             "",
             "```python",
-            load.strip(),
+            load.format(auto=auto, base=recipe.model.path).strip(),
             "```",
             "",
             "## Recipe",
@@ -82,6 +94,8 @@ def _figures(facts: Mapping[str, Any]) -> dict[str, str]:
         "samples": "samples",
         "loss": "loss of the last step",
         "eval_loss": "evaluation loss",
+        "eval_accuracy": "evaluation accuracy",
+        "eval_pair_accuracy": "evaluation pair accuracy",
         "world_size": "ranks",
     }
     return {label: _number(facts[key]) for key, label in shown.items() if facts.get(key) is not None}

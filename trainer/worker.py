@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -30,13 +30,16 @@ from trainer.data import Batch, Cursor, Stream, eval_batches, open_caches
 from trainer.errors import Interrupted, MusterError
 from trainer.heartbeat import Heartbeat, Pulse, end_culprits, hang_text, store_of_group
 from trainer.loop import Hooks, Loop, Position
-from trainer.model import load_tokenizer
+from trainer.model import load_tokenizer, save_head_config
 from trainer.publish import TOTAL_STEPS, publish
 from trainer.recipe import Recipe
 from trainer.recorder import Recorder
 from trainer.state import Snapshot, TrainState
 from trainer.storage import open_storage
 from trainer.world import World, join_world
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
@@ -258,9 +261,21 @@ class Attempt:
 
     def _finish_folder(self, folder: Path, facts: Mapping[str, Any]) -> None:
         recipe = self.recipe
-        load_tokenizer(self.files.folder, trust_remote_code=recipe.model.trust_remote_code).save_pretrained(folder)
+        tokenizer = load_tokenizer(self.files.folder, trust_remote_code=recipe.model.trust_remote_code)
+        if self.task.labels:
+            self._finish_head(tokenizer, folder)
+        tokenizer.save_pretrained(folder)
         provenance = self.run_storage.read_json(layout.PROVENANCE)
         (folder / "README.md").write_text(model_card(recipe, facts, provenance))
+
+    def _finish_head(self, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+        """A head reads where the padding begins: whoever pads texts for it has to do it as it was done here."""
+        model: Any = self.strategy.model
+        base = model if self.adapter.full else model.get_base_model()
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.convert_ids_to_tokens(base.config.get_text_config().pad_token_id)
+        if not self.adapter.full:
+            save_head_config(base, folder)
 
     def _committed(self, done: Committed) -> None:
         self.recorder.event(

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 
 from tests.support.looping import Bench, bench
 from tests.support.models import CPU, stir
@@ -112,3 +114,19 @@ def test_a_micro_batch_of_weight_zero_reaches_every_parameter(task: str, tiny_mo
         for name, parameter in b.strategy.trainable().items():
             assert parameter.grad is not None, name
             assert not parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("task", TASKS.names())
+def test_a_checkpoint_is_written_without_touching_the_model(
+    task: str, tiny_model: Path, folder: Path, tmp_path: Path
+) -> None:
+    """It is written by another thread, in the middle of a forward that has gathered the weights."""
+    with bench(task_recipe(task, "written", tiny_model, folder, **{"strategy.kind": "fsdp"})) as b:
+        snapshot = b.state.snapshot(1, {}, final=True)
+        assert snapshot is not None
+        for module in b.model.modules():
+            if isinstance(module, FSDPModule):
+                module.unshard()
+        b.state.write(snapshot, tmp_path)
+        sharded = [n for n, p in b.model.named_parameters() if isinstance(p, DTensor)]
+        assert not sharded

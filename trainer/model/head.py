@@ -7,8 +7,10 @@ run can be repeated. It is held in float32 and unquantised, since all of it is t
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,6 +30,14 @@ class Head:
         """What the model's configuration says of it."""
         names = dict(enumerate(self.labels))
         return {"id2label": names, "label2id": {name: number for number, name in names.items()}}
+
+
+def save_head_config(model: Any, folder: Path) -> None:
+    """Writes the configuration that the base is to be loaded with: the labels are in it, and the padding token. The
+    base's own quantisation is not."""
+    config = {**model.config.to_dict(), "architectures": [type(model).__name__]}
+    config.pop("quantization_config", None)
+    (folder / "config.json").write_text(json.dumps(config, indent=2, default=str, sort_keys=True) + "\n")
 
 
 def is_head(model: Any, name: str) -> bool:

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import cross_entropy
 
-from trainer.errors import InputError
 from trainer.tasks.base import Measured, Task, ratio
 from trainer.tasks.sequences import SequenceInputs
 
@@ -24,16 +23,9 @@ if TYPE_CHECKING:
 
 class Classification(Task):
     def __init__(self, recipe: Recipe, labels: tuple[str, ...] = ()) -> None:
-        """Raises InputError when a weight is given for a label that the data do not have."""
         super().__init__(recipe, labels)
         self.labels = labels
         given = recipe.classification.class_weights
-        unknown = sorted(set(given) - set(labels))
-        if unknown:
-            raise InputError(
-                f"classification.class_weights names {unknown[0]!r}, and the labels of the training data are "
-                f"{', '.join(labels)}"[:500]
-            )
         self._weights = torch.tensor([given.get(label, 1.0) for label in labels]) if given else None
 
     def attach(self, model: torch.nn.Module) -> None:

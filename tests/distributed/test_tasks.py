@@ -1,0 +1,60 @@
+"""Every task gives the same run on any number of ranks: losses and metrics to 1e-5, the same samples."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.support.tasks import make_encoder, task_recipe, write_task_data
+from tests.support.training import ledger, run_of, train_in_processes
+from trainer import layout
+from trainer.recipe import Recipe
+from trainer.registry import TASKS
+from trainer.reporter import read_rows
+
+PLACES = [("ddp", 1), ("ddp", 2), ("fsdp", 2), ("ddp", 3), ("fsdp", 3)]
+ENCODER = "classification of an encoder"
+TIMES = {"step_s", "tokens_per_s", "eval_s", "stall_s", "checkpoint_age_s", "backlog", "world_size", "attempt"}
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, int], Recipe]:
+    folder = tmp_path_factory.mktemp("tasks")
+    encoder = make_encoder(folder / "encoder")
+    bases = {task: (task, tiny_model) for task in TASKS.names()} | {ENCODER: ("classification", encoder)}
+    for task in TASKS.names():
+        write_task_data(folder, task)
+    made: dict[tuple[str, str, int], Recipe] = {}
+    for ranks in (1, 2, 3):
+        batch = {
+            (key, kind, ranks): task_recipe(
+                task, f"{model.name}-{kind}-{ranks}", model, folder, **{"strategy.kind": kind, "training.steps": 6}
+            )
+            for key, (task, model) in bases.items()
+            for kind in ("ddp", "fsdp")
+            if (kind, ranks) in PLACES
+        }
+        train_in_processes(list(batch.values()), ranks)
+        made |= batch
+    return made
+
+
+def rows_of(recipe: Recipe) -> list[dict[str, Any]]:
+    rows = read_rows(run_of(recipe), layout.METRICS)
+    return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("kind", "ranks"), PLACES[1:])
+@pytest.mark.parametrize("task", [*TASKS.names(), ENCODER])
+def test_a_task_does_not_know_how_many_ranks_there_are(runs: Any, task: str, kind: str, ranks: int) -> None:
+    one, many = runs[task, "ddp", 1], runs[task, kind, ranks]
+    wanted, got = rows_of(one), rows_of(many)
+    assert sum("eval_loss" in row for row in wanted) == 2
+    for want, row in zip(wanted, got, strict=True):
+        assert row == pytest.approx(want, rel=1e-4, abs=1e-5)
+        for name in {"loss", "eval_loss"} & want.keys():
+            assert row[name] == pytest.approx(want[name], rel=1e-5)
+    assert ledger(many) == ledger(one)
