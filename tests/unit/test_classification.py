@@ -68,7 +68,7 @@ def test_the_loss_is_the_weighted_sum_of_each_texts_own(base: str, folder: Path,
             predicted.append(int(z.argmax()))
             weight = 2.0 if LABELS[label] == "ferry" else 1.0
             wanted -= weight * float(z[label] - torch.log(torch.exp(z).sum()))
-        assert float(loss) == pytest.approx(wanted, rel=1e-5)
+        assert loss.item() == pytest.approx(wanted, rel=1e-5)
         assert sums["actual"].tolist() == [0, 2, 0, 1]
         assert sums["predicted"].tolist() == [predicted.count(n) for n in range(4)]
 
