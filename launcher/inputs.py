@@ -54,7 +54,7 @@ def check_model(recipe: Recipe, warn: Callable[[str], None]) -> None:
     model = _model_without_weights(recipe.model, folder, AUTO_CLASSES[recipe.task])
     make_adapter(recipe).check(model)
     for name in recipe.adapter.idle():
-        warn(f"adapter.{name} has no effect with adapter.method {recipe.adapter.method}")
+        warn(f"adapter.{name} has no effect with adapter.method {recipe.adapter.label}")
     check_weights(recipe.model)
     tokenizer = load_run_tokenizer(recipe)
     embeddings: Any = model.get_input_embeddings()

@@ -44,7 +44,7 @@ def model_card(recipe: Recipe, facts: Mapping[str, Any], provenance: Mapping[str
         "base_model": recipe.model.path,
         "library_name": "transformers" if full else "peft",
         "pipeline_tag": PIPELINES[auto],
-        "tags": ["muster", recipe.task, *([] if full else [recipe.adapter.method])],
+        "tags": ["muster", recipe.task, *([] if full else [recipe.adapter.label])],
     }
     load = LOAD_MODEL if full else LOAD_HEAD if auto == SEQUENCE else LOAD_ADAPTER
     return "\n".join(
@@ -82,7 +82,7 @@ def model_card(recipe: Recipe, facts: Mapping[str, Any], provenance: Mapping[str
 
 def _summary(recipe: Recipe, full: bool) -> str:
     rank = f" of rank {recipe.adapter.rank}" if recipe.adapter.uses("rank") else ""
-    what = "Full fine-tuning" if full else f"A {recipe.adapter.method} adapter{rank}"
+    what = "Full fine-tuning" if full else f"A {recipe.adapter.label} adapter{rank}"
     base = f"`{recipe.model.path}`"
     packed = "" if recipe.model.quantization == "none" else f", trained on the base in {recipe.model.quantization}"
     return f"{what} for {base}{packed}."

@@ -114,5 +114,5 @@ def head_modules(base: Any) -> list[str]:
 
 
 def make_adapter(recipe: Recipe) -> Adapter:
-    adapter: Adapter = METHODS.load(recipe.adapter.method)(recipe)
+    adapter: Adapter = METHODS.load(recipe.adapter.kind)(recipe)
     return adapter

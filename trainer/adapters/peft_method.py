@@ -87,14 +87,18 @@ class PeftMethod(Adapter):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
-        self._names, self._constants = saved_by_peft(model)
+        self._names, self._constants = self.described(model)
         return model
+
+    def described(self, model: Any) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+        """The names under which parameters are saved as they are, and the tensors that are saved beside them."""
+        return saved_by_peft(model)
 
     def _chief_setting(self) -> str:
         section = self.recipe.adapter
         if section.uses("target_modules"):
             return f"adapter.target_modules {section.target_modules!r}"
-        return f"the settings of adapter.method {section.method}"
+        return f"the settings of adapter.method {section.label}"
 
     def initialise(self, model: Any, plain: Callable[[], torch.nn.Module] | None) -> None:
         """Puts the first values in place where peft's own, drawn under the recipe's seed, will not do."""
@@ -144,11 +148,12 @@ def seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def saved_by_peft(model: Any) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+def saved_by_peft(model: Any, apart: str = "") -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     """Name in peft's file for each trainable parameter; and the tensors that it saves beside them, by name.
 
-    peft is asked with a marker in the place of each tensor. Names that autograd wrappers add (checkpointing, sharding)
-    never reach this point: the model is the inner one. Raises InputError when a parameter is saved in another form."""
+    ``apart``: how the names begin of parameters that the method saves in a form of its own. peft is asked with a
+    marker in the place of each tensor. Names that autograd wrappers add (checkpointing, sharding) never reach this
+    point: the model is the inner one. Raises InputError when a parameter is saved in another form."""
     from peft import get_peft_model_state_dict
 
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **persistent_buffers(model)}
@@ -157,12 +162,13 @@ def saved_by_peft(model: Any) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
     saved = get_peft_model_state_dict(model, state_dict=markers, adapter_name=ADAPTER_NAME, save_embedding_layers=False)
     keys = {id(marker): key for key, marker in saved.items()}
     first = {id(markers[name]): name for name in reversed(list(tensors))}
-    trainable = {n for n, p in model.named_parameters() if p.requires_grad}
+    trainable = {n for n, p in model.named_parameters() if p.requires_grad and not (apart and n.startswith(apart))}
     lost = sorted(n for n in trainable if id(markers[n]) not in keys)
     if lost:
         raise InputError(f"peft saves {lost[0]} (of {len(lost)}) in a form from which a run cannot go on")
     names = {n: keys[id(markers[n])] for n in trainable}
-    rest = {key: tensors[first[id(marker)]] for key, marker in saved.items() if first[id(marker)] not in trainable}
+    others = {key: first[id(marker)] for key, marker in saved.items() if id(marker) in first}
+    rest = {key: tensors[name] for key, name in others.items() if name not in trainable}
     return names, {key: tensor.detach().cpu().clone() for key, tensor in rest.items()}
 
 

@@ -112,7 +112,7 @@ class Residual(Lora):
         """Makes the frozen rest anew from the factors that the run began with."""
         if self._plain is None or any(hasattr(p, "placements") for p in model.parameters()):
             raise InputError(
-                f"adapter.method {self.recipe.adapter.method}: this machine takes the weights apart in another way "
+                f"adapter.method {self.recipe.adapter.label}: this machine takes the weights apart in another way "
                 "than the one that the run began on, and what is sharded cannot be mended; resume with "
                 "strategy.kind=ddp, or on the same kind of machine"
             )

@@ -63,6 +63,11 @@ def check_targets(base: torch.nn.Module, targets: Targets) -> None:
         )
 
 
+def matched_linear(base: torch.nn.Module, targets: str | list[str]) -> list[str]:
+    """The full names of the linear layers that resolved targets stand for."""
+    return _matched(linear_modules(base), targets)
+
+
 def check_names(base: torch.nn.Module, setting: str, wanted: Iterable[str]) -> None:
     """Raises InputError when one of ``wanted`` ends the name of no module of the model."""
     names = [n for n, _ in base.named_modules()]

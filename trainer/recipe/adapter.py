@@ -6,11 +6,17 @@ import re
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, WithJsonSchema, WrapValidator, model_validator
 
-from trainer.recipe.base import Conflict, Listed, OneOf, Section, takes
+from trainer.errors import UsageError
+from trainer.recipe.base import Conflict, Listed, Section, show, takes
 from trainer.recipe.methods import DEFAULTS, methods_with, settings_of
 from trainer.registry import METHODS
+
+BY_NAME = "peft"
+METHOD_SCHEMA = {
+    "anyOf": [{"type": "string", "enum": [n for n in METHODS.names() if n != BY_NAME]}, {"type": "object"}]
+}
 
 COMMON = ("rank", "alpha", "dropout", "target_modules", "bias")
 """Settings that may stay in a recipe when its method is exchanged for one that has no use for them; starting the run
@@ -32,11 +38,28 @@ def _targets(value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | Non
     return value
 
 
+def _method(value: Any, handler: Any) -> Any:
+    """A name of the table, or peft's own name for a method in a mapping with its fields."""
+    if isinstance(value, dict):
+        if not isinstance(value.get(BY_NAME), str):
+            raise ValueError("as a mapping names the method, such as {peft: MISS, r: 8}")
+        return value
+    if not isinstance(value, str):
+        raise ValueError(f"takes text, or a mapping such as {{peft: MISS, r: 8}}, got {show(value)}")
+    if value == BY_NAME:
+        raise ValueError("names the method in a mapping: {peft: MISS, r: 8}")
+    try:
+        METHODS.require(value)
+    except UsageError as error:
+        raise ValueError(str(error)) from None
+    return value
+
+
 class AdapterSection(Section):
     """What is trained: a small adapter on the frozen base, or with `method: none` the whole model. A setting that is
     left out has the method's own default (see [methods](#methods))."""
 
-    method: Annotated[str, OneOf(METHODS)] = "lora"
+    method: Annotated[str | dict[str, Any], WrapValidator(_method), WithJsonSchema(METHOD_SCHEMA)] = "lora"
     """How the base is adapted; see [methods](#methods). `none` trains every parameter and leaves a plain model."""
 
     rank: int | None = Field(default=None, ge=1)
@@ -71,6 +94,39 @@ class AdapterSection(Section):
     lr_ratio: float | None = Field(default=None, ge=1.0)
     """Learning rate of B over that of A, which is `optimizer.lr`."""
 
+    target_rank: int | None = Field(default=None, ge=1)
+    """Rank per target that is left at the end, on average."""
+
+    prune_start: float | None = Field(default=None, ge=0.0, lt=1.0)
+    """Fraction of the run's steps after which the budget of ranks begins to fall."""
+
+    prune_end: float | None = Field(default=None, gt=0.0, le=1.0)
+    """Fraction of the run's steps after which the ranks that are left stay the same."""
+
+    prune_every: int | None = Field(default=None, ge=1)
+    """Steps between two new shares of the budget."""
+
+    orthogonality: float | None = Field(default=None, ge=0.0)
+    """Weight of the penalty that keeps the factors orthogonal. It is no part of the loss that is reported."""
+
+    block_size: int | None = Field(default=None, ge=2)
+    """Rows and columns of a block of the rotation; it has to divide the input dimension of each target."""
+
+    butterfly_factors: int | None = Field(default=None, ge=1)
+    """Sparse rotations that are multiplied."""
+
+    factor: int | None = Field(default=None, ge=-1)
+    """Rows and columns of the small matrix of the Kronecker product; -1 takes what is nearest to the square root."""
+
+    virtual_tokens: int | None = Field(default=None, ge=1)
+    """Trained vectors before each sample (`adaption_prompt`: in each layer)."""
+
+    encoder_hidden: int | None = Field(default=None, ge=1)
+    """Hidden size of the MLP that makes the vectors while training; `prefix` has none by default."""
+
+    layers: int | None = Field(default=None, ge=1)
+    """Layers, from the top, that get trained vectors; by default all but the two at the bottom."""
+
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, given: Any) -> Any:
@@ -79,13 +135,30 @@ class AdapterSection(Section):
             return given
         stated = {key: value for key, value in given.items() if value is not None}
         method = given.get("method", "lora")
-        return {**settings_of(method if isinstance(method, str) else ""), **stated}
+        kind = method if isinstance(method, str) else BY_NAME if isinstance(method, dict) else ""
+        return {**settings_of(kind), **stated}
+
+    @property
+    def kind(self) -> str:
+        """The method's name in the table."""
+        return self.method if isinstance(self.method, str) else BY_NAME
+
+    @property
+    def label(self) -> str:
+        """The method's name for people."""
+        return self.method if isinstance(self.method, str) else str(self.method[BY_NAME])
 
     def conflicts(self) -> Iterator[Conflict]:
+        if self.target_rank is not None and self.rank is not None and self.target_rank >= self.rank:
+            message = f"{self.target_rank} leaves nothing to take away from rank {self.rank}; set it lower"
+            yield Conflict((("target_rank",), ("rank",)), message)
+        if self.prune_start is not None and self.prune_end is not None and self.prune_start >= self.prune_end:
+            message = f"{self.prune_start} is not before prune_end {self.prune_end}; set it lower"
+            yield Conflict((("prune_start",), ("prune_end",)), message)
         for name in self._without_effect():
             if name not in COMMON:
                 others = ", ".join(methods_with(name))
-                message = f"has no effect with method {self.method}; leave it out (it is for {others})"
+                message = f"has no effect with method {self.label}; leave it out (it is for {others})"
                 yield Conflict(((name,), ("method",)), message)
 
     def idle(self) -> list[str]:
@@ -94,7 +167,7 @@ class AdapterSection(Section):
 
     def uses(self, setting: str) -> bool:
         """Whether the method has a use for the setting."""
-        return setting in settings_of(self.method)
+        return setting in settings_of(self.kind)
 
     def _without_effect(self) -> list[str]:
         fields = [name for name in type(self).model_fields if name != "method"]

@@ -46,6 +46,16 @@ RULES = (
         ),
     ),
     Rule(
+        (("adapter", "method"), ("training", "gradient_checkpointing")),
+        lambda r: r.adapter.method == "prefix" and r.training.gradient_checkpointing,
+        lambda r: "prefix is lost where layers are computed again; set training.gradient_checkpointing to false",
+    ),
+    Rule(
+        (("adapter", "method"), ("model", "dtype")),
+        lambda r: r.adapter.method == "adalora" and r.model.dtype == "float16",
+        lambda r: "adalora scores weights by their gradients, and float16's overflow; use bfloat16 or float32",
+    ),
+    Rule(
         (("exact",), ("strategy", "kind")),
         lambda r: r.exact and r.strategy.kind != "ddp",
         lambda r: f"cannot hold under {r.strategy.kind}, which adds gradients shard by shard; use strategy.kind ddp",

@@ -67,6 +67,11 @@ REFUSALS = (
         quantization=("int8",),
     ),
     Refusal(
+        "peft takes the shape of a packed 4-bit weight for the layer's own",
+        method=("loha", "lokr"),
+        quantization=("nf4",),
+    ),
+    Refusal(
         "int8 weights cannot be sharded: their scales are taken over whole rows of the whole weight",
         quantization=("int8",),
         strategy=("fsdp", "zero3"),
@@ -107,7 +112,7 @@ def nearest(cell: Cell) -> list[tuple[str, str]]:
 
 
 def cell_of(recipe: Recipe) -> Cell:
-    return Cell(recipe.adapter.method, recipe.model.quantization, recipe.strategy.kind, recipe.task)
+    return Cell(recipe.adapter.kind, recipe.model.quantization, recipe.strategy.kind, recipe.task)
 
 
 def conflicts(recipe: Recipe) -> Iterator[Conflict]:

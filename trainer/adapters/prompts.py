@@ -1,0 +1,104 @@
+"""Methods that train vectors in front of the text, and leave the base as it is.
+
+Prompt tuning (Lester et al. 2021, arXiv:2104.08691): ``virtual_tokens`` embeddings before the text's own; they begin as
+those of tokens drawn from the vocabulary.
+P-tuning (Liu et al. 2021, arXiv:2103.10385): the same embeddings, made by an MLP from trained ones while training.
+Prefix tuning (Li & Liang 2021, arXiv:2101.00190): keys and values of ``virtual_tokens`` before the text, in each layer;
+with ``encoder_hidden`` made by an MLP while training.
+
+Every sample of a pack gets them in front of itself (``in_packs``). What is saved is the embeddings, or the prefix; of
+an MLP only what it makes, so that a checkpoint holds the MLP beside that.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainer.adapters.in_packs import before_embeddings, before_keys
+from trainer.adapters.peft_method import ADAPTER_NAME, PeftMethod, saved_by_peft
+
+if TYPE_CHECKING:
+    from trainer.adapters.base import Read
+
+SAVED = "prompt_embeddings"
+ENCODER = f"prompt_encoder.{ADAPTER_NAME}."
+
+
+class Prompt(PeftMethod):
+    peft_type = "PROMPT_TUNING"
+    inserted = staticmethod(before_embeddings)
+
+    def settings(self, base: torch.nn.Module) -> dict[str, Any]:
+        return {
+            "num_virtual_tokens": self.recipe.adapter.virtual_tokens,
+            "prompt_tuning_init": "SAMPLE_VOCAB",
+        }
+
+    @property
+    def reads_back(self) -> bool:  # type: ignore[override]
+        return not self._has_mlp()
+
+    def _has_mlp(self) -> bool:
+        return False
+
+    def initialise(self, model: Any, plain: Any) -> None:
+        encoder = model.prompt_encoder[ADAPTER_NAME]
+        # To make the embeddings from a snapshot while the model itself goes on training.
+        self._encoder = copy.deepcopy(encoder).cpu()
+        self._tokens = model.prompt_tokens[ADAPTER_NAME]
+        self.inserted(model)
+
+    def described(self, model: Any) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+        return saved_by_peft(model, apart=ENCODER)
+
+    def saved_names(self, model: torch.nn.Module) -> dict[str, str]:
+        own = {} if self._has_mlp() else {f"{ENCODER}embedding.weight": SAVED}
+        return {**super().saved_names(model), **own}
+
+    def saved_shapes(self, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+        return super().saved_shapes(model) | {SAVED: tuple(self._made({}).shape)}
+
+    def exported(self, model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        inner = {n.removeprefix(ENCODER): t for n, t in weights.items() if n.startswith(ENCODER)}
+        outer = {n: t for n, t in weights.items() if not n.startswith(ENCODER)}
+        return super().exported(model, outer) | {SAVED: self._made(inner)}
+
+    @torch.no_grad()
+    def _made(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """The virtual tokens' embeddings (or keys and values) from the encoder's parameters."""
+        made: torch.Tensor = torch.func.functional_call(self._encoder, dict(weights), (self._tokens[None],))
+        return made[0]
+
+    def trained(self, model: torch.nn.Module, name: str, read: Read) -> torch.Tensor:
+        return read(self.saved_names(model)[name])
+
+
+class PTuning(Prompt):
+    peft_type = "P_TUNING"
+
+    def settings(self, base: torch.nn.Module) -> dict[str, Any]:
+        section = self.recipe.adapter
+        return {"num_virtual_tokens": section.virtual_tokens, "encoder_hidden_size": section.encoder_hidden}
+
+    def _has_mlp(self) -> bool:
+        return True
+
+
+class Prefix(Prompt):
+    peft_type = "PREFIX_TUNING"
+    inserted = staticmethod(before_keys)
+
+    def settings(self, base: torch.nn.Module) -> dict[str, Any]:
+        section = self.recipe.adapter
+        return {
+            "num_virtual_tokens": section.virtual_tokens,
+            "prefix_projection": self._has_mlp(),
+            "encoder_hidden_size": section.encoder_hidden,
+        }
+
+    def _has_mlp(self) -> bool:
+        return self.recipe.adapter.encoder_hidden is not None
