@@ -11,7 +11,6 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -108,10 +107,9 @@ class Loop:
         )
         if bad:
             self._non_finite(step, data, loss_sum)
-        training = self.recipe.training
         lr = learning_rate(self.recipe.schedule, self.recipe.optimizer.lr, step, self.total_steps)
         self.hooks.phase(step, "optimizer")
-        norm = self.strategy.step(lr, training.max_grad_norm, self.hooks.around_update(step))
+        norm = self.strategy.step(lr, self.hooks.around_update(step))
         if not math.isfinite(norm) and not self._may_scale_down():
             raise NonFiniteLoss(
                 f"step {step}: the gradient's norm is {norm} while the loss is finite; lower the "
@@ -143,7 +141,7 @@ class Loop:
             seed_micro_batch(self.recipe.seed, step, batch.index)
             with self.strategy.micro_batch(last=i == rounds - 1):
                 self.hooks.phase(step, f"forward of micro-batch {batch.index}")
-                with self._autocast():
+                with self.strategy.autocast():
                     loss, sums = self.task.measure(self.strategy.module, batch, self.world.device)
                 self.hooks.phase(step, f"backward of micro-batch {batch.index}")
                 self.strategy.backward(loss * scale)
@@ -154,14 +152,10 @@ class Loop:
     @torch.no_grad()
     def _prepare(self, batches: Sequence[Batch]) -> None:
         self.strategy.module.eval()
-        with self._autocast():
+        with self.strategy.autocast():
             self.task.prepare(self.strategy.module, batches, self.world.device)
         self.strategy.settle()
         self.strategy.module.train()
-
-    def _autocast(self) -> AbstractContextManager[Any]:
-        dtype = getattr(torch, self.recipe.model.dtype)
-        return nullcontext() if dtype == torch.float32 else torch.autocast(self.world.device.type, dtype)
 
     def _metrics(
         self, step: int, plan: StepPlan, said: dict[str, float], lr: float, norm: float, seconds: float
@@ -215,7 +209,7 @@ class Loop:
     def _measure(self, batch: Batch) -> dict[str, torch.Tensor]:
         """What a batch adds to an evaluation."""
         module, device = self.strategy.module, self.world.device
-        with self._autocast():
+        with self.strategy.autocast():
             if self.task.prepares:
                 self.task.prepare(module, [batch], device)
             loss, sums = self.task.measure(module, batch, device)

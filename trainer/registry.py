@@ -81,6 +81,8 @@ STRATEGIES = Registry(
     {
         "ddp": "trainer.strategies.ddp:DDP",
         "fsdp": "trainer.strategies.fsdp:FSDP",
+        "zero2": "trainer.strategies.zero:Zero2",
+        "zero3": "trainer.strategies.zero:Zero3",
     },
 )
 

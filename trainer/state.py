@@ -24,7 +24,6 @@ from typing import Any
 import torch
 
 from trainer.adapters import Adapter, verify_saved
-from trainer.optim.state import load_optimizer_state, optimizer_state
 from trainer.publish import MASTER_FILE, METHOD_FILE, OPTIMIZER_FILE
 from trainer.strategies import Strategy
 
@@ -48,14 +47,13 @@ class TrainState:
         self.strategy = strategy
         self.adapter = adapter
         # Taken from the model once, not from what is gathered: a gather that lost something is to be found out.
-        self._shapes = adapter.saved_shapes(strategy.model)
+        self._shapes = adapter.saved_shapes(strategy.model, strategy.shape_of)
 
     def snapshot(self, step: int, state: Mapping[str, Any], *, final: bool) -> Snapshot | None:
         """Collective. The snapshot on rank 0, None on the others; nobody waits for storage."""
         keep = self.strategy.world.is_first
         weights = _copies(self.strategy.weights(), keep)
-        moments = optimizer_state(self.strategy.optimizer, self.strategy.trainable(), self.strategy.whole)
-        optimizer = _copies(moments, keep)
+        optimizer = _copies(self.strategy.optimizer_state(), keep)
         scaler = self.strategy.scaler.state_dict()
         method = _copies(self.adapter.state(self.strategy.model).items(), keep)
         return Snapshot(step, weights, optimizer, {**state, "scaler": scaler}, final, method) if keep else None
@@ -95,9 +93,7 @@ class TrainState:
             for saved in moments.keys():  # noqa: SIM118 - a safetensors file is no mapping
                 parameter, key = saved.rsplit(".", 1)
                 keys[parameter].append(key)
-            load_optimizer_state(
-                self.strategy.optimizer, self.strategy.trainable(), keys, moments.get_tensor, self.strategy.spread
-            )
+            self.strategy.load_optimizer_state(keys, moments.get_tensor)
             self._load_method(folder, reader)
         if state.get("scaler"):
             self.strategy.scaler.load_state_dict(state["scaler"])

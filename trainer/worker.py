@@ -163,7 +163,7 @@ class Attempt:
             world_size=self.world.size,
             strategy=strategy,
             load=self.load,
-            trainable_parameters=sum(p.numel() for p in self.strategy.trainable().values()),
+            trainable_parameters=self.strategy.trainable_elements(),
             build_s=time.monotonic() - self.began - restore_s,
             restore_s=restore_s,
         )

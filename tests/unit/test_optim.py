@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 
 from trainer.errors import CorruptObject
 from trainer.optim import learning_rate, make_optimizer
-from trainer.optim.state import load_optimizer_state, optimizer_state
+from trainer.strategies.optimizer_state import load_optimizer_state, optimizer_state
 from trainer.recipe import OptimizerSection, ScheduleSection
 
 Parameters = dict[str, torch.nn.Parameter]

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     Read = Callable[[str], torch.Tensor]
     Spread = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+    ShapeOf = Callable[[torch.nn.Parameter], tuple[int, ...]]
 
 Rows = Callable[[str, int, int], Iterator["torch.Tensor"]]
 
@@ -67,10 +68,10 @@ class Adapter(ABC):
     def saved_names(self, model: torch.nn.Module) -> dict[str, str]:
         """Name in the saved file for the name of each trainable parameter of ``model`` that it holds as it is."""
 
-    def saved_shapes(self, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-        """Every tensor of the saved file with its shape."""
+    def saved_shapes(self, model: torch.nn.Module, shape_of: ShapeOf) -> dict[str, tuple[int, ...]]:
+        """Every tensor of the saved file with its shape; ``shape_of`` tells that of a parameter that is spread."""
         parameters = dict(model.named_parameters())
-        return {saved: tuple(parameters[name].shape) for name, saved in self.saved_names(model).items()}
+        return {saved: shape_of(parameters[name]) for name, saved in self.saved_names(model).items()}
 
     @abstractmethod
     def save(self, model: torch.nn.Module, weights: Mapping[str, torch.Tensor], folder: Path) -> None:

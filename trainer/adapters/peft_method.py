@@ -18,7 +18,7 @@ from trainer.recipe.tasks import AUTO_CLASSES, PEFT_TYPES
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-    from trainer.adapters.base import Read, Spread
+    from trainer.adapters.base import Read, ShapeOf, Spread
 
 ADAPTER_NAME = "default"
 
@@ -106,8 +106,8 @@ class PeftMethod(Adapter):
     def saved_names(self, model: torch.nn.Module) -> dict[str, str]:
         return self._names
 
-    def saved_shapes(self, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-        return super().saved_shapes(model) | {name: tuple(t.shape) for name, t in self._constants.items()}
+    def saved_shapes(self, model: torch.nn.Module, shape_of: ShapeOf) -> dict[str, tuple[int, ...]]:
+        return super().saved_shapes(model, shape_of) | {name: tuple(t.shape) for name, t in self._constants.items()}
 
     def exported(self, model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The saved file's tensors."""

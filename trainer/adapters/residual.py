@@ -26,7 +26,7 @@ from trainer.adapters.peft_method import ADAPTER_NAME, seeded
 from trainer.errors import InputError
 
 if TYPE_CHECKING:
-    from trainer.adapters.base import Read, Spread
+    from trainer.adapters.base import Read, ShapeOf, Spread
 
 LARGEST_FULL_SVD = 1024
 POWER_ITERATIONS = 16
@@ -82,8 +82,8 @@ class Residual(Lora):
             tensors[self._names[name]] = torch.cat([trained, -first], 1) if _is_b(name) else torch.cat([trained, first])
         return tensors
 
-    def saved_shapes(self, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-        shapes = super().saved_shapes(model)
+    def saved_shapes(self, model: torch.nn.Module, shape_of: ShapeOf) -> dict[str, tuple[int, ...]]:
+        shapes = super().saved_shapes(model, shape_of)
         for name, (rows, columns) in ((n, t.shape) for n, t in self._first.items()):
             shapes[self._names[name]] = (rows, 2 * columns) if _is_b(name) else (2 * rows, columns)
         return shapes
@@ -110,7 +110,7 @@ class Residual(Lora):
 
     def _rebuild(self, model: Any, stored: dict[str, torch.Tensor]) -> None:
         """Makes the frozen rest anew from the factors that the run began with."""
-        if self._plain is None or any(hasattr(p, "placements") for p in model.parameters()):
+        if self._plain is None or any(hasattr(p, "placements") or hasattr(p, "ds_tensor") for p in model.parameters()):
             raise InputError(
                 f"adapter.method {self.recipe.adapter.label}: this machine takes the weights apart in another way "
                 "than the one that the run began on, and what is sharded cannot be mended; resume with "

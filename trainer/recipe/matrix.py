@@ -72,9 +72,9 @@ REFUSALS = (
         quantization=("nf4",),
     ),
     Refusal(
-        "int8 weights cannot be sharded: their scales are taken over whole rows of the whole weight",
+        "int8 weights cannot be sharded or cast: their scales belong to whole rows of whole-number weights",
         quantization=("int8",),
-        strategy=("fsdp", "zero3"),
+        strategy=("fsdp", "zero2", "zero3"),
     ),
 )
 

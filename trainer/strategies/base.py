@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.registry import STRATEGIES
+from trainer.strategies.optimizer_state import load_optimizer_state, optimizer_state
 from trainer.world import World
 
 if TYPE_CHECKING:
@@ -78,19 +79,24 @@ class Strategy(ABC):
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         """Surrounds forward and backward of one micro-batch; gradients are exchanged in the last one of a step only."""
 
+    def autocast(self) -> AbstractContextManager[Any]:
+        """Surrounds a forward: it computes in the recipe's dtype."""
+        dtype = getattr(torch, self.recipe.model.dtype)
+        return nullcontext() if dtype == torch.float32 else torch.autocast(self.world.device.type, dtype)
+
     def backward(self, loss: torch.Tensor) -> None:
         """Adds this micro-batch's gradients: of ``loss``, in float16 scaled against underflow."""
         self.scaler.scale(loss).backward()
 
-    def step(self, lr: float, max_norm: float | None, around: AbstractContextManager[Any] | None = None) -> float:
-        """One update with the learning rate ``lr``, the gradient of the whole model clipped to ``max_norm``.
+    def step(self, lr: float, around: AbstractContextManager[Any] | None = None) -> float:
+        """One update with the learning rate ``lr``, the gradient of the whole model clipped to the recipe's norm.
 
         ``around`` surrounds it: from when the gradient is whole until it is thrown away. Returns the gradient's norm
         before clipping; a step whose gradient is not finite is left out."""
         set_lr(self.optimizer, lr)
         self.scaler.unscale_(self.optimizer)
         with around or nullcontext():
-            norm = self.clip(float("inf") if max_norm is None else max_norm)
+            norm = self.clip(self.max_norm)
             if self.scaler.is_enabled():
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
@@ -102,12 +108,20 @@ class Strategy(ABC):
     def settle(self) -> None:  # noqa: B027 - most strategies have nothing to do here
         """Puts parameters back where they lie between steps, after forwards that no backward followed."""
 
+    @property
+    def max_norm(self) -> float:
+        norm = self.recipe.training.max_grad_norm
+        return float("inf") if norm is None else norm
+
     def clip(self, max_norm: float) -> float:
         parameters = [p for p in self.trainable().values() if p.grad is not None]
         return float(self.whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm)))
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    def trainable_elements(self) -> int:
+        return sum(math.prod(self.shape_of(p)) for p in self.trainable().values())
 
     @abstractmethod
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -120,6 +134,10 @@ class Strategy(ABC):
     def spread(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         """The inverse: ``whole`` (the same on every rank) in the layout, device and dtype of ``like``."""
 
+    def shape_of(self, parameter: torch.nn.Parameter) -> tuple[int, ...]:
+        """The shape of the whole parameter."""
+        return tuple(parameter.shape)
+
     def local_bytes(self) -> int:
         """Bytes of the model's parameters that this rank keeps between steps. No collective."""
         return sum(_bytes(p) for p in self.model.parameters())
@@ -130,7 +148,7 @@ class Strategy(ABC):
 
     def report(self) -> dict[str, Any]:
         """What the start event says about the strategy."""
-        total = sum(p.numel() * p.element_size() for p in self.model.parameters())
+        total = sum(math.prod(self.shape_of(p)) * p.element_size() for p in self.model.parameters())
         return {
             "kind": self.recipe.strategy.kind,
             "wrapped": self.wrapped(),
@@ -147,6 +165,14 @@ class Strategy(ABC):
         for name, parameter in self.trainable().items():
             with torch.no_grad():
                 parameter.copy_(self.spread(read(name), parameter))
+
+    def optimizer_state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The optimizer's state, as ``optimizer_state`` (the module) names it: whole tensors on the CPU."""
+        return optimizer_state(self.optimizer, self.trainable(), self.whole)
+
+    def load_optimizer_state(self, names: Mapping[str, list[str]], read: Callable[[str], torch.Tensor]) -> None:
+        """``names``: the state keys that were saved for each parameter. Raises CorruptObject for foreign state."""
+        load_optimizer_state(self.optimizer, self.trainable(), names, read, self.spread)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -12,8 +12,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from trainer.errors import InputError
 from trainer.strategies.base import Piece, Strategy
+from trainer.strategies.layers import decoder_layers
 
 
 class FSDP(Strategy):
@@ -75,21 +75,3 @@ def _piece(name: str, parameter: torch.Tensor) -> Piece:
     # Without bitsandbytes' subclass of a tensor, which would quantise what is copied into it.
     local = parameter.to_local().detach().as_subclass(torch.Tensor).view(-1)
     return Piece(name, parameter.shape, start * row, start * row + local.numel(), local)
-
-
-def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The repeated blocks of a transformer: the members of its longest ModuleList whose entries are of one class.
-
-    Raises InputError when there is none: then nothing but the root could be sharded, and a step would gather it all."""
-    lists: list[torch.nn.ModuleList] = [
-        m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len({type(x) for x in m}) == 1
-    ]
-    if not lists:
-        raise InputError(
-            f"strategy.kind fsdp: no list of decoder layers in {type(model).__name__}; use strategy.kind=ddp"
-        )
-    return max((list(m) for m in lists), key=_size)
-
-
-def _size(layers: list[torch.nn.Module]) -> int:
-    return sum(p.numel() for layer in layers for p in layer.parameters())

@@ -7,7 +7,7 @@ saved as int64 scalars, which no optimizer here uses for a tensor of its own.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -40,14 +40,19 @@ def load_optimizer_state(
     """``names``: the state keys that were saved for each parameter; ``read`` gives a whole tensor by its saved name.
 
     Raises CorruptObject when state was saved for a parameter that is not there."""
-    foreign = sorted(set(names) - set(parameters))
-    if foreign:
-        raise CorruptObject(f"the optimizer's state is that of another model: nothing here is called {foreign[:3]}")
+    check_owners(names, parameters)
     for name, parameter in parameters.items():
         state: dict[str, Any] = {}
         for key in names.get(name, []):
             state[key] = _restored(read(f"{name}.{key}"), parameter, spread)
         optimizer.state[parameter] = state
+
+
+def check_owners(names: Iterable[str], parameters: Iterable[str]) -> None:
+    """Raises CorruptObject when state was saved for a parameter that is not there."""
+    foreign = sorted(set(names) - set(parameters))
+    if foreign:
+        raise CorruptObject(f"the optimizer's state is that of another model: nothing here is called {foreign[:3]}")
 
 
 def _restored(saved: torch.Tensor, parameter: torch.nn.Parameter, spread: Spread) -> Any:

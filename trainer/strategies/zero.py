@@ -1,0 +1,272 @@
+"""DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054) on its own engine.
+
+Stage 2 shards gradients and optimizer state, stage 3 parameters too: each parameter is flattened and cut into equal
+slices, one per rank. The optimizer works on flat float32 partitions; a parameter's part of them is what is gathered for
+a checkpoint and filled from one, so that what is saved has no trace of the partitioning.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import logging
+import math
+import os
+import warnings
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from trainer.errors import CorruptObject, InputError
+from trainer.recipe.zero import zero_settings
+from trainer.strategies.base import MakeOptimizer, Strategy, set_lr
+from trainer.strategies.layers import decoder_layers
+from trainer.strategies.optimizer_state import check_owners
+
+SAVED_KEYS = ("exp_avg", "exp_avg_sq", "step")
+"""AdamW's state. ``step`` is kept once per partition; it is saved with each parameter, as other strategies have it."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """This rank's part of a parameter: elements ``[start, start + numel)`` of the flattened whole, which lie at
+    ``offset`` of ``partition``, one of the flat float32 tensors that the optimizer updates. ``numel`` may be 0."""
+
+    partition: torch.Tensor
+    offset: int
+    start: int
+    numel: int
+
+    def of(self, flat: torch.Tensor) -> torch.Tensor:
+        """The part of a tensor that is laid out as the partition is."""
+        return flat.narrow(0, self.offset, self.numel)
+
+    def cut(self, whole: torch.Tensor) -> torch.Tensor:
+        return whole.reshape(-1).narrow(0, self.start if self.numel else 0, self.numel)
+
+
+class Zero(Strategy):
+    """What both stages share. ``optimizer`` is torch's; the engine has put flat partitions into its groups."""
+
+    def setup(self, model: torch.nn.Module, make_optimizer: MakeOptimizer) -> None:
+        self.model = model
+        deepspeed = import_deepspeed(self.world.device)
+        self.optimizer = make_optimizer(self.trainable())
+        with _local_rank(self.world.device):
+            self.engine, self.partitions, _, _ = deepspeed.initialize(
+                model=model, optimizer=self.optimizer, config=self.config(), dist_init_required=False
+            )
+        self.module = self.engine
+
+    def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
+        raise AssertionError("the engine wraps model and optimizer together, in setup")
+
+    def config(self) -> dict[str, Any]:
+        """DeepSpeed's configuration: ZeRO settings as the recipe names them, everything else from the recipe."""
+        training, strategy = self.recipe.training, self.recipe.strategy
+        return {
+            "train_micro_batch_size_per_gpu": training.micro_batch,
+            "gradient_accumulation_steps": 1,  # the loop says at each micro-batch whether it is the step's last
+            "gradient_clipping": training.max_grad_norm or 0.0,
+            "zero_optimization": zero_settings(strategy.kind, strategy.deepspeed),
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,  # its own one is compiled at the first start, for minutes
+            **self._precision(),
+        }
+
+    def _precision(self) -> dict[str, Any]:
+        """Full fine-tuning gathers its float32 parameters in the recipe's dtype; adapters stay in float32, under
+        autocast, as they do under every strategy."""
+        dtype = self.recipe.model.dtype
+        if dtype == "float32":
+            return {}
+        if self.recipe.adapter.method == "none":
+            return {
+                "bf16": {"enabled": True, "check_grad_overflow": True},
+                "data_types": {"grad_accum_dtype": "fp32"},
+            }
+        return {"torch_autocast": {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}}
+
+    def autocast(self) -> AbstractContextManager[Any]:
+        return nullcontext()  # the engine's own, around its forward
+
+    @contextmanager
+    def micro_batch(self, last: bool) -> Iterator[None]:
+        self.engine.set_gradient_accumulation_boundary(last)
+        yield
+
+    def backward(self, loss: torch.Tensor) -> None:
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr: float, around: AbstractContextManager[Any] | None = None) -> float:
+        set_lr(self.optimizer, lr)
+        with around or nullcontext():
+            self.engine.step()
+        return float(self.engine.get_global_grad_norm())
+
+    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("the parts of a parameter are gathered by its slices")
+
+    def spread(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        raise AssertionError("the parts of a parameter are cut by its slices")
+
+    def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self.trainable().items():
+            mine = self.slice_of(parameter)
+            yield name, self._gather(parameter, mine, mine.partition)
+
+    def load_weights(self, read: Callable[[str], torch.Tensor]) -> None:
+        for name, parameter in self.trainable().items():
+            whole, mine = read(name), self.slice_of(parameter)
+            with torch.no_grad():
+                mine.of(mine.partition).copy_(mine.cut(whole))
+                self.fill(parameter, whole)
+
+    def optimizer_state(self) -> Iterator[tuple[str, torch.Tensor]]:
+        for name, parameter in self.trainable().items():
+            mine = self.slice_of(parameter)
+            state = self.optimizer.state.get(mine.partition, {})
+            for key in sorted(state):
+                value = state[key]
+                whole = value.detach().cpu() if value.ndim == 0 else self._gather(parameter, mine, value)
+                yield f"{name}.{key}", whole
+
+    def load_optimizer_state(self, names: Mapping[str, list[str]], read: Callable[[str], torch.Tensor]) -> None:
+        check_owners(names, self.trainable())
+        self.optimizer.state.clear()
+        for name, parameter in self.trainable().items():
+            mine = self.slice_of(parameter)
+            for key in names.get(name, []):
+                self._load_state(mine, f"{name}.{key}", key, read(f"{name}.{key}"))
+
+    def _load_state(self, mine: Slice, saved: str, key: str, value: torch.Tensor) -> None:
+        if key not in SAVED_KEYS:
+            raise CorruptObject(f"{saved} is no part of the state that {self.recipe.optimizer.name} keeps under ZeRO")
+        state = self.optimizer.state[mine.partition]
+        if value.ndim == 0:
+            state[key] = value.clone()
+        else:
+            mine.of(state.setdefault(key, torch.zeros_like(mine.partition.data))).copy_(mine.cut(value))
+
+    def _gather(self, parameter: torch.nn.Parameter, mine: Slice, flat: torch.Tensor) -> torch.Tensor:
+        """Collective. The whole tensor on the CPU, of which ``flat`` holds this rank's part."""
+        shape = self.shape_of(parameter)
+        whole = torch.zeros(math.prod(shape), dtype=flat.dtype, device=self.world.device)
+        mine.cut(whole).copy_(mine.of(flat.detach()))
+        dist.all_reduce(whole)
+        return whole.view(shape).cpu()
+
+    @abstractmethod
+    def slice_of(self, parameter: Any) -> Slice: ...
+
+    @abstractmethod
+    def fill(self, parameter: Any, whole: torch.Tensor) -> None:
+        """Puts ``whole`` where the forward takes the parameter from."""
+
+
+class Zero2(Zero):
+    """Parameters are whole on every rank; behind each group of them lies a flat partition of float32."""
+
+    def setup(self, model: torch.nn.Module, make_optimizer: MakeOptimizer) -> None:
+        super().setup(model, make_optimizer)
+        groups: list[list[torch.nn.Parameter]] = self.partitions.bit16_groups
+        self._group = {id(p): index for index, group in enumerate(groups) for p in group}
+
+    def slice_of(self, parameter: Any) -> Slice:
+        partition = self.partitions.single_partition_of_fp32_groups[self._group[id(parameter)]]
+        mapping = parameter._hp_mapping
+        if mapping is None:
+            return Slice(partition, 0, 0, 0)
+        here, there = mapping.lp_fragment_address, mapping.hp_fragment_address
+        return Slice(partition, there.start, here.start, here.numel)
+
+    def fill(self, parameter: Any, whole: torch.Tensor) -> None:
+        parameter.copy_(whole)
+
+    def wrapped(self) -> list[str]:
+        return [""] if self.partitions.partition_gradients else []
+
+
+class Zero3(Zero):
+    """Each parameter is a slice too (``ds_tensor``), and empty between the forward and the backward of its module."""
+
+    def setup(self, model: torch.nn.Module, make_optimizer: MakeOptimizer) -> None:
+        super().setup(model, make_optimizer)
+        for module in model.modules():
+            for parameter in module.parameters(recurse=False):
+                _keep_in_place(parameter)
+
+    def slice_of(self, parameter: Any) -> Slice:
+        group, offset, size = self.partitions.grad_position[self.partitions.get_param_id(parameter)]
+        partition = self.partitions.fp32_partitioned_groups_flat[group]
+        start = self.world.rank * size
+        numel = max(0, min(size, math.prod(self.shape_of(parameter)) - start))  # the last slices hold padding
+        return Slice(partition, offset, start, numel)
+
+    def fill(self, parameter: Any, whole: torch.Tensor) -> None:
+        mine = self.slice_of(parameter)
+        parameter.ds_tensor.narrow(0, 0, mine.numel).copy_(mine.cut(whole))
+        if parameter.numel():  # gathered at the moment: it persists, or a forward has just ended
+            parameter.copy_(whole)
+
+    def shape_of(self, parameter: torch.nn.Parameter) -> tuple[int, ...]:
+        shape: Any = parameter.ds_shape  # type: ignore[attr-defined]
+        return tuple(shape)
+
+    def local_bytes(self) -> int:
+        """Slices, and what is small enough to stay whole (``stage3_param_persistence_threshold``) beside its slice."""
+        kept = 0
+        parameters: Iterator[Any] = self.model.parameters()
+        for parameter in parameters:
+            elements = parameter.ds_tensor.numel() + (parameter.ds_numel if parameter.ds_persist else 0)
+            kept += elements * parameter.element_size()
+        return kept
+
+    def wrapped(self) -> list[str]:
+        """The decoder layers, and the root, all of whose parameters are slices."""
+        layers = {id(layer) for layer in decoder_layers(self.model)}
+        found = [(name, module) for name, module in self.model.named_modules() if id(module) in layers or not name]
+        return [name for name, module in found if all(hasattr(p, "ds_tensor") for p in module.parameters())]
+
+
+def _keep_in_place(parameter: Any) -> None:
+    """On CPUs peft's DoRA "moves" a 4-bit weight to where it is, and puts the copy that it gets in its place: a
+    parameter that DeepSpeed does not know."""
+    if type(parameter).__name__ == "Params4bit":
+        parameter.to = lambda *_, **__: parameter
+
+
+def import_deepspeed(device: torch.device) -> Any:
+    """The library, told which accelerator to use. Raises InputError without it, or when it has chosen another one."""
+    try:
+        importlib.metadata.version("deepspeed")  # a folder of that name can be imported without the library
+    except importlib.metadata.PackageNotFoundError:
+        raise InputError("strategy.kind zero2 and zero3 need DeepSpeed: pip install deepspeed, or use fsdp") from None
+    os.environ.setdefault("DS_ACCELERATOR", device.type)
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    chosen = get_accelerator().device_name().split(":")[0]
+    if chosen != device.type:
+        raise InputError(f"DeepSpeed has chosen the accelerator {chosen!r}: set DS_ACCELERATOR={device.type}")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # Between libraries: at every collective, DeepSpeed uses what torch has renamed.
+    warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
+    return deepspeed
+
+
+@contextmanager
+def _local_rank(device: torch.device) -> Iterator[None]:
+    """DeepSpeed takes its device from LOCAL_RANK, which counts processes and not the devices that this one sees."""
+    before = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = str(device.index or 0)
+    try:
+        yield
+    finally:
+        os.environ.pop("LOCAL_RANK")
+        if before is not None:
+            os.environ["LOCAL_RANK"] = before
