@@ -26,6 +26,7 @@ from trainer.layout import EVENTS, METRICS
 from trainer.recipe import ResourcesSection
 from trainer.storage import Storage, open_storage
 from trainer.worker import Job
+from trainer.world import backend_of
 
 log = logging.getLogger(__name__)
 
@@ -157,7 +158,9 @@ class Trainer(TorchTrainer):
         self._policy = FailurePolicy(_failure_config(resources), job, environment)
         super().__init__(
             Worker(job, environment),
-            torch_config=TorchConfig(timeout_s=COLLECTIVE_TIMEOUT_S),
+            torch_config=TorchConfig(
+                backend=backend_of(gpu=resources.gpus_per_worker > 0), timeout_s=COLLECTIVE_TIMEOUT_S
+            ),
             scaling_config=_scaling(resources),
             run_config=RunConfig(name=job.recipe.name, storage_path=folder, failure_config=_failure_config(resources)),
         )

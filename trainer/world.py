@@ -87,8 +87,13 @@ def pick_device(local_rank: int, *, gpu: bool) -> torch.device:
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
+def backend_of(*, gpu: bool) -> str:
+    """gloo beside NCCL: gradients that are offloaded to the host have their norm taken there."""
+    return "cpu:gloo,cuda:nccl" if gpu else "gloo"
+
+
 def _init_group(device: torch.device) -> None:
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = backend_of(gpu=device.type == "cuda")
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     else:

@@ -14,8 +14,8 @@ from safetensors.torch import save_file
 
 from trainer.errors import CorruptObject
 from trainer.optim import learning_rate, make_optimizer
-from trainer.strategies.optimizer_state import load_optimizer_state, optimizer_state
 from trainer.recipe import OptimizerSection, ScheduleSection
+from trainer.strategies.optimizer_state import load_optimizer_state, optimizer_state
 
 Parameters = dict[str, torch.nn.Parameter]
 ON_CPU = ["adamw", "adamw_8bit"]

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trainer.strategies.base import Piece, Strategy
@@ -20,16 +21,21 @@ class FSDP(Strategy):
     by_shard = True
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
-        mesh = init_device_mesh(self.world.device.type, (self.world.size,))
+        settings: dict[str, Any] = {
+            "mesh": init_device_mesh(self.world.device.type, (self.world.size,)),
+            "reshard_after_forward": self.recipe.strategy.reshard_after_forward,
+            "mp_policy": self._precision(),
+            "offload_policy": self._offload(),
+        }
         for layer in decoder_layers(model):
-            fully_shard(layer, mesh=mesh, mp_policy=self._precision())
-        fully_shard(model, mesh=mesh, mp_policy=self._precision())
+            fully_shard(layer, **settings)
+        fully_shard(model, **settings)
         unsharded = [n for n, p in model.named_parameters() if not isinstance(p, DTensor)]
         assert not unsharded, f"fully_shard left {unsharded[:3]} whole"
         return model
 
     def materialise(self) -> list[Piece]:
-        device = self.world.device
+        device = "cpu" if self.recipe.strategy.offload else self.world.device
         # Not `to_empty`: buffers that were computed for real stay. Tied parameters stay one.
         self.model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
         return [_piece(name, parameter) for name, parameter in self.model.named_parameters()]
@@ -40,6 +46,11 @@ class FSDP(Strategy):
         if self.recipe.adapter.method != "none" or self.recipe.model.dtype == "float32":
             return MixedPrecisionPolicy()
         return MixedPrecisionPolicy(getattr(torch, self.recipe.model.dtype), reduce_dtype=torch.float32)
+
+    def _offload(self) -> OffloadPolicy:
+        if not self.recipe.strategy.offload:
+            return OffloadPolicy()
+        return CPUOffloadPolicy(pin_memory=self.world.device.type != "cpu")
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
@@ -53,14 +64,17 @@ class FSDP(Strategy):
                 module.reshard()
 
     def whole(self, tensor: torch.Tensor) -> torch.Tensor:
-        return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        if not isinstance(tensor, DTensor):
+            return tensor
+        return _with_local(tensor, tensor.to_local().to(self.world.device)).full_tensor()
 
     def spread(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         if not isinstance(like, DTensor):
             return whole.to(device=like.device, dtype=like.dtype)
         whole = whole.to(device=self.world.device, dtype=like.dtype)
         # Every rank has read the same bytes: each cuts its own shard, and nothing crosses the network.
-        return distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+        cut = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
+        return _with_local(like, cut.to_local().to(like.to_local().device))
 
     def wrapped(self) -> list[str]:
         return [n for n, m in self.model.named_modules() if isinstance(m, FSDPModule)]
@@ -75,3 +89,10 @@ def _piece(name: str, parameter: torch.Tensor) -> Piece:
     # Without bitsandbytes' subclass of a tensor, which would quantise what is copied into it.
     local = parameter.to_local().detach().as_subclass(torch.Tensor).view(-1)
     return Piece(name, parameter.shape, start * row, start * row + local.numel(), local)
+
+
+def _with_local(tensor: DTensor, local: torch.Tensor) -> DTensor:
+    """``tensor`` with another local part: an offloaded one lies on the host, collectives run on the device."""
+    return DTensor.from_local(
+        local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
+    )

@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from trainer.errors import CorruptObject, InputError
 from trainer.recipe.zero import zero_settings
-from trainer.strategies.base import MakeOptimizer, Strategy, set_lr
+from trainer.strategies.base import Fill, MakeOptimizer, Strategy, set_lr
 from trainer.strategies.layers import decoder_layers
 from trainer.strategies.optimizer_state import check_owners
 
@@ -52,7 +52,8 @@ class Slice:
 class Zero(Strategy):
     """What both stages share. ``optimizer`` is torch's; the engine has put flat partitions into its groups."""
 
-    def setup(self, model: torch.nn.Module, make_optimizer: MakeOptimizer) -> None:
+    def setup(self, model: torch.nn.Module, make_optimizer: MakeOptimizer, fill: Fill | None = None) -> None:
+        assert fill is None, "the engine takes whole models"
         self.model = model
         deepspeed = import_deepspeed(self.world.device)
         self.optimizer = make_optimizer(self.trainable())
@@ -171,8 +172,8 @@ class Zero(Strategy):
 class Zero2(Zero):
     """Parameters are whole on every rank; behind each group of them lies a flat partition of float32."""
 
-    def setup(self, model: torch.nn.Module, make_optimizer: MakeOptimizer) -> None:
-        super().setup(model, make_optimizer)
+    def setup(self, model: torch.nn.Module, make_optimizer: MakeOptimizer, fill: Fill | None = None) -> None:
+        super().setup(model, make_optimizer, fill)
         groups: list[list[torch.nn.Parameter]] = self.partitions.bit16_groups
         self._group = {id(p): index for index, group in enumerate(groups) for p in group}
 
@@ -194,8 +195,8 @@ class Zero2(Zero):
 class Zero3(Zero):
     """Each parameter is a slice too (``ds_tensor``), and empty between the forward and the backward of its module."""
 
-    def setup(self, model: torch.nn.Module, make_optimizer: MakeOptimizer) -> None:
-        super().setup(model, make_optimizer)
+    def setup(self, model: torch.nn.Module, make_optimizer: MakeOptimizer, fill: Fill | None = None) -> None:
+        super().setup(model, make_optimizer, fill)
         for module in model.modules():
             for parameter in module.parameters(recurse=False):
                 _keep_in_place(parameter)
