@@ -23,7 +23,7 @@ from trainer.plan.live import LiveBytes
 from trainer.plan.skeleton import layer_count, skeleton, with_layers
 from trainer.recipe import Recipe
 from trainer.strategies import make_strategy
-from trainer.strategies.fsdp import decoder_layers
+from trainer.strategies.layers import decoder_layers
 from trainer.tasks import make_task
 
 if TYPE_CHECKING:
