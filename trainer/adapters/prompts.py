@@ -22,7 +22,7 @@ from trainer.adapters.in_packs import before_embeddings, before_keys
 from trainer.adapters.peft_method import ADAPTER_NAME, PeftMethod, saved_by_peft
 
 if TYPE_CHECKING:
-    from trainer.adapters.base import Read
+    from trainer.adapters.base import Read, ShapeOf
 
 SAVED = "prompt_embeddings"
 ENCODER = f"prompt_encoder.{ADAPTER_NAME}."
@@ -59,8 +59,8 @@ class Prompt(PeftMethod):
         own = {} if self._has_mlp() else {f"{ENCODER}embedding.weight": SAVED}
         return {**super().saved_names(model), **own}
 
-    def saved_shapes(self, model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
-        return super().saved_shapes(model) | {SAVED: tuple(self._made({}).shape)}
+    def saved_shapes(self, model: torch.nn.Module, shape_of: ShapeOf) -> dict[str, tuple[int, ...]]:
+        return super().saved_shapes(model, shape_of) | {SAVED: tuple(self._made({}).shape)}
 
     def exported(self, model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         inner = {n.removeprefix(ENCODER): t for n, t in weights.items() if n.startswith(ENCODER)}
