@@ -15,7 +15,7 @@ class Method(NamedTuple):
 
     what: str
     settings: Mapping[str, Any]
-    lr: str
+    lr: float
     source: str
 
 
@@ -27,37 +27,37 @@ DEFAULTS: dict[str, Method] = {
     "lora": Method(
         "adds a low-rank product to each target",
         LORA,
-        "2e-4",
+        2e-4,
         "arXiv:2106.09685; all linear layers and this rate: QLoRA, arXiv:2305.14314, section 4",
     ),
     "rslora": Method(
         "LoRA scaled by alpha / √rank, so that high ranks go on learning",
         {**LORA, "rank": 64, "alpha": 16},
-        "1e-4",
+        1e-4,
         "arXiv:2312.03732: gains show at high ranks; alpha 16 keeps the step of LoRA with alpha = 2 rank",
     ),
     "dora": Method(
         "LoRA that trains each row's magnitude apart from its direction: closer to full fine-tuning, slower",
         LORA,
-        "1e-4",
+        1e-4,
         "arXiv:2402.09353, appendix A.2: rank 16, alpha 32, 1e-4 to 2e-4",
     ),
     "pissa": Method(
         "LoRA on the principal singular vectors of each weight; the rest is frozen (and quantised): learns faster",
         {**LORA, "alpha": 16, "dropout": 0.0},
-        "2e-5",
+        2e-5,
         "arXiv:2404.02948, section 5: alpha = rank, no dropout, 2e-5",
     ),
     "olora": Method(
         "LoRA that starts from the orthonormal basis of each weight's QR decomposition",
         {**LORA, "alpha": 16, "dropout": 0.05},
-        "1e-4",
+        1e-4,
         "arXiv:2406.01775, section 4: alpha 16, dropout 0.05; rate between LoRA's and PiSSA's",
     ),
     "loraplus": Method(
         "LoRA whose B learns faster than A by `lr_ratio`",
         {**LORA, "lr_ratio": 16.0},
-        "5e-5",
+        5e-5,
         "arXiv:2402.12354, section 5: ratio 16, with A at a rate below LoRA's",
     ),
     "adalora": Method(
@@ -66,26 +66,26 @@ DEFAULTS: dict[str, Method] = {
             **{**LORA, "rank": 12, "target_rank": 8},
             **{"prune_start": 0.1, "prune_end": 0.7, "prune_every": 10, "orthogonality": 0.5},
         },
-        "1e-3",
+        1e-3,
         "arXiv:2303.10512, appendix C: initial budget 1.5 times the target, pruning from a tenth to about two thirds "
         "of the steps, 5e-4 to 2e-3; orthogonality 0.5 as in peft",
     ),
     "ia3": Method(
         "scales keys, values and feed-forward activations: the fewest parameters",
         {"target_modules": None, **BESIDE},
-        "3e-3",
+        3e-3,
         "arXiv:2205.05638, section 3.3: 3e-3; peft's targets for the architecture",
     ),
     "vera": Method(
         "trains two vectors per target around random matrices that all targets share",
         {"rank": 256, "dropout": 0.0, "target_modules": "all-linear", "bias": "none", **BESIDE},
-        "1e-2",
+        1e-2,
         "arXiv:2310.11454, section 4: rank 256 for models of 7B; ten to a hundred times LoRA's rate",
     ),
     "oft": Method(
         "turns each weight by a block-diagonal rotation",
         {"block_size": 32, "dropout": 0.0, "target_modules": "all-linear", "bias": "none", **BESIDE},
-        "4e-4",
+        4e-4,
         "arXiv:2506.19847, section 5: block size 32, 1e-4 to 8e-4",
     ),
     "boft": Method(
@@ -94,51 +94,51 @@ DEFAULTS: dict[str, Method] = {
             **{"block_size": 4, "butterfly_factors": 1, "dropout": 0.0},
             **{"target_modules": "all-linear", "bias": "none", **BESIDE},
         },
-        "4e-4",
+        4e-4,
         "arXiv:2311.06243 for the form; block size 4 and one factor as in peft",
     ),
     "loha": Method(
         "adds the entry-wise product of two low-rank products: rank r² for the parameters of 2r",
         {"rank": 8, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear", **BESIDE},
-        "5e-4",
+        5e-4,
         "arXiv:2309.14859, section 5: half of LoRA's rank for the same size, alpha at most the rank",
     ),
     "lokr": Method(
         "adds a Kronecker product: very few parameters, full rank",
         {"rank": 8, "alpha": 8, "factor": -1, "dropout": 0.0, "target_modules": "all-linear", **BESIDE},
-        "2e-3",
+        2e-3,
         "arXiv:2309.14859, section 5; the split nearest to the square root as in peft",
     ),
     "prefix": Method(
         "trains keys and values before the text, in every layer",
         {"virtual_tokens": 20, "encoder_hidden": None, **BESIDE},
-        "1e-2",
+        1e-2,
         "arXiv:2101.00190: 10 to 200 tokens by task; a higher rate than LoRA's, since nothing but the prefix learns",
     ),
     "prompt": Method(
         "trains embeddings before the text: a few thousand parameters",
         {"virtual_tokens": 20, **BESIDE},
-        "3e-1",
+        3e-1,
         "arXiv:2104.08691, section 3: 20 tokens and more gain little, drawn from the vocabulary; rate 0.3",
     ),
     "p_tuning": Method(
         "trains embeddings before the text through an MLP",
         {"virtual_tokens": 20, "encoder_hidden": 128, **BESIDE},
-        "1e-3",
+        1e-3,
         "arXiv:2103.10385 for the form; 20 tokens and a hidden size of 128 as in peft's examples",
     ),
     "adaption_prompt": Method(
         "lets the top layers attend to trained vectors through a gate that starts shut",
         {"virtual_tokens": 10, "layers": None},
-        "9e-3",
+        9e-3,
         "arXiv:2303.16199, section 4: 10 vectors in the top 30 of 32 layers, 9e-3",
     ),
     "peft": Method(
         "any other method of the installed peft, by its own name and fields: `{peft: MISS, r: 8}`; looked at when the "
         "inputs are checked",
         {"target_modules": "all-linear", **BESIDE},
-        "by method",
-        "peft's defaults",
+        2e-4,
+        "peft's defaults; LoRA's rate is a place to begin",
     ),
 }
 

@@ -127,7 +127,7 @@ def _methods() -> str:
     rows = []
     for name, method in DEFAULTS.items():
         settings = ", ".join(f"`{key}: {_value(value)}`" for key, value in method.settings.items())
-        rows.append(f"| `{name}` | {method.what} | {settings} | {method.lr} | {method.source} |")
+        rows.append(f"| `{name}` | {method.what} | {settings} | {method.lr:g} | {method.source} |")
     return "\n".join([*head, "|---|---|---|---|---|", *rows, ""])
 
 

@@ -1,0 +1,128 @@
+"""Every adapter method at its defaults on the same model and data: ``python benchmarks/methods.py [--markdown]``.
+
+The model is the quickstart's: a Llama of 0.7 M parameters that has read statements about people, and is tuned on
+questions about them; the held-out questions ask for facts that only the base has read about. Every method runs in a
+process of its own, on one rank without a GPU, with its default settings. A model this small wants larger steps than the
+ones that the defaults are made for: each method gets its own rate times 1, 8 and 32, and the best of the three is told.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from benchmarks.memory import peak_mib  # noqa: E402
+from launcher.quickstart.prepare import prepare_base, prepare_data  # noqa: E402
+from tests.support.training import run_of, small_recipe, train_here  # noqa: E402
+from trainer import layout  # noqa: E402
+from trainer.recipe.methods import DEFAULTS  # noqa: E402
+from trainer.registry import METHODS  # noqa: E402
+from trainer.reporter import read_rows  # noqa: E402
+
+STEPS = 60
+TIMES = (1, 8, 32)
+FULL_LR = 5e-5
+BY_NAME = {"peft": "MISS"}
+COLUMNS = {
+    "method": "method",
+    "lr": "best rate",
+    "trainable": "trained parameters",
+    "kib": "adapter, KiB",
+    "peak": "peak memory, MiB",
+    "ms": "ms per step",
+    "loss": "held-out loss",
+}
+
+
+def recipe_of(method: str, rate: float, folder: Path) -> Any:
+    return small_recipe(
+        f"{method}-{rate:g}".replace("_", "-"),
+        folder / "base",
+        folder,
+        **{
+            "adapter": {"method": BY_NAME if method == "peft" else method},
+            "data.train": [{"path": f"{folder}/data/*.jsonl", "format": "completion"}],
+            "data.eval": [{"path": f"{folder}/eval/*.jsonl", "format": "completion"}],
+            "data.sequence_length": 128,
+            "data.ledger": False,
+            "training": {"steps": STEPS, "global_batch": 8, "micro_batch": 8, "gradient_checkpointing": False},
+            "optimizer.lr": rate,
+            "schedule": {"name": "cosine", "warmup_steps": 5},
+            "checkpoint.every_steps": STEPS,
+        },
+    )
+
+
+def measured(method: str, rate: float, folder: Path) -> dict[str, Any]:
+    recipe = recipe_of(method, rate, folder)
+    train_here(recipe)
+    run = run_of(recipe)
+    rows = read_rows(run, layout.METRICS)
+    start = next(e for e in read_rows(run, layout.EVENTS) if e["event"] == "start")
+    files = [o for o in run.list(layout.ADAPTER) if o.key.endswith(".safetensors")]
+    return {
+        "method": "peft: MISS" if method == "peft" else method,
+        "lr": f"{rate:.0e}",
+        "trainable": f"{start['trainable_parameters']:,}",
+        "kib": f"{sum(o.size for o in files) / 1024:,.0f}",
+        "ms": f"{1000 * statistics.median(r['step_s'] for r in rows if 'step_s' in r):.0f}",
+        "loss": f"{min(r['eval_loss'] for r in rows if 'eval_loss' in r):.3f}",
+    }
+
+
+def best(method: str, folder: Path) -> dict[str, Any]:
+    """Called in the method's own process, whose peak of memory is told."""
+    rate = DEFAULTS[method].lr if method in DEFAULTS else FULL_LR
+    found = [measured(method, rate * times, folder) for times in TIMES]
+    return {**min(found, key=lambda row: float(row["loss"])), "peak": f"{peak_mib():.0f}"}
+
+
+def in_process(method: str, folder: Path) -> dict[str, Any]:
+    command = [sys.executable, __file__, "--only", method, "--folder", str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{method}: {done.stderr[-2000:]}")
+    row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return row
+
+
+def line(cells: list[str], *, markdown: bool) -> str:
+    if markdown:
+        return f"| {' | '.join(cells)} |"
+    return f"{cells[0]:16}" + "".join(f"{cell:>20}" for cell in cells[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--markdown", action="store_true", help="as in docs/methods.md")
+    parser.add_argument("--only", choices=METHODS.names(), help=argparse.SUPPRESS)
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.only:
+        print(json.dumps(best(given.only, given.folder)))
+        return
+    print(line(list(COLUMNS.values()), markdown=given.markdown))
+    if given.markdown:
+        print(line(["---"] * len(COLUMNS), markdown=True))
+    with tempfile.TemporaryDirectory(prefix="methods-") as name:
+        folder = Path(name)
+        prepare_base(folder / "base")
+        prepare_data(folder / "data", folder / "eval")
+        for method in METHODS.names():
+            row = in_process(method, folder)
+            print(line([row[key] for key in COLUMNS], markdown=given.markdown), flush=True)
+
+
+if __name__ == "__main__":
+    main()
