@@ -107,7 +107,7 @@ class TrainState:
 
     def _load_method(self, folder: Path, reader: Callable[[str], Any]) -> None:
         model, adapter = self.strategy.model, self.adapter
-        adapter.restored(model, reader(adapter.weights_file).get_tensor, self.strategy.spread)
+        adapter.restored(model, reader(adapter.weights_file).get_tensor)
         kept = reader(METHOD_FILE) if (folder / METHOD_FILE).exists() else None
         adapter.load_state(model, {n: kept.get_tensor(n) for n in kept.keys()} if kept else {})  # noqa: SIM118
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     import torch
 
     Read = Callable[[str], torch.Tensor]
-    Spread = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
     ShapeOf = Callable[[torch.nn.Parameter], tuple[int, ...]]
 
 Rows = Callable[[str, int, int], Iterator["torch.Tensor"]]
@@ -81,9 +80,9 @@ class Adapter(ABC):
         """The parameter ``name``, whole, from a saved file that ``read`` gives the tensors of."""
         return read(self.saved_names(model)[name])
 
-    def restored(self, model: torch.nn.Module, read: Read, spread: Spread) -> None:  # noqa: B027 - most have no more
+    def restored(self, model: torch.nn.Module, read: Read) -> None:  # noqa: B027 - most have no more
         """Called when the trained parameters have been loaded, on every rank: puts back what belongs to them in the
-        frozen ones. ``spread`` lays a whole tensor out as another one is."""
+        frozen ones."""
 
     def state(self, model: torch.nn.Module) -> dict[str, torch.Tensor]:
         """What the method keeps from step to step beside parameters and optimizer state."""

@@ -18,7 +18,7 @@ from trainer.recipe.tasks import AUTO_CLASSES, PEFT_TYPES
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-    from trainer.adapters.base import Read, ShapeOf, Spread
+    from trainer.adapters.base import Read, ShapeOf
 
 ADAPTER_NAME = "default"
 
@@ -131,7 +131,7 @@ class PeftMethod(Adapter):
         config.inference_mode = True
         return config
 
-    def restored(self, model: torch.nn.Module, read: Read, spread: Spread) -> None:
+    def restored(self, model: torch.nn.Module, read: Read) -> None:
         for name, mine in self._constants.items():
             if not torch.equal(read(name), mine):
                 raise CorruptObject(

@@ -26,7 +26,7 @@ from trainer.adapters.peft_method import ADAPTER_NAME, seeded
 from trainer.errors import InputError
 
 if TYPE_CHECKING:
-    from trainer.adapters.base import Read, ShapeOf, Spread
+    from trainer.adapters.base import Read, ShapeOf
 
 LARGEST_FULL_SVD = 1024
 POWER_ITERATIONS = 16
@@ -102,8 +102,8 @@ class Residual(Lora):
         trained, first = saved.chunk(2, dim=1 if _is_b(name) else 0)
         return trained.contiguous(), (-first if _is_b(name) else first).contiguous()
 
-    def restored(self, model: torch.nn.Module, read: Read, spread: Spread) -> None:
-        super().restored(model, read, spread)
+    def restored(self, model: torch.nn.Module, read: Read) -> None:
+        super().restored(model, read)
         stored = {n: self._halves(n, read(self._names[n]))[1] for n in self._first}
         if any(not torch.equal(stored[n], mine) for n, mine in self._first.items()):
             self._rebuild(model, stored)
@@ -178,6 +178,11 @@ def put_weight(layer: Any, weight: torch.Tensor) -> None:
         layer.quant_state = layer.weight.quant_state
         return
     layer.weight.data = (weight.T if type(layer).__name__ == "Conv1D" else weight).to(old).contiguous()
+
+
+def is_sharded(model: torch.nn.Module) -> bool:
+    """Whether the model's parameters are no longer whole: DTensors of FSDP2, or partitions of ZeRO-3."""
+    return any(hasattr(p, "placements") or hasattr(p, "ds_id") for p in model.parameters())
 
 
 def _is_b(name: str) -> bool:

@@ -72,6 +72,16 @@ REFUSALS = (
         quantization=("nf4",),
     ),
     Refusal(
+        "bitsandbytes takes int8 weights apart in the first forward, and dora has to read them",
+        method=("dora",),
+        quantization=("int8",),
+    ),
+    Refusal(
+        "adalora compares the gradients of whole matrices between all layers",
+        method=("adalora",),
+        strategy=("fsdp", "zero2", "zero3"),
+    ),
+    Refusal(
         "int8 weights cannot be sharded or cast: their scales belong to whole rows of whole-number weights",
         quantization=("int8",),
         strategy=("fsdp", "zero2", "zero3"),
