@@ -91,6 +91,8 @@ TASKS = Registry(
     {
         "sft": "trainer.tasks.sft:SFT",
         "classification": "trainer.tasks.classification:Classification",
+        "reward": "trainer.tasks.reward:Reward",
+        "dpo": "trainer.tasks.dpo:DPO",
     },
 )
 

@@ -12,10 +12,12 @@ from trainer.recipe import Recipe
 LABELS = ("bread", "ferry", "hills", "lighthouse")
 """Of `write_texts`, in the order of their numbers."""
 
-FORMATS = {"sft": "completion", "classification": "classification"}
+FORMATS = {"sft": "completion", "classification": "classification", "reward": "preference", "dpo": "preference"}
 SETTINGS: dict[str, dict[str, Any]] = {
     "sft": {},
     "classification": {"data.packing": False, "classification.class_weights": {"ferry": 2.0}},
+    "reward": {"data.packing": False},
+    "dpo": {"data.packing": False, "dpo.beta": 0.5, "dpo.label_smoothing": 0.1},
 }
 """What a recipe of each task needs beside its data; settings of its own away from their defaults."""
 
@@ -30,7 +32,22 @@ def write_texts(path: Path, rows: int) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-WRITERS = {"sft": write_pairs, "classification": write_texts}
+def write_preferences(path: Path, rows: int) -> None:
+    """Prompts with two answers of differing lengths: what is chosen knows the phrase. Some have a margin."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [
+        {
+            "prompt": f"Q{i}: {PHRASES[i % 4].split()[1]}? ",
+            "chosen": " ".join(PHRASES[i % 4 : i % 4 + 1 + i % 2]),
+            "rejected": f"no idea {i} " * (1 + i % 3),
+            **({"margin": 0.5} if i % 3 == 0 else {}),
+        }
+        for i in range(rows)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+WRITERS = {"sft": write_pairs, "classification": write_texts, "reward": write_preferences, "dpo": write_preferences}
 
 
 def write_task_data(folder: Path, task: str) -> None:

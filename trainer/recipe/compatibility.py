@@ -71,6 +71,14 @@ RULES = (
         lambda r: "needs gradients that are not scaled, and float16 scales them; use float32 or bfloat16",
     ),
     Rule(
+        (("adapter", "bias"), ("task",)),
+        lambda r: r.task == "dpo" and r.adapter.bias not in (None, "none"),
+        lambda r: (
+            f"{r.adapter.bias} trains biases of the base, which stay changed when the adapter is switched off for the "
+            "reference of dpo; use none"
+        ),
+    ),
+    Rule(
         (("schedule", "warmup_steps"), ("training", "steps")),
         lambda r: r.training.steps is not None and r.schedule.warmup_steps > r.training.steps,
         lambda r: (
@@ -92,6 +100,7 @@ def across_sections(recipe: Recipe) -> Iterator[Conflict]:
     yield from matrix.conflicts(recipe)
     yield from _formats_of_task(recipe)
     yield from _settings_of_other_tasks(recipe)
+    yield from _margins(recipe)
 
 
 def _settings_of_other_tasks(recipe: Recipe) -> Iterator[Conflict]:
@@ -100,6 +109,14 @@ def _settings_of_other_tasks(recipe: Recipe) -> Iterator[Conflict]:
         given, plain = (section.model_dump() for section in (getattr(recipe, task), TASK_SECTIONS[task]()))
         for name in (name for name in given if given[name] != plain[name]):
             yield Conflict(((task, name), ("task",)), f"has no effect with task {recipe.task}; leave it out")
+
+
+def _margins(recipe: Recipe) -> Iterator[Conflict]:
+    for part, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
+        for index, source in enumerate(sources):
+            if "margin" in source.columns and recipe.task == "dpo":
+                paths = (("data", part, index, "columns", "margin"), ("task",))
+                yield Conflict(paths, "has no effect with task dpo, whose loss knows no margin; leave it out")
 
 
 def _formats_of_task(recipe: Recipe) -> Iterator[Conflict]:

@@ -35,6 +35,8 @@ UNPACKED = {"preference": "whose samples are pairs", "classification": "whose te
 TASK_FORMATS: dict[str, tuple[str, ...]] = {
     "sft": ("completion", "messages", "instruction", "qa", "text"),
     "classification": ("classification",),
+    "reward": ("preference",),
+    "dpo": ("preference",),
 }
 """The formats that each task learns from."""
 

@@ -67,6 +67,16 @@ REFUSALS = (
         quantization=("int8",),
     ),
     Refusal(
+        "the reference of dpo is the model with its adapter switched off, and adapter.method none has no adapter",
+        method=("none",),
+        task=("dpo",),
+    ),
+    Refusal(
+        "pissa and olora take a part out of the base, so that it is no reference for dpo with its adapter switched off",
+        method=("pissa", "olora"),
+        task=("dpo",),
+    ),
+    Refusal(
         "peft takes the shape of a packed 4-bit weight for the layer's own",
         method=("loha", "lokr"),
         quantization=("nf4",),

@@ -17,7 +17,7 @@ from trainer.recipe.optimizer import OptimizerSection
 from trainer.recipe.resources import ResourcesSection
 from trainer.recipe.schedule import ScheduleSection
 from trainer.recipe.strategy import StrategySection
-from trainer.recipe.tasks import ClassificationSection
+from trainer.recipe.tasks import ClassificationSection, DPOSection
 from trainer.recipe.training import TrainingSection
 from trainer.registry import TASKS, TRACKERS
 
@@ -46,13 +46,15 @@ class Recipe(Section):
 
     task: Annotated[str, OneOf(TASKS)] = "sft"
     """What is learned: `sft` is supervised fine-tuning of a causal language model; `classification` puts a head with an
-    output per label on any model. See tasks.md."""
+    output per label on any model; `reward` learns from preferences to rate answers, `dpo` to give the preferred ones.
+    See tasks.md."""
 
     model: ModelSection
     adapter: AdapterSection = AdapterSection()
     data: DataSection
     training: TrainingSection
     classification: ClassificationSection = ClassificationSection()
+    dpo: DPOSection = DPOSection()
     optimizer: OptimizerSection
     schedule: ScheduleSection = ScheduleSection()
     strategy: StrategySection = StrategySection()

@@ -13,6 +13,8 @@ CAUSAL, SEQUENCE = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 AUTO_CLASSES: dict[str, str] = {
     "sft": CAUSAL,
     "classification": SEQUENCE,
+    "reward": SEQUENCE,
+    "dpo": CAUSAL,
 }
 """The class of transformers that each task's model is loaded by. A sequence classifier has a head of its own, which is
 trained and saved with any adapter."""
@@ -33,5 +35,17 @@ class ClassificationSection(Section):
     counts as much as a frequent one; `micro` counts over all samples, which for one label per sample is accuracy."""
 
 
-TASK_SECTIONS: dict[str, type[Section]] = {"classification": ClassificationSection}
+class DPOSection(Section):
+    """Of `task: dpo`."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """How closely the model is held to the reference: the reward of an answer is beta times what training has added to
+    its log-likelihood. 0.1 is the paper's; smaller values let the model go further."""
+
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
+    """Share of the preferences that are taken to be the wrong way round. Above 0, the loss stops asking for ever larger
+    margins."""
+
+
+TASK_SECTIONS: dict[str, type[Section]] = {"classification": ClassificationSection, "dpo": DPOSection}
 """The section of each task that has settings; it stands in the recipe under the task's name."""

@@ -15,13 +15,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from trainer.errors import InputError
+
+if TYPE_CHECKING:
+    from trainer.data import Batch
 
 CHUNK_LOGITS = 32 * 1024 * 1024
 POST_HEAD = (
@@ -52,6 +55,21 @@ class TargetHead:
         self._targets_BL: torch.Tensor | None = None
         self._labels_T: torch.Tensor | None = None
         head.forward = self._forward
+
+    def losses(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
+        """Negative log-likelihood [T] of each target of the micro-batch, row by row, given what stands before it in its
+        sample; ``module`` is the model, wrapped or not."""
+        input_ids = torch.from_numpy(batch.input_ids).to(device)
+        positions = torch.from_numpy(batch.position_ids).to(device)
+        predicted = torch.from_numpy(batch.targets).to(device)
+        # The hidden state at a position predicts the token after it; no sample's first token is a target, so that the
+        # position before a target always belongs to the same sample.
+        predicting = torch.zeros_like(predicted)
+        predicting[:, :-1] = predicted[:, 1:]
+        labels = input_ids[predicted]
+        with self.select(predicting, labels):
+            output = module(input_ids=input_ids, position_ids=positions, use_cache=False)
+        return self.nll(output.logits, labels)
 
     @contextmanager
     def select(self, targets_BL: torch.Tensor, labels_T: torch.Tensor) -> Iterator[None]:

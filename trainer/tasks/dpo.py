@@ -1,0 +1,80 @@
+"""Direct preference optimisation: preferences without a reward model.
+
+DPO (Rafailov et al. 2023, arXiv:2305.18290). The reward of an answer y to a prompt x is what training has added to its
+likelihood, R(y) = β log(π(y|x) / π_ref(y|x)). With conservative labels (Mitchell 2023, "A note on DPO with noisy
+preferences"), which take a share ε of the preferences to be the wrong way round:
+
+    Δ_i  = R(c_i) - R(r_i)
+    loss = 1/N Σ_i -(1 - ε) log s(Δ_i) - ε log s(-Δ_i)    over the N pairs of a step, s the logistic function
+
+The reference is the base: the same model with its adapter switched off, so that no second one is in memory. It is asked
+in a phase before the losses, without dropout, and what it says is kept for the step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.nn.functional import logsigmoid
+
+from trainer.tasks.base import Measured, Task
+from trainer.tasks.head import TargetHead
+from trainer.tasks.pairs import evaluated, pair_metrics, pair_sums
+
+if TYPE_CHECKING:
+    from trainer.data import Batch, StepPlan
+
+
+class DPO(Task):
+    prepares = True
+
+    def attach(self, model: torch.nn.Module) -> None:
+        self._model, self._head = model, TargetHead(model)
+        self._reference: dict[int, torch.Tensor] = {}
+
+    def units(self, of: StepPlan | Batch) -> int:
+        return of.samples
+
+    def prepare(self, module: torch.nn.Module, batches: Sequence[Batch], device: torch.device) -> None:
+        with adapter_off(self._model):
+            self._reference = {batch.index: self._likelihoods(module, batch, device) for batch in batches}
+
+    def measure(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> Measured:
+        section = self.recipe.dpo
+        gained = self._likelihoods(module, batch, device) - self._reference[batch.index]
+        rewards = section.beta * gained
+        chosen, rejected = rewards[: batch.pairs], rewards[batch.pairs :]
+        difference, noise = chosen - rejected, section.label_smoothing
+        loss = -(1 - noise) * logsigmoid(difference) - noise * logsigmoid(-difference)
+        return Measured(loss.sum(), pair_sums(chosen, rejected))
+
+    def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        return evaluated(sums)
+
+    def step_metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        return pair_metrics(sums)
+
+    def _likelihoods(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
+        """Log-likelihoods of the answers, [2 pairs]."""
+        nll = self._head.losses(module, batch, device)
+        rows = torch.from_numpy(batch.targets.nonzero()[0]).to(device)
+        return torch.zeros(2 * batch.pairs, device=device).index_add(0, rows, -nll)
+
+
+@contextmanager
+def adapter_off(model: Any) -> Iterator[None]:
+    """peft also marks what it switches off as not trained, and FSDP2 keeps for good what it found in the first forward,
+    which may be this one; so the marks are put back at once."""
+    trained = [(p, p.requires_grad) for p in model.parameters()]
+    with model.disable_adapter():
+        _mark(trained)
+        yield
+    _mark(trained)
+
+
+def _mark(trained: list[tuple[torch.nn.Parameter, bool]]) -> None:
+    for parameter, wanted in trained:
+        parameter.requires_grad_(wanted)

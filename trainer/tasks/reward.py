@@ -1,0 +1,46 @@
+"""A reward model: one number for an answer, from pairs of which one answer was preferred.
+
+Bradley & Terry (1952, doi:10.2307/2334029): the chosen answer c is preferred to the rejected one r with probability
+s(R(c) - R(r)), s the logistic function. A margin m, where the data have one, asks for a distance (Touvron et al. 2023,
+arXiv:2307.09288, 3.2.2):
+
+    loss = 1/N Σ_i -log s(R(c_i) - R(r_i) - m_i)    over the N pairs of a step
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import torch
+from torch.nn.functional import logsigmoid
+
+from trainer.tasks.base import Measured, Task
+from trainer.tasks.pairs import evaluated, pair_metrics, pair_sums
+from trainer.tasks.sequences import SequenceInputs
+
+if TYPE_CHECKING:
+    from trainer.data import Batch, StepPlan
+
+
+class Reward(Task):
+    labels = ("reward",)
+
+    def attach(self, model: torch.nn.Module) -> None:
+        self._inputs = SequenceInputs(model)
+
+    def units(self, of: StepPlan | Batch) -> int:
+        return of.samples
+
+    def measure(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> Measured:
+        rewards = module(**self._inputs.of(batch, device)).logits[: 2 * batch.pairs, 0].float()
+        chosen, rejected = rewards[: batch.pairs], rewards[batch.pairs :]
+        margins = torch.from_numpy(batch.margins).to(device)
+        loss = -logsigmoid(chosen - rejected - margins).sum()
+        return Measured(loss, pair_sums(chosen, rejected))
+
+    def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        return evaluated(sums)
+
+    def step_metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        return pair_metrics(sums)
