@@ -41,8 +41,10 @@ def test_attention_keeps_samples_apart(config: PreTrainedConfig, dtype: torch.dt
     check_isolation(model_of(config, dtype), "base")
 
 
-def test_recurrent_state_is_refused() -> None:
+@pytest.mark.parametrize("int8", [False, True])
+def test_recurrent_state_is_refused(int8: bool) -> None:
     model = model_of(MambaConfig(**SIZES, state_size=8))
+    model.is_loaded_in_8bit = int8
     with pytest.raises(
         InputError, match=r"'base'.*MambaForCausalLM lets the samples of a pack see each other.*packing=false"
     ):

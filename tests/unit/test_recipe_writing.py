@@ -97,6 +97,7 @@ def test_the_recipes_that_are_promised_are_there() -> None:
         "qwen2_5_7b_dora_ddp",
         "qwen2_5_0_5b_full",
         "mistral_7b_gsm8k_lora",
+        "llama3_8b_qpissa",
     }
 
 

@@ -42,7 +42,7 @@ class PeftMethod(Adapter):
 
     def check(self, base: Any) -> None:
         section = self.recipe.adapter
-        if section.target_modules is not None and "target_modules" in self._fields():
+        if self._takes_targets(self._fields()) and section.target_modules is not None:
             check_targets(base, section.target_modules)
         check_names(base, "adapter.modules_to_save", section.modules_to_save)
         rows = base.get_input_embeddings().num_embeddings
@@ -60,12 +60,16 @@ class PeftMethod(Adapter):
     def _fields(self) -> list[str]:
         return list(self.config_class().__dataclass_fields__)
 
+    def _takes_targets(self, fields: list[str]) -> bool:
+        section = self.recipe.adapter
+        return section.uses("target_modules") and section.target_modules is not None and "target_modules" in fields
+
     def config(self, base: torch.nn.Module, trained_whole: Iterable[str]) -> PeftConfig:
         """``trained_whole``: the task's own modules, which are saved with the adapter."""
         section, fields = self.recipe.adapter, self._fields()
         task_type = PEFT_TYPES[AUTO_CLASSES[self.recipe.task]]
         common: dict[str, Any] = {"task_type": task_type, "revision": self.recipe.model.revision}
-        if "target_modules" in fields and section.target_modules is not None:
+        if self._takes_targets(fields):
             common["target_modules"] = self.targets(base)
         beside = list(dict.fromkeys([*trained_whole, *section.modules_to_save]))
         if beside:

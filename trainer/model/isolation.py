@@ -17,6 +17,9 @@ FIRST_TOKENS, SECOND_TOKENS = 6, 5
 TOLERANCE = 0.02
 """Of the logits' standard deviation. Without a leak nothing but rounding in another batch shape is left; a leak moves
 logits by about as much as they differ among themselves."""
+INT8_TOLERANCE = 0.25
+"""LLM.int8() keeps a column apart when any token of the batch has an outlier there, so that tokens do move each other's
+rounding (0.07 was met)."""
 
 
 @torch.no_grad()
@@ -36,7 +39,7 @@ def check_isolation(model: Any, path: str) -> None:
         logits.append(output.logits[0, FIRST_TOKENS:].float())
     model.train(was_training)
     moved = float((logits[0] - logits[1]).abs().max() / logits[0].std())
-    if not moved <= TOLERANCE:
+    if not moved <= (INT8_TOLERANCE if getattr(model, "is_loaded_in_8bit", False) else TOLERANCE):
         raise InputError(
             f"model.path {path!r}: {type(model).__name__} lets the samples of a pack see each other (logits move by "
             f"{moved:.2g} of their spread with what stands before them); set data.packing=false"
