@@ -72,6 +72,16 @@ REFUSALS = (
         task=("dpo",),
     ),
     Refusal(
+        "prompt and p_tuning put virtual tokens before a text, which then begins and ends where no head looks for it",
+        method=("prompt", "p_tuning"),
+        task=("classification", "reward"),
+    ),
+    Refusal(
+        "peft saves no head with an adaption_prompt",
+        method=("adaption_prompt",),
+        task=("classification", "reward"),
+    ),
+    Refusal(
         "pissa and olora take a part out of the base, so that it is no reference for dpo with its adapter switched off",
         method=("pissa", "olora"),
         task=("dpo",),

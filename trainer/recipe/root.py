@@ -47,7 +47,7 @@ class Recipe(Section):
     task: Annotated[str, OneOf(TASKS)] = "sft"
     """What is learned: `sft` is supervised fine-tuning of a causal language model; `classification` puts a head with an
     output per label on any model; `reward` learns from preferences to rate answers, `dpo` to give the preferred ones.
-    See tasks.md."""
+    See [tasks.md](tasks.md)."""
 
     model: ModelSection
     adapter: AdapterSection = AdapterSection()
