@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trainer.errors import UsageError
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -28,6 +30,9 @@ def prepare(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
     processes: Annotated[int | None, typer.Option(min=1, help="processes that tokenise; one per core")] = None,
+    model: Annotated[
+        bool, typer.Option("--model", help="instead of the data, the base: a copy of it in NF4 for all runs to read")
+    ] = False,
 ) -> None:
     """Tokenise and pack the data of RECIPE ahead of its run, and show counts, lengths and the fill of the packs."""
     from launcher.cli import stderr
@@ -35,6 +40,10 @@ def prepare(
     from trainer.recipe import load
 
     loaded = load(recipe, overrides or [])
+    if model:
+        copy = prepare_model(loaded, Progress(stderr()))
+        print(json.dumps(copy) if as_json else f"{copy['uri']}: {copy['bytes']:,} bytes")
+        return
     found = prepare_recipe(loaded, Progress(stderr()), processes or len(os.sched_getaffinity(0)))
     if as_json:
         print(json.dumps(found))
@@ -70,6 +79,26 @@ def prepare_recipe(recipe: Recipe, progress: Any, processes: int) -> dict[str, A
     if evaluation is not None:
         found["eval"] = part_json(evaluation, summarise(evaluation, 0, [1.0] * len(evaluation.spec.sources)))
     return {**found, "sequence_length": recipe.data.sequence_length, "total_steps": total_steps(recipe, train)}
+
+
+def prepare_model(recipe: Recipe, progress: Any) -> dict[str, Any]:
+    """Makes the NF4 copy of the recipe's base if there is none; what ``--json`` prints."""
+    from launcher.inputs import check_storage
+    from trainer import layout
+    from trainer.model import check_weights
+    from trainer.model.prequantised import make_copy
+    from trainer.storage import open_storage
+
+    if recipe.model.quantization != "nf4":
+        raise UsageError(
+            f"prepare --model makes copies in NF4, and model.quantization is {recipe.model.quantization}: set it to nf4"
+        )
+    storage = open_storage(recipe.storage)
+    check_storage(storage)
+    check_weights(recipe.model)
+    progress.phase("quantising the base")
+    copy = make_copy(recipe.model, storage.child(layout.MODELS))
+    return {"uri": copy.url, "bytes": sum(o.size for o in copy.list())}
 
 
 def part_json(prepared: Prepared, summary: Summary) -> dict[str, Any]:

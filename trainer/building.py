@@ -12,15 +12,18 @@ from typing import Any
 
 import torch
 
+from trainer import layout
 from trainer.adapters import Adapter, make_adapter
 from trainer.errors import InputError
 from trainer.model import Head, Loaded, ModelFiles, build, check_isolation, fetch_model
 from trainer.model.by_shard import ShardLoader
 from trainer.model.memory import HostPeak
 from trainer.model.meta import META, NotByShard, meta_model
+from trainer.model.prequantised import copy_of
 from trainer.model.source import Source
 from trainer.optim import make_optimizer
-from trainer.recipe import Recipe
+from trainer.recipe import ModelSection, Recipe
+from trainer.storage import open_storage
 from trainer.strategies import Strategy, make_strategy
 from trainer.tasks import Task, make_task
 from trainer.world import World
@@ -85,7 +88,7 @@ class _Sharded:
         self.adapter, self.task, self.strategy = adapter, task, strategy
 
     def build(self) -> Built:
-        recipe, section = self.recipe, self.recipe.model
+        recipe, section = self.recipe, self._section()
         remote = "://" in section.path
         files = fetch_model(section, weights=not remote)
         base = meta_model(
@@ -110,6 +113,15 @@ class _Sharded:
                 check_isolation(self.strategy.module, section.path)
             self.strategy.settle()
         return Built(files, self.adapter, self.task, self.strategy, _report(self.world, source.bytes_read, peak))
+
+    def _section(self) -> ModelSection:
+        """The model's, or that of its NF4 copy, if `muster prepare --model` has made one."""
+        section = self.recipe.model
+        if section.quantization != "nf4":
+            return section
+        models = open_storage(self.recipe.storage).child(layout.MODELS)
+        copy = self.world.from_first(lambda: copy_of(section, models))
+        return section.model_copy(update={"path": copy.url, "revision": "main"}) if copy else section
 
     def _load(self, base: Any, loader: ShardLoader) -> int:
         """Returns the peak of host memory over what the process held before."""

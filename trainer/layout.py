@@ -29,6 +29,8 @@ LEDGER = "ledger"
 PLAN = "plan"
 PREPARED = "_data"
 """Prepared data, shared between runs: beside the runs, not inside one."""
+MODELS = "_models"
+"""Quantised copies of base models, likewise."""
 
 _LAST_STEP = 10**12 - 1
 

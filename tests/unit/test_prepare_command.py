@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from launcher.preparing import pictures, prepare_recipe
+from launcher.preparing import pictures, prepare_model, prepare_recipe
 from launcher.progress import Progress
 from tests.support.training import small_recipe
 from tests.unit.data_support import made, pairs, write_rows
@@ -21,6 +21,7 @@ from trainer import layout
 from trainer.begin import prepare_data
 from trainer.data import summarise
 from trainer.data.summary import bins
+from trainer.errors import UsageError
 from trainer.recipe import dump
 from trainer.storage import open_storage
 
@@ -135,3 +136,15 @@ def test_a_summary_of_known_lengths():
     assert (summary.median, summary.p95, summary.longest) == (4, 8, 8)
     assert (summary.packs, summary.fill) == (4, (24 + 32) / 64)
     assert summarise(made([[(0, 4)]], 16, packing=False), 17, [1.0]).fill is None
+
+
+def test_the_base_is_prepared_on_demand(recipe, tmp_path):
+    storage = open_storage(recipe.storage)
+    nf4 = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantization": "nf4"})})
+    found = prepare_model(nf4, quiet())
+    assert storage.folders() == [layout.MODELS]
+    assert found["uri"].startswith(f"{storage.url}/{layout.MODELS}/")
+    assert found["bytes"] == sum(f.stat().st_size for f in Path(found["uri"]).iterdir())
+    assert prepare_model(nf4, quiet()) == found, "once is enough"
+    with pytest.raises(UsageError, match=r"model\.quantization is none: set it to nf4"):
+        prepare_model(recipe, quiet())

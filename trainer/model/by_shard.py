@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,15 +30,18 @@ CHUNK = 2**22
 """Elements that are read at a time when their type changes on the way."""
 
 Rows = Callable[[str, int, int], Iterator[torch.Tensor]]
+Gather = Callable[[torch.Tensor], torch.Tensor]
 Initial = Callable[[str, torch.Size, int, int, Rows], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a parameter comes from; ``layer``: the 4-bit layer that it is the packed weight of."""
+    """Where a parameter comes from; ``layer``: the 4-bit layer that it is the packed weight of; ``state``: what the
+    files hold of its quantisation, by bitsandbytes' names, where it is packed there too."""
 
     stored: Stored
     layer: Any = None
+    state: Mapping[str, Stored] = field(default_factory=dict)
 
 
 class ShardLoader:
@@ -51,14 +54,18 @@ class ShardLoader:
         self.source = source
         self.stored = read_headers(source, path)
         names = match_names(base, self.stored, path)
-        layers = {id(layer.weight): layer for layer in four_bit_layers(base).values()} if _quantised(base) else {}
+        if getattr(base.config, "quantization_config", None) and not _is_four_bit(base):
+            raise NotByShard("its files are quantised, and model.quantization is none")
+        layers = {id(layer.weight): layer for layer in four_bit_layers(base).values()} if _is_four_bit(base) else {}
         tensors = dict(state_of(base))
         # By identity: the adapter renames what it wraps. Kept alive until then, for an identity to mean something.
         self._tensors = [tensors[name] for name in names]
         self._places = {
-            id(tensors[name]): _Place(self.stored[key], layers.get(id(tensors[name]))) for name, key in names.items()
+            id(tensors[name]): _Place(self.stored[key], layers.get(id(tensors[name])), state_in(self.stored, key))
+            for name, key in names.items()
         }
         _check_shapes(path, {name: (tensors[name], self._places[id(tensors[name])]) for name in names})
+        self._keys = {names[name]: (self._places[id(tensors[name])], tensors[name].dtype) for name in names}
         self._named: dict[str, _Place] = {}
 
     def digest(self) -> str:
@@ -84,8 +91,11 @@ class ShardLoader:
         self.source.ahead(self._ranges(stored))
         for piece in stored:
             place = self._named[piece.name]
-            if place.layer is not None:
-                self._quantise(piece, place)
+            if place.state:
+                self._copy_packed(piece, place)
+            elif place.layer is not None:
+                state = self._quantised(place, piece.start, piece.stop, piece.local, nf4.gather_absmax)
+                place.layer.quant_state = state
             else:
                 self._copy(piece, place.stored)
         self.source.check_unchanged({place.stored.file for place in self._named.values()})
@@ -97,6 +107,21 @@ class ShardLoader:
                 )
                 piece.local.copy_(values)
 
+    def converted(self) -> Iterator[dict[str, torch.Tensor]]:
+        """For each stored tensor, whole and one at a time: what bitsandbytes' form of the files has in its place, by
+        name."""
+        order = sorted(self._keys.items(), key=lambda item: (item[1][0].stored.file, item[1][0].stored.start))
+        self.source.ahead((p.stored.file, p.stored.start, p.stored.start + p.stored.bytes) for _, (p, _) in order)
+        for key, (place, dtype) in order:
+            stored = place.stored
+            if place.layer is None:
+                yield {key: self._values(stored, 0, stored.numel).view(stored.shape).to(dtype)}
+            else:
+                packed = torch.empty(place.layer.weight.shape, dtype=dtype)
+                state = self._quantised(place, 0, packed.numel(), packed.view(-1), lambda absmax: absmax)
+                parts = {f"{key}.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
+                yield {key: packed, **parts}
+
     def _position(self, piece: Piece) -> tuple[str, int]:
         place = self._named[piece.name].stored
         return place.file, place.start
@@ -105,7 +130,10 @@ class ShardLoader:
         for piece in pieces:
             place = self._named[piece.name]
             stored, first, last = place.stored, piece.start, piece.stop
-            if place.layer is not None:
+            if place.state:
+                first, last = (n * piece.local.element_size() // stored.dtype.itemsize for n in (first, last))
+                yield from ((part.file, part.start, part.start + part.bytes) for part in place.state.values())
+            elif place.layer is not None:
                 first, last = nf4.elements_of(first, last, piece.local.element_size(), stored.numel)
             if last > first:
                 size = stored.dtype.itemsize
@@ -126,16 +154,31 @@ class ShardLoader:
             stop = min(piece.stop, start + CHUNK)
             local[start - piece.start : stop - piece.start].copy_(self._values(stored, start, stop))
 
-    def _quantise(self, piece: Piece, place: _Place) -> None:
-        layer, stored = place.layer, place.stored
-        state = layer.quant_state
-        device = piece.local.device
+    def _copy_packed(self, piece: Piece, place: _Place) -> None:
+        """What the files hold packed; the storage type may be another one there."""
+        from bitsandbytes.functional import QuantState
 
-        def read(start: int, stop: int) -> torch.Tensor:
-            return self._values(stored, start, stop).to(device=device, dtype=state.dtype)
+        stored, size = place.stored, piece.local.element_size()
+        step = CHUNK // size * size
+        local = piece.local.view(torch.uint8) if piece.local.numel() else piece.local
+        for start in range(0, local.numel(), step):
+            part = torch.empty(min(step, local.numel() - start), dtype=torch.uint8)
+            self.source.read_into(stored.file, stored.start + piece.start * size + start, _bytes_of(part))
+            local[start : start + len(part)].copy_(part)
+        state: dict[str, Any] = {
+            name: self._values(part, 0, part.numel).view(part.shape) for name, part in place.state.items()
+        }
+        place.layer.quant_state = QuantState.from_dict(state, piece.local.device)
 
-        absmax = nf4.quantise_piece(read, stored.numel, piece.start, piece.stop, piece.local)
-        layer.quant_state = nf4.nested_state(nf4.gather_absmax(absmax), state.shape, state.dtype)
+    def _quantised(self, place: _Place, start: int, stop: int, local: torch.Tensor, gather: Gather) -> Any:
+        """Fills ``local`` with elements ``start`` to ``stop`` of the packed weight; the state of the whole."""
+        stored, state = place.stored, place.layer.quant_state
+
+        def read(first: int, last: int) -> torch.Tensor:
+            return self._values(stored, first, last).to(device=local.device, dtype=state.dtype)
+
+        absmax = nf4.quantise_piece(read, stored.numel, start, stop, local)
+        return nf4.nested_state(gather(absmax), state.shape, state.dtype)
 
     def _rows(
         self, piece: Piece, first: int, last: int, whole: Callable[[str], torch.Tensor]
@@ -158,7 +201,14 @@ def _bytes_of(raw: torch.Tensor) -> memoryview:
     return memoryview(array)
 
 
-def _quantised(base: Any) -> bool:
+def state_in(stored: Mapping[str, Stored], weight: str) -> dict[str, Stored]:
+    """What the files hold of the quantisation of ``weight``; nothing where it is not packed."""
+    if not any(f"{weight}.quant_state.bitsandbytes__{kind}" in stored for kind in ("nf4", "fp4")):
+        return {}
+    return {n.removeprefix(f"{weight}."): place for n, place in stored.items() if n.startswith(f"{weight}.")}
+
+
+def _is_four_bit(base: Any) -> bool:
     return bool(getattr(base, "is_loaded_in_4bit", False))
 
 
@@ -174,6 +224,8 @@ def _check_shapes(path: str, found: Mapping[str, tuple[torch.Tensor, _Place]]) -
         wanted = tuple(place.layer.quant_state.shape if place.layer is not None else tensor.shape)
         if place.layer is not None and place.layer.source_cls.__name__ == "Conv1D":
             raise NotByShard(f"its {name} is stored transposed")
+        if place.state and place.stored.bytes == tensor.numel() * tensor.element_size():
+            continue
         if place.stored.shape != wanted:
             unlike.append((name, place.stored.shape, wanted))
     if unlike:

@@ -114,6 +114,9 @@ def _quantise(model: Any, section: ModelSection, dtype: torch.dtype) -> None:
         quantizer.preprocess_model(model=model, dtype=dtype, device_map=device_map)
     quantizer.postprocess_model(model)
     model.hf_quantizer = quantizer
+    kind = getattr(quantizer.quantization_config, "bnb_4bit_quant_type", "nf4")
+    if section.quantization == "nf4" and kind != "nf4":
+        raise NotByShard(f"its files are quantised as {kind}")
     keep_weights_packed(model)
     if section.quantization == "nf4":
         for module in four_bit_layers(model).values():

@@ -91,7 +91,9 @@ def dequantise_rows(packed: torch.Tensor, state: Any, first: int, last: int) -> 
     if columns % BLOCK:  # rows do not begin with a block: such weights are small
         yield functional.dequantize_4bit(packed, state)[first:last]
         return
-    absmax = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    absmax = state.absmax
+    if state.nested:
+        absmax = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
     codes = packed.view(torch.uint8).view(-1)
     step = max(1, CHUNK // columns)
     for row in range(first, last, step):

@@ -1,0 +1,133 @@
+"""A copy of a base in NF4, made once and shared by runs: a quarter of the bytes to read, and nothing to quantise.
+
+It is a repository in the form in which transformers saves bitsandbytes models, so that `from_pretrained` loads it too.
+It lies under a digest of the base and of how it is quantised; ``config.json`` is written last: without it, no copy.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.errors import InputError
+from trainer.model.by_shard import ShardLoader
+from trainer.model.checkpoint_files import read_headers
+from trainer.model.files import fetch_model
+from trainer.model.meta import NotByShard, meta_model
+from trainer.model.source import Source
+from trainer.model.weights import INDEX
+from trainer.recipe.model import ModelSection
+from trainer.storage import Storage, local_path, open_storage
+
+FORMAT = 1
+FILE_BYTES = 2**29
+"""Of one file of the copy: it is held in memory until it is written."""
+_SAMPLE = 4096
+CONFIG = "config.json"
+
+
+def copy_of(section: ModelSection, models: Storage) -> Storage | None:
+    """The NF4 copy of this base among ``models``, None when there is none."""
+    if not models.folders():
+        return None
+    copy = models.child(_digest(section))
+    return copy if copy.info(CONFIG) else None
+
+
+def make_copy(section: ModelSection, models: Storage) -> Storage:
+    """Writes the NF4 copy of a base; returns it also where it is there already.
+
+    Memory: about one file of the copy and the largest weight in NF4. Raises InputError when the base lacks weights or
+    cannot be read tensor by tensor."""
+    copy = models.child(_digest(section))
+    if copy.info(CONFIG):
+        return copy
+    folder = fetch_model(section, weights="://" not in section.path).folder
+    source = Source(_location(section, folder))
+    try:
+        base, loader = _loader(section, folder, source)
+        weight_map = _write_weights(loader, copy)
+        source.check_unchanged({place.file for place in loader.stored.values()})
+    finally:
+        source.close()
+    copy.write_json(INDEX, {"metadata": {}, "weight_map": weight_map})
+    for file in sorted(folder.iterdir()):
+        if file.is_file() and file.suffix != ".safetensors" and file.name not in (CONFIG, INDEX):
+            copy.upload(file.name, file)
+    copy.write_json(CONFIG, json.loads(base.config.to_json_string(use_diff=False)))
+    return copy
+
+
+def _loader(section: ModelSection, folder: Path, source: Source) -> tuple[Any, ShardLoader]:
+    try:
+        base = meta_model(section, folder, torch.device("cpu"), full=False, checkpointing=False)
+        return base, ShardLoader(base, source, section.path)
+    except NotByShard as reason:
+        raise InputError(f"no NF4 copy of {section.path!r} can be made: {reason}; runs load it without one") from reason
+
+
+def _location(section: ModelSection, folder: Path) -> str:
+    return section.path if "://" in section.path else str(folder)
+
+
+def _write_weights(loader: ShardLoader, copy: Storage) -> dict[str, str]:
+    from safetensors.torch import save_file
+
+    weight_map: dict[str, str] = {}
+    pending: dict[str, torch.Tensor] = {}
+
+    def flush() -> None:
+        name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
+        with tempfile.TemporaryDirectory(prefix="muster-nf4-") as scratch:
+            save_file(pending, Path(scratch, name), {"format": "pt"})
+            copy.upload(name, Path(scratch, name))
+        weight_map.update(dict.fromkeys(pending, name))
+        pending.clear()
+
+    for tensors in loader.converted():
+        pending.update(tensors)
+        if sum(t.numel() * t.element_size() for t in pending.values()) >= FILE_BYTES:
+            flush()
+    if pending:
+        flush()
+    return weight_map
+
+
+def _digest(section: ModelSection) -> str:
+    """Of what decides the copy's bytes: the base, the type that it is quantised in, and the form of the copy."""
+    told = [FORMAT, section.dtype, "nf4", _identity(section)]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
+
+
+def _identity(section: ModelSection) -> Any:
+    """Objects by their ETags; a folder's files by their headers and a little of each tensor, since reading all of it
+    would take as long as loading it, and the same model has other times in each copy of it; the Hub's by the commit."""
+    if "://" in section.path and local_path(section.path) is None:
+        found = open_storage(section.path).list()
+        return [section.path, sorted((o.key, o.size, o.etag) for o in found if _decides(o.key))]
+    folder = fetch_model(section, weights=False).folder
+    if not Path(section.path).is_dir():
+        return [section.path, folder.name]
+    source = Source(str(folder))
+    try:
+        return [_sampled(source, section.path), (folder / CONFIG).read_text()]
+    finally:
+        source.close()
+
+
+def _decides(key: str) -> bool:
+    return key.endswith(".safetensors") or key in (CONFIG, INDEX)
+
+
+def _sampled(source: Source, path: str) -> str:
+    digest = hashlib.sha256()
+    for name, place in sorted(read_headers(source, path).items()):
+        digest.update(f"{name} {place.dtype} {place.shape}".encode())
+        for start in sorted({place.start, max(place.start, place.start + place.bytes - _SAMPLE)}):
+            digest.update(source.read(place.file, start, min(start + _SAMPLE, place.start + place.bytes)))
+    return digest.hexdigest()
