@@ -102,14 +102,13 @@ class _Sharded:
             raise NotByShard(f"{recipe.adapter.method} is made from the whole of the base's weights")
         source = Source(section.path if remote else str(files.folder))
         try:
-            loader = ShardLoader(base, source, section.path)
+            loader = ShardLoader(base, source, section.path, self.world.device)
             self._check_same(loader.digest())
             peak = self._load(base, loader)
         finally:
             source.close()
         if recipe.data.packing:
-            dtype = getattr(torch, section.dtype)
-            with torch.autocast(self.world.device.type, dtype, enabled=dtype != torch.float32):
+            with self.strategy.autocast():
                 check_isolation(self.strategy.module, section.path)
             self.strategy.settle()
         return Built(files, self.adapter, self.task, self.strategy, _report(self.world, source.bytes_read, peak))
@@ -129,7 +128,7 @@ class _Sharded:
             model = self.adapter.attach(base)
         self.task.attach(model)
         host = HostPeak()
-        loader.attached(model, self.world.device)
+        loader.attached(model)
         strategy = self.strategy
         strategy.setup(
             model,

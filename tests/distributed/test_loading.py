@@ -105,12 +105,11 @@ def _load(recipe: Recipe, world: Any, *, by_shard: bool) -> Seen:
             state = module.quant_state
             states |= {f"{name}.absmax": state.absmax, f"{name}.code": state.code, f"{name}.offset": state.offset}
             states |= {f"{name}.nested": state.state2.absmax, f"{name}.nested_code": state.state2.code}
-    dtype = getattr(torch, recipe.model.dtype)
-    with strategy.micro_batch(True), torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+    with strategy.micro_batch(True), strategy.autocast():
         batch = packed([[12, 9], [21]], vocabulary=VOCABULARY)
         loss = built.task.measure(strategy.module.train(), batch, world.device).loss_sum
         strategy.backward(loss)
-    strategy.step(1e-3, 1.0)
+    strategy.step(1e-3)
     buffers = dict(strategy.model.named_buffers())
     plain = {n: p.as_subclass(torch.Tensor) for n, p in parameters.items()}
     return Seen(plain, states, buffers, loss.item(), built.load)
@@ -236,7 +235,7 @@ def test_no_rank_holds_more_than_its_part(make: Make, tmp_path: Path, quantizati
     big = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 6}
     folder = make_model(tmp_path / "big", dtype=torch.float32, **big)
     size = size_of(folder)
-    assert size > 180e6
+    assert size > 160e6
     (seen,) = load_in_processes(
         [(make(**{"model.path": str(folder), "model.quantization": quantization}), True)], 2, tmp_path
     )

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from trainer.model import nf4
 
+CPU = torch.device("cpu")
 STORAGES = [torch.uint8, torch.bfloat16, torch.float32]
 
 
@@ -39,7 +40,7 @@ def by_parts(weight: torch.Tensor, storage: torch.dtype, ranks: int, chunk: int)
     for rank in range(ranks):
         start, stop = min(size, rank * per_rank), min(size, (rank + 1) * per_rank)
         local = torch.empty(stop - start, dtype=storage)
-        found = nf4.quantise_piece(lambda a, b: flat[a:b], weight.numel(), start, stop, local, chunk)
+        found = nf4.quantise_piece(lambda a, b: flat[a:b], weight.numel(), start, stop, local, CPU, chunk)
         absmax = torch.maximum(absmax, found)
         kept.append(local)
     return torch.cat(kept), nf4.nested_state(absmax, weight.shape, weight.dtype)

@@ -47,11 +47,12 @@ class _Place:
 class ShardLoader:
     """Brings the weights in ``source`` into the meta model ``base``, once it has been wrapped.
 
+    ``device``: where weights are quantised and collectives run; what a rank keeps may lie on the host all the same.
     Raises InputError when files lack something or have it in another shape, NotByShard when ``base`` has to be loaded
     whole."""
 
-    def __init__(self, base: Any, source: Source, path: str) -> None:
-        self.source = source
+    def __init__(self, base: Any, source: Source, path: str, device: torch.device) -> None:
+        self.source, self.device = source, device
         self.stored = read_headers(source, path)
         names = match_names(base, self.stored, path)
         if getattr(base.config, "quantization_config", None) and not _is_four_bit(base):
@@ -72,7 +73,7 @@ class ShardLoader:
         """Of what is stored where: the same on every rank, or they would not load the same model."""
         return hashlib.sha256(repr(sorted(self.stored.items())).encode()).hexdigest()
 
-    def attached(self, model: torch.nn.Module, device: torch.device) -> None:
+    def attached(self, model: torch.nn.Module) -> None:
         """Learns the names after the adapter was attached, and fills the buffers, which every rank holds whole."""
         self._named = {n: self._places[id(p)] for n, p in model.named_parameters() if id(p) in self._places}
         for module in model.modules():
@@ -80,7 +81,7 @@ class ShardLoader:
                 if buffer is not None and id(buffer) in self._places:
                     stored = self._places[id(buffer)].stored
                     module._buffers[name] = (
-                        self._values(stored, 0, stored.numel).to(device, buffer.dtype).view(buffer.shape)
+                        self._values(stored, 0, stored.numel).to(self.device, buffer.dtype).view(buffer.shape)
                     )
         self._tensors, self._places = [], {}
 
@@ -168,16 +169,16 @@ class ShardLoader:
         state: dict[str, Any] = {
             name: self._values(part, 0, part.numel).view(part.shape) for name, part in place.state.items()
         }
-        place.layer.quant_state = QuantState.from_dict(state, piece.local.device)
+        place.layer.quant_state = QuantState.from_dict(state, self.device)
 
     def _quantised(self, place: _Place, start: int, stop: int, local: torch.Tensor, gather: Gather) -> Any:
         """Fills ``local`` with elements ``start`` to ``stop`` of the packed weight; the state of the whole."""
         stored, state = place.stored, place.layer.quant_state
 
         def read(first: int, last: int) -> torch.Tensor:
-            return self._values(stored, first, last).to(device=local.device, dtype=state.dtype)
+            return self._values(stored, first, last).to(device=self.device, dtype=state.dtype)
 
-        absmax = nf4.quantise_piece(read, stored.numel, start, stop, local)
+        absmax = nf4.quantise_piece(read, stored.numel, start, stop, local, self.device)
         return nf4.nested_state(gather(absmax), state.shape, state.dtype)
 
     def _rows(
@@ -190,7 +191,7 @@ class ShardLoader:
             return
         columns = piece.shape[1:].numel()
         ours = (piece.start, piece.stop) == (first * columns, last * columns)
-        if _everywhere(ours, piece.local.device):
+        if _everywhere(ours, self.device):
             yield piece.local.view(-1, *piece.shape[1:])
         else:
             yield whole(piece.name)[first:last]

@@ -38,15 +38,15 @@ def block_chunks(first: int, last: int, numel: int, chunk: int = CHUNK) -> Itera
 
 
 def quantise_piece(
-    read: Read, numel: int, start: int, stop: int, local: torch.Tensor, chunk: int = CHUNK
+    read: Read, numel: int, start: int, stop: int, local: torch.Tensor, device: torch.device, chunk: int = CHUNK
 ) -> torch.Tensor:
     """Fills ``local`` (flat, of the storage type) with storage elements ``start`` to ``stop`` of the packed weight.
 
-    ``read(a, b)`` gives the weight's elements ``a`` to ``b`` on the device, in the type that is quantised. Returns
-    absmax [blocks of the whole weight] float32: this piece's, and zero where other pieces lie."""
+    ``read(a, b)`` gives the weight's elements ``a`` to ``b`` on ``device``, in the type that is quantised. Returns
+    absmax [blocks of the whole weight] float32 there: this piece's, and zero where other pieces lie."""
     from bitsandbytes import functional
 
-    absmax = torch.zeros(math.ceil(numel / BLOCK), dtype=torch.float32, device=local.device)
+    absmax = torch.zeros(math.ceil(numel / BLOCK), dtype=torch.float32, device=device)
     first, last = elements_of(start, stop, local.element_size(), numel)
     target = local.view(torch.uint8) if local.numel() else local
     for a, b in block_chunks(first, last, numel, chunk):

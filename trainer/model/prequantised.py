@@ -66,7 +66,7 @@ def make_copy(section: ModelSection, models: Storage) -> Storage:
 def _loader(section: ModelSection, folder: Path, source: Source) -> tuple[Any, ShardLoader]:
     try:
         base = meta_model(section, folder, torch.device("cpu"), full=False, checkpointing=False)
-        return base, ShardLoader(base, source, section.path)
+        return base, ShardLoader(base, source, section.path, torch.device("cpu"))
     except NotByShard as reason:
         raise InputError(f"no NF4 copy of {section.path!r} can be made: {reason}; runs load it without one") from reason
 
