@@ -46,7 +46,7 @@ MIB = 2**20
 
 
 class Loaded(NamedTuple):
-    """Of one load: seconds until the slowest rank was ready, and of each rank bytes read, its peak and what it keeps."""
+    """Of one load: seconds until the last rank was ready; of each rank bytes read, its peak and what it keeps."""
 
     seconds: float
     read: list[int]
@@ -105,6 +105,7 @@ def _rank(
 
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks))
+    os.environ["LOCAL_RANK"] = str(rank)
     dist.init_process_group("gloo")
     with join_world(gpu=False) as world:
         Path(folder, str(rank)).write_text(json.dumps(load_one(recipe, world, steps)))
@@ -131,8 +132,9 @@ def by_shard(recipe: Recipe, world: Any, steps: int) -> dict[str, Any]:
 
 def _step(built: Any, world: Any, step: int) -> float:
     strategy = built.strategy
+    strategy.module.train()
     with strategy.micro_batch(True), strategy.autocast():
-        loss = built.task.measure(strategy.module.train(), packed([[24]], vocabulary=500), world.device).loss_sum
+        loss = built.task.measure(strategy.module, packed([[24]], vocabulary=500), world.device).loss_sum
         strategy.backward(loss / 21)
     strategy.step(1e-3)
     return float(loss.detach()) / 21

@@ -96,7 +96,7 @@ class ShardLoader:
                 self._copy_packed(piece, place)
             elif place.layer is not None:
                 state = self._quantised(place, piece.start, piece.stop, piece.local, nf4.gather_absmax)
-                place.layer.quant_state = state
+                _set_state(place.layer, state)
             else:
                 self._copy(piece, place.stored)
         self.source.check_unchanged({place.stored.file for place in self._named.values()})
@@ -169,7 +169,7 @@ class ShardLoader:
         state: dict[str, Any] = {
             name: self._values(part, 0, part.numel).view(part.shape) for name, part in place.state.items()
         }
-        place.layer.quant_state = QuantState.from_dict(state, self.device)
+        _set_state(place.layer, QuantState.from_dict(state, self.device))
 
     def _quantised(self, place: _Place, start: int, stop: int, local: torch.Tensor, gather: Gather) -> Any:
         """Fills ``local`` with elements ``start`` to ``stop`` of the packed weight; the state of the whole."""
@@ -207,6 +207,13 @@ def state_in(stored: Mapping[str, Stored], weight: str) -> dict[str, Stored]:
     if not any(f"{weight}.quant_state.bitsandbytes__{kind}" in stored for kind in ("nf4", "fp4")):
         return {}
     return {n.removeprefix(f"{weight}."): place for n, place in stored.items() if n.startswith(f"{weight}.")}
+
+
+def _set_state(layer: Any, state: Any) -> None:
+    """Under FSDP2 the weight is a plain parameter, for which the layer keeps the state; else bitsandbytes' own."""
+    layer.quant_state = state
+    if hasattr(layer.weight, "quant_state"):
+        layer.weight.quant_state = state
 
 
 def _is_four_bit(base: Any) -> bool:

@@ -16,16 +16,21 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from trainer.errors import CorruptObject, InputError
 from trainer.recipe.zero import zero_settings
-from trainer.strategies.base import Fill, MakeOptimizer, Strategy, set_lr
+from trainer.strategies.base import Fill, MakeOptimizer, Piece, Strategy, set_lr
 from trainer.strategies.layers import decoder_layers
 from trainer.strategies.optimizer_state import check_owners
+from trainer.strategies.zero_shards import cut, gathered, pieces
+from trainer.world import World
+
+if TYPE_CHECKING:
+    from trainer.recipe import Recipe
 
 SAVED_KEYS = ("exp_avg", "exp_avg_sq", "step")
 """AdamW's state. ``step`` is kept once per partition; it is saved with each parameter, as other strategies have it."""
@@ -53,9 +58,10 @@ class Zero(Strategy):
     """What both stages share. ``optimizer`` is torch's; the engine has put flat partitions into its groups."""
 
     def setup(self, model: torch.nn.Module, make_optimizer: MakeOptimizer, fill: Fill | None = None) -> None:
-        assert fill is None, "the engine takes whole models"
         self.model = model
         deepspeed = import_deepspeed(self.world.device)
+        if fill:
+            fill(self.materialise())
         self.optimizer = make_optimizer(self.trainable())
         with _local_rank(self.world.device):
             self.engine, self.partitions, _, _ = deepspeed.initialize(
@@ -194,6 +200,19 @@ class Zero2(Zero):
 
 class Zero3(Zero):
     """Each parameter is a slice too (``ds_tensor``), and empty between the forward and the backward of its module."""
+
+    def __init__(self, recipe: Recipe, world: World) -> None:
+        super().__init__(recipe, world)
+        # Of full fine-tuning in another type than float32, the engine casts whole parameters before it cuts them.
+        self.by_shard = recipe.adapter.method != "none" or recipe.model.dtype == "float32"
+
+    def materialise(self) -> list[Piece]:
+        with _local_rank(self.world.device):
+            cut(self.model, self.config(), self.world.device)
+        return pieces(self.model, self.world.rank)
+
+    def whole_parameter(self, name: str) -> torch.Tensor:
+        return gathered(self.model.get_parameter(name), self.world.rank, self.world.device)
 
     def setup(self, model: torch.nn.Module, make_optimizer: MakeOptimizer, fill: Fill | None = None) -> None:
         super().setup(model, make_optimizer, fill)
