@@ -208,7 +208,7 @@ class Zero3(Zero):
 
     def materialise(self) -> list[Piece]:
         with _local_rank(self.world.device):
-            cut(self.model, self.config(), self.world.device)
+            cut(import_deepspeed(self.world.device), self.model, self.config(), self.world.device)
         return pieces(self.model, self.world.rank)
 
     def whole_parameter(self, name: str) -> torch.Tensor:

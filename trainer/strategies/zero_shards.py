@@ -16,10 +16,8 @@ import torch.distributed as dist
 from trainer.strategies.base import Piece
 
 
-def cut(model: torch.nn.Module, config: Mapping[str, Any], device: torch.device) -> None:
+def cut(deepspeed: Any, model: torch.nn.Module, config: Mapping[str, Any], device: torch.device) -> None:
     """Replaces every parameter by one that DeepSpeed has cut, its values undefined. Every rank calls it."""
-    import deepspeed
-
     zero = deepspeed.zero.Init(module=torch.nn.Module(), config_dict_or_path=dict(config), mem_efficient_linear=False)
     made: dict[int, torch.nn.Parameter] = {}
     kept = []  # what is replaced lives until the end: an identity is its own no longer than that
