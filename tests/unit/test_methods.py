@@ -14,7 +14,7 @@ from tests.support.looping import bench
 from tests.support.models import base_of, built, logits_of, packed, plain_base_of, samples_of, stir
 from tests.support.training import small_recipe, write_pairs
 from trainer.adapters import verify_saved
-from trainer.errors import InputError
+from trainer.errors import CorruptObject, InputError
 from trainer.recipe import Recipe
 from trainer.recipe.matrix import Cell, refusal
 from trainer.recipe.methods import DEFAULTS, settings_of
@@ -219,3 +219,79 @@ def test_tokens_and_modules_that_are_not_there_are_refused(make: Make) -> None:
         built(make("lora", **{"adapter.modules_to_save": ["lm_hed"]}))
     with pytest.raises(InputError, match=r"trainable_tokens \[9999\] are beyond the model's 384"):
         built(make("lora", **{"adapter.trainable_tokens": [3, 9999]}))
+
+
+def test_lora_plus_gives_b_its_own_rate(make: Make) -> None:
+    with bench(make("loraplus", **{"adapter.lr_ratio": 4.0, "training.steps": 1})) as b:
+        b.run()
+        rates = {n: g["lr"] for g in b.strategy.optimizer.param_groups for n, p in named(b) if owns(g, p)}
+        assert {rate for n, rate in rates.items() if "lora_A" in n} == {5e-3}
+        assert {rate for n, rate in rates.items() if "lora_B" in n} == {2e-2}
+
+
+def named(b: Any) -> list[tuple[str, torch.nn.Parameter]]:
+    return list(b.strategy.trainable().items())
+
+
+def owns(group: dict[str, Any], parameter: torch.nn.Parameter) -> bool:
+    return any(parameter is member for member in group["params"])
+
+
+def test_adalora_ends_at_its_budget_and_keeps_its_factors_near_orthogonal(make: Make) -> None:
+    with bench(make("adalora")) as b:
+        b.run()
+        model: Any = b.model
+        ranks = [int((p != 0).sum()) for n, p in model.named_parameters() if ".lora_E." in n]
+        assert sum(ranks) == 2 * len(ranks), "target_rank per layer on average"
+        config = model.peft_config["default"]
+        assert (config.total_step, config.tinit, config.tfinal) == (STEPS, 0, 3)
+        pulled = off_orthogonal(model)
+    with bench(make("adalora", **{"adapter.orthogonality": 0.0})) as b:
+        b.run()
+        assert pulled < off_orthogonal(b.model)
+
+
+def off_orthogonal(model: torch.nn.Module) -> float:
+    rows = [p for n, p in model.named_parameters() if ".lora_A." in n]
+    return sum(float((a @ a.T - torch.eye(len(a))).norm()) for a in rows)
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_the_rest_is_made_anew_where_a_machine_takes_weights_apart_in_another_way(
+    make: Make, method: str, quantization: str, tmp_path: Path
+) -> None:
+    """Another machine's factors are those of another rotation: here of the weights with their last bits changed."""
+    recipe = make(method, **{"model.quantization": quantization})
+    model, adapter = built(recipe)
+    first = {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}
+    other = {n: t * 0.5 for n, t in first.items()}
+    stored = {
+        adapter.saved_names(model)[n]: torch.cat([other[n], -other[n]], 1) if ".lora_B." in n else other[n].repeat(2, 1)
+        for n in first
+    }
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(adapter.trained(model, name, stored.__getitem__))
+    adapter.restored(model, stored.__getitem__)
+    # The factors are half as large on both sides, and the rest makes up for it.
+    close = 1e-4 if quantization == "none" else 0.1
+    torch.testing.assert_close(logits_of(model), logits_of(plain_base_of(recipe)), rtol=0, atol=close)
+
+
+def test_pissa_loses_less_to_quantisation_than_a_base_that_is_quantised_whole(make: Make) -> None:
+    recipe = make("pissa", **{"model.quantization": "nf4", "adapter.rank": 16})
+    model, _ = built(recipe)
+    wanted = logits_of(plain_base_of(recipe))
+    assert (logits_of(model) - wanted).norm() < (logits_of(base_of(recipe)) - wanted).norm()
+
+
+def test_random_matrices_that_another_torch_would_draw_are_found_out(make: Make, tmp_path: Path) -> None:
+    model, adapter = built(make("vera"))
+    stir(model)
+    save(model, adapter, tmp_path)
+    with safe_open(tmp_path / adapter.weights_file, framework="pt") as file:
+        adapter.restored(model, file.get_tensor)
+        with pytest.raises(CorruptObject, match=r"vera_\w+.* draws other random numbers from the same seed"):
+            adapter.restored(model, lambda name: file.get_tensor(name) + 1)
