@@ -1,6 +1,7 @@
 # make quickstart   install into .venv and fine-tune a small model on this machine
 # make test         all tests (what .ci/run runs, after make lint)
 # make chaos        50 random kills over one run (CHAOS_KILLS=…, CHAOS_SEED=… to repeat one); half an hour
+# make matrix       every cell of the support matrix for two steps; an hour
 # make lint         ruff, format, types, import floors
 # make schema       write docs/recipe.md and recipes/recipe.schema.json anew from the recipe's fields
 
@@ -8,7 +9,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: quickstart test chaos lint schema install clean
+.PHONY: quickstart test chaos matrix lint schema install clean
 .DEFAULT_GOAL := test
 
 install: $(INSTALLED)
@@ -27,6 +28,9 @@ test: $(INSTALLED)
 
 chaos: $(INSTALLED)
 	$(BIN)/python -m pytest -m chaos tests/ray/test_chaos.py
+
+matrix: $(INSTALLED)
+	$(BIN)/python -m pytest -m matrix tests/distributed/test_matrix.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

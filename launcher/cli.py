@@ -161,6 +161,27 @@ def list_(
         Console().print(runs_table(found))
 
 
+@app.command()
+def matrix(
+    task: Annotated[str | None, typer.Option(help="of this task alone")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="all cells as a JSON list on stdout")] = False,
+) -> None:
+    """Say which method, quantisation, strategy and task work together."""
+    from launcher import support
+    from trainer.recipe.matrix import REFUSALS
+    from trainer.registry import TASKS
+
+    tasks = TASKS.names() if task is None else (TASKS.require(task) and task,)
+    if as_json:
+        print(json.dumps(support.as_rows(tasks)))
+        return
+    console = Console(width=min(support.WIDTH, Console().width))
+    for name in tasks:
+        console.print(support.matrix_table(name))
+    console.print(support.legend())
+    console.print(support.reasons(REFUSALS))
+
+
 app.command()(preparing.prepare)
 app.command()(planning.plan)
 

@@ -1,0 +1,51 @@
+"""The support matrix for people: what works with what, in 80 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+from trainer.recipe.matrix import Cell, Refusal, axes, cells, refusal
+
+WIDTH = 80
+LETTERS = {"none": "x", "nf4": "4", "int8": "8"}
+"""One sign per quantisation in a cell of the table."""
+
+
+def matrix_table(task: str) -> Table:
+    """Methods against strategies; a cell names the quantisations that work there."""
+    sides = axes()
+    table = Table("method", *sides["strategy"], box=box.SIMPLE, title=f"task {task}", title_justify="left")
+    for method in sides["method"]:
+        table.add_row(method, *(_works(method, strategy, task) for strategy in sides["strategy"]))
+    return table
+
+
+def _works(method: str, strategy: str, task: str) -> str:
+    letters = [LETTERS[q] if refusal(Cell(method, q, strategy, task)) is None else " " for q in axes()["quantization"]]
+    return " ".join(letters).rstrip()
+
+
+def legend() -> Text:
+    said = ", ".join(f"{letter} {name}" for name, letter in LETTERS.items())
+    return Text(f"model.quantization: {said}. `muster validate` says what works instead of a gap.")
+
+
+def reasons(refusals: tuple[Refusal, ...]) -> Table:
+    """Why there are gaps."""
+    table = Table("does not work together", "because", box=box.SIMPLE)
+    for refused in refusals:
+        sides = [f"{side} {', '.join(getattr(refused, side))}" for side in refused.sides()]
+        table.add_row("\n".join(sides), refused.why)
+    return table
+
+
+def as_rows(tasks: Iterable[str]) -> list[dict[str, Any]]:
+    """Every cell of these tasks, with why it does not work where it does not."""
+    wanted = set(tasks)
+    found = ((cell, refusal(cell)) for cell in cells() if cell.task in wanted)
+    return [{**cell._asdict(), "works": why is None, "why": why.why if why else None} for cell, why in found]
