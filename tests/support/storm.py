@@ -1,4 +1,4 @@
-"""Random kills over one run, until its end: what dies, when, and how long until the run takes another step.
+"""Random kills over one run: what dies, when, and how long until the run takes another step.
 
 The driver's command is started again whenever it has died, as a person or a scheduler would; workers that die are the
 driver's own business. Everything that is drawn comes from one seed.
@@ -23,22 +23,26 @@ from tests.support.jobs import Command, muster_run, workers
 from tests.support.training import losses, run_of
 from trainer import layout
 from trainer.checkpoint import read_claims
+from trainer.errors import Interrupted
 from trainer.recipe import Recipe
 from trainer.reporter import rows_backwards
 
 KINDS = ("worker", "worker", "worker", "every worker", "driver", "whole tree")
 STILL_S = 240.0
 POLL_S = 0.25
+LAST_STEPS = 25
 
 
 @dataclass
 class Storm:
-    """What happened. ``recoveries_s`` are the seconds from each kill to the first new step after it."""
+    """What happened. ``recoveries_s`` are the seconds from each kill to the first new step after it; ``steps`` is where
+    the run was stopped in the end, however many steps the machine had taken meanwhile."""
 
     kills: list[str] = field(default_factory=list)
     recoveries_s: list[float] = field(default_factory=list)
     commands: int = 0
     attempts: int = 0
+    steps: int = 0
     wall_s: float = 0.0
 
     def __str__(self) -> str:
@@ -46,12 +50,13 @@ class Storm:
         recovery = f"{mean(self.recoveries_s):.1f} s" if self.recoveries_s else "none"
         return (
             f"{len(self.kills)} kills ({kinds}), {self.attempts} attempts, {self.commands} commands; "
-            f"mean recovery {recovery}, wall {self.wall_s:.0f} s"
+            f"mean recovery {recovery}, {self.steps} steps, wall {self.wall_s:.0f} s"
         )
 
 
 def rage(recipe: Recipe, folder: Path, kills: int, seed: int, say: Callable[[str], None] = lambda text: None) -> Storm:
-    """Runs ``recipe`` to its end through ``kills`` kills. AssertionError when it does not go on, or ends too early."""
+    """Runs ``recipe``, which is longer than anybody waits, through ``kills`` kills and a few steps more, which are
+    committed. AssertionError when it does not go on."""
     chance, storm, began = random.Random(seed), Storm(), time.monotonic()
     command = _start(recipe, folder, storm)
     while len(storm.kills) < kills:
@@ -65,11 +70,19 @@ def rage(recipe: Recipe, folder: Path, kills: int, seed: int, say: Callable[[str
         command = _await_attempt(recipe, folder, storm, command, before)
         storm.recoveries_s.append(time.monotonic() - at)
         say(f"kill {len(storm.kills)}: {kind} after step {reached}, going on after {storm.recoveries_s[-1]:.1f} s")
-    while (code := command.wait()) != 0:
-        assert code == -signal.SIGKILL, command.output()[-3000:]
-        command = _start(recipe, folder, storm)
+    _stop(recipe, folder, storm, command)
     storm.attempts, storm.wall_s = read_status(run_of(recipe)).attempts, time.monotonic() - began
     return storm
+
+
+def _stop(recipe: Recipe, folder: Path, storm: Storm, command: Command) -> None:
+    """Ends the run a few steps after where Ctrl-C has stopped it."""
+    command.interrupt()
+    assert command.wait() == Interrupted.exit_code, command.output()[-3000:]
+    storm.steps = read_status(run_of(recipe)).step + LAST_STEPS
+    storm.commands += 1
+    last = muster_run(recipe, folder, f"training.stop_after={storm.steps}")
+    assert last.wait() == Interrupted.exit_code, last.output()[-3000:]
 
 
 def _start(recipe: Recipe, folder: Path, storm: Storm) -> Command:
