@@ -14,7 +14,8 @@ from trainer.recipe import Recipe
 from trainer.registry import TASKS
 from trainer.reporter import read_rows
 
-PLACES = [("ddp", 1), ("ddp", 2), ("fsdp", 2), ("ddp", 3), ("fsdp", 3)]
+PLACES = [("ddp", 1), ("ddp", 2), ("fsdp", 2), ("zero3", 2), ("fsdp", 3)]
+# Three micro-batches a step: on two ranks, one of them gets a micro-batch of weight zero.
 ENCODER = "classification of an encoder"
 TIMES = {"step_s", "tokens_per_s", "eval_s", "stall_s", "checkpoint_age_s", "backlog", "world_size", "attempt"}
 
@@ -33,7 +34,7 @@ def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tup
                 task, f"{model.name}-{kind}-{ranks}", model, folder, **{"strategy.kind": kind, "training.steps": 6}
             )
             for key, (task, model) in bases.items()
-            for kind in ("ddp", "fsdp")
+            for kind in ("ddp", "fsdp", "zero3")
             if (kind, ranks) in PLACES
         }
         train_in_processes(list(batch.values()), ranks)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
 
+from launcher.inputs import check_model
 from tests.support.looping import bench
 from tests.support.models import CPU, built
 from tests.support.tasks import LABELS, make_encoder, task_recipe, write_task_data
@@ -154,7 +156,7 @@ def test_a_head_that_the_base_lacks_is_drawn_by_seed_and_name(base: str, tmp_pat
         assert a.requires_grad == n.startswith(name), n
         if n == f"{name}.weight":
             assert not torch.equal(a, c)
-            assert 0.01 < float(a.std()) < 0.03
+            assert 0.01 < a.std().item() < 0.03
     assert one.config.id2label == {0: "label 0", 1: "label 1", 2: "label 2"}
     assert one.config.label2id["label 2"] == 2
 
@@ -185,6 +187,31 @@ def test_anything_else_that_is_missing_is_refused(encoder: Path, tmp_path: Path)
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     with pytest.raises(InputError, match=r"lacks 1 weights of a sequence classifier \(bert\.encoder\.layer\.1"):
         built_head(based(folder, tmp_path))
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embeddings_may_lie_under_the_name_of_the_output_they_are_tied_to(
+    tied: bool, tiny_model: Path, tmp_path: Path
+) -> None:
+    from safetensors.torch import load_file, save_file
+
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "tied"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["lm_head.weight"] = tensors.pop("model.embed_tokens.weight")
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": tied}))
+    if tied:
+        model = built_head(based(folder, tmp_path))
+        assert torch.equal(model.get_input_embeddings().weight, tensors["lm_head.weight"])
+    else:
+        with pytest.raises(InputError, match=r"lacks 1 weights of a sequence classifier \(model\.embed_tokens"):
+            built_head(based(folder, tmp_path))
+
+
+@pytest.mark.parametrize("base", ["tiny_model", "encoder"])
+def test_the_model_is_looked_at_before_a_run(base: str, folder: Path, request: Any) -> None:
+    check_model(task_recipe("classification", "looked", request.getfixturevalue(base), folder), pytest.fail)
 
 
 @pytest.mark.parametrize("base", ["tiny_model", "encoder"])

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.errors import InputError
-from trainer.model.head import Head, head_modules, is_head, set_up_head
+from trainer.model.head import Head, head_modules, is_head, set_up_head, take_tied_embeddings
 from trainer.model.memory import HostPeak
 from trainer.model.quantization import keep_weights_packed, quantization_config
 from trainer.recipe.model import ModelSection
@@ -85,6 +85,8 @@ def _load_whole(
     model, loading = loaded
     unlike = {name: shapes for name, *shapes in loading["mismatched_keys"]}
     lacking = set(loading["missing_keys"]) | set(unlike)
+    if head and model.config.get_text_config().tie_word_embeddings:
+        lacking -= take_tied_embeddings(model, folder, lacking)
     drawn = {name for name in lacking if head and is_head(model, name)}
     _check_whole(section.path, {n: s for n, s in unlike.items() if n not in drawn}, lacking - drawn, _kind(head))
     return model, drawn

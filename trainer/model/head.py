@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 POOLER = "pooler"
+OUTPUT = "lm_head.weight"
 INITIAL_STD = 0.02
 
 
@@ -66,6 +67,21 @@ def set_up_head(model: Any, head: Head, missing: Iterable[str]) -> None:
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
     _set_padding(model.config)
+
+
+def take_tied_embeddings(model: Any, folder: Path, missing: set[str]) -> set[str]:
+    """Of a language model with tied embeddings, some files hold the output's name alone, which a sequence classifier
+    does not look for. Returns the parameters that were found so."""
+    from safetensors import safe_open
+
+    embeddings = model.get_input_embeddings().weight
+    tied = {name for name, parameter in model.named_parameters() if parameter is embeddings} & missing
+    for path in sorted(folder.glob("*.safetensors")) if tied else ():
+        with safe_open(path, framework="pt") as file:
+            if OUTPUT in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
+                embeddings.data.copy_(file.get_tensor(OUTPUT))
+                return tied
+    return set()
 
 
 def draw(name: str, shape: torch.Size, std: float, seed: int) -> torch.Tensor:
