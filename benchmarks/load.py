@@ -136,7 +136,7 @@ def _step(built: Any, world: Any, step: int) -> float:
     with strategy.micro_batch(True), strategy.autocast():
         loss = built.task.measure(strategy.module, packed([[24]], vocabulary=500), world.device).loss_sum
         strategy.backward(loss / 21)
-    strategy.step(1e-3)
+    strategy.step(5e-3)
     return float(loss.detach()) / 21
 
 
@@ -205,7 +205,7 @@ def layer(folder: Path) -> Iterator[str]:
     planned = max(got.kept) + BUDGET
     assert max(got.peak) <= 1.2 * planned, f"{max(got.peak):,} bytes of host memory, planned were {planned:,}"
     assert got.losses[-1] < got.losses[0], got.losses
-    yield f"\nits three steps: losses {', '.join(f'{loss:.3f}' for loss in got.losses)}"
+    yield f"\nits three steps: losses {', '.join(f'{loss:.4f}' for loss in got.losses)}"
 
 
 def main() -> None:

@@ -45,7 +45,7 @@ class Built:
 def build_parts(recipe: Recipe, world: World, labels: tuple[str, ...] = ()) -> Built:
     """Collective: every rank of the attempt calls it. ``labels``: the label set of the training data."""
     adapter, task, strategy = make_adapter(recipe), make_task(recipe, labels), make_strategy(recipe, world)
-    if strategy.by_shard and task.labels is None and recipe.model.quantization != "int8":
+    if strategy.by_shard:
         try:
             return _Sharded(recipe, world, adapter, task, strategy).build()
         except NotByShard as reason:
@@ -88,6 +88,10 @@ class _Sharded:
         self.adapter, self.task, self.strategy = adapter, task, strategy
 
     def build(self) -> Built:
+        if self.task.labels is not None:
+            raise NotByShard("its task puts a head on it")
+        if self.recipe.model.quantization == "int8":
+            raise NotByShard("bitsandbytes quantises whole weights to int8")
         recipe, section = self.recipe, self._section()
         remote = "://" in section.path
         files = fetch_model(section, weights=not remote)
