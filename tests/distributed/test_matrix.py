@@ -49,10 +49,8 @@ def _name(group: tuple[Cell, ...]) -> str:
 
 
 def _recipe(cell: Cell, model: Path, folder: Path) -> Recipe:
-    takes = DEFAULTS[cell.method].settings
-    small = {"rank": 4, "target_rank": 2, "alpha": 8, "virtual_tokens": 4}
     changes: dict[str, Any] = {
-        "adapter": {"method": cell.method} | {key: value for key, value in small.items() if key in takes},
+        "adapter": _adapter(cell.method),
         "model.quantization": cell.quantization,
         "strategy.kind": cell.strategy,
         "training.steps": 2,
@@ -60,6 +58,13 @@ def _recipe(cell: Cell, model: Path, folder: Path) -> Recipe:
         "optimizer.lr": 1e-2,
     }
     return task_recipe(cell.task, "-".join(cell), model, folder, **changes)
+
+
+def _adapter(method: str) -> dict[str, Any]:
+    if method == "peft":
+        return {"method": {"peft": "MISS", "r": 4}}
+    small = {"rank": 4, "target_rank": 2, "alpha": 8, "virtual_tokens": 4}
+    return {"method": method} | {key: value for key, value in small.items() if key in DEFAULTS[method].settings}
 
 
 def _train(group: tuple[Cell, ...] | list[Cell], model: Path, folder: Path) -> None:
