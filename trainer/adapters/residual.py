@@ -46,6 +46,8 @@ class Residual(Lora):
     def initialise(self, model: Any, plain: Callable[[], torch.nn.Module] | None) -> None:
         self._plain = plain
         self._first: dict[str, torch.Tensor] = {}
+        if any(p.is_meta for p in model.parameters()):
+            return  # a plan asks for shapes; a run loads the base of these methods whole
         originals = self._originals(model)
         with torch.no_grad(), seeded(self.recipe.seed):
             for name, layer in lora_layers(model):

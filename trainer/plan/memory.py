@@ -6,6 +6,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from trainer.adapters import make_adapter
 from trainer.plan.measure import Working, working_set
 from trainer.plan.packed import PackedLinear
 from trainer.plan.result import Limits, Plan, RankPlan
@@ -13,9 +14,12 @@ from trainer.plan.shards import Share, Weight, share, weights_of
 from trainer.plan.skeleton import skeleton
 from trainer.plan.states import WHOLE, checkpoint_bytes, partition_bytes
 from trainer.recipe import Recipe
+from trainer.recipe.tasks import AUTO_CLASSES, CAUSAL
 from trainer.recipe.zero import STAGES, zero_settings
+from trainer.registry import STRATEGIES
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig
 
 LOAD_BUDGET = 150_000_000
@@ -24,7 +28,6 @@ DEVICE_RESERVE = 768 * 2**20
 """Bytes of a GPU that no tensor gets: CUDA's context, NCCL's buffers, and what the allocator cannot use."""
 HOST_RESERVE = 1024 * 2**20
 """Bytes of a rank's process without any tensor: the interpreter and its libraries."""
-BY_SHARD = ("fsdp", "zero3")
 PARTS = ("offload_param", "offload_optimizer")
 
 
@@ -36,6 +39,8 @@ class Model:
     total: int
     trainable: int
     quant_state: int
+    by_shard: bool
+    """Whether each rank loads its own part only."""
 
     @property
     def bytes(self) -> int:
@@ -53,7 +58,15 @@ def read_model(recipe: Recipe, config: PreTrainedConfig) -> Model:
         total=sum(w.numel * count for w, count in weights.items()) + hidden,
         trainable=sum(w.numel * count for w, count in weights.items() if w.trainable),
         quant_state=sum(m.quant_state_bytes for m in packed),
+        by_shard=_by_shard(recipe, model),
     )
+
+
+def _by_shard(recipe: Recipe, model: torch.nn.Module) -> bool:
+    """As `trainer.building` decides it."""
+    if AUTO_CLASSES[recipe.task] != CAUSAL or recipe.model.quantization == "int8":
+        return False
+    return bool(STRATEGIES.load(recipe.strategy.kind).by_shard) and make_adapter(recipe).loads_by_shard(model)
 
 
 class Planner:
@@ -73,7 +86,7 @@ class Planner:
         return self._plan(recipe, ranks, Working(0, 0), ()).fits is not False
 
     def _model(self, recipe: Recipe) -> Model:
-        key = _key(recipe, recipe.strategy.kind in STAGES)
+        key = _key(recipe, recipe.strategy.kind)
         if key not in self._models:
             self._models[key] = read_model(recipe, self.config)
         return self._models[key]
@@ -201,6 +214,6 @@ def _update_bytes(recipe: Recipe, model: Model, kept: Share) -> int:
 
 
 def _load_bytes(recipe: Recipe, model: Model, kept: Share) -> int:
-    if recipe.strategy.kind in BY_SHARD:
+    if model.by_shard:
         return kept.frozen + kept.trainable + kept.padding + model.quant_state + LOAD_BUDGET
     return model.bytes
