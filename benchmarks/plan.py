@@ -127,7 +127,7 @@ def _step(recipe: Recipe, built: Any, device: torch.device) -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             loss = built.task.measure(strategy.module, batch, device).loss_sum
         strategy.backward(loss / batch.target_tokens)
-    strategy.step(1e-4, 1.0)
+    strategy.step(1e-4)
 
 
 def planned(recipe: Recipe, ranks: int) -> Plan:
