@@ -19,6 +19,8 @@ from trainer.plan.shapes import SHAPES
 from trainer.plan.skeleton import layer_count, with_layers
 from trainer.plan.states import state_bytes
 from trainer.recipe import load
+from trainer.recipe.data import TASK_FORMATS
+from trainer.registry import TASKS
 
 GPU = {"resources.gpus_per_worker": 1}
 ROOT = Path(__file__).resolve().parents[2]
@@ -279,3 +281,27 @@ def test_a_url_gives_its_config(tmp_path: Path) -> None:
     recipe = small_recipe("url", Path("unused"), tmp_path, **{"model.path": f"file://{folder}"})
     base = read_base(recipe.model)
     assert (layer_count(base.config), base.note) == (5, "")
+
+
+@pytest.mark.parametrize("task", TASKS.names())
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+def test_every_task_can_be_planned(tmp_path: Path, task: str, kind: str) -> None:
+    shape = {**SMALL, "eos_token_id": 2, "num_hidden_layers": 3}
+    source = [{"path": "data/*.jsonl", "format": TASK_FORMATS[task][0]}]
+    changes = {"task": task, "strategy.kind": kind, "data.train": source, "data.packing": task == "sft"}
+    plan = planned(plan_recipe(tmp_path, shape, **changes), 2)
+    assert plan.largest.activation_bytes > 0
+    assert plan.trainable_parameters > 0
+
+
+@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+def test_deepspeed_keeps_a_float32_copy_of_its_part(tmp_path: Path, kind: str) -> None:
+    rank = planned(plan_recipe(tmp_path, **{"strategy.kind": kind, **GPU}), 3).ranks[0]
+    whole = planned(plan_recipe(tmp_path, **GPU), 3).ranks[0]
+    assert rank.gradient_bytes == pytest.approx(whole.gradient_bytes / 3, rel=0.02)
+    assert rank.optimizer_bytes == pytest.approx((whole.optimizer_bytes + whole.gradient_bytes) / 3, rel=0.02)
+    part = 1 if kind == "zero2" else 3
+    assert rank.trainable_bytes == pytest.approx(whole.trainable_bytes / part, rel=0.02)
+    assert rank.unsharded_bytes > 0
+    offload = {"strategy.kind": kind, "strategy.deepspeed": f"{kind}_offload", **GPU}
+    assert planned(plan_recipe(tmp_path, **offload), 3).ranks[0].offloaded_bytes >= rank.optimizer_bytes

@@ -8,9 +8,9 @@ own wrapping on a fake process group: that is where gathered layers, and the buf
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -20,11 +20,12 @@ from trainer.data import Batch
 from trainer.errors import InputError
 from trainer.plan.fake import CPU, fake_world
 from trainer.plan.live import LiveBytes
-from trainer.plan.skeleton import layer_count, skeleton, with_layers
+from trainer.plan.skeleton import labels_of, layer_count, skeleton, with_layers
 from trainer.recipe import Recipe
+from trainer.recipe.data import TASK_FORMATS
 from trainer.strategies import make_strategy
 from trainer.strategies.layers import decoder_layers
-from trainer.tasks import make_task
+from trainer.tasks import Task, make_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -78,11 +79,13 @@ def measure(recipe: Recipe, config: PreTrainedConfig, ranks: int | None) -> Meas
         with fake_world(ranks) if ranks else nullcontext() as world:
             model = skeleton(recipe, config, as_gathered=world is None and recipe.strategy.kind != "ddp")
             layers = decoder_layers(model)
-            task = make_task(recipe)
+            task = make_task(recipe, labels_of(recipe))
             task.attach(model)
-            if world is not None:
-                model = make_strategy(on_device(recipe), world).wrap(model)
-            return _forward_and_backward(recipe, model, task, layers)
+            if world is None:
+                return _run(recipe, model, task, layers, settle=lambda: None)
+            strategy = make_strategy(on_device(recipe), world)
+            strategy.model = strategy.wrap(model)
+            return _run(recipe, strategy.model, task, layers, settle=strategy.settle)
     except (RuntimeError, NotImplementedError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
@@ -97,22 +100,34 @@ def on_device(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update={"strategy": strategy})
 
 
-def _forward_and_backward(recipe: Recipe, model: torch.nn.Module, task: Any, layers: list[torch.nn.Module]) -> Measured:
+def _run(
+    recipe: Recipe, model: torch.nn.Module, task: Task, layers: list[torch.nn.Module], settle: Callable[[], None]
+) -> Measured:
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device=CPU)
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
-        live = LiveBytes(_held(model))
-        live.stage = FIRST
+        live, batch = LiveBytes(_held(model)), _batch(recipe)
         if len(layers) > 1:
             layers[1].register_forward_pre_hook(lambda *_: setattr(live, "stage", DEEP))
         with live.counting():
+            if task.prepares:
+                _prepare(recipe, model, task, batch)
+                settle()
+            live.stage = FIRST
             with _autocast(recipe):
-                loss = task.measure(model, _batch(recipe), CPU).loss_sum
+                loss = task.measure(model, batch, CPU).loss_sum
             held = live.live
             loss.backward()
     return Measured(live.peaks.get(FIRST, 0), live.peaks.get(DEEP, 0), held)
+
+
+def _prepare(recipe: Recipe, model: torch.nn.Module, task: Task, batch: Batch) -> None:
+    model.eval()
+    with torch.no_grad(), _autocast(recipe):
+        task.prepare(model, [batch], CPU)
+    model.train()
 
 
 def _held(model: torch.nn.Module) -> Iterator[torch.Tensor]:
@@ -131,12 +146,16 @@ def _autocast(recipe: Recipe) -> Iterator[None]:
 
 
 def _batch(recipe: Recipe) -> Batch:
-    """A micro-batch of full packs, every token a target."""
-    shape = (recipe.training.micro_batch, recipe.data.sequence_length)
+    """A micro-batch of full packs, every token a target. Of preferences, a pair is two rows."""
+    packs = recipe.training.micro_batch
+    pairs = packs if TASK_FORMATS[recipe.task] == ("preference",) else 0
+    shape = (packs + pairs, recipe.data.sequence_length)
     return Batch(
         index=0,
         input_ids=np.zeros(shape, np.int64),
         position_ids=np.zeros(shape, np.int64),
         targets=np.ones(shape, np.bool_),
-        sample_ids=[],
+        labels=np.zeros(shape[0], np.int64),
+        pairs=pairs,
+        margins=np.zeros(pairs, np.float32),
     )

@@ -13,10 +13,12 @@ import torch
 import transformers
 
 from trainer.adapters import make_adapter
+from trainer.model.head import Head, set_up_head
 from trainer.model.meta import from_config
 from trainer.plan.packed import stand_in
 from trainer.recipe import Recipe
 from trainer.recipe.tasks import AUTO_CLASSES
+from trainer.tasks import make_task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -41,21 +43,42 @@ def skeleton(recipe: Recipe, config: PreTrainedConfig, *, as_gathered: bool = Fa
     in, instead of the float32 that its parameters are kept in.
 
     Raises InputError when the configuration is none of the task's model, or the adapter does not fit it."""
-    adapter = make_adapter(recipe)
+    adapter, head = make_adapter(recipe), _head(recipe)
     with _quiet():
         model: Any = from_config(
             recipe.model,
-            config,
+            _with_head(config, head),
             full=adapter.full and not as_gathered,
             checkpointing=recipe.training.gradient_checkpointing,
             auto_class=getattr(transformers, AUTO_CLASSES[recipe.task]),
         )
         if adapter.full:
             model.requires_grad_(True)
+        if head:
+            set_up_head(model, head, ())
         with torch.device("meta"):
             if recipe.model.quantization != "none":
                 stand_in(model, getattr(torch, recipe.model.dtype))
             return adapter.attach(model).train()
+
+
+def labels_of(recipe: Recipe) -> tuple[str, ...]:
+    """Labels are known from the data, which a plan does without: those that the recipe names, and two at least."""
+    named = tuple(recipe.classification.class_weights)
+    return named + tuple(f"label {i}" for i in range(len(named), 2))
+
+
+def _head(recipe: Recipe) -> Head | None:
+    labels = make_task(recipe, labels_of(recipe)).labels
+    return Head(labels, recipe.seed) if labels else None
+
+
+def _with_head(config: PreTrainedConfig, head: Head | None) -> PreTrainedConfig:
+    if head is None:
+        return config
+    config = copy.deepcopy(config)
+    config.update(head.settings())
+    return config
 
 
 @contextmanager
