@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from transformers import AutoConfig
 
 from tests.support.looping import bench
 from tests.support.models import base_of, built, logits_of, packed, plain_base_of, samples_of, stir
 from tests.support.training import small_recipe, write_pairs
 from trainer.adapters import verify_saved
 from trainer.errors import CorruptObject, InputError
+from trainer.plan.skeleton import skeleton
 from trainer.recipe import Recipe
 from trainer.recipe.matrix import Cell, refusal
 from trainer.recipe.methods import DEFAULTS, settings_of
@@ -130,6 +132,18 @@ def test_it_learns_and_goes_on_in_the_middle_as_if_nothing_had_happened(
         assert resumed.losses() == losses[STEPS // 2 :]
         for name, parameter in resumed.strategy.trainable().items():
             assert torch.equal(parameter, end[name]), name
+
+
+@pytest.mark.parametrize("method", ADAPTERS)
+def test_it_is_laid_out_without_weights_for_the_plan(make: Make, method: str) -> None:
+    recipe = make(method)
+    config = AutoConfig.from_pretrained(recipe.model.path)
+    if method == "boft":
+        with pytest.raises(InputError, match="boft cannot be laid out without the model's weights"):
+            skeleton(recipe, config)
+        return
+    shapes = {n: p.shape for n, p in skeleton(recipe, config).named_parameters() if p.requires_grad}
+    assert shapes == {n: p.shape for n, p in built(recipe)[0].named_parameters() if p.requires_grad}
 
 
 def save(model: Any, adapter: Any, folder: Path) -> None:

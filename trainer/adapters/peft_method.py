@@ -87,6 +87,11 @@ class PeftMethod(Adapter):
                 model = get_peft_model(base, self.config(base, head_modules(base)))
         except (ValueError, TypeError, NotImplementedError) as e:
             raise InputError(f"{self._chief_setting()} do not fit this model: {e}") from e
+        except RuntimeError as e:
+            if not next(base.parameters()).is_meta:
+                raise
+            label = self.recipe.adapter.label
+            raise InputError(f"adapter.method {label} cannot be laid out without the model's weights: {e}") from e
         self.initialise(model, plain)
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -173,7 +178,13 @@ def saved_by_peft(model: Any, apart: str = "") -> tuple[dict[str, str], dict[str
     names = {n: keys[id(markers[n])] for n in trainable}
     others = {key: first[id(marker)] for key, marker in saved.items() if id(marker) in first}
     rest = {key: tensors[name] for key, name in others.items() if name not in trainable}
-    return names, {key: tensor.detach().cpu().clone() for key, tensor in rest.items()}
+    return names, {key: on_host(tensor.detach().clone()) for key, tensor in rest.items()}
+
+
+def on_host(value: Any) -> Any:
+    """A tensor or module on the CPU; on the meta device, where there is nothing to move, as it is."""
+    tensors = [value] if isinstance(value, torch.Tensor) else list(value.parameters())
+    return value if any(t.is_meta for t in tensors) else value.cpu()
 
 
 def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:

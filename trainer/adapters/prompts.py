@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.adapters.in_packs import before_embeddings, before_keys
-from trainer.adapters.peft_method import ADAPTER_NAME, PeftMethod, saved_by_peft
+from trainer.adapters.peft_method import ADAPTER_NAME, PeftMethod, on_host, saved_by_peft
 
 if TYPE_CHECKING:
     from trainer.adapters.base import Read, ShapeOf
@@ -48,11 +48,13 @@ class Prompt(PeftMethod):
     def initialise(self, model: Any, plain: Any) -> None:
         encoder = model.prompt_encoder[ADAPTER_NAME]
         # To make the embeddings from a snapshot while the model itself goes on training.
-        self._encoder = copy.deepcopy(encoder).cpu()
+        self._encoder = on_host(copy.deepcopy(encoder))
         self._tokens = model.prompt_tokens[ADAPTER_NAME]
         self.inserted(model)
 
     def described(self, model: Any) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+        if next(model.parameters()).is_meta:
+            return {}, {}  # peft computes what it would save
         return saved_by_peft(model, apart=ENCODER)
 
     def saved_names(self, model: torch.nn.Module) -> dict[str, str]:
