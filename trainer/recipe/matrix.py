@@ -97,16 +97,6 @@ REFUSALS = (
         quantization=("int8",),
     ),
     Refusal(
-        "peft does not save a classifier's head with these vectors, or lets it read the wrong token",
-        method=("prompt", "p_tuning", "prefix", "adaption_prompt"),
-        task=("classification", "reward"),
-    ),
-    Refusal(
-        "without their adapter, pissa and olora leave the rest of each weight, which is no reference",
-        method=("pissa", "olora"),
-        task=("dpo",),
-    ),
-    Refusal(
         "adalora compares the gradients of whole matrices between all layers",
         method=("adalora",),
         strategy=("fsdp", "zero2", "zero3"),
