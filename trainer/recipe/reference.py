@@ -13,6 +13,7 @@ from trainer.recipe.base import KeyPath, Section
 from trainer.recipe.compatibility import RULES
 from trainer.recipe.data import COLUMNS, OPTIONAL_COLUMNS, TASK_FORMATS
 from trainer.recipe.datasets import DATASETS
+from trainer.recipe.matrix import REFUSALS, Cell, Refusal, axes, refusal
 from trainer.recipe.methods import DEFAULTS
 from trainer.recipe.root import Recipe
 from trainer.recipe.tree import dotted, element, section_of
@@ -46,7 +47,7 @@ def pages() -> dict[pathlib.Path, str]:
 
 
 def markdown() -> str:
-    parts = [HEAD, *_sections(Recipe, ()), _methods(), _columns(), _datasets(), _rules(), _changes()]
+    parts = [HEAD, *_sections(Recipe, ()), _methods(), _columns(), _datasets(), _rules(), _matrix(), _changes()]
     return "\n".join(parts)
 
 
@@ -164,6 +165,28 @@ def _rules() -> str:
     ]
     pairs = [rule.paths for rule in RULES] + [(("task",), ("data", "train", 0, "format"))]
     return "\n".join([*head, *(f"- {' with '.join(f'`{dotted(path)}`' for path in paths)}" for paths in pairs), ""])
+
+
+def _matrix() -> str:
+    """What works with what, from the support matrix."""
+    signs = {"none": "x", "nf4": "4", "int8": "8"}
+    lines = ["## What works together", "", "`x` unquantised, `4` nf4, `8` int8; `muster matrix` prints the same.", ""]
+    strategies = axes()["strategy"]
+    for task in axes()["task"]:
+        lines += [f"| `{task}` | {' | '.join(f'`{s}`' for s in strategies)} |", "|---|" + "---|" * len(strategies)]
+        for method in axes()["method"]:
+            works = [
+                " ".join(sign for q, sign in signs.items() if refusal(Cell(method, q, strategy, task)) is None)
+                for strategy in strategies
+            ]
+            lines.append(f"| `{method}` | {' | '.join(works)} |")
+        lines.append("")
+    return "\n".join([*lines, "Why the others do not:", "", *(f"- {_refused(r)}" for r in REFUSALS), ""])
+
+
+def _refused(refused: Refusal) -> str:
+    sides = " with ".join(f"{side} {', '.join(f'`{v}`' for v in getattr(refused, side))}" for side in refused.sides())
+    return f"{sides}: {refused.why}."
 
 
 def _changes() -> str:
