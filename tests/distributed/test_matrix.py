@@ -6,6 +6,7 @@ import math
 import os
 import random
 from collections import defaultdict
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -64,7 +65,11 @@ def _adapter(method: str) -> dict[str, Any]:
     if method == "peft":
         return {"method": {"peft": "MISS", "r": 4}}
     small = {"rank": 4, "target_rank": 2, "alpha": 8, "virtual_tokens": 4}
-    return {"method": method} | {key: value for key, value in small.items() if key in DEFAULTS[method].settings}
+    return {"method": method} | {key: value for key, value in small.items() if key in _settings(method)}
+
+
+def _settings(method: str) -> Collection[str]:
+    return () if method == "none" else DEFAULTS[method].settings
 
 
 def _train(group: tuple[Cell, ...] | list[Cell], model: Path, folder: Path) -> None:
