@@ -236,6 +236,7 @@ def test_the_base_of_every_shipped_recipe_is_known(recipe: str) -> None:
         ("Mistral-7B-v0.3", 7_248_023_552),
         ("Qwen2.5-0.5B", 494_032_768),
         ("Qwen2.5-7B-Instruct", 7_615_616_512),
+        ("Qwen2.5-14B", 14_770_033_664),
     ],
 )
 def test_known_shapes_have_their_models_parameters(tmp_path: Path, name: str, parameters: int) -> None:

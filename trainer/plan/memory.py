@@ -28,7 +28,6 @@ DEVICE_RESERVE = 768 * 2**20
 """Bytes of a GPU that no tensor gets: CUDA's context, NCCL's buffers, and what the allocator cannot use."""
 HOST_RESERVE = 1024 * 2**20
 """Bytes of a rank's process without any tensor: the interpreter and its libraries."""
-PARTS = ("offload_param", "offload_optimizer")
 
 
 @dataclass(frozen=True)
@@ -154,13 +153,13 @@ def _width(model: Model) -> int:
 
 def _rank(recipe: Recipe, model: Model, working: Working, ranks: int, rank: int, snapshot: int) -> RankPlan:
     kept = _kept(recipe, model, ranks, rank)
-    update = _update_bytes(recipe, model, kept)
+    update, on_host = _update_bytes(recipe, model, kept), _states_on_host(recipe)
     offloaded = _offloaded(recipe, kept)
     steady = kept.frozen + kept.trainable + kept.gradient + kept.optimizer + kept.padding
     computing = working.activations + working.unsharded
-    peak = steady - offloaded + model.quant_state + max(computing, update)
+    peak = steady - offloaded + model.quant_state + max(computing, 0 if on_host else update)
     load = _load_bytes(recipe, model, kept)
-    host = offloaded + snapshot + (peak if recipe.resources.gpus_per_worker == 0 else 0)
+    host = offloaded + snapshot + (update if on_host else 0) + (peak if recipe.resources.gpus_per_worker == 0 else 0)
     return RankPlan(
         rank=rank,
         frozen_bytes=kept.frozen,
@@ -193,15 +192,22 @@ def _kept(recipe: Recipe, model: Model, ranks: int, rank: int) -> Share:
 def _offloaded(recipe: Recipe, kept: Share) -> int:
     """Bytes of the kept ones that lie in the host's memory."""
     everything = kept.frozen + kept.trainable + kept.padding
-    states = kept.gradient + kept.optimizer
+    if recipe.strategy.kind not in STAGES and recipe.optimizer.name.startswith("paged"):
+        return kept.optimizer
+    states = kept.gradient + kept.optimizer if _states_on_host(recipe) else 0
+    return states + (everything if recipe.strategy.offload or _zero_offloads(recipe, "offload_param") else 0)
+
+
+def _states_on_host(recipe: Recipe) -> bool:
+    """Whether gradients and optimizer state are offloaded, and the update runs on the host."""
+    return recipe.strategy.offload or _zero_offloads(recipe, "offload_optimizer")
+
+
+def _zero_offloads(recipe: Recipe, part: str) -> bool:
     kind = recipe.strategy.kind
-    if recipe.strategy.offload:
-        return everything + states
-    if kind in STAGES:
-        settings = zero_settings(kind, recipe.strategy.deepspeed)
-        parameters, optimizer = (settings.get(part, {}).get("device") == "cpu" for part in PARTS)
-        return (everything if parameters else 0) + (states if optimizer else 0)
-    return kept.optimizer if recipe.optimizer.name.startswith("paged") else 0
+    if kind not in STAGES:
+        return False
+    return bool(zero_settings(kind, recipe.strategy.deepspeed).get(part, {}).get("device") == "cpu")
 
 
 def _update_bytes(recipe: Recipe, model: Model, kept: Share) -> int:
@@ -210,7 +216,8 @@ def _update_bytes(recipe: Recipe, model: Model, kept: Share) -> int:
         return 0
     elements = kept.gradient // (WHOLE + (8 if recipe.exact else 0))
     largest = max((w.numel for w in model.weights if w.trainable), default=0)
-    return WHOLE * (elements if recipe.resources.gpus_per_worker else min(elements, 2 * largest))
+    at_once = recipe.resources.gpus_per_worker and not _states_on_host(recipe)
+    return WHOLE * (elements if at_once else min(elements, 2 * largest))
 
 
 def _load_bytes(recipe: Recipe, model: Model, kept: Share) -> int:

@@ -53,7 +53,26 @@ QWEN_2_5_7B = _QWEN_2_5 | {
     "tie_word_embeddings": False,
 }
 
+QWEN_2_5_14B = _QWEN_2_5 | {
+    "vocab_size": 152064,
+    "hidden_size": 5120,
+    "intermediate_size": 13824,
+    "num_hidden_layers": 48,
+    "num_attention_heads": 40,
+    "num_key_value_heads": 8,
+    "tie_word_embeddings": False,
+}
+MODERNBERT_BASE = {
+    "model_type": "modernbert",
+    "vocab_size": 50368,
+    "hidden_size": 768,
+    "intermediate_size": 1152,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 12,
+}
+
 SHAPES: dict[str, Mapping[str, Any]] = {
+    "Meta-Llama-3-8B": LLAMA_3_8B,
     "Llama-3.1-8B": LLAMA_3_8B,
     "Llama-3.1-8B-Instruct": LLAMA_3_8B,
     "Llama-3.1-70B": LLAMA_3_70B,
@@ -65,6 +84,9 @@ SHAPES: dict[str, Mapping[str, Any]] = {
     "Qwen2.5-0.5B-Instruct": QWEN_2_5_HALF_B,
     "Qwen2.5-7B": QWEN_2_5_7B,
     "Qwen2.5-7B-Instruct": QWEN_2_5_7B,
+    "Qwen2.5-14B": QWEN_2_5_14B,
+    "Qwen2.5-14B-Instruct": QWEN_2_5_14B,
+    "ModernBERT-base": MODERNBERT_BASE,
 }
 
 
