@@ -155,7 +155,7 @@ def size_of(folder: Path) -> int:
     return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
 
 
-@pytest.mark.timeout(300)
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("ranks", [1, 2, 3])
 def test_it_is_the_whole_load_cut_up(make: Make, base: Path, tmp_path: Path, ranks: int) -> None:
     names = list(CASES) if ranks == 2 else ["lora", "dora", "qdora"]
