@@ -179,7 +179,7 @@ def matrix(
     for name in tasks:
         console.print(support.matrix_table(name))
     console.print(support.legend())
-    console.print(support.reasons(REFUSALS))
+    console.print(support.reasons(tuple(r for r in REFUSALS if not r.task or set(r.task) & set(tasks))))
 
 
 app.command()(preparing.prepare)
