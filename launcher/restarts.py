@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 SAME_FAULTS = 3
+_TEMPORARY = re.compile(r"(?<=/)(tmp|[\w-]+-)[a-z0-9_]{8}(?=/)")  # as tempfile names folders
 _VARYING = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{12,}\b|\d+", re.IGNORECASE)
 _WHERE = re.compile(r"^rank \d+ on \S+: ")
 
@@ -21,8 +22,9 @@ class Fault:
 
     @property
     def kind(self) -> str:
-        """The error without what differs between two of the same kind: rank, host, numbers, addresses, ids."""
-        return _VARYING.sub("#", _WHERE.sub("", self.error))
+        """The error without what differs between two of the same kind: rank, host, numbers, addresses, ids, and the
+        names of temporary folders."""
+        return _VARYING.sub("#", _TEMPORARY.sub(r"\1#", _WHERE.sub("", self.error)))
 
 
 def in_a_row(faults: Sequence[Fault]) -> int:

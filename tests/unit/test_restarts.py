@@ -7,6 +7,7 @@ import pytest
 from launcher.restarts import Fault, in_a_row, is_hopeless
 
 KILLED = "rank 1 died: ActorDiedError: The actor died unexpectedly (pid 4711, actor 0f3c9a7d11aa44bb)"
+LOST = "rank 0 on host-a: FileNotFoundError: /tmp/muster-restore-4zmc_wc_/checkpoint/config.json"
 BROKEN = "rank 0 on host-a: CorruptObject: block 7 of w000000.data is damaged"
 
 
@@ -18,6 +19,8 @@ BROKEN = "rank 0 on host-a: CorruptObject: block 7 of w000000.data is damaged"
         ([Fault(5, KILLED)] * 3, 3),
         ([Fault(5, KILLED), Fault(5, KILLED.replace("4711", "12").replace("rank 1", "rank 0"))], 2),
         ([Fault(7, BROKEN), Fault(7, BROKEN.replace("rank 0 on host-a", "rank 3 on host-b"))], 2),
+        ([Fault(7, LOST), Fault(7, LOST.replace("4zmc_wc_", "n80aib7s"))], 2),
+        ([Fault(7, LOST), Fault(7, LOST.replace("checkpoint", "elsewhere"))], 1),
         ([Fault(5, KILLED), Fault(6, KILLED), Fault(6, KILLED)], 2),
         ([Fault(5, KILLED), Fault(5, BROKEN), Fault(5, KILLED)], 1),
         ([Fault(None, KILLED)] * 5, 1),
