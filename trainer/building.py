@@ -45,7 +45,7 @@ class Built:
 def build_parts(recipe: Recipe, world: World, labels: tuple[str, ...] = ()) -> Built:
     """Collective: every rank of the attempt calls it. ``labels``: the label set of the training data."""
     adapter, task, strategy = make_adapter(recipe), make_task(recipe, labels), make_strategy(recipe, world)
-    if strategy.by_shard:
+    if strategy.by_shard(recipe):
         try:
             return _Sharded(recipe, world, adapter, task, strategy).build()
         except NotByShard as reason:

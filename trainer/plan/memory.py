@@ -65,7 +65,7 @@ def _by_shard(recipe: Recipe, model: torch.nn.Module) -> bool:
     """As `trainer.building` decides it."""
     if AUTO_CLASSES[recipe.task] != CAUSAL or recipe.model.quantization == "int8":
         return False
-    return bool(STRATEGIES.load(recipe.strategy.kind).by_shard) and make_adapter(recipe).loads_by_shard(model)
+    return bool(STRATEGIES.load(recipe.strategy.kind).by_shard(recipe)) and make_adapter(recipe).loads_by_shard(model)
 
 
 class Planner:

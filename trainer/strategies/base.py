@@ -49,13 +49,16 @@ class Strategy(ABC):
     module: torch.nn.Module  # what the forward is called on
     optimizer: torch.optim.Optimizer
     averages = True
-    by_shard = False
-    """Whether `setup` takes a model on the meta device, of which each rank then fills its own pieces."""
 
     def __init__(self, recipe: Recipe, world: World) -> None:
         self.recipe = recipe
         self.world = world
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.model.dtype == "float16")
+
+    @classmethod
+    def by_shard(cls, recipe: Recipe) -> bool:
+        """Whether `setup` takes a model on the meta device, of which each rank then fills its own pieces."""
+        return False
 
     def setup(self, model: torch.nn.Module, make_optimizer: MakeOptimizer, fill: Fill | None = None) -> None:
         """Takes over ``model`` and makes the optimizer over what is trained.

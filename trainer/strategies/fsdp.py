@@ -6,7 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.distributed.device_mesh import init_device_mesh
@@ -16,20 +16,24 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from trainer.strategies.base import Piece, Strategy
 from trainer.strategies.layers import decoder_layers
 
+if TYPE_CHECKING:
+    from trainer.recipe import Recipe
+
 
 class FSDP(Strategy):
-    by_shard = True
+    @classmethod
+    def by_shard(cls, recipe: Recipe) -> bool:
+        return True
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         settings: dict[str, Any] = {
             "mesh": init_device_mesh(self.world.device.type, (self.world.size,)),
-            "reshard_after_forward": self.recipe.strategy.reshard_after_forward,
             "mp_policy": self._precision(),
             "offload_policy": self._offload(),
         }
         for layer in decoder_layers(model):
-            fully_shard(layer, **settings)
-        fully_shard(model, **settings)
+            fully_shard(layer, reshard_after_forward=self.recipe.strategy.reshard_after_forward, **settings)
+        fully_shard(model, **settings)  # what the root holds is needed again at once: it stays until the backward
         unsharded = [n for n, p in model.named_parameters() if not isinstance(p, DTensor)]
         assert not unsharded, f"fully_shard left {unsharded[:3]} whole"
         return model

@@ -27,7 +27,6 @@ from trainer.strategies.base import Fill, MakeOptimizer, Piece, Strategy, set_lr
 from trainer.strategies.layers import decoder_layers
 from trainer.strategies.optimizer_state import check_owners
 from trainer.strategies.zero_shards import cut, gathered, pieces
-from trainer.world import World
 
 if TYPE_CHECKING:
     from trainer.recipe import Recipe
@@ -201,10 +200,10 @@ class Zero2(Zero):
 class Zero3(Zero):
     """Each parameter is a slice too (``ds_tensor``), and empty between the forward and the backward of its module."""
 
-    def __init__(self, recipe: Recipe, world: World) -> None:
-        super().__init__(recipe, world)
-        # Of full fine-tuning in another type than float32, the engine casts whole parameters before it cuts them.
-        self.by_shard = recipe.adapter.method != "none" or recipe.model.dtype == "float32"
+    @classmethod
+    def by_shard(cls, recipe: Recipe) -> bool:
+        """Of full fine-tuning in another type than float32, the engine casts whole parameters before it cuts them."""
+        return recipe.adapter.method != "none" or recipe.model.dtype == "float32"
 
     def materialise(self) -> list[Piece]:
         with _local_rank(self.world.device):
