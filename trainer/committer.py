@@ -8,10 +8,12 @@ bounded at two snapshots. The final one is never replaced. The first error is ke
 from __future__ import annotations
 
 import logging
+import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -130,12 +132,23 @@ class Committer:
 
     def _run(self, snapshot: Snapshot, held: Held, coalesced: int) -> None:
         began = self._clock()
-        with tempfile.TemporaryDirectory(prefix="muster-checkpoint-") as folder:
-            done = self._commit(snapshot, Path(folder))
+        with scratch_folder() as folder:
+            done = self._commit(snapshot, folder)
         now = self._clock()
         with self._ready:
             self._newest = now
         self._on_commit(Committed(snapshot.step, done["uri"], held, now - began, done["bytes"], coalesced))
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder that only leaving it deletes. tempfile's own is deleted by an interpreter that exits, also
+    under a thread that is still at work in it."""
+    folder = Path(tempfile.mkdtemp(prefix="muster-checkpoint-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class StaleAlarm:

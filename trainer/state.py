@@ -49,6 +49,11 @@ class TrainState:
         # Taken from the model once, not from what is gathered: a gather that lost something is to be found out.
         self._shapes = adapter.saved_shapes(strategy.model, strategy.shape_of)
 
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The files without which a checkpoint is none."""
+        return (self.adapter.weights_file, OPTIMIZER_FILE)
+
     def snapshot(self, step: int, state: Mapping[str, Any], *, final: bool) -> Snapshot | None:
         """Collective. The snapshot on rank 0, None on the others; nobody waits for storage."""
         keep = self.strategy.world.is_first

@@ -139,7 +139,9 @@ class Attempt:
         """The one way to begin: from the newest whole checkpoint, or from nothing."""
         with tempfile.TemporaryDirectory(prefix="muster-restore-") as folder:
             target = Path(folder, "checkpoint")
-            record = self.world.from_first(lambda: fetch_whole(self.run_storage, target, on_skip=self._skipped))
+            record = self.world.from_first(
+                lambda: fetch_whole(self.run_storage, target, needed=self.state.needed, on_skip=self._skipped)
+            )
             if record is None:
                 return Position(0, stream.start())
             if not self.world.is_first:
@@ -242,7 +244,7 @@ class Attempt:
         last = snapshot.step == self.job.total_steps
         if last:
             self._finish_folder(folder, snapshot.state["facts"])
-        unique, files = put_checkpoint(run, folder, attempt=self.number, step=snapshot.step)
+        unique, files = put_checkpoint(run, folder, attempt=self.number, step=snapshot.step, needed=self.state.needed)
         record = CommitRecord(
             step=snapshot.step,
             attempt=self.number,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Mapping
 from pathlib import Path
@@ -61,6 +64,32 @@ def test_a_newer_snapshot_takes_the_place_of_one_that_waits() -> None:
     assert [(c.step, c.uri, c.bytes) for c in told] == [(1, "memory://1", 7), (4, "memory://4", 7)]
     assert all(c.upload_s >= 0 for c in told)
     assert not any(folder.exists() for folder in commit.folders), "nothing is left on the disk"
+
+
+LEAVES = """
+import threading
+from trainer.committer import scratch_folder
+
+entered = threading.Event()
+
+def work():
+    with scratch_folder() as folder:
+        (folder / "weights").write_text("x")
+        print(folder, flush=True)
+        entered.set()
+        threading.Event().wait()
+
+threading.Thread(target=work, daemon=True).start()
+entered.wait()
+"""
+
+
+def test_an_interpreter_that_exits_leaves_the_folder_to_the_thread_at_work_in_it() -> None:
+    """It would be committed without its files."""
+    done = subprocess.run([sys.executable, "-c", LEAVES], capture_output=True, text=True, timeout=WAIT_S, check=True)
+    folder = Path(done.stdout.strip())
+    assert (folder / "weights").read_text() == "x"
+    shutil.rmtree(folder)
 
 
 def test_the_final_snapshot_is_never_replaced() -> None:

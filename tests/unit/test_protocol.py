@@ -253,6 +253,29 @@ def test_a_damaged_checkpoint_is_passed_over_with_its_reason(how: str, reason: s
     assert all(reason in r for _, _, r in skipped)
 
 
+def test_a_commit_without_what_is_needed_is_passed_over(tmp_path: Path) -> None:
+    storage, _ = faulty()
+    driver, attempt = begin(storage)
+    save(storage, driver, attempt, 5)
+    commit(storage, record_of(storage, driver, attempt, 10, {"config.json": b"{}"}))
+    skipped: list[tuple[int, str, str]] = []
+    needed = ["adapter_model.safetensors"]
+    found = fetch_whole(storage, tmp_path / "here", needed=needed, on_skip=lambda *s: skipped.append(s))
+    assert found is not None
+    assert found.step == 5
+    assert [(step, "has no adapter_model.safetensors" in reason) for step, _, reason in skipped] == [(10, True)]
+
+
+def test_a_folder_that_loses_its_files_is_not_committed(tmp_path: Path) -> None:
+    storage, _ = faulty()
+    (tmp_path / "config.json").write_text("{}")
+    with pytest.raises(CorruptObject, match="step 3 has no adapter_model"):
+        put_checkpoint(storage, tmp_path, attempt=1, step=3, needed=["adapter_model.safetensors", "config.json"])
+    with pytest.raises(CorruptObject, match=r"config\.json"):
+        put_checkpoint(storage, tmp_path / "gone", attempt=1, step=3, needed=["config.json"])
+    assert not list(storage.list("checkpoints"))
+
+
 def test_nothing_whole_is_none(tmp_path: Path) -> None:
     storage, backend = faulty()
     damage(backend, save(storage, *begin(storage), step=5), "missing")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import hashlib
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from trainer import layout
 from trainer.checkpoint.record import FileEntry
+from trainer.errors import CorruptObject
 from trainer.storage import Storage
 
 _PARALLEL_UPLOADS = 4
@@ -18,12 +19,16 @@ _BLOCK = 2**20
 
 
 def put_checkpoint(
-    storage: Storage, content: Path | Mapping[str, bytes], *, attempt: int, step: int
+    storage: Storage, content: Path | Mapping[str, bytes], *, attempt: int, step: int, needed: Collection[str] = ()
 ) -> tuple[str, dict[str, FileEntry]]:
     """Uploads a folder (all files below it) or named bytes to ``checkpoints/<name>/``; returns the name and the files'
-    entries for the commit record. Nobody sees the checkpoint before the record is there."""
+    entries for the commit record. Nobody sees the checkpoint before the record is there.
+
+    Raises CorruptObject, with nothing uploaded, when one of the ``needed`` files is not among them: a folder whose
+    files are being deleted looks like one that never had them."""
     name = new_name(attempt, step)
     names = sorted(content) if isinstance(content, Mapping) else _files_below(content)
+    check_needed(f"the checkpoint of step {step}", names, needed)
 
     def put(file: str) -> FileEntry:
         key = f"{layout.checkpoint(name)}/{file}"
@@ -36,6 +41,13 @@ def put_checkpoint(
 
     with ThreadPoolExecutor(_PARALLEL_UPLOADS) as pool:
         return name, dict(zip(names, pool.map(put, names), strict=True))
+
+
+def check_needed(what: str, names: Collection[str], needed: Collection[str]) -> None:
+    """Raises CorruptObject when one of the ``needed`` files is missing."""
+    missing = sorted(set(needed) - set(names))
+    if missing:
+        raise CorruptObject(f"{what} has no {', '.join(missing)}: nothing could go on from it")
 
 
 def new_name(attempt: int, step: int) -> str:

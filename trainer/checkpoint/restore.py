@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import shutil
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
 from trainer import layout
-from trainer.checkpoint.blobs import entry_of, entry_of_file
+from trainer.checkpoint.blobs import check_needed, entry_of, entry_of_file
 from trainer.checkpoint.protocol import OnSkip, commit_keys, log_skip, read_commit
 from trainer.checkpoint.record import CommitRecord, FileEntry
 from trainer.errors import CorruptObject
@@ -25,14 +25,22 @@ def newest_whole(storage: Storage, *, on_skip: OnSkip = log_skip) -> tuple[Commi
     return _first_whole(storage, lambda record: _in_memory(storage, record), on_skip)
 
 
-def fetch_whole(storage: Storage, target: Path, *, on_skip: OnSkip = log_skip) -> CommitRecord | None:
-    """The commit, with its files in ``target``, a folder that this call creates (it must not exist).
+def fetch_whole(
+    storage: Storage, target: Path, *, needed: Collection[str] = (), on_skip: OnSkip = log_skip
+) -> CommitRecord | None:
+    """The commit, with its files in ``target``, a folder that this call creates (it must not exist). One without the
+    ``needed`` files is not whole.
 
     None, and no folder, when there is no commit that is whole. Needs disk, not memory.
     """
     if target.exists():
         raise ValueError(f"{target} exists; a checkpoint is fetched into a folder of its own")
-    found = _first_whole(storage, lambda record: _on_disk(storage, record, target), on_skip)
+
+    def take(record: CommitRecord) -> None:
+        check_needed(storage.uri(record.key), record.files, needed)
+        _on_disk(storage, record, target)
+
+    found = _first_whole(storage, take, on_skip)
     return found[0] if found else None
 
 
