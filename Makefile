@@ -30,7 +30,7 @@ chaos: $(INSTALLED)
 	$(BIN)/python -m pytest -m chaos tests/ray/test_chaos.py
 
 matrix: $(INSTALLED)
-	$(BIN)/python -m pytest -m matrix tests/distributed/test_matrix.py
+	$(BIN)/python -m pytest -m matrix tests/distributed
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -22,7 +22,7 @@ from trainer.storage import Storage
 
 SEED = int(os.environ.get("MATRIX_SEED", "20260715"))
 SAMPLED = 12
-PER_GROUP = 12
+PER_GROUP = 40
 """Cells that are trained in the same processes, whose start takes longer than a cell."""
 
 ALLOWED = [cell for cell in cells() if refusal(cell) is None]

@@ -58,14 +58,26 @@ def _ranks(model: str, place: str) -> tuple[int, ...]:
     return (2, 3) if place in ("fsdp", "zero2", "zero3") and model in ("lora", "qdora", "full") else (2,)
 
 
-CELLS = [(m, place, n) for m in MODELS for place in PLACES if _allowed(m, place) for n in _ranks(m, place)]
+EVERY = [(m, place, n) for m in MODELS for place in PLACES if _allowed(m, place) for n in _ranks(m, place)]
+"""All of them for the night; by day those that have caught something, or that nothing else stands for."""
+BY_DAY = [
+    *(("lora", place, 2) for place in PLACES),
+    *(("full", place, 2) for place in ("ddp", "fsdp", "zero2", "zero3")),
+    *((model, place, 3) for model in ("lora", "qdora") for place in ("fsdp", "zero3")),
+    *(("qdora", "zero2", 2), ("full", "zero3", 3), ("lora-int8", "ddp", 2), ("float16", "fsdp", 2)),
+    *((m, place, 2) for m in ("bfloat16", "full-bfloat16", "checkpointing") for place in ("fsdp", "zero3")),
+]
+CELLS = [pytest.param(*cell, marks=[] if cell in BY_DAY else [pytest.mark.matrix]) for cell in EVERY]
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, int], Recipe]:
+def runs(
+    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str, int], Recipe]:
     folder = tmp_path_factory.mktemp("strategies")
     write_pairs(folder / "data" / "a.jsonl", 90)
-    cells = [*((model, "ddp", 1) for model in MODELS), *CELLS]
+    by_night = any(item.get_closest_marker("matrix") for item in request.session.items)
+    cells = [*((model, "ddp", 1) for model in MODELS), *(EVERY if by_night else BY_DAY)]
     made = {cell: _recipe(*cell, tiny_model, folder) for cell in cells}
     for ranks in (1, 2, 3):
         train_in_processes([recipe for (_, _, n), recipe in made.items() if n == ranks], ranks)
@@ -107,7 +119,7 @@ def test_zero_says_what_it_keeps_whole(runs: dict[tuple[str, str, int], Recipe])
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("model", ["lora", "full-bfloat16"])
+@pytest.mark.parametrize("model", ["lora", pytest.param("full-bfloat16", marks=pytest.mark.matrix)])
 def test_a_run_moves_between_strategies_and_world_sizes(model: str, tiny_model: Path, tmp_path: Path) -> None:
     """With its optimizer state: forgetting the moments would show in the first step after a move."""
     write_pairs(tmp_path / "data" / "a.jsonl", 90)
@@ -124,7 +136,7 @@ def test_a_run_moves_between_strategies_and_world_sizes(model: str, tiny_model: 
     assert worst <= MIXED_TOLERANCE.get(model, TOLERANCE), f"{worst:.1e}"
 
 
-@pytest.mark.parametrize("kind", ["zero2", "zero3"])
+@pytest.mark.parametrize("kind", [pytest.param("zero2", marks=pytest.mark.matrix), "zero3"])
 def test_the_same_run_resumed_gives_the_same_bytes(kind: str, tiny_model: Path, tmp_path: Path) -> None:
     write_pairs(tmp_path / "data" / "a.jsonl", 90)
     saved = []
