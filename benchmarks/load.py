@@ -129,7 +129,7 @@ def by_shard(recipe: Recipe, world: Any, steps: int) -> dict[str, Any]:
     mine = built.load[world.rank]
     kept = built.strategy.local_bytes()
     losses = [_step(built, world, step) for step in range(steps)]
-    return {"seconds": seconds, "read": mine["bytes_read"], "peak": mine["peak_host_bytes"], "kept": kept,
+    return {"seconds": seconds, "read": mine["bytes_fetched"], "peak": mine["peak_host_bytes"], "kept": kept,
             "losses": losses}  # fmt: skip
 
 

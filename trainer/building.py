@@ -33,7 +33,8 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Built:
-    """``load``: of each rank, the bytes of the base it fetched and the peak of its host memory meanwhile."""
+    """``load``: of each rank, the bytes of the base that it read, those of them that no cache of the host had, and the
+    peak of its host memory meanwhile."""
 
     files: ModelFiles
     adapter: Adapter
@@ -70,8 +71,9 @@ def _whole(recipe: Recipe, world: World, adapter: Adapter, task: Task, strategy:
     model = adapter.attach(loaded.model, lambda: _plain_model(recipe, files, head))
     task.attach(model)
     strategy.setup(model, lambda parameters: make_optimizer(recipe.optimizer, parameters, adapter.lr_scale))
-    read = max(loaded.bytes_read, files.fetched_bytes)
-    return Built(files, adapter, task, strategy, _report(world, read, loaded.peak_host_bytes))
+    fetched = files.fetched_bytes if "://" in recipe.model.path else loaded.bytes_read
+    report = _report(world, loaded.bytes_read, fetched, loaded.peak_host_bytes)
+    return Built(files, adapter, task, strategy, report)
 
 
 def _plain_model(recipe: Recipe, files: ModelFiles, head: Head | None) -> torch.nn.Module:
@@ -115,7 +117,8 @@ class _Sharded:
             with self.strategy.autocast():
                 check_isolation(self.strategy.module, section.path)
             self.strategy.settle()
-        return Built(files, self.adapter, self.task, self.strategy, _report(self.world, source.bytes_read, peak))
+        report = _report(self.world, source.bytes_read, source.bytes_fetched, peak)
+        return Built(files, self.adapter, self.task, self.strategy, report)
 
     def _section(self) -> ModelSection:
         """The model's, or that of its NF4 copy, if `muster prepare --model` has made one."""
@@ -149,5 +152,6 @@ class _Sharded:
             )
 
 
-def _report(world: World, bytes_read: int, peak: int) -> list[dict[str, int]]:
-    return world.gather({"rank": world.rank, "bytes_read": bytes_read, "peak_host_bytes": peak})
+def _report(world: World, read: int, fetched: int, peak: int) -> list[dict[str, int]]:
+    mine = {"rank": world.rank, "bytes_read": read, "bytes_fetched": fetched, "peak_host_bytes": peak}
+    return world.gather(mine)

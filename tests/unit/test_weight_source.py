@@ -64,7 +64,7 @@ def test_a_folder_is_read_to_the_byte_and_counted(tmp_path: Path, body: bytes, c
     (tmp_path / "w.safetensors").write_bytes(body)
     source = Source(str(tmp_path))
     source.read("w.safetensors", 3, 1003)
-    assert source.bytes_read == 1000
+    assert source.bytes_fetched == 1000
     assert not cache.exists(), "what lies on this host needs no copy"
 
 
@@ -81,10 +81,10 @@ def test_ranks_of_one_host_fetch_each_byte_once(remote: str, body: bytes) -> Non
         assert all(pool.map(load, range(4)))
     for source in ranks:
         source.close()
-    assert sum(source.bytes_read for source in ranks) == SIZE
+    assert sum(source.bytes_fetched for source in ranks) == SIZE
     again = Source(remote)
     assert again.read("w.safetensors", 0, SIZE) == body
-    assert again.bytes_read == 0, "another attempt on this host reads nothing"
+    assert again.bytes_fetched == 0, "another attempt on this host reads nothing"
 
 
 def test_one_fetch_at_a_time_per_block(tmp_path: Path) -> None:
@@ -127,7 +127,7 @@ def test_a_torn_or_evicted_block_is_fetched_again(remote: str, body: bytes, cach
         block.unlink()
     again = Source(remote)
     assert again.read("w.safetensors", 0, SIZE) == body
-    assert again.bytes_read == BLOCK
+    assert again.bytes_fetched == BLOCK
     assert block.read_bytes() == raw
 
 
@@ -153,7 +153,7 @@ def test_a_cache_that_cannot_be_made_is_a_warning(
     source = Source(remote)
     source.ahead([("w.safetensors", 0, SIZE)])
     assert source.read("w.safetensors", 5, 50) == body[5:50]
-    assert source.bytes_read == 45, "without a cache, exactly what is asked for"
+    assert source.bytes_fetched == 45, "without a cache, exactly what is asked for"
     source.close()
 
 

@@ -23,14 +23,14 @@ _PART = 16 * 2**20
 
 
 class Source:
-    """The files of one model. ``bytes_read``: what this process fetched itself; a block that another rank of the host
-    had fetched before is not counted. Thread-safe."""
+    """The files of one model. ``bytes_read``: what was asked for; ``bytes_fetched``: what this process took from where
+    the files lie, without the blocks that the host's cache had already. Thread-safe."""
 
     def __init__(self, location: str) -> None:
         self.storage: Storage = open_storage(location)
         self.location = location
         self.files = {o.key: o for o in self.storage.list() if "/" not in o.key}
-        self.bytes_read = 0
+        self.bytes_read = self.bytes_fetched = 0
         self._lock = threading.Lock()
         self._folder = local_path(self.storage.url)
         self._descriptors: dict[str, int] = {}
@@ -55,6 +55,8 @@ class Source:
         stop = start + len(view)
         if stop > self.size(file):
             raise CorruptObject(f"{self.storage.uri(file)} ends before byte {stop}; copy the model again")
+        with self._lock:
+            self.bytes_read += len(view)
         if self._folder is not None:
             self._from_disk(file, start, view)
         else:
@@ -137,4 +139,4 @@ class Source:
 
     def _count(self, size: int) -> None:
         with self._lock:
-            self.bytes_read += size
+            self.bytes_fetched += size
