@@ -96,6 +96,25 @@ def test_eight_bits_are_eight_bits() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_moments_of_a_paged_optimizer_come_back_into_memory_of_its_own(tmp_path: Path) -> None:
+    named = parameters()
+    optimizer = make_optimizer(section("paged_adamw_8bit"), named)
+    step(optimizer, named, 0)
+    saved(optimizer, named, tmp_path / "state")
+    other: Any = make_optimizer(section("paged_adamw_8bit"), named)
+    made: list[torch.Tensor] = []
+    get_buffer = other.get_state_buffer
+    other.get_state_buffer = lambda parameter, dtype: made.append(get_buffer(parameter, dtype=dtype)) or made[-1]
+    loaded(other, named, tmp_path / "state")
+    assert len(made) == 2 * len(named)
+    for parameter in named.values():
+        for key in ("state1", "state2"):
+            assert any(other.state[parameter][key] is buffer for buffer in made)
+            assert torch.equal(other.state[parameter][key], optimizer.state[parameter][key])
+    step(other, named, 1)
+
+
 def test_a_state_before_any_step_is_empty_and_loads(tmp_path: Path) -> None:
     named = parameters()
     optimizer = make_optimizer(section(), named)

@@ -120,7 +120,7 @@ def _quantise(model: Any, section: ModelSection, dtype: torch.dtype) -> None:
     keep_weights_packed(model)
     if section.quantization == "nf4":
         for module in four_bit_layers(model).values():
-            _pack(module, dtype)
+            pack(module, torch.empty(module.out_features, module.in_features, dtype=dtype, device=META))
 
 
 def four_bit_layers(model: torch.nn.Module) -> dict[str, Any]:
@@ -129,11 +129,11 @@ def four_bit_layers(model: torch.nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
 
 
-def _pack(module: Any, dtype: torch.dtype) -> None:
+def pack(module: Any, unpacked: torch.Tensor) -> None:
+    """Gives a 4-bit layer the weight ``unpacked`` [out, in], quantised, on that tensor's device (meta included)."""
     from bitsandbytes.nn import Params4bit
 
     old = module.weight
-    unpacked = torch.empty(module.out_features, module.in_features, dtype=dtype, device=META)
     packed, state = quantise_4bit(unpacked, old.quant_storage)
     module.weight = Params4bit(
         packed,

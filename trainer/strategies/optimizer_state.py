@@ -16,6 +16,8 @@ from trainer.errors import CorruptObject
 
 Whole = Callable[[torch.Tensor], torch.Tensor]
 Spread = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+PAGED_KEYS = ("state1", "state2")
+"""The moments of bitsandbytes' optimizers, which its paged ones keep in unified memory."""
 
 
 def optimizer_state(
@@ -44,7 +46,9 @@ def load_optimizer_state(
     for name, parameter in parameters.items():
         state: dict[str, Any] = {}
         for key in names.get(name, []):
-            state[key] = _restored(read(f"{name}.{key}"), parameter, spread)
+            saved = read(f"{name}.{key}")
+            paged = key in PAGED_KEYS and getattr(optimizer, "is_paged", False)
+            state[key] = _paged(optimizer, parameter, saved) if paged else _restored(saved, parameter, spread)
         optimizer.state[parameter] = state
 
 
@@ -53,6 +57,13 @@ def check_owners(names: Iterable[str], parameters: Iterable[str]) -> None:
     foreign = sorted(set(names) - set(parameters))
     if foreign:
         raise CorruptObject(f"the optimizer's state is that of another model: nothing here is called {foreign[:3]}")
+
+
+def _paged(optimizer: Any, parameter: torch.nn.Parameter, saved: torch.Tensor) -> torch.Tensor:
+    """In memory of the optimizer's own making: a plain tensor would stay on the device from here on. No strategy that
+    spreads parameters takes these optimizers."""
+    buffer: torch.Tensor = optimizer.get_state_buffer(parameter, dtype=saved.dtype)
+    return buffer.copy_(saved)
 
 
 def _restored(saved: torch.Tensor, parameter: torch.nn.Parameter, spread: Spread) -> Any:

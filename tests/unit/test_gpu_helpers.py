@@ -1,0 +1,132 @@
+"""What the GPU's tests and benchmark are made of, on a CPU and with tiny shapes."""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import gpu
+from tests.support.attention import difference, gradient_of, lone_loss, packed_loss, random_llama
+from tests.support.device import HAS_GPU, NO_GPU
+from tests.support.models import CPU, packed
+from tests.support.planning import plan_recipe
+from tests.support.stepping import full_packs, one_step, random_parts
+from trainer.model.meta import four_bit_layers
+from trainer.world import join_world
+
+SHAPE: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 384,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+SMALL = {**SHAPE, "num_hidden_layers": 2}
+TINY = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_a_pack_trains_like_its_samples_one_by_one(attention: str) -> None:
+    batch = packed([[20, 9], [16]])
+    model = random_llama(CPU, torch.float32, attention, **TINY)
+    alone = lone_loss(model, batch, CPU)
+    together = packed_loss(model, batch, CPU)
+    assert together.item() == pytest.approx(alone.item(), rel=1e-5)
+    assert difference(gradient_of(model, together), gradient_of(model, alone)) <= 1e-4
+
+
+def test_samples_that_see_each_other_move_the_gradient_by_tenths() -> None:
+    batch = packed([[20, 9], [16]])
+    model = random_llama(CPU, torch.float32, **TINY)
+    want = gradient_of(model, lone_loss(model, batch, CPU))
+    batch.position_ids[:] = range(batch.position_ids.shape[1])
+    assert difference(gradient_of(model, packed_loss(model, batch, CPU)), want) > 0.1
+
+
+CHANGES: list[dict[str, Any]] = [
+    {},
+    {"model.quantization": "nf4"},
+    {"model.quantization": "nf4", "adapter.method": "dora", "training.gradient_checkpointing": True},
+    {"adapter.method": "none"},
+    {"strategy.kind": "fsdp", "model.quantization": "nf4"},
+    {"strategy": {"kind": "fsdp", "offload": True}},
+]
+
+
+@pytest.mark.parametrize("changes", CHANGES)
+def test_random_weights_train(changes: dict[str, Any], tmp_path: Path) -> None:
+    recipe = plan_recipe(tmp_path, SMALL, **{"model.dtype": "bfloat16", "adapter.dropout": 0.0, **changes})
+    batch = full_packs(2, 64, samples=2, vocabulary=384)
+    with join_world(gpu=False) as world:
+        parts = random_parts(recipe, world)
+        assert len(four_bit_layers(parts.strategy.model)) == (14 if "model.quantization" in changes else 0)
+        losses = [float(one_step(parts, batch, lr=1e-2)) for _ in range(4)]
+    assert losses[0] == pytest.approx(5.95, abs=0.1), "the logarithm of the vocabulary"
+    assert losses[-1] < losses[0]
+
+
+def test_full_packs() -> None:
+    batch = full_packs(2, 6, samples=3)
+    assert batch.position_ids.tolist() == [[0, 1, 0, 1, 0, 1]] * 2
+    assert (batch.tokens, batch.target_tokens) == (12, 6)
+    with pytest.raises(AssertionError, match="4 samples do not fill 6 tokens"):
+        full_packs(2, 6, samples=4)
+
+
+def test_operations_are_those_that_torch_counts(tmp_path: Path) -> None:
+    """torch counts products of matrices: with samples this short, attention is a part of a hundred. The first layer's
+    input needs no gradient, which the formula, made for models of many layers, does not take off."""
+    recipe = plan_recipe(tmp_path, SHAPE, **{"model.dtype": "float32", "adapter.dropout": 0.0})
+    batch = full_packs(2, 16, samples=2, vocabulary=384)
+    with join_world(gpu=False) as world:
+        parts = random_parts(recipe, world)
+        with FlopCounterMode(display=False) as counted:
+            one_step(parts, batch)
+    model: Any = parts.strategy.model
+    told = gpu.flops_per_token(model, model.config, 8) * batch.tokens
+    assert told == pytest.approx(counted.get_total_flops(), rel=0.05)
+
+
+def test_the_benchmark_measures_a_step(tmp_path: Path) -> None:
+    given = argparse.Namespace(length=32, packs=2, samples=2)
+    recipe = gpu.recipe_of("nf4-lora-ckpt", tmp_path, given, SMALL)
+    assert recipe.model.quantization == "nf4"
+    with join_world(gpu=False) as world:
+        found = gpu.measured(recipe, world, samples=2, steps=1)
+    assert found.seconds > 0
+    assert found.flops_per_token > 4 * 2 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 256)
+
+
+@pytest.mark.parametrize(
+    ("name", "tflops"),
+    [
+        ("NVIDIA H100 80GB HBM3", 989.0),
+        ("NVIDIA H100 PCIe", 756.0),
+        ("NVIDIA H200", 989.0),
+        ("NVIDIA A100-SXM4-80GB", 312.0),
+        ("NVIDIA L4", 121.0),
+        ("NVIDIA L40S", 362.0),
+        ("NVIDIA A10G", None),
+        ("Tesla V100-SXM2-16GB", None),
+    ],
+)
+def test_the_peak_goes_by_the_name_of_the_device(name: str, tflops: float | None) -> None:
+    assert gpu.peak_flops(name) == (None if tflops is None else tflops * 1e12)
+
+
+@pytest.mark.skipif(HAS_GPU, reason="there is a CUDA device here")
+def test_without_a_gpu_the_benchmark_says_so() -> None:
+    file = Path(gpu.__file__)
+    done = subprocess.run([sys.executable, str(file)], capture_output=True, text=True, check=True, cwd=file.parents[1])
+    assert done.stdout.strip() == f"nothing measured: {NO_GPU}"
