@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from launcher import planning, preparing
+from launcher import evaluating, planning, preparing
 from trainer.errors import Interrupted, MusterError, RecipeError, UsageError
 
 if TYPE_CHECKING:
@@ -184,6 +184,7 @@ def matrix(
 
 app.command()(preparing.prepare)
 app.command()(planning.plan)
+app.command()(evaluating.evaluate)
 
 
 class ToStderr(logging.Handler):

@@ -240,6 +240,11 @@ def find_prepared(recipe: Recipe, shared: Storage, tokenizer: PreTrainedTokenize
     return open_prepared(shared, _spec(recipe, recipe.data.train, tokenizer, None, None).fingerprint)
 
 
+def eval_spec(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> Preparation:
+    """What the evaluation data of the recipe are prepared into, held to these ``labels``."""
+    return _spec(recipe, recipe.data.eval, tokenizer, None, labels)
+
+
 def total_steps(recipe: Recipe, train: Prepared) -> int:
     training = recipe.training
     if training.steps is not None:

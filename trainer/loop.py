@@ -208,14 +208,17 @@ class Loop:
         )
 
     def _measure(self, batch: Batch) -> dict[str, torch.Tensor]:
-        """What a batch adds to an evaluation."""
-        module, device = self.strategy.module, self.world.device
         with self.strategy.autocast():
-            if self.task.prepares:
-                self.task.prepare(module, [batch], device)
-            loss, sums = self.task.measure(module, batch, device)
-        counted = {"units": self.task.units(batch), "tokens": batch.tokens, "target_tokens": batch.target_tokens}
-        return {"loss": loss, **{n: torch.tensor(v, device=device) for n, v in counted.items()}, **sums}
+            return evaluated_sums(self.task, self.strategy.module, batch, self.world.device)
+
+
+def evaluated_sums(task: Task, module: torch.nn.Module, batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
+    """What a batch adds to an evaluation, for the task's ``metrics`` to be made of."""
+    if task.prepares:
+        task.prepare(module, [batch], device)
+    loss, sums = task.measure(module, batch, device)
+    counted = {"units": task.units(batch), "tokens": batch.tokens, "target_tokens": batch.target_tokens}
+    return {"loss": loss, **{n: torch.tensor(v, device=device) for n, v in counted.items()}, **sums}
 
 
 def seed_micro_batch(seed: int, step: int, index: int) -> None:

@@ -17,9 +17,10 @@ class Completion:
         self.joiner, self.columns = Joiner(tokenizer, "completion"), Columns(source)
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded | Fault]:
-        return self.joiner.encode([self._texts(row) for row in rows])
+        return self.joiner.encode([texts_of(row, self.columns) for row in rows])
 
-    def _texts(self, row: Row) -> Pair | Fault:
-        template = self.columns.template
-        prompt = self.columns.text(row, "prompt") if template is None else self.columns.filled(row, template)
-        return both(prompt, self.columns.text(row, "completion"))
+
+def texts_of(row: Row, columns: Columns) -> Pair | Fault:
+    template = columns.template
+    prompt = columns.text(row, "prompt") if template is None else columns.filled(row, template)
+    return both(prompt, columns.text(row, "completion"))

@@ -1,0 +1,79 @@
+"""``muster evaluate``: the metrics of a run, an adapter or a model on a recipe's evaluation data."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trainer.errors import UsageError
+
+if TYPE_CHECKING:
+    from trainer.evaluate.scores import Line
+
+
+def evaluate(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe: YAML or JSON file")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes, by dotted path")
+    ] = None,
+    run: Annotated[
+        str | None, typer.Option(help="a run, by its folder: the final adapter, or the newest checkpoint")
+    ] = None,
+    adapter: Annotated[str | None, typer.Option(help="the folder of an adapter, or of a fully tuned model")] = None,
+    model: Annotated[str | None, typer.Option(help="a model by itself: folder, URL, or name on the Hub")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="only the first so many examples")] = None,
+    output: Annotated[str | None, typer.Option(help="a file for a JSON line per example, measured one by one")] = None,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="of each generated answer; 32, and 512 for solutions of GSM8K")
+    ] = None,
+) -> None:
+    """Print what a run, an adapter or a model scores on RECIPE's data.eval, as one JSON object."""
+    from trainer.evaluate.subject import Address
+    from trainer.recipe import load
+
+    address = Address(run, adapter, model)
+    address.check()
+    loaded = load(recipe, overrides or [])
+    with redirect_stdout(sys.stderr), _lines_into(output) as line:  # libraries print; stdout has the result alone
+        from launcher.cli import stderr
+        from launcher.progress import Progress
+        from trainer.evaluate import evaluate as scores_of
+
+        _hush_libraries()
+        say = Progress(stderr()).phase
+        scores = scores_of(loaded, address, limit=limit, line=line, max_new_tokens=max_new_tokens, say=say)
+    print(json.dumps(scores))
+
+
+@contextmanager
+def _lines_into(output: str | None) -> Iterator[Line | None]:
+    if output is None:
+        yield None
+        return
+    try:
+        file = open(output, "w", encoding="utf-8")  # noqa: SIM115 - closed below, and what is raised inside is not this
+    except OSError as error:
+        raise UsageError(f"--output {output} cannot be written: {error.strerror}") from error
+
+    def line(example: Mapping[str, Any]) -> None:
+        file.write(json.dumps(example, ensure_ascii=False) + "\n")
+
+    with file:
+        yield line
+
+
+def _hush_libraries() -> None:
+    """They report heads that are not in the base's files, which the adapter brings, and kernels that are not called."""
+    import transformers
+
+    for name in ("transformers", "bitsandbytes"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    transformers.utils.logging.disable_progress_bar()
+    warnings.simplefilter("ignore", FutureWarning)

@@ -1,0 +1,62 @@
+r"""How a generated answer is scored.
+
+Exact match and F1 are SQuAD's (Rajpurkar et al. 2016, arXiv:1606.05250): texts are compared in lower case, without
+punctuation and articles, and the best of all accepted answers counts. F1 is that of the words in common:
+
+    precision = common / predicted,  recall = common / accepted,  F1 = 2 precision recall / (precision + recall)
+
+GSM8K (Cobbe et al. 2021, arXiv:2110.14168) counts the last number alone, against the one behind ``####``.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections import Counter
+from collections.abc import Sequence
+from decimal import Decimal
+
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+_NUMBER = re.compile(r"(?<![\d.])-?\$?\d[\d,]*(?:\.\d+)?|(?<![\d.])-?\$?\.\d+")
+_REFERENCE = re.compile(r"####\s*(\S+)\s*$")
+
+
+def normalised(text: str) -> str:
+    """Lower case, no punctuation, no articles, single spaces."""
+    return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
+
+
+def exact_match(prediction: str, answers: Sequence[str]) -> float:
+    """1 when the prediction is one of the answers, else 0."""
+    return float(any(normalised(prediction) == normalised(answer) for answer in answers))
+
+
+def f1(prediction: str, answers: Sequence[str]) -> float:
+    """The best of the answers."""
+    return max(_f1(normalised(prediction).split(), normalised(answer).split()) for answer in answers)
+
+
+def _f1(predicted: list[str], accepted: list[str]) -> float:
+    if not predicted or not accepted:
+        return float(predicted == accepted)
+    common = (Counter(predicted) & Counter(accepted)).total()
+    return 2 * common / (len(predicted) + len(accepted))
+
+
+def last_number(text: str) -> Decimal | None:
+    """The last number of a text; thousands may be set off by commas, and a dollar sign may stand before it."""
+    found = _NUMBER.findall(text)
+    return Decimal(found[-1].replace(",", "").replace("$", "")) if found else None
+
+
+def reference_number(answer: str) -> Decimal | None:
+    """The number that a solution of GSM8K ends with, as ``#### 42``; None for any other text."""
+    match = _REFERENCE.search(answer)
+    return last_number(match[1]) if match else None
+
+
+def same_number(prediction: str, answers: Sequence[str]) -> float:
+    """1 when the prediction's last number is that of one of the answers, else 0."""
+    number = last_number(prediction)
+    return float(number is not None and number in [reference_number(answer) for answer in answers])

@@ -1,0 +1,188 @@
+"""The scores of a subject on a recipe's evaluation data: those of its task, and of what it answers to questions."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer import layout
+from trainer.begin import eval_spec
+from trainer.data import Batch, Preparation, Prepared, eval_batches, freeze, open_prepared, prepare
+from trainer.data.labels import label_set
+from trainer.errors import InputError, NonFiniteLoss
+from trainer.evaluate.generation import Greedy
+from trainer.evaluate.loading import load
+from trainer.evaluate.questions import Question, questions_of
+from trainer.evaluate.subject import Address, Subject, find
+from trainer.loop import evaluated_sums
+from trainer.model import fetch_model, load_tokenizer
+from trainer.recipe import Recipe
+from trainer.storage import open_storage
+from trainer.tasks import Task, Totals, make_task
+
+ANSWER_TOKENS, SOLUTION_TOKENS = 32, 512
+"""New tokens of an answer of a line, and of a solution in steps."""
+
+GENERATED_AT_ONCE = 16
+
+Line = Callable[[Mapping[str, Any]], None]
+"""Takes what is to be told of one example."""
+
+
+def evaluate(
+    recipe: Recipe,
+    address: Address,
+    *,
+    limit: int | None = None,
+    line: Line | None = None,
+    max_new_tokens: int | None = None,
+    say: Callable[[str], None] = lambda phase: None,
+) -> dict[str, Any]:
+    """The metrics by name. ``limit`` takes the first so many examples; ``line`` is told of each.
+
+    Raises InputError when there is nothing to evaluate, on nothing, or when the two do not go together."""
+    address.check()
+    if not recipe.data.eval:
+        raise InputError("data.eval of the recipe has no source; add one with path: and format:")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with tempfile.TemporaryDirectory(prefix="muster-evaluate-") as folder:
+        say("fetching what is evaluated")
+        subject = find(recipe, address, Path(folder, "subject"))
+        return _Evaluation(recipe, subject, device, limit, line, max_new_tokens, say).run(Path(folder, "data"))
+
+
+class _Evaluation:
+    def __init__(
+        self,
+        recipe: Recipe,
+        subject: Subject,
+        device: torch.device,
+        limit: int | None,
+        line: Line | None,
+        max_new_tokens: int | None,
+        say: Callable[[str], None],
+    ) -> None:
+        self.recipe, self.subject, self.device = recipe, subject, device
+        self.limit, self.line, self.max_new_tokens, self.say = limit, line, max_new_tokens, say
+
+    def run(self, folder: Path) -> dict[str, Any]:
+        recipe = self.recipe
+        labels = self._labels()
+        task = make_task(recipe, labels)
+        if task.labels:
+            self.subject.check_labels(task.labels)
+        files = fetch_model(recipe.model if self.subject.adapter else self.subject.section, weights=False)
+        tokenizer = self._tokenizer(files.folder)
+        self.say("preparing the evaluation data")
+        prepared = prepared_for(recipe, eval_spec(recipe, tokenizer, labels), tokenizer, folder)
+        self.say("loading the model")
+        model = load(recipe, self.subject, task.labels, self.device)
+        task.attach(model)
+        questions = questions_of(prepared.spec.sources, self.limit) if recipe.task == "sft" else []
+        self.say(f"evaluating on {self.device}")
+        scores = self._losses(model, task, prepared, None if questions else self.line)
+        if questions:
+            scores |= self._answers(model, tokenizer, questions)
+        return {"task": recipe.task, **scores}
+
+    def _tokenizer(self, folder: Path) -> Any:
+        """The one that the run was trained with; of a whole model, which a checkpoint has without, its own first."""
+        trust = self.recipe.model.trust_remote_code
+        if not (folder / "tokenizer_config.json").is_file() and self.subject.adapter is None:
+            folder = fetch_model(self.recipe.model, weights=False).folder
+        return load_tokenizer(folder, trust_remote_code=trust)
+
+    def _labels(self) -> tuple[str, ...]:
+        """Of a classifier: as its files name its outputs, or else those of the recipe's training data."""
+        if self.recipe.task != "classification":
+            return ()
+        return self.subject.labels or label_set(freeze(self.recipe.data.train))
+
+    @torch.no_grad()
+    def _losses(self, model: Any, task: Task, prepared: Prepared, line: Line | None) -> dict[str, Any]:
+        """With a ``line``, each sample is measured by itself."""
+        singly = line is not None or self.limit is not None
+        size = 1 if line is not None else self.recipe.training.micro_batch
+        totals, samples = Totals(), 0
+        for batch in eval_batches(prepared, size, 0, 1, singly=singly, limit=self.limit):
+            with self._autocast():
+                sums = evaluated_sums(task, model, batch, self.device)
+            totals.add(sums)
+            samples += batch.samples
+            if line is not None:
+                line(example(task, batch, sums))
+        found = task.metrics(totals.named(totals.numbers()))
+        if not all(map(math.isfinite, found.values())):
+            raise NonFiniteLoss(f"the evaluation gives {found}; compute in float32 or bfloat16 (model.dtype)")
+        return {**found, "samples": samples}
+
+    def _answers(self, model: Any, tokenizer: Any, questions: Sequence[Question]) -> dict[str, Any]:
+        greedy = Greedy(model, tokenizer, self.device, GENERATED_AT_ONCE)
+        said: dict[int, str] = {}
+        for numeric in (False, True):
+            mine = {n: q.prompt for n, q in enumerate(questions) if q.numeric is numeric}
+            tokens = self.max_new_tokens or (SOLUTION_TOKENS if numeric else ANSWER_TOKENS)
+            with self._autocast():
+                texts = greedy.answers(list(mine.values()), tokens, solved if numeric else one_line)
+            said.update(zip(mine, map(solution if numeric else first_line, texts), strict=True))
+        scored = [(question, said[n], question.scores(said[n])) for n, question in enumerate(questions)]
+        if self.line is not None:
+            for question, text, scores in scored:
+                self.line({"prediction": text, "answers": list(question.answers), **scores})
+        return means([scores for _, _, scores in scored])
+
+    def _autocast(self) -> Any:
+        dtype = getattr(torch, self.recipe.model.dtype)
+        return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype)
+
+
+def prepared_for(recipe: Recipe, spec: Preparation, tokenizer: Any, folder: Path) -> Prepared:
+    """As a run has prepared them, or else prepared here, in ``folder``: nothing is written to the storage."""
+    there = open_prepared(open_storage(recipe.storage).child(layout.PREPARED), spec.fingerprint)
+    return there or prepare(spec, tokenizer, open_storage(str(folder)))
+
+
+def example(task: Task, batch: Batch, sums: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """What is told of a batch of one sample."""
+    said = {"sample": batch.sample_ids[0]}
+    on_host = {name: value.detach().double().cpu() for name, value in sums.items()}
+    if "predicted" in sums:
+        labels = task.labels or ()
+        actual, predicted = (labels[int(on_host[name].argmax())] for name in ("actual", "predicted"))
+        return {**said, "label": actual, "predicted": predicted, "loss": float(on_host["loss"])}
+    return {**said, **task.metrics(on_host)}
+
+
+def means(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Of each score, over the examples that have it."""
+    names = dict.fromkeys(name for one in scores for name in one)
+    values = {name: [one[name] for one in scores if name in one] for name in names}
+    return {name: sum(some) / len(some) for name, some in values.items()}
+
+
+def first_line(text: str) -> str:
+    return next(_lines(text), "")
+
+
+def one_line(text: str) -> bool:
+    """Whether a line with something on it has come to its end."""
+    return "\n" in text.lstrip()
+
+
+def solution(text: str) -> str:
+    """Without the questions that a base model goes on to ask."""
+    return text.split("\nQuestion:")[0].strip()
+
+
+def solved(text: str) -> bool:
+    return "\nQuestion:" in text
+
+
+def _lines(text: str) -> Iterator[str]:
+    return (line.strip() for line in text.splitlines() if line.strip())
