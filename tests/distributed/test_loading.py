@@ -156,7 +156,9 @@ def size_of(folder: Path) -> int:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize(
+    "ranks", [pytest.param(1, marks=pytest.mark.matrix), pytest.param(2, marks=pytest.mark.matrix), 3]
+)
 def test_it_is_the_whole_load_cut_up(make: Make, base: Path, tmp_path: Path, ranks: int) -> None:
     names = list(CASES) if ranks == 2 else ["lora", "dora", "qdora"]
     cells = [(name, kind) for name in names for kind in KINDS if (name, kind) not in WHOLE]
