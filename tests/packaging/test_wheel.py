@@ -26,7 +26,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in (*PACKAGES, "recipes"):
+    for name in (*PACKAGES, "recipes", "deepspeed"):
         shutil.copytree(ROOT / name, source / name)
     return source
 

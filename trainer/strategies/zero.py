@@ -286,6 +286,5 @@ def _local_rank(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        os.environ.pop("LOCAL_RANK")
-        if before is not None:
+        if before is not None:  # a lone process has none, and DeepSpeed goes on asking for it
             os.environ["LOCAL_RANK"] = before
