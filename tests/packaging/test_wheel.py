@@ -62,6 +62,7 @@ def shipped(source: Path) -> set[str]:
     """What the wheel has to carry, read off its sources."""
     code = {p for name in PACKAGES for p in (source / name).rglob("*.py")}
     data = {*(source / "recipes").glob("*.yaml"), source / "recipes" / "recipe.schema.json"}
+    data |= set((source / "deepspeed").glob("*.json"))
     return {f"muster/{p.relative_to(source).as_posix()}" for p in code | data}
 
 
