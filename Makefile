@@ -2,6 +2,7 @@
 # make test         all tests (what .ci/run runs, after make lint)
 # make chaos        50 random kills over one run (CHAOS_KILLS=…, CHAOS_SEED=… to repeat one); half an hour
 # make matrix       every cell of the support matrix for two steps; an hour
+# make night        that, and all other tests that are too long for every day
 # make lint         ruff, format, types, import floors
 # make schema       write docs/recipe.md and recipes/recipe.schema.json anew from the recipe's fields
 
@@ -9,7 +10,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: quickstart test chaos matrix lint schema install clean
+.PHONY: quickstart test chaos matrix night lint schema install clean
 .DEFAULT_GOAL := test
 
 install: $(INSTALLED)
@@ -30,7 +31,10 @@ chaos: $(INSTALLED)
 	$(BIN)/python -m pytest -m chaos tests/ray/test_chaos.py
 
 matrix: $(INSTALLED)
-	$(BIN)/python -m pytest -m matrix tests/distributed
+	$(BIN)/python -m pytest -m night tests/distributed/test_matrix.py
+
+night: $(INSTALLED)
+	$(BIN)/python -m pytest -m night
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -157,7 +157,7 @@ def size_of(folder: Path) -> int:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "ranks", [pytest.param(1, marks=pytest.mark.matrix), pytest.param(2, marks=pytest.mark.matrix), 3]
+    "ranks", [pytest.param(1, marks=pytest.mark.night), pytest.param(2, marks=pytest.mark.night), 3]
 )
 def test_it_is_the_whole_load_cut_up(make: Make, base: Path, tmp_path: Path, ranks: int) -> None:
     names = list(CASES) if ranks == 2 else ["lora", "dora", "qdora"]

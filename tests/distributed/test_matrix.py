@@ -94,7 +94,7 @@ def test_a_sample_of_the_matrix_trains(tiny_model: Path, tmp_path: Path) -> None
     _train(_sample(), tiny_model, tmp_path)
 
 
-@pytest.mark.matrix
+@pytest.mark.night
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("group", _groups(), ids=_name)
 def test_the_matrix_trains(group: tuple[Cell, ...], tiny_model: Path, tmp_path: Path) -> None:

@@ -67,7 +67,7 @@ BY_DAY = [
     *(("qdora", "zero2", 2), ("full", "zero3", 3), ("lora-int8", "ddp", 2), ("float16", "fsdp", 2)),
     *((m, place, 2) for m in ("bfloat16", "full-bfloat16", "checkpointing") for place in ("fsdp", "zero3")),
 ]
-CELLS = [pytest.param(*cell, marks=[] if cell in BY_DAY else [pytest.mark.matrix]) for cell in EVERY]
+CELLS = [pytest.param(*cell, marks=[] if cell in BY_DAY else [pytest.mark.night]) for cell in EVERY]
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def runs(
 ) -> dict[tuple[str, str, int], Recipe]:
     folder = tmp_path_factory.mktemp("strategies")
     write_pairs(folder / "data" / "a.jsonl", 90)
-    by_night = any(item.get_closest_marker("matrix") for item in request.session.items)
+    by_night = any(item.get_closest_marker("night") for item in request.session.items)
     cells = [*((model, "ddp", 1) for model in MODELS), *(EVERY if by_night else BY_DAY)]
     made = {cell: _recipe(*cell, tiny_model, folder) for cell in cells}
     for ranks in (1, 2, 3):
@@ -119,7 +119,7 @@ def test_zero_says_what_it_keeps_whole(runs: dict[tuple[str, str, int], Recipe])
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("model", ["lora", pytest.param("full-bfloat16", marks=pytest.mark.matrix)])
+@pytest.mark.parametrize("model", ["lora", pytest.param("full-bfloat16", marks=pytest.mark.night)])
 def test_a_run_moves_between_strategies_and_world_sizes(model: str, tiny_model: Path, tmp_path: Path) -> None:
     """With its optimizer state: forgetting the moments would show in the first step after a move."""
     write_pairs(tmp_path / "data" / "a.jsonl", 90)
@@ -136,7 +136,7 @@ def test_a_run_moves_between_strategies_and_world_sizes(model: str, tiny_model: 
     assert worst <= MIXED_TOLERANCE.get(model, TOLERANCE), f"{worst:.1e}"
 
 
-@pytest.mark.parametrize("kind", [pytest.param("zero2", marks=pytest.mark.matrix), "zero3"])
+@pytest.mark.parametrize("kind", [pytest.param("zero2", marks=pytest.mark.night), "zero3"])
 def test_the_same_run_resumed_gives_the_same_bytes(kind: str, tiny_model: Path, tmp_path: Path) -> None:
     write_pairs(tmp_path / "data" / "a.jsonl", 90)
     saved = []

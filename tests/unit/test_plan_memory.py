@@ -209,6 +209,7 @@ def test_the_smallest_change_comes_first(tmp_path: Path) -> None:
     assert found[1] == ("training.gradient_checkpointing=true",)
 
 
+@pytest.mark.night
 def test_changes_are_combined_where_one_is_not_enough(tmp_path: Path) -> None:
     found = advised(tmp_path, 1, 0.06)
     assert len(found) == 1
@@ -216,6 +217,7 @@ def test_changes_are_combined_where_one_is_not_enough(tmp_path: Path) -> None:
     assert len(found[0]) > 1
 
 
+@pytest.mark.night
 def test_nothing_helps_where_nothing_can(tmp_path: Path) -> None:
     assert advised(tmp_path, 1, 0.0) == []
 
