@@ -9,11 +9,9 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from trainer.recipe.matrix import Cell, Refusal, axes, cells, refusal
+from trainer.recipe.matrix import SIGNS, Cell, Refusal, axes, cells, refusal
 
 WIDTH = 80
-LETTERS = {"none": "x", "nf4": "4", "int8": "8"}
-"""One sign per quantisation in a cell of the table."""
 
 
 def matrix_table(task: str) -> Table:
@@ -26,12 +24,12 @@ def matrix_table(task: str) -> Table:
 
 
 def _works(method: str, strategy: str, task: str) -> str:
-    letters = [LETTERS[q] if refusal(Cell(method, q, strategy, task)) is None else " " for q in axes()["quantization"]]
+    letters = [SIGNS[q] if refusal(Cell(method, q, strategy, task)) is None else " " for q in axes()["quantization"]]
     return " ".join(letters).rstrip()
 
 
 def legend() -> Text:
-    said = ", ".join(f"{letter} {name}" for name, letter in LETTERS.items())
+    said = ", ".join(f"{letter} {name}" for name, letter in SIGNS.items())
     return Text(f"model.quantization: {said}. `muster validate` says what works instead of a gap.")
 
 

@@ -39,6 +39,10 @@ NEARER_VALUES = {"quantization": ("nf4", "int8", "none")}
 """The order in which the values of a side are tried in another's place: who asks for few bytes gets few bytes."""
 
 
+SIGNS = {"none": "x", "nf4": "4", "int8": "8"}
+"""One sign per quantisation, for tables."""
+
+
 class Refusal(NamedTuple):
     """Cells that do not work: those with one of these values on every side that is given."""
 

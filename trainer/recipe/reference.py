@@ -13,7 +13,7 @@ from trainer.recipe.base import KeyPath, Section
 from trainer.recipe.compatibility import RULES
 from trainer.recipe.data import COLUMNS, OPTIONAL_COLUMNS, TASK_FORMATS
 from trainer.recipe.datasets import DATASETS
-from trainer.recipe.matrix import REFUSALS, Cell, Refusal, axes, refusal
+from trainer.recipe.matrix import REFUSALS, SIGNS, Cell, Refusal, axes, refusal
 from trainer.recipe.methods import DEFAULTS
 from trainer.recipe.root import Recipe
 from trainer.recipe.tree import dotted, element, section_of
@@ -169,14 +169,13 @@ def _rules() -> str:
 
 def _matrix() -> str:
     """What works with what, from the support matrix."""
-    signs = {"none": "x", "nf4": "4", "int8": "8"}
     lines = ["## What works together", "", "`x` unquantised, `4` nf4, `8` int8; `muster matrix` prints the same.", ""]
     strategies = axes()["strategy"]
     for task in axes()["task"]:
         lines += [f"| `{task}` | {' | '.join(f'`{s}`' for s in strategies)} |", "|---|" + "---|" * len(strategies)]
         for method in axes()["method"]:
             works = [
-                " ".join(sign for q, sign in signs.items() if refusal(Cell(method, q, strategy, task)) is None)
+                " ".join(sign for q, sign in SIGNS.items() if refusal(Cell(method, q, strategy, task)) is None)
                 for strategy in strategies
             ]
             lines.append(f"| `{method}` | {' | '.join(works)} |")
