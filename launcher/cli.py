@@ -168,7 +168,7 @@ def matrix(
 ) -> None:
     """Say which method, quantisation, strategy and task work together."""
     from launcher import support
-    from trainer.recipe.matrix import REFUSALS
+    from trainer.recipe.matrix import REFUSALS, alike
     from trainer.registry import TASKS
 
     tasks = TASKS.names() if task is None else (TASKS.require(task) and task,)
@@ -176,8 +176,8 @@ def matrix(
         print(json.dumps(support.as_rows(tasks)))
         return
     console = Console(width=min(support.WIDTH, Console().width))
-    for name in tasks:
-        console.print(support.matrix_table(name))
+    for group in alike(tasks):
+        console.print(support.matrix_table(group))
     console.print(support.legend())
     console.print(support.reasons(tuple(r for r in REFUSALS if not r.task or set(r.task) & set(tasks))))
 

@@ -9,23 +9,19 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from trainer.recipe.matrix import SIGNS, Cell, Refusal, axes, cells, refusal
+from trainer.recipe.matrix import SIGNS, Refusal, axes, cells, refusal, signs
 
 WIDTH = 80
 
 
-def matrix_table(task: str) -> Table:
-    """Methods against strategies; a cell names the quantisations that work there."""
+def matrix_table(tasks: tuple[str, ...]) -> Table:
+    """Methods against strategies, of tasks that have the same table; a cell names the quantisations that work there."""
     sides = axes()
-    table = Table("method", *sides["strategy"], box=box.SIMPLE, title=f"task {task}", title_justify="left")
+    title = f"task{'s' if len(tasks) > 1 else ''} {', '.join(tasks)}"
+    table = Table("method", *sides["strategy"], box=box.SIMPLE, title=title, title_justify="left")
     for method in sides["method"]:
-        table.add_row(method, *(_works(method, strategy, task) for strategy in sides["strategy"]))
+        table.add_row(method, *(" ".join(signs(method, strategy, tasks[0])).rstrip() for strategy in sides["strategy"]))
     return table
-
-
-def _works(method: str, strategy: str, task: str) -> str:
-    letters = [SIGNS[q] if refusal(Cell(method, q, strategy, task)) is None else " " for q in axes()["quantization"]]
-    return " ".join(letters).rstrip()
 
 
 def legend() -> Text:

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from launcher.cli import app
-from trainer.recipe.matrix import REFUSALS, Cell, axes, cells, nearest, refusal
+from trainer.recipe.matrix import REFUSALS, Cell, alike, axes, cells, nearest, refusal
 
 
 def test_every_refusal_refuses_something_that_no_other_does() -> None:
@@ -43,10 +43,20 @@ def test_every_task_has_its_table_in_80_columns(monkeypatch: pytest.MonkeyPatch)
     shown = CliRunner().invoke(app, ["matrix"])
     assert shown.exit_code == 0
     assert all(len(line.rstrip()) <= 80 for line in shown.stdout.splitlines())
-    assert all(f"task {task}" in shown.stdout for task in axes()["task"])
     lines = shown.stdout.splitlines()
+    titles = [line.strip().partition(" ")[2] for line in lines if line.startswith("task")]
+    assert sorted(", ".join(titles).split(", ")) == sorted(axes()["task"])
     lora = next(line for line in lines if line.split()[:1] == ["lora"])
     assert lora.split()[1:4] == ["x", "4", "8"], "ddp takes them all"
+
+
+def test_tasks_with_the_same_table_share_it() -> None:
+    groups = alike(axes()["task"])
+    assert ("classification", "reward") in groups
+    assert sorted(task for group in groups for task in group) == sorted(axes()["task"])
+    for first, *others in groups:
+        for cell in (cell for cell in cells() if cell.task == first):
+            assert all((refusal(cell) is None) is (refusal(cell._replace(task=task)) is None) for task in others)
 
 
 def test_one_task_is_asked_for_by_name() -> None:

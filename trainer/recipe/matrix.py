@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import product
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
@@ -143,6 +143,22 @@ def nearest(cell: Cell) -> list[tuple[str, str]]:
                 found.append((side, value))
                 break
     return found
+
+
+def signs(method: str, strategy: str, task: str) -> tuple[str, ...]:
+    """The sign of each quantisation, a blank for one that does not work."""
+    by_sign = {sign: Cell(method, quantization, strategy, task) for quantization, sign in SIGNS.items()}
+    return tuple(" " if refusal(cell) else sign for sign, cell in by_sign.items())
+
+
+def alike(tasks: Iterable[str]) -> list[tuple[str, ...]]:
+    """The tasks in groups that have the same table, in the order of each group's first."""
+    groups: dict[tuple[tuple[str, ...], ...], list[str]] = {}
+    for task in tasks:
+        sides = axes()
+        table = tuple(signs(method, strategy, task) for method in sides["method"] for strategy in sides["strategy"])
+        groups.setdefault(table, []).append(task)
+    return [tuple(group) for group in groups.values()]
 
 
 def cell_of(recipe: Recipe) -> Cell:

@@ -13,7 +13,7 @@ from trainer.recipe.base import KeyPath, Section
 from trainer.recipe.compatibility import RULES
 from trainer.recipe.data import COLUMNS, OPTIONAL_COLUMNS, TASK_FORMATS
 from trainer.recipe.datasets import DATASETS
-from trainer.recipe.matrix import REFUSALS, SIGNS, Cell, Refusal, axes, refusal
+from trainer.recipe.matrix import REFUSALS, Refusal, alike, axes, signs
 from trainer.recipe.methods import DEFAULTS
 from trainer.recipe.root import Recipe
 from trainer.recipe.tree import dotted, element, section_of
@@ -171,14 +171,12 @@ def _matrix() -> str:
     """What works with what, from the support matrix."""
     lines = ["## What works together", "", "`x` unquantised, `4` nf4, `8` int8; `muster matrix` prints the same.", ""]
     strategies = axes()["strategy"]
-    for task in axes()["task"]:
-        lines += [f"| `{task}` | {' | '.join(f'`{s}`' for s in strategies)} |", "|---|" + "---|" * len(strategies)]
+    for tasks in alike(axes()["task"]):
+        names = ", ".join(f"`{task}`" for task in tasks)
+        lines += [f"| {names} | {' | '.join(f'`{s}`' for s in strategies)} |", "|---|" + "---|" * len(strategies)]
         for method in axes()["method"]:
-            works = [
-                " ".join(sign for q, sign in SIGNS.items() if refusal(Cell(method, q, strategy, task)) is None)
-                for strategy in strategies
-            ]
-            lines.append(f"| `{method}` | {' | '.join(works)} |")
+            works = (signs(method, strategy, tasks[0]) for strategy in strategies)
+            lines.append(f"| `{method}` | {' | '.join(' '.join(w).strip() for w in works)} |")
         lines.append("")
     return "\n".join([*lines, "Why the others do not:", "", *(f"- {_refused(r)}" for r in REFUSALS), ""])
 
