@@ -16,7 +16,8 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from launcher import evaluating, planning, preparing
+from launcher import answering, evaluating, exporting, planning, preparing, serving
+from launcher.console import stderr
 from trainer.errors import Interrupted, MusterError, RecipeError, UsageError
 
 if TYPE_CHECKING:
@@ -36,11 +37,6 @@ app = typer.Typer(
 
 RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe: YAML or JSON file")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes, by dotted path")]
-
-
-def stderr() -> Console:
-    plain = bool(os.environ.get("CI")) or not sys.stderr.isatty() or os.environ.get("TERM") == "dumb"
-    return Console(stderr=True, highlight=False, force_terminal=False if plain else None, width=200 if plain else None)
 
 
 @app.command()
@@ -65,6 +61,8 @@ def run(
     except KeyboardInterrupt:  # typer would make an exit code of its own of it
         raise Interrupted("the same command goes on from the newest checkpoint") from None
     console.print(Text(f"finished: the adapter lies in {adapter}"), soft_wrap=True)
+    for line in serving.of_recipe(loaded, adapter):
+        console.print(Text(f"serve it:  {line}"), soft_wrap=True)
 
 
 def choose_ray(on: str | None) -> None:
@@ -185,6 +183,11 @@ def matrix(
 app.command()(preparing.prepare)
 app.command()(planning.plan)
 app.command()(evaluating.evaluate)
+app.command()(answering.generate)
+app.command()(answering.chat)
+app.command()(exporting.inspect)
+app.command()(exporting.merge)
+app.command()(exporting.push)
 
 
 class ToStderr(logging.Handler):

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
 import sys
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from launcher.console import bar, hush_libraries, stderr
 from trainer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -35,20 +34,21 @@ def evaluate(
     ] = None,
 ) -> None:
     """Print what a run, an adapter or a model scores on RECIPE's data.eval, as one JSON object."""
-    from trainer.evaluate.subject import Address
     from trainer.recipe import load
+    from trainer.saved.subject import Address
 
-    address = Address(run, adapter, model)
-    address.check()
+    address = Address.of(run, [adapter] if adapter else None, model)
     loaded = load(recipe, overrides or [])
     with redirect_stdout(sys.stderr), _lines_into(output) as line:  # libraries print; stdout has the result alone
-        from launcher.cli import stderr
         from launcher.progress import Progress
         from trainer.evaluate import evaluate as scores_of
 
-        _hush_libraries()
+        hush_libraries()
         say = Progress(stderr()).phase
-        scores = scores_of(loaded, address, limit=limit, line=line, max_new_tokens=max_new_tokens, say=say)
+        with bar("answering") as answered:
+            scores = scores_of(
+                loaded, address, limit=limit, line=line, max_new_tokens=max_new_tokens, say=say, answered=answered
+            )
     print(json.dumps(scores))
 
 
@@ -67,13 +67,3 @@ def _lines_into(output: str | None) -> Iterator[Line | None]:
 
     with file:
         yield line
-
-
-def _hush_libraries() -> None:
-    """They report heads that are not in the base's files, which the adapter brings, and kernels that are not called."""
-    import transformers
-
-    for name in ("transformers", "bitsandbytes"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    transformers.utils.logging.disable_progress_bar()
-    warnings.simplefilter("ignore", FutureWarning)

@@ -35,7 +35,7 @@ def prepare(
     ] = False,
 ) -> None:
     """Tokenise and pack the data of RECIPE ahead of its run, and show counts, lengths and the fill of the packs."""
-    from launcher.cli import stderr
+    from launcher.console import stderr
     from launcher.progress import Progress
     from trainer.recipe import load
 

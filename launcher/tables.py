@@ -1,11 +1,16 @@
-"""Tables for people: one run, and the runs of a storage."""
+"""Tables for people: one run, the runs of a storage, what was saved."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
 
 from launcher.status import Status
+
+if TYPE_CHECKING:
+    from trainer.saved.describing import Description
 
 
 def status_table(status: Status) -> Table:
@@ -30,4 +35,22 @@ def runs_table(runs: list[Status]) -> Table:
         steps = f"{run.step}/{run.total_steps}"
         shown = "" if loss is None else f"{loss:.4f}"
         table.add_row(run.name, run.state, steps, shown, str(run.world_size), str(run.attempts))
+    return table
+
+
+def described_table(found: Description) -> Table:
+    table = Table(box=box.SIMPLE, show_header=False, title=found.uri, title_justify="left")
+    table.add_row("kind", f"{found.kind}, task {found.task}, method {found.method}")
+    if found.base:
+        held = f"{found.base['dtype']}, quantization {found.base['quantization']}"
+        table.add_row("base", f"{found.base['path']} ({found.base['revision']}), {held}")
+    for name, value in found.settings.items():
+        table.add_row(name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in found.dtypes.items())
+    table.add_row("tensors", f"{found.tensors:,} ({dtypes}), {found.parameters:,} parameters, {found.bytes:,} bytes")
+    for name, size in found.files.items():
+        table.add_row(name, f"{size:,} bytes")
+    for name, value in found.facts.items():
+        table.add_row(name, repr(value) if isinstance(value, str) else str(value))
+    table.add_row("whole", "yes" if found.whole else "no: " + "\n".join(found.problems))
     return table

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import yaml
 
-from trainer.recipe import Recipe, dump
+from trainer.recipe import ModelSection, Recipe, dump
 from trainer.recipe.tasks import AUTO_CLASSES, CAUSAL, SEQUENCE
 
 LOAD_ADAPTER = """\
@@ -33,6 +35,7 @@ from transformers import {auto}, AutoTokenizer
 model = {auto}.from_pretrained("path/to/this/folder")
 tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
 """
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PIPELINES = {CAUSAL: "text-generation", SEQUENCE: "text-classification"}
 
 
@@ -41,7 +44,7 @@ def model_card(recipe: Recipe, facts: Mapping[str, Any], provenance: Mapping[str
     full = recipe.adapter.method == "none"
     auto = AUTO_CLASSES[recipe.task]
     front = {
-        "base_model": recipe.model.path,
+        **_base_of(recipe.model.path),
         "library_name": "transformers" if full else "peft",
         "pipeline_tag": PIPELINES[auto],
         "tags": ["muster", recipe.task, *([] if full else [recipe.adapter.label])],
@@ -78,6 +81,35 @@ def model_card(recipe: Recipe, facts: Mapping[str, Any], provenance: Mapping[str
             "",
         ]
     )
+
+
+def plain_card(model: ModelSection, method: str) -> str:
+    """Of something whose recipe is not known: an adapter for ``model``, or with method ``none`` the model itself."""
+    full = method == "none"
+    base = {} if full else _base_of(model.path)
+    front = {
+        **base,
+        "library_name": "transformers" if full else "peft",
+        "tags": ["muster", *([] if full else [method])],
+    }
+    what = "A model" if full else f"A {method} adapter for `{model.path}`"
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{what}, made with muster.\n"
+
+
+def merged_card(model: ModelSection, method: str, difference: float) -> str:
+    """Of a merged model. ``difference``: of its logits to those of base and adapter, relative to their norm."""
+    front = {**_base_of(model.path), "library_name": "transformers", "tags": ["muster", method]}
+    text = (
+        f"A {method} adapter merged into `{model.path}`, in {model.dtype}. Its logits differ from those of base and "
+        f"adapter by {difference:.1e} of their norm."
+    )
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{text}\n"
+
+
+def _base_of(path: str) -> dict[str, str]:
+    """The Hub takes names of its own only."""
+    on_hub = HUB_ID.fullmatch(path) is not None and not Path(path).exists()
+    return {"base_model": path} if on_hub else {}
 
 
 def _summary(recipe: Recipe, full: bool) -> str:

@@ -6,7 +6,7 @@
     master.safetensors                                  float32 weights, where the saved ones are narrower or in
                                                         another form
     method.safetensors                                  what the method keeps from step to step, where it does
-    tokenizer files, README.md                          with the last checkpoint of a run
+    tokenizer files, README.md, muster.json             with the last checkpoint of a run
 
 Everything else that training goes on from (step, data cursor, loss scale) is JSON in the commit record. Random state
 needs no place: it is seeded per (seed, step, micro-batch).

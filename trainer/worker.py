@@ -31,6 +31,7 @@ from trainer.errors import Interrupted, MusterError
 from trainer.heartbeat import Heartbeat, Pulse, end_culprits, hang_text, store_of_group
 from trainer.loop import Hooks, Loop, Position
 from trainer.model import load_tokenizer, save_head_config
+from trainer.origin import Origin
 from trainer.publish import TOTAL_STEPS, publish
 from trainer.recipe import Recipe
 from trainer.recorder import Recorder
@@ -81,6 +82,7 @@ class Attempt:
         run, recipe = self.run_storage, self.recipe
         data = open_data(recipe, run, self.storage.child(layout.PREPARED))
         self.cache, self.eval_cache = open_caches(data.train, data.eval, recipe.data.cache_bytes)
+        self.chat_template = data.train.spec.chat_template
         self._build(data.train.spec.labels)
         self.number = self.world.from_first(lambda: claim_attempt(run, self.job.driver, dict(self.job.holder)))
         self.recorder = Recorder(run, recipe, self.world, self.number)
@@ -266,9 +268,11 @@ class Attempt:
         tokenizer = load_tokenizer(self.files.folder, trust_remote_code=recipe.model.trust_remote_code)
         if self.task.labels:
             self._finish_head(tokenizer, folder)
+        tokenizer.chat_template = self.chat_template or tokenizer.chat_template
         tokenizer.save_pretrained(folder)
         provenance = self.run_storage.read_json(layout.PROVENANCE)
         (folder / "README.md").write_text(model_card(recipe, facts, provenance))
+        Origin.of(recipe).write(folder)
 
     def _finish_head(self, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         """A head reads where the padding begins: whoever pads texts for it has to do it as it was done here."""

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import launcher.driver
-from launcher.cli import ToStderr, choose_ray, main, stderr
+from launcher.cli import ToStderr, choose_ray, main
+from launcher.console import stderr
 from tests.support.training import small_recipe
 from trainer.errors import Fenced, InputError, Interrupted, RunHeld, StorageError, UsageError, WorkerFailed
 from trainer.recipe import Recipe, dump

@@ -17,13 +17,12 @@ from tests.support.tasks import LABELS, make_encoder, task_recipe, write_task_da
 from tests.support.training import run_of, small_recipe, train_here
 from trainer import layout
 from trainer.errors import InputError, UsageError
-from trainer.evaluate import Address, evaluate
-from trainer.evaluate.generation import Greedy
-from trainer.evaluate.loading import load
-from trainer.evaluate.subject import find
+from trainer.evaluate import evaluate
+from trainer.model.placement import Placement
 from trainer.recipe import Recipe, dump
 from trainer.registry import TASKS
 from trainer.reporter import read_rows
+from trainer.saved import Address, Writer, find, load
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
@@ -66,6 +65,10 @@ def trained(recipe: Recipe) -> Recipe:
 
 def of_run(recipe: Recipe) -> Address:
     return Address(run=run_of(recipe).url)
+
+
+def named(uri: str) -> tuple[tuple[str, str], ...]:
+    return (("default", uri),)
 
 
 def last_evaluation(recipe: Recipe) -> dict[str, float]:
@@ -128,7 +131,7 @@ def test_an_adapter_and_a_model_by_themselves(tiny_model: Path, folder: Path) ->
     recipe = trained(small("classification", "apart", tiny_model, folder, adapter={"method": "none"}))
     saved = f"{run_of(recipe).url}/{layout.ADAPTER}"
     found = evaluate(recipe, of_run(recipe))
-    assert evaluate(recipe, Address(adapter=saved)) == found
+    assert evaluate(recipe, Address(adapters=named(saved))) == found
     assert evaluate(recipe, Address(model=saved)) == found
     base = evaluate(small("sft", "base", tiny_model, folder), Address(model=str(tiny_model)))
     assert base["perplexity"] > 50
@@ -184,12 +187,12 @@ def test_a_batch_answers_as_each_prompt_alone(method: str, tiny_model: Path, fol
 
     changes = {"adapter": {"method": method}, "optimizer.lr": 5e-2}
     recipe = trained(qa_recipe(f"batched-{method.replace('_', '-')}", tiny_model, folder, **changes))
-    model = load(recipe, find(recipe, of_run(recipe), tmp_path), None, CPU)
+    model = load(find(of_run(recipe), tmp_path, recipe), Placement.on(CPU), None)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     prompts = ["Question: who?\nAnswer:", "Question: who keeps the lighthouse on the hills?\nAnswer:", "Rain"]
-    greedy = Greedy(model, tokenizer, CPU, 4)
-    together = greedy.answers(prompts, 8, lambda text: False)
-    assert together == [greedy.answers([prompt], 8, lambda text: False)[0] for prompt in prompts]
+    writer = Writer(model, tokenizer, CPU, 4)
+    together = writer.answers(prompts, 8)
+    assert together == [writer.answers([prompt], 8)[0] for prompt in prompts]
     if method in ("lora", "prompt"):
         ids = tokenizer(prompts[0], return_tensors="pt")["input_ids"]
         alone = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=8, do_sample=False)
@@ -204,7 +207,7 @@ def test_a_run_without_a_final_adapter_gives_its_newest_checkpoint(
     whole = evaluate(recipe, of_run(recipe))
     shutil.rmtree(f"{run_of(recipe).url}/{layout.ADAPTER}")
     assert evaluate(recipe, of_run(recipe)) == whole
-    assert "its checkpoint of step 3 is evaluated" in caplog.text
+    assert "its checkpoint of step 3 is taken" in caplog.text
     shutil.rmtree(f"{run_of(recipe).url}/{layout.CHECKPOINTS}")
     with pytest.raises(InputError, match="neither a final adapter nor a whole checkpoint"):
         evaluate(recipe, of_run(recipe))
@@ -216,7 +219,7 @@ def test_what_does_not_go_together_is_said(tiny_model: Path, folder: Path, tmp_p
     with pytest.raises(InputError, match="was trained for task sft, and the recipe says reward"):
         evaluate(reward, of_run(sft))
     with pytest.raises(InputError, match="is an adapter for CAUSAL_LM, and task reward needs one for SEQ_CLS"):
-        evaluate(reward, Address(adapter=adapter))
+        evaluate(reward, Address(adapters=named(adapter)))
     with pytest.raises(InputError, match="without the head that task reward needs"):
         evaluate(reward, Address(model=str(tiny_model)))
     classifier = make_encoder(tmp_path, num_labels=3)
@@ -229,11 +232,11 @@ def test_what_does_not_go_together_is_said(tiny_model: Path, folder: Path, tmp_p
     with pytest.raises(InputError, match="there is no run at"):
         evaluate(sft, Address(run=f"{folder}/runs/unknown"))
     with pytest.raises(InputError, match=r"holds neither adapter_config\.json nor config\.json"):
-        evaluate(sft, Address(adapter=f"{folder}/sft"))
+        evaluate(sft, Address(adapters=named(f"{folder}/sft")))
     with pytest.raises(InputError, match=r"data\.eval of the recipe has no source"):
         evaluate(small("sft", "no", tiny_model, folder, **{"data.eval": []}), of_run(sft))
     with pytest.raises(UsageError, match="one of --run RUN_URI, --adapter URI, --model PATH"):
-        evaluate(sft, Address(adapter=adapter, model=str(tiny_model)))
+        evaluate(sft, Address(adapters=named(adapter), model=str(tiny_model)))
 
 
 def test_an_adapter_that_does_not_fit_the_base_is_said(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
@@ -243,10 +246,10 @@ def test_an_adapter_that_does_not_fit_the_base_is_said(tiny_model: Path, folder:
     config = json.loads((changed / "adapter_config.json").read_text())
     (changed / "adapter_config.json").write_text(json.dumps({**config, "r": 2}))
     with pytest.raises(InputError, match="the adapter does not fit the base"):
-        evaluate(recipe, Address(adapter=str(changed)))
+        evaluate(recipe, Address(adapters=named(str(changed))))
     (changed / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["q_proj", "lm_head"]}))
     with pytest.raises(InputError, match="the adapter does not fit the base"):
-        evaluate(recipe, Address(adapter=str(changed)))
+        evaluate(recipe, Address(adapters=named(str(changed))))
 
 
 def test_the_command_prints_json_alone(tiny_model: Path, folder: Path, tmp_path: Path) -> None:

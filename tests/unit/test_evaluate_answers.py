@@ -7,7 +7,8 @@ from decimal import Decimal
 import pytest
 
 from trainer.evaluate.answers import exact_match, f1, last_number, normalised, reference_number, same_number
-from trainer.evaluate.scores import first_line, means, one_line, solution, solved
+from trainer.evaluate.scores import means, solution, solved
+from trainer.saved.conversation import first_line, one_line
 
 
 def test_normalisation():

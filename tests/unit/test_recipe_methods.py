@@ -47,6 +47,11 @@ def test_lora_is_the_default_and_has_kept_its_own() -> None:
 def test_what_is_given_wins_and_null_is_left_out() -> None:
     section = recipe("rslora", rank=8, alpha=None).adapter
     assert (section.rank, section.alpha) == (8, 16)
+    assert recipe(None) == recipe("lora")
+
+
+def test_a_key_that_is_not_known_is_a_mistake_without_a_value_too() -> None:
+    assert mistakes("lora", rnak=None) == [("adapter.rnak", "unknown key; did you mean 'rank'?")]
 
 
 @pytest.mark.parametrize(

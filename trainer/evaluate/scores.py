@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,14 @@ from trainer import layout
 from trainer.begin import eval_spec
 from trainer.data import Batch, Preparation, Prepared, eval_batches, freeze, open_prepared, prepare
 from trainer.data.labels import label_set
-from trainer.errors import InputError, NonFiniteLoss
-from trainer.evaluate.generation import Greedy
-from trainer.evaluate.loading import load
+from trainer.errors import InputError, NonFiniteLoss, UsageError
 from trainer.evaluate.questions import Question, questions_of
-from trainer.evaluate.subject import Address, Subject, find
 from trainer.loop import evaluated_sums
 from trainer.model import fetch_model, load_tokenizer
+from trainer.model.placement import Placement, placement_for
 from trainer.recipe import Recipe
+from trainer.saved import Address, Subject, Writer, find, load
+from trainer.saved.conversation import first_line, one_line
 from trainer.storage import open_storage
 from trainer.tasks import Task, Totals, make_task
 
@@ -33,6 +34,8 @@ GENERATED_AT_ONCE = 16
 
 Line = Callable[[Mapping[str, Any]], None]
 """Takes what is to be told of one example."""
+Answered = Callable[[int, int], None]
+"""Takes how many questions have been answered, and of how many."""
 
 
 def evaluate(
@@ -43,33 +46,40 @@ def evaluate(
     line: Line | None = None,
     max_new_tokens: int | None = None,
     say: Callable[[str], None] = lambda phase: None,
+    answered: Answered = lambda done, of: None,
+    limits: Mapping[int | str, int] | None = None,
 ) -> dict[str, Any]:
-    """The metrics by name. ``limit`` takes the first so many examples; ``line`` is told of each.
+    """The metrics by name. ``limit`` takes the first so many examples; ``line`` is told of each, ``answered`` how many
+    questions have been. ``limits``: bytes by device for the weights, in the place of what is free.
 
     Raises InputError when there is nothing to evaluate, on nothing, or when the two do not go together."""
     address.check()
+    if len(address.adapters) > 1:
+        raise UsageError("one adapter is evaluated at a time: name a single --adapter")
     if not recipe.data.eval:
         raise InputError("data.eval of the recipe has no source; add one with path: and format:")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with tempfile.TemporaryDirectory(prefix="muster-evaluate-") as folder:
         say("fetching what is evaluated")
-        subject = find(recipe, address, Path(folder, "subject"))
-        return _Evaluation(recipe, subject, device, limit, line, max_new_tokens, say).run(Path(folder, "data"))
+        subject = find(address, Path(folder, "subject"), recipe)
+        files = fetch_model(subject.section, weights=False)
+        with placement_for(subject.section, files.folder, limits) as placement:
+            asked = _Asked(limit, max_new_tokens, line, say, answered)
+            return _Evaluation(recipe, subject, placement, asked).run(Path(folder, "data"))
+
+
+@dataclass(frozen=True)
+class _Asked:
+    limit: int | None
+    max_new_tokens: int | None
+    line: Line | None
+    say: Callable[[str], None]
+    answered: Answered
 
 
 class _Evaluation:
-    def __init__(
-        self,
-        recipe: Recipe,
-        subject: Subject,
-        device: torch.device,
-        limit: int | None,
-        line: Line | None,
-        max_new_tokens: int | None,
-        say: Callable[[str], None],
-    ) -> None:
-        self.recipe, self.subject, self.device = recipe, subject, device
-        self.limit, self.line, self.max_new_tokens, self.say = limit, line, max_new_tokens, say
+    def __init__(self, recipe: Recipe, subject: Subject, placement: Placement, asked: _Asked) -> None:
+        self.recipe, self.subject, self.placement, self.asked = recipe, subject, placement, asked
+        self.device, self.limit, self.line, self.say = placement.device, asked.limit, asked.line, asked.say
 
     def run(self, folder: Path) -> dict[str, Any]:
         recipe = self.recipe
@@ -77,12 +87,12 @@ class _Evaluation:
         task = make_task(recipe, labels)
         if task.labels:
             self.subject.check_labels(task.labels)
-        files = fetch_model(recipe.model if self.subject.adapter else self.subject.section, weights=False)
+        files = fetch_model(recipe.model if self.subject.adapters else self.subject.section, weights=False)
         tokenizer = self._tokenizer(files.folder)
         self.say("preparing the evaluation data")
         prepared = prepared_for(recipe, eval_spec(recipe, tokenizer, labels), tokenizer, folder)
         self.say("loading the model")
-        model = load(recipe, self.subject, task.labels, self.device)
+        model = load(self.subject, self.placement, task.labels, seed=recipe.seed)
         task.attach(model)
         questions = questions_of(prepared.spec.sources, self.limit) if recipe.task == "sft" else []
         self.say(f"evaluating on {self.device}")
@@ -94,7 +104,7 @@ class _Evaluation:
     def _tokenizer(self, folder: Path) -> Any:
         """The one that the run was trained with; of a whole model, which a checkpoint has without, its own first."""
         trust = self.recipe.model.trust_remote_code
-        if not (folder / "tokenizer_config.json").is_file() and self.subject.adapter is None:
+        if not (folder / "tokenizer_config.json").is_file() and not self.subject.adapters:
             folder = fetch_model(self.recipe.model, weights=False).folder
         return load_tokenizer(folder, trust_remote_code=trust)
 
@@ -123,13 +133,19 @@ class _Evaluation:
         return {**found, "samples": samples}
 
     def _answers(self, model: Any, tokenizer: Any, questions: Sequence[Question]) -> dict[str, Any]:
-        greedy = Greedy(model, tokenizer, self.device, GENERATED_AT_ONCE)
+        writer, done = Writer(model, tokenizer, self.device, GENERATED_AT_ONCE), 0
+
+        def answered(more: int) -> None:
+            nonlocal done
+            done += more
+            self.asked.answered(done, len(questions))
+
         said: dict[int, str] = {}
         for numeric in (False, True):
             mine = {n: q.prompt for n, q in enumerate(questions) if q.numeric is numeric}
-            tokens = self.max_new_tokens or (SOLUTION_TOKENS if numeric else ANSWER_TOKENS)
+            tokens = self.asked.max_new_tokens or (SOLUTION_TOKENS if numeric else ANSWER_TOKENS)
             with self._autocast():
-                texts = greedy.answers(list(mine.values()), tokens, solved if numeric else one_line)
+                texts = writer.answers(list(mine.values()), tokens, solved if numeric else one_line, answered)
             said.update(zip(mine, map(solution if numeric else first_line, texts), strict=True))
         scored = [(question, said[n], question.scores(said[n])) for n, question in enumerate(questions)]
         if self.line is not None:
@@ -166,15 +182,6 @@ def means(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
     return {name: sum(some) / len(some) for name, some in values.items()}
 
 
-def first_line(text: str) -> str:
-    return next(_lines(text), "")
-
-
-def one_line(text: str) -> bool:
-    """Whether a line with something on it has come to its end."""
-    return "\n" in text.lstrip()
-
-
 def solution(text: str) -> str:
     """Without the questions that a base model goes on to ask."""
     return text.split("\nQuestion:")[0].strip()
@@ -182,7 +189,3 @@ def solution(text: str) -> str:
 
 def solved(text: str) -> bool:
     return "\nQuestion:" in text
-
-
-def _lines(text: str) -> Iterator[str]:
-    return (line.strip() for line in text.splitlines() if line.strip())

@@ -16,6 +16,7 @@ import torch
 from trainer.errors import InputError
 from trainer.model.head import Head, head_modules, is_head, set_up_head, take_tied_embeddings
 from trainer.model.memory import HostPeak
+from trainer.model.placement import Placement
 from trainer.model.quantization import keep_weights_packed, quantization_config
 from trainer.recipe.model import ModelSection
 
@@ -35,20 +36,21 @@ class Loaded:
 def build(
     section: ModelSection,
     folder: Path,
-    device: torch.device,
+    where: torch.device | Placement,
     *,
     full: bool,
     checkpointing: bool,
     head: Head | None = None,
 ) -> Loaded:
     """Loads the causal LM in ``folder`` whole, or with a ``head`` the sequence classifier; ``full``: all its parameters
-    will be trained. Trainable are then all, or those of the head.
+    will be trained. Trainable are then all, or those of the head. What is only read may be spread over several devices.
 
     Raises InputError when the files are no such model that transformers can load.
     """
     host = HostPeak()
     dtype = torch.float32 if full else getattr(torch, section.dtype)
-    model, missing = _load_whole(section, folder, device, dtype, head)
+    placement = where if isinstance(where, Placement) else Placement(where)
+    model, missing = _load_whole(section, folder, placement, dtype, head)
     keep_weights_packed(model)
     model.requires_grad_(full)
     if head:
@@ -60,7 +62,7 @@ def build(
 
 
 def _load_whole(
-    section: ModelSection, folder: Path, device: torch.device, dtype: torch.dtype, head: Head | None
+    section: ModelSection, folder: Path, placement: Placement, dtype: torch.dtype, head: Head | None
 ) -> tuple[Any, set[str]]:
     """The model, and the parameters of the head that are not in the files."""
     import transformers
@@ -74,7 +76,7 @@ def _load_whole(
             output_loading_info=True,
             dtype=dtype,
             quantization_config=quantization_config(section, _unquantised(section, folder) if head else None),
-            device_map={"": device},
+            **placement.for_model(),
             trust_remote_code=section.trust_remote_code,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # `_check_whole` says which, where transformers only says that there are some

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ from trainer.model.checkpoint_files import read_headers
 from trainer.model.files import fetch_model
 from trainer.model.meta import NotByShard, meta_model
 from trainer.model.source import Source
+from trainer.model.weight_files import WeightFiles
 from trainer.model.weights import INDEX
 from trainer.recipe.model import ModelSection
 from trainer.storage import Storage, local_path, open_storage
@@ -51,11 +51,14 @@ def make_copy(section: ModelSection, models: Storage) -> Storage:
     source = Source(_location(section, folder))
     try:
         base, loader = _loader(section, folder, source)
-        weight_map = _write_weights(loader, copy)
+        files = WeightFiles(copy.upload, FILE_BYTES)
+        for tensors in loader.converted():
+            files.add(tensors)
+        index = files.index()
         source.check_unchanged({place.file for place in loader.stored.values()})
     finally:
         source.close()
-    copy.write_json(INDEX, {"metadata": {}, "weight_map": weight_map})
+    copy.write_json(INDEX, index)
     for file in sorted(folder.iterdir()):
         if file.is_file() and file.suffix != ".safetensors" and file.name not in (CONFIG, INDEX):
             copy.upload(file.name, file)
@@ -73,29 +76,6 @@ def _loader(section: ModelSection, folder: Path, source: Source) -> tuple[Any, S
 
 def _location(section: ModelSection, folder: Path) -> str:
     return section.path if "://" in section.path else str(folder)
-
-
-def _write_weights(loader: ShardLoader, copy: Storage) -> dict[str, str]:
-    from safetensors.torch import save_file
-
-    weight_map: dict[str, str] = {}
-    pending: dict[str, torch.Tensor] = {}
-
-    def flush() -> None:
-        name = f"model-{len(set(weight_map.values())) + 1:05d}.safetensors"
-        with tempfile.TemporaryDirectory(prefix="muster-nf4-") as scratch:
-            save_file(pending, Path(scratch, name), {"format": "pt"})
-            copy.upload(name, Path(scratch, name))
-        weight_map.update(dict.fromkeys(pending, name))
-        pending.clear()
-
-    for tensors in loader.converted():
-        pending.update(tensors)
-        if sum(t.numel() * t.element_size() for t in pending.values()) >= FILE_BYTES:
-            flush()
-    if pending:
-        flush()
-    return weight_map
 
 
 def _digest(section: ModelSection) -> str:

@@ -133,8 +133,9 @@ class AdapterSection(Section):
         """The method's defaults for what is left out, so that a frozen recipe holds what the run was made with."""
         if not isinstance(given, dict):
             return given
-        stated = {key: value for key, value in given.items() if value is not None}
-        method = given.get("method", "lora")
+        # An empty value leaves a setting to its default; a key that is not known is a mistake whatever its value.
+        stated = {key: value for key, value in given.items() if value is not None or key not in cls.model_fields}
+        method = stated.get("method", "lora")
         kind = method if isinstance(method, str) else BY_NAME if isinstance(method, dict) else ""
         return {**settings_of(kind), **stated}
 

@@ -47,7 +47,11 @@ def example_of(row: Row, columns: Columns) -> Example | Fault:
     if not texts:
         return Fault(f"there is no answer ({first!r:.40}); every question needs one")
     assert isinstance(question, str)
-    return Example(f"{BEFORE} {unframed(question)}\n{AFTER}", tuple(dict.fromkeys(texts)))
+    return Example(framed(question), tuple(dict.fromkeys(texts)))
+
+
+def framed(question: str) -> str:
+    return f"{BEFORE} {unframed(question)}\n{AFTER}"
 
 
 def unframed(question: str) -> str:

@@ -1,0 +1,93 @@
+"""Where a model that is only read lies: on one device, or spread by accelerate over what there is.
+
+accelerate fills GPUs first, then the host's memory, then a folder on its disk; what a layer needs is brought to the
+device that computes it, and let go again.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.errors import InputError
+from trainer.recipe.model import ModelSection
+
+GPU_SHARE, HOST_SHARE = 0.85, 0.8
+"""Of the free memory, for weights; the rest is for what is computed with them."""
+PACKED_BYTES = {"nf4": 0.6, "int8": 1.1}
+"""Of a parameter, with what lies beside it."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Everything on ``device``; or with ``limits`` (bytes by device: a GPU's number, or ``cpu``) over several GPUs, and
+    with a folder on the ``disk`` over the host's memory and that as well, computed on ``device``."""
+
+    device: torch.device
+    limits: Mapping[int | str, int] | None = None
+    disk: str | None = None
+
+    @classmethod
+    def on(cls, device: torch.device | str) -> Placement:
+        return cls(torch.device(device))
+
+    def for_model(self) -> dict[str, Any]:
+        """As transformers' ``from_pretrained`` takes it."""
+        assert self.disk is None, "spread by trainer.model.spread"
+        if self.limits is None:
+            return {"device_map": {"": self.device}}
+        return {"device_map": "auto", "max_memory": dict(self.limits)}
+
+
+@contextmanager
+def placement_for(
+    section: ModelSection, folder: Path, limits: Mapping[int | str, int] | None = None
+) -> Iterator[Placement]:
+    """One device where the model in ``folder`` fits, or else spread. ``limits``: in the place of what is free.
+
+    Raises InputError when a quantised model would have to leave the GPUs."""
+    free = dict(limits) if limits is not None else free_bytes()
+    gpus: dict[int | str, int] = {device: room for device, room in free.items() if isinstance(device, int)}
+    first, size = next(iter(free)), model_bytes(section, folder)
+    device = torch.device("cuda", first) if isinstance(first, int) else torch.device("cpu")
+    if size <= free[first]:
+        yield Placement(device)
+    elif size <= sum(gpus.values()):
+        yield Placement(device, gpus)
+    elif section.quantization != "none":
+        raise InputError(
+            f"{section.path} takes about {size / 2**30:.1f} GiB in {section.quantization}, more than there is room "
+            "for, and quantised weights cannot lie on the disk: use --quantization none"
+        )
+    else:
+        with tempfile.TemporaryDirectory(prefix="muster-weights-") as disk:
+            yield Placement(device, free, disk)
+
+
+def free_bytes() -> dict[int | str, int]:
+    """Room for weights on each device, the fastest first."""
+    import psutil
+
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    free: dict[int | str, int] = {gpu: int(torch.cuda.mem_get_info(gpu)[0] * GPU_SHARE) for gpu in gpus}
+    return free | {"cpu": int(psutil.virtual_memory().available * HOST_SHARE)}
+
+
+def model_bytes(section: ModelSection, folder: Path) -> int:
+    """About what the weights take in memory, from a model without any."""
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+    with torch.device("meta"):
+        model: Any = AutoModel.from_config(config, trust_remote_code=section.trust_remote_code)
+    width = getattr(torch, section.dtype).itemsize
+    packed = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    rest = sum(p.numel() for p in model.parameters()) - packed
+    head = 0 if config.get_text_config().tie_word_embeddings else model.get_input_embeddings().weight.numel()
+    return int(packed * PACKED_BYTES.get(section.quantization, width) + (rest + head) * width)

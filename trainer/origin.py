@@ -1,0 +1,44 @@
+"""What lies beside a final adapter in ``muster.json``: what it was trained on, and in which form.
+
+peft's configuration names the base, and nothing of how it was held. (The header of the weights' file would go along
+with every copy too, but safetensors writes it in another order each time, and the same run gives the same bytes.)
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+from trainer.recipe import ModelSection, Recipe
+
+ORIGIN_FILE = "muster.json"
+
+
+class Origin(NamedTuple):
+    """``method``: the recipe's word, or peft's, for a method that was named so. ``model``: the base, as the recipe has
+    it. ``format``: of the training data, the first source's."""
+
+    task: str
+    method: str
+    model: ModelSection
+    format: str | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe) -> Origin:
+        return cls(recipe.task, recipe.adapter.label, recipe.model, recipe.data.train[0].format)
+
+    def write(self, folder: Path) -> None:
+        told = {**self._asdict(), "model": self.model.model_dump(mode="json")}
+        (folder / ORIGIN_FILE).write_text(json.dumps(told, indent=2) + "\n")
+
+    @classmethod
+    def read(cls, folder: Path) -> Origin | None:
+        """None where there is no such file, or one that is not understood. Whether code of the base may run is for
+        whoever loads it to say, not for the file."""
+        try:
+            told = json.loads((folder / ORIGIN_FILE).read_text())
+            model = ModelSection.model_validate(told["model"]).model_copy(update={"trust_remote_code": False})
+            return cls(str(told["task"]), str(told["method"]), model, told.get("format"))
+        except (OSError, ValueError, TypeError, KeyError):
+            return None

@@ -1,0 +1,91 @@
+"""A file of prompts answered: JSON Lines in, JSON Lines out, in the same order."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from trainer.errors import InputError, UsageError
+from trainer.saved.conversation import Conversation, Prompt, rendered
+from trainer.saved.generation import Writer
+
+STDIO = "-"
+AT_ONCE = 256
+"""Rows whose answers are written together; the longest of them are answered first."""
+
+Done = Callable[[int, int], None]
+"""Takes how many rows have been answered, and of how many."""
+
+
+def answer_file(
+    writer: Writer,
+    talk: Conversation,
+    source: str,
+    target: str,
+    max_new_tokens: int,
+    stdout: TextIO | None = None,
+    done: Done = lambda done, of: None,
+) -> None:
+    """Each line of ``source`` holds a ``prompt``, which is put in ``talk``'s frame, or the ``messages`` of a chat; each
+    line of ``target`` repeats it and adds the ``completion``.
+
+    Raises InputError for a line that holds neither, before anything is written."""
+    rows = list(_rows(source))
+    prompts = [_prompt(row, number, talk) for number, row in enumerate(rows, 1)]
+    answered = 0
+
+    def more(count: int) -> None:
+        nonlocal answered
+        answered += count
+        done(answered, len(rows))
+
+    with _opened(target, stdout) as file:
+        for start in range(0, len(rows), AT_ONCE):
+            texts = writer.answers(prompts[start : start + AT_ONCE], max_new_tokens, talk.ended, more)
+            for row, text in zip(rows[start : start + AT_ONCE], texts, strict=True):
+                told = {name: row[name] for name in ("prompt", "messages") if name in row}
+                file.write(json.dumps({**told, "completion": talk.shown(text)}, ensure_ascii=False) + "\n")
+            file.flush()
+
+
+def _rows(source: str) -> Iterator[dict[str, Any]]:
+    try:
+        text = sys.stdin.read() if source == STDIO else Path(source).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--input {source} cannot be read: {error}") from error
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            raise InputError(f"--input {source}, line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise InputError(f'--input {source}, line {number} is no object: write {{"prompt": …}}')
+        yield row
+
+
+def _prompt(row: dict[str, Any], number: int, talk: Conversation) -> Prompt:
+    if isinstance(row.get("prompt"), str):
+        talk.clear()
+        return talk.ask(row["prompt"])
+    if isinstance(row.get("messages"), list):
+        return rendered(talk.tokenizer, row["messages"])
+    raise InputError(f"row {number} of --input has neither a prompt (text) nor messages (a list): {str(row)[:80]}")
+
+
+@contextmanager
+def _opened(target: str, stdout: TextIO | None) -> Iterator[TextIO]:
+    if target == STDIO:
+        yield stdout or sys.stdout
+        return
+    try:
+        file = open(target, "w", encoding="utf-8")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise UsageError(f"--output {target} cannot be written: {error.strerror}") from error
+    with file:
+        yield file

@@ -1,0 +1,72 @@
+"""Which of several adapters a model uses: one of them, or a weighted combination (peft's ``add_weighted_adapter``)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, get_args
+
+from trainer.errors import UsageError
+
+Kind = Literal["cat", "linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
+PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
+COMBINED = "combined"
+_PART = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)(?:=(-?\d+(?:\.\d*)?|-?\.\d+))?")
+
+
+@dataclass(frozen=True)
+class Mix:
+    """``weights`` by the adapters' names. ``cat`` adds them up exactly, the ranks too; ``svd`` brings their sum back to
+    the largest rank; ``linear`` averages A and B, a rough approximation. TIES (Yadav et al. 2023, arXiv:2306.01708)
+    and DARE (Yu et al. 2023, arXiv:2311.03099) keep the share ``density`` of each adapter's entries."""
+
+    weights: dict[str, float]
+    kind: Kind = "cat"
+    density: float | None = None
+
+    @classmethod
+    def of(cls, use: str, kind: str = "cat", density: float | None = None) -> Mix:
+        """From ``a`` or ``a=0.7,b=0.3``."""
+        parts = [_PART.fullmatch(part.strip()) for part in use.split(",")]
+        if not all(parts) or (len(parts) > 1 and any(m and m[2] is None for m in parts)):
+            raise UsageError(f"--use {use!r} is neither the name of an adapter nor weights as in a=0.7,b=0.3")
+        if kind not in get_args(Kind):
+            raise UsageError(f"--combination {kind!r} is not one of: {', '.join(get_args(Kind))}")
+        if density is None and kind in PRUNING:
+            raise UsageError(f"--combination {kind} keeps a share of each adapter's entries: say --density, as in 0.5")
+        weights = {m[1]: float(m[2] or 1.0) for m in parts if m}
+        return cls(weights, kind, density)  # type: ignore[arg-type]
+
+    def check(self, names: Sequence[str]) -> None:
+        for name in self.weights:
+            if name not in names:
+                raise UsageError(f"--use {name!r} is none of the adapters {', '.join(names)}")
+
+
+def mixed(model: Any, mix: Mix) -> str:
+    """Switches on what ``mix`` says, combined first if need be; returns its name. Raises UsageError for adapters that
+    peft cannot combine, or would combine into something else."""
+    mix.check(list(model.peft_config))
+    names, weights = list(mix.weights), list(mix.weights.values())
+    if weights == [1.0]:
+        model.set_adapter(names[0])
+        return names[0]
+    configs = [model.peft_config[name] for name in names]
+    if any(config.peft_type != "LORA" or config.use_dora for config in configs):
+        raise UsageError("only plain LoRA adapters can be combined by weights: merge one, and train on from there")
+    if any(config.bias != "none" for config in configs):
+        raise UsageError("adapters with trained biases cannot be combined by weights")
+    # The combination's scale is that of plain LoRA, which peft would take from the first adapter's configuration.
+    model.peft_config[names[0]] = replace(configs[0], use_rslora=False)
+    try:
+        model.add_weighted_adapter(
+            names, weights, COMBINED, combination_type=mix.kind, **({"density": mix.density} if mix.density else {})
+        )
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"peft cannot combine {', '.join(names)}: {error}") from error
+    finally:
+        model.peft_config[names[0]] = configs[0]
+    model.set_adapter(COMBINED)
+    model.eval()  # what is new would still drop a part of its input
+    return COMBINED
