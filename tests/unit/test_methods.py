@@ -265,6 +265,15 @@ def test_adalora_ends_at_its_budget_and_keeps_its_factors_near_orthogonal(make: 
         assert pulled < off_orthogonal(b.model)
 
 
+@pytest.mark.parametrize("steps", [1, 2, 3, 4])
+def test_adalora_is_at_its_budget_after_the_shortest_runs_too(make: Make, steps: int) -> None:
+    """The last share-out is made by scores, the first of which are those of the first step: one step is too few."""
+    with bench(make("adalora", **{"training.steps": steps})) as b:
+        b.run()
+        ranks = [int((p != 0).sum()) for n, p in b.model.named_parameters() if ".lora_E." in n]
+        assert sum(ranks) == 2 * len(ranks) if steps > 1 else sum(ranks) > 2 * len(ranks)
+
+
 def off_orthogonal(model: torch.nn.Module) -> float:
     rows = [p for n, p in model.named_parameters() if ".lora_A." in n]
     return sum(float((a @ a.T - torch.eye(len(a))).norm()) for a in rows)

@@ -60,13 +60,13 @@ class AdaLora(Lora):
         model.base_model.update_and_allocate(step)
 
     def _schedule(self, config: Any, total_steps: int) -> None:
-        """Full budget at first, the final one at last; a step in between at the least."""
+        """Full budget at first, the final one at last; a step in between at the least, for the first scores."""
         section = self.recipe.adapter
         assert section.prune_start is not None
         assert section.prune_end is not None
         config.total_step = total_steps
-        config.tinit = min(int(section.prune_start * total_steps), total_steps - 1)
-        config.tfinal = min(total_steps - int(section.prune_end * total_steps), total_steps - config.tinit - 1)
+        config.tinit = max(0, min(int(section.prune_start * total_steps), total_steps - 2))
+        config.tfinal = total_steps - max(int(section.prune_end * total_steps), config.tinit + 2)
 
     @torch.no_grad()
     def _pull_towards_orthogonal(self, model: Any) -> None:
