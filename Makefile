@@ -1,5 +1,5 @@
 # make quickstart   install into .venv and fine-tune a small model on this machine
-# make test         all tests (what .ci/run runs, after make lint)
+# make test         all tests (what .ci/run runs, after make lint); TESTS=tests/unit/test_loop.py runs some
 # make chaos        50 random kills over one run (CHAOS_KILLS=…, CHAOS_SEED=… to repeat one); half an hour
 # make matrix       every cell of the support matrix for two steps; an hour
 # make night        that, and all other tests that are too long for every day
@@ -24,17 +24,24 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 quickstart: $(INSTALLED)
 	$(BIN)/python -m launcher.quickstart
 
+# Tests in one process run side by side; the others start processes of their own, as many as there are cores for.
+ifdef TESTS
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(TESTS)
+else
+test: $(INSTALLED)
+	$(BIN)/python -m pytest -n logical --maxprocesses 4 tests/unit tests/packaging tests/storage
+	$(BIN)/python -m pytest tests/distributed tests/ray tests/gpu
+endif
 
 chaos: $(INSTALLED)
 	$(BIN)/python -m pytest -m chaos tests/ray/test_chaos.py
 
 matrix: $(INSTALLED)
-	$(BIN)/python -m pytest -m night tests/distributed/test_matrix.py
+	RANKS_START=spawn $(BIN)/python -m pytest -m night tests/distributed/test_matrix.py
 
 night: $(INSTALLED)
-	$(BIN)/python -m pytest -m night
+	RANKS_START=spawn $(BIN)/python -m pytest -m night
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch.multiprocessing as mp
 
-from tests.support.training import _rank, run_of, small_recipe, write_pairs
-from tests.support.waiting import free_port
+from tests.support.ranks import run_ranks
+from tests.support.training import run_of, small_recipe, train_rank, write_pairs
 from trainer import heartbeat, layout
 from trainer.recipe import Recipe
 from trainer.reporter import read_rows
@@ -22,7 +22,7 @@ from trainer.tasks.sft import SFT
 LIMIT_S = 90
 
 
-def _hanging_rank(rank: int, recipe: Recipe, world_size: int, port: int, how: str) -> None:
+def _hanging_rank(rank: int, recipe: Recipe, how: str) -> None:
     """Rank 1 stops at its 9th micro-batch: the whole process (SIGSTOP), or its training thread only."""
     heartbeat.LEAST_PATIENCE_S, heartbeat.STALE_S, heartbeat.BEAT_S = 3.0, 2.0, 0.2
     if rank == 1:
@@ -37,7 +37,7 @@ def _hanging_rank(rank: int, recipe: Recipe, world_size: int, port: int, how: st
             return plain(self, *args)
 
         SFT.loss_sum = stuck  # type: ignore[method-assign]
-    _rank(rank, [recipe], world_size, port)
+    train_rank(rank, [recipe])
 
 
 @pytest.mark.parametrize("how", ["stopped", "stuck"])
@@ -45,10 +45,7 @@ def test_the_rank_is_named_with_its_phase_and_ended(how: str, tiny_model: Path, 
     write_pairs(tmp_path / "data" / "a.jsonl", 60)
     sizes = {"training.global_batch": 4, "training.micro_batch": 1}
     recipe = small_recipe(f"hang-{how}", tiny_model, tmp_path, **sizes)
-    context = mp.start_processes(
-        _hanging_rank, args=(recipe, 2, free_port(), how), nprocs=2, join=False, start_method="spawn"
-    )
-    ended = _end(context)
+    ended = _end(run_ranks(_hanging_rank, 2, recipe, how, join=False))
     assert (ended.error_index, ended.signal_name) == (1, "SIGKILL")
     hang = next(e for e in read_rows(run_of(recipe), layout.EVENTS) if e["event"] == "hang")
     (culprit,) = hang["ranks"]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,9 +11,9 @@ import pytest
 import torch
 
 from tests.support.models import packed
+from tests.support.ranks import run_ranks
 from tests.support.s3 import S3
 from tests.support.training import small_recipe
-from tests.support.waiting import free_port
 from trainer.recipe import Recipe
 
 VOCABULARY = 67
@@ -68,27 +67,18 @@ def make_model(folder: Path, *, dtype: torch.dtype = torch.bfloat16, shards: str
 
 def load_in_processes(cases: list[tuple[Recipe, bool]], ranks: int, folder: Path) -> list[Seen]:
     """What each (recipe, by shard or whole) gives on ``ranks`` gloo processes."""
-    import torch.multiprocessing as mp
-
-    mp.spawn(_rank, args=(cases, ranks, free_port(), folder), nprocs=ranks)
+    run_ranks(_rank, ranks, cases, folder)
     return [torch.load(folder / f"{i}.pt", weights_only=False) for i in range(len(cases))]
 
 
-def _rank(rank: int, cases: list[tuple[Recipe, bool]], ranks: int, port: int, folder: Path) -> None:
-    import torch.distributed as dist
-
+def _rank(rank: int, cases: list[tuple[Recipe, bool]], folder: Path) -> None:
     from trainer.world import join_world
 
-    torch.set_num_threads(1)
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks))
-    os.environ["LOCAL_RANK"] = str(rank)
-    dist.init_process_group("gloo")
     with join_world(gpu=False) as world:
         for i, (recipe, by_shard) in enumerate(cases):
             seen = _load(recipe, world, by_shard=by_shard)
             if rank == 0:
                 torch.save(seen, folder / f"{i}.pt")
-    dist.destroy_process_group()
 
 
 def _load(recipe: Recipe, world: Any, *, by_shard: bool) -> Seen:

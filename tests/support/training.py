@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from tests.support.waiting import free_port
+from tests.support.ranks import run_ranks
 from trainer import layout
 from trainer.begin import freeze_recipe, prepare_data
 from trainer.lease import Lease
@@ -56,20 +55,13 @@ def small_recipe(name: str, model: Path, folder: Path, /, **changes: Any) -> Rec
 
 def train_in_processes(recipes: Sequence[Recipe], world_size: int) -> None:
     """Trains each recipe's run on ``world_size`` gloo processes, one run after the other in the same processes."""
-    import torch.multiprocessing as mp
-
-    mp.spawn(_rank, args=(list(recipes), world_size, free_port()), nprocs=world_size)
+    run_ranks(train_rank, world_size, list(recipes))
 
 
-def _rank(rank: int, recipes: list[Recipe], world_size: int, port: int) -> None:
-    import torch.distributed as dist
-
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size))
-    os.environ["LOCAL_RANK"] = str(rank)
-    dist.init_process_group("gloo")
+def train_rank(rank: int, recipes: Sequence[Recipe]) -> None:
+    """One rank's part, in a process that has joined the group."""
     for recipe in recipes:
         _train(recipe, first=rank == 0)
-    dist.destroy_process_group()
 
 
 def _train(recipe: Recipe, *, first: bool) -> None:
