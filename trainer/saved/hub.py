@@ -44,7 +44,7 @@ def push(subject: Subject, repo: str, *, private: bool, revision: str | None = N
         raise InputError(
             f"the Hub refuses {repo}: {_cause(error)}; log in with `hf auth login`, or set HF_TOKEN"
         ) from error
-    except OSError as error:
+    except Exception as error:  # of its HTTP client, which is another library from version to version
         raise StorageError(f"the Hub cannot be reached: {_cause(error)}; try again") from error
     return str(commit.commit_url)
 
