@@ -107,6 +107,7 @@ def show_next(console: Console, recipe: Recipe, seconds: float) -> None:
     console.rule(f"done in {seconds:.0f} s")
     console.print(f"adapter:  {recipe.run_uri}/{layout.ADAPTER}", soft_wrap=True)
     console.print(f"look:     .venv/bin/muster status {recipe.run_uri}", soft_wrap=True)
+    console.print(f"ask it:   .venv/bin/muster chat --run {recipe.run_uri}", soft_wrap=True)
     console.print(
         "again:    make quickstart (finds this run finished); with another name it trains anew:", soft_wrap=True
     )

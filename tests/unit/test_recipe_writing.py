@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from trainer.recipe.reference import pages
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted((ROOT / "recipes").glob("*.yaml"))
+TABLE = ROOT / "recipes" / "README.md"
 
 DATA: dict[str, Any] = {
     "name": "1e-4",
@@ -99,6 +101,30 @@ def test_the_recipes_that_are_promised_are_there() -> None:
         "mistral_7b_gsm8k_lora",
         "llama3_8b_qpissa",
     }
+    for name in ("trivia_qa", "nq_open", "gsm8k", "metamath", "code_feedback", "imdb", "mrpc", "qqp", "sst2"):
+        assert any(name in path.stem for path in SHIPPED), name
+
+
+def test_the_table_of_recipes_is_that_of_the_folder() -> None:
+    rows = [line.strip("| \n").split(" | ") for line in TABLE.read_text().splitlines() if line.startswith("| [")]
+    links = [re.fullmatch(r"\[(\w+)\]\((\w+)\.yaml\)", row[0]) for row in rows]
+    assert [m[1] for m in links if m] == [m[2] for m in links if m]
+    assert sorted(m[1] for m in links if m) == sorted(path.stem for path in SHIPPED)
+    for (name, task, _, method, where, data), link in zip(rows, links, strict=True):
+        assert link, name
+        recipe = load(TABLE.with_name(f"{link[2]}.yaml"))
+        assert task.split()[0] == recipe.task
+        packed = recipe.model.quantization
+        assert method.removesuffix(" (full)") == recipe.adapter.label + ("" if packed == "none" else f", {packed}")
+        assert where == f"{recipe.strategy.kind}, {_gpus(recipe)}"
+        assert data.startswith(("made", "your own")) or data == recipe.data.train[0].dataset
+
+
+def _gpus(recipe: Recipe) -> str:
+    workers = recipe.resources.workers
+    if recipe.resources.gpus_per_worker == 0:
+        return "none"
+    return str(workers) if isinstance(workers, int) else f"{workers[0]} to {workers[1]}"
 
 
 @pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
