@@ -18,7 +18,7 @@ from trainer.errors import InputError
 from trainer.model import Head, Loaded, ModelFiles, build, check_isolation, fetch_model
 from trainer.model.by_shard import ShardLoader
 from trainer.model.memory import HostPeak
-from trainer.model.meta import META, NotByShard, meta_model
+from trainer.model.meta import NotByShard, meta_model
 from trainer.model.prequantised import copy_of
 from trainer.model.source import Source
 from trainer.optim import make_optimizer
@@ -57,7 +57,7 @@ def build_parts(recipe: Recipe, world: World, labels: tuple[str, ...] = ()) -> B
 
 def _whole(recipe: Recipe, world: World, adapter: Adapter, task: Task, strategy: Strategy) -> Built:
     files = fetch_model(recipe.model)
-    head = Head(task.labels, recipe.seed) if task.labels else None
+    head = _head(recipe, task)
     loaded: Loaded = build(
         recipe.model,
         files.folder,
@@ -76,6 +76,10 @@ def _whole(recipe: Recipe, world: World, adapter: Adapter, task: Task, strategy:
     return Built(files, adapter, task, strategy, report)
 
 
+def _head(recipe: Recipe, task: Task) -> Head | None:
+    return Head(task.labels, recipe.seed) if task.labels else None
+
+
 def _plain_model(recipe: Recipe, files: ModelFiles, head: Head | None) -> torch.nn.Module:
     """The base once more, as it lies in its files, on the CPU."""
     section = recipe.model.model_copy(update={"quantization": "none"})
@@ -90,25 +94,25 @@ class _Sharded:
         self.adapter, self.task, self.strategy = adapter, task, strategy
 
     def build(self) -> Built:
-        if self.task.labels is not None:
-            raise NotByShard("its task puts a head on it")
         if self.recipe.model.quantization == "int8":
             raise NotByShard("bitsandbytes quantises whole weights to int8")
         recipe, section = self.recipe, self._section()
         remote = "://" in section.path
         files = fetch_model(section, weights=not remote)
+        head = _head(recipe, self.task)
         base = meta_model(
             section,
             files.folder,
             self.world.device,
             full=self.adapter.full,
             checkpointing=recipe.training.gradient_checkpointing,
+            head=head,
         )
         if not self.adapter.loads_by_shard(base):
             raise NotByShard(f"{recipe.adapter.method} is made from the whole of the base's weights")
         source = Source(section.path if remote else str(files.folder))
         try:
-            loader = ShardLoader(base, source, section.path, self.world.device)
+            loader = ShardLoader(base, source, section.path, self.world.device, head)
             self._check_same(loader.digest())
             peak = self._load(base, loader)
         finally:
@@ -131,8 +135,8 @@ class _Sharded:
 
     def _load(self, base: Any, loader: ShardLoader) -> int:
         """Returns the peak of host memory over what the process held before."""
-        with META:  # what the adapter makes need not exist before it is cut
-            model = self.adapter.attach(base)
+        model = self.adapter.attach_without_weights(base)
+        _move_buffers(model, self.world.device)
         self.task.attach(model)
         host = HostPeak()
         loader.attached(model)
@@ -150,6 +154,14 @@ class _Sharded:
                 f"model.path {self.recipe.model.path!r} is not the same model on all hosts; copy it again, or name one "
                 "place that all of them read"
             )
+
+
+def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:
+    """Those that the adapter has brought."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
 
 
 def _report(world: World, read: int, fetched: int, peak: int) -> list[dict[str, int]]:

@@ -13,6 +13,7 @@ import torch
 from tests.support.models import packed
 from tests.support.ranks import run_ranks
 from tests.support.s3 import S3
+from tests.support.tasks import make_encoder, task_recipe, write_task_data
 from tests.support.training import small_recipe
 from trainer.recipe import Recipe
 
@@ -30,6 +31,16 @@ CASES: dict[str, dict[str, Any]] = {
     "full": {"adapter.method": "none", "model.dtype": "bfloat16"},
     "bias": {"adapter.bias": "all", "model.dtype": "bfloat16"},
     "checkpointing": {"training.gradient_checkpointing": True},
+    "head-too": {"adapter.modules_to_save": ["lm_head"], "model.dtype": "bfloat16"},
+    "norm-and-head-too": {"adapter.method": "dora", "adapter.modules_to_save": ["norm", "lm_head"]},
+    **{method: {"adapter": {"method": method}} for method in ("ia3", "loha", "prefix", "p_tuning")},
+    "vera": {"adapter": {"method": "vera", "rank": 8, "modules_to_save": ["lm_head"]}},
+    "qia3": {"adapter": {"method": "ia3"}, "model.quantization": "nf4"},
+    **{
+        f"q{method}": {"adapter": {"method": method, "block_size": 4}, "model.quantization": "nf4"}
+        for method in ("oft", "boft")
+    },
+    "lokr": {"adapter": {"method": "lokr", "rank": 2}, "model.dtype": "bfloat16"},
 }
 KINDS = ["fsdp", "zero3"]
 
@@ -99,15 +110,21 @@ def _load(recipe: Recipe, world: Any, *, by_shard: bool) -> Seen:
             state = module.quant_state
             states |= {f"{name}.absmax": state.absmax, f"{name}.code": state.code, f"{name}.offset": state.offset}
             states |= {f"{name}.nested": state.state2.absmax, f"{name}.nested_code": state.state2.code}
-    strategy.module.train()
-    with strategy.micro_batch(True), strategy.autocast():
-        batch = packed([[12, 9], [21]], vocabulary=VOCABULARY)
-        loss = built.task.measure(strategy.module, batch, world.device).loss_sum
-        strategy.backward(loss)
-    strategy.step(1e-3)
+    loss = _step(built, world) if recipe.task == "sft" else torch.zeros(())
     buffers = dict(strategy.model.named_buffers())
     plain = {n: p.as_subclass(torch.Tensor) for n, p in parameters.items()}
     return Seen(plain, states, buffers, loss.item(), built.load)
+
+
+def _step(built: Any, world: Any) -> torch.Tensor:
+    strategy = built.strategy
+    strategy.module.train()
+    with strategy.micro_batch(True), strategy.autocast():
+        batch = packed([[12, 9], [21]], vocabulary=VOCABULARY)
+        loss: torch.Tensor = built.task.measure(strategy.module, batch, world.device).loss_sum
+        strategy.backward(loss)
+    strategy.step(1e-3)
+    return loss
 
 
 def bits(tensor: torch.Tensor) -> torch.Tensor:
@@ -150,7 +167,7 @@ def size_of(folder: Path) -> int:
     "ranks", [pytest.param(1, marks=pytest.mark.night), pytest.param(2, marks=pytest.mark.night), 3]
 )
 def test_it_is_the_whole_load_cut_up(make: Make, base: Path, tmp_path: Path, ranks: int) -> None:
-    names = list(CASES) if ranks == 2 else ["lora", "dora", "qdora"]
+    names = list(CASES) if ranks == 2 else ["lora", "dora", "qdora", "head-too", "vera"]
     cells = [(name, kind) for name in names for kind in KINDS if (name, kind) not in WHOLE]
     recipes = [make(**{**CASES[name], "strategy.kind": kind}) for name, kind in cells]
     pairs = [(recipe, by_shard) for recipe in recipes for by_shard in (True, False)]
@@ -185,6 +202,32 @@ def test_files_of_all_kinds(make: Make, tmp_path: Path) -> None:
     for got, want in zip(seen[::2], seen[1::2], strict=True):
         assert_same(got, want)
         assert max(row["bytes_read"] for row in got.load) < max(row["bytes_read"] for row in want.load)
+
+
+@pytest.mark.timeout(300)
+def test_a_head_is_drawn_or_read_alike(base: Path, tmp_path: Path) -> None:
+    """On a decoder without one, on an encoder whose head has another size, and on a whole reward model."""
+    from transformers import LlamaForSequenceClassification
+
+    write_task_data(tmp_path, "reward")
+    encoder, whole = make_encoder(tmp_path / "encoder", num_labels=3), tmp_path / "whole"
+    LlamaForSequenceClassification.from_pretrained(base, num_labels=1).save_pretrained(whole)
+    changes: list[tuple[Path, dict[str, Any]]] = [
+        (base, {"adapter.method": "lora", "model.dtype": "bfloat16"}),
+        (base, {"adapter.method": "dora", "model.quantization": "nf4", "strategy.kind": "zero3"}),
+        (base, {"adapter": {"method": "none"}}),
+        (encoder, {"adapter": {"method": "ia3"}}),
+        (encoder, {"adapter": {"method": "prefix"}, "strategy.kind": "zero3"}),
+        (whole, {"adapter.method": "lora"}),
+    ]
+    recipes = [
+        task_recipe("reward", f"head-{i}", folder, tmp_path, **{"strategy.kind": "fsdp", **more})
+        for i, (folder, more) in enumerate(changes)
+    ]
+    seen = load_in_processes([(recipe, by_shard) for recipe in recipes for by_shard in (True, False)], 2, tmp_path)
+    for (folder, _), got, want in zip(changes, seen[::2], seen[1::2], strict=True):
+        assert_same(got, want)
+        assert sum(row["bytes_read"] for row in got.load) < size_of(folder) * 1.7, "a whole load reads all of it twice"
 
 
 @pytest.mark.timeout(300)

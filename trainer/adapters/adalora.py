@@ -26,6 +26,7 @@ PATTERN = "rank_pattern"
 
 class AdaLora(Lora):
     peft_type = "ADALORA"
+    reads_base = True  # it is trained where a model is whole
 
     def settings(self, base: torch.nn.Module) -> dict[str, Any]:
         section = self.recipe.adapter
@@ -42,9 +43,6 @@ class AdaLora(Lora):
 
     def initialise(self, model: Any, plain: Any) -> None:
         """peft's own: P and Q from a normal distribution, E zero."""
-
-    def loads_by_shard(self, base: torch.nn.Module) -> bool:
-        return False
 
     def saved_config(self, model: Any) -> Any:
         config = super().saved_config(model)

@@ -14,6 +14,7 @@ BELOW = 2
 
 class AdaptionPrompt(PeftMethod):
     peft_type = "ADAPTION_PROMPT"
+    reads_base = True  # peft makes its vectors where the base's weights lie
 
     def settings(self, base: Any) -> dict[str, Any]:
         section = self.recipe.adapter

@@ -52,12 +52,16 @@ class Adapter(ABC):
         fit the model."""
 
     def loads_by_shard(self, base: torch.nn.Module) -> bool:
-        """Whether `attach` also takes ``base`` while it is on the meta device, and `initial` then knows the values."""
+        """Whether `attach_without_weights` takes this base, and `initial` then knows the values."""
         return False
+
+    def attach_without_weights(self, base: torch.nn.Module) -> torch.nn.Module:
+        """The same with ``base`` on the meta device, where the trained parameters are as well afterwards."""
+        raise NotImplementedError(f"{type(self).__name__} needs a base that is loaded whole")
 
     def initial(self, name: str, shape: torch.Size, start: int, stop: int, rows: Rows) -> torch.Tensor:
         """Elements ``start`` to ``stop`` of the flattened parameter ``name``, as `attach` initialises it on a base
-        that has its values.
+        that has its values. After `attach_without_weights`.
 
         Every rank calls it, for every parameter that the base does not have, in the same order: ``rows(name, first,
         last)`` gives rows of a weight of the base, a few at a time, and is collective."""

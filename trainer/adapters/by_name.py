@@ -35,6 +35,8 @@ PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
 
 
 class ByName(PeftMethod):
+    reads_base = True  # nobody knows
+
     @property
     def peft_type(self) -> str:  # type: ignore[override]
         return str(self._given()["peft"])

@@ -29,6 +29,9 @@ class Full(Adapter):
     def loads_by_shard(self, base: torch.nn.Module) -> bool:
         return True
 
+    def attach_without_weights(self, base: torch.nn.Module) -> torch.nn.Module:
+        return base
+
     def saved_names(self, model: torch.nn.Module) -> dict[str, str]:
         return {n: n for n, p in model.named_parameters() if p.requires_grad}
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.adapters.peft_method import PeftMethod
+from trainer.adapters.without_weights import META
 
 if TYPE_CHECKING:
     from trainer.adapters.base import Rows
@@ -44,15 +45,17 @@ class Lora(PeftMethod):
     def initialise(self, model: Any, plain: Callable[[], torch.nn.Module] | None) -> None:
         initialise(model, self.recipe.seed)
 
-    def loads_by_shard(self, base: torch.nn.Module) -> bool:
-        section = self.recipe.adapter
-        return not (section.modules_to_save or section.trainable_tokens)  # they begin as copies of what the base holds
+    def attach_without_weights(self, base: torch.nn.Module) -> torch.nn.Module:
+        """Nothing is made for real: of a large model the first values alone, in float32, would be much to hold."""
+        with META:
+            return self.attach(base)
 
     def initial(self, name: str, shape: torch.Size, start: int, stop: int, rows: Rows) -> torch.Tensor:
         if ".lora_A." in name:
             return drawn(name, shape, self.recipe.seed).view(-1)[start:stop]
-        assert ".lora_B." in name, name
-        return torch.zeros(stop - start)
+        if ".lora_B." in name:
+            return torch.zeros(stop - start)
+        return super().initial(name, shape, start, stop, rows)
 
     def starts_at_zero(self, saved_name: str) -> bool:
         return ".lora_B." in saved_name

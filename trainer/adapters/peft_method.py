@@ -12,13 +12,14 @@ import torch
 
 from trainer.adapters.base import Adapter, head_modules
 from trainer.adapters.targets import Targets, check_names, check_targets, resolve
+from trainer.adapters.without_weights import StayingOnHost, elements_of_rows, original_of, take_values
 from trainer.errors import CorruptObject, InputError
 from trainer.recipe.tasks import AUTO_CLASSES, PEFT_TYPES
 
 if TYPE_CHECKING:
     from peft import PeftConfig
 
-    from trainer.adapters.base import Read, ShapeOf
+    from trainer.adapters.base import Read, Rows, ShapeOf
 
 ADAPTER_NAME = "default"
 
@@ -27,6 +28,9 @@ class PeftMethod(Adapter):
     """A method says which ``peft_type`` it is and how the recipe's settings are called there (``settings``)."""
 
     peft_type: ClassVar[str]
+
+    reads_base: ClassVar[bool] = False
+    """Whether the first values are made from those of the base."""
 
     def settings(self, base: torch.nn.Module) -> dict[str, Any]:
         """The fields of peft's configuration, without those that every method has."""
@@ -98,6 +102,22 @@ class PeftMethod(Adapter):
                 parameter.data = parameter.data.float()
         self._names, self._constants = self.described(model)
         return model
+
+    def loads_by_shard(self, base: torch.nn.Module) -> bool:
+        return not (self.reads_base or self.recipe.adapter.trainable_tokens)  # the latter begin as rows of the base
+
+    def attach_without_weights(self, base: Any) -> torch.nn.Module:
+        with StayingOnHost():
+            model = self.attach(base)
+        self._first_values = take_values(model)
+        return model
+
+    def initial(self, name: str, shape: torch.Size, start: int, stop: int, rows: Rows) -> torch.Tensor:
+        original, columns = original_of(name, ADAPTER_NAME), shape[1:].numel()
+        if original is None:
+            return self._first_values[name].reshape(-1)[start:stop]
+        first, last = start // columns, -(-stop // columns)
+        return elements_of_rows(rows(original, first, last), first, columns, start, stop)
 
     def described(self, model: Any) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
         """The names under which parameters are saved as they are, and the tensors that are saved beside them."""

@@ -30,6 +30,7 @@ ENCODER = f"prompt_encoder.{ADAPTER_NAME}."
 
 class Prompt(PeftMethod):
     peft_type = "PROMPT_TUNING"
+    reads_base = True
     inserted = staticmethod(before_embeddings)
 
     def settings(self, base: torch.nn.Module) -> dict[str, Any]:
@@ -53,7 +54,7 @@ class Prompt(PeftMethod):
         self.inserted(model)
 
     def described(self, model: Any) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-        if next(model.parameters()).is_meta:
+        if next(model.prompt_encoder.parameters()).is_meta:
             return {}, {}  # peft computes what it would save
         return saved_by_peft(model, apart=ENCODER)
 
@@ -81,6 +82,7 @@ class Prompt(PeftMethod):
 
 class PTuning(Prompt):
     peft_type = "P_TUNING"
+    reads_base = False
 
     def settings(self, base: torch.nn.Module) -> dict[str, Any]:
         section = self.recipe.adapter
@@ -92,6 +94,7 @@ class PTuning(Prompt):
 
 class Prefix(Prompt):
     peft_type = "PREFIX_TUNING"
+    reads_base = False
     inserted = staticmethod(before_keys)
 
     def settings(self, base: torch.nn.Module) -> dict[str, Any]:

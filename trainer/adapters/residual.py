@@ -35,8 +35,7 @@ OVERSAMPLING = 16
 
 
 class Residual(Lora):
-    def loads_by_shard(self, base: torch.nn.Module) -> bool:
-        return False
+    reads_base = True
 
     @abstractmethod
     def factors(self, weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from trainer.errors import InputError
 from trainer.model import nf4
 from trainer.model.checkpoint_files import Stored, read_headers
+from trainer.model.head import Head, drawn_for, is_head, set_up_head
 from trainer.model.meta import NotByShard, four_bit_layers
 from trainer.model.names import match_names, state_of
 from trainer.model.source import Source
@@ -51,10 +52,12 @@ class ShardLoader:
     Raises InputError when files lack something or have it in another shape, NotByShard when ``base`` has to be loaded
     whole."""
 
-    def __init__(self, base: Any, source: Source, path: str, device: torch.device) -> None:
-        self.source, self.device = source, device
+    def __init__(self, base: Any, source: Source, path: str, device: torch.device, head: Head | None = None) -> None:
+        self.source, self.device, self.base, self.head = source, device, base, head
         self.stored = read_headers(source, path)
-        names = match_names(base, self.stored, path)
+        names = match_names(base, self.stored, path, lambda name: head is not None and is_head(base, name))
+        if head:  # one of another size is none
+            names = {n: key for n, key in names.items() if not is_head(base, n) or self._fits(base, n, key)}
         if getattr(base.config, "quantization_config", None) and not _is_four_bit(base):
             raise NotByShard("its files are quantised, and model.quantization is none")
         layers = {id(layer.weight): layer for layer in four_bit_layers(base).values()} if _is_four_bit(base) else {}
@@ -67,7 +70,15 @@ class ShardLoader:
         }
         _check_shapes(path, {name: (tensors[name], self._places[id(tensors[name])]) for name in names})
         self._keys = {names[name]: (self._places[id(tensors[name])], tensors[name].dtype) for name in names}
+        self._lacking = {n: t for n, t in tensors.items() if head and n not in names and is_head(base, n)}
+        if head:
+            set_up_head(base, head, self._lacking)
         self._named: dict[str, _Place] = {}
+        self._drawn: dict[str, str] = {}  # by the name after the adapter was attached, that in the base
+        self._first_name: dict[str, str] = {}  # of a tied parameter, by each of its names
+
+    def _fits(self, base: Any, name: str, key: str) -> bool:
+        return self.stored[key].shape == tuple(base.get_parameter(name).shape)
 
     def digest(self) -> str:
         """Of what is stored where: the same on every rank, or they would not load the same model."""
@@ -76,6 +87,10 @@ class ShardLoader:
     def attached(self, model: torch.nn.Module) -> None:
         """Learns the names after the adapter was attached, and fills the buffers, which every rank holds whole."""
         self._named = {n: self._places[id(p)] for n, p in model.named_parameters() if id(p) in self._places}
+        lacking = {id(t): n for n, t in self._lacking.items()}
+        self._drawn = {n: lacking[id(p)] for n, p in model.named_parameters() if id(p) in lacking}
+        first = {id(p): n for n, p in model.named_parameters()}
+        self._first_name = {n: first[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
         for module in model.modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and id(buffer) in self._places:
@@ -83,11 +98,12 @@ class ShardLoader:
                     module._buffers[name] = (
                         self._values(stored, 0, stored.numel).to(self.device, buffer.dtype).view(buffer.shape)
                     )
-        self._tensors, self._places = [], {}
+        self._tensors, self._places, self._lacking = [], {}, {}
 
     def fill(self, pieces: Sequence[Piece], initial: Initial, whole: Callable[[str], torch.Tensor]) -> None:
         """Collective: fills ``pieces``, which are of all parameters; those that no file holds by ``initial(name, shape,
-        start, stop, rows)``. ``whole``: the whole of a parameter that is spread over the ranks, by its name."""
+        start, stop, rows)``, but for a head's, which is drawn. ``whole``: the whole of a parameter that is spread over
+        the ranks, by its name."""
         stored = sorted((p for p in pieces if p.name in self._named), key=self._position)
         self.source.ahead(self._ranges(stored))
         for piece in stored:
@@ -101,10 +117,18 @@ class ShardLoader:
                 self._copy(piece, place.stored)
         self.source.check_unchanged({place.stored.file for place in self._named.values()})
         kept = {piece.name: piece for piece in pieces}
+        for name, base_name in self._drawn.items():
+            assert self.head is not None
+            values = drawn_for(self.base, base_name, kept[name].shape, self.head).view(-1)
+            kept[name].local.copy_(values[kept[name].start : kept[name].stop])
         for piece in pieces:
-            if piece.name not in self._named:
+            if piece.name not in self._named and piece.name not in self._drawn:
                 values = initial(
-                    piece.name, piece.shape, piece.start, piece.stop, lambda n, a, b: self._rows(kept[n], a, b, whole)
+                    piece.name,
+                    piece.shape,
+                    piece.start,
+                    piece.stop,
+                    lambda name, a, b: self._rows(kept[self._first_name[name]], a, b, whole),
                 )
                 piece.local.copy_(values)
 
@@ -185,7 +209,7 @@ class ShardLoader:
         self, piece: Piece, first: int, last: int, whole: Callable[[str], torch.Tensor]
     ) -> Iterator[torch.Tensor]:
         """Collective: rows ``first`` to ``last`` (other ones on each rank) of a weight, as the forward sees them."""
-        layer = self._named[piece.name].layer
+        layer = self._named[piece.name].layer if piece.name in self._named else None
         if layer is not None:
             yield from nf4.dequantise_rows(whole(piece.name), layer.quant_state, first, last)
             return

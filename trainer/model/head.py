@@ -58,15 +58,21 @@ def _names(model: Any) -> list[str]:
 
 
 def set_up_head(model: Any, head: Head, missing: Iterable[str]) -> None:
-    """Draws the ``missing`` parameters, and makes those and all that lie outside the base trainable, in float32."""
+    """Draws the ``missing`` parameters, and makes those and all that lie outside the base trainable, in float32. On the
+    meta device there is nothing to draw; see `drawn_for`."""
     drawn = set(missing)
     for name, parameter in model.named_parameters():
-        if name in drawn:
-            parameter.data = draw(name, parameter.shape, _std(model.config), head.seed).to(parameter.device)
+        if name in drawn and not parameter.is_meta:
+            parameter.data = drawn_for(model, name, parameter.shape, head).to(parameter.device)
         if name in drawn or not name.startswith(f"{model.base_model_prefix}."):
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
     _set_padding(model.config)
+
+
+def drawn_for(model: Any, name: str, shape: torch.Size, head: Head) -> torch.Tensor:
+    """The first values of a parameter that the files lack."""
+    return draw(name, shape, _std(model.config), head.seed)
 
 
 def take_tied_embeddings(model: Any, folder: Path, missing: set[str]) -> set[str]:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.errors import InputError
+from trainer.model.head import Head, head_modules
 from trainer.model.quantization import keep_weights_packed, quantization_config
 from trainer.recipe.model import ModelSection
 
@@ -37,17 +38,21 @@ def meta_model(
     full: bool,
     checkpointing: bool,
     auto_class: Any = None,
+    head: Head | None = None,
 ) -> PreTrainedModel:
     """What `build` makes, with its parameters on the meta device and its computed buffers on ``device``.
 
-    ``auto_class``: one of transformers' auto classes instead of AutoModelForCausalLM. Raises InputError when the
-    configuration is none that transformers knows, NotByShard when a buffer can only be had by loading the model whole.
+    ``auto_class``: one of transformers' auto classes instead of AutoModelForCausalLM; with a ``head``, the sequence
+    classifier. Raises InputError when the configuration is none that transformers knows, NotByShard when a buffer can
+    only be had by loading the model whole.
     """
-    from transformers import AutoConfig
+    from transformers import AutoConfig, AutoModelForSequenceClassification
 
+    told = {"trust_remote_code": section.trust_remote_code, **(head.settings() if head else {})}
     with _said_of(section):
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
-    model = from_config(section, config, full=full, checkpointing=checkpointing, auto_class=auto_class)
+        config = AutoConfig.from_pretrained(folder, **told)
+    auto = AutoModelForSequenceClassification if head else auto_class
+    model = from_config(section, config, full=full, checkpointing=checkpointing, auto_class=auto)
     _add_generation_config(model, folder)
     _compute_buffers(model, device)
     return model
@@ -66,7 +71,7 @@ def from_config(
         model: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=section.trust_remote_code)
     _keep_wide(model, dtype)
     if section.quantization != "none":
-        _quantise(model, section, dtype)
+        _quantise(model, section, dtype, head_modules(model) if _is_classifier(model) else None)
     model.requires_grad_(full)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -79,7 +84,7 @@ def _said_of(section: ModelSection) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError) as e:
-        raise InputError(f"model.path {section.path!r} cannot be loaded as a causal language model: {e}") from e
+        raise InputError(f"model.path {section.path!r} cannot be loaded: {e}") from e
 
 
 def _add_generation_config(model: Any, folder: Path) -> None:
@@ -102,13 +107,17 @@ def _keep_wide(model: Any, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(torch.float32)
 
 
-def _quantise(model: Any, section: ModelSection, dtype: torch.dtype) -> None:
+def _is_classifier(model: Any) -> bool:
+    return type(model).__name__.endswith("ForSequenceClassification")
+
+
+def _quantise(model: Any, section: ModelSection, dtype: torch.dtype, skipped: list[str] | None) -> None:
     """transformers' own replacement of the linear layers; for nf4 with packed weights in them."""
     from transformers.modeling_utils import local_torch_dtype
     from transformers.quantizers.auto import get_hf_quantizer
 
     quantizer, _, device_map = get_hf_quantizer(
-        model.config, quantization_config(section), {"": torch.device("cpu")}, True, {}
+        model.config, quantization_config(section, skipped), {"": torch.device("cpu")}, True, {}
     )
     with META, local_torch_dtype(dtype, type(model).__name__):  # of the new layers' biases
         quantizer.preprocess_model(model=model, dtype=dtype, device_map=device_map)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -22,14 +22,17 @@ QUANT_STATE = re.compile(r"\.weight\.(absmax|nested_absmax|quant_map|nested_quan
 """What bitsandbytes stores beside a packed weight."""
 
 
-def match_names(model: Any, stored: Mapping[str, Stored], path: str) -> dict[str, str]:
-    """Name in the files for each parameter and persistent buffer of ``model`` (tied ones under one of their names).
+def match_names(
+    model: Any, stored: Mapping[str, Stored], path: str, may_lack: Callable[[str], bool] = lambda name: False
+) -> dict[str, str]:
+    """Name in the files for each parameter and persistent buffer of ``model`` (tied ones under one of their names), but
+    for those that the files lack and ``may_lack``.
 
-    Raises InputError when the files lack one, NotByShard when transformers would do more than rename."""
+    Raises InputError when the files lack another one, NotByShard when transformers would do more than rename."""
     tensors = dict(state_of(model))
     found = {renamed: name for name, renamed in _renamed(model, stored, tensors) if renamed in tensors}
     _check_ties(tensors, found)
-    _check_missing(model, path, tensors, found)
+    _check_missing(model, path, {n: t for n, t in tensors.items() if n in found or not may_lack(n)}, found)
     return found
 
 
@@ -79,6 +82,8 @@ def _check_missing(model: Any, path: str, tensors: Mapping[str, torch.Tensor], f
     ignored = "|".join(f"({pattern})" for pattern in model._keys_to_ignore_on_load_missing or ())
     drawn = [name for name in missing if ignored and re.search(ignored, name)]
     lacking = [name for name in missing if name not in drawn]
+    if lacking and type(model).__name__.endswith("ForSequenceClassification"):
+        raise NotByShard(f"its files lack {lacking[0]}, which may stand there under another name")
     if lacking:
         raise InputError(
             f"model.path {path!r} lacks {len(lacking)} weights of a causal language model ({', '.join(lacking[:3])}); "

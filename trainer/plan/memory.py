@@ -14,7 +14,6 @@ from trainer.plan.shards import Share, Weight, share, weights_of
 from trainer.plan.skeleton import skeleton
 from trainer.plan.states import WHOLE, checkpoint_bytes, partition_bytes
 from trainer.recipe import Recipe
-from trainer.recipe.tasks import AUTO_CLASSES, CAUSAL
 from trainer.recipe.zero import STAGES, zero_settings
 from trainer.registry import STRATEGIES
 
@@ -63,7 +62,7 @@ def read_model(recipe: Recipe, config: PreTrainedConfig) -> Model:
 
 def _by_shard(recipe: Recipe, model: torch.nn.Module) -> bool:
     """As `trainer.building` decides it."""
-    if AUTO_CLASSES[recipe.task] != CAUSAL or recipe.model.quantization == "int8":
+    if recipe.model.quantization == "int8":
         return False
     return bool(STRATEGIES.load(recipe.strategy.kind).by_shard(recipe)) and make_adapter(recipe).loads_by_shard(model)
 
