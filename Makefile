@@ -35,7 +35,7 @@ test: $(INSTALLED)
 endif
 
 chaos: $(INSTALLED)
-	$(BIN)/python -m pytest -m chaos tests/ray/test_chaos.py
+	$(BIN)/python -m pytest -o faulthandler_timeout=0 -m chaos tests/ray/test_chaos.py
 
 matrix: $(INSTALLED)
 	RANKS_START=spawn $(BIN)/python -m pytest -m night tests/distributed/test_matrix.py

@@ -60,9 +60,9 @@ def run(
         adapter = drive(loaded, Progress(console), takeover=takeover)
     except KeyboardInterrupt:  # typer would make an exit code of its own of it
         raise Interrupted("the same command goes on from the newest checkpoint") from None
-    console.print(Text(f"finished: the adapter lies in {adapter}"), soft_wrap=True)
     for line in serving.of_recipe(loaded, adapter):
         console.print(Text(f"serve it:  {line}"), soft_wrap=True)
+    console.print(Text(f"finished: the adapter lies in {adapter}"), soft_wrap=True)
 
 
 def choose_ray(on: str | None) -> None:

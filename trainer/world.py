@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +23,7 @@ from trainer.errors import InputError
 
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+THREADS_TURN_S = 0.02
 
 
 @dataclass(frozen=True)
@@ -114,4 +116,11 @@ def join_world(*, gpu: bool) -> Iterator[World]:
         yield World(dist.get_rank(), dist.get_world_size(), local_rank, device)
     finally:
         if ours:
+            _let_go()
             dist.destroy_process_group()
+
+
+def _let_go() -> None:
+    """Gloo's threads take the interpreter's lock to drop the tensors of a collective that has just ended. Whoever
+    takes the group apart holds that lock, and waits for the threads: for good, unless they have had their turn."""
+    time.sleep(THREADS_TURN_S)

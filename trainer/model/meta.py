@@ -49,7 +49,7 @@ def meta_model(
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     told = {"trust_remote_code": section.trust_remote_code, **(head.settings() if head else {})}
-    with _said_of(section):
+    with _said_of(section, classifier=head is not None):
         config = AutoConfig.from_pretrained(folder, **told)
     auto = AutoModelForSequenceClassification if head else auto_class
     model = from_config(section, config, full=full, checkpointing=checkpointing, auto_class=auto)
@@ -66,8 +66,8 @@ def from_config(
 
     config = copy.deepcopy(config)  # quantising writes into it
     dtype = torch.float32 if full else getattr(torch, section.dtype)
-    with _said_of(section), META:
-        auto = auto_class or AutoModelForCausalLM
+    auto = auto_class or AutoModelForCausalLM
+    with _said_of(section, classifier="SequenceClassification" in auto.__name__), META:
         model: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=section.trust_remote_code)
     _keep_wide(model, dtype)
     if section.quantization != "none":
@@ -80,11 +80,12 @@ def from_config(
 
 
 @contextmanager
-def _said_of(section: ModelSection) -> Iterator[None]:
+def _said_of(section: ModelSection, *, classifier: bool) -> Iterator[None]:
+    kind = "sequence classifier" if classifier else "causal language model"
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError) as e:
-        raise InputError(f"model.path {section.path!r} cannot be loaded: {e}") from e
+        raise InputError(f"model.path {section.path!r} cannot be loaded as a {kind}: {e}") from e
 
 
 def _add_generation_config(model: Any, folder: Path) -> None:
