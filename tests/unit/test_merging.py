@@ -11,8 +11,9 @@ import pytest
 import torch
 
 import trainer.saved.merging as merging
+from tests.support.saved import adapter_of, trained
 from tests.support.tasks import make_encoder, task_recipe, write_task_data
-from tests.support.training import run_of, small_recipe, train_here, write_pairs
+from tests.support.training import run_of, train_here, write_pairs
 from trainer import layout
 from trainer.errors import CorruptObject, InputError, UsageError
 from trainer.model.placement import model_bytes
@@ -33,20 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def trained(name: str, model: Path, folder: Path, **changes: Any) -> Recipe:
-    few = {"training.steps": 3, "checkpoint.every_steps": 3, "optimizer.lr": 2e-2, "adapter.dropout": 0.0}
-    recipe = small_recipe(name, model, folder, **{**few, **changes})
-    if not Path(run_of(recipe).url, layout.ADAPTER).is_dir():
-        assert train_here(recipe) == "succeeded"
-    return recipe
-
-
 def of(recipe: Recipe) -> Address:
     return Address(run=run_of(recipe).url)
-
-
-def adapter_of(recipe: Recipe) -> Path:
-    return Path(run_of(recipe).url, layout.ADAPTER)
 
 
 @torch.no_grad()

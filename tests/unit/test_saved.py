@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.saved import adapter_of, trained
 from tests.support.tasks import make_encoder, task_recipe, write_task_data
-from tests.support.training import run_of, small_recipe, train_here, write_pairs
+from tests.support.training import run_of, train_here, write_pairs
 from trainer import layout
 from trainer.errors import InputError, UsageError
 from trainer.model.placement import Placement, model_bytes, placement_for
@@ -31,18 +32,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_pairs(folder / "data" / "a.jsonl", 60)
     write_task_data(folder, "classification")
     return folder
-
-
-def trained(name: str, model: Path, folder: Path, **changes: Any) -> Recipe:
-    few = {"training.steps": 3, "checkpoint.every_steps": 3, "optimizer.lr": 2e-2, "adapter.dropout": 0.0}
-    recipe = small_recipe(name, model, folder, **{**few, **changes})
-    if not Path(adapter_of(recipe)).is_dir():
-        assert train_here(recipe) == "succeeded"
-    return recipe
-
-
-def adapter_of(recipe: Recipe) -> str:
-    return f"{run_of(recipe).url}/{layout.ADAPTER}"
 
 
 def named(**recipes: Recipe) -> Address:
@@ -69,7 +58,7 @@ def plainly(model: Path, *adapters: str) -> Any:
 
 def test_an_adapter_says_what_it_was_trained_on(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
     recipe = trained("qlora", tiny_model, folder, **{"model.quantization": "nf4", "model.dtype": "bfloat16"})
-    told = find(Address.of(None, [adapter_of(recipe)], None), tmp_path / "a")
+    told = find(Address.of(None, [str(adapter_of(recipe))], None), tmp_path / "a")
     assert (told.section, told.task, told.method, told.format) == (recipe.model, "sft", "lora", "completion")
     checkpoint = next(iter(sorted(Path(run_of(recipe).url, layout.CHECKPOINTS).iterdir())))
     assert find(Address.of(None, [str(checkpoint)], None), tmp_path / "b").section == recipe.model
@@ -95,7 +84,7 @@ def test_code_of_a_base_runs_only_when_somebody_says_so(tiny_model: Path, folder
 def test_it_computes_what_plain_peft_does(method: str, tiny_model: Path, folder: Path, tmp_path: Path) -> None:
     recipe = trained(f"plainly-{method}", tiny_model, folder, adapter={"method": method})
     found = logits(here(find(Address(run=run_of(recipe).url), tmp_path)))
-    saved = adapter_of(recipe)
+    saved = str(adapter_of(recipe))
     wanted = logits(plainly(Path(saved)) if method == "none" else plainly(tiny_model, saved))
     assert torch.allclose(found, wanted, atol=1e-5)
     assert not torch.allclose(found, logits(plainly(tiny_model)), atol=1e-2), "it has learnt something"
@@ -106,7 +95,7 @@ def test_several_adapters_each_by_its_name(tiny_model: Path, folder: Path, tmp_p
     model = here(find(named(a=a, b=b), tmp_path))
     for name, recipe in (("a", a), ("b", b)):
         assert mixed(model, Mix.of(name)) == name
-        assert torch.allclose(logits(model), logits(plainly(tiny_model, adapter_of(recipe))), atol=1e-5)
+        assert torch.allclose(logits(model), logits(plainly(tiny_model, str(adapter_of(recipe)))), atol=1e-5)
 
 
 @pytest.mark.parametrize("method", ["lora", "rslora"])
@@ -162,7 +151,7 @@ def test_an_adapter_on_another_base_is_refused(tiny_model: Path, folder: Path, t
     recipe = trained("plain", tiny_model, folder)
     shape = Shape(hidden=32, layers=2, heads=4, kv_heads=2, intermediate=64, vocabulary=384, positions=512)
     other = make_model(tmp_path / "other", shape, ["some text of a few words"], seed=1)
-    subject = find(Address.of(None, [adapter_of(recipe)], None), tmp_path / "a")
+    subject = find(Address.of(None, [str(adapter_of(recipe))], None), tmp_path / "a")
     moved = replace(subject, section=subject.section.model_copy(update={"path": str(other)}))
     with pytest.raises(InputError, match="the adapter does not fit the base"):
         here(moved)
@@ -218,7 +207,7 @@ def test_a_classifiers_outputs_are_known_by_their_names(folder: Path, tmp_path: 
     few = {"training.steps": 2, "checkpoint.every_steps": 2, "training.eval_every": None}
     recipe = task_recipe("classification", "named", encoder, folder, adapter={"method": "ia3"}, **few)
     assert train_here(recipe) == "succeeded"
-    subject = find(Address.of(None, [adapter_of(recipe)], None), tmp_path / "a")
+    subject = find(Address.of(None, [str(adapter_of(recipe))], None), tmp_path / "a")
     assert subject.classes == ("bread", "ferry", "hills", "lighthouse")
     assert logits(here(subject)).shape == (1, 4)
 
