@@ -44,7 +44,9 @@ QuantizationOption = Annotated[
 ]
 FrameOption = Annotated[
     str | None,
-    typer.Option("--frame", help="chat | qa | plain: how a question is put; else as the training data had it"),
+    typer.Option(
+        "--frame", help="chat | qa | instruction | template | plain: how a question is put; else as in training"
+    ),
 ]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="of each answer")]
 TemperatureOption = Annotated[
@@ -207,7 +209,9 @@ class Drawing:
 def _conversation(loaded: Loaded, frame: str | None, system: str | None) -> Conversation:
     from trainer.saved.conversation import Conversation, frame_for
 
-    return Conversation(loaded.tokenizer, frame_for(loaded.tokenizer, frame, loaded.subject.format), system)
+    subject, tokenizer = loaded.subject, loaded.tokenizer
+    chosen = frame_for(tokenizer, frame, subject.format, subject.template)
+    return Conversation(tokenizer, chosen, system, subject.template)
 
 
 @contextmanager

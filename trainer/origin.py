@@ -17,16 +17,18 @@ ORIGIN_FILE = "muster.json"
 
 class Origin(NamedTuple):
     """``method``: the recipe's word, or peft's, for a method that was named so. ``model``: the base, as the recipe has
-    it. ``format``: of the training data, the first source's."""
+    it. ``format`` and ``template``: of the training data, the first source's."""
 
     task: str
     method: str
     model: ModelSection
     format: str | None = None
+    template: str | None = None
 
     @classmethod
     def of(cls, recipe: Recipe) -> Origin:
-        return cls(recipe.task, recipe.adapter.label, recipe.model, recipe.data.train[0].format)
+        source = recipe.data.train[0]
+        return cls(recipe.task, recipe.adapter.label, recipe.model, source.format, source.template)
 
     def write(self, folder: Path) -> None:
         told = {**self._asdict(), "model": self.model.model_dump(mode="json")}
@@ -39,6 +41,6 @@ class Origin(NamedTuple):
         try:
             told = json.loads((folder / ORIGIN_FILE).read_text())
             model = ModelSection.model_validate(told["model"]).model_copy(update={"trust_remote_code": False})
-            return cls(str(told["task"]), str(told["method"]), model, told.get("format"))
+            return cls(str(told["task"]), str(told["method"]), model, told.get("format"), told.get("template"))
         except (OSError, ValueError, TypeError, KeyError):
             return None

@@ -114,7 +114,10 @@ def test_a_bad_line_is_said_before_anything_is_written(
         (["--run", "x", "--prompt", "x", "--top-p", "0.5"], "--top-p has no effect at --temperature 0"),
         (["--adapter", "a=x", "--adapter", "b=y", "--use", "a=", "--prompt", "x"], "--use 'a=' is neither the name"),
         (["--run", "{run}", "--prompt", "x", "--quantization", "nf3"], "--quantization 'nf3' is not one of"),
-        (["--run", "{run}", "--prompt", "x", "--frame", "loud"], "--frame 'loud' is not one of: chat, qa, plain"),
+        (
+            ["--run", "{run}", "--prompt", "x", "--frame", "loud"],
+            "--frame 'loud' is not one of: chat, qa,",
+        ),
         (["--run", "{run}", "--prompt", "x", "--use", "b"], "--use 'b' is none of the adapters default"),
         (["--adapter", "a={run}/adapter", "--adapter", "b={run}/adapter", "--prompt", "x"], "say which of a, b"),
     ],
@@ -196,7 +199,15 @@ def test_a_question_is_put_as_the_training_data_had_it(tokenizer: Any) -> None:
     assert frame_for(tokenizer, None, "completion") == "plain"
     assert frame_for(tokenizer, None, None) == "chat", "its tokenizer has a template"
     assert frame_for(tokenizer, "plain", "qa") == "plain"
+    assert frame_for(tokenizer, None, "instruction") == "instruction"
+    template = "Q: {text}\nA:"
+    assert frame_for(tokenizer, None, "completion", template) == "template"
+    assert frame_for(tokenizer, None, "completion", "{a} {b}") == "plain", "there are two blanks to fill"
     assert Conversation(tokenizer, "qa").ask("who?") == "Question: who?\nAnswer:"
+    assert Conversation(tokenizer, "template", template=template).ask("who?") == "Q: who?\nA:"
+    assert Conversation(tokenizer, "instruction").ask("sing").endswith("### Instruction:\nsing\n\n### Response:\n")
+    with pytest.raises(UsageError, match="had no template with a single blank"):
+        frame_for(tokenizer, "template", "completion")
     with pytest.raises(UsageError, match="--system has no effect with the frame qa"):
         Conversation(tokenizer, "qa", "be brief")
     tokenizer.chat_template = None

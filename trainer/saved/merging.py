@@ -68,7 +68,7 @@ def merge(
             tokenizer_of(subject).save_pretrained(folder)
             say("comparing logits")
             difference = _compare(folder, subject, placement, probes, before)
-        Origin(subject.task, "none", subject.section, subject.format).write(folder)
+        Origin(subject.task, "none", subject.section, subject.format, subject.template).write(folder)
         (folder / "README.md").write_text(merged_card(subject.section, subject.method, difference))
     return Merged(subject, out, difference)
 
@@ -88,7 +88,7 @@ def combine(address: Address, out: Path, mix: Mix, *, say: Callable[[str], None]
         for file in sorted((scratch / name).iterdir()):
             shutil.move(file, folder / file.name)
         tokenizer_of(subject).save_pretrained(folder)
-        Origin(subject.task, subject.method, subject.section, subject.format).write(folder)
+        Origin(subject.task, subject.method, subject.section, subject.format, subject.template).write(folder)
     return subject
 
 

@@ -65,8 +65,8 @@ class Address:
 class Subject:
     """``section``: the base, or the whole model where there are no ``adapters``: name to folder on this host, of one
     method. ``labels``: the names of a classifier's outputs; None where its files do not name them. ``outputs``: how
-    many of them a whole model has. ``format``: of the data that it was trained on. ``recipe``: what it was trained
-    with. Both where that is known."""
+    many of them a whole model has. ``format`` and ``template``: of the data that it was trained on; ``recipe``: what
+    it was trained with. These where they are known."""
 
     section: ModelSection
     task: str
@@ -75,6 +75,7 @@ class Subject:
     labels: tuple[str, ...] | None = None
     outputs: int | None = None
     format: str | None = None
+    template: str | None = None
     recipe: Recipe | None = None
 
     @property
@@ -195,9 +196,8 @@ def _saved(recipe: Recipe | None, folder: Path, where: str) -> Subject:
         origin = Origin.of(recipe) if recipe else _origin(folder, config, where)
         model_config = _json(folder / MODEL_CONFIG, where) if (folder / MODEL_CONFIG).is_file() else {}
         labels = _labels(model_config) if recipe else _outputs(model_config)
-        return Subject(
-            origin.model, origin.task, origin.method, {DEFAULT: folder}, labels, format=origin.format, recipe=recipe
-        )
+        told = {"format": origin.format, "template": origin.template}
+        return Subject(origin.model, origin.task, origin.method, {DEFAULT: folder}, labels, recipe=recipe, **told)
     if not (folder / MODEL_CONFIG).is_file():
         raise InputError(f"{where} holds neither {ADAPTER_CONFIG} nor {MODEL_CONFIG}: name the folder of an adapter")
     plain = recipe.model if recipe else ModelSection(path=str(folder))
@@ -260,7 +260,8 @@ def _whole_model(recipe: Recipe | None, section: ModelSection, folder: Path, whe
     labels = _labels(config) if recipe else _outputs(config)
     outputs = len(config.get("id2label") or DEFAULT_OUTPUTS)
     origin = Origin.of(recipe) if recipe else Origin.read(folder)
-    return Subject(section, task, "none", {}, labels, outputs, origin.format if origin else None, recipe)
+    format, template = (origin.format, origin.template) if origin else (None, None)
+    return Subject(section, task, "none", {}, labels, outputs, format, template, recipe)
 
 
 def _labels(config: dict[str, Any]) -> tuple[str, ...] | None:
