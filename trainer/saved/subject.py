@@ -196,8 +196,8 @@ def _saved(recipe: Recipe | None, folder: Path, where: str) -> Subject:
         origin = Origin.of(recipe) if recipe else _origin(folder, config, where)
         model_config = _json(folder / MODEL_CONFIG, where) if (folder / MODEL_CONFIG).is_file() else {}
         labels = _labels(model_config) if recipe else _outputs(model_config)
-        told = {"format": origin.format, "template": origin.template}
-        return Subject(origin.model, origin.task, origin.method, {DEFAULT: folder}, labels, recipe=recipe, **told)
+        adapters, (task, method, base, *data) = {DEFAULT: folder}, origin
+        return Subject(base, task, method, adapters, labels, None, *data, recipe=recipe)
     if not (folder / MODEL_CONFIG).is_file():
         raise InputError(f"{where} holds neither {ADAPTER_CONFIG} nor {MODEL_CONFIG}: name the folder of an adapter")
     plain = recipe.model if recipe else ModelSection(path=str(folder))
@@ -218,7 +218,8 @@ def _origin(folder: Path, config: dict[str, Any], where: str) -> Origin:
     """As training wrote it beside a final adapter; of a checkpoint, by the recipe of the run that it lies in."""
     run, inside, _ = where.rstrip("/").rpartition(f"/{layout.CHECKPOINTS}/")
     if inside and open_storage(run).info(layout.RECIPE):
-        return Origin.of(read_recipe(open_storage(run)))
+        origin = Origin.of(read_recipe(open_storage(run)))
+        return origin._replace(model=origin.model.model_copy(update={"trust_remote_code": False}))
     return Origin.read(folder) or _origin_by_peft(config, where)
 
 
