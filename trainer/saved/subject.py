@@ -196,8 +196,8 @@ def _saved(recipe: Recipe | None, folder: Path, where: str) -> Subject:
         origin = Origin.of(recipe) if recipe else _origin(folder, config, where)
         model_config = _json(folder / MODEL_CONFIG, where) if (folder / MODEL_CONFIG).is_file() else {}
         labels = _labels(model_config) if recipe else _outputs(model_config)
-        adapters, (task, method, base, *data) = {DEFAULT: folder}, origin
-        return Subject(base, task, method, adapters, labels, None, *data, recipe=recipe)
+        task, method, base, format, template = origin
+        return Subject(base, task, method, {DEFAULT: folder}, labels, None, format, template, recipe)
     if not (folder / MODEL_CONFIG).is_file():
         raise InputError(f"{where} holds neither {ADAPTER_CONFIG} nor {MODEL_CONFIG}: name the folder of an adapter")
     plain = recipe.model if recipe else ModelSection(path=str(folder))
