@@ -210,8 +210,8 @@ def _conversation(loaded: Loaded, frame: str | None, system: str | None) -> Conv
     from trainer.saved.conversation import Conversation, frame_for
 
     subject, tokenizer = loaded.subject, loaded.tokenizer
-    chosen = frame_for(tokenizer, frame, subject.format, subject.template)
-    return Conversation(tokenizer, chosen, system, subject.template)
+    format, template = (subject.origin.format, subject.origin.template) if subject.origin else (None, None)
+    return Conversation(tokenizer, frame_for(tokenizer, frame, format, template), system, template)
 
 
 @contextmanager
@@ -224,7 +224,7 @@ def _loaded(which: Which, drawing: Drawing, batch: int) -> Iterator[Loaded]:
     from trainer.saved.mixing import Mix, mixed
 
     address = Address.of(which.run, which.adapters, which.model)
-    mix = Mix.of(which.use, which.combination, which.density) if which.use else None
+    mix = Mix.chosen(which.use, which.combination, which.density)
     drawing.check()
     hush_libraries()
     say = Progress(stderr()).phase

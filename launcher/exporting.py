@@ -79,7 +79,9 @@ def merge(
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype!r} is not one of: {', '.join(DTYPES)}")
     address, folder, console = Address.of(run, adapter, None), Path(out), stderr()
-    mix = Mix.of(use, combination, density) if use else None
+    mix = Mix.chosen(use, combination, density)
+    if as_adapter and dtype:
+        raise UsageError("--dtype has no effect with --as-adapter; leave it out")
     with redirect_stdout(sys.stderr):
         hush_libraries()
         say = Progress(console).phase

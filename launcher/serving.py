@@ -28,7 +28,12 @@ def of_recipe(recipe: Recipe, adapter: str) -> list[str]:
         return [_command(adapter)] if _is_local(adapter) else [_fetch(adapter, recipe.name), _command(recipe.name)]
     merged = f"{recipe.name}-merged"
     apart = ["muster", "merge", "--run", recipe.run_uri, "--out", merged]
-    if not (section.kind in AS_LORA and section.bias == "none" and not section.modules_to_save):
+    if not (
+        section.kind in AS_LORA
+        and section.bias == "none"
+        and not section.modules_to_save
+        and not section.trainable_tokens
+    ):
         return [shlex.join(apart), _command(merged)]
     rank = (section.rank or 0) * (2 if section.kind in ("pissa", "olora") else 1)
     folder = adapter if _is_local(adapter) else recipe.name

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from launcher.status import Status
 
@@ -39,18 +40,22 @@ def runs_table(runs: list[Status]) -> Table:
 
 
 def described_table(found: Description) -> Table:
-    table = Table(box=box.SIMPLE, show_header=False, title=found.uri, title_justify="left")
-    table.add_row("kind", f"{found.kind}, task {found.task}, method {found.method}")
+    table = Table(box=box.SIMPLE, show_header=False, title=Text(found.uri), title_justify="left")
+
+    def row(name: str, value: str) -> None:
+        table.add_row(Text(name), Text(value))  # not markup, whatever brackets there are
+
+    row("kind", f"{found.kind}, task {found.task}, method {found.method}")
     if found.base:
         held = f"{found.base['dtype']}, quantization {found.base['quantization']}"
-        table.add_row("base", f"{found.base['path']} ({found.base['revision']}), {held}")
+        row("base", f"{found.base['path']} ({found.base['revision']}), {held}")
     for name, value in found.settings.items():
-        table.add_row(name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+        row(name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in found.dtypes.items())
-    table.add_row("tensors", f"{found.tensors:,} ({dtypes}), {found.parameters:,} parameters, {found.bytes:,} bytes")
+    row("tensors", f"{found.tensors:,} ({dtypes}), {found.parameters:,} parameters, {found.bytes:,} bytes")
     for name, size in found.files.items():
-        table.add_row(name, f"{size:,} bytes")
+        row(name, f"{size:,} bytes")
     for name, value in found.facts.items():
-        table.add_row(name, repr(value) if isinstance(value, str) else str(value))
-    table.add_row("whole", "yes" if found.whole else "no: " + "\n".join(found.problems))
+        row(name, repr(value) if isinstance(value, str) else str(value))
+    row("whole", "yes" if found.whole else "no: " + "\n".join(found.problems))
     return table

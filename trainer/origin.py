@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.recipe import ModelSection, Recipe
+from trainer.recipe.tasks import AUTO_CLASSES
 
 ORIGIN_FILE = "muster.json"
 
@@ -41,6 +42,8 @@ class Origin(NamedTuple):
         try:
             told = json.loads((folder / ORIGIN_FILE).read_text())
             model = ModelSection.model_validate(told["model"]).model_copy(update={"trust_remote_code": False})
+            if told["task"] not in AUTO_CLASSES:
+                return None
             return cls(str(told["task"]), str(told["method"]), model, told.get("format"), told.get("template"))
         except (OSError, ValueError, TypeError, KeyError):
             return None

@@ -69,7 +69,7 @@ def publish(run: Storage, record: CommitRecord) -> str:
     run.delete(stale)
     with tempfile.TemporaryDirectory(prefix="muster-publish-") as folder:
         for name, info in wanted.items():
-            if not _matches(run, f"{layout.ADAPTER}/{name}", info):
+            if not reads_back(run, f"{layout.ADAPTER}/{name}", info):
                 _copy(run, f"{layout.checkpoint(record.checkpoint)}/{name}", f"{layout.ADAPTER}/{name}", info, folder)
     return run.uri(layout.ADAPTER)
 
@@ -77,7 +77,7 @@ def publish(run: Storage, record: CommitRecord) -> str:
 def is_published(run: Storage, record: CommitRecord) -> bool:
     """Reads every file of the final adapter and compares its sha256 with the record's."""
     wanted = published_files(record)
-    return bool(wanted) and all(_matches(run, f"{layout.ADAPTER}/{n}", i) for n, i in wanted.items())
+    return bool(wanted) and all(reads_back(run, f"{layout.ADAPTER}/{n}", i) for n, i in wanted.items())
 
 
 def _copy(run: Storage, source: str, target: str, info: FileInfo, folder: str) -> None:
@@ -91,7 +91,8 @@ def _copy(run: Storage, source: str, target: str, info: FileInfo, folder: str) -
     local.unlink()
 
 
-def _matches(run: Storage, key: str, info: FileInfo) -> bool:
+def reads_back(run: Storage, key: str, info: FileInfo) -> bool:
+    """Whether the object has the bytes of a commit record's entry. Memory: ``READ_BYTES``."""
     found, size = run.info(key), int(info["bytes"])
     if found is None or found.size != size:
         return False

@@ -88,10 +88,16 @@ def test_a_file_is_answered_in_its_order(
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ('{"prompt": "a"}\n{"question": "b"}', "row 2 of --input has neither a prompt (text) nor messages (a list)"),
+        (
+            '{"prompt": "a"}\n{"question": "b"}',
+            "row 2 of --input has neither a prompt (text) nor messages (a list of objects)",
+        ),
         ('{"prompt": "a"}\n{"prompt": 3}', "row 2 of --input has neither"),
         ('{"prompt": "a"}\n\nnot json', "line 3 is not JSON"),
         ('["a"]', "line 1 is no object"),
+        ('{"messages": ["hi"]}', "row 1 of --input has neither"),
+        ('{"messages": [[{"role": "user", "content": "hi"}]]}', "row 1 of --input has neither"),
+        ('{"prompt": "\\ud800"}', "row 1 of --input: "),
     ],
 )
 def test_a_bad_line_is_said_before_anything_is_written(
@@ -118,6 +124,9 @@ def test_a_bad_line_is_said_before_anything_is_written(
             ["--run", "{run}", "--prompt", "x", "--frame", "loud"],
             "--frame 'loud' is not one of: chat, qa,",
         ),
+        (["--run", "x", "--prompt", "x", "--combination", "svd"], "have no effect without --use"),
+        (["--adapter", "a=x", "--prompt", "x", "--use", "a=1,a=2"], "names an adapter twice"),
+        (["--model", "s3://AKIAXXXX:secret@bucket/m", "--prompt", "x"], "this cannot be a model"),
         (["--run", "{run}", "--prompt", "x", "--use", "b"], "--use 'b' is none of the adapters default"),
         (["--adapter", "a={run}/adapter", "--adapter", "b={run}/adapter", "--prompt", "x"], "say which of a, b"),
     ],
@@ -129,6 +138,7 @@ def test_options_that_do_not_go_together(
     assert muster(monkeypatch, "generate", *(a.replace("{run}", run) for a in arguments)) == 2
     found = capsys.readouterr()
     assert said in found.err
+    assert "secret@" not in found.err
     assert found.out == ""
 
 

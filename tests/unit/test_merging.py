@@ -17,6 +17,7 @@ from tests.support.training import run_of, train_here, write_pairs
 from trainer import layout
 from trainer.errors import CorruptObject, InputError, UsageError
 from trainer.model.placement import model_bytes
+from trainer.origin import Origin
 from trainer.recipe import Recipe
 from trainer.saved import Address
 from trainer.saved.describing import describe
@@ -132,6 +133,8 @@ def test_what_cannot_be_merged_is_said(tiny_model: Path, folder: Path, tmp_path:
     with pytest.raises(UsageError, match="is there already: name a new folder"):
         merge(of(lora), tmp_path / "there")
     assert (tmp_path / "there" / "mine").read_text() == "kept"
+    with pytest.raises(UsageError, match="is no folder of this machine"):
+        merge(of(lora), Path("s3://bucket/merged"))
     both = Address.of(None, [f"a={adapter_of(lora)}", f"b={adapter_of(lora)}"], None)
     with pytest.raises(UsageError, match="say which of a, b to merge, or how much of each, by --use"):
         merge(both, tmp_path / "out")
@@ -163,6 +166,9 @@ def test_a_combination_is_an_adapter_of_its_own(tiny_model: Path, folder: Path, 
     combine(both, tmp_path / "mix", mix)
     merge(both, tmp_path / "merged", mix=mix)
     assert torch.allclose(plain_logits(tiny_model, tmp_path / "mix"), plain_logits(tmp_path / "merged"), atol=1e-4)
+    assert Origin.read(tmp_path / "mix") == Origin.of(a), "as its parents were held"
+    combine(of(a), tmp_path / "alone", Mix.of("default"))
+    assert torch.equal(plain_logits(tiny_model, tmp_path / "alone"), plain_logits(tiny_model, adapter_of(a)))
     told = describe(str(tmp_path / "mix"))
     assert (told.whole, told.settings["r"]) == (True, 4 + 4)
 
@@ -258,3 +264,53 @@ def test_a_damaged_model_is_described_as_such(damage: str, tiny_model: Path, tmp
     assert told.problems
     assert ("is torn" if damage == "truncated" else "not finite") in told.problems[0]
     assert json.loads(json.dumps(told.to_json()))["whole"] is False
+
+
+@pytest.mark.parametrize("changes", [{"bias": "all"}, {"modules_to_save": ["lm_head"]}])
+def test_what_is_not_merged_tensor_by_tensor_is_refused(
+    changes: dict[str, Any], tiny_model: Path, folder: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoTokenizer, Qwen2Config, Qwen2ForCausalLM
+
+    torch.manual_seed(1)
+    config = Qwen2Config(
+        vocab_size=384, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, tie_word_embeddings=True,
+    )  # fmt: skip
+    base = tmp_path / "base"
+    Qwen2ForCausalLM(config).save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(base)
+    name = f"tied-{next(iter(changes)).replace('_', '-')}"
+    recipe = trained(name, base, folder, adapter={"method": "lora", "rank": 4, **changes})
+    with pytest.raises(InputError, match="does not fit in memory, and the adapter"):
+        merge(of(recipe), tmp_path / "parts", limits={"cpu": model_bytes(recipe.model, base) // 2})
+    merge(of(recipe), tmp_path / "whole")
+
+
+def test_no_code_of_a_base_runs_to_describe_an_adapter(
+    tiny_model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, adapter = tmp_path / "base", tmp_path / "adapter"
+    shutil.copytree(tiny_model, base)
+    config = json.loads((base / "config.json").read_text())
+    config |= {"model_type": "unheard-of", "auto_map": {"AutoConfig": "conf.Config"}}
+    (base / "config.json").write_text(json.dumps(config))
+    (base / "conf.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    shutil.copytree(adapter_of(trained("lora", tiny_model, folder)), adapter)
+    told = json.loads((adapter / "muster.json").read_text())
+    told["model"]["path"] = str(base)
+    (adapter / "muster.json").write_text(json.dumps(told))
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    assert "not compared with its base" in describe(str(adapter)).facts
+    assert not (tmp_path / "ran").exists()
+
+
+def test_brackets_in_what_is_told_are_no_markup(tiny_model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from rich.console import Console
+
+    from launcher.tables import described_table
+
+    told = describe(str(tiny_model))
+    told.facts["text"] = "[INST] say [/INST] [qv]_proj"
+    Console(width=120).print(described_table(told))
+    assert "[INST] say [/INST] [qv]_proj" in capsys.readouterr().out

@@ -59,7 +59,9 @@ def plainly(model: Path, *adapters: str) -> Any:
 def test_an_adapter_says_what_it_was_trained_on(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
     recipe = trained("qlora", tiny_model, folder, **{"model.quantization": "nf4", "model.dtype": "bfloat16"})
     told = find(Address.of(None, [str(adapter_of(recipe))], None), tmp_path / "a")
-    assert (told.section, told.task, told.method, told.format) == (recipe.model, "sft", "lora", "completion")
+    assert (told.section, told.task, told.method) == (recipe.model, "sft", "lora")
+    assert told.origin
+    assert told.origin.format == "completion"
     checkpoint = next(iter(sorted(Path(run_of(recipe).url, layout.CHECKPOINTS).iterdir())))
     assert find(Address.of(None, [str(checkpoint)], None), tmp_path / "b").section == recipe.model
     bare = tmp_path / "bare"
@@ -243,3 +245,47 @@ def test_a_prompt_that_leaves_little_room_is_answered_as_far_as_it_goes(tiny_mod
     writer._with_cache = lambda rows, most, *rest: told.append((len(rows[0]), most)) or [""] * len(rows)  # type: ignore
     writer.answers([[5] * 500, [5] * 3, [5] * 400, [5] * 4], 300)
     assert told == [(256, 256), (256, 256), (4, 300)], "half of the positions are the prompt's at most"
+
+
+def test_a_combination_has_a_name_that_nobody_can_give(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
+    a, b = trained("plain", tiny_model, folder), trained("other", tiny_model, folder, seed=3)
+    model = here(find(named(combined=a, b=b), tmp_path))
+    assert mixed(model, Mix.of("combined=0.5,b=0.25")) not in ("combined", "b")
+
+
+def test_what_is_trained_whole_beside_adapters_is_not_dropped(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
+    beside = {"method": "lora", "rank": 4, "modules_to_save": ["lm_head"]}
+    a, b = trained("head-too", tiny_model, folder, adapter=beside), trained("plain", tiny_model, folder)
+    model = here(find(named(a=a, b=b), tmp_path))
+    with pytest.raises(UsageError, match="trained whole cannot be combined"):
+        mixed(model, Mix.of("a=0.5,b=0.5"))
+
+
+def test_nothing_but_the_likeliest_token_decides(tiny_model: Path, tmp_path: Path) -> None:
+    """The base's authors may have penalties of their own."""
+    strict = tmp_path / "strict"
+    shutil.copytree(tiny_model, strict)
+    told = json.loads((strict / "generation_config.json").read_text())
+    (strict / "generation_config.json").write_text(json.dumps({**told, "repetition_penalty": 5.0, "min_new_tokens": 9}))
+    texts = []
+    for model in (tiny_model, strict):
+        subject = find(Address(model=str(model)), tmp_path / model.name)
+        texts.append(Writer(here(subject), tokenizer_of(subject), CPU, 4).answers(PROMPTS, 12))
+    assert texts[0] == texts[1]
+
+
+def test_a_checkpoint_of_a_model_that_is_trained_whole_can_be_asked(
+    tiny_model: Path, folder: Path, tmp_path: Path
+) -> None:
+    """Its tokenizer is that of its run's base: only what is final has one beside it."""
+    steps = {"training.steps": 4, "checkpoint.every_steps": 2}
+    recipe = trained("full-checkpoints", tiny_model, folder, adapter={"method": "none"}, **steps)
+    checkpoints = [f for f in Path(run_of(recipe).url, layout.CHECKPOINTS).iterdir() if not (f / "README.md").exists()]
+    subject = find(Address.of(None, [str(checkpoints[0])], None), tmp_path)
+    assert Writer(here(subject), tokenizer_of(subject), CPU, 4).answers(PROMPTS, 3)
+
+
+def test_an_address_with_an_equals_sign_in_it_is_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "lr=1").mkdir()
+    assert Address.of(None, ["lr=1"], None).adapters == (("default", "lr=1"),)

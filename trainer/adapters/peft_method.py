@@ -115,7 +115,7 @@ class PeftMethod(Adapter):
     def initial(self, name: str, shape: torch.Size, start: int, stop: int, rows: Rows) -> torch.Tensor:
         original, columns = original_of(name, ADAPTER_NAME), shape[1:].numel()
         if original is None:
-            return self._first_values[name].reshape(-1)[start:stop]
+            return self._first_values.pop(name).reshape(-1)[start:stop]
         first, last = start // columns, -(-stop // columns)
         return elements_of_rows(rows(original, first, last), first, columns, start, stop)
 

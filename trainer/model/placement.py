@@ -83,9 +83,12 @@ def model_bytes(section: ModelSection, folder: Path) -> int:
     """About what the weights take in memory, from a model without any."""
     from transformers import AutoConfig, AutoModel
 
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
-    with torch.device("meta"):
-        model: Any = AutoModel.from_config(config, trust_remote_code=section.trust_remote_code)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+        with torch.device("meta"):
+            model: Any = AutoModel.from_config(config, trust_remote_code=section.trust_remote_code)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise InputError(f"model.path {section.path!r} cannot be loaded: {error}") from error
     width = getattr(torch, section.dtype).itemsize
     packed = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     rest = sum(p.numel() for p in model.parameters()) - packed

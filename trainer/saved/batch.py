@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
+from trainer.data.formats.columns import encodable
+from trainer.data.rows import Fault
 from trainer.errors import InputError, UsageError
 from trainer.saved.conversation import Conversation, Prompt, rendered
 from trainer.saved.generation import Writer
@@ -57,7 +59,7 @@ def _rows(source: str) -> Iterator[dict[str, Any]]:
         text = sys.stdin.read() if source == STDIO else Path(source).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--input {source} cannot be read: {error}") from error
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -70,12 +72,18 @@ def _rows(source: str) -> Iterator[dict[str, Any]]:
 
 
 def _prompt(row: dict[str, Any], number: int, talk: Conversation) -> Prompt:
-    if isinstance(row.get("prompt"), str):
+    prompt, messages = row.get("prompt"), row.get("messages")
+    if isinstance(prompt, str):
+        told = encodable(prompt)
+        if isinstance(told, Fault):
+            raise InputError(f"row {number} of --input: {told.reason}")
         talk.clear()
-        return talk.ask(row["prompt"])
-    if isinstance(row.get("messages"), list):
-        return rendered(talk.tokenizer, row["messages"])
-    raise InputError(f"row {number} of --input has neither a prompt (text) nor messages (a list): {str(row)[:80]}")
+        return talk.ask(told)
+    if isinstance(messages, list) and messages and all(isinstance(turn, dict) for turn in messages):
+        return rendered(talk.tokenizer, messages)
+    raise InputError(
+        f"row {number} of --input has neither a prompt (text) nor messages (a list of objects): {str(row)[:80]}"
+    )
 
 
 @contextmanager

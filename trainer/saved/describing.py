@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import tempfile
@@ -19,11 +18,20 @@ from trainer.checkpoint import list_commits
 from trainer.errors import InputError, MusterError
 from trainer.model import check_weights
 from trainer.model.placement import placement_for
-from trainer.publish import is_last, published_files
+from trainer.publish import STATE_FILES, is_last, published_files, reads_back
 from trainer.recipe.tasks import AUTO_CLASSES
 from trainer.saved.generation import Writer
 from trainer.saved.loading import load
-from trainer.saved.subject import ADAPTER_CONFIG, MODEL_CONFIG, Address, Subject, base_files, find, tokenizer_of
+from trainer.saved.subject import (
+    ADAPTER_CONFIG,
+    DEFAULT,
+    MODEL_CONFIG,
+    Address,
+    Subject,
+    base_files,
+    find,
+    tokenizer_of,
+)
 from trainer.storage import Storage, open_storage
 
 PROMPT, NEW_TOKENS = "Once upon a time", 8
@@ -66,7 +74,7 @@ def describe(uri: str) -> Description:
         return _run(uri, storage)
     with tempfile.TemporaryDirectory(prefix="muster-inspect-") as folder:
         if ADAPTER_CONFIG in keys:
-            return _adapter(uri, storage, find(Address.of(None, [uri], None), Path(folder)))
+            return _adapter(uri, storage, find(Address(adapters=((DEFAULT, uri),)), Path(folder)))
         if MODEL_CONFIG in keys:
             return _model(uri, storage, find(Address(model=uri), Path(folder)))
     raise InputError(f"{uri} holds no {ADAPTER_CONFIG}, {MODEL_CONFIG} or {layout.RECIPE}: name the folder of one")
@@ -79,10 +87,9 @@ def _run(uri: str, run: Storage) -> Description:
         raise InputError(f"{uri} is a run that has no final adapter yet; inspect one of its checkpoints")
     found = describe(run.uri(layout.ADAPTER))
     for name, wanted in published_files(record).items():
-        item = run.info(f"{layout.ADAPTER}/{name}")
-        if item is None:
+        if run.info(f"{layout.ADAPTER}/{name}") is None:
             found.problems.append(f"{name} is missing")
-        elif hashlib.sha256(run.read(f"{layout.ADAPTER}/{name}")).hexdigest() != wanted["sha256"]:
+        elif not reads_back(run, f"{layout.ADAPTER}/{name}", wanted):
             found.problems.append(f"{name} is not what was committed")
     found.facts["step"] = record.step
     return found
@@ -113,7 +120,8 @@ def _model(uri: str, storage: Storage, subject: Subject) -> Description:
         found.problems.append(str(error))
         return found
     for path in sorted(folder.glob("*.safetensors")):
-        _count(found, path)
+        if path.name not in STATE_FILES:
+            _count(found, path)
     if found.whole:
         _try(found, subject, folder)
     return found
@@ -125,7 +133,9 @@ def _described(uri: str, kind: str, subject: Subject, storage: Storage) -> Descr
 
 
 def _count(found: Description, path: Path) -> None:
-    """Tensors, bytes, types; what is not finite, or zero throughout, is a problem."""
+    """Tensors, bytes, types; what is not finite is a problem."""
+    from safetensors import SafetensorError
+
     dtypes: Counter[str] = Counter()
     try:
         for name, tensor in _tensors(path):
@@ -133,11 +143,16 @@ def _count(found: Description, path: Path) -> None:
             found.parameters += tensor.numel()
             found.bytes += tensor.numel() * tensor.element_size()
             dtypes[str(tensor.dtype).removeprefix("torch.")] += 1
-            if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            if tensor.is_floating_point() and not torch.isfinite(_wide(tensor)).all():
                 found.problems.append(f"{path.name}: {name} holds values that are not finite")
-    except Exception as error:  # safetensors raises what it likes for a torn file
+    except (SafetensorError, OSError, ValueError) as error:
         found.problems.append(f"{path.name} cannot be read, it is torn: {' '.join(str(error).split())[:200]}")
     found.dtypes = dict(Counter(found.dtypes) + dtypes)
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    """Types of one byte know few operations."""
+    return tensor.float() if tensor.itemsize == 1 else tensor
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -179,9 +194,9 @@ def _laid_out(subject: Subject) -> dict[str, tuple[int, ...]]:
 
     (folder,) = subject.adapters.values()
     head = {"num_labels": len(subject.classes)} if subject.classes else {}
-    config = transformers.AutoConfig.from_pretrained(base_files(subject), **head)
+    config = transformers.AutoConfig.from_pretrained(base_files(subject), trust_remote_code=False, **head)
     with torch.device("meta"):
-        base = getattr(transformers, AUTO_CLASSES[subject.task]).from_config(config)
+        base = getattr(transformers, AUTO_CLASSES[subject.task]).from_config(config, trust_remote_code=False)
         settings = PeftConfig.from_pretrained(str(folder))
         model = get_peft_model(base, settings, low_cpu_mem_usage=True)
         saved = get_peft_model_state_dict(model, save_embedding_layers=False)
@@ -194,16 +209,26 @@ def _try(found: Description, subject: Subject, folder: Path) -> None:
     found.facts.update(loads=False, finite=False, **({"generates": False} if causal else {}))
     try:
         with placement_for(subject.section, folder) as placement:
-            model, tokenizer = load(subject, placement, subject.classes), tokenizer_of(subject)
+            model = load(subject, placement, subject.classes)
             found.facts["loads"] = True
-            ids = torch.tensor([tokenizer(PROMPT)["input_ids"]], device=placement.device)
+            tokenizer = _tokenizer(found, subject)
+            ids = torch.tensor([tokenizer(PROMPT)["input_ids"] if tokenizer else [0]], device=placement.device)
             with torch.no_grad():
                 logits = model(input_ids=ids).logits
             found.facts["finite"] = bool(math.isfinite(float(logits.float().abs().max())))
             if not found.facts["finite"]:
                 found.problems.append("its logits are not finite")
-            elif causal:
+            elif causal and tokenizer:
                 text = Writer(model, tokenizer, placement.device, 1).answers([PROMPT], NEW_TOKENS)[0]
                 found.facts.update(generates=True, text=text)
     except MusterError as error:
         found.problems.append(str(error))
+
+
+def _tokenizer(found: Description, subject: Subject) -> Any:
+    """None where there is none: a checkpoint in the middle of a run has none beside it."""
+    try:
+        return tokenizer_of(subject)
+    except InputError as error:
+        found.facts["tokenizer"] = str(error)[:200]
+        return None

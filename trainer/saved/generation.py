@@ -58,9 +58,12 @@ class Writer:
     def __init__(
         self, model: Any, tokenizer: Any, device: torch.device, batch: int, sampling: Sampling = GREEDY
     ) -> None:
+        from transformers import GenerationConfig
+
         self.model, self.tokenizer, self.device, self.batch = model, tokenizer, device, batch
         self.sampling = sampling
         self.ends = sorted(_ends(model, tokenizer))
+        model.generation_config = GenerationConfig()  # what its authors would do beside taking the likeliest token
         text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
         self.positions = int(getattr(text, "max_position_embeddings", None) or MAX_PROMPT)
 

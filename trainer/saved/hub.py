@@ -6,7 +6,8 @@ from pathlib import Path
 
 from trainer.card import plain_card
 from trainer.errors import InputError, StorageError
-from trainer.saved.subject import DEFAULT, Subject
+from trainer.publish import STATE_FILES
+from trainer.saved.subject import Subject
 
 CARD = "README.md"
 LONGEST_CAUSE = 300
@@ -20,7 +21,7 @@ def push(subject: Subject, repo: str, *, private: bool, revision: str | None = N
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
-    folder = subject.adapters[DEFAULT] if subject.adapters else Path(subject.section.path)
+    folder = next(iter(subject.adapters.values()), Path(subject.section.path))
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder on this host: push a run, an adapter, or a model that was merged here")
     card = folder / CARD
@@ -35,7 +36,7 @@ def push(subject: Subject, repo: str, *, private: bool, revision: str | None = N
             repo_id=repo,
             folder_path=folder,
             revision=revision,
-            ignore_patterns=[CARD, ".*"],
+            ignore_patterns=[CARD, ".*", *STATE_FILES],
             commit_message=f"Upload by muster: {subject.method}",
         )
     except HFValidationError as error:

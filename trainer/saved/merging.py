@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from trainer.adapters.without_weights import StayingOnHost
 from trainer.card import merged_card
 from trainer.errors import CorruptObject, InputError, UsageError
 from trainer.model.placement import Placement, placement_for
@@ -24,7 +25,7 @@ from trainer.origin import Origin
 from trainer.saved.loading import load, reads_a_prompt, without_weights
 from trainer.saved.mixing import Mix, mixed
 from trainer.saved.streaming import merge_in_parts
-from trainer.saved.subject import Address, Subject, base_files, find, tokenizer_of
+from trainer.saved.subject import DEFAULT, Address, Subject, base_files, find, tokenizer_of
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 """The norm of the difference of logits, over their norm. Below float32 the sum of weight and update is rounded, where
@@ -68,7 +69,7 @@ def merge(
             tokenizer_of(subject).save_pretrained(folder)
             say("comparing logits")
             difference = _compare(folder, subject, placement, probes, before)
-        Origin(subject.task, "none", subject.section, subject.format, subject.template).write(folder)
+        _origin(subject, "none").write(folder)
         (folder / "README.md").write_text(merged_card(subject.section, subject.method, difference))
     return Merged(subject, out, difference)
 
@@ -77,18 +78,23 @@ def combine(address: Address, out: Path, mix: Mix, *, say: Callable[[str], None]
     """Writes the adapter that ``mix`` makes of several into the new folder ``out``."""
     with _scratch(out) as (folder, scratch):
         say("fetching the adapters")
-        subject = _unquantised(find(address, scratch / "adapter"), None)
+        subject = find(address, scratch / "adapter")
         if not subject.adapters:
             raise UsageError(f"{subject.section.path} is a whole model: there is nothing to combine")
+        mix.check(list(subject.adapters))
         say("combining")
-        model = load(subject, Placement.on("cpu"), subject.classes)
-        name = mixed(model, mix)
+        plain = _unquantised(subject, None)
+        model = without_weights(plain, base_files(plain, weights=True)).model
+        with StayingOnHost():
+            name = mixed(model, mix)
         model.peft_config[name].base_model_name_or_path = subject.section.path
-        model.save_pretrained(str(scratch), selected_adapters=[name])
-        for file in sorted((scratch / name).iterdir()):
-            shutil.move(file, folder / file.name)
+        model.save_pretrained(str(scratch / "written"), selected_adapters=[name])
+        written = scratch / "written"
+        for file in sorted((written / name if name != DEFAULT else written).iterdir()):
+            if file.suffix in (".safetensors", ".json"):
+                shutil.move(file, folder / file.name)
         tokenizer_of(subject).save_pretrained(folder)
-        Origin(subject.task, subject.method, subject.section, subject.format, subject.template).write(folder)
+        _origin(subject, subject.method).write(folder)
     return subject
 
 
@@ -96,6 +102,8 @@ def combine(address: Address, out: Path, mix: Mix, *, say: Callable[[str], None]
 def _scratch(out: Path) -> Iterator[tuple[Path, Path]]:
     """The folder to write, which gets the name ``out`` at the end if nothing goes wrong, and one for what is needed
     on the way."""
+    if "://" in str(out) or str(out).startswith(("s3:", "gs:", "hf:")):
+        raise UsageError(f"--out {out} is no folder of this machine: write it here, and copy it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out} is there already: name a new folder")
     try:
@@ -132,7 +140,7 @@ def _merge_into(
     if reads_a_prompt(model):
         raise UsageError(f"{subject.method} trains vectors before the text: there is no weight to merge them into")
     if getattr(model.config, "quantization_config", None):
-        raise InputError("the base's files are quantised: name an unquantised base in the adapter's configuration")
+        raise InputError("the base's files are quantised: name an unquantised base in the adapter's muster.json")
     if mix is not None:
         if placement.disk and len(mix.weights) > 1:
             raise UsageError("the base does not fit in memory: combine the adapters first, by --as-adapter, then merge")
@@ -178,10 +186,17 @@ def _compare(
     change = sum(float((a - b).square().sum()) for a, b in zip(after, before, strict=True))
     size = sum(float(b.square().sum()) for b in before)
     difference = (change / size) ** 0.5 if size else change
-    bound = TOLERANCES[subject.section.dtype]
-    if not difference <= bound:
+    dtype = subject.section.dtype
+    if not difference <= TOLERANCES[dtype]:
+        hint = "" if dtype == "float32" else "; merge with --dtype float32"
         raise CorruptObject(
             f"the merged model's logits differ from the adapter's by {difference:.1e} of their norm, more than "
-            f"{bound:g}: nothing was kept; merge with --dtype float32"
+            f"{TOLERANCES[dtype]:g}: nothing was kept{hint}"
         )
     return difference
+
+
+def _origin(subject: Subject, method: str) -> Origin:
+    known = subject.origin
+    data = (known.format, known.template) if known else (None, None)
+    return Origin(subject.task, method, subject.section, *data)

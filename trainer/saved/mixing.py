@@ -11,7 +11,8 @@ from trainer.errors import UsageError
 
 Kind = Literal["cat", "linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
-COMBINED = "combined"
+COMBINED = "_combined"
+"""No name that a user can give."""
 _PART = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)(?:=(-?\d+(?:\.\d*)?|-?\.\d+))?")
 
 
@@ -36,7 +37,18 @@ class Mix:
         if density is None and kind in PRUNING:
             raise UsageError(f"--combination {kind} keeps a share of each adapter's entries: say --density, as in 0.5")
         weights = {m[1]: float(m[2] or 1.0) for m in parts if m}
+        if len(weights) < len(parts):
+            raise UsageError(f"--use {use!r} names an adapter twice: add its weights up")
         return cls(weights, kind, density)  # type: ignore[arg-type]
+
+    @classmethod
+    def chosen(cls, use: str | None, kind: str, density: float | None) -> Mix | None:
+        """None where nothing is said. Raises UsageError for settings of a combination that nobody asks for."""
+        if use is not None:
+            return cls.of(use, kind, density)
+        if kind != cls.kind or density is not None:
+            raise UsageError("--combination and --density have no effect without --use; leave them out")
+        return None
 
     def check(self, names: Sequence[str]) -> None:
         for name in self.weights:
@@ -55,14 +67,12 @@ def mixed(model: Any, mix: Mix) -> str:
     configs = [model.peft_config[name] for name in names]
     if any(config.peft_type != "LORA" or config.use_dora for config in configs):
         raise UsageError("only plain LoRA adapters can be combined by weights: merge one, and train on from there")
-    if any(config.bias != "none" for config in configs):
-        raise UsageError("adapters with trained biases cannot be combined by weights")
-    # The combination's scale is that of plain LoRA, which peft would take from the first adapter's configuration.
-    model.peft_config[names[0]] = replace(configs[0], use_rslora=False)
+    if any(config.bias != "none" or config.modules_to_save or config.trainable_token_indices for config in configs):
+        raise UsageError("adapters with biases, modules or tokens that are trained whole cannot be combined by weights")
+    # What is new takes the first adapter's configuration: its scale and its beginning are those of plain LoRA.
+    model.peft_config[names[0]] = replace(configs[0], use_rslora=False, init_lora_weights=True)
     try:
-        model.add_weighted_adapter(
-            names, weights, COMBINED, combination_type=mix.kind, **({"density": mix.density} if mix.density else {})
-        )
+        model.add_weighted_adapter(names, weights, COMBINED, combination_type=mix.kind, density=mix.density)
     except (ValueError, TypeError) as error:
         raise UsageError(f"peft cannot combine {', '.join(names)}: {error}") from error
     finally:

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from trainer.errors import InputError
 from trainer.model.meta import META
 from trainer.model.spread import LaidOut, named_tensors, put
 from trainer.model.weight_files import WeightFiles
@@ -24,6 +25,7 @@ def merge_in_parts(laid_out: LaidOut, active: Sequence[str], folder: Path) -> No
     adapter, and a file of the result.
 
     Raises what peft raises for a method that it cannot merge."""
+    _check(laid_out)
     files = WeightFiles(lambda name, path: shutil.move(path, folder / name), FILE_BYTES)
     merged: dict[str, torch.Tensor] = {}
     for names, tensor in _stored(laid_out):
@@ -38,6 +40,17 @@ def merge_in_parts(laid_out: LaidOut, active: Sequence[str], folder: Path) -> No
     base.config.save_pretrained(str(folder))
     if base.can_generate():
         base.generation_config.save_pretrained(str(folder))
+
+
+def _check(laid_out: LaidOut) -> None:
+    """Raises InputError for what is not merged tensor by tensor."""
+    tied = [names for names, tensor in named_tensors(laid_out.model) if id(tensor) in laid_out.places and names[1:]]
+    if any(BASE in name or ORIGINAL in name for names in tied for name in names):
+        raise InputError(
+            "the base does not fit in memory, and the adapter is on embeddings that are tied: merge where it does"
+        )
+    if any(getattr(config, "bias", "none") != "none" for config in laid_out.model.peft_config.values()):
+        raise InputError("the base does not fit in memory, and the adapter has trained its biases: merge where it does")
 
 
 def _stored(laid_out: LaidOut) -> Iterator[tuple[list[str], torch.Tensor]]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pydantic import ValidationError
+
 from trainer import layout
 from trainer.begin import read_recipe
 from trainer.checkpoint import fetch_whole, list_commits
@@ -47,7 +49,7 @@ class Address:
     @classmethod
     def of(cls, run: str | None, adapters: Sequence[str] | None, model: str | None) -> Address:
         """As a command line has them: several adapters are told apart by ``NAME=URI``."""
-        named = [_NAMED.fullmatch(given) for given in adapters or ()]
+        named = [None if Path(given).exists() else _NAMED.fullmatch(given) for given in adapters or ()]
         pairs = [(m[1], m[2]) if m else (DEFAULT, uri) for m, uri in zip(named, adapters or (), strict=True)]
         names = [name for name, _ in pairs]
         if len(set(names)) < len(names):
@@ -65,8 +67,8 @@ class Address:
 class Subject:
     """``section``: the base, or the whole model where there are no ``adapters``: name to folder on this host, of one
     method. ``labels``: the names of a classifier's outputs; None where its files do not name them. ``outputs``: how
-    many of them a whole model has. ``format`` and ``template``: of the data that it was trained on; ``recipe``: what
-    it was trained with. These where they are known."""
+    many of them a whole model has. ``origin``: what its files say of how it was trained; ``recipe``: that of its run.
+    Both where they are known."""
 
     section: ModelSection
     task: str
@@ -74,8 +76,7 @@ class Subject:
     adapters: dict[str, Path] = field(default_factory=dict)
     labels: tuple[str, ...] | None = None
     outputs: int | None = None
-    format: str | None = None
-    template: str | None = None
+    origin: Origin | None = None
     recipe: Recipe | None = None
 
     @property
@@ -104,10 +105,14 @@ def base_files(subject: Subject, *, weights: bool = False) -> Path:
 
 
 def tokenizer_of(subject: Subject) -> PreTrainedTokenizerBase:
-    """The one that was saved with the adapter, where it was; else the base's."""
-    folders = [*subject.adapters.values()][:1]
-    beside = [folder for folder in folders if (folder / "tokenizer_config.json").is_file()]
-    return load_tokenizer(beside[0] if beside else base_files(subject))
+    """The one that was saved with the adapter, where it was; else the base's. A checkpoint of a model that is trained
+    whole has none, but its run knows whose it was."""
+    trust = subject.section.trust_remote_code
+    for folder in (*[*subject.adapters.values()][:1], base_files(subject)):
+        if (folder / "tokenizer_config.json").is_file():
+            return load_tokenizer(folder, trust_remote_code=trust)
+    source = subject.origin.model if subject.origin else subject.section
+    return load_tokenizer(fetch_model(source, weights=False).folder, trust_remote_code=trust)
 
 
 def find(address: Address, folder: Path, recipe: Recipe | None = None) -> Subject:
@@ -119,7 +124,7 @@ def find(address: Address, folder: Path, recipe: Recipe | None = None) -> Subjec
     if address.run is not None:
         return _of_run(recipe, open_storage(address.run), folder)
     if address.model is not None:
-        plain = recipe.model if recipe else ModelSection(path=address.model, dtype="float32")
+        plain = recipe.model if recipe else _section(address.model)
         section = plain.model_copy(update={"path": address.model, "revision": "main"})
         files = fetch_model(section, weights=False).folder
         return _whole_model(recipe, section if recipe else _in_its_dtype(section, files), files, address.model)
@@ -193,14 +198,13 @@ def _saved(recipe: Recipe | None, folder: Path, where: str) -> Subject:
         config = _json(folder / ADAPTER_CONFIG, where)
         if recipe:
             _check_adapter(recipe, config, where)
-        origin = Origin.of(recipe) if recipe else _origin(folder, config, where)
+        origin = Origin.of(recipe) if recipe else _origin(folder, where) or _origin_by_peft(config, where)
         model_config = _json(folder / MODEL_CONFIG, where) if (folder / MODEL_CONFIG).is_file() else {}
         labels = _labels(model_config) if recipe else _outputs(model_config)
-        task, method, base, format, template = origin
-        return Subject(base, task, method, {DEFAULT: folder}, labels, None, format, template, recipe)
+        return Subject(origin.model, origin.task, origin.method, {DEFAULT: folder}, labels, None, origin, recipe)
     if not (folder / MODEL_CONFIG).is_file():
         raise InputError(f"{where} holds neither {ADAPTER_CONFIG} nor {MODEL_CONFIG}: name the folder of an adapter")
-    plain = recipe.model if recipe else ModelSection(path=str(folder))
+    plain = recipe.model if recipe else _section(str(folder))
     section = plain.model_copy(update={"path": str(folder), "revision": "main", "quantization": "none"})
     return _whole_model(recipe, section if recipe else _in_its_dtype(section, folder), folder, where)
 
@@ -214,13 +218,13 @@ def _check_adapter(recipe: Recipe, config: dict[str, Any], where: str) -> None:
         log.warning("%s was trained on %s; it is put on the recipe's %s", where, base, recipe.model.path)
 
 
-def _origin(folder: Path, config: dict[str, Any], where: str) -> Origin:
-    """As training wrote it beside a final adapter; of a checkpoint, by the recipe of the run that it lies in."""
+def _origin(folder: Path, where: str) -> Origin | None:
+    """As training wrote it beside what is final; of a checkpoint, by the recipe of the run that it lies in."""
     run, inside, _ = where.rstrip("/").rpartition(f"/{layout.CHECKPOINTS}/")
     if inside and open_storage(run).info(layout.RECIPE):
         origin = Origin.of(read_recipe(open_storage(run)))
         return origin._replace(model=origin.model.model_copy(update={"trust_remote_code": False}))
-    return Origin.read(folder) or _origin_by_peft(config, where)
+    return Origin.read(folder)
 
 
 def _origin_by_peft(config: dict[str, Any], where: str) -> Origin:
@@ -232,9 +236,17 @@ def _origin_by_peft(config: dict[str, Any], where: str) -> Origin:
     task = tasks.get(config.get("task_type") or PEFT_TYPES[AUTO_CLASSES["sft"]])
     if task is None:
         raise InputError(f"{where} is an adapter for {config['task_type']}, which is none of {', '.join(tasks)}")
-    section = ModelSection(path=base, revision=config.get("revision") or "main")
+    section = _section(base, revision=config.get("revision") or "main")
     section = _in_its_dtype(section, fetch_model(section, weights=False).folder)
     return Origin(task, _method_by_peft(config), section)
+
+
+def _section(path: str, **settings: str) -> ModelSection:
+    """Raises InputError, which does not repeat the path: it may hold what nobody is to read."""
+    try:
+        return ModelSection(path=path, **settings)  # type: ignore[arg-type]
+    except ValidationError as error:
+        raise InputError(f"this cannot be a model: {error.errors()[0]['msg']}") from None
 
 
 def _method_by_peft(config: dict[str, Any]) -> str:
@@ -260,9 +272,8 @@ def _whole_model(recipe: Recipe | None, section: ModelSection, folder: Path, whe
         raise InputError(f"{where} is {', '.join(named) or 'of no kind'}, without the head that task {task} needs")
     labels = _labels(config) if recipe else _outputs(config)
     outputs = len(config.get("id2label") or DEFAULT_OUTPUTS)
-    origin = Origin.of(recipe) if recipe else Origin.read(folder)
-    format, template = (origin.format, origin.template) if origin else (None, None)
-    return Subject(section, task, "none", {}, labels, outputs, format, template, recipe)
+    origin = Origin.of(recipe) if recipe else _origin(folder, where)
+    return Subject(section, task, "none", {}, labels, outputs, origin, recipe)
 
 
 def _labels(config: dict[str, Any]) -> tuple[str, ...] | None:
