@@ -7,11 +7,11 @@ import hashlib
 import json
 import re
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
+from typing import Any, ClassVar
 from urllib.parse import unquote
 
 TOKEN = "hf_stand_in"
@@ -21,15 +21,13 @@ LFS_FROM = 1024
 
 @dataclass
 class Hub:
-    """``files``: by repository, branch and path. ``private``: of each repository. ``refused``: paths that are turned
-    away with a status."""
+    """``files``: by repository, branch and path. ``private``: of each repository. ``objects``: of LFS."""
 
     endpoint: str = ""
     files: dict[tuple[str, str], dict[str, bytes]] = field(default_factory=dict)
     private: dict[str, bool] = field(default_factory=dict)
     objects: dict[str, bytes] = field(default_factory=dict)
     messages: list[str] = field(default_factory=list)
-    refused: dict[str, int] = field(default_factory=dict)
 
     def commit(self, repo: str, branch: str, lines: list[dict[str, Any]]) -> None:
         files = self.files.setdefault((repo, branch), {})
@@ -45,90 +43,97 @@ class Hub:
                 raise AssertionError(f"unknown operation {line['key']}")
 
 
-def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        def log_message(self, *told: Any) -> None:
-            pass
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
 
-        def do_POST(self) -> None:
-            path, body = unquote(self.path.partition("?")[0]), self._body()
-            status = next((code for part, code in hub.refused.items() if part in path), None)
-            if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-                status = 401
-            if status:
-                self._answer({"error": f"refused with {status}"}, status)
-            elif path == "/api/repos/create":
-                asked = json.loads(body)
-                repo = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
-                hub.private.setdefault(repo, asked.get("private") or asked.get("visibility") == "private")
-                self._answer({"url": f"{hub.endpoint}/{repo}", "name": repo, "id": repo})
-            elif path == "/api/validate-yaml":
-                self._answer({"errors": [], "warnings": []})
-            elif match := re.fullmatch(r"/api/models/(.+)/branch/(.+)", path):
-                hub.files.setdefault((match[1], match[2]), {})
-                self._answer({})
-            elif match := re.fullmatch(r"/api/models/(.+)/preupload/(.+)", path):
-                sizes = {f["path"]: f["size"] for f in json.loads(body)["files"]}
-                modes = [
-                    {"path": p, "uploadMode": "lfs" if n >= LFS_FROM else "regular", "shouldIgnore": False}
-                    for p, n in sizes.items()
-                ]
-                self._answer({"files": modes})
-            elif path.endswith("/info/lfs/objects/batch"):
-                wanted = json.loads(body)["objects"]
-                upload = [
-                    {**o, "actions": {"upload": {"href": f"{hub.endpoint}/lfs/{o['oid']}", "header": {}}}}
-                    for o in wanted
-                ]
-                self._answer({"transfer": "basic", "objects": upload})
-            elif match := re.fullmatch(r"/api/models/(.+)/commit/(.+)", path):
-                hub.commit(match[1], match[2], [json.loads(line) for line in body.splitlines()])
-                oid = hashlib.sha1(body).hexdigest()
-                url = f"{hub.endpoint}/{match[1]}/commit/{oid}"
-                self._answer({"success": True, "commitUrl": url, "commitOid": oid})
-            else:
-                self._answer({"error": f"unknown {path}"}, 404)
+    def log_message(self, *told: Any) -> None:
+        pass
 
-        def do_PUT(self) -> None:
-            body, oid = self._body(), self.path.rpartition("/")[2]
-            if hashlib.sha256(body).hexdigest() != oid:
-                self._answer({"error": "torn"}, 400)
+    def do_POST(self) -> None:
+        path, body = unquote(self.path.partition("?")[0]), self._body()
+        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+            self._answer({"error": "who are you?"}, 401)
+            return
+        for pattern, answer in self.ROUTES.items():
+            if match := re.fullmatch(pattern, path):
+                self._answer(answer(self, body, *match.groups()))
                 return
-            hub.objects[oid] = body
-            self._answer({})
+        self._answer({"error": f"unknown {path}"}, 404)
 
-        def do_GET(self) -> None:
-            match = re.fullmatch(r"/api/models/(.+)/revision/(.+)", unquote(self.path.partition("?")[0]))
-            if match and match[1] in hub.private:
-                self._answer({"id": match[1], "sha": "0" * 40, "siblings": []})
-            else:
-                self._answer({"error": f"unknown {self.path}"}, 404)
+    def do_PUT(self) -> None:
+        body, oid = self._body(), self.path.rpartition("/")[2]
+        whole = hashlib.sha256(body).hexdigest() == oid
+        if whole:
+            self.hub.objects[oid] = body
+        self._answer({}, 200 if whole else 400)
 
-        def _body(self) -> bytes:
-            if self.headers.get("Transfer-Encoding") != "chunked":
-                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            parts = []
-            while size := int(self.rfile.readline(), 16):
-                parts.append(self.rfile.read(size))
-                self.rfile.readline()
+    def do_GET(self) -> None:
+        match = re.fullmatch(r"/api/models/(.+)/revision/(.+)", unquote(self.path.partition("?")[0]))
+        known = match is not None and match[1] in self.hub.private
+        told = {"id": match[1], "sha": "0" * 40, "siblings": []} if match and known else {"error": "unknown"}
+        self._answer(told, 200 if known else 404)
+
+    def _create(self, body: bytes) -> Any:
+        asked = json.loads(body)
+        repo = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else asked["name"]
+        self.hub.private.setdefault(repo, asked.get("private") or asked.get("visibility") == "private")
+        return {"url": f"{self.hub.endpoint}/{repo}", "name": repo, "id": repo}
+
+    def _check_card(self, body: bytes) -> Any:
+        return {"errors": [], "warnings": []}
+
+    def _branch(self, body: bytes, repo: str, branch: str) -> Any:
+        self.hub.files.setdefault((repo, branch), {})
+        return {}
+
+    def _preupload(self, body: bytes, repo: str, branch: str) -> Any:
+        sizes = {f["path"]: f["size"] for f in json.loads(body)["files"]}
+        modes = {path: "lfs" if size >= LFS_FROM else "regular" for path, size in sizes.items()}
+        return {"files": [{"path": p, "uploadMode": mode, "shouldIgnore": False} for p, mode in modes.items()]}
+
+    def _batch(self, body: bytes, repo: str) -> Any:
+        wanted = json.loads(body)["objects"]
+        href = f"{self.hub.endpoint}/lfs"
+        upload = [{**o, "actions": {"upload": {"href": f"{href}/{o['oid']}", "header": {}}}} for o in wanted]
+        return {"transfer": "basic", "objects": upload}
+
+    def _commit(self, body: bytes, repo: str, branch: str) -> Any:
+        self.hub.commit(repo, branch, [json.loads(line) for line in body.splitlines()])
+        oid = hashlib.sha1(body).hexdigest()
+        return {"success": True, "commitUrl": f"{self.hub.endpoint}/{repo}/commit/{oid}", "commitOid": oid}
+
+    ROUTES: ClassVar[dict[str, Callable[..., Any]]] = {
+        r"/api/repos/create": _create,
+        r"/api/validate-yaml": _check_card,
+        r"/api/models/(.+)/branch/(.+)": _branch,
+        r"/api/models/(.+)/preupload/(.+)": _preupload,
+        r"/(.+)\.git/info/lfs/objects/batch": _batch,
+        r"/api/models/(.+)/commit/(.+)": _commit,
+    }
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        parts = []
+        while size := int(self.rfile.readline(), 16):
+            parts.append(self.rfile.read(size))
             self.rfile.readline()
-            return b"".join(parts)
+        self.rfile.readline()
+        return b"".join(parts)
 
-        def _answer(self, told: Any, status: int = 200) -> None:
-            body = json.dumps(told).encode()
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
-
-    return Handler
+    def _answer(self, told: Any, status: int = 200) -> None:
+        body = json.dumps(told).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
 
 
 @contextmanager
 def stand_in() -> Iterator[Hub]:
     hub = Hub()
-    with ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub)) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub})) as server:
         hub.endpoint = f"http://127.0.0.1:{server.server_address[1]}"
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
