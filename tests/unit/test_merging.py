@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from pathlib import Path
@@ -15,7 +16,7 @@ from tests.support.saved import adapter_of, trained
 from tests.support.tasks import make_encoder, task_recipe, write_task_data
 from tests.support.training import run_of, train_here, write_pairs
 from trainer import layout
-from trainer.errors import CorruptObject, InputError, UsageError
+from trainer.errors import CorruptObject, InputError, StorageError, UsageError
 from trainer.model.placement import model_bytes
 from trainer.origin import Origin
 from trainer.recipe import Recipe
@@ -156,6 +157,19 @@ def test_a_merge_that_went_wrong_leaves_nothing(
 
     monkeypatch.setattr(merging, "_write", wrong)
     with pytest.raises(CorruptObject, match=r"logits differ from the adapter's by .*: nothing was kept"):
+        merge(of(recipe), tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_said_and_leaves_nothing(
+    tiny_model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    recipe = trained("lora", tiny_model, folder)
+    monkeypatch.setattr(merging, "_write", full)
+    with pytest.raises(StorageError, match=r"was not written, and nothing is left of it: .*No space left on device"):
         merge(of(recipe), tmp_path / "out")
     assert list(tmp_path.iterdir()) == []
 

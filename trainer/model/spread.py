@@ -60,7 +60,7 @@ def lay_out(section: ModelSection, folder: Path, device: torch.device, attach: A
         stored = read_headers(source, section.path)
         names = match_names(base, stored, section.path)
     except NotByShard as reason:
-        raise InputError(f"{section.path} does not fit in memory, and cannot be loaded in parts: {reason}") from reason
+        raise InputError(f"{section.path} is taken in parts here, which cannot be: {reason}") from reason
     finally:
         source.close()
     tensors = dict(state_of(base))
@@ -70,8 +70,8 @@ def lay_out(section: ModelSection, folder: Path, device: torch.device, attach: A
     made = [names[0] for names, tensor in named_tensors(model) if tensor.is_meta and id(tensor) not in places]
     if made:
         raise InputError(
-            f"{section.path} does not fit in memory, and its adapter is more than what its file holds ({made[0]}): "
-            "load it where there is more"
+            f"{section.path} is taken in parts here, and its adapter is more than what its file holds ({made[0]}): "
+            "load it where the whole base fits in memory"
         )
     return LaidOut(model, base, folder, places, kept)
 

@@ -19,7 +19,7 @@ import torch
 
 from trainer.adapters.without_weights import StayingOnHost
 from trainer.card import merged_card
-from trainer.errors import CorruptObject, InputError, UsageError
+from trainer.errors import CorruptObject, InputError, StorageError, UsageError
 from trainer.model.placement import Placement, placement_for
 from trainer.origin import Origin
 from trainer.saved.loading import load, reads_a_prompt, without_weights
@@ -101,7 +101,9 @@ def combine(address: Address, out: Path, mix: Mix, *, say: Callable[[str], None]
 @contextmanager
 def _scratch(out: Path) -> Iterator[tuple[Path, Path]]:
     """The folder to write, which gets the name ``out`` at the end if nothing goes wrong, and one for what is needed
-    on the way."""
+    on the way. Raises StorageError when the disk is full."""
+    from safetensors import SafetensorError
+
     if "://" in str(out) or str(out).startswith(("s3:", "gs:", "hf:")):
         raise UsageError(f"--out {out} is no folder of this machine: write it here, and copy it")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
@@ -118,6 +120,9 @@ def _scratch(out: Path) -> Iterator[tuple[Path, Path]]:
             out.rmdir()
         part.chmod(0o755)
         part.rename(out)
+    except (OSError, SafetensorError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise StorageError(f"{out} was not written, and nothing is left of it: {said}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
