@@ -49,6 +49,7 @@ def newest_files(recipe: Recipe, step: int) -> dict[str, str]:
     return {name: entry["sha256"] for name, entry in newest.files.items() if name.endswith(".safetensors")}
 
 
+@pytest.mark.night
 @pytest.mark.timeout(600)
 def test_three_kills(joined: str, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     storm = survive(tiny_model, tmp_path, 3, SHORT_SEED, capsys)
