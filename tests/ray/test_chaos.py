@@ -1,6 +1,6 @@
 """A run that is killed again and again has the bytes and the samples of one that nobody touched.
 
-The short one is part of the tests and always draws the same. The long one is `make chaos`; CHAOS_KILLS and CHAOS_SEED
+The short one is one of the tests of the night and always draws the same. The long one is `make chaos`; CHAOS_KILLS and CHAOS_SEED
 set its length and its seed, which it prints.
 """
 
