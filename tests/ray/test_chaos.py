@@ -1,7 +1,7 @@
 """A run that is killed again and again has the bytes and the samples of one that nobody touched.
 
-The short one is one of the tests of the night and always draws the same. The long one is `make chaos`; CHAOS_KILLS and CHAOS_SEED
-set its length and its seed, which it prints.
+The short one is one of the tests of the night and always draws the same. The long one is `make chaos`; CHAOS_KILLS and
+CHAOS_SEED set its length and its seed, which it prints.
 """
 
 from __future__ import annotations

@@ -142,6 +142,9 @@ def test_the_hosts_peak(tmp_path: Path) -> None:
     )
     whole = planned(plan_recipe(tmp_path, **GPU), 2).ranks[1]
     assert whole.peak_host_load_bytes == whole.frozen_bytes + whole.trainable_bytes
+    converted = planned(plan_recipe(tmp_path, {**SMALL, "dtype": "bfloat16"}, **GPU), 2)
+    files = 2 * (converted.total_parameters - converted.trainable_parameters)
+    assert converted.ranks[1].peak_host_load_bytes == whole.peak_host_load_bytes + files, "mapped while it is read"
     on_cpu = planned(plan_recipe(tmp_path), 2).ranks[1]
     assert on_cpu.peak_host_bytes == max(on_cpu.peak_device_bytes, on_cpu.peak_host_load_bytes)
 

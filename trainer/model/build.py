@@ -52,6 +52,8 @@ def build(
     placement = where if isinstance(where, Placement) else Placement(where)
     model, missing = _load_whole(section, folder, placement, dtype, head)
     keep_weights_packed(model)
+    if section.quantization != "none":
+        _let_go_of_files(model)
     model.requires_grad_(full)
     if head:
         set_up_head(model, head, missing)
@@ -59,6 +61,14 @@ def build(
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     read = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     return Loaded(model, read, host.bytes())
+
+
+@torch.no_grad()
+def _let_go_of_files(model: torch.nn.Module) -> None:
+    """On a CPU, what is not quantised is a view of its file, all of which stays mapped for it."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and not hasattr(parameter, "quant_state") and not hasattr(parameter, "CB"):
+            parameter.data = parameter.data.clone()
 
 
 def _load_whole(

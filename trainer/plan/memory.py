@@ -39,6 +39,8 @@ class Model:
     quant_state: int
     by_shard: bool
     """Whether each rank loads its own part only."""
+    mapped: int = 0
+    """Bytes of the files that are mapped while a whole load makes other values of them."""
 
     @property
     def bytes(self) -> int:
@@ -51,13 +53,27 @@ def read_model(recipe: Recipe, config: PreTrainedConfig) -> Model:
     packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
     hidden = sum(m.in_features * m.out_features - m.packed.numel() for m in packed)
     weights = weights_of(model)
+    total = sum(w.numel * count for w, count in weights.items()) + hidden
+    trainable = sum(w.numel * count for w, count in weights.items() if w.trainable)
     return Model(
         weights,
-        total=sum(w.numel * count for w, count in weights.items()) + hidden,
-        trainable=sum(w.numel * count for w, count in weights.items() if w.trainable),
+        total,
+        trainable,
         quant_state=sum(m.quant_state_bytes for m in packed),
         by_shard=_by_shard(recipe, model),
+        mapped=_mapped(recipe, config, total if recipe.adapter.method == "none" else total - trainable),
     )
+
+
+def _mapped(recipe: Recipe, config: PreTrainedConfig, elements: int) -> int:
+    """What is kept as it lies in its files is copied from them, and what is not is made from them while they are
+    mapped: pages that the kernel takes back when memory is short, and counts as the process's until then."""
+    import torch
+
+    held = "float32" if recipe.adapter.method == "none" else recipe.model.dtype
+    stored = getattr(config, "dtype", None) or getattr(torch, held)
+    as_it_lies = recipe.model.quantization == "none" and stored == getattr(torch, held)
+    return 0 if as_it_lies else elements * int(stored.itemsize)
 
 
 def _by_shard(recipe: Recipe, model: torch.nn.Module) -> bool:
@@ -222,4 +238,4 @@ def _update_bytes(recipe: Recipe, model: Model, kept: Share) -> int:
 def _load_bytes(recipe: Recipe, model: Model, kept: Share) -> int:
     if model.by_shard:
         return kept.frozen + kept.trainable + kept.padding + model.quant_state + LOAD_BUDGET
-    return model.bytes
+    return model.bytes + model.mapped

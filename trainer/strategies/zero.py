@@ -31,6 +31,7 @@ from trainer.strategies.zero_shards import cut, gathered, pieces
 if TYPE_CHECKING:
     from trainer.recipe import Recipe
 
+COMPILED_COLLECTIVES = "deepspeed_shm_comm"
 SAVED_KEYS = ("exp_avg", "exp_avg_sq", "step")
 """AdamW's state. ``step`` is kept once per partition; it is saved with each parameter, as other strategies have it."""
 
@@ -269,6 +270,9 @@ def import_deepspeed(device: torch.device) -> Any:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
+    if device.type == "cpu":  # gloo does; this one would be compiled at the first start, for minutes
+        compatible: Any = deepspeed.ops.__compatible_ops__
+        compatible[COMPILED_COLLECTIVES] = False
     chosen = get_accelerator().device_name().split(":")[0]
     if chosen != device.type:
         raise InputError(f"DeepSpeed has chosen the accelerator {chosen!r}: set DS_ACCELERATOR={device.type}")
