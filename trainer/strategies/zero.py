@@ -7,6 +7,7 @@ a checkpoint and filled from one, so that what is saved has no trace of the part
 
 from __future__ import annotations
 
+import importlib
 import importlib.metadata
 import logging
 import math
@@ -271,8 +272,8 @@ def import_deepspeed(device: torch.device) -> Any:
     from deepspeed.accelerator import get_accelerator
 
     if device.type == "cpu":  # gloo does; this one would be compiled at the first start, for minutes
-        compatible: Any = deepspeed.ops.__compatible_ops__
-        compatible[COMPILED_COLLECTIVES] = False
+        ops: Any = importlib.import_module("deepspeed.ops")
+        ops.__compatible_ops__[COMPILED_COLLECTIVES] = False
     chosen = get_accelerator().device_name().split(":")[0]
     if chosen != device.type:
         raise InputError(f"DeepSpeed has chosen the accelerator {chosen!r}: set DS_ACCELERATOR={device.type}")
