@@ -13,13 +13,13 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
 from trainer.adapters import make_adapter
 from trainer.adapters.in_packs import before_embeddings, before_keys
 from trainer.adapters.residual import Residual
+from trainer.adapters.without_weights import StayingOnHost
 from trainer.errors import InputError
 from trainer.model import Head, build, fetch_model
 from trainer.model.placement import Placement
@@ -84,12 +84,11 @@ def _attach(subject: Subject, base: Any) -> Any:
     """Puts the adapters on a base without weights. peft lays them out without weights too, loads them, and moves them
     to where the base is: nowhere. So they are loaded once more, and stay on the host."""
     from peft import load_peft_weights, set_peft_model_state_dict
-    from peft.tuners.tuners_utils import BaseTunerLayer
 
     if not subject.adapters:
         return base
     model = _adapted(subject, base, {"low_cpu_mem_usage": True, "torch_device": "cpu"})
-    with patch.object(BaseTunerLayer, "_move_adapter_to_device_of_base_layer", lambda *_: None):
+    with StayingOnHost():
         for name, folder in subject.adapters.items():
             weights = load_peft_weights(str(folder), device="cpu")
             set_peft_model_state_dict(model, weights, adapter_name=name, low_cpu_mem_usage=True)

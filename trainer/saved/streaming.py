@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from trainer.adapters.without_weights import COPY, ORIGINAL
 from trainer.errors import InputError
 from trainer.model.meta import META
 from trainer.model.spread import LaidOut, named_tensors, put
@@ -17,7 +18,7 @@ from trainer.model.weight_files import WeightFiles
 from trainer.model.weights import INDEX
 
 FILE_BYTES = 2 * 2**30
-BASE, ORIGINAL, TRAINED = ".base_layer.", ".original_module.", ".modules_to_save."
+BASE = ".base_layer."
 
 
 def merge_in_parts(laid_out: LaidOut, active: Sequence[str], folder: Path) -> None:
@@ -86,7 +87,7 @@ def _value(laid_out: LaidOut, name: str, tensor: torch.Tensor, active: Sequence[
     if ORIGINAL in name:
         wrapper, _, rest = name.partition(ORIGINAL)
         trained: dict[str, torch.Tensor] = dict(laid_out.model.named_parameters())
-        if (whole := f"{wrapper}{TRAINED}{active[0]}.{rest}") in trained:
+        if (whole := f"{wrapper}{COPY}{active[0]}.{rest}") in trained:
             return trained[whole].detach().to(tensor.dtype).contiguous()
     value = laid_out.read(tensor)
     assert value is not None
