@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field, Strict
 
@@ -24,6 +24,16 @@ class ResourcesSection(Section):
 
     cpus_per_worker: int = Field(default=1, ge=1)
     """CPU cores that each worker reserves, for reading data as well as for training."""
+
+    placement: Literal["pack", "spread"] = "pack"
+    """`pack` puts workers on as few nodes as hold them, where they are near each other; `spread` on as many as there
+    are, where each has more of the node's memory and network."""
+
+    accelerator_type: str | None = None
+    """Kind of GPU that every worker must have, by Ray's name (`A100`, `H100`, `L4`); null takes any."""
+
+    labels: dict[str, str] = {}
+    """Labels of the Ray nodes that workers may run on, e.g. `{"ray.io/market-type": on-demand}`."""
 
     max_failures: int = Field(default=3, ge=0)
     """Restarts of the worker group before the run gives up. The same error at the same step ends it the third time."""

@@ -11,6 +11,7 @@ from pydantic import AfterValidator, Field
 from trainer.recipe.adapter import AdapterSection
 from trainer.recipe.base import Conflict, Listed, Location, OneOf, Section
 from trainer.recipe.checkpoint import CheckpointSection
+from trainer.recipe.cluster import ClusterSection
 from trainer.recipe.data import DataSection
 from trainer.recipe.model import ModelSection
 from trainer.recipe.optimizer import OptimizerSection
@@ -65,6 +66,7 @@ class Recipe(Section):
     shared between the runs of a storage."""
 
     checkpoint: CheckpointSection = CheckpointSection()
+    cluster: ClusterSection = ClusterSection()
 
     tracking: Listed[Annotated[str, OneOf(TRACKERS)]] = ()
     """Experiment trackers that the metrics are sent to as well. The run's own storage always holds them."""

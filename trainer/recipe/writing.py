@@ -16,6 +16,7 @@ MAY_CHANGE: tuple[KeyPath, ...] = (
     ("name",),
     ("storage",),
     ("resources",),
+    ("cluster",),
     ("strategy",),
     ("checkpoint",),
     ("tracking",),

@@ -1,0 +1,66 @@
+"""A run that is to be started on another machine, in plain values, and what every kind of cluster does with it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+ID_PATTERN = re.compile(r"(?P<kind>[a-z]+):(?P<id>.+)")
+
+
+class ClusterError(Exception):
+    """A scheduler or cluster is missing, refused the job, or did not answer. ``usage``: the user can mend it."""
+
+    def __init__(self, message: str, usage: bool = True) -> None:
+        super().__init__(message, usage)
+        self.usage = usage
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
+@dataclass(frozen=True)
+class Job:
+    """``recipe`` is the resolved recipe as YAML: nothing reads the user's file after it was made. ``workers`` is
+    (min, max); ``settings`` are the recipe's for this kind of cluster; ``command`` is muster's own, with its options
+    (``("run", "--takeover")``, ``("doctor",)``) and without the recipe."""
+
+    name: str
+    run_uri: str
+    recipe: str = field(repr=False)
+    workers: tuple[int, int]
+    gpus_per_worker: int
+    cpus_per_worker: int
+    settings: Mapping[str, Any]
+    command: tuple[str, ...] = ("run",)
+
+
+Say = Callable[[str], None]
+
+
+class Cluster(Protocol):
+    """A kind of cluster: one file, and one line in `cluster.KINDS`. No method goes through a shell, and each waits for a
+    bounded time only, except `follow`, which waits for the job."""
+
+    def render(self, job: Job) -> str:
+        """What would be submitted. Pure: nothing is contacted, nothing written."""
+        ...
+
+    def submit(self, job: Job, recipe_path: str) -> str:
+        """Submits; returns the job's id in this kind of cluster. ``recipe_path`` is where the job's recipe was frozen,
+        a path or URL that the cluster can read. Raises ClusterError."""
+        ...
+
+    def follow(self, job_id: str, say: Say) -> int:
+        """Passes on what the job says until it ends; muster's exit code."""
+        ...
+
+    def state(self, job_id: str) -> str | None:
+        """In the cluster's own word (``PENDING``, ``Running``); None when it does not know the job any more."""
+        ...
+
+    def cancel(self, job_id: str) -> None:
+        """Ends it for good: it is not started again. A job that has ended already is no error."""
+        ...
