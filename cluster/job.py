@@ -41,8 +41,8 @@ Say = Callable[[str], None]
 
 
 class Cluster(Protocol):
-    """A kind of cluster: one file, and one line in `cluster.KINDS`. No method goes through a shell, and each waits for a
-    bounded time only, except `follow`, which waits for the job."""
+    """A kind of cluster: one file, and one line in `cluster.KINDS`. No method goes through a shell, and each waits for
+    a bounded time only, except `follow`, which waits for the job."""
 
     def render(self, job: Job) -> str:
         """What would be submitted. Pure: nothing is contacted, nothing written."""

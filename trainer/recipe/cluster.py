@@ -91,7 +91,7 @@ class KubernetesSection(Section):
     gpu_resource: Line = "nvidia.com/gpu"
     """Name of the GPUs in the cluster's resources."""
 
-    node_selector: dict[str, str] = {}
+    node_selector: dict[str, str] = Field(default_factory=dict)
     """Labels that the nodes of the workers must have."""
 
     tolerations: Listed[dict[str, str | int]] = ()

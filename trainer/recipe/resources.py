@@ -32,7 +32,7 @@ class ResourcesSection(Section):
     accelerator_type: str | None = None
     """Kind of GPU that every worker must have, by Ray's name (`A100`, `H100`, `L4`); null takes any."""
 
-    labels: dict[str, str] = {}
+    labels: dict[str, str] = Field(default_factory=dict)
     """Labels of the Ray nodes that workers may run on, e.g. `{"ray.io/market-type": on-demand}`."""
 
     max_failures: int = Field(default=3, ge=0)
