@@ -2,32 +2,49 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+
+RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
+"""The variable in which Ray tells the driver of a submitted job what it was submitted with."""
 
 
 @dataclass(frozen=True)
 class Standing:
-    """``job`` identifies the scheduler's job across its restarts (a requeued Slurm job keeps its id), or is None;
-    ``ray_address`` is the cluster that a driver here should join, or None: then it starts its own."""
+    """``job`` identifies the scheduler's job across its restarts (a requeued Slurm job keeps its id) as ``kind:id``, or
+    is None. ``ray_address`` is the cluster that a driver here should join, or None: then it starts its own. ``nodes``
+    is how many the job was given for good, 0 where that is not known."""
 
     job: str | None
     ray_address: str | None
+    nodes: int = 0
 
 
 def standing(environment: Mapping[str, str]) -> Standing:
     """``RAY_ADDRESS`` names a cluster; inside a submitted Ray job the cluster is the one that the job runs on."""
     address = environment.get("RAY_ADDRESS") or None
-    if address is None and "RAY_JOB_CONFIG_JSON_ENV_VAR" in environment:
+    if address is None and RAY_JOB in environment:
         address = "auto"
-    return Standing(_job(environment), address)
+    return Standing(_job(environment), address, int(environment.get("SLURM_JOB_NUM_NODES") or 0))
 
 
 def _job(environment: Mapping[str, str]) -> str | None:
     if slurm := environment.get("SLURM_JOB_ID"):
         return f"slurm:{slurm}"
     if rayjob := environment.get("MUSTER_RAYJOB"):
-        return f"rayjob:{rayjob}"
+        return f"kubernetes:{rayjob}"
+    if RAY_JOB in environment and (ray_job := _submission(environment[RAY_JOB])):
+        return f"ray:{ray_job}"
     if elastic := environment.get("TORCHELASTIC_RUN_ID", "none"):
         return None if elastic == "none" else f"torchrun:{elastic}"
     return None
+
+
+def _submission(config: str) -> str | None:
+    """The id that the job was submitted under."""
+    try:
+        found = json.loads(config)["metadata"]["job_submission_id"]
+    except (ValueError, KeyError, TypeError):
+        return None
+    return str(found) if found else None

@@ -61,9 +61,9 @@ class Cause:
 
 def first_cause(failures: Mapping[int, BaseException]) -> Cause:
     """From Ray Train's map of rank to exception, which holds at least one."""
-    unwrapped = {rank: _unwrap(error) for rank, error in failures.items()}
-    dead = {rank: error for rank, error in unwrapped.items() if not isinstance(error, Failure)}
-    raised = sorted((e for e in unwrapped.values() if isinstance(e, Failure)), key=_suspicion)
+    inner = {rank: unwrapped(error) for rank, error in failures.items()}
+    dead = {rank: error for rank, error in inner.items() if not isinstance(error, Failure)}
+    raised = sorted((e for e in inner.values() if isinstance(e, Failure)), key=_suspicion)
     if raised and (raised[0].fatal or not dead):
         first = raised[0]
         return Cause(str(first), first.rank, first.host, first.fatal, first.usage, first.trace)
@@ -75,7 +75,7 @@ def _suspicion(failure: Failure) -> tuple[bool, bool, float]:
     return not failure.fatal, bool(COLLECTIVE.search(failure.error)), failure.when
 
 
-def _unwrap(error: Any) -> BaseException:
+def unwrapped(error: Any) -> BaseException:
     """Ray wraps what a training function raised, and what a health check found."""
     inner = getattr(error, "_base_exc", None) or getattr(error, "health_check_failure", None)
     return inner if isinstance(inner, BaseException) else error

@@ -18,7 +18,7 @@ from rich.text import Text
 
 from launcher import answering, evaluating, exporting, planning, preparing, serving
 from launcher.console import stderr
-from trainer.errors import Interrupted, MusterError, RecipeError, UsageError
+from trainer.errors import Interrupted, MusterError, RecipeError, StartAgain, UsageError
 
 if TYPE_CHECKING:
     from trainer.recipe import Recipe
@@ -200,9 +200,17 @@ class ToStderr(logging.Handler):
 def main() -> None:
     """Ends the process with the designed exit codes: 0 done, 1 failed, 2 usage, 3 interrupted and resumable."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", handlers=[ToStderr()])
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels that nothing here calls
     try:
         app(standalone_mode=True)
     except MusterError as error:
         kind = "interrupted" if isinstance(error, Interrupted) else "error"
         print(f"muster: {kind}: {error_text(error)}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        sys.exit(exit_code(error))
+
+
+def exit_code(error: MusterError) -> int:
+    """As designed; a script that manages the job may name, in ``MUSTER_AGAIN``, a code of its own for what it should
+    start again."""
+    again = os.environ.get("MUSTER_AGAIN", "")
+    return int(again) if isinstance(error, StartAgain) and again.isdecimal() else error.exit_code

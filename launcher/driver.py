@@ -9,7 +9,8 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 from types import FrameType
@@ -116,13 +117,19 @@ def _train(
     from launcher.ray_session import RESOURCE_WAIT_S, check_resources, quiet_logs, ray_session
     from launcher.ray_tasks import ray_map
 
-    environment, address = Environment.current(), standing(os.environ).ray_address
+    environment, here = Environment.current(), standing(os.environ)
+    address = here.ray_address
     progress.phase(f"joining Ray at {address}" if address else "starting Ray")
     with ray_session(address, recipe.resources):
         signals.hold()
         quiet_logs()
         patience_s = RESOURCE_WAIT_S if address else 0.0  # nobody adds anything to this machine
-        check_resources(recipe.resources, timeout_s=patience_s, stopped=lambda: signals.stopped)
+        check_resources(
+            recipe.resources,
+            timeout_s=patience_s,
+            expected_nodes=here.nodes if address else 0,
+            stopped=lambda: signals.stopped,
+        )
         progress.phase("preparing data")
         beside = partial(ray_map, environment, recipe.resources)
         with EarlyStart(recipe.seed, beside, progress.prepared) as early:
@@ -138,7 +145,7 @@ def _train(
             progress.data(data)
             freeze_recipe(run_storage, recipe)
             signals.check()
-            _fit(recipe, run_storage, lease, data.total_steps, environment, progress, early.check)
+            _fit(recipe, run_storage, lease, data.total_steps, environment, progress, signals, early.check)
 
 
 def _fit(
@@ -148,21 +155,60 @@ def _fit(
     total_steps: int,
     environment: Environment,
     progress: Progress,
+    signals: Signals,
     check_data: Callable[[], None],
 ) -> None:
     from launcher.training import fit
     from trainer.worker import Job
 
     job = Job(recipe.storage, lease.driver, recipe, total_steps, {**asdict(lease.holder), "by": "muster run"})
-    with progress.training(run_storage, read_claims(run_storage).attempt, total_steps) as watch:
+    before = read_claims(run_storage).attempt
+    with (
+        progress.training(run_storage, before, total_steps) as show,
+        _watching(recipe, run_storage, before, lease, progress) as check_cluster,
+    ):
 
         def every() -> None:
-            watch()
+            show()
             check_data()
+            check_cluster()
+            if lease.asked.is_set():
+                signals.ask("muster cancel")
             if lease.lost.is_set():
                 raise WorkerFailed(f"another driver has taken {run_storage.url} over; this one has stopped")
 
         fit(job, environment, every, POLL_S)
+
+
+@contextmanager
+def _watching(
+    recipe: Recipe, run_storage: Storage, before: int, lease: Lease, progress: Progress
+) -> Iterator[Callable[[], None]]:
+    """Looks at a cluster's nodes while the workers train; yields what raises StartAgain when too few are left. A Ray of
+    this machine's own has one node, which stays."""
+    from launcher.capacity import nodes_of_cluster
+    from launcher.elastic import LOST_PATIENCE_IN_JOB_S, LOST_PATIENCE_S, ClusterWatch, Lookout, newest_group
+    from launcher.ray_session import missing
+
+    here = standing(os.environ)
+    if here.ray_address is None:
+        yield lambda: None
+        return
+
+    def gather(reason: str) -> None:
+        progress.say(f"{reason}: the workers commit and are gathered anew")
+        events = Events(run_storage, read_claims(run_storage).attempt, f"driver{lease.driver}-resize")
+        events.emit("resize", reason=reason)
+        events.close()
+        lease.request_gather()
+
+    lookout = Lookout(
+        recipe.resources,
+        partial(missing, recipe.resources),
+        LOST_PATIENCE_IN_JOB_S if here.nodes else LOST_PATIENCE_S,
+    )
+    with ClusterWatch(lookout, nodes_of_cluster, partial(newest_group, run_storage, before), gather) as watch:
+        yield watch.check
 
 
 class Signals:
@@ -187,6 +233,15 @@ class Signals:
         if self.stopped:
             raise Interrupted("stopped before training began; nothing is lost, the same command starts it")
 
+    def ask(self, who: str) -> None:
+        """The first of them asks the workers to commit and end."""
+        if self.stopped:
+            return
+        self._asked.set()
+        self._progress.say(f"{who}: the workers commit and end; once more to leave at once")
+        if self._lease:
+            self._lease.request_stop()
+
     def hold(self) -> None:
         """Takes the signals, again where somebody else did: `ray.init` ends the process on SIGTERM otherwise."""
         for number in SIGNALS:
@@ -205,7 +260,4 @@ class Signals:
         name = signal.Signals(number).name
         if self.stopped:
             raise Interrupted(f"{name} again: left at once; the same command goes on from the newest checkpoint")
-        self._asked.set()
-        self._progress.say(f"{name}: the workers commit and end; once more to leave at once")
-        if self._lease:
-            self._lease.request_stop()
+        self.ask(name)

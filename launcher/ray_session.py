@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 import socket
 import sys
@@ -12,6 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+from launcher.capacity import Node, nodes_of_cluster, suits, wanted, workers_that_fit
 from trainer.errors import InputError, Interrupted
 from trainer.recipe import ResourcesSection
 
@@ -19,6 +19,7 @@ log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[1]
 RESOURCE_WAIT_S = 40.0
+JOIN_WAIT_S = 300.0  # for nodes that a scheduler has given already: a slow file system may hold Ray up on them
 ANSWER_WAIT_S = 15.0
 POLL_S = 1.0
 DIAL_S = 3.0
@@ -152,56 +153,54 @@ def _dial(host_and_port: str) -> None:
     socket.create_connection((host.strip("[]"), int(port)), DIAL_S).close()
 
 
-def wanted(resources: ResourcesSection) -> dict[str, float]:
-    """The least that the recipe's workers need together, by Ray's names."""
-    workers = resources.min_workers
-    need = {"CPU": float(workers * resources.cpus_per_worker), "GPU": float(workers * resources.gpus_per_worker)}
-    return {name: amount for name, amount in need.items() if amount}
-
-
-def workers_that_fit(resources: ResourcesSection, nodes: Sequence[Mapping[str, float]]) -> int:
-    """How many workers the nodes' resources hold: a worker cannot be split over two nodes."""
-    need = {"CPU": float(resources.cpus_per_worker), "GPU": float(resources.gpus_per_worker)}
-    asked = {name: amount for name, amount in need.items() if amount}
-    return sum(min(math.floor(node.get(name, 0.0) / amount) for name, amount in asked.items()) for node in nodes)
-
-
 def check_resources(
     resources: ResourcesSection,
     *,
     timeout_s: float = RESOURCE_WAIT_S,
-    nodes: Callable[[], list[dict[str, float]]] | None = None,
+    expected_nodes: int = 0,
+    nodes: Callable[[], list[Node]] = nodes_of_cluster,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
     stopped: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Waits (an autoscaler may be adding nodes) until the cluster can hold the least number of workers.
+    """Waits (an autoscaler may be adding nodes) until the cluster can hold the least number of workers, and, for up to
+    ``JOIN_WAIT_S``, until the ``expected_nodes`` that are on their way have joined or it can hold the most.
 
     Raises InputError that says what is missing."""
-    nodes = nodes or _live_nodes
-    deadline = clock() + timeout_s
-    while workers_that_fit(resources, nodes()) < resources.min_workers:
+    began = clock()
+    while True:
+        found = [node for node in nodes() if node.alive]
+        fit, waited, joining = workers_that_fit(resources, found), clock() - began, len(found) < expected_nodes
+        if fit >= resources.max_workers or (fit >= resources.min_workers and not (joining and waited < JOIN_WAIT_S)):
+            return
         if stopped():
             raise Interrupted("stopped while waiting for the cluster's resources")
-        if clock() >= deadline:
-            raise InputError(_missing(resources, nodes()))
+        if waited >= (max(timeout_s, JOIN_WAIT_S) if joining else timeout_s):
+            raise InputError(missing(resources, found))
         sleep(POLL_S)
 
 
-def _missing(resources: ResourcesSection, nodes: Sequence[Mapping[str, float]]) -> str:
-    need = wanted(resources)
-    have = {name: sum(node.get(name, 0.0) for node in nodes) for name in need}
+def missing(resources: ResourcesSection, nodes: Sequence[Node]) -> str:
+    """What the live nodes lack for the least number of workers, and what to do."""
+    need, suitable = wanted(resources), [node for node in nodes if suits(resources, node)]
+    have = {name: sum(node.total.get(name, 0.0) for node in suitable) for name in need}
     lacking = {name: need[name] - have[name] for name in need if need[name] > have[name]}
     if lacking:
-        missing = f"missing: {_amounts(lacking)}"
+        absent = f"missing: {_amounts(lacking)}"
     else:
-        missing = "enough in all, but no single node has enough for one more worker"
+        absent = "enough in all, but no single node has enough for one more worker"
     fit = workers_that_fit(resources, nodes)
     return (
         f"resources.workers asks for {_many(resources.min_workers, 'worker')} with {_each(resources)} each, and the "
-        f"cluster has room for {fit} ({_many(len(nodes), 'node')} with {_amounts(have)} in all; {missing}): add "
+        f"cluster has room for {fit} ({_nodes(len(suitable), len(nodes))} with {_amounts(have)} in all; {absent}): add "
         f"nodes, or lower {' or '.join(_to_lower(resources))}"
     )
+
+
+def _nodes(suitable: int, all_: int) -> str:
+    if suitable == all_:
+        return _many(all_, "node")
+    return f"{suitable} of {_many(all_, 'node')}, those of the asked accelerator_type and labels"
 
 
 def _each(resources: ResourcesSection) -> str:
@@ -225,12 +224,6 @@ def _amounts(amounts: Mapping[str, float]) -> str:
 
 def _many(count: float, noun: str) -> str:
     return f"{count:g} {noun}" + ("" if count == 1 else "s")
-
-
-def _live_nodes() -> list[dict[str, float]]:
-    import ray
-
-    return [dict(node["Resources"]) for node in ray.nodes() if node["Alive"]]
 
 
 def _hush_raylet() -> None:

@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,11 +16,15 @@ from typing import Any
 from ray.train.torch import TorchConfig
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
+from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ScalingDecision
+from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
+from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-from launcher.causes import Cause, Failure, first_cause
+from launcher.capacity import answering, nodes_of_cluster, room, workers_that_fit
+from launcher.causes import Cause, Failure, first_cause, unwrapped
 from launcher.environment import Environment
 from launcher.restarts import Fault, in_a_row, is_hopeless
 from trainer.layout import EVENTS, METRICS
@@ -47,6 +52,8 @@ class Worker:
         rank = get_context().get_world_rank()
         try:
             _train(self._job, rank)
+        except Gathered:
+            raise
         except Exception as error:
             trace = traceback.format_exc()
             raise Failure.of(error, time.time(), rank, os.uname().nodename, trace) from None
@@ -63,12 +70,18 @@ def _train(job: Job, rank: int) -> None:
             train(job, watch.stop_requested)
         except Interrupted as stopped:
             log.info("%s", stopped)
+            if watch.gather:
+                raise Gathered(str(stopped)) from None
+
+
+class Gathered(Exception):
+    """The workers have committed and ended, to be started anew on the nodes that are there now."""
 
 
 class FailurePolicy(DefaultFailurePolicy):
     """Ray Train's own policy, but what would fail again the same way ends the run: a fatal cause at once, the same
-    error at the same step the third time. Every failure is written to the run's events with its first cause. Runs in
-    Ray Train's controller."""
+    error at the same step the third time. Every failure is written to the run's events with its first cause. Workers
+    that ended to be gathered anew have not failed. Runs in Ray Train's controller."""
 
     def __init__(self, config: FailureConfig, job: Job, environment: Environment) -> None:
         super().__init__(config)
@@ -76,6 +89,8 @@ class FailurePolicy(DefaultFailurePolicy):
         self._faults: list[Fault] = []
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        if gathered(training_failed_error):
+            return FailureDecision.RETRY
         self._environment.apply()
         cause = self._cause(training_failed_error)
         self._faults.append(Fault(self._step(), cause.message))
@@ -119,6 +134,50 @@ class FailurePolicy(DefaultFailurePolicy):
         events.close()
 
 
+class SizePolicy(ElasticScalingPolicy):
+    """Starts as many workers as there is room for now, and waits while there is room for too few; growth is decided by
+    the driver (`launcher.elastic`). Ray Train's own looks at the cluster are up to 20 s old, and do not know what other
+    jobs use. Runs in Ray Train's controller."""
+
+    SETTLE_S = 10.0  # what just ended may still count as used
+    PAUSE_S = 0.25
+
+    def __init__(self, config: ScalingConfig, resources: ResourcesSection) -> None:
+        super().__init__(config)
+        self._resources = resources
+        self._held: Counter[str] = Counter()
+        self._since: float | None = None
+
+    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
+        self._ask_autoscaler()
+        now, nodes, most = time.monotonic(), answering(nodes_of_cluster()), self._resources.max_workers
+        self._since = self._since or now
+        count = min(most, room(self._resources, nodes, self._held))
+        settling = count < min(most, workers_that_fit(self._resources, nodes)) and now - self._since < self.SETTLE_S
+        if count < self._resources.min_workers or settling:
+            time.sleep(self.PAUSE_S)
+            return NoopDecision()
+        self._since, self._held = None, Counter()
+        return self._get_resize_decision(count)
+
+    def _ask_autoscaler(self) -> None:
+        client: Any = self._coordinator_client
+        client.maybe_send_resource_request(self.scaling_config, self._resources.max_workers)
+
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
+    ) -> ScalingDecision:
+        self._ask_autoscaler()
+        self._held = Counter(worker.metadata.node_id for worker in worker_group_state.workers)
+        return NoopDecision()
+
+
+def gathered(error: BaseException) -> bool:
+    """Whether the group ended because the driver wanted its workers gathered anew."""
+    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
+    return any(isinstance(unwrapped(failure), Gathered) for failure in failures)
+
+
 def cause_of(error: BaseException) -> Cause:
     if isinstance(error, WorkerGroupError) and error.worker_failures:
         return first_cause(error.worker_failures)
@@ -151,11 +210,12 @@ def _controller_message(failure: BaseException) -> str:
 
 
 class Trainer(TorchTrainer):
-    """TorchTrainer with this failure policy in the place of its default one, which has no hook of its own."""
+    """TorchTrainer with these policies in the place of its own, which have no hooks."""
 
     def __init__(self, job: Job, environment: Environment, folder: str) -> None:
         resources = job.recipe.resources
-        self._policy = FailurePolicy(_failure_config(resources), job, environment)
+        self._failures = FailurePolicy(_failure_config(resources), job, environment)
+        self._sizes = SizePolicy(_scaling(resources), resources)
         super().__init__(
             Worker(job, environment),
             torch_config=TorchConfig(
@@ -166,7 +226,9 @@ class Trainer(TorchTrainer):
         )
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
-        return super()._initialize_and_run_controller(**{**settings, "failure_policy": self._policy})
+        return super()._initialize_and_run_controller(
+            **{**settings, "failure_policy": self._failures, "scaling_policy": self._sizes}
+        )
 
 
 def _failure_config(resources: ResourcesSection) -> FailureConfig:
@@ -174,11 +236,13 @@ def _failure_config(resources: ResourcesSection) -> FailureConfig:
 
 
 def _scaling(resources: ResourcesSection) -> ScalingConfig:
-    elastic = resources.min_workers != resources.max_workers
     return ScalingConfig(
-        num_workers=(resources.min_workers, resources.max_workers) if elastic else resources.max_workers,
+        num_workers=(resources.min_workers, resources.max_workers),
         use_gpu=resources.gpus_per_worker > 0,
         resources_per_worker={"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker},
+        placement_strategy=resources.placement.upper(),
+        accelerator_type=resources.accelerator_type,
+        label_selector=dict(resources.labels) or None,
     )
 
 

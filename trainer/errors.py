@@ -12,6 +12,7 @@
     ├── NonFiniteLoss               1  the loss became inf or nan
     ├── WorkerFailed                1  a training worker died or raised
     └── Interrupted                 3  stopped on request; the same command resumes
+        └── StartAgain              3  stopped by what passes (lost nodes): whoever manages the job may start it again
 
 Every one of them is built from positional arguments only, so that it survives pickling between processes.
 """
@@ -87,3 +88,7 @@ class WorkerFailed(MusterError):
 
 class Interrupted(MusterError):
     exit_code = 3
+
+
+class StartAgain(Interrupted):
+    pass

@@ -3,6 +3,8 @@
 recipe.yaml, provenance.json   frozen at the first start
 data.json                      which prepared data the run reads
 lease                          the driver that is alive
+stop                           which driver is asked to end
+submission, submitted/         the job that was given to a scheduler or cluster for it, and the recipes of such jobs
 claims/d000001, claims/000001  drivers and attempts, who may write
 commits/<attempt>/<inverted>   one record per committed checkpoint, the only truth
 checkpoints/<unique>/          what the records point at
@@ -19,6 +21,10 @@ RECIPE = "recipe.yaml"
 PROVENANCE = "provenance.json"
 DATA = "data.json"
 LEASE = "lease"
+STOP = "stop"
+SUBMISSION = "submission"
+SUBMITTED = "submitted"
+"""Folder of the recipes as they were submitted, each under a name of its own."""
 CLAIMS = "claims"
 COMMITS = "commits"
 CHECKPOINTS = "checkpoints"

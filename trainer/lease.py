@@ -70,13 +70,15 @@ class Holder:
 
 @dataclass(frozen=True)
 class LeaseRecord:
-    """``time`` is the holder's clock at the last renewal (unix s); ``beat`` counts renewals."""
+    """``time`` is the holder's clock at the last renewal (unix s); ``beat`` counts renewals, ``gathers`` how often the
+    driver has asked its workers to commit and be started anew."""
 
     driver: int
     state: str
     holder: Holder
     time: float
     beat: int
+    gathers: int = 0
 
     def is_alive(self, now: float) -> bool:
         """As far as one look can tell, by clocks that may differ."""
@@ -97,13 +99,15 @@ def read_lease(run: Storage) -> LeaseRecord | None:
 
 
 class Lease:
-    """Held from `acquire` to `release`. ``lost`` is set once a newer driver is seen; then nothing may be written."""
+    """Held from `acquire` to `release`. ``lost`` is set once a newer driver is seen; then nothing may be written.
+    ``asked`` is set once somebody asks for this driver's end (`request_end`)."""
 
     def __init__(self, run: Storage, record: LeaseRecord, clock: Callable[[], float], renew_s: float) -> None:
-        self.lost = threading.Event()
+        self.lost, self.asked = threading.Event(), threading.Event()
         self._run = run
         self._record = record
-        self._state = record.state  # apart from the record: a signal handler may set it while a renewal is under way
+        # Apart from the record: a signal handler may set them while a renewal is under way.
+        self._state, self._gathers = record.state, record.gathers
         self._clock = clock
         self._renew_s = renew_s
         self._lock = threading.Lock()
@@ -155,6 +159,11 @@ class Lease:
         self._state = STOPPING
         self._wake.set()
 
+    def request_gather(self) -> None:
+        """Asks the workers to commit, and to be started anew with the nodes that are there then."""
+        self._gathers += 1
+        self._wake.set()
+
     def release(self, state: str) -> None:
         """Ends as ``succeeded``, ``failed`` or ``interrupted``; raises storage errors. A lost lease is left alone."""
         if state not in ENDED:
@@ -184,8 +193,22 @@ class Lease:
             self.lost.set()
             return
         beat = self._record.beat + 1
-        self._record = replace(self._record, state=self._state, time=self._clock(), beat=beat)
+        self._record = replace(self._record, state=self._state, gathers=self._gathers, time=self._clock(), beat=beat)
         _write(self._run, self._record)
+        if not self.asked.is_set() and end_is_requested(self._run, self.driver):
+            self.asked.set()
+
+
+def request_end(run: Storage, driver: int) -> None:
+    """Asks the run's driver of this number, from anywhere, to commit and end; it looks every 3 s."""
+    run.write_json(layout.STOP, {"driver": driver, "time": time.time()})
+
+
+def end_is_requested(run: Storage, driver: int) -> bool:
+    try:
+        return bool(run.read_json(layout.STOP).get("driver") == driver)
+    except (FileNotFoundError, CorruptObject):
+        return False
 
 
 def _wait_until_free(run: Storage, job: str | None, clock: Callable[[], float], sleep: Callable[[float], None]) -> None:

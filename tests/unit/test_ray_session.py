@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from launcher.capacity import wanted, workers_that_fit
 from launcher.environment import Environment
 from launcher.ray_session import (
     ANSWER_WAIT_S,
@@ -16,8 +17,6 @@ from launcher.ray_session import (
     await_answer,
     check_resources,
     locate_cluster,
-    wanted,
-    workers_that_fit,
 )
 from launcher.ray_tasks import ray_map
 from tests.support.waiting import free_port

@@ -16,7 +16,7 @@ from cluster.standing import Standing, standing
         ({"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}"}, None, "auto"),
         ({"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}", "RAY_ADDRESS": "10.0.0.1:6379"}, None, "10.0.0.1:6379"),
         ({"SLURM_JOB_ID": "4711"}, "slurm:4711", None),
-        ({"MUSTER_RAYJOB": "fine-tune"}, "rayjob:fine-tune", None),
+        ({"MUSTER_RAYJOB": "fine-tune"}, "kubernetes:fine-tune", None),
         ({"TORCHELASTIC_RUN_ID": "none"}, None, None),
         ({"TORCHELASTIC_RUN_ID": "r1"}, "torchrun:r1", None),
         ({"SLURM_JOB_ID": "4711", "TORCHELASTIC_RUN_ID": "r1"}, "slurm:4711", None),

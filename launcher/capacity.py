@@ -1,0 +1,123 @@
+"""How many workers a cluster's nodes hold: decided here from what the nodes have, asked from Ray in one place."""
+
+from __future__ import annotations
+
+import math
+import socket
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+
+from trainer.recipe import ResourcesSection
+
+ACCELERATOR = "accelerator_type:"  # Ray's name for a kind of GPU among a node's resources
+
+DIAL_S = 1.5
+DIALS = 32  # at a time
+
+
+@dataclass(frozen=True)
+class Node:
+    """``total`` and ``free`` are Ray's resources by name (CPUs and GPUs in pieces). ``draining``: it is about to be
+    taken away, and Ray places nothing new on it. ``lost`` says why a node that is gone has gone. Ray's daemon listens
+    on ``port``."""
+
+    id: str
+    host: str
+    address: str
+    alive: bool
+    total: Mapping[str, float]
+    free: Mapping[str, float] = field(default_factory=dict)
+    labels: Mapping[str, str] = field(default_factory=dict)
+    draining: bool = False
+    lost: str = ""
+    port: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.host} ({self.address})"
+
+
+def each(resources: ResourcesSection) -> dict[str, float]:
+    """What one worker takes, by Ray's names, without what it takes none of."""
+    need = {"CPU": float(resources.cpus_per_worker), "GPU": float(resources.gpus_per_worker)}
+    return {name: amount for name, amount in need.items() if amount}
+
+
+def wanted(resources: ResourcesSection) -> dict[str, float]:
+    """The least that the recipe's workers need together."""
+    return {name: amount * resources.min_workers for name, amount in each(resources).items()}
+
+
+def suits(resources: ResourcesSection, node: Node) -> bool:
+    """Whether a worker may run there at all: of the asked kind of GPU, with the asked labels, and not about to go."""
+    kind = resources.accelerator_type
+    if not node.alive or node.draining or (kind and f"{ACCELERATOR}{kind}" not in node.total):
+        return False
+    return all(_matches(node.labels.get(name), asked) for name, asked in resources.labels.items())
+
+
+def _matches(value: str | None, asked: str) -> bool:
+    """Ray's other ways to ask (``!a``, ``in(a,b)``) are left to Ray: what it cannot place, it says."""
+    return asked.startswith(("!", "in(")) or value == asked
+
+
+def places(resources: ResourcesSection, have: Mapping[str, float]) -> int:
+    """How many workers these resources of one node hold: a worker cannot be split over two nodes."""
+    return min(math.floor(have.get(name, 0.0) / amount + 1e-9) for name, amount in each(resources).items())
+
+
+def workers_that_fit(resources: ResourcesSection, nodes: Iterable[Node]) -> int:
+    """With all that the nodes have, whoever uses it now."""
+    return sum(places(resources, node.total) for node in nodes if suits(resources, node))
+
+
+def room(resources: ResourcesSection, nodes: Iterable[Node], held: Mapping[str, int]) -> int:
+    """How many workers the run could have now: what is free, and what its own ``held`` workers (by node id) take."""
+    mine = each(resources)
+    count = 0
+    for node in nodes:
+        if suits(resources, node):
+            own = held.get(node.id, 0)
+            count += places(resources, {name: node.free.get(name, 0.0) + own * mine[name] for name in mine})
+    return count
+
+
+def answering(nodes: Iterable[Node], timeout_s: float = DIAL_S) -> list[Node]:
+    """Those whose Ray accepts a connection: Ray's head needs seconds to notice that a node has gone."""
+    live = [node for node in nodes if node.alive]
+    with ThreadPoolExecutor(max(1, min(DIALS, len(live)))) as pool:
+        return [
+            node for node, there in zip(live, pool.map(lambda n: _answers(n, timeout_s), live), strict=True) if there
+        ]
+
+
+def _answers(node: Node, timeout_s: float) -> bool:
+    try:
+        socket.create_connection((node.address, node.port), timeout_s).close()
+    except OSError:
+        return False
+    return True
+
+
+def nodes_of_cluster() -> list[Node]:
+    """Every node that the connected Ray knows of, the lost ones too. May wait for Ray's head for some seconds."""
+    import ray
+    from ray._private import state
+
+    free = state.available_resources_per_node()
+    draining = state.state.get_draining_nodes()
+    return [
+        Node(
+            id=row["NodeID"],
+            host=row["NodeManagerHostname"],
+            address=row["NodeManagerAddress"],
+            alive=row["Alive"],
+            total=dict(row["Resources"]),
+            free=dict(free.get(row["NodeID"], {})),
+            labels=dict(row.get("Labels") or {}),
+            draining=row["NodeID"] in draining,
+            lost=" ".join(str(row.get("DeathReasonMessage") or "").split()),
+            port=row["NodeManagerPort"],
+        )
+        for row in ray.nodes()
+    ]
