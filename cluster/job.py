@@ -25,7 +25,8 @@ class ClusterError(Exception):
 class Job:
     """``recipe`` is the resolved recipe as YAML: nothing reads the user's file after it was made. ``workers`` is
     (min, max); ``settings`` are the recipe's for this kind of cluster; ``command`` is muster's own, with its options
-    (``("run", "--takeover")``, ``("doctor",)``) and without the recipe."""
+    (``("run", "--takeover")``, ``("doctor",)``) and without the recipe; ``arguments`` are the user's own: the recipe's
+    file and the overrides, for what is printed to be used by hand."""
 
     name: str
     run_uri: str
@@ -35,6 +36,7 @@ class Job:
     cpus_per_worker: int
     settings: Mapping[str, Any]
     command: tuple[str, ...] = ("run",)
+    arguments: tuple[str, ...] = ()
 
 
 Say = Callable[[str], None]

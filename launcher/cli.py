@@ -16,8 +16,11 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from launcher import answering, evaluating, exporting, planning, preparing, serving
+from cluster import KINDS
+from cluster.standing import RAY_JOB
+from launcher import answering, evaluating, exporting, planning, preparing, serving, submitting
 from launcher.console import stderr
+from launcher.recipes import read_recipe
 from trainer.errors import Interrupted, MusterError, RecipeError, StartAgain, UsageError
 
 if TYPE_CHECKING:
@@ -43,19 +46,30 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...",
 def run(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    on: Annotated[str | None, typer.Option(help="local | ray: where to run; without it, RAY_ADDRESS decides")] = None,
+    on: Annotated[
+        str | None, typer.Option(help="local | ray | slurm | kubernetes: where to run; without it, RAY_ADDRESS decides")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="of the Ray cluster: http://HEAD:8265 submits a job there, HOST:PORT joins it")
+    ] = None,
     takeover: Annotated[
         bool, typer.Option("--takeover", help="take the run from a driver that still holds it")
     ] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="after submitting a job, do not wait for it; exit code 0 means submitted")
+    ] = False,
 ) -> None:
     """Train RECIPE to its end. Running it again resumes it."""
+    console = stderr()
+    loaded = read_recipe(recipe, overrides or [])
+    place = choose_place(on, address, loaded)
+    if place is not None:
+        flags = ["--takeover"] if takeover else []
+        start_elsewhere(loaded, place, ("run", *flags), address, detach=detach)
+        return
     from launcher.driver import run as drive
     from launcher.progress import Progress
-    from trainer.recipe import load
 
-    choose_ray(on)
-    console = stderr()
-    loaded = load(recipe, overrides or [])
     try:
         adapter = drive(loaded, Progress(console), takeover=takeover)
     except KeyboardInterrupt:  # typer would make an exit code of its own of it
@@ -65,14 +79,53 @@ def run(
     console.print(Text(f"finished: the adapter lies in {adapter}"), soft_wrap=True)
 
 
-def choose_ray(on: str | None) -> None:
-    if on not in (None, "local", "ray"):
-        raise UsageError(f"--on {on!r} is not one of: local, ray")
+def choose_place(on: str | None, address: str | None, recipe: Recipe | None) -> str | None:
+    """The kind of cluster to submit a job to, or None where the driver runs here; then the environment names the Ray
+    that it joins, if any."""
+    if on not in (None, "local", *KINDS):
+        raise UsageError(f"--on {on!r} is not one of: local, {', '.join(KINDS)}")
+    if address and on not in (None, "ray"):
+        raise UsageError(f"--address names a Ray cluster, and --on is {on}: leave one of them out")
+    if on in ("slurm", "kubernetes"):
+        return on
     if on == "local":
-        for name in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        for name in ("RAY_ADDRESS", RAY_JOB):
             os.environ.pop(name, None)
-    if on == "ray" and not os.environ.get("RAY_ADDRESS"):
+        return None
+    return _choose_ray(on, address, recipe)
+
+
+def _choose_ray(on: str | None, address: str | None, recipe: Recipe | None) -> str | None:
+    from cluster.ray import api_address
+
+    if address and "://" not in address:
+        os.environ["RAY_ADDRESS"] = address
+        return None
+    if address:
+        return "ray"
+    joined = os.environ.get("RAY_ADDRESS") or RAY_JOB in os.environ
+    settings = recipe.cluster.ray.model_dump() if recipe else {}
+    if on == "ray" and (not joined or "://" in str(joined)) and api_address(settings, os.environ):
+        return "ray"
+    if on == "ray" and not joined:
         os.environ["RAY_ADDRESS"] = "auto"
+    return None
+
+
+def start_elsewhere(
+    recipe: Recipe, kind: str, command: tuple[str, ...], address: str | None = None, *, detach: bool = False
+) -> None:
+    """Submits and follows; raises what the job's exit code means."""
+    from launcher.submitting import follow, job_of, submit
+
+    def say(text: str) -> None:
+        console.print(Text(text), soft_wrap=True)
+
+    console = stderr()
+    job = job_of(recipe, kind, command, **({"address": address} if address else {}))
+    made = submit(job, kind, recipe, say)
+    if not detach:
+        follow(made, recipe.run_uri, say)
 
 
 @app.command()
@@ -188,6 +241,8 @@ app.command()(answering.chat)
 app.command()(exporting.inspect)
 app.command()(exporting.merge)
 app.command()(exporting.push)
+app.command()(submitting.render)
+app.command()(submitting.cancel)
 
 
 class ToStderr(logging.Handler):

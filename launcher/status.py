@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from itertools import islice
 from typing import Any
 
+from launcher.submission import Submission, read_submission
 from trainer import layout
 from trainer.checkpoint.claims import read_claims
 from trainer.checkpoint.protocol import list_commits
@@ -34,7 +35,8 @@ class CheckpointStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """``step`` is the last one in the metrics; ``metrics`` holds the last step's values and the last evaluation's."""
+    """``step`` is the last one in the metrics; ``metrics`` holds the last step's values and the last evaluation's.
+    ``job`` is the scheduler's or cluster's, as ``kind:id``: the one that holds the run, else the one last submitted."""
 
     name: str
     uri: str
@@ -46,6 +48,7 @@ class Status:
     samples: int
     epoch: int
     holder: str | None
+    job: str | None
     checkpoints: tuple[CheckpointStatus, ...]
     metrics: Mapping[str, Any]
 
@@ -61,10 +64,12 @@ def read_status(run: Storage, *, now: float | None = None, newest: int | None = 
         lease = pool.submit(_lease, run)
         claims = pool.submit(read_claims, run)
         commits = pool.submit(list_commits, run, newest=newest)
+        submitted = pool.submit(read_submission, run)
         train, evaluation = _last_rows(run)
-    if begun.result() is None and lease.result() is None:
+    if begun.result() is None and lease.result() is None and submitted.result() is None:
         raise InputError(f"there is no run at {run.url}; `muster ls` with the folder above it lists those that are")
-    return _status(run, lease.result(), claims.result().attempt, commits.result(), {**evaluation, **train}, now)
+    job = _job(lease.result(), submitted.result())
+    return _status(run, lease.result(), job, claims.result().attempt, commits.result(), {**evaluation, **train}, now)
 
 
 def list_runs(storage: Storage) -> list[Status]:
@@ -85,6 +90,7 @@ def _status_or_none(run: Storage) -> Status | None:
 def _status(
     run: Storage,
     lease: LeaseRecord | None,
+    job: str | None,
     attempts: int,
     commits: list[CommitRecord],
     row: Mapping[str, Any],
@@ -103,9 +109,16 @@ def _status(
         samples=position["samples"],
         epoch=position["epoch"],
         holder=str(lease.holder) if lease and lease.state not in ENDED else None,
+        job=job,
         checkpoints=tuple(_checkpoints(run, commits)),
         metrics={key: value for key, value in row.items() if key not in _POSITION},
     )
+
+
+def _job(lease: LeaseRecord | None, submitted: Submission | None) -> str | None:
+    if lease and lease.holder.job and lease.state not in ENDED:
+        return lease.holder.job
+    return submitted.job if submitted else lease.holder.job if lease else None
 
 
 def _state(lease: LeaseRecord | None, now: float) -> str:

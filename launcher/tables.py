@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 def status_table(status: Status) -> Table:
     table = Table(box=box.SIMPLE, show_header=False, title=status.uri, title_justify="left")
     table.add_row("state", status.state + (f" ({status.holder})" if status.holder else ""))
+    if status.job:
+        table.add_row("job", Text(status.job))
     table.add_row("step", f"{status.step} of {status.total_steps}")
     table.add_row("attempts", str(status.attempts))
     table.add_row("workers", str(status.world_size))

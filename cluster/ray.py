@@ -1,0 +1,204 @@
+"""Ray clusters: a job is submitted through the job API of the cluster's head, and followed there.
+
+The job's working directory is this program's own tree with the frozen recipe in it, so that the entrypoint, which Ray
+gives to a shell, is made of constant words.
+
+API: https://docs.ray.io/en/latest/cluster/running-applications/job-submission/rest.html
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import re
+import secrets
+import shlex
+import time
+import urllib.error
+import urllib.request
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from cluster.job import ClusterError, Job, Say
+
+ROOT = Path(__file__).resolve().parents[1]
+PARTS = ("launcher", "cluster", "trainer", "recipes", "deepspeed", "slurm")
+RECIPE = "submitted.yaml"
+CALL_S = 30.0
+POLL_S = 1.0
+PATIENCE_S = 120.0
+"""How long a head may not answer before following is given up; the job itself goes on."""
+ENDED = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": 3}
+ADDRESS_VARIABLES = ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS")
+
+
+class Ray:
+    """A cluster's head at ``cluster.ray.address``, else at ``RAY_API_SERVER_ADDRESS``. A job's id is its submission id,
+    behind the address if that was given: ``http://head:8265/muster-…``."""
+
+    def __init__(
+        self, environment: Mapping[str, str] = os.environ, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._environment, self._clock = environment, clock
+
+    def render(self, job: Job) -> str:
+        """The command that submits the same by hand, from a checkout's root."""
+        address = api_address(job.settings, self._environment) or "http://HEAD:8265"
+        words = ["ray", "job", "submit", "--address", address, "--working-dir", "."]
+        return shlex.join([*words, "--", "python", "-m", "launcher", *job.command, *job.arguments]) + "\n"
+
+    def submit(self, job: Job, recipe_path: str) -> str:
+        api = Api(self._address(job.settings), self._environment)
+        package = working_directory(job.recipe)
+        name = f"_ray_pkg_{hashlib.sha256(package).hexdigest()[:32]}.zip"
+        api.call("PUT", f"/api/packages/gcs/{name}", package)
+        body = {
+            "entrypoint": shlex.join(["python", "-m", "launcher", *job.command, RECIPE]),
+            "submission_id": f"muster-{_plain(job.name)}-{secrets.token_hex(4)}",
+            "runtime_env": {"working_dir": f"gcs://{name}"},
+            "metadata": {"run": job.run_uri},
+        }
+        answer = api.call("POST", "/api/jobs/", json.dumps(body).encode())
+        return f"{api.address}/{json.loads(answer)['submission_id']}"
+
+    def follow(self, job_id: str, say: Say) -> int:
+        api, name = self._split(job_id)
+        lines = Lines()
+        while True:
+            details = self._patiently(lambda: json.loads(api.call("GET", f"/api/jobs/{name}")))
+            logs = self._patiently(lambda: json.loads(api.call("GET", f"/api/jobs/{name}/logs")))
+            ended = details["status"] in ENDED
+            for line in lines.new(logs.get("logs") or "", whole=ended):
+                say(line)
+            if ended:
+                return self._code(details, say)
+            time.sleep(POLL_S)
+
+    def state(self, job_id: str) -> str | None:
+        api, name = self._split(job_id)
+        try:
+            return str(json.loads(api.call("GET", f"/api/jobs/{name}"))["status"])
+        except Unknown:
+            return None
+
+    def cancel(self, job_id: str) -> None:
+        api, name = self._split(job_id)
+        if self.state(job_id) not in (None, *ENDED):
+            api.call("POST", f"/api/jobs/{name}/stop")
+
+    def _code(self, details: Mapping[str, Any], say: Say) -> int:
+        """The driver's own exit code where Ray knows it; what Ray says of a job that never became one."""
+        code = details.get("driver_exit_code")
+        if code is None and details["status"] == "FAILED":
+            say(f"Ray: {details.get('message') or 'the job failed'}")
+        return ENDED[details["status"]] if code is None or code < 0 else int(code)
+
+    def _patiently(self, ask: Callable[[], Any]) -> Any:
+        """A head may be away for a moment, and the job goes on meanwhile."""
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return ask()
+            except Unknown:
+                raise
+            except ClusterError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(POLL_S)
+
+    def _address(self, settings: Mapping[str, Any]) -> str:
+        address = api_address(settings, self._environment)
+        if address is None:
+            raise ClusterError(
+                "no Ray cluster is named to submit to: give --address http://HEAD:8265, set cluster.ray.address in the "
+                "recipe, or RAY_API_SERVER_ADDRESS"
+            )
+        return address
+
+    def _split(self, job_id: str) -> tuple[Api, str]:
+        address, _, name = job_id.rpartition("/")
+        return Api(address or self._address({}), self._environment), name
+
+
+class Unknown(ClusterError):
+    """The head does not know this job."""
+
+
+class Api:
+    """The HTTP API of a cluster's head. Raises ClusterError, with what to do, when it does not answer or refuses."""
+
+    def __init__(self, address: str, environment: Mapping[str, str]) -> None:
+        self.address = address.rstrip("/")
+        self._headers = {"Content-Type": "application/json"}
+        if environment.get("RAY_AUTH_MODE") == "token" and environment.get("RAY_AUTH_TOKEN"):
+            self._headers["Authorization"] = f"Bearer {environment['RAY_AUTH_TOKEN']}"
+
+    def call(self, method: str, path: str, body: bytes | None = None) -> bytes:
+        request = urllib.request.Request(self.address + path, body, self._headers, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=CALL_S) as answer:
+                return bytes(answer.read())
+        except urllib.error.HTTPError as error:
+            raise self._refused(method, path, error) from error
+        except (OSError, ValueError) as error:
+            reason = getattr(error, "reason", error)
+            raise ClusterError(
+                f"no Ray head answers at {self.address} ({reason}): give the address of its dashboard, which "
+                "`ray start --head --dashboard-host 0.0.0.0` serves at port 8265",
+                usage=method != "GET",
+            ) from error
+
+    def _refused(self, method: str, path: str, error: urllib.error.HTTPError) -> ClusterError:
+        told = " ".join(error.read().decode(errors="replace").split())[-500:]
+        if error.code == 404 and method == "GET":
+            return Unknown(f"the Ray cluster at {self.address} does not know {path.rsplit('/', 1)[-1]}")
+        if error.code in (401, 403):
+            return ClusterError(
+                f"the Ray cluster at {self.address} wants another token (HTTP {error.code}): set RAY_AUTH_MODE=token "
+                "and RAY_AUTH_TOKEN as on its nodes"
+            )
+        return ClusterError(f"the Ray cluster at {self.address} refused {method} {path}: HTTP {error.code} {told}")
+
+
+class Lines:
+    """What is new in a log that is read whole each time, in whole lines."""
+
+    def __init__(self) -> None:
+        self._told = 0
+
+    def new(self, log: str, *, whole: bool) -> Iterator[str]:
+        end = len(log) if whole else log.rfind("\n") + 1
+        yield from log[self._told : end].splitlines()
+        self._told = max(self._told, end)
+
+
+def api_address(settings: Mapping[str, Any], environment: Mapping[str, str]) -> str | None:
+    """The head's HTTP address: the recipe's, else that of the environment, if it is one."""
+    named = [settings.get("address"), *(environment.get(name) for name in ADDRESS_VARIABLES)]
+    return next((a for a in named if a and a.startswith(("http://", "https://"))), None)
+
+
+def working_directory(recipe: str) -> bytes:
+    """A zip of this program and the recipe; the same bytes for the same files, since Ray keeps it under its hash."""
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as package:
+        for part in PARTS:
+            for path in sorted((ROOT / part).rglob("*")):
+                if path.is_file() and "__pycache__" not in path.parts:
+                    _add(package, str(path.relative_to(ROOT)), path.read_bytes())
+        _add(package, RECIPE, recipe.encode())
+    return content.getvalue()
+
+
+def _add(package: zipfile.ZipFile, name: str, body: bytes) -> None:
+    entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
+    entry.external_attr = 0o644 << 16
+    package.writestr(entry, body, zipfile.ZIP_DEFLATED)
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", name)

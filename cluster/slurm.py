@@ -1,0 +1,199 @@
+"""Slurm: a run is a job of ``slurm/train.sbatch``, which starts Ray on the job's nodes and requeues itself.
+
+Only argument lists are made here: sbatch's options override the script's ``#SBATCH`` lines.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+from cluster.job import ClusterError, Job, Say
+
+SCRIPT = Path(__file__).resolve().parents[1] / "slurm" / "train.sbatch"
+CALL_S = 60.0
+POLL_S = 2.0
+GOING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING")
+SCRIPT_OPTIONS = ("partition", "account", "qos", "time", "constraint")
+
+Call = Callable[[Sequence[str], Mapping[str, str]], "subprocess.CompletedProcess[str]"]
+
+
+def call(arguments: Sequence[str], environment: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+    """One of Slurm's commands, without a shell; ClusterError when it is missing or does not end in time."""
+    if shutil.which(arguments[0]) is None:
+        raise ClusterError(
+            f"there is no {arguments[0]} on this machine: run this where Slurm's commands are, or take the command of "
+            "`muster render RECIPE --on slurm` there"
+        )
+    try:
+        return subprocess.run(
+            arguments, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=CALL_S
+        )
+    except subprocess.TimeoutExpired as error:
+        raise ClusterError(f"{arguments[0]} did not answer within {CALL_S:.0f} s; is slurmctld up?", False) from error
+
+
+class Slurm:
+    """The cluster whose commands are on ``PATH``. A job's id is Slurm's number."""
+
+    def __init__(self, environment: Mapping[str, str] = os.environ, call: Call = call) -> None:
+        # The environment goes along with the job: the program that submits is the one that will run.
+        path = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
+        self._environment, self._call = {**environment, "PATH": path}, call
+
+    def render(self, job: Job) -> str:
+        return shlex.join([*options(job), str(SCRIPT), *job.arguments]) + "\n"
+
+    def submit(self, job: Job, recipe_path: str) -> str:
+        command, *flags = job.command
+        environment = {**self._environment, "MUSTER_COMMAND": command}
+        told = self._run([*options(job), "--parsable", str(SCRIPT), recipe_path, *flags], environment)
+        return told.split(";")[0].strip()
+
+    def follow(self, job_id: str, say: Say) -> int:
+        output, told = None, ""
+        while True:
+            found = self._show(job_id)
+            if found is None:
+                raise ClusterError(f"Slurm has forgotten job {job_id}; `muster status` tells how the run stands", False)
+            output = output or Output(found["StdOut"])
+            for line in output.new():
+                say(line)
+            state = _state_text(found)
+            if state != told:
+                say(f"Slurm: job {job_id}: {state}")
+                told = state
+            if found["JobState"] not in GOING:
+                return _exit_code(found)
+            time.sleep(POLL_S)
+
+    def state(self, job_id: str) -> str | None:
+        found = self._show(job_id)
+        return found["JobState"] if found else None
+
+    def cancel(self, job_id: str) -> None:
+        if self.state(job_id) in GOING:
+            self._run(["scancel", job_id], self._environment)
+
+    def _show(self, job_id: str) -> dict[str, str] | None:
+        done = self._call(["scontrol", "--oneliner", "show", "job", job_id], self._environment)
+        if done.returncode == 0:
+            return fields(done.stdout)
+        if "Invalid job id" in done.stderr:
+            return None
+        raise ClusterError(f"scontrol: {_last(done.stderr)}", False)
+
+    def _run(self, arguments: Sequence[str], environment: Mapping[str, str]) -> str:
+        done = self._call(arguments, environment)
+        if done.returncode != 0:
+            raise ClusterError(f"{arguments[0]} refused: {_last(done.stderr)}")
+        return done.stdout
+
+
+class Output:
+    """What is new in the job's output file, as far as this machine sees it."""
+
+    def __init__(self, path: str) -> None:
+        self._path, self._told, self._rest = path, 0, ""
+
+    def new(self) -> list[str]:
+        try:
+            with open(self._path, "rb") as file:
+                file.seek(self._told)
+                data = file.read()
+        except OSError:
+            return []
+        self._told += len(data)
+        *lines, self._rest = (self._rest + data.decode(errors="replace")).split("\n")
+        return lines
+
+
+def options(job: Job) -> list[str]:
+    """``sbatch`` and its options: nodes, GPUs and CPUs as the workers need them, then what the recipe says of Slurm."""
+    settings = job.settings
+    shape = Shape.of(job)
+    asked = ["sbatch", f"--job-name={job.name}", f"--nodes={shape.nodes}", f"--cpus-per-task={shape.cpus_per_node}"]
+    if shape.gpus_per_node:
+        asked.append(f"--gpus-per-node={shape.gpus_per_node}")
+    asked += [f"--{name}={settings[name]}" for name in SCRIPT_OPTIONS if settings.get(name) is not None]
+    if settings.get("memory_per_node") is not None:
+        asked.append(f"--mem={settings['memory_per_node']}")
+    for option in settings.get("options", ()):
+        if not option.startswith("-"):
+            raise ClusterError(f"cluster.slurm.options: {option!r} is no option of sbatch; write it as --name=value")
+        asked.append(option)
+    return asked
+
+
+class Shape:
+    """How many nodes a job has, and what each gives it. ``nodes`` is as sbatch takes it: ``4``, or ``2-4``."""
+
+    def __init__(self, nodes: str, gpus_per_node: int, cpus_per_node: int) -> None:
+        self.nodes, self.gpus_per_node, self.cpus_per_node = nodes, gpus_per_node, cpus_per_node
+
+    @classmethod
+    def of(cls, job: Job) -> Shape:
+        """Workers are spread evenly over as few nodes as hold them; a worker without a GPU has a node of its own."""
+        least, most = job.workers
+        per_node = _workers_per_node(job, most)
+        nodes = [math.ceil(count / per_node) for count in (least, most)]
+        return cls(
+            "-".join(map(str, dict.fromkeys(nodes))), per_node * job.gpus_per_worker, per_node * job.cpus_per_worker
+        )
+
+
+def _workers_per_node(job: Job, workers: int) -> int:
+    nodes: int | None = job.settings["nodes"]
+    gpus: int = job.settings["gpus_per_node"]
+    if nodes:
+        return math.ceil(workers / nodes)
+    if not job.gpus_per_worker:
+        return 1
+    fit = gpus // job.gpus_per_worker
+    if fit == 0:
+        raise ClusterError(
+            f"a worker takes {job.gpus_per_worker} GPUs (resources.gpus_per_worker), and a node has {gpus} "
+            "(cluster.slurm.gpus_per_node): correct one of them"
+        )
+    return math.ceil(workers / math.ceil(workers / fit))
+
+
+def fields(line: str) -> dict[str, str]:
+    """``scontrol --oneliner``'s ``Name=value`` pairs; a value goes on to the next word that looks like a name."""
+    found: dict[str, str] = {}
+    last = None
+    for word in line.split():
+        name, separator, value = word.partition("=")
+        if separator and name[:1].isupper():
+            found[name], last = value, name
+        elif last:
+            found[last] += f" {word}"
+    return found
+
+
+def _state_text(found: Mapping[str, str]) -> str:
+    reason = found.get("Reason", "None")
+    where = found.get("NodeList", "(null)")
+    parts = [found["JobState"], f"on {where}" if where != "(null)" else "", f"({reason})" if reason != "None" else ""]
+    return " ".join(filter(None, parts))
+
+
+def _exit_code(found: Mapping[str, str]) -> int:
+    """The script's own, which is muster's; a job that Slurm itself ended may be submitted again: 3."""
+    code, _, ended_by = found.get("ExitCode", "1:0").partition(":")
+    if found["JobState"] in ("CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL") or ended_by not in ("", "0"):
+        return 3
+    return int(code)
+
+
+def _last(text: str) -> str:
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "no reason given"

@@ -1,0 +1,175 @@
+"""A run that is started on another machine: rendered, submitted, followed, cancelled.
+
+What goes there is the recipe as it was resolved here; nobody reads the user's file after that.
+"""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cluster import KINDS, ClusterError, Job, cluster_of
+from launcher.console import stderr
+from launcher.recipes import read_recipe
+from launcher.submission import Submission, read_submission
+from trainer import layout
+from trainer.errors import InputError, Interrupted, MusterError, UsageError, WorkerFailed
+from trainer.storage import Storage, open_storage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from trainer.recipe import Recipe
+
+END_WAIT_S = 120.0
+LOOK_S = 1.0
+FIRST_LOOK_S = 30.0
+EVERYWHERE = ("ray", "kubernetes")
+"""Kinds whose machines share no working directory with this one."""
+
+
+def job_of(
+    recipe: Recipe, kind: str, command: Sequence[str] = ("run",), arguments: Sequence[str] = (), **settings: Any
+) -> Job:
+    """The recipe's job for this kind of cluster, in plain values; ``settings`` replace those of the recipe."""
+    from trainer.recipe import dump
+
+    resources = recipe.resources
+    return Job(
+        name=recipe.name,
+        run_uri=recipe.run_uri,
+        recipe=dump(recipe),
+        workers=(resources.min_workers, resources.max_workers),
+        gpus_per_worker=resources.gpus_per_worker,
+        cpus_per_worker=resources.cpus_per_worker,
+        settings={**getattr(recipe.cluster, kind).model_dump(mode="json"), **settings},
+        command=tuple(command),
+        arguments=tuple(arguments),
+    )
+
+
+def submit(job: Job, kind: str, recipe: Recipe, say: Callable[[str], None]) -> Submission:
+    """Freezes the recipe in the run's storage and submits its job. Raises UsageError where the user can mend it."""
+    from trainer.begin import check_same_recipe
+
+    check_places(recipe, kind)
+    storage = open_storage(recipe.storage, deadline_s=FIRST_LOOK_S)
+    run = storage.child(recipe.name)
+    if job.command[0] == "run":
+        check_same_recipe(run, recipe)
+    key = f"{layout.SUBMITTED}/{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(4)}.yaml"
+    run.write(key, job.recipe.encode())
+    with cluster_errors():
+        made = Submission(kind, cluster_of(kind).submit(job, run.uri(key)), time.time(), run.uri(key))
+    if job.command[0] == "run":
+        run.write_json(layout.SUBMISSION, vars(made))
+    say(f"submitted as {made.job}")
+    return made
+
+
+def follow(made: Submission, run_uri: str, say: Callable[[str], None]) -> None:
+    """Passes on what the job says; raises what its exit code means. An interruption here leaves the job alone."""
+    try:
+        with cluster_errors():
+            code = cluster_of(made.kind).follow(made.id, say)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"{made.job} goes on; `muster status {run_uri}` looks at it, `muster cancel {run_uri}` ends it"
+        ) from None
+    if code:
+        errors: dict[int, type[MusterError]] = {2: UsageError, 3: Interrupted}
+        raise errors.get(code, WorkerFailed)(f"{made.job} ended with exit code {code}; see what it said above")
+
+
+def check_places(recipe: Recipe, kind: str) -> None:
+    """Raises UsageError for a path that means something here only."""
+    if kind not in EVERYWHERE:
+        return
+    sources = [*recipe.data.train, *recipe.data.eval]
+    places = {"storage": recipe.storage, **{f"data: {source.path}": source.path for source in sources}}
+    relative = [name for name, place in places.items() if "://" not in place and not place.startswith("/")]
+    if relative:
+        raise UsageError(
+            f"{', '.join(relative)}: a relative path lies elsewhere on the machines of --on {kind}; give a URL, or the "
+            "absolute path of a folder that all of them share"
+        )
+
+
+@contextmanager
+def cluster_errors() -> Iterator[None]:
+    """The cluster's errors as this program's own."""
+    try:
+        yield
+    except ClusterError as error:
+        raise (UsageError if error.usage else WorkerFailed)(str(error)) from error
+
+
+def render(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe: YAML or JSON file")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes, by dotted path")
+    ] = None,
+    on: Annotated[str, typer.Option(help="slurm | kubernetes | ray")] = "slurm",
+) -> None:
+    """Print what would be submitted, a command or a manifest. Nothing is contacted."""
+    with cluster_errors():
+        cluster = cluster_of(on)
+        loaded = read_recipe(recipe, overrides or [])
+        print(cluster.render(job_of(loaded, on, arguments=[recipe, *(overrides or [])])), end="")
+
+
+def cancel(
+    run_uri: Annotated[str, typer.Argument(metavar="RUN_URI", help="where the run lies, as muster ls prints it")],
+) -> None:
+    """Stop a run, wherever it is: its workers commit, and its job is not started again."""
+    from trainer.lease import read_lease
+
+    def say(text: str) -> None:
+        stderr().print(text, markup=False, soft_wrap=True)
+
+    run = open_storage(run_uri, deadline_s=FIRST_LOOK_S)
+    lease, made = read_lease(run), read_submission(run)
+    if lease is None and made is None and run.info(layout.RECIPE) is None:
+        raise InputError(f"there is no run at {run.url}; `muster ls` with the folder above it lists those that are")
+    ended = True
+    if lease is not None and lease.is_alive(time.time()):
+        say(f"asking {lease.holder} to commit and end")
+        ended = _end(run, lease.driver)
+    jobs = [made.job if made else None, lease.holder.job if lease else None]
+    for job in dict.fromkeys(filter(None, jobs)):
+        ended = _cancel_job(job, say) or ended
+    if not ended:
+        raise WorkerFailed(f"the driver of {run.url} did not end within {END_WAIT_S:.0f} s; look at its host")
+    say(f"{run.url} is stopped; the command that began it goes on from the newest checkpoint")
+
+
+def _end(run: Storage, driver: int) -> bool:
+    """Whether the driver has ended, asked to, within ``END_WAIT_S``."""
+    from trainer.lease import read_lease, request_end
+
+    request_end(run, driver)
+    deadline = time.monotonic() + END_WAIT_S
+    while time.monotonic() < deadline:
+        lease = read_lease(run)
+        if lease is None or lease.driver != driver or not lease.is_alive(time.time()):
+            return True
+        time.sleep(LOOK_S)
+    return False
+
+
+def _cancel_job(job: str, say: Callable[[str], None]) -> bool:
+    """Whether the job is known to be gone. Where its commands are missing, it was asked through the storage alone."""
+    kind, _, name = job.partition(":")
+    if kind not in KINDS:
+        return False
+    try:
+        cluster_of(kind).cancel(name)
+    except ClusterError as error:
+        say(f"{job} itself was not cancelled: {error}")
+        return False
+    return True
