@@ -63,6 +63,7 @@ def shipped(source: Path) -> set[str]:
     code = {p for name in PACKAGES for p in (source / name).rglob("*.py")}
     data = {*(source / "recipes").glob("*.yaml"), source / "recipes" / "recipe.schema.json"}
     data |= set((source / "deepspeed").glob("*.json"))
+    data |= {p for p in (source / "cluster" / "kubernetes").iterdir() if p.suffix == ".yaml" or p.name == "Dockerfile"}
     return {f"muster/{p.relative_to(source).as_posix()}" for p in code | data}
 
 

@@ -64,7 +64,8 @@ class KubernetesSection(Section):
     """`rayjob` needs KubeRay and is elastic; `jobset` runs torchrun on clusters without it, with a fixed size."""
 
     image: Line | None = None
-    """Container image that holds muster, by digest or tag; see `cluster/kubernetes/Dockerfile`."""
+    """Container image that holds muster, by digest or tag, as `cluster/kubernetes/Dockerfile` makes it; null takes
+    `muster:0.1.0`, which only a cluster has that shares its images with the machine that built it."""
 
     namespace: Line | None = None
     """Namespace of the job; null takes that of kubectl's context."""
@@ -77,16 +78,21 @@ class KubernetesSection(Section):
     never stands in a recipe or a manifest."""
 
     queue: Line | None = None
-    """Kueue's local queue: the job then waits, suspended, until it is admitted."""
+    """Kueue's local queue: the job then waits, suspended, until its largest size is admitted, and has no autoscaler."""
 
     workers_per_pod: int = Field(default=1, ge=1)
     """Training workers in each pod; more than one keeps the GPUs of a machine together."""
 
     memory_per_worker: Line = "16Gi"
-    """Memory of each worker, requested and limited, as a Kubernetes quantity."""
+    """Memory of each worker, requested and limited, as a Kubernetes quantity; `shared_memory` comes on top."""
 
     shared_memory: Line = "2Gi"
-    """Size of each pod's `/dev/shm`, which Ray and NCCL use; it counts as memory of the pod."""
+    """Size of each pod's `/dev/shm`, at least `256Mi`: half of it for Ray's objects, the rest for NCCL. It counts as
+    memory of the pod."""
+
+    ray_auth: Literal["token", "disabled"] = "token"
+    """Who may speak to the run's Ray: with `token` its own pods only, by a secret that KubeRay (1.5 or newer) makes for
+    each run; with `disabled` whoever reaches the head's port, and can run code there with the pods' credentials."""
 
     gpu_resource: Line = "nvidia.com/gpu"
     """Name of the GPUs in the cluster's resources."""

@@ -1,0 +1,130 @@
+"""Follows a job: asks for its state every few seconds and passes on the lines of the pod that has them."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from cluster.job import ClusterError, Say
+from cluster.kubernetes.kubectl import Kubectl, Lines
+from cluster.kubernetes.reading import INTERRUPTED, Fields, newest_started, read, waits_for
+
+POLL_S = 3.0
+PATIENCE_S = 600.0
+"""For a cluster that does not answer: the job goes on without us."""
+SUBMITTER = "ray-job-submitter"
+
+
+class Follower:
+    """One job, followed once. ``sleep`` is waited with where there are no lines to wait for."""
+
+    def __init__(
+        self, kubectl: Kubectl, resource: str, name: str, say: Say, sleep: Callable[[float], None] = time.sleep
+    ) -> None:
+        self._kubectl, self._resource, self._name, self._say, self._sleep = kubectl, resource, name, say, sleep
+        self._said: dict[str, object] = {}
+        self._away_s = 0.0
+        self._pod: str | None = None
+        self._last = ""
+        self._lines: Lines | None = None
+        self._streams = ExitStack()
+
+    def follow(self) -> int:
+        """muster's exit code. Raises ClusterError when the cluster did not answer for ten minutes."""
+        with self._streams:
+            while (code := self._look()) is None:
+                self._pass_on()
+            return code
+
+    def _look(self) -> int | None:
+        try:
+            made = self._kubectl.get(self._resource, self._name)
+            if made is None:
+                self._say(f"{self._resource} {self._name} is gone: it was deleted, or its time was over")
+                return INTERRUPTED
+            reading = read(made)
+            self._once("state", reading.state, f"{self._resource} {self._name}: {reading.state}")
+            if reading.exit_code is None:
+                self._watch_pods(made)
+                self._away_s = 0.0
+                return None
+        except ClusterError as error:
+            if error.usage or self._away_s >= PATIENCE_S:
+                raise
+            self._once("away", str(error), f"{error}; trying again")
+            self._away_s += POLL_S
+            return None
+        self._finish()
+        if reading.detail:
+            self._say(reading.detail)
+        return reading.exit_code
+
+    def _once(self, about: str, value: object, text: str) -> None:
+        if self._said.get(about) != value:
+            self._said[about] = value
+            self._say(text)
+
+    def _watch_pods(self, made: Fields) -> None:
+        mine, speaking = self._selectors(made)
+        if self._lines is None and mine:
+            reasons = waits_for(self._kubectl.list("pods", mine))
+            self._said.setdefault("reasons", [])
+            if reasons:
+                self._once("reasons", reasons, "waiting for " + "; ".join(reasons))
+        if self._lines is None:
+            self._open(newest_started(self._kubectl.list("pods", speaking)))
+
+    def _selectors(self, made: Fields) -> tuple[str | None, str]:
+        """Of the pods that train, and of the one whose lines are the run's."""
+        if self._resource == "jobset":
+            mine = f"jobset.sigs.k8s.io/jobset-name={self._name}"
+            return mine, f"{mine},batch.kubernetes.io/job-completion-index=0"
+        ray_cluster = (made.get("status") or {}).get("rayClusterName")
+        return (f"ray.io/cluster={ray_cluster}" if ray_cluster else None), f"job-name={self._name}"
+
+    def _open(self, pod: str | None) -> None:
+        if pod is None:
+            return
+        if pod != self._pod:
+            self._pod, self._last = pod, ""
+        container = "node" if self._resource == "jobset" else SUBMITTER
+        self._lines = self._streams.enter_context(self._kubectl.logs(pod, container, self._last or None))
+
+    def _pass_on(self) -> None:
+        """Waits for one interval, or for lines; a stream that broke is opened again at the next look."""
+        if self._lines is None:
+            self._sleep(POLL_S)
+            return
+        until = time.monotonic() + POLL_S
+        while (left := until - time.monotonic()) > 0:
+            line = self._lines.next(left)
+            if line is None and self._lines.ended:
+                self._close()
+                self._sleep(min(left, POLL_S))
+                return
+            if line is not None:
+                self._say_line(line)
+
+    def _say_line(self, line: str) -> None:
+        """Lines since a second are given out again by a new stream: those that were said are left out."""
+        moment, _, text = line.partition(" ")
+        if moment > self._last:
+            self._last = moment
+            self._say(text)
+
+    def _finish(self) -> None:
+        """What the ended job has not said yet; its pod ends the stream."""
+        if self._lines is None:
+            try:
+                self._open(newest_started(self._kubectl.list("pods", self._selectors({})[1])))
+            except ClusterError:
+                return
+        until = time.monotonic() + POLL_S
+        while self._lines is not None and not self._lines.ended and (left := until - time.monotonic()) > 0:
+            if (line := self._lines.next(left)) is not None:
+                self._say_line(line)
+
+    def _close(self) -> None:
+        self._streams.close()
+        self._lines = None

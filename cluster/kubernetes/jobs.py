@@ -1,0 +1,107 @@
+"""The kind of cluster "kubernetes": a RayJob for KubeRay, or a JobSet, through `kubectl`.
+
+A job's id is ``<namespace>/<name>`` or ``<name>`` (the namespace of kubectl's context); a JobSet's has ``jobset:``
+before it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from cluster.job import ClusterError, Job, Say
+from cluster.kubernetes.emit import emit
+from cluster.kubernetes.following import Follower
+from cluster.kubernetes.kubectl import Kubectl
+from cluster.kubernetes.manifests import RUN_ANNOTATION, manifest
+from cluster.kubernetes.reading import read
+
+DELETE_S = 300
+"""For a job that has ended to be gone with its pods, before the same run is submitted again."""
+
+
+@dataclass(frozen=True)
+class Address:
+    """Where a job is, as kubectl is asked for it."""
+
+    resource: str
+    namespace: str | None
+    name: str
+
+    @staticmethod
+    def of(job_id: str) -> Address:
+        resource, _, place = job_id.rpartition(":")
+        namespace, _, name = place.rpartition("/")
+        if resource not in ("", "jobset") or not name:
+            raise ClusterError(f"{job_id!r} names no job; write NAMESPACE/NAME, or jobset:NAMESPACE/NAME")
+        return Address(resource or "rayjob", namespace or None, name)
+
+    def __str__(self) -> str:
+        kind = "jobset:" if self.resource == "jobset" else ""
+        return f"{kind}{self.namespace}/{self.name}" if self.namespace else f"{kind}{self.name}"
+
+    def command(self, verb: str) -> str:
+        """As a user types it."""
+        place = f" --namespace {self.namespace}" if self.namespace else ""
+        return f"kubectl{place} {verb} {self.resource} {self.name}"
+
+
+class Kubernetes:
+    """See `cluster.job.Cluster`."""
+
+    def __init__(self, sleep: Callable[[float], None] = time.sleep) -> None:
+        self._sleep = sleep
+
+    def render(self, job: Job) -> str:
+        """One document: a RayJob, or a JobSet with ``kind: jobset``. Raises ClusterError."""
+        try:
+            return emit(manifest(job))
+        except ValueError as error:
+            raise ClusterError(f"the manifest {error}") from None
+
+    def submit(self, job: Job, recipe_path: str) -> str:
+        """The recipe travels in the manifest, so that ``recipe_path`` is not needed. A job of this run that has ended
+        is deleted first, the same run then goes on; one that has not, or one of another run, is refused."""
+        text = self.render(job)
+        made = manifest(job)
+        namespace = made["metadata"].get("namespace")
+        address = Address(made["kind"].lower(), namespace, made["metadata"]["name"])
+        kubectl = Kubectl(namespace)
+        self._make_room(kubectl, address, job.run_uri)
+        taken = kubectl.create(text)["metadata"]
+        return str(Address(address.resource, taken.get("namespace", namespace), taken["name"]))
+
+    def _make_room(self, kubectl: Kubectl, address: Address, run_uri: str) -> None:
+        existing = kubectl.get(address.resource, address.name)
+        if existing is None:
+            return
+        other = existing["metadata"].get("annotations", {}).get(RUN_ANNOTATION)
+        if other != run_uri:
+            raise ClusterError(
+                f"{address} is there already and is another run ({other or 'not of muster'}); give this one another "
+                f"name, or another namespace, or delete that one: {address.command('delete')}"
+            )
+        reading = read(existing)
+        if reading.exit_code is None and reading.state != "Terminating":
+            raise ClusterError(
+                f"{address} is going on already ({reading.state}); look at it with `{address.command('describe')}`, "
+                f"end it with `{address.command('delete')}`"
+            )
+        kubectl.delete(address.resource, address.name, wait_s=DELETE_S)
+
+    def follow(self, job_id: str, say: Say) -> int:
+        """Says each change of state, why pods wait, and the driver's lines. Exit codes: 0, 1, 2 and 3 as the driver's
+        where the cluster tells it; 1 for a failure of which it does not; 3 when the job was stopped or is gone."""
+        address = Address.of(job_id)
+        return Follower(Kubectl(address.namespace), address.resource, address.name, say, self._sleep).follow()
+
+    def state(self, job_id: str) -> str | None:
+        address = Address.of(job_id)
+        made = Kubectl(address.namespace).get(address.resource, address.name)
+        return read(made).state if made else None
+
+    def cancel(self, job_id: str) -> None:
+        """Deletes the job and does not wait: its pods have their grace period to commit a checkpoint."""
+        address = Address.of(job_id)
+        Kubectl(address.namespace).delete(address.resource, address.name, wait_s=0)

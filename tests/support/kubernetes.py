@@ -1,0 +1,188 @@
+"""Jobs for Kubernetes, and strict schemas of what muster writes for it: a field that is not here is a mistake.
+
+Written by hand after the public documentation of KubeRay, JobSet and Kubernetes; the real schemas know far more fields.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jsonschema
+
+from cluster.job import Job
+from trainer.recipe.cluster import KubernetesSection
+
+RECIPE = "name: gsm8k\nmodel: {path: 'Qwen/Qwen2.5-7B-Instruct'}\n"
+QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"
+DNS_LABEL = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
+
+
+def job(name: str = "gsm8k", workers: tuple[int, int] = (2, 2), gpus: int = 1, cpus: int = 4, **given: Any) -> Job:
+    """``recipe``, ``command`` and ``run_uri`` are the job's; everything else is a setting of cluster.kubernetes."""
+    own = {key: given.pop(key) for key in ("recipe", "command", "run_uri") if key in given}
+    settings = KubernetesSection.model_validate(given).model_dump(mode="json")
+    return Job(
+        name, own.pop("run_uri", f"s3://runs/{name}"), own.pop("recipe", RECIPE), workers, gpus, cpus, settings, **own
+    )
+
+
+def fields(required: str = "", **properties: Any) -> dict[str, Any]:
+    made = {"type": "object", "additionalProperties": False, "properties": properties}
+    return made | ({"required": required.split()} if required else {})
+
+
+def many(items: dict[str, Any], least: int = 1) -> dict[str, Any]:
+    return {"type": "array", "items": items, "minItems": least}
+
+
+TEXT = {"type": "string"}
+FILLED = {"type": "string", "minLength": 1}
+COUNT = {"type": "integer", "minimum": 0}
+FLAG = {"type": "boolean"}
+TEXTS = {"type": "object", "additionalProperties": TEXT}
+LABELS = {
+    "type": "object",
+    "additionalProperties": {"type": "string", "maxLength": 63, "pattern": r"^[-A-Za-z0-9_.]*$"},
+}
+AMOUNTS = {"type": "object", "additionalProperties": {"type": "string", "pattern": QUANTITY}}
+
+
+def metadata(length: int) -> dict[str, Any]:
+    name = {"type": "string", "maxLength": length, "pattern": DNS_LABEL}
+    return fields("name labels annotations", name=name, namespace=FILLED, labels=LABELS, annotations=TEXTS)
+
+
+CONTAINER = fields(
+    "name image resources",
+    name={"type": "string", "pattern": DNS_LABEL},
+    image=FILLED,
+    command=many(FILLED),
+    args=many(FILLED),
+    env=many(fields("name value", name=FILLED, value=TEXT)),
+    envFrom=many(fields("secretRef", secretRef=fields("name", name=FILLED))),
+    resources=fields("requests limits", requests=AMOUNTS, limits=AMOUNTS),
+    ports=many(
+        fields(
+            "name containerPort", name={"type": "string", "maxLength": 15, "pattern": DNS_LABEL}, containerPort=COUNT
+        )
+    ),
+    lifecycle=fields("preStop", preStop=fields("exec", exec=fields("command", command=many(FILLED)))),
+    volumeMounts=many(fields("name mountPath", name=FILLED, mountPath=FILLED, readOnly=FLAG)),
+)
+DOWNWARD = fields("path fieldRef", path=FILLED, fieldRef=fields("fieldPath", fieldPath=FILLED))
+VOLUME = fields(
+    "name",
+    name=FILLED,
+    emptyDir=fields("medium sizeLimit", medium={"const": "Memory"}, sizeLimit={"type": "string", "pattern": QUANTITY}),
+    downwardAPI=fields("items", items=many(DOWNWARD)),
+)
+TOLERATION = fields(
+    key=FILLED,
+    operator={"enum": ["Exists", "Equal"]},
+    value=TEXT,
+    effect={"enum": ["NoSchedule", "PreferNoSchedule", "NoExecute"]},
+    tolerationSeconds=COUNT,
+)
+POD = fields(
+    "spec",
+    metadata=fields(annotations=TEXTS),
+    spec=fields(
+        "containers",
+        containers=many(CONTAINER),
+        volumes=many(VOLUME),
+        restartPolicy={"const": "Never"},
+        terminationGracePeriodSeconds=COUNT,
+        serviceAccountName=FILLED,
+        nodeSelector=LABELS,
+        tolerations=many(TOLERATION),
+    ),
+)
+RAY_PARAMETERS = {
+    **fields("object-store-memory"),
+    "properties": {"num-cpus": TEXT, "dashboard-host": TEXT, "object-store-memory": {"pattern": "^[0-9]+$"} | TEXT},
+}
+RAYJOB = fields(
+    "apiVersion kind metadata spec",
+    apiVersion={"const": "ray.io/v1"},
+    kind={"const": "RayJob"},
+    metadata=metadata(47),
+    spec=fields(
+        "entrypoint submissionMode backoffLimit shutdownAfterJobFinishes rayClusterSpec",
+        entrypoint=FILLED,
+        submissionMode={"const": "K8sJobMode"},
+        submitterConfig=fields("backoffLimit", backoffLimit=COUNT),
+        submitterPodTemplate=POD,
+        backoffLimit=COUNT,
+        suspend=FLAG,
+        shutdownAfterJobFinishes=FLAG,
+        ttlSecondsAfterFinished=COUNT,
+        rayClusterSpec=fields(
+            "rayVersion headGroupSpec workerGroupSpecs enableInTreeAutoscaling",
+            rayVersion=FILLED,
+            authOptions=fields("mode", mode={"enum": ["token", "disabled"]}),
+            enableInTreeAutoscaling=FLAG,
+            autoscalerOptions=fields("version", version={"enum": ["v1", "v2"]}, idleTimeoutSeconds=COUNT),
+            headGroupSpec=fields("rayStartParams template", rayStartParams=RAY_PARAMETERS, template=POD),
+            workerGroupSpecs=many(
+                fields(
+                    "groupName replicas minReplicas maxReplicas rayStartParams template",
+                    groupName=FILLED,
+                    replicas=COUNT,
+                    minReplicas=COUNT,
+                    maxReplicas=COUNT,
+                    rayStartParams=RAY_PARAMETERS,
+                    template=POD,
+                )
+            ),
+        ),
+    ),
+)
+ON_CONDITION = fields("type status", type=FILLED, status={"enum": ["True", "False", "Unknown"]})
+INDEXED = fields(
+    "completionMode completions parallelism backoffLimit template",
+    completionMode={"const": "Indexed"},
+    completions=COUNT,
+    parallelism=COUNT,
+    backoffLimit=COUNT,
+    podFailurePolicy=fields(
+        "rules", rules=many(fields("action", action={"const": "FailJob"}, onPodConditions=many(ON_CONDITION)))
+    ),
+    template=POD,
+)
+JOBSET = fields(
+    "apiVersion kind metadata spec",
+    apiVersion={"const": "jobset.x-k8s.io/v1alpha2"},
+    kind={"const": "JobSet"},
+    metadata=metadata(63),
+    spec=fields(
+        "failurePolicy network replicatedJobs",
+        suspend=FLAG,
+        ttlSecondsAfterFinished=COUNT,
+        failurePolicy=fields(
+            "maxRestarts",
+            maxRestarts=COUNT,
+            rules=many(
+                fields(
+                    "name action",
+                    name=FILLED,
+                    action={"enum": ["FailJobSet", "RestartJobSet", "RestartJobSetAndIgnoreMaxRestarts"]},
+                    onJobFailureReasons=many(
+                        {"enum": ["PodFailurePolicy", "BackoffLimitExceeded", "DeadlineExceeded"]}
+                    ),
+                )
+            ),
+        ),
+        network=fields(enableDNSHostnames=FLAG, publishNotReadyAddresses=FLAG, subdomain=FILLED),
+        replicatedJobs=many(
+            fields("name replicas template", name=FILLED, replicas=COUNT, template=fields("spec", spec=INDEXED))
+        ),
+    ),
+)
+
+
+def mistakes(manifest: dict[str, Any]) -> list[str]:
+    """What the schema of the manifest's kind says against it, with the paths."""
+    schema = {"RayJob": RAYJOB, "JobSet": JOBSET}[manifest["kind"]]
+    return [
+        f"{error.json_path}: {error.message}" for error in jsonschema.Draft202012Validator(schema).iter_errors(manifest)
+    ]
