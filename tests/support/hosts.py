@@ -26,7 +26,7 @@ from typing import IO
 
 import psutil
 
-from tests.support.requirements import require
+from tests.support.requirements import NAMESPACES, require
 from tests.support.waiting import tail, wait_for
 
 SWITCH = 0
@@ -89,6 +89,7 @@ class Hosts:
         self._network = network
         self.link = f"mu{secrets.token_hex(4)}"
         self._running: dict[int, _Running] = {}
+        self._processes: list[Process] = []
 
     def __enter__(self) -> Hosts:
         require()
@@ -114,6 +115,8 @@ class Hosts:
         with ExitStack() as steps:
             steps.callback(shutil.rmtree, self.folder, ignore_errors=True)
             steps.callback(_ip, None, f"link del {self.link}", check=False)
+            for process in self._processes:
+                steps.callback(process.wait, LIMIT_S)
             for k in sorted(self._running):
                 steps.callback(self.kill, k)
 
@@ -152,8 +155,8 @@ class Hosts:
             except subprocess.TimeoutExpired as late:
                 process.kill()
                 said = b"".join(part for part in (late.stdout, late.stderr) if isinstance(part, bytes))
-                tail = said.decode(errors="replace")[-2000:]
-                raise AssertionError(f"{self.name(k)}: {argv} did not end within {timeout:g} s:\n{tail}") from None
+                what = f"{self.name(k)}: {argv} did not end within {timeout:g} s"
+                raise AssertionError(f"{what}:\n{said.decode(errors='replace')[-2000:]}") from None
         return subprocess.CompletedProcess(argv, process.returncode, out, err)
 
     def popen(
@@ -168,7 +171,7 @@ class Hosts:
     ) -> Process:
         """A command on host ``k``, in this process's environment and ``env``; it ends with the host at the latest."""
         enter = ["nsenter", f"--target={self.init(k)}", "--net", "--pid", "--mount", "--uts", "--ipc", "--time", "--"]
-        return Process(
+        process = Process(
             # The folder is entered from inside: private folders are seen there only.
             [*enter, "env", f"--chdir={cwd or Path.cwd()}", *map(str, argv)],
             env={**os.environ, **(env or {})},
@@ -178,14 +181,17 @@ class Hosts:
             text=True,
             start_new_session=True,
         )
+        self._processes.append(process)
+        return process
 
     def kill(self, k: int) -> None:
         """A power cut: nothing on the host runs any more, and nobody is told (no connection is closed)."""
         if k not in self._running:
             return
-        if k != SWITCH:
-            self.cut(k)
         host = self._running.pop(k)
+        if k != SWITCH:
+            with suppress(AssertionError):
+                self.cut(k)
         with suppress(psutil.NoSuchProcess):
             host.init.kill()
         # Process 1 ends when everything in its namespace has ended, and unshare ends after it.
@@ -219,13 +225,12 @@ class Hosts:
         own = self.folder / self.name(k)
         own.mkdir(exist_ok=True)
         (own / "boot_id").write_text(f"{uuid.uuid4()}\n")
-        namespaces = ["--net", "--pid", "--fork", "--kill-child", "--mount", "--mount-proc", "--uts", "--ipc"]
-        # The uptime starts anew, so that a reboot can be told from a network that was away.
-        namespaces += ["--time", f"--boottime=-{int(time.clock_gettime(time.CLOCK_BOOTTIME))}"]
+        just_booted = f"--boottime=-{int(time.clock_gettime(time.CLOCK_BOOTTIME))}"
+        init: list[str | Path] = ["bash", "-c", _INIT, "init", self.folder, own, self.name(k), *self._private]
         log = own / "init.log"
         with log.open("wb") as out:
             outer = subprocess.Popen(
-                ["unshare", *namespaces, "bash", "-c", _INIT, "init", self.folder, own, self.name(k), *self._private],
+                ["unshare", *NAMESPACES, just_booted, *init],
                 stdin=subprocess.PIPE,
                 stdout=out,
                 stderr=subprocess.STDOUT,
@@ -247,9 +252,8 @@ class Hosts:
     def _connect_switch(self) -> None:
         """The bridge, and a cable from it to this machine. Hardware addresses are fixed: neighbours remember them."""
         switch = self.init(SWITCH)
-        _ip(
-            switch, f"link add bridge address {_hardware(254)} type bridge", f"addr add {self.address(0)}/24 dev bridge"
-        )
+        _ip(switch, f"link add bridge address {_hardware(254)} type bridge")
+        _ip(switch, f"addr add {self.address(SWITCH)}/24 dev bridge")
         _ip(None, f"link add {self.link} type veth peer name outside netns {switch}")
         _ip(None, f"addr add {self.gateway}/24 dev {self.link}", f"link set {self.link} up")
         _ip(switch, "link set outside master bridge up", "link set bridge up", f"route add default via {self.gateway}")

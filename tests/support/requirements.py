@@ -9,6 +9,9 @@ from collections.abc import Iterable
 
 import pytest
 
+# What a host has of its own. The uptime too, so that a reboot can be told from a network that was away.
+NAMESPACES = ("--net", "--pid", "--fork", "--kill-child", "--mount", "--mount-proc", "--uts", "--ipc", "--time")
+
 IP = ("ip", "iproute2")
 SLURM = (("munged", "munge"), ("slurmctld", "slurm-wlm"), ("slurmd", "slurm-wlm"), ("srun", "slurm-wlm"))
 
@@ -22,8 +25,7 @@ def require(programs: Iterable[tuple[str, str]] = (IP,)) -> None:
         pytest.skip("not root")
     if reason := missing(programs):
         (pytest.fail if os.environ.get("CI") == "true" else pytest.skip)(reason)
-    probe = ["unshare", "--net", "--pid", "--fork", "--mount-proc", "--uts", "--ipc", "true"]
-    tried = subprocess.run(probe, capture_output=True, text=True, timeout=20)
+    tried = subprocess.run(["unshare", *NAMESPACES, "true"], capture_output=True, text=True, timeout=20)
     if tried.returncode != 0:
         pytest.skip(f"cannot unshare: {tried.stderr.strip()}")
 

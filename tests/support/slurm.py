@@ -28,7 +28,7 @@ MEMORY_MB = 64_000
 class SlurmCluster:
     """``nodes`` nodes, node1 and so on, all idle within the block.
 
-    ``gpus`` are fake: files that Slurm counts, schedules and names in CUDA_VISIBLE_DEVICES. ``settings`` are further
+    ``gpus`` are fake: devices that Slurm counts, schedules and names in CUDA_VISIBLE_DEVICES. ``settings`` are further
     lines of slurm.conf, or other values for those in ``_settings``.
     """
 
@@ -36,7 +36,6 @@ class SlurmCluster:
         self.hosts = Hosts(nodes, name="node")
         self._gpus = gpus
         self._changed = dict(settings or {})
-        self._daemons: list[Process] = []
 
     def __enter__(self) -> SlurmCluster:
         requirements.require((requirements.IP, *requirements.SLURM))
@@ -59,22 +58,21 @@ class SlurmCluster:
 
     def close(self) -> None:
         self.hosts.close()
-        for daemon in self._daemons:
-            daemon.wait(LIMIT_S)
-
-    # --- what a user does ---------------------------------------------------------------------------------------------
 
     def run(self, *argv: str | Path, cwd: Path | None = None, timeout: float = 60) -> str:
         """A client command's standard output; fails with its errors when it does."""
-        done = subprocess.run(
-            list(map(str, argv)),
-            env={**os.environ, **self.env},
-            cwd=cwd,
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-        )
+        try:
+            done = subprocess.run(
+                list(map(str, argv)),
+                env={**os.environ, **self.env},
+                cwd=cwd,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=timeout,
+            )
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"{argv} did not end within {timeout:g} s:\n{self.logs()}") from None
         assert done.returncode == 0, f"{argv} ended with {done.returncode}:\n{done.stderr}\n{done.stdout}"
         return done.stdout
 
@@ -103,8 +101,6 @@ class SlurmCluster:
         printed = sorted(self.folder.glob("*.out"))
         return "\n".join(tail(log if (log := out.with_suffix(".log")).exists() else out, size) for out in printed)
 
-    # --- what happens to it -------------------------------------------------------------------------------------------
-
     def crash(self, k: int) -> None:
         """A power cut on node ``k``."""
         self.hosts.kill(k)
@@ -120,65 +116,55 @@ class SlurmCluster:
     def heal(self, k: int) -> None:
         self.hosts.heal(k)
 
-    # --- daemons ------------------------------------------------------------------------------------------------------
-
     def _start_controller(self) -> None:
         files = {name: self.folder / f"munge.{name}" for name in ("key", "socket", "pid", "seed")}
         files["key"].touch(mode=0o400)
         files["key"].write_bytes(secrets.token_bytes(128))
         places = [f"--{option}={files[name]}" for option, name in _MUNGE_OPTIONS.items()]
-        self._daemon(SWITCH, "munged", "--foreground", *places)
-        self._await_daemon("munged", "munge", f"--socket={files['socket']}", "--no-input")
-        self._daemon(SWITCH, "slurmctld", "-D", "-c")
-        self._await_daemon("slurmctld", "scontrol", "ping")
+        munged = self._daemon(SWITCH, "munged", "--foreground", *places)
+        self._await_daemon(munged, "munge", f"--socket={files['socket']}", "--no-input")
+        slurmctld = self._daemon(SWITCH, "slurmctld", "-D", "-c")
+        self._await_daemon(slurmctld, "scontrol", "ping")
 
-    def _await_daemon(self, what: str, *probe: str) -> None:
+    def _await_daemon(self, daemon: Process, *probe: str) -> None:
         def answers() -> bool:
-            assert self._daemons[-1].poll() is None, f"{what} ended at its start:\n{self.logs()}"
-            return (
-                subprocess.run(probe, env={**os.environ, **self.env}, capture_output=True, timeout=LIMIT_S).returncode
-                == 0
-            )
+            assert daemon.poll() is None, f"ended at its start with {daemon.returncode}:\n{self.logs()}"
+            asked = subprocess.run(probe, env={**os.environ, **self.env}, capture_output=True, timeout=LIMIT_S)
+            return asked.returncode == 0
 
-        self.until(answers, LIMIT_S, what=what, every_s=0.02)
+        self.until(answers, LIMIT_S, what=f"an answer to {probe[0]}", every_s=0.02)
 
     def _start_node(self, k: int) -> None:
         self._daemon(k, "slurmd", "-D")
 
-    def _daemon(self, k: int, *argv: str) -> None:
+    def _daemon(self, k: int, *argv: str) -> Process:
         with (self.folder / f"{argv[0]}.{self.hosts.name(k)}.out").open("ab") as out:
-            self._daemons.append(self.hosts.popen(k, argv, env=self.env, cwd=self.folder, stdout=out))
+            return self.hosts.popen(k, argv, env=self.env, cwd=self.folder, stdout=out)
 
     def _all_idle(self) -> bool:
         states = self.run("sinfo", "--noheader", "--Node", "--format=%T").split()
         return states == ["idle"] * self.hosts.count
 
-    # --- files --------------------------------------------------------------------------------------------------------
-
     def _write_files(self) -> None:
         self.folder.mkdir()
         # munged insists that everyone can reach its socket.
         self.hosts.folder.chmod(0o755)
-        (self.folder / "slurm.conf").write_text(_lines({**self._settings(), **self._changed}) + self._nodes())
+        (self.folder / "slurm.conf").write_text("\n".join([*self._settings(), *self._nodes(), ""]))
         gpus = [self.folder / f"nvidia{index}" for index in range(self._gpus)]
         for gpu in gpus:
+            # A device, of any kind; the digit at its end becomes its index in CUDA_VISIBLE_DEVICES.
             os.mknod(gpu, 0o666 | stat.S_IFCHR, os.makedev(1, 3))
-        names = f"NodeName={self._all_nodes()} Name=gpu File="
-        (self.folder / "gres.conf").write_text(
-            "AutoDetect=off\n" + "".join(f"{names}{gpu}\n" for gpu in gpus),
-        )
+        lines = ["AutoDetect=off", *(f"Name=gpu File={gpu}" for gpu in gpus)]
+        (self.folder / "gres.conf").write_text("".join(f"{line}\n" for line in lines))
 
-    def _all_nodes(self) -> str:
-        return ",".join(self.hosts.name(k) for k in self.hosts.numbers)
-
-    def _nodes(self) -> str:
+    def _nodes(self) -> list[str]:
         each = f"CPUs={CPUS} RealMemory={MEMORY_MB} Gres=gpu:{self._gpus} State=UNKNOWN"
-        lines = [f"NodeName={self.hosts.name(k)} NodeAddr={self.hosts.address(k)} {each}" for k in self.hosts.numbers]
-        return "\n".join([*lines, "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP", ""])
+        nodes = [f"NodeName={self.hosts.name(k)} NodeAddr={self.hosts.address(k)} {each}" for k in self.hosts.numbers]
+        return [*nodes, "PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE State=UP"]
 
-    def _settings(self) -> dict[str, object]:
+    def _settings(self) -> list[str]:
         """What differs from Slurm's defaults: no cgroups, no accounting, everything that waits made short."""
-        return {
+        settings = {
             "ClusterName": "muster",
             "SlurmctldHost": f"{self.hosts.name(SWITCH)}({self.hosts.address(SWITCH)})",
             "SlurmUser": "root",
@@ -188,7 +174,7 @@ class SlurmCluster:
             "SlurmdSpoolDir": self.folder / "spool.%n",
             "SlurmctldPidFile": self.folder / "slurmctld.pid",
             "SlurmdPidFile": self.folder / "slurmd.%n.pid",
-            "SlurmctldLogFile": self.folder / "slurmctld.node0.log",
+            "SlurmctldLogFile": self.folder / f"slurmctld.{self.hosts.name(SWITCH)}.log",
             "SlurmdLogFile": self.folder / "slurmd.%n.log",
             "MailProg": "/bin/true",
             "ProctrackType": "proctrack/linuxproc",
@@ -208,11 +194,9 @@ class SlurmCluster:
             "UnkillableStepTimeout": 30,
             "MinJobAge": 3600,
             "JobRequeue": 1,
+            **self._changed,
         }
+        return [f"{name}={value}" for name, value in settings.items()]
 
 
 _MUNGE_OPTIONS = {"key-file": "key", "socket": "socket", "pid-file": "pid", "seed-file": "seed"}
-
-
-def _lines(settings: Mapping[str, object]) -> str:
-    return "".join(f"{name}={value}\n" for name, value in settings.items())
