@@ -31,7 +31,7 @@ test: $(INSTALLED)
 else
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 tests/unit tests/packaging tests/storage
-	$(BIN)/python -m pytest tests/distributed tests/ray tests/gpu
+	$(BIN)/python -m pytest tests/distributed tests/ray tests/cluster tests/gpu
 endif
 
 chaos: $(INSTALLED)

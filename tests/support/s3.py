@@ -54,20 +54,20 @@ class S3:
 
 
 @contextmanager
-def serve() -> Iterator[S3]:
-    """Start moto_server on a free port; ended with the block."""
+def serve(address: str = "127.0.0.1") -> Iterator[S3]:
+    """Start moto_server on a free port of ``address``; ended with the block."""
     port = free_port()
     with tempfile.TemporaryFile() as log:
-        command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
+        command = [sys.executable, "-m", "moto.server", "-H", address, "-p", str(port)]
         server = subprocess.Popen(command, stdout=log, stderr=log)
 
         def started() -> bool:
             assert server.poll() is None, f"moto_server ended with {server.returncode} at its start"
-            return listening(port)
+            return listening(port, address)
 
         try:
-            wait_for(started, f"moto_server on port {port}", timeout_s=60)
-            yield S3(f"http://127.0.0.1:{port}")
+            wait_for(started, f"moto_server on {address}:{port}", timeout_s=60)
+            yield S3(f"http://{address}:{port}")
         finally:
             server.terminate()
             server.wait(20)
