@@ -16,7 +16,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
-from launcher import answering, evaluating, exporting, planning, preparing, serving
+from launcher import answering, doctor, evaluating, exporting, planning, preparing, serving
 from launcher.console import stderr
 from trainer.errors import Interrupted, MusterError, RecipeError, UsageError
 
@@ -182,6 +182,7 @@ def matrix(
 
 app.command()(preparing.prepare)
 app.command()(planning.plan)
+app.command()(doctor.doctor)
 app.command()(evaluating.evaluate)
 app.command()(answering.generate)
 app.command()(answering.chat)
