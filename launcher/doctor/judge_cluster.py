@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 
 from cluster.ray_nodes import NODE_SETTINGS
-from launcher.doctor.examined import Examination, Node, Pair
+from launcher.doctor.examined import Examination, Node
 from launcher.doctor.findings import Finding, failure, warning
 
 RECENT_S = 3600.0  # Ray remembers dead nodes for good; one that died yesterday is no news
@@ -14,7 +14,7 @@ SKEW_WARN_S = 2.0  # leases are renewed every few seconds, and are stale after 1
 SKEW_FAIL_S = 10.0
 SLOW_CONNECT_S = 5.0  # a reverse look-up without an answer costs ten seconds
 REACH = (
-    "see that it is up and its network is connected, that no firewall stands between (nodes need all TCP ports), then "
+    "see that it is up and its network is connected, that no firewall stands between (nodes need all TCP ports), then"
     " `ray stop` and `ray start --address=HEAD:6379` on it; or take it out of the cluster"
 )
 HINTS = {
@@ -58,8 +58,8 @@ def _gone(seen: Examination, node: Node) -> Finding:
     if node.alive:
         what = f"is not reachable: {node.reason}, though Ray still counts on it"
         return failure(node.host, what, REACH)
-    ago = "" if node.dead_for_s is None else f" since {node.dead_for_s:.0f} s"
-    what = f"is not reachable: Ray holds it for dead{ago} ({node.reason or 'it does not say why'})"
+    ago = "" if node.dead_for_s is None else f" for {node.dead_for_s:.0f} s"
+    what = f"is not reachable: Ray has counted it as dead{ago} ({node.reason or 'it does not say why'})"
     stale = node.dead_for_s is not None and node.dead_for_s > RECENT_S
     # A recipe whose workers are placed elsewhere trains without it.
     spared = seen.wanted is not None and seen.placement_error is None
@@ -72,6 +72,8 @@ def _unanswered(reason: str) -> str:
             "install the same muster on that host, at the same path as here, or submit with `ray job submit "
             "--working-dir .`, which brings it along"
         )
+    if "no answer" in reason:
+        return f"a host under load answers late, then run this again; else {REACH}"
     return REACH
 
 
@@ -102,7 +104,8 @@ def pairs(seen: Examination) -> Iterator[Finding]:
                 f"took {slowest:.0f} s to connect",
                 "look at DNS: a reverse look-up that nobody answers costs ten seconds; put the hosts into /etc/hosts",
             )
-    left_out = [pair for pair in seen.pairs if _left_out(pair, hosts_of, cut)]
+    gone = cut | {silent.address for silent in seen.silent}
+    left_out = [p for p in seen.pairs if p.times is None and not {hosts_of[r].address for r in p.ranks} & gone]
     if left_out:
         names = ", ".join(f"{a}-{b}" for a, b in (pair.ranks for pair in left_out[:8]))
         more = f" and {len(left_out) - 8} more" if len(left_out) > 8 else ""
@@ -110,10 +113,6 @@ def pairs(seen: Examination) -> Iterator[Finding]:
         yield warning(
             "all-reduce", what, "nothing, if the pairs that were measured are fine; fewer hosts take less time"
         )
-
-
-def _left_out(pair: Pair, hosts_of: Mapping[int, object], cut: set[str]) -> bool:
-    return pair.times is None and not {getattr(hosts_of[r], "address", "") for r in pair.ranks} & cut
 
 
 def alike(seen: Examination) -> Iterator[Finding]:

@@ -17,18 +17,24 @@ _AT_ONCE = 128
 _ON_PURPOSE = (1, 3, 4)  # Ray's NodeDeathInfo: EXPECTED_TERMINATION, AUTOSCALER_DRAIN_PREEMPTED, …_IDLE
 
 
-def read_nodes() -> tuple[list[Node], dict[str, Mapping[str, float]]]:
-    """All that Ray knows, dead ones too, each live one dialled once; and the live ones' resources, by node id."""
+def read_nodes() -> tuple[list[Node], dict[str, Mapping[str, float]], dict[str, int]]:
+    """All that Ray knows, dead ones too, each live one dialled once; and by node id, resources and ports."""
     import ray
 
-    listed = ray.nodes()
+    listed = sorted(ray.nodes(), key=_order)
     ended = _ended()
     nodes = [_node(entry, ended) for entry in listed]
     ports = {entry["NodeID"]: int(entry["NodeManagerPort"]) for entry in listed}
     resources: dict[str, Mapping[str, float]] = {
         entry["NodeID"]: dict(entry["Resources"]) for entry in listed if entry["Alive"]
     }
-    return dial(nodes, ports), resources
+    return dial(nodes, ports), resources, ports
+
+
+def _order(entry: Mapping[str, Any]) -> tuple[bool, list[str]]:
+    """The head first, the others by address; by the length of its parts, 10.0.0.9 comes before 10.0.0.10."""
+    parts = entry["NodeManagerAddress"].split(".")
+    return "node:__internal_head__" not in entry["Resources"], [part.rjust(3) for part in parts]
 
 
 def _node(entry: Mapping[str, Any], ended: Mapping[str, float]) -> Node:

@@ -39,6 +39,7 @@ class Probe:
 
         The driver's environment comes as an argument, which the cluster does not keep."""
         import ray
+        import torch.distributed  # noqa: F401  (takes seconds on a busy host; what comes after has shorter limits)
 
         from trainer.probe import examine
 

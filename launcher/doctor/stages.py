@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from launcher.doctor.examined import Clock, Examination, Inputs, Pair, Rank, Room, Silent, Wanted
-from launcher.doctor.nodes import read_nodes
+from launcher.doctor.examined import Clock, Examination, Inputs, Node, Pair, Rank, Room, Silent, Wanted
+from launcher.doctor.nodes import dial, read_nodes
 from launcher.doctor.pairing import Meeting, representatives, rounds
 from launcher.doctor.placing import Placed, place
 from launcher.environment import Environment
@@ -19,8 +19,8 @@ from trainer.recipe import Recipe
 
 K = TypeVar("K")
 WHOLE_S = 52.0
-BEGIN_S, CLOCK_S, PAIRS_S, COMPUTE_S, STORAGE_S, INPUTS_S = 20.0, 3.0, 14.0, 12.0, 10.0, 20.0
-STORE_S = 5.0
+BEGIN_S, CLOCK_S, PAIRS_S, COMPUTE_S, STORAGE_S, INPUTS_S = 25.0, 3.0, 14.0, 12.0, 10.0, 20.0
+STORE_S = 6.0
 PAIR_S = 6.0
 STORAGE_RETRY_S = 4.0
 PINGS = 5
@@ -54,7 +54,7 @@ class Stages:
 
     def run(self) -> None:
         self._say("looking at the nodes")
-        nodes, resources = read_nodes()
+        nodes, resources, ports = read_nodes()
         self.examination.nodes = nodes
         self._say("starting probes")
         placed = place(self.recipe.resources if self.recipe else None, nodes, resources)
@@ -69,6 +69,7 @@ class Stages:
                 self._say("storage, model and data")
                 self._storage(self.recipe)
                 self._inputs(self.recipe)
+            self._last_look(nodes, ports)
         finally:
             placed.remove()
             self.examination.ranks = [self._ranks[rank] for rank in sorted(self._ranks)]
@@ -211,6 +212,14 @@ class Stages:
         for i in sorted(self._actors):
             found.setdefault(self._ranks[i].address, i)
         return list(found.values())
+
+    def _last_look(self, nodes: Sequence[Node], ports: Mapping[str, int]) -> None:
+        """A host may have been cut off after its last answer."""
+        known = {silent.address for silent in self.examination.silent}
+        before = [node for node in nodes if node.answers and node.address not in known]
+        for node in dial(before, ports):
+            if not node.answers:
+                self.examination.silent.append(Silent(node.host, node.address, "being looked at again", node.reason))
 
     def _silent(self, rank: int, stage: str, error: str) -> None:
         """Nothing more is asked of it: its answers come in the order of the questions."""
