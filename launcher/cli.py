@@ -18,7 +18,7 @@ from rich.text import Text
 
 from cluster import KINDS
 from cluster.standing import RAY_JOB
-from launcher import answering, evaluating, exporting, planning, preparing, serving, submitting
+from launcher import answering, doctor, evaluating, exporting, planning, preparing, serving, submitting
 from launcher.console import stderr
 from launcher.recipes import read_recipe
 from trainer.errors import Interrupted, MusterError, RecipeError, StartAgain, UsageError
@@ -235,6 +235,7 @@ def matrix(
 
 app.command()(preparing.prepare)
 app.command()(planning.plan)
+app.command()(doctor.doctor)
 app.command()(evaluating.evaluate)
 app.command()(answering.generate)
 app.command()(answering.chat)

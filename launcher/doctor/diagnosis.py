@@ -1,0 +1,34 @@
+"""From what was seen to what it means: pure, every judgement and every threshold with its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from launcher.doctor.examined import Examination
+from launcher.doctor.findings import Finding, failure
+from launcher.doctor.judge_cluster import alike, clocks, hosts, pairs, settings
+from launcher.doctor.judge_host import gpus, memory_and_disks
+from launcher.doctor.judge_recipe import inputs, room, storage
+
+
+def diagnose(seen: Examination) -> list[Finding]:
+    """All findings, failures first; within a level, in the order in which one would mend them."""
+    found = list(_all(seen))
+    return [f for f in found if f.level == "failure"] + [f for f in found if f.level == "warning"]
+
+
+def _all(seen: Examination) -> Iterator[Finding]:
+    yield from hosts(seen)
+    if seen.placement_error:
+        yield failure("the cluster", seen.placement_error, "see `ray status`, then ask for what there is, or add nodes")
+    yield from pairs(seen)
+    yield from alike(seen)
+    yield from gpus(seen)
+    yield from memory_and_disks(seen)
+    yield from clocks(seen)
+    yield from storage(seen)
+    yield from inputs(seen)
+    yield from room(seen)
+    yield from settings(seen)
+    if not seen.ranks:
+        yield failure("the cluster", "no host answered", "look at `ray status` and at the logs of `ray start`")

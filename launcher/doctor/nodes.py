@@ -1,0 +1,79 @@
+"""The nodes of the cluster, as Ray lists them and as they answer."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any
+
+from launcher.doctor.examined import Node
+
+DIAL_S = 2.5
+_AT_ONCE = 128
+_ON_PURPOSE = (1, 3, 4)  # Ray's NodeDeathInfo: EXPECTED_TERMINATION, AUTOSCALER_DRAIN_PREEMPTED, …_IDLE
+
+
+def read_nodes() -> tuple[list[Node], dict[str, Mapping[str, float]], dict[str, int]]:
+    """All that Ray knows, dead ones too, each live one dialled once; and by node id, resources and ports."""
+    import ray
+
+    listed = sorted(ray.nodes(), key=_order)
+    ended = _ended()
+    nodes = [_node(entry, ended) for entry in listed]
+    ports = {entry["NodeID"]: int(entry["NodeManagerPort"]) for entry in listed}
+    resources: dict[str, Mapping[str, float]] = {
+        entry["NodeID"]: dict(entry["Resources"]) for entry in listed if entry["Alive"]
+    }
+    return dial(nodes, ports), resources, ports
+
+
+def _order(entry: Mapping[str, Any]) -> tuple[bool, list[str]]:
+    """The head first, the others by address; by the length of its parts, 10.0.0.9 comes before 10.0.0.10."""
+    parts = entry["NodeManagerAddress"].split(".")
+    return "node:__internal_head__" not in entry["Resources"], [part.rjust(3) for part in parts]
+
+
+def _node(entry: Mapping[str, Any], ended: Mapping[str, float]) -> Node:
+    reason, end = entry.get("DeathReason", 0), ended.get(entry["NodeID"])
+    return Node(
+        node_id=entry["NodeID"],
+        hostname=entry["NodeManagerHostname"],
+        address=entry["NodeManagerAddress"],
+        alive=entry["Alive"],
+        reason="" if entry["Alive"] else " ".join(str(entry.get("DeathReasonMessage", "")).split()),
+        expected=reason in _ON_PURPOSE,
+        dead_for_s=None if entry["Alive"] or end is None else max(0.0, time.time() - end),
+    )
+
+
+def _ended() -> dict[str, float]:
+    """Unix seconds at which nodes died. Ray has no public call for it."""
+    found: dict[str, float] = {}
+    with suppress(Exception):
+        from ray._private import worker
+
+        client: Any = worker.global_worker.gcs_client  # type: ignore[attr-defined]
+        for node_id, info in client.get_all_node_info(timeout=5).items():
+            if info.end_time_ms:
+                found[node_id.hex()] = info.end_time_ms / 1000
+    return found
+
+
+def dial(nodes: Sequence[Node], ports: Mapping[str, int]) -> list[Node]:
+    """Ray may take half a minute and more to notice that a host is cut off; a connection tells at once."""
+
+    def answered(node: Node) -> Node:
+        if not node.alive:
+            return node
+        try:
+            socket.create_connection((node.address, ports[node.node_id]), DIAL_S).close()
+        except OSError as error:
+            return replace(node, answers=False, reason=error.strerror or str(error) or "no answer")
+        return replace(node, answers=True)
+
+    with ThreadPoolExecutor(min(_AT_ONCE, max(1, len(nodes)))) as pool:
+        return list(pool.map(answered, nodes))

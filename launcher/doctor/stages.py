@@ -1,0 +1,281 @@
+"""The examination, stage by stage. Each has a limit, and all together `WHOLE_S`: who does not answer by then is named,
+and the rest goes on without it."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from launcher.doctor.examined import Clock, Examination, Inputs, Node, Pair, Rank, Room, Silent, Wanted
+from launcher.doctor.nodes import dial, read_nodes
+from launcher.doctor.pairing import Meeting, representatives, rounds
+from launcher.doctor.placing import Placed, place
+from launcher.environment import Environment
+from trainer.probe import PairTimes
+from trainer.recipe import Recipe
+
+K = TypeVar("K")
+WHOLE_S = 52.0
+BEGIN_S, CLOCK_S, PAIRS_S, COMPUTE_S, STORAGE_S, INPUTS_S = 25.0, 3.0, 14.0, 12.0, 10.0, 20.0
+STORE_S = 6.0
+PAIR_S = 6.0
+STORAGE_RETRY_S = 4.0
+PINGS = 5
+GIVEN_UP_AFTER = 2
+"""Pairs of a rank that fail, with none that succeeds, before its others are left out: each takes seconds."""
+
+Say = Callable[[str], None]
+
+
+class Time:
+    """What is left of the whole, from the moment that this was made."""
+
+    def __init__(self, whole_s: float = WHOLE_S, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock, self._begin, self._whole_s = clock, clock(), whole_s
+
+    @property
+    def passed_s(self) -> float:
+        return self._clock() - self._begin
+
+    def within(self, limit_s: float) -> float:
+        return max(0.0, min(limit_s, self._whole_s - self.passed_s))
+
+
+class Stages:
+    """``examination`` holds what has been seen so far."""
+
+    def __init__(self, recipe: Recipe | None, examination: Examination, left: Time, say: Say) -> None:
+        self.recipe, self.examination, self._left, self._say = recipe, examination, left, say
+        self._actors: dict[int, Any] = {}
+        self._ranks: dict[int, Rank] = {}
+
+    def run(self) -> None:
+        self._say("looking at the nodes")
+        nodes, resources, ports = read_nodes()
+        self.examination.nodes = nodes
+        self._say("starting probes")
+        placed = place(self.recipe.resources if self.recipe else None, nodes, resources)
+        self.examination.placement_error = placed.error
+        try:
+            self._begin(placed)
+            self._clocks()
+            self._say("all-reduce between hosts")
+            self._pairs()
+            self._compute()
+            if self.recipe is not None:
+                self._say("storage, model and data")
+                self._storage(self.recipe)
+                self._inputs(self.recipe)
+            self._last_look(nodes, ports)
+        finally:
+            placed.remove()
+            self.examination.ranks = [self._ranks[rank] for rank in sorted(self._ranks)]
+
+    def _begin(self, placed: Placed) -> None:
+        environment, folders = Environment.current(), self._folders()
+        calls = {i: actor.begin.remote(environment, folders) for i, actor in enumerate(placed.actors)}
+        answers, errors = gather(calls, self._left.within(BEGIN_S))
+        for i, (facts, gpu_ids, auth_mode, settings) in sorted(answers.items()):
+            node = placed.nodes[i]
+            self._actors[i] = placed.actors[i]
+            self._ranks[i] = Rank(i, node.node_id, node.address, gpu_ids, facts, auth_mode, settings)
+        for i, error in errors.items():
+            node = placed.nodes[i]
+            self.examination.silent.append(Silent(node.host, node.address, "starting a probe", error))
+
+    def _folders(self) -> list[tuple[str, str]]:
+        from trainer.model.files import cache_folder
+        from trainer.storage import local_path
+
+        folders = [("model cache", str(cache_folder()))]
+        if self.recipe is not None and (local := local_path(self.recipe.storage)) is not None:
+            folders.append(("storage", local))
+        return folders
+
+    def _clocks(self) -> None:
+        deadline_s = self._left.passed_s + self._left.within(CLOCK_S)
+        for i, actor in self._actors.items():
+            best: Clock | None = None
+            for _ in range(PINGS):
+                before = time.time()
+                answers, _ = gather({0: actor.clock.remote()}, max(0.0, deadline_s - self._left.passed_s))
+                after = time.time()
+                if not answers:
+                    break
+                ping = Clock(answers[0] - (before + after) / 2, (after - before) / 2)
+                best = ping if best is None or ping.uncertainty_s < best.uncertainty_s else best
+            self._ranks[i].clock = best
+
+    def _pairs(self) -> None:
+        order = sorted(self._ranks)
+        chosen = [order[k] for k in representatives([self._ranks[i].address for i in order])]
+        if len(chosen) < 2:
+            return
+        end_s = self._left.passed_s + self._left.within(PAIRS_S)
+        calls = {i: self._actors[i].open_store.remote(self._ranks[i].address) for i in chosen}
+        ports, errors = gather(calls, self._left.within(STORE_S))
+        for i, error in errors.items():
+            self._silent(i, "opening a port", error)
+        for meetings in rounds(chosen):
+            left_s = end_s - self._left.passed_s
+            fit = [m for m in meetings if left_s > PAIR_S and all(i in ports and not self._given_up(i) for i in m)]
+            self.examination.pairs += [Pair(m) for m in meetings if m not in fit]
+            self._meet(fit, ports)
+
+    def _meet(self, meetings: Sequence[Meeting], ports: Mapping[int, int]) -> None:
+        calls: dict[tuple[Meeting, int], Any] = {}
+        gpu = bool(self.recipe and self.recipe.resources.gpus_per_worker)
+        for a, b in meetings:
+            name, at = f"{a}-{b}", (self._ranks[a].address, ports[a])
+            calls[(a, b), 0] = self._actors[a].meet.remote(name, None, gpu, PAIR_S / 2)
+            calls[(a, b), 1] = self._actors[b].meet.remote(name, at, gpu, PAIR_S / 2)
+        answers, errors = gather(calls, self._left.within(PAIR_S * 1.5))
+        for m in meetings:
+            told = [answers.get((m, side)) or PairTimes(error=errors[m, side], stage="answer") for side in (0, 1)]
+            self.examination.pairs.append(Pair(m, worse(told[0], told[1])))
+
+    def _given_up(self, rank: int) -> bool:
+        met = [pair for pair in self.examination.pairs if rank in pair.ranks and pair.times is not None]
+        return len(met) >= GIVEN_UP_AFTER and all(pair.failed for pair in met)
+
+    def _compute(self) -> None:
+        gpus = {i: rank.facts.gpus for i, rank in self._ranks.items() if rank.facts.gpus}
+        if not gpus:
+            return
+        self._say("a matrix product on each GPU")
+        calls = {i: self._actors[i].compute.remote(found) for i, found in gpus.items()}
+        answers, errors = gather(calls, self._left.within(COMPUTE_S))
+        for i, computed in answers.items():
+            self._ranks[i].computed = computed
+        for i, error in errors.items():
+            self._silent(i, "computing on its GPUs", error)
+
+    def _storage(self, recipe: Recipe) -> None:
+        """One rank of each host, the first alone: the others look for what it has left."""
+        firsts = self._one_of_each_host()
+        beacon, left = f".probe-{uuid.uuid4().hex}", self._left
+        for turn in (firsts[:1], firsts[1:]):
+            calls = {
+                i: self._actors[i].storage.remote(
+                    recipe.storage, beacon, first=i == firsts[0], deadline_s=STORAGE_RETRY_S
+                )
+                for i in turn
+            }
+            answers, errors = gather(calls, left.within(STORAGE_S))
+            for i, found in answers.items():
+                self._ranks[i].storage = found
+            for i, error in errors.items():
+                self._silent(i, f"writing to {recipe.storage}", error)
+            if any(self._ranks[i].storage is None or self._ranks[i].storage.error for i in turn):  # type: ignore[union-attr]
+                break  # the same would be said of every host, after another wait
+        if firsts and firsts[0] in self._actors:
+            gather({0: self._actors[firsts[0]].put_out.remote(recipe.storage, beacon, STORAGE_RETRY_S)}, left.within(3))
+
+    def _inputs(self, recipe: Recipe) -> None:
+        """The model on every host; model, data and plan by one rank each. None waits for another."""
+        firsts = self._one_of_each_host()
+        if not firsts:
+            return
+        calls: dict[tuple[str, int], Any] = {
+            ("model", i): self._actors[i].read_model.remote(recipe.model) for i in firsts
+        }
+        count = max(recipe.resources.min_workers, len(self._ranks)) if not self.examination.placement_error else 0
+        calls["plan", max(self._actors)] = self._actors[max(self._actors)].plan.remote(
+            recipe, count or recipe.resources.min_workers
+        )
+        calls["inputs", firsts[0]] = self._actors[firsts[0]].inputs.remote(recipe)
+        answers, errors = gather(calls, self._left.within(INPUTS_S))
+        self.examination.inputs = Inputs(late=True)
+        for (what, i), found in answers.items():
+            self._take(what, i, found)
+        for (what, i), error in errors.items():
+            if what == "model":
+                self._silent(i, f"reading the model {recipe.model.path}", error)
+            elif what == "plan":
+                self.examination.plan_error = error
+
+    def _take(self, what: str, rank: int, found: Any) -> None:
+        if what == "model":
+            self._ranks[rank].model_error = found
+        elif what == "inputs":
+            self.examination.inputs = found
+        elif isinstance(found, Room):
+            self.examination.room = found
+        else:
+            self.examination.plan_error = found
+
+    def _one_of_each_host(self) -> list[int]:
+        found: dict[str, int] = {}
+        for i in sorted(self._actors):
+            found.setdefault(self._ranks[i].address, i)
+        return list(found.values())
+
+    def _last_look(self, nodes: Sequence[Node], ports: Mapping[str, int]) -> None:
+        """A host may have been cut off after its last answer."""
+        known = {silent.address for silent in self.examination.silent}
+        before = [node for node in nodes if node.answers and node.address not in known]
+        for node in dial(before, ports):
+            if not node.answers:
+                self.examination.silent.append(Silent(node.host, node.address, "being looked at again", node.reason))
+
+    def _silent(self, rank: int, stage: str, error: str) -> None:
+        """Nothing more is asked of it: its answers come in the order of the questions."""
+        found = self._ranks[rank]
+        self._actors.pop(rank, None)
+        self.examination.silent.append(Silent(found.host, found.address, stage, error))
+
+
+def gather(calls: Mapping[K, Any], timeout_s: float) -> tuple[dict[K, Any], dict[K, str]]:
+    """Answers and errors by the same keys; what is not there after ``timeout_s`` is an error."""
+    import ray
+
+    if not calls:
+        return {}, {}
+    began = time.monotonic()
+    ray.wait(list(calls.values()), num_returns=len(calls), timeout=timeout_s)
+    answers: dict[K, Any] = {}
+    errors: dict[K, str] = {}
+    for key, reference in calls.items():
+        try:
+            answers[key] = ray.get(reference, timeout=0.05)
+        except ray.exceptions.GetTimeoutError:
+            errors[key] = f"no answer within {time.monotonic() - began:.0f} s"
+        except ray.exceptions.RayTaskError as error:
+            errors[key] = _line(error.cause or error)
+        except ray.exceptions.RayError as error:
+            errors[key] = _line(error)
+    return answers, errors
+
+
+def _line(error: BaseException) -> str:
+    """Ray's explanation without the traces that it holds."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "Error" in line and "ray::" not in line]
+    text = telling[-1] if telling else lines[0] if lines else ""
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+def worse(first: PairTimes, second: PairTimes) -> PairTimes:
+    """Of what two ranks say of their meeting: a failure rather than none, and of two failures the earlier."""
+    order = ("connect", "store", "answer", "gloo", "nccl")
+    failed = [times for times in (second, first) if times.error is not None]
+    if not failed:
+        return first
+    told = min(failed, key=lambda times: order.index(times.stage or "answer"))
+    return replace(told, timings=min((first.timings, second.timings), key=len))
+
+
+def wanted(recipe: Recipe) -> Wanted:
+    from trainer.storage import local_path
+
+    return Wanted(
+        name=recipe.name,
+        storage=recipe.storage,
+        local_storage=local_path(recipe.storage) is not None,
+        gpus_per_worker=recipe.resources.gpus_per_worker,
+        min_workers=recipe.resources.min_workers,
+        keep_last=recipe.checkpoint.keep_last,
+    )

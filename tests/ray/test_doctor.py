@@ -1,0 +1,67 @@
+"""`muster doctor` as users start it, on a Ray of this machine."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.support.jobs import ROOT, write_recipe
+from tests.support.s3 import CREDENTIALS
+from tests.support.training import small_recipe, write_pairs
+
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(200)]
+
+
+def doctor(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "launcher", "doctor", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=90
+    )
+
+
+def test_two_workers_are_ready(joined: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", CREDENTIALS["AWS_SECRET_ACCESS_KEY"])
+    write_pairs(tmp_path / "data" / "a.jsonl", 20)
+    recipe = small_recipe("preflight", tiny_model, tmp_path, **{"resources.workers": 2})
+    found = doctor(write_recipe(recipe, tmp_path), "--json")
+    assert found.returncode == 0, found.stdout + found.stderr
+    told = json.loads(found.stdout)
+    assert told["verdict"] in ("ready", "warnings"), told[
+        "findings"
+    ]  # this machine may be full or have a small /dev/shm
+    assert not [f for f in told["findings"] if f["level"] == "failure"]
+    (host,) = told["hosts"]
+    assert (host["state"], host["model_readable"], host["storage"]["conditional"]) == ("ok", True, True)
+    assert {"python", "torch", "ray", "muster"} <= set(host["versions"])
+    assert [rank["rank"] for rank in told["ranks"]] == [0, 1]
+    (pair,) = told["pairs"]
+    assert (pair["ranks"], pair["state"]) == ([0, 1], "ok")
+    assert pair["timings"][0]["bus_gb_s"] > 0
+    assert told["inputs"] == {"error": None, "warnings": [], "late": False}
+    assert len(told["plan"]["host_bytes"]) == 2
+    assert told["seconds"] < 60
+    assert CREDENTIALS["AWS_SECRET_ACCESS_KEY"] not in found.stdout + found.stderr
+    assert not list((tmp_path / "runs").glob("*"))
+
+
+def test_a_storage_that_cannot_be_written_and_workers_that_do_not_fit(
+    joined: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    write_pairs(tmp_path / "data" / "a.jsonl", 20)
+    (tmp_path / "file").touch()
+    changes = {"resources.workers": 40, "storage": str(tmp_path / "file" / "runs")}
+    found = doctor(write_recipe(small_recipe("preflight", tiny_model, tmp_path, **changes), tmp_path))
+    assert found.returncode == 1, found.stdout + found.stderr
+    said = " ".join(found.stdout.split())
+    assert said.count("not ready: 2 failures") == 1
+    assert "what to do" in said
+    assert str(tmp_path / "file") in said.replace(" ", "")
+    assert "has room for 4" in said
+
+
+def test_no_cluster_and_no_recipe_are_usage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert doctor(str(tmp_path / "none.yaml")).returncode == 2
+    assert doctor("--on", "moon").returncode == 2
