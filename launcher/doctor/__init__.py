@@ -28,12 +28,12 @@ def doctor(
 ) -> None:
     """Look at the workers that would train RECIPE, or at every node: versions, GPUs, network, clocks, disks, storage,
     inputs, and room for the plan. Exit code 0: ready, perhaps with warnings; 1: not ready."""
-    from launcher.cli import choose_ray
+    from launcher.cli import choose_place
     from launcher.console import stderr
     from launcher.doctor.findings import verdict
     from trainer.recipe import load
 
-    choose_ray(on)
+    choose_place(on, None, None)
     console = stderr()
     seen, findings = examine(load(recipe, overrides or []) if recipe else None, console.print)
     if as_json:
