@@ -17,18 +17,15 @@ _AT_ONCE = 128
 _ON_PURPOSE = (1, 3, 4)  # Ray's NodeDeathInfo: EXPECTED_TERMINATION, AUTOSCALER_DRAIN_PREEMPTED, …_IDLE
 
 
-def read_nodes() -> tuple[list[Node], dict[str, Mapping[str, float]], dict[str, int]]:
-    """All that Ray knows, dead ones too, each live one dialled once; and by node id, resources and ports."""
+def read_nodes() -> tuple[list[Node], dict[str, int]]:
+    """All that Ray knows, dead ones too, each live one dialled once; and by node id, ports."""
     import ray
 
     listed = sorted(ray.nodes(), key=_order)
     ended = _ended()
     nodes = [_node(entry, ended) for entry in listed]
     ports = {entry["NodeID"]: int(entry["NodeManagerPort"]) for entry in listed}
-    resources: dict[str, Mapping[str, float]] = {
-        entry["NodeID"]: dict(entry["Resources"]) for entry in listed if entry["Alive"]
-    }
-    return dial(nodes, ports), resources, ports
+    return dial(nodes, ports), ports
 
 
 def _order(entry: Mapping[str, Any]) -> tuple[bool, list[str]]:

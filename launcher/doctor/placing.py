@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from launcher import capacity
 from launcher.doctor.examined import Node
 from launcher.doctor.probe import Probe
-from launcher.ray_session import check_resources, workers_that_fit
+from launcher.ray_session import check_resources
 from trainer.errors import InputError
 from trainer.recipe import ResourcesSection
 
 PLACE_S = 6.0
 STRATEGIES = {"pack": "PACK", "spread": "SPREAD"}
-Resources = Mapping[str, Mapping[str, float]]
 
 
 @dataclass
@@ -41,17 +41,19 @@ class Placed:
                 remove_placement_group(self._group)
 
 
-def place(resources: ResourcesSection | None, nodes: Sequence[Node], have: Resources) -> Placed:
+def place(resources: ResourcesSection | None, nodes: Sequence[Node], listed: Sequence[capacity.Node]) -> Placed:
     """Without ``resources``: one probe on every node that answers. With them, in as many workers' places as there is
     room for now; if there is none for the fewest, again one on every node, and the error says what is missing."""
     answering = [node for node in nodes if node.answers]
+    ids = {node.node_id for node in answering}
+    there = [node for node in listed if node.id in ids]
     if resources is None:
         return _everywhere(answering)
     try:
-        check_resources(resources, timeout_s=0.0, nodes=lambda: [dict(have[n.node_id]) for n in answering])
+        check_resources(resources, timeout_s=0.0, nodes=lambda: there)
     except InputError as error:
         return _everywhere(answering, str(error))
-    return _reserved(resources, nodes, answering) or _everywhere(answering, _not_placed(resources))
+    return _reserved(resources, nodes, there) or _everywhere(answering, _not_placed(resources))
 
 
 def _everywhere(nodes: Sequence[Node], error: str | None = None) -> Placed:
@@ -65,12 +67,12 @@ def _everywhere(nodes: Sequence[Node], error: str | None = None) -> Placed:
     return Placed([start(node) for node in nodes], list(nodes), True, error)
 
 
-def _reserved(resources: ResourcesSection, nodes: Sequence[Node], answering: Sequence[Node]) -> Placed | None:
+def _reserved(resources: ResourcesSection, nodes: Sequence[Node], there: Sequence[capacity.Node]) -> Placed | None:
     """None when the cluster does not give the places in time."""
     from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
     cut_off = [node.node_id for node in nodes if node.alive and not node.answers]
-    for count in _counts(resources, answering):
+    for count in _counts(resources, there):
         group = placement_group(
             [_bundle(resources)] * count,
             STRATEGIES[resources.placement],
@@ -103,12 +105,8 @@ def _in_bundle(resources: ResourcesSection, group: Any, index: int) -> Any:
     return ray.remote(Probe).options(**options).remote(whole=False)
 
 
-def _counts(resources: ResourcesSection, answering: Sequence[Node]) -> list[int]:
-    from ray._private.state import available_resources_per_node
-
-    ids = {node.node_id for node in answering}
-    free = [have for node_id, have in available_resources_per_node().items() if node_id in ids]
-    now = max(resources.min_workers, min(resources.max_workers, workers_that_fit(resources, free)))
+def _counts(resources: ResourcesSection, there: Sequence[capacity.Node]) -> list[int]:
+    now = max(resources.min_workers, min(resources.max_workers, capacity.room(resources, there, {})))
     return list(dict.fromkeys((now, resources.min_workers)))
 
 

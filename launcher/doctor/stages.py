@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from launcher.capacity import nodes_of_cluster
 from launcher.doctor.examined import Clock, Examination, Inputs, Node, Pair, Rank, Room, Silent, Wanted
 from launcher.doctor.nodes import dial, read_nodes
 from launcher.doctor.pairing import Meeting, representatives, rounds
@@ -54,10 +55,10 @@ class Stages:
 
     def run(self) -> None:
         self._say("looking at the nodes")
-        nodes, resources, ports = read_nodes()
+        nodes, ports = read_nodes()
         self.examination.nodes = nodes
         self._say("starting probes")
-        placed = place(self.recipe.resources if self.recipe else None, nodes, resources)
+        placed = place(self.recipe.resources if self.recipe else None, nodes, nodes_of_cluster())
         self.examination.placement_error = placed.error
         try:
             self._begin(placed)

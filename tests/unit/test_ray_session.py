@@ -9,16 +9,17 @@ from typing import Any
 
 import pytest
 
-from launcher.capacity import wanted, workers_that_fit
 from launcher.environment import Environment
 from launcher.ray_session import (
     ANSWER_WAIT_S,
+    JOIN_WAIT_S,
     RESOURCE_WAIT_S,
     await_answer,
     check_resources,
     locate_cluster,
 )
 from launcher.ray_tasks import ray_map
+from tests.support.nodes import nodes
 from tests.support.waiting import free_port
 from trainer.errors import InputError, Interrupted
 from trainer.recipe import ResourcesSection
@@ -39,41 +40,45 @@ def resources(**values: Any) -> ResourcesSection:
     return ResourcesSection.model_validate(values)
 
 
-def check(asked: ResourcesSection, nodes: Callable[[], list[dict[str, float]]], **options: Any) -> Time:
+def check(asked: ResourcesSection, have: Callable[[], list[dict[str, float]]], **options: Any) -> Time:
     time = Time()
-    check_resources(asked, nodes=nodes, clock=time.clock, sleep=time.sleep, **options)
+    check_resources(asked, nodes=lambda: nodes(*have()), clock=time.clock, sleep=time.sleep, **options)
     return time
 
 
-def refusal(asked: ResourcesSection, *nodes: dict[str, float]) -> str:
+def refusal(asked: ResourcesSection, *have: dict[str, float]) -> str:
     with pytest.raises(InputError) as caught:
-        check(asked, lambda: list(nodes))
+        check(asked, lambda: list(have))
     return str(caught.value)
-
-
-def test_no_worker_is_split_over_two_nodes() -> None:
-    nodes = [{"CPU": 3.0, "GPU": 1.0, "memory": 1e9}, {"CPU": 5.0}]
-    assert workers_that_fit(resources(cpus_per_worker=2), nodes) == 3
-    assert workers_that_fit(resources(cpus_per_worker=1, gpus_per_worker=1), nodes) == 1
-    assert workers_that_fit(resources(cpus_per_worker=6), nodes) == 0
-    assert workers_that_fit(resources(), []) == 0
-
-
-def test_wanted_is_for_the_least_number_of_workers() -> None:
-    assert wanted(resources(workers=[2, 8], gpus_per_worker=4, cpus_per_worker=3)) == {"CPU": 6.0, "GPU": 8.0}
-    assert wanted(resources(workers=2)) == {"CPU": 2.0}
 
 
 def test_enough_is_enough_at_once() -> None:
     assert check(resources(workers=[2, 9]), lambda: [{"CPU": 2.0}]).now == 0
 
 
+def test_nodes_that_a_scheduler_has_given_are_waited_for() -> None:
+    """An elastic run does not begin with the first of them, and a slow file system is no lack of nodes."""
+    asked = resources(workers=[1, 2])
+    joined: list[dict[str, float]] = [{"CPU": 1.0}]
+
+    def joining() -> list[dict[str, float]]:
+        if len(ticks := times) > 60 and len(joined) < 2:
+            joined.append({"CPU": 1.0})
+        ticks.append(0)
+        return joined
+
+    times: list[int] = []
+    assert RESOURCE_WAIT_S < check(asked, joining, expected_nodes=2).now < JOIN_WAIT_S
+    assert check(asked, lambda: [{"CPU": 1.0}], expected_nodes=2).now >= JOIN_WAIT_S
+    assert check(asked, lambda: [{"CPU": 1.0}] * 2, expected_nodes=3).now == 0
+
+
 def test_a_cluster_that_grows_is_waited_for() -> None:
-    nodes: list[dict[str, float]] = []
+    have: list[dict[str, float]] = []
 
     def growing() -> list[dict[str, float]]:
-        nodes.append({"CPU": 1.0})
-        return nodes
+        have.append({"CPU": 1.0})
+        return have
 
     assert 0 < check(resources(workers=5), growing).now < RESOURCE_WAIT_S
 
@@ -81,7 +86,7 @@ def test_a_cluster_that_grows_is_waited_for() -> None:
 def test_what_is_missing_is_said_within_a_minute() -> None:
     time = Time()
     with pytest.raises(InputError) as caught:
-        check_resources(resources(workers=3), nodes=lambda: [{"CPU": 1.0}], clock=time.clock, sleep=time.sleep)
+        check_resources(resources(workers=3), nodes=lambda: nodes({"CPU": 1.0}), clock=time.clock, sleep=time.sleep)
     assert str(caught.value) == (
         "resources.workers asks for 3 workers with 1 CPU each, and the cluster has room for 1 (1 node with 1 CPU in "
         "all; missing: 2 CPUs): add nodes, or lower resources.workers"
@@ -104,7 +109,9 @@ def test_enough_in_all_but_on_no_single_node() -> None:
 
 def test_a_machine_of_ones_own_is_not_waited_for() -> None:
     with pytest.raises(InputError):
-        check_resources(resources(gpus_per_worker=1), nodes=lambda: [{"CPU": 8.0}], timeout_s=0.0, sleep=pytest.fail)
+        check_resources(
+            resources(gpus_per_worker=1), nodes=lambda: nodes({"CPU": 8.0}), timeout_s=0.0, sleep=pytest.fail
+        )
 
 
 def test_a_stop_ends_the_wait() -> None:
