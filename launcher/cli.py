@@ -20,8 +20,8 @@ from cluster import KINDS
 from cluster.standing import RAY_JOB
 from launcher import answering, doctor, evaluating, exporting, planning, preparing, serving, submitting
 from launcher.console import stderr
-from launcher.recipes import read_recipe
 from trainer.errors import Interrupted, MusterError, RecipeError, StartAgain, UsageError
+from trainer.recipe_at import recipe_at
 
 if TYPE_CHECKING:
     from trainer.recipe import Recipe
@@ -61,7 +61,7 @@ def run(
 ) -> None:
     """Train RECIPE to its end. Running it again resumes it."""
     console = stderr()
-    loaded = read_recipe(recipe, overrides or [])
+    loaded = recipe_at(recipe, overrides or [])
     place = choose_place(on, address, loaded)
     if place is not None:
         flags = ["--takeover"] if takeover else []

@@ -15,10 +15,10 @@ import typer
 
 from cluster import KINDS, ClusterError, Job, cluster_of
 from launcher.console import stderr
-from launcher.recipes import read_recipe
 from launcher.submission import Submission, read_submission
 from trainer import layout
 from trainer.errors import InputError, Interrupted, MusterError, UsageError, WorkerFailed
+from trainer.recipe_at import recipe_at
 from trainer.storage import Storage, open_storage
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def render(
     """Print what would be submitted, a command or a manifest. Nothing is contacted."""
     with cluster_errors():
         cluster = cluster_of(on)
-        loaded = read_recipe(recipe, overrides or [])
+        loaded = recipe_at(recipe, overrides or [])
         print(cluster.render(job_of(loaded, on, arguments=[recipe, *(overrides or [])])), end="")
 
 

@@ -1,7 +1,8 @@
-"""``torchrun … -m trainer RUN_URI``: trains a run that ``muster run`` began, without Ray.
+"""``torchrun … -m trainer RUN_URI | RECIPE``: trains a run that ``muster run`` began, or one of a recipe, without Ray.
 
 Rank 0 is the run's driver: it takes the lease and renews it. Every rank listens for SIGTERM, SIGINT and SIGUSR1 (a
-scheduler's warning), and one signal to any of them ends the attempt with a commit and exit code 3.
+scheduler's warning), and one signal to any of them ends the attempt with a commit and exit code 3. torchrun keeps its
+ranks' exit codes to itself; the first rank of a node writes its own into the file that ``MUSTER_EXIT_FILE`` names.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ import sys
 import threading
 import time
 import warnings
+from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from trainer import layout
-from trainer.begin import prepare_data, read_recipe, try_open_data
+from trainer.begin import check_same_recipe, freeze_recipe, prepare_data, read_recipe, try_open_data
 from trainer.errors import InputError, Interrupted, MusterError
 from trainer.lease import Lease
 from trainer.model import fetch_model, load_tokenizer
 from trainer.publish import finished
 from trainer.recipe import Recipe
+from trainer.recipe_at import is_recipe, recipe_at
 from trainer.storage import Storage, open_storage
 from trainer.worker import Job, train
 
@@ -37,43 +40,58 @@ POLL_S = 0.5
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="torchrun -m trainer", description="Train a run without Ray.")
-    parser.add_argument("run_uri", help="where the run lies, as `muster ls` prints it")
-    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes to resources or strategy")
+    parser.add_argument("run", metavar="RUN_URI|RECIPE", help="a run, as `muster ls` prints it, or a recipe's file")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes, by dotted path")
     parser.add_argument("--takeover", action="store_true", help="take the run from a driver that still holds it")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
     _hush_libraries()
+    code = 0
     try:
-        _run(options.run_uri, options.overrides, takeover=options.takeover)
+        _run(options.run, options.overrides, takeover=options.takeover)
     except MusterError as error:
         print(f"muster: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
-    return 0
+        code = error.exit_code
+    if (told := os.environ.get("MUSTER_EXIT_FILE")) and os.environ.get("LOCAL_RANK", "0") == "0":
+        Path(told).write_text(str(code))
+    return code
 
 
-def _run(run_uri: str, overrides: list[str], *, takeover: bool) -> None:
+def _run(place: str, overrides: list[str], *, takeover: bool) -> None:
     stop = _listen()
-    folder, _, name = run_uri.rstrip("/").rpartition("/")
-    storage = open_storage(folder or ".")
-    run = storage.child(name)
-    recipe = read_recipe(run, overrides)
+    recipe, storage, run = _find(place, overrides)
     if finished(run):
-        print(f"muster: {run_uri} has reached its last step; its adapter lies in {run.uri(layout.ADAPTER)}")
+        print(f"muster: {run.url} has reached its last step; its adapter lies in {run.uri(layout.ADAPTER)}")
     elif _rank() == 0:
         _drive(storage, run, recipe, stop, takeover=takeover)
     else:
         total = _await_data(recipe, run, storage, stop)
-        train(Job(folder or ".", 0, recipe, total, {}), stop.is_set)
+        train(Job(storage.url, 0, recipe, total, {}), stop.is_set)
+
+
+def _find(place: str, overrides: list[str]) -> tuple[Recipe, Storage, Storage]:
+    """The recipe, its storage and its run; RecipeChanged when the run was begun with another recipe."""
+    if is_recipe(place):
+        recipe = recipe_at(place, overrides)
+        storage = open_storage(recipe.storage)
+        run = storage.child(recipe.name)
+        check_same_recipe(run, recipe)
+        return recipe, storage, run
+    folder, _, name = place.rstrip("/").rpartition("/")
+    storage = open_storage(folder or ".")
+    return read_recipe(storage.child(name), overrides), storage, storage.child(name)
 
 
 def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: threading.Event, *, takeover: bool) -> None:
     """Rank 0: prepares what is not prepared, trains, and says in the lease how it ended."""
     lease = Lease.acquire(run, job=_job(), takeover=takeover)
+    ends = (stop, lease.lost, lease.asked)
     state = "failed"
     try:
         total = _prepare(recipe, run, storage)
+        freeze_recipe(run, recipe)
         holder = {"host": lease.holder.host, "pid": lease.holder.pid, "by": "torchrun"}
-        train(Job(storage.url, lease.driver, recipe, total, holder), lambda: stop.is_set() or lease.lost.is_set())
+        train(Job(storage.url, lease.driver, recipe, total, holder), lambda: any(e.is_set() for e in ends))
         state = "succeeded" if finished(run) else "failed"
         print(f"muster: finished; the adapter lies in {run.uri(layout.ADAPTER)}", flush=True)
     except Interrupted:

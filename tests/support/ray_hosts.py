@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 
+from cluster.ray_nodes import NODE_SETTINGS
 from tests.support.hosts import Hosts, Process
 from tests.support.waiting import tail, wait_for
 
@@ -15,19 +15,11 @@ RAY = Path(sys.executable).with_name("ray")
 LIMIT_S = 90
 OBJECT_STORE_BYTES = 100_000_000
 
-# Every node, driver and command line has to agree on these. A node that is silent for 3 s is dead, not after 30 s.
-ENVIRONMENT = {
-    "RAY_AUTH_MODE": "disabled",
-    "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "2000",
-    "RAY_health_check_failure_threshold": "3",
-}
+# Every node, driver and command line has to agree on these.
+ENVIRONMENT = {"RAY_AUTH_MODE": "disabled", **NODE_SETTINGS}
 
 
-# Without ray[default] there is no dashboard, and no `ray job submit`.
-HAS_DASHBOARD = importlib.util.find_spec("aiohttp_cors") is not None
-_HEAD = ("--head", "--port=6379", "--dashboard-host=0.0.0.0")
+_HEAD = ["--head", "--port=6379", "--include-dashboard=true", "--dashboard-host=0.0.0.0"]
 
 _ALIVE = """
 import sys
@@ -38,7 +30,7 @@ print(*(node.node_manager_address for node in nodes if node.state == 0))
 
 
 class RayOnHosts:
-    """``ray start --block`` on hosts; the head is on host 1, with a dashboard if ray[default] is installed."""
+    """``ray start --block`` on hosts; the head is on host 1, with its dashboard."""
 
     def __init__(self, hosts: Hosts, *, cpus: int = 4, env: Mapping[str, str] | None = None) -> None:
         self.hosts = hosts
@@ -64,7 +56,7 @@ class RayOnHosts:
 
     def start(self, k: int) -> None:
         """Starts the node on host ``k``, again after a reboot too; see ``await_started``."""
-        role = [*_HEAD, f"--include-dashboard={HAS_DASHBOARD}"] if k == 1 else [f"--address={self.address}"]
+        role = _HEAD if k == 1 else [f"--address={self.address}"]
         common = [f"--num-cpus={self._cpus}", f"--object-store-memory={OBJECT_STORE_BYTES}", "--disable-usage-stats"]
         node = [f"--node-ip-address={self.hosts.address(k)}", *common, "--block"]
         with self._log(k).open("wb") as log:

@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from trainer.errors import InputError
+from trainer.recipe import Recipe, load, loads
+from trainer.storage import open_storage
 
-if TYPE_CHECKING:
-    from trainer.recipe import Recipe
-
+ENDINGS = (".yaml", ".yml", ".json")
 DEADLINE_S = 30.0
 
 
-def read_recipe(place: str, overrides: Sequence[str] = ()) -> Recipe:
+def is_recipe(place: str) -> bool:
+    """Whether this names a recipe rather than a run."""
+    return place.endswith(ENDINGS)
+
+
+def recipe_at(place: str, overrides: Sequence[str] = ()) -> Recipe:
     """A recipe from a file, or from an fsspec URL such as the one under which a submitted recipe was frozen. Raises
     RecipeError with all mistakes, InputError when there is nothing at the URL."""
-    from trainer.recipe import load, loads
-
     if "://" not in place:
         return load(place, overrides)
-    from trainer.storage import open_storage
-
     folder, _, name = place.rpartition("/")
     try:
         text = open_storage(folder, deadline_s=DEADLINE_S).read(name)

@@ -1,0 +1,177 @@
+"""Runs on a real Slurm: `sbatch slurm/train.sbatch RECIPE`, its time limits, lost nodes, requeues and cancellations."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.status import read_status
+from tests.support.jobs import ROOT, start, write_recipe
+from tests.support.slurm import SlurmCluster
+from tests.support.training import adapter_bytes, losses, run_of, small_recipe, train_in_processes, write_pairs
+from tests.support.waiting import tail
+from trainer import layout
+from trainer.recipe import Recipe
+from trainer.reporter import read_rows
+
+pytestmark = pytest.mark.timeout(300)
+LONG = {"training.steps": 20000, "checkpoint.every_steps": 10**6}
+ENDED = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
+
+
+class Site:
+    """A Slurm with a program to run, and what tests ask of a run on it."""
+
+    def __init__(self, slurm: SlurmCluster, folder: Path, model: Path) -> None:
+        self.slurm, self.folder, self._model = slurm, folder, model
+        write_pairs(folder / "data" / "a.jsonl", 90)
+
+    def recipe(self, name: str, workers: Any, **changes: Any) -> Recipe:
+        return small_recipe(name, self._model, self.folder, resources={"workers": workers}, **changes)
+
+    def submit(self, script: str, recipe: Recipe, *options: str) -> str:
+        log = f"--output={self.log(recipe)}"
+        return self.slurm.submit(*options, log, f"slurm/{script}.sbatch", write_recipe(recipe, self.folder), cwd=ROOT)
+
+    def log(self, recipe: Recipe) -> Path:
+        return self.folder / f"{recipe.name}.log"
+
+    def until(self, recipe: Recipe, condition: Callable[[], object], timeout_s: float, what: str) -> None:
+        try:
+            self.slurm.until(condition, timeout_s, what=f"{recipe.name}: {what}", every_s=0.3)
+        except AssertionError as error:
+            raise AssertionError(f"{error}\n{tail(self.log(recipe))}") from None
+
+    def until_step(self, recipe: Recipe, step: int, timeout_s: float = 120) -> None:
+        self.until(recipe, lambda: max(losses(recipe), default=0) >= step, timeout_s, f"step {step}")
+
+    def until_ended(self, recipe: Recipe, job: str, timeout_s: float = 150) -> str:
+        self.until(recipe, lambda: self.slurm.job_state(job) in ENDED, timeout_s, "the job's end")
+        return self.slurm.job_state(job)
+
+    def said(self, recipe: Recipe) -> str:
+        return self.log(recipe).read_text(errors="replace") if self.log(recipe).exists() else ""
+
+
+@pytest.fixture
+def site(slurm: SlurmCluster, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    for name, value in slurm.env.items():
+        monkeypatch.setenv(name, value)
+    return Site(slurm, tmp_path, tiny_model)
+
+
+def hosts_by_attempt(recipe: Recipe) -> dict[int, list[str]]:
+    return {e["attempt"]: e["hosts"] for e in read_rows(run_of(recipe), layout.EVENTS) if e["event"] == "start"}
+
+
+def test_before_its_time_limit_a_job_commits_and_requeues_itself_and_cancelled_it_does_not(site: Site) -> None:
+    recipe = site.recipe("limit", 2, **LONG)
+    job = site.submit("train", recipe, "--nodes=2")
+    site.until_step(recipe, 5)
+    assert len(set(hosts_by_attempt(recipe)[1])) == 2
+    site.slurm.run("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the limit
+    site.until(recipe, lambda: "requeued" in site.said(recipe), 60, "the end of the first start")
+    committed = read_status(run_of(recipe)).checkpoints[-1].step
+    assert committed >= 5
+    site.until(recipe, lambda: 2 in hosts_by_attempt(recipe), 90, "the second start")
+    assert site.slurm.job(job)["Restarts"] == "1"
+    site.until_step(recipe, committed + 5)
+    status = read_status(run_of(recipe))
+    assert (status.state, status.job, status.attempts) == ("running", f"slurm:{job}", 2)
+
+    cancelled = start(["-m", "launcher", "cancel", run_of(recipe).url])
+    assert cancelled.wait(60) == 0, cancelled.output()
+    assert site.until_ended(recipe, job, 60) in ("FAILED", "CANCELLED")
+    assert site.slurm.job(job)["Restarts"] == "1"
+    status = read_status(run_of(recipe))
+    assert status.state == "interrupted"
+    assert status.checkpoints[-1].step == status.step > committed, "it committed before it ended"
+    assert not list(Path("/tmp").glob(f"muster-{job}.*")), "what Ray wrote on the nodes is gone"
+
+
+def test_an_elastic_run_goes_on_without_a_node_that_crashed(site: Site) -> None:
+    recipe = site.recipe("crash", [1, 2], **{"training.steps": 300, "checkpoint.every_steps": 5})
+    job = site.submit("train", recipe, "--nodes=2")
+    site.until_step(recipe, 12)
+    last = site.slurm.run("scontrol", "show", "hostnames", site.slurm.job(job)["NodeList"]).split()[-1]
+    site.slurm.crash(int(last.removeprefix("node")))
+    site.until(recipe, lambda: 2 in hosts_by_attempt(recipe), 90, "the second attempt")
+    assert site.until_ended(recipe, job) == "COMPLETED", site.said(recipe)
+    status = read_status(run_of(recipe))
+    assert (status.state, status.world_size, status.step) == ("succeeded", 1, 300)
+    assert site.slurm.job(job)["Restarts"] == "0"
+
+
+def test_torchrun_commits_before_the_limit_and_ends_with_the_same_bytes(site: Site) -> None:
+    changes = {"training.steps": 400, "checkpoint.every_steps": 10**6}
+    recipe, undisturbed = (site.recipe(name, 2, **changes) for name in ("torchrun", "undisturbed"))
+    train_in_processes([undisturbed], 2)
+    job = site.submit("train_torchrun", recipe, "--nodes=2")
+    site.until_step(recipe, 5)
+    site.slurm.run("scancel", "--batch", "--signal=USR1", job)
+    site.until(recipe, lambda: 2 in hosts_by_attempt(recipe), 120, "the second start")
+    assert site.until_ended(recipe, job) == "COMPLETED", site.said(recipe)
+    assert len(set(hosts_by_attempt(recipe)[2])) == 2
+    assert read_status(run_of(recipe)).state == "succeeded"
+    assert adapter_bytes(recipe) == adapter_bytes(undisturbed)
+
+
+def test_submitted_by_muster_it_is_followed_to_its_end(site: Site) -> None:
+    """The name of a folder is no word of any shell."""
+    site.folder = site.folder / 'it\'s $(touch owned) & "so" ünï'
+    site.folder.mkdir()
+    write_pairs(site.folder / "data" / "a.jsonl", 90)
+    recipe = site.recipe("followed", 1)
+    command = start(["-m", "launcher", "run", write_recipe(recipe, site.folder), "--on", "slurm"])
+    assert command.wait(150) == 0, command.output()
+    job = read_status(run_of(recipe)).job
+    assert f"submitted as {job}" in command.output()
+    assert "finished: the adapter lies in" in command.output()
+    assert not list(ROOT.rglob("owned"))
+    Path(site.slurm.job(str(job).removeprefix("slurm:"))["StdOut"]).unlink()
+
+
+@pytest.mark.night
+def test_a_run_of_a_fixed_size_that_lost_a_node_is_requeued_on_another(site: Site) -> None:
+    recipe = site.recipe("moved", 2, **{"training.steps": 2000, "checkpoint.every_steps": 5})
+    job = site.submit("train", recipe, "--nodes=2")
+    site.until_step(recipe, 12)
+    head, last = site.slurm.run("scontrol", "show", "hostnames", site.slurm.job(job)["NodeList"]).split()
+    site.slurm.crash(int(last.removeprefix("node")))
+    site.until(recipe, lambda: "requeued" in site.said(recipe), 150, "that it gives up on two of three nodes")
+    assert f"lost {last}" in site.said(recipe)
+    site.until(recipe, lambda: last not in hosts_by_attempt(recipe).get(2, [last]), 120, "a start on other nodes")
+    site.slurm.run("scancel", job)
+    site.until_ended(recipe, job, 60)
+
+
+@pytest.mark.night
+def test_a_killed_driver_and_a_lost_head_start_again_by_themselves(site: Site) -> None:
+    recipe = site.recipe("head", 2, **{"training.steps": 20000, "checkpoint.every_steps": 5})
+    job = site.submit("train", recipe, "--nodes=2")
+    site.until_step(recipe, 12)
+    head = int(site.slurm.job(job)["BatchHost"].removeprefix("node"))
+    site.slurm.hosts.run(head, ["pkill", "-KILL", "-f", "launcher run"])
+    site.until(recipe, lambda: 2 in hosts_by_attempt(recipe), 150, "a start after the driver was killed")
+    site.slurm.crash(int(site.slurm.job(job)["BatchHost"].removeprefix("node")))
+    site.until(recipe, lambda: 3 in hosts_by_attempt(recipe), 200, "a start after the head's node crashed")
+    site.slurm.run("scancel", job)
+    site.until_ended(recipe, job, 60)
+
+
+@pytest.mark.night
+def test_torchrun_is_requeued_when_a_node_crashes(site: Site) -> None:
+    recipe = site.recipe("torchrun-crash", 2, **{"training.steps": 20000, "checkpoint.every_steps": 5})
+    job = site.submit("train_torchrun", recipe, "--nodes=2")
+    site.until_step(recipe, 12)
+    last = site.slurm.run("scontrol", "show", "hostnames", site.slurm.job(job)["NodeList"]).split()[-1]
+    site.slurm.crash(int(last.removeprefix("node")))
+    site.until(recipe, lambda: 2 in hosts_by_attempt(recipe), 240, "a start on other nodes")
+    site.slurm.run("scancel", job)
+    site.until_ended(recipe, job, 60)
