@@ -142,7 +142,7 @@ def test_a_run_of_a_fixed_size_that_lost_a_node_is_requeued_on_another(site: Sit
     recipe = site.recipe("moved", 2, **{"training.steps": 2000, "checkpoint.every_steps": 5})
     job = site.submit("train", recipe, "--nodes=2")
     site.until_step(recipe, 12)
-    head, last = site.slurm.run("scontrol", "show", "hostnames", site.slurm.job(job)["NodeList"]).split()
+    _, last = site.slurm.run("scontrol", "show", "hostnames", site.slurm.job(job)["NodeList"]).split()
     site.slurm.crash(int(last.removeprefix("node")))
     site.until(recipe, lambda: "requeued" in site.said(recipe), 150, "that it gives up on two of three nodes")
     assert f"lost {last}" in site.said(recipe)
