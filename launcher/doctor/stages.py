@@ -24,6 +24,7 @@ STORE_S = 6.0
 PAIR_S = 6.0
 STORAGE_RETRY_S = 4.0
 PINGS = 5
+NO_ANSWER = "no answer"
 GIVEN_UP_AFTER = 2
 """Pairs of a rank that fail, with none that succeeds, before its others are left out: each takes seconds."""
 
@@ -198,6 +199,8 @@ class Stages:
                 self._ranks[i].model_error = error
             elif what == "plan":
                 self.examination.plan_error = error
+            elif not error.startswith(NO_ANSWER):
+                self.examination.inputs = Inputs(error)
 
     def _take(self, what: str, rank: int, found: Any) -> None:
         if what == "model":
@@ -244,7 +247,7 @@ def gather(calls: Mapping[K, Any], timeout_s: float) -> tuple[dict[K, Any], dict
         try:
             answers[key] = ray.get(reference, timeout=0.05)
         except ray.exceptions.GetTimeoutError:
-            errors[key] = f"no answer within {time.monotonic() - began:.0f} s"
+            errors[key] = f"{NO_ANSWER} within {time.monotonic() - began:.0f} s"
         except ray.exceptions.RayTaskError as error:
             errors[key] = _line(error.cause or error)
         except ray.exceptions.RayError as error:
