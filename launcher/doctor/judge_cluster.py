@@ -73,7 +73,7 @@ def _unanswered(reason: str) -> str:
             "--working-dir .`, which brings it along"
         )
     if "no answer" in reason:
-        return f"a host under load answers late, then run this again; else {REACH}"
+        return f"run this again if the host is under load, which makes it answer late; else {REACH}"
     return REACH
 
 

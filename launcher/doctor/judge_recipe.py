@@ -14,9 +14,10 @@ SLOW_STEP_S = 3.0
 def storage(seen: Examination) -> Iterator[Finding]:
     if seen.wanted is None or not seen.ranks:
         return
-    tried = [rank for rank in seen.ranks if rank.storage is not None]
+    gone = {silent.address for silent in seen.silent}
+    tried = [rank for rank in seen.ranks if rank.storage is not None and rank.address not in gone]
     url = seen.wanted.storage
-    if not tried:
+    if not tried and not seen.silent:
         yield failure(url, "no host could try the storage in time", f"look at the way to {url}, then run this again")
     failed = False
     for rank in tried:
@@ -50,8 +51,9 @@ def inputs(seen: Examination) -> Iterator[Finding]:
         yield failure("model and data", "were not read in time", do)
     for text in seen.inputs.warnings:
         yield warning("the recipe", text, "change it, or go on if it is meant")
+    gone = {silent.address for silent in seen.silent}
     for rank in seen.ranks:
-        if rank.model_error and rank.model_error != told:
+        if rank.model_error and rank.model_error != told and rank.address not in gone:
             do = "put the model where every host reads it: a shared folder, an object store, or the Hub"
             yield failure(rank.host, f"cannot read the model: {rank.model_error}", do)
 

@@ -15,7 +15,7 @@ from launcher.doctor.nodes import dial, read_nodes
 from launcher.doctor.pairing import Meeting, representatives, rounds
 from launcher.doctor.placing import Placed, place
 from launcher.environment import Environment
-from trainer.probe import PairTimes
+from trainer.probe import Computed, PairTimes, RoundTrip
 from trainer.recipe import Recipe
 
 K = TypeVar("K")
@@ -25,6 +25,7 @@ STORE_S = 6.0
 PAIR_S = 6.0
 STORAGE_RETRY_S = 4.0
 PINGS = 5
+NO_ANSWER = "no answer"
 GIVEN_UP_AFTER = 2
 """Pairs of a rank that fail, with none that succeeds, before its others are left out: each takes seconds."""
 
@@ -152,7 +153,8 @@ class Stages:
         for i, computed in answers.items():
             self._ranks[i].computed = computed
         for i, error in errors.items():
-            self._silent(i, "computing on its GPUs", error)
+            self._ranks[i].computed = tuple(Computed(gpu.uuid, error=error) for gpu in gpus[i])
+            self._actors.pop(i)
 
     def _storage(self, recipe: Recipe) -> None:
         """One rank of each host, the first alone: the others look for what it has left."""
@@ -169,8 +171,10 @@ class Stages:
             for i, found in answers.items():
                 self._ranks[i].storage = found
             for i, error in errors.items():
-                self._silent(i, f"writing to {recipe.storage}", error)
-            if any(self._ranks[i].storage is None or self._ranks[i].storage.error for i in turn):  # type: ignore[union-attr]
+                self._ranks[i].storage = RoundTrip(recipe.storage, error=error)
+                self._actors.pop(i)  # its answers come in the order of the questions
+            trips = [self._ranks[i].storage for i in turn]
+            if any(trip is None or trip.error for trip in trips):
                 break  # the same would be said of every host, after another wait
         if firsts and firsts[0] in self._actors:
             gather({0: self._actors[firsts[0]].put_out.remote(recipe.storage, beacon, STORAGE_RETRY_S)}, left.within(3))
@@ -183,10 +187,9 @@ class Stages:
         calls: dict[tuple[str, int], Any] = {
             ("model", i): self._actors[i].read_model.remote(recipe.model) for i in firsts
         }
-        count = max(recipe.resources.min_workers, len(self._ranks)) if not self.examination.placement_error else 0
-        calls["plan", max(self._actors)] = self._actors[max(self._actors)].plan.remote(
-            recipe, count or recipe.resources.min_workers
-        )
+        # On another host than the inputs, if there is one: both import the same seconds' worth of libraries.
+        count = recipe.resources.min_workers if self.examination.placement_error else len(self._ranks)
+        calls["plan", firsts[-1]] = self._actors[firsts[-1]].plan.remote(recipe, count)
         calls["inputs", firsts[0]] = self._actors[firsts[0]].inputs.remote(recipe)
         answers, errors = gather(calls, self._left.within(INPUTS_S))
         self.examination.inputs = Inputs(late=True)
@@ -194,9 +197,11 @@ class Stages:
             self._take(what, i, found)
         for (what, i), error in errors.items():
             if what == "model":
-                self._silent(i, f"reading the model {recipe.model.path}", error)
+                self._ranks[i].model_error = error
             elif what == "plan":
                 self.examination.plan_error = error
+            elif not error.startswith(NO_ANSWER):
+                self.examination.inputs = Inputs(error)
 
     def _take(self, what: str, rank: int, found: Any) -> None:
         if what == "model":
@@ -243,7 +248,7 @@ def gather(calls: Mapping[K, Any], timeout_s: float) -> tuple[dict[K, Any], dict
         try:
             answers[key] = ray.get(reference, timeout=0.05)
         except ray.exceptions.GetTimeoutError:
-            errors[key] = f"no answer within {time.monotonic() - began:.0f} s"
+            errors[key] = f"{NO_ANSWER} within {time.monotonic() - began:.0f} s"
         except ray.exceptions.RayTaskError as error:
             errors[key] = _line(error.cause or error)
         except ray.exceptions.RayError as error:

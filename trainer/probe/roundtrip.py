@@ -39,9 +39,18 @@ def storage_roundtrip(storage: Storage, beacon: str | None = None) -> RoundTrip:
         _steps(folder, found)
         if beacon is not None:
             found.same_place = storage.info(beacon) is not None
+    except FileNotFoundError:
+        found.error = f"{storage.url} cannot be made, or does not keep what is written to it"
     except (MusterError, OSError) as error:
-        found.error = " ".join(str(error).replace(folder.url, storage.url).split())
+        found.error = _of_folder(str(error), folder.url, storage.url)
     return found
+
+
+def _of_folder(text: str, probed: str, url: str) -> str:
+    """What an error says of a probe's object, said of the folder, which the user knows."""
+    for name in (f"{probed}/object", f"{probed}/claim", probed):
+        text = text.replace(name, url)
+    return " ".join(text.split())
 
 
 def _steps(folder: Storage, found: RoundTrip) -> None:
