@@ -61,6 +61,7 @@ class Site:
 @pytest.fixture
 def site(slurm: SlurmCluster, tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Site:
     monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    monkeypatch.setenv("MUSTER_RAY_TMP", str(slurm.hosts.folder))
     for name, value in slurm.env.items():
         monkeypatch.setenv(name, value)
     return Site(slurm, tmp_path, tiny_model)
@@ -92,7 +93,7 @@ def test_before_its_time_limit_a_job_commits_and_requeues_itself_and_cancelled_i
     status = read_status(run_of(recipe))
     assert status.state == "interrupted"
     assert status.checkpoints[-1].step == status.step > committed, "it committed before it ended"
-    assert not list(Path("/tmp").glob(f"muster-{job}.*")), "what Ray wrote on the nodes is gone"
+    assert not list(site.slurm.hosts.folder.glob("muster-*")), "what Ray wrote on the nodes is gone"
 
 
 def test_an_elastic_run_goes_on_without_a_node_that_crashed(site: Site) -> None:
