@@ -64,8 +64,7 @@ def run(
     loaded = recipe_at(recipe, overrides or [])
     place = choose_place(on, address, loaded)
     if place is not None:
-        flags = ["--takeover"] if takeover else []
-        start_elsewhere(loaded, place, ("run", *flags), address, detach=detach)
+        submitting.run_elsewhere(loaded, place, ["--takeover"] if takeover else [], address, detach=detach)
         return
     from launcher.driver import run as drive
     from launcher.progress import Progress
@@ -110,22 +109,6 @@ def _choose_ray(on: str | None, address: str | None, recipe: Recipe | None) -> s
     if on == "ray" and not joined:
         os.environ["RAY_ADDRESS"] = "auto"
     return None
-
-
-def start_elsewhere(
-    recipe: Recipe, kind: str, command: tuple[str, ...], address: str | None = None, *, detach: bool = False
-) -> None:
-    """Submits and follows; raises what the job's exit code means."""
-    from launcher.submitting import follow, job_of, submit
-
-    def say(text: str) -> None:
-        console.print(Text(text), soft_wrap=True)
-
-    console = stderr()
-    job = job_of(recipe, kind, command, **({"address": address} if address else {}))
-    made = submit(job, kind, recipe, say)
-    if not detach:
-        follow(made, recipe.run_uri, say)
 
 
 @app.command()

@@ -9,11 +9,13 @@ import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from cluster import KINDS, ClusterError, Job, cluster_of
+from cluster.job import Say
 from launcher.console import stderr
 from launcher.submission import Submission, read_submission
 from trainer import layout
@@ -22,8 +24,6 @@ from trainer.recipe_at import recipe_at
 from trainer.storage import Storage, open_storage
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from trainer.recipe import Recipe
 
 END_WAIT_S = 120.0
@@ -53,37 +53,71 @@ def job_of(
     )
 
 
-def submit(job: Job, kind: str, recipe: Recipe, say: Callable[[str], None]) -> Submission:
+def submit(job: Job, kind: str, recipe: Recipe, say: Say) -> Submission:
     """Freezes the recipe in the run's storage and submits its job. Raises UsageError where the user can mend it."""
     from trainer.begin import check_same_recipe
 
     check_places(recipe, kind)
     storage = open_storage(recipe.storage, deadline_s=FIRST_LOOK_S)
     run = storage.child(recipe.name)
-    if job.command[0] == "run":
+    trains = job.command[0] == "run"
+    if trains:
         check_same_recipe(run, recipe)
     key = f"{layout.SUBMITTED}/{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(4)}.yaml"
     run.write(key, job.recipe.encode())
     with cluster_errors():
         made = Submission(kind, cluster_of(kind).submit(job, run.uri(key)), time.time(), run.uri(key))
-    if job.command[0] == "run":
+    if trains:
         run.write_json(layout.SUBMISSION, vars(made))
     say(f"submitted as {made.job}")
     return made
 
 
-def follow(made: Submission, run_uri: str, say: Callable[[str], None]) -> None:
-    """Passes on what the job says; raises what its exit code means. An interruption here leaves the job alone."""
+def follow(made: Submission, run_uri: str, say: Say) -> int:
+    """Passes on what the job says until it ends; its exit code. An interruption here leaves the job alone."""
     try:
         with cluster_errors():
-            code = cluster_of(made.kind).follow(made.id, say)
+            return cluster_of(made.kind).follow(made.id, say)
     except KeyboardInterrupt:
         raise Interrupted(
             f"{made.job} goes on; `muster status {run_uri}` looks at it, `muster cancel {run_uri}` ends it"
         ) from None
-    if code:
+
+
+def run_elsewhere(recipe: Recipe, kind: str, flags: Sequence[str], address: str | None, *, detach: bool) -> None:
+    """Submits a run and follows it; raises what its exit code means."""
+
+    def say(text: str) -> None:
+        stderr().print(text, markup=False, soft_wrap=True)
+
+    made = submit(job_of(recipe, kind, ("run", *flags), **_at(address)), kind, recipe, say)
+    if detach:
+        return
+    if code := follow(made, recipe.run_uri, say):
         errors: dict[int, type[MusterError]] = {2: UsageError, 3: Interrupted}
         raise errors.get(code, WorkerFailed)(f"{made.job} ended with exit code {code}; see what it said above")
+
+
+def doctor_elsewhere(recipe: Recipe, kind: str, *, as_json: bool) -> int:
+    """``muster doctor`` inside a job like the run's, once; its tables, or its JSON object alone, go to stdout."""
+
+    def pass_on(line: str) -> None:
+        if as_json and not line.startswith("{"):
+            tell(line)
+        else:
+            print(line, flush=True)
+
+    def tell(text: str) -> None:
+        stderr().print(text, markup=False, soft_wrap=True)
+
+    once: dict[str, Any] = {"retries": 0} if kind == "kubernetes" else {}
+    job = job_of(recipe, kind, ("doctor", "--json") if as_json else ("doctor",), **once)
+    made = submit(replace(job, name=f"{job.name}-doctor"), kind, recipe, tell)
+    return follow(made, recipe.run_uri, pass_on)
+
+
+def _at(address: str | None) -> dict[str, Any]:
+    return {"address": address} if address else {}
 
 
 def check_places(recipe: Recipe, kind: str) -> None:
@@ -162,7 +196,7 @@ def _end(run: Storage, driver: int) -> bool:
     return False
 
 
-def _cancel_job(job: str, say: Callable[[str], None]) -> bool:
+def _cancel_job(job: str, say: Say) -> bool:
     """Whether the job is known to be gone. Where its commands are missing, it was asked through the storage alone."""
     kind, _, name = job.partition(":")
     if kind not in KINDS:

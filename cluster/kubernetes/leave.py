@@ -2,8 +2,9 @@
 
 Kubernetes stops a container by a signal to its first process, which is Ray; Ray then ends everything at once. So on the
 head the driver is told first, as Ctrl-C would, and waited for: its workers commit and it ends with exit code 3. On a
-worker the training processes are waited for: when the head goes as well they end by themselves, otherwise they train on
-until the pod's grace period is over. Kubernetes ends this wait with that period (`terminationGracePeriodSeconds`).
+worker Ray is told that this node will go: muster's driver sees that, the workers commit and are gathered anew without
+it, and the training processes here are waited for. Kubernetes ends this wait with the pod's grace period
+(`terminationGracePeriodSeconds`).
 
 Linux only (/proc), standard library only; a process that cannot be read is somebody else's.
 """
@@ -12,13 +13,16 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 RECIPE_PATH = "/etc/muster/recipe.yaml"
 POLL_S = 0.5
+TELL_S = 20
 Words = list[str]
 
 
@@ -47,11 +51,20 @@ def running(wanted: Callable[[Words], bool], proc: Path = Path("/proc")) -> list
     return found
 
 
+def announce() -> None:
+    """Tells Ray's head that this node will be taken away. A head that is gone itself has nobody to tell."""
+    reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the pod is being stopped"]
+    with suppress(OSError, subprocess.TimeoutExpired):
+        subprocess.run(["ray", "drain-node", *reason], timeout=TELL_S, stdin=subprocess.DEVNULL)
+
+
 def main(role: str) -> None:
     wanted = is_driver if role == "head" else is_training
     if role == "head":
         for pid in running(wanted):
             os.kill(pid, signal.SIGTERM)
+    else:
+        announce()
     while running(wanted):
         time.sleep(POLL_S)
 

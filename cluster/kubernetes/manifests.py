@@ -55,7 +55,8 @@ def rayjob(job: Job) -> Manifest:
     spec["entrypoint"] = shlex.join(["muster", *_words(job), RECIPE_PATH])
     spec["backoffLimit"] = settings["retries"]
     spec["submitterConfig"]["backoffLimit"] = max(2, settings["retries"])
-    environment = dict(NODE_SETTINGS) | {"MUSTER_RAYJOB": name}
+    place = f"{settings['namespace']}/{name}" if settings.get("namespace") else name
+    environment = dict(NODE_SETTINGS) | {"MUSTER_RAYJOB": place}
     _submitter(spec["submitterPodTemplate"]["spec"], job)
     if settings.get("ray_auth", "token") == "disabled":
         cluster.pop("authOptions")

@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from trainer.errors import UsageError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
@@ -23,7 +25,10 @@ def doctor(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes, by dotted path")
     ] = None,
-    on: Annotated[str | None, typer.Option(help="local | ray: where to look; without it, RAY_ADDRESS decides")] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(help="local | ray | slurm | kubernetes: where to look; without it, RAY_ADDRESS decides"),
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
     """Look at the workers that would train RECIPE, or at every node: versions, GPUs, network, clocks, disks, storage,
@@ -31,11 +36,16 @@ def doctor(
     from launcher.cli import choose_place
     from launcher.console import stderr
     from launcher.doctor.findings import verdict
-    from trainer.recipe import load
+    from launcher.submitting import doctor_elsewhere
+    from trainer.recipe_at import recipe_at
 
-    choose_place(on, None, None)
-    console = stderr()
-    seen, findings = examine(load(recipe, overrides or []) if recipe else None, console.print)
+    loaded = recipe_at(recipe, overrides or []) if recipe else None
+    place = choose_place(on, None, loaded)
+    if place is not None:
+        if loaded is None:
+            raise UsageError(f"--on {place} starts a job, whose size a recipe tells: name one")
+        raise typer.Exit(doctor_elsewhere(loaded, place, as_json=as_json))
+    seen, findings = examine(loaded, stderr().print)
     if as_json:
         from launcher.doctor.report import to_json
 

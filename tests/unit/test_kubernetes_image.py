@@ -57,8 +57,8 @@ def test_the_driver_and_the_training_workers_are_told_from_the_rest(tmp_path: Pa
     assert leave.RECIPE_PATH == RECIPE_PATH
 
 
-@pytest.mark.parametrize(("role", "told"), [("head", [(11, signal.SIGTERM)]), ("worker", [])])
-def test_the_pod_waits_and_only_the_driver_is_told(
+@pytest.mark.parametrize(("role", "told"), [("head", [(11, signal.SIGTERM)]), ("worker", ["ray drain-node"])])
+def test_the_pod_waits_and_the_driver_or_ray_is_told(
     role: str, told: list[object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alive = [11]
@@ -72,7 +72,14 @@ def test_the_pod_waits_and_only_the_driver_is_told(
 
     monkeypatch.setattr(leave, "running", lambda wanted: list(alive))
     monkeypatch.setattr("os.kill", lambda pid, number: signals.append((pid, number)))
+    monkeypatch.setattr("subprocess.run", lambda words, **options: signals.append(" ".join(words[:2])))
     monkeypatch.setattr("time.sleep", nap)
     leave.main(role)
     assert signals == told
     assert len(naps) == 3
+
+
+def test_a_head_that_is_gone_does_not_keep_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    monkeypatch.setattr(leave, "running", lambda wanted: [])
+    leave.main("worker")
