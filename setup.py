@@ -6,7 +6,7 @@ lose a new one from the wheel without a word.
 
 from setuptools import find_namespace_packages, setup
 
-SHIPPED = ["launcher", "launcher.*", "cluster", "cluster.*", "trainer", "trainer.*", "recipes", "deepspeed"]
+SHIPPED = ["launcher", "launcher.*", "cluster", "cluster.*", "trainer", "trainer.*", "recipes", "deepspeed", "slurm"]
 
 found = find_namespace_packages(include=SHIPPED, exclude=["*__pycache__*"])
 setup(packages=[f"muster.{package}" for package in found])

@@ -102,11 +102,10 @@ def _choose_ray(on: str | None, address: str | None, recipe: Recipe | None) -> s
         return None
     if address:
         return "ray"
-    joined = os.environ.get("RAY_ADDRESS") or RAY_JOB in os.environ
-    settings = recipe.cluster.ray.model_dump() if recipe else {}
-    if on == "ray" and (not joined or "://" in str(joined)) and api_address(settings, os.environ):
+    joins = "://" not in os.environ.get("RAY_ADDRESS", "://") or RAY_JOB in os.environ
+    if on == "ray" and not joins and api_address(recipe.cluster.ray.model_dump() if recipe else {}, os.environ):
         return "ray"
-    if on == "ray" and not joined:
+    if on == "ray" and not os.environ.get("RAY_ADDRESS"):
         os.environ["RAY_ADDRESS"] = "auto"
     return None
 

@@ -21,12 +21,12 @@ from launcher.progress import Progress
 from trainer import layout
 from trainer.begin import check_same_recipe, freeze_recipe, prepare_data
 from trainer.checkpoint import list_commits, read_claims
-from trainer.errors import Interrupted, MusterError, WorkerFailed
+from trainer.errors import InputError, Interrupted, MusterError, WorkerFailed
 from trainer.lease import Lease
 from trainer.publish import finished
 from trainer.recipe import Recipe
 from trainer.reporter import Events
-from trainer.storage import Storage, open_storage
+from trainer.storage import Storage, local_path, open_storage
 
 POLL_S = 0.5
 FIRST_LOOK_S = 30.0  # a storage that does not answer now is more likely a wrong address than a bad minute
@@ -57,6 +57,7 @@ def check_inputs(recipe: Recipe, progress: Progress) -> None:
     """Storage, model and data, before any worker starts. Raises InputError."""
     from launcher.inputs import check_model, check_storage
 
+    check_lasting(recipe, standing(os.environ).job)
     progress.phase("checking storage, model and data")
     storage = open_storage(recipe.storage, deadline_s=FIRST_LOOK_S)
     if not check_storage(storage):
@@ -65,6 +66,15 @@ def check_inputs(recipe: Recipe, progress: Progress) -> None:
             "apart, so start it from one place only"
         )
     check_model(recipe, progress.warn)
+
+
+def check_lasting(recipe: Recipe, job: str | None) -> None:
+    """A Ray job's working directory goes with the job."""
+    if job and job.startswith("ray:") and local_path(recipe.storage) and not recipe.storage.startswith(("/", "file:")):
+        raise InputError(
+            f"storage is {recipe.storage!r}, a folder in this job's working directory, which Ray deletes with the job; "
+            "give a URL, or the absolute path of a folder that all nodes share"
+        )
 
 
 def _hold(

@@ -10,7 +10,9 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
+from cluster.standing import RAY_JOB
 from launcher.capacity import Node, nodes_of_cluster, suits, wanted, workers_that_fit
 from trainer.errors import InputError, Interrupted
 from trainer.recipe import ResourcesSection
@@ -90,13 +92,23 @@ def _join(address: str) -> None:
     import ray
 
     found = locate_cluster(address)
-    # A submitted job brings its own working directory; elsewhere the workers find this tree by its path.
-    submitted = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
-    runtime_env = None if submitted else {"env_vars": {"PYTHONPATH": os.environ["PYTHONPATH"]}}
     try:
-        ray.init(address=found, runtime_env=runtime_env, log_to_driver=False, logging_level=logging.ERROR)
+        ray.init(
+            address=found,
+            runtime_env=runtime_environment(os.environ, Path.cwd()),
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
     except (ConnectionError, RuntimeError, ValueError) as e:
         raise no_cluster(address, " ".join(str(e).split())) from e
+
+
+def runtime_environment(environment: Mapping[str, str], folder: Path) -> dict[str, Any] | None:
+    """How workers find this program's tree: by its path; in a submitted job that brought it along as its working
+    directory (where the driver then stands, ``folder``) by that, which is another path on each node."""
+    if RAY_JOB in environment and folder.resolve() == ROOT:
+        return None
+    return {"env_vars": {"PYTHONPATH": environment["PYTHONPATH"]}}
 
 
 def locate_cluster(address: str) -> str:

@@ -87,11 +87,13 @@ class FailurePolicy(DefaultFailurePolicy):
         super().__init__(config)
         self._job, self._environment = job, environment
         self._faults: list[Fault] = []
+        self._committed = 0
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
         if gathered(training_failed_error):
             return FailureDecision.RETRY
         self._environment.apply()
+        self._forgive()
         cause = self._cause(training_failed_error)
         self._faults.append(Fault(self._step(), cause.message))
         hopeless = cause.fatal or is_hopeless(self._faults)
@@ -101,6 +103,20 @@ class FailurePolicy(DefaultFailurePolicy):
         except Exception:
             log.exception("the failure could not be written to the run's events")
         return decision
+
+    def _forgive(self) -> None:
+        """Failures before the newest checkpoint do not count any more: a run on machines that come and go may lose some
+        for weeks, and gets on."""
+        from trainer.checkpoint import list_commits
+
+        try:
+            newest = max((record.step for record in list_commits(self._run(), newest=1)), default=0)
+        except Exception:
+            log.exception("the run's checkpoints could not be read")
+            return
+        if newest > self._committed:
+            self._committed = newest
+            self._worker_group_failures = self._controller_failures = 0
 
     def _cause(self, error: BaseException) -> Cause:
         try:

@@ -182,6 +182,7 @@ def test_slurm_runs_a_job_on_two_nodes(slurm: SlurmCluster, tmp_path: Path) -> N
     assert said[2:] == ["gpus=0,1"]
 
 
+@pytest.mark.night
 def test_slurm_notices_a_crashed_node_and_requeues_its_job(tmp_path: Path) -> None:
     with SlurmCluster(2, settings={"SlurmdTimeout": 3, "MessageTimeout": 3}) as slurm:
         output = tmp_path / "output"
@@ -200,6 +201,7 @@ def test_what_does_not_come_is_told_with_the_logs(slurm: SlurmCluster) -> None:
         slurm.until(lambda: False, 0, what="a wonder")
 
 
+@pytest.mark.night
 @pytest.mark.ray
 def test_ray_notices_a_killed_host() -> None:
     with Hosts(2) as hosts:

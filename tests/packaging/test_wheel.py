@@ -26,7 +26,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
-    for name in (*PACKAGES, "recipes", "deepspeed"):
+    for name in (*PACKAGES, "recipes", "deepspeed", "slurm"):
         shutil.copytree(ROOT / name, source / name)
     return source
 
@@ -62,7 +62,7 @@ def shipped(source: Path) -> set[str]:
     """What the wheel has to carry, read off its sources."""
     code = {p for name in PACKAGES for p in (source / name).rglob("*.py")}
     data = {*(source / "recipes").glob("*.yaml"), source / "recipes" / "recipe.schema.json"}
-    data |= set((source / "deepspeed").glob("*.json"))
+    data |= {*(source / "deepspeed").glob("*.json"), *(source / "slurm").glob("*.sbatch")}
     data |= {p for p in (source / "cluster" / "kubernetes").iterdir() if p.suffix == ".yaml" or p.name == "Dockerfile"}
     return {f"muster/{p.relative_to(source).as_posix()}" for p in code | data}
 

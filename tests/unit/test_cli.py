@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 import launcher.driver
-from launcher.cli import ToStderr, choose_ray, main
+from launcher.cli import ToStderr, choose_place, exit_code, main
 from launcher.console import stderr
 from tests.support.training import small_recipe
-from trainer.errors import Fenced, InputError, Interrupted, RunHeld, StorageError, UsageError, WorkerFailed
+from trainer.errors import Fenced, InputError, Interrupted, RunHeld, StartAgain, StorageError, UsageError, WorkerFailed
 from trainer.recipe import Recipe, dump
 
 SECRET = "secret-41fe"
@@ -161,14 +161,34 @@ def test_ls_of_nothing_says_so(muster: Muster, tmp_path: Path) -> None:
 def test_where_to_run(monkeypatch: pytest.MonkeyPatch, on: str | None, before: str | None, after: str | None) -> None:
     environment = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}", **({"RAY_ADDRESS": before} if before else {})}
     monkeypatch.setattr(os, "environ", environment)
-    choose_ray(on)
+    choose_place(on, None, None)
     assert environment.get("RAY_ADDRESS") == after
     assert ("RAY_JOB_CONFIG_JSON_ENV_VAR" in environment) == (on != "local")
 
 
+def test_whoever_manages_the_job_may_name_a_code_for_what_it_should_start_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lost = StartAgain("too few nodes")
+    monkeypatch.delenv("MUSTER_AGAIN", raising=False)
+    assert exit_code(lost) == 3
+    monkeypatch.setenv("MUSTER_AGAIN", "75")
+    assert (exit_code(lost), exit_code(Interrupted("stopped")), exit_code(InputError("no"))) == (75, 3, 2)
+    monkeypatch.setenv("MUSTER_AGAIN", "soon")
+    assert exit_code(lost) == 3
+
+
+def test_a_ray_job_keeps_no_run_in_its_own_folder(tmp_path: Path) -> None:
+    inside = small_recipe("r", tmp_path / "model", tmp_path).model_copy(update={"storage": "runs"})
+    with pytest.raises(InputError, match="'runs', a folder in this job's working directory, which Ray deletes"):
+        launcher.driver.check_lasting(inside, "ray:j1")
+    for job, storage in ((None, "runs"), ("slurm:1", "runs"), ("ray:j1", "/runs"), ("ray:j1", "s3://runs")):
+        launcher.driver.check_lasting(inside.model_copy(update={"storage": storage}), job)
+
+
 def test_where_to_run_is_checked() -> None:
     with pytest.raises(UsageError, match="slurm2"):
-        choose_ray("slurm2")
+        choose_place("slurm2", None, None)
 
 
 @pytest.mark.parametrize(

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
+from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
 from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import WorkerGroupError
 
+from launcher.capacity import Node
 from launcher.causes import Failure
 from launcher.environment import Environment
-from launcher.training import FailurePolicy
+from launcher.training import FailurePolicy, Gathered, SizePolicy, _scaling, gathered
+from tests.support.nodes import node
 from tests.support.training import run_of, small_recipe
 from trainer import layout
 from trainer.errors import CorruptObject, NonFiniteLoss
-from trainer.recipe import Recipe
+from trainer.recipe import Recipe, ResourcesSection
 from trainer.reporter import JsonLines, read_rows
 from trainer.worker import Job
 
@@ -64,6 +70,81 @@ def test_a_run_that_gets_on_is_restarted_as_often_as_the_recipe_allows(recipe: R
     for attempt in range(1, 8):
         reach(recipe, attempt, attempt)
         assert asked.make_decision(failed(CorruptObject("block 3 is damaged"))) == FailureDecision.RETRY
+
+
+def test_failures_before_the_newest_checkpoint_are_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    recipe = small_recipe("a-run", tmp_path / "model", tmp_path, resources={"workers": 2, "max_failures": 1})
+    asked, committed = policy(recipe, tmp_path), [0]
+    monkeypatch.setattr("trainer.checkpoint.list_commits", lambda run, newest: [SimpleNamespace(step=committed[0])])
+    decisions = []
+    for attempt, step in enumerate((0, 5, 5, 5), 1):
+        reach(recipe, attempt, attempt)
+        committed[0] = step
+        decisions.append(asked.make_decision(failed(CorruptObject("block 3 is damaged"))))
+    retry, give_up = FailureDecision.RETRY, FailureDecision.RAISE
+    assert decisions == [retry, retry, give_up, give_up]
+
+
+def test_workers_that_were_gathered_anew_have_not_failed(recipe: Recipe, tmp_path: Path) -> None:
+    asked = policy(recipe, tmp_path)
+    for _ in range(5):
+        ended = WorkerGroupError("ended", {0: UserExceptionWithTraceback(Gathered("stopped after step 3"), "")})
+        assert gathered(ended)
+        assert asked.make_decision(ended) == FailureDecision.RETRY
+    assert not read_rows(run_of(recipe), layout.EVENTS)
+    assert not gathered(failed(CorruptObject("x")))
+
+
+class Cluster:
+    """A cluster and a clock that are played."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *nodes: Node) -> None:
+        self.nodes, self.now = list(nodes), 100.0
+        monkeypatch.setattr("launcher.training.nodes_of_cluster", lambda: self.nodes)
+        monkeypatch.setattr("launcher.training.answering", lambda nodes: nodes)
+        monkeypatch.setattr("launcher.training.time", SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep))
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def sizes(workers: Any, monkeypatch: pytest.MonkeyPatch) -> SizePolicy:
+    monkeypatch.setattr(SizePolicy, "_ask_autoscaler", lambda self: None)
+    resources = ResourcesSection.model_validate({"workers": workers})
+    return SizePolicy(_scaling(resources), resources)
+
+
+def group_on(*nodes: str) -> Any:
+    return SimpleNamespace(workers=[SimpleNamespace(metadata=SimpleNamespace(node_id=n)) for n in nodes])
+
+
+def size(decision: object) -> int | None:
+    return decision.num_workers if isinstance(decision, ResizeDecision) else None
+
+
+def test_a_group_has_as_many_workers_as_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    Cluster(monkeypatch, node(1, {"CPU": 1.0}), node(2, {"CPU": 1.0}), node(3, {"CPU": 1.0}))
+    assert size(sizes([1, 2], monkeypatch).make_decision_for_non_running_worker_group()) == 2
+    assert size(sizes([1, 9], monkeypatch).make_decision_for_non_running_worker_group()) == 3
+    assert size(sizes(3, monkeypatch).make_decision_for_non_running_worker_group()) == 3
+    assert size(sizes(4, monkeypatch).make_decision_for_non_running_worker_group()) is None
+
+
+def test_after_a_loss_it_counts_its_own_places_and_not_those_of_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = {"CPU": 0.0}
+    cluster = Cluster(
+        monkeypatch, node(1, {"CPU": 1.0}, full), node(2, {"CPU": 1.0}, full), node(3, {"CPU": 1.0}, full)
+    )
+    asked = sizes([1, 3], monkeypatch)
+    running = asked.make_decision_for_running_worker_group(group_on("n1", "n2"), None)  # type: ignore[arg-type]
+    assert size(running) is None, "growth is the driver's to decide"
+    cluster.nodes = cluster.nodes[1:]
+    decisions = []
+    while not decisions or decisions[-1] is None:
+        decisions.append(size(asked.make_decision_for_non_running_worker_group()))
+    assert decisions[-1] == 1, "n2 is ours, n3 somebody else's"
+    assert SizePolicy.SETTLE_S <= cluster.now - 100.0 < SizePolicy.SETTLE_S + 1, "what just ended may count as used"
+    assert size(asked.make_decision_for_non_running_worker_group()) is None, "the places are free now, or taken"
 
 
 def test_what_can_only_fail_again_is_not_tried_again(recipe: Recipe, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,9 +15,11 @@ from launcher.ray_session import (
     ANSWER_WAIT_S,
     JOIN_WAIT_S,
     RESOURCE_WAIT_S,
+    ROOT,
     await_answer,
     check_resources,
     locate_cluster,
+    runtime_environment,
 )
 from launcher.ray_tasks import ray_map
 from tests.support.nodes import nodes
@@ -117,6 +120,14 @@ def test_a_machine_of_ones_own_is_not_waited_for() -> None:
 def test_a_stop_ends_the_wait() -> None:
     with pytest.raises(Interrupted):
         check(resources(workers=9), lambda: [{"CPU": 1.0}], stopped=lambda: True)
+
+
+def test_workers_find_the_program_by_its_path_or_in_the_jobs_folder(tmp_path: Path) -> None:
+    by_path = {"env_vars": {"PYTHONPATH": "p"}}
+    job = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}", "PYTHONPATH": "p"}
+    assert runtime_environment({"PYTHONPATH": "p"}, ROOT) == by_path
+    assert runtime_environment(job, ROOT) is None
+    assert runtime_environment(job, tmp_path) == by_path, "an installed muster, with a folder of recipes"
 
 
 @pytest.mark.parametrize("address", ["ray://10.0.0.1:10001", "http://10.0.0.1:8265"])

@@ -16,8 +16,9 @@ from trainer.watch import StopWatch
 HOLDER = {"host": "a", "boot_id": "b", "pid": 1, "process_start": 0.0, "job": None}
 
 
-def lease(run: Storage, driver: int, state: str) -> None:
-    run.write_json(layout.LEASE, {"driver": driver, "state": state, "time": 0.0, "beat": 1, **HOLDER})
+def lease(run: Storage, driver: int, state: str, gathers: int = 0) -> None:
+    row = {"driver": driver, "state": state, "time": 0.0, "beat": 1, "gathers": gathers, **HOLDER}
+    run.write_json(layout.LEASE, row)
 
 
 class Looks:
@@ -57,6 +58,26 @@ def test_it_stops_for_its_driver_and_for_a_newer_one(driver: int, state: str) ->
         assert not watch.stop_requested()
         lease(run, driver, state)
         wait_for(watch.stop_requested, "the stop to arrive")
+
+
+def test_workers_are_gathered_once_for_each_wish() -> None:
+    """What was asked for before these workers began was fulfilled by their beginning."""
+    run, backend = faulty()
+    lease(run, 2, "running", gathers=3)
+    looks = Looks(backend)
+    with watching(run) as watch:
+        looks.more()
+        assert not watch.stop_requested()
+        lease(run, 1, "running", gathers=9)
+        looks.more()
+        assert not watch.stop_requested()
+        lease(run, 2, "running", gathers=4)
+        wait_for(watch.stop_requested, "the wish to arrive")
+        assert watch.gather
+    with watching(run) as watch:
+        lease(run, 2, "stopping", gathers=5)
+        wait_for(watch.stop_requested, "the stop to arrive")
+        assert not watch.gather, "a stop is no wish to go on"
 
 
 def test_what_an_overtaken_driver_still_writes_does_not_count() -> None:

@@ -36,7 +36,8 @@ class ResourcesSection(Section):
     """Labels of the Ray nodes that workers may run on, e.g. `{"ray.io/market-type": on-demand}`."""
 
     max_failures: int = Field(default=3, ge=0)
-    """Restarts of the worker group before the run gives up. The same error at the same step ends it the third time."""
+    """Restarts of the worker group, without a new checkpoint in between, before the run gives up. The same error at the
+    same step ends it the third time. Workers that move or grow have not failed."""
 
     @property
     def min_workers(self) -> int:
