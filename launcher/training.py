@@ -8,28 +8,18 @@ import tempfile
 import threading
 import time
 import traceback
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 from ray.train.torch import TorchConfig
-from ray.train.v2._internal.execution.failure_handling import FailureDecision
-from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
-from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ScalingDecision
-from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
-from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
-from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-from launcher.capacity import answering, nodes_of_cluster, room, workers_that_fit
-from launcher.causes import Cause, Failure, first_cause, unwrapped
+from launcher.causes import Failure
 from launcher.environment import Environment
-from launcher.restarts import Fault, in_a_row, is_hopeless
-from trainer.layout import EVENTS, METRICS
+from launcher.policies import FailurePolicy, Gathered, SizePolicy, cause_of, explained
 from trainer.recipe import ResourcesSection
-from trainer.storage import Storage, open_storage
+from trainer.storage import open_storage
 from trainer.worker import Job
 from trainer.world import backend_of
 
@@ -74,170 +64,19 @@ def _train(job: Job, rank: int) -> None:
                 raise Gathered(str(stopped)) from None
 
 
-class Gathered(Exception):
-    """The workers have committed and ended, to be started anew on the nodes that are there now."""
-
-
-class FailurePolicy(DefaultFailurePolicy):
-    """Ray Train's own policy, but what would fail again the same way ends the run: a fatal cause at once, the same
-    error at the same step the third time. Every failure is written to the run's events with its first cause. Workers
-    that ended to be gathered anew have not failed. Runs in Ray Train's controller."""
-
-    def __init__(self, config: FailureConfig, job: Job, environment: Environment) -> None:
-        super().__init__(config)
-        self._job, self._environment = job, environment
-        self._faults: list[Fault] = []
-        self._committed = 0
-
-    def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
-        if gathered(training_failed_error):
-            return FailureDecision.RETRY
-        self._environment.apply()
-        self._forgive()
-        cause = self._cause(training_failed_error)
-        self._faults.append(Fault(self._step(), cause.message))
-        hopeless = cause.fatal or is_hopeless(self._faults)
-        decision = FailureDecision.RAISE if hopeless else super().make_decision(training_failed_error)
-        try:
-            self._record(cause, decision)
-        except Exception:
-            log.exception("the failure could not be written to the run's events")
-        return decision
-
-    def _forgive(self) -> None:
-        """Failures before the newest checkpoint do not count any more: a run on machines that come and go may lose some
-        for weeks, and gets on."""
-        from trainer.checkpoint import list_commits
-
-        try:
-            newest = max((record.step for record in list_commits(self._run(), newest=1)), default=0)
-        except Exception:
-            log.exception("the run's checkpoints could not be read")
-            return
-        if newest > self._committed:
-            self._committed = newest
-            self._worker_group_failures = self._controller_failures = 0
-
-    def _cause(self, error: BaseException) -> Cause:
-        try:
-            return explained(cause_of(error), self._run())
-        except Exception:
-            log.exception("the run's events could not be read")
-            return cause_of(error)
-
-    def _run(self) -> Storage:
-        return open_storage(self._job.storage, deadline_s=20).child(self._job.recipe.name)
-
-    def _step(self) -> int | None:
-        """The step that the run's metrics had reached, 0 before the first; None when the storage does not tell."""
-        from trainer.reporter import rows_backwards
-
-        try:
-            return next((int(row["step"]) for row in rows_backwards(self._run(), METRICS) if "loss" in row), 0)
-        except Exception:
-            log.exception("the step of the failure could not be read")
-            return None
-
-    def _record(self, cause: Cause, decision: FailureDecision) -> None:
-        from trainer.checkpoint import read_claims
-        from trainer.reporter import Events
-
-        run, fault, times = self._run(), self._faults[-1], in_a_row(self._faults)
-        told = f"{cause.message} ({times} times in a row at step {fault.step})" if times > 1 else cause.message
-        events = Events(run, read_claims(run).attempt, f"driver{self._job.driver}-controller")
-        retried = decision == FailureDecision.RETRY
-        events.emit("failure", cause=told, rank=cause.rank, host=cause.host, step=fault.step, retried=retried)
-        events.close()
-
-
-class SizePolicy(ElasticScalingPolicy):
-    """Starts as many workers as there is room for now, and waits while there is room for too few; growth is decided by
-    the driver (`launcher.elastic`). Ray Train's own looks at the cluster are up to 20 s old, and do not know what other
-    jobs use. Runs in Ray Train's controller."""
-
-    SETTLE_S = 10.0  # what just ended may still count as used
-    PAUSE_S = 0.25
-
-    def __init__(self, config: ScalingConfig, resources: ResourcesSection) -> None:
-        super().__init__(config)
-        self._resources = resources
-        self._held: Counter[str] = Counter()
-        self._since: float | None = None
-
-    def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
-        self._ask_autoscaler()
-        now, nodes, most = time.monotonic(), answering(nodes_of_cluster()), self._resources.max_workers
-        self._since = self._since or now
-        count = min(most, room(self._resources, nodes, self._held))
-        settling = count < min(most, workers_that_fit(self._resources, nodes)) and now - self._since < self.SETTLE_S
-        if count < self._resources.min_workers or settling:
-            time.sleep(self.PAUSE_S)
-            return NoopDecision()
-        self._since, self._held = None, Counter()
-        return self._get_resize_decision(count)
-
-    def _ask_autoscaler(self) -> None:
-        client: Any = self._coordinator_client
-        client.maybe_send_resource_request(self.scaling_config, self._resources.max_workers)
-
-    def make_decision_for_running_worker_group(
-        self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
-    ) -> ScalingDecision:
-        self._ask_autoscaler()
-        self._held = Counter(worker.metadata.node_id for worker in worker_group_state.workers)
-        return NoopDecision()
-
-
-def gathered(error: BaseException) -> bool:
-    """Whether the group ended because the driver wanted its workers gathered anew."""
-    failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
-    return any(isinstance(unwrapped(failure), Gathered) for failure in failures)
-
-
-def cause_of(error: BaseException) -> Cause:
-    if isinstance(error, WorkerGroupError) and error.worker_failures:
-        return first_cause(error.worker_failures)
-    if isinstance(error, ControllerError):
-        return Cause(_controller_message(error.controller_failure))
-    return Cause(f"{type(error).__name__}: {error}")
-
-
-def explained(cause: Cause, run: Storage) -> Cause:
-    """A group whose ranks were ended because one held them up failed of that: the newest attempt's events say so."""
-    from trainer.checkpoint import read_claims
-    from trainer.reporter import rows_backwards
-
-    if not cause.by_another:
-        return cause
-    attempt = read_claims(run).attempt
-    rows = (row for row in rows_backwards(run, EVENTS) if row.get("attempt") == attempt and row["event"] == "hang")
-    hang = next(rows, None)
-    return cause if hang is None else replace(cause, message=hang["cause"])
-
-
-def _controller_message(failure: BaseException) -> str:
-    name = type(failure).__name__
-    if name == "WorkerGroupStartupTimeoutError":
-        return (
-            f"the cluster did not give {getattr(failure, 'num_workers', 'the')} workers their CPUs and GPUs in time: "
-            "other jobs hold them, or no single node has enough; see `ray status`"
-        )
-    return f"{name}: {failure}"
-
-
 class Trainer(TorchTrainer):
     """TorchTrainer with these policies in the place of its own, which have no hooks."""
 
     def __init__(self, job: Job, environment: Environment, folder: str) -> None:
         resources = job.recipe.resources
         self._failures = FailurePolicy(_failure_config(resources), job, environment)
-        self._sizes = SizePolicy(_scaling(resources), resources)
+        self._sizes = SizePolicy(scaling(resources), resources)
         super().__init__(
             Worker(job, environment),
             torch_config=TorchConfig(
                 backend=backend_of(gpu=resources.gpus_per_worker > 0), timeout_s=COLLECTIVE_TIMEOUT_S
             ),
-            scaling_config=_scaling(resources),
+            scaling_config=scaling(resources),
             run_config=RunConfig(name=job.recipe.name, storage_path=folder, failure_config=_failure_config(resources)),
         )
 
@@ -251,7 +90,7 @@ def _failure_config(resources: ResourcesSection) -> FailureConfig:
     return FailureConfig(max_failures=resources.max_failures, controller_failure_limit=START_ATTEMPTS - 1)
 
 
-def _scaling(resources: ResourcesSection) -> ScalingConfig:
+def scaling(resources: ResourcesSection) -> ScalingConfig:
     return ScalingConfig(
         num_workers=(resources.min_workers, resources.max_workers),
         use_gpu=resources.gpus_per_worker > 0,

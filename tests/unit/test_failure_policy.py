@@ -12,12 +12,13 @@ from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.scaling_policy import ResizeDecision
 from ray.train.v2.api.config import FailureConfig
-from ray.train.v2.api.exceptions import WorkerGroupError
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from launcher.capacity import Node
 from launcher.causes import Failure
 from launcher.environment import Environment
-from launcher.training import FailurePolicy, Gathered, SizePolicy, _scaling, gathered
+from launcher.policies import FailurePolicy, Gathered, NoRoom, SizePolicy, cause_of, gathered
+from launcher.training import scaling
 from tests.support.nodes import node
 from tests.support.training import run_of, small_recipe
 from trainer import layout
@@ -100,9 +101,9 @@ class Cluster:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, *nodes: Node) -> None:
         self.nodes, self.now = list(nodes), 100.0
-        monkeypatch.setattr("launcher.training.nodes_of_cluster", lambda: self.nodes)
-        monkeypatch.setattr("launcher.training.answering", lambda nodes: nodes)
-        monkeypatch.setattr("launcher.training.time", SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep))
+        monkeypatch.setattr("launcher.policies.nodes_of_cluster", lambda: self.nodes)
+        monkeypatch.setattr("launcher.policies.answering", lambda nodes: nodes)
+        monkeypatch.setattr("launcher.policies.time", SimpleNamespace(monotonic=lambda: self.now, sleep=self.sleep))
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -111,7 +112,7 @@ class Cluster:
 def sizes(workers: Any, monkeypatch: pytest.MonkeyPatch) -> SizePolicy:
     monkeypatch.setattr(SizePolicy, "_ask_autoscaler", lambda self: None)
     resources = ResourcesSection.model_validate({"workers": workers})
-    return SizePolicy(_scaling(resources), resources)
+    return SizePolicy(scaling(resources), resources)
 
 
 def group_on(*nodes: str) -> Any:
@@ -145,6 +146,36 @@ def test_after_a_loss_it_counts_its_own_places_and_not_those_of_others(monkeypat
     assert decisions[-1] == 1, "n2 is ours, n3 somebody else's"
     assert SizePolicy.SETTLE_S <= cluster.now - 100.0 < SizePolicy.SETTLE_S + 1, "what just ended may count as used"
     assert size(asked.make_decision_for_non_running_worker_group()) is None, "the places are free now, or taken"
+
+
+def test_a_cluster_that_others_use_is_not_waited_for_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    cluster = Cluster(monkeypatch, node(1, {"CPU": 2.0}, {"CPU": 1.0}))
+    asked = sizes(2, monkeypatch)
+
+    def wait() -> None:
+        while size(asked.make_decision_for_non_running_worker_group()) is None:
+            pass
+
+    with pytest.raises(NoRoom, match=r"room for 1 of 2 workers: other jobs hold"):
+        wait()
+    assert SizePolicy.PATIENCE_S <= cluster.now - 100.0 < SizePolicy.PATIENCE_S + 1
+    assert cause_of(ControllerError(NoRoom("others use them"))).message == "others use them"
+
+
+def test_a_head_that_does_not_answer_for_a_moment_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    Cluster(monkeypatch, node(1, {"CPU": 1.0}))
+    answers = iter([ConnectionError("away"), [node(1, {"CPU": 1.0})]])
+
+    def nodes() -> Any:
+        answer = next(answers)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr("launcher.policies.nodes_of_cluster", nodes)
+    asked = sizes(1, monkeypatch)
+    assert size(asked.make_decision_for_non_running_worker_group()) is None
+    assert size(asked.make_decision_for_non_running_worker_group()) == 1
 
 
 def test_what_can_only_fail_again_is_not_tried_again(recipe: Recipe, tmp_path: Path) -> None:
