@@ -63,6 +63,7 @@ class Cluster(Protocol):
         """In the cluster's own word (``PENDING``, ``Running``); None when it does not know the job any more."""
         ...
 
-    def cancel(self, job_id: str) -> None:
-        """Ends it for good: it is not started again. A job that has ended already is no error."""
+    def cancel(self, job_id: str, run_uri: str) -> None:
+        """Ends it for good: it is not started again. A job that has ended already is no error, nor is one of that name
+        that belongs to another run than ``run_uri``, which is left alone."""
         ...

@@ -30,6 +30,7 @@ PARTS = ("launcher", "cluster", "trainer", "recipes", "deepspeed", "slurm")
 RECIPE = "submitted.yaml"
 CALL_S = 30.0
 POLL_S = 1.0
+SLOWEST_POLL_S = 10.0
 PATIENCE_S = 120.0
 """How long a head may not answer before following is given up; the job itself goes on."""
 ENDED = {"SUCCEEDED": 0, "FAILED": 1, "STOPPED": 3}
@@ -67,16 +68,22 @@ class Ray:
 
     def follow(self, job_id: str, say: Say) -> int:
         api, name = self._split(job_id)
-        lines = Lines()
+        lines, pause_s = Lines(), POLL_S
         while True:
-            details = self._patiently(lambda: json.loads(api.call("GET", f"/api/jobs/{name}")))
-            logs = self._patiently(lambda: json.loads(api.call("GET", f"/api/jobs/{name}/logs")))
-            ended = details["status"] in ENDED
+            try:
+                details = self._patiently(lambda: json.loads(api.call("GET", f"/api/jobs/{name}")))
+                logs = self._patiently(lambda: json.loads(api.call("GET", f"/api/jobs/{name}/logs")))
+            except Unknown:
+                say(f"the Ray cluster at {api.address} has forgotten the job: its head was started again")
+                return ENDED["STOPPED"]
+            ended, quiet = details["status"] in ENDED, True
             for line in lines.new(logs.get("logs") or "", whole=ended):
+                quiet = False
                 say(line)
             if ended:
                 return self._code(details, say)
-            time.sleep(POLL_S)
+            time.sleep(pause_s)
+            pause_s = min(2 * pause_s, SLOWEST_POLL_S) if quiet else POLL_S  # each time the log comes as a whole
 
     def state(self, job_id: str) -> str | None:
         api, name = self._split(job_id)
@@ -85,7 +92,7 @@ class Ray:
         except Unknown:
             return None
 
-    def cancel(self, job_id: str) -> None:
+    def cancel(self, job_id: str, run_uri: str) -> None:
         api, name = self._split(job_id)
         if self.state(job_id) not in (None, *ENDED):
             api.call("POST", f"/api/jobs/{name}/stop")

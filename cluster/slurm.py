@@ -20,7 +20,11 @@ from cluster.job import ClusterError, Job, Say
 SCRIPT = Path(__file__).resolve().parents[1] / "slurm" / "train.sbatch"
 CALL_S = 60.0
 POLL_S = 2.0
-GOING = ("PENDING", "CONFIGURING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED", "REQUEUE_HOLD", "RESIZING")
+PATIENCE_S = 300.0
+"""How long slurmctld may not answer before following is given up; the job itself goes on."""
+RESUMABLE = ("BOOT_FAIL", "CANCELLED", "DEADLINE", "NODE_FAIL", "PREEMPTED", "REVOKED", "TIMEOUT")
+ENDED = ("COMPLETED", "FAILED", "OUT_OF_MEMORY", "SPECIAL_EXIT", *RESUMABLE)
+"""Slurm's states of a job that is over (squeue's manual); in all others it waits, runs or is being moved."""
 SCRIPT_OPTIONS = ("partition", "account", "qos", "time", "constraint")
 
 Call = Callable[[Sequence[str], Mapping[str, str]], "subprocess.CompletedProcess[str]"]
@@ -61,17 +65,18 @@ class Slurm:
     def follow(self, job_id: str, say: Say) -> int:
         output, told = None, ""
         while True:
-            found = self._show(job_id)
+            found = self._patiently(job_id)
             if found is None:
                 raise ClusterError(f"Slurm has forgotten job {job_id}; `muster status` tells how the run stands", False)
             output = output or Output(found["StdOut"])
-            for line in output.new():
+            ended = found["JobState"] in ENDED
+            for line in output.new(whole=ended):
                 say(line)
             state = _state_text(found)
             if state != told:
                 say(f"Slurm: job {job_id}: {state}")
                 told = state
-            if found["JobState"] not in GOING:
+            if ended:
                 return _exit_code(found)
             time.sleep(POLL_S)
 
@@ -79,9 +84,19 @@ class Slurm:
         found = self._show(job_id)
         return found["JobState"] if found else None
 
-    def cancel(self, job_id: str) -> None:
-        if self.state(job_id) in GOING:
+    def cancel(self, job_id: str, run_uri: str) -> None:
+        if self.state(job_id) not in (None, *ENDED):
             self._run(["scancel", job_id], self._environment)
+
+    def _patiently(self, job_id: str) -> dict[str, str] | None:
+        deadline = time.monotonic() + PATIENCE_S
+        while True:
+            try:
+                return self._show(job_id)
+            except ClusterError as error:
+                if error.usage or time.monotonic() >= deadline:
+                    raise
+                time.sleep(POLL_S)
 
     def _show(self, job_id: str) -> dict[str, str] | None:
         done = self._call(["scontrol", "--oneliner", "show", "job", job_id], self._environment)
@@ -104,7 +119,8 @@ class Output:
     def __init__(self, path: str) -> None:
         self._path, self._told, self._rest = path, 0, ""
 
-    def new(self) -> list[str]:
+    def new(self, *, whole: bool = False) -> list[str]:
+        """Lines that are whole, and with ``whole`` what comes after them."""
         try:
             with open(self._path, "rb") as file:
                 file.seek(self._told)
@@ -113,7 +129,7 @@ class Output:
             return []
         self._told += len(data)
         *lines, self._rest = (self._rest + data.decode(errors="replace")).split("\n")
-        return lines
+        return [*lines, self._rest] if whole and self._rest else lines
 
 
 def options(job: Job) -> list[str]:
@@ -143,18 +159,16 @@ class Shape:
     def of(cls, job: Job) -> Shape:
         """Workers are spread evenly over as few nodes as hold them; a worker without a GPU has a node of its own."""
         least, most = job.workers
-        per_node = _workers_per_node(job, most)
-        nodes = [math.ceil(count / per_node) for count in (least, most)]
+        asked: int | None = job.settings["nodes"]
+        per_node = math.ceil(most / asked) if asked else _workers_per_node(job, most)
+        nodes = [asked] if asked else [math.ceil(count / per_node) for count in (least, most)]
         return cls(
             "-".join(map(str, dict.fromkeys(nodes))), per_node * job.gpus_per_worker, per_node * job.cpus_per_worker
         )
 
 
 def _workers_per_node(job: Job, workers: int) -> int:
-    nodes: int | None = job.settings["nodes"]
     gpus: int = job.settings["gpus_per_node"]
-    if nodes:
-        return math.ceil(workers / nodes)
     if not job.gpus_per_worker:
         return 1
     fit = gpus // job.gpus_per_worker
@@ -188,10 +202,10 @@ def _state_text(found: Mapping[str, str]) -> str:
 
 def _exit_code(found: Mapping[str, str]) -> int:
     """The script's own, which is muster's; a job that Slurm itself ended may be submitted again: 3."""
-    code, _, ended_by = found.get("ExitCode", "1:0").partition(":")
-    if found["JobState"] in ("CANCELLED", "TIMEOUT", "PREEMPTED", "NODE_FAIL") or ended_by not in ("", "0"):
+    code, _, signal = found.get("ExitCode", "1:0").partition(":")
+    if found["JobState"] in RESUMABLE or signal not in ("", "0"):
         return 3
-    return int(code)
+    return int(code) if found["JobState"] == "COMPLETED" else int(code) or 1
 
 
 def _last(text: str) -> str:

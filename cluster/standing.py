@@ -33,7 +33,8 @@ def _job(environment: Mapping[str, str]) -> str | None:
     if slurm := environment.get("SLURM_JOB_ID"):
         return f"slurm:{slurm}"
     if rayjob := environment.get("MUSTER_RAYJOB"):
-        return f"kubernetes:{rayjob}"
+        namespace = environment.get("MUSTER_NAMESPACE")
+        return f"kubernetes:{namespace}/{rayjob}" if namespace else f"kubernetes:{rayjob}"
     if RAY_JOB in environment and (ray_job := _submission(environment[RAY_JOB])):
         return f"ray:{ray_job}"
     if elastic := environment.get("TORCHELASTIC_RUN_ID", "none"):

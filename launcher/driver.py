@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -22,7 +23,7 @@ from trainer import layout
 from trainer.begin import check_same_recipe, freeze_recipe, prepare_data
 from trainer.checkpoint import list_commits, read_claims
 from trainer.errors import InputError, Interrupted, MusterError, WorkerFailed
-from trainer.lease import Lease
+from trainer.lease import Lease, check_not_cancelled
 from trainer.publish import finished
 from trainer.recipe import Recipe
 from trainer.reporter import Events
@@ -30,6 +31,8 @@ from trainer.storage import Storage, local_path, open_storage
 
 POLL_S = 0.5
 FIRST_LOOK_S = 30.0  # a storage that does not answer now is more likely a wrong address than a bad minute
+UNHEARD_S = 60.0
+"""How long workers that are being started may take to hear that they should stop."""
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
@@ -48,7 +51,9 @@ def run(recipe: Recipe, progress: Progress, *, takeover: bool = False) -> str:
         return run_storage.uri(layout.ADAPTER)
     with Signals(progress) as signals:
         check_inputs(recipe, progress)
-        lease = Lease.acquire(run_storage, job=standing(os.environ).job, takeover=takeover)
+        job = standing(os.environ).job
+        check_not_cancelled(run_storage, job)
+        lease = Lease.acquire(run_storage, job=job, takeover=takeover)
         signals.tell(lease)
         return _hold(recipe, storage, run_storage, lease, signals, progress)
 
@@ -142,13 +147,13 @@ def _train(
         )
         progress.phase("preparing data")
         beside = partial(ray_map, environment, recipe.resources)
-        with EarlyStart(recipe.seed, beside, progress.prepared) as early:
+        with EarlyStart(recipe.seed, beside, progress.prepared, lambda: signals.stopped) as early:
             data = prepare_data(
                 recipe,
                 run_storage,
                 storage.child(layout.PREPARED),
                 lambda: load_run_tokenizer(recipe),
-                map_windows=ray_map(environment),
+                map_windows=ray_map(environment, stopped=lambda: signals.stopped),
                 on_progress=progress.prepared,
                 early=early.prepare,
             )
@@ -168,6 +173,7 @@ def _fit(
     signals: Signals,
     check_data: Callable[[], None],
 ) -> None:
+    from launcher.elastic import newest_group
     from launcher.training import fit
     from trainer.worker import Job
 
@@ -182,8 +188,8 @@ def _fit(
             show()
             check_data()
             check_cluster()
-            if lease.asked.is_set():
-                signals.ask("muster cancel")
+            if signals.ignored_s > UNHEARD_S and newest_group(run_storage, before) is None:
+                raise Interrupted(f"no workers were there to hear it. {_stopped_text(run_storage)}")
             if lease.lost.is_set():
                 raise WorkerFailed(f"another driver has taken {run_storage.url} over; this one has stopped")
 
@@ -227,12 +233,20 @@ class Signals:
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._asked = threading.Event()
+        self._asked, self._asked_at = threading.Event(), 0.0
         self._lease: Lease | None = None
 
     @property
     def stopped(self) -> bool:
+        """Asked by a signal, or through the run's storage."""
+        if self._lease is not None and self._lease.asked.is_set():
+            self.ask("muster cancel")
         return self._asked.is_set()
+
+    @property
+    def ignored_s(self) -> float:
+        """Seconds since the first asking."""
+        return time.monotonic() - self._asked_at if self.stopped else 0.0
 
     def tell(self, lease: Lease) -> None:
         self._lease = lease
@@ -245,8 +259,9 @@ class Signals:
 
     def ask(self, who: str) -> None:
         """The first of them asks the workers to commit and end."""
-        if self.stopped:
+        if self._asked.is_set():
             return
+        self._asked_at = time.monotonic()
         self._asked.set()
         self._progress.say(f"{who}: the workers commit and end; once more to leave at once")
         if self._lease:
@@ -268,6 +283,6 @@ class Signals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         name = signal.Signals(number).name
-        if self.stopped:
+        if self._asked.is_set():
             raise Interrupted(f"{name} again: left at once; the same command goes on from the newest checkpoint")
         self.ask(name)

@@ -22,9 +22,15 @@ class EarlyStart:
     """Prepares training data in a thread, in the order of the first epoch. Close it before Ray goes."""
 
     def __init__(
-        self, seed: int, map_windows: Callable[[Callable[[], bool]], Any], on_progress: Callable[..., None] | None
+        self,
+        seed: int,
+        map_windows: Callable[[Callable[[], bool]], Any],
+        on_progress: Callable[..., None] | None,
+        stopped: Callable[[], bool] = lambda: False,
     ) -> None:
-        """``map_windows(stopped)`` gives the ``map`` to prepare with, which ends when ``stopped()``."""
+        """``map_windows(stopped)`` gives the ``map`` to prepare with, which ends when ``stopped()``; ``stopped`` here
+        ends the wait for the first window."""
+        self._stopped = stopped
         self._seed, self._on_progress = seed, on_progress
         self._stop, self._error = threading.Event(), list[BaseException]()
         self._map = map_windows(self._stop.is_set)
@@ -35,7 +41,8 @@ class EarlyStart:
         self._thread = threading.Thread(target=self._work, args=(spec, tokenizer, shared), daemon=True)
         self._thread.start()
         while not self._ended(POLL_S) and not self._first_is_ready(spec, shared):
-            pass
+            if self._stopped():
+                raise Interrupted("stopped while data was being prepared")
         self.check()
         found = open_begun(shared, spec.fingerprint)
         assert found is not None, "preparing has begun"

@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from launcher.capacity import Node, room, workers_that_fit
 from trainer.errors import MusterError, StartAgain
@@ -22,6 +23,7 @@ from trainer.storage import Storage
 log = logging.getLogger(__name__)
 
 LOOK_S = 2.0
+OVER = ("failure", "resize", "end")
 RESIZE_S = 30.0
 """Seconds that a group of workers trains at least before it is gathered anew to grow; doubled each time in vain."""
 LONGEST_RESIZE_S = 3600.0
@@ -156,9 +158,17 @@ class ClusterWatch:
 
 
 def newest_group(run: Storage, before: int) -> Group | None:
-    """The workers that the run's newest start tells of, once an attempt after ``before`` has started."""
-    starts = (row for row in rows_backwards(run, EVENTS) if row["event"] == "start")
-    newest = next(starts, None)
-    if newest is None or newest["attempt"] <= before:
+    """The workers that the run's newest start tells of, once an attempt after ``before`` has started; None again when
+    they have failed, ended, or been asked to gather anew."""
+    newest: dict[str, Any] | None = None
+    over = 0.0
+    for row in rows_backwards(run, EVENTS):
+        if row["attempt"] <= before or (newest and row["attempt"] < newest["attempt"]):
+            break
+        if row["event"] in OVER:
+            over = max(over, float(row["time"]))
+        if row["event"] == "start" and newest is None:
+            newest = row
+    if newest is None or over >= float(newest["time"]):
         return None
     return Group(newest["attempt"], tuple(newest["hosts"]), float(newest["time"]))

@@ -14,7 +14,7 @@ from typing import Any
 
 from cluster.standing import RAY_JOB
 from launcher.capacity import Node, nodes_of_cluster, suits, wanted, workers_that_fit
-from trainer.errors import InputError, Interrupted
+from trainer.errors import InputError, Interrupted, StartAgain
 from trainer.recipe import ResourcesSection
 
 log = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ def check_resources(
     """Waits (an autoscaler may be adding nodes) until the cluster can hold the least number of workers, and, for up to
     ``JOIN_WAIT_S``, until the ``expected_nodes`` that are on their way have joined or it can hold the most.
 
-    Raises InputError that says what is missing."""
+    Raises InputError that says what is missing, StartAgain when nodes that were given did not come up."""
     began = clock()
     while True:
         found = [node for node in nodes() if node.alive]
@@ -187,7 +187,10 @@ def check_resources(
             return
         if stopped():
             raise Interrupted("stopped while waiting for the cluster's resources")
-        if waited >= (max(timeout_s, JOIN_WAIT_S) if joining else timeout_s):
+        if joining and waited >= JOIN_WAIT_S:
+            absent = f"{len(found)} of {expected_nodes} nodes came up within {JOIN_WAIT_S:.0f} s"
+            raise StartAgain(f"{absent}: {missing(resources, found)}")
+        if not joining and waited >= timeout_s:
             raise InputError(missing(resources, found))
         sleep(POLL_S)
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -56,6 +57,7 @@ def job_of(
 def submit(job: Job, kind: str, recipe: Recipe, say: Say) -> Submission:
     """Freezes the recipe in the run's storage and submits its job. Raises UsageError where the user can mend it."""
     from trainer.begin import check_same_recipe
+    from trainer.lease import withdraw_end
 
     check_places(recipe, kind)
     storage = open_storage(recipe.storage, deadline_s=FIRST_LOOK_S)
@@ -63,6 +65,7 @@ def submit(job: Job, kind: str, recipe: Recipe, say: Say) -> Submission:
     trains = job.command[0] == "run"
     if trains:
         check_same_recipe(run, recipe)
+        withdraw_end(run)
     key = f"{layout.SUBMITTED}/{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(4)}.yaml"
     run.write(key, job.recipe.encode())
     with cluster_errors():
@@ -90,6 +93,8 @@ def run_elsewhere(recipe: Recipe, kind: str, flags: Sequence[str], address: str 
     def say(text: str) -> None:
         stderr().print(text, markup=False, soft_wrap=True)
 
+    if flags and kind == "kubernetes":  # the manifest starts the job again and again, which may take over only once
+        raise UsageError(f"{' '.join(flags)} cannot go along to Kubernetes; end the other with `muster cancel` first")
     made = submit(job_of(recipe, kind, ("run", *flags), **_at(address)), kind, recipe, say)
     if detach:
         return
@@ -126,6 +131,8 @@ def check_places(recipe: Recipe, kind: str) -> None:
         return
     sources = [*recipe.data.train, *recipe.data.eval]
     places = {"storage": recipe.storage, **{f"data: {source.path}": source.path for source in sources}}
+    if Path(recipe.model.path).is_dir():  # else it is the Hub's
+        places["model.path"] = recipe.model.path
     relative = [name for name, place in places.items() if "://" not in place and not place.startswith("/")]
     if relative:
         raise UsageError(
@@ -148,9 +155,16 @@ def render(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes, by dotted path")
     ] = None,
-    on: Annotated[str, typer.Option(help="slurm | kubernetes | ray")] = "slurm",
+    on: Annotated[
+        str, typer.Option(help="slurm | kubernetes | ray, or local for the recipe with all defaults filled in")
+    ] = "slurm",
 ) -> None:
     """Print what would be submitted, a command or a manifest. Nothing is contacted."""
+    from trainer.recipe import dump
+
+    if on == "local":
+        print(dump(recipe_at(recipe, overrides or [])), end="")
+        return
     with cluster_errors():
         cluster = cluster_of(on)
         loaded = recipe_at(recipe, overrides or [])
@@ -161,7 +175,7 @@ def cancel(
     run_uri: Annotated[str, typer.Argument(metavar="RUN_URI", help="where the run lies, as muster ls prints it")],
 ) -> None:
     """Stop a run, wherever it is: its workers commit, and its job is not started again."""
-    from trainer.lease import read_lease
+    from trainer.lease import read_lease, request_end
 
     def say(text: str) -> None:
         stderr().print(text, markup=False, soft_wrap=True)
@@ -170,23 +184,36 @@ def cancel(
     lease, made = read_lease(run), read_submission(run)
     if lease is None and made is None and run.info(layout.RECIPE) is None:
         raise InputError(f"there is no run at {run.url}; `muster ls` with the folder above it lists those that are")
+    jobs = jobs_of(made, lease.holder.job if lease else None)
+    # Also a job that has not begun, or that comes back, finds this and ends at once.
+    request_end(run, lease.driver if lease else None, sorted({*jobs, *map(as_its_driver_names_it, jobs)}))
     ended = True
     if lease is not None and lease.is_alive(time.time()):
         say(f"asking {lease.holder} to commit and end")
-        ended = _end(run, lease.driver)
-    jobs = [made.job if made else None, lease.holder.job if lease else None]
-    for job in dict.fromkeys(filter(None, jobs)):
-        ended = _cancel_job(job, say) or ended
-    if not ended:
+        ended = _await_end(run, lease.driver)
+    gone = [_cancel_job(job, run.url, say) for job in jobs]
+    if not ended and not any(gone):
         raise WorkerFailed(f"the driver of {run.url} did not end within {END_WAIT_S:.0f} s; look at its host")
     say(f"{run.url} is stopped; the command that began it goes on from the newest checkpoint")
 
 
-def _end(run: Storage, driver: int) -> bool:
-    """Whether the driver has ended, asked to, within ``END_WAIT_S``."""
-    from trainer.lease import read_lease, request_end
+def as_its_driver_names_it(job: str) -> str:
+    """The driver of a Ray job knows its own submission id, and not at what address it was submitted."""
+    return f"ray:{job.rpartition('/')[2]}" if job.startswith("ray:http") else job
 
-    request_end(run, driver)
+
+def jobs_of(made: Submission | None, holder: str | None) -> list[str]:
+    """The run's jobs: the one last submitted, and the one that its driver runs in, if that is another."""
+    jobs = [made.job] if made else []
+    if holder and not (made and as_its_driver_names_it(made.job) == holder):
+        jobs.append(holder)
+    return [job for job in jobs if job.partition(":")[0] in KINDS]
+
+
+def _await_end(run: Storage, driver: int) -> bool:
+    """Whether the driver has ended, asked to, within ``END_WAIT_S``."""
+    from trainer.lease import read_lease
+
     deadline = time.monotonic() + END_WAIT_S
     while time.monotonic() < deadline:
         lease = read_lease(run)
@@ -196,14 +223,12 @@ def _end(run: Storage, driver: int) -> bool:
     return False
 
 
-def _cancel_job(job: str, say: Say) -> bool:
+def _cancel_job(job: str, run_uri: str, say: Say) -> bool:
     """Whether the job is known to be gone. Where its commands are missing, it was asked through the storage alone."""
     kind, _, name = job.partition(":")
-    if kind not in KINDS:
-        return False
     try:
-        cluster_of(kind).cancel(name)
+        cluster_of(kind).cancel(name, run_uri)
     except ClusterError as error:
-        say(f"{job} itself was not cancelled: {error}")
+        say(f"{job} itself was not cancelled; if it starts once more, it ends at once ({error})")
         return False
     return True

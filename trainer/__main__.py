@@ -2,7 +2,7 @@
 
 Rank 0 is the run's driver: it takes the lease and renews it. Every rank listens for SIGTERM, SIGINT and SIGUSR1 (a
 scheduler's warning), and one signal to any of them ends the attempt with a commit and exit code 3. torchrun keeps its
-ranks' exit codes to itself; the first rank of a node writes its own into the file that ``MUSTER_EXIT_FILE`` names.
+ranks' exit codes to itself; rank 0 writes its own into the file that ``MUSTER_EXIT_FILE`` names.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 
 from trainer import layout
 from trainer.begin import check_same_recipe, freeze_recipe, prepare_data, read_recipe, try_open_data
-from trainer.errors import InputError, Interrupted, MusterError
-from trainer.lease import Lease
+from trainer.errors import InputError, Interrupted, MusterError, WorkerFailed
+from trainer.lease import Lease, check_not_cancelled
 from trainer.model import fetch_model, load_tokenizer
 from trainer.publish import finished
 from trainer.recipe import Recipe
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
     except MusterError as error:
         print(f"muster: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
-    if (told := os.environ.get("MUSTER_EXIT_FILE")) and os.environ.get("LOCAL_RANK", "0") == "0":
+    if (told := os.environ.get("MUSTER_EXIT_FILE")) and _rank() == 0:
         Path(told).write_text(str(code))
     return code
 
@@ -84,6 +84,7 @@ def _find(place: str, overrides: list[str]) -> tuple[Recipe, Storage, Storage]:
 
 def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: threading.Event, *, takeover: bool) -> None:
     """Rank 0: prepares what is not prepared, trains, and says in the lease how it ended."""
+    check_not_cancelled(run, _job())
     lease = Lease.acquire(run, job=_job(), takeover=takeover)
     ends = (stop, lease.lost, lease.asked)
     state = "failed"
@@ -92,7 +93,9 @@ def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: threading.Event
         freeze_recipe(run, recipe)
         holder = {"host": lease.holder.host, "pid": lease.holder.pid, "by": "torchrun"}
         train(Job(storage.url, lease.driver, recipe, total, holder), lambda: any(e.is_set() for e in ends))
-        state = "succeeded" if finished(run) else "failed"
+        if finished(run) is None:
+            raise WorkerFailed(f"the workers ended without an error, and {run.url} has not its last commit")
+        state = "succeeded"
         print(f"muster: finished; the adapter lies in {run.uri(layout.ADAPTER)}", flush=True)
     except Interrupted:
         state = "interrupted"

@@ -12,13 +12,13 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from trainer import layout
 from trainer.checkpoint.claims import claim_driver, read_claims
-from trainer.errors import CorruptObject, MusterError, RunHeld
+from trainer.errors import CorruptObject, Interrupted, MusterError, RunHeld
 from trainer.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -199,16 +199,36 @@ class Lease:
             self.asked.set()
 
 
-def request_end(run: Storage, driver: int) -> None:
-    """Asks the run's driver of this number, from anywhere, to commit and end; it looks every 3 s."""
-    run.write_json(layout.STOP, {"driver": driver, "time": time.time()})
+def request_end(run: Storage, driver: int | None, jobs: Sequence[str] = ()) -> None:
+    """Asks the run's driver of this number, from anywhere, to commit and end; it looks every 3 s. A driver that one of
+    these ``jobs`` starts later does not begin (`check_not_cancelled`)."""
+    run.write_json(layout.STOP, {"driver": driver, "jobs": list(jobs), "time": time.time()})
+
+
+def withdraw_end(run: Storage) -> None:
+    """A new submission may have the name of a job that was cancelled."""
+    run.delete([layout.STOP])
 
 
 def end_is_requested(run: Storage, driver: int) -> bool:
+    return bool(_stop(run).get("driver") == driver)
+
+
+def check_not_cancelled(run: Storage, job: str | None) -> None:
+    """Raises Interrupted in a job that was cancelled and that its scheduler or cluster has started all the same."""
+    if job is not None and job in _stop(run).get("jobs", ()):
+        raise Interrupted(
+            f"{job} was cancelled; to go on, submit the run again with `muster run --on …`, or delete "
+            f"{run.uri(layout.STOP)}"
+        )
+
+
+def _stop(run: Storage) -> dict[str, Any]:
     try:
-        return bool(run.read_json(layout.STOP).get("driver") == driver)
+        found = run.read_json(layout.STOP)
     except (FileNotFoundError, CorruptObject):
-        return False
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _wait_until_free(run: Storage, job: str | None, clock: Callable[[], float], sleep: Callable[[float], None]) -> None:

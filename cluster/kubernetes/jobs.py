@@ -101,7 +101,10 @@ class Kubernetes:
         made = Kubectl(address.namespace).get(address.resource, address.name)
         return read(made).state if made else None
 
-    def cancel(self, job_id: str) -> None:
+    def cancel(self, job_id: str, run_uri: str) -> None:
         """Deletes the job and does not wait: its pods have their grace period to commit a checkpoint."""
         address = Address.of(job_id)
-        Kubectl(address.namespace).delete(address.resource, address.name, wait_s=0)
+        kubectl = Kubectl(address.namespace)
+        made = kubectl.get(address.resource, address.name)
+        if made is not None and made["metadata"].get("annotations", {}).get(RUN_ANNOTATION) == run_uri:
+            kubectl.delete(address.resource, address.name, wait_s=0)

@@ -55,8 +55,7 @@ def rayjob(job: Job) -> Manifest:
     spec["entrypoint"] = shlex.join(["muster", *_words(job), RECIPE_PATH])
     spec["backoffLimit"] = settings["retries"]
     spec["submitterConfig"]["backoffLimit"] = max(2, settings["retries"])
-    place = f"{settings['namespace']}/{name}" if settings.get("namespace") else name
-    environment = dict(NODE_SETTINGS) | {"MUSTER_RAYJOB": place}
+    environment = dict(NODE_SETTINGS) | {"MUSTER_RAYJOB": name}
     _submitter(spec["submitterPodTemplate"]["spec"], job)
     if settings.get("ray_auth", "token") == "disabled":
         cluster.pop("authOptions")
@@ -159,6 +158,9 @@ def _pod(template: Manifest, job: Job, environment: dict[str, str]) -> None:
     container["image"] = settings.get("image") or container["image"]
     # `$(` would be expanded from other variables; `$$(` stands for it.
     container["env"] = [{"name": k, "value": v.replace("$(", "$$(")} for k, v in environment.items()]
+    # With it the driver names its job as a submission does.
+    namespace = {"fieldRef": {"apiVersion": "v1", "fieldPath": "metadata.namespace"}}
+    container["env"].append({"name": "MUSTER_NAMESPACE", "valueFrom": namespace})
     if settings.get("secrets"):
         container["envFrom"] = [{"secretRef": {"name": name}} for name in settings["secrets"]]
     if settings.get("service_account"):

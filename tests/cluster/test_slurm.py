@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import sys
 from collections.abc import Callable
@@ -176,3 +177,28 @@ def test_torchrun_is_requeued_when_a_node_crashes(site: Site) -> None:
     site.until(recipe, lambda: 2 in hosts_by_attempt(recipe), 240, "a start on other nodes")
     site.slurm.run("scancel", job)
     site.until_ended(recipe, job, 60)
+
+
+@pytest.mark.night
+def test_a_worker_gets_the_gpus_of_the_job_and_only_those(site: Site) -> None:
+    """These GPUs are files: what torch says of them shows that Ray had one to give."""
+    for options, told in ((["--gpus-per-node=1"], "torch"), ([], "missing: 1 GPU")):
+        recipe = site.recipe(f"gpu{len(options)}", 1).model_copy()
+        resources = recipe.resources.model_copy(update={"gpus_per_worker": 1})
+        job = site.submit("train", recipe.model_copy(update={"resources": resources}), *options)
+        assert site.until_ended(recipe, job) == "FAILED"
+        assert site.slurm.job(job)["ExitCode"] == "2:0"
+        assert told in site.said(recipe)
+
+
+@pytest.mark.night
+def test_doctor_looks_at_the_nodes_of_a_job(site: Site) -> None:
+    recipe = site.recipe("looked-at", 2)
+    command = start(["-m", "launcher", "doctor", write_recipe(recipe, site.folder), "--on", "slurm", "--json"])
+    assert command.wait(120) in (0, 1), command.output()
+    (line,) = [line for line in command.output().splitlines() if line.startswith("{")]
+    told = json.loads(line)
+    assert [host["state"] for host in told["hosts"]] == ["ok", "ok"]
+    assert not read_rows(run_of(recipe), layout.EVENTS)
+    for log in ROOT.glob("slurm-*.out"):
+        log.unlink()

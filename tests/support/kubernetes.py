@@ -52,13 +52,27 @@ def metadata(length: int) -> dict[str, Any]:
     return fields("name labels annotations", name=name, namespace=FILLED, labels=LABELS, annotations=TEXTS)
 
 
+FIELD = fields("apiVersion fieldPath", apiVersion=TEXT, fieldPath=TEXT)
 CONTAINER = fields(
     "name image resources",
     name={"type": "string", "pattern": DNS_LABEL},
     image=FILLED,
     command=many(FILLED),
     args=many(FILLED),
-    env=many(fields("name value", name=FILLED, value=TEXT)),
+    env=many(
+        {
+            "oneOf": [
+                fields("name value", name=FILLED, value=TEXT),
+                fields(
+                    "name valueFrom",
+                    name=FILLED,
+                    valueFrom=fields(
+                        "fieldRef", fieldRef=fields("apiVersion fieldPath", apiVersion=TEXT, fieldPath=TEXT)
+                    ),
+                ),
+            ]
+        }
+    ),
     envFrom=many(fields("secretRef", secretRef=fields("name", name=FILLED))),
     resources=fields("requests limits", requests=AMOUNTS, limits=AMOUNTS),
     ports=many(

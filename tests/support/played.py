@@ -42,7 +42,7 @@ class Played:
     def state(self, job_id: str) -> str | None:
         return "RUNNING"
 
-    def cancel(self, job_id: str) -> None:
+    def cancel(self, job_id: str, run_uri: str) -> None:
         if self.refusal:
             raise self.refusal
         self.cancelled.append(job_id)

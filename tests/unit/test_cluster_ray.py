@@ -143,7 +143,10 @@ def test_a_head_that_refuses(head: Server) -> None:
         ray(head).submit(JOB, "r")
     head.refuse = (404, "unknown")
     assert ray(head).state("j") is None
-    ray(head).cancel("j")
+    said = list[str]()
+    assert ray(head).follow("j", said.append) == 3
+    assert "has forgotten the job" in said[0]
+    ray(head).cancel("j", "s3://runs/r")
     assert [method for method, *_ in head.calls].count("POST") == 0
 
 
@@ -157,7 +160,7 @@ def test_the_token_goes_along_when_the_cluster_has_one(head: Server) -> None:
 
 def test_a_running_job_is_stopped(head: Server) -> None:
     head.details = [{"status": "RUNNING"}]
-    ray(head).cancel(f"{head.url}/j")
+    ray(head).cancel(f"{head.url}/j", "s3://runs/r")
     assert head.calls[-1][:2] == ("POST", "/api/jobs/j/stop")
 
 

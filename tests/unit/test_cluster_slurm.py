@@ -59,6 +59,8 @@ class Commands:
         (job((1, 3), gpus=0), "1-3", None, 4),
         (job((4, 4), gpus=0, nodes=2), "2", None, 8),
         (job((8, 8), nodes=4), "4", 2, 8),
+        (job((4, 4), nodes=3), "3", 2, 8),
+        (job((2, 8), nodes=4), "4", 2, 8),
     ],
 )
 def test_nodes_have_what_their_workers_need(made: Job, nodes: str, gpus: int | None, cpus: int) -> None:
@@ -130,6 +132,9 @@ def shown(state: str, code: str = "0:0", **more: str) -> tuple[int, str, str]:
         ("TIMEOUT", "0:0", 3),
         ("NODE_FAIL", "0:0", 3),
         ("FAILED", "0:9", 3),
+        ("OUT_OF_MEMORY", "0:0", 1),
+        ("SPECIAL_EXIT", "0:0", 1),
+        ("BOOT_FAIL", "0:0", 3),
     ],
 )
 def test_a_job_is_followed_through_its_requeue_to_its_exit_code(
@@ -138,18 +143,19 @@ def test_a_job_is_followed_through_its_requeue_to_its_exit_code(
     monkeypatch.setattr("cluster.slurm.time.sleep", lambda s: None)
     output = tmp_path / "slurm 7.out"
     output.write_text("one\ntwo\nhalf")
-    states = [shown(s, StdOut=str(output)) for s in ("RUNNING", "RUNNING", "PENDING", "RUNNING")]
+    states = [shown(s, StdOut=str(output)) for s in ("RUNNING", "STOPPED", "PENDING", "RUNNING")]
     commands, said = Commands(scontrol=[*states, shown(state, code, StdOut=str(output))]), list[str]()
     assert Slurm({}, commands).follow("7", said.append) == expected
     assert said[:2] == ["one", "two"]
+    assert said[-2] == "half", "what comes after the last line's end too"
     told = [line for line in said if line.startswith("Slurm")]
-    assert [line.split(": ")[2].split(" ")[0] for line in told] == ["RUNNING", "PENDING", "RUNNING", state]
+    assert [line.split(": ")[2].split(" ")[0] for line in told] == ["RUNNING", "STOPPED", "PENDING", "RUNNING", state]
 
 
 def test_a_job_that_slurm_has_forgotten() -> None:
     gone = Commands(scontrol=(1, "", "slurm_load_jobs error: Invalid job id specified\n"))
     assert Slurm({}, gone).state("7") is None
-    Slurm({}, gone).cancel("7")
+    Slurm({}, gone).cancel("7", "/runs/r")
     assert [c[0] for c in gone.calls] == ["scontrol", "scontrol"]
     with pytest.raises(ClusterError, match="has forgotten job 7"):
         Slurm({}, gone).follow("7", print)
@@ -158,9 +164,19 @@ def test_a_job_that_slurm_has_forgotten() -> None:
         Slurm({}, down).state("7")
 
 
+def test_a_controller_that_is_away_for_a_moment_is_asked_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("cluster.slurm.time.sleep", lambda s: None)
+    away = (1, "", "slurm_load_jobs error: Unable to contact slurm controller\n")
+    commands = Commands(scontrol=[away, away, shown("COMPLETED", StdOut=str(tmp_path / "none"))])
+    assert Slurm({}, commands).follow("7", lambda line: None) == 0
+    monkeypatch.setattr("cluster.slurm.PATIENCE_S", 0.0)
+    with pytest.raises(ClusterError, match="Unable to contact"):
+        Slurm({}, Commands(scontrol=away)).follow("7", print)
+
+
 def test_a_job_that_goes_on_is_cancelled() -> None:
     commands = Commands(scontrol=shown("PENDING"), scancel=(0, "", ""))
-    Slurm({}, commands).cancel("7")
+    Slurm({}, commands).cancel("7", "/runs/r")
     assert commands.calls[-1] == ["scancel", "7"]
 
 

@@ -167,3 +167,20 @@ def test_the_newest_workers_are_read_off_the_events(tmp_path: Any) -> None:
     assert found is not None
     assert (found.attempt, found.hosts) == (2, ("b",))
     assert newest_group(run, 2) is None
+
+
+@pytest.mark.parametrize("event", ["failure", "resize", "end"])
+def test_workers_that_are_over_are_no_group(event: str, tmp_path: Any) -> None:
+    """What is asked of them now, those that come after them would not hear."""
+    run = open_storage(str(tmp_path))
+    for attempt, writer, told in ((1, "rank0", "start"), (1, "driver1-resize", event)):
+        events = Events(run, attempt, writer)
+        events.emit(told, hosts=["a"])
+        events.close()
+    assert newest_group(run, 0) is None
+    events = Events(run, 2, "rank0")
+    events.emit("start", hosts=["b"])
+    events.close()
+    found = newest_group(run, 0)
+    assert found is not None
+    assert found.hosts == ("b",)

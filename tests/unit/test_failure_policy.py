@@ -123,6 +123,24 @@ def size(decision: object) -> int | None:
     return decision.num_workers if isinstance(decision, ResizeDecision) else None
 
 
+def test_ray_is_asked_for_what_the_recipe_says_of_places() -> None:
+    asked = scaling(
+        ResourcesSection.model_validate(
+            {
+                "workers": [1, 4],
+                "gpus_per_worker": 2,
+                "cpus_per_worker": 3,
+                "placement": "spread",
+                "accelerator_type": "A100",
+                "labels": {"zone": "a"},
+            }
+        )
+    )
+    assert (asked.min_workers, asked.max_workers, asked.placement_strategy) == (1, 4, "SPREAD")
+    assert asked._resources_per_worker_not_none == {"CPU": 3, "GPU": 2, "accelerator_type:A100": 0.001}
+    assert asked._label_selector_per_worker(2) == [{"zone": "a"}] * 2
+
+
 def test_a_group_has_as_many_workers_as_there_is_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
     Cluster(monkeypatch, node(1, {"CPU": 1.0}), node(2, {"CPU": 1.0}), node(3, {"CPU": 1.0}))
     assert size(sizes([1, 2], monkeypatch).make_decision_for_non_running_worker_group()) == 2

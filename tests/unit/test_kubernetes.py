@@ -35,7 +35,7 @@ def groups(made: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def environment(group: dict[str, Any]) -> dict[str, str]:
-    return {item["name"]: item["value"] for item in container(group)["env"]}
+    return {item["name"]: item["value"] for item in container(group)["env"] if "value" in item}
 
 
 def test_the_table_of_kinds_finds_it() -> None:

@@ -189,9 +189,16 @@ def test_state(answer: Any, state: str | None, kubectl: StandIn) -> None:
 
 
 def test_cancel_deletes_and_does_not_wait(kubectl: StandIn) -> None:
+    kubectl.answers("get-jobset", existing())
     kubectl.answers("delete-jobset", "")
-    Kubernetes().cancel("jobset:ml/gsm8k")
-    assert {"--ignore-not-found", "--wait=false"} <= set(kubectl.calls[0]["argv"])
+    Kubernetes().cancel("jobset:ml/gsm8k", "s3://runs/gsm8k")
+    assert {"--ignore-not-found", "--wait=false"} <= set(kubectl.calls[-1]["argv"])
+
+
+def test_cancel_leaves_a_job_of_that_name_to_the_run_that_it_is_of(kubectl: StandIn) -> None:
+    kubectl.answers("get-rayjob", existing())
+    Kubernetes().cancel("ml/gsm8k", "s3://old-runs/gsm8k")
+    assert not kubectl.called("delete")
 
 
 @pytest.mark.parametrize("job_id", ["", "pod:ml/x", "ml/"])

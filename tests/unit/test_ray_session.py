@@ -24,7 +24,7 @@ from launcher.ray_session import (
 from launcher.ray_tasks import ray_map
 from tests.support.nodes import nodes
 from tests.support.waiting import free_port
-from trainer.errors import InputError, Interrupted
+from trainer.errors import InputError, Interrupted, StartAgain
 from trainer.recipe import ResourcesSection
 
 
@@ -74,6 +74,14 @@ def test_nodes_that_a_scheduler_has_given_are_waited_for() -> None:
     assert RESOURCE_WAIT_S < check(asked, joining, expected_nodes=2).now < JOIN_WAIT_S
     assert check(asked, lambda: [{"CPU": 1.0}], expected_nodes=2).now >= JOIN_WAIT_S
     assert check(asked, lambda: [{"CPU": 1.0}] * 2, expected_nodes=3).now == 0
+
+
+def test_a_node_that_was_given_and_does_not_come_up_is_no_mistake_of_the_recipe() -> None:
+    """Another start of the job gets other nodes; too small a job gets no better."""
+    with pytest.raises(StartAgain, match=r"1 of 2 nodes came up within 300 s: resources.workers asks for 2"):
+        check(resources(workers=2), lambda: [{"CPU": 1.0}], expected_nodes=2)
+    with pytest.raises(InputError):
+        check(resources(workers=3), lambda: [{"CPU": 1.0}] * 2, expected_nodes=2)
 
 
 def test_a_cluster_that_grows_is_waited_for() -> None:

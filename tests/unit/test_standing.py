@@ -19,6 +19,7 @@ from cluster.standing import Standing, standing
         ({"RAY_JOB_CONFIG_JSON_ENV_VAR": "not json"}, None, "auto"),
         ({"SLURM_JOB_ID": "4711"}, "slurm:4711", None),
         ({"MUSTER_RAYJOB": "fine-tune"}, "kubernetes:fine-tune", None),
+        ({"MUSTER_RAYJOB": "fine-tune", "MUSTER_NAMESPACE": "ml"}, "kubernetes:ml/fine-tune", None),
         ({"TORCHELASTIC_RUN_ID": "none"}, None, None),
         ({"TORCHELASTIC_RUN_ID": "r1"}, "torchrun:r1", None),
         ({"SLURM_JOB_ID": "4711", "TORCHELASTIC_RUN_ID": "r1"}, "slurm:4711", None),

@@ -16,10 +16,12 @@ from cluster import ClusterError
 from launcher import submitting
 from launcher.cli import app, choose_place
 from launcher.status import read_status
+from launcher.submission import Submission
+from launcher.submitting import jobs_of
 from tests.support.played import Played
 from trainer import layout
 from trainer.errors import InputError, Interrupted, RecipeChanged, UsageError, WorkerFailed
-from trainer.lease import Lease
+from trainer.lease import Lease, check_not_cancelled
 from trainer.recipe import Recipe, dump, loads, parse
 from trainer.storage import Storage, open_storage
 
@@ -125,6 +127,30 @@ def test_a_recipe_that_differs_from_the_runs_is_refused_before_it_is_submitted(
     assert not played.submitted
 
 
+def test_a_new_submission_is_not_the_cancelled_one(recipe: Recipe, played: type[Played]) -> None:
+    """On Kubernetes a job of the same name."""
+    submitting.run_elsewhere(recipe, "kubernetes", [], None, detach=True)
+    CliRunner().invoke(app, ["cancel", run_of(recipe).url])
+    with pytest.raises(Interrupted):
+        check_not_cancelled(run_of(recipe), "kubernetes:42")
+    submitting.run_elsewhere(recipe, "kubernetes", [], None, detach=True)
+    check_not_cancelled(run_of(recipe), "kubernetes:42")
+    with pytest.raises(UsageError, match="--takeover cannot go along to Kubernetes"):
+        submitting.run_elsewhere(recipe, "kubernetes", ["--takeover"], None, detach=True)
+
+
+def test_one_job_is_cancelled_once_by_the_name_that_it_was_submitted_under() -> None:
+    def named(job: str) -> Submission:
+        kind, _, name = job.partition(":")
+        return Submission(kind, name, 0.0, "r")
+
+    assert jobs_of(named("ray:http://h:8265/j1"), "ray:j1") == ["ray:http://h:8265/j1"]
+    assert jobs_of(named("kubernetes:ml/r"), "kubernetes:ml/r") == ["kubernetes:ml/r"]
+    assert jobs_of(named("slurm:1"), "slurm:2") == ["slurm:1", "slurm:2"]
+    assert jobs_of(None, "slurm:2") == ["slurm:2"]
+    assert jobs_of(None, "torchrun:x") == jobs_of(None, None) == []
+
+
 @pytest.mark.parametrize("kind", ["ray", "kubernetes"])
 def test_places_that_mean_something_here_only(kind: str, played: type[Played], tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"storage, data: d\.jsonl: a relative path lies elsewhere"):
@@ -151,6 +177,8 @@ def test_render_contacts_nothing(recipe: Recipe, played: type[Played], tmp_path:
     path.write_text(dump(recipe))
     done = CliRunner().invoke(app, ["render", str(path), "seed=3", "--on", "slurm"])
     assert (done.exit_code, done.stdout) == (0, f"r {path} seed=3\n")
+    done = CliRunner().invoke(app, ["render", str(path), "seed=3", "--on", "local"])
+    assert loads(done.stdout) == recipe.model_copy(update={"seed": 3})
     assert not Path(recipe.storage).exists()
     with pytest.raises(UsageError, match="'nope' is no kind of cluster; there are: ray, slurm, kubernetes"):
         CliRunner().invoke(app, ["render", str(path), "--on", "nope"], catch_exceptions=False)
@@ -241,7 +269,11 @@ def test_where_the_jobs_commands_are_missing_the_driver_is_asked_all_the_same(
     done = CliRunner().invoke(app, ["cancel", run.url])
     ended()
     assert done.exit_code == 0
-    assert "there is no scontrol" in done.stderr
+    assert "if it starts once more, it ends at once (there is no scontrol" in done.stderr
+    with pytest.raises(Interrupted, match=r"slurm:7 was cancelled; to go on, submit the run again"):
+        check_not_cancelled(run, "slurm:7")
+    check_not_cancelled(run, "slurm:8")
+    check_not_cancelled(run, None)
 
 
 def test_a_driver_that_does_not_end_is_told(
