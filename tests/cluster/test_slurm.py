@@ -76,6 +76,7 @@ def test_before_its_time_limit_a_job_commits_and_requeues_itself_and_cancelled_i
     recipe = site.recipe("limit", 2, **LONG)
     job = site.submit("train", recipe, "--nodes=2")
     site.until_step(recipe, 5)
+    Path(site.folder, "limit.yaml").write_text("name: the-next-experiment\n")
     assert len(set(hosts_by_attempt(recipe)[1])) == 2
     site.slurm.run("scancel", "--batch", "--signal=USR1", job)  # as Slurm does before the limit
     site.until(recipe, lambda: "requeued" in site.said(recipe), 60, "the end of the first start")
@@ -95,6 +96,7 @@ def test_before_its_time_limit_a_job_commits_and_requeues_itself_and_cancelled_i
     assert status.state == "interrupted"
     assert status.checkpoints[-1].step == status.step > committed, "it committed before it ended"
     assert not list(site.slurm.hosts.folder.glob("muster-*")), "what Ray wrote on the nodes is gone"
+    assert not list(ROOT.glob(".muster-*"))
 
 
 def test_an_elastic_run_goes_on_without_a_node_that_crashed(site: Site) -> None:
@@ -124,6 +126,26 @@ def test_torchrun_commits_before_the_limit_and_ends_with_the_same_bytes(site: Si
     assert adapter_bytes(recipe) == adapter_bytes(undisturbed)
 
 
+def test_torchrun_ends_with_musters_exit_codes(site: Site) -> None:
+    wrong = site.recipe("wrong", 2)
+    wrong = wrong.model_copy(update={"model": wrong.model.model_copy(update={"path": str(site.folder / "no-model")})})
+    job = site.submit("train_torchrun", wrong, "--nodes=2")
+    assert site.until_ended(wrong, job) == "FAILED"
+    assert (site.slurm.job(job)["ExitCode"], site.slurm.job(job)["Restarts"]) == ("2:0", "0"), site.said(wrong)
+
+    recipe = site.recipe("cancelled", 2, **LONG)
+    job = site.submit("train_torchrun", recipe, "--nodes=2")
+    site.until_step(recipe, 5)
+    cancelled = start(["-m", "launcher", "cancel", run_of(recipe).url])
+    assert cancelled.wait(60) == 0, cancelled.output()
+    site.until_ended(recipe, job, 60)
+    assert site.slurm.job(job)["Restarts"] == "0"
+    status = read_status(run_of(recipe))
+    assert (status.state, status.attempts) == ("interrupted", 1)
+    assert status.checkpoints[-1].step == status.step
+    assert not list(ROOT.glob(".muster-*"))
+
+
 def test_submitted_by_muster_it_is_followed_to_its_end(site: Site) -> None:
     """The name of a folder is no word of any shell."""
     site.folder = site.folder / 'it\'s $(touch owned) & "so" ünï'
@@ -149,6 +171,33 @@ def test_a_run_of_a_fixed_size_that_lost_a_node_is_requeued_on_another(site: Sit
     site.until(recipe, lambda: "requeued" in site.said(recipe), 150, "that it gives up on two of three nodes")
     assert f"lost {last}" in site.said(recipe)
     site.until(recipe, lambda: last not in hosts_by_attempt(recipe).get(2, [last]), 120, "a start on other nodes")
+    site.slurm.run("scancel", job)
+    site.until_ended(recipe, job, 60)
+
+
+@pytest.mark.night
+def test_a_warning_while_data_is_prepared_is_heard(site: Site) -> None:
+    recipe = site.recipe("early", 1, **LONG)
+    job = site.submit("train", recipe)
+    site.until(recipe, lambda: "checking storage" in site.said(recipe), 60, "the driver")
+    site.slurm.run("scancel", "--batch", "--signal=USR1", job)
+    site.until(recipe, lambda: "requeued" in site.said(recipe), 60, "the end of the first start")
+    site.until_step(recipe, 3)
+    site.slurm.run("scancel", job)
+    site.until_ended(recipe, job, 60)
+
+
+@pytest.mark.night
+def test_a_node_that_was_cut_off_comes_back(site: Site) -> None:
+    recipe = site.recipe("cut", [1, 2], **{"training.steps": 10**6, "checkpoint.every_steps": 5})
+    job = site.submit("train", recipe, "--nodes=2")
+    site.until_step(recipe, 12)
+    last = site.slurm.run("scontrol", "show", "hostnames", site.slurm.job(job)["NodeList"]).split()[-1]
+    site.slurm.cut(int(last.removeprefix("node")))
+    site.until(recipe, lambda: 2 in hosts_by_attempt(recipe), 90, "a start without it")
+    assert hosts_by_attempt(recipe)[2] != [last]
+    site.slurm.heal(int(last.removeprefix("node")))
+    site.until(recipe, lambda: last in hosts_by_attempt(recipe).get(3, []), 150, "a start with it")
     site.slurm.run("scancel", job)
     site.until_ended(recipe, job, 60)
 
