@@ -24,14 +24,16 @@ $(INSTALLED): pyproject.toml setup.py constraints.txt
 quickstart: $(INSTALLED)
 	$(BIN)/python -m launcher.quickstart
 
-# Tests in one process run side by side; the others start processes of their own, as many as there are cores for.
+# Tests in one process run side by side, and so do those of whole clusters, which mostly wait; the others start processes
+# of their own, as many as there are cores for.
 ifdef TESTS
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(TESTS)
 else
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 tests/unit tests/packaging tests/storage
-	$(BIN)/python -m pytest tests/distributed tests/ray tests/cluster tests/gpu
+	$(BIN)/python -m pytest -n 2 --dist load tests/cluster
+	$(BIN)/python -m pytest tests/distributed tests/ray tests/gpu
 endif
 
 chaos: $(INSTALLED)

@@ -36,8 +36,9 @@ class Site:
         return small_recipe(name, self._model, self.folder, resources={"workers": workers}, **changes)
 
     def submit(self, script: str, recipe: Recipe, *options: str) -> str:
-        log = f"--output={self.log(recipe)}"
-        return self.slurm.submit(*options, log, f"slurm/{script}.sbatch", write_recipe(recipe, self.folder), cwd=ROOT)
+        """From a folder of the test's own, with the muster that is on PATH."""
+        log, path = f"--output={self.log(recipe)}", ROOT / "slurm" / f"{script}.sbatch"
+        return self.slurm.submit(*options, log, path, write_recipe(recipe, self.folder), cwd=self.folder)
 
     def log(self, recipe: Recipe) -> Path:
         return self.folder / f"{recipe.name}.log"
@@ -96,7 +97,7 @@ def test_before_its_time_limit_a_job_commits_and_requeues_itself_and_cancelled_i
     assert status.state == "interrupted"
     assert status.checkpoints[-1].step == status.step > committed, "it committed before it ended"
     assert not list(site.slurm.hosts.folder.glob("muster-*")), "what Ray wrote on the nodes is gone"
-    assert not list(ROOT.glob(".muster-*"))
+    assert not list(site.folder.glob(".muster-*"))
 
 
 def test_an_elastic_run_goes_on_without_a_node_that_crashed(site: Site) -> None:
@@ -112,21 +113,7 @@ def test_an_elastic_run_goes_on_without_a_node_that_crashed(site: Site) -> None:
     assert site.slurm.job(job)["Restarts"] == "0"
 
 
-def test_torchrun_commits_before_the_limit_and_ends_with_the_same_bytes(site: Site) -> None:
-    changes = {"training.steps": 400, "checkpoint.every_steps": 10**6}
-    recipe, undisturbed = (site.recipe(name, 2, **changes) for name in ("torchrun", "undisturbed"))
-    train_in_processes([undisturbed], 2)
-    job = site.submit("train_torchrun", recipe, "--nodes=2")
-    site.until_step(recipe, 5)
-    site.slurm.run("scancel", "--batch", "--signal=USR1", job)
-    site.until(recipe, lambda: 2 in hosts_by_attempt(recipe), 120, "the second start")
-    assert site.until_ended(recipe, job) == "COMPLETED", site.said(recipe)
-    assert len(set(hosts_by_attempt(recipe)[2])) == 2
-    assert read_status(run_of(recipe)).state == "succeeded"
-    assert adapter_bytes(recipe) == adapter_bytes(undisturbed)
-
-
-def test_torchrun_ends_with_musters_exit_codes(site: Site) -> None:
+def test_torchrun_requeues_before_the_limit_and_ends_with_musters_exit_codes(site: Site) -> None:
     wrong = site.recipe("wrong", 2)
     wrong = wrong.model_copy(update={"model": wrong.model.model_copy(update={"path": str(site.folder / "no-model")})})
     job = site.submit("train_torchrun", wrong, "--nodes=2")
@@ -136,14 +123,18 @@ def test_torchrun_ends_with_musters_exit_codes(site: Site) -> None:
     recipe = site.recipe("cancelled", 2, **LONG)
     job = site.submit("train_torchrun", recipe, "--nodes=2")
     site.until_step(recipe, 5)
+    site.slurm.run("scancel", "--batch", "--signal=USR1", job)
+    site.until(recipe, lambda: 2 in hosts_by_attempt(recipe), 120, "the second start")
+    assert len(set(hosts_by_attempt(recipe)[2])) == 2
+    site.until_step(recipe, read_status(run_of(recipe)).checkpoints[-1].step + 3)
     cancelled = start(["-m", "launcher", "cancel", run_of(recipe).url])
     assert cancelled.wait(60) == 0, cancelled.output()
     site.until_ended(recipe, job, 60)
-    assert site.slurm.job(job)["Restarts"] == "0"
+    assert site.slurm.job(job)["Restarts"] == "1"
     status = read_status(run_of(recipe))
-    assert (status.state, status.attempts) == ("interrupted", 1)
+    assert (status.state, status.attempts) == ("interrupted", 2)
     assert status.checkpoints[-1].step == status.step
-    assert not list(ROOT.glob(".muster-*"))
+    assert not list(site.folder.glob(".muster-*"))
 
 
 def test_submitted_by_muster_it_is_followed_to_its_end(site: Site) -> None:
@@ -251,3 +242,18 @@ def test_doctor_looks_at_the_nodes_of_a_job(site: Site) -> None:
     assert not read_rows(run_of(recipe), layout.EVENTS)
     for log in ROOT.glob("slurm-*.out"):
         log.unlink()
+
+
+@pytest.mark.night
+def test_torchrun_commits_before_the_limit_and_ends_with_the_same_bytes(site: Site) -> None:
+    changes = {"training.steps": 400, "checkpoint.every_steps": 10**6}
+    recipe, undisturbed = (site.recipe(name, 2, **changes) for name in ("torchrun", "undisturbed"))
+    train_in_processes([undisturbed], 2)
+    job = site.submit("train_torchrun", recipe, "--nodes=2")
+    site.until_step(recipe, 5)
+    site.slurm.run("scancel", "--batch", "--signal=USR1", job)
+    site.until(recipe, lambda: 2 in hosts_by_attempt(recipe), 120, "the second start")
+    assert site.until_ended(recipe, job) == "COMPLETED", site.said(recipe)
+    assert len(set(hosts_by_attempt(recipe)[2])) == 2
+    assert read_status(run_of(recipe)).state == "succeeded"
+    assert adapter_bytes(recipe) == adapter_bytes(undisturbed)
