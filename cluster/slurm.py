@@ -20,6 +20,7 @@ from cluster.job import ClusterError, Job, Say
 SCRIPT = Path(__file__).resolve().parents[1] / "slurm" / "train.sbatch"
 CALL_S = 60.0
 POLL_S = 2.0
+CLEAN_UP_S = 40.0
 PATIENCE_S = 300.0
 """How long slurmctld may not answer before following is given up; the job itself goes on."""
 RESUMABLE = ("BOOT_FAIL", "CANCELLED", "DEADLINE", "NODE_FAIL", "PREEMPTED", "REVOKED", "TIMEOUT")
@@ -85,7 +86,11 @@ class Slurm:
         return found["JobState"] if found else None
 
     def cancel(self, job_id: str, run_uri: str) -> None:
-        if self.state(job_id) not in (None, *ENDED):
+        """A job that runs has been asked to end through its run; it has a while to clean up after itself."""
+        deadline = time.monotonic() + CLEAN_UP_S
+        while (state := self.state(job_id)) in ("RUNNING", "COMPLETING") and time.monotonic() < deadline:
+            time.sleep(POLL_S)
+        if state not in (None, *ENDED):
             self._run(["scancel", job_id], self._environment)
 
     def _patiently(self, job_id: str) -> dict[str, str] | None:

@@ -180,6 +180,17 @@ def test_a_job_that_goes_on_is_cancelled() -> None:
     assert commands.calls[-1] == ["scancel", "7"]
 
 
+def test_a_job_that_is_ending_is_left_to_clean_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cluster.slurm.time.sleep", lambda s: None)
+    ending = Commands(scontrol=[shown("RUNNING"), shown("COMPLETING"), shown("FAILED", "3:0")])
+    Slurm({}, ending).cancel("7", "/runs/r")
+    assert not [c for c in ending.calls if c[0] == "scancel"]
+    monkeypatch.setattr("cluster.slurm.CLEAN_UP_S", 0.0)
+    going = Commands(scontrol=shown("RUNNING"), scancel=(0, "", ""))
+    Slurm({}, going).cancel("7", "/runs/r")
+    assert going.calls[-1] == ["scancel", "7"]
+
+
 def test_values_with_spaces_are_whole() -> None:
     found = fields("JobId=7 JobName=x Comment=a b c WorkDir=/a b/c StdOut=/a b/o=1.out")
     assert (found["Comment"], found["WorkDir"], found["StdOut"]) == ("a b c", "/a b/c", "/a b/o=1.out")
