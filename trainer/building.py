@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +16,8 @@ import torch
 from trainer import layout
 from trainer.adapters import Adapter, make_adapter
 from trainer.errors import InputError
-from trainer.model import Head, Loaded, ModelFiles, build, check_isolation, fetch_model
-from trainer.model.by_shard import ShardLoader
+from trainer.model import Head, Loaded, ModelFiles, build, check_isolation, fetch_model, load_tokenizer
+from trainer.model.by_shard import Rows, ShardLoader
 from trainer.model.memory import HostPeak
 from trainer.model.meta import NotByShard, meta_model
 from trainer.model.prequantised import copy_of
@@ -25,7 +26,7 @@ from trainer.optim import make_optimizer
 from trainer.recipe import ModelSection, Recipe
 from trainer.storage import open_storage
 from trainer.strategies import Strategy, make_strategy
-from trainer.tasks import Task, make_task
+from trainer.tasks import Company, Task, make_task
 from trainer.world import World
 
 log = logging.getLogger(__name__)
@@ -69,11 +70,19 @@ def _whole(recipe: Recipe, world: World, adapter: Adapter, task: Task, strategy:
     if recipe.data.packing:
         check_isolation(loaded.model, recipe.model.path)
     model = adapter.attach(loaded.model, lambda: _plain_model(recipe, files, head))
+    accompany(task, recipe, files.folder, world, strategy)
     task.attach(model)
     strategy.setup(model, lambda parameters: make_optimizer(recipe.optimizer, parameters, adapter.lr_scale))
     fetched = files.fetched_bytes if "://" in recipe.model.path else loaded.bytes_read
     report = _report(world, loaded.bytes_read, fetched, loaded.peak_host_bytes)
     return Built(files, adapter, task, strategy, report)
+
+
+def accompany(task: Task, recipe: Recipe, folder: Path, world: World, strategy: Strategy) -> None:
+    """Gives a task that writes texts what it needs for it."""
+    if task.writes:
+        tokenizer = load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)
+        task.company = Company(tokenizer, world, strategy.meets)
 
 
 def _head(recipe: Recipe, task: Task) -> Head | None:
@@ -114,6 +123,7 @@ class _Sharded:
         try:
             loader = ShardLoader(base, source, section.path, self.world.device, head)
             self._check_same(loader.digest())
+            accompany(self.task, recipe, files.folder, self.world, self.strategy)
             peak = self._load(base, loader)
         finally:
             source.close()
@@ -144,9 +154,14 @@ class _Sharded:
         strategy.setup(
             model,
             lambda parameters: make_optimizer(self.recipe.optimizer, parameters, self.adapter.lr_scale),
-            lambda pieces: loader.fill(pieces, self.adapter.initial, strategy.whole_parameter),
+            lambda pieces: loader.fill(pieces, self._initial, strategy.whole_parameter),
         )
         return host.bytes()
+
+    def _initial(self, name: str, shape: torch.Size, start: int, stop: int, rows: Rows) -> torch.Tensor:
+        if self.task.beside and name.startswith(f"{self.task.beside}."):
+            return self.task.initial(name, shape).reshape(-1)[start:stop]
+        return self.adapter.initial(name, shape, start, stop, rows)
 
     def _check_same(self, digest: str) -> None:
         if len(set(self.world.gather(digest))) > 1:

@@ -121,7 +121,7 @@ class Attempt:
         built = build_parts(self.recipe, self.world, labels)
         self.files, self.adapter, self.task = built.files, built.adapter, built.task
         self.strategy, self.load = built.strategy, built.load
-        self.state = TrainState(built.strategy, built.adapter)
+        self.state = TrainState(built.strategy, built.adapter, built.task)
 
     def _stream(self, data: RunData) -> Stream:
         recipe = self.recipe
@@ -184,6 +184,7 @@ class Attempt:
             stop_requested=stop_requested,
             phase=self.heartbeat.phase,
             around_update=lambda step: self.adapter.around_update(self.strategy.model, step, self.job.total_steps),
+            examples=lambda step, shown: self.recorder.event("texts", wait=False, step=step, texts=shown),
         )
         loop = Loop(
             self.recipe,
