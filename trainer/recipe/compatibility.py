@@ -8,15 +8,11 @@ from typing import TYPE_CHECKING, NamedTuple
 from trainer.recipe import matrix
 from trainer.recipe.base import Conflict, KeyPath
 from trainer.recipe.data import TASK_FORMATS
-from trainer.recipe.tasks import TASK_SECTIONS
+from trainer.recipe.tasks import REFERRING, TASK_SECTIONS
 from trainer.recipe.zero import STAGES
 
 if TYPE_CHECKING:
     from trainer.recipe.root import Recipe
-
-
-REFERRING = ("dpo", "ppo")
-"""Tasks whose reference is the model with its adapter switched off."""
 
 
 class Rule(NamedTuple):

@@ -21,6 +21,9 @@ AUTO_CLASSES: dict[str, str] = {
 """The class of transformers that each task's model is loaded by. A sequence classifier has a head of its own, which is
 trained and saved with any adapter."""
 
+REFERRING = ("dpo", "ppo")
+"""Tasks that compare with a reference: the same model with its adapter switched off."""
+
 PEFT_TYPES = {CAUSAL: "CAUSAL_LM", SEQUENCE: "SEQ_CLS"}
 """peft's name for what such a model does."""
 

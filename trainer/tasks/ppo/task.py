@@ -202,7 +202,7 @@ class PPO(Task):
 
     def evaluated(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> Measured:
         """Texts to held-out prompts, whose random numbers depend on the sample alone: every evaluation draws alike. The
-        loss is what training makes small, -(reward - kl_coef · KL) per text."""
+        loss is what training makes small, kl_coef · KL - reward per text, with the recipe's coefficient throughout."""
         rollouts = self._rollouts(
             module, [batch], device, lambda place, sample: f"{self.recipe.seed}:{EVALUATION}:{sample}"
         )
@@ -213,7 +213,7 @@ class PPO(Task):
             "ended": [r.ended for r in rollouts],
         }
         sums = {name: torch.tensor(float(np.sum(values)), device=device) for name, values in numbers.items()}
-        return Measured(self._kl_coef * sums["kl"] - sums["reward"], sums)
+        return Measured(self.recipe.ppo.kl_coef * sums["kl"] - sums["reward"], sums)
 
     def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
         names = ("loss", "reward", "kl", "response_length", "ended")
@@ -223,7 +223,6 @@ class PPO(Task):
         """Every target learned from, in rows that are longer by the tokens that may be written."""
         longer = ((0, 0), (0, self.recipe.ppo.max_new_tokens))
         targets = np.pad(batch.targets, longer, constant_values=bool(batch.targets.any()))
-        targets[:, 0] = False
         ids, positions = (np.pad(a, longer) for a in (batch.input_ids, batch.position_ids))
         flat = np.zeros(int(targets.sum()), np.float32)
         return Learnt(Texts(batch.index, ids, positions, targets, batch.sample_ids), flat, flat, flat, flat)
