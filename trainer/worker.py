@@ -35,6 +35,7 @@ from trainer.origin import Origin
 from trainer.publish import TOTAL_STEPS, publish
 from trainer.recipe import Recipe
 from trainer.recorder import Recorder
+from trainer.rewarding import reward_model
 from trainer.state import Snapshot, TrainState
 from trainer.storage import open_storage
 from trainer.world import World, join_world
@@ -118,7 +119,7 @@ class Attempt:
         self.recorder.close()
 
     def _build(self, labels: tuple[str, ...]) -> None:
-        built = build_parts(self.recipe, self.world, labels)
+        built = build_parts(self.recipe, self.world, labels, reward_model(self.recipe, self.world.device))
         self.files, self.adapter, self.task = built.files, built.adapter, built.task
         self.strategy, self.load = built.strategy, built.load
         self.state = TrainState(built.strategy, built.adapter, built.task)

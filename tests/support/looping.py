@@ -81,12 +81,12 @@ class Bench:
 
 
 @contextmanager
-def bench(recipe: Recipe) -> Iterator[Bench]:
+def bench(recipe: Recipe, reward: Any = None) -> Iterator[Bench]:
     with join_world(gpu=False) as world:
         data = prepare(recipe, open_storage(recipe.storage))
         task, strategy = make_task(recipe, data.train.spec.labels), make_strategy(recipe, world)
         model, adapter = built(recipe, task.labels)
-        accompany(task, recipe, Path(recipe.model.path), world, strategy)
+        accompany(task, recipe, Path(recipe.model.path), world=world, strategy=strategy, reward=reward)
         task.attach(model)
         strategy.setup(model, lambda parameters: make_optimizer(recipe.optimizer, parameters, adapter.lr_scale))
         state = TrainState(strategy, adapter, task)

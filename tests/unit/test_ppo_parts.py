@@ -190,7 +190,8 @@ def test_a_broken_reward_is_not_tried_again() -> None:
 
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"data.packing": True}, "whose packs are prompts; write packing: false"),
-    ({"ppo.reward": {}}, "task ppo needs ppo.reward.function"),
+    ({"ppo.reward": {}}, "task ppo needs one of ppo.reward.function and ppo.reward.model"),
+    ({"ppo.reward.model": "runs/x"}, "task ppo needs one of ppo.reward.function and ppo.reward.model"),
     ({"ppo.reward": {"function": "s3://there/x.py:f"}}, "names no function"),
     ({"ppo.minibatches": 7}, "7 minibatches cannot be made of training.global_batch 6 texts"),
     ({"ppo.kl_horizon": 5, "ppo.kl_target": None}, "has no effect without kl_target"),

@@ -22,6 +22,7 @@ from trainer.loop import evaluated_sums
 from trainer.model import fetch_model, load_tokenizer
 from trainer.model.placement import Placement, placement_for
 from trainer.recipe import Recipe
+from trainer.rewarding import reward_model
 from trainer.saved import Address, Subject, Writer, find, load
 from trainer.saved.conversation import first_line, one_line
 from trainer.storage import open_storage
@@ -94,7 +95,7 @@ class _Evaluation:
         self.say("loading the model")
         model = load(self.subject, self.placement, task.labels, seed=recipe.seed)
         if task.writes:
-            task.company = Company(tokenizer)
+            task.company = Company(tokenizer, reward=reward_model(recipe, self.device))
         task.attach(model)
         questions = questions_of(prepared.spec.sources, self.limit) if recipe.task == "sft" else []
         self.say(f"evaluating on {self.device}")

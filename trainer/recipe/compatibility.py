@@ -85,8 +85,8 @@ RULES = (
     ),
     Rule(
         (("ppo", "reward"), ("task",)),
-        lambda r: r.task == "ppo" and r.ppo.reward.function is None,
-        lambda r: "is missing: task ppo needs ppo.reward.function",
+        lambda r: r.task == "ppo" and (r.ppo.reward.function is None) == (r.ppo.reward.model is None),
+        lambda r: "task ppo needs one of ppo.reward.function and ppo.reward.model",
     ),
     Rule(
         (("ppo", "minibatches"), ("training", "global_batch")),

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
-from trainer.recipe.base import Conflict, Listed, Section
+from trainer.recipe.base import Conflict, Listed, Location, Section
 
 FUNCTION = re.compile(r"(?:[^:]+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):[A-Za-z_]\w*")
 
@@ -23,7 +23,7 @@ def _function(text: str) -> str:
 
 
 class RewardSection(Section):
-    """What rates a text."""
+    """What rates a text: exactly one of the two."""
 
     function: Annotated[str, AfterValidator(_function)] | None = Field(
         default=None, examples=["trainer.tasks.ppo.rewards:gsm8k"]
@@ -31,6 +31,11 @@ class RewardSection(Section):
     """`package.module:function` or `path.py:function`, looked for from the working folder. It is called with the lists
     `prompts`, `completions` and `references` (the answers in the data), all text, of a micro-batch, and returns a list
     of as many finite numbers. It is the recipe's own code: nothing is ever loaded from a run or a checkpoint."""
+
+    model: Location | None = Field(default=None, examples=["s3://runs/my-reward"])
+    """A run of `task: reward`, the folder of its adapter, or any sequence classifier with one output (folder, URL or
+    Hub id). A LoRA adapter whose base is the run's own, held alike, is put on that one base beside the policy's; any
+    other model lies whole beside it on each worker."""
 
 
 class PPOSection(Section):

@@ -48,11 +48,13 @@ class Update(NamedTuple):
 @dataclass(frozen=True)
 class Company:
     """What a task that writes texts has beside the model. ``world``: the ranks that do so together, None for whoever is
-    alone. ``meets``: whether the strategy gathers parameters in a forward, so that every rank has to run as many."""
+    alone. ``meets``: whether the strategy gathers parameters in a forward, so that every rank has to run as many.
+    ``reward``: the model that rates texts (`trainer.tasks.ppo.raters`), where the recipe names one."""
 
     tokenizer: PreTrainedTokenizerBase
     world: World | None = None
     meets: bool = False
+    reward: Any = None
 
 
 class Task(ABC):
@@ -80,9 +82,13 @@ class Task(ABC):
     def attach(self, model: torch.nn.Module) -> None:  # noqa: B027 - some tasks take the model as it is
         """Prepares the (unwrapped) model for this task's loss."""
 
+    def owns(self, name: str) -> bool:
+        """Whether the task itself has put this parameter on the model."""
+        return False
+
     def initial(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """The first values of a parameter of the module ``beside``, from its name and the recipe's seed alone."""
-        raise NotImplementedError(f"{type(self).__name__} trains nothing beside the adapter")
+        """The first values of a parameter that it owns, the same on every rank."""
+        raise NotImplementedError(f"{type(self).__name__} has no parameters of its own")
 
     def prepare(  # noqa: B027
         self, module: torch.nn.Module, batches: Sequence[Batch], device: torch.device, step: int = 0

@@ -1,4 +1,4 @@
-"""The reference that a trained adapter is compared with: the same model with its adapter switched off."""
+"""The same model with its trained adapter switched off (the reference that it is compared with), or another one on."""
 
 from __future__ import annotations
 
@@ -17,6 +17,17 @@ def adapter_off(model: Any) -> Iterator[None]:
     with model.disable_adapter():
         _mark(trained)
         yield
+    _mark(trained)
+
+
+@contextmanager
+def adapter_of(model: Any, name: str) -> Iterator[None]:
+    """Another adapter in the place of the trained one, which is back afterwards; nothing else is trained meanwhile."""
+    trained, before = [(p, p.requires_grad) for p in model.parameters()], model.active_adapter
+    model.base_model.set_adapter(name)
+    _mark(trained)
+    yield
+    model.base_model.set_adapter(before)
     _mark(trained)
 
 

@@ -49,6 +49,7 @@ class PolicyHead(TargetHead):
         if not self.plain:
             raise InputError("task ppo does not take models that scale or cap their logits after the output head")
         self._temperature, self._last = temperature, False
+        self._by: torch.nn.Module | None = None
         output = model.get_output_embeddings().weight
         hidden = int(model.get_input_embeddings().embedding_dim)
         linear: Any = torch.nn.Linear  # whose own first values would be drawn from everybody's random numbers
@@ -75,6 +76,21 @@ class PolicyHead(TargetHead):
         with self._only_last():
             return module(**inputs)
 
+    def read(
+        self, module: torch.nn.Module, texts: Texts, at_BL: Any, by: torch.nn.Module, device: torch.device
+    ) -> torch.Tensor:
+        """What ``by``, a layer of the model from D to 1, makes of the hidden states at the marked positions: [T]."""
+        input_ids = torch.from_numpy(texts.input_ids).to(device)
+        positions = torch.from_numpy(texts.position_ids).to(device)
+        at = torch.from_numpy(at_BL).to(device)
+        self._by = by
+        try:
+            with self.select(at, input_ids[at]):
+                made = module(input_ids=input_ids, position_ids=positions, use_cache=False).logits
+        finally:
+            self._by = None
+        return made[0, :, 0]
+
     @contextmanager
     def _only_last(self) -> Iterator[None]:
         self._last = True
@@ -89,6 +105,10 @@ class PolicyHead(TargetHead):
         if self._targets_BL is None or self._labels_T is None:
             return self._project(hidden_BLD)
         hidden_TD = hidden_BLD[self._targets_BL]
+        if self._by is not None:
+            with torch.autocast(hidden_TD.device.type, enabled=False):
+                read: torch.Tensor = self._by(hidden_TD.float())
+            return read[None].clone()
         of_logits = self._chunked(hidden_TD, self._labels_T)
         with torch.autocast(hidden_TD.device.type, enabled=False):
             values = self._value(hidden_TD.float())

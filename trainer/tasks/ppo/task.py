@@ -13,6 +13,7 @@ two random models.
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +25,7 @@ from trainer.tasks.base import Measured, Task, Update, ratio
 from trainer.tasks.ppo.advantages import steered
 from trainer.tasks.ppo.losses import policy_loss, value_loss
 from trainer.tasks.ppo.policy import VALUE_HEAD, PolicyHead, first_value
+from trainer.tasks.ppo.raters import ModelRater, SharedReward
 from trainer.tasks.ppo.rollouts import Experience, Learnt, Rollout, Texts, prompts_of
 from trainer.tasks.ppo.scoring import Scorer
 from trainer.tasks.ppo.writing import Author
@@ -48,6 +50,10 @@ class PPO(Task):
     def attach(self, model: Any) -> None:
         section = self.recipe.ppo
         self._model, self._kl_coef = model, section.kl_coef
+        self._shared: SharedReward | None = None
+        if hasattr(self, "company") and isinstance(self.company.reward, SharedReward):
+            self._shared = self.company.reward
+            self._shared.attach(model)
         self._policy = PolicyHead(model, section.temperature, self.recipe.seed)
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -55,8 +61,8 @@ class PPO(Task):
         if self.recipe.adapter.dropout:
             log.warning("adapter.dropout %g has no effect: task ppo trains without", self.recipe.adapter.dropout)
         if hasattr(self, "company"):
-            assert section.reward.function is not None
-            self._scorer = Scorer(section.reward.function)
+            if section.reward.function is not None:
+                self._scorer = Scorer(section.reward.function)
             self._author = Author(
                 model,
                 self._policy,
@@ -68,7 +74,12 @@ class PPO(Task):
                 agree=self._agree,
             )
 
+    def owns(self, name: str) -> bool:
+        return name.startswith(f"{VALUE_HEAD}.") or (self._shared is not None and self._shared.owns(name))
+
     def initial(self, name: str, shape: torch.Size) -> torch.Tensor:
+        if self._shared is not None and self._shared.owns(name):
+            return self._shared.initial(name)
         return first_value(name, shape, self.recipe.seed)
 
     def units(self, of: StepPlan | Batch) -> int:
@@ -117,7 +128,7 @@ class PPO(Task):
             for texts, some in zip(rows, by_batch, strict=True):
                 _share(some, "reference", self._policy.said(module, texts, device).logps)
         for some in by_batch:
-            self._score(some)
+            self._score(some, module, device)
         return [rollout for some in by_batch for rollout in some]
 
     def _written(
@@ -131,11 +142,20 @@ class PPO(Task):
             for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
         ]
 
-    def _score(self, rollouts: Sequence[Rollout]) -> None:
-        asked, answers = ([self._text(ids) for ids in some] for some in _asked(rollouts))
-        scores = self._scorer(asked, [r.words for r in rollouts], answers)
-        for rollout, score in zip(rollouts, scores, strict=True):
+    def _score(self, rollouts: Sequence[Rollout], module: torch.nn.Module, device: torch.device) -> None:
+        for rollout, score in zip(rollouts, self._scores(rollouts, module, device), strict=True):
+            if not math.isfinite(score):
+                raise RewardFailed(f"{self.recipe.ppo.reward.model} rates the text {rollout.words!r:.200} {score}")
             rollout.score = score - (0.0 if rollout.ended else self.recipe.ppo.missing_eos_penalty)
+
+    def _scores(self, rollouts: Sequence[Rollout], module: torch.nn.Module, device: torch.device) -> list[float]:
+        if self._shared is not None:
+            return self._shared.rate(self._model, self._policy, module, rollouts, device)
+        words, prompts = [r.words for r in rollouts], [self._text(r.prompt.tokens) for r in rollouts]
+        if self.recipe.ppo.reward.function is None:
+            rater: ModelRater = self.company.reward
+            return rater(prompts, words, [r.ended for r in rollouts])
+        return self._scorer(prompts, words, [self._text(r.prompt.answer) for r in rollouts])
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self.company.tokenizer.decode(list(ids), skip_special_tokens=True))
@@ -226,10 +246,6 @@ class PPO(Task):
         ids, positions = (np.pad(a, longer) for a in (batch.input_ids, batch.position_ids))
         flat = np.zeros(int(targets.sum()), np.float32)
         return Learnt(Texts(batch.index, ids, positions, targets, batch.sample_ids), flat, flat, flat, flat)
-
-
-def _asked(rollouts: Sequence[Rollout]) -> tuple[list[list[int]], list[list[int]]]:
-    return [r.prompt.tokens for r in rollouts], [r.prompt.answer for r in rollouts]
 
 
 def _share(rollouts: Sequence[Rollout], name: str, flat: torch.Tensor) -> None:
