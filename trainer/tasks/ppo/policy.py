@@ -89,7 +89,8 @@ class PolicyHead(TargetHead):
                 made = module(input_ids=input_ids, position_ids=positions, use_cache=False).logits
         finally:
             self._by = None
-        return made[0, :, 0]
+        scores: torch.Tensor = made[0, :, 0]
+        return scores
 
     @contextmanager
     def _only_last(self) -> Iterator[None]:
