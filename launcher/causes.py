@@ -11,9 +11,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.errors import Fenced, InputError, MusterError, NonFiniteLoss, UsageError, WorkerFailed
+from trainer.errors import Fenced, InputError, MusterError, NonFiniteLoss, RewardFailed, UsageError, WorkerFailed
 
-FATAL = (UsageError, NonFiniteLoss, Fenced)
+FATAL = (UsageError, NonFiniteLoss, RewardFailed, Fenced)
 COLLECTIVE = re.compile(r"gloo|nccl|connection (closed|reset)|process ?group|all_?reduce|broadcast", re.IGNORECASE)
 TELLING = re.compile(r"killed|out of memory|exit|died|lost|unexpectedly", re.IGNORECASE)
 SHOWN_LINES = 12

@@ -7,7 +7,10 @@ this way wherever the adapter, the task and the architecture can. Otherwise each
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -15,8 +18,8 @@ import torch
 from trainer import layout
 from trainer.adapters import Adapter, make_adapter
 from trainer.errors import InputError
-from trainer.model import Head, Loaded, ModelFiles, build, check_isolation, fetch_model
-from trainer.model.by_shard import ShardLoader
+from trainer.model import Head, Loaded, ModelFiles, build, check_isolation, fetch_model, load_tokenizer
+from trainer.model.by_shard import Rows, ShardLoader
 from trainer.model.memory import HostPeak
 from trainer.model.meta import NotByShard, meta_model
 from trainer.model.prequantised import copy_of
@@ -25,10 +28,12 @@ from trainer.optim import make_optimizer
 from trainer.recipe import ModelSection, Recipe
 from trainer.storage import open_storage
 from trainer.strategies import Strategy, make_strategy
-from trainer.tasks import Task, make_task
+from trainer.tasks import Company, Task, make_task
 from trainer.world import World
 
 log = logging.getLogger(__name__)
+
+Accompany = Callable[[Path], None]
 
 
 @dataclass(frozen=True)
@@ -43,19 +48,28 @@ class Built:
     load: list[dict[str, int]]
 
 
-def build_parts(recipe: Recipe, world: World, labels: tuple[str, ...] = ()) -> Built:
-    """Collective: every rank of the attempt calls it. ``labels``: the label set of the training data."""
+def build_parts(recipe: Recipe, world: World, labels: tuple[str, ...] = (), reward: Any = None) -> Built:
+    """Collective: every rank of the attempt calls it. ``labels``: the label set of the training data. ``reward``: the
+    model that rates the task's texts, if there is one."""
     adapter, task, strategy = make_adapter(recipe), make_task(recipe, labels), make_strategy(recipe, world)
+    company = partial(accompany, task, recipe, world=world, strategy=strategy, reward=reward)
     if strategy.by_shard(recipe):
         try:
-            return _Sharded(recipe, world, adapter, task, strategy).build()
+            return _Sharded(recipe, world, adapter, task, strategy, company).build()
         except NotByShard as reason:
             if world.is_first:
                 log.warning("each rank loads %s whole before it keeps its part: %s", recipe.model.path, reason)
-    return _whole(recipe, world, adapter, task, strategy)
+    return _whole(recipe, world, adapter, task, strategy, company)
 
 
-def _whole(recipe: Recipe, world: World, adapter: Adapter, task: Task, strategy: Strategy) -> Built:
+def _whole(
+    recipe: Recipe,
+    world: World,
+    adapter: Adapter,
+    task: Task,
+    strategy: Strategy,
+    company: Accompany = lambda folder: None,
+) -> Built:
     files = fetch_model(recipe.model)
     head = _head(recipe, task)
     loaded: Loaded = build(
@@ -69,11 +83,21 @@ def _whole(recipe: Recipe, world: World, adapter: Adapter, task: Task, strategy:
     if recipe.data.packing:
         check_isolation(loaded.model, recipe.model.path)
     model = adapter.attach(loaded.model, lambda: _plain_model(recipe, files, head))
+    company(files.folder)
     task.attach(model)
     strategy.setup(model, lambda parameters: make_optimizer(recipe.optimizer, parameters, adapter.lr_scale))
     fetched = files.fetched_bytes if "://" in recipe.model.path else loaded.bytes_read
     report = _report(world, loaded.bytes_read, fetched, loaded.peak_host_bytes)
     return Built(files, adapter, task, strategy, report)
+
+
+def accompany(
+    task: Task, recipe: Recipe, folder: Path, *, world: World, strategy: Strategy, reward: Any = None
+) -> None:
+    """Gives a task that writes texts what it needs for it. ``folder``: the base's files."""
+    if task.writes:
+        tokenizer = load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)
+        task.company = Company(tokenizer, world, strategy.meets, reward)
 
 
 def _head(recipe: Recipe, task: Task) -> Head | None:
@@ -89,8 +113,10 @@ def _plain_model(recipe: Recipe, files: ModelFiles, head: Head | None) -> torch.
 class _Sharded:
     """The base by shard. All that can raise NotByShard comes before the adapter and the strategy touch anything."""
 
-    def __init__(self, recipe: Recipe, world: World, adapter: Adapter, task: Task, strategy: Strategy) -> None:
-        self.recipe, self.world = recipe, world
+    def __init__(
+        self, recipe: Recipe, world: World, adapter: Adapter, task: Task, strategy: Strategy, company: Accompany
+    ) -> None:
+        self.recipe, self.world, self.company = recipe, world, company
         self.adapter, self.task, self.strategy = adapter, task, strategy
 
     def build(self) -> Built:
@@ -114,6 +140,7 @@ class _Sharded:
         try:
             loader = ShardLoader(base, source, section.path, self.world.device, head)
             self._check_same(loader.digest())
+            self.company(files.folder)
             peak = self._load(base, loader)
         finally:
             source.close()
@@ -144,9 +171,14 @@ class _Sharded:
         strategy.setup(
             model,
             lambda parameters: make_optimizer(self.recipe.optimizer, parameters, self.adapter.lr_scale),
-            lambda pieces: loader.fill(pieces, self.adapter.initial, strategy.whole_parameter),
+            lambda pieces: loader.fill(pieces, self._initial, strategy.whole_parameter),
         )
         return host.bytes()
+
+    def _initial(self, name: str, shape: torch.Size, start: int, stop: int, rows: Rows) -> torch.Tensor:
+        if self.task.owns(name):
+            return self.task.initial(name, shape).reshape(-1)[start:stop]
+        return self.adapter.initial(name, shape, start, stop, rows)
 
     def _check_same(self, digest: str) -> None:
         if len(set(self.world.gather(digest))) > 1:

@@ -10,6 +10,7 @@
     ├── CorruptObject               1  an object's bytes are not those that were written
     ├── Fenced                      1  a newer attempt owns the run; this one must stop writing
     ├── NonFiniteLoss               1  the loss became inf or nan
+    ├── RewardFailed                1  the recipe's reward function raised, or returned what is no reward
     ├── WorkerFailed                1  a training worker died or raised
     └── Interrupted                 3  stopped on request; the same command resumes
         └── StartAgain              3  stopped by what passes (lost nodes): whoever manages the job may start it again
@@ -79,6 +80,10 @@ class Fenced(MusterError):
 
 
 class NonFiniteLoss(MusterError):
+    pass
+
+
+class RewardFailed(MusterError):
     pass
 
 

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,7 +23,7 @@ from trainer.heartbeat import CHECKPOINT, WAITING_FOR_DATA
 from trainer.optim import learning_rate
 from trainer.recipe import Recipe
 from trainer.strategies import Strategy
-from trainer.tasks import Task, Totals
+from trainer.tasks import Task, Totals, Update
 from trainer.world import World
 
 NAMED_SAMPLES = 8
@@ -51,6 +51,18 @@ class Hooks:
     stop_requested: Callable[[], bool]
     phase: Callable[[int, str], None]
     around_update: Callable[[int], AbstractContextManager[Any]] = lambda step: nullcontext()
+    examples: Callable[[int, list[dict[str, Any]]], None] = lambda step, shown: None
+
+
+class Updated(NamedTuple):
+    """What one update of the optimizer came to: the mean loss, the gradient's norm, whether any rank asks to stop, and
+    the metrics' sums over all ranks, to be named by ``totals``."""
+
+    loss: float
+    norm: float
+    stop: bool
+    sums: list[float]
+    totals: Totals
 
 
 class Loop:
@@ -86,6 +98,8 @@ class Loop:
             position = Position(step, data.plan.next)
             self.hooks.fed(step, data.batches)
             self.hooks.step_done(metrics)
+            if shown := self.task.examples():
+                self.hooks.examples(step, shown)
             if self._evaluation_due(step):
                 self.evaluate(step)
             last = stop or step == end
@@ -101,14 +115,27 @@ class Loop:
         return self.eval_batches is not None and (step == self.total_steps or (every is not None and step % every == 0))
 
     def _step(self, step: int, data: RankStep, began: float) -> tuple[dict[str, Any], bool]:
-        loss_sum, totals = self._accumulate(step, data)
+        batches = data.batches + [Batch.empty()] * (data.plan.rounds(self.world.size) - len(data.batches))
+        if self.task.prepares:
+            self.hooks.phase(step, "phase before the losses")
+            self._prepare(step, batches)
+        lr = learning_rate(self.recipe.schedule, self.recipe.optimizer.lr, step, self.total_steps)
+        done = [self._update(step, update, lr) for update in self.task.updates(step, data.plan, batches)]
+        said = {"loss": sum(update.loss for update in done) / len(done)}
+        if sums := [sum(values) for values in zip(*(update.sums for update in done), strict=True)]:
+            said |= self.task.step_metrics(done[0].totals.named(sums))
+        norm = sum(update.norm for update in done) / len(done)
+        stop = any(update.stop for update in done)
+        return self._metrics(step, data.plan, said, lr, norm, time.monotonic() - began), stop
+
+    def _update(self, step: int, update: Update, lr: float) -> Updated:
+        loss_sum, totals = self._accumulate(step, update)
         self.hooks.phase(step, "exchange of the loss")
         total, bad, stop, *sums = self.world.sum(
             [loss_sum, float(not math.isfinite(loss_sum)), float(self.hooks.stop_requested()), *totals.numbers()]
         )
         if bad:
-            self._non_finite(step, data, loss_sum)
-        lr = learning_rate(self.recipe.schedule, self.recipe.optimizer.lr, step, self.total_steps)
+            self._non_finite(step, update, loss_sum)
         self.hooks.phase(step, "optimizer")
         norm = self.strategy.step(lr, self.hooks.around_update(step))
         if not math.isfinite(norm) and not self._may_scale_down():
@@ -116,31 +143,21 @@ class Loop:
                 f"step {step}: the gradient's norm is {norm} while the loss is finite; lower the "
                 f"learning rate ({lr:g}), or compute in float32 or bfloat16 (model.dtype)"
             )
-        units = self.task.units(data.plan)
-        said = {"loss": total / max(1, units)}
-        if sums:
-            said |= self.task.step_metrics(totals.named(sums))
-        return self._metrics(step, data.plan, said, lr, norm, time.monotonic() - began), bool(stop)
+        return Updated(total / max(1, update.units), norm, bool(stop), sums, totals)
 
     def _may_scale_down(self) -> bool:
         """In float16 the first gradients overflow as a matter of course, until the scale of the loss has come down."""
         scaler = self.strategy.scaler
         return scaler.is_enabled() and scaler.get_scale() >= MIN_LOSS_SCALE
 
-    def _accumulate(self, step: int, data: RankStep) -> tuple[float, Totals]:
-        """This rank's sum of losses, and those of the metrics; gradients of the step's mean loss lie in the parameters
-        afterwards."""
-        plan = data.plan
-        rounds = plan.rounds(self.world.size)
-        batches = data.batches + [Batch.empty()] * (rounds - len(data.batches))
-        scale = (self.world.size if self.strategy.averages else 1) / max(1, self.task.units(plan))
+    def _accumulate(self, step: int, update: Update) -> tuple[float, Totals]:
+        """This rank's sum of losses, and those of the metrics; gradients of the update's mean loss lie in the
+        parameters afterwards."""
+        scale = (self.world.size if self.strategy.averages else 1) / max(1, update.units)
         total, totals = torch.zeros((), dtype=torch.float64, device=self.world.device), Totals()
-        if self.task.prepares:
-            self.hooks.phase(step, "phase before the losses")
-            self._prepare(batches)
-        for i, batch in enumerate(batches):
+        for i, batch in enumerate(update.batches):
             seed_micro_batch(self.recipe.seed, step, batch.index)
-            with self.strategy.micro_batch(last=i == rounds - 1):
+            with self.strategy.micro_batch(last=i == len(update.batches) - 1):
                 self.hooks.phase(step, f"forward of micro-batch {batch.index}")
                 with self.strategy.autocast():
                     loss, sums = self.task.measure(self.strategy.module, batch, self.world.device)
@@ -151,10 +168,10 @@ class Loop:
         return float(total), totals
 
     @torch.no_grad()
-    def _prepare(self, batches: Sequence[Batch]) -> None:
+    def _prepare(self, step: int, batches: Sequence[Batch]) -> None:
         self.strategy.module.eval()
         with self.strategy.autocast():
-            self.task.prepare(self.strategy.module, batches, self.world.device)
+            self.task.prepare(self.strategy.module, batches, self.world.device, step)
         self.strategy.settle()
         self.strategy.module.train()
 
@@ -176,9 +193,9 @@ class Loop:
             "samples": plan.next.samples,
         }
 
-    def _non_finite(self, step: int, data: RankStep, loss_sum: float) -> None:
+    def _non_finite(self, step: int, update: Update, loss_sum: float) -> None:
         """Every rank gets here, since the sum told all of them; each names what it had been fed."""
-        mine = [s for b in data.batches for s in b.sample_ids] if not math.isfinite(loss_sum) else []
+        mine = [s for b in update.batches for s in b.sample_ids] if not math.isfinite(loss_sum) else []
         named = [(rank, samples) for rank, samples in enumerate(self.world.gather(mine)) if samples]
         where = "; ".join(f"rank {r}: samples {', '.join(s[:NAMED_SAMPLES])}" for r, s in named)
         raise NonFiniteLoss(
@@ -214,9 +231,7 @@ class Loop:
 
 def evaluated_sums(task: Task, module: torch.nn.Module, batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
     """What a batch adds to an evaluation, for the task's ``metrics`` to be made of."""
-    if task.prepares:
-        task.prepare(module, [batch], device)
-    loss, sums = task.measure(module, batch, device)
+    loss, sums = task.evaluated(module, batch, device)
     counted = {"units": task.units(batch), "tokens": batch.tokens, "target_tokens": batch.target_tokens}
     return {"loss": loss, **{n: torch.tensor(v, device=device) for n, v in counted.items()}, **sums}
 

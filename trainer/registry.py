@@ -93,6 +93,7 @@ TASKS = Registry(
         "classification": "trainer.tasks.classification:Classification",
         "reward": "trainer.tasks.reward:Reward",
         "dpo": "trainer.tasks.dpo:DPO",
+        "ppo": "trainer.tasks.ppo.task:PPO",
     },
 )
 

@@ -35,6 +35,7 @@ from trainer.origin import Origin
 from trainer.publish import TOTAL_STEPS, publish
 from trainer.recipe import Recipe
 from trainer.recorder import Recorder
+from trainer.rewarding import reward_model
 from trainer.state import Snapshot, TrainState
 from trainer.storage import open_storage
 from trainer.world import World, join_world
@@ -118,10 +119,10 @@ class Attempt:
         self.recorder.close()
 
     def _build(self, labels: tuple[str, ...]) -> None:
-        built = build_parts(self.recipe, self.world, labels)
+        built = build_parts(self.recipe, self.world, labels, reward_model(self.recipe, self.world.device))
         self.files, self.adapter, self.task = built.files, built.adapter, built.task
         self.strategy, self.load = built.strategy, built.load
-        self.state = TrainState(built.strategy, built.adapter)
+        self.state = TrainState(built.strategy, built.adapter, built.task)
 
     def _stream(self, data: RunData) -> Stream:
         recipe = self.recipe
@@ -184,6 +185,7 @@ class Attempt:
             stop_requested=stop_requested,
             phase=self.heartbeat.phase,
             around_update=lambda step: self.adapter.around_update(self.strategy.model, step, self.job.total_steps),
+            examples=lambda step, shown: self.recorder.event("texts", wait=False, step=step, texts=shown),
         )
         loop = Loop(
             self.recipe,

@@ -6,12 +6,14 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from tests.support.models import built
 from tests.support.training import prepare, run_of
 from trainer.adapters import Adapter
 from trainer.begin import RunData, weights
+from trainer.building import accompany
 from trainer.data import Batch, Stream, eval_batches
 from trainer.loop import Hooks, Loop, Position
 from trainer.optim import make_optimizer
@@ -79,14 +81,15 @@ class Bench:
 
 
 @contextmanager
-def bench(recipe: Recipe) -> Iterator[Bench]:
+def bench(recipe: Recipe, reward: Any = None) -> Iterator[Bench]:
     with join_world(gpu=False) as world:
         data = prepare(recipe, open_storage(recipe.storage))
         task, strategy = make_task(recipe, data.train.spec.labels), make_strategy(recipe, world)
         model, adapter = built(recipe, task.labels)
+        accompany(task, recipe, Path(recipe.model.path), world=world, strategy=strategy, reward=reward)
         task.attach(model)
         strategy.setup(model, lambda parameters: make_optimizer(recipe.optimizer, parameters, adapter.lr_scale))
-        state = TrainState(strategy, adapter)
+        state = TrainState(strategy, adapter, task)
         yield Bench(recipe, world, model, strategy, task, adapter, state, data, _stream(recipe, data))
 
 

@@ -12,12 +12,30 @@ from trainer.recipe import Recipe
 LABELS = ("bread", "ferry", "hills", "lighthouse")
 """Of `write_texts`, in the order of their numbers."""
 
-FORMATS = {"sft": "completion", "classification": "classification", "reward": "preference", "dpo": "preference"}
+FORMATS = {
+    "sft": "completion",
+    "classification": "classification",
+    "reward": "preference",
+    "dpo": "preference",
+    "ppo": "completion",
+}
 SETTINGS: dict[str, dict[str, Any]] = {
     "sft": {},
     "classification": {"data.packing": False, "classification.class_weights": {"ferry": 2.0}},
     "reward": {"data.packing": False},
     "dpo": {"data.packing": False, "dpo.beta": 0.5, "dpo.label_smoothing": 0.1},
+    "ppo": {
+        "data.packing": False,
+        "adapter.dropout": 0.0,
+        "ppo.reward": {"function": "tests.support.tasks:share_of_vowels"},
+        "ppo.max_new_tokens": 6,
+        "ppo.minibatches": 2,
+        "ppo.epochs": 2,
+        "ppo.kl_target": 0.5,
+        "ppo.kl_horizon": 20,
+        "ppo.missing_eos_penalty": 0.1,
+        "ppo.entropy_coef": 0.01,
+    },
 }
 """What a recipe of each task needs beside its data; settings of its own away from their defaults."""
 
@@ -47,7 +65,19 @@ def write_preferences(path: Path, rows: int) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-WRITERS = {"sft": write_pairs, "classification": write_texts, "reward": write_preferences, "dpo": write_preferences}
+WRITERS = {
+    "sft": write_pairs,
+    "classification": write_texts,
+    "reward": write_preferences,
+    "dpo": write_preferences,
+    "ppo": write_pairs,
+}
+
+
+def share_of_vowels(prompts: list[str], completions: list[str], references: list[str]) -> list[float]:
+    """A reward: how much of a text are the vowels of English."""
+    assert len(prompts) == len(completions) == len(references)
+    return [sum(text.count(v) for v in "aeiou") / max(1, len(text)) for text in completions]
 
 
 def write_task_data(folder: Path, task: str) -> None:

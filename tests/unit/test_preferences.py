@@ -15,7 +15,7 @@ from tests.support.tasks import task_recipe, write_task_data
 from trainer.data import Batch
 from trainer.errors import RecipeError
 from trainer.recipe import Recipe, parse
-from trainer.tasks.dpo import adapter_off
+from trainer.tasks.reference import adapter_off
 
 
 @pytest.fixture(scope="module")

@@ -38,7 +38,8 @@ def test_a_run_learns_and_resumed_in_the_middle_it_is_the_same(task: str, tiny_m
     whole, halved = (task_recipe(task, name, tiny_model, folder) for name in ("whole", "halved"))
     assert train_here(whole) == "succeeded"
     curve = losses(whole)
-    assert curve[10] < curve[1] - 0.02
+    if task != "ppo":  # whose loss is another one in every step: tests/unit/test_ppo.py has what it learns
+        assert curve[10] < curve[1] - 0.02
     stop = halved.model_copy(update={"training": halved.training.model_copy(update={"stop_after": 6})})
     assert train_here(stop) == "interrupted"
     assert train_here(halved) == "succeeded"
@@ -105,10 +106,10 @@ def test_a_micro_batch_of_weight_zero_reaches_every_parameter(task: str, tiny_mo
         full = next(b.stream.prefetch(b.stream.start(), 0, 1)).batches[0]
         measured = []
         for batch in (full, Batch.empty()):
-            if b.task.prepares:
+            if b.task.prepares and not b.task.writes:
                 with torch.no_grad():
                     b.task.prepare(b.model, [batch], CPU)
-            measured.append(b.task.measure(b.model, batch, CPU))
+            measured.append(b.task.measure(b.model, b.task.rehearsed(batch), CPU))
         (_, sums), (loss, nothing) = measured
         assert loss.item() == 0.0
         loss.backward()  # type: ignore[no-untyped-call]

@@ -22,10 +22,11 @@ from trainer.loop import evaluated_sums
 from trainer.model import fetch_model, load_tokenizer
 from trainer.model.placement import Placement, placement_for
 from trainer.recipe import Recipe
+from trainer.rewarding import reward_model
 from trainer.saved import Address, Subject, Writer, find, load
 from trainer.saved.conversation import first_line, one_line
 from trainer.storage import open_storage
-from trainer.tasks import Task, Totals, make_task
+from trainer.tasks import Company, Task, Totals, make_task
 
 ANSWER_TOKENS, SOLUTION_TOKENS = 32, 512
 """New tokens of an answer of a line, and of a solution in steps."""
@@ -93,6 +94,8 @@ class _Evaluation:
         prepared = prepared_for(recipe, eval_spec(recipe, tokenizer, labels), tokenizer, folder)
         self.say("loading the model")
         model = load(self.subject, self.placement, task.labels, seed=recipe.seed)
+        if task.writes:
+            task.company = Company(tokenizer, reward=reward_model(recipe, self.device))
         task.attach(model)
         questions = questions_of(prepared.spec.sources, self.limit) if recipe.task == "sft" else []
         self.say(f"evaluating on {self.device}")

@@ -112,12 +112,12 @@ def _run(
         if len(layers) > 1:
             layers[1].register_forward_pre_hook(lambda *_: setattr(live, "stage", DEEP))
         with live.counting():
-            if task.prepares:
+            if task.prepares and not task.writes:
                 _prepare(recipe, model, task, batch)
                 settle()
             live.stage = FIRST
             with _autocast(recipe):
-                loss = task.measure(model, batch, CPU).loss_sum
+                loss = task.measure(model, task.rehearsed(batch), CPU).loss_sum
             held = live.live
             loss.backward()
     return Measured(live.peaks.get(FIRST, 0), live.peaks.get(DEEP, 0), held)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from trainer.recipe import matrix
 from trainer.recipe.base import Conflict, KeyPath
 from trainer.recipe.data import TASK_FORMATS
-from trainer.recipe.tasks import TASK_SECTIONS
+from trainer.recipe.tasks import REFERRING, TASK_SECTIONS
 from trainer.recipe.zero import STAGES
 
 if TYPE_CHECKING:
@@ -72,11 +72,33 @@ RULES = (
     ),
     Rule(
         (("adapter", "bias"), ("task",)),
-        lambda r: r.task == "dpo" and r.adapter.bias not in (None, "none"),
+        lambda r: r.task in REFERRING and r.adapter.bias not in (None, "none"),
         lambda r: (
             f"{r.adapter.bias} trains biases of the base, which stay changed when the adapter is switched off for the "
-            "reference of dpo; use none"
+            f"reference of {r.task}; use none"
         ),
+    ),
+    Rule(
+        (("data", "packing"), ("task",)),
+        lambda r: r.task == "ppo" and r.data.packing,
+        lambda r: "cannot stand with task ppo, whose packs are prompts; write packing: false",
+    ),
+    Rule(
+        (("ppo", "reward"), ("task",)),
+        lambda r: r.task == "ppo" and (r.ppo.reward.function is None) == (r.ppo.reward.model is None),
+        lambda r: "task ppo needs one of ppo.reward.function and ppo.reward.model",
+    ),
+    Rule(
+        (("ppo", "minibatches"), ("training", "global_batch")),
+        lambda r: r.task == "ppo" and r.ppo.minibatches > r.training.global_batch,
+        lambda r: (
+            f"{r.ppo.minibatches} minibatches cannot be made of training.global_batch {r.training.global_batch} texts"
+        ),
+    ),
+    Rule(
+        (("model", "dtype"), ("task",)),
+        lambda r: r.task == "ppo" and r.model.dtype == "float16",
+        lambda r: "float16 leaves out updates whose scaled gradients overflow, and ppo counts on each; use bfloat16",
     ),
     Rule(
         (("schedule", "warmup_steps"), ("training", "steps")),

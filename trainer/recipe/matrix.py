@@ -71,9 +71,9 @@ REFUSALS = (
         quantization=("int8",),
     ),
     Refusal(
-        "the reference of dpo is the model with its adapter switched off, and adapter.method none has no adapter",
+        "the reference of dpo and ppo is the model with its adapter off, and adapter.method none has no adapter",
         method=("none",),
-        task=("dpo",),
+        task=("dpo", "ppo"),
     ),
     Refusal(
         "prompt and p_tuning put virtual tokens before a text, which then begins and ends where no head looks for it",
@@ -86,9 +86,20 @@ REFUSALS = (
         task=("classification", "reward"),
     ),
     Refusal(
-        "pissa and olora take a part out of the base, so that it is no reference for dpo with its adapter switched off",
+        "pissa and olora take a part out of the base, so that it is no reference with its adapter switched off",
         method=("pissa", "olora"),
-        task=("dpo",),
+        task=("dpo", "ppo"),
+    ),
+    Refusal(
+        "ppo writes texts by a cache of keys and values, among which vectors that the adapter puts there are not told "
+        "from a text, and adapters by peft's names may be of that kind",
+        method=("prefix", "prompt", "p_tuning", "adaption_prompt", "peft"),
+        task=("ppo",),
+    ),
+    Refusal(
+        "adalora plans its ranks over a run's steps, one update each, and ppo takes several in a step",
+        method=("adalora",),
+        task=("ppo",),
     ),
     Refusal(
         "peft takes the shape of a packed 4-bit weight for the layer's own",

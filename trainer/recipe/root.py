@@ -15,6 +15,7 @@ from trainer.recipe.cluster import ClusterSection
 from trainer.recipe.data import DataSection
 from trainer.recipe.model import ModelSection
 from trainer.recipe.optimizer import OptimizerSection
+from trainer.recipe.ppo import PPOSection
 from trainer.recipe.resources import ResourcesSection
 from trainer.recipe.schedule import ScheduleSection
 from trainer.recipe.strategy import StrategySection
@@ -47,8 +48,8 @@ class Recipe(Section):
 
     task: Annotated[str, OneOf(TASKS)] = "sft"
     """What is learned: `sft` is supervised fine-tuning of a causal language model; `classification` puts a head with an
-    output per label on any model; `reward` learns from preferences to rate answers, `dpo` to give the preferred ones.
-    See [tasks.md](tasks.md)."""
+    output per label on any model; `reward` learns from preferences to rate answers, `dpo` to give the preferred ones;
+    `ppo` learns from the rewards of texts that it writes itself. See [tasks.md](tasks.md)."""
 
     model: ModelSection
     adapter: AdapterSection = AdapterSection()
@@ -56,6 +57,7 @@ class Recipe(Section):
     training: TrainingSection
     classification: ClassificationSection = ClassificationSection()
     dpo: DPOSection = DPOSection()
+    ppo: PPOSection = PPOSection()
     optimizer: OptimizerSection
     schedule: ScheduleSection = ScheduleSection()
     strategy: StrategySection = StrategySection()

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from trainer.recipe.base import Section
+from trainer.recipe.ppo import PPOSection
 
 CAUSAL, SEQUENCE = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 
@@ -15,9 +16,13 @@ AUTO_CLASSES: dict[str, str] = {
     "classification": SEQUENCE,
     "reward": SEQUENCE,
     "dpo": CAUSAL,
+    "ppo": CAUSAL,
 }
 """The class of transformers that each task's model is loaded by. A sequence classifier has a head of its own, which is
 trained and saved with any adapter."""
+
+REFERRING = ("dpo", "ppo")
+"""Tasks that compare with a reference: the same model with its adapter switched off."""
 
 PEFT_TYPES = {CAUSAL: "CAUSAL_LM", SEQUENCE: "SEQ_CLS"}
 """peft's name for what such a model does."""
@@ -47,5 +52,9 @@ class DPOSection(Section):
     margins."""
 
 
-TASK_SECTIONS: dict[str, type[Section]] = {"classification": ClassificationSection, "dpo": DPOSection}
+TASK_SECTIONS: dict[str, type[Section]] = {
+    "classification": ClassificationSection,
+    "dpo": DPOSection,
+    "ppo": PPOSection,
+}
 """The section of each task that has settings; it stands in the recipe under the task's name."""

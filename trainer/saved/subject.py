@@ -22,7 +22,7 @@ from trainer.model import fetch_model, load_tokenizer
 from trainer.origin import Origin
 from trainer.publish import STATE_FILES, is_last, published_files
 from trainer.recipe import ModelSection, Recipe
-from trainer.recipe.tasks import AUTO_CLASSES, CAUSAL, PEFT_TYPES
+from trainer.recipe.tasks import AUTO_CLASSES, CAUSAL, PEFT_TYPES, REFERRING
 from trainer.storage import Storage, open_storage
 
 if TYPE_CHECKING:
@@ -265,8 +265,8 @@ def _whole_model(recipe: Recipe | None, section: ModelSection, folder: Path, whe
     named = [str(name) for name in config.get("architectures") or []]
     head = any(name.endswith("ForSequenceClassification") for name in named)
     task = recipe.task if recipe else "classification" if head else "sft"
-    if task == "dpo":
-        raise InputError(f"{where} is a whole model: task dpo compares an adapter with the base under it, name one")
+    if task in REFERRING:
+        raise InputError(f"{where} is a whole model: task {task} compares an adapter with the base under it, name one")
     kind = AUTO_CLASSES[task].removeprefix("AutoModel")
     if not kind.startswith("ForCausal") and not any(name.endswith(kind) for name in named):
         raise InputError(f"{where} is {', '.join(named) or 'of no kind'}, without the head that task {task} needs")

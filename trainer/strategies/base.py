@@ -50,6 +50,9 @@ class Strategy(ABC):
     optimizer: torch.optim.Optimizer
     averages = True
 
+    meets = False
+    """Whether a forward gathers parameters, so that every rank has to run as many."""
+
     def __init__(self, recipe: Recipe, world: World) -> None:
         self.recipe = recipe
         self.world = world

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 
 class FSDP(Strategy):
+    meets = True
+
     @classmethod
     def by_shard(cls, recipe: Recipe) -> bool:
         return True

@@ -202,6 +202,8 @@ class Zero2(Zero):
 class Zero3(Zero):
     """Each parameter is a slice too (``ds_tensor``), and empty between the forward and the backward of its module."""
 
+    meets = True
+
     @classmethod
     def by_shard(cls, recipe: Recipe) -> bool:
         """Of full fine-tuning in another type than float32, the engine casts whole parameters before it cuts them."""

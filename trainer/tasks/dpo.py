@@ -13,9 +13,8 @@ in a phase before the losses, without dropout, and what it says is kept for the 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch.nn.functional import logsigmoid
@@ -23,6 +22,7 @@ from torch.nn.functional import logsigmoid
 from trainer.tasks.base import Measured, Task
 from trainer.tasks.head import TargetHead
 from trainer.tasks.pairs import evaluated, pair_metrics, pair_sums
+from trainer.tasks.reference import adapter_off
 
 if TYPE_CHECKING:
     from trainer.data import Batch, StepPlan
@@ -38,7 +38,7 @@ class DPO(Task):
     def units(self, of: StepPlan | Batch) -> int:
         return of.samples
 
-    def prepare(self, module: torch.nn.Module, batches: Sequence[Batch], device: torch.device) -> None:
+    def prepare(self, module: torch.nn.Module, batches: Sequence[Batch], device: torch.device, step: int = 0) -> None:
         with adapter_off(self._model):
             self._reference = {batch.index: self._likelihoods(module, batch, device) for batch in batches}
 
@@ -62,19 +62,3 @@ class DPO(Task):
         nll = self._head.losses(module, batch, device)
         rows = torch.from_numpy(batch.targets.nonzero()[0]).to(device)
         return torch.zeros(2 * batch.pairs, device=device).index_add(0, rows, -nll)
-
-
-@contextmanager
-def adapter_off(model: Any) -> Iterator[None]:
-    """peft also marks what it switches off as not trained, and FSDP2 keeps for good what it found in the first forward,
-    which may be this one; so the marks are put back at once."""
-    trained = [(p, p.requires_grad) for p in model.parameters()]
-    with model.disable_adapter():
-        _mark(trained)
-        yield
-    _mark(trained)
-
-
-def _mark(trained: list[tuple[torch.nn.Parameter, bool]]) -> None:
-    for parameter, wanted in trained:
-        parameter.requires_grad_(wanted)

@@ -1,0 +1,111 @@
+"""Reinforcement learning by PPO: where rewards come from, how texts are drawn, and how the policy is held near."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, Field
+
+from trainer.recipe.base import Conflict, Listed, Location, Section
+
+FUNCTION = re.compile(r"(?:[^:]+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):[A-Za-z_]\w*")
+
+
+def _function(text: str) -> str:
+    if not FUNCTION.fullmatch(text) or "://" in text:
+        raise ValueError(
+            f"{text!r} names no function; write package.module:function, or path.py:function with a path on this "
+            "machine (nothing is loaded from a storage)"
+        )
+    return text
+
+
+class RewardSection(Section):
+    """What rates a text: exactly one of the two."""
+
+    function: Annotated[str, AfterValidator(_function)] | None = Field(
+        default=None, examples=["trainer.tasks.ppo.rewards:gsm8k"]
+    )
+    """`package.module:function` or `path.py:function`, looked for from the working folder. It is called with the lists
+    `prompts`, `completions` and `references` (the answers in the data), all text, of a micro-batch, and returns a list
+    of as many finite numbers. It is the recipe's own code: nothing is ever loaded from a run or a checkpoint."""
+
+    model: Location | None = Field(default=None, examples=["s3://runs/my-reward"])
+    """A run of `task: reward`, the folder of its adapter, or any sequence classifier with one output (folder, URL or
+    Hub id). A LoRA adapter whose base is the run's own, held alike, is put on that one base beside the policy's; any
+    other model lies whole beside it on each worker."""
+
+
+class PPOSection(Section):
+    """Of `task: ppo`. A step of the run is an iteration: texts to its prompts, their rewards, and the updates."""
+
+    reward: RewardSection = RewardSection()
+
+    max_new_tokens: int = Field(default=128, ge=1)
+    """Tokens of a text at most. Together with the prompt they have to fit the model's positions."""
+
+    temperature: float = Field(default=1.0, gt=0.0)
+    """Logits are divided by it, where texts are drawn and where their probabilities are taken."""
+
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Tokens are drawn from the smallest set whose probabilities add up to this (arXiv:1904.09751). Below 1 the texts
+    are drawn from another distribution than the one whose probabilities the loss takes; it is meant for 1."""
+
+    stop: Listed[Annotated[str, Field(min_length=1)]] = ()
+    """A text ends with any of these strings too, which its reward does not see."""
+
+    missing_eos_penalty: float = Field(default=0.0, ge=0.0)
+    """Taken off the reward of a text that neither ended by itself nor by a `stop` string."""
+
+    kl_coef: float = Field(default=0.05, ge=0.0)
+    """What a nat of divergence from the reference (the model with its adapter off) costs, in units of the reward; with
+    `kl_target`, the first value. trl has 0.05, Ziegler et al. 0.15."""
+
+    kl_target: float | None = Field(default=None, gt=0.0)
+    """Nats per text that the coefficient is steered towards (Ziegler et al. 2019, arXiv:1909.08593, 2.2); null keeps it
+    fixed."""
+
+    kl_horizon: int = Field(default=10_000, ge=1)
+    """Texts over which the coefficient may grow by a fifth; with `kl_target` only. 10,000 is Ziegler et al.'s."""
+
+    kl_estimator: Literal["k1", "k3"] = "k1"
+    """How a token's divergence is estimated: `k1` is log p - log p_reference; `k3` has the same mean with less variance
+    and is never negative (Schulman 2020, *Approximating KL divergence*)."""
+
+    gamma: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Discount per token. 1 is usual for texts."""
+
+    lam: float = Field(default=0.95, ge=0.0, le=1.0)
+    """λ of generalised advantage estimation (arXiv:1506.02438): 0 trusts the value head alone, 1 the rewards alone."""
+
+    epochs: int = Field(default=4, ge=1)
+    """Times that an iteration's texts are learned from."""
+
+    minibatches: int = Field(default=1, ge=1)
+    """Optimizer updates per epoch, each on a random part of the iteration's texts, over all ranks."""
+
+    clip_range: float = Field(default=0.2, gt=0.0)
+    """ε of the policy's loss (arXiv:1707.06347, equation 7): how far a token's probability ratio counts from 1."""
+
+    value_clip_range: float | None = Field(default=0.2, gt=0.0)
+    """How far a value may move from its first one before the loss stops following it; null never clips."""
+
+    value_coef: float = Field(default=0.1, gt=0.0)
+    """Weight of the value head's loss beside the policy's. 0.1 is trl's."""
+
+    entropy_coef: float = Field(default=0.0, ge=0.0)
+    """Weight of the entropy per token (nats) that is taken off the loss."""
+
+    whiten_rewards: bool = False
+    """Divide the tokens' rewards by their standard deviation over the iteration; their mean stays."""
+
+    whiten_advantages: bool = True
+    """Give advantages mean 0 and standard deviation 1 over all tokens of the iteration, on all ranks."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.kl_target is not None and self.kl_coef == 0.0:
+            yield Conflict((("kl_coef",), ("kl_target",)), "0 cannot be steered, since it is only ever multiplied")
+        if self.kl_target is None and self.kl_horizon != type(self).model_fields["kl_horizon"].default:
+            yield Conflict((("kl_horizon",), ("kl_target",)), "has no effect without kl_target; leave it out")

@@ -1,0 +1,145 @@
+"""What the policy says of texts: log-probabilities, entropies and values, made inside the model's forward.
+
+There sharding strategies have gathered the output head, and the value head too, which therefore is a part of the model
+(``VALUE_HEAD``) beside the adapter: one linear layer in float32 on the last hidden states.
+
+Shapes: B rows, L tokens, T tokens of texts in the micro-batch, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from trainer.errors import InputError
+from trainer.tasks.head import CHUNK_LOGITS, TargetHead
+
+VALUE_HEAD = "value_head"
+INITIAL_STD = 0.02
+
+
+class Said(NamedTuple):
+    """Of each token of the texts [T]: its log-probability, the entropy of the distribution that it was drawn from, and
+    the value of the state before it."""
+
+    logps: torch.Tensor
+    entropies: torch.Tensor
+    values: torch.Tensor
+
+
+class Texts(Protocol):
+    """Rows of tokens as `trainer.data.Batch` has them: ``targets`` marks those of the texts."""
+
+    input_ids: Any
+    position_ids: Any
+    targets: Any
+
+
+class PolicyHead(TargetHead):
+    """Replaces the forward of the output embeddings: in `said`, logits become three numbers per token, chunk by chunk;
+    in `last_logits`, only those of each row's last position are made."""
+
+    def __init__(self, model: Any, temperature: float, seed: int) -> None:
+        super().__init__(model)
+        if not self.plain:
+            raise InputError("task ppo does not take models that scale or cap their logits after the output head")
+        self._temperature, self._last = temperature, False
+        self._by: torch.nn.Module | None = None
+        output = model.get_output_embeddings().weight
+        hidden = int(model.get_input_embeddings().embedding_dim)
+        linear: Any = torch.nn.Linear  # whose own first values would be drawn from everybody's random numbers
+        self._value = torch.nn.utils.skip_init(linear, hidden, 1, device=output.device, dtype=torch.float32)
+        for name, parameter in self._value.named_parameters():
+            if not parameter.is_meta:
+                parameter.data.copy_(first_value(name, parameter.shape, seed))
+        model.add_module(VALUE_HEAD, self._value)
+
+    def said(self, module: torch.nn.Module, texts: Texts, device: torch.device) -> Said:
+        input_ids = torch.from_numpy(texts.input_ids).to(device)
+        targets = torch.from_numpy(texts.targets).to(device)
+        predicting = torch.zeros_like(targets)
+        predicting[:, :-1] = targets[:, 1:]
+        with self.select(predicting, input_ids[targets]):
+            positions = torch.from_numpy(texts.position_ids).to(device)
+            made = module(input_ids=input_ids, position_ids=positions, use_cache=False).logits
+        self._compare(made)
+        logps, entropies, values = made[0].unbind(-1)
+        return Said(logps, entropies, values)
+
+    def last_logits(self, module: torch.nn.Module, **inputs: Any) -> Any:
+        """The model's output, with the logits [B, 1, V] of the last position of each row."""
+        with self._only_last():
+            return module(**inputs)
+
+    def read(
+        self, module: torch.nn.Module, texts: Texts, at_BL: Any, by: torch.nn.Module, device: torch.device
+    ) -> torch.Tensor:
+        """What ``by``, a layer of the model from D to 1, makes of the hidden states at the marked positions: [T]."""
+        input_ids = torch.from_numpy(texts.input_ids).to(device)
+        positions = torch.from_numpy(texts.position_ids).to(device)
+        at = torch.from_numpy(at_BL).to(device)
+        self._by = by
+        try:
+            with self.select(at, input_ids[at]):
+                made = module(input_ids=input_ids, position_ids=positions, use_cache=False).logits
+        finally:
+            self._by = None
+        scores: torch.Tensor = made[0, :, 0]
+        return scores
+
+    @contextmanager
+    def _only_last(self) -> Iterator[None]:
+        self._last = True
+        try:
+            yield
+        finally:
+            self._last = False
+
+    def _forward(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
+        if self._last:
+            return self._project(hidden_BLD[:, -1:])
+        if self._targets_BL is None or self._labels_T is None:
+            return self._project(hidden_BLD)
+        hidden_TD = hidden_BLD[self._targets_BL]
+        if self._by is not None:
+            with torch.autocast(hidden_TD.device.type, enabled=False):
+                read: torch.Tensor = self._by(hidden_TD.float())
+            return read[None].clone()
+        of_logits = self._chunked(hidden_TD, self._labels_T)
+        with torch.autocast(hidden_TD.device.type, enabled=False):
+            values = self._value(hidden_TD.float())
+        # A tensor of its own: FSDP2 hooks what the model returns, and would lose its hook on a view.
+        made = torch.cat([of_logits, values], -1)[None].clone()
+        self._made = None if self._compared else made.detach().clone()
+        return made
+
+    def _chunked(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+        rows = max(1, CHUNK_LOGITS // self._vocabulary)
+        if len(labels_T) <= rows:
+            return self._of_logits(hidden_TD, labels_T)
+        # Each chunk's logits are computed again in the backward rather than kept.
+        parts = [
+            checkpoint(self._of_logits, h, y, use_reentrant=False)
+            for h, y in zip(hidden_TD.split(rows), labels_T.split(rows), strict=True)
+        ]
+        return torch.cat(parts)
+
+    def _of_logits(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+        """Log-probability of the label, and entropy: [T, 2]."""
+        logps_TV = (self._project(hidden_TD).float() / self._temperature).log_softmax(-1)
+        chosen = logps_TV.gather(-1, labels_T[:, None])
+        return torch.cat([chosen, -(logps_TV.exp() * logps_TV).sum(-1, keepdim=True)], -1)
+
+
+def first_value(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
+    """A parameter of the value head before training: N(0, 0.02²), the bias 0, from (seed, name) alone."""
+    if name.endswith("bias"):
+        return torch.zeros(shape)
+    digest = hashlib.sha256(f"{seed}:{VALUE_HEAD}.{name.rpartition('.')[2]}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.empty(shape, dtype=torch.float32).normal_(0.0, INITIAL_STD, generator=generator)

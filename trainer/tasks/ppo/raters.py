@@ -1,0 +1,99 @@
+"""Rewards by a model: one of its own, or an adapter and a head on the policy's own base.
+
+A run of `task: reward` whose base is the policy's needs no second copy of it: its adapter lies beside the policy's, and
+is switched on for its forward passes (Santacroce et al. 2023, arXiv:2309.00754, *Hydra-RLHF*).
+
+Legend: B rows and L tokens of a micro-batch, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+
+from trainer.tasks.ppo.policy import PolicyHead
+from trainer.tasks.ppo.rollouts import Rollout, Texts
+from trainer.tasks.reference import adapter_of
+
+ADAPTER, HEAD = "reward", "reward_head"
+
+
+class ModelRater:
+    """A sequence classifier with one output, whole on this rank's device. It reads text by its own tokenizer: prompt,
+    text, and its end of text where the text has ended, as training put them together."""
+
+    def __init__(self, model: Any, tokenizer: Any, device: torch.device) -> None:
+        self.model, self.tokenizer, self.device = model.eval(), tokenizer, device
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        self._pad = int(base.config.get_text_config().pad_token_id)
+
+    @torch.no_grad()
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str], ended: Sequence[bool]) -> list[float]:
+        if not prompts:
+            return []
+        rows = [self._tokens(*parts) for parts in zip(prompts, completions, ended, strict=True)]
+        width = max(map(len, rows))
+        ids = torch.tensor([row + [self._pad] * (width - len(row)) for row in rows], device=self.device)
+        mask = torch.tensor([[1] * len(row) + [0] * (width - len(row)) for row in rows], device=self.device)
+        with torch.autocast(self.device.type, enabled=False):
+            scores: list[float] = self.model(input_ids=ids, attention_mask=mask).logits[:, 0].float().tolist()
+        return scores
+
+    def _tokens(self, prompt: str, completion: str, ended: bool) -> list[int]:
+        before: list[int] = self.tokenizer(prompt)["input_ids"]
+        after: list[int] = self.tokenizer(completion, add_special_tokens=False)["input_ids"]
+        end = [self.tokenizer.eos_token_id] if ended and self.tokenizer.eos_token_id is not None else []
+        return [*before, *after, *end]
+
+
+@dataclass(frozen=True)
+class SharedReward:
+    """What a run of `task: reward` has trained: ``config``, peft's configuration of a LoRA adapter; ``weights`` by the
+    names that they have in the model as adapter ``ADAPTER``; ``head`` [1, D]; ``pad``: the token at which its forward
+    never reads."""
+
+    config: Any
+    weights: Mapping[str, torch.Tensor]
+    head: torch.Tensor
+    pad: int
+
+    def attach(self, model: Any) -> None:
+        """Puts adapter and head on the policy's model, neither of them trained; on the meta device without values, for
+        which there is `initial`."""
+        marks = [(p, p.requires_grad) for p in model.parameters()]
+        model.add_adapter(ADAPTER, self.config)
+        for parameter, wanted in marks:
+            parameter.requires_grad_(wanted)
+        place = model.get_input_embeddings().weight.device
+        rows, columns = self.head.shape
+        linear: Any = torch.nn.Linear
+        head = torch.nn.utils.skip_init(linear, columns, rows, bias=False, device=place, dtype=torch.float32)
+        model.add_module(HEAD, head)
+        for name in (*self.weights, f"{HEAD}.weight"):
+            module, _, attribute = name.rpartition(".")
+            values = self.initial(name).to(place)  # on the meta device none are left
+            model.get_submodule(module)._parameters[attribute] = torch.nn.Parameter(values, requires_grad=False)
+
+    def owns(self, name: str) -> bool:
+        return name in self.weights or name == f"{HEAD}.weight"
+
+    def initial(self, name: str) -> torch.Tensor:
+        return (self.head if name == f"{HEAD}.weight" else self.weights[name]).float()
+
+    def rate(
+        self, model: Any, head: PolicyHead, module: torch.nn.Module, rollouts: Sequence[Rollout], device: torch.device
+    ) -> list[float]:
+        """One forward, also without rollouts. Where a strategy gathers parameters, every rank calls it."""
+        texts = Texts.of([(r.prompt.tokens, r.tokens) for r in rollouts], -1, [])
+        read = np.zeros_like(texts.targets)
+        for row, rollout in enumerate(rollouts):
+            ids = np.array([*rollout.prompt.tokens, *rollout.tokens])
+            (real,) = (ids != self.pad).nonzero()
+            read[row, real[-1] if len(real) else 0] = True
+        with adapter_of(model, ADAPTER):
+            scores: list[float] = head.read(module, texts, read, getattr(model, HEAD), device).tolist()
+        return scores

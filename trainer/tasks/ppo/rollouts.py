@@ -1,0 +1,175 @@
+"""What an iteration learns from: every rank's texts with what was said of them, cut into minibatches.
+
+Legend: R tokens of a text, B rows and L tokens of a micro-batch, T tokens of its texts.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.recipe.ppo import PPOSection
+from trainer.tasks.ppo.advantages import Row, divergence, explained_variance, gae, token_rewards, whitened
+
+Ints = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.float32]
+EMPTY_LENGTH = 8
+
+
+class Prompt(NamedTuple):
+    """``tokens``: what stands before the answer in the data; ``answer``: the tokens of that."""
+
+    sample_id: str
+    tokens: list[int]
+    answer: list[int]
+
+
+@dataclass
+class Rollout:
+    """A text to a prompt. ``place``: micro-batch and row in the step; ``logps``, ``reference`` and ``values`` [R], of
+    the policy that wrote it, of the reference, and of the value head before each token; ``score``: from the reward,
+    with the penalty for a text that did not end."""
+
+    place: tuple[int, int]
+    prompt: Prompt
+    tokens: list[int]
+    ended: bool
+    words: str
+    logps: Row = field(default_factory=lambda: np.zeros(0))
+    reference: Row = field(default_factory=lambda: np.zeros(0))
+    values: Row = field(default_factory=lambda: np.zeros(0))
+    score: float = 0.0
+
+    @property
+    def kl(self) -> float:
+        """An estimate of the divergence from the reference over the text, in nats."""
+        return float((self.logps - self.reference).sum())
+
+
+@dataclass
+class Texts:
+    """Prompts, each followed by its text, as `trainer.data.Batch` has rows: pads at the end, at position 0; ``targets``
+    are the tokens of the texts [T in all]. Of weight zero: no row with a target."""
+
+    index: int
+    input_ids: Ints
+    position_ids: Ints
+    targets: npt.NDArray[np.bool_]
+    sample_ids: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, rows: Sequence[tuple[Sequence[int], Sequence[int]]], index: int, sample_ids: Sequence[str]) -> Texts:
+        width = max((len(prompt) + len(text) for prompt, text in rows), default=EMPTY_LENGTH)
+        shape = (max(1, len(rows)), width)
+        made = cls(index, np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.bool_))
+        made.sample_ids = list(sample_ids)
+        for row, (prompt, text) in enumerate(rows):
+            end = len(prompt) + len(text)
+            made.input_ids[row, :end] = [*prompt, *text]
+            made.position_ids[row, :end] = np.arange(end)
+            made.targets[row, len(prompt) : end] = True
+        return made
+
+
+@dataclass
+class Learnt:
+    """A micro-batch of an update. Row by row along ``texts.targets``, float32 [T]: what the losses are made of."""
+
+    texts: Texts
+    logps: Floats
+    values: Floats
+    advantages: Floats
+    returns: Floats
+
+    @property
+    def index(self) -> int:
+        return self.texts.index
+
+    @property
+    def sample_ids(self) -> list[str]:
+        return self.texts.sample_ids
+
+    @classmethod
+    def empty(cls) -> Learnt:
+        nothing = np.zeros(0, np.float32)
+        return cls(Texts.of([], -1, []), nothing, nothing, nothing, nothing)
+
+
+class Experience:
+    """All rollouts of an iteration, in the order of the plan, and their advantages and returns."""
+
+    def __init__(self, rollouts: Sequence[Rollout], section: PPOSection, kl_coef: float) -> None:
+        self.rollouts = sorted(rollouts, key=lambda r: r.place)
+        self._divergences = [divergence(r.logps, r.reference, section.kl_estimator) for r in self.rollouts]
+        rewards = [token_rewards(r.score, kl, kl_coef) for r, kl in zip(self.rollouts, self._divergences, strict=True)]
+        if section.whiten_rewards:
+            rewards = whitened(rewards, centred=False)
+        advantages = [
+            gae(reward, r.values, section.gamma, section.lam) for reward, r in zip(rewards, self.rollouts, strict=True)
+        ]
+        self.returns = [a + r.values for a, r in zip(advantages, self.rollouts, strict=True)]
+        self.advantages = whitened(advantages, centred=True) if section.whiten_advantages else advantages
+
+    @property
+    def kl(self) -> float:
+        """Nats per text, by the recipe's estimator."""
+        return float(np.mean([kl.sum() for kl in self._divergences]))
+
+    def metrics(self) -> dict[str, float]:
+        scores = np.array([r.score for r in self.rollouts])
+        lengths = np.array([len(r.tokens) for r in self.rollouts])
+        return {
+            "reward": float(scores.mean()),
+            "reward_std": float(scores.std()),
+            "kl": self.kl,
+            "value_explained_variance": explained_variance(
+                np.concatenate([r.values for r in self.rollouts]), np.concatenate(self.returns)
+            ),
+            "response_length": float(lengths.mean()),
+            "response_length_max": float(lengths.max()),
+            "response_tokens": float(lengths.sum()),
+            "ended": float(np.mean([r.ended for r in self.rollouts])),
+        }
+
+    def parts(self, minibatches: int, key: str) -> Iterator[Ints]:
+        """Numbers of rollouts: one random part of all for each minibatch of an epoch."""
+        digest = hashlib.sha256(f"minibatches:{key}".encode()).digest()
+        order = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big"))).permutation(len(self.rollouts))
+        yield from (part for part in np.array_split(order, minibatches) if len(part))
+
+    def tokens(self, part: Ints) -> int:
+        return sum(len(self.rollouts[n].tokens) for n in part)
+
+    def learnt(self, part: Ints, index: int) -> Learnt:
+        """The micro-batch of these rollouts."""
+        some = [self.rollouts[n] for n in part]
+        rows = [(r.prompt.tokens, r.tokens) for r in some]
+
+        def flat(values: Sequence[Row]) -> Floats:
+            return np.concatenate(values).astype(np.float32)
+
+        return Learnt(
+            Texts.of(rows, index, [r.prompt.sample_id for r in some]),
+            flat([r.logps for r in some]),
+            flat([r.values for r in some]),
+            flat([self.advantages[n] for n in part]),
+            flat([self.returns[n] for n in part]),
+        )
+
+
+def prompts_of(batch: Any) -> list[Prompt]:
+    """Of a micro-batch of the data path with one sample per row: the answer is its last run of targets."""
+    found = []
+    for row, sample_id in enumerate(batch.sample_ids):
+        marked = batch.targets[row].nonzero()[0]
+        end = int(marked[-1]) + 1
+        gaps = (np.diff(marked) > 1).nonzero()[0]
+        start = int(marked[gaps[-1] + 1] if len(gaps) else marked[0])
+        ids = batch.input_ids[row]
+        found.append(Prompt(sample_id, ids[:start].tolist(), ids[start:end].tolist()))
+    return found

@@ -1,0 +1,92 @@
+"""Rewards by a Python function that the recipe names: the recipe's own code, from the working folder."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import math
+import numbers
+import sys
+from collections.abc import Callable, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import InputError, RewardFailed
+
+Function = Callable[..., Any]
+SHOWN = 200
+
+
+class Scorer:
+    """Asks the function, and looks at what it returns."""
+
+    def __init__(self, spec: str) -> None:
+        self.spec, self._function = spec, load(spec)
+
+    def __call__(self, prompts: Sequence[str], completions: Sequence[str], references: Sequence[str]) -> list[float]:
+        """Raises RewardFailed: trying again would end the same."""
+        if not completions:
+            return []
+        try:
+            got = self._function(prompts=list(prompts), completions=list(completions), references=list(references))
+        except Exception as error:
+            where = _where(error)
+            raise RewardFailed(f"{self.spec} raised {type(error).__name__}: {error}{where}") from error
+        return self._checked(got, completions)
+
+    def _checked(self, got: Any, completions: Sequence[str]) -> list[float]:
+        values = got.tolist() if hasattr(got, "tolist") else got
+        if not isinstance(values, list | tuple):
+            raise RewardFailed(f"{self.spec} returned {type(got).__name__}; it has to return a list of numbers")
+        if len(values) != len(completions):
+            raise RewardFailed(f"{self.spec} returned {len(values)} rewards for {len(completions)} texts")
+        for value, text in zip(values, completions, strict=True):
+            if not isinstance(value, numbers.Real) or not math.isfinite(value):
+                raise RewardFailed(f"{self.spec} returned {value!r} for the text {text[:SHOWN]!r}; it has to be finite")
+        return [float(value) for value in values]
+
+
+def load(spec: str) -> Function:
+    """The function that ``spec`` names. Raises InputError."""
+    place, _, name = spec.rpartition(":")
+    try:
+        with _working_folder():
+            module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
+    except Exception as error:
+        raise InputError(
+            f"ppo.reward.function {spec!r} cannot be loaded from {Path.cwd()}: {type(error).__name__}: {error}"
+        ) from error
+    function = getattr(module, name, None)
+    if not callable(function):
+        raise InputError(f"ppo.reward.function {spec!r}: {place} has no function {name!r}")
+    found: Function = function
+    return found
+
+
+@contextmanager
+def _working_folder() -> Any:
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(Path.cwd()))
+
+
+def _from_file(path: Path) -> Any:
+    if not path.is_file():
+        raise FileNotFoundError(f"there is no file {path}")
+    spec = importlib.util.spec_from_file_location(f"muster_reward_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _where(error: Exception) -> str:
+    """Of the innermost line of the traceback."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return f" (line {trace.tb_lineno} of {trace.tb_frame.f_code.co_filename})" if trace else ""

@@ -1,0 +1,256 @@
+"""The task: an iteration of writing, rating and learning.
+
+With q the ratio of a token's probability to that when its text was written, A its advantage (`advantages`), V the value
+before it, R = A + V_old its return and H the entropy, the loss of an update is the mean over the T tokens of its texts:
+
+    1/T Σ max(-A q, -A clip(q, 1 - ε, 1 + ε))
+          + value_coef · ½ max((V - R)², (clip(V, V_old - ε_v, V_old + ε_v) - R)²) - entropy_coef · H
+
+Policy and reference are one model, with its adapter on and off. All of it is without dropout: a ratio would be that of
+two random models.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from trainer.errors import RewardFailed
+from trainer.tasks.base import Measured, Task, Update, ratio
+from trainer.tasks.ppo.advantages import steered
+from trainer.tasks.ppo.losses import policy_loss, value_loss
+from trainer.tasks.ppo.policy import VALUE_HEAD, PolicyHead, first_value
+from trainer.tasks.ppo.raters import ModelRater, SharedReward
+from trainer.tasks.ppo.rollouts import Experience, Learnt, Rollout, Texts, prompts_of
+from trainer.tasks.ppo.scoring import Scorer
+from trainer.tasks.ppo.writing import Author
+from trainer.tasks.reference import adapter_off
+
+if TYPE_CHECKING:
+    from trainer.data import Batch, StepPlan
+
+log = logging.getLogger(__name__)
+
+EXAMPLES, EXAMPLE_CHARACTERS = 2, 1000
+EVALUATION = "evaluation"
+Key = Callable[[int, str], str]
+"""The name of the random numbers of a text, by its row and its prompt's sample id."""
+
+
+class PPO(Task):
+    prepares = True
+    writes = True
+    beside = VALUE_HEAD
+
+    def attach(self, model: Any) -> None:
+        section = self.recipe.ppo
+        self._model, self._kl_coef = model, section.kl_coef
+        self._shared: SharedReward | None = None
+        if hasattr(self, "company") and isinstance(self.company.reward, SharedReward):
+            self._shared = self.company.reward
+            self._shared.attach(model)
+        self._policy = PolicyHead(model, section.temperature, self.recipe.seed)
+        for module in model.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        if self.recipe.adapter.dropout:
+            log.warning("adapter.dropout %g has no effect: task ppo trains without", self.recipe.adapter.dropout)
+        if hasattr(self, "company"):
+            if section.reward.function is not None:
+                self._scorer = Scorer(section.reward.function)
+            self._author = Author(
+                model,
+                self._policy,
+                self.company.tokenizer,
+                max_new_tokens=section.max_new_tokens,
+                temperature=section.temperature,
+                top_p=section.top_p,
+                stop=section.stop,
+                agree=self._agree,
+            )
+
+    def owns(self, name: str) -> bool:
+        return name.startswith(f"{VALUE_HEAD}.") or (self._shared is not None and self._shared.owns(name))
+
+    def initial(self, name: str, shape: torch.Size) -> torch.Tensor:
+        if self._shared is not None and self._shared.owns(name):
+            return self._shared.initial(name)
+        return first_value(name, shape, self.recipe.seed)
+
+    def units(self, of: StepPlan | Batch) -> int:
+        return of.samples
+
+    def _agree(self, going: bool) -> bool:
+        """Collective where the ranks' forward passes have to meet."""
+        world = self.company.world
+        return going if world is None or not self.company.meets else bool(world.sum([float(going)])[0])
+
+    def prepare(self, module: torch.nn.Module, batches: Sequence[Batch], device: torch.device, step: int = 0) -> None:
+        rollouts: list[Rollout] = []
+        failure: RewardFailed | None = None
+        try:
+            rollouts = self._rollouts(
+                module, batches, device, lambda place, sample: f"{self.recipe.seed}:{step}:{place}:{sample}"
+            )
+        except RewardFailed as error:
+            failure = error
+        world = self.company.world
+        told = world.gather((rollouts, failure)) if world else [(rollouts, failure)]
+        for rank, (_, failed) in enumerate(told):  # raised on all of them, so that none waits for another
+            if failed is not None:
+                raise RewardFailed(f"step {step}, rank {rank}: {failed}") from failure
+        self._experience = Experience([r for some, _ in told for r in some], self.recipe.ppo, self._kl_coef)
+        self._said = {**self._experience.metrics(), "kl_coef": self._kl_coef}
+        self._steer()
+
+    def _steer(self) -> None:
+        section = self.recipe.ppo
+        if section.kl_target is not None:
+            texts = len(self._experience.rollouts)
+            self._kl_coef = steered(self._kl_coef, self._experience.kl, section.kl_target, texts, section.kl_horizon)
+
+    def _rollouts(
+        self, module: torch.nn.Module, batches: Sequence[Batch], device: torch.device, key: Callable[[str, str], str]
+    ) -> list[Rollout]:
+        """Those of this rank. Forward passes first, and all of them: the reward's may fail, and others wait."""
+        by_batch = [self._written(module, batch, device, key) for batch in batches]
+        rows = [Texts.of([(r.prompt.tokens, r.tokens) for r in some], n, []) for n, some in enumerate(by_batch)]
+        for texts, some in zip(rows, by_batch, strict=True):
+            said = self._policy.said(module, texts, device)
+            _share(some, "logps", said.logps)
+            _share(some, "values", said.values)
+        with adapter_off(self._model):
+            for texts, some in zip(rows, by_batch, strict=True):
+                _share(some, "reference", self._policy.said(module, texts, device).logps)
+        for some in by_batch:
+            self._score(some, module, device)
+        return [rollout for some in by_batch for rollout in some]
+
+    def _written(
+        self, module: torch.nn.Module, batch: Batch, device: torch.device, key: Callable[[str, str], str]
+    ) -> list[Rollout]:
+        prompts = prompts_of(batch)
+        keys = [key(f"{batch.index}/{row}", prompt.sample_id) for row, prompt in enumerate(prompts)]
+        texts = self._author.write(module, [prompt.tokens for prompt in prompts], keys, device)
+        return [
+            Rollout((batch.index, row), prompt, text.tokens, text.ended, text.words)
+            for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
+        ]
+
+    def _score(self, rollouts: Sequence[Rollout], module: torch.nn.Module, device: torch.device) -> None:
+        for rollout, score in zip(rollouts, self._scores(rollouts, module, device), strict=True):
+            if not math.isfinite(score):
+                raise RewardFailed(f"{self.recipe.ppo.reward.model} rates the text {rollout.words!r:.200} {score}")
+            rollout.score = score - (0.0 if rollout.ended else self.recipe.ppo.missing_eos_penalty)
+
+    def _scores(self, rollouts: Sequence[Rollout], module: torch.nn.Module, device: torch.device) -> list[float]:
+        if self._shared is not None:
+            return self._shared.rate(self._model, self._policy, module, rollouts, device)
+        words, prompts = [r.words for r in rollouts], [self._text(r.prompt.tokens) for r in rollouts]
+        if self.recipe.ppo.reward.function is None:
+            rater: ModelRater = self.company.reward
+            return rater(prompts, words, [r.ended for r in rollouts])
+        return self._scorer(prompts, words, [self._text(r.prompt.answer) for r in rollouts])
+
+    def _text(self, ids: Sequence[int]) -> str:
+        return str(self.company.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+    def updates(self, step: int, plan: StepPlan, batches: Sequence[Batch]) -> Iterator[Update]:
+        section, size, experience = self.recipe.ppo, self.recipe.training.micro_batch, self._experience
+        world = self.company.world
+        rank, ranks = (world.rank, world.size) if world else (0, 1)
+        for epoch in range(section.epochs):
+            for part in experience.parts(section.minibatches, f"{self.recipe.seed}:{step}:{epoch}"):
+                cuts = [part[start : start + size] for start in range(0, len(part), size)]
+                mine = [experience.learnt(cut, n) for n, cut in enumerate(cuts) if n % ranks == rank]
+                rounds = -(-len(cuts) // ranks)
+                yield Update(mine + [Learnt.empty()] * (rounds - len(mine)), experience.tokens(part))
+
+    def measure(self, module: torch.nn.Module, batch: Learnt, device: torch.device) -> Measured:
+        section = self.recipe.ppo
+        said = self._policy.said(module, batch.texts, device)
+        old_logps, old_values, advantages, returns = (
+            torch.from_numpy(a).to(device) for a in (batch.logps, batch.values, batch.advantages, batch.returns)
+        )
+        of_policy, clipped = policy_loss(said.logps, old_logps, advantages, section.clip_range)
+        of_value = value_loss(said.values, old_values, returns, section.value_clip_range)
+        loss = of_policy + section.value_coef * of_value - section.entropy_coef * said.entropies
+        moved = said.logps.detach() - old_logps
+        return Measured(
+            loss.sum(),
+            {
+                "updated_tokens": torch.tensor(len(old_logps), device=device),
+                "policy_loss": of_policy.sum().detach(),
+                "value_loss": of_value.sum().detach(),
+                "entropy": said.entropies.sum().detach(),
+                "clip_fraction": clipped.sum(),
+                "approx_kl": (moved.exp() - 1.0 - moved).sum(),
+            },
+        )
+
+    def step_metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        """Of the texts, and the means over the tokens of all updates; ``approx_kl`` is that of the policy from the one
+        that wrote the texts (k3)."""
+        tokens = max(1.0, float(sums["updated_tokens"]))
+        of_updates = {name: float(value) / tokens for name, value in sums.items() if name != "updated_tokens"}
+        return {**self._said, **of_updates}
+
+    def examples(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "sample": rollout.prompt.sample_id,
+                "prompt": self._text(rollout.prompt.tokens)[-EXAMPLE_CHARACTERS:],
+                "text": rollout.words[:EXAMPLE_CHARACTERS],
+                "reference": self._text(rollout.prompt.answer)[:EXAMPLE_CHARACTERS],
+                "reward": rollout.score,
+                "kl": rollout.kl,
+                "ended": rollout.ended,
+            }
+            for rollout in self._experience.rollouts[:EXAMPLES]
+        ]
+
+    def state(self) -> dict[str, Any]:
+        return {"kl_coef": self._kl_coef}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        self._kl_coef = float(state["kl_coef"])
+
+    def evaluated(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> Measured:
+        """Texts to held-out prompts, whose random numbers depend on the sample alone: every evaluation draws alike. The
+        loss is what training makes small, kl_coef · KL - reward per text, with the recipe's coefficient throughout."""
+        rollouts = self._rollouts(
+            module, [batch], device, lambda place, sample: f"{self.recipe.seed}:{EVALUATION}:{sample}"
+        )
+        numbers: dict[str, list[float]] = {
+            "reward": [r.score for r in rollouts],
+            "kl": [r.kl for r in rollouts],
+            "response_length": [len(r.tokens) for r in rollouts],
+            "ended": [r.ended for r in rollouts],
+        }
+        sums = {name: torch.tensor(float(np.sum(values)), device=device) for name, values in numbers.items()}
+        return Measured(self.recipe.ppo.kl_coef * sums["kl"] - sums["reward"], sums)
+
+    def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        names = ("loss", "reward", "kl", "response_length", "ended")
+        return {name: ratio(sums, name) for name in names}
+
+    def rehearsed(self, batch: Batch) -> Learnt:
+        """Every target learned from, in rows that are longer by the tokens that may be written."""
+        longer = ((0, 0), (0, self.recipe.ppo.max_new_tokens))
+        targets = np.pad(batch.targets, longer, constant_values=bool(batch.targets.any()))
+        ids, positions = (np.pad(a, longer) for a in (batch.input_ids, batch.position_ids))
+        flat = np.zeros(int(targets.sum()), np.float32)
+        return Learnt(Texts(batch.index, ids, positions, targets, batch.sample_ids), flat, flat, flat, flat)
+
+
+def _share(rollouts: Sequence[Rollout], name: str, flat: torch.Tensor) -> None:
+    """Gives each rollout its own tokens' part."""
+    values = flat.double().cpu().numpy()
+    ends = np.cumsum([len(r.tokens) for r in rollouts])
+    for rollout, part in zip(rollouts, np.split(values, ends[:-1]) if len(rollouts) else [], strict=True):
+        setattr(rollout, name, part)
