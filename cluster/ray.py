@@ -63,7 +63,8 @@ class Ray:
             "runtime_env": {"working_dir": f"gcs://{name}"},
             "metadata": {"run": job.run_uri},
         }
-        answer = api.call("POST", "/api/jobs/", json.dumps(body).encode())
+        request = json.dumps(body).encode()
+        answer = self._patiently(lambda: api.call("POST", "/api/jobs/", request), of=Busy)
         return f"{api.address}/{json.loads(answer)['submission_id']}"
 
     def follow(self, job_id: str, say: Say) -> int:
@@ -104,16 +105,14 @@ class Ray:
             say(f"Ray: {details.get('message') or 'the job failed'}")
         return ENDED[details["status"]] if code is None or code < 0 else int(code)
 
-    def _patiently(self, ask: Callable[[], Any]) -> Any:
-        """A head may be away for a moment, and the job goes on meanwhile."""
+    def _patiently(self, ask: Callable[[], Any], of: type[ClusterError] = ClusterError) -> Any:
+        """A head may be away for a moment (the job goes on meanwhile), or has just started and takes no jobs yet."""
         deadline = time.monotonic() + PATIENCE_S
         while True:
             try:
                 return ask()
-            except Unknown:
-                raise
-            except ClusterError:
-                if time.monotonic() >= deadline:
+            except of as error:
+                if isinstance(error, Unknown) or time.monotonic() >= deadline:
                     raise
                 time.sleep(POLL_S)
 
@@ -133,6 +132,10 @@ class Ray:
 
 class Unknown(ClusterError):
     """The head does not know this job."""
+
+
+class Busy(ClusterError):
+    """The head answers, and cannot do it now (HTTP 5xx)."""
 
 
 class Api:
@@ -168,7 +171,8 @@ class Api:
                 f"the Ray cluster at {self.address} wants another token (HTTP {error.code}): set RAY_AUTH_MODE=token "
                 "and RAY_AUTH_TOKEN as on its nodes"
             )
-        return ClusterError(f"the Ray cluster at {self.address} refused {method} {path}: HTTP {error.code} {told}")
+        kind = Busy if error.code >= 500 else ClusterError
+        return kind(f"the Ray cluster at {self.address} refused {method} {path}: HTTP {error.code} {told}")
 
 
 class Lines:

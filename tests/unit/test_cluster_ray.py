@@ -47,12 +47,16 @@ class Server(ThreadingHTTPServer):
         self.details: list[dict[str, Any]] = []
         self.logs: list[str] = []
         self.refuse: tuple[int, str] | None = None
+        self.busy = 0
 
     @property
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_address[1]}"
 
     def play(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
+        if self.busy and method == "POST":
+            self.busy -= 1
+            return 500, "No available agent to submit job, please try again later."
         if self.refuse:
             return self.refuse
         if path.endswith("/logs"):
@@ -148,6 +152,16 @@ def test_a_head_that_refuses(head: Server) -> None:
     assert "has forgotten the job" in said[0]
     ray(head).cancel("j", "s3://runs/r")
     assert [method for method, *_ in head.calls].count("POST") == 0
+
+
+def test_a_head_that_has_just_started_is_given_a_moment(head: Server) -> None:
+    head.busy = 2
+    assert ray(head).submit(JOB, "r")
+    assert [method for method, *_ in head.calls] == ["PUT", "POST", "POST", "POST"]
+    assert len({body for method, _, body, _ in head.calls if method == "POST"}) == 1, "the same job each time"
+    head.busy = 10**6
+    with pytest.raises(ClusterError, match="No available agent"):
+        ray(head).submit(JOB, "r")
 
 
 def test_the_token_goes_along_when_the_cluster_has_one(head: Server) -> None:
