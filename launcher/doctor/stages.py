@@ -25,6 +25,7 @@ STORE_S = 6.0
 PAIR_S = 6.0
 STORAGE_RETRY_S = 4.0
 PINGS = 5
+FIRST_HOSTS = 2
 NO_ANSWER = "no answer"
 GIVEN_UP_AFTER = 2
 """Pairs of a rank that fail, with none that succeeds, before its others are left out: each takes seconds."""
@@ -157,27 +158,33 @@ class Stages:
             self._actors.pop(i)
 
     def _storage(self, recipe: Recipe) -> None:
-        """One rank of each host, the first alone: the others look for what it has left."""
-        firsts = self._one_of_each_host()
-        beacon, left = f".probe-{uuid.uuid4().hex}", self._left
-        for turn in (firsts[:1], firsts[1:]):
-            calls = {
-                i: self._actors[i].storage.remote(
-                    recipe.storage, beacon, first=i == firsts[0], deadline_s=STORAGE_RETRY_S
-                )
-                for i in turn
-            }
-            answers, errors = gather(calls, left.within(STORAGE_S))
-            for i, found in answers.items():
-                self._ranks[i].storage = found
-            for i, error in errors.items():
-                self._ranks[i].storage = RoundTrip(recipe.storage, error=error)
-                self._actors.pop(i)  # its answers come in the order of the questions
-            trips = [self._ranks[i].storage for i in turn]
-            if any(trip is None or trip.error for trip in trips):
-                break  # the same would be said of every host, after another wait
-        if firsts and firsts[0] in self._actors:
-            gather({0: self._actors[firsts[0]].put_out.remote(recipe.storage, beacon, STORAGE_RETRY_S)}, left.within(3))
+        """One rank of each host, the first alone: the others look for what it has left. Where that fails, a second host
+        goes first, since one host may lack credentials or a way; what two cannot do, the others are not asked for."""
+        left, beacon = self._one_of_each_host(), f".probe-{uuid.uuid4().hex}"
+        for _ in range(FIRST_HOSTS):
+            if not left:
+                return
+            first, left = left[0], left[1:]
+            if self._round_trips(recipe, beacon, [first], first=True):
+                self._round_trips(recipe, beacon, left, first=False)
+                put_out = {0: self._actors[first].put_out.remote(recipe.storage, beacon, STORAGE_RETRY_S)}
+                gather(put_out, self._left.within(3))
+                return
+
+    def _round_trips(self, recipe: Recipe, beacon: str, ranks: Sequence[int], *, first: bool) -> bool:
+        """Whether all of them came back without an error."""
+        calls = {
+            i: self._actors[i].storage.remote(recipe.storage, beacon, first=first, deadline_s=STORAGE_RETRY_S)
+            for i in ranks
+        }
+        answers, errors = gather(calls, self._left.within(STORAGE_S))
+        for i, found in answers.items():
+            self._ranks[i].storage = found
+        for i, error in errors.items():
+            self._ranks[i].storage = RoundTrip(recipe.storage, error=error)
+            self._actors.pop(i)  # its answers come in the order of the questions
+        trips = [self._ranks[i].storage for i in ranks]
+        return not any(trip is None or trip.error for trip in trips)
 
     def _inputs(self, recipe: Recipe) -> None:
         """The model on every host; model, data and plan by one rank each. None waits for another."""
