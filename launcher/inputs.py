@@ -43,7 +43,7 @@ def _is_full(error: BaseException | None) -> bool:
 
 def check_model(recipe: Recipe, warn: Callable[[str], None]) -> None:
     """The model is there, whole, and one that the task can use; the adapter's target modules are in it; its tokenizer
-    and its positions fit the recipe; and the first rows of every source become samples.
+    and its positions fit the recipe; the first rows of every source become samples; and what rates texts is there.
 
     Reads configuration, rows, and of the weights the headers alone. Raises InputError; ``warn`` gets what may be meant.
     """
@@ -61,6 +61,10 @@ def check_model(recipe: Recipe, warn: Callable[[str], None]) -> None:
     check_vocabulary(recipe.model.path, tokenizer, len(embeddings.weight))
     check_positions(recipe, model, warn)
     check_rows(recipe, tokenizer)
+    if recipe.task == "ppo":
+        from trainer.rewarding import check_reward
+
+        check_reward(recipe)
 
 
 def _model_without_weights(section: ModelSection, folder: Path, auto_class: str) -> PreTrainedModel:

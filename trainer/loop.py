@@ -1,8 +1,10 @@
 """The training loop: the same few lines for every method, strategy and task.
 
-A global step is cut into micro-batches; rank r runs those with k % world_size == r. What a micro-batch holds, and the
+A global step is one update of the optimizer, or as many as its task asks for (`Task.updates`). An update is cut into
+micro-batches; rank r runs those with k % world_size == r. What a micro-batch holds, and the
 random numbers that its forward draws, depend on (seed, step, k) alone, and the loss is the sum over the task's units
-(target tokens, samples, pairs) divided by the step's, known from the plan: so any number of ranks trains the same run.
+(target tokens, samples, pairs) divided by the update's, which every rank knows: so any number of ranks trains the same
+run.
 """
 
 from __future__ import annotations

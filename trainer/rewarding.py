@@ -19,6 +19,7 @@ from trainer.saved import Address, Subject, find, load
 from trainer.saved.subject import ADAPTER_CONFIG, MODEL_CONFIG, tokenizer_of
 from trainer.storage import open_storage
 from trainer.tasks.ppo.raters import ADAPTER, ModelRater, SharedReward
+from trainer.tasks.ppo.scoring import load as load_function
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -36,17 +37,32 @@ def reward_model(recipe: Recipe, device: torch.device) -> ModelRater | SharedRew
     if recipe.task != "ppo" or place is None:
         return None
     with tempfile.TemporaryDirectory(prefix="muster-reward-") as folder:
-        subject = find(_address(place), Path(folder))
-        if AUTO_CLASSES[subject.task] != SEQUENCE:
-            raise InputError(f"ppo.reward.model {place} is for task {subject.task}; a reward model is wanted")
-        outputs = subject.outputs or len(subject.classes or ())
-        if outputs != 1:
-            raise InputError(f"ppo.reward.model {place} has a head with {outputs} outputs; a reward model has one")
+        subject = _found(place, Path(folder))
         shared = _shared(subject, recipe)
         if shared is not None:
             return shared
         model = load(subject, Placement.on(device), subject.labels or ("reward",), seed=_seed(subject))
         return ModelRater(model, tokenizer_of(subject), device)
+
+
+def check_reward(recipe: Recipe) -> None:
+    """What rates the texts of `task: ppo` is there. Raises InputError; of a model, weights are not read."""
+    section = recipe.ppo.reward
+    if section.function is not None:
+        load_function(section.function)
+    if section.model is not None:
+        with tempfile.TemporaryDirectory(prefix="muster-reward-") as folder:
+            _found(section.model, Path(folder))
+
+
+def _found(place: str, folder: Path) -> Subject:
+    subject = find(_address(place), folder)
+    if AUTO_CLASSES[subject.task] != SEQUENCE:
+        raise InputError(f"ppo.reward.model {place} is for task {subject.task}; a reward model is wanted")
+    outputs = subject.outputs or len(subject.classes or ())
+    if outputs != 1:
+        raise InputError(f"ppo.reward.model {place} has a head with {outputs} outputs; a reward model has one")
+    return subject
 
 
 def _address(place: str) -> Address:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from launcher.inputs import check_model
 from tests.support.looping import bench
 from tests.support.models import CPU
 from tests.support.tasks import task_recipe, write_task_data
@@ -104,6 +105,16 @@ def test_a_whole_model_rates_text(tiny_model: Path, folder: Path) -> None:
 
 
 ROWS: list[Any] = [(["Q1: baker? "], ["the baker sells bread"], [True]), (["Q2: "], ["no"], [False])]
+
+
+def test_what_rates_is_looked_at_before_workers_start(tiny_model: Path, folder: Path, reward_run: str) -> None:
+    check_model(asking(reward_run, "looked", tiny_model, folder), pytest.fail)
+    check_model(task_recipe("ppo", "looked", tiny_model, folder), pytest.fail)
+    missing = task_recipe("ppo", "looked", tiny_model, folder, **{"ppo.reward": {"function": "nowhere.py:rate"}})
+    with pytest.raises(InputError, match=r"there is no file nowhere\.py"):
+        check_model(missing, pytest.fail)
+    with pytest.raises(InputError):
+        check_model(asking(str(folder / "runs" / "nothing"), "looked", tiny_model, folder), pytest.fail)
 
 
 def test_what_is_no_reward_model_is_said(tiny_model: Path, folder: Path) -> None:

@@ -51,9 +51,8 @@ class PolicyHead(TargetHead):
         self._temperature, self._last = temperature, False
         self._by: torch.nn.Module | None = None
         output = model.get_output_embeddings().weight
-        hidden = int(model.get_input_embeddings().embedding_dim)
         linear: Any = torch.nn.Linear  # whose own first values would be drawn from everybody's random numbers
-        self._value = torch.nn.utils.skip_init(linear, hidden, 1, device=output.device, dtype=torch.float32)
+        self._value = torch.nn.utils.skip_init(linear, output.shape[-1], 1, device=output.device, dtype=torch.float32)
         for name, parameter in self._value.named_parameters():
             if not parameter.is_meta:
                 parameter.data.copy_(first_value(name, parameter.shape, seed))

@@ -38,8 +38,8 @@ log = logging.getLogger(__name__)
 
 EXAMPLES, EXAMPLE_CHARACTERS = 2, 1000
 EVALUATION = "evaluation"
-Key = Callable[[int, str], str]
-"""The name of the random numbers of a text, by its row and its prompt's sample id."""
+Key = Callable[[str, str], str]
+"""The name of the random numbers of a text, by its place in the step and its prompt's sample id."""
 
 
 class PPO(Task):
@@ -58,6 +58,8 @@ class PPO(Task):
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
+            if hasattr(module, "attention_dropout"):
+                module.attention_dropout = 0.0
         if self.recipe.adapter.dropout:
             log.warning("adapter.dropout %g has no effect: task ppo trains without", self.recipe.adapter.dropout)
         if hasattr(self, "company"):
@@ -115,7 +117,7 @@ class PPO(Task):
             self._kl_coef = steered(self._kl_coef, self._experience.kl, section.kl_target, texts, section.kl_horizon)
 
     def _rollouts(
-        self, module: torch.nn.Module, batches: Sequence[Batch], device: torch.device, key: Callable[[str, str], str]
+        self, module: torch.nn.Module, batches: Sequence[Batch], device: torch.device, key: Key
     ) -> list[Rollout]:
         """Those of this rank. Forward passes first, and all of them: the reward's may fail, and others wait."""
         by_batch = [self._written(module, batch, device, key) for batch in batches]
@@ -131,9 +133,7 @@ class PPO(Task):
             self._score(some, module, device)
         return [rollout for some in by_batch for rollout in some]
 
-    def _written(
-        self, module: torch.nn.Module, batch: Batch, device: torch.device, key: Callable[[str, str], str]
-    ) -> list[Rollout]:
+    def _written(self, module: torch.nn.Module, batch: Batch, device: torch.device, key: Key) -> list[Rollout]:
         prompts = prompts_of(batch)
         keys = [key(f"{batch.index}/{row}", prompt.sample_id) for row, prompt in enumerate(prompts)]
         texts = self._author.write(module, [prompt.tokens for prompt in prompts], keys, device)
