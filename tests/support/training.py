@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -49,7 +50,7 @@ def small_recipe(name: str, model: Path, folder: Path, /, **changes: Any) -> Rec
         node, *path = [recipe, *key.split(".")]
         for part in path[:-1]:
             node = node.setdefault(part, {})
-        node[path[-1]] = value
+        node[path[-1]] = copy.deepcopy(value)  # a later key may change it
     return parse(recipe)
 
 

@@ -43,6 +43,15 @@ QWEN_2_5_HALF_B = _QWEN_2_5 | {
     "num_key_value_heads": 2,
     "tie_word_embeddings": True,
 }
+QWEN_2_5_1_5B = _QWEN_2_5 | {
+    "vocab_size": 151936,
+    "hidden_size": 1536,
+    "intermediate_size": 8960,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 12,
+    "num_key_value_heads": 2,
+    "tie_word_embeddings": True,
+}
 QWEN_2_5_7B = _QWEN_2_5 | {
     "vocab_size": 152064,
     "hidden_size": 3584,
@@ -82,6 +91,8 @@ SHAPES: dict[str, Mapping[str, Any]] = {
     "Mistral-7B-Instruct-v0.3": MISTRAL_7B,
     "Qwen2.5-0.5B": QWEN_2_5_HALF_B,
     "Qwen2.5-0.5B-Instruct": QWEN_2_5_HALF_B,
+    "Qwen2.5-1.5B": QWEN_2_5_1_5B,
+    "Qwen2.5-1.5B-Instruct": QWEN_2_5_1_5B,
     "Qwen2.5-7B": QWEN_2_5_7B,
     "Qwen2.5-7B-Instruct": QWEN_2_5_7B,
     "Qwen2.5-14B": QWEN_2_5_14B,
