@@ -167,6 +167,18 @@ def test_a_run_of_a_fixed_size_that_lost_a_node_is_requeued_on_another(site: Sit
 
 
 @pytest.mark.night
+def test_a_job_that_is_cancelled_while_it_requeues_itself_does_not_come_back(site: Site) -> None:
+    recipe = site.recipe("cancelled-late", 1, **LONG)
+    job = site.submit("train", recipe)
+    site.until_step(recipe, 3)
+    site.slurm.run("scancel", "--batch", "--signal=USR1", job)
+    site.until(recipe, lambda: "requeued" in site.said(recipe), 60, "the end of the first start")
+    site.slurm.run("scancel", job)
+    assert site.until_ended(recipe, job, 60) == "CANCELLED"
+    assert site.slurm.job(job)["Restarts"] == "0"
+
+
+@pytest.mark.night
 def test_a_warning_while_data_is_prepared_is_heard(site: Site) -> None:
     recipe = site.recipe("early", 1, **LONG)
     job = site.submit("train", recipe)
