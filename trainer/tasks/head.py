@@ -112,15 +112,25 @@ class TargetHead:
         self._made = None
 
     def _chunked_nll(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
-        rows = max(1, CHUNK_LOGITS // self._vocabulary)
-        if len(labels_T) <= rows:
-            return self._chunk_nll(hidden_TD, labels_T)
-        # Each chunk's logits are computed again in the backward rather than kept.
-        parts = [
-            checkpoint(self._chunk_nll, h, y, use_reentrant=False)
-            for h, y in zip(hidden_TD.split(rows), labels_T.split(rows), strict=True)
-        ]
-        return torch.cat(parts)
+        return in_chunks(self._chunk_nll, hidden_TD, labels_T, self._vocabulary)
 
     def _chunk_nll(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
         return cross_entropy(self._project(hidden_TD).float(), labels_T, reduction="none")
+
+
+def in_chunks(
+    of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    hidden_TD: torch.Tensor,
+    labels_T: torch.Tensor,
+    vocabulary: int,
+) -> torch.Tensor:
+    """``of`` hidden states and labels, with at most ``CHUNK_LOGITS`` logits at a time: those of each chunk are computed
+    again in the backward rather than kept."""
+    rows = max(1, CHUNK_LOGITS // vocabulary)
+    if len(labels_T) <= rows:
+        return of(hidden_TD, labels_T)
+    parts = [
+        checkpoint(of, h, y, use_reentrant=False)
+        for h, y in zip(hidden_TD.split(rows), labels_T.split(rows), strict=True)
+    ]
+    return torch.cat(parts)

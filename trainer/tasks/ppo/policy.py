@@ -14,10 +14,9 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from trainer.errors import InputError
-from trainer.tasks.head import CHUNK_LOGITS, TargetHead
+from trainer.tasks.head import TargetHead, in_chunks
 
 VALUE_HEAD = "value_head"
 INITIAL_STD = 0.02
@@ -118,15 +117,7 @@ class PolicyHead(TargetHead):
         return made
 
     def _chunked(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
-        rows = max(1, CHUNK_LOGITS // self._vocabulary)
-        if len(labels_T) <= rows:
-            return self._of_logits(hidden_TD, labels_T)
-        # Each chunk's logits are computed again in the backward rather than kept.
-        parts = [
-            checkpoint(self._of_logits, h, y, use_reentrant=False)
-            for h, y in zip(hidden_TD.split(rows), labels_T.split(rows), strict=True)
-        ]
-        return torch.cat(parts)
+        return in_chunks(self._of_logits, hidden_TD, labels_T, self._vocabulary)
 
     def _of_logits(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
         """Log-probability of the label, and entropy: [T, 2]."""
