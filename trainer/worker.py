@@ -29,6 +29,7 @@ from trainer.committer import Committed, Committer, Held, StaleAlarm
 from trainer.data import Batch, Cursor, Stream, eval_batches, open_caches
 from trainer.errors import Interrupted, MusterError
 from trainer.heartbeat import Heartbeat, Pulse, end_culprits, hang_text, store_of_group
+from trainer.libraries import load_libraries
 from trainer.loop import Hooks, Loop, Position
 from trainer.model import load_tokenizer, save_head_config
 from trainer.origin import Origin
@@ -64,6 +65,7 @@ def train(job: Job, stop_requested: Callable[[], bool]) -> Position:
     ``stop_requested`` is asked on every rank after each step; one yes ends the attempt with a commit.
     Raises Interrupted when it ended before the last step, after its state was committed.
     """
+    load_libraries()
     torch.manual_seed(job.recipe.seed)
     torch.set_num_threads(job.recipe.resources.cpus_per_worker)
     with join_world(gpu=job.recipe.resources.gpus_per_worker > 0) as world:
