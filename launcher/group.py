@@ -71,10 +71,11 @@ class Group(WorkerGroup):
         builder.with_placement_group_handle(handle)
         workers = self._create_workers(context.num_workers, handle.placement_group, context.resources_per_worker)
         builder.with_workers(workers)
-        self._replica_groups = [
-            ReplicaGroup([worker], context.resources_per_worker, self._replica_group_callbacks) for worker in workers
-        ]
-        self._worker_rank_to_replica_group_rank = {w.distributed_context.world_rank: i for i, w in enumerate(workers)}
+        callbacks: list[Any] = self._replica_group_callbacks
+        self._replica_groups = [ReplicaGroup([worker], context.resources_per_worker, callbacks) for worker in workers]
+        self._worker_rank_to_replica_group_rank = {
+            rank: rank for rank in range(len(workers))
+        }  # they come in this order
         try:
             self._begin(workers, handle)
         except RayActorError as error:
@@ -84,9 +85,10 @@ class Group(WorkerGroup):
 
     def _begin(self, workers: list[Any], handle: Any) -> None:
         imports = [worker.execute_async(preload, self.environment) for worker in workers]
-        self._init_train_context(workers, None)
+        no_barriers: Any = None
+        self._init_train_context(workers, no_barriers)
         self._worker_group_state = State(
-            start_time=time_monotonic(), placement_group_handle=handle, workers=workers, sync_actor=None
+            start_time=time_monotonic(), placement_group_handle=handle, workers=workers, sync_actor=no_barriers
         )
         ray.wait(imports, num_returns=len(imports), fetch_local=False)  # what failed there, the training says itself
         for callback in self._callbacks:
@@ -100,7 +102,8 @@ class Group(WorkerGroup):
     def _check_alive(self) -> None:
         """Raises RayActorError for one that has died while it stood by."""
         try:
-            ray.get(self.execute_async(os.getpid), timeout=LEAVE_S)
+            answers: Any = self.execute_async(os.getpid)
+            ray.get(answers, timeout=LEAVE_S)
         except GetTimeoutError:
             return
 
@@ -128,7 +131,7 @@ class Group(WorkerGroup):
 
     def shutdown(self) -> None:
         self.order.lost()
-        super().shutdown()
+        super().shutdown()  # type: ignore[no-untyped-call]
 
 
 def controller_for(
@@ -137,12 +140,12 @@ def controller_for(
     """Ray Train's controller over such groups; it ends when the driver leaves."""
     names = {"order": order, "environment": environment, "function": staticmethod(function)}
 
-    class Controller(TrainController):  # type: ignore[misc]
-        worker_group_cls = type("WorkersGroup", (Group,), names)
+    class Controller(TrainController):
+        worker_group_cls: Any = type("WorkersGroup", (Group,), names)
 
         async def _run_control_loop_iteration(self) -> None:
             order.check()
-            await super()._run_control_loop_iteration()
+            await super()._run_control_loop_iteration()  # type: ignore[no-untyped-call]
 
     return Controller
 
@@ -171,7 +174,7 @@ class GroupConfig(BackendConfig):
 class ProcessGroup(Backend):
     share_cuda_visible_devices = True
 
-    def on_start(self, worker_group: Any, backend_config: GroupConfig) -> None:
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
         address, port = worker_group.execute_single(0, get_address_and_port)
         size = len(worker_group)
         ray.get(
@@ -181,7 +184,7 @@ class ProcessGroup(Backend):
             ]
         )
 
-    def on_shutdown(self, worker_group: Any, backend_config: GroupConfig) -> None:
+    def on_shutdown(self, worker_group: Any, backend_config: Any) -> None:
         try:
             ray.get(worker_group.execute_async(_leave, len(worker_group) > 1), timeout=LEAVE_S)
         except GetTimeoutError:

@@ -80,11 +80,12 @@ class Trainer(DataParallelTrainer):
         self._failures = FailurePolicy(_failure_config(resources), recipe, order, environment)
         self._sizes = SizePolicy(scaling(resources), resources, autoscaled=autoscaled)
         self._controller = controller_for(order, environment, partial(Worker, environment=environment))
+        run: Any = RunConfig(name=recipe.name, storage_path=folder, failure_config=_failure_config(resources))
         super().__init__(
             _no_job,
             backend_config=GroupConfig(gpu=resources.gpus_per_worker > 0),
             scaling_config=scaling(resources),
-            run_config=RunConfig(name=recipe.name, storage_path=folder, failure_config=_failure_config(resources)),
+            run_config=run,
         )
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
