@@ -52,9 +52,9 @@ class Group(WorkerGroup):
 
     def _start(self) -> None:
         try:
-            super()._start()
+            super()._start()  # type: ignore[no-untyped-call]
         except BaseException:
-            if self.has_started():  # Ray Train would forget it, and what it holds
+            if self._worker_group_state is not None:  # Ray Train would forget it, and what it holds
                 self._worker_group_state.shutdown()
             raise
 

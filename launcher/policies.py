@@ -170,7 +170,7 @@ class SizePolicy(ElasticScalingPolicy):
 
     async def before_controller_shutdown(self) -> None:
         if self._asked_at > float("-inf"):
-            self._cancel_resource_request()
+            self._cancel_resource_request()  # type: ignore[no-untyped-call]
 
     def _ask_autoscaler(self) -> None:
         if self._autoscaled:

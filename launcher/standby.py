@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -70,8 +71,8 @@ class Standby:
             raise self._error
 
     def workers(self) -> Fit:
-        """Those that stand by, or new ones."""
-        if self._fit is None:
+        """Those that stand by, or new ones, also where those have not lasted."""
+        if self._fit is None or self._fit.wait(0):
             self._fit = self._start()
         return self._fit
 
@@ -102,13 +103,13 @@ class Standby:
             log.debug("no workers were started ahead", exc_info=True)
 
     def _may_begin(self) -> bool:
-        """Not beside a driver that holds the run, nor before data whose length in steps has to be found out first."""
-        import time
-
+        """Not beside a driver that holds the run, nor with GPUs that would wait for all of the data to be prepared."""
+        recipe = self._recipe
         try:
             lease = read_lease(self._run)
-            held = lease is not None and lease.is_alive(time.time())
-            return not held and (self._recipe.training.steps is not None or has_commits(self._run))
+            if lease is not None and lease.is_alive(time.time()):
+                return False
+            return recipe.training.steps is not None or not recipe.resources.gpus_per_worker or has_commits(self._run)
         except MusterError:
             return False
 
