@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from trainer.job import Job
 
 COLLECTIVE_TIMEOUT_S = 1800
-LEAVE_S = 30.0
+LEAVE_S, ANSWER_S = 30.0, 5.0
 
 
 class State(WorkerGroupState):
@@ -73,9 +73,8 @@ class Group(WorkerGroup):
         builder.with_workers(workers)
         callbacks: list[Any] = self._replica_group_callbacks
         self._replica_groups = [ReplicaGroup([worker], context.resources_per_worker, callbacks) for worker in workers]
-        self._worker_rank_to_replica_group_rank = {
-            rank: rank for rank in range(len(workers))
-        }  # they come in this order
+        # Workers come in the order of their ranks.
+        self._worker_rank_to_replica_group_rank = {rank: rank for rank in range(len(workers))}
         try:
             self._begin(workers, handle)
         except RayActorError as error:
@@ -84,9 +83,9 @@ class Group(WorkerGroup):
             callback.after_worker_group_training_start(self)
 
     def _begin(self, workers: list[Any], handle: Any) -> None:
-        imports = [worker.execute_async(preload, self.environment) for worker in workers]
         no_barriers: Any = None
-        self._init_train_context(workers, no_barriers)
+        self._init_train_context(workers, no_barriers)  # before the imports, which may look for GPUs: it says which
+        imports = [worker.execute_async(preload, self.environment) for worker in workers]
         self._worker_group_state = State(
             start_time=time_monotonic(), placement_group_handle=handle, workers=workers, sync_actor=no_barriers
         )
@@ -103,7 +102,7 @@ class Group(WorkerGroup):
         """Raises RayActorError for one that has died while it stood by."""
         try:
             answers: Any = self.execute_async(os.getpid)
-            ray.get(answers, timeout=LEAVE_S)
+            ray.get(answers, timeout=ANSWER_S)
         except GetTimeoutError:
             return
 
