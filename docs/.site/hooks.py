@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import posixpath
 import re
-from typing import Any
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 from mkdocs.structure.files import File, Files
 
