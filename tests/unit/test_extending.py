@@ -76,7 +76,7 @@ def test_the_format(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     [
         ("method", METHODS, {"adapter": {"method": "miss", "rank": 4}}),
         ("task", TASKS, {"task": "focal"}),
-        ("strategy", STRATEGIES, {"strategy.kind": "ddp_bf16"}),
+        ("strategy", STRATEGIES, {"strategy.kind": "ddp_half"}),
     ],
 )
 def test_what_trains(
