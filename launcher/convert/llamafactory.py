@@ -67,7 +67,7 @@ IDLE = {
     "hf_hub_token": "HF_TOKEN says it",
     "ray_*": "the driver runs on Ray",
     "pissa_convert": "the final adapter of pissa is always one for the unchanged base",
-    "pissa_iter": "the decomposition is exact",
+    "pissa_iter": "the method decides how it takes the weights apart",
     "image_*": "a matter of images",
     "video_*": "a matter of videos",
     "audio_*": "a matter of sound",
