@@ -26,6 +26,7 @@ def load_libraries() -> None:
         with _compiling_late(torch):
             import bitsandbytes  # noqa: F401
         import peft  # noqa: F401
+        from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
 
 
 @contextmanager
