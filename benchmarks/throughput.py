@@ -189,7 +189,8 @@ def measure(bench: Bench, comparison: Comparison, rounds: int) -> dict[str, list
             if side in bench.missing:
                 continue
             try:
-                found[side].append(bench.run(comparison, side))
+                found[side].append(run := bench.run(comparison, side))
+                print(f"round {turn + 1}: {side}: {run.tokens_per_s:.0f} tokens/s", file=sys.stderr, flush=True)
             except NotInstalled as reason:
                 bench.missing[side] = str(reason)
                 print(f"{side} is left out: {reason}", file=sys.stderr)
