@@ -17,7 +17,6 @@ from trainer.job import Job
 from trainer.reporter import read_rows
 from trainer.startup import DATA, IMPORT, PHASES, WORKERS, Phases, process_began
 
-
 ROOT = Path(__file__).resolve().parents[2]
 
 
