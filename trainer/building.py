@@ -18,6 +18,8 @@ import torch
 from trainer import layout
 from trainer.adapters import Adapter, make_adapter
 from trainer.errors import InputError
+from trainer.flops import Operations
+from trainer.metering import operations_of
 from trainer.model import Head, Loaded, ModelFiles, build, check_isolation, fetch_model, load_tokenizer
 from trainer.model.by_shard import Rows, ShardLoader
 from trainer.model.memory import HostPeak
@@ -38,13 +40,14 @@ Accompany = Callable[[Path], None]
 
 @dataclass(frozen=True)
 class Built:
-    """``load``: of each rank, the bytes of the base that it read, those of them that no cache of the host had, and the
-    peak of its host memory meanwhile."""
+    """``operations``: what a step computes with the model as it is trained. ``load``: of each rank, the bytes of the
+    base that it read, those of them that no cache of the host had, and the peak of its host memory meanwhile."""
 
     files: ModelFiles
     adapter: Adapter
     task: Task
     strategy: Strategy
+    operations: Operations
     load: list[dict[str, int]]
 
 
@@ -85,10 +88,11 @@ def _whole(
     model = adapter.attach(loaded.model, lambda: _plain_model(recipe, files, head))
     company(files.folder)
     task.attach(model)
+    operations = operations_of(model)
     strategy.setup(model, lambda parameters: make_optimizer(recipe.optimizer, parameters, adapter.lr_scale))
     fetched = files.fetched_bytes if "://" in recipe.model.path else loaded.bytes_read
     report = _report(world, loaded.bytes_read, fetched, loaded.peak_host_bytes)
-    return Built(files, adapter, task, strategy, report)
+    return Built(files, adapter, task, strategy, operations, report)
 
 
 def accompany(
@@ -149,7 +153,7 @@ class _Sharded:
                 check_isolation(self.strategy.module, section.path)
             self.strategy.settle()
         report = _report(self.world, source.bytes_read, source.bytes_fetched, peak)
-        return Built(files, self.adapter, self.task, self.strategy, report)
+        return Built(files, self.adapter, self.task, self.strategy, self.operations, report)
 
     def _section(self) -> ModelSection:
         """The model's, or that of its NF4 copy, if `muster prepare --model` has made one."""
@@ -165,6 +169,7 @@ class _Sharded:
         model = self.adapter.attach_without_weights(base)
         _move_buffers(model, self.world.device)
         self.task.attach(model)
+        self.operations = operations_of(model)
         host = HostPeak()
         loader.attached(model)
         strategy = self.strategy

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,8 +31,10 @@ from trainer.data import Batch, Cursor, Stream, eval_batches, open_caches
 from trainer.errors import Interrupted, MusterError
 from trainer.heartbeat import Heartbeat, Pulse, end_culprits, hang_text, store_of_group
 from trainer.loop import Hooks, Loop, Position
+from trainer.metering import meter_of
 from trainer.model import load_tokenizer, save_head_config
 from trainer.origin import Origin
+from trainer.profiling import Profiler
 from trainer.publish import TOTAL_STEPS, publish
 from trainer.recipe import Recipe
 from trainer.recorder import Recorder
@@ -122,6 +125,7 @@ class Attempt:
         built = build_parts(self.recipe, self.world, labels, reward_model(self.recipe, self.world.device))
         self.files, self.adapter, self.task = built.files, built.adapter, built.task
         self.strategy, self.load = built.strategy, built.load
+        self.meter = meter_of(self.recipe, self.world, built.operations)
         self.state = TrainState(built.strategy, built.adapter, built.task)
 
     def _stream(self, data: RunData) -> Stream:
@@ -177,6 +181,8 @@ class Attempt:
         if start.step >= min(self.job.total_steps, self.recipe.training.stop_after or self.job.total_steps):
             return start
         self.heartbeat = Heartbeat(self.world.rank, self.world.size, self.world.host, store_of_group(), self._hang)
+        tell = partial(self.recorder.said, "profile")
+        profiler = Profiler(self.recipe, self.world, self.run_storage, self.number, tell)
         hooks = Hooks(
             step_done=self._step_done,
             fed=self.recorder.fed,
@@ -184,6 +190,7 @@ class Attempt:
             evaluated=self.recorder.metrics,
             stop_requested=stop_requested,
             phase=self.heartbeat.phase,
+            around_step=profiler.around,
             around_update=lambda step: self.adapter.around_update(self.strategy.model, step, self.job.total_steps),
             examples=lambda step, shown: self.recorder.event("texts", wait=False, step=step, texts=shown),
         )
@@ -195,8 +202,10 @@ class Attempt:
             hooks,
             total_steps=self.job.total_steps,
             eval_batches=(lambda: self._eval_batches(data)) if data.eval else None,
+            meter=self.meter,
         )
-        with self.heartbeat, closing(stream.prefetch(start.cursor, self.world.rank, self.world.size)) as steps:
+        reading = closing(stream.prefetch(start.cursor, self.world.rank, self.world.size))
+        with closing(profiler), self.heartbeat, reading as steps:
             return loop.run(start, steps)
 
     def _hang(self, found: list[Pulse]) -> None:

@@ -109,6 +109,19 @@ RULES = (
         ),
     ),
     Rule(
+        (("profile", "steps"), ("training", "steps")),
+        lambda r: bool(r.profile.steps) and r.training.steps is not None and r.profile.steps[0] > r.training.steps,
+        lambda r: f"begins at step {r.profile.steps[0]}, and the run has {r.training.steps} steps; name earlier ones",
+    ),
+    Rule(
+        (("profile", "ranks"), ("resources", "workers")),
+        lambda r: bool(r.profile.steps) and any(rank >= r.resources.max_workers for rank in r.profile.ranks),
+        lambda r: (
+            f"names rank {max(r.profile.ranks)}, and ranks count from 0 to {r.resources.max_workers - 1} here; "
+            "lower it, or raise resources.workers"
+        ),
+    ),
+    Rule(
         (("training", "eval_every"), ("data", "eval")),
         lambda r: r.training.eval_every is not None and not r.data.eval,
         lambda r: "has no effect without data.eval; add a source there, or leave it out",
