@@ -21,7 +21,9 @@ from trainer.errors import InputError
 from trainer.flops import Operations
 from trainer.metering import operations_of
 from trainer.model import Head, Loaded, ModelFiles, build, check_isolation, fetch_model, load_tokenizer
+from trainer.model.attention import settle_attention
 from trainer.model.by_shard import Rows, ShardLoader
+from trainer.model.liger import use_liger
 from trainer.model.memory import HostPeak
 from trainer.model.meta import NotByShard, meta_model
 from trainer.model.prequantised import copy_of
@@ -30,6 +32,7 @@ from trainer.optim import make_optimizer
 from trainer.recipe import ModelSection, Recipe
 from trainer.storage import open_storage
 from trainer.strategies import Strategy, make_strategy
+from trainer.strategies.compiling import compile_layers
 from trainer.tasks import Company, Task, make_task
 from trainer.world import World
 
@@ -40,14 +43,16 @@ Accompany = Callable[[Path], None]
 
 @dataclass(frozen=True)
 class Built:
-    """``operations``: what a step computes with the model as it is trained. ``load``: of each rank, the bytes of the
-    base that it read, those of them that no cache of the host had, and the peak of its host memory meanwhile."""
+    """``operations``: what a step computes with the model as it is trained. ``attention``: the kernel of attention.
+    ``load``: of each rank, the bytes of the base that it read, those of them that no cache of the host had, and the
+    peak of its host memory meanwhile."""
 
     files: ModelFiles
     adapter: Adapter
     task: Task
     strategy: Strategy
     operations: Operations
+    attention: str
     load: list[dict[str, int]]
 
 
@@ -83,16 +88,28 @@ def _whole(
         checkpointing=recipe.training.gradient_checkpointing,
         head=head,
     )
+    if recipe.compute.kernels == "liger":
+        use_liger(loaded.model)
     if recipe.data.packing:
         check_isolation(loaded.model, recipe.model.path)
     model = adapter.attach(loaded.model, lambda: _plain_model(recipe, files, head))
     company(files.folder)
     task.attach(model)
     operations = operations_of(model)
+    if recipe.compute.compile:
+        compile_layers(model, world.device)
     strategy.setup(model, lambda parameters: make_optimizer(recipe.optimizer, parameters, adapter.lr_scale))
+    attention = _settle_attention(recipe, strategy, world)
     fetched = files.fetched_bytes if "://" in recipe.model.path else loaded.bytes_read
     report = _report(world, loaded.bytes_read, fetched, loaded.peak_host_bytes)
-    return Built(files, adapter, task, strategy, operations, report)
+    return Built(files, adapter, task, strategy, operations, attention, report)
+
+
+def _settle_attention(recipe: Recipe, strategy: Strategy, world: World) -> str:
+    with strategy.autocast():
+        kernel = settle_attention(recipe, strategy.model, strategy.module, world.device)
+    strategy.settle()
+    return kernel
 
 
 def accompany(
@@ -138,6 +155,8 @@ class _Sharded:
             checkpointing=recipe.training.gradient_checkpointing,
             head=head,
         )
+        if recipe.compute.kernels == "liger":
+            use_liger(base)
         if not self.adapter.loads_by_shard(base):
             raise NotByShard(f"{recipe.adapter.method} is made from the whole of the base's weights")
         source = Source(section.path if remote else str(files.folder))
@@ -152,8 +171,9 @@ class _Sharded:
             with self.strategy.autocast():
                 check_isolation(self.strategy.module, section.path)
             self.strategy.settle()
+        attention = _settle_attention(recipe, self.strategy, self.world)
         report = _report(self.world, source.bytes_read, source.bytes_fetched, peak)
-        return Built(files, self.adapter, self.task, self.strategy, self.operations, report)
+        return Built(files, self.adapter, self.task, self.strategy, self.operations, attention, report)
 
     def _section(self) -> ModelSection:
         """The model's, or that of its NF4 copy, if `muster prepare --model` has made one."""
@@ -170,6 +190,8 @@ class _Sharded:
         _move_buffers(model, self.world.device)
         self.task.attach(model)
         self.operations = operations_of(model)
+        if self.recipe.compute.compile:
+            compile_layers(model, self.world.device)
         host = HostPeak()
         loader.attached(model)
         strategy = self.strategy
