@@ -58,12 +58,20 @@ def compiled(recipe: Any) -> Any:
     return recipe.model_copy(update={"compute": recipe.compute.model_copy(update={"compile": True})})
 
 
+def at_night(*given: Any) -> Any:
+    """Tracing a layer takes torch ten seconds and more."""
+    return pytest.param(*given, marks=pytest.mark.night)
+
+
 @pytest.mark.parametrize(
     "changes",
     [
-        {"training.gradient_checkpointing": True},
-        {"strategy.kind": "fsdp", "training.gradient_checkpointing": True},
-        {"model.dtype": "bfloat16", "model.quantization": "nf4"},
+        {},
+        at_night({"training.gradient_checkpointing": True}),
+        at_night({"strategy.kind": "fsdp", "training.gradient_checkpointing": True}),
+        at_night({"model.dtype": "bfloat16", "model.quantization": "nf4"}),
+        at_night({"strategy.kind": "fsdp", "adapter.method": "none", "model.dtype": "bfloat16"}),
+        at_night({"adapter.method": "dora"}),
     ],
 )
 def test_a_compiled_run_learns_the_same(
@@ -80,7 +88,7 @@ def test_a_compiled_run_learns_the_same(
     assert train_here(plain) == train_here(recipe) == "succeeded"
     assert runs
     got, want = losses(recipe), losses(plain)
-    assert got == pytest.approx(want, rel=1e-5)
+    assert got == pytest.approx(want, rel=1e-2 if "model.dtype" in changes else 1e-5)
     rows = [row for row in read_rows(run_of(recipe), layout.METRICS) if "loss" in row]
     assert rows[0]["compile_s"] > 0
     (event, *_) = [e for e in read_rows(run_of(recipe), layout.EVENTS) if e["event"] == "compiled"]
@@ -89,20 +97,21 @@ def test_a_compiled_run_learns_the_same(
     assert not any("compile_s" in row for row in read_rows(run_of(plain), layout.METRICS))
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"), [("fsdp", True), at_night("ddp", True), at_night("ddp", False), at_night("fsdp", False)]
+)
 def test_checkpointing_runs_each_layer_again(
     kind: str, checkpointing: bool, runs: list[int], tiny_model: Path, tmp_path: Path
 ) -> None:
     """FSDP2 gives a layer another class, in which transformers would look for its checkpointing."""
     write_pairs(tmp_path / "data" / "a.jsonl", 40)
     one = {"training": {"steps": 1, "global_batch": 2, "micro_batch": 2, "gradient_checkpointing": checkpointing}}
-    recipe = compiled(small_recipe("r", tiny_model, tmp_path, **one, **{"strategy.kind": kind, "adapter.dropout": 0.0}))
+    plain = {"strategy.kind": kind, "adapter.dropout": 0.0, "data.packing": False}
+    recipe = compiled(small_recipe("r", tiny_model, tmp_path, **one, **plain))
     assert train_here(recipe) == "succeeded"
     with bench(recipe) as parts:
         layers = len(decoder_layers(parts.model))
-    isolation = 0 if kind == "ddp" else 2  # forwards that ask a model in shards about its packs
-    assert len(runs) == layers * (2 if checkpointing else 1) + layers * isolation
+    assert len(runs) == layers * (2 if checkpointing else 1)
 
 
 @pytest.mark.night
