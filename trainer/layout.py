@@ -10,6 +10,7 @@ commits/<attempt>/<inverted>   one record per committed checkpoint, the only tru
 checkpoints/<unique>/          what the records point at
 adapter/                       the final adapter
 metrics/ events/ ledger/       JSON Lines in parts
+profiles/attempt-…/rank-….…     traces of steps (`trainer.profiling`)
 plan/                          the packing plan, one object per window
 """
 
@@ -33,6 +34,7 @@ METRICS = "metrics"
 EVENTS = "events"
 LEDGER = "ledger"
 PLAN = "plan"
+PROFILES = "profiles"
 PREPARED = "_data"
 """Prepared data, shared between runs: beside the runs, not inside one."""
 MODELS = "_models"
@@ -77,3 +79,8 @@ def events_part(attempt: int, writer: str) -> str:
 
 def ledger_part(attempt: int, rank: int) -> str:
     return f"{LEDGER}/a{attempt:06d}-r{rank:05d}"
+
+
+def profile(attempt: int, rank: int) -> str:
+    """Of a rank's trace, without its ending."""
+    return f"{PROFILES}/attempt-{attempt:06d}/rank-{rank:05d}"

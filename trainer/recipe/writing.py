@@ -18,8 +18,10 @@ MAY_CHANGE: tuple[KeyPath, ...] = (
     ("resources",),
     ("cluster",),
     ("strategy",),
+    ("compute",),
     ("checkpoint",),
     ("tracking",),
+    ("profile",),
     ("training", "stop_after"),
     ("data", "cache_bytes"),
 )
