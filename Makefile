@@ -11,9 +11,6 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-# Where it is set, each of many processes compiles this program anew.
-unexport PYTHONDONTWRITEBYTECODE
-
 .PHONY: quickstart test chaos matrix night lint docs schema install clean
 .DEFAULT_GOAL := test
 
