@@ -18,7 +18,7 @@ from rich.text import Text
 
 from cluster import KINDS
 from cluster.standing import RAY_JOB
-from launcher import answering, doctor, evaluating, exporting, planning, preparing, serving, submitting
+from launcher import answering, convert, doctor, evaluating, exporting, planning, preparing, serving, submitting
 from launcher.console import stderr
 from trainer.errors import Interrupted, MusterError, RecipeError, StartAgain, UsageError
 from trainer.recipe_at import recipe_at
@@ -215,6 +215,7 @@ def matrix(
     console.print(support.reasons(tuple(r for r in REFUSALS if not r.task or set(r.task) & set(tasks))))
 
 
+app.command()(convert.convert)
 app.command()(preparing.prepare)
 app.command()(planning.plan)
 app.command()(doctor.doctor)

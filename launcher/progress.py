@@ -74,19 +74,21 @@ class Progress:
             self.warn(f"left out {more:,} more bad rows")
 
     @contextmanager
-    def training(self, run: Storage, after_attempt: int, total_steps: int) -> Iterator[Callable[[], None]]:
-        """Yields what is to be called often while the workers train; what was written last is shown at the end."""
-        self.phase("starting workers")
+    def training(
+        self, run: Storage, after_attempt: int, total_steps: int, stage: Callable[[], str] = lambda: "starting workers"
+    ) -> Iterator[Callable[[], None]]:
+        """Yields what is to be called often while the workers train; what was written last is shown at the end.
+        ``stage``: what is being waited for, until the first step."""
         # Looking must not hold up the driver: what fails now is looked at again soon.
         view = View(open_storage(run.url, deadline_s=LOOK_S), after_attempt, total_steps)
         if not self.console.is_terminal:
-            plain = Plain(view, self.console)
+            plain = Plain(view, self.console, stage=stage, say_phase=self.phase)
             try:
                 yield plain
             finally:
                 plain(last=True)
             return
-        line = LiveLine()
+        line = LiveLine(stage=stage)
         with Live(line, console=self.console, refresh_per_second=4) as live:
             try:
                 yield lambda: self._show(view, line)
@@ -147,13 +149,18 @@ def drawn(standing: Standing, width: int) -> str:
 class LiveLine:
     """What rich draws again and again on a terminal, which may have changed its width."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        clock: Callable[[], float] = time.monotonic,
+        stage: Callable[[], str] = lambda: "waiting for the first step",
+    ) -> None:
         self.standing: Standing | None = None
-        self._clock, self._began = clock, clock()
+        self._clock, self._began, self._stage = clock, clock(), stage
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self.standing is None:
-            yield Text(f"waiting for the first step, {duration(self._clock() - self._began)}"[: options.max_width])
+            said = f"{self._stage()}, {duration(self._clock() - self._began)}"
+            yield Text(said[: options.max_width])
         else:
             yield Text(drawn(self.standing, options.max_width), no_wrap=True)
 
@@ -216,13 +223,25 @@ def standing_of(recent: Sequence[Mapping[str, Any]], total_steps: int, saved: in
 class Plain:
     """Lines for logs: one every ``PLAIN_S`` seconds while the step changes, one at the end, and one per event."""
 
-    def __init__(self, view: View, console: Console, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        view: View,
+        console: Console,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        stage: Callable[[], str] = lambda: "",
+        say_phase: Callable[[str], None] = lambda text: None,
+    ) -> None:
         self._view, self._console, self._clock = view, console, clock
+        self._stage, self._say_phase, self._said = stage, say_phase, ""
         self._shown: Standing | None = None
         self._next = clock()
 
     def __call__(self, *, last: bool = False) -> None:
         standing = self._view.look(last=last)
+        if (stage := self._stage()) != self._said and not last:
+            self._said = stage
+            self._say_phase(stage)
         for text in self._view.take_news():
             self._say(text)
         if standing and standing != self._shown and (last or self._clock() >= self._next):
