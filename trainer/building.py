@@ -60,7 +60,7 @@ class Built:
 def build_parts(recipe: Recipe, world: World, labels: tuple[str, ...] = (), reward: Any = None) -> Built:
     """Collective: every rank of the attempt calls it. ``labels``: the label set of the training data. ``reward``: the
     model that rates the task's texts, if there is one."""
-    if recipe.data.packing:
+    if recipe.data.packing and not recipe.compute.compile:  # how samples lie in a pack is nothing to compile
         install_pack_attention()
     adapter, task, strategy = make_adapter(recipe), make_task(recipe, labels), make_strategy(recipe, world)
     company = partial(accompany, task, recipe, world=world, strategy=strategy, reward=reward)
