@@ -20,7 +20,7 @@ from cluster.standing import standing
 from launcher.environment import Environment
 from launcher.progress import Progress
 from trainer import layout
-from trainer.begin import check_same_recipe, freeze_recipe, prepare_data
+from trainer.begin import check_same_recipe, freeze_recipe, has_commits, prepare_data
 from trainer.checkpoint import list_commits, read_claims
 from trainer.errors import InputError, Interrupted, MusterError, WorkerFailed
 from trainer.lease import Lease, check_not_cancelled
@@ -28,6 +28,7 @@ from trainer.publish import finished
 from trainer.recipe import Recipe
 from trainer.reporter import Events
 from trainer.storage import Storage, local_path, open_storage
+from trainer.tracking import check_trackers, tracked
 
 POLL_S = 0.5
 FIRST_LOOK_S = 30.0  # a storage that does not answer now is more likely a wrong address than a bad minute
@@ -50,7 +51,7 @@ def run(recipe: Recipe, progress: Progress, *, takeover: bool = False) -> str:
         progress.say(f"{run_storage.url} has reached its last step already")
         return run_storage.uri(layout.ADAPTER)
     with Signals(progress) as signals:
-        check_inputs(recipe, progress)
+        check_inputs(recipe, progress, begun=has_commits(first_look))
         job = standing(os.environ).job
         check_not_cancelled(run_storage, job)
         lease = Lease.acquire(run_storage, job=job, takeover=takeover)
@@ -58,11 +59,18 @@ def run(recipe: Recipe, progress: Progress, *, takeover: bool = False) -> str:
         return _hold(recipe, storage, run_storage, lease, signals, progress)
 
 
-def check_inputs(recipe: Recipe, progress: Progress) -> None:
-    """Storage, model and data, before any worker starts. Raises InputError."""
+def check_inputs(recipe: Recipe, progress: Progress, *, begun: bool = False) -> None:
+    """Trackers, storage, model and data, before any worker starts. Raises InputError; a run that has ``begun`` goes on
+    without a tracker that is not there, and says so."""
     from launcher.inputs import check_model, check_storage
 
     check_lasting(recipe, standing(os.environ).job)
+    try:
+        check_trackers(recipe)
+    except InputError as error:
+        if not begun:
+            raise
+        progress.warn(str(error))
     progress.phase("checking storage, model and data")
     storage = open_storage(recipe.storage, deadline_s=FIRST_LOOK_S)
     if not check_storage(storage):
@@ -88,11 +96,12 @@ def _hold(
     """Everything that happens while the lease is held; it is released with the state in which the run really is."""
     state = "failed"
     try:
-        _train(recipe, storage, run_storage, lease, signals, progress)
-        if finished(run_storage) is None:
-            if signals.stopped or _reached(run_storage, recipe.training.stop_after):
-                raise Interrupted(_stopped_text(run_storage))
-            raise WorkerFailed(f"the workers ended without an error, and {run_storage.url} has not its last commit")
+        with tracked(recipe, run_storage):
+            _train(recipe, storage, run_storage, lease, signals, progress)
+            if finished(run_storage) is None:
+                if signals.stopped or _reached(run_storage, recipe.training.stop_after):
+                    raise Interrupted(_stopped_text(run_storage))
+                raise WorkerFailed(f"the workers ended without an error, and {run_storage.url} has not its last commit")
         state = "succeeded"
         return run_storage.uri(layout.ADAPTER)
     except Interrupted:

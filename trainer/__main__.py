@@ -28,6 +28,7 @@ from trainer.publish import finished
 from trainer.recipe import Recipe
 from trainer.recipe_at import is_recipe, recipe_at
 from trainer.storage import Storage, open_storage
+from trainer.tracking import tracked
 from trainer.worker import Job, train
 
 if TYPE_CHECKING:
@@ -92,9 +93,10 @@ def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: threading.Event
         total = _prepare(recipe, run, storage)
         freeze_recipe(run, recipe)
         holder = {"host": lease.holder.host, "pid": lease.holder.pid, "by": "torchrun"}
-        train(Job(storage.url, lease.driver, recipe, total, holder), lambda: any(e.is_set() for e in ends))
-        if finished(run) is None:
-            raise WorkerFailed(f"the workers ended without an error, and {run.url} has not its last commit")
+        with tracked(recipe, run):
+            train(Job(storage.url, lease.driver, recipe, total, holder), lambda: any(e.is_set() for e in ends))
+            if finished(run) is None:
+                raise WorkerFailed(f"the workers ended without an error, and {run.url} has not its last commit")
         state = "succeeded"
         print(f"muster: finished; the adapter lies in {run.uri(layout.ADAPTER)}", flush=True)
     except Interrupted:
