@@ -51,13 +51,15 @@ class Worker:
 
 def _train(job: Job, rank: int) -> None:
     from trainer.errors import Interrupted
+    from trainer.logs.rank import rank_log
     from trainer.watch import StopWatch
     from trainer.worker import train
 
     run = open_storage(job.storage).child(job.recipe.name)
     with StopWatch(run, job.driver, enabled=rank == 0) as watch:
         try:
-            train(job, watch.stop_requested)
+            with rank_log(run, rank):
+                train(job, watch.stop_requested)
         except Interrupted as stopped:
             log.info("%s", stopped)
             if watch.gather:

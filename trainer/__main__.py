@@ -23,6 +23,7 @@ from trainer import layout
 from trainer.begin import check_same_recipe, freeze_recipe, prepare_data, read_recipe, try_open_data
 from trainer.errors import InputError, Interrupted, MusterError, WorkerFailed
 from trainer.lease import Lease, check_not_cancelled
+from trainer.logs.rank import rank_log
 from trainer.model import fetch_model, load_tokenizer
 from trainer.publish import finished
 from trainer.recipe import Recipe
@@ -67,7 +68,8 @@ def _run(place: str, overrides: list[str], *, takeover: bool) -> None:
         _drive(storage, run, recipe, stop, takeover=takeover)
     else:
         total = _await_data(recipe, run, storage, stop)
-        train(Job(storage.url, 0, recipe, total, {}), stop.is_set)
+        with rank_log(run, _rank()):
+            train(Job(storage.url, 0, recipe, total, {}), stop.is_set)
 
 
 def _find(place: str, overrides: list[str]) -> tuple[Recipe, Storage, Storage]:
@@ -94,7 +96,8 @@ def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: threading.Event
         freeze_recipe(run, recipe)
         holder = {"host": lease.holder.host, "pid": lease.holder.pid, "by": "torchrun"}
         with tracked(recipe, run):
-            train(Job(storage.url, lease.driver, recipe, total, holder), lambda: any(e.is_set() for e in ends))
+            with rank_log(run, 0):
+                train(Job(storage.url, lease.driver, recipe, total, holder), lambda: any(e.is_set() for e in ends))
             if finished(run) is None:
                 raise WorkerFailed(f"the workers ended without an error, and {run.url} has not its last commit")
         state = "succeeded"

@@ -45,6 +45,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LOG_EVERY_S = 10.0
+
 
 @dataclass(frozen=True)
 class Job:
@@ -78,6 +80,7 @@ class Attempt:
         self.storage = open_storage(job.storage)
         self.run_storage = self.storage.child(job.recipe.name)
         self.began = time.monotonic()
+        self.logged_at = 0.0
 
     def run(self, stop_requested: Callable[[], bool]) -> Position:
         run, recipe = self.run_storage, self.recipe
@@ -87,6 +90,8 @@ class Attempt:
         self._build(data.train.spec.labels)
         self.number = self.world.from_first(lambda: claim_attempt(run, self.job.driver, dict(self.job.holder)))
         self.recorder = Recorder(run, recipe, self.world, self.number)
+        world = self.world
+        log.info("attempt %d: rank %d of %d on %s (%s)", self.number, world.rank, world.size, world.host, world.device)
         stream = self._stream(data)
         restoring = time.monotonic()
         start = self._restore(stream)
@@ -157,6 +162,7 @@ class Attempt:
         self.recorder.event("skipped_checkpoint", step=step, uri=uri, reason=reason)
 
     def _say_started(self, start: Position, restore_s: float) -> None:
+        log.info("built, and begins after step %d", start.step)
         hosts, strategy = self.world.gather(self.world.host), self.strategy.report()
         pids = self.world.gather(os.getpid())
         self.recorder.event(
@@ -213,6 +219,7 @@ class Attempt:
     def _step_done(self, metrics: dict[str, Any]) -> None:
         """A row's ``stall_s`` is what checkpoints took since the row before."""
         self.heartbeat.step_done(metrics["step_s"])
+        self._log_step(metrics)
         if not self.committer:
             return
         lag = self.committer.lag()
@@ -222,6 +229,13 @@ class Attempt:
             log.warning("no checkpoint was committed for %.0f s; the storage is slow or away", lag.age_s)
             self.recorder.event("stale_checkpoint", wait=False, step=metrics["step"], **asdict(lag))
         self.committer.check()
+
+    def _log_step(self, metrics: Mapping[str, Any]) -> None:
+        """A line in the rank's log, seldom."""
+        if (now := time.monotonic()) - self.logged_at >= LOG_EVERY_S:
+            self.logged_at = now
+            told = metrics["step"], metrics["total_steps"], metrics["loss"], metrics["step_s"]
+            log.info("step %d of %d: loss %.4f, %.2f s", *told)
 
     def _checkpoint(self, position: Position, last: bool) -> None:
         """Every rank; the loop goes on as soon as the state is copied to the host."""
@@ -286,6 +300,7 @@ class Attempt:
             save_head_config(base, folder)
 
     def _committed(self, done: Committed) -> None:
+        log.info("step %d is committed: %s", done.step, done.uri)
         self.recorder.event(
             "checkpoint",
             step=done.step,
