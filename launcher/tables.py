@@ -8,10 +8,14 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from launcher.drawing import age
 from launcher.status import Status
 
 if TYPE_CHECKING:
     from trainer.saved.describing import Description
+
+
+STATE_STYLES = {"running": "cyan", "succeeded": "green", "failed": "red", "interrupted": "yellow"}
 
 
 def status_table(status: Status) -> Table:
@@ -31,13 +35,16 @@ def status_table(status: Status) -> Table:
     return table
 
 
-def runs_table(runs: list[Status]) -> Table:
-    table = Table("run", "state", "step", "loss", "workers", "attempts", box=box.SIMPLE)
+def runs_table(runs: list[Status], now: float) -> Table:
+    """``now`` is unix s: the age is that of the last step while a run goes on, and else that of its end."""
+    table = Table("run", "state", "progress", "loss", "eval loss", "age", "workers", "attempts", box=box.SIMPLE)
     for run in runs:
-        loss = run.metrics.get("loss")
-        steps = f"{run.step}/{run.total_steps}"
-        shown = "" if loss is None else f"{loss:.4f}"
-        table.add_row(run.name, run.state, steps, shown, str(run.world_size), str(run.attempts))
+        steps = f"{run.step}/{run.total_steps}" + (f" {run.step / run.total_steps:4.0%}" if run.total_steps else "")
+        losses = (run.metrics.get(name) for name in ("loss", "eval_loss"))
+        shown = ["" if loss is None else f"{loss:.4f}" for loss in losses]
+        since = "" if run.seen_at is None else age(now - run.seen_at)
+        state = Text(run.state, style=STATE_STYLES.get(run.state, ""))
+        table.add_row(Text(run.name), state, steps, *shown, since, str(run.world_size), str(run.attempts))
     return table
 
 

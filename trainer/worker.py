@@ -38,7 +38,7 @@ from trainer.recorder import Recorder
 from trainer.rewarding import reward_model
 from trainer.state import Snapshot, TrainState
 from trainer.storage import open_storage
-from trainer.world import World, join_world
+from trainer.world import World, join_world, memory_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -223,7 +223,8 @@ class Attempt:
         if not self.committer:
             return
         lag = self.committer.lag()
-        self.recorder.metrics(metrics, stall_s=self.stall_s, backlog=lag.backlog, checkpoint_age_s=lag.age_s)
+        aside = {"stall_s": self.stall_s, "backlog": lag.backlog, "checkpoint_age_s": lag.age_s}
+        self.recorder.metrics(metrics, **aside, memory_bytes=memory_bytes(self.world.device))
         self.stall_s = 0.0
         if self.stale.rings(lag.age_s):
             log.warning("no checkpoint was committed for %.0f s; the storage is slow or away", lag.age_s)

@@ -256,7 +256,7 @@ def test_prometheus_is_told_where_the_run_stands(tmp_path: Path, port: int) -> N
         "step": 8.0, "total_steps": 8.0, "loss": 1.0, "eval_loss": 2.0, "attempt": 2.0,
     }  # fmt: skip
     assert got[f"muster_tokens_total{label}"] == 80.0, "steps that were trained twice count once"
-    mirror._end("succeeded")
+    mirror.end("succeeded")
     with pytest.raises(urllib.error.URLError):
         asked(port)
 

@@ -73,8 +73,8 @@ class Mirror:
                 self._run.url,
             )
 
-    def pump(self) -> None:
-        """Opens the curve if need be, and tells what is new."""
+    def pump(self) -> int:
+        """Opens the curve if need be, and tells what is new; returns how many points that were."""
         tracker = self._tracker or self._open()
         points = [p for p in map(point_of, self._feed.new()) if p is not None]
         ahead = list(_beyond(self._mark, points))
@@ -89,13 +89,23 @@ class Mirror:
                     self._note(self._mark)  # what was refused is sent again
                 raise
             self._mark = batch[-1].mark
+        return len(ahead)
+
+    def end(self, state: str) -> None:
+        """Closes the curve, if it is open."""
+        tracker, self._tracker = self._tracker, None
+        if tracker is not None:
+            try:
+                tracker.close(state)
+            except (Exception, SystemExit) as error:
+                log.warning("the tracker %s could not be closed: %s", self._name, _first_line(error))
 
     def _work(self) -> None:
         while True:
             closing = self._closing.wait(self._pause_s())
             self._try()
             if closing:
-                self._end(self._state)
+                self.end(self._state)
                 return
 
     def _pause_s(self) -> float:
@@ -113,20 +123,12 @@ class Mirror:
                 )
             log.debug("the tracker %s failed", self._name, exc_info=True)
             self._failures += 1
-            self._end("failed")
+            self.end("failed")
             self._feed = RowFeed(self._run, layout.METRICS)  # what was not told is read again
         else:
             if self._failures:
                 log.warning("the tracker %s is back, and has been told what it missed", self._name)
             self._failures = 0
-
-    def _end(self, state: str) -> None:
-        tracker, self._tracker = self._tracker, None
-        if tracker is not None:
-            try:
-                tracker.close(state)
-            except (Exception, SystemExit) as error:
-                log.warning("the tracker %s could not be closed: %s", self._name, _first_line(error))
 
     def _open(self) -> Tracker:
         found = self._bookmark()
@@ -189,3 +191,16 @@ def tracked(recipe: Recipe, run: Storage) -> Iterator[None]:
         deadline = time.monotonic() + (FAILED_PATIENCE_S if state == "failed" else PATIENCE_S)
         for mirror in mirrors:
             mirror.stop(state, max(0.1, deadline - time.monotonic()))
+
+
+def send_all(recipe: Recipe, run: Storage, state: str) -> dict[str, int]:
+    """Tells every tracker of the recipe what it does not have of the run, which has ended in ``state``; returns how
+    many points each was told. Raises what a tracker raises."""
+    told = {}
+    for name in dict.fromkeys(recipe.tracking):
+        mirror = Mirror(name, recipe, run)
+        try:
+            told[name] = mirror.pump()
+        finally:
+            mirror.end(state)
+    return told
