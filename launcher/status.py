@@ -90,9 +90,10 @@ def list_runs(storage: Storage) -> list[Status]:
 
 
 def _status_or_none(run: Storage) -> Status | None:
-    if run.info(layout.RECIPE) is None:
+    try:
+        return read_status(run, newest=1)
+    except InputError:
         return None
-    return read_status(run, newest=1)
 
 
 def _status(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from rich import box
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from launcher.drawing import age
@@ -37,7 +37,8 @@ def status_table(status: Status) -> Table:
 
 def runs_table(runs: list[Status], now: float) -> Table:
     """``now`` is unix s: the age is that of the last step while a run goes on, and else that of its end."""
-    table = Table("run", "state", "progress", "loss", "eval loss", "age", "workers", "attempts", box=box.SIMPLE)
+    progress = Column("progress", no_wrap=True)
+    table = Table("run", "state", progress, "loss", "eval loss", "age", "workers", "attempts", box=box.SIMPLE)
     for run in runs:
         steps = f"{run.step}/{run.total_steps}" + (f" {run.step / run.total_steps:4.0%}" if run.total_steps else "")
         losses = (run.metrics.get(name) for name in ("loss", "eval_loss"))

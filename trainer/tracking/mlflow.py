@@ -6,6 +6,7 @@ metrics are files of their own, the loss is written first, and it is what is ask
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from importlib.util import find_spec
@@ -27,8 +28,10 @@ class Mlflow:
     """Of one curve; see `trainer.tracking.base.Tracker`."""
 
     def __init__(self, curve: Curve) -> None:
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         from mlflow import MlflowClient
 
+        logging.getLogger("mlflow").setLevel(logging.WARNING)
         section = curve.recipe.mlflow
         self._client: Any = MlflowClient(tracking_uri=section.uri or os.environ.get("MLFLOW_TRACKING_URI"))
         experiment = self._experiment(section.experiment)

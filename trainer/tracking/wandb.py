@@ -25,6 +25,7 @@ class Wandb:
     """Of one curve; see `trainer.tracking.base.Tracker`."""
 
     def __init__(self, curve: Curve) -> None:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
         self.check(curve.recipe)
