@@ -76,6 +76,7 @@ class Keeper:
                         _pass_on(pipes[key.fd], data)
                         self._add(lines[key.fd].feed(data))
                 ended = ended or not _is_alive(self._parent)
+        _let_go()
         self._add(b"".join(stream.end() for stream in lines.values()))
         self._ending.set()
         self._storer.join(2 * DEADLINE_S)
@@ -123,6 +124,13 @@ class Keeper:
                 parts.add(data)
             self._early, self._parts = [], parts
         return parts
+
+
+def _let_go() -> None:
+    """Nothing more is passed on: whoever waits for the end of the rank's output shall not wait for its storage."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in (1, 2):
+        os.dup2(nowhere, descriptor)
 
 
 def _read(pipe: int) -> bytes:
