@@ -4,13 +4,14 @@
 # make matrix       every cell of the support matrix for two steps; an hour
 # make night        that, and all other tests that are too long for every day
 # make lint         ruff, format, types, import floors
+# make docs         the documentation as a site in build/site, as strict as CI builds it
 # make schema       write docs/recipe.md and recipes/recipe.schema.json anew from the recipe's fields
 
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: quickstart test chaos matrix night lint schema install clean
+.PHONY: quickstart test chaos matrix night lint docs schema install clean
 .DEFAULT_GOAL := test
 
 install: $(INSTALLED)
@@ -50,6 +51,9 @@ lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+docs: $(INSTALLED)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file docs/.site/mkdocs.yml
 
 schema: $(INSTALLED)
 	$(BIN)/python -m trainer.recipe.reference

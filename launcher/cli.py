@@ -18,7 +18,18 @@ from rich.text import Text
 
 from cluster import KINDS
 from cluster.standing import RAY_JOB
-from launcher import answering, doctor, evaluating, exporting, planning, preparing, serving, submitting, watching
+from launcher import (
+    answering,
+    convert,
+    doctor,
+    evaluating,
+    exporting,
+    planning,
+    preparing,
+    serving,
+    submitting,
+    watching,
+)
 from launcher.console import stderr
 from trainer.errors import Interrupted, MusterError, RecipeError, StartAgain, UsageError
 from trainer.recipe_at import recipe_at
@@ -182,6 +193,7 @@ app.command()(watching.status)
 app.command("ls")(watching.list_)
 app.command()(watching.logs)
 app.command()(watching.track)
+app.command()(convert.convert)
 app.command()(preparing.prepare)
 app.command()(planning.plan)
 app.command()(doctor.doctor)

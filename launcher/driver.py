@@ -19,14 +19,17 @@ from types import FrameType
 from cluster.standing import standing
 from launcher.environment import Environment
 from launcher.progress import Progress
+from launcher.standby import Standby
 from trainer import layout
 from trainer.begin import check_same_recipe, freeze_recipe, has_commits, prepare_data
 from trainer.checkpoint import list_commits, read_claims
 from trainer.errors import InputError, Interrupted, MusterError, WorkerFailed
+from trainer.job import Job
 from trainer.lease import Lease, check_not_cancelled
 from trainer.publish import finished
 from trainer.recipe import Recipe
 from trainer.reporter import Events
+from trainer.startup import DATA, IMPORT, RAY, Phases, process_began
 from trainer.storage import Storage, local_path, open_storage
 from trainer.tracking import check_trackers, tracked
 
@@ -50,13 +53,17 @@ def run(recipe: Recipe, progress: Progress, *, takeover: bool = False) -> str:
     if finished(first_look):
         progress.say(f"{run_storage.url} has reached its last step already")
         return run_storage.uri(layout.ADAPTER)
-    with Signals(progress) as signals:
+    phases = Phases(process_began())
+    here = standing(os.environ)
+    progress.phase(f"joining Ray at {here.ray_address}" if here.ray_address else "starting Ray")
+    with Signals(progress) as signals, Standby(recipe, first_look, here.ray_address, phases) as standby:
         check_inputs(recipe, progress, begun=has_commits(first_look))
-        job = standing(os.environ).job
+        phases.end(IMPORT)
+        job = here.job
         check_not_cancelled(run_storage, job)
         lease = Lease.acquire(run_storage, job=job, takeover=takeover)
         signals.tell(lease)
-        return _hold(recipe, storage, run_storage, lease, signals, progress)
+        return _hold(recipe, storage, run_storage, lease, signals, progress, standby, phases)
 
 
 def check_inputs(recipe: Recipe, progress: Progress, *, begun: bool = False) -> None:
@@ -91,13 +98,20 @@ def check_lasting(recipe: Recipe, job: str | None) -> None:
 
 
 def _hold(
-    recipe: Recipe, storage: Storage, run_storage: Storage, lease: Lease, signals: Signals, progress: Progress
+    recipe: Recipe,
+    storage: Storage,
+    run_storage: Storage,
+    lease: Lease,
+    signals: Signals,
+    progress: Progress,
+    standby: Standby,
+    phases: Phases,
 ) -> str:
     """Everything that happens while the lease is held; it is released with the state in which the run really is."""
     state = "failed"
     try:
         with tracked(recipe, run_storage):
-            _train(recipe, storage, run_storage, lease, signals, progress)
+            _train(recipe, storage, run_storage, lease, signals, progress, standby, phases)
             if finished(run_storage) is None:
                 if signals.stopped or _reached(run_storage, recipe.training.stop_after):
                     raise Interrupted(_stopped_text(run_storage))
@@ -134,42 +148,49 @@ def _stopped_text(run_storage: Storage) -> str:
 
 
 def _train(
-    recipe: Recipe, storage: Storage, run_storage: Storage, lease: Lease, signals: Signals, progress: Progress
+    recipe: Recipe,
+    storage: Storage,
+    run_storage: Storage,
+    lease: Lease,
+    signals: Signals,
+    progress: Progress,
+    standby: Standby,
+    phases: Phases,
 ) -> None:
     from launcher.early import EarlyStart
     from launcher.inputs import load_run_tokenizer
-    from launcher.ray_session import RESOURCE_WAIT_S, check_resources, quiet_logs, ray_session
+    from launcher.ray_session import RESOURCE_WAIT_S, check_resources, quiet_logs
     from launcher.ray_tasks import ray_map
 
     environment, here = Environment.current(), standing(os.environ)
-    address = here.ray_address
-    progress.phase(f"joining Ray at {address}" if address else "starting Ray")
-    with ray_session(address, recipe.resources):
-        signals.hold()
-        quiet_logs()
-        patience_s = RESOURCE_WAIT_S if address else 0.0  # nobody adds anything to this machine
+    standby.joined()
+    signals.hold()
+    quiet_logs()
+    if not standby.waiting:
         check_resources(
             recipe.resources,
-            timeout_s=patience_s,
-            expected_nodes=here.nodes if address else 0,
+            timeout_s=RESOURCE_WAIT_S if here.ray_address else 0.0,  # nobody adds anything to this machine
+            expected_nodes=here.nodes if here.ray_address else 0,
             stopped=lambda: signals.stopped,
         )
-        progress.phase("preparing data")
-        beside = partial(ray_map, environment, recipe.resources)
-        with EarlyStart(recipe.seed, beside, progress.prepared, lambda: signals.stopped) as early:
-            data = prepare_data(
-                recipe,
-                run_storage,
-                storage.child(layout.PREPARED),
-                lambda: load_run_tokenizer(recipe),
-                map_windows=ray_map(environment, stopped=lambda: signals.stopped),
-                on_progress=progress.prepared,
-                early=early.prepare,
-            )
-            progress.data(data)
-            freeze_recipe(run_storage, recipe)
-            signals.check()
-            _fit(recipe, run_storage, lease, data.total_steps, environment, progress, signals, early.check)
+    phases.end(RAY)
+    progress.phase("preparing data")
+    beside = partial(ray_map, environment, recipe.resources)
+    with EarlyStart(recipe.seed, beside, progress.prepared, lambda: signals.stopped) as early:
+        data = prepare_data(
+            recipe,
+            run_storage,
+            storage.child(layout.PREPARED),
+            lambda: load_run_tokenizer(recipe),
+            map_windows=ray_map(environment, stopped=lambda: signals.stopped, borrow=standby.waiting),
+            on_progress=progress.prepared,
+            early=early.prepare,
+        )
+        progress.data(data)
+        freeze_recipe(run_storage, recipe)
+        signals.check()
+        phases.end(DATA)
+        _fit(recipe, run_storage, lease, data.total_steps, progress, signals, standby, early.check)
 
 
 def _fit(
@@ -177,19 +198,18 @@ def _fit(
     run_storage: Storage,
     lease: Lease,
     total_steps: int,
-    environment: Environment,
     progress: Progress,
     signals: Signals,
+    standby: Standby,
     check_data: Callable[[], None],
 ) -> None:
     from launcher.elastic import newest_group
-    from launcher.training import fit
-    from trainer.worker import Job
+    from launcher.training import follow
 
     job = Job(recipe.storage, lease.driver, recipe, total_steps, {**asdict(lease.holder), "by": "muster run"})
     before = read_claims(run_storage).attempt
     with (
-        progress.training(run_storage, before, total_steps) as show,
+        progress.training(run_storage, before, total_steps, lambda: standby.order.stage) as show,
         _watching(recipe, run_storage, before, lease, progress) as check_cluster,
     ):
 
@@ -202,7 +222,8 @@ def _fit(
             if lease.lost.is_set():
                 raise WorkerFailed(f"another driver has taken {run_storage.url} over; this one has stopped")
 
-        fit(job, environment, every, POLL_S)
+        standby.order.give(job)
+        follow(standby.workers(), job, every, POLL_S)
 
 
 @contextmanager

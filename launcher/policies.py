@@ -1,6 +1,6 @@
 """What Ray Train's controller asks: how many workers to start, and what a failure means.
 
-They take the place of Ray Train's own policies, and run in its controller, an actor that may be on any node.
+They take the place of Ray Train's own policies, and run in its controller, in a thread of the driver.
 """
 
 from __future__ import annotations
@@ -11,9 +11,13 @@ from collections import Counter
 from dataclasses import replace
 from typing import Any
 
+from ray.train.v2._internal.execution.context import TrainRunContext
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.failure_handling.default import DefaultFailurePolicy
 from ray.train.v2._internal.execution.scaling_policy import NoopDecision, ScalingDecision
+from ray.train.v2._internal.execution.scaling_policy.autoscaling_coordinator_client import (
+    TrainAutoscalingCoordinatorClient,
+)
 from ray.train.v2._internal.execution.scaling_policy.elastic import ElasticScalingPolicy
 from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus, WorkerGroupState
 from ray.train.v2.api.config import FailureConfig, ScalingConfig
@@ -22,11 +26,11 @@ from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, Wo
 from launcher.capacity import Node, answering, nodes_of_cluster, room, workers_that_fit
 from launcher.causes import Cause, first_cause, unwrapped
 from launcher.environment import Environment
+from launcher.order import Order
 from launcher.restarts import Fault, in_a_row, is_hopeless
 from trainer.layout import EVENTS, METRICS
-from trainer.recipe import ResourcesSection
+from trainer.recipe import Recipe, ResourcesSection
 from trainer.storage import Storage, open_storage
-from trainer.worker import Job
 
 log = logging.getLogger(__name__)
 
@@ -38,15 +42,17 @@ class Gathered(Exception):
 class FailurePolicy(DefaultFailurePolicy):
     """Ray Train's own policy, but what would fail again the same way ends the run: a fatal cause at once, the same
     error at the same step the third time. Every failure is written to the run's events with its first cause. Workers
-    that ended to be gathered anew have not failed. Runs in Ray Train's controller."""
+    that ended to be gathered anew have not failed."""
 
-    def __init__(self, config: FailureConfig, job: Job, environment: Environment) -> None:
+    def __init__(self, config: FailureConfig, recipe: Recipe, order: Order, environment: Environment) -> None:
         super().__init__(config)
-        self._job, self._environment = job, environment
+        self._recipe, self._order, self._environment = recipe, order, environment
         self._faults: list[Fault] = []
         self._committed = 0
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
+        if self._order.left:
+            return FailureDecision.RAISE
         if gathered(training_failed_error):
             return FailureDecision.RETRY
         self._environment.apply()
@@ -83,7 +89,7 @@ class FailurePolicy(DefaultFailurePolicy):
             return cause_of(error)
 
     def _run(self) -> Storage:
-        return open_storage(self._job.storage, deadline_s=20).child(self._job.recipe.name)
+        return open_storage(self._recipe.storage, deadline_s=20).child(self._recipe.name)
 
     def _step(self) -> int | None:
         """The step that the run's metrics had reached, 0 before the first; None when the storage does not tell."""
@@ -99,9 +105,11 @@ class FailurePolicy(DefaultFailurePolicy):
         from trainer.checkpoint import read_claims
         from trainer.reporter import Events
 
+        if (job := self._order.job) is None:
+            return  # workers that stood by: nothing of the run has begun
         run, fault, times = self._run(), self._faults[-1], in_a_row(self._faults)
         told = f"{cause.message} ({times} times in a row at step {fault.step})" if times > 1 else cause.message
-        events = Events(run, read_claims(run).attempt, f"driver{self._job.driver}-controller")
+        events = Events(run, read_claims(run).attempt, f"driver{job.driver}-controller")
         retried = decision == FailureDecision.RETRY
         events.emit("failure", cause=told, rank=cause.rank, host=cause.host, step=fault.step, retried=retried)
         events.close()
@@ -114,24 +122,27 @@ class NoRoom(Exception):
 class SizePolicy(ElasticScalingPolicy):
     """Starts as many workers as there is room for now, and waits while there is room for too few; growth is decided by
     the driver (`launcher.elastic`). Ray Train's own looks at the cluster are up to 20 s old, and do not know what other
-    jobs use. Runs in Ray Train's controller."""
+    jobs use."""
 
     SETTLE_S = 10.0  # what just ended may still count as used
     PAUSE_S = 0.25
     PATIENCE_S = 330.0  # the driver's own, for nodes that were lost, is shorter
 
-    def __init__(self, config: ScalingConfig, resources: ResourcesSection) -> None:
+    def __init__(self, config: ScalingConfig, resources: ResourcesSection, *, autoscaled: bool = True) -> None:
+        """``autoscaled``: nodes may be added to the cluster; this machine's own Ray has one."""
         super().__init__(config)
-        self._resources = resources
+        self._resources, self._autoscaled = resources, autoscaled
+        self._asked_at = float("-inf")
         self._held: Counter[str] = Counter()
         self._since: float | None = None
 
     def make_decision_for_non_running_worker_group(self) -> ScalingDecision:
-        self._ask_autoscaler()
         now, most = time.monotonic(), self._resources.max_workers
         self._since = self._since or now
         nodes = self._nodes()
         count = min(most, room(self._resources, nodes, self._held))
+        if count < most:
+            self._ask_autoscaler()
         settling = count < min(most, workers_that_fit(self._resources, nodes)) and now - self._since < self.SETTLE_S
         if count >= self._resources.min_workers and not settling:
             self._since, self._held = None, Counter()
@@ -152,14 +163,26 @@ class SizePolicy(ElasticScalingPolicy):
             log.exception("the cluster's nodes could not be looked at")
             return []
 
+    def after_controller_start(self, train_run_context: TrainRunContext) -> None:
+        """Asks nobody yet, as Ray Train would: the actor that is asked takes seconds to start."""
+        self._requester_id = f"train-{train_run_context.run_id}"
+        self._coordinator_client = TrainAutoscalingCoordinatorClient(self._requester_id)
+
+    async def before_controller_shutdown(self) -> None:
+        if self._asked_at > float("-inf"):
+            self._cancel_resource_request()  # type: ignore[no-untyped-call]
+
     def _ask_autoscaler(self) -> None:
-        client: Any = self._coordinator_client
-        client.maybe_send_resource_request(self.scaling_config, self._resources.max_workers)
+        if self._autoscaled:
+            client: Any = self._coordinator_client
+            client.maybe_send_resource_request(self.scaling_config, self._resources.max_workers)
+            self._asked_at = time.monotonic()
 
     def make_decision_for_running_worker_group(
         self, worker_group_state: WorkerGroupState, worker_group_status: WorkerGroupPollStatus
     ) -> ScalingDecision:
-        self._ask_autoscaler()
+        if time.monotonic() - worker_group_state.start_time >= self.SETTLE_S:
+            self._ask_autoscaler()
         self._held = Counter(worker.metadata.node_id for worker in worker_group_state.workers)
         return NoopDecision()
 

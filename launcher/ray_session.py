@@ -35,6 +35,10 @@ DRIVER_SETTINGS = {
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
+    # The controller runs in the driver, where its log would come between what is said to people.
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+    # What is called after the driver has left Ray must not start another one.
+    "RAY_ENABLE_AUTO_CONNECT": "0",
 }
 
 
@@ -253,6 +257,7 @@ def quiet_logs() -> None:
     """Ray's own loggers say nothing below an error: what matters is in the run's events."""
     for name in ("ray", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray.train.v2").setLevel(logging.CRITICAL)  # what fails there is told by the run's events
     if not sys.warnoptions:
         import warnings
 

@@ -18,11 +18,14 @@ def ray_map(
     environment: Environment,
     beside: ResourcesSection | None = None,
     stopped: Callable[[], bool] = lambda: False,
+    *,
+    borrow: bool = False,
 ) -> Map:
     """Results come in the jobs' order; a single job runs in this process, where it costs no worker's start.
 
     Tasks take a CPU each, and as many are in flight as the cluster has CPUs. ``beside`` training workers they take none
     of Ray's, so that neither waits for the other, and as many are in flight as the workers leave over, one at least.
+    ``borrow``: workers that stand by hold the CPUs and do not use them yet; as many tasks run, and count for nothing.
     Interrupted once ``stopped()``; tasks in flight are then cancelled, as they are when the iterator is closed.
     """
 
@@ -34,7 +37,7 @@ def ray_map(
 
         cpus = int(ray.cluster_resources().get("CPU", 1))
         ahead = max(2, cpus) if beside is None else max(1, cpus - beside.max_workers * beside.cpus_per_worker)
-        call = ray.remote(num_cpus=0 if beside else 1, max_retries=3, scheduling_strategy="SPREAD")(_run)
+        call = ray.remote(num_cpus=0 if beside or borrow else 1, max_retries=3, scheduling_strategy="SPREAD")(_run)
         # As arguments, both stay in the object store; a closure would be kept by the cluster's control store.
         shared, variables = ray.put(task), ray.put(environment)
         pending: list[Any] = []

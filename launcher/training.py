@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import os
 import tempfile
@@ -9,24 +10,28 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-from ray.train.torch import TorchConfig
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
-from ray.train.v2.torch.torch_trainer import TorchTrainer
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from launcher.causes import Failure
 from launcher.environment import Environment
+from launcher.group import GroupConfig, controller_for
+from launcher.order import Order
 from launcher.policies import FailurePolicy, Gathered, SizePolicy, cause_of, explained
-from trainer.recipe import ResourcesSection
+from trainer.job import Job
+from trainer.recipe import Recipe, ResourcesSection
 from trainer.storage import open_storage
-from trainer.worker import Job
-from trainer.world import backend_of
 
 log = logging.getLogger(__name__)
 
 START_ATTEMPTS = 3
-COLLECTIVE_TIMEOUT_S = 1800
+NEEDLESS = (PlacementGroupCleanerCallback, DatasetsCallback)
+"""Both start an actor: one cleans up after a controller that is an actor and has died, one serves Ray's data sets."""
 
 
 class Worker:
@@ -66,26 +71,35 @@ def _train(job: Job, rank: int) -> None:
                 raise Gathered(str(stopped)) from None
 
 
-class Trainer(TorchTrainer):
-    """TorchTrainer with these policies in the place of its own, which have no hooks."""
+class Trainer(DataParallelTrainer):
+    """Ray Train with these policies in the place of its own, which have no hooks, and its controller in this
+    process."""
 
-    def __init__(self, job: Job, environment: Environment, folder: str) -> None:
-        resources = job.recipe.resources
-        self._failures = FailurePolicy(_failure_config(resources), job, environment)
-        self._sizes = SizePolicy(scaling(resources), resources)
+    def __init__(
+        self, recipe: Recipe, order: Order, environment: Environment, folder: str, *, autoscaled: bool
+    ) -> None:
+        resources = recipe.resources
+        self._failures = FailurePolicy(_failure_config(resources), recipe, order, environment)
+        self._sizes = SizePolicy(scaling(resources), resources, autoscaled=autoscaled)
+        self._controller = controller_for(order, environment, partial(Worker, environment=environment))
+        run: Any = RunConfig(name=recipe.name, storage_path=folder, failure_config=_failure_config(resources))
         super().__init__(
-            Worker(job, environment),
-            torch_config=TorchConfig(
-                backend=backend_of(gpu=resources.gpus_per_worker > 0), timeout_s=COLLECTIVE_TIMEOUT_S
-            ),
+            _no_job,
+            backend_config=GroupConfig(gpu=resources.gpus_per_worker > 0),
             scaling_config=scaling(resources),
-            run_config=RunConfig(name=job.recipe.name, storage_path=folder, failure_config=_failure_config(resources)),
+            run_config=run,
         )
 
     def _initialize_and_run_controller(self, **settings: Any) -> Any:
-        return super()._initialize_and_run_controller(
-            **{**settings, "failure_policy": self._failures, "scaling_policy": self._sizes}
-        )
+        callbacks = [callback for callback in settings["callbacks"] if not isinstance(callback, NEEDLESS)]
+        policies = {"failure_policy": self._failures, "scaling_policy": self._sizes}
+        controller = self._controller(**{**settings, **policies, "callbacks": callbacks})
+        asyncio.run(controller.run())
+        return controller.get_result()
+
+
+def _no_job() -> None:
+    raise AssertionError("workers get the function of their job")
 
 
 def _failure_config(resources: ResourcesSection) -> FailureConfig:
@@ -108,9 +122,10 @@ class Fit:
 
     The folder is Ray Train's scratch space on the driver's host: checkpoints do not go through it."""
 
-    def __init__(self, job: Job, environment: Environment) -> None:
+    def __init__(self, recipe: Recipe, order: Order, environment: Environment, *, autoscaled: bool) -> None:
         self.error: BaseException | None = None
-        self._job, self._environment = job, environment
+        self._order = order
+        self._trainer = partial(Trainer, recipe, order, environment, autoscaled=autoscaled)
         self._thread = threading.Thread(target=self._run, name="ray-train", daemon=True)
         self._thread.start()
 
@@ -119,17 +134,22 @@ class Fit:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
+    def leave(self, timeout_s: float) -> None:
+        """Ends it as soon as it can be, so that it does not go on in a Ray that has gone."""
+        self._order.leave()
+        self.wait(timeout_s)
+
     def _run(self) -> None:
         try:
             with tempfile.TemporaryDirectory(prefix="muster-ray-train-") as folder:
-                Trainer(self._job, self._environment, folder).fit()
+                self._trainer(folder).fit()
         except BaseException as error:
             self.error = error
 
 
-def fit(job: Job, environment: Environment, every: Callable[[], None], poll_s: float) -> None:
-    """Trains to the end, calling ``every`` each ``poll_s`` seconds. Raises the first cause of a failure."""
-    running = Fit(job, environment)
+def follow(running: Fit, job: Job, every: Callable[[], None], poll_s: float) -> None:
+    """Waits for the end of the training, calling ``every`` each ``poll_s`` seconds. Raises the first cause of a
+    failure."""
     while not running.wait(poll_s):
         every()
     every()

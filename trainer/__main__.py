@@ -22,15 +22,17 @@ from typing import TYPE_CHECKING
 from trainer import layout
 from trainer.begin import check_same_recipe, freeze_recipe, prepare_data, read_recipe, try_open_data
 from trainer.errors import InputError, Interrupted, MusterError, WorkerFailed
+from trainer.job import Job
 from trainer.lease import Lease, check_not_cancelled
 from trainer.logs.rank import rank_log
 from trainer.model import fetch_model, load_tokenizer
 from trainer.publish import finished
 from trainer.recipe import Recipe
 from trainer.recipe_at import is_recipe, recipe_at
+from trainer.startup import DATA, IMPORT, Phases, process_began
 from trainer.storage import Storage, open_storage
 from trainer.tracking import tracked
-from trainer.worker import Job, train
+from trainer.worker import train
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -92,12 +94,16 @@ def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: threading.Event
     ends = (stop, lease.lost, lease.asked)
     state = "failed"
     try:
+        phases = Phases(process_began())
+        phases.end(IMPORT)
         total = _prepare(recipe, run, storage)
         freeze_recipe(run, recipe)
         holder = {"host": lease.holder.host, "pid": lease.holder.pid, "by": "torchrun"}
+        phases.end(DATA)
+        job = Job(storage.url, lease.driver, recipe, total, holder, phases.spent())
         with tracked(recipe, run):
             with rank_log(run, 0):
-                train(Job(storage.url, lease.driver, recipe, total, holder), lambda: any(e.is_set() for e in ends))
+                train(job, lambda: any(e.is_set() for e in ends))
             if finished(run) is None:
                 raise WorkerFailed(f"the workers ended without an error, and {run.url} has not its last commit")
         state = "succeeded"

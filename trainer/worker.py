@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,13 +29,14 @@ from trainer.committer import Committed, Committer, Held, StaleAlarm
 from trainer.data import Batch, Cursor, Stream, eval_batches, open_caches
 from trainer.errors import Interrupted, MusterError
 from trainer.heartbeat import Heartbeat, Pulse, end_culprits, hang_text, store_of_group
+from trainer.job import Job
 from trainer.loop import Hooks, Loop, Position
 from trainer.model import load_tokenizer, save_head_config
 from trainer.origin import Origin
 from trainer.publish import TOTAL_STEPS, publish
-from trainer.recipe import Recipe
 from trainer.recorder import Recorder
 from trainer.rewarding import reward_model
+from trainer.startup import DATA, FIRST_STEP, MODEL, WORKERS, Phases
 from trainer.state import Snapshot, TrainState
 from trainer.storage import open_storage
 from trainer.world import World, join_world, memory_bytes
@@ -48,35 +49,26 @@ log = logging.getLogger(__name__)
 LOG_EVERY_S = 10.0
 
 
-@dataclass(frozen=True)
-class Job:
-    """What a worker is told. ``recipe`` is this attempt's (its resources and strategy may differ from the frozen one);
-    ``holder`` says who claims the attempt."""
-
-    storage: str
-    driver: int
-    recipe: Recipe
-    total_steps: int
-    holder: Mapping[str, Any]
-
-
 def train(job: Job, stop_requested: Callable[[], bool]) -> Position:
     """Trains until the last step; every rank of the attempt calls it.
 
     ``stop_requested`` is asked on every rank after each step; one yes ends the attempt with a commit.
     Raises Interrupted when it ended before the last step, after its state was committed.
     """
+    phases = Phases(time.monotonic(), job.spent)
     torch.manual_seed(job.recipe.seed)
     torch.set_num_threads(job.recipe.resources.cpus_per_worker)
     with join_world(gpu=job.recipe.resources.gpus_per_worker > 0) as world:
-        return Attempt(job, world).run(stop_requested)
+        phases.end(WORKERS)
+        return Attempt(job, world, phases).run(stop_requested)
 
 
 class Attempt:
     """The parts of one attempt on one rank, in the order in which they are made."""
 
-    def __init__(self, job: Job, world: World) -> None:
+    def __init__(self, job: Job, world: World, phases: Phases | None = None) -> None:
         self.job, self.world, self.recipe = job, world, job.recipe
+        self.starting: Phases | None = phases
         self.storage = open_storage(job.storage)
         self.run_storage = self.storage.child(job.recipe.name)
         self.began = time.monotonic()
@@ -87,6 +79,7 @@ class Attempt:
         data = open_data(recipe, run, self.storage.child(layout.PREPARED))
         self.cache, self.eval_cache = open_caches(data.train, data.eval, recipe.data.cache_bytes)
         self.chat_template = data.train.spec.chat_template
+        self._phase_over(DATA)
         self._build(data.train.spec.labels)
         self.number = self.world.from_first(lambda: claim_attempt(run, self.job.driver, dict(self.job.holder)))
         self.recorder = Recorder(run, recipe, self.world, self.number)
@@ -96,6 +89,7 @@ class Attempt:
         restoring = time.monotonic()
         start = self._restore(stream)
         self._say_started(start, time.monotonic() - restoring)
+        self._phase_over(MODEL)
         keep = recipe.checkpoint
         self.retention = Retention(run, self.number, keep_last=keep.keep_last, keep_for_s=keep.keep_for_s)
         self.stall_s, self.stale = 0.0, StaleAlarm(keep.max_age_s)
@@ -216,8 +210,21 @@ class Attempt:
         world = self.world
         return eval_batches(data.eval, self.recipe.training.micro_batch, world.rank, world.size, cache=self.eval_cache)
 
+    def _phase_over(self, phase: str) -> None:
+        if self.starting:
+            self.starting.end(phase)
+
+    def _started(self, step: int) -> None:
+        """After the first step."""
+        if self.starting:
+            self.starting.end(FIRST_STEP)
+            spent = self.starting.spent()
+            self.recorder.event("startup", wait=False, step=step, seconds=spent, total_s=sum(spent.values()))
+            self.starting = None
+
     def _step_done(self, metrics: dict[str, Any]) -> None:
         """A row's ``stall_s`` is what checkpoints took since the row before."""
+        self._started(metrics["step"])
         self.heartbeat.step_done(metrics["step_s"])
         self._log_step(metrics)
         if not self.committer:

@@ -69,7 +69,8 @@ def _train(recipe: Recipe, *, first: bool) -> None:
     import torch.distributed as dist
 
     from trainer.errors import Interrupted
-    from trainer.worker import Job, train
+    from trainer.job import Job
+    from trainer.worker import train
 
     storage = open_storage(recipe.storage)
     run = storage.child(recipe.name)
@@ -92,7 +93,8 @@ def _train(recipe: Recipe, *, first: bool) -> None:
 def train_here(recipe: Recipe, stop_requested: Callable[[], bool] = lambda: False) -> str:
     """Trains the recipe's run in this process, as the one rank there is; returns the state that it ended in."""
     from trainer.errors import Interrupted
-    from trainer.worker import Job, train
+    from trainer.job import Job
+    from trainer.worker import train
 
     storage = open_storage(recipe.storage)
     run = storage.child(recipe.name)

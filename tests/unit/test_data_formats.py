@@ -32,9 +32,11 @@ GOOD = {
 }
 
 
-def encode(format, rows, *, by=None, chat_template=None, labels=("no", "yes"), sequence_length=64, **source):
+def encode(
+    format, rows, *, by=None, chat_template=None, labels=("no", "yes"), sequence_length=64, task="sft", **source
+):
     frozen = FrozenSource("x", format, (), **source)
-    spec = Preparation((frozen,), "t", sequence_length, chat_template=chat_template, labels=labels)
+    spec = Preparation((frozen,), "t", sequence_length, task=task, chat_template=chat_template, labels=labels)
     return open_format(frozen, by or tokenizer(), spec).encode(rows)
 
 
@@ -170,6 +172,36 @@ def test_keys_without_a_value_do_not_reach_the_template():
 
 def sample_of(*target):
     return Encoded(np.arange(len(target), dtype=np.int32), np.array(target, dtype=np.bool_))
+
+
+@pytest.mark.parametrize(
+    ("format", "asked", "answered"),
+    [
+        ("completion", {"prompt": "Who? "}, {"prompt": "Who? ", "completion": "Mira."}),
+        ("completion", {"prompt": "Who? ", "completion": None}, {"prompt": "Who? ", "completion": "Mira."}),
+        ("instruction", {"instruction": "Say who."}, {"instruction": "Say who.", "output": "Mira."}),
+        ("messages", {"messages": CHAT[:-1]}, {"messages": CHAT}),
+        ("messages", {"messages": CHAT[:2]}, {"messages": CHAT[:3]}),
+    ],
+)
+def test_task_ppo_needs_no_answer_in_the_data(format, asked, answered):
+    without, given = encode(format, [asked, answered], task="ppo")
+    assert said(without) == tokenizer().eos_token
+    last = len(given.tokens) - np.flatnonzero(~given.target)[-1] - 1
+    assert without.tokens[:-1].tolist() == given.tokens[:-last].tolist()
+    assert isinstance(encode(format, [asked])[0], Fault) or format == "messages"
+
+
+def test_task_ppo_takes_the_prompts_of_preferences_and_the_chosen_answers():
+    [pair], [alone] = (encode("preference", [GOOD["preference"]], task=task) for task in ("dpo", "ppo"))
+    assert alone.rejected is None
+    assert alone.tokens.tolist() == pair.tokens.tolist()
+    assert alone.target.tolist() == pair.target.tolist()
+
+
+def test_a_conversation_that_the_template_refuses_is_a_fault_for_ppo_too():
+    [refused] = encode("messages", [{"messages": CHAT[:2]}], task="ppo", chat_template="{{ raise_exception('no') }}")
+    assert "the chat template refuses the conversation: no" in refused.reason
 
 
 def test_a_long_sample_is_cut_on_the_right_or_dropped():

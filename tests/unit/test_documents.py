@@ -12,6 +12,9 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
 
+SITE = ROOT / "docs" / ".site" / "mkdocs.yml"
+
+
 def blocks(document: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", document.read_text(), flags=re.S)
 
@@ -56,3 +59,32 @@ def test_the_readme_lists_the_commands_that_there_are() -> None:
     command = typer.main.get_command(app)
     named = set(re.findall(r"^\| `muster ([a-z]+)", (ROOT / "README.md").read_text(), flags=re.M))
     assert named == set(command.commands)  # type: ignore[attr-defined]
+
+
+def test_the_example_of_the_page_for_trl_is_valid() -> None:
+    from trainer.recipe import parse
+
+    (text,) = blocks(ROOT / "docs" / "migration.md", "yaml")
+    assert parse(yaml.safe_load(text)).training.global_batch == 32
+
+
+def test_the_site_has_every_page_fetches_nothing_and_loses_no_link(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mkdocs.commands.build import build
+    from mkdocs.config import load_config
+
+    monkeypatch.setenv("NO_MKDOCS_2_WARNING", "1")
+    config = load_config(str(SITE), site_dir=str(tmp_path / "site"), strict=True)
+    build(config)
+    site = tmp_path / "site"
+    pages = {str(path.relative_to(site).with_suffix(".md")) for path in site.rglob("*.html")}
+    assert {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")} <= pages
+    assert 'href="quickstart.html"' in (site / "index.html").read_text()
+    loaded = re.compile(
+        r"""<(?:script|img|iframe)[^>]+src="(https?:[^"]+)"|<link[^>]+rel="stylesheet"[^>]+href="(https?:[^"]+)"""
+    )
+    for page in site.rglob("*.html"):
+        assert not loaded.findall(page.read_text()), page
+        for target in re.findall(r'<a [^>]*href="([^"#:]+)(?:#[^"]*)?"', page.read_text()):
+            assert (page.parent / target).exists() or target.startswith("/"), f"{page.relative_to(site)}: {target}"

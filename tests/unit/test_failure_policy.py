@@ -17,15 +17,17 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from launcher.capacity import Node
 from launcher.causes import Failure
 from launcher.environment import Environment
+from launcher.order import Order
 from launcher.policies import FailurePolicy, Gathered, NoRoom, SizePolicy, cause_of, gathered
 from launcher.training import scaling
 from tests.support.nodes import node
 from tests.support.training import run_of, small_recipe
 from trainer import layout
 from trainer.errors import CorruptObject, NonFiniteLoss
+from trainer.job import Job
 from trainer.recipe import Recipe, ResourcesSection
 from trainer.reporter import JsonLines, read_rows
-from trainer.worker import Job
+from trainer.startup import Phases
 
 
 @pytest.fixture
@@ -40,8 +42,9 @@ def back_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def policy(recipe: Recipe, folder: Path) -> FailurePolicy:
-    config = FailureConfig(max_failures=recipe.resources.max_failures)
-    return FailurePolicy(config, Job(recipe.storage, 1, recipe, 10, {}), Environment({}, str(folder)))
+    config, order = FailureConfig(max_failures=recipe.resources.max_failures), Order(Phases(0.0))
+    order.give(Job(recipe.storage, 1, recipe, 10, {}))
+    return FailurePolicy(config, recipe, order, Environment({}, str(folder)))
 
 
 def failed(error: Exception) -> WorkerGroupError:
@@ -116,7 +119,9 @@ def sizes(workers: Any, monkeypatch: pytest.MonkeyPatch) -> SizePolicy:
 
 
 def group_on(*nodes: str) -> Any:
-    return SimpleNamespace(workers=[SimpleNamespace(metadata=SimpleNamespace(node_id=n)) for n in nodes])
+    return SimpleNamespace(
+        start_time=0.0, workers=[SimpleNamespace(metadata=SimpleNamespace(node_id=n)) for n in nodes]
+    )
 
 
 def size(decision: object) -> int | None:

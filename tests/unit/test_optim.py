@@ -158,6 +158,7 @@ def test_a_model_of_matrices_alone_has_one_group() -> None:
 RATES: list[tuple[dict[str, Any], list[float]]] = [
     ({"name": "constant"}, [1.0] * 8),
     ({"name": "constant", "warmup_steps": 4}, [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]),
+    ({"name": "constant", "warmup_ratio": 0.4}, [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]),
     ({"name": "linear"}, [1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
     ({"name": "linear", "warmup_steps": 4}, [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25]),
     ({"name": "linear", "warmup_steps": 4, "min_lr_ratio": 0.2}, [0.25, 0.5, 0.75, 1.0, 1.0, 0.8, 0.6, 0.4]),

@@ -37,6 +37,14 @@ def test_schema_writes_json_and_nothing_else() -> None:
     assert json.loads(result.stdout) == json.loads((ROOT / "recipes" / "recipe.schema.json").read_text())
 
 
+def test_convert(tmp_path: Path) -> None:
+    file = tmp_path / "theirs.yml"
+    file.write_text("base_model: a/b\nlearning_rate: 1e-4\ndatasets: [{path: a/b, type: alpaca}]\n")
+    result = muster("convert", "axolotl", str(file), cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "path: hf://a/b" in result.stdout
+
+
 def test_ls_of_an_empty_storage(tmp_path: Path) -> None:
     result = muster("ls", str(tmp_path))
     assert result.returncode == 0, result.stderr

@@ -204,6 +204,7 @@ def test_an_at_sign_elsewhere_is_no_credential(url: str) -> None:
         ),
         ({"optimizer": {"lr": 1.0, "name": "paged_adamw_8bit"}}, "optimizer.name", "use adamw_8bit"),
         ({"schedule": {"warmup_steps": 11}}, "schedule.warmup_steps", "training.steps 10"),
+        ({"schedule": {"warmup_steps": 3, "warmup_ratio": 0.1}}, "schedule.warmup_ratio", "give one of them"),
     ],
 )
 def test_values_that_cannot_stand_together(change: dict[str, Any], path: str, words: str) -> None:

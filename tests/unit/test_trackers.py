@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import struct
+import time
 import urllib.error
 import urllib.request
 from collections import Counter
@@ -138,17 +139,28 @@ def wandb_records(data: bytes) -> Iterator[bytes]:
 
 
 def wandb_points(folder: Path) -> tuple[list[tuple[str, int, float]], set[str]]:
-    """(name, step, value) of all offline files, and the ids of their runs."""
+    """(name, step, value) of all offline files, and the ids of their runs. The process that writes them may end after
+    the run that it writes of, and its last record is how that ended."""
+    deadline = time.monotonic() + 20
+    while (found := _wandb_points(folder))[2] == "" and time.monotonic() < deadline:
+        time.sleep(0.1)
+    return found[0], found[1]
+
+
+def _wandb_points(folder: Path) -> tuple[list[tuple[str, int, float]], set[str], str]:
     pb = pytest.importorskip("wandb.proto.wandb_internal_pb2")
-    points, ids = [], set()
+    points, ids, ended = [], set(), ""
     for file in sorted(folder.glob("wandb/offline-run-*/*.wandb")):
         ids.add(file.stem.removeprefix("run-"))
+        ended = ""
         for data in wandb_records(file.read_bytes()):
             record = pb.Record.FromString(data)
             if record.WhichOneof("record_type") == "history":
                 row = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
                 points += [(name, int(row["_step"]), value) for name, value in row.items()]
-    return points, ids
+            elif record.WhichOneof("record_type") == "exit":
+                ended = file.name
+    return points, ids, ended
 
 
 def tell_and_die(recipe: Recipe) -> None:

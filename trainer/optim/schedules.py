@@ -27,9 +27,10 @@ SHAPES: dict[str, Callable[[float], float]] = {"constant": _constant, "linear": 
 def learning_rate(section: ScheduleSection, peak: float, step: int, total_steps: int) -> float:
     """The rate for optimizer step ``step`` (from 1): rises linearly to ``peak`` over the warm-up, then follows the
     shape down to ``peak * min_lr_ratio``, which the step after the last one would reach."""
-    if step <= section.warmup_steps:
-        return peak * step / section.warmup_steps
-    span = max(1, total_steps - section.warmup_steps)
-    progress = min(1.0, (step - section.warmup_steps - 1) / span)
+    warmup = section.warmup(total_steps)
+    if step <= warmup:
+        return peak * step / warmup
+    span = max(1, total_steps - warmup)
+    progress = min(1.0, (step - warmup - 1) / span)
     floor = section.min_lr_ratio
     return peak * (floor + (1.0 - floor) * SHAPES[section.name](progress))

@@ -37,7 +37,7 @@ TASK_FORMATS: dict[str, tuple[str, ...]] = {
     "classification": ("classification",),
     "reward": ("preference",),
     "dpo": ("preference",),
-    "ppo": ("completion", "qa", "instruction", "messages"),
+    "ppo": ("completion", "qa", "instruction", "messages", "preference"),
 }
 """The formats that each task learns from."""
 

@@ -55,7 +55,7 @@ def _sections(section: type[Section], path: KeyPath) -> Iterator[str]:
     """A table per section: the section itself, then those inside it, in the order of the file."""
     title = f"## {_name(path)}" if path else "## Top level"
     shapes = schema()["$defs"].get(section.__name__, schema())["properties"]
-    rows = [_row(name, field, shapes[name]) for name, field in section.model_fields.items()]
+    rows = [_row((*path, name), field, shapes[name]) for name, field in section.model_fields.items()]
     lines = [
         title,
         "",
@@ -77,9 +77,10 @@ def _name(path: KeyPath) -> str:
     return f"{dotted(path)} (each entry, of eval too)" if path == ("data", "train") else dotted(path)
 
 
-def _row(name: str, field: FieldInfo, described: dict[str, Any]) -> str:
-    inner = section_of(field.annotation)
-    about = f"see [{name}](#{name})" if inner else _one_line(field.description or "")
+def _row(path: KeyPath, field: FieldInfo, described: dict[str, Any]) -> str:
+    inner, name = section_of(field.annotation), path[-1]
+    # The heading's anchor: its letters, without the dots.
+    about = f"see [{name}](#{dotted(path).replace('.', '')})" if inner else _one_line(field.description or "")
     cells = (f"`{name}`", _takes(field, described), _default(field), about)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 

@@ -8,7 +8,7 @@ driver: `wandb sync --append` joins them.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,21 @@ from trainer.recipe import Recipe
 from trainer.storage import Storage, local_path
 from trainer.tracking.base import Curve, Mark, Point
 
-INIT_TIMEOUT_S = 60.0
-FINISH_TIMEOUT_S = 20.0
+SETTINGS = {
+    # This program's output, its arguments and its machine are none of a tracker's business.
+    "console": "off",
+    "silent": True,
+    "disable_git": True,
+    "save_code": False,
+    "x_disable_meta": True,
+    "x_disable_stats": True,
+    "x_disable_machine_info": True,
+    "x_save_requirements": False,
+    "init_timeout": 60.0,
+    "finish_timeout": 20.0,
+    # Of its files W&B writes every 15 s otherwise, and a driver that is killed loses what was not written.
+    "x_transaction_log_flush_interval": 2.0,
+}
 
 
 class Wandb:
@@ -30,19 +43,6 @@ class Wandb:
 
         self.check(curve.recipe)
         section = curve.recipe.wandb
-        settings = wandb.Settings(
-            # This program's output, its arguments and its machine are none of a tracker's business.
-            console="off",
-            silent=True,
-            disable_git=True,
-            save_code=False,
-            x_disable_meta=True,
-            x_disable_stats=True,
-            x_disable_machine_info=True,
-            x_save_requirements=False,
-            init_timeout=INIT_TIMEOUT_S,
-            finish_timeout=FINISH_TIMEOUT_S,
-        )
         self._run: Any = wandb.init(
             project=section.project,
             entity=section.entity,
@@ -56,7 +56,7 @@ class Wandb:
             allow_val_change=True,  # resources and strategy may change between attempts
             resume="allow" if section.mode == "online" else None,
             reinit="create_new",
-            settings=settings,
+            settings=wandb.Settings(**_settings(wandb.Settings.model_fields)),
         )
 
     @staticmethod
@@ -76,6 +76,11 @@ class Wandb:
 
     def close(self, state: str) -> None:
         self._run.finish(exit_code=1 if state == "failed" else 0)
+
+
+def _settings(known: Container[str]) -> dict[str, Any]:
+    """Those that this version has: W&B promises nothing for names with x_."""
+    return {name: value for name, value in SETTINGS.items() if not name.startswith("x_") or name in known}
 
 
 def folder_of(recipe: Recipe, run: Storage) -> str:

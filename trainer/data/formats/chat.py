@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from trainer.data.formats.columns import encodable
+from trainer.data.formats.joined import eos_of
 from trainer.data.formats.turns import Turn
 from trainer.data.rows import Encoded, Fault
 from trainer.data.types import Bools
@@ -37,6 +38,21 @@ class Chat:
             return checked
         return self._encode_by_offsets(text, said) if self.tokenizer.is_fast else self._encode_by_parts(text, said)
 
+    def ask(self, turns: list[Turn], tools: Tools = None) -> Encoded | Fault:
+        """A conversation that waits for the assistant: its opening is the prompt, and the answer the end of text."""
+        from jinja2 import TemplateError
+
+        try:
+            text = encodable(self._render(turns, tools, generation=True))
+        except (TemplateError, TypeError, KeyError, ValueError) as error:
+            return _refused(error)
+        if isinstance(text, Fault):
+            return text
+        tokens = [*self._ids(text), eos_of(self.tokenizer, "messages")]
+        target = np.zeros(len(tokens), dtype=np.bool_)
+        target[-1] = True
+        return Encoded(np.array(tokens, dtype=np.int32), target)
+
     def _render_turns(self, turns: list[Turn], tools: Tools, last_only: bool) -> tuple[str, list[Interval]] | Fault:
         """The conversation's text, and the character ranges that the assistant said."""
         from jinja2 import TemplateError
@@ -54,7 +70,7 @@ class Chat:
                 before = closed
             text = self._render(turns, tools, generation=False)
         except (TemplateError, TypeError, KeyError, ValueError) as error:
-            return Fault(f"the chat template refuses the conversation: {error}")
+            return _refused(error)
         return (text, said) if text.startswith(before) else _not_a_prefix(len(turns) - 1)
 
     def _render(self, turns: list[Turn], tools: Tools, generation: bool) -> str:
@@ -91,6 +107,10 @@ def _within(starts: np.ndarray[Any, np.dtype[np.int64]], said: list[Interval]) -
     for low, high in said:
         target |= (starts >= low) & (starts < high)
     return target
+
+
+def _refused(error: Exception) -> Fault:
+    return Fault(f"the chat template refuses the conversation: {error}")
 
 
 def _not_a_prefix(turn: int) -> Fault:

@@ -73,6 +73,12 @@ class Columns:
             return self.value(row, role)
         return row.get(role)
 
+    def answer(self, row: Row, role: str, of_prompts: bool) -> str | Fault:
+        """What is said to a prompt: where only prompts are needed, "" for a row that has nothing there."""
+        if of_prompts and self.optional(row, role) is None:
+            return ""
+        return self.text(row, role)
+
     def filled(self, row: Row, template: str) -> str | Fault:
         """The template with the row's columns in it."""
         values = {name: self.value(row, name) for name in self.fields}

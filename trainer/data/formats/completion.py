@@ -1,4 +1,7 @@
-"""completion: a prompt and its completion. A template, filled with the row's columns, makes the prompt."""
+"""completion: a prompt and its completion. A template, filled with the row's columns, makes the prompt.
+
+Task ppo writes completions itself: there a row may lack one.
+"""
 
 from __future__ import annotations
 
@@ -13,14 +16,14 @@ from trainer.data.spec import FrozenSource, Preparation
 
 class Completion:
     def __init__(self, source: FrozenSource, tokenizer: Any, spec: Preparation) -> None:
-        del spec  # prompt and completion are taken as they stand
         self.joiner, self.columns = Joiner(tokenizer, "completion"), Columns(source)
+        self.of_prompts = spec.task == "ppo"
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded | Fault]:
-        return self.joiner.encode([texts_of(row, self.columns) for row in rows])
+        return self.joiner.encode([texts_of(row, self.columns, of_prompts=self.of_prompts) for row in rows])
 
 
-def texts_of(row: Row, columns: Columns) -> Pair | Fault:
+def texts_of(row: Row, columns: Columns, *, of_prompts: bool = False) -> Pair | Fault:
     template = columns.template
     prompt = columns.text(row, "prompt") if template is None else columns.filled(row, template)
-    return both(prompt, columns.text(row, "completion"))
+    return both(prompt, columns.answer(row, "completion", of_prompts))

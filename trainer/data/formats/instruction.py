@@ -1,6 +1,7 @@
 """instruction: Alpaca's prompt around an instruction and, where there is one, its input; the output is the completion.
 
-The wording is that of Stanford Alpaca (Taori et al. 2023). A template takes its place.
+The wording is that of Stanford Alpaca (Taori et al. 2023). A template takes its place. Task ppo writes outputs
+itself: there a row may lack one.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ PROMPT_WITH_INPUT = (
 
 class Instruction:
     def __init__(self, source: FrozenSource, tokenizer: Any, spec: Preparation) -> None:
-        del spec
         self.joiner, self.columns = Joiner(tokenizer, "instruction"), Columns(source)
+        self.of_prompts = spec.task == "ppo"
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded | Fault]:
-        return self.joiner.encode([both(self._prompt(row), self.columns.text(row, "output")) for row in rows])
+        outputs = [self.columns.answer(row, "output", self.of_prompts) for row in rows]
+        return self.joiner.encode([both(self._prompt(row), output) for row, output in zip(rows, outputs, strict=True)])
 
     def _prompt(self, row: Row) -> str | Fault:
         if self.columns.template is not None:

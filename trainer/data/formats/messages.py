@@ -1,5 +1,6 @@
 """messages: a conversation through the chat template, with the loss on what the assistant says. Turns of tools are
-kept, and a row's ``tools`` are given to the template."""
+kept, and a row's ``tools`` are given to the template. Task ppo answers a conversation that does not end with the
+assistant."""
 
 from __future__ import annotations
 
@@ -17,6 +18,7 @@ from trainer.errors import InputError
 class Messages:
     def __init__(self, source: FrozenSource, tokenizer: Any, spec: Preparation) -> None:
         self.chat, self.columns = Chat(tokenizer, spec.chat_template), Columns(source)
+        self.of_prompts = spec.task == "ppo"
         if not self.chat.template:
             raise InputError(
                 f"data source {source.path}: the format messages needs a chat template, and neither the tokenizer nor "
@@ -30,4 +32,8 @@ class Messages:
         turns, tools = turns_of(self.columns.value(row, "messages")), tools_of(self.columns.optional(row, "tools"))
         if isinstance(turns, Fault):
             return turns
-        return tools if isinstance(tools, Fault) else self.chat.encode(turns, tools)
+        if isinstance(tools, Fault):
+            return tools
+        if self.of_prompts and turns[-1]["role"] != "assistant":
+            return self.chat.ask(turns, tools)
+        return self.chat.encode(turns, tools)

@@ -2,7 +2,8 @@
 
 Texts are read as in completion. Turns go through the chat template, whether they stand as prompt, chosen and rejected
 (each a turn, a list of turns, or text) or as ShareGPT's ``conversations`` before a chosen and a rejected turn. An
-answer that opens with another's turn is the whole conversation.
+answer that opens with another's turn is the whole conversation. Task ppo takes the prompts alone, the chosen answer
+being what rewards may compare with.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ SIDES = ("chosen", "rejected")
 class Preference:
     def __init__(self, source: FrozenSource, tokenizer: Any, spec: Preparation) -> None:
         self.joiner, self.chat = Joiner(tokenizer, "preference"), Chat(tokenizer, spec.chat_template)
-        self.columns = Columns(source)
+        self.columns, self.of_prompts = Columns(source), spec.task == "ppo"
 
     def encode(self, rows: Sequence[Row]) -> list[Encoded | Fault]:
+        if self.of_prompts:
+            return self._encode_side(rows, SIDES[0])
         sides = [self._encode_side(rows, side) for side in SIDES]
         return [self._paired(row, *answers) for row, *answers in zip(rows, *sides, strict=True)]
 

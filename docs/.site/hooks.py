@@ -1,0 +1,46 @@
+"""What lies beside docs/ and belongs to the site: the README as its first page, the recipes, and links to them.
+
+In a checkout ``../recipes/README.md`` and ``../deepspeed/`` lead where they say. The site has pages for Markdown, the
+file itself for a recipe, and for what it does not have the words of the link alone.
+"""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = {"README.md": "index.md", "recipes/README.md": "recipes/README.md", "CHANGELOG.md": "CHANGELOG.md"}
+LINK = re.compile(r"\[([^\[\]]*)\]\((?!\w+:)([^)#\s]+)(#[^)\s]*)?\)")
+
+
+def beside_docs() -> dict[str, str]:
+    """Place in the site for each file of the checkout that it takes."""
+    recipes = [path.relative_to(ROOT).as_posix() for path in sorted((ROOT / "recipes").glob("*.yaml"))]
+    return PAGES | {name: name for name in recipes}
+
+
+def on_files(files: Files, config: Any) -> Files:
+    for source, name in beside_docs().items():
+        files.append(File.generated(config, name, abs_src_path=str(ROOT / source)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    here = page.file.src_uri
+    source = {name: source for source, name in beside_docs().items()}.get(here, f"docs/{here}")
+
+    def lead(link: re.Match[str]) -> str:
+        words, target, anchor = link[1], link[2], link[3] or ""
+        place = posixpath.normpath(posixpath.join(posixpath.dirname(source), target))
+        inside = PurePosixPath(place).is_relative_to("docs") and not (ROOT / place).is_dir()
+        there = posixpath.relpath(place, "docs") if inside else beside_docs().get(place.removesuffix("/"))
+        if there is None and (ROOT / place / "README.md").is_file():
+            there = beside_docs().get(f"{place}/README.md")
+        return f"[{words}]({posixpath.relpath(there, posixpath.dirname(here) or '.')}{anchor})" if there else words
+
+    return LINK.sub(lead, markdown)

@@ -1,0 +1,81 @@
+"""``muster convert``: another trainer's settings as a recipe, with the name of each key that has no place in one.
+
+A source is a module with ``convert(settings, file, workers) -> Draft`` and a line in SOURCES. What comes out is read
+back by the recipe's own model before it is printed: it is valid, or nothing is printed and what stands in the way is
+said.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.text import Text
+
+from launcher.console import stderr
+from launcher.convert.draft import Draft
+from launcher.convert.writing import written
+from trainer.errors import RecipeError, UsageError
+from trainer.registry import Registry
+
+SOURCES = Registry(
+    "source of recipes",
+    {
+        "axolotl": "launcher.convert.axolotl:convert",
+        "llamafactory": "launcher.convert.llamafactory:convert",
+    },
+)
+
+
+def convert(
+    source: Annotated[str, typer.Argument(metavar="axolotl|llamafactory", help="whose settings FILE holds")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="the YAML file")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="write the recipe here instead of on stdout")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="GPUs that it ran on, which its batch is multiplied by")
+    ] = None,
+) -> None:
+    """Turn the settings of axolotl or LLaMA-Factory into a recipe, and say what could not be carried over."""
+    draft = SOURCES.load(source)(read(file), file, workers)
+    text, hindrances = checked(draft, source, file)
+    console = stderr()
+    for line in draft.report():
+        console.print(Text(line), soft_wrap=True)
+    if hindrances:
+        raise UsageError("\n".join([f"{file} gives no recipe:", *(f"  {line}" for line in hindrances)]))
+    if out is None:
+        print(text, end="")
+    else:
+        out.write_text(text, encoding="utf-8")
+        console.print(Text(f"wrote {out}"), soft_wrap=True)
+
+
+def checked(draft: Draft, source: str, file: Path) -> tuple[str, list[str]]:
+    """The recipe's text, and what stands in its way: what the source named, or else what the recipe's model says."""
+    from trainer.recipe import loads
+
+    hindrances = [f"{key}: {reason}" for key, reason in draft.hindrances.items()]
+    text = written(draft, source, file)
+    if not hindrances:
+        try:
+            loads(text)
+        except RecipeError as error:
+            hindrances = [f"{mistake.path}: {mistake.message}" for mistake in error.mistakes]
+    return text, hindrances
+
+
+def read(file: Path) -> dict[str, Any]:
+    """The settings, by the rules of YAML 1.1 that both programs read them by."""
+    try:
+        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UsageError(f"{file}: there is no such file") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{file} cannot be read: {error}") from None
+    except yaml.YAMLError as error:
+        raise UsageError(f"{file} is not YAML: {error}") from None
+    if not isinstance(settings, dict):
+        raise UsageError(f"{file} holds no mapping of settings")
+    return {str(key): value for key, value in settings.items()}

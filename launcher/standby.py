@@ -1,0 +1,119 @@
+"""Ray, and workers that stand by in it, while the driver checks the inputs and prepares the data.
+
+Ray is joined or started in a thread: that is mostly waiting for its processes. Where there is room at once for all the
+workers, they are started as soon as Ray answers; otherwise, and where preparing the data may take every CPU for long,
+the driver starts them when their turn comes.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from contextlib import AbstractContextManager
+from typing import TYPE_CHECKING
+
+from launcher.environment import Environment
+from launcher.order import Order
+from trainer.begin import has_commits
+from trainer.errors import MusterError
+from trainer.lease import read_lease
+from trainer.recipe import Recipe
+from trainer.startup import Phases
+from trainer.storage import Storage
+
+if TYPE_CHECKING:
+    from launcher.training import Fit
+
+log = logging.getLogger(__name__)
+
+LEAVE_S = 5.0
+
+
+class Standby:
+    """Entered before the inputs are checked; `joined` waits for Ray, and raises why there is none."""
+
+    def __init__(self, recipe: Recipe, run: Storage, address: str | None, phases: Phases) -> None:
+        self.order = Order(phases)
+        self._recipe, self._run, self._address = recipe, run, address
+        self._fit: Fit | None = None
+        self._error: BaseException | None = None
+        self._session: AbstractContextManager[None] | None = None
+        self._ready, self._over = threading.Event(), threading.Event()
+        self._thread = threading.Thread(target=self._work, name="ray-start", daemon=True)
+
+    def __enter__(self) -> Standby:
+        from launcher.ray_session import ray_session
+
+        self._session = ray_session(self._address, self._recipe.resources)
+        # Here and now: two threads that import parts of one library at once may meet it half made.
+        import launcher.training  # noqa: F401
+
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._ready.wait()
+        if self._fit is not None:
+            self._fit.leave(LEAVE_S)
+        if self._session is not None:
+            self._session.__exit__(None, None, None)
+        self._over.set()
+
+    @property
+    def waiting(self) -> bool:
+        """Whether workers stand by."""
+        return self._fit is not None
+
+    def joined(self) -> None:
+        self._ready.wait()
+        if self._error is not None:
+            raise self._error
+
+    def workers(self) -> Fit:
+        """Those that stand by, or new ones, also where those have not lasted."""
+        if self._fit is None or self._fit.wait(0):
+            self._fit = self._start()
+        return self._fit
+
+    def _start(self) -> Fit:
+        from launcher.training import Fit
+
+        return Fit(self._recipe, self.order, Environment.current(), autoscaled=self._address is not None)
+
+    def _work(self) -> None:
+        """Stays until the end: Ray's processes die with the thread that has started them."""
+        try:
+            self._begin()
+        finally:
+            self._ready.set()
+        self._over.wait()
+
+    def _begin(self) -> None:
+        assert self._session is not None
+        try:
+            self._session.__enter__()
+        except BaseException as error:
+            self._error, self._session = error, None
+            return
+        try:
+            if self._may_begin() and self._room():
+                self._fit = self._start()
+        except Exception:  # they are started later, and what is wrong is said then
+            log.debug("no workers were started ahead", exc_info=True)
+
+    def _may_begin(self) -> bool:
+        """Not beside a driver that holds the run, nor with GPUs that would wait for all of the data to be prepared."""
+        recipe = self._recipe
+        try:
+            lease = read_lease(self._run)
+            if lease is not None and lease.is_alive(time.time()):
+                return False
+            return recipe.training.steps is not None or not recipe.resources.gpus_per_worker or has_commits(self._run)
+        except MusterError:
+            return False
+
+    def _room(self) -> bool:
+        from launcher.capacity import nodes_of_cluster, room
+
+        return room(self._recipe.resources, nodes_of_cluster(), {}) >= self._recipe.resources.max_workers
