@@ -39,6 +39,7 @@ from trainer.heartbeat import (
     store_of_group,
 )
 from trainer.job import Job
+from trainer.libraries import load_libraries
 from trainer.loop import Hooks, Loop, Position
 from trainer.metering import meter_of
 from trainer.model import load_tokenizer, save_head_config
@@ -68,6 +69,7 @@ def train(job: Job, stop_requested: Callable[[], bool]) -> Position:
     Raises Interrupted when it ended before the last step, after its state was committed.
     """
     phases = Phases(time.monotonic(), job.spent)
+    load_libraries()
     torch.manual_seed(job.recipe.seed)
     torch.set_num_threads(job.recipe.resources.cpus_per_worker)
     if job.recipe.compute.tf32:

@@ -72,6 +72,7 @@ def at_night(*given: Any) -> Any:
         at_night({"model.dtype": "bfloat16", "model.quantization": "nf4"}),
         at_night({"strategy.kind": "fsdp", "adapter.method": "none", "model.dtype": "bfloat16"}),
         at_night({"adapter.method": "dora"}),
+        at_night({"model.quantization": "int8"}),
     ],
 )
 def test_a_compiled_run_learns_the_same(
@@ -156,6 +157,7 @@ def test_without_a_compiler_it_is_said_before_the_first_step(monkeypatch: pytest
         ({"compute": {"tf32": True}}, "has no effect on CPUs"),
         ({"compute": {"tf32": True}, **GPU, **BF16}, "has no effect on products in bfloat16"),
         ({"compute": {"compile": True}, "exact": True}, "exact promises the same bytes"),
+        ({"compute": {"compile": True}, "strategy": {"kind": "zero3"}}, "that zero3 gathers parameters for"),
         ({"compute": {"peak_tflops": 0}}, "compute.peak_tflops"),
     ],
 )

@@ -155,6 +155,11 @@ RULES = (
         lambda r: f"has no effect on products in {r.model.dtype}; set it to false, or model.dtype to float32",
     ),
     Rule(
+        (("compute", "compile"), ("strategy", "kind")),
+        lambda r: r.compute.compile and r.strategy.kind == "zero3",
+        lambda r: "would be done anew for each module that zero3 gathers parameters for; use fsdp, or zero2",
+    ),
+    Rule(
         (("compute", "compile"), ("task",)),
         lambda r: r.compute.compile and r.task == "ppo",
         lambda r: "takes no layers that write texts token by token by a cache, as task ppo does; set it to false",
