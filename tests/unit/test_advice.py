@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from launcher.advice import SYMPTOMS, advise
 from launcher.causes import Cause, Failure, useful_stack
-from tests.support.planning import SMALL, plan_recipe
+from tests.support.planning import plan_recipe
 from trainer.errors import NonFiniteLoss, note_where, where_of
 from trainer.recipe import Recipe, load
 
@@ -52,15 +53,21 @@ def test_every_symptom_has_a_case_above_or_below():
     assert firsts == set(range(len(SYMPTOMS)))
 
 
-def test_a_full_gpu_is_answered_with_what_the_plan_says_would_fit(tmp_path):
-    shape = {**SMALL, "hidden_size": 1024, "num_hidden_layers": 16, "vocab_size": 32000, "head_dim": 256}
-    changes = {"data.sequence_length": 512, "training.micro_batch": 32, "training.global_batch": 64}
-    recipe = plan_recipe(tmp_path, shape, **changes)
-    said = advise(Cause(OOM.format("3.00"), 1), recipe, RUN)
+def test_a_full_gpu_is_answered_with_what_the_plan_says_would_fit(recipe, monkeypatch):
+    asked = []
+
+    def make(recipe, device, *others):
+        asked.append(device)
+        fits = [] if device > 100 << 30 else [SimpleNamespace(overrides=("strategy.kind=fsdp", "resources.workers=8"))]
+        return SimpleNamespace(suggestions=fits)
+
+    monkeypatch.setattr("launcher.planning.make", make)
+    said = advise(Cause(OOM.format("23.50"), 1), recipe, RUN)
     assert "the GPU's memory is full" in said
-    assert "one of these fits: training.micro_batch=1" in said
+    assert said.endswith("the plan says that one of these fits: strategy.kind=fsdp resources.workers=8")
     roomy = advise(Cause(OOM.format("500.00"), 1), recipe, RUN)
     assert "muster plan RECIPE --gpu-memory 500GiB" in roomy
+    assert asked == [int(23.5 * (1 << 30)), 500 << 30]
 
 
 def test_a_plan_that_cannot_be_made_leaves_the_command(recipe, monkeypatch):
