@@ -37,8 +37,9 @@ def status_table(status: Status) -> Table:
 
 def runs_table(runs: list[Status], now: float) -> Table:
     """``now`` is unix s: the age is that of the last step while a run goes on, and else that of its end."""
-    progress = Column("progress", no_wrap=True)
-    table = Table("run", "state", progress, "loss", "eval loss", "age", "workers", "attempts", box=box.SIMPLE)
+    run_name = Column("run", overflow="fold", min_width=12)
+    whole = [Column(name, no_wrap=True) for name in ("state", "progress", "loss", "eval", "age", "workers", "attempts")]
+    table = Table(run_name, *whole, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for run in runs:
         steps = f"{run.step}/{run.total_steps}" + (f" {run.step / run.total_steps:4.0%}" if run.total_steps else "")
         losses = (run.metrics.get(name) for name in ("loss", "eval_loss"))
