@@ -18,20 +18,12 @@ if TYPE_CHECKING:
 STATE_STYLES = {"running": "cyan", "succeeded": "green", "failed": "red", "interrupted": "yellow"}
 
 
-def status_table(status: Status) -> Table:
-    table = Table(box=box.SIMPLE, show_header=False, title=status.uri, title_justify="left")
-    table.add_row("state", status.state + (f" ({status.holder})" if status.holder else ""))
-    if status.job:
-        table.add_row("job", Text(status.job))
-    table.add_row("step", f"{status.step} of {status.total_steps}")
-    table.add_row("attempts", str(status.attempts))
-    table.add_row("workers", str(status.world_size))
-    table.add_row("samples", f"{status.samples:,}")
-    for name in ("loss", "eval_loss", "lr", "tokens_per_s"):
-        if status.metrics.get(name) is not None:
-            table.add_row(name, f"{status.metrics[name]:,.6g}")
+def checkpoints_table(status: Status) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("checkpoint", "committed at", "uri"):
+        table.add_column(name, overflow="fold")
     for checkpoint in status.checkpoints:
-        table.add_row(f"checkpoint {checkpoint.step}", f"{checkpoint.committed_at}  {checkpoint.uri}")
+        table.add_row(str(checkpoint.step), Text(checkpoint.committed_at[:19]), Text(checkpoint.uri))
     return table
 
 
