@@ -74,7 +74,7 @@ SYMPTOMS = (
         _sign(r"can't allocate memory|cannot allocate memory|^rank \d+ died: .*out of memory|MemoryError"),
         "the host's memory is full",
         lambda failed: (
-            f"fewer workers per host, or a smaller training.micro_batch; `muster plan RECIPE` says "
+            "fewer workers per host, or a smaller training.micro_batch; `muster plan RECIPE` says "
             "what each rank takes of its host"
         ),
     ),
