@@ -18,7 +18,18 @@ from rich.text import Text
 
 from cluster import KINDS
 from cluster.standing import RAY_JOB
-from launcher import answering, convert, doctor, evaluating, exporting, planning, preparing, serving, submitting
+from launcher import (
+    answering,
+    convert,
+    doctor,
+    evaluating,
+    exporting,
+    planning,
+    preparing,
+    serving,
+    submitting,
+    watching,
+)
 from launcher.console import stderr
 from trainer.errors import Interrupted, MusterError, RecipeError, StartAgain, UsageError
 from trainer.recipe_at import recipe_at
@@ -27,7 +38,6 @@ if TYPE_CHECKING:
     from trainer.recipe import Recipe
 
 ROOT = Path(__file__).resolve().parents[1]
-LOOK_DEADLINE_S = 15.0  # of the commands that only read: a person waits
 
 app = typer.Typer(
     name="muster",
@@ -159,42 +169,6 @@ def schema() -> None:
 
 
 @app.command()
-def status(
-    run_uri: Annotated[str, typer.Argument(metavar="RUN_URI", help="where the run lies, as muster ls prints it")],
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
-) -> None:
-    """Say what a run is doing, from its storage alone."""
-    from launcher.status import read_status
-    from launcher.tables import status_table
-    from trainer.storage import open_storage
-
-    found = read_status(open_storage(run_uri, deadline_s=LOOK_DEADLINE_S))
-    if as_json:
-        print(json.dumps(found.to_json()))
-    else:
-        Console().print(status_table(found))
-
-
-@app.command("ls")
-def list_(
-    storage: Annotated[str, typer.Argument(metavar="STORAGE_URI", help="the storage of a recipe, e.g. s3://runs")],
-    as_json: Annotated[bool, typer.Option("--json", help="a JSON list on stdout")] = False,
-) -> None:
-    """List the runs in a storage."""
-    from launcher.status import list_runs
-    from launcher.tables import runs_table
-    from trainer.storage import open_storage
-
-    found = list_runs(open_storage(storage, deadline_s=LOOK_DEADLINE_S))
-    if as_json:
-        print(json.dumps([s.to_json() for s in found]))
-    elif not found:
-        stderr().print(Text(f"no run lies in {storage}"), soft_wrap=True)
-    else:
-        Console().print(runs_table(found))
-
-
-@app.command()
 def matrix(
     task: Annotated[str | None, typer.Option(help="of this task alone")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="all cells as a JSON list on stdout")] = False,
@@ -215,6 +189,10 @@ def matrix(
     console.print(support.reasons(tuple(r for r in REFUSALS if not r.task or set(r.task) & set(tasks))))
 
 
+app.command()(watching.status)
+app.command("ls")(watching.list_)
+app.command()(watching.logs)
+app.command()(watching.track)
 app.command()(convert.convert)
 app.command()(preparing.prepare)
 app.command()(planning.plan)

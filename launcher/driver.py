@@ -21,7 +21,7 @@ from launcher.environment import Environment
 from launcher.progress import Progress
 from launcher.standby import Standby
 from trainer import layout
-from trainer.begin import check_same_recipe, freeze_recipe, prepare_data
+from trainer.begin import check_same_recipe, freeze_recipe, has_commits, prepare_data
 from trainer.checkpoint import list_commits, read_claims
 from trainer.errors import InputError, Interrupted, MusterError, WorkerFailed
 from trainer.job import Job
@@ -31,6 +31,7 @@ from trainer.recipe import Recipe
 from trainer.reporter import Events
 from trainer.startup import DATA, IMPORT, RAY, Phases, process_began
 from trainer.storage import Storage, local_path, open_storage
+from trainer.tracking import check_trackers, tracked
 
 POLL_S = 0.5
 FIRST_LOOK_S = 30.0  # a storage that does not answer now is more likely a wrong address than a bad minute
@@ -56,7 +57,7 @@ def run(recipe: Recipe, progress: Progress, *, takeover: bool = False) -> str:
     here = standing(os.environ)
     progress.phase(f"joining Ray at {here.ray_address}" if here.ray_address else "starting Ray")
     with Signals(progress) as signals, Standby(recipe, first_look, here.ray_address, phases) as standby:
-        check_inputs(recipe, progress)
+        check_inputs(recipe, progress, begun=has_commits(first_look))
         phases.end(IMPORT)
         job = here.job
         check_not_cancelled(run_storage, job)
@@ -65,11 +66,18 @@ def run(recipe: Recipe, progress: Progress, *, takeover: bool = False) -> str:
         return _hold(recipe, storage, run_storage, lease, signals, progress, standby, phases)
 
 
-def check_inputs(recipe: Recipe, progress: Progress) -> None:
-    """Storage, model and data, before any worker starts. Raises InputError."""
+def check_inputs(recipe: Recipe, progress: Progress, *, begun: bool = False) -> None:
+    """Trackers, storage, model and data, before any worker starts. Raises InputError; a run that has ``begun`` goes on
+    without a tracker that is not there, and says so."""
     from launcher.inputs import check_model, check_storage
 
     check_lasting(recipe, standing(os.environ).job)
+    try:
+        check_trackers(recipe)
+    except InputError as error:
+        if not begun:
+            raise
+        progress.warn(str(error))
     progress.phase("checking storage, model and data")
     storage = open_storage(recipe.storage, deadline_s=FIRST_LOOK_S)
     if not check_storage(storage):
@@ -102,11 +110,12 @@ def _hold(
     """Everything that happens while the lease is held; it is released with the state in which the run really is."""
     state = "failed"
     try:
-        _train(recipe, storage, run_storage, lease, signals, progress, standby, phases)
-        if finished(run_storage) is None:
-            if signals.stopped or _reached(run_storage, recipe.training.stop_after):
-                raise Interrupted(_stopped_text(run_storage))
-            raise WorkerFailed(f"the workers ended without an error, and {run_storage.url} has not its last commit")
+        with tracked(recipe, run_storage):
+            _train(recipe, storage, run_storage, lease, signals, progress, standby, phases)
+            if finished(run_storage) is None:
+                if signals.stopped or _reached(run_storage, recipe.training.stop_after):
+                    raise Interrupted(_stopped_text(run_storage))
+                raise WorkerFailed(f"the workers ended without an error, and {run_storage.url} has not its last commit")
         state = "succeeded"
         return run_storage.uri(layout.ADAPTER)
     except Interrupted:

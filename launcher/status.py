@@ -19,9 +19,10 @@ from trainer.lease import ENDED, LeaseRecord, read_lease
 from trainer.reporter import rows_backwards
 from trainer.storage import Storage
 
-_PARALLEL_RUNS = 8
+_PARALLEL_RUNS = 32
 _ROWS_LOOKED_AT = 2000
 _POSITION = ("attempt", "step", "total_steps", "world_size", "samples", "epoch")
+_ASIDE = (*_POSITION, "time")
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,8 @@ class CheckpointStatus:
 @dataclass(frozen=True)
 class Status:
     """``step`` is the last one in the metrics; ``metrics`` holds the last step's values and the last evaluation's.
-    ``job`` is the scheduler's or cluster's, as ``kind:id``: the one that holds the run, else the one last submitted."""
+    ``job`` is the scheduler's or cluster's, as ``kind:id``: the one that holds the run, else the one last submitted.
+    ``seen_at`` (unix s) is the last step's time while it runs, and else when the last driver was heard of."""
 
     name: str
     uri: str
@@ -51,6 +53,7 @@ class Status:
     job: str | None
     checkpoints: tuple[CheckpointStatus, ...]
     metrics: Mapping[str, Any]
+    seen_at: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -72,6 +75,11 @@ def read_status(run: Storage, *, now: float | None = None, newest: int | None = 
     return _status(run, lease.result(), job, claims.result().attempt, commits.result(), {**evaluation, **train}, now)
 
 
+def read_state(run: Storage, *, now: float | None = None) -> str:
+    """The run's state by its lease alone, in one read."""
+    return _state(_lease(run), time.time() if now is None else now)
+
+
 def list_runs(storage: Storage) -> list[Status]:
     """The runs directly inside a storage, by name, with their newest checkpoint only; folders that hold no run are left
     out."""
@@ -82,9 +90,10 @@ def list_runs(storage: Storage) -> list[Status]:
 
 
 def _status_or_none(run: Storage) -> Status | None:
-    if run.info(layout.RECIPE) is None:
+    try:
+        return read_status(run, newest=1)
+    except InputError:
         return None
-    return read_status(run, newest=1)
 
 
 def _status(
@@ -98,10 +107,12 @@ def _status(
 ) -> Status:
     newest: Mapping[str, Any] = {"step": commits[0].step, **commits[0].state} if commits else {}
     position = {key: int(row.get(key) or newest.get(key) or 0) for key in _POSITION}
+    state = _state(lease, time.time() if now is None else now)
+    heard = lease.time if lease else None
     return Status(
         name=run.url.rsplit("/", 1)[-1],
         uri=run.url,
-        state=_state(lease, time.time() if now is None else now),
+        state=state,
         step=position["step"],
         total_steps=position["total_steps"],
         attempts=attempts,
@@ -111,7 +122,8 @@ def _status(
         holder=str(lease.holder) if lease and lease.state not in ENDED else None,
         job=job,
         checkpoints=tuple(_checkpoints(run, commits)),
-        metrics={key: value for key, value in row.items() if key not in _POSITION},
+        metrics={key: value for key, value in row.items() if key not in _ASIDE},
+        seen_at=row.get("time") or heard if state == "running" else heard or row.get("time"),
     )
 
 
@@ -153,7 +165,7 @@ def _last_rows(run: Storage) -> tuple[dict[str, Any], dict[str, Any]]:
         if not train and "loss" in row:
             train = row
         if not evaluation and "eval_loss" in row:
-            evaluation = {key: value for key, value in row.items() if key not in _POSITION}
+            evaluation = {key: value for key, value in row.items() if key not in _ASIDE}
         if train and evaluation:
             break
     return train, evaluation

@@ -24,12 +24,14 @@ from trainer.begin import check_same_recipe, freeze_recipe, prepare_data, read_r
 from trainer.errors import InputError, Interrupted, MusterError, WorkerFailed
 from trainer.job import Job
 from trainer.lease import Lease, check_not_cancelled
+from trainer.logs.rank import rank_log
 from trainer.model import fetch_model, load_tokenizer
 from trainer.publish import finished
 from trainer.recipe import Recipe
 from trainer.recipe_at import is_recipe, recipe_at
 from trainer.startup import DATA, IMPORT, Phases, process_began
 from trainer.storage import Storage, open_storage
+from trainer.tracking import tracked
 from trainer.worker import train
 
 if TYPE_CHECKING:
@@ -68,7 +70,8 @@ def _run(place: str, overrides: list[str], *, takeover: bool) -> None:
         _drive(storage, run, recipe, stop, takeover=takeover)
     else:
         total = _await_data(recipe, run, storage, stop)
-        train(Job(storage.url, 0, recipe, total, {}), stop.is_set)
+        with rank_log(run, _rank()):
+            train(Job(storage.url, 0, recipe, total, {}), stop.is_set)
 
 
 def _find(place: str, overrides: list[str]) -> tuple[Recipe, Storage, Storage]:
@@ -98,9 +101,11 @@ def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: threading.Event
         holder = {"host": lease.holder.host, "pid": lease.holder.pid, "by": "torchrun"}
         phases.end(DATA)
         job = Job(storage.url, lease.driver, recipe, total, holder, phases.spent())
-        train(job, lambda: any(e.is_set() for e in ends))
-        if finished(run) is None:
-            raise WorkerFailed(f"the workers ended without an error, and {run.url} has not its last commit")
+        with tracked(recipe, run):
+            with rank_log(run, 0):
+                train(job, lambda: any(e.is_set() for e in ends))
+            if finished(run) is None:
+                raise WorkerFailed(f"the workers ended without an error, and {run.url} has not its last commit")
         state = "succeeded"
         print(f"muster: finished; the adapter lies in {run.uri(layout.ADAPTER)}", flush=True)
     except Interrupted:

@@ -10,6 +10,9 @@ commits/<attempt>/<inverted>   one record per committed checkpoint, the only tru
 checkpoints/<unique>/          what the records point at
 adapter/                       the final adapter
 metrics/ events/ ledger/       JSON Lines in parts
+logs/                          what each rank printed, in parts
+trackers/                      how far each tracker has been told
+tensorboard/                   event files, with that tracker
 profiles/attempt-…/rank-….…     traces of steps (`trainer.profiling`)
 plan/                          the packing plan, one object per window
 """
@@ -33,6 +36,9 @@ ADAPTER = "adapter"
 METRICS = "metrics"
 EVENTS = "events"
 LEDGER = "ledger"
+LOGS = "logs"
+TRACKERS = "trackers"
+TENSORBOARD = "tensorboard"
 PLAN = "plan"
 PROFILES = "profiles"
 PREPARED = "_data"
@@ -79,6 +85,21 @@ def events_part(attempt: int, writer: str) -> str:
 
 def ledger_part(attempt: int, rank: int) -> str:
     return f"{LEDGER}/a{attempt:06d}-r{rank:05d}"
+
+
+def tracker(name: str) -> str:
+    return f"{TRACKERS}/{name}.json"
+
+
+def log_part(attempt: int, rank: int, offset: int) -> str:
+    """``offset``: how many bytes of the log stand before this part."""
+    return f"{LOGS}/a{attempt:06d}-r{rank:05d}-{offset:012d}.log"
+
+
+def parse_log_part(key: str) -> tuple[int, int, int] | None:
+    """(attempt, rank, offset) of a part's key, None for any other key."""
+    match = re.fullmatch(rf"{LOGS}/a(\d{{6,}})-r(\d{{5,}})-(\d{{12,}})\.log", key)
+    return (int(match[1]), int(match[2]), int(match[3])) if match else None
 
 
 def profile(attempt: int, rank: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
@@ -50,7 +51,7 @@ class Recorder:
         """``aside`` is written with the row, but is no fact of the result."""
         self.facts.update(row)
         if self._metrics:
-            self._metrics.add({"attempt": self.attempt, **row, **aside})
+            self._metrics.add({"attempt": self.attempt, "time": time.time(), **row, **aside})
 
     def fed(self, step: int, batches: list[Batch]) -> None:
         """``batches``: what this rank fed to the model in ``step``, zero-weight ones left out."""

@@ -119,4 +119,12 @@ FORMATS = Registry(
     },
 )
 
-TRACKERS = Registry("tracker", {})
+TRACKERS = Registry(
+    "tracker",
+    {
+        "tensorboard": "trainer.tracking.tensorboard:TensorBoard",
+        "wandb": "trainer.tracking.wandb:Wandb",
+        "mlflow": "trainer.tracking.mlflow:Mlflow",
+        "prometheus": "trainer.tracking.prometheus:Prometheus",
+    },
+)

@@ -28,7 +28,7 @@ from trainer.card import model_card
 from trainer.checkpoint import CommitRecord, Retention, claim_attempt, commit, fetch, fetch_whole, put_checkpoint
 from trainer.committer import Committed, Committer, Held, StaleAlarm
 from trainer.data import Batch, Cursor, Stream, eval_batches, open_caches
-from trainer.errors import Interrupted, MusterError
+from trainer.errors import Interrupted, MusterError, note_where
 from trainer.heartbeat import (
     COMPILING_PATIENCE_S,
     LEAST_PATIENCE_S,
@@ -52,12 +52,14 @@ from trainer.startup import DATA, FIRST_STEP, MODEL, WORKERS, Phases
 from trainer.state import Snapshot, TrainState
 from trainer.storage import open_storage
 from trainer.strategies.compiling import Warmup
-from trainer.world import World, join_world
+from trainer.world import World, join_world, memory_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
+
+LOG_EVERY_S = 10.0
 
 
 def train(job: Job, stop_requested: Callable[[], bool]) -> Position:
@@ -74,7 +76,12 @@ def train(job: Job, stop_requested: Callable[[], bool]) -> Position:
         torch.set_float32_matmul_precision("high")
     with join_world(gpu=job.recipe.resources.gpus_per_worker > 0) as world:
         phases.end(WORKERS)
-        return Attempt(job, world, phases).run(stop_requested)
+        attempt = Attempt(job, world, phases)
+        try:
+            return attempt.run(stop_requested)
+        except Exception as error:
+            note_where(error, attempt.doing)
+            raise
 
 
 class Attempt:
@@ -86,6 +93,8 @@ class Attempt:
         self.storage = open_storage(job.storage)
         self.run_storage = self.storage.child(job.recipe.name)
         self.began = time.monotonic()
+        self.logged_at = 0.0
+        self.doing = "opening the data"
 
     def run(self, stop_requested: Callable[[], bool]) -> Position:
         run, recipe = self.run_storage, self.recipe
@@ -93,9 +102,13 @@ class Attempt:
         self.cache, self.eval_cache = open_caches(data.train, data.eval, recipe.data.cache_bytes)
         self.chat_template = data.train.spec.chat_template
         self._phase_over(DATA)
+        self.doing = "loading the model"
         self._build(data.train.spec.labels)
+        self.doing = "restoring the checkpoint"
         self.number = self.world.from_first(lambda: claim_attempt(run, self.job.driver, dict(self.job.holder)))
         self.recorder = Recorder(run, recipe, self.world, self.number)
+        world = self.world
+        log.info("attempt %d: rank %d of %d on %s (%s)", self.number, world.rank, world.size, world.host, world.device)
         stream = self._stream(data)
         restoring = time.monotonic()
         start = self._restore(stream)
@@ -168,6 +181,7 @@ class Attempt:
         self.recorder.event("skipped_checkpoint", step=step, uri=uri, reason=reason)
 
     def _say_started(self, start: Position, restore_s: float) -> None:
+        log.info("built, and begins after step %d", start.step)
         hosts, strategy = self.world.gather(self.world.host), self.strategy.report()
         pids = self.world.gather(os.getpid())
         self.recorder.event(
@@ -201,7 +215,7 @@ class Attempt:
             checkpoint=self._checkpoint,
             evaluated=self.recorder.metrics,
             stop_requested=stop_requested,
-            phase=self.heartbeat.phase,
+            phase=self._doing,
             around_step=profiler.around,
             around_update=lambda step: self.adapter.around_update(self.strategy.model, step, self.job.total_steps),
             examples=lambda step, shown: self.recorder.event("texts", wait=False, step=step, texts=shown),
@@ -219,6 +233,10 @@ class Attempt:
         reading = closing(stream.prefetch(start.cursor, self.world.rank, self.world.size))
         with closing(profiler), self.heartbeat, reading as steps:
             return loop.run(start, steps)
+
+    def _doing(self, step: int, phase: str) -> None:
+        self.heartbeat.phase(step, phase)
+        self.doing = f"step {step}, {phase}"
 
     def _hang(self, found: list[Pulse]) -> None:
         try:
@@ -247,16 +265,25 @@ class Attempt:
         """A row's ``stall_s`` is what checkpoints took since the row before."""
         self._started(metrics["step"])
         self.heartbeat.step_done(metrics["step_s"])
+        self._log_step(metrics)
         if not self.committer:
             return
         lag = self.committer.lag()
         aside = {"stall_s": self.stall_s, "backlog": lag.backlog, "checkpoint_age_s": lag.age_s}
+        aside["memory_bytes"] = memory_bytes(self.world.device)
         self.recorder.metrics(metrics, **aside, **self._compiled(metrics["step"]))
         self.stall_s = 0.0
         if self.stale.rings(lag.age_s):
             log.warning("no checkpoint was committed for %.0f s; the storage is slow or away", lag.age_s)
             self.recorder.event("stale_checkpoint", wait=False, step=metrics["step"], **asdict(lag))
         self.committer.check()
+
+    def _log_step(self, metrics: Mapping[str, Any]) -> None:
+        """A line in the rank's log, seldom."""
+        if (now := time.monotonic()) - self.logged_at >= LOG_EVERY_S:
+            self.logged_at = now
+            told = metrics["step"], metrics["total_steps"], metrics["loss"], metrics["step_s"]
+            log.info("step %d of %d: loss %.4f, %.2f s", *told)
 
     def _compiled(self, step: int) -> dict[str, Any]:
         """What compiling took since the row before, if it took anything; the event says what came of it."""
@@ -329,6 +356,7 @@ class Attempt:
             save_head_config(base, folder)
 
     def _committed(self, done: Committed) -> None:
+        log.info("step %d is committed: %s", done.step, done.uri)
         self.recorder.event(
             "checkpoint",
             step=done.step,

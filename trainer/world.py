@@ -124,3 +124,12 @@ def _let_go() -> None:
     """Gloo's threads take the interpreter's lock to drop the tensors of a collective that has just ended. Whoever
     takes the group apart holds that lock, and waits for the threads: for good, unless they have had their turn."""
     time.sleep(THREADS_TURN_S)
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The most that this process has had of its GPU's memory so far; on CPUs what it holds of the host's now."""
+    if device.type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    import psutil
+
+    return int(psutil.Process().memory_info().rss)

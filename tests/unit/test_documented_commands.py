@@ -22,7 +22,9 @@ from tests.support.saved import trained
 from tests.support.training import write_pairs
 from tests.unit.test_cli import Muster
 from tests.unit.test_documents import DOCUMENTS
+from trainer import layout
 from trainer.recipe import dump
+from trainer.storage import open_storage
 
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^ *```", flags=re.S | re.M)
@@ -94,6 +96,8 @@ def scene(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     recipe = trained("my", tiny_model, folder, **{"data.eval": evaluated})
     for name in ("my-run", "my-first", "law", "med"):
         shutil.copytree(folder / "runs" / "my", folder / "runs" / name)
+    for rank in (0, 3):
+        open_storage(f"{folder}/runs/my-first").write(layout.log_part(1, rank, 0), b"as it was printed\n")
     for name in ("my", "my-first", "my-recipe", "recipe"):
         (folder / f"{name}.yaml").write_text(dump(recipe))
     (folder / "org").mkdir()

@@ -10,26 +10,31 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from launcher.progress import (
-    LOOK_S,
-    PLAIN_S,
-    LiveLine,
-    Plain,
-    Progress,
+from launcher.drawing import (
     Standing,
-    View,
+    age,
+    curve,
     drawn,
     duration,
     event_text,
-    standing_of,
+    placed,
+    size,
+    watched_text,
 )
+from launcher.progress import PLAIN_S, LiveLine, Plain, Progress
+from launcher.view import LOOK_S, View, standing_of
 from tests.storage.doubles import faulty, unreachable
 from trainer.data.blocks import BadRow, Counts
 from trainer.storage import Storage, open_storage
 from trainer.storage.store import to_json
 
-STANDING = Standing(120, 1000, 1.23456, 12345.6, 3725.0, 2, 100)
-HUGE = Standing(99_999, 100_000, 123.4567, 9_876_543.0, 359_999.0, 512, 99_990)
+STANDING = Standing(
+    120, 1000, 1.23456, 12345.6, 3725.0, 4, 100,
+    saved_ago_s=34.0, losses=(3.0, 2.5, 2.0, 1.8, 1.6, 1.5, 1.4, 1.3, 1.2), eval_loss=1.5, lr=2e-4, grad_norm=0.534,
+    mfu=0.41, memory_bytes=13 * 2**30, epoch=1, samples=3840, hosts=("a", "a", "b", "b"),
+)  # fmt: skip
+HUGE = Standing(99_999, 100_000, 123.4567, 9_876_543.0, 359_999.0, 512, 99_990, losses=(1.0, 2.0) * 500)
+BARE = Standing(0, 0, math.nan, 0.0, 0.0, 0, None)
 
 
 class Clock:
@@ -54,25 +59,41 @@ def step_row(step: int, attempt: int = 1, **values: Any) -> dict[str, Any]:
     return {**row, **values}
 
 
-@pytest.mark.parametrize("width", [64, 80, 200])
-def test_two_lines_say_everything(width: int) -> None:
-    first, second = drawn(STANDING, width).splitlines()
-    assert first.startswith("step 120/1000  ━")
-    assert second == "loss 1.2346  12,346 tokens/s  ETA 1:02:05  2 workers  saved 100"
+def test_four_lines_say_everything() -> None:
+    assert drawn(STANDING, 80).splitlines() == [
+        "step 120/1000  12%  ETA 1:02:05  " + "━" * 4 + "─" * 36,
+        "loss 1.2346  eval 1.5000  lr 2.00e-04  gradient 0.534  █▆▄▃▃▂▂▁▁",
+        "12,346 tokens/s  MFU 41%  memory 13 GiB  epoch 1, 3,840 samples",
+        "saved 100 (0:34 ago)  4 workers: 2 on a, 2 on b",
+    ]
 
 
-@pytest.mark.parametrize("standing", [STANDING, HUGE, Standing(0, 0, math.nan, 0.0, 0.0, 0, None)])
+@pytest.mark.parametrize("standing", [STANDING, HUGE, BARE])
 def test_the_lines_fit_every_width_and_keep_the_step(standing: Standing) -> None:
     for width in range(8, 220):
         lines = drawn(standing, width).splitlines()
-        assert [len(line) <= width for line in lines] == [True, True]
+        assert [len(line) <= width for line in lines] == [True] * 4
         assert lines[0].startswith(f"step {standing.step}"[:width])
+        assert lines[1].startswith("loss")
 
 
 def test_a_narrow_terminal_loses_the_lesser_values_first() -> None:
-    assert drawn(STANDING, 50).splitlines()[1] == "loss 1.2346  12,346 tokens/s  ETA 1:02:05"
-    assert drawn(STANDING, 30).splitlines()[1] == "loss 1.2346  ETA 1:02:05"
-    assert drawn(STANDING, 16).splitlines() == ["step 120/1000", "loss 1.2346"]
+    assert drawn(STANDING, 40).splitlines() == [
+        "step 120/1000  12%  ETA 1:02:05  ───────",
+        "loss 1.2346  eval 1.5000  lr 2.00e-04",
+        "12,346 tokens/s  MFU 41%  memory 13 GiB",
+        "saved 100 (0:34 ago)",
+    ]
+    assert drawn(STANDING, 16).splitlines() == ["step 120/1000", "loss 1.2346", "12,346 tokens/s", "saved 100 (0:34 "]
+
+
+def test_what_is_not_known_is_left_out() -> None:
+    assert drawn(BARE, 80).splitlines() == [
+        "step 0/0  0%  ETA 0:00  " + "─" * 40,
+        "loss nan",
+        "0 tokens/s  epoch 0, 0 samples",
+        "not saved yet  0 workers",
+    ]
 
 
 def test_the_bar_fills_with_the_steps() -> None:
@@ -83,6 +104,31 @@ def test_the_bar_fills_with_the_steps() -> None:
     assert bar(0) == (0, 40)
     assert bar(50) == (20, 20)
     assert bar(100) == (40, 0)
+
+
+def test_a_curve_goes_from_the_lowest_to_the_highest_in_as_many_columns_as_there_are() -> None:
+    assert curve([8, 7, 6, 5, 4, 3, 2, 1], 8) == "█▇▆▅▄▃▂▁"
+    assert curve([1.0] * 50, 4) == "▁▁▁▁"
+    assert curve([1.0, math.nan, 2.0], 9) == "▁█"
+    assert curve([1.0], 9) == ""
+    assert len(curve(list(range(1999)), 32)) == 32
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(-3, "0 s"), (59, "59 s"), (61, "1 min"), (7300, "2 h"), (86400 * 12.5, "12 d")]
+)
+def test_ages(seconds: float, text: str) -> None:
+    assert age(seconds) == text
+
+
+@pytest.mark.parametrize(("count", "text"), [(12, "12 B"), (13 * 2**30, "13 GiB"), (2**45, "32 TiB")])
+def test_sizes(count: int, text: str) -> None:
+    assert size(count) == text
+
+
+def test_many_hosts_are_counted() -> None:
+    assert placed(["a", "b", "a"]) == "2 on a, 1 on b"
+    assert placed([f"h{i}" for i in range(10)]).endswith("1 on h7 and 2 more hosts")
 
 
 def test_the_time_left_follows_the_middle_step_not_the_odd_one() -> None:
@@ -108,6 +154,19 @@ def test_a_view_shows_this_attempt_only(run: Storage) -> None:
     standing = view.look()
     assert standing is not None
     assert (standing.step, standing.saved, standing.workers) == (8, 8, 2)
+    assert standing.eval_loss == 1.0
+
+
+def test_steps_trained_again_are_drawn_once(run: Storage) -> None:
+    view = View(run, 0, 20, Clock(), now=lambda: 100.0)
+    write_rows(run, "metrics/a000001-000000.jsonl", *(step_row(s, loss=float(s)) for s in (1, 2, 3, 4)))
+    write_rows(run, "events/a000001-r-000000.jsonl", {"attempt": 1, "event": "checkpoint", "time": 70.0, "step": 2})
+    view.look(last=True)
+    write_rows(run, "metrics/a000002-000000.jsonl", *(step_row(s, 2, loss=10.0 + s, mfu=0.4) for s in (3, 4, 5)))
+    standing = view.look(last=True)
+    assert standing is not None
+    assert standing.losses == (1.0, 2.0, 13.0, 14.0, 15.0)
+    assert (standing.mfu, standing.saved_ago_s) == (0.4, 30.0)
 
 
 def test_news_come_once_and_in_whatever_part_they_stand(run: Storage) -> None:
@@ -139,7 +198,7 @@ def test_plain_lines_come_seldom_and_the_last_one_always(run: Storage) -> None:
     plain = Plain(View(run, 0, 20, clock), Console(file=out, width=200), clock)
 
     def at(step: int, seconds: float, *, last: bool = False) -> list[str]:
-        write_rows(run, "metrics/a000001-000000.jsonl", step_row(step))
+        write_rows(run, "metrics/a000001-000000.jsonl", *map(step_row, range(1, step + 1)))
         clock.now += seconds
         out.truncate(out.seek(0))
         plain(last=last)
@@ -167,7 +226,7 @@ def test_the_live_lines_hold_no_control_characters(width: int) -> None:
     assert shown().rstrip("\n") == "waiting for the first step, 1:15"
     line.standing = HUGE
     lines = shown().splitlines()
-    assert len(lines) == 2
+    assert len(lines) == 4
     assert "\x1b" not in "".join(lines)
     assert max(map(len, lines)) <= width
 
@@ -207,3 +266,25 @@ def test_a_start_names_the_workers_by_host() -> None:
     assert event_text(event) == "attempt 2: workers 2 on a, 1 on b, fsdp, from the first step"
     assert event_text({**event, "step": 9}) == "attempt 2: workers 2 on a, 1 on b, fsdp, going on after step 9"
     assert event_text({"event": "checkpoint"}) is None
+
+
+def test_a_start_says_what_changed() -> None:
+    event = {"event": "start", "attempt": 2, "hosts": ["a", "a"], "strategy": {"kind": "ddp"}, "step": 9}
+    said = "workers 2 on a, ddp, going on after step 9"
+    assert event_text(event, ("a", "a")) == f"attempt 2: {said}"
+    assert event_text(event, ("a", "a", "b", "b")) == f"attempt 2: b lost, going on with 2 of 4, {said}"
+    assert event_text(event, ("a",)) == f"attempt 2: 2 in the place of 1, {said}"
+
+
+@pytest.mark.parametrize(
+    ("event", "text"),
+    [
+        ({"event": "resize", "reason": "node n will be taken away"}, "node n will be taken away: the workers are "),
+        ({"event": "hang", "cause": "nothing has moved"}, "hang: nothing has moved"),
+        ({"event": "end", "state": "succeeded", "step": 9}, "succeeded at step 9"),
+        ({"event": "end", "state": "failed"}, "failed"),
+        ({"event": "stale_checkpoint", "age_s": 61.0}, "no checkpoint was committed for 1:01"),
+    ],
+)
+def test_whoever_watches_from_elsewhere_is_told_more(event: dict[str, Any], text: str) -> None:
+    assert str(watched_text(event)).startswith(text)

@@ -249,9 +249,22 @@ def test_target_modules_that_name_nothing(targets: Any, words: str) -> None:
 
 
 def test_a_tracker_that_is_not_there() -> None:
-    [(where, message)] = mistakes(changed("tracking", ["tensorboard"]))
+    [(where, message)] = mistakes(changed("tracking", ["tensorbord"]))
     assert where == "tracking.0"
-    assert "'tensorboard' is not a tracker" in message
+    assert "did you mean 'tensorboard'?" in message
+
+
+def test_settings_of_a_tracker_that_is_not_asked_for() -> None:
+    [(where, message)] = mistakes(GOOD | {"tracking": ["mlflow"], "wandb": {"project": "p"}})
+    assert where == "wandb.project"
+    assert message == "has no effect without wandb in tracking; add it there, or leave this out"
+
+
+def test_a_tracker_takes_no_credentials() -> None:
+    [(where, message)] = mistakes(GOOD | {"tracking": ["mlflow"], "mlflow": {"uri": "https://me:secret@host"}})
+    assert where == "mlflow.uri"
+    assert "holds credentials" in message
+    assert "secret" not in message
 
 
 def test_a_missing_file_and_a_file_that_is_no_text(tmp_path: Path) -> None:
@@ -266,5 +279,5 @@ def test_a_missing_file_and_a_file_that_is_no_text(tmp_path: Path) -> None:
 
 def test_choices_that_are_not_there_are_the_only_mistakes_of_a_recipe_that_asks_for_them() -> None:
     source = {"path": "s3://corpus/*.jsonl", "format": "poem", "columns": {"question": "q", "answer": "a"}}
-    asked = GOOD | {"data": {"train": [source]}, "tracking": ["tensorboard"]}
+    asked = GOOD | {"data": {"train": [source]}, "tracking": ["tensorbord"]}
     assert [path for path, _ in mistakes(asked)] == ["data.train.0.format", "tracking.0"]

@@ -13,7 +13,7 @@ from trainer.recipe.root import Recipe
 from trainer.recipe.schedule import ScheduleSection
 from trainer.recipe.strategy import StrategySection
 from trainer.recipe.training import TrainingSection
-from trainer.recipe.writing import differences, dump, schema
+from trainer.recipe.writing import differences, dump, fingerprint, schema
 
 __all__ = [
     "AdapterSection",
@@ -29,6 +29,7 @@ __all__ = [
     "TrainingSection",
     "differences",
     "dump",
+    "fingerprint",
     "load",
     "loads",
     "parse",

@@ -6,10 +6,11 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from trainer.recipe import matrix
-from trainer.recipe.base import Conflict, KeyPath
+from trainer.recipe.base import Conflict, KeyPath, Section
 from trainer.recipe.compute import SEGMENTING_TASKS, SIXTEEN_BIT, VIRTUAL
 from trainer.recipe.data import TASK_FORMATS
 from trainer.recipe.tasks import REFERRING, TASK_SECTIONS
+from trainer.recipe.tracking import TRACKER_SECTIONS
 from trainer.recipe.zero import STAGES
 
 if TYPE_CHECKING:
@@ -195,15 +196,28 @@ def across_sections(recipe: Recipe) -> Iterator[Conflict]:
     yield from matrix.conflicts(recipe)
     yield from _formats_of_task(recipe)
     yield from _settings_of_other_tasks(recipe)
+    yield from _settings_of_other_trackers(recipe)
     yield from _margins(recipe)
 
 
 def _settings_of_other_tasks(recipe: Recipe) -> Iterator[Conflict]:
     """Settings that this task never looks at. A frozen recipe holds every default, so that those are let pass."""
     for task in (task for task in TASK_SECTIONS if task != recipe.task):
-        given, plain = (section.model_dump() for section in (getattr(recipe, task), TASK_SECTIONS[task]()))
-        for name in (name for name in given if given[name] != plain[name]):
+        for name in _given(getattr(recipe, task), TASK_SECTIONS[task]()):
             yield Conflict(((task, name), ("task",)), f"has no effect with task {recipe.task}; leave it out")
+
+
+def _settings_of_other_trackers(recipe: Recipe) -> Iterator[Conflict]:
+    for tracker in (tracker for tracker in TRACKER_SECTIONS if tracker not in recipe.tracking):
+        for name in _given(getattr(recipe, tracker), TRACKER_SECTIONS[tracker]()):
+            message = f"has no effect without {tracker} in tracking; add it there, or leave this out"
+            yield Conflict(((tracker, name), ("tracking",)), message)
+
+
+def _given(section: Section, plain: Section) -> Iterator[str]:
+    """The settings that are not the default."""
+    values, defaults = section.model_dump(), plain.model_dump()
+    return (name for name in values if values[name] != defaults[name])
 
 
 def _margins(recipe: Recipe) -> Iterator[Conflict]:

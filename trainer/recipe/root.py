@@ -22,6 +22,7 @@ from trainer.recipe.resources import ResourcesSection
 from trainer.recipe.schedule import ScheduleSection
 from trainer.recipe.strategy import StrategySection
 from trainer.recipe.tasks import ClassificationSection, DPOSection
+from trainer.recipe.tracking import MlflowSection, PrometheusSection, TensorBoardSection, WandbSection
 from trainer.recipe.training import TrainingSection
 from trainer.registry import TASKS, TRACKERS
 
@@ -74,7 +75,13 @@ class Recipe(Section):
     cluster: ClusterSection = ClusterSection()
 
     tracking: Listed[Annotated[str, OneOf(TRACKERS)]] = ()
-    """Experiment trackers that the metrics are sent to as well. The run's own storage always holds them."""
+    """Where the metrics are sent to as well: `tensorboard`, `wandb`, `mlflow`, and `prometheus`, which is asked for
+    them. The run's own storage always holds them. See [watching.md](watching.md)."""
+
+    tensorboard: TensorBoardSection = TensorBoardSection()
+    wandb: WandbSection = WandbSection()
+    mlflow: MlflowSection = MlflowSection()
+    prometheus: PrometheusSection = PrometheusSection()
 
     profile: ProfileSection = ProfileSection()
 

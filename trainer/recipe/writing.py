@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +12,7 @@ import yaml
 from trainer.recipe.base import KeyPath
 from trainer.recipe.document import Dumper
 from trainer.recipe.root import Recipe
+from trainer.recipe.tracking import TRACKER_SECTIONS
 from trainer.recipe.tree import dotted
 
 MAY_CHANGE: tuple[KeyPath, ...] = (
@@ -21,6 +24,7 @@ MAY_CHANGE: tuple[KeyPath, ...] = (
     ("compute",),
     ("checkpoint",),
     ("tracking",),
+    *((tracker,) for tracker in TRACKER_SECTIONS),
     ("profile",),
     ("training", "stop_after"),
     ("data", "cache_bytes"),
@@ -38,6 +42,11 @@ def differences(frozen: Recipe, new: Recipe) -> list[str]:
     old, now = dict(_leaves(frozen)), dict(_leaves(new))
     paths = [*old, *(path for path in now if path not in old)]
     return [f"{dotted(p)}: {_show(old, p)} -> {_show(now, p)}" for p in paths if _show(old, p) != _show(now, p)]
+
+
+def fingerprint(recipe: Recipe) -> str:
+    """The same for recipes that come to the same result."""
+    return hashlib.sha256(json.dumps([list(leaf) for leaf in _leaves(recipe)]).encode()).hexdigest()
 
 
 def schema() -> dict[str, Any]:

@@ -1,0 +1,197 @@
+"""How a run that trains is drawn, for `muster run` and `muster status --watch` alike: text that fits its width."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+WIDEST_BAR, NARROWEST_BAR = 40, 6
+WIDEST_CURVE, NARROWEST_CURVE = 32, 8
+GAP = "  "
+BLOCKS = "▁▂▃▄▅▆▇█"
+SHOWN_HOSTS = 8
+
+
+@dataclass(frozen=True)
+class Standing:
+    """Where an attempt stands. ``saved`` is the step of the last checkpoint, if any, ``saved_ago_s`` its age;
+    ``losses`` are the last ones, oldest first; None is what is not known."""
+
+    step: int
+    total_steps: int
+    loss: float
+    tokens_per_s: float
+    left_s: float
+    workers: int
+    saved: int | None
+    saved_ago_s: float | None = None
+    losses: tuple[float, ...] = ()
+    eval_loss: float | None = None
+    lr: float | None = None
+    grad_norm: float | None = None
+    mfu: float | None = None
+    memory_bytes: int | None = None
+    epoch: int = 0
+    samples: int = 0
+    hosts: tuple[str, ...] = ()
+
+    def parts(self) -> dict[str, str]:
+        """Name to text, for one line."""
+        found = {
+            "step": f"step {self.step}/{self.total_steps}",
+            "loss": f"loss {self.loss:.4f}",
+            "lr": _said("lr {:.2e}", self.lr),
+            "tokens": f"{self.tokens_per_s:,.0f} tokens/s",
+            "mfu": _said("MFU {:.0%}", self.mfu),
+            "memory": _said("memory {}", self.memory_bytes and size(self.memory_bytes)),
+            "eta": f"ETA {duration(self.left_s)}",
+            "workers": plural(self.workers, "worker"),
+            "saved": self._saved(),
+        }
+        return {name: text for name, text in found.items() if text}
+
+    def _saved(self) -> str:
+        if self.saved is None:
+            return "not saved yet"
+        return f"saved {self.saved}" + _said(" ({} ago)", self.saved_ago_s is not None and duration(self.saved_ago_s))
+
+
+def drawn(standing: Standing, width: int) -> str:
+    """Four lines of at most ``width`` columns: how far it is, what it learns, how fast, and where; the last values of a
+    line are left out where they do not fit."""
+    s, parts = standing, standing.parts()
+    share = f"{s.step / max(1, s.total_steps):.0%}"
+    learns = [
+        parts["loss"],
+        _said("eval {:.4f}", s.eval_loss),
+        parts.get("lr", ""),
+        _said("gradient {:.3g}", s.grad_norm),
+    ]
+    runs = [parts["tokens"], parts.get("mfu", ""), parts.get("memory", ""), f"epoch {s.epoch}, {s.samples:,} samples"]
+    where = [parts["saved"], parts["workers"] + (f": {placed(s.hosts)}" if s.hosts else "")]
+    lines = [
+        _with_bar([parts["step"], share, parts["eta"]], s.step / max(1, s.total_steps), width),
+        _with_curve(_fitting(learns, width), s.losses, width),
+        _fitting(runs, width),
+        _fitting(where, width),
+    ]
+    return "\n".join(line[:width] for line in lines)
+
+
+def curve(values: Sequence[float], width: int) -> str:
+    """One block per column, each the mean of its share of the values; lowest to highest takes the whole height."""
+    finite = [value for value in values if math.isfinite(value)]
+    if len(finite) < 2 or width < 1:
+        return ""
+    columns = min(width, len(finite))
+    edges = [len(finite) * i // columns for i in range(columns + 1)]
+    means = [sum(finite[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, high = min(means), max(means)
+    scale = (len(BLOCKS) - 1) / (high - low) if high > low else 0.0
+    return "".join(BLOCKS[round((mean - low) * scale)] for mean in means)
+
+
+def placed(hosts: Sequence[str]) -> str:
+    """``2 on a, 1 on b``; of many hosts the first."""
+    counts = Counter(hosts)
+    shown = [f"{count} on {host}" for host, count in list(counts.items())[:SHOWN_HOSTS]]
+    more = len(counts) - len(shown)
+    return ", ".join(shown) + (f" and {plural(more, 'more host')}" if more else "")
+
+
+def plural(count: int, thing: str) -> str:
+    return f"{count} {thing}" + ("" if count == 1 else "s")
+
+
+def duration(seconds: float) -> str:
+    whole = max(0, round(seconds))
+    hours, rest = divmod(whole, 3600)
+    return f"{hours}:{rest // 60:02d}:{rest % 60:02d}" if hours else f"{rest // 60}:{rest % 60:02d}"
+
+
+def age(seconds: float) -> str:
+    """In the largest unit that makes a whole one: ``34 s``, ``5 min``, ``3 h``, ``12 d``."""
+    for unit, length in (("d", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= length:
+            return f"{int(seconds // length)} {unit}"
+    return f"{max(0, int(seconds))} s"
+
+
+def size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024:
+            return f"{count:.3g} {unit}"
+        count /= 1024
+    return f"{count:.3g} TiB"
+
+
+def event_text(event: Mapping[str, Any], before: Sequence[str] | None = None) -> str | None:
+    """A line for what a person wants to know as it happens; ``before``: the hosts of the attempt before a start."""
+    kind = event["event"]
+    if kind == "start":
+        begins = f"going on after step {event['step']}" if event["step"] else "from the first step"
+        changed, kind = _changed(before, event["hosts"]), event["strategy"]["kind"]
+        return f"attempt {event['attempt']}: {changed}workers {placed(event['hosts'])}, {kind}, {begins}"
+    if kind == "failure":
+        return f"failure: {event['cause']}" + ("; restarting the workers" if event.get("retried") else "")
+    if kind == "skipped_checkpoint":
+        return f"the checkpoint of step {event['step']} is passed over: {event['reason']}"
+    if kind == "stale_checkpoint":
+        return f"no checkpoint was committed for {duration(event['age_s'])}: the storage is slow or away"
+    return None
+
+
+def watched_text(event: Mapping[str, Any], before: Sequence[str] | None = None) -> str | None:
+    """The same for whoever watches from elsewhere, and does not see what the driver itself says."""
+    kind = event["event"]
+    if kind == "resize":
+        return f"{event['reason']}: the workers are gathered anew"
+    if kind == "hang":
+        return f"hang: {event['cause']}"
+    if kind == "end":
+        return f"{event['state']}" + _said(" at step {}", event.get("step"))
+    return event_text(event, before)
+
+
+def _changed(before: Sequence[str] | None, hosts: Sequence[str]) -> str:
+    """What another attempt has that the last one had not."""
+    if before is None or len(before) == len(hosts):
+        return ""
+    gone = [host for host in dict.fromkeys(before) if host not in hosts]
+    lost = f"{', '.join(gone[:SHOWN_HOSTS])} lost, " if gone else ""
+    if len(hosts) < len(before):
+        return f"{lost}going on with {len(hosts)} of {len(before)}, "
+    return f"{lost}{len(hosts)} in the place of {len(before)}, "
+
+
+def _fitting(parts: Sequence[str], width: int) -> str:
+    line = ""
+    for part in filter(None, parts):
+        longer = f"{line}{GAP}{part}" if line else part
+        if line and len(longer) > width:
+            break
+        line = longer
+    return line
+
+
+def _with_bar(parts: Sequence[str], share: float, width: int) -> str:
+    line = _fitting(parts, width)
+    room = min(WIDEST_BAR, width - len(line) - len(GAP))
+    if room < NARROWEST_BAR:
+        return line
+    filled = int(room * min(1.0, share))
+    return f"{line}{GAP}{'━' * filled}{'─' * (room - filled)}"
+
+
+def _with_curve(line: str, losses: Sequence[float], width: int) -> str:
+    room = min(WIDEST_CURVE, width - len(line) - len(GAP))
+    shown = curve(losses, room) if room >= NARROWEST_CURVE else ""
+    return f"{line}{GAP}{shown}" if shown else line
+
+
+def _said(form: str, value: Any) -> str:
+    return form.format(value) if value is not None and value is not False else ""

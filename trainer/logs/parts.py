@@ -1,0 +1,170 @@
+"""A log in parts, bounded: its begin and its end are kept, and what is left out between them is said.
+
+A part's key tells how many bytes stand before it, so that whoever reads finds gaps without a word from the writer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from trainer import layout
+from trainer.storage import Storage
+
+PART_BYTES = 256 * 1024
+TAIL_PARTS = 15
+"""Parts that stay beside the first one: 4 MiB per rank and attempt."""
+LONGEST_LINE = 64 * 1024
+_PARALLEL_READS = 8
+_SECRET_NAME = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL", re.IGNORECASE)
+_SHORTEST_SECRET = 8
+
+
+@dataclass
+class Part:
+    """``size`` stays when the bytes of a part that is full and stored are let go."""
+
+    offset: int
+    data: bytearray = field(default_factory=bytearray)
+    size: int = 0
+    stored: int = 0
+
+
+class LogParts:
+    """Decides what is kept; stores nothing itself. ``before`` holds (offset, size) of parts that are stored already."""
+
+    def __init__(
+        self, before: list[tuple[int, int]], *, part_bytes: int = PART_BYTES, tail_parts: int = TAIL_PARTS
+    ) -> None:
+        self._part_bytes, self._tail_parts = part_bytes, tail_parts
+        self._parts = [Part(offset, size=size, stored=size) for offset, size in sorted(before)]
+        self._dropped: list[int] = []
+        self._begin_part()
+
+    def add(self, data: bytes) -> None:
+        if self._parts[-1].size >= self._part_bytes:
+            self._begin_part()
+        part = self._parts[-1]
+        part.data += data
+        part.size += len(data)
+
+    def dirty(self) -> list[tuple[int, bytes]]:
+        """(offset, bytes) of the parts that have grown since they were `stored`."""
+        return [(p.offset, bytes(p.data)) for p in self._parts if p.stored < p.size]
+
+    def stored(self, offset: int, size: int) -> None:
+        for part in self._parts:
+            if part.offset == offset:
+                part.stored = size
+                if part is not self._parts[-1] and part.stored == part.size:
+                    part.data = bytearray()
+
+    def dropped(self) -> list[int]:
+        """Offsets of stored parts that are to be deleted, each once."""
+        taken, self._dropped = self._dropped, []
+        return taken
+
+    def _begin_part(self) -> None:
+        end = self._parts[-1].offset + self._parts[-1].size if self._parts else 0
+        self._parts.append(Part(end))
+        while len(self._parts) > 1 + self._tail_parts:
+            old = self._parts.pop(1)
+            if old.stored:
+                self._dropped.append(old.offset)
+
+
+class Lines:
+    """Whole lines of one stream, as they are kept: of a line that was drawn again and again its last state, without the
+    values of ``secrets``."""
+
+    def __init__(self, secrets: tuple[bytes, ...] = ()) -> None:
+        self._secrets = secrets
+        self._rest = b""
+
+    def feed(self, data: bytes) -> bytes:
+        text = self._rest + data
+        end = text.rfind(b"\n") + 1
+        if not end and len(text) > LONGEST_LINE:
+            end = len(text)
+        self._rest = text[end:]
+        return self._kept(text[:end])
+
+    def end(self) -> bytes:
+        """The line that was not ended."""
+        rest, self._rest = self._rest, b""
+        return self._kept(rest + b"\n") if rest else b""
+
+    def _kept(self, text: bytes) -> bytes:
+        if b"\r" in text:
+            text = b"".join(map(_last_state, re.findall(rb"[^\n]*\n|[^\n]+", text)))
+        for secret in self._secrets:
+            text = text.replace(secret, b"***")
+        return text
+
+
+def _last_state(line: bytes) -> bytes:
+    body = line.rstrip(b"\r\n")
+    return body.rpartition(b"\r")[2] + (b"\n" if line.endswith(b"\n") else b"")
+
+
+def secrets_of(environment: Mapping[str, str]) -> tuple[bytes, ...]:
+    """Values of variables that hold credentials by their names, the longest first."""
+    found = {
+        value.encode()
+        for name, value in environment.items()
+        if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET and not value.startswith(("/", "~"))
+    }
+    return tuple(sorted(found, key=len, reverse=True))
+
+
+class Stored(NamedTuple):
+    """A part as it lies in the storage."""
+
+    attempt: int
+    rank: int
+    offset: int
+    size: int
+
+    @property
+    def key(self) -> str:
+        return layout.log_part(self.attempt, self.rank, self.offset)
+
+
+def stored_parts(run: Storage) -> list[Stored]:
+    """By attempt, rank and place."""
+    found = ((layout.parse_log_part(info.key), info.size) for info in run.list(layout.LOGS))
+    return sorted(Stored(*place, size) for place, size in found if place)
+
+
+class LogFeed:
+    """One rank's log of one attempt, as it grows: `new` gives each byte once. Not thread-safe."""
+
+    def __init__(self, run: Storage) -> None:
+        self._run = run
+        self._at = 0
+
+    def new(self, parts: list[Stored]) -> bytes:
+        """What the newest listing has more than the last one; ``parts`` are those of this rank and attempt."""
+        wanted = [part for part in parts if part.offset + part.size > self._at]
+        with ThreadPoolExecutor(_PARALLEL_READS) as pool:
+            bodies = list(pool.map(self._body, wanted))
+        return b"".join(self._pieces(wanted, bodies))
+
+    def _pieces(self, parts: list[Stored], bodies: list[bytes]) -> Iterator[bytes]:
+        for part, body in zip(parts, bodies, strict=True):
+            if not body:  # deleted since it was listed: the next part tells how much is missing
+                continue
+            if part.offset > self._at:
+                yield f"… {part.offset - self._at:,} bytes are left out here …\n".encode()
+                self._at = part.offset
+            yield body[self._at - part.offset :]
+            self._at = part.offset + len(body)
+
+    def _body(self, part: Stored) -> bytes:
+        try:
+            return self._run.read(part.key)
+        except FileNotFoundError:
+            return b""

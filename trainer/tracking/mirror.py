@@ -1,0 +1,211 @@
+"""Sends what a run has written down to its trackers, from the driver and beside the training.
+
+The rows in the run's storage are the truth, and a mirror reads them there as anybody could. So a tracker can hold up or
+end nothing, needs its library, its network and its credentials on the driver alone, and what it missed while it was
+away is sent later, also by a later attempt.
+
+A resumed run goes on with the same curve, and no step stands in it twice: steps that are trained again after a failure
+were told already and are skipped. (They are the same samples, in the same order.) How far a curve has come, a tracker
+may know itself. Where it does not, the run's storage does: the mark is written *before* the points are sent, so that a
+driver that is killed in between leaves a gap of seconds and no doubled step.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import threading
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from trainer import layout
+from trainer.errors import CorruptObject, Interrupted
+from trainer.recipe import Recipe, fingerprint
+from trainer.registry import TRACKERS
+from trainer.rowfeed import RowFeed
+from trainer.storage import Storage
+from trainer.tracking.base import START, Curve, Mark, Point, Tracker, point_of
+
+log = logging.getLogger(__name__)
+
+EVERY_S = 5.0
+LONGEST_PAUSE_S = 300.0
+POINTS_AT_ONCE = 500
+PATIENCE_S = 30.0
+"""Seconds that a run which has ended waits for its trackers to take the last steps."""
+FAILED_PATIENCE_S = 10.0
+
+
+class Mirror:
+    """One tracker's thread. `pump` is what it does again and again; what that raises is a warning at the first time,
+    and tried again after a pause that doubles up to `LONGEST_PAUSE_S`."""
+
+    def __init__(self, name: str, recipe: Recipe, run: Storage, *, every_s: float = EVERY_S) -> None:
+        self._name, self._recipe, self._run, self._every_s = name, recipe, run, every_s
+        self._tracker: Tracker | None = None
+        self._feed = RowFeed(run, layout.METRICS)
+        self._mark = START
+        self._remembers = False
+        self._id = ""
+        self._failures = 0
+        self._state = "interrupted"
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._work, name=f"tracker {name}", daemon=True)
+
+    def start(self) -> Mirror:
+        self._thread.start()
+        return self
+
+    def ask(self, state: str) -> None:
+        """To send the rest, and to close the curve of a run that has ended in ``state``."""
+        self._state = state
+        self._closing.set()
+
+    def wait(self, timeout_s: float) -> None:
+        """Until that is done; a warning says that it was not done in time."""
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            log.warning(
+                "%s has not taken the last steps within %.0f s; `muster track %s` sends them",
+                self._name,
+                timeout_s,
+                self._run.url,
+            )
+
+    def pump(self) -> int:
+        """Opens the curve if need be, and tells what is new; returns how many points that were."""
+        tracker = self._tracker or self._open()
+        points = [p for p in map(point_of, self._feed.new()) if p is not None]
+        ahead = list(_beyond(self._mark, points))
+        for at in range(0, len(ahead), POINTS_AT_ONCE):
+            batch = ahead[at : at + POINTS_AT_ONCE]
+            if not self._remembers:
+                self._note(batch[-1].mark)
+            try:
+                tracker.tell(batch)
+            except Exception:
+                if not self._remembers:
+                    self._note(self._mark)  # what was refused is sent again
+                raise
+            self._mark = batch[-1].mark
+        return len(ahead)
+
+    def end(self, state: str) -> None:
+        """Closes the curve, if it is open."""
+        tracker, self._tracker = self._tracker, None
+        if tracker is not None:
+            try:
+                tracker.close(state)
+            except (Exception, SystemExit) as error:
+                log.warning("the tracker %s could not be closed: %s", self._name, _first_line(error))
+
+    def _work(self) -> None:
+        while True:
+            closing = self._closing.wait(self._pause_s())
+            self._try()
+            if closing:
+                self.end(self._state)
+                return
+
+    def _pause_s(self) -> float:
+        return min(LONGEST_PAUSE_S, self._every_s * 2.0**self._failures)
+
+    def _try(self) -> None:
+        try:
+            self.pump()
+        except (Exception, SystemExit) as error:
+            if not self._failures:
+                log.warning(
+                    "the tracker %s fails, and training goes on without it; it is tried again: %s",
+                    self._name,
+                    _first_line(error),
+                )
+            log.debug("the tracker %s failed", self._name, exc_info=True)
+            self._failures += 1
+            self.end("failed")
+            self._feed = RowFeed(self._run, layout.METRICS)  # what was not told is read again
+        else:
+            if self._failures:
+                log.warning("the tracker %s is back, and has been told what it missed", self._name)
+            self._failures = 0
+
+    def _open(self) -> Tracker:
+        found = self._bookmark()
+        if fresh := found is None:
+            self._id, self._mark = uuid.uuid4().hex[:12], START
+            self._note(START)
+        else:
+            self._id, self._mark = found["id"], Mark(found["step"], found["part"])
+        tracker: Tracker = TRACKERS.load(self._name)(Curve(self._id, fresh, self._recipe, self._run))
+        self._tracker = tracker
+        told = tracker.told()
+        self._remembers = told is not None
+        self._mark = self._mark if told is None else told
+        return tracker
+
+    def _bookmark(self) -> dict[str, Any] | None:
+        """None where this curve is a new one: the recipe gives another result by now (it may be mended until the first
+        checkpoint), or the tracker is another one (its settings are)."""
+        with suppress(FileNotFoundError, CorruptObject):
+            found: dict[str, Any] = self._run.read_json(layout.tracker(self._name))
+            if found.get("of") == self._of():
+                return found
+        return None
+
+    def _note(self, mark: Mark) -> None:
+        row = {"of": self._of(), "id": self._id, "step": mark.step, "part": mark.part}
+        self._run.write_json(layout.tracker(self._name), row)
+
+    def _of(self) -> str:
+        section = getattr(self._recipe, self._name, None)
+        settings = section.model_dump(mode="json") if section else {}
+        return hashlib.sha256(json.dumps([fingerprint(self._recipe), settings]).encode()).hexdigest()
+
+
+def _beyond(mark: Mark, points: Sequence[Point]) -> Iterator[Point]:
+    """Those that a curve which has come to ``mark`` does not have, in order; of steps trained again the first."""
+    for point in points:
+        if point.mark > mark:
+            mark = point.mark
+            yield point
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+
+
+@contextmanager
+def tracked(recipe: Recipe, run: Storage) -> Iterator[None]:
+    """Mirrors the run to the recipe's trackers for the time of the block, whose end it never changes."""
+    mirrors = [Mirror(name, recipe, run).start() for name in dict.fromkeys(recipe.tracking)]
+    state = "failed"
+    try:
+        yield
+        state = "succeeded"
+    except Interrupted:
+        state = "interrupted"
+        raise
+    finally:
+        deadline = time.monotonic() + (FAILED_PATIENCE_S if state == "failed" else PATIENCE_S)
+        for mirror in mirrors:
+            mirror.ask(state)
+        for mirror in mirrors:
+            mirror.wait(max(0.0, deadline - time.monotonic()))
+
+
+def send_all(recipe: Recipe, run: Storage, state: str) -> dict[str, int]:
+    """Tells every tracker of the recipe what it does not have of the run, which has ended in ``state``; returns how
+    many points each was told. Raises what a tracker raises."""
+    told = {}
+    for name in dict.fromkeys(recipe.tracking):
+        mirror = Mirror(name, recipe, run)
+        try:
+            told[name] = mirror.pump()
+        finally:
+            mirror.end(state)
+    return told

@@ -1,0 +1,109 @@
+"""MLflow: a server, a database or a folder. All attempts of a run are one MLflow run, found by a tag.
+
+The store is asked how far the curve has come. A batch is one transaction of a server or a database; of a folder, whose
+metrics are files of their own, the loss is written first, and it is what is asked for.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from importlib.util import find_spec
+from typing import Any
+
+from trainer.errors import InputError
+from trainer.recipe import Recipe
+from trainer.tracking.base import EVAL, START, TRAIN, Curve, Mark, Point
+
+_DATABASES = ("sqlite:", "postgresql", "mysql", "mssql")
+_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # A server that does not answer is tried again by the mirror, which says so once.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
+_LOGGERS = {"mlflow": logging.WARNING, "urllib3.connectionpool": logging.ERROR}
+_TAG = "muster.curve"
+_METRICS_AT_ONCE = 1000  # the most that MLflow takes in one batch
+_PARAMETERS_AT_ONCE = 100
+_LONGEST_VALUE = 500
+_STATUS = {"succeeded": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
+
+
+class Mlflow:
+    """Of one curve; see `trainer.tracking.base.Tracker`."""
+
+    def __init__(self, curve: Curve) -> None:
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        from mlflow import MlflowClient
+
+        for name, level in _LOGGERS.items():
+            logging.getLogger(name).setLevel(level)
+        section = curve.recipe.mlflow
+        self._client: Any = MlflowClient(tracking_uri=section.uri or os.environ.get("MLFLOW_TRACKING_URI"))
+        experiment = self._experiment(section.experiment)
+        found = self._client.search_runs([experiment], f"tags.`{_TAG}` = '{curve.id}'", max_results=1)
+        if found:
+            self._id = found[0].info.run_id
+            self._client.update_run(self._id, status="RUNNING")
+        else:
+            tags = {_TAG: curve.id, "muster.run": curve.run.url}
+            self._id = self._client.create_run(experiment, tags=tags, run_name=curve.recipe.name).info.run_id
+            self._describe(curve.recipe)
+
+    @staticmethod
+    def check(recipe: Recipe) -> None:
+        uri = recipe.mlflow.uri or os.environ.get("MLFLOW_TRACKING_URI")
+        if uri and uri.startswith(_DATABASES) and not (find_spec("sqlalchemy") and find_spec("alembic")):
+            raise InputError(f"mlflow.uri {uri.split(':')[0]}:… is a database: pip install sqlalchemy alembic")
+        if not uri:
+            raise InputError(
+                "tracking names mlflow, and nothing says where its server is: give mlflow.uri, or set "
+                "MLFLOW_TRACKING_URI"
+            )
+
+    def told(self) -> Mark:
+        lasts = (
+            Mark.of(max(metric.step for metric in history), part)
+            for part in (TRAIN, EVAL)
+            if (history := self._client.get_metric_history(self._id, f"{part}/loss"))
+        )
+        return max(lasts, default=START)
+
+    def tell(self, points: Sequence[Point]) -> None:
+        from mlflow.entities import Metric
+
+        batch: list[Any] = []
+        for point in points:
+            named = sorted(point.named().items(), key=lambda item: not item[0].endswith("/loss"))
+            metrics = [Metric(name, value, int(point.time * 1000), point.step) for name, value in named]
+            if len(batch) + len(metrics) > _METRICS_AT_ONCE:
+                self._client.log_batch(self._id, metrics=batch, synchronous=True)
+                batch = []
+            batch += metrics
+        if batch:
+            self._client.log_batch(self._id, metrics=batch, synchronous=True)
+
+    def close(self, state: str) -> None:
+        self._client.set_terminated(self._id, status=_STATUS[state])
+
+    def _experiment(self, name: str) -> str:
+        found = self._client.get_experiment_by_name(name)
+        return str(found.experiment_id if found is not None else self._client.create_experiment(name))
+
+    def _describe(self, recipe: Recipe) -> None:
+        from mlflow.entities import Param
+
+        leaves = [Param(name, str(value)[:_LONGEST_VALUE]) for name, value in _leaves(recipe.model_dump(mode="json"))]
+        for at in range(0, len(leaves), _PARAMETERS_AT_ONCE):
+            self._client.log_batch(self._id, params=leaves[at : at + _PARAMETERS_AT_ONCE], synchronous=True)
+
+
+def _leaves(value: Any, path: str = "") -> Iterator[tuple[str, Any]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, child in items:
+        yield from _leaves(child, f"{path}.{key}" if path else str(key))
+    if not isinstance(value, dict | list):
+        yield path, value

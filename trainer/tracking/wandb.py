@@ -1,0 +1,100 @@
+"""Weights & Biases, online or offline. All attempts of a run are one W&B run, by its id.
+
+W&B's own records cannot be asked offline, and online it takes no step that lies before its last one; so the mark in the
+run's storage says where to go on. A new driver begins a new file of the same run, and offline there is one folder per
+driver: `wandb sync --append` joins them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Container, Sequence
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import InputError
+from trainer.recipe import Recipe
+from trainer.storage import Storage, local_path
+from trainer.tracking.base import Curve, Mark, Point
+
+SETTINGS = {
+    # This program's output, its arguments and its machine are none of a tracker's business.
+    "console": "off",
+    "silent": True,
+    "disable_git": True,
+    "save_code": False,
+    "x_disable_meta": True,
+    "x_disable_stats": True,
+    "x_disable_machine_info": True,
+    "x_save_requirements": False,
+    "init_timeout": 60.0,
+    "finish_timeout": 20.0,
+    # Of its files W&B writes every 15 s otherwise, and a driver that is killed loses what was not written.
+    "x_transaction_log_flush_interval": 2.0,
+}
+
+
+class Wandb:
+    """Of one curve; see `trainer.tracking.base.Tracker`."""
+
+    def __init__(self, curve: Curve) -> None:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
+        import wandb
+
+        self.check(curve.recipe)
+        section = curve.recipe.wandb
+        self._run: Any = wandb.init(
+            project=section.project,
+            entity=section.entity,
+            mode=section.mode,
+            dir=folder_of(curve.recipe, curve.run),
+            id=curve.id,
+            name=curve.recipe.name,
+            group=section.group,
+            tags=list(section.tags),
+            config=curve.recipe.model_dump(mode="json"),
+            allow_val_change=True,  # resources and strategy may change between attempts
+            resume="allow" if section.mode == "online" else None,
+            reinit="create_new",
+            settings=wandb.Settings(**_settings(wandb.Settings.model_fields)),
+        )
+
+    @staticmethod
+    def check(recipe: Recipe) -> None:
+        if recipe.wandb.mode == "online" and not _has_key():
+            raise InputError(
+                "tracking names wandb, and there is no key for it: set WANDB_API_KEY, run `wandb login`, or write "
+                "wandb.mode: offline"
+            )
+
+    def told(self) -> Mark | None:
+        return None
+
+    def tell(self, points: Sequence[Point]) -> None:
+        for point in points:
+            self._run.log(point.named(), step=point.step)
+
+    def close(self, state: str) -> None:
+        self._run.finish(exit_code=1 if state == "failed" else 0)
+
+
+def _settings(known: Container[str]) -> dict[str, Any]:
+    """Those that this version has: W&B promises nothing for names with x_."""
+    return {name: value for name, value in SETTINGS.items() if not name.startswith("x_") or name in known}
+
+
+def folder_of(recipe: Recipe, run: Storage) -> str:
+    """Where W&B makes its own folder ``wandb``."""
+    if recipe.wandb.folder is None and (path := local_path(run.url)) is not None:
+        chosen = Path(path)
+    else:
+        chosen = Path(recipe.wandb.folder or os.environ.get("WANDB_DIR") or ".").expanduser().absolute()
+    chosen.mkdir(parents=True, exist_ok=True)
+    return str(chosen)
+
+
+def _has_key() -> bool:
+    """As `wandb login` keeps it, or the environment has it; W&B itself would ask for one on a terminal, and wait."""
+    import wandb
+
+    return bool(wandb.login(prompt=False, verify=False))
