@@ -14,6 +14,7 @@ whoever started the group starts it again from the newest checkpoint.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -22,7 +23,8 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
@@ -170,8 +172,22 @@ class Heartbeat:
         return min((r for r in range(self._size) if r not in sick), default=-1)
 
     def _stack(self) -> str:
-        frame = sys._current_frames().get(self._main)
+        with _no_collection():
+            frame = sys._current_frames().get(self._main)
         return "".join(traceback.format_stack(frame)[-STACK_FRAMES:]) if frame else ""
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """While Python lists the frames, until 3.11.9, it holds a lock that a starting thread needs. A collection in there
+    runs Python code, which lets that thread go first, and both wait for ever (cpython issue 106883)."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _after(before: Seen | None, pulse: Pulse, now: float) -> Seen:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+
 import pytest
 
 from trainer.heartbeat import (
@@ -85,3 +88,20 @@ def test_pulses_travel_through_the_store_with_step_phase_and_stack() -> None:
     assert "test_pulses_travel_through_the_store" in pulse.stack
     assert "rank 1 on host1" in hang_text([pulse], 31.0)
     assert "step 12, backward of micro-batch 3" in hang_text([pulse], 31.0)
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_nothing_is_collected_while_the_frames_are_listed(collecting: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else a thread that starts in that moment waits for this one for ever, and this one for it."""
+    listed, frames = [], sys._current_frames
+    monkeypatch.setattr(sys, "_current_frames", lambda: listed.append(gc.isenabled()) or frames())
+    was = gc.isenabled()
+    (gc.enable if collecting else gc.disable)()
+    try:
+        store = DictStore()
+        Heartbeat(0, 1, "host", store, lambda found: None).beat()
+        assert gc.isenabled() == collecting
+    finally:
+        (gc.enable if was else gc.disable)()
+    assert listed == [False]
+    assert "test_heartbeat" in next(iter(store.values()))
