@@ -14,6 +14,7 @@ whoever started the group starts it again from the newest checkpoint.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import signal
@@ -24,6 +25,7 @@ import traceback
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import FrameType
 from typing import Any, Protocol
 
 BEAT_S = 1.0
@@ -170,8 +172,20 @@ class Heartbeat:
         return min((r for r in range(self._size) if r not in sick), default=-1)
 
     def _stack(self) -> str:
-        frame = sys._current_frames().get(self._main)
+        frame = _frames().get(self._main)
         return "".join(traceback.format_stack(frame)[-STACK_FRAMES:]) if frame else ""
+
+
+def _frames() -> dict[int, FrameType]:
+    """Of every thread. Without the collector: CPython 3.11 holds a lock of its own meanwhile, and a collection may call
+    back into Python, which then waits for that lock for ever (python/cpython#106883)."""
+    collecting = gc.isenabled()
+    gc.disable()
+    try:
+        return sys._current_frames()
+    finally:
+        if collecting:
+            gc.enable()
 
 
 def _after(before: Seen | None, pulse: Pulse, now: float) -> Seen:

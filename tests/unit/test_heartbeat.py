@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import sys
+
 import pytest
 
+from trainer import heartbeat
 from trainer.heartbeat import (
     FIRST_PATIENCE_S,
     STALE_S,
@@ -85,3 +89,24 @@ def test_pulses_travel_through_the_store_with_step_phase_and_stack() -> None:
     assert "test_pulses_travel_through_the_store" in pulse.stack
     assert "rank 1 on host1" in hang_text([pulse], 31.0)
     assert "step 12, backward of micro-batch 3" in hang_text([pulse], 31.0)
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_no_collection_comes_while_a_stack_is_taken(collecting, monkeypatch):
+    """In Python 3.11 it may end in a deadlock."""
+    seen = []
+
+    def frames():
+        seen.append(gc.isenabled())
+        raise RuntimeError("no frames")
+
+    monkeypatch.setattr(sys, "_current_frames", frames)
+    was = gc.isenabled()
+    (gc.enable if collecting else gc.disable)()
+    try:
+        with pytest.raises(RuntimeError, match="no frames"):
+            heartbeat._frames()
+        assert gc.isenabled() is collecting
+    finally:
+        (gc.enable if was else gc.disable)()
+    assert seen == [False]
