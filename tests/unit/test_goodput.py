@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -33,7 +34,7 @@ def one_attempt(number: int, first: int, last: int, at: float) -> tuple[Rows, Ro
 
 def whole(found: Goodput) -> None:
     assert sum(found.seconds.values()) == pytest.approx(found.wall_s, abs=1e-6)
-    assert all(a.end == b.begin for a, b in zip(found.pieces, found.pieces[1:], strict=False))
+    assert all(a.end == b.begin for a, b in pairwise(found.pieces))
     assert all(piece.end > piece.begin for piece in found.pieces)
     assert sum(found.starting.values()) == pytest.approx(found.seconds[STARTING], abs=1e-6)
 
