@@ -62,6 +62,7 @@ def _attempts(run: RunRecord, kept: list[tuple[float, float]], shade: str) -> li
             "y": ys,
             "text": texts,
             "textposition": "top center",
+            "cliponaxis": False,
             "marker": {"symbol": "diamond", "size": 10, "color": shade, "line": {"width": 1, "color": "#ffffff"}},
         }
     ]

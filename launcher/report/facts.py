@@ -24,7 +24,7 @@ def _summary(run: RunRecord) -> list[Any]:
         run.label,
         status.state,
         f"{status.step:,} of {status.total_steps:,}",
-        status.attempts,
+        max(status.attempts, *run.starts, 0),
         status.world_size,
         status.metrics.get("loss"),
         status.metrics.get("eval_loss"),

@@ -135,7 +135,12 @@ def rank_chart(runs: Sequence[RunRecord]) -> Chart | None:
             name = safe(f"{run.label}, attempt {attempt}")
             ranks = list(range(len(times)))
             shade = colour(index if len(runs) > 1 else attempt - 1)
-            above = {"type": "data", "array": [t - m for t, m in zip(tails, middles, strict=True)], "symmetric": False}
+            above = {
+                "type": "data",
+                "array": [t - m for t, m in zip(tails, middles, strict=True)],
+                "symmetric": False,
+                "color": "#6b7280",
+            }
             bars = {"type": "bar", "name": name, "x": ranks, "y": middles, "error_y": above}
             traces.append({**bars, "marker": {"color": shade}})
             usual = median(middles)

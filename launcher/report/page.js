@@ -20,16 +20,17 @@
     ...layout,
     height: layout.height || 340,
     autosize: true,
-    margin: { l: narrow.matches ? 45 : 65, r: 15, t: 30, b: 45 },
+    margin: { l: narrow.matches ? 45 : 65, r: 15, t: 10, b: 45 },
     font: { family: "system-ui, sans-serif", size: 12 },
     showlegend: true,
-    legend: { orientation: "h", y: -0.25, yanchor: "top" },
+    legend: { orientation: "h", y: 1.02, yanchor: "bottom", traceorder: "normal" },
     xaxis: { automargin: true, ...layout.xaxis },
     yaxis: { automargin: true, ...layout.yaxis },
   });
 
   const charts = [...document.querySelectorAll("[data-chart]")];
-  const settings = { responsive: true, displaylogo: false, showSendToCloud: false };
+  const settings = { responsive: true, displayModeBar: false };
+  // Without the bar of buttons: dragging zooms, a double click goes back.
   const draw = (div) => {
     const figure = figures[div.dataset.chart];
     return Plotly.newPlot(div, figure.data, fixed(figure.layout), settings).then(() => Plotly.relayout(div, surroundings()));
