@@ -7,16 +7,8 @@
 Weights are made on the device, so that nothing is downloaded or written; a case that the plan says does not fit is left
 out. Needs torch, transformers, peft and bitsandbytes; no Ray. Without a CUDA device it says so, and ends with 0.
 
-MFU is the floating-point operations that a step needs, over its seconds and what the device can do at most (Chowdhery
-et al. 2022, arXiv:2204.02311, appendix B), where an adapter needs less than full fine-tuning:
-
-    per token   4 N + 6 n + 12 · layers · heads · head_dim · (s + 1) / 2
-
-N: weights of the base's linear layers (embeddings are looked up), once forward and once backward, at 2 operations each:
-frozen weights have no gradient. n: trained weights, which have one. The last term is attention: 4 operations per query,
-key and dimension forward and 8 backward; a token of a sample of s tokens attends to (s + 1) / 2 of them on average.
-What checkpointing and fused attention compute again does not count. The peak is the dense one in bfloat16
-(`PEAK_TFLOPS`).
+MFU is that of the metrics of a run, by the formula of `trainer/flops.py`; what checkpointing and fused attention
+compute again does not count. The peak is the dense one in bfloat16.
 """
 
 from __future__ import annotations
@@ -24,7 +16,6 @@ from __future__ import annotations
 import argparse
 import gc
 import json
-import re
 import statistics
 import sys
 import tempfile
@@ -44,6 +35,7 @@ from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
 from tests.support.device import HAS_GPU, NO_GPU, DevicePeak, synchronise  # noqa: E402
 from tests.support.stepping import full_packs, one_step, random_parts  # noqa: E402
 from tests.support.training import small_recipe  # noqa: E402
+from trainer.flops import peak_flops  # noqa: E402
 from trainer.plan import Limits, Planner, read_base  # noqa: E402
 from trainer.plan.memory import DEVICE_RESERVE  # noqa: E402
 from trainer.plan.shapes import LLAMA_3_8B  # noqa: E402
@@ -62,49 +54,11 @@ CASES: dict[str, dict[str, Any]] = {
 }
 ATTENTION = "attention"
 
-PEAK_TFLOPS = {
-    r"B200": 2250.0,
-    r"H200": 989.0,
-    r"H100 PCIe": 756.0,
-    r"H100 NVL": 835.0,
-    r"H100": 989.0,
-    r"A100": 312.0,
-    r"L40S": 362.0,
-    r"L4": 121.0,
-    r"A40": 149.7,
-    r"RTX A6000": 154.8,
-    r"A10": 125.0,
-    r"RTX 4090": 165.2,
-    r"RTX 3090": 71.0,
-}
-"""TFLOP/s of the tensor cores in bfloat16 with sums in float32, by a part of the name that CUDA gives the device, the
-narrower ones first. From NVIDIA's data sheets (B200: that of the DGX B200; GeForce: the white papers of Ada and GA102);
-where those count sparse matrices, half of it. They hold for the default power limit."""
-
 
 class Measured(NamedTuple):
     seconds: float
     peak_bytes: int
-    flops_per_token: float
-
-
-def peak_flops(device_name: str) -> float | None:
-    """FLOP/s of the device at most; None when it is not in the table."""
-    found = (tflops for name, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device_name))
-    tflops = next(found, None)
-    return None if tflops is None else tflops * 1e12
-
-
-def flops_per_token(model: torch.nn.Module, config: Any, sample_length: int) -> float:
-    """Of forward and backward, as the module's docstring says; ``model``: with its adapter on."""
-    named = [(n, m) for n, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
-    frozen = sum(m.in_features * m.out_features for n, m in named if ".lora_" not in n)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    width = config.num_attention_heads * (
-        getattr(config, "head_dim", 0) or config.hidden_size // config.num_attention_heads
-    )
-    attention = 12 * config.num_hidden_layers * width * (sample_length + 1) / 2
-    return 4 * frozen + 6 * trained + attention
+    flops: float
 
 
 def recipe_of(name: str, folder: Path, given: argparse.Namespace, shape: dict[str, Any]) -> Recipe:
@@ -132,7 +86,7 @@ def measured(recipe: Recipe, world: World, samples: int, steps: int = STEPS) -> 
     if peak:
         peak.restart()
     seconds = [timed(lambda: one_step(parts, batch), world.device) for _ in range(WARM_UP + steps)]
-    flops = flops_per_token(parts.strategy.model, config, length // samples)
+    flops = parts.operations.step(batch.tokens, batch.target_tokens, parts.operations.scores(batch))
     return Measured(statistics.median(seconds[WARM_UP:]), peak.bytes() if peak else 0, flops)
 
 
@@ -156,7 +110,7 @@ def row(name: str, recipe: Recipe, world: World, given: argparse.Namespace) -> l
         return [*cells, "out of memory", "", "", "", ""]
     tokens_per_s = given.packs * given.length / found.seconds
     most = given.peak_tflops * 1e12 if given.peak_tflops else peak_flops(torch.cuda.get_device_name(world.device))
-    mfu = f"{100 * tokens_per_s * found.flops_per_token / most:.1f} %" if most else "peak unknown: --peak-tflops"
+    mfu = f"{100 * found.flops / found.seconds / most:.1f} %" if most else "peak unknown: --peak-tflops"
     memory = [f"{found.peak_bytes / GIB:.1f}", f"{planned / found.peak_bytes:.2f}"]
     return [*cells, *memory, f"{1000 * found.seconds:.0f}", f"{tokens_per_s:,.0f}", mfu]
 

@@ -24,6 +24,7 @@ from ray.train.v2._internal.util import ObjectRefWrapper, time_monotonic
 
 from launcher.environment import Environment
 from launcher.order import Order
+from trainer.libraries import load_libraries
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -153,9 +154,7 @@ def preload(environment: Environment) -> None:
     """On a worker: imports what training needs. The environment comes first, since libraries read it as they are
     imported."""
     environment.apply()
-    import peft  # noqa: F401
-    from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
-
+    load_libraries()
     import trainer.worker  # noqa: F401
 
 

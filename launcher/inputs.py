@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.begin import check_rows
 from trainer.errors import InputError, StorageError
+from trainer.libraries import load_libraries
 from trainer.recipe import ModelSection, Recipe
 from trainer.recipe.tasks import AUTO_CLASSES, CAUSAL, SEQUENCE
 from trainer.storage import Storage
@@ -47,6 +48,7 @@ def check_model(recipe: Recipe, warn: Callable[[str], None]) -> None:
 
     Reads configuration, rows, and of the weights the headers alone. Raises InputError; ``warn`` gets what may be meant.
     """
+    load_libraries()
     from trainer.adapters import make_adapter
     from trainer.model import check_weights, fetch_model
 

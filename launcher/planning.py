@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from trainer.errors import UsageError
+from trainer.libraries import load_libraries
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -107,6 +108,7 @@ class Found:
 
 def make(recipe: Recipe, device: int | None, host: int | None, speed: float | None, price: float | None) -> Found:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels that a plan does not call
+    load_libraries()
     from trainer.plan import Inquiry, Limits, Planner, read_base, suggestions
 
     inquiry = Inquiry(recipe, speed)

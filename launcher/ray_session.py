@@ -42,13 +42,18 @@ DRIVER_SETTINGS = {
 }
 
 
+def set_up() -> None:
+    """Before ray is first imported, which reads some of the settings only then."""
+    for name, value in DRIVER_SETTINGS.items():
+        os.environ.setdefault(name, value)
+
+
 @contextmanager
 def ray_session(address: str | None, resources: ResourcesSection) -> Iterator[None]:
     """A connected Ray for the time of the block: the cluster at ``address``, or one of this machine's own.
 
     Raises InputError when no cluster answers there."""
-    for name, value in DRIVER_SETTINGS.items():
-        os.environ.setdefault(name, value)
+    set_up()
     # Workers import this very tree, from a checkout as from a wheel.
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *filter(None, _python_path())]))
     import ray

@@ -43,8 +43,9 @@ class Standby:
         self._thread = threading.Thread(target=self._work, name="ray-start", daemon=True)
 
     def __enter__(self) -> Standby:
-        from launcher.ray_session import ray_session
+        from launcher.ray_session import ray_session, set_up
 
+        set_up()
         self._session = ray_session(self._address, self._recipe.resources)
         # Here and now: two threads that import parts of one library at once may meet it half made.
         import launcher.training  # noqa: F401

@@ -18,16 +18,22 @@ import torch
 from trainer import layout
 from trainer.adapters import Adapter, make_adapter
 from trainer.errors import InputError
+from trainer.flops import Operations
+from trainer.metering import operations_of
 from trainer.model import Head, Loaded, ModelFiles, build, check_isolation, fetch_model, load_tokenizer
+from trainer.model.attention import settle_attention
 from trainer.model.by_shard import Rows, ShardLoader
+from trainer.model.liger import use_liger
 from trainer.model.memory import HostPeak
 from trainer.model.meta import NotByShard, meta_model
+from trainer.model.pack_attention import install as install_pack_attention
 from trainer.model.prequantised import copy_of
 from trainer.model.source import Source
 from trainer.optim import make_optimizer
 from trainer.recipe import ModelSection, Recipe
 from trainer.storage import open_storage
 from trainer.strategies import Strategy, make_strategy
+from trainer.strategies.compiling import compile_layers
 from trainer.tasks import Company, Task, make_task
 from trainer.world import World
 
@@ -38,19 +44,24 @@ Accompany = Callable[[Path], None]
 
 @dataclass(frozen=True)
 class Built:
-    """``load``: of each rank, the bytes of the base that it read, those of them that no cache of the host had, and the
+    """``operations``: what a step computes with the model as it is trained. ``attention``: the kernel of attention.
+    ``load``: of each rank, the bytes of the base that it read, those of them that no cache of the host had, and the
     peak of its host memory meanwhile."""
 
     files: ModelFiles
     adapter: Adapter
     task: Task
     strategy: Strategy
+    operations: Operations
+    attention: str
     load: list[dict[str, int]]
 
 
 def build_parts(recipe: Recipe, world: World, labels: tuple[str, ...] = (), reward: Any = None) -> Built:
     """Collective: every rank of the attempt calls it. ``labels``: the label set of the training data. ``reward``: the
     model that rates the task's texts, if there is one."""
+    if recipe.data.packing and not recipe.compute.compile:  # how samples lie in a pack is nothing to compile
+        install_pack_attention()
     adapter, task, strategy = make_adapter(recipe), make_task(recipe, labels), make_strategy(recipe, world)
     company = partial(accompany, task, recipe, world=world, strategy=strategy, reward=reward)
     if strategy.by_shard(recipe):
@@ -80,15 +91,28 @@ def _whole(
         checkpointing=recipe.training.gradient_checkpointing,
         head=head,
     )
+    if recipe.compute.kernels == "liger":
+        use_liger(loaded.model)
     if recipe.data.packing:
         check_isolation(loaded.model, recipe.model.path)
     model = adapter.attach(loaded.model, lambda: _plain_model(recipe, files, head))
     company(files.folder)
     task.attach(model)
+    operations = operations_of(model)
+    if recipe.compute.compile:
+        compile_layers(model, world.device)
     strategy.setup(model, lambda parameters: make_optimizer(recipe.optimizer, parameters, adapter.lr_scale))
+    attention = _settle_attention(recipe, strategy, world)
     fetched = files.fetched_bytes if "://" in recipe.model.path else loaded.bytes_read
     report = _report(world, loaded.bytes_read, fetched, loaded.peak_host_bytes)
-    return Built(files, adapter, task, strategy, report)
+    return Built(files, adapter, task, strategy, operations, attention, report)
+
+
+def _settle_attention(recipe: Recipe, strategy: Strategy, world: World) -> str:
+    with strategy.autocast():
+        kernel = settle_attention(recipe, strategy.model, strategy.module, world.device)
+    strategy.settle()
+    return kernel
 
 
 def accompany(
@@ -134,6 +158,8 @@ class _Sharded:
             checkpointing=recipe.training.gradient_checkpointing,
             head=head,
         )
+        if recipe.compute.kernels == "liger":
+            use_liger(base)
         if not self.adapter.loads_by_shard(base):
             raise NotByShard(f"{recipe.adapter.method} is made from the whole of the base's weights")
         source = Source(section.path if remote else str(files.folder))
@@ -148,8 +174,9 @@ class _Sharded:
             with self.strategy.autocast():
                 check_isolation(self.strategy.module, section.path)
             self.strategy.settle()
+        attention = _settle_attention(recipe, self.strategy, self.world)
         report = _report(self.world, source.bytes_read, source.bytes_fetched, peak)
-        return Built(files, self.adapter, self.task, self.strategy, report)
+        return Built(files, self.adapter, self.task, self.strategy, self.operations, attention, report)
 
     def _section(self) -> ModelSection:
         """The model's, or that of its NF4 copy, if `muster prepare --model` has made one."""
@@ -165,6 +192,9 @@ class _Sharded:
         model = self.adapter.attach_without_weights(base)
         _move_buffers(model, self.world.device)
         self.task.attach(model)
+        self.operations = operations_of(model)
+        if self.recipe.compute.compile:
+            compile_layers(model, self.world.device)
         host = HostPeak()
         loader.attached(model)
         strategy = self.strategy

@@ -29,6 +29,8 @@ from typing import Any, Protocol
 BEAT_S = 1.0
 STALE_S = 10.0
 LEAST_PATIENCE_S = 30.0
+COMPILING_PATIENCE_S = 600.0
+"""Where layers are compiled: shapes or modes that come for the first time take a rank that long, at any step."""
 FIRST_PATIENCE_S = 1800.0
 RECENT_STEPS = 200
 STACK_FRAMES = 12
@@ -70,12 +72,12 @@ class Seen:
     moved_at: float
 
 
-def patience_s(step_times: Sequence[float]) -> float:
-    """How long nobody may move: max(5 p99 of a step, 30 s), and half an hour until the first step is done."""
+def patience_s(step_times: Sequence[float], least_s: float = LEAST_PATIENCE_S) -> float:
+    """How long nobody may move: max(5 p99 of a step, ``least_s``), and half an hour until the first step is done."""
     if not step_times:
         return FIRST_PATIENCE_S
     ordered = sorted(step_times)
-    return max(LEAST_PATIENCE_S, 5 * ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))])
+    return max(least_s, 5 * ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))])
 
 
 def culprits(seen: Mapping[int, Seen], now: float, patience: float) -> list[Pulse]:
@@ -105,7 +107,9 @@ class Heartbeat:
         store: PulseStore,
         on_hang: Callable[[list[Pulse]], None],
         clock: Callable[[], float] = time.monotonic,
+        least_patience_s: float = LEAST_PATIENCE_S,
     ) -> None:
+        self._least_patience_s = least_patience_s
         self._rank, self._size, self._host, self._store = rank, size, host, store
         self._on_hang, self._clock = on_hang, clock
         self._now = (0, "starting", 0)
@@ -141,7 +145,7 @@ class Heartbeat:
                 self.look()
             except RuntimeError:  # the store went with rank 0: what was seen of the others grows old by itself
                 continue
-            found = culprits(self._seen, self._clock(), patience_s(self._steps))
+            found = culprits(self._seen, self._clock(), patience_s(self._steps, self._least_patience_s))
             if found and self._rank == self._first_sound(found):
                 self._on_hang(found)
                 return

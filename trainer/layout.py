@@ -13,6 +13,7 @@ metrics/ events/ ledger/       JSON Lines in parts
 logs/                          what each rank printed, in parts
 trackers/                      how far each tracker has been told
 tensorboard/                   event files, with that tracker
+profiles/attempt-…/rank-….…     traces of steps (`trainer.profiling`)
 plan/                          the packing plan, one object per window
 """
 
@@ -39,6 +40,7 @@ LOGS = "logs"
 TRACKERS = "trackers"
 TENSORBOARD = "tensorboard"
 PLAN = "plan"
+PROFILES = "profiles"
 PREPARED = "_data"
 """Prepared data, shared between runs: beside the runs, not inside one."""
 MODELS = "_models"
@@ -98,3 +100,8 @@ def parse_log_part(key: str) -> tuple[int, int, int] | None:
     """(attempt, rank, offset) of a part's key, None for any other key."""
     match = re.fullmatch(rf"{LOGS}/a(\d{{6,}})-r(\d{{5,}})-(\d{{12,}})\.log", key)
     return (int(match[1]), int(match[2]), int(match[3])) if match else None
+
+
+def profile(attempt: int, rank: int) -> str:
+    """Of a rank's trace, without its ending."""
+    return f"{PROFILES}/attempt-{attempt:06d}/rank-{rank:05d}"

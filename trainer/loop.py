@@ -21,6 +21,7 @@ import torch
 
 from trainer.data import Batch, Cursor, RankStep, StepPlan
 from trainer.errors import NonFiniteLoss
+from trainer.flops import Meter
 from trainer.heartbeat import CHECKPOINT, WAITING_FOR_DATA
 from trainer.optim import learning_rate
 from trainer.recipe import Recipe
@@ -44,7 +45,8 @@ class Position:
 class Hooks:
     """What the loop tells others. ``stop_requested`` may say yes on any one rank; the other calls happen on all.
 
-    ``around_update`` is entered when a step's gradients are complete, and left when the optimizer has used them."""
+    ``around_step`` surrounds a step from when its data is waited for until its update is done. ``around_update`` is
+    entered when a step's gradients are complete, and left when the optimizer has used them."""
 
     step_done: Callable[[dict[str, Any]], None]
     fed: Callable[[int, list[Batch]], None]
@@ -52,17 +54,19 @@ class Hooks:
     evaluated: Callable[[dict[str, Any]], None]
     stop_requested: Callable[[], bool]
     phase: Callable[[int, str], None]
+    around_step: Callable[[int], AbstractContextManager[Any]] = lambda step: nullcontext()
     around_update: Callable[[int], AbstractContextManager[Any]] = lambda step: nullcontext()
     examples: Callable[[int, list[dict[str, Any]]], None] = lambda step, shown: None
 
 
 class Updated(NamedTuple):
-    """What one update of the optimizer came to: the mean loss, the gradient's norm, whether any rank asks to stop, and
-    the metrics' sums over all ranks, to be named by ``totals``."""
+    """What one update of the optimizer came to: the mean loss, the gradient's norm, whether any rank asks to stop, what
+    attention did (`Operations.scores`), and the metrics' sums over all ranks, to be named by ``totals``."""
 
     loss: float
     norm: float
     stop: bool
+    scores: float
     sums: list[float]
     totals: Totals
 
@@ -80,10 +84,12 @@ class Loop:
         *,
         total_steps: int,
         eval_batches: Callable[[], Iterator[Batch]] | None,
+        meter: Meter | None = None,
     ) -> None:
         self.recipe, self.world, self.strategy, self.task, self.hooks = recipe, world, strategy, task, hooks
         self.total_steps = total_steps
         self.eval_batches = eval_batches
+        self.meter = meter
 
     def run(self, start: Position, steps: Iterator[RankStep]) -> Position:
         """Returns the position reached, which has been handed to ``hooks.checkpoint`` as the last one."""
@@ -93,10 +99,11 @@ class Loop:
         self.strategy.module.train()
         while position.step < end:
             step = position.step + 1
-            began = time.monotonic()
-            self.hooks.phase(step, WAITING_FOR_DATA)
-            data = next(steps)
-            metrics, stop = self._step(step, data, began)
+            with self.hooks.around_step(step):
+                began = time.monotonic()
+                self.hooks.phase(step, WAITING_FOR_DATA)
+                data = next(steps)
+                metrics, stop = self._step(step, data, began)
             position = Position(step, data.plan.next)
             self.hooks.fed(step, data.batches)
             self.hooks.step_done(metrics)
@@ -128,13 +135,16 @@ class Loop:
             said |= self.task.step_metrics(done[0].totals.named(sums))
         norm = sum(update.norm for update in done) / len(done)
         stop = any(update.stop for update in done)
-        return self._metrics(step, data.plan, said, lr, norm, time.monotonic() - began), stop
+        seconds = time.monotonic() - began
+        speed = self._speed(data.plan, sum(update.scores for update in done), seconds)
+        return self._metrics(step, data.plan, said, lr, norm, speed), stop
 
     def _update(self, step: int, update: Update, lr: float) -> Updated:
         loss_sum, totals = self._accumulate(step, update)
         self.hooks.phase(step, "exchange of the loss")
-        total, bad, stop, *sums = self.world.sum(
-            [loss_sum, float(not math.isfinite(loss_sum)), float(self.hooks.stop_requested()), *totals.numbers()]
+        stop_here, scores_here = float(self.hooks.stop_requested()), self._scores(update)
+        total, bad, stop, scores, *sums = self.world.sum(
+            [loss_sum, float(not math.isfinite(loss_sum)), stop_here, scores_here, *totals.numbers()]
         )
         if bad:
             self._non_finite(step, update, loss_sum)
@@ -145,7 +155,12 @@ class Loop:
                 f"step {step}: the gradient's norm is {norm} while the loss is finite; lower the "
                 f"learning rate ({lr:g}), or compute in float32 or bfloat16 (model.dtype)"
             )
-        return Updated(total / max(1, update.units), norm, bool(stop), sums, totals)
+        return Updated(total / max(1, update.units), norm, bool(stop), scores, sums, totals)
+
+    def _scores(self, update: Update) -> float:
+        if self.meter is None:
+            return 0.0
+        return sum(self.meter.operations.scores(batch) for batch in update.batches if isinstance(batch, Batch))
 
     def _may_scale_down(self) -> bool:
         """In float16 the first gradients overflow as a matter of course, until the scale of the loss has come down."""
@@ -178,7 +193,7 @@ class Loop:
         self.strategy.module.train()
 
     def _metrics(
-        self, step: int, plan: StepPlan, said: dict[str, float], lr: float, norm: float, seconds: float
+        self, step: int, plan: StepPlan, said: dict[str, float], lr: float, norm: float, speed: dict[str, float]
     ) -> dict[str, Any]:
         return {
             "step": step,
@@ -189,10 +204,19 @@ class Loop:
             "grad_norm": norm,
             "tokens": plan.tokens,
             "target_tokens": plan.target_tokens,
-            "tokens_per_s": plan.tokens / max(seconds, 1e-9),
-            "step_s": seconds,
+            **speed,
             "world_size": self.world.size,
             "samples": plan.next.samples,
+        }
+
+    def _speed(self, plan: StepPlan, scores: float, seconds: float) -> dict[str, float]:
+        tokens_per_s = plan.tokens / max(seconds, 1e-9)
+        used = self.meter.utilisation(plan.tokens, plan.target_tokens, scores, seconds) if self.meter else {}
+        return {
+            "tokens_per_s": tokens_per_s,
+            "tokens_per_s_per_worker": tokens_per_s / self.world.size,
+            "step_s": seconds,
+            **used,
         }
 
     def _non_finite(self, step: int, update: Update, loss_sum: float) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict
 from typing import Any
@@ -32,6 +32,15 @@ class Recorder:
     def event(self, event: str, *, wait: bool = True, **fields: Any) -> None:
         if self._events:
             self._events.emit(event, wait=wait, **fields)
+
+    def said(self, event: str, fields: Mapping[str, Any]) -> None:
+        """What any rank may have to tell, aside from training: it is stored soon, and nobody waits for it."""
+        if self._events:
+            self._events.emit(event, wait=False, **fields)
+        else:
+            events = Events(self._run, self.attempt, f"rank{self.world.rank}")
+            events.emit(event, wait=False, **fields)
+            events.close()
 
     def hang(self, found: Sequence[Pulse], text: str) -> None:
         """Who holds the others up, with their stacks; written by whichever rank has found it out."""

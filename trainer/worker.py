@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,17 +29,29 @@ from trainer.checkpoint import CommitRecord, Retention, claim_attempt, commit, f
 from trainer.committer import Committed, Committer, Held, StaleAlarm
 from trainer.data import Batch, Cursor, Stream, eval_batches, open_caches
 from trainer.errors import Interrupted, MusterError
-from trainer.heartbeat import Heartbeat, Pulse, end_culprits, hang_text, store_of_group
+from trainer.heartbeat import (
+    COMPILING_PATIENCE_S,
+    LEAST_PATIENCE_S,
+    Heartbeat,
+    Pulse,
+    end_culprits,
+    hang_text,
+    store_of_group,
+)
 from trainer.job import Job
+from trainer.libraries import load_libraries
 from trainer.loop import Hooks, Loop, Position
+from trainer.metering import meter_of
 from trainer.model import load_tokenizer, save_head_config
 from trainer.origin import Origin
+from trainer.profiling import Profiler
 from trainer.publish import TOTAL_STEPS, publish
 from trainer.recorder import Recorder
 from trainer.rewarding import reward_model
 from trainer.startup import DATA, FIRST_STEP, MODEL, WORKERS, Phases
 from trainer.state import Snapshot, TrainState
 from trainer.storage import open_storage
+from trainer.strategies.compiling import Warmup
 from trainer.world import World, join_world, memory_bytes
 
 if TYPE_CHECKING:
@@ -56,8 +69,11 @@ def train(job: Job, stop_requested: Callable[[], bool]) -> Position:
     Raises Interrupted when it ended before the last step, after its state was committed.
     """
     phases = Phases(time.monotonic(), job.spent)
+    load_libraries()
     torch.manual_seed(job.recipe.seed)
     torch.set_num_threads(job.recipe.resources.cpus_per_worker)
+    if job.recipe.compute.tf32:
+        torch.set_float32_matmul_precision("high")
     with join_world(gpu=job.recipe.resources.gpus_per_worker > 0) as world:
         phases.end(WORKERS)
         return Attempt(job, world, phases).run(stop_requested)
@@ -121,6 +137,7 @@ class Attempt:
         built = build_parts(self.recipe, self.world, labels, reward_model(self.recipe, self.world.device))
         self.files, self.adapter, self.task = built.files, built.adapter, built.task
         self.strategy, self.load = built.strategy, built.load
+        self.attention, self.meter = built.attention, meter_of(self.recipe, self.world, built.operations)
         self.state = TrainState(built.strategy, built.adapter, built.task)
 
     def _stream(self, data: RunData) -> Stream:
@@ -168,6 +185,7 @@ class Attempt:
             world_size=self.world.size,
             strategy=strategy,
             load=self.load,
+            attention=self.attention,
             trainable_parameters=self.strategy.trainable_elements(),
             build_s=time.monotonic() - self.began - restore_s,
             restore_s=restore_s,
@@ -176,7 +194,13 @@ class Attempt:
     def _train(self, data: RunData, stream: Stream, start: Position, stop_requested: Callable[[], bool]) -> Position:
         if start.step >= min(self.job.total_steps, self.recipe.training.stop_after or self.job.total_steps):
             return start
-        self.heartbeat = Heartbeat(self.world.rank, self.world.size, self.world.host, store_of_group(), self._hang)
+        world, patience = self.world, COMPILING_PATIENCE_S if self.recipe.compute.compile else LEAST_PATIENCE_S
+        self.heartbeat = Heartbeat(
+            world.rank, world.size, world.host, store_of_group(), self._hang, least_patience_s=patience
+        )
+        self.warmup = Warmup(self.recipe.compute.compile)
+        tell = partial(self.recorder.said, "profile")
+        profiler = Profiler(self.recipe, self.world, self.run_storage, self.number, tell)
         hooks = Hooks(
             step_done=self._step_done,
             fed=self.recorder.fed,
@@ -184,6 +208,7 @@ class Attempt:
             evaluated=self.recorder.metrics,
             stop_requested=stop_requested,
             phase=self.heartbeat.phase,
+            around_step=profiler.around,
             around_update=lambda step: self.adapter.around_update(self.strategy.model, step, self.job.total_steps),
             examples=lambda step, shown: self.recorder.event("texts", wait=False, step=step, texts=shown),
         )
@@ -195,8 +220,10 @@ class Attempt:
             hooks,
             total_steps=self.job.total_steps,
             eval_batches=(lambda: self._eval_batches(data)) if data.eval else None,
+            meter=self.meter,
         )
-        with self.heartbeat, closing(stream.prefetch(start.cursor, self.world.rank, self.world.size)) as steps:
+        reading = closing(stream.prefetch(start.cursor, self.world.rank, self.world.size))
+        with closing(profiler), self.heartbeat, reading as steps:
             return loop.run(start, steps)
 
     def _hang(self, found: list[Pulse]) -> None:
@@ -231,7 +258,8 @@ class Attempt:
             return
         lag = self.committer.lag()
         aside = {"stall_s": self.stall_s, "backlog": lag.backlog, "checkpoint_age_s": lag.age_s}
-        self.recorder.metrics(metrics, **aside, memory_bytes=memory_bytes(self.world.device))
+        aside["memory_bytes"] = memory_bytes(self.world.device)
+        self.recorder.metrics(metrics, **aside, **self._compiled(metrics["step"]))
         self.stall_s = 0.0
         if self.stale.rings(lag.age_s):
             log.warning("no checkpoint was committed for %.0f s; the storage is slow or away", lag.age_s)
@@ -244,6 +272,14 @@ class Attempt:
             self.logged_at = now
             told = metrics["step"], metrics["total_steps"], metrics["loss"], metrics["step_s"]
             log.info("step %d of %d: loss %.4f, %.2f s", *told)
+
+    def _compiled(self, step: int) -> dict[str, Any]:
+        """What compiling took since the row before, if it took anything; the event says what came of it."""
+        taken = self.warmup.taken()
+        if taken is None:
+            return {}
+        self.recorder.event("compiled", wait=False, step=step, **taken._asdict())
+        return {"compile_s": taken.seconds}
 
     def _checkpoint(self, position: Position, last: bool) -> None:
         """Every rank; the loop goes on as soon as the state is copied to the host."""

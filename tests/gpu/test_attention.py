@@ -13,6 +13,8 @@ from tests.support.attention import difference, gradient_of, lone_loss, packed_l
 from tests.support.device import DEVICE, DevicePeak
 from tests.support.models import packed
 from tests.support.stepping import full_packs
+from trainer.model.attention import VARLEN, register
+from trainer.tasks.head import TargetHead
 
 LENGTHS = [[700, 300, 24], [1000], [512, 256, 200]]
 FLOAT32, BFLOAT16 = 1e-4, 3e-2
@@ -31,6 +33,7 @@ KERNELS: dict[str, tuple[str, tuple[SDPBackend, ...], torch.dtype, float]] = {
     "efficient": ("sdpa", (SDPBackend.EFFICIENT_ATTENTION,), torch.bfloat16, BFLOAT16),
     "efficient-float32": ("sdpa", (SDPBackend.EFFICIENT_ATTENTION,), torch.float32, FLOAT32),
     "math": ("sdpa", (SDPBackend.MATH,), torch.float32, FLOAT32),
+    "varlen": (VARLEN, (), torch.bfloat16, BFLOAT16),
     "flex": ("flex_attention", (), torch.bfloat16, BFLOAT16),
 }
 
@@ -42,6 +45,7 @@ def test_a_pack_trains_like_its_samples_one_by_one(kernel: str) -> None:
     reference = random_llama(DEVICE, dtype)
     alone = lone_loss(reference, batch, DEVICE)
     want = gradient_of(reference, alone)
+    register()
     model = random_llama(DEVICE, dtype, attention)
     with only(*backends):
         together = packed_loss(model, batch, DEVICE)
@@ -61,9 +65,20 @@ def test_one_sample_in_a_pack_takes_flash_attention() -> None:
     assert difference(got, want) <= BFLOAT16
 
 
-@pytest.mark.parametrize(("attention", "backends"), [("sdpa", FUSED), ("flex_attention", [])])
+def test_told_where_samples_begin_as_a_task_does() -> None:
+    register()
+    batch = packed(LENGTHS)
+    reference = random_llama(DEVICE, torch.bfloat16)
+    want = gradient_of(reference, lone_loss(reference, batch, DEVICE))
+    model = random_llama(DEVICE, torch.bfloat16, VARLEN)
+    got = gradient_of(model, TargetHead(model).losses(model, batch, DEVICE).sum())
+    assert difference(got, want) <= BFLOAT16
+
+
+@pytest.mark.parametrize(("attention", "backends"), [("sdpa", FUSED), ("flex_attention", []), (VARLEN, [])])
 def test_no_matrix_of_all_scores_is_kept(attention: str, backends: list[SDPBackend]) -> None:
     """A fused kernel takes packs, and a step stays below the bytes of one layer's scores."""
+    register()
     length, heads = 8192, 16
     model = random_llama(DEVICE, torch.bfloat16, attention, num_hidden_layers=1, num_attention_heads=heads)
     batch = full_packs(1, length, samples=16, vocabulary=384)

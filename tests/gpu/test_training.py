@@ -49,8 +49,26 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     "qdora": ({**NF4, "adapter.method": "dora"}, {}, FOUR_BIT),
     "qdora-fsdp": ({**NF4, "adapter.method": "dora"}, FSDP, FOUR_BIT),
     "zero3": (LORA, ZERO3, FLOAT32),
+    "compiled": (LORA, {"compute": {"compile": True}}, FLOAT32),
+    "compiled-qlora-fsdp-checkpointing": (
+        {**NF4, **BFLOAT16, "training.gradient_checkpointing": True},
+        {**FSDP, "compute": {"compile": True}},
+        MIXED,
+    ),
+    "tf32": (LORA, {"compute": {"tf32": True}}, MIXED),
+    "flex": (LORA, {"compute": {"attention": "flex"}}, FLOAT32),
+    "varlen": ({**LORA, **BFLOAT16}, {"compute": {"attention": "varlen"}}, MIXED),
+    "varlen-fsdp-full-compiled": (
+        {**FULL, **BFLOAT16},
+        {**FSDP, "compute": {"attention": "varlen", "compile": True}},
+        MIXED,
+    ),
+    "flash": ({**LORA, **BFLOAT16}, {"compute": {"attention": "flash"}}, MIXED),
+    "liger": ({**LORA, **BFLOAT16}, {"compute": {"kernels": "liger"}}, MIXED),
 }
 """What is trained, what is other than DDP on the device, and how far the losses may lie from DDP on the CPU."""
+
+NEEDED = {"zero3": "deepspeed", "flash": "flash-attn", "liger": "liger-kernel"}
 
 
 @pytest.fixture
@@ -70,9 +88,10 @@ def worst(one: Recipe, other: Recipe) -> float:
 @pytest.mark.parametrize("case", CASES)
 def test_trains_like_the_cpu(case: str, tiny_model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     what, where, bound = CASES[case]
+    needed = NEEDED.get(case)
+    if needed and not _installed(needed):
+        pytest.skip(f"{needed} is not installed")
     if where is ZERO3:
-        if not _installed("deepspeed"):
-            pytest.skip("DeepSpeed is not installed")
         monkeypatch.setenv("LOCAL_RANK", "0")  # DeepSpeed asks for it; torchrun sets it
     on_cpu = small_recipe("on-cpu", tiny_model, folder, **what)
     on_device = small_recipe("on-device", tiny_model, folder, **what, **where, **ON_DEVICE)
@@ -139,3 +158,13 @@ def test_paged_moments_are_saved_and_come_back_paged(tmp_path: Path) -> None:
         assert optimizer.state[parameter]["state2"].is_paged
         step(optimizer, parameter, 3)
     assert torch.equal(one, two)
+
+
+def test_the_choice_of_attention_and_the_share_of_the_peak_are_told(tiny_model: Path, folder: Path) -> None:
+    changes = {**LORA, **BFLOAT16, "compute": {"peak_tflops": 100.0}}
+    recipe = small_recipe("told", tiny_model, folder, **changes, **ON_DEVICE)
+    assert train_here(recipe) == "succeeded"
+    (start,) = [e for e in read_rows(run_of(recipe), layout.EVENTS) if e["event"] == "start"]
+    assert start["attention"] == "varlen"
+    rows = [r for r in read_rows(run_of(recipe), layout.METRICS) if "loss" in r]
+    assert all(0 < row["mfu"] == row["hfu"] < 1 for row in rows)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,6 +58,7 @@ class Bench:
             "checkpoint": lambda position, last: self.due.append((position.step, last)),
             "evaluated": self.evaluations.append,
             "stop_requested": lambda: False,
+            "around_step": lambda step: nullcontext(),
             "around_update": lambda step: self.adapter.around_update(self.model, step, self.data.total_steps),
             **hooks,
         }

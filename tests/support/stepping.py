@@ -10,6 +10,8 @@ import torch
 
 from trainer.adapters import make_adapter
 from trainer.data import Batch
+from trainer.flops import Operations
+from trainer.metering import operations_of
 from trainer.model.meta import four_bit_layers, meta_model, pack
 from trainer.optim import make_optimizer
 from trainer.recipe import Recipe
@@ -24,6 +26,7 @@ class Parts(NamedTuple):
     strategy: Strategy
     task: Task
     device: torch.device
+    operations: Operations
 
 
 def random_parts(recipe: Recipe, world: World) -> Parts:
@@ -34,9 +37,10 @@ def random_parts(recipe: Recipe, world: World) -> Parts:
     fill_randomly(base, world.device)
     model = adapter.attach(base)
     task.attach(model)
+    operations = operations_of(model)
     strategy.setup(model, lambda parameters: make_optimizer(recipe.optimizer, parameters, adapter.lr_scale))
     strategy.module.train()
-    return Parts(strategy, task, world.device)
+    return Parts(strategy, task, world.device, operations)
 
 
 @torch.no_grad()

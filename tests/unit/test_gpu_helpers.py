@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import gpu
 from tests.support.attention import difference, gradient_of, lone_loss, packed_loss, random_llama
@@ -84,20 +83,6 @@ def test_full_packs() -> None:
         full_packs(2, 6, samples=4)
 
 
-def test_operations_are_those_that_torch_counts(tmp_path: Path) -> None:
-    """torch counts products of matrices: with samples this short, attention is a part of a hundred. The first layer's
-    input needs no gradient, which the formula, made for models of many layers, does not take off."""
-    recipe = plan_recipe(tmp_path, SHAPE, **{"model.dtype": "float32", "adapter.dropout": 0.0})
-    batch = full_packs(2, 16, samples=2, vocabulary=384)
-    with join_world(gpu=False) as world:
-        parts = random_parts(recipe, world)
-        with FlopCounterMode(display=False) as counted:
-            one_step(parts, batch)
-    model: Any = parts.strategy.model
-    told = gpu.flops_per_token(model, model.config, 8) * batch.tokens
-    assert told == pytest.approx(counted.get_total_flops(), rel=0.05)
-
-
 def test_the_benchmark_measures_a_step(tmp_path: Path) -> None:
     given = argparse.Namespace(length=32, packs=2, samples=2)
     recipe = gpu.recipe_of("nf4-lora-ckpt", tmp_path, given, SMALL)
@@ -105,24 +90,7 @@ def test_the_benchmark_measures_a_step(tmp_path: Path) -> None:
     with join_world(gpu=False) as world:
         found = gpu.measured(recipe, world, samples=2, steps=1)
     assert found.seconds > 0
-    assert found.flops_per_token > 4 * 2 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 256)
-
-
-@pytest.mark.parametrize(
-    ("name", "tflops"),
-    [
-        ("NVIDIA H100 80GB HBM3", 989.0),
-        ("NVIDIA H100 PCIe", 756.0),
-        ("NVIDIA H200", 989.0),
-        ("NVIDIA A100-SXM4-80GB", 312.0),
-        ("NVIDIA L4", 121.0),
-        ("NVIDIA L40S", 362.0),
-        ("NVIDIA A10G", None),
-        ("Tesla V100-SXM2-16GB", None),
-    ],
-)
-def test_the_peak_goes_by_the_name_of_the_device(name: str, tflops: float | None) -> None:
-    assert gpu.peak_flops(name) == (None if tflops is None else tflops * 1e12)
+    assert found.flops > 64 * 4 * 2 * (128 * 128 * 2 + 128 * 64 * 2 + 3 * 128 * 256)
 
 
 @pytest.mark.skipif(HAS_GPU, reason="there is a CUDA device here")

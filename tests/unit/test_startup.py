@@ -17,6 +17,8 @@ from trainer.job import Job
 from trainer.reporter import read_rows
 from trainer.startup import DATA, IMPORT, PHASES, WORKERS, Phases, process_began
 
+ROOT = Path(__file__).resolve().parents[2]
+
 
 class Clock:
     def __init__(self) -> None:
@@ -97,3 +99,26 @@ def test_an_attempt_tells_what_its_start_took(tiny_model: Path, tmp_path: Path) 
     assert told["total_s"] == pytest.approx(sum(told["seconds"].values()))
     assert told["seconds"]["model"] > 0
     assert told["seconds"]["first_step"] > 0
+
+
+def test_ray_is_told_before_it_is_imported_that_nothing_joins_a_cluster_by_itself(tmp_path: Path) -> None:
+    """It looks at some settings only then; what is still running when the driver leaves would join another Ray here."""
+    code = f"""
+from contextlib import nullcontext
+from pathlib import Path
+from launcher import ray_session
+from launcher.standby import Standby
+from tests.support.training import run_of, small_recipe
+from trainer.startup import Phases
+ray_session.ray_session = lambda *told: nullcontext()
+recipe = small_recipe("a-run", Path({str(tmp_path)!r}), Path({str(tmp_path)!r}))
+with Standby(recipe, run_of(recipe), None, Phases(0.0)) as standby:
+    standby.joined()
+    assert not standby.waiting
+import ray
+assert not ray.is_initialized()
+from ray._private.auto_init_hook import enable_auto_connect
+assert not enable_auto_connect
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr

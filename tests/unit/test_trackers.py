@@ -230,6 +230,18 @@ def test_mlflow_is_one_run_without_doubled_steps(tmp_path: Path, store: str, mon
     assert once(mlflow_points(uri)) == EXPECTED
 
 
+def test_an_mlflow_server_that_is_away_is_one_warning(
+    tmp_path: Path, port: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    pytest.importorskip("mlflow")
+    recipe, (run, _) = recipe_of(tmp_path, "mlflow", **{"mlflow.uri": f"http://127.0.0.1:{port}"}), faulty()
+    write_steps(run, 1, range(1, 3), 2.0)
+    with tracked(recipe, run):
+        pass
+    (said,) = [r.getMessage() for r in caplog.records if r.levelno >= 30]
+    assert said.startswith("the tracker mlflow fails, and training goes on without it; it is tried again: ")
+
+
 def test_mlflow_wants_to_know_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("mlflow")
     with pytest.raises(InputError, match=r"give mlflow.uri, or set MLFLOW_TRACKING_URI"):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.errors import InputError
+from trainer.libraries import load_libraries
 from trainer.model.head import Head, head_modules, is_head, set_up_head, take_tied_embeddings
 from trainer.model.memory import HostPeak
 from trainer.model.placement import Placement
@@ -47,6 +48,7 @@ def build(
 
     Raises InputError when the files are no such model that transformers can load.
     """
+    load_libraries()
     host = HostPeak()
     dtype = torch.float32 if full else getattr(torch, section.dtype)
     placement = where if isinstance(where, Placement) else Placement(where)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.errors import InputError
+from trainer.libraries import load_libraries
 from trainer.model.head import Head, head_modules
 from trainer.model.quantization import keep_weights_packed, quantization_config
 from trainer.recipe.model import ModelSection
@@ -46,6 +47,7 @@ def meta_model(
     classifier. Raises InputError when the configuration is none that transformers knows, NotByShard when a buffer can
     only be had by loading the model whole.
     """
+    load_libraries()
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     told = {"trust_remote_code": section.trust_remote_code, **(head.settings() if head else {})}
@@ -62,6 +64,7 @@ def from_config(
     section: ModelSection, config: Any, *, full: bool, checkpointing: bool, auto_class: Any = None
 ) -> PreTrainedModel:
     """The same from a configuration at hand, buffers on the meta device too. Raises InputError like `meta_model`."""
+    load_libraries()
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)  # quantising writes into it

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from trainer.recipe import matrix
 from trainer.recipe.base import Conflict, KeyPath, Section
+from trainer.recipe.compute import SEGMENTING_TASKS, SIXTEEN_BIT, VIRTUAL
 from trainer.recipe.data import TASK_FORMATS
 from trainer.recipe.tasks import REFERRING, TASK_SECTIONS
 from trainer.recipe.tracking import TRACKER_SECTIONS
@@ -14,6 +15,9 @@ from trainer.recipe.zero import STAGES
 
 if TYPE_CHECKING:
     from trainer.recipe.root import Recipe
+
+ON_GPUS = ("varlen", "flex", "flash")
+"""Kernels of attention that CPUs do not have, or not with a backward pass."""
 
 
 class Rule(NamedTuple):
@@ -107,6 +111,75 @@ RULES = (
         lambda r: (
             f"{r.schedule.warmup_steps} warm-up steps are more than training.steps {r.training.steps}, "
             "so that the learning rate is never reached; lower one or raise the other"
+        ),
+    ),
+    Rule(
+        (("compute", "attention"), ("resources", "gpus_per_worker")),
+        lambda r: r.compute.attention in ON_GPUS and r.resources.gpus_per_worker == 0,
+        lambda r: f"{r.compute.attention} runs on GPUs only, and gpus_per_worker is 0; use auto or sdpa",
+    ),
+    Rule(
+        (("compute", "attention"), ("model", "dtype")),
+        lambda r: r.compute.attention in ("varlen", "flash") and r.model.dtype not in SIXTEEN_BIT,
+        lambda r: f"{r.compute.attention} computes in 16 bits, and model.dtype is {r.model.dtype}; use flex or sdpa",
+    ),
+    Rule(
+        (("compute", "attention"), ("task",)),
+        lambda r: r.compute.attention in ON_GPUS and r.task not in SEGMENTING_TASKS,
+        lambda r: (
+            f"{r.compute.attention} takes texts without a mask, as {' and '.join(SEGMENTING_TASKS)} have them, and "
+            f"{r.task} has one; use auto or sdpa"
+        ),
+    ),
+    Rule(
+        (("compute", "attention"), ("adapter", "method")),
+        lambda r: r.compute.attention in ON_GPUS and r.adapter.method in VIRTUAL,
+        lambda r: (
+            f"{r.compute.attention} is told where samples begin before {r.adapter.method} puts tokens of its own among "
+            "them; use auto or sdpa"
+        ),
+    ),
+    Rule(
+        (("compute", "kernels"), ("resources", "gpus_per_worker")),
+        lambda r: r.compute.kernels == "liger" and r.resources.gpus_per_worker == 0,
+        lambda r: "liger runs on GPUs only, and gpus_per_worker is 0; use none",
+    ),
+    Rule(
+        (("compute", "tf32"), ("resources", "gpus_per_worker")),
+        lambda r: r.compute.tf32 and r.resources.gpus_per_worker == 0,
+        lambda r: "has no effect on CPUs, and gpus_per_worker is 0; set it to false",
+    ),
+    Rule(
+        (("compute", "tf32"), ("model", "dtype")),
+        lambda r: r.compute.tf32 and r.model.dtype != "float32",
+        lambda r: f"has no effect on products in {r.model.dtype}; set it to false, or model.dtype to float32",
+    ),
+    Rule(
+        (("compute", "compile"), ("strategy", "kind")),
+        lambda r: r.compute.compile and r.strategy.kind == "zero3",
+        lambda r: "would be done anew for each module that zero3 gathers parameters for; use fsdp, or zero2",
+    ),
+    Rule(
+        (("compute", "compile"), ("task",)),
+        lambda r: r.compute.compile and r.task == "ppo",
+        lambda r: "takes no layers that write texts token by token by a cache, as task ppo does; set it to false",
+    ),
+    Rule(
+        (("compute", "compile"), ("exact",)),
+        lambda r: r.compute.compile and r.exact,
+        lambda r: "gives ranks programs that may add in different orders, and exact promises the same bytes; drop one",
+    ),
+    Rule(
+        (("profile", "steps"), ("training", "steps")),
+        lambda r: bool(r.profile.steps) and r.training.steps is not None and r.profile.steps[0] > r.training.steps,
+        lambda r: f"begins at step {r.profile.steps[0]}, and the run has {r.training.steps} steps; name earlier ones",
+    ),
+    Rule(
+        (("profile", "ranks"), ("resources", "workers")),
+        lambda r: bool(r.profile.steps) and any(rank >= r.resources.max_workers for rank in r.profile.ranks),
+        lambda r: (
+            f"names rank {max(r.profile.ranks)}, and ranks count from 0 to {r.resources.max_workers - 1} here; "
+            "lower it, or raise resources.workers"
         ),
     ),
     Rule(

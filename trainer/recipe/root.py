@@ -12,10 +12,12 @@ from trainer.recipe.adapter import AdapterSection
 from trainer.recipe.base import Conflict, Listed, Location, OneOf, Section
 from trainer.recipe.checkpoint import CheckpointSection
 from trainer.recipe.cluster import ClusterSection
+from trainer.recipe.compute import ComputeSection
 from trainer.recipe.data import DataSection
 from trainer.recipe.model import ModelSection
 from trainer.recipe.optimizer import OptimizerSection
 from trainer.recipe.ppo import PPOSection
+from trainer.recipe.profile import ProfileSection
 from trainer.recipe.resources import ResourcesSection
 from trainer.recipe.schedule import ScheduleSection
 from trainer.recipe.strategy import StrategySection
@@ -62,6 +64,7 @@ class Recipe(Section):
     optimizer: OptimizerSection
     schedule: ScheduleSection = ScheduleSection()
     strategy: StrategySection = StrategySection()
+    compute: ComputeSection = ComputeSection()
     resources: ResourcesSection = ResourcesSection()
 
     storage: Location = Field(examples=["s3://runs"])
@@ -79,6 +82,8 @@ class Recipe(Section):
     wandb: WandbSection = WandbSection()
     mlflow: MlflowSection = MlflowSection()
     prometheus: PrometheusSection = PrometheusSection()
+
+    profile: ProfileSection = ProfileSection()
 
     @property
     def run_uri(self) -> str:

@@ -21,9 +21,11 @@ MAY_CHANGE: tuple[KeyPath, ...] = (
     ("resources",),
     ("cluster",),
     ("strategy",),
+    ("compute",),
     ("checkpoint",),
     ("tracking",),
     *((tracker,) for tracker in TRACKER_SECTIONS),
+    ("profile",),
     ("training", "stop_after"),
     ("data", "cache_bytes"),
 )

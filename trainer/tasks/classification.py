@@ -14,6 +14,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from trainer.tasks.base import Measured, Task, ratio
+from trainer.tasks.inputs import to_device
 from trainer.tasks.sequences import SequenceInputs
 
 if TYPE_CHECKING:
@@ -35,7 +36,7 @@ class Classification(Task):
         return of.samples
 
     def measure(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> Measured:
-        labels = torch.from_numpy(batch.labels).to(device)
+        labels = to_device(batch.labels, device)
         logits = module(**self._inputs.of(batch, device)).logits[: len(labels)].float()
         weights = None if self._weights is None else self._weights.to(device)
         loss = cross_entropy(logits, labels, weight=weights, reduction="sum")

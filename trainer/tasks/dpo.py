@@ -21,6 +21,7 @@ from torch.nn.functional import logsigmoid
 
 from trainer.tasks.base import Measured, Task
 from trainer.tasks.head import TargetHead
+from trainer.tasks.inputs import to_device
 from trainer.tasks.pairs import evaluated, pair_metrics, pair_sums
 from trainer.tasks.reference import adapter_off
 
@@ -60,5 +61,5 @@ class DPO(Task):
     def _likelihoods(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
         """Log-likelihoods of the answers, [2 pairs]."""
         nll = self._head.losses(module, batch, device)
-        rows = torch.from_numpy(batch.targets.nonzero()[0]).to(device)
+        rows = to_device(batch.targets.nonzero()[0], device)
         return torch.zeros(2 * batch.pairs, device=device).index_add(0, rows, -nll)

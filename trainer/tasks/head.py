@@ -17,11 +17,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from trainer.errors import InputError
+from trainer.tasks.inputs import SEGMENTING, segments, to_device
 
 if TYPE_CHECKING:
     from trainer.data import Batch
@@ -52,33 +54,41 @@ class TargetHead:
         self._vocabulary = int(getattr(head, "out_features", 0) or text_config.vocab_size)
         self._made: torch.Tensor | None = None
         self._compared = False
-        self._targets_BL: torch.Tensor | None = None
+        self._config = text_config
+        self._at: torch.Tensor | None = None
         self._labels_T: torch.Tensor | None = None
         head.forward = self._forward
 
     def losses(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
         """Negative log-likelihood [T] of each target of the micro-batch, row by row, given what stands before it in its
         sample; ``module`` is the model, wrapped or not."""
-        input_ids = torch.from_numpy(batch.input_ids).to(device)
-        positions = torch.from_numpy(batch.position_ids).to(device)
-        predicted = torch.from_numpy(batch.targets).to(device)
         # The hidden state at a position predicts the token after it; no sample's first token is a target, so that the
-        # position before a target always belongs to the same sample.
-        predicting = torch.zeros_like(predicted)
-        predicting[:, :-1] = predicted[:, 1:]
-        labels = input_ids[predicted]
-        with self.select(predicting, labels):
-            output = module(input_ids=input_ids, position_ids=positions, use_cache=False)
+        # position before a target always belongs to the same sample. Found on the host: to index by a mask on the
+        # device, the host would have to wait for it.
+        target_at = np.flatnonzero(batch.targets)
+        labels = to_device(batch.input_ids.ravel()[target_at], device)
+        told = segments(batch.position_ids, device) if self._segmenting() else {}
+        with self.select(to_device(target_at - 1, device), labels):
+            output = module(
+                input_ids=to_device(batch.input_ids, device),
+                position_ids=to_device(batch.position_ids, device),
+                use_cache=False,
+                **told,
+            )
         return self.nll(output.logits, labels)
 
     @contextmanager
-    def select(self, targets_BL: torch.Tensor, labels_T: torch.Tensor) -> Iterator[None]:
-        """``targets_BL``: True at the positions whose *next* token is a target; ``labels_T``: those next tokens."""
-        self._targets_BL, self._labels_T = targets_BL, labels_T
+    def select(self, at: torch.Tensor, labels_T: torch.Tensor) -> Iterator[None]:
+        """``at``: the positions whose *next* token is a target, as a mask [B, L] or as indices [T] into the flattened
+        packs; ``labels_T``: those next tokens."""
+        self._at, self._labels_T = at, labels_T
         try:
             yield
         finally:
-            self._targets_BL = self._labels_T = None
+            self._at = self._labels_T = None
+
+    def _segmenting(self) -> bool:
+        return getattr(self._config, "_attn_implementation", None) in SEGMENTING
 
     def nll(self, output: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
         """Negative log-likelihoods [T] in float32 from what the model returned as its logits under ``select``.
@@ -90,9 +100,9 @@ class TargetHead:
         return cross_entropy(output.reshape(len(labels_T), -1).float(), labels_T, reduction="none")
 
     def _forward(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
-        if self._targets_BL is None or self._labels_T is None:
+        if self._at is None or self._labels_T is None:
             return self._project(hidden_BLD)
-        hidden_TD = hidden_BLD[self._targets_BL]
+        hidden_TD = selected(hidden_BLD, self._at)
         if not self.plain:
             return self._project(hidden_TD[None])
         # A tensor of its own: FSDP2 hooks what the model returns, and would lose its hook on a view.
@@ -116,6 +126,11 @@ class TargetHead:
 
     def _chunk_nll(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
         return cross_entropy(self._project(hidden_TD).float(), labels_T, reduction="none")
+
+
+def selected(hidden_BLD: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """[T, D], by a mask [B, L] or by indices [T] into the flattened packs."""
+    return hidden_BLD[at] if at.dtype == torch.bool else hidden_BLD.flatten(0, 1)[at]
 
 
 def in_chunks(

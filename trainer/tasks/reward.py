@@ -16,6 +16,7 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from trainer.tasks.base import Measured, Task
+from trainer.tasks.inputs import to_device
 from trainer.tasks.pairs import evaluated, pair_metrics, pair_sums
 from trainer.tasks.sequences import SequenceInputs
 
@@ -35,7 +36,7 @@ class Reward(Task):
     def measure(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> Measured:
         rewards = module(**self._inputs.of(batch, device)).logits[: 2 * batch.pairs, 0].float()
         chosen, rejected = rewards[: batch.pairs], rewards[batch.pairs :]
-        margins = torch.from_numpy(batch.margins).to(device)
+        margins = to_device(batch.margins, device)
         loss = -logsigmoid(chosen - rejected - margins).sum()
         return Measured(loss, pair_sums(chosen, rejected))
 

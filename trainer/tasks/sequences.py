@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trainer.tasks.inputs import to_device
+
 if TYPE_CHECKING:
     from trainer.data import Batch
 
@@ -21,12 +23,12 @@ class SequenceInputs:
         self._takes = inspect.signature(base.forward).parameters
 
     def of(self, batch: Batch, device: torch.device) -> dict[str, Any]:
-        input_ids = torch.from_numpy(batch.input_ids).to(device)
-        positions = torch.from_numpy(batch.position_ids).to(device)
+        input_ids = to_device(batch.input_ids, device)
+        positions = to_device(batch.position_ids, device)
         real = positions == torch.arange(positions.shape[1], device=device)
         inputs: dict[str, Any] = {"input_ids": input_ids.masked_fill(~real, self._pad), "attention_mask": real.long()}
         if batch.token_types is not None and "token_type_ids" in self._takes:
-            inputs["token_type_ids"] = torch.from_numpy(batch.token_types).long().to(device)
+            inputs["token_type_ids"] = to_device(batch.token_types, device).long()
         if "use_cache" in self._takes:
             inputs["use_cache"] = False
         return inputs

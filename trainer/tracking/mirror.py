@@ -60,10 +60,13 @@ class Mirror:
         self._thread.start()
         return self
 
-    def stop(self, state: str, timeout_s: float) -> None:
-        """Sends the rest and closes the curve, if that is done in time; else a warning says so."""
+    def ask(self, state: str) -> None:
+        """To send the rest, and to close the curve of a run that has ended in ``state``."""
         self._state = state
         self._closing.set()
+
+    def wait(self, timeout_s: float) -> None:
+        """Until that is done; a warning says that it was not done in time."""
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             log.warning(
@@ -190,7 +193,9 @@ def tracked(recipe: Recipe, run: Storage) -> Iterator[None]:
     finally:
         deadline = time.monotonic() + (FAILED_PATIENCE_S if state == "failed" else PATIENCE_S)
         for mirror in mirrors:
-            mirror.stop(state, max(0.1, deadline - time.monotonic()))
+            mirror.ask(state)
+        for mirror in mirrors:
+            mirror.wait(max(0.0, deadline - time.monotonic()))
 
 
 def send_all(recipe: Recipe, run: Storage, state: str) -> dict[str, int]:

@@ -17,6 +17,13 @@ from trainer.recipe import Recipe
 from trainer.tracking.base import EVAL, START, TRAIN, Curve, Mark, Point
 
 _DATABASES = ("sqlite:", "postgresql", "mysql", "mssql")
+_ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    # A server that does not answer is tried again by the mirror, which says so once.
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
+}
+_LOGGERS = {"mlflow": logging.WARNING, "urllib3.connectionpool": logging.ERROR}
 _TAG = "muster.curve"
 _METRICS_AT_ONCE = 1000  # the most that MLflow takes in one batch
 _PARAMETERS_AT_ONCE = 100
@@ -28,10 +35,12 @@ class Mlflow:
     """Of one curve; see `trainer.tracking.base.Tracker`."""
 
     def __init__(self, curve: Curve) -> None:
-        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        for name, value in _ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         from mlflow import MlflowClient
 
-        logging.getLogger("mlflow").setLevel(logging.WARNING)
+        for name, level in _LOGGERS.items():
+            logging.getLogger(name).setLevel(level)
         section = curve.recipe.mlflow
         self._client: Any = MlflowClient(tracking_uri=section.uri or os.environ.get("MLFLOW_TRACKING_URI"))
         experiment = self._experiment(section.experiment)

@@ -16,7 +16,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from trainer.errors import InputError
-from trainer.tasks.head import TargetHead, in_chunks
+from trainer.tasks.head import TargetHead, in_chunks, selected
+from trainer.tasks.inputs import to_device
 
 VALUE_HEAD = "value_head"
 INITIAL_STD = 0.02
@@ -58,12 +59,12 @@ class PolicyHead(TargetHead):
         model.add_module(VALUE_HEAD, self._value)
 
     def said(self, module: torch.nn.Module, texts: Texts, device: torch.device) -> Said:
-        input_ids = torch.from_numpy(texts.input_ids).to(device)
-        targets = torch.from_numpy(texts.targets).to(device)
+        input_ids = to_device(texts.input_ids, device)
+        targets = to_device(texts.targets, device)
         predicting = torch.zeros_like(targets)
         predicting[:, :-1] = targets[:, 1:]
         with self.select(predicting, input_ids[targets]):
-            positions = torch.from_numpy(texts.position_ids).to(device)
+            positions = to_device(texts.position_ids, device)
             made = module(input_ids=input_ids, position_ids=positions, use_cache=False).logits
         self._compare(made)
         logps, entropies, values = made[0].unbind(-1)
@@ -78,9 +79,9 @@ class PolicyHead(TargetHead):
         self, module: torch.nn.Module, texts: Texts, at_BL: Any, by: torch.nn.Module, device: torch.device
     ) -> torch.Tensor:
         """What ``by``, a layer of the model from D to 1, makes of the hidden states at the marked positions: [T]."""
-        input_ids = torch.from_numpy(texts.input_ids).to(device)
-        positions = torch.from_numpy(texts.position_ids).to(device)
-        at = torch.from_numpy(at_BL).to(device)
+        input_ids = to_device(texts.input_ids, device)
+        positions = to_device(texts.position_ids, device)
+        at = to_device(at_BL, device)
         self._by = by
         try:
             with self.select(at, input_ids[at]):
@@ -101,9 +102,9 @@ class PolicyHead(TargetHead):
     def _forward(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
         if self._last:
             return self._project(hidden_BLD[:, -1:])
-        if self._targets_BL is None or self._labels_T is None:
+        if self._at is None or self._labels_T is None:
             return self._project(hidden_BLD)
-        hidden_TD = hidden_BLD[self._targets_BL]
+        hidden_TD = selected(hidden_BLD, self._at)
         if self._by is not None:
             with torch.autocast(hidden_TD.device.type, enabled=False):
                 read: torch.Tensor = self._by(hidden_TD.float())

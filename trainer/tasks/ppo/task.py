@@ -22,6 +22,7 @@ import torch
 
 from trainer.errors import RewardFailed
 from trainer.tasks.base import Measured, Task, Update, ratio
+from trainer.tasks.inputs import to_device
 from trainer.tasks.ppo.advantages import steered
 from trainer.tasks.ppo.losses import policy_loss, value_loss
 from trainer.tasks.ppo.policy import VALUE_HEAD, PolicyHead, first_value
@@ -175,7 +176,7 @@ class PPO(Task):
         section = self.recipe.ppo
         said = self._policy.said(module, batch.texts, device)
         old_logps, old_values, advantages, returns = (
-            torch.from_numpy(a).to(device) for a in (batch.logps, batch.values, batch.advantages, batch.returns)
+            to_device(a, device) for a in (batch.logps, batch.values, batch.advantages, batch.returns)
         )
         of_policy, clipped = policy_loss(said.logps, old_logps, advantages, section.clip_range)
         of_value = value_loss(said.values, old_values, returns, section.value_clip_range)

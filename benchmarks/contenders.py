@@ -1,0 +1,323 @@
+"""One side of `benchmarks/throughput.py`, in a process (or several) of its own: ``contenders.py JOB.json``.
+
+Every rank writes ``<out>-<rank>.json``: the time at the end of each step, the tokens with data and the target tokens
+that it fed in each, the peak of its memory, and its libraries' versions. Imports
+stand in the functions, since a peer's environment lacks what muster's has, and the reverse.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.memory import peak_mib  # noqa: E402
+from benchmarks.results import versions  # noqa: E402
+
+RANK, ALPHA, RATE, SEED = 16, 32, 1e-4, 17
+IGNORED, PAD = -100, 3
+LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """``packs`` and ``rows`` per forward pass and rank; ``profile``: a file for what the profiler saw."""
+
+    side: str
+    model: str
+    data: str
+    out: str
+    length: int
+    packs: int
+    rows: int
+    steps: int
+    warm: int
+    threads: int
+    world: int
+    profile: str | None = None
+
+
+class Clock:
+    """What a side saw of its steps."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+        self.tokens: list[int] = []
+        self.targets: list[int] = []
+
+    def fed(self, tokens: int, targets: int) -> None:
+        """Before the forward pass of the one micro-batch of a step."""
+        self.tokens.append(tokens)
+        self.targets.append(targets)
+
+    def ended(self) -> None:
+        self.ends.append(time.monotonic())
+
+
+def muster(job: Job, clock: Clock) -> None:
+    """As `torchrun -m trainer RECIPE`, in this process."""
+    import yaml
+
+    from trainer.__main__ import main
+    from trainer.worker import Attempt
+
+    _watch(Attempt, clock)
+    recipe = Path(f"{job.out}.yaml")
+    if _rank() == 0:
+        recipe.write_text(yaml.safe_dump(recipe_of(job)))
+    while not recipe.exists():
+        time.sleep(0.05)
+    if code := main([str(recipe)]):
+        raise SystemExit(f"muster ended with {code}")
+
+
+def recipe_of(job: Job) -> dict[str, Any]:
+    return {
+        "name": Path(job.out).name,
+        "seed": SEED,
+        "model": {"path": job.model, "dtype": "float32"},
+        "adapter": {"method": "lora", "rank": RANK, "alpha": ALPHA, "dropout": 0.0},
+        "data": {"train": [{"path": job.data, "format": "completion"}], "sequence_length": job.length},
+        "training": {"steps": job.steps, "global_batch": job.packs * job.world, "micro_batch": job.packs},
+        "optimizer": {"name": "adamw", "lr": RATE},
+        "schedule": {"name": "constant", "warmup_steps": 0},
+        "strategy": {"kind": "ddp"},
+        "resources": {"workers": job.world, "cpus_per_worker": job.threads},
+        "checkpoint": {"every_steps": 10**6},
+        "storage": str(Path(job.out).parent / "runs"),
+    }
+
+
+def _watch(attempt: Any, clock: Clock) -> None:
+    """Steps are timed from end to end, with all that stands between them."""
+    step_done = attempt._step_done
+
+    def timed(self: Any, metrics: dict[str, Any]) -> None:
+        step_done(self, metrics)
+        # Of all ranks; the peers' ranks count their own.
+        clock.fed(metrics["tokens"] if _rank() == 0 else 0, metrics["target_tokens"] if _rank() == 0 else 0)
+        clock.ended()
+
+    attempt._step_done = timed
+
+
+def bare(job: Job, clock: Clock) -> None:
+    """The least that trains the same: muster's batches, read before, its loss and attention, and torch's optimizer."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from trainer.model.pack_attention import install
+    from trainer.tasks.head import TargetHead
+
+    install()
+    batches = _batches(job)
+    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
+    model.requires_grad_(False)
+    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEARS)).train()
+    head, trained = TargetHead(model), [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=RATE)
+    for batch in batches:
+        clock.fed(batch.tokens, batch.target_tokens)
+        loss = head.losses(model, batch, torch.device("cpu")).sum() / batch.target_tokens
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        float(loss.detach())
+        clock.ended()
+
+
+def _batches(job: Job) -> list[Any]:
+    from tests.support.training import prepare
+    from trainer.begin import weights
+    from trainer.data import Stream
+    from trainer.recipe import parse
+    from trainer.storage import open_storage
+
+    recipe = parse(recipe_of(job))
+    storage = open_storage(recipe.storage)
+    data, run = prepare(recipe, storage), storage.child(recipe.name)
+    stream = Stream(
+        data.train,
+        run,
+        seed=recipe.seed,
+        sequence_length=job.length,
+        packing=True,
+        weights=weights(recipe.data),
+        global_batch=job.packs,
+        micro_batch=job.packs,
+    )
+    with stream.prefetch(stream.start(), 0, 1, steps=job.steps) as steps:
+        return [step.batches[0] for step in steps]
+
+
+def trl(job: Job, clock: Clock, *, packing: bool = False) -> None:
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import SFTConfig, SFTTrainer
+
+    args = SFTConfig(
+        **common(job, job.packs if packing else job.rows), bf16=False, max_length=job.length, packing=packing
+    )
+    trainer = SFTTrainer(
+        model=AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32),
+        args=args,
+        train_dataset=Dataset.from_list(_rows(job)),
+        processing_class=AutoTokenizer.from_pretrained(job.model),
+        peft_config=_lora(),
+        callbacks=[_callback(clock)],
+    )
+    trainer.train()
+
+
+def trl_packed(job: Job, clock: Clock) -> None:
+    trl(job, clock, packing=True)
+
+
+def transformers(job: Job, clock: Clock) -> None:
+    """As its documentation does it: tokens beforehand, and a collator that pads to the longest of a batch."""
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+
+    tokenizer = AutoTokenizer.from_pretrained(job.model)
+    encoded = []
+    for row in _rows(job):
+        prompt = tokenizer(row["prompt"])["input_ids"]
+        completion = [*tokenizer(row["completion"], add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
+        ids, labels = [*prompt, *completion], [IGNORED] * len(prompt) + completion
+        encoded.append({"input_ids": ids[: job.length], "labels": labels[: job.length]})
+    trainer = Trainer(
+        model=get_peft_model(AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32), _lora()),
+        args=TrainingArguments(**common(job, job.rows)),
+        train_dataset=encoded,  # type: ignore[arg-type]
+        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        callbacks=[_callback(clock)],
+    )
+    trainer.train()
+
+
+def llamafactory(job: Job, clock: Clock) -> None:
+    from llamafactory.train.tuner import run_exp
+
+    folder = Path(job.data).parent
+    columns = {"prompt": "prompt", "response": "completion"}
+    if _rank() == 0:
+        described = {"rows": {"file_name": Path(job.data).name, "columns": columns}}
+        (folder / "dataset_info.json").write_text(json.dumps(described))
+    arguments = {
+        **common(job, job.rows),
+        "stage": "sft",
+        "do_train": True,
+        "model_name_or_path": job.model,
+        "finetuning_type": "lora",
+        "lora_rank": RANK,
+        "lora_alpha": ALPHA,
+        "lora_target": ",".join(LINEARS),
+        "dataset": "rows",
+        "dataset_dir": str(folder),
+        "template": "empty",
+        "cutoff_len": job.length,
+        "overwrite_cache": True,
+        "disable_gradient_checkpointing": True,
+    }
+    del arguments["gradient_checkpointing"]
+    run_exp(arguments, callbacks=[_callback(clock)])
+
+
+def common(job: Job, batch: int) -> dict[str, Any]:
+    """What transformers' Trainer and those built on it take; all else is as each has it by default."""
+    return {
+        "output_dir": f"{job.out}-output",
+        "max_steps": job.steps,
+        "per_device_train_batch_size": batch,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": RATE,
+        "lr_scheduler_type": "constant",
+        "gradient_checkpointing": False,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "seed": SEED,
+        "disable_tqdm": True,
+        "ddp_find_unused_parameters": False,
+    }
+
+
+def _lora() -> Any:
+    from peft import LoraConfig
+
+    return LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM")
+
+
+def _rows(job: Job) -> list[dict[str, str]]:
+    return [json.loads(line) for line in Path(job.data).read_text().splitlines()]
+
+
+def _callback(clock: Clock) -> Any:
+    """Counts what the model is given, and tells the clock of a step's end."""
+    from transformers import TrainerCallback
+
+    def count(module: Any, args: Any, given: dict[str, Any]) -> None:
+        clock.fed(int((given["input_ids"] != PAD).sum()), int((given["labels"] != IGNORED).sum()))
+
+    class Watching(TrainerCallback):
+        def on_train_begin(self, *args: Any, model: Any = None, **named: Any) -> None:
+            model.register_forward_pre_hook(count, with_kwargs=True)
+
+        def on_step_end(self, *args: Any, **named: Any) -> None:
+            clock.ended()
+
+    return Watching()
+
+
+SIDES: dict[str, Callable[[Job, Clock], None]] = {
+    "muster": muster,
+    "bare": bare,
+    "trl": trl,
+    "trl-packed": trl_packed,
+    "transformers": transformers,
+    "llamafactory": llamafactory,
+}
+
+
+def _rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def main() -> None:
+    job = Job(**json.loads(Path(sys.argv[1]).read_text()))
+    warnings.simplefilter("ignore")
+    import torch
+
+    torch.set_num_threads(job.threads)
+    clock = Clock()
+    if job.profile:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            SIDES[job.side](job, clock)
+        Path(job.profile).write_text(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=40))
+    else:
+        SIDES[job.side](job, clock)
+    found = {
+        "ends": clock.ends,
+        "tokens": clock.tokens,
+        "targets": clock.targets,
+        "peak_mib": peak_mib(),
+        "versions": versions(("torch", "transformers", "peft", "accelerate", "trl", "llamafactory")),
+    }
+    Path(f"{job.out}-{_rank()}.json").write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

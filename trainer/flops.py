@@ -1,0 +1,124 @@
+"""Floating-point operations of a step, and how much of the devices' peak they are: MFU and HFU.
+
+MFU is what the mathematics of a step asks for, over its seconds and what the devices can do at most; HFU counts what
+gradient checkpointing computes again too (Chowdhery et al. 2022, arXiv:2204.02311, appendix B; the split of MFU and HFU
+is that of Korthikanti et al. 2022, arXiv:2205.05198). Where that formula has 6 N per token, an adapter needs less:
+
+    step  = (4 F + 6 T) tokens + (4 F_head + 6 T_head) targets + 12 Σ_layers width · pairs
+    again = 2 (F + T) tokens + 4 Σ_layers width · pairs           with gradient checkpointing
+
+F: elements of frozen matrices that each token is multiplied with, 2 operations each forward and 2 for the gradient of
+what went in; frozen weights have no gradient of their own. T: trained ones, which have one, for 2 more. Embeddings are
+looked up, and biases, norms and other vectors cost nothing in comparison. The output head sees targets only (logits
+elsewhere are neither needed nor made). Of a mixture of experts, those count that a token goes through.
+
+width: heads · head_dim of a layer's attention; pairs: of a query and a key that it attends to in its own sample, at 4
+operations per dimension forward and 8 backward. Causal attention in a sample of s tokens has s (s + 1) / 2 of them,
+attention to both sides s², a sliding window fewer. Most tables elsewhere count s² for causal attention too, and the
+head for all tokens: their figures are higher for the same speed.
+
+A reference (dpo) adds its forward, 2 F tokens + 2 F_head targets + 4 Σ_layers width · pairs.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from trainer.data import Batch
+
+PEAK_TFLOPS = {
+    r"B200": 2250.0,
+    r"H200": 989.0,
+    r"H100 PCIe": 756.0,
+    r"H100 NVL": 835.0,
+    r"H100": 989.0,
+    r"A100": 312.0,
+    r"L40S": 362.0,
+    r"L4": 121.0,
+    r"A40": 149.7,
+    r"RTX A6000": 154.8,
+    r"A10": 125.0,
+    r"RTX 4090": 165.2,
+    r"RTX 3090": 71.0,
+}
+"""TFLOP/s of the tensor cores in bfloat16 with sums in float32, by a part of the name that CUDA gives the device, the
+narrower ones first. From NVIDIA's data sheets (B200: that of the DGX B200; GeForce: the white papers of Ada and GA102);
+where those count sparse matrices, half of it. They hold for the default power limit."""
+
+
+def peak_flops(device_name: str) -> float | None:
+    """FLOP/s of the device at most; None when it is not in the table."""
+    found = (tflops for name, tflops in PEAK_TFLOPS.items() if re.search(rf"\b{name}\b", device_name))
+    tflops = next(found, None)
+    return None if tflops is None else tflops * 1e12
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Layers that attend alike. ``width``: heads · head_dim; ``reach``: how many tokens back (and, if not ``causal``,
+    forward) a token sees beside itself, None for all of its sample."""
+
+    layers: int
+    width: int
+    causal: bool = True
+    reach: int | None = None
+
+    def pairs(self, positions: np.ndarray, tokens: int) -> int:
+        """Of queries and keys in one layer. ``positions`` count from 0 in each sample, and are 0 at pads, which are not
+        among the ``tokens``."""
+        back = positions if self.reach is None else np.minimum(positions, self.reach)
+        return int(back.sum()) * (1 if self.causal else 2) + tokens
+
+
+@dataclass(frozen=True)
+class Operations:
+    """What of a model one token, or one target, is multiplied with: elements of matrices."""
+
+    frozen: float
+    trained: float
+    head_frozen: float = 0.0
+    head_trained: float = 0.0
+    attention: tuple[Attention, ...] = ()
+
+    def scores(self, batch: Batch) -> float:
+        """Σ_layers width · pairs of a micro-batch."""
+        return float(
+            sum(a.layers * a.width * a.pairs(batch.position_ids, batch.tokens) for a in self.attention if batch.tokens)
+        )
+
+    def step(self, tokens: float, targets: float, scores: float) -> float:
+        linear = (4 * self.frozen + 6 * self.trained) * tokens
+        return linear + (4 * self.head_frozen + 6 * self.head_trained) * targets + 12 * scores
+
+    def again(self, tokens: float, scores: float) -> float:
+        """What gradient checkpointing computes a second time: the forward of the layers."""
+        return 2 * (self.frozen + self.trained) * tokens + 4 * scores
+
+    def reference(self, tokens: float, targets: float, scores: float) -> float:
+        """One forward without what is trained."""
+        return 2 * self.frozen * tokens + 2 * self.head_frozen * targets + 4 * scores
+
+
+@dataclass(frozen=True)
+class Meter:
+    """Turns a step's counts into its share of ``peak``: FLOP/s of all ranks' devices together."""
+
+    operations: Operations
+    peak: float
+    recomputes: bool = False
+    refers: bool = False
+
+    def utilisation(self, tokens: int, targets: int, scores: float, seconds: float) -> Mapping[str, float]:
+        """``mfu`` and ``hfu``, shares of 1; ``scores`` is summed over all ranks."""
+        needed = self.operations.step(tokens, targets, scores)
+        if self.refers:
+            needed += self.operations.reference(tokens, targets, scores)
+        done = needed + (self.operations.again(tokens, scores) if self.recomputes else 0.0)
+        most = self.peak * max(seconds, 1e-9)
+        return {"mfu": needed / most, "hfu": done / most}
