@@ -14,13 +14,14 @@ INSTALLED := .venv/.installed
 .PHONY: quickstart test chaos matrix night lint docs schema install clean
 .DEFAULT_GOAL := test
 
-# An up-to-date pip resolves in a third of the time; modules are compiled when they are imported, most never are.
+# An up-to-date pip resolves in a third of the time, and it compiles one file after the other, which all cores do sooner.
 install: $(INSTALLED)
 
 $(INSTALLED): pyproject.toml setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "muster needs Python 3.11 or newer; name one: make PYTHON=python3.11")'
 	test -x $(BIN)/python || $(PYTHON) -m venv --upgrade-deps .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[dev]' -c constraints.txt
+	$(BIN)/python -m compileall -qq -j 0 -x /tests/ .venv/lib || true # some files are templates
 	touch $@
 
 quickstart: $(INSTALLED)

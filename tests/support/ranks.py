@@ -15,11 +15,9 @@ START = os.environ.get("RANKS_START", "forkserver")
 between ranks then. The tests of the night use it."""
 
 LIBRARIES = [
-    "torch",
+    "tests.support.preloaded",
     "torch.distributed.fsdp",
     "transformers.models.llama.modeling_llama",
-    "peft",
-    "bitsandbytes",
     "accelerate",
     "deepspeed",
     "s3fs",
