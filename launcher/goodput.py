@@ -191,7 +191,8 @@ def _by_attempt(events: Iterable[Row], rows: Iterable[Row]) -> dict[int, Attempt
 
 def _timed(rows: Sequence[Row], begin: float | None) -> list[Row]:
     """Rows with their times. Those of older runs have none: they follow from the seconds that each took."""
-    at, found = begin, []
+    at = begin
+    found: list[Row] = []
     for row in rows:
         time = row.get("time")
         if time is None and at is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from statistics import median, quantiles
 from typing import Any
@@ -149,10 +149,32 @@ def rank_chart(runs: Sequence[RunRecord]) -> Chart | None:
                 host = hosts[rank] if rank < len(hosts) else None
                 rows.append([run.label, attempt, str(rank), host, middles[rank], tails[rank], share])
     if not traces:
-        return None
+        return _slowest_chart(runs)
     columns = ("run", "attempt", "rank", "host", "middle s", "95 % s", "of the middle rank's")
     layout = axes("rank", "seconds of its own per step", barmode="group")
     return Chart("ranks", "how long each rank works on a step by itself", traces, layout, table(columns, rows))
+
+
+def _slowest_chart(runs: Sequence[RunRecord]) -> Chart | None:
+    """Of more ranks than each step's record has: how often which was the slowest."""
+    traces: list[Trace] = []
+    rows: list[list[Any]] = []
+    for index, run in enumerate(runs):
+        told = [row for row in run.rows if row.get("slowest_rank") is not None]
+        if not told:
+            continue
+        attempt = int(told[-1]["attempt"])
+        hosts = _hosts(run, attempt)
+        counts = Counter(int(row["slowest_rank"]) for row in told if row["attempt"] == attempt)
+        name, shade = safe(f"{run.label}, attempt {attempt}"), {"color": colour(index)}
+        traces.append({"type": "bar", "name": name, "x": list(counts), "y": list(counts.values()), "marker": shade})
+        for rank, steps in counts.most_common():
+            rows.append([run.label, attempt, str(rank), hosts[rank] if rank < len(hosts) else None, steps])
+    if not traces:
+        return None
+    columns = ("run", "attempt", "rank", "host", "steps in which it was the slowest")
+    layout = axes("rank", "steps in which it was the slowest")
+    return Chart("ranks", "how often each rank was the slowest", traces, layout, table(columns, rows))
 
 
 def straggler(run: RunRecord) -> str:

@@ -97,6 +97,12 @@ def test_the_straggler_is_named(first: RunRecord) -> None:
     assert straggler(first) == "first, attempt 3: the slowest is rank 3 on c, 1.50 times as long as the middle one."
 
 
+def test_of_very_many_ranks_the_slowest_are_counted(first: RunRecord) -> None:
+    rows = [{"attempt": 1, "step": i, "loss": 1.0, "slowest_rank": 70 if i % 4 else 3} for i in range(1, 9)]
+    (bars,) = figures_of(report([replace(first, rows=rows)]))["ranks"]["data"]
+    assert dict(zip(bars["x"], bars["y"], strict=True)) == {70: 6, 3: 2}
+
+
 def test_a_run_that_has_only_begun_says_what_is_missing(tmp_path: Path) -> None:
     run = open_storage(str(tmp_path)).child("young")
     run.write("recipe.yaml", b"name: young\n")
