@@ -28,14 +28,14 @@ quickstart: $(INSTALLED)
 	$(BIN)/python -m launcher.quickstart
 
 # Tests in one process run side by side on every core; of the others, which start processes of their own and wait for
-# them half of the time, two. Those that share what is costly are a group, which stays together; the longest is the first.
+# them half of the time, two. Those that share what is costly stay together (tests/support/sharing.py), the longest first.
 ifdef TESTS
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(TESTS)
 else
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 tests/unit tests/packaging tests/storage
-	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder tests/ray tests/cluster tests/distributed tests/gpu
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder tests/ray tests/cluster tests/distributed tests/gpu
 endif
 
 chaos: $(INSTALLED)

@@ -7,16 +7,30 @@ earliest exception that is no broken collective, then the earliest at all.
 from __future__ import annotations
 
 import re
+import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from trainer.errors import Fenced, InputError, MusterError, NonFiniteLoss, RewardFailed, UsageError, WorkerFailed
+from trainer.errors import (
+    Fenced,
+    InputError,
+    MusterError,
+    NonFiniteLoss,
+    RewardFailed,
+    UsageError,
+    WorkerFailed,
+    where_of,
+)
 
 FATAL = (UsageError, NonFiniteLoss, RewardFailed, Fenced)
 COLLECTIVE = re.compile(r"gloo|nccl|connection (closed|reset)|process ?group|all_?reduce|broadcast", re.IGNORECASE)
 TELLING = re.compile(r"killed|out of memory|exit|died|lost|unexpectedly", re.IGNORECASE)
 SHOWN_LINES = 12
+OWN_FRAMES = 3
+ROOT = Path(__file__).resolve().parents[1]
+OWN = tuple(f"{ROOT / part}/" for part in ("launcher", "trainer", "cluster"))
 
 
 class Failure(Exception):
@@ -32,9 +46,11 @@ class Failure(Exception):
 
     @classmethod
     def of(cls, error: BaseException, when: float, rank: int, host: str, trace: str) -> Failure:
-        said = str(error) if isinstance(error, MusterError) else f"{type(error).__name__}: {error}"
-        shown = "" if isinstance(error, MusterError) else trace
-        return cls(when, rank, host, said, shown, isinstance(error, FATAL), isinstance(error, UsageError))
+        if isinstance(error, MusterError):  # its text says where, and needs no trace
+            return cls(when, rank, host, str(error), "", isinstance(error, FATAL), isinstance(error, UsageError))
+        where = where_of(error)
+        said = f"{f'{where}: ' if where else ''}{type(error).__name__}: {error}"
+        return cls(when, rank, host, said, trace, False, False)
 
 
 @dataclass(frozen=True)
@@ -54,8 +70,8 @@ class Cause:
         """Whether the rank may have failed of what another one did to it: it was killed, or its collectives broke."""
         return self.died or COLLECTIVE.search(self.message) is not None
 
-    def as_error(self) -> MusterError:
-        text = self.message if not self.trace else f"{self.message}\n{_tail(self.trace)}"
+    def as_error(self, advice: str = "") -> MusterError:
+        text = "\n".join(part for part in (self.message, _tail(self.trace), advice) if part)
         return InputError(text) if self.usage else WorkerFailed(text)
 
 
@@ -69,6 +85,15 @@ def first_cause(failures: Mapping[int, BaseException]) -> Cause:
         return Cause(str(first), first.rank, first.host, first.fatal, first.usage, first.trace)
     rank, error = min(dead.items())
     return Cause(f"rank {rank} died: {_first_line(error)}", rank, died=True)
+
+
+def useful_stack(error: BaseException) -> str:
+    """Of where the error first came up: the last of this program's own lines, and the very last."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    *before, last = traceback.extract_tb(error.__traceback__) or [None]
+    own = [frame for frame in before if frame is not None and frame.filename.startswith(OWN)][-OWN_FRAMES:]
+    return "".join(traceback.format_list([*own, last] if last else []))
 
 
 def _suspicion(failure: Failure) -> tuple[bool, bool, float]:

@@ -18,27 +18,20 @@ if TYPE_CHECKING:
 STATE_STYLES = {"running": "cyan", "succeeded": "green", "failed": "red", "interrupted": "yellow"}
 
 
-def status_table(status: Status) -> Table:
-    table = Table(box=box.SIMPLE, show_header=False, title=status.uri, title_justify="left")
-    table.add_row("state", status.state + (f" ({status.holder})" if status.holder else ""))
-    if status.job:
-        table.add_row("job", Text(status.job))
-    table.add_row("step", f"{status.step} of {status.total_steps}")
-    table.add_row("attempts", str(status.attempts))
-    table.add_row("workers", str(status.world_size))
-    table.add_row("samples", f"{status.samples:,}")
-    for name in ("loss", "eval_loss", "lr", "tokens_per_s"):
-        if status.metrics.get(name) is not None:
-            table.add_row(name, f"{status.metrics[name]:,.6g}")
+def checkpoints_table(status: Status) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("checkpoint", "committed at", "uri"):
+        table.add_column(name, overflow="fold")
     for checkpoint in status.checkpoints:
-        table.add_row(f"checkpoint {checkpoint.step}", f"{checkpoint.committed_at}  {checkpoint.uri}")
+        table.add_row(str(checkpoint.step), Text(checkpoint.committed_at[:19]), Text(checkpoint.uri))
     return table
 
 
 def runs_table(runs: list[Status], now: float) -> Table:
     """``now`` is unix s: the age is that of the last step while a run goes on, and else that of its end."""
-    progress = Column("progress", no_wrap=True)
-    table = Table("run", "state", progress, "loss", "eval loss", "age", "workers", "attempts", box=box.SIMPLE)
+    run_name = Column("run", overflow="fold", min_width=12)
+    whole = [Column(name, no_wrap=True) for name in ("state", "progress", "loss", "eval", "age", "workers", "attempts")]
+    table = Table(run_name, *whole, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for run in runs:
         steps = f"{run.step}/{run.total_steps}" + (f" {run.step / run.total_steps:4.0%}" if run.total_steps else "")
         losses = (run.metrics.get(name) for name in ("loss", "eval_loss"))

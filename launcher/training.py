@@ -8,7 +8,6 @@ import os
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -18,7 +17,8 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from launcher.causes import Failure
+from launcher.advice import advise
+from launcher.causes import Failure, useful_stack
 from launcher.environment import Environment
 from launcher.group import GroupConfig, controller_for
 from launcher.order import Order
@@ -50,8 +50,7 @@ class Worker:
         except Gathered:
             raise
         except Exception as error:
-            trace = traceback.format_exc()
-            raise Failure.of(error, time.time(), rank, os.uname().nodename, trace) from None
+            raise Failure.of(error, time.time(), rank, os.uname().nodename, useful_stack(error)) from None
 
 
 def _train(job: Job, rank: int) -> None:
@@ -155,4 +154,5 @@ def follow(running: Fit, job: Job, every: Callable[[], None], poll_s: float) -> 
     every()
     if running.error is not None:
         run = open_storage(job.storage).child(job.recipe.name)
-        raise explained(cause_of(running.error), run).as_error() from running.error
+        cause = explained(cause_of(running.error), run)
+        raise cause.as_error(advise(cause, job.recipe, run.url)) from running.error

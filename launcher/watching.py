@@ -27,7 +27,7 @@ def status(
 ) -> None:
     """Say what a run is doing, from its storage alone."""
     from launcher.status import read_status
-    from launcher.tables import status_table
+    from launcher.tables import checkpoints_table
     from trainer.storage import open_storage
 
     run = open_storage(run_uri, deadline_s=LOOK_DEADLINE_S)
@@ -45,7 +45,12 @@ def status(
         went = goodput_of(run, until=found.heard_at, running=found.state == "running")
         print(json.dumps({**found.to_json(), "goodput": went.to_json()}))
     else:
-        Console().print(status_table(found))
+        from launcher.watch import Watch
+
+        console = Console()
+        console.print(Watch(run).render(console.width))
+        if found.checkpoints:
+            console.print(checkpoints_table(found))
 
 
 def list_(

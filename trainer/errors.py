@@ -22,6 +22,19 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+_WHERE = "while "
+
+
+def note_where(error: BaseException, where: str) -> None:
+    """Notes what was being done when ``error`` came up, unless something nearer to it has."""
+    if where_of(error) is None:
+        error.add_note(_WHERE + where)
+
+
+def where_of(error: BaseException) -> str | None:
+    notes: list[str] = getattr(error, "__notes__", [])
+    return next((note.removeprefix(_WHERE) for note in notes if note.startswith(_WHERE)), None)
+
 
 class MusterError(Exception):
     """Base of all errors that muster raises on purpose; its text is meant for the user."""

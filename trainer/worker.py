@@ -28,7 +28,7 @@ from trainer.card import model_card
 from trainer.checkpoint import CommitRecord, Retention, claim_attempt, commit, fetch, fetch_whole, put_checkpoint
 from trainer.committer import Committed, Committer, Held, StaleAlarm
 from trainer.data import Batch, Cursor, Stream, eval_batches, open_caches
-from trainer.errors import Interrupted, MusterError
+from trainer.errors import Interrupted, MusterError, note_where
 from trainer.heartbeat import (
     COMPILING_PATIENCE_S,
     LEAST_PATIENCE_S,
@@ -77,7 +77,12 @@ def train(job: Job, stop_requested: Callable[[], bool]) -> Position:
         torch.set_float32_matmul_precision("high")
     with join_world(gpu=job.recipe.resources.gpus_per_worker > 0) as world:
         phases.end(WORKERS)
-        return Attempt(job, world, phases).run(stop_requested)
+        attempt = Attempt(job, world, phases)
+        try:
+            return attempt.run(stop_requested)
+        except Exception as error:
+            note_where(error, attempt.doing)
+            raise
 
 
 class Attempt:
@@ -90,6 +95,7 @@ class Attempt:
         self.run_storage = self.storage.child(job.recipe.name)
         self.began = time.monotonic()
         self.logged_at = 0.0
+        self.doing = "opening the data"
 
     def run(self, stop_requested: Callable[[], bool]) -> Position:
         run, recipe = self.run_storage, self.recipe
@@ -97,7 +103,9 @@ class Attempt:
         self.cache, self.eval_cache = open_caches(data.train, data.eval, recipe.data.cache_bytes)
         self.chat_template = data.train.spec.chat_template
         self._phase_over(DATA)
+        self.doing = "loading the model"
         self._build(data.train.spec.labels)
+        self.doing = "restoring the checkpoint"
         self.number = self.world.from_first(lambda: claim_attempt(run, self.job.driver, dict(self.job.holder)))
         self.recorder = Recorder(run, recipe, self.world, self.number)
         world = self.world
@@ -208,7 +216,7 @@ class Attempt:
             checkpoint=self._checkpoint,
             evaluated=self.recorder.metrics,
             stop_requested=stop_requested,
-            phase=self.heartbeat.phase,
+            phase=self._doing,
             around_step=profiler.around,
             around_update=lambda step: self.adapter.around_update(self.strategy.model, step, self.job.total_steps),
             examples=lambda step, shown: self.recorder.event("texts", wait=False, step=step, texts=shown),
@@ -226,6 +234,10 @@ class Attempt:
         reading = closing(stream.prefetch(start.cursor, self.world.rank, self.world.size))
         with closing(profiler), self.heartbeat, reading as steps:
             return loop.run(start, steps)
+
+    def _doing(self, step: int, phase: str) -> None:
+        self.heartbeat.phase(step, phase)
+        self.doing = f"step {step}, {phase}"
 
     def _hang(self, found: list[Pulse]) -> None:
         try:

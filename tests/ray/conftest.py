@@ -11,14 +11,6 @@ import pytest
 from tests.support.waiting import free_port
 
 RAY = Path(sys.executable).with_name("ray")
-HERE = Path(__file__).parent
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Where several processes share the tests out (--dist loadgroup), these, which share a Ray, stay in one."""
-    for item in items:
-        if HERE in item.path.parents:
-            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 @pytest.fixture(scope="session")
