@@ -26,6 +26,7 @@ from launcher import (
     exporting,
     planning,
     preparing,
+    reporting,
     serving,
     submitting,
     watching,
@@ -193,6 +194,7 @@ app.command()(watching.status)
 app.command("ls")(watching.list_)
 app.command()(watching.logs)
 app.command()(watching.track)
+app.command()(reporting.report)
 app.command()(convert.convert)
 app.command()(preparing.prepare)
 app.command()(planning.plan)

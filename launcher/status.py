@@ -38,7 +38,8 @@ class CheckpointStatus:
 class Status:
     """``step`` is the last one in the metrics; ``metrics`` holds the last step's values and the last evaluation's.
     ``job`` is the scheduler's or cluster's, as ``kind:id``: the one that holds the run, else the one last submitted.
-    ``seen_at`` (unix s) is the last step's time while it runs, and else when the last driver was heard of."""
+    ``seen_at`` (unix s) is the last step's time while it runs, and else when the last driver was heard of;
+    ``heard_at`` is the latter in any case."""
 
     name: str
     uri: str
@@ -54,6 +55,7 @@ class Status:
     checkpoints: tuple[CheckpointStatus, ...]
     metrics: Mapping[str, Any]
     seen_at: float | None = None
+    heard_at: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -124,6 +126,7 @@ def _status(
         checkpoints=tuple(_checkpoints(run, commits)),
         metrics={key: value for key, value in row.items() if key not in _ASIDE},
         seen_at=row.get("time") or heard if state == "running" else heard or row.get("time"),
+        heard_at=heard,
     )
 
 

@@ -40,7 +40,10 @@ def status(
         except KeyboardInterrupt:
             return
     elif as_json:
-        print(json.dumps(found.to_json()))
+        from launcher.goodput import goodput_of
+
+        went = goodput_of(run, until=found.heard_at, running=found.state == "running")
+        print(json.dumps({**found.to_json(), "goodput": went.to_json()}))
     else:
         from launcher.watch import Watch
 

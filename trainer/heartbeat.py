@@ -23,9 +23,9 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import FrameType
 from typing import Any, Protocol
 
 BEAT_S = 1.0
@@ -172,19 +172,17 @@ class Heartbeat:
         return min((r for r in range(self._size) if r not in sick), default=-1)
 
     def _stack(self) -> str:
-        with _no_collection():
-            frame = sys._current_frames().get(self._main)
+        frame = _frames().get(self._main)
         return "".join(traceback.format_stack(frame)[-STACK_FRAMES:]) if frame else ""
 
 
-@contextmanager
-def _no_collection() -> Iterator[None]:
-    """While Python lists the frames, until 3.11.9, it holds a lock that a starting thread needs. A collection in there
-    runs Python code, which lets that thread go first, and both wait for ever (cpython issue 106883)."""
+def _frames() -> dict[int, FrameType]:
+    """Of every thread. Without the collector: CPython 3.11 holds a lock of its own meanwhile, and a collection may call
+    back into Python, which then waits for that lock for ever (python/cpython#106883)."""
     collecting = gc.isenabled()
     gc.disable()
     try:
-        yield
+        return sys._current_frames()
     finally:
         if collecting:
             gc.enable()

@@ -24,6 +24,7 @@ from trainer.errors import NonFiniteLoss
 from trainer.flops import Meter
 from trainer.heartbeat import CHECKPOINT, WAITING_FOR_DATA
 from trainer.optim import learning_rate
+from trainer.own_time import OwnTime, of_this_rank, rank_record
 from trainer.recipe import Recipe
 from trainer.strategies import Strategy
 from trainer.tasks import Task, Totals, Update
@@ -61,12 +62,14 @@ class Hooks:
 
 class Updated(NamedTuple):
     """What one update of the optimizer came to: the mean loss, the gradient's norm, whether any rank asks to stop, what
-    attention did (`Operations.scores`), and the metrics' sums over all ranks, to be named by ``totals``."""
+    attention did (`Operations.scores`), each rank's own seconds, and the metrics' sums over all ranks, to be named by
+    ``totals``."""
 
     loss: float
     norm: float
     stop: bool
     scores: float
+    own_s: list[float]
     sums: list[float]
     totals: Totals
 
@@ -90,6 +93,7 @@ class Loop:
         self.total_steps = total_steps
         self.eval_batches = eval_batches
         self.meter = meter
+        self.own = OwnTime(world.device)
 
     def run(self, start: Position, steps: Iterator[RankStep]) -> Position:
         """Returns the position reached, which has been handed to ``hooks.checkpoint`` as the last one."""
@@ -101,6 +105,7 @@ class Loop:
             step = position.step + 1
             with self.hooks.around_step(step):
                 began = time.monotonic()
+                self.own.start()
                 self.hooks.phase(step, WAITING_FOR_DATA)
                 data = next(steps)
                 metrics, stop = self._step(step, data, began)
@@ -137,15 +142,18 @@ class Loop:
         stop = any(update.stop for update in done)
         seconds = time.monotonic() - began
         speed = self._speed(data.plan, sum(update.scores for update in done), seconds)
-        return self._metrics(step, data.plan, said, lr, norm, speed), stop
+        ranks = rank_record([sum(own) for own in zip(*(update.own_s for update in done), strict=True)])
+        return self._metrics(step, data.plan, said, lr, norm, {**speed, **ranks}), stop
 
     def _update(self, step: int, update: Update, lr: float) -> Updated:
         loss_sum, totals = self._accumulate(step, update)
         self.hooks.phase(step, "exchange of the loss")
         stop_here, scores_here = float(self.hooks.stop_requested()), self._scores(update)
+        own = of_this_rank(self.own.take(), self.world.rank, self.world.size)
         total, bad, stop, scores, *sums = self.world.sum(
-            [loss_sum, float(not math.isfinite(loss_sum)), stop_here, scores_here, *totals.numbers()]
+            [loss_sum, float(not math.isfinite(loss_sum)), stop_here, scores_here, *own, *totals.numbers()]
         )
+        own, sums = sums[: len(own)], sums[len(own) :]
         if bad:
             self._non_finite(step, update, loss_sum)
         self.hooks.phase(step, "optimizer")
@@ -155,7 +163,7 @@ class Loop:
                 f"step {step}: the gradient's norm is {norm} while the loss is finite; lower the "
                 f"learning rate ({lr:g}), or compute in float32 or bfloat16 (model.dtype)"
             )
-        return Updated(total / max(1, update.units), norm, bool(stop), scores, sums, totals)
+        return Updated(total / max(1, update.units), norm, bool(stop), scores, own, sums, totals)
 
     def _scores(self, update: Update) -> float:
         if self.meter is None:
@@ -172,6 +180,7 @@ class Loop:
         parameters afterwards."""
         scale = (self.world.size if self.strategy.averages else 1) / max(1, update.units)
         total, totals = torch.zeros((), dtype=torch.float64, device=self.world.device), Totals()
+        self.own.start()
         for i, batch in enumerate(update.batches):
             seed_micro_batch(self.recipe.seed, step, batch.index)
             with self.strategy.micro_batch(last=i == len(update.batches) - 1):
@@ -179,6 +188,8 @@ class Loop:
                 with self.strategy.autocast():
                     loss, sums = self.task.measure(self.strategy.module, batch, self.world.device)
                 self.hooks.phase(step, f"backward of micro-batch {batch.index}")
+                if i == len(update.batches) - 1:
+                    self.own.stop()
                 self.strategy.backward(loss * scale)
             total += loss.detach()
             totals.add(sums)
@@ -193,7 +204,7 @@ class Loop:
         self.strategy.module.train()
 
     def _metrics(
-        self, step: int, plan: StepPlan, said: dict[str, float], lr: float, norm: float, speed: dict[str, float]
+        self, step: int, plan: StepPlan, said: dict[str, float], lr: float, norm: float, speed: dict[str, Any]
     ) -> dict[str, Any]:
         return {
             "step": step,

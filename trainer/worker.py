@@ -44,6 +44,7 @@ from trainer.loop import Hooks, Loop, Position
 from trainer.metering import meter_of
 from trainer.model import load_tokenizer, save_head_config
 from trainer.origin import Origin
+from trainer.own_time import RANK_FIELDS
 from trainer.profiling import Profiler
 from trainer.publish import TOTAL_STEPS, publish
 from trainer.recorder import Recorder
@@ -269,9 +270,11 @@ class Attempt:
         if not self.committer:
             return
         lag = self.committer.lag()
-        aside = {"stall_s": self.stall_s, "backlog": lag.backlog, "checkpoint_age_s": lag.age_s}
+        aside: dict[str, Any] = {"stall_s": self.stall_s, "backlog": lag.backlog, "checkpoint_age_s": lag.age_s}
         aside["memory_bytes"] = memory_bytes(self.world.device)
-        self.recorder.metrics(metrics, **aside, **self._compiled(metrics["step"]))
+        aside |= {name: metrics[name] for name in RANK_FIELDS if name in metrics}
+        facts = {name: value for name, value in metrics.items() if name not in RANK_FIELDS}
+        self.recorder.metrics(facts, **aside, **self._compiled(metrics["step"]))
         self.stall_s = 0.0
         if self.stale.rings(lag.age_s):
             log.warning("no checkpoint was committed for %.0f s; the storage is slow or away", lag.age_s)

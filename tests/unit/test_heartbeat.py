@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from trainer import heartbeat
 from trainer.heartbeat import (
     FIRST_PATIENCE_S,
     STALE_S,
@@ -91,17 +92,21 @@ def test_pulses_travel_through_the_store_with_step_phase_and_stack() -> None:
 
 
 @pytest.mark.parametrize("collecting", [True, False])
-def test_nothing_is_collected_while_the_frames_are_listed(collecting: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Else a thread that starts in that moment waits for this one for ever, and this one for it."""
-    listed, frames = [], sys._current_frames
-    monkeypatch.setattr(sys, "_current_frames", lambda: listed.append(gc.isenabled()) or frames())
+def test_no_collection_comes_while_a_stack_is_taken(collecting, monkeypatch):
+    """In Python 3.11 it may end in a deadlock."""
+    seen = []
+
+    def frames():
+        seen.append(gc.isenabled())
+        raise RuntimeError("no frames")
+
+    monkeypatch.setattr(sys, "_current_frames", frames)
     was = gc.isenabled()
     (gc.enable if collecting else gc.disable)()
     try:
-        store = DictStore()
-        Heartbeat(0, 1, "host", store, lambda found: None).beat()
-        assert gc.isenabled() == collecting
+        with pytest.raises(RuntimeError, match="no frames"):
+            heartbeat._frames()
+        assert gc.isenabled() is collecting
     finally:
         (gc.enable if was else gc.disable)()
-    assert listed == [False]
-    assert "test_heartbeat" in next(iter(store.values()))
+    assert seen == [False]

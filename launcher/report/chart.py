@@ -1,0 +1,95 @@
+"""Figures as plotly's JSON, each with the table that says the same; the page gives them their colours of the day."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Trace = dict[str, Any]
+
+COLOURS = ("#3b82f6", "#f59e0b", "#10b981", "#ef4444", "#8b5cf6", "#06b6d4", "#ec4899", "#84cc16")
+MOST_POINTS = 2000
+MOST_ROWS = 100
+
+
+@dataclass(frozen=True)
+class Table:
+    """``thinned``: how many rows there were before all but some were left out."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    thinned: int | None = None
+
+
+@dataclass(frozen=True)
+class Chart:
+    """``key`` is unique on the page, ``told`` says in a sentence what is drawn, for those who do not see it."""
+
+    key: str
+    told: str
+    traces: Sequence[Trace]
+    layout: dict[str, Any]
+    table: Table
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
+    whole = list(rows)
+    shown = thin(whole, MOST_ROWS)
+    texts = [[cell(value) for value in row] for row in shown]
+    return Table(columns, texts, len(whole) if len(shown) < len(whole) else None)
+
+
+def cell(value: Any) -> str:
+    if value is None:
+        return "-"
+    if isinstance(value, float):
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+
+
+def thin(items: Sequence[Any], most: int) -> list[Any]:
+    """Evenly spread, the first and the last included."""
+    if len(items) <= most:
+        return list(items)
+    return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
+
+
+def thin_curve(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
+    """The lowest and the highest of each stretch, so that no spike is lost."""
+    if len(points) <= most:
+        return list(points)
+    stretch = -(-len(points) // (most // 2))
+    found: list[tuple[float, float]] = []
+    for at in range(0, len(points), stretch):
+        part = points[at : at + stretch]
+        found += sorted({min(part, key=lambda p: p[1]), max(part, key=lambda p: p[1])})
+    return found
+
+
+def safe(text: str) -> str:
+    """For names in a figure, where plotly understands some HTML."""
+    return html.escape(text, quote=False)
+
+
+def colour(index: int) -> str:
+    return COLOURS[index % len(COLOURS)]
+
+
+def curve(name: str, points: Sequence[tuple[float, float]], shade: str, **more: Any) -> Trace:
+    shown = thin_curve(points)
+    lone = len(shown) == 1
+    return {
+        "type": "scatter",
+        "mode": "markers" if lone else "lines",
+        "name": safe(name),
+        "x": [x for x, _ in shown],
+        "y": [y for _, y in shown],
+        "line": {"color": shade, "width": 2},
+        **more,
+    }
+
+
+def axes(x: str, y: str, **more: Any) -> dict[str, Any]:
+    return {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}, **more}

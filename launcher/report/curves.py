@@ -1,0 +1,100 @@
+"""What a run's metrics come to over its steps; attempts are marked where they went on."""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Callable, Sequence
+from statistics import median, quantiles
+from typing import Any
+
+from launcher.report.chart import Chart, Trace, axes, colour, curve, safe, table
+from launcher.report.reading import Row, RunRecord
+
+Value = Callable[[Row], Any]
+
+
+def metric_chart(
+    key: str, told: str, y: str, runs: Sequence[RunRecord], value: Value, *, evaluation: bool = False, **more: Any
+) -> Chart | None:
+    """A curve per run, steps that were done again beside it; None where no run has such values."""
+    traces: list[Trace] = []
+    rows: list[list[Any]] = []
+    for index, run in enumerate(runs):
+        kept = _points(run.evaluations if evaluation else run.steps, value)
+        if not kept:
+            continue
+        shade = colour(index)
+        marks = {"mode": "lines+markers"} if evaluation else {}
+        traces.append(curve(run.label, kept, shade, **marks))
+        if not evaluation and (lost := _points(run.lost, value)):
+            dotted = {"color": shade, "width": 1.5, "dash": "dot"}
+            traces.append(curve(f"{run.label}: done again", lost, shade, line=dotted, opacity=0.6))
+        traces += _attempts(run, kept, shade)
+        source = run.evaluations if evaluation else run.steps
+        rows += [[run.label, row["attempt"], row["step"], value(row)] for row in source if value(row) is not None]
+    if not traces:
+        return None
+    return Chart(key, told, traces, axes("step", y, **more), table(("run", "attempt", "step", y), rows))
+
+
+def _points(rows: Sequence[Row], value: Value) -> list[tuple[float, float]]:
+    """A later attempt's row of the same step takes the place of the earlier one's."""
+    found = {int(row["step"]): float(value(row)) for row in rows if value(row) is not None}
+    return sorted(found.items())
+
+
+def _attempts(run: RunRecord, kept: list[tuple[float, float]], shade: str) -> list[Trace]:
+    """Where each attempt but the first went on."""
+    xs, ys, texts = [], [], []
+    for attempt, step in list(run.starts.items())[1:]:
+        at = min(bisect_left(kept, (step + 1, float("-inf"))), len(kept) - 1)
+        xs.append(kept[at][0])
+        ys.append(kept[at][1])
+        texts.append(f"attempt {attempt}")
+    if not xs:
+        return []
+    return [
+        {
+            "type": "scatter",
+            "mode": "markers+text",
+            "name": safe(f"{run.label}: went on"),
+            "x": xs,
+            "y": ys,
+            "text": texts,
+            "textposition": "top center",
+            "cliponaxis": False,
+            "marker": {"symbol": "diamond", "size": 10, "color": shade, "line": {"width": 1, "color": "#ffffff"}},
+        }
+    ]
+
+
+def step_time_chart(runs: Sequence[RunRecord]) -> Chart | None:
+    """How often a step took how long."""
+    traces, rows = [], []
+    for index, run in enumerate(runs):
+        times = [float(row["step_s"]) for row in run.rows if row.get("step_s") is not None and "loss" in row]
+        if not times:
+            continue
+        low, high, counts = histogram(times)
+        width = (high - low) / len(counts)
+        middles = [low + width * (i + 0.5) for i in range(len(counts))]
+        bars = {"type": "bar", "name": safe(run.label), "x": middles, "y": counts, "width": width, "opacity": 0.75}
+        traces.append({**bars, "marker": {"color": colour(index)}})
+        cuts = quantiles(times, n=100, method="inclusive") if len(times) > 1 else times * 99
+        rows.append([run.label, len(times), min(times), cuts[4], median(times), cuts[94], cuts[98], max(times)])
+    if not traces:
+        return None
+    columns = ("run", "steps", "fastest s", "5 %", "middle", "95 %", "99 %", "slowest s")
+    layout = axes("seconds per step", "steps", barmode="overlay")
+    return Chart("step-times", "how often a step took how long", traces, layout, table(columns, rows))
+
+
+def histogram(values: Sequence[float], bins: int = 40) -> tuple[float, float, list[int]]:
+    """(lowest edge, highest edge, count of each bin)."""
+    low, high = min(values), max(values)
+    if high <= low:
+        high = low + max(abs(low) * 0.01, 1e-6)
+    counts = [0] * bins
+    for value in values:
+        counts[min(bins - 1, int((value - low) / (high - low) * bins))] += 1
+    return low, high, counts

@@ -1,0 +1,158 @@
+"""What a report says of a run, read from the run's storage; credentials are left out here, at the entrance."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any
+
+import yaml
+
+from launcher.goodput import Goodput, goodput
+from launcher.report.censor import Censor
+from launcher.status import Status, read_status
+from trainer import layout
+from trainer.data.blocks import Counts
+from trainer.data.prepared import Prepared, open_prepared
+from trainer.data.spec import Preparation
+from trainer.data.summary import Summary, summarise
+from trainer.errors import MusterError
+from trainer.reporter import read_rows
+from trainer.storage import Storage, open_storage
+
+Row = dict[str, Any]
+
+MOST_WINDOWS = 256
+"""Of prepared data whose lengths are counted: each window's index is read for it."""
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """``parts``: (training or evaluation, source, what became of its rows); ``summary`` is the training data's, and
+    ``missing`` why there is none."""
+
+    parts: tuple[tuple[str, str, Counts], ...] = ()
+    summary: Summary | None = None
+    missing: str = ""
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """``label`` tells the run from the others on the page; ``rows`` are the metrics in the order of attempts."""
+
+    label: str
+    status: Status
+    recipe: str
+    provenance: Row
+    events: Sequence[Row]
+    rows: Sequence[Row]
+    went: Goodput
+    data: DataFacts
+
+    def told(self, *kinds: str) -> list[Row]:
+        """Events of these kinds, by time."""
+        found = [event for event in self.events if event["event"] in kinds]
+        return sorted(found, key=lambda event: float(event.get("time") or 0))
+
+    @cached_property
+    def starts(self) -> dict[int, int]:
+        """Attempt to the step after which it went on."""
+        told = {int(e["attempt"]): int(e.get("step") or 0) for e in self.told("start")}
+        for row in self.rows:
+            told.setdefault(int(row["attempt"]), int(row["step"]) - 1)
+        return dict(sorted(told.items()))
+
+    def _lasts(self, row: Row) -> bool:
+        return all(row["step"] <= step for attempt, step in self.starts.items() if attempt > row["attempt"])
+
+    @cached_property
+    def steps(self) -> list[Row]:
+        """The training rows that last, by step."""
+        return [row for row in self.rows if "loss" in row and self._lasts(row)]
+
+    @cached_property
+    def lost(self) -> list[Row]:
+        """Those that a later attempt has done again."""
+        return [row for row in self.rows if "loss" in row and not self._lasts(row)]
+
+    @cached_property
+    def evaluations(self) -> list[Row]:
+        return [row for row in self.rows if "eval_loss" in row and self._lasts(row)]
+
+
+def read_runs(uris: Sequence[str], deadline_s: float) -> list[RunRecord]:
+    """InputError when there is no run at one of them."""
+    found = [read_run(open_storage(uri, deadline_s=deadline_s)) for uri in uris]
+    names = [one.label for one in found]
+    return [replace(one, label=one.status.uri) if names.count(one.label) > 1 else one for one in found]
+
+
+def read_run(run: Storage) -> RunRecord:
+    censor = Censor(os.environ)
+    status = read_status(run)
+    events = [e for e in read_rows(run, layout.EVENTS) if "event" in e]
+    rows = [r for r in read_rows(run, layout.METRICS) if r.get("step") is not None and r.get("attempt") is not None]
+    went = goodput(events, rows, until=status.heard_at, running=status.state == "running")
+    recipe = _text(run, layout.RECIPE)
+    return RunRecord(
+        label=status.name,
+        status=replace(status, uri=censor.text(status.uri), name=censor.text(status.name)),
+        recipe=censor.text(recipe),
+        provenance=censor.clean(_json(run, layout.PROVENANCE)),
+        events=censor.clean(events),
+        rows=rows,
+        went=went,
+        data=_data(run, recipe, censor),
+    )
+
+
+def _text(run: Storage, key: str) -> str:
+    try:
+        return run.read(key).decode(errors="replace")
+    except FileNotFoundError:
+        return ""
+
+
+def _json(run: Storage, key: str) -> Row:
+    try:
+        found = run.read_json(key)
+    except FileNotFoundError:
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def _data(run: Storage, recipe: str, censor: Censor) -> DataFacts:
+    """Prepared data lie beside the runs, and may have been deleted since."""
+    frozen = _json(run, layout.DATA)
+    if not frozen:
+        return DataFacts(missing="the run has prepared no data yet")
+    shared = open_storage(run.url.rsplit("/", 1)[0]).child(layout.PREPARED)
+    parts: list[tuple[str, str, Counts]] = []
+    try:
+        opened = {part: open_prepared(shared, Preparation.from_json(spec).fingerprint) for part, spec in frozen.items()}
+        for part, prepared in opened.items():
+            parts += _sources(part, prepared, censor) if prepared else []
+        return _summed(opened.get("train"), tuple(parts), recipe)
+    except (MusterError, OSError, KeyError, TypeError) as error:
+        return DataFacts(tuple(parts), missing=censor.text(f"the prepared data cannot be read: {error}"))
+
+
+def _sources(part: str, prepared: Prepared, censor: Censor) -> list[tuple[str, str, Counts]]:
+    return [
+        (part, censor.text(source.path), counts)
+        for source, counts in zip(prepared.spec.sources, prepared.per_source, strict=True)
+    ]
+
+
+def _summed(train: Prepared | None, parts: tuple[tuple[str, str, Counts], ...], recipe: str) -> DataFacts:
+    if train is None:
+        return DataFacts(parts, missing="the prepared data are not there any more, or not complete yet")
+    if train.count > MOST_WINDOWS:
+        return DataFacts(parts, missing=f"not counted: the data have {train.count:,} windows")
+    said = yaml.safe_load(recipe) or {}
+    weights = [float(s.get("weight") or 1.0) for s in said.get("data", {}).get("train", [])]
+    if len(weights) != len(train.spec.sources):
+        weights = [1.0] * len(train.spec.sources)
+    return DataFacts(parts, summarise(train, int(said.get("seed") or 0), weights))

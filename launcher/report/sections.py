@@ -1,0 +1,107 @@
+"""The sections of a report, in their order. Every page has all of them: one that has nothing to show says why."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from launcher.report.chart import Chart
+from launcher.report.curves import Value, metric_chart, step_time_chart
+from launcher.report.facts import happenings, host_table, sample_tables, summary_table, version_table
+from launcher.report.flow import checkpoint_chart, goodput_chart, rank_chart, straggler, timeline_chart
+from launcher.report.given import composition_chart, fill_told, length_chart
+from launcher.report.page import Section
+from launcher.report.reading import RunRecord
+
+Runs = Sequence[RunRecord]
+
+
+def sections_of(runs: Runs) -> list[Section]:
+    return [*_outcome(runs), *_speed(runs), *_course(runs), *_inputs(runs), *_origin(runs)]
+
+
+def _value(name: str, scale: float = 1.0) -> Value:
+    return lambda row: None if row.get(name) is None else scale * float(row[name])
+
+
+def _metric(
+    runs: Runs, key: str, title: str, name: str, y: str, scale: float = 1.0, *, evaluation: bool = False
+) -> Section:
+    chart = metric_chart(key, f"{title} over steps", y, runs, _value(name, scale), evaluation=evaluation)
+    return _of(key, title, chart, "the metrics hold none")
+
+
+def _of(key: str, title: str, chart: Chart | None, missing: str, notes: Sequence[str] = ()) -> Section:
+    told = [note for note in notes if note]
+    return Section(key, title, charts=[chart] if chart else [], notes=told if chart else [*told, f"None: {missing}."])
+
+
+def _outcome(runs: Runs) -> list[Section]:
+    return [
+        Section("summary", "Summary", tables=[("", summary_table(runs))], wide=True),
+        _metric(runs, "loss", "Loss", "loss", "loss"),
+        _metric(runs, "eval-loss", "Evaluation loss", "eval_loss", "eval loss", evaluation=True),
+        _metric(runs, "learning-rate", "Learning rate", "lr", "learning rate"),
+        _metric(runs, "gradient-norm", "Gradient norm", "grad_norm", "gradient norm"),
+    ]
+
+
+def _speed(runs: Runs) -> list[Section]:
+    return [
+        _metric(runs, "throughput", "Throughput", "tokens_per_s", "tokens per second"),
+        _metric(runs, "memory", "Memory of rank 0", "memory_bytes", "GiB", 2.0**-30),
+        _of("step-times", "Step times", step_time_chart(runs), "no step has been trained"),
+        _of(
+            "ranks",
+            "Step times per rank",
+            rank_chart(runs),
+            "the metrics hold no times per rank",
+            [
+                "What a rank does by itself before it exchanges with the others: waiting for data, forward, and the "
+                "backwards before the last one; the bar is the middle step, the line above it reaches to 95 % of them.",
+                *map(straggler, runs),
+            ],
+        ),
+    ]
+
+
+def _course(runs: Runs) -> list[Section]:
+    goodput = [
+        f"{run.label}: {100 * run.went.share:.1f} % of {run.went.wall_s:,.0f} s went into training that lasts."
+        for run in runs
+        if run.went.wall_s > 0
+    ]
+    timeline, none = timeline_chart(runs), "no attempt has begun"
+    return [
+        Section("timeline", "Timeline", [timeline] if timeline else [], [("Events", happenings(runs))], wide=True),
+        _wide(_of("goodput", "Goodput", goodput_chart(runs), none, goodput)),
+        _of("checkpoints", "Checkpoints", checkpoint_chart(runs), "nothing is committed yet"),
+    ]
+
+
+def _wide(section: Section) -> Section:
+    section.wide = True
+    return section
+
+
+def _inputs(runs: Runs) -> list[Section]:
+    missing = "; ".join(dict.fromkeys(run.data.missing for run in runs if run.data.missing)) or "there are no rows"
+    return [
+        _of("data", "Data", composition_chart(runs), missing),
+        _of("lengths", "Lengths and packs", length_chart(runs), missing, [fill_told(run) for run in runs]),
+        _samples(runs),
+    ]
+
+
+def _samples(runs: Runs) -> Section:
+    tables = sample_tables(runs)
+    notes = [] if tables else ["None: the run has kept no texts of its own; task ppo keeps some of every step."]
+    return Section("samples", "Samples before and after", tables=tables, notes=notes, wide=True)
+
+
+def _origin(runs: Runs) -> list[Section]:
+    recipes = [(run.label, run.recipe or "none is frozen yet") for run in runs]
+    return [
+        Section("recipe", "Recipe", texts=recipes),
+        Section("versions", "Versions", tables=[("", version_table(runs))]),
+        Section("hosts", "Hosts", tables=[("", host_table(runs))]),
+    ]

@@ -1,0 +1,94 @@
+"""A run that never was, as its storage would look: killed, resized and resumed, on hosts of which one is slow."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from trainer import layout
+from trainer.data.blocks import Counts
+from trainer.lease import Holder, LeaseRecord, to_row
+from trainer.reporter import JsonLines
+from trainer.storage import Storage
+
+BEGAN = 1_700_000_000.0
+SPENT = {"import": 2.0, "ray": 3.0, "data": 1.0, "workers": 4.0, "model": 5.0, "first_step": 3.0}
+RECIPE = """name: {name}
+model: {{path: org/<model>}}
+data:
+  train: [{{path: s3://AKIA1:hush-hush@data/pairs.jsonl, format: completion}}]
+cluster: {{token: not-for-your-eyes}}
+seed: 3
+"""
+
+
+def make_up(run: Storage, *, lr: float = 1e-4, ended: str = "succeeded") -> None:
+    """Attempt 1 is killed after step 30 and saved 20; 2 goes on with fewer workers, is resized at 60; 3 ends at 80."""
+    name = run.url.rsplit("/", 1)[-1]
+    run.write(layout.RECIPE, RECIPE.format(name=name).encode())
+    packages = {"torch": "2.13.0", "transformers": "5.23.0"}
+    run.write_json(layout.PROVENANCE, {"muster": "0.1.0", "packages": packages, "python": "3.11", "host": "a"})
+    at = _attempt(run, 1, range(1, 31), BEGAN, ["a", "a", "b", "b"], lr, {"event": "failure", "cause": "<b>killed</b>"})
+    at = _attempt(run, 2, range(21, 61), at + 9, ["a", "a", "b"], lr, {"event": "resize", "reason": "c has joined"})
+    end = {"event": "end", "state": ended, "step": 80}
+    at = _attempt(run, 3, range(61, 81), at + 4, ["a", "a", "b", "c"], lr, end)
+    holder = Holder("a", "boot/1", 4711, 1000.0, None)
+    run.write_json(layout.LEASE, to_row(LeaseRecord(1, ended, holder, at + 1.0, 7)))
+
+
+def _attempt(
+    run: Storage, number: int, steps: range, at: float, hosts: list[str], lr: float, stop: dict[str, Any]
+) -> float:
+    """Returns when it ended."""
+    events = JsonLines(run, layout.events_part(number, "rank0"))
+    rows = JsonLines(run, layout.metrics_part(number))
+    head = {"attempt": number, "writer": "rank0"}
+    begun = {"hosts": hosts, "world_size": len(hosts), "strategy": {"kind": "ddp"}, "build_s": 4.0, "restore_s": 1.0}
+    events.add({**head, "event": "start", "time": at + 15, "step": steps[0] - 1, **begun})
+    now, stall = at + 18.0, 0.0
+    events.add({**head, "event": "startup", "time": now, "seconds": SPENT, "total_s": 18.0})
+    for step in steps:
+        took = 2.0 + 0.2 * math.sin(step)
+        now += (took if step > steps[0] else 0.0) + stall
+        rows.add({"attempt": number, "time": now, **_step(step, took, hosts, lr), "stall_s": stall})
+        stall = 0.0
+        if step % 20 == 0:
+            now += 3.0
+            rows.add({"attempt": number, "time": now, "step": step, "eval_loss": 1 + 2 / step**0.5, "eval_s": 3.0})
+        if step % 10 == 0 and (number > 1 or step <= 20):
+            stall = 0.4
+            done = {"step": step, "stall_s": 0.4, "snapshot_s": 0.3, "upload_s": 1.5, "bytes": 9 << 20, "coalesced": 0}
+            events.add({**head, "event": "checkpoint", "time": now + 2, **done})
+        if step in (1, 80):
+            shown = {"prompt": "Q: <script>alert(1)</script>", "text": f"as of {step}", "reference": "", "reward": 0.5}
+            events.add({**head, "event": "texts", "time": now, "step": step, "texts": [shown]})
+    events.add({**head, "time": now + 2.5, **stop})
+    events.close()
+    rows.close()
+    return now + 2.5
+
+
+def _step(step: int, took: float, hosts: list[str], lr: float) -> dict[str, Any]:
+    """The last rank's own work takes 1.5 times as long."""
+    own = [took * 0.5] * (len(hosts) - 1) + [took * 0.75]
+    return {
+        "step": step,
+        "total_steps": 80,
+        "epoch": 0,
+        "loss": 1 + 2 / step**0.5 + 3000 * lr * math.cos(step) / 10,
+        "lr": lr * min(1.0, step / 10),
+        "grad_norm": 1 / step**0.5,
+        "tokens_per_s": 4096 / took,
+        "step_s": took,
+        "rank_s": own,
+        "world_size": len(hosts),
+        "samples": 8 * step,
+        "memory_bytes": (4 << 30) + (step << 20),
+    }
+
+
+COUNTS = (
+    ("train", "s3://data/<pairs>.jsonl", Counts(1000, 990, 120_000, 60_000, 12, 8, 2)),
+    ("train", "s3://data/chat.parquet", Counts(500, 500, 90_000, 70_000, 0, 0, 0)),
+    ("eval", "s3://data/held-out.jsonl", Counts(50, 50, 6_000, 3_000, 0, 0, 0)),
+)

@@ -1,0 +1,64 @@
+"""What each rank does by itself in a step, so that a straggler can be told from those who wait for it.
+
+The ranks leave a step at one time, since they exchange gradients in its last backward. What they did before that is
+their own: waiting for data, the forwards, and the backwards that exchange nothing. Strategies that gather layers in the
+forward (fsdp, ZeRO-3) wait for each other there too, and show a straggler less clearly.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import fmean
+from typing import Any
+
+import torch
+
+MOST_RANKS = 64
+"""Up to so many a step's record has every rank's seconds; of more it names the slowest."""
+
+RANK_FIELDS = ("slowest_rank", "slowest_rank_s", "mean_rank_s", "rank_s")
+
+
+class OwnTime:
+    """A stopwatch: `start` and `stop` alternate, and `take` gives the seconds between them. On a GPU they are told by
+    its own clock, as its work goes on behind the program's; then `take` may be called only when that has caught up."""
+
+    def __init__(self, device: torch.device, clock: Callable[[], float] = time.monotonic) -> None:
+        self._gpu, self._clock = device.type == "cuda", clock
+        self._began: Any = None
+        self._spans: list[tuple[Any, Any]] = []
+
+    def start(self) -> None:
+        if self._began is None:
+            self._began = self._now()
+
+    def stop(self) -> None:
+        if self._began is not None:
+            self._spans.append((self._began, self._now()))
+            self._began = None
+
+    def take(self) -> float:
+        spans, self._spans = self._spans, []
+        if self._gpu:
+            return float(sum(began.elapsed_time(ended) for began, ended in spans)) / 1000
+        return float(sum(ended - began for began, ended in spans))
+
+    def _now(self) -> Any:
+        if not self._gpu:
+            return self._clock()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+
+def of_this_rank(seconds: float, rank: int, ranks: int) -> list[float]:
+    """To be summed over the ranks: then everyone has everyone's."""
+    return [seconds if one == rank else 0.0 for one in range(ranks)]
+
+
+def rank_record(seconds: Sequence[float]) -> dict[str, Any]:
+    """What a step's record says of the ranks' own ``seconds``."""
+    slowest = max(range(len(seconds)), key=seconds.__getitem__)
+    told: dict[str, Any] = {"slowest_rank": slowest, "slowest_rank_s": seconds[slowest], "mean_rank_s": fmean(seconds)}
+    return {**told, "rank_s": [round(s, 5) for s in seconds]} if len(seconds) <= MOST_RANKS else told
