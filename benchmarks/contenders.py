@@ -111,15 +111,13 @@ def _watch(attempt: Any, clock: Clock) -> None:
 
 
 def bare(job: Job, clock: Clock) -> None:
-    """The least that trains the same: muster's batches, read before, its loss and attention, and torch's optimizer."""
+    """The least that trains the same: muster's batches, read before, its loss, and torch's optimizer."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from trainer.model.pack_attention import install
     from trainer.tasks.head import TargetHead
 
-    install()
     batches = _batches(job)
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
     model.requires_grad_(False)

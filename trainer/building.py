@@ -26,7 +26,6 @@ from trainer.model.by_shard import Rows, ShardLoader
 from trainer.model.liger import use_liger
 from trainer.model.memory import HostPeak
 from trainer.model.meta import NotByShard, meta_model
-from trainer.model.pack_attention import install as install_pack_attention
 from trainer.model.prequantised import copy_of
 from trainer.model.source import Source
 from trainer.optim import make_optimizer
@@ -60,8 +59,6 @@ class Built:
 def build_parts(recipe: Recipe, world: World, labels: tuple[str, ...] = (), reward: Any = None) -> Built:
     """Collective: every rank of the attempt calls it. ``labels``: the label set of the training data. ``reward``: the
     model that rates the task's texts, if there is one."""
-    if recipe.data.packing and not recipe.compute.compile:  # how samples lie in a pack is nothing to compile
-        install_pack_attention()
     adapter, task, strategy = make_adapter(recipe), make_task(recipe, labels), make_strategy(recipe, world)
     company = partial(accompany, task, recipe, world=world, strategy=strategy, reward=reward)
     if strategy.by_shard(recipe):

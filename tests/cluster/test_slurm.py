@@ -100,6 +100,7 @@ def test_before_its_time_limit_a_job_commits_and_requeues_itself_and_cancelled_i
     assert not list(site.folder.glob(".muster-*"))
 
 
+@pytest.mark.night
 def test_an_elastic_run_goes_on_without_a_node_that_crashed(site: Site) -> None:
     recipe = site.recipe("crash", [1, 2], **{"training.steps": 300, "checkpoint.every_steps": 5})
     job = site.submit("train", recipe, "--nodes=2")

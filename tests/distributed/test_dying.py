@@ -123,6 +123,7 @@ def test_a_stopped_driver_is_overtaken_and_fenced_when_it_wakes(
     assert final.checkpoints[0].step > committed
 
 
+@pytest.mark.night
 def test_out_of_memory_is_a_death_like_any_other(undisturbed: Recipe, tiny_model: Path, folder: Path) -> None:
     """A limit on the address space stands for a full host: what a rank allocates next fails inside the training."""
     recipe = begun("out-of-memory", tiny_model, folder)

@@ -17,7 +17,10 @@ from trainer.reporter import read_rows
 PLACES = [("ddp", 1), ("ddp", 2), ("fsdp", 2), ("zero3", 2), ("fsdp", 3)]
 # Three micro-batches a step: on two ranks, one of them gets a micro-batch of weight zero.
 ENCODER = "classification of an encoder"
-TIMES = {"step_s", "tokens_per_s", "eval_s", "stall_s", "checkpoint_age_s", "backlog", "world_size", "attempt"}
+TIMES = {
+    *("time", "step_s", "eval_s", "stall_s", "checkpoint_age_s", "backlog", "world_size", "attempt", "memory_bytes"),
+    *("tokens_per_s", "tokens_per_s_per_worker", "slowest_rank", "slowest_rank_s", "mean_rank_s", "rank_s"),
+}
 
 
 @pytest.fixture(scope="module")

@@ -29,6 +29,7 @@ def assert_refused(command: Command, recipe: Recipe, *said: str) -> None:
     assert run_of(recipe).info(layout.RECIPE) is None
 
 
+@pytest.mark.night
 def test_a_joined_cluster_without_room_says_what_is_missing(joined: str, tiny_model: Path, tmp_path: Path) -> None:
     write_pairs(tmp_path / "data" / "a.jsonl", 20)
     recipe = small_recipe("too-many", tiny_model, tmp_path, **{"resources.workers": 6})
@@ -40,6 +41,7 @@ def test_a_joined_cluster_without_room_says_what_is_missing(joined: str, tiny_mo
     assert time.monotonic() - began - float(told[1]) < 60
 
 
+@pytest.mark.night
 def test_a_broken_line_deep_in_the_data_is_named(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

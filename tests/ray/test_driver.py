@@ -33,6 +33,7 @@ def test_terminated_it_commits_and_ends_as_interrupted(joined: str, tiny_model: 
     assert status.checkpoints[-1].step == status.step
 
 
+@pytest.mark.night
 def test_stopped_it_is_overtaken_and_gives_up_when_it_wakes(joined: str, tiny_model: Path, folder: Path) -> None:
     recipe = small_recipe("stopped", tiny_model, folder, **CHANGES)
     undisturbed = small_recipe("undisturbed", tiny_model, folder, **CHANGES)

@@ -30,6 +30,7 @@ def write_wide_rows(path: Path) -> None:
             file.write(json.dumps(row) + "\n")
 
 
+@pytest.mark.night
 def test_it_trains_on_what_it_would_have_trained_on(joined: str, tiny_model: Path, tmp_path: Path) -> None:
     write_wide_rows(tmp_path / "data" / "wide.jsonl")
     changes = {"data.packing": False, "training": {"steps": STEPS, "global_batch": 4, "micro_batch": 2}}

@@ -48,6 +48,7 @@ def test_a_killed_worker_is_replaced(joined: str, undisturbed: Recipe, tiny_mode
     assert read_status(run_of(recipe)).attempts == 2
 
 
+@pytest.mark.night
 def test_a_stopped_worker_is_named_ended_and_replaced(
     joined: str, undisturbed: Recipe, tiny_model: Path, folder: Path
 ) -> None:
