@@ -44,7 +44,9 @@ def test_it_tells_the_data_the_seconds_and_the_slow_rank(tiny_model: Path, tmp_p
         fast, slow = row["rank_s"]
         assert slow >= SLOWER_S
         assert fast < row["step_s"]
-        assert (row["slowest_rank"], row["slowest_rank_s"]) == (1, pytest.approx(slow, abs=1e-4))
+        # In a step where the other rank warms up, it may be the slower one.
+        slowest = 1 if slow > fast else 0
+        assert (row["slowest_rank"], row["slowest_rank_s"]) == (slowest, pytest.approx(max(fast, slow), abs=1e-4))
     assert sum(run.went.seconds.values()) == pytest.approx(run.went.wall_s)
     assert run.went.seconds["training"] >= 4 * SLOWER_S
     assert run.data.summary is not None
