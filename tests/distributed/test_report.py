@@ -52,4 +52,4 @@ def test_it_tells_the_data_the_seconds_and_the_slow_rank(tiny_model: Path, tmp_p
     assert run.data.summary is not None
     assert [(part, counts.rows) for part, _, counts in run.data.parts] == [("train", 20)]
     page = report([run])
-    assert "a.jsonl" in page
+    assert "data/*.jsonl" in page, "sources are named as the recipe names them"
