@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -45,6 +46,13 @@ def recipe(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) ->
         return str(path)
 
     return write
+
+
+@pytest.fixture
+def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`muster run` starts a Ray while it looks at the inputs; tests/ray/test_bad_inputs.py is refused beside one."""
+    monkeypatch.setattr("launcher.ray_session.ray_session", lambda *told: nullcontext())
+    monkeypatch.setattr("launcher.standby.Standby._room", lambda standby: False)
 
 
 @pytest.fixture
@@ -127,6 +135,7 @@ def test_refused_looks(refusing: Callable[[str], None], muster: Callable[..., En
     assert_sentence(muster(command, "s3://runs/a"), "did not accept the credentials for s3://runs/a")
 
 
+@pytest.mark.usefixtures("no_ray")
 def test_a_run_on_a_storage_that_refuses(
     refusing: Callable[[str], None], muster: Callable[..., Ended], recipe: Callable[..., str]
 ) -> None:
@@ -150,12 +159,14 @@ def test_a_run_on_a_storage_that_refuses(
         ),
     ],
 )
+@pytest.mark.usefixtures("no_ray")
 def test_what_is_not_there(
     moto: S3, muster: Callable[..., Ended], recipe: Callable[..., str], changes: dict[str, object], said: str
 ) -> None:
     assert_sentence(muster("run", recipe(**changes)), said)
 
 
+@pytest.mark.usefixtures("no_ray")
 def test_no_credentials_at_all(
     moto: S3, muster: Callable[..., Ended], recipe: Callable[..., str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
