@@ -1,8 +1,9 @@
 """Ray, and workers that stand by in it, while the driver checks the inputs and prepares the data.
 
-Ray is joined or started in a thread: that is mostly waiting for its processes. Where there is room at once for all the
-workers, they are started as soon as Ray answers; otherwise, and where preparing the data may take every CPU for long,
-the driver starts them when their turn comes.
+Where there is room at once for all the workers, they are started as soon as Ray answers; otherwise, and where preparing
+the data may take every CPU for long, the driver starts them when their turn comes. Ray itself is joined or started
+before anything else goes on: it forks its processes, and a child of a process whose other threads are in the middle of
+imports may crash before it has become what it was to be (seen in Python 3.11).
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ class Standby:
         self._fit: Fit | None = None
         self._error: BaseException | None = None
         self._session: AbstractContextManager[None] | None = None
-        self._ready, self._over = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._work, name="ray-start", daemon=True)
+        self._ready = threading.Event()
+        self._thread = threading.Thread(target=self._begin, name="workers-start", daemon=True)
 
     def __enter__(self) -> Standby:
         from launcher.ray_session import ray_session, set_up
@@ -50,7 +51,13 @@ class Standby:
         # Here and now: two threads that import parts of one library at once may meet it half made.
         import launcher.training  # noqa: F401
 
-        self._thread.start()
+        try:
+            self._session.__enter__()
+        except Exception as error:  # said once the inputs are known to be right
+            self._error, self._session = error, None
+            self._ready.set()
+        else:
+            self._thread.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
@@ -59,7 +66,6 @@ class Standby:
             self._fit.leave(LEAVE_S)
         if self._session is not None:
             self._session.__exit__(None, None, None)
-        self._over.set()
 
     @property
     def waiting(self) -> bool:
@@ -82,26 +88,14 @@ class Standby:
 
         return Fit(self._recipe, self.order, Environment.current(), autoscaled=self._address is not None)
 
-    def _work(self) -> None:
-        """Stays until the end: Ray's processes die with the thread that has started them."""
-        try:
-            self._begin()
-        finally:
-            self._ready.set()
-        self._over.wait()
-
     def _begin(self) -> None:
-        assert self._session is not None
-        try:
-            self._session.__enter__()
-        except BaseException as error:
-            self._error, self._session = error, None
-            return
         try:
             if self._may_begin() and self._room():
                 self._fit = self._start()
         except Exception:  # they are started later, and what is wrong is said then
             log.debug("no workers were started ahead", exc_info=True)
+        finally:
+            self._ready.set()
 
     def _may_begin(self) -> bool:
         """Not beside a driver that holds the run, nor with GPUs that would wait for all of the data to be prepared."""
