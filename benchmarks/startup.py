@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import socket
 import statistics
@@ -25,12 +24,13 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.results import machine, versions  # noqa: E402
 
 CASES = ("cold", "warm", "torchrun", "trl", "ray")
 AIMS = {"warm": 1.5, "cold": 2.5}
@@ -218,18 +218,6 @@ def rows(folder: Path) -> list[dict[str, str]]:
     return [{"prompt": row["prompt"], "completion": row["completion"]} for row in found]
 
 
-def machine() -> dict[str, Any]:
-    packages = ("torch", "transformers", "peft", "ray")
-    return {
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpus": os.cpu_count(),
-        "load": os.getloadavg()[0],
-        "versions": {name: version(name) for name in packages},
-    }
-
-
 def table(found: dict[str, list[tuple[float, dict[str, float]]]]) -> list[dict[str, Any]]:
     middle = {name: statistics.median(seconds for seconds, _ in runs) for name, runs in found.items()}
     lines = []
@@ -291,7 +279,9 @@ def main() -> None:
     lines = table(found)
     show(lines)
     if options.json:
-        options.json.write_text(json.dumps({"benchmark": "startup", "machine": machine(), "rows": lines}, indent=1))
+        options.json.write_text(
+            json.dumps({"benchmark": "startup", "machine": machine(), "versions": versions(), "rows": lines}, indent=1)
+        )
 
 
 if __name__ == "__main__":

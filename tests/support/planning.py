@@ -24,6 +24,18 @@ SMALL: dict[str, Any] = {
 }
 """No dimension is a multiple of 7 or 16, so that shards come out uneven."""
 
+EIGHT_LAYERS: dict[str, Any] = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 384,
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+}
+
 LLAMA_70B: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",

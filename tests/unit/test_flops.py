@@ -11,6 +11,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tests.support.looping import bench
+from tests.support.planning import EIGHT_LAYERS as SHAPE
 from tests.support.planning import plan_recipe
 from tests.support.stepping import full_packs, one_step, random_parts
 from tests.support.training import small_recipe, write_pairs
@@ -19,17 +20,6 @@ from trainer.flops import Attention, Meter, Operations, peak_flops
 from trainer.metering import meter_of, operations_of
 from trainer.world import World, join_world
 
-SHAPE: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 384,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-}
 FULL = {"adapter.method": "none"}
 CHECKPOINTING = {"training.gradient_checkpointing": True}
 

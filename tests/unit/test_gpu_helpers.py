@@ -15,22 +15,12 @@ from benchmarks import gpu
 from tests.support.attention import difference, gradient_of, lone_loss, packed_loss, random_llama
 from tests.support.device import HAS_GPU, NO_GPU
 from tests.support.models import CPU, packed
+from tests.support.planning import EIGHT_LAYERS as SHAPE
 from tests.support.planning import plan_recipe
 from tests.support.stepping import full_packs, one_step, random_parts
 from trainer.model.meta import four_bit_layers
 from trainer.world import join_world
 
-SHAPE: dict[str, Any] = {
-    "architectures": ["LlamaForCausalLM"],
-    "model_type": "llama",
-    "vocab_size": 384,
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 8,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-}
 SMALL = {**SHAPE, "num_hidden_layers": 2}
 TINY = {"hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
 
