@@ -111,15 +111,18 @@ def _watch(attempt: Any, clock: Clock) -> None:
 
 
 def bare(job: Job, clock: Clock) -> None:
-    """The least that trains the same: muster's batches, read before, its loss, and torch's optimizer."""
+    """The least that trains the same: muster's batches, read before, its attention and loss, and torch's optimizer."""
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
+    from trainer.model.attention import VARLEN, register
     from trainer.tasks.head import TargetHead
 
     batches = _batches(job)
     model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
+    register()
+    model.set_attn_implementation(VARLEN)
     model.requires_grad_(False)
     model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEARS)).train()
     head, trained = TargetHead(model), [p for p in model.parameters() if p.requires_grad]

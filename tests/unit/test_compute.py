@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import scaled_dot_product_attention
 
 from tests.support.attention import difference, gradient_of, lone_loss, random_llama
 from tests.support.looping import bench
@@ -22,6 +21,7 @@ from tests.support.training import losses, run_of, small_recipe, train_here, wri
 from trainer import layout
 from trainer.errors import InputError, RecipeError
 from trainer.model import attention
+from trainer.model.by_sample import by_sample
 from trainer.model.liger import use_liger
 from trainer.reporter import read_rows
 from trainer.strategies import compiling
@@ -148,10 +148,11 @@ def test_without_a_compiler_it_is_said_before_the_first_step(monkeypatch: pytest
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"compute": {"attention": "varlen"}}, "varlen runs on GPUs only"),
+        ({"compute": {"attention": "varlen", "compile": True}}, "varlen goes from sample to sample on CPUs"),
+        ({"compute": {"attention": "varlen"}, "adapter": {"method": "prefix"}}, "before prefix puts tokens"),
         ({"compute": {"attention": "flash"}}, "flash runs on GPUs only"),
         ({"compute": {"attention": "flex"}}, "flex runs on GPUs only"),
-        ({"compute": {"attention": "varlen"}, **GPU}, "computes in 16 bits, and model.dtype is float32"),
+        ({"compute": {"attention": "varlen"}, **GPU}, "computes in 16 bits on GPUs, and model.dtype is float32"),
         ({"compute": {"attention": "flex"}, **GPU, "adapter": {"method": "prefix"}}, "before prefix puts tokens"),
         ({"compute": {"kernels": "liger"}}, "liger runs on GPUs only"),
         ({"compute": {"tf32": True}}, "has no effect on CPUs"),
@@ -178,7 +179,11 @@ def test_on_gpus_they_are_taken(tmp_path: Path) -> None:
         ("cuda", BF16, "varlen"),
         ("cuda", {"model.dtype": "float32"}, "sdpa"),
         ("cuda", {**BF16, "adapter": {"method": "prompt"}}, "sdpa"),
-        ("cpu", BF16, "sdpa"),
+        ("cpu", BF16, "varlen"),
+        ("cpu", {"model.dtype": "float32"}, "varlen"),
+        ("cpu", {"compute.compile": True}, "sdpa"),
+        ("cpu", {"adapter": {"method": "prompt"}}, "sdpa"),
+        ("mps", BF16, "sdpa"),
     ],
 )
 def test_auto_takes_what_fits(device: str, changes: dict[str, Any], want: str, tmp_path: Path) -> None:
@@ -188,39 +193,8 @@ def test_auto_takes_what_fits(device: str, changes: dict[str, Any], want: str, t
     assert attention.wanted(classifier, torch.device(device)) == "sdpa"
 
 
-def plain_varlen(
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    cu_q: torch.Tensor,
-    cu_k: torch.Tensor,
-    max_q: int,
-    max_k: int,
-    *,
-    scale: float | None,
-    window_size: tuple[int, int],
-    enable_gqa: bool,
-) -> torch.Tensor:
-    """What torch documents of its kernel, which runs on GPUs only: one sample after the other."""
-    assert cu_q.dtype == torch.int32
-    assert int(cu_q.diff().max()) == max_q == max_k
-    assert torch.equal(cu_q, cu_k)
-    parts = []
-    for start, stop in zip(cu_q[:-1].tolist(), cu_q[1:].tolist(), strict=True):
-        q, k, v = (t[start:stop].transpose(0, 1)[None] for t in (query, key, value))
-        distance = torch.arange(stop - start)[:, None] - torch.arange(stop - start)[None]
-        left, right = (reach if reach >= 0 else stop for reach in window_size)
-        seen = (distance <= left) & (distance >= -right)
-        out = scaled_dot_product_attention(q, k, v, attn_mask=seen, scale=scale, enable_gqa=enable_gqa)
-        parts.append(out[0].transpose(0, 1))
-    return torch.cat(parts)
-
-
 @pytest.fixture
-def varlen(monkeypatch: pytest.MonkeyPatch) -> None:
-    import torch.nn.attention.varlen
-
-    monkeypatch.setattr(torch.nn.attention.varlen, "varlen_attn", plain_varlen)
+def varlen() -> None:
     attention.register()
 
 
@@ -274,7 +248,7 @@ def test_segments_begin_at_each_position_zero() -> None:
 
 @pytest.mark.parametrize("asks", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}, {"dropout": 0.1}])
 def test_what_the_kernel_lacks_is_refused(asks: dict[str, Any]) -> None:
-    q = torch.zeros(1, 4, 8, 16)
+    q = torch.zeros(1, 4, 8, 16, device="meta" if "dropout" in asks else "cpu")
     with pytest.raises(InputError, match=f"has no {next(iter(asks))}"):
         attention.varlen_forward(SimpleNamespace(is_causal=True), q, q, q, None, **asks)
 
@@ -282,25 +256,56 @@ def test_what_the_kernel_lacks_is_refused(asks: dict[str, Any]) -> None:
 def test_the_kernel_is_compared_with_sdpa_on_the_model(
     varlen: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    asked = small_recipe("r", tmp_path, tmp_path, compute={"attention": "varlen"}, **GPU, **BF16)
+    asked = small_recipe("r", tmp_path, tmp_path, compute={"attention": "varlen"}, **BF16)
     auto = small_recipe("r", tmp_path, tmp_path, **BF16)
-    monkeypatch.setattr(attention, "wanted", lambda recipe, device: "varlen")
     model = random_llama(CPU, torch.float32, **TINY)
     assert attention.settle_attention(asked, model, model, CPU) == "varlen"
     assert model.config._attn_implementation == attention.VARLEN
     assert model.training
 
-    def sees_all(query: torch.Tensor, *rest: Any, **told: Any) -> torch.Tensor:
-        whole = torch.tensor([0, len(query)], dtype=torch.int32)
-        return plain_varlen(query, *rest[:2], whole, whole, len(query), len(query), **told)
+    def sees_all(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, begins: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return by_sample(q, k, v, torch.tensor([0, len(q)]), *rest)
 
-    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", sees_all)
+    monkeypatch.setattr(attention, "by_sample", sees_all)
     model = random_llama(CPU, torch.float32, **TINY)
     with pytest.raises(InputError, match="varlen does not work for LlamaForCausalLM here: logits move by"):
         attention.settle_attention(asked, model, model, CPU)
     assert attention.settle_attention(auto, model, model, CPU) == "sdpa"
     assert "attention by sdpa: varlen does not work here" in caplog.text
     assert model.config._attn_implementation == "sdpa"
+
+
+def test_what_a_kernel_lacks_in_training_alone_is_found_before(
+    varlen: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def without_dropout(q: torch.Tensor, *rest: Any) -> torch.Tensor:
+        if dropout := rest[-1]:
+            raise InputError(f"no dropout of {dropout}")
+        return by_sample(q, *rest)
+
+    monkeypatch.setattr(attention, "by_sample", without_dropout)
+    auto = small_recipe("r", tmp_path, tmp_path)
+    model = random_llama(CPU, torch.float32, attention_dropout=0.2, **TINY).eval()
+    assert attention.settle_attention(auto, model, model, CPU) == "sdpa"
+    assert "no dropout of 0.2" in caplog.text
+    assert not model.training
+    monkeypatch.undo()
+    assert attention.settle_attention(auto, model, model, CPU) == "varlen"
+
+
+def test_torchs_kernel_is_told_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It runs on GPUs only: here the one for CPUs answers in its place."""
+
+    def kernel(q: Any, k: Any, v: Any, begins_q: Any, begins_k: Any, most_q: int, most_k: int, **told: Any) -> Any:
+        assert torch.equal(begins_q, begins_k)
+        assert most_q == most_k == 5
+        assert told["enable_gqa"]
+        return by_sample(q, k, v, begins_q, told["window_size"], told["scale"])
+
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
+    q, k, v = torch.randn(9, 4, 8), torch.randn(9, 2, 8), torch.randn(9, 2, 8)
+    begins, window = torch.tensor([0, 5, 9]), (2, 0)
+    assert torch.equal(attention._varlen(q, k, v, begins, 5, window, 0.3), by_sample(q, k, v, begins, window, 0.3))
 
 
 def test_flash_says_what_to_install(tmp_path: Path) -> None:

@@ -1,8 +1,9 @@
-"""Which kernel computes attention, and torch's variable-length FlashAttention for the models of transformers.
+"""Which kernel computes attention, and attention over samples of different lengths for the models of transformers.
 
 A pack holds samples that must not see each other. By a mask, a kernel computes all pairs of a pack's tokens and throws
 most away; told where the samples begin, it computes their own pairs only (Dao 2023, arXiv:2307.08691). Tasks tell it in
-the model's keyword arguments, by the names that transformers has for them (``cu_seq_lens_q`` and so on).
+the model's keyword arguments, by the names that transformers has for them (``cu_seq_lens_q`` and so on). On a GPU that
+is torch's variable-length FlashAttention; a CPU takes the samples one by one (`trainer.model.by_sample`).
 
 Legend: B packs, L tokens, H query heads, G heads of keys and values, D head dimension, N samples.
 """
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.errors import InputError
+from trainer.model.by_sample import by_sample
 from trainer.model.isolation import FIRST_TOKENS, SECOND_TOKENS
 from trainer.recipe.compute import SEGMENTING_TASKS, SIXTEEN_BIT, VIRTUAL
 
@@ -41,13 +43,12 @@ def wanted(recipe: Recipe, device: torch.device) -> str:
     setting = recipe.compute.attention
     if setting != "auto":
         return setting
-    fits = (
-        device.type == "cuda"
-        and recipe.model.dtype in SIXTEEN_BIT
-        and recipe.task in SEGMENTING_TASKS
-        and recipe.adapter.method not in VIRTUAL
-    )
-    return "varlen" if fits else "sdpa"
+    told = recipe.task in SEGMENTING_TASKS and recipe.adapter.method not in VIRTUAL
+    if device.type == "cuda":
+        runs = recipe.model.dtype in SIXTEEN_BIT
+    else:
+        runs = device.type == "cpu" and not recipe.compute.compile
+    return "varlen" if told and runs else "sdpa"
 
 
 def settle_attention(recipe: Recipe, model: Any, module: Any, device: torch.device) -> str:
@@ -63,10 +64,12 @@ def settle_attention(recipe: Recipe, model: Any, module: Any, device: torch.devi
     before = base.config._attn_implementation
     try:
         _check_installed(kernel)
-        with _evaluating(module):
+        with _mode(module, training=False):
             want = _logits(module, device)
             _switch(base, kernel)
             got = _logits(module, device)
+        with _mode(module, training=True):
+            _logits(module, device)  # with the model's dropout, which a kernel may lack
         moved = float((got - want).abs().max() / want.std())
         if not moved <= TOLERANCE:
             raise InputError(f"logits move by {moved:.2g} of their spread")
@@ -97,9 +100,9 @@ def _switch(base: Any, kernel: str) -> None:
 
 
 @contextmanager
-def _evaluating(module: Any) -> Iterator[None]:
+def _mode(module: Any, *, training: bool) -> Iterator[None]:
     was_training = module.training
-    module.eval()
+    module.train(training)
     try:
         with torch.no_grad():
             yield
@@ -149,32 +152,40 @@ def varlen_forward(
 
     ``cu_seq_lens_q`` int32 [N + 1]: where each sample of the flattened packs begins; without it, at each 0 of
     ``position_ids``, which then have to come from the device."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    asked = [name for name in UNKNOWN if told.get(name) is not None] + (["dropout"] if dropout else [])
+    on_cpu = query.device.type == "cpu"
+    asked = [name for name in UNKNOWN if told.get(name) is not None] + (["dropout"] if dropout and not on_cpu else [])
     if asked:
         raise InputError(f"variable-length attention has no {', '.join(asked)}, which this model asks for")
-    packs, heads, length, width = query.shape
+    packs, heads, length, _ = query.shape
     if cu_seq_lens_q is None or max_length_q is None:
         cu_seq_lens_q, max_length_q = _segments(position_ids, packs, length, query.device)
     dtype = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else query.dtype
     q, k, v = (t.transpose(1, 2).reshape(packs * length, -1, t.shape[-1]).to(dtype) for t in (query, key, value))
     causal = module.is_causal if is_causal is None else is_causal
     reach = -1 if sliding_window is None else sliding_window - 1
-    out = varlen_attn(
-        q,
-        k,
-        v,
-        cu_seq_lens_q,
-        cu_seq_lens_q,
-        max_length_q,
-        max_length_q,
-        scale=scaling,
-        window_size=(reach, 0 if causal else reach),
-        enable_gqa=key.shape[1] != heads,
-    )
+    window = (reach, 0 if causal else reach)
+    if on_cpu:
+        out = by_sample(q, k, v, cu_seq_lens_q, window, scaling, dropout)
+    else:
+        out = _varlen(q, k, v, cu_seq_lens_q, max_length_q, window, scaling)
+    return out.view(packs, length, heads, -1), None
+
+
+def _varlen(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    begins: torch.Tensor,
+    longest: int,
+    window: tuple[int, int],
+    scale: float | None,
+) -> torch.Tensor:
+    from torch.nn.attention.varlen import varlen_attn
+
+    grouped = k.shape[1] != q.shape[1]
+    out = varlen_attn(q, k, v, begins, begins, longest, longest, scale=scale, window_size=window, enable_gqa=grouped)
     assert isinstance(out, torch.Tensor)
-    return out.view(packs, length, heads, width), None
+    return out
 
 
 def _segments(

@@ -16,8 +16,10 @@ from trainer.recipe.zero import STAGES
 if TYPE_CHECKING:
     from trainer.recipe.root import Recipe
 
-ON_GPUS = ("varlen", "flex", "flash")
+ON_GPUS = ("flex", "flash")
 """Kernels of attention that CPUs do not have, or not with a backward pass."""
+TOLD = ("varlen", *ON_GPUS)
+"""Kernels that are told where samples begin, and take no mask."""
 
 
 class Rule(NamedTuple):
@@ -120,12 +122,18 @@ RULES = (
     ),
     Rule(
         (("compute", "attention"), ("model", "dtype")),
-        lambda r: r.compute.attention in ("varlen", "flash") and r.model.dtype not in SIXTEEN_BIT,
-        lambda r: f"{r.compute.attention} computes in 16 bits, and model.dtype is {r.model.dtype}; use flex or sdpa",
+        lambda r: (
+            r.compute.attention in ("varlen", "flash")
+            and r.resources.gpus_per_worker > 0
+            and r.model.dtype not in SIXTEEN_BIT
+        ),
+        lambda r: (
+            f"{r.compute.attention} computes in 16 bits on GPUs, and model.dtype is {r.model.dtype}; use flex or sdpa"
+        ),
     ),
     Rule(
         (("compute", "attention"), ("task",)),
-        lambda r: r.compute.attention in ON_GPUS and r.task not in SEGMENTING_TASKS,
+        lambda r: r.compute.attention in TOLD and r.task not in SEGMENTING_TASKS,
         lambda r: (
             f"{r.compute.attention} takes texts without a mask, as {' and '.join(SEGMENTING_TASKS)} have them, and "
             f"{r.task} has one; use auto or sdpa"
@@ -133,7 +141,7 @@ RULES = (
     ),
     Rule(
         (("compute", "attention"), ("adapter", "method")),
-        lambda r: r.compute.attention in ON_GPUS and r.adapter.method in VIRTUAL,
+        lambda r: r.compute.attention in TOLD and r.adapter.method in VIRTUAL,
         lambda r: (
             f"{r.compute.attention} is told where samples begin before {r.adapter.method} puts tokens of its own among "
             "them; use auto or sdpa"
@@ -153,6 +161,11 @@ RULES = (
         (("compute", "tf32"), ("model", "dtype")),
         lambda r: r.compute.tf32 and r.model.dtype != "float32",
         lambda r: f"has no effect on products in {r.model.dtype}; set it to false, or model.dtype to float32",
+    ),
+    Rule(
+        (("compute", "attention"), ("compute", "compile")),
+        lambda r: r.compute.attention == "varlen" and r.compute.compile and r.resources.gpus_per_worker == 0,
+        lambda r: "varlen goes from sample to sample on CPUs, which does not compile; use auto or sdpa",
     ),
     Rule(
         (("compute", "compile"), ("strategy", "kind")),
