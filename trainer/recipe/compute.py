@@ -20,12 +20,12 @@ class ComputeSection(Section):
     attempts, as machines do."""
 
     attention: Literal["auto", "sdpa", "varlen", "flex", "flash"] = "auto"
-    """Kernel of attention. `sdpa` is torch's scaled dot product, with a mask that keeps the samples of a pack apart: it
-    works everywhere, on all pairs of a pack's tokens. The others pass over what the mask leaves out: `varlen` is torch's
-    own variable-length FlashAttention on GPUs, in 16 bits, and goes from sample to sample on CPUs; `flash` is the same
-    from its package (`pip install 'muster[flash]'`), and `flex` torch's flex_attention, compiled at the first step, both
-    on GPUs only. `auto` takes `varlen` where it can be had, and else `sdpa`. Whichever is not `sdpa` is compared with it
-    on the model itself before training."""
+    """Kernel of attention. `sdpa` is torch's scaled dot product, with a mask that keeps the samples of a pack apart:
+    it works everywhere, on all pairs of a pack's tokens. The others pass over what the mask leaves out: `varlen` is
+    torch's own variable-length FlashAttention on GPUs, in 16 bits, and goes from sample to sample on CPUs; `flash` is
+    the same from its package (`pip install 'muster[flash]'`), and `flex` torch's flex_attention, compiled at the first
+    step, both on GPUs only. `auto` takes `varlen` where it can be had, and else `sdpa`. Whichever is not `sdpa` is
+    compared with it on the model itself before training."""
 
     compile: bool = False
     """Compile each decoder layer by torch.compile: faster steps after a warm-up of seconds to minutes, which stands in
