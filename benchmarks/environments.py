@@ -28,6 +28,7 @@ class Peer:
 
 PEERS = {
     "trl": Peer("trl==1.16.0", True, "trl"),
+    "trl-ppo": Peer("trl==1.8.0", True, "trl.experimental.ppo"),  # later ones have PPO no more
     # It wants peft ≤ 0.18, transformers ≤ 5.6 and a torchaudio, which finds no library of a torch for CPUs.
     "llamafactory": Peer("llamafactory==0.9.5", False, "llamafactory.train.tuner"),
 }

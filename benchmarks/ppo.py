@@ -1,12 +1,12 @@
 """PPO against trl's (experimental) on the same tiny model: samples per second, and the peak of memory.
 
-    .venv/bin/python benchmarks/ppo.py [--trl PYTHON] [--iterations 6]
+    .venv/bin/python benchmarks/ppo.py [--iterations 6]
 
 Both write 24 tokens to 32 prompts in each iteration, rate them by a sequence classifier of the same base, and learn
 from them in 4 epochs of 2 minibatches, by LoRA of rank 8, in float32 on one thread. trl comes from the package index,
-into an environment of its own that borrows the other libraries from this one; ``--trl`` names a Python that has it (1.8
-or older: 1.16 has PPO no more). In trl, value and reward are models of their own; its value model is frozen but
-for its head, so that both train as much. Each side runs in a process of its own, one after the other.
+into an environment of its own that borrows the other libraries from this one (`benchmarks/environments.py`). In trl,
+value and reward are models of their own; its value model is frozen but for its head, so that both train as much. Each
+side runs in a process of its own, one after the other.
 """
 
 from __future__ import annotations
@@ -17,10 +17,8 @@ import os
 import statistics
 import subprocess
 import sys
-import sysconfig
 import tempfile
 import time
-import venv
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -29,10 +27,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+from benchmarks.environments import NotInstalled, home, python_of  # noqa: E402
 from benchmarks.memory import peak_mib  # noqa: E402
 
 PROMPTS, TOKENS, EPOCHS, MINIBATCHES, ROWS = 32, 24, 4, 2, 16
-TRL = "trl==1.8.0"
 WARM = 2
 """Iterations that are not counted."""
 
@@ -137,21 +135,9 @@ def measured(python: str, side: str, folder: Path, iterations: int) -> dict[str,
     return found
 
 
-def trl_python(home: Path) -> str:
-    """A new environment with trl and nothing else of its own; the same torch, transformers and peft for both sides."""
-    venv.create(home, with_pip=False, symlinks=True)
-    python = str(home / "bin" / "python")
-    subprocess.run(
-        [sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", TRL], check=True, timeout=300
-    )
-    packages = next((home / "lib").glob("python*/site-packages"))
-    (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    return python
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--trl", help="a Python that has trl 1.8 or older; without it one is made")
+    parser.add_argument("--environments", type=Path, default=home(), help="where trl's environment is kept")
     parser.add_argument("--iterations", type=int, default=6)
     parser.add_argument("--side", choices=("muster", "trl"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -163,15 +149,16 @@ def main() -> None:
     from launcher.quickstart.prepare import prepare_base
     from tests.support.tasks import write_task_data
 
+    try:
+        pythons = {"trl": python_of("trl-ppo", options.environments), "muster": sys.executable}
+    except NotInstalled as reason:
+        parser.error(str(reason))
     with tempfile.TemporaryDirectory(prefix="muster-ppo-") as name:
         folder = Path(name)
         prepare_base(folder / "base", steps=60)
         for task in ("ppo", "reward"):
             write_task_data(folder, task)
-        found = {
-            side: measured(python, side, folder, options.iterations)
-            for side, python in (("trl", options.trl or trl_python(folder / "trl-env")), ("muster", sys.executable))
-        }
+        found = {side: measured(python, side, folder, options.iterations) for side, python in pythons.items()}
     rates = {side: PROMPTS / statistics.median(said["seconds"][WARM:]) for side, said in found.items()}
     print("| | samples/s | ratio | peak of memory |\n|---|---|---|---|")
     for side, rate in rates.items():

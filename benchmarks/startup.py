@@ -1,13 +1,13 @@
 """Time from the command to the first optimizer step: muster, bare torchrun of trl, bare Ray Train.
 
-    .venv/bin/python benchmarks/startup.py [CASE …] [--rounds 3] [--workers 2] [--trl PYTHON] [--json FILE]
+    .venv/bin/python benchmarks/startup.py [CASE …] [--rounds 3] [--workers 2] [--json FILE]
 
 The same small Llama, LoRA of rank 16, DDP in float32, packs of 128 tokens. Each case is a command of its own, timed
 from before its process is started until the first update of the optimizer is done on rank 0, by the clock of this host.
 They take turns, and each is run once before that is not counted. Cases: ``cold`` (muster run, with a Ray of its own),
 ``warm`` (muster run, joining a Ray that is up), ``torchrun`` (of trainer, without Ray), ``trl`` (torchrun of trl's
 SFTTrainer), ``ray`` (a bare Ray Train, with a Ray of its own, whose workers train as trl does but by hand). trl comes
-from the package index, into an environment of its own; ``--trl`` names a Python that has it.
+from the package index, into an environment of its own (`benchmarks/environments.py`).
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.results import machine, versions  # noqa: E402
+from benchmarks.environments import NotInstalled, home, python_of  # noqa: E402
+from benchmarks.results import write  # noqa: E402
 
 CASES = ("cold", "warm", "torchrun", "trl", "ray")
 AIMS = {"warm": 1.5, "cold": 2.5}
@@ -132,15 +133,18 @@ def cases(folder: Path, options: argparse.Namespace) -> dict[str, Callable[[], t
 
     run = [sys.executable, "-m", "launcher", "run", recipe]
     given = ["--folder", str(folder), "--workers", str(workers)]
-    trl_command = [*torchrun(options.trl), __file__, "--side", "trl", *given] if options.trl else []
     ray_command = [sys.executable, __file__, "--side", "ray", *given]
     return {
         "cold": lambda: muster(folder, [*run, "--on", "local"], None),
         "warm": warm,
         "torchrun": lambda: muster(folder, [*torchrun(sys.executable), "-m", "trainer", recipe], None),
-        "trl": lambda: peer(folder, trl_command),
+        "trl": lambda: peer(folder, [*torchrun(trl_python(options)), __file__, "--side", "trl", *given]),
         "ray": lambda: peer(folder, ray_command),
     }
+
+
+def trl_python(options: argparse.Namespace) -> str:
+    return python_of("trl", options.environments)
 
 
 def trl_side(folder: Path, workers: int) -> None:
@@ -250,8 +254,8 @@ def main() -> None:
     parser.add_argument("cases", nargs="*", metavar="CASE", help=f"of {', '.join(CASES)}; all without")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--trl", help="a Python that has trl; without it one is made")
-    parser.add_argument("--json", type=Path, help="where to write what was found")
+    parser.add_argument("--environments", type=Path, default=home(), help="where trl's environment is kept")
+    parser.add_argument("--json", type=Path, help="write what was found, for benchmarks/compare.py")
     parser.add_argument("--side", choices=("trl", "ray"), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -264,10 +268,12 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="muster-startup-") as name:
         folder = Path(name)
         make_inputs(folder, options.workers)
-        if "trl" in chosen and not options.trl:
-            from benchmarks.ppo import trl_python
-
-            options.trl = trl_python(folder / "trl-env")
+        if "trl" in chosen:
+            try:
+                trl_python(options)  # made before anything is timed
+            except NotInstalled as reason:
+                print(f"trl is left out: {reason}", file=sys.stderr)
+                chosen.remove("trl")
         timed = cases(folder, options)
         found: dict[str, list[tuple[float, dict[str, float]]]] = {case: [] for case in chosen}
         for turn in range(options.rounds + 1):
@@ -276,12 +282,17 @@ def main() -> None:
                 print(f"round {turn}: {case} {seconds:.1f} s", file=sys.stderr)
                 if turn:
                     found[case].append((seconds, split))
-    lines = table(found)
-    show(lines)
+    show(table(found))
     if options.json:
-        options.json.write_text(
-            json.dumps({"benchmark": "startup", "machine": machine(), "versions": versions(), "rows": lines}, indent=1)
-        )
+        write(options.json, "startup", figures(found))
+
+
+def figures(found: dict[str, list[tuple[float, dict[str, float]]]]) -> dict[str, list[float]]:
+    """Seconds of each round: all of them by the case's name, and each phase's by case and phase."""
+    named = {f"{case} s": [seconds for seconds, _ in runs] for case, runs in found.items()}
+    for case, runs in found.items():
+        named |= {f"{case} {phase} s": [told[phase] for _, told in runs] for phase in runs[0][1]}
+    return named
 
 
 if __name__ == "__main__":

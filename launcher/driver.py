@@ -12,8 +12,8 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
-from functools import partial
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from types import FrameType
 
 from cluster.standing import standing
@@ -63,7 +63,7 @@ def run(recipe: Recipe, progress: Progress, *, takeover: bool = False) -> str:
         check_not_cancelled(run_storage, job)
         lease = Lease.acquire(run_storage, job=job, takeover=takeover)
         signals.tell(lease)
-        return _hold(recipe, storage, run_storage, lease, signals, progress, standby, phases)
+        return Held(recipe, storage, lease, signals, progress, standby, phases).drive()
 
 
 def check_inputs(recipe: Recipe, progress: Progress, *, begun: bool = False) -> None:
@@ -97,164 +97,152 @@ def check_lasting(recipe: Recipe, job: str | None) -> None:
         )
 
 
-def _hold(
-    recipe: Recipe,
-    storage: Storage,
-    run_storage: Storage,
-    lease: Lease,
-    signals: Signals,
-    progress: Progress,
-    standby: Standby,
-    phases: Phases,
-) -> str:
-    """Everything that happens while the lease is held; it is released with the state in which the run really is."""
-    state = "failed"
-    try:
-        with tracked(recipe, run_storage):
-            _train(recipe, storage, run_storage, lease, signals, progress, standby, phases)
-            if finished(run_storage) is None:
-                if signals.stopped or _reached(run_storage, recipe.training.stop_after):
-                    raise Interrupted(_stopped_text(run_storage))
-                raise WorkerFailed(f"the workers ended without an error, and {run_storage.url} has not its last commit")
-        state = "succeeded"
-        return run_storage.uri(layout.ADAPTER)
-    except Interrupted:
-        state = "interrupted"
-        raise
-    except MusterError:
-        if signals.stopped:  # a second signal, or a failure on the way out: what is committed is what counts
+@dataclass(frozen=True)
+class Held:
+    """A run whose lease this driver holds, and all that it drives the run with."""
+
+    recipe: Recipe
+    storage: Storage
+    lease: Lease
+    signals: Signals
+    progress: Progress
+    standby: Standby
+    phases: Phases
+
+    @cached_property
+    def run(self) -> Storage:
+        return self.storage.child(self.recipe.name)
+
+    def drive(self) -> str:
+        """To the last step; returns the final adapter's URI. The lease is released with the state in which the run
+        really is."""
+        state = "failed"
+        try:
+            with tracked(self.recipe, self.run):
+                self._train()
+                if finished(self.run) is None:
+                    if self.signals.stopped or self._has_stopped():
+                        raise Interrupted(self._stopped_text())
+                    raise WorkerFailed(
+                        f"the workers ended without an error, and {self.run.url} has not its last commit"
+                    )
+            state = "succeeded"
+            return self.run.uri(layout.ADAPTER)
+        except Interrupted:
             state = "interrupted"
-        raise
-    finally:
-        _release(run_storage, lease, state)
+            raise
+        except MusterError:
+            if self.signals.stopped:  # a second signal, or a failure on the way out: what is committed is what counts
+                state = "interrupted"
+            raise
+        finally:
+            self._release(state)
 
+    def _release(self, state: str) -> None:
+        """Rank 0 has said how its attempt ended, unless it failed: then the driver says so."""
+        if state == "failed":
+            events = Events(self.run, read_claims(self.run).attempt, f"driver{self.lease.driver}")
+            events.emit("end", state=state)
+            events.close()
+        self.lease.release(state)
 
-def _release(run_storage: Storage, lease: Lease, state: str) -> None:
-    """Rank 0 has said how its attempt ended, unless it failed: then the driver says so."""
-    if state == "failed":
-        events = Events(run_storage, read_claims(run_storage).attempt, f"driver{lease.driver}")
-        events.emit("end", state=state)
-        events.close()
-    lease.release(state)
+    def _has_stopped(self) -> bool:
+        """Whether the step at which the attempt was to stop is committed."""
+        step = self.recipe.training.stop_after
+        return step is not None and any(record.step >= step for record in list_commits(self.run))
 
+    def _stopped_text(self) -> str:
+        return f"stopped on request; the same command goes on from the newest checkpoint of {self.run.url}"
 
-def _reached(run_storage: Storage, step: int | None) -> bool:
-    """Whether the step at which the attempt was to stop is committed."""
-    return step is not None and any(record.step >= step for record in list_commits(run_storage))
+    def _train(self) -> None:
+        from launcher.early import EarlyStart
+        from launcher.inputs import load_run_tokenizer
+        from launcher.ray_session import quiet_logs
+        from launcher.ray_tasks import ray_map
 
+        recipe, environment, progress = self.recipe, Environment.current(), self.progress
+        self.standby.joined()
+        self.signals.hold()
+        quiet_logs()
+        if not self.standby.waiting:
+            self._check_resources()
+        self.phases.end(RAY)
+        progress.phase("preparing data")
+        beside = partial(ray_map, environment, recipe.resources)
+        with EarlyStart(recipe.seed, beside, progress.prepared, lambda: self.signals.stopped) as early:
+            data = prepare_data(
+                recipe,
+                self.run,
+                self.storage.child(layout.PREPARED),
+                lambda: load_run_tokenizer(recipe),
+                map_windows=ray_map(environment, stopped=lambda: self.signals.stopped, borrow=self.standby.waiting),
+                on_progress=progress.prepared,
+                early=early.prepare,
+            )
+            progress.data(data)
+            freeze_recipe(self.run, recipe)
+            self.signals.check()
+            self.phases.end(DATA)
+            self._fit(data.total_steps, early.check)
 
-def _stopped_text(run_storage: Storage) -> str:
-    return f"stopped on request; the same command goes on from the newest checkpoint of {run_storage.url}"
+    def _check_resources(self) -> None:
+        from launcher.ray_session import RESOURCE_WAIT_S, check_resources
 
-
-def _train(
-    recipe: Recipe,
-    storage: Storage,
-    run_storage: Storage,
-    lease: Lease,
-    signals: Signals,
-    progress: Progress,
-    standby: Standby,
-    phases: Phases,
-) -> None:
-    from launcher.early import EarlyStart
-    from launcher.inputs import load_run_tokenizer
-    from launcher.ray_session import RESOURCE_WAIT_S, check_resources, quiet_logs
-    from launcher.ray_tasks import ray_map
-
-    environment, here = Environment.current(), standing(os.environ)
-    standby.joined()
-    signals.hold()
-    quiet_logs()
-    if not standby.waiting:
+        here = standing(os.environ)
         check_resources(
-            recipe.resources,
+            self.recipe.resources,
             timeout_s=RESOURCE_WAIT_S if here.ray_address else 0.0,  # nobody adds anything to this machine
             expected_nodes=here.nodes if here.ray_address else 0,
-            stopped=lambda: signals.stopped,
+            stopped=lambda: self.signals.stopped,
         )
-    phases.end(RAY)
-    progress.phase("preparing data")
-    beside = partial(ray_map, environment, recipe.resources)
-    with EarlyStart(recipe.seed, beside, progress.prepared, lambda: signals.stopped) as early:
-        data = prepare_data(
-            recipe,
-            run_storage,
-            storage.child(layout.PREPARED),
-            lambda: load_run_tokenizer(recipe),
-            map_windows=ray_map(environment, stopped=lambda: signals.stopped, borrow=standby.waiting),
-            on_progress=progress.prepared,
-            early=early.prepare,
-        )
-        progress.data(data)
-        freeze_recipe(run_storage, recipe)
-        signals.check()
-        phases.end(DATA)
-        _fit(recipe, run_storage, lease, data.total_steps, progress, signals, standby, early.check)
 
+    def _fit(self, total_steps: int, check_data: Callable[[], None]) -> None:
+        from launcher.elastic import newest_group
+        from launcher.training import follow
 
-def _fit(
-    recipe: Recipe,
-    run_storage: Storage,
-    lease: Lease,
-    total_steps: int,
-    progress: Progress,
-    signals: Signals,
-    standby: Standby,
-    check_data: Callable[[], None],
-) -> None:
-    from launcher.elastic import newest_group
-    from launcher.training import follow
+        lease, standby = self.lease, self.standby
+        by = {**asdict(lease.holder), "by": "muster run"}
+        job = Job(self.recipe.storage, lease.driver, self.recipe, total_steps, by)
+        before = read_claims(self.run).attempt
+        shown = self.progress.training(self.run, before, total_steps, lambda: standby.order.stage)
+        with shown as show, self._watching(before) as check_cluster:
 
-    job = Job(recipe.storage, lease.driver, recipe, total_steps, {**asdict(lease.holder), "by": "muster run"})
-    before = read_claims(run_storage).attempt
-    with (
-        progress.training(run_storage, before, total_steps, lambda: standby.order.stage) as show,
-        _watching(recipe, run_storage, before, lease, progress) as check_cluster,
-    ):
+            def every() -> None:
+                show()
+                check_data()
+                check_cluster()
+                if self.signals.ignored_s > UNHEARD_S and newest_group(self.run, before) is None:
+                    raise Interrupted(f"no workers were there to hear it. {self._stopped_text()}")
+                if lease.lost.is_set():
+                    raise WorkerFailed(f"another driver has taken {self.run.url} over; this one has stopped")
 
-        def every() -> None:
-            show()
-            check_data()
-            check_cluster()
-            if signals.ignored_s > UNHEARD_S and newest_group(run_storage, before) is None:
-                raise Interrupted(f"no workers were there to hear it. {_stopped_text(run_storage)}")
-            if lease.lost.is_set():
-                raise WorkerFailed(f"another driver has taken {run_storage.url} over; this one has stopped")
+            standby.order.give(job)
+            follow(standby.workers(), job, every, POLL_S)
 
-        standby.order.give(job)
-        follow(standby.workers(), job, every, POLL_S)
+    @contextmanager
+    def _watching(self, before: int) -> Iterator[Callable[[], None]]:
+        """Looks at a cluster's nodes while the workers train; yields what raises StartAgain when too few are left. A
+        Ray of this machine's own has one node, which stays. ``before``: the number of the newest attempt before."""
+        from launcher.capacity import nodes_of_cluster
+        from launcher.elastic import LOST_PATIENCE_IN_JOB_S, LOST_PATIENCE_S, ClusterWatch, Lookout, newest_group
+        from launcher.ray_session import missing
 
+        here, resources = standing(os.environ), self.recipe.resources
+        if here.ray_address is None:
+            yield lambda: None
+            return
+        patience_s = LOST_PATIENCE_IN_JOB_S if here.nodes else LOST_PATIENCE_S
+        lookout = Lookout(resources, partial(missing, resources), patience_s)
+        group = partial(newest_group, self.run, before)
+        with ClusterWatch(lookout, nodes_of_cluster, group, self._gather_anew) as watch:
+            yield watch.check
 
-@contextmanager
-def _watching(
-    recipe: Recipe, run_storage: Storage, before: int, lease: Lease, progress: Progress
-) -> Iterator[Callable[[], None]]:
-    """Looks at a cluster's nodes while the workers train; yields what raises StartAgain when too few are left. A Ray of
-    this machine's own has one node, which stays."""
-    from launcher.capacity import nodes_of_cluster
-    from launcher.elastic import LOST_PATIENCE_IN_JOB_S, LOST_PATIENCE_S, ClusterWatch, Lookout, newest_group
-    from launcher.ray_session import missing
-
-    here = standing(os.environ)
-    if here.ray_address is None:
-        yield lambda: None
-        return
-
-    def gather(reason: str) -> None:
-        progress.say(f"{reason}: the workers commit and are gathered anew")
-        events = Events(run_storage, read_claims(run_storage).attempt, f"driver{lease.driver}-resize")
+    def _gather_anew(self, reason: str) -> None:
+        self.progress.say(f"{reason}: the workers commit and are gathered anew")
+        events = Events(self.run, read_claims(self.run).attempt, f"driver{self.lease.driver}-resize")
         events.emit("resize", reason=reason)
         events.close()
-        lease.request_gather()
-
-    lookout = Lookout(
-        recipe.resources,
-        partial(missing, recipe.resources),
-        LOST_PATIENCE_IN_JOB_S if here.nodes else LOST_PATIENCE_S,
-    )
-    with ClusterWatch(lookout, nodes_of_cluster, partial(newest_group, run_storage, before), gather) as watch:
-        yield watch.check
+        self.lease.request_gather()
 
 
 class Signals:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import compare, results, throughput, workloads
+from benchmarks import compare, results, startup, throughput, workloads
 from benchmarks.results import Spread, moves, ratio
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -120,3 +120,14 @@ def test_one_word_is_one_token() -> None:
     assert len(ids) == len(row["prompt"].split()) + 1
     assert tokenizer.unk_token_id not in ids
     assert tokenizer.pad_token_id not in ids
+
+
+def test_what_startup_writes_is_compared(tmp_path: Path) -> None:
+    def found(cold: float) -> dict[str, list[tuple[float, dict[str, float]]]]:
+        return {"cold": [(cold, {"import": 5.0}), (cold + 1, {"import": 5.0})], "trl": [(9.0, {}), (9.5, {})]}
+
+    for name, cold in (("one", 14.0), ("other", 20.0)):
+        results.write(tmp_path / name, "startup", startup.figures(found(cold)))
+    said = compare.report(results.read(tmp_path / "one"), results.read(tmp_path / "other"))
+    assert "| cold s | 14.50 (14.00 to 15.00) | 20.50 (20.00 to 21.00) | +41.4% | yes |" in said
+    assert "1 of 3 figures moved" in said
