@@ -47,7 +47,8 @@ class Hooks:
     """What the loop tells others. ``stop_requested`` may say yes on any one rank; the other calls happen on all.
 
     ``around_step`` surrounds a step from when its data is waited for until its update is done. ``around_update`` is
-    entered when a step's gradients are complete, and left when the optimizer has used them."""
+    entered when a step's gradients are complete, and left when the optimizer has used them. ``samples`` comes before a
+    run's first step (as step 0) and after its last one."""
 
     step_done: Callable[[dict[str, Any]], None]
     fed: Callable[[int, list[Batch]], None]
@@ -58,6 +59,7 @@ class Hooks:
     around_step: Callable[[int], AbstractContextManager[Any]] = lambda step: nullcontext()
     around_update: Callable[[int], AbstractContextManager[Any]] = lambda step: nullcontext()
     examples: Callable[[int, list[dict[str, Any]]], None] = lambda step, shown: None
+    samples: Callable[[int], None] = lambda step: None
 
 
 class Updated(NamedTuple):
@@ -101,6 +103,8 @@ class Loop:
         end = min(self.total_steps, training.stop_after or self.total_steps)
         position = start
         self.strategy.module.train()
+        if start.step == 0:
+            self.hooks.samples(0)
         while position.step < end:
             step = position.step + 1
             with self.hooks.around_step(step):
@@ -116,6 +120,8 @@ class Loop:
                 self.hooks.examples(step, shown)
             if self._evaluation_due(step):
                 self.evaluate(step)
+            if step == self.total_steps:
+                self.hooks.samples(step)
             last = stop or step == end
             if last or step % self.recipe.checkpoint.every_steps == 0:
                 self.hooks.phase(step, CHECKPOINT)

@@ -12,7 +12,7 @@ from trainer import layout
 from trainer.data import Batch
 from trainer.heartbeat import Pulse
 from trainer.recipe import Recipe
-from trainer.reporter import Events, JsonLines
+from trainer.reporter import Events, JsonLines, read_rows
 from trainer.storage import Storage
 from trainer.world import World
 
@@ -32,6 +32,11 @@ class Recorder:
     def event(self, event: str, *, wait: bool = True, **fields: Any) -> None:
         if self._events:
             self._events.emit(event, wait=wait, **fields)
+
+    def has(self, event: str, **fields: Any) -> bool:
+        """Whether an earlier attempt has told of it. Reads all that they told."""
+        earlier = read_rows(self._run, layout.EVENTS) if self.attempt > 1 else []
+        return any({"event": event, **fields}.items() <= row.items() for row in earlier)
 
     def said(self, event: str, fields: Mapping[str, Any]) -> None:
         """What any rank may have to tell, aside from training: it is stored soon, and nobody waits for it."""

@@ -12,8 +12,9 @@ import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-IMPORT, RAY, DATA, WORKERS, MODEL, FIRST_STEP = "import", "ray", "data", "workers", "model", "first_step"
-PHASES = (IMPORT, RAY, DATA, WORKERS, MODEL, FIRST_STEP)
+IMPORT, RAY, DATA, WORKERS, MODEL, SAMPLES = "import", "ray", "data", "workers", "model", "samples"
+FIRST_STEP = "first_step"
+PHASES = (IMPORT, RAY, DATA, WORKERS, MODEL, SAMPLES, FIRST_STEP)
 """In their order. ``import``: the program's and the libraries' imports, and the check of the inputs."""
 
 

@@ -49,7 +49,8 @@ from trainer.profiling import Profiler
 from trainer.publish import TOTAL_STEPS, publish
 from trainer.recorder import Recorder
 from trainer.rewarding import reward_model
-from trainer.startup import DATA, FIRST_STEP, MODEL, WORKERS, Phases
+from trainer.samples import Opening, Samples
+from trainer.startup import DATA, FIRST_STEP, MODEL, SAMPLES, WORKERS, Phases
 from trainer.state import Snapshot, TrainState
 from trainer.storage import open_storage
 from trainer.strategies.compiling import Warmup
@@ -209,6 +210,9 @@ class Attempt:
         )
         self.warmup = Warmup(self.recipe.compute.compile)
         tell = partial(self.recorder.said, "profile")
+        opening = Opening(data.eval, self.eval_cache, self._tokenizer) if data.eval else None
+        parts = self.recipe, world, self.strategy, self.task, self.recorder
+        samples = Samples(*parts, opening, self._doing) if opening else None
         profiler = Profiler(self.recipe, self.world, self.run_storage, self.number, tell)
         hooks = Hooks(
             step_done=self._step_done,
@@ -220,6 +224,7 @@ class Attempt:
             around_step=profiler.around,
             around_update=lambda step: self.adapter.around_update(self.strategy.model, step, self.job.total_steps),
             examples=lambda step, shown: self.recorder.event("texts", wait=False, step=step, texts=shown),
+            samples=partial(self._samples, samples),
         )
         loop = Loop(
             self.recipe,
@@ -234,6 +239,11 @@ class Attempt:
         reading = closing(stream.prefetch(start.cursor, self.world.rank, self.world.size))
         with closing(profiler), self.heartbeat, reading as steps:
             return loop.run(start, steps)
+
+    def _samples(self, samples: Samples | None, step: int) -> None:
+        if samples:
+            samples.write(step)
+        self._phase_over(SAMPLES)
 
     def _doing(self, step: int, phase: str) -> None:
         self.heartbeat.phase(step, phase)
@@ -338,9 +348,11 @@ class Attempt:
             publish(run, record)
         return {"uri": run.uri(layout.checkpoint(unique)), "bytes": sum(f["bytes"] for f in files.values())}
 
+    def _tokenizer(self) -> PreTrainedTokenizerBase:
+        return load_tokenizer(self.files.folder, trust_remote_code=self.recipe.model.trust_remote_code)
+
     def _finish_folder(self, folder: Path, facts: Mapping[str, Any]) -> None:
-        recipe = self.recipe
-        tokenizer = load_tokenizer(self.files.folder, trust_remote_code=recipe.model.trust_remote_code)
+        recipe, tokenizer = self.recipe, self._tokenizer()
         if self.task.labels:
             self._finish_head(tokenizer, folder)
         tokenizer.chat_template = self.chat_template or tokenizer.chat_template

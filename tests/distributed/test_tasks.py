@@ -7,16 +7,20 @@ from typing import Any
 
 import pytest
 
+from tests.support.ranks import run_ranks
 from tests.support.tasks import make_encoder, task_recipe, write_task_data
-from tests.support.training import ledger, run_of, train_in_processes
+from tests.support.training import ledger, run_of, train_in_processes, train_rank
 from trainer import layout
 from trainer.recipe import Recipe
 from trainer.registry import TASKS
 from trainer.reporter import read_rows
+from trainer.tasks.head import TargetHead
 
 PLACES = [("ddp", 1), ("ddp", 2), ("fsdp", 2), ("zero3", 2), ("fsdp", 3)]
 # Three micro-batches a step: on two ranks, one of them gets a micro-batch of weight zero.
 ENCODER = "classification of an encoder"
+WRITING = ("sft", "dpo", "ppo")
+SAMPLES = {"count": 3, "max_new_tokens": 6}
 TIMES = {
     *("time", "step_s", "eval_s", "stall_s", "checkpoint_age_s", "backlog", "world_size", "attempt", "memory_bytes"),
     *("tokens_per_s", "tokens_per_s_per_worker", "slowest_rank", "slowest_rank_s", "mean_rank_s", "rank_s"),
@@ -34,7 +38,11 @@ def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tup
     for ranks in (1, 2, 3):
         batch = {
             (key, kind, ranks): task_recipe(
-                task, f"{model.name}-{kind}-{ranks}", model, folder, **{"strategy.kind": kind, "training.steps": 6}
+                task,
+                f"{model.name}-{kind}-{ranks}",
+                model,
+                folder,
+                **{"strategy.kind": kind, "training.steps": 6, "samples": SAMPLES if task in WRITING else {"count": 0}},
             )
             for key, (task, model) in bases.items()
             for kind in ("ddp", "fsdp", "zero3")
@@ -50,6 +58,11 @@ def rows_of(recipe: Recipe) -> list[dict[str, Any]]:
     return [{name: value for name, value in row.items() if name not in TIMES} for row in rows]
 
 
+def samples_of(recipe: Recipe) -> list[tuple[Any, ...]]:
+    events = [e for e in read_rows(run_of(recipe), layout.EVENTS) if e["event"] == "texts" and "when" in e]
+    return [(e["step"], e["when"], [(text["sample"], text["text"]) for text in e["texts"]]) for e in events]
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(("kind", "ranks"), PLACES[1:])
 @pytest.mark.parametrize("task", [*TASKS.names(), ENCODER])
@@ -62,3 +75,36 @@ def test_a_task_does_not_know_how_many_ranks_there_are(runs: Any, task: str, kin
         for name in {"loss", "eval_loss"} & want.keys():
             assert row[name] == pytest.approx(want[name], rel=1e-5)
     assert ledger(many) == ledger(one)
+    assert samples_of(many) == samples_of(one)
+    told = [(step, when, len(texts)) for step, when, texts in samples_of(one)]
+    assert told == ([(0, "before", 3), (6, "after", 3)] if task in WRITING else [])
+
+
+def train_with_a_rank_that_cannot_write(rank: int, recipes: list[Recipe]) -> None:
+    """Under ddp one of them fails, in its third forward; where forwards meet, both do."""
+    plain = TargetHead.last_logits
+    for recipe in recipes:
+        calls: list[int] = []
+
+        def failing(self: TargetHead, module: Any, calls: list[int] = calls, **inputs: Any) -> Any:
+            calls.append(1)
+            made = plain(self, module, **inputs)
+            if len(calls) == 3 and (rank == 1 or recipe.strategy.kind == "fsdp"):  # noqa: B023 - called at once
+                raise TypeError("a cache of another kind")
+            return made
+
+        TargetHead.last_logits = failing  # type: ignore[method-assign]
+        train_rank(rank, [recipe])
+        assert len(calls) == 3
+
+
+@pytest.mark.timeout(120)
+def test_ranks_that_cannot_write_train_on_together(runs: Any) -> None:
+    broken = {}
+    for kind in ("ddp", "fsdp"):
+        whole = runs["sft", kind, 2]
+        broken[kind] = whole.model_copy(update={"name": f"broken-{kind}"})
+    run_ranks(train_with_a_rank_that_cannot_write, 2, list(broken.values()))
+    for kind, recipe in broken.items():
+        assert samples_of(recipe) == []
+        assert rows_of(recipe) == rows_of(runs["sft", kind, 2])

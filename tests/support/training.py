@@ -30,7 +30,7 @@ def write_pairs(path: Path, rows: int) -> None:
 
 
 def small_recipe(name: str, model: Path, folder: Path, /, **changes: Any) -> Recipe:
-    """A recipe over ``folder/data/*.jsonl`` into ``folder/runs``; dotted keys change it."""
+    """A recipe over ``folder/data/*.jsonl`` into ``folder/runs``, without samples; dotted keys change it."""
     recipe: dict[str, Any] = {
         "name": name,
         "model": {"path": str(model), "dtype": "float32"},
@@ -45,6 +45,7 @@ def small_recipe(name: str, model: Path, folder: Path, /, **changes: Any) -> Rec
         "strategy": {"kind": "ddp"},
         "storage": str(folder / "runs"),
         "checkpoint": {"every_steps": 5},
+        "samples": {"count": 0},
     }
     for key, value in changes.items():
         node, *path = [recipe, *key.split(".")]

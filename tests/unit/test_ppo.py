@@ -22,7 +22,7 @@ from trainer.reporter import read_rows
 from trainer.strategies.ddp import DDP
 from trainer.tasks.ppo.policy import PolicyHead
 from trainer.tasks.ppo.rollouts import Texts
-from trainer.tasks.ppo.writing import Author
+from trainer.tasks.writing import Author
 
 Make = Callable[..., Recipe]
 QUIET: dict[str, Any] = {"data.eval": [], "training.eval_every": None}

@@ -15,9 +15,9 @@ from trainer.errors import InputError, RewardFailed
 from trainer.tasks.ppo.advantages import divergence, explained_variance, gae, steered, token_rewards, whitened
 from trainer.tasks.ppo.losses import policy_loss, value_loss
 from trainer.tasks.ppo.rewards import final_number, gsm8k
-from trainer.tasks.ppo.rollouts import Texts, prompts_of
+from trainer.tasks.ppo.rollouts import Texts
 from trainer.tasks.ppo.scoring import Scorer, load
-from trainer.tasks.ppo.writing import drawn, uniforms
+from trainer.tasks.writing import drawn, prompts_of, uniforms
 
 
 def test_advantages_by_hand() -> None:

@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 VARLEN = "muster_varlen"
 IMPLEMENTATIONS = {"sdpa": "sdpa", "varlen": VARLEN, "flex": "flex_attention", "flash": "flash_attention_2"}
 """What transformers calls the kernels that ``compute.attention`` names."""
+TOLD = tuple(name for name in IMPLEMENTATIONS.values() if name != "sdpa")
 TOLERANCE = 0.25
 """Of the logits' standard deviation, between two kernels in 16 bits: rounding moves them by hundredths, samples that
 see each other by about 1."""
@@ -82,6 +83,21 @@ def settle_attention(recipe: Recipe, model: Any, module: Any, device: torch.devi
             f"compute.attention {kernel} does not work for {type(base).__name__} here: {error}; use sdpa"
         ) from error
     return kernel
+
+
+@contextmanager
+def by_mask(model: Any) -> Iterator[None]:
+    """The kernel that takes masks, and caches with them, in the place of one that is told where samples begin."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    before = base.config._attn_implementation
+    if before not in TOLD:
+        yield
+        return
+    base.set_attn_implementation("sdpa")
+    try:
+        yield
+    finally:
+        base.set_attn_implementation(before)
 
 
 def _check_installed(kernel: str) -> None:

@@ -9,7 +9,8 @@ from trainer.recipe import matrix
 from trainer.recipe.base import Conflict, KeyPath, Section
 from trainer.recipe.compute import SEGMENTING_TASKS, SIXTEEN_BIT, VIRTUAL
 from trainer.recipe.data import TASK_FORMATS
-from trainer.recipe.tasks import REFERRING, TASK_SECTIONS
+from trainer.recipe.samples import SamplesSection
+from trainer.recipe.tasks import AUTO_CLASSES, REFERRING, SEQUENCE, TASK_SECTIONS
 from trainer.recipe.tracking import TRACKER_SECTIONS
 from trainer.recipe.zero import STAGES
 
@@ -196,11 +197,26 @@ RULES = (
         ),
     ),
     Rule(
+        (("samples",), ("data", "eval")),
+        lambda r: _writes_samples(r) and not r.data.eval,
+        lambda r: "has no effect without data.eval, whose prompts it takes; add a source there, or leave it out",
+    ),
+    Rule(
+        (("samples",), ("task",)),
+        lambda r: _writes_samples(r) and AUTO_CLASSES.get(r.task) == SEQUENCE,
+        lambda r: f"has no effect with task {r.task}, whose model writes no texts; leave it out",
+    ),
+    Rule(
         (("training", "eval_every"), ("data", "eval")),
         lambda r: r.training.eval_every is not None and not r.data.eval,
         lambda r: "has no effect without data.eval; add a source there, or leave it out",
     ),
 )
+
+
+def _writes_samples(recipe: Recipe) -> bool:
+    """Whether it asks for them: a frozen recipe holds every default, so that those are let pass."""
+    return recipe.samples.count > 0 and recipe.samples != SamplesSection()
 
 
 def across_sections(recipe: Recipe) -> Iterator[Conflict]:

@@ -19,6 +19,7 @@ from trainer.recipe.optimizer import OptimizerSection
 from trainer.recipe.ppo import PPOSection
 from trainer.recipe.profile import ProfileSection
 from trainer.recipe.resources import ResourcesSection
+from trainer.recipe.samples import SamplesSection
 from trainer.recipe.schedule import ScheduleSection
 from trainer.recipe.strategy import StrategySection
 from trainer.recipe.tasks import ClassificationSection, DPOSection
@@ -83,6 +84,7 @@ class Recipe(Section):
     mlflow: MlflowSection = MlflowSection()
     prometheus: PrometheusSection = PrometheusSection()
 
+    samples: SamplesSection = SamplesSection()
     profile: ProfileSection = ProfileSection()
 
     @property

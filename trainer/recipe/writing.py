@@ -25,6 +25,7 @@ MAY_CHANGE: tuple[KeyPath, ...] = (
     ("checkpoint",),
     ("tracking",),
     *((tracker,) for tracker in TRACKER_SECTIONS),
+    ("samples",),
     ("profile",),
     ("training", "stop_after"),
     ("data", "cache_bytes"),

@@ -33,7 +33,7 @@ class DPO(Task):
     prepares = True
 
     def attach(self, model: torch.nn.Module) -> None:
-        self._model, self._head = model, TargetHead(model)
+        self._model, self.head = model, TargetHead(model)
         self._reference: dict[int, torch.Tensor] = {}
 
     def units(self, of: StepPlan | Batch) -> int:
@@ -60,6 +60,6 @@ class DPO(Task):
 
     def _likelihoods(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
         """Log-likelihoods of the answers, [2 pairs]."""
-        nll = self._head.losses(module, batch, device)
+        nll = self.head.losses(module, batch, device)
         rows = to_device(batch.targets.nonzero()[0], device)
         return torch.zeros(2 * batch.pairs, device=device).index_add(0, rows, -nll)

@@ -42,7 +42,7 @@ POST_HEAD = (
 
 
 class TargetHead:
-    """Replaces the forward of a model's output embeddings while ``select`` is active."""
+    """Replaces the forward of a model's output embeddings while ``select`` is active, and in `last_logits`."""
 
     def __init__(self, model: Any) -> None:
         head = model.get_output_embeddings()
@@ -57,6 +57,7 @@ class TargetHead:
         self._config = text_config
         self._at: torch.Tensor | None = None
         self._labels_T: torch.Tensor | None = None
+        self._last = False
         head.forward = self._forward
 
     def losses(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
@@ -87,6 +88,14 @@ class TargetHead:
         finally:
             self._at = self._labels_T = None
 
+    def last_logits(self, module: torch.nn.Module, **inputs: Any) -> Any:
+        """The model's output, with the logits [B, 1, V] of the last position of each row only."""
+        self._last = True
+        try:
+            return module(**inputs)
+        finally:
+            self._last = False
+
     def _segmenting(self) -> bool:
         return getattr(self._config, "_attn_implementation", None) in SEGMENTING
 
@@ -100,6 +109,8 @@ class TargetHead:
         return cross_entropy(output.reshape(len(labels_T), -1).float(), labels_T, reduction="none")
 
     def _forward(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
+        if self._last:
+            return self._project(hidden_BLD[:, -1:])
         if self._at is None or self._labels_T is None:
             return self._project(hidden_BLD)
         hidden_TD = selected(hidden_BLD, self._at)

@@ -19,13 +19,13 @@ MAX_EXPONENT = 700.0
 
 class SFT(Task):
     def attach(self, model: torch.nn.Module) -> None:
-        self._head = TargetHead(model)
+        self.head = TargetHead(model)
 
     def measure(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> Measured:
         return Measured(self.loss_sum(module, batch, device), {})
 
     def loss_sum(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
-        return self._head.losses(module, batch, device).sum()
+        return self.head.losses(module, batch, device).sum()
 
     def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
         loss = ratio(sums, "loss")

@@ -9,8 +9,6 @@ Shapes: B rows, L tokens, T tokens of texts in the micro-batch, D hidden size, V
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -41,14 +39,14 @@ class Texts(Protocol):
 
 
 class PolicyHead(TargetHead):
-    """Replaces the forward of the output embeddings: in `said`, logits become three numbers per token, chunk by chunk;
-    in `last_logits`, only those of each row's last position are made."""
+    """Replaces the forward of the output embeddings: in `said`, logits become three numbers per token, chunk by
+    chunk."""
 
     def __init__(self, model: Any, temperature: float, seed: int) -> None:
         super().__init__(model)
         if not self.plain:
             raise InputError("task ppo does not take models that scale or cap their logits after the output head")
-        self._temperature, self._last = temperature, False
+        self._temperature = temperature
         self._by: torch.nn.Module | None = None
         output = model.get_output_embeddings().weight
         linear: Any = torch.nn.Linear  # whose own first values would be drawn from everybody's random numbers
@@ -70,11 +68,6 @@ class PolicyHead(TargetHead):
         logps, entropies, values = made[0].unbind(-1)
         return Said(logps, entropies, values)
 
-    def last_logits(self, module: torch.nn.Module, **inputs: Any) -> Any:
-        """The model's output, with the logits [B, 1, V] of the last position of each row."""
-        with self._only_last():
-            return module(**inputs)
-
     def read(
         self, module: torch.nn.Module, texts: Texts, at_BL: Any, by: torch.nn.Module, device: torch.device
     ) -> torch.Tensor:
@@ -90,14 +83,6 @@ class PolicyHead(TargetHead):
             self._by = None
         scores: torch.Tensor = made[0, :, 0]
         return scores
-
-    @contextmanager
-    def _only_last(self) -> Iterator[None]:
-        self._last = True
-        try:
-            yield
-        finally:
-            self._last = False
 
     def _forward(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
         if self._last:

@@ -8,25 +8,17 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from trainer.recipe.ppo import PPOSection
 from trainer.tasks.ppo.advantages import Row, divergence, explained_variance, gae, token_rewards, whitened
+from trainer.tasks.writing import Prompt
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
 EMPTY_LENGTH = 8
-
-
-class Prompt(NamedTuple):
-    """``tokens``: what stands before the answer in the data; ``answer``: the tokens of that."""
-
-    sample_id: str
-    tokens: list[int]
-    answer: list[int]
 
 
 @dataclass
@@ -160,16 +152,3 @@ class Experience:
             flat([self.advantages[n] for n in part]),
             flat([self.returns[n] for n in part]),
         )
-
-
-def prompts_of(batch: Any) -> list[Prompt]:
-    """Of a micro-batch of the data path with one sample per row: the answer is its last run of targets."""
-    found = []
-    for row, sample_id in enumerate(batch.sample_ids):
-        marked = batch.targets[row].nonzero()[0]
-        end = int(marked[-1]) + 1
-        gaps = (np.diff(marked) > 1).nonzero()[0]
-        start = int(marked[gaps[-1] + 1] if len(gaps) else marked[0])
-        ids = batch.input_ids[row]
-        found.append(Prompt(sample_id, ids[:start].tolist(), ids[start:end].tolist()))
-    return found

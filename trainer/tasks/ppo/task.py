@@ -27,17 +27,17 @@ from trainer.tasks.ppo.advantages import steered
 from trainer.tasks.ppo.losses import policy_loss, value_loss
 from trainer.tasks.ppo.policy import VALUE_HEAD, PolicyHead, first_value
 from trainer.tasks.ppo.raters import ModelRater, SharedReward
-from trainer.tasks.ppo.rollouts import Experience, Learnt, Rollout, Texts, prompts_of
+from trainer.tasks.ppo.rollouts import Experience, Learnt, Rollout, Texts
 from trainer.tasks.ppo.scoring import Scorer
-from trainer.tasks.ppo.writing import Author
 from trainer.tasks.reference import adapter_off
+from trainer.tasks.writing import Author, prompts_of, shown
 
 if TYPE_CHECKING:
     from trainer.data import Batch, StepPlan
 
 log = logging.getLogger(__name__)
 
-EXAMPLES, EXAMPLE_CHARACTERS = 2, 1000
+EXAMPLES = 2
 EVALUATION = "evaluation"
 Key = Callable[[str, str], str]
 """The name of the random numbers of a text, by its place in the step and its prompt's sample id."""
@@ -55,7 +55,7 @@ class PPO(Task):
         if hasattr(self, "company") and isinstance(self.company.reward, SharedReward):
             self._shared = self.company.reward
             self._shared.attach(model)
-        self._policy = PolicyHead(model, section.temperature, self.recipe.seed)
+        self.head = self._policy = PolicyHead(model, section.temperature, self.recipe.seed)
         for module in model.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
@@ -204,10 +204,7 @@ class PPO(Task):
     def examples(self) -> list[dict[str, Any]]:
         return [
             {
-                "sample": rollout.prompt.sample_id,
-                "prompt": self._text(rollout.prompt.tokens)[-EXAMPLE_CHARACTERS:],
-                "text": rollout.words[:EXAMPLE_CHARACTERS],
-                "reference": self._text(rollout.prompt.answer)[:EXAMPLE_CHARACTERS],
+                **shown(rollout.prompt, rollout.words, self.company.tokenizer),
                 "reward": rollout.score,
                 "kl": rollout.kl,
                 "ended": rollout.ended,

@@ -1,4 +1,4 @@
-"""Texts that the policy writes to a micro-batch of prompts: padded on the left, with a cache of keys and values.
+"""Texts that a model writes to a micro-batch of prompts: padded on the left, with a cache of keys and values.
 
 Each row has a stream of random numbers of its own, one per token, by which the cumulative distribution is inverted: so
 a text depends on its micro-batch and its stream, never on the rank that writes it.
@@ -11,20 +11,43 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
 from trainer.errors import InputError
-from trainer.tasks.ppo.policy import PolicyHead
+from trainer.tasks.head import TargetHead
 
 Agree = Callable[[bool], bool]
 """Whether anybody goes on, asked by all who share the forward passes; of whoever writes by himself, the answer."""
 
 SPARE_TOKENS = 4
 """Beyond one per byte: those that stand for no byte."""
+
+SHOWN_CHARACTERS = 1000
+
+
+class Prompt(NamedTuple):
+    """``tokens``: what stands before the answer in the data; ``answer``: the tokens of that."""
+
+    sample_id: str
+    tokens: list[int]
+    answer: list[int]
+
+
+def prompts_of(batch: Any, answer: int = -1) -> list[Prompt]:
+    """Of a micro-batch of the data path with one sample per row: the answer is its last run of targets, or that of this
+    number."""
+    found = []
+    for row, sample_id in enumerate(batch.sample_ids):
+        marked = batch.targets[row].nonzero()[0]
+        run = np.split(marked, (np.diff(marked) > 1).nonzero()[0] + 1)[answer]
+        start, end = int(run[0]), int(run[-1]) + 1
+        ids = batch.input_ids[row]
+        found.append(Prompt(sample_id, ids[:start].tolist(), ids[start:end].tolist()))
+    return found
 
 
 @dataclass
@@ -37,6 +60,18 @@ class Text:
     words: str = ""
 
 
+def shown(prompt: Prompt, words: str, tokenizer: Any) -> dict[str, Any]:
+    """A text as events have it, with the answer in the data beside it: of a prompt its end, of the others the
+    beginning."""
+    asked, answer = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt.tokens, prompt.answer))
+    return {
+        "sample": prompt.sample_id,
+        "prompt": asked[-SHOWN_CHARACTERS:],
+        "text": words[:SHOWN_CHARACTERS],
+        "reference": answer[:SHOWN_CHARACTERS],
+    }
+
+
 def uniforms(key: str, count: int) -> npt.NDArray[np.float64]:
     """The random numbers of one text, in [0, 1)."""
     digest = hashlib.sha256(f"rollout:{key}".encode()).digest()
@@ -45,7 +80,10 @@ def uniforms(key: str, count: int) -> npt.NDArray[np.float64]:
 
 def drawn(logits_BV: torch.Tensor, uniform_B: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
     """A token for each row: that at which the cumulative distribution over the smallest set of most likely tokens
-    whose probabilities add up to ``top_p`` (Holtzman et al. 2019, arXiv:1904.09751) passes the row's number."""
+    whose probabilities add up to ``top_p`` (Holtzman et al. 2019, arXiv:1904.09751) passes the row's number. At a
+    temperature of 0: the likeliest."""
+    if temperature == 0.0:
+        return logits_BV.argmax(-1)
     probabilities, order = (logits_BV.double() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
     cumulative = probabilities.cumsum(-1)
     kept = cumulative - probabilities < top_p
@@ -62,7 +100,7 @@ class Author:
     def __init__(
         self,
         model: Any,
-        head: PolicyHead,
+        head: TargetHead,
         tokenizer: Any,
         *,
         max_new_tokens: int,
@@ -75,7 +113,7 @@ class Author:
         self.max_new_tokens, self.temperature, self.top_p, self.stop = max_new_tokens, temperature, top_p, stop
         self.ends = _ends(model, tokenizer)
         text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-        self._positions = getattr(text, "max_position_embeddings", None)
+        self.positions = getattr(text, "max_position_embeddings", None)
         self._window = max((len(s.encode()) for s in stop), default=0) + SPARE_TOKENS
 
     @torch.no_grad()
@@ -132,10 +170,10 @@ class Author:
 
     def _check_room(self, prompts: Sequence[Sequence[int]]) -> None:
         longest = max(map(len, prompts), default=0)
-        if self._positions and longest + self.max_new_tokens > self._positions:
+        if self.positions and longest + self.max_new_tokens > self.positions:
             raise InputError(
                 f"a prompt of {longest} tokens and ppo.max_new_tokens {self.max_new_tokens} are more than the model's "
-                f"{self._positions} positions; lower it, or data.sequence_length"
+                f"{self.positions} positions; lower it, or data.sequence_length"
             )
 
 
@@ -147,5 +185,5 @@ def _ends(model: Any, tokenizer: Any) -> set[int]:
     several = theirs if isinstance(theirs, list) else [theirs]
     ends = {int(n) for n in (tokenizer.eos_token_id, *several) if n is not None}
     if not ends:
-        raise InputError("neither the tokenizer nor the model names an end of text, and task ppo needs one")
+        raise InputError("neither the tokenizer nor the model names an end of text, and what writes texts needs one")
     return ends
