@@ -15,6 +15,7 @@ from tests.support.training import adapter_bytes, losses, run_of, train_here
 from trainer import layout
 from trainer.errors import RecipeError
 from trainer.recipe import Recipe
+from trainer.recipe.samples import SamplesSection
 from trainer.reporter import read_rows
 from trainer.samples import Samples, fitting
 from trainer.strategies.ddp import DDP
@@ -165,6 +166,15 @@ def test_a_resumed_run_has_each_once(make: Make, monkeypatch: pytest.MonkeyPatch
         changed = recipe.model_copy(update={"training": recipe.training.model_copy(update={"stop_after": stop})})
         assert train_here(changed) == ("interrupted" if stop else "succeeded")
     assert [(e["attempt"], e["when"]) for e in told(recipe)] == [(1, "before"), (3, "after")]
+
+
+def test_a_model_that_has_been_trained_is_not_what_was_before(make: Make) -> None:
+    """The run was begun without samples, which may change."""
+    recipe = make(**{"checkpoint.every_steps": 2})
+    begun = {"training": recipe.training.model_copy(update={"stop_after": 1})}
+    assert train_here(recipe.model_copy(update={**begun, "samples": SamplesSection(count=0)})) == "interrupted"
+    assert train_here(recipe) == "succeeded"
+    assert [(e["attempt"], e["when"]) for e in told(recipe)] == [(2, "after")]
 
 
 class Killed(BaseException):
