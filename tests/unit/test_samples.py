@@ -89,6 +89,7 @@ def test_they_are_the_likeliest_texts_of_the_base_and_of_the_adapter(make: Make,
     ("task", "changes"),
     [
         ("sft", {}),
+        ("sft", {"model.dtype": "bfloat16"}),
         ("dpo", {"adapter.dropout": 0.0}),
         ("sft", {"strategy.kind": "fsdp", "model.quantization": "nf4"}),
         ("sft", {"adapter": {"method": "none"}, "training.gradient_checkpointing": True}),

@@ -72,7 +72,7 @@ class Task(ABC):
     company: Company
 
     head: Any = None
-    """Of a language model: the `trainer.tasks.head.TargetHead` by whose logits it can write. Set when it is attached."""
+    """Of a language model, once it is attached: the `trainer.tasks.head.TargetHead` by whose logits it can write."""
 
     beside: str | None = None
     """A module that the task puts on the model, trained with the adapter and saved beside it, as `<beside>.safetensors`

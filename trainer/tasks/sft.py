@@ -25,7 +25,8 @@ class SFT(Task):
         return Measured(self.loss_sum(module, batch, device), {})
 
     def loss_sum(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
-        return self.head.losses(module, batch, device).sum()
+        nll_T: torch.Tensor = self.head.losses(module, batch, device)
+        return nll_T.sum()
 
     def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
         loss = ratio(sums, "loss")
