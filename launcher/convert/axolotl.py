@@ -15,6 +15,9 @@ HINDRANCES = {
     "processor_type": "a model of images or sound; muster trains on text",
     "diffusion": "a model that diffuses tokens; muster trains causal language models",
     "ebft": "another objective; the tasks are sft, classification, reward, dpo and ppo",
+    "use_eaft": "another loss; task sft has cross entropy",
+    "model_quantization_config": "a base that is held in another quantisation; muster takes unquantised ones, or "
+    "bitsandbytes' NF4",
     "relora": "merges and starts anew while it trains; muster trains one adapter",
     "use_onebitllms": "a base of ternary weights; muster takes unquantised ones, or bitsandbytes' NF4",
 }
@@ -69,6 +72,8 @@ IDLE = {
     "eval_sample_packing": "evaluation packs as training does",
     "pad_to_sequence_len": "pads count nothing",
     "group_by_length": "packs hold samples of any length",
+    "pretrain_multipack_attn": "samples of a pack never see each other",
+    "shuffle_merged_datasets": "the order is drawn anew for each epoch",
     "streaming*": "data are streamed once they are prepared",
     "eval_batch_size": "evaluation takes training.micro_batch",
     "tf32": "a matter of the card",
@@ -123,6 +128,8 @@ def convert(settings: dict[str, Any], file: Path, workers: int | None) -> Draft:
     _saving(draft)
     _plugins(draft)
     _trackers(draft)
+    if draft.take("shuffle_merged_datasets") is False:
+        draft.lose("shuffle_merged_datasets", "false: the order is drawn anew for each epoch")
     return draft.finish(IDLE)
 
 

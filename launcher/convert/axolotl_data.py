@@ -47,7 +47,8 @@ def data(draft: Draft) -> None:
         draft.lose("train_on_inputs", "the loss is taken on answers alone; format text takes it on every token")
     _template(draft, parts)
     for part in parts:
-        part.finish(IDLE)
+        if not any(key.startswith(part.place) for key in draft.hindrances):
+            part.finish(IDLE)
     _tokens(draft)
     common.hold_out(draft, "val_set_size")
 
@@ -166,7 +167,7 @@ def _named_template(part: Draft) -> None:
         part.lose("type", f"{name}'s wording of turns: {OWN_TEMPLATE}")
 
 
-OWN_TEMPLATE = "the tokenizer's own template is taken; data.chat_template names another"
+OWN_TEMPLATE = "turns are worded by the tokenizer's own template; data.chat_template names another"
 TYPES: dict[str, Callable[[Draft], Source]] = {
     "alpaca": _alpaca,
     "gpteacher": _gpteacher,

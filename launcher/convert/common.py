@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,13 @@ WRITTEN_NAMES = ("gptq", "awq", "aqlm", "hqq", "eetq", "fp8", "mxfp4", "exl2")
 """Quantisations that bases on the Hub carry in their names."""
 
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for message in messages %}"
+    r"{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+"""On one line: its ends of lines are Jinja's."""
+
 FILES = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet)(\.(gz|zst))?$")
 
 
@@ -285,7 +290,7 @@ def hold_out(draft: Draft, key: str) -> None:
     if size < 0 or len(cut) < len(sources) or not cut:
         draft.lose(key, f"{size}: only whole splits of the Hub are parted here; name sources under data.eval")
         return
-    evaluated = [{**source, "split": held} for source, (_, held) in zip(sources, cut, strict=True)]
+    evaluated = [{**deepcopy(source), "split": held} for source, (_, held) in zip(sources, cut, strict=True)]
     for source, (rest, _) in zip(sources, cut, strict=True):
         source["split"] = rest
     draft.put("data.eval", evaluated, key)

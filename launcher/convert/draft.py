@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 OFF: tuple[Any, ...] = (None, False, "", [], {}, 0, 0.0, "none", "no")
 """Values that switch a setting off: nothing is lost where the recipe has no such setting."""
+UNHEARD = "no such setting in a recipe"
 
 
 class Draft:
@@ -31,11 +33,12 @@ class Draft:
         self.idle: dict[str, str] = whole.idle if whole else {}
         """Keys that have no bearing on the result."""
         self.hindrances: dict[str, str] = whole.hindrances if whole else {}
-        self._place = place
+        self.place = place
+        """Of a part: what its keys' names begin with, ``datasets[0].``."""
 
     def part(self, where: str, settings: Mapping[str, Any], home: str = "") -> Draft:
         """A mapping inside the settings, whose keys are named ``where.key``; ``finish`` it like the whole."""
-        return Draft(settings, self, f"{self._place}{where}.", home or self.home)
+        return Draft(settings, self, f"{self.place}{where}.", home or self.home)
 
     def take(self, key: str, default: Any = None) -> Any:
         return self.settings.get(key, default)
@@ -68,7 +71,7 @@ class Draft:
 
     def use(self, path: str, *keys: str) -> None:
         """The keys, those of them that are there, decide what stands at the path."""
-        self.used |= {f"{self._place}{key}": path for key in keys if key in self.settings}
+        self.used |= {f"{self.place}{key}": path for key in keys if key in self.settings}
 
     def put(self, path: str, value: Any, *keys: str) -> None:
         """``keys``: what the value comes from."""
@@ -86,15 +89,15 @@ class Draft:
             self.put(path, value, key)
 
     def lose(self, key: str, reason: str) -> None:
-        self.lost[f"{self._place}{key}"] = reason
+        self.lost[f"{self.place}{key}"] = reason
 
     def pass_over(self, key: str, reason: str) -> None:
         """Where the setting is on."""
         if self.is_on(key):
-            self.idle[f"{self._place}{key}"] = reason
+            self.idle[f"{self.place}{key}"] = reason
 
     def hinder(self, key: str, reason: str) -> None:
-        self.hindrances[f"{self._place}{key}"] = reason
+        self.hindrances[f"{self.place}{key}"] = reason
 
     def hinder_where(self, table: Mapping[str, str]) -> None:
         """The settings of the table that are switched on stand in the way."""
@@ -106,12 +109,13 @@ class Draft:
         """Sorts what nobody named: without bearing (by name, or by beginning: ``wandb_*``), off, or lost."""
         beginnings = {key[:-1]: reason for key, reason in idle.items() if key.endswith("*")}
         named = {*self.used, *self.lost, *self.idle, *self.hindrances}
-        for key in [key for key in self.settings if f"{self._place}{key}" not in named and self.is_on(key)]:
+        named |= {name[: found.start()] for name in named for found in re.finditer(r"[.[]", name)}  # a part of it was
+        for key in [key for key in self.settings if f"{self.place}{key}" not in named and self.is_on(key)]:
             begun = [reason for beginning, reason in beginnings.items() if key.startswith(beginning)]
             if key in idle or begun:
                 self.pass_over(key, idle[key] if key in idle else begun[0])
             else:
-                self.lose(key, "no such setting in a recipe")
+                self.lose(key, UNHEARD)
         return self
 
     def report(self) -> list[str]:

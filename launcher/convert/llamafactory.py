@@ -43,7 +43,8 @@ IDLE = {
     "plot_loss": CURVES,
     "include_*": CURVES,
     "compute_accuracy": "the tasks with pairs report their accuracy",
-    "overwrite_*": "a run that is there is resumed; another name starts anew",
+    "overwrite_cache": "prepared data lie in the storage, by fingerprint",
+    "overwrite_output_dir": "a run that is there is resumed; another name starts anew",
     "save_only_model": "checkpoints always hold what resuming needs",
     "save_strategy": "checkpoint.every_steps says when",
     "resume_from_checkpoint": "the same command resumes",
@@ -205,6 +206,8 @@ def _quantization(draft: Draft) -> None:
     draft.put("model.quantization", kinds[bits], "quantization_bit", "quantization_method", "quantization_type")
     if draft.take("quantization_type", "nf4") != "nf4":
         draft.lose("quantization_type", "nf4 instead")
+    if draft.take("double_quantization") is False and bits == 4:
+        draft.lose("double_quantization", "false: nf4 is always quantised twice")
 
 
 def _adapter(draft: Draft) -> None:

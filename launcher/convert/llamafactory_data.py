@@ -172,7 +172,7 @@ def _cut(draft: Draft) -> None:
     rows = draft.number("max_samples")
     if not rows:
         return
-    cut = False
+    cut = not draft.recipe["data"]["train"]
     for source in [*draft.recipe["data"]["train"], *draft.recipe["data"].get("eval", [])]:
         if common.is_named(source["path"]) and "[" not in source.get("split", ""):
             source["split"], cut = f"{source.get('split', 'train')}[:{int(rows)}]", True

@@ -80,6 +80,8 @@ LOST = [
         "trl.y",
         "",
     ),
+    ("axolotl", {"shuffle_merged_datasets": False}, "shuffle_merged_datasets", "false"),
+    ("llamafactory", {"quantization_bit": 4, "double_quantization": False}, "double_quantization", "false"),
     ("llamafactory", {"pure_bf16": True}, "pure_bf16", "float32"),
     ("llamafactory", {"save_steps": 0.1}, "save_steps", "not known"),
     ("llamafactory", {"enable_thinking": False}, "enable_thinking", "False"),
@@ -281,6 +283,22 @@ def test_comments_cannot_become_settings(end: str, tmp_path: Path) -> None:
     _, text, hindrances = result("axolotl", AXOLOTL | {f"odd{end}name: evil": f"x{end}name: evil"}, tmp_path)
     assert not hindrances
     assert loads(text).name == "first"
+
+
+def test_the_recipe_is_written_as_a_person_would(folder: Path) -> None:
+    entry = {"path": "a/b", "type": "chat_template", "field_messages": "turns", "chat_template": "chatml"}
+    _, text, _ = result("axolotl", AXOLOTL | {"datasets": [entry], "val_set_size": 0.1}, folder)
+    settings = [line for line in text.splitlines() if not line.startswith("#")]
+    assert not [line for line in settings if "&id" in line or "*id" in line], "the columns are written out twice"
+    assert all(settings), "the template stands on one line"
+
+
+def test_chatml_is_what_it_says() -> None:
+    import jinja2
+
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    text = jinja2.Template(common.CHATML).render(messages=turns, add_generation_prompt=True)
+    assert text == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>assistant\n"
 
 
 def test_a_place_that_cannot_be_written_is_a_mistake(muster: Muster, tmp_path: Path) -> None:

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
+from launcher.convert.draft import UNHEARD
 from tests.unit.convert_support import AXOLOTL, at, changed, recipe, result
+from trainer.recipe import loads
 
 
 def test_a_whole_file_of_axolotl(tmp_path: Path) -> None:
@@ -101,7 +103,10 @@ AXOLOTL_CASES: list[tuple[dict[str, Any], str, Any]] = [
 
 @pytest.mark.parametrize(("change", "path", "value"), AXOLOTL_CASES, ids=lambda v: v if isinstance(v, str) else None)
 def test_a_key_of_axolotl(change: dict[str, Any], path: str, value: Any, tmp_path: Path) -> None:
-    assert at(recipe("axolotl", changed(AXOLOTL, change), tmp_path), path) == value
+    draft, text, hindrances = result("axolotl", changed(AXOLOTL, change), tmp_path)
+    assert not hindrances
+    assert at(loads(text), path) == value
+    assert UNHEARD not in draft.lost.values(), "a key that is carried over is not lost as well"
 
 
 SOURCES: list[tuple[dict[str, Any], dict[str, Any]]] = [

@@ -7,7 +7,9 @@ from typing import Any
 
 import pytest
 
-from tests.unit.convert_support import FACTORY, at, changed, recipe, registry
+from launcher.convert.draft import UNHEARD
+from tests.unit.convert_support import FACTORY, at, changed, recipe, registry, result
+from trainer.recipe import loads
 
 
 def test_a_whole_file_of_llamafactory(tmp_path: Path) -> None:
@@ -69,4 +71,7 @@ FACTORY_CASES: list[tuple[dict[str, Any], str, Any]] = [
 
 @pytest.mark.parametrize(("change", "path", "value"), FACTORY_CASES, ids=lambda v: v if isinstance(v, str) else None)
 def test_a_key_of_llamafactory(change: dict[str, Any], path: str, value: Any, tmp_path: Path) -> None:
-    assert at(recipe("llamafactory", changed(FACTORY, change), registry(tmp_path)), path) == value
+    draft, text, hindrances = result("llamafactory", changed(FACTORY, change), registry(tmp_path))
+    assert not hindrances
+    assert at(loads(text), path) == value
+    assert UNHEARD not in draft.lost.values(), "a key that is carried over is not lost as well"
