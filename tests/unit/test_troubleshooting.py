@@ -27,7 +27,7 @@ def messages() -> list[str]:
                 if id(node) in explaining:
                     continue
                 if isinstance(node, ast.JoinedStr):
-                    found.append("".join(p.value if isinstance(p, ast.Constant) else GAP for p in node.values))
+                    found.append("".join(str(p.value) if isinstance(p, ast.Constant) else GAP for p in node.values))
                 elif isinstance(node, ast.Constant) and isinstance(node.value, str):
                     found.append(node.value)
     return found
