@@ -1,4 +1,5 @@
-"""docs/troubleshooting.md goes by what is printed: every message that it quotes stands in the sources."""
+"""docs/troubleshooting.md goes by what is printed: every message that it quotes stands in the sources. docs/watching.md
+shows events as they are drawn."""
 
 from __future__ import annotations
 
@@ -7,6 +8,8 @@ import re
 from pathlib import Path
 
 import pytest
+
+from launcher.drawing import event_text
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "troubleshooting.md"
@@ -77,3 +80,13 @@ def test_what_ends_a_run_is_quoted(title: str) -> None:
 def test_what_nothing_says_is_found_out(text: str, said: list[str]) -> None:
     assert not is_said(text, said)
     assert not of_libraries(text)
+
+
+def test_the_events_that_are_shown_are_drawn_so() -> None:
+    page = " ".join((PAGE.parent / "watching.md").read_text().split())
+    died = "ActorDiedError: The actor died unexpectedly before finishing this task."
+    cause = f"rank 6 on c died (step 104, backward of micro-batch 1): {died}"
+    before = ["a"] * 3 + ["b"] * 3 + ["c"] * 2
+    start = {"attempt": 2, "hosts": before[:6], "strategy": {"kind": "fsdp"}, "step": 100}
+    assert f"2 min ago {event_text({'event': 'failure', 'cause': cause, 'retried': True})}" in page
+    assert f"1 min ago {event_text({'event': 'start', **start}, before)}" in page
