@@ -62,7 +62,7 @@ ELSEWHERE = {
     r"pip install": "installs; that the extra is there is looked up below",
     r"python -m pip wheel": "tests/packaging/test_wheel.py builds it",
     r"python benchmarks/": "minutes to an hour each",
-    r"python -m (launcher|tests.support)": "the same as muster, or draws the pages' pictures; tests/unit/test_report.py",
+    r"python -m (launcher|tests.support)": "the same as muster, or draws pictures; tests/unit/test_report.py",
     r"python -m pytest tests/gpu": "needs a GPU",
 }
 """By a pattern, the commands that are not run here and why."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ast
 import re
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -53,10 +54,23 @@ def is_said(text: str, said: list[str]) -> bool:
 
 
 def of_libraries(text: str) -> bool:
-    """Whether a failure with this text is one that the advice knows."""
-    from launcher.advice import SYMPTOMS
+    """Whether a failure with this text is one that the advice knows a sign of."""
+    return any(re.search(sign, text, flags=re.IGNORECASE) for sign in signs())
 
-    return any(symptom.sign.search(text) for symptom in SYMPTOMS)
+
+@cache
+def signs() -> list[str]:
+    """The patterns of the table of advice."""
+    (table,) = [
+        file for part in PARTS for file in (ROOT / part).glob("advice.py") if "SYMPTOMS = (" in file.read_text()
+    ]
+    calls = [node for node in ast.walk(ast.parse(table.read_text())) if isinstance(node, ast.Call)]
+    found = [c.args[0] for c in calls if isinstance(c.func, ast.Name) and c.func.id == "_sign"]
+    return [str(pattern.value) for pattern in found if isinstance(pattern, ast.Constant)]
+
+
+def test_the_signs_were_found() -> None:
+    assert len(signs()) > 4
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +99,7 @@ def test_what_nothing_says_is_found_out(text: str, said: list[str]) -> None:
 def test_the_events_that_are_shown_are_drawn_so() -> None:
     page = " ".join((PAGE.parent / "watching.md").read_text().split())
     died = "ActorDiedError: The actor died unexpectedly before finishing this task."
-    cause = f"rank 6 on c died (step 104, backward of micro-batch 1): {died}"
+    cause = f"rank 6 on c died (last seen at step 104, backward of micro-batch 1): {died}"
     before = ["a"] * 3 + ["b"] * 3 + ["c"] * 2
     start = {"attempt": 2, "hosts": before[:6], "strategy": {"kind": "fsdp"}, "step": 100}
     assert f"2 min ago {event_text({'event': 'failure', 'cause': cause, 'retried': True})}" in page
