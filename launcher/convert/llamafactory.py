@@ -84,8 +84,6 @@ IDLE = {
     "use_swanlab": "there is no tracker swanlab",
     "swanlab_*": "there is no tracker swanlab",
     "oft_rank": "oft_block_size comes first",
-    "lora_*": "another method is chosen",
-    "oft_*": "another method is chosen",
     "use_mca": "another engine for the same",
     "use_megatron_bridge": "another engine for the same",
     "kt_*": "another engine for the same",
@@ -99,6 +97,9 @@ CUTS = (
     "context_parallel_size",
     "cp_size",
 )
+OTHERS = {"full": ("lora_", "loraplus_", "oft_"), "oft": ("lora_", "loraplus_"), "lora": ("oft_",)}
+"""By the kind of fine-tuning, how keys of the other kinds begin."""
+
 TASKS = {"sft": "sft", "pt": "sft", "rm": "reward", "dpo": "dpo", "ppo": "ppo"}
 
 
@@ -228,6 +229,8 @@ def _adapter(draft: Draft) -> None:
         draft.put("adapter.target_modules", _targets(draft.take("lora_target", "all")), "lora_target")
     else:
         draft.hinder("finetuning_type", f"{kind}; muster trains an adapter, or with full the whole model")
+    for key in [key for key in draft.settings if key.startswith(OTHERS.get(str(kind), ()))]:
+        draft.pass_over(key, f"finetuning_type is {kind}")
     extra = draft.take("additional_target")
     if extra and kind in ("lora", "oft"):
         names = [name.strip() for name in str(extra).split(",")]

@@ -86,6 +86,7 @@ LOST = [
     ("llamafactory", {"save_steps": 0.1}, "save_steps", "not known"),
     ("llamafactory", {"enable_thinking": False}, "enable_thinking", "False"),
     ("llamafactory", {"report_to": "all"}, "report_to", "all"),
+    ("llamafactory", {"lora_unheard": 1}, "lora_unheard", "no such setting"),
     ("llamafactory", {}, "template", "llama3"),
     ("llamafactory", {"max_samples": 9}, "max_samples", "9"),
     ("llamafactory", {"use_dora": True, "pissa_init": True}, "pissa_init", "one method"),
@@ -114,6 +115,8 @@ IDLE = [
     ("llamafactory", {"eval_strategy": "steps"}, "eval_strategy"),
     ("llamafactory", {"eval_steps": 20}, "eval_steps"),
     ("llamafactory", {"run_name": "first"}, "run_name"),
+    ("llamafactory", {"oft_block_size": 8}, "oft_block_size"),
+    ("llamafactory", {"finetuning_type": "full"}, "lora_rank"),
 ]
 
 
