@@ -72,6 +72,7 @@ STANDS_FOR = {
     "=… ": "=runs/law/adapter ",
     "Qwen/Qwen2.5-0.5B": "org/model",
     "--model RECIPE": "--model nf4.yaml",
+    "RUN_URI --rank K": "runs/my-first --rank 3",
     "RECIPE": "my.yaml",
     "RUN_URI": "runs/my",
     "STORAGE_URI": "runs",
