@@ -184,13 +184,16 @@ class Attempt:
     def _say_started(self, start: Position, restore_s: float) -> None:
         log.info("built, and begins after step %d", start.step)
         world, strategy = self.world, self.strategy.report()
-        ranks = world.gather({"hosts": world.host, "pids": os.getpid(), "devices": device_name(world.device)})
+        ranks = world.gather((world.host, os.getpid(), device_name(world.device)))
+        hosts, pids, devices = zip(*ranks, strict=True)
         self.recorder.event(
             "start",
             step=start.step,
             total_steps=self.job.total_steps,
             driver=self.job.driver,
-            **{name: [one[name] for one in ranks] for name in ranks[0]},
+            hosts=hosts,
+            pids=pids,
+            devices=devices,
             versions=versions() if world.is_first else {},
             world_size=world.size,
             strategy=strategy,

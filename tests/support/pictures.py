@@ -14,6 +14,11 @@ from trainer.storage import open_storage
 
 IMAGES = Path(__file__).resolve().parents[2] / "docs" / "images"
 SCREEN = 1280
+FAILED = {
+    "cause": "RuntimeError: the loader's worker is killed by signal 9",
+    "trace": "trainer/loop.py:209, in _accumulate\n    loss, sums = self.task.measure(…)",
+    "advice": "the host's memory may have been full: ask for more, or for fewer workers per host",
+}
 PHONE, PHONE_HEIGHT = 390, 844
 
 
@@ -24,7 +29,7 @@ def main() -> None:
         runs: list[RunRecord] = []
         for name, lr, ended in (("first", 1e-4, "succeeded"), ("second", 3e-4, "interrupted")):
             make_up(storage.child(name), lr=lr, ended=ended)
-            runs.append(replace(read_run(storage.child(name)), data=DataFacts(COUNTS, WORDS)))
+            runs.append(presentable(read_run(storage.child(name))))
         page.write_text(report(runs[:1]), encoding="utf-8")
         both.write_text(report(runs), encoding="utf-8")
         with browser(Path(folder, "profile")) as tab:
@@ -35,6 +40,13 @@ def main() -> None:
             tab.open(both, width=PHONE, height=PHONE_HEIGHT)
             tab.picture(IMAGES / "report-phone.png", x=0, y=0, width=PHONE, height=2 * PHONE_HEIGHT)
             assert tab.said == [], tab.said
+
+
+def presentable(run: RunRecord) -> RunRecord:
+    """With data, an address and a failure as runs have them."""
+    status = replace(run.status, uri=f"s3://runs/{run.label}")
+    events = [{**event, **FAILED} if event["event"] == "failure" else event for event in run.events]
+    return replace(run, status=status, events=events, data=DataFacts(COUNTS, WORDS))
 
 
 def down_to(tab: Browser, section: str, target: Path) -> None:

@@ -11,19 +11,21 @@ import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from launcher.cli import app
-from launcher.report import report
+from launcher.report import reading, report
 from launcher.report.censor import Censor
 from launcher.report.chart import table, thin_curve
 from launcher.report.curves import histogram
 from launcher.report.flow import coarse, straggler
 from launcher.report.page import plotly_script
 from launcher.report.reading import DataFacts, RunRecord, read_run
+from tests.storage.doubles import faulty
 from tests.support.made_up_run import ADVICE, BEGAN, CHARTS, COUNTS, SECTIONS, TRACE, WORDS, make_up
 from trainer.storage import Storage, open_storage
 
@@ -185,6 +187,16 @@ def test_what_is_broken_in_a_run_does_not_keep_the_rest_from_being_shown(
     run.write(key, text.encode())
     page = report([read_run(run)])
     assert told in shown(page, "versions" if key.startswith("prov") else "data")
+
+
+@pytest.mark.parametrize("recipe", ["data: [", "- a list", "seed: seven"])
+def test_a_recipe_that_is_none_costs_the_lengths_alone(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = faulty()
+    run.write_json("data.json", {"train": {}})
+    monkeypatch.setattr(reading, "Preparation", SimpleNamespace(from_json=lambda spec: SimpleNamespace(fingerprint="")))
+    prepared = SimpleNamespace(count=1, spec=SimpleNamespace(sources=[]), per_source=[])
+    monkeypatch.setattr(reading, "open_prepared", lambda shared, fingerprint: prepared)
+    assert reading._data(run, recipe, Censor({})).missing.startswith("the prepared data cannot be read: ")
 
 
 def test_the_page_is_utf_8_whatever_the_locale_says(runs: Storage, tmp_path: Path) -> None:
