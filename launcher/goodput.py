@@ -210,7 +210,14 @@ class Attempt:
             kind = TRAINING if running else LOST
         if not self.rows:
             return [Piece(begin, end, STARTING, self.number, _UNTOLD)] if end > begin else []
-        return [Piece(begin, end, kind, self.number)] if end > begin else []
+        wrote = min(end, begin + self._written_s(begin)) if kind == CHECKPOINT else begin
+        whole = [Piece(begin, wrote, EVALUATING, self.number), Piece(wrote, end, kind, self.number)]
+        return [piece for piece in whole if piece.end > piece.begin]
+
+    def _written_s(self, after: float) -> float:
+        """What the texts after the last step took."""
+        texts = [e for e in self.events if e["event"] == "texts" and float(e["time"]) >= after]
+        return sum(float(e.get("seconds") or 0.0) for e in texts)
 
 
 def _driver_of(event: Row) -> int | None:

@@ -87,9 +87,8 @@ def sample_tables(runs: Sequence[RunRecord]) -> list[tuple[str, Table]]:
         rows = []
         for when, event in _texts(run):
             for text in event["texts"]:
-                told = text.get("text", text.get("response"))
-                more = [text.get("reference"), text.get("reward")]
-                rows.append([f"{when} (step {event['step']})", text.get("prompt"), told, *more])
+                told = [text.get(name) for name in ("prompt", "text", "reference", "reward")]
+                rows.append([f"{when} (step {event['step']})", *told])
         if rows:
             used = [i for i in range(5) if i < 3 or any(row[i] not in (None, "") for row in rows)]
             columns = ("when", "prompt", "text", "reference", "reward")

@@ -127,6 +127,13 @@ def test_what_a_new_driver_does_is_nothing_of_the_old_ones_attempt() -> None:
     assert seconds(goodput(events, rows, until=501.0, driver=2)) == {**before, LOST: 1.0, WAITING: 474.0}
 
 
+def test_texts_after_the_last_step_are_no_checkpoint() -> None:
+    events, rows = one_attempt(1, 1, 5, 0.0)  # to 26
+    events.append(event(1, "texts", 29.0, step=5, when="after", seconds=2.5))
+    events.append(event(1, "end", 30.0, state="succeeded"))
+    assert seconds(goodput(events, rows)) == {STARTING: 16.0, TRAINING: 10.0, EVALUATING: 2.5, CHECKPOINT: 1.5}
+
+
 def test_compiling_is_a_part_of_the_step() -> None:
     events, rows = one_attempt(1, 1, 5, 0.0)
     rows[0]["compile_s"], rows[1]["compile_s"], rows[1]["stall_s"] = 1.5, 9.0, 0.5

@@ -156,9 +156,9 @@ def test_the_rank_with_the_most_memory_is_named(first: RunRecord) -> None:
 def test_texts_that_were_written_to_be_compared_are(first: RunRecord) -> None:
     head = {"event": "texts", "attempt": 1, "time": BEGAN}
     events = [
-        {**head, "step": 0, "when": "before", "texts": [{"prompt": "Q", "response": "not yet"}]},
+        {**head, "step": 0, "when": "before", "texts": [{"prompt": "Q", "text": "not yet"}]},
         {**head, "step": 1, "texts": [{"prompt": "P", "text": "of a step"}]},
-        {**head, "step": 80, "when": "after", "texts": [{"prompt": "Q", "response": "learnt"}]},
+        {**head, "step": 80, "when": "after", "texts": [{"prompt": "Q", "text": "learnt"}]},
     ]
     rows = rows_of(report([replace(first, events=events)]), "samples")
     assert [row for row in rows if row] == [["before (step 0)", "Q", "not yet"], ["after (step 80)", "Q", "learnt"]]
