@@ -28,7 +28,7 @@ from trainer.own_time import OwnTime, of_this_rank, rank_record
 from trainer.recipe import Recipe
 from trainer.strategies import Strategy
 from trainer.tasks import Task, Totals, Update
-from trainer.world import World
+from trainer.world import World, memory_bytes
 
 NAMED_SAMPLES = 8
 MIN_LOSS_SCALE = 1.0
@@ -62,14 +62,15 @@ class Hooks:
 
 class Updated(NamedTuple):
     """What one update of the optimizer came to: the mean loss, the gradient's norm, whether any rank asks to stop, what
-    attention did (`Operations.scores`), each rank's own seconds, and the metrics' sums over all ranks, to be named by
-    ``totals``."""
+    attention did (`Operations.scores`), each rank's own seconds and its memory in bytes, and the metrics' sums over all
+    ranks, to be named by ``totals``."""
 
     loss: float
     norm: float
     stop: bool
     scores: float
     own_s: list[float]
+    held: list[float]
     sums: list[float]
     totals: Totals
 
@@ -142,18 +143,21 @@ class Loop:
         stop = any(update.stop for update in done)
         seconds = time.monotonic() - began
         speed = self._speed(data.plan, sum(update.scores for update in done), seconds)
-        ranks = rank_record([sum(own) for own in zip(*(update.own_s for update in done), strict=True)])
+        own = [sum(one) for one in zip(*(update.own_s for update in done), strict=True)]
+        ranks = rank_record(own, done[-1].held)
         return self._metrics(step, data.plan, said, lr, norm, {**speed, **ranks}), stop
 
     def _update(self, step: int, update: Update, lr: float) -> Updated:
         loss_sum, totals = self._accumulate(step, update)
         self.hooks.phase(step, "exchange of the loss")
         stop_here, scores_here = float(self.hooks.stop_requested()), self._scores(update)
-        own = of_this_rank(self.own.take(), self.world.rank, self.world.size)
+        rank, ranks = self.world.rank, self.world.size
+        own = of_this_rank(self.own.take(), rank, ranks)
+        held = of_this_rank(memory_bytes(self.world.device), rank, ranks)
         total, bad, stop, scores, *sums = self.world.sum(
-            [loss_sum, float(not math.isfinite(loss_sum)), stop_here, scores_here, *own, *totals.numbers()]
+            [loss_sum, float(not math.isfinite(loss_sum)), stop_here, scores_here, *own, *held, *totals.numbers()]
         )
-        own, sums = sums[: len(own)], sums[len(own) :]
+        own, held, sums = sums[:ranks], sums[ranks : 2 * ranks], sums[2 * ranks :]
         if bad:
             self._non_finite(step, update, loss_sum)
         self.hooks.phase(step, "optimizer")
@@ -163,7 +167,7 @@ class Loop:
                 f"step {step}: the gradient's norm is {norm} while the loss is finite; lower the "
                 f"learning rate ({lr:g}), or compute in float32 or bfloat16 (model.dtype)"
             )
-        return Updated(total / max(1, update.units), norm, bool(stop), scores, own, sums, totals)
+        return Updated(total / max(1, update.units), norm, bool(stop), scores, own, held, sums, totals)
 
     def _scores(self, update: Update) -> float:
         if self.meter is None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer import layout
-from trainer.begin import RunData, open_data, weights
+from trainer.begin import RunData, open_data, versions, weights
 from trainer.building import build_parts
 from trainer.card import model_card
 from trainer.checkpoint import CommitRecord, Retention, claim_attempt, commit, fetch, fetch_whole, put_checkpoint
@@ -53,7 +53,7 @@ from trainer.startup import DATA, FIRST_STEP, MODEL, WORKERS, Phases
 from trainer.state import Snapshot, TrainState
 from trainer.storage import open_storage
 from trainer.strategies.compiling import Warmup
-from trainer.world import World, join_world, memory_bytes
+from trainer.world import World, device_name, join_world
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -183,15 +183,19 @@ class Attempt:
 
     def _say_started(self, start: Position, restore_s: float) -> None:
         log.info("built, and begins after step %d", start.step)
-        hosts, strategy = self.world.gather(self.world.host), self.strategy.report()
-        pids = self.world.gather(os.getpid())
+        world, strategy = self.world, self.strategy.report()
+        ranks = world.gather((world.host, os.getpid(), device_name(world.device)))
+        hosts, pids, devices = zip(*ranks, strict=True)
         self.recorder.event(
             "start",
             step=start.step,
             total_steps=self.job.total_steps,
+            driver=self.job.driver,
             hosts=hosts,
             pids=pids,
-            world_size=self.world.size,
+            devices=devices,
+            versions=versions() if world.is_first else {},
+            world_size=world.size,
             strategy=strategy,
             load=self.load,
             attention=self.attention,
@@ -214,7 +218,7 @@ class Attempt:
             step_done=self._step_done,
             fed=self.recorder.fed,
             checkpoint=self._checkpoint,
-            evaluated=self.recorder.metrics,
+            evaluated=lambda row: self.recorder.metrics(row, **self._compiled(row["step"])),
             stop_requested=stop_requested,
             phase=self._doing,
             around_step=profiler.around,
@@ -271,7 +275,6 @@ class Attempt:
             return
         lag = self.committer.lag()
         aside: dict[str, Any] = {"stall_s": self.stall_s, "backlog": lag.backlog, "checkpoint_age_s": lag.age_s}
-        aside["memory_bytes"] = memory_bytes(self.world.device)
         aside |= {name: metrics[name] for name in RANK_FIELDS if name in metrics}
         facts = {name: value for name, value in metrics.items() if name not in RANK_FIELDS}
         self.recorder.metrics(facts, **aside, **self._compiled(metrics["step"]))

@@ -19,7 +19,15 @@ PLACES = [("ddp", 1), ("ddp", 2), ("fsdp", 2), ("zero3", 2), ("fsdp", 3)]
 ENCODER = "classification of an encoder"
 TIMES = {
     *("time", "step_s", "eval_s", "stall_s", "checkpoint_age_s", "backlog", "world_size", "attempt", "memory_bytes"),
-    *("tokens_per_s", "tokens_per_s_per_worker", "slowest_rank", "slowest_rank_s", "mean_rank_s", "rank_s"),
+    *(
+        "tokens_per_s",
+        "tokens_per_s_per_worker",
+        "slowest_rank",
+        "slowest_rank_s",
+        "mean_rank_s",
+        "rank_s",
+        "memory_rank",
+    ),
 }
 
 
