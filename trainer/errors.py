@@ -12,6 +12,7 @@
     ├── NonFiniteLoss               1  the loss became inf or nan
     ├── RewardFailed                1  the recipe's reward function raised, or returned what is no reward
     ├── WorkerFailed                1  a training worker died or raised
+    │   └── RankFailed              1  under torchrun, of what may pass (trainer/telling.py)
     └── Interrupted                 3  stopped on request; the same command resumes
         └── StartAgain              3  stopped by what passes (lost nodes): whoever manages the job may start it again
 
@@ -20,9 +21,11 @@ Every one of them is built from positional arguments only, so that it survives p
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 _WHERE = "while "
+_SEEN = "muster_seen"
 
 
 def note_where(error: BaseException, where: str) -> None:
@@ -36,10 +39,29 @@ def where_of(error: BaseException) -> str | None:
     return next((note.removeprefix(_WHERE) for note in notes if note.startswith(_WHERE)), None)
 
 
+def note_seen(error: BaseException, seen: Mapping[int, str]) -> None:
+    """Notes where each rank was last seen by the one that raised ``error``."""
+    error.__dict__.setdefault(_SEEN, dict(seen))
+
+
+def seen_by(error: BaseException) -> dict[int, str]:
+    found: dict[int, str] = error.__dict__.get(_SEEN, {})
+    return found
+
+
 class MusterError(Exception):
-    """Base of all errors that muster raises on purpose; its text is meant for the user."""
+    """Base of all errors that muster raises on purpose; its text is meant for the user. Of several arguments the first
+    says what happened, and the others (the end of a stack, what to try next) follow on lines of their own."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
+
+    @property
+    def cause(self) -> str:
+        """What happened, without the details."""
+        return str(self.args[0]) if self.args else ""
 
 
 class UsageError(MusterError):
@@ -66,6 +88,10 @@ class RecipeError(UsageError):
 
     def __str__(self) -> str:
         return "\n".join(str(m) for m in self.mistakes)
+
+    @property
+    def cause(self) -> str:
+        return str(self)
 
 
 class InputError(UsageError):

@@ -16,6 +16,8 @@ from trainer.reporter import Events, JsonLines
 from trainer.storage import Storage
 from trainer.world import World
 
+EVALUATED = "eval_"
+
 
 class Recorder:
     """Metrics and events on rank 0, silent on the others; the ledger, if the recipe wants one, on all."""
@@ -52,6 +54,10 @@ class Recorder:
         self.facts.update(row)
         if self._metrics:
             self._metrics.add({"attempt": self.attempt, "time": time.time(), **row, **aside})
+
+    def go_on(self, facts: Mapping[str, Any]) -> None:
+        """From those of a checkpoint, of which the last evaluation holds until the next."""
+        self.facts |= {name: value for name, value in facts.items() if name.startswith(EVALUATED)}
 
     def fed(self, step: int, batches: list[Batch]) -> None:
         """``batches``: what this rank fed to the model in ``step``, zero-weight ones left out."""

@@ -28,7 +28,7 @@ from trainer.card import model_card
 from trainer.checkpoint import CommitRecord, Retention, claim_attempt, commit, fetch, fetch_whole, put_checkpoint
 from trainer.committer import Committed, Committer, Held, StaleAlarm
 from trainer.data import Batch, Cursor, Stream, eval_batches, open_caches
-from trainer.errors import Interrupted, MusterError, note_where
+from trainer.errors import Interrupted, MusterError, note_seen, note_where
 from trainer.heartbeat import (
     COMPILING_PATIENCE_S,
     LEAST_PATIENCE_S,
@@ -61,6 +61,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOG_EVERY_S = 10.0
+TELLING_RANKS = 4
+"""Those of the lowest numbers tell where they saw the others last: enough for one of them to be left."""
 
 
 def train(job: Job, stop_requested: Callable[[], bool]) -> Position:
@@ -82,6 +84,8 @@ def train(job: Job, stop_requested: Callable[[], bool]) -> Position:
             return attempt.run(stop_requested)
         except Exception as error:
             note_where(error, attempt.doing)
+            if world.rank < TELLING_RANKS:
+                note_seen(error, attempt.seen())
             raise
 
 
@@ -96,6 +100,7 @@ class Attempt:
         self.began = time.monotonic()
         self.logged_at = 0.0
         self.doing = "opening the data"
+        self.seen: Callable[[], dict[int, str]] = dict
 
     def run(self, stop_requested: Callable[[], bool]) -> Position:
         run, recipe = self.run_storage, self.recipe
@@ -175,6 +180,7 @@ class Attempt:
             if not self.world.is_first:
                 fetch(self.run_storage, record, target)
             self.state.load(target, record.state)
+            self.recorder.go_on(record.state.get("facts", {}))
             return Position(record.step, Cursor.from_json(record.state["cursor"]))
 
     def _skipped(self, step: int, uri: str, reason: str) -> None:
@@ -207,6 +213,7 @@ class Attempt:
         self.heartbeat = Heartbeat(
             world.rank, world.size, world.host, store_of_group(), self._hang, least_patience_s=patience
         )
+        self.seen = self.heartbeat.seen
         self.warmup = Warmup(self.recipe.compute.compile)
         tell = partial(self.recorder.said, "profile")
         profiler = Profiler(self.recipe, self.world, self.run_storage, self.number, tell)
