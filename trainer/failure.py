@@ -7,7 +7,7 @@ import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.errors import (
     Fenced,
@@ -30,6 +30,19 @@ OWN = tuple(f"{ROOT / part}/" for part in ("launcher", "trainer", "cluster"))
 _STEP = re.compile(r"step \d+(, )?")
 
 
+class Kind(NamedTuple):
+    """``fatal``: trying again would end the same; ``usage``: the user can mend it; ``own``: an error of this
+    program's, whose text says what to do."""
+
+    fatal: bool
+    usage: bool
+    own: bool
+
+    @classmethod
+    def of(cls, error: BaseException) -> Kind:
+        return cls(isinstance(error, FATAL), isinstance(error, UsageError), isinstance(error, MusterError))
+
+
 class Failure(Exception):
     """An exception of one rank, as it crosses from the worker to the driver. Times are Unix seconds; ``where`` is what
     the rank was doing (`trainer.errors.note_where`), ``seen`` where it last saw others."""
@@ -41,14 +54,17 @@ class Failure(Exception):
         host: str,
         error: str,
         trace: str,
-        fatal: bool,
-        usage: bool,
+        kind: Kind,
         where: str = "",
         seen: Mapping[int, str] | None = None,
     ) -> None:
-        super().__init__(when, rank, host, error, trace, fatal, usage, where, seen)
+        super().__init__(when, rank, host, error, trace, kind, where, seen)
         self.when, self.rank, self.host, self.error, self.trace = when, rank, host, error, trace
-        self.fatal, self.usage, self.where, self.seen = fatal, usage, where, dict(seen or {})
+        self.kind, self.where, self.seen = kind, where, dict(seen or {})
+
+    @property
+    def fatal(self) -> bool:
+        return self.kind.fatal
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host}: {self.error}"
@@ -62,19 +78,17 @@ class Failure(Exception):
             said = f"{type(error).__name__}: {error}"
         if where and not _STEP.match(said):
             said = f"{where}: {said}"
-        fatal, usage = isinstance(error, FATAL), isinstance(error, UsageError)
-        return cls(when, rank, host, said, trace, fatal, usage, where, seen_by(error))
+        return cls(when, rank, host, said, trace, Kind.of(error), where, seen_by(error))
 
     @property
     def cause(self) -> Cause:
-        rank, host, own = self.rank, self.host, not self.trace
-        return Cause(str(self), rank, host, self.fatal, self.usage, self.trace, where=self.where, own=own)
+        return Cause(str(self), self.rank, self.host, trace=self.trace, where=self.where, **self.kind._asdict())
 
 
 @dataclass(frozen=True)
 class Cause:
-    """The first failure of an attempt. ``fatal``: trying again would end the same; ``where``: what its rank was doing,
-    as far as that is known; ``own``: an error of this program's, whose text says what to do."""
+    """The first failure of an attempt, of such a `Kind`; ``where``: what its rank was doing, as far as that is known;
+    ``died``: it was killed, and raised nothing."""
 
     message: str
     rank: int | None = None
