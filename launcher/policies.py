@@ -9,7 +9,6 @@ import logging
 import time
 from collections import Counter
 from dataclasses import replace
-from itertools import takewhile
 from typing import Any
 
 from ray.train.v2._internal.execution.context import TrainRunContext
@@ -33,7 +32,7 @@ from launcher.order import Order
 from launcher.restarts import Fault, in_a_row, is_hopeless
 from trainer import advice
 from trainer.failure import Cause
-from trainer.layout import EVENTS, METRICS
+from trainer.layout import METRICS
 from trainer.recipe import Recipe, ResourcesSection
 from trainer.storage import Storage, open_storage
 
@@ -219,33 +218,18 @@ def explained(cause: Cause, run: Storage, step: int | None, since: float) -> Cau
     """With what the run's events know of it: a group whose ranks were ended because one held them up failed of that;
     a rank that died did so on a host. ``step``: the last one that the run had done; ``since`` (unix s): no group of
     this driver's started before."""
+    from trainer.checkpoint import read_claims
+    from trainer.reporter import newest_hang
+
     if not cause.by_another:
         return cause
-    if (hang := _hang(run)) is not None:
-        return _of_hang(cause, hang)
+    if (hang := newest_hang(run, read_claims(run).attempt)) is not None:
+        return cause.of_hang(hang)
     if not cause.died or cause.rank is None:
         return cause
     group = newest_group(run, 0)
     hosts = group.hosts if group is not None and group.since >= since else ()
     return placed_death(cause, hosts[cause.rank] if cause.rank < len(hosts) else None, step)
-
-
-def _hang(run: Storage) -> dict[str, Any] | None:
-    """Of the newest attempt."""
-    from trainer.checkpoint import read_claims
-    from trainer.reporter import rows_backwards
-
-    attempt = read_claims(run).attempt
-    rows = takewhile(lambda row: row.get("attempt") == attempt, rows_backwards(run, EVENTS))
-    return next((row for row in rows if row["event"] == "hang"), None)
-
-
-def _of_hang(cause: Cause, hang: dict[str, Any]) -> Cause:
-    found = replace(cause, message=hang["cause"])
-    if not hang.get("ranks"):
-        return found
-    first = hang["ranks"][0]
-    return replace(found, rank=first["rank"], host=first["host"], where=f"step {first['step']}, {first['phase']}")
 
 
 def _controller_message(failure: BaseException) -> str:

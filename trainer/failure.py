@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import traceback
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -104,6 +104,14 @@ class Cause:
     def by_another(self) -> bool:
         """Whether the rank may have failed of what another one did to it: it was killed, or its collectives broke."""
         return self.died or (not self.own and COLLECTIVE.search(self.message) is not None)
+
+    def of_hang(self, hang: Mapping[str, Any]) -> Cause:
+        """The same failure, which came of this event: the rank that held the others up was ended."""
+        found = replace(self, message=str(hang["cause"]))
+        if not hang.get("ranks"):
+            return found
+        first = hang["ranks"][0]
+        return replace(found, rank=first["rank"], host=first["host"], where=f"step {first['step']}, {first['phase']}")
 
     def as_error(self, advice: str = "") -> MusterError:
         details = [part for part in (_tail(self.trace), advice) if part]

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from trainer import layout
@@ -202,6 +203,12 @@ def newest_failure(storage: Storage, driver: int) -> dict[str, Any] | None:
     if failures and not failures[-1].get("retried"):
         return failures[-1]
     return next((row for row in reversed(rows) if row.get("event") == "failure" or row.get("cause")), None)
+
+
+def newest_hang(storage: Storage, attempt: int) -> dict[str, Any] | None:
+    """What held up the workers of the newest ``attempt``, if anything did."""
+    rows = takewhile(lambda row: row.get("attempt") == attempt, rows_backwards(storage, layout.EVENTS))
+    return next((row for row in rows if row.get("event") == "hang"), None)
 
 
 def plain(value: Any) -> Any:

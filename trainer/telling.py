@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from trainer.advice import advise
@@ -18,7 +18,7 @@ from trainer.ending import DEADLINE_S
 from trainer.errors import MusterError, WorkerFailed
 from trainer.failure import Cause, Failure, useful_stack
 from trainer.recipe import Recipe
-from trainer.reporter import Events, newest_failure
+from trainer.reporter import Events, newest_failure, newest_hang
 from trainer.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -47,46 +47,58 @@ def told(error: Exception, of: Rank, sleep: Callable[[float], None] = time.sleep
     """What is to be raised in the place of ``error``: with rank, host and phase, the lines of the stack that matter,
     and what to try next. It is kept with the run, as far as the storage answers."""
     cause = Failure.of(error, time.time(), of.rank, os.uname().nodename, useful_stack(error)).cause
-    advice = advise(cause, of.recipe, of.run.url)
-    said = cause.as_error(advice)
     try:
-        other = _kept(cause, advice, of, sleep)
+        facts = _of_first(cause, of, sleep) if of.driver is not None else _of_other(cause, of, sleep)
     except MusterError as unkept:
         log.warning("the failure is not in the run's events: %s", unkept)
-        other = None
-    if other is not None:
-        return RankFailed(*(str(other[name]) for name in ("cause", "trace", "advice") if other.get(name)))
-    return said if isinstance(error, MusterError) else RankFailed(*said.args)
+        facts = _facts(cause, of)
+    if isinstance(error, MusterError):
+        return cause.as_error()
+    return RankFailed(*(facts[name] for name in ("cause", "trace", "advice") if facts.get(name)))
 
 
-def _kept(cause: Cause, advice: str, of: Rank, sleep: Callable[[float], None]) -> Mapping[str, Any] | None:
-    """Writes the failure down, unless another rank's has been; on rank 0 returns that one if it is the cause."""
-    run, first = of.run.within(DEADLINE_S), of.driver is not None
-    claims = read_claims(run)
-    driver = claims.driver if of.driver is None else of.driver
-    if first and cause.by_another:
-        other = _others(run, driver, sleep)
-        if other is not None:
+def _facts(cause: Cause, of: Rank) -> dict[str, Any]:
+    return cause.facts(advise(cause, of.recipe, of.run.url))
+
+
+def _of_first(cause: Cause, of: Rank, sleep: Callable[[float], None]) -> dict[str, Any]:
+    """On rank 0: another rank's failure, or a hang, if its own may have followed from that, and else its own."""
+    assert of.driver is not None
+    run = of.run.within(DEADLINE_S)
+    attempt = read_claims(run).attempt
+    if cause.by_another:
+        if (other := _others(run, of.driver, sleep)) is not None:
             return other
-    elif not first:
-        if cause.by_another:
-            return None
-        sleep(AFTER_S)
-        if newest_failure(run, driver) is not None:
-            return None
-    writer = f"driver{driver}" if first else f"driver{driver}-rank{of.rank}"
-    events = Events(run, claims.attempt, writer)
-    events.emit("failure", **cause.facts(advice), retried=_is_retried(), driver=driver)
-    events.close()
-    return None
+        if (hang := newest_hang(run, attempt)) is not None:
+            cause = cause.of_hang(hang)
+    return _keep(_facts(cause, of), run, attempt, of.driver, f"driver{of.driver}")
 
 
-def _others(run: Storage, driver: int, sleep: Callable[[float], None]) -> Mapping[str, Any] | None:
+def _of_other(cause: Cause, of: Rank, sleep: Callable[[float], None]) -> dict[str, Any]:
+    """On another rank: its own, which is kept if it may be the first."""
+    facts, run = _facts(cause, of), of.run.within(DEADLINE_S)
+    if cause.by_another:
+        return facts
+    sleep(AFTER_S)
+    claims = read_claims(run)
+    if newest_failure(run, claims.driver) is not None:
+        return facts
+    return _keep(facts, run, claims.attempt, claims.driver, f"driver{claims.driver}-rank{of.rank}")
+
+
+def _others(run: Storage, driver: int, sleep: Callable[[float], None]) -> dict[str, Any] | None:
     for _ in range(round(OTHERS_S / _POLL_S)):
         if (found := newest_failure(run, driver)) is not None:
             return found
         sleep(_POLL_S)
     return None
+
+
+def _keep(facts: dict[str, Any], run: Storage, attempt: int, driver: int, writer: str) -> dict[str, Any]:
+    events = Events(run, attempt, writer)
+    events.emit("failure", **facts, retried=_is_retried(), driver=driver)
+    events.close()
+    return facts
 
 
 def _is_retried() -> bool:

@@ -186,6 +186,19 @@ def test_rank_0_waits_for_others_only_so_long(held: Held, recipe: Recipe) -> Non
     assert [e["rank"] for e in failures(run)] == [0]
 
 
+def test_rank_0_names_the_rank_that_held_it_up(held: Held, recipe: Recipe) -> None:
+    run, _, lease = held
+    claim_attempt(run, lease.driver, {})
+    pulse = {"rank": 1, "host": "b", "step": 3, "phase": "optimizer"}
+    events = Events(run, 1, "rank0")
+    events.emit("hang", cause="nothing has moved for 30 s; held up by rank 1", ranks=[pulse])
+    events.close()
+    said = told(broken(), Rank(run, recipe, 0, lease.driver), lambda seconds: None)
+    assert said.cause == "nothing has moved for 30 s; held up by rank 1"
+    (event,) = failures(run)
+    assert (event["rank"], event["host"], event["phase"]) == (1, "b", "optimizer")
+
+
 def test_what_all_ranks_meet_is_kept_once(held: Held, recipe: Recipe) -> None:
     run, _, lease = held
     alike = NonFiniteLoss("step 3: the loss is not finite")
