@@ -25,17 +25,16 @@ def first_cause(failures: Mapping[int, BaseException]) -> Cause:
     if raised and (raised[0].fatal or not dead):
         return raised[0].cause
     rank, error = min(dead.items())
-    seen = next((failure.seen[rank] for failure in raised if rank in failure.seen), "")
-    return Cause(f"rank {rank}{_DIED}{_first_line(error)}", rank, died=True, where=seen)
+    return Cause(f"rank {rank}{_DIED}{_first_line(error)}", rank, died=True)
 
 
-def placed_death(cause: Cause, host: str | None, step: int | None) -> Cause:
+def placed_death(cause: Cause, host: str | None, seen: str, step: int | None) -> Cause:
     """The death of a rank, with its host, and with where others last saw it, or else the last ``step`` that the run
     had done."""
     rank, _, line = cause.message.partition(_DIED)
-    where = cause.where or (f"after step {step}" if step else "")
+    where = seen or (f"after step {step}" if step else "")
     text = f"{rank}{f' on {host}' if host else ''} died{f' ({where})' if where else ''}: {line}"
-    return replace(cause, message=text, host=host)
+    return replace(cause, message=text, host=host, where=seen)
 
 
 def _suspicion(failure: Failure) -> tuple[bool, bool, float]:

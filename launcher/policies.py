@@ -38,6 +38,9 @@ from trainer.storage import Storage, open_storage
 
 log = logging.getLogger(__name__)
 
+SEEN_WAITS_S = (0.0, 0.25, 0.25, 0.5)
+"""Between looks for what the ranks that are left have to say of one that has died."""
+
 
 class Gathered(Exception):
     """The workers have committed and ended, to be started anew on the nodes that are there now."""
@@ -216,20 +219,33 @@ def cause_of(error: BaseException) -> Cause:
 
 def explained(cause: Cause, run: Storage, step: int | None, since: float) -> Cause:
     """With what the run's events know of it: a group whose ranks were ended because one held them up failed of that;
-    a rank that died did so on a host. ``step``: the last one that the run had done; ``since`` (unix s): no group of
-    this driver's started before."""
+    a rank that died did so on a host, and others have seen it. ``step``: the last one that the run had done; ``since``
+    (unix s): no group of this driver's started before."""
     from trainer.checkpoint import read_claims
-    from trainer.reporter import newest_hang
+    from trainer.reporter import newest_event
 
     if not cause.by_another:
         return cause
-    if (hang := newest_hang(run, read_claims(run).attempt)) is not None:
+    if (hang := newest_event(run, read_claims(run).attempt, "hang")) is not None:
         return cause.of_hang(hang)
     if not cause.died or cause.rank is None:
         return cause
     group = newest_group(run, 0)
-    hosts = group.hosts if group is not None and group.since >= since else ()
-    return placed_death(cause, hosts[cause.rank] if cause.rank < len(hosts) else None, step)
+    if group is None or group.since < since or cause.rank >= len(group.hosts):
+        return placed_death(cause, None, "", step)
+    seen = _seen(run, group.attempt, cause.rank) if len(group.hosts) > 1 else ""
+    return placed_death(cause, group.hosts[cause.rank], seen, step)
+
+
+def _seen(run: Storage, attempt: int, rank: int) -> str:
+    """Where others last saw a rank that has died; they say so as soon as their collectives break."""
+    from trainer.reporter import newest_event
+
+    for wait_s in SEEN_WAITS_S:
+        time.sleep(wait_s)
+        if (broken := newest_event(run, attempt, "broken")) is not None:
+            return str(broken["seen"].get(str(rank), ""))
+    return ""
 
 
 def _controller_message(failure: BaseException) -> str:

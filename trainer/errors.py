@@ -21,11 +21,9 @@ Every one of them is built from positional arguments only, so that it survives p
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 _WHERE = "while "
-_SEEN = "muster_seen"
 
 
 def note_where(error: BaseException, where: str) -> None:
@@ -37,16 +35,6 @@ def note_where(error: BaseException, where: str) -> None:
 def where_of(error: BaseException) -> str | None:
     notes: list[str] = getattr(error, "__notes__", [])
     return next((note.removeprefix(_WHERE) for note in notes if note.startswith(_WHERE)), None)
-
-
-def note_seen(error: BaseException, seen: Mapping[int, str]) -> None:
-    """Notes where each rank was last seen by the one that raised ``error``."""
-    error.__dict__.setdefault(_SEEN, dict(seen))
-
-
-def seen_by(error: BaseException) -> dict[int, str]:
-    found: dict[int, str] = error.__dict__.get(_SEEN, {})
-    return found
 
 
 class MusterError(Exception):

@@ -17,7 +17,6 @@ from trainer.errors import (
     RewardFailed,
     UsageError,
     WorkerFailed,
-    seen_by,
     where_of,
 )
 
@@ -45,7 +44,7 @@ class Kind(NamedTuple):
 
 class Failure(Exception):
     """An exception of one rank, as it crosses from the worker to the driver. Times are Unix seconds; ``where`` is what
-    the rank was doing (`trainer.errors.note_where`), ``seen`` where it last saw others."""
+    the rank was doing (`trainer.errors.note_where`)."""
 
     def __init__(
         self,
@@ -56,11 +55,10 @@ class Failure(Exception):
         trace: str,
         kind: Kind,
         where: str = "",
-        seen: Mapping[int, str] | None = None,
     ) -> None:
-        super().__init__(when, rank, host, error, trace, kind, where, seen)
+        super().__init__(when, rank, host, error, trace, kind, where)
         self.when, self.rank, self.host, self.error, self.trace = when, rank, host, error, trace
-        self.kind, self.where, self.seen = kind, where, dict(seen or {})
+        self.kind, self.where = kind, where
 
     @property
     def fatal(self) -> bool:
@@ -78,7 +76,7 @@ class Failure(Exception):
             said = f"{type(error).__name__}: {error}"
         if where and not _STEP.match(said):
             said = f"{where}: {said}"
-        return cls(when, rank, host, said, trace, Kind.of(error), where, seen_by(error))
+        return cls(when, rank, host, said, trace, Kind.of(error), where)
 
     @property
     def cause(self) -> Cause:

@@ -49,6 +49,13 @@ class Recorder:
         events = self._events or Events(self._run, self.attempt, f"rank{self.world.rank}")
         events.emit("hang", cause=text, ranks=[asdict(pulse) for pulse in found])
 
+    def broken(self, seen: Mapping[int, str]) -> None:
+        """Where this rank last saw each one, when its collectives have broken: one that has died says nothing."""
+        events = self._events or Events(self._run, self.attempt, f"rank{self.world.rank}")
+        events.emit("broken", seen=seen)
+        if not self._events:
+            events.close()
+
     def metrics(self, row: dict[str, Any], **aside: Any) -> None:
         """``aside`` is written with the row, but is no fact of the result."""
         self.facts.update(row)

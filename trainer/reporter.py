@@ -205,10 +205,10 @@ def newest_failure(storage: Storage, driver: int) -> dict[str, Any] | None:
     return next((row for row in reversed(rows) if row.get("event") == "failure" or row.get("cause")), None)
 
 
-def newest_hang(storage: Storage, attempt: int) -> dict[str, Any] | None:
-    """What held up the workers of the newest ``attempt``, if anything did."""
+def newest_event(storage: Storage, attempt: int, kind: str) -> dict[str, Any] | None:
+    """The newest one of this kind in the newest ``attempt``, if there is one."""
     rows = takewhile(lambda row: row.get("attempt") == attempt, rows_backwards(storage, layout.EVENTS))
-    return next((row for row in rows if row.get("event") == "hang"), None)
+    return next((row for row in rows if row.get("event") == kind), None)
 
 
 def plain(value: Any) -> Any:

@@ -18,7 +18,7 @@ from trainer.ending import DEADLINE_S
 from trainer.errors import MusterError, WorkerFailed
 from trainer.failure import Cause, Failure, useful_stack
 from trainer.recipe import Recipe
-from trainer.reporter import Events, newest_failure, newest_hang
+from trainer.reporter import Events, newest_event, newest_failure
 from trainer.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def _of_first(cause: Cause, of: Rank, sleep: Callable[[float], None]) -> dict[st
     if cause.by_another:
         if (other := _others(run, of.driver, sleep)) is not None:
             return other
-        if (hang := newest_hang(run, attempt)) is not None:
+        if (hang := newest_event(run, attempt, "hang")) is not None:
             cause = cause.of_hang(hang)
     return _keep(_facts(cause, of), run, attempt, of.driver, f"driver{of.driver}")
 

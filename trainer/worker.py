@@ -28,7 +28,8 @@ from trainer.card import model_card
 from trainer.checkpoint import CommitRecord, Retention, claim_attempt, commit, fetch, fetch_whole, put_checkpoint
 from trainer.committer import Committed, Committer, Held, StaleAlarm
 from trainer.data import Batch, Cursor, Stream, eval_batches, open_caches
-from trainer.errors import Interrupted, MusterError, note_seen, note_where
+from trainer.errors import Interrupted, MusterError, note_where
+from trainer.failure import COLLECTIVE
 from trainer.heartbeat import (
     COMPILING_PATIENCE_S,
     LEAST_PATIENCE_S,
@@ -61,8 +62,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOG_EVERY_S = 10.0
-TELLING_RANKS = 4
-"""Those of the lowest numbers tell where they saw the others last: enough for one of them to be left."""
+TELLING_RANKS = 2
+"""Those of the lowest numbers tell where they saw the others last: one of them is left when another has died."""
 
 
 def train(job: Job, stop_requested: Callable[[], bool]) -> Position:
@@ -84,8 +85,6 @@ def train(job: Job, stop_requested: Callable[[], bool]) -> Position:
             return attempt.run(stop_requested)
         except Exception as error:
             note_where(error, attempt.doing)
-            if world.rank < TELLING_RANKS:
-                note_seen(error, attempt.seen())
             raise
 
 
@@ -137,8 +136,10 @@ class Attempt:
         record could not be stored either."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             try:
+                if self.world.rank < TELLING_RANKS and COLLECTIVE.search(str(error)):
+                    self.recorder.broken(self.seen())  # first: when a rank has died, the others are ended soon
                 if self.committer:
                     self.committer.drain()
                 self.recorder.close()

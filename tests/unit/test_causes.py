@@ -14,7 +14,6 @@ from trainer.errors import (
     NonFiniteLoss,
     StorageError,
     WorkerFailed,
-    note_seen,
     note_where,
 )
 from trainer.failure import SHOWN_LINES, Cause, Failure
@@ -113,17 +112,16 @@ def test_a_killed_rank_and_a_broken_collective_may_have_failed_of_another() -> N
 
 
 def test_a_death_is_told_with_its_host_and_where_others_saw_it_last() -> None:
-    survivor = RuntimeError("[gloo] Connection closed by peer")
-    note_seen(survivor, {0: "step 15, exchange of the loss", 1: "step 15, backward of micro-batch 1"})
     died = RuntimeError("The actor died unexpectedly before finishing this task.")
-    cause = first_cause({0: failure(survivor, 1.0, 0), 1: Unhealthy(died)})
+    cause = first_cause({0: failure(GLOO, 1.0, 0), 1: Unhealthy(died)})
     line = "RuntimeError: The actor died unexpectedly before finishing this task."
-    placed = placed_death(cause, "b", 14)
+    placed = placed_death(cause, "b", "step 15, backward of micro-batch 1", 14)
     assert placed.message == f"rank 1 on b died (step 15, backward of micro-batch 1): {line}"
     assert (placed.host, placed.facts("")["phase"]) == ("b", "backward of micro-batch 1")
-    alone = placed_death(first_cause({1: died}), "b", 14)
+    alone = placed_death(cause, "b", "", 14)
     assert alone.message == f"rank 1 on b died (after step 14): {line}"
-    assert placed_death(first_cause({1: died}), None, 0).message == f"rank 1 died: {line}"
+    assert alone.facts("")["phase"] is None
+    assert placed_death(cause, None, "", 0).message == f"rank 1 died: {line}"
 
 
 def test_an_own_error_says_where_it_came_up_once() -> None:

@@ -12,9 +12,9 @@ import pytest
 
 from launcher import driver
 from tests.storage.doubles import FaultyBackend, faulty, unreachable
-from tests.support.training import small_recipe
+from tests.support.training import run_of, small_recipe, train_here, write_pairs
 from trainer import __main__ as torchrun
-from trainer import layout, telling
+from trainer import layout, telling, worker
 from trainer.checkpoint import claim_attempt
 from trainer.ending import leave
 from trainer.errors import InputError, Interrupted, MusterError, NonFiniteLoss, StorageError, WorkerFailed, note_where
@@ -23,6 +23,7 @@ from trainer.lease import Lease, read_lease
 from trainer.recipe import Recipe
 from trainer.reporter import Events, newest_failure, read_rows
 from trainer.storage import Storage
+from trainer.tasks.sft import SFT
 from trainer.telling import Rank, RankFailed, told
 
 
@@ -131,6 +132,22 @@ def test_a_failure_on_the_drivers_own_side_is_in_the_run(held: Held, recipe: Rec
 def test_after_a_second_signal_what_is_committed_counts(held: Held, recipe: Recipe, error: MusterError) -> None:
     drive(held, recipe, fails(error), stopped=True)
     assert (ends(held[0]), state(held[0])) == ([], "interrupted")
+
+
+def test_a_rank_whose_collectives_break_says_where_it_saw_the_others(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(*given: Any) -> None:
+        raise RuntimeError("[gloo] Connection closed by peer")
+
+    monkeypatch.setattr(SFT, "loss_sum", breaks)
+    monkeypatch.setattr(worker.Heartbeat, "seen", lambda self: {0: "step 1, optimizer", 1: "step 1, forward"})
+    write_pairs(tmp_path / "data" / "a.jsonl", 20)
+    recipe = small_recipe("broken", tiny_model, tmp_path)
+    with pytest.raises(RuntimeError, match="gloo"):
+        train_here(recipe)
+    (told,) = [e for e in read_rows(run_of(recipe), layout.EVENTS) if e["event"] == "broken"]
+    assert told["seen"] == {"0": "step 1, optimizer", "1": "step 1, forward"}
 
 
 # ---------------------------------------------------------------------------------------------------------- torchrun

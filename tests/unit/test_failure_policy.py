@@ -95,7 +95,9 @@ def started(recipe: Recipe, attempt: int, hosts: list[str]) -> None:
     events.close()
 
 
-def test_a_death_is_placed_on_the_host_of_its_own_group_alone(recipe: Recipe, tmp_path: Path) -> None:
+def test_a_death_is_placed_on_the_host_of_its_own_group_alone(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     driver = claim_driver(run_of(recipe), {})
     claim_attempt(run_of(recipe), driver, {})
     started(recipe, 1, ["old", "older"])
@@ -112,8 +114,17 @@ def test_a_death_is_placed_on_the_host_of_its_own_group_alone(recipe: Recipe, tm
     claim_attempt(run_of(recipe), driver, {})
     started(recipe, 2, ["a", "b"])
     reach(recipe, 2, 4)
+    waits: list[float] = []
+    monkeypatch.setattr("launcher.policies.time.sleep", waits.append)
     assert told() == f"rank 1 on b died (after step 4): {line}"
+    assert sum(waits) == 1.0, "and no longer"
     assert told().startswith(f"rank 1 died (after step 4): {line}"), "that group has failed; this one never started"
+    claim_attempt(run_of(recipe), driver, {})
+    started(recipe, 3, ["a", "b"])
+    events = Events(run_of(recipe), 3, "rank0")
+    events.emit("broken", seen={0: "step 5, exchange of the loss", 1: "step 5, forward of micro-batch 1"})
+    events.close()
+    assert told().startswith(f"rank 1 on b died (step 5, forward of micro-batch 1): {line}")
 
 
 def test_a_run_that_gets_on_is_restarted_as_often_as_the_recipe_allows(recipe: Recipe, tmp_path: Path) -> None:
