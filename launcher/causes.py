@@ -32,7 +32,7 @@ def placed_death(cause: Cause, host: str | None, seen: str, step: int | None) ->
     """The death of a rank, with its host, and with where others last saw it, or else the last ``step`` that the run
     had done."""
     rank, _, line = cause.message.partition(_DIED)
-    where = seen or (f"after step {step}" if step else "")
+    where = f"last seen at {seen}" if seen else f"after step {step}" if step else ""
     text = f"{rank}{f' on {host}' if host else ''} died{f' ({where})' if where else ''}: {line}"
     return replace(cause, message=text, host=host, where=seen)
 

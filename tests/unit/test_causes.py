@@ -116,7 +116,7 @@ def test_a_death_is_told_with_its_host_and_where_others_saw_it_last() -> None:
     cause = first_cause({0: failure(GLOO, 1.0, 0), 1: Unhealthy(died)})
     line = "RuntimeError: The actor died unexpectedly before finishing this task."
     placed = placed_death(cause, "b", "step 15, backward of micro-batch 1", 14)
-    assert placed.message == f"rank 1 on b died (step 15, backward of micro-batch 1): {line}"
+    assert placed.message == f"rank 1 on b died (last seen at step 15, backward of micro-batch 1): {line}"
     assert (placed.host, placed.facts("")["phase"]) == ("b", "backward of micro-batch 1")
     alone = placed_death(cause, "b", "", 14)
     assert alone.message == f"rank 1 on b died (after step 14): {line}"

@@ -124,7 +124,7 @@ def test_a_death_is_placed_on_the_host_of_its_own_group_alone(
     events = Events(run_of(recipe), 3, "rank0")
     events.emit("broken", seen={0: "step 5, exchange of the loss", 1: "step 5, forward of micro-batch 1"})
     events.close()
-    assert told().startswith(f"rank 1 on b died (step 5, forward of micro-batch 1): {line}")
+    assert told().startswith(f"rank 1 on b died (last seen at step 5, forward of micro-batch 1): {line}")
 
 
 def test_a_run_that_gets_on_is_restarted_as_often_as_the_recipe_allows(recipe: Recipe, tmp_path: Path) -> None:
