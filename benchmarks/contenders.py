@@ -1,8 +1,8 @@
 """One side of `benchmarks/throughput.py`, in a process (or several) of its own: ``contenders.py JOB.json``.
 
-Every rank writes ``<out>-<rank>.json``: the time at the end of each step, the tokens with data and the target tokens
-that it fed in each, the peak of its memory, and its libraries' versions. Imports
-stand in the functions, since a peer's environment lacks what muster's has, and the reverse.
+Every rank writes ``<out>-<rank>.json``: the seconds of each step, the tokens with data and the target tokens that it
+fed in each, the peak of its memory, and its libraries' versions. Imports stand in the functions, since a peer's
+environment lacks what muster's has, and the reverse.
 """
 
 from __future__ import annotations
@@ -47,12 +47,16 @@ class Job:
 
 
 class Clock:
-    """What a side saw of its steps."""
+    """What a side saw of its steps. A step lasts from the end of the one before, or from `start`."""
 
     def __init__(self) -> None:
-        self.ends: list[float] = []
+        self.seconds: list[float] = []
         self.tokens: list[int] = []
         self.targets: list[int] = []
+        self.start()
+
+    def start(self) -> None:
+        self._began = time.monotonic()
 
     def fed(self, tokens: int, targets: int) -> None:
         """Before the forward pass of the one micro-batch of a step."""
@@ -60,17 +64,23 @@ class Clock:
         self.targets.append(targets)
 
     def ended(self) -> None:
-        self.ends.append(time.monotonic())
+        self.seconds.append(time.monotonic() - self._began)
+        self.start()
 
 
 def muster(job: Job, clock: Clock) -> None:
     """As `torchrun -m trainer RECIPE`, in this process."""
-    import yaml
-
-    from trainer.__main__ import main
     from trainer.worker import Attempt
 
     _watch(Attempt, clock)
+    _train(job)
+
+
+def _train(job: Job) -> None:
+    import yaml
+
+    from trainer.__main__ import main
+
     recipe = Path(f"{job.out}.yaml")
     if _rank() == 0:
         recipe.write_text(yaml.safe_dump(recipe_of(job)))
@@ -110,56 +120,65 @@ def _watch(attempt: Any, clock: Clock) -> None:
     attempt._step_done = timed
 
 
-def bare(job: Job, clock: Clock) -> None:
-    """The least that trains the same: muster's batches, read before, its attention and loss, and torch's optimizer."""
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM
+class Bare:
+    """The least that trains the same: muster's batches, its attention and loss, and torch's optimizer."""
 
-    from trainer.model.attention import VARLEN, register
-    from trainer.tasks.head import TargetHead
+    def __init__(self, job: Job, clock: Clock) -> None:
+        import torch
+        from peft import LoraConfig, get_peft_model
+        from transformers import AutoModelForCausalLM
 
-    batches = _batches(job)
-    model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
-    register()
-    model.set_attn_implementation(VARLEN)
-    model.requires_grad_(False)
-    model = get_peft_model(model, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEARS)).train()
-    head, trained = TargetHead(model), [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=RATE)
-    for batch in batches:
-        clock.fed(batch.tokens, batch.target_tokens)
-        loss = head.losses(model, batch, torch.device("cpu")).sum() / batch.target_tokens
+        from trainer.model.attention import VARLEN, register
+        from trainer.tasks.head import TargetHead
+
+        self.clock = clock
+        model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
+        register()
+        model.set_attn_implementation(VARLEN)
+        model.requires_grad_(False)
+        adapter = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=LINEARS)
+        self.model = get_peft_model(model, adapter).train()
+        self.head, self.trained = TargetHead(self.model), [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.trained, lr=RATE)
+
+    def step(self, batch: Any) -> None:
+        import torch
+
+        self.clock.start()
+        self.clock.fed(batch.tokens, batch.target_tokens)
+        loss = self.head.losses(self.model, batch, torch.device("cpu")).sum() / batch.target_tokens
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        torch.nn.utils.clip_grad_norm_(self.trained, 1.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
         float(loss.detach())
-        clock.ended()
+        self.clock.ended()
 
 
-def _batches(job: Job) -> list[Any]:
-    from tests.support.training import prepare
-    from trainer.begin import weights
-    from trainer.data import Stream
-    from trainer.recipe import parse
-    from trainer.storage import open_storage
+def muster_and_bare(job: Job, clock: Clock) -> None:
+    """In one process: after each step of muster the bare loop's, on the same batch, so that what the machine does to
+    one it does to the other a moment later."""
+    from trainer.recorder import Recorder
+    from trainer.worker import Attempt
 
-    recipe = parse(recipe_of(job))
-    storage = open_storage(recipe.storage)
-    data, run = prepare(recipe, storage), storage.child(recipe.name)
-    stream = Stream(
-        data.train,
-        run,
-        seed=recipe.seed,
-        sequence_length=job.length,
-        packing=True,
-        weights=weights(recipe.data),
-        global_batch=job.packs,
-        micro_batch=job.packs,
-    )
-    with stream.prefetch(stream.start(), 0, 1, steps=job.steps) as steps:
-        return [step.batches[0] for step in steps]
+    other = Clock()
+    loop, fed, batches = Bare(job, other), Recorder.fed, []
+
+    def keep(self: Any, step: int, given: list[Any]) -> None:
+        fed(self, step, given)
+        batches[:] = given
+
+    def step_done(self: Any, metrics: dict[str, Any]) -> None:
+        timed(self, metrics)
+        loop.step(batches[0])
+        clock.start()
+
+    Recorder.fed = keep  # type: ignore[method-assign]
+    _watch(Attempt, clock)
+    timed = Attempt._step_done
+    Attempt._step_done = step_done  # type: ignore[method-assign]
+    _train(job)
+    _write(job, other, 1)
 
 
 def trl(job: Job, clock: Clock, *, packing: bool = False) -> None:
@@ -285,7 +304,7 @@ def _callback(clock: Clock) -> Any:
 
 SIDES: dict[str, Callable[[Job, Clock], None]] = {
     "muster": muster,
-    "bare": bare,
+    "muster+bare": muster_and_bare,
     "trl": trl,
     "trl-packed": trl_packed,
     "transformers": transformers,
@@ -310,14 +329,18 @@ def main() -> None:
         Path(job.profile).write_text(seen.key_averages().table(sort_by="self_cpu_time_total", row_limit=40))
     else:
         SIDES[job.side](job, clock)
+    _write(job, clock, _rank())
+
+
+def _write(job: Job, clock: Clock, rank: int) -> None:
     found = {
-        "ends": clock.ends,
+        "seconds": clock.seconds,
         "tokens": clock.tokens,
         "targets": clock.targets,
         "peak_mib": peak_mib(),
         "versions": versions(("torch", "transformers", "peft", "accelerate", "trl", "llamafactory")),
     }
-    Path(f"{job.out}-{_rank()}.json").write_text(json.dumps(found))
+    Path(f"{job.out}-{rank}.json").write_text(json.dumps(found))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """muster against what a user would take instead: the same model, rows, LoRA, length and number of optimizer steps.
 
-    .venv/bin/python benchmarks/throughput.py                           all cases, about 15 minutes on two cores
+    .venv/bin/python benchmarks/throughput.py                           all cases, about 25 minutes on two cores
     .venv/bin/python benchmarks/throughput.py small-gsm8k --rounds 5    some; --list names them
     .venv/bin/python benchmarks/throughput.py --json NOW.json           for benchmarks/compare.py
 
@@ -11,7 +11,9 @@ same number of threads. ``bare`` is a plain torch loop over muster's batches wit
 
 Runs take turns, one process (or one torchrun) after the other; ratios are of neighbours, their median over the rounds
 with the least and the greatest. Rates are of all steps after the first few. Whoever packs gets full packs, whoever pads
-so many rows that a forward pass has about as many places. Ends with 0 whatever the ratios.
+so many rows that a forward pass has about as many places. The case ``loop`` looks for a difference that is smaller than
+what a machine does to one process and not to the next: there the two take turns step by step, in one process. Ends with
+0 whatever the ratios.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -61,12 +63,14 @@ class Aim(NamedTuple):
 
 @dataclass(frozen=True)
 class Comparison:
-    """Sides that take turns on a case. A side is ``name`` or ``name-xprocesses``."""
+    """Sides that take turns on a case, run by run, or ``together``, step by step in one process. A side is ``name`` or
+    ``name-xprocesses``. ``longer``: how many times the case's steps."""
 
     case: str
     sides: tuple[str, ...]
     aims: tuple[Aim, ...] = ()
     longer: int = 1
+    together: bool = False
 
 
 PEERS = (OURS, "trl", "trl-packed", "transformers")
@@ -80,7 +84,7 @@ COMPARISONS = {
         (OURS, "trl-packed"),
         (Aim("trl-packed", "tokens/s", 1.9), Aim("trl-packed", "peak MiB", 0.7, most=True)),
     ),
-    "loop": Comparison("small-gsm8k", (OURS, "bare"), (Aim("bare", "tokens/s", 0.98),), longer=3),
+    "loop": Comparison("small-gsm8k", (OURS, "bare"), (Aim("bare", "tokens/s", 0.98),), 3, together=True),
     "two": Comparison(
         "small-gsm8k", (OURS, TWO, "trl", "trl-x2"), (Aim(OURS, "tokens/s", 1.7, of=TWO),)
     ),
@@ -100,11 +104,11 @@ NAMES = ("tokens/s", "target tokens/s", "peak MiB")
 
 def figures(ranks: Sequence[dict[str, Any]], warm: int) -> Figures:
     """Of what each rank wrote, without the first ``warm`` steps. Raises ValueError when there are no others."""
-    ends = ranks[0]["ends"]
-    if len(ends) <= warm:
-        raise ValueError(f"{len(ends)} steps leave none after the first {warm}")
-    seconds = ends[-1] - ends[warm - 1]
-    fed = [sum(sum(rank[what][warm : len(ends)]) for rank in ranks) for what in ("tokens", "targets")]
+    steps = len(ranks[0]["seconds"])
+    if steps <= warm:
+        raise ValueError(f"{steps} steps leave none after the first {warm}")
+    seconds = sum(ranks[0]["seconds"][warm:])
+    fed = [sum(sum(rank[what][warm:steps]) for rank in ranks) for what in ("tokens", "targets")]
     return Figures(fed[0] / seconds, fed[1] / seconds, sum(rank["peak_mib"] for rank in ranks))
 
 
@@ -120,8 +124,9 @@ class Bench:
     missing: dict[str, str] = field(default_factory=dict)
     runs: int = 0
 
-    def run(self, comparison: Comparison, side: str) -> Figures:
-        """One run of a side, in processes of its own. Raises NotInstalled for a peer that is not to be had."""
+    def run(self, comparison: Comparison, side: str) -> list[Figures]:
+        """One run of a side, in processes of its own, or of several (``one+other``) in one: the figures of each. Raises
+        NotInstalled for a peer that is not to be had."""
         name, _, processes = side.partition("-x")
         case, world = CASES[comparison.case], int(processes or 1)
         python = python_of(ENVIRONMENTS[name], self.environments) if name in ENVIRONMENTS else sys.executable
@@ -131,7 +136,7 @@ class Bench:
             side=name,
             model=str(model),
             data=str(data),
-            out=str(self.folder / f"{name}-{self.runs}"),
+            out=str(self.folder / f"{name.replace('+', '-')}-{self.runs}"),
             length=case.length,
             packs=case.packs,
             rows=case.rows,
@@ -143,7 +148,7 @@ class Bench:
         )
         ranks = launch(python, job)
         self.versions[side] = ranks[0]["versions"]
-        return figures(ranks, case.warm)
+        return [figures([one], case.warm) for one in ranks] if "+" in name else [figures(ranks, case.warm)]
 
     def _inputs(self, name: str, case: Case) -> tuple[Path, Path]:
         folder = self.folder / name
@@ -170,8 +175,8 @@ def launch(python: str, job: Job) -> list[dict[str, Any]]:
         env={**os.environ, "OMP_NUM_THREADS": str(job.threads), "PYTHONWARNINGS": "ignore", "HF_HUB_OFFLINE": "1"},
     )
     if done.returncode:
-        raise RuntimeError(f"{job.side} failed:\n{done.stderr[-3000:]}")
-    return [json.loads(Path(f"{job.out}-{rank}.json").read_text()) for rank in range(job.world)]
+        raise RuntimeError(f"{job.side} ended with {done.returncode}:\n{(done.stdout + done.stderr)[-3000:]}")
+    return [json.loads(written.read_text()) for written in sorted(told.parent.glob(f"{Path(job.out).name}-*.json"))]
 
 
 def free_port() -> int:
@@ -183,14 +188,16 @@ def free_port() -> int:
 def measure(bench: Bench, comparison: Comparison, rounds: int) -> dict[str, list[Figures]]:
     """By side, one run per round; sides that cannot be installed are left out, and ``bench.missing`` says why."""
     found: dict[str, list[Figures]] = defaultdict(list)
+    runs = ("+".join(comparison.sides),) if comparison.together else comparison.sides
     for turn in range(rounds):
         # Back and forth, so that a machine that slowly gets busier favours nobody.
-        for side in comparison.sides if turn % 2 == 0 else comparison.sides[::-1]:
+        for side in runs if turn % 2 == 0 else runs[::-1]:
             if side in bench.missing:
                 continue
             try:
-                found[side].append(run := bench.run(comparison, side))
-                print(f"round {turn + 1}: {side}: {run.tokens_per_s:.0f} tokens/s", file=sys.stderr, flush=True)
+                for name, run in zip(side.split("+"), bench.run(comparison, side), strict=True):
+                    found[name].append(run)
+                    print(f"round {turn + 1}: {name}: {run.tokens_per_s:.0f} tokens/s", file=sys.stderr, flush=True)
             except NotInstalled as reason:
                 bench.missing[side] = str(reason)
                 print(f"{side} is left out: {reason}", file=sys.stderr)
@@ -203,6 +210,8 @@ def table(name: str, comparison: Comparison, found: dict[str, list[Figures]]) ->
     for side in (side for side in comparison.sides if side in found):
         rates = [str(round(Spread.of(values).median)) for values in zip(*found[side], strict=True)]
         against = ["", ""] if side == OURS else [str(relation(found, OURS, side, i)) for i in (0, 2)]
+        if comparison.together:  # one process, whose memory is that of both
+            rates[2] = against[1] = ""
         rows.append(f"| {name} | {side} | {' | '.join([*rates, *against])} |")
     return rows
 
@@ -248,11 +257,13 @@ def main() -> None:
 
 def chosen(comparison: Comparison, options: argparse.Namespace) -> Comparison:
     sides = comparison.sides
+    if comparison.together:
+        return comparison
     if options.llamafactory and "transformers" in sides:
         sides = (*sides, "llamafactory")
     if options.sides:
         sides = tuple(side for side in sides if side in options.sides)
-    return Comparison(comparison.case, sides, comparison.aims, comparison.longer)
+    return replace(comparison, sides=sides)
 
 
 def parsed() -> argparse.Namespace:

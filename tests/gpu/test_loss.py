@@ -15,8 +15,8 @@ from trainer.data import Batch
 from trainer.tasks.head import CHUNK_LOGITS, TargetHead
 
 VOCABULARY, HIDDEN = 128256, 1024
-CHUNK_BYTES = 24
-"""Per logit of a chunk, at most: the logits, in float32 too, their softmax, the gradients of both."""
+CHUNK_BYTES = 16
+"""Per logit of a chunk, at most: it and its gradient in bfloat16, and in float32 it and its part of the sum."""
 
 
 class Embedded(torch.nn.Module):

@@ -79,7 +79,7 @@ def test_other_machines_and_versions_are_named() -> None:
 
 
 def test_rates_leave_the_first_steps_out_and_add_the_ranks_up() -> None:
-    rank = {"ends": [10.0, 12.0, 13.0, 14.0], "tokens": [900, 100, 200, 300, 7], "targets": [9, 1, 2, 3, 7]}
+    rank = {"seconds": [10.0, 2.0, 1.0, 1.0], "tokens": [900, 100, 200, 300, 7], "targets": [9, 1, 2, 3, 7]}
     ranks = [{**rank, "peak_mib": 5.0}, {**rank, "peak_mib": 6.0}]
     assert throughput.figures(ranks, 2) == (2 * 500 / 2.0, 2 * 5 / 2.0, 11.0)
     with pytest.raises(ValueError, match="none after"):

@@ -14,6 +14,7 @@ from trainer.adapters.base import Adapter, head_modules
 from trainer.adapters.targets import Targets, check_names, check_targets, resolve
 from trainer.adapters.without_weights import StayingOnHost, elements_of_rows, original_of, take_values
 from trainer.errors import CorruptObject, InputError
+from trainer.precision import cast_where_used
 from trainer.recipe.tasks import AUTO_CLASSES, PEFT_TYPES
 
 if TYPE_CHECKING:
@@ -100,6 +101,8 @@ class PeftMethod(Adapter):
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.data = parameter.data.float()
+        if self.recipe.model.dtype != "float32":
+            cast_where_used(model)
         self._names, self._constants = self.described(model)
         return model
 

@@ -1,7 +1,7 @@
 """Builds the base model that a rank trains on: quantised or not, on the rank's device, ready for an adapter.
 
 Parameters that are trained are kept in float32 (the optimizer's updates are too small for bfloat16); the forward runs
-under autocast in the recipe's dtype. Frozen parameters are held in the recipe's dtype, or packed by bitsandbytes.
+in the recipe's dtype (`trainer.precision`). Frozen parameters are held in that, or packed by bitsandbytes.
 """
 
 from __future__ import annotations

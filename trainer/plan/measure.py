@@ -21,6 +21,7 @@ from trainer.errors import InputError
 from trainer.plan.fake import CPU, fake_world
 from trainer.plan.live import LiveBytes
 from trainer.plan.skeleton import labels_of, layer_count, skeleton, with_layers
+from trainer.precision import needs_autocast
 from trainer.recipe import Recipe
 from trainer.recipe.data import TASK_FORMATS
 from trainer.strategies import make_strategy
@@ -116,7 +117,7 @@ def _run(
                 _prepare(recipe, model, task, batch)
                 settle()
             live.stage = FIRST
-            with _autocast(recipe):
+            with _autocast(recipe, model):
                 loss = task.measure(model, task.rehearsed(batch), CPU).loss_sum
             held = live.live
             loss.backward()
@@ -125,7 +126,7 @@ def _run(
 
 def _prepare(recipe: Recipe, model: torch.nn.Module, task: Task, batch: Batch) -> None:
     model.eval()
-    with torch.no_grad(), _autocast(recipe):
+    with torch.no_grad(), _autocast(recipe, model):
         task.prepare(model, [batch], CPU)
     model.train()
 
@@ -139,9 +140,10 @@ def _held(model: torch.nn.Module) -> Iterator[torch.Tensor]:
 
 
 @contextmanager
-def _autocast(recipe: Recipe) -> Iterator[None]:
+def _autocast(recipe: Recipe, model: torch.nn.Module) -> Iterator[None]:
     dtype = getattr(torch, recipe.model.dtype)
-    with nullcontext() if dtype == torch.float32 else torch.autocast("cpu", dtype):
+    mixes = dtype != torch.float32 and needs_autocast(model, dtype)
+    with torch.autocast("cpu", dtype) if mixes else nullcontext():
         yield
 
 

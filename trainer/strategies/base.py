@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trainer.precision import needs_autocast
 from trainer.registry import STRATEGIES
 from trainer.strategies.optimizer_state import load_optimizer_state, optimizer_state
 from trainer.world import World
@@ -69,6 +70,7 @@ class Strategy(ABC):
         The model is whole, with the same values on every rank; or, with ``fill``, its parameters are on the meta
         device, and ``fill`` gets this rank's pieces of all of them, in the same order on every rank."""
         self.model = model
+        self.autocasts = self.mixes(model)
         self.module = self.wrap(model)
         if fill:
             fill(self.materialise())
@@ -85,10 +87,18 @@ class Strategy(ABC):
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         """Surrounds forward and backward of one micro-batch; gradients are exchanged in the last one of a step only."""
 
+    def mixes(self, model: torch.nn.Module) -> bool:
+        """Whether a forward in the recipe's dtype meets parameters of other ones."""
+        return self.dtype != torch.float32 and needs_autocast(model, self.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.recipe.model.dtype)
+        return dtype
+
     def autocast(self) -> AbstractContextManager[Any]:
         """Surrounds a forward: it computes in the recipe's dtype."""
-        dtype = getattr(torch, self.recipe.model.dtype)
-        return nullcontext() if dtype == torch.float32 else torch.autocast(self.world.device.type, dtype)
+        return torch.autocast(self.world.device.type, self.dtype) if self.autocasts else nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
         """Adds this micro-batch's gradients: of ``loss``, in float16 scaled against underflow."""

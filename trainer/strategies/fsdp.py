@@ -46,12 +46,15 @@ class FSDP(Strategy):
         self.model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
         return [_piece(name, parameter) for name, parameter in self.model.named_parameters()]
 
+    def mixes(self, model: torch.nn.Module) -> bool:
+        return self._precision().param_dtype is None and super().mixes(model)
+
     def _precision(self) -> MixedPrecisionPolicy:
         """Full fine-tuning gathers its float32 parameters in the recipe's dtype. Adapters stay as they are: their bytes
         are few, and a cast would also reach the packed bytes of a quantised base."""
         if self.recipe.adapter.method != "none" or self.recipe.model.dtype == "float32":
             return MixedPrecisionPolicy()
-        return MixedPrecisionPolicy(getattr(torch, self.recipe.model.dtype), reduce_dtype=torch.float32)
+        return MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32)
 
     def _offload(self) -> OffloadPolicy:
         if not self.recipe.strategy.offload:

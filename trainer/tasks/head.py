@@ -5,8 +5,9 @@ small model's layers. So the head of the model is made to see the hidden states 
 selection happens *inside* the model's forward, where sharding strategies have gathered the head's weights.
 
 Where the logits are the head's plain output, the head also turns them into per-token losses, chunk by chunk, so that
-at most ``CHUNK_LOGITS`` of them exist at a time. Models that scale or cap their logits after the head (``POST_HEAD``)
-get the logits of the selected positions back instead, and the loss is taken from those.
+at most ``CHUNK_LOGITS`` of them exist at a time; a head that is not trained makes their derivatives, too
+(`trainer.tasks.frozen_head`). Models that scale or cap their logits after the head (``POST_HEAD``) get the logits of
+the selected positions back instead, and the loss is taken from those.
 
 Shapes: B packs, L tokens, T targets in the micro-batch, D hidden size, V vocabulary.
 """
@@ -23,12 +24,13 @@ from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from trainer.errors import InputError
+from trainer.tasks.frozen_head import frozen_nll
 from trainer.tasks.inputs import SEGMENTING, segments, to_device
 
 if TYPE_CHECKING:
     from trainer.data import Batch
 
-CHUNK_LOGITS = 32 * 1024 * 1024
+CHUNK_LOGITS = 16 * 1024 * 1024
 POST_HEAD = (
     "final_logit_softcapping",
     "lm_head_multiplier",
@@ -50,6 +52,7 @@ class TargetHead:
             raise ValueError(f"{type(model).__name__} has no output embeddings: it is no causal language model")
         text_config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
         self.plain = all(getattr(text_config, name, None) in (None, 0, 1, 1.0) for name in POST_HEAD)
+        self._head = head
         self._project: Callable[[torch.Tensor], torch.Tensor] = head.forward
         self._vocabulary = int(getattr(head, "out_features", 0) or text_config.vocab_size)
         self._made: torch.Tensor | None = None
@@ -122,7 +125,13 @@ class TargetHead:
         self._made = None
 
     def _chunked_nll(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+        # In float16 small probabilities would vanish before the loss's scale lifts them.
+        if hidden_TD.requires_grad and hidden_TD.dtype != torch.float16 and not self._trained():
+            return frozen_nll(self._project, hidden_TD, labels_T, rows_of_chunk(self._vocabulary))
         return in_chunks(self._chunk_nll, hidden_TD, labels_T, self._vocabulary)
+
+    def _trained(self) -> bool:
+        return any(parameter.requires_grad for parameter in self._head.parameters())
 
     def _chunk_nll(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
         return cross_entropy(self._project(hidden_TD).float(), labels_T, reduction="none")
@@ -133,6 +142,10 @@ def selected(hidden_BLD: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
     return hidden_BLD[at] if at.dtype == torch.bool else hidden_BLD.flatten(0, 1)[at]
 
 
+def rows_of_chunk(vocabulary: int) -> int:
+    return max(1, CHUNK_LOGITS // vocabulary)
+
+
 def in_chunks(
     of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     hidden_TD: torch.Tensor,
@@ -141,7 +154,7 @@ def in_chunks(
 ) -> torch.Tensor:
     """``of`` hidden states and labels, with at most ``CHUNK_LOGITS`` logits at a time: those of each chunk are computed
     again in the backward rather than kept."""
-    rows = max(1, CHUNK_LOGITS // vocabulary)
+    rows = rows_of_chunk(vocabulary)
     if len(labels_T) <= rows:
         return of(hidden_TD, labels_T)
     parts = [
