@@ -30,7 +30,11 @@ from trainer.strategies import Strategy
 from trainer.tasks import Task, Totals, Update
 from trainer.world import World, memory_bytes
 
-NAMED_SAMPLES = 8
+NAMED_SAMPLES = NAMED_RANKS = 8
+NAMING = (
+    "SOURCE:FILE/PLACE is the entry of data.train and its file in the order of names, both from 0, and the byte where "
+    "the sample begins (in Parquet and on the Hub its row)"
+)
 MIN_LOSS_SCALE = 1.0
 
 
@@ -163,9 +167,11 @@ class Loop:
         self.hooks.phase(step, "optimizer")
         norm = self.strategy.step(lr, self.hooks.around_update(step))
         if not math.isfinite(norm) and not self._may_scale_down():
+            named = self._named(_samples(update))
             raise NonFiniteLoss(
-                f"step {step}: the gradient's norm is {norm} while the loss is finite; lower the "
-                f"learning rate ({lr:g}), or compute in float32 or bfloat16 (model.dtype)"
+                f"step {step}: the gradient's norm is {norm} while the loss is finite ({named}); "
+                f"lower the learning rate ({lr:g}), compute in float32 or bfloat16 (model.dtype), or look at these "
+                f"samples: {NAMING}"
             )
         return Updated(total / max(1, update.units), norm, bool(stop), scores, own, held, sums, totals)
 
@@ -236,12 +242,16 @@ class Loop:
 
     def _non_finite(self, step: int, update: Update, loss_sum: float) -> None:
         """Every rank gets here, since the sum told all of them; each names what it had been fed."""
-        mine = [s for b in update.batches for s in b.sample_ids] if not math.isfinite(loss_sum) else []
-        named = [(rank, samples) for rank, samples in enumerate(self.world.gather(mine)) if samples]
-        where = "; ".join(f"rank {r}: samples {', '.join(s[:NAMED_SAMPLES])}" for r, s in named)
+        named = self._named([] if math.isfinite(loss_sum) else _samples(update))
         raise NonFiniteLoss(
-            f"step {step}: the loss is not finite ({where}). Lower optimizer.lr, or look at these samples"
+            f"step {step}: the loss is not finite ({named}). Lower optimizer.lr, or look at these samples: {NAMING}"
         )
+
+    def _named(self, mine: Sequence[str]) -> str:
+        """Collective: what each rank names of its samples, the first ones of them."""
+        named = [(rank, samples) for rank, samples in enumerate(self.world.gather(mine)) if samples]
+        told = [f"rank {rank}: samples {_first_of(samples, NAMED_SAMPLES)}" for rank, samples in named]
+        return _first_of(told, NAMED_RANKS, "; ")
 
     @torch.no_grad()
     def evaluate(self, step: int) -> None:
@@ -268,6 +278,15 @@ class Loop:
     def _measure(self, batch: Batch) -> dict[str, torch.Tensor]:
         with self.strategy.autocast():
             return evaluated_sums(self.task, self.strategy.module, batch, self.world.device)
+
+
+def _samples(update: Update) -> list[str]:
+    return [sample for batch in update.batches for sample in batch.sample_ids]
+
+
+def _first_of(things: Sequence[str], count: int, between: str = ", ") -> str:
+    more = len(things) - count
+    return between.join(things[:count]) + (f" and {more} more" if more > 0 else "")
 
 
 def evaluated_sums(task: Task, module: torch.nn.Module, batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:

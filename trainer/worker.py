@@ -29,6 +29,7 @@ from trainer.checkpoint import CommitRecord, Retention, claim_attempt, commit, f
 from trainer.committer import Committed, Committer, Held, StaleAlarm
 from trainer.data import Batch, Cursor, Stream, eval_batches, open_caches
 from trainer.errors import Interrupted, MusterError, note_where
+from trainer.failure import COLLECTIVE
 from trainer.heartbeat import (
     COMPILING_PATIENCE_S,
     LEAST_PATIENCE_S,
@@ -61,6 +62,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOG_EVERY_S = 10.0
+TELLING_RANKS = 2
+"""Those of the lowest numbers tell where they saw the others last: one of them is left when another has died."""
 
 
 def train(job: Job, stop_requested: Callable[[], bool]) -> Position:
@@ -96,6 +99,7 @@ class Attempt:
         self.began = time.monotonic()
         self.logged_at = 0.0
         self.doing = "opening the data"
+        self.seen: Callable[[], dict[int, str]] = dict
 
     def run(self, stop_requested: Callable[[], bool]) -> Position:
         run, recipe = self.run_storage, self.recipe
@@ -132,8 +136,10 @@ class Attempt:
         record could not be stored either."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             try:
+                if self.world.rank < TELLING_RANKS and COLLECTIVE.search(str(error)):
+                    self.recorder.broken(self.seen())  # first: when a rank has died, the others are ended soon
                 if self.committer:
                     self.committer.drain()
                 self.recorder.close()
@@ -175,6 +181,7 @@ class Attempt:
             if not self.world.is_first:
                 fetch(self.run_storage, record, target)
             self.state.load(target, record.state)
+            self.recorder.go_on(record.state.get("facts", {}))
             return Position(record.step, Cursor.from_json(record.state["cursor"]))
 
     def _skipped(self, step: int, uri: str, reason: str) -> None:
@@ -211,6 +218,7 @@ class Attempt:
         self.heartbeat = Heartbeat(
             world.rank, world.size, world.host, store_of_group(), self._hang, least_patience_s=patience
         )
+        self.seen = self.heartbeat.seen
         self.warmup = Warmup(self.recipe.compute.compile)
         tell = partial(self.recorder.said, "profile")
         profiler = Profiler(self.recipe, self.world, self.run_storage, self.number, tell)
