@@ -153,7 +153,8 @@ def watched_text(event: Mapping[str, Any], before: Sequence[str] | None = None) 
     if kind == "hang":
         return f"hang: {event['cause']}"
     if kind == "end":
-        return f"{event['state']}" + _said(" at step {}", event.get("step"))
+        cause = str(event.get("cause") or "").partition("\n")[0]
+        return f"{event['state']}" + _said(" at step {}", event.get("step")) + _said(": {}", cause or None)
     return event_text(event, before)
 
 

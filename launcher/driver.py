@@ -23,6 +23,7 @@ from launcher.standby import Standby
 from trainer import layout
 from trainer.begin import check_same_recipe, freeze_recipe, has_commits, prepare_data
 from trainer.checkpoint import list_commits, read_claims
+from trainer.ending import leave
 from trainer.errors import InputError, Interrupted, MusterError, WorkerFailed
 from trainer.job import Job
 from trainer.lease import Lease, check_not_cancelled
@@ -116,7 +117,6 @@ class Held:
     def drive(self) -> str:
         """To the last step; returns the final adapter's URI. The lease is released with the state in which the run
         really is."""
-        state = "failed"
         try:
             with tracked(self.recipe, self.run):
                 self._train()
@@ -126,25 +126,16 @@ class Held:
                     raise WorkerFailed(
                         f"the workers ended without an error, and {self.run.url} has not its last commit"
                     )
-            state = "succeeded"
-            return self.run.uri(layout.ADAPTER)
-        except Interrupted:
-            state = "interrupted"
+        except BaseException as error:
+            leave(self.run, self.lease, self._state_after(error), error)
             raise
-        except MusterError:
-            if self.signals.stopped:  # a second signal, or a failure on the way out: what is committed is what counts
-                state = "interrupted"
-            raise
-        finally:
-            self._release(state)
+        leave(self.run, self.lease, "succeeded")
+        return self.run.uri(layout.ADAPTER)
 
-    def _release(self, state: str) -> None:
-        """Rank 0 has said how its attempt ended, unless it failed: then the driver says so."""
-        if state == "failed":
-            events = Events(self.run, read_claims(self.run).attempt, f"driver{self.lease.driver}")
-            events.emit("end", state=state)
-            events.close()
-        self.lease.release(state)
+    def _state_after(self, error: BaseException) -> str:
+        """After a second signal, or a failure on the way out, what is committed is what counts."""
+        stopped = isinstance(error, Interrupted) or (isinstance(error, MusterError) and self.signals.stopped)
+        return "interrupted" if stopped else "failed"
 
     def _has_stopped(self) -> bool:
         """Whether the step at which the attempt was to stop is committed."""
@@ -204,7 +195,7 @@ class Held:
         by = {**asdict(lease.holder), "by": "muster run"}
         job = Job(self.recipe.storage, lease.driver, self.recipe, total_steps, by)
         before = read_claims(self.run).attempt
-        shown = self.progress.training(self.run, before, total_steps, lambda: standby.order.stage)
+        shown = self.progress.training(self.run, before, total_steps, lambda: standby.order.stage, driver=lease.driver)
         with shown as show, self._watching(before) as check_cluster:
 
             def every() -> None:
@@ -217,7 +208,7 @@ class Held:
                     raise WorkerFailed(f"another driver has taken {self.run.url} over; this one has stopped")
 
             standby.order.give(job)
-            follow(standby.workers(), job, every, POLL_S)
+            follow(standby.workers(), every, POLL_S)
 
     @contextmanager
     def _watching(self, before: int) -> Iterator[Callable[[], None]]:
@@ -240,7 +231,7 @@ class Held:
     def _gather_anew(self, reason: str) -> None:
         self.progress.say(f"{reason}: the workers commit and are gathered anew")
         events = Events(self.run, read_claims(self.run).attempt, f"driver{self.lease.driver}-resize")
-        events.emit("resize", reason=reason)
+        events.emit("resize", reason=reason, driver=self.lease.driver)
         events.close()
         self.lease.request_gather()
 

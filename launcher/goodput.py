@@ -8,32 +8,38 @@ attempts claim both counts once.
 
 from __future__ import annotations
 
+import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from trainer import layout
+from trainer.errors import CorruptObject
+from trainer.lease import read_lease
 from trainer.reporter import read_rows
 from trainer.startup import FIRST_STEP, PHASES
 from trainer.storage import Storage
 
 Row = Mapping[str, Any]
 
-STARTING, TRAINING, EVALUATING, CHECKPOINT, LOST, WAITING = (
+STARTING, TRAINING, EVALUATING, CHECKPOINT, COMPILING, LOST, WAITING = (
     "starting",
     "training",
     "evaluating",
     "checkpoint",
+    "compiling",
     "lost",
     "waiting",
 )
-KINDS = (TRAINING, EVALUATING, CHECKPOINT, STARTING, LOST, WAITING)
+KINDS = (TRAINING, EVALUATING, CHECKPOINT, COMPILING, STARTING, LOST, WAITING)
 """``checkpoint``: what training waited for checkpoints, the last commit at an attempt's end included; ``lost``: steps
 and evaluations that were done again by a later attempt, and what was under way when one died; ``waiting``: between
 attempts, without workers or without a driver."""
 
 _STOPS = ("failure", "resize", "end")
+_DRIVER = re.compile(r"driver(\d+)")
+"""The writer of an event, where that is not a rank but a driver."""
 _UNTOLD = "untold"
 """Of a start that was cut short: its phases were never written down."""
 
@@ -81,21 +87,37 @@ class Goodput:
 
 
 def goodput_of(run: Storage, *, until: float | None = None, running: bool = False) -> Goodput:
-    """Reads all events and metrics of the run."""
-    return goodput(read_rows(run, layout.EVENTS), read_rows(run, layout.METRICS), until=until, running=running)
+    """Reads all events and metrics of the run, and whose lease it is."""
+    events, rows = read_rows(run, layout.EVENTS), read_rows(run, layout.METRICS)
+    return goodput(events, rows, until=until, running=running, driver=newest_driver(run))
+
+
+def newest_driver(run: Storage) -> int | None:
+    """The number of the one that has the run's lease, or had it last."""
+    try:
+        lease = read_lease(run)
+    except CorruptObject:
+        return None
+    return lease.driver if lease else None
 
 
 def goodput(
-    events: Iterable[Row], rows: Iterable[Row], *, until: float | None = None, running: bool = False
+    events: Iterable[Row],
+    rows: Iterable[Row],
+    *,
+    until: float | None = None,
+    running: bool = False,
+    driver: int | None = None,
 ) -> Goodput:
-    """``until`` (unix s): when the run's driver was last heard of; ``running``: whether it is alive, so that what comes
-    after the last row is work under way, not work that was lost."""
+    """``until`` (unix s): when the run's newest driver, whose number is ``driver``, was last heard of; ``running``:
+    whether it is alive, so that what comes after the last row is work under way, not work that was lost. Of an attempt
+    of an older driver it says nothing."""
     attempts = _by_attempt(events, rows)
     pieces: list[Piece] = []
     numbers = sorted(number for number, one in attempts.items() if one.lives)
     for number in numbers:
         kept = min((attempts[later].start_step for later in numbers if later > number), default=None)
-        last = number == numbers[-1]
+        last = number == numbers[-1] and attempts[number].may_be_of(driver)
         _append(pieces, attempts[number].pieces(kept, until=until if last else None, running=running and last))
     if pieces and until is not None and until > pieces[-1].end:
         pieces.append(Piece(pieces[-1].end, until, WAITING))
@@ -107,11 +129,18 @@ class Attempt:
 
     def __init__(self, number: int, events: Sequence[Row], rows: Sequence[Row]) -> None:
         self.number = number
-        self.events = sorted((e for e in events if e.get("time") is not None), key=lambda e: float(e["time"]))
-        self.start = next((e for e in self.events if e["event"] == "start"), None)
+        told = sorted((e for e in events if e.get("time") is not None), key=lambda e: float(e["time"]))
+        self.start = next((e for e in told if e["event"] == "start"), None)
+        # A driver whose workers have claimed no attempt yet writes under the number of the one before.
+        self.events = [e for e in told if self.may_be_of(_driver_of(e))]
         self.startup = next((e for e in self.events if e["event"] == "startup"), None)
         self.rows = _timed(rows, float(self.start["time"]) if self.start else None)
         self.lives = bool(self.rows) or self.start is not None
+
+    def may_be_of(self, driver: int | None) -> bool:
+        """Unless both are known, and it is another one's."""
+        mine = self.start.get("driver") if self.start is not None else None
+        return mine is None or driver is None or int(mine) == driver
 
     @property
     def start_step(self) -> int:
@@ -152,14 +181,20 @@ class Attempt:
         return [Piece(begin, end, STARTING, self.number, _UNTOLD)]
 
     def _of_row(self, row: Row, begin: float, kept: int | None) -> list[Piece]:
-        """A row's time since the one before: checkpoints, then the step with what surrounds it, or the evaluation."""
+        """A row's time since the one before: checkpoints, compiling, then the step with what surrounds it, or the
+        evaluation."""
         end = float(row["time"])
         if end <= begin:
             return []
-        held = min(float(row.get("stall_s") or 0.0), end - begin)
+        saved = min(end, begin + float(row.get("stall_s") or 0.0))
+        compiled = min(end, saved + float(row.get("compile_s") or 0.0))
         lost = kept is not None and int(row["step"]) > kept
         work = LOST if lost else TRAINING if "loss" in row else EVALUATING
-        whole = [Piece(begin, begin + held, CHECKPOINT, self.number), Piece(begin + held, end, work, self.number)]
+        whole = [
+            Piece(begin, saved, CHECKPOINT, self.number),
+            Piece(saved, compiled, COMPILING, self.number),
+            Piece(compiled, end, work, self.number),
+        ]
         return [piece for piece in whole if piece.end > piece.begin]
 
     def _ending(self, begin: float, *, until: float | None, running: bool) -> list[Piece]:
@@ -175,7 +210,20 @@ class Attempt:
             kind = TRAINING if running else LOST
         if not self.rows:
             return [Piece(begin, end, STARTING, self.number, _UNTOLD)] if end > begin else []
-        return [Piece(begin, end, kind, self.number)] if end > begin else []
+        wrote = min(end, begin + self._written_s(begin)) if kind == CHECKPOINT else begin
+        whole = [Piece(begin, wrote, EVALUATING, self.number), Piece(wrote, end, kind, self.number)]
+        return [piece for piece in whole if piece.end > piece.begin]
+
+    def _written_s(self, after: float) -> float:
+        """What the texts after the last step took."""
+        texts = [e for e in self.events if e["event"] == "texts" and float(e["time"]) >= after]
+        return sum(float(e.get("seconds") or 0.0) for e in texts)
+
+
+def _driver_of(event: Row) -> int | None:
+    """None of an event that a rank has written."""
+    match = _DRIVER.match(str(event.get("writer") or ""))
+    return int(match[1]) if match else None
 
 
 def _by_attempt(events: Iterable[Row], rows: Iterable[Row]) -> dict[int, Attempt]:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import BinaryIO
 
 from launcher.status import read_state
-from trainer.errors import InputError
+from trainer.errors import InputError, StorageError
 from trainer.logs.parts import LogFeed, Stored, stored_parts
 from trainer.storage import Storage
 
@@ -34,22 +36,46 @@ def follow_logs(
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
     """As they grow, each line with its rank where there are several, until the run has ended; without ``attempt`` it
-    goes on with every new one."""
-    feeds: dict[tuple[int, int], LogFeed] = {}
-    while True:
-        running = read_state(run) == "running"
-        found = stored_parts(run)
-        if found or not running:
-            parts = _chosen(found, run, rank, attempt)
-            ranks = sorted({part.rank for part in parts})
-            for each in ranks:
-                feed = feeds.setdefault((parts[0].attempt, each), LogFeed(run))
-                text = feed.new([part for part in parts if part.rank == each])
-                out.write(_marked(text, each) if len(ranks) > 1 else text)
-            out.flush()
-        if not running:
-            return
+    goes on with every new one. Logs that are not there yet are waited for while the run goes on, and so is a storage
+    that fails for a while. Raises InputError for a run that has ended without them."""
+    follower = Follower(run, rank, attempt)
+    running = follower.look(out)
+    while running:
         sleep(LOOK_S)
+        with suppress(StorageError):
+            running = follower.look(out)
+
+
+class Follower:
+    """Each look prints what is new, of the newest attempt at the first look and of all after it, or of one."""
+
+    def __init__(self, run: Storage, rank: int | None, attempt: int | None) -> None:
+        self._run, self._rank, self._attempt = run, rank, attempt
+        self._first = attempt
+        self._feeds: dict[tuple[int, int], LogFeed] = {}
+
+    def look(self, out: BinaryIO) -> bool:
+        """Whether the run goes on."""
+        running = read_state(self._run) == "running"
+        found = stored_parts(self._run)
+        if not running and not self._feeds:
+            _chosen(found, self._run, self._rank, self._attempt)  # says what there is in the place of what is missing
+        if found:
+            self._first = self._first or found[-1].attempt
+        ranks: dict[int, set[int]] = defaultdict(set)
+        parts: dict[tuple[int, int], list[Stored]] = defaultdict(list)
+        for part in filter(self._wanted, found):
+            ranks[part.attempt].add(part.rank)
+            parts[part.attempt, part.rank].append(part)
+        for (number, rank), its in parts.items():
+            text = self._feeds.setdefault((number, rank), LogFeed(self._run)).new(its)
+            out.write(_marked(text, rank) if len(ranks[number]) > 1 else text)
+        out.flush()
+        return running
+
+    def _wanted(self, part: Stored) -> bool:
+        later = self._attempt is None and self._first is not None and part.attempt > self._first
+        return (later or part.attempt == self._first) and self._rank in (None, part.rank)
 
 
 def _chosen(parts: list[Stored], run: Storage, rank: int | None, attempt: int | None) -> list[Stored]:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
+from trainer.errors import MusterError
 from trainer.job import Job
 from trainer.startup import WORKERS, Phases
 
@@ -24,10 +25,11 @@ class Abandoned(Exception):
 
 class Order:
     """Given once by the driver's main thread; awaited by every group of workers. ``stage`` says to a person what is
-    being waited for."""
+    being waited for, ``failed`` why no group is started any more, once the failure policy has given up."""
 
     def __init__(self, phases: Phases) -> None:
         self.stage = ""
+        self.failed: MusterError | None = None
         self._phases = phases
         self._job: Job | None = None
         self._given, self._left = threading.Event(), threading.Event()

@@ -23,16 +23,23 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus,
 from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
+from launcher.advice import advise
 from launcher.capacity import Node, answering, nodes_of_cluster, room, workers_that_fit
-from launcher.causes import Cause, first_cause, unwrapped
+from launcher.causes import first_cause, placed_death, unwrapped
+from launcher.elastic import newest_group
 from launcher.environment import Environment
 from launcher.order import Order
 from launcher.restarts import Fault, in_a_row, is_hopeless
-from trainer.layout import EVENTS, METRICS
+from trainer import advice
+from trainer.failure import Cause
+from trainer.layout import METRICS
 from trainer.recipe import Recipe, ResourcesSection
 from trainer.storage import Storage, open_storage
 
 log = logging.getLogger(__name__)
+
+SEEN_WAITS_S = (0.0, 0.25, 0.25, 0.5)
+"""Between looks for what the ranks that are left have to say of one that has died."""
 
 
 class Gathered(Exception):
@@ -48,6 +55,7 @@ class FailurePolicy(DefaultFailurePolicy):
         super().__init__(config)
         self._recipe, self._order, self._environment = recipe, order, environment
         self._faults: list[Fault] = []
+        self._since = time.time()
         self._committed = 0
 
     def make_decision(self, training_failed_error: TrainingFailedError) -> FailureDecision:
@@ -57,15 +65,25 @@ class FailurePolicy(DefaultFailurePolicy):
             return FailureDecision.RETRY
         self._environment.apply()
         self._forgive()
-        cause = self._cause(training_failed_error)
-        self._faults.append(Fault(self._step(), cause.message))
+        step = self._step()
+        cause = self._cause(training_failed_error, step)
+        self._faults.append(Fault(step, cause.message))
+        if (times := in_a_row(self._faults)) > 1:
+            cause = replace(cause, message=f"{cause.message} ({times} times in a row at step {step})")
         hopeless = cause.fatal or is_hopeless(self._faults)
         decision = FailureDecision.RAISE if hopeless else super().make_decision(training_failed_error)
+        self._tell(cause, step, retried=decision == FailureDecision.RETRY)
+        return decision
+
+    def _tell(self, cause: Cause, step: int | None, *, retried: bool) -> None:
+        """Workers that start again do not wait for a plan of what would fit."""
+        url = self._run().url
+        said = advice.advise(cause, self._recipe, url) if retried else advise(cause, self._recipe, url)
+        self._order.failed = None if retried else cause.as_error(said)
         try:
-            self._record(cause, decision)
+            self._record({**cause.facts(said), "step": step, "retried": retried})
         except Exception:
             log.exception("the failure could not be written to the run's events")
-        return decision
 
     def _forgive(self) -> None:
         """Failures before the newest checkpoint do not count any more: a run on machines that come and go may lose some
@@ -81,9 +99,9 @@ class FailurePolicy(DefaultFailurePolicy):
             self._committed = newest
             self._worker_group_failures = self._controller_failures = 0
 
-    def _cause(self, error: BaseException) -> Cause:
+    def _cause(self, error: BaseException, step: int | None) -> Cause:
         try:
-            return explained(cause_of(error), self._run())
+            return explained(cause_of(error), self._run(), step, self._since)
         except Exception:
             log.exception("the run's events could not be read")
             return cause_of(error)
@@ -101,17 +119,15 @@ class FailurePolicy(DefaultFailurePolicy):
             log.exception("the step of the failure could not be read")
             return None
 
-    def _record(self, cause: Cause, decision: FailureDecision) -> None:
+    def _record(self, facts: dict[str, Any]) -> None:
         from trainer.checkpoint import read_claims
         from trainer.reporter import Events
 
         if (job := self._order.job) is None:
             return  # workers that stood by: nothing of the run has begun
-        run, fault, times = self._run(), self._faults[-1], in_a_row(self._faults)
-        told = f"{cause.message} ({times} times in a row at step {fault.step})" if times > 1 else cause.message
+        run = self._run()
         events = Events(run, read_claims(run).attempt, f"driver{job.driver}-controller")
-        retried = decision == FailureDecision.RETRY
-        events.emit("failure", cause=told, rank=cause.rank, host=cause.host, step=fault.step, retried=retried)
+        events.emit("failure", **facts, driver=job.driver)
         events.close()
 
 
@@ -201,17 +217,35 @@ def cause_of(error: BaseException) -> Cause:
     return Cause(f"{type(error).__name__}: {error}")
 
 
-def explained(cause: Cause, run: Storage) -> Cause:
-    """A group whose ranks were ended because one held them up failed of that: the newest attempt's events say so."""
+def explained(cause: Cause, run: Storage, step: int | None, since: float) -> Cause:
+    """With what the run's events know of it: a group whose ranks were ended because one held them up failed of that;
+    a rank that died did so on a host, and others have seen it. ``step``: the last one that the run had done; ``since``
+    (unix s): no group of this driver's started before."""
     from trainer.checkpoint import read_claims
-    from trainer.reporter import rows_backwards
+    from trainer.reporter import newest_event
 
     if not cause.by_another:
         return cause
-    attempt = read_claims(run).attempt
-    rows = (row for row in rows_backwards(run, EVENTS) if row.get("attempt") == attempt and row["event"] == "hang")
-    hang = next(rows, None)
-    return cause if hang is None else replace(cause, message=hang["cause"])
+    if (hang := newest_event(run, read_claims(run).attempt, "hang")) is not None:
+        return cause.of_hang(hang)
+    if not cause.died or cause.rank is None:
+        return cause
+    group = newest_group(run, 0)
+    if group is None or group.since < since or cause.rank >= len(group.hosts):
+        return placed_death(cause, None, "", step)
+    seen = _seen(run, group.attempt, cause.rank) if len(group.hosts) > 1 else ""
+    return placed_death(cause, group.hosts[cause.rank], seen, step)
+
+
+def _seen(run: Storage, attempt: int, rank: int) -> str:
+    """Where others last saw a rank that has died; they say so as soon as their collectives break."""
+    from trainer.reporter import newest_event
+
+    for wait_s in SEEN_WAITS_S:
+        time.sleep(wait_s)
+        if (broken := newest_event(run, attempt, "broken")) is not None:
+            return str(broken["seen"].get(str(rank), ""))
+    return ""
 
 
 def _controller_message(failure: BaseException) -> str:

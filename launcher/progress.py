@@ -67,12 +67,17 @@ class Progress:
 
     @contextmanager
     def training(
-        self, run: Storage, after_attempt: int, total_steps: int, stage: Callable[[], str] = lambda: "starting workers"
+        self,
+        run: Storage,
+        after_attempt: int,
+        total_steps: int,
+        stage: Callable[[], str] = lambda: "starting workers",
+        driver: int | None = None,
     ) -> Iterator[Callable[[], None]]:
         """Yields what is to be called often while the workers train; what was written last is shown at the end.
-        ``stage``: what is being waited for, until the first step."""
+        ``stage``: what is being waited for, until the first step; ``driver``: the number of the one that trains."""
         # Looking must not hold up the driver: what fails now is looked at again soon.
-        view = View(open_storage(run.url, deadline_s=LOOK_S), after_attempt, total_steps)
+        view = View(open_storage(run.url, deadline_s=LOOK_S), after_attempt, total_steps, driver=driver)
         if not self.console.is_terminal:
             plain = Plain(view, self.console, stage=stage, say_phase=self.phase)
             try:

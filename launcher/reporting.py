@@ -27,7 +27,7 @@ def report(
     target = output or Path(f"{runs[0].status.name}.html")
     text = write(runs)
     try:
-        target.write_text(text)
+        target.write_text(text, encoding="utf-8")
     except OSError as error:
         raise UsageError(f"{target} cannot be written: {error.strerror}; name another file with -o") from None
     print(target)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 SAME_FAULTS = 3
 _TEMPORARY = re.compile(r"(?<=/)(tmp|[\w-]+-)[a-z0-9_]{8}(?=/)")  # as tempfile names folders
 _VARYING = re.compile(r"0x[0-9a-f]+|\b[0-9a-f]{12,}\b|\d+", re.IGNORECASE)
-_WHERE = re.compile(r"^rank \d+ on \S+: ")
+_WHERE = re.compile(r"^rank \d+( on \S+?)?( died)?( \([^)]*\))?: ")
 
 
 @dataclass(frozen=True)

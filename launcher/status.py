@@ -6,8 +6,8 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import islice
-from typing import Any
+from itertools import chain, islice
+from typing import Any, NamedTuple
 
 from launcher.submission import Submission, read_submission
 from trainer import layout
@@ -16,13 +16,14 @@ from trainer.checkpoint.protocol import list_commits
 from trainer.checkpoint.record import CommitRecord
 from trainer.errors import CorruptObject, InputError
 from trainer.lease import ENDED, LeaseRecord, read_lease
-from trainer.reporter import rows_backwards
+from trainer.reporter import newest_failure, newest_rows, rows_backwards
 from trainer.storage import Storage
 
 _PARALLEL_RUNS = 32
 _ROWS_LOOKED_AT = 2000
 _POSITION = ("attempt", "step", "total_steps", "world_size", "samples", "epoch")
 _ASIDE = (*_POSITION, "time")
+_HEAD = ("event", "writer", "driver")
 
 
 @dataclass(frozen=True)
@@ -39,7 +40,8 @@ class Status:
     """``step`` is the last one in the metrics; ``metrics`` holds the last step's values and the last evaluation's.
     ``job`` is the scheduler's or cluster's, as ``kind:id``: the one that holds the run, else the one last submitted.
     ``seen_at`` (unix s) is the last step's time while it runs, and else when the last driver was heard of;
-    ``heard_at`` is the latter in any case."""
+    ``heard_at`` is the latter in any case. ``failure`` is the newest one of the last driver, unless the run has
+    succeeded: its ``cause``, ``trace`` and ``advice``, whose it was, and whether it was ``retried``."""
 
     name: str
     uri: str
@@ -56,6 +58,7 @@ class Status:
     metrics: Mapping[str, Any]
     seen_at: float | None = None
     heard_at: float | None = None
+    failure: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -64,17 +67,18 @@ class Status:
 def read_status(run: Storage, *, now: float | None = None, newest: int | None = None) -> Status:
     """InputError when there is no run. ``now`` is unix s, this machine's clock by default; ``newest`` reads the records
     of only so many checkpoints. What else lies in the run is not looked at, so that a look stays quick."""
-    with ThreadPoolExecutor(4) as pool:
+    with ThreadPoolExecutor(5) as pool:
         begun = pool.submit(run.info, layout.RECIPE)
-        lease = pool.submit(_lease, run)
         claims = pool.submit(read_claims, run)
         commits = pool.submit(list_commits, run, newest=newest)
         submitted = pool.submit(read_submission, run)
-        train, evaluation = _last_rows(run)
-    if begun.result() is None and lease.result() is None and submitted.result() is None:
+        rows = pool.submit(_last_rows, run)
+        lease = _lease(run)
+        failure = newest_failure(run, lease.driver) if lease and lease.state != "succeeded" else None
+    if begun.result() is None and lease is None and submitted.result() is None:
         raise InputError(f"there is no run at {run.url}; `muster ls` with the folder above it lists those that are")
-    job = _job(lease.result(), submitted.result())
-    return _status(run, lease.result(), job, claims.result().attempt, commits.result(), {**evaluation, **train}, now)
+    found = _Found(lease, submitted.result(), claims.result().attempt, commits.result(), rows.result(), failure)
+    return _status(run, found, time.time() if now is None else now)
 
 
 def read_state(run: Storage, *, now: float | None = None) -> str:
@@ -98,18 +102,23 @@ def _status_or_none(run: Storage) -> Status | None:
         return None
 
 
-def _status(
-    run: Storage,
-    lease: LeaseRecord | None,
-    job: str | None,
-    attempts: int,
-    commits: list[CommitRecord],
-    row: Mapping[str, Any],
-    now: float | None,
-) -> Status:
+class _Found(NamedTuple):
+    """What was read of a run."""
+
+    lease: LeaseRecord | None
+    submitted: Submission | None
+    attempts: int
+    commits: list[CommitRecord]
+    row: Mapping[str, Any]
+    failure: Mapping[str, Any] | None
+
+
+def _status(run: Storage, found: _Found, now: float) -> Status:
+    lease, commits = found.lease, found.commits
+    row = {**_evaluated(commits), **found.row}
     newest: Mapping[str, Any] = {"step": commits[0].step, **commits[0].state} if commits else {}
     position = {key: int(row.get(key) or newest.get(key) or 0) for key in _POSITION}
-    state = _state(lease, time.time() if now is None else now)
+    state = _state(lease, now)
     heard = lease.time if lease else None
     return Status(
         name=run.url.rsplit("/", 1)[-1],
@@ -117,16 +126,17 @@ def _status(
         state=state,
         step=position["step"],
         total_steps=position["total_steps"],
-        attempts=attempts,
+        attempts=found.attempts,
         world_size=position["world_size"],
         samples=position["samples"],
         epoch=position["epoch"],
         holder=str(lease.holder) if lease and lease.state not in ENDED else None,
-        job=job,
+        job=_job(lease, found.submitted),
         checkpoints=tuple(_checkpoints(run, commits)),
         metrics={key: value for key, value in row.items() if key not in _ASIDE},
         seen_at=row.get("time") or heard if state == "running" else heard or row.get("time"),
         heard_at=heard,
+        failure=found.failure and {name: found.failure[name] for name in found.failure if name not in _HEAD},
     )
 
 
@@ -160,15 +170,21 @@ def _lease(run: Storage) -> LeaseRecord | None:
         return None
 
 
-def _last_rows(run: Storage) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The last training step's row, and the last evaluation's values, which are looked for so far and no further."""
+def _last_rows(run: Storage) -> dict[str, Any]:
+    """The last training step's row, with the values of the last evaluation where they stand near it."""
     train: dict[str, Any] = {}
     evaluation: dict[str, Any] = {}
-    for row in islice(rows_backwards(run, layout.METRICS), _ROWS_LOOKED_AT):
+    near = newest_rows(run, layout.METRICS)
+    further = () if any("loss" in row for row in near) else islice(rows_backwards(run, layout.METRICS), _ROWS_LOOKED_AT)
+    for row in chain(reversed(near), further):
         if not train and "loss" in row:
             train = row
         if not evaluation and "eval_loss" in row:
             evaluation = {key: value for key, value in row.items() if key not in _ASIDE}
-        if train and evaluation:
-            break
-    return train, evaluation
+    return {**evaluation, **train}
+
+
+def _evaluated(commits: list[CommitRecord]) -> dict[str, Any]:
+    """The values of the last evaluation before the newest checkpoint, which has kept them."""
+    facts: Mapping[str, Any] = commits[0].state.get("facts", {}) if commits else {}
+    return {name: value for name, value in facts.items() if name.startswith("eval_")}

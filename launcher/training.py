@@ -17,12 +17,12 @@ from ray.train.v2._internal.callbacks.placement_group_callback import PlacementG
 from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
-from launcher.advice import advise
-from launcher.causes import Failure, useful_stack
 from launcher.environment import Environment
 from launcher.group import GroupConfig, controller_for
 from launcher.order import Order
-from launcher.policies import FailurePolicy, Gathered, SizePolicy, cause_of, explained
+from launcher.policies import FailurePolicy, Gathered, SizePolicy, cause_of
+from trainer.errors import MusterError
+from trainer.failure import Failure, useful_stack
 from trainer.job import Job
 from trainer.recipe import Recipe, ResourcesSection
 from trainer.storage import open_storage
@@ -128,6 +128,11 @@ class Fit:
         self._thread = threading.Thread(target=self._run, name="ray-train", daemon=True)
         self._thread.start()
 
+    @property
+    def failed(self) -> MusterError | None:
+        """The failure that the policy has given up at."""
+        return self._order.failed
+
     def wait(self, timeout_s: float) -> bool:
         """Whether it has ended by then."""
         self._thread.join(timeout_s)
@@ -146,13 +151,11 @@ class Fit:
             self.error = error
 
 
-def follow(running: Fit, job: Job, every: Callable[[], None], poll_s: float) -> None:
+def follow(running: Fit, every: Callable[[], None], poll_s: float) -> None:
     """Waits for the end of the training, calling ``every`` each ``poll_s`` seconds. Raises the first cause of a
     failure."""
     while not running.wait(poll_s):
         every()
     every()
     if running.error is not None:
-        run = open_storage(job.storage).child(job.recipe.name)
-        cause = explained(cause_of(running.error), run)
-        raise cause.as_error(advise(cause, job.recipe, run.url)) from running.error
+        raise (running.failed or cause_of(running.error).as_error()) from running.error

@@ -26,7 +26,8 @@ NEWEST_PARTS = 2
 
 class View:
     """The newest attempt after ``after``, looked at every ``LOOK_S`` seconds at most; of the metrics and events only
-    what has grown is read. ``elsewhere``: the driver's own words are not on this screen, and its events tell them."""
+    what has grown is read. News are of those attempts, and of ``driver``, which may fail before it has one.
+    ``elsewhere``: the driver's own words are not on this screen, and its events tell them."""
 
     def __init__(
         self,
@@ -35,10 +36,12 @@ class View:
         total_steps: int,
         clock: Callable[[], float] = time.monotonic,
         *,
+        driver: int | None = None,
         now: Callable[[], float] = time.time,
         elsewhere: bool = False,
     ) -> None:
         self._after, self._total, self._clock, self._now = after, total_steps, clock, now
+        self._writer = None if driver is None else f"driver{driver}"
         self._text = watched_text if elsewhere else event_text
         self._metrics = RowFeed(run, layout.METRICS, newest=NEWEST_PARTS)
         self._events = RowFeed(run, layout.EVENTS)
@@ -47,6 +50,7 @@ class View:
         self._eval_loss: float | None = None
         self._hosts: tuple[str, ...] | None = None
         self._saved: tuple[int, float] | None = None
+        self._cause: str | None = None
         self._news: list[tuple[float, str]] = []
 
     def look(self, *, last: bool = False) -> Standing | None:
@@ -69,15 +73,22 @@ class View:
         return taken
 
     def _take_events(self) -> None:
+        """Hosts and checkpoints of earlier attempts are where the run stands, too, though no news."""
         for event in sorted(self._events.new(), key=lambda row: float(row.get("time") or 0)):
-            if event.get("attempt", 0) <= self._after:
-                continue
-            if text := self._text(event, self._hosts):
+            if event["event"] == "failure":
+                self._cause = event["cause"]
+            elif event["event"] == "end" and event.get("cause") == self._cause:
+                event = {**event, "cause": None}  # told already
+            if self._is_news(event) and (text := self._text(event, self._hosts)):
                 self._news.append((float(event.get("time") or 0), text))
             if event["event"] == "start":
                 self._hosts = tuple(event["hosts"])
             elif event["event"] == "checkpoint":
                 self._saved = (int(event["step"]), float(event.get("time") or 0))
+
+    def _is_news(self, event: Mapping[str, Any]) -> bool:
+        writer = str(event.get("writer") or "").partition("-")[0]
+        return int(event.get("attempt") or 0) > self._after or writer == self._writer
 
     def _take_metrics(self) -> None:
         for row in self._metrics.new():

@@ -7,6 +7,8 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
+from textwrap import wrap
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
@@ -22,6 +24,9 @@ from trainer.storage import Storage
 OVER = ("succeeded", "failed")
 SHOWN_EVENTS = 6
 PLAIN_S = 10.0
+EVERY_ATTEMPT = -1
+"""A failure before the first attempt is told under number 0."""
+NARROWEST_TEXT = 20
 
 
 class Watch:
@@ -31,7 +36,7 @@ class Watch:
     def __init__(self, run: Storage, now: Callable[[], float] = time.time) -> None:
         self._run, self._now = run, now
         self.status: Status = read_status(run, now=now(), newest=1)
-        self._view = View(run, 0, self.status.total_steps, clock=now, now=now, elsewhere=True)
+        self._view = View(run, EVERY_ATTEMPT, self.status.total_steps, clock=now, now=now, elsewhere=True)
         self.events: deque[tuple[float, str]] = deque(maxlen=SHOWN_EVENTS)
         self.news: list[str] = []
         self.look()
@@ -56,8 +61,25 @@ class Watch:
         head.append("".join(f"{GAP}{part}" for part in told if part))
         head.truncate(width)
         body = drawn(self.standing, width) if self.standing else "no step yet"
-        lines = [Text(f"{age(self._now() - when):>6} ago{GAP}{text}"[:width]) for when, text in self.events]
+        lines = [Text(event_lines(age(self._now() - when), text, width)) for when, text in self.events]
         return Group(head, Text(body, no_wrap=True), *lines)
+
+    def failure(self) -> Text | None:
+        """The newest one as a whole, unless the run has succeeded: what, where in the code, and what to do."""
+        if (failure := self.status.failure) is None:
+            return None
+        ago = age(self._now() - float(failure.get("time") or 0))
+        after = ", after which the workers were started again" if failure.get("retried") else ""
+        told = [failure.get(name) for name in ("cause", "trace", "advice")]
+        return Text("\n".join([f"failure {ago} ago{after}:", *(str(part) for part in told if part)]))
+
+
+def event_lines(ago: str, text: str, width: int) -> str:
+    """Of as many lines as it takes: an event's end says what it was about, and a failure's cause may be long."""
+    head = f"{ago:>6} ago{GAP}"
+    room = max(NARROWEST_TEXT, width - len(head))
+    lines = [line for part in text.splitlines() for line in wrap(part, room)]
+    return f"\n{' ' * len(head)}".join([head + lines[0], *lines[1:]]) if lines else head
 
 
 def watch_run(
@@ -72,14 +94,22 @@ def watch_run(
     watch = Watch(run, now)
     if not console.is_terminal:
         _watch_plainly(watch, console, now, sleep)
+        print_failure(watch, console)
         return
     with Live(console=console, auto_refresh=False) as live:
         while True:
             live.update(watch.render(console.width), refresh=True)
             if watch.over:
-                return
+                break
             sleep(LOOK_S)
             watch.look()
+    print_failure(watch, console)
+
+
+def print_failure(watch: Watch, console: Console) -> None:
+    """In lines as long as they are, so that what is copied or searched is whole."""
+    if (failure := watch.failure()) is not None:
+        console.print(failure, soft_wrap=True)
 
 
 def _watch_plainly(watch: Watch, console: Console, now: Callable[[], float], sleep: Callable[[float], None]) -> None:
@@ -100,12 +130,15 @@ def _watch_plainly(watch: Watch, console: Console, now: Callable[[], float], sle
 
 
 def watch_json(run: Storage, write: Callable[[str], None], sleep: Callable[[float], None] = time.sleep) -> None:
-    """A line of JSON, as `muster status --json` has it, whenever something has changed."""
-    before = ""
+    """A line of JSON, as `muster status --json` has it, whenever something has changed; that the run's driver was heard
+    of again is no change. A storage that fails for a while is no end."""
+    status, before = read_status(run), None
     while True:
-        status = read_status(run)
-        if (line := json.dumps(status.to_json())) != before:
-            write(before := line)
+        if (told := replace(status, heard_at=None, seen_at=None)) != before:
+            before = told
+            write(json.dumps(status.to_json()))
         if status.state in OVER:
             return
         sleep(LOOK_S)
+        with suppress(MusterError, FileNotFoundError):
+            status = read_status(run)

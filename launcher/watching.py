@@ -45,10 +45,11 @@ def status(
         went = goodput_of(run, until=found.heard_at, running=found.state == "running")
         print(json.dumps({**found.to_json(), "goodput": went.to_json()}))
     else:
-        from launcher.watch import Watch
+        from launcher.watch import Watch, print_failure
 
-        console = Console()
-        console.print(Watch(run).render(console.width))
+        console, looked = Console(), Watch(run)
+        console.print(looked.render(console.width))
+        print_failure(looked, console)
         if found.checkpoints:
             console.print(checkpoints_table(found))
 

@@ -2,7 +2,8 @@
 
 Rank 0 is the run's driver: it takes the lease and renews it. Every rank listens for SIGTERM, SIGINT and SIGUSR1 (a
 scheduler's warning), and one signal to any of them ends the attempt with a commit and exit code 3. torchrun keeps its
-ranks' exit codes to itself; rank 0 writes its own into the file that ``MUSTER_EXIT_FILE`` names.
+ranks' exit codes to itself; rank 0 writes its own into the file that ``MUSTER_EXIT_FILE`` names, unless it has died, or
+failed of something that nobody has foreseen.
 """
 
 from __future__ import annotations
@@ -15,12 +16,14 @@ import sys
 import threading
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
 from trainer import layout
 from trainer.begin import check_same_recipe, freeze_recipe, prepare_data, read_recipe, try_open_data
+from trainer.ending import leave
 from trainer.errors import InputError, Interrupted, MusterError, WorkerFailed
 from trainer.job import Job
 from trainer.lease import Lease, check_not_cancelled
@@ -31,6 +34,7 @@ from trainer.recipe import Recipe
 from trainer.recipe_at import is_recipe, recipe_at
 from trainer.startup import DATA, IMPORT, Phases, process_began
 from trainer.storage import Storage, open_storage
+from trainer.telling import Rank, RankFailed, told
 from trainer.tracking import tracked
 from trainer.worker import train
 
@@ -56,8 +60,10 @@ def main(arguments: list[str] | None = None) -> int:
     except MusterError as error:
         print(f"muster: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
-    if (told := os.environ.get("MUSTER_EXIT_FILE")) and _rank() == 0:
-        Path(told).write_text(str(code))
+        if isinstance(error, RankFailed):
+            return code  # as one that was killed: it leaves no code of its own
+    if (exit_file := os.environ.get("MUSTER_EXIT_FILE")) and _rank() == 0:
+        Path(exit_file).write_text(str(code))
     return code
 
 
@@ -70,8 +76,7 @@ def _run(place: str, overrides: list[str], *, takeover: bool) -> None:
         _drive(storage, run, recipe, stop, takeover=takeover)
     else:
         total = _await_data(recipe, run, storage, stop)
-        with rank_log(run, _rank()):
-            train(Job(storage.url, 0, recipe, total, {}), stop.is_set)
+        _train(Job(storage.url, 0, recipe, total, {}), stop.is_set, Rank(run, recipe, _rank(), None))
 
 
 def _find(place: str, overrides: list[str]) -> tuple[Recipe, Storage, Storage]:
@@ -92,7 +97,6 @@ def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: threading.Event
     check_not_cancelled(run, _job())
     lease = Lease.acquire(run, job=_job(), takeover=takeover)
     ends = (stop, lease.lost, lease.asked)
-    state = "failed"
     try:
         phases = Phases(process_began())
         phases.end(IMPORT)
@@ -102,17 +106,24 @@ def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: threading.Event
         phases.end(DATA)
         job = Job(storage.url, lease.driver, recipe, total, holder, phases.spent())
         with tracked(recipe, run):
-            with rank_log(run, 0):
-                train(job, lambda: any(e.is_set() for e in ends))
+            _train(job, lambda: any(e.is_set() for e in ends), Rank(run, recipe, 0, lease.driver))
             if finished(run) is None:
                 raise WorkerFailed(f"the workers ended without an error, and {run.url} has not its last commit")
-        state = "succeeded"
-        print(f"muster: finished; the adapter lies in {run.uri(layout.ADAPTER)}", flush=True)
-    except Interrupted:
-        state = "interrupted"
+    except BaseException as error:
+        leave(run, lease, "interrupted" if isinstance(error, Interrupted) else "failed", error)
         raise
-    finally:
-        lease.release(state)
+    leave(run, lease, "succeeded")
+    print(f"muster: finished; the adapter lies in {run.uri(layout.ADAPTER)}", flush=True)
+
+
+def _train(job: Job, stop_requested: Callable[[], bool], of: Rank) -> None:
+    try:
+        with rank_log(of.run, of.rank):
+            train(job, stop_requested)
+    except Interrupted:
+        raise
+    except Exception as error:
+        raise told(error, of) from error
 
 
 def _prepare(recipe: Recipe, run: Storage, storage: Storage) -> int:

@@ -121,6 +121,12 @@ def provenance() -> dict[str, Any]:
     }
 
 
+def versions() -> dict[str, str]:
+    """Of what an attempt runs with: packages that are not there are left out."""
+    found = {name: version for name in PACKAGES if (version := _version(name)) is not None}
+    return {"muster": code_version(), "python": platform.python_version(), **found}
+
+
 def code_version() -> str:
     """The installed version, and the commit where the code lies in a git checkout."""
     root = Path(__file__).resolve().parents[1]

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from trainer.errors import note_where
 from trainer.state import Snapshot
 
 log = logging.getLogger(__name__)
@@ -126,6 +127,7 @@ class Committer:
                 self._run(snapshot, held, coalesced)
             except BaseException as e:
                 log.exception("the checkpoint of step %d was not committed", snapshot.step)
+                note_where(e, f"step {snapshot.step}, commit of the checkpoint")
                 with self._ready:
                     self._error = e
                 return

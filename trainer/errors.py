@@ -12,6 +12,7 @@
     ├── NonFiniteLoss               1  the loss became inf or nan
     ├── RewardFailed                1  the recipe's reward function raised, or returned what is no reward
     ├── WorkerFailed                1  a training worker died or raised
+    │   └── RankFailed              1  under torchrun, of what may pass (trainer/telling.py)
     └── Interrupted                 3  stopped on request; the same command resumes
         └── StartAgain              3  stopped by what passes (lost nodes): whoever manages the job may start it again
 
@@ -37,9 +38,18 @@ def where_of(error: BaseException) -> str | None:
 
 
 class MusterError(Exception):
-    """Base of all errors that muster raises on purpose; its text is meant for the user."""
+    """Base of all errors that muster raises on purpose; its text is meant for the user. Of several arguments the first
+    says what happened, and the others (the end of a stack, what to try next) follow on lines of their own."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return "\n".join(map(str, self.args))
+
+    @property
+    def cause(self) -> str:
+        """What happened, without the details."""
+        return str(self.args[0]) if self.args else ""
 
 
 class UsageError(MusterError):
@@ -66,6 +76,10 @@ class RecipeError(UsageError):
 
     def __str__(self) -> str:
         return "\n".join(str(m) for m in self.mistakes)
+
+    @property
+    def cause(self) -> str:
+        return str(self)
 
 
 class InputError(UsageError):

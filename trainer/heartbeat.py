@@ -53,8 +53,12 @@ class Pulse:
     beat: int
     stack: str = ""
 
+    @property
+    def place(self) -> str:
+        return f"step {self.step}, {self.phase}"
+
     def __str__(self) -> str:
-        return f"rank {self.rank} on {self.host} (process {self.pid}), step {self.step}, {self.phase}"
+        return f"rank {self.rank} on {self.host} (process {self.pid}), {self.place}"
 
 
 class PulseStore(Protocol):
@@ -139,6 +143,10 @@ class Heartbeat:
     def still_s(self) -> float:
         """Seconds since any rank moved, as seen from here."""
         return self._clock() - max((s.moved_at for s in self._seen.values()), default=self._clock())
+
+    def seen(self) -> dict[int, str]:
+        """Where each rank was by the newest pulse that was read of it."""
+        return {rank: seen.pulse.place for rank, seen in dict(self._seen).items()}
 
     def _work(self) -> None:
         while not self._closed.wait(BEAT_S):

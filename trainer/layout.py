@@ -83,6 +83,13 @@ def events_part(attempt: int, writer: str) -> str:
     return f"{EVENTS}/a{attempt:06d}-{writer}"
 
 
+def driver_of_events(key: str) -> int | None:
+    """Of a part of what a driver, or a rank in its place, has written (``driver2``, ``driver2-controller``); None for
+    any other key."""
+    match = re.fullmatch(rf"{EVENTS}/a\d{{6,}}-driver(\d+)(-[a-z]+\d*)?-\d+\.jsonl", key)
+    return int(match[1]) if match else None
+
+
 def ledger_part(attempt: int, rank: int) -> str:
     return f"{LEDGER}/a{attempt:06d}-r{rank:05d}"
 

@@ -23,6 +23,8 @@ from trainer.storage import Storage
 
 log = logging.getLogger(__name__)
 RENEW_S = 3.0
+RENEWAL_S = 20.0
+"""How long one renewal is tried: whoever releases the lease waits for the one that is under way."""
 STALE_S = 15.0
 WATCH_S = 20.0
 _POLL_S = 1.0
@@ -164,8 +166,9 @@ class Lease:
         self._gathers += 1
         self._wake.set()
 
-    def release(self, state: str) -> None:
-        """Ends as ``succeeded``, ``failed`` or ``interrupted``; raises storage errors. A lost lease is left alone."""
+    def release(self, state: str, *, deadline_s: float | None = None) -> None:
+        """Ends as ``succeeded``, ``failed`` or ``interrupted``; raises storage errors, after ``deadline_s`` or else the
+        storage's own. A lost lease is left alone."""
         if state not in ENDED:
             raise ValueError(f"a lease ends with one of {', '.join(ENDED)}, not with {state!r}")
         with self._lock:
@@ -173,7 +176,7 @@ class Lease:
         self._wake.set()
         self._thread.join()
         self._state = state
-        self._renew()
+        self._renew(self._run if deadline_s is None else self._run.within(deadline_s))
 
     def _work(self) -> None:
         while not self.lost.is_set():
@@ -183,19 +186,19 @@ class Lease:
                 if self._ended:
                     return
             try:
-                self._renew()
+                self._renew(self._run.within(RENEWAL_S))
             except MusterError as error:
                 log.warning("the lease of %s was not renewed: %s", self._run.url, error)
 
-    def _renew(self) -> None:
+    def _renew(self, run: Storage) -> None:
         """Looks for a newer driver first, so that a lost lease does not hide the one of who has the run now."""
-        if read_claims(self._run).driver > self.driver:
+        if read_claims(run).driver > self.driver:
             self.lost.set()
             return
         beat = self._record.beat + 1
         self._record = replace(self._record, state=self._state, gathers=self._gathers, time=self._clock(), beat=beat)
-        _write(self._run, self._record)
-        if not self.asked.is_set() and end_is_requested(self._run, self.driver):
+        _write(run, self._record)
+        if not self.asked.is_set() and end_is_requested(run, self.driver):
             self.asked.set()
 
 

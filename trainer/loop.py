@@ -28,9 +28,13 @@ from trainer.own_time import OwnTime, of_this_rank, rank_record
 from trainer.recipe import Recipe
 from trainer.strategies import Strategy
 from trainer.tasks import Task, Totals, Update
-from trainer.world import World
+from trainer.world import World, memory_bytes
 
-NAMED_SAMPLES = 8
+NAMED_SAMPLES = NAMED_RANKS = 8
+NAMING = (
+    "SOURCE:FILE/PLACE is the entry of data.train and its file in the order of names, both from 0, and the byte where "
+    "the sample begins (in Parquet and on the Hub its row)"
+)
 MIN_LOSS_SCALE = 1.0
 
 
@@ -64,14 +68,15 @@ class Hooks:
 
 class Updated(NamedTuple):
     """What one update of the optimizer came to: the mean loss, the gradient's norm, whether any rank asks to stop, what
-    attention did (`Operations.scores`), each rank's own seconds, and the metrics' sums over all ranks, to be named by
-    ``totals``."""
+    attention did (`Operations.scores`), each rank's own seconds and its memory in bytes, and the metrics' sums over all
+    ranks, to be named by ``totals``."""
 
     loss: float
     norm: float
     stop: bool
     scores: float
     own_s: list[float]
+    held: list[float]
     sums: list[float]
     totals: Totals
 
@@ -148,28 +153,33 @@ class Loop:
         stop = any(update.stop for update in done)
         seconds = time.monotonic() - began
         speed = self._speed(data.plan, sum(update.scores for update in done), seconds)
-        ranks = rank_record([sum(own) for own in zip(*(update.own_s for update in done), strict=True)])
+        own = [sum(one) for one in zip(*(update.own_s for update in done), strict=True)]
+        ranks = rank_record(own, done[-1].held)
         return self._metrics(step, data.plan, said, lr, norm, {**speed, **ranks}), stop
 
     def _update(self, step: int, update: Update, lr: float) -> Updated:
         loss_sum, totals = self._accumulate(step, update)
         self.hooks.phase(step, "exchange of the loss")
         stop_here, scores_here = float(self.hooks.stop_requested()), self._scores(update)
-        own = of_this_rank(self.own.take(), self.world.rank, self.world.size)
+        rank, ranks = self.world.rank, self.world.size
+        own = of_this_rank(self.own.take(), rank, ranks)
+        held = of_this_rank(memory_bytes(self.world.device), rank, ranks)
         total, bad, stop, scores, *sums = self.world.sum(
-            [loss_sum, float(not math.isfinite(loss_sum)), stop_here, scores_here, *own, *totals.numbers()]
+            [loss_sum, float(not math.isfinite(loss_sum)), stop_here, scores_here, *own, *held, *totals.numbers()]
         )
-        own, sums = sums[: len(own)], sums[len(own) :]
+        own, held, sums = sums[:ranks], sums[ranks : 2 * ranks], sums[2 * ranks :]
         if bad:
             self._non_finite(step, update, loss_sum)
         self.hooks.phase(step, "optimizer")
         norm = self.strategy.step(lr, self.hooks.around_update(step))
         if not math.isfinite(norm) and not self._may_scale_down():
+            named = self._named(_samples(update))
             raise NonFiniteLoss(
-                f"step {step}: the gradient's norm is {norm} while the loss is finite; lower the "
-                f"learning rate ({lr:g}), or compute in float32 or bfloat16 (model.dtype)"
+                f"step {step}: the gradient's norm is {norm} while the loss is finite ({named}); "
+                f"lower the learning rate ({lr:g}), compute in float32 or bfloat16 (model.dtype), or look at these "
+                f"samples: {NAMING}"
             )
-        return Updated(total / max(1, update.units), norm, bool(stop), scores, own, sums, totals)
+        return Updated(total / max(1, update.units), norm, bool(stop), scores, own, held, sums, totals)
 
     def _scores(self, update: Update) -> float:
         if self.meter is None:
@@ -238,12 +248,16 @@ class Loop:
 
     def _non_finite(self, step: int, update: Update, loss_sum: float) -> None:
         """Every rank gets here, since the sum told all of them; each names what it had been fed."""
-        mine = [s for b in update.batches for s in b.sample_ids] if not math.isfinite(loss_sum) else []
-        named = [(rank, samples) for rank, samples in enumerate(self.world.gather(mine)) if samples]
-        where = "; ".join(f"rank {r}: samples {', '.join(s[:NAMED_SAMPLES])}" for r, s in named)
+        named = self._named([] if math.isfinite(loss_sum) else _samples(update))
         raise NonFiniteLoss(
-            f"step {step}: the loss is not finite ({where}). Lower optimizer.lr, or look at these samples"
+            f"step {step}: the loss is not finite ({named}). Lower optimizer.lr, or look at these samples: {NAMING}"
         )
+
+    def _named(self, mine: Sequence[str]) -> str:
+        """Collective: what each rank names of its samples, the first ones of them."""
+        named = [(rank, samples) for rank, samples in enumerate(self.world.gather(mine)) if samples]
+        told = [f"rank {rank}: samples {_first_of(samples, NAMED_SAMPLES)}" for rank, samples in named]
+        return _first_of(told, NAMED_RANKS, "; ")
 
     @torch.no_grad()
     def evaluate(self, step: int) -> None:
@@ -270,6 +284,15 @@ class Loop:
     def _measure(self, batch: Batch) -> dict[str, torch.Tensor]:
         with self.strategy.autocast():
             return evaluated_sums(self.task, self.strategy.module, batch, self.world.device)
+
+
+def _samples(update: Update) -> list[str]:
+    return [sample for batch in update.batches for sample in batch.sample_ids]
+
+
+def _first_of(things: Sequence[str], count: int, between: str = ", ") -> str:
+    more = len(things) - count
+    return between.join(things[:count]) + (f" and {more} more" if more > 0 else "")
 
 
 def evaluated_sums(task: Task, module: torch.nn.Module, batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:

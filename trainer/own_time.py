@@ -17,7 +17,7 @@ import torch
 MOST_RANKS = 64
 """Up to so many a step's record has every rank's seconds; of more it names the slowest."""
 
-RANK_FIELDS = ("slowest_rank", "slowest_rank_s", "mean_rank_s", "rank_s")
+RANK_FIELDS = ("slowest_rank", "slowest_rank_s", "mean_rank_s", "rank_s", "memory_bytes", "memory_rank")
 
 
 class OwnTime:
@@ -52,13 +52,15 @@ class OwnTime:
         return event
 
 
-def of_this_rank(seconds: float, rank: int, ranks: int) -> list[float]:
+def of_this_rank(value: float, rank: int, ranks: int) -> list[float]:
     """To be summed over the ranks: then everyone has everyone's."""
-    return [seconds if one == rank else 0.0 for one in range(ranks)]
+    return [value if one == rank else 0.0 for one in range(ranks)]
 
 
-def rank_record(seconds: Sequence[float]) -> dict[str, Any]:
-    """What a step's record says of the ranks' own ``seconds``."""
+def rank_record(seconds: Sequence[float], held: Sequence[float]) -> dict[str, Any]:
+    """What a step's record says of the ranks' own ``seconds`` and of the bytes of memory that they ``held``."""
     slowest = max(range(len(seconds)), key=seconds.__getitem__)
+    largest = max(range(len(held)), key=held.__getitem__)
     told: dict[str, Any] = {"slowest_rank": slowest, "slowest_rank_s": seconds[slowest], "mean_rank_s": fmean(seconds)}
+    told |= {"memory_bytes": int(held[largest]), "memory_rank": largest}
     return {**told, "rank_s": [round(s, 5) for s in seconds]} if len(seconds) <= MOST_RANKS else told

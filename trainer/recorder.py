@@ -16,6 +16,8 @@ from trainer.reporter import Events, JsonLines, read_rows
 from trainer.storage import Storage
 from trainer.world import World
 
+EVALUATED = "eval_"
+
 
 class Recorder:
     """Metrics and events on rank 0, silent on the others; the ledger, if the recipe wants one, on all."""
@@ -52,11 +54,22 @@ class Recorder:
         events = self._events or Events(self._run, self.attempt, f"rank{self.world.rank}")
         events.emit("hang", cause=text, ranks=[asdict(pulse) for pulse in found])
 
+    def broken(self, seen: Mapping[int, str]) -> None:
+        """Where this rank last saw each one, when its collectives have broken: one that has died says nothing."""
+        events = self._events or Events(self._run, self.attempt, f"rank{self.world.rank}")
+        events.emit("broken", seen=seen)
+        if not self._events:
+            events.close()
+
     def metrics(self, row: dict[str, Any], **aside: Any) -> None:
         """``aside`` is written with the row, but is no fact of the result."""
         self.facts.update(row)
         if self._metrics:
             self._metrics.add({"attempt": self.attempt, "time": time.time(), **row, **aside})
+
+    def go_on(self, facts: Mapping[str, Any]) -> None:
+        """From those of a checkpoint, of which the last evaluation holds until the next."""
+        self.facts |= {name: value for name, value in facts.items() if name.startswith(EVALUATED)}
 
     def fed(self, step: int, batches: list[Batch]) -> None:
         """``batches``: what this rank fed to the model in ``step``, zero-weight ones left out."""

@@ -12,9 +12,10 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import takewhile
 from typing import Any
 
 from trainer import layout
@@ -24,6 +25,8 @@ from trainer.storage import ObjectInfo, Storage
 log = logging.getLogger(__name__)
 _ROLL_BYTES = 512 * 1024
 _PARALLEL_READS = 8
+_GLANCE_BYTES = 128 * 1024
+_FAILURE_PARTS = 4
 _EVENT_WAIT_S = 10.0
 _MOST_PATIENCE = 32  # times flush_s between attempts while the storage fails
 
@@ -176,6 +179,38 @@ def rows_backwards(storage: Storage, prefix: str) -> Iterator[dict[str, Any]]:
         yield from reversed(_read_part(storage, info.key))
 
 
+def newest_rows(storage: Storage, prefix: str) -> list[dict[str, Any]]:
+    """The last rows of the newest part below the folder ``prefix``, in their order, in one listing and one read of at
+    most `_GLANCE_BYTES`."""
+    parts = _parts_below(storage, prefix)
+    if not parts:
+        return []
+    key, size = parts[-1].key, parts[-1].size
+    if size <= _GLANCE_BYTES:
+        return _read_part(storage, key)
+    tail = storage.read_range(key, size - _GLANCE_BYTES, size)
+    return _parsed(storage.uri(key), tail.splitlines()[1:])
+
+
+def newest_failure(storage: Storage, driver: int) -> dict[str, Any] | None:
+    """Why the run of this driver has failed, or failed last: its newest event `failure`, or the `end` of what failed
+    outside of an attempt. Reads what drivers write and no more, so that a glance has it."""
+    parts = [info for info in _parts_below(storage, layout.EVENTS) if layout.driver_of_events(info.key) == driver]
+    newest = sorted(parts, key=lambda info: (info.modified, info.key))[-_FAILURE_PARTS:]
+    rows = [row for info in newest for row in _read_part(storage, info.key)]
+    rows.sort(key=lambda row: float(row.get("time") or 0))
+    failures = [row for row in rows if row.get("event") == "failure"]
+    if failures and not failures[-1].get("retried"):
+        return failures[-1]
+    return next((row for row in reversed(rows) if row.get("event") == "failure" or row.get("cause")), None)
+
+
+def newest_event(storage: Storage, attempt: int, kind: str) -> dict[str, Any] | None:
+    """The newest one of this kind in the newest ``attempt``, if there is one."""
+    rows = takewhile(lambda row: row.get("attempt") == attempt, rows_backwards(storage, layout.EVENTS))
+    return next((row for row in rows if row.get("event") == kind), None)
+
+
 def plain(value: Any) -> Any:
     """As JSON takes it: non-finite floats become None, tuples lists, numpy and torch scalars Python's own."""
     if isinstance(value, Mapping):
@@ -206,10 +241,14 @@ def _next_number(storage: Storage, prefix: str) -> int:
 
 
 def _read_part(storage: Storage, key: str) -> list[dict[str, Any]]:
+    return _parsed(storage.uri(key), storage.read(key).splitlines())
+
+
+def _parsed(uri: str, lines: Iterable[bytes]) -> list[dict[str, Any]]:
     rows = []
-    for line in storage.read(key).splitlines():
+    for line in lines:
         try:
             rows.append(json.loads(line))
         except ValueError:
-            log.warning("%s holds a line that is not JSON; it is left out", storage.uri(key))
+            log.warning("%s holds a line that is not JSON; it is left out", uri)
     return rows

@@ -22,13 +22,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer import layout
-from trainer.begin import RunData, open_data, weights
+from trainer.begin import RunData, open_data, versions, weights
 from trainer.building import build_parts
 from trainer.card import model_card
 from trainer.checkpoint import CommitRecord, Retention, claim_attempt, commit, fetch, fetch_whole, put_checkpoint
 from trainer.committer import Committed, Committer, Held, StaleAlarm
 from trainer.data import Batch, Cursor, Stream, eval_batches, open_caches
 from trainer.errors import Interrupted, MusterError, note_where
+from trainer.failure import COLLECTIVE
 from trainer.heartbeat import (
     COMPILING_PATIENCE_S,
     LEAST_PATIENCE_S,
@@ -54,7 +55,7 @@ from trainer.startup import DATA, FIRST_STEP, MODEL, SAMPLES, WORKERS, Phases
 from trainer.state import Snapshot, TrainState
 from trainer.storage import open_storage
 from trainer.strategies.compiling import Warmup
-from trainer.world import World, join_world, memory_bytes
+from trainer.world import World, device_name, join_world
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,6 +63,8 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOG_EVERY_S = 10.0
+TELLING_RANKS = 2
+"""Those of the lowest numbers tell where they saw the others last: one of them is left when another has died."""
 
 
 def train(job: Job, stop_requested: Callable[[], bool]) -> Position:
@@ -97,6 +100,7 @@ class Attempt:
         self.began = time.monotonic()
         self.logged_at = 0.0
         self.doing = "opening the data"
+        self.seen: Callable[[], dict[int, str]] = dict
 
     def run(self, stop_requested: Callable[[], bool]) -> Position:
         run, recipe = self.run_storage, self.recipe
@@ -133,8 +137,10 @@ class Attempt:
         record could not be stored either."""
         try:
             yield
-        except BaseException:
+        except BaseException as error:
             try:
+                if self.world.rank < TELLING_RANKS and COLLECTIVE.search(str(error)):
+                    self.recorder.broken(self.seen())  # first: when a rank has died, the others are ended soon
                 if self.committer:
                     self.committer.drain()
                 self.recorder.close()
@@ -176,6 +182,7 @@ class Attempt:
             if not self.world.is_first:
                 fetch(self.run_storage, record, target)
             self.state.load(target, record.state)
+            self.recorder.go_on(record.state.get("facts", {}))
             return Position(record.step, Cursor.from_json(record.state["cursor"]))
 
     def _skipped(self, step: int, uri: str, reason: str) -> None:
@@ -184,15 +191,19 @@ class Attempt:
 
     def _say_started(self, start: Position, restore_s: float) -> None:
         log.info("built, and begins after step %d", start.step)
-        hosts, strategy = self.world.gather(self.world.host), self.strategy.report()
-        pids = self.world.gather(os.getpid())
+        world, strategy = self.world, self.strategy.report()
+        ranks = world.gather((world.host, os.getpid(), device_name(world.device)))
+        hosts, pids, devices = zip(*ranks, strict=True)
         self.recorder.event(
             "start",
             step=start.step,
             total_steps=self.job.total_steps,
+            driver=self.job.driver,
             hosts=hosts,
             pids=pids,
-            world_size=self.world.size,
+            devices=devices,
+            versions=versions() if world.is_first else {},
+            world_size=world.size,
             strategy=strategy,
             load=self.load,
             attention=self.attention,
@@ -208,6 +219,7 @@ class Attempt:
         self.heartbeat = Heartbeat(
             world.rank, world.size, world.host, store_of_group(), self._hang, least_patience_s=patience
         )
+        self.seen = self.heartbeat.seen
         self.warmup = Warmup(self.recipe.compute.compile)
         tell = partial(self.recorder.said, "profile")
         opening = Opening(data.eval, self.eval_cache, self._tokenizer) if data.eval else None
@@ -218,7 +230,7 @@ class Attempt:
             step_done=self._step_done,
             fed=self.recorder.fed,
             checkpoint=self._checkpoint,
-            evaluated=self.recorder.metrics,
+            evaluated=lambda row: self.recorder.metrics(row, **self._compiled(row["step"])),
             stop_requested=stop_requested,
             phase=self._doing,
             around_step=profiler.around,
@@ -281,7 +293,6 @@ class Attempt:
             return
         lag = self.committer.lag()
         aside: dict[str, Any] = {"stall_s": self.stall_s, "backlog": lag.backlog, "checkpoint_age_s": lag.age_s}
-        aside["memory_bytes"] = memory_bytes(self.world.device)
         aside |= {name: metrics[name] for name in RANK_FIELDS if name in metrics}
         facts = {name: value for name, value in metrics.items() if name not in RANK_FIELDS}
         self.recorder.metrics(facts, **aside, **self._compiled(metrics["step"]))

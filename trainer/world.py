@@ -126,6 +126,10 @@ def _let_go() -> None:
     time.sleep(THREADS_TURN_S)
 
 
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
 def memory_bytes(device: torch.device) -> int:
     """The most that this process has had of its GPU's memory so far; on CPUs what it holds of the host's now."""
     if device.type == "cuda":

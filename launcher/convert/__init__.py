@@ -48,7 +48,10 @@ def convert(
     if out is None:
         print(text, end="")
     else:
-        out.write_text(text, encoding="utf-8")
+        try:
+            out.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"{out} cannot be written: {error.strerror or error}") from None
         console.print(Text(f"wrote {out}"), soft_wrap=True)
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.convert import axolotl_data, common
-from launcher.convert.draft import OFF, Draft
+from launcher.convert.draft import Draft, as_mapping
 
 HINDRANCES = {
     "unfrozen_parameters": "trains some of the base's own weights; muster trains an adapter, or all of them",
@@ -15,6 +15,9 @@ HINDRANCES = {
     "processor_type": "a model of images or sound; muster trains on text",
     "diffusion": "a model that diffuses tokens; muster trains causal language models",
     "ebft": "another objective; the tasks are sft, classification, reward, dpo and ppo",
+    "use_eaft": "another loss; task sft has cross entropy",
+    "model_quantization_config": "a base that is held in another quantisation; muster takes unquantised ones, or "
+    "bitsandbytes' NF4",
     "relora": "merges and starts anew while it trains; muster trains one adapter",
     "use_onebitllms": "a base of ternary weights; muster takes unquantised ones, or bitsandbytes' NF4",
 }
@@ -23,8 +26,10 @@ KERNELS = "the same result by other kernels"
 IDLE = {
     "logging_steps": CURVES,
     "include_t*": CURVES,
-    "wandb_*": "W&B reads its own environment variables (WANDB_PROJECT, …)",
-    "mlflow_*": "MLflow reads its own environment variables (MLFLOW_TRACKING_URI, …)",
+    "wandb_*": "of W&B, a recipe names project, entity and mode; it reads its other variables itself",
+    "use_wandb": "tracking names the trackers",
+    "mlflow_*": "of MLflow, a recipe names server and experiment; it reads its other variables itself",
+    "use_mlflow": "tracking names the trackers",
     "swanlab_*": "there is no tracker swanlab",
     "use_swanlab": "there is no tracker swanlab",
     "trackio_*": "there is no tracker trackio",
@@ -54,10 +59,21 @@ IDLE = {
     "xformers_attention": KERNELS,
     "flex_*": KERNELS,
     "eager_attention": KERNELS,
+    "lora_fan_in_fan_out": "peft finds it out by itself",
+    "lora_on_cpu": "each rank loads what it keeps",
+    "qlora_sharded_model_loading": "each rank loads what it keeps",
+    "merge_method": "muster merge",
+    "fsdp_*": "a matter of the strategy",
+    "batch_size": "gradient_accumulation_steps comes first",
+    "num_labels": "a reward is one number",
+    "use_ray": "the driver runs on Ray",
+    "resources_per_worker": "resources.gpus_per_worker is 1",
     "sample_packing_*": "the packs are planned for the whole epoch",
     "eval_sample_packing": "evaluation packs as training does",
     "pad_to_sequence_len": "pads count nothing",
     "group_by_length": "packs hold samples of any length",
+    "pretrain_multipack_attn": "samples of a pack never see each other",
+    "shuffle_merged_datasets": "the order is drawn anew for each epoch",
     "streaming*": "data are streamed once they are prepared",
     "eval_batch_size": "evaluation takes training.micro_batch",
     "tf32": "a matter of the card",
@@ -96,7 +112,6 @@ PLUGINS = ("liger", "cut_cross_entropy", "kernels", "spectrum", "swanlab")
 
 def convert(settings: dict[str, Any], file: Path, workers: int | None) -> Draft:
     draft = Draft(settings)
-    del file
     draft.hinder_where(HINDRANCES)
     common.place(draft, "output_dir", "./model-out")
     draft.move("seed", "seed")
@@ -104,123 +119,155 @@ def convert(settings: dict[str, Any], file: Path, workers: int | None) -> Draft:
     _model(draft)
     _adapter(draft)
     axolotl_data.data(draft)
-    _strategy(draft)
+    _strategy(draft, file)
     _training(draft, workers)
     common.optimizer(draft, "optimizer", "adamw_torch_fused")
-    if "learning_rate" not in settings:
+    if "learning_rate" not in draft.settings:
         draft.hinder("learning_rate", "is missing, and axolotl has no default for it")
     _schedule(draft)
     _saving(draft)
     _plugins(draft)
-    common.trackers(draft, _wanted(draft))
+    _trackers(draft)
+    if draft.take("shuffle_merged_datasets") is False:
+        draft.lose("shuffle_merged_datasets", "false: the order is drawn anew for each epoch")
     return draft.finish(IDLE)
 
 
 def _task(draft: Draft) -> None:
     kind = draft.take("rl")
     if kind == "dpo":
-        draft.put("task", "dpo")
-        beta = draft.number("rl_beta", draft.number("dpo_beta"))
-        if beta is not None:
-            draft.put("dpo.beta", float(beta))
-        smoothing = draft.number("dpo_label_smoothing")
-        if smoothing:
-            draft.put("dpo.label_smoothing", float(smoothing))
+        draft.put("task", "dpo", "rl")
+        _dpo(draft)
     elif kind:
         draft.hinder("rl", f"{kind} has no task; the tasks are sft, classification, reward, dpo and ppo")
-    if draft.take("reward_model"):
-        draft.put("task", "reward")
-        draft.take("num_labels")
+    if draft.is_on("reward_model"):
+        draft.put("task", "reward", "reward_model")
+
+
+def _dpo(draft: Draft) -> None:
+    trl = draft.part("trl", as_mapping(draft.take("trl")))
+    for part, key in ((trl, "beta"), (draft, "rl_beta"), (draft, "dpo_beta")):
+        beta = part.number(key)
+        if beta is not None and "dpo" not in draft.recipe:
+            part.put("dpo.beta", float(beta), key)
+    if "trl.beta" in draft.used:
+        draft.use("dpo.beta", "trl")
+    trl.finish({})
+    smoothing = draft.number("dpo_label_smoothing")
+    if smoothing:
+        draft.put("dpo.label_smoothing", float(smoothing), "dpo_label_smoothing")
 
 
 def _model(draft: Draft) -> None:
-    if not draft.settings.get("base_model"):
+    if not draft.is_on("base_model"):
         draft.hinder("base_model", "is missing: nothing is trained here")
     common.refuse_quantised(draft, "base_model")
     base = draft.take("base_model", "")
-    draft.put("model.path", base)
+    draft.put("model.path", base, "base_model")
     draft.move("revision_of_model", "model.revision")
     for key in ("base_model_config", "tokenizer_config"):
-        if draft.settings.get(key) == base:
-            draft.take(key)
-    halves = {"bfloat16": ("bf16", "bfloat16"), "float16": ("fp16", "float16")}
-    dtypes = [dtype for dtype, keys in halves.items() if draft.any_on(*keys)]
-    draft.put("model.dtype", dtypes[0] if dtypes else "float32")
-    draft.take("float32")
-    draft.take("torch_dtype")
-    if draft.take("trust_remote_code"):
-        draft.put("model.trust_remote_code", True)
-    if draft.take("adapter") == "qlora" or draft.take("load_in_4bit"):
-        draft.put("model.quantization", "nf4")
-    elif draft.take("load_in_8bit"):
-        draft.put("model.quantization", "int8")
-    draft.take("load_in_4bit")
-    draft.take("load_in_8bit")
+        if draft.take(key) == base:
+            draft.use("model.path", key)
+    _precision(draft)
+    if draft.is_on("trust_remote_code"):
+        draft.put("model.trust_remote_code", True, "trust_remote_code")
+    if draft.take("adapter") == "qlora" or draft.is_on("load_in_4bit"):
+        draft.put("model.quantization", "nf4", "load_in_4bit")
+        draft.pass_over("load_in_8bit", "4 bits come first")
+    elif draft.is_on("load_in_8bit"):
+        draft.put("model.quantization", "int8", "load_in_8bit")
+
+
+def _precision(draft: Draft) -> None:
+    """bf16 is on by itself, where it is neither switched off nor replaced by fp16."""
+    automatic = draft.take("bf16", None if "bf16" in draft.empty else "auto") == "auto"
+    if draft.is_on("bfloat16") or (draft.is_on("bf16") and not automatic) or (automatic and not draft.is_on("fp16")):
+        dtype = "bfloat16"
+    elif draft.is_on("fp16") or draft.is_on("float16") or draft.is_on("load_in_8bit"):
+        dtype = "float16"
+    else:
+        dtype = "float32"
+    if automatic and "bf16" not in draft.settings and dtype == "bfloat16":
+        draft.decisions.append("dtype bfloat16 is axolotl's own where no precision is given")
+    draft.put("model.dtype", dtype, "bf16", "bfloat16", "fp16", "float16")
+    for key in ("torch_dtype", "float32"):
+        draft.pass_over(key, "bf16 and fp16 decide")
 
 
 def _adapter(draft: Draft) -> None:
     kind = draft.take("adapter")
     if not kind:
-        draft.put("adapter.method", "none")
+        draft.put("adapter.method", "none", "adapter")
         for key in [key for key in draft.settings if key.startswith(("lora_", "peft_", "loraplus_"))]:
             draft.pass_over(key, "there is no adapter")
         return
     if kind not in ("lora", "qlora"):
         draft.hinder("adapter", f"{kind} is not lora or qlora; see muster matrix for the methods that there are")
-    draft.put("adapter.method", _method(draft))
+    draft.put("adapter.method", _method(draft), "adapter")
     for key, name in (("lora_r", "rank"), ("lora_alpha", "alpha")):
         draft.move(key, f"adapter.{name}")
-    draft.put("adapter.dropout", float(draft.number("lora_dropout", 0.0)))
-    targets = draft.take("lora_target_modules")
-    if draft.take("lora_target_linear") or not targets or targets in ("all-linear", ["all-linear"]):
-        draft.put("adapter.target_modules", "all-linear")
-        if targets and targets not in ("all-linear", ["all-linear"]):
-            draft.pass_over("lora_target_modules", "lora_target_linear takes all linear layers")
-    else:
-        draft.put("adapter.target_modules", targets)
-    if draft.take("lora_modules_to_save"):
-        draft.put("adapter.modules_to_save", draft.settings["lora_modules_to_save"])
+    draft.put("adapter.dropout", float(draft.number("lora_dropout", 0.0)), "lora_dropout")
+    _targets(draft)
+    if draft.is_on("lora_modules_to_save"):
+        draft.put("adapter.modules_to_save", draft.take("lora_modules_to_save"), "lora_modules_to_save")
     tokens = draft.take("peft_trainable_token_indices")
-    if isinstance(tokens, list):
-        draft.put("adapter.trainable_tokens", tokens)
+    if isinstance(tokens, list) and tokens:
+        draft.put("adapter.trainable_tokens", tokens, "peft_trainable_token_indices")
     elif tokens:
         draft.lose("peft_trainable_token_indices", "by layer; adapter.trainable_tokens takes a list of numbers")
-    draft.take("lora_fan_in_fan_out")  # peft finds it out by itself
     _initial(draft)
 
 
+def _targets(draft: Draft) -> None:
+    targets, path = draft.take("lora_target_modules"), "adapter.target_modules"
+    if not draft.is_on("lora_target_linear") and targets and targets not in ("all-linear", ["all-linear"]):
+        draft.put(path, targets, "lora_target_modules")
+        return
+    draft.put(path, "all-linear", "lora_target_linear")
+    named = draft.names("lora_target_modules") if targets else []
+    if any("head" in name or "embed" in name for name in named):
+        draft.lose("lora_target_modules", f"{', '.join(named)} beside all linear layers; all-linear takes no head")
+    elif targets:
+        draft.pass_over("lora_target_modules", "all linear layers are taken")
+    elif not draft.is_on("lora_target_linear"):
+        draft.decisions.append("target_modules all-linear, since the file names none")
+
+
 def _method(draft: Draft) -> str:
-    if draft.take("peft_use_dora"):
-        return "dora"
-    if draft.take("loraplus_lr_ratio"):
-        draft.put("adapter.lr_ratio", float(draft.number("loraplus_lr_ratio")))
-        return "loraplus"
-    if draft.take("peft_use_rslora"):
-        return "rslora"
     start = str(draft.take("peft_init_lora_weights", ""))
-    return "pissa" if start.startswith("pissa") else "olora" if start == "olora" else "lora"
+    asked = {
+        "dora": draft.is_on("peft_use_dora") and "peft_use_dora",
+        "loraplus": draft.is_on("loraplus_lr_ratio") and "loraplus_lr_ratio",
+        "rslora": draft.is_on("peft_use_rslora") and "peft_use_rslora",
+        "pissa": start.startswith("pissa") and "peft_init_lora_weights",
+        "olora": start == "olora" and "peft_init_lora_weights",
+    }
+    found = {method: key for method, key in asked.items() if key}
+    return common.one_method(draft, found)
 
 
 def _initial(draft: Draft) -> None:
     start = draft.take("peft_init_lora_weights")
-    if start not in (None, True) and not str(start).startswith(("pissa", "olora")):
+    if start is True:
+        draft.pass_over("peft_init_lora_weights", "lora begins as its paper says")
+    elif start and not str(start).startswith(("pissa", "olora")):
         draft.lose("peft_init_lora_weights", f"{start}; lora begins as its paper says")
-    if draft.take("lora_model_dir"):
+    if draft.is_on("lora_model_dir"):
         draft.hinder("lora_model_dir", "goes on from an adapter; merge it (muster merge), and train on the result")
-    if draft.take("peft"):
+    if draft.is_on("peft"):
         draft.lose("peft", "LoftQ's start; adapter.method pissa has one for 4 bits too")
 
 
-def _strategy(draft: Draft) -> None:
-    given = draft.take("deepspeed")
-    held = draft.take("fsdp_config")
-    settings: dict[str, Any] = held if isinstance(held, dict) else {}
-    shards = [bool(held), bool(draft.take("fsdp")), bool(draft.take("fsdp_version"))]
-    sharded = any(shards) or draft.number("dp_shard_size", 1) > 1
-    if given:
-        common.deepspeed(draft, given)
+def _strategy(draft: Draft, file: Path) -> None:
+    keys = ("fsdp", "fsdp_config", "fsdp_version", "dp_shard_size")
+    settings = as_mapping(draft.take("fsdp_config"))
+    sharded = any(draft.is_on(key) for key in keys[:3]) or draft.number("dp_shard_size", 1) > 1
+    if draft.is_on("deepspeed"):
+        common.deepspeed(draft, "deepspeed", file)
+        for key in keys[:3]:
+            draft.pass_over(key, "deepspeed comes first")
     elif sharded:
-        draft.put("strategy.kind", "fsdp")
+        draft.put("strategy.kind", "fsdp", *keys)
         if settings.get("offload_params") or settings.get("fsdp_offload_params"):
             draft.put("strategy.offload", True)
         if settings.get("reshard_after_forward", settings.get("fsdp_reshard_after_forward")) is False:
@@ -230,6 +277,8 @@ def _strategy(draft: Draft) -> None:
     for key in ("tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree", "expert_parallel_size"):
         if draft.number(key, 1) > 1:
             draft.lose(key, "workers share out data and, under fsdp and zero3, weights; no layer is cut in two")
+        else:
+            draft.pass_over(key, "cuts nothing")
 
 
 def _training(draft: Draft, workers: int | None) -> None:
@@ -238,58 +287,82 @@ def _training(draft: Draft, workers: int | None) -> None:
     accumulation = draft.number("gradient_accumulation_steps", per_gpu // micro if per_gpu else 1)
     shards = draft.number("dp_shard_size", 1) * draft.number("dp_replicate_size", 1)
     named = draft.number("ray_num_workers") or draft.number("gpu_count") or (shards if shards > 1 else None)
-    draft.take("use_ray")
     common.batches(draft, micro, max(1, accumulation), workers, named)
+    draft.use("training.micro_batch", "micro_batch_size")
+    draft.use("training.global_batch", "gradient_accumulation_steps")
+    if "gradient_accumulation_steps" not in draft.settings:
+        draft.use("training.global_batch", "batch_size")
+    draft.use("resources.workers", "ray_num_workers", "gpu_count", "dp_shard_size", "dp_replicate_size")
     common.length(draft, "num_epochs", 1)
-    settings: Any = draft.settings.get("fsdp_config")
-    recompute = isinstance(settings, dict) and settings.get("activation_checkpointing")
-    if draft.take("gradient_checkpointing") not in OFF or recompute:
-        draft.put("training.gradient_checkpointing", True)
-    draft.move("max_grad_norm", "training.max_grad_norm")
+    recompute = as_mapping(draft.take("fsdp_config")).get("activation_checkpointing")
+    if draft.is_on("gradient_checkpointing") or recompute:
+        draft.put("training.gradient_checkpointing", True, "gradient_checkpointing")
+    common.clipping(draft)
 
 
 def _schedule(draft: Draft) -> None:
-    if draft.number("adam_eps") is not None and "adam_epsilon" not in draft.settings:
-        draft.put("optimizer.eps", float(draft.number("adam_eps")))
-    if "warmup_steps" not in draft.settings and "warmup_ratio" not in draft.settings:
+    if "adam_epsilon" in draft.settings:
+        draft.pass_over("adam_eps", "adam_epsilon comes first")
+    elif draft.number("adam_eps") is not None:
+        draft.put("optimizer.eps", float(draft.number("adam_eps")), "adam_eps")
+    if draft.number("warmup_steps") is None and draft.number("warmup_ratio") is None:
+        _usual_warmup(draft)
+    common.schedule(draft, "lr_scheduler", "cosine", steps_first=True)
+
+
+def _usual_warmup(draft: Draft) -> None:
+    """3 % of the steps, 100 at most, where neither steps nor a ratio are given."""
+    if draft.take("lr_scheduler") == "constant":
+        return
+    steps = draft.recipe["training"].get("steps")
+    if steps:
+        draft.put("schedule.warmup_steps", min(int(0.03 * steps), 100))
+    else:
         draft.put("schedule.warmup_ratio", 0.03)
-        draft.decisions.append("warmup_ratio 0.03 is axolotl's own where neither steps nor ratio are given")
-    common.schedule(draft, "lr_scheduler", "cosine")
+    draft.decisions.append("a warm-up of 3 % (there of 100 steps at most) is axolotl's own where none is given")
 
 
 def _saving(draft: Draft) -> None:
-    steps = draft.number("save_steps")
-    if steps and steps >= 1:
-        draft.put("checkpoint.every_steps", int(steps))
-    elif draft.take("save_strategy") == "no":
-        draft.take("saves_per_epoch")
-    elif draft.take("saves_per_epoch"):
-        draft.pass_over("saves_per_epoch", "checkpoint.every_steps counts steps: 100 by default")
-    draft.move("save_total_limit", "checkpoint.keep_last")
-    steps = draft.number("eval_steps")
-    if steps and steps >= 1 and draft.recipe["data"].get("eval"):
-        draft.put("training.eval_every", int(steps))
+    default = "checkpoint.every_steps counts steps: 100 by default"
+    common.every(draft, "save_steps", "checkpoint.every_steps", default)
+    for key in ("save_strategy", "saves_per_epoch"):
+        draft.pass_over(key, default)
+    common.kept(draft)
+    seldom = "training.eval_every counts steps; without it the end of the run is evaluated"
+    if draft.recipe["data"].get("eval"):
+        common.every(draft, "eval_steps", "training.eval_every", seldom)
+    else:
+        draft.pass_over("eval_steps", "nothing is held out to evaluate")
     for key in ("evals_per_epoch", "eval_strategy", "evaluation_strategy"):
-        if draft.take(key) not in (*OFF, "steps"):
-            draft.pass_over(key, "training.eval_every counts steps; without it the end of the run is evaluated")
+        draft.pass_over(key, seldom)
 
 
 def _plugins(draft: Draft) -> None:
-    other = [plugin for plugin in draft.names("plugins") if not any(f".{known}." in plugin for known in PLUGINS)]
+    named = draft.names("plugins")
+    other = [plugin for plugin in named if not any(f".{known}." in plugin for known in PLUGINS)]
     if any("diffusion" in plugin for plugin in other):
         draft.hinder("plugins", "a model that diffuses tokens; muster trains causal language models")
     elif other:
         draft.lose("plugins", f"of them {', '.join(other)}")
+    elif named:
+        draft.pass_over("plugins", KERNELS)
 
 
-def _wanted(draft: Draft) -> dict[str, str]:
-    """By key, the trackers that are asked for; W&B is, where a project is named and it is not switched off."""
+def _trackers(draft: Draft) -> None:
+    """W&B is asked for where a project is named and it is not switched off."""
     wanted = {}
-    if draft.take("wandb_project") and draft.take("use_wandb", True):
+    if draft.is_on("wandb_project") and draft.take("use_wandb", True) and draft.take("wandb_mode") != "disabled":
         wanted["wandb"] = "wandb_project"
-    if draft.take("use_tensorboard"):
+        for key, path in (("wandb_project", "project"), ("wandb_entity", "entity")):
+            if draft.is_on(key):
+                draft.put(f"wandb.{path}", draft.take(key), key)
+        if draft.take("wandb_mode") == "offline":
+            draft.put("wandb.mode", "offline", "wandb_mode")
+    if draft.is_on("use_tensorboard"):
         wanted["tensorboard"] = "use_tensorboard"
-    if draft.take("mlflow_tracking_uri"):
+    if draft.is_on("mlflow_tracking_uri"):
         wanted["mlflow"] = "mlflow_tracking_uri"
-    draft.take("use_wandb")
-    return wanted
+        draft.put("mlflow.uri", draft.take("mlflow_tracking_uri"), "mlflow_tracking_uri")
+        if draft.is_on("mlflow_experiment_name"):
+            draft.put("mlflow.experiment", draft.take("mlflow_experiment_name"), "mlflow_experiment_name")
+    common.trackers(draft, wanted)

@@ -2,109 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from launcher.convert import common
-from launcher.convert.draft import OFF, Draft, as_mapping
+from launcher.convert.draft import Draft, as_mapping
 
 Source = dict[str, Any]
 
-OWN_TEMPLATE = "the tokenizer's own template is taken; data.chat_template names another"
 KNOWN_ROLES = {
     "user": {"user", "human"},
     "assistant": {"assistant", "gpt", "chatgpt", "bing", "bard", "function_call", "model"},
     "system": {"system"},
     "tool": {"tool", "observation", "function_response"},
 }
-KEYS = {
-    "path",
-    "type",
-    "name",
-    "split",
-    "revision",
-    "data_files",
-    "ds_type",
-    "field",
-    "text_column",
-    "field_messages",
-    "field_tools",
-    "field_chosen",
-    "field_rejected",
-    "message_field_role",
-    "message_field_content",
-    "message_property_mappings",
-    "roles",
-    "chat_template",
-    "chat_template_jinja",
-    "conversation",
-    "trust_remote_code",
+BUILDERS = ("json", "csv", "parquet", "text", "arrow")
+"""Paths that are no place: the kind of the data_files."""
+
+AS_THEY_STAND = "prompt and answers are read as they stand, and not worded by a template; write it into the texts"
+ANSWERS = "the loss is taken on the assistant's turns, with their ends"
+IDLE = {
+    "ds_type": "the suffix of a file says it",
+    "trust_remote_code": "no data set is loaded by a script",
+    "preprocess_shards": "muster prepare works window by window",
 }
-"""What is read of an entry; any other key that is set is named."""
 
 
 def data(draft: Draft) -> None:
     pairs = draft.recipe.get("task") in ("dpo", "reward")
     draft.put("data.train", [])
-    for key in ("datasets", "pretraining_dataset"):
-        _sources(draft, key, "data.train", pairs)
-    if draft.settings.get("test_datasets"):
-        _sources(draft, "test_datasets", "data.eval", pairs)
+    parts = list(_parts(draft, "datasets", "data.train"))
+    parts += [*_parts(draft, "pretraining_dataset", "data.train"), *_parts(draft, "test_datasets", "data.eval")]
+    for part in parts:
+        source = _source(part, pairs)
+        if source is not None:
+            draft.recipe["data"].setdefault(part.home.removeprefix("data."), []).append(source)
+    for key, home in (("datasets", "train"), ("pretraining_dataset", "train"), ("test_datasets", "eval")):
+        if draft.recipe["data"].get(home):
+            draft.use(f"data.{home}", key)
     if not draft.recipe["data"]["train"] and not any(key.startswith("datasets[") for key in draft.hindrances):
         draft.hinder("datasets", "no data set is named that a recipe could take")
-    draft.put("data.sequence_length", int(draft.number("sequence_len", 512)))
-    texts = any(source["format"] == "text" for source in draft.recipe["data"]["train"])
-    packed = draft.take("sample_packing") not in OFF or ("pretraining_dataset" in draft.settings and texts)
-    draft.put("data.packing", packed and not pairs)
-    if draft.take("train_on_inputs"):
+    _packing(draft, pairs)
+    if draft.is_on("train_on_inputs"):
         draft.lose("train_on_inputs", "the loss is taken on answers alone; format text takes it on every token")
-    _template(draft)
+    _template(draft, parts)
+    for part in parts:
+        if not any(key.startswith(part.place) for key in draft.hindrances):
+            part.finish(IDLE)
     _tokens(draft)
     common.hold_out(draft, "val_set_size")
 
 
-def _sources(draft: Draft, key: str, path: str, pairs: bool) -> None:
+def _parts(draft: Draft, key: str, home: str) -> Iterator[Draft]:
+    """A part for each data set that the key names, and for each of its configurations."""
     given = draft.take(key) or []
-    found = []
     for index, entry in enumerate(given if isinstance(given, list) else [given]):
         where = f"{key}[{index}]"
         entry = {"path": entry, "type": "pretrain"} if isinstance(entry, str) else entry
         if not isinstance(entry, dict):
             draft.hinder(where, f"{entry!r} is no data set")
             continue
-        source = _source(draft, where, {k: v for k, v in entry.items() if v is not None}, pairs)
-        if source is not None:
-            if path == "data.eval" and common.is_named(source["path"]):
-                source.setdefault("split", "train")
-            found.append(source)
-    if path == "data.train":
-        found = [*draft.recipe["data"]["train"], *found]
-    draft.put(path, found)
+        if key == "pretraining_dataset":
+            entry = {"type": "pretrain", **entry}
+        names = entry.get("name")
+        for name in names if isinstance(names, list) and names else [names]:
+            yield draft.part(where, {**entry, "name": name}, home)
 
 
-def _source(draft: Draft, where: str, entry: Source, pairs: bool) -> Source | None:
-    kind = entry.get("type")
+def _packing(draft: Draft, pairs: bool) -> None:
+    draft.put("data.sequence_length", int(draft.number("sequence_len", 512)), "sequence_len")
+    texts = any(source["format"] == "text" for source in draft.recipe["data"]["train"])
+    packed = draft.is_on("sample_packing") or (draft.is_on("pretraining_dataset") and texts)
+    draft.put("data.packing", packed and not pairs, "sample_packing")
+    if draft.take("excess_length_strategy") == "truncate":
+        draft.pass_over("excess_length_strategy", "samples are cut on the right")
+    elif draft.is_on("excess_length_strategy"):
+        draft.lose("excess_length_strategy", "longer samples are cut on the right, and counted")
+
+
+def _source(part: Draft, pairs: bool) -> Source | None:
+    kind = part.read("type")
+    if not part.is_on("path"):
+        part.hinder("path", "is missing")
+        return None
     if isinstance(kind, dict):
-        made = None if pairs else _own_prompt(draft, where, kind)
+        make = _own_pair if pairs else _own_prompt
+        made = make(part.part("type", kind))
     else:
-        make = _maker(str(kind), pairs)
-        made = make(entry) if make else None
-    if not entry.get("path"):
-        draft.hinder(where, "names no path")
-        return None
+        maker = _maker(str(kind), pairs)
+        made = maker(part) if maker else None
     if made is None:
-        draft.hinder(f"{where}.type", f"{kind} has no format here; {'preference' if pairs else 'completion'} may do")
+        part.hinder("type", f"{kind} has no format here; {'preference' if pairs else 'completion'} may do")
         return None
-    style = str(kind).partition(":")[2]
+    style = str(kind).partition(":")[2] if isinstance(kind, str) else ""
     if style:
-        draft.lose(f"{where}.type", f"{kind} words the prompt otherwise; format instruction words it as Alpaca did")
-    _conversation(draft, where, entry)
-    for key in [key for key in entry if key not in KEYS and entry[key] not in OFF]:
-        draft.lose(f"{where}.{key}", "no such setting of a source")
-    return _where_it_lies(draft, where, entry) | made
+        part.lose("type", f"{kind} words the prompt otherwise; format instruction words it as Alpaca did")
+    _conversation(part)
+    source = _where_it_lies(part) | made
+    if part.home == "data.eval" and common.is_named(source["path"]):
+        source.setdefault("split", "train")
+    return source
 
 
-def _maker(kind: str, pairs: bool) -> Callable[[Source], Source] | None:
+def _maker(kind: str, pairs: bool) -> Callable[[Draft], Source] | None:
     name = kind.partition(":")[0]
     if pairs:
         return next((make for end, make in PAIRS.items() if name.endswith(end)), None)
@@ -117,100 +117,201 @@ def _columns(**names: Any) -> Source:
     return {"columns": found} if found else {}
 
 
-def _messages(entry: Source) -> Source:
-    default = "conversations" if str(entry["type"]).startswith("sharegpt") else "messages"
-    named = _columns(messages=entry.get("field_messages", default), tools=entry.get("field_tools"))
+def _messages(part: Draft) -> Source:
+    default = "conversations" if str(part.take("type")).startswith("sharegpt") else "messages"
+    named = _columns(messages=part.read("field_messages", default), tools=part.read("field_tools"))
     return {"format": "messages", **named}
 
 
-def _text(entry: Source) -> Source:
-    return {"format": "text", **_columns(text=entry.get("field") or entry.get("text_column"))}
+def _text(part: Draft) -> Source:
+    return {"format": "text", **_columns(text=part.read("field") or part.read("text_column"))}
 
 
-def _chosen(entry: Source, prompt: str | None) -> Source:
-    names = _columns(prompt=prompt, chosen=entry.get("field_chosen"), rejected=entry.get("field_rejected"))
-    return {"format": "preference", **names}
+def _alpaca(part: Draft) -> Source:
+    return {"format": "instruction"}
 
 
-TYPES: dict[str, Callable[[Source], Source]] = {
-    "alpaca": lambda entry: {"format": "instruction"},
-    "gpteacher": lambda entry: {"format": "instruction", "columns": {"output": "response"}},
+def _gpteacher(part: Draft) -> Source:
+    return {"format": "instruction", "columns": {"output": "response"}}
+
+
+def _turns(prompt: str | None) -> Callable[[Draft], Source]:
+    """Pairs whose answers are turns, which go through the chat template."""
+
+    def make(part: Draft) -> Source:
+        before = part.read("field_messages", "messages") if prompt == "messages" else prompt
+        names = _columns(prompt=before, chosen=part.read("field_chosen"), rejected=part.read("field_rejected"))
+        _named_template(part)
+        return {"format": "preference", **names}
+
+    return make
+
+
+def _texts(prompt: str | None) -> Callable[[Draft], Source]:
+    """Pairs of texts, which are worded there."""
+
+    def make(part: Draft) -> Source:
+        if part.take("type") != "passthrough":
+            part.lose("type", f"{part.take('type')}: {AS_THEY_STAND}")
+        return {"format": "preference", **_columns(prompt=prompt)}
+
+    return make
+
+
+def _named_template(part: Draft) -> None:
+    """What stands before the dot words the turns, in place of the tokenizer's template."""
+    name = str(part.take("type")).partition(".")[0]
+    if name == "chatml":
+        part.put("data.chat_template", common.CHATML, "type")
+    elif name not in ("chat_template", "bradley_terry"):
+        part.lose("type", f"{name}'s wording of turns: {OWN_TEMPLATE}")
+
+
+OWN_TEMPLATE = "turns are worded by the tokenizer's own template; data.chat_template names another"
+TYPES: dict[str, Callable[[Draft], Source]] = {
+    "alpaca": _alpaca,
+    "gpteacher": _gpteacher,
     "completion": _text,
     "pretrain": _text,
     "chat_template": _messages,
     "sharegpt": _messages,
     "messages.chat": _messages,
 }
-PAIRS: dict[str, Callable[[Source], Source]] = {
-    "chat_template.default": lambda entry: _chosen(entry, entry.get("field_messages", "messages")),
-    "bradley_terry.chat_template": lambda entry: _chosen(entry, "input"),
-    ".argilla_chat": lambda entry: _chosen(entry, None),
-    "chat_template.argilla": lambda entry: _chosen(entry, None),
-    ".ultra": lambda entry: _chosen(entry, None),
-    ".intel": lambda entry: _chosen(entry, "question"),
-    ".icr": lambda entry: _chosen(entry, "input"),
-    "passthrough": lambda entry: _chosen(entry, None),
+PAIRS: dict[str, Callable[[Draft], Source]] = {
+    "chat_template.default": _turns("messages"),
+    "bradley_terry.chat_template": _texts("input"),
+    ".argilla_chat": _turns(None),
+    "chat_template.argilla": _turns(None),
+    ".ultra": _turns(None),
+    ".intel": _texts("question"),
+    ".icr": _texts("input"),
+    ".prompt_pairs": _texts(None),
+    "passthrough": _texts(None),
 }
 """By the end of a type's name; what stands before it is the chat template."""
 
 
-def _own_prompt(draft: Draft, where: str, kind: Source) -> Source | None:
+def _own_prompt(kind: Draft) -> Source:
     """A type that spells its prompt out becomes a completion with that template."""
-    names = {name: kind.get(f"field_{name}") or name for name in ("instruction", "input", "output", "system")}
-    wording = kind.get("format") or "{instruction}"
-    if kind.get("no_input_format"):
-        draft.lose(f"{where}.type.no_input_format", "rows without input get the template with an empty one")
-    if kind.get("system_prompt") or kind.get("system_format"):
-        draft.lose(f"{where}.type.system_prompt", "write it into data.train.template")
-    if "field" in kind:
-        return {"format": "text", **_columns(text=kind["field"])}
+    names = {name: kind.read(f"field_{name}") or name for name in ("instruction", "input", "output", "system")}
+    if kind.is_on("field"):
+        made: Source = {"format": "text", **_columns(text=kind.read("field"))}
+        kind.finish({})
+        return made
+    wording = str(kind.read("format") or "{instruction} {input} ")
+    if kind.take("no_input_format") == wording:
+        kind.pass_over("no_input_format", "the same as format")
+    elif kind.is_on("no_input_format"):
+        kind.lose("no_input_format", "rows without input get the template with an empty one")
+    frame = str(kind.read("system_format") or "{system}")
+    if kind.is_on("field_system"):
+        wording = frame + wording
+        if kind.is_on("system_prompt"):
+            kind.lose("system_prompt", "for rows without one; write it into their column")
+    elif kind.is_on("system_prompt"):
+        spoken = str(kind.read("system_prompt")).replace("{", "{{").replace("}", "}}")
+        wording = frame.replace("{system}", spoken) + wording
     for name in ("instruction", "input", "system"):
-        wording = wording.replace("{" + name + "}", "{" + names[name] + "}")
+        wording = wording.replace("{" + name + "}", "{" + str(names[name]) + "}")
+    kind.finish({})
     return {"format": "completion", "template": wording, **_columns(completion=names["output"])}
 
 
-def _where_it_lies(draft: Draft, where: str, entry: Source) -> Source:
-    path = common.located(str(entry["path"]), entry.get("name"), entry.get("revision"))
-    files = entry.get("data_files")
+def _own_pair(kind: Draft) -> Source | None:
+    """Columns by name; formats of their own only where they add nothing."""
+    for name in ("prompt", "chosen", "rejected"):
+        if kind.take(f"{name}_format", f"{{{name}}}") != f"{{{name}}}":
+            return None
+        kind.pass_over(f"{name}_format", "adds nothing")
+    columns = {name: kind.read(f"field_{name}") for name in ("prompt", "chosen", "rejected")}
+    kind.finish({})
+    return {"format": "preference", **_columns(**columns)}
+
+
+def _where_it_lies(part: Draft) -> Source:
+    path = str(part.read("path"))
+    files = part.take("data_files")
+    files = [str(file) for file in files] if isinstance(files, list) else [str(files)] if files else []
     if files:
-        files = [files] if isinstance(files, str) else files
-        path = f"hf://datasets/{entry['path']}/{files[0]}" if path.startswith("hf://") else files[0]
+        part.read("data_files")
+        here = common.is_elsewhere(path) or path in BUILDERS
+        path = files[0] if here else f"hf://datasets/{path}/{files[0]}"
         if len(files) > 1:
-            draft.lose(f"{where}.data_files", f"of {len(files)} the first; add a source for each, or a glob")
-    split = entry.get("split", "train")
-    return {"path": path} | ({"split": split} if common.is_named(path) and split != "train" else {})
+            part.lose("data_files", f"of {len(files)} the first; add a source for each, or a glob")
+    elif not common.is_elsewhere(path):
+        revision, config = part.read("revision"), part.read("name")
+        path = f"hf://{path}{f'@{revision}' if revision else ''}{f'/{config}' if config else ''}"
+    for key in ("name", "revision"):
+        if not common.is_named(path) and part.is_on(key):
+            part.lose(key, "is of data sets of the Hub; files are named by path")
+    split = part.take("split", "train")
+    if common.is_named(path):
+        part.read("split")
+        return {"path": path} | ({"split": split} if split != "train" else {})
+    if split == "train":
+        part.pass_over("split", "files are read whole")
+    else:
+        part.lose("split", f"{split}: files are read whole; name those of the split in path")
+    return {"path": path}
 
 
-def _conversation(draft: Draft, where: str, entry: Source) -> None:
-    mapping = as_mapping(entry.get("message_property_mappings"))
-    role = mapping.get("role", entry.get("message_field_role", "role"))
-    content = mapping.get("content", entry.get("message_field_content", "content"))
+def _conversation(part: Draft) -> None:
+    mapping = as_mapping(part.take("message_property_mappings"))
+    role = mapping.get("role", part.take("message_field_role", "role"))
+    content = mapping.get("content", part.take("message_field_content", "content"))
+    for key in ("message_property_mappings", "message_field_role", "message_field_content"):
+        part.use(part.home, key)
     if (role, content) not in (("role", "content"), ("from", "value")):
         message = f"turns of {role} and {content}; muster reads role and content, or from and value"
-        draft.hinder(f"{where}.message_property_mappings", message)
-    for target, names in as_mapping(entry.get("roles")).items():
-        strange = {str(name) for name in names} - KNOWN_ROLES.get(target, {target})
-        if strange:
-            draft.lose(f"{where}.roles", f"{', '.join(sorted(strange))} stand{'s' * (len(strange) == 1)} for {target}")
+        part.hinder("message_property_mappings", message)
+    other = [f"{ours} from {theirs}" for ours, theirs in mapping.items() if ours not in ("role", "content", theirs)]
+    if other:
+        part.lose("message_property_mappings", f"of it {', '.join(other)}: other keys of a turn keep their names")
+    strange = [
+        f"{name} for {target}"
+        for target, names in as_mapping(part.take("roles")).items()
+        for name in (names if isinstance(names, list) else [names])
+        if str(name) not in KNOWN_ROLES.get(target, {target})
+    ]
+    if strange:
+        part.lose("roles", f"{', '.join(strange)}; roles are read by their usual names")
+    else:
+        part.pass_over("roles", "they are known by these names")
+    if not set(part.names("roles_to_train")) - KNOWN_ROLES["assistant"]:
+        part.pass_over("roles_to_train", ANSWERS)
+    for key in ("train_on_eos", "train_on_eot"):
+        if part.take(key) == "turn":
+            part.pass_over(key, ANSWERS)
+        elif key in part.settings:
+            part.lose(key, f"{part.take(key)}: {ANSWERS}")
+    if part.take("field_thinking") == part.take("template_thinking_key"):
+        for key in ("field_thinking", "template_thinking_key"):
+            part.pass_over(key, "other keys of a turn reach the chat template under their names")
 
 
-def _template(draft: Draft) -> None:
-    """One template for all; a data set's own comes first where the file has none."""
-    given = draft.settings.get("datasets")
-    entries = [e for e in given if isinstance(e, dict)] if isinstance(given, list) else []
-    own = [e for e in entries if e.get("chat_template") or e.get("chat_template_jinja")]
-    name = draft.take("chat_template") or (own[0].get("chat_template") if own else None)
-    jinja = draft.take("chat_template_jinja") or (own[0].get("chat_template_jinja") if own else None)
+def _template(draft: Draft, parts: list[Draft]) -> None:
+    """A recipe has one for all its data: that of the first data set with one of its own, or else the file's."""
+    keys = ("chat_template", "chat_template_jinja")
+    owners = [one for one in (*parts, draft) if any(one.is_on(key) for key in keys)]
+    if not owners:
+        return
+    name, jinja = (owners[0].take(key) for key in keys)
     talks = any(source["format"] in ("messages", "preference") for source in draft.recipe["data"]["train"])
-    if jinja:
-        draft.put("data.chat_template", jinja)
-    elif name == "chatml" and talks:
-        draft.put("data.chat_template", common.CHATML)
-    elif name and not str(name).startswith("tokenizer_default"):
-        text = "the tokenizer's own template is taken; data.chat_template names another"
-        (draft.lose if talks else draft.pass_over)(
-            "chat_template", f"{name}: {text}" if talks else "no turns in the data"
-        )
+    for one in owners:
+        if [one.take(key) for key in keys] != [name, jinja]:
+            for key in keys:
+                if one.is_on(key):
+                    one.lose(key, f"beside {name or 'another'}: a recipe has one template for all its data")
+        elif jinja or (name == "chatml" and talks):
+            one.put("data.chat_template", jinja or common.CHATML, *keys)
+        elif not talks:
+            one.pass_over("chat_template", f"{name}: no turns in the data")
+        elif name == "tokenizer_default":
+            one.pass_over("chat_template", "the tokenizer's own template is taken")
+        elif str(name).startswith("tokenizer_default_fallback_"):
+            one.lose("chat_template", f"{name}: the tokenizer's own is taken; where it has none, that is an error")
+        else:
+            one.lose("chat_template", f"{name}: {OWN_TEMPLATE}")
 
 
 def _tokens(draft: Draft) -> None:
@@ -222,7 +323,6 @@ def _tokens(draft: Draft) -> None:
             draft.lose("special_tokens", f"{given}: the tokenizer's own are taken")
         else:
             draft.pass_over("special_tokens", "a pad is never seen")
-    if draft.take("tokens"):
+    if draft.is_on("tokens"):
         draft.lose("tokens", "new tokens belong into the base's tokenizer and embedding before it is trained")
-    if draft.take("eot_tokens"):
-        draft.pass_over("eot_tokens", "the chat template writes the ends of turns, and they are targets")
+    draft.pass_over("eot_tokens", "the chat template writes the ends of turns, and they are targets")

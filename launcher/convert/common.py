@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
-from launcher.convert.draft import OFF, Draft, as_number
+from launcher.convert.draft import OFF, Draft, as_mapping, as_number, is_number
 from trainer.registry import TRACKERS
 
 OPTIMIZERS = {
@@ -42,10 +43,27 @@ WRITTEN_NAMES = ("gptq", "awq", "aqlm", "hqq", "eetq", "fp8", "mxfp4", "exl2")
 """Quantisations that bases on the Hub carry in their names."""
 
 CHATML = (
-    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    "{% for message in messages %}"
+    r"{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}"
+    r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+"""On one line: its ends of lines are Jinja's."""
+
 FILES = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet)(\.(gz|zst))?$")
+
+
+def one_method(draft: Draft, asked: dict[str, str]) -> str:
+    """The first of the methods that are asked for, each by a key; a recipe has one."""
+    first = next(iter(asked), "lora")
+    for method, key in asked.items():
+        if method == first:
+            draft.use("adapter.method", key)
+        else:
+            draft.lose(key, f"{method} beside {first}: a recipe has one method")
+    if first == "loraplus":
+        draft.put("adapter.lr_ratio", float(draft.number("loraplus_lr_ratio")), "loraplus_lr_ratio")
+    return first
 
 
 def optimizer(draft: Draft, key: str, default: str) -> None:
@@ -61,65 +79,112 @@ def optimizer(draft: Draft, key: str, default: str) -> None:
         ours = "adamw"
     elif name in OTHER_STATE:
         draft.lose(key, f"the state of {name} is held as {ours} holds it; the update is the same")
-    draft.put("optimizer.name", ours)
-    draft.put("optimizer.lr", draft.number("learning_rate", 5e-5))
+    draft.put("optimizer.name", ours, key)
+    draft.put("optimizer.lr", draft.number("learning_rate", 5e-5), "learning_rate")
     draft.move("weight_decay", "optimizer.weight_decay")
-    betas = [draft.number("adam_beta1"), draft.number("adam_beta2")]
-    if any(beta is not None for beta in betas):
-        draft.put("optimizer.betas", [float(b or d) for b, d in zip(betas, (0.9, 0.999), strict=True)])
+    betas = {"adam_beta1": 0.9, "adam_beta2": 0.999}
+    if any(beta in draft.settings for beta in betas):
+        draft.put("optimizer.betas", [float(draft.number(beta, usual)) for beta, usual in betas.items()], *betas)
     draft.move("adam_epsilon", "optimizer.eps")
 
 
-def schedule(draft: Draft, key: str, default: str) -> None:
+def clipping(draft: Draft) -> None:
+    """0 is how Trainer is told never to clip."""
+    norm = draft.number("max_grad_norm")
+    if norm is not None:
+        draft.put("training.max_grad_norm", norm or None, "max_grad_norm")
+
+
+def schedule(draft: Draft, key: str, default: str, steps_first: bool = False) -> None:
+    """``steps_first``: no steps of warm-up are a choice as well, which a ratio beside them does not change."""
     name = str(draft.take(key, default))
     if name not in SCHEDULES:
         draft.lose(key, f"{name} is not one of constant, linear, cosine; cosine is taken")
     ours = SCHEDULES.get(name, "cosine")
-    draft.put("schedule.name", ours)
-    floor = draft.number("cosine_min_lr_ratio")
-    extra = draft.take("lr_scheduler_kwargs")
-    if isinstance(extra, dict):
-        floor = extra.get("min_lr_rate", floor)
-        if "min_lr" in extra:
-            floor = as_number(extra["min_lr"]) / draft.recipe["optimizer"]["lr"]
-        other = [name for name in extra if name not in ("min_lr", "min_lr_rate")]
-        if other:
-            draft.lose("lr_scheduler_kwargs", f"of it {', '.join(other)}")
-    if floor and ours != "constant":
-        draft.put("schedule.min_lr_ratio", float(floor))
-    warmup(draft)
+    draft.put("schedule.name", ours, key)
+    _floor(draft, ours)
+    if name == "constant":
+        for other in ("warmup_steps", "warmup_ratio"):
+            draft.pass_over(other, "constant has no warm-up there; constant_with_warmup has one")
+    else:
+        _warmup(draft, steps_first)
 
 
-def warmup(draft: Draft) -> None:
+def _floor(draft: Draft, ours: str) -> None:
+    """What a falling schedule ends at."""
+    floor, key = draft.number("cosine_min_lr_ratio"), "cosine_min_lr_ratio"
+    extra = as_mapping(draft.take("lr_scheduler_kwargs"))
+    lr = draft.recipe.get("optimizer", {}).get("lr")
+    for name, unit in (("min_lr_rate", 1), ("min_lr", lr)):
+        if name in extra:
+            floor, key = as_number(extra[name]), "lr_scheduler_kwargs"
+            if not is_number(floor) or not is_number(unit) or not unit:
+                draft.hinder(key, f"{name}: {extra[name]!r} over the learning rate {lr!r} is no number")
+                return
+            floor = floor / unit
+    other = [name for name in extra if name not in ("min_lr", "min_lr_rate")]
+    if other:
+        draft.lose("lr_scheduler_kwargs", f"of it {', '.join(map(str, other))}")
+    if not floor:
+        return
+    if ours == "cosine":
+        draft.put("schedule.min_lr_ratio", float(floor), key)
+    else:
+        draft.pass_over(key, f"{ours} does not end at it there")
+
+
+def _warmup(draft: Draft, steps_first: bool) -> None:
     """In steps, or a share of them; a share given as steps is what Trainer takes it for too."""
     steps, ratio = draft.number("warmup_steps"), draft.number("warmup_ratio")
     if steps and 0 < steps < 1:
-        steps, ratio = None, steps
-    if steps:
-        draft.put("schedule.warmup_steps", int(steps))
-        if ratio:
-            draft.pass_over("warmup_ratio", "warmup_steps comes first")
-    elif ratio:
-        draft.put("schedule.warmup_ratio", float(ratio))
+        draft.put("schedule.warmup_ratio", float(steps), "warmup_steps")
+    elif steps:
+        draft.put("schedule.warmup_steps", int(steps), "warmup_steps")
+    elif ratio and not (steps_first and steps == 0):
+        draft.put("schedule.warmup_ratio", float(ratio), "warmup_ratio")
+        return
+    draft.pass_over("warmup_ratio", "warmup_steps comes first")
 
 
 def length(draft: Draft, epochs_key: str, default: int) -> None:
     """Steps come before epochs, as in Trainer."""
     steps, epochs = draft.number("max_steps"), draft.number(epochs_key, default)
     if steps and steps > 0:
-        draft.put("training.steps", int(steps))
-        if epochs_key in draft.settings:
-            draft.pass_over(epochs_key, f"max_steps {steps} ends the run")
+        draft.put("training.steps", int(steps), "max_steps")
+        draft.pass_over(epochs_key, f"max_steps {steps} ends the run")
         return
+    draft.pass_over("max_steps", "sets no bound")
     whole = -(-epochs // 1)
-    draft.put("training.epochs", int(whole))
+    draft.put("training.epochs", int(whole), epochs_key)
     if whole != epochs:
         draft.lose(epochs_key, f"{epochs} is no whole number; {int(whole)} is taken")
 
 
+def every(draft: Draft, key: str, path: str, otherwise: str) -> bool:
+    """Steps between two of something. A share of the run's steps is taken where their number is known. Returns whether
+    the setting says it."""
+    steps, total = draft.number(key), draft.recipe["training"].get("steps")
+    if not steps or steps < 0:
+        draft.pass_over(key, otherwise)
+        return False
+    if steps >= 1 or total:
+        draft.put(path, max(1, int(steps if steps >= 1 else steps * total)), key)
+    else:
+        draft.lose(key, f"{steps} of the run's steps, whose number is not known here; {otherwise}")
+    return True
+
+
+def kept(draft: Draft) -> None:
+    count = draft.number("save_total_limit")
+    if count and count > 0:
+        draft.put("checkpoint.keep_last", int(count), "save_total_limit")
+    else:
+        draft.pass_over("save_total_limit", "all are kept there; checkpoint.keep_last has a number")
+
+
 def batches(draft: Draft, micro: int, accumulation: int, workers: int | None, named: int | None) -> None:
     """Their batch counts per GPU, and the number of GPUs is that of the command that starts them."""
-    count = workers or named or 1
+    count = max(1, int(workers or named or 1))
     source = "--workers" if workers else "as the file says" if named else "assumed: --workers N says otherwise"
     draft.put("training.global_batch", micro * accumulation * count)
     draft.put("training.micro_batch", micro)
@@ -132,22 +197,28 @@ def batches(draft: Draft, micro: int, accumulation: int, workers: int | None, na
 
 def place(draft: Draft, key: str, default: str) -> None:
     """The last part of the output folder names the run, what stands before it is the storage."""
-    folder = str(draft.take(key, default)).rstrip("/")
-    above, _, last = folder.removeprefix("./").rpartition("/")
+    given = str(draft.take(key, default))
+    scheme, mark, folder = given.rpartition("://")
+    above, slash, last = folder.rstrip("/").removeprefix("./").rpartition("/")
+    if mark and not slash:
+        above, last = last, ""  # a bucket alone is a storage
     name = re.sub(r"[^A-Za-z0-9._-]+", "-", last).strip("-._")[:100] or "converted"
-    draft.put("name", name)
-    draft.put("storage", above or "runs")
+    draft.put("name", name, key)
+    draft.put("storage", f"{scheme}{mark}{above}" if above else "/" if slash else "runs", key)
 
 
-def deepspeed(draft: Draft, given: Any) -> None:
-    """A stage, by the file's name or by what it holds, to the file of ours that does the same."""
-    held = given if isinstance(given, dict) else _held(str(given))
+def deepspeed(draft: Draft, key: str, file: Path) -> None:
+    """A stage, by what the file holds or else by its name, to the file of ours that does the same."""
+    given = draft.take(key)
+    held = given if isinstance(given, dict) else read_json(beside(str(given), file))
     text = json.dumps(held["zero_optimization"]) if isinstance(held.get("zero_optimization"), dict) else str(given)
     found = re.search(r"(?:zero|_z|stage\W*)_?([0-3])", text)
+    if not found:
+        draft.hinder(key, f"{given} is not there to be read, and its name tells no stage; run convert beside it")
     stage = int(found.group(1)) if found else 0
     offloads = '"cpu"' in text if held else "offload" in text
     kind = {0: "ddp", 1: "zero2", 2: "zero2", 3: "zero3"}[stage]
-    draft.put("strategy.kind", kind)
+    draft.put("strategy.kind", kind, key)
     if offloads and stage:
         draft.put("strategy.deepspeed", f"{kind}_offload")
     draft.decisions.append(f"strategy {kind}: DeepSpeed stage {stage} of {given if not held else 'the settings'}")
@@ -155,9 +226,23 @@ def deepspeed(draft: Draft, given: Any) -> None:
         draft.decisions.append("stage 1 shards the optimizer's state only; zero2 shards gradients too")
 
 
-def _held(path: str) -> dict[str, Any]:
+def beside(name: str, file: Path) -> Path:
+    """A path that the settings name: looked for from the working folder, and from every folder above their file, as
+    their programs may be called from any."""
+    return next((above / name for above in (Path(), *file.resolve().parents) if exists(above / name)), Path(name))
+
+
+def exists(path: Path) -> bool:
     try:
-        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        return path.exists()
+    except OSError:  # a text that is too long for a path
+        return False
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Empty where nothing can be read."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
@@ -167,26 +252,23 @@ def trackers(draft: Draft, wanted: dict[str, str]) -> None:
     """``wanted``: trackers by our names, each with the key that asks for it."""
     there = [name for name in wanted if name in TRACKERS]
     if there:
-        draft.put("tracking", there)
-    for name in wanted:
-        if name not in there:
-            draft.pass_over(wanted[name], f"the tracker {name} is not there")
+        draft.put("tracking", there, *(wanted[name] for name in there))
+    missing = [name for name in wanted if name not in there]
+    for name in missing:
+        others = ", ".join(other for other in missing if wanted[other] == wanted[name])
+        draft.pass_over(wanted[name], f"there is no tracker {others}")
 
 
 def refuse_quantised(draft: Draft, key: str) -> None:
-    name = str(draft.settings.get(key, ""))
+    name = str(draft.take(key, ""))
     kind = next((kind for kind in WRITTEN_NAMES if re.search(rf"(?i)(^|[^a-z]){kind}", name)), None)
     if kind:
         draft.hinder(key, f"{name} looks like a base in {kind}; muster takes unquantised ones, or bitsandbytes' NF4")
 
 
-def located(path: str, config: str | None = None, revision: str | None = None) -> str:
-    """Where a data set lies: on this machine, at a URL, or on the Hub."""
-    if "://" in path:
-        return path
-    if path.startswith((".", "/", "~")) or FILES.search(path) or Path(path).exists():
-        return path
-    return f"hf://{path}{f'@{revision}' if revision else ''}{f'/{config}' if config else ''}"
+def is_elsewhere(path: str) -> bool:
+    """Whether a data set lies on this machine or at a URL, and not on the Hub."""
+    return "://" in path or path.startswith((".", "/", "~")) or bool(FILES.search(path)) or exists(Path(path))
 
 
 def is_named(path: str) -> bool:
@@ -197,18 +279,35 @@ def is_named(path: str) -> bool:
 def hold_out(draft: Draft, key: str) -> None:
     """A share, or a number of rows, of the training data for evaluation: off the end of each split of the Hub."""
     size = draft.number(key)
-    if size in OFF or draft.recipe["data"].get("eval"):
+    if size in OFF:
+        return
+    if draft.recipe["data"].get("eval"):
+        draft.pass_over(key, "data.eval is named")
         return
     sources = draft.recipe["data"]["train"]
-    if not all(is_named(s["path"]) and "[" not in s.get("split", "") for s in sources):
-        draft.lose(key, f"{size}: muster holds nothing out of files; name some under data.eval")
+    parts = [_parts(source.get("split", "train"), size) if is_named(source["path"]) else None for source in sources]
+    cut = [part for part in parts if part]
+    if size < 0 or len(cut) < len(sources) or not cut:
+        draft.lose(key, f"{size}: only whole splits of the Hub are parted here; name sources under data.eval")
         return
+    evaluated = [{**deepcopy(source), "split": held} for source, (_, held) in zip(sources, cut, strict=True)]
+    for source, (rest, _) in zip(sources, cut, strict=True):
+        source["split"] = rest
+    draft.put("data.eval", evaluated, key)
+    shares = ", ".join(dict.fromkeys(held for _, held in cut))
+    draft.decisions.append(f"data.eval is the end of each training split ({shares}); {key} {size} took it at random")
+
+
+def _parts(split: str, size: float) -> tuple[str, str] | None:
+    """A split, or the first rows of one, as a rest and ``size`` of it (a share, or rows from 1 on) off its end."""
+    first = re.fullmatch(r"(\w+)\[:(\d+)\]", split)
+    if first:
+        rows = int(first.group(2))
+        end = rows - (max(1, round(rows * size)) if size < 1 else int(size))
+        return (f"{first.group(1)}[:{end}]", f"{first.group(1)}[{end}:{rows}]") if end > 0 else None
+    if "[" in split:
+        return None
     percent = max(1, round(size * 100))
-    first, last = (f":{100 - percent}%", f"{100 - percent}%:") if size < 1 else (f":-{size}", f"-{size}:")
-    split = [source.get("split", "train") for source in sources]
-    evaluated = [{**source, "split": f"{name}[{last}]"} for source, name in zip(sources, split, strict=True)]
-    for source, name in zip(sources, split, strict=True):
-        source["split"] = f"{name}[{first}]"
-    draft.put("data.eval", evaluated)
-    part = f"{percent} %" if size < 1 else f"{size} rows"
-    draft.decisions.append(f"data.eval is the last {part} of each training split; {key} took them at random")
+    if size >= 1:
+        return f"{split}[:-{int(size)}]", f"{split}[-{int(size)}:]"
+    return f"{split}[:{100 - percent}%]", f"{split}[{100 - percent}%:]"

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.convert import common, llamafactory_data
-from launcher.convert.draft import OFF, Draft
+from launcher.convert.draft import Draft
 
 OTHER_OPTIMIZER = "another optimizer than AdamW, with a learning rate of its own; choose adamw and a rate"
 OTHER_LOSS = "another loss; task sft has cross entropy"
@@ -43,7 +43,8 @@ IDLE = {
     "plot_loss": CURVES,
     "include_*": CURVES,
     "compute_accuracy": "the tasks with pairs report their accuracy",
-    "overwrite_*": "a run that is there is resumed; another name starts anew",
+    "overwrite_cache": "prepared data lie in the storage, by fingerprint",
+    "overwrite_output_dir": "a run that is there is resumed; another name starts anew",
     "save_only_model": "checkpoints always hold what resuming needs",
     "save_strategy": "checkpoint.every_steps says when",
     "resume_from_checkpoint": "the same command resumes",
@@ -52,6 +53,8 @@ IDLE = {
     "streaming": "data are streamed once they are prepared",
     "buffer_size": READER,
     "data_shared_file_system": READER,
+    "double_quantization": "nf4 is always quantised twice",
+    "gradient_checkpointing_kwargs": "the same result",
     "ddp_*": "a matter of the strategy",
     "fsdp_transformer_layer_cls_to_wrap": "each decoder layer is a unit of its own",
     "flash_attn": KERNELS,
@@ -60,7 +63,6 @@ IDLE = {
     "use_v1_kernels": KERNELS,
     "use_reentrant_gc": KERNELS,
     "use_cache": KERNELS,
-    "neat_packing": "samples of a pack never see each other",
     "per_device_eval_batch_size": "evaluation takes training.micro_batch",
     "low_cpu_mem_usage": "each rank loads what it keeps",
     "use_fast_tokenizer": "the base's files say it",
@@ -73,13 +75,31 @@ IDLE = {
     "audio_*": "a matter of sound",
     "freeze_vision_tower": "a matter of images",
     "freeze_multi_modal_projector": "a matter of images",
+    "use_distributed_optimizer": "a matter of the strategy",
+    "overlap_*": "a matter of the strategy",
+    "sequence_parallel": "a matter of the strategy",
+    "mixed_precision": "model.dtype says it",
+    "export_hf_on_finish": "the final adapter lies in the run, and muster merge makes it part of its base",
+    "run_name": "the run is named by the last part of output_dir",
+    "use_swanlab": "there is no tracker swanlab",
+    "swanlab_*": "there is no tracker swanlab",
+    "oft_rank": "oft_block_size comes first",
     "use_mca": "another engine for the same",
     "use_megatron_bridge": "another engine for the same",
     "kt_*": "another engine for the same",
     "use_kt": "another engine for the same",
-    "double_quantization": "nf4 is always quantised twice",
 }
 SHARED = "layers are never cut in two: workers share out data and, under fsdp and zero3, weights"
+CUTS = (
+    "tensor_model_parallel_size",
+    "pipeline_model_parallel_size",
+    "expert_model_parallel_size",
+    "context_parallel_size",
+    "cp_size",
+)
+OTHERS = {"full": ("lora_", "loraplus_", "oft_"), "oft": ("lora_", "loraplus_"), "lora": ("oft_",)}
+"""By the kind of fine-tuning, how keys of the other kinds begin."""
+
 TASKS = {"sft": "sft", "pt": "sft", "rm": "reward", "dpo": "dpo", "ppo": "ppo"}
 
 
@@ -90,104 +110,136 @@ def convert(settings: dict[str, Any], file: Path, workers: int | None) -> Draft:
         draft.hinder(foreign[0], OTHER_FILES[foreign[0]])
         return draft
     draft.hinder_where(HINDRANCES)
-    if draft.take("do_predict") and not draft.settings.get("do_train"):
+    if draft.is_on("do_predict") and not draft.is_on("do_train"):
         draft.hinder("do_predict", "measures and does not train: muster evaluate and muster generate do that")
     common.place(draft, "output_dir", "saves/converted")
     draft.move("seed", "seed")
-    _task(draft)
+    stage = _task(draft)
     _model(draft)
     _adapter(draft)
-    llamafactory_data.data(draft, file)
-    _strategy(draft)
-    micro = max(1, draft.number("per_device_train_batch_size", 8))
-    named = draft.number("ray_num_workers")
-    common.batches(draft, micro, max(1, draft.number("gradient_accumulation_steps", 1)), workers, named)
-    common.length(draft, "num_train_epochs", 3)
-    if not draft.take("disable_gradient_checkpointing"):
-        draft.put("training.gradient_checkpointing", True)
-    draft.move("max_grad_norm", "training.max_grad_norm")
+    llamafactory_data.data(draft, file, stage)
+    _strategy(draft, file)
+    _training(draft, workers, stage)
     common.optimizer(draft, "optim", "adamw_torch")
+    if "learning_rate" not in draft.settings:
+        draft.decisions.append("lr 5e-5 is Trainer's own where no learning_rate is given")
     common.schedule(draft, "lr_scheduler_type", "linear")
     _saving(draft)
-    for key in ("tensor_model_parallel_size", "pipeline_model_parallel_size", "context_parallel_size", "cp_size"):
+    for key in CUTS:
         if draft.number(key, 1) > 1:
             draft.lose(key, SHARED)
+        else:
+            draft.pass_over(key, "cuts nothing")
     return draft.finish(IDLE)
 
 
-def _task(draft: Draft) -> None:
+def _task(draft: Draft) -> str:
     stage = str(draft.take("stage", "sft"))
     if stage not in TASKS:
         draft.hinder("stage", f"{stage} has no task; the tasks are sft, classification, reward, dpo and ppo")
-        return
-    draft.put("task", TASKS[stage])
+        return stage
+    draft.put("task", TASKS[stage], "stage")
     if stage == "dpo":
         loss = draft.take("pref_loss", "sigmoid")
         if loss != "sigmoid":
             draft.hinder("pref_loss", f"{loss} is not DPO's loss, which is sigmoid")
-        draft.put("dpo.beta", float(draft.number("pref_beta", 0.1)))
-        if draft.number("dpo_label_smoothing"):
-            draft.put("dpo.label_smoothing", float(draft.number("dpo_label_smoothing")))
+        draft.pass_over("pref_loss", "the loss of dpo")
+        draft.put("dpo.beta", float(draft.number("pref_beta", 0.1)), "pref_beta")
+        smoothing = draft.number("dpo_label_smoothing")
+        if smoothing:
+            draft.put("dpo.label_smoothing", float(smoothing), "dpo_label_smoothing")
     elif stage == "ppo":
-        draft.put("ppo.reward", {"model": draft.take("reward_model", "")})
-        draft.move("ppo_epochs", "ppo.epochs")
-        draft.put("ppo.kl_target", float(draft.number("ppo_target", 6.0)))
-        if draft.take("ppo_whiten_rewards"):
-            draft.put("ppo.whiten_rewards", True)
-        draft.move("max_new_tokens", "ppo.max_new_tokens")
+        _ppo(draft)
+    return stage
+
+
+def _ppo(draft: Draft) -> None:
+    """With the values of its own where it has others: trl's first coefficient, and its settings for generation."""
+    draft.put("ppo.reward", {"model": draft.take("reward_model", "")}, "reward_model")
+    draft.put("ppo.epochs", draft.number("ppo_epochs", 4), "ppo_epochs")
+    draft.put("ppo.kl_coef", 0.2)
+    draft.put("ppo.kl_target", float(draft.number("ppo_target", 6.0)), "ppo_target")
+    if draft.is_on("ppo_whiten_rewards"):
+        draft.put("ppo.whiten_rewards", True, "ppo_whiten_rewards")
+    draft.put("ppo.max_new_tokens", draft.number("max_new_tokens", 1024), "max_new_tokens")
+    for key in ("temperature", "top_p"):
+        draft.move(key, f"ppo.{key}")
+    draft.decisions.append(
+        "texts are drawn as the model's probabilities are, which PPO assumes; without settings temperature is 0.95, "
+        "top_p 0.7 and top_k 50 there"
+    )
+    if draft.take("reward_model_type", "lora") != "api":
+        draft.pass_over("reward_model_type", "what lies at ppo.reward.model says it")
+    else:
+        draft.hinder("reward_model_type", "a server rates the texts; ppo.reward.function may ask it")
 
 
 def _model(draft: Draft) -> None:
-    if not draft.settings.get("model_name_or_path"):
+    if not draft.is_on("model_name_or_path"):
         draft.hinder("model_name_or_path", "is missing: nothing is trained here")
     common.refuse_quantised(draft, "model_name_or_path")
-    draft.put("model.path", draft.take("model_name_or_path", ""))
+    draft.put("model.path", draft.take("model_name_or_path", ""), "model_name_or_path")
     draft.move("model_revision", "model.revision")
-    halves = (("bfloat16", ("bf16", "pure_bf16")), ("float16", ("fp16",)))
-    dtypes = [dtype for dtype, keys in halves if draft.any_on(*keys)]
-    draft.put("model.dtype", dtypes[0] if dtypes else "float32")
-    if draft.take("trust_remote_code"):
-        draft.put("model.trust_remote_code", True)
+    halves = {"bf16": "bfloat16", "pure_bf16": "bfloat16", "fp16": "float16"}
+    dtypes = [dtype for key, dtype in halves.items() if draft.is_on(key)]
+    draft.put("model.dtype", dtypes[0] if dtypes else "bfloat16", *halves)
+    if not dtypes:
+        draft.decisions.append(
+            "dtype bfloat16, as most bases are held; without bf16 and fp16 it is the base's own there"
+        )
+    if draft.is_on("pure_bf16"):
+        draft.lose("pure_bf16", "what is trained is held in float32; the rest is computed in bfloat16")
+    if draft.is_on("trust_remote_code"):
+        draft.put("model.trust_remote_code", True, "trust_remote_code")
+    _quantization(draft)
+
+
+def _quantization(draft: Draft) -> None:
     bits, method = draft.number("quantization_bit"), str(draft.take("quantization_method", "bnb"))
-    if bits is None:
+    if not bits:
+        for key in ("quantization_method", "quantization_type"):
+            draft.pass_over(key, "nothing is quantised")
         return
     kinds = {4: "nf4", 8: "int8"}
     if method not in ("bnb", "bitsandbytes") or bits not in kinds:
         draft.hinder("quantization_bit", f"{bits} bits by {method}; muster has nf4 and int8 by bitsandbytes")
         return
-    draft.put("model.quantization", kinds[bits])
+    draft.put("model.quantization", kinds[bits], "quantization_bit", "quantization_method", "quantization_type")
     if draft.take("quantization_type", "nf4") != "nf4":
         draft.lose("quantization_type", "nf4 instead")
+    if draft.take("double_quantization") is False and bits == 4:
+        draft.lose("double_quantization", "false: nf4 is always quantised twice")
 
 
 def _adapter(draft: Draft) -> None:
     kind = draft.take("finetuning_type", "lora")
     if kind == "full":
-        draft.put("adapter.method", "none")
+        draft.put("adapter.method", "none", "finetuning_type")
     elif kind == "oft":
-        draft.put("adapter", {"method": "oft", "dropout": float(draft.number("module_dropout", 0.0))})
+        draft.put("adapter.method", "oft", "finetuning_type")
+        draft.put("adapter.dropout", float(draft.number("module_dropout", 0.0)), "module_dropout")
         draft.move("oft_block_size", "adapter.block_size")
-        draft.put("adapter.target_modules", _targets(draft.take("oft_target", "all")))
+        draft.put("adapter.target_modules", _targets(draft.take("oft_target", "all")), "oft_target")
     elif kind == "lora":
+        draft.put("adapter.method", _method(draft), "finetuning_type")
         rank = draft.number("lora_rank", 8)
-        draft.put("adapter", {"method": _method(draft), "rank": rank, "alpha": draft.number("lora_alpha", 2 * rank)})
-        draft.put("adapter.dropout", float(draft.number("lora_dropout", 0.0)))
-        draft.put("adapter.target_modules", _targets(draft.take("lora_target", "all")))
-        if draft.recipe["adapter"]["method"] == "loraplus":
-            draft.put("adapter.lr_ratio", float(draft.number("loraplus_lr_ratio", 16.0)))
+        draft.put("adapter.rank", rank, "lora_rank")
+        draft.put("adapter.alpha", draft.number("lora_alpha") or 2 * rank, "lora_alpha")
+        draft.put("adapter.dropout", float(draft.number("lora_dropout", 0.0)), "lora_dropout")
+        draft.put("adapter.target_modules", _targets(draft.take("lora_target", "all")), "lora_target")
     else:
         draft.hinder("finetuning_type", f"{kind}; muster trains an adapter, or with full the whole model")
+    for key in [key for key in draft.settings if key.startswith(OTHERS.get(str(kind), ()))]:
+        draft.pass_over(key, f"finetuning_type is {kind}")
     extra = draft.take("additional_target")
     if extra and kind in ("lora", "oft"):
-        draft.put("adapter.modules_to_save", [name.strip() for name in str(extra).split(",")])
+        names = [name.strip() for name in str(extra).split(",")]
+        draft.put("adapter.modules_to_save", names, "additional_target")
 
 
 def _method(draft: Draft) -> str:
-    asked = {"use_dora": "dora", "pissa_init": "pissa", "loraplus_lr_ratio": "loraplus", "use_rslora": "rslora"}
-    found = [method for key, method in asked.items() if draft.take(key) not in OFF]
-    if len(found) > 1:
-        draft.lose(f"use_{found[1]}", f"beside {found[0]}: a recipe has one method")
-    return found[0] if found else "lora"
+    asked = {"dora": "use_dora", "pissa": "pissa_init", "loraplus": "loraplus_lr_ratio", "rslora": "use_rslora"}
+    return common.one_method(draft, {method: key for method, key in asked.items() if draft.is_on(key)})
 
 
 def _targets(given: Any) -> Any:
@@ -195,27 +247,47 @@ def _targets(given: Any) -> Any:
     return "all-linear" if names == ["all"] else names
 
 
-def _strategy(draft: Draft) -> None:
-    given, sharded = draft.take("deepspeed"), draft.take("fsdp")
-    config = draft.take("fsdp_config")
-    if given:
-        common.deepspeed(draft, given)
-    elif sharded or config:
-        draft.put("strategy.kind", "fsdp")
-        if "offload" in str(sharded):
+def _strategy(draft: Draft, file: Path) -> None:
+    keys = ("fsdp", "fsdp_config")
+    if draft.is_on("deepspeed"):
+        common.deepspeed(draft, "deepspeed", file)
+        for key in keys:
+            draft.pass_over(key, "deepspeed comes first")
+    elif draft.is_on("fsdp") or draft.is_on("fsdp_config"):
+        draft.put("strategy.kind", "fsdp", *keys)
+        if "offload" in str(draft.take("fsdp")):
             draft.put("strategy.offload", True)
     else:
         draft.put("strategy.kind", "ddp")
 
 
+def _training(draft: Draft, workers: int | None, stage: str) -> None:
+    micro = max(1, draft.number("per_device_train_batch_size", 8))
+    accumulation = max(1, draft.number("gradient_accumulation_steps", 1))
+    if stage == "ppo":
+        accumulation *= max(1, draft.number("ppo_buffer_size", 1))
+        draft.use("training.global_batch", "ppo_buffer_size")
+    common.batches(draft, micro, accumulation, workers, draft.number("ray_num_workers"))
+    draft.use("training.micro_batch", "per_device_train_batch_size")
+    draft.use("training.global_batch", "gradient_accumulation_steps")
+    draft.use("resources.workers", "ray_num_workers")
+    common.length(draft, "num_train_epochs", 3)
+    off = draft.is_on("disable_gradient_checkpointing")
+    draft.put("training.gradient_checkpointing", not off, "disable_gradient_checkpointing")
+    draft.pass_over("gradient_checkpointing", "it is on unless disable_gradient_checkpointing says otherwise")
+    common.clipping(draft)
+
+
 def _saving(draft: Draft) -> None:
-    draft.move("save_steps", "checkpoint.every_steps")
-    draft.move("save_total_limit", "checkpoint.keep_last")
-    steps = draft.number("eval_steps")
-    if steps and steps >= 1 and draft.recipe["data"].get("eval"):
-        draft.put("training.eval_every", int(steps))
-    draft.take("eval_strategy")
-    common.trackers(draft, {name: "report_to" for name in draft.names("report_to") if name not in ("none", "all")})
-    draft.take("run_name")
-    if draft.take("use_swanlab"):
-        draft.pass_over("use_swanlab", "there is no tracker swanlab")
+    default = "checkpoint.every_steps counts steps: 100 by default"
+    common.every(draft, "save_steps", "checkpoint.every_steps", default)
+    common.kept(draft)
+    seldom = "training.eval_every counts steps; without it the end of the run is evaluated"
+    if draft.recipe["data"].get("eval"):
+        common.every(draft, "eval_steps", "training.eval_every", seldom)
+    for key in ("eval_steps", "eval_strategy"):
+        draft.pass_over(key, seldom if draft.recipe["data"].get("eval") else "nothing is held out to evaluate")
+    named = draft.names("report_to")
+    common.trackers(draft, {name: "report_to" for name in named if name not in ("none", "all")})
+    if "all" in named:
+        draft.lose("report_to", "all: name those that are meant under tracking")

@@ -2,141 +2,181 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from launcher.convert import common
-from launcher.convert.draft import OFF, Draft
+from launcher.convert.draft import Draft, as_mapping
 
 Source = dict[str, Any]
 MEDIA = ("images", "videos", "audios")
+KEYS = {("from", "value"), ("role", "content")}
+"""Names of a turn's speaker and words that are read."""
+
+ROLE_TAGS = {
+    "user_tag": {"human", "user"},
+    "assistant_tag": {"gpt", "assistant"},
+    "observation_tag": {"observation", "tool", "function_response"},
+    "function_tag": {"function_call"},
+    "system_tag": {"system"},
+}
+ANSWERS = "the loss is taken on answers alone; format text takes it on every token"
 
 
-def data(draft: Draft, file: Path) -> None:
-    stage = str(draft.settings.get("stage", "sft"))
+def data(draft: Draft, file: Path, stage: str) -> None:
     folder, info = _registry(draft, file)
     for key, path in (("dataset", "data.train"), ("eval_dataset", "data.eval")):
         found = [_source(draft, key, name, folder, info, stage) for name in draft.names(key)]
         if found or key == "dataset":
-            draft.put(path, [source for source in found if source])
+            draft.put(path, [source for source in found if source], key)
+            draft.use(path, "dataset_dir")
     if "dataset" not in draft.settings:
         draft.hinder("dataset", "is missing: nothing is trained here")
-    draft.put("data.sequence_length", int(draft.number("cutoff_len", 2048)))
-    packed = draft.take("packing", stage == "pt")
-    draft.put("data.packing", packed not in OFF and stage in ("sft", "pt"))
+    draft.put("data.sequence_length", int(draft.number("cutoff_len", 2048)), "cutoff_len")
+    _packing(draft, stage)
     _wording(draft)
     _cut(draft)
     common.hold_out(draft, "val_size")
     for source in draft.recipe["data"].get("eval", []):
         if common.is_named(source["path"]):
             source.setdefault("split", "train")
-    if draft.take("train_on_prompt"):
-        draft.lose("train_on_prompt", "the loss is taken on answers alone; format text takes it on every token")
+    if draft.is_on("train_on_prompt"):
+        draft.lose("train_on_prompt", ANSWERS)
+
+
+def _packing(draft: Draft, stage: str) -> None:
+    """Texts are packed unless told otherwise; neat packing is packing, and the only kind that there is here."""
+    neat = draft.is_on("neat_packing")
+    packed = neat or (draft.is_on("packing") if "packing" in draft.settings else stage == "pt")
+    draft.put("data.packing", packed and stage in ("sft", "pt"), "packing", "neat_packing")
+    if packed and not neat:
+        draft.decisions.append("samples of a pack never see each other, as with neat_packing")
 
 
 def _registry(draft: Draft, file: Path) -> tuple[Path, dict[str, Any] | None]:
-    """Looked for from the working folder, and from every folder above the file, as it may be called from any."""
     name = str(draft.take("dataset_dir", "data"))
-    for above in (Path(), *file.resolve().parents):
-        path = above / name / "dataset_info.json"
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
-            continue
-        if isinstance(found, dict):
-            return path.parent, found
-    return Path(name), None
+    path = common.beside(f"{name}/dataset_info.json", file)
+    return path.parent, common.read_json(path) or None
 
 
 def _source(draft: Draft, key: str, name: str, folder: Path, info: dict[str, Any] | None, stage: str) -> Source | None:
     if info is None:
         draft.hinder(key, f"what {name} is stands in {folder}/dataset_info.json, which is not there; convert beside it")
         return None
-    entry = info.get(name)
-    if not isinstance(entry, dict):
+    if not isinstance(info.get(name), dict):
         draft.hinder(key, f"{name} does not stand in {folder}/dataset_info.json")
         return None
-    columns = entry.get("columns") or {}
-    if any(column in columns for column in MEDIA):
+    entry = draft.part(f"{key}.{name}", info[name], "data.train" if key == "dataset" else "data.eval")
+    columns = entry.part("columns", as_mapping(entry.take("columns")))
+    entry.use(entry.home, "columns")
+    if any(columns.is_on(column) for column in MEDIA):
         draft.hinder(key, f"{name} has images or sound; muster trains on text")
         return None
-    made = _format(draft, key, name, entry, stage)
+    reason, made = _format(entry, columns, stage)
     place = _where_it_lies(entry, folder)
+    if reason:
+        draft.hinder(key, f"{name} {reason}")
     if place is None:
         draft.hinder(key, f"{name} is loaded by a script or from another hub; put its rows into files")
+    if not made or place is None:
         return None
     for column in ("system", "history"):
-        if column in columns:
-            draft.lose(f"{key}.{name}.{column}", "no format reads that column; put it into the messages")
+        if columns.is_on(column):
+            columns.lose(column, "no format reads that column; put it into the messages")
+    columns.finish({})
+    entry.finish({"ms_hub_url": "hf_hub_url comes first", "om_hub_url": "hf_hub_url comes first"})
     return place | made
 
 
-def _format(draft: Draft, key: str, name: str, entry: dict[str, Any], stage: str) -> Source:
-    columns = entry.get("columns") or {}
-    talks = entry.get("formatting", "alpaca") != "alpaca"
-    tags = entry.get("tags") or {}
-    if talks and (tags.get("role_tag", "from"), tags.get("content_tag", "value")) not in (
-        ("from", "value"),
-        ("role", "content"),
-    ):
-        draft.hinder(key, f"turns of {name} have other keys than role and content, or from and value")
-    messages = columns.get("messages", "conversations")
+def _format(entry: Draft, columns: Draft, stage: str) -> tuple[str, Source]:
+    """What stands in the way, or nothing, and how rows are read."""
+    talks, ranks = entry.read("formatting", "alpaca") != "alpaca", entry.read("ranking")
+    reason = _tags(entry) if talks else ""
+    messages = "messages", "conversations"
     if stage in ("rm", "dpo"):
-        if not entry.get("ranking"):
-            draft.hinder(key, f"{name} is not one of pairs (ranking)")
-        first = messages if talks else columns.get("prompt", "instruction")
-        return _read("preference", prompt=first, chosen=columns.get("chosen"), rejected=columns.get("rejected"))
+        if not ranks:
+            reason = "is not one of pairs (ranking)"
+        first = messages if talks else ("prompt", "instruction")
+        if not talks and columns.is_on("query"):
+            columns.lose("query", "format preference reads no further column; write it into the prompt")
+        return reason, _read(columns, "preference", prompt=first, chosen=("chosen", ""), rejected=("rejected", ""))
+    if ranks:
+        reason = f"is one of pairs (ranking), which stage {stage} does not learn from"
     if stage == "pt" and not talks:
-        return _read("text", text=columns.get("prompt", "instruction"))
+        return reason, _read(columns, "text", text=("prompt", "instruction"))
     if talks:
-        return _read("messages", messages=messages, tools=columns.get("tools"))
-    names = {"instruction": "prompt", "input": "query", "output": "response"}
-    return _read("instruction", **{ours: columns.get(theirs) for ours, theirs in names.items()})
+        return reason, _read(columns, "messages", messages=messages, tools=("tools", ""))
+    names = {"instruction": ("prompt", "instruction"), "input": ("query", "input"), "output": ("response", "output")}
+    return reason, _read(columns, "instruction", **names)
 
 
-def _read(kind: str, **columns: str | None) -> Source:
-    named = {ours: theirs for ours, theirs in columns.items() if theirs and theirs != ours}
+def _tags(entry: Draft) -> str:
+    """What turns are called: read by their usual names, and nothing else."""
+    tags = entry.part("tags", as_mapping(entry.take("tags")))
+    entry.use(entry.home, "tags")
+    if (tags.read("role_tag", "from"), tags.read("content_tag", "value")) not in KEYS:
+        return "has turns with other keys than role and content, or from and value"
+    strange = [tags.read(tag) for tag, usual in ROLE_TAGS.items() if tags.is_on(tag) and tags.take(tag) not in usual]
+    tags.finish(dict.fromkeys(ROLE_TAGS, "a usual name"))
+    return f"has speakers of other names than usual ({', '.join(map(str, strange))})" if strange else ""
+
+
+def _read(columns: Draft, kind: str, **names: tuple[str, str]) -> Source:
+    """``names``: by our column, their key for it and the name that it has without one."""
+    named = {}
+    for ours, (key, usual) in names.items():
+        theirs = columns.read(key, usual)
+        if theirs and theirs != ours:
+            named[ours] = theirs
     return {"format": kind} | ({"columns": named} if named else {})
 
 
-def _where_it_lies(entry: dict[str, Any], folder: Path) -> Source | None:
-    split = {"split": entry["split"]} if entry.get("split", "train") != "train" else {}
-    if entry.get("file_name"):
-        return {"path": str(folder / entry["file_name"])}
-    if entry.get("cloud_file_name"):
-        return {"path": entry["cloud_file_name"]}
-    if entry.get("hf_hub_url"):
-        subset = f"/{entry['subset']}" if entry.get("subset") else ""
-        return {"path": f"hf://{entry['hf_hub_url']}{subset}"} | split
-    return None
+def _where_it_lies(entry: Draft, folder: Path) -> Source | None:
+    """In the order that it has them in: the Hub, a file in a bucket, a file beside the registry."""
+    if entry.is_on("hf_hub_url"):
+        subset = f"/{entry.read('subset')}" if entry.is_on("subset") else ""
+        split = entry.read("split", "train")
+        return {"path": f"hf://{entry.read('hf_hub_url')}{subset}"} | ({"split": split} if split != "train" else {})
+    for key in ("split", "subset"):
+        if entry.is_on(key):
+            entry.lose(key, "files are read whole; name those that are meant in path")
+    if any(entry.is_on(key) for key in ("ms_hub_url", "om_hub_url", "script_url")):
+        return None
+    if entry.is_on("cloud_file_name"):
+        return {"path": str(entry.read("cloud_file_name"))}
+    return {"path": str(folder / str(entry.read("file_name")))} if entry.is_on("file_name") else None
 
 
 def _wording(draft: Draft) -> None:
-    """Its template words every row, Alpaca's too; ours words turns, by the tokenizer's own."""
+    """Its template words every row, Alpaca's and texts of pairs too; ours words turns, by the tokenizer's own."""
     name = draft.take("template")
     formats = {source["format"] for source in draft.recipe["data"]["train"]}
-    if name and "messages" in formats | {"messages" for f in formats if f == "preference"}:
-        draft.lose(
-            "template", f"{name}: turns are worded by the tokenizer's template; data.chat_template names another"
-        )
-    elif name and "instruction" in formats:
-        draft.lose("template", f"{name}: rows of instructions are worded as Alpaca's prompt, or by their template")
-    elif name:
+    ways = {
+        "messages": "turns are worded by the tokenizer's template; data.chat_template names another",
+        "preference": "turns are worded by the tokenizer's template, and plain texts are read as they stand",
+        "instruction": "rows of instructions are worded as Alpaca's prompt; format completion with a template of its "
+        "own words them as the base is used to",
+    }
+    ways = {kind: way for kind, way in ways.items() if kind in formats}
+    if name and ways:
+        draft.lose("template", f"{name}: {'; '.join(ways.values())}")
+    else:
         draft.pass_over("template", "texts are taken as they are")
-    for key in ("default_system", "enable_thinking", "tool_format"):
-        if draft.take(key) not in OFF:
-            draft.lose(key, "the chat template says it; data.chat_template names another")
+    for key in ("default_system", "enable_thinking", "preserve_thinking", "tool_format"):
+        if key in draft.settings:
+            draft.lose(key, f"{draft.take(key)}: the chat template says it; data.chat_template names another")
 
 
 def _cut(draft: Draft) -> None:
     """The first rows of each set: a part of its split, where it has splits."""
     rows = draft.number("max_samples")
-    if rows is None:
+    if not rows:
         return
-    sources = draft.recipe["data"]["train"]
-    if sources and all(common.is_named(source["path"]) for source in sources):
-        for source in sources:
-            source["split"] = f"{source.get('split', 'train')}[:{rows}]"
-    else:
-        draft.lose("max_samples", f"{rows}: files are read whole; cut them, or lower training.steps")
+    cut = not draft.recipe["data"]["train"]
+    for source in [*draft.recipe["data"]["train"], *draft.recipe["data"].get("eval", [])]:
+        if common.is_named(source["path"]) and "[" not in source.get("split", ""):
+            source["split"], cut = f"{source.get('split', 'train')}[:{int(rows)}]", True
+        else:
+            draft.lose("max_samples", f"{rows}: files are read whole; cut them, or lower training.steps")
+    if cut:
+        draft.use("data.train", "max_samples")

@@ -41,6 +41,7 @@ def _listed(title: str, keys: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _wrapped(text: str, indent: str) -> list[str]:
-    """As comments: whatever a file holds, no line of it becomes YAML."""
+    """As comments: whatever a file holds, no line of it becomes YAML, which knows more ends of a line than ``\\n``."""
+    text = " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
     first, rest = f"# {indent}", f"# {indent}  "
     return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest) or ["#"]

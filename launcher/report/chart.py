@@ -34,9 +34,10 @@ class Chart:
     table: Table
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> Table:
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], most: int | None = MOST_ROWS) -> Table:
+    """Of more rows than ``most`` some, evenly spread; None keeps all."""
     whole = list(rows)
-    shown = thin(whole, MOST_ROWS)
+    shown = whole if most is None else thin(whole, most)
     texts = [[cell(value) for value in row] for row in shown]
     return Table(columns, texts, len(whole) if len(shown) < len(whole) else None)
 

@@ -68,6 +68,16 @@ def _attempts(run: RunRecord, kept: list[tuple[float, float]], shade: str) -> li
     ]
 
 
+def largest_rank(run: RunRecord) -> str:
+    """In a sentence, where the metrics name the rank."""
+    told = [row for row in run.rows if row.get("memory_bytes") is not None and row.get("memory_rank") is not None]
+    if not told:
+        return ""
+    most = max(told, key=lambda row: int(row["memory_bytes"]))
+    held = f"{most['memory_bytes'] / 2**30:.4g} GiB, on rank {most['memory_rank']} at step {most['step']}"
+    return f"{run.label}: of all ranks the one with the most; that was {held}."
+
+
 def step_time_chart(runs: Sequence[RunRecord]) -> Chart | None:
     """How often a step took how long."""
     traces, rows = [], []

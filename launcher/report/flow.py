@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 from statistics import median, quantiles
 from typing import Any
 
-from launcher.goodput import CHECKPOINT, EVALUATING, KINDS, LOST, STARTING, TRAINING, WAITING, Piece
+from launcher.goodput import CHECKPOINT, COMPILING, EVALUATING, KINDS, LOST, STARTING, TRAINING, WAITING, Piece
 from launcher.report.chart import Chart, Trace, axes, colour, safe, table
 from launcher.report.reading import Row, RunRecord
 
@@ -15,6 +15,7 @@ SHADES = {
     TRAINING: "#10b981",
     EVALUATING: "#3b82f6",
     CHECKPOINT: "#8b5cf6",
+    COMPILING: "#06b6d4",
     STARTING: "#f59e0b",
     LOST: "#ef4444",
     WAITING: "#9ca3af",

@@ -62,7 +62,11 @@ def fill_told(run: RunRecord) -> str:
     if summary is None:
         return f"{run.label}: {run.data.missing}."
     filled = "not packed" if summary.fill is None else f"packs {100 * summary.fill:.1f} % full"
-    return (
-        f"{run.label}: half of the samples have up to {summary.median:,} tokens, 95 % up to {summary.p95:,}, the "
-        f"longest {summary.longest:,}; {summary.packs:,} packs per epoch, {filled}."
+    told = (
+        f"half of the samples have up to {summary.median:,} tokens, 95 % up to {summary.p95:,}, the longest "
+        f"{summary.longest:,}; {summary.packs:,} packs per epoch, {filled}"
     )
+    if summary.sampled is None:
+        return f"{run.label}: {told}."
+    looked_at, windows = summary.sampled
+    return f"{run.label}, by {looked_at:,} of its {windows:,} windows, evenly spread: {told}."

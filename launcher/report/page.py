@@ -44,16 +44,20 @@ def page(runs: Sequence[RunRecord], sections: Sequence[Section]) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{_text(POLICY)}">',
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">',
-        f"<title>{_text(title)}</title><style>{(HERE / 'page.css').read_text()}</style></head><body>",
+        f"<title>{_text(title)}</title><style>{_asset('page.css')}</style></head><body>",
         f"<header><h1>{_text(title)}</h1><nav>{links}</nav></header><main>",
         *map(_section, sections),
         "</main>",
         f'<script type="application/json" id="figures">{_json(figures)}</script>',
         f"<script>{plotly_script()}</script>",
-        f"<script>{(HERE / 'page.js').read_text()}</script>",
+        f"<script>{_asset('page.js')}</script>",
         "</body></html>",
     ]
     return "\n".join(parts) + "\n"
+
+
+def _asset(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")
 
 
 def plotly_script() -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from launcher.goodput import Goodput, goodput
+from launcher.goodput import Goodput, goodput, newest_driver
 from launcher.report.censor import Censor
 from launcher.status import Status, read_status
 from trainer import layout
@@ -18,14 +18,14 @@ from trainer.data.blocks import Counts
 from trainer.data.prepared import Prepared, open_prepared
 from trainer.data.spec import Preparation
 from trainer.data.summary import Summary, summarise
-from trainer.errors import MusterError
+from trainer.errors import CorruptObject, MusterError
 from trainer.reporter import read_rows
 from trainer.storage import Storage, open_storage
 
 Row = dict[str, Any]
 
-MOST_WINDOWS = 256
-"""Of prepared data whose lengths are counted: each window's index is read for it."""
+MOST_WINDOWS, SAMPLED_WINDOWS = 256, 64
+"""Of prepared data each window's index is read for the lengths; of more windows some, evenly spread."""
 
 
 @dataclass(frozen=True)
@@ -94,13 +94,14 @@ def read_run(run: Storage) -> RunRecord:
     status = read_status(run)
     events = [e for e in read_rows(run, layout.EVENTS) if "event" in e]
     rows = [r for r in read_rows(run, layout.METRICS) if r.get("step") is not None and r.get("attempt") is not None]
-    went = goodput(events, rows, until=status.heard_at, running=status.state == "running")
+    running, driver = status.state == "running", newest_driver(run)
+    went = goodput(events, rows, until=status.heard_at, running=running, driver=driver)
     recipe = _text(run, layout.RECIPE)
     return RunRecord(
-        label=status.name,
+        label=censor.text(status.name),
         status=replace(status, uri=censor.text(status.uri), name=censor.text(status.name)),
         recipe=censor.text(recipe),
-        provenance=censor.clean(_json(run, layout.PROVENANCE)),
+        provenance=censor.clean(_provenance(run)),
         events=censor.clean(events),
         rows=rows,
         went=went,
@@ -116,6 +117,7 @@ def _text(run: Storage, key: str) -> str:
 
 
 def _json(run: Storage, key: str) -> Row:
+    """CorruptObject when it is none."""
     try:
         found = run.read_json(key)
     except FileNotFoundError:
@@ -123,19 +125,27 @@ def _json(run: Storage, key: str) -> Row:
     return found if isinstance(found, dict) else {}
 
 
+def _provenance(run: Storage) -> Row:
+    try:
+        return _json(run, layout.PROVENANCE)
+    except CorruptObject as error:
+        return {"unreadable": str(error)}
+
+
 def _data(run: Storage, recipe: str, censor: Censor) -> DataFacts:
     """Prepared data lie beside the runs, and may have been deleted since."""
-    frozen = _json(run, layout.DATA)
-    if not frozen:
-        return DataFacts(missing="the run has prepared no data yet")
-    shared = open_storage(run.url.rsplit("/", 1)[0]).child(layout.PREPARED)
     parts: list[tuple[str, str, Counts]] = []
     try:
-        opened = {part: open_prepared(shared, Preparation.from_json(spec).fingerprint) for part, spec in frozen.items()}
+        frozen = _json(run, layout.DATA)
+        if not frozen:
+            return DataFacts(missing="the run has prepared no data yet")
+        shared = open_storage(run.url.rsplit("/", 1)[0]).child(layout.PREPARED)
+        specs = {part: Preparation.from_json(frozen[part]) for part in ("train", "eval") if part in frozen}
+        opened = {part: open_prepared(shared, spec.fingerprint) for part, spec in specs.items()}
         for part, prepared in opened.items():
             parts += _sources(part, prepared, censor) if prepared else []
         return _summed(opened.get("train"), tuple(parts), recipe)
-    except (MusterError, OSError, KeyError, TypeError) as error:
+    except (MusterError, OSError, LookupError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
         return DataFacts(tuple(parts), missing=censor.text(f"the prepared data cannot be read: {error}"))
 
 
@@ -149,10 +159,9 @@ def _sources(part: str, prepared: Prepared, censor: Censor) -> list[tuple[str, s
 def _summed(train: Prepared | None, parts: tuple[tuple[str, str, Counts], ...], recipe: str) -> DataFacts:
     if train is None:
         return DataFacts(parts, missing="the prepared data are not there any more, or not complete yet")
-    if train.count > MOST_WINDOWS:
-        return DataFacts(parts, missing=f"not counted: the data have {train.count:,} windows")
     said = yaml.safe_load(recipe) or {}
     weights = [float(s.get("weight") or 1.0) for s in said.get("data", {}).get("train", [])]
     if len(weights) != len(train.spec.sources):
         weights = [1.0] * len(train.spec.sources)
-    return DataFacts(parts, summarise(train, int(said.get("seed") or 0), weights))
+    most = None if train.count <= MOST_WINDOWS else SAMPLED_WINDOWS
+    return DataFacts(parts, summarise(train, int(said.get("seed") or 0), weights, most=most))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launcher.report.chart import Chart
-from launcher.report.curves import Value, metric_chart, step_time_chart
-from launcher.report.facts import happenings, host_table, sample_tables, summary_table, version_table
+from launcher.report.curves import Value, largest_rank, metric_chart, step_time_chart
+from launcher.report.facts import failure_texts, happenings, host_table, sample_tables, summary_table, version_table
 from launcher.report.flow import checkpoint_chart, goodput_chart, rank_chart, straggler, timeline_chart
 from launcher.report.given import composition_chart, fill_told, length_chart
 from launcher.report.page import Section
@@ -48,7 +48,13 @@ def _outcome(runs: Runs) -> list[Section]:
 def _speed(runs: Runs) -> list[Section]:
     return [
         _metric(runs, "throughput", "Throughput", "tokens_per_s", "tokens per second"),
-        _metric(runs, "memory", "Memory of rank 0", "memory_bytes", "GiB", 2.0**-30),
+        _of(
+            "memory",
+            "Memory",
+            metric_chart("memory", "memory of the rank with the most", "GiB", runs, _value("memory_bytes", 2.0**-30)),
+            "the metrics hold none",
+            [*map(largest_rank, runs)],
+        ),
         _of("step-times", "Step times", step_time_chart(runs), "no step has been trained"),
         _of(
             "ranks",
@@ -71,8 +77,9 @@ def _course(runs: Runs) -> list[Section]:
         if run.went.wall_s > 0
     ]
     timeline, none = timeline_chart(runs), "no attempt has begun"
+    charts, events = [timeline] if timeline else [], [("Events", happenings(runs))]
     return [
-        Section("timeline", "Timeline", [timeline] if timeline else [], [("Events", happenings(runs))], wide=True),
+        Section("timeline", "Timeline", charts, events, failure_texts(runs), wide=True),
         _wide(_of("goodput", "Goodput", goodput_chart(runs), none, goodput)),
         _of("checkpoints", "Checkpoints", checkpoint_chart(runs), "nothing is committed yet"),
     ]
@@ -94,7 +101,7 @@ def _inputs(runs: Runs) -> list[Section]:
 
 def _samples(runs: Runs) -> Section:
     tables = sample_tables(runs)
-    notes = [] if tables else ["None: the run has kept no texts of its own; task ppo keeps some of every step."]
+    notes = [] if tables else ["None: the run has kept no texts of its own."]
     return Section("samples", "Samples before and after", tables=tables, notes=notes, wide=True)
 
 

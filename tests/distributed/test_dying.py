@@ -76,6 +76,12 @@ def test_a_killed_rank_ends_the_group_and_the_same_command_goes_on(
     wait_for_step(recipe, 15, command)
     rank(command, victim).kill()
     assert command.wait(60) == 1
+    if victim != 0:  # rank 0 is left, and knows what its own failure followed from
+        assert "another worker died" in command.output()
+        assert "Traceback" not in command.output().partition("muster: rank 0 on")[2].partition("next:")[0]
+        failure = read_status(run_of(recipe)).failure
+        assert failure is not None
+        assert (failure["rank"], failure["retried"]) == (0, False)
     again = torchrun(recipe)
     assert again.wait(120) == 0, again.output()
     assert adapter_bytes(recipe) == adapter_bytes(undisturbed)
@@ -131,6 +137,8 @@ def test_out_of_memory_is_a_death_like_any_other(undisturbed: Recipe, tiny_model
     wait_for_step(recipe, 15, command)
     resource.prlimit(rank(command, 1).pid, resource.RLIMIT_AS, (2**20, 2**20))
     assert command.wait(90) == 1
+    failure = read_status(run_of(recipe)).failure
+    assert failure is not None
     again = torchrun(recipe)
     assert again.wait(120) == 0, again.output()
     assert adapter_bytes(recipe) == adapter_bytes(undisturbed)

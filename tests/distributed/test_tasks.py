@@ -23,7 +23,15 @@ WRITING = ("sft", "dpo", "ppo")
 SAMPLES = {"count": 3, "max_new_tokens": 6}
 TIMES = {
     *("time", "step_s", "eval_s", "stall_s", "checkpoint_age_s", "backlog", "world_size", "attempt", "memory_bytes"),
-    *("tokens_per_s", "tokens_per_s_per_worker", "slowest_rank", "slowest_rank_s", "mean_rank_s", "rank_s"),
+    *(
+        "tokens_per_s",
+        "tokens_per_s_per_worker",
+        "slowest_rank",
+        "slowest_rank_s",
+        "mean_rank_s",
+        "rank_s",
+        "memory_rank",
+    ),
 }
 
 

@@ -44,7 +44,9 @@ def test_a_killed_worker_is_replaced(joined: str, undisturbed: Recipe, tiny_mode
     failures = [e for e in read_rows(run_of(recipe), layout.EVENTS) if e["event"] == "failure"]
     assert len(failures) == 1
     assert failures[0]["retried"]
-    assert "died" in failures[0]["cause"]
+    assert f"on {os.uname().nodename} died (last seen at step " in failures[0]["cause"]
+    assert failures[0]["phase"]
+    assert "dmesg" in failures[0]["advice"]
     assert read_status(run_of(recipe)).attempts == 2
 
 

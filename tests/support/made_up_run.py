@@ -7,11 +7,21 @@ from typing import Any
 
 from trainer import layout
 from trainer.data.blocks import Counts
+from trainer.data.summary import Bin, Summary
 from trainer.lease import Holder, LeaseRecord, to_row
 from trainer.reporter import JsonLines
 from trainer.storage import Storage
 
+SECTIONS = (
+    "summary", "loss", "eval-loss", "learning-rate", "gradient-norm", "throughput", "memory", "step-times", "ranks",
+    "timeline", "goodput", "checkpoints", "data", "lengths", "samples", "recipe", "versions", "hosts",
+)  # fmt: skip
+CHARTS = (*SECTIONS[1:12], "data", "lengths")
+"""Of a report's page, by their ids."""
 BEGAN = 1_700_000_000.0
+TRACE = "trainer/loop.py:17, in _update\n    <step>(lr)"
+ADVICE = "the host's memory was full: ask for more"
+VERSIONS = {"muster": "0.1.0", "python": "3.11", "torch": "2.13.0", "transformers": "5.23.0"}
 SPENT = {"import": 2.0, "ray": 3.0, "data": 1.0, "workers": 4.0, "model": 5.0, "first_step": 3.0}
 RECIPE = """name: {name}
 model: {{path: org/<model>}}
@@ -26,9 +36,10 @@ def make_up(run: Storage, *, lr: float = 1e-4, ended: str = "succeeded") -> None
     """Attempt 1 is killed after step 30 and saved 20; 2 goes on with fewer workers, is resized at 60; 3 ends at 80."""
     name = run.url.rsplit("/", 1)[-1]
     run.write(layout.RECIPE, RECIPE.format(name=name).encode())
-    packages = {"torch": "2.13.0", "transformers": "5.23.0"}
-    run.write_json(layout.PROVENANCE, {"muster": "0.1.0", "packages": packages, "python": "3.11", "host": "a"})
-    at = _attempt(run, 1, range(1, 31), BEGAN, ["a", "a", "b", "b"], lr, {"event": "failure", "cause": "<b>killed</b>"})
+    packages = {name: VERSIONS[name] for name in ("torch", "transformers")}
+    run.write_json(layout.PROVENANCE, {"muster": "0.1.0+abc", "packages": packages, "python": "3.11", "host": "a"})
+    killed = {"event": "failure", "cause": "<b>killed</b>", "rank": 3, "host": "b", "trace": TRACE, "advice": ADVICE}
+    at = _attempt(run, 1, range(1, 31), BEGAN, ["a", "a", "b", "b"], lr, killed)
     at = _attempt(run, 2, range(21, 61), at + 9, ["a", "a", "b"], lr, {"event": "resize", "reason": "c has joined"})
     end = {"event": "end", "state": ended, "step": 80}
     at = _attempt(run, 3, range(61, 81), at + 4, ["a", "a", "b", "c"], lr, end)
@@ -44,13 +55,16 @@ def _attempt(
     rows = JsonLines(run, layout.metrics_part(number))
     head = {"attempt": number, "writer": "rank0"}
     begun = {"hosts": hosts, "world_size": len(hosts), "strategy": {"kind": "ddp"}, "build_s": 4.0, "restore_s": 1.0}
+    begun |= {"driver": 1, "devices": ["H100" if host == "c" else "A100" for host in hosts]}
+    begun |= {"versions": VERSIONS if number < 3 else {**VERSIONS, "torch": "2.14.0"}}
     events.add({**head, "event": "start", "time": at + 15, "step": steps[0] - 1, **begun})
     now, stall = at + 18.0, 0.0
     events.add({**head, "event": "startup", "time": now, "seconds": SPENT, "total_s": 18.0})
     for step in steps:
         took = 2.0 + 0.2 * math.sin(step)
         now += (took if step > steps[0] else 0.0) + stall
-        rows.add({"attempt": number, "time": now, **_step(step, took, hosts, lr), "stall_s": stall})
+        compiled = {"compile_s": 1.0} if step == steps[0] else {}
+        rows.add({"attempt": number, "time": now, **_step(step, took, hosts, lr), "stall_s": stall, **compiled})
         stall = 0.0
         if step % 20 == 0:
             now += 3.0
@@ -84,6 +98,7 @@ def _step(step: int, took: float, hosts: list[str], lr: float) -> dict[str, Any]
         "world_size": len(hosts),
         "samples": 8 * step,
         "memory_bytes": (4 << 30) + (step << 20),
+        "memory_rank": 1,
     }
 
 
@@ -92,3 +107,4 @@ COUNTS = (
     ("train", "s3://data/chat.parquet", Counts(500, 500, 90_000, 70_000, 0, 0, 0)),
     ("eval", "s3://data/held-out.jsonl", Counts(50, 50, 6_000, 3_000, 0, 0, 0)),
 )
+WORDS = Summary([Bin(10, 20, 700), Bin(21, 31, 300)], 18, 29, 31, 120, 0.93)

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from launcher.advice import SYMPTOMS, advise
-from launcher.causes import Cause, Failure, useful_stack
+from launcher.advice import advise
 from tests.support.planning import plan_recipe
-from trainer.errors import NonFiniteLoss, note_where, where_of
+from trainer.advice import SYMPTOMS
+from trainer.errors import NonFiniteLoss, StorageError, note_where, where_of
+from trainer.failure import Cause, Failure, useful_stack
 from trainer.recipe import Recipe, load
 
 RUN = "/runs/x"
@@ -38,6 +39,8 @@ def recipe(tmp_path) -> Recipe:
         ("rank 0 on a: OSError: [Errno 24] Too many open files", "open files", "ulimit -n"),
         ("rank 0 on a: RuntimeError: CUDA error: device-side assert triggered", "kernel", "CUDA_LAUNCH_BLOCKING=1"),
         ("rank 2 on a: RuntimeError: NCCL error: unhandled system error", "network", "muster doctor RECIPE"),
+        ("rank 1 on b died (after step 3): RuntimeError: killed: out of memory.", "host's memory", "muster plan"),
+        ("rank 2 on b died (step 3, optimizer): ActorDiedError", "killed", f"muster logs {RUN} --rank 2"),
         ("rank 2 died: ActorDiedError: The actor died unexpectedly", "killed", f"muster logs {RUN} --rank 2"),
     ],
 )
@@ -78,6 +81,11 @@ def test_a_plan_that_cannot_be_made_leaves_the_command(recipe, monkeypatch):
 def test_what_explains_itself_gets_no_advice(recipe):
     assert advise(Cause("rank 0 on a: step 3: the loss is not finite (rank 0: samples 0:7)", 0), recipe, RUN) == ""
     assert advise(Cause("rank 0 on a: KeyError: 'x'", 0, trace="line"), recipe, RUN).endswith("has all of it")
+
+
+def test_a_storage_whose_connection_is_reset_says_itself_what_to_do(recipe):
+    away = Failure.of(StorageError("could not write s3://b/x: connection reset"), 1.0, 1, "a", "").cause
+    assert advise(away, recipe, RUN) == ""
 
 
 def test_where_it_came_up_is_told_and_the_nearest_stays():

@@ -6,8 +6,17 @@ import pickle
 
 import pytest
 
-from launcher.causes import SHOWN_LINES, Cause, Failure, first_cause
-from trainer.errors import Fenced, InputError, MusterError, NonFiniteLoss, StorageError, WorkerFailed
+from launcher.causes import first_cause, placed_death
+from trainer.errors import (
+    Fenced,
+    InputError,
+    MusterError,
+    NonFiniteLoss,
+    StorageError,
+    WorkerFailed,
+    note_where,
+)
+from trainer.failure import SHOWN_LINES, Cause, Failure
 
 GLOO = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:31337")
 
@@ -84,8 +93,9 @@ def test_muster_errors_come_without_a_trace_and_others_end_with_its_end() -> Non
 
 
 def test_a_long_trace_is_cut_at_its_beginning() -> None:
-    lines = Cause("m", trace="\n".join(f"line {i}" for i in range(100))).as_error().args[0].splitlines()
-    assert lines == ["m", *(f"line {i}" for i in range(100 - SHOWN_LINES, 100))]
+    error = Cause("m", trace="\n".join(f"line {i}" for i in range(100))).as_error()
+    assert error.cause == "m"
+    assert str(error).splitlines() == ["m", *(f"line {i}" for i in range(100 - SHOWN_LINES, 100))]
 
 
 def test_a_failure_survives_pickling() -> None:
@@ -99,3 +109,45 @@ def test_a_killed_rank_and_a_broken_collective_may_have_failed_of_another() -> N
     assert Cause("rank 1 died: ActorDiedError", died=True).by_another
     assert Cause("rank 0 on a: RuntimeError: [gloo] Connection closed by peer").by_another
     assert not Cause("rank 0 on a: KeyError: 'x'").by_another
+
+
+def test_a_death_is_told_with_its_host_and_where_others_saw_it_last() -> None:
+    died = RuntimeError("The actor died unexpectedly before finishing this task.")
+    cause = first_cause({0: failure(GLOO, 1.0, 0), 1: Unhealthy(died)})
+    line = "RuntimeError: The actor died unexpectedly before finishing this task."
+    placed = placed_death(cause, "b", "step 15, backward of micro-batch 1", 14)
+    assert placed.message == f"rank 1 on b died (last seen at step 15, backward of micro-batch 1): {line}"
+    assert (placed.host, placed.facts("")["phase"]) == ("b", "backward of micro-batch 1")
+    alone = placed_death(cause, "b", "", 14)
+    assert alone.message == f"rank 1 on b died (after step 14): {line}"
+    assert alone.facts("")["phase"] is None
+    assert placed_death(cause, None, "", 0).message == f"rank 1 died: {line}"
+
+
+def test_an_own_error_says_where_it_came_up_once() -> None:
+    """A storage's error names a call, and not what it was for."""
+    away = StorageError("could not write s3://b/x: 9 attempts failed, the last one with connection reset")
+    note_where(away, "step 14, checkpoint")
+    cause = failure(away, 1.0, 0).cause
+    assert cause.message == f"rank 0 on host0: step 14, checkpoint: {away}"
+    assert cause.facts("")["phase"] == "checkpoint"
+    assert not cause.by_another, "it is the storage's connection that was reset"
+    lost = NonFiniteLoss("step 3: the loss is not finite")
+    note_where(lost, "step 3, exchange of the loss")
+    told = failure(lost, 1.0, 0).cause
+    assert told.message == "rank 0 on host0: step 3: the loss is not finite"
+    assert told.facts("")["phase"] == "exchange of the loss"
+
+
+def test_what_is_kept_of_a_failure() -> None:
+    error = ValueError("bad shape")
+    note_where(error, "loading the model")
+    facts = failure(error, 1.0, 2).cause.facts("  next: x")
+    assert facts == {
+        "cause": "rank 2 on host2: loading the model: ValueError: bad shape",
+        "rank": 2,
+        "host": "host2",
+        "phase": "loading the model",
+        "trace": "Traceback (most recent call last):\n  …\nthe last line",
+        "advice": "  next: x",
+    }

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from trainer.committer import Committed, Committer
-from trainer.errors import StorageError
+from trainer.errors import StorageError, where_of
 from trainer.state import Snapshot
 
 WAIT_S = 30.0
@@ -137,8 +137,9 @@ def test_the_first_error_is_raised_by_every_call_and_nothing_is_committed_after_
     commit.finish(2)
     committer.drain()
     for call in (committer.check, lambda: committer.submit(snapshot(3)), committer.close):
-        with pytest.raises(StorageError, match="no reply for step 1"):
+        with pytest.raises(StorageError, match="no reply for step 1") as found:
             call()
+        assert where_of(found.value) == "step 1, commit of the checkpoint", "whatever the loop does by now"
     assert commit.steps == []
 
 

@@ -92,6 +92,8 @@ def test_a_compiled_run_learns_the_same(
     assert got == pytest.approx(want, rel=1e-2 if "model.dtype" in changes else 1e-5)
     rows = [row for row in read_rows(run_of(recipe), layout.METRICS) if "loss" in row]
     assert rows[0]["compile_s"] > 0
+    (evaluated,) = [row for row in read_rows(run_of(recipe), layout.METRICS) if "eval_loss" in row]
+    assert evaluated["compile_s"] > 0, "evaluations have programs of their own"
     (event, *_) = [e for e in read_rows(run_of(recipe), layout.EVENTS) if e["event"] == "compiled"]
     assert event["seconds"] == rows[0]["compile_s"]
     assert event["programs"] >= 1

@@ -1,8 +1,10 @@
-"""muster convert: other trainers' settings as recipes, and the name of every key that has no place in one."""
+"""muster convert: the command, and the name of every key that has no place in a recipe."""
 
 from __future__ import annotations
 
-import json
+import ast
+import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,244 +14,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from launcher import convert
-from launcher.convert.axolotl import HINDRANCES as AXOLOTL_HINDRANCES
-from launcher.convert.llamafactory import HINDRANCES as FACTORY_HINDRANCES
+from launcher.convert import axolotl, axolotl_data, common, llamafactory, llamafactory_data
+from launcher.convert.draft import OFF, Draft
+from tests.unit.convert_support import AXOLOTL, FACTORY, changed, registry, result
 from tests.unit.test_cli import Muster
 from trainer.errors import UsageError
-from trainer.recipe import Recipe, loads
-
-AXOLOTL = {
-    "base_model": "org/base",
-    "adapter": "qlora",
-    "load_in_4bit": True,
-    "lora_r": 32,
-    "lora_alpha": 16,
-    "lora_dropout": 0.1,
-    "lora_target_linear": True,
-    "datasets": [{"path": "org/rows", "type": "alpaca"}],
-    "sequence_len": 1024,
-    "sample_packing": True,
-    "micro_batch_size": 2,
-    "gradient_accumulation_steps": 4,
-    "num_epochs": 3,
-    "learning_rate": "2e-5",
-    "optimizer": "adamw_bnb_8bit",
-    "lr_scheduler": "cosine",
-    "warmup_ratio": 0.1,
-    "bf16": "auto",
-    "output_dir": "./outputs/first/",
-}
-FACTORY = {
-    "stage": "sft",
-    "do_train": True,
-    "model_name_or_path": "org/base",
-    "finetuning_type": "lora",
-    "lora_rank": 8,
-    "lora_target": "all",
-    "dataset": "own, talks",
-    "template": "llama3",
-    "cutoff_len": 512,
-    "per_device_train_batch_size": 2,
-    "gradient_accumulation_steps": 8,
-    "learning_rate": 1.0e-4,
-    "num_train_epochs": 3.0,
-    "lr_scheduler_type": "cosine",
-    "bf16": True,
-    "output_dir": "saves/base/lora/sft",
-}
-INFO = {
-    "own": {"file_name": "own.json"},
-    "talks": {"hf_hub_url": "org/talks", "formatting": "sharegpt", "columns": {"messages": "turns", "tools": "tools"}},
-    "pairs": {"hf_hub_url": "org/pairs", "ranking": True, "columns": {"prompt": "q", "chosen": "a", "rejected": "b"}},
-    "plain": {"hf_hub_url": "org/plain", "subset": "en", "columns": {"prompt": "body"}},
-    "pictures": {"file_name": "p.json", "formatting": "sharegpt", "columns": {"images": "images"}},
-}
-
-
-def changed(base: dict[str, Any], change: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in (base | change).items() if value is not ...}
+from trainer.recipe import loads
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    (tmp_path / "data").mkdir()
-    (tmp_path / "data" / "dataset_info.json").write_text(json.dumps(INFO))
-    return tmp_path
-
-
-def result(
-    source: str, settings: dict[str, Any], folder: Path, workers: int | None = None
-) -> tuple[Any, str, list[str]]:
-    """The draft, its text, and what stands in the way of a recipe, of settings that were written to a file and read."""
-    file = folder / "settings.yml"
-    file.write_text(yaml.safe_dump(settings))
-    draft = convert.SOURCES.load(source)(convert.read(file), file, workers)
-    return draft, *convert.checked(draft, source, file)
-
-
-def recipe(source: str, settings: dict[str, Any], folder: Path, workers: int | None = None) -> Recipe:
-    _, text, hindrances = result(source, settings, folder, workers)
-    assert not hindrances, hindrances
-    return loads(text)
-
-
-def at(made: Recipe, path: str) -> Any:
-    value: Any = made.model_dump(mode="json")
-    for key in path.split("."):
-        value = value[int(key)] if isinstance(value, list) else value[key]
-    return value
-
-
-def test_a_whole_file_of_axolotl(tmp_path: Path) -> None:
-    made = recipe("axolotl", AXOLOTL, tmp_path, workers=4)
-    assert made.run_uri == "outputs/first"
-    assert (made.model.path, made.model.quantization, made.model.dtype) == ("org/base", "nf4", "bfloat16")
-    assert (made.adapter.method, made.adapter.rank, made.adapter.alpha, made.adapter.dropout) == ("lora", 32, 16, 0.1)
-    assert made.adapter.target_modules == "all-linear"
-    assert (made.data.train[0].path, made.data.train[0].format) == ("hf://org/rows", "instruction")
-    assert (made.data.sequence_length, made.data.packing) == (1024, True)
-    assert (made.training.global_batch, made.training.micro_batch, made.training.epochs) == (32, 2, 3)
-    assert (made.resources.workers, made.resources.gpus_per_worker) == (4, 1)
-    assert (made.optimizer.name, made.optimizer.lr) == ("adamw_8bit", 2e-5)
-    assert (made.schedule.name, made.schedule.warmup_ratio) == ("cosine", 0.1)
-
-
-def test_a_whole_file_of_llamafactory(folder: Path) -> None:
-    made = recipe("llamafactory", FACTORY, folder)
-    assert made.run_uri == "saves/base/lora/sft"
-    assert (made.adapter.rank, made.adapter.alpha, made.adapter.dropout) == (8, 16, 0.0)
-    assert [source.format for source in made.data.train] == ["instruction", "messages"]
-    assert made.data.train[0].path == str(folder / "data" / "own.json")
-    assert made.data.train[1].columns == {"messages": "turns"}
-    assert (made.training.global_batch, made.training.epochs) == (16, 3)
-    assert made.training.gradient_checkpointing, "which it has on unless it is told otherwise"
-    assert not made.data.packing
-
-
-AXOLOTL_CASES: list[tuple[dict[str, Any], str, Any]] = [
-    ({"adapter": "lora", "load_in_4bit": False, "load_in_8bit": True}, "model.quantization", "int8"),
-    ({"adapter": ..., "load_in_4bit": ...}, "adapter.method", "none"),
-    ({"peft_use_dora": True}, "adapter.method", "dora"),
-    ({"peft_use_rslora": True}, "adapter.method", "rslora"),
-    ({"loraplus_lr_ratio": 8}, "adapter.lr_ratio", 8.0),
-    ({"peft_init_lora_weights": "pissa"}, "adapter.method", "pissa"),
-    ({"lora_target_linear": ..., "lora_target_modules": ["q_proj"]}, "adapter.target_modules", ["q_proj"]),
-    ({"lora_modules_to_save": ["lm_head"]}, "adapter.modules_to_save", ["lm_head"]),
-    ({"max_steps": 10}, "training.steps", 10),
-    ({"warmup_ratio": ..., "warmup_steps": 5}, "schedule.warmup_steps", 5),
-    ({"warmup_ratio": ..., "warmup_steps": 0.2}, "schedule.warmup_ratio", 0.2),
-    ({"warmup_ratio": ...}, "schedule.warmup_ratio", 0.03),
-    ({"cosine_min_lr_ratio": 0.1}, "schedule.min_lr_ratio", 0.1),
-    ({"lr_scheduler_kwargs": {"min_lr": "2e-6"}}, "schedule.min_lr_ratio", pytest.approx(0.1)),
-    ({"lr_scheduler": "constant_with_warmup"}, "schedule.name", "constant"),
-    ({"optimizer": "paged_adamw_8bit"}, "optimizer.name", "paged_adamw_8bit"),
-    ({"adam_beta2": 0.95}, "optimizer.betas", [0.9, 0.95]),
-    ({"adam_epsilon": "1e-6"}, "optimizer.eps", 1e-6),
-    ({"weight_decay": 0.1}, "optimizer.weight_decay", 0.1),
-    ({"gradient_checkpointing": "offload"}, "training.gradient_checkpointing", True),
-    ({"max_grad_norm": 0.3}, "training.max_grad_norm", 0.3),
-    ({"seed": 42}, "seed", 42),
-    ({"fsdp_config": {"offload_params": True}}, "strategy.offload", True),
-    ({"fsdp": ["full_shard", "auto_wrap"]}, "strategy.kind", "fsdp"),
-    ({"deepspeed": "configs/zero3_bf16_cpuoffload_all.json"}, "strategy.deepspeed", "zero3_offload"),
-    ({"deepspeed": "configs/zero1.json"}, "strategy.kind", "zero2"),
-    ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "strategy.kind", "zero3"),
-    ({"use_ray": True, "ray_num_workers": 2}, "training.global_batch", 16),
-    ({"dp_shard_size": 2, "dp_replicate_size": 2}, "resources.workers", 4),
-    ({"save_steps": 50, "save_total_limit": 2}, "checkpoint.every_steps", 50),
-    ({"val_set_size": 0.05}, "data.train.0.split", "train[:95%]"),
-    ({"val_set_size": 100}, "data.eval.0.split", "train[-100:]"),
-    ({"test_datasets": [{"path": "org/held", "type": "alpaca", "split": "test"}]}, "data.eval.0.split", "test"),
-    ({"bf16": False, "fp16": True}, "model.dtype", "float16"),
-    ({"trust_remote_code": True}, "model.trust_remote_code", True),
-    ({"chat_template_jinja": "{{ messages }}"}, "data.chat_template", "{{ messages }}"),
-    ({"output_dir": "s3://bucket/a run"}, "name", "a-run"),
-    ({"peft_trainable_token_indices": [5]}, "adapter.trainable_tokens", [5]),
-]
-
-
-@pytest.mark.parametrize(("change", "path", "value"), AXOLOTL_CASES, ids=lambda v: v if isinstance(v, str) else None)
-def test_a_key_of_axolotl(change: dict[str, Any], path: str, value: Any, tmp_path: Path) -> None:
-    assert at(recipe("axolotl", changed(AXOLOTL, change), tmp_path), path) == value
-
-
-SOURCES: list[tuple[dict[str, Any], dict[str, Any]]] = [
-    ({"path": "org/a", "type": "alpaca", "name": "en", "revision": "v1"}, {"path": "hf://org/a@v1/en"}),
-    ({"path": "rows.jsonl", "type": "alpaca", "split": "train"}, {"path": "rows.jsonl", "split": None}),
-    ({"path": "org/a", "type": "alpaca", "data_files": ["x.jsonl"]}, {"path": "hf://datasets/org/a/x.jsonl"}),
-    (
-        {"path": "s3://b/x.jsonl", "type": "completion", "field": "body"},
-        {"format": "text", "columns": {"text": "body"}},
-    ),
-    (
-        {"path": "org/a", "type": "chat_template", "field_messages": "conv", "roles": {"user": ["human"]}},
-        {"format": "messages", "columns": {"messages": "conv"}},
-    ),
-    ({"path": "org/a", "type": "sharegpt"}, {"format": "messages", "columns": {"messages": "conversations"}}),
-    (
-        {"path": "org/a", "type": {"format": "Q: {instruction}\nA:", "field_instruction": "q", "field_output": "a"}},
-        {"format": "completion", "template": "Q: {q}\nA:", "columns": {"completion": "a"}},
-    ),
-]
-
-
-@pytest.mark.parametrize(("entry", "wanted"), SOURCES)
-def test_a_data_set_of_axolotl(entry: dict[str, Any], wanted: dict[str, Any], tmp_path: Path) -> None:
-    made = recipe("axolotl", AXOLOTL | {"datasets": [entry]}, tmp_path)
-    source = at(made, "data.train.0")
-    assert {key: source[key] for key in wanted} == wanted
-
-
-@pytest.mark.parametrize(
-    ("change", "task", "columns"),
-    [
-        ({"rl": "dpo", "datasets": [{"path": "o/p", "type": "chatml.intel"}]}, "dpo", {"prompt": "question"}),
-        ({"rl": "dpo", "datasets": [{"path": "o/p", "type": "llama3.ultra"}]}, "dpo", {}),
-        (
-            {"reward_model": True, "datasets": [{"path": "o/p", "type": "bradley_terry.chat_template"}]},
-            "reward",
-            {"prompt": "input"},
-        ),
-    ],
-)
-def test_pairs_of_axolotl(change: dict[str, Any], task: str, columns: dict[str, str], tmp_path: Path) -> None:
-    made = recipe("axolotl", AXOLOTL | change, tmp_path)
-    assert (made.task, made.data.train[0].format, made.data.packing) == (task, "preference", False)
-    assert made.data.train[0].columns == columns
-
-
-FACTORY_CASES: list[tuple[dict[str, Any], str, Any]] = [
-    ({"finetuning_type": "full"}, "adapter.method", "none"),
-    ({"finetuning_type": "oft", "oft_block_size": 16}, "adapter.block_size", 16),
-    ({"use_dora": True}, "adapter.method", "dora"),
-    ({"pissa_init": True}, "adapter.method", "pissa"),
-    ({"loraplus_lr_ratio": 8.0}, "adapter.lr_ratio", 8.0),
-    ({"lora_target": "q_proj,v_proj"}, "adapter.target_modules", ["q_proj", "v_proj"]),
-    ({"additional_target": "embed_tokens"}, "adapter.modules_to_save", ["embed_tokens"]),
-    ({"quantization_bit": 4}, "model.quantization", "nf4"),
-    ({"quantization_bit": 8, "quantization_method": "bnb"}, "model.quantization", "int8"),
-    ({"deepspeed": "x/ds_z3_offload_config.json"}, "strategy.deepspeed", "zero3_offload"),
-    ({"deepspeed": "x/ds_z0_config.json"}, "strategy.kind", "ddp"),
-    ({"stage": "pt", "dataset": "plain"}, "data.train.0.columns", {"text": "body"}),
-    ({"stage": "pt", "dataset": "plain"}, "data.packing", True),
-    ({"stage": "pt", "dataset": "plain"}, "data.train.0.path", "hf://org/plain/en"),
-    ({"stage": "dpo", "dataset": "pairs", "pref_beta": 0.2}, "dpo.beta", 0.2),
-    ({"stage": "rm", "dataset": "pairs"}, "data.train.0.columns", {"prompt": "q", "chosen": "a", "rejected": "b"}),
-    ({"stage": "ppo", "reward_model": "runs/reward"}, "ppo.reward.model", "runs/reward"),
-    ({"dataset": "talks", "val_size": 0.1}, "data.train.0.split", "train[:90%]"),
-    ({"dataset": "talks", "max_samples": 50}, "data.train.0.split", "train[:50]"),
-    ({"eval_dataset": "talks", "eval_steps": 20}, "training.eval_every", 20),
-    ({"optim": "paged_adamw_8bit"}, "optimizer.name", "paged_adamw_8bit"),
-    ({"lr_scheduler_type": ...}, "schedule.name", "linear"),
-    ({"packing": True}, "data.packing", True),
-    ({"disable_gradient_checkpointing": True}, "training.gradient_checkpointing", False),
-    ({"ray_num_workers": 4}, "training.global_batch", 64),
-]
-
-
-@pytest.mark.parametrize(("change", "path", "value"), FACTORY_CASES, ids=lambda v: v if isinstance(v, str) else None)
-def test_a_key_of_llamafactory(change: dict[str, Any], path: str, value: Any, folder: Path) -> None:
-    assert at(recipe("llamafactory", changed(FACTORY, change), folder), path) == value
+    return registry(tmp_path)
 
 
 LOST = [
@@ -266,9 +41,55 @@ LOST = [
     ("axolotl", {"lr_scheduler": "rex"}, "lr_scheduler", "cosine"),
     ("axolotl", {"plugins": ["some.integrations.other.Plugin"]}, "plugins", "other"),
     ("axolotl", {"datasets": [{"path": "a/b", "type": "alpaca", "shards": 3}]}, "datasets[0].shards", "no such"),
+    ("axolotl", {"save_steps": 0.1}, "save_steps", "not known"),
+    ("axolotl", {"eval_steps": 0.1, "val_set_size": 0.1}, "eval_steps", "not known"),
+    ("axolotl", {"peft_use_dora": True, "peft_use_rslora": True}, "peft_use_rslora", "one method"),
+    ("axolotl", {"lora_target_modules": ["lm_head"]}, "lora_target_modules", "no head"),
+    ("axolotl", {"excess_length_strategy": "drop"}, "excess_length_strategy", "cut on the right"),
+    ("axolotl", {"datasets": [{"path": "r.jsonl", "type": "alpaca", "split": "test"}]}, "datasets[0].split", "test"),
+    ("axolotl", {"datasets": [{"path": "r.jsonl", "type": "alpaca", "name": "en"}]}, "datasets[0].name", "Hub"),
+    ("axolotl", {"datasets": [{"path": "s3://b/r", "type": "alpaca", "revision": "1"}]}, "datasets[0].revision", "Hub"),
+    (
+        "axolotl",
+        {"datasets": [{"path": f"o/{n}", "type": "chat_template", "chat_template": n} for n in ("chatml", "gemma")]},
+        "datasets[1].chat_template",
+        "one template",
+    ),
+    (
+        "axolotl",
+        {"datasets": [{"path": "a/b", "type": "chat_template", "train_on_eos": "all"}]},
+        "datasets[0].train_on_eos",
+        "all",
+    ),
+    (
+        "axolotl",
+        {"datasets": [{"path": "a/b", "type": "sharegpt", "conversation": "x"}]},
+        "datasets[0].conversation",
+        "",
+    ),
+    (
+        "axolotl",
+        {"rl": "dpo", "datasets": [{"path": "a/b", "type": "chatml.intel"}]},
+        "datasets[0].type",
+        "as they stand",
+    ),
+    ("axolotl", {"rl": "dpo", "datasets": [{"path": "a/b", "type": "llama3.ultra"}]}, "datasets[0].type", "llama3"),
+    (
+        "axolotl",
+        {"rl": "dpo", "datasets": [{"path": "a/b", "type": "x.ultra"}], "trl": {"beta": 1, "y": 2}},
+        "trl.y",
+        "",
+    ),
+    ("axolotl", {"shuffle_merged_datasets": False}, "shuffle_merged_datasets", "false"),
+    ("llamafactory", {"quantization_bit": 4, "double_quantization": False}, "double_quantization", "false"),
+    ("llamafactory", {"pure_bf16": True}, "pure_bf16", "float32"),
+    ("llamafactory", {"save_steps": 0.1}, "save_steps", "not known"),
+    ("llamafactory", {"enable_thinking": False}, "enable_thinking", "False"),
+    ("llamafactory", {"report_to": "all"}, "report_to", "all"),
+    ("llamafactory", {"lora_unheard": 1}, "lora_unheard", "no such setting"),
     ("llamafactory", {}, "template", "llama3"),
     ("llamafactory", {"max_samples": 9}, "max_samples", "9"),
-    ("llamafactory", {"use_dora": True, "pissa_init": True}, "use_pissa", "one method"),
+    ("llamafactory", {"use_dora": True, "pissa_init": True}, "pissa_init", "one method"),
 ]
 
 
@@ -283,6 +104,31 @@ def test_what_is_not_carried_over_is_named(
     assert f"#   {key}: " in text
 
 
+IDLE = [
+    ("axolotl", {"save_strategy": "epoch"}, "save_strategy"),
+    ("axolotl", {"eval_steps": 20}, "eval_steps"),
+    ("axolotl", {"torch_dtype": "float16"}, "torch_dtype"),
+    ("axolotl", {"float32": True}, "float32"),
+    ("axolotl", {"max_steps": -1}, "max_steps"),
+    ("axolotl", {"batch_size": 8}, "batch_size"),
+    ("axolotl", {"datasets": [{"path": "r.jsonl", "type": "alpaca", "ds_type": "json"}]}, "datasets[0].ds_type"),
+    ("llamafactory", {"eval_strategy": "steps"}, "eval_strategy"),
+    ("llamafactory", {"eval_steps": 20}, "eval_steps"),
+    ("llamafactory", {"run_name": "first"}, "run_name"),
+    ("llamafactory", {"oft_block_size": 8}, "oft_block_size"),
+    ("llamafactory", {"finetuning_type": "full"}, "lora_rank"),
+]
+
+
+@pytest.mark.parametrize(("source", "change", "key"), IDLE)
+def test_what_has_no_bearing_is_named(source: str, change: dict[str, Any], key: str, folder: Path) -> None:
+    draft, text, hindrances = result(source, (AXOLOTL if source == "axolotl" else FACTORY) | change, folder)
+    assert not hindrances
+    assert key in draft.idle
+    assert key not in draft.lost
+    assert f"#   {key}: " in text
+
+
 def test_what_has_no_bearing_is_named_apart_and_what_is_off_not_at_all(tmp_path: Path) -> None:
     draft, _, _ = result("axolotl", AXOLOTL | {"logging_steps": 1, "liger_rope": True, "relora": False}, tmp_path)
     assert {"logging_steps", "liger_rope"} <= set(draft.idle)
@@ -290,13 +136,18 @@ def test_what_has_no_bearing_is_named_apart_and_what_is_off_not_at_all(tmp_path:
 
 
 HINDERED = [
-    *(("axolotl", {key: True}, key) for key in AXOLOTL_HINDRANCES),
-    *(("llamafactory", {key: True}, key) for key in FACTORY_HINDRANCES),
+    *(("axolotl", {key: True}, key) for key in axolotl.HINDRANCES),
+    *(("llamafactory", {key: True}, key) for key in llamafactory.HINDRANCES),
     ("axolotl", {"rl": "kto"}, "rl: kto"),
     ("axolotl", {"base_model": ...}, "base_model: is missing"),
     ("axolotl", {"learning_rate": ...}, "learning_rate: is missing"),
     ("axolotl", {"datasets": ...}, "datasets: no data set"),
     ("axolotl", {"base_model": "org/Base-7B-GPTQ"}, "gptq"),
+    ("axolotl", {"lr_scheduler_kwargs": {"min_lr": "low"}}, "min_lr: 'low'"),
+    ("axolotl", {"lr_scheduler_kwargs": {"min_lr_rate": "low"}}, "min_lr_rate: 'low'"),
+    ("axolotl", {"learning_rate": 0, "lr_scheduler_kwargs": {"min_lr": 1}}, "min_lr: 1"),
+    ("axolotl", {"deepspeed": "mine.json"}, "tells no stage"),
+    ("axolotl", {"micro_batch_size": float("nan")}, "micro_batch_size: nan is no number"),
     ("axolotl", {"optimizer": "muon"}, "optimizer: muon"),
     ("axolotl", {"datasets": [{"path": "a/b", "type": "unheard"}]}, "datasets[0].type: unheard"),
     (
@@ -363,36 +214,101 @@ ODD = st.one_of(
     st.sampled_from(
         ["auto", "", "2e-5", "x,y", [], [1], [None], {}, {"a": 1}, [{"path": 3}], [{"path": "a/b", "type": {}}]]
     ),
+    st.sampled_from([float("nan"), float("inf"), "nan", 1e400, "x" * 5000, "no", 0.5, 40, ["adapter"]]),
 )
+MODULES = {"axolotl": (axolotl, axolotl_data, common), "llamafactory": (llamafactory, llamafactory_data, common)}
+
+
+def keys_of(source: str) -> list[str]:
+    """Every word that a converter has between quotes, among them all keys that it reads."""
+    trees = [ast.parse(inspect.getsource(module)) for module in MODULES[source]]
+    words = {node.value for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Constant)}
+    return sorted(word for word in words if isinstance(word, str) and re.fullmatch(r"[a-z][a-z0-9_]+\*?", word))
+
+
+def is_there(recipe: dict[str, Any], path: str) -> bool:
+    place: Any = recipe
+    for key in path.split("."):
+        if not isinstance(place, dict) or key not in place:
+            return False
+        place = place[key]
+    return True
+
+
+def unnamed(draft: Draft, settings: dict[str, Any], place: str = "") -> list[str]:
+    """Keys that are on and neither stand in the recipe nor are spoken of."""
+    told = [*draft.lost, *draft.idle, *draft.hindrances]
+    return [
+        name
+        for key, name in ((key, f"{place}{key}") for key, value in settings.items() if value not in OFF)
+        if not any(other == name or other.startswith((f"{name}[", f"{name}.")) for other in told)
+        and not (name in draft.used and is_there(draft.recipe, draft.used[name]))
+    ]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return registry(tmp_path_factory.mktemp("factory")) / "settings.yml"
 
 
 @pytest.mark.parametrize(("source", "base"), [("axolotl", AXOLOTL), ("llamafactory", FACTORY)])
 @given(data=st.data())
-def test_no_value_makes_it_fail_otherwise(source: str, base: dict[str, Any], data: st.DataObject) -> None:
-    known = [
-        *base,
-        "rl",
-        "deepspeed",
-        "fsdp_config",
-        "val_set_size",
-        "report_to",
-        "plugins",
-        "max_samples",
-        "chat_template",
-    ]
-    change = data.draw(st.dictionaries(st.sampled_from(known), ODD, min_size=1, max_size=3))
-    file = Path("settings.yml")
+def test_each_key_is_in_the_recipe_or_named(source: str, base: dict[str, Any], file: Path, data: st.DataObject) -> None:
+    drawn = data.draw(st.dictionaries(st.sampled_from([*base, *keys_of(source), "unheard"]), ODD, max_size=4))
+    given = base | drawn
     try:
-        draft = convert.SOURCES.load(source)(base | change, file, None)
+        draft = convert.SOURCES.load(source)(given, file, None)
         text, hindrances = convert.checked(draft, source, file)
     except UsageError:
         return
     assert hindrances or loads(text)
+    assert not unnamed(draft, given)
 
 
-def test_comments_cannot_become_settings(tmp_path: Path) -> None:
-    _, text, _ = result("axolotl", AXOLOTL | {"odd\nname: evil": "x\nname: evil"}, tmp_path)
+ENTRY: dict[str, Any] = {"path": "org/rows", "type": "chat_template"}
+DETAILS = st.one_of(ODD, st.sampled_from(["chat_template", "alpaca", "rows.jsonl", "completion", "turn", ["en", "de"]]))
+
+
+@given(drawn=st.dictionaries(st.sampled_from([*keys_of("axolotl"), "unheard"]), DETAILS, max_size=4))
+def test_each_key_of_a_data_set_is_in_the_recipe_or_named(drawn: dict[str, Any], file: Path) -> None:
+    draft = axolotl.convert(AXOLOTL | {"datasets": [ENTRY | drawn]}, file, None)
+    if not draft.hindrances:
+        assert not unnamed(draft, ENTRY | drawn, "datasets[0].")
+
+
+def test_the_keys_that_are_tried_are_many() -> None:
+    assert {"save_steps", "eval_strategy", "torch_dtype", "split", "bf16"} <= {*keys_of("axolotl")}
+    assert {"pref_beta", "neat_packing", "eval_steps", "fsdp"} <= {*keys_of("llamafactory")}
+
+
+@pytest.mark.parametrize("end", ["\n", "\r", "\x85", "\u2028", "\u2029", "\x0b", "\x00"])
+def test_comments_cannot_become_settings(end: str, tmp_path: Path) -> None:
+    _, text, hindrances = result("axolotl", AXOLOTL | {f"odd{end}name: evil": f"x{end}name: evil"}, tmp_path)
+    assert not hindrances
     assert loads(text).name == "first"
+
+
+def test_the_recipe_is_written_as_a_person_would(folder: Path) -> None:
+    entry = {"path": "a/b", "type": "chat_template", "field_messages": "turns", "chat_template": "chatml"}
+    _, text, _ = result("axolotl", AXOLOTL | {"datasets": [entry], "val_set_size": 0.1}, folder)
+    settings = [line for line in text.splitlines() if not line.startswith("#")]
+    assert not [line for line in settings if "&id" in line or "*id" in line], "the columns are written out twice"
+    assert all(settings), "the template stands on one line"
+
+
+def test_chatml_is_what_it_says() -> None:
+    import jinja2
+
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    text = jinja2.Template(common.CHATML).render(messages=turns, add_generation_prompt=True)
+    assert text == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_a_place_that_cannot_be_written_is_a_mistake(muster: Muster, tmp_path: Path) -> None:
+    file = tmp_path / "a.yml"
+    file.write_text(yaml.safe_dump(AXOLOTL))
+    assert muster("convert", "axolotl", str(file), "-o", str(tmp_path / "missing" / "r.yaml")) == 2
+    assert "r.yaml cannot be written: No such file" in muster.err
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
-"""Every command that README and docs show: run where it can run here, in a folder with what it speaks of; its options
-are at least read where it cannot. What is not run stands in ELSEWHERE with the reason, and nothing else does."""
+"""Every command that README and docs show, in blocks and within sentences: run where it can run here, in a folder with
+what it speaks of. What cannot stands in ELSEWHERE with the reason or the test that runs it, and nothing else does; its
+options are read, and its recipe with what is set on the command line has to be a valid one."""
 
 from __future__ import annotations
 
@@ -9,7 +10,9 @@ import os
 import re
 import shlex
 import shutil
+import subprocess
 import sys
+import tomllib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,33 +26,58 @@ from tests.support.training import write_pairs
 from tests.unit.test_cli import Muster
 from tests.unit.test_documents import DOCUMENTS
 from trainer import layout
-from trainer.recipe import dump
+from trainer.recipe import dump, load
 from trainer.storage import open_storage
 
 ROOT = Path(__file__).resolve().parents[2]
 FENCE = re.compile(r"^( *)```(\w*)[^\n]*\n(.*?)^ *```", flags=re.S | re.M)
 SHELLS = ("sh", "console", "")
-PROGRAMS = ("muster", "make", "python", "ray", "sbatch", "kubectl", "docker", "vllm", "torchrun", "pip")
+PROGRAMS = (
+    *("muster", "make", "python", "ray", "sbatch", "kubectl", "docker", "vllm", "torchrun", "pip"),
+    *("tensorboard", "wandb", "mlflow"),
+)
 COMMAND = re.compile(rf"^ *((?:echo [^|]*\| )?(?:\.venv/bin/)?(?:{'|'.join(PROGRAMS)}) [^#\n]+)", flags=re.M)
+INLINE = re.compile(rf"`((?:{'|'.join(PROGRAMS)}) [^`]+)`")
+WHOLE = re.compile(r"muster (?:(?:matrix|schema)$|(?=[^[(…|]*(?:RECIPE|RUN_URI|STORAGE_URI|NAME))[^[(…|]*$)")
+"""Of those within sentences, what is a command to type in once its words in capitals are filled in."""
+
 INDENTED = re.compile(r"(?:^ {4,}\S.*\n)+", flags=re.M)
 
 ELSEWHERE = {
-    r"make (quickstart|test)$": "installs, or is what runs this; tests/unit/test_quickstart.py, .ci/run",
+    r"make (quickstart|test\b)": "installs, or is what runs this; tests/unit/test_quickstart.py, .ci/run",
+    r"make ": "its target is looked up below",
     r"muster run .*--on (ray|slurm|kubernetes)": "needs that cluster; tests/cluster, tests/unit/test_submitting.py",
-    r"muster doctor .*--on slurm": "needs Slurm; tests/cluster",
+    r"muster doctor .*--on slurm": "needs Slurm; tests/cluster/test_slurm.py",
     r"muster doctor": "starts a Ray; tests/ray/test_doctor.py",
-    r"muster run ": "starts a Ray; tests/ray/test_driver.py",
+    r"muster run recipes/quickstart.yaml": "starts a Ray; launcher/quickstart/__main__.py, tests/ray",
+    r"muster run .*name=my-second": "starts a Ray; tests/ray/test_driver.py",
     r"muster push": "needs the Hub; tests/unit/test_push.py",
     r"vllm serve": "is not part of this; tests/unit/test_serving.py holds the words",
     r"sbatch ": "needs Slurm; tests/cluster/test_slurm.py",
-    r"(ray start|kubectl|docker) ": "changes the machine, or needs a cluster",
+    r"(ray (start|job)|kubectl|docker)\b": "changes the machine, or needs a cluster",
+    r"torchrun ": "starts ranks; tests/distributed/test_dying.py",
+    r"tensorboard ": "is not part of this; that its folder holds what it reads is looked up below",
+    r"wandb sync": "needs W&B; run below without sending",
+    r"wandb login": "needs W&B",
+    r"pip install": "installs; that the extra is there is looked up below",
     r"python -m pip wheel": "tests/packaging/test_wheel.py builds it",
     r"python benchmarks/": "minutes to an hour each",
+    r"python -m (launcher|tests.support)": "the same as muster, or draws pictures; tests/unit/test_report.py",
     r"python -m pytest tests/gpu": "needs a GPU",
 }
 """By a pattern, the commands that are not run here and why."""
 
-STANDS_FOR = {"s3://runs": "runs", "=… ": "=runs/law/adapter ", "Qwen/Qwen2.5-0.5B": "org/model"}
+STANDS_FOR = {
+    "s3://runs": "runs",
+    "=… ": "=runs/law/adapter ",
+    "Qwen/Qwen2.5-0.5B": "org/model",
+    "--model RECIPE": "--model nf4.yaml",
+    "RUN_URI --rank K": "runs/my-first --rank 3",
+    "RECIPE": "my.yaml",
+    "RUN_URI": "runs/my",
+    "STORAGE_URI": "runs",
+    "NAME": "my",
+}
 """What a page says, and what there is here: a folder for a bucket, a run for an ellipsis."""
 
 
@@ -65,8 +93,9 @@ def shown() -> list[Shown]:
         text = document.read_text()
         blocks = [body for _, language, body in FENCE.findall(text) if language in SHELLS]
         blocks += INDENTED.findall(FENCE.sub("", text))
-        for found in COMMAND.findall("\n".join(blocks)):
-            line = found.strip().replace(".venv/bin/", "")
+        inline = [line for line in INLINE.findall(FENCE.sub("", text)) if "muster" not in line or WHOLE.match(line)]
+        for found in [*COMMAND.findall("\n".join(blocks)), *inline]:
+            line = found.partition(" > ")[0].strip().replace(".venv/bin/", "")
             pages.setdefault(line, []).append(str(document.relative_to(ROOT)))
     return [Shown(line, tuple(where)) for line, where in pages.items()]
 
@@ -76,6 +105,7 @@ def elsewhere(line: str) -> str | None:
 
 
 COMMANDS = shown()
+OURS = [one for one in COMMANDS if "muster " in one.text]
 HERE = [one for one in COMMANDS if elsewhere(one.text) is None]
 
 
@@ -99,7 +129,10 @@ def scene(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     for rank in (0, 3):
         open_storage(f"{folder}/runs/my-first").write(layout.log_part(1, rank, 0), b"as it was printed\n")
     for name in ("my", "my-first", "my-recipe", "recipe"):
-        (folder / f"{name}.yaml").write_text(dump(recipe))
+        own = recipe.model_copy(update={"name": name}) if (folder / "runs" / name).exists() else recipe
+        (folder / f"{name}.yaml").write_text(dump(own))
+    in_four_bits = recipe.model.model_copy(update={"quantization": "nf4"})
+    (folder / "nf4.yaml").write_text(dump(recipe.model_copy(update={"model": in_four_bits})))
     (folder / "org").mkdir()
     (folder / "org" / "model").symlink_to(tiny_model)
     for name in ("recipes", "deepspeed", "slurm"):
@@ -135,12 +168,74 @@ def test_it_runs(one: Shown, muster: Muster, monkeypatch: pytest.MonkeyPatch, sc
         shutil.rmtree(made) if os.path.isdir(made) else os.remove(made)
 
 
-@pytest.mark.parametrize("one", COMMANDS, ids=lambda one: one.text)
+@pytest.mark.parametrize("one", OURS, ids=lambda one: one.text)
 def test_its_command_and_options_exist(one: Shown) -> None:
-    if "muster " not in one.text:
-        pytest.skip("another program's")
     (name, *words), _ = words_of(one.text)
     typer.main.get_command(app).commands[name].make_context(name, words)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("one", [one for one in OURS if elsewhere(one.text)], ids=lambda one: one.text)
+def test_its_recipe_is_valid_with_what_is_set(one: Shown, scene: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of those that are not run."""
+    monkeypatch.chdir(scene)
+    words, _ = words_of(one.text)
+    files = [word for word in words if word.endswith(".yaml")]
+    sets = [word for word in words if re.match(r"[a-z_]+(\.[a-z_0-9]+)*=", word)]
+    assert load(Path(files[0] if files else "my.yaml"), sets)
+
+
+def test_what_is_run_elsewhere_is_run_by_a_file_that_is_there() -> None:
+    named = {path for reason in ELSEWHERE.values() for path in re.findall(r"(?:tests|launcher|\.ci)/[\w/.]+\w", reason)}
+    assert len(named) > 8
+    assert not [path for path in named if not (ROOT / path).exists()]
+
+
+def test_the_options_that_the_text_names_exist() -> None:
+    """Of commands within sentences too, whatever stands for their values."""
+    commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
+    for document in DOCUMENTS:
+        for line in INLINE.findall(FENCE.sub("", document.read_text())):
+            name, *words = line.removeprefix("muster ").replace("\\|", " ").split()
+            if line.startswith("muster ") and name in commands:
+                known = {option for parameter in commands[name].params for option in parameter.opts}
+                asked = {found for word in words for found in re.findall(r"^[\[(]*(--?[a-z][a-z-]*)", word)}
+                assert asked <= known | {"--help"}, f"{document}: {line}"
+
+
+def test_the_targets_and_extras_that_the_text_names_exist() -> None:
+    targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.M))
+    extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
+    text = "\n".join(document.read_text() for document in DOCUMENTS)
+    assert set(re.findall(r"`make ([a-z]+)", text)) <= targets
+    named = {extra.strip() for found in re.findall(r"muster\[([a-z, ]+)\]", text) for extra in found.split(",")}
+    assert {"report", "tensorboard"} <= named <= extras
+
+
+def documented(program: str) -> str:
+    """The one command of the program that the pages show."""
+    (line,) = [one.text for one in COMMANDS if one.text.startswith(f"{program} ") and "runs/" in one.text]
+    return line
+
+
+def test_tensorboard_is_shown_a_folder_that_it_reads(muster: Muster) -> None:
+    pytest.importorskip("tensorboardX")
+    folder = Path(documented("tensorboard").split()[2])
+    assert muster("track", "runs/my-first", "tracking=[tensorboard]") == 0, muster.err
+    assert list(folder.glob("events.out.tfevents.*"))
+
+
+def test_wandb_sync_finds_what_was_written_offline(muster: Muster, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("HOME", os.getcwd())
+    assert muster("track", "runs/my-first", "tracking=[wandb]", "wandb.mode=offline") == 0, muster.err
+    program, command, *paths = documented("wandb sync").split()
+    found = [str(path) for pattern in paths for path in Path().glob(pattern)]
+    assert found
+    asked = subprocess.run(
+        [sys.executable, "-m", program, command, "--dry-run", *found], capture_output=True, text=True, timeout=60
+    )
+    assert asked.returncode == 0, asked.stderr
+    assert Path(found[0]).name in asked.stdout + asked.stderr
 
 
 def test_no_exception_is_without_a_command() -> None:

@@ -15,7 +15,6 @@ from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from launcher.capacity import Node
-from launcher.causes import Failure
 from launcher.environment import Environment
 from launcher.order import Order
 from launcher.policies import FailurePolicy, Gathered, NoRoom, SizePolicy, cause_of, gathered
@@ -23,10 +22,12 @@ from launcher.training import scaling
 from tests.support.nodes import node
 from tests.support.training import run_of, small_recipe
 from trainer import layout
-from trainer.errors import CorruptObject, NonFiniteLoss
+from trainer.checkpoint import claim_attempt, claim_driver
+from trainer.errors import CorruptObject, NonFiniteLoss, note_where
+from trainer.failure import Failure
 from trainer.job import Job
 from trainer.recipe import Recipe, ResourcesSection
-from trainer.reporter import JsonLines, read_rows
+from trainer.reporter import Events, JsonLines, read_rows
 from trainer.startup import Phases
 
 
@@ -67,6 +68,63 @@ def test_the_same_error_at_the_same_step_stops_the_run_the_third_time(recipe: Re
     told = [e for e in read_rows(run_of(recipe), layout.EVENTS) if e["event"] == "failure"]
     assert [(e["step"], e["retried"]) for e in told] == [(7, True), (7, True), (7, False)]
     assert told[-1]["cause"].endswith("(3 times in a row at step 7)")
+
+
+def test_the_event_says_what_the_command_says(recipe: Recipe, tmp_path: Path) -> None:
+    """Whoever looks later has the stack and the advice, and the driver's last lines are the same."""
+    asked = policy(recipe, tmp_path)
+    broken = RuntimeError("CUDA error: device-side assert triggered")
+    note_where(broken, "step 3, forward of micro-batch 1")
+    assert asked.make_decision(failed(broken)) == FailureDecision.RETRY
+    (told,) = [e for e in read_rows(run_of(recipe), layout.EVENTS) if e["event"] == "failure"]
+    assert (told["rank"], told["host"], told["phase"]) == (0, "host-a", "forward of micro-batch 1")
+    assert (told["trace"], told["driver"], told["retried"]) == ("trace", 1, True)
+    assert "CUDA_LAUNCH_BLOCKING=1" in told["advice"]
+    assert asked._order.failed is None, "it goes on"
+    for _ in range(2):
+        asked.make_decision(failed(broken))
+    last = asked._order.failed
+    assert last is not None
+    assert last.cause == f"{told['cause']} (3 times in a row at step 0)"
+    assert str(last) == f"{last.cause}\ntrace\n{told['advice']}"
+
+
+def started(recipe: Recipe, attempt: int, hosts: list[str]) -> None:
+    events = Events(run_of(recipe), attempt, "rank0")
+    events.emit("start", step=0, hosts=hosts, strategy={"kind": "ddp"})
+    events.close()
+
+
+def test_a_death_is_placed_on_the_host_of_its_own_group_alone(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    driver = claim_driver(run_of(recipe), {})
+    claim_attempt(run_of(recipe), driver, {})
+    started(recipe, 1, ["old", "older"])
+    asked = policy(recipe, tmp_path)
+    dead = WorkerGroupError("a worker failed", {1: RuntimeError("The actor died unexpectedly")})
+
+    def told() -> str:
+        asked.make_decision(dead)
+        rows = [e for e in read_rows(run_of(recipe), layout.EVENTS) if e["event"] == "failure"]
+        return str(max(rows, key=lambda e: e["time"])["cause"])
+
+    line = "RuntimeError: The actor died unexpectedly"
+    assert told() == f"rank 1 died: {line}", "the start is of another driver's group"
+    claim_attempt(run_of(recipe), driver, {})
+    started(recipe, 2, ["a", "b"])
+    reach(recipe, 2, 4)
+    waits: list[float] = []
+    monkeypatch.setattr("launcher.policies.time.sleep", waits.append)
+    assert told() == f"rank 1 on b died (after step 4): {line}"
+    assert sum(waits) == 1.0, "and no longer"
+    assert told().startswith(f"rank 1 died (after step 4): {line}"), "that group has failed; this one never started"
+    claim_attempt(run_of(recipe), driver, {})
+    started(recipe, 3, ["a", "b"])
+    events = Events(run_of(recipe), 3, "rank0")
+    events.emit("broken", seen={0: "step 5, exchange of the loss", 1: "step 5, forward of micro-batch 1"})
+    events.close()
+    assert told().startswith(f"rank 1 on b died (last seen at step 5, forward of micro-batch 1): {line}")
 
 
 def test_a_run_that_gets_on_is_restarted_as_often_as_the_recipe_allows(recipe: Recipe, tmp_path: Path) -> None:

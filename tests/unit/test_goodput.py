@@ -3,13 +3,30 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from launcher.goodput import CHECKPOINT, EVALUATING, KINDS, LOST, STARTING, TRAINING, WAITING, Goodput, goodput
+from launcher.goodput import (
+    CHECKPOINT,
+    COMPILING,
+    EVALUATING,
+    KINDS,
+    LOST,
+    STARTING,
+    TRAINING,
+    WAITING,
+    Goodput,
+    goodput,
+    goodput_of,
+)
+from trainer import layout
+from trainer.lease import Holder, LeaseRecord, to_row
+from trainer.reporter import JsonLines
+from trainer.storage import open_storage
 
 Rows = list[dict[str, Any]]
 SPENT = {"import": 2.0, "ray": 3.0, "data": 1.0, "workers": 4.0, "model": 5.0, "first_step": 3.0}
@@ -96,6 +113,46 @@ def test_a_running_step_is_under_way_and_that_of_a_dead_driver_is_not() -> None:
     events, rows = one_attempt(1, 1, 5, 0.0)
     assert seconds(goodput(events, rows, until=29.0, running=True)) == {STARTING: 16.0, TRAINING: 13.0}
     assert seconds(goodput(events, rows, until=29.0)) == {STARTING: 16.0, TRAINING: 10.0, WAITING: 3.0}
+
+
+def test_what_a_new_driver_does_is_nothing_of_the_old_ones_attempt() -> None:
+    events, rows = one_attempt(1, 1, 5, 0.0)  # its driver was killed; the last step ends at 26
+    events[0]["driver"] = 1
+    before = {STARTING: 16.0, TRAINING: 10.0}
+    assert seconds(goodput(events, rows, until=29.0, running=True, driver=1)) == {**before, TRAINING: 13.0}
+    assert seconds(goodput(events, rows, until=500.0, running=True, driver=2)) == {**before, WAITING: 474.0}
+    events.append(event(1, "end", 500.0, state="failed", writer="driver2"))
+    assert seconds(goodput(events, rows, until=501.0, driver=2)) == {**before, WAITING: 475.0}
+    events.append(event(1, "failure", 27.0, cause="killed", writer="driver1-controller"))
+    assert seconds(goodput(events, rows, until=501.0, driver=2)) == {**before, LOST: 1.0, WAITING: 474.0}
+
+
+def test_texts_after_the_last_step_are_no_checkpoint() -> None:
+    events, rows = one_attempt(1, 1, 5, 0.0)  # to 26
+    events.append(event(1, "texts", 29.0, step=5, when="after", seconds=2.5))
+    events.append(event(1, "end", 30.0, state="succeeded"))
+    assert seconds(goodput(events, rows)) == {STARTING: 16.0, TRAINING: 10.0, EVALUATING: 2.5, CHECKPOINT: 1.5}
+
+
+def test_compiling_is_a_part_of_the_step() -> None:
+    events, rows = one_attempt(1, 1, 5, 0.0)
+    rows[0]["compile_s"], rows[1]["compile_s"], rows[1]["stall_s"] = 1.5, 9.0, 0.5
+    assert seconds(goodput(events, rows)) == {STARTING: 16.0, COMPILING: 1.5 + 1.5, CHECKPOINT: 0.5, TRAINING: 6.5}
+
+
+def test_the_driver_of_the_lease_is_the_one_that_was_heard_of(tmp_path: Path) -> None:
+    run = open_storage(str(tmp_path))
+    events, rows = one_attempt(1, 1, 5, 0.0)
+    events[0]["driver"] = 1
+    for prefix, told in ((layout.events_part(1, "rank0"), events), (layout.metrics_part(1), rows)):
+        lines = JsonLines(run, prefix)
+        for row in told:
+            lines.add(row)
+        lines.close()
+    for driver, expected in ((1, 10.0 + 474.0), (2, 10.0)):
+        holder = Holder("a", "boot/1", 4711, 1000.0, None)
+        run.write_json(layout.LEASE, to_row(LeaseRecord(driver, "running", holder, 500.0, 7)))
+        assert seconds(goodput_of(run, until=500.0, running=True))[TRAINING] == expected
 
 
 def test_a_start_that_overlaps_the_attempt_before_gives_way() -> None:

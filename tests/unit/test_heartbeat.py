@@ -87,6 +87,7 @@ def test_pulses_travel_through_the_store_with_step_phase_and_stack() -> None:
         1,
     )
     assert "test_pulses_travel_through_the_store" in pulse.stack
+    assert beats[0].seen() == {0: "step 0, starting", 1: "step 12, backward of micro-batch 3"}
     assert "rank 1 on host1" in hang_text([pulse], 31.0)
     assert "step 12, backward of micro-batch 3" in hang_text([pulse], 31.0)
 

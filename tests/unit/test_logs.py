@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.storage.doubles import faulty
+from tests.storage.doubles import faulty, unreachable
 from trainer import layout
 from trainer.checkpoint import claim_attempt, claim_driver
+from trainer.logs.keeper import Keeper
 from trainer.logs.parts import Lines, LogFeed, LogParts, secrets_of, stored_parts
 from trainer.storage import Storage, open_storage
 
@@ -25,7 +26,9 @@ def store(run: Storage, parts: LogParts, attempt: int = 1, rank: int = 0) -> Non
     for offset, data in parts.dirty():
         run.write(layout.log_part(attempt, rank, offset), data)
         parts.stored(offset, len(data))
-    run.delete([layout.log_part(attempt, rank, offset) for offset in parts.dropped()])
+    dropped = parts.dropped()
+    run.delete([layout.log_part(attempt, rank, offset) for offset in dropped])
+    parts.deleted(dropped)
 
 
 def whole(run: Storage, attempt: int = 1, rank: int = 0) -> str:
@@ -89,6 +92,73 @@ def test_what_is_a_secret() -> None:
         | {"SSH_KEY_FILE": "/home/me/.ssh/id", "PATH": "/usr/bin/x"}
     )
     assert found == (b"hf_0123456789", b"abcdefgh")
+
+
+def test_a_secret_may_begin_as_a_place_does(tmp_path: Path) -> None:
+    (tmp_path / "key").touch()
+    places = {"MY_KEY": f"{tmp_path}/key", "A_TOKEN_PATH": "/nowhere/at/all", "SECRETS_DIR": "~/nowhere"}
+    assert secrets_of({"AWS_SECRET_ACCESS_KEY": "/abcdefghi", "PGPASSWD": "~ijklmnop", **places}) == (
+        b"/abcdefghi",
+        b"~ijklmnop",
+    )
+
+
+def test_user_and_password_of_an_address_are_secrets() -> None:
+    found = secrets_of({"MLFLOW_TRACKING_URI": "https://me:pass%2Fword@host/x", "DATA_URL": "s3://bucket/key@x"})
+    assert found == (b"me:pass%2Fword", b"pass%2Fword", b"pass/word")
+    assert secrets_of({"https_proxy": "http://0123456789@proxy:3128"}) == (b"0123456789",)
+
+
+def test_a_part_that_is_let_go_while_it_is_written_is_deleted() -> None:
+    parts = LogParts([], part_bytes=10, tail_parts=2)
+    parts.add(b"0123456789")
+    parts.add(b"0123456789")
+    written = parts.dirty()
+    for _ in range(4):
+        parts.add(b"0123456789")
+    for offset, data in written:
+        parts.stored(offset, len(data))
+    assert parts.dropped() == [10] == parts.dropped(), "until they are deleted"
+    parts.deleted([10])
+    assert parts.dropped() == []
+
+
+def keeper(run: Storage) -> Keeper:
+    made = Keeper("nowhere", 1, 0, os.getpid())
+    made._storage, made._parts = run, LogParts([], part_bytes=100, tail_parts=3)
+    return made
+
+
+def test_a_keeper_whose_storage_is_away_holds_no_more_than_it_would_keep() -> None:
+    run, backend = faulty(deadline_s=0.5)
+    run.write(layout.log_part(1, 0, 0), b"of an earlier try\n")
+    backend.before = unreachable
+    kept = keeper(run)
+    kept._store()
+    for i in range(1000):
+        kept._add(b"line %04d\n" % i)
+    assert sum(len(data) for _, data in kept._parts.dirty()) <= 400
+    backend.before = lambda verb, path: None
+    kept._store()
+    text = whole(run)
+    assert text.startswith("of an earlier try\n")
+    assert text.endswith("line 0999\n")
+    assert len(run.list(layout.LOGS)) <= 4
+
+
+def test_what_could_not_be_deleted_is_deleted_later() -> None:
+    run, backend = faulty(deadline_s=0.5)
+    kept = keeper(run)
+    for i in range(40):
+        kept._add(b"line %04d\n" % i)
+        kept._store()
+    backend.before = lambda verb, path: unreachable(verb, path) if verb == "delete" else None
+    for i in range(40):
+        kept._add(b"line %04d\n" % i)
+    kept._store()
+    backend.before = lambda verb, path: None
+    kept._store()
+    assert len(run.list(layout.LOGS)) <= 4
 
 
 RANK = """

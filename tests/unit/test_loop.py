@@ -17,7 +17,7 @@ from tests.support.training import losses, run_of, small_recipe, train_here, wri
 from trainer import layout, worker
 from trainer.checkpoint import list_commits
 from trainer.data import eval_batches
-from trainer.errors import NonFiniteLoss
+from trainer.errors import NonFiniteLoss, where_of
 from trainer.loop import seed_micro_batch
 from trainer.publish import finished
 from trainer.recipe import Recipe
@@ -115,8 +115,13 @@ def test_a_gradient_that_is_not_finite_changes_no_parameter(make: Make, clipped:
     with bench(make(**{"training.max_grad_norm": clipped, "exact": exact})) as b:
         before = trained(b)
         poison_gradient(b)
-        with pytest.raises(NonFiniteLoss, match=r"step 1: the gradient's norm is nan.*lower the learning rate"):
+        first = b.stream.step(b.stream.start()).micro_batches[0]
+        with pytest.raises(
+            NonFiniteLoss, match=r"step 1: the gradient's norm is nan.*lower the learning rate"
+        ) as found:
             b.run()
+        assert f"(rank 0: samples {b.stream.read(first).sample_ids[0]}" in str(found.value)
+        assert "SOURCE:FILE/PLACE" in str(found.value)
         assert same(trained(b), before)
         assert b.rows == []
 
@@ -145,8 +150,10 @@ def test_a_loss_that_is_not_finite_is_named_before_a_parameter_changes(
         assert same(trained(b), after[1]), "step 3 has changed nothing"
         text = str(found.value)
         assert text.startswith("step 3: the loss is not finite (rank 0: samples ")
-        named = text.split("samples ")[1].split(")")[0].split(", ")
-        assert named == [s for ids in third for s in ids][:8]
+        fed = [s for ids in third for s in ids]
+        more = f" and {len(fed) - 8} more" if len(fed) > 8 else ""
+        assert text.split("samples ")[1].split(")")[0] == ", ".join(fed[:8]) + more
+        assert "SOURCE:FILE/PLACE" in text
 
 
 def test_clipping_scales_the_whole_gradient(make: Make) -> None:
@@ -358,8 +365,9 @@ def test_a_failure_does_not_lose_the_checkpoint_before_it(make: Make, monkeypatc
     monkeypatch.setattr(SFT, "loss_sum", spoilt)
     monkeypatch.setattr(worker, "put_checkpoint", slow)
     recipe = make(**{"checkpoint.every_steps": 2})
-    with pytest.raises(NonFiniteLoss, match="step 3"):
+    with pytest.raises(NonFiniteLoss, match="step 3") as found:
         train_here(recipe)
+    assert where_of(found.value) == "step 3, exchange of the loss"
     assert [record.step for record in list_commits(run_of(recipe))] == [2]
     (told,) = [e for e in read_rows(run_of(recipe), layout.EVENTS) if e["event"] == "checkpoint"]
     assert told["step"] == 2

@@ -213,6 +213,18 @@ def test_a_tracker_that_fails_is_said_once_and_tried_again(
     assert followed._pause_s() == 300.0
 
 
+def test_a_new_curve_is_new_until_it_has_been_opened(server: Server, tmp_path: Any) -> None:
+    run, _ = faulty()
+    write_steps(run, 1, 1)
+    server.fails = [ConnectionError("refused")] * 2
+    for _ in range(2):
+        mirror(run, recipe_of(tmp_path))._try()
+    mirror(run, recipe_of(tmp_path)).pump()
+    mirror(run, recipe_of(tmp_path)).pump()
+    assert [curve.fresh for curve in server.opened] == [True, False], "what an older curve has left may still be there"
+    assert len(server.curves) == 1
+
+
 def test_the_end_is_sent_and_waits_for_nobody_longer_than_told(
     server: Server, tmp_path: Any, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -26,6 +26,8 @@ def test_the_sum_over_the_ranks_has_everyones() -> None:
 
 
 def test_the_record_names_the_slowest_and_stays_small() -> None:
-    told = rank_record([1.0, 3.0, 2.0])
+    told = rank_record([1.0, 3.0, 2.0], [5.0, 6.0, 9.0])
+    assert told.pop("memory_bytes") == 9
+    assert told.pop("memory_rank") == 2
     assert told == {"slowest_rank": 1, "slowest_rank_s": 3.0, "mean_rank_s": 2.0, "rank_s": [1.0, 3.0, 2.0]}
-    assert "rank_s" not in rank_record([1.0] * (MOST_RANKS + 1))
+    assert "rank_s" not in rank_record([1.0] * (MOST_RANKS + 1), [1.0] * (MOST_RANKS + 1))

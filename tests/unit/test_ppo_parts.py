@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from launcher.causes import FATAL
 from trainer.errors import InputError, RewardFailed
+from trainer.failure import FATAL
 from trainer.tasks.ppo.advantages import divergence, explained_variance, gae, steered, token_rewards, whitened
 from trainer.tasks.ppo.losses import policy_loss, value_loss
 from trainer.tasks.ppo.rewards import final_number, gsm8k

@@ -138,6 +138,14 @@ def test_a_summary_of_known_lengths():
     assert summarise(made([[(0, 4)]], 16, packing=False), 17, [1.0]).fill is None
 
 
+def test_a_summary_of_some_windows_says_so():
+    prepared = made([[(0, 4)] * 2 for _ in range(100)], 16)
+    whole, some = summarise(prepared, 17, [1.0]), summarise(prepared, 17, [1.0], most=7)
+    assert (whole.sampled, some.sampled) == (None, (7, 100))
+    assert sum(b.samples for b in some.bins) * 100 == sum(b.samples for b in whole.bins) * 7
+    assert (some.packs, some.fill, some.median) == (whole.packs, whole.fill, whole.median)
+
+
 def test_the_base_is_prepared_on_demand(recipe, tmp_path):
     storage = open_storage(recipe.storage)
     nf4 = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantization": "nf4"})})

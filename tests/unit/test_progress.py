@@ -157,6 +157,48 @@ def test_a_view_shows_this_attempt_only(run: Storage) -> None:
     assert standing.eval_loss == 1.0
 
 
+def test_a_failure_before_the_first_claim_is_news_of_its_driver(run: Storage) -> None:
+    """Workers claim once the model is built: what fails before is told under the attempt before, or under 0."""
+    view = View(run, 3, 20, Clock(), driver=2)
+    failure = {"attempt": 3, "event": "failure", "time": 5.0, "cause": "out of memory", "retried": True}
+    write_rows(run, "events/a000003-driver1-controller-000000.jsonl", {**failure, "writer": "driver1-controller"})
+    write_rows(run, "events/a000003-driver22-controller-000000.jsonl", {**failure, "writer": "driver22-controller"})
+    view.look(last=True)
+    assert view.take_news() == []
+    write_rows(run, "events/a000003-driver2-controller-000000.jsonl", {**failure, "writer": "driver2-controller"})
+    view.look(last=True)
+    assert view.take_news() == ["failure: out of memory; restarting the workers"]
+
+
+def test_a_resumed_run_was_saved_and_may_have_lost_a_host(run: Storage) -> None:
+    """What earlier attempts have left is where the run stands, though no news."""
+    start = {"event": "start", "step": 0, "strategy": {"kind": "ddp"}, "writer": "rank0"}
+    first = {**start, "attempt": 1, "hosts": ["a", "b", "c"], "time": 10.0}
+    saved = {"attempt": 1, "event": "checkpoint", "time": 70.0, "step": 7}
+    write_rows(run, "events/a000001-rank0-000000.jsonl", first, saved)
+    view = View(run, 1, 20, Clock(), now=lambda: 100.0)
+    write_rows(run, "events/a000002-rank0-000000.jsonl", {**start, "attempt": 2, "hosts": ["a", "b"], "time": 90.0})
+    write_rows(run, "metrics/a000002-000000.jsonl", step_row(8, attempt=2))
+    standing = view.look(last=True)
+    assert standing is not None
+    assert (standing.saved, standing.saved_ago_s) == (7, 30.0)
+    assert view.take_news() == [
+        "attempt 2: c lost, going on with 2 of 3, workers 1 on a, 1 on b, ddp, from the first step"
+    ]
+
+
+def test_a_cause_that_was_told_is_not_told_again_at_the_end(run: Storage) -> None:
+    view = View(run, 0, 20, Clock(), elsewhere=True)
+    failure = {"attempt": 1, "event": "failure", "time": 1.0, "cause": "rank 1 died", "retried": False}
+    end = {"attempt": 1, "event": "end", "time": 2.0, "state": "failed"}
+    write_rows(run, "events/a000001-driver1-000000.jsonl", failure, {**end, "cause": "rank 1 died"})
+    view.look(last=True)
+    assert view.take_news() == ["failure: rank 1 died", "failed"]
+    write_rows(run, "events/a000002-driver2-000000.jsonl", {**end, "time": 3.0, "cause": "no such file\nmore"})
+    view.look(last=True)
+    assert view.take_news() == ["failed: no such file"]
+
+
 def test_steps_trained_again_are_drawn_once(run: Storage) -> None:
     view = View(run, 0, 20, Clock(), now=lambda: 100.0)
     write_rows(run, "metrics/a000001-000000.jsonl", *(step_row(s, loss=float(s)) for s in (1, 2, 3, 4)))

@@ -76,6 +76,16 @@ def test_facts_are_the_newest_of_every_metric(make: Make) -> None:
     assert recorder.facts == {"step": 2, "loss": 1.5, "eval_loss": 2.0}
 
 
+def test_a_resumed_run_keeps_the_last_evaluation_until_the_next(make: Make) -> None:
+    """A status looks for it in the newest checkpoint."""
+    run, _ = faulty()
+    recorder = Recorder(run, make(), world(0), attempt=2)
+    recorder.go_on({"step": 8, "loss": 1.0, "eval_loss": 2.0, "eval_s": 0.5})
+    recorder.metrics({"step": 9, "loss": 0.9})
+    assert recorder.facts == {"step": 9, "loss": 0.9, "eval_loss": 2.0, "eval_s": 0.5}
+    recorder.close()
+
+
 def test_one_record_that_cannot_be_stored_does_not_lose_the_others(make: Make) -> None:
     run, backend = faulty()
     recorder = Recorder(run, make(), world(0), attempt=1)

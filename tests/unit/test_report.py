@@ -1,4 +1,4 @@
-"""`muster report`: read, drawn, and opened in a browser that is not there to be seen."""
+"""`muster report`: what is read of a run, and what its page holds; tests/unit/test_report_page.py opens it."""
 
 from __future__ import annotations
 
@@ -6,36 +6,28 @@ import html
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from launcher.cli import app
-from launcher.report import report
+from launcher.report import reading, report
 from launcher.report.censor import Censor
 from launcher.report.chart import table, thin_curve
 from launcher.report.curves import histogram
 from launcher.report.flow import coarse, straggler
 from launcher.report.page import plotly_script
 from launcher.report.reading import DataFacts, RunRecord, read_run
-from tests.support.made_up_run import BEGAN, COUNTS, make_up
-from trainer.data.summary import Bin, Summary
+from tests.storage.doubles import faulty
+from tests.support.made_up_run import ADVICE, BEGAN, CHARTS, COUNTS, SECTIONS, TRACE, WORDS, make_up
 from trainer.storage import Storage, open_storage
-
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-SECTIONS = (
-    "summary", "loss", "eval-loss", "learning-rate", "gradient-norm", "throughput", "memory", "step-times", "ranks",
-    "timeline", "goodput", "checkpoints", "data", "lengths", "samples", "recipe", "versions", "hosts",
-)  # fmt: skip
-CHARTS = (*SECTIONS[1:12], "data", "lengths")
-WORDS = Summary([Bin(10, 20, 700), Bin(21, 31, 300)], 18, 29, 31, 120, 0.93)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +62,7 @@ def test_goodput_adds_up(first: RunRecord) -> None:
     assert told["seconds"]["lost"] == pytest.approx(2.5 + sum(row["step_s"] for row in first.lost))
     assert told["seconds"]["starting"] == pytest.approx(3 * 18 - sum(first.steps[i]["step_s"] for i in (0, 20, 60)))
     assert told["seconds"]["waiting"] == pytest.approx(9 + 4 + 1)
+    assert told["seconds"]["compiling"] == pytest.approx(3 * 1.0)
 
 
 def test_the_page_has_every_section_and_every_chart(first: RunRecord) -> None:
@@ -112,11 +105,116 @@ def test_a_run_that_has_only_begun_says_what_is_missing(tmp_path: Path) -> None:
     assert "None: no step has been trained." in page
 
 
+def shown(page: str, section: str) -> str:
+    (found,) = re.findall(rf'<section id="{section}".*?</section>', page, re.DOTALL)
+    return html.unescape(str(found))
+
+
+def rows_of(page: str, section: str) -> list[list[str]]:
+    return [
+        re.findall(r"<td>(.*?)</td>", row, re.DOTALL) for row in re.findall(r"<tr>(.*?)</tr>", shown(page, section))
+    ]
+
+
+def test_a_failure_is_shown_with_its_stack_and_what_to_try(first: RunRecord) -> None:
+    page = shown(report([first]), "timeline")
+    assert f"<h3>first, attempt 1, rank 3 on b</h3><pre>{TRACE}\n\n{ADVICE}</pre>" in page
+
+
+def test_an_end_tells_its_cause(first: RunRecord) -> None:
+    ended = {"event": "end", "attempt": 3, "time": BEGAN + 999, "state": "failed", "cause": "the lease was lost"}
+    page = report([replace(first, events=[ended])])
+    assert rows_of(page, "timeline")[-1][-2:] == ["end", "failed: the lease was lost"]
+
+
+def test_no_event_and_no_host_is_left_out_of_its_table(first: RunRecord) -> None:
+    head = {"attempt": 1, "time": BEGAN}
+    events = [{**head, "event": "skipped_checkpoint", "step": i, "reason": "late"} for i in range(150)]
+    events.insert(75, {**head, "event": "failure", "cause": "the one"})
+    events.append({**head, "event": "start", "step": 0, "hosts": [f"host-{i}" for i in range(150)]})
+    page = report([replace(first, events=events)])
+    assert "the one" in shown(page, "timeline")
+    assert all(f"<td>host-{i}</td>" in shown(page, "hosts") for i in range(150))
+
+
+def test_versions_and_devices_are_told_where_they_change(first: RunRecord) -> None:
+    page = report([first])
+    told = [row[1:] for row in rows_of(page, "versions") if row]
+    assert ["torch", "2.13.0", "-"] in told
+    assert [row for row in told if row[2] != "-"] == [["torch", "2.14.0", "3"]]
+    assert [row[1:5] for row in rows_of(page, "hosts") if row][-2:] == [
+        ["3", "b", "2", "A100"],
+        ["3", "c", "3", "H100"],
+    ]
+
+
+def test_the_rank_with_the_most_memory_is_named(first: RunRecord) -> None:
+    told = "first: of all ranks the one with the most; that was 4.078 GiB, on rank 1 at step 80."
+    assert told in shown(report([first]), "memory")
+
+
+def test_texts_that_were_written_to_be_compared_are(first: RunRecord) -> None:
+    head = {"event": "texts", "attempt": 1, "time": BEGAN}
+    events = [
+        {**head, "step": 0, "when": "before", "texts": [{"prompt": "Q", "text": "not yet"}]},
+        {**head, "step": 1, "texts": [{"prompt": "P", "text": "of a step"}]},
+        {**head, "step": 80, "when": "after", "texts": [{"prompt": "Q", "text": "learnt"}]},
+    ]
+    rows = rows_of(report([replace(first, events=events)]), "samples")
+    assert [row for row in rows if row] == [["before (step 0)", "Q", "not yet"], ["after (step 80)", "Q", "learnt"]]
+    assert len(rows_of(report([first]), "samples")) == 3, "of texts of the steps the first and the last"
+
+
+def test_of_very_many_windows_some_are_counted(first: RunRecord) -> None:
+    sampled = replace(first, data=DataFacts(COUNTS, replace(WORDS, sampled=(64, 5000))))
+    assert "first, by 64 of its 5,000 windows, evenly spread: half of" in shown(report([sampled]), "lengths")
+
+
+@pytest.mark.parametrize(
+    ("key", "text", "told"),
+    [
+        ("provenance.json", "{", "provenance.json"),
+        ("data.json", "{", "the prepared data cannot be read"),
+        ("data.json", '{"train": {"sources": 7}}', "the prepared data cannot be read"),
+        ("data.json", '{"train": "x"}', "the prepared data cannot be read"),
+    ],
+)
+def test_what_is_broken_in_a_run_does_not_keep_the_rest_from_being_shown(
+    tmp_path: Path, key: str, text: str, told: str
+) -> None:
+    run = open_storage(str(tmp_path)).child("broken")
+    make_up(run)
+    run.write(key, text.encode())
+    page = report([read_run(run)])
+    assert told in shown(page, "versions" if key.startswith("prov") else "data")
+
+
+@pytest.mark.parametrize("recipe", ["data: [", "- a list", "seed: seven"])
+def test_a_recipe_that_is_none_costs_the_lengths_alone(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = faulty()
+    run.write_json("data.json", {"train": {}})
+    monkeypatch.setattr(reading, "Preparation", SimpleNamespace(from_json=lambda spec: SimpleNamespace(fingerprint="")))
+    prepared = SimpleNamespace(count=1, spec=SimpleNamespace(sources=[]), per_source=[])
+    monkeypatch.setattr(reading, "open_prepared", lambda shared, fingerprint: prepared)
+    assert reading._data(run, recipe, Censor({})).missing.startswith("the prepared data cannot be read: ")
+
+
+def test_the_page_is_utf_8_whatever_the_locale_says(runs: Storage, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "launcher", "report", runs.child("first").url, "-o", str(tmp_path / "x.html")]
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run(command, check=True, env=environment, capture_output=True)
+    assert "of it copying" in (tmp_path / "x.html").read_text(encoding="utf-8")
+
+
 def test_credentials_stay_out(first: RunRecord, runs: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SOME_TOKEN", "2.13.0-secret")
-    page = report([read_run(runs.child("first"))])
+    run = runs.child("first")
+    page = report([read_run(run)])
     for secret in ("hush-hush", "not-for-your-eyes", "AKIA1"):
         assert secret not in page
+    monkeypatch.setenv("OTHER_TOKEN", "second-secret")
+    make_up(runs.child("second-secret"))
+    assert "second-secret" not in report([read_run(runs.child("second-secret"))])
     censor = Censor({"A_SECRET": "s3cr3tvalue", "HOME": "/home/somebody"})
     assert censor.text("x s3cr3tvalue /home/somebody") == "x *** /home/somebody"
     assert censor.text("https://u:p@h/x?X-Amz-Signature=abc&y=1") == "https://***@h/x?X-Amz-Signature=***&y=1"
@@ -175,32 +273,3 @@ def test_it_needs_neither_torch_nor_ray() -> None:
     subprocess.run(
         [sys.executable, "-c", f"import sys, launcher.report.reading; assert not {heavy}, {heavy}"], check=True
     )
-
-
-def opened(page: Path, folder: Path, *more: str) -> tuple[str, list[str]]:
-    """The document as the browser has made it, and what its scripts have said."""
-    assert BROWSER is not None
-    quiet = ["--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking"]
-    quiet += ["--disable-component-update", "--disable-sync", "--enable-logging=stderr", "--v=0"]
-    command = [BROWSER, "--headless", "--no-sandbox", *quiet, f"--user-data-dir={folder}", *more, page.as_uri()]
-    environment = {**os.environ, "HOME": str(folder)}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout, [line for line in done.stderr.splitlines() if "CONSOLE" in line]
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no chromium: apt-get install chromium")
-def test_a_browser_draws_it_and_complains_of_nothing(first: RunRecord, runs: Storage, tmp_path: Path) -> None:
-    page = tmp_path / "report.html"
-    page.write_text(report([first, read_run(runs.child("second"))]))
-    document, said = opened(page, tmp_path / "profile", "--dump-dom", "--virtual-time-budget=10000")
-    assert said == []
-    assert f'data-drawn="{len(CHARTS)}"' in document
-    drawn = re.findall(r'class="chart[^"]*"[^>]*data-chart="([\w-]+)"', document)
-    assert tuple(drawn) == CHARTS
-    parts = re.split(r"data-chart=", document.split("</main>")[0])[1:]
-    for part in parts:
-        name, body = part[1:30].split('"')[0], part.split("</details>")[0]
-        assert "<svg" in body, name
-        assert re.search(r'class="(trace|point)[^"]*"', body), name
-        assert re.search(r'<path[^>]* d="M', body), name

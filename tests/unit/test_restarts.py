@@ -7,6 +7,8 @@ import pytest
 from launcher.restarts import Fault, in_a_row, is_hopeless
 
 KILLED = "rank 1 died: ActorDiedError: The actor died unexpectedly (pid 4711, actor 0f3c9a7d11aa44bb)"
+DIED = KILLED.replace("rank 1", "rank 0 on host-b").replace("died:", "died (after step 5):")
+DIED_SEEN = KILLED.replace("rank 1", "rank 2 on host-a").replace("died:", "died (step 6, optimizer):")
 LOST = "rank 0 on host-a: FileNotFoundError: /tmp/muster-restore-4zmc_wc_/checkpoint/config.json"
 BROKEN = "rank 0 on host-a: CorruptObject: block 7 of w000000.data is damaged"
 
@@ -18,6 +20,7 @@ BROKEN = "rank 0 on host-a: CorruptObject: block 7 of w000000.data is damaged"
         ([Fault(5, KILLED)], 1),
         ([Fault(5, KILLED)] * 3, 3),
         ([Fault(5, KILLED), Fault(5, KILLED.replace("4711", "12").replace("rank 1", "rank 0"))], 2),
+        ([Fault(5, DIED), Fault(5, DIED_SEEN), Fault(5, KILLED)], 3),
         ([Fault(7, BROKEN), Fault(7, BROKEN.replace("rank 0 on host-a", "rank 3 on host-b"))], 2),
         ([Fault(7, LOST), Fault(7, LOST.replace("4zmc_wc_", "n80aib7s"))], 2),
         ([Fault(7, LOST), Fault(7, LOST.replace("checkpoint", "elsewhere"))], 1),

@@ -156,3 +156,93 @@ def test_a_list_of_runs_reads_one_record_of_each() -> None:
     asked = calls(storage, lambda: list_runs(storage))
     assert sum("/commits/" in path for _, path in asked) == 2
     assert [status.step for status in list_runs(storage)] == [5, 200]
+
+
+def failed_event(run: Storage, attempt: int, writer: str, event: str, at: float, **fields: Any) -> None:
+    row = {"attempt": attempt, "event": event, "time": at, "writer": writer, **fields}
+    number = len(run.list("events"))
+    run.write(f"events/a{attempt:06d}-{writer}-{number:06d}.jsonl", json.dumps(row).encode() + b"\n")
+
+
+def test_the_failure_is_the_newest_of_the_last_driver() -> None:
+    run, _ = faulty()
+    make_run(run)
+    run.write_json("lease", to_row(replace(LEASE, driver=2)))
+
+    def cause() -> str | None:
+        found = read_status(run, now=5010.0).failure
+        return found and found["cause"]
+
+    failed_event(run, 1, "driver1-controller", "failure", 1.0, cause="of a driver before", retried=False)
+    assert cause() is None
+    failed_event(run, 1, "driver2-controller", "failure", 2.0, cause="first", retried=True)
+    failed_event(run, 2, "driver2-controller", "failure", 3.0, cause="second", retried=True, trace="t", advice="a")
+    failed_event(run, 2, "driver2-resize", "resize", 4.0, reason="x")
+    failed_event(run, 2, "rank0", "failure", 9.0, cause="nobody writes this")
+    assert cause() == "second"
+    failed_event(run, 2, "driver2", "end", 5.0, state="failed", cause="the data has gone")
+    assert cause() == "the data has gone"
+    failed_event(run, 2, "driver2-controller", "failure", 4.5, cause="the last", retried=False, trace="t", advice="a")
+    assert read_status(run, now=5010.0).to_json()["failure"] == {
+        "attempt": 2, "time": 4.5, "cause": "the last", "retried": False, "trace": "t", "advice": "a",
+    }, "it has more to say than the end that came of it"  # fmt: skip
+    run.write_json("lease", to_row(replace(LEASE, driver=2, state="succeeded")))
+    assert cause() is None
+
+
+def test_a_failure_is_found_in_a_few_reads_however_long_the_run() -> None:
+    counts = []
+    for attempts in (2, 30):
+        run, _ = faulty()
+        make_run(run)
+        run.write_json("lease", to_row(LEASE))
+        for attempt in range(1, attempts + 1):
+            failed_event(
+                run, attempt, "driver1-controller", "failure", float(attempt), cause=str(attempt), retried=True
+            )
+            run.write(f"events/a{attempt:06d}-rank0-000000.jsonl", b"{}\n" * 1000)
+        asked = calls(run, lambda run=run: read_status(run, now=5010.0))
+        assert not any("-rank0-" in path for _, path in asked)
+        counts.append(sum("/events/" in path for _, path in asked))
+    assert counts == [2, 4]
+    found = read_status(run, now=5010.0).failure
+    assert found is not None
+    assert found["cause"] == "30"
+
+
+def test_a_look_reads_the_end_of_the_metrics_and_the_evaluation_that_a_checkpoint_kept() -> None:
+    run, _ = faulty()
+    driver = claim_driver(run, {})
+    attempt = claim_attempt(run, driver, {})
+    run.write("recipe.yaml", b"")
+    rows = JsonLines(run, f"metrics/a{attempt:06d}")
+    for step in range(1, 1901):
+        rows.add({"attempt": 1, "step": step, "loss": 1.0, "filling": "x" * 200})
+        if step == 10:
+            rows.add({"attempt": 1, "step": step, "eval_loss": 7.0})
+    rows.close()
+    facts = {"step": 1000, "loss": 1.0, "eval_loss": 3.5, "eval_accuracy": 0.5}
+    name, files = put_checkpoint(run, {"x": b"1"}, attempt=1, step=1000)
+    commit(run, CommitRecord(1000, 1, driver, "n", name, files, {"facts": facts}, "2026-01-01T00:00:00Z"))
+    ranges: list[int] = []
+    backend: Any = run._backend
+    read_range = backend.read_range
+    backend.read_range = lambda path, start, stop: ranges.append(stop - start) or read_range(path, start, stop)
+    asked = calls(run, lambda: read_status(run))
+    assert sum("metrics" in path for verb, path in asked if verb == "read") == len(ranges) == 1
+    assert sum(ranges) <= 128 * 1024
+    found = read_status(run)
+    assert (found.step, found.metrics["eval_loss"], found.metrics["eval_accuracy"]) == (1900, 3.5, 0.5)
+    more = JsonLines(run, f"metrics/a{attempt:06d}")
+    more.add({"attempt": 1, "step": 1900, "eval_loss": 2.5})
+    more.add({"attempt": 1, "step": 1901, "loss": 1.0})
+    more.close()
+    assert read_status(run).metrics["eval_loss"] == 2.5
+
+
+def test_a_part_that_begins_with_an_evaluation_does_not_hide_the_step() -> None:
+    run, _ = faulty()
+    make_run(run, attempts=1)
+    run.write("metrics/a000001-000001.jsonl", b'{"attempt": 1, "step": 5, "eval_loss": 2.0}\n')
+    found = read_status(run)
+    assert (found.step, found.metrics["loss"], found.metrics["eval_loss"]) == (5, 5.0, 2.0)

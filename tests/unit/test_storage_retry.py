@@ -118,3 +118,13 @@ def test_a_cut_reply_is_read_again() -> None:
     cut[:] = [False, True, True]
     backend.read_range = read_range  # type: ignore[method-assign]
     assert storage.read_range("a", 3, 8) == b"34567"
+
+
+def test_a_storage_may_be_given_less_time_and_no_more() -> None:
+    storage, backend = faulty(deadline_s=60.0)
+    storage.write("a", b"12")
+    assert storage.within(5.0).read("a") == b"12"
+    backend.before = unreachable
+    for deadline_s, most in ((5.0, "[0-5]"), (600.0, r"\d\d")):
+        with pytest.raises(StorageError, match=rf"within {most} s"):
+            storage.within(deadline_s).read("a")

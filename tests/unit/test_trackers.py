@@ -230,6 +230,34 @@ def test_mlflow_is_one_run_without_doubled_steps(tmp_path: Path, store: str, mon
     assert once(mlflow_points(uri)) == EXPECTED
 
 
+def test_mlflow_has_the_parameters_also_when_the_first_try_breaks_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    uri = f"file:{tmp_path}/mlruns"
+    recipe, (run, _) = recipe_of(tmp_path, "mlflow", **{"mlflow.uri": uri}), faulty()
+    write_steps(run, 1, range(1, 3), 2.0)
+    whole, batches = mlflow.MlflowClient.log_batch, []
+
+    def breaks(*args: Any, **more: Any) -> Any:
+        batches.append(more)
+        if len(batches) == 2:
+            raise ConnectionError("the server went away")
+        return whole(*args, **more)
+
+    monkeypatch.setattr(mlflow.MlflowClient, "log_batch", breaks)
+    monkeypatch.setattr("trainer.tracking.mlflow._PARAMETERS_AT_ONCE", 20)
+    mirror = Mirror("mlflow", recipe, run)
+    mirror._try()
+    assert mirror.pump() == 2
+    mirror.end("succeeded")
+    points = [(step, value) for _, step, value in mlflow_points(uri)]
+    assert points == [(1, 2.0), (2, 2.0)]
+    told = [param.key for batch in batches for param in batch.get("params", [])]
+    assert told[20:40] == told[40:60], "what was refused is logged, and nothing else again"
+
+
 def test_an_mlflow_server_that_is_away_is_one_warning(
     tmp_path: Path, port: int, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -292,6 +320,20 @@ def test_a_library_that_is_missing_is_found_before_the_run(
     monkeypatch.setattr("importlib.util.find_spec", lambda library: None)
     with pytest.raises(InputError, match=rf"pip install 'muster\[{name}\]'"):
         check_trackers(recipe_of(tmp_path, name))
+
+
+@pytest.mark.parametrize("error", [OSError("libssl.so is missing"), AttributeError("no Settings"), SystemExit(1)])
+def test_a_library_that_is_broken_is_a_mistake_in_the_recipe(
+    tmp_path: Path, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load(name: str) -> None:
+        raise error
+
+    monkeypatch.setattr(TRACKERS, "load", load)
+    with pytest.raises(
+        InputError, match=f"tracking names tensorboard, which cannot be used here: {type(error).__name__}"
+    ):
+        check_trackers(recipe_of(tmp_path, "tensorboard"))
 
 
 def test_a_tracker_follows_real_training_and_its_resume(tmp_path: Path, tiny_model: Path) -> None:

@@ -22,7 +22,7 @@ from launcher.tables import runs_table
 from tests.storage.doubles import faulty, unreachable
 from tests.support.training import small_recipe
 from trainer import layout
-from trainer.errors import InputError
+from trainer.errors import InputError, StorageError
 from trainer.lease import Holder, LeaseRecord, to_row
 from trainer.recipe import dump
 from trainer.reporter import Events, JsonLines, read_rows
@@ -135,6 +135,80 @@ def test_a_watch_in_json_is_a_line_per_change(monkeypatch: pytest.MonkeyPatch) -
     assert [json.loads(line)["state"] for line in lines] == ["running", "succeeded"]
 
 
+def test_a_driver_that_is_heard_of_again_is_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lease is renewed every 3 s, which says nothing new; nor does a storage that is away for a while."""
+    run, backend = faulty(deadline_s=1.0)
+    began(run)
+    monkeypatch.setattr(time, "time", lambda: START)
+    lines: list[str] = []
+
+    def away() -> None:
+        backend.before = unreachable
+
+    def back() -> None:
+        backend.before = lambda verb, path: None
+        write_steps(run, 2, range(5, 6))
+
+    renewed = [lambda: hold(run, "running", START + 3), lambda: hold(run, "running", START + 6)]
+    clock = Passing(*renewed, away, back, lambda: hold(run, "failed", START))
+    watching.watch_json(run, lines.append, clock.sleep)
+    assert [(told["state"], told["step"]) for told in map(json.loads, lines)] == [
+        ("running", 4), ("running", 5), ("failed", 5),
+    ]  # fmt: skip
+
+
+CAUSE = (
+    "rank 1 on b: step 3, forward of micro-batch 1: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"
+)
+FAILED = {"cause": CAUSE, "trace": "  File x.py, line 3", "advice": "  likely: full\n  next:   plan", "retried": False}
+
+
+def failing(run: Storage, attempt: int = 1, **fields: Any) -> None:
+    events = Events(run, attempt, "driver1-controller")
+    events.emit("failure", **{**FAILED, **fields})
+    events.close()
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_watch_ends_with_the_whole_failure(terminal: bool) -> None:
+    run, _ = faulty()
+    began(run)
+
+    def fail() -> None:
+        failing(run)
+        hold(run, "failed", START)
+
+    shown = watched(run, Passing(fail), terminal=terminal)
+    told = shown[shown.rindex("failure ") :].splitlines()
+    assert [line.rstrip() for line in told[1:]] == [CAUSE, "  File x.py, line 3", "  likely: full", "  next:   plan"]
+
+
+def test_of_an_event_nothing_is_cut_off(tmp_path: Path) -> None:
+    """Also where the output is a pipe, of 80 columns."""
+    run = open_storage(str(tmp_path / "run"))
+    began(run)
+    failing(run, retried=True)
+    out = io.StringIO()
+    Console(file=out, width=80).print(watching.Watch(run).render(80))
+    lines = out.getvalue().splitlines()
+    assert max(map(len, lines)) <= 80
+    shown = " ".join(line.strip() for line in lines)
+    assert f"failure: {CAUSE}; restarting the workers" in shown
+    done: Any = CliRunner().invoke(app, ["status", run.url])
+    assert CAUSE in done.output.splitlines()
+    assert "after which the workers were started again" in done.output
+
+
+def test_a_failure_before_the_first_attempt_is_shown() -> None:
+    run, _ = faulty()
+    run.write(layout.RECIPE, b"name: x\n")
+    hold(run, "failed", START)
+    failing(run, attempt=0)
+    watch = watching.Watch(run, lambda: START)
+    assert [text for _, text in watch.events] == [f"failure: {CAUSE}"]
+    assert watch.standing is None
+
+
 def test_a_list_shows_progress_losses_and_age() -> None:
     storage, _ = faulty()
     began(storage.child("one"))
@@ -226,6 +300,64 @@ def test_logs_are_followed_over_attempts_until_the_end(monkeypatch: pytest.Monke
     out = io.BytesIO()
     follow_logs(run, None, None, out, clock.sleep)
     assert out.getvalue().decode() == "first\nsecond\nrank 0: again\nrank 1: the other\nrank 0: last\n"
+
+
+def followed(run: Storage, rank: int | None, attempt: int | None, *happens: Callable[[], object]) -> str:
+    out = io.BytesIO()
+    follow_logs(run, rank, attempt, out, Passing(*happens).sleep)
+    return out.getvalue().decode()
+
+
+def test_a_rank_whose_log_comes_later_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keepers store at moments of their own: after a restart rank 0's part is there before the others'."""
+    run, _ = faulty()
+    monkeypatch.setattr(time, "time", lambda: START)
+    hold(run, "running", START)
+    log_of(run, 1, 0, "zero\n")
+    shown = followed(
+        run,
+        1,
+        None,
+        lambda: log_of(run, 1, 1, "one\n"),
+        lambda: log_of(run, 2, 0, "zero again\n"),
+        lambda: log_of(run, 1, 1, "one\nits last words\n"),
+        lambda: log_of(run, 2, 1, "one again\n"),
+        lambda: hold(run, "succeeded", START),
+    )
+    assert shown == "one\nits last words\none again\n"
+
+
+def test_an_attempt_is_waited_for_until_the_run_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = faulty()
+    monkeypatch.setattr(time, "time", lambda: START)
+    hold(run, "running", START)
+    log_of(run, 1, 0, "first\n")
+    end = [lambda: log_of(run, 3, 0, "third\n"), lambda: hold(run, "failed", START)]
+    assert followed(run, None, 2, lambda: log_of(run, 2, 0, "second\n"), *end) == "second\n"
+    with pytest.raises(InputError, match="no log of attempt 7: there are those of 1, 2, 3"):
+        followed(run, None, 7)
+    hold(run, "running", START)
+    with pytest.raises(InputError, match="no log of rank 5 of attempt 3"):
+        followed(run, 5, None, lambda: hold(run, "failed", START))
+
+
+def test_a_follower_outlasts_a_storage_that_is_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, backend = faulty(deadline_s=1.0)
+    monkeypatch.setattr(time, "time", lambda: START)
+    hold(run, "running", START)
+    log_of(run, 1, 0, "before\n")
+
+    def away() -> None:
+        backend.before = unreachable
+
+    def back() -> None:
+        backend.before = lambda verb, path: None
+        log_of(run, 1, 0, "before\nafter\n")
+
+    assert followed(run, None, None, away, back, lambda: hold(run, "succeeded", START)) == "before\nafter\n"
+    backend.before = unreachable
+    with pytest.raises(StorageError):
+        followed(run, None, None)
 
 
 def test_a_run_that_has_ended_is_sent_to_a_tracker_later(tmp_path: Path) -> None:

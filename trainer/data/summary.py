@@ -26,7 +26,8 @@ class Bin(NamedTuple):
 
 @dataclass(frozen=True)
 class Summary:
-    """``fill`` is the share of the first epoch's packs that holds tokens, None without packing."""
+    """``fill`` is the share of the first epoch's packs that holds tokens, None without packing. ``sampled``:
+    windows that were looked at, and of how many, where not all were; ``packs`` is then worked out from theirs."""
 
     bins: list[Bin]
     median: int
@@ -34,14 +35,17 @@ class Summary:
     longest: int
     packs: int
     fill: float | None
+    sampled: tuple[int, int] | None = None
 
 
-def summarise(prepared: Prepared, seed: int, weights: Sequence[float]) -> Summary:
+def summarise(prepared: Prepared, seed: int, weights: Sequence[float], most: int | None = None) -> Summary:
+    """Of all windows, or of the ``most`` that are spread evenly."""
     spec = prepared.spec
     settings = plan_settings(prepared, seed, spec.sequence_length, spec.packing, weights)
     histogram = np.zeros(1, np.int64)
     packs = tokens = 0
-    for window in range(prepared.count):
+    chosen = _spread(prepared.count, most)
+    for window in chosen:
         index = prepared.index(window)
         histogram = _add(histogram, np.bincount(index.length))
         more = epoch_packs(index, settings, epoch=0)
@@ -51,9 +55,16 @@ def summarise(prepared: Prepared, seed: int, weights: Sequence[float]) -> Summar
         _quantile(histogram, 0.5),
         _quantile(histogram, 0.95),
         len(histogram) - 1,
-        packs,
+        round(packs * prepared.count / max(1, len(chosen))),
         _fill(settings, packs, tokens),
+        (len(chosen), prepared.count) if len(chosen) < prepared.count else None,
     )
+
+
+def _spread(count: int, most: int | None) -> list[int]:
+    if most is None or count <= most:
+        return list(range(count))
+    return [i * (count - 1) // max(1, most - 1) for i in range(most)]
 
 
 def _fill(settings: PlanSettings, packs: int, tokens: int) -> float | None:

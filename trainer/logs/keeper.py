@@ -12,10 +12,6 @@ import selectors
 import sys
 import threading
 import time
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from trainer.logs.parts import LogParts
 
 END = b"\0"
 """Among the notes: the rank needs its keeper no more. (Its pipes may stay open in processes that it has started.)"""
@@ -38,15 +34,14 @@ class Keeper:
     """``run`` takes pipes, each with the descriptor that its bytes are passed on to."""
 
     def __init__(self, url: str, attempt: int, rank: int, parent: int) -> None:
-        from trainer.logs.parts import secrets_of
+        from trainer.logs.parts import LogParts, secrets_of
         from trainer.storage import open_storage
 
         self._storage = open_storage(url, deadline_s=DEADLINE_S)
         self._attempt, self._rank, self._parent = attempt, rank, parent
         self._secrets = secrets_of(os.environ)
-        self._parts: LogParts | None = None
-        self._early: list[bytes] = []
-        self._said = False
+        self._parts = LogParts([])
+        self._begun = self._said = False
         self._lock = threading.Lock()
         self._ending = threading.Event()
         self._storer = threading.Thread(target=self._store_often, daemon=True)
@@ -84,10 +79,7 @@ class Keeper:
     def _add(self, data: bytes) -> None:
         if data:
             with self._lock:
-                if self._parts is None:
-                    self._early.append(data)
-                else:
-                    self._parts.add(data)
+                self._parts.add(data)
 
     def _store_often(self) -> None:
         while not self._ending.wait(FLUSH_S):
@@ -99,31 +91,34 @@ class Keeper:
         from trainer.errors import MusterError
 
         try:
-            parts = self._parts or self._begin()
+            self._begin()
             with self._lock:
-                grown, dropped = parts.dirty(), parts.dropped()
+                grown = self._parts.dirty()
             for offset, data in grown:
                 self._storage.write(layout.log_part(self._attempt, self._rank, offset), data)
                 with self._lock:
-                    parts.stored(offset, len(data))
+                    self._parts.stored(offset, len(data))
+            with self._lock:
+                dropped = self._parts.dropped()
             self._storage.delete([layout.log_part(self._attempt, self._rank, offset) for offset in dropped])
+            with self._lock:
+                self._parts.deleted(dropped)
         except (MusterError, OSError) as error:
             if not self._said:
                 os.write(2, f"the log of rank {self._rank} is not stored yet: {error}\n".encode())
             self._said = True
 
-    def _begin(self) -> LogParts:
-        """Goes on after what an earlier try of this attempt has left, and clears what is too old."""
-        from trainer.logs.parts import LogParts, stored_parts
+    def _begin(self) -> None:
+        """Once: goes on after what an earlier try of this attempt has left, and clears what is too old."""
+        from trainer.logs.parts import stored_parts
 
+        if self._begun:
+            return
         mine = [part for part in stored_parts(self._storage) if part.rank == self._rank]
         self._storage.delete([part.key for part in mine if part.attempt <= self._attempt - KEEP_ATTEMPTS])
-        parts = LogParts([(part.offset, part.size) for part in mine if part.attempt == self._attempt])
         with self._lock:
-            for data in self._early:
-                parts.add(data)
-            self._early, self._parts = [], parts
-        return parts
+            self._parts.move_behind([(part.offset, part.size) for part in mine if part.attempt == self._attempt])
+        self._begun = True
 
 
 def _let_go() -> None:

@@ -5,11 +5,13 @@ A part's key tells how many bytes stand before it, so that whoever reads finds g
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
+from urllib.parse import unquote
 
 from trainer import layout
 from trainer.storage import Storage
@@ -19,7 +21,10 @@ TAIL_PARTS = 15
 """Parts that stay beside the first one: 4 MiB per rank and attempt."""
 LONGEST_LINE = 64 * 1024
 _PARALLEL_READS = 8
-_SECRET_NAME = re.compile(r"KEY|SECRET|TOKEN|PASSWORD|CREDENTIAL", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"KEY|SECRET|TOKEN|PASSW(OR)?D|PASSPHRASE|CREDENTIAL", re.IGNORECASE)
+_PLACE_NAME = re.compile(r"_(FILE|PATH|DIR)$", re.IGNORECASE)
+_ADDRESS_NAME = re.compile(r"(^|_)(UR[IL]|DSN|PROXY)$", re.IGNORECASE)
+_USER = re.compile(r"^[\w+.-]+://([^/\s@]+)@")
 _SHORTEST_SECRET = 8
 
 
@@ -40,9 +45,18 @@ class LogParts:
         self, before: list[tuple[int, int]], *, part_bytes: int = PART_BYTES, tail_parts: int = TAIL_PARTS
     ) -> None:
         self._part_bytes, self._tail_parts = part_bytes, tail_parts
-        self._parts = [Part(offset, size=size, stored=size) for offset, size in sorted(before)]
+        self._parts = [Part(0)]
         self._dropped: list[int] = []
-        self._begin_part()
+        self.move_behind(before)
+
+    def move_behind(self, before: list[tuple[int, int]]) -> None:
+        """Once it is known what is stored already, (offset, size) of each part, and before anything is stored here."""
+        older = [Part(offset, size=size, stored=size) for offset, size in sorted(before)]
+        end = older[-1].offset + older[-1].size if older else 0
+        for part in self._parts:
+            part.offset += end
+        self._parts = older + self._parts
+        self._let_go()
 
     def add(self, data: bytes) -> None:
         if self._parts[-1].size >= self._part_bytes:
@@ -61,15 +75,22 @@ class LogParts:
                 part.stored = size
                 if part is not self._parts[-1] and part.stored == part.size:
                     part.data = bytearray()
+                return
+        if offset not in self._dropped:  # let go while it was being written
+            self._dropped.append(offset)
 
     def dropped(self) -> list[int]:
-        """Offsets of stored parts that are to be deleted, each once."""
-        taken, self._dropped = self._dropped, []
-        return taken
+        """Offsets of stored parts that are to be deleted, until they are `deleted`."""
+        return list(self._dropped)
+
+    def deleted(self, offsets: list[int]) -> None:
+        self._dropped = [offset for offset in self._dropped if offset not in offsets]
 
     def _begin_part(self) -> None:
-        end = self._parts[-1].offset + self._parts[-1].size if self._parts else 0
-        self._parts.append(Part(end))
+        self._parts.append(Part(self._parts[-1].offset + self._parts[-1].size))
+        self._let_go()
+
+    def _let_go(self) -> None:
         while len(self._parts) > 1 + self._tail_parts:
             old = self._parts.pop(1)
             if old.stored:
@@ -111,13 +132,22 @@ def _last_state(line: bytes) -> bytes:
 
 
 def secrets_of(environment: Mapping[str, str]) -> tuple[bytes, ...]:
-    """Values of variables that hold credentials by their names, the longest first."""
-    found = {
-        value.encode()
-        for name, value in environment.items()
-        if _SECRET_NAME.search(name) and len(value) >= _SHORTEST_SECRET and not value.startswith(("/", "~"))
-    }
-    return tuple(sorted(found, key=len, reverse=True))
+    """Values of variables that hold credentials by their names, and user and password of addresses, the longest
+    first. Places of files are no secrets."""
+    found = {secret for name, value in environment.items() for secret in _secrets_in(name, value)}
+    return tuple(sorted((s.encode() for s in found if len(s) >= _SHORTEST_SECRET), key=len, reverse=True))
+
+
+def _secrets_in(name: str, value: str) -> Iterator[str]:
+    if _SECRET_NAME.search(name) and not _PLACE_NAME.search(name) and not _is_place(value):
+        yield value
+    if _ADDRESS_NAME.search(name) and (match := _USER.match(value)):
+        user, password = match[1], match[1].partition(":")[2]
+        yield from (user, password, unquote(password))
+
+
+def _is_place(value: str) -> bool:
+    return value.startswith(("/", "~")) and os.path.exists(os.path.expanduser(value))
 
 
 class Stored(NamedTuple):

@@ -12,6 +12,7 @@ import os
 import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -44,6 +45,11 @@ class Storage:
     def child(self, prefix: str) -> Storage:
         """The folder ``prefix`` inside this one; it need not exist."""
         return Storage(self.uri(prefix.strip("/")), self._backend, self._retry)
+
+    def within(self, deadline_s: float) -> Storage:
+        """The same folder, whose calls give up after ``deadline_s``, if not sooner."""
+        retry = replace(self._retry, deadline_s=min(deadline_s, self._retry.deadline_s))
+        return Storage(self.url, self._backend, retry)
 
     def uri(self, key: str) -> str:
         """The object's full URL or path, for messages and for readers elsewhere."""

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
-from trainer.errors import InputError
+from trainer.errors import InputError, MusterError
 from trainer.recipe import Recipe
 from trainer.registry import TRACKERS
 from trainer.storage import Storage
@@ -104,4 +104,12 @@ def check_trackers(recipe: Recipe) -> None:
                 f"tracking names {name}, whose library {EXTRAS[name]} is not installed here: pip install "
                 f"'muster[{name}]', or leave it out (tracking=[])"
             )
-        TRACKERS.load(name).check(recipe)
+        try:
+            TRACKERS.load(name).check(recipe)
+        except MusterError:
+            raise
+        except (Exception, SystemExit) as error:  # of a library that is there and broken
+            raise InputError(
+                f"tracking names {name}, which cannot be used here: {type(error).__name__}: {error}; mend it, or leave "
+                "it out (tracking=[])"
+            ) from error

@@ -135,13 +135,16 @@ class Mirror:
 
     def _open(self) -> Tracker:
         found = self._bookmark()
-        if fresh := found is None:
+        if found is None:
             self._id, self._mark = uuid.uuid4().hex[:12], START
-            self._note(START)
+            self._note(START, fresh=True)
         else:
             self._id, self._mark = found["id"], Mark(found["step"], found["part"])
+        fresh = found is None or bool(found.get("fresh"))
         tracker: Tracker = TRACKERS.load(self._name)(Curve(self._id, fresh, self._recipe, self._run))
         self._tracker = tracker
+        if fresh:  # until it is open, an older curve of the same name may still be there
+            self._note(self._mark)
         told = tracker.told()
         self._remembers = told is not None
         self._mark = self._mark if told is None else told
@@ -156,9 +159,9 @@ class Mirror:
                 return found
         return None
 
-    def _note(self, mark: Mark) -> None:
+    def _note(self, mark: Mark, *, fresh: bool = False) -> None:
         row = {"of": self._of(), "id": self._id, "step": mark.step, "part": mark.part}
-        self._run.write_json(layout.tracker(self._name), row)
+        self._run.write_json(layout.tracker(self._name), {**row, "fresh": True} if fresh else row)
 
     def _of(self) -> str:
         section = getattr(self._recipe, self._name, None)

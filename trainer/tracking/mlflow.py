@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any
 
@@ -51,7 +51,7 @@ class Mlflow:
         else:
             tags = {_TAG: curve.id, "muster.run": curve.run.url}
             self._id = self._client.create_run(experiment, tags=tags, run_name=curve.recipe.name).info.run_id
-            self._describe(curve.recipe)
+        self._describe(curve.recipe, found[0].data.params if found else {})
 
     @staticmethod
     def check(recipe: Recipe) -> None:
@@ -93,10 +93,12 @@ class Mlflow:
         found = self._client.get_experiment_by_name(name)
         return str(found.experiment_id if found is not None else self._client.create_experiment(name))
 
-    def _describe(self, recipe: Recipe) -> None:
+    def _describe(self, recipe: Recipe, known: Mapping[str, str]) -> None:
+        """As far as it is not ``known``: what was logged once cannot be changed."""
         from mlflow.entities import Param
 
-        leaves = [Param(name, str(value)[:_LONGEST_VALUE]) for name, value in _leaves(recipe.model_dump(mode="json"))]
+        found = _leaves(recipe.model_dump(mode="json"))
+        leaves = [Param(name, str(value)[:_LONGEST_VALUE]) for name, value in found if name not in known]
         for at in range(0, len(leaves), _PARAMETERS_AT_ONCE):
             self._client.log_batch(self._id, params=leaves[at : at + _PARAMETERS_AT_ONCE], synchronous=True)
 

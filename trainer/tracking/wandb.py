@@ -2,7 +2,7 @@
 
 W&B's own records cannot be asked offline, and online it takes no step that lies before its last one; so the mark in the
 run's storage says where to go on. A new driver begins a new file of the same run, and offline there is one folder per
-driver: `wandb sync --append` joins them.
+driver, which `wandb sync` joins by that id.
 """
 
 from __future__ import annotations
