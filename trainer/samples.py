@@ -38,7 +38,7 @@ TOLD_CHARACTERS = 300
 
 @dataclass(frozen=True)
 class Opening:
-    """Where prompts come from: the first samples of evaluation data, where there are any. ``tokenizer`` loads the model's."""
+    """Where prompts come from: the first samples of evaluation data, if any. ``tokenizer`` loads the model's."""
 
     data: Prepared | None
     cache: DiskCache | None
