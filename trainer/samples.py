@@ -38,14 +38,15 @@ TOLD_CHARACTERS = 300
 
 @dataclass(frozen=True)
 class Opening:
-    """Where prompts come from: the first samples of evaluation data. ``tokenizer`` loads the model's."""
+    """Where prompts come from: the first samples of evaluation data, if any. ``tokenizer`` loads the model's."""
 
-    data: Prepared
+    data: Prepared | None
     cache: DiskCache | None
     tokenizer: Callable[[], Any]
 
     def samples(self, count: int) -> Batch | None:
         """Each in a row of its own."""
+        assert self.data is not None
         return next(eval_batches(self.data, count, 0, 1, cache=self.cache, singly=True, limit=count), None)
 
 
@@ -64,7 +65,7 @@ class Samples:
     ) -> None:
         self.recipe, self.world, self.strategy, self.task = recipe, world, strategy, task
         self.recorder, self.opening, self.doing = recorder, opening, doing
-        self._over = not recipe.samples.count or task.head is None
+        self._over = not recipe.samples.count or task.head is None or opening.data is None
         self._failure: str | None = None
         self._prompts: list[Prompt] | None = None
 

@@ -222,9 +222,8 @@ class Attempt:
         self.seen = self.heartbeat.seen
         self.warmup = Warmup(self.recipe.compute.compile)
         tell = partial(self.recorder.said, "profile")
-        opening = Opening(data.eval, self.eval_cache, self._tokenizer) if data.eval else None
-        parts = self.recipe, world, self.strategy, self.task, self.recorder
-        samples = Samples(*parts, opening, self._doing) if opening else None
+        opening = Opening(data.eval, self.eval_cache, self._tokenizer)
+        samples = Samples(self.recipe, world, self.strategy, self.task, self.recorder, opening, self._doing)
         profiler = Profiler(self.recipe, self.world, self.run_storage, self.number, tell)
         hooks = Hooks(
             step_done=self._step_done,
@@ -252,9 +251,8 @@ class Attempt:
         with closing(profiler), self.heartbeat, reading as steps:
             return loop.run(start, steps)
 
-    def _samples(self, samples: Samples | None, step: int) -> None:
-        if samples:
-            samples.write(step)
+    def _samples(self, samples: Samples, step: int) -> None:
+        samples.write(step)
         self._phase_over(SAMPLES)
 
     def _doing(self, step: int, phase: str) -> None:
