@@ -237,7 +237,8 @@ def table(found: dict[str, list[tuple[float, dict[str, float]]]]) -> list[dict[s
 
 
 def show(lines: list[dict[str, Any]]) -> None:
-    print("| case | median | least to most | ratio to trl | aim | import, ray, data, workers, model, first step |")
+    phases = ", ".join(next((line["split"] for line in lines if line["split"]), {"phases": 0.0}))
+    print(f"| case | median | least to most | ratio to trl | aim | {phases} |")
     print("|---|---|---|---|---|---|")
     for line in lines:
         ratio = "" if line["ratio"] is None else f"{line['ratio']:.2f}"
