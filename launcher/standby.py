@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
@@ -102,7 +101,7 @@ class Standby:
         recipe = self._recipe
         try:
             lease = read_lease(self._run)
-            if lease is not None and lease.is_alive(time.time()):
+            if lease is not None and lease.may_be_alive():
                 return False
             return recipe.training.steps is not None or not recipe.resources.gpus_per_worker or has_commits(self._run)
         except MusterError:

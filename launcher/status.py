@@ -15,9 +15,9 @@ from trainer.checkpoint.claims import read_claims
 from trainer.checkpoint.protocol import list_commits
 from trainer.checkpoint.record import CommitRecord
 from trainer.errors import CorruptObject, InputError
-from trainer.lease import ENDED, LeaseRecord, read_lease
+from trainer.lease import ENDED, GLANCE_S, LeaseRecord, is_held, read_lease
 from trainer.reporter import newest_failure, newest_rows, rows_backwards
-from trainer.storage import Storage
+from trainer.storage import Storage, in_parallel
 
 _PARALLEL_RUNS = 32
 _ROWS_LOOKED_AT = 2000
@@ -64,9 +64,12 @@ class Status:
         return asdict(self)
 
 
-def read_status(run: Storage, *, now: float | None = None, newest: int | None = None) -> Status:
+def read_status(
+    run: Storage, *, now: float | None = None, newest: int | None = None, earlier: LeaseRecord | None = None
+) -> Status:
     """InputError when there is no run. ``now`` is unix s, this machine's clock by default; ``newest`` reads the records
-    of only so many checkpoints. What else lies in the run is not looked at, so that a look stays quick."""
+    of only so many checkpoints; ``earlier``: the run's lease as it was `GLANCE_S` ago, if the caller has seen it. What
+    else lies in the run is not looked at, so that a look stays quick."""
     with ThreadPoolExecutor(5) as pool:
         begun = pool.submit(run.info, layout.RECIPE)
         claims = pool.submit(read_claims, run)
@@ -78,26 +81,28 @@ def read_status(run: Storage, *, now: float | None = None, newest: int | None = 
     if begun.result() is None and lease is None and submitted.result() is None:
         raise InputError(f"there is no run at {run.url}; `muster ls` with the folder above it lists those that are")
     found = _Found(lease, submitted.result(), claims.result().attempt, commits.result(), rows.result(), failure)
-    return _status(run, found, time.time() if now is None else now)
+    return _status(run, found, _state(run, lease, time.time() if now is None else now, earlier))
 
 
 def read_state(run: Storage, *, now: float | None = None) -> str:
-    """The run's state by its lease alone, in one read."""
-    return _state(_lease(run), time.time() if now is None else now)
+    """The run's state by its lease alone: one read, unless the lease's time is in doubt."""
+    return _state(run, _lease(run), time.time() if now is None else now)
 
 
 def list_runs(storage: Storage) -> list[Status]:
     """The runs directly inside a storage, by name, with their newest checkpoint only; folders that hold no run are left
-    out."""
-    names = [name for name in storage.folders() if not name.startswith(("_", "."))]
-    with ThreadPoolExecutor(_PARALLEL_RUNS) as pool:
-        found = pool.map(lambda name: _status_or_none(storage.child(name)), names)
-        return [status for status in found if status is not None]
+    out. Leases whose time is in doubt are watched all together."""
+    runs = [storage.child(name) for name in storage.folders() if not name.startswith(("_", "."))]
+    leases = in_parallel(_lease, runs, _PARALLEL_RUNS)
+    if any(lease is not None and lease.may_be_alive() and not lease.is_fresh(time.time()) for lease in leases):
+        time.sleep(GLANCE_S)
+    found = in_parallel(lambda pair: _status_or_none(*pair), zip(runs, leases, strict=True), _PARALLEL_RUNS)
+    return [status for status in found if status is not None]
 
 
-def _status_or_none(run: Storage) -> Status | None:
+def _status_or_none(run: Storage, earlier: LeaseRecord | None) -> Status | None:
     try:
-        return read_status(run, newest=1)
+        return read_status(run, newest=1, earlier=earlier)
     except InputError:
         return None
 
@@ -113,12 +118,11 @@ class _Found(NamedTuple):
     failure: Mapping[str, Any] | None
 
 
-def _status(run: Storage, found: _Found, now: float) -> Status:
+def _status(run: Storage, found: _Found, state: str) -> Status:
     lease, commits = found.lease, found.commits
     row = {**_evaluated(commits), **found.row}
     newest: Mapping[str, Any] = {"step": commits[0].step, **commits[0].state} if commits else {}
     position = {key: int(row.get(key) or newest.get(key) or 0) for key in _POSITION}
-    state = _state(lease, now)
     heard = lease.time if lease else None
     return Status(
         name=run.url.rsplit("/", 1)[-1],
@@ -146,12 +150,13 @@ def _job(lease: LeaseRecord | None, submitted: Submission | None) -> str | None:
     return submitted.job if submitted else lease.holder.job if lease else None
 
 
-def _state(lease: LeaseRecord | None, now: float) -> str:
+def _state(run: Storage, lease: LeaseRecord | None, now: float, earlier: LeaseRecord | None = None) -> str:
+    """As `muster run` would find it: a lease that looks old is watched for a renewal."""
     if lease is None:
         return "interrupted"
     if lease.state in ENDED:
         return lease.state
-    return "running" if lease.is_alive(now) else "interrupted"
+    return "running" if is_held(run, lease, earlier=earlier, clock=lambda: now) else "interrupted"
 
 
 def _checkpoints(run: Storage, commits: list[CommitRecord]) -> list[CheckpointStatus]:

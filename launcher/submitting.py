@@ -175,7 +175,7 @@ def cancel(
     run_uri: Annotated[str, typer.Argument(metavar="RUN_URI", help="where the run lies, as muster ls prints it")],
 ) -> None:
     """Stop a run, wherever it is: its workers commit, and its job is not started again."""
-    from trainer.lease import read_lease, request_end
+    from trainer.lease import is_held, read_lease, request_end
 
     def say(text: str) -> None:
         stderr().print(text, markup=False, soft_wrap=True)
@@ -188,7 +188,7 @@ def cancel(
     # Also a job that has not begun, or that comes back, finds this and ends at once.
     request_end(run, lease.driver if lease else None, sorted({*jobs, *map(as_its_driver_names_it, jobs)}))
     ended = True
-    if lease is not None and lease.is_alive(time.time()):
+    if lease is not None and is_held(run, lease):
         say(f"asking {lease.holder} to commit and end")
         ended = _await_end(run, lease.driver)
     gone = [_cancel_job(job, run.url, say) for job in jobs]
@@ -212,12 +212,12 @@ def jobs_of(made: Submission | None, holder: str | None) -> list[str]:
 
 def _await_end(run: Storage, driver: int) -> bool:
     """Whether the driver has ended, asked to, within ``END_WAIT_S``."""
-    from trainer.lease import read_lease
+    from trainer.lease import is_held, read_lease
 
     deadline = time.monotonic() + END_WAIT_S
     while time.monotonic() < deadline:
         lease = read_lease(run)
-        if lease is None or lease.driver != driver or not lease.is_alive(time.time()):
+        if lease is None or lease.driver != driver or not is_held(run, lease):
             return True
         time.sleep(LOOK_S)
     return False

@@ -3,11 +3,16 @@
 A record in the run that its driver rewrites every 3 s with a growing ``beat``. It informs (status, "who holds it?") and
 keeps two drivers from fighting; it does not protect: clocks differ and networks stall, so a new holder always claims a
 driver number, which fences the old one (trainer.checkpoint.claims) whether or not it has noticed.
+
+Whether a holder is alive is seen, not computed: its process where it runs on this host, and else whether the beat
+changes while somebody watches. The time in a record is that of another host's clock, and only says how long it is
+worth looking: a fresh one shows a living holder at once, any other proves nothing.
 """
 
 from __future__ import annotations
 
 import logging
+import math
 import os
 import socket
 import threading
@@ -17,16 +22,19 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from trainer import layout
-from trainer.checkpoint.claims import claim_driver, read_claims
+from trainer.checkpoint.claims import claim_driver, claim_driver_after, read_claims
 from trainer.errors import CorruptObject, Interrupted, MusterError, RunHeld
 from trainer.storage import Storage
 
 log = logging.getLogger(__name__)
 RENEW_S = 3.0
-RENEWAL_S = 20.0
-"""How long one renewal is tried: whoever releases the lease waits for the one that is under way."""
+RENEWAL_S = 5.0
+"""Time for each request of a renewal: one that hangs is abandoned, and tried again while the lease is fresh."""
 STALE_S = 15.0
 WATCH_S = 20.0
+"""Longer than a renewal with two hung requests."""
+GLANCE_S = 2.5 * RENEW_S
+"""How long somebody watches who only wants to know."""
 _POLL_S = 1.0
 RUNNING, STOPPING = "running", "stopping"
 ENDED = ("succeeded", "failed", "interrupted")
@@ -82,9 +90,13 @@ class LeaseRecord:
     beat: int
     gathers: int = 0
 
-    def is_alive(self, now: float) -> bool:
-        """As far as one look can tell, by clocks that may differ."""
-        return self.state not in ENDED and now - self.time <= STALE_S and not self.holder.is_dead()
+    def may_be_alive(self) -> bool:
+        """False once the driver has ended, or its process is known to have."""
+        return self.state not in ENDED and not self.holder.is_dead()
+
+    def is_fresh(self, now: float) -> bool:
+        """Renewed a moment ago, by clocks that may differ."""
+        return abs(now - self.time) <= STALE_S
 
 
 def read_lease(run: Storage) -> LeaseRecord | None:
@@ -98,6 +110,52 @@ def read_lease(run: Storage) -> LeaseRecord | None:
         return LeaseRecord(holder=holder, **body)
     except (KeyError, TypeError, AttributeError) as error:
         raise CorruptObject(f"{run.uri(layout.LEASE)} is not a lease ({error}); take over with --takeover") from error
+
+
+def read_owner(run: Storage) -> LeaseRecord | None:
+    """`read_lease`; of a driver that has claimed the run and not written its lease yet, what its claim says of it."""
+    newest, lease = read_claims(run).driver, read_lease(run)
+    if newest <= (lease.driver if lease else 0):
+        return lease
+    return LeaseRecord(newest, RUNNING, _claimant(run, newest), 0.0, 0)
+
+
+def _claimant(run: Storage, driver: int) -> Holder:
+    try:
+        claim = run.read_json(layout.driver_claim(driver))
+        return Holder(**{name: claim[name] for name in Holder.__dataclass_fields__})
+    except (FileNotFoundError, CorruptObject, KeyError, TypeError):
+        return Holder("an unknown host", "", 0, 0.0, None)
+
+
+def is_held(
+    run: Storage,
+    lease: LeaseRecord,
+    *,
+    earlier: LeaseRecord | None = None,
+    clock: Callable[[], float] = time.time,
+    sleep: Callable[[float], None] = time.sleep,
+) -> bool:
+    """Whether the driver of ``lease``, which was just read, is alive. Answers at once for one that has ended, that is
+    seen dead on this host, or whose lease is fresh; else watches for a renewal, up to `GLANCE_S`, unless the caller has
+    seen the ``earlier`` record that long ago."""
+    if not lease.may_be_alive():
+        return False
+    if earlier is not None and not lease.is_fresh(clock()):
+        return (lease.driver, lease.beat) != (earlier.driver, earlier.beat)
+    return lease.is_fresh(clock()) or _renews(run, lease, GLANCE_S, sleep)
+
+
+def _renews(run: Storage, lease: LeaseRecord, watch_s: float, sleep: Callable[[float], None]) -> bool:
+    """Whether the owner's record changes within ``watch_s``, and is still that of somebody who may be alive."""
+    for _ in range(math.ceil(watch_s / _POLL_S)):
+        sleep(_POLL_S)
+        now = read_owner(run)
+        if now is None or not now.may_be_alive():
+            return False
+        if (now.driver, now.beat) != (lease.driver, lease.beat):
+            return True
+    return False
 
 
 class Lease:
@@ -138,22 +196,15 @@ class Lease:
         sleep: Callable[[float], None] = time.sleep,
         renew_s: float = RENEW_S,
     ) -> Lease:
-        """Takes the run. Waits up to 20 s to see whether the one who has it is alive; RunHeld names a live one.
+        """Takes the run. Watches for up to 20 s whether the one who has it renews its lease; RunHeld names a live one.
 
         At once when nobody holds it, when its holder is seen dead on this host, when the holder is of the same ``job``
         (a requeued one), and with ``takeover``.
         """
-        if not takeover:
-            _wait_until_free(run, job, clock, sleep)
         holder = Holder.of_this_process(job)
-        driver = claim_driver(run, asdict(holder))
+        driver = claim_driver(run, asdict(holder)) if takeover else _claim_free(run, holder, sleep)
         record = LeaseRecord(driver, RUNNING, holder, clock(), 1)
         _write(run, record)
-        newest = read_claims(run).driver
-        if newest > driver:
-            raise RunHeld(
-                f"driver {newest} took {run.url} in the same moment; look at it with `muster status {run.url}`"
-            )
         return Lease(run, record, clock, renew_s)
 
     def request_stop(self) -> None:
@@ -174,7 +225,7 @@ class Lease:
         with self._lock:
             self._ended = True
         self._wake.set()
-        self._thread.join()
+        self._thread.join(4 * RENEWAL_S)  # its requests: claims, lease, stop
         self._state = state
         self._renew(self._run if deadline_s is None else self._run.within(deadline_s))
 
@@ -192,7 +243,7 @@ class Lease:
 
     def _renew(self, run: Storage) -> None:
         """Looks for a newer driver first, so that a lost lease does not hide the one of who has the run now."""
-        if read_claims(run).driver > self.driver:
+        if read_claims(run, known=[layout.driver_claim(self.driver)]).driver > self.driver:
             self.lost.set()
             return
         beat = self._record.beat + 1
@@ -234,20 +285,21 @@ def _stop(run: Storage) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _wait_until_free(run: Storage, job: str | None, clock: Callable[[], float], sleep: Callable[[float], None]) -> None:
-    first = read_lease(run)
-    started = clock()
-    while (now := read_lease(run)) is not None:
-        if not now.is_alive(clock()) or (job is not None and now.holder.job == job):
-            return
-        if first is None or (now.driver, now.beat) != (first.driver, first.beat):
-            raise RunHeld(
-                f"{now.holder} holds {run.url} and is alive (driver {now.driver}, seen "
-                f"{max(0.0, clock() - now.time):.0f} s ago). Stop it, or take the run over with --takeover"
-            )
-        if clock() - started >= WATCH_S:
-            return
-        sleep(_POLL_S)
+def _claim_free(run: Storage, holder: Holder, sleep: Callable[[float], None]) -> int:
+    """The claimed driver number. Raises RunHeld when the owner renews its lease, which is watched whatever its time
+    says, and when somebody else takes the run in the same moment."""
+    owner = read_owner(run)
+    same_job = owner is not None and holder.job is not None and owner.holder.job == holder.job
+    if owner is not None and owner.may_be_alive() and not same_job and _renews(run, owner, WATCH_S, sleep):
+        now = read_owner(run) or owner
+        raise RunHeld(
+            f"{now.holder} holds {run.url} and is alive: it has renewed its lease just now (driver {now.driver}). Stop "
+            "it, or take the run over with --takeover"
+        )
+    older = owner.driver if owner is not None else 0
+    if not claim_driver_after(run, older, asdict(holder)):
+        raise RunHeld(f"driver {older + 1} took {run.url} in the same moment; see `muster status {run.url}`")
+    return older + 1
 
 
 def _write(run: Storage, record: LeaseRecord) -> None:

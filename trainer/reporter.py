@@ -13,14 +13,13 @@ import math
 import threading
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
 from trainer import layout
 from trainer.errors import StorageError
-from trainer.storage import ObjectInfo, Storage
+from trainer.storage import ObjectInfo, Storage, in_parallel
 
 log = logging.getLogger(__name__)
 _ROLL_BYTES = 512 * 1024
@@ -168,9 +167,8 @@ class Events:
 def read_rows(storage: Storage, prefix: str) -> list[dict[str, Any]]:
     """All rows of all parts below the folder ``prefix`` (``metrics``), by attempt, writer and order of writing."""
     keys = [info.key for info in _parts_below(storage, prefix)]
-    with ThreadPoolExecutor(_PARALLEL_READS) as pool:
-        parts = pool.map(lambda key: _read_part(storage, key), keys)
-        return [row for part in parts for row in part]
+    parts = in_parallel(lambda key: _read_part(storage, key), keys, _PARALLEL_READS)
+    return [row for part in parts for row in part]
 
 
 def rows_backwards(storage: Storage, prefix: str) -> Iterator[dict[str, Any]]:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-from trainer.storage import Storage
+from trainer.storage import Storage, in_parallel
 
 log = logging.getLogger(__name__)
 _PARALLEL_READS = 8
@@ -33,8 +32,7 @@ class RowFeed:
         grown = [o.key for o in found if o.size != self._read.get(o.key, (-1, 0))[0]]
         if not grown:
             return []
-        with ThreadPoolExecutor(_PARALLEL_READS) as pool:
-            bodies = list(pool.map(self._body, grown))
+        bodies = in_parallel(self._body, grown, _PARALLEL_READS)
         rows = []
         for key, body in zip(grown, bodies, strict=True):
             end = body.rfind(b"\n") + 1

@@ -352,7 +352,7 @@ class Attempt:
             committed_at=datetime.now(UTC).isoformat(),
         )
         commit(run, record)
-        self.retention.apply()
+        self.retention.apply(record)
         if last:
             publish(run, record)
         return {"uri": run.uri(layout.checkpoint(unique)), "bytes": sum(f["bytes"] for f in files.values())}

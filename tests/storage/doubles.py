@@ -7,14 +7,14 @@ import http.client
 import socket
 import struct
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
 from trainer.storage import ObjectInfo, Retry, Storage
-from trainer.storage.backend import Listing, Names, Transient
+from trainer.storage.backend import Entries, Listing, Moved, Transient
 
 
 class Died(BaseException):
@@ -27,6 +27,7 @@ class FaultyBackend:
 
     def __init__(self) -> None:
         self.objects: dict[str, bytes] = {}
+        self.reconnects = 0
         self.before: Callable[[str, str], None] = lambda verb, path: None
         self.after: Callable[[str, str], None] = lambda verb, path: None
         self._lock = threading.Lock()
@@ -56,30 +57,35 @@ class FaultyBackend:
                 raise FileExistsError(path)
             self.objects[path] = data
 
-    def upload(self, path: str, source: str) -> None:
+    def upload(self, path: str, source: str, moved: Moved) -> None:
         with open(source, "rb") as file:
             self.write(path, file.read())
 
-    def list(self, path: str) -> Listing:
+    def list(self, path: str, moved: Moved) -> Listing:
         with self._operation("list", path):
             lead = path + "/"
             found = [(p[len(lead) :], d) for p, d in self.objects.items() if p.startswith(lead)]
             return [ObjectInfo(key, len(data), f"{hash(data):x}", 0.0) for key, data in found]
 
-    def folders(self, path: str) -> Names:
-        return sorted({info.key.split("/")[0] for info in self.list(path) if "/" in info.key})
+    def entries(self, path: str) -> Entries:
+        found = self.list(path, lambda: None)
+        folders = {info.key.split("/")[0] for info in found if "/" in info.key}
+        return Entries([info for info in found if "/" not in info.key], sorted(folders))
 
     def info(self, path: str) -> ObjectInfo | None:
         with self._operation("read", path):
             return ObjectInfo(path, len(self.objects[path]), "tag", 0.0) if path in self.objects else None
 
-    def delete(self, paths: Sequence[str]) -> None:
-        for path in paths:
-            with self._operation("delete", path):
-                self.objects.pop(path, None)
+    def delete(self, path: str) -> None:
+        with self._operation("delete", path):
+            self.objects.pop(path, None)
 
     def abort_uploads(self, path: str, stale: Callable[[str], bool]) -> int:
-        return 0
+        with self._operation("list", path):
+            return 0
+
+    def reconnect(self) -> None:
+        self.reconnects += 1
 
     def _get(self, path: str) -> bytes:
         if path not in self.objects:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,7 +10,7 @@ import pytest
 import tests.support.training
 import trainer.worker
 from trainer.storage import Retry, Storage
-from trainer.storage.backend import Listing
+from trainer.storage.backend import Listing, Moved
 from trainer.storage.local import LocalBackend
 
 
@@ -33,18 +33,17 @@ class Watched(LocalBackend):
         self.before("put", path)
         super().create(path, data)
 
-    def upload(self, path: str, source: str) -> None:
+    def upload(self, path: str, source: str, moved: Moved) -> None:
         self.before("put", path)
-        super().upload(path, source)
+        super().upload(path, source, moved)
 
-    def list(self, path: str) -> Listing:
+    def list(self, path: str, moved: Moved) -> Listing:
         self.before("list", path)
-        return super().list(path)
+        return super().list(path, moved)
 
-    def delete(self, paths: Sequence[str]) -> None:
-        for path in paths:
-            self.before("delete", path)
-        super().delete(paths)
+    def delete(self, path: str) -> None:
+        self.before("delete", path)
+        super().delete(path)
 
 
 def watch(monkeypatch: pytest.MonkeyPatch, folder: Path, deadline_s: float = 2.0) -> Watched:

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
@@ -34,7 +34,7 @@ from trainer.checkpoint import (
 )
 from trainer.errors import Fenced, StorageError
 from trainer.storage import ObjectInfo, Retry, Storage
-from trainer.storage.backend import Listing, Names, Transient
+from trainer.storage.backend import Entries, Listing, Moved, Transient
 
 ROOT = "model://run"
 WHEN = "2026-01-01T00:00:00+00:00"
@@ -83,26 +83,29 @@ class Played:
     def create(self, path: str, data: bytes) -> None:
         self._ask("create", path, data)
 
-    def upload(self, path: str, source: str) -> None:
+    def upload(self, path: str, source: str, moved: Moved) -> None:
         with open(source, "rb") as file:
             self.write(path, file.read())
 
-    def list(self, path: str) -> Listing:
+    def list(self, path: str, moved: Moved) -> Listing:
         return [ObjectInfo(key, size, "", 0.0) for key, size in self._ask("list", path)]
 
-    def folders(self, path: str) -> Names:
-        return sorted({key.split("/")[0] for key, _ in self._ask("list", path) if "/" in key})
+    def entries(self, path: str) -> Entries:
+        found = self.list(path, lambda: None)
+        folders = {info.key.split("/")[0] for info in found if "/" in info.key}
+        return Entries([info for info in found if "/" not in info.key], sorted(folders))
 
     def info(self, path: str) -> ObjectInfo | None:
         data = self._ask("info", path)
         return None if data is None else ObjectInfo(path, len(data), "", 0.0)
 
-    def delete(self, paths: Sequence[str]) -> None:
-        for path in paths:
-            self._ask("delete", path)
+    def delete(self, path: str) -> None:
+        self._ask("delete", path)
 
     def abort_uploads(self, path: str, stale: Callable[[str], bool]) -> int:
         return 0
+
+    def reconnect(self) -> None: ...
 
 
 def answer(store: Store, operation: Operation, *, exclusive: bool = True) -> tuple[Store, tuple[Any, ...]]:
@@ -122,31 +125,23 @@ def answer(store: Store, operation: Operation, *, exclusive: bool = True) -> tup
     return {**store, path: data}, (True,)
 
 
-class Inline:
-    """A thread pool without threads, so that a process asks for one thing after the other."""
-
-    def __init__(self, *_: object) -> None: ...
-
-    def __enter__(self) -> Inline:
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-    map = staticmethod(map)
-
-
 @contextmanager
 def one_thread() -> Iterator[None]:
-    with (
-        mock.patch("trainer.checkpoint.protocol.ThreadPoolExecutor", Inline),
-        mock.patch("trainer.checkpoint.blobs.ThreadPoolExecutor", Inline),
-        mock.patch("trainer.checkpoint.retention.ThreadPoolExecutor", Inline),
-    ):
+    """A process asks for one thing after the other."""
+
+    def in_turn(task: Callable[[Any], Any], items: Iterable[Any], threads: int) -> list[Any]:
+        return list(map(task, items))
+
+    with ExitStack() as patched:
+        for module in ("storage.store", "checkpoint.protocol", "checkpoint.blobs", "checkpoint.retention"):
+            patched.enter_context(mock.patch(f"trainer.{module}.in_parallel", in_turn))
         yield
 
 
 def storage_over(backend: Any, kind: type[Storage] = Storage) -> Storage:
-    return kind(ROOT, backend, Retry(1e9, clock=lambda: 0.0, sleep=lambda seconds: None))
+    """Its calls are not limited in time: a played answer comes at once, and a thread for each would cost minutes."""
+    alone: Any = lambda attempt, silence_s: attempt(lambda: None)  # noqa: E731
+    return kind(ROOT, backend, Retry(1e9, clock=lambda: 0.0, sleep=lambda seconds: None, limited=alone))
 
 
 @dataclass
@@ -185,15 +180,11 @@ class Worker:
         for _ in range(self.commits):
             step += 1
             name, files = put_checkpoint(storage, {"weights": b"%d" % step}, attempt=attempt, step=step)
-            commit(
-                storage,
-                CommitRecord(
-                    step, attempt, driver, name, name, files, {"lineage": lineage}, "2026-01-01T00:00:00+00:00"
-                ),
-            )
+            record = CommitRecord(step, attempt, driver, name, name, files, {"lineage": lineage}, WHEN)
+            commit(storage, record)
             log.acknowledged.append((attempt, step))
             lineage = [*lineage, [attempt, step]]
-            retention.apply()
+            retention.apply(record)
 
     def _restore(self, storage: Storage, on_skip: OnSkip) -> CommitRecord | None:
         """Rank 0 chooses; every other rank reads the same files before anybody trains."""

@@ -18,11 +18,10 @@ from hypothesis import strategies as st
 from tests.unit.data_support import made, memory, stream
 from trainer.data import disk_cache
 from trainer.data.disk_cache import DiskCache, open_cache
-from trainer.data.threads import for_each
 from trainer.data.types import SampleRef
 from trainer.data.upcoming import Upcoming, Use
 from trainer.errors import CorruptObject, StorageError
-from trainer.storage import open_storage
+from trainer.storage import in_parallel, open_storage
 
 LENGTH = 16
 ORDER = [[2, 0, 1], [1, 2, 0]]
@@ -145,16 +144,16 @@ def test_what_cannot_be_read_ahead_is_raised_only_at_its_turn():
 
 def test_blocks_are_fetched_side_by_side_and_the_first_error_is_raised():
     together, seen = threading.Barrier(3, timeout=10), []
-    for_each(lambda i: seen.append((i, together.wait())), range(3), 3)
+    in_parallel(lambda i: seen.append((i, together.wait())), range(3), 3)
     assert sorted(i for i, _ in seen) == [0, 1, 2]
 
     def failing(i):
         raise StorageError(f"no {i}")
 
     with pytest.raises(StorageError, match="no 0"):
-        for_each(failing, range(5), 1)
+        in_parallel(failing, range(5), 1)
     with pytest.raises(StorageError, match="no"):
-        for_each(failing, range(5), 3)
+        in_parallel(failing, range(5), 3)
 
 
 # the host's disk

@@ -12,6 +12,7 @@ from tests.storage.doubles import Died, FaultyBackend, faulty, times
 from trainer import layout
 from trainer.checkpoint import (
     CommitRecord,
+    Retention,
     check_fence,
     claim_attempt,
     claim_driver,
@@ -21,7 +22,6 @@ from trainer.checkpoint import (
     newest_whole,
     put_checkpoint,
     read_claims,
-    retain,
 )
 from trainer.errors import CorruptObject, Fenced, InputError, StorageError
 from trainer.storage import Storage
@@ -46,7 +46,7 @@ def save(storage: Storage, driver: int, attempt: int, step: int, keep_last: int 
     """What a worker does for one checkpoint; its return is the acknowledgement."""
     record = record_of(storage, driver, attempt, step, {n: d + b" %d" % step for n, d in FILES.items()})
     commit(storage, record)
-    retain(storage, keep_last, attempt)
+    Retention(storage, attempt, keep_last=keep_last).apply(record)
     return record
 
 
@@ -352,10 +352,10 @@ def test_retention_deletes_records_before_files() -> None:
     storage, backend = faulty()
     driver, attempt = begin(storage)
     for step in (5, 10):
-        save(storage, driver, attempt, step)
+        record = save(storage, driver, attempt, step)
     deleted: list[str] = []
     backend.before = lambda verb, path: deleted.append(path.split("/")[3]) if verb == "delete" else None
-    assert retain(storage, 1, attempt) == [5]
+    assert Retention(storage, attempt, keep_last=1).apply(record) == [5]
     assert deleted == ["commits", "checkpoints", "checkpoints"]
 
 

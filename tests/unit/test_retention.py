@@ -25,6 +25,8 @@ def record(step: int, *, attempt: int = 1, hours_ago: float = 0.0, name: str = "
 
 
 def save(storage: Storage, step: int, *, attempt: int = 1, hours_ago: float = 0.0) -> CommitRecord:
+    storage.write_json(layout.driver_claim(1), {})
+    storage.write_json(layout.attempt_claim(attempt), {})
     name, files = put_checkpoint(storage, {"x": b"%d" % step}, attempt=attempt, step=step)
     made = record(step, attempt=attempt, hours_ago=hours_ago, name=name)
     made = CommitRecord(**{**made.__dict__, "files": files})
@@ -55,20 +57,21 @@ def test_the_newest_generation_counts_first_and_the_newest_stays_whatever_its_ag
 
 def test_records_are_read_once_whatever_their_number() -> None:
     storage, backend = faulty()
-    retention = Retention(storage, 1, keep_last=2, keep_for_s=100 * HOUR, clock=lambda: NOW)
-    reads: list[str] = []
-    backend.before = lambda verb, path: reads.append(path) if verb == "read" else None
     for step in range(1, 31):
         save(storage, step)
-        assert retention.apply() == []
-    assert len(reads) == len(set(reads)) == 30
+    retention = Retention(storage, 2, keep_last=2, keep_for_s=100 * HOUR, clock=lambda: NOW)
+    reads: list[str] = []
+    backend.before = lambda verb, path: reads.append(path) if verb == "read" else None
+    for step in range(31, 41):
+        assert retention.apply(save(storage, step, attempt=2)) == []
+    assert len(reads) == len(set(reads)) == 30, "and its own not at all"
 
 
 def test_age_lets_go_record_and_files() -> None:
     storage, _ = faulty()
     for step in (1, 2, 3, 4):
-        save(storage, step, hours_ago=5 - step)
-    assert Retention(storage, 1, keep_last=1, keep_for_s=2.5 * HOUR, clock=lambda: NOW).apply() == [1, 2]
+        newest = save(storage, step, hours_ago=5 - step)
+    assert Retention(storage, 1, keep_last=1, keep_for_s=2.5 * HOUR, clock=lambda: NOW).apply(newest) == [1, 2]
     assert [r.step for r in list_commits(storage)] == [4, 3]
     assert storage.folders(layout.CHECKPOINTS) == sorted(r.checkpoint for r in list_commits(storage))
 
@@ -80,8 +83,7 @@ def test_a_store_that_forbids_to_list_uploads_stops_nothing(caplog: pytest.LogCa
 
     storage, _ = faulty()
     storage._backend = Forbidding()
-    save(storage, 1)
-    assert Retention(storage, 1, keep_last=1).apply() == []
+    assert Retention(storage, 1, keep_last=1).apply(save(storage, 1)) == []
     assert "s3:ListBucketMultipartUploads is not granted" in caplog.text
 
 
@@ -93,8 +95,7 @@ def test_uploads_of_dead_attempts_are_aborted_in_s3(moto: S3) -> None:
     for key in keys + keep:
         fs.call_s3("create_multipart_upload", Bucket="runs", Key=key)
     storage = open_storage("s3://runs/a-run")
-    save(storage, 7, attempt=2)
-    Retention(storage, 2, keep_last=1).apply()
+    Retention(storage, 2, keep_last=1).apply(save(storage, 7, attempt=2))
     assert sorted(upload["Key"] for upload in fs.list_multipart_uploads("runs")) == sorted(keep)
 
 
@@ -105,7 +106,6 @@ def test_temporary_files_of_dead_attempts_are_deleted_from_a_folder(tmp_path: Pa
     for file in (older, ours):
         file.parent.mkdir(parents=True)
         file.write_bytes(b"half")
-    save(storage, 7, attempt=2)
-    Retention(storage, 2, keep_last=1).apply()
+    Retention(storage, 2, keep_last=1).apply(save(storage, 7, attempt=2))
     assert not older.exists()
     assert ours.exists()

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -15,7 +17,7 @@ from trainer.checkpoint import CommitRecord, claim_attempt, claim_driver, commit
 from trainer.errors import InputError
 from trainer.lease import Holder, LeaseRecord, to_row
 from trainer.reporter import JsonLines
-from trainer.storage import Storage
+from trainer.storage import Storage, to_json
 
 LEASE = LeaseRecord(1, "running", Holder("another-host", "boot/1", 4711, 1000.0, None), 5000.0, 7)
 
@@ -66,12 +68,37 @@ def test_a_running_run_tells_all_that_was_promised() -> None:
         (None, 5000.0, "interrupted"),
     ],
 )
-def test_the_state_follows_the_lease(record: LeaseRecord | None, now: float, state: str) -> None:
+def test_the_state_follows_the_lease(
+    record: LeaseRecord | None, now: float, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trainer.lease.GLANCE_S", 0.0)
     run, _ = faulty()
     make_run(run, attempts=1)
     if record is not None:
         run.write_json("lease", to_row(record))
     assert read_status(run, now=now).state == state
+
+
+@pytest.mark.parametrize("behind_s", [20.0, 4000.0, -4000.0])
+def test_a_holder_whose_clock_differs_is_running_while_it_renews(
+    behind_s: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As `muster run` finds it."""
+    storage, backend = faulty()
+    run = storage.child("r")
+    make_run(run, attempts=1)
+    monkeypatch.setattr("trainer.lease._POLL_S", 1e-3)
+    monkeypatch.setattr("launcher.status.GLANCE_S", 0.0)
+    beats = itertools.count(1)
+
+    def renew(verb: str, path: str) -> None:
+        if verb == "read" and path == run.uri("lease"):
+            record = replace(LEASE, time=time.time() - behind_s, beat=next(beats))
+            backend.objects[path] = to_json(to_row(record))
+
+    backend.before = renew
+    assert read_status(run).state == "running"
+    assert [status.state for status in list_runs(storage)] == ["running"]
 
 
 def test_a_run_before_its_first_step_is_at_step_0() -> None:

@@ -25,7 +25,7 @@ def make(time: Time, deadline_s: float = 60.0, chance: float = 1.0) -> Retry:
 def failing(count: int, error: Exception) -> tuple[list[int], object]:
     calls: list[int] = []
 
-    def attempt() -> str:
+    def attempt(moved: object) -> str:
         calls.append(1)
         if len(calls) <= count:
             raise error

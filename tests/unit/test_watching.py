@@ -183,8 +183,9 @@ def test_a_watch_ends_with_the_whole_failure(terminal: bool) -> None:
     assert [line.rstrip() for line in told[1:]] == [CAUSE, "  File x.py, line 3", "  likely: full", "  next:   plan"]
 
 
-def test_of_an_event_nothing_is_cut_off(tmp_path: Path) -> None:
+def test_of_an_event_nothing_is_cut_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where the output is a pipe, of 80 columns."""
+    monkeypatch.setattr("trainer.lease.GLANCE_S", 0.0)
     run = open_storage(str(tmp_path / "run"))
     began(run)
     failing(run, retried=True)
@@ -227,9 +228,10 @@ def test_the_age_is_that_of_the_last_step_or_of_the_end() -> None:
     assert read_status(run, now=START + 90).seen_at == START + 60
 
 
-def test_runs_are_read_side_by_side() -> None:
+def test_runs_are_read_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
     """300 runs at 5 ms per request, one after the other, would take more than 10 s."""
     storage, backend = faulty()
+    monkeypatch.setattr("launcher.status.GLANCE_S", 0.0)
     for i in range(300):
         began_quietly(storage.child(f"r{i:03d}"))
     backend.before = lambda verb, path: time.sleep(0.005)

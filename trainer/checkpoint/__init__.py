@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from trainer.checkpoint.blobs import put_checkpoint
-from trainer.checkpoint.claims import Claims, check_fence, claim_attempt, claim_driver, read_claims
+from trainer.checkpoint.claims import Claims, check_fence, claim_attempt, claim_driver, claim_driver_after, read_claims
 from trainer.checkpoint.protocol import OnSkip, commit, list_commits, log_skip
 from trainer.checkpoint.record import CommitRecord, FileEntry
 from trainer.checkpoint.restore import fetch, fetch_whole, newest_whole
-from trainer.checkpoint.retention import Retention, retain
+from trainer.checkpoint.retention import Retention
 
 __all__ = [
     "Claims",
@@ -18,6 +18,7 @@ __all__ = [
     "check_fence",
     "claim_attempt",
     "claim_driver",
+    "claim_driver_after",
     "commit",
     "fetch",
     "fetch_whole",
@@ -26,5 +27,4 @@ __all__ = [
     "newest_whole",
     "put_checkpoint",
     "read_claims",
-    "retain",
 ]

@@ -6,13 +6,12 @@ import hashlib
 import re
 import uuid
 from collections.abc import Collection, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from trainer import layout
 from trainer.checkpoint.record import FileEntry
 from trainer.errors import CorruptObject
-from trainer.storage import Storage
+from trainer.storage import Storage, in_parallel, open_storage
 
 _PARALLEL_UPLOADS = 4
 _BLOCK = 2**20
@@ -39,8 +38,7 @@ def put_checkpoint(
         storage.upload(key, content / file)
         return entry
 
-    with ThreadPoolExecutor(_PARALLEL_UPLOADS) as pool:
-        return name, dict(zip(names, pool.map(put, names), strict=True))
+    return name, dict(zip(names, in_parallel(put, names, _PARALLEL_UPLOADS), strict=True))
 
 
 def check_needed(what: str, names: Collection[str], needed: Collection[str]) -> None:
@@ -76,4 +74,4 @@ def entry_of_file(path: Path) -> FileEntry:
 
 
 def _files_below(folder: Path) -> list[str]:
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.is_file())
+    return [info.key for info in open_storage(str(folder)).list()]

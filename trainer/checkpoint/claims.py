@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import re
 import uuid
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from trainer import layout
-from trainer.errors import Fenced
+from trainer.errors import Fenced, StorageError
 from trainer.storage import Storage, to_json
+
+_MOST_RACES = 100
 
 
 @dataclass(frozen=True)
@@ -26,10 +28,10 @@ class Claims:
     attempt: int
 
 
-def read_claims(storage: Storage) -> Claims:
-    """One listing."""
+def read_claims(storage: Storage, *, known: Collection[str] = ()) -> Claims:
+    """One listing; StorageError when it does not show the ``known`` claims, which are never deleted."""
     drivers, attempts = [0], [0]
-    for info in storage.list(layout.CLAIMS):
+    for info in storage.list(layout.CLAIMS, containing=known):
         match = re.fullmatch(rf"{layout.CLAIMS}/(d?)(\d+)", info.key)
         if match:
             (drivers if match[1] else attempts).append(int(match[2]))
@@ -38,14 +40,20 @@ def read_claims(storage: Storage) -> Claims:
 
 def claim_driver(storage: Storage, holder: Mapping[str, Any]) -> int:
     """Takes the run: every older driver and its attempts are fenced from here on. Returns the driver's number."""
-    return _claim(storage, lambda: read_claims(storage).driver, layout.driver_claim, holder)
+    return _claim(storage, lambda known: read_claims(storage, known=known).driver, layout.driver_claim, holder)
+
+
+def claim_driver_after(storage: Storage, older: int, holder: Mapping[str, Any]) -> bool:
+    """The same with the number after ``older``, the newest driver as the caller saw it; False, and nobody is fenced,
+    when another driver has come in between."""
+    return storage.put_if_absent(layout.driver_claim(older + 1), _claim_of(holder))
 
 
 def claim_attempt(storage: Storage, driver: int, holder: Mapping[str, Any]) -> int:
     """The next attempt of ``driver``, claimed before commits are listed; Fenced when a newer driver has the run."""
 
-    def newest() -> int:
-        claims = read_claims(storage)
+    def newest(known: Collection[str]) -> int:
+        claims = read_claims(storage, known=[layout.driver_claim(driver), *known])
         if claims.driver > driver:
             raise Fenced(_fenced(storage, f"driver {driver}", f"driver {claims.driver}"))
         return claims.attempt
@@ -56,21 +64,35 @@ def claim_attempt(storage: Storage, driver: int, holder: Mapping[str, Any]) -> i
 
 
 def check_fence(storage: Storage, driver: int, attempt: int) -> None:
-    """Fenced when a newer driver or attempt has claimed the run; then nothing that was done counts any more."""
-    claims = read_claims(storage)
+    """Fenced when a newer driver or attempt has claimed the run; then nothing that was done counts any more.
+
+    A listing of the claims that lacks this attempt's own may lack a newer one as well, and passes nobody."""
+    claims = read_claims(storage, known=[layout.driver_claim(driver), layout.attempt_claim(attempt)])
     if claims.driver > driver:
         raise Fenced(_fenced(storage, f"driver {driver} (attempt {attempt})", f"driver {claims.driver}"))
     if claims.attempt > attempt:
         raise Fenced(_fenced(storage, f"attempt {attempt}", f"attempt {claims.attempt}"))
 
 
-def _claim(storage: Storage, newest: Callable[[], int], key: Callable[[int], str], record: Mapping[str, Any]) -> int:
-    """Each lost race means that somebody else's claim was made, so this ends as soon as the others stop claiming."""
-    data = to_json({**record, "nonce": uuid.uuid4().hex})
-    while True:
-        number = newest() + 1
+def _claim(
+    storage: Storage, newest: Callable[[Collection[str]], int], key: Callable[[int], str], record: Mapping[str, Any]
+) -> int:
+    """Each lost race means that somebody else's claim was made. The next listing has to show it: in a store that
+    refuses what it does not list, this would go on for ever."""
+    data = _claim_of(record)
+    lost: list[str] = []
+    for _ in range(_MOST_RACES):
+        number = newest(lost) + 1
         if storage.put_if_absent(key(number), data):
             return number
+        lost = [key(number)]
+    raise StorageError(
+        f"{_MOST_RACES} claims of {storage.url} were lost to other processes in a row; stop the others, and start again"
+    )
+
+
+def _claim_of(record: Mapping[str, Any]) -> bytes:
+    return to_json({**record, "nonce": uuid.uuid4().hex})
 
 
 def _fenced(storage: Storage, ours: str, theirs: str) -> str:

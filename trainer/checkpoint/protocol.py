@@ -27,13 +27,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 
 from trainer import layout
 from trainer.checkpoint.claims import check_fence
 from trainer.checkpoint.record import CommitRecord
 from trainer.errors import CorruptObject, Fenced
-from trainer.storage import Storage
+from trainer.storage import Storage, in_parallel
 
 log = logging.getLogger(__name__)
 _PARALLEL_READS = 8
@@ -69,9 +68,9 @@ def list_commits(storage: Storage, on_skip: OnSkip = log_skip, *, newest: int | 
     ``newest`` reads only so many. Unreadable records are told to ``on_skip``; one that retention deletes meanwhile is
     left out.
     """
-    with ThreadPoolExecutor(_PARALLEL_READS) as pool:
-        found = pool.map(lambda key: read_commit(storage, key, on_skip), commit_keys(storage)[:newest])
-        return [record for record in found if record is not None]
+    keys = commit_keys(storage)[:newest]
+    found = in_parallel(lambda key: read_commit(storage, key, on_skip), keys, _PARALLEL_READS)
+    return [record for record in found if record is not None]
 
 
 def commit_keys(storage: Storage) -> list[CommitKey]:

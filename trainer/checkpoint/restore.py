@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 import uuid
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
@@ -14,7 +13,7 @@ from trainer.checkpoint.blobs import check_needed, entry_of, entry_of_file
 from trainer.checkpoint.protocol import OnSkip, commit_keys, log_skip, read_commit
 from trainer.checkpoint.record import CommitRecord, FileEntry
 from trainer.errors import CorruptObject
-from trainer.storage import Storage
+from trainer.storage import Storage, in_parallel
 
 T = TypeVar("T")
 _PARALLEL_FILES = 4
@@ -85,8 +84,7 @@ def _on_disk(storage: Storage, record: CommitRecord, target: Path) -> None:
 
     try:
         partial.mkdir(parents=True)
-        with ThreadPoolExecutor(_PARALLEL_FILES) as pool:
-            list(pool.map(bring, record.files))
+        in_parallel(bring, record.files, _PARALLEL_FILES)
         partial.rename(target)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

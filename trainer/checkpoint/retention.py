@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 
 from trainer import layout
@@ -13,7 +12,7 @@ from trainer.checkpoint.blobs import attempt_of
 from trainer.checkpoint.protocol import CommitKey, commit_keys, read_commit
 from trainer.checkpoint.record import CommitRecord
 from trainer.errors import MusterError
-from trainer.storage import Storage
+from trainer.storage import Storage, in_parallel
 
 log = logging.getLogger(__name__)
 _PARALLEL_READS = 8
@@ -32,8 +31,10 @@ def kept(records: Iterable[CommitRecord], keep_last: int, keep_for_s: float | No
 
 
 class Retention:
-    """Of one attempt, called after each of its acknowledged commits. Records are read once each, so the cost of a call
-    does not grow with the number that stay."""
+    """Deletes for one attempt, after each of its acknowledged commits. Records are read once each, so the cost of a
+    call does not grow with the number that stay.
+
+    What a listing lacks decides what is deleted, so nothing is deleted by a listing that is known to be incomplete."""
 
     def __init__(
         self,
@@ -51,28 +52,49 @@ class Retention:
         self._known: dict[CommitKey, CommitRecord] = {}
         self._uploads_swept = False
 
-    def apply(self) -> list[int]:
-        """Returns the steps whose records were deleted. What is interrupted here is swept by the next attempt."""
+    def apply(self, newest: CommitRecord) -> list[int]:
+        """Returns the steps whose records were deleted; ``newest`` is the commit just acknowledged. What is interrupted
+        here is swept by the next attempt."""
+        self._known[_key(newest)] = newest
         keys = commit_keys(self._storage)
+        if hidden := self._hidden(_key(newest), keys):
+            log.warning("nothing is deleted: the listing of %s lacks %s", self._storage.url, layout.commit(*hidden))
+            return []
         self._read(keys)
         records = {key: self._known[key] for key in keys if key in self._known}
         keep = kept(records.values(), self._keep_last, self._keep_for_s, self._clock())
         oldest = min(keep, default=None)
         surplus = [key for key in keys if key not in keep and (key in records or (oldest is not None and key < oldest))]
         self._storage.delete(layout.commit(*key) for key in surplus)
+        for key in surplus:
+            self._known.pop(key, None)
         named = {records[key].checkpoint for key in keep}
-        sweep(
-            self._storage, self._attempt, {records[key].checkpoint for key in surplus if key in records} - named, named
-        )
+        dropped = {records[key].checkpoint for key in surplus if key in records} - named
+        # A record that stays and cannot be read names files that are not known.
+        orphans = self._orphans(named) if records.keys() >= set(keys) - set(surplus) else set()
+        for name in sorted(dropped | orphans):
+            self._storage.delete(info.key for info in self._storage.list(layout.checkpoint(name)))
         self._sweep_uploads()
         return sorted(step for _, step in surplus)
 
     def _read(self, keys: list[CommitKey]) -> None:
         self._known = {key: record for key, record in self._known.items() if key in set(keys)}
         unread = [key for key in keys if key not in self._known]
-        with ThreadPoolExecutor(_PARALLEL_READS) as pool:
-            found = pool.map(lambda key: read_commit(self._storage, key, lambda *_: None), unread)
-            self._known.update({_key(record): record for record in found if record is not None})
+        found = in_parallel(lambda key: read_commit(self._storage, key, lambda *_: None), unread, _PARALLEL_READS)
+        self._known.update({_key(record): record for record in found if record is not None})
+
+    def _hidden(self, newest: CommitKey, keys: list[CommitKey]) -> CommitKey | None:
+        """A commit that is there and that the listing lacks. One that was read before may be gone (a newer attempt, or
+        somebody by hand, has deleted it): the record itself is looked at."""
+        absent = self._known.keys() - set(keys)
+        if newest in absent:
+            return newest
+        return next((key for key in sorted(absent) if self._storage.info(layout.commit(*key)) is not None), None)
+
+    def _orphans(self, named: Collection[str]) -> set[str]:
+        """Checkpoints of older attempts that no record names."""
+        names = self._storage.folders(layout.CHECKPOINTS)
+        return {name for name in names if name not in named and is_older(name, self._attempt)}
 
     def _sweep_uploads(self) -> None:
         """Once per attempt. A store may forbid listing them, which is no reason to stop training."""
@@ -83,18 +105,6 @@ class Retention:
             self._storage.abort_uploads(layout.CHECKPOINTS, lambda key: is_older(key.split("/")[0], self._attempt))
         except MusterError as error:
             log.warning("uploads that dead attempts of %s left behind are not cleared: %s", self._storage.url, error)
-
-
-def retain(storage: Storage, keep_last: int, attempt: int, *, keep_for_s: float | None = None) -> list[int]:
-    """One call of `Retention`."""
-    return Retention(storage, attempt, keep_last=keep_last, keep_for_s=keep_for_s).apply()
-
-
-def sweep(storage: Storage, attempt: int, dropped: Iterable[str], named: Collection[str]) -> None:
-    """Deletes the files of dropped records, and those of older attempts that no record names."""
-    gone = set(dropped)
-    gone |= {name for name in storage.folders(layout.CHECKPOINTS) if name not in named and is_older(name, attempt)}
-    storage.delete(info.key for name in sorted(gone) for info in storage.list(layout.checkpoint(name)))
 
 
 def is_older(name: str, attempt: int) -> bool:

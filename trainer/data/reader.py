@@ -12,10 +12,10 @@ from trainer.data.blocks import Block, decode_block
 from trainer.data.disk_cache import DiskCache
 from trainer.data.prepared import Prepared
 from trainer.data.rows import Encoded
-from trainer.data.threads import for_each
 from trainer.data.types import SampleRef
 from trainer.data.upcoming import Upcoming
 from trainer.errors import MusterError
+from trainer.storage import in_parallel
 
 log = logging.getLogger(__name__)
 
@@ -70,8 +70,8 @@ class BlockReader:
 
         with self._lock:
             absent = [key for key in rows if key not in self._blocks]
-        for_each(take, [key for key in rows if key not in absent], 1)
-        for_each(take, absent, self.readers)
+        in_parallel(take, [key for key in rows if key not in absent], 1)
+        in_parallel(take, absent, self.readers)
         return [found[at] for at in range(len(refs))]
 
     def block(self, window: int, block: int) -> Block:

@@ -8,13 +8,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import NamedTuple
 from urllib.parse import unquote
 
 from trainer import layout
-from trainer.storage import Storage
+from trainer.storage import Storage, in_parallel
 
 PART_BYTES = 256 * 1024
 TAIL_PARTS = 15
@@ -179,9 +178,7 @@ class LogFeed:
     def new(self, parts: list[Stored]) -> bytes:
         """What the newest listing has more than the last one; ``parts`` are those of this rank and attempt."""
         wanted = [part for part in parts if part.offset + part.size > self._at]
-        with ThreadPoolExecutor(_PARALLEL_READS) as pool:
-            bodies = list(pool.map(self._body, wanted))
-        return b"".join(self._pieces(wanted, bodies))
+        return b"".join(self._pieces(wanted, in_parallel(self._body, wanted, _PARALLEL_READS)))
 
     def _pieces(self, parts: list[Stored], bodies: list[bytes]) -> Iterator[bytes]:
         for part, body in zip(parts, bodies, strict=True):

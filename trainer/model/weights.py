@@ -8,12 +8,11 @@ from __future__ import annotations
 import json
 import struct
 from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from trainer.errors import CorruptObject, InputError
 from trainer.recipe.model import ModelSection
-from trainer.storage import ObjectInfo, Storage, open_storage
+from trainer.storage import ObjectInfo, Storage, in_parallel, open_storage
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -35,8 +34,7 @@ def check_weights(section: ModelSection) -> None:
             f"model.path {section.path!r}: {len(missing)} of the {len(needed)} weight files that {INDEX} names are not "
             f"there ({', '.join(missing[:3])}); copy the model again"
         )
-    with ThreadPoolExecutor(_PARALLEL_READS) as pool:
-        list(pool.map(lambda name: _check_file(storage, found[name]), needed))
+    in_parallel(lambda name: _check_file(storage, found[name]), needed, _PARALLEL_READS)
 
 
 def needed_files(storage: Storage, path: str, found: Iterable[str]) -> set[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trainer.storage.backend import ObjectInfo
+from trainer.storage.parallel import in_parallel
 from trainer.storage.places import SourceObject, expand, local_path, locate, open_storage
 from trainer.storage.retry import Retry
 from trainer.storage.store import Storage, is_safe_key, to_json
@@ -13,6 +14,7 @@ __all__ = [
     "SourceObject",
     "Storage",
     "expand",
+    "in_parallel",
     "is_safe_key",
     "local_path",
     "locate",

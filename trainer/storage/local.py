@@ -10,15 +10,18 @@ import contextlib
 import errno
 import os
 import shutil
+import stat
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from trainer.errors import InputError
-from trainer.storage.backend import Listing, Names, ObjectInfo, Transient, one_line
+from trainer.storage.backend import Entries, Listing, Moved, ObjectInfo, Transient, one_line
 
 _TEMPORARY = ".muster-tmp"
 _NO_LINKS = (errno.EPERM, errno.ENOTSUP, errno.EMLINK, errno.ENOSYS)
+_BAD_NAMES = (errno.ELOOP, errno.ENAMETOOLONG)
+_COPY_BYTES = 64 * 2**20
 _FOLDER_VANISHED_TRIES = 5
 
 
@@ -41,6 +44,8 @@ def _translated(path: str) -> Iterator[None]:
     except OSError as error:
         if error.errno == errno.EROFS:
             raise InputError(f"{path} lies on a read-only file system; choose another folder") from error
+        if error.errno in _BAD_NAMES:
+            raise InputError(f"{error.filename or path}: {error.strerror}; choose another path") from error
         raise Transient(one_line(error)) from error
 
 
@@ -54,8 +59,44 @@ def _sync_folder(folder: str) -> None:
             os.close(handle)
 
 
-def _etag(stat: os.stat_result) -> str:
-    return f"{stat.st_mtime_ns:x}-{stat.st_size:x}"
+def _info(path: str, found: os.stat_result) -> ObjectInfo:
+    return ObjectInfo(path, found.st_size, f"{found.st_mtime_ns:x}-{found.st_size:x}", found.st_mtime)
+
+
+def _copy(source: str, target: str, moved: Moved) -> None:
+    """Syncs as it goes: the disk's own pace is what shows whether a large copy comes further."""
+    with open(source, "rb") as reading, open(target, "wb") as writing:
+        while block := reading.read(_COPY_BYTES):
+            writing.write(block)
+            writing.flush()
+            os.fdatasync(writing.fileno())
+            moved()
+
+
+def _files_below(folder: str, moved: Moved, above: tuple[tuple[int, int], ...] = ()) -> Iterator[ObjectInfo]:
+    """Every file, links followed, temporary ones too. A name that is gone by the time it is looked at was deleted
+    meanwhile; whatever else cannot be looked at raises.
+
+    Not `os.walk`, which leaves out folders that it cannot read, and folders that are links.
+    """
+    moved()
+    with os.scandir(folder) as found:
+        entries = list(found)
+    for entry in entries:
+        try:
+            seen = entry.stat()
+        except FileNotFoundError:
+            if entry.is_symlink() and os.path.lexists(entry.path) and not entry.name.startswith("."):
+                raise InputError(f"{entry.path} is a link to {os.readlink(entry.path)}, which is not there") from None
+            continue
+        if not stat.S_ISDIR(seen.st_mode):
+            yield _info(entry.path, seen)
+            continue
+        here = (seen.st_dev, seen.st_ino)
+        if here in above:
+            raise InputError(f"{entry.path} is a link to a folder that it lies in; remove the link")
+        with contextlib.suppress(FileNotFoundError):
+            yield from _files_below(entry.path, moved, (*above, here))
 
 
 class LocalBackend:
@@ -78,53 +119,54 @@ class LocalBackend:
         with _translated(path):
             self._through_temporary(path, lambda t: Path(t).write_bytes(data), self._link, durable=True)
 
-    def upload(self, path: str, source: str) -> None:
+    def upload(self, path: str, source: str, moved: Moved) -> None:
         with _translated(path):
-            self._through_temporary(path, lambda t: shutil.copyfile(source, t), os.replace, durable=True)
+            self._through_temporary(path, lambda t: _copy(source, t, moved), os.replace, durable=True)
 
-    def list(self, path: str) -> Listing:
-        found = []
-        with _translated(path):
-            for folder, _, names in os.walk(path):
-                for name in names:
-                    full = os.path.join(folder, name)
-                    info = None if name.endswith(_TEMPORARY) else self.info(full)
-                    if info is not None:  # None: deleted while we were listing
-                        found.append(info._replace(key=os.path.relpath(full, path)))
+    def list(self, path: str, moved: Moved) -> Listing:
+        return [info for info in self._below(path, moved) if not info.key.endswith(_TEMPORARY)]
+
+    def entries(self, path: str) -> Entries:
+        found = Entries([], [])
+        with _translated(path), contextlib.suppress(FileNotFoundError), os.scandir(path) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    found.folders.append(entry.name)
+                elif not entry.name.endswith(_TEMPORARY):
+                    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                        found.objects.append(_info(entry.path, entry.stat())._replace(key=entry.name))
         return found
-
-    def folders(self, path: str) -> Names:
-        with _translated(path):
-            try:
-                return [entry.name for entry in os.scandir(path) if entry.is_dir()]
-            except FileNotFoundError:
-                return []
 
     def info(self, path: str) -> ObjectInfo | None:
         with _translated(path):
             try:
-                stat = os.stat(path)
-            except (FileNotFoundError, NotADirectoryError):
+                found = os.stat(path)
+            except FileNotFoundError:
                 return None
-        return None if os.path.isdir(path) else ObjectInfo(path, stat.st_size, _etag(stat), stat.st_mtime)
+        return None if stat.S_ISDIR(found.st_mode) else _info(path, found)
 
-    def delete(self, paths: Sequence[str]) -> None:
-        for path in paths:
-            with _translated(path), contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-        for folder in sorted({os.path.dirname(p) for p in paths}, key=len, reverse=True):
-            with contextlib.suppress(OSError):  # not empty, or not ours: it stays
-                os.rmdir(folder)
+    def delete(self, path: str) -> None:
+        with _translated(path), contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        with contextlib.suppress(OSError):  # not empty, or not ours: it stays
+            os.rmdir(os.path.dirname(path))
 
     def abort_uploads(self, path: str, stale: Callable[[str], bool]) -> int:
         """Temporary files of writers that were killed."""
-        found = []
-        with _translated(path):
-            for folder, _, names in os.walk(path):
-                full = [os.path.join(folder, name) for name in names if name.endswith(_TEMPORARY)]
-                found += [name for name in full if stale(os.path.relpath(name, path))]
-        self.delete(found)
+        found = [i.key for i in self._below(path, lambda: None) if i.key.endswith(_TEMPORARY) and stale(i.key)]
+        for key in found:
+            self.delete(os.path.join(path, key))
         return len(found)
+
+    def reconnect(self) -> None:
+        """There are no connections."""
+
+    def _below(self, path: str, moved: Moved) -> Listing:
+        found = []
+        with _translated(path), contextlib.suppress(FileNotFoundError):
+            for info in _files_below(path, moved):
+                found.append(info._replace(key=os.path.relpath(info.key, path)))
+        return found
 
     def _through_temporary(
         self, path: str, fill: Callable[[str], object], place: Callable[[str, str], object], *, durable: bool

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterator, Sequence
+from fnmatch import fnmatchcase
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
 from trainer.errors import InputError
-from trainer.storage.backend import Backend
+from trainer.storage.backend import ObjectInfo
 from trainer.storage.local import LocalBackend
-from trainer.storage.remote import RemoteBackend, etag_of, filesystem, translated
+from trainer.storage.remote import RemoteBackend, filesystem
 from trainer.storage.retry import Retry
 from trainer.storage.store import Storage
 
+_AS_THEY_ARE = ("http", "https")  # their servers decide what a path means
+_QUERY = re.compile(r"\?[A-Za-z][\w.-]*=")
 _LOCAL_PROTOCOLS = ("file", "local")
 
 
@@ -35,15 +39,14 @@ def open_storage(url: str, *, deadline_s: float = 120.0) -> Storage:
     path = local_path(url)
     if path is not None:
         return Storage(path, LocalBackend(), Retry(deadline_s))
-    protocol = checked_protocol(url)
-    filesystem(url)
-    return Storage(url, RemoteBackend(protocol), Retry(deadline_s))
+    address = _remote_address(url)
+    filesystem(address)
+    return Storage(address, RemoteBackend(address.split("://", 1)[0]), Retry(deadline_s))
 
 
 def locate(url: str) -> tuple[Storage, str]:
     """The storage and key of one object; it need not exist."""
-    path = local_path(url)
-    folder, _, key = (path or url).rpartition("/")
+    folder, _, key = (local_path(url) or _remote_address(url)).rpartition("/")
     if not key or folder.endswith(":/"):
         raise InputError(f"{url!r} names a folder or a bucket, not an object; add the object's name")
     return open_storage(folder or "/"), key
@@ -51,10 +54,40 @@ def locate(url: str) -> tuple[Storage, str]:
 
 def expand(url: str) -> list[SourceObject]:
     """The objects that a file, a folder (all below it; names with a leading dot or underscore left out) or a glob
-    means, sorted by URL. Empty when there is none."""
+    (``*``, ``?``, ``[…]`` in a name, ``**`` for folders of any depth) means, sorted by URL. Empty when there is none.
+
+    A name that exists is meant as it is spelt, brackets included. What cannot be looked at raises: objects that are
+    left out of a source would be missing from the training data without a word.
+    """
     path = local_path(url)
-    found = _expand_remote(url) if path is None else _expand_local(path)
-    return sorted(found)
+    # A refusal of S3 says why in the reply to a listing, and has no text for a single object.
+    looks = (_below, _itself, _matched) if path is None else (_itself, _below, _matched)
+    address = path or _remote_address(url)
+    return next((found for look in looks if (found := sorted(look(address)))), [])
+
+
+def _itself(address: str) -> Iterator[SourceObject]:
+    if "/" in address.partition("://")[2] or "://" not in address:
+        folder, key = locate(address)
+        if (info := folder.info(key)) is not None:
+            yield SourceObject(address, info.size, info.etag)
+
+
+def _below(address: str) -> Iterator[SourceObject]:
+    folder = open_storage(address)
+    return (_source(folder, info) for info in folder.list() if _visible(info.key))
+
+
+def _matched(address: str) -> Iterator[SourceObject]:
+    if not glob.has_magic(address):
+        return iter(())
+    fixed = address[: next(i for i, c in enumerate(address) if c in "*?[")].rpartition("/")[0]
+    folder = open_storage(fixed or "/")
+    return (_source(folder, info) for info in _matching(folder, "", address[len(fixed) + 1 :].split("/")))
+
+
+def _source(folder: Storage, info: ObjectInfo) -> SourceObject:
+    return SourceObject(folder.uri(info.key), info.size, info.etag)
 
 
 def local_path(url: str) -> str | None:
@@ -81,49 +114,48 @@ def checked_protocol(url: str) -> str:
     return url.split("://", 1)[0]
 
 
+def _remote_address(url: str) -> str:
+    """The URL in its one spelling: ``s3`` for ``s3a``, and single slashes, since a key with an empty part (``s3://$BUCKET/$PREFIX``
+    where the prefix begins with a slash) is written but never listed below its folder."""
+    protocol, rest = checked_protocol(url), url.split("://", 1)[1].rstrip("/")
+    if protocol in _AS_THEY_ARE:
+        return url
+    if _QUERY.search(rest):
+        raise InputError(
+            f"{url.split('?')[0]!r} is followed by a query string (?…=…), which addresses in a storage do not have: "
+            "leave it out; versions of an object cannot be chosen"
+        )
+    return f"{'s3' if protocol == 's3a' else protocol}://" + re.sub(r"(?<=[^/])/+", "/", rest)
+
+
 def _visible(relative: str) -> bool:
     return not any(part.startswith((".", "_")) for part in relative.split("/"))
 
 
-def _expand_local(path: str) -> list[SourceObject]:
-    backend: Backend = LocalBackend()
-    if os.path.isdir(path):
-        below = Storage(path, backend, Retry()).list()
-        return [SourceObject(f"{path}/{o.key}", o.size, o.etag) for o in below if _visible(o.key)]
-    paths: Iterable[str] = [path] if os.path.exists(path) else glob.glob(path, recursive=True)
-    infos = [backend.info(p) for p in paths]
-    return [SourceObject(o.key, o.size, o.etag) for o in infos if o is not None]
+def _matching(storage: Storage, folder: str, parts: Sequence[str]) -> Iterator[ObjectInfo]:
+    """The objects below ``folder`` whose names match the glob ``parts``; looks into matching folders only."""
+    name, below = parts[0], f"{folder}/" if folder else ""
+    if name == "**":
+        yield from (o for o in storage.list(folder) if _fits(o.key.removeprefix(below).split("/"), parts))
+    elif not glob.has_magic(name):
+        if len(parts) > 1:
+            yield from _matching(storage, below + name, parts[1:])
+        elif (info := storage.info(below + name)) is not None:
+            yield info
+    elif len(parts) == 1:
+        yield from (o for o in storage.entries(folder).objects if _fits([o.key.removeprefix(below)], parts))
+    else:
+        for inner in storage.entries(folder).folders:
+            if _fits([inner], parts[:1]):
+                yield from _matching(storage, below + inner, parts[1:])
 
 
-def _expand_remote(url: str) -> list[SourceObject]:
-    checked_protocol(url)
-    return Retry().call(f"list {url}", lambda: _list_remote(url))
-
-
-def _list_remote(url: str) -> list[SourceObject]:
-    with translated(url):
-        fs = filesystem(url)
-        try:
-            found = fs.glob(url, detail=True) if glob.has_magic(url) else fs.find(url, detail=True)
-            if not found:
-                fs.ls(_fixed_part(url))  # a glob says nothing about a missing bucket; this does
-        except FileNotFoundError as error:
-            if error.__cause__ is not None:  # a bucket that does not exist is not an empty one
-                raise
-            return []
-        root = fs._strip_protocol(url).rstrip("/") + "/"
-        return [
-            SourceObject(fs.unstrip_protocol(name), int(info["size"]), etag_of(info))
-            for name, info in found.items()
-            if info.get("type") != "directory" and not name.endswith("/") and _wanted(name, root)
-        ]
-
-
-def _fixed_part(url: str) -> str:
-    """The folder that a glob looks in: ``s3://bucket/a`` of ``s3://bucket/a/b*/*.jsonl``."""
-    fixed = url[: next((i for i, c in enumerate(url) if c in "*?["), len(url))]
-    return fixed.rpartition("/")[0]
-
-
-def _wanted(name: str, root: str) -> bool:
-    return not name.startswith(root) or _visible(name[len(root) :])
+def _fits(names: Sequence[str], parts: Sequence[str]) -> bool:
+    """Whether a path's names match a glob's parts, as a shell has it: a leading dot is never matched by a wildcard."""
+    if not parts:
+        return not names
+    if parts[0] == "**":
+        deeper = bool(names) and not names[0].startswith(".") and _fits(names[1:], parts)
+        return deeper or (_fits(names, parts[1:]) if len(parts) > 1 else not names)
+    hidden = bool(names) and names[0].startswith(".") and not parts[0].startswith(".")
+    return bool(names) and not hidden and fnmatchcase(names[0], parts[0]) and _fits(names[1:], parts[1:])

@@ -12,15 +12,14 @@ import datetime
 import functools
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from trainer.errors import InputError
-from trainer.storage.backend import Listing, Names, ObjectInfo, Transient, one_line
+from trainer.storage.backend import Entries, Listing, Moved, ObjectInfo, Transient, one_line
 
 S3_PROTOCOLS = ("s3", "s3a")
-_PARALLEL_DELETES = 8
+_VERSION = "?versionId="  # s3fs takes what follows for a version
 _PART_RETRIES = 8  # of one part of a large upload: without them a lost part would send the whole file again
 _memory_lock = threading.Lock()
 
@@ -176,28 +175,35 @@ class RemoteBackend:
         with translated(path), self._guard():
             self._fs().pipe_file(path, data, mode="create")
 
-    def upload(self, path: str, source: str) -> None:
-        with translated(path), self._guard():
-            self._fs(_PART_RETRIES).put_file(source, path)
+    def upload(self, path: str, source: str, moved: Moved) -> None:
+        from fsspec.callbacks import Callback
 
-    def list(self, path: str) -> Listing:
+        class Moving(Callback):  # type: ignore[misc, unused-ignore]
+            def relative_update(self, inc: int = 1) -> None:
+                moved()
+
+        with translated(path), self._guard():
+            self._fs(_PART_RETRIES).put_file(source, path, callback=Moving())
+
+    def list(self, path: str, moved: Moved) -> Listing:
         with translated(path):
             fs = self._fs()
-            found = fs.find(path, detail=True)
-            root = fs._strip_protocol(path).rstrip("/") + "/"
-        return [
-            ObjectInfo(name[len(root) :], int(i["size"]), etag_of(i), modified_of(i))
-            for name, i in found.items()
-            if name.startswith(root) and i.get("type") != "directory" and not name.endswith("/")
-        ]
+            if self.protocol in S3_PROTOCOLS:
+                return _s3_entries(fs, path, "", moved).objects
+            try:  # fsspec leaves out the folders that it cannot list, unless it is told to raise
+                return _entries(fs, path, fs.find(path, detail=True, on_error="raise").values()).objects
+            except FileNotFoundError:
+                return []
 
-    def folders(self, path: str) -> Names:
-        try:
-            with translated(path):
-                entries = self._fs().ls(path, detail=True)
-        except FileNotFoundError:
-            return []
-        return [e["name"].rstrip("/").rsplit("/", 1)[-1] for e in entries if e["type"] == "directory"]
+    def entries(self, path: str) -> Entries:
+        with translated(path):
+            fs = self._fs()
+            if self.protocol in S3_PROTOCOLS:
+                return _s3_entries(fs, path, "/", lambda: None)
+            try:
+                return _entries(fs, path, fs.ls(path, detail=True))
+            except FileNotFoundError:
+                return Entries([], [])
 
     def info(self, path: str) -> ObjectInfo | None:
         try:
@@ -209,9 +215,9 @@ class RemoteBackend:
             return None
         return ObjectInfo(path, int(found["size"]), etag_of(found), modified_of(found))
 
-    def delete(self, paths: Sequence[str]) -> None:
-        with ThreadPoolExecutor(_PARALLEL_DELETES) as pool:
-            list(pool.map(self._delete_one, paths))
+    def delete(self, path: str) -> None:
+        with contextlib.suppress(FileNotFoundError), translated(path):
+            self._fs().rm_file(path)
 
     def abort_uploads(self, path: str, stale: Callable[[str], bool]) -> int:
         """Multipart uploads; s3fs's own list stops at a thousand and knows no prefix."""
@@ -219,27 +225,85 @@ class RemoteBackend:
             return 0
         with translated(path):
             fs = self._fs()
-            bucket, key, _ = fs.split_path(path)
-            lead = f"{key.rstrip('/')}/"
+            bucket, lead = _bucket_and_lead(fs, path)
             found = [u for u in _uploads(fs, bucket, lead) if stale(str(u["Key"])[len(lead) :])]
             for upload in found:
                 fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
         return len(found)
 
-    def _delete_one(self, path: str) -> None:
-        with contextlib.suppress(FileNotFoundError), translated(path):
-            self._fs().rm_file(path)
+    def reconnect(self) -> None:
+        """An abandoned request keeps its connection, and the pool has a limited number of them."""
+        _filesystem.cache_clear()
 
     def _guard(self) -> contextlib.AbstractContextManager[object]:
         """fsspec's memory store looks and then writes; only a lock makes its `create` exclusive between threads."""
         return _memory_lock if self.protocol == "memory" else contextlib.nullcontext()
 
 
+def _entries(fs: Any, path: str, found: Iterable[Mapping[str, Any]]) -> Entries:
+    """Split into objects and folders below ``path``, their names relative to it."""
+    root = fs._strip_protocol(path).rstrip("/") + "/"
+    below = [(str(i["name"])[len(root) :].rstrip("/"), i) for i in found if str(i["name"]).startswith(root)]
+    return Entries(
+        [ObjectInfo(n, int(i["size"]), etag_of(i), modified_of(i)) for n, i in below if i["type"] != "directory"],
+        [name for name, i in below if i["type"] == "directory"],
+    )
+
+
+def _bucket_and_lead(fs: Any, path: str) -> tuple[str, str]:
+    """The bucket, and the prefix of all keys below the folder ``path``."""
+    bucket, key, _ = fs.split_path(path)
+    return bucket, f"{key.rstrip('/')}/" if key.rstrip("/") else ""
+
+
+def _s3_entries(fs: Any, path: str, delimiter: str, moved: Moved) -> Entries:
+    """Below ``path``; with the delimiter ``/`` its direct content. Markers of folders (keys that end in ``/``) are left
+    out."""
+    bucket, lead = _bucket_and_lead(fs, path)
+    found = Entries([], [])
+    for page in _listing_pages(fs, Bucket=bucket, Prefix=lead, Delimiter=delimiter):
+        moved()
+        for info in page.get("Contents", ()):
+            key = _readable(str(info["Key"])[len(lead) :], path)
+            if key and not key.endswith("/"):
+                found.objects.append(ObjectInfo(key, int(info["Size"]), etag_of(info), modified_of(info)))
+        found.folders.extend(str(folder["Prefix"])[len(lead) : -1] for folder in page.get("CommonPrefixes", ()))
+    return found
+
+
+def _listing_pages(fs: Any, **request: Any) -> Iterator[Mapping[str, Any]]:
+    """A prefix without objects is an empty page; a 404 that is not about the bucket comes from something in between."""
+    try:
+        yield from _pages(fs, "list_objects_v2", {"ContinuationToken": "NextContinuationToken"}, **request)
+    except FileNotFoundError as error:
+        if _code(error) == "NoSuchBucket":
+            raise
+        raise Transient(f"the listing was answered with {one_line(error)}") from error
+
+
+def _pages(fs: Any, method: str, markers: Mapping[str, str], **request: Any) -> Iterator[Mapping[str, Any]]:
+    """The replies to ``method`` from the first to the last; ``markers``: the request's name of each reply's field that
+    says where the next page begins."""
+    at: dict[str, str] = {}
+    while True:
+        page: Mapping[str, Any] = fs.call_s3(method, **request, **at)
+        yield page
+        if not page.get("IsTruncated"):
+            return
+        following = {name: str(page.get(field, "")) for name, field in markers.items()}
+        if following == at:
+            raise Transient("the next page of the listing is the same page")
+        at = following
+
+
+def _readable(key: str, path: str) -> str:
+    if _VERSION in key:
+        raise InputError(f"{path} holds an object with {_VERSION!r} in its name, which cannot be read back: rename it")
+    return key
+
+
 def _uploads(fs: Any, bucket: str, lead: str) -> Iterator[Mapping[str, Any]]:
     """All unfinished multipart uploads of keys that begin with ``lead``."""
-    page: Mapping[str, Any] = {"IsTruncated": True}
-    marker: dict[str, str] = {}
-    while page.get("IsTruncated"):
-        page = fs.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=lead, **marker)
+    markers = {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}
+    for page in _pages(fs, "list_multipart_uploads", markers, Bucket=bucket, Prefix=lead):
         yield from page.get("Uploads", ())
-        marker = {"KeyMarker": page.get("NextKeyMarker", ""), "UploadIdMarker": page.get("NextUploadIdMarker", "")}

@@ -10,10 +10,14 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from trainer.errors import StorageError
-from trainer.storage.backend import Transient
+from trainer.storage.backend import Moved, NoAnswer, Transient
+from trainer.storage.limit import limited
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
+SLOWEST_BYTES_S = 2**20
+"""A transfer that is slower than this has hung."""
+LEAST_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -21,24 +25,39 @@ class Retry:
     """Calls a function until it succeeds, fails for good, or ``deadline_s`` have passed since the first attempt.
 
     Only `Transient` is tried again. The wait before attempt n+1 is drawn evenly from (0, min(cap_s, first_s * 2**n)]:
-    many ranks that lost the same server must not come back in step. An attempt that is under way at the deadline is
-    not cut off, so a call takes at most the deadline and one request's own timeout.
+    many ranks that lost the same server must not come back in step.
+
+    An attempt that does not come further for ``attempt_s``, or for what is left until the deadline (`LEAST_S` or more),
+    is abandoned. One that moves bytes gets on top the time that they need at `SLOWEST_BYTES_S`, deadline or not.
     """
 
     deadline_s: float = 120.0
     first_s: float = 0.2
     cap_s: float = 10.0
+    attempt_s: float = 30.0
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
     chance: Callable[[], float] = random.random
+    limited: Callable[[Callable[[Moved], T], float], T] = limited
 
-    def call(self, what: str, attempt: Callable[[], T]) -> T:
-        """``what`` names verb and URL for the StorageError that ends a call whose deadline has passed."""
+    def call(
+        self,
+        what: str,
+        attempt: Callable[[Moved], T],
+        *,
+        transfer_bytes: int = 0,
+        on_no_answer: Callable[[], None] = lambda: None,
+    ) -> T:
+        """``what`` names verb and URL for the StorageError that ends a call whose deadline has passed;
+        ``transfer_bytes`` is the most that an attempt moves without calling ``moved``."""
         started, attempts = self.clock(), 0
         while True:
+            silence_s = max(LEAST_S, min(self.attempt_s, self.deadline_s - (self.clock() - started)))
             try:
-                return attempt()
+                return self.limited(attempt, silence_s + transfer_bytes / SLOWEST_BYTES_S)
             except Transient as error:
+                if isinstance(error, NoAnswer):
+                    on_no_answer()
                 attempts += 1
                 wait_s = max(1e-3, self.chance() * min(self.cap_s, self.first_s * 2.0 ** min(attempts, 30)))
                 elapsed_s = self.clock() - started

@@ -1,7 +1,8 @@
 """`Storage`: one folder of a file system, with the rules that every part of a run relies on.
 
-Each call either does what it says or raises FileNotFoundError (the object is missing), InputError (the user can mend
+Each call either does what it says or raises FileNotFoundError (the object is missing), InputError (the user can fix
 it), CorruptObject (an object is shorter than it should be) or StorageError (it went on failing until the deadline).
+It ends within its deadline whatever the place does (retry.py): a call that hangs is abandoned.
 """
 
 from __future__ import annotations
@@ -10,20 +11,23 @@ import json
 import logging
 import os
 import uuid
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from trainer.errors import CorruptObject, InputError, MusterError, StorageError
-from trainer.storage.backend import Backend, Listing, Names, ObjectInfo, Transient
+from trainer.storage.backend import Backend, Entries, Listing, Moved, Names, ObjectInfo, Transient
+from trainer.storage.parallel import in_parallel
 from trainer.storage.retry import Retry
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 _DOWNLOAD_PART = 16 * 2**20
 _PARALLEL_PARTS = 4
+_PARALLEL_DELETES = 8
+_UPLOAD_WINDOW = 512 * 2**20
+"""Bytes of an upload that may be on their way before the first part of them has arrived."""
 
 
 def is_safe_key(key: str) -> bool:
@@ -59,19 +63,21 @@ class Storage:
 
     def read(self, key: str) -> bytes:
         path = self.uri(key)
-        return self._call("read", path, lambda: self._backend.read(path))
+        return self._call("read", path, lambda moved: self._backend.read(path))
 
     def read_range(self, key: str, start: int, stop: int) -> bytes:
         """Exactly ``stop - start`` bytes from ``start``; CorruptObject when the object ends before ``stop``."""
         if not 0 <= start <= stop:
             raise ValueError(f"range {start}-{stop} of {key!r} is not a range")
         path = self.uri(key)
-        return b"" if start == stop else self._call("read", path, lambda: self._exactly(path, start, stop))
+        if start == stop:
+            return b""
+        return self._call("read", path, lambda moved: self._exactly(path, start, stop), stop - start)
 
     def write(self, key: str, data: bytes) -> None:
         """Creates or replaces; readers see the old bytes or the new ones."""
         path = self.uri(key)
-        self._call("write", path, lambda: self._backend.write(path, data))
+        self._call("write", path, lambda moved: self._backend.write(path, data), len(data))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
         """Whether the object now holds ``data``: written by this call, or there already with the very same bytes.
@@ -81,41 +87,65 @@ class Storage:
         """
         path = self.uri(key)
         try:
-            self._call("create", path, lambda: self._create(path, data))
+            self._call("create", path, lambda moved: self._create(path, data), len(data))
             return True
         except FileExistsError:
             return self._holds(key, data)
 
-    def list(self, prefix: str = "") -> Listing:
-        """All objects below the folder ``prefix``, at any depth, sorted by key (which include the prefix)."""
+    def list(self, prefix: str = "", *, containing: Collection[str] = ()) -> Listing:
+        """All objects below the folder ``prefix``, at any depth, sorted by key (which include the prefix).
+
+        A listing without one of the keys ``containing``, which the caller knows to be there, is none: it is made again,
+        and StorageError ends it. Who decides by what a listing lacks (deletes, or takes a claim) names such keys.
+        """
         prefix = prefix.strip("/")
         path = self.uri(prefix) if prefix else self.url
-        found = self._call("list", path, lambda: self._backend.list(path))
         lead = f"{prefix}/" if prefix else ""
-        return sorted(info._replace(key=lead + info.key) for info in found)
+
+        def look(moved: Moved) -> Listing:
+            found = [info._replace(key=lead + info.key) for info in self._backend.list(path, moved)]
+            if hidden := set(containing).difference(info.key for info in found):
+                raise Transient(f"the listing does not show {min(hidden)}, which is there")
+            return sorted(found)
+
+        found = self._call("list", path, look)
+        for info in found:
+            if not is_safe_key(info.key):
+                raise InputError(f"the name of {path}/{info.key.removeprefix(lead)} cannot be addressed: rename it")
+        return found
+
+    def entries(self, prefix: str = "") -> Entries:
+        """The objects and folders directly inside ``prefix``, sorted; cheap however much lies below the folders."""
+        prefix = prefix.strip("/")
+        path = self.uri(prefix) if prefix else self.url
+        found = self._call("list", path, lambda moved: self._backend.entries(path))
+        lead = f"{prefix}/" if prefix else ""
+        return Entries(sorted(o._replace(key=lead + o.key) for o in found.objects), sorted(found.folders))
 
     def folders(self, prefix: str = "") -> Names:
-        """Names of the folders directly inside ``prefix``, sorted; cheap however much lies below them."""
-        path = self.uri(prefix.strip("/")) if prefix.strip("/") else self.url
-        return sorted(self._call("list", path, lambda: self._backend.folders(path)))
+        """Names of the folders directly inside ``prefix``, sorted."""
+        return self.entries(prefix).folders
 
     def info(self, key: str) -> ObjectInfo | None:
         """None when there is no such object."""
         path = self.uri(key)
-        found = self._call("look at", path, lambda: self._backend.info(path))
+        found = self._call("look at", path, lambda moved: self._backend.info(path))
         return found and found._replace(key=key)
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Objects that are not there are no error."""
-        paths = [self.uri(key) for key in keys]
-        if paths:
-            self._call("delete", f"{len(paths)} objects of {self.url}", lambda: self._backend.delete(paths))
+        """Objects that are not there are no error. Deeper ones go first, so that folders are empty when their turn
+        comes."""
+        by_depth: dict[int, list[str]] = {}
+        for path in (self.uri(key) for key in keys):
+            by_depth.setdefault(path.count("/"), []).append(path)
+        for _, paths in sorted(by_depth.items(), reverse=True):
+            in_parallel(self._delete, paths, _PARALLEL_DELETES)
 
     def abort_uploads(self, prefix: str, stale: Callable[[str], bool]) -> int:
         """Clears unfinished uploads below the folder ``prefix`` for whose key (relative to it) ``stale`` says yes;
         returns how many. They cost money in S3 and appear in no listing."""
         path = self.uri(prefix.strip("/"))
-        return self._call("clear unfinished uploads of", path, lambda: self._backend.abort_uploads(path, stale))
+        return self._call("clear unfinished uploads of", path, lambda moved: self._backend.abort_uploads(path, stale))
 
     def read_json(self, key: str) -> Any:
         """CorruptObject when the object is not JSON."""
@@ -130,8 +160,9 @@ class Storage:
 
     def upload(self, key: str, path: str | os.PathLike[str]) -> None:
         """`write` from a local file of any size."""
-        target = self.uri(key)
-        self._call("write", target, lambda: self._backend.upload(target, os.fspath(path)))
+        target, source = self.uri(key), os.fspath(path)
+        window = min(os.path.getsize(source), _UPLOAD_WINDOW)
+        self._call("write", target, lambda moved: self._backend.upload(target, source, moved), window)
 
     def download(self, key: str, path: str | os.PathLike[str]) -> int:
         """Into a local file, which appears only when it is whole; parts of 16 MiB side by side. Returns the bytes."""
@@ -149,37 +180,41 @@ class Storage:
         return info.size
 
     def check_writable(self) -> bool:
-        """Writes, reads and deletes a probe; InputError says which permission, bucket or credential is wrong.
+        """Writes, lists, reads and deletes a probe; InputError says which permission, bucket or credential is wrong.
 
         Returns whether conditional put works. Where it does not, two drivers of one run that start in the same
         moment cannot be told apart, which the caller has to say.
         """
-        key, path = f".probe-{uuid.uuid4().hex}", self.url
+        folder, path = f".probe-{uuid.uuid4().hex}", self.url
+        key = f"{folder}/probe"
         try:
             first = self.put_if_absent(key, b"1")
             second = self.put_if_absent(key, b"2")
             readable = self.read(key) in (b"1", b"2")
+            self.list(folder, containing=[key])
             self.delete([key])
         except FileNotFoundError as error:
             raise InputError(
                 f"{path} cannot be made, or does not keep what is written to it; choose another storage"
             ) from error
         except (InputError, StorageError) as error:  # about the folder, which the user knows
-            raise type(error)(str(error).replace(self.uri(key), path)) from error
+            raise type(error)(str(error).replace(self.uri(key), path).replace(self.uri(folder), path)) from error
         if not (first and readable):
             raise InputError(f"{path} does not give back what was written to it; choose another storage")
         return not second
 
     def _fill(self, partial: Path, key: str, size: int) -> None:
-        starts = range(0, size, _DOWNLOAD_PART)
-        with open(partial, "wb") as file, ThreadPoolExecutor(_PARALLEL_PARTS) as pool:
+        with open(partial, "wb") as file:
             file.truncate(size)
 
             def part(start: int) -> None:
                 data = self.read_range(key, start, min(size, start + _DOWNLOAD_PART))
                 os.pwrite(file.fileno(), data, start)
 
-            list(pool.map(part, starts))
+            in_parallel(part, range(0, size, _DOWNLOAD_PART), _PARALLEL_PARTS)
+
+    def _delete(self, path: str) -> None:
+        self._call("delete", path, lambda moved: self._backend.delete(path))
 
     def _create(self, path: str, data: bytes) -> None:
         try:
@@ -206,9 +241,11 @@ class Storage:
             raise CorruptObject(f"{path} has {info.size} bytes where at least {stop} were written; restore the object")
         raise Transient(f"{len(data)} of {stop - start} bytes came")
 
-    def _call(self, verb: str, path: str, attempt: Callable[[], T]) -> T:
+    def _call(self, verb: str, path: str, attempt: Callable[[Moved], T], transfer_bytes: int = 0) -> T:
         try:
-            return self._retry.call(f"{verb} {path}", attempt)
+            return self._retry.call(
+                f"{verb} {path}", attempt, transfer_bytes=transfer_bytes, on_no_answer=self._backend.reconnect
+            )
         except FileNotFoundError as error:
             raise FileNotFoundError(f"{path} does not exist") from error
         except MusterError:
