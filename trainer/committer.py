@@ -18,10 +18,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import note_where
+from trainer.errors import StorageError, note_where
 from trainer.state import Snapshot
 
 log = logging.getLogger(__name__)
+
+CLOSE_S = 4 * 3600.0
+"""An upload that comes further may take long, and the storage ends one that does not; nothing else ends a write to a
+dead disk."""
 
 Commit = Callable[[Snapshot, Path], Mapping[str, Any]]
 
@@ -97,17 +101,22 @@ class Committer:
             self._raise()
 
     def close(self) -> None:
-        """Waits for everything that was submitted; raises if it could not be committed. The storage's own deadline
-        bounds the wait."""
-        self.drain()
+        """Waits for everything that was submitted; raises if it could not be committed."""
+        if not self.drain():
+            raise StorageError(
+                f"the last checkpoint was not committed within {CLOSE_S / 3600:g} hours; look at the disk of "
+                f"{tempfile.gettempdir()} and at the storage, then run the same command again"
+            )
         self.check()
 
-    def drain(self) -> None:
-        """The same without raising: when training has failed, what was submitted before is worth having."""
+    def drain(self) -> bool:
+        """The same without raising: when training has failed, what was submitted before is worth having. False when
+        that was not done within `CLOSE_S`."""
         with self._ready:
             self._closing = True
             self._ready.notify_all()
-        self._thread.join()
+        self._thread.join(CLOSE_S)
+        return not self._thread.is_alive()
 
     def _raise(self) -> None:
         if self._error is not None:

@@ -5,8 +5,8 @@ every ``BEAT_S`` seconds, from a thread of its own. When no rank has moved for t
 percentile of the step times so far, at least ``LEAST_PATIENCE_S``), those that hold the others up are
 
 - the ranks whose pulse itself stopped (a stopped process, a dead host), or else
-- the ranks that have come least far: the others wait for them in a collective. Waiting for storage is no hang: the
-  storage has a deadline of its own, and says so itself when it passes.
+- the ranks that have come least far: the others wait for them in a collective. Waiting for storage gets half an hour:
+  each call has a deadline of its own and says so itself when it passes, but a phase may be many calls.
 
 The lowest rank that is not among them reports it and ends them (or, where they are on another host, itself), so that
 whoever started the group starts it again from the newest checkpoint.
@@ -38,6 +38,7 @@ RECENT_STEPS = 200
 STACK_FRAMES = 12
 WAITING_FOR_DATA, CHECKPOINT = "waiting for data", "checkpoint"
 STORAGE_PHASES = (WAITING_FOR_DATA, CHECKPOINT)
+STORAGE_PATIENCE_S = 1800.0
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,8 @@ def patience_s(step_times: Sequence[float], least_s: float = LEAST_PATIENCE_S) -
 
 
 def culprits(seen: Mapping[int, Seen], now: float, patience: float) -> list[Pulse]:
-    """The ranks that hold the others up; empty while anybody moves, or when all came equally far and still beat."""
+    """The ranks that hold the others up; empty while anybody moves, or when all came equally far and still beat, unless
+    what they all wait for is storage."""
     if not seen or any(now - s.moved_at < patience for s in seen.values()):
         return []
     silent = [s.pulse for s in seen.values() if now - s.beat_at >= STALE_S]
@@ -95,8 +97,9 @@ def culprits(seen: Mapping[int, Seen], now: float, patience: float) -> list[Puls
         return silent
     least = min(s.pulse.moves for s in seen.values())
     behind = [s.pulse for s in seen.values() if s.pulse.moves == least]
-    waits = any(p.phase in STORAGE_PHASES for p in behind)
-    return behind if len(behind) < len(seen) and not waits else []
+    if any(p.phase in STORAGE_PHASES for p in behind):
+        return behind if all(now - s.moved_at >= STORAGE_PATIENCE_S for s in seen.values()) else []
+    return behind if len(behind) < len(seen) else []
 
 
 class Heartbeat:
@@ -176,8 +179,9 @@ class Heartbeat:
                 self._seen[rank] = _after(self._seen.get(rank), pulse, now)
 
     def _first_sound(self, found: list[Pulse]) -> int:
+        """Rank 0 where none is."""
         sick = {p.rank for p in found}
-        return min((r for r in range(self._size) if r not in sick), default=-1)
+        return min((r for r in range(self._size) if r not in sick), default=0)
 
     def _stack(self) -> str:
         frame = _frames().get(self._main)

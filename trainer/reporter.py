@@ -27,6 +27,8 @@ _PARALLEL_READS = 8
 _GLANCE_BYTES = 128 * 1024
 _FAILURE_PARTS = 4
 _EVENT_WAIT_S = 10.0
+_CLOSE_S = 30.0
+"""For a thread that has stored all it had, or has failed to."""
 _MOST_PATIENCE = 32  # times flush_s between attempts while the storage fails
 
 
@@ -91,7 +93,7 @@ class JsonLines:
             self.flush(strict=True)
         finally:
             if self._thread is not None:
-                self._thread.join()
+                self._thread.join(_CLOSE_S)
 
     def _start(self) -> None:
         if self._thread is None:

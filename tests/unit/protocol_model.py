@@ -141,7 +141,8 @@ def one_thread() -> Iterator[None]:
 def storage_over(backend: Any, kind: type[Storage] = Storage) -> Storage:
     """Its calls are not limited in time: a played answer comes at once, and a thread for each would cost minutes."""
     alone: Any = lambda attempt, silence_s: attempt(lambda: None)  # noqa: E731
-    return kind(ROOT, backend, Retry(1e9, clock=lambda: 0.0, sleep=lambda seconds: None, limited=alone))
+    slept = [0.0]
+    return kind(ROOT, backend, Retry(30.0, clock=lambda: sum(slept), sleep=slept.append, limited=alone))
 
 
 @dataclass

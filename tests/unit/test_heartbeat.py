@@ -9,8 +9,10 @@ import pytest
 
 from trainer import heartbeat
 from trainer.heartbeat import (
+    CHECKPOINT,
     FIRST_PATIENCE_S,
     STALE_S,
+    STORAGE_PATIENCE_S,
     WAITING_FOR_DATA,
     Heartbeat,
     Pulse,
@@ -47,9 +49,18 @@ def test_all_equally_far_names_nobody() -> None:
     assert names(seen(0, 9), seen(1, 9)) == []
 
 
-def test_waiting_for_storage_is_no_hang_but_a_stopped_process_is() -> None:
+def test_waiting_for_storage_is_no_hang_for_half_an_hour_but_a_stopped_process_is() -> None:
     assert names(seen(0, 9), seen(1, 8, phase=WAITING_FOR_DATA)) == []
     assert names(seen(0, 9), seen(1, 8, phase=WAITING_FOR_DATA, beat_ago=60)) == [1]
+    long = STORAGE_PATIENCE_S + 1
+    assert names(seen(0, 9, moved_ago=long), seen(1, 8, moved_ago=long, phase=CHECKPOINT)) == [1]
+
+
+def test_a_storage_that_holds_every_rank_up_is_reported_by_rank_0() -> None:
+    waiting = {"moved_ago": STORAGE_PATIENCE_S + 1, "phase": WAITING_FOR_DATA}
+    assert names(seen(0, 9, **waiting), seen(1, 9, **waiting)) == [0, 1]  # type: ignore[arg-type]
+    alone = Heartbeat(0, 1, "host0", DictStore(), lambda found: None)
+    assert alone._first_sound([seen(0, 9).pulse]) == 0
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from trainer import layout
 from trainer.checkpoint.record import FileEntry
-from trainer.errors import CorruptObject
+from trainer.errors import CorruptObject, StorageError
 from trainer.storage import Storage, in_parallel, open_storage
 
 _PARALLEL_UPLOADS = 4
@@ -24,7 +24,8 @@ def put_checkpoint(
     entries for the commit record. Nobody sees the checkpoint before the record is there.
 
     Raises CorruptObject, with nothing uploaded, when one of the ``needed`` files is not among them: a folder whose
-    files are being deleted looks like one that never had them."""
+    files are being deleted looks like one that never had them. StorageError when the storage does not list the files,
+    CorruptObject when it lists one with another size."""
     name = new_name(attempt, step)
     names = sorted(content) if isinstance(content, Mapping) else _files_below(content)
     check_needed(f"the checkpoint of step {step}", names, needed)
@@ -38,7 +39,19 @@ def put_checkpoint(
         storage.upload(key, content / file)
         return entry
 
-    return name, dict(zip(names, in_parallel(put, names, _PARALLEL_UPLOADS), strict=True))
+    files = dict(zip(names, in_parallel(put, names, _PARALLEL_UPLOADS), strict=True))
+    _check_listed(storage, layout.checkpoint(name), files)
+    return name, files
+
+
+def _check_listed(storage: Storage, folder: str, files: Mapping[str, FileEntry]) -> None:
+    written = {f"{folder}/{file}": entry["bytes"] for file, entry in files.items()}
+    found = {info.key: info.size for info in storage.list(folder)}
+    for key, size in written.items():
+        if key not in found:
+            raise StorageError(f"{storage.uri(key)} was uploaded, and the storage does not list it; check its health")
+        if found[key] != size:
+            raise CorruptObject(f"{storage.uri(key)} has {found[key]} bytes, {size} were written")
 
 
 def check_needed(what: str, names: Collection[str], needed: Collection[str]) -> None:

@@ -6,13 +6,14 @@ What holds then rests on one property of the store: an object can be created onl
     0. Whoever takes the run claims driver number d, and each start of workers claims attempt g (claims.py); only
        *then* does it list and verify older commits. The order matters: a commit that an older attempt acknowledges
        was in the listing, because acknowledging it (step 4) found no newer claim.
-    1. The files go under a name that was never used before (blobs.py).
+    1. The files go under a name that was never used before, and are listed there with their sizes (blobs.py).
     2. Their names, bytes and sha256 are collected into the record.
     3. The record ``commits/<g>/<inverted step>.json`` is put if absent. This is the only commit point. A put that
        finds an object there compares nonces: its own record, whose first reply was lost, or somebody else's.
     4. A newer claim is looked for. If there is one, this attempt is a zombie: it ends without acknowledging, although
        the record may exist. Nobody is hurt by it, nor by a record whose files a newer attempt has swept before it was
-       put: newer generations are read first, and only who has committed sweeps.
+       put: newer generations are read first, and only who has committed sweeps. Then the record is looked for in a
+       listing, which is where a reader will look: a store that does not list it has not got it.
     5. Retention (retention.py) deletes the record first and its files after, so that no acknowledged record ever points
        at nothing; files and unfinished uploads that no record names are swept when their attempt is older than the
        one that sweeps.
@@ -31,7 +32,7 @@ from collections.abc import Callable
 from trainer import layout
 from trainer.checkpoint.claims import check_fence
 from trainer.checkpoint.record import CommitRecord
-from trainer.errors import CorruptObject, Fenced
+from trainer.errors import CorruptObject, Fenced, StorageError
 from trainer.storage import Storage, in_parallel
 
 log = logging.getLogger(__name__)
@@ -60,6 +61,9 @@ def commit(storage: Storage, record: CommitRecord) -> None:
             f"writes as attempt {record.attempt}; stop this one and run the command once more"
         )
     check_fence(storage, record.driver, record.attempt)
+    if (record.attempt, record.step) not in commit_keys(storage):
+        check_fence(storage, record.driver, record.attempt)  # a newer attempt may have deleted it
+        storage.list(layout.COMMITS, containing=[record.key])
 
 
 def list_commits(storage: Storage, on_skip: OnSkip = log_skip, *, newest: int | None = None) -> list[CommitRecord]:
@@ -80,15 +84,26 @@ def commit_keys(storage: Storage) -> list[CommitKey]:
 
 
 def read_commit(storage: Storage, key: CommitKey, on_skip: OnSkip = log_skip) -> CommitRecord | None:
-    """None when it has been deleted, or when it is unreadable, which ``on_skip`` is told."""
+    """None when it has been deleted, or when it is unreadable, which ``on_skip`` is told.
+
+    StorageError when the storage says of a record that it is not there, and goes on listing it."""
     name = layout.commit(*key)
     try:
         record = CommitRecord.from_json(storage.read(name), storage.uri(name))
         if (record.attempt, record.step) != key:
             raise CorruptObject(f"the record is that of attempt {record.attempt}, step {record.step}")
         return record
-    except FileNotFoundError:
+    except FileNotFoundError as error:
+        if key in commit_keys(storage):
+            raise contradiction(storage.uri(name)) from error
         return None
     except CorruptObject as error:
         on_skip(key[1], storage.uri(name), str(error))
         return None
+
+
+def contradiction(uri: str) -> StorageError:
+    return StorageError(
+        f"the storage lists {uri} and says that it is not there: nothing is decided by that. Check its health, then "
+        "run the same command again"
+    )

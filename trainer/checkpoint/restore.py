@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from trainer import layout
 from trainer.checkpoint.blobs import check_needed, entry_of, entry_of_file
-from trainer.checkpoint.protocol import OnSkip, commit_keys, log_skip, read_commit
+from trainer.checkpoint.protocol import OnSkip, commit_keys, contradiction, log_skip, read_commit
 from trainer.checkpoint.record import CommitRecord, FileEntry
 from trainer.errors import CorruptObject
 from trainer.storage import Storage, in_parallel
@@ -61,8 +61,17 @@ def _first_whole(storage: Storage, take: Callable[[CommitRecord], T], on_skip: O
             try:
                 return record, take(record)
             except (CorruptObject, FileNotFoundError) as error:
+                if isinstance(error, FileNotFoundError):
+                    _check_missing(storage, record)
                 on_skip(record.step, storage.uri(layout.checkpoint(record.checkpoint)), str(error))
     return None
+
+
+def _check_missing(storage: Storage, record: CommitRecord) -> None:
+    """StorageError when all files of the record are listed: then it was a lie that one of them is not there."""
+    folder = layout.checkpoint(record.checkpoint)
+    if {record.file_key(name) for name in record.files} <= {info.key for info in storage.list(folder)}:
+        raise contradiction(storage.uri(folder))
 
 
 def _in_memory(storage: Storage, record: CommitRecord) -> dict[str, bytes]:

@@ -24,7 +24,7 @@ from trainer.storage import Storage
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]
-END_WAIT_S = 15.0
+START_WAIT_S, END_WAIT_S = 120.0, 15.0
 FORMAT = "%(asctime)s %(name)s: %(message)s"
 
 
@@ -65,9 +65,9 @@ class Redirected:
                 pass_fds=(out[0], err[0], notes[0], alive[1]),
                 env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},
             )
-            if started.wait() != 0:
+            if started.wait(START_WAIT_S) != 0:
                 raise OSError(f"its keeper ended with exit code {started.returncode}")
-        except OSError:
+        except (OSError, subprocess.TimeoutExpired):
             for end in (end for pipe in pipes for end in pipe):
                 os.close(end)
             raise

@@ -17,7 +17,6 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 SLOWEST_BYTES_S = 2**20
 """A transfer that is slower than this has hung."""
-LEAST_S = 1.0
 
 
 @dataclass(frozen=True)
@@ -27,14 +26,15 @@ class Retry:
     Only `Transient` is tried again. The wait before attempt n+1 is drawn evenly from (0, min(cap_s, first_s * 2**n)]:
     many ranks that lost the same server must not come back in step.
 
-    An attempt that does not come further for ``attempt_s``, or for what is left until the deadline (`LEAST_S` or more),
-    is abandoned. One that moves bytes gets on top the time that they need at `SLOWEST_BYTES_S`, deadline or not.
+    An attempt that does not come further for ``attempt_s``, or for what is left until the deadline but ``least_s``, is
+    abandoned. One that moves bytes gets on top the time that they need at `SLOWEST_BYTES_S`, deadline or not.
     """
 
     deadline_s: float = 120.0
     first_s: float = 0.2
     cap_s: float = 10.0
     attempt_s: float = 30.0
+    least_s: float = 1.0
     clock: Callable[[], float] = time.monotonic
     sleep: Callable[[float], None] = time.sleep
     chance: Callable[[], float] = random.random
@@ -52,7 +52,7 @@ class Retry:
         ``transfer_bytes`` is the most that an attempt moves without calling ``moved``."""
         started, attempts = self.clock(), 0
         while True:
-            silence_s = max(LEAST_S, min(self.attempt_s, self.deadline_s - (self.clock() - started)))
+            silence_s = max(self.least_s, min(self.attempt_s, self.deadline_s - (self.clock() - started)))
             try:
                 return self.limited(attempt, silence_s + transfer_bytes / SLOWEST_BYTES_S)
             except Transient as error:

@@ -18,6 +18,8 @@ log = logging.getLogger(__name__)
 COUNTED = ("tokens", "target_tokens")
 """Sums over the steps of the run; the rest are gauges of the newest step."""
 
+_CLOSE_S = 5.0
+
 
 class Prometheus:
     """Of one run; see `trainer.tracking.base.Tracker`."""
@@ -61,7 +63,7 @@ class Prometheus:
     def close(self, state: str) -> None:
         self._server.shutdown()
         self._server.server_close()
-        self._thread.join()
+        self._thread.join(_CLOSE_S)
 
     def _gauge(self, name: str, text: str) -> Any:
         from prometheus_client import Gauge
