@@ -63,8 +63,9 @@ class Retention:
         self._read(keys)
         records = {key: self._known[key] for key in keys if key in self._known}
         keep = kept(records.values(), self._keep_last, self._keep_for_s, self._clock())
-        oldest = min(keep, default=None)
-        surplus = [key for key in keys if key not in keep and (key in records or (oldest is not None and key < oldest))]
+        # One that cannot be read goes once as many as are asked for are newer: this look at it may have been a bad one.
+        unread_below = min(keep) if len(keep) >= self._keep_last else None
+        surplus = [key for key in keys if key not in keep and (key in records or (unread_below and key < unread_below))]
         self._storage.delete(layout.commit(*key) for key in surplus)
         for key in surplus:
             self._known.pop(key, None)
