@@ -98,6 +98,7 @@ class Redactor:
         self._values = re.compile("|".join(map(re.escape, found))) if found else None
 
     def text(self, text: str) -> str:
+        text = PRIVATE_KEY.sub(HIDDEN, text)  # first, as a whole: the environment may hold it by its lines
         if self._values is not None:
             text = self._values.sub(HIDDEN, text)
         for shape in SHAPES.values():

@@ -126,8 +126,8 @@ def filesystem(url: str, attempts: int = 1) -> Any:
 
 
 def _check_endpoint() -> None:
-    """Raises InputError, which does not repeat them, for an endpoint with credentials: botocore fails of them as it does
-    of the network, and would be tried again and again."""
+    """Raises InputError, which does not repeat them, for an endpoint with credentials: botocore fails of them as
+    it does of the network, and would be tried again and again."""
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
         value = os.environ.get(name)
         if not value:
