@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -65,6 +66,9 @@ def main(arguments: list[str] | None = None) -> int:
         code = error.exit_code
         if isinstance(error, RankFailed):
             return code  # as one that was killed: it leaves no code of its own
+    except Exception:
+        print(shown(traceback.format_exc()), end="", file=sys.stderr, flush=True)
+        return 1
     if (exit_file := os.environ.get("MUSTER_EXIT_FILE")) and _rank() == 0:
         Path(exit_file).write_text(str(code))
     return code

@@ -14,7 +14,7 @@ import pytest
 from tests.storage.doubles import faulty, unreachable
 from trainer import layout
 from trainer.checkpoint import claim_attempt, claim_driver
-from trainer.logs.keeper import Keeper
+from trainer.logs.keeper import Keeper, _redaction
 from trainer.logs.parts import Lines, LogFeed, LogParts, Passed, stored_parts
 from trainer.redact import RedactedLines, Redactor
 from trainer.storage import Storage, open_storage
@@ -217,6 +217,18 @@ def test_a_crash_leaves_its_last_lines(run: Storage, end: str, code: int, text: 
     kept = await_text(run, text, 2, 3)
     assert text in kept
     assert "printed by a child" in kept
+
+
+def test_a_terminal_is_passed_no_control_characters() -> None:
+    master, slave = os.openpty()
+    reading, writing = os.pipe()
+    try:
+        data = b"\r\x1b[31m50%\x1b[0m \x1b]0;x\x07 token=abc\n"
+        assert _redaction(slave)(data) == "\r\x1b[31m50%\x1b[0m ␛]0;x␇ token=***\n".encode()
+        assert _redaction(writing)(data) == data.replace(b"abc", b"***")
+    finally:
+        for descriptor in (master, slave, reading, writing):
+            os.close(descriptor)
 
 
 def test_a_keeper_that_dies_holds_nothing_up(run: Storage) -> None:
