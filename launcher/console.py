@@ -32,7 +32,7 @@ READER_GONE = 141
 
 
 class Stream:
-    """What stands for ``sys.stdout`` or ``sys.stderr`` while a command runs; ``raw`` is the one in whose place."""
+    """A stand-in for ``sys.stdout`` or ``sys.stderr`` while a command runs; ``raw`` is the stream behind it."""
 
     def __init__(self, raw: TextIO) -> None:
         self.raw = raw
@@ -57,7 +57,7 @@ class Stream:
         raise NotImplementedError
 
     def _gone(self) -> None:
-        """Called when a write finds that nobody reads any more, and whoever did is forgotten."""
+        """Called after a write has found that nobody reads any more."""
 
     @contextmanager
     def _pipe(self) -> Iterator[None]:
@@ -92,8 +92,8 @@ class Messages(Stream):
 
 
 class Bytes:
-    """The logs of ranks, which come as bytes. On a terminal, a line that was drawn again and again is shown as it was
-    last, and without its colours."""
+    """Bytes on standard output: the logs of ranks. On a terminal, a line that was drawn again and again is shown as it
+    was last, and without its colours."""
 
     def __init__(self, stream: Results) -> None:
         self._stream = stream
@@ -117,8 +117,8 @@ class Bytes:
 
 @contextmanager
 def own_streams() -> Iterator[None]:
-    """`Results` and `Messages` for the time of the block. At its end both are flushed, while it can still be told that
-    nobody reads: the interpreter would complain of it and end with a code of its own."""
+    """Puts `Results` and `Messages` in place for the time of the block. At its end both are flushed, while it can still
+    be told that nobody reads: the interpreter would complain of it and end with a code of its own."""
     before = sys.stdout, sys.stderr
     sys.stdout = cast(TextIO, Results(before[0])) if before[0] is not None else before[0]
     sys.stderr = cast(TextIO, Messages(before[1])) if before[1] is not None else before[1]
@@ -146,7 +146,7 @@ class Console(rich.console.Console):
         self._redact = redactor().text
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
-        """Every text on its way into lines and columns, those inside of tables included."""
+        """Shows every text without what acts or is secret, those inside of tables included."""
         if isinstance(renderable, str):
             renderable = self._shown(renderable)
         elif isinstance(renderable, Text) and (text := self._shown(renderable.plain)) != renderable.plain:

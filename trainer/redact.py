@@ -60,7 +60,7 @@ SHAPES = {
     "a web token": re.compile(r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*"),
     "a header's token": re.compile(r"\b(?:Bearer|Basic)\s+(?=[^\s\"']*\d)[\w.~+/-]{16,}=*", re.IGNORECASE),
 }
-"""By what they are, in words."""
+"""Patterns of keys that are known by their form, by what they are in words."""
 
 _VARIABLE = re.compile(r"\b([A-Z0-9_]*(?:KEY|SECRET|TOKEN|PASSW(?:OR)?D|PASSPHRASE|CREDENTIALS?))=[^\s/,;$]{8,}")
 """A variable that is given to a program: ``--export=WANDB_API_KEY=…``."""
@@ -110,7 +110,7 @@ class Redactor:
         return "".join(_without_fields(line) if _HINT.search(line) else line for line in lines)
 
     def clean(self, value: Any) -> Any:
-        """The same for all strings of a value that JSON has, its keys included."""
+        """Redacts all strings of a JSON value, its keys included, and every text under the name of a credential."""
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, Mapping):
@@ -147,17 +147,17 @@ _REST_OF_KEY = re.compile(
 
 
 def redact(text: str) -> str:
-    """The text without credentials, those of this process's environment included."""
+    """Returns the text without credentials, those of this process's environment included."""
     return redactor().text(text)
 
 
 def clean(value: Any) -> Any:
-    """`redact` for all strings of a value that JSON has."""
+    """Redacts all strings of a JSON value."""
     return redactor().clean(value)
 
 
 def redactor() -> Redactor:
-    """For the environment as it is now."""
+    """Returns the redactor for the environment as it is now."""
     return _redactor(tuple(os.environ.items()))
 
 
@@ -167,7 +167,7 @@ def _redactor(environment: tuple[tuple[str, str], ...]) -> Redactor:
 
 
 def credential_in(text: str) -> str | None:
-    """What credential a text holds, in words that do not repeat it; None where it holds none."""
+    """Names the kind of credential that a text holds, without repeating it; None where it holds none."""
     if USER.search(text):
         return "user:password@…"
     if found := QUERY.search(text):
@@ -184,8 +184,8 @@ def credential_in(text: str) -> str | None:
 
 
 def secrets_of(environment: Mapping[str, str]) -> tuple[str, ...]:
-    """Values of variables that hold credentials by their names, and those in addresses, the longest first; also as they
-    stand in URLs and in JSON. Places of files are no secrets."""
+    """Returns the values of variables that hold credentials by their names, and those in addresses, the longest first;
+    also as they stand in URLs and in JSON. Places of files are no secrets."""
     found = {secret for name, value in environment.items() for secret in _secrets_in(name, value)}
     found |= {form for secret in found for form in (quote(secret, safe=""), json.dumps(secret)[1:-1])}
     return tuple(sorted((secret for secret in found if len(secret) >= _SHORTEST_SECRET), key=lambda s: (-len(s), s)))
@@ -218,7 +218,7 @@ def _without_fields(line: str) -> str:
 
 
 def _hidden(found: re.Match[str]) -> str:
-    """The name, and in the value's place stars, in its quotes."""
+    """Keeps the name and the quotes around the value."""
     quotes = re.match(r"\\?[\"']", found[2])
     mark = quotes[0] if quotes else ""
     return f"{found[1]}{mark}{HIDDEN}{mark}"

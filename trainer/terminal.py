@@ -32,18 +32,18 @@ def neutralise(text: str) -> str:
 
 
 def neutralise_output(text: str) -> str:
-    """The same for what libraries write to a terminal, where colours and the carriage returns of progress bars stay."""
+    """Neutralises what libraries write to a terminal, where colours and the carriage returns of progress bars stay."""
     parts = _HARMLESS.split(text)
     return "".join(part if i % 2 else neutralise(part) for i, part in enumerate(parts))
 
 
 def shown(text: str) -> str:
-    """What a person is shown of a text: no credentials, and no control characters."""
+    """Returns a text as a person is shown it: without credentials and control characters."""
     return neutralise(redact(text))
 
 
 class ShownFormatter(logging.Formatter):
-    """Warnings and their stacks, as they are `shown`."""
+    """Formats warnings and their stacks as they are `shown`."""
 
     def __init__(self) -> None:
         super().__init__(LOG_FORMAT)

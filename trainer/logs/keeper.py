@@ -18,7 +18,7 @@ END = b"\0"
 """Among the notes: the rank needs its keeper no more. (Its pipes may stay open in processes that it has started.)"""
 FLUSH_S = 3.0
 LINE_S = 1.0
-"""How long the begin of a line waits for its rest before it is passed on."""
+"""Seconds that the begin of a line waits for its rest before it is passed on."""
 READ_BYTES = 64 * 1024
 DEADLINE_S = 20.0
 KEEP_ATTEMPTS = 20
@@ -136,7 +136,7 @@ class Keeper:
 
 
 def _redaction(target: int) -> Callable[[bytes], bytes]:
-    """For what goes to this descriptor; a terminal is also spared control characters."""
+    """Returns what redacts the bytes for this descriptor; a terminal is also spared control characters."""
     from trainer.redact import RedactedLines, redactor
     from trainer.terminal import neutralise_output
 

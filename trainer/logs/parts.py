@@ -132,13 +132,13 @@ class Passed:
         return self._redact(text[:end])
 
     def rest(self) -> bytes:
-        """What waits, a progress bar's newest state for example."""
+        """Returns what waits, a progress bar's newest state for example."""
         rest, self._rest = self._rest, b""
         return self._redact(rest) if rest else b""
 
 
 def last_states(text: bytes) -> bytes:
-    """Each line as it was drawn last, where a progress bar has drawn it again and again."""
+    """Returns each line as it was drawn last, where a progress bar has drawn it again and again."""
     return b"".join(map(_last_state, re.findall(rb"[^\n]*\n|[^\n]+", text))) if b"\r" in text else text
 
 

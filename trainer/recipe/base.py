@@ -124,7 +124,7 @@ def _cut(text: str, length: int = 60) -> str:
 
 
 def credentials_refused(text: str) -> str | None:
-    """Why a recipe cannot hold this text, if it holds credentials; the sentence does not repeat them."""
+    """Returns the sentence that refuses a text with credentials, without repeating them; None for any other text."""
     if (what := credential_in(text)) is None:
         return None
     return (
