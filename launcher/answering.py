@@ -107,6 +107,7 @@ def generate(
         raise UsageError("--input and --output go together: a file of prompts, and one for their answers")
     which = Which(run, adapter, model, use, combination, density, quantization)
     drawing = Drawing(temperature, top_p, seed)
+    stdout = sys.stdout
     with redirect_stdout(sys.stderr), _loaded(which, drawing, batch) as loaded:
         talk = _conversation(loaded, frame, None)
         if prompt is not None:
@@ -115,7 +116,7 @@ def generate(
             assert file is not None
             assert output is not None
             with bar("answering") as done:
-                answer_file(loaded.writer, talk, file, output, max_new_tokens, sys.__stdout__, done)
+                answer_file(loaded.writer, talk, file, output, max_new_tokens, stdout, done)
     if prompt is not None:
         print(text)
 
@@ -137,9 +138,10 @@ def chat(
 ) -> None:
     """Talk to a run, an adapter or a model. In a pipe, each line is answered in turn."""
     which = Which(run, adapter, model, use, combination, density, quantization)
+    stdout = sys.stdout
     with redirect_stdout(sys.stderr), _loaded(which, Drawing(temperature, top_p, seed), 1) as loaded:
         talk = _conversation(loaded, frame, system)
-        with redirect_stdout(sys.__stdout__ or sys.stdout):
+        with redirect_stdout(stdout):
             _talk(loaded.writer, talk, max_new_tokens)
 
 

@@ -9,11 +9,11 @@ import json
 import logging
 import os
 import sys
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from cluster import KINDS
@@ -31,9 +31,10 @@ from launcher import (
     submitting,
     watching,
 )
-from launcher.console import stderr
+from launcher.console import Console, own_streams, stderr, stdout
 from trainer.errors import Interrupted, MusterError, RecipeError, StartAgain, UsageError
 from trainer.recipe_at import recipe_at
+from trainer.terminal import LOG_FORMAT, shown
 
 if TYPE_CHECKING:
     from trainer.recipe import Recipe
@@ -183,7 +184,7 @@ def matrix(
     if as_json:
         print(json.dumps(support.as_rows(tasks)))
         return
-    console = Console(width=min(support.WIDTH, Console().width))
+    console = stdout(width=min(support.WIDTH, stdout().width))
     for group in alike(tasks):
         console.print(support.matrix_table(group))
     console.print(support.legend())
@@ -213,19 +214,23 @@ class ToStderr(logging.Handler):
     """Writes to what ``sys.stderr`` is at the time: a live display stands in for it while it is drawn."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        print(self.format(record), file=sys.stderr)
+        print(shown(self.format(record)), file=sys.stderr)
 
 
 def main() -> None:
     """Ends the process with the designed exit codes: 0 done, 1 failed, 2 usage, 3 interrupted and resumable."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", handlers=[ToStderr()])
+    logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, handlers=[ToStderr()])
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels that nothing here calls
-    try:
-        app(standalone_mode=True)
-    except MusterError as error:
-        kind = "interrupted" if isinstance(error, Interrupted) else "error"
-        print(f"muster: {kind}: {error_text(error)}", file=sys.stderr)
-        sys.exit(exit_code(error))
+    with own_streams():
+        try:
+            app(standalone_mode=True)
+        except MusterError as error:
+            kind = "interrupted" if isinstance(error, Interrupted) else "error"
+            print(shown(f"muster: {kind}: {error_text(error)}"), file=sys.stderr)
+            sys.exit(exit_code(error))
+        except Exception:
+            print(shown(traceback.format_exc()), end="", file=sys.stderr)
+            sys.exit(1)
 
 
 def exit_code(error: MusterError) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launcher.console import bar, hush_libraries, stderr
+from launcher.console import bar, hush_libraries, print_json, stderr
 from trainer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def evaluate(
             scores = scores_of(
                 loaded, address, limit=limit, line=line, max_new_tokens=max_new_tokens, say=say, answered=answered
             )
-    print(json.dumps(scores))
+    print_json(scores)
 
 
 @contextmanager

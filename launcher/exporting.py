@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import tempfile
 from contextlib import redirect_stdout
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
 from launcher.answering import (
@@ -21,7 +19,7 @@ from launcher.answering import (
     RunOption,
     UseOption,
 )
-from launcher.console import hush_libraries, stderr
+from launcher.console import hush_libraries, print_json, stderr, stdout
 from trainer.errors import CorruptObject, UsageError
 
 if TYPE_CHECKING:
@@ -41,7 +39,7 @@ def inspect(
         hush_libraries()
         found = describe(uri)
     if as_json:
-        print(json.dumps(found.to_json()))
+        print_json(found.to_json())
     else:
         _show(found)
     if not found.whole:
@@ -51,7 +49,7 @@ def inspect(
 def _show(found: Description) -> None:
     from launcher.tables import described_table
 
-    Console().print(described_table(found))
+    stdout().print(described_table(found))
 
 
 def merge(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from typing import TYPE_CHECKING, Annotated, Any
@@ -34,17 +33,20 @@ def plan(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
     """Say what RECIPE takes on each rank, from the base's config.json alone, and what to change if it does not fit."""
+    from rich.text import Text
+
+    from launcher.console import print_json, stdout
     from trainer.recipe import load
 
     loaded = load(recipe, overrides or [])
     device, host = (None if text is None else size(text) for text in (gpu_memory, host_memory))
     found = make(loaded, device, host, tokens_per_s, price_per_gpu_hour)
     if as_json:
-        print(json.dumps(found.to_json()))
+        print_json(found.to_json())
     else:
         from launcher.plan_report import report
 
-        print("\n".join(report(found)))
+        stdout().print(Text("\n".join(report(found))), soft_wrap=True)
 
 
 def size(text: str) -> int:

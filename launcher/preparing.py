@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
@@ -35,22 +34,23 @@ def prepare(
     ] = False,
 ) -> None:
     """Tokenise and pack the data of RECIPE ahead of its run, and show counts, lengths and the fill of the packs."""
-    from launcher.console import stderr
+    from launcher.console import print_json, stderr, stdout
     from launcher.progress import Progress
     from trainer.recipe import load
 
     loaded = load(recipe, overrides or [])
     if model:
         copy = prepare_model(loaded, Progress(stderr()))
-        print(json.dumps(copy) if as_json else f"{copy['uri']}: {copy['bytes']:,} bytes")
+        if as_json:
+            print_json(copy)
+        else:
+            stdout().print(f"{copy['uri']}: {copy['bytes']:,} bytes", soft_wrap=True)
         return
     found = prepare_recipe(loaded, Progress(stderr()), processes or len(os.sched_getaffinity(0)))
     if as_json:
-        print(json.dumps(found))
+        print_json(found)
         return
-    from rich.console import Console
-
-    console = Console(highlight=False)
+    console = stdout()
     for part in pictures(found):
         console.print(part, soft_wrap=True)
 

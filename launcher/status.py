@@ -16,6 +16,7 @@ from trainer.checkpoint.protocol import list_commits
 from trainer.checkpoint.record import CommitRecord
 from trainer.errors import CorruptObject, InputError
 from trainer.lease import ENDED, GLANCE_S, LeaseRecord, is_held, read_lease
+from trainer.redact import clean
 from trainer.reporter import newest_failure, newest_rows, rows_backwards
 from trainer.storage import Storage, in_parallel
 
@@ -140,7 +141,7 @@ def _status(run: Storage, found: _Found, state: str) -> Status:
         metrics={key: value for key, value in row.items() if key not in _ASIDE},
         seen_at=row.get("time") or heard if state == "running" else heard or row.get("time"),
         heard_at=heard,
-        failure=found.failure and {name: found.failure[name] for name in found.failure if name not in _HEAD},
+        failure=found.failure and clean({n: value for n, value in found.failure.items() if n not in _HEAD}),
     )
 
 

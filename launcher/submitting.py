@@ -5,6 +5,7 @@ What goes there is the recipe as it was resolved here; nobody reads the user's f
 
 from __future__ import annotations
 
+import os
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -22,6 +23,7 @@ from launcher.submission import Submission, read_submission
 from trainer import layout
 from trainer.errors import InputError, Interrupted, MusterError, UsageError, WorkerFailed
 from trainer.recipe_at import recipe_at
+from trainer.redact import credential_in
 from trainer.storage import Storage, open_storage
 
 if TYPE_CHECKING:
@@ -60,6 +62,7 @@ def submit(job: Job, kind: str, recipe: Recipe, say: Say) -> Submission:
     from trainer.lease import withdraw_end
 
     check_places(recipe, kind)
+    check_address(job, kind)
     storage = open_storage(recipe.storage, deadline_s=FIRST_LOOK_S)
     run = storage.child(recipe.name)
     trains = job.command[0] == "run"
@@ -91,7 +94,7 @@ def run_elsewhere(recipe: Recipe, kind: str, flags: Sequence[str], address: str 
     """Submits a run and follows it; raises what its exit code means."""
 
     def say(text: str) -> None:
-        stderr().print(text, markup=False, soft_wrap=True)
+        stderr().print(text, soft_wrap=True)
 
     if flags and kind == "kubernetes":  # the manifest starts the job again and again, which may take over only once
         raise UsageError(f"{' '.join(flags)} cannot go along to Kubernetes; end the other with `muster cancel` first")
@@ -113,7 +116,7 @@ def doctor_elsewhere(recipe: Recipe, kind: str, *, as_json: bool) -> int:
             print(line, flush=True)
 
     def tell(text: str) -> None:
-        stderr().print(text, markup=False, soft_wrap=True)
+        stderr().print(text, soft_wrap=True)
 
     once: dict[str, Any] = {"retries": 0} if kind == "kubernetes" else {}
     job = job_of(recipe, kind, ("doctor", "--json") if as_json else ("doctor",), **once)
@@ -138,6 +141,19 @@ def check_places(recipe: Recipe, kind: str) -> None:
         raise UsageError(
             f"{', '.join(relative)}: a relative path lies elsewhere on the machines of --on {kind}; give a URL, or the "
             "absolute path of a folder that all of them share"
+        )
+
+
+def check_address(job: Job, kind: str) -> None:
+    """Raises UsageError for a Ray cluster's address with credentials: it becomes a part of the job's id, which is
+    stored and printed."""
+    from cluster.ray import api_address
+
+    address = api_address(job.settings, os.environ) if kind == "ray" else None
+    if address and (what := credential_in(address)):
+        raise UsageError(
+            f"the address of the Ray cluster holds credentials ({what}), and it is stored and printed as a part of the "
+            "job's name; take them out, and give a token by RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
         )
 
 
@@ -168,7 +184,9 @@ def render(
     with cluster_errors():
         cluster = cluster_of(on)
         loaded = recipe_at(recipe, overrides or [])
-        print(cluster.render(job_of(loaded, on, arguments=[recipe, *(overrides or [])])), end="")
+        job = job_of(loaded, on, arguments=[recipe, *(overrides or [])])
+        check_address(job, on)
+        print(cluster.render(job), end="")
 
 
 def cancel(
@@ -178,7 +196,7 @@ def cancel(
     from trainer.lease import is_held, read_lease, request_end
 
     def say(text: str) -> None:
-        stderr().print(text, markup=False, soft_wrap=True)
+        stderr().print(text, soft_wrap=True)
 
     run = open_storage(run_uri, deadline_s=FIRST_LOOK_S)
     lease, made = read_lease(run), read_submission(run)

@@ -14,6 +14,7 @@ from typing import Any
 from launcher.drawing import Standing, event_text, watched_text
 from trainer import layout
 from trainer.errors import MusterError
+from trainer.redact import clean
 from trainer.rowfeed import RowFeed
 from trainer.storage import Storage
 
@@ -74,7 +75,7 @@ class View:
 
     def _take_events(self) -> None:
         """Hosts and checkpoints of earlier attempts are where the run stands, too, though no news."""
-        for event in sorted(self._events.new(), key=lambda row: float(row.get("time") or 0)):
+        for event in sorted(clean(self._events.new()), key=lambda row: float(row.get("time") or 0)):
             if event["event"] == "failure":
                 self._cause = event["cause"]
             elif event["event"] == "end" and event.get("cause") == self._cause:

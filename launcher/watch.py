@@ -19,6 +19,7 @@ from launcher.status import Status, read_status
 from launcher.tables import STATE_STYLES
 from launcher.view import LOOK_S, View
 from trainer.errors import MusterError
+from trainer.redact import clean
 from trainer.storage import Storage
 
 OVER = ("succeeded", "failed")
@@ -136,7 +137,7 @@ def watch_json(run: Storage, write: Callable[[str], None], sleep: Callable[[floa
     while True:
         if (told := replace(status, heard_at=None, seen_at=None)) != before:
             before = told
-            write(json.dumps(status.to_json()))
+            write(json.dumps(clean(status.to_json())))
         if status.state in OVER:
             return
         sleep(LOOK_S)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
 import time
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.text import Text
 
-from launcher.console import stderr
+from launcher.console import print_json, stderr, stdout
 
 LOOK_DEADLINE_S = 15.0  # of commands that only read: a person waits
 
@@ -36,18 +34,18 @@ def status(
         from launcher.watch import watch_json, watch_run
 
         try:
-            watch_json(run, print) if as_json else watch_run(run, Console())
+            watch_json(run, print) if as_json else watch_run(run, stdout())
         except KeyboardInterrupt:
             return
     elif as_json:
         from launcher.goodput import goodput_of
 
         went = goodput_of(run, until=found.heard_at, running=found.state == "running")
-        print(json.dumps({**found.to_json(), "goodput": went.to_json()}))
+        print_json({**found.to_json(), "goodput": went.to_json()})
     else:
         from launcher.watch import Watch, print_failure
 
-        console, looked = Console(), Watch(run)
+        console, looked = stdout(), Watch(run)
         console.print(looked.render(console.width))
         print_failure(looked, console)
         if found.checkpoints:
@@ -65,11 +63,11 @@ def list_(
 
     found = list_runs(open_storage(storage, deadline_s=LOOK_DEADLINE_S))
     if as_json:
-        print(json.dumps([s.to_json() for s in found]))
+        print_json([s.to_json() for s in found])
     elif not found:
         stderr().print(Text(f"no run lies in {storage}"), soft_wrap=True)
     else:
-        Console().print(runs_table(found, time.time()))
+        stdout().print(runs_table(found, time.time()))
 
 
 def logs(

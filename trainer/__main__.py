@@ -15,6 +15,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -35,6 +36,7 @@ from trainer.recipe_at import is_recipe, recipe_at
 from trainer.startup import DATA, IMPORT, Phases, process_began
 from trainer.storage import Storage, open_storage
 from trainer.telling import Rank, RankFailed, told
+from trainer.terminal import ShownFormatter, shown
 from trainer.tracking import tracked
 from trainer.worker import train
 
@@ -52,16 +54,21 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes, by dotted path")
     parser.add_argument("--takeover", action="store_true", help="take the run from a driver that still holds it")
     options = parser.parse_args(arguments)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=logging.WARNING)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(ShownFormatter())
     _hush_libraries()
     code = 0
     try:
         _run(options.run, options.overrides, takeover=options.takeover)
     except MusterError as error:
-        print(f"muster: {error}", file=sys.stderr, flush=True)
+        print(shown(f"muster: {error}"), file=sys.stderr, flush=True)
         code = error.exit_code
         if isinstance(error, RankFailed):
             return code  # as one that was killed: it leaves no code of its own
+    except Exception:
+        print(shown(traceback.format_exc()), end="", file=sys.stderr, flush=True)
+        return 1
     if (exit_file := os.environ.get("MUSTER_EXIT_FILE")) and _rank() == 0:
         Path(exit_file).write_text(str(code))
     return code

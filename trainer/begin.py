@@ -77,8 +77,8 @@ def read_recipe(run: Storage, overrides: Sequence[str] = ()) -> Recipe:
         text = run.read(layout.RECIPE).decode()
     except FileNotFoundError:
         raise InputError(f"there is no run at {run.url}: no {layout.RECIPE} lies there") from None
-    frozen = loads(text, run.uri(layout.RECIPE))
-    recipe = loads(text, run.uri(layout.RECIPE), overrides)
+    frozen = loads(text, run.uri(layout.RECIPE), stored=True)
+    recipe = loads(text, run.uri(layout.RECIPE), overrides, stored=True)
     if changes := differences(frozen, recipe):
         raise RecipeChanged(f"between attempts of {run.url} this cannot change:\n  " + "\n  ".join(changes))
     return recipe

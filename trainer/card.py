@@ -11,6 +11,7 @@ import yaml
 
 from trainer.recipe import ModelSection, Recipe, dump
 from trainer.recipe.tasks import AUTO_CLASSES, CAUSAL, SEQUENCE
+from trainer.redact import redact
 
 LOAD_ADAPTER = """\
 from peft import PeftModel
@@ -73,7 +74,7 @@ def model_card(recipe: Recipe, facts: Mapping[str, Any], provenance: Mapping[str
             "## Recipe",
             "",
             "```yaml",
-            dump(recipe).strip(),
+            redact(dump(recipe)).strip(),
             "```",
             "",
             f"Versions: muster {provenance.get('muster')}, "

@@ -21,7 +21,9 @@ Every one of them is built from positional arguments only, so that it survives p
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+from trainer.redact import redact
 
 _WHERE = "while "
 
@@ -42,6 +44,10 @@ class MusterError(Exception):
     says what happened, and the others (the end of a stack, what to try next) follow on lines of their own."""
 
     exit_code = 1
+
+    def __init__(self, *args: Any) -> None:
+        """Without credentials from here on: an error is printed, logged and stored, and passes between processes."""
+        super().__init__(*(redact(arg) if isinstance(arg, str) else arg for arg in args))
 
     def __str__(self) -> str:
         return "\n".join(map(str, self.args))

@@ -19,6 +19,7 @@ from trainer.errors import (
     WorkerFailed,
     where_of,
 )
+from trainer.redact import redact
 
 FATAL = (UsageError, NonFiniteLoss, RewardFailed, Fenced)
 COLLECTIVE = re.compile(r"gloo|nccl|connection (closed|reset)|process ?group|all_?reduce|broadcast", re.IGNORECASE)
@@ -76,7 +77,8 @@ class Failure(Exception):
             said = f"{type(error).__name__}: {error}"
         if where and not _STEP.match(said):
             said = f"{where}: {said}"
-        return cls(when, rank, host, said, trace, Kind.of(error), where)
+        # Here, on the rank, since the cluster's own logs have it as it is raised.
+        return cls(when, rank, host, redact(said), redact(trace), Kind.of(error), where)
 
     @property
     def cause(self) -> Cause:

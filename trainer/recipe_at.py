@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from trainer.errors import InputError
 from trainer.recipe import Recipe, load, loads
+from trainer.redact import credential_in
 from trainer.storage import open_storage
 
 ENDINGS = (".yaml", ".yml", ".json")
@@ -22,6 +23,11 @@ def recipe_at(place: str, overrides: Sequence[str] = ()) -> Recipe:
     RecipeError with all mistakes, InputError when there is nothing at the URL."""
     if "://" not in place:
         return load(place, overrides)
+    if what := credential_in(place):
+        raise InputError(
+            f"the recipe's address holds credentials ({what}), and it is stored and printed; take them out, and give "
+            "them in the environment (for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or ~/.aws/credentials)"
+        )
     folder, _, name = place.rpartition("/")
     try:
         text = open_storage(folder, deadline_s=DEADLINE_S).read(name)

@@ -19,6 +19,7 @@ from typing import Any
 
 from trainer import layout
 from trainer.errors import StorageError
+from trainer.redact import clean
 from trainer.storage import ObjectInfo, Storage, in_parallel
 
 log = logging.getLogger(__name__)
@@ -154,7 +155,7 @@ class Events:
         """Stored when this returns, unless the storage is down: then the log says so and it is tried again later.
         Without ``wait`` it is stored soon, and the caller held up by nothing."""
         head = {"attempt": self._attempt, "event": event, "time": time.time(), "writer": self._writer}
-        self._lines.add({**head, **fields})
+        self._lines.add(clean({**head, **fields}))
         if wait and not self._lines.flush(timeout_s=_EVENT_WAIT_S):
             log.warning("the event %r of attempt %d is not stored yet", event, self._attempt)
 

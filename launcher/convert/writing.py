@@ -12,6 +12,7 @@ import yaml
 from launcher.convert.draft import Draft
 from trainer.recipe.document import Dumper
 from trainer.recipe.root import Recipe
+from trainer.redact import redact
 
 WIDTH = 110
 
@@ -42,6 +43,6 @@ def _listed(title: str, keys: Mapping[str, Any]) -> Iterator[str]:
 
 def _wrapped(text: str, indent: str) -> list[str]:
     """As comments: whatever a file holds, no line of it becomes YAML, which knows more ends of a line than ``\\n``."""
-    text = " ".join("".join(sign if sign.isprintable() else " " for sign in text).split())
+    text = " ".join("".join(sign if sign.isprintable() else " " for sign in redact(text)).split())
     first, rest = f"# {indent}", f"# {indent}  "
     return textwrap.wrap(text, WIDTH, initial_indent=first, subsequent_indent=rest) or ["#"]

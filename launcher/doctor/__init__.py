@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,7 +33,7 @@ def doctor(
     """Look at the workers that would train RECIPE, or at every node: versions, GPUs, network, clocks, disks, storage,
     inputs, and room for the plan. Exit code 0: ready, perhaps with warnings; 1: not ready."""
     from launcher.cli import choose_place
-    from launcher.console import stderr
+    from launcher.console import print_json, stderr
     from launcher.doctor.findings import verdict
     from launcher.submitting import doctor_elsewhere
     from trainer.recipe_at import recipe_at
@@ -49,7 +48,7 @@ def doctor(
     if as_json:
         from launcher.doctor.report import to_json
 
-        print(json.dumps(to_json(seen, findings)))
+        print_json(to_json(seen, findings))
     else:
         _show(seen, findings)
     if verdict(findings) == "not ready":
@@ -78,12 +77,11 @@ def examine(recipe: Recipe | None, say: Callable[[str], None]) -> tuple[Examinat
 
 
 def _show(seen: Examination, findings: Sequence[Finding]) -> None:
-    from rich.console import Console
-
+    from launcher.console import stdout
     from launcher.doctor.report import tables
 
-    console = Console(highlight=False)
+    console = stdout()
     if not console.is_terminal:
-        console = Console(highlight=False, width=TABLE_WIDTH)
+        console = stdout(width=TABLE_WIDTH)
     for part in tables(seen, findings):
         console.print(part)

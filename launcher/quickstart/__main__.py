@@ -15,10 +15,10 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from launcher.console import Console, own_streams, stdout
 from launcher.quickstart import prepare
 from launcher.quickstart.answers import answers, right
 from launcher.quickstart.chart import draw, losses
@@ -34,7 +34,7 @@ SHOWN = 4
 def main(overrides: Sequence[str]) -> int:
     """The whole quickstart; returns the exit code of the run."""
     quiet_libraries()
-    console, started = Console(), time.monotonic()
+    console, started = stdout(), time.monotonic()
     recipe = load(RECIPE, overrides)
     make_inputs(console, recipe)
     console.rule("muster run recipes/quickstart.yaml")
@@ -75,9 +75,9 @@ def show_curve(console: Console, run: Storage) -> None:
     rows = list(read_rows(run, layout.METRICS))
     console.rule("loss over target tokens")
     for line in draw(losses(rows), width=max(min(console.width - 16, 72), 20)):
-        console.print(line, markup=False, highlight=False)
+        console.print(line)
     for step, value in losses(rows, "eval_loss"):
-        console.print(f"step {step:>4}: loss on held-out questions {value:.3f}", highlight=False)
+        console.print(f"step {step:>4}: loss on held-out questions {value:.3f}")
 
 
 def show_answers(console: Console, recipe: Recipe, run: Storage) -> None:
@@ -92,7 +92,7 @@ def show_answers(console: Console, recipe: Recipe, run: Storage) -> None:
     console.rule("answers, with plain transformers and peft")
     console.print(table)
     counts = f"{right(held_out, before)} before, {right(held_out, after)} after"
-    console.print(f"exactly right, of {len(held_out)} held-out questions: {counts}", highlight=False)
+    console.print(f"exactly right, of {len(held_out)} held-out questions: {counts}")
 
 
 def fetch_adapter(run: Storage, folder: Path) -> Path:
@@ -113,11 +113,10 @@ def show_next(console: Console, recipe: Recipe, seconds: float) -> None:
     )
     console.print(
         "          .venv/bin/python -m launcher.quickstart name=second optimizer.lr=1e-3",
-        markup=False,
-        highlight=False,
         soft_wrap=True,
     )
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with own_streams():
+        sys.exit(main(sys.argv[1:]))

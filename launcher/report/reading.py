@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -11,7 +10,6 @@ from typing import Any
 import yaml
 
 from launcher.goodput import Goodput, goodput, newest_driver
-from launcher.report.censor import Censor
 from launcher.status import Status, read_status
 from trainer import layout
 from trainer.data.blocks import Counts
@@ -19,6 +17,7 @@ from trainer.data.prepared import Prepared, open_prepared
 from trainer.data.spec import Preparation
 from trainer.data.summary import Summary, summarise
 from trainer.errors import CorruptObject, MusterError
+from trainer.redact import Redactor, redactor
 from trainer.reporter import read_rows
 from trainer.storage import Storage, open_storage
 
@@ -90,7 +89,7 @@ def read_runs(uris: Sequence[str], deadline_s: float) -> list[RunRecord]:
 
 
 def read_run(run: Storage) -> RunRecord:
-    censor = Censor(os.environ)
+    redact = redactor()
     status = read_status(run)
     events = [e for e in read_rows(run, layout.EVENTS) if "event" in e]
     rows = [r for r in read_rows(run, layout.METRICS) if r.get("step") is not None and r.get("attempt") is not None]
@@ -98,14 +97,14 @@ def read_run(run: Storage) -> RunRecord:
     went = goodput(events, rows, until=status.heard_at, running=running, driver=driver)
     recipe = _text(run, layout.RECIPE)
     return RunRecord(
-        label=censor.text(status.name),
-        status=replace(status, uri=censor.text(status.uri), name=censor.text(status.name)),
-        recipe=censor.text(recipe),
-        provenance=censor.clean(_provenance(run)),
-        events=censor.clean(events),
+        label=redact.text(status.name),
+        status=replace(status, uri=redact.text(status.uri), name=redact.text(status.name)),
+        recipe=redact.text(recipe),
+        provenance=redact.clean(_provenance(run)),
+        events=redact.clean(events),
         rows=rows,
         went=went,
-        data=_data(run, recipe, censor),
+        data=_data(run, recipe, redact),
     )
 
 
@@ -132,7 +131,7 @@ def _provenance(run: Storage) -> Row:
         return {"unreadable": str(error)}
 
 
-def _data(run: Storage, recipe: str, censor: Censor) -> DataFacts:
+def _data(run: Storage, recipe: str, redact: Redactor) -> DataFacts:
     """Prepared data lie beside the runs, and may have been deleted since."""
     parts: list[tuple[str, str, Counts]] = []
     try:
@@ -143,15 +142,15 @@ def _data(run: Storage, recipe: str, censor: Censor) -> DataFacts:
         specs = {part: Preparation.from_json(frozen[part]) for part in ("train", "eval") if part in frozen}
         opened = {part: open_prepared(shared, spec.fingerprint) for part, spec in specs.items()}
         for part, prepared in opened.items():
-            parts += _sources(part, prepared, censor) if prepared else []
+            parts += _sources(part, prepared, redact) if prepared else []
         return _summed(opened.get("train"), tuple(parts), recipe)
     except (MusterError, OSError, LookupError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
-        return DataFacts(tuple(parts), missing=censor.text(f"the prepared data cannot be read: {error}"))
+        return DataFacts(tuple(parts), missing=redact.text(f"the prepared data cannot be read: {error}"))
 
 
-def _sources(part: str, prepared: Prepared, censor: Censor) -> list[tuple[str, str, Counts]]:
+def _sources(part: str, prepared: Prepared, redact: Redactor) -> list[tuple[str, str, Counts]]:
     return [
-        (part, censor.text(source.path), counts)
+        (part, redact.text(source.path), counts)
         for source, counts in zip(prepared.spec.sources, prepared.per_source, strict=True)
     ]
 

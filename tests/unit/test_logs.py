@@ -14,8 +14,9 @@ import pytest
 from tests.storage.doubles import faulty, unreachable
 from trainer import layout
 from trainer.checkpoint import claim_attempt, claim_driver
-from trainer.logs.keeper import Keeper
-from trainer.logs.parts import Lines, LogFeed, LogParts, secrets_of, stored_parts
+from trainer.logs.keeper import Keeper, _redaction
+from trainer.logs.parts import Lines, LogFeed, LogParts, Passed, stored_parts
+from trainer.redact import RedactedLines, Redactor
 from trainer.storage import Storage, open_storage
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,7 +78,7 @@ def test_a_feed_gives_what_is_new() -> None:
 
 
 def test_lines_are_whole_without_redrawn_states_and_secrets() -> None:
-    lines = Lines((b"s3cr3t-value",))
+    lines = Lines(RedactedLines(Redactor({"A_SECRET": "s3cr3t-value"})))
     assert lines.feed(b"10%\r20%\r30") == b""
     assert lines.feed(b"%\nkey s3cr3t") == b"30%\n"
     assert lines.feed(b"-value here\r\nrest") == b"key *** here\n"
@@ -86,27 +87,13 @@ def test_lines_are_whole_without_redrawn_states_and_secrets() -> None:
     assert len(lines.feed(b"x" * 70_000)) == 70_000, "a line without an end is not held for ever"
 
 
-def test_what_is_a_secret() -> None:
-    found = secrets_of(
-        {"AWS_SECRET_ACCESS_KEY": "abcdefgh", "HF_TOKEN": "hf_0123456789", "TOKENIZERS_PARALLELISM": "false"}
-        | {"SSH_KEY_FILE": "/home/me/.ssh/id", "PATH": "/usr/bin/x"}
-    )
-    assert found == (b"hf_0123456789", b"abcdefgh")
-
-
-def test_a_secret_may_begin_as_a_place_does(tmp_path: Path) -> None:
-    (tmp_path / "key").touch()
-    places = {"MY_KEY": f"{tmp_path}/key", "A_TOKEN_PATH": "/nowhere/at/all", "SECRETS_DIR": "~/nowhere"}
-    assert secrets_of({"AWS_SECRET_ACCESS_KEY": "/abcdefghi", "PGPASSWD": "~ijklmnop", **places}) == (
-        b"/abcdefghi",
-        b"~ijklmnop",
-    )
-
-
-def test_user_and_password_of_an_address_are_secrets() -> None:
-    found = secrets_of({"MLFLOW_TRACKING_URI": "https://me:pass%2Fword@host/x", "DATA_URL": "s3://bucket/key@x"})
-    assert found == (b"me:pass%2Fword", b"pass%2Fword", b"pass/word")
-    assert secrets_of({"https_proxy": "http://0123456789@proxy:3128"}) == (b"0123456789",)
+def test_what_is_passed_on_waits_for_the_rest_of_a_line() -> None:
+    passed = Passed(RedactedLines(Redactor({"A_SECRET": "s3cr3t-value"})))
+    assert passed.feed(b"one\nkey s3cr3t") == b"one\n"
+    assert passed.feed(b"-value\r10%") == b"key ***\r"
+    assert passed.rest() == b"10%"
+    assert passed.rest() == b""
+    assert len(passed.feed(b"x" * 70_000)) == 70_000, "a line without an end is not held for ever"
 
 
 def test_a_part_that_is_let_go_while_it_is_written_is_deleted() -> None:
@@ -209,6 +196,7 @@ def test_everything_that_a_rank_prints_is_kept_and_passed_on(run: Storage) -> No
     assert done.returncode == 0
     shown = done.stdout + done.stderr
     assert all(text in shown for text in [*PRINTED, "after it"])
+    assert "very-secret-key" not in shown
     assert "told to the log alone" not in shown
     assert done.stdout.splitlines()[-1] == "after it"
 
@@ -229,6 +217,18 @@ def test_a_crash_leaves_its_last_lines(run: Storage, end: str, code: int, text: 
     kept = await_text(run, text, 2, 3)
     assert text in kept
     assert "printed by a child" in kept
+
+
+def test_a_terminal_is_passed_no_control_characters() -> None:
+    master, slave = os.openpty()
+    reading, writing = os.pipe()
+    try:
+        data = b"\r\x1b[31m50%\x1b[0m \x1b]0;x\x07 token=abc\n"
+        assert _redaction(slave)(data) == "\r\x1b[31m50%\x1b[0m ␛]0;x␇ token=***\n".encode()
+        assert _redaction(writing)(data) == data.replace(b"abc", b"***")
+    finally:
+        for descriptor in (master, slave, reading, writing):
+            os.close(descriptor)
 
 
 def test_a_keeper_that_dies_holds_nothing_up(run: Storage) -> None:

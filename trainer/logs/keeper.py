@@ -2,7 +2,7 @@
 
 It is a process of its own, and an orphan, so that it outlives its rank: what was printed last before a crash, a kill by
 the out-of-memory killer or a segmentation fault is in the pipe, and is stored. Everything is passed on to where it
-would have gone without it. A storage that does not answer holds up neither.
+would have gone without it, too, in both cases without credentials. A storage that does not answer holds up neither.
 """
 
 from __future__ import annotations
@@ -12,10 +12,13 @@ import selectors
 import sys
 import threading
 import time
+from collections.abc import Callable
 
 END = b"\0"
 """Among the notes: the rank needs its keeper no more. (Its pipes may stay open in processes that it has started.)"""
 FLUSH_S = 3.0
+LINE_S = 1.0
+"""Seconds that the begin of a line waits for its rest before it is passed on."""
 READ_BYTES = 64 * 1024
 DEADLINE_S = 20.0
 KEEP_ATTEMPTS = 20
@@ -34,12 +37,11 @@ class Keeper:
     """``run`` takes pipes, each with the descriptor that its bytes are passed on to."""
 
     def __init__(self, url: str, attempt: int, rank: int, parent: int) -> None:
-        from trainer.logs.parts import LogParts, secrets_of
+        from trainer.logs.parts import LogParts
         from trainer.storage import open_storage
 
         self._storage = open_storage(url, deadline_s=DEADLINE_S)
         self._attempt, self._rank, self._parent = attempt, rank, parent
-        self._secrets = secrets_of(os.environ)
         self._parts = LogParts([])
         self._begun = self._said = False
         self._lock = threading.Lock()
@@ -47,19 +49,26 @@ class Keeper:
         self._storer = threading.Thread(target=self._store_often, daemon=True)
 
     def run(self, pipes: dict[int, int | None]) -> None:
-        from trainer.logs.parts import Lines
+        from trainer.logs.parts import Lines, Passed
+        from trainer.redact import RedactedLines, redactor
 
         self._storer.start()
-        lines = {pipe: Lines(self._secrets) for pipe in pipes}
+        lines = {pipe: Lines(RedactedLines(redactor())) for pipe in pipes}
+        passed = {pipe: Passed(_redaction(target)) for pipe, target in pipes.items() if target is not None}
+        heard = dict.fromkeys(passed, 0.0)
         with selectors.DefaultSelector() as selector:
             for pipe in pipes:
                 os.set_blocking(pipe, False)
                 selector.register(pipe, selectors.EVENT_READ)
             ended = False
             while selector.get_map():
-                ready = selector.select(0.0 if ended else 1.0)
+                ready = selector.select(0.0 if ended else LINE_S)
                 if ended and not ready:
                     break
+                now = time.monotonic()
+                for pipe, stream in passed.items():
+                    if now - heard[pipe] >= LINE_S:
+                        _pass_on(pipes[pipe], stream.rest())
                 for key, _ in ready:
                     data = _read(key.fd)
                     is_note = pipes[key.fd] is None
@@ -67,10 +76,15 @@ class Keeper:
                     if not data:
                         selector.unregister(key.fd)
                     else:
-                        data = data.replace(END, b"") if is_note else data
-                        _pass_on(pipes[key.fd], data)
+                        if is_note:
+                            data = data.replace(END, b"")
+                        else:
+                            heard[key.fd] = now
+                            _pass_on(pipes[key.fd], passed[key.fd].feed(data))
                         self._add(lines[key.fd].feed(data))
                 ended = ended or not _is_alive(self._parent)
+        for pipe, stream in passed.items():
+            _pass_on(pipes[pipe], stream.rest())
         _let_go()
         self._add(b"".join(stream.end() for stream in lines.values()))
         self._ending.set()
@@ -119,6 +133,17 @@ class Keeper:
         with self._lock:
             self._parts.move_behind([(part.offset, part.size) for part in mine if part.attempt == self._attempt])
         self._begun = True
+
+
+def _redaction(target: int) -> Callable[[bytes], bytes]:
+    """Returns what redacts the bytes for this descriptor; a terminal is also spared control characters."""
+    from trainer.redact import RedactedLines, redactor
+    from trainer.terminal import neutralise_output
+
+    redact = RedactedLines(redactor())
+    if not os.isatty(target):
+        return redact
+    return lambda data: neutralise_output(redact(data).decode(errors="replace")).encode()
 
 
 def _let_go() -> None:

@@ -5,12 +5,10 @@ A part's key tells how many bytes stand before it, so that whoever reads finds g
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
-from urllib.parse import unquote
 
 from trainer import layout
 from trainer.storage import Storage, in_parallel
@@ -20,11 +18,6 @@ TAIL_PARTS = 15
 """Parts that stay beside the first one: 4 MiB per rank and attempt."""
 LONGEST_LINE = 64 * 1024
 _PARALLEL_READS = 8
-_SECRET_NAME = re.compile(r"KEY|SECRET|TOKEN|PASSW(OR)?D|PASSPHRASE|CREDENTIAL", re.IGNORECASE)
-_PLACE_NAME = re.compile(r"_(FILE|PATH|DIR)$", re.IGNORECASE)
-_ADDRESS_NAME = re.compile(r"(^|_)(UR[IL]|DSN|PROXY)$", re.IGNORECASE)
-_USER = re.compile(r"^[\w+.-]+://([^/\s@]+)@")
-_SHORTEST_SECRET = 8
 
 
 @dataclass
@@ -97,11 +90,11 @@ class LogParts:
 
 
 class Lines:
-    """Whole lines of one stream, as they are kept: of a line that was drawn again and again its last state, without the
-    values of ``secrets``."""
+    """Whole lines of one stream, as they are kept: of a line that was drawn again and again its last state, and what
+    ``redact`` makes of it."""
 
-    def __init__(self, secrets: tuple[bytes, ...] = ()) -> None:
-        self._secrets = secrets
+    def __init__(self, redact: Callable[[bytes], bytes] = bytes) -> None:
+        self._redact = redact
         self._rest = b""
 
     def feed(self, data: bytes) -> bytes:
@@ -118,35 +111,39 @@ class Lines:
         return self._kept(rest + b"\n") if rest else b""
 
     def _kept(self, text: bytes) -> bytes:
-        if b"\r" in text:
-            text = b"".join(map(_last_state, re.findall(rb"[^\n]*\n|[^\n]+", text)))
-        for secret in self._secrets:
-            text = text.replace(secret, b"***")
-        return text
+        return self._redact(last_states(text))
+
+
+class Passed:
+    """One stream as it is passed on: at once, but for the end of a line that is being written, which waits for its rest
+    until `rest` is asked for, so that no credential is cut in two."""
+
+    def __init__(self, redact: Callable[[bytes], bytes]) -> None:
+        self._redact = redact
+        self._rest = b""
+
+    def feed(self, data: bytes) -> bytes:
+        text = self._rest + data
+        end = max(text.rfind(b"\n"), text.rfind(b"\r")) + 1
+        if not end and len(text) > LONGEST_LINE:
+            end = len(text)
+        self._rest = text[end:]
+        return self._redact(text[:end])
+
+    def rest(self) -> bytes:
+        """Returns what waits, a progress bar's newest state for example."""
+        rest, self._rest = self._rest, b""
+        return self._redact(rest) if rest else b""
+
+
+def last_states(text: bytes) -> bytes:
+    """Returns each line as it was drawn last, where a progress bar has drawn it again and again."""
+    return b"".join(map(_last_state, re.findall(rb"[^\n]*\n|[^\n]+", text))) if b"\r" in text else text
 
 
 def _last_state(line: bytes) -> bytes:
     body = line.rstrip(b"\r\n")
     return body.rpartition(b"\r")[2] + (b"\n" if line.endswith(b"\n") else b"")
-
-
-def secrets_of(environment: Mapping[str, str]) -> tuple[bytes, ...]:
-    """Values of variables that hold credentials by their names, and user and password of addresses, the longest
-    first. Places of files are no secrets."""
-    found = {secret for name, value in environment.items() for secret in _secrets_in(name, value)}
-    return tuple(sorted((s.encode() for s in found if len(s) >= _SHORTEST_SECRET), key=len, reverse=True))
-
-
-def _secrets_in(name: str, value: str) -> Iterator[str]:
-    if _SECRET_NAME.search(name) and not _PLACE_NAME.search(name) and not _is_place(value):
-        yield value
-    if _ADDRESS_NAME.search(name) and (match := _USER.match(value)):
-        user, password = match[1], match[1].partition(":")[2]
-        yield from (user, password, unquote(password))
-
-
-def _is_place(value: str) -> bool:
-    return value.startswith(("/", "~")) and os.path.exists(os.path.expanduser(value))
 
 
 class Stored(NamedTuple):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, NamedTuple, TypeVar
@@ -15,12 +14,18 @@ from pydantic import (
     GetJsonSchemaHandler,
     Strict,
     ValidationError,
+    ValidationInfo,
     WrapValidator,
+    field_validator,
 )
 from pydantic_core import CoreSchema, core_schema
 
 from trainer.errors import UsageError
+from trainer.redact import credential_in, redact
 from trainer.registry import Registry
+
+STORED = "stored"
+"""In the validation's context: the recipe is read from a run, which an earlier version may have frozen."""
 
 KeyPath = tuple[str | int, ...]
 """Where a value stands in a recipe: ``("data", "train", 0, "path")``."""
@@ -45,6 +50,16 @@ class Section(BaseModel):
     model_config = ConfigDict(
         extra="forbid", frozen=True, strict=True, allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @field_validator("*")
+    @classmethod
+    def _without_credentials(cls, value: Any, info: ValidationInfo) -> Any:
+        """Refuses credentials in every text of every section, but for a recipe that is stored already (STORED)."""
+        if not (info.context or {}).get(STORED):
+            for text in _texts(value):
+                if refusal := credentials_refused(text):
+                    raise ValueError(refusal)
+        return value
 
     def conflicts(self) -> Iterator[Conflict]:
         """What cannot stand together inside this section; paths are relative to it."""
@@ -96,11 +111,11 @@ def show(value: Any) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return f"the text {_cut(value)!r}"
+        return f"the text {_cut(redact(value))!r}"  # what is cut cannot be told for a credential any more
     if isinstance(value, dict):
         return "a mapping" if value else "an empty mapping"
     if isinstance(value, list | tuple):
-        return f"[{_cut(', '.join(str(v) for v in value))}]"
+        return f"[{_cut(redact(', '.join(str(v) for v in value)))}]"
     return str(value)
 
 
@@ -108,17 +123,27 @@ def _cut(text: str, length: int = 60) -> str:
     return text if len(text) <= length else text[: length - 1] + "…"
 
 
-CREDENTIALS = re.compile(r"://([^/@]*@|[^/@]*:(?!\d+(/|$))[^@]*@)")
-"""``user@`` or ``user:password@`` after the scheme, where the password may hold a slash; a host's port is none."""
+def credentials_refused(text: str) -> str | None:
+    """Returns the sentence that refuses a text with credentials, without repeating them; None for any other text."""
+    if (what := credential_in(text)) is None:
+        return None
+    return (
+        f"holds credentials ({what}), and a recipe is stored and printed; take them out and give them in the "
+        "environment: AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY for s3:// (or ~/.aws/credentials), "
+        "GOOGLE_APPLICATION_CREDENTIALS for gs://, HF_TOKEN for the Hub; in place of a signed address give the store's "
+        "own (s3://bucket/key)"
+    )
 
 
-def _without_credentials(url: str) -> str:
-    if CREDENTIALS.search(url) and not url.startswith("hf://"):
-        raise ValueError(
-            "holds credentials (user:password@…), and a recipe is stored and printed; "
-            "take them out and give them in the environment (for S3 AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY)"
-        )
-    return url
+def _texts(value: Any) -> Iterator[str]:
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for key, item in value.items():
+            yield from (*_texts(key), *_texts(item))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _texts(item)
 
 
 def _not_empty(text: str) -> str:
@@ -127,5 +152,5 @@ def _not_empty(text: str) -> str:
     return text
 
 
-Location = Annotated[str, AfterValidator(_not_empty), AfterValidator(_without_credentials)]
-"""A local path or an fsspec URL. Credentials never stand in a recipe, so they are refused without being printed."""
+Location = Annotated[str, AfterValidator(_not_empty)]
+"""A local path or an fsspec URL."""

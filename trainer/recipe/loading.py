@@ -17,12 +17,13 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from trainer.errors import Mistake, RecipeError
-from trainer.recipe.base import CREDENTIALS, Conflict, KeyPath, show
+from trainer.recipe.base import STORED, Conflict, KeyPath, show
 from trainer.recipe.document import Document, read_json, read_yaml
 from trainer.recipe.overrides import apply
 from trainer.recipe.root import Recipe
 from trainer.recipe.sentences import path_of, sentence
 from trainer.recipe.tree import annotation_at, dotted, field_at, section_of, stand_in, stand_in_for
+from trainer.redact import redact
 
 COMMAND_LINE = "command line"
 
@@ -48,14 +49,15 @@ def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Recipe:
     return loads(text, str(path), overrides)
 
 
-def loads(text: str, where: str = "recipe.yaml", overrides: Sequence[str] = ()) -> Recipe:
-    """The same for a text; ``where`` names it in mistakes, and its ending tells JSON from YAML."""
+def loads(text: str, where: str = "recipe.yaml", overrides: Sequence[str] = (), *, stored: bool = False) -> Recipe:
+    """Reads a text in the same way; ``where`` names it in mistakes, and its ending tells JSON from YAML. ``stored``: it
+    lies in a run, where version 0.1 may have let credentials through; overrides are checked all the same."""
     document = read_json(text) if where.endswith(".json") else read_yaml(text)
     if not isinstance(document.data, dict):
         raise RecipeError(tuple(_not_a_mapping(document, where)))
     data = document.data
     applied = apply(data, overrides)
-    found, recipe = _validate(data)
+    found, recipe = _validate(data, stored=stored)
     mistakes = [_mistake(f"{where}:{note.line}", note.path, note.message) for note in document.notes]
     mistakes += [_mistake(_where(f.paths, document, applied.paths, where), f.paths[0], f.message) for f in found]
     mistakes.sort(key=_line)
@@ -75,14 +77,14 @@ def parse(data: dict[str, Any]) -> Recipe:
     return recipe
 
 
-def _validate(data: dict[str, Any]) -> tuple[list[Found], Recipe | None]:
+def _validate(data: dict[str, Any], *, stored: bool = False) -> tuple[list[Found], Recipe | None]:
     """All mistakes, and the recipe when there is none. ``data`` is mended in place."""
     found: list[Found] = []
     mended: set[KeyPath] = set()
     while True:
         try:
             # JSON, since a strict model takes JSON's lists for tuples but not Python's.
-            recipe = Recipe.model_validate_json(json.dumps(data, default=str))
+            recipe = Recipe.model_validate_json(json.dumps(data, default=str), context={STORED: stored})
             break
         except ValidationError as error:
             errors = error.errors(include_url=False)
@@ -156,7 +158,7 @@ def _not_a_mapping(document: Document, where: str) -> list[Mistake]:
 
 def _mistake(where: str, path: KeyPath, message: str) -> Mistake:
     """Credentials may have been put anywhere, and mistakes are printed and logged."""
-    return Mistake(where, dotted(path), CREDENTIALS.sub("://…@", message))
+    return Mistake(where, redact(dotted(path)), redact(message))
 
 
 def _one(where: str, message: str) -> RecipeError:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from trainer.recipe.base import KeyPath
+from trainer.recipe.base import KeyPath, credentials_refused
 from trainer.recipe.document import read_value
 from trainer.recipe.sentences import unknown_key
 from trainer.recipe.tree import annotation_at, dotted, kinds
@@ -27,6 +27,7 @@ def apply(data: dict[str, Any], overrides: Sequence[str]) -> Applied:
         key, separator, text = override.partition("=")
         path = tuple(int(part) if part.isdecimal() else part for part in key.strip().split("."))
         wrong = _wrong_key(path) if separator else f"{override!r} is not KEY=VALUE, such as optimizer.lr=1e-4"
+        wrong = wrong or credentials_refused(text) or ""
         wrong = wrong or _set(data, path, typed(text.strip(), annotation_at(path)))
         if wrong:
             mistakes.append((path if separator else (), wrong))

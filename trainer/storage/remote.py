@@ -14,8 +14,10 @@ import os
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
 from trainer.errors import InputError
+from trainer.redact import credential_in
 from trainer.storage.backend import Entries, Listing, Moved, ObjectInfo, Transient, one_line
 
 S3_PROTOCOLS = ("s3", "s3a")
@@ -123,10 +125,28 @@ def filesystem(url: str, attempts: int = 1) -> Any:
 
 
 def _check_endpoint() -> None:
+    """Raises InputError, which does not repeat them, for an endpoint with credentials: botocore fails of them as
+    it does of the network, and would be tried again and again."""
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
         value = os.environ.get(name)
-        if value and not value.startswith(("http://", "https://")):
+        if not value:
+            continue
+        if "@" in value or credential_in(value):
+            raise InputError(
+                f"{name} carries a user name, a password or another credential; write it as http://HOST:PORT or "
+                "https://HOST, and give credentials by AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or in "
+                "~/.aws/credentials"
+            )
+        if not _is_endpoint(value):
             raise InputError(f"{name} is {value!r}, which is no URL; write http://HOST:PORT or https://HOST")
+
+
+def _is_endpoint(value: str) -> bool:
+    try:
+        parts = urlsplit(value)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # the port is no number
+        return False
 
 
 def etag_of(info: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ from typing import Any
 from trainer import layout
 from trainer.errors import CorruptObject, Interrupted
 from trainer.recipe import Recipe, fingerprint
+from trainer.redact import redact
 from trainer.registry import TRACKERS
 from trainer.rowfeed import RowFeed
 from trainer.storage import Storage
@@ -179,7 +180,7 @@ def _beyond(mark: Mark, points: Sequence[Point]) -> Iterator[Point]:
 
 def _first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0] if lines else 'no message'}"
+    return f"{type(error).__name__}: {redact(lines[0]) if lines else 'no message'}"
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import Any
 
 from trainer.errors import InputError
 from trainer.recipe import Recipe
+from trainer.redact import clean, redact
 from trainer.tracking.base import EVAL, START, TRAIN, Curve, Mark, Point
 
 _DATABASES = ("sqlite:", "postgresql", "mysql", "mssql")
@@ -49,7 +50,7 @@ class Mlflow:
             self._id = found[0].info.run_id
             self._client.update_run(self._id, status="RUNNING")
         else:
-            tags = {_TAG: curve.id, "muster.run": curve.run.url}
+            tags = {_TAG: curve.id, "muster.run": redact(curve.run.url)}
             self._id = self._client.create_run(experiment, tags=tags, run_name=curve.recipe.name).info.run_id
         self._describe(curve.recipe, found[0].data.params if found else {})
 
@@ -97,7 +98,7 @@ class Mlflow:
         """As far as it is not ``known``: what was logged once cannot be changed."""
         from mlflow.entities import Param
 
-        found = _leaves(recipe.model_dump(mode="json"))
+        found = _leaves(clean(recipe.model_dump(mode="json")))
         leaves = [Param(name, str(value)[:_LONGEST_VALUE]) for name, value in found if name not in known]
         for at in range(0, len(leaves), _PARAMETERS_AT_ONCE):
             self._client.log_batch(self._id, params=leaves[at : at + _PARAMETERS_AT_ONCE], synchronous=True)

@@ -14,6 +14,7 @@ from typing import Any
 
 from trainer import layout
 from trainer.recipe import Recipe, dump
+from trainer.redact import redact
 from trainer.storage import Storage, open_storage
 from trainer.tracking.base import EVAL, START, TRAIN, Curve, Mark, Point
 
@@ -36,7 +37,7 @@ class TensorBoard:
         self._id = curve.id
         self._begin()
         if self._told == START:
-            self._data += _record(_text_event("recipe", _as_markdown(dump(curve.recipe))))
+            self._data += _record(_text_event("recipe", _as_markdown(redact(dump(curve.recipe)))))
 
     @staticmethod
     def check(recipe: Recipe) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from trainer.errors import InputError
 from trainer.recipe import Recipe
+from trainer.redact import clean
 from trainer.storage import Storage, local_path
 from trainer.tracking.base import Curve, Mark, Point
 
@@ -52,7 +53,7 @@ class Wandb:
             name=curve.recipe.name,
             group=section.group,
             tags=list(section.tags),
-            config=curve.recipe.model_dump(mode="json"),
+            config=clean(curve.recipe.model_dump(mode="json")),
             allow_val_change=True,  # resources and strategy may change between attempts
             resume="allow" if section.mode == "online" else None,
             reinit="create_new",
