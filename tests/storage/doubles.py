@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import http.client
+import itertools
+import os
 import socket
 import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+import pytest
 
 from trainer.storage import ObjectInfo, Retry, Storage
 from trainer.storage.backend import Entries, Listing, Moved, Transient
@@ -119,11 +124,24 @@ def unreachable(verb: str, path: str) -> None:
     raise Transient("connection refused")
 
 
+def unreadable(monkeypatch: pytest.MonkeyPatch, folder: Path, number: int, times: int = 10**6) -> None:
+    """Looking into ``folder`` fails with this errno, as without permission or while a file server is away."""
+    scandir, left = os.scandir, itertools.repeat(None, times)
+
+    def look(path: Any = ".") -> Any:
+        if os.fspath(path) == str(folder) and next(left, ...) is None:
+            raise OSError(number, os.strerror(number), str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", look)
+
+
 class FlakyServer:
     """Forwards HTTP to ``target``, except for the next ``left`` requests of ``method``, which meet ``fault``:
 
     503        answered so, not forwarded          reset      connection reset, not forwarded
     lost       forwarded, then reset               truncated  forwarded, the reply cut in the middle of its body
+    hang       taken, and never answered, not even with the "100 Continue" that a PUT waits for before it sends its body
     """
 
     def __init__(self, target: str) -> None:
@@ -131,6 +149,7 @@ class FlakyServer:
         self.target = urlsplit(target).netloc
         self.lock = threading.Lock()
         self.met = 0
+        self.closed = threading.Event()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), self._handler())
         self.endpoint = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
@@ -141,6 +160,7 @@ class FlakyServer:
             self.fault, self.method, self.left, self.met = fault, method, count, 0
 
     def close(self) -> None:
+        self.closed.set()
         self._server.shutdown()
         self._server.server_close()
         self._thread.join()
@@ -166,8 +186,17 @@ class FlakyServer:
             def log_message(self, format: str, *args: Any) -> None:
                 pass
 
+            def handle_expect_100(self) -> bool:
+                if flaky.fault == "hang" and flaky._next_fault(self.command):
+                    flaky.closed.wait()
+                    return False
+                return super().handle_expect_100()
+
             def _serve(self) -> None:
                 fault = flaky._next_fault(self.command)
+                if fault == "hang":
+                    flaky.closed.wait()
+                    return
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
                 if fault == "503":
                     self.send_response(503)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -12,7 +12,8 @@ from tests.storage.doubles import FlakyServer
 from tests.support.s3 import CREDENTIALS, S3, serve
 from tests.support.waiting import free_port
 from trainer.errors import CorruptObject, InputError, StorageError
-from trainer.storage import Storage, expand, locate, open_storage
+from trainer.storage import Retry, Storage, expand, locate, open_storage
+from trainer.storage.remote import RemoteBackend, filesystem
 
 
 @pytest.fixture
@@ -157,6 +158,76 @@ def test_a_bad_day_is_tried_again(flaky: FlakyServer, fault: str) -> None:
     flaky.inject(fault, "DELETE", 1)
     storage.delete(["a"])
     assert storage.list() == []
+
+
+@pytest.mark.parametrize("method", ["PUT", "GET", "DELETE", "HEAD"])
+def test_a_request_that_is_never_answered_is_abandoned_and_made_again(flaky: FlakyServer, method: str) -> None:
+    """botocore has PUTs wait for "100 Continue", and its read time-out has not begun by then."""
+    storage = Storage("s3://runs/x", RemoteBackend("s3"), Retry(60.0, first_s=0.01, attempt_s=1.0))
+    storage.write("a", b"0123456789")
+    flaky.inject("hang", method, 2)
+    calls: dict[str, Callable[[], object]] = {
+        "PUT": lambda: storage.write("a", b"new"),
+        "GET": lambda: storage.read("a"),
+        "DELETE": lambda: storage.delete(["a"]),
+        "HEAD": lambda: storage.info("a"),
+    }
+    calls[method]()
+    assert flaky.met == 2
+    assert storage.put_if_absent("b", b"later calls have connections of their own")
+
+
+def test_a_storage_that_hangs_for_good_ends_with_the_deadline(flaky: FlakyServer) -> None:
+    storage = Storage("s3://runs/x", RemoteBackend("s3"), Retry(1.0, first_s=0.01, attempt_s=0.2, least_s=0.1))
+    flaky.inject("hang", "PUT", 10**6)
+    with pytest.raises(StorageError, match=r"could not write s3://runs/x/a: \d+ attempts .* no answer within"):
+        storage.write("a", b"1")
+
+
+@pytest.mark.parametrize("url", ["s3://runs//a/b", "s3://runs///a//b/", "s3a://runs/a/b", "s3://runs/a/b/"])
+def test_an_address_has_one_spelling(moto: S3, url: str) -> None:
+    """A key with an empty part is written, and never listed below its folder."""
+    storage = open_storage(url)
+    assert storage.url == "s3://runs/a/b"
+    assert storage.check_writable()
+    storage.write("c", b"1")
+    assert [o.key for o in open_storage("s3://runs/a").list()] == ["b/c"]
+    assert locate(f"{url.rstrip('/')}//c")[0].url == "s3://runs/a/b"
+
+
+@pytest.mark.parametrize("url", ["s3://runs/a?versionId=17", "s3://runs/a?x=1/b"])
+def test_a_query_string_is_refused(url: str) -> None:
+    for call in (open_storage, locate, expand):
+        with pytest.raises(InputError, match="'s3://runs/a' is followed by a query string"):
+            call(url)
+
+
+@pytest.mark.parametrize("key", ["data//x.jsonl", "data/x.jsonl?versionId=17"])
+def test_an_object_that_cannot_be_read_back_is_named(moto: S3, key: str) -> None:
+    moto.filesystem().call_s3("put_object", Bucket="corpus", Key=key, Body=b"12")
+    for url in ("s3://corpus/data", "s3://corpus/data/**"):
+        with pytest.raises(InputError, match=r"rename it"):
+            expand(url)
+
+
+def test_brackets_are_literal_where_such_an_object_exists(moto: S3) -> None:
+    corpus = open_storage("s3://corpus/data")
+    for key in ("a[1].jsonl", "a1.jsonl", "run [2]/b.jsonl", "sub/.hidden.jsonl", "sub/deep/c.jsonl"):
+        corpus.write(key, b"12")
+    assert [o.url for o in expand("s3://corpus/data/a[1].jsonl")] == ["s3://corpus/data/a[1].jsonl"]
+    assert [o.url for o in expand("s3://corpus/data/run [2]")] == ["s3://corpus/data/run [2]/b.jsonl"]
+    assert [o.url for o in expand("s3://corpus/data/a[12].jsonl")] == ["s3://corpus/data/a1.jsonl"]
+    assert [o.url for o in expand("s3://corpus/data/*/*/c.jsonl")] == ["s3://corpus/data/sub/deep/c.jsonl"]
+    assert [o.url for o in expand("s3://corpus/data/sub/**")] == ["s3://corpus/data/sub/deep/c.jsonl"]
+    assert len(expand("s3://corpus/data/**/*.jsonl")) == 4
+
+
+def test_a_listing_that_never_ends_is_an_error(moto: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = open_storage("s3://runs/x", deadline_s=0.5)
+    page = {"IsTruncated": True, "NextContinuationToken": "again", "Contents": []}
+    monkeypatch.setattr(type(filesystem("s3://runs")), "call_s3", lambda fs, method, **request: page)
+    with pytest.raises(StorageError, match="the next page of the listing is the same page"):
+        storage.list()
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from collections.abc import Callable
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.storage.doubles import unreadable
 from tests.support.training import prepare, run_of, small_recipe, write_pairs
 from trainer import layout
 from trainer.begin import (
@@ -23,7 +25,7 @@ from trainer.begin import (
     try_open_data,
 )
 from trainer.checkpoint import CommitRecord, claim_attempt, claim_driver, commit, put_checkpoint
-from trainer.errors import CorruptObject, InputError, RecipeChanged
+from trainer.errors import CorruptObject, InputError, RecipeChanged, StorageError
 from trainer.model import load_tokenizer
 from trainer.recipe import Recipe
 from trainer.storage import Storage, open_storage
@@ -96,6 +98,22 @@ def test_after_it_another_recipe_is_refused_with_the_difference(make: Make) -> N
     for words in ("optimizer.lr: 0.005 -> 1.0", "adapter.rank: 4 -> 8", "give the new one another name"):
         assert words in str(refused.value)
     assert run.read(layout.RECIPE) == before
+
+
+@pytest.mark.parametrize(("number", "error"), [(errno.EACCES, InputError), (errno.EIO, StorageError)])
+def test_commits_that_cannot_be_seen_are_not_taken_for_none(
+    make: Make, monkeypatch: pytest.MonkeyPatch, number: int, error: type[Exception]
+) -> None:
+    """Else another learning rate would overwrite the frozen recipe and begin at step 0."""
+    run = run_of(make())
+    freeze_recipe(run, make())
+    committed(run)
+    for call in (check_same_recipe, freeze_recipe):
+        with monkeypatch.context() as patched:
+            unreadable(patched, Path(run.url, layout.COMMITS), number)
+            with pytest.raises(error):
+                call(run.within(0.05), make(**{"optimizer.lr": 1.0}))
+    assert read_recipe(run).optimizer.lr == 5e-3
 
 
 @pytest.mark.parametrize(

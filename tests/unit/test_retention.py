@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 
-from tests.storage.doubles import FaultyBackend, faulty
+from tests.storage.doubles import FaultyBackend, faulty, unreadable
 from tests.support.s3 import S3
 from trainer import layout
 from trainer.checkpoint import CommitRecord, Retention, commit, list_commits, put_checkpoint
 from trainer.checkpoint.retention import kept
-from trainer.errors import InputError
+from trainer.errors import InputError, StorageError
 from trainer.storage import Storage, open_storage
 
 HOUR = 3600.0
@@ -109,3 +110,41 @@ def test_temporary_files_of_dead_attempts_are_deleted_from_a_folder(tmp_path: Pa
     Retention(storage, 2, keep_last=1).apply(save(storage, 7, attempt=2))
     assert not older.exists()
     assert ours.exists()
+
+
+@pytest.mark.parametrize(("number", "error"), [(errno.ESTALE, StorageError), (errno.EACCES, InputError)])
+def test_a_listing_that_fails_deletes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: type[Exception]
+) -> None:
+    storage = open_storage(str(tmp_path), deadline_s=0.05)
+    for step in (1, 2, 3):
+        save(storage, step)
+    newest = save(storage, 4, attempt=2)
+    with monkeypatch.context() as patched:
+        unreadable(patched, tmp_path / "commits" / "000001", number)
+        with pytest.raises(error):
+            Retention(storage, 2, keep_last=3).apply(newest)
+    assert [r.step for r in list_commits(storage)] == [4, 3, 2, 1]
+    assert len(storage.folders(layout.CHECKPOINTS)) == 4
+    assert Retention(storage, 2, keep_last=3).apply(newest) == [1]
+
+
+def test_a_listing_without_ones_own_commit_deletes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    storage, backend = faulty()
+    for step in (1, 2, 3):
+        newest = save(storage, step)
+    record = backend.objects.pop(storage.uri(newest.key))
+    assert Retention(storage, 1, keep_last=1).apply(newest) == []
+    assert f"nothing is deleted: the listing of {storage.url} lacks {newest.key}" in caplog.text
+    backend.objects[storage.uri(newest.key)] = record
+    assert Retention(storage, 1, keep_last=1).apply(newest) == [1, 2]
+
+
+def test_a_commit_that_somebody_has_deleted_by_hand_stops_nothing() -> None:
+    storage, _ = faulty()
+    retention = Retention(storage, 1, keep_last=2)
+    made = [save(storage, step) for step in (1, 2)]
+    assert [retention.apply(record) for record in made] == [[], []]
+    storage.delete([made[0].key])
+    assert retention.apply(save(storage, 3)) == []
+    assert retention.apply(save(storage, 4)) == [2]

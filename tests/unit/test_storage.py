@@ -5,14 +5,20 @@ from __future__ import annotations
 import errno
 import os
 import pickle
+import subprocess
+import sys
 import threading
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from trainer.errors import CorruptObject, InputError
+from tests.storage.doubles import faulty, unreadable
+from trainer.errors import CorruptObject, InputError, StorageError
 from trainer.storage import Storage, expand, is_safe_key, locate, open_storage
+from trainer.storage.backend import NoAnswer, Transient
+from trainer.storage.limit import limited
 
 
 @pytest.fixture(params=["local", "memory"])
@@ -205,3 +211,129 @@ def test_locate_refuses_what_names_no_object() -> None:
     for url in ("s3://bucket", "s3://bucket/"):
         with pytest.raises(InputError, match="not an object"):
             locate(url)
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "said"),
+    [
+        (errno.EACCES, InputError, "no permission for .*/claims"),
+        (errno.EIO, StorageError, "Input/output error"),
+        (errno.ESTALE, StorageError, "Stale file handle"),
+    ],
+)
+def test_a_folder_that_cannot_be_looked_into_is_not_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int, error: type[Exception], said: str
+) -> None:
+    storage = open_storage(str(tmp_path), deadline_s=0.05)
+    storage.write("claims/000001", b"1")
+    storage.write("other", b"1")
+    unreadable(monkeypatch, tmp_path / "claims", number)
+    looks: list[Callable[[], object]] = [
+        storage.list,
+        lambda: storage.list("claims"),
+        lambda: storage.folders("claims"),
+        lambda: storage.abort_uploads("claims", lambda key: True),
+    ]
+    if error is InputError:  # the other kinds are tried again for two minutes
+        looks += [lambda: expand(str(tmp_path / "claims")), lambda: expand(str(tmp_path / "claims" / "*"))]
+    for look in looks:
+        with pytest.raises(error, match=said):
+            look()
+
+
+def test_a_bad_look_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = open_storage(str(tmp_path))
+    storage.write("claims/000001", b"1")
+    unreadable(monkeypatch, tmp_path / "claims", errno.EIO, times=2)
+    assert [o.key for o in storage.list()] == ["claims/000001"]
+
+
+def test_a_folder_that_goes_while_it_is_listed_is_no_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = open_storage(str(tmp_path))
+    storage.write("a/b/c", b"1")
+    storage.write("d", b"1")
+    unreadable(monkeypatch, tmp_path / "a" / "b", errno.ENOENT)
+    assert [o.key for o in storage.list()] == ["d"]
+
+
+def test_links_are_followed(tmp_path: Path) -> None:
+    """A storage, a run or a source may be a link, or hold links to other disks."""
+    (tmp_path / "disk" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "runs").symlink_to(tmp_path / "disk")
+    storage = open_storage(str(tmp_path / "runs"))
+    storage.write("checkpoints/a/x", b"1")
+    (tmp_path / "disk" / "linked").symlink_to(tmp_path / "disk" / "checkpoints")
+    assert [o.key for o in storage.list()] == ["checkpoints/a/x", "linked/a/x"]
+    assert storage.folders() == ["checkpoints", "linked"]
+    assert len(expand(str(tmp_path / "runs"))) == 2
+    storage.delete(["checkpoints/a/x"])
+    assert storage.list() == []
+
+
+def test_links_that_lead_nowhere_or_in_circles_are_named(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    storage.write("a/b", b"1")
+    (tmp_path / "a" / "again").symlink_to(tmp_path / "a")
+    with pytest.raises(InputError, match=r"again is a link to a folder that it lies in"):
+        storage.list()
+    (tmp_path / "a" / "again").unlink()
+    (tmp_path / "a" / "gone.jsonl").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(InputError, match=r"gone\.jsonl is a link to .*nowhere, which is not there"):
+        expand(str(tmp_path / "a"))
+    (tmp_path / "itself").symlink_to(tmp_path / "itself")
+    with pytest.raises(InputError, match="itself"):
+        storage.read("itself")
+
+
+def test_a_name_that_cannot_be_addressed_is_an_error_for_who_lists(tmp_path: Path) -> None:
+    (tmp_path / "a\\b.jsonl").write_bytes(b"{}")
+    with pytest.raises(InputError, match="cannot be addressed: rename it"):
+        expand(str(tmp_path))
+
+
+def test_a_listing_has_to_show_what_is_known_to_be_there(storage: Storage) -> None:
+    storage.write("a/b", b"1")
+    assert [o.key for o in storage.list("a", containing=["a/b"])] == ["a/b"]
+    with pytest.raises(StorageError, match="the listing does not show a/c, which is there"):
+        storage.within(0.05).list("a", containing=["a/b", "a/c"])
+
+
+def test_a_call_that_hangs_ends_and_one_that_is_slow_does_not() -> None:
+    released, moved_on = threading.Event(), threading.Event()
+    with pytest.raises(NoAnswer, match="no answer within 0 s"):
+        limited(lambda moved: released.wait(), 0.01)
+    released.set()
+
+    def slow(moved: Callable[[], None]) -> str:
+        for _ in range(20):
+            moved_on.wait(0.02)
+            moved()
+        return "done"
+
+    assert limited(slow, 0.2) == "done", "twice as long as it may be silent"
+    with pytest.raises(ZeroDivisionError):
+        limited(lambda moved: 1 // 0, 1.0)
+
+
+def test_a_process_ends_while_a_call_hangs() -> None:
+    code = (
+        "import threading, trainer.storage.limit as l\n"
+        "try: l.limited(lambda moved: threading.Event().wait(), 0.05)\n"
+        "except l.NoAnswer: print('abandoned')"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "abandoned\n", "")
+
+
+def test_a_dead_storage_takes_one_deadline_however_much_is_asked_for() -> None:
+    storage, backend = faulty(deadline_s=0.0)
+    asked: list[str] = []
+
+    def away(verb: str, path: str) -> None:
+        asked.append(path)
+        raise Transient("away")
+
+    backend.before = away
+    with pytest.raises(StorageError):
+        storage.delete(f"{i}" for i in range(1000))
+    assert len(asked) <= 8
