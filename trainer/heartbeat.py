@@ -4,6 +4,7 @@ Each rank writes a *pulse* (step, phase, how far it has come, its main thread's 
 every ``BEAT_S`` seconds, from a thread of its own. When no rank has moved for the patience (five times the 99th
 percentile of the step times so far, at least ``LEAST_PATIENCE_S``), those that hold the others up are
 
+- rank 0, where the store itself does not answer, which its process keeps; or else
 - the ranks whose pulse itself stopped (a stopped process, a dead host), or else
 - the ranks that have come least far: the others wait for them in a collective. Waiting for storage gets half an hour:
   each call has a deadline of its own and says so itself when it passes, but a phase may be many calls.
@@ -27,6 +28,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Any, Protocol
+
+from trainer.storage.backend import NoAnswer
+from trainer.storage.limit import limited
 
 BEAT_S = 1.0
 STALE_S = 10.0
@@ -153,22 +157,32 @@ class Heartbeat:
 
     def _work(self) -> None:
         while not self._closed.wait(BEAT_S):
+            patience = patience_s(self._steps, self._least_patience_s)
             try:
-                self.beat()
-                self.look()
-            except RuntimeError:  # the store went with rank 0: what was seen of the others grows old by itself
-                continue
-            found = culprits(self._seen, self._clock(), patience_s(self._steps, self._least_patience_s))
+                limited(lambda _: self._exchange(), STALE_S)  # a store's own time-out is not about every operation
+                found = culprits(self._seen, self._clock(), patience)
+            except (RuntimeError, NoAnswer):  # nobody's pulse can be seen, but for one's own
+                found = self._keeper_of_the_store(patience)
             if found and self._rank == self._first_sound(found):
                 self._on_hang(found)
                 return
+
+    def _exchange(self) -> None:
+        self.beat()
+        self.look()
 
     def beat(self) -> None:
         """Writes this rank's pulse."""
         step, phase, moves = self._now
         self._beat += 1
         pulse = Pulse(self._rank, self._host, os.getpid(), step, phase, moves, self._beat, self._stack())
+        self._seen[self._rank] = _after(self._seen.get(self._rank), pulse, self._clock())
         self._store.set(_key(self._rank), json.dumps(asdict(pulse)))
+
+    def _keeper_of_the_store(self, patience: float) -> list[Pulse]:
+        """Rank 0 as it was seen last, once this rank has not moved for the patience either; on rank 0 itself nobody."""
+        keeper, still = self._seen.get(0), self._clock() - self._seen[self._rank].moved_at >= patience
+        return [keeper.pulse] if keeper is not None and self._rank and still else []
 
     def look(self) -> None:
         """Reads everybody's newest pulse."""

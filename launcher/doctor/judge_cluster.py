@@ -10,7 +10,7 @@ from launcher.doctor.examined import Examination, Node
 from launcher.doctor.findings import Finding, failure, warning
 
 RECENT_S = 3600.0  # Ray remembers dead nodes for good; one that died yesterday is no news
-SKEW_WARN_S = 2.0  # leases are renewed every few seconds, and are stale after 15
+SKEW_WARN_S = 2.0  # the times that hosts print are compared by people, and signatures by servers
 SKEW_FAIL_S = 10.0
 SLOW_CONNECT_S = 5.0  # a reverse look-up without an answer costs ten seconds
 REACH = (

@@ -22,10 +22,10 @@ from trainer.tasks.sft import SFT
 LIMIT_S = 90
 
 
-def _hanging_rank(rank: int, recipe: Recipe, how: str) -> None:
-    """Rank 1 stops at its 9th micro-batch: the whole process (SIGSTOP), or its training thread only."""
+def _hanging_rank(rank: int, recipe: Recipe, how: str, stops: int) -> None:
+    """Rank ``stops`` stops at its 9th micro-batch: the whole process (SIGSTOP), or its training thread only."""
     heartbeat.LEAST_PATIENCE_S, heartbeat.STALE_S, heartbeat.BEAT_S = 3.0, 2.0, 0.2
-    if rank == 1:
+    if rank == stops:
         plain, calls = SFT.loss_sum, iter(range(1000))
 
         def stuck(self: SFT, *args: Any) -> Any:
@@ -40,17 +40,18 @@ def _hanging_rank(rank: int, recipe: Recipe, how: str) -> None:
     train_rank(rank, [recipe])
 
 
-@pytest.mark.parametrize("how", ["stopped", "stuck"])
-def test_the_rank_is_named_with_its_phase_and_ended(how: str, tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("how", "rank"), [("stopped", 1), ("stuck", 1), ("stopped", 0), ("stuck", 0)])
+def test_the_rank_is_named_with_its_phase_and_ended(how: str, rank: int, tiny_model: Path, tmp_path: Path) -> None:
+    """Also rank 0, whose process keeps the store through which the others see each other."""
     write_pairs(tmp_path / "data" / "a.jsonl", 60)
     sizes = {"training.global_batch": 4, "training.micro_batch": 1}
-    recipe = small_recipe(f"hang-{how}", tiny_model, tmp_path, **sizes)
-    ended = _end(run_ranks(_hanging_rank, 2, recipe, how, join=False))
-    assert (ended.error_index, ended.signal_name) == (1, "SIGKILL")
+    recipe = small_recipe(f"hang-{how}-{rank}", tiny_model, tmp_path, **sizes)
+    ended = _end(run_ranks(_hanging_rank, 2, recipe, how, rank, join=False))
+    assert (ended.error_index, ended.signal_name) == (rank, "SIGKILL")
     hang = next(e for e in read_rows(run_of(recipe), layout.EVENTS) if e["event"] == "hang")
     (culprit,) = hang["ranks"]
-    assert culprit["rank"] == 1
-    assert "rank 1 on" in hang["cause"]
+    assert culprit["rank"] == rank
+    assert f"rank {rank} on" in hang["cause"]
     if how == "stuck":  # a stopped process's newest pulse is from shortly before
         assert culprit["step"] == 5
         assert culprit["phase"].startswith("forward of micro-batch")
