@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.recipe import ModelSection, Recipe
+from trainer.recipe.data import checked_template
 from trainer.recipe.tasks import AUTO_CLASSES
+from trainer.registry import FORMATS
 
 ORIGIN_FILE = "muster.json"
 
@@ -37,13 +39,16 @@ class Origin(NamedTuple):
 
     @classmethod
     def read(cls, folder: Path) -> Origin | None:
-        """None where there is no such file, or one that is not understood. Whether code of the base may run is for
-        whoever loads it to say, not for the file."""
+        """None where there is no such file, or one that is not understood. Code of the base is not the file's to
+        trust (`trainer.recipe.trust`), and a template is held to what a recipe's may be."""
         try:
             told = json.loads((folder / ORIGIN_FILE).read_text())
             model = ModelSection.model_validate(told["model"]).model_copy(update={"trust_remote_code": False})
             if told["task"] not in AUTO_CLASSES:
                 return None
-            return cls(str(told["task"]), str(told["method"]), model, told.get("format"), told.get("template"))
-        except (OSError, ValueError, TypeError, KeyError):
+            format, template = told.get("format"), told.get("template")
+            if format is not None and format not in FORMATS:
+                return None
+            return cls(str(told["task"]), str(told["method"]), model, format, template and checked_template(template))
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None

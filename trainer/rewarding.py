@@ -15,6 +15,7 @@ from trainer.errors import InputError
 from trainer.model.placement import Placement
 from trainer.recipe import Recipe
 from trainer.recipe.tasks import AUTO_CLASSES, SEQUENCE
+from trainer.recipe.trust import Trust
 from trainer.saved import Address, Subject, find, load
 from trainer.saved.subject import ADAPTER_CONFIG, MODEL_CONFIG, tokenizer_of
 from trainer.storage import open_storage
@@ -37,7 +38,7 @@ def reward_model(recipe: Recipe, device: torch.device) -> ModelRater | SharedRew
     if recipe.task != "ppo" or place is None:
         return None
     with tempfile.TemporaryDirectory(prefix="muster-reward-") as folder:
-        subject = _found(place, Path(folder))
+        subject = _found(recipe, place, Path(folder))
         shared = _shared(subject, recipe)
         if shared is not None:
             return shared
@@ -52,11 +53,12 @@ def check_reward(recipe: Recipe) -> None:
         load_function(section.function)
     if section.model is not None:
         with tempfile.TemporaryDirectory(prefix="muster-reward-") as folder:
-            _found(section.model, Path(folder))
+            _found(recipe, section.model, Path(folder))
 
 
-def _found(place: str, folder: Path) -> Subject:
-    subject = find(_address(place), folder)
+def _found(recipe: Recipe, place: str, folder: Path) -> Subject:
+    """What lies at ``place`` may bring code if it is the recipe's own base, and the recipe trusts that."""
+    subject = find(_address(place), folder, trust=Trust(model=recipe.model))
     if AUTO_CLASSES[subject.task] != SEQUENCE:
         raise InputError(f"ppo.reward.model {place} is for task {subject.task}; a reward model is wanted")
     outputs = subject.outputs or len(subject.classes or ())

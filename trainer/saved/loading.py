@@ -7,6 +7,7 @@ quantising that is another thing than quantising the base; so they are put back 
 from __future__ import annotations
 
 import json
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,11 +23,14 @@ from trainer.adapters.residual import Residual
 from trainer.adapters.without_weights import StayingOnHost
 from trainer.errors import InputError
 from trainer.model import Head, build, fetch_model
+from trainer.model.code import brings_code, check_code
 from trainer.model.placement import Placement
 from trainer.model.spread import LaidOut, lay_out, spread
 from trainer.recipe import Recipe
 from trainer.recipe.tasks import AUTO_CLASSES, CAUSAL
 from trainer.saved.subject import ADAPTER_CONFIG, Subject
+
+log = logging.getLogger(__name__)
 
 INSERTED: dict[str, Callable[[Any], None]] = {
     "PROMPT_TUNING": before_embeddings,
@@ -41,6 +45,9 @@ def load(subject: Subject, placement: Placement, labels: tuple[str, ...] | None,
 
     Raises InputError when an adapter does not fit the base."""
     folder = fetch_model(subject.section).folder
+    if brings_code(folder) and not subject.section.trust_remote_code:
+        check_code(subject.section, folder)
+        log.warning("%s brings code that was not run; transformers' own takes its place", subject.section.path)
     if placement.disk:
         return _spread(subject, folder, placement, labels)
     return _whole(subject, folder, placement, Head(labels, seed) if labels else None).eval()
