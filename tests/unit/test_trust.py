@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +35,7 @@ from trainer.saved import Address, find, load, tokenizer_of
 from trainer.storage import open_storage
 
 CPU = torch.device("cpu")
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -311,3 +313,24 @@ def test_the_users_word_goes_along_with_a_job_that_reads_its_recipe_from_the_sto
     for changed in (place, f"file://{place}"):
         with pytest.raises(InputError, match="is not the recipe that was submitted: it was changed since"):
             recipe_at(changed, trust=True)
+
+
+@pytest.mark.parametrize("script", ["train", "train_torchrun"])
+def test_slurms_scripts_give_the_users_word_where_they_read_the_recipe(script: str, tmp_path: Path) -> None:
+    """Once, from the storage; what they keep of it is a file of the job's own."""
+    for name in ("muster", "ray", "python", "torchrun"):
+        (tmp_path / name).write_text(
+            f'#!/bin/bash\n[[ " $* " == *" render "* ]] || exit 0\necho "$@" >{tmp_path}/given\nexit 7\n'
+        )
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "1", "SLURM_SUBMIT_DIR": str(tmp_path)}
+    url = "s3://runs/r/submitted/x.yaml"
+    done = subprocess.run(
+        ["bash", str(ROOT / "slurm" / f"{script}.sbatch"), url, FLAG, "--takeover"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 7, done.stderr
+    assert (tmp_path / "given").read_text().split()[-5:] == ["render", "--on", "local", FLAG, url]
