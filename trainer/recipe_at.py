@@ -45,4 +45,4 @@ def recipe_at(place: str, overrides: Sequence[str] = (), *, trust: bool = False)
     if submitted and digest_of(text) != submitted[1]:
         raise InputError(f"{place} is not the recipe that was submitted: it was changed since; submit the run again")
     recipe = loads(text, place, overrides)
-    return recipe if "://" not in place else granted(recipe, place, trust=trust)
+    return recipe if "://" not in place else granted(recipe, place, trust=trust, submits=True)

@@ -279,6 +279,26 @@ def test_where_transformers_has_the_model_its_code_is_left_alone_aloud(
     assert not mark.exists()
 
 
+@pytest.mark.parametrize(
+    ("section", "settings"),
+    [
+        ("slurm", {"options": ("--export=MUSTER_ACTIVATE=/tmp/evil",)}),
+        ("kubernetes", {"image": "registry.example/evil"}),
+        ("ray", {"address": "http://evil.example:8265"}),
+    ],
+)
+def test_a_stored_recipe_is_not_submitted_as_it_likes(
+    section: str, settings: dict[str, Any], honest: Recipe, tmp_path: Path
+) -> None:
+    inner = getattr(honest.cluster, section).model_copy(update=settings)
+    recipe = honest.model_copy(update={"cluster": honest.cluster.model_copy(update={section: inner})})
+    (tmp_path / "recipe.yaml").write_text(dump(recipe))
+    with pytest.raises(UsageError, match=rf"would run cluster\.{section}\.{next(iter(settings))} "):
+        recipe_at(f"file://{tmp_path}/recipe.yaml")
+    assert recipe_at(f"file://{tmp_path}/recipe.yaml", trust=True) == recipe == recipe_at(f"{tmp_path}/recipe.yaml")
+    assert resumed_recipe(open_storage(str(tmp_path))) == recipe, "torchrun submits nothing"
+
+
 def test_a_recipe_trusts_its_own_base_and_no_other(tmp_path: Path, honest: Recipe) -> None:
     own = honest.model.model_copy(update={"trust_remote_code": True})
     trust = Trust(model=own)

@@ -31,6 +31,17 @@ def code_of(recipe: Recipe) -> list[str]:
     return found
 
 
+def submitting_code_of(recipe: Recipe) -> list[str]:
+    """Every value that says what runs on a cluster, or who is sent the job and its credentials."""
+    cluster = recipe.cluster
+    values = {
+        "cluster.slurm.options": " ".join(cluster.slurm.options),
+        "cluster.kubernetes.image": cluster.kubernetes.image,
+        "cluster.ray.address": cluster.ray.address,
+    }
+    return [f"{name} {value}" for name, value in values.items() if value]
+
+
 def without_code(recipe: Recipe) -> Recipe:
     """The recipe as it may be read from a storage: nothing in it leads to foreign code."""
     changes: dict[str, object] = {"model": recipe.model.model_copy(update={"trust_remote_code": False})}
@@ -41,13 +52,14 @@ def without_code(recipe: Recipe) -> Recipe:
     return recipe.model_copy(update=changes)
 
 
-def granted(recipe: Recipe, where: str, *, trust: bool) -> Recipe:
-    """A recipe from the storage at ``where``, to be trained with. Raises UsageError when it names code and the user
-    does not ``trust`` it: leaving the code out would train something else."""
-    if not trust and (code := code_of(recipe)):
+def granted(recipe: Recipe, where: str, *, trust: bool, submits: bool = False) -> Recipe:
+    """A recipe from the storage at ``where``, to be trained with, and perhaps submitted. Raises UsageError when it
+    names code and the user does not ``trust`` it: leaving the code out would train something else."""
+    code = [*code_of(recipe), *(submitting_code_of(recipe) if submits else [])]
+    if code and not trust:
         raise UsageError(
-            f"{where} lies in a storage and would run {' and '.join(code)}: look at that code, then give {FLAG}, or "
-            "name a recipe file of your own"
+            f"{where} lies in a storage and would run {' and '.join(code)}: look at that, then give {FLAG}, or name a "
+            "recipe file of your own"
         )
     return recipe
 
