@@ -70,9 +70,8 @@ def submit(job: Job, kind: str, recipe: Recipe, say: Say) -> Submission:
     if trains:
         check_same_recipe(run, recipe)
         withdraw_end(run)
-    if kind in READ_FROM_STORAGE and (
-        code_of(recipe) or submitting_code_of(recipe)
-    ):  # there the user's word has to come with the command
+    # Where the job reads its recipe from the storage, the user's word has to come with the command.
+    if kind in READ_FROM_STORAGE and (code_of(recipe) or submitting_code_of(recipe)):
         job = replace(job, command=(*job.command, FLAG))
     unique = f"{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(4)}"
     key = f"{layout.SUBMITTED}/{unique}-{digest_of(job.recipe)}.yaml"

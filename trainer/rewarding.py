@@ -113,10 +113,14 @@ def _config(folder: Path) -> PeftConfig | None:
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = folder / "adapter_model.safetensors"
-    return load_file(path) if path.is_file() else {}
+    try:
+        return load_file(path) if path.is_file() else {}
+    except SafetensorError as error:
+        raise InputError(f"ppo.reward.model: its {path.name} cannot be read, it is torn: {error}") from error
 
 
 def _on_model(saved: str) -> str:
