@@ -101,9 +101,7 @@ class TrainState:
                     try:
                         opened[name] = stack.enter_context(safe_open(folder / name, framework="pt"))
                     except SafetensorError as error:
-                        raise CorruptObject(
-                            f"{name} of the checkpoint is no whole safetensors file: {error}"
-                        ) from error
+                        raise CorruptObject(f"the checkpoint's {name} is no safetensors file: {error}") from error
                 return opened[name]
 
             read = self._weight_reader(folder, reader)

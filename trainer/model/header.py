@@ -64,22 +64,24 @@ def _entry(name: str, given: Any, base: int) -> Entry:
     shown = f"its tensor {name[:SHOWN]!r}"
     if not isinstance(given, Mapping):
         raise BadHeader(f"{shown} is no mapping in the header")
-    dtype, shape, offsets = (given.get(key) for key in ("dtype", "shape", "data_offsets"))
+    dtype, shape, offsets = given.get("dtype"), _sizes(given.get("shape")), _sizes(given.get("data_offsets"))
     if not isinstance(dtype, str) or dtype not in BITS:
         raise BadHeader(f"{shown} is of type {str(dtype)[:SHOWN]!r}, which nobody here knows")
-    if not _are_sizes(shape):
-        raise BadHeader(f"{shown} has the shape {str(shape)[:SHOWN]}, which is none")
-    if not _are_sizes(offsets) or len(offsets) != 2 or offsets[1] < offsets[0]:
-        raise BadHeader(f"{shown} lies at {str(offsets)[:SHOWN]}, which is no place")
+    if shape is None:
+        raise BadHeader(f"{shown} has the shape {str(given.get('shape'))[:SHOWN]}, which is none")
+    if offsets is None or len(offsets) != 2 or offsets[1] < offsets[0]:
+        raise BadHeader(f"{shown} lies at {str(given.get('data_offsets'))[:SHOWN]}, which is no place")
     bits = math.prod(shape) * BITS[dtype]
     if bits != 8 * (offsets[1] - offsets[0]):
         raise BadHeader(f"{shown} has the shape {str(shape)[:SHOWN]} in {offsets[1] - offsets[0]} bytes")
     return Entry(dtype, tuple(shape), base + offsets[0], base + offsets[1])
 
 
-def _are_sizes(value: Any) -> bool:
-    whole = isinstance(value, list) and all(type(number) is int for number in value)
-    return whole and all(0 <= number < 2**63 for number in value)
+def _sizes(value: Any) -> list[int] | None:
+    """None for what is no list of sizes; true and false are none, though Python counts them among the numbers."""
+    if not isinstance(value, list) or not all(type(number) is int and 0 <= number < 2**63 for number in value):
+        return None
+    return value
 
 
 def _check_whole(entries: list[tuple[str, Entry]], base: int, size: int) -> None:
