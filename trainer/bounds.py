@@ -38,7 +38,7 @@ def bounded_cpu(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def bounded_memory(more: int) -> Iterator[None]:
-    """Memory of the host is refused (MemoryError, or a library's own error) beyond so many bytes ``more`` than are held.
+    """Refuses memory of the host (MemoryError, or a library's own error) beyond so many bytes ``more`` than are held.
 
     Where the kernel tells what is held (Linux). The bound is that of the whole process, other threads included."""
     try:

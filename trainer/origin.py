@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from trainer.recipe import ModelSection, Recipe
 from trainer.recipe.data import checked_template
@@ -20,13 +20,15 @@ ORIGIN_FILE = "muster.json"
 
 class Origin(NamedTuple):
     """``method``: the recipe's word, or peft's, for a method that was named so. ``model``: the base, as the recipe has
-    it. ``format`` and ``template``: of the training data, the first source's."""
+    it. ``format`` and ``template``: of the training data, the first source's. ``base``: by which the model that was
+    trained on is known again (`trainer.model.identity`)."""
 
     task: str
     method: str
     model: ModelSection
     format: str | None = None
     template: str | None = None
+    base: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, recipe: Recipe) -> Origin:
@@ -49,6 +51,8 @@ class Origin(NamedTuple):
             format, template = told.get("format"), told.get("template")
             if format is not None and format not in FORMATS:
                 return None
-            return cls(str(told["task"]), str(told["method"]), model, format, template and checked_template(template))
+            base = told["base"] if isinstance(told.get("base"), dict) else None
+            template = template and checked_template(template)
+            return cls(str(told["task"]), str(told["method"]), model, format, template, base)
         except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None

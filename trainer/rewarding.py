@@ -17,7 +17,8 @@ from trainer.recipe import Recipe
 from trainer.recipe.tasks import AUTO_CLASSES, SEQUENCE
 from trainer.recipe.trust import Trust
 from trainer.saved import Address, Subject, find, load
-from trainer.saved.subject import ADAPTER_CONFIG, MODEL_CONFIG, tokenizer_of
+from trainer.saved.adapter_files import ADAPTER_CONFIG, check_patterns, read_adapter_config
+from trainer.saved.subject import MODEL_CONFIG, tokenizer_of
 from trainer.storage import open_storage
 from trainer.tasks.ppo.raters import ADAPTER, ModelRater, SharedReward
 from trainer.tasks.ppo.scoring import load as load_function
@@ -92,12 +93,22 @@ def _shared(subject: Subject, recipe: Recipe) -> SharedReward | None:
     (folder,) = subject.adapters.values()
     config, tensors = _config(folder), _tensors(folder)
     head = tensors.pop(HEAD_KEY, None)
+    _check_sizes(recipe, folder, tensors)
     lora = all(name.rpartition(".")[0].endswith((".lora_A", ".lora_B")) for name in tensors)
     if config is None or head is None or not lora or not (folder / MODEL_CONFIG).is_file():
         return None
     pad = json.loads((folder / MODEL_CONFIG).read_text()).get("pad_token_id")
     log.info("%s is put on the base of the policy", recipe.ppo.reward.model)
     return SharedReward(config, {_on_model(n): t for n, t in tensors.items()}, head, -1 if pad is None else int(pad))
+
+
+def _check_sizes(recipe: Recipe, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Raises InputError for a configuration that would lay out far more than its file holds."""
+    place, given = str(recipe.ppo.reward.model), read_adapter_config(folder, str(recipe.ppo.reward.model))
+    check_patterns(given, [name.rpartition(".lora_")[0] for name in tensors], place)
+    rank, ranks = given.get("r"), [min(t.shape) for t in tensors.values() if t.ndim == 2]
+    if isinstance(rank, int) and ranks and rank > 4 * max(ranks):
+        raise InputError(f"ppo.reward.model {place} says rank {rank}, and its file holds rank {max(ranks)}")
 
 
 def _config(folder: Path) -> PeftConfig | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections import Counter
@@ -21,10 +20,10 @@ from trainer.model.placement import placement_for
 from trainer.publish import STATE_FILES, is_last, published_files, reads_back
 from trainer.recipe.tasks import AUTO_CLASSES
 from trainer.recipe.trust import NOBODY, Trust
+from trainer.saved.adapter_files import ADAPTER_CONFIG, check_patterns, read_adapter_config
 from trainer.saved.generation import Writer
 from trainer.saved.loading import load
 from trainer.saved.subject import (
-    ADAPTER_CONFIG,
     DEFAULT,
     MODEL_CONFIG,
     Address,
@@ -99,7 +98,7 @@ def _run(uri: str, run: Storage, trust: Trust) -> Description:
 
 def _adapter(uri: str, storage: Storage, subject: Subject) -> Description:
     (folder,) = subject.adapters.values()
-    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    config = read_adapter_config(folder, uri)
     found = _described(uri, "adapter", subject, storage)
     found.settings = {name: config[name] for name in SETTINGS if config.get(name) not in (None, False, [])}
     found.base = subject.section.model_dump(mode="json", exclude={"trust_remote_code"})
@@ -200,7 +199,9 @@ def _laid_out(subject: Subject) -> dict[str, tuple[int, ...]]:
     config = transformers.AutoConfig.from_pretrained(base_files(subject), trust_remote_code=trust, **head)
     with torch.device("meta"):
         base = getattr(transformers, AUTO_CLASSES[subject.task]).from_config(config, trust_remote_code=trust)
+        check_patterns(read_adapter_config(folder, DEFAULT), [name for name, _ in base.named_modules()], DEFAULT)
         settings = PeftConfig.from_pretrained(str(folder))
+        settings.inference_mode = True  # else prompts would be drawn, from files that the configuration names
         model = get_peft_model(base, settings, low_cpu_mem_usage=True)
         saved = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: tuple(tensor.shape) for name, tensor in saved.items()}

@@ -24,13 +24,14 @@ from trainer.publish import STATE_FILES, is_last, published_files
 from trainer.recipe import ModelSection, Recipe
 from trainer.recipe.tasks import AUTO_CLASSES, CAUSAL, PEFT_TYPES, REFERRING
 from trainer.recipe.trust import NOBODY, Trust
+from trainer.saved.adapter_files import ADAPTER_CONFIG, read_adapter_config
 from trainer.storage import Storage, open_storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
+MODEL_CONFIG = "config.json"
 DEFAULT_OUTPUTS = ("LABEL_0", "LABEL_1")
 """Of a classifier whose configuration says nothing, by transformers."""
 DEFAULT = "default"
@@ -176,10 +177,12 @@ def _of_run(recipe: Recipe | None, run: Storage, folder: Path, trust: Trust) -> 
         if record is None:
             raise InputError(f"{run.url} has neither a final adapter nor a whole checkpoint yet: train it first")
         log.warning("%s has no whole final adapter; its checkpoint of step %d is taken", run.url, record.step)
-        folder = folder / "checkpoint"
+        base, folder = record.state.get("base"), folder / "checkpoint"
     else:
-        folder = folder / "adapter"
+        base, folder = None, folder / "adapter"
     found = _saved(recipe or begun, folder, run.url, trust)
+    if isinstance(base, dict) and found.origin:  # a checkpoint before the last has no file that says so
+        found = replace(found, origin=found.origin._replace(base=base))
     train = Preparation.from_json(run.read_json(layout.DATA)["train"])
     return replace(found, labels=train.labels or found.labels)
 
@@ -205,10 +208,13 @@ def _download(storage: Storage, folder: Path) -> None:
 def _saved(recipe: Recipe | None, folder: Path, where: str, trust: Trust) -> Subject:
     """What training saves: an adapter, or a whole model."""
     if (folder / ADAPTER_CONFIG).is_file():
-        config = _json(folder / ADAPTER_CONFIG, where)
+        config = read_adapter_config(folder, where)
+        known = _origin(folder, where)
         if recipe:
             _check_adapter(recipe, config, where)
-        origin = Origin.of(recipe) if recipe else _origin(folder, where) or _origin_by_peft(config, where)
+            origin = Origin.of(recipe)._replace(base=known.base if known else None)
+        else:
+            origin = known or _origin_by_peft(config, where)
         model_config = _json(folder / MODEL_CONFIG, where) if (folder / MODEL_CONFIG).is_file() else {}
         labels = _labels(model_config) if recipe else _outputs(model_config)
         section = trust.grant(origin.model)
@@ -301,6 +307,8 @@ def _outputs(config: dict[str, Any]) -> tuple[str, ...] | None:
 def _json(path: Path, where: str) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path.name} of {where} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path.name} of {where} is no mapping")
     return found
