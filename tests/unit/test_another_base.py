@@ -1,4 +1,4 @@
-"""An adapter, or a run, whose base is another one by now: a sentence that names what differs, never wrong in silence."""
+"""An adapter, or a run, whose base is another by now: a sentence that names what differs, never wrong in silence."""
 
 from __future__ import annotations
 
@@ -139,16 +139,14 @@ def test_a_run_does_not_go_on_on_another_base(name: str, tiny_model: Path, folde
         shutil.copy(other / weights, base / weights)
     on = recipe.model_copy(update={"training": recipe.training.model_copy(update={"stop_after": 4})})
     said = "num_hidden_layers 2 is 3 here" if name == "deeper" else r"weights \w+ is \w+ here"
-    with pytest.raises(InputError, match=rf"holds another base than .* was begun with: .*{said}; put that one back"):
+    with pytest.raises(InputError, match=rf"holds another base than .* was begun with: .*{said}.*; put that one back"):
         train_here(on)
     for file, raw in kept.items():
         (base / file).write_bytes(raw)
     assert train_here(on) == "interrupted"
     records = [json.loads(path.read_text()) for path in Path(run_of(on).url, layout.COMMITS).rglob("*.json")]
     assert max(record["step"] for record in records) == 4
-    assert {json.dumps(record["state"]["base"]) for record in records} == {
-        json.dumps(identity_of(ModelSection(path=str(base))))
-    }
+    assert all(record["state"]["base"] == identity_of(ModelSection(path=str(base))) for record in records)
 
 
 def test_the_same_base_is_known_again_in_another_place_and_form(tiny_model: Path, tmp_path: Path) -> None:
@@ -230,13 +228,17 @@ def test_a_prompt_is_not_drawn_from_what_its_configuration_names(
     assert asked == []
 
 
+def _spin() -> None:
+    while True:
+        pass
+
+
 def test_bounds_hold_and_are_taken_back() -> None:
     with bounded_memory(2**28), pytest.raises((MemoryError, RuntimeError)):
         torch.empty(2**30, dtype=torch.uint8)
     assert torch.empty(2**29, dtype=torch.uint8).numel() == 2**29
     with pytest.raises(OutOfTime), bounded_cpu(0.05):
-        while True:
-            pass
+        _spin()
     with bounded_cpu(0.05):
         pass
     for _ in range(10**6):

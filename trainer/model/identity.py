@@ -18,7 +18,6 @@ from trainer.model.source import Source
 from trainer.recipe.model import ModelSection
 
 SHAPE: dict[str, tuple[str, ...]] = {
-    "model_type": (),
     "num_hidden_layers": ("n_layer", "num_layers"),
     "hidden_size": ("n_embd", "d_model"),
     "num_attention_heads": ("n_head", "num_heads"),
@@ -59,7 +58,7 @@ def _shape(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{folder / 'config.json'} cannot be read: {error}") from error
     found = {name: next((config[n] for n in (name, *others) if n in config), None) for name, others in SHAPE.items()}
-    return {name: value for name, value in found.items() if isinstance(value, int | str)}
+    return {name: value for name, value in found.items() if isinstance(value, int)}
 
 
 def _sampled(source: Source, stored: Mapping[str, Stored]) -> str:
