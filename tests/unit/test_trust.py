@@ -18,16 +18,20 @@ import cluster
 from launcher import submitting
 from launcher.cli import main
 from tests.support.code import model_with_code, reward_with_code, tokenizer_with_code
+from tests.support.models import built
 from tests.support.played import Played
 from tests.support.saved import trained
 from tests.support.tasks import task_recipe, write_task_data
-from tests.support.training import run_of, train_here, write_pairs
+from tests.support.training import run_of, small_recipe, train_here, write_pairs
 from trainer import layout
 from trainer.__main__ import main as torchrun
+from trainer.adapters import targets
 from trainer.begin import check_same_recipe, read_recipe, resumed_recipe
 from trainer.errors import InputError, UsageError
 from trainer.model.placement import Placement
+from trainer.origin import Origin
 from trainer.recipe import Recipe, dump
+from trainer.recipe.data import checked_template
 from trainer.recipe.trust import FLAG, Trust, code_of, without_code
 from trainer.recipe_at import recipe_at
 from trainer.rewarding import check_reward, reward_model
@@ -354,3 +358,32 @@ def test_slurms_scripts_give_the_users_word_where_they_read_the_recipe(script: s
     )
     assert done.returncode == 7, done.stderr
     assert (tmp_path / "given").read_text().split()[-5:] == ["render", "--on", "local", FLAG, url]
+
+
+@pytest.mark.parametrize("template", ["{prompt:>99999}", "{prompt:{width}}", "{prompt.__class__}", "{0}", 5, ["{a}"]])
+def test_a_stored_template_fills_in_a_column_and_no_more(template: Any, honest: Recipe, tmp_path: Path) -> None:
+    Origin.of(honest).write(tmp_path)
+    assert Origin.read(tmp_path) == Origin.of(honest)
+    told = json.loads((tmp_path / "muster.json").read_text())
+    (tmp_path / "muster.json").write_text(json.dumps({**told, "template": template}))
+    assert Origin.read(tmp_path) is None
+    if isinstance(template, str):
+        with pytest.raises(ValueError, match=r"pads a column|names no column"):
+            checked_template(template)
+
+
+@pytest.mark.parametrize("field", ["megatron_config", "megatron_core"])
+def test_no_field_of_a_method_names_code(field: str, tiny_model: Path, folder: Path) -> None:
+    method = {"peft": "LORA", "r": 4, field: {"a": 1} if field == "megatron_config" else "this"}
+    recipe = small_recipe("megatron", tiny_model, folder, **{"adapter": {"method": method}})
+    with pytest.raises(InputError, match=f"LORA has no field '{field}'"):
+        built(recipe)
+
+
+def test_an_endless_expression_of_a_recipe_comes_to_an_end(
+    tiny_model: Path, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(targets, "MATCHING_S", 0.5)
+    recipe = small_recipe("endless", tiny_model, folder, **{"adapter.target_modules": "(([a-z_.0-9]+)+)+!"})
+    with pytest.raises(InputError, match="does not come to an end on this model's names; name the modules"):
+        built(recipe)

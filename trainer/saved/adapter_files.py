@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from trainer.adapters.by_name import CODE
+from trainer.adapters.targets import MATCHING_S
 from trainer.bounds import OutOfTime, bounded_cpu
 from trainer.errors import InputError
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NOT_LOADED = ("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "POLY", "SHADOW", "XLORA")
 """Types that read further files, or take more than a text."""
-MATCHING_S = 20.0
-"""Of the processor, for all names of a model; milliseconds are usual."""
 LISTED = 3
 
 
