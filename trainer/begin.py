@@ -84,7 +84,7 @@ def resumed_recipe(run: Storage, overrides: Sequence[str] = (), *, trust: bool =
 
 
 def _read_frozen(run: Storage, overrides: Sequence[str] = ()) -> Recipe:
-    """As it was written: to be compared, never to be acted on."""
+    """Reads the recipe as it was written: to be compared, never to be acted on."""
     try:
         text = run.read(layout.RECIPE).decode()
     except FileNotFoundError:

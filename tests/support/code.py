@@ -64,6 +64,6 @@ def tokenizer_with_code(folder: Path, mark: Path) -> None:
 
 
 def reward_with_code(path: Path, mark: Path) -> str:
-    """As a recipe names it."""
+    """Writes a reward function; returns the words by which a recipe names it."""
     path.write_text(REWARD.format(mark=str(mark)))
     return f"{path}:rate"

@@ -57,7 +57,7 @@ def honest(tiny_model: Path, folder: Path) -> Recipe:
 
 
 def model_of(folder: Path) -> Path:
-    """Of a name of its own: transformers keeps the code of models by their folders' names."""
+    """Names a folder like no other: transformers keeps the code of models by their folders' names."""
     return folder / f"model_{folder.name}"
 
 

@@ -13,7 +13,7 @@ from trainer.errors import InputError
 
 LISTED_MODULES = 20
 MATCHING_S = 20.0
-"""Of the processor, for all names of a model; milliseconds are usual."""
+"""Bound of the processor's time for all names of a model; milliseconds are usual."""
 ALL_LINEAR = "all-linear"
 Targets = str | tuple[str, ...] | list[str]
 

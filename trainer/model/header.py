@@ -19,7 +19,7 @@ BITS = {
     "BF16": 16, "F32": 32, "F64": 64, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
     "F8_E5M2FNUZ": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
-"""Of an element, by safetensors' names of types."""
+"""Bits of an element, by safetensors' names of types."""
 SHOWN = 80
 METADATA = "__metadata__"
 

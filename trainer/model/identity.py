@@ -25,7 +25,7 @@ SHAPE: dict[str, tuple[str, ...]] = {
     "intermediate_size": ("n_inner", "ffn_dim"),
     "num_experts": ("num_local_experts", "n_routed_experts"),
 }
-"""Of a configuration, with the names that some families have for the same."""
+"""Values of a configuration, with the names that some families have for the same."""
 SAMPLED, SAMPLE_BYTES = 8, 4096
 """Tensors, and bytes of the middle of each: another training of the same architecture differs in all of them."""
 WEIGHTS = "weights"

@@ -79,7 +79,7 @@ def check_patterns(config: dict[str, Any], names: Iterable[str], where: str) -> 
 
 
 def _patterns(config: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    """As peft matches them."""
+    """Yields every expression, with its field, as peft matches it against whole names."""
     for field in ("target_modules", "exclude_modules"):
         if isinstance(config.get(field), str):
             yield field, rf"(?:{config[field]})\Z"

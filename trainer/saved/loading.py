@@ -35,7 +35,7 @@ from trainer.saved.subject import Subject
 log = logging.getLogger(__name__)
 
 MOST_BYTES, TIMES = 4 * 2**30, 8
-"""Of the host's memory for laying an adapter out: so many bytes, and so many times its file."""
+"""Bound of the host's memory for laying an adapter out: so many bytes, and so many times its file."""
 INSERTED: dict[str, Callable[[Any], None]] = {
     "PROMPT_TUNING": before_embeddings,
     "P_TUNING": before_embeddings,
