@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launcher.console import bar, hush_libraries, stderr
+from launcher.options import TrustOption
 from trainer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ class Which:
     combination: str
     density: float | None
     quantization: str | None
+    trust: bool
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,7 @@ def generate(
     top_p: TopPOption = 1.0,
     seed: SeedOption = 17,
     batch: Annotated[int, typer.Option("--batch", min=1, help="prompts that are answered at once")] = 16,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Answer one prompt, or a file of them in its order."""
     from trainer.saved.batch import answer_file
@@ -105,7 +108,7 @@ def generate(
         raise UsageError("say what to answer by one of --prompt TEXT, --input FILE.jsonl")
     if (file is None) != (output is None):
         raise UsageError("--input and --output go together: a file of prompts, and one for their answers")
-    which = Which(run, adapter, model, use, combination, density, quantization)
+    which = Which(run, adapter, model, use, combination, density, quantization, trust_remote_code)
     drawing = Drawing(temperature, top_p, seed)
     stdout = sys.stdout
     with redirect_stdout(sys.stderr), _loaded(which, drawing, batch) as loaded:
@@ -135,9 +138,10 @@ def chat(
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
     seed: SeedOption = 17,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Talk to a run, an adapter or a model. In a pipe, each line is answered in turn."""
-    which = Which(run, adapter, model, use, combination, density, quantization)
+    which = Which(run, adapter, model, use, combination, density, quantization, trust_remote_code)
     stdout = sys.stdout
     with redirect_stdout(sys.stderr), _loaded(which, Drawing(temperature, top_p, seed), 1) as loaded:
         talk = _conversation(loaded, frame, system)
@@ -222,6 +226,7 @@ def _loaded(which: Which, drawing: Drawing, batch: int) -> Iterator[Loaded]:
 
     from launcher.progress import Progress
     from trainer.model.placement import placement_for
+    from trainer.recipe.trust import Trust
     from trainer.saved import Address, Sampling, Writer, base_files, find, load, tokenizer_of
     from trainer.saved.mixing import Mix, mixed
 
@@ -232,7 +237,7 @@ def _loaded(which: Which, drawing: Drawing, batch: int) -> Iterator[Loaded]:
     say = Progress(stderr()).phase
     with tempfile.TemporaryDirectory(prefix="muster-saved-") as folder:
         say("fetching what is asked")
-        subject = held(find(address, Path(folder)), which.quantization)
+        subject = held(find(address, Path(folder), trust=Trust(which.trust)), which.quantization)
         if subject.classes:
             raise UsageError(f"task {subject.task} makes a classifier, which writes no text: use muster evaluate")
         if mix is None and len(subject.adapters) > 1:

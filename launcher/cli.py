@@ -32,6 +32,7 @@ from launcher import (
     watching,
 )
 from launcher.console import Console, own_streams, stderr, stdout
+from launcher.options import TrustOption
 from trainer.errors import Interrupted, MusterError, RecipeError, StartAgain, UsageError
 from trainer.recipe_at import recipe_at
 from trainer.terminal import LOG_FORMAT, shown
@@ -70,10 +71,11 @@ def run(
     detach: Annotated[
         bool, typer.Option("--detach", help="after submitting a job, do not wait for it; exit code 0 means submitted")
     ] = False,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Train RECIPE to its end. Running it again resumes it."""
     console = stderr()
-    loaded = recipe_at(recipe, overrides or [])
+    loaded = recipe_at(recipe, overrides or [], trust=trust_remote_code)
     place = choose_place(on, address, loaded)
     if place is not None:
         submitting.run_elsewhere(loaded, place, ["--takeover"] if takeover else [], address, detach=detach)

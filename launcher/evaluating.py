@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launcher.console import bar, hush_libraries, print_json, stderr
+from launcher.options import TrustOption
 from trainer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="of each generated answer; 32, and 512 for solutions of GSM8K")
     ] = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Print what a run, an adapter or a model scores on RECIPE's data.eval, as one JSON object."""
     from trainer.recipe import load
@@ -47,7 +49,14 @@ def evaluate(
         say = Progress(stderr()).phase
         with bar("answering") as answered:
             scores = scores_of(
-                loaded, address, limit=limit, line=line, max_new_tokens=max_new_tokens, say=say, answered=answered
+                loaded,
+                address,
+                limit=limit,
+                line=line,
+                max_new_tokens=max_new_tokens,
+                say=say,
+                answered=answered,
+                trust=trust_remote_code,
             )
     print_json(scores)
 

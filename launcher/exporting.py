@@ -20,6 +20,7 @@ from launcher.answering import (
     UseOption,
 )
 from launcher.console import hush_libraries, print_json, stderr, stdout
+from launcher.options import TrustOption
 from trainer.errors import CorruptObject, UsageError
 
 if TYPE_CHECKING:
@@ -31,13 +32,15 @@ DTYPES = ("float32", "bfloat16", "float16")
 def inspect(
     uri: Annotated[str, typer.Argument(metavar="URI", help="the folder of an adapter, a model or a run")],
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Say what lies at URI, and whether its files are whole; of a model, whether it loads and writes."""
+    from trainer.recipe.trust import Trust
     from trainer.saved.describing import describe
 
     with redirect_stdout(sys.stderr):  # libraries print; stdout has the result alone
         hush_libraries()
-        found = describe(uri)
+        found = describe(uri, trust=Trust(trust_remote_code))
     if as_json:
         print_json(found.to_json())
     else:
@@ -65,10 +68,12 @@ def merge(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="float32 | bfloat16 | float16: of the weights; else as in training")
     ] = None,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Make an adapter part of its unquantised base, and compare logits before and after."""
     from launcher import serving
     from launcher.progress import Progress
+    from trainer.recipe.trust import Trust
     from trainer.saved import Address
     from trainer.saved.merging import combine
     from trainer.saved.merging import merge as merged_into
@@ -77,6 +82,7 @@ def merge(
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype!r} is not one of: {', '.join(DTYPES)}")
     address, folder, console = Address.of(run, adapter, None), Path(out), stderr()
+    trust = Trust(trust_remote_code)
     mix = Mix.chosen(use, combination, density)
     if as_adapter and dtype:
         raise UsageError("--dtype has no effect with --as-adapter; leave it out")
@@ -86,10 +92,10 @@ def merge(
         if as_adapter:
             if mix is None:
                 raise UsageError("--as-adapter writes what --use combines: name the adapters and their weights there")
-            combine(address, folder, mix, say=say)
+            combine(address, folder, mix, say=say, trust=trust)
             console.print(Text(f"the combined adapter lies in {folder}"), soft_wrap=True)
             return
-        done = merged_into(address, folder, mix=mix, dtype=dtype, say=say)
+        done = merged_into(address, folder, mix=mix, dtype=dtype, say=say, trust=trust)
     console.print(
         Text(f"the merged model lies in {folder}; its logits differ by {done.difference:.1e} of their norm"),
         soft_wrap=True,

@@ -75,6 +75,9 @@ def _model_without_weights(section: ModelSection, folder: Path, auto_class: str)
     import transformers
     from transformers import AutoConfig
 
+    from trainer.model.code import check_code
+
+    check_code(section, folder)
     trust = section.trust_remote_code
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)

@@ -19,10 +19,12 @@ import typer
 from cluster import KINDS, ClusterError, Job, cluster_of
 from cluster.job import Say
 from launcher.console import stderr
+from launcher.options import TrustOption
 from launcher.submission import Submission, read_submission
 from trainer import layout
 from trainer.errors import InputError, Interrupted, MusterError, UsageError, WorkerFailed
-from trainer.recipe_at import recipe_at
+from trainer.recipe.trust import FLAG, code_of, submitting_code_of
+from trainer.recipe_at import digest_of, recipe_at
 from trainer.redact import credential_in
 from trainer.storage import Storage, open_storage
 
@@ -34,6 +36,8 @@ LOOK_S = 1.0
 FIRST_LOOK_S = 30.0
 EVERYWHERE = ("ray", "kubernetes")
 """Kinds whose machines share no working directory with this one."""
+READ_FROM_STORAGE = ("slurm",)
+"""Kinds whose jobs read their recipe from the storage; to the others it travels inside the job."""
 
 
 def job_of(
@@ -69,7 +73,11 @@ def submit(job: Job, kind: str, recipe: Recipe, say: Say) -> Submission:
     if trains:
         check_same_recipe(run, recipe)
         withdraw_end(run)
-    key = f"{layout.SUBMITTED}/{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(4)}.yaml"
+    # Where the job reads its recipe from the storage, the user's word has to come with the command.
+    if kind in READ_FROM_STORAGE and (code_of(recipe) or submitting_code_of(recipe)):
+        job = replace(job, command=(*job.command, FLAG))
+    unique = f"{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(4)}"
+    key = f"{layout.SUBMITTED}/{unique}-{digest_of(job.recipe)}.yaml"
     run.write(key, job.recipe.encode())
     with cluster_errors():
         made = Submission(kind, cluster_of(kind).submit(job, run.uri(key)), time.time(), run.uri(key))
@@ -174,17 +182,19 @@ def render(
     on: Annotated[
         str, typer.Option(help="slurm | kubernetes | ray, or local for the recipe with all defaults filled in")
     ] = "slurm",
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Print what would be submitted, a command or a manifest. Nothing is contacted."""
     from trainer.recipe import dump
 
     if on == "local":
-        print(dump(recipe_at(recipe, overrides or [])), end="")
+        print(dump(recipe_at(recipe, overrides or [], trust=trust_remote_code)), end="")
         return
     with cluster_errors():
         cluster = cluster_of(on)
-        loaded = recipe_at(recipe, overrides or [])
-        job = job_of(loaded, on, arguments=[recipe, *(overrides or [])])
+        loaded = recipe_at(recipe, overrides or [], trust=trust_remote_code)
+        words = [recipe, *(overrides or []), *([FLAG] if trust_remote_code else [])]
+        job = job_of(loaded, on, arguments=words)
         check_address(job, on)
         print(cluster.render(job), end="")
 

@@ -23,7 +23,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 from trainer import layout
-from trainer.begin import check_same_recipe, freeze_recipe, prepare_data, read_recipe, try_open_data
+from trainer.begin import check_same_recipe, freeze_recipe, prepare_data, resumed_recipe, try_open_data
 from trainer.ending import leave
 from trainer.errors import InputError, Interrupted, MusterError, WorkerFailed
 from trainer.job import Job
@@ -32,6 +32,7 @@ from trainer.logs.rank import rank_log
 from trainer.model import fetch_model, load_tokenizer
 from trainer.publish import finished
 from trainer.recipe import Recipe
+from trainer.recipe.trust import FLAG
 from trainer.recipe_at import is_recipe, recipe_at
 from trainer.startup import DATA, IMPORT, Phases, process_began
 from trainer.storage import Storage, open_storage
@@ -53,6 +54,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("run", metavar="RUN_URI|RECIPE", help="a run, as `muster ls` prints it, or a recipe's file")
     parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="changes, by dotted path")
     parser.add_argument("--takeover", action="store_true", help="take the run from a driver that still holds it")
+    parser.add_argument(FLAG, action="store_true", dest="trust", help="run the Python code that a stored recipe names")
     options = parser.parse_args(arguments)
     logging.basicConfig(level=logging.WARNING)
     for handler in logging.getLogger().handlers:
@@ -60,7 +62,7 @@ def main(arguments: list[str] | None = None) -> int:
     _hush_libraries()
     code = 0
     try:
-        _run(options.run, options.overrides, takeover=options.takeover)
+        _run(options.run, options.overrides, takeover=options.takeover, trust=options.trust)
     except MusterError as error:
         print(shown(f"muster: {error}"), file=sys.stderr, flush=True)
         code = error.exit_code
@@ -74,9 +76,9 @@ def main(arguments: list[str] | None = None) -> int:
     return code
 
 
-def _run(place: str, overrides: list[str], *, takeover: bool) -> None:
+def _run(place: str, overrides: list[str], *, takeover: bool, trust: bool) -> None:
     stop = _listen()
-    recipe, storage, run = _find(place, overrides)
+    recipe, storage, run = _find(place, overrides, trust=trust)
     if finished(run):
         print(f"muster: {run.url} has reached its last step; its adapter lies in {run.uri(layout.ADAPTER)}")
     elif _rank() == 0:
@@ -86,17 +88,17 @@ def _run(place: str, overrides: list[str], *, takeover: bool) -> None:
         _train(Job(storage.url, 0, recipe, total, {}), stop.is_set, Rank(run, recipe, _rank(), None))
 
 
-def _find(place: str, overrides: list[str]) -> tuple[Recipe, Storage, Storage]:
+def _find(place: str, overrides: list[str], *, trust: bool) -> tuple[Recipe, Storage, Storage]:
     """The recipe, its storage and its run; RecipeChanged when the run was begun with another recipe."""
     if is_recipe(place):
-        recipe = recipe_at(place, overrides)
+        recipe = recipe_at(place, overrides, trust=trust)
         storage = open_storage(recipe.storage)
         run = storage.child(recipe.name)
         check_same_recipe(run, recipe)
         return recipe, storage, run
     folder, _, name = place.rstrip("/").rpartition("/")
     storage = open_storage(folder or ".")
-    return read_recipe(storage.child(name), overrides), storage, storage.child(name)
+    return resumed_recipe(storage.child(name), overrides, trust=trust), storage, storage.child(name)
 
 
 def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: threading.Event, *, takeover: bool) -> None:

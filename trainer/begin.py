@@ -32,6 +32,7 @@ from trainer.data import (
 )
 from trainer.errors import CorruptObject, InputError, RecipeChanged
 from trainer.recipe import DataSection, Recipe, SourceSection, differences, dump, loads
+from trainer.recipe.trust import granted, without_code
 from trainer.storage import Storage
 
 if TYPE_CHECKING:
@@ -70,9 +71,20 @@ class RunData:
 
 
 def read_recipe(run: Storage, overrides: Sequence[str] = ()) -> Recipe:
-    """The run's frozen recipe, with what may change between attempts changed.
+    """The run's frozen recipe without the code that it names (`trainer.recipe.trust`), with what may change between
+    attempts changed.
 
     Raises InputError when there is no run at this address, RecipeChanged when an override changes the result."""
+    return without_code(_read_frozen(run, overrides))
+
+
+def resumed_recipe(run: Storage, overrides: Sequence[str] = (), *, trust: bool = False) -> Recipe:
+    """The same, to be trained with. Raises UsageError when it names code that the user does not ``trust``."""
+    return granted(_read_frozen(run, overrides), run.uri(layout.RECIPE), trust=trust)
+
+
+def _read_frozen(run: Storage, overrides: Sequence[str] = ()) -> Recipe:
+    """Reads the recipe as it was written: to be compared, never to be acted on."""
     try:
         text = run.read(layout.RECIPE).decode()
     except FileNotFoundError:
@@ -92,7 +104,7 @@ def check_same_recipe(run: Storage, recipe: Recipe) -> None:
     """Raises RecipeChanged when the run was begun with a recipe that gives another result."""
     if not has_commits(run):
         return
-    changes = differences(read_recipe(run), recipe)
+    changes = differences(_read_frozen(run), recipe)
     if changes:
         raise RecipeChanged(
             f"{run.url} was begun with another recipe:\n  " + "\n  ".join(changes) + "\n"

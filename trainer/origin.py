@@ -8,23 +8,27 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from trainer.recipe import ModelSection, Recipe
+from trainer.recipe.data import checked_template
 from trainer.recipe.tasks import AUTO_CLASSES
+from trainer.registry import FORMATS
 
 ORIGIN_FILE = "muster.json"
 
 
 class Origin(NamedTuple):
     """``method``: the recipe's word, or peft's, for a method that was named so. ``model``: the base, as the recipe has
-    it. ``format`` and ``template``: of the training data, the first source's."""
+    it. ``format`` and ``template``: of the training data, the first source's. ``base``: by which the model that was
+    trained on is known again (`trainer.model.identity`)."""
 
     task: str
     method: str
     model: ModelSection
     format: str | None = None
     template: str | None = None
+    base: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, recipe: Recipe) -> Origin:
@@ -37,13 +41,18 @@ class Origin(NamedTuple):
 
     @classmethod
     def read(cls, folder: Path) -> Origin | None:
-        """None where there is no such file, or one that is not understood. Whether code of the base may run is for
-        whoever loads it to say, not for the file."""
+        """None where there is no such file, or one that is not understood. Code of the base is not the file's to
+        trust (`trainer.recipe.trust`), and a template is held to what a recipe's may be."""
         try:
             told = json.loads((folder / ORIGIN_FILE).read_text())
             model = ModelSection.model_validate(told["model"]).model_copy(update={"trust_remote_code": False})
             if told["task"] not in AUTO_CLASSES:
                 return None
-            return cls(str(told["task"]), str(told["method"]), model, told.get("format"), told.get("template"))
-        except (OSError, ValueError, TypeError, KeyError):
+            format, template = told.get("format"), told.get("template")
+            if format is not None and format not in FORMATS:
+                return None
+            base = told["base"] if isinstance(told.get("base"), dict) else None
+            template = template and checked_template(template)
+            return cls(str(told["task"]), str(told["method"]), model, format, template, base)
+        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
             return None

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
+import re
 from collections.abc import Sequence
 
+from trainer import layout
 from trainer.errors import InputError
 from trainer.recipe import Recipe, load, loads
+from trainer.recipe.trust import granted
 from trainer.redact import credential_in
 from trainer.storage import open_storage
 
 ENDINGS = (".yaml", ".yml", ".json")
 DEADLINE_S = 30.0
+_SUBMITTED = re.compile(rf"{layout.SUBMITTED}/[^/]*-([0-9a-f]{{32}})\.yaml$")
 
 
 def is_recipe(place: str) -> bool:
@@ -18,10 +23,18 @@ def is_recipe(place: str) -> bool:
     return place.endswith(ENDINGS)
 
 
-def recipe_at(place: str, overrides: Sequence[str] = ()) -> Recipe:
-    """A recipe from a file, or from an fsspec URL such as the one under which a submitted recipe was frozen. Raises
-    RecipeError with all mistakes, InputError when there is nothing at the URL."""
-    if "://" not in place:
+def digest_of(text: str) -> str:
+    """What the name of a submitted recipe holds, so that the job's command names the bytes that it was given for."""
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def recipe_at(place: str, overrides: Sequence[str] = (), *, trust: bool = False) -> Recipe:
+    """A recipe from a file, or from an fsspec URL such as the one under which a submitted recipe was frozen. A file is
+    its user's word; code that a recipe at a URL names needs the user's ``trust``.
+
+    Raises RecipeError with all mistakes, InputError when there is nothing at the URL, or not what was submitted."""
+    submitted = _SUBMITTED.search(place)
+    if "://" not in place and not submitted:
         return load(place, overrides)
     if what := credential_in(place):
         raise InputError(
@@ -30,7 +43,12 @@ def recipe_at(place: str, overrides: Sequence[str] = ()) -> Recipe:
         )
     folder, _, name = place.rpartition("/")
     try:
-        text = open_storage(folder, deadline_s=DEADLINE_S).read(name)
+        text = open_storage(folder, deadline_s=DEADLINE_S).read(name).decode()
     except FileNotFoundError:
         raise InputError(f"there is no recipe at {place}") from None
-    return loads(text.decode(), place, overrides)
+    except UnicodeDecodeError as error:
+        raise InputError(f"the recipe at {place} is not UTF-8 text ({error.reason} at byte {error.start})") from None
+    if submitted and digest_of(text) != submitted[1]:
+        raise InputError(f"{place} is not the recipe that was submitted: it was changed since; submit the run again")
+    recipe = loads(text, place, overrides)
+    return recipe if "://" not in place else granted(recipe, place, trust=trust, submits=True)

@@ -15,8 +15,10 @@ from trainer.errors import InputError
 from trainer.model.placement import Placement
 from trainer.recipe import Recipe
 from trainer.recipe.tasks import AUTO_CLASSES, SEQUENCE
+from trainer.recipe.trust import Trust
 from trainer.saved import Address, Subject, find, load
-from trainer.saved.subject import ADAPTER_CONFIG, MODEL_CONFIG, tokenizer_of
+from trainer.saved.adapter_files import ADAPTER_CONFIG, check_patterns, read_adapter_config
+from trainer.saved.subject import MODEL_CONFIG, tokenizer_of
 from trainer.storage import open_storage
 from trainer.tasks.ppo.raters import ADAPTER, ModelRater, SharedReward
 from trainer.tasks.ppo.scoring import load as load_function
@@ -37,7 +39,7 @@ def reward_model(recipe: Recipe, device: torch.device) -> ModelRater | SharedRew
     if recipe.task != "ppo" or place is None:
         return None
     with tempfile.TemporaryDirectory(prefix="muster-reward-") as folder:
-        subject = _found(place, Path(folder))
+        subject = _found(recipe, place, Path(folder))
         shared = _shared(subject, recipe)
         if shared is not None:
             return shared
@@ -52,11 +54,12 @@ def check_reward(recipe: Recipe) -> None:
         load_function(section.function)
     if section.model is not None:
         with tempfile.TemporaryDirectory(prefix="muster-reward-") as folder:
-            _found(section.model, Path(folder))
+            _found(recipe, section.model, Path(folder))
 
 
-def _found(place: str, folder: Path) -> Subject:
-    subject = find(_address(place), folder)
+def _found(recipe: Recipe, place: str, folder: Path) -> Subject:
+    """What lies at ``place`` may bring code if it is the recipe's own base, and the recipe trusts that."""
+    subject = find(_address(place), folder, trust=Trust(model=recipe.model))
     if AUTO_CLASSES[subject.task] != SEQUENCE:
         raise InputError(f"ppo.reward.model {place} is for task {subject.task}; a reward model is wanted")
     outputs = subject.outputs or len(subject.classes or ())
@@ -90,12 +93,22 @@ def _shared(subject: Subject, recipe: Recipe) -> SharedReward | None:
     (folder,) = subject.adapters.values()
     config, tensors = _config(folder), _tensors(folder)
     head = tensors.pop(HEAD_KEY, None)
+    _check_sizes(recipe, folder, tensors)
     lora = all(name.rpartition(".")[0].endswith((".lora_A", ".lora_B")) for name in tensors)
     if config is None or head is None or not lora or not (folder / MODEL_CONFIG).is_file():
         return None
     pad = json.loads((folder / MODEL_CONFIG).read_text()).get("pad_token_id")
     log.info("%s is put on the base of the policy", recipe.ppo.reward.model)
     return SharedReward(config, {_on_model(n): t for n, t in tensors.items()}, head, -1 if pad is None else int(pad))
+
+
+def _check_sizes(recipe: Recipe, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Raises InputError for a configuration that would lay out far more than its file holds."""
+    place, given = str(recipe.ppo.reward.model), read_adapter_config(folder, str(recipe.ppo.reward.model))
+    check_patterns(given, [name.rpartition(".lora_")[0] for name in tensors], place)
+    rank, ranks = given.get("r"), [min(t.shape) for t in tensors.values() if t.ndim == 2]
+    if isinstance(rank, int) and ranks and rank > 4 * max(ranks):
+        raise InputError(f"ppo.reward.model {place} says rank {rank}, and its file holds rank {max(ranks)}")
 
 
 def _config(folder: Path) -> PeftConfig | None:
@@ -111,10 +124,14 @@ def _config(folder: Path) -> PeftConfig | None:
 
 
 def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = folder / "adapter_model.safetensors"
-    return load_file(path) if path.is_file() else {}
+    try:
+        return load_file(path) if path.is_file() else {}
+    except SafetensorError as error:
+        raise InputError(f"ppo.reward.model: its {path.name} cannot be read, it is torn: {error}") from error
 
 
 def _on_model(saved: str) -> str:

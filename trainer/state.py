@@ -91,14 +91,17 @@ class TrainState:
 
     def load(self, folder: Path, state: Mapping[str, Any]) -> None:
         """Collective: every rank has the same verified files in ``folder``, written under any strategy."""
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
         with ExitStack() as stack:
             opened: dict[str, Any] = {}
 
             def reader(name: str) -> Any:
                 if name not in opened:
-                    opened[name] = stack.enter_context(safe_open(folder / name, framework="pt"))
+                    try:
+                        opened[name] = stack.enter_context(safe_open(folder / name, framework="pt"))
+                    except SafetensorError as error:
+                        raise CorruptObject(f"the checkpoint's {name} is no safetensors file: {error}") from error
                 return opened[name]
 
             read = self._weight_reader(folder, reader)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +28,7 @@ from trainer.card import model_card
 from trainer.checkpoint import CommitRecord, Retention, claim_attempt, commit, fetch, fetch_whole, put_checkpoint
 from trainer.committer import Committed, Committer, Held, StaleAlarm
 from trainer.data import Batch, Cursor, Stream, eval_batches, open_caches
-from trainer.errors import Interrupted, MusterError, note_where
+from trainer.errors import InputError, Interrupted, MusterError, note_where
 from trainer.failure import COLLECTIVE
 from trainer.heartbeat import (
     COMPILING_PATIENCE_S,
@@ -44,6 +44,7 @@ from trainer.libraries import load_libraries
 from trainer.loop import Hooks, Loop, Position
 from trainer.metering import meter_of
 from trainer.model import load_tokenizer, save_head_config
+from trainer.model.identity import differences, identity_of
 from trainer.origin import Origin
 from trainer.own_time import RANK_FIELDS
 from trainer.profiling import Profiler
@@ -174,9 +175,7 @@ class Attempt:
         """The one way to begin: from the newest whole checkpoint, or from nothing."""
         with tempfile.TemporaryDirectory(prefix="muster-restore-") as folder:
             target = Path(folder, "checkpoint")
-            record = self.world.from_first(
-                lambda: fetch_whole(self.run_storage, target, needed=self.state.needed, on_skip=self._skipped)
-            )
+            record = self.world.from_first(lambda: self._fetch_newest(target))
             if record is None:
                 return Position(0, stream.start())
             if not self.world.is_first:
@@ -184,6 +183,27 @@ class Attempt:
             self.state.load(target, record.state)
             self.recorder.go_on(record.state.get("facts", {}))
             return Position(record.step, Cursor.from_json(record.state["cursor"]))
+
+    def _fetch_newest(self, target: Path) -> CommitRecord | None:
+        """On rank 0. Raises InputError when the base is another one by now, on which the checkpoint means nothing."""
+        record = fetch_whole(self.run_storage, target, needed=self.state.needed, on_skip=self._skipped)
+        was = record.state.get("base") if record else None
+        unlike = differences(was, self.base) if isinstance(was, dict) else []
+        if unlike:
+            raise InputError(
+                f"model.path {self.recipe.model.path} holds another base than {self.run_storage.url} was begun with: "
+                f"{', '.join(unlike)}; put that one back, or start a run under another name"
+            )
+        return record
+
+    @cached_property
+    def base(self) -> dict[str, Any]:
+        """By which the base is known again; empty where it cannot be looked at now."""
+        try:
+            return identity_of(self.recipe.model)
+        except MusterError as error:
+            log.warning("the base cannot be looked at: %s", error)
+            return {}
 
     def _skipped(self, step: int, uri: str, reason: str) -> None:
         log.warning("the checkpoint of step %d is passed over: %s", step, reason)
@@ -348,7 +368,7 @@ class Attempt:
             nonce=uuid.uuid4().hex,
             checkpoint=unique,
             files=files,
-            state=snapshot.state,
+            state={**snapshot.state, "base": self.base},
             committed_at=datetime.now(UTC).isoformat(),
         )
         commit(run, record)
@@ -368,7 +388,7 @@ class Attempt:
         tokenizer.save_pretrained(folder)
         provenance = self.run_storage.read_json(layout.PROVENANCE)
         (folder / "README.md").write_text(model_card(recipe, facts, provenance))
-        Origin.of(recipe).write(folder)
+        Origin.of(recipe)._replace(base=self.base).write(folder)
 
     def _finish_head(self, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         """A head reads where the padding begins: whoever pads texts for it has to do it as it was done here."""

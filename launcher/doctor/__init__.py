@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from launcher.options import TrustOption
 from trainer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ def doctor(
         typer.Option(help="local | ray | slurm | kubernetes: where to look; without it, RAY_ADDRESS decides"),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    trust_remote_code: TrustOption = False,
 ) -> None:
     """Look at the workers that would train RECIPE, or at every node: versions, GPUs, network, clocks, disks, storage,
     inputs, and room for the plan. Exit code 0: ready, perhaps with warnings; 1: not ready."""
@@ -38,7 +40,7 @@ def doctor(
     from launcher.submitting import doctor_elsewhere
     from trainer.recipe_at import recipe_at
 
-    loaded = recipe_at(recipe, overrides or []) if recipe else None
+    loaded = recipe_at(recipe, overrides or [], trust=trust_remote_code) if recipe else None
     place = choose_place(on, None, loaded)
     if place is not None:
         if loaded is None:

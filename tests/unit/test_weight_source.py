@@ -241,8 +241,8 @@ def _missing_part(folder: Path) -> None:
     ("harm", "said"),
     [
         (_cut, "is torn: it has"),
-        (_no_header, "has no readable header"),
-        (_empty, "has no readable header"),
+        (_no_header, "and no readable header"),
+        (_empty, "is torn: it has 0 bytes and no readable header"),
         (_no_weights, "holds no weights in safetensors"),
         (_missing_part, "lacks weight files .model-00002"),
     ],

@@ -28,6 +28,8 @@ NOT_TAKEN = {
     "SHADOW": "it has a loss of its own",
     "XLORA": "it mixes adapters that were trained before",
 }
+CODE = ("megatron_config", "megatron_core")
+"""Fields that name a module to be imported."""
 OURS = ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "inference_mode")
 """Fields that are filled in from the rest of the recipe."""
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
@@ -61,7 +63,7 @@ class ByName(PeftMethod):
     def settings(self, base: torch.nn.Module) -> dict[str, Any]:
         """Raises InputError for a field that the method does not have."""
         given = {k: v for k, v in self._given().items() if k not in ("peft", "target_modules")}
-        fields = tuple(f for f in self._fields() if f not in (*OURS, "revision"))
+        fields = tuple(f for f in self._fields() if f not in (*OURS, *CODE, "revision"))
         for name in self._given().keys() - {"peft"}:
             if name not in fields:
                 hint = choose_hint(name, fields)

@@ -8,9 +8,12 @@ from typing import Any
 
 import torch
 
+from trainer.bounds import OutOfTime, bounded_cpu
 from trainer.errors import InputError
 
 LISTED_MODULES = 20
+MATCHING_S = 20.0
+"""Bound of the processor's time for all names of a model; milliseconds are usual."""
 ALL_LINEAR = "all-linear"
 Targets = str | tuple[str, ...] | list[str]
 
@@ -53,7 +56,14 @@ def check_targets(base: torch.nn.Module, targets: Targets) -> None:
         return
     names = linear_modules(base)
     wanted = [targets] if isinstance(targets, str) else list(targets)
-    missing = [t for t in wanted if not any(_matches(t, n, is_pattern=isinstance(targets, str)) for n in names)]
+    try:
+        with bounded_cpu(MATCHING_S):
+            missing = [t for t in wanted if not any(_matches(t, n, is_pattern=isinstance(targets, str)) for n in names)]
+    except OutOfTime:
+        raise InputError(
+            f"adapter.target_modules {targets!r} is a regular expression that does not come to an end on this model's "
+            "names; name the modules"
+        ) from None
     if missing:
         leaves = sorted({n.rsplit(".", 1)[-1] for n in names})[:LISTED_MODULES]
         raise InputError(

@@ -22,6 +22,7 @@ from trainer.loop import evaluated_sums
 from trainer.model import fetch_model, load_tokenizer
 from trainer.model.placement import Placement, placement_for
 from trainer.recipe import Recipe
+from trainer.recipe.trust import Trust
 from trainer.rewarding import reward_model
 from trainer.saved import Address, Subject, Writer, find, load
 from trainer.saved.conversation import first_line, one_line
@@ -49,9 +50,11 @@ def evaluate(
     say: Callable[[str], None] = lambda phase: None,
     answered: Answered = lambda done, of: None,
     limits: Mapping[int | str, int] | None = None,
+    trust: bool = False,
 ) -> dict[str, Any]:
     """The metrics by name. ``limit`` takes the first so many examples; ``line`` is told of each, ``answered`` how many
-    questions have been. ``limits``: bytes by device for the weights, in the place of what is free.
+    questions have been. ``limits``: bytes by device for the weights, in the place of what is free. ``trust``: whether
+    code may run that comes with what is evaluated; that of the recipe's own base is the recipe's to trust.
 
     Raises InputError when there is nothing to evaluate, on nothing, or when the two do not go together."""
     address.check()
@@ -61,7 +64,7 @@ def evaluate(
         raise InputError("data.eval of the recipe has no source; add one with path: and format:")
     with tempfile.TemporaryDirectory(prefix="muster-evaluate-") as folder:
         say("fetching what is evaluated")
-        subject = find(address, Path(folder, "subject"), recipe)
+        subject = find(address, Path(folder, "subject"), recipe, trust=Trust(trust, recipe.model))
         files = fetch_model(subject.section, weights=False)
         with placement_for(subject.section, files.folder, limits) as placement:
             asked = _Asked(limit, max_new_tokens, line, say, answered)
@@ -88,8 +91,7 @@ class _Evaluation:
         task = make_task(recipe, labels)
         if task.labels:
             self.subject.check_labels(task.labels)
-        files = fetch_model(recipe.model if self.subject.adapters else self.subject.section, weights=False)
-        tokenizer = self._tokenizer(files.folder)
+        tokenizer = self._tokenizer()
         self.say("preparing the evaluation data")
         prepared = prepared_for(recipe, eval_spec(recipe, tokenizer, labels), tokenizer, folder)
         self.say("loading the model")
@@ -104,12 +106,14 @@ class _Evaluation:
             scores |= self._answers(model, tokenizer, questions)
         return {"task": recipe.task, **scores}
 
-    def _tokenizer(self, folder: Path) -> Any:
+    def _tokenizer(self) -> Any:
         """The one that the run was trained with; of a whole model, which a checkpoint has without, its own first."""
-        trust = self.recipe.model.trust_remote_code
+        section = self.recipe.model if self.subject.adapters else self.subject.section
+        folder = fetch_model(section, weights=False).folder
         if not (folder / "tokenizer_config.json").is_file() and not self.subject.adapters:
-            folder = fetch_model(self.recipe.model, weights=False).folder
-        return load_tokenizer(folder, trust_remote_code=trust)
+            section = self.recipe.model
+            folder = fetch_model(section, weights=False).folder
+        return load_tokenizer(folder, trust_remote_code=section.trust_remote_code)
 
     def _labels(self) -> tuple[str, ...]:
         """Of a classifier: as its files name its outputs, or else those of the recipe's training data."""

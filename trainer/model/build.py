@@ -15,6 +15,7 @@ import torch
 
 from trainer.errors import InputError
 from trainer.libraries import load_libraries
+from trainer.model.code import check_code
 from trainer.model.head import Head, head_modules, is_head, set_up_head, take_tied_embeddings
 from trainer.model.memory import HostPeak
 from trainer.model.placement import Placement
@@ -80,6 +81,7 @@ def _load_whole(
     import transformers
     from safetensors import SafetensorError
 
+    check_code(section, folder)
     auto = transformers.AutoModelForSequenceClassification if head else transformers.AutoModelForCausalLM
     loaded: Any
     try:

@@ -1,23 +1,19 @@
-"""Which tensor lies where in a model's safetensors files, told by their headers and the index.
-
-A safetensors file is eight bytes with the header's length, the header (JSON: each tensor's type, shape and offsets),
-and the tensors, each contiguous and in row-major order: any run of a flattened tensor's elements is a range of bytes.
+"""Which tensor lies where in a model's safetensors files, told by their headers and the index: any run of a flattened
+tensor's elements is a range of bytes.
 """
 
 from __future__ import annotations
 
-import json
 import math
-import struct
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 
-from trainer.errors import CorruptObject, InputError
+from trainer.errors import InputError
+from trainer.model.header import SHOWN, BadHeader, read_header
 from trainer.model.source import Source
-from trainer.model.weights import LARGEST_HEADER, needed_files
+from trainer.model.weights import needed_files
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -60,29 +56,12 @@ def read_headers(source: Source, path: str) -> dict[str, Stored]:
 
 
 def _tensors(source: Source, file: str) -> dict[str, Stored]:
+    where = source.storage.uri(file)
     try:
-        base, header = _header(source, file)
-        entries = {n: e for n, e in header.items() if n != "__metadata__"}
-        found = {n: _stored(file, base, e) for n, e in entries.items()}
-        whole = all(e["data_offsets"][1] - e["data_offsets"][0] == found[n].bytes for n, e in entries.items())
-        end = base + max((e["data_offsets"][1] for e in entries.values()), default=0)
-    except (ValueError, struct.error, KeyError, TypeError, AttributeError, IndexError, CorruptObject) as error:
-        raise InputError(f"{source.storage.uri(file)} has no readable header; copy the model again") from error
-    if not whole or end != source.size(file):
-        raise InputError(
-            f"{source.storage.uri(file)} is torn: it has {source.size(file)} bytes, and its header speaks of {end}; "
-            "copy the model again"
-        )
-    return dict(sorted(found.items(), key=lambda item: item[1].start))
-
-
-def _header(source: Source, file: str) -> tuple[int, Mapping[str, Any]]:
-    (length,) = struct.unpack("<Q", source.read(file, 0, 8))
-    if length > min(source.size(file) - 8, LARGEST_HEADER):
-        raise ValueError(f"header of {length} bytes")
-    return 8 + length, json.loads(source.read(file, 8, 8 + length))
-
-
-def _stored(file: str, base: int, entry: Mapping[str, Any]) -> Stored:
-    shape = tuple(int(n) for n in entry["shape"])
-    return Stored(file, base + int(entry["data_offsets"][0]), DTYPES[entry["dtype"]], shape)
+        entries = read_header(partial(source.read, file), source.size(file))
+    except BadHeader as reason:
+        raise InputError(f"{where} is torn: {reason}; copy the model again") from None
+    odd = next((name for name, entry in entries.items() if entry.dtype not in DTYPES), None)
+    if odd is not None:
+        raise InputError(f"{where} holds {odd[:SHOWN]!r} in {entries[odd].dtype}, which is not trained on by shard")
+    return {n: Stored(file, entry.start, DTYPES[entry.dtype], entry.shape) for n, entry in entries.items()}

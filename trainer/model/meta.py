@@ -17,6 +17,7 @@ import torch
 
 from trainer.errors import InputError
 from trainer.libraries import load_libraries
+from trainer.model.code import check_code
 from trainer.model.head import Head, head_modules
 from trainer.model.quantization import keep_weights_packed, quantization_config
 from trainer.recipe.model import ModelSection
@@ -50,6 +51,7 @@ def meta_model(
     load_libraries()
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
+    check_code(section, folder)
     told = {"trust_remote_code": section.trust_remote_code, **(head.settings() if head else {})}
     with _said_of(section, classifier=head is not None):
         config = AutoConfig.from_pretrained(folder, **told)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from trainer.errors import InputError
+from trainer.model.code import check_code
 from trainer.recipe.model import ModelSection
 
 GPU_SHARE, HOST_SHARE = 0.85, 0.8
@@ -83,6 +84,7 @@ def model_bytes(section: ModelSection, folder: Path) -> int:
     """About what the weights take in memory, from a model without any."""
     from transformers import AutoConfig, AutoModel
 
+    check_code(section, folder)
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
         with torch.device("meta"):

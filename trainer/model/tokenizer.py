@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.errors import InputError
+from trainer.model.code import ASK
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -18,6 +19,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     try:
         tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except Exception as e:
+        if not trust_remote_code and "trust_remote_code" in str(e):
+            raise InputError(f"the tokenizer in {folder} is code that comes with it, which was not run: {ASK}") from e
         said = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__).rstrip(":")
         raise InputError(
             f"no tokenizer can be loaded from {folder} ({said}); put the tokenizer's files beside config.json"

@@ -1,22 +1,17 @@
-"""Whether a model's weight files are whole, told by their headers: no weights are read.
-
-A safetensors file is eight bytes with the header's length, the header (JSON: each tensor's offsets), and the tensors.
-"""
+"""Whether a model's weight files are whole, told by their headers: no weights are read."""
 
 from __future__ import annotations
 
-import json
-import struct
 from collections.abc import Iterable
 from pathlib import Path
 
 from trainer.errors import CorruptObject, InputError
+from trainer.model.header import BadHeader, read_header
 from trainer.recipe.model import ModelSection
 from trainer.storage import ObjectInfo, Storage, in_parallel, open_storage
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
-LARGEST_HEADER = 100 * 2**20  # safetensors' own limit
 _PARALLEL_READS = 8
 
 
@@ -44,7 +39,10 @@ def needed_files(storage: Storage, path: str, found: Iterable[str]) -> set[str]:
         return {SINGLE}
     if INDEX in names:
         try:
-            return set(storage.read_json(INDEX)["weight_map"].values())
+            named = set(storage.read_json(INDEX)["weight_map"].values())
+            if all(isinstance(name, str) for name in named):
+                return named
+            raise TypeError("a file's name is no text")
         except (KeyError, TypeError, AttributeError, CorruptObject) as error:
             raise InputError(f"{storage.uri(INDEX)} holds no weight_map; copy the model again") from error
     others = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".h5", ".gguf")))
@@ -57,25 +55,7 @@ def needed_files(storage: Storage, path: str, found: Iterable[str]) -> set[str]:
 
 
 def _check_file(storage: Storage, item: ObjectInfo) -> None:
-    size = _whole_size(storage, item)
-    if size != item.size:
-        raise InputError(
-            f"{storage.uri(item.key)} is torn: it has {item.size} bytes"
-            + (f", and its header speaks of {size}" if size else " and no readable header")
-            + "; copy the model again"
-        )
-
-
-def _whole_size(storage: Storage, item: ObjectInfo) -> int | None:
-    """Bytes of the whole file by its header; None without a readable one."""
-    if item.size < 8:
-        return None
-    (length,) = struct.unpack("<Q", storage.read_range(item.key, 0, 8))
-    if length > min(item.size - 8, LARGEST_HEADER):
-        return None
     try:
-        header = json.loads(storage.read_range(item.key, 8, 8 + length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-        return None
-    return int(8 + length + max(ends, default=0))
+        read_header(lambda start, stop: storage.read_range(item.key, start, stop), item.size)
+    except BadHeader as reason:
+        raise InputError(f"{storage.uri(item.key)} is torn: {reason}; copy the model again") from None

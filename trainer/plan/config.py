@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import InputError, MusterError
+from trainer.model.code import check_code
 from trainer.plan.patience import Asked, Late
 from trainer.plan.shapes import known_shape
 from trainer.recipe.model import ModelSection
@@ -98,6 +99,7 @@ def _parse(section: ModelSection, folder: str) -> PreTrainedConfig:
 
     if not Path(folder, CONFIG).is_file():
         raise InputError(f"model.path {section.path!r} holds no {CONFIG}: name a folder in the Hugging Face format")
+    check_code(section, Path(folder))
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
     except Exception as e:

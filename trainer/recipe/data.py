@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
@@ -42,14 +43,18 @@ TASK_FORMATS: dict[str, tuple[str, ...]] = {
 """The formats that each task learns from."""
 
 
-def _template(text: str) -> str:
+def checked_template(text: str) -> str:
+    """A template that str.format fills in from columns, at a bounded size. Raises ValueError."""
     try:
-        names = [name for _, name, _, _ in string.Formatter().parse(text) if name is not None]
+        fields = [(name, spec or "") for _, name, spec, _ in string.Formatter().parse(text) if name is not None]
     except ValueError as error:
         raise ValueError(f"is not a template that str.format takes ({error}); write {{{{ for a brace") from None
+    names = [name for name, _ in fields]
     odd = [name for name in names if not name.isidentifier()]
     if odd:
         raise ValueError(f"fills in {{{odd[0]}}}, which names no column; write {{column}}, and {{{{ for a brace")
+    if any("{" in spec or re.search(r"\d{5}", spec) for _, spec in fields):
+        raise ValueError("pads a column to a width that is computed, or of five digits or more; write a smaller one")
     if not names:
         raise ValueError("names no column, so every prompt would be the same; write {column} where its text belongs")
     return text
@@ -89,7 +94,7 @@ class SourceSection(Section):
     """The file's name for each column that the format reads, where they differ: `{prompt: question}`. A dot leads into
     a mapping: `answer.value`."""
 
-    template: Annotated[str, AfterValidator(_template)] | None = None
+    template: Annotated[str, AfterValidator(checked_template)] | None = None
     """Makes the prompt of a `completion` or `instruction`, or the text of a `classification`, out of columns, by
     str.format: `"Question: {question}\\nAnswer: "`."""
 

@@ -27,4 +27,5 @@ class ModelSection(Section):
     1 byte, `none` as `dtype` says. Needs an adapter: quantised weights are not trained."""
 
     trust_remote_code: bool = False
-    """Run Python code that comes with the model. Only for repositories that you have read."""
+    """Run Python code that comes with the model. Only for repositories that you have read. In a recipe that lies in a
+    storage it has no effect by itself: see [after.md](after.md#code-that-comes-with-a-model)."""

@@ -14,6 +14,7 @@ from typing import Any
 from trainer.data.formats.columns import fields_of
 from trainer.data.formats.instruction import prompt_of
 from trainer.data.formats.qa import framed
+from trainer.data.formats.rendering import Unrendered, render
 from trainer.errors import UsageError
 
 CHAT, QA, INSTRUCTION, TEMPLATE, PLAIN = FRAMES = ("chat", "qa", "instruction", "template", "plain")
@@ -99,13 +100,11 @@ def one_line(text: str) -> bool:
 
 def rendered(tokenizer: Any, turns: Turns) -> list[int]:
     """Token ids of a conversation, up to where the assistant speaks. Raises UsageError when the template refuses it."""
-    from jinja2 import TemplateError
-
     if not tokenizer.chat_template:
         raise UsageError("messages need a chat template, and the tokenizer has none; give a prompt instead")
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError, KeyError, ValueError) as error:
+        text = render(tokenizer, turns, add_generation_prompt=True)
+    except Unrendered as error:
         raise UsageError(f"the chat template refuses the conversation: {error}") from error
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids

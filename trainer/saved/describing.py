@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections import Counter
@@ -20,10 +19,11 @@ from trainer.model import check_weights
 from trainer.model.placement import placement_for
 from trainer.publish import STATE_FILES, is_last, published_files, reads_back
 from trainer.recipe.tasks import AUTO_CLASSES
+from trainer.recipe.trust import NOBODY, Trust
+from trainer.saved.adapter_files import ADAPTER_CONFIG, check_patterns, read_adapter_config
 from trainer.saved.generation import Writer
 from trainer.saved.loading import load
 from trainer.saved.subject import (
-    ADAPTER_CONFIG,
     DEFAULT,
     MODEL_CONFIG,
     Address,
@@ -64,28 +64,29 @@ class Description:
         return {**vars(self), "whole": self.whole}
 
 
-def describe(uri: str) -> Description:
-    """Of an adapter's folder, a run's, or a model's. A model is loaded, and asked for a few words.
+def describe(uri: str, *, trust: Trust = NOBODY) -> Description:
+    """Of an adapter's folder, a run's, or a model's. A model is loaded, and asked for a few words; ``trust``: whose
+    code may run for it.
 
     Raises InputError when nothing of the kind lies there."""
     storage = open_storage(uri)
     keys = {o.key for o in storage.list() if "/" not in o.key}
     if layout.RECIPE in keys:
-        return _run(uri, storage)
+        return _run(uri, storage, trust)
     with tempfile.TemporaryDirectory(prefix="muster-inspect-") as folder:
         if ADAPTER_CONFIG in keys:
-            return _adapter(uri, storage, find(Address(adapters=((DEFAULT, uri),)), Path(folder)))
+            return _adapter(uri, storage, find(Address(adapters=((DEFAULT, uri),)), Path(folder), trust=trust))
         if MODEL_CONFIG in keys:
-            return _model(uri, storage, find(Address(model=uri), Path(folder)))
+            return _model(uri, storage, find(Address(model=uri), Path(folder), trust=trust))
     raise InputError(f"{uri} holds no {ADAPTER_CONFIG}, {MODEL_CONFIG} or {layout.RECIPE}: name the folder of one")
 
 
-def _run(uri: str, run: Storage) -> Description:
+def _run(uri: str, run: Storage, trust: Trust) -> Description:
     """Its final adapter, held against the commit that it was copied from."""
     record = next(iter(list_commits(run, newest=1)), None)
     if record is None or not is_last(record):
         raise InputError(f"{uri} is a run that has no final adapter yet; inspect one of its checkpoints")
-    found = describe(run.uri(layout.ADAPTER))
+    found = describe(run.uri(layout.ADAPTER), trust=trust)
     for name, wanted in published_files(record).items():
         if run.info(f"{layout.ADAPTER}/{name}") is None:
             found.problems.append(f"{name} is missing")
@@ -97,7 +98,7 @@ def _run(uri: str, run: Storage) -> Description:
 
 def _adapter(uri: str, storage: Storage, subject: Subject) -> Description:
     (folder,) = subject.adapters.values()
-    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    config = read_adapter_config(folder, uri)
     found = _described(uri, "adapter", subject, storage)
     found.settings = {name: config[name] for name in SETTINGS if config.get(name) not in (None, False, [])}
     found.base = subject.section.model_dump(mode="json", exclude={"trust_remote_code"})
@@ -194,10 +195,13 @@ def _laid_out(subject: Subject) -> dict[str, tuple[int, ...]]:
 
     (folder,) = subject.adapters.values()
     head = {"num_labels": len(subject.classes)} if subject.classes else {}
-    config = transformers.AutoConfig.from_pretrained(base_files(subject), trust_remote_code=False, **head)
+    trust = subject.section.trust_remote_code
+    config = transformers.AutoConfig.from_pretrained(base_files(subject), trust_remote_code=trust, **head)
     with torch.device("meta"):
-        base = getattr(transformers, AUTO_CLASSES[subject.task]).from_config(config, trust_remote_code=False)
+        base = getattr(transformers, AUTO_CLASSES[subject.task]).from_config(config, trust_remote_code=trust)
+        check_patterns(read_adapter_config(folder, DEFAULT), [name for name, _ in base.named_modules()], DEFAULT)
         settings = PeftConfig.from_pretrained(str(folder))
+        settings.inference_mode = True  # else prompts would be drawn, from files that the configuration names
         model = get_peft_model(base, settings, low_cpu_mem_usage=True)
         saved = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: tuple(tensor.shape) for name, tensor in saved.items()}

@@ -6,7 +6,7 @@ quantising that is another thing than quantising the base; so they are put back 
 
 from __future__ import annotations
 
-import json
+import logging
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -20,14 +20,22 @@ from trainer.adapters import make_adapter
 from trainer.adapters.in_packs import before_embeddings, before_keys
 from trainer.adapters.residual import Residual
 from trainer.adapters.without_weights import StayingOnHost
-from trainer.errors import InputError
+from trainer.bounds import bounded_memory
+from trainer.errors import InputError, MusterError
 from trainer.model import Head, build, fetch_model
+from trainer.model.code import brings_code, check_code
+from trainer.model.identity import WEIGHTS, differences, identity_of
 from trainer.model.placement import Placement
 from trainer.model.spread import LaidOut, lay_out, spread
 from trainer.recipe import Recipe
 from trainer.recipe.tasks import AUTO_CLASSES, CAUSAL
-from trainer.saved.subject import ADAPTER_CONFIG, Subject
+from trainer.saved.adapter_files import ADAPTER_WEIGHTS, check_patterns, check_tensors, read_adapter_config
+from trainer.saved.subject import Subject
 
+log = logging.getLogger(__name__)
+
+MOST_BYTES, TIMES = 4 * 2**30, 8
+"""Bound of the host's memory for laying an adapter out: so many bytes, and so many times its file."""
 INSERTED: dict[str, Callable[[Any], None]] = {
     "PROMPT_TUNING": before_embeddings,
     "P_TUNING": before_embeddings,
@@ -41,9 +49,32 @@ def load(subject: Subject, placement: Placement, labels: tuple[str, ...] | None,
 
     Raises InputError when an adapter does not fit the base."""
     folder = fetch_model(subject.section).folder
+    if brings_code(folder) and not subject.section.trust_remote_code:
+        check_code(subject.section, folder)
+        log.warning("%s brings code that was not run; transformers' own takes its place", subject.section.path)
+    if subject.adapters:
+        _check_base(subject)
     if placement.disk:
         return _spread(subject, folder, placement, labels)
     return _whole(subject, folder, placement, Head(labels, seed) if labels else None).eval()
+
+
+def _check_base(subject: Subject) -> None:
+    """Raises InputError when the adapter was trained on a base of another shape, on which it may still fit."""
+    was = subject.origin.base if subject.origin else None
+    unlike = differences(was, identity_of(subject.section)) if was else []
+    shape = [told for told in unlike if not told.startswith(WEIGHTS)]
+    if shape:
+        raise InputError(
+            f"the adapter does not fit the base {subject.section.path}: it was trained on another, of which "
+            f"{', '.join(shape)}; name that one"
+        )
+    if unlike:
+        log.warning(
+            "%s holds other weights than the base that the adapter was trained on, or the same in another type: its "
+            "answers will not be those of training",
+            subject.section.path,
+        )
 
 
 def _whole(subject: Subject, folder: Path, placement: Placement, head: Head | None) -> Any:
@@ -57,7 +88,7 @@ def _whole(subject: Subject, folder: Path, placement: Placement, head: Head | No
     recipe = subject.recipe
     if recipe and _from_the_rest(recipe):
         (adapter,) = subject.adapters.values()
-        with _fits(subject.section.path):
+        with _fits(subject.section.path, adapter):
             return _as_trained(recipe, model, adapter, lambda: base("none", Placement.on("cpu")))
     # Over several GPUs peft puts each part where its layer lies.
     return _adapted(subject, model, {} if placement.limits else {"torch_device": str(placement.device)})
@@ -96,13 +127,16 @@ def _attach(subject: Subject, base: Any) -> Any:
 
 
 @contextmanager
-def _fits(base: str) -> Iterator[None]:
-    from safetensors import SafetensorError
-
+def _fits(base: str, folder: Path) -> Iterator[None]:
+    """Around what lays an adapter out as its files say, in the memory that they can need."""
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     try:
-        yield
-    except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
-        said = " ".join(str(error).split())[:400]
+        with bounded_memory(MOST_BYTES + TIMES * size):
+            yield
+    except MusterError:
+        raise
+    except Exception as error:  # of peft, at whatever is in the files
+        said = " ".join(str(error).split())[:400] or type(error).__name__
         raise InputError(f"the adapter does not fit the base {base}: {said}") from error
 
 
@@ -114,7 +148,12 @@ def _adapted(subject: Subject, base: Any, how: dict[str, Any]) -> Any:
     from peft import PeftModel
 
     (first, folder), *others = subject.adapters.items()
-    with _fits(subject.section.path), warnings.catch_warnings():
+    modules = [name for name, _ in base.named_modules()]
+    for name, one in subject.adapters.items():
+        if not (one / ADAPTER_WEIGHTS).is_file():
+            raise InputError(f"the adapter {name} has no {ADAPTER_WEIGHTS}, and weights in other files are not read")
+        check_patterns(read_adapter_config(one, name), modules, name)
+    with _fits(subject.section.path, folder), warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing adapter keys")
         try:
             model = PeftModel.from_pretrained(base, str(folder), adapter_name=first, **how)
@@ -122,7 +161,9 @@ def _adapted(subject: Subject, base: Any, how: dict[str, Any]) -> Any:
                 model.load_adapter(str(other), adapter_name=name, **how)
         except UserWarning as lacking:
             raise ValueError(str(lacking)) from None
-    kind = json.loads((folder / ADAPTER_CONFIG).read_text())["peft_type"]
+        for name, one in subject.adapters.items():
+            check_tensors(model, name, one, subject.section.path)
+    kind = read_adapter_config(folder, first)["peft_type"]
     if AUTO_CLASSES[subject.task] == CAUSAL and kind in INSERTED:
         INSERTED[kind](model)
     return model
@@ -137,7 +178,10 @@ def _as_trained(recipe: Recipe, base: Any, folder: Path, plain: Callable[[], Any
     with safe_open(folder / adapter.weights_file, framework="pt") as file, torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter.copy_(adapter.trained(model, name, file.get_tensor))
+                value = adapter.trained(model, name, file.get_tensor)
+                if value.shape != parameter.shape:  # copying would spread one row over all
+                    raise ValueError(f"{name} is {tuple(value.shape)}, and {tuple(parameter.shape)} is wanted")
+                parameter.copy_(value)
         adapter.restored(model, file.get_tensor)
     return model
 

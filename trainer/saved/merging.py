@@ -22,6 +22,7 @@ from trainer.card import merged_card
 from trainer.errors import CorruptObject, InputError, StorageError, UsageError
 from trainer.model.placement import Placement, placement_for
 from trainer.origin import Origin
+from trainer.recipe.trust import NOBODY, Trust
 from trainer.saved.loading import load, reads_a_prompt, without_weights
 from trainer.saved.mixing import Mix, mixed
 from trainer.saved.streaming import merge_in_parts
@@ -51,14 +52,15 @@ def merge(
     dtype: str | None = None,
     limits: Mapping[int | str, int] | None = None,
     say: Callable[[str], None] = lambda phase: None,
+    trust: Trust = NOBODY,
 ) -> Merged:
     """Writes the merged model into the new folder ``out``. ``mix``: which of several adapters, or how much of each.
-    ``dtype``: of the merged weights, in the place of the one that was trained with.
+    ``dtype``: of the merged weights, in the place of the one that was trained with. ``trust``: whose code may run.
 
     Raises UsageError for what cannot be merged, CorruptObject when the result is not what it should be."""
     with _scratch(out) as (folder, scratch):
         say("fetching the adapter")
-        subject = _unquantised(find(address, scratch / "adapter"), dtype)
+        subject = _unquantised(find(address, scratch / "adapter", trust=trust), dtype)
         if not subject.adapters:
             raise UsageError(f"{subject.section.path} is a whole model already: there is no adapter to merge")
         files = base_files(subject, weights=True)
@@ -74,11 +76,18 @@ def merge(
     return Merged(subject, out, difference)
 
 
-def combine(address: Address, out: Path, mix: Mix, *, say: Callable[[str], None] = lambda phase: None) -> Subject:
+def combine(
+    address: Address,
+    out: Path,
+    mix: Mix,
+    *,
+    say: Callable[[str], None] = lambda phase: None,
+    trust: Trust = NOBODY,
+) -> Subject:
     """Writes the adapter that ``mix`` makes of several into the new folder ``out``."""
     with _scratch(out) as (folder, scratch):
         say("fetching the adapters")
-        subject = find(address, scratch / "adapter")
+        subject = find(address, scratch / "adapter", trust=trust)
         if not subject.adapters:
             raise UsageError(f"{subject.section.path} is a whole model: there is nothing to combine")
         mix.check(list(subject.adapters))

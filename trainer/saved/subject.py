@@ -23,13 +23,15 @@ from trainer.origin import Origin
 from trainer.publish import STATE_FILES, is_last, published_files
 from trainer.recipe import ModelSection, Recipe
 from trainer.recipe.tasks import AUTO_CLASSES, CAUSAL, PEFT_TYPES, REFERRING
+from trainer.recipe.trust import NOBODY, Trust
+from trainer.saved.adapter_files import ADAPTER_CONFIG, read_adapter_config
 from trainer.storage import Storage, open_storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
-ADAPTER_CONFIG, MODEL_CONFIG = "adapter_config.json", "config.json"
+MODEL_CONFIG = "config.json"
 DEFAULT_OUTPUTS = ("LABEL_0", "LABEL_1")
 """Of a classifier whose configuration says nothing, by transformers."""
 DEFAULT = "default"
@@ -68,7 +70,8 @@ class Subject:
     """``section``: the base, or the whole model where there are no ``adapters``: name to folder on this host, of one
     method. ``labels``: the names of a classifier's outputs; None where its files do not name them. ``outputs``: how
     many of them a whole model has. ``origin``: what its files say of how it was trained; ``recipe``: that of its run.
-    Both where they are known."""
+    Both where they are known. ``trusted``: whether code that lies beside the adapters may run; that of the base is the
+    ``section``'s."""
 
     section: ModelSection
     task: str
@@ -78,6 +81,7 @@ class Subject:
     outputs: int | None = None
     origin: Origin | None = None
     recipe: Recipe | None = None
+    trusted: bool = False
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -107,31 +111,38 @@ def base_files(subject: Subject, *, weights: bool = False) -> Path:
 def tokenizer_of(subject: Subject) -> PreTrainedTokenizerBase:
     """The one that was saved with the adapter, where it was; else the base's. A checkpoint of a model that is trained
     whole has none, but its run knows whose it was."""
-    trust = subject.section.trust_remote_code
-    for folder in (*[*subject.adapters.values()][:1], base_files(subject)):
-        if (folder / "tokenizer_config.json").is_file():
-            return load_tokenizer(folder, trust_remote_code=trust)
+    for adapter in [*subject.adapters.values()][:1]:
+        if (adapter / "tokenizer_config.json").is_file():
+            return load_tokenizer(adapter, trust_remote_code=subject.trusted)
+    folder = base_files(subject)
+    if (folder / "tokenizer_config.json").is_file():
+        return load_tokenizer(folder, trust_remote_code=subject.section.trust_remote_code)
     source = subject.origin.model if subject.origin else subject.section
+    trust = subject.trusted or source.trust_remote_code  # the origin's is the user's own recipe's, or none
     return load_tokenizer(fetch_model(source, weights=False).folder, trust_remote_code=trust)
 
 
-def find(address: Address, folder: Path, recipe: Recipe | None = None) -> Subject:
-    """Brings the files into ``folder``, those of a model into its cache. With a ``recipe``, its base is the one that
-    an adapter is put on, and its task what the model has to be for.
+def find(address: Address, folder: Path, recipe: Recipe | None = None, *, trust: Trust = NOBODY) -> Subject:
+    """Brings the files into ``folder``, those of a model into its cache. With the user's ``recipe``, its base is the
+    one that an adapter is put on, and its task what the model has to be for. ``trust``: whose code may run.
 
     Raises InputError when there are none, or when they do not go together."""
     address.check()
+    return replace(_found(address, folder, recipe, trust), trusted=trust.everything)
+
+
+def _found(address: Address, folder: Path, recipe: Recipe | None, trust: Trust) -> Subject:
     if address.run is not None:
-        return _of_run(recipe, open_storage(address.run), folder)
+        return _of_run(recipe, open_storage(address.run), folder, trust)
     if address.model is not None:
         plain = recipe.model if recipe else _section(address.model)
-        section = plain.model_copy(update={"path": address.model, "revision": "main"})
+        section = trust.grant(plain.model_copy(update={"path": address.model, "revision": "main"}))
         files = fetch_model(section, weights=False).folder
         return _whole_model(recipe, section if recipe else _in_its_dtype(section, files), files, address.model)
     found = []
     for name, uri in address.adapters:
         _download(open_storage(uri), folder / name)
-        found.append((name, uri, _saved(recipe, folder / name, uri)))
+        found.append((name, uri, _saved(recipe, folder / name, uri, trust)))
     return _together(found)
 
 
@@ -154,7 +165,7 @@ def _base(subject: Subject) -> str:
     return f"{subject.section.path} ({subject.section.quantization}, {subject.section.dtype}, task {subject.task})"
 
 
-def _of_run(recipe: Recipe | None, run: Storage, folder: Path) -> Subject:
+def _of_run(recipe: Recipe | None, run: Storage, folder: Path, trust: Trust) -> Subject:
     begun = read_recipe(run)
     if recipe and begun.task != recipe.task:
         raise InputError(
@@ -166,10 +177,12 @@ def _of_run(recipe: Recipe | None, run: Storage, folder: Path) -> Subject:
         if record is None:
             raise InputError(f"{run.url} has neither a final adapter nor a whole checkpoint yet: train it first")
         log.warning("%s has no whole final adapter; its checkpoint of step %d is taken", run.url, record.step)
-        folder = folder / "checkpoint"
+        base, folder = record.state.get("base"), folder / "checkpoint"
     else:
-        folder = folder / "adapter"
-    found = _saved(recipe or begun, folder, run.url)
+        base, folder = None, folder / "adapter"
+    found = _saved(recipe or begun, folder, run.url, trust)
+    if isinstance(base, dict) and found.origin:  # a checkpoint before the last has no file that says so
+        found = replace(found, origin=found.origin._replace(base=base))
     train = Preparation.from_json(run.read_json(layout.DATA)["train"])
     return replace(found, labels=train.labels or found.labels)
 
@@ -192,20 +205,25 @@ def _download(storage: Storage, folder: Path) -> None:
             storage.download(item.key, folder / item.key)
 
 
-def _saved(recipe: Recipe | None, folder: Path, where: str) -> Subject:
+def _saved(recipe: Recipe | None, folder: Path, where: str, trust: Trust) -> Subject:
     """What training saves: an adapter, or a whole model."""
     if (folder / ADAPTER_CONFIG).is_file():
-        config = _json(folder / ADAPTER_CONFIG, where)
+        config = read_adapter_config(folder, where)
+        known = _origin(folder, where)
         if recipe:
             _check_adapter(recipe, config, where)
-        origin = Origin.of(recipe) if recipe else _origin(folder, where) or _origin_by_peft(config, where)
+            origin = Origin.of(recipe)._replace(base=known.base if known else None)
+        else:
+            origin = known or _origin_by_peft(config, where)
         model_config = _json(folder / MODEL_CONFIG, where) if (folder / MODEL_CONFIG).is_file() else {}
         labels = _labels(model_config) if recipe else _outputs(model_config)
-        return Subject(origin.model, origin.task, origin.method, {DEFAULT: folder}, labels, None, origin, recipe)
+        section = trust.grant(origin.model)
+        return Subject(section, origin.task, origin.method, {DEFAULT: folder}, labels, None, origin, recipe)
     if not (folder / MODEL_CONFIG).is_file():
         raise InputError(f"{where} holds neither {ADAPTER_CONFIG} nor {MODEL_CONFIG}: name the folder of an adapter")
     plain = recipe.model if recipe else _section(str(folder))
-    section = plain.model_copy(update={"path": str(folder), "revision": "main", "quantization": "none"})
+    moved = {"path": str(folder), "revision": "main", "quantization": "none"}
+    section = trust.grant(plain.model_copy(update=moved))
     return _whole_model(recipe, section if recipe else _in_its_dtype(section, folder), folder, where)
 
 
@@ -222,8 +240,7 @@ def _origin(folder: Path, where: str) -> Origin | None:
     """As training wrote it beside what is final; of a checkpoint, by the recipe of the run that it lies in."""
     run, inside, _ = where.rstrip("/").rpartition(f"/{layout.CHECKPOINTS}/")
     if inside and open_storage(run).info(layout.RECIPE):
-        origin = Origin.of(read_recipe(open_storage(run)))
-        return origin._replace(model=origin.model.model_copy(update={"trust_remote_code": False}))
+        return Origin.of(read_recipe(open_storage(run)))
     return Origin.read(folder)
 
 
@@ -290,6 +307,8 @@ def _outputs(config: dict[str, Any]) -> tuple[str, ...] | None:
 def _json(path: Path, where: str) -> dict[str, Any]:
     try:
         found: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path.name} of {where} is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise InputError(f"{path.name} of {where} is no mapping")
     return found

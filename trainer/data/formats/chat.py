@@ -13,6 +13,7 @@ import numpy as np
 
 from trainer.data.formats.columns import encodable
 from trainer.data.formats.joined import eos_of
+from trainer.data.formats.rendering import Unrendered, render
 from trainer.data.formats.turns import Turn
 from trainer.data.rows import Encoded, Fault
 from trainer.data.types import Bools
@@ -40,11 +41,9 @@ class Chat:
 
     def ask(self, turns: list[Turn], tools: Tools = None) -> Encoded | Fault:
         """A conversation that waits for the assistant: its opening is the prompt, and the answer the end of text."""
-        from jinja2 import TemplateError
-
         try:
             text = encodable(self._render(turns, tools, generation=True))
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
+        except Unrendered as error:
             return _refused(error)
         if isinstance(text, Fault):
             return text
@@ -55,8 +54,6 @@ class Chat:
 
     def _render_turns(self, turns: list[Turn], tools: Tools, last_only: bool) -> tuple[str, list[Interval]] | Fault:
         """The conversation's text, and the character ranges that the assistant said."""
-        from jinja2 import TemplateError
-
         said: list[Interval] = []
         before = ""
         spoken = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
@@ -69,15 +66,12 @@ class Chat:
                 said.append((len(opened), len(closed)))
                 before = closed
             text = self._render(turns, tools, generation=False)
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
+        except Unrendered as error:
             return _refused(error)
         return (text, said) if text.startswith(before) else _not_a_prefix(len(turns) - 1)
 
     def _render(self, turns: list[Turn], tools: Tools, generation: bool) -> str:
-        text = self.tokenizer.apply_chat_template(
-            turns, tools=tools, chat_template=self.template, tokenize=False, add_generation_prompt=generation
-        )
-        return str(text)
+        return render(self.tokenizer, turns, self.template, tools=tools, add_generation_prompt=generation)
 
     def _encode_by_offsets(self, text: str, said: list[Interval]) -> Encoded:
         # The template writes the special tokens itself, BOS too.
