@@ -74,7 +74,7 @@ def read_recipe(run: Storage, overrides: Sequence[str] = ()) -> Recipe:
 
     Raises InputError when there is no run at this address, RecipeChanged when an override changes the result."""
     try:
-        text = run.read(layout.RECIPE).decode()
+        text = run.read(layout.RECIPE)
     except FileNotFoundError:
         raise InputError(f"there is no run at {run.url}: no {layout.RECIPE} lies there") from None
     frozen = loads(text, run.uri(layout.RECIPE))

@@ -24,7 +24,7 @@ def recipe_at(place: str, overrides: Sequence[str] = ()) -> Recipe:
         return load(place, overrides)
     folder, _, name = place.rpartition("/")
     try:
-        text = open_storage(folder, deadline_s=DEADLINE_S).read(name)
+        body = open_storage(folder, deadline_s=DEADLINE_S).read(name)
     except FileNotFoundError:
         raise InputError(f"there is no recipe at {place}") from None
-    return loads(text.decode(), place, overrides)
+    return loads(body, place, overrides)

@@ -59,7 +59,7 @@ class RunRecord:
     @cached_property
     def starts(self) -> dict[int, int]:
         """Attempt to the step after which it went on."""
-        told = {int(e["attempt"]): int(e.get("step") or 0) for e in self.told("start")}
+        told = {int(e.get("attempt") or 0): int(e.get("step") or 0) for e in self.told("start")}
         for row in self.rows:
             told.setdefault(int(row["attempt"]), int(row["step"]) - 1)
         return dict(sorted(told.items()))
