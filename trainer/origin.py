@@ -8,12 +8,22 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, Required, TypedDict
 
+from trainer.parsing import parse_json
 from trainer.recipe import ModelSection, Recipe
 from trainer.recipe.tasks import AUTO_CLASSES
+from trainer.records import read_record
 
 ORIGIN_FILE = "muster.json"
+
+
+class _Told(TypedDict, total=False):
+    task: Required[str]
+    method: Required[str]
+    model: Required[Any]
+    format: str | None
+    template: str | None
 
 
 class Origin(NamedTuple):
@@ -40,10 +50,10 @@ class Origin(NamedTuple):
         """None where there is no such file, or one that is not understood. Whether code of the base may run is for
         whoever loads it to say, not for the file."""
         try:
-            told = json.loads((folder / ORIGIN_FILE).read_text())
+            told = read_record(_Told, parse_json((folder / ORIGIN_FILE).read_bytes()))
             model = ModelSection.model_validate(told["model"]).model_copy(update={"trust_remote_code": False})
             if told["task"] not in AUTO_CLASSES:
                 return None
-            return cls(str(told["task"]), str(told["method"]), model, told.get("format"), told.get("template"))
-        except (OSError, ValueError, TypeError, KeyError):
+            return cls(told["task"], told["method"], model, told.get("format"), told.get("template"))
+        except (OSError, ValueError):
             return None

@@ -167,20 +167,21 @@ class BoundedLoader(yaml.SafeLoader):
         self._open: list[Measure] = []
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
-        event: Any = self.peek_event()  # type: ignore[no-untyped-call]
+        event = self.peek_event()  # type: ignore[no-untyped-call]
+        mark: Any = event.start_mark
         if isinstance(event, yaml.AliasEvent):
             node = super().compose_node(parent, index)
             if id(node) not in self._measures:
-                raise OutOfBounds(None, None, "it contains itself through an alias", event.start_mark)
-            self._count(self._measures[id(node)], event.start_mark)
+                raise OutOfBounds(None, None, "it contains itself through an alias", mark)
+            self._count(self._measures[id(node)], mark)
             return node
         self._open.append(Measure(1, 1))
-        self._check(self._open[-1], event.start_mark)
+        self._check(self._open[-1], mark)
         node = super().compose_node(parent, index)
         measure = self._open.pop()
         if event.anchor is not None:
             self._measures[id(node)] = measure
-        self._count(measure, event.start_mark)
+        self._count(measure, mark)
         return node
 
     def _count(self, inner: Measure, mark: Any) -> None:

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer import layout
-from trainer.begin import RunData, open_data, versions, weights
+from trainer.begin import RunData, open_data, read_provenance, versions, weights
 from trainer.building import build_parts
 from trainer.card import model_card
 from trainer.checkpoint import CommitRecord, Retention, claim_attempt, commit, fetch, fetch_whole, put_checkpoint
@@ -175,7 +175,13 @@ class Attempt:
         with tempfile.TemporaryDirectory(prefix="muster-restore-") as folder:
             target = Path(folder, "checkpoint")
             record = self.world.from_first(
-                lambda: fetch_whole(self.run_storage, target, needed=self.state.needed, on_skip=self._skipped)
+                lambda: fetch_whole(
+                    self.run_storage,
+                    target,
+                    needed=self.state.needed,
+                    check=self._check_state,
+                    on_skip=self._skipped,
+                )
             )
             if record is None:
                 return Position(0, stream.start())
@@ -184,6 +190,11 @@ class Attempt:
             self.state.load(target, record.state)
             self.recorder.go_on(record.state.get("facts", {}))
             return Position(record.step, Cursor.from_json(record.state["cursor"]))
+
+    def _check_state(self, record: CommitRecord) -> None:
+        """Raises CorruptObject when training cannot go on from what the record holds beside its files."""
+        Cursor.from_json(record.state.get("cursor"))
+        self.state.check(record.state)
 
     def _skipped(self, step: int, uri: str, reason: str) -> None:
         log.warning("the checkpoint of step %d is passed over: %s", step, reason)
@@ -366,7 +377,7 @@ class Attempt:
             self._finish_head(tokenizer, folder)
         tokenizer.chat_template = self.chat_template or tokenizer.chat_template
         tokenizer.save_pretrained(folder)
-        provenance = self.run_storage.read_json(layout.PROVENANCE)
+        provenance = read_provenance(self.run_storage)
         (folder / "README.md").write_text(model_card(recipe, facts, provenance))
         Origin.of(recipe).write(folder)
 

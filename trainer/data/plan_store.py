@@ -12,6 +12,7 @@ import json
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import TypedDict
 
 import pyarrow as pa
 
@@ -21,6 +22,8 @@ from trainer.data.prepared import Prepared
 from trainer.data.seeding import hash_parts
 from trainer.errors import CorruptObject
 from trainer.layout import PLAN
+from trainer.parsing import parse_json
+from trainer.records import read_record
 from trainer.storage import Storage
 
 _META = b"plan"
@@ -93,7 +96,7 @@ class PlanStore:
         raw = self.run.read(plan_key(epoch, ordinal))
         try:
             return decode_plan(raw)
-        except (pa.ArrowException, KeyError, ValueError) as error:
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             raise CorruptObject(f"{self._url(epoch, ordinal)} is not a whole plan ({error}); restore it") from error
 
     def _keep(self, epoch: int, ordinal: int, plan: WindowPlan, previous: str) -> LinkedPlan:
@@ -139,9 +142,13 @@ def encode_plan(plan: WindowPlan, previous: str) -> bytes:
     return stream_bytes(table.replace_schema_metadata({_META: json.dumps({"previous": previous}).encode()}))
 
 
+class _Link(TypedDict):
+    previous: str
+
+
 def decode_plan(raw: bytes) -> tuple[WindowPlan, str]:
     table = read_stream(raw)
-    previous = str(json.loads(table.schema.metadata[_META])["previous"])
+    previous = read_record(_Link, parse_json((table.schema.metadata or {})[_META]))["previous"]
     lists = table.column("samples").combine_chunks()
     plan = WindowPlan(
         lists.values.to_numpy(),

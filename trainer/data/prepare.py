@@ -90,7 +90,7 @@ def _prepare_windows(
 ) -> list[WindowEntry]:
     """The entries of all jobs, by their windows."""
     names = (_INDEX.fullmatch(o.key) for o in folder.list())
-    done = {w: entry_of(w, folder.read(index_key(w))) for w in sorted(int(m[1]) for m in names if m)}
+    done = {w: entry_of(folder, w, folder.read(index_key(w))) for w in sorted(int(m[1]) for m in names if m)}
     missing = [job for job in jobs if job.window not in done]
     total = sum_counts(list(done.values()), len(task.spec.sources))
     for job, entry in zip(missing, map_windows(task, missing), strict=True):

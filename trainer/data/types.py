@@ -6,7 +6,6 @@ Legend: B packs in a micro-batch, L tokens of its longest pack.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -53,16 +52,12 @@ class Cursor:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Cursor:
+    def from_json(cls, data: Any) -> Cursor:
         """The cursor of a commit record; CorruptObject when a field is missing, unknown or of another type."""
         try:
-            cursor = read_record(cls, data)
-            # Unlike elsewhere: the place may be in a field that is not known here.
-            if unknown := sorted(data.keys() - {f.name for f in dataclasses.fields(cls)}):
-                raise Malformed(f"{unknown[0]} is not known to this version of muster; update it")
+            return read_record(cls, data, exact=True)
         except Malformed as error:
             raise CorruptObject(f"the data cursor {data!r:.300} is not whole: {error}") from error
-        return cursor
 
 
 @dataclass(frozen=True)

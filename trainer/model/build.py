@@ -15,6 +15,7 @@ import torch
 
 from trainer.errors import InputError
 from trainer.libraries import load_libraries
+from trainer.model.config_files import UNUSABLE
 from trainer.model.head import Head, head_modules, is_head, set_up_head, take_tied_embeddings
 from trainer.model.memory import HostPeak
 from trainer.model.placement import Placement
@@ -94,7 +95,7 @@ def _load_whole(
             ignore_mismatched_sizes=True,  # `_check_whole` says which, where transformers only says that there are some
             **(head.settings() if head else {}),
         )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as e:
+    except (*UNUSABLE, SafetensorError) as e:
         raise InputError(f"model.path {section.path!r} cannot be loaded as a {_kind(head)}: {e}") from e
     model, loading = loaded
     unlike = {name: shapes for name, *shapes in loading["mismatched_keys"]}

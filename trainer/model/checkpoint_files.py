@@ -6,18 +6,16 @@ and the tensors, each contiguous and in row-major order: any run of a flattened 
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from trainer.errors import CorruptObject, InputError
 from trainer.model.source import Source
-from trainer.model.weights import LARGEST_HEADER, needed_files
+from trainer.model.weights import LARGEST_HEADER, Entry, needed_files, read_header
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -61,12 +59,12 @@ def read_headers(source: Source, path: str) -> dict[str, Stored]:
 
 def _tensors(source: Source, file: str) -> dict[str, Stored]:
     try:
-        base, header = _header(source, file)
-        entries = {n: e for n, e in header.items() if n != "__metadata__"}
+        base, entries = _header(source, file)
         found = {n: _stored(file, base, e) for n, e in entries.items()}
-        whole = all(e["data_offsets"][1] - e["data_offsets"][0] == found[n].bytes for n, e in entries.items())
-        end = base + max((e["data_offsets"][1] for e in entries.values()), default=0)
-    except (ValueError, struct.error, KeyError, TypeError, AttributeError, IndexError, CorruptObject) as error:
+        extents = {n: e["data_offsets"] for n, e in entries.items()}
+        whole = all(extent.stop - extent.start == found[n].bytes for n, extent in extents.items())
+        end = base + max((extent.stop for extent in extents.values()), default=0)
+    except (ValueError, struct.error, KeyError, CorruptObject) as error:
         raise InputError(f"{source.storage.uri(file)} has no readable header; copy the model again") from error
     if not whole or end != source.size(file):
         raise InputError(
@@ -76,13 +74,12 @@ def _tensors(source: Source, file: str) -> dict[str, Stored]:
     return dict(sorted(found.items(), key=lambda item: item[1].start))
 
 
-def _header(source: Source, file: str) -> tuple[int, Mapping[str, Any]]:
+def _header(source: Source, file: str) -> tuple[int, Mapping[str, Entry]]:
     (length,) = struct.unpack("<Q", source.read(file, 0, 8))
     if length > min(source.size(file) - 8, LARGEST_HEADER):
         raise ValueError(f"header of {length} bytes")
-    return 8 + length, json.loads(source.read(file, 8, 8 + length))
+    return 8 + length, read_header(source.read(file, 8, 8 + length))
 
 
-def _stored(file: str, base: int, entry: Mapping[str, Any]) -> Stored:
-    shape = tuple(int(n) for n in entry["shape"])
-    return Stored(file, base + int(entry["data_offsets"][0]), DTYPES[entry["dtype"]], shape)
+def _stored(file: str, base: int, entry: Entry) -> Stored:
+    return Stored(file, base + entry["data_offsets"].start, DTYPES[entry["dtype"]], tuple(entry["shape"]))

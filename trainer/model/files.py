@@ -17,6 +17,7 @@ from pathlib import Path
 from filelock import FileLock
 
 from trainer.errors import InputError
+from trainer.model.config_files import check_configs
 from trainer.recipe.model import ModelSection
 from trainer.storage import ObjectInfo, Storage, open_storage
 
@@ -47,7 +48,7 @@ def fetch_model(section: ModelSection, *, weights: bool = True) -> ModelFiles:
     Raises InputError when there is no such folder, URL or Hub repository, or when it holds no ``config.json``.
     """
     if "://" in section.path:
-        return _from_url(section.path, weights)
+        return _checked(_from_url(section.path, weights), section.path)
     if Path(section.path).is_dir():
         return _checked(ModelFiles(Path(section.path)), section.path)
     return _checked(_from_hub(section, weights), section.path)
@@ -56,6 +57,7 @@ def fetch_model(section: ModelSection, *, weights: bool = True) -> ModelFiles:
 def _checked(files: ModelFiles, path: str) -> ModelFiles:
     if not (files.folder / "config.json").is_file():
         raise InputError(f"model.path {path!r} holds no config.json: name a folder in the Hugging Face format")
+    check_configs(files.folder, f"model.path {path!r}")
     return files
 
 

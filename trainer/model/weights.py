@@ -5,14 +5,16 @@ A safetensors file is eight bytes with the header's length, the header (JSON: ea
 
 from __future__ import annotations
 
-import json
 import struct
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple, TypedDict
 
-from trainer.errors import CorruptObject, InputError
+from trainer.errors import InputError
+from trainer.parsing import Malformed, parse_json
 from trainer.recipe.model import ModelSection
+from trainer.records import Count, read_record
 from trainer.storage import ObjectInfo, Storage, open_storage
 
 INDEX = "model.safetensors.index.json"
@@ -46,9 +48,10 @@ def needed_files(storage: Storage, path: str, found: Iterable[str]) -> set[str]:
         return {SINGLE}
     if INDEX in names:
         try:
-            return set(storage.read_json(INDEX)["weight_map"].values())
-        except (KeyError, TypeError, AttributeError, CorruptObject) as error:
-            raise InputError(f"{storage.uri(INDEX)} holds no weight_map; copy the model again") from error
+            index = read_record(_Index, parse_json(storage.read(INDEX), finite=False, unique=False))
+        except Malformed as error:
+            raise InputError(f"{storage.uri(INDEX)} holds no weight_map ({error}); copy the model again") from error
+        return set(index["weight_map"].values())
     others = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".h5", ".gguf")))
     hint = (
         f"{', '.join(others[:3])} would have to be saved as safetensors, with save_pretrained of transformers"
@@ -56,6 +59,32 @@ def needed_files(storage: Storage, path: str, found: Iterable[str]) -> set[str]:
         else f"put {SINGLE} there"
     )
     raise InputError(f"model.path {path!r} holds no weights in safetensors: {hint}")
+
+
+class _Index(TypedDict):
+    weight_map: dict[str, str]
+
+
+class Extent(NamedTuple):
+    """Bytes of a tensor behind its file's header."""
+
+    start: Count
+    stop: Count
+
+
+class Entry(TypedDict):
+    """What a header says of a tensor."""
+
+    dtype: str
+    shape: list[Count]
+    data_offsets: Extent
+
+
+def read_header(raw: bytes) -> dict[str, Entry]:
+    """Each tensor's entry in a safetensors header; raises Malformed."""
+    found = parse_json(raw, finite=False)
+    entries = {n: e for n, e in found.items() if n != "__metadata__"} if isinstance(found, dict) else found
+    return read_record(dict[str, Entry], entries)
 
 
 def _check_file(storage: Storage, item: ObjectInfo) -> None:
@@ -76,8 +105,7 @@ def _whole_size(storage: Storage, item: ObjectInfo) -> int | None:
     if length > min(item.size - 8, LARGEST_HEADER):
         return None
     try:
-        header = json.loads(storage.read_range(item.key, 8, 8 + length))
-        ends = [entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"]
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+        header = read_header(storage.read_range(item.key, 8, 8 + length))
+    except Malformed:
         return None
-    return int(8 + length + max(ends, default=0))
+    return 8 + int(length) + max((entry["data_offsets"].stop for entry in header.values()), default=0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections import Counter
@@ -17,6 +16,7 @@ from trainer import layout
 from trainer.checkpoint import list_commits
 from trainer.errors import InputError, MusterError
 from trainer.model import check_weights
+from trainer.model.config_files import read_config
 from trainer.model.placement import placement_for
 from trainer.publish import STATE_FILES, is_last, published_files, reads_back
 from trainer.recipe.tasks import AUTO_CLASSES
@@ -97,7 +97,7 @@ def _run(uri: str, run: Storage) -> Description:
 
 def _adapter(uri: str, storage: Storage, subject: Subject) -> Description:
     (folder,) = subject.adapters.values()
-    config = json.loads((folder / ADAPTER_CONFIG).read_text())
+    config = read_config(folder / ADAPTER_CONFIG, uri)
     found = _described(uri, "adapter", subject, storage)
     found.settings = {name: config[name] for name in SETTINGS if config.get(name) not in (None, False, [])}
     found.base = subject.section.model_dump(mode="json", exclude={"trust_remote_code"})

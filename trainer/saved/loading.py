@@ -6,7 +6,6 @@ quantising that is another thing than quantising the base; so they are put back 
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +21,7 @@ from trainer.adapters.residual import Residual
 from trainer.adapters.without_weights import StayingOnHost
 from trainer.errors import InputError
 from trainer.model import Head, build, fetch_model
+from trainer.model.config_files import UNUSABLE, read_config
 from trainer.model.placement import Placement
 from trainer.model.spread import LaidOut, lay_out, spread
 from trainer.recipe import Recipe
@@ -101,7 +101,7 @@ def _fits(base: str) -> Iterator[None]:
 
     try:
         yield
-    except (ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (*UNUSABLE, RuntimeError, SafetensorError) as error:
         said = " ".join(str(error).split())[:400]
         raise InputError(f"the adapter does not fit the base {base}: {said}") from error
 
@@ -122,7 +122,7 @@ def _adapted(subject: Subject, base: Any, how: dict[str, Any]) -> Any:
                 model.load_adapter(str(other), adapter_name=name, **how)
         except UserWarning as lacking:
             raise ValueError(str(lacking)) from None
-    kind = json.loads((folder / ADAPTER_CONFIG).read_text())["peft_type"]
+    kind = read_config(folder / ADAPTER_CONFIG, str(folder)).get("peft_type")
     if AUTO_CLASSES[subject.task] == CAUSAL and kind in INSERTED:
         INSERTED[kind](model)
     return model

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -13,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from trainer import layout
-from trainer.begin import read_recipe
+from trainer.begin import read_data, read_recipe
 from trainer.checkpoint import fetch_whole, list_commits
 from trainer.checkpoint.blobs import entry_of_file
-from trainer.data import Preparation
 from trainer.errors import InputError, UsageError
 from trainer.model import fetch_model, load_tokenizer
+from trainer.model.config_files import read_config
 from trainer.origin import Origin
 from trainer.publish import STATE_FILES, is_last, published_files
 from trainer.recipe import ModelSection, Recipe
@@ -170,8 +169,11 @@ def _of_run(recipe: Recipe | None, run: Storage, folder: Path) -> Subject:
     else:
         folder = folder / "adapter"
     found = _saved(recipe or begun, folder, run.url)
-    train = Preparation.from_json(run.read_json(layout.DATA)["train"])
-    return replace(found, labels=train.labels or found.labels)
+    try:
+        labels = read_data(run)["train"].labels
+    except FileNotFoundError:
+        raise InputError(f"{run.url} lacks {layout.DATA}, which says what it was trained on; put it back") from None
+    return replace(found, labels=labels or found.labels)
 
 
 def _take_published(run: Storage, folder: Path) -> bool:
@@ -195,11 +197,11 @@ def _download(storage: Storage, folder: Path) -> None:
 def _saved(recipe: Recipe | None, folder: Path, where: str) -> Subject:
     """What training saves: an adapter, or a whole model."""
     if (folder / ADAPTER_CONFIG).is_file():
-        config = _json(folder / ADAPTER_CONFIG, where)
+        config = read_config(folder / ADAPTER_CONFIG, where)
         if recipe:
             _check_adapter(recipe, config, where)
         origin = Origin.of(recipe) if recipe else _origin(folder, where) or _origin_by_peft(config, where)
-        model_config = _json(folder / MODEL_CONFIG, where) if (folder / MODEL_CONFIG).is_file() else {}
+        model_config = read_config(folder / MODEL_CONFIG, where) if (folder / MODEL_CONFIG).is_file() else {}
         labels = _labels(model_config) if recipe else _outputs(model_config)
         return Subject(origin.model, origin.task, origin.method, {DEFAULT: folder}, labels, None, origin, recipe)
     if not (folder / MODEL_CONFIG).is_file():
@@ -255,13 +257,13 @@ def _method_by_peft(config: dict[str, Any]) -> str:
 
 
 def _in_its_dtype(section: ModelSection, folder: Path) -> ModelSection:
-    config = _json(folder / MODEL_CONFIG, section.path)
+    config = read_config(folder / MODEL_CONFIG, section.path)
     told = str(config.get("dtype") or config.get("torch_dtype") or DTYPES[0])
     return section.model_copy(update={"dtype": told if told in DTYPES else DTYPES[0]})
 
 
 def _whole_model(recipe: Recipe | None, section: ModelSection, folder: Path, where: str) -> Subject:
-    config = _json(folder / MODEL_CONFIG, where)
+    config = read_config(folder / MODEL_CONFIG, where)
     named = [str(name) for name in config.get("architectures") or []]
     head = any(name.endswith("ForSequenceClassification") for name in named)
     task = recipe.task if recipe else "classification" if head else "sft"
@@ -283,13 +285,8 @@ def _labels(config: dict[str, Any]) -> tuple[str, ...] | None:
 
 
 def _outputs(config: dict[str, Any]) -> tuple[str, ...] | None:
-    names = {int(number): str(name) for number, name in (config.get("id2label") or {}).items()}
+    named = config.get("id2label") or {}
+    if wrong := [number for number in named if not re.fullmatch(r"\d{1,9}", number, re.ASCII)]:
+        raise InputError(f"{MODEL_CONFIG} names the label of {wrong[0]!r}, which is no number of an output")
+    names = {int(number): str(name) for number, name in named.items()}
     return tuple(names[n] for n in sorted(names)) or None
-
-
-def _json(path: Path, where: str) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except ValueError as error:
-        raise InputError(f"{path.name} of {where} is not JSON: {error}") from error
-    return found
