@@ -150,6 +150,8 @@ def resolve_chat_template(value: str | None) -> str | None:
     storage, key = locate(value)
     try:
         return storage.read(key).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"data.chat_template: {value} is not text in UTF-8 ({error.reason})") from error
     except FileNotFoundError as error:
         raise InputError(
             f"data.chat_template: {value!r} is no file, and no Jinja template either since it holds no '{{'"
