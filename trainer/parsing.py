@@ -129,9 +129,9 @@ _TOO_DEEP = f"it is nested deeper than {DEEPEST} levels"
 def is_deep(value: Any) -> bool:
     """Whether lists and mappings stand in it deeper than `DEEPEST`."""
     level = [value]
-    for _ in range(DEEPEST + 1):
+    for _ in range(DEEPEST):
         level = [c for v in level if isinstance(v, dict | list) for c in (v.values() if isinstance(v, dict) else v)]
-    return bool(level)
+    return any(isinstance(v, dict | list) for v in level)
 
 
 HALF_A_PAIR = "it holds half of a surrogate pair, which UTF-8 cannot write"

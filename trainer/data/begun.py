@@ -91,6 +91,9 @@ def open_begun(shared: Storage, fingerprint: str) -> Prepared | None:
         return None
     try:
         begun = read_record(_Beginning, body)
-        return Begun(folder, Preparation.from_json(begun["spec"]), begun["windows"])
+        spec = Preparation.from_json(begun["spec"])
+        if spec.fingerprint != fingerprint:
+            raise Malformed("it is of other data than its folder")
+        return Begun(folder, spec, begun["windows"])
     except Malformed as error:
         raise CorruptObject(f"{folder.url}/{BEGUN} cannot be understood ({error}); delete {folder.url}") from error
