@@ -28,7 +28,7 @@ from trainer.recipe.tree import annotation_at, dotted, field_at, section_of, sta
 COMMAND_LINE = "command line"
 LARGEST_RECIPE = 1 << 20
 """Bytes: reading as many takes seconds."""
-LONGEST_PATH = 200
+LONGEST_PATH, LONGEST_MESSAGE = 200, 1500
 
 
 class Found(NamedTuple):
@@ -168,7 +168,8 @@ def _not_a_mapping(document: Document, where: str) -> list[Mistake]:
 
 def _mistake(where: str, path: KeyPath, message: str) -> Mistake:
     """Credentials may have been put anywhere, and mistakes are printed and logged."""
-    return Mistake(where, dotted(path)[:LONGEST_PATH], CREDENTIALS.sub("://…@", message))
+    said = CREDENTIALS.sub("://…@", message)
+    return Mistake(where, dotted(path)[:LONGEST_PATH], said[:LONGEST_MESSAGE] + "…" * (len(said) > LONGEST_MESSAGE))
 
 
 def _one(where: str, message: str) -> RecipeError:

@@ -29,7 +29,7 @@ def apply(data: dict[str, Any], overrides: Sequence[str]) -> Applied:
         path = tuple(int(part) if part.isdecimal() and len(part) < 10 else part for part in key.strip().split("."))
         wrong = _wrong_key(path) if separator else f"{override!r:.80} is not KEY=VALUE, such as optimizer.lr=1e-4"
         if not is_unicode(override):
-            wrong = f"{override!r:.80} is not text in UTF-8"
+            wrong, path = f"{override!r:.80} is not text in UTF-8", ()
         wrong = wrong or _set(data, path, typed(text.strip(), annotation_at(path)))
         if wrong:
             mistakes.append((path if separator else (), wrong))
