@@ -75,13 +75,13 @@ def _model_without_weights(section: ModelSection, folder: Path, auto_class: str)
     import transformers
     from transformers import AutoConfig
 
-    from trainer.model.config_files import UNUSABLE
+    from trainer.model.config_files import UNUSABLE, cause
 
     trust = section.trust_remote_code
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
     except UNUSABLE as e:
-        raise InputError(f"model.path {section.path!r} has a config.json that cannot be used: {first_line(e)}") from e
+        raise InputError(f"model.path {section.path!r} has a config.json that cannot be used: {cause(e)}") from e
     try:
         with torch.device("meta"):
             model: PreTrainedModel = getattr(transformers, auto_class).from_config(config, trust_remote_code=trust)

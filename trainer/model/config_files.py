@@ -3,8 +3,11 @@ do with a file that is nested without end, or whose values are of other types, i
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any, TypedDict
+
+from huggingface_hub.errors import StrictDataclassError
 
 from trainer.errors import InputError
 from trainer.parsing import Malformed, parse_json
@@ -12,6 +15,9 @@ from trainer.records import read_record
 
 LARGEST_CONFIG = 64 << 20
 """Bytes; the index of the largest models has a few million."""
+MOST_MODULES = 10_000
+COUNTED = re.compile(r"layers?$|experts$|blocks$")
+"""Names of the counts of modules: num_hidden_layers, n_layer, n_routed_experts."""
 CONFIG_FILES = (
     "config.json",
     "generation_config.json",
@@ -23,9 +29,10 @@ CONFIG_FILES = (
 )
 UNUSABLE = (
     OSError, ValueError, LookupError, ImportError, TypeError, AttributeError, ArithmeticError, AssertionError,
-    RecursionError, NotImplementedError,
+    RecursionError, NotImplementedError, StrictDataclassError,
 )  # fmt: skip
 """What libraries raise where a configuration says something that cannot be."""
+LONGEST_CAUSE = 300
 
 
 class Config(TypedDict, total=False):
@@ -49,12 +56,28 @@ def read_config(path: Path, where: str) -> dict[str, Any]:
     try:
         if path.stat().st_size > LARGEST_CONFIG:
             raise Malformed(f"it has more than {LARGEST_CONFIG:,} bytes")
-        found = parse_json(path.read_bytes(), finite=False, unique=False)
-        return dict(read_record(Config, found))
+        found = dict(read_record(Config, parse_json(path.read_bytes(), finite=False, unique=False)))
+        _check_counts(found)
+        return found
     except OSError as error:
         raise InputError(f"{path.name} of {where} cannot be read: {error.strerror or error}") from error
     except Malformed as error:
         raise InputError(f"{where} has a {path.name} that cannot be used: {error}") from error
+
+
+def _check_counts(config: dict[str, Any]) -> None:
+    """A module is made for each layer and each expert, one after the other, before anything is compared with the
+    weights."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            _check_counts(value)
+        elif isinstance(value, int) and COUNTED.search(name) and value > MOST_MODULES:
+            raise Malformed(f"{name} is {value}, and at most {MOST_MODULES:,} are built")
+
+
+def cause(error: BaseException) -> str:
+    """What a library said, on one line."""
+    return " ".join(str(error).split())[:LONGEST_CAUSE] or type(error).__name__
 
 
 def check_configs(folder: Path, where: str) -> None:

@@ -11,9 +11,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.data.formats.columns import fields_of
+from trainer.data.formats.chat import TEMPLATE_FAULTS
+from trainer.data.formats.columns import encodable, fields_of
 from trainer.data.formats.instruction import prompt_of
 from trainer.data.formats.qa import framed
+from trainer.data.rows import Fault
 from trainer.errors import UsageError
 
 CHAT, QA, INSTRUCTION, TEMPLATE, PLAIN = FRAMES = ("chat", "qa", "instruction", "template", "plain")
@@ -105,7 +107,9 @@ def rendered(tokenizer: Any, turns: Turns) -> list[int]:
         raise UsageError("messages need a chat template, and the tokenizer has none; give a prompt instead")
     try:
         text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError, KeyError, ValueError) as error:
+    except (TemplateError, *TEMPLATE_FAULTS) as error:
         raise UsageError(f"the chat template refuses the conversation: {error}") from error
+    if isinstance(fault := encodable(str(text)), Fault):
+        raise UsageError(f"the conversation cannot be used: {fault.reason}")
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids

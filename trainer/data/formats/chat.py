@@ -21,6 +21,10 @@ Interval = tuple[int, int]
 Tools = list[Any] | None
 
 
+TEMPLATE_FAULTS = (TypeError, LookupError, ValueError, ArithmeticError, AttributeError, RecursionError)
+"""What a template raises beside its own errors, for turns that hold what its author did not think of."""
+
+
 class Chat:
     """``template`` takes the place of the tokenizer's own."""
 
@@ -44,7 +48,7 @@ class Chat:
 
         try:
             text = encodable(self._render(turns, tools, generation=True))
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
+        except (TemplateError, *TEMPLATE_FAULTS) as error:
             return _refused(error)
         if isinstance(text, Fault):
             return text
@@ -69,7 +73,7 @@ class Chat:
                 said.append((len(opened), len(closed)))
                 before = closed
             text = self._render(turns, tools, generation=False)
-        except (TemplateError, TypeError, KeyError, ValueError) as error:
+        except (TemplateError, *TEMPLATE_FAULTS) as error:
             return _refused(error)
         return (text, said) if text.startswith(before) else _not_a_prefix(len(turns) - 1)
 
