@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ from trainer.parsing import parse_json
 from trainer.records import read_record
 from trainer.storage import Storage
 
+log = logging.getLogger(__name__)
 _META = b"plan"
 _HELD = 3
 
@@ -82,15 +84,24 @@ class PlanStore:
         return self._checked(held, epoch, ordinal, chain)
 
     def _read_or_make(self, epoch: int, ordinal: int, previous: str) -> tuple[WindowPlan, str]:
+        """A stored plan that follows another one than ``previous`` is of a start that was given up before its first
+        checkpoint, on other data or settings: nobody on this run's chain has trained on it, and it is replaced."""
+        key, stale = plan_key(epoch, ordinal), False
         try:
-            return self._read(epoch, ordinal)
+            found = self._read(epoch, ordinal)
+            if found[1] == previous:
+                return found
+            stale = True
         except FileNotFoundError:
             pass
         window = self._window(epoch, ordinal)
         plan = plan_window(self.prepared.index(window), self.settings, epoch, window)
-        if self.run.put_if_absent(plan_key(epoch, ordinal), encode_plan(plan, previous)):
-            return plan, previous
-        return self._read(epoch, ordinal)
+        if stale:
+            log.warning("%s is of an earlier start on other data or settings, and is replaced", self.run.uri(key))
+            self.run.write(key, encode_plan(plan, previous))
+        elif not self.run.put_if_absent(key, encode_plan(plan, previous)):
+            return self._read(epoch, ordinal)
+        return plan, previous
 
     def _read(self, epoch: int, ordinal: int) -> tuple[WindowPlan, str]:
         raw = self.run.read(plan_key(epoch, ordinal))
