@@ -133,15 +133,16 @@ def event_text(event: Mapping[str, Any], before: Sequence[str] | None = None) ->
     """A line for what a person wants to know as it happens; ``before``: the hosts of the attempt before a start."""
     kind = event["event"]
     if kind == "start":
-        begins = f"going on after step {event['step']}" if event["step"] else "from the first step"
-        changed, kind = _changed(before, event["hosts"]), event["strategy"]["kind"]
-        return f"attempt {event['attempt']}: {changed}workers {placed(event['hosts'])}, {kind}, {begins}"
+        begins = f"going on after step {event['step']}" if event.get("step") else "from the first step"
+        hosts, strategy = event.get("hosts") or [], (event.get("strategy") or {}).get("kind")
+        told = [f"{_changed(before, hosts)}workers {placed(hosts)}", str(strategy or ""), begins]
+        return f"attempt {event.get('attempt')}: {', '.join(filter(None, told))}"
     if kind == "failure":
-        return f"failure: {event['cause']}" + ("; restarting the workers" if event.get("retried") else "")
+        return f"failure: {event.get('cause')}" + ("; restarting the workers" if event.get("retried") else "")
     if kind == "skipped_checkpoint":
-        return f"the checkpoint of step {event['step']} is passed over: {event['reason']}"
+        return f"the checkpoint of step {event.get('step')} is passed over: {event.get('reason')}"
     if kind == "stale_checkpoint":
-        return f"no checkpoint was committed for {duration(event['age_s'])}: the storage is slow or away"
+        return f"no checkpoint was committed for {duration(event.get('age_s') or 0)}: the storage is slow or away"
     return None
 
 
@@ -149,12 +150,12 @@ def watched_text(event: Mapping[str, Any], before: Sequence[str] | None = None) 
     """The same for whoever watches from elsewhere, and does not see what the driver itself says."""
     kind = event["event"]
     if kind == "resize":
-        return f"{event['reason']}: the workers are gathered anew"
+        return f"{event.get('reason')}: the workers are gathered anew"
     if kind == "hang":
-        return f"hang: {event['cause']}"
+        return f"hang: {event.get('cause')}"
     if kind == "end":
         cause = str(event.get("cause") or "").partition("\n")[0]
-        return f"{event['state']}" + _said(" at step {}", event.get("step")) + _said(": {}", cause or None)
+        return f"{event.get('state')}" + _said(" at step {}", event.get("step")) + _said(": {}", cause or None)
     return event_text(event, before)
 
 

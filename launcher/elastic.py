@@ -11,7 +11,6 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from launcher.capacity import Node, room, workers_that_fit
 from trainer.errors import MusterError, StartAgain
@@ -160,15 +159,14 @@ class ClusterWatch:
 def newest_group(run: Storage, before: int) -> Group | None:
     """The workers that the run's newest start tells of, once an attempt after ``before`` has started; None again when
     they have failed, ended, or been asked to gather anew."""
-    newest: dict[str, Any] | None = None
+    newest: Group | None = None
     over = 0.0
     for row in rows_backwards(run, EVENTS):
-        if row["attempt"] <= before or (newest and row["attempt"] < newest["attempt"]):
+        attempt, when = row.get("attempt", 0), row.get("time", 0.0)
+        if attempt <= before or (newest and attempt < newest.attempt):
             break
         if row["event"] in OVER:
-            over = max(over, float(row["time"]))
+            over = max(over, when)
         if row["event"] == "start" and newest is None:
-            newest = row
-    if newest is None or over >= float(newest["time"]):
-        return None
-    return Group(newest["attempt"], tuple(newest["hosts"]), float(newest["time"]))
+            newest = Group(attempt, tuple(row.get("hosts") or ()), when)
+    return None if newest is None or over >= newest.since else newest

@@ -133,7 +133,7 @@ class Attempt:
         self.start = next((e for e in told if e["event"] == "start"), None)
         # A driver whose workers have claimed no attempt yet writes under the number of the one before.
         self.events = [e for e in told if self.may_be_of(_driver_of(e))]
-        self.startup = next((e for e in self.events if e["event"] == "startup"), None)
+        self.startup = next((e for e in self.events if e["event"] == "startup" and e.get("seconds")), None)
         self.rows = _timed(rows, float(self.start["time"]) if self.start else None)
         self.lives = bool(self.rows) or self.start is not None
 
@@ -159,7 +159,7 @@ class Attempt:
 
     def _starting(self) -> list[Piece]:
         """Up to where the first step's own seconds begin: they are training."""
-        first = next((float(r["step_s"]) for r in self.rows if "loss" in r), 0.0)
+        first = next((float(r.get("step_s") or 0.0) for r in self.rows if "loss" in r), 0.0)
         if self.startup is None:
             return self._cut_short()
         spent = {phase: float(s) for phase, s in self.startup["seconds"].items()}

@@ -76,17 +76,18 @@ def _model_without_weights(section: ModelSection, folder: Path, auto_class: str)
     from transformers import AutoConfig
 
     from trainer.model.code import check_code
+    from trainer.model.config_files import UNUSABLE, cause
 
     check_code(section, folder)
     trust = section.trust_remote_code
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError) as e:
-        raise InputError(f"model.path {section.path!r} has a config.json that cannot be used: {first_line(e)}") from e
+    except UNUSABLE as e:
+        raise InputError(f"model.path {section.path!r} has a config.json that cannot be used: {cause(e)}") from e
     try:
         with torch.device("meta"):
             model: PreTrainedModel = getattr(transformers, auto_class).from_config(config, trust_remote_code=trust)
-    except (ValueError, KeyError, ImportError, AttributeError) as e:
+    except (*UNUSABLE, RuntimeError) as e:
         raise InputError(_not_built(section.path, config, auto_class, e)) from e
     return model
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from trainer import layout
 from trainer.errors import CorruptObject
+from trainer.parsing import Malformed
+from trainer.records import UnixTime, read_record
 from trainer.storage import Storage
 
 
@@ -15,7 +17,7 @@ class Submission:
 
     kind: str
     id: str
-    time: float
+    time: UnixTime
     recipe: str
 
     @property
@@ -24,7 +26,8 @@ class Submission:
 
 
 def read_submission(run: Storage) -> Submission | None:
+    """None where nothing was submitted, or where what says so is no submission."""
     try:
-        return Submission(**run.read_json(layout.SUBMISSION))
-    except (FileNotFoundError, CorruptObject, TypeError):
+        return read_record(Submission, run.read_json(layout.SUBMISSION))
+    except (FileNotFoundError, CorruptObject, Malformed):
         return None

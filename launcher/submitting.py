@@ -77,7 +77,7 @@ def submit(job: Job, kind: str, recipe: Recipe, say: Say) -> Submission:
     if kind in READ_FROM_STORAGE and (code_of(recipe) or submitting_code_of(recipe)):
         job = replace(job, command=(*job.command, FLAG))
     unique = f"{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(4)}"
-    key = f"{layout.SUBMITTED}/{unique}-{digest_of(job.recipe)}.yaml"
+    key = f"{layout.SUBMITTED}/{unique}-{digest_of(job.recipe.encode())}.yaml"
     run.write(key, job.recipe.encode())
     with cluster_errors():
         made = Submission(kind, cluster_of(kind).submit(job, run.uri(key)), time.time(), run.uri(key))

@@ -77,15 +77,15 @@ class View:
         """Hosts and checkpoints of earlier attempts are where the run stands, too, though no news."""
         for event in sorted(clean(self._events.new()), key=lambda row: float(row.get("time") or 0)):
             if event["event"] == "failure":
-                self._cause = event["cause"]
+                self._cause = event.get("cause")
             elif event["event"] == "end" and event.get("cause") == self._cause:
                 event = {**event, "cause": None}  # told already
             if self._is_news(event) and (text := self._text(event, self._hosts)):
                 self._news.append((float(event.get("time") or 0), text))
             if event["event"] == "start":
-                self._hosts = tuple(event["hosts"])
+                self._hosts = tuple(event.get("hosts") or ())
             elif event["event"] == "checkpoint":
-                self._saved = (int(event["step"]), float(event.get("time") or 0))
+                self._saved = (event.get("step") or 0, event.get("time") or 0.0)
 
     def _is_news(self, event: Mapping[str, Any]) -> bool:
         writer = str(event.get("writer") or "").partition("-")[0]

@@ -7,6 +7,7 @@ or mended data may take the place of what was frozen: nothing would be lost by i
 from __future__ import annotations
 
 import importlib.metadata
+import logging
 import platform
 import socket
 import subprocess
@@ -15,7 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Required, TypedDict
 
 from trainer import layout
 from trainer.data import (
@@ -31,13 +32,16 @@ from trainer.data import (
     resolve_chat_template,
 )
 from trainer.errors import CorruptObject, InputError, RecipeChanged
+from trainer.parsing import Malformed
 from trainer.recipe import DataSection, Recipe, SourceSection, differences, dump, loads
 from trainer.recipe.trust import granted, without_code
+from trainer.records import read_record
 from trainer.storage import Storage
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+log = logging.getLogger(__name__)
 PACKAGES = (
     "torch",
     "transformers",
@@ -54,6 +58,11 @@ PACKAGES = (
 
 Early = Callable[[Preparation, Any, Storage], Prepared]
 """Prepares data, and gives it back while that goes on: see `trainer.data.Begun`."""
+
+
+class _Data(TypedDict, total=False):
+    train: Required[Any]
+    eval: Any
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,7 @@ def resumed_recipe(run: Storage, overrides: Sequence[str] = (), *, trust: bool =
 def _read_frozen(run: Storage, overrides: Sequence[str] = ()) -> Recipe:
     """Reads the recipe as it was written: to be compared, never to be acted on."""
     try:
-        text = run.read(layout.RECIPE).decode()
+        text = run.read(layout.RECIPE)
     except FileNotFoundError:
         raise InputError(f"there is no run at {run.url}: no {layout.RECIPE} lies there") from None
     frozen = loads(text, run.uri(layout.RECIPE), stored=True)
@@ -131,6 +140,26 @@ def provenance() -> dict[str, Any]:
         "host": socket.gethostname(),
         "command": Path(sys.argv[0]).name,
     }
+
+
+class Provenance(TypedDict, total=False):
+    """As it was when the recipe was frozen."""
+
+    muster: str | None
+    packages: dict[str, str | None]
+    python: str | None
+    platform: str | None
+    host: str | None
+    command: str | None
+
+
+def read_provenance(run: Storage) -> Provenance:
+    """Empty where it is gone or cannot be understood: nothing of a run depends on it."""
+    try:
+        return read_record(Provenance, run.read_json(layout.PROVENANCE))
+    except (FileNotFoundError, CorruptObject, Malformed) as error:
+        log.warning("what %s was begun with is not known: %s", run.url, error)
+        return {}
 
 
 def versions() -> dict[str, str]:
@@ -209,7 +238,7 @@ def prepare_parts(
     for part, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         if not sources:
             continue
-        spec = Preparation.from_json(frozen[part]) if frozen else None
+        spec = frozen.get(part) if frozen else None
         prepared = open_prepared(shared, spec.fingerprint) if spec else None
         if prepared is None:
             loaded = loaded or [tokenizer()]
@@ -241,11 +270,11 @@ def try_open_data(
 ) -> RunData | None:
     """The same, or None when it is not complete."""
     try:
-        frozen = _read_data(run)
+        frozen = read_data(run)
     except FileNotFoundError:
         return None
     opens = {"train": open_train, "eval": open_prepared}
-    parts = {part: opens[part](shared, Preparation.from_json(spec).fingerprint) for part, spec in frozen.items()}
+    parts = {part: opens[part](shared, spec.fingerprint) for part, spec in frozen.items()}
     if any(prepared is None for prepared in parts.values()):
         return None
     train = parts["train"]
@@ -283,12 +312,12 @@ def weights(data: DataSection) -> tuple[float, ...]:
     return tuple(s.weight for s in data.train)
 
 
-def _frozen_data(run: Storage) -> dict[str, Any] | None:
+def _frozen_data(run: Storage) -> dict[str, Preparation] | None:
     """What was frozen, if it binds: without a committed checkpoint, mended data may take its place."""
     if not has_commits(run):
         return None
     try:
-        return _read_data(run)
+        return read_data(run)
     except FileNotFoundError:
         raise CorruptObject(
             f"{run.url} has checkpoints but no {layout.DATA}, which says what data they were trained on; put it back, "
@@ -296,9 +325,18 @@ def _frozen_data(run: Storage) -> dict[str, Any] | None:
         ) from None
 
 
-def _read_data(run: Storage) -> dict[str, Any]:
-    found: dict[str, Any] = run.read_json(layout.DATA)
-    return found
+def read_data(run: Storage) -> dict[str, Preparation]:
+    """What the run's training data (``train``), and its evaluation data where it has any (``eval``), were prepared
+    from. CorruptObject when the record is not one."""
+    body = run.read_json(layout.DATA)
+    try:
+        parts = read_record(_Data, body)
+        return {part: Preparation.from_json(parts[part]) for part in ("train", "eval") if part in parts}
+    except Malformed as error:
+        raise CorruptObject(
+            f"{run.uri(layout.DATA)} does not say what data the run was trained on ({error}); put it back, or start a "
+            "run under another name"
+        ) from error
 
 
 def _spec(

@@ -107,7 +107,7 @@ class Cause:
 
     def of_hang(self, hang: Mapping[str, Any]) -> Cause:
         """The same failure, which came of this event: the rank that held the others up was ended."""
-        found = replace(self, message=str(hang["cause"]))
+        found = replace(self, message=str(hang.get("cause") or self.message))
         if not hang.get("ranks"):
             return found
         first = hang["ranks"][0]

@@ -24,6 +24,8 @@ from typing import Any
 from trainer import layout
 from trainer.checkpoint.claims import claim_driver, claim_driver_after, read_claims
 from trainer.errors import CorruptObject, Interrupted, MusterError, RunHeld
+from trainer.parsing import Malformed
+from trainer.records import Count, UnixTime, read_record
 from trainer.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -47,7 +49,7 @@ class Holder:
 
     host: str
     boot_id: str
-    pid: int
+    pid: Count
     process_start: float
     job: str | None
 
@@ -83,12 +85,12 @@ class LeaseRecord:
     """``time`` is the holder's clock at the last renewal (unix s); ``beat`` counts renewals, ``gathers`` how often the
     driver has asked its workers to commit and be started anew."""
 
-    driver: int
+    driver: Count
     state: str
     holder: Holder
-    time: float
-    beat: int
-    gathers: int = 0
+    time: UnixTime
+    beat: Count
+    gathers: Count = 0
 
     def may_be_alive(self) -> bool:
         """False once the driver has ended, or its process is known to have."""
@@ -106,9 +108,9 @@ def read_lease(run: Storage) -> LeaseRecord | None:
     except FileNotFoundError:
         return None
     try:
-        holder = Holder(**{name: body.pop(name) for name in Holder.__dataclass_fields__})
-        return LeaseRecord(holder=holder, **body)
-    except (KeyError, TypeError, AttributeError) as error:
+        holder = {"holder": body}  # its fields stand beside the lease's own
+        return read_record(LeaseRecord, {**body, **holder} if isinstance(body, dict) else body)
+    except Malformed as error:
         raise CorruptObject(f"{run.uri(layout.LEASE)} is not a lease ({error}); take over with --takeover") from error
 
 

@@ -8,14 +8,25 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Required, TypedDict
 
+from trainer.parsing import parse_json
 from trainer.recipe import ModelSection, Recipe
 from trainer.recipe.data import checked_template
 from trainer.recipe.tasks import AUTO_CLASSES
+from trainer.records import read_record
 from trainer.registry import FORMATS
 
 ORIGIN_FILE = "muster.json"
+
+
+class _Told(TypedDict, total=False):
+    task: Required[str]
+    method: Required[str]
+    model: Required[Any]
+    format: str | None
+    template: str | None
+    base: dict[str, Any] | None
 
 
 class Origin(NamedTuple):
@@ -44,15 +55,14 @@ class Origin(NamedTuple):
         """None where there is no such file, or one that is not understood. Code of the base is not the file's to
         trust (`trainer.recipe.trust`), and a template is held to what a recipe's may be."""
         try:
-            told = json.loads((folder / ORIGIN_FILE).read_text())
+            told = read_record(_Told, parse_json((folder / ORIGIN_FILE).read_bytes()))
             model = ModelSection.model_validate(told["model"]).model_copy(update={"trust_remote_code": False})
             if told["task"] not in AUTO_CLASSES:
                 return None
             format, template = told.get("format"), told.get("template")
             if format is not None and format not in FORMATS:
                 return None
-            base = told["base"] if isinstance(told.get("base"), dict) else None
             template = template and checked_template(template)
-            return cls(str(told["task"]), str(told["method"]), model, format, template, base)
-        except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            return cls(told["task"], told["method"], model, format, template, told.get("base"))
+        except (OSError, ValueError):
             return None

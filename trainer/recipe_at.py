@@ -23,9 +23,9 @@ def is_recipe(place: str) -> bool:
     return place.endswith(ENDINGS)
 
 
-def digest_of(text: str) -> str:
+def digest_of(body: bytes) -> str:
     """What the name of a submitted recipe holds, so that the job's command names the bytes that it was given for."""
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
+    return hashlib.sha256(body).hexdigest()[:32]
 
 
 def recipe_at(place: str, overrides: Sequence[str] = (), *, trust: bool = False) -> Recipe:
@@ -43,12 +43,10 @@ def recipe_at(place: str, overrides: Sequence[str] = (), *, trust: bool = False)
         )
     folder, _, name = place.rpartition("/")
     try:
-        text = open_storage(folder, deadline_s=DEADLINE_S).read(name).decode()
+        body = open_storage(folder, deadline_s=DEADLINE_S).read(name)
     except FileNotFoundError:
         raise InputError(f"there is no recipe at {place}") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"the recipe at {place} is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    if submitted and digest_of(text) != submitted[1]:
+    if submitted and digest_of(body) != submitted[1]:
         raise InputError(f"{place} is not the recipe that was submitted: it was changed since; submit the run again")
-    recipe = loads(text, place, overrides)
+    recipe = loads(body, place, overrides)
     return recipe if "://" not in place else granted(recipe, place, trust=trust, submits=True)

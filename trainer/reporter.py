@@ -12,14 +12,16 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import takewhile
 from typing import Any
 
 from trainer import layout
 from trainer.errors import StorageError
+from trainer.parsing import JsonReader, Malformed
 from trainer.redact import clean
+from trainer.row_types import read_row
 from trainer.storage import ObjectInfo, Storage, in_parallel
 
 log = logging.getLogger(__name__)
@@ -59,7 +61,8 @@ class JsonLines:
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Values that JSON lacks (nan, inf) become null."""
-        line = json.dumps(plain(row), ensure_ascii=False, allow_nan=False).encode() + b"\n"
+        text = json.dumps(plain(row), ensure_ascii=False, allow_nan=False)
+        line = text.encode(errors="replace") + b"\n"  # a path or an error may hold bytes that are no text
         with self._changed:
             if self._closing:
                 raise RuntimeError(f"a row came after {self._prefix} was closed: {row}")
@@ -190,7 +193,7 @@ def newest_rows(storage: Storage, prefix: str) -> list[dict[str, Any]]:
     if size <= _GLANCE_BYTES:
         return _read_part(storage, key)
     tail = storage.read_range(key, size - _GLANCE_BYTES, size)
-    return _parsed(storage.uri(key), tail.splitlines()[1:])
+    return parse_rows(storage, key, tail.partition(b"\n")[2])
 
 
 def newest_failure(storage: Storage, driver: int) -> dict[str, Any] | None:
@@ -242,14 +245,20 @@ def _next_number(storage: Storage, prefix: str) -> int:
 
 
 def _read_part(storage: Storage, key: str) -> list[dict[str, Any]]:
-    return _parsed(storage.uri(key), storage.read(key).splitlines())
+    return parse_rows(storage, key, storage.read(key))
 
 
-def _parsed(uri: str, lines: Iterable[bytes]) -> list[dict[str, Any]]:
-    rows = []
-    for line in lines:
+def parse_rows(storage: Storage, key: str, lines: bytes) -> list[dict[str, Any]]:
+    """The rows of these whole lines of a part. What is no row, or one of other types, is left out with a warning."""
+    reader, rows, faults = JsonReader(), [], []
+    for line in lines.split(b"\n"):
+        if not line.strip():
+            continue
         try:
-            rows.append(json.loads(line))
-        except ValueError:
-            log.warning("%s holds a line that is not JSON; it is left out", uri)
+            rows.append(read_row(reader, key, line))
+        except Malformed as fault:
+            faults.append(str(fault))
+    if faults:
+        others = f", and {len(faults) - 1} more" if faults[1:] else ""
+        log.warning("%s holds a line that is no row, which is left out: %s%s", storage.uri(key), faults[0], others)
     return rows

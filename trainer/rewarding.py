@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import tempfile
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 
 from trainer import layout
 from trainer.errors import InputError
+from trainer.model.config_files import read_config
 from trainer.model.placement import Placement
 from trainer.recipe import Recipe
 from trainer.recipe.tasks import AUTO_CLASSES, SEQUENCE
@@ -97,7 +97,7 @@ def _shared(subject: Subject, recipe: Recipe) -> SharedReward | None:
     lora = all(name.rpartition(".")[0].endswith((".lora_A", ".lora_B")) for name in tensors)
     if config is None or head is None or not lora or not (folder / MODEL_CONFIG).is_file():
         return None
-    pad = json.loads((folder / MODEL_CONFIG).read_text()).get("pad_token_id")
+    pad = read_config(folder / MODEL_CONFIG, str(folder)).get("pad_token_id")
     log.info("%s is put on the base of the policy", recipe.ppo.reward.model)
     return SharedReward(config, {_on_model(n): t for n, t in tensors.items()}, head, -1 if pad is None else int(pad))
 

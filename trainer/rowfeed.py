@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import json
-import logging
 from typing import Any
 
+from trainer.reporter import parse_rows
 from trainer.storage import Storage, in_parallel
 
-log = logging.getLogger(__name__)
 _PARALLEL_READS = 8
 
 
@@ -36,7 +34,7 @@ class RowFeed:
         rows = []
         for key, body in zip(grown, bodies, strict=True):
             end = body.rfind(b"\n") + 1
-            rows += _parsed(self._storage.uri(key), body[self._read.get(key, (0, 0))[1] : end])
+            rows += parse_rows(self._storage, key, body[self._read.get(key, (0, 0))[1] : end])
             self._read[key] = (len(body), end)
         return rows
 
@@ -45,13 +43,3 @@ class RowFeed:
             return self._storage.read(key)
         except FileNotFoundError:  # deleted since it was listed
             return b""
-
-
-def _parsed(uri: str, lines: bytes) -> list[dict[str, Any]]:
-    rows = []
-    for line in lines.splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            log.warning("%s holds a line that is not JSON; it is left out", uri)
-    return rows

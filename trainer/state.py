@@ -20,13 +20,15 @@ from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 
 from trainer.adapters import Adapter, verify_saved
 from trainer.errors import CorruptObject
+from trainer.parsing import Malformed
 from trainer.publish import MASTER_FILE, METHOD_FILE, OPTIMIZER_FILE
+from trainer.records import Count, read_record
 from trainer.strategies import Strategy
 from trainer.tasks import Task
 
@@ -41,6 +43,16 @@ class Snapshot:
     state: Mapping[str, Any]
     final: bool
     method: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+class _Scaler(TypedDict):
+    """What `torch.amp.GradScaler` keeps of itself."""
+
+    scale: float
+    growth_factor: float
+    backoff_factor: float
+    growth_interval: Count
+    _growth_tracker: Count
 
 
 class TrainState:
@@ -116,6 +128,15 @@ class TrainState:
         if state.get("scaler"):
             self.strategy.scaler.load_state_dict(state["scaler"])
         self.task.load_state(state.get("task", {}))
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raises CorruptObject for a state that `load` could not take. The task takes its own already."""
+        try:
+            if state.get("scaler"):
+                read_record(_Scaler, state["scaler"])
+            self.task.load_state(state.get("task", {}))
+        except Malformed as error:
+            raise CorruptObject(f"what the commit record says of the state is not whole: {error}") from error
 
     def _weight_reader(self, folder: Path, reader: Callable[[str], Any]) -> Callable[[str], torch.Tensor]:
         if (folder / MASTER_FILE).exists():

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer import layout
-from trainer.begin import RunData, open_data, versions, weights
+from trainer.begin import RunData, open_data, read_provenance, versions, weights
 from trainer.building import build_parts
 from trainer.card import model_card
 from trainer.checkpoint import CommitRecord, Retention, claim_attempt, commit, fetch, fetch_whole, put_checkpoint
@@ -186,7 +186,9 @@ class Attempt:
 
     def _fetch_newest(self, target: Path) -> CommitRecord | None:
         """On rank 0. Raises InputError when the base is another one by now, on which the checkpoint means nothing."""
-        record = fetch_whole(self.run_storage, target, needed=self.state.needed, on_skip=self._skipped)
+        record = fetch_whole(
+            self.run_storage, target, needed=self.state.needed, check=self._check_state, on_skip=self._skipped
+        )
         was = record.state.get("base") if record else None
         unlike = differences(was, self.base) if isinstance(was, dict) else []
         if unlike:
@@ -204,6 +206,11 @@ class Attempt:
         except MusterError as error:
             log.warning("the base cannot be looked at: %s", error)
             return {}
+
+    def _check_state(self, record: CommitRecord) -> None:
+        """Raises CorruptObject when training cannot go on from what the record holds beside its files."""
+        Cursor.from_json(record.state.get("cursor"))
+        self.state.check(record.state)
 
     def _skipped(self, step: int, uri: str, reason: str) -> None:
         log.warning("the checkpoint of step %d is passed over: %s", step, reason)
@@ -386,7 +393,7 @@ class Attempt:
             self._finish_head(tokenizer, folder)
         tokenizer.chat_template = self.chat_template or tokenizer.chat_template
         tokenizer.save_pretrained(folder)
-        provenance = self.run_storage.read_json(layout.PROVENANCE)
+        provenance = read_provenance(self.run_storage)
         (folder / "README.md").write_text(model_card(recipe, facts, provenance))
         Origin.of(recipe)._replace(base=self.base).write(folder)
 

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from rich.text import Text
 
 from launcher.console import stderr
 from launcher.convert.draft import Draft
 from launcher.convert.writing import written
 from trainer.errors import RecipeError, UsageError
+from trainer.parsing import Malformed, parse_yaml
 from trainer.registry import Registry
 
 SOURCES = Registry(
@@ -71,14 +71,21 @@ def checked(draft: Draft, source: str, file: Path) -> tuple[str, list[str]]:
 
 def read(file: Path) -> dict[str, Any]:
     """The settings, by the rules of YAML 1.1 that both programs read them by."""
+    from trainer.recipe.loading import LARGEST_RECIPE
+
     try:
-        settings = yaml.safe_load(file.read_text(encoding="utf-8"))
+        with file.open("rb") as opened:
+            body = opened.read(LARGEST_RECIPE + 1)
+        if len(body) > LARGEST_RECIPE:
+            raise UsageError(f"{file} has more than {LARGEST_RECIPE:,} bytes; settings have a few thousand")
+        settings = parse_yaml(body.decode())
     except FileNotFoundError:
         raise UsageError(f"{file}: there is no such file") from None
-    except (OSError, UnicodeDecodeError) as error:
+    except Malformed as error:
+        line = f", line {error.line}" if error.line else ""
+        raise UsageError(f"{file}{line} is not YAML that can be used: {error}") from None
+    except (OSError, ValueError) as error:
         raise UsageError(f"{file} cannot be read: {error}") from None
-    except yaml.YAMLError as error:
-        raise UsageError(f"{file} is not YAML: {error}") from None
     if not isinstance(settings, dict):
         raise UsageError(f"{file} holds no mapping of settings")
     return {str(key): value for key, value in settings.items()}

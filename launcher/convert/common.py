@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.convert.draft import OFF, Draft, as_mapping, as_number, is_number
+from trainer.parsing import parse_json
 from trainer.registry import TRACKERS
 
 OPTIMIZERS = {
@@ -242,7 +243,7 @@ def exists(path: Path) -> bool:
 def read_json(path: Path) -> dict[str, Any]:
     """Empty where nothing can be read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_bytes(), finite=False, unique=False)
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

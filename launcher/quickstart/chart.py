@@ -15,7 +15,7 @@ def losses(rows: Iterable[Mapping[str, Any]], key: str = "loss") -> list[Point]:
     """(step, value) of the metric rows that have ``key``, by step; of a step trained twice, the newest attempt's."""
     best: dict[int, tuple[int, float]] = {}
     for row in rows:
-        value, step, attempt = row.get(key), row["step"], row["attempt"]
+        value, step, attempt = row.get(key), row["step"], row.get("attempt", 0)
         if value is not None and attempt >= best.get(step, (0, 0.0))[0]:
             best[step] = (attempt, float(value))
     return [(step, value) for step, (_, value) in sorted(best.items())]

@@ -88,7 +88,7 @@ def sample_tables(runs: Sequence[RunRecord]) -> list[tuple[str, Table]]:
         for when, event in _texts(run):
             for text in event["texts"]:
                 told = [text.get(name) for name in ("prompt", "text", "reference", "reward")]
-                rows.append([f"{when} (step {event['step']})", *told])
+                rows.append([f"{when} (step {event.get('step')})", *told])
         if rows:
             used = [i for i in range(5) if i < 3 or any(row[i] not in (None, "") for row in rows)]
             columns = ("when", "prompt", "text", "reference", "reward")
@@ -116,7 +116,7 @@ def version_table(runs: Sequence[RunRecord]) -> Table:
         rows += [[run.label, name, version, None] for name, version in newest.items()]
         for event in run.told("start"):
             changed = {n: v for n, v in _sorted(event.get("versions")).items() if not _same(n, newest.get(n), v)}
-            rows += [[run.label, name, version, event["attempt"]] for name, version in changed.items()]
+            rows += [[run.label, name, version, event.get("attempt")] for name, version in changed.items()]
             newest |= changed
     return table(("run", "what", "version", "from attempt"), rows)
 
@@ -140,5 +140,5 @@ def host_table(runs: Sequence[RunRecord]) -> Table:
                 strategy = (event.get("strategy") or {}).get("kind")
                 devices = [name for name, at in zip(event.get("devices") or [], hosts, strict=False) if at == host]
                 told = ", ".join(dict.fromkeys(map(str, devices))) or None
-                rows.append([run.label, event["attempt"], host, ", ".join(ranks), told, strategy])
+                rows.append([run.label, event.get("attempt"), host, ", ".join(ranks), told, strategy])
     return table(("run", "attempt", "host", "ranks", "devices", "strategy"), rows, most=None)

@@ -203,13 +203,13 @@ def _rank_times(run: RunRecord) -> dict[int, list[list[float]]]:
         if times := row.get("rank_s"):
             found.setdefault(int(row["attempt"]), []).append(times)
     return {
-        attempt: [list(mine) for mine in zip(*(steps[1:] or steps), strict=True)]
+        attempt: [list(mine) for mine in zip(*(steps[1:] or steps), strict=False)]
         for attempt, steps in sorted(found.items())
     }
 
 
 def _hosts(run: RunRecord, attempt: int) -> list[str]:
-    return next((list(e.get("hosts") or []) for e in run.told("start") if e["attempt"] == attempt), [])
+    return next((list(e.get("hosts") or []) for e in run.told("start") if e.get("attempt") == attempt), [])
 
 
 def checkpoint_chart(runs: Sequence[RunRecord]) -> Chart | None:
@@ -219,16 +219,14 @@ def checkpoint_chart(runs: Sequence[RunRecord]) -> Chart | None:
         done: list[Row] = run.told("checkpoint")
         if not done:
             continue
-        steps, name = [e["step"] for e in done], f"{run.label}: " if len(runs) > 1 else ""
+        steps, name = [e.get("step") for e in done], f"{run.label}: " if len(runs) > 1 else ""
         stalls, uploads = [e.get("stall_s") for e in done], [e.get("upload_s") for e in done]
         shade, dashed = colour(2 * index), {"color": colour(2 * index + 1), "dash": "dash"}
         marks = {"type": "scatter", "mode": "lines+markers", "x": steps}
         traces.append({**marks, "name": safe(f"{name}training held up"), "y": stalls, "line": {"color": shade}})
         traces.append({**marks, "name": safe(f"{name}written behind its back"), "y": uploads, "line": dashed})
         for e in done:
-            rows.append(
-                [run.label, e["attempt"], e["step"], *(e.get(n) for n in ("stall_s", "snapshot_s", "upload_s"))]
-            )
+            rows.append([run.label, *(e.get(n) for n in ("attempt", "step", "stall_s", "snapshot_s", "upload_s"))])
             rows[-1] += [_mib(e.get("bytes")), e.get("coalesced")]
     if not traces:
         return None

@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
-
-import yaml
+from typing import Any, TypedDict
 
 from launcher.goodput import Goodput, goodput, newest_driver
 from launcher.status import Status, read_status
 from trainer import layout
+from trainer.begin import read_data
 from trainer.data.blocks import Counts
 from trainer.data.prepared import Prepared, open_prepared
-from trainer.data.spec import Preparation
 from trainer.data.summary import Summary, summarise
 from trainer.errors import CorruptObject, MusterError
+from trainer.parsing import parse_yaml
+from trainer.records import Count, read_record
 from trainer.redact import Redactor, redactor
 from trainer.reporter import read_rows
 from trainer.storage import Storage, open_storage
@@ -58,7 +58,7 @@ class RunRecord:
     @cached_property
     def starts(self) -> dict[int, int]:
         """Attempt to the step after which it went on."""
-        told = {int(e["attempt"]): int(e.get("step") or 0) for e in self.told("start")}
+        told = {int(e.get("attempt") or 0): int(e.get("step") or 0) for e in self.told("start")}
         for row in self.rows:
             told.setdefault(int(row["attempt"]), int(row["step"]) - 1)
         return dict(sorted(told.items()))
@@ -135,16 +135,15 @@ def _data(run: Storage, recipe: str, redact: Redactor) -> DataFacts:
     """Prepared data lie beside the runs, and may have been deleted since."""
     parts: list[tuple[str, str, Counts]] = []
     try:
-        frozen = _json(run, layout.DATA)
-        if not frozen:
-            return DataFacts(missing="the run has prepared no data yet")
+        specs = read_data(run)
         shared = open_storage(run.url.rsplit("/", 1)[0]).child(layout.PREPARED)
-        specs = {part: Preparation.from_json(frozen[part]) for part in ("train", "eval") if part in frozen}
         opened = {part: open_prepared(shared, spec.fingerprint) for part, spec in specs.items()}
         for part, prepared in opened.items():
             parts += _sources(part, prepared, redact) if prepared else []
         return _summed(opened.get("train"), tuple(parts), recipe)
-    except (MusterError, OSError, LookupError, TypeError, ValueError, AttributeError, yaml.YAMLError) as error:
+    except FileNotFoundError:
+        return DataFacts(missing="the run has prepared no data yet")
+    except (MusterError, OSError, ValueError) as error:
         return DataFacts(tuple(parts), missing=redact.text(f"the prepared data cannot be read: {error}"))
 
 
@@ -155,12 +154,27 @@ def _sources(part: str, prepared: Prepared, redact: Redactor) -> list[tuple[str,
     ]
 
 
+class _Source(TypedDict, total=False):
+    weight: float | None
+
+
+class _Sources(TypedDict, total=False):
+    train: list[_Source]
+
+
+class _Said(TypedDict, total=False):
+    """Of a frozen recipe, which another version may have written, what the lengths need."""
+
+    seed: Count
+    data: _Sources
+
+
 def _summed(train: Prepared | None, parts: tuple[tuple[str, str, Counts], ...], recipe: str) -> DataFacts:
     if train is None:
         return DataFacts(parts, missing="the prepared data are not there any more, or not complete yet")
-    said = yaml.safe_load(recipe) or {}
-    weights = [float(s.get("weight") or 1.0) for s in said.get("data", {}).get("train", [])]
+    said = read_record(_Said, parse_yaml(recipe) or {})
+    weights = [source.get("weight") or 1.0 for source in said.get("data", {}).get("train", [])]
     if len(weights) != len(train.spec.sources):
         weights = [1.0] * len(train.spec.sources)
     most = None if train.count <= MOST_WINDOWS else SAMPLED_WINDOWS
-    return DataFacts(parts, summarise(train, int(said.get("seed") or 0), weights, most=most))
+    return DataFacts(parts, summarise(train, said.get("seed") or 0, weights, most=most))

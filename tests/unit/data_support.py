@@ -73,7 +73,7 @@ def made(windows: Sequence[Sequence[tuple[int, int]]], sequence_length: int, pac
         key, data, index = writer.finish(f"w{w:06d}", counts, [])
         folder.put_if_absent(key, data)
         folder.put_if_absent(index_key(w), index)
-        entries.append(entry_of(w, index))
+        entries.append(entry_of(folder, w, index))
     folder.put_if_absent(MANIFEST, json.dumps(manifest_of(spec, entries)).encode())
     prepared = open_prepared(shared, spec.fingerprint)
     assert prepared is not None

@@ -108,6 +108,25 @@ def test_a_preparation_that_died_goes_on_with_what_is_missing(tmp_path, small_wi
     assert prepared.totals.samples == 80
 
 
+def test_a_preparation_that_died_and_inputs_that_changed_are_not_mixed(tmp_path, small_windows):
+    spec, shared = spec_of(two_files(tmp_path)), memory()
+
+    def dying(task, jobs):
+        yield task(jobs[0])
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare(spec, tokenizer(), shared, map_windows=dying)
+    changed = sorted((tmp_path).rglob("*.jsonl"))[0]
+    changed.write_text(changed.read_text().replace("number", "letter"))  # of the same size
+    with pytest.raises(InputError, match="has changed"):
+        prepare(spec, tokenizer(), shared)
+    now = spec_of(source(tmp_path / "*.jsonl"))
+    assert now.fingerprint != spec.fingerprint
+    mended, alone = prepare(now, tokenizer(), shared), prepare(now, tokenizer(), memory())
+    assert [window.sha256 for window in mended.windows] == [window.sha256 for window in alone.windows]
+
+
 def test_two_that_prepare_at_once_end_with_one_whole(tmp_path, small_windows):
     spec, shared = spec_of(two_files(tmp_path)), memory()
 

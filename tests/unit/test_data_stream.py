@@ -170,6 +170,17 @@ def test_a_step_never_crosses_into_the_next_epoch():
     assert len({r.window for r in refs(plans[0])}) == 2
 
 
+def test_a_start_that_was_given_up_does_not_bind_the_next_one_to_its_data(caplog):
+    """Killed before its first checkpoint; then the data, or what orders them, was changed."""
+    run = memory()
+    list(steps_of(stream(made([[(0, 5)] * 9] * 3, LENGTH), run), 3))
+    prepared = made([[(0, 7)] * 30, [(0, 4)] * 30], LENGTH)
+    for changes in ({}, {"seed": 18}):
+        plans = list(steps_of(stream(prepared, run, **changes), 9))
+        assert plans == list(steps_of(stream(prepared, memory(), **changes), 9))
+    assert "of an earlier start on other data or changes, and is replaced" in caplog.text
+
+
 def test_another_plan_than_the_cursors_is_refused():
     prepared, run = many(), memory()
     (first,) = steps_of(stream(prepared, run), 1)

@@ -192,8 +192,7 @@ def test_what_is_broken_in_a_run_does_not_keep_the_rest_from_being_shown(
 @pytest.mark.parametrize("recipe", ["data: [", "- a list", "seed: seven"])
 def test_a_recipe_that_is_none_costs_the_lengths_alone(recipe: str, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = faulty()
-    run.write_json("data.json", {"train": {}})
-    monkeypatch.setattr(reading, "Preparation", SimpleNamespace(from_json=lambda spec: SimpleNamespace(fingerprint="")))
+    monkeypatch.setattr(reading, "read_data", lambda run: {"train": SimpleNamespace(fingerprint="")})
     prepared = SimpleNamespace(count=1, spec=SimpleNamespace(sources=[]), per_source=[])
     monkeypatch.setattr(reading, "open_prepared", lambda shared, fingerprint: prepared)
     assert reading._data(run, recipe, Redactor({})).missing.startswith("the prepared data cannot be read: ")

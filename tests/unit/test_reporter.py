@@ -63,13 +63,13 @@ def test_parts_are_bounded_in_bytes_too() -> None:
 def test_a_later_writer_of_the_same_prefix_overwrites_nothing() -> None:
     storage, _ = faulty()
     for value in (1, 2):
-        lines = JsonLines(storage, "events/a000001-driver", flush_s=LONG_S)
+        lines = JsonLines(storage, "ledger/a000001-driver", flush_s=LONG_S)
         lines.add({"value": value})
         lines.close()
-    other = JsonLines(storage, "events/a000001", flush_s=LONG_S)
+    other = JsonLines(storage, "ledger/a000001", flush_s=LONG_S)
     other.add({"value": 0})
     other.close()
-    assert [r["value"] for r in read_rows(storage, "events")] == [0, 1, 2]
+    assert [r["value"] for r in read_rows(storage, "ledger")] == [0, 1, 2]
 
 
 def test_a_storage_that_is_down_costs_no_row(caplog: pytest.LogCaptureFixture) -> None:
@@ -103,14 +103,14 @@ def test_close_raises_when_rows_are_left() -> None:
 
 def test_many_threads_add_whole_rows() -> None:
     storage, _ = faulty()
-    lines = JsonLines(storage, "metrics/a000001", flush_s=0.001, roll_rows=7)
+    lines = JsonLines(storage, "ledger/a000001", flush_s=0.001, roll_rows=7)
     threads = [threading.Thread(target=lambda t=t: [lines.add({"t": t, "i": i}) for i in range(50)]) for t in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
     lines.close()
-    rows = read_rows(storage, "metrics")
+    rows = read_rows(storage, "ledger")
     assert sorted((r["t"], r["i"]) for r in rows) == [(t, i) for t in range(4) for i in range(50)]
 
 

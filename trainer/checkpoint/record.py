@@ -3,21 +3,44 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypedDict
 
 from trainer import layout
 from trainer.errors import CorruptObject, InputError
+from trainer.parsing import Malformed, parse_json
+from trainer.records import Count, read_record
+from trainer.row_types import Facts
 from trainer.storage import is_safe_key, to_json
 
 FORMAT = 1
 
 
 class FileEntry(TypedDict):
-    bytes: int
+    bytes: Count
     sha256: str
+
+
+class _Head(TypedDict):
+    """What every format of the record has."""
+
+    format: Count
+    sha256: str
+
+
+class _State(TypedDict, total=False):
+    """What is read of a record's state by more than those who wrote it."""
+
+    step: Count
+    attempt: Count
+    epoch: Count
+    samples: Count
+    world_size: Count
+    total_steps: Count
+    facts: Facts
+    scaler: Mapping[str, Any]
+    task: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -26,15 +49,15 @@ class CommitRecord:
     size, loss scale, …), free JSON; ``nonce`` tells this record from another one under the same key;
     ``committed_at`` is ISO 8601 in UTC."""
 
-    step: int
-    attempt: int
-    driver: int
+    step: Count
+    attempt: Count
+    driver: Count
     nonce: str
     checkpoint: str
     files: Mapping[str, FileEntry]
     state: Mapping[str, Any]
     committed_at: str
-    format: int = FORMAT
+    format: Count = FORMAT
 
     @property
     def key(self) -> str:
@@ -51,21 +74,20 @@ class CommitRecord:
 
     @staticmethod
     def from_json(data: bytes, where: str) -> CommitRecord:
-        """CorruptObject when the bytes are not what was written, or a name would leave the checkpoint's folder;
-        InputError for a format of a newer muster."""
+        """CorruptObject when the bytes are not what was written, a field is of another type, or a name would leave the
+        checkpoint's folder; InputError for a format of a newer muster."""
         try:
-            body = json.loads(data)
-            digest = body.pop("sha256")
-            newer = int(body["format"]) > FORMAT
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CorruptObject(f"{where} is not a commit record ({type(error).__name__}: {error})") from error
-        if newer:
-            raise InputError(f"{where} has format {body['format']}, this muster reads up to {FORMAT}; update muster")
-        if _digest(body) != digest:
-            raise CorruptObject(f"{where} does not match its own sha256")
-        try:
-            record = CommitRecord(**body)
-        except TypeError as error:
+            body = parse_json(data)
+            head = read_record(_Head, body)
+            if head["format"] > FORMAT:
+                raise InputError(
+                    f"{where} has format {head['format']}, this muster reads up to {FORMAT}; update muster"
+                )
+            if _digest({name: value for name, value in body.items() if name != "sha256"}) != head["sha256"]:
+                raise CorruptObject(f"{where} does not match its own sha256")
+            record = read_record(CommitRecord, body)
+            read_record(_State, record.state)
+        except Malformed as error:
             raise CorruptObject(f"{where} is not a commit record ({error})") from error
         for name in (record.checkpoint, *record.files):
             if not is_safe_key(name) or (name == record.checkpoint and "/" in name):

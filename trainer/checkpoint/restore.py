@@ -25,10 +25,15 @@ def newest_whole(storage: Storage, *, on_skip: OnSkip = log_skip) -> tuple[Commi
 
 
 def fetch_whole(
-    storage: Storage, target: Path, *, needed: Collection[str] = (), on_skip: OnSkip = log_skip
+    storage: Storage,
+    target: Path,
+    *,
+    needed: Collection[str] = (),
+    check: Callable[[CommitRecord], None] = lambda record: None,
+    on_skip: OnSkip = log_skip,
 ) -> CommitRecord | None:
     """The commit, with its files in ``target``, a folder that this call creates (it must not exist). One without the
-    ``needed`` files is not whole.
+    ``needed`` files is not whole, nor one for which ``check`` raises CorruptObject.
 
     None, and no folder, when there is no commit that is whole. Needs disk, not memory.
     """
@@ -36,6 +41,7 @@ def fetch_whole(
         raise ValueError(f"{target} exists; a checkpoint is fetched into a folder of its own")
 
     def take(record: CommitRecord) -> None:
+        check(record)
         check_needed(storage.uri(record.key), record.files, needed)
         _on_disk(storage, record, target)
 

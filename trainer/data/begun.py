@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypedDict
 
 from trainer.data.prepared import Prepared, open_prepared
 from trainer.data.spec import Preparation
 from trainer.data.window import WindowEntry, entry_of, index_key
 from trainer.errors import CorruptObject, InputError
+from trainer.parsing import Malformed
+from trainer.records import Count, read_record
 from trainer.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -52,7 +54,7 @@ class Begun(Prepared):
     def _entry(self, window: int) -> WindowEntry:
         if window not in self._entries:
             self._await(window)
-            self._entries[window] = entry_of(window, self.storage.read(index_key(window)))
+            self._entries[window] = entry_of(self.storage, window, self.storage.read(index_key(window)))
         return self._entries[window]
 
     def _await(self, window: int) -> None:
@@ -72,6 +74,11 @@ class Begun(Prepared):
             self._sleep(POLL_S)
 
 
+class _Beginning(TypedDict):
+    spec: Any
+    windows: Count
+
+
 def open_begun(shared: Storage, fingerprint: str) -> Prepared | None:
     """Prepared data of this fingerprint, complete or not; None when nobody has begun to prepare them."""
     complete = open_prepared(shared, fingerprint)
@@ -79,10 +86,14 @@ def open_begun(shared: Storage, fingerprint: str) -> Prepared | None:
         return complete
     folder = shared.child(fingerprint)
     try:
-        begun: dict[str, Any] = folder.read_json(BEGUN)
+        body = folder.read_json(BEGUN)
     except FileNotFoundError:
         return None
     try:
-        return Begun(folder, Preparation.from_json(begun["spec"]), int(begun["windows"]))
-    except (KeyError, TypeError, ValueError) as error:
-        raise CorruptObject(f"{folder.url}/{BEGUN} cannot be understood ({error!r}); delete {folder.url}") from error
+        begun = read_record(_Beginning, body)
+        spec = Preparation.from_json(begun["spec"])
+        if spec.fingerprint != fingerprint:
+            raise Malformed("it is of other data than its folder")
+        return Begun(folder, spec, begun["windows"])
+    except Malformed as error:
+        raise CorruptObject(f"{folder.url}/{BEGUN} cannot be understood ({error}); delete {folder.url}") from error

@@ -20,6 +20,8 @@ import pyarrow as pa
 
 from trainer.data.rows import Encoded
 from trainer.data.types import Bools, Floats, Tokens, TokenTypes
+from trainer.parsing import Malformed, parse_json
+from trainer.records import Count, read_record
 
 BLOCK_BYTES = 8 << 20
 _META = b"window"
@@ -41,8 +43,8 @@ BLOCK_SCHEMA = pa.schema(
 class BlockInfo(NamedTuple):
     """Where a block lies in its window's data object."""
 
-    offset: int
-    length: int
+    offset: Count
+    length: Count
     sha256: str
 
 
@@ -58,13 +60,13 @@ class BadRow(NamedTuple):
 class Counts:
     """What preparing made of the rows of one source. ``truncated`` samples are kept, ``dropped`` ones are not."""
 
-    rows: int = 0
-    samples: int = 0
-    tokens: int = 0
-    target_tokens: int = 0
-    truncated: int = 0
-    dropped: int = 0
-    bad_rows: int = 0
+    rows: Count = 0
+    samples: Count = 0
+    tokens: Count = 0
+    target_tokens: Count = 0
+    truncated: Count = 0
+    dropped: Count = 0
+    bad_rows: Count = 0
 
     def add(self, other: Counts) -> None:
         for name, value in asdict(other).items():
@@ -85,13 +87,8 @@ class WindowMeta:
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> WindowMeta:
-        d = json.loads(raw)
-        return cls(
-            d["data"],
-            [BlockInfo(*b) for b in d["blocks"]],
-            [Counts(**c) for c in d["counts"]],
-            [BadRow(*b) for b in d["bad_rows"]],
-        )
+        """Raises Malformed."""
+        return read_record(cls, parse_json(raw))
 
 
 @dataclass(frozen=True)
@@ -289,9 +286,13 @@ def encode_index(rows: Sequence[tuple[int, ...]], meta: WindowMeta) -> bytes:
 
 
 def decode_index(raw: bytes) -> WindowIndex:
-    table = read_stream(raw)
-    meta = WindowMeta.from_bytes(table.schema.metadata[_META])
-    return WindowIndex(meta, *(table.column(name).combine_chunks().to_numpy() for name in _INDEX_COLUMNS))
+    """Raises Malformed for bytes that are no index."""
+    try:
+        table = read_stream(raw)
+        meta = WindowMeta.from_bytes((table.schema.metadata or {})[_META])
+        return WindowIndex(meta, *(table.column(name).combine_chunks().to_numpy() for name in _INDEX_COLUMNS))
+    except (pa.ArrowException, OSError, KeyError, ValueError) as error:
+        raise Malformed(f"it is no index of a window ({type(error).__name__}: {error})") from error
 
 
 def stream_bytes(table: Any) -> bytes:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 from trainer.data.prepared import Prepared
 from trainer.data.upcoming import Use
+from trainer.host_cache import host_cache, make_own
 from trainer.storage import Storage, local_path
 from trainer.storage.locks import hold_folder, lock_file, remove_unused
 
@@ -44,10 +45,7 @@ class _File(NamedTuple):
 def cache_root() -> Path:
     """``$MUSTER_CACHE/blocks``, or a folder of this user's among the host's temporary ones: home directories are often
     on a network."""
-    given = os.environ.get("MUSTER_CACHE")
-    if given:
-        return Path(given).expanduser() / "blocks"
-    return Path(tempfile.gettempdir(), f"muster-{os.getuid()}", "blocks")
+    return host_cache(Path(tempfile.gettempdir(), f"muster-{os.geteuid()}")) / "blocks"
 
 
 def open_cache(storage: Storage, name: str, limit: int, root: Path | None = None) -> DiskCache | None:
@@ -221,10 +219,9 @@ def _parse(name: str) -> tuple[int, int] | None:
 def _own(root: Path) -> Path:
     """The folder, made if absent; PermissionError when another user could look into it."""
     root.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    root.mkdir(mode=0o700, exist_ok=True)
-    for folder, trusted in ((root, (os.getuid(),)), (root.parent, (os.getuid(), 0))):
-        if folder.stat().st_uid not in trusted:
-            raise PermissionError(f"{folder} belongs to another user; set MUSTER_CACHE to a folder of your own")
+    make_own(root)
+    if root.parent.stat().st_uid not in (os.geteuid(), 0):
+        raise PermissionError(f"{root.parent} belongs to another user; set MUSTER_CACHE to a folder of your own")
     return root
 
 

@@ -11,8 +11,10 @@ from trainer.data.readers import rows_of
 from trainer.data.rows import Fault
 from trainer.data.spec import FrozenSource
 from trainer.errors import InputError
+from trainer.parsing import is_unicode
 
 MOST_LABELS = 10_000
+LONGEST_LABEL = 1000
 
 
 def label_name(value: Any | Fault, names: Sequence[str] | None) -> str | Fault:
@@ -25,6 +27,10 @@ def label_name(value: Any | Fault, names: Sequence[str] | None) -> str | Fault:
     if not isinstance(value, str | int):
         return Fault(f"a label has to be text or a whole number, not {type(value).__name__} ({value!r:.40})")
     name = str(value).lower() if isinstance(value, bool) else str(value).strip()
+    if len(name) > LONGEST_LABEL:
+        return Fault(f"a label of {len(name):,} characters ({name!r:.40}…); at most {LONGEST_LABEL} are one")
+    if not is_unicode(name):
+        return Fault(f"the label {name!r} holds half of a surrogate pair, which is no text")
     if names is None or name in names:
         return name
     if name.isdecimal() and int(name) < len(names) and not any(n.isdecimal() for n in names):

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import threading
 from collections import OrderedDict
 from dataclasses import dataclass
+from typing import TypedDict
 
 import pyarrow as pa
 
@@ -21,8 +23,11 @@ from trainer.data.prepared import Prepared
 from trainer.data.seeding import hash_parts
 from trainer.errors import CorruptObject
 from trainer.layout import PLAN
+from trainer.parsing import parse_json
+from trainer.records import read_record
 from trainer.storage import Storage
 
+log = logging.getLogger(__name__)
 _META = b"plan"
 _HELD = 3
 
@@ -79,21 +84,30 @@ class PlanStore:
         return self._checked(held, epoch, ordinal, chain)
 
     def _read_or_make(self, epoch: int, ordinal: int, previous: str) -> tuple[WindowPlan, str]:
+        """A stored plan that follows another one than ``previous`` is of a start that was given up before its first
+        checkpoint, on other data or settings: nobody on this run's chain has trained on it, and it is replaced."""
+        key, stale = plan_key(epoch, ordinal), False
         try:
-            return self._read(epoch, ordinal)
+            found = self._read(epoch, ordinal)
+            if found[1] == previous:
+                return found
+            stale = True
         except FileNotFoundError:
             pass
         window = self._window(epoch, ordinal)
         plan = plan_window(self.prepared.index(window), self.settings, epoch, window)
-        if self.run.put_if_absent(plan_key(epoch, ordinal), encode_plan(plan, previous)):
-            return plan, previous
-        return self._read(epoch, ordinal)
+        if stale:
+            log.warning("%s is of an earlier start on other data or settings, and is replaced", self.run.uri(key))
+            self.run.write(key, encode_plan(plan, previous))
+        elif not self.run.put_if_absent(key, encode_plan(plan, previous)):
+            return self._read(epoch, ordinal)
+        return plan, previous
 
     def _read(self, epoch: int, ordinal: int) -> tuple[WindowPlan, str]:
         raw = self.run.read(plan_key(epoch, ordinal))
         try:
             return decode_plan(raw)
-        except (pa.ArrowException, KeyError, ValueError) as error:
+        except (pa.ArrowException, OSError, KeyError, ValueError) as error:
             raise CorruptObject(f"{self._url(epoch, ordinal)} is not a whole plan ({error}); restore it") from error
 
     def _keep(self, epoch: int, ordinal: int, plan: WindowPlan, previous: str) -> LinkedPlan:
@@ -139,9 +153,13 @@ def encode_plan(plan: WindowPlan, previous: str) -> bytes:
     return stream_bytes(table.replace_schema_metadata({_META: json.dumps({"previous": previous}).encode()}))
 
 
+class _Link(TypedDict):
+    previous: str
+
+
 def decode_plan(raw: bytes) -> tuple[WindowPlan, str]:
     table = read_stream(raw)
-    previous = str(json.loads(table.schema.metadata[_META])["previous"])
+    previous = read_record(_Link, parse_json((table.schema.metadata or {})[_META]))["previous"]
     lists = table.column("samples").combine_chunks()
     plan = WindowPlan(
         lists.values.to_numpy(),

@@ -90,7 +90,7 @@ def _prepare_windows(
 ) -> list[WindowEntry]:
     """The entries of all jobs, by their windows."""
     names = (_INDEX.fullmatch(o.key) for o in folder.list())
-    done = {w: entry_of(w, folder.read(index_key(w))) for w in sorted(int(m[1]) for m in names if m)}
+    done = {w: entry_of(folder, w, folder.read(index_key(w))) for w in sorted(int(m[1]) for m in names if m)}
     missing = [job for job in jobs if job.window not in done]
     total = sum_counts(list(done.values()), len(task.spec.sources))
     for job, entry in zip(missing, map_windows(task, missing), strict=True):
@@ -150,6 +150,8 @@ def resolve_chat_template(value: str | None) -> str | None:
     storage, key = locate(value)
     try:
         return storage.read(key).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"data.chat_template: {value} is not text in UTF-8 ({error.reason})") from error
     except FileNotFoundError as error:
         raise InputError(
             f"data.chat_template: {value!r} is no file, and no Jinja template either since it holds no '{{'"

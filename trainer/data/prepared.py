@@ -7,12 +7,14 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, TypedDict
 
-from trainer.data.blocks import BadRow, BlockInfo, Counts, WindowIndex, decode_index
+from trainer.data.blocks import BadRow, BlockInfo, Counts, WindowIndex
 from trainer.data.spec import Preparation
-from trainer.data.window import WindowEntry
+from trainer.data.window import WindowEntry, open_index
 from trainer.errors import CorruptObject
+from trainer.parsing import Malformed
+from trainer.records import read_record
 from trainer.storage import Storage
 
 MANIFEST = "manifest.json"
@@ -66,7 +68,7 @@ class Prepared:
                 return self._indexes[window]
         entry = self._entry(window)
         raw = read_verified(self.storage, entry.index, entry.sha256, lambda: self.storage.read(entry.index))
-        index = decode_index(raw)
+        index = open_index(self.storage, entry.index, raw)
         with self._lock:
             self._indexes[window] = index
             while len(self._indexes) > _INDEXES_HELD:
@@ -115,22 +117,26 @@ def open_prepared(shared: Storage, fingerprint: str) -> Prepared | None:
         manifest = folder.read_json(MANIFEST)
     except FileNotFoundError:
         return None
-    return _from_manifest(folder, manifest)
+    return _from_manifest(folder, fingerprint, manifest)
 
 
 def manifest_of(spec: Preparation, windows: Sequence[WindowEntry]) -> dict[str, Any]:
     return {"spec": spec.to_json(), "windows": [asdict(w) for w in windows]}
 
 
-def _from_manifest(folder: Storage, manifest: Any) -> Prepared:
+class _Manifest(TypedDict):
+    spec: Any
+    windows: list[WindowEntry]
+
+
+def _from_manifest(folder: Storage, fingerprint: str, manifest: Any) -> Prepared:
     try:
-        spec = Preparation.from_json(manifest["spec"])
-        windows = [
-            WindowEntry(
-                w["index"], w["sha256"], [Counts(**c) for c in w["counts"]], [BadRow(*b) for b in w["bad_rows"]]
-            )
-            for w in manifest["windows"]
-        ]
-    except (KeyError, TypeError, AttributeError) as error:
-        raise CorruptObject(f"{folder.url}/{MANIFEST} cannot be understood ({error!r}); delete {folder.url}") from error
-    return Prepared(folder, spec, windows)
+        found = read_record(_Manifest, manifest)
+        spec = Preparation.from_json(found["spec"])
+        if spec.fingerprint != fingerprint:
+            raise Malformed("it is of other data than its folder")
+        if any(len(window.counts) != len(spec.sources) for window in found["windows"]):
+            raise Malformed("a window of it counts the rows of other sources")
+    except Malformed as error:
+        raise CorruptObject(f"{folder.url}/{MANIFEST} cannot be understood ({error}); delete {folder.url}") from error
+    return Prepared(folder, spec, found["windows"])

@@ -9,6 +9,12 @@ from trainer.data.types import Bools, Tokens, TokenTypes
 
 Row = dict[str, Any]
 
+ROW_BYTES = 64 << 20
+"""What a row may take of its file: about 16 million tokens. A line, a CSV record or a cell that is longer is a fault of
+its row, and is passed over without being held."""
+
+TOO_LONG = f"longer than {ROW_BYTES >> 20} MiB, the most that a row may have; split it, or leave it out"
+
 
 class Fault(NamedTuple):
     """Why a row cannot be used; a sentence's end, since the place is put before it."""

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from trainer.records import Count, read_record
+
 FORMAT_VERSION = 1
 """Raised whenever the same inputs would be prepared into other tokens or another layout."""
 
@@ -26,7 +28,7 @@ class FrozenObject(NamedTuple):
     counts rows."""
 
     url: str
-    size: int
+    size: Count
     etag: str
 
 
@@ -56,11 +58,6 @@ class FrozenSource:
         data = dataclasses.asdict(self)
         return {name: value for name, value in data.items() if name not in _LATER or value != _LATER[name]}
 
-    @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> FrozenSource:
-        lists = {name: tuple(data[name]) for name in ("header", "labels") if data.get(name) is not None}
-        return cls(**{**data, **lists, "objects": tuple(FrozenObject(*o) for o in data["objects"])})
-
 
 @dataclass(frozen=True)
 class Preparation:
@@ -69,12 +66,12 @@ class Preparation:
 
     sources: tuple[FrozenSource, ...]
     tokenizer: str
-    sequence_length: int
+    sequence_length: Count
     packing: bool = True
     task: str = "sft"
     chat_template: str | None = None
-    max_bad_rows: int = 0
-    version: int = FORMAT_VERSION
+    max_bad_rows: Count = 0
+    version: Count = FORMAT_VERSION
     labels: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -82,9 +79,10 @@ class Preparation:
         return data if self.labels else {name: value for name, value in data.items() if name != "labels"}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Preparation:
-        sources = tuple(FrozenSource.from_json(s) for s in data["sources"])
-        return cls(**{**data, "sources": sources, "labels": tuple(data.get("labels", ()))})
+    def from_json(cls, data: Any) -> Preparation:
+        """Raises Malformed for what is no preparation, or one with settings that this version does not know: it would
+        be prepared without them."""
+        return read_record(cls, data, exact=True)
 
     @cached_property
     def fingerprint(self) -> str:

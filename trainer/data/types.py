@@ -6,7 +6,6 @@ Legend: B packs in a micro-batch, L tokens of its longest pack.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.errors import CorruptObject
+from trainer.parsing import Malformed
+from trainer.records import Count, read_record
 
 Ints = npt.NDArray[np.int64]
 Tokens = npt.NDArray[np.int32]
@@ -41,25 +42,22 @@ class Cursor:
 
     fingerprint: str
     seed: int
-    epoch: int
-    window: int
-    pack: int
+    epoch: Count
+    window: Count
+    pack: Count
     chain: str
-    samples: int
+    samples: Count
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_json(cls, data: Mapping[str, Any]) -> Cursor:
+    def from_json(cls, data: Any) -> Cursor:
         """The cursor of a commit record; CorruptObject when a field is missing, unknown or of another type."""
-        types = {f.name: str if f.type == "str" else int for f in dataclasses.fields(cls)}
-        wrong = sorted(types.keys() ^ data.keys()) or [n for n, t in types.items() if type(data[n]) is not t]
-        if wrong:
-            raise CorruptObject(
-                f"the data cursor {dict(data)!r} is not whole: {', '.join(wrong)} missing, unknown or mistyped"
-            )
-        return cls(**data)
+        try:
+            return read_record(cls, data, exact=True)
+        except Malformed as error:
+            raise CorruptObject(f"the data cursor {data!r:.300} is not whole: {error}") from error
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
 
-from trainer.data.blocks import BadRow, Counts, WindowMeta, WindowWriter, decode_index, part_of_row
+from trainer.data.blocks import (
+    BadRow,
+    Counts,
+    WindowIndex,
+    WindowMeta,
+    WindowWriter,
+    decode_index,
+    part_of_row,
+)
 from trainer.data.formats import Format, open_format
 from trainer.data.freeze import check_objects
 from trainer.data.readers import Reader, open_reader
@@ -16,6 +24,7 @@ from trainer.data.rows import Encoded, Fault, Row, fit
 from trainer.data.spans import Span
 from trainer.data.spec import FrozenObject, Preparation
 from trainer.errors import CorruptObject, InputError
+from trainer.parsing import Malformed
 from trainer.storage import Storage, open_storage
 
 BATCH_ROWS = 512
@@ -68,12 +77,22 @@ def prepare_window(spec: Preparation, tokenizer: Any, storage: Storage, job: Win
     storage.put_if_absent(key, data)
     if not storage.put_if_absent(index_key(job.window), index):
         index = storage.read(index_key(job.window))
-    return entry_of(job.window, index)
+    return entry_of(storage, job.window, index)
 
 
-def entry_of(window: int, index: bytes) -> WindowEntry:
-    meta: WindowMeta = decode_index(index).meta
+def entry_of(storage: Storage, window: int, index: bytes) -> WindowEntry:
+    meta: WindowMeta = open_index(storage, index_key(window), index).meta
     return WindowEntry(index_key(window), hashlib.sha256(index).hexdigest(), meta.counts, meta.bad_rows)
+
+
+def open_index(storage: Storage, key: str, raw: bytes) -> WindowIndex:
+    """CorruptObject when the bytes are no index."""
+    try:
+        return decode_index(raw)
+    except Malformed as error:
+        raise CorruptObject(
+            f"{storage.uri(key)}: {error}; delete the folder {storage.url}, and run again to prepare the data anew"
+        ) from error
 
 
 class _Window:

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from trainer.host_cache import make_own
 from trainer.model.files import cache_folder
 from trainer.storage.locks import hold_folder, lock_file, remove_unused
 
@@ -39,7 +40,7 @@ class BlockCache:
         self._lock = threading.Lock()
         self._held: int | None = None
         with self._tolerant():
-            folder.parent.mkdir(parents=True, exist_ok=True)
+            make_own(folder.parent)
             self._held = hold_folder(folder)
             os.utime(folder)  # what was used longest ago goes first when room is needed
 

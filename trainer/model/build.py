@@ -16,6 +16,7 @@ import torch
 from trainer.errors import InputError
 from trainer.libraries import load_libraries
 from trainer.model.code import check_code
+from trainer.model.config_files import UNUSABLE, cause
 from trainer.model.head import Head, head_modules, is_head, set_up_head, take_tied_embeddings
 from trainer.model.memory import HostPeak
 from trainer.model.placement import Placement
@@ -96,8 +97,12 @@ def _load_whole(
             ignore_mismatched_sizes=True,  # `_check_whole` says which, where transformers only says that there are some
             **(head.settings() if head else {}),
         )
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as e:
-        raise InputError(f"model.path {section.path!r} cannot be loaded as a {_kind(head)}: {e}") from e
+    except (*UNUSABLE, SafetensorError) as e:
+        raise InputError(f"model.path {section.path!r} cannot be loaded as a {_kind(head)}: {cause(e)}") from e
+    except RuntimeError as e:
+        if "negative dimension" not in str(e):  # what is left may be this host's fault: memory, a driver
+            raise
+        raise InputError(f"model.path {section.path!r} has a config.json that cannot be used: {cause(e)}") from e
     model, loading = loaded
     unlike = {name: shapes for name, *shapes in loading["mismatched_keys"]}
     lacking = set(loading["missing_keys"]) | set(unlike)

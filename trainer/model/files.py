@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -17,6 +16,8 @@ from pathlib import Path
 from filelock import FileLock
 
 from trainer.errors import InputError
+from trainer.host_cache import host_cache, make_own
+from trainer.model.config_files import check_configs
 from trainer.recipe.model import ModelSection
 from trainer.storage import ObjectInfo, Storage, open_storage
 
@@ -38,7 +39,7 @@ class ModelFiles:
 
 
 def cache_folder() -> Path:
-    return Path(os.environ.get("MUSTER_CACHE", "~/.cache/muster")).expanduser()
+    return host_cache(Path("~/.cache/muster").expanduser())
 
 
 def fetch_model(section: ModelSection, *, weights: bool = True) -> ModelFiles:
@@ -47,7 +48,7 @@ def fetch_model(section: ModelSection, *, weights: bool = True) -> ModelFiles:
     Raises InputError when there is no such folder, URL or Hub repository, or when it holds no ``config.json``.
     """
     if "://" in section.path:
-        return _from_url(section.path, weights)
+        return _checked(_from_url(section.path, weights), section.path)
     if Path(section.path).is_dir():
         return _checked(ModelFiles(Path(section.path)), section.path)
     return _checked(_from_hub(section, weights), section.path)
@@ -56,6 +57,7 @@ def fetch_model(section: ModelSection, *, weights: bool = True) -> ModelFiles:
 def _checked(files: ModelFiles, path: str) -> ModelFiles:
     if not (files.folder / "config.json").is_file():
         raise InputError(f"model.path {path!r} holds no config.json: name a folder in the Hugging Face format")
+    check_configs(files.folder, f"model.path {path!r}")
     return files
 
 
@@ -74,10 +76,12 @@ def _from_url(url: str, weights: bool) -> ModelFiles:
     target = cache_folder() / "models" / hashlib.sha256(listing.encode()).hexdigest()[:32]
     size = sum(o.size for o in objects)
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        make_own(target.parent)
         with FileLock(f"{target}.lock", timeout=LOCK_TIMEOUT_S):
             if target.is_dir():
                 return ModelFiles(target)
+            for half in target.parent.glob(f"{target.name}.*/"):  # of a process that was killed: we hold its lock
+                shutil.rmtree(half, ignore_errors=True)
             _download(storage, objects, target)
     except FileNotFoundError as e:
         raise InputError(f"model.path {url!r} changed while it was copied ({e}); run the same command again") from e

@@ -18,6 +18,7 @@ import torch
 from trainer.errors import InputError
 from trainer.libraries import load_libraries
 from trainer.model.code import check_code
+from trainer.model.config_files import UNUSABLE, cause
 from trainer.model.head import Head, head_modules
 from trainer.model.quantization import keep_weights_packed, quantization_config
 from trainer.recipe.model import ModelSection
@@ -89,15 +90,18 @@ def _said_of(section: ModelSection, *, classifier: bool) -> Iterator[None]:
     kind = "sequence classifier" if classifier else "causal language model"
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as e:
-        raise InputError(f"model.path {section.path!r} cannot be loaded as a {kind}: {e}") from e
+    except (*UNUSABLE, RuntimeError) as e:
+        raise InputError(f"model.path {section.path!r} cannot be loaded as a {kind}: {cause(e)}") from e
 
 
 def _add_generation_config(model: Any, folder: Path) -> None:
     from transformers import GenerationConfig
 
     if model.can_generate() and (folder / "generation_config.json").is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except UNUSABLE as error:
+            raise InputError(f"generation_config.json of {folder} cannot be used: {cause(error)}") from error
 
 
 def _keep_wide(model: Any, dtype: torch.dtype) -> None:

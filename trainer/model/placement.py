@@ -17,6 +17,7 @@ import torch
 
 from trainer.errors import InputError
 from trainer.model.code import check_code
+from trainer.model.config_files import UNUSABLE, cause
 from trainer.recipe.model import ModelSection
 
 GPU_SHARE, HOST_SHARE = 0.85, 0.8
@@ -89,8 +90,8 @@ def model_bytes(section: ModelSection, folder: Path) -> int:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
         with torch.device("meta"):
             model: Any = AutoModel.from_config(config, trust_remote_code=section.trust_remote_code)
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        raise InputError(f"model.path {section.path!r} cannot be loaded: {error}") from error
+    except (*UNUSABLE, RuntimeError) as error:
+        raise InputError(f"model.path {section.path!r} cannot be loaded: {cause(error)}") from error
     width = getattr(torch, section.dtype).itemsize
     packed = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     rest = sum(p.numel() for p in model.parameters()) - packed

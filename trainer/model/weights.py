@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TypedDict
 
-from trainer.errors import CorruptObject, InputError
+from trainer.errors import InputError
 from trainer.model.header import BadHeader, read_header
+from trainer.parsing import Malformed, parse_json
 from trainer.recipe.model import ModelSection
+from trainer.records import read_record
 from trainer.storage import ObjectInfo, Storage, in_parallel, open_storage
 
 INDEX = "model.safetensors.index.json"
@@ -39,12 +42,10 @@ def needed_files(storage: Storage, path: str, found: Iterable[str]) -> set[str]:
         return {SINGLE}
     if INDEX in names:
         try:
-            named = set(storage.read_json(INDEX)["weight_map"].values())
-            if all(isinstance(name, str) for name in named):
-                return named
-            raise TypeError("a file's name is no text")
-        except (KeyError, TypeError, AttributeError, CorruptObject) as error:
-            raise InputError(f"{storage.uri(INDEX)} holds no weight_map; copy the model again") from error
+            index = read_record(_Index, parse_json(storage.read(INDEX), finite=False, unique=False))
+        except Malformed as error:
+            raise InputError(f"{storage.uri(INDEX)} holds no weight_map ({error}); copy the model again") from error
+        return set(index["weight_map"].values())
     others = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".h5", ".gguf")))
     hint = (
         f"{', '.join(others[:3])} would have to be saved as safetensors, with save_pretrained of transformers"
@@ -52,6 +53,10 @@ def needed_files(storage: Storage, path: str, found: Iterable[str]) -> set[str]:
         else f"put {SINGLE} there"
     )
     raise InputError(f"model.path {path!r} holds no weights in safetensors: {hint}")
+
+
+class _Index(TypedDict):
+    weight_map: dict[str, str]
 
 
 def _check_file(storage: Storage, item: ObjectInfo) -> None:

@@ -91,7 +91,7 @@ def _speed(recipe: Recipe) -> tuple[float, int] | None:
     """The median over the run's last steps, and its ranks then."""
     storage = open_storage(recipe.storage, deadline_s=ANSWER_S)
     rows = rows_backwards(storage.child(recipe.name), layout.METRICS)
-    steps = [row for row in islice(rows, ROWS) if "tokens_per_s" in row]
+    steps = [row for row in islice(rows, ROWS) if row.get("tokens_per_s") and row.get("world_size")]
     if not steps:
         return None
     return statistics.median(row["tokens_per_s"] for row in steps), int(steps[0]["world_size"])

@@ -116,7 +116,7 @@ def show(value: Any) -> str:
         return "a mapping" if value else "an empty mapping"
     if isinstance(value, list | tuple):
         return f"[{_cut(redact(', '.join(str(v) for v in value)))}]"
-    return str(value)
+    return _cut(str(value))
 
 
 def _cut(text: str, length: int = 60) -> str:

@@ -6,13 +6,22 @@ so is ``2026-01-01``. PyYAML by itself follows 1.1.
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any, NamedTuple
 
 import yaml
 
-from trainer.recipe.base import KeyPath
+from trainer.parsing import (
+    HALF_A_PAIR,
+    LONGEST_NUMBER,
+    BoundedLoader,
+    Malformed,
+    OutOfBounds,
+    is_unicode,
+    parse_json,
+    too_long_a_number,
+)
+from trainer.recipe.base import KeyPath, show
 
 
 class Note(NamedTuple):
@@ -41,8 +50,12 @@ RESOLVERS = (
 )
 
 
-class Loader(yaml.SafeLoader):
-    """SafeLoader with the plain scalars of YAML 1.2."""
+PLAIN_TAGS = {NULL, BOOL, INT, FLOAT, *(f"tag:yaml.org,2002:{kind}" for kind in ("str", "map", "seq"))}
+SURROGATE_PAIR = re.compile(r"\\u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}")
+
+
+class Loader(BoundedLoader):
+    """BoundedLoader with the plain scalars of YAML 1.2."""
 
 
 class Dumper(yaml.SafeDumper):
@@ -66,6 +79,8 @@ Loader.add_implicit_resolver("tag:yaml.org,2002:merge", re.compile(r"^(?:<<)$"),
 
 def _integer(loader: Loader, node: yaml.ScalarNode) -> int:
     text = str(loader.construct_scalar(node)).replace("_", "")
+    if len(text) > LONGEST_NUMBER:
+        raise OutOfBounds(None, None, too_long_a_number(text), node.start_mark)
     return int(text, 16) if text.lower().startswith("0x") else int(text)
 
 
@@ -86,6 +101,8 @@ def read_yaml(text: str) -> Document:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         line = mark.line + 1 if mark else 1
+        if isinstance(error, OutOfBounds):
+            return Document(None, {}, [Note(line, (), str(error.problem))])
         return Document(None, {}, [Note(line, (), f"is not YAML: {error.problem or error.context}{_advice(error)}")])
     finally:
         loader.dispose()
@@ -94,10 +111,11 @@ def read_yaml(text: str) -> Document:
 def read_json(text: str) -> Document:
     """Parse JSON. JSON is YAML too once tabs are spaces (they cannot stand inside its strings), hence the lines."""
     try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        return Document(None, {}, [Note(error.lineno, (), f"is not JSON: {error.msg} (column {error.colno})")])
-    _, lines, notes = read_yaml(text.replace("\t", " "))
+        data = parse_json(text, unique=False)  # a key that stands twice is noted below, with its lines
+    except Malformed as error:
+        return Document(None, {}, [Note(error.line, (), f"is not JSON: {error}" if error.line else str(error))])
+    # YAML escapes characters one by one, and JSON some of them in halves; only lines are asked for here.
+    _, lines, notes = read_yaml(SURROGATE_PAIR.sub("x", text.replace("\t", " ")))
     return Document(data, lines, [note for note in notes if note.path])
 
 
@@ -125,24 +143,19 @@ class _Walk:
         self.loader = loader
         self.lines: dict[KeyPath, int] = {}
         self.notes: list[Note] = []
-        self.open: list[yaml.Node] = []
 
     def document(self, node: yaml.Node | None) -> Document:
         data = None if node is None else self.value(node, ())
         return Document(data, self.lines, self.notes)
 
     def value(self, node: yaml.Node, path: KeyPath) -> Any:
-        if any(node is parent for parent in self.open):
-            return self._note(node, path, "contains itself through an alias")
-        self.open.append(node)
-        try:
-            if isinstance(node, yaml.MappingNode):
-                return self._mapping(node, path)
-            if isinstance(node, yaml.SequenceNode):
-                return [self._entry(child, (*path, i)) for i, child in enumerate(node.value)]
-            return self._scalar(node, path)
-        finally:
-            self.open.pop()
+        if node.tag not in PLAIN_TAGS:
+            return self._note(node, path, f"cannot be read: it has the tag {node.tag[:60]}; write the value without it")
+        if isinstance(node, yaml.MappingNode):
+            return self._mapping(node, path)
+        if isinstance(node, yaml.SequenceNode):
+            return [self._entry(child, (*path, i)) for i, child in enumerate(node.value)]
+        return self._scalar(node, path)
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
         node.value = self._first_of_each(node, path)
@@ -159,7 +172,7 @@ class _Walk:
         lines: dict[str, int] = {}
         entries: list[tuple[yaml.Node, yaml.Node]] = []
         for key, child in node.value:
-            if not isinstance(key, yaml.ScalarNode):
+            if not isinstance(key, yaml.ScalarNode) or not is_unicode(key.value):
                 self._note(key, path, "has a key that is not text")
             elif key.value in lines:
                 message = f"is given twice, first on line {lines[key.value]}; keep one of them"
@@ -175,9 +188,13 @@ class _Walk:
 
     def _scalar(self, node: yaml.Node, path: KeyPath) -> Any:
         try:
+            if not is_unicode(node.value):
+                return self._note(node, path, f"{HALF_A_PAIR}: {show(node.value)}")
             return self.loader.construct_object(node)
-        except (yaml.YAMLError, ValueError):
-            return self._note(node, path, f"cannot be read as {node.tag.rsplit(':', 1)[-1]}: {node.value!r}")
+        except OutOfBounds as error:
+            return self._note(node, path, str(error.problem))
+        except (yaml.YAMLError, ValueError, KeyError):
+            return self._note(node, path, f"cannot be read as {node.tag.rsplit(':', 1)[-1]}: {show(node.value)}")
 
     def _note(self, node: yaml.Node, path: KeyPath, message: str) -> None:
         self.notes.append(Note(node.start_mark.line + 1, path, message))

@@ -17,6 +17,7 @@ from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
 from trainer.errors import Mistake, RecipeError
+from trainer.parsing import DEEPEST, is_deep
 from trainer.recipe.base import STORED, Conflict, KeyPath, show
 from trainer.recipe.document import Document, read_json, read_yaml
 from trainer.recipe.overrides import apply
@@ -26,6 +27,9 @@ from trainer.recipe.tree import annotation_at, dotted, field_at, section_of, sta
 from trainer.redact import redact
 
 COMMAND_LINE = "command line"
+LARGEST_RECIPE = 1 << 20
+"""Bytes: reading as many takes seconds."""
+LONGEST_PATH, LONGEST_MESSAGE = 200, 1500
 
 
 class Found(NamedTuple):
@@ -39,19 +43,28 @@ def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Recipe:
     """Read a ``.yaml`` or ``.json`` recipe and apply ``KEY=VALUE`` overrides; raises RecipeError with all mistakes."""
     path = pathlib.Path(path)
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open("rb") as file:
+            body = file.read(LARGEST_RECIPE + 1)
     except FileNotFoundError:
         raise _one(str(path), "there is no such file; give the path of a recipe (.yaml or .json)") from None
-    except UnicodeDecodeError as error:
-        raise _one(str(path), f"is not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except OSError as error:
-        raise _one(str(path), f"cannot be read: {error.strerror}") from None
-    return loads(text, str(path), overrides)
+    except (OSError, ValueError) as error:
+        raise _one(str(path), f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    return loads(body, str(path), overrides)
 
 
-def loads(text: str, where: str = "recipe.yaml", overrides: Sequence[str] = (), *, stored: bool = False) -> Recipe:
-    """Reads a text in the same way; ``where`` names it in mistakes, and its ending tells JSON from YAML. ``stored``: it
-    lies in a run, where version 0.1 may have let credentials through; overrides are checked all the same."""
+def loads(
+    text: str | bytes, where: str = "recipe.yaml", overrides: Sequence[str] = (), *, stored: bool = False
+) -> Recipe:
+    """Reads a text, or its bytes, in the same way; ``where`` names it in mistakes, and its ending tells JSON from YAML.
+    ``stored``: it lies in a run, where version 0.1 may have let credentials through; overrides are checked all the
+    same."""
+    if len(text) > LARGEST_RECIPE:
+        raise _one(where, f"has more than {LARGEST_RECIPE:,} bytes; a recipe has a few thousand, and names its data")
+    if isinstance(text, bytes):
+        try:
+            text = text.decode()
+        except UnicodeDecodeError as error:
+            raise _one(where, f"is not UTF-8 text ({error.reason} at byte {error.start})") from None
     document = read_json(text) if where.endswith(".json") else read_yaml(text)
     if not isinstance(document.data, dict):
         raise RecipeError(tuple(_not_a_mapping(document, where)))
@@ -69,6 +82,8 @@ def loads(text: str, where: str = "recipe.yaml", overrides: Sequence[str] = (), 
 
 def parse(data: dict[str, Any]) -> Recipe:
     """A recipe from plain data, which is left as it is; raises RecipeError with all mistakes, without lines."""
+    if is_deep(data):
+        raise _one("recipe", f"is nested deeper than {DEEPEST} levels")
     if not isinstance(data, dict):
         raise _one("recipe", f"is a mapping of sections, got {show(data)}")
     found, recipe = _validate(copy.deepcopy(data))
@@ -158,7 +173,9 @@ def _not_a_mapping(document: Document, where: str) -> list[Mistake]:
 
 def _mistake(where: str, path: KeyPath, message: str) -> Mistake:
     """Credentials may have been put anywhere, and mistakes are printed and logged."""
-    return Mistake(where, redact(dotted(path)), redact(message))
+    said = redact(message)
+    cut = said[:LONGEST_MESSAGE] + "…" * (len(said) > LONGEST_MESSAGE)
+    return Mistake(where, redact(dotted(path))[:LONGEST_PATH], cut)
 
 
 def _one(where: str, message: str) -> RecipeError:

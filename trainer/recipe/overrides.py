@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from trainer.parsing import is_unicode
 from trainer.recipe.base import KeyPath, credentials_refused
 from trainer.recipe.document import read_value
 from trainer.recipe.sentences import unknown_key
@@ -25,8 +26,10 @@ def apply(data: dict[str, Any], overrides: Sequence[str]) -> Applied:
     mistakes: list[tuple[KeyPath, str]] = []
     for override in overrides:
         key, separator, text = override.partition("=")
-        path = tuple(int(part) if part.isdecimal() else part for part in key.strip().split("."))
-        wrong = _wrong_key(path) if separator else f"{override!r} is not KEY=VALUE, such as optimizer.lr=1e-4"
+        path = tuple(int(part) if part.isdecimal() and len(part) < 10 else part for part in key.strip().split("."))
+        wrong = _wrong_key(path) if separator else f"{override!r:.80} is not KEY=VALUE, such as optimizer.lr=1e-4"
+        if not is_unicode(override):
+            wrong, path = f"{override!r:.80} is not text in UTF-8", ()
         wrong = wrong or credentials_refused(text) or ""
         wrong = wrong or _set(data, path, typed(text.strip(), annotation_at(path)))
         if wrong:

@@ -6,12 +6,12 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, TextIO
 
 from trainer.data.formats.columns import encodable
-from trainer.data.rows import Fault
+from trainer.data.rows import ROW_BYTES, TOO_LONG, Fault
 from trainer.errors import InputError, UsageError
+from trainer.parsing import JsonReader, Malformed
 from trainer.saved.conversation import Conversation, Prompt, rendered
 from trainer.saved.generation import Writer
 
@@ -55,20 +55,29 @@ def answer_file(
 
 
 def _rows(source: str) -> Iterator[dict[str, Any]]:
-    try:
-        text = sys.stdin.read() if source == STDIO else Path(source).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--input {source} cannot be read: {error}") from error
-    for number, line in enumerate(text.split("\n"), 1):
+    reader = JsonReader(finite=False)
+    for number, line in enumerate(_lines(source), 1):
+        if len(line) > ROW_BYTES:
+            raise InputError(f"--input {source}, line {number} is {TOO_LONG}")
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except ValueError as error:
+            row = reader.read(line)
+        except Malformed as error:
             raise InputError(f"--input {source}, line {number} is not JSON: {error}") from error
         if not isinstance(row, dict):
             raise InputError(f'--input {source}, line {number} is no object: write {{"prompt": …}}')
         yield row
+
+
+def _lines(source: str) -> Iterator[bytes]:
+    """Each with at most one byte more than a row may have."""
+    try:
+        with sys.stdin.buffer if source == STDIO else open(source, "rb") as file:
+            while line := file.readline(ROW_BYTES + 1):
+                yield line
+    except (OSError, ValueError) as error:
+        raise InputError(f"--input {source} cannot be read: {error}") from error
 
 
 def _prompt(row: dict[str, Any], number: int, talk: Conversation) -> Prompt:

@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.data.formats.columns import fields_of
+from trainer.data.formats.columns import encodable, fields_of
 from trainer.data.formats.instruction import prompt_of
 from trainer.data.formats.qa import framed
 from trainer.data.formats.rendering import Unrendered, render
+from trainer.data.rows import Fault
 from trainer.errors import UsageError
 
 CHAT, QA, INSTRUCTION, TEMPLATE, PLAIN = FRAMES = ("chat", "qa", "instruction", "template", "plain")
@@ -106,5 +107,7 @@ def rendered(tokenizer: Any, turns: Turns) -> list[int]:
         text = render(tokenizer, turns, add_generation_prompt=True)
     except Unrendered as error:
         raise UsageError(f"the chat template refuses the conversation: {error}") from error
+    if isinstance(fault := encodable(str(text)), Fault):
+        raise UsageError(f"the conversation cannot be used: {fault.reason}")
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids

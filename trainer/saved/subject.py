@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 from collections.abc import Sequence
@@ -13,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from trainer import layout
-from trainer.begin import read_recipe
+from trainer.begin import read_data, read_recipe
 from trainer.checkpoint import fetch_whole, list_commits
 from trainer.checkpoint.blobs import entry_of_file
-from trainer.data import Preparation
 from trainer.errors import InputError, UsageError
 from trainer.model import fetch_model, load_tokenizer
+from trainer.model.config_files import read_config
 from trainer.origin import Origin
 from trainer.publish import STATE_FILES, is_last, published_files
 from trainer.recipe import ModelSection, Recipe
@@ -183,8 +182,11 @@ def _of_run(recipe: Recipe | None, run: Storage, folder: Path, trust: Trust) -> 
     found = _saved(recipe or begun, folder, run.url, trust)
     if isinstance(base, dict) and found.origin:  # a checkpoint before the last has no file that says so
         found = replace(found, origin=found.origin._replace(base=base))
-    train = Preparation.from_json(run.read_json(layout.DATA)["train"])
-    return replace(found, labels=train.labels or found.labels)
+    try:
+        labels = read_data(run)["train"].labels
+    except FileNotFoundError:
+        raise InputError(f"{run.url} lacks {layout.DATA}, which says what it was trained on; put it back") from None
+    return replace(found, labels=labels or found.labels)
 
 
 def _take_published(run: Storage, folder: Path) -> bool:
@@ -215,7 +217,7 @@ def _saved(recipe: Recipe | None, folder: Path, where: str, trust: Trust) -> Sub
             origin = Origin.of(recipe)._replace(base=known.base if known else None)
         else:
             origin = known or _origin_by_peft(config, where)
-        model_config = _json(folder / MODEL_CONFIG, where) if (folder / MODEL_CONFIG).is_file() else {}
+        model_config = read_config(folder / MODEL_CONFIG, where) if (folder / MODEL_CONFIG).is_file() else {}
         labels = _labels(model_config) if recipe else _outputs(model_config)
         section = trust.grant(origin.model)
         return Subject(section, origin.task, origin.method, {DEFAULT: folder}, labels, None, origin, recipe)
@@ -272,13 +274,13 @@ def _method_by_peft(config: dict[str, Any]) -> str:
 
 
 def _in_its_dtype(section: ModelSection, folder: Path) -> ModelSection:
-    config = _json(folder / MODEL_CONFIG, section.path)
+    config = read_config(folder / MODEL_CONFIG, section.path)
     told = str(config.get("dtype") or config.get("torch_dtype") or DTYPES[0])
     return section.model_copy(update={"dtype": told if told in DTYPES else DTYPES[0]})
 
 
 def _whole_model(recipe: Recipe | None, section: ModelSection, folder: Path, where: str) -> Subject:
-    config = _json(folder / MODEL_CONFIG, where)
+    config = read_config(folder / MODEL_CONFIG, where)
     named = [str(name) for name in config.get("architectures") or []]
     head = any(name.endswith("ForSequenceClassification") for name in named)
     task = recipe.task if recipe else "classification" if head else "sft"
@@ -300,15 +302,8 @@ def _labels(config: dict[str, Any]) -> tuple[str, ...] | None:
 
 
 def _outputs(config: dict[str, Any]) -> tuple[str, ...] | None:
-    names = {int(number): str(name) for number, name in (config.get("id2label") or {}).items()}
+    named = config.get("id2label") or {}
+    if wrong := [number for number in named if not re.fullmatch(r"\d{1,9}", number, re.ASCII)]:
+        raise InputError(f"{MODEL_CONFIG} names the label of {wrong[0]!r}, which is no number of an output")
+    names = {int(number): str(name) for number, name in named.items()}
     return tuple(names[n] for n in sorted(names)) or None
-
-
-def _json(path: Path, where: str) -> dict[str, Any]:
-    try:
-        found: dict[str, Any] = json.loads(path.read_text())
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path.name} of {where} is not JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise InputError(f"{path.name} of {where} is no mapping")
-    return found

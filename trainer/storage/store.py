@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trainer.errors import CorruptObject, InputError, MusterError, StorageError
+from trainer.parsing import Malformed, parse_json
 from trainer.storage.backend import Backend, Entries, Listing, Moved, Names, ObjectInfo, Transient
 from trainer.storage.parallel import in_parallel
 from trainer.storage.retry import Retry
@@ -148,11 +149,11 @@ class Storage:
         return self._call("clear unfinished uploads of", path, lambda moved: self._backend.abort_uploads(path, stale))
 
     def read_json(self, key: str) -> Any:
-        """CorruptObject when the object is not JSON."""
+        """CorruptObject when the object is not JSON, or JSON that muster would not have written."""
         data = self.read(key)
         try:
-            return json.loads(data)
-        except ValueError as error:
+            return parse_json(data)
+        except Malformed as error:
             raise CorruptObject(f"{self.uri(key)} is not JSON ({error}); it was written by something else") from error
 
     def write_json(self, key: str, value: Any) -> None:

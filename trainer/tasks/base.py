@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from trainer.parsing import Malformed
 from trainer.registry import TASKS
 from trainer.world import World
 
@@ -142,7 +144,9 @@ class Task(ABC):
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        assert not state, f"{type(self).__name__} keeps no state"
+        """Raises Malformed for what `state` cannot have given."""
+        if state:
+            raise Malformed(f"{type(self).__name__} keeps no state, and there is {reprlib.repr(state)}")
 
 
 def make_task(recipe: Recipe, labels: tuple[str, ...] = ()) -> Task:

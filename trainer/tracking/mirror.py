@@ -20,11 +20,13 @@ import time
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any
+from dataclasses import asdict, dataclass
 
 from trainer import layout
 from trainer.errors import CorruptObject, Interrupted
+from trainer.parsing import Malformed
 from trainer.recipe import Recipe, fingerprint
+from trainer.records import Count, read_record
 from trainer.redact import redact
 from trainer.registry import TRACKERS
 from trainer.rowfeed import RowFeed
@@ -39,6 +41,17 @@ POINTS_AT_ONCE = 500
 PATIENCE_S = 30.0
 """Seconds that a run which has ended waits for its trackers to take the last steps."""
 FAILED_PATIENCE_S = 10.0
+
+
+@dataclass(frozen=True)
+class Bookmark:
+    """What the run's storage keeps of a curve: ``of`` tells it from others, the rest how far it has come."""
+
+    of: str
+    id: str
+    step: Count
+    part: Count
+    fresh: bool = False
 
 
 class Mirror:
@@ -140,8 +153,8 @@ class Mirror:
             self._id, self._mark = uuid.uuid4().hex[:12], START
             self._note(START, fresh=True)
         else:
-            self._id, self._mark = found["id"], Mark(found["step"], found["part"])
-        fresh = found is None or bool(found.get("fresh"))
+            self._id, self._mark = found.id, Mark(found.step, found.part)
+        fresh = found is None or found.fresh
         tracker: Tracker = TRACKERS.load(self._name)(Curve(self._id, fresh, self._recipe, self._run))
         self._tracker = tracker
         if fresh:  # until it is open, an older curve of the same name may still be there
@@ -151,18 +164,18 @@ class Mirror:
         self._mark = self._mark if told is None else told
         return tracker
 
-    def _bookmark(self) -> dict[str, Any] | None:
+    def _bookmark(self) -> Bookmark | None:
         """None where this curve is a new one: the recipe gives another result by now (it may be mended until the first
         checkpoint), or the tracker is another one (its settings are)."""
-        with suppress(FileNotFoundError, CorruptObject):
-            found: dict[str, Any] = self._run.read_json(layout.tracker(self._name))
-            if found.get("of") == self._of():
+        with suppress(FileNotFoundError, CorruptObject, Malformed):
+            found = read_record(Bookmark, self._run.read_json(layout.tracker(self._name)))
+            if found.of == self._of():
                 return found
         return None
 
     def _note(self, mark: Mark, *, fresh: bool = False) -> None:
-        row = {"of": self._of(), "id": self._id, "step": mark.step, "part": mark.part}
-        self._run.write_json(layout.tracker(self._name), {**row, "fresh": True} if fresh else row)
+        bookmark = asdict(Bookmark(self._of(), self._id, mark.step, mark.part, fresh))
+        self._run.write_json(layout.tracker(self._name), {n: v for n, v in bookmark.items() if n != "fresh" or v})
 
     def _of(self) -> str:
         section = getattr(self._recipe, self._name, None)

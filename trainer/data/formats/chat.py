@@ -22,6 +22,10 @@ Interval = tuple[int, int]
 Tools = list[Any] | None
 
 
+TEMPLATE_FAULTS = (TypeError, LookupError, ValueError, ArithmeticError, AttributeError, RecursionError)
+"""What a template raises beside its own errors, for turns that hold what its author did not think of."""
+
+
 class Chat:
     """``template`` takes the place of the tokenizer's own."""
 

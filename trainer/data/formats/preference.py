@@ -8,6 +8,7 @@ being what rewards may compare with.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -74,6 +75,8 @@ class Preference:
                 return part
         if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float)):
             return Fault(f"the margin has to be a number, not {type(margin).__name__} ({margin!r:.40})")
+        if margin is not None and not math.isfinite(margin):
+            return Fault(f"the margin has to be a finite number, not {margin}")
         assert isinstance(chosen, Encoded)
         assert isinstance(rejected, Encoded)
         return replace(chosen, rejected=rejected, margin=None if margin is None else float(margin))

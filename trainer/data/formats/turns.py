@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from trainer.data.rows import Fault
+from trainer.parsing import Malformed, parse_json
 
 Turn = dict[str, Any]
 
@@ -61,8 +61,8 @@ def tools_of(value: Any) -> list[Any] | Fault | None:
     """The tools that a conversation may call, a list or its JSON; None for none."""
     if isinstance(value, str) and value.strip():
         try:
-            value = json.loads(value)
-        except ValueError as error:
+            value = parse_json(value, finite=False)
+        except Malformed as error:
             return Fault(f"the tools are not valid JSON ({error})")
     if value is None or value == "" or value == []:
         return None

@@ -13,13 +13,12 @@ from trainer.data.readers import Piece
 from trainer.data.readers.body import Body
 from trainer.data.readers.lines import BOM, line_of
 from trainer.data.readers.tsv import check_names, row_of_fields
-from trainer.data.rows import Fault, Row
+from trainer.data.rows import ROW_BYTES, TOO_LONG, Fault, Row
+from trainer.errors import InputError
 
 _READ_BYTES = 256 << 10
-FIELD_BYTES = 64 << 20
-"""A field longer than this is taken for one whose closing quote is missing."""
 
-csv.field_size_limit(FIELD_BYTES)  # of the process: the module has no other place for it, and its own is 128 KiB
+csv.field_size_limit(ROW_BYTES)  # of the process: the module has no other place for it, and its own is 128 KiB
 
 
 class Csv:
@@ -56,7 +55,9 @@ class Csv:
     def _read_header(self) -> tuple[str, ...]:
         for _, end, fields in self._records(self._start):
             self._start = end
-            return () if isinstance(fields, Fault) else tuple(fields)
+            if isinstance(fields, Fault):
+                raise InputError(f"{self.body.url}: the header, its first record: {fields.reason}")
+            return tuple(fields)
         return ()
 
     def _records(self, start: int) -> Iterator[tuple[int, int, list[str] | Fault]]:
@@ -64,22 +65,30 @@ class Csv:
         lines = _Lines(self.body, start)
         records = csv.reader(lines, strict=True)
         while True:
-            begin = lines.at
+            begin = lines.begin = lines.at
             try:
                 fields: list[str] | Fault = next(records)
             except StopIteration:
                 return
+            except _TooLong as error:
+                fields = Fault(str(error))
             except csv.Error as error:
-                fields = Fault(f"not valid CSV ({error}); quote a field that holds quotes, and double those")
+                fields = Fault(f"not valid CSV ({error}); quote a field that holds quotes, and double those"[:300])
             yield begin, lines.at, fields
 
 
+class _TooLong(csv.Error):
+    pass
+
+
 class _Lines(Iterator[str]):
-    """The body's lines from a place on, with their newlines; ``at`` is the byte behind the last one given."""
+    """The body's lines from a place on, with their newlines; ``at`` is the byte behind the last one given, ``begin``
+    where the record began that they are read for. Raises _TooLong where the record gets so, behind the line in which it
+    did: a closing quote may be missing."""
 
     def __init__(self, body: Body, start: int) -> None:
-        self.at = start
-        self._body, self._next, self._half = body, start, b""
+        self.at = self.begin = start
+        self._body, self._next, self._half = body, start, bytearray()
         self._ahead: Iterator[bytes] = iter(())
 
     def __next__(self) -> str:
@@ -87,6 +96,8 @@ class _Lines(Iterator[str]):
         while line is None:
             line = self._refill()
         self.at += len(line)
+        if self.at - self.begin > ROW_BYTES:
+            raise _TooLong(f"the record is {TOO_LONG}")
         # What is no UTF-8 becomes a lone surrogate, which the format that wants this field finds and names.
         return line.decode("utf-8", "surrogateescape")
 
@@ -95,10 +106,29 @@ class _Lines(Iterator[str]):
         raw = self._body.read(self._next, self._next + _READ_BYTES)
         self._next += len(raw)
         if not raw:
-            last, self._half = self._half, b""
+            last, self._half = bytes(self._half), bytearray()
             if not last:
                 raise StopIteration
             return last
-        *lines, self._half = (self._half + raw).split(b"\n")
+        first, *others = raw.split(b"\n")
+        self._half += first
+        if not others:
+            if len(self._half) > ROW_BYTES:
+                self._skip()
+            return None
+        *lines, half = [bytes(self._half), *others]
+        self._half = bytearray(half)
         self._ahead = iter([line + b"\n" for line in lines])
         return next(self._ahead, None)
+
+    def _skip(self) -> None:
+        """Passes over the rest of a line that is too long."""
+        self.at += len(self._half)
+        self._half = bytearray()
+        while raw := self._body.read(self._next, self._next + _READ_BYTES):
+            newline = raw.find(b"\n") + 1
+            self._next += newline or len(raw)
+            self.at += newline or len(raw)
+            if newline:
+                break
+        raise _TooLong(f"the line is {TOO_LONG}")

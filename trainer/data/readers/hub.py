@@ -12,6 +12,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from trainer.data.readers import Piece
+from trainer.data.readers.parquet import plain_rows
 from trainer.data.rows import Fault, Row
 from trainer.data.spec import FrozenObject
 from trainer.errors import InputError
@@ -80,7 +81,7 @@ class Hub:
 
     def rows(self, start: int, stop: int) -> Iterator[tuple[int, Row | Fault]]:
         for first in range(start, stop, _BATCH_ROWS):
-            yield from enumerate(self.data[first : min(first + _BATCH_ROWS, stop)].to_pylist(), first)
+            yield from enumerate(plain_rows(self.data[first : min(first + _BATCH_ROWS, stop)]), first)
 
     def place(self, row: int) -> str:
         return f"row {row + 1}"

@@ -15,11 +15,9 @@ from trainer.data.readers import Piece
 from trainer.data.readers.body import Body
 from trainer.data.readers.jsonl import JsonLines, row_of
 from trainer.data.readers.lines import BOM, line_of
-from trainer.data.rows import Fault, Row
+from trainer.data.rows import ROW_BYTES, TOO_LONG, Fault, Row
 from trainer.errors import InputError
-
-ELEMENT_BYTES = 256 << 20
-"""An element larger than this is taken for a fault of the file."""
+from trainer.parsing import JsonReader, Malformed
 
 _READ_BYTES = 1 << 20
 _SPACE = " \t\r\n"
@@ -49,7 +47,8 @@ class JsonArray:
         for element in self._elements(start):
             if element.offset >= stop:
                 return
-            yield element.offset, row_of(element.value)
+            fault = element.fault
+            yield element.offset, row_of(element.value) if fault is None else Fault(f"not usable JSON ({fault})")
             if element.end >= stop:
                 return
 
@@ -76,11 +75,12 @@ class JsonArray:
 
 
 class Element(NamedTuple):
-    """A parsed element, and its first byte and the one behind its last."""
+    """A parsed element, its first byte and the one behind its last, and why it must not be used."""
 
     offset: int
     end: int
     value: Any
+    fault: str | None
 
 
 class _Text:
@@ -91,7 +91,7 @@ class _Text:
         self.body, self.read_bytes = body, read_bytes
         self.text, self.at, self.offset = "", 0, start
         self._next, self._half = start, b""
-        self._decoder = json.JSONDecoder()
+        self._reader = JsonReader(finite=False)
 
     def peek(self) -> str:
         """The next character that is no space; '' at the end."""
@@ -107,28 +107,33 @@ class _Text:
         self._advance(self.at + 1)
 
     def element(self) -> Element:
+        """The next one. InputError for one that cannot be read to its end, since nothing says where another begins."""
         self.peek()
         size = self.read_bytes
         while True:
             try:
-                value, end = self._decoder.raw_decode(self.text, self.at)
+                value, end = self._reader.read_at(self.text, self.at)
                 # A number that ends with the text may go on behind it.
                 if end < len(self.text) or not self._more(size):
-                    start = self.offset
+                    start, fault = self.offset, self._reader.fault
                     self._advance(end)
-                    return Element(start, self.offset, value)
-            except (json.JSONDecodeError, RecursionError) as error:
-                if not self._may_go_on(error) or len(self.text) - self.at > ELEMENT_BYTES or not self._more(size):
-                    raise self.fault(str(error)) from error
-            size *= 2
+                    return Element(start, self.offset, value, fault)
+            except Malformed as error:
+                raise self.fault(str(error)) from error
+            except json.JSONDecodeError as error:
+                if not self._may_go_on(error):
+                    raise self.fault(error.msg.removesuffix(" at")) from error
+                if len(self.text) - self.at > ROW_BYTES:
+                    raise self.fault(f"the element that begins there is {TOO_LONG}") from error
+                if not self._more(size):
+                    raise self.fault(error.msg.removesuffix(" at")) from error
+            size = min(2 * size, ROW_BYTES)
 
     def fault(self, reason: str) -> InputError:
         return InputError(f"{self.body.url}, {line_of(self.body, self.offset)}: not valid JSON ({reason})")
 
-    def _may_go_on(self, error: json.JSONDecodeError | RecursionError) -> bool:
+    def _may_go_on(self, error: json.JSONDecodeError) -> bool:
         """Whether the error is of the kind that the end of the text makes, rather than a fault inside it."""
-        if isinstance(error, RecursionError):
-            return False
         return error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - 12
 
     def _advance(self, to: int) -> None:

@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
+from trainer.data.readers.body import Body
 from trainer.data.readers.lines import LineReader, excerpt
 from trainer.data.rows import Fault, Row
 from trainer.errors import InputError
+from trainer.parsing import JsonReader, Malformed, is_unicode
 
 
 class JsonLines(LineReader):
-    def lines(self, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
+    def __init__(self, body: Body, span_bytes: int | None = None) -> None:
+        super().__init__(body, span_bytes)
+        self._reader = JsonReader(finite=False)
+
+    def lines(self, start: int, stop: int) -> Iterator[tuple[int, bytes | Fault]]:
         for offset, line in super().lines(start, stop):
-            if offset == 0 and line.lstrip()[:1] == b"[":
+            if offset == 0 and isinstance(line, bytes) and line.lstrip()[:1] == b"[":
                 raise InputError(
                     f"{self.body.url}: opens with '[', which looks like a JSON array; one JSON object per line is read "
                     "here: name it .json, or convert it with jq -c '.[]' FILE"
@@ -23,16 +28,16 @@ class JsonLines(LineReader):
 
     def parse(self, line: bytes) -> Row | Fault:
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            return Fault(f"not valid JSON ({error.msg.removesuffix(' at')}, column {error.colno}): {excerpt(line)}")
-        except (ValueError, RecursionError) as error:
+            value = self._reader.read(line)
+        except Malformed as error:
             return Fault(f"not valid JSON ({error}): {excerpt(line)}")
         return row_of(value)
 
 
 def row_of(value: Any) -> Row | Fault:
-    """A parsed value as a row, which has to be an object."""
-    if isinstance(value, dict):
-        return value
-    return Fault(f"a JSON {type(value).__name__} where an object with the columns was expected: {value!r:.60}")
+    """A parsed value as a row, which has to be an object whose keys are text."""
+    if not isinstance(value, dict):
+        return Fault(f"a JSON {type(value).__name__} where an object with the columns was expected: {value!r:.60}")
+    if not is_unicode("".join(value)):
+        return Fault("the name of a column holds half of a surrogate pair, which is no text")
+    return value

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from trainer.data.readers import Piece
 from trainer.data.readers.body import Body
-from trainer.data.rows import Fault, Row
+from trainer.data.rows import ROW_BYTES, TOO_LONG, Fault, Row
 
 BOM = b"\xef\xbb\xbf"
 _LOOK_AHEAD = 64 << 10
@@ -31,36 +31,51 @@ class LineReader(ABC):
             start = stop
 
     def rows(self, start: int, stop: int) -> Iterator[tuple[int, Row | Fault]]:
-        return ((offset, self.parse(line)) for offset, line in self.lines(start, stop))
+        for offset, line in self.lines(start, stop):
+            yield offset, line if isinstance(line, Fault) else self.parse(line)
 
-    def lines(self, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
-        """The lines that start in [start, stop), each with its offset; the last one is read to its end."""
+    def lines(self, start: int, stop: int) -> Iterator[tuple[int, bytes | Fault]]:
+        """The lines that start in [start, stop), each with its offset; the last one is read to its end, unless that is
+        too far away."""
         first = max(start - 1, 0)
         text = self.body.read(first, stop)
         at = 0 if start == 0 else text.find(b"\n") + 1
         if start > 0 and at == 0:
             return
-        text += rest_of_line(self.body, stop) if not text.endswith(b"\n") else b""
-        while at < len(text):
-            end = text.find(b"\n", at)
-            end = len(text) if end < 0 else end
-            line = text[at:end]
-            if line.strip():
-                yield first + at, line.removeprefix(BOM) if first + at == 0 else line
-            at = end + 1
+        *whole, last = text[at:].split(b"\n")
+        for line in whole:
+            if fault_or_line := self._line(first + at, line):
+                yield first + at, fault_or_line
+            at += len(line) + 1
+        if last:
+            rest = rest_of_line(self.body, stop)
+            line_or_fault = rest if isinstance(rest, Fault) else self._line(first + at, last + rest)
+            if line_or_fault:
+                yield first + at, line_or_fault
+
+    def _line(self, offset: int, line: bytes) -> bytes | Fault | None:
+        """None for a blank one."""
+        if not line.strip():
+            return None
+        if len(line) > ROW_BYTES:
+            return Fault(TOO_LONG)
+        return line.removeprefix(BOM) if offset == 0 else line
 
     def place(self, row: int) -> str:
         return line_of(self.body, row)
 
 
-def rest_of_line(body: Body, position: int) -> bytes:
-    """From ``position`` up to the next newline, read in growing pieces: a line may be longer than a span."""
+def rest_of_line(body: Body, position: int) -> bytes | Fault:
+    """From ``position`` up to the next newline, read in growing pieces: a line may be longer than a span. A Fault
+    where that is more than a row may have."""
     rest, ahead = b"", _LOOK_AHEAD
     while piece := body.read(position, position + ahead):
         newline = piece.find(b"\n")
         if newline >= 0:
             return rest + piece[:newline]
         rest, position, ahead = rest + piece, position + len(piece), ahead * 2
+        if len(rest) > ROW_BYTES:
+            return Fault(TOO_LONG)
     return rest
 
 

@@ -9,17 +9,43 @@ from __future__ import annotations
 import io
 from collections.abc import Iterator
 from itertools import pairwise
+from typing import Any, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from trainer.data.readers import Piece
 from trainer.data.readers.body import Body, RangedFile
-from trainer.data.rows import Fault, Row
+from trainer.data.rows import ROW_BYTES, TOO_LONG, Fault, Row
 from trainer.errors import InputError
 
 SPAN_BYTES = 32 << 20
 _BATCH_ROWS = 1024
+
+
+def plain_rows(batch: Any) -> list[Row | Fault]:
+    """The rows of an Arrow table or batch; a Fault for one that is too large, or that Python has no values for (a text
+    that is not UTF-8, a date after the year 9999)."""
+    if batch.nbytes <= ROW_BYTES:
+        try:
+            return list(batch.to_pylist())
+        except (ValueError, OverflowError, pa.ArrowException):
+            pass  # one of the rows
+    return [_plain_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
+
+
+def _plain_row(row: Any) -> Row | Fault:
+    if row.nbytes > ROW_BYTES:
+        return Fault(TOO_LONG)
+    try:
+        (found,) = row.to_pylist()
+    except (ValueError, OverflowError, pa.ArrowException) as error:
+        return Fault(f"its values cannot be read ({_first_line(error)})")
+    return cast("Row", found)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
 
 
 class Parquet:
@@ -28,8 +54,11 @@ class Parquet:
         raw = io.BufferedReader(RangedFile(body), 1 << 20)
         try:
             self.file = pq.ParquetFile(pa.PythonFile(raw, mode="r"))
-        except pa.ArrowInvalid as error:
-            raise InputError(f"{self.url}: not a readable parquet file ({error})") from error
+            names = self.file.schema_arrow.names
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise InputError(f"{self.url}: not a readable parquet file ({_first_line(error)})") from error
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise InputError(f"{self.url}: two of its columns are named {twice[0]!r}; rename one, or leave it out")
 
     def cut(self) -> list[Piece]:
         pieces: list[Piece] = []
@@ -46,17 +75,21 @@ class Parquet:
                 yield from self._rows_of(group, first, start, stop)
 
     def _rows_of(self, group: int, first: int, start: int, stop: int) -> Iterator[tuple[int, Row | Fault]]:
-        at = first
-        try:
-            for batch in self.file.iter_batches(_BATCH_ROWS, row_groups=[group]):
-                low, high = max(start - at, 0), min(stop - at, batch.num_rows)
-                if low < high:
-                    yield from enumerate(batch.slice(low, high - low).to_pylist(), at + low)
-                at += batch.num_rows
-                if at >= stop:
-                    return
-        except pa.ArrowException as error:
-            raise InputError(f"{self.url}: row group {group} cannot be read ({error})") from error
+        at, meta = first, self.file.metadata.row_group(group)
+        # Fewer rows at a time where they are large: a batch is in memory as a whole.
+        count = max(1, min(_BATCH_ROWS, ROW_BYTES * meta.num_rows // max(meta.total_byte_size, 1)))
+        batches = self.file.iter_batches(count, row_groups=[group])
+        while at < stop:
+            try:
+                batch = next(batches, None)
+            except (pa.ArrowException, OSError) as error:
+                raise InputError(f"{self.url}: row group {group} cannot be read ({_first_line(error)})") from error
+            if batch is None:
+                return
+            low, high = max(start - at, 0), min(stop - at, batch.num_rows)
+            if low < high:
+                yield from enumerate(plain_rows(batch.slice(low, high - low)), at + low)
+            at += batch.num_rows
 
     def _groups(self) -> Iterator[tuple[int, int, int]]:
         first = 0

@@ -12,6 +12,7 @@ from trainer.data.readers.body import Body
 from trainer.data.readers.lines import BOM, LineReader, rest_of_line
 from trainer.data.rows import Fault, Row
 from trainer.errors import InputError
+from trainer.parsing import is_unicode
 
 
 class Tsv(LineReader):
@@ -20,10 +21,16 @@ class Tsv(LineReader):
     def __init__(self, body: Body, header: Sequence[str] | None = None, span_bytes: int | None = None) -> None:
         super().__init__(body, span_bytes)
         self.has_header = header is None
-        self.names = tuple(header) if header is not None else tuple(fields_of(rest_of_line(body, 0).removeprefix(BOM)))
+        self.names = tuple(header) if header is not None else self._read_header()
         check_names(self.names, body.url)
 
-    def lines(self, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
+    def _read_header(self) -> tuple[str, ...]:
+        line = rest_of_line(self.body, 0)
+        if isinstance(line, Fault):
+            raise InputError(f"{self.body.url}: the header, its first line, is {line.reason}")
+        return tuple(fields_of(line.removeprefix(BOM)))
+
+    def lines(self, start: int, stop: int) -> Iterator[tuple[int, bytes | Fault]]:
         lines = super().lines(start, stop)
         return (line for line in lines if line[0] > 0) if self.has_header else lines
 
@@ -43,6 +50,9 @@ def row_of_fields(names: Sequence[str], fields: Sequence[str]) -> Row | Fault:
 
 
 def check_names(names: Sequence[str], url: str) -> None:
+    """Raises InputError where a column could not be told from another one, or not be named."""
+    if not is_unicode("".join(names)):
+        raise InputError(f"{url}: the header is not text in UTF-8; save the file as UTF-8")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise InputError(

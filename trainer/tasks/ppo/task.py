@@ -15,12 +15,13 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 import torch
 
 from trainer.errors import RewardFailed
+from trainer.records import read_record
 from trainer.tasks.base import Measured, Task, Update, ratio
 from trainer.tasks.inputs import to_device
 from trainer.tasks.ppo.advantages import steered
@@ -41,6 +42,10 @@ EXAMPLES = 2
 EVALUATION = "evaluation"
 Key = Callable[[str, str], str]
 """The name of the random numbers of a text, by its place in the step and its prompt's sample id."""
+
+
+class _State(TypedDict):
+    kl_coef: float
 
 
 class PPO(Task):
@@ -216,7 +221,7 @@ class PPO(Task):
         return {"kl_coef": self._kl_coef}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self._kl_coef = float(state["kl_coef"])
+        self._kl_coef = read_record(_State, state)["kl_coef"]
 
     def evaluated(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> Measured:
         """Texts to held-out prompts, whose random numbers depend on the sample alone: every evaluation draws alike. The

@@ -1,0 +1,87 @@
+"""The JSON files beside a model's or an adapter's weights, read before a library reads them: what transformers and peft
+do with a file that is nested without end, or whose values are of other types, is theirs and changes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, TypedDict
+
+from huggingface_hub.errors import StrictDataclassError
+
+from trainer.errors import InputError
+from trainer.parsing import Malformed, parse_json
+from trainer.records import read_record
+
+LARGEST_CONFIG = 64 << 20
+"""Bytes; the index of the largest models has a few million."""
+MOST_MODULES = 10_000
+COUNTED = re.compile(r"layers?$|experts$|blocks$")
+"""Names of the counts of modules: num_hidden_layers, n_layer, n_routed_experts."""
+CONFIG_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "preprocessor_config.json",
+    "adapter_config.json",
+    "model.safetensors.index.json",
+)
+UNUSABLE = (
+    OSError, ValueError, LookupError, ImportError, TypeError, AttributeError, ArithmeticError, AssertionError,
+    RecursionError, NotImplementedError, StrictDataclassError,
+)  # fmt: skip
+"""What libraries raise where a configuration says something that cannot be."""
+LONGEST_CAUSE = 300
+
+
+class Config(TypedDict, total=False):
+    """What is read here of ``config.json`` and ``adapter_config.json``, the rest being for their libraries."""
+
+    architectures: list[str] | None
+    id2label: dict[str, Any] | None
+    pad_token_id: int | None
+    peft_type: str | None
+    task_type: str | None
+    base_model_name_or_path: str | None
+    revision: str | None
+    use_dora: bool | None
+    use_rslora: bool | None
+
+
+def read_config(path: Path, where: str) -> dict[str, Any]:
+    """One such file, which has to hold an object; ``where`` names its folder in the InputError for what it is not.
+
+    NaN, infinities and keys that stand twice are left to the libraries, which take them."""
+    try:
+        if path.stat().st_size > LARGEST_CONFIG:
+            raise Malformed(f"it has more than {LARGEST_CONFIG:,} bytes")
+        found = dict(read_record(Config, parse_json(path.read_bytes(), finite=False, unique=False)))
+        _check_counts(found)
+        return found
+    except OSError as error:
+        raise InputError(f"{path.name} of {where} cannot be read: {error.strerror or error}") from error
+    except Malformed as error:
+        raise InputError(f"{where} has a {path.name} that cannot be used: {error}") from error
+
+
+def _check_counts(config: dict[str, Any]) -> None:
+    """A module is made for each layer and each expert, one after the other, before anything is compared with the
+    weights."""
+    for name, value in config.items():
+        if isinstance(value, dict):
+            _check_counts(value)
+        elif isinstance(value, int) and COUNTED.search(name) and value > MOST_MODULES:
+            raise Malformed(f"{name} is {value}, and at most {MOST_MODULES:,} are built")
+
+
+def cause(error: BaseException) -> str:
+    """What a library said, on one line."""
+    return " ".join(str(error).split())[:LONGEST_CAUSE] or type(error).__name__
+
+
+def check_configs(folder: Path, where: str) -> None:
+    """Raises InputError for the first of the files there that cannot be used."""
+    for name in CONFIG_FILES:
+        if (folder / name).is_file():
+            read_config(folder / name, where)
