@@ -31,7 +31,7 @@ from trainer.data import (
     prepare,
     resolve_chat_template,
 )
-from trainer.errors import CorruptObject, InputError, RecipeChanged
+from trainer.errors import CorruptObject, InputError, Mistake, RecipeChanged, RecipeError
 from trainer.parsing import Malformed
 from trainer.recipe import DataSection, Recipe, SourceSection, differences, dump, loads
 from trainer.recipe.trust import granted, without_code
@@ -98,11 +98,23 @@ def _read_frozen(run: Storage, overrides: Sequence[str] = ()) -> Recipe:
         text = run.read(layout.RECIPE)
     except FileNotFoundError:
         raise InputError(f"there is no run at {run.url}: no {layout.RECIPE} lies there") from None
-    frozen = loads(text, run.uri(layout.RECIPE), stored=True)
+    try:
+        frozen = loads(text, run.uri(layout.RECIPE), stored=True)
+    except RecipeError as error:
+        raise RecipeError((*error.mistakes, *_of_another_version(run))) from error
     recipe = loads(text, run.uri(layout.RECIPE), overrides, stored=True)
     if changes := differences(frozen, recipe):
         raise RecipeChanged(f"between attempts of {run.url} this cannot change:\n  " + "\n  ".join(changes))
     return recipe
+
+
+def _of_another_version(run: Storage) -> list[Mistake]:
+    """Why a recipe that was valid when it was frozen may not be one here."""
+    theirs, ours = read_provenance(run).get("muster"), code_version()
+    if theirs is None or theirs.partition("+")[0] == ours.partition("+")[0]:
+        return []
+    said = f"the run was begun with muster {theirs}, and this is {ours}; go on with that version or a newer one"
+    return [Mistake(run.uri(layout.RECIPE), "", said)]
 
 
 def has_commits(run: Storage) -> bool:

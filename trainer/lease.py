@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, TypedDict
 
 from trainer import layout
 from trainer.checkpoint.claims import claim_driver, claim_driver_after, read_claims
@@ -124,9 +124,8 @@ def read_owner(run: Storage) -> LeaseRecord | None:
 
 def _claimant(run: Storage, driver: int) -> Holder:
     try:
-        claim = run.read_json(layout.driver_claim(driver))
-        return Holder(**{name: claim[name] for name in Holder.__dataclass_fields__})
-    except (FileNotFoundError, CorruptObject, KeyError, TypeError):
+        return read_record(Holder, run.read_json(layout.driver_claim(driver)))
+    except (FileNotFoundError, CorruptObject, Malformed):
         return Holder("an unknown host", "", 0, 0.0, None)
 
 
@@ -279,12 +278,16 @@ def check_not_cancelled(run: Storage, job: str | None) -> None:
         )
 
 
-def _stop(run: Storage) -> dict[str, Any]:
+class _Stop(TypedDict, total=False):
+    driver: Count | None
+    jobs: list[str]
+
+
+def _stop(run: Storage) -> _Stop:
     try:
-        found = run.read_json(layout.STOP)
-    except (FileNotFoundError, CorruptObject):
+        return read_record(_Stop, run.read_json(layout.STOP))
+    except (FileNotFoundError, CorruptObject, Malformed):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def _claim_free(run: Storage, holder: Holder, sleep: Callable[[float], None]) -> int:

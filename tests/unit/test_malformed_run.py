@@ -159,3 +159,34 @@ def test_the_pace_of_a_run_is_told_by_rows_that_have_one(tmp_path: Any) -> None:
     part.write_bytes(b"\n".join(map(as_json, rows)) + b"\n")
     recipe: Any = SimpleNamespace(storage=str(tmp_path), name="r")
     assert _speed(recipe) == (10.0, 2)
+
+
+def test_a_run_of_an_older_version_is_shown() -> None:
+    """Without what was added since: times in rows, a failure's advice, how often workers were gathered."""
+    older = ("time", "versions", "devices", "driver", "build_s", "restore_s", "retried", "rank_s", "memory_rank")
+    run = run_with("", [])
+    run.write_json(layout.LEASE, {name: value for name, value in LEASE.items() if name != "gathers"})
+    for folder, rows in ROWS.items():
+        writer = "driver1" if folder == layout.EVENTS else "rank0"
+        lines = [as_json({name: value for name, value in row.items() if name not in older}) for row in rows]
+        run.write(f"{folder}/a000001-{writer}-000000.jsonl", b"\n".join(lines) + b"\n")
+    look_at(run)
+    assert len(read_rows(run, layout.EVENTS)) == len(EVENTS)
+    assert read_status(run).step == 4
+
+
+def test_a_run_of_a_newer_version_is_shown_and_its_recipe_names_the_version() -> None:
+    from trainer.begin import read_recipe
+    from trainer.errors import RecipeError
+
+    run = run_with("", [])
+    run.write_json(layout.LEASE, {**LEASE, "zone": "b"})
+    run.write(f"{layout.METRICS}/a000001-rank0-000000.jsonl", as_json({**head(METRICS, 1), "mood": {"a": [1]}}) + b"\n")
+    run.write(f"{layout.EVENTS}/a000001-rank0-000000.jsonl", as_json({"event": "moved", "to": [1]}) + b"\n")
+    look_at(run)
+    assert read_status(run).step == 4
+    assert read_rows(run, layout.METRICS)[0]["mood"] == {"a": [1]}
+    run.write(layout.RECIPE, b"name: r\nmood: calm\n")
+    run.write_json(layout.PROVENANCE, {"muster": "7.0.0+abc"})
+    with pytest.raises(RecipeError, match=r"begun with muster 7\.0\.0\+abc, and this is .*; go on with that version"):
+        read_recipe(run)

@@ -43,6 +43,8 @@ def needed_files(storage: Storage, path: str, found: Iterable[str]) -> set[str]:
     if INDEX in names:
         try:
             index = read_record(_Index, parse_json(storage.read(INDEX), finite=False, unique=False))
+            if not index["weight_map"]:
+                raise Malformed("it is empty")
         except Malformed as error:
             raise InputError(f"{storage.uri(INDEX)} holds no weight_map ({error}); copy the model again") from error
         return set(index["weight_map"].values())

@@ -34,7 +34,8 @@ muster run recipes/quickstart.yaml optimizer.lr=1e-4 data.train.0.weight=2 train
 ```
 
 YAML is read by the rules of version 1.2: `1e-4` is a number, only `true` and `false` are truth values. The first line
-`# yaml-language-server: $schema=recipe.schema.json` gives editors completion and checks.
+`# yaml-language-server: $schema=recipe.schema.json` gives editors completion and checks. Tags (`!!binary`) are refused,
+and so is a text of more than 1 MiB, more than 100,000 values (aliases expanded), 100 levels or 100 digits of a number.
 """
 
 

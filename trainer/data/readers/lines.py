@@ -11,7 +11,7 @@ from trainer.data.readers.body import Body
 from trainer.data.rows import ROW_BYTES, TOO_LONG, Fault, Row
 
 BOM = b"\xef\xbb\xbf"
-_LOOK_AHEAD = 64 << 10
+_LOOK_AHEAD, _FURTHEST_AHEAD = 64 << 10, 8 << 20
 
 
 class LineReader(ABC):
@@ -73,7 +73,7 @@ def rest_of_line(body: Body, position: int) -> bytes | Fault:
         newline = piece.find(b"\n")
         if newline >= 0:
             return rest + piece[:newline]
-        rest, position, ahead = rest + piece, position + len(piece), ahead * 2
+        rest, position, ahead = rest + piece, position + len(piece), min(ahead * 2, _FURTHEST_AHEAD)
         if len(rest) > ROW_BYTES:
             return Fault(TOO_LONG)
     return rest
