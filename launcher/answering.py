@@ -14,6 +14,7 @@ import typer
 
 from launcher.console import bar, hush_libraries, stderr
 from trainer.errors import UsageError
+from trainer.interruption import current
 
 if TYPE_CHECKING:
     from trainer.saved import Subject, Writer
@@ -139,7 +140,7 @@ def chat(
     which = Which(run, adapter, model, use, combination, density, quantization)
     with redirect_stdout(sys.stderr), _loaded(which, Drawing(temperature, top_p, seed), 1) as loaded:
         talk = _conversation(loaded, frame, system)
-        with redirect_stdout(sys.__stdout__ or sys.stdout):
+        with redirect_stdout(sys.__stdout__ or sys.stdout), current.keyboard():
             _talk(loaded.writer, talk, max_new_tokens)
 
 

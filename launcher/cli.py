@@ -33,11 +33,15 @@ from launcher import (
 )
 from launcher.console import stderr
 from trainer.errors import Interrupted, MusterError, RecipeError, StartAgain, UsageError
+from trainer.interruption import CODE, current
 from trainer.recipe_at import recipe_at
 
 if TYPE_CHECKING:
     from trainer.recipe import Recipe
 
+KEYBOARD = 130
+"""The exit code that typer makes of a KeyboardInterrupt."""
+RESUMES = "the same command goes on from the newest checkpoint"
 ROOT = Path(__file__).resolve().parents[1]
 
 app = typer.Typer(
@@ -80,10 +84,11 @@ def run(
     from launcher.driver import run as drive
     from launcher.progress import Progress
 
+    current.command(RESUMES)
     try:
         adapter = drive(loaded, Progress(console), takeover=takeover)
     except KeyboardInterrupt:  # typer would make an exit code of its own of it
-        raise Interrupted("the same command goes on from the newest checkpoint") from None
+        raise Interrupted(current.sentence() if current.heard else RESUMES) from None
     for line in serving.of_recipe(loaded, adapter):
         console.print(Text(f"serve it:  {line}"), soft_wrap=True)
     console.print(Text(f"finished: the adapter lies in {adapter}"), soft_wrap=True)
@@ -218,14 +223,37 @@ class ToStderr(logging.Handler):
 
 def main() -> None:
     """Ends the process with the designed exit codes: 0 done, 1 failed, 2 usage, 3 interrupted and resumable."""
+    current.command("the same command does it again")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", handlers=[ToStderr()])
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels that nothing here calls
+    code = _call()
+    current.settle(code)
+    sys.exit(code)
+
+
+def _call() -> int:
+    """Calls the command that the command line names; its exit code. After a signal, whatever error comes up is taken
+    for its consequence: processes of the same group, container or service may have got the signal too."""
     try:
         app(standalone_mode=True)
     except MusterError as error:
-        kind = "interrupted" if isinstance(error, Interrupted) else "error"
-        print(f"muster: {kind}: {error_text(error)}", file=sys.stderr)
-        sys.exit(exit_code(error))
+        interrupted = isinstance(error, Interrupted)
+        if current.heard:
+            current.leave(error_text(error) if interrupted else f"{current.sentence()} ({error.cause})")
+        print(f"muster: {'interrupted' if interrupted else 'error'}: {error_text(error)}", file=sys.stderr)
+        return exit_code(error)
+    except SystemExit as ended:
+        if current.heard and ended.code:
+            current.leave()
+        if ended.code == KEYBOARD:
+            print("muster: interrupted", file=sys.stderr)
+            return CODE
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException:
+        if current.heard:
+            current.leave()
+        raise
+    return 0
 
 
 def exit_code(error: MusterError) -> int:

@@ -15,7 +15,7 @@ from trainer.errors import Interrupted
 from trainer.storage import Storage
 
 POLL_S = 0.5
-CLOSE_S = 10.0
+CLOSE_S = 4.0
 
 
 class EarlyStart:

@@ -46,7 +46,7 @@ class Standby:
     def __enter__(self) -> Standby:
         from launcher.ray_session import ray_session, set_up
 
-        set_up()
+        set_up(self._address)
         self._session = ray_session(self._address, self._recipe.resources)
         # Here and now: two threads that import parts of one library at once may meet it half made.
         import launcher.training  # noqa: F401
@@ -61,7 +61,7 @@ class Standby:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._ready.wait()
+        self._ready.wait(LEAVE_S)
         if self._fit is not None:
             self._fit.leave(LEAVE_S)
         if self._session is not None:

@@ -21,6 +21,7 @@ from launcher.console import stderr
 from launcher.submission import Submission, read_submission
 from trainer import layout
 from trainer.errors import InputError, Interrupted, MusterError, UsageError, WorkerFailed
+from trainer.interruption import Terminated
 from trainer.recipe_at import recipe_at
 from trainer.storage import Storage, open_storage
 
@@ -81,7 +82,7 @@ def follow(made: Submission, run_uri: str, say: Say) -> int:
     try:
         with cluster_errors():
             return cluster_of(made.kind).follow(made.id, say)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated):
         raise Interrupted(
             f"{made.job} goes on; `muster status {run_uri}` looks at it, `muster cancel {run_uri}` ends it"
         ) from None

@@ -47,7 +47,9 @@ def cache_root() -> Path:
     given = os.environ.get("MUSTER_CACHE")
     if given:
         return Path(given).expanduser() / "blocks"
-    return Path(tempfile.gettempdir(), f"muster-{os.getuid()}", "blocks")
+    # A local run's workers have a temporary folder that goes with the run.
+    lasting = os.environ.get("MUSTER_LASTING_TMPDIR") or tempfile.gettempdir()
+    return Path(lasting, f"muster-{os.getuid()}", "blocks")
 
 
 def open_cache(storage: Storage, name: str, limit: int, root: Path | None = None) -> DiskCache | None:
