@@ -2,99 +2,44 @@
 
 from __future__ import annotations
 
-import shutil
 import signal
-import tempfile
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 
-import psutil
 import pytest
 
-from tests.support.jobs import Command, start, write_recipe
+from tests.support.local_runs import LocalRun
 from tests.support.training import losses, run_of, small_recipe, write_pairs
 from tests.support.waiting import wait_for
 from trainer.lease import read_lease
 from trainer.publish import finished
-from trainer.recipe import Recipe
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
-MARK = "MUSTER_TEST_MARK"
 BOUND_S = 20.0
-REACHED_S = 150.0
 STEPS = 150
 TERM, INT, HUP = signal.SIGTERM, signal.SIGINT, signal.SIGHUP
 
 
-class Started:
-    """A `muster run` with a Ray of its own, told apart from all other processes by its environment."""
-
-    def __init__(self, recipe: Recipe, folder: Path) -> None:
-        self.recipe, self._mark = recipe, uuid.uuid4().hex
-        self.folder = Path(tempfile.mkdtemp(prefix="mt-", dir="/tmp"))  # Ray's sockets need a short path
-        path = write_recipe(recipe, folder)
-        environment = {MARK: self._mark, "TMPDIR": str(self.folder), "RAY_ADDRESS": ""}
-        self.command: Command = start(["-m", "launcher", "run", path, "--on", "local"], environment)
-        self.pid = self.command.process.pid
-
-    def processes(self) -> list[psutil.Process]:
-        found = []
-        for process in psutil.process_iter():
-            with suppress(psutil.Error):
-                if process.environ().get(MARK) == self._mark and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-        return found
-
-    def said(self, text: str) -> Callable[[], bool]:
-        return lambda: text in self.command.output()
-
-    def takes_signals(self) -> bool:
-        """Whether the program has come as far as its first line: SIGTERM has a handler."""
-        status = Path(f"/proc/{self.pid}/status").read_text()
-        caught = int(status.split("SigCgt:")[1].split()[0], 16)
-        return bool(caught >> (TERM - 1) & 1)
-
-    def has(self, name: str) -> Callable[[], bool]:
-        return lambda: any(name in process.name() for process in self.processes())
-
-    def reach(self, reached: Callable[[], bool], what: str) -> None:
-        def passed() -> bool:
-            if reached():
-                return True
-            assert self.command.process.poll() is None, f"ended before {what}\n{self.command.output()[-3000:]}"
-            return False
-
-        wait_for(passed, what, timeout_s=REACHED_S, every_s=0.01, logs=self.command.output)
-
-    def check_end(self, sent_at: float) -> None:
-        code = self.command.wait(BOUND_S + 10)
-        took, output = time.monotonic() - sent_at, self.command.output()
-        if finished(run_of(self.recipe)) is not None and code == 0:
-            return
-        assert code == 3, f"exit code {code}\n{output[-3000:]}"
-        assert took < BOUND_S, output[-3000:]
-        assert output.splitlines()[-1].startswith("muster: interrupted: "), output[-3000:]
-        assert output.count("muster: interrupted") == 1
-        assert "Traceback" not in output
-        assert "***" not in output
-        wait_for(
-            lambda: not self.processes(), "no process of the run", timeout_s=10, logs=lambda: str(self.processes())
-        )
-        assert not list(self.folder.iterdir()), list(self.folder.iterdir())
-        lease = read_lease(run_of(self.recipe))
-        assert lease is None or not lease.is_alive(time.time())
-
-    def clean(self) -> None:
-        for process in self.processes():
-            with suppress(psutil.Error):
-                process.kill()
-        shutil.rmtree(self.folder, ignore_errors=True)
+def check_end(run: LocalRun, sent_at: float) -> None:
+    code = run.command.wait(BOUND_S + 10)
+    took, output = time.monotonic() - sent_at, run.command.output()
+    if finished(run_of(run.recipe)) is not None and code == 0:
+        return
+    assert code == 3, f"exit code {code}\n{output[-3000:]}"
+    assert took < BOUND_S, output[-3000:]
+    assert output.splitlines()[-1].startswith("muster: interrupted: "), output[-3000:]
+    assert output.count("muster: interrupted") == 1
+    assert "Traceback" not in output
+    assert "***" not in output
+    wait_for(lambda: not run.processes(), "no process of the run", timeout_s=10, logs=lambda: str(run.processes()))
+    assert not list(run.folder.iterdir()), list(run.folder.iterdir())
+    lease = read_lease(run_of(run.recipe))
+    assert lease is None or not lease.is_alive(time.time())
 
 
-Moment = Callable[[Started], Callable[[], bool]]
+Moment = Callable[[LocalRun], Callable[[], bool]]
 MOMENTS: dict[str, Moment] = {
     "first line": lambda run: run.takes_signals,
     "starting Ray": lambda run: run.said("starting Ray"),
@@ -121,14 +66,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def started(tiny_model: Path, folder: Path) -> Iterator[Started]:
+def started(tiny_model: Path, folder: Path) -> Iterator[LocalRun]:
     changes = {"training.steps": STEPS, "checkpoint.every_steps": 50, "resources": {"workers": 2}}
-    run = Started(small_recipe(f"run-{uuid.uuid4().hex[:8]}", tiny_model, folder, **changes), folder)
+    run = LocalRun(small_recipe(f"run-{uuid.uuid4().hex[:8]}", tiny_model, folder, **changes), folder)
     yield run
     run.clean()
 
 
-def send(run: Started, number: signal.Signals, *, twice: bool) -> float:
+def send(run: LocalRun, number: signal.Signals, *, twice: bool) -> float:
     """As a terminal, a container's runtime or a shell does it: to the command alone. Twice: a second apart."""
     sent_at = time.monotonic()
     run.command.process.send_signal(number)
@@ -150,9 +95,9 @@ def send(run: Started, number: signal.Signals, *, twice: bool) -> float:
         ("attempt", TERM, True),
     ],
 )
-def test_a_signal_during_the_start(started: Started, moment: str, number: signal.Signals, twice: bool) -> None:
+def test_a_signal_during_the_start(started: LocalRun, moment: str, number: signal.Signals, twice: bool) -> None:
     started.reach(MOMENTS[moment](started), moment)
-    started.check_end(send(started, number, twice=twice))
+    check_end(started, send(started, number, twice=twice))
 
 
 @pytest.mark.night
@@ -161,8 +106,8 @@ def test_a_signal_during_the_start(started: Started, moment: str, number: signal
 @pytest.mark.parametrize("later_s", [0.0, 0.3])
 @pytest.mark.parametrize("moment", list(MOMENTS))
 def test_a_sweep_of_signals_over_the_start(
-    started: Started, moment: str, later_s: float, number: signal.Signals, twice: bool
+    started: LocalRun, moment: str, later_s: float, number: signal.Signals, twice: bool
 ) -> None:
     started.reach(MOMENTS[moment](started), moment)
     time.sleep(later_s)  # the moment that is tried, not a wait for something
-    started.check_end(send(started, number, twice=twice))
+    check_end(started, send(started, number, twice=twice))
