@@ -120,7 +120,7 @@ class Held:
                 self._train()
                 if finished(self.run) is None:
                     if self.signals.stopped or self._has_stopped():
-                        raise Interrupted(self._stopped_text())
+                        raise Interrupted(f"stopped on request; {self._resumes_text()}")
                     raise WorkerFailed(
                         f"the workers ended without an error, and {self.run.url} has not its last commit"
                     )
@@ -143,8 +143,8 @@ class Held:
         step = self.recipe.training.stop_after
         return step is not None and any(record.step >= step for record in list_commits(self.run))
 
-    def _stopped_text(self) -> str:
-        return f"stopped on request; the same command goes on from the newest checkpoint of {self.run.url}"
+    def _resumes_text(self) -> str:
+        return f"the same command goes on from the newest checkpoint of {self.run.url}"
 
     def _train(self) -> None:
         from launcher.early import EarlyStart
@@ -202,7 +202,7 @@ class Held:
                 check_data()
                 check_cluster()
                 if self.signals.stopped and not self._has_steps(before):
-                    raise Interrupted(f"no step was done since the newest checkpoint. {self._stopped_text()}")
+                    raise Interrupted(f"stopped before the first step; {self._resumes_text()}")
                 if lease.lost.is_set():
                     raise WorkerFailed(f"another driver has taken {self.run.url} over; this one has stopped")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -75,7 +76,7 @@ def client(address: str, **environment: str) -> subprocess.CompletedProcess[str]
 
 def test_a_local_ray_is_reached_from_this_host_and_with_its_token_alone(local: LocalRun, folder: Path) -> None:
     local.reach(lambda: max(losses(local.recipe), default=0) >= 3, "the third step")
-    local.command.process.send_signal(19)  # SIGSTOP: the driver stays as it is while it is looked at
+    local.command.process.send_signal(signal.SIGSTOP)  # the run stays as it is while it is looked at
     processes = local.processes()
     environment = next(p for p in processes if "gcs_server" in p.name()).environ()
     token = environment["RAY_AUTH_TOKEN"]
