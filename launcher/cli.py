@@ -9,6 +9,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -223,19 +224,23 @@ class ToStderr(logging.Handler):
 
 def main() -> None:
     """Ends the process with the designed exit codes: 0 done, 1 failed, 2 usage, 3 interrupted and resumable."""
-    current.command("the same command does it again")
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s %(name)s: %(message)s", handlers=[ToStderr()])
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels that nothing here calls
-    code = _call()
+    sys.exit(carried_out(lambda: app(standalone_mode=True)))
+
+
+def carried_out(command: Callable[[], int | None]) -> int:
+    """Calls a command, says what it failed of, and returns its exit code; the interpreter's end has to follow. After a
+    signal, whatever error comes up is taken for its consequence: other processes may have got the signal too."""
+    current.command("the same command does it again")
+    code = _code_of(command)
     current.settle(code)
-    sys.exit(code)
+    return code
 
 
-def _call() -> int:
-    """Calls the command that the command line names; its exit code. After a signal, whatever error comes up is taken
-    for its consequence: processes of the same group, container or service may have got the signal too."""
+def _code_of(command: Callable[[], int | None]) -> int:
     try:
-        app(standalone_mode=True)
+        return command() or 0
     except MusterError as error:
         interrupted = isinstance(error, Interrupted)
         if current.heard:
@@ -253,7 +258,6 @@ def _call() -> int:
         if current.heard:
             current.leave()
         raise
-    return 0
 
 
 def exit_code(error: MusterError) -> int:

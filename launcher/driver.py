@@ -115,7 +115,6 @@ class Held:
         """To the last step; returns the final adapter's URI. The lease is released with the state in which the run
         really is."""
         try:
-            self.signals.check()
             with tracked(self.recipe, self.run):
                 self._train()
                 if finished(self.run) is None:
@@ -153,6 +152,7 @@ class Held:
         from launcher.ray_tasks import ray_map
 
         recipe, environment, progress = self.recipe, Environment.current(), self.progress
+        self.signals.check()
         self.standby.joined()
         quiet_logs()
         if not self.standby.waiting:

@@ -174,6 +174,8 @@ class RayThread:
             raise self._error
 
     def __exit__(self, *exc: object) -> None:
+        if current.abandoned:
+            return
         self._leave.set()
         self._thread.join(SHUTDOWN_S)
         _end_children(self._others)

@@ -18,6 +18,7 @@ from launcher.environment import Environment
 from launcher.order import Order
 from trainer.begin import has_commits
 from trainer.errors import MusterError
+from trainer.interruption import current
 from trainer.lease import read_lease
 from trainer.recipe import Recipe
 from trainer.startup import Phases
@@ -28,7 +29,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LEAVE_S = 5.0
+LEAVE_S = 4.0
 
 
 class Standby:
@@ -61,9 +62,11 @@ class Standby:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._ready.wait(LEAVE_S)
+        ended = self._ready.wait(LEAVE_S)
         if self._fit is not None:
-            self._fit.leave(LEAVE_S)
+            ended = self._fit.leave(LEAVE_S) and ended
+        if not ended:
+            current.abandon()  # Ray ends a process with exit code 1 when it is used after its shutdown
         if self._session is not None:
             self._session.__exit__(None, None, None)
 

@@ -24,6 +24,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
+from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 LEAVE_S = 15.0
@@ -53,6 +54,7 @@ class Interruption:
     def __init__(self) -> None:
         self.heard: str | None = None
         """The first signal's name."""
+        self.abandoned = False
         self._promise = "nothing was begun"
         self._early, self._leaving, self._said = True, False, False
         self._ask: Callable[[str], None] | None = None
@@ -64,6 +66,7 @@ class Interruption:
         self._children_survive_hangup = False
         self._keyboard = False
         self._pipe = -1
+        self._fork = threading.local()
 
     def begin(self) -> None:
         """Takes the signals, in the main thread. SIGHUP stays ignored where it was (nohup)."""
@@ -80,7 +83,7 @@ class Interruption:
                 signal.signal(number, self._handle)
         signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-        os.register_at_fork(after_in_child=self._in_child)
+        os.register_at_fork(before=self._before_fork, after_in_parent=self._after_fork, after_in_child=self._in_child)
         atexit.register(self._ignore)  # the first to be registered is called last
 
     def command(self, promise: str) -> None:
@@ -91,13 +94,17 @@ class Interruption:
     def asking(self, ask: Callable[[str], None]) -> Iterator[None]:
         """The first signal within the block calls ``ask(name)`` in the main thread; the end of the block bounds the
         rest of the way out, if one came."""
-        self._ask = ask
+        self.ask_first(ask)
         try:
             yield
         finally:
             self._ask = None
             if self.heard is not None:
                 self._leave_by(time.monotonic() + LEAVE_S)
+
+    def ask_first(self, ask: Callable[[str], None]) -> None:
+        """From now on the first signal calls ``ask(name)`` in the main thread, and the second one raises."""
+        self._ask = ask
 
     def on_force(self, undo: Callable[[], None]) -> None:
         """Calls ``undo`` if the process is ended without unwinding."""
@@ -122,17 +129,23 @@ class Interruption:
         finally:
             self._keyboard = False
 
+    def abandon(self) -> None:
+        """A thread still uses what cannot be closed under it: `settle` then ends the process, children included."""
+        self.abandoned = True
+
     def settle(self, code: int) -> None:
         """The exit code is decided; what is left is the interpreter's own end."""
         for stream in (sys.stdout, sys.stderr):
             with suppress(OSError, ValueError):
                 stream.flush()
         self._settled = code
+        if self.abandoned:
+            self._end(code)
 
     def sentence(self) -> str:
         return f"{self.heard}: ended before it was done; {self._promise}"
 
-    def leave(self, text: str | None = None) -> None:
+    def leave(self, text: str | None = None) -> NoReturn:
         """Ends the process with exit code 3 after everything was unwound; children that are left are killed.
 
         Not by the interpreter's own end: libraries that were interrupted may crash or wait for ever in it."""
@@ -200,7 +213,7 @@ class Interruption:
             self._force(signal.Signals(number).name)
         self._unhandled = now
 
-    def _force(self, name: str | None = None) -> None:
+    def _force(self, name: str | None = None) -> NoReturn:
         """Ends the process where it stands."""
         if not self._forcing.acquire(blocking=False):
             time.sleep(60)  # the other thread is ending the process
@@ -221,22 +234,28 @@ class Interruption:
         with suppress(OSError):
             os.write(2, f"{shown}muster: interrupted: {text}\n".encode())
 
-    def _end(self) -> None:
+    def _end(self, code: int = CODE) -> NoReturn:
         self._deadline = self._unhandled = float("inf")
         with suppress(Exception):
             kill_descendants()
         for undo in reversed(self._undo):
             with suppress(Exception):
                 undo()
-        os._exit(CODE)
+        os._exit(code)
 
     def _ignore(self) -> None:
         """The interpreter's end puts back what was before for all signals but ignored ones."""
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
+    def _before_fork(self) -> None:
+        self._fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def _after_fork(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._fork.mask)
+
     def _in_child(self) -> None:
-        """In a forked process: its signals are its own, and must not be reported to this one."""
+        """In a forked process, whose signals are its own: they must not be reported to this one."""
         if self._begun:
             signal.set_wakeup_fd(-1)
             self._begun = False
@@ -245,6 +264,7 @@ class Interruption:
                     signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
             if self._children_survive_hangup:
                 signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        self._after_fork()
 
 
 def kill_descendants() -> None:
