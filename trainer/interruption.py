@@ -35,6 +35,8 @@ SAME_S = 0.4
 kernel, and a Ctrl-C that a parent passes on comes twice."""
 ASKED_S = 60.0
 """How long the main thread may be inside one call while workers are being asked to commit."""
+GONE_S = 60.0
+"""How long a thread stands still because the other one is ending the process."""
 CODE = 3
 HANDLED = 0
 """Written by the handler into the same pipe, behind the number that it has handled."""
@@ -65,7 +67,7 @@ class Interruption:
         self._begun = False
         self._children_survive_hangup = False
         self._keyboard = False
-        self._pipe = -1
+        self._pipe, self._arrived = -1, "a signal"
         self._fork = threading.local()
 
     def begin(self) -> None:
@@ -153,6 +155,8 @@ class Interruption:
         self._end()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._forcing.locked():
+            time.sleep(GONE_S)
         now = time.monotonic()
         with suppress(OSError):
             os.write(self._pipe, bytes([HANDLED]))
@@ -210,16 +214,16 @@ class Interruption:
     def _stuck(self, number: int, now: float) -> None:
         """The main thread may be about to handle it, or may never be."""
         if self._unhandled != float("inf"):
-            self._force(signal.Signals(number).name)
-        self._unhandled = now
+            self._force()
+        self._unhandled, self._arrived = now, signal.Signals(number).name
 
-    def _force(self, name: str | None = None) -> NoReturn:
+    def _force(self) -> NoReturn:
         """Ends the process where it stands."""
         if not self._forcing.acquire(blocking=False):
-            time.sleep(60)  # the other thread is ending the process
+            time.sleep(GONE_S)
         if self._settled is not None:
             os._exit(self._settled)
-        self.heard = self.heard or name or "a signal"
+        self.heard = self.heard or self._arrived
         self._say(self.sentence())
         self._end()
 

@@ -96,7 +96,7 @@ def test_unwinding_has_a_limit() -> None:
 def test_a_call_into_c_does_not_keep_the_process() -> None:
     end = after(STUCK, TERM, before="import trainer.interruption\ntrainer.interruption.LEAVE_S = 1.0\n")
     assert (end.code, end.took_s < 15) == (3, True)
-    assert end.error == "muster: interrupted: a signal: ended before it was done; run it again\n"
+    assert end.error == "muster: interrupted: SIGTERM: ended before it was done; run it again\n"
 
 
 def test_processes_that_were_started_go_too() -> None:
