@@ -1,4 +1,7 @@
-from launcher.cli import main
-
 if __name__ == "__main__":  # a process pool imports this file again
+    from trainer.interruption import current
+
+    current.begin()
+    from launcher.cli import main
+
     main()

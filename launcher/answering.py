@@ -15,6 +15,7 @@ import typer
 from launcher.console import bar, hush_libraries, stderr
 from launcher.options import TrustOption
 from trainer.errors import UsageError
+from trainer.interruption import current
 
 if TYPE_CHECKING:
     from trainer.saved import Subject, Writer
@@ -145,7 +146,7 @@ def chat(
     stdout = sys.stdout
     with redirect_stdout(sys.stderr), _loaded(which, Drawing(temperature, top_p, seed), 1) as loaded:
         talk = _conversation(loaded, frame, system)
-        with redirect_stdout(stdout):
+        with redirect_stdout(stdout), current.keyboard():
             _talk(loaded.writer, talk, max_new_tokens)
 
 

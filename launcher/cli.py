@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -34,12 +35,16 @@ from launcher import (
 from launcher.console import Console, own_streams, stderr, stdout
 from launcher.options import TrustOption
 from trainer.errors import Interrupted, MusterError, RecipeError, StartAgain, UsageError
+from trainer.interruption import CODE, current
 from trainer.recipe_at import recipe_at
 from trainer.terminal import LOG_FORMAT, shown
 
 if TYPE_CHECKING:
     from trainer.recipe import Recipe
 
+KEYBOARD = 130
+"""The exit code that typer makes of a KeyboardInterrupt."""
+RESUMES = "the same command goes on from the newest checkpoint"
 ROOT = Path(__file__).resolve().parents[1]
 
 app = typer.Typer(
@@ -83,10 +88,11 @@ def run(
     from launcher.driver import run as drive
     from launcher.progress import Progress
 
+    current.command(RESUMES)
     try:
         adapter = drive(loaded, Progress(console), takeover=takeover)
     except KeyboardInterrupt:  # typer would make an exit code of its own of it
-        raise Interrupted("the same command goes on from the newest checkpoint") from None
+        raise Interrupted(current.sentence() if current.heard else RESUMES) from None
     for line in serving.of_recipe(loaded, adapter):
         console.print(Text(f"serve it:  {line}"), soft_wrap=True)
     console.print(Text(f"finished: the adapter lies in {adapter}"), soft_wrap=True)
@@ -223,16 +229,47 @@ def main() -> None:
     """Ends the process with the designed exit codes: 0 done, 1 failed, 2 usage, 3 interrupted and resumable."""
     logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, handlers=[ToStderr()])
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels that nothing here calls
-    with own_streams():
-        try:
-            app(standalone_mode=True)
-        except MusterError as error:
-            kind = "interrupted" if isinstance(error, Interrupted) else "error"
-            print(shown(f"muster: {kind}: {error_text(error)}"), file=sys.stderr)
-            sys.exit(exit_code(error))
-        except Exception:
-            print(shown(traceback.format_exc()), end="", file=sys.stderr)
-            sys.exit(1)
+    sys.exit(carried_out(lambda: app(standalone_mode=True)))
+
+
+def carried_out(command: Callable[[], int | None]) -> int:
+    """Calls a command, says what it failed of, and returns its exit code; the interpreter's end has to follow. After a
+    signal, whatever error comes up is taken for its consequence: other processes may have got the signal too."""
+    current.command("the same command does it again")
+    try:
+        with own_streams():
+            code = _code_of(command)
+            if code:
+                sys.exit(code)  # so that what has failed keeps its code where nobody reads its output
+    except SystemExit as ended:
+        code = ended.code if isinstance(ended.code, int) else 0
+    current.settle(code)
+    return code
+
+
+def _code_of(command: Callable[[], int | None]) -> int:
+    try:
+        return command() or 0
+    except MusterError as error:
+        interrupted = isinstance(error, Interrupted)
+        if current.heard:
+            current.leave(error_text(error) if interrupted else f"{current.sentence()} ({error.cause})")
+        print(shown(f"muster: {'interrupted' if interrupted else 'error'}: {error_text(error)}"), file=sys.stderr)
+        return exit_code(error)
+    except SystemExit as ended:
+        if current.heard and ended.code:
+            current.leave()
+        if ended.code == KEYBOARD:
+            print("muster: interrupted", file=sys.stderr)
+            return CODE
+        return ended.code if isinstance(ended.code, int) else int(ended.code is not None)
+    except BaseException as error:
+        if current.heard:
+            current.leave()
+        if not isinstance(error, Exception):
+            raise
+        print(shown(traceback.format_exc()), end="", file=sys.stderr)
+        return 1
 
 
 def exit_code(error: MusterError) -> int:

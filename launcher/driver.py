@@ -7,14 +7,11 @@ was committed), never from what Ray says.
 from __future__ import annotations
 
 import os
-import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
-from types import FrameType
 
 from cluster.standing import standing
 from launcher.environment import Environment
@@ -25,20 +22,18 @@ from trainer.begin import check_same_recipe, freeze_recipe, has_commits, prepare
 from trainer.checkpoint import list_commits, read_claims
 from trainer.ending import leave
 from trainer.errors import InputError, Interrupted, MusterError, WorkerFailed
+from trainer.interruption import Terminated, current
 from trainer.job import Job
 from trainer.lease import Lease, check_not_cancelled
 from trainer.publish import finished
 from trainer.recipe import Recipe
-from trainer.reporter import Events
+from trainer.reporter import Events, newest_event
 from trainer.startup import DATA, IMPORT, RAY, Phases, process_began
 from trainer.storage import Storage, local_path, open_storage
 from trainer.tracking import check_trackers, tracked
 
 POLL_S = 0.5
 FIRST_LOOK_S = 30.0  # a storage that does not answer now is more likely a wrong address than a bad minute
-UNHEARD_S = 60.0
-"""How long workers that are being started may take to hear that they should stop."""
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 def run(recipe: Recipe, progress: Progress, *, takeover: bool = False) -> str:
@@ -57,12 +52,14 @@ def run(recipe: Recipe, progress: Progress, *, takeover: bool = False) -> str:
     phases = Phases(process_began())
     here = standing(os.environ)
     progress.phase(f"joining Ray at {here.ray_address}" if here.ray_address else "starting Ray")
-    with Signals(progress) as signals, Standby(recipe, first_look, here.ray_address, phases) as standby:
+    signals = Signals(progress)
+    with Standby(recipe, first_look, here.ray_address, phases) as standby:
         check_inputs(recipe, progress, begun=has_commits(first_look))
         phases.end(IMPORT)
         job = here.job
         check_not_cancelled(run_storage, job)
-        lease = Lease.acquire(run_storage, job=job, takeover=takeover)
+        with current.asking(signals.note):  # an exception within would leave a lease that nobody releases
+            lease = Lease.acquire(run_storage, job=job, takeover=takeover, sleep=signals.sleep)
         signals.tell(lease)
         return Held(recipe, storage, lease, signals, progress, standby, phases).drive()
 
@@ -122,19 +119,22 @@ class Held:
                 self._train()
                 if finished(self.run) is None:
                     if self.signals.stopped or self._has_stopped():
-                        raise Interrupted(self._stopped_text())
+                        raise Interrupted(f"stopped on request; {self._resumes_text()}")
                     raise WorkerFailed(
                         f"the workers ended without an error, and {self.run.url} has not its last commit"
                     )
         except BaseException as error:
+            current.unwinding()
             leave(self.run, self.lease, self._state_after(error), error)
             raise
+        current.unwinding()
         leave(self.run, self.lease, "succeeded")
         return self.run.uri(layout.ADAPTER)
 
     def _state_after(self, error: BaseException) -> str:
-        """After a second signal, or a failure on the way out, what is committed is what counts."""
-        stopped = isinstance(error, Interrupted) or (isinstance(error, MusterError) and self.signals.stopped)
+        """After a signal, or a failure on the way out, what is committed is what counts."""
+        by_signal = current.heard is not None or isinstance(error, KeyboardInterrupt | Terminated | Interrupted)
+        stopped = by_signal or (isinstance(error, MusterError) and self.signals.stopped)
         return "interrupted" if stopped else "failed"
 
     def _has_stopped(self) -> bool:
@@ -142,8 +142,8 @@ class Held:
         step = self.recipe.training.stop_after
         return step is not None and any(record.step >= step for record in list_commits(self.run))
 
-    def _stopped_text(self) -> str:
-        return f"stopped on request; the same command goes on from the newest checkpoint of {self.run.url}"
+    def _resumes_text(self) -> str:
+        return f"the same command goes on from the newest checkpoint of {self.run.url}"
 
     def _train(self) -> None:
         from launcher.early import EarlyStart
@@ -152,8 +152,8 @@ class Held:
         from launcher.ray_tasks import ray_map
 
         recipe, environment, progress = self.recipe, Environment.current(), self.progress
+        self.signals.check()
         self.standby.joined()
-        self.signals.hold()
         quiet_logs()
         if not self.standby.waiting:
             self._check_resources()
@@ -188,7 +188,6 @@ class Held:
         )
 
     def _fit(self, total_steps: int, check_data: Callable[[], None]) -> None:
-        from launcher.elastic import newest_group
         from launcher.training import follow
 
         lease, standby = self.lease, self.standby
@@ -196,19 +195,28 @@ class Held:
         job = Job(self.recipe.storage, lease.driver, self.recipe, total_steps, by)
         before = read_claims(self.run).attempt
         shown = self.progress.training(self.run, before, total_steps, lambda: standby.order.stage, driver=lease.driver)
-        with shown as show, self._watching(before) as check_cluster:
+        with shown as show, self._watching(before) as check_cluster, current.asking(self.signals.ask):
 
             def every() -> None:
                 show()
                 check_data()
                 check_cluster()
-                if self.signals.ignored_s > UNHEARD_S and newest_group(self.run, before) is None:
-                    raise Interrupted(f"no workers were there to hear it. {self._stopped_text()}")
+                if self.signals.stopped and not self._has_steps(before):
+                    raise Interrupted(f"stopped before the first step; {self._resumes_text()}")
                 if lease.lost.is_set():
                     raise WorkerFailed(f"another driver has taken {self.run.url} over; this one has stopped")
 
             standby.order.give(job)
             follow(standby.workers(), every, POLL_S)
+
+    def _has_steps(self, before: int) -> bool:
+        """Whether the workers that train now have done a step, so that there is something to commit. True where the
+        storage does not tell."""
+        try:
+            attempt = read_claims(self.run).attempt
+            return attempt > before and newest_event(self.run, attempt, "startup") is not None
+        except MusterError:
+            return True
 
     @contextmanager
     def _watching(self, before: int) -> Iterator[Callable[[], None]]:
@@ -237,12 +245,14 @@ class Held:
 
 
 class Signals:
-    """The first SIGINT, SIGTERM or SIGUSR1 asks the workers to commit and end; the second leaves at once, with what has
-    been committed by then."""
+    """Whether the run has to stop: because of a signal, or of a wish in its storage.
+
+    While the workers train, the first signal asks them to commit and end, and the second leaves with what has been
+    committed by then. Before that there is nothing to commit, and the first one leaves (`trainer.interruption`)."""
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
-        self._asked, self._asked_at = threading.Event(), 0.0
+        self._asked = threading.Event()
         self._lease: Lease | None = None
 
     @property
@@ -252,46 +262,27 @@ class Signals:
             self.ask("muster cancel")
         return self._asked.is_set()
 
-    @property
-    def ignored_s(self) -> float:
-        """Seconds since the first asking."""
-        return time.monotonic() - self._asked_at if self.stopped else 0.0
-
     def tell(self, lease: Lease) -> None:
         self._lease = lease
-        if self.stopped:
-            lease.request_stop()
 
     def check(self) -> None:
         if self.stopped:
             raise Interrupted("stopped before training began; nothing is lost, the same command starts it")
 
+    def note(self, who: str) -> None:
+        """Remembers a signal, for the next `check` or `sleep`."""
+        self._asked.set()
+
+    def sleep(self, seconds: float) -> None:
+        """Raises Interrupted at once when a signal comes."""
+        if self._asked.wait(seconds):
+            self.check()
+
     def ask(self, who: str) -> None:
         """The first of them asks the workers to commit and end."""
         if self._asked.is_set():
             return
-        self._asked_at = time.monotonic()
         self._asked.set()
         self._progress.say(f"{who}: the workers commit and end; once more to leave at once")
         if self._lease:
             self._lease.request_stop()
-
-    def hold(self) -> None:
-        """Takes the signals, again where somebody else did: `ray.init` ends the process on SIGTERM otherwise."""
-        for number in SIGNALS:
-            signal.signal(number, self._handle)
-
-    def __enter__(self) -> Signals:
-        self._before = {number: signal.getsignal(number) for number in SIGNALS}
-        self.hold()
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        name = signal.Signals(number).name
-        if self._asked.is_set():
-            raise Interrupted(f"{name} again: left at once; the same command goes on from the newest checkpoint")
-        self.ask(name)

@@ -12,10 +12,11 @@ from typing import Any
 
 from trainer.data import Preparation, Prepared, epoch_order, open_begun, prepare
 from trainer.errors import Interrupted
+from trainer.interruption import current
 from trainer.storage import Storage
 
 POLL_S = 0.5
-CLOSE_S = 10.0
+CLOSE_S = 4.0
 
 
 class EarlyStart:
@@ -60,7 +61,8 @@ class EarlyStart:
     def close(self) -> None:
         """Windows that are not begun stay unmade; the next run of this data makes them."""
         self._stop.set()
-        self._ended(CLOSE_S)
+        if not self._ended(CLOSE_S):
+            current.abandon()  # its tasks are Ray's
 
     def __enter__(self) -> EarlyStart:
         return self

@@ -17,6 +17,9 @@ def main() -> None:
     """Run the command line; ends the process with the command's exit code."""
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
+    from trainer.interruption import current
+
+    current.begin()
     from launcher.cli import main as cli
 
     cli()

@@ -192,10 +192,18 @@ class ProcessGroup(Backend):
 def _join(gpu: bool, address: str, port: int, rank: int, size: int) -> None:
     from ray.train.torch import config as of_ray
 
-    from trainer.world import backend_of
+    from trainer.world import COLLECTIVE_TIMEOUT, LOOPBACK, backend_of, loopback_store, stay_on_loopback
 
     os.environ |= {"MASTER_ADDR": address, "MASTER_PORT": str(port)}
     of_ray._set_torch_distributed_env_vars()
+    if address == LOOPBACK:
+        from torch import distributed
+
+        stay_on_loopback()
+        store = loopback_store(port, rank, size)
+        backend = backend_of(gpu=gpu)
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+        return
     of_ray._setup_torch_process_group(
         backend=backend_of(gpu=gpu),
         world_rank=rank,

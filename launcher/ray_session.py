@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
+import shutil
 import socket
 import sys
+import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cluster.standing import RAY_JOB
 from launcher.capacity import Node, nodes_of_cluster, suits, wanted, workers_that_fit
-from trainer.errors import InputError, Interrupted, StartAgain
+from trainer.errors import InputError, Interrupted, MusterError, StartAgain
+from trainer.interruption import current
 from trainer.recipe import ResourcesSection
 
 log = logging.getLogger(__name__)
@@ -25,6 +31,14 @@ JOIN_WAIT_S = 300.0  # for nodes that a scheduler has given already: a slow file
 ANSWER_WAIT_S = 15.0
 POLL_S = 1.0
 DIAL_S = 3.0
+SHUTDOWN_S = 8.0
+CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray listens on the loopback address alone where no cluster can be made of it."""
+NO_CRASH_HANDLER = "RAY_DISABLE_FAILURE_SIGNAL_HANDLER"
+LEAST_FREE = 64 << 20
+ROOM = "make room there, or let TMPDIR name another folder"
+LONGEST_FOLDER = 36
+"""Characters: Ray makes sockets below, whose paths may have 107."""
 DRIVER_SETTINGS = {
     # A dead worker is noticed within half a second, and a group that cannot be placed gives up in time to say why.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -42,42 +56,172 @@ DRIVER_SETTINGS = {
 }
 
 
-def set_up() -> None:
-    """Before ray is first imported, which reads some of the settings only then."""
+def set_up(address: str | None) -> None:
+    """Imports ray for the cluster at ``address``, or for one of this machine. Some settings are read only then."""
     for name, value in DRIVER_SETTINGS.items():
         os.environ.setdefault(name, value)
+    if address is None and "ray" not in sys.modules:
+        # Whoever reaches a Ray runs code as its user, and other users of this machine are near: it listens on the
+        # loopback address alone, and asks for a random token, which its processes have in their environment. What the
+        # user has set, in a file of the home directory too, is meant for other clusters.
+        os.environ |= {CLUSTERS: "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
+    elif address is None and os.environ.setdefault("RAY_AUTH_MODE", "disabled") != "token":
+        log.warning("ray was imported before muster could ask it for authentication: others may use this Ray")
+    # Workers print a stack when they crash; in the driver, Ray's crash handler would take SIGTERM for a crash.
+    theirs = os.environ.get(NO_CRASH_HANDLER)
+    os.environ[NO_CRASH_HANDLER] = "1"
+    import ray  # noqa: F401
+
+    _put_back({NO_CRASH_HANDLER: theirs})
 
 
 @contextmanager
 def ray_session(address: str | None, resources: ResourcesSection) -> Iterator[None]:
     """A connected Ray for the time of the block: the cluster at ``address``, or one of this machine's own.
 
-    Raises InputError when no cluster answers there."""
-    set_up()
+    Raises InputError when no cluster answers there, or when this machine has no room for one."""
+    set_up(address)
     # Workers import this very tree, from a checkout as from a wheel.
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *filter(None, _python_path())]))
-    import ray
-
     _hush_raylet()
     if address is None:
-        _start_local(resources)
+        with scratch_folder(), RayThread(partial(_start_local, resources)):
+            yield
     else:
-        _join(address)
-    try:
-        yield
-    finally:
-        ray.shutdown()
+        with RayThread(partial(_join, address)):
+            yield
 
 
 def _python_path() -> list[str]:
     return os.environ.get("PYTHONPATH", "").split(os.pathsep)
 
 
+def _put_back(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """The temporary folder of a local Ray, its workers and this process, private to the user. It is removed with
+    everything in it, also what killed workers have left."""
+    before_dir, names = tempfile.tempdir, ("TMPDIR", "RAY_TMPDIR", "MUSTER_LASTING_TMPDIR", "TORCHINDUCTOR_CACHE_DIR")
+    folders = [_made_in(None)]
+    if "RAY_TMPDIR" not in os.environ and len(str(folders[0])) > LONGEST_FOLDER:
+        folders.append(_made_in("/tmp"))
+    remove = partial(_remove, folders)
+    current.on_force(remove)
+    before = {name: os.environ.get(name) for name in names}
+    lasting = str(folders[0].parent)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{lasting}/torchinductor_{os.getuid()}")
+    os.environ |= {"TMPDIR": str(folders[0]), "MUSTER_LASTING_TMPDIR": lasting}
+    os.environ.setdefault("RAY_TMPDIR", str(folders[-1]))
+    tempfile.tempdir = str(folders[0])
+    try:
+        yield folders[0]
+    finally:
+        tempfile.tempdir = before_dir
+        _put_back(before)
+        remove()
+
+
+def _made_in(parent: str | None) -> Path:
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="muster-", dir=parent))
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        where = parent or "the temporary folder"
+        raise InputError(f"{where} cannot be written ({error.strerror or error}): {ROOM}") from error
+    if free < LEAST_FREE:
+        folder.rmdir()
+        raise InputError(
+            f"{folder.parent} has {free >> 20} MiB free, and a run needs {LEAST_FREE >> 20} MiB there at least, for "
+            f"Ray's logs and for checkpoints on their way to the storage: {ROOM}"
+        )
+    return folder
+
+
+def _remove(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class RayThread:
+    """Starts and leaves Ray in a thread, which lives as long as Ray does: Ray's processes end with the thread that has
+    started them. In the main thread, Ray would take the SIGTERM handler, and its calls would hold up signals."""
+
+    def __init__(self, start: Callable[[], None]) -> None:
+        self._start = start
+        self._error: BaseException | None = None
+        self._up, self._leave = threading.Event(), threading.Event()
+        self._others: frozenset[int] = frozenset()
+        self._thread = threading.Thread(target=self._work, name="ray", daemon=True)
+
+    def __enter__(self) -> None:
+        self._others = _children()
+        self._thread.start()
+        try:
+            self._up.wait()
+        except BaseException:
+            self.__exit__()
+            raise
+        if self._error is not None:
+            self.__exit__()
+            raise self._error
+
+    def __exit__(self, *exc: object) -> None:
+        if current.abandoned:
+            return
+        self._leave.set()
+        self._thread.join(SHUTDOWN_S)
+        _end_children(self._others)
+
+    def _work(self) -> None:
+        import ray
+
+        try:
+            with current.children_survive_hangup():
+                self._start()
+        except BaseException as error:
+            self._error = error
+        self._up.set()
+        self._leave.wait()
+        ray.shutdown(wait_for_processes=True)
+
+
+def _children() -> frozenset[int]:
+    import psutil
+
+    return frozenset(child.pid for child in psutil.Process().children())
+
+
+def _end_children(others: frozenset[int]) -> None:
+    """SIGKILL to what Ray has left of its processes. ``others``: children of this process that were there before."""
+    import psutil
+
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if child.pid not in others and is_of_ray(child.cmdline()):
+                for process in [*child.children(recursive=True), child]:
+                    process.kill()
+
+
+def is_of_ray(command: Sequence[str]) -> bool:
+    """Whether a process is one that Ray has started."""
+    return any("/ray/" in word or word.startswith("ray::") for word in command)
+
+
+def first_line(error: BaseException) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 def _start_local(resources: ResourcesSection) -> None:
     import ray
 
-    # A token file in the home directory would switch authentication on for some processes and not for others.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     wanted = resources.max_workers * resources.cpus_per_worker
     cores = os.cpu_count() or 1
     if wanted > cores:
@@ -87,20 +231,28 @@ def _start_local(resources: ResourcesSection) -> None:
             resources.cpus_per_worker,
             cores,
         )
-    ray.init(
-        address="local",
-        num_cpus=max(wanted, cores),
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        configure_logging=True,
-    )
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it misses its handler for SIGTERM
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(wanted, cores),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=True,
+        )
+    except Exception as error:
+        raise MusterError(
+            f"Ray cannot be started on this machine ({first_line(error)}): look for room in "
+            f"{os.environ.get('RAY_TMPDIR', '/tmp')} and /dev/shm, and for limits on processes and open files (ulimit)"
+        ) from error
 
 
 def _join(address: str) -> None:
     import ray
 
     found = locate_cluster(address)
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it misses its handler for SIGTERM
     try:
         ray.init(
             address=found,

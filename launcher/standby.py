@@ -17,6 +17,7 @@ from launcher.environment import Environment
 from launcher.order import Order
 from trainer.begin import has_commits
 from trainer.errors import MusterError
+from trainer.interruption import current
 from trainer.lease import read_lease
 from trainer.recipe import Recipe
 from trainer.startup import Phases
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LEAVE_S = 5.0
+LEAVE_S = 4.0
 
 
 class Standby:
@@ -45,7 +46,7 @@ class Standby:
     def __enter__(self) -> Standby:
         from launcher.ray_session import ray_session, set_up
 
-        set_up()
+        set_up(self._address)
         self._session = ray_session(self._address, self._recipe.resources)
         # Here and now: two threads that import parts of one library at once may meet it half made.
         import launcher.training  # noqa: F401
@@ -60,9 +61,11 @@ class Standby:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        self._ready.wait()
+        ended = self._ready.wait(LEAVE_S)
         if self._fit is not None:
-            self._fit.leave(LEAVE_S)
+            ended = self._fit.leave(LEAVE_S) and ended
+        if not ended:
+            current.abandon()  # Ray ends a process with exit code 1 when it is used after its shutdown
         if self._session is not None:
             self._session.__exit__(None, None, None)
 

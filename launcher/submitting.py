@@ -23,6 +23,7 @@ from launcher.options import TrustOption
 from launcher.submission import Submission, read_submission
 from trainer import layout
 from trainer.errors import InputError, Interrupted, MusterError, UsageError, WorkerFailed
+from trainer.interruption import Terminated
 from trainer.recipe.trust import FLAG, code_of, submitting_code_of
 from trainer.recipe_at import digest_of, recipe_at
 from trainer.redact import credential_in
@@ -92,7 +93,7 @@ def follow(made: Submission, run_uri: str, say: Say) -> int:
     try:
         with cluster_errors():
             return cluster_of(made.kind).follow(made.id, say)
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, Terminated):
         raise Interrupted(
             f"{made.job} goes on; `muster status {run_uri}` looks at it, `muster cancel {run_uri}` ends it"
         ) from None

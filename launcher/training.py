@@ -138,10 +138,10 @@ class Fit:
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
-    def leave(self, timeout_s: float) -> None:
-        """Ends it as soon as it can be, so that it does not go on in a Ray that has gone."""
+    def leave(self, timeout_s: float) -> bool:
+        """Ends it as soon as it can be, so that it does not go on in a Ray that has gone; whether it has ended."""
         self._order.leave()
-        self.wait(timeout_s)
+        return self.wait(timeout_s)
 
     def _run(self) -> None:
         try:

@@ -10,7 +10,9 @@ import typer
 from rich.text import Text
 
 from launcher.console import print_json, stderr, stdout
+from trainer.interruption import current
 
+GOES_ON = "the run itself goes on"
 LOOK_DEADLINE_S = 15.0  # of commands that only read: a person waits
 
 RunUri = Annotated[str, typer.Argument(metavar="RUN_URI", help="where the run lies, as muster ls prints it")]
@@ -33,10 +35,8 @@ def status(
     if watch:
         from launcher.watch import watch_json, watch_run
 
-        try:
-            watch_json(run, print) if as_json else watch_run(run, stdout())
-        except KeyboardInterrupt:
-            return
+        current.command(GOES_ON)
+        watch_json(run, print) if as_json else watch_run(run, stdout())
     elif as_json:
         from launcher.goodput import goodput_of
 
@@ -81,11 +81,9 @@ def logs(
     from trainer.storage import open_storage
 
     run = open_storage(run_uri, deadline_s=LOOK_DEADLINE_S)
+    current.command(GOES_ON)
     show = follow_logs if follow else print_logs
-    try:
-        show(run, rank, attempt, sys.stdout.buffer)
-    except KeyboardInterrupt:
-        return
+    show(run, rank, attempt, sys.stdout.buffer)
 
 
 def track(

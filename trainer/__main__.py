@@ -1,25 +1,30 @@
 """``torchrun … -m trainer RUN_URI | RECIPE``: trains a run that ``muster run`` began, or one of a recipe, without Ray.
 
-Rank 0 is the run's driver: it takes the lease and renews it. Every rank listens for SIGTERM, SIGINT and SIGUSR1 (a
-scheduler's warning), and one signal to any of them ends the attempt with a commit and exit code 3. torchrun keeps its
+Rank 0 is the run's driver: it takes the lease and renews it. Every rank listens for SIGTERM, SIGINT, SIGHUP and SIGUSR1
+(a scheduler's warning), and one signal to any of them ends the attempt with a commit and exit code 3; before the first
+step there is nothing to commit, and the rank leaves at once. torchrun keeps its
 ranks' exit codes to itself; rank 0 writes its own into the file that ``MUSTER_EXIT_FILE`` names, unless it has died, or
 failed of something that nobody has foreseen.
 """
 
 from __future__ import annotations
 
+from trainer.interruption import CODE, Terminated, current
+
+if __name__ == "__main__":
+    current.begin()  # the other imports take seconds
+
 import argparse
 import logging
 import os
-import signal
 import sys
 import threading
 import time
 import traceback
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from trainer import layout
@@ -44,7 +49,6 @@ from trainer.worker import train
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PREPARED_WAIT_S = 3600.0
 POLL_S = 0.5
 
@@ -60,10 +64,16 @@ def main(arguments: list[str] | None = None) -> int:
     for handler in logging.getLogger().handlers:
         handler.setFormatter(ShownFormatter())
     _hush_libraries()
+    current.command("the same command goes on from the newest checkpoint")
+    current.on_force(lambda: _leave_code(CODE))
     code = 0
     try:
         _run(options.run, options.overrides, takeover=options.takeover, trust=options.trust)
+    except (KeyboardInterrupt, Terminated):
+        current.leave()
     except MusterError as error:
+        if current.heard:
+            current.leave(str(error) if isinstance(error, Interrupted) else f"{current.sentence()} ({error.cause})")
         print(shown(f"muster: {error}"), file=sys.stderr, flush=True)
         code = error.exit_code
         if isinstance(error, RankFailed):
@@ -71,21 +81,26 @@ def main(arguments: list[str] | None = None) -> int:
     except Exception:
         print(shown(traceback.format_exc()), end="", file=sys.stderr, flush=True)
         return 1
-    if (exit_file := os.environ.get("MUSTER_EXIT_FILE")) and _rank() == 0:
-        Path(exit_file).write_text(str(code))
+    _leave_code(code)
+    current.settle(code)
     return code
 
 
+def _leave_code(code: int) -> None:
+    if (exit_file := os.environ.get("MUSTER_EXIT_FILE")) and _rank() == 0:
+        Path(exit_file).write_text(str(code))
+
+
 def _run(place: str, overrides: list[str], *, takeover: bool, trust: bool) -> None:
-    stop = _listen()
+    stop = Stop()
     recipe, storage, run = _find(place, overrides, trust=trust)
     if finished(run):
         print(f"muster: {run.url} has reached its last step; its adapter lies in {run.uri(layout.ADAPTER)}")
     elif _rank() == 0:
         _drive(storage, run, recipe, stop, takeover=takeover)
     else:
-        total = _await_data(recipe, run, storage, stop)
-        _train(Job(storage.url, 0, recipe, total, {}), stop.is_set, Rank(run, recipe, _rank(), None))
+        total = _await_data(recipe, run, storage)
+        _train(Job(storage.url, 0, recipe, total, {}), stop, Rank(run, recipe, _rank(), None))
 
 
 def _find(place: str, overrides: list[str], *, trust: bool) -> tuple[Recipe, Storage, Storage]:
@@ -101,11 +116,10 @@ def _find(place: str, overrides: list[str], *, trust: bool) -> tuple[Recipe, Sto
     return resumed_recipe(storage.child(name), overrides, trust=trust), storage, storage.child(name)
 
 
-def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: threading.Event, *, takeover: bool) -> None:
+def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: Stop, *, takeover: bool) -> None:
     """Rank 0: prepares what is not prepared, trains, and says in the lease how it ended."""
     check_not_cancelled(run, _job())
     lease = Lease.acquire(run, job=_job(), takeover=takeover)
-    ends = (stop, lease.lost, lease.asked)
     try:
         phases = Phases(process_began())
         phases.end(IMPORT)
@@ -115,12 +129,15 @@ def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: threading.Event
         phases.end(DATA)
         job = Job(storage.url, lease.driver, recipe, total, holder, phases.spent())
         with tracked(recipe, run):
-            _train(job, lambda: any(e.is_set() for e in ends), Rank(run, recipe, 0, lease.driver))
+            _train(job, partial(_ends, stop, lease), Rank(run, recipe, 0, lease.driver))
             if finished(run) is None:
                 raise WorkerFailed(f"the workers ended without an error, and {run.url} has not its last commit")
     except BaseException as error:
-        leave(run, lease, "interrupted" if isinstance(error, Interrupted) else "failed", error)
+        current.unwinding()
+        stopped = current.heard is not None or isinstance(error, Interrupted)
+        leave(run, lease, "interrupted" if stopped else "failed", error)
         raise
+    current.unwinding()
     leave(run, lease, "succeeded")
     print(f"muster: finished; the adapter lies in {run.uri(layout.ADAPTER)}", flush=True)
 
@@ -143,7 +160,7 @@ def _prepare(recipe: Recipe, run: Storage, storage: Storage) -> int:
     return prepare_data(recipe, run, storage.child(layout.PREPARED), tokenizer).total_steps
 
 
-def _await_data(recipe: Recipe, run: Storage, storage: Storage, stop: threading.Event) -> int:
+def _await_data(recipe: Recipe, run: Storage, storage: Storage) -> int:
     """The other ranks join the process group only once rank 0 has prepared the data, so that nobody waits in a
     collective for a tokenizer."""
     deadline = time.monotonic() + PREPARED_WAIT_S
@@ -151,20 +168,27 @@ def _await_data(recipe: Recipe, run: Storage, storage: Storage, stop: threading.
         data = try_open_data(recipe, run, storage.child(layout.PREPARED))
         if data is not None:
             return data.total_steps
-        if stop.wait(POLL_S):
-            raise Interrupted("stopped while the data was being prepared")
+        time.sleep(POLL_S)
     raise InputError(f"rank 0 has not prepared the data of {run.url} within {PREPARED_WAIT_S:.0f} s")
 
 
-def _listen() -> threading.Event:
-    stop = threading.Event()
+def _ends(stop: Stop, lease: Lease) -> bool:
+    return stop() or lease.lost.is_set() or lease.asked.is_set()
 
-    def handle(number: int, frame: FrameType | None) -> None:
-        stop.set()
 
-    for number in SIGNALS:
-        signal.signal(number, handle)
-    return stop
+class Stop:
+    """Whether a signal asks for the end; called after each step. From the first call on there is something to commit,
+    and a signal does not raise any more."""
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+
+    def __call__(self) -> bool:
+        current.ask_first(self._ask)
+        return self._asked.is_set()
+
+    def _ask(self, name: str) -> None:
+        self._asked.set()
 
 
 def _hush_libraries() -> None:

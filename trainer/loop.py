@@ -269,7 +269,7 @@ class Loop:
         for batch in self.eval_batches():
             self.hooks.phase(step, "evaluation")
             totals.add(self._measure(batch))
-            self.hooks.phase(step, WAITING_FOR_DATA)
+            self.hooks.phase(step, WAITING_FOR_DATA)  # the storage may take longer than the hang detector waits
         self.hooks.phase(step, "exchange of the evaluation")
         self.strategy.settle()
         self.strategy.module.train()

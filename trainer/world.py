@@ -24,6 +24,7 @@ from trainer.errors import InputError
 T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 THREADS_TURN_S = 0.02
+LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -94,9 +95,33 @@ def backend_of(*, gpu: bool) -> str:
     return "cpu:gloo,cuda:nccl" if gpu else "gloo"
 
 
+def stay_on_loopback() -> None:
+    """Lets gloo and NCCL listen on the loopback interface alone: nobody is asked who connects to their ports. For ranks
+    of one host, before they join their group; what the user has set, stays."""
+    import psutil
+
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(address.address == LOOPBACK for address in addresses):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+            os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
+
+
+def loopback_store(port: int, rank: int, size: int) -> dist.Store:
+    """The store over which ranks of one host meet. One that torch opens itself listens on every interface."""
+    descriptor = None
+    if rank == 0:
+        listener = socket.create_server((LOOPBACK, port))
+        descriptor = listener.detach()  # the store closes it
+    return dist.TCPStore(
+        LOOPBACK, port, size, rank == 0, COLLECTIVE_TIMEOUT, wait_for_workers=False, master_listen_fd=descriptor
+    )
+
+
 def _init_group(device: torch.device) -> None:
     backend = backend_of(gpu=device.type == "cuda")
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+            stay_on_loopback()
         dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)

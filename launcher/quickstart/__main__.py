@@ -6,7 +6,13 @@ Overrides go to the run. A second call resumes, or finds the run finished and on
 
 from __future__ import annotations
 
+from trainer.interruption import Terminated, current
+
+if __name__ == "__main__":
+    current.begin()  # the other imports take a second
+
 import logging
+import signal
 import subprocess
 import sys
 import tempfile
@@ -18,7 +24,7 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from launcher.console import Console, own_streams, stdout
+from launcher.console import Console, stdout
 from launcher.quickstart import prepare
 from launcher.quickstart.answers import answers, right
 from launcher.quickstart.chart import draw, losses
@@ -38,13 +44,24 @@ def main(overrides: Sequence[str]) -> int:
     recipe = load(RECIPE, overrides)
     make_inputs(console, recipe)
     console.rule("muster run recipes/quickstart.yaml")
-    code = subprocess.run([sys.executable, "-m", "launcher", "run", str(RECIPE), *overrides], check=False).returncode
+    code = call([sys.executable, "-m", "launcher", "run", str(RECIPE), *overrides])
     if code == 0:
         run = open_storage(recipe.run_uri)
         show_curve(console, run)
         show_answers(console, recipe, run)
         show_next(console, recipe, time.monotonic() - started)
     return code
+
+
+def call(command: Sequence[str]) -> int:
+    """The command's exit code. A signal is passed on, and the command's end is waited for: it commits a checkpoint."""
+    process = subprocess.Popen(command)
+    try:
+        with current.asking(lambda name: process.send_signal(signal.Signals[name])):
+            return process.wait()
+    except (KeyboardInterrupt, Terminated):
+        process.terminate()
+        return process.wait()
 
 
 def quiet_libraries() -> None:
@@ -118,5 +135,6 @@ def show_next(console: Console, recipe: Recipe, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    with own_streams():
-        sys.exit(main(sys.argv[1:]))
+    from launcher.cli import carried_out
+
+    sys.exit(carried_out(lambda: main(sys.argv[1:])))

@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ import torch.multiprocessing as mp
 
 from tests.support.ranks import run_ranks
 from tests.support.training import run_of, small_recipe, train_rank, write_pairs
-from trainer import heartbeat, layout
+from trainer import heartbeat, layout, worker
+from trainer.data import Batch
 from trainer.recipe import Recipe
 from trainer.reporter import read_rows
 from trainer.tasks.sft import SFT
@@ -56,6 +58,47 @@ def test_the_rank_is_named_with_its_phase_and_ended(how: str, rank: int, tiny_mo
         assert culprit["step"] == 5
         assert culprit["phase"].startswith("forward of micro-batch")
         assert "stuck" in culprit["stack"]
+
+
+def _evaluating_rank(rank: int, recipe: Recipe, how: str) -> None:
+    """The evaluation takes three times as long as nobody may move. On rank 1 a batch is slow, its data is, or it gets
+    stuck."""
+    worker.LEAST_PATIENCE_S, heartbeat.STALE_S, heartbeat.BEAT_S = 4.0, 2.0, 0.2
+    plain, calls, read = SFT.evaluated, iter(range(1000)), worker.eval_batches
+    pauses = {"slow batches": 1.0, "slow storage": 0.0, "stuck": 0.1}
+
+    def evaluated(self: SFT, *args: Any) -> Any:
+        threading.Event().wait(120 if how == "stuck" and rank == 1 and next(calls) == 3 else pauses[how])
+        return plain(self, *args)
+
+    def batches(*args: Any, **options: Any) -> Iterator[Batch]:
+        for number, batch in enumerate(read(*args, **options)):
+            threading.Event().wait(12 if how == "slow storage" and rank == 1 and number == 3 else 0)
+            yield batch
+
+    SFT.evaluated, worker.eval_batches = evaluated, batches  # type: ignore[method-assign]
+    train_rank(rank, [recipe])
+
+
+@pytest.mark.parametrize("how", ["slow batches", "slow storage", "stuck"])
+def test_an_evaluation_may_take_long_as_long_as_it_goes_on(how: str, tiny_model: Path, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "data" / "a.jsonl", 30)
+    write_pairs(tmp_path / "held-out" / "b.jsonl", 24)
+    held_out = [{"path": f"{tmp_path}/held-out/*.jsonl", "format": "completion"}]
+    sizes = {"training": {"steps": 6, "eval_every": 3, "global_batch": 4, "micro_batch": 1}}
+    recipe = small_recipe(f"evaluation-{how[:4]}", tiny_model, tmp_path, **{"data.eval": held_out}, **sizes)
+    context = run_ranks(_evaluating_rank, 2, recipe, how, join=False)
+    if how == "stuck":
+        ended = _end(context)
+        assert (ended.error_index, ended.signal_name) == (1, "SIGKILL")
+        hang = next(e for e in read_rows(run_of(recipe), layout.EVENTS) if e["event"] == "hang")
+        assert [(r["rank"], r["step"], r["phase"]) for r in hang["ranks"]] == [(1, 3, "evaluation")]
+        return
+    deadline = time.monotonic() + LIMIT_S
+    while not context.join(timeout=1):
+        assert time.monotonic() < deadline
+    assert not [e for e in read_rows(run_of(recipe), layout.EVENTS) if e["event"] == "hang"]
+    assert len([r for r in read_rows(run_of(recipe), layout.METRICS) if "eval_loss" in r]) == 2
 
 
 def _end(context: Any) -> mp.ProcessExitedException:

@@ -75,7 +75,7 @@ def test_a_holder_that_renews_is_named() -> None:
     assert read_claims(storage).driver == 1, "whoever is refused leaves no claim"
 
 
-@pytest.mark.parametrize("skew_s", [0.0, -20.0, 4000.0, -1e6])
+@pytest.mark.parametrize("skew_s", [0.0, -20.0, 4000.0, -4000.0])
 def test_a_holder_that_does_not_renew_loses_the_run_after_20_s_whatever_its_clock_says(skew_s: float) -> None:
     storage, _ = faulty()
     clock = Clock()

@@ -45,7 +45,9 @@ class _File(NamedTuple):
 def cache_root() -> Path:
     """``$MUSTER_CACHE/blocks``, or a folder of this user's among the host's temporary ones: home directories are often
     on a network."""
-    return host_cache(Path(tempfile.gettempdir(), f"muster-{os.geteuid()}")) / "blocks"
+    # A local run's workers have a temporary folder that goes with the run.
+    lasting = os.environ.get("MUSTER_LASTING_TMPDIR") or tempfile.gettempdir()
+    return host_cache(Path(lasting, f"muster-{os.geteuid()}")) / "blocks"
 
 
 def open_cache(storage: Storage, name: str, limit: int, root: Path | None = None) -> DiskCache | None:

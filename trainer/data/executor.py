@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
@@ -26,11 +27,25 @@ def process_pool(processes: int) -> Callable[[Callable[[Any], Any], Sequence[Any
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(count, context, initializer=_take_task, initargs=(task,)) as pool:
             try:
-                yield from pool.map(_call, jobs)
+                yield from _mapped(pool, jobs)
+            except (KeyboardInterrupt, SystemExit):
+                for child in multiprocessing.active_children():  # a window may take longer than an end may
+                    child.kill()
+                raise
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
 
     return run
+
+
+def _mapped(pool: ProcessPoolExecutor, jobs: Sequence[Any]) -> Iterator[Any]:
+    """The results. A terminal's signals are this process's to answer: of the processes, which are started here, each
+    would print a traceback."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
+    try:
+        return pool.map(_call, jobs)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _take_task(task: Callable[[Any], Any]) -> None:

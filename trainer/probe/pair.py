@@ -6,6 +6,7 @@ Each rank is told the other's address; it is gloo and NCCL that choose the inter
 
 from __future__ import annotations
 
+import ipaddress
 import socket
 import time
 from collections.abc import Callable
@@ -48,10 +49,17 @@ class PairTimes:
 
 
 def open_store(address: str, timeout_s: float) -> dist.TCPStore:
-    """A store on a free port of this host, where others `meet` this rank as long as it is kept."""
+    """A store on a free port of this host, where others `meet` this rank as long as it is kept. On a loopback address
+    it listens there alone; torch would open the port on every interface."""
     import torch.distributed as dist
 
     wait = timedelta(seconds=timeout_s)
+    if ipaddress.ip_address(address).is_loopback:
+        listener = socket.create_server((address, 0))
+        port = listener.getsockname()[1]
+        return dist.TCPStore(
+            address, port, is_master=True, wait_for_workers=False, timeout=wait, master_listen_fd=listener.detach()
+        )
     return dist.TCPStore(address, 0, is_master=True, wait_for_workers=False, timeout=wait, use_libuv=True)
 
 

@@ -1,0 +1,283 @@
+"""Signals end a command with exit code 3 and one sentence, at every moment and within a bounded time.
+
+A signal is heard twice. Python's handler runs in the main thread between two of its instructions, and raises, so that
+whatever is open is closed on the way out. A thread reads the wake-up descriptor, into which the signal's number is
+written at once, whatever the main thread is doing: where that does not leave in time, because it is inside C code or
+waits for something, the thread ends the process, its child processes and its temporary folder.
+
+    begin()                  the first line of a program: until `command()`, a signal ends the process at once
+    command(promise)         from here on a signal raises KeyboardInterrupt (SIGINT) or Terminated (the others)
+    asking(ask)              within the block the first signal calls ``ask``, and the second one raises
+    settle(code)             the end is decided: a signal cannot change the exit code any more
+
+Standard library only: it is imported before anything else.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from types import FrameType
+from typing import NoReturn
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+LEAVE_S = 15.0
+"""How long leaving may take before the process is ended."""
+TWICE_S = {signal.SIGHUP: 0.9}
+SAME_S = 0.4
+"""Signals this close to the one before count as that one: a closed terminal sends SIGHUP from the shell and from the
+kernel, and a Ctrl-C that a parent passes on comes twice."""
+ASKED_S = 60.0
+"""How long the main thread may be inside one call while workers are being asked to commit."""
+GONE_S = 60.0
+"""How long a thread stands still because the other one is ending the process."""
+CODE = 3
+HANDLED = 0
+"""Written by the handler into the same pipe, behind the number that it has handled."""
+
+
+class Terminated(SystemExit):
+    """SIGTERM, SIGHUP or SIGUSR1 in the main thread. A SystemExit: libraries let it pass."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__(CODE)
+        self.name = name
+
+
+class Interruption:
+    """One per process: `current`."""
+
+    def __init__(self) -> None:
+        self.heard: str | None = None
+        """The first signal's name."""
+        self.abandoned = False
+        self._promise = "nothing was begun"
+        self._early, self._leaving, self._said = True, False, False
+        self._ask: Callable[[str], None] | None = None
+        self._settled: int | None = None
+        self._last = self._deadline = self._unhandled = float("inf")
+        self._forcing = threading.Lock()
+        self._undo: list[Callable[[], None]] = []
+        self._begun = False
+        self._children_survive_hangup = False
+        self._keyboard = False
+        self._pipe, self._arrived = -1, "a signal"
+        self._fork = threading.local()
+
+    def begin(self) -> None:
+        """Takes the signals, in the main thread. SIGHUP stays ignored where it was (nohup)."""
+        if self._begun:
+            return
+        self._begun = True
+        read, self._pipe = os.pipe()
+        os.set_blocking(self._pipe, False)
+        # The thread takes no signal itself: the main thread is woken by those that the kernel gives to it.
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        threading.Thread(target=self._watch, args=(read,), name="signals", daemon=True).start()
+        for number in SIGNALS:
+            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, self._handle)
+        signal.set_wakeup_fd(self._pipe, warn_on_full_buffer=False)
+        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        os.register_at_fork(before=self._before_fork, after_in_parent=self._after_fork, after_in_child=self._in_child)
+        atexit.register(self._ignore)  # the first to be registered is called last
+
+    def command(self, promise: str) -> None:
+        """A signal raises from now on. ``promise``: what the sentence says about how to go on."""
+        self._promise, self._early = promise, False
+
+    @contextmanager
+    def asking(self, ask: Callable[[str], None]) -> Iterator[None]:
+        """The first signal within the block calls ``ask(name)`` in the main thread; the end of the block bounds the
+        rest of the way out, if one came."""
+        self.ask_first(ask)
+        try:
+            yield
+        finally:
+            self._ask = None
+            if self.heard is not None:
+                self._leave_by(time.monotonic() + LEAVE_S)
+
+    def ask_first(self, ask: Callable[[str], None]) -> None:
+        """From now on the first signal calls ``ask(name)`` in the main thread, and the second one raises."""
+        self._ask = ask
+
+    def on_force(self, undo: Callable[[], None]) -> None:
+        """Calls ``undo`` if the process is ended without unwinding."""
+        self._undo.append(undo)
+
+    @contextmanager
+    def children_survive_hangup(self) -> Iterator[None]:
+        """Processes that are started within the block, by a library that gives them a function to call first, ignore
+        SIGHUP: a closed terminal sends it to all, and workers that are to commit have to live until then."""
+        self._children_survive_hangup = True
+        try:
+            yield
+        finally:
+            self._children_survive_hangup = False
+
+    @contextmanager
+    def keyboard(self) -> Iterator[None]:
+        """Ctrl-C raises KeyboardInterrupt within the block and ends nothing: somebody talks to the command."""
+        self._keyboard = True
+        try:
+            yield
+        finally:
+            self._keyboard = False
+
+    def abandon(self) -> None:
+        """A thread still uses what cannot be closed under it: `settle` then ends the process, children included."""
+        self.abandoned = True
+
+    def settle(self, code: int) -> None:
+        """The exit code is decided; what is left is the interpreter's own end."""
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        self._settled = code
+        if self.abandoned:
+            self._end(code)
+
+    def sentence(self) -> str:
+        return f"{self.heard}: ended before it was done; {self._promise}"
+
+    def leave(self, text: str | None = None) -> NoReturn:
+        """Ends the process with exit code 3 after everything was unwound; children that are left are killed.
+
+        Not by the interpreter's own end: libraries that were interrupted may crash or wait for ever in it."""
+        self._say(text or self.sentence())
+        self._end()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self._forcing.locked():
+            time.sleep(GONE_S)
+        now = time.monotonic()
+        with suppress(OSError):
+            os.write(self._pipe, bytes([HANDLED]))
+        if number == signal.SIGINT and self._keyboard:
+            raise KeyboardInterrupt
+        if self._settled is not None:
+            os._exit(self._settled)
+        first, close = self.heard is None, now - self._last < TWICE_S.get(signal.Signals(number), SAME_S)
+        self._last = now
+        if not first and close:
+            return
+        name = signal.Signals(number).name
+        self.heard = self.heard or name
+        if self._early or (self._leaving and not first):
+            self._force()
+        if self._ask is not None and first:
+            self._ask(name)
+            return
+        leaving = self._leaving
+        self._leave_by(now + LEAVE_S)
+        if leaving:
+            return  # unwinding already, of something else
+        if number == signal.SIGINT:
+            raise KeyboardInterrupt
+        raise Terminated(name)
+
+    def unwinding(self) -> None:
+        """What follows closes things and must not be interrupted by an exception; a signal bounds its time."""
+        self._leaving = True
+
+    def _leave_by(self, deadline: float) -> None:
+        self._leaving = True
+        self._deadline = min(self._deadline, deadline)
+
+    def _watch(self, read: int) -> None:
+        import select
+
+        arrived = 0.0
+        while True:
+            due = min(self._deadline, self._unhandled + (ASKED_S if self._ask else LEAVE_S))
+            left = None if due == float("inf") else max(0.0, due - time.monotonic())
+            if not select.select([read], [], [], min(left, 1.0) if left is not None else 1.0)[0]:
+                if left == 0.0:
+                    self._force()
+                continue
+            for number in os.read(read, 64):
+                now = time.monotonic()
+                if number == HANDLED:
+                    self._unhandled = float("inf")
+                if number not in SIGNALS or now - arrived < TWICE_S.get(signal.Signals(number), SAME_S):
+                    continue
+                arrived = now
+                self._stuck(number, now)
+
+    def _stuck(self, number: int, now: float) -> None:
+        """The main thread may be about to handle it, or may never be."""
+        if self._unhandled != float("inf"):
+            self._force()
+        self._unhandled, self._arrived = now, signal.Signals(number).name
+
+    def _force(self) -> NoReturn:
+        """Ends the process where it stands."""
+        if not self._forcing.acquire(blocking=False):
+            time.sleep(GONE_S)
+        if self._settled is not None:
+            os._exit(self._settled)
+        self.heard = self.heard or self._arrived
+        self._say(self.sentence())
+        self._end()
+
+    def _say(self, text: str) -> None:
+        if self._said:
+            return
+        self._said = True
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(Exception):
+                stream.flush()
+        shown = "\x1b[?25h" if os.isatty(2) else ""  # a live display hides the cursor
+        with suppress(OSError):
+            os.write(2, f"{shown}muster: interrupted: {text}\n".encode())
+
+    def _end(self, code: int = CODE) -> NoReturn:
+        self._deadline = self._unhandled = float("inf")
+        with suppress(Exception):
+            kill_descendants()
+        for undo in reversed(self._undo):
+            with suppress(Exception):
+                undo()
+        os._exit(code)
+
+    def _ignore(self) -> None:
+        """The interpreter's end puts back what was before for all signals but ignored ones."""
+        for number in SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
+    def _before_fork(self) -> None:
+        self._fork.mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+
+    def _after_fork(self) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._fork.mask)
+
+    def _in_child(self) -> None:
+        """In a forked process, whose signals are its own: they must not be reported to this one."""
+        if self._begun:
+            signal.set_wakeup_fd(-1)
+            self._begun = False
+            for number in SIGNALS:
+                if signal.getsignal(number) == self._handle:
+                    signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            if self._children_survive_hangup:
+                signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        self._after_fork()
+
+
+def kill_descendants() -> None:
+    """SIGKILL to every process that this one and its children have started."""
+    import psutil
+
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):
+            process.kill()
+
+
+current = Interruption()
