@@ -137,7 +137,7 @@ class Interruption:
 
     def settle(self, code: int) -> None:
         """The exit code is decided; what is left is the interpreter's own end."""
-        for stream in (sys.stdout, sys.stderr):
+        for stream in filter(None, (sys.stdout, sys.stderr)):
             with suppress(OSError, ValueError):
                 stream.flush()
         self._settled = code

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -55,6 +57,13 @@ METRICS = {
     "stall_s": 0.1, "grad_norm": 1.0, "mfu": 0.4,
 }  # fmt: skip
 EVALUATION = {"step": 4, "eval_loss": 2.0, "eval_s": 0.5, "world_size": 2}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_glance() -> Iterator[None]:
+    """A lease whose time is in doubt is not watched for a renewal: there is none."""
+    with mock.patch("trainer.lease.GLANCE_S", 0.0), mock.patch("launcher.status.GLANCE_S", 0.0):
+        yield
 
 
 def head(row: dict[str, Any], number: int) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -52,12 +51,12 @@ def test_it_makes_the_inputs_runs_the_recipe_and_shows_the_result(
 ) -> None:
     commands: list[Sequence[str]] = []
 
-    def run(command: Sequence[str], check: bool) -> subprocess.CompletedProcess[bytes]:
+    def call(command: Sequence[str]) -> int:
         commands.append(command)
         leave_a_run(here / "runs/quickstart/base")
-        return subprocess.CompletedProcess(command, 0)
+        return 0
 
-    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(quickstart, "call", call)
     assert quickstart.main(["optimizer.lr=1e-3"]) == 0
     assert commands == [[sys.executable, "-m", "launcher", "run", str(quickstart.RECIPE), "optimizer.lr=1e-3"]]
     assert list(here.glob("runs/quickstart/data/*.jsonl"))
@@ -72,6 +71,6 @@ def test_it_makes_the_inputs_runs_the_recipe_and_shows_the_result(
 def test_a_run_that_fails_gives_its_exit_code_and_shows_nothing_more(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(subprocess, "run", lambda command, check: subprocess.CompletedProcess(command, 3))
+    monkeypatch.setattr(quickstart, "call", lambda command: 3)
     assert quickstart.main([]) == 3
     assert "adapter:" not in capsys.readouterr().out

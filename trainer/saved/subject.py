@@ -252,7 +252,8 @@ def _origin_by_peft(config: dict[str, Any], where: str) -> Origin:
     if not base:
         raise InputError(f"{ADAPTER_CONFIG} of {where} names no base; write it there as base_model_name_or_path")
     tasks = {kind: task for task, auto in reversed(AUTO_CLASSES.items()) for kind in [PEFT_TYPES[auto]]}
-    task = tasks.get(config.get("task_type") or PEFT_TYPES[AUTO_CLASSES["sft"]])
+    kind = config.get("task_type") or PEFT_TYPES[AUTO_CLASSES["sft"]]
+    task = tasks.get(kind) if isinstance(kind, str) else None
     if task is None:
         raise InputError(f"{where} is an adapter for {config['task_type']}, which is none of {', '.join(tasks)}")
     section = _section(base, revision=config.get("revision") or "main")
