@@ -101,9 +101,11 @@ def test_a_call_into_c_does_not_keep_the_process() -> None:
 
 
 def test_processes_that_were_started_go_too() -> None:
-    code = "import subprocess\nchild = subprocess.Popen(['sleep', '60'])\nprint(f'ready\\n{child.pid}', flush=True)\n"
-    end = after(code + "time.sleep(60)\n", TERM)
-    child = int(end.output.split()[0])
+    code = (
+        "import subprocess\nchild = subprocess.Popen(['sleep', '60'])\nprint(child.pid, file=sys.stderr, flush=True)\n"
+    )
+    end = after(code + WAIT, TERM)
+    child = int(end.error.split()[0])
     wait_for(lambda: not psutil.pid_exists(child), "the child's end")
     assert end.code == 3
 
