@@ -17,6 +17,7 @@ from cluster.standing import standing
 from launcher.environment import Environment
 from launcher.progress import Progress
 from launcher.standby import Standby
+from launcher.starting import one_at_a_time
 from trainer import layout
 from trainer.begin import check_same_recipe, freeze_recipe, has_commits, prepare_data
 from trainer.checkpoint import list_commits, read_claims
@@ -49,19 +50,20 @@ def run(recipe: Recipe, progress: Progress, *, takeover: bool = False) -> str:
     if finished(first_look):
         progress.say(f"{run_storage.url} has reached its last step already")
         return run_storage.uri(layout.ADAPTER)
-    phases = Phases(process_began())
-    here = standing(os.environ)
-    progress.phase(f"joining Ray at {here.ray_address}" if here.ray_address else "starting Ray")
-    signals = Signals(progress)
-    with Standby(recipe, first_look, here.ray_address, phases) as standby:
-        check_inputs(recipe, progress, begun=has_commits(first_look))
-        phases.end(IMPORT)
-        job = here.job
-        check_not_cancelled(run_storage, job)
-        with current.asking(signals.note):  # an exception within would leave a lease that nobody releases
-            lease = Lease.acquire(run_storage, job=job, takeover=takeover, sleep=signals.sleep)
-        signals.tell(lease)
-        return Held(recipe, storage, lease, signals, progress, standby, phases).drive()
+    phases, here = Phases(process_began()), standing(os.environ)
+    with one_at_a_time(run_storage.url, takeover=takeover) as starting:
+        progress.phase(f"joining Ray at {here.ray_address}" if here.ray_address else "starting Ray")
+        signals = Signals(progress)
+        with Standby(recipe, first_look, here.ray_address, phases) as standby:
+            check_inputs(recipe, progress, begun=has_commits(first_look))
+            phases.end(IMPORT)
+            check_not_cancelled(run_storage, here.job)
+            with current.asking(signals.note):  # an exception within would leave a lease that nobody releases
+                lease = Lease.acquire(run_storage, job=here.job, takeover=takeover, sleep=signals.sleep)
+            signals.tell(lease)
+            if starting:
+                starting.close()
+            return Held(recipe, storage, lease, signals, progress, standby, phases).drive()
 
 
 def check_inputs(recipe: Recipe, progress: Progress, *, begun: bool = False) -> None:

@@ -65,15 +65,16 @@ def main(arguments: list[str] | None = None) -> int:
         handler.setFormatter(ShownFormatter())
     _hush_libraries()
     current.command("the same command goes on from the newest checkpoint")
-    current.on_force(lambda: _leave_code(CODE))
+    current.on_force(_leave_code_of_signal)
     code = 0
     try:
         _run(options.run, options.overrides, takeover=options.takeover, trust=options.trust)
     except (KeyboardInterrupt, Terminated):
         current.leave()
     except MusterError as error:
-        if current.heard:
-            current.leave(str(error) if isinstance(error, Interrupted) else f"{current.sentence()} ({error.cause})")
+        if current.heard and isinstance(error, Interrupted):
+            current.leave(str(error))
+        # Otherwise torchrun may have sent the signal itself, because another rank had died.
         print(shown(f"muster: {error}"), file=sys.stderr, flush=True)
         code = error.exit_code
         if isinstance(error, RankFailed):
@@ -84,6 +85,12 @@ def main(arguments: list[str] | None = None) -> int:
     _leave_code(code)
     current.settle(code)
     return code
+
+
+def _leave_code_of_signal() -> None:
+    """torchrun sends SIGTERM also when another rank has died, after which the ranks are started again."""
+    if current.heard != "SIGTERM" or current.asked:
+        _leave_code(CODE)
 
 
 def _leave_code(code: int) -> None:
@@ -134,7 +141,7 @@ def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: Stop, *, takeov
                 raise WorkerFailed(f"the workers ended without an error, and {run.url} has not its last commit")
     except BaseException as error:
         current.unwinding()
-        stopped = current.heard is not None or isinstance(error, Interrupted)
+        stopped = isinstance(error, Interrupted | KeyboardInterrupt | Terminated)
         leave(run, lease, "interrupted" if stopped else "failed", error)
         raise
     current.unwinding()

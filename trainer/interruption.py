@@ -56,7 +56,7 @@ class Interruption:
     def __init__(self) -> None:
         self.heard: str | None = None
         """The first signal's name."""
-        self.abandoned = False
+        self.abandoned = self.asked = False
         self._promise = "nothing was begun"
         self._early, self._leaving, self._said = True, False, False
         self._ask: Callable[[str], None] | None = None
@@ -173,6 +173,7 @@ class Interruption:
         if self._early or (self._leaving and not first):
             self._force()
         if self._ask is not None and first:
+            self.asked = True
             self._ask(name)
             return
         leaving = self._leaving

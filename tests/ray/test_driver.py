@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import signal
+import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launcher.status import read_status
-from tests.support.jobs import muster_run, wait_for_step
+from tests.support.jobs import muster_run, wait_for_step, workers
 from tests.support.training import adapter_bytes, ledger, run_of, small_recipe, train_in_processes, write_pairs
 from tests.support.waiting import wait_for
 
@@ -50,3 +54,36 @@ def test_stopped_it_is_overtaken_and_gives_up_when_it_wakes(joined: str, tiny_mo
     assert adapter_bytes(recipe) == adapter_bytes(undisturbed)
     assert ledger(recipe) == ledger(undisturbed)
     assert read_status(run_of(recipe)).state == "succeeded"
+
+
+def test_of_several_starts_in_the_same_moment_one_trains(joined: str, tiny_model: Path, folder: Path) -> None:
+    recipe = small_recipe("several", tiny_model, folder, **{"training.steps": 60, "resources": {"workers": 2}})
+    commands = [muster_run(recipe, folder) for _ in range(4)]
+    codes = sorted(command.wait() for command in commands)
+    assert codes == [0, 2, 2, 2], [command.output()[-1000:] for command in commands]
+    for command in commands:
+        if command.process.returncode == 2:
+            assert re.search(r"process \w+ on \S+ is starting|holds .* and is alive|took", command.output())
+    assert len(ledger(recipe)) == 60 * 3
+    assert read_status(run_of(recipe)).state == "succeeded"
+
+
+@pytest.mark.night
+@pytest.mark.parametrize("workers_", [1, 2])
+def test_a_worker_that_stands_still_for_a_minute_costs_nothing(
+    joined: str, tiny_model: Path, folder: Path, workers_: int
+) -> None:
+    """A lone worker goes on; of several, the others have it replaced."""
+    changes = {**CHANGES, "resources": {"workers": workers_}}
+    recipe, undisturbed = (small_recipe(name, tiny_model, folder, **changes) for name in ("still", "undisturbed"))
+    train_in_processes([undisturbed], workers_)
+    command = muster_run(recipe, folder)
+    wait_for_step(recipe, 15, command)
+    still = psutil.Process(workers(recipe)[-1])
+    still.suspend()
+    time.sleep(60)  # the case itself: longer than the hang detector's patience
+    with suppress(psutil.NoSuchProcess):
+        still.resume()
+    assert command.wait() == 0, command.output()
+    assert adapter_bytes(recipe) == adapter_bytes(undisturbed)
+    assert ledger(recipe) == ledger(undisturbed)
