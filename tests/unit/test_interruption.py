@@ -51,8 +51,10 @@ def process_of(code: str, *, before: str = "") -> subprocess.Popen[str]:
 
 
 def ended(process: subprocess.Popen[str], began: float) -> Ended:
-    output, error = process.communicate(timeout=60)
-    return Ended(process.returncode, output, error, time.monotonic() - began)
+    assert process.stdout is not None
+    assert process.stderr is not None
+    output, error = process.stdout.read(), process.stderr.read()
+    return Ended(process.wait(60), output, error, time.monotonic() - began)
 
 
 def after(code: str, *numbers: signal.Signals, gap_s: float = 1.0, before: str = "") -> Ended:
@@ -101,10 +103,10 @@ def test_a_call_into_c_does_not_keep_the_process() -> None:
 
 def test_processes_that_were_started_go_too() -> None:
     code = (
-        "import subprocess\nchild = subprocess.Popen(['sleep', '60'])\nprint('ready', flush=True)\n"
-        "print(child.pid, flush=True)\n"
+        "import subprocess\nchild = subprocess.Popen(['sleep', '60'])\n"
+        "print('ready', child.pid, sep='\\n', flush=True)\ntime.sleep(60)\n"
     )
-    end = after(code + WAIT, TERM)
+    end = after(code, TERM)
     child = int(end.output.split()[0])
     wait_for(lambda: not psutil.pid_exists(child), "the child's end")
     assert end.code == 3
