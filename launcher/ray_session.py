@@ -174,6 +174,8 @@ class RayThread:
             raise self._error
 
     def __exit__(self, *exc: object) -> None:
+        if current.heard:  # whatever was interrupted may still use Ray, which ends such a process with exit code 1
+            current.abandon()
         if current.abandoned:
             return
         self._leave.set()
