@@ -212,7 +212,7 @@ class Held:
             follow(standby.workers(), every, POLL_S)
 
     def _has_steps(self, before: int) -> bool:
-        """Whether the workers that train now have done a step, so that there is something to commit. True where the
+        """Returns whether the workers that train now have done a step, which can be committed. True where the
         storage does not tell."""
         try:
             attempt = read_claims(self.run).attempt
@@ -247,7 +247,7 @@ class Held:
 
 
 class Signals:
-    """Whether the run has to stop: because of a signal, or of a wish in its storage.
+    """Records that the run has to stop: because of a signal, or of a request in its storage.
 
     While the workers train, the first signal asks them to commit and end, and the second leaves with what has been
     committed by then. Before that there is nothing to commit, and the first one leaves (`trainer.interruption`)."""

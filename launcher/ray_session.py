@@ -22,6 +22,7 @@ from launcher.capacity import Node, nodes_of_cluster, suits, wanted, workers_tha
 from trainer.errors import InputError, Interrupted, MusterError, StartAgain
 from trainer.interruption import current
 from trainer.recipe import ResourcesSection
+from trainer.storage.backend import one_line
 
 log = logging.getLogger(__name__)
 
@@ -31,7 +32,8 @@ JOIN_WAIT_S = 300.0  # for nodes that a scheduler has given already: a slow file
 ANSWER_WAIT_S = 15.0
 POLL_S = 1.0
 DIAL_S = 3.0
-SHUTDOWN_S = 8.0
+START_S, SHUTDOWN_S = 600.0, 8.0
+OVERLOADED = "the machine may be busy with other work"
 CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray listens on the loopback address alone where no cluster can be made of it."""
 NO_CRASH_HANDLER = "RAY_DISABLE_FAILURE_SIGNAL_HANDLER"
@@ -86,7 +88,7 @@ def ray_session(address: str | None, resources: ResourcesSection) -> Iterator[No
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *filter(None, _python_path())]))
     _hush_raylet()
     if address is None:
-        with scratch_folder(), RayThread(partial(_start_local, resources)):
+        with session_folder(), RayThread(partial(_start_local, resources)):
             yield
     else:
         with RayThread(partial(_join, address)):
@@ -106,7 +108,7 @@ def _put_back(variables: Mapping[str, str | None]) -> None:
 
 
 @contextmanager
-def scratch_folder() -> Iterator[Path]:
+def session_folder() -> Iterator[Path]:
     """The temporary folder of a local Ray, its workers and this process, private to the user. It is removed with
     everything in it, also what killed workers have left."""
     before_dir, names = tempfile.tempdir, ("TMPDIR", "RAY_TMPDIR", "MUSTER_LASTING_TMPDIR", "TORCHINDUCTOR_CACHE_DIR")
@@ -165,10 +167,13 @@ class RayThread:
         self._others = _children()
         self._thread.start()
         try:
-            self._up.wait()
+            up = self._up.wait(START_S)
         except BaseException:
             self.__exit__()
             raise
+        if not up:
+            current.abandon()
+            raise MusterError(f"Ray has not started within {START_S / 60:g} minutes: {OVERLOADED}")
         if self._error is not None:
             self.__exit__()
             raise self._error
@@ -213,12 +218,8 @@ def _end_children(others: frozenset[int]) -> None:
 
 
 def is_of_ray(command: Sequence[str]) -> bool:
-    """Whether a process is one that Ray has started."""
+    """Returns whether a process is one that Ray has started, by its command line."""
     return any("/ray/" in word or word.startswith("ray::") for word in command)
-
-
-def first_line(error: BaseException) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _start_local(resources: ResourcesSection) -> None:
@@ -245,7 +246,7 @@ def _start_local(resources: ResourcesSection) -> None:
         )
     except Exception as error:
         raise MusterError(
-            f"Ray cannot be started on this machine ({first_line(error)}): look for room in "
+            f"Ray cannot be started on this machine ({one_line(error)}): {OVERLOADED}; look for room in "
             f"{os.environ.get('RAY_TMPDIR', '/tmp')} and /dev/shm, and for limits on processes and open files (ulimit)"
         ) from error
 

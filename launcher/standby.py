@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LEAVE_S = 4.0
+READY_S = 600.0
 
 
 class Standby:
@@ -75,7 +76,8 @@ class Standby:
         return self._fit is not None
 
     def joined(self) -> None:
-        self._ready.wait()
+        if not self._ready.wait(READY_S):
+            raise MusterError(f"the workers have not been started within {READY_S / 60:g} minutes; look at the cluster")
         if self._error is not None:
             raise self._error
 

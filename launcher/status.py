@@ -152,7 +152,7 @@ def _job(lease: LeaseRecord | None, submitted: Submission | None) -> str | None:
 
 
 def _state(run: Storage, lease: LeaseRecord | None, now: float, earlier: LeaseRecord | None = None) -> str:
-    """As `muster run` would find it: a lease that looks old is watched for a renewal."""
+    """The state as `muster run` would find it: a lease that looks old is watched for a renewal."""
     if lease is None:
         return "interrupted"
     if lease.state in ENDED:

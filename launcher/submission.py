@@ -26,7 +26,7 @@ class Submission:
 
 
 def read_submission(run: Storage) -> Submission | None:
-    """None where nothing was submitted, or where what says so is no submission."""
+    """Returns None where nothing was submitted, or where the record is not one."""
     try:
         return read_record(Submission, run.read_json(layout.SUBMISSION))
     except (FileNotFoundError, CorruptObject, Malformed):

@@ -184,7 +184,7 @@ def _ends(stop: Stop, lease: Lease) -> bool:
 
 
 class Stop:
-    """Whether a signal asks for the end; called after each step. From the first call on there is something to commit,
+    """Returns whether a signal requests the end; called after each step. From the first call on a commit is possible,
     and a signal does not raise any more."""
 
     def __init__(self) -> None:

@@ -88,7 +88,7 @@ def read_recipe(run: Storage, overrides: Sequence[str] = ()) -> Recipe:
 
 
 def resumed_recipe(run: Storage, overrides: Sequence[str] = (), *, trust: bool = False) -> Recipe:
-    """The same, to be trained with. Raises UsageError when it names code that the user does not ``trust``."""
+    """Reads the frozen recipe for training. Raises UsageError when it names code that the user does not ``trust``."""
     return granted(_read_frozen(run, overrides), run.uri(layout.RECIPE), trust=trust)
 
 
@@ -155,7 +155,7 @@ def provenance() -> dict[str, Any]:
 
 
 class Provenance(TypedDict, total=False):
-    """As it was when the recipe was frozen."""
+    """The program's environment when the recipe was frozen."""
 
     muster: str | None
     packages: dict[str, str | None]
@@ -338,8 +338,8 @@ def _frozen_data(run: Storage) -> dict[str, Preparation] | None:
 
 
 def read_data(run: Storage) -> dict[str, Preparation]:
-    """What the run's training data (``train``), and its evaluation data where it has any (``eval``), were prepared
-    from. CorruptObject when the record is not one."""
+    """Reads from what the run's training data (``train``), and its evaluation data if it has any (``eval``), were
+    prepared. CorruptObject when the record is not one."""
     body = run.read_json(layout.DATA)
     try:
         parts = read_record(_Data, body)

@@ -110,7 +110,7 @@ class Committer:
         self.check()
 
     def drain(self) -> bool:
-        """The same without raising: when training has failed, what was submitted before is worth having. False when
+        """Works like `close`, but never raises: after a failure it saves what was submitted before. Returns False when
         that was not done within `CLOSE_S`."""
         with self._ready:
             self._closing = True

@@ -185,7 +185,7 @@ class Interruption:
         raise Terminated(name)
 
     def unwinding(self) -> None:
-        """What follows closes things and must not be interrupted by an exception; a signal bounds its time."""
+        """Announces that the rest closes things: no exception may interrupt it, and a signal bounds its time."""
         self._leaving = True
 
     def _leave_by(self, deadline: float) -> None:

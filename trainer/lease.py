@@ -137,18 +137,21 @@ def is_held(
     clock: Callable[[], float] = time.time,
     sleep: Callable[[float], None] = time.sleep,
 ) -> bool:
-    """Whether the driver of ``lease``, which was just read, is alive. Answers at once for one that has ended, that is
-    seen dead on this host, or whose lease is fresh; else watches for a renewal, up to `GLANCE_S`, unless the caller has
-    seen the ``earlier`` record that long ago."""
+    """Returns whether the driver of ``lease``, which was just read, is alive.
+
+    Returns at once for a driver that has ended, that is seen dead on this host, or whose lease is fresh. Otherwise
+    watches for a renewal, up to `GLANCE_S`, unless the caller has seen the ``earlier`` record that long ago."""
     if not lease.may_be_alive():
         return False
-    if earlier is not None and not lease.is_fresh(clock()):
+    if lease.is_fresh(clock()):
+        return True
+    if earlier is not None:
         return (lease.driver, lease.beat) != (earlier.driver, earlier.beat)
-    return lease.is_fresh(clock()) or _renews(run, lease, GLANCE_S, sleep)
+    return _renews(run, lease, GLANCE_S, sleep)
 
 
 def _renews(run: Storage, lease: LeaseRecord, watch_s: float, sleep: Callable[[float], None]) -> bool:
-    """Whether the owner's record changes within ``watch_s``, and is still that of somebody who may be alive."""
+    """Returns whether the owner's record changes within ``watch_s`` and its holder may be alive."""
     for _ in range(math.ceil(watch_s / _POLL_S)):
         sleep(_POLL_S)
         now = read_owner(run)

@@ -52,7 +52,7 @@ class Origin(NamedTuple):
 
     @classmethod
     def read(cls, folder: Path) -> Origin | None:
-        """None where there is no such file, or one that is not understood. Code of the base is not the file's to
+        """Returns None where there is no such file, or an invalid one. Code of the base is not the file's to
         trust (`trainer.recipe.trust`), and a template is held to what a recipe's may be."""
         try:
             told = read_record(_Told, parse_json((folder / ORIGIN_FILE).read_bytes()))

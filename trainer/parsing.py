@@ -127,7 +127,7 @@ _TOO_DEEP = f"it is nested deeper than {DEEPEST} levels"
 
 
 def is_deep(value: Any) -> bool:
-    """Whether lists and mappings stand in it deeper than `DEEPEST`."""
+    """Returns whether lists and mappings are nested deeper than `DEEPEST`."""
     level = [value]
     for _ in range(DEEPEST):
         level = [c for v in level if isinstance(v, dict | list) for c in (v.values() if isinstance(v, dict) else v)]
@@ -138,7 +138,7 @@ HALF_A_PAIR = "it holds half of a surrogate pair, which UTF-8 cannot write"
 
 
 def is_unicode(text: str) -> bool:
-    """Whether UTF-8 can write it: half of a surrogate pair, and a byte that Python could not decode, are no text."""
+    """Returns whether UTF-8 can encode the text: not half of a surrogate pair, nor a byte that was not decoded."""
     try:
         text.encode()
     except UnicodeEncodeError:

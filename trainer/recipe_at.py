@@ -24,7 +24,7 @@ def is_recipe(place: str) -> bool:
 
 
 def digest_of(body: bytes) -> str:
-    """What the name of a submitted recipe holds, so that the job's command names the bytes that it was given for."""
+    """The digest in the name of a submitted recipe, so that the job's command names the bytes that were submitted."""
     return hashlib.sha256(body).hexdigest()[:32]
 
 

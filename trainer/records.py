@@ -46,7 +46,7 @@ UnixTime = Annotated[float, Between(0.0, 253_402_300_799.0)]
 
 
 class _Place(NamedTuple):
-    """Where a value stands in its record; ``exact``: keys that are not known are not passed over there."""
+    """The place of a value in its record; ``exact``: unknown keys are an error there."""
 
     path: str
     exact: bool

@@ -58,7 +58,7 @@ def check_reward(recipe: Recipe) -> None:
 
 
 def _found(recipe: Recipe, place: str, folder: Path) -> Subject:
-    """What lies at ``place`` may bring code if it is the recipe's own base, and the recipe trusts that."""
+    """Grants code to the model at ``place`` if it is the recipe's own base and the recipe trusts that base."""
     subject = find(_address(place), folder, trust=Trust(model=recipe.model))
     if AUTO_CLASSES[subject.task] != SEQUENCE:
         raise InputError(f"ppo.reward.model {place} is for task {subject.task}; a reward model is wanted")

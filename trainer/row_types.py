@@ -19,7 +19,7 @@ Whole = Count | None
 
 
 class Facts(TypedDict, total=False):
-    """What a step's or an evaluation's row says beside its place; a commit record repeats it."""
+    """The fields of a step's or an evaluation's row but its place; a commit record repeats them."""
 
     loss: Number
     eval_loss: Number

@@ -46,7 +46,7 @@ class Snapshot:
 
 
 class _Scaler(TypedDict):
-    """What `torch.amp.GradScaler` keeps of itself."""
+    """The state of `torch.amp.GradScaler`."""
 
     scale: float
     growth_factor: float

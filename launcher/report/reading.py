@@ -163,7 +163,7 @@ class _Sources(TypedDict, total=False):
 
 
 class _Said(TypedDict, total=False):
-    """Of a frozen recipe, which another version may have written, what the lengths need."""
+    """The part of a frozen recipe that the lengths need; another version may have written it."""
 
     seed: Count
     data: _Sources

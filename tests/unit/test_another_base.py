@@ -184,10 +184,10 @@ WILD: dict[str, tuple[dict[str, Any], str]] = {
     "other targets": ({"target_modules": ["q_proj"]}, "of its 28 tensors have no place there"),
     "a pattern of a list": ({"rank_pattern": [1]}, "does not fit the base"),
     "an unknown type": ({"peft_type": "EVIL"}, "does not fit the base"),
-    "a type of a list": ({"peft_type": ["LORA"]}, "has the peft_type .* which is not loaded here"),
+    "a type of a list": ({"peft_type": ["LORA"]}, r"peft_type is \['LORA'\], and a text is needed"),
     "a type that loads more": ({"peft_type": "XLORA"}, "has the peft_type 'XLORA', which is not loaded here"),
     "code": ({"megatron_config": {"a": 1}, "megatron_core": "this"}, "has megatron_config, which names code"),
-    "an unknown task": ({"task_type": {"a": 1}}, "does not fit the base|is an adapter for"),
+    "an unknown task": ({"task_type": {"a": 1}}, "task_type is {'a': 1}, and a text is needed"),
 }
 
 

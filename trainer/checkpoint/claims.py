@@ -44,8 +44,8 @@ def claim_driver(storage: Storage, holder: Mapping[str, Any]) -> int:
 
 
 def claim_driver_after(storage: Storage, older: int, holder: Mapping[str, Any]) -> bool:
-    """The same with the number after ``older``, the newest driver as the caller saw it; False, and nobody is fenced,
-    when another driver has come in between."""
+    """Claims the number after ``older``, the newest driver that the caller has seen. Returns False, and fences nobody,
+    when another driver has claimed it first."""
     return storage.put_if_absent(layout.driver_claim(older + 1), _claim_of(holder))
 
 

@@ -84,7 +84,7 @@ def commit_keys(storage: Storage) -> list[CommitKey]:
 
 
 def read_commit(storage: Storage, key: CommitKey, on_skip: OnSkip = log_skip) -> CommitRecord | None:
-    """None when it has been deleted, or when it is unreadable, which ``on_skip`` is told.
+    """Returns None when it has been deleted, or when it is unreadable, which ``on_skip`` is called with.
 
     StorageError when the storage says of a record that it is not there, and goes on listing it."""
     name = layout.commit(*key)

@@ -23,14 +23,14 @@ class FileEntry(TypedDict):
 
 
 class _Head(TypedDict):
-    """What every format of the record has."""
+    """The fields that every format of the record has."""
 
     format: Count
     sha256: str
 
 
 class _State(TypedDict, total=False):
-    """What is read of a record's state by more than those who wrote it."""
+    """The fields of a record's state that other parts read than those that wrote them."""
 
     step: Count
     attempt: Count

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 from trainer.errors import InputError
+from trainer.model.config_files import read_config
 from trainer.recipe.model import ModelSection
 
 ASK = (
@@ -31,7 +31,6 @@ def check_code(section: ModelSection, folder: Path) -> None:
 def _config(folder: Path) -> dict[str, object]:
     """Empty for a configuration that cannot be read, which is told where the model is built."""
     try:
-        found = json.loads((folder / "config.json").read_text())
-    except (OSError, ValueError, RecursionError):
+        return read_config(folder / "config.json", str(folder))
+    except InputError:
         return {}
-    return found if isinstance(found, dict) else {}

@@ -36,7 +36,7 @@ LONGEST_CAUSE = 300
 
 
 class Config(TypedDict, total=False):
-    """What is read here of ``config.json`` and ``adapter_config.json``, the rest being for their libraries."""
+    """The fields that muster reads in ``config.json`` and ``adapter_config.json``; the rest is for their libraries."""
 
     architectures: list[str] | None
     id2label: dict[str, Any] | None
@@ -76,7 +76,7 @@ def _check_counts(config: dict[str, Any]) -> None:
 
 
 def cause(error: BaseException) -> str:
-    """What a library said, on one line."""
+    """The library's message on one line."""
     return " ".join(str(error).split())[:LONGEST_CAUSE] or type(error).__name__
 
 

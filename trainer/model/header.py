@@ -6,11 +6,12 @@ tensors one after the other, without holes, each contiguous and in row-major ord
 
 from __future__ import annotations
 
-import json
 import math
 import struct
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
+
+from trainer.parsing import Malformed, parse_json
 
 LARGEST_HEADER = 32 * 2**20
 """Bytes: about 200,000 tensors. safetensors itself takes 100 MiB, of which Python's JSON makes gigabytes."""
@@ -49,8 +50,8 @@ def read_header(read: Callable[[int, int], bytes], size: int) -> dict[str, Entry
     if length > LARGEST_HEADER:
         raise BadHeader(f"its header has {length} bytes, and {LARGEST_HEADER} are read at most")
     try:
-        told = json.loads(read(8, 8 + length))
-    except (ValueError, RecursionError):
+        told = parse_json(read(8, 8 + length), finite=False)
+    except Malformed:
         raise BadHeader(f"it has {size} bytes and no readable header") from None
     if not isinstance(told, dict):
         raise BadHeader(f"it has {size} bytes and no readable header")
@@ -78,7 +79,7 @@ def _entry(name: str, given: Any, base: int) -> Entry:
 
 
 def _sizes(value: Any) -> list[int] | None:
-    """None for what is no list of sizes; true and false are none, though Python counts them among the numbers."""
+    """Returns None for anything but a list of sizes; true and false are not sizes, although Python has them as ints."""
     if not isinstance(value, list) or not all(type(number) is int and 0 <= number < 2**63 for number in value):
         return None
     return value

@@ -6,13 +6,13 @@ A path says too little: another model may lie there by now. ETags say too much: 
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from trainer.errors import InputError
 from trainer.model.checkpoint_files import Stored, read_headers
+from trainer.model.config_files import read_config
 from trainer.model.files import fetch_model
 from trainer.model.source import Source
 from trainer.recipe.model import ModelSection
@@ -52,11 +52,9 @@ def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 
 def _shape(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / "config.json").read_text())
-        config = {**config, **(config.get("text_config") or {})}
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError) as error:
-        raise InputError(f"{folder / 'config.json'} cannot be read: {error}") from error
+    config = read_config(folder / "config.json", str(folder))
+    text = config.get("text_config")
+    config |= text if isinstance(text, dict) else {}
     found = {name: next((config[n] for n in (name, *others) if n in config), None) for name, others in SHAPE.items()}
     return {name: value for name, value in found.items() if isinstance(value, int)}
 

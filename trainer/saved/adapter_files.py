@@ -8,7 +8,6 @@ laid out, since it passes over what it does not know.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterable, Iterator
@@ -19,6 +18,7 @@ from trainer.adapters.by_name import CODE
 from trainer.adapters.targets import MATCHING_S
 from trainer.bounds import OutOfTime, bounded_cpu
 from trainer.errors import InputError
+from trainer.model.config_files import read_config
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 NOT_LOADED = ("CARTRIDGE", "CPT", "MULTITASK_PROMPT_TUNING", "POLY", "SHADOW", "XLORA")
@@ -28,12 +28,7 @@ LISTED = 3
 
 def read_adapter_config(folder: Path, where: str) -> dict[str, Any]:
     """Raises InputError for a configuration that is none, or that asks for more than an adapter to be put on a base."""
-    try:
-        config = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{ADAPTER_CONFIG} of {where} is not JSON: {error}") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{ADAPTER_CONFIG} of {where} is no mapping; name the folder of an adapter")
+    config = read_config(folder / ADAPTER_CONFIG, where)
     said = f"{ADAPTER_CONFIG} of {where}"
     kind = config.get("peft_type")
     if not isinstance(kind, str) or kind in NOT_LOADED:
@@ -48,7 +43,7 @@ def read_adapter_config(folder: Path, where: str) -> dict[str, Any]:
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """JSON of no great depth: the parser has bounded it."""
+    """The numbers with a point, with their dotted names; ``value`` is not deep, since `read_config` has bounded it."""
     if isinstance(value, float):
         yield name, value
     elif isinstance(value, dict):

@@ -65,7 +65,7 @@ class Description:
 
 
 def describe(uri: str, *, trust: Trust = NOBODY) -> Description:
-    """Of an adapter's folder, a run's, or a model's. A model is loaded, and asked for a few words; ``trust``: whose
+    """Describes the folder of an adapter, a run or a model. A model is loaded and writes a few words; ``trust``: whose
     code may run for it.
 
     Raises InputError when nothing of the kind lies there."""

@@ -151,7 +151,7 @@ def _matching(storage: Storage, folder: str, parts: Sequence[str]) -> Iterator[O
 
 
 def _fits(names: Sequence[str], parts: Sequence[str]) -> bool:
-    """Whether a path's names match a glob's parts, as a shell has it: a leading dot is never matched by a wildcard."""
+    """Returns whether a path's names match a glob's parts as in a shell: no wildcard matches a leading dot."""
     if not parts:
         return not names
     if parts[0] == "**":

@@ -45,7 +45,7 @@ FAILED_PATIENCE_S = 10.0
 
 @dataclass(frozen=True)
 class Bookmark:
-    """What the run's storage keeps of a curve: ``of`` tells it from others, the rest how far it has come."""
+    """The run's record of a curve: ``of`` identifies the curve, the rest is how far it was sent."""
 
     of: str
     id: str

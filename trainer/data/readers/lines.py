@@ -54,7 +54,7 @@ class LineReader(ABC):
                 yield first + at, line_or_fault
 
     def _line(self, offset: int, line: bytes) -> bytes | Fault | None:
-        """None for a blank one."""
+        """Returns None for a blank line."""
         if not line.strip():
             return None
         if len(line) > ROW_BYTES:
