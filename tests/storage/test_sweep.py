@@ -47,6 +47,7 @@ class Lying(FaultyBackend):
     hangs     no reply before the test's end
     hides     a listing lacks its last names; a read or a look says that nothing is there
     thins     a listing lacks every second name
+    skips     a listing lacks its first name, that of an older attempt's newest commit, and has one's own
     cuts      a read gives half of the bytes
     forgets   a write, create or delete is answered as done, without effect
     """
@@ -94,7 +95,7 @@ class Lying(FaultyBackend):
         found = sorted(super().list(path, moved))
         if not lies:
             return found
-        return found[1::2] if self.kind == "thins" else found[: len(found) // 2]
+        return {"thins": found[1::2], "skips": found[1:]}.get(self.kind, found[: len(found) // 2])
 
     def entries(self, path: str) -> Entries:
         if self._meets("entries"):
@@ -165,10 +166,10 @@ def over(backend: Lying) -> Iterator[Storage]:
 
 CASES = [
     (verb, kind)
-    for verb, kind in itertools.product(VERBS, ("refuses", "hangs", "hides", "thins", "cuts", "forgets"))
+    for verb, kind in itertools.product(VERBS, ("refuses", "hangs", "hides", "thins", "skips", "cuts", "forgets"))
     if (kind != "hides" or verb in ("read", "list", "entries", "info"))
     and (kind != "cuts" or verb == "read")
-    and (kind != "thins" or verb == "list")
+    and (kind not in ("thins", "skips") or verb == "list")
     and (kind != "forgets" or verb in ("write", "create", "delete", "upload"))
 ]
 

@@ -106,7 +106,7 @@ class BlobsFirst(Storage):
         super().delete(self.records)
 
 
-def all_unnamed(retention: Retention, named: Iterable[str]) -> set[str]:
+def all_unnamed(retention: Retention, named: Iterable[str], listed: object) -> set[str]:
     return set(retention._storage.folders("checkpoints")) - set(named)
 
 

@@ -66,10 +66,10 @@ def new_name(attempt: int, step: int) -> str:
     return f"a{attempt:06d}-s{step:09d}-{uuid.uuid4().hex[:12]}"
 
 
-def attempt_of(name: str) -> int | None:
-    """The attempt that made a checkpoint's name, None for a name that `new_name` did not make."""
-    match = re.fullmatch(r"a(\d{6,})-s\d{9,}-[0-9a-f]{12}", name)
-    return int(match[1]) if match else None
+def commit_of(name: str) -> tuple[int, int] | None:
+    """The attempt and the step in a checkpoint's name; None for a name that `new_name` did not make."""
+    match = re.fullmatch(r"a(\d{6,})-s(\d{9,})-[0-9a-f]{12}", name)
+    return (int(match[1]), int(match[2])) if match else None
 
 
 def entry_of(data: bytes) -> FileEntry:

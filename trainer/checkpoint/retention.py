@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterable
 from datetime import datetime
 
 from trainer import layout
-from trainer.checkpoint.blobs import attempt_of
+from trainer.checkpoint.blobs import commit_of
 from trainer.checkpoint.protocol import CommitKey, commit_keys, read_commit
 from trainer.checkpoint.record import CommitRecord
 from trainer.errors import MusterError
@@ -72,7 +72,7 @@ class Retention:
         named = {records[key].checkpoint for key in keep}
         dropped = {records[key].checkpoint for key in surplus if key in records} - named
         # A record that stays and cannot be read names files that are not known.
-        orphans = self._orphans(named) if records.keys() >= set(keys) - set(surplus) else set()
+        orphans = self._orphans(named, keys) if records.keys() >= set(keys) - set(surplus) else set()
         for name in sorted(dropped | orphans):
             self._storage.delete(info.key for info in self._storage.list(layout.checkpoint(name)))
         self._sweep_uploads()
@@ -92,10 +92,16 @@ class Retention:
             return newest
         return next((key for key in sorted(absent) if self._storage.info(layout.commit(*key)) is not None), None)
 
-    def _orphans(self, named: Collection[str]) -> set[str]:
-        """Checkpoints of older attempts that no record names."""
+    def _orphans(self, named: Collection[str], listed: Collection[CommitKey]) -> set[str]:
+        """Checkpoints of older attempts that no record names: none of them when one has a record after all, by its
+        attempt and step, that the listing lacks."""
         names = self._storage.folders(layout.CHECKPOINTS)
-        return {name for name in names if name not in named and is_older(name, self._attempt)}
+        orphans = {name for name in names if name not in named and is_older(name, self._attempt)}
+        for key in sorted({key for name in orphans if (key := commit_of(name)) and key not in listed}):
+            if self._storage.info(layout.commit(*key)) is not None:
+                log.warning("no files are swept: the listing of %s lacks %s", self._storage.url, layout.commit(*key))
+                return set()
+        return orphans
 
     def _sweep_uploads(self) -> None:
         """Once per attempt. A store may forbid listing them, which is no reason to stop training."""
@@ -110,8 +116,8 @@ class Retention:
 
 def is_older(name: str, attempt: int) -> bool:
     """Whether a checkpoint's name was made by an attempt before ``attempt``; False for names of other making."""
-    maker = attempt_of(name)
-    return maker is not None and maker < attempt
+    made = commit_of(name)
+    return made is not None and made[0] < attempt
 
 
 def _key(record: CommitRecord) -> CommitKey:
