@@ -52,7 +52,8 @@ class _Place(NamedTuple):
     exact: bool
 
     def at(self, name: str) -> _Place:
-        return self._replace(path=f"{self.path}.{name:.60}" if self.path else f"{name:.60}")
+        name = name[:60] if name.isprintable() else repr(name[:60])
+        return self._replace(path=f"{self.path}.{name}" if self.path else name)
 
 
 def read_record(kind: type[T], value: Any, *, exact: bool = False) -> T:

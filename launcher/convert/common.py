@@ -62,8 +62,9 @@ def one_method(draft: Draft, asked: dict[str, str]) -> str:
             draft.use("adapter.method", key)
         else:
             draft.lose(key, f"{method} beside {first}: a recipe has one method")
-    if first == "loraplus":
-        draft.put("adapter.lr_ratio", float(draft.number("loraplus_lr_ratio")), "loraplus_lr_ratio")
+    ratio = draft.number("loraplus_lr_ratio") if first == "loraplus" else None
+    if ratio is not None:
+        draft.put("adapter.lr_ratio", float(ratio), "loraplus_lr_ratio")
     return first
 
 

@@ -149,6 +149,7 @@ HINDERED = [
     ("axolotl", {"deepspeed": "mine.json"}, "tells no stage"),
     ("axolotl", {"micro_batch_size": float("nan")}, "micro_batch_size: nan is no number"),
     ("axolotl", {"optimizer": "muon"}, "optimizer: muon"),
+    ("axolotl", {"loraplus_lr_ratio": True}, "loraplus_lr_ratio: True is no number"),
     ("axolotl", {"datasets": [{"path": "a/b", "type": "unheard"}]}, "datasets[0].type: unheard"),
     (
         "axolotl",

@@ -139,6 +139,11 @@ def test_what_a_newer_muster_adds_to_a_record_is_passed_over() -> None:
     assert read_lease(run) == LeaseRecord(3, "running", HOLDER, 1.7e9, 5)
 
 
+def test_a_name_that_is_none_leaves_the_sentence_on_one_line() -> None:
+    with pytest.raises(Malformed, match=r"^packages\.'\\x1b\\n' is 3, and a text is needed$"):
+        read_record(Provenance, {**PROVENANCE, "packages": {"\x1b\n": 3}})
+
+
 def data_record() -> dict[str, Any]:
     return {part: made([[(0, 5)]], 8).spec.to_json() for part in ("train", "eval")}
 
