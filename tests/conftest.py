@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import hypothesis
 import pytest
 
 # Before torch is imported: tiny matrices gain nothing from more threads, and threads that wait for each other on a busy
@@ -14,6 +15,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests.support.s3 import S3, serve
 
+# An example may take as long as a busy machine makes it.
+hypothesis.settings.register_profile("muster", deadline=None)
+hypothesis.settings.load_profile("muster")
 # Under nohup, processes that the tests start would ignore SIGHUP as well, as they should.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 

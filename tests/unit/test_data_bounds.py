@@ -200,7 +200,7 @@ READERS: dict[str, Callable[[Any], Any]] = {
 @example(raw=BYTES["utf-16"])
 @example(raw=b"\xef\xbb\xbf[")
 @example(raw=b"PAR1\0\0\0\0PAR1")
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_bytes_are_rows_or_faults(kind: str, raw: bytes) -> None:
     try:
         found = rows(READERS[kind](body(raw)))
@@ -216,7 +216,7 @@ def test_any_bytes_are_rows_or_faults(kind: str, raw: bytes) -> None:
 
 
 @given(at=st.integers(0, 2000), byte=st.integers(0, 255))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_a_damaged_parquet_file_is_rows_faults_or_named(at: int, byte: int) -> None:
     raw = bytearray(arrow_file({"text": ["a", "b"] * 20, "n": list(range(40)), "l": [[1, 2], None] * 20}))
     raw[at % len(raw)] = byte
@@ -268,7 +268,7 @@ def form_of(name: str) -> Any:
 
 @pytest.mark.parametrize("name", FORMATS)
 @given(data=st.data())
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_a_row_of_any_values_is_a_sample_or_a_fault(name: str, data: st.DataObject) -> None:
     from tests.support.hostile import changed
 

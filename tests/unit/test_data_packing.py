@@ -18,7 +18,7 @@ LENGTHS = st.lists(st.integers(1, CAPACITY), max_size=120)
 
 @pytest.mark.parametrize("pack", [fill_packs, best_fit, lambda a, c: ExactFit(a, c).packs()])
 @given(lengths=LENGTHS)
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_each_sample_is_in_one_pack_and_no_pack_overflows(pack, lengths):
     array = np.array(lengths, dtype=np.int32)
     packs = pack(array, CAPACITY)
@@ -27,7 +27,7 @@ def test_each_sample_is_in_one_pack_and_no_pack_overflows(pack, lengths):
 
 
 @given(lengths=LENGTHS, seed=st.integers(0, 99))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_the_number_of_packs_depends_on_the_lengths_alone(lengths, seed):
     array = np.array(lengths, dtype=np.int32)
     shuffled = array[permutation(len(array), "test", seed)]

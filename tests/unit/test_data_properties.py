@@ -57,7 +57,7 @@ def weights_of(prepared, weights):
     global_batch=GLOBAL_BATCH,
     micro_batch=MICRO_BATCH,
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_weights_decide_how_often_each_sample_comes_in_each_epoch(shape, weights, global_batch, micro_batch):
     prepared = made(shape, LENGTH)
     weights = weights_of(prepared, weights)
@@ -81,7 +81,7 @@ def test_weights_decide_how_often_each_sample_comes_in_each_epoch(shape, weights
     micro_batch=MICRO_BATCH,
     sizes=st.lists(st.integers(1, 7), min_size=1, max_size=6),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_a_run_that_changes_its_number_of_ranks_feeds_what_one_rank_feeds(shape, global_batch, micro_batch, sizes):
     prepared, kept = made(shape, LENGTH), memory()
     given_sizes = {"global_batch": global_batch, "micro_batch": micro_batch}
@@ -105,7 +105,7 @@ def test_a_run_that_changes_its_number_of_ranks_feeds_what_one_rank_feeds(shape,
 
 
 @given(shape=WINDOWS, global_batch=GLOBAL_BATCH, first=st.integers(0, 30))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_every_cursor_is_the_state_whatever_came_before_it(shape, global_batch, first):
     """Window edges and epoch edges among them: a new process goes on from any cursor as the old one would have."""
     prepared, kept = made(shape, LENGTH), memory()
@@ -120,7 +120,7 @@ def test_every_cursor_is_the_state_whatever_came_before_it(shape, global_batch, 
 @given(
     lengths=st.lists(st.integers(2, LENGTH), min_size=1, max_size=5), one_pack=st.booleans(), more=st.integers(0, 50)
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_packs_and_steps_larger_than_the_data(lengths, one_pack, more):
     prepared = made([[(0, n) for n in lengths]], 1000 if one_pack else LENGTH)
     s = stream(prepared, memory(), global_batch=len(lengths) + more, micro_batch=2)
@@ -189,7 +189,7 @@ def test_sources_come_in_runs_as_short_as_chance_makes_them(seed):
     window_bytes=st.integers(1, 400),
     key=st.text("ab", min_size=1, max_size=3),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_windows_hold_every_span_once_and_are_about_as_large_as_each_other(sizes, window_bytes, key):
     spans = [Span(s, 0, 10 * i, 10 * i + 10, 10) for s, n in enumerate(sizes) for i in range(n)]
     groups = windows(spans, key, window_bytes)

@@ -97,7 +97,7 @@ def test_in_the_current_window_a_block_is_used_by_the_next_pack_that_draws_on_it
 
 
 @given(readers=st.integers(1, 8), memory_bytes=st.sampled_from([0, 500, 2000, 1 << 20]), global_batch=st.integers(1, 6))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_threads_and_memory_change_nothing(readers, memory_bytes, global_batch):
     prepared = many(count=30, windows=3)
     sizes = {"global_batch": global_batch, "micro_batch": 2}

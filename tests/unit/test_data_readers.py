@@ -37,7 +37,7 @@ def json_lines(body, span_bytes=1 << 20):
     closed=st.booleans(),
     span_bytes=st.integers(1, 60),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_each_line_belongs_to_the_span_in_which_it_starts(texts, ending, closed, span_bytes):
     lines = ["" if t is None else json.dumps({"t": t}, ensure_ascii=False) for t in texts]
     body = ending.join(lines) + (ending if closed else "")

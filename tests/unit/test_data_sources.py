@@ -57,7 +57,7 @@ def zstd(raw):
     span_bytes=st.integers(1, 100),
     read_bytes=st.integers(1, 40),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_an_arrays_elements_come_once_whatever_the_cuts(values, indent, ascii, span_bytes, read_bytes):
     text = "\ufeff \n" * ascii + json.dumps(values, indent=indent, ensure_ascii=ascii) + "\n"
     found = read_all(JsonArray(body(text), span_bytes, read_bytes))
@@ -117,7 +117,7 @@ def test_what_a_json_file_holds_is_seen_by_its_first_character():
     bom=st.booleans(),
     span_bytes=st.integers(1, 60),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_csv_records_come_once_whatever_the_cuts(table, quoting, ending, bom, span_bytes):
     out = io.StringIO()
     csv.writer(out, quoting=quoting, lineterminator=ending).writerows([("a", "b é"), *table])

@@ -53,7 +53,7 @@ def count(prepared, epochs, global_batch, weights=None):
 
 
 @given(windows=WINDOWS, sizes=SIZES, packing=st.booleans())
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_each_sample_exactly_once_per_epoch(windows, sizes, packing):
     prepared, (global_batch, micro_batch) = made(windows, LENGTH, packing), sizes
     s = stream(prepared, memory(), global_batch=global_batch, micro_batch=micro_batch)
@@ -70,7 +70,7 @@ def test_each_sample_exactly_once_per_epoch(windows, sizes, packing):
 
 
 @given(windows=WINDOWS, sizes=SIZES, world_size=st.integers(1, 5))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_any_number_of_ranks_feeds_the_same_micro_batches(windows, sizes, world_size):
     prepared, run = made(windows, LENGTH), memory()
     s = stream(prepared, run, global_batch=sizes[0], micro_batch=sizes[1])
@@ -107,7 +107,7 @@ def assert_batch(batch, micro_batch, prepared):
 
 
 @given(windows=WINDOWS, sizes=SIZES, stop=st.integers(0, 12))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_resuming_at_any_step_equals_going_on(windows, sizes, stop):
     prepared, run = made(windows, LENGTH), memory()
     given_sizes = {
@@ -326,7 +326,7 @@ def test_what_fails_while_reading_ahead_is_raised_where_its_step_would_be():
 
 
 @given(windows=WINDOWS, micro_batch=st.integers(1, 4), world_size=st.integers(1, 4), packing=st.booleans())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_evaluation_feeds_each_sample_once_and_every_rank_as_often(windows, micro_batch, world_size, packing):
     prepared = made(windows, LENGTH, packing)
     ranks = [list(eval_batches(prepared, micro_batch, rank, world_size)) for rank in range(world_size)]

@@ -96,7 +96,7 @@ def header_of(model: Path) -> dict[str, Any]:
 
 
 @given(data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_header_of_weights_is_one_or_a_sentence(data: st.DataObject, tmp_path_factory: Any) -> None:
     entry = {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}
     body = data.draw(changed({"a": entry, "__metadata__": {"format": "pt"}}))
@@ -114,7 +114,7 @@ def test_any_header_of_weights_is_one_or_a_sentence(data: st.DataObject, tmp_pat
 
 
 @given(data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_index_of_weights_is_one_or_a_sentence(data: st.DataObject, tmp_path_factory: Any) -> None:
     folder = tmp_path_factory.mktemp("index")
     (folder / INDEX).write_bytes(as_json(data.draw(changed({"weight_map": {"a": "x.safetensors"}, "metadata": {}}))))
@@ -127,7 +127,7 @@ ORIGIN = {"task": "sft", "method": "lora", "model": {"path": "m"}, "format": "me
 
 
 @given(data=st.data())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 def test_any_origin_beside_an_adapter_is_one_or_none(data: st.DataObject, tmp_path_factory: Any) -> None:
     folder = tmp_path_factory.mktemp("adapter")
     (folder / ORIGIN_FILE).write_bytes(as_json(data.draw(changed(ORIGIN))))

@@ -45,7 +45,7 @@ def told(error: RecipeError) -> None:
 
 
 @given(changed(WHOLE))
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_any_value_anywhere_is_taken_or_a_sentence(body: Any) -> None:
     for text, where in ((json.dumps(body), "r.json"), (yaml.safe_dump(body), "r.yaml")):
         try:
@@ -126,7 +126,7 @@ def test_a_huge_file_is_not_read(tmp_path: Path) -> None:
 @given(key=st.sampled_from(["seed", "name", "data.train.0.path", "data.train.0.columns", "optimizer.betas", "tracking",
                             "cluster", "training.steps", "a", "data.train.9.x"]),
        value=VALUES.map(json.dumps) | st.text(max_size=20) | st.sampled_from(list(YAML_BOMBS.values())))  # fmt: skip
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 def test_any_override_is_taken_or_a_sentence(key: str, value: str) -> None:
     try:
         loads(yaml.safe_dump(WHOLE), "r.yaml", [f"{key}={value}"])
@@ -175,7 +175,7 @@ def test_settings_out_of_bounds_are_a_sentence(source: str, text: str, tmp_path:
 
 @pytest.mark.parametrize("source", SETTINGS)
 @given(data=st.data())
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_any_setting_is_carried_over_or_named(source: str, data: st.DataObject) -> None:
     body = data.draw(changed(SETTINGS[source]))
     if not isinstance(body, dict):

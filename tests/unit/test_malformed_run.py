@@ -113,7 +113,7 @@ def look_at(run: Storage) -> None:
 
 @pytest.mark.parametrize("folder", ROWS)
 @given(data=st.data())
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 def test_a_row_of_any_shape_is_shown_or_left_out(folder: str, data: st.DataObject) -> None:
     logging.disable(logging.WARNING)
     try:

@@ -54,7 +54,7 @@ def assert_same_state(got: Any, want: Any) -> None:
     assert torch.equal(got.offset, want.offset)
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(
     rows=st.integers(1, 40),
     columns=st.integers(1, 30).map(lambda n: 8 * n),
@@ -85,7 +85,7 @@ def test_a_block_on_a_border_is_quantised_by_both_sides(ranks: int) -> None:
     assert torch.equal(packed.view(torch.uint8), whole(weight, torch.bfloat16)[0].view(torch.uint8))
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(st.integers(0, 5000), st.integers(0, 5000), st.integers(1, 5000), st.integers(1, 9).map(lambda n: 64 * n))
 def test_chunks_cover_whole_blocks_once(first: int, length: int, numel: int, chunk: int) -> None:
     first, last = min(first, numel), min(first + length, numel)

@@ -57,7 +57,7 @@ def test_yaml_that_means_nothing_is_a_sentence(text: str) -> None:
 
 
 @given(st.text(max_size=60))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_text_is_read_as_the_library_reads_it_or_a_sentence(text: str) -> None:
     try:
         expected = yaml.safe_load(text)

@@ -57,7 +57,7 @@ def test_an_object_that_muster_never_wrote_is_named(body: str | bytes) -> None:
 
 
 @given(changed(LEASE))
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_lease_is_one_or_named(body: Any) -> None:
     try:
         lease = read_lease(run_of(lease=as_json(body)))
@@ -70,21 +70,21 @@ def test_any_lease_is_one_or_named(body: Any) -> None:
 
 
 @given(changed(SUBMISSION))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_submission_is_one_or_none(body: Any) -> None:
     found = read_submission(run_of(submission=as_json(body)))
     assert found is None or (found.job == f"{found.kind}:{found.id}" and found.time >= 0)
 
 
 @given(changed(PROVENANCE))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_provenance_is_one_or_empty(body: Any) -> None:
     found = read_provenance(run_of(**{layout.PROVENANCE: as_json(body)}))
     assert isinstance(found.get("packages", {}), dict)
 
 
 @given(changed(CURSOR))
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 def test_any_cursor_is_one_or_named(body: Any) -> None:
     try:
         cursor = Cursor.from_json(body)
@@ -97,7 +97,7 @@ RECORD_BODY = dataclasses.asdict(RECORD)
 
 
 @given(changed(RECORD_BODY))
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 def test_any_commit_record_is_sound_or_passed_over(body: Any) -> None:
     """Its own hash is right: whoever can write to the storage can write that."""
     run, _ = faulty()
@@ -149,7 +149,7 @@ def data_record() -> dict[str, Any]:
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_any_record_of_the_data_is_one_or_named(data: st.DataObject) -> None:
     body = data.draw(changed(data_record()))
     try:
@@ -169,7 +169,7 @@ def test_a_setting_of_newer_data_is_named_and_not_left_out() -> None:
 
 @pytest.mark.parametrize(("key", "read"), [(MANIFEST, open_prepared), (BEGUN, open_begun)])
 @given(data=st.data())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 def test_any_manifest_is_one_or_named(key: str, read: Callable[[Storage, str], Any], data: st.DataObject) -> None:
     prepared = made([[(0, 5)], [(0, 6)]], 8)
     whole = prepared.storage.read_json(MANIFEST)

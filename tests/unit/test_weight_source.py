@@ -190,7 +190,7 @@ def save(folder: Path, tensors: dict[str, torch.Tensor], files: int = 1) -> None
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
 
 
-@settings(deadline=None, max_examples=25)
+@settings(max_examples=25)
 @given(
     shapes=st.lists(st.lists(st.integers(0, 7), max_size=3), min_size=2, max_size=6),
     files=st.integers(1, 2),
