@@ -1,5 +1,5 @@
 # make quickstart   install into .venv and fine-tune a small model on this machine
-# make test         all tests (what .ci/run runs, after make lint); TESTS=tests/unit/test_loop.py runs some
+# make test         all tests (what .ci/run runs, after make lint); TESTS=tests/unit/trainer/worker/test_loop.py runs some
 # make chaos        50 random kills over one run (CHAOS_KILLS=…, CHAOS_SEED=… to repeat one); half an hour
 # make matrix       every cell of the support matrix for two steps; an hour
 # make night        that, and all other tests that are too long for every day

@@ -32,12 +32,12 @@ from launcher.quickstart.model import Shape, make_model  # noqa: E402
 from tests.support.jobs import muster_run, wait_for_step, workers  # noqa: E402
 from tests.support.training import run_of, small_recipe, train_here, write_pairs  # noqa: E402
 from tests.support.waiting import wait_for  # noqa: E402
-from trainer import layout  # noqa: E402
-from trainer.committer import Committer  # noqa: E402
 from trainer.data import Stream  # noqa: E402
 from trainer.recipe import Recipe  # noqa: E402
-from trainer.reporter import read_rows  # noqa: E402
-from trainer.worker import Attempt  # noqa: E402
+from trainer.run import layout  # noqa: E402
+from trainer.run.jsonl import read_rows  # noqa: E402
+from trainer.worker.async_committer import Committer  # noqa: E402
+from trainer.worker.attempt import Attempt  # noqa: E402
 
 SMALL = Shape(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, vocabulary=384, positions=512)
 LARGE = Shape(hidden=320, layers=6, heads=8, kv_heads=4, intermediate=960, vocabulary=512, positions=512)
@@ -95,7 +95,7 @@ def timed_stalls(committer: type[Committer]) -> Iterator[list[float]]:
         plain(self, *arguments)
         stalls.append(time.perf_counter() - began)
 
-    with mock.patch.object(Attempt, "_checkpoint", timed), mock.patch("trainer.worker.Committer", committer):
+    with mock.patch.object(Attempt, "_checkpoint", timed), mock.patch("trainer.worker.attempt.Committer", committer):
         yield stalls
 
 

@@ -70,7 +70,7 @@ class Clock:
 
 def muster(job: Job, clock: Clock) -> None:
     """As `torchrun -m trainer RECIPE`, in this process."""
-    from trainer.worker import Attempt
+    from trainer.worker.attempt import Attempt
 
     _watch(Attempt, clock)
     _train(job)
@@ -128,8 +128,8 @@ class Bare:
         from peft import LoraConfig, get_peft_model
         from transformers import AutoModelForCausalLM
 
-        from trainer.model.attention import VARLEN, register
-        from trainer.tasks.head import TargetHead
+        from trainer.model.kernels.attention import VARLEN, register
+        from trainer.tasks.lm_head_loss import TargetHead
 
         self.clock = clock
         model = AutoModelForCausalLM.from_pretrained(job.model, dtype=torch.float32)
@@ -158,8 +158,8 @@ class Bare:
 def muster_and_bare(job: Job, clock: Clock) -> None:
     """In one process: after each step of muster the bare loop's, on the same batch, so that what the machine does to
     one it does to the other a moment later."""
-    from trainer.recorder import Recorder
-    from trainer.worker import Attempt
+    from trainer.worker.attempt import Attempt
+    from trainer.worker.recorder import Recorder
 
     other = Clock()
     loop, fed, batches = Bare(job, other), Recorder.fed, []

@@ -44,7 +44,7 @@ from trainer.data import (  # noqa: E402
     process_pool,
     summarise,
 )
-from trainer.data.disk_cache import DiskCache  # noqa: E402
+from trainer.data.loading.disk_cache import DiskCache  # noqa: E402
 from trainer.recipe import SourceSection  # noqa: E402
 from trainer.storage import Storage, open_storage  # noqa: E402
 

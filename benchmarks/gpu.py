@@ -7,7 +7,7 @@
 Weights are made on the device, so that nothing is downloaded or written; a case that the plan says does not fit is left
 out. Needs torch, transformers, peft and bitsandbytes; no Ray. Without a CUDA device it says so, and ends with 0.
 
-MFU is that of the metrics of a run, by the formula of `trainer/flops.py`; what checkpointing and fused attention
+MFU is that of the metrics of a run, by the formula of `trainer/worker/mfu.py`; what checkpointing and fused attention
 compute again does not count. The peak is the dense one in bfloat16.
 """
 
@@ -35,12 +35,12 @@ from torch.nn.functional import scaled_dot_product_attention  # noqa: E402
 from tests.support.device import HAS_GPU, NO_GPU, DevicePeak, synchronise  # noqa: E402
 from tests.support.stepping import full_packs, one_step, random_parts  # noqa: E402
 from tests.support.training import small_recipe  # noqa: E402
-from trainer.flops import peak_flops  # noqa: E402
+from trainer.distributed.world import World, join_world  # noqa: E402
 from trainer.plan import Limits, Planner, read_base  # noqa: E402
+from trainer.plan.known_configs import LLAMA_3_8B  # noqa: E402
 from trainer.plan.memory import DEVICE_RESERVE  # noqa: E402
-from trainer.plan.shapes import LLAMA_3_8B  # noqa: E402
 from trainer.recipe import Recipe  # noqa: E402
-from trainer.world import World, join_world  # noqa: E402
+from trainer.worker.mfu import peak_flops  # noqa: E402
 
 GIB = 2**30
 WARM_UP, STEPS = 2, 8

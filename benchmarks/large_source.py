@@ -58,8 +58,8 @@ def prepare(folder: Path, rows: int, processes: int) -> str:
 
 def plan(folder: Path, rows: int, processes: int) -> str:
     """The whole first epoch; a run plans a window at a time, as it comes to it."""
-    from trainer.data.plan import epoch_order, plan_window
-    from trainer.data.stream import plan_settings
+    from trainer.data.loading.stream import plan_settings
+    from trainer.data.order.pack_order import epoch_order, plan_window
 
     prepared = opened(folder)
     settings = plan_settings(prepared, SEED, SEQUENCE_LENGTH, True, [1.0])

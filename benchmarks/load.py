@@ -104,7 +104,7 @@ def _rank(
 ) -> None:
     import torch.distributed as dist
 
-    from trainer.world import join_world
+    from trainer.distributed.world import join_world
 
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(ranks))
@@ -120,7 +120,7 @@ def by_shard(recipe: Recipe, world: Any, steps: int) -> dict[str, Any]:
     import peft  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    from trainer.building import build_parts
+    from trainer.worker.build import build_parts
 
     world.gather(None)
     began = time.perf_counter()
@@ -148,7 +148,7 @@ def whole(recipe: Recipe, world: Any, steps: int) -> dict[str, Any]:
     import transformers.models.llama.modeling_llama  # noqa: F401
     from transformers import AutoModelForCausalLM
 
-    from trainer.model.memory import HostPeak
+    from trainer.model.peak_rss import HostPeak
 
     world.gather(None)
     host, began = HostPeak(), time.perf_counter()
@@ -180,8 +180,8 @@ def shards(model: Path, size: int) -> Iterator[str]:
 
 
 def quantised(model: Path, size: int) -> Iterator[str]:
-    from trainer import layout
     from trainer.model.prequantised import make_copy
+    from trainer.run import layout
     from trainer.storage import open_storage
 
     recipe = recipe_of(str(model), model.parent, **{"model.quantization": "nf4"})

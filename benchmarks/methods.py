@@ -27,10 +27,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from benchmarks.memory import peak_mib  # noqa: E402
 from launcher.quickstart.prepare import prepare_base, prepare_data  # noqa: E402
 from tests.support.training import run_of, small_recipe, train_here  # noqa: E402
-from trainer import layout, worker  # noqa: E402, F401 - imported once, for all forks
 from trainer.recipe.methods import DEFAULTS  # noqa: E402
 from trainer.registry import METHODS  # noqa: E402
-from trainer.reporter import read_rows  # noqa: E402
+from trainer.run import layout  # noqa: E402
+from trainer.run.jsonl import read_rows  # noqa: E402
 
 STEPS = 30
 TIMES = 16

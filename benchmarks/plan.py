@@ -29,12 +29,12 @@ import torch  # noqa: E402
 
 from tests.support.training import small_recipe  # noqa: E402
 from tests.support.waiting import free_port  # noqa: E402
-from trainer.building import build_parts  # noqa: E402
 from trainer.data import Batch  # noqa: E402
-from trainer.model.memory import HostPeak, resident_bytes  # noqa: E402
+from trainer.distributed.world import join_world  # noqa: E402
+from trainer.model.peak_rss import HostPeak, resident_bytes  # noqa: E402
 from trainer.plan import Limits, Plan, Planner, read_base  # noqa: E402
 from trainer.recipe import Recipe  # noqa: E402
-from trainer.world import join_world  # noqa: E402
+from trainer.worker.build import build_parts  # noqa: E402
 
 LARGE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 20, "num_attention_heads": 16}
 LARGE |= {"num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 2048}

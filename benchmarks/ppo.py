@@ -38,8 +38,8 @@ WARM = 2
 def muster(folder: Path, iterations: int) -> list[float]:
     from tests.support.tasks import task_recipe
     from tests.support.training import run_of, train_here
-    from trainer import layout
-    from trainer.reporter import read_rows
+    from trainer.run import layout
+    from trainer.run.jsonl import read_rows
 
     base = folder / "base"
     length = {"training.steps": 1, "training.eval_every": None, "data.eval": []}

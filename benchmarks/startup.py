@@ -70,8 +70,8 @@ def make_inputs(folder: Path, workers: int) -> None:
 
 def muster(folder: Path, command: list[str], address: str | None) -> tuple[float, dict[str, float]]:
     """Seconds to the first step, and their split as the run's events tell it."""
-    from trainer import layout
-    from trainer.reporter import read_rows
+    from trainer.run import layout
+    from trainer.run.jsonl import read_rows
     from trainer.storage import open_storage
 
     shutil.rmtree(folder / "storage", ignore_errors=True)

@@ -20,6 +20,6 @@ def main() -> None:
     from trainer.interruption import current
 
     current.begin()
-    from launcher.cli import main as cli
+    from launcher.cli.app import main as cli
 
     cli()

@@ -27,24 +27,24 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer import layout
-from trainer.begin import check_same_recipe, freeze_recipe, prepare_data, resumed_recipe, try_open_data
-from trainer.ending import leave
+from trainer.checkpoint.publish import finished
 from trainer.errors import InputError, Interrupted, MusterError, WorkerFailed
-from trainer.job import Job
-from trainer.lease import Lease, check_not_cancelled
 from trainer.logs.rank import rank_log
 from trainer.model import fetch_model, load_tokenizer
-from trainer.publish import finished
 from trainer.recipe import Recipe
 from trainer.recipe.trust import FLAG
-from trainer.recipe_at import is_recipe, recipe_at
-from trainer.startup import DATA, IMPORT, Phases, process_began
+from trainer.run import layout
+from trainer.run.frozen import check_same_recipe, freeze_recipe, prepare_data, resumed_recipe, try_open_data
+from trainer.run.lease import Lease, check_not_cancelled
+from trainer.run.outcome import leave
+from trainer.run.recipe_url import is_recipe, recipe_at
+from trainer.run.startup_phases import DATA, IMPORT, Phases, process_began
 from trainer.storage import Storage, open_storage
-from trainer.telling import Rank, RankFailed, told
 from trainer.terminal import ShownFormatter, shown
+from trainer.torchrun_failure import Rank, RankFailed, told
 from trainer.tracking import tracked
-from trainer.worker import train
+from trainer.worker.attempt import train
+from trainer.worker.job import Job
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

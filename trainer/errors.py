@@ -12,7 +12,7 @@
     ├── NonFiniteLoss               1  the loss became inf or nan
     ├── RewardFailed                1  the recipe's reward function raised, or returned what is no reward
     ├── WorkerFailed                1  a training worker died or raised
-    │   └── RankFailed              1  under torchrun, of what may pass (trainer/telling.py)
+    │   └── RankFailed              1  under torchrun, of what may pass (trainer/torchrun_failure.py)
     └── Interrupted                 3  stopped on request; the same command resumes
         └── StartAgain              3  stopped by what passes (lost nodes): whoever manages the job may start it again
 

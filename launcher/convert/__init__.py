@@ -13,9 +13,9 @@ from typing import Annotated, Any
 import typer
 from rich.text import Text
 
-from launcher.console import stderr
 from launcher.convert.draft import Draft
 from launcher.convert.writing import written
+from launcher.terminal.console import stderr
 from trainer.errors import RecipeError, UsageError
 from trainer.parsing import Malformed, parse_yaml
 from trainer.registry import Registry

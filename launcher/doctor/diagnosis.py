@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from launcher.doctor.examined import Examination
+from launcher.doctor.checks_cluster import alike, clocks, hosts, pairs, settings
+from launcher.doctor.checks_host import gpus, memory_and_disks
+from launcher.doctor.checks_recipe import inputs, room, storage
 from launcher.doctor.findings import Finding, failure
-from launcher.doctor.judge_cluster import alike, clocks, hosts, pairs, settings
-from launcher.doctor.judge_host import gpus, memory_and_disks
-from launcher.doctor.judge_recipe import inputs, room, storage
+from launcher.doctor.observations import Examination
 
 
 def diagnose(seen: Examination) -> list[Finding]:

@@ -10,7 +10,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from launcher.doctor.examined import Node
+from launcher.doctor.observations import Node
 
 DIAL_S = 2.5
 _AT_ONCE = 128

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from cluster.ray_nodes import NODE_SETTINGS
-from launcher.environment import Environment
+from launcher.raytrain.environment import Environment
 
 if TYPE_CHECKING:
-    from launcher.doctor.examined import Inputs, Room
-    from trainer.probe import Computed, Gpu, HostFacts, PairTimes, RoundTrip
+    from launcher.doctor.observations import Inputs, Room
+    from launcher.doctor.probes import Computed, Gpu, HostFacts, PairTimes, RoundTrip
     from trainer.recipe import ModelSection, Recipe
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -41,7 +41,7 @@ class Probe:
         import ray
         import torch.distributed  # noqa: F401  (takes seconds on a busy host; what comes after has shorter limits)
 
-        from trainer.probe import examine
+        from launcher.doctor.probes import examine
 
         environment.apply()
         ids = ray.get_runtime_context().get_accelerator_ids().get("GPU", [])
@@ -52,13 +52,13 @@ class Probe:
         return time.time()
 
     def compute(self, expected: Sequence[Gpu]) -> tuple[Computed, ...]:
-        from trainer.probe import compute
+        from launcher.doctor.probes import compute
 
         return compute(expected)
 
     def open_store(self, address: str) -> int:
         """The port at which other probes meet this one."""
-        from trainer.probe import open_store
+        from launcher.doctor.probes import open_store
 
         if self._store is None:
             self._store = open_store(address, STORE_TIMEOUT_S)
@@ -66,14 +66,14 @@ class Probe:
 
     def meet(self, name: str, at: tuple[str, int] | None, gpu: bool, timeout_s: float) -> PairTimes:
         """``at``: the other's address and port; None where the other comes to this one's store."""
-        from trainer.probe import meet
+        from launcher.doctor.probes import meet
 
         return meet(name, at or self._store, gpu=gpu, timeout_s=timeout_s)
 
     def storage(self, url: str, beacon: str, *, first: bool, deadline_s: float) -> RoundTrip:
         """The ``first`` leaves a beacon, which the others look for."""
+        from launcher.doctor.probes import RoundTrip, storage_roundtrip
         from trainer.errors import MusterError
-        from trainer.probe import RoundTrip, storage_roundtrip
         from trainer.storage import open_storage
 
         try:
@@ -104,8 +104,8 @@ class Probe:
 
     def inputs(self, recipe: Recipe) -> Inputs:
         """Model and data as the driver of a run looks at them before it starts workers."""
-        from launcher.doctor.examined import Inputs
-        from launcher.inputs import check_model
+        from launcher.doctor.observations import Inputs
+        from launcher.driver.preflight import check_model
         from trainer.errors import MusterError
 
         warnings: list[str] = []
@@ -117,7 +117,7 @@ class Probe:
 
     def plan(self, recipe: Recipe, ranks: int) -> Room | str:
         """What the recipe takes on so many ranks, or why that cannot be told."""
-        from launcher.doctor.examined import Room
+        from launcher.doctor.observations import Room
         from trainer.errors import MusterError
         from trainer.plan import Limits, Planner, read_base
 

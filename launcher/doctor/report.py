@@ -11,10 +11,10 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from launcher.doctor.examined import Examination, Pair, Rank
+from launcher.doctor.checks_host import gib
 from launcher.doctor.findings import Finding, verdict
-from launcher.doctor.judge_host import gib
-from trainer.probe import RoundTrip
+from launcher.doctor.observations import Examination, Pair, Rank
+from launcher.doctor.probes import RoundTrip
 
 SHOWN = ("python", "torch", "ray", "muster")
 

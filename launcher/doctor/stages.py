@@ -9,13 +9,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from launcher.capacity import nodes_of_cluster
-from launcher.doctor.examined import Clock, Examination, Inputs, Node, Pair, Rank, Room, Silent, Wanted
 from launcher.doctor.nodes import dial, read_nodes
+from launcher.doctor.observations import Clock, Examination, Inputs, Node, Pair, Rank, Room, Silent, Wanted
 from launcher.doctor.pairing import Meeting, representatives, rounds
-from launcher.doctor.placing import Placed, place
-from launcher.environment import Environment
-from trainer.probe import Computed, PairTimes, RoundTrip
+from launcher.doctor.probe_placement import Placed, place
+from launcher.doctor.probes import Computed, PairTimes, RoundTrip
+from launcher.raytrain.environment import Environment
+from launcher.raytrain.nodes import nodes_of_cluster
 from trainer.recipe import Recipe
 
 K = TypeVar("K")
@@ -90,7 +90,7 @@ class Stages:
             self.examination.silent.append(Silent(node.host, node.address, "starting a probe", error))
 
     def _folders(self) -> list[tuple[str, str]]:
-        from trainer.model.files import cache_folder
+        from trainer.model.files.fetch import cache_folder
         from trainer.storage import local_path
 
         folders = [("model cache", str(cache_folder()))]

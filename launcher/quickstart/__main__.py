@@ -24,13 +24,13 @@ from pathlib import Path
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from launcher.console import Console, stdout
 from launcher.quickstart import prepare
 from launcher.quickstart.answers import answers, right
 from launcher.quickstart.chart import draw, losses
 from launcher.quickstart.corpus import questions
-from trainer import layout
+from launcher.terminal.console import Console, stdout
 from trainer.recipe import Recipe, load
+from trainer.run import layout
 from trainer.storage import Storage, open_storage
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml"
@@ -87,7 +87,7 @@ def make_inputs(console: Console, recipe: Recipe) -> None:
 
 
 def show_curve(console: Console, run: Storage) -> None:
-    from trainer.reporter import read_rows
+    from trainer.run.jsonl import read_rows
 
     rows = list(read_rows(run, layout.METRICS))
     console.rule("loss over target tokens")
@@ -135,6 +135,6 @@ def show_next(console: Console, recipe: Recipe, seconds: float) -> None:
 
 
 if __name__ == "__main__":
-    from launcher.cli import carried_out
+    from launcher.cli.app import carried_out
 
     sys.exit(carried_out(lambda: main(sys.argv[1:])))

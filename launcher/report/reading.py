@@ -7,18 +7,18 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypedDict
 
-from launcher.goodput import Goodput, goodput, newest_driver
-from launcher.status import Status, read_status
-from trainer import layout
-from trainer.begin import read_data
+from launcher.monitor.goodput import Goodput, goodput, newest_driver
+from launcher.monitor.status import Status, read_status
 from trainer.data.blocks import Counts
-from trainer.data.prepared import Prepared, open_prepared
+from trainer.data.prepare.prepared import Prepared, open_prepared
 from trainer.data.summary import Summary, summarise
 from trainer.errors import CorruptObject, MusterError
 from trainer.parsing import parse_yaml
 from trainer.records import Count, read_record
 from trainer.redact import Redactor, redactor
-from trainer.reporter import read_rows
+from trainer.run import layout
+from trainer.run.frozen import read_data
+from trainer.run.jsonl import read_rows
 from trainer.storage import Storage, open_storage
 
 Row = dict[str, Any]

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from launcher.report.chart import Chart
-from launcher.report.curves import Value, largest_rank, metric_chart, step_time_chart
-from launcher.report.facts import failure_texts, happenings, host_table, sample_tables, summary_table, version_table
-from launcher.report.flow import checkpoint_chart, goodput_chart, rank_chart, straggler, timeline_chart
-from launcher.report.given import composition_chart, fill_told, length_chart
+from launcher.report.data_charts import composition_chart, fill_told, length_chart
+from launcher.report.metric_charts import Value, largest_rank, metric_chart, step_time_chart
 from launcher.report.page import Section
 from launcher.report.reading import RunRecord
+from launcher.report.tables import failure_texts, happenings, host_table, sample_tables, summary_table, version_table
+from launcher.report.timeline_charts import checkpoint_chart, goodput_chart, rank_chart, straggler, timeline_chart
 
 Runs = Sequence[RunRecord]
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import pytest
 
-from launcher.status import read_status
+from launcher.monitor.status import read_status
 from tests.support.hosts import Hosts
 from tests.support.jobs import Command, start, wait_for_step, write_recipe
 from tests.support.ray_hosts import RAY, RayOnHosts
 from tests.support.training import run_of, small_recipe, write_pairs
 from tests.support.waiting import wait_for
-from trainer import layout
 from trainer.recipe import Recipe
-from trainer.reporter import read_rows
+from trainer.run import layout
+from trainer.run.jsonl import read_rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
 NOTICE = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", "90")

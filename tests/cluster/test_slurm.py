@@ -11,14 +11,14 @@ from typing import Any
 
 import pytest
 
-from launcher.status import read_status
+from launcher.monitor.status import read_status
 from tests.support.jobs import ROOT, start, write_recipe
 from tests.support.slurm import SlurmCluster
 from tests.support.training import adapter_bytes, losses, run_of, small_recipe, train_in_processes, write_pairs
 from tests.support.waiting import tail
-from trainer import layout
 from trainer.recipe import Recipe
-from trainer.reporter import read_rows
+from trainer.run import layout
+from trainer.run.jsonl import read_rows
 
 pytestmark = pytest.mark.timeout(300)
 LONG = {"training.steps": 20000, "checkpoint.every_steps": 10**6}

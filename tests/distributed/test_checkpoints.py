@@ -10,9 +10,9 @@ import pytest
 
 from tests.support.backing import watch
 from tests.support.training import run_of, small_recipe, train_here, write_pairs
-from trainer import layout
 from trainer.recipe import Recipe
-from trainer.reporter import read_rows
+from trainer.run import layout
+from trainer.run.jsonl import read_rows
 
 CHANGES = {"training": {"steps": 4, "global_batch": 2, "micro_batch": 2}, "data.ledger": False}
 
@@ -37,7 +37,8 @@ PROTOCOL = {
 
 
 def test_a_run_asks_its_storage_in_the_order_of_the_protocol(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The model of tests/unit/protocol_model.py composes the same functions in the same order: this binds it."""
+    """The model of tests/unit/trainer/checkpoint/protocol_model.py composes the same functions in the same order: this
+    binds it."""
     backend, asked = watch(monkeypatch, Path(recipe.storage)), list[str]()
 
     def note(verb: str, path: str) -> None:

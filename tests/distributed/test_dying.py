@@ -12,7 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher.status import read_status
+from launcher.monitor.status import read_status
 from tests.support.jobs import Command, start, wait_for_step
 from tests.support.training import (
     adapter_bytes,
@@ -24,8 +24,8 @@ from tests.support.training import (
     write_pairs,
 )
 from tests.support.waiting import free_port, wait_for
-from trainer.begin import freeze_recipe
 from trainer.recipe import Recipe
+from trainer.run.frozen import freeze_recipe
 from trainer.storage import open_storage
 
 pytestmark = pytest.mark.timeout(240)

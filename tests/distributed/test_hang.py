@@ -15,18 +15,19 @@ import torch.multiprocessing as mp
 
 from tests.support.ranks import run_ranks
 from tests.support.training import run_of, small_recipe, train_rank, write_pairs
-from trainer import heartbeat, layout, worker
 from trainer.data import Batch
 from trainer.recipe import Recipe
-from trainer.reporter import read_rows
+from trainer.run import layout
+from trainer.run.jsonl import read_rows
 from trainer.tasks.sft import SFT
+from trainer.worker import attempt, hang_detector
 
 LIMIT_S = 90
 
 
 def _hanging_rank(rank: int, recipe: Recipe, how: str, stops: int) -> None:
     """Rank ``stops`` stops at its 9th micro-batch: the whole process (SIGSTOP), or its training thread only."""
-    heartbeat.LEAST_PATIENCE_S, heartbeat.STALE_S, heartbeat.BEAT_S = 3.0, 2.0, 0.2
+    hang_detector.LEAST_PATIENCE_S, hang_detector.STALE_S, hang_detector.BEAT_S = 3.0, 2.0, 0.2
     if rank == stops:
         plain, calls = SFT.loss_sum, iter(range(1000))
 
@@ -63,8 +64,8 @@ def test_the_rank_is_named_with_its_phase_and_ended(how: str, rank: int, tiny_mo
 def _evaluating_rank(rank: int, recipe: Recipe, how: str) -> None:
     """The evaluation takes three times as long as nobody may move. On rank 1 a batch is slow, its data is, or it gets
     stuck."""
-    worker.LEAST_PATIENCE_S, heartbeat.STALE_S, heartbeat.BEAT_S = 4.0, 2.0, 0.2
-    plain, calls, read = SFT.evaluated, iter(range(1000)), worker.eval_batches
+    attempt.LEAST_PATIENCE_S, hang_detector.STALE_S, hang_detector.BEAT_S = 4.0, 2.0, 0.2
+    plain, calls, read = SFT.evaluated, iter(range(1000)), attempt.eval_batches
     pauses = {"slow batches": 1.0, "slow storage": 0.0, "stuck": 0.1}
 
     def evaluated(self: SFT, *args: Any) -> Any:
@@ -76,7 +77,7 @@ def _evaluating_rank(rank: int, recipe: Recipe, how: str) -> None:
             threading.Event().wait(12 if how == "slow storage" and rank == 1 and number == 3 else 0)
             yield batch
 
-    SFT.evaluated, worker.eval_batches = evaluated, batches  # type: ignore[method-assign]
+    SFT.evaluated, attempt.eval_batches = evaluated, batches  # type: ignore[method-assign]
     train_rank(rank, [recipe])
 
 

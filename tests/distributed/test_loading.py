@@ -83,7 +83,7 @@ def load_in_processes(cases: list[tuple[Recipe, bool]], ranks: int, folder: Path
 
 
 def _rank(rank: int, cases: list[tuple[Recipe, bool]], folder: Path) -> None:
-    from trainer.world import join_world
+    from trainer.distributed.world import join_world
 
     with join_world(gpu=False) as world:
         for i, (recipe, by_shard) in enumerate(cases):
@@ -93,15 +93,15 @@ def _rank(rank: int, cases: list[tuple[Recipe, bool]], folder: Path) -> None:
 
 
 def _load(recipe: Recipe, world: Any, *, by_shard: bool) -> Seen:
-    from trainer import building
     from trainer.adapters import make_adapter
     from trainer.strategies import make_strategy
     from trainer.tasks import make_task
+    from trainer.worker import build
 
     if by_shard:
-        built = building.build_parts(recipe, world)
+        built = build.build_parts(recipe, world)
     else:
-        built = building._whole(recipe, world, make_adapter(recipe), make_task(recipe), make_strategy(recipe, world))
+        built = build._whole(recipe, world, make_adapter(recipe), make_task(recipe), make_strategy(recipe, world))
     strategy = built.strategy
     parameters = {n: strategy.whole_parameter(n).clone() for n, _ in strategy.model.named_parameters()}
     states = {}
@@ -251,8 +251,8 @@ def test_from_object_storage_each_byte_comes_once(
 @pytest.mark.timeout(300)
 def test_a_quantised_copy_gives_the_same_for_fewer_bytes(make: Make, tmp_path: Path) -> None:
     """The storage's copy is found by itself; named as the model, it is a repository that somebody quantised."""
-    from trainer import layout
     from trainer.model.prequantised import make_copy
+    from trainer.run import layout
     from trainer.storage import open_storage
 
     folder = make_model(tmp_path / "wide", hidden_size=256, intermediate_size=640)

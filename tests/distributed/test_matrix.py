@@ -14,10 +14,10 @@ import pytest
 
 from tests.support.tasks import task_recipe, write_task_data
 from tests.support.training import losses, run_of, train_in_processes
-from trainer import layout
 from trainer.recipe import Recipe
 from trainer.recipe.matrix import Cell, axes, cells, refusal
 from trainer.recipe.methods import DEFAULTS
+from trainer.run import layout
 from trainer.storage import Storage
 
 SEED = int(os.environ.get("MATRIX_SEED", "20260715"))

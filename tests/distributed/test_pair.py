@@ -7,8 +7,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from launcher.doctor.probes import PairTimes, meet, open_store
 from tests.support.waiting import free_port
-from trainer.probe import PairTimes, meet, open_store
 
 ADDRESS = "127.0.0.1"
 

@@ -10,10 +10,10 @@ import pytest
 from tests.support.ranks import run_ranks
 from tests.support.tasks import task_recipe, write_task_data
 from tests.support.training import adapter_bytes, run_of, train_in_processes, train_rank
-from trainer import layout
 from trainer.errors import RewardFailed
 from trainer.recipe import Recipe
-from trainer.reporter import read_rows
+from trainer.run import layout
+from trainer.run.jsonl import read_rows
 
 PLACES = [("ddp", 1), ("ddp", 2), ("fsdp", 2), ("zero2", 2), ("zero3", 2), ("fsdp", 3)]
 COMPARED = ("loss", "reward", "kl", "policy_loss", "value_loss", "entropy", "value_explained_variance", "grad_norm")

@@ -15,16 +15,16 @@ import pytest
 from torch.multiprocessing import ProcessExitedException
 
 from launcher.report import report
-from launcher.report.flow import straggler
 from launcher.report.reading import RunRecord, read_run
+from launcher.report.timeline_charts import straggler
 from tests.support.browser import FOUND, browser
 from tests.support.made_up_run import CHARTS, SECTIONS
 from tests.support.ranks import run_ranks
 from tests.support.training import run_of, small_recipe, train_rank, write_pairs
-from trainer import layout
 from trainer.checkpoint import list_commits
 from trainer.recipe import Recipe
-from trainer.reporter import read_rows
+from trainer.run import layout
+from trainer.run.jsonl import read_rows
 
 SLOWER_S = 0.3
 SAVED, DIES_AT, STEPS = 2, 4, 4
@@ -32,7 +32,7 @@ SAVED, DIES_AT, STEPS = 2, 4, 4
 
 def train_slowed(rank: int, recipe: Recipe, dies_at: int | None) -> None:
     """Rank 1 takes longer over each micro-batch, and kills itself in the step ``dies_at``."""
-    from trainer import loop
+    from trainer.worker import loop
 
     seed = loop.seed_micro_batch
 

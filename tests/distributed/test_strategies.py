@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 
 from tests.support.training import adapter_bytes, ledger, losses, run_of, small_recipe, train_in_processes, write_pairs
-from trainer import layout
 from trainer.recipe import Recipe
-from trainer.reporter import read_rows
+from trainer.run import layout
+from trainer.run.jsonl import read_rows
 
 MODELS: dict[str, dict[str, Any]] = {
     "lora": {"adapter.method": "lora"},

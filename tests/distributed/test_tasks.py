@@ -10,11 +10,11 @@ import pytest
 from tests.support.ranks import run_ranks
 from tests.support.tasks import make_encoder, task_recipe, write_task_data
 from tests.support.training import ledger, run_of, train_in_processes, train_rank
-from trainer import layout
 from trainer.recipe import Recipe
 from trainer.registry import TASKS
-from trainer.reporter import read_rows
-from trainer.tasks.head import TargetHead
+from trainer.run import layout
+from trainer.run.jsonl import read_rows
+from trainer.tasks.lm_head_loss import TargetHead
 
 PLACES = [("ddp", 1), ("ddp", 2), ("fsdp", 2), ("zero3", 2), ("fsdp", 3)]
 # Three micro-batches a step: on two ranks, one of them gets a micro-batch of weight zero.

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 
 from trainer.data.blocks import WindowIndex, WindowMeta
-from trainer.data.plan import PlanSettings, epoch_order, plan_in_order, plan_window
+from trainer.data.order.pack_order import PlanSettings, epoch_order, plan_in_order, plan_window
 from trainer.data.seeding import permutation, uniforms
 
 FILE = Path(__file__).with_name("plans.json")

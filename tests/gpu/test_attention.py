@@ -13,8 +13,8 @@ from tests.support.attention import difference, gradient_of, lone_loss, packed_l
 from tests.support.device import DEVICE, DevicePeak
 from tests.support.models import packed
 from tests.support.stepping import full_packs
-from trainer.model.attention import VARLEN, register
-from trainer.tasks.head import TargetHead
+from trainer.model.kernels.attention import VARLEN, register
+from trainer.tasks.lm_head_loss import TargetHead
 
 LENGTHS = [[700, 300, 24], [1000], [512, 256, 200]]
 FLOAT32, BFLOAT16 = 1e-4, 3e-2

@@ -12,7 +12,7 @@ from torch.nn.functional import cross_entropy
 from tests.support.device import DEVICE, DevicePeak
 from tests.support.stepping import full_packs
 from trainer.data import Batch
-from trainer.tasks.head import CHUNK_LOGITS, TargetHead
+from trainer.tasks.lm_head_loss import CHUNK_LOGITS, TargetHead
 
 VOCABULARY, HIDDEN = 128256, 1024
 CHUNK_BYTES = 16

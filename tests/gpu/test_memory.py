@@ -10,7 +10,7 @@ import pytest
 from tests.support.device import DEVICE, ON_DEVICE, DevicePeak
 from tests.support.planning import plan_recipe, planned
 from tests.support.stepping import full_packs, one_step, random_parts
-from trainer.world import join_world
+from trainer.distributed.world import join_world
 
 SHAPE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],

@@ -12,10 +12,10 @@ from safetensors.torch import save_file
 
 from tests.support.device import DEVICE, ON_DEVICE
 from tests.support.training import losses, run_of, small_recipe, train_here, write_pairs
-from trainer import layout
 from trainer.optim import make_optimizer
 from trainer.recipe import OptimizerSection, Recipe
-from trainer.reporter import read_rows
+from trainer.run import layout
+from trainer.run.jsonl import read_rows
 from trainer.strategies.optimizer_state import load_optimizer_state, optimizer_state
 
 FLOAT32, FOUR_BIT, MIXED = 1e-3, 5e-3, 2e-2

@@ -10,8 +10,8 @@ import pytest
 
 from tests.support.jobs import Command, muster_run
 from tests.support.training import run_of, small_recipe, write_pairs
-from trainer import layout
 from trainer.recipe import Recipe
+from trainer.run import layout
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 

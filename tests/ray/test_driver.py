@@ -11,7 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from launcher.status import read_status
+from launcher.monitor.status import read_status
 from tests.support.jobs import muster_run, wait_for_step, workers
 from tests.support.training import adapter_bytes, ledger, run_of, small_recipe, train_in_processes, write_pairs
 from tests.support.waiting import wait_for

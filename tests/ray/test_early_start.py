@@ -9,10 +9,10 @@ import pytest
 
 from tests.support.jobs import muster_run
 from tests.support.training import run_of, small_recipe
-from trainer import layout
-from trainer.begin import read_recipe
 from trainer.data import Preparation, Prepared, Stream, open_prepared
-from trainer.reporter import read_rows
+from trainer.run import layout
+from trainer.run.frozen import read_recipe
+from trainer.run.jsonl import read_rows
 from trainer.storage import open_storage
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
@@ -38,7 +38,7 @@ def test_it_trains_on_what_it_would_have_trained_on(joined: str, tiny_model: Pat
     command = muster_run(recipe, tmp_path)
     assert command.wait() == 0, command.output()[-3000:]
     # Whether the other windows are still missing when training begins depends on the machine; that it may begin without
-    # them is shown by tests/unit/test_data_early.py. What is fed is the same either way.
+    # them is shown by tests/unit/trainer/data/test_early.py. What is fed is the same either way.
     run = run_of(recipe)
     shared = open_storage(recipe.storage).child(layout.PREPARED)
     spec = Preparation.from_json(run.read_json(layout.DATA)["train"])

@@ -18,7 +18,7 @@ from tests.support.jobs import muster_run
 from tests.support.local_runs import LocalRun
 from tests.support.training import losses, run_of, small_recipe, write_pairs
 from tests.support.waiting import free_port, listening, wait_for
-from trainer.publish import finished
+from trainer.checkpoint.publish import finished
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 STEPS = 120

@@ -13,9 +13,9 @@ import pytest
 from tests.support.jobs import ROOT, muster_run, write_recipe
 from tests.support.s3 import CREDENTIALS, S3
 from tests.support.training import losses, run_of, small_recipe, write_pairs
-from trainer import layout
 from trainer.recipe import Recipe
-from trainer.reporter import read_rows
+from trainer.run import layout
+from trainer.run.jsonl import read_rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from launcher.status import read_status
+from launcher.monitor.status import read_status
 from tests.support.jobs import muster_run, start, wait_for_step, workers
 from tests.support.training import adapter_bytes, ledger, run_of, small_recipe, train_in_processes, write_pairs
-from trainer import layout
 from trainer.recipe import Recipe
-from trainer.reporter import read_rows
+from trainer.run import layout
+from trainer.run.jsonl import read_rows
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(600)]
 CHANGES = {"training.steps": 150, "checkpoint.every_steps": 10, "resources": {"workers": 2}}

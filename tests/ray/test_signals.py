@@ -14,8 +14,8 @@ import pytest
 from tests.support.local_runs import LocalRun
 from tests.support.training import losses, run_of, small_recipe, write_pairs
 from tests.support.waiting import wait_for
-from trainer.lease import read_lease
-from trainer.publish import finished
+from trainer.checkpoint.publish import finished
+from trainer.run.lease import read_lease
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 BOUND_S = 20.0

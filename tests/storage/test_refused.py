@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.cli import main
+from launcher.cli.app import main
 from tests.support.s3 import CREDENTIALS, S3
 from tests.support.training import small_recipe, write_pairs
 from tests.support.waiting import free_port
@@ -51,8 +51,8 @@ def recipe(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) ->
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     """`muster run` starts a Ray while it looks at the inputs; tests/ray/test_bad_inputs.py is refused beside one."""
-    monkeypatch.setattr("launcher.ray_session.ray_session", lambda *told: nullcontext())
-    monkeypatch.setattr("launcher.standby.Standby._room", lambda standby: False)
+    monkeypatch.setattr("launcher.raytrain.session.ray_session", lambda *told: nullcontext())
+    monkeypatch.setattr("launcher.raytrain.prestart.Standby._room", lambda standby: False)
 
 
 @pytest.fixture
@@ -188,7 +188,7 @@ def test_an_endpoint_where_nobody_answers(
 ) -> None:
     port = free_port()
     monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
-    monkeypatch.setattr("launcher.watching.LOOK_DEADLINE_S", 0.5)
+    monkeypatch.setattr("launcher.cli.status.LOOK_DEADLINE_S", 0.5)
     code, output = muster("ls", "s3://runs")
     assert code == 1
     assert f"http://127.0.0.1:{port}" in output

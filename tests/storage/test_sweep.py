@@ -29,7 +29,7 @@ from trainer.checkpoint import (
     read_claims,
 )
 from trainer.errors import Fenced, MusterError, StorageError
-from trainer.lease import Lease
+from trainer.run.lease import Lease
 from trainer.storage import ObjectInfo, Retry, Storage
 from trainer.storage.backend import Entries, Listing, Moved, NoAnswer, Transient
 

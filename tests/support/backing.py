@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import tests.support.training
-import trainer.worker
+import trainer.worker.attempt
 from trainer.storage import Retry, Storage
 from trainer.storage.backend import Listing, Moved
 from trainer.storage.local import LocalBackend
@@ -56,5 +56,5 @@ def watch(monkeypatch: pytest.MonkeyPatch, folder: Path, deadline_s: float = 2.0
         return storage
 
     monkeypatch.setattr(tests.support.training, "open_storage", opened)
-    monkeypatch.setattr(trainer.worker, "open_storage", opened)
+    monkeypatch.setattr(trainer.worker.attempt, "open_storage", opened)
     return backend

@@ -17,9 +17,9 @@ import psutil
 
 from tests.support.training import losses, run_of
 from tests.support.waiting import wait_for
-from trainer import layout
 from trainer.recipe import Recipe, dump
-from trainer.reporter import read_rows
+from trainer.run import layout
+from trainer.run.jsonl import read_rows
 
 ROOT = Path(__file__).resolve().parents[2]
 LIMIT_S = 240

@@ -10,7 +10,7 @@ from typing import Any
 import jsonschema
 
 from cluster.job import Job
-from trainer.recipe.cluster import KubernetesSection
+from trainer.recipe.sections.cluster import KubernetesSection
 
 RECIPE = "name: gsm8k\nmodel: {path: 'Qwen/Qwen2.5-7B-Instruct'}\n"
 QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"

@@ -12,17 +12,17 @@ from typing import Any
 from tests.support.models import built
 from tests.support.training import prepare, run_of
 from trainer.adapters import Adapter
-from trainer.begin import RunData, weights
-from trainer.building import accompany
 from trainer.data import Batch, Stream, eval_batches
-from trainer.loop import Hooks, Loop, Position
+from trainer.distributed.world import World, join_world
 from trainer.optim import make_optimizer
 from trainer.recipe import Recipe
-from trainer.state import TrainState
+from trainer.run.frozen import RunData, weights
 from trainer.storage import open_storage
 from trainer.strategies import Strategy, make_strategy
 from trainer.tasks import Task, make_task
-from trainer.world import World, join_world
+from trainer.worker.build import accompany
+from trainer.worker.loop import Hooks, Loop, Position
+from trainer.worker.train_state import TrainState
 
 
 @dataclass

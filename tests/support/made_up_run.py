@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from trainer import layout
 from trainer.data.blocks import Counts
 from trainer.data.summary import Bin, Summary
-from trainer.lease import Holder, LeaseRecord, to_row
-from trainer.reporter import JsonLines
+from trainer.run import layout
+from trainer.run.jsonl import JsonLines
+from trainer.run.lease import Holder, LeaseRecord, to_row
 from trainer.storage import Storage
 
 SECTIONS = (
@@ -19,7 +19,7 @@ SECTIONS = (
 CHARTS = (*SECTIONS[1:12], "data", "lengths")
 """Of a report's page, by their ids."""
 BEGAN = 1_700_000_000.0
-TRACE = "trainer/loop.py:17, in _update\n    <step>(lr)"
+TRACE = "trainer/worker/loop.py:17, in _update\n    <step>(lr)"
 ADVICE = "the host's memory was full: ask for more"
 VERSIONS = {"muster": "0.1.0", "python": "3.11", "torch": "2.13.0", "transformers": "5.23.0"}
 SPENT = {"import": 2.0, "ray": 3.0, "data": 1.0, "workers": 4.0, "model": 5.0, "first_step": 3.0}

@@ -11,8 +11,8 @@ import torch
 
 from trainer.adapters import Adapter, make_adapter
 from trainer.data import Batch
-from trainer.data.collate import collate
-from trainer.data.rows import Encoded
+from trainer.data.loading.collate import collate
+from trainer.data.sample import Encoded
 from trainer.model import Head, build
 from trainer.recipe import Recipe
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.training import run_of, small_recipe, train_here
-from trainer import layout
 from trainer.recipe import Recipe
+from trainer.run import layout
 
 
 def trained(name: str, model: Path, folder: Path, **changes: Any) -> Recipe:

@@ -10,14 +10,14 @@ import torch
 
 from trainer.adapters import make_adapter
 from trainer.data import Batch
-from trainer.flops import Operations
-from trainer.metering import operations_of
+from trainer.distributed.world import World
 from trainer.model.meta import four_bit_layers, meta_model, pack
 from trainer.optim import make_optimizer
 from trainer.recipe import Recipe
 from trainer.strategies import Strategy, make_strategy
 from trainer.tasks import Task, make_task
-from trainer.world import World
+from trainer.worker.metering import operations_of
+from trainer.worker.mfu import Operations
 
 STD = 0.02
 

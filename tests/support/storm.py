@@ -18,14 +18,14 @@ from statistics import mean
 
 import psutil
 
-from launcher.status import read_status
+from launcher.monitor.status import read_status
 from tests.support.jobs import Command, muster_run, workers
 from tests.support.training import losses, run_of
-from trainer import layout
 from trainer.checkpoint import read_claims
 from trainer.errors import Interrupted
 from trainer.recipe import Recipe
-from trainer.reporter import rows_backwards
+from trainer.run import layout
+from trainer.run.jsonl import rows_backwards
 
 KINDS = ("worker", "worker", "worker", "every worker", "driver", "whole tree")
 STILL_S = 240.0

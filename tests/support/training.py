@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.ranks import run_ranks
-from trainer import layout
-from trainer.begin import freeze_recipe, prepare_data
-from trainer.lease import Lease
 from trainer.recipe import Recipe, parse
-from trainer.reporter import read_rows
+from trainer.run import layout
+from trainer.run.frozen import freeze_recipe, prepare_data
+from trainer.run.jsonl import read_rows
+from trainer.run.lease import Lease
 from trainer.storage import Storage, open_storage
 
 PHRASES = ("the baker sells bread", "a ferry crosses the sound", "rain fell on the hills", "who keeps the lighthouse")
@@ -70,8 +70,8 @@ def _train(recipe: Recipe, *, first: bool) -> None:
     import torch.distributed as dist
 
     from trainer.errors import Interrupted
-    from trainer.job import Job
-    from trainer.worker import train
+    from trainer.worker.attempt import train
+    from trainer.worker.job import Job
 
     storage = open_storage(recipe.storage)
     run = storage.child(recipe.name)
@@ -94,8 +94,8 @@ def _train(recipe: Recipe, *, first: bool) -> None:
 def train_here(recipe: Recipe, stop_requested: Callable[[], bool] = lambda: False) -> str:
     """Trains the recipe's run in this process, as the one rank there is; returns the state that it ended in."""
     from trainer.errors import Interrupted
-    from trainer.job import Job
-    from trainer.worker import train
+    from trainer.worker.attempt import train
+    from trainer.worker.job import Job
 
     storage = open_storage(recipe.storage)
     run = storage.child(recipe.name)

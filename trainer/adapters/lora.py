@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trainer.adapters.meta_init import META
 from trainer.adapters.peft_method import PeftMethod
-from trainer.adapters.without_weights import META
 
 if TYPE_CHECKING:
     from trainer.adapters.base import Rows

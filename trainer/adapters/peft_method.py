@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from trainer.adapters.base import Adapter, head_modules
+from trainer.adapters.meta_init import StayingOnHost, elements_of_rows, original_of, take_values
 from trainer.adapters.targets import Targets, check_names, check_targets, resolve
-from trainer.adapters.without_weights import StayingOnHost, elements_of_rows, original_of, take_values
 from trainer.errors import CorruptObject, InputError
 from trainer.precision import cast_where_used
-from trainer.recipe.tasks import AUTO_CLASSES, PEFT_TYPES
+from trainer.recipe.sections.tasks import AUTO_CLASSES, PEFT_TYPES
 
 if TYPE_CHECKING:
     from peft import PeftConfig

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainer.adapters.in_packs import before_embeddings, before_keys
+from trainer.adapters.packed_prompts import before_embeddings, before_keys
 from trainer.adapters.peft_method import ADAPTER_NAME, PeftMethod, on_host, saved_by_peft
 
 if TYPE_CHECKING:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from trainer.checkpoint.blobs import put_checkpoint
-from trainer.checkpoint.claims import Claims, check_fence, claim_attempt, claim_driver, claim_driver_after, read_claims
 from trainer.checkpoint.protocol import OnSkip, commit, list_commits, log_skip
 from trainer.checkpoint.record import CommitRecord, FileEntry
 from trainer.checkpoint.restore import fetch, fetch_whole, newest_whole
 from trainer.checkpoint.retention import Retention
+from trainer.run.claims import Claims, check_fence, claim_attempt, claim_driver, claim_driver_after, read_claims
 
 __all__ = [
     "Claims",

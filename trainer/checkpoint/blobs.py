@@ -8,9 +8,9 @@ import uuid
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
-from trainer import layout
 from trainer.checkpoint.record import FileEntry
 from trainer.errors import CorruptObject, StorageError
+from trainer.run import layout
 from trainer.storage import Storage, in_parallel, open_storage
 
 _PARALLEL_UPLOADS = 4

@@ -18,7 +18,8 @@ What holds then rests on one property of the store: an object can be created onl
        at nothing; files and unfinished uploads that no record names are swept when their attempt is older than the
        one that sweeps.
 
-tests/unit/protocol_model.py runs this code through all interleavings, and shows that none of the steps can go.
+tests/unit/trainer/checkpoint/protocol_model.py runs this code through all interleavings, and shows that none of the
+steps can go.
 
 A reader (restore.py) goes through the records from the newest generation's newest to the oldest, and takes the first
 one whose every file has the size and sha256 of the record, before anything of it is used.
@@ -29,10 +30,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from trainer import layout
-from trainer.checkpoint.claims import check_fence
 from trainer.checkpoint.record import CommitRecord
 from trainer.errors import CorruptObject, Fenced, StorageError
+from trainer.run import layout
+from trainer.run.claims import check_fence
 from trainer.storage import Storage, in_parallel
 
 log = logging.getLogger(__name__)

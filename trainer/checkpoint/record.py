@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, TypedDict
 
-from trainer import layout
 from trainer.errors import CorruptObject, InputError
 from trainer.parsing import Malformed, parse_json
 from trainer.records import Count, read_record
-from trainer.row_types import Facts
+from trainer.run import layout
+from trainer.run.row_types import Facts
 from trainer.storage import is_safe_key, to_json
 
 FORMAT = 1

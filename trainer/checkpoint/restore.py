@@ -8,11 +8,11 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TypeVar
 
-from trainer import layout
 from trainer.checkpoint.blobs import check_needed, entry_of, entry_of_file
 from trainer.checkpoint.protocol import OnSkip, commit_keys, contradiction, log_skip, read_commit
 from trainer.checkpoint.record import CommitRecord, FileEntry
 from trainer.errors import CorruptObject
+from trainer.run import layout
 from trainer.storage import Storage, in_parallel
 
 T = TypeVar("T")

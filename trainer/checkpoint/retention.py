@@ -7,11 +7,11 @@ import time
 from collections.abc import Callable, Collection, Iterable
 from datetime import datetime
 
-from trainer import layout
 from trainer.checkpoint.blobs import commit_of
 from trainer.checkpoint.protocol import CommitKey, commit_keys, read_commit
 from trainer.checkpoint.record import CommitRecord
 from trainer.errors import MusterError
+from trainer.run import layout
 from trainer.storage import Storage, in_parallel
 
 log = logging.getLogger(__name__)

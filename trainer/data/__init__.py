@@ -1,15 +1,15 @@
 """Data whose order belongs to the run: freeze the inputs, prepare once, plan, and stream by an integer cursor."""
 
-from trainer.data.begun import Begun, open_begun
-from trainer.data.disk_cache import DiskCache, open_caches
-from trainer.data.evaluation import eval_batches
-from trainer.data.executor import process_pool
-from trainer.data.freeze import describe, freeze
-from trainer.data.plan import epoch_order
-from trainer.data.prepare import MapWindows, Progress, check_first_rows, prepare, resolve_chat_template
-from trainer.data.prepared import Prepared, open_prepared
+from trainer.data.loading.disk_cache import DiskCache, open_caches
+from trainer.data.loading.evaluation import eval_batches
+from trainer.data.loading.stream import Stream, count_steps
+from trainer.data.order.pack_order import epoch_order
+from trainer.data.prepare.executor import process_pool
+from trainer.data.prepare.freeze import describe, freeze
+from trainer.data.prepare.partial import Begun, open_begun
+from trainer.data.prepare.prepare import MapWindows, Progress, check_first_rows, prepare, resolve_chat_template
+from trainer.data.prepare.prepared import Prepared, open_prepared
 from trainer.data.spec import FrozenObject, FrozenSource, Preparation, tokenizer_fingerprint
-from trainer.data.stream import Stream, count_steps
 from trainer.data.summary import Summary, summarise
 from trainer.data.types import Batch, Cursor, MicroBatch, RankStep, SampleRef, StepPlan
 

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from trainer.data.rows import Encoded
+from trainer.data.sample import Encoded
 from trainer.data.types import Bools, Floats, Tokens, TokenTypes
 from trainer.parsing import Malformed, parse_json
 from trainer.records import Count, read_record

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from trainer.data.plan import PlanSettings
-from trainer.data.prepared import Prepared
-from trainer.data.stream import epoch_packs, plan_settings
+from trainer.data.loading.stream import epoch_packs, plan_settings
+from trainer.data.order.pack_order import PlanSettings
+from trainer.data.prepare.prepared import Prepared
 from trainer.data.types import Ints
 
 BINS = 12

@@ -14,7 +14,7 @@ from trainer.data.formats.columns import Columns
 from trainer.data.formats.completion import texts_of
 from trainer.data.formats.qa import Example, example_of
 from trainer.data.readers import rows_of
-from trainer.data.rows import Fault, Row
+from trainer.data.sample import Fault, Row
 from trainer.evaluate.answers import exact_match, f1, reference_number, same_number
 
 

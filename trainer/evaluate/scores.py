@@ -12,22 +12,22 @@ from typing import Any
 
 import torch
 
-from trainer import layout
-from trainer.begin import eval_spec
+from trainer.artifacts import Address, Subject, Writer, find, load
+from trainer.artifacts.chat import first_line, one_line
+from trainer.artifacts.reward_model import reward_model
 from trainer.data import Batch, Preparation, Prepared, eval_batches, freeze, open_prepared, prepare
-from trainer.data.labels import label_set
+from trainer.data.prepare.label_set import label_set
 from trainer.errors import InputError, NonFiniteLoss, UsageError
 from trainer.evaluate.questions import Question, questions_of
-from trainer.loop import evaluated_sums
 from trainer.model import fetch_model, load_tokenizer
 from trainer.model.placement import Placement, placement_for
 from trainer.recipe import Recipe
 from trainer.recipe.trust import Trust
-from trainer.rewarding import reward_model
-from trainer.saved import Address, Subject, Writer, find, load
-from trainer.saved.conversation import first_line, one_line
+from trainer.run import layout
+from trainer.run.frozen import eval_spec
 from trainer.storage import open_storage
 from trainer.tasks import Company, Task, Totals, make_task
+from trainer.worker.loop import evaluated_sums
 
 ANSWER_TOKENS, SOLUTION_TOKENS = 32, 512
 """New tokens of an answer of a line, and of a solution in steps."""

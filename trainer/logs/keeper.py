@@ -101,8 +101,8 @@ class Keeper:
         self._store()
 
     def _store(self) -> None:
-        from trainer import layout
         from trainer.errors import MusterError
+        from trainer.run import layout
 
         try:
             self._begin()

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from trainer import layout
+from trainer.run import layout
 from trainer.storage import Storage, in_parallel
 
 PART_BYTES = 256 * 1024

@@ -1,11 +1,11 @@
 """The base model: its files brought to this host, its tokenizer, and the module built from them."""
 
 from trainer.model.build import Loaded, build
-from trainer.model.files import ModelFiles, fetch_model
+from trainer.model.files.fetch import ModelFiles, fetch_model
+from trainer.model.files.tokenizer import load_tokenizer
+from trainer.model.files.weight_check import check_weights
 from trainer.model.head import Head, save_head_config
-from trainer.model.isolation import check_isolation
-from trainer.model.tokenizer import load_tokenizer
-from trainer.model.weights import check_weights
+from trainer.model.kernels.packing_check import check_isolation
 
 __all__ = [
     "Head",

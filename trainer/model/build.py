@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.errors import InputError
-from trainer.libraries import load_libraries
-from trainer.model.code import check_code
-from trainer.model.config_files import UNUSABLE, cause
+from trainer.fast_imports import load_libraries
+from trainer.model.files.configs import UNUSABLE, cause
+from trainer.model.files.remote_code import check_code
 from trainer.model.head import Head, head_modules, is_head, set_up_head, take_tied_embeddings
-from trainer.model.memory import HostPeak
+from trainer.model.peak_rss import HostPeak
 from trainer.model.placement import Placement
 from trainer.model.quantization import keep_weights_packed, quantization_config
-from trainer.recipe.model import ModelSection
+from trainer.recipe.sections.model import ModelSection
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -16,9 +16,9 @@ from typing import Any
 import torch
 
 from trainer.errors import InputError
-from trainer.model.code import check_code
-from trainer.model.config_files import UNUSABLE, cause
-from trainer.recipe.model import ModelSection
+from trainer.model.files.configs import UNUSABLE, cause
+from trainer.model.files.remote_code import check_code
+from trainer.recipe.sections.model import ModelSection
 
 GPU_SHARE, HOST_SHARE = 0.85, 0.8
 """Of the free memory, for weights; the rest is for what is computed with them."""
@@ -41,7 +41,7 @@ class Placement:
 
     def for_model(self) -> dict[str, Any]:
         """As transformers' ``from_pretrained`` takes it."""
-        assert self.disk is None, "spread by trainer.model.spread"
+        assert self.disk is None, "spread by trainer.model.offload"
         if self.limits is None:
             return {"device_map": {"": self.device}}
         return {"device_map": "auto", "max_memory": dict(self.limits)}

@@ -14,14 +14,14 @@ from typing import Any
 import torch
 
 from trainer.errors import InputError
-from trainer.model.by_shard import ShardLoader
-from trainer.model.checkpoint_files import read_headers
-from trainer.model.files import fetch_model
+from trainer.model.files.fetch import fetch_model
+from trainer.model.files.safetensors_index import read_headers
+from trainer.model.files.sharded_writer import WeightFiles
+from trainer.model.files.weight_check import INDEX
+from trainer.model.files.weight_source import Source
 from trainer.model.meta import NotByShard, meta_model
-from trainer.model.source import Source
-from trainer.model.weight_files import WeightFiles
-from trainer.model.weights import INDEX
-from trainer.recipe.model import ModelSection
+from trainer.model.sharded_load import ShardLoader
+from trainer.recipe.sections.model import ModelSection
 from trainer.storage import Storage, local_path, open_storage
 
 FORMAT = 1

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from trainer.recipe.model import ModelSection
+from trainer.recipe.sections.model import ModelSection
 
 
 def quantization_config(section: ModelSection, skipped: list[str] | None = None) -> Any:

@@ -6,7 +6,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from trainer.recipe.optimizer import OptimizerSection
+from trainer.recipe.sections.optimizer import OptimizerSection
 from trainer.registry import OPTIMIZERS
 
 if TYPE_CHECKING:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from trainer.recipe.schedule import ScheduleSection
+from trainer.recipe.sections.schedule import ScheduleSection
 
 
 def _constant(progress: float) -> float:

@@ -1,10 +1,10 @@
 """What a run will take, before anything is started: bytes per rank, from the base's configuration alone."""
 
-from trainer.plan.advice import Suggestion, suggestions
 from trainer.plan.config import Base, read_base
 from trainer.plan.memory import Planner
-from trainer.plan.outlook import Inquiry, Outlook
 from trainer.plan.result import Limits, Plan, RankPlan
+from trainer.plan.run_length import Inquiry, Outlook
+from trainer.plan.suggestions import Suggestion, suggestions
 
 __all__ = [
     "Base",

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.errors import InputError, MusterError
-from trainer.model.code import check_code
+from trainer.model.files.remote_code import check_code
+from trainer.plan.known_configs import known_shape
 from trainer.plan.patience import Asked, Late
-from trainer.plan.shapes import known_shape
-from trainer.recipe.model import ModelSection
+from trainer.recipe.sections.model import ModelSection
 from trainer.storage import open_storage
 
 if TYPE_CHECKING:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trainer.adapters import make_adapter
-from trainer.plan.measure import Working, working_set
-from trainer.plan.packed import PackedLinear
+from trainer.plan.activation_memory import Working, working_set
+from trainer.plan.fake_quantized_linear import PackedLinear
+from trainer.plan.meta_model import skeleton
+from trainer.plan.optimizer_memory import WHOLE, checkpoint_bytes, partition_bytes
 from trainer.plan.result import Limits, Plan, RankPlan
 from trainer.plan.shards import Share, Weight, share, weights_of
-from trainer.plan.skeleton import skeleton
-from trainer.plan.states import WHOLE, checkpoint_bytes, partition_bytes
 from trainer.recipe import Recipe
 from trainer.recipe.zero import STAGES, zero_settings
 from trainer.registry import STRATEGIES
@@ -77,7 +77,7 @@ def _mapped(recipe: Recipe, config: PreTrainedConfig, elements: int) -> int:
 
 
 def _by_shard(recipe: Recipe, model: torch.nn.Module) -> bool:
-    """As `trainer.building` decides it."""
+    """As `trainer.worker.build` decides it."""
     if recipe.model.quantization == "int8":
         return False
     return bool(STRATEGIES.load(recipe.strategy.kind).by_shard(recipe)) and make_adapter(recipe).loads_by_shard(model)

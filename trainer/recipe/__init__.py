@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from trainer.recipe.adapter import AdapterSection
-from trainer.recipe.checkpoint import CheckpointSection
-from trainer.recipe.data import DataSection, SourceSection
 from trainer.recipe.loading import load, loads, parse
-from trainer.recipe.model import ModelSection
-from trainer.recipe.optimizer import OptimizerSection
-from trainer.recipe.resources import ResourcesSection
 from trainer.recipe.root import Recipe
-from trainer.recipe.schedule import ScheduleSection
-from trainer.recipe.strategy import StrategySection
-from trainer.recipe.training import TrainingSection
+from trainer.recipe.sections.adapter import AdapterSection
+from trainer.recipe.sections.checkpoint import CheckpointSection
+from trainer.recipe.sections.data import DataSection, SourceSection
+from trainer.recipe.sections.model import ModelSection
+from trainer.recipe.sections.optimizer import OptimizerSection
+from trainer.recipe.sections.resources import ResourcesSection
+from trainer.recipe.sections.schedule import ScheduleSection
+from trainer.recipe.sections.strategy import StrategySection
+from trainer.recipe.sections.training import TrainingSection
 from trainer.recipe.writing import differences, dump, fingerprint, schema
 
 __all__ = [

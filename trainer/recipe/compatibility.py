@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from trainer.recipe import matrix
 from trainer.recipe.base import Conflict, KeyPath, Section
-from trainer.recipe.compute import SEGMENTING_TASKS, SIXTEEN_BIT, VIRTUAL
-from trainer.recipe.data import TASK_FORMATS
-from trainer.recipe.samples import SamplesSection
-from trainer.recipe.tasks import AUTO_CLASSES, REFERRING, SEQUENCE, TASK_SECTIONS
-from trainer.recipe.tracking import TRACKER_SECTIONS
+from trainer.recipe.sections.compute import SEGMENTING_TASKS, SIXTEEN_BIT, VIRTUAL
+from trainer.recipe.sections.data import TASK_FORMATS
+from trainer.recipe.sections.samples import SamplesSection
+from trainer.recipe.sections.tasks import AUTO_CLASSES, REFERRING, SEQUENCE, TASK_SECTIONS
+from trainer.recipe.sections.tracking import TRACKER_SECTIONS
 from trainer.recipe.zero import STAGES
 
 if TYPE_CHECKING:

@@ -10,7 +10,7 @@ from itertools import product
 from typing import TYPE_CHECKING, NamedTuple, get_args
 
 from trainer.recipe.base import Conflict, KeyPath
-from trainer.recipe.model import ModelSection
+from trainer.recipe.sections.model import ModelSection
 from trainer.registry import METHODS, STRATEGIES, TASKS
 
 if TYPE_CHECKING:

@@ -11,11 +11,11 @@ from pydantic.fields import FieldInfo
 
 from trainer.recipe.base import KeyPath, Section
 from trainer.recipe.compatibility import RULES
-from trainer.recipe.data import COLUMNS, OPTIONAL_COLUMNS, TASK_FORMATS
-from trainer.recipe.datasets import DATASETS
 from trainer.recipe.matrix import REFUSALS, Refusal, alike, axes, signs
 from trainer.recipe.methods import DEFAULTS
 from trainer.recipe.root import Recipe
+from trainer.recipe.sections.data import COLUMNS, OPTIONAL_COLUMNS, TASK_FORMATS
+from trainer.recipe.sections.datasets import DATASETS
 from trainer.recipe.tree import dotted, element, section_of
 from trainer.recipe.writing import MAY_CHANGE, schema
 

@@ -8,23 +8,23 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from trainer.recipe.adapter import AdapterSection
 from trainer.recipe.base import Conflict, Listed, Location, OneOf, Section
-from trainer.recipe.checkpoint import CheckpointSection
-from trainer.recipe.cluster import ClusterSection
-from trainer.recipe.compute import ComputeSection
-from trainer.recipe.data import DataSection
-from trainer.recipe.model import ModelSection
-from trainer.recipe.optimizer import OptimizerSection
-from trainer.recipe.ppo import PPOSection
-from trainer.recipe.profile import ProfileSection
-from trainer.recipe.resources import ResourcesSection
-from trainer.recipe.samples import SamplesSection
-from trainer.recipe.schedule import ScheduleSection
-from trainer.recipe.strategy import StrategySection
-from trainer.recipe.tasks import ClassificationSection, DPOSection
-from trainer.recipe.tracking import MlflowSection, PrometheusSection, TensorBoardSection, WandbSection
-from trainer.recipe.training import TrainingSection
+from trainer.recipe.sections.adapter import AdapterSection
+from trainer.recipe.sections.checkpoint import CheckpointSection
+from trainer.recipe.sections.cluster import ClusterSection
+from trainer.recipe.sections.compute import ComputeSection
+from trainer.recipe.sections.data import DataSection
+from trainer.recipe.sections.model import ModelSection
+from trainer.recipe.sections.optimizer import OptimizerSection
+from trainer.recipe.sections.ppo import PPOSection
+from trainer.recipe.sections.profile import ProfileSection
+from trainer.recipe.sections.resources import ResourcesSection
+from trainer.recipe.sections.samples import SamplesSection
+from trainer.recipe.sections.schedule import ScheduleSection
+from trainer.recipe.sections.strategy import StrategySection
+from trainer.recipe.sections.tasks import ClassificationSection, DPOSection
+from trainer.recipe.sections.tracking import MlflowSection, PrometheusSection, TensorBoardSection, WandbSection
+from trainer.recipe.sections.training import TrainingSection
 from trainer.registry import TASKS, TRACKERS
 
 

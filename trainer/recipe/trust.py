@@ -11,8 +11,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trainer.errors import UsageError
-from trainer.recipe.model import ModelSection
 from trainer.recipe.root import Recipe
+from trainer.recipe.sections.model import ModelSection
 
 FLAG = "--trust-remote-code"
 SHIPPED_REWARDS = "trainer.tasks.ppo.rewards:"

@@ -12,7 +12,7 @@ import yaml
 from trainer.recipe.base import KeyPath
 from trainer.recipe.document import Dumper
 from trainer.recipe.root import Recipe
-from trainer.recipe.tracking import TRACKER_SECTIONS
+from trainer.recipe.sections.tracking import TRACKER_SECTIONS
 from trainer.recipe.tree import dotted
 
 MAY_CHANGE: tuple[KeyPath, ...] = (

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trainer.distributed.world import World
 from trainer.precision import needs_autocast
 from trainer.registry import STRATEGIES
 from trainer.strategies.optimizer_state import load_optimizer_state, optimizer_state
-from trainer.world import World
 
 if TYPE_CHECKING:
     from trainer.recipe import Recipe

@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from trainer.distributed.world import World
 from trainer.parsing import Malformed
 from trainer.registry import TASKS
-from trainer.world import World
 
 if TYPE_CHECKING:
     import torch
@@ -51,7 +51,7 @@ class Update(NamedTuple):
 class Company:
     """What a task that writes texts has beside the model. ``world``: the ranks that do so together, None for whoever is
     alone. ``meets``: whether the strategy gathers parameters in a forward, so that every rank has to run as many.
-    ``reward``: the model that rates texts (`trainer.tasks.ppo.raters`), where the recipe names one."""
+    ``reward``: the model that rates texts (`trainer.tasks.ppo.reward_models`), where the recipe names one."""
 
     tokenizer: PreTrainedTokenizerBase
     world: World | None = None
@@ -74,7 +74,8 @@ class Task(ABC):
     company: Company
 
     head: Any = None
-    """Of a language model, once it is attached: the `trainer.tasks.head.TargetHead` by whose logits it can write."""
+    """Of a language model, once it is attached: the `trainer.tasks.lm_head_loss.TargetHead` by whose logits it can
+    write."""
 
     beside: str | None = None
     """A module that the task puts on the model, trained with the adapter and saved beside it, as `<beside>.safetensors`

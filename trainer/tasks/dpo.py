@@ -20,8 +20,8 @@ import torch
 from torch.nn.functional import logsigmoid
 
 from trainer.tasks.base import Measured, Task
-from trainer.tasks.head import TargetHead
 from trainer.tasks.inputs import to_device
+from trainer.tasks.lm_head_loss import TargetHead
 from trainer.tasks.pairs import evaluated, pair_metrics, pair_sums
 from trainer.tasks.reference import adapter_off
 

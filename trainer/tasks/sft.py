@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from trainer.tasks.base import Measured, Task, ratio
-from trainer.tasks.head import TargetHead
+from trainer.tasks.lm_head_loss import TargetHead
 
 if TYPE_CHECKING:
     from trainer.data import Batch

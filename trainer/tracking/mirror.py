@@ -22,14 +22,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 
-from trainer import layout
 from trainer.errors import CorruptObject, Interrupted
 from trainer.parsing import Malformed
 from trainer.recipe import Recipe, fingerprint
 from trainer.records import Count, read_record
 from trainer.redact import redact
 from trainer.registry import TRACKERS
-from trainer.rowfeed import RowFeed
+from trainer.run import layout
+from trainer.run.jsonl_tail import RowFeed
 from trainer.storage import Storage
 from trainer.tracking.base import START, Curve, Mark, Point, Tracker, point_of
 

@@ -12,9 +12,9 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from trainer import layout
 from trainer.recipe import Recipe, dump
 from trainer.redact import redact
+from trainer.run import layout
 from trainer.storage import Storage, open_storage
 from trainer.tracking.base import EVAL, START, TRAIN, Curve, Mark, Point
 

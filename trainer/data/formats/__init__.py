@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
-from trainer.data.rows import Encoded, Fault, Row
+from trainer.data.sample import Encoded, Fault, Row
 from trainer.data.spec import FrozenSource, Preparation
 from trainer.registry import FORMATS
 

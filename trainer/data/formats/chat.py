@@ -15,7 +15,7 @@ from trainer.data.formats.columns import encodable
 from trainer.data.formats.joined import eos_of
 from trainer.data.formats.rendering import Unrendered, render
 from trainer.data.formats.turns import Turn
-from trainer.data.rows import Encoded, Fault
+from trainer.data.sample import Encoded, Fault
 from trainer.data.types import Bools
 
 Interval = tuple[int, int]

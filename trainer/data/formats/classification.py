@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from trainer.data.formats.columns import Columns, as_text
-from trainer.data.labels import label_name
-from trainer.data.rows import Encoded, Fault, Row
+from trainer.data.prepare.label_set import label_name
+from trainer.data.sample import Encoded, Fault, Row
 from trainer.data.spec import FrozenSource, Preparation
 from trainer.errors import InputError
 

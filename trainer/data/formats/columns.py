@@ -5,7 +5,7 @@ from __future__ import annotations
 import string
 from typing import Any
 
-from trainer.data.rows import Fault, Row
+from trainer.data.sample import Fault, Row
 from trainer.data.spec import FrozenSource
 
 _MISSING = object()

@@ -11,7 +11,7 @@ from typing import Any
 
 from trainer.data.formats.columns import Columns, as_text
 from trainer.data.formats.joined import Joiner, Pair, both
-from trainer.data.rows import Encoded, Fault, Row
+from trainer.data.sample import Encoded, Fault, Row
 from trainer.data.spec import FrozenSource, Preparation
 
 PROMPT = (

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.rows import Encoded, Fault
+from trainer.data.sample import Encoded, Fault
 from trainer.errors import InputError
 
 Pair = tuple[str, str]

@@ -10,7 +10,7 @@ from typing import Any
 from trainer.data.formats.chat import Chat
 from trainer.data.formats.columns import Columns
 from trainer.data.formats.turns import tools_of, turns_of
-from trainer.data.rows import Encoded, Fault, Row
+from trainer.data.sample import Encoded, Fault, Row
 from trainer.data.spec import FrozenSource, Preparation
 from trainer.errors import InputError
 

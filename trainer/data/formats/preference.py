@@ -17,7 +17,7 @@ from trainer.data.formats.chat import Chat
 from trainer.data.formats.columns import Columns, as_text
 from trainer.data.formats.joined import Joiner, Pair, both
 from trainer.data.formats.turns import Turn, turns_of
-from trainer.data.rows import Encoded, Fault, Row
+from trainer.data.sample import Encoded, Fault, Row
 from trainer.data.spec import FrozenSource, Preparation
 
 SIDES = ("chosen", "rejected")

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from trainer.data.formats.columns import Columns, encodable
 from trainer.data.formats.joined import Joiner, Pair
-from trainer.data.rows import Encoded, Fault, Row
+from trainer.data.sample import Encoded, Fault, Row
 from trainer.data.spec import FrozenSource, Preparation
 
 BEFORE, AFTER = "Question:", "Answer:"

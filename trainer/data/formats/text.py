@@ -10,7 +10,7 @@ import numpy as np
 
 from trainer.data.formats.columns import Columns
 from trainer.data.formats.joined import eos_of
-from trainer.data.rows import Encoded, Fault, Row
+from trainer.data.sample import Encoded, Fault, Row
 from trainer.data.spec import FrozenSource, Preparation
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.data.rows import Fault
+from trainer.data.sample import Fault
 from trainer.parsing import Malformed, parse_json
 
 Turn = dict[str, Any]

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol, cast
 
 from trainer.data.readers.body import Body, ObjectBody, unpacked
-from trainer.data.rows import Fault, Row
+from trainer.data.sample import Fault, Row
 from trainer.data.spec import FrozenObject, FrozenSource
 from trainer.errors import InputError
 from trainer.registry import Registry

@@ -13,7 +13,7 @@ from trainer.data.readers import Piece
 from trainer.data.readers.body import Body
 from trainer.data.readers.lines import BOM, line_of
 from trainer.data.readers.tsv import check_names, row_of_fields
-from trainer.data.rows import ROW_BYTES, TOO_LONG, Fault, Row
+from trainer.data.sample import ROW_BYTES, TOO_LONG, Fault, Row
 from trainer.errors import InputError
 
 _READ_BYTES = 256 << 10

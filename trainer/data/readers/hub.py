@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from trainer.data.readers import Piece
 from trainer.data.readers.parquet import plain_rows
-from trainer.data.rows import Fault, Row
+from trainer.data.sample import Fault, Row
 from trainer.data.spec import FrozenObject
 from trainer.errors import InputError
 

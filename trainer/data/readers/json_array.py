@@ -15,7 +15,7 @@ from trainer.data.readers import Piece
 from trainer.data.readers.body import Body
 from trainer.data.readers.jsonl import JsonLines, row_of
 from trainer.data.readers.lines import BOM, line_of
-from trainer.data.rows import ROW_BYTES, TOO_LONG, Fault, Row
+from trainer.data.sample import ROW_BYTES, TOO_LONG, Fault, Row
 from trainer.errors import InputError
 from trainer.parsing import JsonReader, Malformed
 

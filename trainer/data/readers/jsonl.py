@@ -7,7 +7,7 @@ from typing import Any
 
 from trainer.data.readers.body import Body
 from trainer.data.readers.lines import LineReader, excerpt
-from trainer.data.rows import Fault, Row
+from trainer.data.sample import Fault, Row
 from trainer.errors import InputError
 from trainer.parsing import JsonReader, Malformed, is_unicode
 

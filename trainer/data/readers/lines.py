@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from trainer.data.readers import Piece
 from trainer.data.readers.body import Body
-from trainer.data.rows import ROW_BYTES, TOO_LONG, Fault, Row
+from trainer.data.sample import ROW_BYTES, TOO_LONG, Fault, Row
 
 BOM = b"\xef\xbb\xbf"
 _LOOK_AHEAD, _FURTHEST_AHEAD = 64 << 10, 8 << 20

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 
 from trainer.data.readers import Piece
 from trainer.data.readers.body import Body, RangedFile
-from trainer.data.rows import ROW_BYTES, TOO_LONG, Fault, Row
+from trainer.data.sample import ROW_BYTES, TOO_LONG, Fault, Row
 from trainer.errors import InputError
 
 SPAN_BYTES = 32 << 20

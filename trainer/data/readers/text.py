@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from trainer.data.readers import Piece
 from trainer.data.readers.body import Body
 from trainer.data.readers.lines import BOM, LineReader
-from trainer.data.rows import Fault, Row
+from trainer.data.sample import Fault, Row
 from trainer.errors import InputError
 
 DOCUMENT_BYTES = 256 << 20

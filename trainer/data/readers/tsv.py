@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from trainer.data.readers.body import Body
 from trainer.data.readers.lines import BOM, LineReader, rest_of_line
-from trainer.data.rows import Fault, Row
+from trainer.data.sample import Fault, Row
 from trainer.errors import InputError
 from trainer.parsing import is_unicode
 

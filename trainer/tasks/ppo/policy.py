@@ -14,8 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from trainer.errors import InputError
-from trainer.tasks.head import TargetHead, in_chunks, selected
 from trainer.tasks.inputs import to_device
+from trainer.tasks.lm_head_loss import TargetHead, in_chunks, selected
 
 VALUE_HEAD = "value_head"
 INITIAL_STD = 0.02

@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from trainer.recipe.ppo import PPOSection
+from trainer.recipe.sections.ppo import PPOSection
 from trainer.tasks.ppo.advantages import Row, divergence, explained_variance, gae, token_rewards, whitened
-from trainer.tasks.writing import Prompt
+from trainer.tasks.sampling import Prompt
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]

@@ -27,11 +27,11 @@ from trainer.tasks.inputs import to_device
 from trainer.tasks.ppo.advantages import steered
 from trainer.tasks.ppo.losses import policy_loss, value_loss
 from trainer.tasks.ppo.policy import VALUE_HEAD, PolicyHead, first_value
-from trainer.tasks.ppo.raters import ModelRater, SharedReward
+from trainer.tasks.ppo.reward_function import Scorer
+from trainer.tasks.ppo.reward_models import ModelRater, SharedReward
 from trainer.tasks.ppo.rollouts import Experience, Learnt, Rollout, Texts
-from trainer.tasks.ppo.scoring import Scorer
 from trainer.tasks.reference import adapter_off
-from trainer.tasks.writing import Author, prompts_of, shown
+from trainer.tasks.sampling import Author, prompts_of, shown
 
 if TYPE_CHECKING:
     from trainer.data import Batch, StepPlan

@@ -1,0 +1,265 @@
+"""``muster generate`` and ``muster chat``: what a run, an adapter or a model answers."""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from launcher.cli.options import TrustOption
+from launcher.terminal.console import bar, hush_libraries, stderr
+from trainer.errors import UsageError
+from trainer.interruption import current
+
+if TYPE_CHECKING:
+    from trainer.artifacts import Subject, Writer
+    from trainer.artifacts.chat import Conversation
+
+LEAVE = ("exit", "quit")
+HELP = "/clear forgets what was said, exit (or the end of input) leaves"
+
+RunOption = Annotated[
+    str | None, typer.Option("--run", help="a run, by its folder: the final adapter, or the newest checkpoint")
+]
+AdapterOption = Annotated[
+    list[str] | None,
+    typer.Option("--adapter", help="the folder of an adapter or of a fully tuned model; several as NAME=URI"),
+]
+ModelOption = Annotated[str | None, typer.Option("--model", help="a model by itself: folder, URL, or name on the Hub")]
+UseOption = Annotated[
+    str | None, typer.Option("--use", help="which of several adapters, or how much of each: a, or a=0.7,b=0.3")
+]
+CombinationOption = Annotated[
+    str, typer.Option("--combination", help="how weights combine: cat svd linear ties dare_linear dare_ties")
+]
+DensityOption = Annotated[
+    float | None, typer.Option("--density", min=0.0, max=1.0, help="share of entries that ties and dare keep")
+]
+QuantizationOption = Annotated[
+    str | None, typer.Option("--quantization", help="none | nf4 | int8: how the base is held; else as in training")
+]
+FrameOption = Annotated[
+    str | None,
+    typer.Option(
+        "--frame", help="chat | qa | instruction | template | plain: how a question is put; else as in training"
+    ),
+]
+TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="of each answer")]
+TemperatureOption = Annotated[
+    float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token, 1 draws by the probabilities")
+]
+TopPOption = Annotated[
+    float, typer.Option("--top-p", min=0.0, max=1.0, help="draw among the likeliest tokens of this share together")
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="of what is drawn")]
+
+
+@dataclass(frozen=True)
+class Which:
+    """What is to answer, as the options have it."""
+
+    run: str | None
+    adapters: list[str] | None
+    model: str | None
+    use: str | None
+    combination: str
+    density: float | None
+    quantization: str | None
+    trust: bool
+
+
+@dataclass(frozen=True)
+class Loaded:
+    subject: Subject
+    tokenizer: Any
+    writer: Writer
+
+
+def generate(
+    run: RunOption = None,
+    adapter: AdapterOption = None,
+    model: ModelOption = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="one text to go on from, printed with no more")] = None,
+    file: Annotated[
+        str | None, typer.Option("--input", help="JSON Lines with a prompt, or messages, in each; - is stdin")
+    ] = None,
+    output: Annotated[str | None, typer.Option("--output", help="where the answers go; - is stdout")] = None,
+    frame: FrameOption = "plain",
+    use: UseOption = None,
+    combination: CombinationOption = "cat",
+    density: DensityOption = None,
+    quantization: QuantizationOption = None,
+    max_new_tokens: TokensOption = 256,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 17,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="prompts that are answered at once")] = 16,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Answer one prompt, or a file of them in its order."""
+    from trainer.artifacts.batch import answer_file
+
+    if (prompt is None) == (file is None):
+        raise UsageError("say what to answer by one of --prompt TEXT, --input FILE.jsonl")
+    if (file is None) != (output is None):
+        raise UsageError("--input and --output go together: a file of prompts, and one for their answers")
+    which = Which(run, adapter, model, use, combination, density, quantization, trust_remote_code)
+    drawing = Drawing(temperature, top_p, seed)
+    stdout = sys.stdout
+    with redirect_stdout(sys.stderr), _loaded(which, drawing, batch) as loaded:
+        talk = _conversation(loaded, frame, None)
+        if prompt is not None:
+            text = talk.shown(loaded.writer.answers([talk.ask(prompt)], max_new_tokens, talk.ended)[0])
+        else:
+            assert file is not None
+            assert output is not None
+            with bar("answering") as done:
+                answer_file(loaded.writer, talk, file, output, max_new_tokens, stdout, done)
+    if prompt is not None:
+        print(text)
+
+
+def chat(
+    run: RunOption = None,
+    adapter: AdapterOption = None,
+    model: ModelOption = None,
+    system: Annotated[str | None, typer.Option("--system", help="what stands before the conversation")] = None,
+    frame: FrameOption = None,
+    use: UseOption = None,
+    combination: CombinationOption = "cat",
+    density: DensityOption = None,
+    quantization: QuantizationOption = None,
+    max_new_tokens: TokensOption = 512,
+    temperature: TemperatureOption = 0.0,
+    top_p: TopPOption = 1.0,
+    seed: SeedOption = 17,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Talk to a run, an adapter or a model. In a pipe, each line is answered in turn."""
+    which = Which(run, adapter, model, use, combination, density, quantization, trust_remote_code)
+    stdout = sys.stdout
+    with redirect_stdout(sys.stderr), _loaded(which, Drawing(temperature, top_p, seed), 1) as loaded:
+        talk = _conversation(loaded, frame, system)
+        with redirect_stdout(stdout), current.keyboard():
+            _talk(loaded.writer, talk, max_new_tokens)
+
+
+def _talk(writer: Writer, talk: Conversation, max_new_tokens: int) -> None:
+    """Answers to stdout, everything else to stderr. Ctrl-C ends an answer, and between answers the talk."""
+    person = sys.stdin.isatty()
+    if person:
+        print(HELP, file=sys.stderr)
+    for text in _lines(person):
+        if text == "/clear":
+            talk.clear()
+            continue
+        try:
+            said = writer.stream(talk.ask(text), max_new_tokens, Shown(talk), talk.ended)
+        except KeyboardInterrupt:
+            talk.take_back()
+        else:
+            talk.answered(said)
+        print(flush=True)
+
+
+class Shown:
+    """Prints an answer as it comes; in the frame of questions, its first line."""
+
+    def __init__(self, talk: Conversation) -> None:
+        self.talk, self._text, self._printed = talk, "", ""
+
+    def __call__(self, piece: str) -> None:
+        self._text += piece
+        shown = self._text.lstrip()
+        if self.talk.ended(self._text):
+            shown = shown.splitlines()[0]
+        print(shown[len(self._printed) :], end="", flush=True)
+        self._printed = shown
+
+
+def _lines(person: bool) -> Iterator[str]:
+    """What is asked, until the end of input, ``exit`` or Ctrl-C."""
+    if person:
+        import readline  # noqa: F401 - lines can be edited and called back
+    while True:
+        try:
+            if person:
+                print("> ", end="", file=sys.stderr, flush=True)
+            text = input().strip()
+        except (EOFError, KeyboardInterrupt):
+            return
+        if text in LEAVE:
+            return
+        if text:
+            yield text
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How tokens are chosen."""
+
+    temperature: float
+    top_p: float
+    seed: int
+
+    def check(self) -> None:
+        if self.temperature == 0 and self.top_p < 1:
+            raise UsageError("--top-p has no effect at --temperature 0, which takes the likeliest token")
+
+
+def _conversation(loaded: Loaded, frame: str | None, system: str | None) -> Conversation:
+    from trainer.artifacts.chat import Conversation, frame_for
+
+    subject, tokenizer = loaded.subject, loaded.tokenizer
+    format, template = (subject.origin.format, subject.origin.template) if subject.origin else (None, None)
+    return Conversation(tokenizer, frame_for(tokenizer, frame, format, template), system, template)
+
+
+@contextmanager
+def _loaded(which: Which, drawing: Drawing, batch: int) -> Iterator[Loaded]:
+    import torch
+
+    from launcher.monitor.progress import Progress
+    from trainer.artifacts import Address, Sampling, Writer, base_files, find, load, tokenizer_of
+    from trainer.artifacts.combine import Mix, mixed
+    from trainer.model.placement import placement_for
+    from trainer.recipe.trust import Trust
+
+    address = Address.of(which.run, which.adapters, which.model)
+    mix = Mix.chosen(which.use, which.combination, which.density)
+    drawing.check()
+    hush_libraries()
+    say = Progress(stderr()).phase
+    with tempfile.TemporaryDirectory(prefix="muster-saved-") as folder:
+        say("fetching what is asked")
+        subject = held(find(address, Path(folder), trust=Trust(which.trust)), which.quantization)
+        if subject.classes:
+            raise UsageError(f"task {subject.task} makes a classifier, which writes no text: use muster evaluate")
+        if mix is None and len(subject.adapters) > 1:
+            raise UsageError(f"say which of {', '.join(subject.adapters)} is asked, or how much of each, by --use")
+        if mix:
+            mix.check(list(subject.adapters))
+        with placement_for(subject.section, base_files(subject)) as placement:
+            say("loading the model")
+            model, tokenizer = load(subject, placement, None), tokenizer_of(subject)
+            if mix:
+                mixed(model, mix)
+            torch.manual_seed(drawing.seed)
+            sampling = Sampling(drawing.temperature, drawing.top_p)
+            yield Loaded(subject, tokenizer, Writer(model, tokenizer, placement.device, batch, sampling))
+
+
+def held(subject: Subject, quantization: str | None) -> Subject:
+    """With the base held in another way than it was trained with, if that is asked for."""
+    if quantization is None or quantization == subject.section.quantization:
+        return subject
+    if quantization not in ("none", "nf4", "int8"):
+        raise UsageError(f"--quantization {quantization!r} is not one of: none, nf4, int8")
+    section = subject.section.model_copy(update={"quantization": quantization})
+    return replace(subject, section=section, recipe=None)

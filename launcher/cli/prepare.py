@@ -1,0 +1,184 @@
+"""``muster prepare``: tokenise and pack ahead of the run, and show what came of it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from trainer.errors import UsageError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from rich.console import RenderableType
+
+    from trainer.data import Prepared, Summary
+    from trainer.recipe import Recipe
+
+BAR = 40
+LISTED = 10
+
+
+def prepare(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe: YAML or JSON file")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes, by dotted path")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    processes: Annotated[int | None, typer.Option(min=1, help="processes that tokenise; one per core")] = None,
+    model: Annotated[
+        bool, typer.Option("--model", help="instead of the data, the base: a copy of it in NF4 for all runs to read")
+    ] = False,
+) -> None:
+    """Tokenise and pack the data of RECIPE ahead of its run, and show counts, lengths and the fill of the packs."""
+    from launcher.monitor.progress import Progress
+    from launcher.terminal.console import print_json, stderr, stdout
+    from trainer.recipe import load
+
+    loaded = load(recipe, overrides or [])
+    if model:
+        copy = prepare_model(loaded, Progress(stderr()))
+        if as_json:
+            print_json(copy)
+        else:
+            stdout().print(f"{copy['uri']}: {copy['bytes']:,} bytes", soft_wrap=True)
+        return
+    found = prepare_recipe(loaded, Progress(stderr()), processes or len(os.sched_getaffinity(0)))
+    if as_json:
+        print_json(found)
+        return
+    console = stdout()
+    for part in pictures(found):
+        console.print(part, soft_wrap=True)
+
+
+def prepare_recipe(recipe: Recipe, progress: Any, processes: int) -> dict[str, Any]:
+    """Prepares what is not prepared, in processes of this machine; what ``--json`` prints."""
+    from launcher.driver.preflight import check_storage, load_run_tokenizer
+    from trainer.data import process_pool, summarise
+    from trainer.run import layout
+    from trainer.run.frozen import prepare_parts, total_steps, weights
+    from trainer.storage import open_storage
+
+    storage = open_storage(recipe.storage)
+    check_storage(storage)
+    progress.phase("preparing data")
+    train, evaluation = prepare_parts(
+        recipe,
+        storage.child(recipe.name),
+        storage.child(layout.PREPARED),
+        lambda: load_run_tokenizer(recipe),
+        map_windows=process_pool(processes),
+        on_progress=progress.prepared,
+    )
+    progress.phase("planning the first epoch")
+    found = {"train": part_json(train, summarise(train, recipe.seed, weights(recipe.data)))}
+    if evaluation is not None:
+        found["eval"] = part_json(evaluation, summarise(evaluation, 0, [1.0] * len(evaluation.spec.sources)))
+    return {**found, "sequence_length": recipe.data.sequence_length, "total_steps": total_steps(recipe, train)}
+
+
+def prepare_model(recipe: Recipe, progress: Any) -> dict[str, Any]:
+    """Makes the NF4 copy of the recipe's base if there is none; what ``--json`` prints."""
+    from launcher.driver.preflight import check_storage
+    from trainer.model import check_weights
+    from trainer.model.prequantised import make_copy
+    from trainer.run import layout
+    from trainer.storage import open_storage
+
+    if recipe.model.quantization != "nf4":
+        raise UsageError(
+            f"prepare --model makes copies in NF4, and model.quantization is {recipe.model.quantization}: set it to nf4"
+        )
+    storage = open_storage(recipe.storage)
+    check_storage(storage)
+    check_weights(recipe.model)
+    progress.phase("quantising the base")
+    copy = make_copy(recipe.model, storage.child(layout.MODELS))
+    return {"uri": copy.url, "bytes": sum(o.size for o in copy.list())}
+
+
+def part_json(prepared: Prepared, summary: Summary) -> dict[str, Any]:
+    sources = zip(prepared.spec.sources, prepared.per_source, strict=True)
+    return {
+        "fingerprint": prepared.fingerprint,
+        "uri": prepared.storage.url,
+        "windows": len(prepared.windows),
+        **asdict(prepared.totals),
+        "bad": [bad._asdict() for bad in prepared.bad_rows[:LISTED]],
+        "sources": [{"path": source.path, "format": source.format, **asdict(counts)} for source, counts in sources],
+        "lengths": {
+            "bins": [b._asdict() for b in summary.bins],
+            "median": summary.median,
+            "p95": summary.p95,
+            "longest": summary.longest,
+        },
+        "packs": summary.packs,
+        "fill": summary.fill,
+    }
+
+
+def pictures(found: dict[str, Any]) -> Iterator[RenderableType]:
+    """The same for people: a table of the sources, the bad rows, a histogram of the lengths, the packs."""
+    from rich.text import Text
+
+    for name in ("train", "eval"):
+        if part := found.get(name):
+            yield Text("\n".join(_legend(name, part)))
+            yield _table(part)
+            yield from (Text(f"bad row: {bad['url']}, {bad['place']}: {bad['reason']}") for bad in part["bad"])
+            yield Text("\n".join(_histogram(part["lengths"])))
+            yield Text(_packs(part, found["sequence_length"]) + "\n")
+    yield Text(f"steps: {found['total_steps']:,}")
+
+
+COLUMNS = {
+    "rows": "rows",
+    "samples": "samples",
+    "tokens": "tokens",
+    "target_tokens": "targets",
+    "truncated": "truncated",
+    "dropped": "dropped",
+    "bad_rows": "bad",
+}
+
+
+def _table(part: dict[str, Any]) -> RenderableType:
+    """Sources by their index, as in sample ids: paths are too long for a column."""
+    from rich import box
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE)
+    table.add_column("source")
+    for heading in COLUMNS.values():
+        table.add_column(heading, justify="right", no_wrap=True)
+    rows = [(str(i), source) for i, source in enumerate(part["sources"])]
+    for label, source in [*rows, *([("all", part)] if len(rows) > 1 else [])]:
+        table.add_row(label, *(f"{source[column]:,}" for column in COLUMNS))
+    return table
+
+
+def _legend(name: str, part: dict[str, Any]) -> Iterator[str]:
+    yield f"{name}: {part['uri']}"
+    yield from (f"source {i}: {source['path']} ({source['format']})" for i, source in enumerate(part["sources"]))
+
+
+def _histogram(lengths: dict[str, Any]) -> Iterator[str]:
+    yield (
+        f"tokens per sample: median {lengths['median']:,}, 95 % have at most {lengths['p95']:,}, "
+        f"longest {lengths['longest']:,}"
+    )
+    most = max((b["samples"] for b in lengths["bins"]), default=1)
+    digits = len(f"{lengths['longest']:,}")
+    for b in lengths["bins"]:
+        bar = "█" * -(-b["samples"] * BAR // most)
+        yield f"  {b['low']:>{digits},}-{b['high']:<{digits},} {bar:<{BAR}} {b['samples']:,}"
+
+
+def _packs(part: dict[str, Any], sequence_length: int) -> str:
+    if part["fill"] is None:
+        return f"packs: {part['packs']:,} in the first epoch, one sample each"
+    return f"packs: {part['packs']:,} of {sequence_length:,} tokens in the first epoch, {part['fill']:.2%} full"

@@ -1,0 +1,131 @@
+"""Puts probes where the trainer would put its workers, or on every node that answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+from launcher.doctor.observations import Node
+from launcher.doctor.probe import Probe
+from launcher.raytrain import nodes as ray_nodes
+from launcher.raytrain.session import check_resources
+from trainer.errors import InputError
+from trainer.recipe import ResourcesSection
+
+PLACE_S = 6.0
+STRATEGIES = {"pack": "PACK", "spread": "SPREAD"}
+
+
+@dataclass
+class Placed:
+    """Probes by their rank; ``error``: why they are not where the recipe wants workers."""
+
+    actors: list[Any] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    whole: bool = True
+    error: str | None = None
+    _group: Any = None
+
+    def remove(self) -> None:
+        """Waits for nothing: probes on a host that is gone never answer."""
+        import ray
+        from ray.util.placement_group import remove_placement_group
+
+        for actor in self.actors:
+            with suppress(Exception):
+                ray.kill(actor)
+        if self._group is not None:
+            with suppress(Exception):
+                remove_placement_group(self._group)
+
+
+def place(resources: ResourcesSection | None, nodes: Sequence[Node], listed: Sequence[ray_nodes.Node]) -> Placed:
+    """Without ``resources``: one probe on every node that answers. With them, in as many workers' places as there is
+    room for now; if there is none for the fewest, again one on every node, and the error says what is missing."""
+    answering = [node for node in nodes if node.answers]
+    ids = {node.node_id for node in answering}
+    there = [node for node in listed if node.id in ids]
+    if resources is None:
+        return _everywhere(answering)
+    try:
+        check_resources(resources, timeout_s=0.0, nodes=lambda: there)
+    except InputError as error:
+        return _everywhere(answering, str(error))
+    return _reserved(resources, nodes, there) or _everywhere(answering, _not_placed(resources))
+
+
+def _everywhere(nodes: Sequence[Node], error: str | None = None) -> Placed:
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    def start(node: Node) -> Any:
+        strategy = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
+        return ray.remote(Probe).options(num_cpus=0, scheduling_strategy=strategy).remote(whole=True)
+
+    return Placed([start(node) for node in nodes], list(nodes), True, error)
+
+
+def _reserved(resources: ResourcesSection, nodes: Sequence[Node], there: Sequence[ray_nodes.Node]) -> Placed | None:
+    """None when the cluster does not give the places in time."""
+    from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
+
+    cut_off = [node.node_id for node in nodes if node.alive and not node.answers]
+    for count in _counts(resources, there):
+        group = placement_group(
+            [_bundle(resources)] * count,
+            STRATEGIES[resources.placement],
+            bundle_label_selector=[_labels(resources, cut_off)] * count,
+        )
+        if group.wait(PLACE_S):
+            break
+        remove_placement_group(group)
+    else:
+        return None
+    by_id = {node.node_id: node for node in nodes}
+    held: dict[int, str] = placement_group_table(group)["bundles_to_node_id"]
+    order = in_order([held[i] for i in range(count)])
+    return Placed([_in_bundle(resources, group, i) for i in order], [by_id[held[i]] for i in order], False, None, group)
+
+
+def in_order(node_ids: Sequence[str]) -> list[int]:
+    """Bundles in the order of their ranks: those of a node follow one another, as Ray Train numbers them."""
+    first = {node_id: i for i, node_id in reversed(list(enumerate(node_ids)))}
+    return sorted(range(len(node_ids)), key=lambda i: (first[node_ids[i]], i))
+
+
+def _in_bundle(resources: ResourcesSection, group: Any, index: int) -> Any:
+    import ray
+    from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
+
+    strategy = PlacementGroupSchedulingStrategy(group, placement_group_bundle_index=index)
+    cpus, gpus = resources.cpus_per_worker, resources.gpus_per_worker
+    options = {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": strategy}
+    return ray.remote(Probe).options(**options).remote(whole=False)
+
+
+def _counts(resources: ResourcesSection, there: Sequence[ray_nodes.Node]) -> list[int]:
+    now = max(resources.min_workers, min(resources.max_workers, ray_nodes.room(resources, there, {})))
+    return list(dict.fromkeys((now, resources.min_workers)))
+
+
+def _bundle(resources: ResourcesSection) -> dict[str, float]:
+    bundle = {"CPU": float(resources.cpus_per_worker), "GPU": float(resources.gpus_per_worker)}
+    if resources.accelerator_type:
+        bundle[f"accelerator_type:{resources.accelerator_type}"] = 0.001
+    return {name: amount for name, amount in bundle.items() if amount}
+
+
+def _labels(resources: ResourcesSection, cut_off: Sequence[str]) -> dict[str, str]:
+    """Ray may still take a host that is cut off for a live one."""
+    return {**resources.labels, **({"ray.io/node-id": f"!in({','.join(cut_off)})"} if cut_off else {})}
+
+
+def _not_placed(resources: ResourcesSection) -> str:
+    kind = f" of accelerator type {resources.accelerator_type}" if resources.accelerator_type else ""
+    labels = f" on nodes with labels {dict(resources.labels)}" if resources.labels else ""
+    return (
+        f"the cluster did not give {resources.min_workers} workers{kind}{labels} their CPUs and GPUs within "
+        f"{PLACE_S * 2:g} s: other jobs hold them, or no node is of that kind; see `ray status`"
+    )

@@ -1,0 +1,30 @@
+"""What a rank can find out about its host, its GPUs, its storage and its way to another rank, before anything trains.
+
+Every function only looks, and says what it saw as plain data; what follows from it is decided elsewhere."""
+
+from launcher.doctor.probes.gpus import Computed, Gpu, compute, gpus
+from launcher.doctor.probes.host import HostFacts, Memory, Space, examine, memory, shared_memory, space
+from launcher.doctor.probes.pair import PairTimes, Timing, meet, open_store
+from launcher.doctor.probes.roundtrip import RoundTrip, storage_roundtrip
+from launcher.doctor.probes.versions import versions
+
+__all__ = [
+    "Computed",
+    "Gpu",
+    "HostFacts",
+    "Memory",
+    "PairTimes",
+    "RoundTrip",
+    "Space",
+    "Timing",
+    "compute",
+    "examine",
+    "gpus",
+    "meet",
+    "memory",
+    "open_store",
+    "shared_memory",
+    "space",
+    "storage_roundtrip",
+    "versions",
+]

@@ -1,0 +1,1 @@
+"""`muster run`: checks the inputs, prepares the data, starts attempts and handles signals."""

@@ -1,0 +1,296 @@
+"""``muster run``: checks the inputs, freezes the recipe, prepares the data, trains on Ray, and ends honestly.
+
+The exit code follows from what lies in the storage (a commit of the last step, a final adapter that reads back as it
+was committed), never from what Ray says.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+
+from cluster.job_environment import standing
+from launcher.driver.start_lock import one_at_a_time
+from launcher.monitor.progress import Progress
+from launcher.raytrain.environment import Environment
+from launcher.raytrain.prestart import Standby
+from trainer.checkpoint import list_commits, read_claims
+from trainer.checkpoint.publish import finished
+from trainer.errors import InputError, Interrupted, MusterError, WorkerFailed
+from trainer.interruption import Terminated, current
+from trainer.recipe import Recipe
+from trainer.run import layout
+from trainer.run.frozen import check_same_recipe, freeze_recipe, has_commits, prepare_data
+from trainer.run.jsonl import Events, newest_event
+from trainer.run.lease import Lease, check_not_cancelled
+from trainer.run.outcome import leave
+from trainer.run.startup_phases import DATA, IMPORT, RAY, Phases, process_began
+from trainer.storage import Storage, local_path, open_storage
+from trainer.tracking import check_trackers, tracked
+from trainer.worker.job import Job
+
+POLL_S = 0.5
+FIRST_LOOK_S = 30.0  # a storage that does not answer now is more likely a wrong address than a bad minute
+
+
+def run(recipe: Recipe, progress: Progress, *, takeover: bool = False) -> str:
+    """Trains the recipe's run to its end, from wherever it stands; returns the final adapter's URI.
+
+    Raises UsageError (2) before anything is started where it can be known by then, Interrupted (3) after a stop that
+    lost nothing, and any other MusterError (1) with the first cause of a failure.
+    """
+    storage = open_storage(recipe.storage)
+    run_storage = storage.child(recipe.name)
+    first_look = open_storage(recipe.storage, deadline_s=FIRST_LOOK_S).child(recipe.name)
+    check_same_recipe(first_look, recipe)
+    if finished(first_look):
+        progress.say(f"{run_storage.url} has reached its last step already")
+        return run_storage.uri(layout.ADAPTER)
+    phases, here = Phases(process_began()), standing(os.environ)
+    with one_at_a_time(run_storage.url, takeover=takeover) as starting:
+        progress.phase(f"joining Ray at {here.ray_address}" if here.ray_address else "starting Ray")
+        signals = Signals(progress)
+        with Standby(recipe, first_look, here.ray_address, phases) as standby:
+            check_inputs(recipe, progress, begun=has_commits(first_look))
+            phases.end(IMPORT)
+            check_not_cancelled(run_storage, here.job)
+            with current.asking(signals.note):  # an exception within would leave a lease that nobody releases
+                lease = Lease.acquire(run_storage, job=here.job, takeover=takeover, sleep=signals.sleep)
+            signals.tell(lease)
+            if starting:
+                starting.close()
+            return Held(recipe, storage, lease, signals, progress, standby, phases).drive()
+
+
+def check_inputs(recipe: Recipe, progress: Progress, *, begun: bool = False) -> None:
+    """Trackers, storage, model and data, before any worker starts. Raises InputError; a run that has ``begun`` goes on
+    without a tracker that is not there, and says so."""
+    from launcher.driver.preflight import check_model, check_storage
+
+    check_lasting(recipe, standing(os.environ).job)
+    try:
+        check_trackers(recipe)
+    except InputError as error:
+        if not begun:
+            raise
+        progress.warn(str(error))
+    progress.phase("checking storage, model and data")
+    storage = open_storage(recipe.storage, deadline_s=FIRST_LOOK_S)
+    if not check_storage(storage):
+        progress.say(
+            f"{storage.url} has no conditional put: two drivers that start this run in the same moment cannot be told "
+            "apart, so start it from one place only"
+        )
+    check_model(recipe, progress.warn)
+
+
+def check_lasting(recipe: Recipe, job: str | None) -> None:
+    """A Ray job's working directory goes with the job."""
+    if job and job.startswith("ray:") and local_path(recipe.storage) and not recipe.storage.startswith(("/", "file:")):
+        raise InputError(
+            f"storage is {recipe.storage!r}, a folder in this job's working directory, which Ray deletes with the job; "
+            "give a URL, or the absolute path of a folder that all nodes share"
+        )
+
+
+@dataclass(frozen=True)
+class Held:
+    """A run whose lease this driver holds, and all that it drives the run with."""
+
+    recipe: Recipe
+    storage: Storage
+    lease: Lease
+    signals: Signals
+    progress: Progress
+    standby: Standby
+    phases: Phases
+
+    @cached_property
+    def run(self) -> Storage:
+        return self.storage.child(self.recipe.name)
+
+    def drive(self) -> str:
+        """To the last step; returns the final adapter's URI. The lease is released with the state in which the run
+        really is."""
+        try:
+            with tracked(self.recipe, self.run):
+                self._train()
+                if finished(self.run) is None:
+                    if self.signals.stopped or self._has_stopped():
+                        raise Interrupted(f"stopped on request; {self._resumes_text()}")
+                    raise WorkerFailed(
+                        f"the workers ended without an error, and {self.run.url} has not its last commit"
+                    )
+        except BaseException as error:
+            current.unwinding()
+            leave(self.run, self.lease, self._state_after(error), error)
+            raise
+        current.unwinding()
+        leave(self.run, self.lease, "succeeded")
+        return self.run.uri(layout.ADAPTER)
+
+    def _state_after(self, error: BaseException) -> str:
+        """After a signal, or a failure on the way out, what is committed is what counts."""
+        by_signal = current.heard is not None or isinstance(error, KeyboardInterrupt | Terminated | Interrupted)
+        stopped = by_signal or (isinstance(error, MusterError) and self.signals.stopped)
+        return "interrupted" if stopped else "failed"
+
+    def _has_stopped(self) -> bool:
+        """Whether the step at which the attempt was to stop is committed."""
+        step = self.recipe.training.stop_after
+        return step is not None and any(record.step >= step for record in list_commits(self.run))
+
+    def _resumes_text(self) -> str:
+        return f"the same command goes on from the newest checkpoint of {self.run.url}"
+
+    def _train(self) -> None:
+        from launcher.driver.background_prepare import EarlyStart
+        from launcher.driver.preflight import load_run_tokenizer
+        from launcher.raytrain.session import quiet_logs
+        from launcher.raytrain.tasks import ray_map
+
+        recipe, environment, progress = self.recipe, Environment.current(), self.progress
+        self.signals.check()
+        self.standby.joined()
+        quiet_logs()
+        if not self.standby.waiting:
+            self._check_resources()
+        self.phases.end(RAY)
+        progress.phase("preparing data")
+        beside = partial(ray_map, environment, recipe.resources)
+        with EarlyStart(recipe.seed, beside, progress.prepared, lambda: self.signals.stopped) as early:
+            data = prepare_data(
+                recipe,
+                self.run,
+                self.storage.child(layout.PREPARED),
+                lambda: load_run_tokenizer(recipe),
+                map_windows=ray_map(environment, stopped=lambda: self.signals.stopped, borrow=self.standby.waiting),
+                on_progress=progress.prepared,
+                early=early.prepare,
+            )
+            progress.data(data)
+            freeze_recipe(self.run, recipe)
+            self.signals.check()
+            self.phases.end(DATA)
+            self._fit(data.total_steps, early.check)
+
+    def _check_resources(self) -> None:
+        from launcher.raytrain.session import RESOURCE_WAIT_S, check_resources
+
+        here = standing(os.environ)
+        check_resources(
+            self.recipe.resources,
+            timeout_s=RESOURCE_WAIT_S if here.ray_address else 0.0,  # nobody adds anything to this machine
+            expected_nodes=here.nodes if here.ray_address else 0,
+            stopped=lambda: self.signals.stopped,
+        )
+
+    def _fit(self, total_steps: int, check_data: Callable[[], None]) -> None:
+        from launcher.raytrain.trainer import follow
+
+        lease, standby = self.lease, self.standby
+        by = {**asdict(lease.holder), "by": "muster run"}
+        job = Job(self.recipe.storage, lease.driver, self.recipe, total_steps, by)
+        before = read_claims(self.run).attempt
+        shown = self.progress.training(self.run, before, total_steps, lambda: standby.order.stage, driver=lease.driver)
+        with shown as show, self._watching(before) as check_cluster, current.asking(self.signals.ask):
+
+            def every() -> None:
+                show()
+                check_data()
+                check_cluster()
+                if self.signals.stopped and not self._has_steps(before):
+                    raise Interrupted(f"stopped before the first step; {self._resumes_text()}")
+                if lease.lost.is_set():
+                    raise WorkerFailed(f"another driver has taken {self.run.url} over; this one has stopped")
+
+            standby.order.give(job)
+            follow(standby.workers(), every, POLL_S)
+
+    def _has_steps(self, before: int) -> bool:
+        """Returns whether the workers that train now have done a step, which can be committed. True where the
+        storage does not tell."""
+        try:
+            attempt = read_claims(self.run).attempt
+            return attempt > before and newest_event(self.run, attempt, "startup") is not None
+        except MusterError:
+            return True
+
+    @contextmanager
+    def _watching(self, before: int) -> Iterator[Callable[[], None]]:
+        """Looks at a cluster's nodes while the workers train; yields what raises StartAgain when too few are left. A
+        Ray of this machine's own has one node, which stays. ``before``: the number of the newest attempt before."""
+        from launcher.raytrain.nodes import nodes_of_cluster
+        from launcher.raytrain.scaling import (
+            LOST_PATIENCE_IN_JOB_S,
+            LOST_PATIENCE_S,
+            ClusterWatch,
+            Lookout,
+            newest_group,
+        )
+        from launcher.raytrain.session import missing
+
+        here, resources = standing(os.environ), self.recipe.resources
+        if here.ray_address is None:
+            yield lambda: None
+            return
+        patience_s = LOST_PATIENCE_IN_JOB_S if here.nodes else LOST_PATIENCE_S
+        lookout = Lookout(resources, partial(missing, resources), patience_s)
+        group = partial(newest_group, self.run, before)
+        with ClusterWatch(lookout, nodes_of_cluster, group, self._gather_anew) as watch:
+            yield watch.check
+
+    def _gather_anew(self, reason: str) -> None:
+        self.progress.say(f"{reason}: the workers commit and are gathered anew")
+        events = Events(self.run, read_claims(self.run).attempt, f"driver{self.lease.driver}-resize")
+        events.emit("resize", reason=reason, driver=self.lease.driver)
+        events.close()
+        self.lease.request_gather()
+
+
+class Signals:
+    """Records that the run has to stop: because of a signal, or of a request in its storage.
+
+    While the workers train, the first signal asks them to commit and end, and the second leaves with what has been
+    committed by then. Before that there is nothing to commit, and the first one leaves (`trainer.interruption`)."""
+
+    def __init__(self, progress: Progress) -> None:
+        self._progress = progress
+        self._asked = threading.Event()
+        self._lease: Lease | None = None
+
+    @property
+    def stopped(self) -> bool:
+        """Asked by a signal, or through the run's storage."""
+        if self._lease is not None and self._lease.asked.is_set():
+            self.ask("muster cancel")
+        return self._asked.is_set()
+
+    def tell(self, lease: Lease) -> None:
+        self._lease = lease
+
+    def check(self) -> None:
+        if self.stopped:
+            raise Interrupted("stopped before training began; nothing is lost, the same command starts it")
+
+    def note(self, who: str) -> None:
+        """Remembers a signal, for the next `check` or `sleep`."""
+        self._asked.set()
+
+    def sleep(self, seconds: float) -> None:
+        """Raises Interrupted at once when a signal comes."""
+        if self._asked.wait(seconds):
+            self.check()
+
+    def ask(self, who: str) -> None:
+        """The first of them asks the workers to commit and end."""
+        if self._asked.is_set():
+            return
+        self._asked.set()
+        self._progress.say(f"{who}: the workers commit and end; once more to leave at once")
+        if self._lease:
+            self._lease.request_stop()

@@ -1,0 +1,155 @@
+"""What a run needs, looked at before any worker starts: that is when a mistake costs least."""
+
+from __future__ import annotations
+
+import errno
+from typing import TYPE_CHECKING, Any
+
+from trainer.errors import InputError, StorageError
+from trainer.fast_imports import load_libraries
+from trainer.recipe import ModelSection, Recipe
+from trainer.recipe.sections.tasks import AUTO_CLASSES, CAUSAL, SEQUENCE
+from trainer.run.frozen import check_rows
+from trainer.storage import Storage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from pathlib import Path
+
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+_KINDS = {CAUSAL: "causal language model", SEQUENCE: "model for sequence classification"}
+
+
+def check_storage(storage: Storage) -> bool:
+    """Whether the storage has conditional put; InputError when it cannot be written."""
+    try:
+        return storage.check_writable()
+    except StorageError as error:
+        if _is_full(error):
+            raise InputError(
+                f"the disk of {storage.url} is full: make room there, or choose another storage"
+            ) from error
+        raise
+
+
+def _is_full(error: BaseException | None) -> bool:
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        error = error.__cause__
+    return False
+
+
+def check_model(recipe: Recipe, warn: Callable[[str], None]) -> None:
+    """The model is there, whole, and one that the task can use; the adapter's target modules are in it; its tokenizer
+    and its positions fit the recipe; the first rows of every source become samples; and what rates texts is there.
+
+    Reads configuration, rows, and of the weights the headers alone. Raises InputError; ``warn`` gets what may be meant.
+    """
+    load_libraries()
+    from trainer.adapters import make_adapter
+    from trainer.model import check_weights, fetch_model
+
+    folder = fetch_model(recipe.model, weights=False).folder
+    model = _model_without_weights(recipe.model, folder, AUTO_CLASSES[recipe.task])
+    make_adapter(recipe).check(model)
+    for name in recipe.adapter.idle():
+        warn(f"adapter.{name} has no effect with adapter.method {recipe.adapter.label}")
+    check_weights(recipe.model)
+    tokenizer = load_run_tokenizer(recipe)
+    embeddings: Any = model.get_input_embeddings()
+    check_vocabulary(recipe.model.path, tokenizer, len(embeddings.weight))
+    check_positions(recipe, model, warn)
+    check_rows(recipe, tokenizer)
+    if recipe.task == "ppo":
+        from trainer.artifacts.reward_model import check_reward
+
+        check_reward(recipe)
+
+
+def _model_without_weights(section: ModelSection, folder: Path, auto_class: str) -> PreTrainedModel:
+    """The model's modules on torch's meta device, which holds shapes only."""
+    import torch
+    import transformers
+    from transformers import AutoConfig
+
+    from trainer.model.files.configs import UNUSABLE, cause
+    from trainer.model.files.remote_code import check_code
+
+    check_code(section, folder)
+    trust = section.trust_remote_code
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
+    except UNUSABLE as e:
+        raise InputError(f"model.path {section.path!r} has a config.json that cannot be used: {cause(e)}") from e
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = getattr(transformers, auto_class).from_config(config, trust_remote_code=trust)
+    except (*UNUSABLE, RuntimeError) as e:
+        raise InputError(_not_built(section.path, config, auto_class, e)) from e
+    return model
+
+
+def _not_built(path: str, config: Any, auto_class: str, error: Exception) -> str:
+    kind = getattr(config, "model_type", "unknown")
+    if type(config).__name__ in str(error):
+        return (
+            f"model.path {path!r} holds a {kind!r} model, which is no {_KINDS[auto_class]}: name one of a family for "
+            f"which transformers has a class that ends in {auto_class.removeprefix('AutoModel')}"
+        )
+    return f"model.path {path!r} holds a {kind!r} model that cannot be built: {first_line(error)}"
+
+
+def check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
+    """Raises InputError when the tokenizer gives tokens that the model has no embedding for: on a GPU, that would end
+    a worker without a word."""
+    marks = {name: getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos")}
+    beyond = {name: number for name, number in marks.items() if number is not None and number >= embeddings}
+    if beyond:
+        name, number = next(iter(beyond.items()))
+        raise InputError(
+            f"the tokenizer of {path} gives its {name}_token {getattr(tokenizer, f'{name}_token')!r} the number "
+            f"{number}, and the model has embeddings for {embeddings} tokens only: set {name}_token in "
+            "tokenizer_config.json to the one that the model was trained with"
+        )
+    if tokenizer.vocab_size > embeddings:
+        raise InputError(
+            f"the tokenizer of {path} has {tokenizer.vocab_size} tokens, and the model embeddings for {embeddings} "
+            "only: put the tokenizer that belongs to the model beside its config.json"
+        )
+
+
+def check_positions(recipe: Recipe, model: PreTrainedModel, warn: Callable[[str], None]) -> None:
+    """Whether samples may get longer than what the model was trained on. In a pack, positions begin anew with each
+    sample, so that a long pack of short samples is fine."""
+    positions = getattr(model.config, "max_position_embeddings", None)
+    length = recipe.data.sequence_length
+    if not isinstance(positions, int) or length <= positions:
+        return
+    text = f"data.sequence_length {length} is more than the {positions} positions that the model was trained with"
+    if not recipe.data.packing or _learns_positions(model, positions):
+        raise InputError(f"{text}; set it to {positions} or less")
+    warn(f"{text}: samples that are longer than {positions} tokens will be learnt badly, or set it to {positions}")
+
+
+def _learns_positions(model: PreTrainedModel, positions: int) -> bool:
+    """Whether positions are rows of a table (GPT-2, OPT), which ends; rotary ones go on."""
+    import torch
+
+    rows = {m.num_embeddings for m in model.modules() if isinstance(m, torch.nn.Embedding)}
+    return not rows.isdisjoint((positions, positions + 2))  # OPT keeps two rows to itself
+
+
+def load_run_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
+    from trainer.model import fetch_model, load_tokenizer
+
+    files = fetch_model(recipe.model, weights=False)
+    return load_tokenizer(files.folder, trust_remote_code=recipe.model.trust_remote_code)
+
+
+def first_line(error: BaseException) -> str:
+    """Libraries explain at length; the first line says what happened."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else type(error).__name__

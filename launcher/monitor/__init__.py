@@ -1,0 +1,1 @@
+"""Reads a run from its storage: status, progress, logs and where its time went."""

@@ -1,0 +1,103 @@
+"""What the ranks have printed, read from the run's storage; `trainer.logs` keeps it there."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from contextlib import suppress
+from typing import BinaryIO
+
+from launcher.monitor.status import read_state
+from trainer.errors import InputError, StorageError
+from trainer.logs.parts import LogFeed, Stored, stored_parts
+from trainer.storage import Storage
+
+LOOK_S = 2.0
+
+
+def print_logs(run: Storage, rank: int | None, attempt: int | None, out: BinaryIO) -> None:
+    """One rank after the other. Raises InputError when there is nothing to print."""
+    parts = _chosen(stored_parts(run), run, rank, attempt)
+    ranks = sorted({part.rank for part in parts})
+    for each in ranks:
+        text = LogFeed(run).new([part for part in parts if part.rank == each])
+        if len(ranks) > 1:
+            out.write(f"==> rank {each} of attempt {parts[0].attempt} <==\n".encode())
+        out.write(text)
+    out.flush()
+
+
+def follow_logs(
+    run: Storage,
+    rank: int | None,
+    attempt: int | None,
+    out: BinaryIO,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """As they grow, each line with its rank where there are several, until the run has ended; without ``attempt`` it
+    goes on with every new one. Logs that are not there yet are waited for while the run goes on, and so is a storage
+    that fails for a while. Raises InputError for a run that has ended without them."""
+    follower = Follower(run, rank, attempt)
+    running = follower.look(out)
+    while running:
+        sleep(LOOK_S)
+        with suppress(StorageError):
+            running = follower.look(out)
+
+
+class Follower:
+    """Each look prints what is new, of the newest attempt at the first look and of all after it, or of one."""
+
+    def __init__(self, run: Storage, rank: int | None, attempt: int | None) -> None:
+        self._run, self._rank, self._attempt = run, rank, attempt
+        self._first = attempt
+        self._feeds: dict[tuple[int, int], LogFeed] = {}
+
+    def look(self, out: BinaryIO) -> bool:
+        """Whether the run goes on."""
+        running = read_state(self._run) == "running"
+        found = stored_parts(self._run)
+        if not running and not self._feeds:
+            _chosen(found, self._run, self._rank, self._attempt)  # says what there is in the place of what is missing
+        if found:
+            self._first = self._first or found[-1].attempt
+        ranks: dict[int, set[int]] = defaultdict(set)
+        parts: dict[tuple[int, int], list[Stored]] = defaultdict(list)
+        for part in filter(self._wanted, found):
+            ranks[part.attempt].add(part.rank)
+            parts[part.attempt, part.rank].append(part)
+        for (number, rank), its in parts.items():
+            text = self._feeds.setdefault((number, rank), LogFeed(self._run)).new(its)
+            out.write(_marked(text, rank) if len(ranks[number]) > 1 else text)
+        out.flush()
+        return running
+
+    def _wanted(self, part: Stored) -> bool:
+        later = self._attempt is None and self._first is not None and part.attempt > self._first
+        return (later or part.attempt == self._first) and self._rank in (None, part.rank)
+
+
+def _chosen(parts: list[Stored], run: Storage, rank: int | None, attempt: int | None) -> list[Stored]:
+    """Those of one attempt, the newest if none is named, and of one rank if one is."""
+    if not parts:
+        raise InputError(
+            f"{run.url} holds no logs: its ranks have not begun yet, or it is no run; see `muster status {run.url}`"
+        )
+    attempts = sorted({part.attempt for part in parts})
+    wanted = attempts[-1] if attempt is None else attempt
+    if wanted not in attempts:
+        raise InputError(f"there is no log of attempt {wanted}: there are those of {_listed(attempts)}")
+    found = [part for part in parts if part.attempt == wanted]
+    ranks = sorted({part.rank for part in found})
+    if rank is not None and rank not in ranks:
+        raise InputError(f"there is no log of rank {rank} of attempt {wanted}: there are those of {_listed(ranks)}")
+    return [part for part in found if rank is None or part.rank == rank]
+
+
+def _listed(numbers: list[int]) -> str:
+    return ", ".join(map(str, numbers)) if len(numbers) <= 8 else f"{numbers[0]} to {numbers[-1]}"
+
+
+def _marked(text: bytes, rank: int) -> bytes:
+    return b"".join(b"rank %d: %s" % (rank, line) for line in text.splitlines(keepends=True))

@@ -1,0 +1,196 @@
+"""What a run says of itself, read from its storage alone, from anywhere, while it goes on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from itertools import chain, islice
+from typing import Any, NamedTuple
+
+from trainer.checkpoint.protocol import list_commits
+from trainer.checkpoint.record import CommitRecord
+from trainer.errors import CorruptObject, InputError
+from trainer.redact import clean
+from trainer.run import layout
+from trainer.run.claims import read_claims
+from trainer.run.jsonl import newest_failure, newest_rows, rows_backwards
+from trainer.run.lease import ENDED, GLANCE_S, LeaseRecord, is_held, read_lease
+from trainer.run.submission import Submission, read_submission
+from trainer.storage import Storage, in_parallel
+
+_PARALLEL_RUNS = 32
+_ROWS_LOOKED_AT = 2000
+_POSITION = ("attempt", "step", "total_steps", "world_size", "samples", "epoch")
+_ASIDE = (*_POSITION, "time")
+_HEAD = ("event", "writer", "driver")
+
+
+@dataclass(frozen=True)
+class CheckpointStatus:
+    """``committed_at`` is ISO 8601 in UTC."""
+
+    step: int
+    uri: str
+    committed_at: str
+
+
+@dataclass(frozen=True)
+class Status:
+    """``step`` is the last one in the metrics; ``metrics`` holds the last step's values and the last evaluation's.
+    ``job`` is the scheduler's or cluster's, as ``kind:id``: the one that holds the run, else the one last submitted.
+    ``seen_at`` (unix s) is the last step's time while it runs, and else when the last driver was heard of;
+    ``heard_at`` is the latter in any case. ``failure`` is the newest one of the last driver, unless the run has
+    succeeded: its ``cause``, ``trace`` and ``advice``, whose it was, and whether it was ``retried``."""
+
+    name: str
+    uri: str
+    state: str
+    step: int
+    total_steps: int
+    attempts: int
+    world_size: int
+    samples: int
+    epoch: int
+    holder: str | None
+    job: str | None
+    checkpoints: tuple[CheckpointStatus, ...]
+    metrics: Mapping[str, Any]
+    seen_at: float | None = None
+    heard_at: float | None = None
+    failure: Mapping[str, Any] | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def read_status(
+    run: Storage, *, now: float | None = None, newest: int | None = None, earlier: LeaseRecord | None = None
+) -> Status:
+    """InputError when there is no run. ``now`` is unix s, this machine's clock by default; ``newest`` reads the records
+    of only so many checkpoints; ``earlier``: the run's lease as it was `GLANCE_S` ago, if the caller has seen it. What
+    else lies in the run is not looked at, so that a look stays quick."""
+    with ThreadPoolExecutor(5) as pool:
+        begun = pool.submit(run.info, layout.RECIPE)
+        claims = pool.submit(read_claims, run)
+        commits = pool.submit(list_commits, run, newest=newest)
+        submitted = pool.submit(read_submission, run)
+        rows = pool.submit(_last_rows, run)
+        lease = _lease(run)
+        failure = newest_failure(run, lease.driver) if lease and lease.state != "succeeded" else None
+    if begun.result() is None and lease is None and submitted.result() is None:
+        raise InputError(f"there is no run at {run.url}; `muster ls` with the folder above it lists those that are")
+    found = _Found(lease, submitted.result(), claims.result().attempt, commits.result(), rows.result(), failure)
+    return _status(run, found, _state(run, lease, time.time() if now is None else now, earlier))
+
+
+def read_state(run: Storage, *, now: float | None = None) -> str:
+    """The run's state by its lease alone: one read, unless the lease's time is in doubt."""
+    return _state(run, _lease(run), time.time() if now is None else now)
+
+
+def list_runs(storage: Storage) -> list[Status]:
+    """The runs directly inside a storage, by name, with their newest checkpoint only; folders that hold no run are left
+    out. Leases whose time is in doubt are watched all together."""
+    runs = [storage.child(name) for name in storage.folders() if not name.startswith(("_", "."))]
+    leases = in_parallel(_lease, runs, _PARALLEL_RUNS)
+    if any(lease is not None and lease.may_be_alive() and not lease.is_fresh(time.time()) for lease in leases):
+        time.sleep(GLANCE_S)
+    found = in_parallel(lambda pair: _status_or_none(*pair), zip(runs, leases, strict=True), _PARALLEL_RUNS)
+    return [status for status in found if status is not None]
+
+
+def _status_or_none(run: Storage, earlier: LeaseRecord | None) -> Status | None:
+    try:
+        return read_status(run, newest=1, earlier=earlier)
+    except InputError:
+        return None
+
+
+class _Found(NamedTuple):
+    """What was read of a run."""
+
+    lease: LeaseRecord | None
+    submitted: Submission | None
+    attempts: int
+    commits: list[CommitRecord]
+    row: Mapping[str, Any]
+    failure: Mapping[str, Any] | None
+
+
+def _status(run: Storage, found: _Found, state: str) -> Status:
+    lease, commits = found.lease, found.commits
+    row = {**_evaluated(commits), **found.row}
+    newest: Mapping[str, Any] = {"step": commits[0].step, **commits[0].state} if commits else {}
+    position = {key: int(row.get(key) or newest.get(key) or 0) for key in _POSITION}
+    heard = lease.time if lease else None
+    return Status(
+        name=run.url.rsplit("/", 1)[-1],
+        uri=run.url,
+        state=state,
+        step=position["step"],
+        total_steps=position["total_steps"],
+        attempts=found.attempts,
+        world_size=position["world_size"],
+        samples=position["samples"],
+        epoch=position["epoch"],
+        holder=str(lease.holder) if lease and lease.state not in ENDED else None,
+        job=_job(lease, found.submitted),
+        checkpoints=tuple(_checkpoints(run, commits)),
+        metrics={key: value for key, value in row.items() if key not in _ASIDE},
+        seen_at=row.get("time") or heard if state == "running" else heard or row.get("time"),
+        heard_at=heard,
+        failure=found.failure and clean({n: value for n, value in found.failure.items() if n not in _HEAD}),
+    )
+
+
+def _job(lease: LeaseRecord | None, submitted: Submission | None) -> str | None:
+    if lease and lease.holder.job and lease.state not in ENDED:
+        return lease.holder.job
+    return submitted.job if submitted else lease.holder.job if lease else None
+
+
+def _state(run: Storage, lease: LeaseRecord | None, now: float, earlier: LeaseRecord | None = None) -> str:
+    """The state as `muster run` would find it: a lease that looks old is watched for a renewal."""
+    if lease is None:
+        return "interrupted"
+    if lease.state in ENDED:
+        return lease.state
+    return "running" if is_held(run, lease, earlier=earlier, clock=lambda: now) else "interrupted"
+
+
+def _checkpoints(run: Storage, commits: list[CommitRecord]) -> list[CheckpointStatus]:
+    """By step; of a step that two generations committed, the newer one's."""
+    by_step = {c.step: c for c in reversed(commits)}
+    return [
+        CheckpointStatus(step, run.uri(layout.checkpoint(c.checkpoint)), c.committed_at)
+        for step, c in sorted(by_step.items())
+    ]
+
+
+def _lease(run: Storage) -> LeaseRecord | None:
+    try:
+        return read_lease(run)
+    except CorruptObject:
+        return None
+
+
+def _last_rows(run: Storage) -> dict[str, Any]:
+    """The last training step's row, with the values of the last evaluation where they stand near it."""
+    train: dict[str, Any] = {}
+    evaluation: dict[str, Any] = {}
+    near = newest_rows(run, layout.METRICS)
+    further = () if any("loss" in row for row in near) else islice(rows_backwards(run, layout.METRICS), _ROWS_LOOKED_AT)
+    for row in chain(reversed(near), further):
+        if not train and "loss" in row:
+            train = row
+        if not evaluation and "eval_loss" in row:
+            evaluation = {key: value for key, value in row.items() if key not in _ASIDE}
+    return {**evaluation, **train}
+
+
+def _evaluated(commits: list[CommitRecord]) -> dict[str, Any]:
+    """The values of the last evaluation before the newest checkpoint, which has kept them."""
+    facts: Mapping[str, Any] = commits[0].state.get("facts", {}) if commits else {}
+    return {name: value for name, value in facts.items() if name.startswith("eval_")}

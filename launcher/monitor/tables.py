@@ -1,0 +1,64 @@
+"""Tables for people: one run, the runs of a storage, what was saved."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich import box
+from rich.table import Column, Table
+from rich.text import Text
+
+from launcher.monitor.status import Status
+from launcher.terminal.status_text import age
+
+if TYPE_CHECKING:
+    from trainer.artifacts.inspect import Description
+
+
+STATE_STYLES = {"running": "cyan", "succeeded": "green", "failed": "red", "interrupted": "yellow"}
+
+
+def checkpoints_table(status: Status) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("checkpoint", "committed at", "uri"):
+        table.add_column(name, overflow="fold")
+    for checkpoint in status.checkpoints:
+        table.add_row(str(checkpoint.step), Text(checkpoint.committed_at[:19]), Text(checkpoint.uri))
+    return table
+
+
+def runs_table(runs: list[Status], now: float) -> Table:
+    """``now`` is unix s: the age is that of the last step while a run goes on, and else that of its end."""
+    run_name = Column("run", overflow="fold", min_width=12)
+    whole = [Column(name, no_wrap=True) for name in ("state", "progress", "loss", "eval", "age", "workers", "attempts")]
+    table = Table(run_name, *whole, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for run in runs:
+        steps = f"{run.step}/{run.total_steps}" + (f" {run.step / run.total_steps:4.0%}" if run.total_steps else "")
+        losses = (run.metrics.get(name) for name in ("loss", "eval_loss"))
+        shown = ["" if loss is None else f"{loss:.4f}" for loss in losses]
+        since = "" if run.seen_at is None else age(now - run.seen_at)
+        state = Text(run.state, style=STATE_STYLES.get(run.state, ""))
+        table.add_row(Text(run.name), state, steps, *shown, since, str(run.world_size), str(run.attempts))
+    return table
+
+
+def described_table(found: Description) -> Table:
+    table = Table(box=box.SIMPLE, show_header=False, title=Text(found.uri), title_justify="left")
+
+    def row(name: str, value: str) -> None:
+        table.add_row(Text(name), Text(value))  # not markup, whatever brackets there are
+
+    row("kind", f"{found.kind}, task {found.task}, method {found.method}")
+    if found.base:
+        held = f"{found.base['dtype']}, quantization {found.base['quantization']}"
+        row("base", f"{found.base['path']} ({found.base['revision']}), {held}")
+    for name, value in found.settings.items():
+        row(name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
+    dtypes = ", ".join(f"{count} {dtype}" for dtype, count in found.dtypes.items())
+    row("tensors", f"{found.tensors:,} ({dtypes}), {found.parameters:,} parameters, {found.bytes:,} bytes")
+    for name, size in found.files.items():
+        row(name, f"{size:,} bytes")
+    for name, value in found.facts.items():
+        row(name, repr(value) if isinstance(value, str) else str(value))
+    row("whole", "yes" if found.whole else "no: " + "\n".join(found.problems))
+    return table

@@ -1,0 +1,1 @@
+"""`muster plan`: what a recipe needs, and the tables that show it."""

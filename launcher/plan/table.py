@@ -1,0 +1,149 @@
+"""A plan as lines of at most 80 columns."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from launcher.cli.plan import Found
+    from trainer.plan import Plan, RankPlan
+
+WIDTH = 80
+LABEL = 38
+GIB = 2**30
+
+PARTS = (
+    ("frozen_bytes", "frozen weights"),
+    ("quant_state_bytes", "their scales, whole on every rank"),
+    ("trainable_bytes", "trained weights"),
+    ("gradient_bytes", "gradients"),
+    ("optimizer_bytes", "optimizer state"),
+    ("padding_bytes", "left empty by uneven shards"),
+    ("activation_bytes", "activations, at their peak"),
+    ("unsharded_bytes", "gathered weights and their buffers"),
+    ("update_bytes", "or, after the backward: the update"),
+)
+SMALL = 2**20
+"""Parts that are smaller on every rank are left out."""
+
+
+def report(found: Found) -> Iterator[str]:
+    recipe, plan = found.recipe, found.plan
+    yield from _wrapped(
+        f"{recipe.name}: {_method(found)} of {recipe.model.path}, {_weights(found)}, {recipe.strategy.kind} on "
+        f"{plan.world_size} rank{'s' if plan.world_size > 1 else ''}"
+    )
+    yield ""
+    yield from _facts(found)
+    yield ""
+    yield from _table(plan)
+    yield ""
+    yield from _verdict(plan)
+    yield from _advice(found)
+    for note in plan.notes:
+        yield from _wrapped(f"note: {note}")
+
+
+def _method(found: Found) -> str:
+    method = found.recipe.adapter.method
+    return "full fine-tuning" if method == "none" else f"{method}, rank {found.recipe.adapter.rank},"
+
+
+def _weights(found: Found) -> str:
+    model = found.recipe.model
+    return model.dtype if model.quantization == "none" else f"{model.quantization} computing in {model.dtype}"
+
+
+def _facts(found: Found) -> Iterator[str]:
+    recipe, plan, outlook = found.recipe, found.plan, found.outlook
+    share = plan.trainable_parameters / plan.total_parameters
+    yield _row("parameters", f"{plan.total_parameters:,}")
+    yield _row("trained", f"{plan.trainable_parameters:,} ({share:.2%})")
+    packs = f"{recipe.training.global_batch:,} packs of {recipe.data.sequence_length:,}"
+    yield _row("tokens per step", f"{plan.tokens_per_step:,} ({packs})")
+    if outlook.samples_per_epoch is not None:
+        yield _row("samples per epoch", f"{outlook.samples_per_epoch:,} ({outlook.steps_per_epoch:,} steps)")
+    yield _row("steps", "known when the data are prepared" if outlook.steps is None else f"{outlook.steps:,}")
+    yield _row("a checkpoint", f"{gib(plan.checkpoint_bytes)} GiB")
+    yield from _time(found)
+
+
+def _time(found: Found) -> Iterator[str]:
+    outlook = found.outlook
+    if outlook.tokens_per_s is None:
+        if found.price is not None:
+            yield _row("cost", "told with --tokens-per-s, or once the run has begun")
+        return
+    before = "" if outlook.measured_ranks is None else f" (this run, on {outlook.measured_ranks} ranks)"
+    yield _row("tokens per second", f"{outlook.tokens_per_s:,.0f}{before}")
+    if found.hours is not None and found.gpu_hours is not None:
+        yield _row("time", f"{found.hours:,.1f} h, {found.gpu_hours:,.1f} h of all devices")
+    if found.cost is not None:
+        yield _row("cost", f"{found.cost:,.2f}")
+
+
+def _table(plan: Plan) -> Iterator[str]:
+    shown = _columns(plan)
+    yield _row("GiB per rank", *(heading for heading, _ in shown))
+    for name, label in PARTS:
+        values = [int(getattr(rank, name)) for _, rank in shown]
+        if max(values) >= SMALL:
+            yield _row(f"  {label}", *map(gib, values))
+    if any(rank.offloaded_bytes for _, rank in shown):
+        yield _row("  of these in the host's memory", *(gib(rank.offloaded_bytes) for _, rank in shown))
+    yield _row("peak on the device", *(gib(rank.peak_device_bytes) for _, rank in shown))
+    yield _row("peak on the host while loading", *(gib(rank.peak_host_load_bytes) for _, rank in shown))
+    yield _row("peak on the host", *(gib(rank.peak_host_bytes) for _, rank in shown))
+
+
+def _columns(plan: Plan) -> list[tuple[str, RankPlan]]:
+    """The rank that needs most and the one that needs least, where they differ."""
+    least = min(plan.ranks, key=lambda r: (r.peak_device_bytes, -r.rank))
+    if gib(least.peak_device_bytes) == gib(plan.peak_device_bytes):
+        return [("rank 0", plan.ranks[0])] if plan.world_size == 1 else [("each", plan.ranks[0])]
+    return [(f"rank {plan.largest.rank}", plan.largest), (f"rank {least.rank}", least)]
+
+
+def _verdict(plan: Plan) -> Iterator[str]:
+    if plan.fits is None:
+        yield from _wrapped("Whether it fits is told with --gpu-memory 24GiB and --host-memory 64GiB.")
+    device = "memory for each rank" if plan.on_host else "each GPU"
+    for limit, fits, peak, reserve, what in (
+        (plan.limits.device, plan.device_fits, plan.peak_device_bytes, plan.device_reserve_bytes, device),
+        (plan.limits.host, plan.host_fits, plan.peak_host_bytes, plan.host_reserve_bytes, "host memory for each rank"),
+    ):
+        if limit is not None:
+            answer = "Fits" if fits else "Does NOT fit"
+            yield from _wrapped(
+                f"{answer}: {gib(peak)} GiB and {gib(reserve)} that no tensor gets, of {gib(limit)} GiB of {what}."
+            )
+
+
+def _advice(found: Found) -> Iterator[str]:
+    if found.plan.fits is not False:
+        return
+    if not found.suggestions:
+        yield from _wrapped("No change of micro_batch, checkpointing, strategy, offload, quantization or ranks helps.")
+        return
+    yield "What fits, the smallest change first (GiB on the device, on the host):"
+    for suggestion in found.suggestions:
+        figures = f"{gib(suggestion.plan.peak_device_bytes)}, {gib(suggestion.plan.peak_host_bytes)}"
+        *before, last = suggestion.overrides
+        yield from (f"  {override}" for override in before)
+        yield f"  {last:<{WIDTH - 20}}{figures:>18}"
+
+
+def gib(size: int) -> str:
+    return f"{size / GIB:,.2f}"
+
+
+def _row(label: str, *values: str) -> str:
+    if len(values) == 1 and len(values[0]) > 12:
+        return f"{label:<20}{values[0]}"
+    return f"{label:<{LABEL}}" + "".join(f"{value:>12}" for value in values)
+
+
+def _wrapped(text: str) -> list[str]:
+    return textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_long_words=True)

@@ -1,0 +1,30 @@
+"""What to try next after a failure (`trainer.run.symptoms`), where the plan can be asked what would fit a full GPU."""
+
+from __future__ import annotations
+
+import logging
+
+from trainer.recipe import Recipe
+from trainer.run import symptoms
+from trainer.run.failure import Cause
+
+log = logging.getLogger(__name__)
+
+SUGGESTED = 3
+
+
+def advise(cause: Cause, recipe: Recipe, run: str) -> str:
+    """Lines for a person; empty for what explains itself. Planning may take seconds."""
+    return symptoms.advise(cause, recipe, run, _fitting)
+
+
+def _fitting(recipe: Recipe, device: int) -> list[str]:
+    """Overrides under which the plan fits the device; none where the plan cannot be made, or fits as it is."""
+    from launcher.cli.plan import make
+
+    try:
+        found = make(recipe, device, None, None, None)
+    except Exception:  # a failed run is told about even where it cannot be planned
+        log.debug("the failed run could not be planned", exc_info=True)
+        return []
+    return [" ".join(suggestion.overrides) for suggestion in found.suggestions[:SUGGESTED]]

@@ -1,0 +1,53 @@
+"""Which of many failures was the cause.
+
+When one rank fails, the others fail with it: their collectives break. So a worker that died comes first, then the
+earliest exception that is no broken collective, then the earliest at all.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from trainer.run.failure import Cause, Failure
+
+TELLING = re.compile(r"killed|out of memory|exit|died|lost|unexpectedly", re.IGNORECASE)
+_DIED = " died: "
+
+
+def first_cause(failures: Mapping[int, BaseException]) -> Cause:
+    """From Ray Train's map of rank to exception, which holds at least one."""
+    inner = {rank: unwrapped(error) for rank, error in failures.items()}
+    dead = {rank: error for rank, error in inner.items() if not isinstance(error, Failure)}
+    raised = sorted((e for e in inner.values() if isinstance(e, Failure)), key=_suspicion)
+    if raised and (raised[0].fatal or not dead):
+        return raised[0].cause
+    rank, error = min(dead.items())
+    return Cause(f"rank {rank}{_DIED}{_first_line(error)}", rank, died=True)
+
+
+def placed_death(cause: Cause, host: str | None, seen: str, step: int | None) -> Cause:
+    """The death of a rank, with its host, and with where others last saw it, or else the last ``step`` that the run
+    had done."""
+    rank, _, line = cause.message.partition(_DIED)
+    where = f"last seen at {seen}" if seen else f"after step {step}" if step else ""
+    text = f"{rank}{f' on {host}' if host else ''} died{f' ({where})' if where else ''}: {line}"
+    return replace(cause, message=text, host=host, where=seen)
+
+
+def _suspicion(failure: Failure) -> tuple[bool, bool, float]:
+    return not failure.fatal, failure.cause.by_another, failure.when
+
+
+def unwrapped(error: Any) -> BaseException:
+    """Ray wraps what a training function raised, and what a health check found."""
+    inner = getattr(error, "_base_exc", None) or getattr(error, "health_check_failure", None)
+    return inner if isinstance(inner, BaseException) else error
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = [line for line in lines if TELLING.search(line)]
+    return f"{type(error).__name__}: {(told or lines or ['no message'])[0]}"

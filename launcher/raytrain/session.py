@@ -1,0 +1,424 @@
+"""Joins a Ray cluster or starts a Ray on this machine, and finds out early whether it has what a recipe asks for."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import shutil
+import socket
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from cluster.job_environment import RAY_JOB
+from launcher.raytrain.nodes import Node, nodes_of_cluster, suits, wanted, workers_that_fit
+from trainer.errors import InputError, Interrupted, MusterError, StartAgain
+from trainer.interruption import current
+from trainer.recipe import ResourcesSection
+from trainer.storage.backend import one_line
+
+log = logging.getLogger(__name__)
+
+ROOT = Path(__file__).resolve().parents[2]
+RESOURCE_WAIT_S = 40.0
+JOIN_WAIT_S = 300.0  # for nodes that a scheduler has given already: a slow file system may hold Ray up on them
+ANSWER_WAIT_S = 15.0
+POLL_S = 1.0
+DIAL_S = 3.0
+START_S, SHUTDOWN_S = 600.0, 8.0
+OVERLOADED = "the machine may be busy with other work"
+CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
+"""Ray listens on the loopback address alone where no cluster can be made of it."""
+NO_CRASH_HANDLER = "RAY_DISABLE_FAILURE_SIGNAL_HANDLER"
+LEAST_FREE = 64 << 20
+ROOM = "make room there, or let TMPDIR name another folder"
+LONGEST_FOLDER = 36
+"""Characters: Ray makes sockets below, whose paths may have 107."""
+DRIVER_SETTINGS = {
+    # A dead worker is noticed within half a second, and a group that cannot be placed gives up in time to say why.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
+    # A process that was stopped answers nobody; of several ranks, the others have ended it before this.
+    "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_CHDIR_TO_TRIAL_DIR": "0",
+    "RAY_TRAIN_METRICS_ENABLED": "0",
+    "RAY_DEDUP_LOGS": "0",
+    # The controller runs in the driver, where its log would come between what is said to people.
+    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
+    # What is called after the driver has left Ray must not start another one.
+    "RAY_ENABLE_AUTO_CONNECT": "0",
+}
+
+
+def set_up(address: str | None) -> None:
+    """Imports ray for the cluster at ``address``, or for one of this machine. Some settings are read only then."""
+    for name, value in DRIVER_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    if address is None and "ray" not in sys.modules:
+        # Whoever reaches a Ray runs code as its user, and other users of this machine are near: it listens on the
+        # loopback address alone, and asks for a random token, which its processes have in their environment. What the
+        # user has set, in a file of the home directory too, is meant for other clusters.
+        os.environ |= {CLUSTERS: "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
+        os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
+    elif address is None and os.environ.setdefault("RAY_AUTH_MODE", "disabled") != "token":
+        log.warning("ray was imported before muster could ask it for authentication: others may use this Ray")
+    # Workers print a stack when they crash; in the driver, Ray's crash handler would take SIGTERM for a crash.
+    theirs = os.environ.get(NO_CRASH_HANDLER)
+    os.environ[NO_CRASH_HANDLER] = "1"
+    import ray  # noqa: F401
+
+    _put_back({NO_CRASH_HANDLER: theirs})
+
+
+@contextmanager
+def ray_session(address: str | None, resources: ResourcesSection) -> Iterator[None]:
+    """A connected Ray for the time of the block: the cluster at ``address``, or one of this machine's own.
+
+    Raises InputError when no cluster answers there, or when this machine has no room for one."""
+    set_up(address)
+    # Workers import this very tree, from a checkout as from a wheel.
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *filter(None, _python_path())]))
+    _hush_raylet()
+    if address is None:
+        with session_folder(), RayThread(partial(_start_local, resources)):
+            yield
+    else:
+        with RayThread(partial(_join, address)):
+            yield
+
+
+def _python_path() -> list[str]:
+    return os.environ.get("PYTHONPATH", "").split(os.pathsep)
+
+
+def _put_back(variables: Mapping[str, str | None]) -> None:
+    for name, value in variables.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+@contextmanager
+def session_folder() -> Iterator[Path]:
+    """The temporary folder of a local Ray, its workers and this process, private to the user. It is removed with
+    everything in it, also what killed workers have left."""
+    before_dir, names = tempfile.tempdir, ("TMPDIR", "RAY_TMPDIR", "MUSTER_LASTING_TMPDIR", "TORCHINDUCTOR_CACHE_DIR")
+    folders = [_made_in(None)]
+    if "RAY_TMPDIR" not in os.environ and len(str(folders[0])) > LONGEST_FOLDER:
+        folders.append(_made_in("/tmp"))
+    remove = partial(_remove, folders)
+    current.on_force(remove)
+    before = {name: os.environ.get(name) for name in names}
+    lasting = str(folders[0].parent)
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", f"{lasting}/torchinductor_{os.getuid()}")
+    os.environ |= {"TMPDIR": str(folders[0]), "MUSTER_LASTING_TMPDIR": lasting}
+    os.environ.setdefault("RAY_TMPDIR", str(folders[-1]))
+    tempfile.tempdir = str(folders[0])
+    try:
+        yield folders[0]
+    finally:
+        tempfile.tempdir = before_dir
+        _put_back(before)
+        remove()
+
+
+def _made_in(parent: str | None) -> Path:
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="muster-", dir=parent))
+        free = shutil.disk_usage(folder).free
+    except OSError as error:
+        where = parent or "the temporary folder"
+        raise InputError(f"{where} cannot be written ({error.strerror or error}): {ROOM}") from error
+    if free < LEAST_FREE:
+        folder.rmdir()
+        raise InputError(
+            f"{folder.parent} has {free >> 20} MiB free, and a run needs {LEAST_FREE >> 20} MiB there at least, for "
+            f"Ray's logs and for checkpoints on their way to the storage: {ROOM}"
+        )
+    return folder
+
+
+def _remove(folders: Sequence[Path]) -> None:
+    for folder in folders:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class RayThread:
+    """Starts and leaves Ray in a thread, which lives as long as Ray does: Ray's processes end with the thread that has
+    started them. In the main thread, Ray would take the SIGTERM handler, and its calls would hold up signals."""
+
+    def __init__(self, start: Callable[[], None]) -> None:
+        self._start = start
+        self._error: BaseException | None = None
+        self._up, self._leave = threading.Event(), threading.Event()
+        self._others: frozenset[int] = frozenset()
+        self._thread = threading.Thread(target=self._work, name="ray", daemon=True)
+
+    def __enter__(self) -> None:
+        self._others = _children()
+        self._thread.start()
+        try:
+            up = self._up.wait(START_S)
+        except BaseException:
+            self.__exit__()
+            raise
+        if not up:
+            current.abandon()
+            raise MusterError(f"Ray has not started within {START_S / 60:g} minutes: {OVERLOADED}")
+        if self._error is not None:
+            self.__exit__()
+            raise self._error
+
+    def __exit__(self, *exc: object) -> None:
+        if current.heard:  # whatever was interrupted may still use Ray, which ends such a process with exit code 1
+            current.abandon()
+        if current.abandoned:
+            return
+        self._leave.set()
+        self._thread.join(SHUTDOWN_S)
+        _end_children(self._others)
+
+    def _work(self) -> None:
+        import ray
+
+        try:
+            with current.children_survive_hangup():
+                self._start()
+        except BaseException as error:
+            self._error = error
+        self._up.set()
+        self._leave.wait()
+        ray.shutdown(wait_for_processes=True)
+
+
+def _children() -> frozenset[int]:
+    import psutil
+
+    return frozenset(child.pid for child in psutil.Process().children())
+
+
+def _end_children(others: frozenset[int]) -> None:
+    """SIGKILL to what Ray has left of its processes. ``others``: children of this process that were there before."""
+    import psutil
+
+    for child in psutil.Process().children():
+        with suppress(psutil.Error):
+            if child.pid not in others and is_of_ray(child.cmdline()):
+                for process in [*child.children(recursive=True), child]:
+                    process.kill()
+
+
+def is_of_ray(command: Sequence[str]) -> bool:
+    """Returns whether a process is one that Ray has started, by its command line."""
+    return any("/ray/" in word or word.startswith("ray::") for word in command)
+
+
+def _start_local(resources: ResourcesSection) -> None:
+    import ray
+
+    wanted = resources.max_workers * resources.cpus_per_worker
+    cores = os.cpu_count() or 1
+    if wanted > cores:
+        log.warning(
+            "%d workers of %d CPUs run on %d cores: slower, with the same result",
+            resources.max_workers,
+            resources.cpus_per_worker,
+            cores,
+        )
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it misses its handler for SIGTERM
+    try:
+        ray.init(
+            address="local",
+            num_cpus=max(wanted, cores),
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            configure_logging=True,
+        )
+    except Exception as error:
+        raise MusterError(
+            f"Ray cannot be started on this machine ({one_line(error)}): {OVERLOADED}; look for room in "
+            f"{os.environ.get('RAY_TMPDIR', '/tmp')} and /dev/shm, and for limits on processes and open files (ulimit)"
+        ) from error
+
+
+def _join(address: str) -> None:
+    import ray
+
+    found = locate_cluster(address)
+    logging.getLogger("ray").setLevel(logging.ERROR)  # it misses its handler for SIGTERM
+    try:
+        ray.init(
+            address=found,
+            runtime_env=runtime_environment(os.environ, Path.cwd()),
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, RuntimeError, ValueError) as e:
+        raise no_cluster(address, " ".join(str(e).split())) from e
+
+
+def runtime_environment(environment: Mapping[str, str], folder: Path) -> dict[str, Any] | None:
+    """How workers find this program's tree: by its path; in a submitted job that brought it along as its working
+    directory (where the driver then stands, ``folder``) by that, which is another path on each node."""
+    if RAY_JOB in environment and folder.resolve() == ROOT:
+        return None
+    return {"env_vars": {"PYTHONPATH": environment["PYTHONPATH"]}}
+
+
+def locate_cluster(address: str) -> str:
+    """``host:port`` of the cluster at ``address`` (``auto``: the one on this machine), which something listens at.
+
+    Raises InputError. Ray itself would try again and again for minutes, in the words of its network layer."""
+    from ray._private.services import canonicalize_bootstrap_address
+
+    if "://" in address:
+        raise InputError(
+            f"RAY_ADDRESS is {address!r}, which is not a cluster to join: give HOST:PORT of its head (6379 unless told "
+            "otherwise), or submit with `ray job submit --address http://HOST:8265 -- muster run …`"
+        )
+    try:
+        found = canonicalize_bootstrap_address(address)
+    except (ConnectionError, ValueError, OSError) as e:
+        raise no_cluster(address, " ".join(str(e).split())) from e
+    if found is None:
+        raise no_cluster(address, "none is known on this machine")
+    await_answer(address, found)
+    return str(found)
+
+
+def no_cluster(address: str, cause: str) -> InputError:
+    return InputError(
+        f"no Ray cluster answers at {address!r} ({cause}): start one with `ray start --head`, correct RAY_ADDRESS, or "
+        "unset it (--on local) for a Ray of this machine's own"
+    )
+
+
+def await_answer(
+    address: str,
+    found: str,
+    *,
+    timeout_s: float = ANSWER_WAIT_S,
+    dial: Callable[[str], None] | None = None,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+) -> None:
+    """Returns once ``found`` accepts a connection; InputError after ``timeout_s``: a head may be just starting."""
+    dial = dial or _dial
+    deadline = clock() + timeout_s
+    while True:
+        try:
+            return dial(found)
+        except OSError as e:
+            if clock() >= deadline:
+                raise no_cluster(address, e.strerror or str(e)) from e
+        sleep(POLL_S)
+
+
+def _dial(host_and_port: str) -> None:
+    host, _, port = host_and_port.rpartition(":")
+    socket.create_connection((host.strip("[]"), int(port)), DIAL_S).close()
+
+
+def check_resources(
+    resources: ResourcesSection,
+    *,
+    timeout_s: float = RESOURCE_WAIT_S,
+    expected_nodes: int = 0,
+    nodes: Callable[[], list[Node]] = nodes_of_cluster,
+    clock: Callable[[], float] = time.monotonic,
+    sleep: Callable[[float], None] = time.sleep,
+    stopped: Callable[[], bool] = lambda: False,
+) -> None:
+    """Waits (an autoscaler may be adding nodes) until the cluster can hold the least number of workers, and, for up to
+    ``JOIN_WAIT_S``, until the ``expected_nodes`` that are on their way have joined or it can hold the most.
+
+    Raises InputError that says what is missing, StartAgain when nodes that were given did not come up."""
+    began = clock()
+    while True:
+        found = [node for node in nodes() if node.alive]
+        fit, waited, joining = workers_that_fit(resources, found), clock() - began, len(found) < expected_nodes
+        if fit >= resources.max_workers or (fit >= resources.min_workers and not (joining and waited < JOIN_WAIT_S)):
+            return
+        if stopped():
+            raise Interrupted("stopped while waiting for the cluster's resources")
+        if joining and waited >= JOIN_WAIT_S:
+            absent = f"{len(found)} of {expected_nodes} nodes came up within {JOIN_WAIT_S:.0f} s"
+            raise StartAgain(f"{absent}: {missing(resources, found)}")
+        if not joining and waited >= timeout_s:
+            raise InputError(missing(resources, found))
+        sleep(POLL_S)
+
+
+def missing(resources: ResourcesSection, nodes: Sequence[Node]) -> str:
+    """What the live nodes lack for the least number of workers, and what to do."""
+    need, suitable = wanted(resources), [node for node in nodes if suits(resources, node)]
+    have = {name: sum(node.total.get(name, 0.0) for node in suitable) for name in need}
+    lacking = {name: need[name] - have[name] for name in need if need[name] > have[name]}
+    if lacking:
+        absent = f"missing: {_amounts(lacking)}"
+    else:
+        absent = "enough in all, but no single node has enough for one more worker"
+    fit = workers_that_fit(resources, nodes)
+    return (
+        f"resources.workers asks for {_many(resources.min_workers, 'worker')} with {_each(resources)} each, and the "
+        f"cluster has room for {fit} ({_nodes(len(suitable), len(nodes))} with {_amounts(have)} in all; {absent}): add "
+        f"nodes, or lower {' or '.join(_to_lower(resources))}"
+    )
+
+
+def _nodes(suitable: int, all_: int) -> str:
+    if suitable == all_:
+        return _many(all_, "node")
+    return f"{suitable} of {_many(all_, 'node')}, those of the asked accelerator_type and labels"
+
+
+def _each(resources: ResourcesSection) -> str:
+    gpus = {"GPU": float(resources.gpus_per_worker)} if resources.gpus_per_worker else {}
+    return _amounts({"CPU": float(resources.cpus_per_worker), **gpus})
+
+
+def _to_lower(resources: ResourcesSection) -> Iterator[str]:
+    """The settings that can be lowered at all."""
+    if resources.min_workers > 1:
+        yield "resources.workers"
+    if resources.gpus_per_worker:
+        yield "resources.gpus_per_worker (0 trains on CPUs)"
+    if resources.cpus_per_worker > 1:
+        yield "resources.cpus_per_worker"
+
+
+def _amounts(amounts: Mapping[str, float]) -> str:
+    return " and ".join(_many(amount, name) for name, amount in amounts.items())
+
+
+def _many(count: float, noun: str) -> str:
+    return f"{count:g} {noun}" + ("" if count == 1 else "s")
+
+
+def _hush_raylet() -> None:
+    """Ray prints what its daemons say of dead processes to stdout, where results belong; the first cause of a failure
+    is told by this driver anyway."""
+    from ray._private import worker
+
+    worker.listen_error_messages = lambda worker, threads_stopped: None
+
+
+def quiet_logs() -> None:
+    """Ray's own loggers say nothing below an error: what matters is in the run's events."""
+    for name in ("ray", "ray.train", "ray.data"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    logging.getLogger("ray.train.v2").setLevel(logging.CRITICAL)  # what fails there is told by the run's events
+    if not sys.warnoptions:
+        import warnings
+
+        warnings.filterwarnings("ignore", module=r"ray\..*")

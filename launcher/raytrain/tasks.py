@@ -1,0 +1,75 @@
+"""A ``map`` over Ray tasks: how data are prepared on a cluster, before the training workers or beside them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from launcher.raytrain.environment import Environment
+from trainer.errors import Interrupted
+from trainer.recipe import ResourcesSection
+
+POLL_S = 1.0
+
+Map = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
+
+
+def ray_map(
+    environment: Environment,
+    beside: ResourcesSection | None = None,
+    stopped: Callable[[], bool] = lambda: False,
+    *,
+    borrow: bool = False,
+) -> Map:
+    """Results come in the jobs' order; a single job runs in this process, where it costs no worker's start.
+
+    Tasks take a CPU each, and as many are in flight as the cluster has CPUs. ``beside`` training workers they take none
+    of Ray's, so that neither waits for the other, and as many are in flight as the workers leave over, one at least.
+    ``borrow``: workers that stand by hold the CPUs and do not use them yet; as many tasks run, and count for nothing.
+    Interrupted once ``stopped()``; tasks in flight are then cancelled, as they are when the iterator is closed.
+    """
+
+    def run(task: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
+        if len(jobs) <= 1:
+            yield from map(task, jobs)
+            return
+        import ray
+
+        cpus = int(ray.cluster_resources().get("CPU", 1))
+        ahead = max(2, cpus) if beside is None else max(1, cpus - beside.max_workers * beside.cpus_per_worker)
+        call = ray.remote(num_cpus=0 if beside or borrow else 1, max_retries=3, scheduling_strategy="SPREAD")(_run)
+        # As arguments, both stay in the object store; a closure would be kept by the cluster's control store.
+        shared, variables = ray.put(task), ray.put(environment)
+        pending: list[Any] = []
+        try:
+            for job in jobs:
+                pending.append(call.remote(variables, shared, job))
+                if len(pending) >= ahead:
+                    yield _result(pending.pop(0), stopped)
+            while pending:
+                yield _result(pending.pop(0), stopped)
+        finally:
+            for reference in pending:
+                ray.cancel(reference, force=True)
+
+    return run
+
+
+def _run(environment: Environment, task: Callable[[Any], Any], job: Any) -> Any:
+    environment.apply()
+    return task(job)
+
+
+def _result(reference: Any, stopped: Callable[[], bool]) -> Any:
+    """What the task returned; its own exception rather than Ray's wrapping of it."""
+    import ray
+
+    while not ray.wait([reference], timeout=POLL_S)[0]:
+        if stopped():
+            ray.cancel(reference, force=True)
+            raise Interrupted("stopped while data was being prepared")
+    try:
+        return ray.get(reference)
+    except ray.exceptions.RayTaskError as error:
+        cause = error.cause
+        raise (cause if isinstance(cause, Exception) else error) from None

@@ -1,0 +1,238 @@
+"""A run over time: where its seconds went, which rank was slow, what checkpoints cost."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Sequence
+from statistics import median, quantiles
+from typing import Any
+
+from launcher.monitor.goodput import CHECKPOINT, COMPILING, EVALUATING, KINDS, LOST, STARTING, TRAINING, WAITING, Piece
+from launcher.report.chart import Chart, Trace, axes, colour, safe, table
+from launcher.report.reading import Row, RunRecord
+
+SHADES = {
+    TRAINING: "#10b981",
+    EVALUATING: "#3b82f6",
+    CHECKPOINT: "#8b5cf6",
+    COMPILING: "#06b6d4",
+    STARTING: "#f59e0b",
+    LOST: "#ef4444",
+    WAITING: "#9ca3af",
+}
+SYMBOLS = {"failure": "x", "resize": "diamond", "checkpoint": "triangle-up", "hang": "square"}
+_MOST_PIECES = 1500
+
+
+def timeline_chart(runs: Sequence[RunRecord]) -> Chart | None:
+    told = [run for run in runs if run.went.pieces]
+    if not told:
+        return None
+    divisor, unit = unit_of(max(run.went.wall_s for run in told))
+    bars: dict[str, list[tuple[str, float, float, str]]] = defaultdict(list)
+    rows = []
+    for run in told:
+        first = run.went.pieces[0].begin
+        for piece in coarse(run.went.pieces, run.went.wall_s / _MOST_PIECES):
+            begin, length = (piece.begin - first) / divisor, (piece.end - piece.begin) / divisor
+            bars[piece.kind].append((safe(run.label), begin, length, f"attempt {piece.attempt} {piece.phase}".strip()))
+            rows.append([run.label, piece.begin - first, piece.end - piece.begin, piece.kind, piece.phase or None])
+    traces = [_bars(kind, bars[kind], unit) for kind in KINDS if bars[kind]]
+    traces += _marks(told, divisor)
+    layout = axes(unit, "", barmode="overlay", height=180 + 60 * len(told))
+    layout["yaxis"] |= {"type": "category", "automargin": True}
+    columns = ("run", "from s", "seconds", "what", "phase")
+    return Chart("timeline", "what each run was doing when", traces, layout, table(columns, rows))
+
+
+def _bars(kind: str, bars: Sequence[tuple[str, float, float, str]], unit: str) -> Trace:
+    lanes, begins, lengths, texts = zip(*bars, strict=True)
+    return {
+        "type": "bar",
+        "orientation": "h",
+        "name": kind,
+        "y": lanes,
+        "base": begins,
+        "x": lengths,
+        "hovertext": texts,
+        "hovertemplate": f"{kind}, %{{hovertext}}: %{{x:.4~g}} {unit}<extra></extra>",
+        "textposition": "none",
+        "marker": {"color": SHADES[kind], "line": {"width": 0}},
+    }
+
+
+def _marks(runs: Sequence[RunRecord], divisor: float) -> list[Trace]:
+    traces = []
+    for kind, symbol in SYMBOLS.items():
+        at = [(run, e) for run in runs for e in run.told(kind) if e.get("time") is not None]
+        if at:
+            traces.append(
+                {
+                    "type": "scatter",
+                    "mode": "markers",
+                    "name": kind,
+                    "x": [(float(e["time"]) - run.went.pieces[0].begin) / divisor for run, e in at],
+                    "y": [safe(run.label) for run, _ in at],
+                    "text": [safe(str(e.get("cause") or e.get("reason") or f"step {e.get('step')}")) for _, e in at],
+                    "marker": {"symbol": symbol, "size": 11, "color": "#111827", "line": {"color": "#fff", "width": 1}},
+                }
+            )
+    return traces
+
+
+def coarse(pieces: Iterable[Piece], shortest_s: float) -> list[Piece]:
+    """What is too short to be seen goes to what stands before it."""
+    found: list[Piece] = []
+    for piece in pieces:
+        same = found and (found[-1].kind, found[-1].attempt, found[-1].phase) == (
+            piece.kind,
+            piece.attempt,
+            piece.phase,
+        )
+        if found and (same or piece.end - piece.begin < shortest_s):
+            last = found[-1]
+            found[-1] = Piece(last.begin, piece.end, last.kind, last.attempt, last.phase)
+        else:
+            found.append(piece)
+    return found
+
+
+def unit_of(seconds: float) -> tuple[float, str]:
+    return (1.0, "seconds") if seconds < 300 else (60.0, "minutes") if seconds < 3 * 3600 else (3600.0, "hours")
+
+
+def goodput_chart(runs: Sequence[RunRecord]) -> Chart | None:
+    told = [run for run in runs if run.went.wall_s > 0]
+    if not told:
+        return None
+    traces, rows = [], []
+    for kind in KINDS:
+        shares = [100 * run.went.seconds[kind] / run.went.wall_s for run in told]
+        bars = {"type": "bar", "orientation": "h", "name": kind, "y": [safe(run.label) for run in told], "x": shares}
+        told_share = {"hovertemplate": kind + ": %{x:.2f} %<extra></extra>"}
+        traces.append({**bars, **told_share, "marker": {"color": SHADES[kind]}})
+    for run in told:
+        seconds, wall = run.went.seconds, run.went.wall_s
+        rows += [[run.label, kind, seconds[kind], f"{100 * seconds[kind] / wall:.2f} %"] for kind in KINDS]
+        rows += [[run.label, f"… {phase}", s, f"{100 * s / wall:.2f} %"] for phase, s in run.went.starting.items()]
+        rows.append([run.label, "in all", wall, f"{100 * sum(seconds.values()) / wall:.2f} %"])
+    layout = axes("% of wall time", "", barmode="stack", height=180 + 60 * len(told))
+    layout["xaxis"] |= {"range": [0, 100]}
+    layout["yaxis"] |= {"type": "category", "automargin": True}
+    columns = ("run", "what", "seconds", "share")
+    return Chart("goodput", "the share of wall time that went where", traces, layout, table(columns, rows))
+
+
+def rank_chart(runs: Sequence[RunRecord]) -> Chart | None:
+    """Each rank's own seconds per step; of several runs the newest attempt alone."""
+    traces: list[Trace] = []
+    rows: list[list[Any]] = []
+    for index, run in enumerate(runs):
+        attempts = _rank_times(run)
+        for attempt in list(attempts) if len(runs) == 1 else list(attempts)[-1:]:
+            times, hosts = attempts[attempt], _hosts(run, attempt)
+            middles = [median(mine) for mine in times]
+            tails = [quantiles(mine, n=20, method="inclusive")[-1] if len(mine) > 1 else mine[0] for mine in times]
+            name = safe(f"{run.label}, attempt {attempt}")
+            ranks = list(range(len(times)))
+            shade = colour(index if len(runs) > 1 else attempt - 1)
+            above = {
+                "type": "data",
+                "array": [t - m for t, m in zip(tails, middles, strict=True)],
+                "symmetric": False,
+                "color": "#6b7280",
+            }
+            bars = {"type": "bar", "name": name, "x": ranks, "y": middles, "error_y": above}
+            traces.append({**bars, "marker": {"color": shade}})
+            usual = median(middles)
+            for rank in ranks:
+                share = f"{middles[rank] / usual:.2f} times" if usual > 0 else None
+                host = hosts[rank] if rank < len(hosts) else None
+                rows.append([run.label, attempt, str(rank), host, middles[rank], tails[rank], share])
+    if not traces:
+        return _slowest_chart(runs)
+    columns = ("run", "attempt", "rank", "host", "middle s", "95 % s", "of the middle rank's")
+    layout = axes("rank", "seconds of its own per step", barmode="group")
+    return Chart("ranks", "how long each rank works on a step by itself", traces, layout, table(columns, rows))
+
+
+def _slowest_chart(runs: Sequence[RunRecord]) -> Chart | None:
+    """Of more ranks than each step's record has: how often which was the slowest."""
+    traces: list[Trace] = []
+    rows: list[list[Any]] = []
+    for index, run in enumerate(runs):
+        told = [row for row in run.rows if row.get("slowest_rank") is not None]
+        if not told:
+            continue
+        attempt = int(told[-1]["attempt"])
+        hosts = _hosts(run, attempt)
+        counts = Counter(int(row["slowest_rank"]) for row in told if row["attempt"] == attempt)
+        name, shade = safe(f"{run.label}, attempt {attempt}"), {"color": colour(index)}
+        traces.append({"type": "bar", "name": name, "x": list(counts), "y": list(counts.values()), "marker": shade})
+        for rank, steps in counts.most_common():
+            rows.append([run.label, attempt, str(rank), hosts[rank] if rank < len(hosts) else None, steps])
+    if not traces:
+        return None
+    columns = ("run", "attempt", "rank", "host", "steps in which it was the slowest")
+    layout = axes("rank", "steps in which it was the slowest")
+    return Chart("ranks", "how often each rank was the slowest", traces, layout, table(columns, rows))
+
+
+def straggler(run: RunRecord) -> str:
+    """In a sentence, of the newest attempt that has at least two ranks."""
+    for attempt, times in reversed(_rank_times(run).items()):
+        middles = [median(mine) for mine in times]
+        usual = median(middles)
+        if len(middles) < 2 or usual <= 0:
+            continue
+        slowest = max(range(len(middles)), key=middles.__getitem__)
+        hosts = _hosts(run, attempt)
+        on = f" on {hosts[slowest]}" if slowest < len(hosts) else ""
+        return (
+            f"{run.label}, attempt {attempt}: the slowest is rank {slowest}{on}, {middles[slowest] / usual:.2f} times "
+            "as long as the middle one."
+        )
+    return ""
+
+
+def _rank_times(run: RunRecord) -> dict[int, list[list[float]]]:
+    """Attempt to the seconds of each rank's steps; the first step of an attempt, which compiles and warms up, is left
+    out where there are others."""
+    found: dict[int, list[list[float]]] = {}
+    for row in run.rows:
+        if times := row.get("rank_s"):
+            found.setdefault(int(row["attempt"]), []).append(times)
+    return {
+        attempt: [list(mine) for mine in zip(*(steps[1:] or steps), strict=False)]
+        for attempt, steps in sorted(found.items())
+    }
+
+
+def _hosts(run: RunRecord, attempt: int) -> list[str]:
+    return next((list(e.get("hosts") or []) for e in run.told("start") if e.get("attempt") == attempt), [])
+
+
+def checkpoint_chart(runs: Sequence[RunRecord]) -> Chart | None:
+    traces: list[Trace] = []
+    rows = []
+    for index, run in enumerate(runs):
+        done: list[Row] = run.told("checkpoint")
+        if not done:
+            continue
+        steps, name = [e.get("step") for e in done], f"{run.label}: " if len(runs) > 1 else ""
+        stalls, uploads = [e.get("stall_s") for e in done], [e.get("upload_s") for e in done]
+        shade, dashed = colour(2 * index), {"color": colour(2 * index + 1), "dash": "dash"}
+        marks = {"type": "scatter", "mode": "lines+markers", "x": steps}
+        traces.append({**marks, "name": safe(f"{name}training held up"), "y": stalls, "line": {"color": shade}})
+        traces.append({**marks, "name": safe(f"{name}written behind its back"), "y": uploads, "line": dashed})
+        for e in done:
+            rows.append([run.label, *(e.get(n) for n in ("attempt", "step", "stall_s", "snapshot_s", "upload_s"))])
+            rows[-1] += [_mib(e.get("bytes")), e.get("coalesced")]
+    if not traces:
+        return None
+    columns = ("run", "attempt", "step", "stall s", "of it copying s", "writing s", "MiB", "left out before it")
+    return Chart("checkpoints", "what each checkpoint took", traces, axes("step", "seconds"), table(columns, rows))
+
+
+def _mib(size: Any) -> float | None:
+    return None if size is None else float(size) / 2**20

@@ -1,0 +1,263 @@
+"""A run that is started on another machine: rendered, submitted, followed, cancelled.
+
+What goes there is the recipe as it was resolved here; nobody reads the user's file after that.
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from cluster import KINDS, ClusterError, Job, cluster_of
+from cluster.job import Say
+from launcher.cli.options import TrustOption
+from launcher.terminal.console import stderr
+from trainer.errors import InputError, Interrupted, MusterError, UsageError, WorkerFailed
+from trainer.interruption import Terminated
+from trainer.recipe.trust import FLAG, code_of, submitting_code_of
+from trainer.redact import credential_in
+from trainer.run import layout
+from trainer.run.recipe_url import digest_of, recipe_at
+from trainer.run.submission import Submission, read_submission
+from trainer.storage import Storage, open_storage
+
+if TYPE_CHECKING:
+    from trainer.recipe import Recipe
+
+END_WAIT_S = 120.0
+LOOK_S = 1.0
+FIRST_LOOK_S = 30.0
+EVERYWHERE = ("ray", "kubernetes")
+"""Kinds whose machines share no working directory with this one."""
+READ_FROM_STORAGE = ("slurm",)
+"""Kinds whose jobs read their recipe from the storage; to the others it travels inside the job."""
+
+
+def job_of(
+    recipe: Recipe, kind: str, command: Sequence[str] = ("run",), arguments: Sequence[str] = (), **settings: Any
+) -> Job:
+    """The recipe's job for this kind of cluster, in plain values; ``settings`` replace those of the recipe."""
+    from trainer.recipe import dump
+
+    resources = recipe.resources
+    return Job(
+        name=recipe.name,
+        run_uri=recipe.run_uri,
+        recipe=dump(recipe),
+        workers=(resources.min_workers, resources.max_workers),
+        gpus_per_worker=resources.gpus_per_worker,
+        cpus_per_worker=resources.cpus_per_worker,
+        settings={**getattr(recipe.cluster, kind).model_dump(mode="json"), **settings},
+        command=tuple(command),
+        arguments=tuple(arguments),
+    )
+
+
+def submit(job: Job, kind: str, recipe: Recipe, say: Say) -> Submission:
+    """Freezes the recipe in the run's storage and submits its job. Raises UsageError where the user can mend it."""
+    from trainer.run.frozen import check_same_recipe
+    from trainer.run.lease import withdraw_end
+
+    check_places(recipe, kind)
+    check_address(job, kind)
+    storage = open_storage(recipe.storage, deadline_s=FIRST_LOOK_S)
+    run = storage.child(recipe.name)
+    trains = job.command[0] == "run"
+    if trains:
+        check_same_recipe(run, recipe)
+        withdraw_end(run)
+    # Where the job reads its recipe from the storage, the user's word has to come with the command.
+    if kind in READ_FROM_STORAGE and (code_of(recipe) or submitting_code_of(recipe)):
+        job = replace(job, command=(*job.command, FLAG))
+    unique = f"{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(4)}"
+    key = f"{layout.SUBMITTED}/{unique}-{digest_of(job.recipe.encode())}.yaml"
+    run.write(key, job.recipe.encode())
+    with cluster_errors():
+        made = Submission(kind, cluster_of(kind).submit(job, run.uri(key)), time.time(), run.uri(key))
+    if trains:
+        run.write_json(layout.SUBMISSION, vars(made))
+    say(f"submitted as {made.job}")
+    return made
+
+
+def follow(made: Submission, run_uri: str, say: Say) -> int:
+    """Passes on what the job says until it ends; its exit code. An interruption here leaves the job alone."""
+    try:
+        with cluster_errors():
+            return cluster_of(made.kind).follow(made.id, say)
+    except (KeyboardInterrupt, Terminated):
+        raise Interrupted(
+            f"{made.job} goes on; `muster status {run_uri}` looks at it, `muster cancel {run_uri}` ends it"
+        ) from None
+
+
+def run_elsewhere(recipe: Recipe, kind: str, flags: Sequence[str], address: str | None, *, detach: bool) -> None:
+    """Submits a run and follows it; raises what its exit code means."""
+
+    def say(text: str) -> None:
+        stderr().print(text, soft_wrap=True)
+
+    if flags and kind == "kubernetes":  # the manifest starts the job again and again, which may take over only once
+        raise UsageError(f"{' '.join(flags)} cannot go along to Kubernetes; end the other with `muster cancel` first")
+    made = submit(job_of(recipe, kind, ("run", *flags), **_at(address)), kind, recipe, say)
+    if detach:
+        return
+    if code := follow(made, recipe.run_uri, say):
+        errors: dict[int, type[MusterError]] = {2: UsageError, 3: Interrupted}
+        raise errors.get(code, WorkerFailed)(f"{made.job} ended with exit code {code}; see what it said above")
+
+
+def doctor_elsewhere(recipe: Recipe, kind: str, *, as_json: bool) -> int:
+    """``muster doctor`` inside a job like the run's, once; its tables, or its JSON object alone, go to stdout."""
+
+    def pass_on(line: str) -> None:
+        if as_json and not line.startswith("{"):
+            tell(line)
+        else:
+            print(line, flush=True)
+
+    def tell(text: str) -> None:
+        stderr().print(text, soft_wrap=True)
+
+    once: dict[str, Any] = {"retries": 0} if kind == "kubernetes" else {}
+    job = job_of(recipe, kind, ("doctor", "--json") if as_json else ("doctor",), **once)
+    made = submit(replace(job, name=f"{job.name}-doctor"), kind, recipe, tell)
+    return follow(made, recipe.run_uri, pass_on)
+
+
+def _at(address: str | None) -> dict[str, Any]:
+    return {"address": address} if address else {}
+
+
+def check_places(recipe: Recipe, kind: str) -> None:
+    """Raises UsageError for a path that means something here only."""
+    if kind not in EVERYWHERE:
+        return
+    sources = [*recipe.data.train, *recipe.data.eval]
+    places = {"storage": recipe.storage, **{f"data: {source.path}": source.path for source in sources}}
+    if Path(recipe.model.path).is_dir():  # else it is the Hub's
+        places["model.path"] = recipe.model.path
+    relative = [name for name, place in places.items() if "://" not in place and not place.startswith("/")]
+    if relative:
+        raise UsageError(
+            f"{', '.join(relative)}: a relative path lies elsewhere on the machines of --on {kind}; give a URL, or the "
+            "absolute path of a folder that all of them share"
+        )
+
+
+def check_address(job: Job, kind: str) -> None:
+    """Raises UsageError for a Ray cluster's address with credentials: it becomes a part of the job's id, which is
+    stored and printed."""
+    from cluster.ray import api_address
+
+    address = api_address(job.settings, os.environ) if kind == "ray" else None
+    if address and (what := credential_in(address)):
+        raise UsageError(
+            f"the address of the Ray cluster holds credentials ({what}), and it is stored and printed as a part of the "
+            "job's name; take them out, and give a token by RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+        )
+
+
+@contextmanager
+def cluster_errors() -> Iterator[None]:
+    """The cluster's errors as this program's own."""
+    try:
+        yield
+    except ClusterError as error:
+        raise (UsageError if error.usage else WorkerFailed)(str(error)) from error
+
+
+def render(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe: YAML or JSON file")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes, by dotted path")
+    ] = None,
+    on: Annotated[
+        str, typer.Option(help="slurm | kubernetes | ray, or local for the recipe with all defaults filled in")
+    ] = "slurm",
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Print what would be submitted, a command or a manifest. Nothing is contacted."""
+    from trainer.recipe import dump
+
+    if on == "local":
+        print(dump(recipe_at(recipe, overrides or [], trust=trust_remote_code)), end="")
+        return
+    with cluster_errors():
+        cluster = cluster_of(on)
+        loaded = recipe_at(recipe, overrides or [], trust=trust_remote_code)
+        words = [recipe, *(overrides or []), *([FLAG] if trust_remote_code else [])]
+        job = job_of(loaded, on, arguments=words)
+        check_address(job, on)
+        print(cluster.render(job), end="")
+
+
+def cancel(
+    run_uri: Annotated[str, typer.Argument(metavar="RUN_URI", help="where the run lies, as muster ls prints it")],
+) -> None:
+    """Stop a run, wherever it is: its workers commit, and its job is not started again."""
+    from trainer.run.lease import is_held, read_lease, request_end
+
+    def say(text: str) -> None:
+        stderr().print(text, soft_wrap=True)
+
+    run = open_storage(run_uri, deadline_s=FIRST_LOOK_S)
+    lease, made = read_lease(run), read_submission(run)
+    if lease is None and made is None and run.info(layout.RECIPE) is None:
+        raise InputError(f"there is no run at {run.url}; `muster ls` with the folder above it lists those that are")
+    jobs = jobs_of(made, lease.holder.job if lease else None)
+    # Also a job that has not begun, or that comes back, finds this and ends at once.
+    request_end(run, lease.driver if lease else None, sorted({*jobs, *map(as_its_driver_names_it, jobs)}))
+    ended = True
+    if lease is not None and is_held(run, lease):
+        say(f"asking {lease.holder} to commit and end")
+        ended = _await_end(run, lease.driver)
+    gone = [_cancel_job(job, run.url, say) for job in jobs]
+    if not ended and not any(gone):
+        raise WorkerFailed(f"the driver of {run.url} did not end within {END_WAIT_S:.0f} s; look at its host")
+    say(f"{run.url} is stopped; the command that began it goes on from the newest checkpoint")
+
+
+def as_its_driver_names_it(job: str) -> str:
+    """The driver of a Ray job knows its own submission id, and not at what address it was submitted."""
+    return f"ray:{job.rpartition('/')[2]}" if job.startswith("ray:http") else job
+
+
+def jobs_of(made: Submission | None, holder: str | None) -> list[str]:
+    """The run's jobs: the one last submitted, and the one that its driver runs in, if that is another."""
+    jobs = [made.job] if made else []
+    if holder and not (made and as_its_driver_names_it(made.job) == holder):
+        jobs.append(holder)
+    return [job for job in jobs if job.partition(":")[0] in KINDS]
+
+
+def _await_end(run: Storage, driver: int) -> bool:
+    """Whether the driver has ended, asked to, within ``END_WAIT_S``."""
+    from trainer.run.lease import is_held, read_lease
+
+    deadline = time.monotonic() + END_WAIT_S
+    while time.monotonic() < deadline:
+        lease = read_lease(run)
+        if lease is None or lease.driver != driver or not is_held(run, lease):
+            return True
+        time.sleep(LOOK_S)
+    return False
+
+
+def _cancel_job(job: str, run_uri: str, say: Say) -> bool:
+    """Whether the job is known to be gone. Where its commands are missing, it was asked through the storage alone."""
+    kind, _, name = job.partition(":")
+    try:
+        cluster_of(kind).cancel(name, run_uri)
+    except ClusterError as error:
+        say(f"{job} itself was not cancelled; if it starts once more, it ends at once ({error})")
+        return False
+    return True

@@ -1,0 +1,1 @@
+"""What people see: the console, texts that are safe to print, and commands to copy."""

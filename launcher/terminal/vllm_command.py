@@ -1,0 +1,64 @@
+"""The command that serves a result with vLLM."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from trainer.recipe.sections.tasks import AUTO_CLASSES, CAUSAL
+
+if TYPE_CHECKING:
+    from trainer.recipe import Recipe
+
+LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
+"""Of `--max-lora-rank`."""
+AS_LORA = ("lora", "rslora", "loraplus", "pissa", "olora")
+"""Methods that are saved as what vLLM reads: plain LoRA. pissa and olora of twice the rank."""
+NOT_MERGED = ("prefix", "prompt", "p_tuning", "adaption_prompt")
+
+
+def of_recipe(recipe: Recipe, adapter: str) -> list[str]:
+    """Lines for a person, of a run's final adapter; none where vLLM serves nothing of the kind."""
+    section = recipe.adapter
+    if AUTO_CLASSES[recipe.task] != CAUSAL or section.kind in NOT_MERGED:
+        return []
+    if section.method == "none":
+        return [_command(adapter)] if _is_local(adapter) else [_fetch(adapter, recipe.name), _command(recipe.name)]
+    merged = f"{recipe.name}-merged"
+    apart = ["muster", "merge", "--run", recipe.run_uri, "--out", merged]
+    if not (
+        section.kind in AS_LORA
+        and section.bias == "none"
+        and not section.modules_to_save
+        and not section.trainable_tokens
+    ):
+        return [shlex.join(apart), _command(merged)]
+    rank = (section.rank or 0) * (2 if section.kind in ("pissa", "olora") else 1)
+    folder = adapter if _is_local(adapter) else recipe.name
+    lines = [] if _is_local(adapter) else [_fetch(adapter, folder)]
+    return [*lines, with_adapter(recipe.model.path, recipe.name, folder, rank)]
+
+
+def with_adapter(base: str, name: str, folder: str, rank: int) -> str:
+    room = next((r for r in LORA_RANKS if r >= rank), rank)
+    modules = json.dumps({"name": name, "path": folder})
+    return _command(base, "--enable-lora", "--max-lora-rank", str(room), "--lora-modules", modules)
+
+
+def of_model(folder: Path) -> str:
+    return _command(str(folder))
+
+
+def _command(*arguments: str) -> str:
+    return shlex.join(["vllm", "serve", *arguments])
+
+
+def _is_local(uri: str) -> bool:
+    return "://" not in uri
+
+
+def _fetch(uri: str, folder: str) -> str:
+    """vLLM reads adapters from the disk."""
+    return shlex.join(["aws", "s3", "cp", "--recursive", uri, folder]) if uri.startswith("s3://") else f"# copy {uri}"

@@ -1,0 +1,192 @@
+"""Submitting to a Ray cluster's job API, played by a small HTTP server."""
+
+from __future__ import annotations
+
+import io
+import json
+import shlex
+import threading
+import zipfile
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from cluster import ClusterError, Job
+from cluster.ray import RECIPE, Ray, api_address, working_directory
+
+ODD = 'name: it\'s $(touch x) `id` "q" ünï\n'
+JOB = Job("a.run", "s3://runs/a.run", ODD, (1, 1), 0, 1, {"address": None}, arguments=("r.yaml",))
+
+
+class Head(BaseHTTPRequestHandler):
+    server: Server  # type: ignore[assignment]
+
+    def _answer(self) -> None:
+        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        self.server.calls.append((self.command, self.path, body, self.headers.get("Authorization")))
+        status, answer = self.server.play(self.command, self.path, body)
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(answer).encode())
+
+    do_GET = do_PUT = do_POST = _answer
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+class Server(ThreadingHTTPServer):
+    """Plays a job: one answer after another for its details and its logs."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Head)
+        self.calls: list[tuple[str, str, bytes, str | None]] = []
+        self.details: list[dict[str, Any]] = []
+        self.logs: list[str] = []
+        self.refuse: tuple[int, str] | None = None
+        self.busy = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+    def play(self, method: str, path: str, body: bytes) -> tuple[int, Any]:
+        if self.busy and method == "POST":
+            self.busy -= 1
+            return 500, "No available agent to submit job, please try again later."
+        if self.refuse:
+            return self.refuse
+        if path.endswith("/logs"):
+            return 200, {"logs": self.logs.pop(0) if len(self.logs) > 1 else self.logs[0]}
+        if method == "POST" and path == "/api/jobs/":
+            return 200, {"submission_id": json.loads(body)["submission_id"]}
+        if method == "GET":
+            return 200, self.details.pop(0) if len(self.details) > 1 else self.details[0]
+        return 200, {}
+
+
+@pytest.fixture
+def head(monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
+    monkeypatch.setattr("cluster.ray.POLL_S", 0.01)
+    monkeypatch.setattr("cluster.ray.PATIENCE_S", 0.5)
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def ray(head: Server, **environment: str) -> Ray:
+    return Ray({"RAY_API_SERVER_ADDRESS": head.url, **environment})
+
+
+def test_the_frozen_recipe_travels_inside_and_no_shell_reads_it(head: Server) -> None:
+    job_id = ray(head).submit(replace(JOB, command=("run", "--takeover")), "s3://runs/frozen.yaml")
+    (_, path, package, _), (_, _, body, _) = head.calls
+    sent = json.loads(body)
+    assert sent["entrypoint"] == f"python -m launcher run --takeover {RECIPE}"
+    assert "$" not in sent["entrypoint"]
+    assert sent["runtime_env"] == {"working_dir": f"gcs://{path.rsplit('/', 1)[1]}"}
+    assert job_id == f"{head.url}/{sent['submission_id']}"
+    with zipfile.ZipFile(io.BytesIO(package)) as files:
+        assert files.read(RECIPE).decode() == ODD
+        assert {"launcher/__main__.py", "cluster/ray.py", "trainer/worker/attempt.py", "slurm/train.sbatch"} < set(
+            files.namelist()
+        )
+        assert not [name for name in files.namelist() if "__pycache__" in name or name.startswith(("tests", "docs"))]
+
+
+def test_the_same_files_are_the_same_package() -> None:
+    assert working_directory("a") == working_directory("a")
+    assert working_directory("a") != working_directory("b")
+
+
+def test_the_log_is_passed_on_in_whole_lines_and_the_exit_code_too(head: Server) -> None:
+    head.details = [{"status": s} for s in ("PENDING", "RUNNING", "RUNNING")]
+    head.details.append({"status": "FAILED", "driver_exit_code": 3})
+    head.logs = ["", "one\ntw", "one\ntwo\nth", "one\ntwo\nthree"]
+    said = list[str]()
+    assert ray(head).follow(f"{head.url}/j", said.append) == 3
+    assert said == ["one", "two", "three"]
+
+
+@pytest.mark.parametrize(
+    ("details", "code"),
+    [
+        ({"status": "SUCCEEDED", "driver_exit_code": 0}, 0),
+        ({"status": "FAILED", "driver_exit_code": 2}, 2),
+        ({"status": "FAILED", "driver_exit_code": None, "message": "no such file"}, 1),
+        ({"status": "FAILED", "driver_exit_code": -9}, 1),
+        ({"status": "STOPPED", "driver_exit_code": None}, 3),
+    ],
+)
+def test_exit_codes(head: Server, details: dict[str, Any], code: int) -> None:
+    head.details, head.logs, said = [details], ["x\n"], list[str]()
+    assert ray(head).follow("j", said.append) == code
+    assert ("Ray: no such file" in said) == ("message" in details)
+
+
+def test_a_head_that_does_not_answer(head: Server) -> None:
+    gone = Ray({"RAY_API_SERVER_ADDRESS": "http://127.0.0.1:1"})
+    with pytest.raises(ClusterError, match=r"no Ray head answers at http://127.0.0.1:1 .*8265"):
+        gone.submit(JOB, "r")
+    with pytest.raises(ClusterError, match="no Ray head answers"):
+        gone.follow("http://127.0.0.1:1/j", print)
+    with pytest.raises(ClusterError, match=r"give --address .*cluster.ray.address"):
+        Ray({}).submit(JOB, "r")
+
+
+def test_a_head_that_refuses(head: Server) -> None:
+    head.refuse = (500, "no room\nat all")
+    with pytest.raises(ClusterError, match=r"refused PUT .*HTTP 500 .*no room"):
+        ray(head).submit(JOB, "r")
+    head.refuse = (401, "no")
+    with pytest.raises(ClusterError, match=r"wants another token .*RAY_AUTH_TOKEN"):
+        ray(head).submit(JOB, "r")
+    head.refuse = (404, "unknown")
+    assert ray(head).state("j") is None
+    said = list[str]()
+    assert ray(head).follow("j", said.append) == 3
+    assert "has forgotten the job" in said[0]
+    ray(head).cancel("j", "s3://runs/r")
+    assert [method for method, *_ in head.calls].count("POST") == 0
+
+
+def test_a_head_that_has_just_started_is_given_a_moment(head: Server) -> None:
+    head.busy = 2
+    assert ray(head).submit(JOB, "r")
+    assert [method for method, *_ in head.calls] == ["PUT", "POST", "POST", "POST"]
+    assert len({body for method, _, body, _ in head.calls if method == "POST"}) == 1, "the same job each time"
+    head.busy = 10**6
+    with pytest.raises(ClusterError, match="No available agent"):
+        ray(head).submit(JOB, "r")
+
+
+def test_the_token_goes_along_when_the_cluster_has_one(head: Server) -> None:
+    head.details = [{"status": "RUNNING"}]
+    assert ray(head, RAY_AUTH_MODE="token", RAY_AUTH_TOKEN="secret").state("j") == "RUNNING"
+    assert head.calls[-1][3] == "Bearer secret"
+    ray(head, RAY_AUTH_MODE="disabled", RAY_AUTH_TOKEN="secret").state("j")
+    assert head.calls[-1][3] is None
+
+
+def test_a_running_job_is_stopped(head: Server) -> None:
+    head.details = [{"status": "RUNNING"}]
+    ray(head).cancel(f"{head.url}/j", "s3://runs/r")
+    assert head.calls[-1][:2] == ("POST", "/api/jobs/j/stop")
+
+
+def test_where_the_head_is() -> None:
+    environment = {"RAY_ADDRESS": "10.0.0.1:6379"}
+    assert api_address({}, environment) is None
+    assert api_address({}, {"RAY_ADDRESS": "http://h:8265"}) == "http://h:8265"
+    assert api_address({}, {**environment, "RAY_API_SERVER_ADDRESS": "https://h"}) == "https://h"
+    assert api_address({"address": "http://recipe:1"}, {"RAY_API_SERVER_ADDRESS": "https://h"}) == "http://recipe:1"
+
+
+def test_the_printed_command_means_the_same_to_a_shell() -> None:
+    words = shlex.split(Ray({}).render(replace(JOB, arguments=(ODD, "a=$(b)"))))
+    assert words[:5] == ["ray", "job", "submit", "--address", "http://HEAD:8265"]
+    assert words[-2:] == [ODD, "a=$(b)"]

@@ -1,0 +1,137 @@
+"""``muster plan``: JSON alone on stdout, a report of 80 columns, exit code 2 for what cannot be planned."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launcher.cli.app import main
+from launcher.cli.plan import size
+from launcher.plan.table import WIDTH
+from tests.support.planning import LLAMA_70B, plan_recipe
+from tests.support.training import run_of, small_recipe, train_here, write_pairs
+from trainer.errors import UsageError
+from trainer.plan.run_length import Inquiry
+from trainer.recipe import Recipe, dump
+
+Outcome = tuple[int, str, str]
+
+
+class Muster:
+    """Calls the program in this process: exit code, stdout, stderr."""
+
+    def __init__(self, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, folder: Path) -> None:
+        self._capsys, self._monkeypatch, self._folder = capsys, monkeypatch, folder
+
+    def plan(self, recipe: Recipe, *arguments: str) -> Outcome:
+        path = self._folder / "recipe.yaml"
+        path.write_text(dump(recipe))
+        self._monkeypatch.setattr("sys.argv", ["muster", "plan", str(path), *arguments])
+        self._capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0), *self._capsys.readouterr()
+
+    def json(self, recipe: Recipe, *arguments: str) -> dict[str, Any]:
+        code, out, err = self.plan(recipe, "--json", *arguments)
+        assert code == 0, err
+        found: dict[str, Any] = json.loads(out)
+        return found
+
+
+@pytest.fixture
+def muster(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Muster:
+    return Muster(capsys, monkeypatch, tmp_path)
+
+
+def test_a_70b_is_told_in_80_columns(muster: Muster, tmp_path: Path) -> None:
+    changes = {"model.quantization": "nf4", "model.dtype": "bfloat16", "training.gradient_checkpointing": True}
+    changes |= {"strategy.kind": "fsdp", "resources.gpus_per_worker": 1, "data.sequence_length": 2048}
+    recipe = plan_recipe(tmp_path, LLAMA_70B, **changes)
+    code, out, _ = muster.plan(recipe, "--gpu-memory", "24GiB", "--price-per-gpu-hour", "2", "resources.workers=2")
+    assert code == 0
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= WIDTH
+    assert any(line.split() == ["frozen", "weights", "17.90"] for line in lines)
+    assert any(line.startswith("Does NOT fit:") for line in lines)
+    assert any(line.startswith("  strategy.offload=true ") for line in lines)
+
+
+def test_json_has_stdout_to_itself(muster: Muster, tmp_path: Path) -> None:
+    told = muster.json(
+        plan_recipe(tmp_path), "--gpu-memory", "1TB", "--tokens-per-s", "64", "--price-per-gpu-hour", "3"
+    )
+    assert told["fits"] is True
+    assert told["device_memory_bytes"] == 10**12
+    assert told["steps"] == 10
+    assert told["hours"] == pytest.approx(10 * 6 * 64 / 64 / 3600)
+    assert told["cost"] == pytest.approx(3 * told["hours"])
+    assert told["suggestions"] == []
+
+
+def test_an_elastic_run_is_planned_for_its_fewest_workers(muster: Muster, tmp_path: Path) -> None:
+    told = muster.json(plan_recipe(tmp_path, **{"strategy.kind": "fsdp", "resources.workers": [2, 4]}))
+    assert told["world_size"] == 2
+    assert "fewest workers, 2" in " ".join(told["notes"])
+
+
+def test_without_a_limit_sizes_are_told(muster: Muster, tmp_path: Path) -> None:
+    recipe = plan_recipe(tmp_path)
+    code, out, _ = muster.plan(recipe)
+    assert code == 0
+    assert "told with --gpu-memory 24GiB" in out
+    assert muster.json(recipe)["fits"] is None
+
+
+def test_prepared_data_and_a_past_run_are_told_of(muster: Muster, tmp_path: Path, tiny_model: Path) -> None:
+    write_pairs(tmp_path / "data" / "a.jsonl", 30)
+    recipe = small_recipe(
+        "told", tiny_model, tmp_path, **{"training": {"epochs": 1, "global_batch": 4, "micro_batch": 2}}
+    )
+    before = Inquiry(recipe, None).outlook()
+    assert (before.steps, before.samples_per_epoch, before.tokens_per_s) == (None, None, None)
+    assert train_here(recipe) == "succeeded"
+    told = muster.json(recipe)
+    assert told["samples_per_epoch"] == 30
+    assert told["steps"] == told["steps_per_epoch"] > 0
+    assert told["tokens_per_s"] > 0
+    assert told["hours"] > 0
+    # The same data under another name: found by what it is, not by whose run prepared it.
+    other = recipe.model_copy(update={"name": "other"})
+    assert Inquiry(other, None).outlook().samples_per_epoch == 30
+    assert not run_of(other).list("")
+
+
+@pytest.mark.parametrize(
+    ("changes", "arguments", "said"),
+    [
+        ({"model.path": "./nowhere"}, (), "'./nowhere' is no folder on this host"),
+        ({}, ("--gpu-memory", "lots"), "'lots' is no size of memory"),
+        ({}, ("training.steps=0",), "training.steps"),
+        ({"adapter.target_modules": ["q_prog"]}, (), "q_prog"),
+    ],
+)
+def test_what_cannot_be_planned(
+    muster: Muster, tmp_path: Path, changes: dict[str, Any], arguments: tuple[str, ...], said: str
+) -> None:
+    code, out, err = muster.plan(plan_recipe(tmp_path, **changes), *arguments)
+    assert (code, out) == (2, "")
+    assert said in err
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize(
+    ("text", "bytes_"),
+    [("24GiB", 24 * 2**30), ("80GB", 80 * 10**9), ("1.5 TiB", 3 * 2**39), ("64g", 64 * 10**9), ("1024", 1024)],
+)
+def test_sizes(text: str, bytes_: int) -> None:
+    assert size(text) == bytes_
+
+
+@pytest.mark.parametrize("text", ["", "GiB", "24 gallons", "-1GiB"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(UsageError, match="no size of memory"):
+        size(text)

@@ -1,0 +1,76 @@
+"""The quickstart around a run that is played by a fake: what it hands to the run, and what it shows of it."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from launcher.quickstart import __main__ as quickstart
+from launcher.quickstart.model import Shape
+from launcher.quickstart.prepare import prepare_base
+from trainer.recipe import load
+from trainer.run import layout
+from trainer.storage import open_storage
+
+STEPS = 30
+
+
+def leave_a_run(base: Path) -> None:
+    """What a finished run leaves, as far as the quickstart reads it."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from trainer.run.jsonl import JsonLines
+
+    run = open_storage(load(quickstart.RECIPE).run_uri)
+    metrics = JsonLines(run, layout.metrics_part(1))
+    for step in range(1, STEPS + 1):
+        metrics.add({"attempt": 1, "step": step, "loss": 3.0 / step})
+    metrics.add({"attempt": 1, "step": STEPS, "eval_loss": 0.125})
+    metrics.close()
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(target_modules="all-linear"))
+    model.save_pretrained(base.parent / "saved")
+    for file in (base.parent / "saved").iterdir():
+        run.child(layout.ADAPTER).upload(file.name, file)
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder with the quickstart's base in it, small and hardly trained."""
+    monkeypatch.chdir(tmp_path)
+    shape = Shape(hidden=64, layers=1, heads=2, kv_heads=1, intermediate=64, vocabulary=300)
+    prepare_base(Path("runs/quickstart/base"), shape, texts=50, steps=1)
+    return tmp_path
+
+
+def test_it_makes_the_inputs_runs_the_recipe_and_shows_the_result(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    commands: list[Sequence[str]] = []
+
+    def call(command: Sequence[str]) -> int:
+        commands.append(command)
+        leave_a_run(here / "runs/quickstart/base")
+        return 0
+
+    monkeypatch.setattr(quickstart, "call", call)
+    assert quickstart.main(["optimizer.lr=1e-3"]) == 0
+    assert commands == [[sys.executable, "-m", "launcher", "run", str(quickstart.RECIPE), "optimizer.lr=1e-3"]]
+    assert list(here.glob("runs/quickstart/data/*.jsonl"))
+    assert list(here.glob("runs/quickstart/eval/*.jsonl"))
+    shown = capsys.readouterr().out
+    assert "    3.00 |*" in shown
+    assert "0.125" in shown
+    assert "held-out questions: 0 before, 0 after" in shown
+    assert "runs/storage/quickstart/adapter" in shown
+
+
+def test_a_run_that_fails_gives_its_exit_code_and_shows_nothing_more(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(quickstart, "call", lambda command: 3)
+    assert quickstart.main([]) == 3
+    assert "adapter:" not in capsys.readouterr().out

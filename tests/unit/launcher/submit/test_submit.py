@@ -1,0 +1,308 @@
+"""Runs that are started elsewhere: what is frozen and submitted, what its end means, and how it is cancelled."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+import cluster
+from cluster import ClusterError
+from launcher.cli.app import app, choose_place
+from launcher.monitor.status import read_status
+from launcher.submit import submit
+from launcher.submit.submit import jobs_of
+from tests.support.played import Played
+from trainer.errors import InputError, Interrupted, RecipeChanged, UsageError, WorkerFailed
+from trainer.recipe import Recipe, dump, loads, parse
+from trainer.run import layout
+from trainer.run.lease import Lease, check_not_cancelled
+from trainer.run.submission import Submission
+from trainer.storage import Storage, open_storage
+
+ODD = 'it\'s $(touch owned) & "so" ünï'
+
+
+@pytest.fixture(autouse=True)
+def played(monkeypatch: pytest.MonkeyPatch) -> type[Played]:
+    Played.reset()
+    for kind in ("ray", "slurm", "kubernetes"):
+        monkeypatch.setitem(cluster.KINDS, kind, "tests.support.played:Played")
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        monkeypatch.delenv(name, raising=False)
+    return Played
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Recipe:
+    return made(str(tmp_path / "runs"), str(tmp_path / "data.jsonl"))
+
+
+def made(storage: str, data: str, **changes: Any) -> Recipe:
+    return parse(
+        {
+            "name": "r",
+            "model": {"path": "m"},
+            "data": {"train": [{"path": data, "format": "completion"}], "sequence_length": 8},
+            "training": {"steps": 2, "global_batch": 1, "micro_batch": 1},
+            "optimizer": {"name": "adamw", "lr": 1e-3},
+            "resources": {"workers": [2, 4], "gpus_per_worker": 1, "cpus_per_worker": 3},
+            "storage": storage,
+            **changes,
+        }
+    )
+
+
+def run_of(recipe: Recipe) -> Storage:
+    return open_storage(recipe.storage).child(recipe.name)
+
+
+def test_what_is_submitted_is_the_frozen_recipe(recipe: Recipe, played: type[Played]) -> None:
+    submit.run_elsewhere(recipe, "slurm", ["--takeover"], None, detach=True)
+    ((job, path),) = played.submitted
+    assert loads(Path(path).read_text()) == recipe == loads(job.recipe)
+    assert job.command == ("run", "--takeover")
+    assert (job.workers, job.gpus_per_worker, job.cpus_per_worker) == ((2, 4), 1, 3)
+    assert job.settings["gpus_per_node"] == 8
+    status = read_status(run_of(recipe))
+    assert (status.job, status.state) == ("slurm:42", "interrupted")
+
+
+def test_each_submission_freezes_its_own(recipe: Recipe, played: type[Played]) -> None:
+    for _ in range(2):
+        submit.run_elsewhere(recipe, "slurm", [], None, detach=True)
+    assert len({path for _, path in played.submitted}) == 2
+
+
+@pytest.mark.parametrize(
+    ("code", "error"), [(0, None), (1, WorkerFailed), (2, UsageError), (3, Interrupted), (137, WorkerFailed)]
+)
+def test_the_jobs_exit_code_is_muster_s(
+    code: int, error: type[Exception] | None, recipe: Recipe, played: type[Played], capsys: pytest.CaptureFixture[str]
+) -> None:
+    played.code, played.lines = code, ["step 1", f"[odd] {ODD}"]
+    if error is None:
+        submit.run_elsewhere(recipe, "ray", [], "http://h:8265", detach=False)
+    else:
+        with pytest.raises(error, match=f"ray:42 ended with exit code {code}"):
+            submit.run_elsewhere(recipe, "ray", [], "http://h:8265", detach=False)
+    assert played.submitted[0][0].settings["address"] == "http://h:8265"
+    assert f"[odd] {ODD}" in capsys.readouterr().err
+
+
+def test_an_interruption_leaves_the_job_and_says_how_to_end_it(recipe: Recipe, played: type[Played]) -> None:
+    played.interrupted = True
+    with pytest.raises(Interrupted, match=r"slurm:42 goes on; .*muster cancel .*/r"):
+        submit.run_elsewhere(recipe, "slurm", [], None, detach=False)
+    assert not played.cancelled
+
+
+def test_a_refusal_is_the_users_or_the_clusters(recipe: Recipe, played: type[Played]) -> None:
+    for usage, error in ((True, UsageError), (False, WorkerFailed)):
+        played.refusal = ClusterError("no such partition", usage)
+        with pytest.raises(error, match="no such partition"):
+            submit.run_elsewhere(recipe, "slurm", [], None, detach=True)
+    assert read_status_job(recipe) is None
+
+
+def read_status_job(recipe: Recipe) -> str | None:
+    found = submit.read_submission(run_of(recipe))
+    return found.job if found else None
+
+
+def test_a_recipe_that_differs_from_the_runs_is_refused_before_it_is_submitted(
+    recipe: Recipe, played: type[Played]
+) -> None:
+    run = run_of(recipe)
+    run.write(layout.RECIPE, dump(recipe).encode())
+    run.write(layout.commit(1, 1), b"{}")
+    other = recipe.model_copy(update={"seed": 3})
+    with pytest.raises(RecipeChanged, match="seed"):
+        submit.run_elsewhere(other, "slurm", [], None, detach=True)
+    assert not played.submitted
+
+
+def test_a_new_submission_is_not_the_cancelled_one(recipe: Recipe, played: type[Played]) -> None:
+    """On Kubernetes a job of the same name."""
+    submit.run_elsewhere(recipe, "kubernetes", [], None, detach=True)
+    CliRunner().invoke(app, ["cancel", run_of(recipe).url])
+    with pytest.raises(Interrupted):
+        check_not_cancelled(run_of(recipe), "kubernetes:42")
+    submit.run_elsewhere(recipe, "kubernetes", [], None, detach=True)
+    check_not_cancelled(run_of(recipe), "kubernetes:42")
+    with pytest.raises(UsageError, match="--takeover cannot go along to Kubernetes"):
+        submit.run_elsewhere(recipe, "kubernetes", ["--takeover"], None, detach=True)
+
+
+def test_one_job_is_cancelled_once_by_the_name_that_it_was_submitted_under() -> None:
+    def named(job: str) -> Submission:
+        kind, _, name = job.partition(":")
+        return Submission(kind, name, 0.0, "r")
+
+    assert jobs_of(named("ray:http://h:8265/j1"), "ray:j1") == ["ray:http://h:8265/j1"]
+    assert jobs_of(named("kubernetes:ml/r"), "kubernetes:ml/r") == ["kubernetes:ml/r"]
+    assert jobs_of(named("slurm:1"), "slurm:2") == ["slurm:1", "slurm:2"]
+    assert jobs_of(None, "slurm:2") == ["slurm:2"]
+    assert jobs_of(None, "torchrun:x") == jobs_of(None, None) == []
+
+
+@pytest.mark.parametrize("kind", ["ray", "kubernetes"])
+def test_places_that_mean_something_here_only(kind: str, played: type[Played], tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"storage, data: d\.jsonl: a relative path lies elsewhere"):
+        submit.run_elsewhere(made("runs", "d.jsonl"), kind, [], None, detach=True)
+    assert not played.submitted
+    submit.run_elsewhere(made(str(tmp_path), "s3://b/d.jsonl"), kind, [], None, detach=True)
+
+
+def test_doctor_elsewhere_tells_its_object_alone_on_stdout(
+    recipe: Recipe, played: type[Played], capsys: pytest.CaptureFixture[str]
+) -> None:
+    played.code, played.lines = 1, ["starting probes", '{"verdict": "not ready"}']
+    assert submit.doctor_elsewhere(recipe, "kubernetes", as_json=True) == 1
+    shown = capsys.readouterr()
+    assert shown.out == '{"verdict": "not ready"}\n'
+    assert "starting probes" in shown.err
+    job, _ = played.submitted[0]
+    assert (job.name, job.command, job.settings["retries"]) == ("r-doctor", ("doctor", "--json"), 0)
+    assert read_status_job(recipe) is None, "no job of the run's"
+
+
+def test_render_contacts_nothing(recipe: Recipe, played: type[Played], tmp_path: Path) -> None:
+    path = tmp_path / f"{ODD}.yaml"
+    path.write_text(dump(recipe))
+    done = CliRunner().invoke(app, ["render", str(path), "seed=3", "--on", "slurm"])
+    assert (done.exit_code, done.stdout) == (0, f"r {path} seed=3\n")
+    done = CliRunner().invoke(app, ["render", str(path), "seed=3", "--on", "local"])
+    assert loads(done.stdout) == recipe.model_copy(update={"seed": 3})
+    assert not Path(recipe.storage).exists()
+    with pytest.raises(UsageError, match="'nope' is no kind of cluster; there are: ray, slurm, kubernetes"):
+        CliRunner().invoke(app, ["render", str(path), "--on", "nope"], catch_exceptions=False)
+
+
+@pytest.mark.parametrize(
+    ("on", "address", "environment", "place", "joined"),
+    [
+        (None, None, {}, None, None),
+        (None, None, {"RAY_ADDRESS": "10.0.0.1:6379"}, None, "10.0.0.1:6379"),
+        ("local", None, {"RAY_ADDRESS": "10.0.0.1:6379"}, None, None),
+        ("ray", None, {}, None, "auto"),
+        ("ray", None, {"RAY_ADDRESS": "10.0.0.1:6379"}, None, "10.0.0.1:6379"),
+        ("ray", None, {"RAY_API_SERVER_ADDRESS": "http://h:8265"}, "ray", None),
+        ("ray", None, {"RAY_ADDRESS": "http://h:8265"}, "ray", "http://h:8265"),
+        ("ray", "http://h:8265", {}, "ray", None),
+        ("ray", "h:6379", {}, None, "h:6379"),
+        (None, "http://h:8265", {}, "ray", None),
+        ("slurm", None, {}, "slurm", None),
+        ("kubernetes", None, {}, "kubernetes", None),
+        # A driver in a submitted job joins the cluster that the job runs on, whatever its address is called.
+        ("ray", None, {"RAY_ADDRESS": "1.2.3.4:1", "RAY_API_SERVER_ADDRESS": "http://h"}, None, "1.2.3.4:1"),
+    ],
+)
+def test_where_a_run_is_driven_from(
+    on: str | None,
+    address: str | None,
+    environment: dict[str, str],
+    place: str | None,
+    joined: str | None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    import os
+
+    monkeypatch.setenv("RAY_ADDRESS", "")  # put back afterwards, whatever was made of it
+    del os.environ["RAY_ADDRESS"]
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert choose_place(on, address, None) == place
+    assert os.environ.get("RAY_ADDRESS") == joined
+
+
+def test_places_that_there_are_not() -> None:
+    with pytest.raises(UsageError, match="--on 'cloud' is not one of: local, ray, slurm, kubernetes"):
+        choose_place("cloud", None, None)
+    with pytest.raises(UsageError, match="--address names a Ray cluster, and --on is slurm"):
+        choose_place("slurm", "http://h:8265", None)
+
+
+def driven(run: Storage, job: str | None) -> tuple[threading.Thread, Callable[[], None]]:
+    """A driver of the run that ends when it is asked to."""
+    run.write(layout.RECIPE, b"name: r\n")
+    lease = Lease.acquire(run, job=job, renew_s=0.05)
+
+    def drive() -> None:
+        assert lease.asked.wait(20)
+        lease.release("interrupted")
+
+    thread = threading.Thread(target=drive)
+    thread.start()
+    return thread, lambda: thread.join(20)
+
+
+@pytest.mark.parametrize(("job", "cancelled"), [(None, []), ("slurm:7", ["7"]), ("torchrun:x", [])])
+def test_a_driver_is_asked_and_its_job_cancelled(
+    job: str | None, cancelled: list[str], tmp_path: Path, played: type[Played]
+) -> None:
+    run = open_storage(str(tmp_path)).child("r")
+    _, ended = driven(run, job)
+    assert CliRunner().invoke(app, ["cancel", run.url]).exit_code == 0
+    ended()
+    assert read_status(run).state == "interrupted"
+    assert played.cancelled == cancelled
+
+
+def test_a_job_that_has_not_begun_is_cancelled(recipe: Recipe, played: type[Played]) -> None:
+    submit.run_elsewhere(recipe, "slurm", [], None, detach=True)
+    assert CliRunner().invoke(app, ["cancel", run_of(recipe).url]).exit_code == 0
+    assert played.cancelled == ["42"]
+
+
+def test_where_the_jobs_commands_are_missing_the_driver_is_asked_all_the_same(
+    tmp_path: Path, played: type[Played]
+) -> None:
+    run = open_storage(str(tmp_path)).child("r")
+    _, ended = driven(run, "slurm:7")
+    played.refusal = ClusterError("there is no scontrol on this machine")
+    done = CliRunner().invoke(app, ["cancel", run.url])
+    ended()
+    assert done.exit_code == 0
+    assert "if it starts once more, it ends at once (there is no scontrol" in done.stderr
+    with pytest.raises(Interrupted, match=r"slurm:7 was cancelled; to go on, submit the run again"):
+        check_not_cancelled(run, "slurm:7")
+    check_not_cancelled(run, "slurm:8")
+    check_not_cancelled(run, None)
+
+
+def test_a_driver_that_does_not_end_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, played: type[Played]
+) -> None:
+    monkeypatch.setattr(submit, "END_WAIT_S", 0.2)
+    monkeypatch.setattr(submit, "LOOK_S", 0.05)
+    run = open_storage(str(tmp_path)).child("r")
+    lease = Lease.acquire(run)
+    with pytest.raises(WorkerFailed, match="did not end within"):
+        CliRunner().invoke(app, ["cancel", run.url], catch_exceptions=False)
+    lease.release("failed")
+
+
+def test_cancel_of_nothing(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="there is no run at"):
+        CliRunner().invoke(app, ["cancel", str(tmp_path / "nope")], catch_exceptions=False)
+
+
+def test_a_request_to_end_is_for_one_driver_only(tmp_path: Path) -> None:
+    from trainer.run.lease import end_is_requested, request_end
+
+    run = open_storage(str(tmp_path)).child("r")
+    first = Lease.acquire(run, renew_s=0.02)
+    request_end(run, first.driver)
+    assert first.asked.wait(10)
+    first.release("interrupted")
+    second = Lease.acquire(run, renew_s=0.02)
+    assert not end_is_requested(run, second.driver)
+    time.sleep(0.1)
+    assert not second.asked.is_set()
+    second.release("interrupted")

@@ -1,0 +1,136 @@
+"""Every task: it trains, goes on in the middle as if nothing had been, and leaves what plain peft loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from tests.support.looping import Bench, bench
+from tests.support.models import CPU, stir
+from tests.support.tasks import make_encoder, task_recipe, write_task_data
+from tests.support.training import adapter_bytes, losses, train_here
+from trainer.data import Batch, eval_batches
+from trainer.recipe import Recipe
+from trainer.recipe.matrix import Cell, refusal
+from trainer.registry import TASKS
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tasks")
+    for task in TASKS.names():
+        write_task_data(folder, task)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_encoder(tmp_path_factory.mktemp("encoder"))
+
+
+@pytest.mark.parametrize("task", TASKS.names())
+def test_a_run_learns_and_resumed_in_the_middle_it_is_the_same(task: str, tiny_model: Path, folder: Path) -> None:
+    whole, halved = (task_recipe(task, name, tiny_model, folder) for name in ("whole", "halved"))
+    assert train_here(whole) == "succeeded"
+    curve = losses(whole)
+    if task != "ppo":  # whose loss is another one in every step: test_ppo.py has what it learns
+        assert curve[10] < curve[1] - 0.02
+    stop = halved.model_copy(update={"training": halved.training.model_copy(update={"stop_after": 6})})
+    assert train_here(stop) == "interrupted"
+    assert train_here(halved) == "succeeded"
+    assert losses(halved) == curve
+    assert adapter_bytes(halved) == adapter_bytes(whole)
+
+
+def saved_by(b: Bench, target: Path) -> Path:
+    target.mkdir()
+    snapshot = b.state.snapshot(1, {}, final=True)
+    assert snapshot is not None
+    b.state.write(snapshot, target)
+    return target
+
+
+def plain_base(recipe: Recipe, labels: tuple[str, ...] | None) -> Any:
+    import transformers
+
+    if labels is None:
+        return transformers.AutoModelForCausalLM.from_pretrained(recipe.model.path, dtype="float32")
+    torch.manual_seed(999)  # a head drawn otherwise than muster draws it, which the adapter has to replace
+    return transformers.AutoModelForSequenceClassification.from_pretrained(
+        recipe.model.path, num_labels=len(labels), dtype="float32"
+    )
+
+
+def logits(model: Any, batch: Batch) -> torch.Tensor:
+    """Of every row by itself, without its pads."""
+    rows = []
+    with torch.no_grad():
+        for ids, positions in zip(batch.input_ids, batch.position_ids, strict=True):
+            length = int(positions.max()) + 1
+            rows.append(model.eval()(input_ids=torch.from_numpy(ids[None, :length]), use_cache=False).logits[0])
+    return torch.cat([row.reshape(-1) for row in rows])
+
+
+@pytest.mark.parametrize("task", TASKS.names())
+@pytest.mark.parametrize("method", ["lora", "dora", "prefix", "none"])
+def test_what_is_saved_gives_the_same_outputs_by_plain_peft(
+    task: str, method: str, tiny_model: Path, folder: Path, tmp_path: Path
+) -> None:
+    from peft import PeftModel
+
+    if refusal(Cell(method, "none", "ddp", task)):
+        pytest.skip("the recipe refuses it")
+    with bench(
+        task_recipe(task, "reloaded", tiny_model, folder, **{"data.packing": False, "adapter": {"method": method}})
+    ) as b:
+        stir(b.model)
+        target = saved_by(b, tmp_path / "out")
+        assert b.data.eval is not None
+        batch = next(eval_batches(b.data.eval, 4, 0, 1))
+        if b.recipe.adapter.method == "none":
+            here = b.recipe.model_copy(update={"model": b.recipe.model.model_copy(update={"path": str(target)})})
+            plain = plain_base(here, b.task.labels)
+        else:
+            plain = PeftModel.from_pretrained(plain_base(b.recipe, b.task.labels), target)
+        torch.testing.assert_close(logits(plain, batch), logits(b.model, batch), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("task", TASKS.names())
+def test_a_micro_batch_of_weight_zero_reaches_every_parameter(task: str, tiny_model: Path, folder: Path) -> None:
+    with bench(task_recipe(task, "zero", tiny_model, folder)) as b:
+        full = next(b.stream.prefetch(b.stream.start(), 0, 1)).batches[0]
+        measured = []
+        for batch in (full, Batch.empty()):
+            if b.task.prepares and not b.task.writes:
+                with torch.no_grad():
+                    b.task.prepare(b.model, [batch], CPU)
+            measured.append(b.task.measure(b.model, b.task.rehearsed(batch), CPU))
+        (_, sums), (loss, nothing) = measured
+        assert loss.item() == 0.0
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert {n: tuple(v.shape) for n, v in nothing.items()} == {n: tuple(v.shape) for n, v in sums.items()}
+        assert not any(v.any() for v in nothing.values())
+        for name, parameter in b.strategy.trainable().items():
+            assert parameter.grad is not None, name
+            assert not parameter.grad.any(), name
+
+
+@pytest.mark.parametrize("task", TASKS.names())
+def test_a_checkpoint_is_written_without_touching_the_model(
+    task: str, tiny_model: Path, folder: Path, tmp_path: Path
+) -> None:
+    """It is written by another thread, in the middle of a forward that has gathered the weights."""
+    with bench(task_recipe(task, "written", tiny_model, folder, **{"strategy.kind": "fsdp"})) as b:
+        snapshot = b.state.snapshot(1, {}, final=True)
+        assert snapshot is not None
+        for module in b.model.modules():
+            if isinstance(module, FSDPModule):
+                module.unshard()
+        b.state.write(snapshot, tmp_path)
+        sharded = [n for n, p in b.model.named_parameters() if isinstance(p, DTensor)]
+        assert not sharded

@@ -1,0 +1,124 @@
+"""Who holds the others up, decided from pulses alone."""
+
+from __future__ import annotations
+
+import gc
+import sys
+
+import pytest
+
+from trainer.worker import hang_detector
+from trainer.worker.hang_detector import (
+    CHECKPOINT,
+    FIRST_PATIENCE_S,
+    STALE_S,
+    STORAGE_PATIENCE_S,
+    WAITING_FOR_DATA,
+    Heartbeat,
+    Pulse,
+    Seen,
+    culprits,
+    hang_text,
+    patience_s,
+)
+
+NOW, PATIENCE = 1000.0, 30.0
+
+
+def seen(rank: int, moves: int, *, beat_ago: float = 0.5, moved_ago: float = 40.0, phase: str = "forward") -> Seen:
+    return Seen(Pulse(rank, f"host{rank}", 100 + rank, 7, phase, moves, 3), NOW - beat_ago, NOW - moved_ago)
+
+
+def names(*pulses: Seen) -> list[int]:
+    return [p.rank for p in culprits({s.pulse.rank: s for s in pulses}, NOW, PATIENCE)]
+
+
+def test_nobody_while_anybody_moves() -> None:
+    assert names(seen(0, 5), seen(1, 5, moved_ago=29.0), seen(2, 4, beat_ago=60)) == []
+
+
+def test_a_stopped_process_is_the_one_without_a_pulse() -> None:
+    assert names(seen(0, 5), seen(1, 5, beat_ago=STALE_S + 1), seen(2, 5)) == [1]
+
+
+def test_otherwise_those_that_came_least_far() -> None:
+    assert names(seen(0, 9), seen(1, 9), seen(2, 8)) == [2]
+
+
+def test_all_equally_far_names_nobody() -> None:
+    assert names(seen(0, 9), seen(1, 9)) == []
+
+
+def test_waiting_for_storage_is_no_hang_for_half_an_hour_but_a_stopped_process_is() -> None:
+    assert names(seen(0, 9), seen(1, 8, phase=WAITING_FOR_DATA)) == []
+    assert names(seen(0, 9), seen(1, 8, phase=WAITING_FOR_DATA, beat_ago=60)) == [1]
+    long = STORAGE_PATIENCE_S + 1
+    assert names(seen(0, 9, moved_ago=long), seen(1, 8, moved_ago=long, phase=CHECKPOINT)) == [1]
+
+
+def test_a_storage_that_holds_every_rank_up_is_reported_by_rank_0() -> None:
+    waiting = {"moved_ago": STORAGE_PATIENCE_S + 1, "phase": WAITING_FOR_DATA}
+    assert names(seen(0, 9, **waiting), seen(1, 9, **waiting)) == [0, 1]  # type: ignore[arg-type]
+    alone = Heartbeat(0, 1, "host0", DictStore(), lambda found: None)
+    assert alone._first_sound([seen(0, 9).pulse]) == 0
+
+
+@pytest.mark.parametrize(
+    ("steps", "want"), [([], FIRST_PATIENCE_S), ([0.1] * 50, 30.0), ([1.0] * 99 + [20.0], 100.0), ([8.0], 40.0)]
+)
+def test_patience(steps: list[float], want: float) -> None:
+    assert patience_s(steps) == want
+
+
+class DictStore(dict[str, str]):
+    def set(self, key: str, value: str) -> None:
+        self[key] = value
+
+    def check(self, keys: list[str]) -> bool:
+        return all(k in self for k in keys)
+
+    def get(self, key: str) -> bytes:  # type: ignore[override]
+        return self[key].encode()
+
+
+def test_pulses_travel_through_the_store_with_step_phase_and_stack() -> None:
+    store, clock = DictStore(), iter(range(100))
+    found: list[Pulse] = []
+    beats = [Heartbeat(r, 2, f"host{r}", store, found.extend, clock=lambda: float(next(clock))) for r in range(2)]
+    beats[1].phase(12, "backward of micro-batch 3")
+    for beat in beats:
+        beat.beat()
+    beats[0].look()
+    pulse = beats[0]._seen[1].pulse
+    assert (pulse.rank, pulse.host, pulse.step, pulse.phase, pulse.moves) == (
+        1,
+        "host1",
+        12,
+        "backward of micro-batch 3",
+        1,
+    )
+    assert "test_pulses_travel_through_the_store" in pulse.stack
+    assert beats[0].seen() == {0: "step 0, starting", 1: "step 12, backward of micro-batch 3"}
+    assert "rank 1 on host1" in hang_text([pulse], 31.0)
+    assert "step 12, backward of micro-batch 3" in hang_text([pulse], 31.0)
+
+
+@pytest.mark.parametrize("collecting", [True, False])
+def test_no_collection_comes_while_a_stack_is_taken(collecting, monkeypatch):
+    """In Python 3.11 it may end in a deadlock."""
+    seen = []
+
+    def frames():
+        seen.append(gc.isenabled())
+        raise RuntimeError("no frames")
+
+    monkeypatch.setattr(sys, "_current_frames", frames)
+    was = gc.isenabled()
+    (gc.enable if collecting else gc.disable)()
+    try:
+        with pytest.raises(RuntimeError, match="no frames"):
+            hang_detector._frames()
+        assert gc.isenabled() is collecting
+    finally:
+        (gc.enable if was else gc.disable)()
+    assert seen == [False]

@@ -1,0 +1,149 @@
+"""What a rank writes down, and the card beside the final adapter."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from tests.storage.doubles import faulty
+from tests.support.models import packed
+from tests.support.training import small_recipe
+from trainer.checkpoint.model_card import model_card
+from trainer.distributed.world import World
+from trainer.errors import StorageError
+from trainer.recipe import Recipe, loads
+from trainer.run import layout
+from trainer.run.jsonl import read_rows
+from trainer.worker.recorder import Recorder
+
+Make = Callable[..., Recipe]
+
+
+@pytest.fixture
+def make(tmp_path: Path) -> Make:
+    return lambda **changes: small_recipe("noted", Path("org/base"), tmp_path, **changes)
+
+
+def world(rank: int) -> World:
+    return World(rank, 2, rank, torch.device("cpu"))
+
+
+def test_rank_0_writes_metrics_and_events_and_every_rank_its_ledger(make: Make) -> None:
+    run, _ = faulty()
+    for rank in (0, 1):
+        recorder = Recorder(run, make(), world(rank), attempt=3)
+        recorder.event("start", step=0)
+        recorder.metrics({"step": 1, "loss": 2.5})
+        batch = packed([[9], [12]])
+        batch.index = rank
+        recorder.fed(1, [batch])
+        recorder.close()
+    (row,) = read_rows(run, layout.METRICS)
+    assert abs(row.pop("time") - time.time()) < 60
+    assert row == {"attempt": 3, "step": 1, "loss": 2.5}
+    assert [(e["event"], e["attempt"], e["step"]) for e in read_rows(run, layout.EVENTS)] == [("start", 3, 0)]
+    rows = sorted(read_rows(run, layout.LEDGER), key=lambda row: int(row["rank"]))
+    assert rows == [
+        {
+            "attempt": 3, "step": 1, "micro_batch": rank, "rank": rank, "samples": ["0:0/0", "0:0/1"],
+            "tokens": 21, "target_tokens": 15,
+        }
+        for rank in (0, 1)
+    ]  # fmt: skip
+
+
+def test_there_is_no_ledger_unless_the_recipe_wants_one(make: Make) -> None:
+    run, _ = faulty()
+    recorder = Recorder(run, make(**{"data.ledger": False}), world(0), attempt=1)
+    recorder.fed(1, [packed([[9]])])
+    recorder.settle_ledger()
+    recorder.close()
+    assert run.list() == []
+
+
+def test_facts_are_the_newest_of_every_metric(make: Make) -> None:
+    run, _ = faulty()
+    recorder = Recorder(run, make(), world(1), attempt=1)
+    recorder.metrics({"step": 1, "loss": 2.5})
+    recorder.metrics({"step": 1, "eval_loss": 2.0})
+    recorder.metrics({"step": 2, "loss": 1.5})
+    assert recorder.facts == {"step": 2, "loss": 1.5, "eval_loss": 2.0}
+
+
+def test_a_resumed_run_keeps_the_last_evaluation_until_the_next(make: Make) -> None:
+    """A status looks for it in the newest checkpoint."""
+    run, _ = faulty()
+    recorder = Recorder(run, make(), world(0), attempt=2)
+    recorder.go_on({"step": 8, "loss": 1.0, "eval_loss": 2.0, "eval_s": 0.5})
+    recorder.metrics({"step": 9, "loss": 0.9})
+    assert recorder.facts == {"step": 9, "loss": 0.9, "eval_loss": 2.0, "eval_s": 0.5}
+    recorder.close()
+
+
+def test_one_record_that_cannot_be_stored_does_not_lose_the_others(make: Make) -> None:
+    run, backend = faulty()
+    recorder = Recorder(run, make(), world(0), attempt=1)
+    refused: list[Any] = []
+
+    def refuse(verb: str, path: str) -> None:
+        if verb == "put" and "/metrics/" in path:
+            refused.append(path)
+            raise StorageError("the metrics are refused")
+
+    backend.before = refuse
+    recorder.metrics({"step": 1, "loss": 2.5})
+    recorder.fed(1, [packed([[9]])])
+    with pytest.raises(StorageError, match="the metrics are refused"):
+        recorder.close()
+    assert refused
+    assert len(read_rows(run, layout.LEDGER)) == 1
+
+
+FACTS = {"step": 40, "samples": 12345, "loss": 1.23456, "eval_loss": 2.0, "world_size": 2, "lr": 0.1}
+PROVENANCE = {"muster": "1.2", "packages": {"torch": "2.13", "ray": None}}
+
+
+def card_of(recipe: Recipe) -> tuple[dict[str, Any], str]:
+    card = model_card(recipe, FACTS, PROVENANCE)
+    _, front, body = card.split("---\n", 2)
+    found: dict[str, Any] = yaml.safe_load(front)
+    return found, body
+
+
+def test_the_card_says_what_it_is_how_it_was_made_and_how_to_load_it(make: Make) -> None:
+    front, body = card_of(make(**{"model.quantization": "nf4", "adapter.method": "dora"}))
+    assert front["base_model"] == "org/base"
+    assert front["library_name"] == "peft"
+    assert "dora" in front["tags"]
+    assert "A dora adapter of rank 4 for `org/base`, trained on the base in nf4." in body
+    for line in (
+        "| steps | 40 |",
+        "| samples | 12,345 |",
+        "| loss of the last step | 1.2346 |",
+        "| evaluation loss | 2.0000 |",
+    ):
+        assert line in body
+    assert "PeftModel.from_pretrained(base" in body
+    assert "Versions: muster 1.2, torch 2.13\n" in body
+    dumped = body.split("```yaml\n")[1].split("```")[0]
+    assert loads(dumped, "card") == make(**{"model.quantization": "nf4", "adapter.method": "dora"})
+
+
+def test_the_card_of_a_full_model_speaks_of_no_adapter(make: Make) -> None:
+    front, body = card_of(make(**{"adapter.method": "none"}))
+    assert front["library_name"] == "transformers"
+    assert front["tags"] == ["muster", "sft"]
+    assert "Full fine-tuning for `org/base`." in body
+    assert "peft" not in body.split("## Recipe")[0]
+
+
+@pytest.mark.parametrize("method", ["lora", "none"])
+def test_the_code_on_the_card_is_python(make: Make, method: str) -> None:
+    _, body = card_of(make(**{"adapter.method": method}))
+    compile(body.split("```python\n")[1].split("```")[0], "card", "exec")

@@ -1,0 +1,108 @@
+"""A file of prompts answered: JSON Lines in, JSON Lines out, in the same order."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
+
+from trainer.artifacts.chat import Conversation, Prompt, rendered
+from trainer.artifacts.generate import Writer
+from trainer.data.formats.columns import encodable
+from trainer.data.sample import ROW_BYTES, TOO_LONG, Fault
+from trainer.errors import InputError, UsageError
+from trainer.parsing import JsonReader, Malformed
+
+STDIO = "-"
+AT_ONCE = 256
+"""Rows whose answers are written together; the longest of them are answered first."""
+
+Done = Callable[[int, int], None]
+"""Takes how many rows have been answered, and of how many."""
+
+
+def answer_file(
+    writer: Writer,
+    talk: Conversation,
+    source: str,
+    target: str,
+    max_new_tokens: int,
+    stdout: TextIO | None = None,
+    done: Done = lambda done, of: None,
+) -> None:
+    """Each line of ``source`` holds a ``prompt``, which is put in ``talk``'s frame, or the ``messages`` of a chat; each
+    line of ``target`` repeats it and adds the ``completion``.
+
+    Raises InputError for a line that holds neither, before anything is written."""
+    rows = list(_rows(source))
+    prompts = [_prompt(row, number, talk) for number, row in enumerate(rows, 1)]
+    answered = 0
+
+    def more(count: int) -> None:
+        nonlocal answered
+        answered += count
+        done(answered, len(rows))
+
+    with _opened(target, stdout) as file:
+        for start in range(0, len(rows), AT_ONCE):
+            texts = writer.answers(prompts[start : start + AT_ONCE], max_new_tokens, talk.ended, more)
+            for row, text in zip(rows[start : start + AT_ONCE], texts, strict=True):
+                told = {name: row[name] for name in ("prompt", "messages") if name in row}
+                file.write(json.dumps({**told, "completion": talk.shown(text)}, ensure_ascii=False) + "\n")
+            file.flush()
+
+
+def _rows(source: str) -> Iterator[dict[str, Any]]:
+    reader = JsonReader(finite=False)
+    for number, line in enumerate(_lines(source), 1):
+        if len(line) > ROW_BYTES:
+            raise InputError(f"--input {source}, line {number} is {TOO_LONG}")
+        if not line.strip():
+            continue
+        try:
+            row = reader.read(line)
+        except Malformed as error:
+            raise InputError(f"--input {source}, line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise InputError(f'--input {source}, line {number} is no object: write {{"prompt": …}}')
+        yield row
+
+
+def _lines(source: str) -> Iterator[bytes]:
+    """Each with at most one byte more than a row may have."""
+    try:
+        with sys.stdin.buffer if source == STDIO else open(source, "rb") as file:
+            while line := file.readline(ROW_BYTES + 1):
+                yield line
+    except (OSError, ValueError) as error:
+        raise InputError(f"--input {source} cannot be read: {error}") from error
+
+
+def _prompt(row: dict[str, Any], number: int, talk: Conversation) -> Prompt:
+    prompt, messages = row.get("prompt"), row.get("messages")
+    if isinstance(prompt, str):
+        told = encodable(prompt)
+        if isinstance(told, Fault):
+            raise InputError(f"row {number} of --input: {told.reason}")
+        talk.clear()
+        return talk.ask(told)
+    if isinstance(messages, list) and messages and all(isinstance(turn, dict) for turn in messages):
+        return rendered(talk.tokenizer, messages)
+    raise InputError(
+        f"row {number} of --input has neither a prompt (text) nor messages (a list of objects): {str(row)[:80]}"
+    )
+
+
+@contextmanager
+def _opened(target: str, stdout: TextIO | None) -> Iterator[TextIO]:
+    if target == STDIO:
+        yield stdout or sys.stdout
+        return
+    try:
+        file = open(target, "w", encoding="utf-8")  # noqa: SIM115 - closed below
+    except OSError as error:
+        raise UsageError(f"--output {target} cannot be written: {error.strerror}") from error
+    with file:
+        yield file

@@ -1,0 +1,216 @@
+"""Merging: an adapter becomes part of the base's weights, or several adapters become one.
+
+A merge goes into the unquantised base, whatever the adapter was trained on: weights that are packed again after every
+merge lose what was added to them. What was written is loaded again, and has to give the logits that base and adapter
+gave; before that it has no name, so that nobody takes a wrong model for a good one.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.adapters.meta_init import StayingOnHost
+from trainer.artifacts.combine import Mix, mixed
+from trainer.artifacts.load import load, reads_a_prompt, without_weights
+from trainer.artifacts.locate import DEFAULT, Address, Subject, base_files, find, tokenizer_of
+from trainer.artifacts.merge_streamed import merge_in_parts
+from trainer.checkpoint.artifact_info import Origin
+from trainer.checkpoint.model_card import merged_card
+from trainer.errors import CorruptObject, InputError, StorageError, UsageError
+from trainer.model.placement import Placement, placement_for
+from trainer.recipe.trust import NOBODY, Trust
+
+TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
+"""The norm of the difference of logits, over their norm. Below float32 the sum of weight and update is rounded, where
+base and adapter keep them apart."""
+PROBES = ("The quick brown fox jumps over the lazy dog.", "Question: how many are 3 and 4?\nAnswer: 3 + 4 = 7")
+SHARD = "5GB"
+
+
+@dataclass(frozen=True)
+class Merged:
+    """``difference``: of the logits before and after, relative to their norm."""
+
+    subject: Subject
+    folder: Path
+    difference: float
+
+
+def merge(
+    address: Address,
+    out: Path,
+    *,
+    mix: Mix | None = None,
+    dtype: str | None = None,
+    limits: Mapping[int | str, int] | None = None,
+    say: Callable[[str], None] = lambda phase: None,
+    trust: Trust = NOBODY,
+) -> Merged:
+    """Writes the merged model into the new folder ``out``. ``mix``: which of several adapters, or how much of each.
+    ``dtype``: of the merged weights, in the place of the one that was trained with. ``trust``: whose code may run.
+
+    Raises UsageError for what cannot be merged, CorruptObject when the result is not what it should be."""
+    with _scratch(out) as (folder, scratch):
+        say("fetching the adapter")
+        subject = _unquantised(find(address, scratch / "adapter", trust=trust), dtype)
+        if not subject.adapters:
+            raise UsageError(f"{subject.section.path} is a whole model already: there is no adapter to merge")
+        files = base_files(subject, weights=True)
+        with placement_for(subject.section, files, limits) as placement:
+            probes = _probes(subject, placement)
+            say("loading base and adapter")
+            before = _merge_into(folder, subject, placement, mix, probes, say)
+            tokenizer_of(subject).save_pretrained(folder)
+            say("comparing logits")
+            difference = _compare(folder, subject, placement, probes, before)
+        _origin(subject, "none").write(folder)
+        (folder / "README.md").write_text(merged_card(subject.section, subject.method, difference))
+    return Merged(subject, out, difference)
+
+
+def combine(
+    address: Address,
+    out: Path,
+    mix: Mix,
+    *,
+    say: Callable[[str], None] = lambda phase: None,
+    trust: Trust = NOBODY,
+) -> Subject:
+    """Writes the adapter that ``mix`` makes of several into the new folder ``out``."""
+    with _scratch(out) as (folder, scratch):
+        say("fetching the adapters")
+        subject = find(address, scratch / "adapter", trust=trust)
+        if not subject.adapters:
+            raise UsageError(f"{subject.section.path} is a whole model: there is nothing to combine")
+        mix.check(list(subject.adapters))
+        say("combining")
+        plain = _unquantised(subject, None)
+        model = without_weights(plain, base_files(plain, weights=True)).model
+        with StayingOnHost():
+            name = mixed(model, mix)
+        model.peft_config[name].base_model_name_or_path = subject.section.path
+        model.save_pretrained(str(scratch / "written"), selected_adapters=[name])
+        written = scratch / "written"
+        for file in sorted((written / name if name != DEFAULT else written).iterdir()):
+            if file.suffix in (".safetensors", ".json"):
+                shutil.move(file, folder / file.name)
+        tokenizer_of(subject).save_pretrained(folder)
+        _origin(subject, subject.method).write(folder)
+    return subject
+
+
+@contextmanager
+def _scratch(out: Path) -> Iterator[tuple[Path, Path]]:
+    """The folder to write, which gets the name ``out`` at the end if nothing goes wrong, and one for what is needed
+    on the way. Raises StorageError when the disk is full."""
+    from safetensors import SafetensorError
+
+    if "://" in str(out) or str(out).startswith(("s3:", "gs:", "hf:")):
+        raise UsageError(f"--out {out} is no folder of this machine: write it here, and copy it")
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"--out {out} is there already: name a new folder")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    except OSError as error:
+        raise UsageError(f"--out {out} cannot be written: {error.strerror or error}") from error
+    try:
+        with tempfile.TemporaryDirectory(prefix="muster-merge-") as scratch:
+            yield part, Path(scratch)
+        if out.exists():
+            out.rmdir()
+        part.chmod(0o755)
+        part.rename(out)
+    except (OSError, SafetensorError) as error:
+        said = " ".join(str(error).split())[:200]
+        raise StorageError(f"{out} was not written, and nothing is left of it: {said}") from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _unquantised(subject: Subject, dtype: str | None) -> Subject:
+    changes = {"quantization": "none", "dtype": dtype or subject.section.dtype}
+    return replace(subject, section=subject.section.model_copy(update=changes), recipe=None)
+
+
+def _merge_into(
+    folder: Path,
+    subject: Subject,
+    placement: Placement,
+    mix: Mix | None,
+    probes: list[torch.Tensor],
+    say: Callable[[str], None],
+) -> list[torch.Tensor]:
+    """The logits before."""
+    model = load(subject, placement, subject.classes)
+    if reads_a_prompt(model):
+        raise UsageError(f"{subject.method} trains vectors before the text: there is no weight to merge them into")
+    if getattr(model.config, "quantization_config", None):
+        raise InputError("the base's files are quantised: name an unquantised base in the adapter's muster.json")
+    if mix is not None:
+        if placement.disk and len(mix.weights) > 1:
+            raise UsageError("the base does not fit in memory: combine the adapters first, by --as-adapter, then merge")
+        mixed(model, mix)
+    elif len(subject.adapters) > 1:
+        raise UsageError(f"say which of {', '.join(subject.adapters)} to merge, or how much of each, by --use")
+    before = _logits(model, probes, placement)
+    say("merging")
+    try:
+        _write(folder, subject, model, placement)
+    except (NotImplementedError, AttributeError, TypeError) as error:
+        raise UsageError(f"peft cannot merge {subject.method}: {error}") from error
+    return before
+
+
+def _write(folder: Path, subject: Subject, model: Any, placement: Placement) -> None:
+    active = list(model.active_adapters)
+    if placement.disk:
+        laid_out = without_weights(subject, base_files(subject))
+        merge_in_parts(laid_out, active, folder)
+        return
+    merged = model.merge_and_unload(safe_merge=True, adapter_names=active)
+    merged.config.architectures = [type(merged).__name__]
+    merged.save_pretrained(str(folder), max_shard_size=SHARD)
+
+
+def _probes(subject: Subject, placement: Placement) -> list[torch.Tensor]:
+    tokenizer = tokenizer_of(subject)
+    return [torch.tensor([tokenizer(text)["input_ids"]], device=placement.device) for text in PROBES]
+
+
+@torch.no_grad()
+def _logits(model: Any, probes: list[torch.Tensor], placement: Placement) -> list[torch.Tensor]:
+    return [model(input_ids=ids).logits.float().cpu() for ids in probes]
+
+
+def _compare(
+    folder: Path, subject: Subject, placement: Placement, probes: list[torch.Tensor], before: list[torch.Tensor]
+) -> float:
+    there = {"path": str(folder), "revision": "main"}
+    whole = replace(subject, section=subject.section.model_copy(update=there), adapters={})
+    after = _logits(load(whole, placement, subject.classes), probes, placement)
+    change = sum(float((a - b).square().sum()) for a, b in zip(after, before, strict=True))
+    size = sum(float(b.square().sum()) for b in before)
+    difference = (change / size) ** 0.5 if size else change
+    dtype = subject.section.dtype
+    if not difference <= TOLERANCES[dtype]:
+        hint = "" if dtype == "float32" else "; merge with --dtype float32"
+        raise CorruptObject(
+            f"the merged model's logits differ from the adapter's by {difference:.1e} of their norm, more than "
+            f"{TOLERANCES[dtype]:g}: nothing was kept{hint}"
+        )
+    return difference
+
+
+def _origin(subject: Subject, method: str) -> Origin:
+    known = subject.origin
+    data = (known.format, known.template) if known else (None, None)
+    return Origin(subject.task, method, subject.section, *data)

@@ -1,0 +1,140 @@
+"""The reward model that a recipe of `task: ppo` names: for the policy's own base, or as a model of its own."""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainer.artifacts import Address, Subject, find, load
+from trainer.artifacts.adapter_files import ADAPTER_CONFIG, check_patterns, read_adapter_config
+from trainer.artifacts.locate import MODEL_CONFIG, tokenizer_of
+from trainer.errors import InputError
+from trainer.model.files.configs import read_config
+from trainer.model.placement import Placement
+from trainer.recipe import Recipe
+from trainer.recipe.sections.tasks import AUTO_CLASSES, SEQUENCE
+from trainer.recipe.trust import Trust
+from trainer.run import layout
+from trainer.storage import open_storage
+from trainer.tasks.ppo.reward_function import load as load_function
+from trainer.tasks.ppo.reward_models import ADAPTER, ModelRater, SharedReward
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
+
+log = logging.getLogger(__name__)
+
+HEAD_KEY = "base_model.model.score.weight"
+SHARING = ("lora", "rslora", "loraplus", "dora")
+"""Methods of the policy beside whose adapter peft puts another LoRA adapter."""
+
+
+def reward_model(recipe: Recipe, device: torch.device) -> ModelRater | SharedReward | None:
+    """None where the recipe names none. Raises InputError when it is no reward model."""
+    place = recipe.ppo.reward.model
+    if recipe.task != "ppo" or place is None:
+        return None
+    with tempfile.TemporaryDirectory(prefix="muster-reward-") as folder:
+        subject = _found(recipe, place, Path(folder))
+        shared = _shared(subject, recipe)
+        if shared is not None:
+            return shared
+        model = load(subject, Placement.on(device), subject.labels or ("reward",), seed=_seed(subject))
+        return ModelRater(model, tokenizer_of(subject), device)
+
+
+def check_reward(recipe: Recipe) -> None:
+    """What rates the texts of `task: ppo` is there. Raises InputError; of a model, weights are not read."""
+    section = recipe.ppo.reward
+    if section.function is not None:
+        load_function(section.function)
+    if section.model is not None:
+        with tempfile.TemporaryDirectory(prefix="muster-reward-") as folder:
+            _found(recipe, section.model, Path(folder))
+
+
+def _found(recipe: Recipe, place: str, folder: Path) -> Subject:
+    """Grants code to the model at ``place`` if it is the recipe's own base and the recipe trusts that base."""
+    subject = find(_address(place), folder, trust=Trust(model=recipe.model))
+    if AUTO_CLASSES[subject.task] != SEQUENCE:
+        raise InputError(f"ppo.reward.model {place} is for task {subject.task}; a reward model is wanted")
+    outputs = subject.outputs or len(subject.classes or ())
+    if outputs != 1:
+        raise InputError(f"ppo.reward.model {place} has a head with {outputs} outputs; a reward model has one")
+    return subject
+
+
+def _address(place: str) -> Address:
+    """A run, an adapter's folder, or a model, told apart by their files."""
+    if "://" not in place and not Path(place).exists():
+        return Address(model=place)
+    storage = open_storage(place)
+    if storage.info(layout.RECIPE):
+        return Address(run=place)
+    if storage.info(ADAPTER_CONFIG):
+        return Address(adapters=(("default", place),))
+    return Address(model=place)
+
+
+def _seed(subject: Subject) -> int:
+    return subject.recipe.seed if subject.recipe else 0
+
+
+def _shared(subject: Subject, recipe: Recipe) -> SharedReward | None:
+    """None where the base is another one, or the adapter of another kind than can lie beside the policy's."""
+    base, own = subject.section, recipe.model
+    alike = all(getattr(base, name) == getattr(own, name) for name in ("path", "revision", "quantization"))
+    if not alike or len(subject.adapters) != 1 or recipe.adapter.kind not in SHARING:
+        return None
+    (folder,) = subject.adapters.values()
+    config, tensors = _config(folder), _tensors(folder)
+    head = tensors.pop(HEAD_KEY, None)
+    _check_sizes(recipe, folder, tensors)
+    lora = all(name.rpartition(".")[0].endswith((".lora_A", ".lora_B")) for name in tensors)
+    if config is None or head is None or not lora or not (folder / MODEL_CONFIG).is_file():
+        return None
+    pad = read_config(folder / MODEL_CONFIG, str(folder)).get("pad_token_id")
+    log.info("%s is put on the base of the policy", recipe.ppo.reward.model)
+    return SharedReward(config, {_on_model(n): t for n, t in tensors.items()}, head, -1 if pad is None else int(pad))
+
+
+def _check_sizes(recipe: Recipe, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Raises InputError for a configuration that would lay out far more than its file holds."""
+    place, given = str(recipe.ppo.reward.model), read_adapter_config(folder, str(recipe.ppo.reward.model))
+    check_patterns(given, [name.rpartition(".lora_")[0] for name in tensors], place)
+    rank, ranks = given.get("r"), [min(t.shape) for t in tensors.values() if t.ndim == 2]
+    if isinstance(rank, int) and ranks and rank > 4 * max(ranks):
+        raise InputError(f"ppo.reward.model {place} says rank {rank}, and its file holds rank {max(ranks)}")
+
+
+def _config(folder: Path) -> PeftConfig | None:
+    """As an adapter of a language model that is not trained; None for what is more than plain LoRA."""
+    from peft import LoraConfig, PeftConfig, TaskType
+
+    config: Any = PeftConfig.from_pretrained(str(folder))
+    if not isinstance(config, LoraConfig) or config.use_dora or config.bias != "none" or config.trainable_token_indices:
+        return None
+    config.task_type, config.modules_to_save, config.inference_mode = TaskType.CAUSAL_LM, None, True
+    config.init_lora_weights = False
+    return config
+
+
+def _tensors(folder: Path) -> dict[str, torch.Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    path = folder / "adapter_model.safetensors"
+    try:
+        return load_file(path) if path.is_file() else {}
+    except SafetensorError as error:
+        raise InputError(f"ppo.reward.model: its {path.name} cannot be read, it is torn: {error}") from error
+
+
+def _on_model(saved: str) -> str:
+    """A parameter's name on the model: peft saves it without its adapter's."""
+    stem, _, last = saved.rpartition(".")
+    return f"{stem}.{ADAPTER}.{last}"

@@ -1,0 +1,138 @@
+"""The model card that lies beside the final adapter: what it is, how it was made, how to load it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from trainer.recipe import ModelSection, Recipe, dump
+from trainer.recipe.sections.tasks import AUTO_CLASSES, CAUSAL, SEQUENCE
+from trainer.redact import redact
+
+LOAD_ADAPTER = """\
+from peft import PeftModel
+from transformers import {auto}, AutoTokenizer
+
+base = {auto}.from_pretrained({base!r})
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+"""
+LOAD_HEAD = """\
+from peft import PeftModel
+from transformers import AutoConfig, {auto}, AutoTokenizer
+
+config = AutoConfig.from_pretrained("path/to/this/folder")  # with the labels
+base = {auto}.from_pretrained({base!r}, config=config, ignore_mismatched_sizes=True)
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+"""
+LOAD_MODEL = """\
+from transformers import {auto}, AutoTokenizer
+
+model = {auto}.from_pretrained("path/to/this/folder")
+tokenizer = AutoTokenizer.from_pretrained("path/to/this/folder")
+"""
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
+PIPELINES = {CAUSAL: "text-generation", SEQUENCE: "text-classification"}
+
+
+def model_card(recipe: Recipe, facts: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
+    """Markdown with the Hub's front matter. ``facts``: the last step's metrics row and the last evaluation's."""
+    full = recipe.adapter.method == "none"
+    auto = AUTO_CLASSES[recipe.task]
+    front = {
+        **_base_of(recipe.model.path),
+        "library_name": "transformers" if full else "peft",
+        "pipeline_tag": PIPELINES[auto],
+        "tags": ["muster", recipe.task, *([] if full else [recipe.adapter.label])],
+    }
+    load = LOAD_MODEL if full else LOAD_HEAD if auto == SEQUENCE else LOAD_ADAPTER
+    return "\n".join(
+        [
+            "---",
+            yaml.safe_dump(front, sort_keys=False).strip(),
+            "---",
+            "",
+            f"# {recipe.name}",
+            "",
+            _summary(recipe, full),
+            "",
+            "| | |",
+            "|---|---|",
+            *(f"| {name} | {value} |" for name, value in _figures(facts).items()),
+            "",
+            "## Load it",
+            "",
+            "```python",
+            load.format(auto=auto, base=recipe.model.path).strip(),
+            "```",
+            "",
+            "## Recipe",
+            "",
+            "```yaml",
+            redact(dump(recipe)).strip(),
+            "```",
+            "",
+            f"Versions: muster {provenance.get('muster')}, "
+            + ", ".join(f"{k} {v}" for k, v in provenance.get("packages", {}).items() if v),
+            "",
+        ]
+    )
+
+
+def plain_card(model: ModelSection, method: str) -> str:
+    """Of something whose recipe is not known: an adapter for ``model``, or with method ``none`` the model itself."""
+    full = method == "none"
+    base = {} if full else _base_of(model.path)
+    front = {
+        **base,
+        "library_name": "transformers" if full else "peft",
+        "tags": ["muster", *([] if full else [method])],
+    }
+    what = "A model" if full else f"A {method} adapter for `{model.path}`"
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{what}, made with muster.\n"
+
+
+def merged_card(model: ModelSection, method: str, difference: float) -> str:
+    """Of a merged model. ``difference``: of its logits to those of base and adapter, relative to their norm."""
+    front = {**_base_of(model.path), "library_name": "transformers", "tags": ["muster", method]}
+    text = (
+        f"A {method} adapter merged into `{model.path}`, in {model.dtype}. Its logits differ from those of base and "
+        f"adapter by {difference:.1e} of their norm."
+    )
+    return f"---\n{yaml.safe_dump(front, sort_keys=False)}---\n\n{text}\n"
+
+
+def _base_of(path: str) -> dict[str, str]:
+    """The Hub takes names of its own only."""
+    on_hub = HUB_ID.fullmatch(path) is not None and not Path(path).exists()
+    return {"base_model": path} if on_hub else {}
+
+
+def _summary(recipe: Recipe, full: bool) -> str:
+    rank = f" of rank {recipe.adapter.rank}" if recipe.adapter.uses("rank") else ""
+    what = "Full fine-tuning" if full else f"A {recipe.adapter.label} adapter{rank}"
+    base = f"`{recipe.model.path}`"
+    packed = "" if recipe.model.quantization == "none" else f", trained on the base in {recipe.model.quantization}"
+    return f"{what} for {base}{packed}."
+
+
+def _figures(facts: Mapping[str, Any]) -> dict[str, str]:
+    shown = {
+        "step": "steps",
+        "samples": "samples",
+        "loss": "loss of the last step",
+        "eval_loss": "evaluation loss",
+        "eval_accuracy": "evaluation accuracy",
+        "eval_pair_accuracy": "evaluation pair accuracy",
+        "world_size": "ranks",
+    }
+    return {label: _number(facts[key]) for key, label in shown.items() if facts.get(key) is not None}
+
+
+def _number(value: float) -> str:
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

@@ -1,0 +1,102 @@
+"""The final adapter: the last checkpoint's files, without its training state, at an address that never changes.
+
+They are copied from a committed checkpoint, object by object, so that a copy that was cut short is simply made again;
+a run counts as finished only when every one of them reads back with the hash of the commit record.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint import CommitRecord, list_commits
+from trainer.errors import CorruptObject
+from trainer.run import layout
+from trainer.storage import Storage
+
+log = logging.getLogger(__name__)
+
+TOTAL_STEPS = "total_steps"
+OPTIMIZER_FILE = "optimizer.safetensors"
+MASTER_FILE = "master.safetensors"
+METHOD_FILE = "method.safetensors"
+STATE_FILES = (OPTIMIZER_FILE, MASTER_FILE, METHOD_FILE)
+"""Files of a checkpoint that only training needs."""
+
+READ_BYTES = 16 * 2**20
+FileInfo = Mapping[str, Any]
+
+
+def is_last(record: CommitRecord) -> bool:
+    """Whether this record is the commit of its run's last step."""
+    return record.step >= int(record.state.get(TOTAL_STEPS, record.step + 1))
+
+
+def finished(run: Storage) -> CommitRecord | None:
+    """The commit of the last step, if there is one, its adapter published and verified; None when training is to go on.
+
+    A run that died between its last commit and the last copy is completed here. Where the last checkpoint itself is
+    damaged, training goes on from the newest one that is whole."""
+    newest = next(iter(list_commits(run)), None)
+    if newest is None or not is_last(newest):
+        return None
+    if is_published(run, newest):
+        return newest
+    try:
+        publish(run, newest)
+    except (CorruptObject, FileNotFoundError) as error:
+        log.warning("the last checkpoint of %s is damaged, its steps are trained anew: %s", run.url, error)
+        return None
+    if not is_published(run, newest):
+        raise CorruptObject(f"{run.uri(layout.ADAPTER)} does not read back as it was committed; run again")
+    return newest
+
+
+def published_files(record: CommitRecord) -> dict[str, FileInfo]:
+    return {name: info for name, info in record.files.items() if name not in STATE_FILES}
+
+
+def publish(run: Storage, record: CommitRecord) -> str:
+    """Takes away what does not belong there, copies what is missing or differs; returns the adapter's URI.
+
+    In this order, so that the last copy is the end of it, and `is_published` need not look for anything else."""
+    wanted = published_files(record)
+    stale = [o.key for o in run.list(layout.ADAPTER) if o.key.removeprefix(f"{layout.ADAPTER}/") not in wanted]
+    run.delete(stale)
+    with tempfile.TemporaryDirectory(prefix="muster-publish-") as folder:
+        for name, info in wanted.items():
+            if not reads_back(run, f"{layout.ADAPTER}/{name}", info):
+                _copy(run, f"{layout.checkpoint(record.checkpoint)}/{name}", f"{layout.ADAPTER}/{name}", info, folder)
+    return run.uri(layout.ADAPTER)
+
+
+def is_published(run: Storage, record: CommitRecord) -> bool:
+    """Reads every file of the final adapter and compares its sha256 with the record's."""
+    wanted = published_files(record)
+    return bool(wanted) and all(reads_back(run, f"{layout.ADAPTER}/{n}", i) for n, i in wanted.items())
+
+
+def _copy(run: Storage, source: str, target: str, info: FileInfo, folder: str) -> None:
+    local = Path(folder, Path(target).name)
+    run.download(source, local)
+    with local.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest != info["sha256"]:
+        raise CorruptObject(f"{run.uri(source)} is not what was committed")
+    run.upload(target, local)
+    local.unlink()
+
+
+def reads_back(run: Storage, key: str, info: FileInfo) -> bool:
+    """Whether the object has the bytes of a commit record's entry. Memory: ``READ_BYTES``."""
+    found, size = run.info(key), int(info["bytes"])
+    if found is None or found.size != size:
+        return False
+    digest = hashlib.sha256()
+    for start in range(0, size, READ_BYTES):
+        digest.update(run.read_range(key, start, min(size, start + READ_BYTES)))
+    return digest.hexdigest() == str(info["sha256"])

@@ -1,0 +1,126 @@
+"""Blocks in memory: those of the window that is being read and of the next, within a limit, each fetched once however
+many threads want it. Behind them stands this host's disk, and behind that the storage."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Sequence
+from concurrent.futures import Future
+
+from trainer.data.blocks import Block, decode_block
+from trainer.data.loading.disk_cache import DiskCache
+from trainer.data.loading.next_use import Upcoming
+from trainer.data.prepare.prepared import Prepared
+from trainer.data.sample import Encoded
+from trainer.data.types import SampleRef
+from trainer.errors import MusterError
+from trainer.storage import in_parallel
+
+log = logging.getLogger(__name__)
+
+MEMORY_BYTES = 256 << 20
+"""More than two windows of ordinary text take (32 MiB of input each, about 5 bytes per token), since a window's packs
+draw on all its blocks."""
+
+READERS = 4
+"""Blocks that are fetched side by side."""
+
+Key = tuple[int, int]
+
+
+class BlockReader:
+    """Decoded blocks of prepared data; thread-safe and single-flight. What is used latest goes first, and blocks whose
+    window is neither the current one nor the next are not held at all: the disk has them."""
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        upcoming: Upcoming,
+        *,
+        memory_bytes: int = MEMORY_BYTES,
+        readers: int = READERS,
+        cache: DiskCache | None = None,
+    ) -> None:
+        self.prepared, self.upcoming, self.memory_bytes = prepared, upcoming, memory_bytes
+        self.readers, self.cache = readers, cache
+        self._blocks: dict[Key, Block] = {}
+        self._flights: dict[Key, Future[Block]] = {}
+        self._held_bytes = 0
+        self._lock = threading.Lock()
+
+    @property
+    def held_bytes(self) -> int:
+        return self._held_bytes
+
+    def samples(self, refs: Sequence[SampleRef]) -> list[Encoded]:
+        """Each of them, in the order of ``refs``. Their arrays are views: the blocks behind them stay in memory as long
+        as they are in use, whatever the limit, and a micro-batch's blocks are at most those of a window or two."""
+        indexes = {window: self.prepared.index(window) for window in {ref.window for ref in refs}}
+        rows: dict[Key, list[tuple[int, int]]] = {}
+        for at, (window, sample) in enumerate(refs):
+            index = indexes[window]
+            rows.setdefault((window, int(index.block[sample])), []).append((at, int(index.block_row[sample])))
+        found: dict[int, Encoded] = {}
+
+        def take(key: Key) -> None:
+            block = self.block(*key)
+            for at, row in rows[key]:
+                found[at] = block.sample(row)
+
+        with self._lock:
+            absent = [key for key in rows if key not in self._blocks]
+        in_parallel(take, [key for key in rows if key not in absent], 1)
+        in_parallel(take, absent, self.readers)
+        return [found[at] for at in range(len(refs))]
+
+    def block(self, window: int, block: int) -> Block:
+        key = (window, block)
+        with self._lock:
+            if key in self._blocks:
+                return self._blocks[key]
+            flight = self._flights.get(key)
+            mine: Future[Block] = Future()
+            if flight is None:
+                self._flights[key] = mine
+        return flight.result() if flight is not None else self._fetch(key, mine)
+
+    def warm(self, window: int) -> None:
+        """Fetches a window's blocks ahead of their use, as far as there is room for them. Errors are only logged: who
+        reads the block for its use will meet them."""
+        try:
+            for number, info in enumerate(self.prepared.index(window).meta.blocks):
+                if self.cache is None and self._held_bytes + 2 * info.length > self.memory_bytes:
+                    return
+                self.block(window, number)
+        except (MusterError, OSError) as error:
+            log.debug("window %d could not be read ahead: %s", window, error)
+
+    def _fetch(self, key: Key, flight: Future[Block]) -> Block:
+        try:
+            block = decode_block(self._bytes(*key))
+        except BaseException as error:
+            with self._lock:
+                del self._flights[key]
+            flight.set_exception(error)
+            raise
+        with self._lock:
+            del self._flights[key]
+            self._keep(key, block)
+        flight.set_result(block)
+        return block
+
+    def _bytes(self, window: int, block: int) -> bytes:
+        if self.cache is None:
+            return self.prepared.block_bytes(window, block)
+        sha256 = self.prepared.index(window).meta.blocks[block].sha256
+        return self.cache.get(
+            window, block, sha256, lambda: self.prepared.block_bytes(window, block), self.upcoming.next_use
+        )
+
+    def _keep(self, key: Key, block: Block) -> None:
+        self._blocks[key] = block
+        self._held_bytes += block.nbytes
+        for other in sorted(self._blocks, key=lambda k: self.upcoming.next_use(*k), reverse=True):
+            if self._held_bytes > self.memory_bytes or not self.upcoming.soon(other[0]):
+                self._held_bytes -= self._blocks.pop(other).nbytes

@@ -1,0 +1,63 @@
+"""From sample references to the arrays of a micro-batch. Legend: B packs, L tokens of the longest pack."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from trainer.data.loading.block_reader import BlockReader
+from trainer.data.sample import Encoded
+from trainer.data.types import Batch, MicroBatch
+
+Pack = Sequence[Encoded]
+
+
+def read_batch(reader: BlockReader, micro_batch: MicroBatch) -> Batch:
+    refs = [ref for pack in micro_batch.packs for ref in pack]
+    samples = iter(reader.samples(refs))
+    packs = [[next(samples) for _ in pack] for pack in micro_batch.packs]
+    indexes = {window: reader.prepared.index(window) for window in {ref.window for ref in refs}}
+    return collate(micro_batch.index, packs, [indexes[window].sample_id(sample) for window, sample in refs])
+
+
+def collate(index: int, packs: Sequence[Pack], sample_ids: list[str]) -> Batch:
+    """Packs side by side, padded to the longest. Positions restart with each sample, and every pad is at position 0:
+    block-diagonal attention, which is derived from the positions, then lets no pad see anything."""
+    samples = [sample for pack in packs for sample in pack]
+    rejected = [sample.rejected for sample in samples if sample.rejected is not None]
+    rows = [*packs, *([sample] for sample in rejected)]
+    length = max(sum(len(sample.tokens) for sample in pack) for pack in rows)
+    batch = Batch(
+        index,
+        np.zeros((len(rows), length), np.int64),
+        np.zeros((len(rows), length), np.int64),
+        np.zeros((len(rows), length), np.bool_),
+        sample_ids,
+        labels=np.array([s.label for s in samples if s.label is not None], np.int64),
+        token_types=_zeros_if(any(s.token_types is not None for s in samples), len(rows), length),
+        pairs=len(rejected),
+        margins=np.array([s.margin or 0.0 for s in samples if s.rejected is not None], np.float32),
+    )
+    for row, pack in enumerate(rows):
+        batch.tokens += _fill_row(batch, row, pack)
+    batch.target_tokens = int(batch.targets.sum())
+    return batch
+
+
+def _fill_row(batch: Batch, row: int, pack: Pack) -> int:
+    """The tokens that went in."""
+    at = 0
+    for sample in pack:
+        end = at + len(sample.tokens)
+        batch.input_ids[row, at:end] = sample.tokens
+        batch.position_ids[row, at:end] = np.arange(end - at)
+        batch.targets[row, at:end] = sample.target
+        if batch.token_types is not None and sample.token_types is not None:
+            batch.token_types[row, at:end] = sample.token_types
+        at = end
+    return at
+
+
+def _zeros_if(wanted: bool, rows: int, length: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]] | None:
+    return np.zeros((rows, length), np.int64) if wanted else None

@@ -1,0 +1,225 @@
+"""The stream of training steps: a pure look-up from a cursor to a step, and from a step to this rank's arrays.
+
+A step is a range of packs, cut into micro-batches of ``micro_batch`` packs. It may cross from one window into the next,
+never from one epoch into the next: an epoch's last step may be short. What a micro-batch holds never depends on the
+number of ranks; micro-batch k goes to rank k % world_size.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+from trainer.data.blocks import WindowIndex
+from trainer.data.loading.block_reader import MEMORY_BYTES, READERS, BlockReader
+from trainer.data.loading.collate import read_batch
+from trainer.data.loading.disk_cache import DiskCache
+from trainer.data.loading.next_use import Upcoming, Use, packs_of_blocks
+from trainer.data.loading.prefetch import Prefetcher
+from trainer.data.order.order_store import LinkedPlan, PlanStore
+from trainer.data.order.pack_order import PlanSettings, copies
+from trainer.data.order.packing import fill_packs
+from trainer.data.prepare.prepared import Prepared
+from trainer.data.types import Batch, Cursor, Ints, MicroBatch, RankStep, SampleRef, StepPlan
+from trainer.errors import CorruptObject, InputError
+from trainer.storage import Storage
+
+_EMPTY_EPOCHS = 50
+"""A weight well below 1 may draw nothing from a handful of samples for an epoch or two; this many are a mistake."""
+
+
+@dataclass(frozen=True)
+class _Pack:
+    samples: tuple[SampleRef, ...]
+    tokens: int
+    targets: int
+
+
+class Stream:
+    """Steps of a run over its prepared data. ``weights`` has one per source; plans are stored under ``<run>/plan/``.
+
+    Safe from several threads. All ranks build the same stream and need not talk to each other.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        run: Storage,
+        *,
+        seed: int,
+        sequence_length: int,
+        packing: bool,
+        weights: Sequence[float],
+        global_batch: int,
+        micro_batch: int,
+        memory_bytes: int = MEMORY_BYTES,
+        readers: int = READERS,
+        cache: DiskCache | None = None,
+    ) -> None:
+        self.prepared, self.seed = prepared, seed
+        self.global_batch, self.micro_batch = global_batch, micro_batch
+        settings = plan_settings(prepared, seed, sequence_length, packing, weights)
+        self.plans = PlanStore(prepared, run, settings)
+        self.upcoming = Upcoming(self.plans.order)
+        self.reader = BlockReader(prepared, self.upcoming, memory_bytes=memory_bytes, readers=readers, cache=cache)
+        self._warmed: int | None = None
+        self._warming: threading.Thread | None = None
+
+    def start(self) -> Cursor:
+        """The cursor before the first step."""
+        first = self.plans.follow(0, 0, self.plans.root())
+        return Cursor(self.prepared.fingerprint, self.seed, 0, 0, 0, first.chain, 0)
+
+    def step(self, cursor: Cursor) -> StepPlan:
+        """The step that begins at the cursor. CorruptObject when the cursor is not one of this data, seed and plan."""
+        self._check(cursor)
+        cursor, linked = self._enter(cursor)
+        start, packs = cursor, list[_Pack]()
+        while True:
+            taken = self._take(linked, cursor.pack, self.global_batch - len(packs))
+            packs += taken
+            cursor = replace(cursor, pack=cursor.pack + len(taken))
+            if len(packs) == self.global_batch or cursor.window + 1 == self.plans.windows:
+                break
+            cursor, linked = self._next_window(cursor)
+        return self._plan_of(start, packs, cursor)
+
+    def read(self, micro_batch: MicroBatch) -> Batch:
+        return read_batch(self.reader, micro_batch)
+
+    def read_step(self, plan: StepPlan, rank: int, world_size: int) -> RankStep:
+        """The step with this rank's micro-batches, read."""
+        self._move(plan.start)
+        return RankStep(plan, [self.read(m) for m in plan.of_rank(rank, world_size)])
+
+    def prefetch(
+        self, cursor: Cursor, rank: int, world_size: int, depth: int = 2, steps: int | None = None
+    ) -> Prefetcher:
+        """This rank's steps from the cursor on, read ahead by a thread of its own; without ``steps``, without end.
+
+        An iterator that is to be closed: use it in a ``with`` statement. What fails while reading ahead is raised by
+        ``next``.
+        """
+        return Prefetcher(self, cursor, rank, world_size, depth, steps)
+
+    def ahead(self, plan: StepPlan) -> None:
+        """Begins to fetch the window after the one in which this step begins, in a thread; at once when it is there."""
+        following = self.upcoming.following()
+        if self._warmed == following or (self._warming is not None and self._warming.is_alive()):
+            return
+        self._warmed = following
+        self._warming = threading.Thread(
+            target=self.reader.warm, args=(following,), name="muster-read-ahead", daemon=True
+        )
+        self._warming.start()
+
+    def _move(self, to: Cursor) -> None:
+        def packs() -> dict[int, Ints]:
+            linked = self.plans.at(to.epoch, to.window, to.chain)
+            return packs_of_blocks(linked.plan, self.prepared.index(linked.window).block)
+
+        self.upcoming.move(Use(to.epoch, to.window, to.pack), packs)
+
+    def _check(self, cursor: Cursor) -> None:
+        if (cursor.fingerprint, cursor.seed) != (self.prepared.fingerprint, self.seed):
+            raise CorruptObject(
+                f"the data cursor belongs to data {cursor.fingerprint} and seed {cursor.seed}, and this run reads "
+                f"{self.prepared.fingerprint} with seed {self.seed}; resume with the recipe that the run was begun with"
+            )
+
+    def _enter(self, cursor: Cursor) -> tuple[Cursor, LinkedPlan]:
+        """The plan under the cursor; a cursor at the end of a window moves on to the next pack there is."""
+        linked = self.plans.at(cursor.epoch, cursor.window, cursor.chain)
+        first = cursor.epoch
+        while cursor.pack >= len(linked.plan):
+            cursor, linked = self._next_window(cursor)
+            if cursor.epoch > first + _EMPTY_EPOCHS:
+                raise InputError(
+                    f"the weights {list(self.plans.settings.weights)} leave no sample of "
+                    f"{self.prepared.totals.samples} in {_EMPTY_EPOCHS} epochs; raise them"
+                )
+        return cursor, linked
+
+    def _next_window(self, cursor: Cursor) -> tuple[Cursor, LinkedPlan]:
+        last = cursor.window + 1 == self.plans.windows
+        epoch, window = (cursor.epoch + 1, 0) if last else (cursor.epoch, cursor.window + 1)
+        linked = self.plans.follow(epoch, window, cursor.chain)
+        return replace(cursor, epoch=epoch, window=window, pack=0, chain=linked.chain), linked
+
+    def _take(self, linked: LinkedPlan, first: int, count: int) -> list[_Pack]:
+        plan = linked.plan
+        return [
+            _Pack(tuple(SampleRef(linked.window, s) for s in plan.pack(p)), int(plan.tokens[p]), int(plan.targets[p]))
+            for p in range(first, min(first + count, len(plan)))
+        ]
+
+    def _plan_of(self, start: Cursor, packs: list[_Pack], after: Cursor) -> StepPlan:
+        parts = [packs[i : i + self.micro_batch] for i in range(0, len(packs), self.micro_batch)]
+        micro_batches = tuple(
+            MicroBatch(i, tuple(p.samples for p in part), sum(p.tokens for p in part), sum(p.targets for p in part))
+            for i, part in enumerate(parts)
+        )
+        samples = sum(m.samples for m in micro_batches)
+        return StepPlan(
+            start.epoch,
+            start,
+            micro_batches,
+            sum(m.tokens for m in micro_batches),
+            sum(m.target_tokens for m in micro_batches),
+            samples,
+            replace(after, samples=after.samples + samples),
+        )
+
+
+def plan_settings(
+    prepared: Prepared, seed: int, sequence_length: int, packing: bool, weights: Sequence[float]
+) -> PlanSettings:
+    spec = prepared.spec
+    if (sequence_length, packing) != (spec.sequence_length, spec.packing) or len(weights) != len(spec.sources):
+        raise InputError(
+            f"the data was prepared for sequence_length {spec.sequence_length}, packing {spec.packing} and "
+            f"{len(spec.sources)} sources, not for {sequence_length}, {packing} and {len(weights)}; prepare it again"
+        )
+    return PlanSettings(spec.order_key, seed, sequence_length, packing, tuple(float(w) for w in weights))
+
+
+def count_steps(
+    prepared: Prepared,
+    *,
+    seed: int,
+    epochs: int,
+    global_batch: int,
+    sequence_length: int,
+    packing: bool,
+    weights: Sequence[float],
+) -> int:
+    """Steps of that many epochs. Reads the windows' indexes, no token; needs a window at a time.
+
+    How many packs a window comes to depends on the lengths alone, so that one epoch stands for all of them unless a
+    weight has a fraction, which picks other samples each epoch.
+    """
+    settings = plan_settings(prepared, seed, sequence_length, packing, weights)
+    same = all(w.is_integer() for w in settings.weights)
+    planned = [_count_packs(prepared, settings, epoch) for epoch in range(1 if same else epochs)]
+    return sum(-(-packs // global_batch) for packs in planned) * (epochs if same else 1)
+
+
+def _count_packs(prepared: Prepared, settings: PlanSettings, epoch: int) -> int:
+    return sum(epoch_packs(prepared.index(w), settings, epoch).packs for w in range(prepared.count))
+
+
+class EpochPacks(NamedTuple):
+    """What a window gives to an epoch."""
+
+    packs: int
+    tokens: int
+
+
+def epoch_packs(index: WindowIndex, settings: PlanSettings, epoch: int) -> EpochPacks:
+    times = copies(index, settings, epoch)
+    tokens = int((index.length * times).sum())
+    if not settings.packing:
+        return EpochPacks(int(times.sum()), tokens)
+    return EpochPacks(len(fill_packs(index.length.repeat(times), settings.sequence_length)), tokens)

@@ -1,0 +1,1 @@
+"""The order of samples: packs, and the order in which a run takes them. Pure functions of seeds and lengths."""

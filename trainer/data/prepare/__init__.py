@@ -1,0 +1,1 @@
+"""From raw inputs to prepared data: split, encoded once, stored in windows."""

@@ -1,0 +1,158 @@
+"""Prepare once: cut the inputs into windows, prepare those that are missing, and seal them with a manifest.
+
+Any number of processes and runs may prepare the same thing at once and may die at any point: every object is put only
+where none is, windows that are there are not made again, and the manifest comes last.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from itertools import islice
+from typing import Any, NamedTuple
+
+from trainer.data.blocks import BadRow
+from trainer.data.formats import open_format
+from trainer.data.prepare.freeze import check_unchanged
+from trainer.data.prepare.partial import BEGUN
+from trainer.data.prepare.prepared import MANIFEST, Prepared, manifest_of, open_prepared, sum_counts
+from trainer.data.prepare.split import cut, windows
+from trainer.data.prepare.window import (
+    WindowEntry,
+    WindowJob,
+    WindowTask,
+    encode_rows,
+    entry_of,
+    index_key,
+    too_many_bad_rows,
+)
+from trainer.data.readers import open_reader
+from trainer.data.sample import Fault
+from trainer.data.spec import FrozenSource, Preparation
+from trainer.errors import CorruptObject, InputError
+from trainer.storage import Storage, locate, to_json
+
+_INDEX = re.compile(r"w(\d{6,})\.index")
+
+MapWindows = Callable[[Callable[[WindowJob], WindowEntry], Sequence[WindowJob]], Iterable[WindowEntry]]
+
+
+class Progress(NamedTuple):
+    """How far preparing is: windows done of all, and the samples and tokens in them."""
+
+    windows: int
+    of: int
+    samples: int
+    tokens: int
+
+
+def prepare(
+    spec: Preparation,
+    tokenizer: Any,
+    shared: Storage,
+    *,
+    map_windows: MapWindows = map,
+    on_progress: Callable[[Progress], None] | None = None,
+    order: Callable[[int], Sequence[int]] = range,
+) -> Prepared:
+    """Prepared data under ``<shared>/<fingerprint>/``, made where it is not complete.
+
+    ``map_windows(task, jobs)`` yields the results in the jobs' order; task and jobs pickle. ``order(count)`` says in
+    which order windows are made. Complete data is opened without a look at the inputs. InputError: an input changed, a
+    row too many cannot be used, a source gives no sample.
+    """
+    found = open_prepared(shared, spec.fingerprint)
+    if found is not None:
+        return found
+    check_unchanged(spec.sources)
+    folder = shared.child(spec.fingerprint)
+    jobs = [WindowJob(i, spans) for i, spans in enumerate(windows(cut(spec.sources), spec.order_key))]
+    if not folder.put_if_absent(BEGUN, to_json({"spec": spec.to_json(), "windows": len(jobs)})):
+        raise CorruptObject(
+            f"{folder.url} was begun by a version of muster that cuts the inputs into other windows; delete it"
+        )
+    task = WindowTask(spec, tokenizer, folder.url)
+    entries = _prepare_windows(task, folder, [jobs[i] for i in order(len(jobs))], map_windows, on_progress)
+    _check_counts(spec, entries)
+    folder.put_if_absent(MANIFEST, json.dumps(manifest_of(spec, entries), sort_keys=True).encode())
+    prepared = open_prepared(shared, spec.fingerprint)
+    assert prepared is not None
+    return prepared
+
+
+def _prepare_windows(
+    task: WindowTask,
+    folder: Storage,
+    jobs: Sequence[WindowJob],
+    map_windows: MapWindows,
+    on_progress: Callable[[Progress], None] | None,
+) -> list[WindowEntry]:
+    """The entries of all jobs, by their windows."""
+    names = (_INDEX.fullmatch(o.key) for o in folder.list())
+    done = {w: entry_of(folder, w, folder.read(index_key(w))) for w in sorted(int(m[1]) for m in names if m)}
+    missing = [job for job in jobs if job.window not in done]
+    total = sum_counts(list(done.values()), len(task.spec.sources))
+    for job, entry in zip(missing, map_windows(task, missing), strict=True):
+        done[job.window] = entry
+        for sum_of_source, counts in zip(total, entry.counts, strict=True):
+            sum_of_source.add(counts)
+        if on_progress is not None:
+            on_progress(Progress(len(done), len(jobs), sum(c.samples for c in total), sum(c.tokens for c in total)))
+    return [done[window] for window in range(len(jobs))]
+
+
+def _check_counts(spec: Preparation, entries: Sequence[WindowEntry]) -> None:
+    """What no single window can know: too many bad rows over all of them, a source that came to nothing."""
+    for i, counts in enumerate(sum_counts(entries, len(spec.sources))):
+        source = spec.sources[i]
+        if counts.bad_rows > spec.max_bad_rows:
+            urls = {o.url for o in source.objects}
+            bad = [b for e in entries for b in e.bad_rows if b.url in urls]
+            listed = "; ".join(f"{b.url}, {b.place}: {b.reason}" for b in bad[:3])
+            raise InputError(
+                f"data source {source.path}: {counts.bad_rows} bad rows, and {spec.max_bad_rows} are allowed "
+                f"(data.max_bad_rows); the first: {listed}"
+            )
+        if counts.samples == 0:
+            raise InputError(
+                f"data source {source.path} gives no sample: {counts.rows} rows read, {counts.dropped} dropped because "
+                f"no target token is left within {spec.sequence_length} tokens, {counts.bad_rows} bad"
+            )
+
+
+def check_first_rows(spec: Preparation, tokenizer: Any, rows: int = 8) -> None:
+    """A cheap check before anything is started: the first rows of each source are read and encoded.
+
+    InputError for a format that the tokenizer cannot serve, a column that is not there, or rows that cannot be read.
+    """
+    for source in spec.sources:
+        _check_source(source, spec, tokenizer, rows)
+
+
+def _check_source(source: FrozenSource, spec: Preparation, tokenizer: Any, rows: int) -> None:
+    form, first = open_format(source, tokenizer, spec), source.objects[0]
+    reader = open_reader(source, first)
+    bad = 0
+    for piece in islice(reader.cut(), 1):
+        for row, sample in encode_rows(form, list(islice(reader.rows(piece.start, piece.stop), rows))):
+            if not isinstance(sample, Fault):
+                continue
+            bad += 1
+            if bad > spec.max_bad_rows:
+                raise too_many_bad_rows(BadRow(first.url, reader.place(row), sample.reason), spec.max_bad_rows)
+
+
+def resolve_chat_template(value: str | None) -> str | None:
+    """The text of data.chat_template: a template as it stands, or the contents of the file that it names."""
+    if value is None or "{" in value:
+        return value
+    storage, key = locate(value)
+    try:
+        return storage.read(key).decode()
+    except UnicodeDecodeError as error:
+        raise InputError(f"data.chat_template: {value} is not text in UTF-8 ({error.reason})") from error
+    except FileNotFoundError as error:
+        raise InputError(
+            f"data.chat_template: {value!r} is no file, and no Jinja template either since it holds no '{{'"
+        ) from error

@@ -1,0 +1,154 @@
+"""Preparing one window alone: read its spans, tokenise, and put its objects. Runs here, in a pool, or in a Ray task."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, NamedTuple
+
+from trainer.data.blocks import (
+    BadRow,
+    Counts,
+    WindowIndex,
+    WindowMeta,
+    WindowWriter,
+    decode_index,
+    part_of_row,
+)
+from trainer.data.formats import Format, open_format
+from trainer.data.prepare.freeze import check_objects
+from trainer.data.prepare.split import Span
+from trainer.data.readers import Reader, open_reader
+from trainer.data.sample import Encoded, Fault, Row, fit
+from trainer.data.spec import FrozenObject, Preparation
+from trainer.errors import CorruptObject, InputError
+from trainer.parsing import Malformed
+from trainer.storage import Storage, open_storage
+
+BATCH_ROWS = 512
+LISTED_BAD_ROWS = 20
+
+
+class WindowJob(NamedTuple):
+    """A window to prepare: its number, and the spans of input that are its own."""
+
+    window: int
+    spans: tuple[Span, ...]
+
+
+@dataclass
+class WindowEntry:
+    """What the manifest says of a window: its index, the index's sha256, and the counts per source."""
+
+    index: str
+    sha256: str
+    counts: list[Counts]
+    bad_rows: list[BadRow] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class WindowTask:
+    """``task(job)`` prepares one window. It pickles, and holds nothing but what every window shares."""
+
+    spec: Preparation
+    tokenizer: Any
+    url: str
+
+    def __call__(self, job: WindowJob) -> WindowEntry:
+        return prepare_window(self.spec, self.tokenizer, open_storage(self.url), job)
+
+
+def index_key(window: int) -> str:
+    return f"w{window:06d}.index"
+
+
+def prepare_window(spec: Preparation, tokenizer: Any, storage: Storage, job: WindowJob) -> WindowEntry:
+    """Put the window's data, then its index; what another writer put first is kept. InputError on a bad row too many,
+    and when an input is no longer what was frozen."""
+    objects = [spec.sources[s.source].objects[s.object] for s in job.spans]
+    try:
+        key, data, index = _Window(spec, tokenizer).build(job)
+    except (InputError, CorruptObject, FileNotFoundError):
+        check_objects(objects)  # a changed object explains the error better than what it led to
+        raise
+    check_objects(sorted(set(objects)))
+    storage.put_if_absent(key, data)
+    if not storage.put_if_absent(index_key(job.window), index):
+        index = storage.read(index_key(job.window))
+    return entry_of(storage, job.window, index)
+
+
+def entry_of(storage: Storage, window: int, index: bytes) -> WindowEntry:
+    meta: WindowMeta = open_index(storage, index_key(window), index).meta
+    return WindowEntry(index_key(window), hashlib.sha256(index).hexdigest(), meta.counts, meta.bad_rows)
+
+
+def open_index(storage: Storage, key: str, raw: bytes) -> WindowIndex:
+    """CorruptObject when the bytes are no index."""
+    try:
+        return decode_index(raw)
+    except Malformed as error:
+        raise CorruptObject(
+            f"{storage.uri(key)}: {error}; delete the folder {storage.url}, and run again to prepare the data anew"
+        ) from error
+
+
+class _Window:
+    """The samples, counts and bad rows of a window in the making."""
+
+    def __init__(self, spec: Preparation, tokenizer: Any) -> None:
+        self.spec = spec
+        self.formats: list[Format] = [open_format(s, tokenizer, spec) for s in spec.sources]
+        self.counts = [Counts() for _ in spec.sources]
+        self.bad_rows: list[BadRow] = []
+        self.writer = WindowWriter()
+
+    def build(self, job: WindowJob) -> tuple[str, bytes, bytes]:
+        for span in job.spans:
+            source = self.spec.sources[span.source]
+            frozen = source.objects[span.object]
+            self._add_span(span, frozen, open_reader(source, frozen))
+        return self.writer.finish(f"w{job.window:06d}", self.counts, self.bad_rows)
+
+    def _add_span(self, span: Span, frozen: FrozenObject, reader: Reader) -> None:
+        rows = reader.rows(span.start, span.stop)
+        while batch := list(islice(rows, BATCH_ROWS)):
+            for row, sample in encode_rows(self.formats[span.source], batch):
+                self.counts[span.source].rows += 1
+                if isinstance(sample, Fault):
+                    self._add_bad(span.source, frozen, reader, row, sample)
+                else:
+                    self._add_sample(span, row, sample)
+
+    def _add_sample(self, span: Span, row: int, sample: Encoded) -> None:
+        fitted, counts = fit(sample, self.spec.sequence_length), self.counts[span.source]
+        counts.dropped += not fitted
+        for part, piece in enumerate(fitted):
+            sides = [side for side in (piece, piece.rejected) if side is not None]
+            counts.samples += 1
+            counts.tokens += sum(len(side.tokens) for side in sides)
+            counts.target_tokens += sum(int(side.target.sum()) for side in sides)
+            counts.truncated += piece.truncated
+            self.writer.add(span.source, span.object, part_of_row(row, part), piece)
+
+    def _add_bad(self, source: int, frozen: FrozenObject, reader: Reader, row: int, fault: Fault) -> None:
+        counts = self.counts[source]
+        counts.bad_rows += 1
+        if counts.bad_rows > self.spec.max_bad_rows:
+            raise too_many_bad_rows(BadRow(frozen.url, reader.place(row), fault.reason), self.spec.max_bad_rows)
+        if len(self.bad_rows) < LISTED_BAD_ROWS:
+            self.bad_rows.append(BadRow(frozen.url, reader.place(row), fault.reason))
+
+
+def encode_rows(form: Format, batch: Sequence[tuple[int, Row | Fault]]) -> Iterator[tuple[int, Encoded | Fault]]:
+    """Each row's sample or fault, in order; the whole rows are encoded together."""
+    encoded = iter(form.encode([row for _, row in batch if not isinstance(row, Fault)]))
+    for number, row in batch:
+        yield number, row if isinstance(row, Fault) else next(encoded)
+
+
+def too_many_bad_rows(bad: BadRow, allowed: int) -> InputError:
+    more = f"; {allowed} bad rows per source are allowed (data.max_bad_rows), and this is one more" if allowed else ""
+    return InputError(f"{bad.url}, {bad.place}: {bad.reason}{more}")

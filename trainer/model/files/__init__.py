@@ -1,0 +1,1 @@
+"""A model as files: fetched, checked, identified, and read by ranges."""

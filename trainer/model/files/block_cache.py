@@ -1,0 +1,167 @@
+"""Weight files of object storage in blocks on this host's disk: its ranks fetch each byte once.
+
+A block is a file, made whole by a rename, with a checksum at its end; one process at a time fetches it. Whatever goes
+wrong here, a full disk above all, is a warning: the load goes on by ranged reads of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+import uuid
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from trainer.model.files.fetch import cache_folder
+from trainer.storage.host_cache import make_own
+from trainer.storage.locks import hold_folder, lock_file, remove_unused
+
+log = logging.getLogger(__name__)
+
+BLOCK = 4 * 2**20
+KEPT_FREE_SHARE, KEPT_FREE_BYTES = 0.05, 10 * 2**30
+"""Of the disk: the smaller of both is left free."""
+_STRIPES = 64
+_CHECKSUM = 4
+
+Fetch = Callable[[int, int], bytes]
+
+
+class BlockCache:
+    """Blocks of the files of one model version in ``folder``, shared by all processes of the host. Thread-safe."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.given_up = False
+        self._lock = threading.Lock()
+        self._held: int | None = None
+        with self._tolerant():
+            make_own(folder.parent)
+            self._held = hold_folder(folder)
+            os.utime(folder)  # what was used longest ago goes first when room is needed
+
+    def close(self) -> None:
+        """The blocks stay; another model may take their room from now on."""
+        if self._held is not None:
+            os.close(self._held)
+            self._held = None
+
+    def want(self, file: str, index: int, size: int, fetch: Fetch) -> None:
+        """Brings the block here if it is not; it is not read back."""
+        with suppress(OSError):
+            stored = (self.folder / f"{file}.{index}").stat().st_size
+            if stored == min(size, (index + 1) * BLOCK) - index * BLOCK + _CHECKSUM:
+                return
+        self.get(file, index, size, fetch)
+
+    def get(self, file: str, index: int, size: int, fetch: Fetch) -> bytes | None:
+        """Block ``index`` of a file of ``size`` bytes, by ``fetch(start, stop)`` when no process of this host has had
+        it; None when there is no cache any more."""
+        if self.given_up:
+            return None
+        start = index * BLOCK
+        stop = min(size, start + BLOCK)
+        path = self.folder / f"{file}.{index}"
+        found = None
+        with self._tolerant():
+            found = _read(path, stop - start)
+        if found is not None or self.given_up:
+            return found
+        with self._alone(path.name):
+            return self._fetched(path, start, stop, fetch)
+
+    def _fetched(self, path: Path, start: int, stop: int, fetch: Fetch) -> bytes:
+        with self._tolerant():
+            found = _read(path, stop - start)  # another process may have been first
+            if found is not None:
+                return found
+        raw = fetch(start, stop)
+        with self._tolerant():
+            self._store(path, raw)
+        return raw
+
+    def _store(self, path: Path, raw: bytes) -> None:
+        if self.given_up:
+            return
+        make_room(self.folder, len(raw))
+        partial = path.with_name(f".{uuid.uuid4().hex}")
+        try:
+            with open(partial, "wb") as file:
+                file.write(raw)
+                file.write(zlib.crc32(raw).to_bytes(_CHECKSUM, "little"))
+            os.replace(partial, path)
+        except OSError:
+            partial.unlink(missing_ok=True)
+            raise
+
+    @contextmanager
+    def _alone(self, name: str) -> Iterator[None]:
+        """One thread and one process at a time per block, as far as the host's locks work."""
+        descriptor = None
+        with self._tolerant():
+            descriptor = lock_file(self.folder / f"lock-{zlib.crc32(name.encode()) % _STRIPES}")
+        try:
+            yield
+        finally:
+            if descriptor is not None:
+                os.close(descriptor)
+
+    @contextmanager
+    def _tolerant(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            with self._lock:
+                told, self.given_up = self.given_up, True
+            if not told:
+                log.warning(
+                    "the weights are not kept in %s, each rank reads its own from their source (%s); let MUSTER_CACHE "
+                    "name a folder with room, which can be written",
+                    self.folder,
+                    error,
+                )
+
+
+def weights_root() -> Path:
+    return cache_folder() / "weights"
+
+
+def make_room(folder: Path, size: int) -> None:
+    """Removes blocks of models that nobody uses, the ones used longest ago first; OSError when that is not enough."""
+    if _has_room(folder, size):
+        return
+    for other in sorted((f for f in folder.parent.iterdir() if f != folder and f.is_dir()), key=_age):
+        remove_unused(other)
+        if _has_room(folder, size):
+            return
+    raise OSError(f"less than {KEPT_FREE_SHARE:.0%} of the disk of {folder} would be left free")
+
+
+def _has_room(folder: Path, size: int) -> bool:
+    disk = shutil.disk_usage(folder)
+    return disk.free - size >= min(KEPT_FREE_SHARE * disk.total, KEPT_FREE_BYTES)
+
+
+def _age(folder: Path) -> float:
+    try:
+        return folder.stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
+def _read(path: Path, size: int) -> bytes | None:
+    """The block's bytes, None when it is not there; one that is torn is removed."""
+    try:
+        raw = path.read_bytes()
+    except FileNotFoundError:
+        return None
+    body, checksum = raw[:-_CHECKSUM], raw[-_CHECKSUM:]
+    if len(body) == size and zlib.crc32(body).to_bytes(_CHECKSUM, "little") == checksum:
+        return body
+    log.warning("%s is damaged and is fetched again", path)
+    path.unlink(missing_ok=True)
+    return None

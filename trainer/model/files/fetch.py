@@ -1,0 +1,130 @@
+"""Brings a model's files to this host: from a folder (as it is), from any fsspec URL or from the Hub (into a cache).
+
+A copy is made once per host: under a file lock, into a temporary folder that gets its name when it is whole. The name
+holds a digest of the objects' sizes and ETags, so that a changed model is fetched again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from trainer.errors import InputError
+from trainer.model.files.configs import check_configs
+from trainer.recipe.sections.model import ModelSection
+from trainer.storage import ObjectInfo, Storage, open_storage
+from trainer.storage.host_cache import host_cache, make_own
+
+LOCK_TIMEOUT_S = 3600
+WEIGHTS = (".safetensors",)
+SKIPPED = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot")
+TWICE = ("consolidated", "original/")
+"""Where repositories hold the same weights a second time, in their authors' own format."""
+LONGEST_CAUSE = 300
+HUB_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """``folder`` holds the files; ``fetched_bytes`` were read from object storage or the Hub by this process."""
+
+    folder: Path
+    fetched_bytes: int = 0
+
+
+def cache_folder() -> Path:
+    return host_cache(Path("~/.cache/muster").expanduser())
+
+
+def fetch_model(section: ModelSection, *, weights: bool = True) -> ModelFiles:
+    """The model's files on this host, without its weights if they are not asked for.
+
+    Raises InputError when there is no such folder, URL or Hub repository, or when it holds no ``config.json``.
+    """
+    if "://" in section.path:
+        return _checked(_from_url(section.path, weights), section.path)
+    if Path(section.path).is_dir():
+        return _checked(ModelFiles(Path(section.path)), section.path)
+    return _checked(_from_hub(section, weights), section.path)
+
+
+def _checked(files: ModelFiles, path: str) -> ModelFiles:
+    if not (files.folder / "config.json").is_file():
+        raise InputError(f"model.path {path!r} holds no config.json: name a folder in the Hugging Face format")
+    check_configs(files.folder, f"model.path {path!r}")
+    return files
+
+
+def _wanted(key: str, weights: bool) -> bool:
+    return not key.endswith(SKIPPED) and not key.startswith(TWICE) and (weights or not key.endswith(WEIGHTS))
+
+
+def _from_url(url: str, weights: bool) -> ModelFiles:
+    storage = open_storage(url)
+    objects = [o for o in storage.list() if "/" not in o.key and _wanted(o.key, weights)]
+    if not any(o.key == "config.json" for o in objects):
+        raise InputError(
+            f"model.path {url!r} holds no config.json: name the URL of a folder in the Hugging Face format"
+        )
+    listing = json.dumps([url, [(o.key, o.size, o.etag) for o in objects]])
+    target = cache_folder() / "models" / hashlib.sha256(listing.encode()).hexdigest()[:32]
+    size = sum(o.size for o in objects)
+    try:
+        make_own(target.parent)
+        with FileLock(f"{target}.lock", timeout=LOCK_TIMEOUT_S):
+            if target.is_dir():
+                return ModelFiles(target)
+            for half in target.parent.glob(f"{target.name}.*/"):  # of a process that was killed: we hold its lock
+                shutil.rmtree(half, ignore_errors=True)
+            _download(storage, objects, target)
+    except FileNotFoundError as e:
+        raise InputError(f"model.path {url!r} changed while it was copied ({e}); run the same command again") from e
+    except OSError as e:
+        raise InputError(
+            f"the model cache {target.parent} cannot take the {size:,} bytes of {url} ({e.strerror or e}): "
+            "let MUSTER_CACHE name a folder with room, which can be written"
+        ) from e
+    return ModelFiles(target, size)
+
+
+def _download(storage: Storage, objects: list[ObjectInfo], target: Path) -> None:
+    part = Path(tempfile.mkdtemp(prefix=f"{target.name}.", dir=target.parent))
+    try:
+        for item in objects:
+            storage.download(item.key, part / item.key)
+        part.rename(target)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def _from_hub(section: ModelSection, weights: bool) -> ModelFiles:
+    from huggingface_hub import snapshot_download
+
+    patterns = [
+        *HUB_PATTERNS,
+        *(["*.safetensors"] if weights else []),
+        *(["*.py"] if section.trust_remote_code else []),
+    ]
+    if section.path.startswith(("/", ".", "~")) or section.path.count("/") > 1:
+        raise InputError(f"model.path {section.path!r} is no folder on this host; correct the path")
+    try:
+        folder = snapshot_download(
+            section.path,
+            revision=section.revision,
+            allow_patterns=patterns,
+            ignore_patterns=[f"{name}*" for name in TWICE],
+        )
+    except Exception as e:
+        said = " ".join(str(e).split())[:LONGEST_CAUSE]
+        raise InputError(
+            f"model.path {section.path!r} is neither a folder here nor a model that the Hub gives "
+            f"(revision {section.revision!r}): {said}"
+        ) from e
+    return ModelFiles(Path(folder))

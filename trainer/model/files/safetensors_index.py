@@ -1,0 +1,67 @@
+"""Which tensor lies where in a model's safetensors files, told by their headers and the index: any run of a flattened
+tensor's elements is a range of bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from trainer.errors import InputError
+from trainer.model.files.safetensors_header import SHOWN, BadHeader, read_header
+from trainer.model.files.weight_check import needed_files
+from trainer.model.files.weight_source import Source
+
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
+    "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Stored:
+    """One tensor in a file; ``start`` is its first byte's position."""
+
+    file: str
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+def read_headers(source: Source, path: str) -> dict[str, Stored]:
+    """All tensors of the model by their names in the files, in the order of the files.
+
+    Raises InputError when there are no safetensors, or a file is missing or torn.
+    """
+    needed = sorted(needed_files(source.storage, path, source.files))
+    missing = [name for name in needed if name not in source.files]
+    if missing:
+        raise InputError(f"model.path {path!r} lacks weight files ({', '.join(missing[:3])}); copy the model again")
+    found: dict[str, Stored] = {}
+    for file in needed:
+        found.update(_tensors(source, file))
+    return found
+
+
+def _tensors(source: Source, file: str) -> dict[str, Stored]:
+    where = source.storage.uri(file)
+    try:
+        entries = read_header(partial(source.read, file), source.size(file))
+    except BadHeader as reason:
+        raise InputError(f"{where} is torn: {reason}; copy the model again") from None
+    odd = next((name for name, entry in entries.items() if entry.dtype not in DTYPES), None)
+    if odd is not None:
+        raise InputError(f"{where} holds {odd[:SHOWN]!r} in {entries[odd].dtype}, which is not trained on by shard")
+    return {n: Stored(file, entry.start, DTYPES[entry.dtype], entry.shape) for n, entry in entries.items()}

@@ -1,0 +1,68 @@
+"""Whether a model's weight files are whole, told by their headers: no weights are read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TypedDict
+
+from trainer.errors import InputError
+from trainer.model.files.safetensors_header import BadHeader, read_header
+from trainer.parsing import Malformed, parse_json
+from trainer.recipe.sections.model import ModelSection
+from trainer.records import read_record
+from trainer.storage import ObjectInfo, Storage, in_parallel, open_storage
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+_PARALLEL_READS = 8
+
+
+def check_weights(section: ModelSection) -> None:
+    """Raises InputError when weight files of a folder or URL are missing or torn. What comes from the Hub is left to
+    the Hub's own checks."""
+    if "://" not in section.path and not Path(section.path).is_dir():
+        return
+    storage = open_storage(section.path)
+    found = {o.key: o for o in storage.list() if "/" not in o.key}
+    needed = sorted(needed_files(storage, section.path, found))
+    missing = [name for name in needed if name not in found]
+    if missing:
+        raise InputError(
+            f"model.path {section.path!r}: {len(missing)} of the {len(needed)} weight files that {INDEX} names are not "
+            f"there ({', '.join(missing[:3])}); copy the model again"
+        )
+    in_parallel(lambda name: _check_file(storage, found[name]), needed, _PARALLEL_READS)
+
+
+def needed_files(storage: Storage, path: str, found: Iterable[str]) -> set[str]:
+    """Names of the weight files that the model consists of, of the files ``found``; InputError when there are none."""
+    names = set(found)
+    if SINGLE in names:
+        return {SINGLE}
+    if INDEX in names:
+        try:
+            index = read_record(_Index, parse_json(storage.read(INDEX), finite=False, unique=False))
+            if not index["weight_map"]:
+                raise Malformed("it is empty")
+        except Malformed as error:
+            raise InputError(f"{storage.uri(INDEX)} holds no weight_map ({error}); copy the model again") from error
+        return set(index["weight_map"].values())
+    others = sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".h5", ".gguf")))
+    hint = (
+        f"{', '.join(others[:3])} would have to be saved as safetensors, with save_pretrained of transformers"
+        if others
+        else f"put {SINGLE} there"
+    )
+    raise InputError(f"model.path {path!r} holds no weights in safetensors: {hint}")
+
+
+class _Index(TypedDict):
+    weight_map: dict[str, str]
+
+
+def _check_file(storage: Storage, item: ObjectInfo) -> None:
+    try:
+        read_header(lambda start, stop: storage.read_range(item.key, start, stop), item.size)
+    except BadHeader as reason:
+        raise InputError(f"{storage.uri(item.key)} is torn: {reason}; copy the model again") from None

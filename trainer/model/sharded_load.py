@@ -1,0 +1,268 @@
+"""Loads a base model so that no rank ever holds more of it than it keeps.
+
+    meta model → adapter, task → wrapped by the strategy → memory for this rank's pieces → each filled from its bytes
+
+A piece is a contiguous run of a flattened parameter (rows under FSDP2, a flat slice under ZeRO-3), so that it is one
+range of a safetensors file; a quantised one is quantised while it is read (nf4.py).
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+
+from trainer.errors import InputError
+from trainer.model import nf4
+from trainer.model.files.safetensors_index import Stored, read_headers
+from trainer.model.files.weight_source import Source
+from trainer.model.head import Head, drawn_for, is_head, set_up_head
+from trainer.model.key_mapping import match_names, state_of
+from trainer.model.meta import NotByShard, four_bit_layers
+
+if TYPE_CHECKING:
+    from trainer.strategies.base import Piece
+
+CHUNK = 2**22
+"""Elements that are read at a time when their type changes on the way."""
+
+Rows = Callable[[str, int, int], Iterator[torch.Tensor]]
+Gather = Callable[[torch.Tensor], torch.Tensor]
+Initial = Callable[[str, torch.Size, int, int, Rows], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a parameter comes from; ``layer``: the 4-bit layer that it is the packed weight of; ``state``: what the
+    files hold of its quantisation, by bitsandbytes' names, where it is packed there too."""
+
+    stored: Stored
+    layer: Any = None
+    state: Mapping[str, Stored] = field(default_factory=dict)
+
+
+class ShardLoader:
+    """Brings the weights in ``source`` into the meta model ``base``, once it has been wrapped.
+
+    ``device``: where weights are quantised and collectives run; what a rank keeps may lie on the host all the same.
+    Raises InputError when files lack something or have it in another shape, NotByShard when ``base`` has to be loaded
+    whole."""
+
+    def __init__(self, base: Any, source: Source, path: str, device: torch.device, head: Head | None = None) -> None:
+        self.source, self.device, self.base, self.head = source, device, base, head
+        self.stored = read_headers(source, path)
+        names = match_names(base, self.stored, path, lambda name: head is not None and is_head(base, name))
+        if head:  # one of another size is none
+            names = {n: key for n, key in names.items() if not is_head(base, n) or self._fits(base, n, key)}
+        if getattr(base.config, "quantization_config", None) and not _is_four_bit(base):
+            raise NotByShard("its files are quantised, and model.quantization is none")
+        layers = {id(layer.weight): layer for layer in four_bit_layers(base).values()} if _is_four_bit(base) else {}
+        tensors = dict(state_of(base))
+        # By identity: the adapter renames what it wraps. Kept alive until then, for an identity to mean something.
+        self._tensors = [tensors[name] for name in names]
+        self._places = {
+            id(tensors[name]): _Place(self.stored[key], layers.get(id(tensors[name])), state_in(self.stored, key))
+            for name, key in names.items()
+        }
+        _check_shapes(path, {name: (tensors[name], self._places[id(tensors[name])]) for name in names})
+        self._keys = {names[name]: (self._places[id(tensors[name])], tensors[name].dtype) for name in names}
+        self._lacking = {n: t for n, t in tensors.items() if head and n not in names and is_head(base, n)}
+        if head:
+            set_up_head(base, head, self._lacking)
+        self._named: dict[str, _Place] = {}
+        self._drawn: dict[str, str] = {}  # by the name after the adapter was attached, that in the base
+        self._first_name: dict[str, str] = {}  # of a tied parameter, by each of its names
+
+    def _fits(self, base: Any, name: str, key: str) -> bool:
+        return self.stored[key].shape == tuple(base.get_parameter(name).shape)
+
+    def digest(self) -> str:
+        """Of what is stored where: the same on every rank, or they would not load the same model."""
+        return hashlib.sha256(repr(sorted(self.stored.items())).encode()).hexdigest()
+
+    def attached(self, model: torch.nn.Module) -> None:
+        """Learns the names after the adapter was attached, and fills the buffers, which every rank holds whole."""
+        self._named = {n: self._places[id(p)] for n, p in model.named_parameters() if id(p) in self._places}
+        lacking = {id(t): n for n, t in self._lacking.items()}
+        self._drawn = {n: lacking[id(p)] for n, p in model.named_parameters() if id(p) in lacking}
+        first = {id(p): n for n, p in model.named_parameters()}
+        self._first_name = {n: first[id(p)] for n, p in model.named_parameters(remove_duplicate=False)}
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and id(buffer) in self._places:
+                    stored = self._places[id(buffer)].stored
+                    module._buffers[name] = (
+                        self._values(stored, 0, stored.numel).to(self.device, buffer.dtype).view(buffer.shape)
+                    )
+        self._tensors, self._places, self._lacking = [], {}, {}
+
+    def fill(self, pieces: Sequence[Piece], initial: Initial, whole: Callable[[str], torch.Tensor]) -> None:
+        """Collective: fills ``pieces``, which are of all parameters; those that no file holds by ``initial(name, shape,
+        start, stop, rows)``, but for a head's, which is drawn. ``whole``: the whole of a parameter that is spread over
+        the ranks, by its name."""
+        stored = sorted((p for p in pieces if p.name in self._named), key=self._position)
+        self.source.ahead(self._ranges(stored))
+        for piece in stored:
+            place = self._named[piece.name]
+            if place.state:
+                self._copy_packed(piece, place)
+            elif place.layer is not None:
+                state = self._quantised(place, piece.start, piece.stop, piece.local, nf4.gather_absmax)
+                _set_state(place.layer, state)
+            else:
+                self._copy(piece, place.stored)
+        self.source.check_unchanged({place.stored.file for place in self._named.values()})
+        kept = {piece.name: piece for piece in pieces}
+        for name, base_name in self._drawn.items():
+            assert self.head is not None
+            values = drawn_for(self.base, base_name, kept[name].shape, self.head).view(-1)
+            kept[name].local.copy_(values[kept[name].start : kept[name].stop])
+        for piece in pieces:
+            if piece.name not in self._named and piece.name not in self._drawn:
+                values = initial(
+                    piece.name,
+                    piece.shape,
+                    piece.start,
+                    piece.stop,
+                    lambda name, a, b: self._rows(kept[self._first_name[name]], a, b, whole),
+                )
+                piece.local.copy_(values)
+
+    def converted(self) -> Iterator[dict[str, torch.Tensor]]:
+        """For each stored tensor, whole and one at a time: what bitsandbytes' form of the files has in its place, by
+        name."""
+        order = sorted(self._keys.items(), key=lambda item: (item[1][0].stored.file, item[1][0].stored.start))
+        self.source.ahead((p.stored.file, p.stored.start, p.stored.start + p.stored.bytes) for _, (p, _) in order)
+        for key, (place, dtype) in order:
+            stored = place.stored
+            if place.layer is None:
+                yield {key: self._values(stored, 0, stored.numel).view(stored.shape).to(dtype)}
+            else:
+                packed = torch.empty(place.layer.weight.shape, dtype=dtype)
+                state = self._quantised(place, 0, packed.numel(), packed.view(-1), lambda absmax: absmax)
+                parts = {f"{key}.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
+                yield {key: packed, **parts}
+
+    def _position(self, piece: Piece) -> tuple[str, int]:
+        place = self._named[piece.name].stored
+        return place.file, place.start
+
+    def _ranges(self, pieces: Sequence[Piece]) -> Iterator[tuple[str, int, int]]:
+        for piece in pieces:
+            place = self._named[piece.name]
+            stored, first, last = place.stored, piece.start, piece.stop
+            if place.state:
+                first, last = (n * piece.local.element_size() // stored.dtype.itemsize for n in (first, last))
+                yield from ((part.file, part.start, part.start + part.bytes) for part in place.state.values())
+            elif place.layer is not None:
+                first, last = nf4.elements_of(first, last, piece.local.element_size(), stored.numel)
+            if last > first:
+                size = stored.dtype.itemsize
+                yield stored.file, stored.start + first * size, stored.start + last * size
+
+    def _values(self, stored: Stored, start: int, stop: int) -> torch.Tensor:
+        raw = torch.empty((stop - start) * stored.dtype.itemsize, dtype=torch.uint8)
+        self.source.read_into(stored.file, stored.start + start * stored.dtype.itemsize, _bytes_of(raw))
+        return raw.view(stored.dtype)
+
+    def _copy(self, piece: Piece, stored: Stored) -> None:
+        local = piece.local
+        if local.numel() and local.device.type == "cpu" and local.dtype == stored.dtype:
+            view = _bytes_of(local.view(torch.uint8))
+            self.source.read_into(stored.file, stored.start + piece.start * stored.dtype.itemsize, view)
+            return
+        for start in range(piece.start, piece.stop, CHUNK):
+            stop = min(piece.stop, start + CHUNK)
+            local[start - piece.start : stop - piece.start].copy_(self._values(stored, start, stop))
+
+    def _copy_packed(self, piece: Piece, place: _Place) -> None:
+        """What the files hold packed; the storage type may be another one there."""
+        from bitsandbytes.functional import QuantState
+
+        stored, size = place.stored, piece.local.element_size()
+        step = CHUNK // size * size
+        local = piece.local.view(torch.uint8) if piece.local.numel() else piece.local
+        for start in range(0, local.numel(), step):
+            part = torch.empty(min(step, local.numel() - start), dtype=torch.uint8)
+            self.source.read_into(stored.file, stored.start + piece.start * size + start, _bytes_of(part))
+            local[start : start + len(part)].copy_(part)
+        state: dict[str, Any] = {
+            name: self._values(part, 0, part.numel).view(part.shape) for name, part in place.state.items()
+        }
+        _set_state(place.layer, QuantState.from_dict(state, self.device))
+
+    def _quantised(self, place: _Place, start: int, stop: int, local: torch.Tensor, gather: Gather) -> Any:
+        """Fills ``local`` with elements ``start`` to ``stop`` of the packed weight; the state of the whole."""
+        stored, state = place.stored, place.layer.quant_state
+
+        def read(first: int, last: int) -> torch.Tensor:
+            return self._values(stored, first, last).to(device=self.device, dtype=state.dtype)
+
+        absmax = nf4.quantise_piece(read, stored.numel, start, stop, local, self.device)
+        return nf4.nested_state(gather(absmax), state.shape, state.dtype)
+
+    def _rows(
+        self, piece: Piece, first: int, last: int, whole: Callable[[str], torch.Tensor]
+    ) -> Iterator[torch.Tensor]:
+        """Collective: rows ``first`` to ``last`` (other ones on each rank) of a weight, as the forward sees them."""
+        layer = self._named[piece.name].layer if piece.name in self._named else None
+        if layer is not None:
+            yield from nf4.dequantise_rows(whole(piece.name), layer.quant_state, first, last)
+            return
+        columns = piece.shape[1:].numel()
+        ours = (piece.start, piece.stop) == (first * columns, last * columns)
+        if _everywhere(ours, self.device):
+            yield piece.local.view(-1, *piece.shape[1:])
+        else:
+            yield whole(piece.name)[first:last]
+
+
+def _bytes_of(raw: torch.Tensor) -> memoryview:
+    array: Any = raw.numpy()
+    return memoryview(array)
+
+
+def state_in(stored: Mapping[str, Stored], weight: str) -> dict[str, Stored]:
+    """What the files hold of the quantisation of ``weight``; nothing where it is not packed."""
+    if not any(f"{weight}.quant_state.bitsandbytes__{kind}" in stored for kind in ("nf4", "fp4")):
+        return {}
+    return {n.removeprefix(f"{weight}."): place for n, place in stored.items() if n.startswith(f"{weight}.")}
+
+
+def _set_state(layer: Any, state: Any) -> None:
+    """Under FSDP2 the weight is a plain parameter, for which the layer keeps the state; else bitsandbytes' own."""
+    layer.quant_state = state
+    if hasattr(layer.weight, "quant_state"):
+        layer.weight.quant_state = state
+
+
+def _is_four_bit(base: Any) -> bool:
+    return bool(getattr(base, "is_loaded_in_4bit", False))
+
+
+def _everywhere(answer: bool, device: torch.device) -> bool:
+    said = torch.tensor(int(answer), device=device)
+    dist.all_reduce(said, dist.ReduceOp.MIN)
+    return bool(said)
+
+
+def _check_shapes(path: str, found: Mapping[str, tuple[torch.Tensor, _Place]]) -> None:
+    unlike = []
+    for name, (tensor, place) in sorted(found.items()):
+        wanted = tuple(place.layer.quant_state.shape if place.layer is not None else tensor.shape)
+        if place.layer is not None and place.layer.source_cls.__name__ == "Conv1D":
+            raise NotByShard(f"its {name} is stored transposed")
+        if place.state and place.stored.bytes == tensor.numel() * tensor.element_size():
+            continue
+        if place.stored.shape != wanted:
+            unlike.append((name, place.stored.shape, wanted))
+    if unlike:
+        name, stored, wanted = unlike[0]
+        raise InputError(
+            f"model.path {path!r}: {len(unlike)} weights have not the shape that config.json asks for ({name}: "
+            f"{list(stored)} stored, {list(wanted)} asked for); put the config.json that belongs to the weights there"
+        )

@@ -1,0 +1,163 @@
+"""What a rank holds beside its own part of the model while it computes: activations, and layers that are gathered.
+
+The recipe's own task computes its loss, forward and backward, on the recipe's own architecture under fake tensors,
+which have shapes and no values, with two and with three decoder layers. What a further layer holds until the backward
+is their difference, and the peak at the true depth follows from it. For FSDP2 the same is done with the strategy's
+own wrapping on a fake process group: that is where gathered layers, and the buffers that they come in, are counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from trainer.data import Batch
+from trainer.errors import InputError
+from trainer.plan.allocation_tracker import LiveBytes
+from trainer.plan.fake_process_group import CPU, fake_world
+from trainer.plan.meta_model import labels_of, layer_count, skeleton, with_layers
+from trainer.precision import needs_autocast
+from trainer.recipe import Recipe
+from trainer.recipe.sections.data import TASK_FORMATS
+from trainer.strategies import make_strategy
+from trainer.strategies.layers import decoder_layers
+from trainer.tasks import Task, make_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+MEASURED_LAYERS = 3
+FIRST, DEEP = "first", "deep"
+
+
+class Measured(NamedTuple):
+    """Bytes at one depth. ``first``: peak until the second layer begins, whatever the depth; ``deep``: peak from there
+    on, which grows with it; ``held``: between forward and backward."""
+
+    first: int
+    deep: int
+    held: int
+
+    def at(self, depth: int, measured: int, shallower: Measured) -> int:
+        """The peak with ``depth`` layers, from this one with ``measured`` and ``shallower`` with one less."""
+        return max(self.first, self.deep + (depth - measured) * (self.held - shallower.held))
+
+
+class Working(NamedTuple):
+    """Bytes at the peak of forward and backward, beside what a rank keeps between steps."""
+
+    activations: int
+    unsharded: int
+
+
+def working_set(recipe: Recipe, config: PreTrainedConfig, ranks: int) -> Working:
+    """Of a rank among ``ranks`` that runs the recipe's micro-batches.
+
+    Raises InputError when the model asks for values while it computes, which fake tensors do not have."""
+    activations = _peak(recipe, config, None)
+    if recipe.strategy.kind != "fsdp":
+        return Working(activations, 0)
+    return Working(activations, max(0, _peak(recipe, config, ranks) - activations))
+
+
+def _peak(recipe: Recipe, config: PreTrainedConfig, ranks: int | None) -> int:
+    depth = layer_count(config)
+    most = min(MEASURED_LAYERS, depth)
+    deeper = measure(recipe, with_layers(config, most), ranks)
+    if most == depth:
+        return max(deeper.first, deeper.deep)
+    return deeper.at(depth, most, measure(recipe, with_layers(config, most - 1), ranks))
+
+
+def measure(recipe: Recipe, config: PreTrainedConfig, ranks: int | None) -> Measured:
+    """One micro-batch, forward and backward; ``ranks``: sharded over so many by FSDP2, None: not sharded."""
+    try:
+        with fake_world(ranks) if ranks else nullcontext() as world:
+            model = skeleton(recipe, config, as_gathered=world is None and recipe.strategy.kind != "ddp")
+            layers = decoder_layers(model)
+            task = make_task(recipe, labels_of(recipe))
+            task.attach(model)
+            if world is None:
+                return _run(recipe, model, task, layers, settle=lambda: None)
+            strategy = make_strategy(on_device(recipe), world)
+            strategy.model = strategy.wrap(model)
+            return _run(recipe, strategy.model, task, layers, settle=strategy.settle)
+    except (RuntimeError, NotImplementedError) as error:
+        said = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"model.path {recipe.model.path!r}: what a {config.model_type!r} model holds while it computes "
+            f"cannot be told without weights: {said}"
+        ) from error
+
+
+def on_device(recipe: Recipe) -> Recipe:
+    """What is offloaded comes to the device while it computes: there it takes what it takes without offload."""
+    strategy = recipe.strategy.model_copy(update={"offload": False})
+    return recipe.model_copy(update={"strategy": strategy})
+
+
+def _run(
+    recipe: Recipe, model: torch.nn.Module, task: Task, layers: list[torch.nn.Module], settle: Callable[[], None]
+) -> Measured:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model.to_empty(device=CPU)
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.zeros_like(parameter)
+        live, batch = LiveBytes(_held(model)), _batch(recipe)
+        if len(layers) > 1:
+            layers[1].register_forward_pre_hook(lambda *_: setattr(live, "stage", DEEP))
+        with live.counting():
+            if task.prepares and not task.writes:
+                _prepare(recipe, model, task, batch)
+                settle()
+            live.stage = FIRST
+            with _autocast(recipe, model):
+                loss = task.measure(model, task.rehearsed(batch), CPU).loss_sum
+            held = live.live
+            loss.backward()
+    return Measured(live.peaks.get(FIRST, 0), live.peaks.get(DEEP, 0), held)
+
+
+def _prepare(recipe: Recipe, model: torch.nn.Module, task: Task, batch: Batch) -> None:
+    model.eval()
+    with torch.no_grad(), _autocast(recipe, model):
+        task.prepare(model, [batch], CPU)
+    model.train()
+
+
+def _held(model: torch.nn.Module) -> Iterator[torch.Tensor]:
+    for parameter in model.parameters():
+        yield parameter
+        if parameter.grad is not None:
+            yield parameter.grad
+    yield from model.buffers()
+
+
+@contextmanager
+def _autocast(recipe: Recipe, model: torch.nn.Module) -> Iterator[None]:
+    dtype = getattr(torch, recipe.model.dtype)
+    mixes = dtype != torch.float32 and needs_autocast(model, dtype)
+    with torch.autocast("cpu", dtype) if mixes else nullcontext():
+        yield
+
+
+def _batch(recipe: Recipe) -> Batch:
+    """A micro-batch of full packs, every token a target. Of preferences, a pair is two rows."""
+    packs = recipe.training.micro_batch
+    pairs = packs if TASK_FORMATS[recipe.task] == ("preference",) else 0
+    shape = (packs + pairs, recipe.data.sequence_length)
+    return Batch(
+        index=0,
+        input_ids=np.zeros(shape, np.int64),
+        position_ids=np.zeros(shape, np.int64),
+        targets=np.ones(shape, np.bool_),
+        labels=np.zeros(shape[0], np.int64),
+        pairs=pairs,
+        margins=np.zeros(pairs, np.float32),
+    )

@@ -1,0 +1,94 @@
+"""The model to train as shapes only: built on torch's meta device, packed, with its adapter on."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+import transformers
+
+from trainer.adapters import make_adapter
+from trainer.model.head import Head, set_up_head
+from trainer.model.meta import from_config
+from trainer.plan.fake_quantized_linear import stand_in
+from trainer.recipe import Recipe
+from trainer.recipe.sections.tasks import AUTO_CLASSES
+from trainer.tasks import make_task
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+def layer_count(config: PreTrainedConfig) -> int:
+    return int(config.get_text_config().num_hidden_layers)
+
+
+def with_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
+    """The same architecture with its first ``count`` layers."""
+    fewer = copy.deepcopy(config)
+    text: Any = fewer.get_text_config()
+    text.num_hidden_layers = count
+    if getattr(text, "layer_types", None):
+        text.layer_types = text.layer_types[:count]
+    return fewer
+
+
+def skeleton(recipe: Recipe, config: PreTrainedConfig, *, as_gathered: bool = False) -> torch.nn.Module:
+    """On the meta device, in training mode. ``as_gathered``: a model that is trained whole in the type that it computes
+    in, instead of the float32 that its parameters are kept in.
+
+    Raises InputError when the configuration is none of the task's model, or the adapter does not fit it."""
+    adapter, head = make_adapter(recipe), _head(recipe)
+    with _quiet():
+        model: Any = from_config(
+            recipe.model,
+            _with_head(config, head),
+            full=adapter.full and not as_gathered,
+            checkpointing=recipe.training.gradient_checkpointing,
+            auto_class=getattr(transformers, AUTO_CLASSES[recipe.task]),
+        )
+        if adapter.full:
+            model.requires_grad_(True)
+        if head:
+            set_up_head(model, head, ())
+        with torch.device("meta"):
+            if recipe.model.quantization != "none":
+                stand_in(model, getattr(torch, recipe.model.dtype))
+            return adapter.attach(model).train()
+
+
+def labels_of(recipe: Recipe) -> tuple[str, ...]:
+    """Labels are known from the data, which a plan does without: those that the recipe names, and two at least."""
+    named = tuple(recipe.classification.class_weights)
+    return named + tuple(f"label {i}" for i in range(len(named), 2))
+
+
+def _head(recipe: Recipe) -> Head | None:
+    labels = make_task(recipe, labels_of(recipe)).labels
+    return Head(labels, recipe.seed) if labels else None
+
+
+def _with_head(config: PreTrainedConfig, head: Head | None) -> PreTrainedConfig:
+    if head is None:
+        return config
+    config = copy.deepcopy(config)
+    config.update(head.settings())
+    return config
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Libraries have much to say about models that are built without weights."""
+    level = logging.getLogger("transformers").level
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.getLogger("transformers").setLevel(level)

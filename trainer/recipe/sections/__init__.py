@@ -1,0 +1,1 @@
+"""The sections of a recipe, each with the part of muster that it configures."""

@@ -1,0 +1,210 @@
+"""The data: sources, how a row becomes a sample, and how samples fill a pack."""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, ConfigDict, Field, model_validator
+
+from trainer.recipe.base import Conflict, Listed, Location, OneOf, Section
+from trainer.recipe.sections.datasets import DATASETS, filled
+from trainer.registry import FORMATS, choose_hint
+
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "completion": ("prompt", "completion"),
+    "messages": ("messages", "tools"),
+    "instruction": ("instruction", "input", "output"),
+    "qa": ("question", "answer", "aliases"),
+    "text": ("text",),
+    "preference": ("prompt", "chosen", "rejected", "margin"),
+    "classification": ("text", "text_pair", "label"),
+}
+"""The columns that each format reads; `columns` maps these names to those of the file."""
+
+OPTIONAL_COLUMNS = ("tools", "input", "aliases", "margin", "text_pair")
+"""Those that rows may lack."""
+
+TEMPLATED = ("completion", "instruction", "classification")
+"""Formats whose prompt or text a `template` may render."""
+
+UNPACKED = {"preference": "whose samples are pairs", "classification": "whose texts are read one by one"}
+"""Formats whose samples cannot share a pack, each with the reason."""
+
+TASK_FORMATS: dict[str, tuple[str, ...]] = {
+    "sft": ("completion", "messages", "instruction", "qa", "text"),
+    "classification": ("classification",),
+    "reward": ("preference",),
+    "dpo": ("preference",),
+    "ppo": ("completion", "qa", "instruction", "messages", "preference"),
+}
+"""The formats that each task learns from."""
+
+
+def checked_template(text: str) -> str:
+    """A template that str.format fills in from columns, at a bounded size. Raises ValueError."""
+    try:
+        fields = [(name, spec or "") for _, name, spec, _ in string.Formatter().parse(text) if name is not None]
+    except ValueError as error:
+        raise ValueError(f"is not a template that str.format takes ({error}); write {{{{ for a brace") from None
+    names = [name for name, _ in fields]
+    odd = [name for name in names if not name.isidentifier()]
+    if odd:
+        raise ValueError(f"fills in {{{odd[0]}}}, which names no column; write {{column}}, and {{{{ for a brace")
+    if any("{" in spec or re.search(r"\d{5}", spec) for _, spec in fields):
+        raise ValueError("pads a column to a width that is computed, or of five digits or more; write a smaller one")
+    if not names:
+        raise ValueError("names no column, so every prompt would be the same; write {column} where its text belongs")
+    return text
+
+
+def _schema_of_source(schema: dict[str, Any]) -> None:
+    """A data set's name stands for path and format."""
+    schema["required"] = []
+    schema["anyOf"] = [{"required": ["path", "format"]}, {"required": ["dataset"]}]
+
+
+class SourceSection(Section):
+    """One source of rows: `path` and `format`, or the name of a known `dataset`."""
+
+    model_config = ConfigDict(json_schema_extra=_schema_of_source)
+
+    dataset: str | None = Field(default=None, json_schema_extra={"enum": [*DATASETS, None]})
+    """A known data set, which gives path, format, columns and labels; what is given beside it comes first, so that
+    `path` may name a copy of it."""
+
+    path: Location = Field(examples=["s3://corpus/train/*.jsonl"])
+    """File, folder or glob, local or any fsspec URL: JSON Lines, a JSON array, CSV, TSV, text or parquet by the suffix,
+    each also compressed (`.gz`, `.zst`). `hf://owner/name` or `hf://owner/name/config` (`name@revision` pins it) is
+    loaded through the datasets library. One that matches nothing is an error."""
+
+    format: Annotated[str, OneOf(FORMATS)] = Field(examples=["completion"])
+    """How a row becomes a sample. `completion`: tokens(prompt) + tokens(completion) + end of text, with the loss on
+    completion and end; `messages`: a conversation through the chat template, with the loss on the assistant's turns;
+    `instruction`: Alpaca's prompt, and the output as its completion; `qa`: `Question: …\\nAnswer:`, and the first
+    answer as its completion; `text`: every token, long texts cut into several samples; `preference`: a chosen and a
+    rejected answer; `classification`: one text or two, and a label."""
+
+    split: str | None = None
+    """Split of an `hf://` data set; null is `train`, and has to be given under `eval`."""
+
+    columns: dict[str, str] = Field(default_factory=dict)
+    """The file's name for each column that the format reads, where they differ: `{prompt: question}`. A dot leads into
+    a mapping: `answer.value`."""
+
+    template: Annotated[str, AfterValidator(checked_template)] | None = None
+    """Makes the prompt of a `completion` or `instruction`, or the text of a `classification`, out of columns, by
+    str.format: `"Question: {question}\\nAnswer: "`."""
+
+    labels: Listed[str] | None = None
+    """Names of the labels of a `classification`, in the order of their numbers; a row gives the name or the number.
+    null takes the values that there are, for which all rows are read once before the preparation."""
+
+    header: Listed[str] | None = None
+    """Column names of CSV or TSV files without a header line; null takes them from the first line."""
+
+    sample_by: Literal["line", "document"] = "line"
+    """What of a text file (`.txt`) is a sample: each line, or the whole file."""
+
+    weight: float = Field(default=1.0, gt=0.0)
+    """Copies of each sample per epoch: 2 feeds every sample twice, 0.5 a random half of them,
+    another half in each epoch."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill_dataset(cls, data: Any) -> Any:
+        return filled(data) if isinstance(data, dict) else data
+
+    def conflicts(self) -> Iterator[Conflict]:
+        yield from self._wrong_dataset()
+        yield from self._wrong_columns()
+        if self.split is not None and not self.is_dataset:
+            yield Conflict((("split",), ("path",)), "has no effect on files; name those of the split in path")
+        if self.labels is not None:
+            yield from self._wrong_labels(self.labels)
+
+    @property
+    def is_dataset(self) -> bool:
+        """Whether the `datasets` library loads it. ``hf://datasets/…`` names files on the Hub, which fsspec reads."""
+        return self.path.startswith("hf://") and not self.path.startswith("hf://datasets/")
+
+    def _wrong_dataset(self) -> Iterator[Conflict]:
+        if self.dataset is not None and self.dataset not in DATASETS:
+            names = ", ".join(DATASETS)
+            hint = choose_hint(self.dataset, tuple(DATASETS))
+            yield Conflict((("dataset",),), f"data set {self.dataset!r} is not one of: {names}{hint}")
+
+    def _wrong_columns(self) -> Iterator[Conflict]:
+        known = COLUMNS.get(self.format, ())
+        if self.template is not None and self.format not in TEMPLATED:
+            allowed = ", ".join(TEMPLATED)
+            message = f"has no effect with format {self.format}; only {allowed} take a template, leave it out"
+            yield Conflict((("template",), ("format",)), message)
+        elif self.template is None:
+            for name in self.columns:
+                if name not in known:
+                    hint = choose_hint(name, known)
+                    message = f"format {self.format} reads no column {name!r}, it reads: {', '.join(known)}{hint}"
+                    yield Conflict((("columns", name), ("format",), ("template",)), message)
+
+    def _wrong_labels(self, labels: tuple[str, ...]) -> Iterator[Conflict]:
+        if self.format != "classification":
+            yield Conflict((("labels",), ("format",)), f"has no effect with format {self.format}; leave it out")
+        elif len(set(labels)) < max(len(labels), 2):
+            yield Conflict((("labels",),), "needs two labels or more, each once")
+
+
+def _some(sources: tuple[SourceSection, ...]) -> tuple[SourceSection, ...]:
+    # Not min_length: pydantic counts valid entries, so that a bad one would be reported as a missing one too.
+    if not sources:
+        raise ValueError("has no source; add one with path: and format:")
+    return sources
+
+
+class DataSection(Section):
+    """Training and evaluation data, and how it is packed."""
+
+    train: Annotated[Listed[SourceSection], AfterValidator(_some)] = Field(json_schema_extra={"minItems": 1})
+    """Sources of training samples, mixed by their weights."""
+
+    eval: Listed[SourceSection] = ()
+    """Sources of evaluation samples, each fed once per evaluation; weights are without effect here."""
+
+    sequence_length: int = Field(default=2048, ge=2)
+    """Tokens per pack. A longer sample is cut on the right, or dropped when nothing to predict is left; both are
+    counted. Activation memory grows in proportion."""
+
+    packing: bool = True
+    """Fill each pack with several samples that do not see each other; false puts one sample in a pack. Packing changes
+    how many samples a step holds, not what the model sees of each."""
+
+    ledger: bool = False
+    """Write down which samples each rank fed to the model at each step, as JSON Lines under `<run>/ledger/`."""
+
+    max_bad_rows: int = Field(default=0, ge=0)
+    """Rows per source that may be unreadable; they are skipped and reported. One more ends the preparation."""
+
+    cache_bytes: int = Field(default=8 << 30, ge=0)
+    """Bytes of prepared data that each host keeps on its own disk, shared by its ranks, so that later epochs and
+    attempts need not fetch them again; what the plan uses latest makes room. They lie under `$MUSTER_CACHE/blocks`, or
+    else in the temporary folder; a full disk is a warning, and 0 keeps nothing. Local storage needs no cache."""
+
+    chat_template: str | None = None
+    """Jinja template for `messages`, or the path of a file that holds one; null takes the tokenizer's own."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        for part, sources in (("train", self.train), ("eval", self.eval)):
+            for index, source in enumerate(sources):
+                yield from (conflict.under(part, index) for conflict in source.conflicts())
+                if self.packing and source.format in UNPACKED:
+                    reason = f"{source.format}, {UNPACKED[source.format]}"
+                    message = f"cannot stand with format {reason}; write packing: false"
+                    yield Conflict((("packing",), (part, index, "format")), message)
+        for index, source in enumerate(self.eval):
+            if source.is_dataset and source.split is None:
+                message = (
+                    "names no split, and that of the training data would be taken; add split: test (or validation)"
+                )
+                yield Conflict((("eval", index, "path"), ("eval", index, "split")), message)

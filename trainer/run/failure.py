@@ -1,0 +1,147 @@
+"""What an attempt failed of, as it is told to people and kept with the run."""
+
+from __future__ import annotations
+
+import re
+import traceback
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from trainer.errors import (
+    Fenced,
+    InputError,
+    MusterError,
+    NonFiniteLoss,
+    RewardFailed,
+    UsageError,
+    WorkerFailed,
+    where_of,
+)
+from trainer.redact import redact
+
+FATAL = (UsageError, NonFiniteLoss, RewardFailed, Fenced)
+COLLECTIVE = re.compile(r"gloo|nccl|connection (closed|reset)|process ?group|all_?reduce|broadcast", re.IGNORECASE)
+SHOWN_LINES = 12
+OWN_FRAMES = 3
+ROOT = Path(__file__).resolve().parents[2]
+OWN = tuple(f"{ROOT / part}/" for part in ("launcher", "trainer", "cluster"))
+_STEP = re.compile(r"step \d+(, )?")
+
+
+class Kind(NamedTuple):
+    """``fatal``: trying again would end the same; ``usage``: the user can mend it; ``own``: an error of this
+    program's, whose text says what to do."""
+
+    fatal: bool
+    usage: bool
+    own: bool
+
+    @classmethod
+    def of(cls, error: BaseException) -> Kind:
+        return cls(isinstance(error, FATAL), isinstance(error, UsageError), isinstance(error, MusterError))
+
+
+class Failure(Exception):
+    """An exception of one rank, as it crosses from the worker to the driver. Times are Unix seconds; ``where`` is what
+    the rank was doing (`trainer.errors.note_where`)."""
+
+    def __init__(
+        self,
+        when: float,
+        rank: int,
+        host: str,
+        error: str,
+        trace: str,
+        kind: Kind,
+        where: str = "",
+    ) -> None:
+        super().__init__(when, rank, host, error, trace, kind, where)
+        self.when, self.rank, self.host, self.error, self.trace = when, rank, host, error, trace
+        self.kind, self.where = kind, where
+
+    @property
+    def fatal(self) -> bool:
+        return self.kind.fatal
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host}: {self.error}"
+
+    @classmethod
+    def of(cls, error: BaseException, when: float, rank: int, host: str, trace: str) -> Failure:
+        where = where_of(error) or ""
+        if isinstance(error, MusterError):  # its text needs no trace
+            said, trace = str(error), ""
+        else:
+            said = f"{type(error).__name__}: {error}"
+        if where and not _STEP.match(said):
+            said = f"{where}: {said}"
+        # Here, on the rank, since the cluster's own logs have it as it is raised.
+        return cls(when, rank, host, redact(said), redact(trace), Kind.of(error), where)
+
+    @property
+    def cause(self) -> Cause:
+        return Cause(str(self), self.rank, self.host, trace=self.trace, where=self.where, **self.kind._asdict())
+
+
+@dataclass(frozen=True)
+class Cause:
+    """The first failure of an attempt, of such a `Kind`; ``where``: what its rank was doing, as far as that is known;
+    ``died``: it was killed, and raised nothing."""
+
+    message: str
+    rank: int | None = None
+    host: str | None = None
+    fatal: bool = False
+    usage: bool = False
+    trace: str = ""
+    died: bool = False
+    where: str = ""
+    own: bool = False
+
+    @property
+    def by_another(self) -> bool:
+        """Whether the rank may have failed of what another one did to it: it was killed, or its collectives broke."""
+        return self.died or (not self.own and COLLECTIVE.search(self.message) is not None)
+
+    def of_hang(self, hang: Mapping[str, Any]) -> Cause:
+        """The same failure, which came of this event: the rank that held the others up was ended."""
+        found = replace(self, message=str(hang.get("cause") or self.message))
+        if not hang.get("ranks"):
+            return found
+        first = hang["ranks"][0]
+        return replace(found, rank=first["rank"], host=first["host"], where=f"step {first['step']}, {first['phase']}")
+
+    def as_error(self, advice: str = "") -> MusterError:
+        details = [part for part in (_tail(self.trace), advice) if part]
+        return InputError(self.message, *details) if self.usage else WorkerFailed(self.message, *details)
+
+    def facts(self, advice: str) -> dict[str, Any]:
+        """What the event of a failure says of it."""
+        return {
+            "cause": self.message,
+            "rank": self.rank,
+            "host": self.host,
+            "phase": _STEP.sub("", self.where, count=1) or None,
+            "trace": _tail(self.trace),
+            "advice": advice,
+        }
+
+
+def useful_stack(error: BaseException) -> str:
+    """Of where the error first came up: the last of this program's own lines, and the very last."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    *before, last = traceback.extract_tb(error.__traceback__) or [None]
+    own = [frame for frame in before if frame is not None and frame.filename.startswith(OWN)][-OWN_FRAMES:]
+    return "".join(traceback.format_list([*own, last] if last else []))
+
+
+def said_of(error: BaseException) -> str:
+    """What happened, without a stack or advice."""
+    return error.cause if isinstance(error, MusterError) else f"{type(error).__name__}: {error}"
+
+
+def _tail(trace: str) -> str:
+    return "\n".join(trace.rstrip().splitlines()[-SHOWN_LINES:])

@@ -1,0 +1,264 @@
+"""Metrics, events and ledgers as JSON Lines in object storage, where nothing can be appended to.
+
+Rows collect in parts. A background thread writes the growing part whole, at most ``flush_s`` after a row came, and
+begins the next one when it is full: readers never meet a row twice, and hours of training make few objects.
+Training never waits for it and never dies of it: what cannot be stored now is tried again with the next flush.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from itertools import takewhile
+from typing import Any
+
+from trainer.errors import StorageError
+from trainer.parsing import JsonReader, Malformed
+from trainer.redact import clean
+from trainer.run import layout
+from trainer.run.row_types import read_row
+from trainer.storage import ObjectInfo, Storage, in_parallel
+
+log = logging.getLogger(__name__)
+_ROLL_BYTES = 512 * 1024
+_PARALLEL_READS = 8
+_GLANCE_BYTES = 128 * 1024
+_FAILURE_PARTS = 4
+_EVENT_WAIT_S = 10.0
+_CLOSE_S = 30.0
+"""For a thread that has stored all it had, or has failed to."""
+_MOST_PATIENCE = 32  # times flush_s between attempts while the storage fails
+
+
+@dataclass
+class _Part:
+    data: bytearray = field(default_factory=bytearray)
+    rows: int = 0
+    stored: int = 0
+
+
+class JsonLines:
+    """Rows of one writer under ``<prefix>-<part>.jsonl``. Another writer, or a later one with the same prefix, never
+    overwrites them: numbering starts after the parts that are there. `add` may be called from any thread."""
+
+    def __init__(self, storage: Storage, prefix: str, *, flush_s: float = 2.0, roll_rows: int = 2000) -> None:
+        self._storage = storage
+        self._prefix = prefix
+        self._flush_s = flush_s
+        self._roll_rows = roll_rows
+        self._changed = threading.Condition()
+        self._parts = [_Part()]
+        self._number: int | None = None
+        self._added = self._stored = self._failures = 0
+        self._urgent = self._closing = False
+        self._error: Exception | None = None
+        self._thread: threading.Thread | None = None
+
+    def add(self, row: Mapping[str, Any]) -> None:
+        """Values that JSON lacks (nan, inf) become null."""
+        text = json.dumps(plain(row), ensure_ascii=False, allow_nan=False)
+        line = text.encode(errors="replace") + b"\n"  # a path or an error may hold bytes that are no text
+        with self._changed:
+            if self._closing:
+                raise RuntimeError(f"a row came after {self._prefix} was closed: {row}")
+            part = self._parts[-1]
+            if part.rows >= self._roll_rows or (part.rows and len(part.data) + len(line) > _ROLL_BYTES):
+                part = _Part()
+                self._parts.append(part)
+            part.data += line
+            part.rows += 1
+            self._added += 1
+            self._start()
+            self._changed.notify_all()
+
+    def flush(self, *, strict: bool = False, timeout_s: float | None = None) -> bool:
+        """Stores every row so far and says whether that worked within ``timeout_s`` (None: the storage's own
+        deadline). ``strict`` raises instead of saying no."""
+        with self._changed:
+            target, failures = self._added, self._failures
+            self._urgent = True
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._stored >= target or self._failures > failures, timeout_s)
+            stored, error = self._stored >= target, self._error
+        if strict and not stored:
+            raise error or StorageError(f"{self._storage.url}/{self._prefix}: not stored within {timeout_s} s")
+        return stored
+
+    def close(self) -> None:
+        """Stores the rest and ends the thread; raises what the last attempt raised when rows are left."""
+        with self._changed:
+            self._closing = True
+        try:
+            self.flush(strict=True)
+        finally:
+            if self._thread is not None:
+                self._thread.join(_CLOSE_S)
+
+    def _start(self) -> None:
+        if self._thread is None:
+            self._thread = threading.Thread(target=self._work, name=f"rows {self._prefix}", daemon=True)
+            self._thread.start()
+
+    def _work(self) -> None:
+        failed_in_a_row = 0
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._stored < self._added or self._closing)
+                if self._stored >= self._added or (failed_in_a_row and self._closing):
+                    return
+                patience_s = self._flush_s * min(2**failed_in_a_row, _MOST_PATIENCE)
+                self._changed.wait_for(lambda: self._urgent or self._closing, patience_s)
+                self._urgent = False
+                part = self._unstored_part()
+                data, rows = bytes(part.data), part.rows
+            failed_in_a_row = 0 if self._store(part, data, rows) else failed_in_a_row + 1
+
+    def _unstored_part(self) -> _Part:
+        """The oldest part that is not stored in full; those before it are forgotten."""
+        while self._parts[0].stored == self._parts[0].rows and len(self._parts) > 1:
+            self._parts.pop(0)
+            self._number = (self._number or 0) + 1
+        return self._parts[0]
+
+    def _store(self, part: _Part, data: bytes, rows: int) -> bool:
+        """Writes one part as it was, and counts it; the thread's own method, so parts are stored in their order."""
+        try:
+            if self._number is None:
+                self._number = _next_number(self._storage, self._prefix)
+            self._storage.write(f"{self._prefix}-{self._number:06d}.jsonl", data)
+        except Exception as error:
+            log.warning("rows of %s are not stored yet: %s", self._prefix, error)
+            with self._changed:
+                self._error = error
+                self._failures += 1
+                self._changed.notify_all()
+            return False
+        with self._changed:
+            self._stored += rows - part.stored
+            part.stored = rows
+            self._urgent = self._urgent or len(self._parts) > 1  # the next part's rows have waited already
+            self._changed.notify_all()
+        return True
+
+
+class Events:
+    """What happened to a run: starts, failures, resizes, checkpoints, ends. ``writer`` names the process."""
+
+    def __init__(self, storage: Storage, attempt: int, writer: str) -> None:
+        self._attempt = attempt
+        self._writer = writer
+        self._lines = JsonLines(storage, layout.events_part(attempt, writer))
+
+    def emit(self, event: str, *, wait: bool = True, **fields: Any) -> None:
+        """Stored when this returns, unless the storage is down: then the log says so and it is tried again later.
+        Without ``wait`` it is stored soon, and the caller held up by nothing."""
+        head = {"attempt": self._attempt, "event": event, "time": time.time(), "writer": self._writer}
+        self._lines.add(clean({**head, **fields}))
+        if wait and not self._lines.flush(timeout_s=_EVENT_WAIT_S):
+            log.warning("the event %r of attempt %d is not stored yet", event, self._attempt)
+
+    def close(self) -> None:
+        """Ends the writer; errors are logged, since events must not decide how a run ends."""
+        try:
+            self._lines.close()
+        except Exception:
+            log.warning("events of attempt %d were not stored", self._attempt, exc_info=True)
+
+
+def read_rows(storage: Storage, prefix: str) -> list[dict[str, Any]]:
+    """All rows of all parts below the folder ``prefix`` (``metrics``), by attempt, writer and order of writing."""
+    keys = [info.key for info in _parts_below(storage, prefix)]
+    parts = in_parallel(lambda key: _read_part(storage, key), keys, _PARALLEL_READS)
+    return [row for part in parts for row in part]
+
+
+def rows_backwards(storage: Storage, prefix: str) -> Iterator[dict[str, Any]]:
+    """`read_rows` from the last row on, reading a part only when it is reached: what a glance needs."""
+    for info in reversed(_parts_below(storage, prefix)):
+        yield from reversed(_read_part(storage, info.key))
+
+
+def newest_rows(storage: Storage, prefix: str) -> list[dict[str, Any]]:
+    """The last rows of the newest part below the folder ``prefix``, in their order, in one listing and one read of at
+    most `_GLANCE_BYTES`."""
+    parts = _parts_below(storage, prefix)
+    if not parts:
+        return []
+    key, size = parts[-1].key, parts[-1].size
+    if size <= _GLANCE_BYTES:
+        return _read_part(storage, key)
+    tail = storage.read_range(key, size - _GLANCE_BYTES, size)
+    return parse_rows(storage, key, tail.partition(b"\n")[2])
+
+
+def newest_failure(storage: Storage, driver: int) -> dict[str, Any] | None:
+    """Why the run of this driver has failed, or failed last: its newest event `failure`, or the `end` of what failed
+    outside of an attempt. Reads what drivers write and no more, so that a glance has it."""
+    parts = [info for info in _parts_below(storage, layout.EVENTS) if layout.driver_of_events(info.key) == driver]
+    newest = sorted(parts, key=lambda info: (info.modified, info.key))[-_FAILURE_PARTS:]
+    rows = [row for info in newest for row in _read_part(storage, info.key)]
+    rows.sort(key=lambda row: float(row.get("time") or 0))
+    failures = [row for row in rows if row.get("event") == "failure"]
+    if failures and not failures[-1].get("retried"):
+        return failures[-1]
+    return next((row for row in reversed(rows) if row.get("event") == "failure" or row.get("cause")), None)
+
+
+def newest_event(storage: Storage, attempt: int, kind: str) -> dict[str, Any] | None:
+    """The newest one of this kind in the newest ``attempt``, if there is one."""
+    rows = takewhile(lambda row: row.get("attempt") == attempt, rows_backwards(storage, layout.EVENTS))
+    return next((row for row in rows if row.get("event") == kind), None)
+
+
+def plain(value: Any) -> Any:
+    """As JSON takes it: non-finite floats become None, tuples lists, numpy and torch scalars Python's own."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if value is None or isinstance(value, (str, int)):
+        return value
+    if hasattr(value, "item"):
+        return plain(value.item())
+    raise TypeError(f"a row holds {value!r} ({type(value).__name__}), which JSON has no form for")
+
+
+def _parts_below(storage: Storage, prefix: str) -> list[ObjectInfo]:
+    return [info for info in storage.list(prefix) if info.key.endswith(".jsonl")]
+
+
+def _next_number(storage: Storage, prefix: str) -> int:
+    """After the highest part of this prefix that is there."""
+    numbers = [0]
+    for info in storage.list(prefix.rpartition("/")[0]):
+        lead, _, tail = info.key.removesuffix(".jsonl").rpartition("-")
+        if lead == prefix and tail.isdecimal():
+            numbers.append(int(tail) + 1)
+    return max(numbers)
+
+
+def _read_part(storage: Storage, key: str) -> list[dict[str, Any]]:
+    return parse_rows(storage, key, storage.read(key))
+
+
+def parse_rows(storage: Storage, key: str, lines: bytes) -> list[dict[str, Any]]:
+    """The rows of these whole lines of a part. What is no row, or one of other types, is left out with a warning."""
+    reader, rows, faults = JsonReader(), [], []
+    for line in lines.split(b"\n"):
+        if not line.strip():
+            continue
+        try:
+            rows.append(read_row(reader, key, line))
+        except Malformed as fault:
+            faults.append(str(fault))
+    if faults:
+        others = f", and {len(faults) - 1} more" if faults[1:] else ""
+        log.warning("%s holds a line that is no row, which is left out: %s%s", storage.uri(key), faults[0], others)
+    return rows

@@ -1,0 +1,61 @@
+"""How a driver's wish to stop reaches its workers: rank 0 looks at the run's lease every second."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from trainer.errors import MusterError
+from trainer.run.lease import RUNNING, LeaseRecord, read_lease
+from trainer.storage import Storage
+
+log = logging.getLogger(__name__)
+
+POLL_S = 1.0
+
+
+class StopWatch:
+    """``stop_requested`` says yes once the driver is stopping or gone, or another one has taken its place: then this
+    attempt's next commit is fenced, and finds that out. So it does when the driver wants the workers to be gathered
+    anew; ``gather`` tells that apart. Storage that does not answer changes nothing."""
+
+    def __init__(self, run: Storage, driver: int, *, enabled: bool, poll_s: float = POLL_S) -> None:
+        self._run, self._driver, self._poll_s = run, driver, poll_s
+        self._stop, self._closed = threading.Event(), threading.Event()
+        self._gathers_before: int | None = None
+        self.gather = False
+        self._thread = threading.Thread(target=self._work, name="stop-watch", daemon=True) if enabled else None
+
+    def stop_requested(self) -> bool:
+        return self._stop.is_set()
+
+    def __enter__(self) -> StopWatch:
+        if self._thread:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._closed.set()
+
+    def _work(self) -> None:
+        while not self._closed.wait(self._poll_s) and not self._stop.is_set():
+            try:
+                lease = read_lease(self._run)
+            except MusterError as error:
+                log.warning("the lease of %s cannot be read: %s", self._run.url, error)
+                continue
+            if lease is not None:
+                self._look(lease)
+
+    def _look(self, lease: LeaseRecord) -> None:
+        if self._gathers_before is None:
+            self._gathers_before = lease.gathers
+        if self._ends(lease):
+            self._stop.set()
+        elif lease.driver == self._driver and lease.gathers > self._gathers_before:
+            self.gather = True
+            self._stop.set()
+
+    def _ends(self, lease: LeaseRecord) -> bool:
+        """A driver that was overtaken may still write once: only newer ones, and our own, count."""
+        return lease.driver > self._driver or (lease.driver == self._driver and lease.state != RUNNING)

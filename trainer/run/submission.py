@@ -1,0 +1,33 @@
+"""What was last submitted for a run, kept in the run: how `status` and `cancel` know its job."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainer.errors import CorruptObject
+from trainer.parsing import Malformed
+from trainer.records import UnixTime, read_record
+from trainer.run import layout
+from trainer.storage import Storage
+
+
+@dataclass(frozen=True)
+class Submission:
+    """The newest job that was submitted for a run: ``time`` is unix s, ``recipe`` where its recipe was frozen."""
+
+    kind: str
+    id: str
+    time: UnixTime
+    recipe: str
+
+    @property
+    def job(self) -> str:
+        return f"{self.kind}:{self.id}"
+
+
+def read_submission(run: Storage) -> Submission | None:
+    """Returns None where nothing was submitted, or where the record is not one."""
+    try:
+        return read_record(Submission, run.read_json(layout.SUBMISSION))
+    except (FileNotFoundError, CorruptObject, Malformed):
+        return None

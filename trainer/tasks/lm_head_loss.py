@@ -1,0 +1,175 @@
+"""Logits only where there is a target.
+
+In instruction data most tokens are prompt, and with vocabularies of 128 k the LM head and the softmax cost more than a
+small model's layers. So the head of the model is made to see the hidden states of target positions alone: the
+selection happens *inside* the model's forward, where sharding strategies have gathered the head's weights.
+
+Where the logits are the head's plain output, the head also turns them into per-token losses, chunk by chunk, so that
+at most ``CHUNK_LOGITS`` of them exist at a time; a head that is not trained makes their derivatives, too
+(`trainer.tasks.frozen_lm_head_loss`). Models that scale or cap their logits after the head (``POST_HEAD``) get the
+logits of the selected positions back instead, and the loss is taken from those.
+
+Shapes: B packs, L tokens, T targets in the micro-batch, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch.nn.functional import cross_entropy
+from torch.utils.checkpoint import checkpoint
+
+from trainer.errors import InputError
+from trainer.tasks.frozen_lm_head_loss import frozen_nll
+from trainer.tasks.inputs import SEGMENTING, segments, to_device
+
+if TYPE_CHECKING:
+    from trainer.data import Batch
+
+CHUNK_LOGITS = 16 * 1024 * 1024
+POST_HEAD = (
+    "final_logit_softcapping",
+    "lm_head_multiplier",
+    "logit_scale",
+    "logits_scaling",
+    "logits_soft_cap",
+    "output_logit_soft_cap",
+    "output_multiplier_scale",
+)
+"""Names of settings under which models of transformers change their logits after the head."""
+
+
+class TargetHead:
+    """Replaces the forward of a model's output embeddings while ``select`` is active, and in `last_logits`."""
+
+    def __init__(self, model: Any) -> None:
+        head = model.get_output_embeddings()
+        if head is None:
+            raise ValueError(f"{type(model).__name__} has no output embeddings: it is no causal language model")
+        text_config = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+        self.plain = all(getattr(text_config, name, None) in (None, 0, 1, 1.0) for name in POST_HEAD)
+        self._head = head
+        self._project: Callable[[torch.Tensor], torch.Tensor] = head.forward
+        self._vocabulary = int(getattr(head, "out_features", 0) or text_config.vocab_size)
+        self._made: torch.Tensor | None = None
+        self._compared = False
+        self._config = text_config
+        self._at: torch.Tensor | None = None
+        self._labels_T: torch.Tensor | None = None
+        self._last = False
+        head.forward = self._forward
+
+    def losses(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
+        """Negative log-likelihood [T] of each target of the micro-batch, row by row, given what stands before it in its
+        sample; ``module`` is the model, wrapped or not."""
+        # The hidden state at a position predicts the token after it; no sample's first token is a target, so that the
+        # position before a target always belongs to the same sample. Found on the host: to index by a mask on the
+        # device, the host would have to wait for it.
+        target_at = np.flatnonzero(batch.targets)
+        labels = to_device(batch.input_ids.ravel()[target_at], device)
+        told = segments(batch.position_ids, device) if self._segmenting() else {}
+        with self.select(to_device(target_at - 1, device), labels):
+            output = module(
+                input_ids=to_device(batch.input_ids, device),
+                position_ids=to_device(batch.position_ids, device),
+                use_cache=False,
+                **told,
+            )
+        return self.nll(output.logits, labels)
+
+    @contextmanager
+    def select(self, at: torch.Tensor, labels_T: torch.Tensor) -> Iterator[None]:
+        """``at``: the positions whose *next* token is a target, as a mask [B, L] or as indices [T] into the flattened
+        packs; ``labels_T``: those next tokens."""
+        self._at, self._labels_T = at, labels_T
+        try:
+            yield
+        finally:
+            self._at = self._labels_T = None
+
+    def last_logits(self, module: torch.nn.Module, **inputs: Any) -> Any:
+        """The model's output, with the logits [B, 1, V] of the last position of each row only."""
+        self._last = True
+        try:
+            return module(**inputs)
+        finally:
+            self._last = False
+
+    def _segmenting(self) -> bool:
+        return getattr(self._config, "_attn_implementation", None) in SEGMENTING
+
+    def nll(self, output: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+        """Negative log-likelihoods [T] in float32 from what the model returned as its logits under ``select``.
+
+        Raises InputError when the model changes its logits after the head in a way that ``POST_HEAD`` lacks."""
+        if self.plain:
+            self._compare(output)
+            return output.reshape(-1)
+        return cross_entropy(output.reshape(len(labels_T), -1).float(), labels_T, reduction="none")
+
+    def _forward(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
+        if self._last:
+            return self._project(hidden_BLD[:, -1:])
+        if self._at is None or self._labels_T is None:
+            return self._project(hidden_BLD)
+        hidden_TD = selected(hidden_BLD, self._at)
+        if not self.plain:
+            return self._project(hidden_TD[None])
+        # A tensor of its own: FSDP2 hooks what the model returns, and would lose its hook on a view.
+        nll = self._chunked_nll(hidden_TD, self._labels_T)[None, :, None].clone()
+        self._made = None if self._compared else nll.detach().clone()
+        return nll
+
+    def _compare(self, output: torch.Tensor) -> None:
+        """Once: what the head made has to be what the model returns; losses that were scaled would train, wrongly."""
+        if self._made is not None and self._made.any():
+            if not torch.equal(output.detach(), self._made):
+                raise InputError(
+                    "this model changes its logits after the output head, by a setting that muster does not know; "
+                    f"known are {', '.join(POST_HEAD)}"
+                )
+            self._compared = True
+        self._made = None
+
+    def _chunked_nll(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+        # In float16 small probabilities would vanish before the loss's scale lifts them.
+        if hidden_TD.requires_grad and hidden_TD.dtype != torch.float16 and not self._trained():
+            return frozen_nll(self._project, hidden_TD, labels_T, rows_of_chunk(self._vocabulary))
+        return in_chunks(self._chunk_nll, hidden_TD, labels_T, self._vocabulary)
+
+    def _trained(self) -> bool:
+        return any(parameter.requires_grad for parameter in self._head.parameters())
+
+    def _chunk_nll(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+        return cross_entropy(self._project(hidden_TD).float(), labels_T, reduction="none")
+
+
+def selected(hidden_BLD: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
+    """[T, D], by a mask [B, L] or by indices [T] into the flattened packs."""
+    return hidden_BLD[at] if at.dtype == torch.bool else hidden_BLD.flatten(0, 1)[at]
+
+
+def rows_of_chunk(vocabulary: int) -> int:
+    return max(1, CHUNK_LOGITS // vocabulary)
+
+
+def in_chunks(
+    of: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    hidden_TD: torch.Tensor,
+    labels_T: torch.Tensor,
+    vocabulary: int,
+) -> torch.Tensor:
+    """``of`` hidden states and labels, with at most ``CHUNK_LOGITS`` logits at a time: those of each chunk are computed
+    again in the backward rather than kept."""
+    rows = rows_of_chunk(vocabulary)
+    if len(labels_T) <= rows:
+        return of(hidden_TD, labels_T)
+    parts = [
+        checkpoint(of, h, y, use_reentrant=False)
+        for h, y in zip(hidden_TD.split(rows), labels_T.split(rows), strict=True)
+    ]
+    return torch.cat(parts)

@@ -1,0 +1,189 @@
+"""Texts that a model writes to a micro-batch of prompts: padded on the left, with a cache of keys and values.
+
+Each row has a stream of random numbers of its own, one per token, by which the cumulative distribution is inverted: so
+a text depends on its micro-batch and its stream, never on the rank that writes it.
+
+Shapes: B prompts, P tokens of the longest, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from trainer.errors import InputError
+from trainer.tasks.lm_head_loss import TargetHead
+
+Agree = Callable[[bool], bool]
+"""Whether anybody goes on, asked by all who share the forward passes; of whoever writes by himself, the answer."""
+
+SPARE_TOKENS = 4
+"""Beyond one per byte: those that stand for no byte."""
+
+SHOWN_CHARACTERS = 1000
+
+
+class Prompt(NamedTuple):
+    """``tokens``: what stands before the answer in the data; ``answer``: the tokens of that."""
+
+    sample_id: str
+    tokens: list[int]
+    answer: list[int]
+
+
+def prompts_of(batch: Any, answer: int = -1) -> list[Prompt]:
+    """Of a micro-batch of the data path with one sample per row: the answer is its last run of targets, or that of this
+    number."""
+    found = []
+    for row, sample_id in enumerate(batch.sample_ids):
+        marked = batch.targets[row].nonzero()[0]
+        run = np.split(marked, (np.diff(marked) > 1).nonzero()[0] + 1)[answer]
+        start, end = int(run[0]), int(run[-1]) + 1
+        ids = batch.input_ids[row]
+        found.append(Prompt(sample_id, ids[:start].tolist(), ids[start:end].tolist()))
+    return found
+
+
+@dataclass
+class Text:
+    """``tokens``: what was written, with the end of text where it was reached; ``ended``: whether it ended by itself
+    or by a stop string; ``words``: what a reward is given for."""
+
+    tokens: list[int] = field(default_factory=list)
+    ended: bool = False
+    words: str = ""
+
+
+def shown(prompt: Prompt, words: str, tokenizer: Any) -> dict[str, Any]:
+    """A text as events have it, with the answer in the data beside it: of a prompt its end, of the others the
+    beginning."""
+    asked, answer = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt.tokens, prompt.answer))
+    return {
+        "sample": prompt.sample_id,
+        "prompt": asked[-SHOWN_CHARACTERS:],
+        "text": words[:SHOWN_CHARACTERS],
+        "reference": answer[:SHOWN_CHARACTERS],
+    }
+
+
+def uniforms(key: str, count: int) -> npt.NDArray[np.float64]:
+    """The random numbers of one text, in [0, 1)."""
+    digest = hashlib.sha256(f"rollout:{key}".encode()).digest()
+    return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big"))).random(count)
+
+
+def drawn(logits_BV: torch.Tensor, uniform_B: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
+    """A token for each row: that at which the cumulative distribution over the smallest set of most likely tokens
+    whose probabilities add up to ``top_p`` (Holtzman et al. 2019, arXiv:1904.09751) passes the row's number. At a
+    temperature of 0: the likeliest."""
+    if temperature == 0.0:
+        return logits_BV.argmax(-1)
+    probabilities, order = (logits_BV.double() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    cumulative = probabilities.cumsum(-1)
+    kept = cumulative - probabilities < top_p
+    reached = (cumulative * kept).amax(-1, keepdim=True)
+    place = ((cumulative <= uniform_B[:, None].double() * reached) & kept).sum(-1, keepdim=True)
+    last = kept.sum(-1, keepdim=True) - 1
+    return order.gather(-1, torch.minimum(place, last))[:, 0]
+
+
+class Author:
+    """``stop``: strings that end a text as well. ``agree``: see `Agree`; under strategies that gather parameters for a
+    forward, every rank has to run as many."""
+
+    def __init__(
+        self,
+        model: Any,
+        head: TargetHead,
+        tokenizer: Any,
+        *,
+        max_new_tokens: int,
+        temperature: float,
+        top_p: float,
+        stop: Sequence[str],
+        agree: Agree,
+    ) -> None:
+        self.head, self.tokenizer, self.agree = head, tokenizer, agree
+        self.max_new_tokens, self.temperature, self.top_p, self.stop = max_new_tokens, temperature, top_p, stop
+        self.ends = _ends(model, tokenizer)
+        text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+        self.positions = getattr(text, "max_position_embeddings", None)
+        self._window = max((len(s.encode()) for s in stop), default=0) + SPARE_TOKENS
+
+    @torch.no_grad()
+    def write(
+        self, module: torch.nn.Module, prompts: Sequence[Sequence[int]], keys: Sequence[str], device: torch.device
+    ) -> list[Text]:
+        """A text to each prompt. Without prompts it only takes part in the forward passes of the others."""
+        self._check_room(prompts)
+        rows = prompts or [[0]]
+        texts = [Text() for _ in prompts]
+        draws = torch.tensor(np.array([uniforms(key, self.max_new_tokens) for key in keys or [""]])).to(device)
+        width = max(map(len, rows))
+        ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
+        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        positions, cache = (mask.cumsum(-1) - 1).clamp(min=0), None
+        going = list(range(len(prompts)))
+        for n in range(self.max_new_tokens):
+            if not self.agree(bool(going)):
+                break
+            output = self.head.last_logits(
+                module,
+                input_ids=ids,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = output.past_key_values
+            chosen = drawn(output.logits[:, -1], draws[:, n], self.temperature, self.top_p)
+            going = self._add(texts, going, chosen.tolist())
+            ids, positions = chosen[:, None], positions[:, -1:] + 1
+            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], -1)
+        for text in texts:
+            text.words = self._words(text)
+        return texts
+
+    def _add(self, texts: list[Text], going: list[int], chosen: list[int]) -> list[int]:
+        for row in going:
+            text = texts[row]
+            text.tokens.append(chosen[row])
+            text.ended = chosen[row] in self.ends or self._stopped(text.tokens)
+        return [row for row in going if not texts[row].ended]
+
+    def _stopped(self, tokens: list[int]) -> bool:
+        if not self.stop:
+            return False
+        tail = self.tokenizer.decode(tokens[-self._window :], skip_special_tokens=True)
+        return any(string in tail for string in self.stop)
+
+    def _words(self, text: Text) -> str:
+        words: str = self.tokenizer.decode(text.tokens, skip_special_tokens=True)
+        cuts = [words.index(string) for string in self.stop if string in words]
+        return words[: min(cuts)] if cuts else words
+
+    def _check_room(self, prompts: Sequence[Sequence[int]]) -> None:
+        longest = max(map(len, prompts), default=0)
+        if self.positions and longest + self.max_new_tokens > self.positions:
+            raise InputError(
+                f"a prompt of {longest} tokens and ppo.max_new_tokens {self.max_new_tokens} are more than the model's "
+                f"{self.positions} positions; lower it, or data.sequence_length"
+            )
+
+
+def _ends(model: Any, tokenizer: Any) -> set[int]:
+    """The tokenizer's end of text, and what the model's authors end with.
+
+    Raises InputError without any: no text would ever end."""
+    theirs = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    several = theirs if isinstance(theirs, list) else [theirs]
+    ends = {int(n) for n in (tokenizer.eos_token_id, *several) if n is not None}
+    if not ends:
+        raise InputError("neither the tokenizer nor the model names an end of text, and what writes texts needs one")
+    return ends

@@ -1,0 +1,107 @@
+"""What a rank says when it fails under torchrun, where no driver hears of all of them.
+
+The rank that failed first writes the event, and rank 0, whose collectives break a moment later, looks for it: so that
+the last lines of the command and the run's events tell the cause, not what followed from it.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+from trainer.checkpoint import read_claims
+from trainer.errors import MusterError, WorkerFailed
+from trainer.recipe import Recipe
+from trainer.run.failure import Cause, Failure, useful_stack
+from trainer.run.jsonl import Events, newest_event, newest_failure
+from trainer.run.outcome import DEADLINE_S
+from trainer.run.symptoms import advise
+from trainer.storage import Storage
+
+log = logging.getLogger(__name__)
+
+OTHERS_S = 5.0
+"""How long rank 0 waits to hear of another rank's failure, when its own may have followed from that."""
+AFTER_S = 1.0
+"""What the other ranks leave rank 0 to write down what all of them have met alike."""
+_POLL_S = 0.5
+
+
+class RankFailed(WorkerFailed):
+    """Of something that no error of this program's foresees: whoever has started the ranks may start them again."""
+
+
+class Rank(NamedTuple):
+    """A rank of a run; ``driver`` is the number that rank 0 holds the run by, and None on the others."""
+
+    run: Storage
+    recipe: Recipe
+    rank: int
+    driver: int | None
+
+
+def told(error: Exception, of: Rank, sleep: Callable[[float], None] = time.sleep) -> MusterError:
+    """What is to be raised in the place of ``error``: with rank, host and phase, the lines of the stack that matter,
+    and what to try next. It is kept with the run, as far as the storage answers."""
+    cause = Failure.of(error, time.time(), of.rank, os.uname().nodename, useful_stack(error)).cause
+    try:
+        facts = _of_first(cause, of, sleep) if of.driver is not None else _of_other(cause, of, sleep)
+    except MusterError as unkept:
+        log.warning("the failure is not in the run's events: %s", unkept)
+        facts = _facts(cause, of)
+    if isinstance(error, MusterError):
+        return cause.as_error()
+    return RankFailed(*(facts[name] for name in ("cause", "trace", "advice") if facts.get(name)))
+
+
+def _facts(cause: Cause, of: Rank) -> dict[str, Any]:
+    return cause.facts(advise(cause, of.recipe, of.run.url))
+
+
+def _of_first(cause: Cause, of: Rank, sleep: Callable[[float], None]) -> dict[str, Any]:
+    """On rank 0: another rank's failure, or a hang, if its own may have followed from that, and else its own."""
+    assert of.driver is not None
+    run = of.run.within(DEADLINE_S)
+    attempt = read_claims(run).attempt
+    if cause.by_another:
+        if (other := _others(run, of.driver, sleep)) is not None:
+            return other
+        if (hang := newest_event(run, attempt, "hang")) is not None:
+            cause = cause.of_hang(hang)
+    return _keep(_facts(cause, of), run, attempt, of.driver, f"driver{of.driver}")
+
+
+def _of_other(cause: Cause, of: Rank, sleep: Callable[[float], None]) -> dict[str, Any]:
+    """On another rank: its own, which is kept if it may be the first."""
+    facts, run = _facts(cause, of), of.run.within(DEADLINE_S)
+    if cause.by_another:
+        return facts
+    sleep(AFTER_S)
+    claims = read_claims(run)
+    if newest_failure(run, claims.driver) is not None:
+        return facts
+    return _keep(facts, run, claims.attempt, claims.driver, f"driver{claims.driver}-rank{of.rank}")
+
+
+def _others(run: Storage, driver: int, sleep: Callable[[float], None]) -> dict[str, Any] | None:
+    for _ in range(round(OTHERS_S / _POLL_S)):
+        if (found := newest_failure(run, driver)) is not None:
+            return found
+        sleep(_POLL_S)
+    return None
+
+
+def _keep(facts: dict[str, Any], run: Storage, attempt: int, driver: int, writer: str) -> dict[str, Any]:
+    events = Events(run, attempt, writer)
+    events.emit("failure", **facts, retried=_is_retried(), driver=driver)
+    events.close()
+    return facts
+
+
+def _is_retried() -> bool:
+    """Whether torchrun will start its ranks again."""
+    done, most = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    return done < most

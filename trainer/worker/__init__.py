@@ -1,0 +1,1 @@
+"""One rank of one attempt: builds, trains, writes down and commits."""

@@ -1,0 +1,176 @@
+"""Commits snapshots behind the training loop's back.
+
+One thread, one place in the queue: while an upload runs, a newer snapshot takes the place of one that still waits
+(the design allows a due checkpoint to be coalesced with the next), so that the loop never waits and memory stays
+bounded at two snapshots. The final one is never replaced. The first error is kept and raised in the loop.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trainer.errors import StorageError, note_where
+from trainer.worker.train_state import Snapshot
+
+log = logging.getLogger(__name__)
+
+CLOSE_S = 4 * 3600.0
+"""An upload that comes further may take long, and the storage ends one that does not; nothing else ends a write to a
+dead disk."""
+
+Commit = Callable[[Snapshot, Path], Mapping[str, Any]]
+
+
+@dataclass(frozen=True)
+class Held:
+    """Seconds for which one checkpoint held the loop up: ``stall_s`` in all, ``snapshot_s`` of it to copy the state."""
+
+    stall_s: float
+    snapshot_s: float
+
+
+NOT_HELD = Held(0.0, 0.0)
+
+
+@dataclass(frozen=True)
+class Committed:
+    """What the events say of a commit. ``upload_s`` is everything after the snapshot: writing, hashing, uploading and
+    committing; ``coalesced`` counts the due checkpoints whose place it took since the commit before."""
+
+    step: int
+    uri: str
+    held: Held
+    upload_s: float
+    bytes: int
+    coalesced: int
+
+
+@dataclass(frozen=True)
+class Lag:
+    """How far the storage is behind: ``backlog`` snapshots that are not committed yet (2 at most), ``age_s`` since the
+    newest commit, or since this attempt began where it has none."""
+
+    backlog: int
+    age_s: float
+
+
+class Committer:
+    """``commit(snapshot, folder)`` writes, uploads and commits, and returns {"uri", "bytes"}; rank 0 alone has one."""
+
+    def __init__(
+        self, commit: Commit, on_commit: Callable[[Committed], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._commit = commit
+        self._on_commit = on_commit
+        self._clock = clock
+        self._newest = clock()
+        self._ready = threading.Condition()
+        self._waiting: tuple[Snapshot, Held] | None = None
+        self._working = False
+        self._coalesced = 0
+        self._closing = False
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="committer", daemon=True)
+        self._thread.start()
+
+    def submit(self, snapshot: Snapshot, held: Held = NOT_HELD) -> None:
+        with self._ready:
+            self._raise()
+            if self._waiting:
+                assert not self._waiting[0].final, "nothing comes after the final snapshot"
+                self._coalesced += 1
+            self._waiting = snapshot, held
+            self._ready.notify_all()
+
+    def lag(self) -> Lag:
+        with self._ready:
+            return Lag(int(self._waiting is not None) + int(self._working), self._clock() - self._newest)
+
+    def check(self) -> None:
+        """Raises what the last commit raised, if it did."""
+        with self._ready:
+            self._raise()
+
+    def close(self) -> None:
+        """Waits for everything that was submitted; raises if it could not be committed."""
+        if not self.drain():
+            raise StorageError(
+                f"the last checkpoint was not committed within {CLOSE_S / 3600:g} hours; look at the disk of "
+                f"{tempfile.gettempdir()} and at the storage, then run the same command again"
+            )
+        self.check()
+
+    def drain(self) -> bool:
+        """Works like `close`, but never raises: after a failure it saves what was submitted before. Returns False when
+        that was not done within `CLOSE_S`."""
+        with self._ready:
+            self._closing = True
+            self._ready.notify_all()
+        self._thread.join(CLOSE_S)
+        return not self._thread.is_alive()
+
+    def _raise(self) -> None:
+        if self._error is not None:
+            raise self._error
+
+    def _work(self) -> None:
+        while True:
+            with self._ready:
+                self._working = False
+                self._ready.wait_for(lambda: self._waiting is not None or self._closing)
+                if self._waiting is None:
+                    return
+                (snapshot, held), self._waiting = self._waiting, None
+                coalesced, self._coalesced = self._coalesced, 0
+                self._working = True
+            try:
+                self._run(snapshot, held, coalesced)
+            except BaseException as e:
+                log.exception("the checkpoint of step %d was not committed", snapshot.step)
+                note_where(e, f"step {snapshot.step}, commit of the checkpoint")
+                with self._ready:
+                    self._error = e
+                return
+
+    def _run(self, snapshot: Snapshot, held: Held, coalesced: int) -> None:
+        began = self._clock()
+        with scratch_folder() as folder:
+            done = self._commit(snapshot, folder)
+        now = self._clock()
+        with self._ready:
+            self._newest = now
+        self._on_commit(Committed(snapshot.step, done["uri"], held, now - began, done["bytes"], coalesced))
+
+
+@contextmanager
+def scratch_folder() -> Iterator[Path]:
+    """A temporary folder that only leaving it deletes. tempfile's own is deleted by an interpreter that exits, also
+    under a thread that is still at work in it."""
+    folder = Path(tempfile.mkdtemp(prefix="muster-checkpoint-"))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+class StaleAlarm:
+    """Says once that commits have fallen behind by more than ``max_age_s``, and once again only after a commit."""
+
+    def __init__(self, max_age_s: float) -> None:
+        self._max_age_s = max_age_s
+        self._said = False
+
+    def rings(self, age_s: float) -> bool:
+        late = age_s > self._max_age_s
+        rings = late and not self._said
+        self._said = late
+        return rings

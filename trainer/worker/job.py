@@ -1,0 +1,22 @@
+"""What a worker is told. Light to import: the driver makes one before it needs torch."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainer.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Job:
+    """``recipe`` is this attempt's (its resources and strategy may differ from the frozen one); ``holder`` says who
+    claims the attempt; ``spent`` is what starting has taken so far: `trainer.run.startup_phases`."""
+
+    storage: str
+    driver: int
+    recipe: Recipe
+    total_steps: int
+    holder: Mapping[str, Any]
+    spent: Mapping[str, float] = field(default_factory=dict)

@@ -1,0 +1,136 @@
+"""Traces of a few steps by torch's profiler, into the run's storage.
+
+`<run>/profiles/attempt-…/rank-….json.gz` is a trace that chrome://tracing, Perfetto and TensorBoard's plugin open;
+`rank-….txt` beside it the operators that took most. Both are written behind the training, by a thread; whatever goes
+wrong there is a warning and an event.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd.profiler_util import EventList
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from trainer.distributed.world import World
+from trainer.recipe import Recipe
+from trainer.run import layout
+from trainer.storage import Storage
+
+log = logging.getLogger(__name__)
+TOP_OPERATORS = 20
+IN_EVENT = 8
+PATIENCE_S = 30.0
+
+
+class Profiler:
+    """Traces the steps that the recipe names, on the ranks that it names. ``around`` surrounds every step; ``close``
+    ends a trace that the attempt's end has cut short, and waits for the upload. ``say(fields)`` gets what to tell."""
+
+    def __init__(
+        self, recipe: Recipe, world: World, run: Storage, attempt: int, say: Callable[[dict[str, Any]], None]
+    ) -> None:
+        wanted = recipe.profile.steps if world.rank in recipe.profile.ranks else ()
+        self._first, self._last = wanted or (0, 0)
+        self._world, self._run, self._say = world, run, say
+        self._key = layout.profile(attempt, world.rank)
+        self._profile: Any = None
+        self._steps: list[int] = []
+        self._thread: threading.Thread | None = None
+
+    @contextmanager
+    def around(self, step: int) -> Iterator[None]:
+        """A resumed attempt traces what is left of the range."""
+        if not self._first <= step <= self._last:
+            yield
+            return
+        if self._profile is None and not self._begin():
+            self._last = 0
+            yield
+            return
+        self._steps.append(step)
+        with record_function(f"step {step}"):
+            yield
+        if step == self._last:
+            self._end()
+
+    def close(self) -> None:
+        if self._profile is not None:
+            self._end()
+        if self._thread is not None:
+            self._thread.join(PATIENCE_S)
+            if self._thread.is_alive():
+                log.warning("%s is not stored after %.0f s, and is left behind", self._key, PATIENCE_S)
+
+    def _begin(self) -> bool:
+        activities = [ProfilerActivity.CPU]
+        if self._world.device.type == "cuda":
+            activities.append(ProfilerActivity.CUDA)
+        try:
+            made = profile(activities=activities, record_shapes=True)
+            made.start()
+        except Exception as error:  # another profiler is at work, or the driver's interface is not there
+            self._failed(error)
+            return False
+        self._profile = made
+        return True
+
+    def _end(self) -> None:
+        """Stops here, in the thread that began; what it takes to write the trace does not hold up the next step."""
+        traced, self._profile = self._profile, None
+        try:
+            if self._world.device.type == "cuda":
+                torch.cuda.synchronize(self._world.device)
+            traced.stop()
+        except Exception as error:
+            self._failed(error)
+            return
+        self._thread = threading.Thread(target=self._store, args=(traced,), name="muster-profile", daemon=True)
+        self._thread.start()
+
+    def _store(self, traced: Any) -> None:
+        try:
+            averages = traced.key_averages()
+            with tempfile.TemporaryDirectory(prefix="muster-profile-") as folder:
+                trace = Path(folder, "trace.json.gz")
+                traced.export_chrome_trace(str(trace))
+                size = trace.stat().st_size
+                self._run.upload(f"{self._key}.json.gz", trace)
+            self._run.write(f"{self._key}.txt", self._table(averages).encode())
+        except Exception as error:
+            self._failed(error)
+            return
+        self._tell({"uri": self._run.uri(f"{self._key}.json.gz"), "bytes": size, **self._top(averages)})
+
+    def _table(self, averages: EventList) -> str:
+        text: str = averages.table(sort_by=self._measure(), row_limit=TOP_OPERATORS, max_name_column_width=80)
+        return text
+
+    def _top(self, averages: EventList) -> dict[str, Any]:
+        measure = self._measure()
+        found = sorted(averages, key=lambda operator: -getattr(operator, measure))[:IN_EVENT]
+        return {
+            "operators": [{"name": o.key, "calls": o.count, "ms": round(getattr(o, measure) / 1000, 3)} for o in found]
+        }
+
+    def _measure(self) -> str:
+        """Microseconds of an operator without those that it calls."""
+        return f"self_{'device' if self._world.device.type == 'cuda' else 'cpu'}_time_total"
+
+    def _failed(self, error: Exception) -> None:
+        log.warning("no profile of rank %d: %s", self._world.rank, error)
+        self._tell({"cause": f"{type(error).__name__}: {error}"})
+
+    def _tell(self, fields: dict[str, Any]) -> None:
+        steps = [self._steps[0], self._steps[-1]] if self._steps else []
+        try:
+            self._say({"rank": self._world.rank, "steps": steps, **fields})
+        except Exception as error:  # whoever is told has ended meanwhile
+            log.warning("the profile of rank %d is not told of: %s", self._world.rank, error)

@@ -1,0 +1,173 @@
+"""Texts that a run writes before its first step and after its last one, to the same prompts and without chance, so that
+one sees what training has changed.
+
+Every rank writes the same ones, of which the first keeps its own. So all run as many forwards, as strategies that
+gather parameters in a forward need it, and where a model, or its adapter, cannot write, all of them find out alike.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainer.data import Batch, Prepared, eval_batches
+from trainer.distributed.world import World
+from trainer.errors import InputError
+from trainer.model.kernels.attention import by_mask
+from trainer.recipe import Recipe
+from trainer.recipe.sections.compute import VIRTUAL
+from trainer.strategies import Strategy
+from trainer.tasks import Task
+from trainer.tasks.sampling import Author, Prompt, prompts_of, shown
+from trainer.worker.recorder import Recorder
+
+if TYPE_CHECKING:
+    from trainer.data import DiskCache
+
+log = logging.getLogger(__name__)
+
+BEFORE, AFTER = "before", "after"
+TOLD_CHARACTERS = 300
+
+
+@dataclass(frozen=True)
+class Opening:
+    """Where prompts come from: the first samples of evaluation data, if any. ``tokenizer`` loads the model's."""
+
+    data: Prepared | None
+    cache: DiskCache | None
+    tokenizer: Callable[[], Any]
+
+    def samples(self, count: int) -> Batch | None:
+        """Each in a row of its own."""
+        assert self.data is not None
+        return next(eval_batches(self.data, count, 0, 1, cache=self.cache, singly=True, limit=count), None)
+
+
+class Samples:
+    """``doing(step, phase)`` is told of each token, so that a slow model is not taken for a hang."""
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        world: World,
+        strategy: Strategy,
+        task: Task,
+        recorder: Recorder,
+        opening: Opening,
+        doing: Callable[[int, str], None],
+    ) -> None:
+        self.recipe, self.world, self.strategy, self.task = recipe, world, strategy, task
+        self.recorder, self.opening, self.doing = recorder, opening, doing
+        self._over = not recipe.samples.count or task.head is None or opening.data is None
+        self._failure: str | None = None
+        self._prompts: list[Prompt] | None = None
+
+    def write(self, step: int) -> None:
+        """Every rank, before the first step (as 0) or after the last one. What goes wrong is a warning, and the end of
+        the samples, not of the run; a rank on which it does says so in the place of its next token."""
+        if self._over:
+            return
+        try:
+            texts = self._texts(step)
+            if self._failure is None:
+                self._exchange(None)
+        except Exception as error:  # a model's own code may raise anything
+            if self._failure is None:
+                self._exchange(f"{type(error).__name__}: {error}"[:TOLD_CHARACTERS])
+        if self._failure is not None:
+            self._over = True
+            if self.world.is_first:
+                log.warning("the run keeps no samples from here on: %s", self._failure)
+        elif texts:
+            self.recorder.event("texts", wait=False, step=step, **texts)
+
+    def _exchange(self, said: bool | str | None) -> bool:
+        """Collective: whether any rank goes on (True), with what has failed on one (its text) for all to know."""
+        told = self.world.gather(said)
+        self._failure = next((each for each in told if isinstance(each, str)), None)
+        return self._failure is None and True in told
+
+    def _texts(self, step: int) -> dict[str, Any]:
+        """Nothing where there is no prompt that fits, or where an earlier attempt has written them."""
+        began = time.monotonic()
+        when = BEFORE if step == 0 else AFTER
+        if when == BEFORE and self.world.from_first(lambda: self.recorder.has("texts", when=BEFORE)):
+            return {}
+        author, tokenizer = self._author(step)
+        if self._prompts is None:
+            self._prompts = self.world.from_first(lambda: self._fitting(author))
+        prompts, module = self._prompts, self.strategy.module
+        if not prompts:
+            return {}
+        with self._writing():
+            texts = author.write(module, [p.tokens for p in prompts], [p.sample_id for p in prompts], self.world.device)
+        told = [shown(prompt, text.words, tokenizer) for prompt, text in zip(prompts, texts, strict=True)]
+        return {"when": when, "seconds": time.monotonic() - began, "texts": told}
+
+    def _author(self, step: int) -> tuple[Author, Any]:
+        method = self.recipe.adapter.method
+        if method in VIRTUAL:
+            raise InputError(f"texts are written by a cache, which may hold what adapter.method {method} puts there")
+        tokenizer = self.opening.tokenizer()
+
+        def agree(going: bool) -> bool:
+            self.doing(step, "samples")
+            return self._exchange(going)
+
+        author = Author(
+            self.strategy.model,
+            self.task.head,
+            tokenizer,
+            max_new_tokens=self.recipe.samples.max_new_tokens,
+            temperature=0.0,
+            top_p=1.0,
+            stop=(),
+            agree=agree,
+        )
+        return author, tokenizer
+
+    def _fitting(self, author: Author) -> list[Prompt]:
+        """On rank 0."""
+        batch = self.opening.samples(self.recipe.samples.count)
+        data, length = self.recipe.data, author.max_new_tokens
+        longest = min(data.sequence_length, author.positions or data.sequence_length) - length
+        room = self.recipe.training.micro_batch * data.sequence_length
+        return fitting(prompts_of(batch, 0) if batch else [], longest, room, length)
+
+    @contextmanager
+    def _writing(self) -> Iterator[None]:
+        """The model as it writes, and afterwards as it was."""
+        module, device = self.strategy.module, self.world.device
+        eager = torch.compiler.set_stance("force_eager") if self.recipe.compute.compile else nullcontext()
+        was_training = module.training
+        module.eval()
+        try:
+            with (
+                torch.random.fork_rng([device] if device.type == "cuda" else []),
+                by_mask(self.strategy.model),
+                eager,
+                self.strategy.autocast(),
+            ):
+                yield
+        finally:
+            self.strategy.settle()
+            module.train(was_training)
+
+
+def fitting(prompts: Sequence[Prompt], longest: int, room: int, more: int) -> list[Prompt]:
+    """Those, each once, of at most ``longest`` tokens that together, padded to the longest of them and each with
+    ``more`` tokens, are at most ``room`` tokens; the first ones first."""
+    found: list[Prompt] = []
+    for prompt in prompts:
+        width = max(len(p.tokens) for p in [*found, prompt]) + more
+        again = any(p.tokens == prompt.tokens for p in found)
+        if not again and len(prompt.tokens) <= longest and width * (len(found) + 1) <= room:
+            found.append(prompt)
+    return found

@@ -1,0 +1,190 @@
+"""What a checkpoint holds, and the one way in and out of it.
+
+    adapter_config.json, adapter_model.safetensors      what was trained, as plain peft reads it
+    (full fine-tuning: config.json, model.safetensors)
+    optimizer.safetensors                               optimizer state, whole tensors by parameter name
+    master.safetensors                                  float32 weights, where the saved ones are narrower or in
+                                                        another form
+    method.safetensors                                  what the method keeps from step to step, where it does
+    value_head.safetensors                              what the task trains beside the adapter, where it does
+    tokenizer files, README.md, muster.json             with the last checkpoint of a run
+
+Everything else that training goes on from (step, data cursor, loss scale, the task's own) is JSON in the commit record.
+Random state needs no place: it is seeded per (seed, step, micro-batch).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypedDict
+
+import torch
+
+from trainer.adapters import Adapter, verify_saved
+from trainer.checkpoint.publish import MASTER_FILE, METHOD_FILE, OPTIMIZER_FILE
+from trainer.errors import CorruptObject
+from trainer.parsing import Malformed
+from trainer.records import Count, read_record
+from trainer.strategies import Strategy
+from trainer.tasks import Task
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy on the host of everything that step ``step`` left behind; nothing in it changes while it is uploaded."""
+
+    step: int
+    weights: Mapping[str, torch.Tensor]
+    optimizer: Mapping[str, torch.Tensor]
+    state: Mapping[str, Any]
+    final: bool
+    method: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+
+class _Scaler(TypedDict):
+    """The state of `torch.amp.GradScaler`."""
+
+    scale: float
+    growth_factor: float
+    backoff_factor: float
+    growth_interval: Count
+    _growth_tracker: Count
+
+
+class TrainState:
+    """Moves the state of a strategy's model and optimizer, and of the task, to and from the files of a checkpoint."""
+
+    def __init__(self, strategy: Strategy, adapter: Adapter, task: Task) -> None:
+        self.strategy = strategy
+        self.adapter = adapter
+        self.task = task
+        self._beside = Beside(strategy, task.beside) if task.beside else None
+        # Taken from the model once, not from what is gathered: a gather that lost something is to be found out.
+        self._shapes = adapter.saved_shapes(strategy.model, strategy.shape_of)
+
+    @property
+    def needed(self) -> tuple[str, ...]:
+        """The files without which a checkpoint is none."""
+        return (self.adapter.weights_file, OPTIMIZER_FILE, *([self._beside.file] if self._beside else []))
+
+    def snapshot(self, step: int, state: Mapping[str, Any], *, final: bool) -> Snapshot | None:
+        """Collective. The snapshot on rank 0, None on the others; nobody waits for storage."""
+        keep = self.strategy.world.is_first
+        weights = _copies(self.strategy.weights(), keep)
+        optimizer = _copies(self.strategy.optimizer_state(), keep)
+        scaler = self.strategy.scaler.state_dict()
+        method = _copies(self.adapter.state(self.strategy.model).items(), keep)
+        kept = {**state, "scaler": scaler, "task": self.task.state()}
+        return Snapshot(step, weights, optimizer, kept, final, method) if keep else None
+
+    def write(self, snapshot: Snapshot, folder: Path) -> None:
+        """Writes the snapshot's files and reopens what was trained; CorruptObject when it is not what it should be."""
+        from safetensors.torch import save_file
+
+        weights = snapshot.weights
+        if self._beside:
+            weights = self._beside.save(weights, folder)
+        self.adapter.save(self.strategy.model, weights, folder)
+        save_file(dict(snapshot.optimizer), folder / OPTIMIZER_FILE)
+        if self._has_master(weights):
+            save_file(dict(weights), folder / MASTER_FILE)
+        if snapshot.method:
+            save_file(dict(snapshot.method), folder / METHOD_FILE)
+        verify_saved(self.adapter, self._shapes, folder, updated=bool(snapshot.optimizer))
+
+    def _has_master(self, weights: Mapping[str, torch.Tensor]) -> bool:
+        dtype = getattr(torch, self.adapter.recipe.model.dtype)
+        narrower = self.adapter.full and any(t.dtype != dtype for t in weights.values())
+        return narrower or not self.adapter.reads_back
+
+    def load(self, folder: Path, state: Mapping[str, Any]) -> None:
+        """Collective: every rank has the same verified files in ``folder``, written under any strategy."""
+        from safetensors import SafetensorError, safe_open
+
+        with ExitStack() as stack:
+            opened: dict[str, Any] = {}
+
+            def reader(name: str) -> Any:
+                if name not in opened:
+                    try:
+                        opened[name] = stack.enter_context(safe_open(folder / name, framework="pt"))
+                    except SafetensorError as error:
+                        raise CorruptObject(f"the checkpoint's {name} is no safetensors file: {error}") from error
+                return opened[name]
+
+            read = self._weight_reader(folder, reader)
+            self.strategy.load_weights(self._beside.reading(read, reader) if self._beside else read)
+            moments = reader(OPTIMIZER_FILE)
+            keys: dict[str, list[str]] = defaultdict(list)
+            for saved in moments.keys():  # noqa: SIM118 - a safetensors file is no mapping
+                parameter, key = saved.rsplit(".", 1)
+                keys[parameter].append(key)
+            self.strategy.load_optimizer_state(keys, moments.get_tensor)
+            self._load_method(folder, reader)
+        if state.get("scaler"):
+            self.strategy.scaler.load_state_dict(state["scaler"])
+        self.task.load_state(state.get("task", {}))
+
+    def check(self, state: Mapping[str, Any]) -> None:
+        """Raises CorruptObject for a state that `load` could not take. The task takes its own already."""
+        try:
+            if state.get("scaler"):
+                read_record(_Scaler, state["scaler"])
+            self.task.load_state(state.get("task", {}))
+        except Malformed as error:
+            raise CorruptObject(f"what the commit record says of the state is not whole: {error}") from error
+
+    def _weight_reader(self, folder: Path, reader: Callable[[str], Any]) -> Callable[[str], torch.Tensor]:
+        if (folder / MASTER_FILE).exists():
+            tensor: Callable[[str], torch.Tensor] = reader(MASTER_FILE).get_tensor
+            return tensor
+        read = reader(self.adapter.weights_file).get_tensor
+        return lambda name: self.adapter.trained(self.strategy.model, name, read)
+
+    def _load_method(self, folder: Path, reader: Callable[[str], Any]) -> None:
+        model, adapter = self.strategy.model, self.adapter
+        adapter.restored(model, reader(adapter.weights_file).get_tensor)
+        kept = reader(METHOD_FILE) if (folder / METHOD_FILE).exists() else None
+        adapter.load_state(model, {n: kept.get_tensor(n) for n in kept.keys()} if kept else {})  # noqa: SIM118
+
+
+class Beside:
+    """The module that a task trains beside the adapter: a file of its own, so that the adapter's is plain peft."""
+
+    def __init__(self, strategy: Strategy, module: str) -> None:
+        self.file = f"{module}.safetensors"
+        parameters = {n: p for n, p in strategy.trainable().items() if n.startswith(f"{module}.")}
+        self._shapes = {name: strategy.shape_of(p) for name, p in parameters.items()}
+        self._prefix = f"{module}."
+
+    def save(self, weights: Mapping[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
+        """Writes its own and returns the others. Raises CorruptObject for what is not whole or not finite."""
+        from safetensors.torch import save_file
+
+        mine = {name.removeprefix(self._prefix): weights[name] for name in self._shapes}
+        for name, shape in self._shapes.items():
+            if tuple(weights[name].shape) != shape or not torch.isfinite(weights[name]).all():
+                raise CorruptObject(f"{self.file}: {name} has not the shape {shape}, or holds what is not finite")
+        save_file(mine, folder / self.file, {"format": "pt"})
+        return {name: tensor for name, tensor in weights.items() if name not in self._shapes}
+
+    def reading(
+        self, others: Callable[[str], torch.Tensor], reader: Callable[[str], Any]
+    ) -> Callable[[str], torch.Tensor]:
+        def read(name: str) -> torch.Tensor:
+            if name not in self._shapes:
+                return others(name)
+            tensor: torch.Tensor = reader(self.file).get_tensor(name.removeprefix(self._prefix))
+            return tensor
+
+        return read
+
+
+def _copies(tensors: Any, keep: bool) -> dict[str, torch.Tensor]:
+    """Iterates to the end on every rank (the iterator gathers); copies where they are kept, since a tensor that was on
+    the CPU all along is the one that training goes on changing. safetensors takes contiguous ones only."""
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors if keep}
