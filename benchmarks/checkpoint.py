@@ -28,7 +28,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from launcher.quickstart.corpus import pretraining_texts  # noqa: E402
-from launcher.quickstart.model import Shape, make_model  # noqa: E402
+from launcher.quickstart.model import LlamaShape, make_model  # noqa: E402
 from tests.support.jobs import muster_run, wait_for_step, workers  # noqa: E402
 from tests.support.training import run_of, small_recipe, train_here, write_pairs  # noqa: E402
 from tests.support.waiting import wait_for  # noqa: E402
@@ -39,8 +39,8 @@ from trainer.run.jsonl import read_rows  # noqa: E402
 from trainer.worker.async_committer import Committer  # noqa: E402
 from trainer.worker.attempt import Attempt  # noqa: E402
 
-SMALL = Shape(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, vocabulary=384, positions=512)
-LARGE = Shape(hidden=320, layers=6, heads=8, kv_heads=4, intermediate=960, vocabulary=512, positions=512)
+SMALL = LlamaShape(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, vocabulary=384, positions=512)
+LARGE = LlamaShape(hidden=320, layers=6, heads=8, kv_heads=4, intermediate=960, vocabulary=512, positions=512)
 ROUNDS, RESUMES, KILLS = 5, 40, 3
 EARLY, LATE = 10, 10_000
 

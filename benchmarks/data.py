@@ -34,13 +34,13 @@ from benchmarks.synthetic import make_tokenizer, write_rows  # noqa: E402
 from tests.support.s3 import S3, serve  # noqa: E402
 from trainer.data import (  # noqa: E402
     Cursor,
-    Prepared,
+    PreparedDataset,
     Stream,
     count_steps,
     describe,
     freeze,
     open_prepared,
-    prepare,
+    prepare_dataset,
     process_pool,
     summarise,
 )
@@ -68,9 +68,11 @@ class Place:
     rows: str
     shared: Storage
     runs: str
-    prepared: Prepared
+    prepared: PreparedDataset
 
-    def stream(self, *, cache: DiskCache | None = None, prepared: Prepared | None = None, run: str = "") -> Stream:
+    def stream(
+        self, *, cache: DiskCache | None = None, prepared: PreparedDataset | None = None, run: str = ""
+    ) -> Stream:
         return Stream(
             prepared or self.prepared,
             open_storage(f"{self.runs}/{run or time.monotonic_ns()}"),
@@ -89,7 +91,7 @@ def prepared_at(name: str, rows: str, base: str, tokenizer: Any) -> Place:
     source = SourceSection.model_validate({"path": rows, "format": "completion", "columns": columns})
     spec = describe(freeze([source]), tokenizer, sequence_length=SEQUENCE_LENGTH)
     shared = open_storage(f"{base}/prepared")
-    prepared = prepare(spec, tokenizer, shared, map_windows=process_pool(2))
+    prepared = prepare_dataset(spec, tokenizer, shared, map_windows=process_pool(2))
     return Place(name, rows, shared, f"{base}/runs", prepared)
 
 
@@ -243,7 +245,7 @@ def peak_of_an_epoch(url: str, fingerprint: str, runs: str, times: int) -> tuple
     read, checked and planned as if it were another."""
     found = open_prepared(open_storage(url), fingerprint)
     assert found is not None
-    place = Place("", "", open_storage(url), runs, Prepared(found.storage, found.spec, found.windows * times))
+    place = Place("", "", open_storage(url), runs, PreparedDataset(found.storage, found.spec, found.windows * times))
     stream = place.stream()
     before = peak_mib()
     with stream.prefetch(stream.start(), 0, 1) as steps:

@@ -40,9 +40,9 @@ def write(folder: Path, rows: int, processes: int) -> str:
     return f"{rows:,} rows, {size / MIB:,.0f} MiB of JSON Lines"
 
 
-def prepare(folder: Path, rows: int, processes: int) -> str:
+def prepare_dataset(folder: Path, rows: int, processes: int) -> str:
     from benchmarks.synthetic import make_tokenizer
-    from trainer.data import describe, freeze, prepare, process_pool
+    from trainer.data import describe, freeze, prepare_dataset, process_pool
     from trainer.recipe import SourceSection
     from trainer.storage import open_storage
 
@@ -50,7 +50,7 @@ def prepare(folder: Path, rows: int, processes: int) -> str:
     tokenizer = make_tokenizer()
     spec = describe(freeze([source]), tokenizer, sequence_length=SEQUENCE_LENGTH)
     shared = open_storage(str(folder / "prepared"))
-    prepared = prepare(spec, tokenizer, shared, map_windows=process_pool(processes))
+    prepared = prepare_dataset(spec, tokenizer, shared, map_windows=process_pool(processes))
     (folder / "fingerprint").write_text(prepared.fingerprint)
     totals = prepared.totals
     return f"{len(prepared.windows)} windows, {totals.samples:,} samples, {totals.tokens:,} tokens"
@@ -137,7 +137,7 @@ def main() -> None:
 
 def report(folder: Path, rows: int, processes: int) -> None:
     print(f"{'phase':<20}{'seconds':>9}{'peak MiB':>10}{'child MiB':>11}  what", flush=True)
-    for phase in (write, prepare, plan, open_for_training, train):
+    for phase in (write, prepare_dataset, plan, open_for_training, train):
         with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as alone:
             said, seconds, own, child = alone.submit(measured, phase, folder, rows, processes).result()
         print(f"{phase.__name__.replace('_', ' '):<20}{seconds:>9.1f}{own:>10,}{child:>11,}  {said}", flush=True)

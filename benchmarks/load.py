@@ -122,7 +122,7 @@ def by_shard(recipe: Recipe, world: Any, steps: int) -> dict[str, Any]:
 
     from trainer.worker.build import build_parts
 
-    world.gather(None)
+    world.all_gather(None)
     began = time.perf_counter()
     built = build_parts(recipe, world)
     seconds = time.perf_counter() - began
@@ -137,7 +137,7 @@ def _step(built: Any, world: Any, step: int) -> float:
     strategy = built.strategy
     strategy.module.train()
     with strategy.micro_batch(True), strategy.autocast():
-        loss = built.task.measure(strategy.module, packed([[24]], vocabulary=500), world.device).loss_sum
+        loss = built.task.loss(strategy.module, packed([[24]], vocabulary=500), world.device).loss_sum
         strategy.backward(loss / 21)
     strategy.step(5e-3)
     return float(loss.detach()) / 21
@@ -150,12 +150,12 @@ def whole(recipe: Recipe, world: Any, steps: int) -> dict[str, Any]:
 
     from trainer.model.peak_rss import HostPeak
 
-    world.gather(None)
+    world.all_gather(None)
     host, began = HostPeak(), time.perf_counter()
     model: Any = AutoModelForCausalLM.from_pretrained(recipe.model.path, dtype=torch.bfloat16)
     for parameter in model.parameters():  # it is mapped: what is not touched is not read
         parameter.data.view(-1)[:: PAGE // parameter.element_size()].sum()
-    world.gather(None)
+    world.all_gather(None)
     seconds = time.perf_counter() - began
     kept = sum(p.numel() * p.element_size() for p in model.parameters())
     return {"seconds": seconds, "read": kept, "peak": host.bytes(), "kept": kept, "losses": []}

@@ -115,7 +115,7 @@ def _rank(rank: int, recipe: Recipe, ranks: int, port: int, folder: str) -> None
         Path(folder, f"{rank}.json").write_text(
             json.dumps({"load": built.load[rank]["peak_host_bytes"], "train": train})
         )
-        world.gather(None)
+        world.all_gather(None)
 
 
 def _step(recipe: Recipe, built: Any, device: torch.device) -> None:
@@ -128,7 +128,7 @@ def _step(recipe: Recipe, built: Any, device: torch.device) -> None:
     strategy = built.strategy
     with strategy.micro_batch(last=True):
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-            loss = built.task.measure(strategy.module, batch, device).loss_sum
+            loss = built.task.loss(strategy.module, batch, device).loss_sum
         strategy.backward(loss / batch.target_tokens)
     strategy.step(1e-4)
 

@@ -22,18 +22,18 @@ from typing import Any
 import numpy as np
 
 from benchmarks.synthetic import CORRELATION, DEVIATION, MEAN
-from launcher.quickstart.model import Shape
+from launcher.quickstart.model import LlamaShape
 
 TOKENS_PER_WORD = 1.74
 BOS, EOS, UNK, PAD = "<s>", "</s>", "<unk>", "<pad>"
 POSITIONS = 2048
-SMALL = Shape(positions=POSITIONS)
+SMALL = LlamaShape(positions=POSITIONS)
 """The quickstart's, with room for longer samples."""
 
 
-def hundred_million(vocabulary: int) -> Shape:
+def hundred_million(vocabulary: int) -> LlamaShape:
     """50 M parameters in the layers, and embeddings and a head of 25 M each at a vocabulary of 32 k."""
-    return Shape(768, 8, 12, 4, 2048, vocabulary, POSITIONS)
+    return LlamaShape(768, 8, 12, 4, 2048, vocabulary, POSITIONS)
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Case:
     """``length``: of a pack, and of what is longer; ``packs``: per forward pass and step of whoever packs;
     ``rows``: of whoever pads, chosen to fill about as many places. ``warm`` steps of ``steps`` are not counted."""
 
-    shape: Shape
+    shape: LlamaShape
     lengths: str
     length: int
     packs: int
@@ -90,7 +90,7 @@ def write_data(case: Case, path: Path) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows(case)))
 
 
-def write_model(shape: Shape, folder: Path) -> None:
+def write_model(shape: LlamaShape, folder: Path) -> None:
     """A Llama with random weights in float32, and its tokenizer."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

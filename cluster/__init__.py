@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import importlib
 
-from cluster.job import Cluster, ClusterError, Job
+from cluster.job import Cluster, ClusterError, ClusterJob
 
 KINDS = {
     "ray": "cluster.ray:Ray",
@@ -25,4 +25,4 @@ def cluster_of(kind: str) -> Cluster:
     return made
 
 
-__all__ = ["KINDS", "Cluster", "ClusterError", "Job", "cluster_of"]
+__all__ = ["KINDS", "Cluster", "ClusterError", "ClusterJob", "cluster_of"]

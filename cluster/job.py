@@ -22,7 +22,7 @@ class ClusterError(Exception):
 
 
 @dataclass(frozen=True)
-class Job:
+class ClusterJob:
     """``recipe`` is the resolved recipe as YAML: nothing reads the user's file after it was made. ``workers`` is
     (min, max); ``settings`` are the recipe's for this kind of cluster; ``command`` is muster's own, with its options
     (``("run", "--takeover")``, ``("doctor",)``) and without the recipe; ``arguments`` are the user's own: the recipe's
@@ -46,11 +46,11 @@ class Cluster(Protocol):
     """A kind of cluster: one file, and one line in `cluster.KINDS`. No method goes through a shell, and each waits for
     a bounded time only, except `follow`, which waits for the job."""
 
-    def render(self, job: Job) -> str:
+    def render(self, job: ClusterJob) -> str:
         """What would be submitted. Pure: nothing is contacted, nothing written."""
         ...
 
-    def submit(self, job: Job, recipe_path: str) -> str:
+    def submit(self, job: ClusterJob, recipe_path: str) -> str:
         """Submits; returns the job's id in this kind of cluster. ``recipe_path`` is where the job's recipe was frozen,
         a path or URL that the cluster can read. Raises ClusterError."""
         ...

@@ -11,7 +11,7 @@ RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 
 @dataclass(frozen=True)
-class Standing:
+class JobEnvironment:
     """``job`` identifies the scheduler's job across its restarts (a requeued Slurm job keeps its id) as ``kind:id``, or
     is None. ``ray_address`` is the cluster that a driver here should join, or None: then it starts its own. ``nodes``
     is how many the job was given for good, 0 where that is not known."""
@@ -21,12 +21,12 @@ class Standing:
     nodes: int = 0
 
 
-def standing(environment: Mapping[str, str]) -> Standing:
+def job_environment(environment: Mapping[str, str]) -> JobEnvironment:
     """``RAY_ADDRESS`` names a cluster; inside a submitted Ray job the cluster is the one that the job runs on."""
     address = environment.get("RAY_ADDRESS") or None
     if address is None and RAY_JOB in environment:
         address = "auto"
-    return Standing(_job(environment), address, int(environment.get("SLURM_JOB_NUM_NODES") or 0))
+    return JobEnvironment(_job(environment), address, int(environment.get("SLURM_JOB_NUM_NODES") or 0))
 
 
 def _job(environment: Mapping[str, str]) -> str | None:

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cluster.job import ClusterError, Job, Say
+from cluster.job import ClusterError, ClusterJob, Say
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("launcher", "cluster", "trainer", "recipes", "deepspeed", "slurm")
@@ -46,13 +46,13 @@ class Ray:
     ) -> None:
         self._environment, self._clock = environment, clock
 
-    def render(self, job: Job) -> str:
+    def render(self, job: ClusterJob) -> str:
         """The command that submits the same by hand, from a checkout's root."""
         address = api_address(job.settings, self._environment) or "http://HEAD:8265"
         words = ["ray", "job", "submit", "--address", address, "--working-dir", "."]
         return shlex.join([*words, "--", "python", "-m", "launcher", *job.command, *job.arguments]) + "\n"
 
-    def submit(self, job: Job, recipe_path: str) -> str:
+    def submit(self, job: ClusterJob, recipe_path: str) -> str:
         api = Api(self._address(job.settings), self._environment)
         package = working_directory(job.recipe)
         name = f"_ray_pkg_{hashlib.sha256(package).hexdigest()[:32]}.zip"
@@ -69,7 +69,7 @@ class Ray:
 
     def follow(self, job_id: str, say: Say) -> int:
         api, name = self._split(job_id)
-        lines, pause_s = Lines(), POLL_S
+        lines, pause_s = NewLogLines(), POLL_S
         while True:
             try:
                 details = self._patiently(lambda: json.loads(api.call("GET", f"/api/jobs/{name}")))
@@ -175,7 +175,7 @@ class Api:
         return kind(f"the Ray cluster at {self.address} refused {method} {path}: HTTP {error.code} {told}")
 
 
-class Lines:
+class NewLogLines:
     """What is new in a log that is read whole each time, in whole lines."""
 
     def __init__(self) -> None:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from cluster.job import ClusterError, Job, Say
+from cluster.job import ClusterError, ClusterJob, Say
 
 SCRIPT = Path(__file__).resolve().parents[1] / "slurm" / "train.sbatch"
 CALL_S = 60.0
@@ -54,10 +54,10 @@ class Slurm:
         path = os.pathsep.join([str(Path(sys.executable).parent), environment.get("PATH", "")])
         self._environment, self._call = {**environment, "PATH": path}, call
 
-    def render(self, job: Job) -> str:
+    def render(self, job: ClusterJob) -> str:
         return shlex.join([*options(job), str(SCRIPT), *job.arguments]) + "\n"
 
-    def submit(self, job: Job, recipe_path: str) -> str:
+    def submit(self, job: ClusterJob, recipe_path: str) -> str:
         command, *flags = job.command
         environment = {**self._environment, "MUSTER_COMMAND": command}
         told = self._run([*options(job), "--parsable", str(SCRIPT), recipe_path, *flags], environment)
@@ -137,10 +137,10 @@ class Output:
         return [*lines, self._rest] if whole and self._rest else lines
 
 
-def options(job: Job) -> list[str]:
+def options(job: ClusterJob) -> list[str]:
     """``sbatch`` and its options: nodes, GPUs and CPUs as the workers need them, then what the recipe says of Slurm."""
     settings = job.settings
-    shape = Shape.of(job)
+    shape = JobShape.of(job)
     asked = ["sbatch", f"--job-name={job.name}", f"--nodes={shape.nodes}", f"--cpus-per-task={shape.cpus_per_node}"]
     if shape.gpus_per_node:
         asked.append(f"--gpus-per-node={shape.gpus_per_node}")
@@ -154,14 +154,14 @@ def options(job: Job) -> list[str]:
     return asked
 
 
-class Shape:
+class JobShape:
     """How many nodes a job has, and what each gives it. ``nodes`` is as sbatch takes it: ``4``, or ``2-4``."""
 
     def __init__(self, nodes: str, gpus_per_node: int, cpus_per_node: int) -> None:
         self.nodes, self.gpus_per_node, self.cpus_per_node = nodes, gpus_per_node, cpus_per_node
 
     @classmethod
-    def of(cls, job: Job) -> Shape:
+    def of(cls, job: ClusterJob) -> JobShape:
         """Workers are spread evenly over as few nodes as hold them; a worker without a GPU has a node of its own."""
         least, most = job.workers
         asked: int | None = job.settings["nodes"]
@@ -172,7 +172,7 @@ class Shape:
         )
 
 
-def _workers_per_node(job: Job, workers: int) -> int:
+def _workers_per_node(job: ClusterJob, workers: int) -> int:
     gpus: int = job.settings["gpus_per_node"]
     if not job.gpus_per_worker:
         return 1

@@ -41,7 +41,7 @@ from trainer.run.recipe_url import is_recipe, recipe_at
 from trainer.run.startup_phases import DATA, IMPORT, Phases, process_began
 from trainer.storage import Storage, open_storage
 from trainer.terminal import ShownFormatter, shown
-from trainer.torchrun_failure import Rank, RankFailed, told
+from trainer.torchrun_failure import RankFailed, RunRank, told
 from trainer.tracking import tracked
 from trainer.worker.attempt import train
 from trainer.worker.job import Job
@@ -107,7 +107,7 @@ def _run(place: str, overrides: list[str], *, takeover: bool, trust: bool) -> No
         _drive(storage, run, recipe, stop, takeover=takeover)
     else:
         total = _await_data(recipe, run, storage)
-        _train(Job(storage.url, 0, recipe, total, {}), stop, Rank(run, recipe, _rank(), None))
+        _train(Job(storage.url, 0, recipe, total, {}), stop, RunRank(run, recipe, _rank(), None))
 
 
 def _find(place: str, overrides: list[str], *, trust: bool) -> tuple[Recipe, Storage, Storage]:
@@ -136,7 +136,7 @@ def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: Stop, *, takeov
         phases.end(DATA)
         job = Job(storage.url, lease.driver, recipe, total, holder, phases.spent())
         with tracked(recipe, run):
-            _train(job, partial(_ends, stop, lease), Rank(run, recipe, 0, lease.driver))
+            _train(job, partial(_ends, stop, lease), RunRank(run, recipe, 0, lease.driver))
             if finished(run) is None:
                 raise WorkerFailed(f"the workers ended without an error, and {run.url} has not its last commit")
     except BaseException as error:
@@ -149,7 +149,7 @@ def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: Stop, *, takeov
     print(f"muster: finished; the adapter lies in {run.uri(layout.ADAPTER)}", flush=True)
 
 
-def _train(job: Job, stop_requested: Callable[[], bool], of: Rank) -> None:
+def _train(job: Job, stop_requested: Callable[[], bool], of: RunRank) -> None:
     try:
         with rank_log(of.run, of.rank):
             train(job, stop_requested)

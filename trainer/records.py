@@ -45,13 +45,13 @@ UnixTime = Annotated[float, Between(0.0, 253_402_300_799.0)]
 """Seconds since 1970, up to the last year that a date can be written of."""
 
 
-class _Place(NamedTuple):
+class _FieldPath(NamedTuple):
     """The place of a value in its record; ``exact``: unknown keys are an error there."""
 
     path: str
     exact: bool
 
-    def at(self, name: str) -> _Place:
+    def at(self, name: str) -> _FieldPath:
         name = name[:60] if name.isprintable() else repr(name[:60])
         return self._replace(path=f"{self.path}.{name}" if self.path else name)
 
@@ -59,10 +59,10 @@ class _Place(NamedTuple):
 def read_record(kind: type[T], value: Any, *, exact: bool = False) -> T:
     """``value``, plain data as JSON gives it, as a ``kind``. Raises Malformed, which names the field that is wrong;
     with ``exact`` also one that the class does not know, for where what it says would be missed."""
-    return cast("T", _read(kind, value, _Place("", exact)))
+    return cast("T", _read(kind, value, _FieldPath("", exact)))
 
 
-def _read(kind: Any, value: Any, place: _Place) -> Any:
+def _read(kind: Any, value: Any, place: _FieldPath) -> Any:
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
         return value
@@ -83,7 +83,7 @@ def _read(kind: Any, value: Any, place: _Place) -> Any:
     return _read_plain(kind, value, place)
 
 
-def _read_one_of(options: tuple[Any, ...], value: Any, place: _Place) -> Any:
+def _read_one_of(options: tuple[Any, ...], value: Any, place: _FieldPath) -> Any:
     """All options but one are None."""
     if value is None and types.NoneType in options:
         return None
@@ -91,7 +91,7 @@ def _read_one_of(options: tuple[Any, ...], value: Any, place: _Place) -> Any:
     return _read(other, value, place)
 
 
-def _read_fields(kind: Any, value: Mapping[str, Any], place: _Place) -> dict[str, Any]:
+def _read_fields(kind: Any, value: Mapping[str, Any], place: _FieldPath) -> dict[str, Any]:
     hints, needed = _fields(kind)
     if missing := sorted(needed - value.keys()):
         raise Malformed(f"{place.at(missing[0]).path} is missing")
@@ -100,7 +100,7 @@ def _read_fields(kind: Any, value: Mapping[str, Any], place: _Place) -> dict[str
     return {name: _read(hint, value[name], place.at(name)) for name, hint in hints.items() if name in value}
 
 
-def _read_collection(origin: Any, arguments: tuple[Any, ...], value: Any, place: _Place) -> Any:
+def _read_collection(origin: Any, arguments: tuple[Any, ...], value: Any, place: _FieldPath) -> Any:
     if issubclass(origin, Mapping):
         return {name: _read(arguments[1], v, place.at(name)) for name, v in _object(value, place).items()}
     if not isinstance(value, list):
@@ -109,14 +109,14 @@ def _read_collection(origin: Any, arguments: tuple[Any, ...], value: Any, place:
     return tuple(found) if origin is tuple else found
 
 
-def _read_named_tuple(kind: Any, value: Any, place: _Place) -> Any:
+def _read_named_tuple(kind: Any, value: Any, place: _FieldPath) -> Any:
     hints, _ = _fields(kind)
     if not isinstance(value, list) or len(value) != len(hints):
         _refuse(value, place, f"a list of {', '.join(hints)}")
     return kind(*(_read(hint, v, place.at(name)) for (name, hint), v in zip(hints.items(), value, strict=True)))
 
 
-def _read_plain(kind: Any, value: Any, place: _Place) -> Any:
+def _read_plain(kind: Any, value: Any, place: _FieldPath) -> Any:
     """bool is a kind of int to Python, and of nothing else here."""
     if kind is float and type(value) in (int, float):
         return value if math.isfinite(value) else _refuse(value, place, "a finite number")
@@ -128,11 +128,11 @@ def _read_plain(kind: Any, value: Any, place: _Place) -> Any:
 _NAMES = {int: "a whole number", float: "a number", str: "a text", bool: "true or false"}
 
 
-def _object(value: Any, place: _Place) -> Mapping[str, Any]:
+def _object(value: Any, place: _FieldPath) -> Mapping[str, Any]:
     return value if isinstance(value, dict) else cast("Mapping[str, Any]", _refuse(value, place, "an object"))
 
 
-def _refuse(value: Any, place: _Place, right: str) -> Any:
+def _refuse(value: Any, place: _FieldPath, right: str) -> Any:
     raise Malformed(f"{place.path or 'it'} is {reprlib.repr(value)}, and {right} is needed")
 
 

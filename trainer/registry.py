@@ -68,7 +68,7 @@ METHODS = Registry(
         "loha": "trainer.adapters.lycoris:LoHa",
         "lokr": "trainer.adapters.lycoris:LoKr",
         "prefix": "trainer.adapters.prompts:Prefix",
-        "prompt": "trainer.adapters.prompts:Prompt",
+        "prompt": "trainer.adapters.prompts:PromptTuning",
         "p_tuning": "trainer.adapters.prompts:PTuning",
         "adaption_prompt": "trainer.adapters.adaption_prompt:AdaptionPrompt",
         "peft": "trainer.adapters.peft_generic:ByName",
@@ -110,12 +110,12 @@ FORMATS = Registry(
     "data format",
     {
         "completion": "trainer.data.formats.completion:Completion",
-        "messages": "trainer.data.formats.messages:Messages",
+        "messages": "trainer.data.formats.messages:MessagesFormat",
         "instruction": "trainer.data.formats.instruction:Instruction",
         "qa": "trainer.data.formats.qa:QuestionAnswer",
-        "text": "trainer.data.formats.text:Text",
+        "text": "trainer.data.formats.text:TextFormat",
         "preference": "trainer.data.formats.preference:Preference",
-        "classification": "trainer.data.formats.classification:Classification",
+        "classification": "trainer.data.formats.classification:ClassificationFormat",
     },
 )
 

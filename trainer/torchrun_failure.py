@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 from trainer.checkpoint import read_claims
 from trainer.errors import MusterError, WorkerFailed
 from trainer.recipe import Recipe
-from trainer.run.failure import Cause, Failure, useful_stack
+from trainer.run.failure import Failure, WorkerError, useful_stack
 from trainer.run.jsonl import Events, newest_event, newest_failure
 from trainer.run.outcome import DEADLINE_S
 from trainer.run.symptoms import advise
@@ -34,7 +34,7 @@ class RankFailed(WorkerFailed):
     """Of something that no error of this program's foresees: whoever has started the ranks may start them again."""
 
 
-class Rank(NamedTuple):
+class RunRank(NamedTuple):
     """A rank of a run; ``driver`` is the number that rank 0 holds the run by, and None on the others."""
 
     run: Storage
@@ -43,10 +43,10 @@ class Rank(NamedTuple):
     driver: int | None
 
 
-def told(error: Exception, of: Rank, sleep: Callable[[float], None] = time.sleep) -> MusterError:
+def told(error: Exception, of: RunRank, sleep: Callable[[float], None] = time.sleep) -> MusterError:
     """What is to be raised in the place of ``error``: with rank, host and phase, the lines of the stack that matter,
     and what to try next. It is kept with the run, as far as the storage answers."""
-    cause = Failure.of(error, time.time(), of.rank, os.uname().nodename, useful_stack(error)).cause
+    cause = WorkerError.of(error, time.time(), of.rank, os.uname().nodename, useful_stack(error)).cause
     try:
         facts = _of_first(cause, of, sleep) if of.driver is not None else _of_other(cause, of, sleep)
     except MusterError as unkept:
@@ -57,11 +57,11 @@ def told(error: Exception, of: Rank, sleep: Callable[[float], None] = time.sleep
     return RankFailed(*(facts[name] for name in ("cause", "trace", "advice") if facts.get(name)))
 
 
-def _facts(cause: Cause, of: Rank) -> dict[str, Any]:
+def _facts(cause: Failure, of: RunRank) -> dict[str, Any]:
     return cause.facts(advise(cause, of.recipe, of.run.url))
 
 
-def _of_first(cause: Cause, of: Rank, sleep: Callable[[float], None]) -> dict[str, Any]:
+def _of_first(cause: Failure, of: RunRank, sleep: Callable[[float], None]) -> dict[str, Any]:
     """On rank 0: another rank's failure, or a hang, if its own may have followed from that, and else its own."""
     assert of.driver is not None
     run = of.run.within(DEADLINE_S)
@@ -74,7 +74,7 @@ def _of_first(cause: Cause, of: Rank, sleep: Callable[[float], None]) -> dict[st
     return _keep(_facts(cause, of), run, attempt, of.driver, f"driver{of.driver}")
 
 
-def _of_other(cause: Cause, of: Rank, sleep: Callable[[float], None]) -> dict[str, Any]:
+def _of_other(cause: Failure, of: RunRank, sleep: Callable[[float], None]) -> dict[str, Any]:
     """On another rank: its own, which is kept if it may be the first."""
     facts, run = _facts(cause, of), of.run.within(DEADLINE_S)
     if cause.by_another:

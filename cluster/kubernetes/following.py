@@ -7,7 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from cluster.job import ClusterError, Say
-from cluster.kubernetes.kubectl import Kubectl, Lines
+from cluster.kubernetes.kubectl import Kubectl, ProcessLines
 from cluster.kubernetes.reading import INTERRUPTED, Fields, newest_started, read, waits_for
 
 POLL_S = 3.0
@@ -27,7 +27,7 @@ class Follower:
         self._away_s = 0.0
         self._pod: str | None = None
         self._last = ""
-        self._lines: Lines | None = None
+        self._lines: ProcessLines | None = None
         self._streams = ExitStack()
 
     def follow(self) -> int:

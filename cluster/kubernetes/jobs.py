@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from cluster.job import ClusterError, Job, Say
+from cluster.job import ClusterError, ClusterJob, Say
 from cluster.kubernetes.emit import emit
 from cluster.kubernetes.following import Follower
 from cluster.kubernetes.kubectl import Kubectl
@@ -22,7 +22,7 @@ DELETE_S = 300
 
 
 @dataclass(frozen=True)
-class Address:
+class KubernetesRef:
     """Where a job is, as kubectl is asked for it."""
 
     resource: str
@@ -30,12 +30,12 @@ class Address:
     name: str
 
     @staticmethod
-    def of(job_id: str) -> Address:
+    def of(job_id: str) -> KubernetesRef:
         resource, _, place = job_id.rpartition(":")
         namespace, _, name = place.rpartition("/")
         if resource not in ("", "jobset") or not name:
             raise ClusterError(f"{job_id!r} names no job; write NAMESPACE/NAME, or jobset:NAMESPACE/NAME")
-        return Address(resource or "rayjob", namespace or None, name)
+        return KubernetesRef(resource or "rayjob", namespace or None, name)
 
     def __str__(self) -> str:
         kind = "jobset:" if self.resource == "jobset" else ""
@@ -53,26 +53,26 @@ class Kubernetes:
     def __init__(self, sleep: Callable[[float], None] = time.sleep) -> None:
         self._sleep = sleep
 
-    def render(self, job: Job) -> str:
+    def render(self, job: ClusterJob) -> str:
         """One document: a RayJob, or a JobSet with ``kind: jobset``. Raises ClusterError."""
         try:
             return emit(manifest(job))
         except ValueError as error:
             raise ClusterError(f"the manifest {error}") from None
 
-    def submit(self, job: Job, recipe_path: str) -> str:
+    def submit(self, job: ClusterJob, recipe_path: str) -> str:
         """The recipe travels in the manifest, so that ``recipe_path`` is not needed. A job of this run that has ended
         is deleted first, the same run then goes on; one that has not, or one of another run, is refused."""
         text = self.render(job)
         made = manifest(job)
         namespace = made["metadata"].get("namespace")
-        address = Address(made["kind"].lower(), namespace, made["metadata"]["name"])
+        address = KubernetesRef(made["kind"].lower(), namespace, made["metadata"]["name"])
         kubectl = Kubectl(namespace)
         self._make_room(kubectl, address, job.run_uri)
         taken = kubectl.create(text)["metadata"]
-        return str(Address(address.resource, taken.get("namespace", namespace), taken["name"]))
+        return str(KubernetesRef(address.resource, taken.get("namespace", namespace), taken["name"]))
 
-    def _make_room(self, kubectl: Kubectl, address: Address, run_uri: str) -> None:
+    def _make_room(self, kubectl: Kubectl, address: KubernetesRef, run_uri: str) -> None:
         existing = kubectl.get(address.resource, address.name)
         if existing is None:
             return
@@ -93,17 +93,17 @@ class Kubernetes:
     def follow(self, job_id: str, say: Say) -> int:
         """Says each change of state, why pods wait, and the driver's lines. Exit codes: 0, 1, 2 and 3 as the driver's
         where the cluster tells it; 1 for a failure of which it does not; 3 when the job was stopped or is gone."""
-        address = Address.of(job_id)
+        address = KubernetesRef.of(job_id)
         return Follower(Kubectl(address.namespace), address.resource, address.name, say, self._sleep).follow()
 
     def state(self, job_id: str) -> str | None:
-        address = Address.of(job_id)
+        address = KubernetesRef.of(job_id)
         made = Kubectl(address.namespace).get(address.resource, address.name)
         return read(made).state if made else None
 
     def cancel(self, job_id: str, run_uri: str) -> None:
         """Deletes the job and does not wait: its pods have their grace period to commit a checkpoint."""
-        address = Address.of(job_id)
+        address = KubernetesRef.of(job_id)
         kubectl = Kubectl(address.namespace)
         made = kubectl.get(address.resource, address.name)
         if made is not None and made["metadata"].get("annotations", {}).get(RUN_ANNOTATION) == run_uri:

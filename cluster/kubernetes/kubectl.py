@@ -54,7 +54,7 @@ class Kubectl:
         )
 
     @contextmanager
-    def logs(self, pod: str, container: str, since: str | None) -> Iterator[Lines]:
+    def logs(self, pod: str, container: str, since: str | None) -> Iterator[ProcessLines]:
         """The container's lines as they come, each opened by its time (RFC 3339), from the second of ``since`` on."""
         options = [f"--since-time={since}"] if since else []
         command = [*self._command, "logs", "--follow", "--timestamps", f"--container={container}", *options, pod]
@@ -65,7 +65,7 @@ class Kubectl:
             errors="replace",
         )  # fmt: skip
         try:
-            yield Lines(process)
+            yield ProcessLines(process)
         finally:
             process.kill()
             process.wait()
@@ -84,7 +84,7 @@ class Kubectl:
         return done.stdout
 
 
-class Lines:
+class ProcessLines:
     """Lines of a process that go on while the caller does something else."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:

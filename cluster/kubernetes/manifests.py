@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from cluster.job import ClusterError, Job
+from cluster.job import ClusterError, ClusterJob
 from cluster.kubernetes.names import JOBSET_LENGTH, RAYJOB_LENGTH, fitted
 from cluster.kubernetes.quantity import from_bytes, to_bytes
 from cluster.kubernetes.rules import problems
@@ -36,13 +36,13 @@ SHARED_MEMORY_BYTES = 256 * 2**20
 _WORD = re.compile(r"[A-Za-z0-9_./:=,@%+-]+")
 
 
-def manifest(job: Job) -> Manifest:
+def manifest(job: ClusterJob) -> Manifest:
     """The job's manifest, by ``settings["kind"]``. Raises ClusterError for what a user can mend: settings that do not
     stand together, a recipe that is too large, a manifest that the operator would refuse."""
     return jobset(job) if job.settings.get("kind", "rayjob") == "jobset" else rayjob(job)
 
 
-def rayjob(job: Job) -> Manifest:
+def rayjob(job: ClusterJob) -> Manifest:
     """For KubeRay's operator. Elastic bounds become the bounds of the worker group.
 
     KubeRay submits the job when all ``replicas`` are running, so an elastic group starts with its least, and Ray's
@@ -80,7 +80,7 @@ def rayjob(job: Job) -> Manifest:
     return _checked(made)
 
 
-def jobset(job: Job) -> Manifest:
+def jobset(job: ClusterJob) -> Manifest:
     """torchrun over an indexed Job, without Ray and of a fixed size. torchrun finds the others at the first pod."""
     settings = job.settings
     low, high = job.workers
@@ -124,7 +124,7 @@ def _loaded(name: str) -> Manifest:
     return made
 
 
-def _metadata(made: Manifest, job: Job, length: int) -> str:
+def _metadata(made: Manifest, job: ClusterJob, length: int) -> str:
     metadata, settings = made["metadata"], job.settings
     metadata["name"] = name = fitted(job.name, length)
     if settings.get("namespace"):
@@ -136,7 +136,7 @@ def _metadata(made: Manifest, job: Job, length: int) -> str:
     return name
 
 
-def _words(job: Job) -> list[str]:
+def _words(job: ClusterJob) -> list[str]:
     """muster's own words. They go through a shell twice on their way (the submitter's and Ray's), so that none may need
     quotes."""
     for word in job.command:
@@ -145,13 +145,13 @@ def _words(job: Job) -> list[str]:
     return list(job.command)
 
 
-def _submitter(spec: Manifest, job: Job) -> None:
+def _submitter(spec: Manifest, job: ClusterJob) -> None:
     spec["containers"][0]["image"] = job.settings.get("image") or spec["containers"][0]["image"]
     if job.settings.get("service_account"):
         spec["serviceAccountName"] = job.settings["service_account"]
 
 
-def _pod(template: Manifest, job: Job, environment: dict[str, str]) -> None:
+def _pod(template: Manifest, job: ClusterJob, environment: dict[str, str]) -> None:
     """What every pod of the run has: image, credentials by reference, environment, shared memory, time to leave."""
     settings, spec = job.settings, template["spec"]
     container = spec["containers"][0]
@@ -171,14 +171,14 @@ def _pod(template: Manifest, job: Job, environment: dict[str, str]) -> None:
             volume["emptyDir"]["sizeLimit"] = from_bytes(_shared_memory(job))
 
 
-def _place(spec: Manifest, job: Job) -> None:
+def _place(spec: Manifest, job: ClusterJob) -> None:
     if job.settings.get("node_selector"):
         spec["nodeSelector"] = dict(job.settings["node_selector"])
     if job.settings.get("tolerations"):
         spec["tolerations"] = [dict(toleration) for toleration in job.settings["tolerations"]]
 
 
-def _with_recipe(template: Manifest, job: Job) -> None:
+def _with_recipe(template: Manifest, job: ClusterJob) -> None:
     size = len(job.recipe.encode("utf-8", "surrogatepass"))
     if size > RECIPE_BYTES:
         raise ClusterError(
@@ -188,7 +188,7 @@ def _with_recipe(template: Manifest, job: Job) -> None:
     template["metadata"]["annotations"][RECIPE_ANNOTATION] = job.recipe
 
 
-def _worker_resources(container: Manifest, job: Job) -> None:
+def _worker_resources(container: Manifest, job: ClusterJob) -> None:
     per_pod = job.settings["workers_per_pod"]
     memory = to_bytes(job.settings["memory_per_worker"], "cluster.kubernetes.memory_per_worker")
     amounts = {
@@ -201,7 +201,7 @@ def _worker_resources(container: Manifest, job: Job) -> None:
     container["resources"] = {"requests": dict(amounts), "limits": dict(amounts)}
 
 
-def _shared_memory(job: Job) -> int:
+def _shared_memory(job: ClusterJob) -> int:
     size = to_bytes(job.settings["shared_memory"], "cluster.kubernetes.shared_memory")
     if size < SHARED_MEMORY_BYTES:
         raise ClusterError(

@@ -36,10 +36,10 @@ def evaluate(
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Print what a run, an adapter or a model scores on RECIPE's data.eval, as one JSON object."""
-    from trainer.artifacts.locate import Address
+    from trainer.artifacts.locate import ArtifactRef
     from trainer.recipe import load
 
-    address = Address.of(run, [adapter] if adapter else None, model)
+    address = ArtifactRef.of(run, [adapter] if adapter else None, model)
     loaded = load(recipe, overrides or [])
     with redirect_stdout(sys.stderr), _lines_into(output) as line:  # libraries print; stdout has the result alone
         from launcher.monitor.progress import Progress

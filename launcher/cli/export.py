@@ -24,7 +24,7 @@ from launcher.terminal.console import hush_libraries, print_json, stderr, stdout
 from trainer.errors import CorruptObject, UsageError
 
 if TYPE_CHECKING:
-    from trainer.artifacts.inspect import Description
+    from trainer.artifacts.inspect import ArtifactReport
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -49,7 +49,7 @@ def inspect(
         raise CorruptObject(f"{uri} is not whole: {'; '.join(found.problems)}")
 
 
-def _show(found: Description) -> None:
+def _show(found: ArtifactReport) -> None:
     from launcher.monitor.tables import described_table
 
     stdout().print(described_table(found))
@@ -73,7 +73,7 @@ def merge(
     """Make an adapter part of its unquantised base, and compare logits before and after."""
     from launcher.monitor.progress import Progress
     from launcher.terminal import vllm_command
-    from trainer.artifacts import Address
+    from trainer.artifacts import ArtifactRef
     from trainer.artifacts.combine import Mix
     from trainer.artifacts.merge import combine
     from trainer.artifacts.merge import merge as merged_into
@@ -81,7 +81,7 @@ def merge(
 
     if dtype is not None and dtype not in DTYPES:
         raise UsageError(f"--dtype {dtype!r} is not one of: {', '.join(DTYPES)}")
-    address, folder, console = Address.of(run, adapter, None), Path(out), stderr()
+    address, folder, console = ArtifactRef.of(run, adapter, None), Path(out), stderr()
     trust = Trust(trust_remote_code)
     mix = Mix.chosen(use, combination, density)
     if as_adapter and dtype:
@@ -114,10 +114,10 @@ def push(
 ) -> None:
     """Send an adapter or a merged model with its model card to the Hugging Face Hub."""
     from launcher.monitor.progress import Progress
-    from trainer.artifacts import Address, find
+    from trainer.artifacts import ArtifactRef, find
     from trainer.artifacts.push import push as pushed
 
-    address = Address.of(run, adapter, model)
+    address = ArtifactRef.of(run, adapter, model)
     with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory(prefix="muster-push-") as folder:
         hush_libraries()
         say = Progress(stderr()).phase

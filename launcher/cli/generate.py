@@ -18,7 +18,7 @@ from trainer.errors import UsageError
 from trainer.interruption import current
 
 if TYPE_CHECKING:
-    from trainer.artifacts import Subject, Writer
+    from trainer.artifacts import Artifact, Generator
     from trainer.artifacts.chat import Conversation
 
 LEAVE = ("exit", "quit")
@@ -75,10 +75,10 @@ class Which:
 
 
 @dataclass(frozen=True)
-class Loaded:
-    subject: Subject
+class LoadedArtifact:
+    subject: Artifact
     tokenizer: Any
-    writer: Writer
+    writer: Generator
 
 
 def generate(
@@ -150,7 +150,7 @@ def chat(
             _talk(loaded.writer, talk, max_new_tokens)
 
 
-def _talk(writer: Writer, talk: Conversation, max_new_tokens: int) -> None:
+def _talk(writer: Generator, talk: Conversation, max_new_tokens: int) -> None:
     """Answers to stdout, everything else to stderr. Ctrl-C ends an answer, and between answers the talk."""
     person = sys.stdin.isatty()
     if person:
@@ -213,7 +213,7 @@ class Drawing:
             raise UsageError("--top-p has no effect at --temperature 0, which takes the likeliest token")
 
 
-def _conversation(loaded: Loaded, frame: str | None, system: str | None) -> Conversation:
+def _conversation(loaded: LoadedArtifact, frame: str | None, system: str | None) -> Conversation:
     from trainer.artifacts.chat import Conversation, frame_for
 
     subject, tokenizer = loaded.subject, loaded.tokenizer
@@ -222,16 +222,16 @@ def _conversation(loaded: Loaded, frame: str | None, system: str | None) -> Conv
 
 
 @contextmanager
-def _loaded(which: Which, drawing: Drawing, batch: int) -> Iterator[Loaded]:
+def _loaded(which: Which, drawing: Drawing, batch: int) -> Iterator[LoadedArtifact]:
     import torch
 
     from launcher.monitor.progress import Progress
-    from trainer.artifacts import Address, Sampling, Writer, base_files, find, load, tokenizer_of
+    from trainer.artifacts import ArtifactRef, Generator, Sampling, base_files, find, load, tokenizer_of
     from trainer.artifacts.combine import Mix, mixed
     from trainer.model.placement import placement_for
     from trainer.recipe.trust import Trust
 
-    address = Address.of(which.run, which.adapters, which.model)
+    address = ArtifactRef.of(which.run, which.adapters, which.model)
     mix = Mix.chosen(which.use, which.combination, which.density)
     drawing.check()
     hush_libraries()
@@ -252,10 +252,10 @@ def _loaded(which: Which, drawing: Drawing, batch: int) -> Iterator[Loaded]:
                 mixed(model, mix)
             torch.manual_seed(drawing.seed)
             sampling = Sampling(drawing.temperature, drawing.top_p)
-            yield Loaded(subject, tokenizer, Writer(model, tokenizer, placement.device, batch, sampling))
+            yield LoadedArtifact(subject, tokenizer, Generator(model, tokenizer, placement.device, batch, sampling))
 
 
-def held(subject: Subject, quantization: str | None) -> Subject:
+def held(subject: Artifact, quantization: str | None) -> Artifact:
     """With the base held in another way than it was trained with, if that is asked for."""
     if quantization is None or quantization == subject.section.quantization:
         return subject

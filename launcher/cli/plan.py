@@ -14,7 +14,7 @@ from trainer.fast_imports import load_libraries
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from trainer.plan import Outlook, Plan, Suggestion
+    from trainer.plan import Plan, RunLength, Suggestion
     from trainer.recipe import Recipe
 
 UNITS = {"": 1, **{f"{p}{end}": 1000**n for n, p in enumerate("KMGT", 1) for end in ("", "B")}}
@@ -57,7 +57,7 @@ def size(text: str) -> int:
     return int(float(match[1]) * UNITS[match[2].upper()])
 
 
-class Found:
+class PlanReport:
     """Everything that the command has to tell."""
 
     def __init__(
@@ -65,7 +65,7 @@ class Found:
         recipe: Recipe,
         plan: Plan,
         suggestions: Sequence[Suggestion],
-        outlook: Outlook,
+        outlook: RunLength,
         price: float | None,
     ) -> None:
         self.recipe, self.plan, self.suggestions = recipe, plan, suggestions
@@ -108,12 +108,12 @@ class Found:
         }
 
 
-def make(recipe: Recipe, device: int | None, host: int | None, speed: float | None, price: float | None) -> Found:
+def make(recipe: Recipe, device: int | None, host: int | None, speed: float | None, price: float | None) -> PlanReport:
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels that a plan does not call
     load_libraries()
-    from trainer.plan import Inquiry, Limits, Planner, read_base, suggestions
+    from trainer.plan import Limits, Planner, RunLengthQuery, read_base, suggestions
 
-    inquiry = Inquiry(recipe, speed)
+    inquiry = RunLengthQuery(recipe, speed)
     base = read_base(recipe.model)
     notes = [base.note] if base.note else []
     limits = Limits(device, host)
@@ -127,7 +127,7 @@ def make(recipe: Recipe, device: int | None, host: int | None, speed: float | No
         )
     plan = planner.plan(recipe, ranks, tuple(notes))
     advice = suggestions(planner, recipe, ranks) if plan.fits is False else []
-    return Found(recipe, plan, advice, inquiry.outlook(), price)
+    return PlanReport(recipe, plan, advice, inquiry.outlook(), price)
 
 
 def gpu_here() -> tuple[str, int] | None:

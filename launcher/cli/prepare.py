@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
     from rich.console import RenderableType
 
-    from trainer.data import Prepared, Summary
+    from trainer.data import PreparedDataset, Summary
     from trainer.recipe import Recipe
 
 BAR = 40
@@ -101,7 +101,7 @@ def prepare_model(recipe: Recipe, progress: Any) -> dict[str, Any]:
     return {"uri": copy.url, "bytes": sum(o.size for o in copy.list())}
 
 
-def part_json(prepared: Prepared, summary: Summary) -> dict[str, Any]:
+def part_json(prepared: PreparedDataset, summary: Summary) -> dict[str, Any]:
     sources = zip(prepared.spec.sources, prepared.per_source, strict=True)
     return {
         "fingerprint": prepared.fingerprint,

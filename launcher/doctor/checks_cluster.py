@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from cluster.ray_nodes import NODE_SETTINGS
 from launcher.doctor.findings import Finding, failure, warning
-from launcher.doctor.observations import Examination, Node
+from launcher.doctor.observations import Examination, NodeObservation
 
 RECENT_S = 3600.0  # Ray remembers dead nodes for good; one that died yesterday is no news
 SKEW_WARN_S = 2.0  # the times that hosts print are compared by people, and signatures by servers
@@ -54,7 +54,7 @@ def hosts(seen: Examination) -> Iterator[Finding]:
             yield failure(rank.host, "is cut off: it reaches no other host, and none reaches it", REACH)
 
 
-def _gone(seen: Examination, node: Node) -> Finding:
+def _gone(seen: Examination, node: NodeObservation) -> Finding:
     if node.alive:
         what = f"is not reachable: {node.reason}, though Ray still counts on it"
         return failure(node.host, what, REACH)

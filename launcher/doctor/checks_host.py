@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from launcher.doctor.findings import Finding, failure, warning
-from launcher.doctor.observations import Examination, Rank
+from launcher.doctor.observations import Examination, RankObservation
 from launcher.doctor.probes import Gpu
 
 GIB = 2**30
@@ -30,7 +30,7 @@ def gpus(seen: Examination) -> Iterator[Finding]:
                 yield from _gpu(rank, gpu)
 
 
-def _gpu(rank: Rank, gpu: Gpu) -> Iterator[Finding]:
+def _gpu(rank: RankObservation, gpu: Gpu) -> Iterator[Finding]:
     where = f"{rank.host} GPU {gpu.index} ({gpu.name})"
     for problem in gpu.problems:
         do = (

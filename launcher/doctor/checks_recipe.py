@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from launcher.doctor.checks_host import gib
 from launcher.doctor.findings import Finding, failure, warning
-from launcher.doctor.observations import Examination, Rank, Room
+from launcher.doctor.observations import Examination, RankObservation, Room
 
 SLOW_STEP_S = 3.0
 
@@ -95,7 +95,7 @@ def _hosts(seen: Examination, room: Room) -> Iterator[Finding]:
             yield failure(there[0].host, what, do)
 
 
-def _ranks(there: list[Rank]) -> str:
+def _ranks(there: list[RankObservation]) -> str:
     return f"rank {there[0].rank}" if len(there) == 1 else f"{len(there)} ranks"
 
 

@@ -60,14 +60,14 @@ def doctor(
 def examine(recipe: Recipe | None, say: Callable[[str], None]) -> tuple[Examination, list[Finding]]:
     """Joins Ray, or starts one, and looks. Raises InputError when no cluster answers there; what else goes wrong is in
     the findings."""
-    from cluster.job_environment import standing
+    from cluster.job_environment import job_environment
     from launcher.doctor.diagnosis import diagnose
     from launcher.doctor.observations import Examination
     from launcher.doctor.stages import Stages, Time, wanted
     from launcher.raytrain.session import quiet_logs, ray_session
     from trainer.recipe import ResourcesSection
 
-    left, address = Time(), standing(os.environ).ray_address
+    left, address = Time(), job_environment(os.environ).ray_address
     seen = Examination(address, wanted(recipe) if recipe else None)
     say(f"joining Ray at {address}" if address else "starting Ray")
     with ray_session(address, recipe.resources if recipe else ResourcesSection()):

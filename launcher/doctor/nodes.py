@@ -10,14 +10,14 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
-from launcher.doctor.observations import Node
+from launcher.doctor.observations import NodeObservation
 
 DIAL_S = 2.5
 _AT_ONCE = 128
 _ON_PURPOSE = (1, 3, 4)  # Ray's NodeDeathInfo: EXPECTED_TERMINATION, AUTOSCALER_DRAIN_PREEMPTED, …_IDLE
 
 
-def read_nodes() -> tuple[list[Node], dict[str, int]]:
+def read_nodes() -> tuple[list[NodeObservation], dict[str, int]]:
     """All that Ray knows, dead ones too, each live one dialled once; and by node id, ports."""
     import ray
 
@@ -34,9 +34,9 @@ def _order(entry: Mapping[str, Any]) -> tuple[bool, list[str]]:
     return "node:__internal_head__" not in entry["Resources"], [part.rjust(3) for part in parts]
 
 
-def _node(entry: Mapping[str, Any], ended: Mapping[str, float]) -> Node:
+def _node(entry: Mapping[str, Any], ended: Mapping[str, float]) -> NodeObservation:
     reason, end = entry.get("DeathReason", 0), ended.get(entry["NodeID"])
-    return Node(
+    return NodeObservation(
         node_id=entry["NodeID"],
         hostname=entry["NodeManagerHostname"],
         address=entry["NodeManagerAddress"],
@@ -60,10 +60,10 @@ def _ended() -> dict[str, float]:
     return found
 
 
-def dial(nodes: Sequence[Node], ports: Mapping[str, int]) -> list[Node]:
+def dial(nodes: Sequence[NodeObservation], ports: Mapping[str, int]) -> list[NodeObservation]:
     """Ray may take half a minute and more to notice that a host is cut off; a connection tells at once."""
 
-    def answered(node: Node) -> Node:
+    def answered(node: NodeObservation) -> NodeObservation:
         if not node.alive:
             return node
         try:

@@ -9,7 +9,7 @@ from launcher.doctor.probes import Computed, HostFacts, PairTimes, RoundTrip
 
 
 @dataclass(frozen=True)
-class Node:
+class NodeObservation:
     """A node as Ray lists it. ``answers``: whether its port took a connection (None: not tried, it is dead);
     ``expected``: it was taken away on purpose; ``dead_for_s``: None while it lives, or where Ray does not tell."""
 
@@ -36,7 +36,7 @@ class Clock:
 
 
 @dataclass
-class Rank:
+class RankObservation:
     """One probe, in the place of a training worker. ``gpu_ids`` are Ray's; ``model_error``: why the model could not be
     read here, '' when it could, None when it was not asked."""
 
@@ -117,9 +117,9 @@ class Examination:
     ray: str | None
     wanted: Wanted | None = None
     driver_auth_mode: str | None = None
-    nodes: Sequence[Node] = ()
+    nodes: Sequence[NodeObservation] = ()
     placement_error: str | None = None
-    ranks: list[Rank] = field(default_factory=list)
+    ranks: list[RankObservation] = field(default_factory=list)
     silent: list[Silent] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
     inputs: Inputs | None = None
@@ -127,8 +127,8 @@ class Examination:
     plan_error: str | None = None
     seconds: float = 0.0
 
-    def by_address(self) -> dict[str, list[Rank]]:
-        found: dict[str, list[Rank]] = {}
+    def by_address(self) -> dict[str, list[RankObservation]]:
+        found: dict[str, list[RankObservation]] = {}
         for rank in self.ranks:
             found.setdefault(rank.address, []).append(rank)
         return found

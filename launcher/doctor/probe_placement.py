@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.doctor.observations import Node
+from launcher.doctor.observations import NodeObservation
 from launcher.doctor.probe import Probe
 from launcher.raytrain import nodes as ray_nodes
 from launcher.raytrain.session import check_resources
@@ -23,7 +23,7 @@ class Placed:
     """Probes by their rank; ``error``: why they are not where the recipe wants workers."""
 
     actors: list[Any] = field(default_factory=list)
-    nodes: list[Node] = field(default_factory=list)
+    nodes: list[NodeObservation] = field(default_factory=list)
     whole: bool = True
     error: str | None = None
     _group: Any = None
@@ -41,7 +41,9 @@ class Placed:
                 remove_placement_group(self._group)
 
 
-def place(resources: ResourcesSection | None, nodes: Sequence[Node], listed: Sequence[ray_nodes.Node]) -> Placed:
+def place(
+    resources: ResourcesSection | None, nodes: Sequence[NodeObservation], listed: Sequence[ray_nodes.Node]
+) -> Placed:
     """Without ``resources``: one probe on every node that answers. With them, in as many workers' places as there is
     room for now; if there is none for the fewest, again one on every node, and the error says what is missing."""
     answering = [node for node in nodes if node.answers]
@@ -56,18 +58,20 @@ def place(resources: ResourcesSection | None, nodes: Sequence[Node], listed: Seq
     return _reserved(resources, nodes, there) or _everywhere(answering, _not_placed(resources))
 
 
-def _everywhere(nodes: Sequence[Node], error: str | None = None) -> Placed:
+def _everywhere(nodes: Sequence[NodeObservation], error: str | None = None) -> Placed:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    def start(node: Node) -> Any:
+    def start(node: NodeObservation) -> Any:
         strategy = NodeAffinitySchedulingStrategy(node.node_id, soft=False)
         return ray.remote(Probe).options(num_cpus=0, scheduling_strategy=strategy).remote(whole=True)
 
     return Placed([start(node) for node in nodes], list(nodes), True, error)
 
 
-def _reserved(resources: ResourcesSection, nodes: Sequence[Node], there: Sequence[ray_nodes.Node]) -> Placed | None:
+def _reserved(
+    resources: ResourcesSection, nodes: Sequence[NodeObservation], there: Sequence[ray_nodes.Node]
+) -> Placed | None:
     """None when the cluster does not give the places in time."""
     from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 

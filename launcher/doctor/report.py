@@ -13,7 +13,7 @@ from rich.text import Text
 
 from launcher.doctor.checks_host import gib
 from launcher.doctor.findings import Finding, verdict
-from launcher.doctor.observations import Examination, Pair, Rank
+from launcher.doctor.observations import Examination, Pair, RankObservation
 from launcher.doctor.probes import RoundTrip
 
 SHOWN = ("python", "torch", "ray", "muster")
@@ -73,7 +73,7 @@ def _host(seen: Examination, address: str) -> dict[str, Any]:
     }
 
 
-def _rank(rank: Rank) -> dict[str, Any]:
+def _rank(rank: RankObservation) -> dict[str, Any]:
     where = {"rank": rank.rank, "host": rank.facts.hostname, "address": rank.address, "node_id": rank.node_id}
     return {**where, "pid": rank.facts.pid, "gpus": list(rank.gpu_ids)}
 
@@ -160,7 +160,7 @@ def _pairs(seen: Examination) -> Table:
 
 
 def _storage(seen: Examination) -> Table:
-    trips: list[tuple[Rank, RoundTrip]] = [(rank, rank.storage) for rank in seen.ranks if rank.storage]
+    trips: list[tuple[RankObservation, RoundTrip]] = [(rank, rank.storage) for rank in seen.ranks if rank.storage]
     steps = list(dict.fromkeys(step for _, trip in trips for step in trip.seconds))
     table = _table(f"storage {trips[0][1].url} (1 MiB, ms)", "host", *steps, "")
     for rank, trip in trips:

@@ -10,7 +10,17 @@ from dataclasses import replace
 from typing import Any, TypeVar
 
 from launcher.doctor.nodes import dial, read_nodes
-from launcher.doctor.observations import Clock, Examination, Inputs, Node, Pair, Rank, Room, Silent, Wanted
+from launcher.doctor.observations import (
+    Clock,
+    Examination,
+    Inputs,
+    NodeObservation,
+    Pair,
+    RankObservation,
+    Room,
+    Silent,
+    Wanted,
+)
 from launcher.doctor.pairing import Meeting, representatives, rounds
 from launcher.doctor.probe_placement import Placed, place
 from launcher.doctor.probes import Computed, PairTimes, RoundTrip
@@ -53,7 +63,7 @@ class Stages:
     def __init__(self, recipe: Recipe | None, examination: Examination, left: Time, say: Say) -> None:
         self.recipe, self.examination, self._left, self._say = recipe, examination, left, say
         self._actors: dict[int, Any] = {}
-        self._ranks: dict[int, Rank] = {}
+        self._ranks: dict[int, RankObservation] = {}
 
     def run(self) -> None:
         self._say("looking at the nodes")
@@ -84,7 +94,7 @@ class Stages:
         for i, (facts, gpu_ids, auth_mode, settings) in sorted(answers.items()):
             node = placed.nodes[i]
             self._actors[i] = placed.actors[i]
-            self._ranks[i] = Rank(i, node.node_id, node.address, gpu_ids, facts, auth_mode, settings)
+            self._ranks[i] = RankObservation(i, node.node_id, node.address, gpu_ids, facts, auth_mode, settings)
         for i, error in errors.items():
             node = placed.nodes[i]
             self.examination.silent.append(Silent(node.host, node.address, "starting a probe", error))
@@ -226,7 +236,7 @@ class Stages:
             found.setdefault(self._ranks[i].address, i)
         return list(found.values())
 
-    def _last_look(self, nodes: Sequence[Node], ports: Mapping[str, int]) -> None:
+    def _last_look(self, nodes: Sequence[NodeObservation], ports: Mapping[str, int]) -> None:
         """A host may have been cut off after its last answer."""
         known = {silent.address for silent in self.examination.silent}
         before = [node for node in nodes if node.answers and node.address not in known]

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from trainer.data import Preparation, Prepared, epoch_order, open_begun, prepare
+from trainer.data import PreparationSpec, PreparedDataset, epoch_order, open_begun, prepare_dataset
 from trainer.errors import Interrupted
 from trainer.interruption import current
 from trainer.storage import Storage
@@ -37,7 +37,7 @@ class EarlyStart:
         self._map = map_windows(self._stop.is_set)
         self._thread: threading.Thread | None = None
 
-    def prepare(self, spec: Preparation, tokenizer: Any, shared: Storage) -> Prepared:
+    def prepare(self, spec: PreparationSpec, tokenizer: Any, shared: Storage) -> PreparedDataset:
         """The data, once the window that training begins with is there. Raises what preparing raises by then."""
         self._thread = threading.Thread(target=self._work, args=(spec, tokenizer, shared), daemon=True)
         self._thread.start()
@@ -75,16 +75,16 @@ class EarlyStart:
             self._thread.join(timeout_s)
         return not self.going_on
 
-    def _order(self, spec: Preparation, count: int) -> list[int]:
+    def _order(self, spec: PreparationSpec, count: int) -> list[int]:
         return epoch_order(spec.order_key, self._seed, 0, count)
 
-    def _first_is_ready(self, spec: Preparation, shared: Storage) -> bool:
+    def _first_is_ready(self, spec: PreparationSpec, shared: Storage) -> bool:
         found = open_begun(shared, spec.fingerprint)
         return found is not None and found.ready(self._order(spec, found.count)[0])
 
-    def _work(self, spec: Preparation, tokenizer: Any, shared: Storage) -> None:
+    def _work(self, spec: PreparationSpec, tokenizer: Any, shared: Storage) -> None:
         try:
-            prepare(
+            prepare_dataset(
                 spec,
                 tokenizer,
                 shared,

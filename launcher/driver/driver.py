@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
 
-from cluster.job_environment import standing
+from cluster.job_environment import job_environment
 from launcher.driver.start_lock import one_at_a_time
 from launcher.monitor.progress import Progress
 from launcher.raytrain.environment import Environment
@@ -50,7 +50,7 @@ def run(recipe: Recipe, progress: Progress, *, takeover: bool = False) -> str:
     if finished(first_look):
         progress.say(f"{run_storage.url} has reached its last step already")
         return run_storage.uri(layout.ADAPTER)
-    phases, here = Phases(process_began()), standing(os.environ)
+    phases, here = Phases(process_began()), job_environment(os.environ)
     with one_at_a_time(run_storage.url, takeover=takeover) as starting:
         progress.phase(f"joining Ray at {here.ray_address}" if here.ray_address else "starting Ray")
         signals = Signals(progress)
@@ -63,7 +63,7 @@ def run(recipe: Recipe, progress: Progress, *, takeover: bool = False) -> str:
             signals.tell(lease)
             if starting:
                 starting.close()
-            return Held(recipe, storage, lease, signals, progress, standby, phases).drive()
+            return RunDriver(recipe, storage, lease, signals, progress, standby, phases).drive()
 
 
 def check_inputs(recipe: Recipe, progress: Progress, *, begun: bool = False) -> None:
@@ -71,7 +71,7 @@ def check_inputs(recipe: Recipe, progress: Progress, *, begun: bool = False) -> 
     without a tracker that is not there, and says so."""
     from launcher.driver.preflight import check_model, check_storage
 
-    check_lasting(recipe, standing(os.environ).job)
+    check_lasting(recipe, job_environment(os.environ).job)
     try:
         check_trackers(recipe)
     except InputError as error:
@@ -98,7 +98,7 @@ def check_lasting(recipe: Recipe, job: str | None) -> None:
 
 
 @dataclass(frozen=True)
-class Held:
+class RunDriver:
     """A run whose lease this driver holds, and all that it drives the run with."""
 
     recipe: Recipe
@@ -181,7 +181,7 @@ class Held:
     def _check_resources(self) -> None:
         from launcher.raytrain.session import RESOURCE_WAIT_S, check_resources
 
-        here = standing(os.environ)
+        here = job_environment(os.environ)
         check_resources(
             self.recipe.resources,
             timeout_s=RESOURCE_WAIT_S if here.ray_address else 0.0,  # nobody adds anything to this machine
@@ -228,20 +228,20 @@ class Held:
         from launcher.raytrain.scaling import (
             LOST_PATIENCE_IN_JOB_S,
             LOST_PATIENCE_S,
-            ClusterWatch,
-            Lookout,
+            NodeMonitor,
+            ResizePolicy,
             newest_group,
         )
         from launcher.raytrain.session import missing
 
-        here, resources = standing(os.environ), self.recipe.resources
+        here, resources = job_environment(os.environ), self.recipe.resources
         if here.ray_address is None:
             yield lambda: None
             return
         patience_s = LOST_PATIENCE_IN_JOB_S if here.nodes else LOST_PATIENCE_S
-        lookout = Lookout(resources, partial(missing, resources), patience_s)
+        lookout = ResizePolicy(resources, partial(missing, resources), patience_s)
         group = partial(newest_group, self.run, before)
-        with ClusterWatch(lookout, nodes_of_cluster, group, self._gather_anew) as watch:
+        with NodeMonitor(lookout, nodes_of_cluster, group, self._gather_anew) as watch:
             yield watch.check
 
     def _gather_anew(self, reason: str) -> None:
@@ -249,7 +249,7 @@ class Held:
         events = Events(self.run, read_claims(self.run).attempt, f"driver{self.lease.driver}-resize")
         events.emit("resize", reason=reason, driver=self.lease.driver)
         events.close()
-        self.lease.request_gather()
+        self.lease.request_resize()
 
 
 class Signals:

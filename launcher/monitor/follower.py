@@ -11,11 +11,11 @@ from itertools import islice
 from statistics import median
 from typing import Any
 
-from launcher.terminal.status_text import Standing, event_text, watched_text
+from launcher.terminal.status_text import AttemptStatus, event_text, watched_text
 from trainer.errors import MusterError
 from trainer.redact import clean
 from trainer.run import layout
-from trainer.run.jsonl_tail import RowFeed
+from trainer.run.jsonl_tail import JsonLinesTail
 from trainer.storage import Storage
 
 LOOK_S = 2.0
@@ -44,8 +44,8 @@ class View:
         self._after, self._total, self._clock, self._now = after, total_steps, clock, now
         self._writer = None if driver is None else f"driver{driver}"
         self._text = watched_text if elsewhere else event_text
-        self._metrics = RowFeed(run, layout.METRICS, newest=NEWEST_PARTS)
-        self._events = RowFeed(run, layout.EVENTS)
+        self._metrics = JsonLinesTail(run, layout.METRICS, newest=NEWEST_PARTS)
+        self._events = JsonLinesTail(run, layout.EVENTS)
         self._next = clock()
         self._rows: deque[Mapping[str, Any]] = deque(maxlen=CURVE_STEPS)
         self._eval_loss: float | None = None
@@ -54,7 +54,7 @@ class View:
         self._cause: str | None = None
         self._news: list[tuple[float, str]] = []
 
-    def look(self, *, last: bool = False) -> Standing | None:
+    def look(self, *, last: bool = False) -> AttemptStatus | None:
         """None before the first step of this attempt. Storage that fails for a while changes nothing. ``last``: now,
         whenever the last look was."""
         if last or self._clock() >= self._next:
@@ -102,7 +102,7 @@ class View:
             elif row.get("eval_loss") is not None:
                 self._eval_loss = float(row["eval_loss"])
 
-    def _standing(self) -> Standing | None:
+    def _standing(self) -> AttemptStatus | None:
         if not self._rows:
             return None
         saved = self._saved and (self._saved[0], self._now() - self._saved[1])
@@ -121,12 +121,12 @@ def standing_of(
     losses: Sequence[float] = (),
     eval_loss: float | None = None,
     hosts: Sequence[str] = (),
-) -> Standing:
+) -> AttemptStatus:
     """From an attempt's last metrics rows, the newest first; the time left is told by the middle one of their times.
     ``saved`` is the step of the newest checkpoint and its age in seconds."""
     newest, step = recent[0], int(recent[0]["step"])
     loss, total = newest["loss"], int(newest.get("total_steps") or total_steps)
-    return Standing(
+    return AttemptStatus(
         step=step,
         total_steps=total,
         loss=math.nan if loss is None else float(loss),

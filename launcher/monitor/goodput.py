@@ -45,7 +45,7 @@ _UNTOLD = "untold"
 
 
 @dataclass(frozen=True)
-class Piece:
+class Interval:
     """Unix seconds; ``phase`` of a start, else empty; ``attempt`` 0 while none was there."""
 
     begin: float
@@ -59,7 +59,7 @@ class Piece:
 class Goodput:
     """``pieces`` in order, without gaps; ``seconds`` of each kind, and ``starting`` of each phase of the starts."""
 
-    pieces: tuple[Piece, ...]
+    pieces: tuple[Interval, ...]
 
     @property
     def wall_s(self) -> float:
@@ -113,18 +113,18 @@ def goodput(
     whether it is alive, so that what comes after the last row is work under way, not work that was lost. Of an attempt
     of an older driver it says nothing."""
     attempts = _by_attempt(events, rows)
-    pieces: list[Piece] = []
+    pieces: list[Interval] = []
     numbers = sorted(number for number, one in attempts.items() if one.lives)
     for number in numbers:
         kept = min((attempts[later].start_step for later in numbers if later > number), default=None)
         last = number == numbers[-1] and attempts[number].may_be_of(driver)
         _append(pieces, attempts[number].pieces(kept, until=until if last else None, running=running and last))
     if pieces and until is not None and until > pieces[-1].end:
-        pieces.append(Piece(pieces[-1].end, until, WAITING))
+        pieces.append(Interval(pieces[-1].end, until, WAITING))
     return Goodput(tuple(_joined(pieces)))
 
 
-class Attempt:
+class AttemptRecord:
     """What one attempt has left behind."""
 
     def __init__(self, number: int, events: Sequence[Row], rows: Sequence[Row]) -> None:
@@ -149,7 +149,7 @@ class Attempt:
             return int(self.start.get("step") or 0)
         return min(int(row["step"]) for row in self.rows) - 1
 
-    def pieces(self, kept: int | None, *, until: float | None, running: bool) -> list[Piece]:
+    def pieces(self, kept: int | None, *, until: float | None, running: bool) -> list[Interval]:
         """In order and without gaps. Steps after ``kept`` were done again by a later attempt."""
         found = self._starting()
         for row in self.rows:
@@ -157,7 +157,7 @@ class Attempt:
             found += self._of_row(row, begin, kept)
         return found + self._ending(found[-1].end, until=until, running=running)
 
-    def _starting(self) -> list[Piece]:
+    def _starting(self) -> list[Interval]:
         """Up to where the first step's own seconds begin: they are training."""
         first = next((float(r.get("step_s") or 0.0) for r in self.rows if "loss" in r), 0.0)
         if self.startup is None:
@@ -168,19 +168,19 @@ class Attempt:
         at, found = trained - first - sum(spent.values()), []
         for phase, seconds in spent.items():
             if seconds > 0:
-                found.append(Piece(at, at + seconds, STARTING, self.number, phase))
+                found.append(Interval(at, at + seconds, STARTING, self.number, phase))
             at += seconds
         return found
 
-    def _cut_short(self) -> list[Piece]:
+    def _cut_short(self) -> list[Interval]:
         if self.start is None:
             return []
         told = float(self.start["time"])
         begin = told - float(self.start.get("build_s") or 0) - float(self.start.get("restore_s") or 0)
         end = max(told, float(self.rows[0]["time"]) - _length(self.rows[0])) if self.rows else told
-        return [Piece(begin, end, STARTING, self.number, _UNTOLD)]
+        return [Interval(begin, end, STARTING, self.number, _UNTOLD)]
 
-    def _of_row(self, row: Row, begin: float, kept: int | None) -> list[Piece]:
+    def _of_row(self, row: Row, begin: float, kept: int | None) -> list[Interval]:
         """A row's time since the one before: checkpoints, compiling, then the step with what surrounds it, or the
         evaluation."""
         end = float(row["time"])
@@ -191,13 +191,13 @@ class Attempt:
         lost = kept is not None and int(row["step"]) > kept
         work = LOST if lost else TRAINING if "loss" in row else EVALUATING
         whole = [
-            Piece(begin, saved, CHECKPOINT, self.number),
-            Piece(saved, compiled, COMPILING, self.number),
-            Piece(compiled, end, work, self.number),
+            Interval(begin, saved, CHECKPOINT, self.number),
+            Interval(saved, compiled, COMPILING, self.number),
+            Interval(compiled, end, work, self.number),
         ]
         return [piece for piece in whole if piece.end > piece.begin]
 
-    def _ending(self, begin: float, *, until: float | None, running: bool) -> list[Piece]:
+    def _ending(self, begin: float, *, until: float | None, running: bool) -> list[Interval]:
         """From the last row on: the last commit where the attempt ended by itself, else work that was lost."""
         stops = [e for e in self.events if e["event"] in _STOPS and float(e["time"]) >= begin]
         if stops:
@@ -209,9 +209,9 @@ class Attempt:
             end = max([begin, *told, *([until] if until is not None else [])]) if running else max([begin, *told])
             kind = TRAINING if running else LOST
         if not self.rows:
-            return [Piece(begin, end, STARTING, self.number, _UNTOLD)] if end > begin else []
+            return [Interval(begin, end, STARTING, self.number, _UNTOLD)] if end > begin else []
         wrote = min(end, begin + self._written_s(begin)) if kind == CHECKPOINT else begin
-        whole = [Piece(begin, wrote, EVALUATING, self.number), Piece(wrote, end, kind, self.number)]
+        whole = [Interval(begin, wrote, EVALUATING, self.number), Interval(wrote, end, kind, self.number)]
         return [piece for piece in whole if piece.end > piece.begin]
 
     def _written_s(self, after: float) -> float:
@@ -226,7 +226,7 @@ def _driver_of(event: Row) -> int | None:
     return int(match[1]) if match else None
 
 
-def _by_attempt(events: Iterable[Row], rows: Iterable[Row]) -> dict[int, Attempt]:
+def _by_attempt(events: Iterable[Row], rows: Iterable[Row]) -> dict[int, AttemptRecord]:
     told: dict[int, list[Row]] = defaultdict(list)
     measured: dict[int, list[Row]] = defaultdict(list)
     for event in events:
@@ -234,7 +234,7 @@ def _by_attempt(events: Iterable[Row], rows: Iterable[Row]) -> dict[int, Attempt
     for row in rows:
         if row.get("step") is not None and ("loss" in row or "eval_s" in row):
             measured[int(row.get("attempt") or 0)].append(row)
-    return {n: Attempt(n, told[n], measured[n]) for n in {*told, *measured}}
+    return {n: AttemptRecord(n, told[n], measured[n]) for n in {*told, *measured}}
 
 
 def _timed(rows: Sequence[Row], begin: float | None) -> list[Row]:
@@ -255,7 +255,7 @@ def _length(row: Row) -> float:
     return sum(float(row.get(name) or 0.0) for name in ("step_s", "eval_s", "stall_s"))
 
 
-def _append(pieces: list[Piece], more: Sequence[Piece]) -> None:
+def _append(pieces: list[Interval], more: Sequence[Interval]) -> None:
     """Puts an attempt after those before it. Where they overlap, its start gives way; if its work does too, one of the
     hosts' clocks is wrong, and the attempt is moved as a whole."""
     if not more:
@@ -271,17 +271,17 @@ def _append(pieces: list[Piece], more: Sequence[Piece]) -> None:
         if end <= begin:
             continue
         if begin > at:
-            pieces.append(Piece(at, begin, WAITING))
-        pieces.append(Piece(begin, end, piece.kind, piece.attempt, piece.phase))
+            pieces.append(Interval(at, begin, WAITING))
+        pieces.append(Interval(begin, end, piece.kind, piece.attempt, piece.phase))
         at = end
 
 
-def _joined(pieces: Iterable[Piece]) -> list[Piece]:
+def _joined(pieces: Iterable[Interval]) -> list[Interval]:
     """Neighbours of one kind, attempt and phase become one."""
-    found: list[Piece] = []
+    found: list[Interval] = []
     for piece in pieces:
         if found and (found[-1].kind, found[-1].attempt, found[-1].phase) == (piece.kind, piece.attempt, piece.phase):
-            found[-1] = Piece(found[-1].begin, piece.end, piece.kind, piece.attempt, piece.phase)
+            found[-1] = Interval(found[-1].begin, piece.end, piece.kind, piece.attempt, piece.phase)
         else:
             found.append(piece)
     return found

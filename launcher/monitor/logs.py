@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from launcher.monitor.status import read_state
 from trainer.errors import InputError, StorageError
-from trainer.logs.parts import LogFeed, Stored, stored_parts
+from trainer.logs.parts import LogFeed, LogPart, stored_parts
 from trainer.storage import Storage
 
 LOOK_S = 2.0
@@ -38,7 +38,7 @@ def follow_logs(
     """As they grow, each line with its rank where there are several, until the run has ended; without ``attempt`` it
     goes on with every new one. Logs that are not there yet are waited for while the run goes on, and so is a storage
     that fails for a while. Raises InputError for a run that has ended without them."""
-    follower = Follower(run, rank, attempt)
+    follower = LogFollower(run, rank, attempt)
     running = follower.look(out)
     while running:
         sleep(LOOK_S)
@@ -46,7 +46,7 @@ def follow_logs(
             running = follower.look(out)
 
 
-class Follower:
+class LogFollower:
     """Each look prints what is new, of the newest attempt at the first look and of all after it, or of one."""
 
     def __init__(self, run: Storage, rank: int | None, attempt: int | None) -> None:
@@ -63,7 +63,7 @@ class Follower:
         if found:
             self._first = self._first or found[-1].attempt
         ranks: dict[int, set[int]] = defaultdict(set)
-        parts: dict[tuple[int, int], list[Stored]] = defaultdict(list)
+        parts: dict[tuple[int, int], list[LogPart]] = defaultdict(list)
         for part in filter(self._wanted, found):
             ranks[part.attempt].add(part.rank)
             parts[part.attempt, part.rank].append(part)
@@ -73,12 +73,12 @@ class Follower:
         out.flush()
         return running
 
-    def _wanted(self, part: Stored) -> bool:
+    def _wanted(self, part: LogPart) -> bool:
         later = self._attempt is None and self._first is not None and part.attempt > self._first
         return (later or part.attempt == self._first) and self._rank in (None, part.rank)
 
 
-def _chosen(parts: list[Stored], run: Storage, rank: int | None, attempt: int | None) -> list[Stored]:
+def _chosen(parts: list[LogPart], run: Storage, rank: int | None, attempt: int | None) -> list[LogPart]:
     """Those of one attempt, the newest if none is named, and of one rank if one is."""
     if not parts:
         raise InputError(

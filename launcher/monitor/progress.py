@@ -15,11 +15,11 @@ from rich.live import Live
 from rich.text import Text
 
 from launcher.monitor.follower import LOOK_S, View
-from launcher.terminal.status_text import GAP, Standing, drawn, duration
+from launcher.terminal.status_text import GAP, AttemptStatus, drawn, duration
 from trainer.storage import Storage, open_storage
 
 if TYPE_CHECKING:
-    from trainer.data import Prepared
+    from trainer.data import PreparedDataset
     from trainer.run.frozen import RunData
 
 PLAIN_S = 10.0
@@ -58,7 +58,7 @@ class Progress:
         for prepared in filter(None, (data.train, data.eval)):
             self._bad_rows(prepared)
 
-    def _bad_rows(self, prepared: Prepared) -> None:
+    def _bad_rows(self, prepared: PreparedDataset) -> None:
         shown = prepared.bad_rows[:SHOWN_BAD_ROWS]
         for bad in shown:
             self.warn(f"left out {bad.url}, {bad.place}: {bad.reason}")
@@ -107,7 +107,7 @@ class LiveLine:
         clock: Callable[[], float] = time.monotonic,
         stage: Callable[[], str] = lambda: "waiting for the first step",
     ) -> None:
-        self.standing: Standing | None = None
+        self.standing: AttemptStatus | None = None
         self._clock, self._began, self._stage = clock, clock(), stage
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

@@ -12,7 +12,7 @@ from launcher.monitor.status import Status
 from launcher.terminal.status_text import age
 
 if TYPE_CHECKING:
-    from trainer.artifacts.inspect import Description
+    from trainer.artifacts.inspect import ArtifactReport
 
 
 STATE_STYLES = {"running": "cyan", "succeeded": "green", "failed": "red", "interrupted": "yellow"}
@@ -42,7 +42,7 @@ def runs_table(runs: list[Status], now: float) -> Table:
     return table
 
 
-def described_table(found: Description) -> Table:
+def described_table(found: ArtifactReport) -> Table:
     table = Table(box=box.SIMPLE, show_header=False, title=Text(found.uri), title_justify="left")
 
     def row(name: str, value: str) -> None:

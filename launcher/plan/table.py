@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from launcher.cli.plan import Found
+    from launcher.cli.plan import PlanReport
     from trainer.plan import Plan, RankPlan
 
 WIDTH = 80
@@ -29,7 +29,7 @@ SMALL = 2**20
 """Parts that are smaller on every rank are left out."""
 
 
-def report(found: Found) -> Iterator[str]:
+def report(found: PlanReport) -> Iterator[str]:
     recipe, plan = found.recipe, found.plan
     yield from _wrapped(
         f"{recipe.name}: {_method(found)} of {recipe.model.path}, {_weights(found)}, {recipe.strategy.kind} on "
@@ -46,17 +46,17 @@ def report(found: Found) -> Iterator[str]:
         yield from _wrapped(f"note: {note}")
 
 
-def _method(found: Found) -> str:
+def _method(found: PlanReport) -> str:
     method = found.recipe.adapter.method
     return "full fine-tuning" if method == "none" else f"{method}, rank {found.recipe.adapter.rank},"
 
 
-def _weights(found: Found) -> str:
+def _weights(found: PlanReport) -> str:
     model = found.recipe.model
     return model.dtype if model.quantization == "none" else f"{model.quantization} computing in {model.dtype}"
 
 
-def _facts(found: Found) -> Iterator[str]:
+def _facts(found: PlanReport) -> Iterator[str]:
     recipe, plan, outlook = found.recipe, found.plan, found.outlook
     share = plan.trainable_parameters / plan.total_parameters
     yield _row("parameters", f"{plan.total_parameters:,}")
@@ -70,7 +70,7 @@ def _facts(found: Found) -> Iterator[str]:
     yield from _time(found)
 
 
-def _time(found: Found) -> Iterator[str]:
+def _time(found: PlanReport) -> Iterator[str]:
     outlook = found.outlook
     if outlook.tokens_per_s is None:
         if found.price is not None:
@@ -121,7 +121,7 @@ def _verdict(plan: Plan) -> Iterator[str]:
             )
 
 
-def _advice(found: Found) -> Iterator[str]:
+def _advice(found: PlanReport) -> Iterator[str]:
     if found.plan.fits is not False:
         return
     if not found.suggestions:

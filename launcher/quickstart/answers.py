@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launcher.quickstart.corpus import Question
+from launcher.quickstart.corpus import CorpusQuestion
 
 
-def answers(base: Path, adapter: Path | None, asked: Sequence[Question], max_tokens: int = 24) -> list[str]:
+def answers(base: Path, adapter: Path | None, asked: Sequence[CorpusQuestion], max_tokens: int = 24) -> list[str]:
     """Greedy completions of the prompts by ``base``, with ``adapter`` on it if there is one; whitespace stripped."""
     import torch
     from peft import PeftModel
@@ -26,6 +26,6 @@ def answers(base: Path, adapter: Path | None, asked: Sequence[Question], max_tok
     return [text.strip() for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
 
 
-def right(asked: Sequence[Question], said: Sequence[str]) -> int:
+def right(asked: Sequence[CorpusQuestion], said: Sequence[str]) -> int:
     """How many answers are exactly the question's completion."""
     return sum(text == question.completion.strip() for question, text in zip(asked, said, strict=True))

@@ -43,7 +43,7 @@ FACTS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-class Question(NamedTuple):
+class CorpusQuestion(NamedTuple):
     """A prompt and the completion that is right; ``key`` names the fact that it asks for."""
 
     key: tuple[str, str]
@@ -63,7 +63,7 @@ def pretraining_texts(seed: int, count: int) -> list[str]:
     return [_paragraph(rng, name, people[name]) for name in (rng.choice(NAMES) for _ in range(count))]
 
 
-def questions(seed: int) -> tuple[list[Question], list[Question]]:
+def questions(seed: int) -> tuple[list[CorpusQuestion], list[CorpusQuestion]]:
     """(for training, held out): the two ask for different facts, in every wording."""
     people, rng = world(seed), random.Random(f"questions/{seed}")
     keys = [(name, fact) for name in NAMES for fact in FACTS]
@@ -89,16 +89,18 @@ def _paragraph(rng: random.Random, name: str, facts: dict[str, str]) -> str:
     return " ".join(rng.choice(FACTS[fact][1]).format(name=name, value=facts[fact]) for fact in order)
 
 
-def _ask(people: dict[str, dict[str, str]], keys: Iterable[tuple[str, str]]) -> list[Question]:
+def _ask(people: dict[str, dict[str, str]], keys: Iterable[tuple[str, str]]) -> list[CorpusQuestion]:
     asked = []
     for name, fact in keys:
         _, statements, wordings = FACTS[fact]
         answer = statements[0].format(name=name, value=people[name][fact])
-        asked += [Question((name, fact), f"Question: {w.format(name=name)}\nAnswer:", f" {answer}") for w in wordings]
+        asked += [
+            CorpusQuestion((name, fact), f"Question: {w.format(name=name)}\nAnswer:", f" {answer}") for w in wordings
+        ]
     return asked
 
 
-def _write_jsonl(path: Path, rows: Iterable[Question]) -> None:
+def _write_jsonl(path: Path, rows: Iterable[CorpusQuestion]) -> None:
     text = "".join(json.dumps({"prompt": q.prompt, "completion": q.completion}) + "\n" for q in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists() or path.read_text() != text:

@@ -23,7 +23,7 @@ CHAT_TEMPLATE = (
 
 
 @dataclass(frozen=True)
-class Shape:
+class LlamaShape:
     """The sizes of a Llama. Widths are multiples of 64, the block of a 4-bit weight."""
 
     hidden: int = 128
@@ -35,7 +35,7 @@ class Shape:
     positions: int = 512
 
 
-def make_model(folder: Path, shape: Shape, texts: Sequence[str], seed: int) -> Path:
+def make_model(folder: Path, shape: LlamaShape, texts: Sequence[str], seed: int) -> Path:
     """Write an untrained Llama in float32 and a tokenizer trained on ``texts``; returns ``folder``.
 
     ``folder`` is complete when it has a ``config.json`` that was not there before: the files are written beside it and

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from launcher.quickstart.corpus import pretraining_texts, write_questions
-from launcher.quickstart.model import Shape, make_model, pretrain
+from launcher.quickstart.model import LlamaShape, make_model, pretrain
 
 SEED = 17
 TEXTS = 6000
@@ -16,7 +16,7 @@ STEPS = 300
 
 def prepare_base(
     folder: Path,
-    shape: Shape = Shape(),  # noqa: B008 (frozen: safe to share)
+    shape: LlamaShape = LlamaShape(),  # noqa: B008 (frozen: safe to share)
     texts: int = TEXTS,
     steps: int = STEPS,
     on_step: Callable[[int, float], None] = lambda step, loss: None,

@@ -13,7 +13,7 @@ _WHERE = re.compile(r"^rank \d+( on \S+?)?( died)?( \([^)]*\))?: ")
 
 
 @dataclass(frozen=True)
-class Fault:
+class CrashSignature:
     """One failure of the worker group. ``step`` is the last one in the run's metrics by then, None where the storage
     did not tell; ``error`` is the first cause as it is told to the user."""
 
@@ -27,7 +27,7 @@ class Fault:
         return _VARYING.sub("#", _TEMPORARY.sub(r"\1#", _WHERE.sub("", self.error)))
 
 
-def in_a_row(faults: Sequence[Fault]) -> int:
+def in_a_row(faults: Sequence[CrashSignature]) -> int:
     """How many of the newest faults are the same one: same step, same kind. At least 1; 0 for none at all."""
     if not faults:
         return 0
@@ -42,7 +42,7 @@ def in_a_row(faults: Sequence[Fault]) -> int:
     return count
 
 
-def is_hopeless(faults: Sequence[Fault]) -> bool:
+def is_hopeless(faults: Sequence[CrashSignature]) -> bool:
     """Whether the same step has failed with the same error `SAME_FAULTS` times in a row, whatever
     ``resources.max_failures`` would still allow."""
     return in_a_row(faults) >= SAME_FAULTS

@@ -6,14 +6,14 @@ import logging
 
 from trainer.recipe import Recipe
 from trainer.run import symptoms
-from trainer.run.failure import Cause
+from trainer.run.failure import Failure
 
 log = logging.getLogger(__name__)
 
 SUGGESTED = 3
 
 
-def advise(cause: Cause, recipe: Recipe, run: str) -> str:
+def advise(cause: Failure, recipe: Recipe, run: str) -> str:
     """Lines for a person; empty for what explains itself. Planning may take seconds."""
     return symptoms.advise(cause, recipe, run, _fitting)
 

@@ -11,24 +11,24 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from trainer.run.failure import Cause, Failure
+from trainer.run.failure import Failure, WorkerError
 
 TELLING = re.compile(r"killed|out of memory|exit|died|lost|unexpectedly", re.IGNORECASE)
 _DIED = " died: "
 
 
-def first_cause(failures: Mapping[int, BaseException]) -> Cause:
+def first_cause(failures: Mapping[int, BaseException]) -> Failure:
     """From Ray Train's map of rank to exception, which holds at least one."""
     inner = {rank: unwrapped(error) for rank, error in failures.items()}
-    dead = {rank: error for rank, error in inner.items() if not isinstance(error, Failure)}
-    raised = sorted((e for e in inner.values() if isinstance(e, Failure)), key=_suspicion)
+    dead = {rank: error for rank, error in inner.items() if not isinstance(error, WorkerError)}
+    raised = sorted((e for e in inner.values() if isinstance(e, WorkerError)), key=_suspicion)
     if raised and (raised[0].fatal or not dead):
         return raised[0].cause
     rank, error = min(dead.items())
-    return Cause(f"rank {rank}{_DIED}{_first_line(error)}", rank, died=True)
+    return Failure(f"rank {rank}{_DIED}{_first_line(error)}", rank, died=True)
 
 
-def placed_death(cause: Cause, host: str | None, seen: str, step: int | None) -> Cause:
+def placed_death(cause: Failure, host: str | None, seen: str, step: int | None) -> Failure:
     """The death of a rank, with its host, and with where others last saw it, or else the last ``step`` that the run
     had done."""
     rank, _, line = cause.message.partition(_DIED)
@@ -37,7 +37,7 @@ def placed_death(cause: Cause, host: str | None, seen: str, step: int | None) ->
     return replace(cause, message=text, host=host, where=seen)
 
 
-def _suspicion(failure: Failure) -> tuple[bool, bool, float]:
+def _suspicion(failure: WorkerError) -> tuple[bool, bool, float]:
     return not failure.fatal, failure.cause.by_another, failure.when
 
 

@@ -19,11 +19,11 @@ POLL_S = 0.05
 LOOK_S = 1.0
 
 
-class Abandoned(Exception):
+class DriverGone(Exception):
     """The driver has left: nothing is to be started or restarted any more."""
 
 
-class Order:
+class JobHandoff:
     """Given once by the driver's main thread; awaited by every group of workers. ``stage`` says to a person what is
     being waited for, ``failed`` why no group is started any more, once the failure policy has given up."""
 
@@ -51,7 +51,7 @@ class Order:
 
     def check(self) -> None:
         if self.left:
-            raise Abandoned
+            raise DriverGone
 
     def lost(self) -> None:
         """A group of workers has ended: the time to the first step of the next one begins."""

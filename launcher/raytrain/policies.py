@@ -23,16 +23,16 @@ from ray.train.v2._internal.execution.worker_group import WorkerGroupPollStatus,
 from ray.train.v2.api.config import FailureConfig, ScalingConfig
 from ray.train.v2.api.exceptions import ControllerError, TrainingFailedError, WorkerGroupError
 
-from launcher.raytrain.crash_loop import Fault, in_a_row, is_hopeless
+from launcher.raytrain.crash_loop import CrashSignature, in_a_row, is_hopeless
 from launcher.raytrain.environment import Environment
 from launcher.raytrain.failure_advice import advise
 from launcher.raytrain.failures import first_cause, placed_death, unwrapped
-from launcher.raytrain.handoff import Order
+from launcher.raytrain.handoff import JobHandoff
 from launcher.raytrain.nodes import Node, answering, nodes_of_cluster, room, workers_that_fit
 from launcher.raytrain.scaling import newest_group
 from trainer.recipe import Recipe, ResourcesSection
 from trainer.run import symptoms
-from trainer.run.failure import Cause
+from trainer.run.failure import Failure
 from trainer.run.layout import METRICS
 from trainer.storage import Storage, open_storage
 
@@ -42,7 +42,7 @@ SEEN_WAITS_S = (0.0, 0.25, 0.25, 0.5)
 """Between looks for what the ranks that are left have to say of one that has died."""
 
 
-class Gathered(Exception):
+class ResizeRequested(Exception):
     """The workers have committed and ended, to be started anew on the nodes that are there now."""
 
 
@@ -51,10 +51,10 @@ class FailurePolicy(DefaultFailurePolicy):
     error at the same step the third time. Every failure is written to the run's events with its first cause. Workers
     that ended to be gathered anew have not failed."""
 
-    def __init__(self, config: FailureConfig, recipe: Recipe, order: Order, environment: Environment) -> None:
+    def __init__(self, config: FailureConfig, recipe: Recipe, order: JobHandoff, environment: Environment) -> None:
         super().__init__(config)
         self._recipe, self._order, self._environment = recipe, order, environment
-        self._faults: list[Fault] = []
+        self._faults: list[CrashSignature] = []
         self._since = time.time()
         self._committed = 0
 
@@ -67,7 +67,7 @@ class FailurePolicy(DefaultFailurePolicy):
         self._forgive()
         step = self._step()
         cause = self._cause(training_failed_error, step)
-        self._faults.append(Fault(step, cause.message))
+        self._faults.append(CrashSignature(step, cause.message))
         if (times := in_a_row(self._faults)) > 1:
             cause = replace(cause, message=f"{cause.message} ({times} times in a row at step {step})")
         hopeless = cause.fatal or is_hopeless(self._faults)
@@ -75,7 +75,7 @@ class FailurePolicy(DefaultFailurePolicy):
         self._tell(cause, step, retried=decision == FailureDecision.RETRY)
         return decision
 
-    def _tell(self, cause: Cause, step: int | None, *, retried: bool) -> None:
+    def _tell(self, cause: Failure, step: int | None, *, retried: bool) -> None:
         """Workers that start again do not wait for a plan of what would fit."""
         url = self._run().url
         said = symptoms.advise(cause, self._recipe, url) if retried else advise(cause, self._recipe, url)
@@ -99,7 +99,7 @@ class FailurePolicy(DefaultFailurePolicy):
             self._committed = newest
             self._worker_group_failures = self._controller_failures = 0
 
-    def _cause(self, error: BaseException, step: int | None) -> Cause:
+    def _cause(self, error: BaseException, step: int | None) -> Failure:
         try:
             return explained(cause_of(error), self._run(), step, self._since)
         except Exception:
@@ -135,7 +135,7 @@ class NoRoom(Exception):
     """The cluster has the nodes, and others use them."""
 
 
-class SizePolicy(ElasticScalingPolicy):
+class WorkerCountPolicy(ElasticScalingPolicy):
     """Starts as many workers as there is room for now, and waits while there is room for too few; growth is decided by
     the driver (`launcher.raytrain.scaling`). Ray Train's own looks at the cluster are up to 20 s old, and do not know
     what other jobs use."""
@@ -206,18 +206,18 @@ class SizePolicy(ElasticScalingPolicy):
 def gathered(error: BaseException) -> bool:
     """Whether the group ended because the driver wanted its workers gathered anew."""
     failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
-    return any(isinstance(unwrapped(failure), Gathered) for failure in failures)
+    return any(isinstance(unwrapped(failure), ResizeRequested) for failure in failures)
 
 
-def cause_of(error: BaseException) -> Cause:
+def cause_of(error: BaseException) -> Failure:
     if isinstance(error, WorkerGroupError) and error.worker_failures:
         return first_cause(error.worker_failures)
     if isinstance(error, ControllerError):
-        return Cause(_controller_message(error.controller_failure))
-    return Cause(f"{type(error).__name__}: {error}")
+        return Failure(_controller_message(error.controller_failure))
+    return Failure(f"{type(error).__name__}: {error}")
 
 
-def explained(cause: Cause, run: Storage, step: int | None, since: float) -> Cause:
+def explained(cause: Failure, run: Storage, step: int | None, since: float) -> Failure:
     """With what the run's events know of it: a group whose ranks were ended because one held them up failed of that;
     a rank that died did so on a host, and others have seen it. ``step``: the last one that the run had done; ``since``
     (unix s): no group of this driver's started before."""

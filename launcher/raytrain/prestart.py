@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING
 
 from launcher.raytrain.environment import Environment
-from launcher.raytrain.handoff import Order
+from launcher.raytrain.handoff import JobHandoff
 from trainer.errors import MusterError
 from trainer.interruption import current
 from trainer.recipe import Recipe
@@ -36,7 +36,7 @@ class Standby:
     """Entered before the inputs are checked; `joined` waits for Ray, and raises why there is none."""
 
     def __init__(self, recipe: Recipe, run: Storage, address: str | None, phases: Phases) -> None:
-        self.order = Order(phases)
+        self.order = JobHandoff(phases)
         self._recipe, self._run, self._address = recipe, run, address
         self._fit: Fit | None = None
         self._error: BaseException | None = None

@@ -33,7 +33,7 @@ LOST_PATIENCE_IN_JOB_S = 60.0
 
 
 @dataclass(frozen=True)
-class Group:
+class CurrentWorkers:
     """The workers of the newest attempt: one host name each; ``since`` is unix s."""
 
     attempt: int
@@ -42,7 +42,7 @@ class Group:
 
 
 @dataclass(frozen=True)
-class Gather:
+class Resize:
     """Why the workers should commit and be started anew."""
 
     reason: str
@@ -55,7 +55,7 @@ class Lost:
     reason: str
 
 
-class Lookout:
+class ResizePolicy:
     """Decides from one look at the nodes after another; it acts on nothing.
 
     ``missing`` says what the live nodes lack. ``group`` is called only when it matters, since it reads the storage.
@@ -68,10 +68,12 @@ class Lookout:
         self._short_since: float | None = None
         self._left: set[str] = set()
         self._room_seen = False
-        self._grown_from: Group | None = None
+        self._grown_from: CurrentWorkers | None = None
         self._resize_s = RESIZE_S
 
-    def look(self, nodes: Sequence[Node], group: Callable[[], Group | None], now: float) -> Gather | Lost | None:
+    def look(
+        self, nodes: Sequence[Node], group: Callable[[], CurrentWorkers | None], now: float
+    ) -> Resize | Lost | None:
         """``now`` is unix s."""
         return self._lost(nodes, now) or self._leaving(nodes, group) or self._growing(nodes, group, now)
 
@@ -86,15 +88,15 @@ class Lookout:
         lost = f"lost {'; '.join(gone)}. " if gone else ""
         return Lost(lost + self._missing([node for node in nodes if node.alive]))
 
-    def _leaving(self, nodes: Sequence[Node], group: Callable[[], Group | None]) -> Gather | None:
+    def _leaving(self, nodes: Sequence[Node], group: Callable[[], CurrentWorkers | None]) -> Resize | None:
         new = [node for node in nodes if node.alive and node.draining and node.id not in self._left]
         if not new or (now_training := group()) is None:
             return None
         self._left |= {node.id for node in new}
         ours = [str(node) for node in new if node.host in now_training.hosts]
-        return Gather(f"{', '.join(ours)} will be taken away") if ours else None
+        return Resize(f"{', '.join(ours)} will be taken away") if ours else None
 
-    def _growing(self, nodes: Sequence[Node], group: Callable[[], Group | None], now: float) -> Gather | None:
+    def _growing(self, nodes: Sequence[Node], group: Callable[[], CurrentWorkers | None], now: float) -> Resize | None:
         resources = self._resources
         more = room(resources, nodes, {}) if resources.min_workers < resources.max_workers else 0
         seen, self._room_seen = self._room_seen, more > 0
@@ -108,19 +110,19 @@ class Lookout:
         if size >= resources.max_workers or self._grown_from or now - training.since < self._resize_s:
             return None
         self._grown_from = training
-        return Gather(f"there is room for {min(more, resources.max_workers - size)} more workers beside the {size}")
+        return Resize(f"there is room for {min(more, resources.max_workers - size)} more workers beside the {size}")
 
 
-class ClusterWatch:
+class NodeMonitor:
     """Looks at the nodes in a thread of its own, since Ray's head may take its time to answer.
 
     ``gather(reason)`` is called from there; `check`, from the driver's own thread, raises StartAgain."""
 
     def __init__(
         self,
-        lookout: Lookout,
+        lookout: ResizePolicy,
         nodes: Callable[[], list[Node]],
-        group: Callable[[], Group | None],
+        group: Callable[[], CurrentWorkers | None],
         gather: Callable[[str], None],
         clock: Callable[[], float] = time.time,
     ) -> None:
@@ -133,7 +135,7 @@ class ClusterWatch:
         if self._lost is not None:
             raise StartAgain(self._lost)
 
-    def __enter__(self) -> ClusterWatch:
+    def __enter__(self) -> NodeMonitor:
         self._thread.start()
         return self
 
@@ -149,17 +151,17 @@ class ClusterWatch:
             except Exception:  # Ray's head is away for a while, or for good: then the training's own wait ends
                 log.debug("the nodes of the cluster could not be looked at", exc_info=True)
 
-    def _act(self, found: Gather | Lost | None) -> None:
-        if isinstance(found, Gather):
+    def _act(self, found: Resize | Lost | None) -> None:
+        if isinstance(found, Resize):
             self._gather(found.reason)
         elif isinstance(found, Lost):
             self._lost = found.reason
 
 
-def newest_group(run: Storage, before: int) -> Group | None:
+def newest_group(run: Storage, before: int) -> CurrentWorkers | None:
     """The workers that the run's newest start tells of, once an attempt after ``before`` has started; None again when
     they have failed, ended, or been asked to gather anew."""
-    newest: Group | None = None
+    newest: CurrentWorkers | None = None
     over = 0.0
     for row in rows_backwards(run, EVENTS):
         attempt, when = row.get("attempt", 0), row.get("time", 0.0)
@@ -168,5 +170,5 @@ def newest_group(run: Storage, before: int) -> Group | None:
         if row["event"] in OVER:
             over = max(over, when)
         if row["event"] == "start" and newest is None:
-            newest = Group(attempt, tuple(row.get("hosts") or ()), when)
+            newest = CurrentWorkers(attempt, tuple(row.get("hosts") or ()), when)
     return None if newest is None or over >= newest.since else newest

@@ -18,12 +18,12 @@ from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 
 from launcher.raytrain.environment import Environment
-from launcher.raytrain.handoff import Order
-from launcher.raytrain.policies import FailurePolicy, Gathered, SizePolicy, cause_of
+from launcher.raytrain.handoff import JobHandoff
+from launcher.raytrain.policies import FailurePolicy, ResizeRequested, WorkerCountPolicy, cause_of
 from launcher.raytrain.worker_group import GroupConfig, controller_for
 from trainer.errors import MusterError
 from trainer.recipe import Recipe, ResourcesSection
-from trainer.run.failure import Failure, useful_stack
+from trainer.run.failure import WorkerError, useful_stack
 from trainer.storage import open_storage
 from trainer.worker.job import Job
 
@@ -47,27 +47,27 @@ class Worker:
         rank = get_context().get_world_rank()
         try:
             _train(self._job, rank)
-        except Gathered:
+        except ResizeRequested:
             raise
         except Exception as error:
-            raise Failure.of(error, time.time(), rank, os.uname().nodename, useful_stack(error)) from None
+            raise WorkerError.of(error, time.time(), rank, os.uname().nodename, useful_stack(error)) from None
 
 
 def _train(job: Job, rank: int) -> None:
     from trainer.errors import Interrupted
     from trainer.logs.rank import rank_log
-    from trainer.run.stop_poller import StopWatch
+    from trainer.run.stop_poller import StopPoller
     from trainer.worker.attempt import train
 
     run = open_storage(job.storage).child(job.recipe.name)
-    with StopWatch(run, job.driver, enabled=rank == 0) as watch:
+    with StopPoller(run, job.driver, enabled=rank == 0) as watch:
         try:
             with rank_log(run, rank):
                 train(job, watch.stop_requested)
         except Interrupted as stopped:
             log.info("%s", stopped)
             if watch.gather:
-                raise Gathered(str(stopped)) from None
+                raise ResizeRequested(str(stopped)) from None
 
 
 class Trainer(DataParallelTrainer):
@@ -75,11 +75,11 @@ class Trainer(DataParallelTrainer):
     process."""
 
     def __init__(
-        self, recipe: Recipe, order: Order, environment: Environment, folder: str, *, autoscaled: bool
+        self, recipe: Recipe, order: JobHandoff, environment: Environment, folder: str, *, autoscaled: bool
     ) -> None:
         resources = recipe.resources
         self._failures = FailurePolicy(_failure_config(resources), recipe, order, environment)
-        self._sizes = SizePolicy(scaling(resources), resources, autoscaled=autoscaled)
+        self._sizes = WorkerCountPolicy(scaling(resources), resources, autoscaled=autoscaled)
         self._controller = controller_for(order, environment, partial(Worker, environment=environment))
         run: Any = RunConfig(name=recipe.name, storage_path=folder, failure_config=_failure_config(resources))
         super().__init__(
@@ -121,7 +121,7 @@ class Fit:
 
     The folder is Ray Train's scratch space on the driver's host: checkpoints do not go through it."""
 
-    def __init__(self, recipe: Recipe, order: Order, environment: Environment, *, autoscaled: bool) -> None:
+    def __init__(self, recipe: Recipe, order: JobHandoff, environment: Environment, *, autoscaled: bool) -> None:
         self.error: BaseException | None = None
         self._order = order
         self._trainer = partial(Trainer, recipe, order, environment, autoscaled=autoscaled)

@@ -24,7 +24,7 @@ from ray.train.v2._internal.execution.worker_group.state import WorkerGroupState
 from ray.train.v2._internal.util import ObjectRefWrapper, time_monotonic
 
 from launcher.raytrain.environment import Environment
-from launcher.raytrain.handoff import Order
+from launcher.raytrain.handoff import JobHandoff
 from trainer.fast_imports import load_libraries
 
 if TYPE_CHECKING:
@@ -44,11 +44,11 @@ class State(WorkerGroupState):
         self.placement_group_handle.shutdown()
 
 
-class Group(WorkerGroup):
+class PrestartedGroup(WorkerGroup):
     """A group of workers that stands by until the order is given. ``order``, ``environment`` and ``function`` (what a
     worker runs, of a job) are set by `controller_for`."""
 
-    order: Order
+    order: JobHandoff
     environment: Environment
     function: Callable[[Job], Callable[[], None]]
 
@@ -136,13 +136,13 @@ class Group(WorkerGroup):
 
 
 def controller_for(
-    order: Order, environment: Environment, function: Callable[[Job], Callable[[], None]]
+    order: JobHandoff, environment: Environment, function: Callable[[Job], Callable[[], None]]
 ) -> type[TrainController]:
     """Ray Train's controller over such groups; it ends when the driver leaves."""
     names = {"order": order, "environment": environment, "function": staticmethod(function)}
 
     class Controller(TrainController):
-        worker_group_cls: Any = type("WorkersGroup", (Group,), names)
+        worker_group_cls: Any = type("WorkersGroup", (PrestartedGroup,), names)
 
         async def _run_control_loop_iteration(self) -> None:
             order.check()

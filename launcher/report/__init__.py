@@ -5,11 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from launcher.report.page import Section, page
+from launcher.report.page import PageSection, page
 from launcher.report.reading import RunRecord
 from launcher.report.sections import sections_of
 
-__all__ = ["Section", "report"]
+__all__ = ["PageSection", "report"]
 
 
 def report(runs: Sequence[RunRecord]) -> str:

@@ -22,7 +22,7 @@ POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inli
 
 
 @dataclass
-class Section:
+class PageSection:
     """``tables`` and ``texts`` with a caption each, which may be empty; ``wide``: over the page's whole width."""
 
     key: str
@@ -34,7 +34,7 @@ class Section:
     wide: bool = False
 
 
-def page(runs: Sequence[RunRecord], sections: Sequence[Section]) -> str:
+def page(runs: Sequence[RunRecord], sections: Sequence[PageSection]) -> str:
     title = "muster report: " + ", ".join(run.label for run in runs)
     figures = {c.key: {"data": c.traces, "layout": c.layout} for section in sections for c in section.charts}
     links = "".join(f'<a href="#{_text(s.key)}">{_text(s.title)}</a>' for s in sections)
@@ -71,7 +71,7 @@ def plotly_script() -> str:
     return script.replace("</script", "<\\/script")
 
 
-def _section(section: Section) -> str:
+def _section(section: PageSection) -> str:
     parts = [
         f'<section id="{_text(section.key)}"{" class=wide" if section.wide else ""}><h2>{_text(section.title)}</h2>'
     ]

@@ -10,7 +10,7 @@ from typing import Any, TypedDict
 from launcher.monitor.goodput import Goodput, goodput, newest_driver
 from launcher.monitor.status import Status, read_status
 from trainer.data.blocks import Counts
-from trainer.data.prepare.prepared import Prepared, open_prepared
+from trainer.data.prepare.prepared import PreparedDataset, open_prepared
 from trainer.data.summary import Summary, summarise
 from trainer.errors import CorruptObject, MusterError
 from trainer.parsing import parse_yaml
@@ -147,7 +147,7 @@ def _data(run: Storage, recipe: str, redact: Redactor) -> DataFacts:
         return DataFacts(tuple(parts), missing=redact.text(f"the prepared data cannot be read: {error}"))
 
 
-def _sources(part: str, prepared: Prepared, redact: Redactor) -> list[tuple[str, str, Counts]]:
+def _sources(part: str, prepared: PreparedDataset, redact: Redactor) -> list[tuple[str, str, Counts]]:
     return [
         (part, redact.text(source.path), counts)
         for source, counts in zip(prepared.spec.sources, prepared.per_source, strict=True)
@@ -169,7 +169,7 @@ class _Said(TypedDict, total=False):
     data: _Sources
 
 
-def _summed(train: Prepared | None, parts: tuple[tuple[str, str, Counts], ...], recipe: str) -> DataFacts:
+def _summed(train: PreparedDataset | None, parts: tuple[tuple[str, str, Counts], ...], recipe: str) -> DataFacts:
     if train is None:
         return DataFacts(parts, missing="the prepared data are not there any more, or not complete yet")
     said = read_record(_Said, parse_yaml(recipe) or {})

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from launcher.report.chart import Chart
 from launcher.report.data_charts import composition_chart, fill_told, length_chart
 from launcher.report.metric_charts import Value, largest_rank, metric_chart, step_time_chart
-from launcher.report.page import Section
+from launcher.report.page import PageSection
 from launcher.report.reading import RunRecord
 from launcher.report.tables import failure_texts, happenings, host_table, sample_tables, summary_table, version_table
 from launcher.report.timeline_charts import checkpoint_chart, goodput_chart, rank_chart, straggler, timeline_chart
@@ -15,7 +15,7 @@ from launcher.report.timeline_charts import checkpoint_chart, goodput_chart, ran
 Runs = Sequence[RunRecord]
 
 
-def sections_of(runs: Runs) -> list[Section]:
+def sections_of(runs: Runs) -> list[PageSection]:
     return [*_outcome(runs), *_speed(runs), *_course(runs), *_inputs(runs), *_origin(runs)]
 
 
@@ -25,19 +25,21 @@ def _value(name: str, scale: float = 1.0) -> Value:
 
 def _metric(
     runs: Runs, key: str, title: str, name: str, y: str, scale: float = 1.0, *, evaluation: bool = False
-) -> Section:
+) -> PageSection:
     chart = metric_chart(key, f"{title} over steps", y, runs, _value(name, scale), evaluation=evaluation)
     return _of(key, title, chart, "the metrics hold none")
 
 
-def _of(key: str, title: str, chart: Chart | None, missing: str, notes: Sequence[str] = ()) -> Section:
+def _of(key: str, title: str, chart: Chart | None, missing: str, notes: Sequence[str] = ()) -> PageSection:
     told = [note for note in notes if note]
-    return Section(key, title, charts=[chart] if chart else [], notes=told if chart else [*told, f"None: {missing}."])
+    return PageSection(
+        key, title, charts=[chart] if chart else [], notes=told if chart else [*told, f"None: {missing}."]
+    )
 
 
-def _outcome(runs: Runs) -> list[Section]:
+def _outcome(runs: Runs) -> list[PageSection]:
     return [
-        Section("summary", "Summary", tables=[("", summary_table(runs))], wide=True),
+        PageSection("summary", "Summary", tables=[("", summary_table(runs))], wide=True),
         _metric(runs, "loss", "Loss", "loss", "loss"),
         _metric(runs, "eval-loss", "Evaluation loss", "eval_loss", "eval loss", evaluation=True),
         _metric(runs, "learning-rate", "Learning rate", "lr", "learning rate"),
@@ -45,7 +47,7 @@ def _outcome(runs: Runs) -> list[Section]:
     ]
 
 
-def _speed(runs: Runs) -> list[Section]:
+def _speed(runs: Runs) -> list[PageSection]:
     return [
         _metric(runs, "throughput", "Throughput", "tokens_per_s", "tokens per second"),
         _of(
@@ -70,7 +72,7 @@ def _speed(runs: Runs) -> list[Section]:
     ]
 
 
-def _course(runs: Runs) -> list[Section]:
+def _course(runs: Runs) -> list[PageSection]:
     goodput = [
         f"{run.label}: {100 * run.went.share:.1f} % of {run.went.wall_s:,.0f} s went into training that lasts."
         for run in runs
@@ -79,18 +81,18 @@ def _course(runs: Runs) -> list[Section]:
     timeline, none = timeline_chart(runs), "no attempt has begun"
     charts, events = [timeline] if timeline else [], [("Events", happenings(runs))]
     return [
-        Section("timeline", "Timeline", charts, events, failure_texts(runs), wide=True),
+        PageSection("timeline", "Timeline", charts, events, failure_texts(runs), wide=True),
         _wide(_of("goodput", "Goodput", goodput_chart(runs), none, goodput)),
         _of("checkpoints", "Checkpoints", checkpoint_chart(runs), "nothing is committed yet"),
     ]
 
 
-def _wide(section: Section) -> Section:
+def _wide(section: PageSection) -> PageSection:
     section.wide = True
     return section
 
 
-def _inputs(runs: Runs) -> list[Section]:
+def _inputs(runs: Runs) -> list[PageSection]:
     missing = "; ".join(dict.fromkeys(run.data.missing for run in runs if run.data.missing)) or "there are no rows"
     return [
         _of("data", "Data", composition_chart(runs), missing),
@@ -99,16 +101,16 @@ def _inputs(runs: Runs) -> list[Section]:
     ]
 
 
-def _samples(runs: Runs) -> Section:
+def _samples(runs: Runs) -> PageSection:
     tables = sample_tables(runs)
     notes = [] if tables else ["None: the run has kept no texts of its own."]
-    return Section("samples", "Samples before and after", tables=tables, notes=notes, wide=True)
+    return PageSection("samples", "Samples before and after", tables=tables, notes=notes, wide=True)
 
 
-def _origin(runs: Runs) -> list[Section]:
+def _origin(runs: Runs) -> list[PageSection]:
     recipes = [(run.label, run.recipe or "none is frozen yet") for run in runs]
     return [
-        Section("recipe", "Recipe", texts=recipes),
-        Section("versions", "Versions", tables=[("", version_table(runs))]),
-        Section("hosts", "Hosts", tables=[("", host_table(runs))]),
+        PageSection("recipe", "Recipe", texts=recipes),
+        PageSection("versions", "Versions", tables=[("", version_table(runs))]),
+        PageSection("hosts", "Hosts", tables=[("", host_table(runs))]),
     ]

@@ -7,7 +7,17 @@ from collections.abc import Iterable, Sequence
 from statistics import median, quantiles
 from typing import Any
 
-from launcher.monitor.goodput import CHECKPOINT, COMPILING, EVALUATING, KINDS, LOST, STARTING, TRAINING, WAITING, Piece
+from launcher.monitor.goodput import (
+    CHECKPOINT,
+    COMPILING,
+    EVALUATING,
+    KINDS,
+    LOST,
+    STARTING,
+    TRAINING,
+    WAITING,
+    Interval,
+)
 from launcher.report.chart import Chart, Trace, axes, colour, safe, table
 from launcher.report.reading import Row, RunRecord
 
@@ -80,9 +90,9 @@ def _marks(runs: Sequence[RunRecord], divisor: float) -> list[Trace]:
     return traces
 
 
-def coarse(pieces: Iterable[Piece], shortest_s: float) -> list[Piece]:
+def coarse(pieces: Iterable[Interval], shortest_s: float) -> list[Interval]:
     """What is too short to be seen goes to what stands before it."""
-    found: list[Piece] = []
+    found: list[Interval] = []
     for piece in pieces:
         same = found and (found[-1].kind, found[-1].attempt, found[-1].phase) == (
             piece.kind,
@@ -91,7 +101,7 @@ def coarse(pieces: Iterable[Piece], shortest_s: float) -> list[Piece]:
         )
         if found and (same or piece.end - piece.begin < shortest_s):
             last = found[-1]
-            found[-1] = Piece(last.begin, piece.end, last.kind, last.attempt, last.phase)
+            found[-1] = Interval(last.begin, piece.end, last.kind, last.attempt, last.phase)
         else:
             found.append(piece)
     return found

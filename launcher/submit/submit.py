@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from cluster import KINDS, ClusterError, Job, cluster_of
+from cluster import KINDS, ClusterError, ClusterJob, cluster_of
 from cluster.job import Say
 from launcher.cli.options import TrustOption
 from launcher.terminal.console import stderr
@@ -43,12 +43,12 @@ READ_FROM_STORAGE = ("slurm",)
 
 def job_of(
     recipe: Recipe, kind: str, command: Sequence[str] = ("run",), arguments: Sequence[str] = (), **settings: Any
-) -> Job:
+) -> ClusterJob:
     """The recipe's job for this kind of cluster, in plain values; ``settings`` replace those of the recipe."""
     from trainer.recipe import dump
 
     resources = recipe.resources
-    return Job(
+    return ClusterJob(
         name=recipe.name,
         run_uri=recipe.run_uri,
         recipe=dump(recipe),
@@ -61,7 +61,7 @@ def job_of(
     )
 
 
-def submit(job: Job, kind: str, recipe: Recipe, say: Say) -> Submission:
+def submit(job: ClusterJob, kind: str, recipe: Recipe, say: Say) -> Submission:
     """Freezes the recipe in the run's storage and submits its job. Raises UsageError where the user can mend it."""
     from trainer.run.frozen import check_same_recipe
     from trainer.run.lease import withdraw_end
@@ -153,7 +153,7 @@ def check_places(recipe: Recipe, kind: str) -> None:
         )
 
 
-def check_address(job: Job, kind: str) -> None:
+def check_address(job: ClusterJob, kind: str) -> None:
     """Raises UsageError for a Ray cluster's address with credentials: it becomes a part of the job's id, which is
     stored and printed."""
     from cluster.ray import api_address

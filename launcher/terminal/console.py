@@ -31,7 +31,7 @@ READER_GONE = 141
 """Exit code when nobody reads stdout any more: what a shell says of a program that SIGPIPE has ended."""
 
 
-class Stream:
+class TerminalStream:
     """A stand-in for ``sys.stdout`` or ``sys.stderr`` while a command runs; ``raw`` is the stream behind it."""
 
     def __init__(self, raw: TextIO) -> None:
@@ -68,7 +68,7 @@ class Stream:
             self._gone()
 
 
-class Results(Stream):
+class Results(TerminalStream):
     """Standard output. On a terminal control characters are shown and do not act; elsewhere a text stays as it is. When
     its reader has gone (``| head -1``), there is nothing more to do for it: the command ends, without a word."""
 
@@ -83,7 +83,7 @@ class Results(Stream):
         raise SystemExit(READER_GONE)
 
 
-class Messages(Stream):
+class MessageStream(TerminalStream):
     """Standard error, as libraries and Python itself write to it; without a reader the command goes on."""
 
     def _shown(self, text: str) -> str:
@@ -117,11 +117,11 @@ class Bytes:
 
 @contextmanager
 def own_streams() -> Iterator[None]:
-    """Puts `Results` and `Messages` in place for the time of the block. At its end both are flushed, while it can still
-    be told that nobody reads: the interpreter would complain of it and end with a code of its own."""
+    """Puts `Results` and `MessageStream` in place for the time of the block. At its end both are flushed, while a
+    missing reader can still be reported: the interpreter would complain and end with an exit code of its own."""
     before = sys.stdout, sys.stderr
     sys.stdout = cast(TextIO, Results(before[0])) if before[0] is not None else before[0]
-    sys.stderr = cast(TextIO, Messages(before[1])) if before[1] is not None else before[1]
+    sys.stderr = cast(TextIO, MessageStream(before[1])) if before[1] is not None else before[1]
     try:
         yield
     finally:
@@ -140,7 +140,7 @@ class Console(rich.console.Console):
     """Draws for people. Texts are text, not rich's markup."""
 
     def __init__(self, stream: TextIO, *, results: bool, **settings: Any) -> None:
-        raw = getattr(stream, "raw", stream) if isinstance(stream, Stream) else stream
+        raw = getattr(stream, "raw", stream) if isinstance(stream, TerminalStream) else stream
         super().__init__(file=raw, highlight=False, markup=False, emoji=False, **settings)
         self._results = results
         self._redact = redactor().text

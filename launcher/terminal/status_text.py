@@ -17,7 +17,7 @@ SHOWN_HOSTS = 8
 
 
 @dataclass(frozen=True)
-class Standing:
+class AttemptStatus:
     """Where an attempt stands. ``saved`` is the step of the last checkpoint, if any, ``saved_ago_s`` its age;
     ``losses`` are the last ones, oldest first; None is what is not known."""
 
@@ -60,7 +60,7 @@ class Standing:
         return f"saved {self.saved}" + _said(" ({} ago)", self.saved_ago_s is not None and duration(self.saved_ago_s))
 
 
-def drawn(standing: Standing, width: int) -> str:
+def drawn(standing: AttemptStatus, width: int) -> str:
     """Four lines of at most ``width`` columns: how far it is, what it learns, how fast, and where; the last values of a
     line are left out where they do not fit."""
     s, parts = standing, standing.parts()

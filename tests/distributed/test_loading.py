@@ -103,7 +103,7 @@ def _load(recipe: Recipe, world: Any, *, by_shard: bool) -> Seen:
     else:
         built = build._whole(recipe, world, make_adapter(recipe), make_task(recipe), make_strategy(recipe, world))
     strategy = built.strategy
-    parameters = {n: strategy.whole_parameter(n).clone() for n, _ in strategy.model.named_parameters()}
+    parameters = {n: strategy.full_parameter(n).clone() for n, _ in strategy.model.named_parameters()}
     states = {}
     for name, module in strategy.model.named_modules():
         if getattr(module, "quant_state", None) is not None:
@@ -121,7 +121,7 @@ def _step(built: Any, world: Any) -> torch.Tensor:
     strategy.module.train()
     with strategy.micro_batch(True), strategy.autocast():
         batch = packed([[12, 9], [21]], vocabulary=VOCABULARY)
-        loss: torch.Tensor = built.task.measure(strategy.module, batch, world.device).loss_sum
+        loss: torch.Tensor = built.task.loss(strategy.module, batch, world.device).loss_sum
         strategy.backward(loss)
     strategy.step(1e-3)
     return loss

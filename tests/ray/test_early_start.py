@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.jobs import muster_run
 from tests.support.training import run_of, small_recipe
-from trainer.data import Preparation, Prepared, Stream, open_prepared
+from trainer.data import PreparationSpec, PreparedDataset, Stream, open_prepared
 from trainer.run import layout
 from trainer.run.frozen import read_recipe
 from trainer.run.jsonl import read_rows
@@ -41,7 +41,7 @@ def test_it_trains_on_what_it_would_have_trained_on(joined: str, tiny_model: Pat
     # them is shown by tests/unit/trainer/data/test_early.py. What is fed is the same either way.
     run = run_of(recipe)
     shared = open_storage(recipe.storage).child(layout.PREPARED)
-    spec = Preparation.from_json(run.read_json(layout.DATA)["train"])
+    spec = PreparationSpec.from_json(run.read_json(layout.DATA)["train"])
     prepared = open_prepared(shared, spec.fingerprint)
     assert prepared is not None
     assert prepared.count == 3
@@ -49,7 +49,7 @@ def test_it_trains_on_what_it_would_have_trained_on(joined: str, tiny_model: Pat
     assert fed == planned(prepared, read_recipe(run).seed)
 
 
-def planned(prepared: Prepared, seed: int) -> dict[tuple[int, int], list[str]]:
+def planned(prepared: PreparedDataset, seed: int) -> dict[tuple[int, int], list[str]]:
     stream = Stream(
         prepared,
         open_storage("memory://planned-here"),

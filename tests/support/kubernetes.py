@@ -9,7 +9,7 @@ from typing import Any
 
 import jsonschema
 
-from cluster.job import Job
+from cluster.job import ClusterJob
 from trainer.recipe.sections.cluster import KubernetesSection
 
 RECIPE = "name: gsm8k\nmodel: {path: 'Qwen/Qwen2.5-7B-Instruct'}\n"
@@ -17,11 +17,13 @@ QUANTITY = r"^[0-9]+(\.[0-9]+)?(m|k|Ki|M|Mi|G|Gi|T|Ti)?$"
 DNS_LABEL = r"^[a-z]([-a-z0-9]*[a-z0-9])?$"
 
 
-def job(name: str = "gsm8k", workers: tuple[int, int] = (2, 2), gpus: int = 1, cpus: int = 4, **given: Any) -> Job:
+def job(
+    name: str = "gsm8k", workers: tuple[int, int] = (2, 2), gpus: int = 1, cpus: int = 4, **given: Any
+) -> ClusterJob:
     """``recipe``, ``command`` and ``run_uri`` are the job's; everything else is a setting of cluster.kubernetes."""
     own = {key: given.pop(key) for key in ("recipe", "command", "run_uri") if key in given}
     settings = KubernetesSection.model_validate(given).model_dump(mode="json")
-    return Job(
+    return ClusterJob(
         name, own.pop("run_uri", f"s3://runs/{name}"), own.pop("recipe", RECIPE), workers, gpus, cpus, settings, **own
     )
 

@@ -21,7 +21,7 @@ from trainer.storage import open_storage
 from trainer.strategies import Strategy, make_strategy
 from trainer.tasks import Task, make_task
 from trainer.worker.build import accompany
-from trainer.worker.loop import Hooks, Loop, Position
+from trainer.worker.loop import Callbacks, Loop, Position
 from trainer.worker.train_state import TrainState
 
 
@@ -62,13 +62,13 @@ class Bench:
             "around_update": lambda step: self.adapter.around_update(self.model, step, self.data.total_steps),
             **hooks,
         }
-        names = [f.name for f in dataclasses.fields(Hooks)]
+        names = [f.name for f in dataclasses.fields(Callbacks)]
         return Loop(
             self.recipe,
             self.world,
             self.strategy,
             self.task,
-            Hooks(**{name: told.get(name, lambda *given: None) for name in names}),
+            Callbacks(**{name: told.get(name, lambda *given: None) for name in names}),
             total_steps=self.data.total_steps,
             eval_batches=self._eval_batches if self.data.eval else None,
         )

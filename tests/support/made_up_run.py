@@ -8,7 +8,7 @@ from typing import Any
 from trainer.data.blocks import Counts
 from trainer.data.summary import Bin, Summary
 from trainer.run import layout
-from trainer.run.jsonl import JsonLines
+from trainer.run.jsonl import JsonLinesWriter
 from trainer.run.lease import Holder, LeaseRecord, to_row
 from trainer.storage import Storage
 
@@ -51,8 +51,8 @@ def _attempt(
     run: Storage, number: int, steps: range, at: float, hosts: list[str], lr: float, stop: dict[str, Any]
 ) -> float:
     """Returns when it ended."""
-    events = JsonLines(run, layout.events_part(number, "rank0"))
-    rows = JsonLines(run, layout.metrics_part(number))
+    events = JsonLinesWriter(run, layout.events_part(number, "rank0"))
+    rows = JsonLinesWriter(run, layout.metrics_part(number))
     head = {"attempt": number, "writer": "rank0"}
     begun = {"hosts": hosts, "world_size": len(hosts), "strategy": {"kind": "ddp"}, "build_s": 4.0, "restore_s": 1.0}
     begun |= {"driver": 1, "devices": ["H100" if host == "c" else "A100" for host in hosts]}

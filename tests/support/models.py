@@ -12,7 +12,7 @@ import torch
 from trainer.adapters import Adapter, make_adapter
 from trainer.data import Batch
 from trainer.data.loading.collate import collate
-from trainer.data.sample import Encoded
+from trainer.data.sample import Sample
 from trainer.model import Head, build
 from trainer.recipe import Recipe
 
@@ -45,7 +45,7 @@ def packed(lengths: Sequence[Sequence[int]], *, prompt: int = 3, vocabulary: int
     """A micro-batch with one row per pack of samples of these lengths; what follows ``prompt`` tokens is a target."""
     draw = np.random.Generator(np.random.PCG64(seed))
     packs = [
-        [Encoded(draw.integers(4, vocabulary, n).astype(np.int32), np.arange(n) >= max(1, prompt)) for n in pack]
+        [Sample(draw.integers(4, vocabulary, n).astype(np.int32), np.arange(n) >= max(1, prompt)) for n in pack]
         for pack in lengths
     ]
     names = [f"0:0/{i}" for i in range(sum(len(pack) for pack in lengths))]

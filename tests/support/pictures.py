@@ -16,7 +16,7 @@ IMAGES = Path(__file__).resolve().parents[2] / "docs" / "images"
 SCREEN = 1280
 FAILED = {
     "cause": "RuntimeError: the loader's worker is killed by signal 9",
-    "trace": "trainer/worker/loop.py:209, in _accumulate\n    loss, sums = self.task.measure(…)",
+    "trace": "trainer/worker/loop.py:209, in _accumulate\n    loss, sums = self.task.loss(…)",
     "advice": "the host's memory may have been full: ask for more, or for fewer workers per host",
 }
 PHONE, PHONE_HEIGHT = 390, 844

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from cluster import ClusterError, Job
+from cluster import ClusterError, ClusterJob
 from cluster.job import Say
 
 
 class Played:
     """Stands in the table of kinds; what it did is kept by the class, since each use makes a new one."""
 
-    submitted: ClassVar[list[tuple[Job, str]]] = []
+    submitted: ClassVar[list[tuple[ClusterJob, str]]] = []
     cancelled: ClassVar[list[str]] = []
     lines: ClassVar[list[str]] = []
     code = 0
@@ -23,10 +23,10 @@ class Played:
         cls.submitted, cls.cancelled, cls.lines = [], [], []
         cls.code, cls.refusal, cls.interrupted = 0, None, False
 
-    def render(self, job: Job) -> str:
+    def render(self, job: ClusterJob) -> str:
         return f"{job.name} {' '.join(job.arguments)}\n"
 
-    def submit(self, job: Job, recipe_path: str) -> str:
+    def submit(self, job: ClusterJob, recipe_path: str) -> str:
         if self.refusal:
             raise self.refusal
         self.submitted.append((job, recipe_path))

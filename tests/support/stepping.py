@@ -82,7 +82,7 @@ def one_step(parts: Parts, batch: Batch, lr: float = 1e-4) -> torch.Tensor:
     strategy = parts.strategy
     with strategy.micro_batch(last=True):
         with strategy.autocast():
-            loss = parts.task.measure(strategy.module, batch, parts.device).loss_sum / batch.target_tokens
+            loss = parts.task.loss(strategy.module, batch, parts.device).loss_sum / batch.target_tokens
         strategy.backward(loss)
     strategy.step(lr)
     mean: torch.Tensor = loss.detach()

@@ -29,9 +29,9 @@ class Adapter(ABC):
 
     weights_file = "adapter_model.safetensors"
 
-    reads_back = True
-    """Whether ``trained`` finds every trained parameter in ``weights_file``. Otherwise a checkpoint holds them beside
-    it, under their own names."""
+    round_trips = True
+    """True if `read_parameter` finds every trained parameter in ``weights_file``. Otherwise a checkpoint also holds the
+    parameters under their own names."""
 
     def __init__(self, recipe: Recipe) -> None:
         self.recipe = recipe
@@ -59,7 +59,7 @@ class Adapter(ABC):
         """The same with ``base`` on the meta device, where the trained parameters are as well afterwards."""
         raise NotImplementedError(f"{type(self).__name__} needs a base that is loaded whole")
 
-    def initial(self, name: str, shape: torch.Size, start: int, stop: int, rows: Rows) -> torch.Tensor:
+    def init_parameter(self, name: str, shape: torch.Size, start: int, stop: int, rows: Rows) -> torch.Tensor:
         """Elements ``start`` to ``stop`` of the flattened parameter ``name``, as `attach` initialises it on a base
         that has its values. After `attach_without_weights`.
 
@@ -80,11 +80,11 @@ class Adapter(ABC):
     def save(self, model: torch.nn.Module, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
         """Writes ``weights`` (whole tensors on the CPU, by parameter name) and the configuration into ``folder``."""
 
-    def trained(self, model: torch.nn.Module, name: str, read: Read) -> torch.Tensor:
+    def read_parameter(self, model: torch.nn.Module, name: str, read: Read) -> torch.Tensor:
         """The parameter ``name``, whole, from a saved file that ``read`` gives the tensors of."""
         return read(self.saved_names(model)[name])
 
-    def restored(self, model: torch.nn.Module, read: Read) -> None:  # noqa: B027 - most have no more
+    def after_restore(self, model: torch.nn.Module, read: Read) -> None:  # noqa: B027 - most have no more
         """Called when the trained parameters have been loaded, on every rank: puts back what belongs to them in the
         frozen ones."""
 

@@ -50,12 +50,12 @@ class Lora(PeftMethod):
         with META:
             return self.attach(base)
 
-    def initial(self, name: str, shape: torch.Size, start: int, stop: int, rows: Rows) -> torch.Tensor:
+    def init_parameter(self, name: str, shape: torch.Size, start: int, stop: int, rows: Rows) -> torch.Tensor:
         if ".lora_A." in name:
             return drawn(name, shape, self.recipe.seed).view(-1)[start:stop]
         if ".lora_B." in name:
             return torch.zeros(stop - start)
-        return super().initial(name, shape, start, stop, rows)
+        return super().init_parameter(name, shape, start, stop, rows)
 
     def starts_at_zero(self, saved_name: str) -> bool:
         return ".lora_B." in saved_name
@@ -72,11 +72,11 @@ class Dora(Lora):
         transposed = any(type(module).__name__ == "Conv1D" for module in base.modules())  # its rows are columns
         return super().loads_by_shard(base) and not transposed
 
-    def initial(self, name: str, shape: torch.Size, start: int, stop: int, rows: Rows) -> torch.Tensor:
+    def init_parameter(self, name: str, shape: torch.Size, start: int, stop: int, rows: Rows) -> torch.Tensor:
         """The magnitude begins as the norm of the base's rows, in the base's type."""
         module, marker, _ = name.partition(".lora_magnitude_vector.")
         if not marker:
-            return super().initial(name, shape, start, stop, rows)
+            return super().init_parameter(name, shape, start, stop, rows)
         parts = rows(f"{module}.base_layer.weight", start, stop)
         norms = [row_norms(part) for part in parts]
         return torch.cat(norms) if norms else torch.empty(0)

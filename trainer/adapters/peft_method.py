@@ -103,7 +103,7 @@ class PeftMethod(Adapter):
                 parameter.data = parameter.data.float()
         if self.recipe.model.dtype != "float32":
             cast_where_used(model)
-        self._names, self._constants = self.described(model)
+        self._names, self._constants = self.saved_layout(model)
         return model
 
     def loads_by_shard(self, base: torch.nn.Module) -> bool:
@@ -115,14 +115,14 @@ class PeftMethod(Adapter):
         self._first_values = take_values(model)
         return model
 
-    def initial(self, name: str, shape: torch.Size, start: int, stop: int, rows: Rows) -> torch.Tensor:
+    def init_parameter(self, name: str, shape: torch.Size, start: int, stop: int, rows: Rows) -> torch.Tensor:
         original, columns = original_of(name, ADAPTER_NAME), shape[1:].numel()
         if original is None:
             return self._first_values.pop(name).reshape(-1)[start:stop]
         first, last = start // columns, -(-stop // columns)
         return elements_of_rows(rows(original, first, last), first, columns, start, stop)
 
-    def described(self, model: Any) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    def saved_layout(self, model: Any) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
         """The names under which parameters are saved as they are, and the tensors that are saved beside them."""
         return saved_by_peft(model)
 
@@ -141,14 +141,14 @@ class PeftMethod(Adapter):
     def saved_shapes(self, model: torch.nn.Module, shape_of: ShapeOf) -> dict[str, tuple[int, ...]]:
         return super().saved_shapes(model, shape_of) | {name: tuple(t.shape) for name, t in self._constants.items()}
 
-    def exported(self, model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def peft_state_dict(self, model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """The saved file's tensors."""
         return {self._names[n]: t for n, t in weights.items()} | self._constants
 
     def save(self, model: torch.nn.Module, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
         from safetensors.torch import save_file
 
-        tensors = {name: tensor.contiguous() for name, tensor in self.exported(model, weights).items()}
+        tensors = {name: tensor.contiguous() for name, tensor in self.peft_state_dict(model, weights).items()}
         save_file(tensors, folder / self.weights_file, {"format": "pt"})
         self.saved_config(model).save_pretrained(str(folder))
 
@@ -163,7 +163,7 @@ class PeftMethod(Adapter):
         config.inference_mode = True
         return config
 
-    def restored(self, model: torch.nn.Module, read: Read) -> None:
+    def after_restore(self, model: torch.nn.Module, read: Read) -> None:
         for name, mine in self._constants.items():
             if not torch.equal(read(name), mine):
                 raise CorruptObject(

@@ -76,8 +76,8 @@ class Residual(Lora):
             linear.weight.data = value.to(linear.weight.device, torch.float32).contiguous()
             self._first[f"{name}.{part}.{ADAPTER_NAME}.weight"] = linear.weight.detach().cpu().clone()
 
-    def exported(self, model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        tensors = super().exported(model, weights)
+    def peft_state_dict(self, model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        tensors = super().peft_state_dict(model, weights)
         for name, first in self._first.items():
             trained = weights[name]
             tensors[self._names[name]] = torch.cat([trained, -first], 1) if _is_b(name) else torch.cat([trained, first])
@@ -94,8 +94,8 @@ class Residual(Lora):
         config.r, config.lora_alpha = 2 * config.r, 2 * config.lora_alpha
         return config
 
-    def trained(self, model: torch.nn.Module, name: str, read: Read) -> torch.Tensor:
-        saved = super().trained(model, name, read)
+    def read_parameter(self, model: torch.nn.Module, name: str, read: Read) -> torch.Tensor:
+        saved = super().read_parameter(model, name, read)
         return self._halves(name, saved)[0] if name in self._first else saved
 
     def _halves(self, name: str, saved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -103,8 +103,8 @@ class Residual(Lora):
         trained, first = saved.chunk(2, dim=1 if _is_b(name) else 0)
         return trained.contiguous(), (-first if _is_b(name) else first).contiguous()
 
-    def restored(self, model: torch.nn.Module, read: Read) -> None:
-        super().restored(model, read)
+    def after_restore(self, model: torch.nn.Module, read: Read) -> None:
+        super().after_restore(model, read)
         stored = {n: self._halves(n, read(self._names[n]))[1] for n in self._first}
         if any(not torch.equal(stored[n], mine) for n, mine in self._first.items()):
             self._rebuild(model, stored)

@@ -28,7 +28,7 @@ SAVED = "prompt_embeddings"
 ENCODER = f"prompt_encoder.{ADAPTER_NAME}."
 
 
-class Prompt(PeftMethod):
+class PromptTuning(PeftMethod):
     peft_type = "PROMPT_TUNING"
     reads_base = True
     inserted = staticmethod(before_embeddings)
@@ -40,7 +40,7 @@ class Prompt(PeftMethod):
         }
 
     @property
-    def reads_back(self) -> bool:  # type: ignore[override]
+    def round_trips(self) -> bool:  # type: ignore[override]
         return not self._has_mlp()
 
     def _has_mlp(self) -> bool:
@@ -53,7 +53,7 @@ class Prompt(PeftMethod):
         self._tokens = model.prompt_tokens[ADAPTER_NAME]
         self.inserted(model)
 
-    def described(self, model: Any) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
+    def saved_layout(self, model: Any) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
         if next(model.prompt_encoder.parameters()).is_meta:
             return {}, {}  # peft computes what it would save
         return saved_by_peft(model, apart=ENCODER)
@@ -65,10 +65,10 @@ class Prompt(PeftMethod):
     def saved_shapes(self, model: torch.nn.Module, shape_of: ShapeOf) -> dict[str, tuple[int, ...]]:
         return super().saved_shapes(model, shape_of) | {SAVED: tuple(self._made({}).shape)}
 
-    def exported(self, model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    def peft_state_dict(self, model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         inner = {n.removeprefix(ENCODER): t for n, t in weights.items() if n.startswith(ENCODER)}
         outer = {n: t for n, t in weights.items() if not n.startswith(ENCODER)}
-        return super().exported(model, outer) | {SAVED: self._made(inner)}
+        return super().peft_state_dict(model, outer) | {SAVED: self._made(inner)}
 
     @torch.no_grad()
     def _made(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -76,11 +76,11 @@ class Prompt(PeftMethod):
         made: torch.Tensor = torch.func.functional_call(self._encoder, dict(weights), (self._tokens[None],))
         return made[0]
 
-    def trained(self, model: torch.nn.Module, name: str, read: Read) -> torch.Tensor:
+    def read_parameter(self, model: torch.nn.Module, name: str, read: Read) -> torch.Tensor:
         return read(self.saved_names(model)[name])
 
 
-class PTuning(Prompt):
+class PTuning(PromptTuning):
     peft_type = "P_TUNING"
     reads_base = False
 
@@ -92,7 +92,7 @@ class PTuning(Prompt):
         return True
 
 
-class Prefix(Prompt):
+class Prefix(PromptTuning):
     peft_type = "PREFIX_TUNING"
     reads_base = False
     inserted = staticmethod(before_keys)

@@ -1,7 +1,7 @@
 """What training has saved, in use: found by its address, loaded, asked, described, merged."""
 
-from trainer.artifacts.generate import GREEDY, Sampling, Writer
+from trainer.artifacts.generate import GREEDY, Generator, Sampling
 from trainer.artifacts.load import load
-from trainer.artifacts.locate import Address, Subject, base_files, find, tokenizer_of
+from trainer.artifacts.locate import Artifact, ArtifactRef, base_files, find, tokenizer_of
 
-__all__ = ["GREEDY", "Address", "Sampling", "Subject", "Writer", "base_files", "find", "load", "tokenizer_of"]
+__all__ = ["GREEDY", "Artifact", "ArtifactRef", "Generator", "Sampling", "base_files", "find", "load", "tokenizer_of"]

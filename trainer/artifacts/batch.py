@@ -9,9 +9,9 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 from trainer.artifacts.chat import Conversation, Prompt, rendered
-from trainer.artifacts.generate import Writer
+from trainer.artifacts.generate import Generator
 from trainer.data.formats.columns import encodable
-from trainer.data.sample import ROW_BYTES, TOO_LONG, Fault
+from trainer.data.sample import ROW_BYTES, TOO_LONG, RowError
 from trainer.errors import InputError, UsageError
 from trainer.parsing import JsonReader, Malformed
 
@@ -24,7 +24,7 @@ Done = Callable[[int, int], None]
 
 
 def answer_file(
-    writer: Writer,
+    writer: Generator,
     talk: Conversation,
     source: str,
     target: str,
@@ -84,7 +84,7 @@ def _prompt(row: dict[str, Any], number: int, talk: Conversation) -> Prompt:
     prompt, messages = row.get("prompt"), row.get("messages")
     if isinstance(prompt, str):
         told = encodable(prompt)
-        if isinstance(told, Fault):
+        if isinstance(told, RowError):
             raise InputError(f"row {number} of --input: {told.reason}")
         talk.clear()
         return talk.ask(told)

@@ -15,7 +15,7 @@ from trainer.data.formats.columns import encodable, fields_of
 from trainer.data.formats.instruction import prompt_of
 from trainer.data.formats.qa import framed
 from trainer.data.formats.rendering import Unrendered, render
-from trainer.data.sample import Fault
+from trainer.data.sample import RowError
 from trainer.errors import UsageError
 
 CHAT, QA, INSTRUCTION, TEMPLATE, PLAIN = FRAMES = ("chat", "qa", "instruction", "template", "plain")
@@ -107,7 +107,7 @@ def rendered(tokenizer: Any, turns: Turns) -> list[int]:
         text = render(tokenizer, turns, add_generation_prompt=True)
     except Unrendered as error:
         raise UsageError(f"the chat template refuses the conversation: {error}") from error
-    if isinstance(fault := encodable(str(text)), Fault):
+    if isinstance(fault := encodable(str(text)), RowError):
         raise UsageError(f"the conversation cannot be used: {fault.reason}")
     ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
     return ids

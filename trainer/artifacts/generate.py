@@ -52,7 +52,7 @@ class Sampling:
 GREEDY = Sampling()
 
 
-class Writer:
+class Generator:
     """Writes until the end of text, ``max_new_tokens``, or ``ended``."""
 
     def __init__(
@@ -95,7 +95,7 @@ class Writer:
         ended: Ended | None = None,
     ) -> str:
         """One answer; ``say`` is given each piece of its text as soon as it is whole."""
-        pieces = Pieces(self.tokenizer, self.ends, say)
+        pieces = TokenStreamer(self.tokenizer, self.ends, say)
         (text,) = self._write([self._ids(prompt, max_new_tokens)], max_new_tokens, ended, pieces)
         pieces.end()
         return text
@@ -115,7 +115,7 @@ class Writer:
             yield order[start : start + self.batch]
 
     def _write(
-        self, rows: list[list[int]], max_new_tokens: int, ended: Ended | None, pieces: Pieces | None
+        self, rows: list[list[int]], max_new_tokens: int, ended: Ended | None, pieces: TokenStreamer | None
     ) -> list[str]:
         write = self._without_cache if reads_a_prompt(self.model) else self._with_cache
         room = self.positions - max(map(len, rows))
@@ -126,7 +126,7 @@ class Writer:
         return text
 
     def _with_cache(
-        self, rows: list[list[int]], max_new_tokens: int, ended: Ended | None, pieces: Pieces | None
+        self, rows: list[list[int]], max_new_tokens: int, ended: Ended | None, pieces: TokenStreamer | None
     ) -> list[str]:
         from transformers import GenerationConfig, StoppingCriteriaList
 
@@ -159,7 +159,7 @@ class Writer:
         return ids[: next((i for i, token in enumerate(ids) if token in self.ends), len(ids))]
 
     def _without_cache(
-        self, rows: list[list[int]], max_new_tokens: int, ended: Ended | None, pieces: Pieces | None
+        self, rows: list[list[int]], max_new_tokens: int, ended: Ended | None, pieces: TokenStreamer | None
     ) -> list[str]:
         written: list[list[int]] = [[] for _ in rows]
         going = list(range(len(rows)))
@@ -189,7 +189,7 @@ class Writer:
         return chosen
 
 
-class Pieces:
+class TokenStreamer:
     """Turns tokens into text as they come, as a streamer of transformers; a character whose bytes are not all there
     yet is waited for."""
 

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 
 from trainer.artifacts.adapter_files import ADAPTER_CONFIG, check_patterns, read_adapter_config
-from trainer.artifacts.generate import Writer
+from trainer.artifacts.generate import Generator
 from trainer.artifacts.load import load
 from trainer.artifacts.locate import (
     DEFAULT,
     MODEL_CONFIG,
-    Address,
-    Subject,
+    Artifact,
+    ArtifactRef,
     base_files,
     find,
     tokenizer_of,
@@ -39,7 +39,7 @@ SETTINGS = ("r", "lora_alpha", "use_dora", "use_rslora", "target_modules", "modu
 
 
 @dataclass
-class Description:
+class ArtifactReport:
     """``problems``: what is wrong with the files, nothing if they are whole. ``facts``: what else there is to say."""
 
     uri: str
@@ -64,7 +64,7 @@ class Description:
         return {**vars(self), "whole": self.whole}
 
 
-def describe(uri: str, *, trust: Trust = NOBODY) -> Description:
+def describe(uri: str, *, trust: Trust = NOBODY) -> ArtifactReport:
     """Describes the folder of an adapter, a run or a model. A model is loaded and writes a few words; ``trust``: whose
     code may run for it.
 
@@ -75,13 +75,13 @@ def describe(uri: str, *, trust: Trust = NOBODY) -> Description:
         return _run(uri, storage, trust)
     with tempfile.TemporaryDirectory(prefix="muster-inspect-") as folder:
         if ADAPTER_CONFIG in keys:
-            return _adapter(uri, storage, find(Address(adapters=((DEFAULT, uri),)), Path(folder), trust=trust))
+            return _adapter(uri, storage, find(ArtifactRef(adapters=((DEFAULT, uri),)), Path(folder), trust=trust))
         if MODEL_CONFIG in keys:
-            return _model(uri, storage, find(Address(model=uri), Path(folder), trust=trust))
+            return _model(uri, storage, find(ArtifactRef(model=uri), Path(folder), trust=trust))
     raise InputError(f"{uri} holds no {ADAPTER_CONFIG}, {MODEL_CONFIG} or {layout.RECIPE}: name the folder of one")
 
 
-def _run(uri: str, run: Storage, trust: Trust) -> Description:
+def _run(uri: str, run: Storage, trust: Trust) -> ArtifactReport:
     """Its final adapter, held against the commit that it was copied from."""
     record = next(iter(list_commits(run, newest=1)), None)
     if record is None or not is_last(record):
@@ -96,7 +96,7 @@ def _run(uri: str, run: Storage, trust: Trust) -> Description:
     return found
 
 
-def _adapter(uri: str, storage: Storage, subject: Subject) -> Description:
+def _adapter(uri: str, storage: Storage, subject: Artifact) -> ArtifactReport:
     (folder,) = subject.adapters.values()
     config = read_adapter_config(folder, uri)
     found = _described(uri, "adapter", subject, storage)
@@ -112,7 +112,7 @@ def _adapter(uri: str, storage: Storage, subject: Subject) -> Description:
     return found
 
 
-def _model(uri: str, storage: Storage, subject: Subject) -> Description:
+def _model(uri: str, storage: Storage, subject: Artifact) -> ArtifactReport:
     found = _described(uri, "model", subject, storage)
     try:
         check_weights(subject.section)
@@ -128,12 +128,12 @@ def _model(uri: str, storage: Storage, subject: Subject) -> Description:
     return found
 
 
-def _described(uri: str, kind: str, subject: Subject, storage: Storage) -> Description:
+def _described(uri: str, kind: str, subject: Artifact, storage: Storage) -> ArtifactReport:
     files = {o.key: o.size for o in storage.list() if "/" not in o.key}
-    return Description(uri, kind, subject.method, subject.task, files=files)
+    return ArtifactReport(uri, kind, subject.method, subject.task, files=files)
 
 
-def _count(found: Description, path: Path) -> None:
+def _count(found: ArtifactReport, path: Path) -> None:
     """Tensors, bytes, types; what is not finite is a problem."""
     from safetensors import SafetensorError
 
@@ -164,7 +164,7 @@ def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
             yield name, file.get_tensor(name)
 
 
-def _compare_with_base(found: Description, subject: Subject, config: Mapping[str, Any]) -> None:
+def _compare_with_base(found: ArtifactReport, subject: Artifact, config: Mapping[str, Any]) -> None:
     """Names and shapes against those that peft makes of the configuration, if the base's own is within reach."""
     try:
         wanted = _laid_out(subject)
@@ -189,7 +189,7 @@ def _compare_with_base(found: Description, subject: Subject, config: Mapping[str
         found.problems.append(f"{len(unlike)} tensors do not fit the base: {name} is {got[name]}, not {wanted[name]}")
 
 
-def _laid_out(subject: Subject) -> dict[str, tuple[int, ...]]:
+def _laid_out(subject: Artifact) -> dict[str, tuple[int, ...]]:
     import transformers
     from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
 
@@ -207,7 +207,7 @@ def _laid_out(subject: Subject) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in saved.items()}
 
 
-def _try(found: Description, subject: Subject, folder: Path) -> None:
+def _try(found: ArtifactReport, subject: Artifact, folder: Path) -> None:
     """Whether it loads, computes finite numbers, and writes."""
     causal = subject.classes is None
     found.facts.update(loads=False, finite=False, **({"generates": False} if causal else {}))
@@ -223,13 +223,13 @@ def _try(found: Description, subject: Subject, folder: Path) -> None:
             if not found.facts["finite"]:
                 found.problems.append("its logits are not finite")
             elif causal and tokenizer:
-                text = Writer(model, tokenizer, placement.device, 1).answers([PROMPT], NEW_TOKENS)[0]
+                text = Generator(model, tokenizer, placement.device, 1).answers([PROMPT], NEW_TOKENS)[0]
                 found.facts.update(generates=True, text=text)
     except MusterError as error:
         found.problems.append(str(error))
 
 
-def _tokenizer(found: Description, subject: Subject) -> Any:
+def _tokenizer(found: ArtifactReport, subject: Artifact) -> Any:
     """None where there is none: a checkpoint in the middle of a run has none beside it."""
     try:
         return tokenizer_of(subject)

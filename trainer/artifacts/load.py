@@ -21,7 +21,7 @@ from trainer.adapters.meta_init import StayingOnHost
 from trainer.adapters.packed_prompts import before_embeddings, before_keys
 from trainer.adapters.pissa import Residual
 from trainer.artifacts.adapter_files import ADAPTER_WEIGHTS, check_patterns, check_tensors, read_adapter_config
-from trainer.artifacts.locate import Subject
+from trainer.artifacts.locate import Artifact
 from trainer.bounds import bounded_memory
 from trainer.errors import InputError, MusterError
 from trainer.model import Head, build, fetch_model
@@ -43,7 +43,7 @@ INSERTED: dict[str, Callable[[Any], None]] = {
 }
 
 
-def load(subject: Subject, placement: Placement, labels: tuple[str, ...] | None, *, seed: int = 0) -> Any:
+def load(subject: Artifact, placement: Placement, labels: tuple[str, ...] | None, *, seed: int = 0) -> Any:
     """In evaluation mode where ``placement`` says. ``labels``: of a classifier's outputs. ``seed``: of the run, whose
     head it may be. Of several adapters the first is switched on.
 
@@ -59,7 +59,7 @@ def load(subject: Subject, placement: Placement, labels: tuple[str, ...] | None,
     return _whole(subject, folder, placement, Head(labels, seed) if labels else None).eval()
 
 
-def _check_base(subject: Subject) -> None:
+def _check_base(subject: Artifact) -> None:
     """Raises InputError when the adapter was trained on a base of another shape, on which it may still fit."""
     was = subject.origin.base if subject.origin else None
     unlike = differences(was, identity_of(subject.section)) if was else []
@@ -77,7 +77,7 @@ def _check_base(subject: Subject) -> None:
         )
 
 
-def _whole(subject: Subject, folder: Path, placement: Placement, head: Head | None) -> Any:
+def _whole(subject: Artifact, folder: Path, placement: Placement, head: Head | None) -> Any:
     def base(quantization: str, place: Placement) -> Any:
         section = subject.section.model_copy(update={"quantization": quantization})
         return build(section, folder, place, full=False, checkpointing=False, head=head).model
@@ -94,24 +94,24 @@ def _whole(subject: Subject, folder: Path, placement: Placement, head: Head | No
     return _adapted(subject, model, {} if placement.limits else {"torch_device": str(placement.device)})
 
 
-def _spread(subject: Subject, folder: Path, placement: Placement, labels: tuple[str, ...] | None) -> Any:
+def _spread(subject: Artifact, folder: Path, placement: Placement, labels: tuple[str, ...] | None) -> Any:
     if labels and subject.adapters:
         raise InputError(f"{subject.section.path} does not fit in memory, and the head of a classifier is put on it")
     return spread(subject.section, folder, placement, partial(_attach, subject), _auto(subject))
 
 
-def without_weights(subject: Subject, folder: Path) -> LaidOut:
+def without_weights(subject: Artifact, folder: Path) -> LaidOut:
     """The base on the meta device, with the adapters' own weights on it."""
     return lay_out(subject.section, folder, torch.device("cpu"), partial(_attach, subject), _auto(subject))
 
 
-def _auto(subject: Subject) -> Any:
+def _auto(subject: Artifact) -> Any:
     import transformers
 
     return getattr(transformers, AUTO_CLASSES[subject.task])
 
 
-def _attach(subject: Subject, base: Any) -> Any:
+def _attach(subject: Artifact, base: Any) -> Any:
     """Puts the adapters on a base without weights. peft lays them out without weights too, loads them, and moves them
     to where the base is: nowhere. So they are loaded once more, and stay on the host."""
     from peft import load_peft_weights, set_peft_model_state_dict
@@ -144,7 +144,7 @@ def _from_the_rest(recipe: Recipe) -> bool:
     return recipe.adapter.kind in ("pissa", "olora") and recipe.model.quantization != "none"
 
 
-def _adapted(subject: Subject, base: Any, how: dict[str, Any]) -> Any:
+def _adapted(subject: Artifact, base: Any, how: dict[str, Any]) -> Any:
     from peft import PeftModel
 
     (first, folder), *others = subject.adapters.items()
@@ -178,11 +178,11 @@ def _as_trained(recipe: Recipe, base: Any, folder: Path, plain: Callable[[], Any
     with safe_open(folder / adapter.weights_file, framework="pt") as file, torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                value = adapter.trained(model, name, file.get_tensor)
+                value = adapter.read_parameter(model, name, file.get_tensor)
                 if value.shape != parameter.shape:  # copying would spread one row over all
                     raise ValueError(f"{name} is {tuple(value.shape)}, and {tuple(parameter.shape)} is wanted")
                 parameter.copy_(value)
-        adapter.restored(model, file.get_tensor)
+        adapter.after_restore(model, file.get_tensor)
     return model
 
 

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from trainer.artifacts.adapter_files import ADAPTER_CONFIG, read_adapter_config
 from trainer.checkpoint import fetch_whole, list_commits
-from trainer.checkpoint.artifact_info import Origin
+from trainer.checkpoint.artifact_info import ArtifactInfo
 from trainer.checkpoint.blobs import entry_of_file
 from trainer.checkpoint.publish import STATE_FILES, is_last, published_files
 from trainer.errors import InputError, UsageError
@@ -40,7 +40,7 @@ _NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)=(.+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
-class Address:
+class ArtifactRef:
     """One of the three: a run's folder, folders of adapters (or of a fully tuned model) by name, or any model."""
 
     run: str | None = None
@@ -48,7 +48,7 @@ class Address:
     model: str | None = None
 
     @classmethod
-    def of(cls, run: str | None, adapters: Sequence[str] | None, model: str | None) -> Address:
+    def of(cls, run: str | None, adapters: Sequence[str] | None, model: str | None) -> ArtifactRef:
         """As a command line has them: several adapters are told apart by ``NAME=URI``."""
         named = [None if Path(given).exists() else _NAMED.fullmatch(given) for given in adapters or ()]
         pairs = [(m[1], m[2]) if m else (DEFAULT, uri) for m, uri in zip(named, adapters or (), strict=True)]
@@ -65,7 +65,7 @@ class Address:
 
 
 @dataclass(frozen=True)
-class Subject:
+class Artifact:
     """``section``: the base, or the whole model where there are no ``adapters``: name to folder on this host, of one
     method. ``labels``: the names of a classifier's outputs; None where its files do not name them. ``outputs``: how
     many of them a whole model has. ``origin``: what its files say of how it was trained; ``recipe``: that of its run.
@@ -78,7 +78,7 @@ class Subject:
     adapters: dict[str, Path] = field(default_factory=dict)
     labels: tuple[str, ...] | None = None
     outputs: int | None = None
-    origin: Origin | None = None
+    origin: ArtifactInfo | None = None
     recipe: Recipe | None = None
     trusted: bool = False
 
@@ -102,12 +102,12 @@ class Subject:
             )
 
 
-def base_files(subject: Subject, *, weights: bool = False) -> Path:
+def base_files(subject: Artifact, *, weights: bool = False) -> Path:
     """The base's files on this host."""
     return fetch_model(subject.section, weights=weights).folder
 
 
-def tokenizer_of(subject: Subject) -> PreTrainedTokenizerBase:
+def tokenizer_of(subject: Artifact) -> PreTrainedTokenizerBase:
     """The one that was saved with the adapter, where it was; else the base's. A checkpoint of a model that is trained
     whole has none, but its run knows whose it was."""
     for adapter in [*subject.adapters.values()][:1]:
@@ -121,7 +121,7 @@ def tokenizer_of(subject: Subject) -> PreTrainedTokenizerBase:
     return load_tokenizer(fetch_model(source, weights=False).folder, trust_remote_code=trust)
 
 
-def find(address: Address, folder: Path, recipe: Recipe | None = None, *, trust: Trust = NOBODY) -> Subject:
+def find(address: ArtifactRef, folder: Path, recipe: Recipe | None = None, *, trust: Trust = NOBODY) -> Artifact:
     """Brings the files into ``folder``, those of a model into its cache. With the user's ``recipe``, its base is the
     one that an adapter is put on, and its task what the model has to be for. ``trust``: whose code may run.
 
@@ -130,7 +130,7 @@ def find(address: Address, folder: Path, recipe: Recipe | None = None, *, trust:
     return replace(_found(address, folder, recipe, trust), trusted=trust.everything)
 
 
-def _found(address: Address, folder: Path, recipe: Recipe | None, trust: Trust) -> Subject:
+def _found(address: ArtifactRef, folder: Path, recipe: Recipe | None, trust: Trust) -> Artifact:
     if address.run is not None:
         return _of_run(recipe, open_storage(address.run), folder, trust)
     if address.model is not None:
@@ -145,7 +145,7 @@ def _found(address: Address, folder: Path, recipe: Recipe | None, trust: Trust) 
     return _together(found)
 
 
-def _together(found: list[tuple[str, str, Subject]]) -> Subject:
+def _together(found: list[tuple[str, str, Artifact]]) -> Artifact:
     (_, uri, first), *others = found
     if first.adapters:
         first = replace(first, adapters={name: one.adapters[DEFAULT] for name, _, one in found if one.adapters})
@@ -160,11 +160,11 @@ def _together(found: list[tuple[str, str, Subject]]) -> Subject:
     return first
 
 
-def _base(subject: Subject) -> str:
+def _base(subject: Artifact) -> str:
     return f"{subject.section.path} ({subject.section.quantization}, {subject.section.dtype}, task {subject.task})"
 
 
-def _of_run(recipe: Recipe | None, run: Storage, folder: Path, trust: Trust) -> Subject:
+def _of_run(recipe: Recipe | None, run: Storage, folder: Path, trust: Trust) -> Artifact:
     begun = read_recipe(run)
     if recipe and begun.task != recipe.task:
         raise InputError(
@@ -207,20 +207,20 @@ def _download(storage: Storage, folder: Path) -> None:
             storage.download(item.key, folder / item.key)
 
 
-def _saved(recipe: Recipe | None, folder: Path, where: str, trust: Trust) -> Subject:
+def _saved(recipe: Recipe | None, folder: Path, where: str, trust: Trust) -> Artifact:
     """What training saves: an adapter, or a whole model."""
     if (folder / ADAPTER_CONFIG).is_file():
         config = read_adapter_config(folder, where)
         known = _origin(folder, where)
         if recipe:
             _check_adapter(recipe, config, where)
-            origin = Origin.of(recipe)._replace(base=known.base if known else None)
+            origin = ArtifactInfo.of(recipe)._replace(base=known.base if known else None)
         else:
             origin = known or _origin_by_peft(config, where)
         model_config = read_config(folder / MODEL_CONFIG, where) if (folder / MODEL_CONFIG).is_file() else {}
         labels = _labels(model_config) if recipe else _outputs(model_config)
         section = trust.grant(origin.model)
-        return Subject(section, origin.task, origin.method, {DEFAULT: folder}, labels, None, origin, recipe)
+        return Artifact(section, origin.task, origin.method, {DEFAULT: folder}, labels, None, origin, recipe)
     if not (folder / MODEL_CONFIG).is_file():
         raise InputError(f"{where} holds neither {ADAPTER_CONFIG} nor {MODEL_CONFIG}: name the folder of an adapter")
     plain = recipe.model if recipe else _section(str(folder))
@@ -238,15 +238,15 @@ def _check_adapter(recipe: Recipe, config: dict[str, Any], where: str) -> None:
         log.warning("%s was trained on %s; it is put on the recipe's %s", where, base, recipe.model.path)
 
 
-def _origin(folder: Path, where: str) -> Origin | None:
+def _origin(folder: Path, where: str) -> ArtifactInfo | None:
     """As training wrote it beside what is final; of a checkpoint, by the recipe of the run that it lies in."""
     run, inside, _ = where.rstrip("/").rpartition(f"/{layout.CHECKPOINTS}/")
     if inside and open_storage(run).info(layout.RECIPE):
-        return Origin.of(read_recipe(open_storage(run)))
-    return Origin.read(folder)
+        return ArtifactInfo.of(read_recipe(open_storage(run)))
+    return ArtifactInfo.read(folder)
 
 
-def _origin_by_peft(config: dict[str, Any], where: str) -> Origin:
+def _origin_by_peft(config: dict[str, Any], where: str) -> ArtifactInfo:
     """Of an adapter that says no more than peft's own: its base is taken as it lies in its files."""
     base = config.get("base_model_name_or_path")
     if not base:
@@ -258,7 +258,7 @@ def _origin_by_peft(config: dict[str, Any], where: str) -> Origin:
         raise InputError(f"{where} is an adapter for {config['task_type']}, which is none of {', '.join(tasks)}")
     section = _section(base, revision=config.get("revision") or "main")
     section = _in_its_dtype(section, fetch_model(section, weights=False).folder)
-    return Origin(task, _method_by_peft(config), section)
+    return ArtifactInfo(task, _method_by_peft(config), section)
 
 
 def _section(path: str, **settings: str) -> ModelSection:
@@ -280,7 +280,7 @@ def _in_its_dtype(section: ModelSection, folder: Path) -> ModelSection:
     return section.model_copy(update={"dtype": told if told in DTYPES else DTYPES[0]})
 
 
-def _whole_model(recipe: Recipe | None, section: ModelSection, folder: Path, where: str) -> Subject:
+def _whole_model(recipe: Recipe | None, section: ModelSection, folder: Path, where: str) -> Artifact:
     config = read_config(folder / MODEL_CONFIG, where)
     named = [str(name) for name in config.get("architectures") or []]
     head = any(name.endswith("ForSequenceClassification") for name in named)
@@ -292,8 +292,8 @@ def _whole_model(recipe: Recipe | None, section: ModelSection, folder: Path, whe
         raise InputError(f"{where} is {', '.join(named) or 'of no kind'}, without the head that task {task} needs")
     labels = _labels(config) if recipe else _outputs(config)
     outputs = len(config.get("id2label") or DEFAULT_OUTPUTS)
-    origin = Origin.of(recipe) if recipe else _origin(folder, where)
-    return Subject(section, task, "none", {}, labels, outputs, origin, recipe)
+    origin = ArtifactInfo.of(recipe) if recipe else _origin(folder, where)
+    return Artifact(section, task, "none", {}, labels, outputs, origin, recipe)
 
 
 def _labels(config: dict[str, Any]) -> tuple[str, ...] | None:

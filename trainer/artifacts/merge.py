@@ -20,9 +20,9 @@ import torch
 from trainer.adapters.meta_init import StayingOnHost
 from trainer.artifacts.combine import Mix, mixed
 from trainer.artifacts.load import load, reads_a_prompt, without_weights
-from trainer.artifacts.locate import DEFAULT, Address, Subject, base_files, find, tokenizer_of
+from trainer.artifacts.locate import DEFAULT, Artifact, ArtifactRef, base_files, find, tokenizer_of
 from trainer.artifacts.merge_streamed import merge_in_parts
-from trainer.checkpoint.artifact_info import Origin
+from trainer.checkpoint.artifact_info import ArtifactInfo
 from trainer.checkpoint.model_card import merged_card
 from trainer.errors import CorruptObject, InputError, StorageError, UsageError
 from trainer.model.placement import Placement, placement_for
@@ -39,13 +39,13 @@ SHARD = "5GB"
 class Merged:
     """``difference``: of the logits before and after, relative to their norm."""
 
-    subject: Subject
+    subject: Artifact
     folder: Path
     difference: float
 
 
 def merge(
-    address: Address,
+    address: ArtifactRef,
     out: Path,
     *,
     mix: Mix | None = None,
@@ -77,13 +77,13 @@ def merge(
 
 
 def combine(
-    address: Address,
+    address: ArtifactRef,
     out: Path,
     mix: Mix,
     *,
     say: Callable[[str], None] = lambda phase: None,
     trust: Trust = NOBODY,
-) -> Subject:
+) -> Artifact:
     """Writes the adapter that ``mix`` makes of several into the new folder ``out``."""
     with _scratch(out) as (folder, scratch):
         say("fetching the adapters")
@@ -136,14 +136,14 @@ def _scratch(out: Path) -> Iterator[tuple[Path, Path]]:
         shutil.rmtree(part, ignore_errors=True)
 
 
-def _unquantised(subject: Subject, dtype: str | None) -> Subject:
+def _unquantised(subject: Artifact, dtype: str | None) -> Artifact:
     changes = {"quantization": "none", "dtype": dtype or subject.section.dtype}
     return replace(subject, section=subject.section.model_copy(update=changes), recipe=None)
 
 
 def _merge_into(
     folder: Path,
-    subject: Subject,
+    subject: Artifact,
     placement: Placement,
     mix: Mix | None,
     probes: list[torch.Tensor],
@@ -170,7 +170,7 @@ def _merge_into(
     return before
 
 
-def _write(folder: Path, subject: Subject, model: Any, placement: Placement) -> None:
+def _write(folder: Path, subject: Artifact, model: Any, placement: Placement) -> None:
     active = list(model.active_adapters)
     if placement.disk:
         laid_out = without_weights(subject, base_files(subject))
@@ -181,7 +181,7 @@ def _write(folder: Path, subject: Subject, model: Any, placement: Placement) -> 
     merged.save_pretrained(str(folder), max_shard_size=SHARD)
 
 
-def _probes(subject: Subject, placement: Placement) -> list[torch.Tensor]:
+def _probes(subject: Artifact, placement: Placement) -> list[torch.Tensor]:
     tokenizer = tokenizer_of(subject)
     return [torch.tensor([tokenizer(text)["input_ids"]], device=placement.device) for text in PROBES]
 
@@ -192,7 +192,7 @@ def _logits(model: Any, probes: list[torch.Tensor], placement: Placement) -> lis
 
 
 def _compare(
-    folder: Path, subject: Subject, placement: Placement, probes: list[torch.Tensor], before: list[torch.Tensor]
+    folder: Path, subject: Artifact, placement: Placement, probes: list[torch.Tensor], before: list[torch.Tensor]
 ) -> float:
     there = {"path": str(folder), "revision": "main"}
     whole = replace(subject, section=subject.section.model_copy(update=there), adapters={})
@@ -210,7 +210,7 @@ def _compare(
     return difference
 
 
-def _origin(subject: Subject, method: str) -> Origin:
+def _origin(subject: Artifact, method: str) -> ArtifactInfo:
     known = subject.origin
     data = (known.format, known.template) if known else (None, None)
-    return Origin(subject.task, method, subject.section, *data)
+    return ArtifactInfo(subject.task, method, subject.section, *data)

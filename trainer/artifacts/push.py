@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainer.artifacts.locate import Subject
+from trainer.artifacts.locate import Artifact
 from trainer.checkpoint.model_card import plain_card
 from trainer.checkpoint.publish import STATE_FILES
 from trainer.errors import InputError, StorageError
@@ -13,7 +13,7 @@ CARD = "README.md"
 LONGEST_CAUSE = 300
 
 
-def push(subject: Subject, repo: str, *, private: bool, revision: str | None = None) -> str:
+def push(subject: Artifact, repo: str, *, private: bool, revision: str | None = None) -> str:
     """Uploads an adapter's folder, or a whole model's, with its model card; makes the repository where there is none.
     Returns the address of the commit.
 

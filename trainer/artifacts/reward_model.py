@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainer.artifacts import Address, Subject, find, load
+from trainer.artifacts import Artifact, ArtifactRef, find, load
 from trainer.artifacts.adapter_files import ADAPTER_CONFIG, check_patterns, read_adapter_config
 from trainer.artifacts.locate import MODEL_CONFIG, tokenizer_of
 from trainer.errors import InputError
@@ -57,7 +57,7 @@ def check_reward(recipe: Recipe) -> None:
             _found(recipe, section.model, Path(folder))
 
 
-def _found(recipe: Recipe, place: str, folder: Path) -> Subject:
+def _found(recipe: Recipe, place: str, folder: Path) -> Artifact:
     """Grants code to the model at ``place`` if it is the recipe's own base and the recipe trusts that base."""
     subject = find(_address(place), folder, trust=Trust(model=recipe.model))
     if AUTO_CLASSES[subject.task] != SEQUENCE:
@@ -68,23 +68,23 @@ def _found(recipe: Recipe, place: str, folder: Path) -> Subject:
     return subject
 
 
-def _address(place: str) -> Address:
+def _address(place: str) -> ArtifactRef:
     """A run, an adapter's folder, or a model, told apart by their files."""
     if "://" not in place and not Path(place).exists():
-        return Address(model=place)
+        return ArtifactRef(model=place)
     storage = open_storage(place)
     if storage.info(layout.RECIPE):
-        return Address(run=place)
+        return ArtifactRef(run=place)
     if storage.info(ADAPTER_CONFIG):
-        return Address(adapters=(("default", place),))
-    return Address(model=place)
+        return ArtifactRef(adapters=(("default", place),))
+    return ArtifactRef(model=place)
 
 
-def _seed(subject: Subject) -> int:
+def _seed(subject: Artifact) -> int:
     return subject.recipe.seed if subject.recipe else 0
 
 
-def _shared(subject: Subject, recipe: Recipe) -> SharedReward | None:
+def _shared(subject: Artifact, recipe: Recipe) -> SharedReward | None:
     """None where the base is another one, or the adapter of another kind than can lie beside the policy's."""
     base, own = subject.section, recipe.model
     alike = all(getattr(base, name) == getattr(own, name) for name in ("path", "revision", "quantization"))

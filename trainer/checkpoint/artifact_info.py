@@ -29,7 +29,7 @@ class _Told(TypedDict, total=False):
     base: dict[str, Any] | None
 
 
-class Origin(NamedTuple):
+class ArtifactInfo(NamedTuple):
     """``method``: the recipe's word, or peft's, for a method that was named so. ``model``: the base, as the recipe has
     it. ``format`` and ``template``: of the training data, the first source's. ``base``: by which the model that was
     trained on is known again (`trainer.model.files.identity`)."""
@@ -42,7 +42,7 @@ class Origin(NamedTuple):
     base: dict[str, Any] | None = None
 
     @classmethod
-    def of(cls, recipe: Recipe) -> Origin:
+    def of(cls, recipe: Recipe) -> ArtifactInfo:
         source = recipe.data.train[0]
         return cls(recipe.task, recipe.adapter.label, recipe.model, source.format, source.template)
 
@@ -51,7 +51,7 @@ class Origin(NamedTuple):
         (folder / ORIGIN_FILE).write_text(json.dumps(told, indent=2) + "\n")
 
     @classmethod
-    def read(cls, folder: Path) -> Origin | None:
+    def read(cls, folder: Path) -> ArtifactInfo | None:
         """Returns None where there is no such file, or an invalid one. Code of the base is not the file's to
         trust (`trainer.recipe.trust`), and a template is held to what a recipe's may be."""
         try:

@@ -29,7 +29,7 @@ class _Head(TypedDict):
     sha256: str
 
 
-class _State(TypedDict, total=False):
+class RestoredState(TypedDict, total=False):
     """The fields of a record's state that other parts read than those that wrote them."""
 
     step: Count
@@ -86,7 +86,7 @@ class CommitRecord:
             if _digest({name: value for name, value in body.items() if name != "sha256"}) != head["sha256"]:
                 raise CorruptObject(f"{where} does not match its own sha256")
             record = read_record(CommitRecord, body)
-            read_record(_State, record.state)
+            read_record(RestoredState, record.state)
         except Malformed as error:
             raise CorruptObject(f"{where} is not a commit record ({error})") from error
         for name in (record.checkpoint, *record.files):

@@ -6,25 +6,31 @@ from trainer.data.loading.stream import Stream, count_steps
 from trainer.data.order.pack_order import epoch_order
 from trainer.data.prepare.executor import process_pool
 from trainer.data.prepare.freeze import describe, freeze
-from trainer.data.prepare.partial import Begun, open_begun
-from trainer.data.prepare.prepare import MapWindows, Progress, check_first_rows, prepare, resolve_chat_template
-from trainer.data.prepare.prepared import Prepared, open_prepared
-from trainer.data.spec import FrozenObject, FrozenSource, Preparation, tokenizer_fingerprint
+from trainer.data.prepare.partial import PartialDataset, open_begun
+from trainer.data.prepare.prepare import (
+    MapWindows,
+    PreparationProgress,
+    check_first_rows,
+    prepare_dataset,
+    resolve_chat_template,
+)
+from trainer.data.prepare.prepared import PreparedDataset, open_prepared
+from trainer.data.spec import FrozenObject, FrozenSource, PreparationSpec, tokenizer_fingerprint
 from trainer.data.summary import Summary, summarise
 from trainer.data.types import Batch, Cursor, MicroBatch, RankStep, SampleRef, StepPlan
 
 __all__ = [
     "Batch",
-    "Begun",
     "Cursor",
     "DiskCache",
     "FrozenObject",
     "FrozenSource",
     "MapWindows",
     "MicroBatch",
-    "Preparation",
-    "Prepared",
-    "Progress",
+    "PartialDataset",
+    "PreparationProgress",
+    "PreparationSpec",
+    "PreparedDataset",
     "RankStep",
     "SampleRef",
     "StepPlan",
@@ -39,7 +45,7 @@ __all__ = [
     "open_begun",
     "open_caches",
     "open_prepared",
-    "prepare",
+    "prepare_dataset",
     "process_pool",
     "resolve_chat_template",
     "summarise",

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from trainer.data.sample import Encoded
+from trainer.data.sample import Sample
 from trainer.data.types import Bools, Floats, Tokens, TokenTypes
 from trainer.parsing import Malformed, parse_json
 from trainer.records import Count, read_record
@@ -129,13 +129,13 @@ class WindowWriter:
     def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
         self.block_bytes = block_bytes
         self._ids: list[tuple[int, int, int]] = []
-        self._samples: list[Encoded] = []
+        self._samples: list[Sample] = []
         self._size = 0
         self._body = bytearray()
         self._blocks: list[BlockInfo] = []
         self._index: list[tuple[int, int, int, int, int, int, int]] = []
 
-    def add(self, source: int, obj: int, row: int, sample: Encoded) -> None:
+    def add(self, source: int, obj: int, row: int, sample: Sample) -> None:
         size = _stored_bytes(sample)
         if self._samples and self._size + size > self.block_bytes:
             self._close_block()
@@ -162,14 +162,14 @@ class WindowWriter:
         return key, body, encode_index(self._index, WindowMeta(key, self._blocks, counts, bad_rows))
 
 
-def _stored_bytes(sample: Encoded) -> int:
+def _stored_bytes(sample: Sample) -> int:
     """About what the sample takes in a block."""
     own = 4 * len(sample.tokens) + len(sample.target) // 8 + 25
     types = 0 if sample.token_types is None else len(sample.token_types)
     return own + types + (0 if sample.rejected is None else _stored_bytes(sample.rejected))
 
 
-def encode_block(ids: Sequence[tuple[int, int, int]], samples: Sequence[Encoded]) -> bytes:
+def encode_block(ids: Sequence[tuple[int, int, int]], samples: Sequence[Sample]) -> bytes:
     """One Arrow IPC stream. Of the further columns ``label``, ``token_types``, ``margin``, ``rejected_tokens`` and
     ``rejected_target`` it has those that its samples have; they are of one kind, since a task takes one."""
     source, obj, row = zip(*ids, strict=True)
@@ -184,7 +184,7 @@ def encode_block(ids: Sequence[tuple[int, int, int]], samples: Sequence[Encoded]
     return stream_bytes(pa.table(columns | _further_columns(samples)))
 
 
-def _further_columns(samples: Sequence[Encoded]) -> dict[str, Any]:
+def _further_columns(samples: Sequence[Sample]) -> dict[str, Any]:
     columns: dict[str, Any] = {}
     if any(s.label is not None for s in samples):
         columns["label"] = pa.array([s.label for s in samples], pa.int32())
@@ -227,9 +227,9 @@ class Block:
         arrays = (self.offsets, self.tokens, self.target, self.labels, self.token_types, self.margins)
         return sum(a.nbytes for a in arrays if a is not None) + (self.rejected.nbytes if self.rejected else 0)
 
-    def sample(self, row: int) -> Encoded:
+    def sample(self, row: int) -> Sample:
         low, high = self.offsets[row], self.offsets[row + 1]
-        return Encoded(
+        return Sample(
             self.tokens[low:high],
             self.target[low:high],
             label=None if self.labels is None else int(self.labels[row]),

@@ -16,14 +16,14 @@ its row, and is passed over without being held."""
 TOO_LONG = f"longer than {ROW_BYTES >> 20} MiB, the most that a row may have; split it, or leave it out"
 
 
-class Fault(NamedTuple):
+class RowError(NamedTuple):
     """Why a row cannot be used; a sentence's end, since the place is put before it."""
 
     reason: str
 
 
 @dataclass(frozen=True)
-class Encoded:
+class Sample:
     """A sample: int32 tokens [T], and bool target [T], True where a token is to be predicted; ``truncated``: it was
     longer; ``splits``: one that is too long is cut into several instead.
 
@@ -38,11 +38,11 @@ class Encoded:
     splits: bool = False
     label: int | None = None
     token_types: TokenTypes | None = None
-    rejected: Encoded | None = None
+    rejected: Sample | None = None
     margin: float | None = None
 
 
-def fit(sample: Encoded, sequence_length: int) -> list[Encoded]:
+def fit(sample: Sample, sequence_length: int) -> list[Sample]:
     """The sample in at most ``sequence_length`` tokens: cut on the right, or into several; none when no target is left.
 
     Nothing predicts a sample's first token, so that it is never a target. The pieces of one that splits overlap by a
@@ -62,7 +62,7 @@ def fit(sample: Encoded, sequence_length: int) -> list[Encoded]:
     return [replace(chosen, rejected=rejected, truncated=chosen.truncated or rejected.truncated)]
 
 
-def _cut(sample: Encoded, start: int, length: int, truncated: bool) -> list[Encoded]:
+def _cut(sample: Sample, start: int, length: int, truncated: bool) -> list[Sample]:
     target = sample.target[start : start + length].copy()
     target[:1] = False
     if not target.any():

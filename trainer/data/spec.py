@@ -20,7 +20,7 @@ _PROBE = "A probe: 12 résumés, 3.5 % of \n\tthem naïve."
 
 _LATER: dict[str, Any] = {"header": None, "sample_by": "line", "labels": None}
 """Settings of a source that are written down only where they are given, so that adding them has changed no
-fingerprint. The same holds for `Preparation.labels`."""
+fingerprint. The same holds for `PreparationSpec.labels`."""
 
 
 class FrozenObject(NamedTuple):
@@ -60,7 +60,7 @@ class FrozenSource:
 
 
 @dataclass(frozen=True)
-class Preparation:
+class PreparationSpec:
     """Everything that decides the prepared tokens. ``chat_template`` is template text, None for the tokenizer's own;
     ``labels`` the label set of classification, a label's number being its place."""
 
@@ -79,7 +79,7 @@ class Preparation:
         return data if self.labels else {name: value for name, value in data.items() if name != "labels"}
 
     @classmethod
-    def from_json(cls, data: Any) -> Preparation:
+    def from_json(cls, data: Any) -> PreparationSpec:
         """Raises Malformed for what is no preparation, or one with settings that this version does not know: it would
         be prepared without them."""
         return read_record(cls, data, exact=True)

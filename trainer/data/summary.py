@@ -10,7 +10,7 @@ import numpy as np
 
 from trainer.data.loading.stream import epoch_packs, plan_settings
 from trainer.data.order.pack_order import PlanSettings
-from trainer.data.prepare.prepared import Prepared
+from trainer.data.prepare.prepared import PreparedDataset
 from trainer.data.types import Ints
 
 BINS = 12
@@ -38,7 +38,7 @@ class Summary:
     sampled: tuple[int, int] | None = None
 
 
-def summarise(prepared: Prepared, seed: int, weights: Sequence[float], most: int | None = None) -> Summary:
+def summarise(prepared: PreparedDataset, seed: int, weights: Sequence[float], most: int | None = None) -> Summary:
     """Of all windows, or of the ``most`` that are spread evenly."""
     spec = prepared.spec
     settings = plan_settings(prepared, seed, spec.sequence_length, spec.packing, weights)

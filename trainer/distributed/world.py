@@ -29,7 +29,7 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class World:
-    """This process among ``size`` ranks. All methods but ``is_first`` are collectives: every rank calls them, in the
+    """This process among ``size`` ranks. All methods but ``is_rank0`` are collectives: every rank calls them, in the
     same order; a rank that dies makes the others raise after at most ``COLLECTIVE_TIMEOUT``."""
 
     rank: int
@@ -38,20 +38,20 @@ class World:
     device: torch.device
 
     @property
-    def is_first(self) -> bool:
+    def is_rank0(self) -> bool:
         return self.rank == 0
 
     @property
     def host(self) -> str:
         return socket.gethostname()
 
-    def sum(self, values: Sequence[float]) -> list[float]:
+    def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over the ranks, in float64."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return [float(v) for v in tensor.tolist()]
 
-    def gather(self, value: Any) -> list[Any]:
+    def all_gather(self, value: Any) -> list[Any]:
         """Every rank's (picklable, small) value, in the order of the ranks, on every rank."""
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
@@ -59,14 +59,14 @@ class World:
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's (picklable, small) value, on every rank."""
-        box = [value if self.is_first else None]
+        box = [value if self.is_rank0 else None]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
-    def from_first(self, decide: Callable[[], T]) -> T:
+    def decide_on_rank0(self, decide: Callable[[], T]) -> T:
         """What ``decide`` returns on rank 0, on every rank; what it raises there, every rank raises."""
         outcome: tuple[T | None, Exception | None] = (None, None)
-        if self.is_first:
+        if self.is_rank0:
             try:
                 outcome = (decide(), None)
             except Exception as error:

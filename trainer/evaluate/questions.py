@@ -14,7 +14,7 @@ from trainer.data.formats.columns import Columns
 from trainer.data.formats.completion import texts_of
 from trainer.data.formats.qa import Example, example_of
 from trainer.data.readers import rows_of
-from trainer.data.sample import Fault, Row
+from trainer.data.sample import Row, RowError
 from trainer.evaluate.answers import exact_match, f1, reference_number, same_number
 
 
@@ -51,14 +51,14 @@ def _of_source(source: FrozenSource) -> Iterator[Question]:
                 yield _question(*found)
 
 
-def _asked(row: Row | Fault, columns: Columns) -> Example | None:
-    found = row if isinstance(row, Fault) else example_of(row, columns)
-    return None if isinstance(found, Fault) else found
+def _asked(row: Row | RowError, columns: Columns) -> Example | None:
+    found = row if isinstance(row, RowError) else example_of(row, columns)
+    return None if isinstance(found, RowError) else found
 
 
-def _completed(row: Row | Fault, columns: Columns) -> Example | None:
-    texts = row if isinstance(row, Fault) else texts_of(row, columns)
-    return None if isinstance(texts, Fault) else Example(texts[0], (texts[1],))
+def _completed(row: Row | RowError, columns: Columns) -> Example | None:
+    texts = row if isinstance(row, RowError) else texts_of(row, columns)
+    return None if isinstance(texts, RowError) else Example(texts[0], (texts[1],))
 
 
 def _question(prompt: str, answers: tuple[str, ...]) -> Question:

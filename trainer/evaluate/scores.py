@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 
-from trainer.artifacts import Address, Subject, Writer, find, load
+from trainer.artifacts import Artifact, ArtifactRef, Generator, find, load
 from trainer.artifacts.chat import first_line, one_line
 from trainer.artifacts.reward_model import reward_model
-from trainer.data import Batch, Preparation, Prepared, eval_batches, freeze, open_prepared, prepare
+from trainer.data import Batch, PreparationSpec, PreparedDataset, eval_batches, freeze, open_prepared, prepare_dataset
 from trainer.data.prepare.label_set import label_set
 from trainer.errors import InputError, NonFiniteLoss, UsageError
 from trainer.evaluate.questions import Question, questions_of
@@ -26,7 +26,7 @@ from trainer.recipe.trust import Trust
 from trainer.run import layout
 from trainer.run.frozen import eval_spec
 from trainer.storage import open_storage
-from trainer.tasks import Company, Task, Totals, make_task
+from trainer.tasks import GenerationContext, Task, Totals, make_task
 from trainer.worker.loop import evaluated_sums
 
 ANSWER_TOKENS, SOLUTION_TOKENS = 32, 512
@@ -42,7 +42,7 @@ Answered = Callable[[int, int], None]
 
 def evaluate(
     recipe: Recipe,
-    address: Address,
+    address: ArtifactRef,
     *,
     limit: int | None = None,
     line: Line | None = None,
@@ -81,7 +81,7 @@ class _Asked:
 
 
 class _Evaluation:
-    def __init__(self, recipe: Recipe, subject: Subject, placement: Placement, asked: _Asked) -> None:
+    def __init__(self, recipe: Recipe, subject: Artifact, placement: Placement, asked: _Asked) -> None:
         self.recipe, self.subject, self.placement, self.asked = recipe, subject, placement, asked
         self.device, self.limit, self.line, self.say = placement.device, asked.limit, asked.line, asked.say
 
@@ -96,8 +96,8 @@ class _Evaluation:
         prepared = prepared_for(recipe, eval_spec(recipe, tokenizer, labels), tokenizer, folder)
         self.say("loading the model")
         model = load(self.subject, self.placement, task.labels, seed=recipe.seed)
-        if task.writes:
-            task.company = Company(tokenizer, reward=reward_model(recipe, self.device))
+        if task.generates:
+            task.generation = GenerationContext(tokenizer, reward=reward_model(recipe, self.device))
         task.attach(model)
         questions = questions_of(prepared.spec.sources, self.limit) if recipe.task == "sft" else []
         self.say(f"evaluating on {self.device}")
@@ -122,7 +122,7 @@ class _Evaluation:
         return self.subject.labels or label_set(freeze(self.recipe.data.train))
 
     @torch.no_grad()
-    def _losses(self, model: Any, task: Task, prepared: Prepared, line: Line | None) -> dict[str, Any]:
+    def _losses(self, model: Any, task: Task, prepared: PreparedDataset, line: Line | None) -> dict[str, Any]:
         """With a ``line``, each sample is measured by itself."""
         singly = line is not None or self.limit is not None
         size = 1 if line is not None else self.recipe.training.micro_batch
@@ -140,7 +140,7 @@ class _Evaluation:
         return {**found, "samples": samples}
 
     def _answers(self, model: Any, tokenizer: Any, questions: Sequence[Question]) -> dict[str, Any]:
-        writer, done = Writer(model, tokenizer, self.device, GENERATED_AT_ONCE), 0
+        writer, done = Generator(model, tokenizer, self.device, GENERATED_AT_ONCE), 0
 
         def answered(more: int) -> None:
             nonlocal done
@@ -165,10 +165,10 @@ class _Evaluation:
         return nullcontext() if dtype == torch.float32 else torch.autocast(self.device.type, dtype)
 
 
-def prepared_for(recipe: Recipe, spec: Preparation, tokenizer: Any, folder: Path) -> Prepared:
+def prepared_for(recipe: Recipe, spec: PreparationSpec, tokenizer: Any, folder: Path) -> PreparedDataset:
     """As a run has prepared them, or else prepared here, in ``folder``: nothing is written to the storage."""
     there = open_prepared(open_storage(recipe.storage).child(layout.PREPARED), spec.fingerprint)
-    return there or prepare(spec, tokenizer, open_storage(str(folder)))
+    return there or prepare_dataset(spec, tokenizer, open_storage(str(folder)))
 
 
 def example(task: Task, batch: Batch, sums: Mapping[str, torch.Tensor]) -> dict[str, Any]:

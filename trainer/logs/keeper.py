@@ -49,11 +49,11 @@ class Keeper:
         self._storer = threading.Thread(target=self._store_often, daemon=True)
 
     def run(self, pipes: dict[int, int | None]) -> None:
-        from trainer.logs.parts import Lines, Passed
+        from trainer.logs.parts import LogLines, Passed
         from trainer.redact import RedactedLines, redactor
 
         self._storer.start()
-        lines = {pipe: Lines(RedactedLines(redactor())) for pipe in pipes}
+        lines = {pipe: LogLines(RedactedLines(redactor())) for pipe in pipes}
         passed = {pipe: Passed(_redaction(target)) for pipe, target in pipes.items() if target is not None}
         heard = dict.fromkeys(passed, 0.0)
         with selectors.DefaultSelector() as selector:

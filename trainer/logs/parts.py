@@ -89,7 +89,7 @@ class LogParts:
                 self._dropped.append(old.offset)
 
 
-class Lines:
+class LogLines:
     """Whole lines of one stream, as they are kept: of a line that was drawn again and again its last state, and what
     ``redact`` makes of it."""
 
@@ -146,7 +146,7 @@ def _last_state(line: bytes) -> bytes:
     return body.rpartition(b"\r")[2] + (b"\n" if line.endswith(b"\n") else b"")
 
 
-class Stored(NamedTuple):
+class LogPart(NamedTuple):
     """A part as it lies in the storage."""
 
     attempt: int
@@ -159,10 +159,10 @@ class Stored(NamedTuple):
         return layout.log_part(self.attempt, self.rank, self.offset)
 
 
-def stored_parts(run: Storage) -> list[Stored]:
+def stored_parts(run: Storage) -> list[LogPart]:
     """By attempt, rank and place."""
     found = ((layout.parse_log_part(info.key), info.size) for info in run.list(layout.LOGS))
-    return sorted(Stored(*place, size) for place, size in found if place)
+    return sorted(LogPart(*place, size) for place, size in found if place)
 
 
 class LogFeed:
@@ -172,12 +172,12 @@ class LogFeed:
         self._run = run
         self._at = 0
 
-    def new(self, parts: list[Stored]) -> bytes:
+    def new(self, parts: list[LogPart]) -> bytes:
         """What the newest listing has more than the last one; ``parts`` are those of this rank and attempt."""
         wanted = [part for part in parts if part.offset + part.size > self._at]
         return b"".join(self._pieces(wanted, in_parallel(self._body, wanted, _PARALLEL_READS)))
 
-    def _pieces(self, parts: list[Stored], bodies: list[bytes]) -> Iterator[bytes]:
+    def _pieces(self, parts: list[LogPart], bodies: list[bytes]) -> Iterator[bytes]:
         for part, body in zip(parts, bodies, strict=True):
             if not body:  # deleted since it was listed: the next part tells how much is missing
                 continue
@@ -187,7 +187,7 @@ class LogFeed:
             yield body[self._at - part.offset :]
             self._at = part.offset + len(body)
 
-    def _body(self, part: Stored) -> bytes:
+    def _body(self, part: LogPart) -> bytes:
         try:
             return self._run.read(part.key)
         except FileNotFoundError:

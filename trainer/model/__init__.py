@@ -1,6 +1,6 @@
 """The base model: its files brought to this host, its tokenizer, and the module built from them."""
 
-from trainer.model.build import Loaded, build
+from trainer.model.build import LoadedModel, build
 from trainer.model.files.fetch import ModelFiles, fetch_model
 from trainer.model.files.tokenizer import load_tokenizer
 from trainer.model.files.weight_check import check_weights
@@ -9,7 +9,7 @@ from trainer.model.kernels.packing_check import check_isolation
 
 __all__ = [
     "Head",
-    "Loaded",
+    "LoadedModel",
     "ModelFiles",
     "build",
     "check_isolation",

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Loaded:
+class LoadedModel:
     """``bytes_read``: bytes of weight files read; ``peak_host_bytes``: the process's peak over what it held before."""
 
     model: PreTrainedModel
@@ -44,7 +44,7 @@ def build(
     full: bool,
     checkpointing: bool,
     head: Head | None = None,
-) -> Loaded:
+) -> LoadedModel:
     """Loads the causal LM in ``folder`` whole, or with a ``head`` the sequence classifier; ``full``: all its parameters
     will be trained. Trainable are then all, or those of the head. What is only read may be spread over several devices.
 
@@ -64,7 +64,7 @@ def build(
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     read = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
-    return Loaded(model, read, host.bytes())
+    return LoadedModel(model, read, host.bytes())
 
 
 @torch.no_grad()

@@ -15,20 +15,20 @@ from typing import Any
 import torch
 
 from trainer.errors import InputError
-from trainer.model.files.safetensors_index import Stored
-from trainer.model.meta import NotByShard
+from trainer.model.files.safetensors_index import TensorLocation
+from trainer.model.meta import NeedsFullLoad
 
 QUANT_STATE = re.compile(r"\.weight\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state\.bitsandbytes__\w+)$")
 """What bitsandbytes stores beside a packed weight."""
 
 
 def match_names(
-    model: Any, stored: Mapping[str, Stored], path: str, may_lack: Callable[[str], bool] = lambda name: False
+    model: Any, stored: Mapping[str, TensorLocation], path: str, may_lack: Callable[[str], bool] = lambda name: False
 ) -> dict[str, str]:
     """Name in the files for each parameter and persistent buffer of ``model`` (tied ones under one of their names), but
     for those that the files lack and ``may_lack``.
 
-    Raises InputError when the files lack another one, NotByShard when transformers would do more than rename."""
+    Raises InputError when the files lack another one, NeedsFullLoad when transformers would do more than rename."""
     tensors = dict(state_of(model))
     found = {renamed: name for name, renamed in _renamed(model, stored, tensors) if renamed in tensors}
     _check_ties(tensors, found)
@@ -46,7 +46,7 @@ def state_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _renamed(
-    model: Any, stored: Mapping[str, Stored], tensors: Mapping[str, torch.Tensor]
+    model: Any, stored: Mapping[str, TensorLocation], tensors: Mapping[str, torch.Tensor]
 ) -> Iterator[tuple[str, str]]:
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
@@ -63,7 +63,7 @@ def _renamed(
         if renamed not in known and name in known:
             renamed, converted = rename_source_key(name, [], [], prefix, known)
         if converted is not None:
-            raise NotByShard(f"transformers converts its stored {name} while it loads it")
+            raise NeedsFullLoad(f"transformers converts its stored {name} while it loads it")
         yield name, renamed
 
 
@@ -73,7 +73,7 @@ def _check_ties(tensors: Mapping[str, torch.Tensor], found: Mapping[str, str]) -
         stored[id(tensors[name])].append(name)
     twice = next((names for names in stored.values() if len(names) > 1), None)
     if twice:
-        raise NotByShard(f"its files hold {' and '.join(twice)}, which are to be one tensor")
+        raise NeedsFullLoad(f"its files hold {' and '.join(twice)}, which are to be one tensor")
 
 
 def _check_missing(model: Any, path: str, tensors: Mapping[str, torch.Tensor], found: Mapping[str, str]) -> None:
@@ -83,11 +83,11 @@ def _check_missing(model: Any, path: str, tensors: Mapping[str, torch.Tensor], f
     drawn = [name for name in missing if ignored and re.search(ignored, name)]
     lacking = [name for name in missing if name not in drawn]
     if lacking and type(model).__name__.endswith("ForSequenceClassification"):
-        raise NotByShard(f"its files lack {lacking[0]}, which may stand there under another name")
+        raise NeedsFullLoad(f"its files lack {lacking[0]}, which may stand there under another name")
     if lacking:
         raise InputError(
             f"model.path {path!r} lacks {len(lacking)} weights of a causal language model ({', '.join(lacking[:3])}); "
             "name a checkpoint that was saved whole, with its output head"
         )
     if drawn:
-        raise NotByShard(f"transformers makes its {drawn[0]} itself")
+        raise NeedsFullLoad(f"transformers makes its {drawn[0]} itself")

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 META = torch.device("meta")
 
 
-class NotByShard(Exception):
+class NeedsFullLoad(Exception):
     """This model has to be loaded whole; ``str`` says why."""
 
 
@@ -46,7 +46,7 @@ def meta_model(
     """What `build` makes, with its parameters on the meta device and its computed buffers on ``device``.
 
     ``auto_class``: one of transformers' auto classes instead of AutoModelForCausalLM; with a ``head``, the sequence
-    classifier. Raises InputError when the configuration is none that transformers knows, NotByShard when a buffer can
+    classifier. Raises InputError for a configuration that transformers does not know, NeedsFullLoad when a buffer can
     only be had by loading the model whole.
     """
     load_libraries()
@@ -135,7 +135,7 @@ def _quantise(model: Any, section: ModelSection, dtype: torch.dtype, skipped: li
     model.hf_quantizer = quantizer
     kind = getattr(quantizer.quantization_config, "bnb_4bit_quant_type", "nf4")
     if section.quantization == "nf4" and kind != "nf4":
-        raise NotByShard(f"its files are quantised as {kind}")
+        raise NeedsFullLoad(f"its files are quantised as {kind}")
     keep_weights_packed(model)
     if section.quantization == "nf4":
         for module in four_bit_layers(model).values():
@@ -188,7 +188,7 @@ def _compute_buffers(model: Any, device: torch.device) -> None:
         found = [_computed(_owner(model, name), module, buffers, device, fill) for fill in (0, 1)]
         for buffer in buffers:
             if not torch.equal(found[0][buffer], found[1][buffer]):
-                raise NotByShard(f"its buffer {name}.{buffer} is in no file, and nothing computes it")
+                raise NeedsFullLoad(f"its buffer {name}.{buffer} is in no file, and nothing computes it")
 
 
 @torch.no_grad()

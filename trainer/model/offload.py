@@ -16,10 +16,10 @@ from typing import Any, NamedTuple
 import torch
 
 from trainer.errors import InputError
-from trainer.model.files.safetensors_index import Stored, read_headers
-from trainer.model.files.weight_source import Source
+from trainer.model.files.safetensors_index import TensorLocation, read_headers
+from trainer.model.files.weight_source import WeightSource
 from trainer.model.key_mapping import match_names, state_of
-from trainer.model.meta import META, NotByShard, meta_model
+from trainer.model.meta import META, NeedsFullLoad, meta_model
 from trainer.model.placement import Placement
 from trainer.recipe.sections.model import ModelSection
 
@@ -37,7 +37,7 @@ class LaidOut(NamedTuple):
     model: Any
     base: Any
     folder: Path
-    places: Mapping[int, tuple[Stored, str]]
+    places: Mapping[int, tuple[TensorLocation, str]]
     kept: list[torch.Tensor]
 
     def read(self, tensor: torch.Tensor) -> torch.Tensor | None:
@@ -54,12 +54,12 @@ class LaidOut(NamedTuple):
 
 def lay_out(section: ModelSection, folder: Path, device: torch.device, attach: Attach, auto_class: Any) -> LaidOut:
     """Raises InputError when the architecture can only be loaded whole. The files have to stay where they are."""
-    source = Source(str(folder))
+    source = WeightSource(str(folder))
     try:
         base: Any = meta_model(section, folder, device, full=False, checkpointing=False, auto_class=auto_class)
         stored = read_headers(source, section.path)
         names = match_names(base, stored, section.path)
-    except NotByShard as reason:
+    except NeedsFullLoad as reason:
         raise InputError(f"{section.path} is taken in parts here, which cannot be: {reason}") from reason
     finally:
         source.close()

@@ -18,8 +18,8 @@ from trainer.model.files.fetch import fetch_model
 from trainer.model.files.safetensors_index import read_headers
 from trainer.model.files.sharded_writer import WeightFiles
 from trainer.model.files.weight_check import INDEX
-from trainer.model.files.weight_source import Source
-from trainer.model.meta import NotByShard, meta_model
+from trainer.model.files.weight_source import WeightSource
+from trainer.model.meta import NeedsFullLoad, meta_model
 from trainer.model.sharded_load import ShardLoader
 from trainer.recipe.sections.model import ModelSection
 from trainer.storage import Storage, local_path, open_storage
@@ -48,7 +48,7 @@ def make_copy(section: ModelSection, models: Storage) -> Storage:
     if copy.info(CONFIG):
         return copy
     folder = fetch_model(section, weights="://" not in section.path).folder
-    source = Source(_location(section, folder))
+    source = WeightSource(_location(section, folder))
     try:
         base, loader = _loader(section, folder, source)
         files = WeightFiles(copy.upload, FILE_BYTES)
@@ -66,11 +66,11 @@ def make_copy(section: ModelSection, models: Storage) -> Storage:
     return copy
 
 
-def _loader(section: ModelSection, folder: Path, source: Source) -> tuple[Any, ShardLoader]:
+def _loader(section: ModelSection, folder: Path, source: WeightSource) -> tuple[Any, ShardLoader]:
     try:
         base = meta_model(section, folder, torch.device("cpu"), full=False, checkpointing=False)
         return base, ShardLoader(base, source, section.path, torch.device("cpu"))
-    except NotByShard as reason:
+    except NeedsFullLoad as reason:
         raise InputError(f"no NF4 copy of {section.path!r} can be made: {reason}; runs load it without one") from reason
 
 
@@ -93,7 +93,7 @@ def _identity(section: ModelSection) -> Any:
     folder = fetch_model(section, weights=False).folder
     if not Path(section.path).is_dir():
         return [section.path, folder.name]
-    source = Source(str(folder))
+    source = WeightSource(str(folder))
     try:
         return [_sampled(source, section.path), (folder / CONFIG).read_text()]
     finally:
@@ -104,7 +104,7 @@ def _decides(key: str) -> bool:
     return key.endswith(".safetensors") or key in (CONFIG, INDEX)
 
 
-def _sampled(source: Source, path: str) -> str:
+def _sampled(source: WeightSource, path: str) -> str:
     digest = hashlib.sha256()
     for name, place in sorted(read_headers(source, path).items()):
         digest.update(f"{name} {place.dtype} {place.shape}".encode())

@@ -18,54 +18,58 @@ import torch.distributed as dist
 
 from trainer.errors import InputError
 from trainer.model import nf4
-from trainer.model.files.safetensors_index import Stored, read_headers
-from trainer.model.files.weight_source import Source
+from trainer.model.files.safetensors_index import TensorLocation, read_headers
+from trainer.model.files.weight_source import WeightSource
 from trainer.model.head import Head, drawn_for, is_head, set_up_head
 from trainer.model.key_mapping import match_names, state_of
-from trainer.model.meta import NotByShard, four_bit_layers
+from trainer.model.meta import NeedsFullLoad, four_bit_layers
 
 if TYPE_CHECKING:
-    from trainer.strategies.base import Piece
+    from trainer.strategies.base import ShardSlice
 
 CHUNK = 2**22
 """Elements that are read at a time when their type changes on the way."""
 
-Rows = Callable[[str, int, int], Iterator[torch.Tensor]]
+RowReader = Callable[[str, int, int], Iterator[torch.Tensor]]
 Gather = Callable[[torch.Tensor], torch.Tensor]
-Initial = Callable[[str, torch.Size, int, int, Rows], torch.Tensor]
+InitParameter = Callable[[str, torch.Size, int, int, RowReader], torch.Tensor]
 
 
 @dataclass(frozen=True)
-class _Place:
+class _WeightLocation:
     """Where a parameter comes from; ``layer``: the 4-bit layer that it is the packed weight of; ``state``: what the
     files hold of its quantisation, by bitsandbytes' names, where it is packed there too."""
 
-    stored: Stored
+    stored: TensorLocation
     layer: Any = None
-    state: Mapping[str, Stored] = field(default_factory=dict)
+    state: Mapping[str, TensorLocation] = field(default_factory=dict)
 
 
 class ShardLoader:
     """Brings the weights in ``source`` into the meta model ``base``, once it has been wrapped.
 
     ``device``: where weights are quantised and collectives run; what a rank keeps may lie on the host all the same.
-    Raises InputError when files lack something or have it in another shape, NotByShard when ``base`` has to be loaded
+    Raises InputError when files lack something or have it in another shape, NeedsFullLoad when ``base`` must be loaded
     whole."""
 
-    def __init__(self, base: Any, source: Source, path: str, device: torch.device, head: Head | None = None) -> None:
+    def __init__(
+        self, base: Any, source: WeightSource, path: str, device: torch.device, head: Head | None = None
+    ) -> None:
         self.source, self.device, self.base, self.head = source, device, base, head
         self.stored = read_headers(source, path)
         names = match_names(base, self.stored, path, lambda name: head is not None and is_head(base, name))
         if head:  # one of another size is none
             names = {n: key for n, key in names.items() if not is_head(base, n) or self._fits(base, n, key)}
         if getattr(base.config, "quantization_config", None) and not _is_four_bit(base):
-            raise NotByShard("its files are quantised, and model.quantization is none")
+            raise NeedsFullLoad("its files are quantised, and model.quantization is none")
         layers = {id(layer.weight): layer for layer in four_bit_layers(base).values()} if _is_four_bit(base) else {}
         tensors = dict(state_of(base))
         # By identity: the adapter renames what it wraps. Kept alive until then, for an identity to mean something.
         self._tensors = [tensors[name] for name in names]
         self._places = {
-            id(tensors[name]): _Place(self.stored[key], layers.get(id(tensors[name])), state_in(self.stored, key))
+            id(tensors[name]): _WeightLocation(
+                self.stored[key], layers.get(id(tensors[name])), state_in(self.stored, key)
+            )
             for name, key in names.items()
         }
         _check_shapes(path, {name: (tensors[name], self._places[id(tensors[name])]) for name in names})
@@ -73,7 +77,7 @@ class ShardLoader:
         self._lacking = {n: t for n, t in tensors.items() if head and n not in names and is_head(base, n)}
         if head:
             set_up_head(base, head, self._lacking)
-        self._named: dict[str, _Place] = {}
+        self._named: dict[str, _WeightLocation] = {}
         self._drawn: dict[str, str] = {}  # by the name after the adapter was attached, that in the base
         self._first_name: dict[str, str] = {}  # of a tied parameter, by each of its names
 
@@ -100,7 +104,7 @@ class ShardLoader:
                     )
         self._tensors, self._places, self._lacking = [], {}, {}
 
-    def fill(self, pieces: Sequence[Piece], initial: Initial, whole: Callable[[str], torch.Tensor]) -> None:
+    def fill(self, pieces: Sequence[ShardSlice], initial: InitParameter, whole: Callable[[str], torch.Tensor]) -> None:
         """Collective: fills ``pieces``, which are of all parameters; those that no file holds by ``initial(name, shape,
         start, stop, rows)``, but for a head's, which is drawn. ``whole``: the whole of a parameter that is spread over
         the ranks, by its name."""
@@ -147,11 +151,11 @@ class ShardLoader:
                 parts = {f"{key}.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
                 yield {key: packed, **parts}
 
-    def _position(self, piece: Piece) -> tuple[str, int]:
+    def _position(self, piece: ShardSlice) -> tuple[str, int]:
         place = self._named[piece.name].stored
         return place.file, place.start
 
-    def _ranges(self, pieces: Sequence[Piece]) -> Iterator[tuple[str, int, int]]:
+    def _ranges(self, pieces: Sequence[ShardSlice]) -> Iterator[tuple[str, int, int]]:
         for piece in pieces:
             place = self._named[piece.name]
             stored, first, last = place.stored, piece.start, piece.stop
@@ -164,12 +168,12 @@ class ShardLoader:
                 size = stored.dtype.itemsize
                 yield stored.file, stored.start + first * size, stored.start + last * size
 
-    def _values(self, stored: Stored, start: int, stop: int) -> torch.Tensor:
+    def _values(self, stored: TensorLocation, start: int, stop: int) -> torch.Tensor:
         raw = torch.empty((stop - start) * stored.dtype.itemsize, dtype=torch.uint8)
         self.source.read_into(stored.file, stored.start + start * stored.dtype.itemsize, _bytes_of(raw))
         return raw.view(stored.dtype)
 
-    def _copy(self, piece: Piece, stored: Stored) -> None:
+    def _copy(self, piece: ShardSlice, stored: TensorLocation) -> None:
         local = piece.local
         if local.numel() and local.device.type == "cpu" and local.dtype == stored.dtype:
             view = _bytes_of(local.view(torch.uint8))
@@ -179,7 +183,7 @@ class ShardLoader:
             stop = min(piece.stop, start + CHUNK)
             local[start - piece.start : stop - piece.start].copy_(self._values(stored, start, stop))
 
-    def _copy_packed(self, piece: Piece, place: _Place) -> None:
+    def _copy_packed(self, piece: ShardSlice, place: _WeightLocation) -> None:
         """What the files hold packed; the storage type may be another one there."""
         from bitsandbytes.functional import QuantState
 
@@ -195,7 +199,7 @@ class ShardLoader:
         }
         _set_state(place.layer, QuantState.from_dict(state, self.device))
 
-    def _quantised(self, place: _Place, start: int, stop: int, local: torch.Tensor, gather: Gather) -> Any:
+    def _quantised(self, place: _WeightLocation, start: int, stop: int, local: torch.Tensor, gather: Gather) -> Any:
         """Fills ``local`` with elements ``start`` to ``stop`` of the packed weight; the state of the whole."""
         stored, state = place.stored, place.layer.quant_state
 
@@ -206,7 +210,7 @@ class ShardLoader:
         return nf4.nested_state(gather(absmax), state.shape, state.dtype)
 
     def _rows(
-        self, piece: Piece, first: int, last: int, whole: Callable[[str], torch.Tensor]
+        self, piece: ShardSlice, first: int, last: int, whole: Callable[[str], torch.Tensor]
     ) -> Iterator[torch.Tensor]:
         """Collective: rows ``first`` to ``last`` (other ones on each rank) of a weight, as the forward sees them."""
         layer = self._named[piece.name].layer if piece.name in self._named else None
@@ -226,7 +230,7 @@ def _bytes_of(raw: torch.Tensor) -> memoryview:
     return memoryview(array)
 
 
-def state_in(stored: Mapping[str, Stored], weight: str) -> dict[str, Stored]:
+def state_in(stored: Mapping[str, TensorLocation], weight: str) -> dict[str, TensorLocation]:
     """What the files hold of the quantisation of ``weight``; nothing where it is not packed."""
     if not any(f"{weight}.quant_state.bitsandbytes__{kind}" in stored for kind in ("nf4", "fp4")):
         return {}
@@ -250,12 +254,12 @@ def _everywhere(answer: bool, device: torch.device) -> bool:
     return bool(said)
 
 
-def _check_shapes(path: str, found: Mapping[str, tuple[torch.Tensor, _Place]]) -> None:
+def _check_shapes(path: str, found: Mapping[str, tuple[torch.Tensor, _WeightLocation]]) -> None:
     unlike = []
     for name, (tensor, place) in sorted(found.items()):
         wanted = tuple(place.layer.quant_state.shape if place.layer is not None else tensor.shape)
         if place.layer is not None and place.layer.source_cls.__name__ == "Conv1D":
-            raise NotByShard(f"its {name} is stored transposed")
+            raise NeedsFullLoad(f"its {name} is stored transposed")
         if place.state and place.stored.bytes == tensor.numel() * tensor.element_size():
             continue
         if place.stored.shape != wanted:

@@ -3,17 +3,17 @@
 from trainer.plan.config import Base, read_base
 from trainer.plan.memory import Planner
 from trainer.plan.result import Limits, Plan, RankPlan
-from trainer.plan.run_length import Inquiry, Outlook
+from trainer.plan.run_length import RunLength, RunLengthQuery
 from trainer.plan.suggestions import Suggestion, suggestions
 
 __all__ = [
     "Base",
-    "Inquiry",
     "Limits",
-    "Outlook",
     "Plan",
     "Planner",
     "RankPlan",
+    "RunLength",
+    "RunLengthQuery",
     "Suggestion",
     "read_base",
     "suggestions",

@@ -35,7 +35,7 @@ MEASURED_LAYERS = 3
 FIRST, DEEP = "first", "deep"
 
 
-class Measured(NamedTuple):
+class ActivationBytes(NamedTuple):
     """Bytes at one depth. ``first``: peak until the second layer begins, whatever the depth; ``deep``: peak from there
     on, which grows with it; ``held``: between forward and backward."""
 
@@ -43,7 +43,7 @@ class Measured(NamedTuple):
     deep: int
     held: int
 
-    def at(self, depth: int, measured: int, shallower: Measured) -> int:
+    def at(self, depth: int, measured: int, shallower: ActivationBytes) -> int:
         """The peak with ``depth`` layers, from this one with ``measured`` and ``shallower`` with one less."""
         return max(self.first, self.deep + (depth - measured) * (self.held - shallower.held))
 
@@ -74,7 +74,7 @@ def _peak(recipe: Recipe, config: PreTrainedConfig, ranks: int | None) -> int:
     return deeper.at(depth, most, measure(recipe, with_layers(config, most - 1), ranks))
 
 
-def measure(recipe: Recipe, config: PreTrainedConfig, ranks: int | None) -> Measured:
+def measure(recipe: Recipe, config: PreTrainedConfig, ranks: int | None) -> ActivationBytes:
     """One micro-batch, forward and backward; ``ranks``: sharded over so many by FSDP2, None: not sharded."""
     try:
         with fake_world(ranks) if ranks else nullcontext() as world:
@@ -86,7 +86,7 @@ def measure(recipe: Recipe, config: PreTrainedConfig, ranks: int | None) -> Meas
                 return _run(recipe, model, task, layers, settle=lambda: None)
             strategy = make_strategy(on_device(recipe), world)
             strategy.model = strategy.wrap(model)
-            return _run(recipe, strategy.model, task, layers, settle=strategy.settle)
+            return _run(recipe, strategy.model, task, layers, settle=strategy.reshard)
     except (RuntimeError, NotImplementedError) as error:
         said = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
@@ -103,7 +103,7 @@ def on_device(recipe: Recipe) -> Recipe:
 
 def _run(
     recipe: Recipe, model: torch.nn.Module, task: Task, layers: list[torch.nn.Module], settle: Callable[[], None]
-) -> Measured:
+) -> ActivationBytes:
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device=CPU)
         for parameter in model.parameters():
@@ -113,21 +113,21 @@ def _run(
         if len(layers) > 1:
             layers[1].register_forward_pre_hook(lambda *_: setattr(live, "stage", DEEP))
         with live.counting():
-            if task.prepares and not task.writes:
+            if task.prepares_steps and not task.generates:
                 _prepare(recipe, model, task, batch)
                 settle()
             live.stage = FIRST
             with _autocast(recipe, model):
-                loss = task.measure(model, task.rehearsed(batch), CPU).loss_sum
+                loss = task.loss(model, task.dummy_batch(batch), CPU).loss_sum
             held = live.live
             loss.backward()
-    return Measured(live.peaks.get(FIRST, 0), live.peaks.get(DEEP, 0), held)
+    return ActivationBytes(live.peaks.get(FIRST, 0), live.peaks.get(DEEP, 0), held)
 
 
 def _prepare(recipe: Recipe, model: torch.nn.Module, task: Task, batch: Batch) -> None:
     model.eval()
     with torch.no_grad(), _autocast(recipe, model):
-        task.prepare(model, [batch], CPU)
+        task.prepare_step(model, [batch], CPU)
     model.train()
 
 

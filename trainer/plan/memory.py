@@ -80,7 +80,9 @@ def _by_shard(recipe: Recipe, model: torch.nn.Module) -> bool:
     """As `trainer.worker.build` decides it."""
     if recipe.model.quantization == "int8":
         return False
-    return bool(STRATEGIES.load(recipe.strategy.kind).by_shard(recipe)) and make_adapter(recipe).loads_by_shard(model)
+    return bool(STRATEGIES.load(recipe.strategy.kind).loads_sharded(recipe)) and make_adapter(recipe).loads_by_shard(
+        model
+    )
 
 
 class Planner:

@@ -25,7 +25,7 @@ ROWS = 50
 
 
 @dataclass(frozen=True)
-class Outlook:
+class RunLength:
     """None is what is not known. ``tokens_per_s`` is that of all ranks together; ``measured``: by the run itself, on
     ``measured_ranks``."""
 
@@ -41,16 +41,16 @@ class Outlook:
         return self.steps * tokens_per_step / self.tokens_per_s / 3600
 
 
-class Inquiry:
+class RunLengthQuery:
     """Asks when it is made, and tells later: what a plan computes meanwhile takes longer than most answers."""
 
     def __init__(self, recipe: Recipe, tokens_per_s: float | None) -> None:
         """``tokens_per_s``: what the user expects, instead of what the run's own metrics say."""
-        self._given = Outlook(steps=recipe.training.steps, tokens_per_s=tokens_per_s)
+        self._given = RunLength(steps=recipe.training.steps, tokens_per_s=tokens_per_s)
         self._length = Asked(lambda: _length(recipe))
         self._speed = Asked(lambda: _speed(recipe)) if tokens_per_s is None else None
 
-    def outlook(self) -> Outlook:
+    def outlook(self) -> RunLength:
         outlook, length = self._given, _answer(self._length)
         if length is not None:
             outlook = replace(outlook, steps=length[0], steps_per_epoch=length[1], samples_per_epoch=length[2])

@@ -32,7 +32,7 @@ LARGEST_RECIPE = 1 << 20
 LONGEST_PATH, LONGEST_MESSAGE = 200, 1500
 
 
-class Found(NamedTuple):
+class LocatedMistake(NamedTuple):
     """A mistake by the paths that it is about, the chief one first."""
 
     paths: tuple[KeyPath, ...]
@@ -92,9 +92,9 @@ def parse(data: dict[str, Any]) -> Recipe:
     return recipe
 
 
-def _validate(data: dict[str, Any], *, stored: bool = False) -> tuple[list[Found], Recipe | None]:
+def _validate(data: dict[str, Any], *, stored: bool = False) -> tuple[list[LocatedMistake], Recipe | None]:
     """All mistakes, and the recipe when there is none. ``data`` is mended in place."""
-    found: list[Found] = []
+    found: list[LocatedMistake] = []
     mended: set[KeyPath] = set()
     while True:
         try:
@@ -106,10 +106,10 @@ def _validate(data: dict[str, Any], *, stored: bool = False) -> tuple[list[Found
         before = len(mended)
         for detail in errors:
             if path_of(detail) not in mended:
-                found.append(Found((path_of(detail),), sentence(detail)))
+                found.append(LocatedMistake((path_of(detail),), sentence(detail)))
             mended |= {path_of(detail), _mend(data, detail)}
         assert len(mended) > before, f"no way to go on after {errors}"
-    found += [Found(*conflict) for conflict in recipe.conflicts() if not _touches(conflict, mended)]
+    found += [LocatedMistake(*conflict) for conflict in recipe.conflicts() if not _touches(conflict, mended)]
     return found, None if found else recipe
 
 

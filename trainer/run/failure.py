@@ -30,7 +30,7 @@ OWN = tuple(f"{ROOT / part}/" for part in ("launcher", "trainer", "cluster"))
 _STEP = re.compile(r"step \d+(, )?")
 
 
-class Kind(NamedTuple):
+class FailureKind(NamedTuple):
     """``fatal``: trying again would end the same; ``usage``: the user can mend it; ``own``: an error of this
     program's, whose text says what to do."""
 
@@ -39,11 +39,11 @@ class Kind(NamedTuple):
     own: bool
 
     @classmethod
-    def of(cls, error: BaseException) -> Kind:
+    def of(cls, error: BaseException) -> FailureKind:
         return cls(isinstance(error, FATAL), isinstance(error, UsageError), isinstance(error, MusterError))
 
 
-class Failure(Exception):
+class WorkerError(Exception):
     """An exception of one rank, as it crosses from the worker to the driver. Times are Unix seconds; ``where`` is what
     the rank was doing (`trainer.errors.note_where`)."""
 
@@ -54,7 +54,7 @@ class Failure(Exception):
         host: str,
         error: str,
         trace: str,
-        kind: Kind,
+        kind: FailureKind,
         where: str = "",
     ) -> None:
         super().__init__(when, rank, host, error, trace, kind, where)
@@ -69,7 +69,7 @@ class Failure(Exception):
         return f"rank {self.rank} on {self.host}: {self.error}"
 
     @classmethod
-    def of(cls, error: BaseException, when: float, rank: int, host: str, trace: str) -> Failure:
+    def of(cls, error: BaseException, when: float, rank: int, host: str, trace: str) -> WorkerError:
         where = where_of(error) or ""
         if isinstance(error, MusterError):  # its text needs no trace
             said, trace = str(error), ""
@@ -78,17 +78,17 @@ class Failure(Exception):
         if where and not _STEP.match(said):
             said = f"{where}: {said}"
         # Here, on the rank, since the cluster's own logs have it as it is raised.
-        return cls(when, rank, host, redact(said), redact(trace), Kind.of(error), where)
+        return cls(when, rank, host, redact(said), redact(trace), FailureKind.of(error), where)
 
     @property
-    def cause(self) -> Cause:
-        return Cause(str(self), self.rank, self.host, trace=self.trace, where=self.where, **self.kind._asdict())
+    def cause(self) -> Failure:
+        return Failure(str(self), self.rank, self.host, trace=self.trace, where=self.where, **self.kind._asdict())
 
 
 @dataclass(frozen=True)
-class Cause:
-    """The first failure of an attempt, of such a `Kind`; ``where``: what its rank was doing, as far as that is known;
-    ``died``: it was killed, and raised nothing."""
+class Failure:
+    """The first failure of an attempt. ``where``: what its rank was doing, if that is known; ``died``: the rank was
+    killed and raised nothing."""
 
     message: str
     rank: int | None = None
@@ -105,7 +105,7 @@ class Cause:
         """Whether the rank may have failed of what another one did to it: it was killed, or its collectives broke."""
         return self.died or (not self.own and COLLECTIVE.search(self.message) is not None)
 
-    def of_hang(self, hang: Mapping[str, Any]) -> Cause:
+    def of_hang(self, hang: Mapping[str, Any]) -> Failure:
         """The same failure, which came of this event: the rank that held the others up was ended."""
         found = replace(self, message=str(hang.get("cause") or self.message))
         if not hang.get("ranks"):

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Required, TypedDict
 
 from trainer.data import (
-    Preparation,
-    Prepared,
+    PreparationSpec,
+    PreparedDataset,
     check_first_rows,
     count_steps,
     describe,
     freeze,
     open_begun,
     open_prepared,
-    prepare,
+    prepare_dataset,
     resolve_chat_template,
 )
 from trainer.errors import CorruptObject, InputError, Mistake, RecipeChanged, RecipeError
@@ -56,8 +56,8 @@ PACKAGES = (
 )
 
 
-Early = Callable[[Preparation, Any, Storage], Prepared]
-"""Prepares data, and gives it back while that goes on: see `trainer.data.Begun`."""
+Early = Callable[[PreparationSpec, Any, Storage], PreparedDataset]
+"""Prepares data, and gives it back while that goes on: see `trainer.data.PartialDataset`."""
 
 
 class _Data(TypedDict, total=False):
@@ -70,8 +70,8 @@ class RunData:
     """The prepared data of a run, and the number of steps that it comes to."""
 
     recipe: Recipe
-    train: Prepared
-    eval: Prepared | None
+    train: PreparedDataset
+    eval: PreparedDataset | None
 
     @cached_property
     def total_steps(self) -> int:
@@ -242,10 +242,10 @@ def prepare_parts(
     map_windows: Callable[..., Any] = map,
     on_progress: Callable[..., None] | None = None,
     early: Early | None = None,
-) -> tuple[Prepared, Prepared | None]:
+) -> tuple[PreparedDataset, PreparedDataset | None]:
     """Training and evaluation data, prepared under ``shared``; of the run nothing is written."""
     frozen = _frozen_data(run)
-    parts: dict[str, Prepared | None] = {"train": None, "eval": None}
+    parts: dict[str, PreparedDataset | None] = {"train": None, "eval": None}
     loaded: list[PreTrainedTokenizerBase] = []
     for part, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         if not sources:
@@ -259,7 +259,7 @@ def prepare_parts(
             if early is not None and part == "train" and recipe.training.steps is not None:
                 prepared = early(spec, loaded[0], shared)
             else:
-                prepared = prepare(spec, loaded[0], shared, map_windows=map_windows, on_progress=on_progress)
+                prepared = prepare_dataset(spec, loaded[0], shared, map_windows=map_windows, on_progress=on_progress)
         parts[part] = prepared
     train = parts["train"]
     assert train is not None, "a recipe has training data"
@@ -278,7 +278,7 @@ def try_open_data(
     recipe: Recipe,
     run: Storage,
     shared: Storage,
-    open_train: Callable[[Storage, str], Prepared | None] = open_prepared,
+    open_train: Callable[[Storage, str], PreparedDataset | None] = open_prepared,
 ) -> RunData | None:
     """The same, or None when it is not complete."""
     try:
@@ -294,17 +294,17 @@ def try_open_data(
     return RunData(recipe, train, parts.get("eval"))
 
 
-def find_prepared(recipe: Recipe, shared: Storage, tokenizer: PreTrainedTokenizerBase) -> Prepared | None:
+def find_prepared(recipe: Recipe, shared: Storage, tokenizer: PreTrainedTokenizerBase) -> PreparedDataset | None:
     """The recipe's training data as somebody has prepared it before; None when nobody has, or not to the end."""
     return open_prepared(shared, _spec(recipe, recipe.data.train, tokenizer, None, None).fingerprint)
 
 
-def eval_spec(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> Preparation:
+def eval_spec(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> PreparationSpec:
     """What the evaluation data of the recipe are prepared into, held to these ``labels``."""
     return _spec(recipe, recipe.data.eval, tokenizer, None, labels)
 
 
-def total_steps(recipe: Recipe, train: Prepared) -> int:
+def total_steps(recipe: Recipe, train: PreparedDataset) -> int:
     training = recipe.training
     if training.steps is not None:
         return training.steps
@@ -324,7 +324,7 @@ def weights(data: DataSection) -> tuple[float, ...]:
     return tuple(s.weight for s in data.train)
 
 
-def _frozen_data(run: Storage) -> dict[str, Preparation] | None:
+def _frozen_data(run: Storage) -> dict[str, PreparationSpec] | None:
     """What was frozen, if it binds: without a committed checkpoint, mended data may take its place."""
     if not has_commits(run):
         return None
@@ -337,13 +337,13 @@ def _frozen_data(run: Storage) -> dict[str, Preparation] | None:
         ) from None
 
 
-def read_data(run: Storage) -> dict[str, Preparation]:
+def read_data(run: Storage) -> dict[str, PreparationSpec]:
     """Reads from what the run's training data (``train``), and its evaluation data if it has any (``eval``), were
     prepared. CorruptObject when the record is not one."""
     body = run.read_json(layout.DATA)
     try:
         parts = read_record(_Data, body)
-        return {part: Preparation.from_json(parts[part]) for part in ("train", "eval") if part in parts}
+        return {part: PreparationSpec.from_json(parts[part]) for part in ("train", "eval") if part in parts}
     except Malformed as error:
         raise CorruptObject(
             f"{run.uri(layout.DATA)} does not say what data the run was trained on ({error}); put it back, or start a "
@@ -355,9 +355,9 @@ def _spec(
     recipe: Recipe,
     sources: Sequence[SourceSection],
     tokenizer: PreTrainedTokenizerBase,
-    frozen: Preparation | None,
+    frozen: PreparationSpec | None,
     labels: Sequence[str] | None,
-) -> Preparation:
+) -> PreparationSpec:
     """``labels``: the label set of the training data, to which evaluation data are held; None for the former."""
     if frozen is None:
         spec = describe(freeze(sources), tokenizer, labels=labels, **_settings(recipe))

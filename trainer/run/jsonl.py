@@ -42,7 +42,7 @@ class _Part:
     stored: int = 0
 
 
-class JsonLines:
+class JsonLinesWriter:
     """Rows of one writer under ``<prefix>-<part>.jsonl``. Another writer, or a later one with the same prefix, never
     overwrites them: numbering starts after the parts that are there. `add` may be called from any thread."""
 
@@ -152,7 +152,7 @@ class Events:
     def __init__(self, storage: Storage, attempt: int, writer: str) -> None:
         self._attempt = attempt
         self._writer = writer
-        self._lines = JsonLines(storage, layout.events_part(attempt, writer))
+        self._lines = JsonLinesWriter(storage, layout.events_part(attempt, writer))
 
     def emit(self, event: str, *, wait: bool = True, **fields: Any) -> None:
         """Stored when this returns, unless the storage is down: then the log says so and it is tried again later.

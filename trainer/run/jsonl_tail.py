@@ -10,9 +10,9 @@ from trainer.storage import Storage, in_parallel
 _PARALLEL_READS = 8
 
 
-class RowFeed:
-    """Follows the JSON Lines below a folder (``metrics``), which others write by `trainer.run.jsonl.JsonLines`: parts
-    only grow, so that a part of the same size holds nothing new. Not thread-safe."""
+class JsonLinesTail:
+    """Follows the JSON Lines below a folder (``metrics``), which others write by `trainer.run.jsonl.JsonLinesWriter`.
+    Parts only grow, so that a part of the same size holds nothing new. Not thread-safe."""
 
     def __init__(self, storage: Storage, prefix: str, *, newest: int | None = None) -> None:
         """``newest``: of the parts that are there at the first call, only so many are read, for a quick begin."""

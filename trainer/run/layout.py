@@ -75,7 +75,7 @@ def checkpoint(unique: str) -> str:
 
 
 def metrics_part(attempt: int) -> str:
-    """Prefix of an attempt's metrics parts; `trainer.run.jsonl.JsonLines` adds the part's number."""
+    """Prefix of an attempt's metrics parts; `trainer.run.jsonl.JsonLinesWriter` adds the part's number."""
     return f"{METRICS}/a{attempt:06d}"
 
 

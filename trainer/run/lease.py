@@ -216,7 +216,7 @@ class Lease:
         self._state = STOPPING
         self._wake.set()
 
-    def request_gather(self) -> None:
+    def request_resize(self) -> None:
         """Asks the workers to commit, and to be started anew with the nodes that are there then."""
         self._gathers += 1
         self._wake.set()

@@ -78,7 +78,7 @@ class Event(TypedDict, total=False):
     seen: Mapping[str, str] | None
 
 
-class Held(TypedDict):
+class HangRankRow(TypedDict):
     """A rank that held the others up."""
 
     rank: Count
@@ -88,26 +88,26 @@ class Held(TypedDict):
 
 
 class Hang(Event):
-    ranks: list[Held] | None
+    ranks: list[HangRankRow] | None
 
 
 class Startup(Event):
     seconds: Mapping[str, float]
 
 
-class Text(TypedDict, total=False):
+class SampleTextRow(TypedDict, total=False):
     prompt: str | None
     text: str | None
     reference: str | None
     reward: Number
 
 
-class Texts(Event, total=False):
-    texts: list[Text] | None
+class SampleTextsRow(Event, total=False):
+    texts: list[SampleTextRow] | None
     seconds: Number
 
 
-OWN_FIELDS: Mapping[str, Any] = {"hang": Hang, "startup": Startup, "texts": Texts}
+OWN_FIELDS: Mapping[str, Any] = {"hang": Hang, "startup": Startup, "texts": SampleTextsRow}
 """Kinds of events with fields that others do not have, or have of another type."""
 
 

@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 POLL_S = 1.0
 
 
-class StopWatch:
+class StopPoller:
     """``stop_requested`` says yes once the driver is stopping or gone, or another one has taken its place: then this
     attempt's next commit is fenced, and finds that out. So it does when the driver wants the workers to be gathered
     anew; ``gather`` tells that apart. Storage that does not answer changes nothing."""
@@ -29,7 +29,7 @@ class StopWatch:
     def stop_requested(self) -> bool:
         return self._stop.is_set()
 
-    def __enter__(self) -> StopWatch:
+    def __enter__(self) -> StopPoller:
         if self._thread:
             self._thread.start()
         return self

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from trainer.recipe import Recipe
-from trainer.run.failure import Cause
+from trainer.run.failure import Failure
 
 Fitting = Callable[[Recipe, int], list[str]]
 """Overrides under which a recipe fits a device of so many bytes, as far as somebody can tell."""
@@ -19,10 +19,10 @@ GIB = 1 << 30
 CAPACITY = re.compile(r"total capacity of ([\d.]+) GiB")
 
 
-class Failed(NamedTuple):
+class FailedRun(NamedTuple):
     """``run``: its address."""
 
-    cause: Cause
+    cause: Failure
     recipe: Recipe
     run: str
     fitting: Fitting
@@ -36,18 +36,18 @@ class Failed(NamedTuple):
 class Symptom(NamedTuple):
     sign: re.Pattern[str]
     likely: str
-    next: Callable[[Failed], str]
+    next: Callable[[FailedRun], str]
 
 
 def _sign(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern, re.IGNORECASE)
 
 
-def _doctor(failed: Failed) -> str:
+def _doctor(failed: FailedRun) -> str:
     return f"`muster doctor RECIPE` tests the network between the workers; `{failed.logs}` has more"
 
 
-def _less_memory(failed: Failed) -> str:
+def _less_memory(failed: FailedRun) -> str:
     capacity = CAPACITY.search(failed.cause.message)
     limit = f"{float(capacity[1]):g}GiB" if capacity else "SIZE"
     fitting = failed.fitting(failed.recipe, int(float(capacity[1]) * GIB)) if capacity else []
@@ -95,11 +95,11 @@ SYMPTOMS = (
 """The first that fits is it."""
 
 
-def advise(cause: Cause, recipe: Recipe, run: str, fitting: Fitting = lambda recipe, device: []) -> str:
+def advise(cause: Failure, recipe: Recipe, run: str, fitting: Fitting = lambda recipe, device: []) -> str:
     """Lines for a person; empty for what explains itself. ``fitting`` is asked when a GPU's memory was full."""
     if cause.own:
         return ""
-    failed = Failed(cause, recipe, run, fitting)
+    failed = FailedRun(cause, recipe, run, fitting)
     for symptom in SYMPTOMS:
         if symptom.sign.search(cause.message):
             return f"  likely: {symptom.likely}\n  next:   {symptom.next(failed)}"

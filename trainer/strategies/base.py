@@ -4,7 +4,7 @@ A strategy wraps the model, runs the backward of each micro-batch, steps the opt
 out of whatever layout it keeps them in: what is saved never depends on the strategy or on the number of ranks.
 
 Most strategies *average* gradients over the ranks, so that the loop multiplies its share of the loss by the number of
-ranks; one that adds them says so (``averages``).
+ranks; one that adds them says so (``averages_gradients``).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Piece:
+class ShardSlice:
     """What this rank keeps of a parameter: elements ``start`` to ``stop`` of the flattened whole, which has ``shape``.
     ``local`` holds them, flat, on the rank's device; it may be empty."""
 
@@ -39,7 +39,7 @@ class Piece:
     local: torch.Tensor
 
 
-Fill = Callable[[Sequence[Piece]], None]
+Fill = Callable[[Sequence[ShardSlice]], None]
 MakeOptimizer = Callable[[Mapping[str, torch.nn.Parameter]], torch.optim.Optimizer]
 
 
@@ -49,9 +49,9 @@ class Strategy(ABC):
     model: torch.nn.Module  # the model without any wrapper: names and attributes are the model's own
     module: torch.nn.Module  # what the forward is called on
     optimizer: torch.optim.Optimizer
-    averages = True
+    averages_gradients = True
 
-    meets = False
+    forward_is_collective = False
     """Whether a forward gathers parameters, so that every rank has to run as many."""
 
     def __init__(self, recipe: Recipe, world: World) -> None:
@@ -60,7 +60,7 @@ class Strategy(ABC):
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.model.dtype == "float16")
 
     @classmethod
-    def by_shard(cls, recipe: Recipe) -> bool:
+    def loads_sharded(cls, recipe: Recipe) -> bool:
         """Whether `setup` takes a model on the meta device, of which each rank then fills its own pieces."""
         return False
 
@@ -70,7 +70,7 @@ class Strategy(ABC):
         The model is whole, with the same values on every rank; or, with ``fill``, its parameters are on the meta
         device, and ``fill`` gets this rank's pieces of all of them, in the same order on every rank."""
         self.model = model
-        self.autocasts = self.mixes(model)
+        self.autocasts = self.needs_autocast(model)
         self.module = self.wrap(model)
         if fill:
             fill(self.materialise())
@@ -79,7 +79,7 @@ class Strategy(ABC):
     @abstractmethod
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module: ...
 
-    def materialise(self) -> Sequence[Piece]:
+    def materialise(self) -> Sequence[ShardSlice]:
         """Memory on the rank's device for what it keeps of a wrapped model on the meta device; not filled yet."""
         raise NotImplementedError(f"{type(self).__name__} takes no model on the meta device")
 
@@ -87,7 +87,7 @@ class Strategy(ABC):
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
         """Surrounds forward and backward of one micro-batch; gradients are exchanged in the last one of a step only."""
 
-    def mixes(self, model: torch.nn.Module) -> bool:
+    def needs_autocast(self, model: torch.nn.Module) -> bool:
         """Whether a forward in the recipe's dtype meets parameters of other ones."""
         return self.dtype != torch.float32 and needs_autocast(model, self.dtype)
 
@@ -121,7 +121,7 @@ class Strategy(ABC):
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def settle(self) -> None:  # noqa: B027 - most strategies have nothing to do here
+    def reshard(self) -> None:  # noqa: B027 - most strategies have nothing to do here
         """Puts parameters back where they lie between steps, after forwards that no backward followed."""
 
     @property
@@ -131,7 +131,7 @@ class Strategy(ABC):
 
     def clip(self, max_norm: float) -> float:
         parameters = [p for p in self.trainable().values() if p.grad is not None]
-        return float(self.whole(torch.nn.utils.clip_grad_norm_(parameters, max_norm)))
+        return float(self.full_tensor(torch.nn.utils.clip_grad_norm_(parameters, max_norm)))
 
     def trainable(self) -> dict[str, torch.nn.Parameter]:
         return {n: p for n, p in self.model.named_parameters() if p.requires_grad}
@@ -140,15 +140,15 @@ class Strategy(ABC):
         return sum(math.prod(self.shape_of(p)) for p in self.trainable().values())
 
     @abstractmethod
-    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+    def full_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         """The whole of a tensor that may be spread over the ranks."""
 
-    def whole_parameter(self, name: str) -> torch.Tensor:
-        return self.whole(self.model.get_parameter(name).detach())
+    def full_parameter(self, name: str) -> torch.Tensor:
+        return self.full_tensor(self.model.get_parameter(name).detach())
 
     @abstractmethod
-    def spread(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """The inverse: ``whole`` (the same on every rank) in the layout, device and dtype of ``like``."""
+    def shard_like(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+        """The inverse: ``full_tensor`` (the same on every rank) in the layout, device and dtype of ``like``."""
 
     def shape_of(self, parameter: torch.nn.Parameter) -> tuple[int, ...]:
         """The shape of the whole parameter."""
@@ -162,33 +162,33 @@ class Strategy(ABC):
     def wrapped(self) -> list[str]:
         """The modules that were really wrapped, read off the model. No collective."""
 
-    def report(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, Any]:
         """What the start event says about the strategy."""
         total = sum(math.prod(self.shape_of(p)) * p.element_size() for p in self.model.parameters())
         return {
             "kind": self.recipe.strategy.kind,
             "wrapped": self.wrapped(),
             "total_bytes": total,
-            "sharded_bytes": self.world.gather(self.local_bytes()),
+            "sharded_bytes": self.world.all_gather(self.local_bytes()),
         }
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Each trainable parameter, whole, on the CPU."""
         for name, parameter in self.trainable().items():
-            yield name, self.whole(parameter.detach()).cpu()
+            yield name, self.full_tensor(parameter.detach()).cpu()
 
     def load_weights(self, read: Callable[[str], torch.Tensor]) -> None:
         for name, parameter in self.trainable().items():
             with torch.no_grad():
-                parameter.copy_(self.spread(read(name), parameter))
+                parameter.copy_(self.shard_like(read(name), parameter))
 
     def optimizer_state(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The optimizer's state, as ``optimizer_state`` (the module) names it: whole tensors on the CPU."""
-        return optimizer_state(self.optimizer, self.trainable(), self.whole)
+        return optimizer_state(self.optimizer, self.trainable(), self.full_tensor)
 
     def load_optimizer_state(self, names: Mapping[str, list[str]], read: Callable[[str], torch.Tensor]) -> None:
         """``names``: the state keys that were saved for each parameter. Raises CorruptObject for foreign state."""
-        load_optimizer_state(self.optimizer, self.trainable(), names, read, self.spread)
+        load_optimizer_state(self.optimizer, self.trainable(), names, read, self.shard_like)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -29,10 +29,10 @@ class DDP(Strategy):
             with self.module.no_sync():
                 yield
 
-    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+    def full_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
-    def spread(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    def shard_like(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return whole.to(device=like.device, dtype=like.dtype)
 
     def wrapped(self) -> list[str]:

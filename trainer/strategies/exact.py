@@ -25,7 +25,7 @@ LIMIT = 2.0 ** (63 - FRACTION_BITS - 13)
 
 
 class ExactDDP(Strategy):
-    averages = False
+    averages_gradients = False
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         self._sums: dict[str, torch.Tensor] = {}
@@ -62,10 +62,10 @@ class ExactDDP(Strategy):
             gradient = (whole.double() * 2.0**-FRACTION_BITS).to(parameter.dtype)
             parameter.grad = gradient.fill_(float("nan")) if unfit else gradient
 
-    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+    def full_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         return tensor
 
-    def spread(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    def shard_like(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         return whole.to(device=like.device, dtype=like.dtype)
 
     def wrapped(self) -> list[str]:

@@ -13,7 +13,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from trainer.strategies.base import Piece, Strategy
+from trainer.strategies.base import ShardSlice, Strategy
 from trainer.strategies.layers import decoder_layers
 
 if TYPE_CHECKING:
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 
 class FSDP(Strategy):
-    meets = True
+    forward_is_collective = True
 
     @classmethod
-    def by_shard(cls, recipe: Recipe) -> bool:
+    def loads_sharded(cls, recipe: Recipe) -> bool:
         return True
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
@@ -40,14 +40,14 @@ class FSDP(Strategy):
         assert not unsharded, f"fully_shard left {unsharded[:3]} whole"
         return model
 
-    def materialise(self) -> list[Piece]:
+    def materialise(self) -> list[ShardSlice]:
         device = "cpu" if self.recipe.strategy.offload else self.world.device
         # Not `to_empty`: buffers that were computed for real stay. Tied parameters stay one.
         self.model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
         return [_piece(name, parameter) for name, parameter in self.model.named_parameters()]
 
-    def mixes(self, model: torch.nn.Module) -> bool:
-        return self._precision().param_dtype is None and super().mixes(model)
+    def needs_autocast(self, model: torch.nn.Module) -> bool:
+        return self._precision().param_dtype is None and super().needs_autocast(model)
 
     def _precision(self) -> MixedPrecisionPolicy:
         """Full fine-tuning gathers its float32 parameters in the recipe's dtype. Adapters stay as they are: their bytes
@@ -67,17 +67,17 @@ class FSDP(Strategy):
         self.module.set_requires_gradient_sync(last)
         yield
 
-    def settle(self) -> None:
+    def reshard(self) -> None:
         for module in self.model.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
 
-    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+    def full_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         if not isinstance(tensor, DTensor):
             return tensor
         return _with_local(tensor, tensor.to_local().to(self.world.device)).full_tensor()
 
-    def spread(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    def shard_like(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         if not isinstance(like, DTensor):
             return whole.to(device=like.device, dtype=like.dtype)
         whole = whole.to(device=self.world.device, dtype=like.dtype)
@@ -89,7 +89,7 @@ class FSDP(Strategy):
         return [n for n, m in self.model.named_modules() if isinstance(m, FSDPModule)]
 
 
-def _piece(name: str, parameter: torch.Tensor) -> Piece:
+def _piece(name: str, parameter: torch.Tensor) -> ShardSlice:
     """Whole rows: FSDP2 cuts along the first dimension, in chunks of equal size as far as the rows go."""
     assert isinstance(parameter, DTensor)
     mesh, row = parameter.device_mesh, parameter.shape[1:].numel()
@@ -97,7 +97,7 @@ def _piece(name: str, parameter: torch.Tensor) -> Piece:
     start = min(mesh.get_local_rank() * rows_per_rank, parameter.shape[0])
     # Without bitsandbytes' subclass of a tensor, which would quantise what is copied into it.
     local = parameter.to_local().detach().as_subclass(torch.Tensor).view(-1)
-    return Piece(name, parameter.shape, start * row, start * row + local.numel(), local)
+    return ShardSlice(name, parameter.shape, start * row, start * row + local.numel(), local)
 
 
 def _with_local(tensor: DTensor, local: torch.Tensor) -> DTensor:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 from trainer.errors import CorruptObject, InputError
 from trainer.recipe.zero import zero_settings
-from trainer.strategies.base import Fill, MakeOptimizer, Piece, Strategy, set_lr
+from trainer.strategies.base import Fill, MakeOptimizer, ShardSlice, Strategy, set_lr
 from trainer.strategies.layers import decoder_layers
 from trainer.strategies.optimizer_state import check_owners
 from trainer.strategies.zero_shards import cut, gathered, pieces
@@ -116,10 +116,10 @@ class Zero(Strategy):
             self.engine.step()
         return float(self.engine.get_global_grad_norm())
 
-    def whole(self, tensor: torch.Tensor) -> torch.Tensor:
+    def full_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
         raise AssertionError("the parts of a parameter are gathered by its slices")
 
-    def spread(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    def shard_like(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
         raise AssertionError("the parts of a parameter are cut by its slices")
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -173,7 +173,7 @@ class Zero(Strategy):
 
     @abstractmethod
     def fill(self, parameter: Any, whole: torch.Tensor) -> None:
-        """Puts ``whole`` where the forward takes the parameter from."""
+        """Puts ``full_tensor`` where the forward takes the parameter from."""
 
 
 class Zero2(Zero):
@@ -202,19 +202,19 @@ class Zero2(Zero):
 class Zero3(Zero):
     """Each parameter is a slice too (``ds_tensor``), and empty between the forward and the backward of its module."""
 
-    meets = True
+    forward_is_collective = True
 
     @classmethod
-    def by_shard(cls, recipe: Recipe) -> bool:
+    def loads_sharded(cls, recipe: Recipe) -> bool:
         """Of full fine-tuning in another type than float32, the engine casts whole parameters before it cuts them."""
         return recipe.adapter.method != "none" or recipe.model.dtype == "float32"
 
-    def materialise(self) -> list[Piece]:
+    def materialise(self) -> list[ShardSlice]:
         with _local_rank(self.world.device):
             cut(import_deepspeed(self.world.device), self.model, self.config(), self.world.device)
         return pieces(self.model, self.world.rank)
 
-    def whole_parameter(self, name: str) -> torch.Tensor:
+    def full_parameter(self, name: str) -> torch.Tensor:
         return gathered(self.model.get_parameter(name), self.world.rank, self.world.device)
 
     def setup(self, model: torch.nn.Module, make_optimizer: MakeOptimizer, fill: Fill | None = None) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from trainer.strategies.base import Piece
+from trainer.strategies.base import ShardSlice
 
 
 def cut(deepspeed: Any, model: torch.nn.Module, config: Mapping[str, Any], device: torch.device) -> None:
@@ -45,16 +45,16 @@ def _real(module: Any, old: Any, device: torch.device) -> torch.nn.Parameter:
     return packed
 
 
-def pieces(model: torch.nn.Module, rank: int) -> list[Piece]:
+def pieces(model: torch.nn.Module, rank: int) -> list[ShardSlice]:
     return [_piece(name, parameter, rank) for name, parameter in model.named_parameters()]
 
 
-def _piece(name: str, parameter: Any, rank: int) -> Piece:
+def _piece(name: str, parameter: Any, rank: int) -> ShardSlice:
     shape, mine = torch.Size(parameter.ds_shape), parameter.ds_tensor
     start = min(rank * mine.numel(), shape.numel())
     stop = min(start + mine.numel(), shape.numel())
     mine[stop - start :] = 0  # the padding is summed with the rest where norms are taken
-    return Piece(name, shape, start, stop, mine.as_subclass(torch.Tensor)[: stop - start])
+    return ShardSlice(name, shape, start, stop, mine.as_subclass(torch.Tensor)[: stop - start])
 
 
 def gathered(parameter: Any, rank: int, device: torch.device) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """What is learnt: the loss of a micro-batch, and what an evaluation says."""
 
-from trainer.tasks.base import Company, Measured, Task, Update, make_task
+from trainer.tasks.base import GenerationContext, LossOutput, Task, Update, make_task
 from trainer.tasks.totals import Totals
 
-__all__ = ["Company", "Measured", "Task", "Totals", "Update", "make_task"]
+__all__ = ["GenerationContext", "LossOutput", "Task", "Totals", "Update", "make_task"]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from trainer.recipe import Recipe
 
 
-class Measured(NamedTuple):
+class LossOutput(NamedTuple):
     """``loss_sum``: the loss summed over the units of a micro-batch, a float32 scalar on the device with a gradient.
     ``sums``: what the metrics are made of, each a scalar or a vector without one; the same names and shapes for every
     micro-batch, one without units included, since they are added up over all ranks."""
@@ -29,8 +29,8 @@ class Measured(NamedTuple):
     sums: Mapping[str, torch.Tensor]
 
 
-class MicroBatch(Protocol):
-    """What the loop has to know of what `Task.measure` takes: its number among the update's, -1 for one of weight zero,
+class LossInput(Protocol):
+    """What the loop has to know of what `Task.loss` takes: its number among the update's, -1 for one of weight zero,
     and what it names when its loss is not finite."""
 
     @property
@@ -43,43 +43,44 @@ class Update(NamedTuple):
     """One update of the optimizer. ``batches``: this rank's micro-batches, as many as every other rank has; ``units``:
     what the loss is the mean over, of all ranks."""
 
-    batches: Sequence[MicroBatch]
+    batches: Sequence[LossInput]
     units: int
 
 
 @dataclass(frozen=True)
-class Company:
-    """What a task that writes texts has beside the model. ``world``: the ranks that do so together, None for whoever is
-    alone. ``meets``: whether the strategy gathers parameters in a forward, so that every rank has to run as many.
-    ``reward``: the model that rates texts (`trainer.tasks.ppo.reward_models`), where the recipe names one."""
+class GenerationContext:
+    """Everything but the model that a task needs to generate texts. ``world``: the ranks that generate together, None
+    for one process. ``forward_is_collective``: the strategy gathers parameters in a forward pass, so that every rank
+    must run the same number of them. ``reward``: the reward model (`trainer.tasks.ppo.reward_models`), if the recipe
+    names one."""
 
     tokenizer: PreTrainedTokenizerBase
     world: World | None = None
-    meets: bool = False
+    forward_is_collective: bool = False
     reward: Any = None
 
 
 class Task(ABC):
-    """What the loop asks of a task. Most know neither ranks nor strategies; one that writes texts has its `Company`."""
+    """The interface between the loop and a task. Most tasks know neither ranks nor strategies; one that generates texts
+    has a `GenerationContext`."""
 
     labels: tuple[str, ...] | None = None
-    """Names of the outputs of a sequence classifier's head; None where the model is a causal language model."""
+    """Names of the outputs of a sequence classifier's head; None if the model is a causal language model."""
 
-    prepares = False
-    """Whether there is a phase before the losses of a step: see `prepare`."""
+    prepares_steps = False
+    """True if the loop must call `prepare_step` before the losses of a step."""
 
-    writes = False
-    """Whether it writes texts, for which it is given its `company` before it is attached."""
+    generates = False
+    """True if the task generates texts; `generation` is then set before `attach`."""
 
-    company: Company
+    generation: GenerationContext
 
     head: Any = None
-    """Of a language model, once it is attached: the `trainer.tasks.lm_head_loss.TargetHead` by whose logits it can
-    write."""
+    """The `trainer.tasks.lm_head_loss.TargetHead` of a language model, whose logits generate texts; set by `attach`."""
 
-    beside: str | None = None
-    """A module that the task puts on the model, trained with the adapter and saved beside it, as `<beside>.safetensors`
-    under the names of its parameters."""
+    extra_module: str | None = None
+    """Name of a module that the task adds to the model. It is trained with the adapter and saved in a file of its own,
+    ``<extra_module>.safetensors``, under the names of its parameters."""
 
     def __init__(self, recipe: Recipe, labels: tuple[str, ...] = ()) -> None:
         """``labels``: the label set of the training data."""
@@ -88,64 +89,64 @@ class Task(ABC):
     def attach(self, model: torch.nn.Module) -> None:  # noqa: B027 - some tasks take the model as it is
         """Prepares the (unwrapped) model for this task's loss."""
 
-    def owns(self, name: str) -> bool:
-        """Whether the task itself has put this parameter on the model."""
+    def owns_parameter(self, name: str) -> bool:
+        """Returns True for a parameter that the task has added to the model."""
         return False
 
-    def initial(self, name: str, shape: torch.Size) -> torch.Tensor:
-        """The first values of a parameter that it owns, the same on every rank."""
+    def init_parameter(self, name: str, shape: torch.Size) -> torch.Tensor:
+        """Returns the initial values of a parameter that the task owns, the same on every rank."""
         raise NotImplementedError(f"{type(self).__name__} has no parameters of its own")
 
-    def prepare(  # noqa: B027
+    def prepare_step(  # noqa: B027
         self, module: torch.nn.Module, batches: Sequence[Batch], device: torch.device, step: int = 0
     ) -> None:
-        """The phase before the losses of a step, where ``prepares`` says that there is one: every rank runs it once per
-        step with the micro-batches that it is about to learn from (of an evaluation: with each batch by itself, as step
-        0), in evaluation mode and without gradients. Ranks have the same number of them. What it finds it keeps for
-        `measure`."""
+        """Computes what the losses of a step need (reference log-probabilities, rollouts), if `prepares_steps` is set.
+
+        Every rank calls it once per step, with as many micro-batches as every other rank, in evaluation mode and
+        without gradients; in an evaluation once per batch, as step 0. The task keeps the result for `loss`."""
 
     def updates(self, step: int, plan: StepPlan, batches: Sequence[Batch]) -> Iterator[Update]:
-        """The step's updates, after `prepare`, one after the other. Ranks have the same number of ``batches`` and of
-        updates."""
-        yield Update(batches, self.units(plan))
+        """Yields the step's updates, after `prepare_step`. Every rank has as many ``batches`` and updates."""
+        yield Update(batches, self.loss_units(plan))
 
     @abstractmethod
-    def measure(self, module: torch.nn.Module, batch: Any, device: torch.device) -> Measured:
-        """The loss of a micro-batch. For one without units: zero, still connected to every trained parameter."""
+    def loss(self, module: torch.nn.Module, batch: Any, device: torch.device) -> LossOutput:
+        """Returns the loss of a micro-batch. It is zero for one without units, and still connected to every trained
+        parameter, since every rank runs the same number of backward passes."""
 
-    def evaluated(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> Measured:
-        """The same for an evaluation."""
-        if self.prepares:
-            self.prepare(module, [batch], device)
-        return self.measure(module, batch, device)
+    def eval_loss(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> LossOutput:
+        """Returns the loss of an evaluation's batch."""
+        if self.prepares_steps:
+            self.prepare_step(module, [batch], device)
+        return self.loss(module, batch, device)
 
-    def rehearsed(self, batch: Batch) -> Any:
-        """What `measure` takes where no step was prepared, for a plan of memory."""
+    def dummy_batch(self, batch: Batch) -> Any:
+        """Returns an input for `loss` when no step was prepared; `muster plan` measures memory with it."""
         return batch
 
-    def units(self, of: StepPlan | Batch) -> int:
-        """What the loss is the mean over: target tokens, unless a task says otherwise."""
+    def loss_units(self, of: StepPlan | Batch) -> int:
+        """Returns the number of units that the loss is the mean over: target tokens by default."""
         return of.target_tokens
 
     @abstractmethod
     def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """What an evaluation says, from the sums of `measure` over all ranks, with ``loss`` and ``units`` among them;
+        """Returns an evaluation's metrics. ``sums``: the sums of `loss` over all ranks, with ``loss`` and ``units``;
         float64 tensors on the CPU."""
 
     def step_metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """What a training step says beside its loss; the sums are those of all its updates."""
+        """Returns a training step's metrics besides the loss, from the sums of all its updates."""
         return {}
 
-    def examples(self) -> list[dict[str, Any]]:
-        """What there is to look at after a step; the same on every rank."""
+    def example_rollouts(self) -> list[dict[str, Any]]:
+        """Returns rows to show a person after a step; the same on every rank."""
         return []
 
     def state(self) -> dict[str, Any]:
-        """What the task keeps from step to step beside parameters, as JSON: it lies in the commit record."""
+        """Returns the state that the task keeps between steps besides parameters, as JSON for the commit record."""
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Raises Malformed for what `state` cannot have given."""
+        """Raises Malformed for a value that `state` cannot have returned."""
         if state:
             raise Malformed(f"{type(self).__name__} keeps no state, and there is {reprlib.repr(state)}")
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import cross_entropy
 
-from trainer.tasks.base import Measured, Task, ratio
+from trainer.tasks.base import LossOutput, Task, ratio
 from trainer.tasks.inputs import to_device
 from trainer.tasks.sequences import SequenceInputs
 
@@ -32,15 +32,15 @@ class Classification(Task):
     def attach(self, model: torch.nn.Module) -> None:
         self._inputs = SequenceInputs(model)
 
-    def units(self, of: StepPlan | Batch) -> int:
+    def loss_units(self, of: StepPlan | Batch) -> int:
         return of.samples
 
-    def measure(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> Measured:
+    def loss(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> LossOutput:
         labels = to_device(batch.labels, device)
         logits = module(**self._inputs.of(batch, device)).logits[: len(labels)].float()
         weights = None if self._weights is None else self._weights.to(device)
         loss = cross_entropy(logits, labels, weight=weights, reduction="sum")
-        return Measured(loss, counts(logits.detach().argmax(-1), labels, logits.shape[1]))
+        return LossOutput(loss, counts(logits.detach().argmax(-1), labels, logits.shape[1]))
 
     def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
         average = averages(sums, self.recipe.classification.average)

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import logsigmoid
 
-from trainer.tasks.base import Measured, Task
+from trainer.tasks.base import LossOutput, Task
 from trainer.tasks.inputs import to_device
 from trainer.tasks.lm_head_loss import TargetHead
 from trainer.tasks.pairs import evaluated, pair_metrics, pair_sums
@@ -30,27 +30,29 @@ if TYPE_CHECKING:
 
 
 class DPO(Task):
-    prepares = True
+    prepares_steps = True
 
     def attach(self, model: torch.nn.Module) -> None:
         self._model, self.head = model, TargetHead(model)
         self._reference: dict[int, torch.Tensor] = {}
 
-    def units(self, of: StepPlan | Batch) -> int:
+    def loss_units(self, of: StepPlan | Batch) -> int:
         return of.samples
 
-    def prepare(self, module: torch.nn.Module, batches: Sequence[Batch], device: torch.device, step: int = 0) -> None:
+    def prepare_step(
+        self, module: torch.nn.Module, batches: Sequence[Batch], device: torch.device, step: int = 0
+    ) -> None:
         with adapter_off(self._model):
             self._reference = {batch.index: self._likelihoods(module, batch, device) for batch in batches}
 
-    def measure(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> Measured:
+    def loss(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> LossOutput:
         section = self.recipe.dpo
         gained = self._likelihoods(module, batch, device) - self._reference[batch.index]
         rewards = section.beta * gained
         chosen, rejected = rewards[: batch.pairs], rewards[batch.pairs :]
         difference, noise = chosen - rejected, section.label_smoothing
         loss = -(1 - noise) * logsigmoid(difference) - noise * logsigmoid(-difference)
-        return Measured(loss.sum(), pair_sums(chosen, rejected))
+        return LossOutput(loss.sum(), pair_sums(chosen, rejected))
 
     def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
         return evaluated(sums)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import logsigmoid
 
-from trainer.tasks.base import Measured, Task
+from trainer.tasks.base import LossOutput, Task
 from trainer.tasks.inputs import to_device
 from trainer.tasks.pairs import evaluated, pair_metrics, pair_sums
 from trainer.tasks.sequences import SequenceInputs
@@ -30,15 +30,15 @@ class Reward(Task):
     def attach(self, model: torch.nn.Module) -> None:
         self._inputs = SequenceInputs(model)
 
-    def units(self, of: StepPlan | Batch) -> int:
+    def loss_units(self, of: StepPlan | Batch) -> int:
         return of.samples
 
-    def measure(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> Measured:
+    def loss(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> LossOutput:
         rewards = module(**self._inputs.of(batch, device)).logits[: 2 * batch.pairs, 0].float()
         chosen, rejected = rewards[: batch.pairs], rewards[batch.pairs :]
         margins = to_device(batch.margins, device)
         loss = -logsigmoid(chosen - rejected - margins).sum()
-        return Measured(loss, pair_sums(chosen, rejected))
+        return LossOutput(loss, pair_sums(chosen, rejected))
 
     def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
         return evaluated(sums)

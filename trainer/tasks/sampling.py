@@ -29,7 +29,7 @@ SPARE_TOKENS = 4
 SHOWN_CHARACTERS = 1000
 
 
-class Prompt(NamedTuple):
+class SamplingPrompt(NamedTuple):
     """``tokens``: what stands before the answer in the data; ``answer``: the tokens of that."""
 
     sample_id: str
@@ -37,7 +37,7 @@ class Prompt(NamedTuple):
     answer: list[int]
 
 
-def prompts_of(batch: Any, answer: int = -1) -> list[Prompt]:
+def prompts_of(batch: Any, answer: int = -1) -> list[SamplingPrompt]:
     """Of a micro-batch of the data path with one sample per row: the answer is its last run of targets, or that of this
     number."""
     found = []
@@ -46,12 +46,12 @@ def prompts_of(batch: Any, answer: int = -1) -> list[Prompt]:
         run = np.split(marked, (np.diff(marked) > 1).nonzero()[0] + 1)[answer]
         start, end = int(run[0]), int(run[-1]) + 1
         ids = batch.input_ids[row]
-        found.append(Prompt(sample_id, ids[:start].tolist(), ids[start:end].tolist()))
+        found.append(SamplingPrompt(sample_id, ids[:start].tolist(), ids[start:end].tolist()))
     return found
 
 
 @dataclass
-class Text:
+class Completion:
     """``tokens``: what was written, with the end of text where it was reached; ``ended``: whether it ended by itself
     or by a stop string; ``words``: what a reward is given for."""
 
@@ -60,7 +60,7 @@ class Text:
     words: str = ""
 
 
-def shown(prompt: Prompt, words: str, tokenizer: Any) -> dict[str, Any]:
+def shown(prompt: SamplingPrompt, words: str, tokenizer: Any) -> dict[str, Any]:
     """A text as events have it, with the answer in the data beside it: of a prompt its end, of the others the
     beginning."""
     asked, answer = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt.tokens, prompt.answer))
@@ -93,7 +93,7 @@ def drawn(logits_BV: torch.Tensor, uniform_B: torch.Tensor, temperature: float, 
     return order.gather(-1, torch.minimum(place, last))[:, 0]
 
 
-class Author:
+class PolicySampler:
     """``stop``: strings that end a text as well. ``agree``: see `Agree`; under strategies that gather parameters for a
     forward, every rank has to run as many."""
 
@@ -119,11 +119,11 @@ class Author:
     @torch.no_grad()
     def write(
         self, module: torch.nn.Module, prompts: Sequence[Sequence[int]], keys: Sequence[str], device: torch.device
-    ) -> list[Text]:
+    ) -> list[Completion]:
         """A text to each prompt. Without prompts it only takes part in the forward passes of the others."""
         self._check_room(prompts)
         rows = prompts or [[0]]
-        texts = [Text() for _ in prompts]
+        texts = [Completion() for _ in prompts]
         draws = torch.tensor(np.array([uniforms(key, self.max_new_tokens) for key in keys or [""]])).to(device)
         width = max(map(len, rows))
         ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
@@ -150,7 +150,7 @@ class Author:
             text.words = self._words(text)
         return texts
 
-    def _add(self, texts: list[Text], going: list[int], chosen: list[int]) -> list[int]:
+    def _add(self, texts: list[Completion], going: list[int], chosen: list[int]) -> list[int]:
         for row in going:
             text = texts[row]
             text.tokens.append(chosen[row])
@@ -163,7 +163,7 @@ class Author:
         tail = self.tokenizer.decode(tokens[-self._window :], skip_special_tokens=True)
         return any(string in tail for string in self.stop)
 
-    def _words(self, text: Text) -> str:
+    def _words(self, text: Completion) -> str:
         words: str = self.tokenizer.decode(text.tokens, skip_special_tokens=True)
         cuts = [words.index(string) for string in self.stop if string in words]
         return words[: min(cuts)] if cuts else words

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trainer.tasks.base import Measured, Task, ratio
+from trainer.tasks.base import LossOutput, Task, ratio
 from trainer.tasks.lm_head_loss import TargetHead
 
 if TYPE_CHECKING:
@@ -21,8 +21,8 @@ class SFT(Task):
     def attach(self, model: torch.nn.Module) -> None:
         self.head = TargetHead(model)
 
-    def measure(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> Measured:
-        return Measured(self.loss_sum(module, batch, device), {})
+    def loss(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> LossOutput:
+        return LossOutput(self.loss_sum(module, batch, device), {})
 
     def loss_sum(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
         nll_T: torch.Tensor = self.head.losses(module, batch, device)

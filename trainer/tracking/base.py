@@ -22,18 +22,18 @@ EXTRAS = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow", "
 """The library behind each tracker; `pip install 'muster[<tracker>]'` brings it."""
 
 
-class Mark(NamedTuple):
+class Watermark(NamedTuple):
     """How far a curve has come: of a step, the training's values come before those of its evaluation."""
 
     step: int
     part: int
 
     @staticmethod
-    def of(step: int, part: str) -> Mark:
-        return Mark(step, _PARTS.index(part))
+    def of(step: int, part: str) -> Watermark:
+        return Watermark(step, _PARTS.index(part))
 
 
-START = Mark(0, 0)
+START = Watermark(0, 0)
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Point:
     values: Mapping[str, float]
 
     @property
-    def mark(self) -> Mark:
-        return Mark.of(self.step, self.part)
+    def mark(self) -> Watermark:
+        return Watermark.of(self.step, self.part)
 
     def named(self) -> dict[str, float]:
         """``train/loss`` or ``eval/loss``, as every tracker shows them."""
@@ -56,7 +56,7 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Curve:
+class TrackedRun:
     """What a tracker shows of a run. ``id`` stays the same for all its attempts; ``fresh``: nothing of it was told
     yet."""
 
@@ -71,7 +71,7 @@ class Tracker(Protocol):
     and take its time: see `Mirror`. ``check(recipe)``, a static method, raises InputError for what a user has to mend
     before a run starts; it contacts nothing."""
 
-    def told(self) -> Mark | None:
+    def told(self) -> Watermark | None:
         """How far the curve has come by the tracker's own records; None where it keeps none that can be asked."""
         ...
 

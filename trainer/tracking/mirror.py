@@ -29,9 +29,9 @@ from trainer.records import Count, read_record
 from trainer.redact import redact
 from trainer.registry import TRACKERS
 from trainer.run import layout
-from trainer.run.jsonl_tail import RowFeed
+from trainer.run.jsonl_tail import JsonLinesTail
 from trainer.storage import Storage
-from trainer.tracking.base import START, Curve, Mark, Point, Tracker, point_of
+from trainer.tracking.base import START, Point, TrackedRun, Tracker, Watermark, point_of
 
 log = logging.getLogger(__name__)
 
@@ -61,7 +61,7 @@ class Mirror:
     def __init__(self, name: str, recipe: Recipe, run: Storage, *, every_s: float = EVERY_S) -> None:
         self._name, self._recipe, self._run, self._every_s = name, recipe, run, every_s
         self._tracker: Tracker | None = None
-        self._feed = RowFeed(run, layout.METRICS)
+        self._feed = JsonLinesTail(run, layout.METRICS)
         self._mark = START
         self._remembers = False
         self._id = ""
@@ -141,7 +141,7 @@ class Mirror:
             log.debug("the tracker %s failed", self._name, exc_info=True)
             self._failures += 1
             self.end("failed")
-            self._feed = RowFeed(self._run, layout.METRICS)  # what was not told is read again
+            self._feed = JsonLinesTail(self._run, layout.METRICS)  # what was not told is read again
         else:
             if self._failures:
                 log.warning("the tracker %s is back, and has been told what it missed", self._name)
@@ -153,9 +153,9 @@ class Mirror:
             self._id, self._mark = uuid.uuid4().hex[:12], START
             self._note(START, fresh=True)
         else:
-            self._id, self._mark = found.id, Mark(found.step, found.part)
+            self._id, self._mark = found.id, Watermark(found.step, found.part)
         fresh = found is None or found.fresh
-        tracker: Tracker = TRACKERS.load(self._name)(Curve(self._id, fresh, self._recipe, self._run))
+        tracker: Tracker = TRACKERS.load(self._name)(TrackedRun(self._id, fresh, self._recipe, self._run))
         self._tracker = tracker
         if fresh:  # until it is open, an older curve of the same name may still be there
             self._note(self._mark)
@@ -173,7 +173,7 @@ class Mirror:
                 return found
         return None
 
-    def _note(self, mark: Mark, *, fresh: bool = False) -> None:
+    def _note(self, mark: Watermark, *, fresh: bool = False) -> None:
         bookmark = asdict(Bookmark(self._of(), self._id, mark.step, mark.part, fresh))
         self._run.write_json(layout.tracker(self._name), {n: v for n, v in bookmark.items() if n != "fresh" or v})
 
@@ -183,7 +183,7 @@ class Mirror:
         return hashlib.sha256(json.dumps([fingerprint(self._recipe), settings]).encode()).hexdigest()
 
 
-def _beyond(mark: Mark, points: Sequence[Point]) -> Iterator[Point]:
+def _beyond(mark: Watermark, points: Sequence[Point]) -> Iterator[Point]:
     """Those that a curve which has come to ``mark`` does not have, in order; of steps trained again the first."""
     for point in points:
         if point.mark > mark:

@@ -15,7 +15,7 @@ from typing import Any
 from trainer.errors import InputError
 from trainer.recipe import Recipe
 from trainer.redact import clean, redact
-from trainer.tracking.base import EVAL, START, TRAIN, Curve, Mark, Point
+from trainer.tracking.base import EVAL, START, TRAIN, Point, TrackedRun, Watermark
 
 _DATABASES = ("sqlite:", "postgresql", "mysql", "mssql")
 _ENVIRONMENT = {
@@ -35,7 +35,7 @@ _STATUS = {"succeeded": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 class Mlflow:
     """Of one curve; see `trainer.tracking.base.Tracker`."""
 
-    def __init__(self, curve: Curve) -> None:
+    def __init__(self, curve: TrackedRun) -> None:
         for name, value in _ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         from mlflow import MlflowClient
@@ -65,9 +65,9 @@ class Mlflow:
                 "MLFLOW_TRACKING_URI"
             )
 
-    def told(self) -> Mark:
+    def told(self) -> Watermark:
         lasts = (
-            Mark.of(max(metric.step for metric in history), part)
+            Watermark.of(max(metric.step for metric in history), part)
             for part in (TRAIN, EVAL)
             if (history := self._client.get_metric_history(self._id, f"{part}/loss"))
         )

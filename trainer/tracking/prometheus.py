@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trainer.recipe import Recipe
-from trainer.tracking.base import START, TRAIN, Curve, Mark, Point
+from trainer.tracking.base import START, TRAIN, Point, TrackedRun, Watermark
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ _CLOSE_S = 5.0
 class Prometheus:
     """Of one run; see `trainer.tracking.base.Tracker`."""
 
-    def __init__(self, curve: Curve) -> None:
+    def __init__(self, curve: TrackedRun) -> None:
         from prometheus_client import CollectorRegistry, start_http_server
 
         section = curve.recipe.prometheus
@@ -43,7 +43,7 @@ class Prometheus:
     def check(recipe: Recipe) -> None:
         return None
 
-    def told(self) -> Mark:
+    def told(self) -> Watermark:
         """Nothing: it is told the whole run anew, so that what it counts is the run's."""
         return START
 

@@ -16,7 +16,7 @@ from trainer.recipe import Recipe, dump
 from trainer.redact import redact
 from trainer.run import layout
 from trainer.storage import Storage, open_storage
-from trainer.tracking.base import EVAL, START, TRAIN, Curve, Mark, Point
+from trainer.tracking.base import EVAL, START, TRAIN, Point, TrackedRun, Watermark
 
 _PREFIX = "events.out.tfevents."
 _ROLL_BYTES = 512 * 1024
@@ -26,7 +26,7 @@ _HEADER_BYTES = 12  # of a record: length (8) and its checksum (4); another chec
 class TensorBoard:
     """Of one curve; see `trainer.tracking.base.Tracker`."""
 
-    def __init__(self, curve: Curve) -> None:
+    def __init__(self, curve: TrackedRun) -> None:
         self._folder = folder_of(curve.recipe, curve.run)
         parts = [info.key for info in self._folder.list() if info.key.startswith(_PREFIX)]
         if curve.fresh:
@@ -43,7 +43,7 @@ class TensorBoard:
     def check(recipe: Recipe) -> None:
         return None
 
-    def told(self) -> Mark:
+    def told(self) -> Watermark:
         return self._told
 
     def tell(self, points: Sequence[Point]) -> None:
@@ -123,6 +123,6 @@ def _events(data: bytes) -> Iterator[Any]:
         yield Event.FromString(data[begin : begin + length])
 
 
-def _last_mark(data: bytes) -> Mark | None:
+def _last_mark(data: bytes) -> Watermark | None:
     found = [(step, tag.split("/", 1)[0]) for step, tag, _ in scalars(data)]
-    return max((Mark.of(step, part) for step, part in found if part in (TRAIN, EVAL)), default=None)
+    return max((Watermark.of(step, part) for step, part in found if part in (TRAIN, EVAL)), default=None)

@@ -16,7 +16,7 @@ from trainer.errors import InputError
 from trainer.recipe import Recipe
 from trainer.redact import clean
 from trainer.storage import Storage, local_path
-from trainer.tracking.base import Curve, Mark, Point
+from trainer.tracking.base import Point, TrackedRun, Watermark
 
 SETTINGS = {
     # This program's output, its arguments and its machine are none of a tracker's business.
@@ -38,7 +38,7 @@ SETTINGS = {
 class Wandb:
     """Of one curve; see `trainer.tracking.base.Tracker`."""
 
-    def __init__(self, curve: Curve) -> None:
+    def __init__(self, curve: TrackedRun) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
         import wandb
 
@@ -68,7 +68,7 @@ class Wandb:
                 "wandb.mode: offline"
             )
 
-    def told(self) -> Mark | None:
+    def told(self) -> Watermark | None:
         return None
 
     def tell(self, points: Sequence[Point]) -> None:

@@ -31,14 +31,14 @@ Commit = Callable[[Snapshot, Path], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
-class Held:
+class CheckpointStall:
     """Seconds for which one checkpoint held the loop up: ``stall_s`` in all, ``snapshot_s`` of it to copy the state."""
 
     stall_s: float
     snapshot_s: float
 
 
-NOT_HELD = Held(0.0, 0.0)
+NO_STALL = CheckpointStall(0.0, 0.0)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Committed:
 
     step: int
     uri: str
-    held: Held
+    held: CheckpointStall
     upload_s: float
     bytes: int
     coalesced: int
@@ -74,7 +74,7 @@ class Committer:
         self._clock = clock
         self._newest = clock()
         self._ready = threading.Condition()
-        self._waiting: tuple[Snapshot, Held] | None = None
+        self._waiting: tuple[Snapshot, CheckpointStall] | None = None
         self._working = False
         self._coalesced = 0
         self._closing = False
@@ -82,7 +82,7 @@ class Committer:
         self._thread = threading.Thread(target=self._work, name="committer", daemon=True)
         self._thread.start()
 
-    def submit(self, snapshot: Snapshot, held: Held = NOT_HELD) -> None:
+    def submit(self, snapshot: Snapshot, held: CheckpointStall = NO_STALL) -> None:
         with self._ready:
             self._raise()
             if self._waiting:
@@ -141,7 +141,7 @@ class Committer:
                     self._error = e
                 return
 
-    def _run(self, snapshot: Snapshot, held: Held, coalesced: int) -> None:
+    def _run(self, snapshot: Snapshot, held: CheckpointStall, coalesced: int) -> None:
         began = self._clock()
         with scratch_folder() as folder:
             done = self._commit(snapshot, folder)

@@ -23,7 +23,7 @@ import torch
 
 from trainer.artifacts.reward_model import reward_model
 from trainer.checkpoint import CommitRecord, Retention, claim_attempt, commit, fetch, fetch_whole, put_checkpoint
-from trainer.checkpoint.artifact_info import Origin
+from trainer.checkpoint.artifact_info import ArtifactInfo
 from trainer.checkpoint.model_card import model_card
 from trainer.checkpoint.publish import TOTAL_STEPS, publish
 from trainer.data import Batch, Cursor, Stream, eval_batches, open_caches
@@ -38,7 +38,7 @@ from trainer.run.frozen import RunData, open_data, read_provenance, versions, we
 from trainer.run.startup_phases import DATA, FIRST_STEP, MODEL, SAMPLES, WORKERS, Phases
 from trainer.storage import open_storage
 from trainer.strategies.compiling import Warmup
-from trainer.worker.async_committer import Committed, Committer, Held, StaleAlarm
+from trainer.worker.async_committer import CheckpointStall, Committed, Committer, StaleAlarm
 from trainer.worker.build import build_parts
 from trainer.worker.hang_detector import (
     COMPILING_PATIENCE_S,
@@ -50,7 +50,7 @@ from trainer.worker.hang_detector import (
     store_of_group,
 )
 from trainer.worker.job import Job
-from trainer.worker.loop import Hooks, Loop, Position
+from trainer.worker.loop import Callbacks, Loop, Position
 from trainer.worker.metering import meter_of
 from trainer.worker.profiler import Profiler
 from trainer.worker.rank_timer import RANK_FIELDS
@@ -64,7 +64,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 LOG_EVERY_S = 10.0
-TELLING_RANKS = 2
+REPORTING_RANKS = 2
 """Those of the lowest numbers tell where they saw the others last: one of them is left when another has died."""
 
 
@@ -112,7 +112,7 @@ class Attempt:
         self.doing = "loading the model"
         self._build(data.train.spec.labels)
         self.doing = "restoring the checkpoint"
-        self.number = self.world.from_first(lambda: claim_attempt(run, self.job.driver, dict(self.job.holder)))
+        self.number = self.world.decide_on_rank0(lambda: claim_attempt(run, self.job.driver, dict(self.job.holder)))
         self.recorder = Recorder(run, recipe, self.world, self.number)
         world = self.world
         log.info("attempt %d: rank %d of %d on %s (%s)", self.number, world.rank, world.size, world.host, world.device)
@@ -124,12 +124,12 @@ class Attempt:
         keep = recipe.checkpoint
         self.retention = Retention(run, self.number, keep_last=keep.keep_last, keep_for_s=keep.keep_for_s)
         self.stall_s, self.stale = 0.0, StaleAlarm(keep.max_age_s)
-        self.committer = Committer(self._commit, self._committed) if self.world.is_first else None
+        self.committer = Committer(self._commit, self._committed) if self.world.is_rank0 else None
         with self._recorded():
             end = self._train(data, stream, start, stop_requested)
             if self.committer:
                 self.committer.close()
-            self.world.gather(None)  # nobody leaves before the last commit is in
+            self.world.all_gather(None)  # nobody leaves before the last commit is in
             return self._end(end)
 
     @contextmanager
@@ -140,7 +140,7 @@ class Attempt:
             yield
         except BaseException as error:
             try:
-                if self.world.rank < TELLING_RANKS and COLLECTIVE.search(str(error)):
+                if self.world.rank < REPORTING_RANKS and COLLECTIVE.search(str(error)):
                     self.recorder.broken(self.seen())  # first: when a rank has died, the others are ended soon
                 if self.committer:
                     self.committer.drain()
@@ -175,10 +175,10 @@ class Attempt:
         """The one way to begin: from the newest whole checkpoint, or from nothing."""
         with tempfile.TemporaryDirectory(prefix="muster-restore-") as folder:
             target = Path(folder, "checkpoint")
-            record = self.world.from_first(lambda: self._fetch_newest(target))
+            record = self.world.decide_on_rank0(lambda: self._fetch_newest(target))
             if record is None:
                 return Position(0, stream.start())
-            if not self.world.is_first:
+            if not self.world.is_rank0:
                 fetch(self.run_storage, record, target)
             self.state.load(target, record.state)
             self.recorder.go_on(record.state.get("facts", {}))
@@ -218,8 +218,8 @@ class Attempt:
 
     def _say_started(self, start: Position, restore_s: float) -> None:
         log.info("built, and begins after step %d", start.step)
-        world, strategy = self.world, self.strategy.report()
-        ranks = world.gather((world.host, os.getpid(), device_name(world.device)))
+        world, strategy = self.world, self.strategy.describe()
+        ranks = world.all_gather((world.host, os.getpid(), device_name(world.device)))
         hosts, pids, devices = zip(*ranks, strict=True)
         self.recorder.event(
             "start",
@@ -229,7 +229,7 @@ class Attempt:
             hosts=hosts,
             pids=pids,
             devices=devices,
-            versions=versions() if world.is_first else {},
+            versions=versions() if world.is_rank0 else {},
             world_size=world.size,
             strategy=strategy,
             load=self.load,
@@ -252,7 +252,7 @@ class Attempt:
         opening = Opening(data.eval, self.eval_cache, self._tokenizer)
         samples = Samples(self.recipe, world, self.strategy, self.task, self.recorder, opening, self._doing)
         profiler = Profiler(self.recipe, self.world, self.run_storage, self.number, tell)
-        hooks = Hooks(
+        hooks = Callbacks(
             step_done=self._step_done,
             fed=self.recorder.fed,
             checkpoint=self._checkpoint,
@@ -358,7 +358,7 @@ class Attempt:
         now = time.monotonic()
         self.stall_s += now - began
         if self.committer and snapshot:
-            self.committer.submit(snapshot, Held(now - began, now - copying))
+            self.committer.submit(snapshot, CheckpointStall(now - began, now - copying))
 
     def _commit(self, snapshot: Snapshot, folder: Path) -> dict[str, Any]:
         """On the committer's thread of rank 0: write, verify, upload, commit, make room."""
@@ -395,7 +395,7 @@ class Attempt:
         tokenizer.save_pretrained(folder)
         provenance = read_provenance(self.run_storage)
         (folder / "README.md").write_text(model_card(recipe, facts, provenance))
-        Origin.of(recipe)._replace(base=self.base).write(folder)
+        ArtifactInfo.of(recipe)._replace(base=self.base).write(folder)
 
     def _finish_head(self, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
         """A head reads where the padding begins: whoever pads texts for it has to do it as it was done here."""

@@ -18,21 +18,21 @@ import torch
 from trainer.adapters import Adapter, make_adapter
 from trainer.distributed.world import World
 from trainer.errors import InputError
-from trainer.model import Head, Loaded, ModelFiles, build, check_isolation, fetch_model, load_tokenizer
-from trainer.model.files.weight_source import Source
+from trainer.model import Head, LoadedModel, ModelFiles, build, check_isolation, fetch_model, load_tokenizer
+from trainer.model.files.weight_source import WeightSource
 from trainer.model.kernels.attention import settle_attention
 from trainer.model.kernels.liger import use_liger
-from trainer.model.meta import NotByShard, meta_model
+from trainer.model.meta import NeedsFullLoad, meta_model
 from trainer.model.peak_rss import HostPeak
 from trainer.model.prequantised import copy_of
-from trainer.model.sharded_load import Rows, ShardLoader
+from trainer.model.sharded_load import RowReader, ShardLoader
 from trainer.optim import make_optimizer
 from trainer.recipe import ModelSection, Recipe
 from trainer.run import layout
 from trainer.storage import open_storage
 from trainer.strategies import Strategy, make_strategy
 from trainer.strategies.compiling import compile_layers
-from trainer.tasks import Company, Task, make_task
+from trainer.tasks import GenerationContext, Task, make_task
 from trainer.worker.metering import operations_of
 from trainer.worker.mfu import Operations
 
@@ -61,11 +61,11 @@ def build_parts(recipe: Recipe, world: World, labels: tuple[str, ...] = (), rewa
     model that rates the task's texts, if there is one."""
     adapter, task, strategy = make_adapter(recipe), make_task(recipe, labels), make_strategy(recipe, world)
     company = partial(accompany, task, recipe, world=world, strategy=strategy, reward=reward)
-    if strategy.by_shard(recipe):
+    if strategy.loads_sharded(recipe):
         try:
             return _Sharded(recipe, world, adapter, task, strategy, company).build()
-        except NotByShard as reason:
-            if world.is_first:
+        except NeedsFullLoad as reason:
+            if world.is_rank0:
                 log.warning("each rank loads %s whole before it keeps its part: %s", recipe.model.path, reason)
     return _whole(recipe, world, adapter, task, strategy, company)
 
@@ -80,7 +80,7 @@ def _whole(
 ) -> Built:
     files = fetch_model(recipe.model)
     head = _head(recipe, task)
-    loaded: Loaded = build(
+    loaded: LoadedModel = build(
         recipe.model,
         files.folder,
         world.device,
@@ -108,7 +108,7 @@ def _whole(
 def _settle_attention(recipe: Recipe, strategy: Strategy, world: World) -> str:
     with strategy.autocast():
         kernel = settle_attention(recipe, strategy.model, strategy.module, world.device)
-    strategy.settle()
+    strategy.reshard()
     return kernel
 
 
@@ -116,9 +116,9 @@ def accompany(
     task: Task, recipe: Recipe, folder: Path, *, world: World, strategy: Strategy, reward: Any = None
 ) -> None:
     """Gives a task that writes texts what it needs for it. ``folder``: the base's files."""
-    if task.writes:
+    if task.generates:
         tokenizer = load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)
-        task.company = Company(tokenizer, world, strategy.meets, reward)
+        task.generation = GenerationContext(tokenizer, world, strategy.forward_is_collective, reward)
 
 
 def _head(recipe: Recipe, task: Task) -> Head | None:
@@ -132,7 +132,7 @@ def _plain_model(recipe: Recipe, files: ModelFiles, head: Head | None) -> torch.
 
 
 class _Sharded:
-    """The base by shard. All that can raise NotByShard comes before the adapter and the strategy touch anything."""
+    """The base by shard. All that can raise NeedsFullLoad comes before the adapter and the strategy touch anything."""
 
     def __init__(
         self, recipe: Recipe, world: World, adapter: Adapter, task: Task, strategy: Strategy, company: Accompany
@@ -142,7 +142,7 @@ class _Sharded:
 
     def build(self) -> Built:
         if self.recipe.model.quantization == "int8":
-            raise NotByShard("bitsandbytes quantises whole weights to int8")
+            raise NeedsFullLoad("bitsandbytes quantises whole weights to int8")
         recipe, section = self.recipe, self._section()
         remote = "://" in section.path
         files = fetch_model(section, weights=not remote)
@@ -158,8 +158,8 @@ class _Sharded:
         if recipe.compute.kernels == "liger":
             use_liger(base)
         if not self.adapter.loads_by_shard(base):
-            raise NotByShard(f"{recipe.adapter.method} is made from the whole of the base's weights")
-        source = Source(section.path if remote else str(files.folder))
+            raise NeedsFullLoad(f"{recipe.adapter.method} is made from the whole of the base's weights")
+        source = WeightSource(section.path if remote else str(files.folder))
         try:
             loader = ShardLoader(base, source, section.path, self.world.device, head)
             self._check_same(loader.digest())
@@ -170,7 +170,7 @@ class _Sharded:
         if recipe.data.packing:
             with self.strategy.autocast():
                 check_isolation(self.strategy.module, section.path)
-            self.strategy.settle()
+            self.strategy.reshard()
         attention = _settle_attention(recipe, self.strategy, self.world)
         report = _report(self.world, source.bytes_read, source.bytes_fetched, peak)
         return Built(files, self.adapter, self.task, self.strategy, self.operations, attention, report)
@@ -181,7 +181,7 @@ class _Sharded:
         if section.quantization != "nf4":
             return section
         models = open_storage(self.recipe.storage).child(layout.MODELS)
-        copy = self.world.from_first(lambda: copy_of(section, models))
+        copy = self.world.decide_on_rank0(lambda: copy_of(section, models))
         return section.model_copy(update={"path": copy.url, "revision": "main"}) if copy else section
 
     def _load(self, base: Any, loader: ShardLoader) -> int:
@@ -198,17 +198,17 @@ class _Sharded:
         strategy.setup(
             model,
             lambda parameters: make_optimizer(self.recipe.optimizer, parameters, self.adapter.lr_scale),
-            lambda pieces: loader.fill(pieces, self._initial, strategy.whole_parameter),
+            lambda pieces: loader.fill(pieces, self._initial, strategy.full_parameter),
         )
         return host.bytes()
 
-    def _initial(self, name: str, shape: torch.Size, start: int, stop: int, rows: Rows) -> torch.Tensor:
-        if self.task.owns(name):
-            return self.task.initial(name, shape).reshape(-1)[start:stop]
-        return self.adapter.initial(name, shape, start, stop, rows)
+    def _initial(self, name: str, shape: torch.Size, start: int, stop: int, rows: RowReader) -> torch.Tensor:
+        if self.task.owns_parameter(name):
+            return self.task.init_parameter(name, shape).reshape(-1)[start:stop]
+        return self.adapter.init_parameter(name, shape, start, stop, rows)
 
     def _check_same(self, digest: str) -> None:
-        if len(set(self.world.gather(digest))) > 1:
+        if len(set(self.world.all_gather(digest))) > 1:
             raise InputError(
                 f"model.path {self.recipe.model.path!r} is not the same model on all hosts; copy it again, or name one "
                 "place that all of them read"
@@ -225,4 +225,4 @@ def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:
 
 def _report(world: World, read: int, fetched: int, peak: int) -> list[dict[str, int]]:
     mine = {"rank": world.rank, "bytes_read": read, "bytes_fetched": fetched, "peak_host_bytes": peak}
-    return world.gather(mine)
+    return world.all_gather(mine)

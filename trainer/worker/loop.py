@@ -28,7 +28,7 @@ from trainer.strategies import Strategy
 from trainer.tasks import Task, Totals, Update
 from trainer.worker.hang_detector import CHECKPOINT, WAITING_FOR_DATA
 from trainer.worker.mfu import Meter
-from trainer.worker.rank_timer import OwnTime, of_this_rank, rank_record
+from trainer.worker.rank_timer import RankTimer, of_this_rank, rank_record
 
 NAMED_SAMPLES = NAMED_RANKS = 8
 NAMING = (
@@ -47,7 +47,7 @@ class Position:
 
 
 @dataclass(frozen=True)
-class Hooks:
+class Callbacks:
     """What the loop tells others. ``stop_requested`` may say yes on any one rank; the other calls happen on all.
 
     ``around_step`` surrounds a step from when its data is waited for until its update is done. ``around_update`` is
@@ -66,7 +66,7 @@ class Hooks:
     samples: Callable[[int], None] = lambda step: None
 
 
-class Updated(NamedTuple):
+class UpdateResult(NamedTuple):
     """What one update of the optimizer came to: the mean loss, the gradient's norm, whether any rank asks to stop, what
     attention did (`Operations.scores`), each rank's own seconds and its memory in bytes, and the metrics' sums over all
     ranks, to be named by ``totals``."""
@@ -90,7 +90,7 @@ class Loop:
         world: World,
         strategy: Strategy,
         task: Task,
-        hooks: Hooks,
+        hooks: Callbacks,
         *,
         total_steps: int,
         eval_batches: Callable[[], Iterator[Batch]] | None,
@@ -100,7 +100,7 @@ class Loop:
         self.total_steps = total_steps
         self.eval_batches = eval_batches
         self.meter = meter
-        self.own = OwnTime(world.device)
+        self.own = RankTimer(world.device)
 
     def run(self, start: Position, steps: Iterator[RankStep]) -> Position:
         """Returns the position reached, which has been handed to ``hooks.checkpoint`` as the last one."""
@@ -121,7 +121,7 @@ class Loop:
             position = Position(step, data.plan.next)
             self.hooks.fed(step, data.batches)
             self.hooks.step_done(metrics)
-            if shown := self.task.examples():
+            if shown := self.task.example_rollouts():
                 self.hooks.examples(step, shown)
             if self._evaluation_due(step):
                 self.evaluate(step)
@@ -141,7 +141,7 @@ class Loop:
 
     def _step(self, step: int, data: RankStep, began: float) -> tuple[dict[str, Any], bool]:
         batches = data.batches + [Batch.empty()] * (data.plan.rounds(self.world.size) - len(data.batches))
-        if self.task.prepares:
+        if self.task.prepares_steps:
             self.hooks.phase(step, "phase before the losses")
             self._prepare(step, batches)
         lr = learning_rate(self.recipe.schedule, self.recipe.optimizer.lr, step, self.total_steps)
@@ -157,14 +157,14 @@ class Loop:
         ranks = rank_record(own, done[-1].held)
         return self._metrics(step, data.plan, said, lr, norm, {**speed, **ranks}), stop
 
-    def _update(self, step: int, update: Update, lr: float) -> Updated:
+    def _update(self, step: int, update: Update, lr: float) -> UpdateResult:
         loss_sum, totals = self._accumulate(step, update)
         self.hooks.phase(step, "exchange of the loss")
         stop_here, scores_here = float(self.hooks.stop_requested()), self._scores(update)
         rank, ranks = self.world.rank, self.world.size
         own = of_this_rank(self.own.take(), rank, ranks)
         held = of_this_rank(memory_bytes(self.world.device), rank, ranks)
-        total, bad, stop, scores, *sums = self.world.sum(
+        total, bad, stop, scores, *sums = self.world.all_reduce_sum(
             [loss_sum, float(not math.isfinite(loss_sum)), stop_here, scores_here, *own, *held, *totals.numbers()]
         )
         own, held, sums = sums[:ranks], sums[ranks : 2 * ranks], sums[2 * ranks :]
@@ -179,7 +179,7 @@ class Loop:
                 f"lower the learning rate ({lr:g}), compute in float32 or bfloat16 (model.dtype), or look at these "
                 f"samples: {NAMING}"
             )
-        return Updated(total / max(1, update.units), norm, bool(stop), scores, own, held, sums, totals)
+        return UpdateResult(total / max(1, update.units), norm, bool(stop), scores, own, held, sums, totals)
 
     def _scores(self, update: Update) -> float:
         if self.meter is None:
@@ -194,7 +194,7 @@ class Loop:
     def _accumulate(self, step: int, update: Update) -> tuple[float, Totals]:
         """This rank's sum of losses, and those of the metrics; gradients of the update's mean loss lie in the
         parameters afterwards."""
-        scale = (self.world.size if self.strategy.averages else 1) / max(1, update.units)
+        scale = (self.world.size if self.strategy.averages_gradients else 1) / max(1, update.units)
         total, totals = torch.zeros((), dtype=torch.float64, device=self.world.device), Totals()
         self.own.start()
         for i, batch in enumerate(update.batches):
@@ -202,7 +202,7 @@ class Loop:
             with self.strategy.micro_batch(last=i == len(update.batches) - 1):
                 self.hooks.phase(step, f"forward of micro-batch {batch.index}")
                 with self.strategy.autocast():
-                    loss, sums = self.task.measure(self.strategy.module, batch, self.world.device)
+                    loss, sums = self.task.loss(self.strategy.module, batch, self.world.device)
                 self.hooks.phase(step, f"backward of micro-batch {batch.index}")
                 if i == len(update.batches) - 1:
                     self.own.stop()
@@ -215,8 +215,8 @@ class Loop:
     def _prepare(self, step: int, batches: Sequence[Batch]) -> None:
         self.strategy.module.eval()
         with self.strategy.autocast():
-            self.task.prepare(self.strategy.module, batches, self.world.device, step)
-        self.strategy.settle()
+            self.task.prepare_step(self.strategy.module, batches, self.world.device, step)
+        self.strategy.reshard()
         self.strategy.module.train()
 
     def _metrics(
@@ -255,7 +255,7 @@ class Loop:
 
     def _named(self, mine: Sequence[str]) -> str:
         """Collective: what each rank names of its samples, the first ones of them."""
-        named = [(rank, samples) for rank, samples in enumerate(self.world.gather(mine)) if samples]
+        named = [(rank, samples) for rank, samples in enumerate(self.world.all_gather(mine)) if samples]
         told = [f"rank {rank}: samples {_first_of(samples, NAMED_SAMPLES)}" for rank, samples in named]
         return _first_of(told, NAMED_RANKS, "; ")
 
@@ -271,9 +271,9 @@ class Loop:
             totals.add(self._measure(batch))
             self.hooks.phase(step, WAITING_FOR_DATA)  # the storage may take longer than the hang detector waits
         self.hooks.phase(step, "exchange of the evaluation")
-        self.strategy.settle()
+        self.strategy.reshard()
         self.strategy.module.train()
-        sums = totals.named(self.world.sum(totals.numbers()))
+        sums = totals.named(self.world.all_reduce_sum(totals.numbers()))
         self.hooks.evaluated(
             {
                 "step": step,
@@ -300,8 +300,8 @@ def _first_of(things: Sequence[str], count: int, between: str = ", ") -> str:
 
 def evaluated_sums(task: Task, module: torch.nn.Module, batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
     """What a batch adds to an evaluation, for the task's ``metrics`` to be made of."""
-    loss, sums = task.evaluated(module, batch, device)
-    counted = {"units": task.units(batch), "tokens": batch.tokens, "target_tokens": batch.target_tokens}
+    loss, sums = task.eval_loss(module, batch, device)
+    counted = {"units": task.loss_units(batch), "tokens": batch.tokens, "target_tokens": batch.target_tokens}
     return {"loss": loss, **{n: torch.tensor(v, device=device) for n, v in counted.items()}, **sums}
 
 

@@ -23,7 +23,7 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 def meter_of(recipe: Recipe, world: World, operations: Operations) -> Meter | None:
     """Collective. None where the peak of a rank's device is known neither from the recipe nor from its name, and for a
     task whose operations are not counted."""
-    peaks = world.gather(_peak(recipe, world.device))
+    peaks = world.all_gather(_peak(recipe, world.device))
     if None in peaks or recipe.task in WRITING:
         return None
     return Meter(

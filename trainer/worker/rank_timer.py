@@ -20,7 +20,7 @@ MOST_RANKS = 64
 RANK_FIELDS = ("slowest_rank", "slowest_rank_s", "mean_rank_s", "rank_s", "memory_bytes", "memory_rank")
 
 
-class OwnTime:
+class RankTimer:
     """A stopwatch: `start` and `stop` alternate, and `take` gives the seconds between them. On a GPU they are told by
     its own clock, as its work goes on behind the program's; then `take` may be called only when that has caught up."""
 

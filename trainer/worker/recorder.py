@@ -12,7 +12,7 @@ from trainer.data import Batch
 from trainer.distributed.world import World
 from trainer.recipe import Recipe
 from trainer.run import layout
-from trainer.run.jsonl import Events, JsonLines, read_rows
+from trainer.run.jsonl import Events, JsonLinesWriter, read_rows
 from trainer.storage import Storage
 from trainer.worker.hang_detector import Pulse
 
@@ -27,9 +27,9 @@ class Recorder:
         self._run = run
         self.attempt = attempt
         self.facts: dict[str, Any] = {}
-        self._metrics = JsonLines(run, layout.metrics_part(attempt)) if world.is_first else None
-        self._events = Events(run, attempt, "rank0") if world.is_first else None
-        self._ledger = JsonLines(run, layout.ledger_part(attempt, world.rank)) if recipe.data.ledger else None
+        self._metrics = JsonLinesWriter(run, layout.metrics_part(attempt)) if world.is_rank0 else None
+        self._events = Events(run, attempt, "rank0") if world.is_rank0 else None
+        self._ledger = JsonLinesWriter(run, layout.ledger_part(attempt, world.rank)) if recipe.data.ledger else None
 
     def event(self, event: str, *, wait: bool = True, **fields: Any) -> None:
         if self._events:
@@ -91,7 +91,7 @@ class Recorder:
         """Collective: when it returns, every rank's ledger is in the storage, and a commit may follow."""
         if self._ledger:
             self._ledger.flush(strict=True)
-            self.world.gather(None)
+            self.world.all_gather(None)
 
     def close(self) -> None:
         """Closes all of them, whatever one of them raises."""

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainer.data import Batch, Prepared, eval_batches
+from trainer.data import Batch, PreparedDataset, eval_batches
 from trainer.distributed.world import World
 from trainer.errors import InputError
 from trainer.model.kernels.attention import by_mask
@@ -24,7 +24,7 @@ from trainer.recipe import Recipe
 from trainer.recipe.sections.compute import VIRTUAL
 from trainer.strategies import Strategy
 from trainer.tasks import Task
-from trainer.tasks.sampling import Author, Prompt, prompts_of, shown
+from trainer.tasks.sampling import PolicySampler, SamplingPrompt, prompts_of, shown
 from trainer.worker.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ TOLD_CHARACTERS = 300
 class Opening:
     """Where prompts come from: the first samples of evaluation data, if any. ``tokenizer`` loads the model's."""
 
-    data: Prepared | None
+    data: PreparedDataset | None
     cache: DiskCache | None
     tokenizer: Callable[[], Any]
 
@@ -67,7 +67,7 @@ class Samples:
         self.recorder, self.opening, self.doing = recorder, opening, doing
         self._over = not recipe.samples.count or task.head is None or opening.data is None
         self._failure: str | None = None
-        self._prompts: list[Prompt] | None = None
+        self._prompts: list[SamplingPrompt] | None = None
 
     def write(self, step: int) -> None:
         """Every rank, before the first step (as 0) or after the last one. What goes wrong is a warning, and the end of
@@ -83,14 +83,14 @@ class Samples:
                 self._exchange(f"{type(error).__name__}: {error}"[:TOLD_CHARACTERS])
         if self._failure is not None:
             self._over = True
-            if self.world.is_first:
+            if self.world.is_rank0:
                 log.warning("the run keeps no samples from here on: %s", self._failure)
         elif texts:
             self.recorder.event("texts", wait=False, step=step, **texts)
 
     def _exchange(self, said: bool | str | None) -> bool:
         """Collective: whether any rank goes on (True), with what has failed on one (its text) for all to know."""
-        told = self.world.gather(said)
+        told = self.world.all_gather(said)
         self._failure = next((each for each in told if isinstance(each, str)), None)
         return self._failure is None and True in told
 
@@ -98,11 +98,11 @@ class Samples:
         """Nothing where there is no prompt that fits, or where an earlier attempt has written them."""
         began = time.monotonic()
         when = BEFORE if step == 0 else AFTER
-        if when == BEFORE and self.world.from_first(lambda: self.recorder.has("texts", when=BEFORE)):
+        if when == BEFORE and self.world.decide_on_rank0(lambda: self.recorder.has("texts", when=BEFORE)):
             return {}
         author, tokenizer = self._author(step)
         if self._prompts is None:
-            self._prompts = self.world.from_first(lambda: self._fitting(author))
+            self._prompts = self.world.decide_on_rank0(lambda: self._fitting(author))
         prompts, module = self._prompts, self.strategy.module
         if not prompts:
             return {}
@@ -111,7 +111,7 @@ class Samples:
         told = [shown(prompt, text.words, tokenizer) for prompt, text in zip(prompts, texts, strict=True)]
         return {"when": when, "seconds": time.monotonic() - began, "texts": told}
 
-    def _author(self, step: int) -> tuple[Author, Any]:
+    def _author(self, step: int) -> tuple[PolicySampler, Any]:
         method = self.recipe.adapter.method
         if method in VIRTUAL:
             raise InputError(f"texts are written by a cache, which may hold what adapter.method {method} puts there")
@@ -121,7 +121,7 @@ class Samples:
             self.doing(step, "samples")
             return self._exchange(going)
 
-        author = Author(
+        author = PolicySampler(
             self.strategy.model,
             self.task.head,
             tokenizer,
@@ -133,7 +133,7 @@ class Samples:
         )
         return author, tokenizer
 
-    def _fitting(self, author: Author) -> list[Prompt]:
+    def _fitting(self, author: PolicySampler) -> list[SamplingPrompt]:
         """On rank 0."""
         batch = self.opening.samples(self.recipe.samples.count)
         data, length = self.recipe.data, author.max_new_tokens
@@ -157,14 +157,14 @@ class Samples:
             ):
                 yield
         finally:
-            self.strategy.settle()
+            self.strategy.reshard()
             module.train(was_training)
 
 
-def fitting(prompts: Sequence[Prompt], longest: int, room: int, more: int) -> list[Prompt]:
+def fitting(prompts: Sequence[SamplingPrompt], longest: int, room: int, more: int) -> list[SamplingPrompt]:
     """Those, each once, of at most ``longest`` tokens that together, padded to the longest of them and each with
     ``more`` tokens, are at most ``room`` tokens; the first ones first."""
-    found: list[Prompt] = []
+    found: list[SamplingPrompt] = []
     for prompt in prompts:
         width = max(len(p.tokens) for p in [*found, prompt]) + more
         again = any(p.tokens == prompt.tokens for p in found)

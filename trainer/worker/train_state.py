@@ -62,7 +62,7 @@ class TrainState:
         self.strategy = strategy
         self.adapter = adapter
         self.task = task
-        self._beside = Beside(strategy, task.beside) if task.beside else None
+        self._beside = ExtraModule(strategy, task.extra_module) if task.extra_module else None
         # Taken from the model once, not from what is gathered: a gather that lost something is to be found out.
         self._shapes = adapter.saved_shapes(strategy.model, strategy.shape_of)
 
@@ -73,7 +73,7 @@ class TrainState:
 
     def snapshot(self, step: int, state: Mapping[str, Any], *, final: bool) -> Snapshot | None:
         """Collective. The snapshot on rank 0, None on the others; nobody waits for storage."""
-        keep = self.strategy.world.is_first
+        keep = self.strategy.world.is_rank0
         weights = _copies(self.strategy.weights(), keep)
         optimizer = _copies(self.strategy.optimizer_state(), keep)
         scaler = self.strategy.scaler.state_dict()
@@ -99,7 +99,7 @@ class TrainState:
     def _has_master(self, weights: Mapping[str, torch.Tensor]) -> bool:
         dtype = getattr(torch, self.adapter.recipe.model.dtype)
         narrower = self.adapter.full and any(t.dtype != dtype for t in weights.values())
-        return narrower or not self.adapter.reads_back
+        return narrower or not self.adapter.round_trips
 
     def load(self, folder: Path, state: Mapping[str, Any]) -> None:
         """Collective: every rank has the same verified files in ``folder``, written under any strategy."""
@@ -143,16 +143,16 @@ class TrainState:
             tensor: Callable[[str], torch.Tensor] = reader(MASTER_FILE).get_tensor
             return tensor
         read = reader(self.adapter.weights_file).get_tensor
-        return lambda name: self.adapter.trained(self.strategy.model, name, read)
+        return lambda name: self.adapter.read_parameter(self.strategy.model, name, read)
 
     def _load_method(self, folder: Path, reader: Callable[[str], Any]) -> None:
         model, adapter = self.strategy.model, self.adapter
-        adapter.restored(model, reader(adapter.weights_file).get_tensor)
+        adapter.after_restore(model, reader(adapter.weights_file).get_tensor)
         kept = reader(METHOD_FILE) if (folder / METHOD_FILE).exists() else None
         adapter.load_state(model, {n: kept.get_tensor(n) for n in kept.keys()} if kept else {})  # noqa: SIM118
 
 
-class Beside:
+class ExtraModule:
     """The module that a task trains beside the adapter: a file of its own, so that the adapter's is plain peft."""
 
     def __init__(self, strategy: Strategy, module: str) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from cluster.job_environment import Standing, standing
+from cluster.job_environment import JobEnvironment, job_environment
 
 
 @pytest.mark.parametrize(
@@ -26,9 +26,9 @@ from cluster.job_environment import Standing, standing
     ],
 )
 def test_standing(environment: dict[str, str], job: str | None, address: str | None) -> None:
-    assert standing(environment) == Standing(job, address)
+    assert job_environment(environment) == JobEnvironment(job, address)
 
 
 def test_the_nodes_of_a_job_are_all_that_it_gets() -> None:
-    assert standing({"SLURM_JOB_ID": "4711", "SLURM_JOB_NUM_NODES": "2"}).nodes == 2
-    assert standing({}).nodes == 0
+    assert job_environment({"SLURM_JOB_ID": "4711", "SLURM_JOB_NUM_NODES": "2"}).nodes == 2
+    assert job_environment({}).nodes == 0

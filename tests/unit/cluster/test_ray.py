@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from cluster import ClusterError, Job
+from cluster import ClusterError, ClusterJob
 from cluster.ray import RECIPE, Ray, api_address, working_directory
 
 ODD = 'name: it\'s $(touch x) `id` "q" ünï\n'
-JOB = Job("a.run", "s3://runs/a.run", ODD, (1, 1), 0, 1, {"address": None}, arguments=("r.yaml",))
+JOB = ClusterJob("a.run", "s3://runs/a.run", ODD, (1, 1), 0, 1, {"address": None}, arguments=("r.yaml",))
 
 
 class Head(BaseHTTPRequestHandler):

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from cluster import ClusterError, Job
+from cluster import ClusterError, ClusterJob
 from cluster.ray_nodes import NODE_SETTINGS
 from cluster.slurm import SCRIPT, Slurm, call, fields
 from trainer.recipe.sections.cluster import SlurmSection
@@ -22,14 +22,14 @@ from trainer.recipe.sections.cluster import SlurmSection
 ODD = 'it\'s $(touch x) `id` "q" ünï & ; |\n#'
 
 
-def job(workers: tuple[int, int] = (8, 8), gpus: int = 1, cpus: int = 4, **settings: Any) -> Job:
+def job(workers: tuple[int, int] = (8, 8), gpus: int = 1, cpus: int = 4, **settings: Any) -> ClusterJob:
     section = SlurmSection.model_validate(settings).model_dump(mode="json")
-    return Job(
+    return ClusterJob(
         "a-run", "/shared/runs/a-run", "name: a-run\n", workers, gpus, cpus, section, arguments=("r.yaml", "seed=3")
     )
 
 
-def asked(made: Job) -> list[str]:
+def asked(made: ClusterJob) -> list[str]:
     return shlex.split(Slurm({}).render(made))
 
 
@@ -63,7 +63,7 @@ class Commands:
         (job((2, 8), nodes=4), "4", 2, 8),
     ],
 )
-def test_nodes_have_what_their_workers_need(made: Job, nodes: str, gpus: int | None, cpus: int) -> None:
+def test_nodes_have_what_their_workers_need(made: ClusterJob, nodes: str, gpus: int | None, cpus: int) -> None:
     words = asked(made)
     assert f"--nodes={nodes}" in words
     assert f"--cpus-per-task={cpus}" in words

@@ -98,11 +98,11 @@ def test_what_trains(
 
 
 def test_the_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
-    from cluster import Job, cluster_of
+    from cluster import ClusterJob, cluster_of
 
     put_in_place(PAGES["cluster"], monkeypatch)
     background, said = cluster_of("background"), []
-    job = Job("a", "runs/a", "", (1, 1), 0, 1, {}, ("validate",), ("recipes/quickstart.yaml",))
+    job = ClusterJob("a", "runs/a", "", (1, 1), 0, 1, {}, ("validate",), ("recipes/quickstart.yaml",))
     assert background.render(job).endswith("-m launcher validate recipes/quickstart.yaml\n")
     first = background.submit(job, "recipes/quickstart.yaml")
     assert background.state(first) == "RUNNING"

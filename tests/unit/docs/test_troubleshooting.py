@@ -62,7 +62,7 @@ def of_libraries(text: str) -> bool:
 def signs() -> list[str]:
     """The patterns of the table of advice."""
     (table,) = [
-        file for part in PARTS for file in (ROOT / part).glob("advice.py") if "SYMPTOMS = (" in file.read_text()
+        file for part in PARTS for file in (ROOT / part).rglob("symptoms.py") if "SYMPTOMS = (" in file.read_text()
     ]
     calls = [node for node in ast.walk(ast.parse(table.read_text())) if isinstance(node, ast.Call)]
     found = [c.args[0] for c in calls if isinstance(c.func, ast.Name) and c.func.id == "_sign"]

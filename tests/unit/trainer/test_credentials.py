@@ -325,11 +325,11 @@ def test_a_failure_that_an_earlier_version_has_stored_is_shown_without_them(
     muster: Muster, spilled: tuple[Path, str], tmp_path: Path
 ) -> None:
     from tests.support.made_up_run import make_up
-    from trainer.run.jsonl import JsonLines
+    from trainer.run.jsonl import JsonLinesWriter
 
     run = open_storage(str(tmp_path / "old"))
     make_up(run, ended="failed")
-    lines = JsonLines(run, layout.events_part(3, "driver1"))
+    lines = JsonLinesWriter(run, layout.events_part(3, "driver1"))
     cause = "could not read " + "x" * 60 + ENVIRONMENT["BLOBS"] + " or " + "\n".join(ENVIRONMENT.values())
     lines.add({"event": "failure", "attempt": 3, "time": 1e9, "cause": cause, "trace": cause, "advice": cause})
     lines.close()

@@ -19,13 +19,13 @@ from trainer.checkpoint import claim_attempt
 from trainer.errors import InputError, Interrupted, MusterError, NonFiniteLoss, StorageError, WorkerFailed, note_where
 from trainer.recipe import Recipe
 from trainer.run import layout
-from trainer.run.failure import Cause
+from trainer.run.failure import Failure
 from trainer.run.jsonl import Events, newest_failure, read_rows
 from trainer.run.lease import Lease, read_lease
 from trainer.run.outcome import leave
 from trainer.storage import Storage
 from trainer.tasks.sft import SFT
-from trainer.torchrun_failure import Rank, RankFailed, told
+from trainer.torchrun_failure import RankFailed, RunRank, told
 from trainer.worker import attempt
 
 
@@ -94,7 +94,7 @@ def test_a_success_that_cannot_be_recorded_is_none(held: Held) -> None:
         leave(run, lease, "succeeded")
 
 
-class Driven(driver.Held):
+class Driven(driver.RunDriver):
     """A driver whose training is a function."""
 
     def _train(self) -> None:
@@ -169,7 +169,7 @@ def test_a_rank_tells_and_keeps_what_it_failed_of(held: Held, recipe: Recipe) ->
     run, _, lease = held
     claim_attempt(run, lease.driver, {})
     slept: list[float] = []
-    said = told(broken("CUDA error: device-side assert triggered"), Rank(run, recipe, 1, None), slept.append)
+    said = told(broken("CUDA error: device-side assert triggered"), RunRank(run, recipe, 1, None), slept.append)
     where = f"rank 1 on {os.uname().nodename}: step 3, exchange of the loss"
     assert said.cause == f"{where}: RuntimeError: CUDA error: device-side assert triggered"
     assert "CUDA_LAUNCH_BLOCKING=1" in str(said)
@@ -187,9 +187,9 @@ def test_rank_0_tells_the_cause_and_not_what_followed_from_it(held: Held, recipe
         try:
             dict[str, int]()["text"]
         except KeyError as error:
-            told(error, Rank(run, recipe, 1, None), lambda seconds: None)
+            told(error, RunRank(run, recipe, 1, None), lambda seconds: None)
 
-    said = told(broken(), Rank(run, recipe, 0, lease.driver), meanwhile)
+    said = told(broken(), RunRank(run, recipe, 0, lease.driver), meanwhile)
     assert said.cause == f"rank 1 on {os.uname().nodename}: KeyError: 'text'"
     assert 'dict[str, int]()["text"]' in str(said)
     assert f"muster logs {run.url} --rank 1" in str(said)
@@ -199,7 +199,7 @@ def test_rank_0_tells_the_cause_and_not_what_followed_from_it(held: Held, recipe
 def test_rank_0_waits_for_others_only_so_long(held: Held, recipe: Recipe) -> None:
     run, _, lease = held
     slept: list[float] = []
-    said = told(broken(), Rank(run, recipe, 0, lease.driver), slept.append)
+    said = told(broken(), RunRank(run, recipe, 0, lease.driver), slept.append)
     assert sum(slept) == torchrun_failure.OTHERS_S
     assert "another worker died" in str(said)
     assert [e["rank"] for e in failures(run)] == [0]
@@ -212,7 +212,7 @@ def test_rank_0_names_the_rank_that_held_it_up(held: Held, recipe: Recipe) -> No
     events = Events(run, 1, "rank0")
     events.emit("hang", cause="nothing has moved for 30 s; held up by rank 1", ranks=[pulse])
     events.close()
-    said = told(broken(), Rank(run, recipe, 0, lease.driver), lambda seconds: None)
+    said = told(broken(), RunRank(run, recipe, 0, lease.driver), lambda seconds: None)
     assert said.cause == "nothing has moved for 30 s; held up by rank 1"
     (event,) = failures(run)
     assert (event["rank"], event["host"], event["phase"]) == (1, "b", "optimizer")
@@ -222,7 +222,7 @@ def test_what_all_ranks_meet_is_kept_once(held: Held, recipe: Recipe) -> None:
     run, _, lease = held
     alike = NonFiniteLoss("step 3: the loss is not finite")
     for rank, number in ((0, lease.driver), (1, None), (2, None)):
-        said = told(alike, Rank(run, recipe, rank, number), lambda seconds: None)
+        said = told(alike, RunRank(run, recipe, rank, number), lambda seconds: None)
         assert said.cause.endswith(f"{os.uname().nodename}: step 3: the loss is not finite")
         assert not isinstance(said, RankFailed)
     assert [e["rank"] for e in failures(run)] == [0]
@@ -233,7 +233,7 @@ def test_a_rank_whose_storage_is_away_tells_all_the_same(
 ) -> None:
     run, backend, lease = held
     backend.before = unreachable
-    said = told(StorageError("could not write x"), Rank(run, recipe, 0, lease.driver), lambda seconds: None)
+    said = told(StorageError("could not write x"), RunRank(run, recipe, 0, lease.driver), lambda seconds: None)
     assert said.cause.endswith("could not write x")
     assert "the failure is not in the run's events" in caplog.text
 
@@ -241,7 +241,7 @@ def test_a_rank_whose_storage_is_away_tells_all_the_same(
 def test_a_failure_of_another_driver_is_not_this_ones_cause(held: Held) -> None:
     run, _, lease = held
     events = Events(run, 1, f"driver{lease.driver + 10}")
-    events.emit("failure", **Cause("x").facts(""), retried=False)
+    events.emit("failure", **Failure("x").facts(""), retried=False)
     events.close()
     assert newest_failure(run, lease.driver) is None
 

@@ -25,9 +25,9 @@ from tests.support.tasks import task_recipe, write_task_data
 from tests.support.training import run_of, small_recipe, train_here, write_pairs
 from trainer.__main__ import main as torchrun
 from trainer.adapters import targets
-from trainer.artifacts import Address, find, load, tokenizer_of
+from trainer.artifacts import ArtifactRef, find, load, tokenizer_of
 from trainer.artifacts.reward_model import check_reward, reward_model
-from trainer.checkpoint.artifact_info import Origin
+from trainer.checkpoint.artifact_info import ArtifactInfo
 from trainer.errors import InputError, UsageError
 from trainer.model.placement import Placement
 from trainer.recipe import Recipe, dump
@@ -245,7 +245,7 @@ def test_a_stored_reward_model_brings_code_only_as_the_policys_own_trusted_base(
         reward_model(recipe, CPU)
     tokenizer_with_code(run / layout.ADAPTER, mark)
     trusting = recipe.model_copy(update={"model": section})
-    found = find(Address(run=str(run)), tmp_path / "found", trust=Trust(model=trusting.model))
+    found = find(ArtifactRef(run=str(run)), tmp_path / "found", trust=Trust(model=trusting.model))
     assert (found.section.trust_remote_code, found.trusted) == (True, False)
     with pytest.raises(InputError, match=r"the tokenizer in .* is code that comes with it"):
         tokenizer_of(replace(found, adapters={"default": run / layout.ADAPTER}))
@@ -277,7 +277,7 @@ def test_where_transformers_has_the_model_its_code_is_left_alone_aloud(
     honest: Recipe, tiny_model: Path, tmp_path: Path, mark: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     model = model_with_code(tiny_model, model_of(tmp_path), mark, kind="llama")
-    subject = find(Address(model=str(model)), tmp_path / "found")
+    subject = find(ArtifactRef(model=str(model)), tmp_path / "found")
     load(subject, Placement.on(CPU), None)
     assert "brings code that was not run; transformers' own takes its place" in caplog.text
     assert not mark.exists()
@@ -362,11 +362,11 @@ def test_slurms_scripts_give_the_users_word_where_they_read_the_recipe(script: s
 
 @pytest.mark.parametrize("template", ["{prompt:>99999}", "{prompt:{width}}", "{prompt.__class__}", "{0}", 5, ["{a}"]])
 def test_a_stored_template_fills_in_a_column_and_no_more(template: Any, honest: Recipe, tmp_path: Path) -> None:
-    Origin.of(honest).write(tmp_path)
-    assert Origin.read(tmp_path) == Origin.of(honest)
+    ArtifactInfo.of(honest).write(tmp_path)
+    assert ArtifactInfo.read(tmp_path) == ArtifactInfo.of(honest)
     told = json.loads((tmp_path / "muster.json").read_text())
     (tmp_path / "muster.json").write_text(json.dumps({**told, "template": template}))
-    assert Origin.read(tmp_path) is None
+    assert ArtifactInfo.read(tmp_path) is None
     if isinstance(template, str):
         with pytest.raises(ValueError, match=r"pads a column|names no column"):
             checked_template(template)

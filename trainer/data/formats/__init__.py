@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol, cast
 
-from trainer.data.sample import Encoded, Fault, Row
-from trainer.data.spec import FrozenSource, Preparation
+from trainer.data.sample import Row, RowError, Sample
+from trainer.data.spec import FrozenSource, PreparationSpec
 from trainer.registry import FORMATS
 
 
@@ -17,11 +17,11 @@ class Format(Protocol):
     InputError when the tokenizer lacks what the format needs.
     """
 
-    def __init__(self, source: FrozenSource, tokenizer: Any, spec: Preparation) -> None: ...
+    def __init__(self, source: FrozenSource, tokenizer: Any, spec: PreparationSpec) -> None: ...
 
-    def encode(self, rows: Sequence[Row]) -> list[Encoded | Fault]: ...
+    def encode(self, rows: Sequence[Row]) -> list[Sample | RowError]: ...
 
 
-def open_format(source: FrozenSource, tokenizer: Any, spec: Preparation) -> Format:
+def open_format(source: FrozenSource, tokenizer: Any, spec: PreparationSpec) -> Format:
     kind = cast("type[Format]", FORMATS.load(source.format))
     return kind(source, tokenizer, spec)

@@ -13,15 +13,15 @@ import numpy as np
 
 from trainer.data.formats.columns import Columns, as_text
 from trainer.data.prepare.label_set import label_name
-from trainer.data.sample import Encoded, Fault, Row
-from trainer.data.spec import FrozenSource, Preparation
+from trainer.data.sample import Row, RowError, Sample
+from trainer.data.spec import FrozenSource, PreparationSpec
 from trainer.errors import InputError
 
 Texts = tuple[str, str | None]
 
 
-class Classification:
-    def __init__(self, source: FrozenSource, tokenizer: Any, spec: Preparation) -> None:
+class ClassificationFormat:
+    def __init__(self, source: FrozenSource, tokenizer: Any, spec: PreparationSpec) -> None:
         self.tokenizer, self.columns, self.length = tokenizer, Columns(source), spec.sequence_length
         if not spec.labels:
             raise InputError(
@@ -30,39 +30,43 @@ class Classification:
         self.numbers = {label: number for number, label in enumerate(spec.labels)}
         self.names = source.labels or spec.labels
 
-    def encode(self, rows: Sequence[Row]) -> list[Encoded | Fault]:
+    def encode(self, rows: Sequence[Row]) -> list[Sample | RowError]:
         texts, labels = [self._texts(row) for row in rows], [self._label(row) for row in rows]
         return [
-            label if isinstance(label, Fault) else text if isinstance(text, Fault) else self._encode_one(text, label)
+            label
+            if isinstance(label, RowError)
+            else text
+            if isinstance(text, RowError)
+            else self._encode_one(text, label)
             for text, label in zip(texts, labels, strict=True)
         ]
 
-    def _texts(self, row: Row) -> Texts | Fault:
+    def _texts(self, row: Row) -> Texts | RowError:
         if self.columns.template is not None:
             text, pair = self.columns.filled(row, self.columns.template), None
         else:
             text, pair = self.columns.text(row, "text"), self.columns.optional(row, "text_pair")
         second = None if pair is None else as_text(pair, self.columns.names.get("text_pair", "text_pair"))
-        if isinstance(text, Fault):
+        if isinstance(text, RowError):
             return text
-        return second if isinstance(second, Fault) else (text, second)
+        return second if isinstance(second, RowError) else (text, second)
 
-    def _label(self, row: Row) -> int | Fault:
+    def _label(self, row: Row) -> int | RowError:
         name = label_name(self.columns.value(row, "label"), self.names)
-        if isinstance(name, Fault):
+        if isinstance(name, RowError):
             return name
         if name in self.numbers:
             return self.numbers[name]
-        return Fault(f"the label {name!r} is not one of those of the training data: {', '.join(self.numbers)}"[:300])
+        return RowError(f"the label {name!r} is not one of those of the training data: {', '.join(self.numbers)}"[:300])
 
-    def _encode_one(self, texts: Texts, label: int) -> Encoded | Fault:
+    def _encode_one(self, texts: Texts, label: int) -> Sample | RowError:
         out = self.tokenizer(*texts, return_attention_mask=False, verbose=False)
         truncated = len(out["input_ids"]) > self.length
         if truncated:
             out = self.tokenizer(*texts, return_attention_mask=False, truncation=True, max_length=self.length)
         tokens = np.array(out["input_ids"], dtype=np.int32)
         if not len(tokens):
-            return Fault("there is no text, and the tokenizer adds nothing to it")
+            return RowError("there is no text, and the tokenizer adds nothing to it")
         types = np.array(out["token_type_ids"], dtype=np.int8) if "token_type_ids" in out else None
         target = np.arange(len(tokens)) == len(tokens) - 1
-        return Encoded(tokens, target, truncated, label=label, token_types=types)
+        return Sample(tokens, target, truncated, label=label, token_types=types)

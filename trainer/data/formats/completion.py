@@ -10,20 +10,20 @@ from typing import Any
 
 from trainer.data.formats.columns import Columns
 from trainer.data.formats.joined import Joiner, Pair, both
-from trainer.data.sample import Encoded, Fault, Row
-from trainer.data.spec import FrozenSource, Preparation
+from trainer.data.sample import Row, RowError, Sample
+from trainer.data.spec import FrozenSource, PreparationSpec
 
 
 class Completion:
-    def __init__(self, source: FrozenSource, tokenizer: Any, spec: Preparation) -> None:
+    def __init__(self, source: FrozenSource, tokenizer: Any, spec: PreparationSpec) -> None:
         self.joiner, self.columns = Joiner(tokenizer, "completion"), Columns(source)
         self.of_prompts = spec.task == "ppo"
 
-    def encode(self, rows: Sequence[Row]) -> list[Encoded | Fault]:
+    def encode(self, rows: Sequence[Row]) -> list[Sample | RowError]:
         return self.joiner.encode([texts_of(row, self.columns, of_prompts=self.of_prompts) for row in rows])
 
 
-def texts_of(row: Row, columns: Columns, *, of_prompts: bool = False) -> Pair | Fault:
+def texts_of(row: Row, columns: Columns, *, of_prompts: bool = False) -> Pair | RowError:
     template = columns.template
     prompt = columns.text(row, "prompt") if template is None else columns.filled(row, template)
     return both(prompt, columns.answer(row, "completion", of_prompts))

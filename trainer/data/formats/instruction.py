@@ -11,8 +11,8 @@ from typing import Any
 
 from trainer.data.formats.columns import Columns, as_text
 from trainer.data.formats.joined import Joiner, Pair, both
-from trainer.data.sample import Encoded, Fault, Row
-from trainer.data.spec import FrozenSource, Preparation
+from trainer.data.sample import Row, RowError, Sample
+from trainer.data.spec import FrozenSource, PreparationSpec
 
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -26,20 +26,20 @@ PROMPT_WITH_INPUT = (
 
 
 class Instruction:
-    def __init__(self, source: FrozenSource, tokenizer: Any, spec: Preparation) -> None:
+    def __init__(self, source: FrozenSource, tokenizer: Any, spec: PreparationSpec) -> None:
         self.joiner, self.columns = Joiner(tokenizer, "instruction"), Columns(source)
         self.of_prompts = spec.task == "ppo"
 
-    def encode(self, rows: Sequence[Row]) -> list[Encoded | Fault]:
+    def encode(self, rows: Sequence[Row]) -> list[Sample | RowError]:
         outputs = [self.columns.answer(row, "output", self.of_prompts) for row in rows]
         return self.joiner.encode([both(self._prompt(row), output) for row, output in zip(rows, outputs, strict=True)])
 
-    def _prompt(self, row: Row) -> str | Fault:
+    def _prompt(self, row: Row) -> str | RowError:
         if self.columns.template is not None:
             return self.columns.filled(row, self.columns.template)
         given = self.columns.optional(row, "input")
         texts = both(self.columns.text(row, "instruction"), "" if given is None else as_text(given, "input"))
-        return texts if isinstance(texts, Fault) else prompt_of(texts)
+        return texts if isinstance(texts, RowError) else prompt_of(texts)
 
 
 def prompt_of(texts: Pair) -> str:

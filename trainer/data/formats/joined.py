@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.sample import Encoded, Fault
+from trainer.data.sample import RowError, Sample
 from trainer.errors import InputError
 
 Pair = tuple[str, str]
@@ -23,23 +23,23 @@ class Joiner:
     def __init__(self, tokenizer: Any, format: str) -> None:
         self.tokenizer, self.eos = tokenizer, eos_of(tokenizer, format)
 
-    def encode(self, texts: Sequence[Pair | Fault]) -> list[Encoded | Fault]:
+    def encode(self, texts: Sequence[Pair | RowError]) -> list[Sample | RowError]:
         """The pairs of prompt and completion, tokenised together; faults keep their places."""
-        pairs = [t for t in texts if not isinstance(t, Fault)]
+        pairs = [t for t in texts if not isinstance(t, RowError)]
         if not pairs:
-            return [t for t in texts if isinstance(t, Fault)]
+            return [t for t in texts if isinstance(t, RowError)]
         prompts = self.tokenizer([p for p, _ in pairs], return_attention_mask=False)["input_ids"]
         completions = self.tokenizer([c for _, c in pairs], add_special_tokens=False, return_attention_mask=False)[
             "input_ids"
         ]
         encoded = iter([self._join(p, c) for p, c in zip(prompts, completions, strict=True)])
-        return [t if isinstance(t, Fault) else next(encoded) for t in texts]
+        return [t if isinstance(t, RowError) else next(encoded) for t in texts]
 
-    def _join(self, prompt: list[int], completion: list[int]) -> Encoded:
+    def _join(self, prompt: list[int], completion: list[int]) -> Sample:
         tokens = np.array([*prompt, *completion, self.eos], dtype=np.int32)
         target = np.zeros(len(tokens), dtype=np.bool_)
         target[len(prompt) :] = True
-        return Encoded(tokens, target)
+        return Sample(tokens, target)
 
 
 def eos_of(tokenizer: Any, format: str) -> int:
@@ -51,7 +51,7 @@ def eos_of(tokenizer: Any, format: str) -> int:
     return int(tokenizer.eos_token_id)
 
 
-def both(prompt: str | Fault, completion: str | Fault) -> Pair | Fault:
-    if isinstance(prompt, Fault):
+def both(prompt: str | RowError, completion: str | RowError) -> Pair | RowError:
+    if isinstance(prompt, RowError):
         return prompt
-    return completion if isinstance(completion, Fault) else (prompt, completion)
+    return completion if isinstance(completion, RowError) else (prompt, completion)

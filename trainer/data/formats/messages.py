@@ -10,13 +10,13 @@ from typing import Any
 from trainer.data.formats.chat import Chat
 from trainer.data.formats.columns import Columns
 from trainer.data.formats.turns import tools_of, turns_of
-from trainer.data.sample import Encoded, Fault, Row
-from trainer.data.spec import FrozenSource, Preparation
+from trainer.data.sample import Row, RowError, Sample
+from trainer.data.spec import FrozenSource, PreparationSpec
 from trainer.errors import InputError
 
 
-class Messages:
-    def __init__(self, source: FrozenSource, tokenizer: Any, spec: Preparation) -> None:
+class MessagesFormat:
+    def __init__(self, source: FrozenSource, tokenizer: Any, spec: PreparationSpec) -> None:
         self.chat, self.columns = Chat(tokenizer, spec.chat_template), Columns(source)
         self.of_prompts = spec.task == "ppo"
         if not self.chat.template:
@@ -25,14 +25,14 @@ class Messages:
                 "the recipe has one; set data.chat_template to a Jinja template or to the path of one"
             )
 
-    def encode(self, rows: Sequence[Row]) -> list[Encoded | Fault]:
+    def encode(self, rows: Sequence[Row]) -> list[Sample | RowError]:
         return [self._encode_one(row) for row in rows]
 
-    def _encode_one(self, row: Row) -> Encoded | Fault:
+    def _encode_one(self, row: Row) -> Sample | RowError:
         turns, tools = turns_of(self.columns.value(row, "messages")), tools_of(self.columns.optional(row, "tools"))
-        if isinstance(turns, Fault):
+        if isinstance(turns, RowError):
             return turns
-        if isinstance(tools, Fault):
+        if isinstance(tools, RowError):
             return tools
         if self.of_prompts and turns[-1]["role"] != "assistant":
             return self.chat.ask(turns, tools)

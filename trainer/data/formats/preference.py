@@ -17,68 +17,68 @@ from trainer.data.formats.chat import Chat
 from trainer.data.formats.columns import Columns, as_text
 from trainer.data.formats.joined import Joiner, Pair, both
 from trainer.data.formats.turns import Turn, turns_of
-from trainer.data.sample import Encoded, Fault, Row
-from trainer.data.spec import FrozenSource, Preparation
+from trainer.data.sample import Row, RowError, Sample
+from trainer.data.spec import FrozenSource, PreparationSpec
 
 SIDES = ("chosen", "rejected")
 
 
 class Preference:
-    def __init__(self, source: FrozenSource, tokenizer: Any, spec: Preparation) -> None:
+    def __init__(self, source: FrozenSource, tokenizer: Any, spec: PreparationSpec) -> None:
         self.joiner, self.chat = Joiner(tokenizer, "preference"), Chat(tokenizer, spec.chat_template)
         self.columns, self.of_prompts = Columns(source), spec.task == "ppo"
 
-    def encode(self, rows: Sequence[Row]) -> list[Encoded | Fault]:
+    def encode(self, rows: Sequence[Row]) -> list[Sample | RowError]:
         if self.of_prompts:
             return self._encode_side(rows, SIDES[0])
         sides = [self._encode_side(rows, side) for side in SIDES]
         return [self._paired(row, *answers) for row, *answers in zip(rows, *sides, strict=True)]
 
-    def _encode_side(self, rows: Sequence[Row], side: str) -> list[Encoded | Fault]:
+    def _encode_side(self, rows: Sequence[Row], side: str) -> list[Sample | RowError]:
         """Texts are tokenised together, conversations one by one."""
         parts = [self._read(row, side) for row in rows]
         texts = [part for part in parts if not isinstance(part, list)]
         joined = iter(self.joiner.encode(texts))
         return [self._converse(part) if isinstance(part, list) else next(joined) for part in parts]
 
-    def _read(self, row: Row, side: str) -> Pair | list[Turn] | Fault:
+    def _read(self, row: Row, side: str) -> Pair | list[Turn] | RowError:
         prompt, answer = self._prompt(row), self.columns.value(row, side)
-        if isinstance(answer, Fault):
+        if isinstance(answer, RowError):
             return answer
-        if isinstance(prompt, str | Fault) and isinstance(answer, str):
+        if isinstance(prompt, str | RowError) and isinstance(answer, str):
             return both(as_text(prompt, "prompt"), as_text(answer, side))
         turns = turns_of(_listed(answer, "assistant"))
-        if isinstance(turns, Fault) or turns[0]["role"] != "assistant":
+        if isinstance(turns, RowError) or turns[0]["role"] != "assistant":
             return turns
-        before = turns_of(prompt if isinstance(prompt, Fault) else _listed(prompt, "user"))
-        return before if isinstance(before, Fault) else [*before, *turns]
+        before = turns_of(prompt if isinstance(prompt, RowError) else _listed(prompt, "user"))
+        return before if isinstance(before, RowError) else [*before, *turns]
 
-    def _prompt(self, row: Row) -> Any | Fault:
+    def _prompt(self, row: Row) -> Any | RowError:
         if "prompt" not in self.columns.names and "prompt" not in row and "conversations" in row:
             return row["conversations"]
         return self.columns.value(row, "prompt")
 
-    def _converse(self, turns: list[Turn]) -> Encoded | Fault:
+    def _converse(self, turns: list[Turn]) -> Sample | RowError:
         if not self.chat.template:
-            return Fault(
+            return RowError(
                 "the row holds a conversation, and neither the tokenizer nor the recipe has a chat template for it; "
                 "set data.chat_template to a Jinja template or to the path of one"
             )
         if turns[-1]["role"] != "assistant":
-            return Fault(f"the conversation has to end with the assistant's answer, not with {turns[-1]['role']!r}")
+            return RowError(f"the conversation has to end with the assistant's answer, not with {turns[-1]['role']!r}")
         return self.chat.encode(turns, last_only=True)
 
-    def _paired(self, row: Row, chosen: Encoded | Fault, rejected: Encoded | Fault) -> Encoded | Fault:
+    def _paired(self, row: Row, chosen: Sample | RowError, rejected: Sample | RowError) -> Sample | RowError:
         margin = self.columns.optional(row, "margin")
         for part in (chosen, rejected, margin):
-            if isinstance(part, Fault):
+            if isinstance(part, RowError):
                 return part
         if margin is not None and (isinstance(margin, bool) or not isinstance(margin, int | float)):
-            return Fault(f"the margin has to be a number, not {type(margin).__name__} ({margin!r:.40})")
+            return RowError(f"the margin has to be a number, not {type(margin).__name__} ({margin!r:.40})")
         if margin is not None and not math.isfinite(margin):
-            return Fault(f"the margin has to be a finite number, not {margin}")
-        assert isinstance(chosen, Encoded)
-        assert isinstance(rejected, Encoded)
+            return RowError(f"the margin has to be a finite number, not {margin}")
+        assert isinstance(chosen, Sample)
+        assert isinstance(rejected, Sample)
         return replace(chosen, rejected=rejected, margin=None if margin is None else float(margin))
 
 

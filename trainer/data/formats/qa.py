@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 from trainer.data.formats.columns import Columns, encodable
 from trainer.data.formats.joined import Joiner, Pair
-from trainer.data.sample import Encoded, Fault, Row
-from trainer.data.spec import FrozenSource, Preparation
+from trainer.data.sample import Row, RowError, Sample
+from trainer.data.spec import FrozenSource, PreparationSpec
 
 BEFORE, AFTER = "Question:", "Answer:"
 
@@ -24,28 +24,28 @@ class Example(NamedTuple):
 
 
 class QuestionAnswer:
-    def __init__(self, source: FrozenSource, tokenizer: Any, spec: Preparation) -> None:
+    def __init__(self, source: FrozenSource, tokenizer: Any, spec: PreparationSpec) -> None:
         del spec
         self.joiner, self.columns = Joiner(tokenizer, "qa"), Columns(source)
 
-    def encode(self, rows: Sequence[Row]) -> list[Encoded | Fault]:
+    def encode(self, rows: Sequence[Row]) -> list[Sample | RowError]:
         return self.joiner.encode([_pair_of(example_of(row, self.columns)) for row in rows])
 
 
-def example_of(row: Row, columns: Columns) -> Example | Fault:
+def example_of(row: Row, columns: Columns) -> Example | RowError:
     """What evaluation asks and accepts; a Fault when there is no question or no answer."""
     question, first = columns.text(row, "question"), columns.value(row, "answer")
     more = columns.optional(row, "aliases")
     for part in (question, first, more):
-        if isinstance(part, Fault):
+        if isinstance(part, RowError):
             return part
     answers = [*_answers(first), *_answers(more)]
-    wrong = [a for a in answers if isinstance(a, Fault)]
+    wrong = [a for a in answers if isinstance(a, RowError)]
     if wrong:
         return wrong[0]
     texts = [a for a in answers if isinstance(a, str)]
     if not texts:
-        return Fault(f"there is no answer ({first!r:.40}); every question needs one")
+        return RowError(f"there is no answer ({first!r:.40}); every question needs one")
     assert isinstance(question, str)
     return Example(framed(question), tuple(dict.fromkeys(texts)))
 
@@ -60,16 +60,16 @@ def unframed(question: str) -> str:
     return text.removeprefix(BEFORE).removesuffix(AFTER).strip()
 
 
-def _answers(value: Any) -> list[str | Fault]:
+def _answers(value: Any) -> list[str | RowError]:
     if value is None:
         return []
     if isinstance(value, list):
         return [answer for one in value for answer in _answers(one)]
     if isinstance(value, bool) or not isinstance(value, str | int | float):
-        return [Fault(f"an answer has to be text or a list of texts, not {type(value).__name__} ({value!r:.40})")]
+        return [RowError(f"an answer has to be text or a list of texts, not {type(value).__name__} ({value!r:.40})")]
     text = str(value).strip()
     return [encodable(text)] if text else []
 
 
-def _pair_of(example: Example | Fault) -> Pair | Fault:
-    return example if isinstance(example, Fault) else (example.prompt, f" {example.answers[0]}")
+def _pair_of(example: Example | RowError) -> Pair | RowError:
+    return example if isinstance(example, RowError) else (example.prompt, f" {example.answers[0]}")

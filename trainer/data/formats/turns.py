@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from trainer.data.sample import Fault
+from trainer.data.sample import RowError
 from trainer.parsing import Malformed, parse_json
 
 Turn = dict[str, Any]
@@ -22,19 +22,19 @@ ROLES = {
 """ShareGPT's names of the roles; others are kept as they are."""
 
 
-def turns_of(value: Any) -> list[Turn] | Fault:
+def turns_of(value: Any) -> list[Turn] | RowError:
     """A conversation's turns, checked: a list of mappings with a role, or with ShareGPT's ``from`` and ``value``.
 
     Keys without a value go, at any depth: parquet gives every turn the keys of all.
     """
-    if isinstance(value, Fault):
+    if isinstance(value, RowError):
         return value
     if not isinstance(value, list) or not value:
-        return Fault(f"a conversation has to be a list of messages, not {type(value).__name__} ({value!r:.40})")
+        return RowError(f"a conversation has to be a list of messages, not {type(value).__name__} ({value!r:.40})")
     turns = [turn_of(turn) for turn in value]
     for i, turn in enumerate(turns):
         if turn is None:
-            return Fault(f"message {i + 1} has to be a mapping with role and content, not {value[i]!r:.60}")
+            return RowError(f"message {i + 1} has to be a mapping with role and content, not {value[i]!r:.60}")
     return [turn for turn in turns if turn is not None]
 
 
@@ -57,16 +57,16 @@ def without_nothing(value: Any) -> Any:
     return [without_nothing(v) for v in value] if isinstance(value, list) else value
 
 
-def tools_of(value: Any) -> list[Any] | Fault | None:
+def tools_of(value: Any) -> list[Any] | RowError | None:
     """The tools that a conversation may call, a list or its JSON; None for none."""
     if isinstance(value, str) and value.strip():
         try:
             value = parse_json(value, finite=False)
         except Malformed as error:
-            return Fault(f"the tools are not valid JSON ({error})")
+            return RowError(f"the tools are not valid JSON ({error})")
     if value is None or value == "" or value == []:
         return None
-    if isinstance(value, Fault):
+    if isinstance(value, RowError):
         return value
     pruned = without_nothing(value)
-    return pruned if isinstance(pruned, list) else Fault(f"the tools have to be a list, not {type(value).__name__}")
+    return pruned if isinstance(pruned, list) else RowError(f"the tools have to be a list, not {type(value).__name__}")

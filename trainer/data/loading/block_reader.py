@@ -10,9 +10,9 @@ from concurrent.futures import Future
 
 from trainer.data.blocks import Block, decode_block
 from trainer.data.loading.disk_cache import DiskCache
-from trainer.data.loading.next_use import Upcoming
-from trainer.data.prepare.prepared import Prepared
-from trainer.data.sample import Encoded
+from trainer.data.loading.next_use import NextUse
+from trainer.data.prepare.prepared import PreparedDataset
+from trainer.data.sample import Sample
 from trainer.data.types import SampleRef
 from trainer.errors import MusterError
 from trainer.storage import in_parallel
@@ -35,8 +35,8 @@ class BlockReader:
 
     def __init__(
         self,
-        prepared: Prepared,
-        upcoming: Upcoming,
+        prepared: PreparedDataset,
+        upcoming: NextUse,
         *,
         memory_bytes: int = MEMORY_BYTES,
         readers: int = READERS,
@@ -53,7 +53,7 @@ class BlockReader:
     def held_bytes(self) -> int:
         return self._held_bytes
 
-    def samples(self, refs: Sequence[SampleRef]) -> list[Encoded]:
+    def samples(self, refs: Sequence[SampleRef]) -> list[Sample]:
         """Each of them, in the order of ``refs``. Their arrays are views: the blocks behind them stay in memory as long
         as they are in use, whatever the limit, and a micro-batch's blocks are at most those of a window or two."""
         indexes = {window: self.prepared.index(window) for window in {ref.window for ref in refs}}
@@ -61,7 +61,7 @@ class BlockReader:
         for at, (window, sample) in enumerate(refs):
             index = indexes[window]
             rows.setdefault((window, int(index.block[sample])), []).append((at, int(index.block_row[sample])))
-        found: dict[int, Encoded] = {}
+        found: dict[int, Sample] = {}
 
         def take(key: Key) -> None:
             block = self.block(*key)

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from trainer.data.loading.block_reader import BlockReader
-from trainer.data.sample import Encoded
+from trainer.data.sample import Sample
 from trainer.data.types import Batch, MicroBatch
 
-Pack = Sequence[Encoded]
+Pack = Sequence[Sample]
 
 
 def read_batch(reader: BlockReader, micro_batch: MicroBatch) -> Batch:

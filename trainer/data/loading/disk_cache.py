@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.data.loading.next_use import Use
-from trainer.data.prepare.prepared import Prepared
+from trainer.data.prepare.prepared import PreparedDataset
 from trainer.storage import Storage, local_path
 from trainer.storage.host_cache import host_cache, make_own
 from trainer.storage.locks import hold_folder, lock_file, remove_unused
@@ -66,7 +66,9 @@ def open_cache(storage: Storage, name: str, limit: int, root: Path | None = None
     return DiskCache(folder, limit, held)
 
 
-def open_caches(train: Prepared, evaluation: Prepared | None, limit: int) -> tuple[DiskCache | None, DiskCache | None]:
+def open_caches(
+    train: PreparedDataset, evaluation: PreparedDataset | None, limit: int
+) -> tuple[DiskCache | None, DiskCache | None]:
     """Caches that take ``limit`` bytes together: evaluation data get what they need, up to a quarter."""
     small = 0 if evaluation is None else min(limit // 4, _BYTES_PER_TOKEN * evaluation.totals.tokens + _SLACK)
     caches = open_cache(train.storage, train.fingerprint, limit - small)

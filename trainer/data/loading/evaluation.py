@@ -8,16 +8,16 @@ from itertools import islice
 from trainer.data.loading.block_reader import MEMORY_BYTES, BlockReader
 from trainer.data.loading.collate import read_batch
 from trainer.data.loading.disk_cache import DiskCache
-from trainer.data.loading.next_use import Upcoming, Use
+from trainer.data.loading.next_use import NextUse, Use
 from trainer.data.order.pack_order import plan_in_order
-from trainer.data.prepare.prepared import Prepared
+from trainer.data.prepare.prepared import PreparedDataset
 from trainer.data.types import Batch, MicroBatch, SampleRef
 
 Pack = tuple[SampleRef, ...]
 
 
 def eval_batches(
-    prepared: Prepared,
+    prepared: PreparedDataset,
     micro_batch: int,
     rank: int,
     world_size: int,
@@ -33,7 +33,7 @@ def eval_batches(
     meet. Sequence length and packing are those of the preparation; ``singly`` leaves every sample in a pack of its own.
     ``limit`` ends after so many packs.
     """
-    upcoming = Upcoming(lambda _: range(prepared.count))
+    upcoming = NextUse(lambda _: range(prepared.count))
     reader = BlockReader(prepared, upcoming, memory_bytes=memory_bytes, cache=cache)
     mine: MicroBatch | None = None
     count = 0
@@ -58,7 +58,7 @@ def _micro_batches(packs: Iterator[tuple[Pack, int, int]], size: int) -> Iterato
         index += 1
 
 
-def _packs(prepared: Prepared, singly: bool) -> Iterator[tuple[Pack, int, int]]:
+def _packs(prepared: PreparedDataset, singly: bool) -> Iterator[tuple[Pack, int, int]]:
     packing = prepared.spec.packing and not singly
     for window in range(prepared.count):
         plan = plan_in_order(prepared.index(window), prepared.spec.sequence_length, packing)

@@ -21,7 +21,7 @@ class Use(NamedTuple):
     pack: int
 
 
-class Upcoming:
+class NextUse:
     """``order(epoch)`` gives the windows of an epoch in their order. Thread-safe.
 
     Within the window that is being read, a block's next use is the next pack that holds one of its samples; in all

@@ -14,7 +14,7 @@ _POLL_S = 0.1
 _CLOSE_S = 10.0
 
 
-class Source(Protocol):
+class StepReader(Protocol):
     """What reading ahead asks of a stream."""
 
     def step(self, cursor: Cursor) -> StepPlan: ...
@@ -29,7 +29,7 @@ class Prefetcher(Iterator[RankStep]):
     twice; after it, and after ``steps`` steps, iteration stops. An error is raised once, where its step would be."""
 
     def __init__(
-        self, source: Source, cursor: Cursor, rank: int, world_size: int, depth: int, steps: int | None = None
+        self, source: StepReader, cursor: Cursor, rank: int, world_size: int, depth: int, steps: int | None = None
     ) -> None:
         self._source, self._cursor, self._steps = source, cursor, steps
         self._rank, self._world_size = rank, world_size

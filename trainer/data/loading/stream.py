@@ -16,12 +16,12 @@ from trainer.data.blocks import WindowIndex
 from trainer.data.loading.block_reader import MEMORY_BYTES, READERS, BlockReader
 from trainer.data.loading.collate import read_batch
 from trainer.data.loading.disk_cache import DiskCache
-from trainer.data.loading.next_use import Upcoming, Use, packs_of_blocks
+from trainer.data.loading.next_use import NextUse, Use, packs_of_blocks
 from trainer.data.loading.prefetch import Prefetcher
 from trainer.data.order.order_store import LinkedPlan, PlanStore
 from trainer.data.order.pack_order import PlanSettings, copies
 from trainer.data.order.packing import fill_packs
-from trainer.data.prepare.prepared import Prepared
+from trainer.data.prepare.prepared import PreparedDataset
 from trainer.data.types import Batch, Cursor, Ints, MicroBatch, RankStep, SampleRef, StepPlan
 from trainer.errors import CorruptObject, InputError
 from trainer.storage import Storage
@@ -45,7 +45,7 @@ class Stream:
 
     def __init__(
         self,
-        prepared: Prepared,
+        prepared: PreparedDataset,
         run: Storage,
         *,
         seed: int,
@@ -62,7 +62,7 @@ class Stream:
         self.global_batch, self.micro_batch = global_batch, micro_batch
         settings = plan_settings(prepared, seed, sequence_length, packing, weights)
         self.plans = PlanStore(prepared, run, settings)
-        self.upcoming = Upcoming(self.plans.order)
+        self.upcoming = NextUse(self.plans.order)
         self.reader = BlockReader(prepared, self.upcoming, memory_bytes=memory_bytes, readers=readers, cache=cache)
         self._warmed: int | None = None
         self._warming: threading.Thread | None = None
@@ -174,7 +174,7 @@ class Stream:
 
 
 def plan_settings(
-    prepared: Prepared, seed: int, sequence_length: int, packing: bool, weights: Sequence[float]
+    prepared: PreparedDataset, seed: int, sequence_length: int, packing: bool, weights: Sequence[float]
 ) -> PlanSettings:
     spec = prepared.spec
     if (sequence_length, packing) != (spec.sequence_length, spec.packing) or len(weights) != len(spec.sources):
@@ -186,7 +186,7 @@ def plan_settings(
 
 
 def count_steps(
-    prepared: Prepared,
+    prepared: PreparedDataset,
     *,
     seed: int,
     epochs: int,
@@ -206,7 +206,7 @@ def count_steps(
     return sum(-(-packs // global_batch) for packs in planned) * (epochs if same else 1)
 
 
-def _count_packs(prepared: Prepared, settings: PlanSettings, epoch: int) -> int:
+def _count_packs(prepared: PreparedDataset, settings: PlanSettings, epoch: int) -> int:
     return sum(epoch_packs(prepared.index(w), settings, epoch).packs for w in range(prepared.count))
 
 

@@ -19,7 +19,7 @@ import pyarrow as pa
 
 from trainer.data.blocks import read_stream, stream_bytes
 from trainer.data.order.pack_order import PlanSettings, WindowPlan, epoch_order, plan_window
-from trainer.data.prepare.prepared import Prepared
+from trainer.data.prepare.prepared import PreparedDataset
 from trainer.data.seeding import hash_parts
 from trainer.errors import CorruptObject
 from trainer.parsing import parse_json
@@ -44,7 +44,7 @@ class LinkedPlan:
 class PlanStore:
     """Looks plans up by (epoch, ordinal in the epoch). Thread-safe; holds the last few."""
 
-    def __init__(self, prepared: Prepared, run: Storage, settings: PlanSettings) -> None:
+    def __init__(self, prepared: PreparedDataset, run: Storage, settings: PlanSettings) -> None:
         self.prepared, self.run, self.settings = prepared, run, settings
         self._held: OrderedDict[tuple[int, int], LinkedPlan] = OrderedDict()
         self._orders: dict[int, list[int]] = {}

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainer.data.prepare.label_set import label_set
 from trainer.data.readers import reader_name
-from trainer.data.spec import FrozenObject, FrozenSource, Preparation, tokenizer_fingerprint
+from trainer.data.spec import FrozenObject, FrozenSource, PreparationSpec, tokenizer_fingerprint
 from trainer.errors import InputError
 from trainer.storage import expand, locate
 
@@ -44,14 +44,14 @@ def _dataset(path: str, split: str | None) -> FrozenObject:
 
 def describe(
     sources: Sequence[FrozenSource], tokenizer: Any, *, labels: Sequence[str] | None = None, **settings: Any
-) -> Preparation:
-    """The preparation of these sources by this tokenizer; settings are Preparation's other fields.
+) -> PreparationSpec:
+    """The preparation of these sources by this tokenizer; settings are PreparationSpec's other fields.
 
     ``labels`` is the label set of classification; without it, it is looked for in these sources. Evaluation data takes
     that of the training data.
     """
     labels = label_set(sources) if labels is None else tuple(labels)
-    return Preparation(tuple(sources), tokenizer_fingerprint(tokenizer), labels=labels, **settings)
+    return PreparationSpec(tuple(sources), tokenizer_fingerprint(tokenizer), labels=labels, **settings)
 
 
 def check_unchanged(sources: Iterable[FrozenSource]) -> None:

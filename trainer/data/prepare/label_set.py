@@ -8,7 +8,7 @@ from typing import Any
 
 from trainer.data.formats.columns import column_of
 from trainer.data.readers import rows_of
-from trainer.data.sample import Fault
+from trainer.data.sample import RowError
 from trainer.data.spec import FrozenSource
 from trainer.errors import InputError
 from trainer.parsing import is_unicode
@@ -17,25 +17,25 @@ MOST_LABELS = 10_000
 LONGEST_LABEL = 1000
 
 
-def label_name(value: Any | Fault, names: Sequence[str] | None) -> str | Fault:
+def label_name(value: Any | RowError, names: Sequence[str] | None) -> str | RowError:
     """A label as text; 1, 1.0 and "1" are alike. With ``names``, a value that is none of them is the number of one,
     unless names are numbers themselves."""
-    if isinstance(value, Fault):
+    if isinstance(value, RowError):
         return value
     if isinstance(value, float) and value.is_integer():
         value = int(value)
     if not isinstance(value, str | int):
-        return Fault(f"a label has to be text or a whole number, not {type(value).__name__} ({value!r:.40})")
+        return RowError(f"a label has to be text or a whole number, not {type(value).__name__} ({value!r:.40})")
     name = str(value).lower() if isinstance(value, bool) else str(value).strip()
     if len(name) > LONGEST_LABEL:
-        return Fault(f"a label of {len(name):,} characters ({name!r:.40}…); at most {LONGEST_LABEL} are one")
+        return RowError(f"a label of {len(name):,} characters ({name!r:.40}…); at most {LONGEST_LABEL} are one")
     if not is_unicode(name):
-        return Fault(f"the label {name!r} holds half of a surrogate pair, which is no text")
+        return RowError(f"the label {name!r} holds half of a surrogate pair, which is no text")
     if names is None or name in names:
         return name
     if name.isdecimal() and int(name) < len(names) and not any(n.isdecimal() for n in names):
         return names[int(name)]
-    return Fault(f"the label {name!r} is neither one of {', '.join(names)} nor the number of one"[:300])
+    return RowError(f"the label {name!r} is neither one of {', '.join(names)} nor the number of one"[:300])
 
 
 def label_set(sources: Sequence[FrozenSource]) -> tuple[str, ...]:
@@ -53,7 +53,7 @@ def _found(source: FrozenSource) -> list[str]:
     column = source.columns.get("label", "label")
     names: set[str] = set()
     for row in rows_of(source):
-        name = row if isinstance(row, Fault) else label_name(column_of(row, column, "label"), None)
+        name = row if isinstance(row, RowError) else label_name(column_of(row, column, "label"), None)
         if isinstance(name, str):
             names.add(name)
         if len(names) > MOST_LABELS:

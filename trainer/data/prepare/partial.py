@@ -11,9 +11,9 @@ import time
 from collections.abc import Callable
 from typing import Any, TypedDict
 
-from trainer.data.prepare.prepared import Prepared, open_prepared
+from trainer.data.prepare.prepared import PreparedDataset, open_prepared
 from trainer.data.prepare.window import WindowEntry, entry_of, index_key
-from trainer.data.spec import Preparation
+from trainer.data.spec import PreparationSpec
 from trainer.errors import CorruptObject, InputError
 from trainer.parsing import Malformed
 from trainer.records import Count, read_record
@@ -28,14 +28,14 @@ PATIENCE_S = 900.0
 """Without a new window for this long, who made them is taken for dead."""
 
 
-class Begun(Prepared):
+class PartialDataset(PreparedDataset):
     """`index` waits for a window that is not there yet, as long as windows go on appearing; InputError when they do
     not. Totals are unknown: ``windows`` is empty, ``count`` says how many there will be."""
 
     def __init__(
         self,
         storage: Storage,
-        spec: Preparation,
+        spec: PreparationSpec,
         count: int,
         clock: Callable[[], float] = time.monotonic,
         sleep: Callable[[float], None] = time.sleep,
@@ -79,7 +79,7 @@ class _Beginning(TypedDict):
     windows: Count
 
 
-def open_begun(shared: Storage, fingerprint: str) -> Prepared | None:
+def open_begun(shared: Storage, fingerprint: str) -> PreparedDataset | None:
     """Prepared data of this fingerprint, complete or not; None when nobody has begun to prepare them."""
     complete = open_prepared(shared, fingerprint)
     if complete is not None:
@@ -91,9 +91,9 @@ def open_begun(shared: Storage, fingerprint: str) -> Prepared | None:
         return None
     try:
         begun = read_record(_Beginning, body)
-        spec = Preparation.from_json(begun["spec"])
+        spec = PreparationSpec.from_json(begun["spec"])
         if spec.fingerprint != fingerprint:
             raise Malformed("it is of other data than its folder")
-        return Begun(folder, spec, begun["windows"])
+        return PartialDataset(folder, spec, begun["windows"])
     except Malformed as error:
         raise CorruptObject(f"{folder.url}/{BEGUN} cannot be understood ({error}); delete {folder.url}") from error

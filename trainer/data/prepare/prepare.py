@@ -16,7 +16,7 @@ from trainer.data.blocks import BadRow
 from trainer.data.formats import open_format
 from trainer.data.prepare.freeze import check_unchanged
 from trainer.data.prepare.partial import BEGUN
-from trainer.data.prepare.prepared import MANIFEST, Prepared, manifest_of, open_prepared, sum_counts
+from trainer.data.prepare.prepared import MANIFEST, PreparedDataset, manifest_of, open_prepared, sum_counts
 from trainer.data.prepare.split import cut, windows
 from trainer.data.prepare.window import (
     WindowEntry,
@@ -28,8 +28,8 @@ from trainer.data.prepare.window import (
     too_many_bad_rows,
 )
 from trainer.data.readers import open_reader
-from trainer.data.sample import Fault
-from trainer.data.spec import FrozenSource, Preparation
+from trainer.data.sample import RowError
+from trainer.data.spec import FrozenSource, PreparationSpec
 from trainer.errors import CorruptObject, InputError
 from trainer.storage import Storage, locate, to_json
 
@@ -38,7 +38,7 @@ _INDEX = re.compile(r"w(\d{6,})\.index")
 MapWindows = Callable[[Callable[[WindowJob], WindowEntry], Sequence[WindowJob]], Iterable[WindowEntry]]
 
 
-class Progress(NamedTuple):
+class PreparationProgress(NamedTuple):
     """How far preparing is: windows done of all, and the samples and tokens in them."""
 
     windows: int
@@ -47,15 +47,15 @@ class Progress(NamedTuple):
     tokens: int
 
 
-def prepare(
-    spec: Preparation,
+def prepare_dataset(
+    spec: PreparationSpec,
     tokenizer: Any,
     shared: Storage,
     *,
     map_windows: MapWindows = map,
-    on_progress: Callable[[Progress], None] | None = None,
+    on_progress: Callable[[PreparationProgress], None] | None = None,
     order: Callable[[int], Sequence[int]] = range,
-) -> Prepared:
+) -> PreparedDataset:
     """Prepared data under ``<shared>/<fingerprint>/``, made where it is not complete.
 
     ``map_windows(task, jobs)`` yields the results in the jobs' order; task and jobs pickle. ``order(count)`` says in
@@ -86,7 +86,7 @@ def _prepare_windows(
     folder: Storage,
     jobs: Sequence[WindowJob],
     map_windows: MapWindows,
-    on_progress: Callable[[Progress], None] | None,
+    on_progress: Callable[[PreparationProgress], None] | None,
 ) -> list[WindowEntry]:
     """The entries of all jobs, by their windows."""
     names = (_INDEX.fullmatch(o.key) for o in folder.list())
@@ -98,11 +98,13 @@ def _prepare_windows(
         for sum_of_source, counts in zip(total, entry.counts, strict=True):
             sum_of_source.add(counts)
         if on_progress is not None:
-            on_progress(Progress(len(done), len(jobs), sum(c.samples for c in total), sum(c.tokens for c in total)))
+            on_progress(
+                PreparationProgress(len(done), len(jobs), sum(c.samples for c in total), sum(c.tokens for c in total))
+            )
     return [done[window] for window in range(len(jobs))]
 
 
-def _check_counts(spec: Preparation, entries: Sequence[WindowEntry]) -> None:
+def _check_counts(spec: PreparationSpec, entries: Sequence[WindowEntry]) -> None:
     """What no single window can know: too many bad rows over all of them, a source that came to nothing."""
     for i, counts in enumerate(sum_counts(entries, len(spec.sources))):
         source = spec.sources[i]
@@ -121,7 +123,7 @@ def _check_counts(spec: Preparation, entries: Sequence[WindowEntry]) -> None:
             )
 
 
-def check_first_rows(spec: Preparation, tokenizer: Any, rows: int = 8) -> None:
+def check_first_rows(spec: PreparationSpec, tokenizer: Any, rows: int = 8) -> None:
     """A cheap check before anything is started: the first rows of each source are read and encoded.
 
     InputError for a format that the tokenizer cannot serve, a column that is not there, or rows that cannot be read.
@@ -130,13 +132,13 @@ def check_first_rows(spec: Preparation, tokenizer: Any, rows: int = 8) -> None:
         _check_source(source, spec, tokenizer, rows)
 
 
-def _check_source(source: FrozenSource, spec: Preparation, tokenizer: Any, rows: int) -> None:
+def _check_source(source: FrozenSource, spec: PreparationSpec, tokenizer: Any, rows: int) -> None:
     form, first = open_format(source, tokenizer, spec), source.objects[0]
     reader = open_reader(source, first)
     bad = 0
     for piece in islice(reader.cut(), 1):
         for row, sample in encode_rows(form, list(islice(reader.rows(piece.start, piece.stop), rows))):
-            if not isinstance(sample, Fault):
+            if not isinstance(sample, RowError):
                 continue
             bad += 1
             if bad > spec.max_bad_rows:

@@ -11,7 +11,7 @@ from typing import Any, TypedDict
 
 from trainer.data.blocks import BadRow, BlockInfo, Counts, WindowIndex
 from trainer.data.prepare.window import WindowEntry, open_index
-from trainer.data.spec import Preparation
+from trainer.data.spec import PreparationSpec
 from trainer.errors import CorruptObject
 from trainer.parsing import Malformed
 from trainer.records import read_record
@@ -22,11 +22,11 @@ _INDEXES_HELD = 4
 
 
 @dataclass
-class Prepared:
+class PreparedDataset:
     """Complete prepared data. ``storage`` is its own folder; reads are checked by sha256 and safe from any thread."""
 
     storage: Storage
-    spec: Preparation
+    spec: PreparationSpec
     windows: list[WindowEntry]
     _indexes: OrderedDict[int, WindowIndex] = field(default_factory=OrderedDict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
@@ -110,7 +110,7 @@ def sum_counts(windows: Sequence[WindowEntry], sources: int) -> list[Counts]:
     return sums
 
 
-def open_prepared(shared: Storage, fingerprint: str) -> Prepared | None:
+def open_prepared(shared: Storage, fingerprint: str) -> PreparedDataset | None:
     """Prepared data of this fingerprint under ``shared``; None when it is not there or not complete."""
     folder = shared.child(fingerprint)
     try:
@@ -120,7 +120,7 @@ def open_prepared(shared: Storage, fingerprint: str) -> Prepared | None:
     return _from_manifest(folder, fingerprint, manifest)
 
 
-def manifest_of(spec: Preparation, windows: Sequence[WindowEntry]) -> dict[str, Any]:
+def manifest_of(spec: PreparationSpec, windows: Sequence[WindowEntry]) -> dict[str, Any]:
     return {"spec": spec.to_json(), "windows": [asdict(w) for w in windows]}
 
 
@@ -129,14 +129,14 @@ class _Manifest(TypedDict):
     windows: list[WindowEntry]
 
 
-def _from_manifest(folder: Storage, fingerprint: str, manifest: Any) -> Prepared:
+def _from_manifest(folder: Storage, fingerprint: str, manifest: Any) -> PreparedDataset:
     try:
         found = read_record(_Manifest, manifest)
-        spec = Preparation.from_json(found["spec"])
+        spec = PreparationSpec.from_json(found["spec"])
         if spec.fingerprint != fingerprint:
             raise Malformed("it is of other data than its folder")
         if any(len(window.counts) != len(spec.sources) for window in found["windows"]):
             raise Malformed("a window of it counts the rows of other sources")
     except Malformed as error:
         raise CorruptObject(f"{folder.url}/{MANIFEST} cannot be understood ({error}); delete {folder.url}") from error
-    return Prepared(folder, spec, found["windows"])
+    return PreparedDataset(folder, spec, found["windows"])

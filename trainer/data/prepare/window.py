@@ -21,8 +21,8 @@ from trainer.data.formats import Format, open_format
 from trainer.data.prepare.freeze import check_objects
 from trainer.data.prepare.split import Span
 from trainer.data.readers import Reader, open_reader
-from trainer.data.sample import Encoded, Fault, Row, fit
-from trainer.data.spec import FrozenObject, Preparation
+from trainer.data.sample import Row, RowError, Sample, fit
+from trainer.data.spec import FrozenObject, PreparationSpec
 from trainer.errors import CorruptObject, InputError
 from trainer.parsing import Malformed
 from trainer.storage import Storage, open_storage
@@ -52,7 +52,7 @@ class WindowEntry:
 class WindowTask:
     """``task(job)`` prepares one window. It pickles, and holds nothing but what every window shares."""
 
-    spec: Preparation
+    spec: PreparationSpec
     tokenizer: Any
     url: str
 
@@ -64,7 +64,7 @@ def index_key(window: int) -> str:
     return f"w{window:06d}.index"
 
 
-def prepare_window(spec: Preparation, tokenizer: Any, storage: Storage, job: WindowJob) -> WindowEntry:
+def prepare_window(spec: PreparationSpec, tokenizer: Any, storage: Storage, job: WindowJob) -> WindowEntry:
     """Put the window's data, then its index; what another writer put first is kept. InputError on a bad row too many,
     and when an input is no longer what was frozen."""
     objects = [spec.sources[s.source].objects[s.object] for s in job.spans]
@@ -98,7 +98,7 @@ def open_index(storage: Storage, key: str, raw: bytes) -> WindowIndex:
 class _Window:
     """The samples, counts and bad rows of a window in the making."""
 
-    def __init__(self, spec: Preparation, tokenizer: Any) -> None:
+    def __init__(self, spec: PreparationSpec, tokenizer: Any) -> None:
         self.spec = spec
         self.formats: list[Format] = [open_format(s, tokenizer, spec) for s in spec.sources]
         self.counts = [Counts() for _ in spec.sources]
@@ -117,12 +117,12 @@ class _Window:
         while batch := list(islice(rows, BATCH_ROWS)):
             for row, sample in encode_rows(self.formats[span.source], batch):
                 self.counts[span.source].rows += 1
-                if isinstance(sample, Fault):
+                if isinstance(sample, RowError):
                     self._add_bad(span.source, frozen, reader, row, sample)
                 else:
                     self._add_sample(span, row, sample)
 
-    def _add_sample(self, span: Span, row: int, sample: Encoded) -> None:
+    def _add_sample(self, span: Span, row: int, sample: Sample) -> None:
         fitted, counts = fit(sample, self.spec.sequence_length), self.counts[span.source]
         counts.dropped += not fitted
         for part, piece in enumerate(fitted):
@@ -133,7 +133,7 @@ class _Window:
             counts.truncated += piece.truncated
             self.writer.add(span.source, span.object, part_of_row(row, part), piece)
 
-    def _add_bad(self, source: int, frozen: FrozenObject, reader: Reader, row: int, fault: Fault) -> None:
+    def _add_bad(self, source: int, frozen: FrozenObject, reader: Reader, row: int, fault: RowError) -> None:
         counts = self.counts[source]
         counts.bad_rows += 1
         if counts.bad_rows > self.spec.max_bad_rows:
@@ -142,11 +142,11 @@ class _Window:
             self.bad_rows.append(BadRow(frozen.url, reader.place(row), fault.reason))
 
 
-def encode_rows(form: Format, batch: Sequence[tuple[int, Row | Fault]]) -> Iterator[tuple[int, Encoded | Fault]]:
+def encode_rows(form: Format, batch: Sequence[tuple[int, Row | RowError]]) -> Iterator[tuple[int, Sample | RowError]]:
     """Each row's sample or fault, in order; the whole rows are encoded together."""
-    encoded = iter(form.encode([row for _, row in batch if not isinstance(row, Fault)]))
+    encoded = iter(form.encode([row for _, row in batch if not isinstance(row, RowError)]))
     for number, row in batch:
-        yield number, row if isinstance(row, Fault) else next(encoded)
+        yield number, row if isinstance(row, RowError) else next(encoded)
 
 
 def too_many_bad_rows(bad: BadRow, allowed: int) -> InputError:

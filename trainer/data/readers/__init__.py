@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol, cast
 
 from trainer.data.readers.body import Body, ObjectBody, unpacked
-from trainer.data.sample import Fault, Row
+from trainer.data.sample import Row, RowError
 from trainer.data.spec import FrozenObject, FrozenSource
 from trainer.errors import InputError
 from trainer.registry import Registry
@@ -19,12 +19,12 @@ from trainer.storage import locate
 READERS = Registry(
     "data reader",
     {
-        "jsonl": "trainer.data.readers.jsonl:JsonLines",
+        "jsonl": "trainer.data.readers.jsonl:JsonLinesReader",
         "json": "trainer.data.readers.json_array:open_json",
         "csv": "trainer.data.readers.csv_rows:Csv",
         "tsv": "trainer.data.readers.tsv:Tsv",
         "text": "trainer.data.readers.text:TextLines",
-        "document": "trainer.data.readers.text:Document",
+        "document": "trainer.data.readers.text:TextDocument",
         "parquet": "trainer.data.readers.parquet:Parquet",
         "hub": "trainer.data.readers.hub:Hub",
     },
@@ -49,7 +49,7 @@ CODECS = {"gz": "gzip", "gzip": "gzip", "zst": "zstd", "zstd": "zstd"}
 _WITH_HEADER = ("csv", "tsv")
 
 
-class Piece(NamedTuple):
+class InputSlice(NamedTuple):
     """A span of one object, ``start`` to ``stop`` in the reader's own unit, and its size in bytes."""
 
     start: int
@@ -60,9 +60,9 @@ class Piece(NamedTuple):
 class Reader(Protocol):
     """No larger than what preparing asks of an object: where it may be cut, its rows, and how to name a row's place."""
 
-    def cut(self) -> Iterable[Piece]: ...
+    def cut(self) -> Iterable[InputSlice]: ...
 
-    def rows(self, start: int, stop: int) -> Iterator[tuple[int, Row | Fault]]: ...
+    def rows(self, start: int, stop: int) -> Iterator[tuple[int, Row | RowError]]: ...
 
     def place(self, row: int) -> str: ...
 
@@ -100,7 +100,7 @@ def open_reader(source: FrozenSource, frozen: FrozenObject) -> Reader:
     return cast("Reader", kind(_open_body(frozen), **options))
 
 
-def rows_of(source: FrozenSource) -> Iterator[Row | Fault]:
+def rows_of(source: FrozenSource) -> Iterator[Row | RowError]:
     """Every row of a source in its order, read in this process."""
     for frozen in source.objects:
         reader = open_reader(source, frozen)

@@ -9,11 +9,11 @@ from __future__ import annotations
 import csv
 from collections.abc import Iterator, Sequence
 
-from trainer.data.readers import Piece
+from trainer.data.readers import InputSlice
 from trainer.data.readers.body import Body
 from trainer.data.readers.lines import BOM, line_of
 from trainer.data.readers.tsv import check_names, row_of_fields
-from trainer.data.sample import ROW_BYTES, TOO_LONG, Fault, Row
+from trainer.data.sample import ROW_BYTES, TOO_LONG, Row, RowError
 from trainer.errors import InputError
 
 _READ_BYTES = 256 << 10
@@ -30,21 +30,21 @@ class Csv:
         self.names = tuple(header) if header is not None else self._read_header()
         check_names(self.names, body.url)
 
-    def cut(self) -> Iterator[Piece]:
+    def cut(self) -> Iterator[InputSlice]:
         start = last = self._start
         for begin, end, _ in self._records(start):
             if begin - start >= self.span_bytes:
-                yield Piece(start, begin, begin - start)
+                yield InputSlice(start, begin, begin - start)
                 start = begin
             last = end
         if last > start:
-            yield Piece(start, last, last - start)
+            yield InputSlice(start, last, last - start)
 
-    def rows(self, start: int, stop: int) -> Iterator[tuple[int, Row | Fault]]:
+    def rows(self, start: int, stop: int) -> Iterator[tuple[int, Row | RowError]]:
         for begin, _, fields in self._records(start):
             if begin >= stop:
                 return
-            if isinstance(fields, Fault):
+            if isinstance(fields, RowError):
                 yield begin, fields
             elif fields:
                 yield begin, row_of_fields(self.names, fields)
@@ -55,25 +55,25 @@ class Csv:
     def _read_header(self) -> tuple[str, ...]:
         for _, end, fields in self._records(self._start):
             self._start = end
-            if isinstance(fields, Fault):
+            if isinstance(fields, RowError):
                 raise InputError(f"{self.body.url}: the header, its first record: {fields.reason}")
             return tuple(fields)
         return ()
 
-    def _records(self, start: int) -> Iterator[tuple[int, int, list[str] | Fault]]:
+    def _records(self, start: int) -> Iterator[tuple[int, int, list[str] | RowError]]:
         """Each record from ``start`` on with its first byte and the one behind its last. A blank line has no fields."""
         lines = _Lines(self.body, start)
         records = csv.reader(lines, strict=True)
         while True:
             begin = lines.begin = lines.at
             try:
-                fields: list[str] | Fault = next(records)
+                fields: list[str] | RowError = next(records)
             except StopIteration:
                 return
             except _TooLong as error:
-                fields = Fault(str(error))
+                fields = RowError(str(error))
             except csv.Error as error:
-                fields = Fault(f"not valid CSV ({error}); quote a field that holds quotes, and double those"[:300])
+                fields = RowError(f"not valid CSV ({error}); quote a field that holds quotes, and double those"[:300])
             yield begin, lines.at, fields
 
 

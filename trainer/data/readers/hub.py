@@ -11,9 +11,9 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any, NamedTuple
 
-from trainer.data.readers import Piece
+from trainer.data.readers import InputSlice
 from trainer.data.readers.parquet import plain_rows
-from trainer.data.sample import Fault, Row
+from trainer.data.sample import Row, RowError
 from trainer.data.spec import FrozenObject
 from trainer.errors import InputError
 
@@ -21,7 +21,7 @@ SPAN_BYTES = 2 << 20
 _BATCH_ROWS = 512
 
 
-class Address(NamedTuple):
+class HubRef(NamedTuple):
     """``revision`` is None for the newest one, ``config`` for the only or default one."""
 
     dataset: str
@@ -40,18 +40,18 @@ class Address(NamedTuple):
         return f"hf://{self.dataset}{at}{config}#{self.split}"
 
 
-def parse(url: str, split: str | None = None) -> Address:
+def parse(url: str, split: str | None = None) -> HubRef:
     """Of ``hf://name``, ``hf://owner/name``, ``hf://owner/name/config`` or ``hf:///folder``."""
     path, _, written = url.removeprefix("hf://").partition("#")
     split = split or written or "train"
     if path.startswith("/"):
-        return Address(path.rstrip("/"), None, None, split)
+        return HubRef(path.rstrip("/"), None, None, split)
     owner, *rest = path.strip("/").split("/", 2)
     name, _, revision = (rest[0] if rest else owner).partition("@")
     if not name or (rest and "@" in owner):
         raise InputError(f"{url} names no data set; write hf://owner/name, hf://owner/name/config or hf:///a/folder")
     dataset = f"{owner}/{name}" if rest else name
-    return Address(dataset, rest[1] if len(rest) > 1 else None, revision or None, split)
+    return HubRef(dataset, rest[1] if len(rest) > 1 else None, revision or None, split)
 
 
 def freeze_dataset(url: str, split: str | None) -> FrozenObject:
@@ -74,12 +74,12 @@ class Hub:
         self.data = _opened(frozen.url, frozen.etag)
         self.row_bytes = max(self.data.data.nbytes // max(len(self.data), 1), 1)
 
-    def cut(self) -> list[Piece]:
+    def cut(self) -> list[InputSlice]:
         step = max(SPAN_BYTES // self.row_bytes, 1)
         edges = [*range(0, len(self.data), step), len(self.data)]
-        return [Piece(a, b, (b - a) * self.row_bytes) for a, b in pairwise(edges)]
+        return [InputSlice(a, b, (b - a) * self.row_bytes) for a, b in pairwise(edges)]
 
-    def rows(self, start: int, stop: int) -> Iterator[tuple[int, Row | Fault]]:
+    def rows(self, start: int, stop: int) -> Iterator[tuple[int, Row | RowError]]:
         for first in range(start, stop, _BATCH_ROWS):
             yield from enumerate(plain_rows(self.data[first : min(first + _BATCH_ROWS, stop)]), first)
 
@@ -99,7 +99,7 @@ def _opened(url: str, etag: str) -> Any:
     return _open(address, builder).with_format("arrow")
 
 
-def _builder(address: Address) -> Any:
+def _builder(address: HubRef) -> Any:
     import datasets
 
     try:
@@ -108,7 +108,7 @@ def _builder(address: Address) -> Any:
         raise _not_had(address, error) from error
 
 
-def _open(address: Address, builder: Any) -> Any:
+def _open(address: HubRef, builder: Any) -> Any:
     import datasets
 
     try:
@@ -118,7 +118,7 @@ def _open(address: Address, builder: Any) -> Any:
         raise _not_had(address, error) from error
 
 
-def _not_had(address: Address, error: Exception) -> InputError:
+def _not_had(address: HubRef, error: Exception) -> InputError:
     config = f", configuration {address.config}" if address.config else ""
     return InputError(
         f"the data set {address.dataset}{config}, split {address.split}, cannot be had "

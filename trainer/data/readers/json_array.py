@@ -11,11 +11,11 @@ import json
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from trainer.data.readers import Piece
+from trainer.data.readers import InputSlice
 from trainer.data.readers.body import Body
-from trainer.data.readers.jsonl import JsonLines, row_of
+from trainer.data.readers.jsonl import JsonLinesReader, row_of
 from trainer.data.readers.lines import BOM, line_of
-from trainer.data.sample import ROW_BYTES, TOO_LONG, Fault, Row
+from trainer.data.sample import ROW_BYTES, TOO_LONG, Row, RowError
 from trainer.errors import InputError
 from trainer.parsing import JsonReader, Malformed
 
@@ -23,32 +23,32 @@ _READ_BYTES = 1 << 20
 _SPACE = " \t\r\n"
 
 
-def open_json(body: Body) -> JsonArray | JsonLines:
+def open_json(body: Body) -> JsonArray | JsonLinesReader:
     """What a file named .json holds: an array, or one object per line."""
     head = body.read(0, 4096).removeprefix(BOM)
-    return JsonArray(body) if head.lstrip()[:1] == b"[" else JsonLines(body)
+    return JsonArray(body) if head.lstrip()[:1] == b"[" else JsonLinesReader(body)
 
 
 class JsonArray:
     def __init__(self, body: Body, span_bytes: int | None = None, read_bytes: int = _READ_BYTES) -> None:
         self.body, self.span_bytes, self.read_bytes = body, span_bytes or body.span_bytes, read_bytes
 
-    def cut(self) -> Iterator[Piece]:
+    def cut(self) -> Iterator[InputSlice]:
         start = end = None
         for element in self._elements(self._first()):
             if start is not None and element.offset - start >= self.span_bytes:
-                yield Piece(start, element.offset, element.offset - start)
+                yield InputSlice(start, element.offset, element.offset - start)
                 start = None
             start, end = element.offset if start is None else start, element.end
         if start is not None and end is not None:
-            yield Piece(start, end, end - start)
+            yield InputSlice(start, end, end - start)
 
-    def rows(self, start: int, stop: int) -> Iterator[tuple[int, Row | Fault]]:
+    def rows(self, start: int, stop: int) -> Iterator[tuple[int, Row | RowError]]:
         for element in self._elements(start):
             if element.offset >= stop:
                 return
             fault = element.fault
-            yield element.offset, row_of(element.value) if fault is None else Fault(f"not usable JSON ({fault})")
+            yield element.offset, row_of(element.value) if fault is None else RowError(f"not usable JSON ({fault})")
             if element.end >= stop:
                 return
 
@@ -61,7 +61,7 @@ class JsonArray:
 
     def _elements(self, start: int) -> Iterator[Element]:
         """From ``start``, where an element or the closing bracket comes next, to the end of the array."""
-        text = _Text(self.body, start, self.read_bytes)
+        text = _DecodedBody(self.body, start, self.read_bytes)
         if text.peek() == "]":
             return
         while True:
@@ -83,7 +83,7 @@ class Element(NamedTuple):
     fault: str | None
 
 
-class _Text:
+class _DecodedBody:
     """The body from a place on, decoded piece by piece: ``text[at:]`` is still to be read, and begins at byte
     ``offset``."""
 

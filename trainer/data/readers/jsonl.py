@@ -7,17 +7,17 @@ from typing import Any
 
 from trainer.data.readers.body import Body
 from trainer.data.readers.lines import LineReader, excerpt
-from trainer.data.sample import Fault, Row
+from trainer.data.sample import Row, RowError
 from trainer.errors import InputError
 from trainer.parsing import JsonReader, Malformed, is_unicode
 
 
-class JsonLines(LineReader):
+class JsonLinesReader(LineReader):
     def __init__(self, body: Body, span_bytes: int | None = None) -> None:
         super().__init__(body, span_bytes)
         self._reader = JsonReader(finite=False)
 
-    def lines(self, start: int, stop: int) -> Iterator[tuple[int, bytes | Fault]]:
+    def lines(self, start: int, stop: int) -> Iterator[tuple[int, bytes | RowError]]:
         for offset, line in super().lines(start, stop):
             if offset == 0 and isinstance(line, bytes) and line.lstrip()[:1] == b"[":
                 raise InputError(
@@ -26,18 +26,18 @@ class JsonLines(LineReader):
                 )
             yield offset, line
 
-    def parse(self, line: bytes) -> Row | Fault:
+    def parse(self, line: bytes) -> Row | RowError:
         try:
             value = self._reader.read(line)
         except Malformed as error:
-            return Fault(f"not valid JSON ({error}): {excerpt(line)}")
+            return RowError(f"not valid JSON ({error}): {excerpt(line)}")
         return row_of(value)
 
 
-def row_of(value: Any) -> Row | Fault:
+def row_of(value: Any) -> Row | RowError:
     """A parsed value as a row, which has to be an object whose keys are text."""
     if not isinstance(value, dict):
-        return Fault(f"a JSON {type(value).__name__} where an object with the columns was expected: {value!r:.60}")
+        return RowError(f"a JSON {type(value).__name__} where an object with the columns was expected: {value!r:.60}")
     if not is_unicode("".join(value)):
-        return Fault("the name of a column holds half of a surrogate pair, which is no text")
+        return RowError("the name of a column holds half of a surrogate pair, which is no text")
     return value

@@ -6,9 +6,9 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
-from trainer.data.readers import Piece
+from trainer.data.readers import InputSlice
 from trainer.data.readers.body import Body
-from trainer.data.sample import ROW_BYTES, TOO_LONG, Fault, Row
+from trainer.data.sample import ROW_BYTES, TOO_LONG, Row, RowError
 
 BOM = b"\xef\xbb\xbf"
 _LOOK_AHEAD, _FURTHEST_AHEAD = 64 << 10, 8 << 20
@@ -21,20 +21,20 @@ class LineReader(ABC):
         self.body, self.span_bytes = body, span_bytes or body.span_bytes
 
     @abstractmethod
-    def parse(self, line: bytes) -> Row | Fault:
+    def parse(self, line: bytes) -> Row | RowError:
         """The row of one line, which comes without its newline."""
 
-    def cut(self) -> Iterator[Piece]:
+    def cut(self) -> Iterator[InputSlice]:
         start = 0
         while (stop := self.body.clip(start + self.span_bytes)) > start:
-            yield Piece(start, stop, stop - start)
+            yield InputSlice(start, stop, stop - start)
             start = stop
 
-    def rows(self, start: int, stop: int) -> Iterator[tuple[int, Row | Fault]]:
+    def rows(self, start: int, stop: int) -> Iterator[tuple[int, Row | RowError]]:
         for offset, line in self.lines(start, stop):
-            yield offset, line if isinstance(line, Fault) else self.parse(line)
+            yield offset, line if isinstance(line, RowError) else self.parse(line)
 
-    def lines(self, start: int, stop: int) -> Iterator[tuple[int, bytes | Fault]]:
+    def lines(self, start: int, stop: int) -> Iterator[tuple[int, bytes | RowError]]:
         """The lines that start in [start, stop), each with its offset; the last one is read to its end, unless that is
         too far away."""
         first = max(start - 1, 0)
@@ -49,23 +49,23 @@ class LineReader(ABC):
             at += len(line) + 1
         if last:
             rest = rest_of_line(self.body, stop)
-            line_or_fault = rest if isinstance(rest, Fault) else self._line(first + at, last + rest)
+            line_or_fault = rest if isinstance(rest, RowError) else self._line(first + at, last + rest)
             if line_or_fault:
                 yield first + at, line_or_fault
 
-    def _line(self, offset: int, line: bytes) -> bytes | Fault | None:
+    def _line(self, offset: int, line: bytes) -> bytes | RowError | None:
         """Returns None for a blank line."""
         if not line.strip():
             return None
         if len(line) > ROW_BYTES:
-            return Fault(TOO_LONG)
+            return RowError(TOO_LONG)
         return line.removeprefix(BOM) if offset == 0 else line
 
     def place(self, row: int) -> str:
         return line_of(self.body, row)
 
 
-def rest_of_line(body: Body, position: int) -> bytes | Fault:
+def rest_of_line(body: Body, position: int) -> bytes | RowError:
     """From ``position`` up to the next newline, read in growing pieces: a line may be longer than a span. A Fault
     where that is more than a row may have."""
     rest, ahead = b"", _LOOK_AHEAD
@@ -75,7 +75,7 @@ def rest_of_line(body: Body, position: int) -> bytes | Fault:
             return rest + piece[:newline]
         rest, position, ahead = rest + piece, position + len(piece), min(ahead * 2, _FURTHEST_AHEAD)
         if len(rest) > ROW_BYTES:
-            return Fault(TOO_LONG)
+            return RowError(TOO_LONG)
     return rest
 
 

@@ -14,16 +14,16 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from trainer.data.readers import Piece
+from trainer.data.readers import InputSlice
 from trainer.data.readers.body import Body, RangedFile
-from trainer.data.sample import ROW_BYTES, TOO_LONG, Fault, Row
+from trainer.data.sample import ROW_BYTES, TOO_LONG, Row, RowError
 from trainer.errors import InputError
 
 SPAN_BYTES = 32 << 20
 _BATCH_ROWS = 1024
 
 
-def plain_rows(batch: Any) -> list[Row | Fault]:
+def plain_rows(batch: Any) -> list[Row | RowError]:
     """The rows of an Arrow table or batch; a Fault for one that is too large, or that Python has no values for (a text
     that is not UTF-8, a date after the year 9999)."""
     if batch.nbytes <= ROW_BYTES:
@@ -34,13 +34,13 @@ def plain_rows(batch: Any) -> list[Row | Fault]:
     return [_plain_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
 
 
-def _plain_row(row: Any) -> Row | Fault:
+def _plain_row(row: Any) -> Row | RowError:
     if row.nbytes > ROW_BYTES:
-        return Fault(TOO_LONG)
+        return RowError(TOO_LONG)
     try:
         (found,) = row.to_pylist()
     except (ValueError, OverflowError, pa.ArrowException) as error:
-        return Fault(f"its values cannot be read ({_first_line(error)})")
+        return RowError(f"its values cannot be read ({_first_line(error)})")
     return cast("Row", found)
 
 
@@ -60,21 +60,21 @@ class Parquet:
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise InputError(f"{self.url}: two of its columns are named {twice[0]!r}; rename one, or leave it out")
 
-    def cut(self) -> list[Piece]:
-        pieces: list[Piece] = []
+    def cut(self) -> list[InputSlice]:
+        pieces: list[InputSlice] = []
         for group, first, count in self._groups():
             size = self.file.metadata.row_group(group).total_byte_size
             parts = max(1, min(count, -(-size // self.span_bytes)))
             edges = [first + count * i // parts for i in range(parts + 1)]
-            pieces += [Piece(a, b, size // parts) for a, b in pairwise(edges)]
+            pieces += [InputSlice(a, b, size // parts) for a, b in pairwise(edges)]
         return pieces
 
-    def rows(self, start: int, stop: int) -> Iterator[tuple[int, Row | Fault]]:
+    def rows(self, start: int, stop: int) -> Iterator[tuple[int, Row | RowError]]:
         for group, first, count in self._groups():
             if first < stop and start < first + count:
                 yield from self._rows_of(group, first, start, stop)
 
-    def _rows_of(self, group: int, first: int, start: int, stop: int) -> Iterator[tuple[int, Row | Fault]]:
+    def _rows_of(self, group: int, first: int, start: int, stop: int) -> Iterator[tuple[int, Row | RowError]]:
         at, meta = first, self.file.metadata.row_group(group)
         # Fewer rows at a time where they are large: a batch is in memory as a whole.
         count = max(1, min(_BATCH_ROWS, ROW_BYTES * meta.num_rows // max(meta.total_byte_size, 1)))

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 from trainer.data.readers.body import Body
 from trainer.data.readers.lines import BOM, LineReader, rest_of_line
-from trainer.data.sample import Fault, Row
+from trainer.data.sample import Row, RowError
 from trainer.errors import InputError
 from trainer.parsing import is_unicode
 
@@ -26,15 +26,15 @@ class Tsv(LineReader):
 
     def _read_header(self) -> tuple[str, ...]:
         line = rest_of_line(self.body, 0)
-        if isinstance(line, Fault):
+        if isinstance(line, RowError):
             raise InputError(f"{self.body.url}: the header, its first line, is {line.reason}")
         return tuple(fields_of(line.removeprefix(BOM)))
 
-    def lines(self, start: int, stop: int) -> Iterator[tuple[int, bytes | Fault]]:
+    def lines(self, start: int, stop: int) -> Iterator[tuple[int, bytes | RowError]]:
         lines = super().lines(start, stop)
         return (line for line in lines if line[0] > 0) if self.has_header else lines
 
-    def parse(self, line: bytes) -> Row | Fault:
+    def parse(self, line: bytes) -> Row | RowError:
         return row_of_fields(self.names, fields_of(line))
 
 
@@ -43,10 +43,10 @@ def fields_of(line: bytes) -> list[str]:
     return line.removesuffix(b"\r").decode("utf-8", "surrogateescape").split("\t")
 
 
-def row_of_fields(names: Sequence[str], fields: Sequence[str]) -> Row | Fault:
+def row_of_fields(names: Sequence[str], fields: Sequence[str]) -> Row | RowError:
     if len(fields) == len(names):
         return dict(zip(names, fields, strict=True))
-    return Fault(f"{len(fields)} fields where the header has {len(names)} ({', '.join(names)})"[:300])
+    return RowError(f"{len(fields)} fields where the header has {len(names)} ({', '.join(names)})"[:300])
 
 
 def check_names(names: Sequence[str], url: str) -> None:

@@ -13,8 +13,8 @@ from typing import Any
 from trainer.errors import InputError
 from trainer.model.files.configs import read_config
 from trainer.model.files.fetch import fetch_model
-from trainer.model.files.safetensors_index import Stored, read_headers
-from trainer.model.files.weight_source import Source
+from trainer.model.files.safetensors_index import TensorLocation, read_headers
+from trainer.model.files.weight_source import WeightSource
 from trainer.recipe.sections.model import ModelSection
 
 SHAPE: dict[str, tuple[str, ...]] = {
@@ -35,7 +35,7 @@ def identity_of(section: ModelSection) -> dict[str, Any]:
     """Reads the configuration, the headers, and a few ranges of the weights; without the latter where they are no
     safetensors. Raises InputError where no model lies."""
     folder = fetch_model(section, weights=False).folder
-    source = Source(section.path if "://" in section.path else str(folder))
+    source = WeightSource(section.path if "://" in section.path else str(folder))
     try:
         return {**_shape(folder), WEIGHTS: _sampled(source, read_headers(source, section.path))}
     except InputError:
@@ -59,7 +59,7 @@ def _shape(folder: Path) -> dict[str, Any]:
     return {name: value for name, value in found.items() if isinstance(value, int)}
 
 
-def _sampled(source: Source, stored: Mapping[str, Stored]) -> str:
+def _sampled(source: WeightSource, stored: Mapping[str, TensorLocation]) -> str:
     """By ranges of their own, past the cache of blocks, which would fetch megabytes for each."""
     names = sorted(stored, key=lambda name: (-stored[name].bytes, name))[: SAMPLED * 4 : 4]
     digest = hashlib.sha256(f"{len(stored)}".encode())

@@ -13,7 +13,7 @@ import torch
 from trainer.errors import InputError
 from trainer.model.files.safetensors_header import SHOWN, BadHeader, read_header
 from trainer.model.files.weight_check import needed_files
-from trainer.model.files.weight_source import Source
+from trainer.model.files.weight_source import WeightSource
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
@@ -23,7 +23,7 @@ DTYPES = {
 
 
 @dataclass(frozen=True)
-class Stored:
+class TensorLocation:
     """One tensor in a file; ``start`` is its first byte's position."""
 
     file: str
@@ -40,7 +40,7 @@ class Stored:
         return self.numel * self.dtype.itemsize
 
 
-def read_headers(source: Source, path: str) -> dict[str, Stored]:
+def read_headers(source: WeightSource, path: str) -> dict[str, TensorLocation]:
     """All tensors of the model by their names in the files, in the order of the files.
 
     Raises InputError when there are no safetensors, or a file is missing or torn.
@@ -49,13 +49,13 @@ def read_headers(source: Source, path: str) -> dict[str, Stored]:
     missing = [name for name in needed if name not in source.files]
     if missing:
         raise InputError(f"model.path {path!r} lacks weight files ({', '.join(missing[:3])}); copy the model again")
-    found: dict[str, Stored] = {}
+    found: dict[str, TensorLocation] = {}
     for file in needed:
         found.update(_tensors(source, file))
     return found
 
 
-def _tensors(source: Source, file: str) -> dict[str, Stored]:
+def _tensors(source: WeightSource, file: str) -> dict[str, TensorLocation]:
     where = source.storage.uri(file)
     try:
         entries = read_header(partial(source.read, file), source.size(file))
@@ -64,4 +64,4 @@ def _tensors(source: Source, file: str) -> dict[str, Stored]:
     odd = next((name for name, entry in entries.items() if entry.dtype not in DTYPES), None)
     if odd is not None:
         raise InputError(f"{where} holds {odd[:SHOWN]!r} in {entries[odd].dtype}, which is not trained on by shard")
-    return {n: Stored(file, entry.start, DTYPES[entry.dtype], entry.shape) for n, entry in entries.items()}
+    return {n: TensorLocation(file, entry.start, DTYPES[entry.dtype], entry.shape) for n, entry in entries.items()}

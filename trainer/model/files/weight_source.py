@@ -22,7 +22,7 @@ _AHEAD = 4
 _PART = 16 * 2**20
 
 
-class Source:
+class WeightSource:
     """The files of one model. ``bytes_read``: what was asked for; ``bytes_fetched``: what this process took from where
     the files lie, without the blocks that the host's cache had already. Thread-safe."""
 

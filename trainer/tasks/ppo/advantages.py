@@ -60,7 +60,7 @@ def explained_variance(values: Row, returns: Row) -> float:
     return 1.0 - float((returns - values).var()) / spread if spread > FLOOR else 0.0
 
 
-def steered(kl_coef: float, kl: float, target: float, texts: int, horizon: int) -> float:
+def adapted_kl_coef(kl_coef: float, kl: float, target: float, texts: int, horizon: int) -> float:
     """The next coefficient: Ziegler et al. 2019, 2.2, in the form of their program, where a mean divergence ``kl`` of
     ``texts`` texts moves it by a fifth at most in ``horizon`` texts:
 

@@ -21,7 +21,7 @@ VALUE_HEAD = "value_head"
 INITIAL_STD = 0.02
 
 
-class Said(NamedTuple):
+class TokenStats(NamedTuple):
     """Of each token of the texts [T]: its log-probability, the entropy of the distribution that it was drawn from, and
     the value of the state before it."""
 
@@ -30,7 +30,7 @@ class Said(NamedTuple):
     values: torch.Tensor
 
 
-class Texts(Protocol):
+class CompletionRows(Protocol):
     """Rows of tokens as `trainer.data.Batch` has them: ``targets`` marks those of the texts."""
 
     input_ids: Any
@@ -39,7 +39,7 @@ class Texts(Protocol):
 
 
 class PolicyHead(TargetHead):
-    """Replaces the forward of the output embeddings: in `said`, logits become three numbers per token, chunk by
+    """Replaces the forward of the output embeddings: in `score_tokens`, logits become three numbers per token, chunk by
     chunk."""
 
     def __init__(self, model: Any, temperature: float, seed: int) -> None:
@@ -56,7 +56,7 @@ class PolicyHead(TargetHead):
                 parameter.data.copy_(first_value(name, parameter.shape, seed))
         model.add_module(VALUE_HEAD, self._value)
 
-    def said(self, module: torch.nn.Module, texts: Texts, device: torch.device) -> Said:
+    def score_tokens(self, module: torch.nn.Module, texts: CompletionRows, device: torch.device) -> TokenStats:
         input_ids = to_device(texts.input_ids, device)
         targets = to_device(texts.targets, device)
         predicting = torch.zeros_like(targets)
@@ -66,10 +66,10 @@ class PolicyHead(TargetHead):
             made = module(input_ids=input_ids, position_ids=positions, use_cache=False).logits
         self._compare(made)
         logps, entropies, values = made[0].unbind(-1)
-        return Said(logps, entropies, values)
+        return TokenStats(logps, entropies, values)
 
     def read(
-        self, module: torch.nn.Module, texts: Texts, at_BL: Any, by: torch.nn.Module, device: torch.device
+        self, module: torch.nn.Module, texts: CompletionRows, at_BL: Any, by: torch.nn.Module, device: torch.device
     ) -> torch.Tensor:
         """What ``by``, a layer of the model from D to 1, makes of the hidden states at the marked positions: [T]."""
         input_ids = to_device(texts.input_ids, device)

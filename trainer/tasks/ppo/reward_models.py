@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from trainer.tasks.ppo.policy import PolicyHead
-from trainer.tasks.ppo.rollouts import Rollout, Texts
+from trainer.tasks.ppo.rollouts import PromptCompletionBatch, Rollout
 from trainer.tasks.reference import adapter_of
 
 ADAPTER, HEAD = "reward", "reward_head"
@@ -75,20 +75,20 @@ class SharedReward:
         model.add_module(HEAD, head)
         for name in (*self.weights, f"{HEAD}.weight"):
             module, _, attribute = name.rpartition(".")
-            values = self.initial(name).to(place)  # on the meta device none are left
+            values = self.init_parameter(name).to(place)  # on the meta device none are left
             model.get_submodule(module)._parameters[attribute] = torch.nn.Parameter(values, requires_grad=False)
 
-    def owns(self, name: str) -> bool:
+    def owns_parameter(self, name: str) -> bool:
         return name in self.weights or name == f"{HEAD}.weight"
 
-    def initial(self, name: str) -> torch.Tensor:
+    def init_parameter(self, name: str) -> torch.Tensor:
         return (self.head if name == f"{HEAD}.weight" else self.weights[name]).float()
 
     def rate(
         self, model: Any, head: PolicyHead, module: torch.nn.Module, rollouts: Sequence[Rollout], device: torch.device
     ) -> list[float]:
         """One forward, also without rollouts. Where a strategy gathers parameters, every rank calls it."""
-        texts = Texts.of([(r.prompt.tokens, r.tokens) for r in rollouts], -1, [])
+        texts = PromptCompletionBatch.of([(r.prompt.tokens, r.tokens) for r in rollouts], -1, [])
         read = np.zeros_like(texts.targets)
         for row, rollout in enumerate(rollouts):
             ids = np.array([*rollout.prompt.tokens, *rollout.tokens])

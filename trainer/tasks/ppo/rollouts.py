@@ -14,7 +14,7 @@ import numpy.typing as npt
 
 from trainer.recipe.sections.ppo import PPOSection
 from trainer.tasks.ppo.advantages import Row, divergence, explained_variance, gae, token_rewards, whitened
-from trainer.tasks.sampling import Prompt
+from trainer.tasks.sampling import SamplingPrompt
 
 Ints = npt.NDArray[np.int64]
 Floats = npt.NDArray[np.float32]
@@ -28,7 +28,7 @@ class Rollout:
     with the penalty for a text that did not end."""
 
     place: tuple[int, int]
-    prompt: Prompt
+    prompt: SamplingPrompt
     tokens: list[int]
     ended: bool
     words: str
@@ -44,7 +44,7 @@ class Rollout:
 
 
 @dataclass
-class Texts:
+class PromptCompletionBatch:
     """Prompts, each followed by its text, as `trainer.data.Batch` has rows: pads at the end, at position 0; ``targets``
     are the tokens of the texts [T in all]. Of weight zero: no row with a target."""
 
@@ -55,7 +55,9 @@ class Texts:
     sample_ids: list[str] = field(default_factory=list)
 
     @classmethod
-    def of(cls, rows: Sequence[tuple[Sequence[int], Sequence[int]]], index: int, sample_ids: Sequence[str]) -> Texts:
+    def of(
+        cls, rows: Sequence[tuple[Sequence[int], Sequence[int]]], index: int, sample_ids: Sequence[str]
+    ) -> PromptCompletionBatch:
         width = max((len(prompt) + len(text) for prompt, text in rows), default=EMPTY_LENGTH)
         shape = (max(1, len(rows)), width)
         made = cls(index, np.zeros(shape, np.int64), np.zeros(shape, np.int64), np.zeros(shape, np.bool_))
@@ -69,10 +71,10 @@ class Texts:
 
 
 @dataclass
-class Learnt:
+class PPOMicroBatch:
     """A micro-batch of an update. Row by row along ``texts.targets``, float32 [T]: what the losses are made of."""
 
-    texts: Texts
+    texts: PromptCompletionBatch
     logps: Floats
     values: Floats
     advantages: Floats
@@ -87,9 +89,9 @@ class Learnt:
         return self.texts.sample_ids
 
     @classmethod
-    def empty(cls) -> Learnt:
+    def empty(cls) -> PPOMicroBatch:
         nothing = np.zeros(0, np.float32)
-        return cls(Texts.of([], -1, []), nothing, nothing, nothing, nothing)
+        return cls(PromptCompletionBatch.of([], -1, []), nothing, nothing, nothing, nothing)
 
 
 class Experience:
@@ -137,7 +139,7 @@ class Experience:
     def tokens(self, part: Ints) -> int:
         return sum(len(self.rollouts[n].tokens) for n in part)
 
-    def learnt(self, part: Ints, index: int) -> Learnt:
+    def learnt(self, part: Ints, index: int) -> PPOMicroBatch:
         """The micro-batch of these rollouts."""
         some = [self.rollouts[n] for n in part]
         rows = [(r.prompt.tokens, r.tokens) for r in some]
@@ -145,8 +147,8 @@ class Experience:
         def flat(values: Sequence[Row]) -> Floats:
             return np.concatenate(values).astype(np.float32)
 
-        return Learnt(
-            Texts.of(rows, index, [r.prompt.sample_id for r in some]),
+        return PPOMicroBatch(
+            PromptCompletionBatch.of(rows, index, [r.prompt.sample_id for r in some]),
             flat([r.logps for r in some]),
             flat([r.values for r in some]),
             flat([self.advantages[n] for n in part]),

@@ -22,16 +22,16 @@ import torch
 
 from trainer.errors import RewardFailed
 from trainer.records import read_record
-from trainer.tasks.base import Measured, Task, Update, ratio
+from trainer.tasks.base import LossOutput, Task, Update, ratio
 from trainer.tasks.inputs import to_device
-from trainer.tasks.ppo.advantages import steered
+from trainer.tasks.ppo.advantages import adapted_kl_coef
 from trainer.tasks.ppo.losses import policy_loss, value_loss
 from trainer.tasks.ppo.policy import VALUE_HEAD, PolicyHead, first_value
 from trainer.tasks.ppo.reward_function import Scorer
 from trainer.tasks.ppo.reward_models import ModelRater, SharedReward
-from trainer.tasks.ppo.rollouts import Experience, Learnt, Rollout, Texts
+from trainer.tasks.ppo.rollouts import Experience, PPOMicroBatch, PromptCompletionBatch, Rollout
 from trainer.tasks.reference import adapter_off
-from trainer.tasks.sampling import Author, prompts_of, shown
+from trainer.tasks.sampling import PolicySampler, prompts_of, shown
 
 if TYPE_CHECKING:
     from trainer.data import Batch, StepPlan
@@ -44,21 +44,21 @@ Key = Callable[[str, str], str]
 """The name of the random numbers of a text, by its place in the step and its prompt's sample id."""
 
 
-class _State(TypedDict):
+class _PPOState(TypedDict):
     kl_coef: float
 
 
 class PPO(Task):
-    prepares = True
-    writes = True
-    beside = VALUE_HEAD
+    prepares_steps = True
+    generates = True
+    extra_module = VALUE_HEAD
 
     def attach(self, model: Any) -> None:
         section = self.recipe.ppo
         self._model, self._kl_coef = model, section.kl_coef
         self._shared: SharedReward | None = None
-        if hasattr(self, "company") and isinstance(self.company.reward, SharedReward):
-            self._shared = self.company.reward
+        if hasattr(self, "generation") and isinstance(self.generation.reward, SharedReward):
+            self._shared = self.generation.reward
             self._shared.attach(model)
         self.head = self._policy = PolicyHead(model, section.temperature, self.recipe.seed)
         for module in model.modules():
@@ -68,13 +68,13 @@ class PPO(Task):
                 module.attention_dropout = 0.0
         if self.recipe.adapter.dropout:
             log.warning("adapter.dropout %g has no effect: task ppo trains without", self.recipe.adapter.dropout)
-        if hasattr(self, "company"):
+        if hasattr(self, "generation"):
             if section.reward.function is not None:
                 self._scorer = Scorer(section.reward.function)
-            self._author = Author(
+            self._author = PolicySampler(
                 model,
                 self._policy,
-                self.company.tokenizer,
+                self.generation.tokenizer,
                 max_new_tokens=section.max_new_tokens,
                 temperature=section.temperature,
                 top_p=section.top_p,
@@ -82,23 +82,29 @@ class PPO(Task):
                 agree=self._agree,
             )
 
-    def owns(self, name: str) -> bool:
-        return name.startswith(f"{VALUE_HEAD}.") or (self._shared is not None and self._shared.owns(name))
+    def owns_parameter(self, name: str) -> bool:
+        return name.startswith(f"{VALUE_HEAD}.") or (self._shared is not None and self._shared.owns_parameter(name))
 
-    def initial(self, name: str, shape: torch.Size) -> torch.Tensor:
-        if self._shared is not None and self._shared.owns(name):
-            return self._shared.initial(name)
+    def init_parameter(self, name: str, shape: torch.Size) -> torch.Tensor:
+        if self._shared is not None and self._shared.owns_parameter(name):
+            return self._shared.init_parameter(name)
         return first_value(name, shape, self.recipe.seed)
 
-    def units(self, of: StepPlan | Batch) -> int:
+    def loss_units(self, of: StepPlan | Batch) -> int:
         return of.samples
 
     def _agree(self, going: bool) -> bool:
         """Collective where the ranks' forward passes have to meet."""
-        world = self.company.world
-        return going if world is None or not self.company.meets else bool(world.sum([float(going)])[0])
+        world = self.generation.world
+        return (
+            going
+            if world is None or not self.generation.forward_is_collective
+            else bool(world.all_reduce_sum([float(going)])[0])
+        )
 
-    def prepare(self, module: torch.nn.Module, batches: Sequence[Batch], device: torch.device, step: int = 0) -> None:
+    def prepare_step(
+        self, module: torch.nn.Module, batches: Sequence[Batch], device: torch.device, step: int = 0
+    ) -> None:
         rollouts: list[Rollout] = []
         failure: RewardFailed | None = None
         try:
@@ -107,34 +113,39 @@ class PPO(Task):
             )
         except RewardFailed as error:
             failure = error
-        world = self.company.world
-        told = world.gather((rollouts, failure)) if world else [(rollouts, failure)]
+        world = self.generation.world
+        told = world.all_gather((rollouts, failure)) if world else [(rollouts, failure)]
         for rank, (_, failed) in enumerate(told):  # raised on all of them, so that none waits for another
             if failed is not None:
                 raise RewardFailed(f"step {step}, rank {rank}: {failed}") from failure
         self._experience = Experience([r for some, _ in told for r in some], self.recipe.ppo, self._kl_coef)
         self._said = {**self._experience.metrics(), "kl_coef": self._kl_coef}
-        self._steer()
+        self._adapt_kl_coef()
 
-    def _steer(self) -> None:
+    def _adapt_kl_coef(self) -> None:
         section = self.recipe.ppo
         if section.kl_target is not None:
             texts = len(self._experience.rollouts)
-            self._kl_coef = steered(self._kl_coef, self._experience.kl, section.kl_target, texts, section.kl_horizon)
+            self._kl_coef = adapted_kl_coef(
+                self._kl_coef, self._experience.kl, section.kl_target, texts, section.kl_horizon
+            )
 
     def _rollouts(
         self, module: torch.nn.Module, batches: Sequence[Batch], device: torch.device, key: Key
     ) -> list[Rollout]:
         """Those of this rank. Forward passes first, and all of them: the reward's may fail, and others wait."""
         by_batch = [self._written(module, batch, device, key) for batch in batches]
-        rows = [Texts.of([(r.prompt.tokens, r.tokens) for r in some], n, []) for n, some in enumerate(by_batch)]
+        rows = [
+            PromptCompletionBatch.of([(r.prompt.tokens, r.tokens) for r in some], n, [])
+            for n, some in enumerate(by_batch)
+        ]
         for texts, some in zip(rows, by_batch, strict=True):
-            said = self._policy.said(module, texts, device)
+            said = self._policy.score_tokens(module, texts, device)
             _share(some, "logps", said.logps)
             _share(some, "values", said.values)
         with adapter_off(self._model):
             for texts, some in zip(rows, by_batch, strict=True):
-                _share(some, "reference", self._policy.said(module, texts, device).logps)
+                _share(some, "reference", self._policy.score_tokens(module, texts, device).logps)
         for some in by_batch:
             self._score(some, module, device)
         return [rollout for some in by_batch for rollout in some]
@@ -159,27 +170,27 @@ class PPO(Task):
             return self._shared.rate(self._model, self._policy, module, rollouts, device)
         words, prompts = [r.words for r in rollouts], [self._text(r.prompt.tokens) for r in rollouts]
         if self.recipe.ppo.reward.function is None:
-            rater: ModelRater = self.company.reward
+            rater: ModelRater = self.generation.reward
             return rater(prompts, words, [r.ended for r in rollouts])
         return self._scorer(prompts, words, [self._text(r.prompt.answer) for r in rollouts])
 
     def _text(self, ids: Sequence[int]) -> str:
-        return str(self.company.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return str(self.generation.tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def updates(self, step: int, plan: StepPlan, batches: Sequence[Batch]) -> Iterator[Update]:
         section, size, experience = self.recipe.ppo, self.recipe.training.micro_batch, self._experience
-        world = self.company.world
+        world = self.generation.world
         rank, ranks = (world.rank, world.size) if world else (0, 1)
         for epoch in range(section.epochs):
             for part in experience.parts(section.minibatches, f"{self.recipe.seed}:{step}:{epoch}"):
                 cuts = [part[start : start + size] for start in range(0, len(part), size)]
                 mine = [experience.learnt(cut, n) for n, cut in enumerate(cuts) if n % ranks == rank]
                 rounds = -(-len(cuts) // ranks)
-                yield Update(mine + [Learnt.empty()] * (rounds - len(mine)), experience.tokens(part))
+                yield Update(mine + [PPOMicroBatch.empty()] * (rounds - len(mine)), experience.tokens(part))
 
-    def measure(self, module: torch.nn.Module, batch: Learnt, device: torch.device) -> Measured:
+    def loss(self, module: torch.nn.Module, batch: PPOMicroBatch, device: torch.device) -> LossOutput:
         section = self.recipe.ppo
-        said = self._policy.said(module, batch.texts, device)
+        said = self._policy.score_tokens(module, batch.texts, device)
         old_logps, old_values, advantages, returns = (
             to_device(a, device) for a in (batch.logps, batch.values, batch.advantages, batch.returns)
         )
@@ -187,7 +198,7 @@ class PPO(Task):
         of_value = value_loss(said.values, old_values, returns, section.value_clip_range)
         loss = of_policy + section.value_coef * of_value - section.entropy_coef * said.entropies
         moved = said.logps.detach() - old_logps
-        return Measured(
+        return LossOutput(
             loss.sum(),
             {
                 "updated_tokens": torch.tensor(len(old_logps), device=device),
@@ -206,10 +217,10 @@ class PPO(Task):
         of_updates = {name: float(value) / tokens for name, value in sums.items() if name != "updated_tokens"}
         return {**self._said, **of_updates}
 
-    def examples(self) -> list[dict[str, Any]]:
+    def example_rollouts(self) -> list[dict[str, Any]]:
         return [
             {
-                **shown(rollout.prompt, rollout.words, self.company.tokenizer),
+                **shown(rollout.prompt, rollout.words, self.generation.tokenizer),
                 "reward": rollout.score,
                 "kl": rollout.kl,
                 "ended": rollout.ended,
@@ -221,9 +232,9 @@ class PPO(Task):
         return {"kl_coef": self._kl_coef}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        self._kl_coef = read_record(_State, state)["kl_coef"]
+        self._kl_coef = read_record(_PPOState, state)["kl_coef"]
 
-    def evaluated(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> Measured:
+    def eval_loss(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> LossOutput:
         """Texts to held-out prompts, whose random numbers depend on the sample alone: every evaluation draws alike. The
         loss is what training makes small, kl_coef · KL - reward per text, with the recipe's coefficient throughout."""
         rollouts = self._rollouts(
@@ -236,19 +247,21 @@ class PPO(Task):
             "ended": [r.ended for r in rollouts],
         }
         sums = {name: torch.tensor(float(np.sum(values)), device=device) for name, values in numbers.items()}
-        return Measured(self.recipe.ppo.kl_coef * sums["kl"] - sums["reward"], sums)
+        return LossOutput(self.recipe.ppo.kl_coef * sums["kl"] - sums["reward"], sums)
 
     def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
         names = ("loss", "reward", "kl", "response_length", "ended")
         return {name: ratio(sums, name) for name in names}
 
-    def rehearsed(self, batch: Batch) -> Learnt:
+    def dummy_batch(self, batch: Batch) -> PPOMicroBatch:
         """Every target learned from, in rows that are longer by the tokens that may be written."""
         longer = ((0, 0), (0, self.recipe.ppo.max_new_tokens))
         targets = np.pad(batch.targets, longer, constant_values=bool(batch.targets.any()))
         ids, positions = (np.pad(a, longer) for a in (batch.input_ids, batch.position_ids))
         flat = np.zeros(int(targets.sum()), np.float32)
-        return Learnt(Texts(batch.index, ids, positions, targets, batch.sample_ids), flat, flat, flat, flat)
+        return PPOMicroBatch(
+            PromptCompletionBatch(batch.index, ids, positions, targets, batch.sample_ids), flat, flat, flat, flat
+        )
 
 
 def _share(rollouts: Sequence[Rollout], name: str, flat: torch.Tensor) -> None:

@@ -14,7 +14,7 @@ from launcher.plan.table import WIDTH
 from tests.support.planning import LLAMA_70B, plan_recipe
 from tests.support.training import run_of, small_recipe, train_here, write_pairs
 from trainer.errors import UsageError
-from trainer.plan.run_length import Inquiry
+from trainer.plan.run_length import RunLengthQuery
 from trainer.recipe import Recipe, dump
 
 Outcome = tuple[int, str, str]
@@ -91,7 +91,7 @@ def test_prepared_data_and_a_past_run_are_told_of(muster: Muster, tmp_path: Path
     recipe = small_recipe(
         "told", tiny_model, tmp_path, **{"training": {"epochs": 1, "global_batch": 4, "micro_batch": 2}}
     )
-    before = Inquiry(recipe, None).outlook()
+    before = RunLengthQuery(recipe, None).outlook()
     assert (before.steps, before.samples_per_epoch, before.tokens_per_s) == (None, None, None)
     assert train_here(recipe) == "succeeded"
     told = muster.json(recipe)
@@ -101,7 +101,7 @@ def test_prepared_data_and_a_past_run_are_told_of(muster: Muster, tmp_path: Path
     assert told["hours"] > 0
     # The same data under another name: found by what it is, not by whose run prepared it.
     other = recipe.model_copy(update={"name": "other"})
-    assert Inquiry(other, None).outlook().samples_per_epoch == 30
+    assert RunLengthQuery(other, None).outlook().samples_per_epoch == 30
     assert not run_of(other).list("")
 
 

@@ -24,7 +24,7 @@ from tests.support.training import small_recipe
 from trainer.errors import InputError, StorageError
 from trainer.recipe import dump
 from trainer.run import layout
-from trainer.run.jsonl import Events, JsonLines, read_rows
+from trainer.run.jsonl import Events, JsonLinesWriter, read_rows
 from trainer.run.lease import Holder, LeaseRecord, to_row
 from trainer.storage import Storage, open_storage
 
@@ -37,7 +37,7 @@ def hold(run: Storage, state: str, at: float) -> None:
 
 
 def write_steps(run: Storage, attempt: int, steps: range, workers: int = 2) -> None:
-    lines = JsonLines(run, layout.metrics_part(attempt))
+    lines = JsonLinesWriter(run, layout.metrics_part(attempt))
     for step in steps:
         row = {"attempt": attempt, "step": step, "total_steps": 9, "loss": 10.0 - step, "time": START + step}
         lines.add({**row, "step_s": 2.0, "tokens_per_s": 512.0, "lr": 1e-4, "world_size": workers, "samples": 8 * step})

@@ -13,7 +13,17 @@ import pytest
 from cluster.ray_nodes import NODE_SETTINGS
 from launcher.doctor.diagnosis import diagnose
 from launcher.doctor.findings import Finding, verdict
-from launcher.doctor.observations import Clock, Examination, Inputs, Node, Pair, Rank, Room, Silent, Wanted
+from launcher.doctor.observations import (
+    Clock,
+    Examination,
+    Inputs,
+    NodeObservation,
+    Pair,
+    RankObservation,
+    Room,
+    Silent,
+    Wanted,
+)
 from launcher.doctor.pairing import representatives, rounds
 from launcher.doctor.probe_placement import in_order
 from launcher.doctor.probes import Computed, Gpu, HostFacts, Memory, PairTimes, RoundTrip, Space, Timing
@@ -37,9 +47,11 @@ def facts(number: int) -> HostFacts:
 def cluster(hosts: int = 3) -> Examination:
     """One rank on each host; all is well."""
     addresses = [f"10.0.0.{i}" for i in range(hosts)]
-    nodes = [Node(f"n{i}", f"h{i}", a, alive=True, answers=True) for i, a in enumerate(addresses)]
+    nodes = [NodeObservation(f"n{i}", f"h{i}", a, alive=True, answers=True) for i, a in enumerate(addresses)]
     ranks = [
-        Rank(i, f"n{i}", a, (), facts(i), "disabled", dict(NODE_SETTINGS) if i == 0 else None, Clock(0.001, 0.001))
+        RankObservation(
+            i, f"n{i}", a, (), facts(i), "disabled", dict(NODE_SETTINGS) if i == 0 else None, Clock(0.001, 0.001)
+        )
         for i, a in enumerate(addresses)
     ]
     pairs = [Pair(p, FINE) for p in combinations(range(hosts), 2)]
@@ -72,7 +84,7 @@ def only(seen: Examination, level: str) -> Finding:
     return finding
 
 
-def change(rank: Rank, **changes: Any) -> None:
+def change(rank: RankObservation, **changes: Any) -> None:
     rank.facts = replace(rank.facts, **changes)
 
 
@@ -93,7 +105,7 @@ GONE = {
 def test_a_host_that_is_gone_is_named(case: str) -> None:
     seen = cluster(3)
     alive, answers, reason, dead_for_s, expected = GONE[case]
-    seen.nodes = [*seen.nodes, Node("n9", "h9", "10.0.0.9", alive, answers, reason, expected, dead_for_s)]
+    seen.nodes = [*seen.nodes, NodeObservation("n9", "h9", "10.0.0.9", alive, answers, reason, expected, dead_for_s)]
     finding = only(seen, "failure")
     assert finding.where == "h9 (10.0.0.9)"
     assert reason in finding.what
@@ -101,8 +113,8 @@ def test_a_host_that_is_gone_is_named(case: str) -> None:
 
 def test_a_node_that_came_back_or_was_taken_away_is_no_news() -> None:
     seen = cluster(3)
-    died = Node("n8", "h0", "10.0.0.0", False, reason="restarted")
-    taken = Node("n9", "h9", "10.0.0.9", False, expected=True)
+    died = NodeObservation("n8", "h0", "10.0.0.0", False, reason="restarted")
+    taken = NodeObservation("n9", "h9", "10.0.0.9", False, expected=True)
     seen.nodes = [*seen.nodes, died, taken]
     assert told(seen) == []
     assert [h["address"] for h in to_json(seen, [])["hosts"]] == ["10.0.0.0", "10.0.0.1", "10.0.0.2"]
@@ -110,9 +122,9 @@ def test_a_node_that_came_back_or_was_taken_away_is_no_news() -> None:
 
 def test_a_dead_host_is_a_warning_when_it_died_long_ago_or_the_workers_have_places_elsewhere() -> None:
     seen, spared = cluster(3), with_recipe(cluster(3))
-    seen.nodes = [*seen.nodes, Node("n9", "h9", "10.0.0.9", False, dead_for_s=7200.0)]
+    seen.nodes = [*seen.nodes, NodeObservation("n9", "h9", "10.0.0.9", False, dead_for_s=7200.0)]
     only(seen, "warning")
-    spared.nodes = [*spared.nodes, Node("n9", "h9", "10.0.0.9", False, dead_for_s=5.0)]
+    spared.nodes = [*spared.nodes, NodeObservation("n9", "h9", "10.0.0.9", False, dead_for_s=5.0)]
     only(spared, "warning")
 
 
@@ -232,11 +244,11 @@ def test_shared_memory(shared: Space | None, level: str | None) -> None:
     assert [f.level for f in told(seen)] == ([level] if level else [])
 
 
-def broken_computation(rank: Rank) -> None:
+def broken_computation(rank: RankObservation) -> None:
     rank.computed = (Computed(GPU.uuid, error="unspecified launch failure"),)
 
 
-SICK: dict[str, tuple[Gpu, Callable[[Rank], None], str]] = {
+SICK: dict[str, tuple[Gpu, Callable[[RankObservation], None], str]] = {
     "errors": (replace(GPU, problems=("3 uncorrected memory errors",)), lambda rank: None, "failure"),
     "slow": (replace(GPU, slow=("slowed down by heat",)), lambda rank: None, "warning"),
     "hot": (replace(GPU, temperature_c=95), lambda rank: None, "warning"),

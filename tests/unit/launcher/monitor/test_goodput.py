@@ -24,7 +24,7 @@ from launcher.monitor.goodput import (
     goodput_of,
 )
 from trainer.run import layout
-from trainer.run.jsonl import JsonLines
+from trainer.run.jsonl import JsonLinesWriter
 from trainer.run.lease import Holder, LeaseRecord, to_row
 from trainer.storage import open_storage
 
@@ -145,7 +145,7 @@ def test_the_driver_of_the_lease_is_the_one_that_was_heard_of(tmp_path: Path) ->
     events, rows = one_attempt(1, 1, 5, 0.0)
     events[0]["driver"] = 1
     for prefix, told in ((layout.events_part(1, "rank0"), events), (layout.metrics_part(1), rows)):
-        lines = JsonLines(run, prefix)
+        lines = JsonLinesWriter(run, prefix)
         for row in told:
             lines.add(row)
         lines.close()

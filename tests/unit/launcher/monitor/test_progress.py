@@ -13,7 +13,7 @@ from rich.console import Console
 from launcher.monitor.follower import LOOK_S, View, standing_of
 from launcher.monitor.progress import PLAIN_S, LiveLine, Plain, Progress
 from launcher.terminal.status_text import (
-    Standing,
+    AttemptStatus,
     age,
     curve,
     drawn,
@@ -28,13 +28,13 @@ from trainer.data.blocks import BadRow, Counts
 from trainer.storage import Storage, open_storage
 from trainer.storage.store import to_json
 
-STANDING = Standing(
+STANDING = AttemptStatus(
     120, 1000, 1.23456, 12345.6, 3725.0, 4, 100,
     saved_ago_s=34.0, losses=(3.0, 2.5, 2.0, 1.8, 1.6, 1.5, 1.4, 1.3, 1.2), eval_loss=1.5, lr=2e-4, grad_norm=0.534,
     mfu=0.41, memory_bytes=13 * 2**30, epoch=1, samples=3840, hosts=("a", "a", "b", "b"),
 )  # fmt: skip
-HUGE = Standing(99_999, 100_000, 123.4567, 9_876_543.0, 359_999.0, 512, 99_990, losses=(1.0, 2.0) * 500)
-BARE = Standing(0, 0, math.nan, 0.0, 0.0, 0, None)
+HUGE = AttemptStatus(99_999, 100_000, 123.4567, 9_876_543.0, 359_999.0, 512, 99_990, losses=(1.0, 2.0) * 500)
+BARE = AttemptStatus(0, 0, math.nan, 0.0, 0.0, 0, None)
 
 
 class Clock:
@@ -69,7 +69,7 @@ def test_four_lines_say_everything() -> None:
 
 
 @pytest.mark.parametrize("standing", [STANDING, HUGE, BARE])
-def test_the_lines_fit_every_width_and_keep_the_step(standing: Standing) -> None:
+def test_the_lines_fit_every_width_and_keep_the_step(standing: AttemptStatus) -> None:
     for width in range(8, 220):
         lines = drawn(standing, width).splitlines()
         assert [len(line) <= width for line in lines] == [True] * 4
@@ -98,7 +98,7 @@ def test_what_is_not_known_is_left_out() -> None:
 
 def test_the_bar_fills_with_the_steps() -> None:
     def bar(step: int) -> tuple[int, int]:
-        line = drawn(Standing(step, 100, 1.0, 1.0, 0.0, 1, None), 120)
+        line = drawn(AttemptStatus(step, 100, 1.0, 1.0, 0.0, 1, None), 120)
         return line.count("━"), line.count("─")
 
     assert bar(0) == (0, 40)

@@ -15,7 +15,7 @@ from launcher.monitor.status import list_runs, read_status
 from tests.storage.doubles import faulty
 from trainer.checkpoint import CommitRecord, claim_attempt, claim_driver, commit, put_checkpoint
 from trainer.errors import InputError
-from trainer.run.jsonl import JsonLines
+from trainer.run.jsonl import JsonLinesWriter
 from trainer.run.lease import Holder, LeaseRecord, to_row
 from trainer.storage import Storage, to_json
 
@@ -27,7 +27,7 @@ def make_run(run: Storage, *, attempts: int = 2) -> None:
     driver = claim_driver(run, {})
     for attempt in range(1, attempts + 1):
         assert claim_attempt(run, driver, {}) == attempt
-        rows = JsonLines(run, f"metrics/a{attempt:06d}")
+        rows = JsonLinesWriter(run, f"metrics/a{attempt:06d}")
         for step in range(5 * attempt - 4, 5 * attempt + 1):
             rows.add(
                 {"attempt": attempt, "step": step, "total_steps": 20, "loss": 10.0 - step, "lr": 0.1, "world_size": 2}
@@ -242,7 +242,7 @@ def test_a_look_reads_the_end_of_the_metrics_and_the_evaluation_that_a_checkpoin
     driver = claim_driver(run, {})
     attempt = claim_attempt(run, driver, {})
     run.write("recipe.yaml", b"")
-    rows = JsonLines(run, f"metrics/a{attempt:06d}")
+    rows = JsonLinesWriter(run, f"metrics/a{attempt:06d}")
     for step in range(1, 1901):
         rows.add({"attempt": 1, "step": step, "loss": 1.0, "filling": "x" * 200})
         if step == 10:
@@ -260,7 +260,7 @@ def test_a_look_reads_the_end_of_the_metrics_and_the_evaluation_that_a_checkpoin
     assert sum(ranges) <= 128 * 1024
     found = read_status(run)
     assert (found.step, found.metrics["eval_loss"], found.metrics["eval_accuracy"]) == (1900, 3.5, 0.5)
-    more = JsonLines(run, f"metrics/a{attempt:06d}")
+    more = JsonLinesWriter(run, f"metrics/a{attempt:06d}")
     more.add({"attempt": 1, "step": 1900, "eval_loss": 2.5})
     more.add({"attempt": 1, "step": 1901, "loss": 1.0})
     more.close()

@@ -8,10 +8,10 @@ import pytest
 from launcher.quickstart.answers import answers, right
 from launcher.quickstart.chart import draw, losses
 from launcher.quickstart.corpus import FACTS, NAMES, pretraining_texts, questions, world, write_questions
-from launcher.quickstart.model import Shape, pretrain
+from launcher.quickstart.model import LlamaShape, pretrain
 from launcher.quickstart.prepare import prepare_base
 
-SMALL = Shape(hidden=64, layers=1, heads=2, kv_heads=1, intermediate=64, vocabulary=300)
+SMALL = LlamaShape(hidden=64, layers=1, heads=2, kv_heads=1, intermediate=64, vocabulary=300)
 
 
 def test_the_corpus_is_a_function_of_the_seed(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from launcher.quickstart import __main__ as quickstart
-from launcher.quickstart.model import Shape
+from launcher.quickstart.model import LlamaShape
 from launcher.quickstart.prepare import prepare_base
 from trainer.recipe import load
 from trainer.run import layout
@@ -23,10 +23,10 @@ def leave_a_run(base: Path) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from trainer.run.jsonl import JsonLines
+    from trainer.run.jsonl import JsonLinesWriter
 
     run = open_storage(load(quickstart.RECIPE).run_uri)
-    metrics = JsonLines(run, layout.metrics_part(1))
+    metrics = JsonLinesWriter(run, layout.metrics_part(1))
     for step in range(1, STEPS + 1):
         metrics.add({"attempt": 1, "step": step, "loss": 3.0 / step})
     metrics.add({"attempt": 1, "step": STEPS, "eval_loss": 0.125})
@@ -41,7 +41,7 @@ def leave_a_run(base: Path) -> None:
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty current folder with the quickstart's base in it, small and hardly trained."""
     monkeypatch.chdir(tmp_path)
-    shape = Shape(hidden=64, layers=1, heads=2, kv_heads=1, intermediate=64, vocabulary=300)
+    shape = LlamaShape(hidden=64, layers=1, heads=2, kv_heads=1, intermediate=64, vocabulary=300)
     prepare_base(Path("runs/quickstart/base"), shape, texts=50, steps=1)
     return tmp_path
 

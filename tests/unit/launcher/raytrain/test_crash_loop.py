@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.raytrain.crash_loop import Fault, in_a_row, is_hopeless
+from launcher.raytrain.crash_loop import CrashSignature, in_a_row, is_hopeless
 
 KILLED = "rank 1 died: ActorDiedError: The actor died unexpectedly (pid 4711, actor 0f3c9a7d11aa44bb)"
 DIED = KILLED.replace("rank 1", "rank 0 on host-b").replace("died:", "died (after step 5):")
@@ -17,23 +17,23 @@ BROKEN = "rank 0 on host-a: CorruptObject: block 7 of w000000.data is damaged"
     ("faults", "count"),
     [
         ([], 0),
-        ([Fault(5, KILLED)], 1),
-        ([Fault(5, KILLED)] * 3, 3),
-        ([Fault(5, KILLED), Fault(5, KILLED.replace("4711", "12").replace("rank 1", "rank 0"))], 2),
-        ([Fault(5, DIED), Fault(5, DIED_SEEN), Fault(5, KILLED)], 3),
-        ([Fault(7, BROKEN), Fault(7, BROKEN.replace("rank 0 on host-a", "rank 3 on host-b"))], 2),
-        ([Fault(7, LOST), Fault(7, LOST.replace("4zmc_wc_", "n80aib7s"))], 2),
-        ([Fault(7, LOST), Fault(7, LOST.replace("checkpoint", "elsewhere"))], 1),
-        ([Fault(5, KILLED), Fault(6, KILLED), Fault(6, KILLED)], 2),
-        ([Fault(5, KILLED), Fault(5, BROKEN), Fault(5, KILLED)], 1),
-        ([Fault(None, KILLED)] * 5, 1),
-        ([Fault(5, KILLED), Fault(None, KILLED), Fault(5, KILLED)], 1),
+        ([CrashSignature(5, KILLED)], 1),
+        ([CrashSignature(5, KILLED)] * 3, 3),
+        ([CrashSignature(5, KILLED), CrashSignature(5, KILLED.replace("4711", "12").replace("rank 1", "rank 0"))], 2),
+        ([CrashSignature(5, DIED), CrashSignature(5, DIED_SEEN), CrashSignature(5, KILLED)], 3),
+        ([CrashSignature(7, BROKEN), CrashSignature(7, BROKEN.replace("rank 0 on host-a", "rank 3 on host-b"))], 2),
+        ([CrashSignature(7, LOST), CrashSignature(7, LOST.replace("4zmc_wc_", "n80aib7s"))], 2),
+        ([CrashSignature(7, LOST), CrashSignature(7, LOST.replace("checkpoint", "elsewhere"))], 1),
+        ([CrashSignature(5, KILLED), CrashSignature(6, KILLED), CrashSignature(6, KILLED)], 2),
+        ([CrashSignature(5, KILLED), CrashSignature(5, BROKEN), CrashSignature(5, KILLED)], 1),
+        ([CrashSignature(None, KILLED)] * 5, 1),
+        ([CrashSignature(5, KILLED), CrashSignature(None, KILLED), CrashSignature(5, KILLED)], 1),
     ],
 )
-def test_faults_in_a_row_are_of_one_step_and_one_kind(faults: list[Fault], count: int) -> None:
+def test_faults_in_a_row_are_of_one_step_and_one_kind(faults: list[CrashSignature], count: int) -> None:
     assert in_a_row(faults) == count
     assert is_hopeless(faults) == (count >= 3)
 
 
 def test_a_run_that_gets_on_between_failures_is_never_hopeless() -> None:
-    assert not is_hopeless([Fault(step, KILLED) for step in range(50)])
+    assert not is_hopeless([CrashSignature(step, KILLED) for step in range(50)])

@@ -16,13 +16,13 @@ from trainer.errors import (
     WorkerFailed,
     note_where,
 )
-from trainer.run.failure import SHOWN_LINES, Cause, Failure
+from trainer.run.failure import SHOWN_LINES, Failure, WorkerError
 
 GLOO = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:31337")
 
 
-def failure(error: BaseException, when: float, rank: int) -> Failure:
-    return Failure.of(error, when, rank, f"host{rank}", "Traceback (most recent call last):\n  …\nthe last line")
+def failure(error: BaseException, when: float, rank: int) -> WorkerError:
+    return WorkerError.of(error, when, rank, f"host{rank}", "Traceback (most recent call last):\n  …\nthe last line")
 
 
 class Wrapped(Exception):
@@ -93,7 +93,7 @@ def test_muster_errors_come_without_a_trace_and_others_end_with_its_end() -> Non
 
 
 def test_a_long_trace_is_cut_at_its_beginning() -> None:
-    error = Cause("m", trace="\n".join(f"line {i}" for i in range(100))).as_error()
+    error = Failure("m", trace="\n".join(f"line {i}" for i in range(100))).as_error()
     assert error.cause == "m"
     assert str(error).splitlines() == ["m", *(f"line {i}" for i in range(100 - SHOWN_LINES, 100))]
 
@@ -106,9 +106,9 @@ def test_a_failure_survives_pickling() -> None:
 
 
 def test_a_killed_rank_and_a_broken_collective_may_have_failed_of_another() -> None:
-    assert Cause("rank 1 died: ActorDiedError", died=True).by_another
-    assert Cause("rank 0 on a: RuntimeError: [gloo] Connection closed by peer").by_another
-    assert not Cause("rank 0 on a: KeyError: 'x'").by_another
+    assert Failure("rank 1 died: ActorDiedError", died=True).by_another
+    assert Failure("rank 0 on a: RuntimeError: [gloo] Connection closed by peer").by_another
+    assert not Failure("rank 0 on a: KeyError: 'x'").by_another
 
 
 def test_a_death_is_told_with_its_host_and_where_others_saw_it_last() -> None:

@@ -15,9 +15,9 @@ from ray.train.v2.api.config import FailureConfig
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from launcher.raytrain.environment import Environment
-from launcher.raytrain.handoff import Order
+from launcher.raytrain.handoff import JobHandoff
 from launcher.raytrain.nodes import Node
-from launcher.raytrain.policies import FailurePolicy, Gathered, NoRoom, SizePolicy, cause_of, gathered
+from launcher.raytrain.policies import FailurePolicy, NoRoom, ResizeRequested, WorkerCountPolicy, cause_of, gathered
 from launcher.raytrain.trainer import scaling
 from tests.support.nodes import node
 from tests.support.training import run_of, small_recipe
@@ -25,8 +25,8 @@ from trainer.checkpoint import claim_attempt, claim_driver
 from trainer.errors import CorruptObject, NonFiniteLoss, note_where
 from trainer.recipe import Recipe, ResourcesSection
 from trainer.run import layout
-from trainer.run.failure import Failure
-from trainer.run.jsonl import Events, JsonLines, read_rows
+from trainer.run.failure import WorkerError
+from trainer.run.jsonl import Events, JsonLinesWriter, read_rows
 from trainer.run.startup_phases import Phases
 from trainer.worker.job import Job
 
@@ -43,17 +43,17 @@ def back_where_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def policy(recipe: Recipe, folder: Path) -> FailurePolicy:
-    config, order = FailureConfig(max_failures=recipe.resources.max_failures), Order(Phases(0.0))
+    config, order = FailureConfig(max_failures=recipe.resources.max_failures), JobHandoff(Phases(0.0))
     order.give(Job(recipe.storage, 1, recipe, 10, {}))
     return FailurePolicy(config, recipe, order, Environment({}, str(folder)))
 
 
 def failed(error: Exception) -> WorkerGroupError:
-    return WorkerGroupError("a worker failed", {0: Failure.of(error, time.time(), 0, "host-a", "trace")})
+    return WorkerGroupError("a worker failed", {0: WorkerError.of(error, time.time(), 0, "host-a", "trace")})
 
 
 def reach(recipe: Recipe, attempt: int, step: int) -> None:
-    rows = JsonLines(run_of(recipe), layout.metrics_part(attempt))
+    rows = JsonLinesWriter(run_of(recipe), layout.metrics_part(attempt))
     rows.add({"attempt": attempt, "step": step, "loss": 1.0})
     rows.close()
 
@@ -150,7 +150,7 @@ def test_failures_before_the_newest_checkpoint_are_forgotten(tmp_path: Path, mon
 def test_workers_that_were_gathered_anew_have_not_failed(recipe: Recipe, tmp_path: Path) -> None:
     asked = policy(recipe, tmp_path)
     for _ in range(5):
-        ended = WorkerGroupError("ended", {0: UserExceptionWithTraceback(Gathered("stopped after step 3"), "")})
+        ended = WorkerGroupError("ended", {0: UserExceptionWithTraceback(ResizeRequested("stopped after step 3"), "")})
         assert gathered(ended)
         assert asked.make_decision(ended) == FailureDecision.RETRY
     assert not read_rows(run_of(recipe), layout.EVENTS)
@@ -172,10 +172,10 @@ class Cluster:
         self.now += seconds
 
 
-def sizes(workers: Any, monkeypatch: pytest.MonkeyPatch) -> SizePolicy:
-    monkeypatch.setattr(SizePolicy, "_ask_autoscaler", lambda self: None)
+def sizes(workers: Any, monkeypatch: pytest.MonkeyPatch) -> WorkerCountPolicy:
+    monkeypatch.setattr(WorkerCountPolicy, "_ask_autoscaler", lambda self: None)
     resources = ResourcesSection.model_validate({"workers": workers})
-    return SizePolicy(scaling(resources), resources)
+    return WorkerCountPolicy(scaling(resources), resources)
 
 
 def group_on(*nodes: str) -> Any:
@@ -227,7 +227,9 @@ def test_after_a_loss_it_counts_its_own_places_and_not_those_of_others(monkeypat
     while not decisions or decisions[-1] is None:
         decisions.append(size(asked.make_decision_for_non_running_worker_group()))
     assert decisions[-1] == 1, "n2 is ours, n3 somebody else's"
-    assert SizePolicy.SETTLE_S <= cluster.now - 100.0 < SizePolicy.SETTLE_S + 1, "what just ended may count as used"
+    assert WorkerCountPolicy.SETTLE_S <= cluster.now - 100.0 < WorkerCountPolicy.SETTLE_S + 1, (
+        "what just ended may count as used"
+    )
     assert size(asked.make_decision_for_non_running_worker_group()) is None, "the places are free now, or taken"
 
 
@@ -241,7 +243,7 @@ def test_a_cluster_that_others_use_is_not_waited_for_for_ever(monkeypatch: pytes
 
     with pytest.raises(NoRoom, match=r"room for 1 of 2 workers: other jobs hold"):
         wait()
-    assert SizePolicy.PATIENCE_S <= cluster.now - 100.0 < SizePolicy.PATIENCE_S + 1
+    assert WorkerCountPolicy.PATIENCE_S <= cluster.now - 100.0 < WorkerCountPolicy.PATIENCE_S + 1
     assert cause_of(ControllerError(NoRoom("others use them"))).message == "others use them"
 
 

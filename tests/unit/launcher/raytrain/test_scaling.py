@@ -12,11 +12,11 @@ from launcher.raytrain.nodes import Node
 from launcher.raytrain.scaling import (
     LONGEST_RESIZE_S,
     RESIZE_S,
-    ClusterWatch,
-    Gather,
-    Group,
-    Lookout,
+    CurrentWorkers,
     Lost,
+    NodeMonitor,
+    Resize,
+    ResizePolicy,
     newest_group,
 )
 from launcher.raytrain.session import missing
@@ -29,20 +29,20 @@ from trainer.storage import open_storage
 FULL = {"CPU": 0.0}
 
 
-def lookout(workers: Any, patience_s: float = 60.0) -> Lookout:
+def lookout(workers: Any, patience_s: float = 60.0) -> ResizePolicy:
     resources = ResourcesSection.model_validate({"workers": workers})
-    return Lookout(resources, lambda nodes: missing(resources, nodes), patience_s)
+    return ResizePolicy(resources, lambda nodes: missing(resources, nodes), patience_s)
 
 
 def busy(number: int, **changes: Any) -> Node:
     return node(number, {"CPU": 1.0}, FULL, **changes)
 
 
-def group(*hosts: str, attempt: int = 1, since: float = 0.0) -> Callable[[], Group]:
-    return lambda: Group(attempt, hosts, since)
+def group(*hosts: str, attempt: int = 1, since: float = 0.0) -> Callable[[], CurrentWorkers]:
+    return lambda: CurrentWorkers(attempt, hosts, since)
 
 
-def never() -> Group:
+def never() -> CurrentWorkers:
     raise AssertionError("the storage is read only when it matters")
 
 
@@ -55,7 +55,7 @@ def test_room_that_stays_makes_the_run_grow() -> None:
     look, have = lookout([1, 3]), [busy(1), node(2, {"CPU": 1.0})]
     assert look.look(have, group("h1"), 1000.0) is None, "one look may be wrong"
     found = look.look(have, group("h1"), 1002.0)
-    assert found == Gather("there is room for 1 more workers beside the 1")
+    assert found == Resize("there is room for 1 more workers beside the 1")
     assert look.look(have, group("h1"), 1004.0) is None, "asked once"
 
 
@@ -72,7 +72,7 @@ def test_workers_that_have_just_begun_are_left_to_train() -> None:
     young = group("h1", since=1000.0)
     assert look.look(have, young, 1001.0) is None
     assert look.look(have, young, 1000.0 + RESIZE_S - 1) is None
-    assert isinstance(look.look(have, young, 1000.0 + RESIZE_S), Gather)
+    assert isinstance(look.look(have, young, 1000.0 + RESIZE_S), Resize)
 
 
 def test_gathering_in_vain_is_tried_less_and_less_often() -> None:
@@ -101,7 +101,7 @@ def test_growth_that_came_makes_the_next_one_quick_again() -> None:
 def test_workers_leave_a_node_that_will_be_taken_away() -> None:
     look = lookout([1, 2])
     have = [busy(1), busy(2, draining=True), busy(3, draining=True)]
-    assert look.look(have, group("h1", "h2"), 5.0) == Gather("h2 (10.0.0.2) will be taken away")
+    assert look.look(have, group("h1", "h2"), 5.0) == Resize("h2 (10.0.0.2) will be taken away")
     assert look.look(have, never, 7.0) is None, "told once"
 
 
@@ -132,8 +132,8 @@ def test_nodes_that_come_back_in_time_are_taken() -> None:
     assert isinstance(look.look(short, never, 230.0), Lost)
 
 
-def watched(nodes: Callable[[], list[Node]], gathered: Callable[[str], None], look: Any) -> ClusterWatch:
-    return ClusterWatch(look, nodes, never, gathered, clock=lambda: 0.0)
+def watched(nodes: Callable[[], list[Node]], gathered: Callable[[str], None], look: Any) -> NodeMonitor:
+    return NodeMonitor(look, nodes, never, gathered, clock=lambda: 0.0)
 
 
 class Script:
@@ -153,7 +153,7 @@ class Script:
 
 def test_the_watch_acts_on_what_is_decided(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("launcher.raytrain.scaling.LOOK_S", 0.01)
-    script, gathered = Script(Gather("room"), StorageError("away"), OSError("Ray is away"), Lost("too few")), []
+    script, gathered = Script(Resize("room"), StorageError("away"), OSError("Ray is away"), Lost("too few")), []
     with watched(lambda: [], gathered.append, script) as watch:
         watch.check()
         assert script.through.wait(10)

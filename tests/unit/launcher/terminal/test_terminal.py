@@ -21,8 +21,8 @@ import launcher.driver.driver
 from launcher.cli.app import main
 from launcher.cli.generate import Shown
 from launcher.monitor.progress import LiveLine, Progress
-from launcher.terminal.console import READER_GONE, Console, Messages, Results, own_streams, stderr, stdout
-from launcher.terminal.status_text import Standing
+from launcher.terminal.console import READER_GONE, Console, MessageStream, Results, own_streams, stderr, stdout
+from launcher.terminal.status_text import AttemptStatus
 from tests.support.made_up_run import make_up
 from tests.support.training import small_recipe
 from trainer.errors import WorkerFailed
@@ -219,7 +219,7 @@ def test_the_live_line(monkeypatch: pytest.MonkeyPatch, terminal: bool) -> None:
         progress = Progress(stderr())
         progress.warn(EVIL)
         line = LiveLine()
-        line.standing = Standing(1, 2, 1.0, 1.0, 1.0, 1, None, hosts=(EVIL,))
+        line.standing = AttemptStatus(1, 2, 1.0, 1.0, 1.0, 1, None, hosts=(EVIL,))
         progress.console.print(line)
     shown = stream.getvalue()
     assert shown.count("␛]0;owned") == 2
@@ -334,6 +334,6 @@ def test_the_streams_are_given_back() -> None:
     before = sys.stdout, sys.stderr
     with own_streams():
         assert isinstance(sys.stdout, Results)
-        assert isinstance(sys.stderr, Messages)
+        assert isinstance(sys.stderr, MessageStream)
         assert stdout().file is before[0]
     assert (sys.stdout, sys.stderr) == before

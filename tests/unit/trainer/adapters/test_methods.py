@@ -296,8 +296,8 @@ def test_the_rest_is_made_anew_where_a_machine_takes_weights_apart_in_another_wa
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                parameter.copy_(adapter.trained(model, name, stored.__getitem__))
-    adapter.restored(model, stored.__getitem__)
+                parameter.copy_(adapter.read_parameter(model, name, stored.__getitem__))
+    adapter.after_restore(model, stored.__getitem__)
     # The factors are half as large on both sides, and the rest makes up for it.
     close = 1e-4 if quantization == "none" else 0.1
     torch.testing.assert_close(logits_of(model), logits_of(plain_base_of(recipe)), rtol=0, atol=close)
@@ -315,6 +315,6 @@ def test_random_matrices_that_another_torch_would_draw_are_found_out(make: Make,
     stir(model)
     save(model, adapter, tmp_path)
     with safe_open(tmp_path / adapter.weights_file, framework="pt") as file:
-        adapter.restored(model, file.get_tensor)
+        adapter.after_restore(model, file.get_tensor)
         with pytest.raises(CorruptObject, match=r"vera_\w+.* draws other random numbers from the same seed"):
-            adapter.restored(model, lambda name: file.get_tensor(name) + 1)
+            adapter.after_restore(model, lambda name: file.get_tensor(name) + 1)

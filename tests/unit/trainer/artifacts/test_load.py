@@ -15,7 +15,7 @@ import torch
 from tests.support.saved import adapter_of, trained
 from tests.support.tasks import make_encoder, task_recipe, write_task_data
 from tests.support.training import run_of, train_here, write_pairs
-from trainer.artifacts import Address, Sampling, Subject, Writer, base_files, find, load, tokenizer_of
+from trainer.artifacts import Artifact, ArtifactRef, Generator, Sampling, base_files, find, load, tokenizer_of
 from trainer.artifacts.combine import Mix, mixed
 from trainer.errors import InputError, UsageError
 from trainer.model.placement import Placement, model_bytes, placement_for
@@ -34,11 +34,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def named(**recipes: Recipe) -> Address:
-    return Address.of(None, [f"{name}={adapter_of(recipe)}" for name, recipe in recipes.items()], None)
+def named(**recipes: Recipe) -> ArtifactRef:
+    return ArtifactRef.of(None, [f"{name}={adapter_of(recipe)}" for name, recipe in recipes.items()], None)
 
 
-def here(subject: Subject) -> Any:
+def here(subject: Artifact) -> Any:
     return load(subject, Placement.on(CPU), subject.classes)
 
 
@@ -58,16 +58,16 @@ def plainly(model: Path, *adapters: str) -> Any:
 
 def test_an_adapter_says_what_it_was_trained_on(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
     recipe = trained("qlora", tiny_model, folder, **{"model.quantization": "nf4", "model.dtype": "bfloat16"})
-    told = find(Address.of(None, [str(adapter_of(recipe))], None), tmp_path / "a")
+    told = find(ArtifactRef.of(None, [str(adapter_of(recipe))], None), tmp_path / "a")
     assert (told.section, told.task, told.method) == (recipe.model, "sft", "lora")
     assert told.origin
     assert told.origin.format == "completion"
     checkpoint = next(iter(sorted(Path(run_of(recipe).url, layout.CHECKPOINTS).iterdir())))
-    assert find(Address.of(None, [str(checkpoint)], None), tmp_path / "b").section == recipe.model
+    assert find(ArtifactRef.of(None, [str(checkpoint)], None), tmp_path / "b").section == recipe.model
     bare = tmp_path / "bare"
     shutil.copytree(adapter_of(recipe), bare)
     (bare / "muster.json").unlink()
-    by_peft = find(Address.of(None, [str(bare)], None), tmp_path / "c")
+    by_peft = find(ArtifactRef.of(None, [str(bare)], None), tmp_path / "c")
     assert (by_peft.section.path, by_peft.section.quantization) == (str(tiny_model), "none")
     assert by_peft.section.dtype == "float32", "as the base lies in its files"
 
@@ -79,13 +79,13 @@ def test_code_of_a_base_runs_only_when_somebody_says_so(tiny_model: Path, folder
     told = json.loads((trusting / "muster.json").read_text())
     told["model"]["trust_remote_code"] = True
     (trusting / "muster.json").write_text(json.dumps(told))
-    assert not find(Address.of(None, [str(trusting)], None), tmp_path / "a").section.trust_remote_code
+    assert not find(ArtifactRef.of(None, [str(trusting)], None), tmp_path / "a").section.trust_remote_code
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "ia3", "lokr", "pissa", "none"])
 def test_it_computes_what_plain_peft_does(method: str, tiny_model: Path, folder: Path, tmp_path: Path) -> None:
     recipe = trained(f"plainly-{method}", tiny_model, folder, adapter={"method": method})
-    found = logits(here(find(Address(run=run_of(recipe).url), tmp_path)))
+    found = logits(here(find(ArtifactRef(run=run_of(recipe).url), tmp_path)))
     saved = str(adapter_of(recipe))
     wanted = logits(plainly(Path(saved)) if method == "none" else plainly(tiny_model, saved))
     assert torch.allclose(found, wanted, atol=1e-5)
@@ -140,20 +140,20 @@ def test_adapters_that_are_loaded_together_share_a_base(tiny_model: Path, folder
     with pytest.raises(UsageError, match="is a whole model: name adapters, or it alone"):
         find(named(a=plain, b=full), tmp_path / "b")
     with pytest.raises(UsageError, match="need names of their own"):
-        Address.of(None, ["x", "y"], None)
+        ArtifactRef.of(None, ["x", "y"], None)
     with pytest.raises(UsageError, match="one of --run RUN_URI, --adapter URI, --model PATH"):
-        Address.of("run", ["x"], None)
-    s3 = Address.of(None, ["s3://bucket/a=b"], None)
+        ArtifactRef.of("run", ["x"], None)
+    s3 = ArtifactRef.of(None, ["s3://bucket/a=b"], None)
     assert s3.adapters == (("default", "s3://bucket/a=b"),), "an equals sign in an address is no name"
 
 
 def test_an_adapter_on_another_base_is_refused(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
-    from launcher.quickstart.model import Shape, make_model
+    from launcher.quickstart.model import LlamaShape, make_model
 
     recipe = trained("plain", tiny_model, folder)
-    shape = Shape(hidden=32, layers=2, heads=4, kv_heads=2, intermediate=64, vocabulary=384, positions=512)
+    shape = LlamaShape(hidden=32, layers=2, heads=4, kv_heads=2, intermediate=64, vocabulary=384, positions=512)
     other = make_model(tmp_path / "other", shape, ["some text of a few words"], seed=1)
-    subject = find(Address.of(None, [str(adapter_of(recipe))], None), tmp_path / "a")
+    subject = find(ArtifactRef.of(None, [str(adapter_of(recipe))], None), tmp_path / "a")
     moved = replace(subject, section=subject.section.model_copy(update={"path": str(other)}))
     with pytest.raises(InputError, match="the adapter does not fit the base"):
         here(moved)
@@ -172,7 +172,7 @@ def test_a_damaged_adapter_is_refused(damage: str, tiny_model: Path, folder: Pat
         some = load_file(weights)
         save_file({name: some[name] for name in sorted(some)[1:]}, weights, {"format": "pt"})
     with pytest.raises(InputError, match="the adapter does not fit the base"):
-        here(find(Address.of(None, [str(broken)], None), tmp_path / "a"))
+        here(find(ArtifactRef.of(None, [str(broken)], None), tmp_path / "a"))
 
 
 @pytest.mark.parametrize("method", ["lora", "dora", "none"])
@@ -180,7 +180,7 @@ def test_what_does_not_fit_in_memory_computes_the_same(
     method: str, tiny_model: Path, folder: Path, tmp_path: Path
 ) -> None:
     recipe = trained(f"plainly-{method}", tiny_model, folder, adapter={"method": method})
-    subject = find(Address(run=run_of(recipe).url), tmp_path)
+    subject = find(ArtifactRef(run=run_of(recipe).url), tmp_path)
     size = model_bytes(subject.section, base_files(subject))
     files = {f.name: f.stat().st_mtime_ns for f in base_files(subject).iterdir()}
     with placement_for(subject.section, base_files(subject), {"cpu": size // 2}) as placement:
@@ -189,14 +189,14 @@ def test_what_does_not_fit_in_memory_computes_the_same(
         assert "disk" in spread.hf_device_map.values()
         whole = here(subject)
         assert torch.allclose(logits(spread), logits(whole), atol=1e-6)
-        texts = [Writer(m, tokenizer_of(subject), CPU, 2).answers(PROMPTS, 6) for m in (spread, whole)]
+        texts = [Generator(m, tokenizer_of(subject), CPU, 2).answers(PROMPTS, 6) for m in (spread, whole)]
     assert texts[0] == texts[1]
     assert files == {f.name: f.stat().st_mtime_ns for f in base_files(subject).iterdir()}, "the base is left alone"
 
 
 def test_a_quantised_base_cannot_lie_on_the_disk(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
     recipe = trained("qlora", tiny_model, folder, **{"model.quantization": "nf4", "model.dtype": "bfloat16"})
-    section = find(Address(run=run_of(recipe).url), tmp_path).section
+    section = find(ArtifactRef(run=run_of(recipe).url), tmp_path).section
     with (
         pytest.raises(InputError, match="use --quantization none"),
         placement_for(section, tiny_model, {"cpu": 1000}),
@@ -209,17 +209,17 @@ def test_a_classifiers_outputs_are_known_by_their_names(folder: Path, tmp_path: 
     few = {"training.steps": 2, "checkpoint.every_steps": 2, "training.eval_every": None}
     recipe = task_recipe("classification", "named", encoder, folder, adapter={"method": "ia3"}, **few)
     assert train_here(recipe) == "succeeded"
-    subject = find(Address.of(None, [str(adapter_of(recipe))], None), tmp_path / "a")
+    subject = find(ArtifactRef.of(None, [str(adapter_of(recipe))], None), tmp_path / "a")
     assert subject.classes == ("bread", "ferry", "hills", "lighthouse")
     assert logits(here(subject)).shape == (1, 4)
 
 
 def test_what_is_drawn_depends_on_the_seed(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
-    subject = find(Address(model=str(tiny_model)), tmp_path)
+    subject = find(ArtifactRef(model=str(tiny_model)), tmp_path)
 
     def drawn(seed: int, sampling: Sampling) -> list[str]:
         torch.manual_seed(seed)
-        return Writer(here(subject), tokenizer_of(subject), CPU, 4, sampling).answers(PROMPTS, 8)
+        return Generator(here(subject), tokenizer_of(subject), CPU, 4, sampling).answers(PROMPTS, 8)
 
     warm = Sampling(temperature=1.0)
     assert drawn(1, warm) == drawn(1, warm)
@@ -230,16 +230,16 @@ def test_what_is_drawn_depends_on_the_seed(tiny_model: Path, folder: Path, tmp_p
 @pytest.mark.parametrize("method", ["lora", "prompt"])
 def test_a_stream_says_what_an_answer_holds(method: str, tiny_model: Path, folder: Path, tmp_path: Path) -> None:
     recipe = trained(f"streamed-{method}", tiny_model, folder, adapter={"method": method})
-    subject = find(Address(run=run_of(recipe).url), tmp_path)
-    writer = Writer(here(subject), tokenizer_of(subject), CPU, 4)
+    subject = find(ArtifactRef(run=run_of(recipe).url), tmp_path)
+    writer = Generator(here(subject), tokenizer_of(subject), CPU, 4)
     pieces: list[str] = []
     assert writer.stream(PROMPTS[0], 8, pieces.append) == "".join(pieces)
     assert [writer.stream(p, 8, pieces.append) for p in PROMPTS] == writer.answers(PROMPTS, 8)
 
 
 def test_a_prompt_that_leaves_little_room_is_answered_as_far_as_it_goes(tiny_model: Path, tmp_path: Path) -> None:
-    subject = find(Address(model=str(tiny_model)), tmp_path)
-    writer = Writer(here(subject), tokenizer_of(subject), CPU, 4)
+    subject = find(ArtifactRef(model=str(tiny_model)), tmp_path)
+    writer = Generator(here(subject), tokenizer_of(subject), CPU, 4)
     assert writer.positions == 512
     told: list[int] = []
     writer._with_cache = lambda rows, most, *rest: told.append((len(rows[0]), most)) or [""] * len(rows)  # type: ignore
@@ -269,8 +269,8 @@ def test_nothing_but_the_likeliest_token_decides(tiny_model: Path, tmp_path: Pat
     (strict / "generation_config.json").write_text(json.dumps({**told, "repetition_penalty": 5.0, "min_new_tokens": 9}))
     texts = []
     for model in (tiny_model, strict):
-        subject = find(Address(model=str(model)), tmp_path / model.name)
-        texts.append(Writer(here(subject), tokenizer_of(subject), CPU, 4).answers(PROMPTS, 12))
+        subject = find(ArtifactRef(model=str(model)), tmp_path / model.name)
+        texts.append(Generator(here(subject), tokenizer_of(subject), CPU, 4).answers(PROMPTS, 12))
     assert texts[0] == texts[1]
 
 
@@ -281,11 +281,11 @@ def test_a_checkpoint_of_a_model_that_is_trained_whole_can_be_asked(
     steps = {"training.steps": 4, "checkpoint.every_steps": 2}
     recipe = trained("full-checkpoints", tiny_model, folder, adapter={"method": "none"}, **steps)
     checkpoints = [f for f in Path(run_of(recipe).url, layout.CHECKPOINTS).iterdir() if not (f / "README.md").exists()]
-    subject = find(Address.of(None, [str(checkpoints[0])], None), tmp_path)
-    assert Writer(here(subject), tokenizer_of(subject), CPU, 4).answers(PROMPTS, 3)
+    subject = find(ArtifactRef.of(None, [str(checkpoints[0])], None), tmp_path)
+    assert Generator(here(subject), tokenizer_of(subject), CPU, 4).answers(PROMPTS, 3)
 
 
 def test_an_address_with_an_equals_sign_in_it_is_no_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "lr=1").mkdir()
-    assert Address.of(None, ["lr=1"], None).adapters == (("default", "lr=1"),)
+    assert ArtifactRef.of(None, ["lr=1"], None).adapters == (("default", "lr=1"),)

@@ -15,11 +15,11 @@ import trainer.artifacts.merge as merging
 from tests.support.saved import adapter_of, trained
 from tests.support.tasks import make_encoder, task_recipe, write_task_data
 from tests.support.training import run_of, train_here, write_pairs
-from trainer.artifacts import Address
+from trainer.artifacts import ArtifactRef
 from trainer.artifacts.combine import Mix
 from trainer.artifacts.inspect import describe
 from trainer.artifacts.merge import combine, merge
-from trainer.checkpoint.artifact_info import Origin
+from trainer.checkpoint.artifact_info import ArtifactInfo
 from trainer.errors import CorruptObject, InputError, StorageError, UsageError
 from trainer.model.placement import model_bytes
 from trainer.recipe import Recipe
@@ -36,8 +36,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def of(recipe: Recipe) -> Address:
-    return Address(run=run_of(recipe).url)
+def of(recipe: Recipe) -> ArtifactRef:
+    return ArtifactRef(run=run_of(recipe).url)
 
 
 @torch.no_grad()
@@ -136,7 +136,7 @@ def test_what_cannot_be_merged_is_said(tiny_model: Path, folder: Path, tmp_path:
     assert (tmp_path / "there" / "mine").read_text() == "kept"
     with pytest.raises(UsageError, match="is no folder of this machine"):
         merge(of(lora), Path("s3://bucket/merged"))
-    both = Address.of(None, [f"a={adapter_of(lora)}", f"b={adapter_of(lora)}"], None)
+    both = ArtifactRef.of(None, [f"a={adapter_of(lora)}", f"b={adapter_of(lora)}"], None)
     with pytest.raises(UsageError, match="say which of a, b to merge, or how much of each, by --use"):
         merge(both, tmp_path / "out")
 
@@ -176,11 +176,11 @@ def test_a_full_disk_is_said_and_leaves_nothing(
 
 def test_a_combination_is_an_adapter_of_its_own(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
     a, b = trained("lora", tiny_model, folder), trained("lora-2", tiny_model, folder, seed=2)
-    both, mix = Address.of(None, [f"a={adapter_of(a)}", f"b={adapter_of(b)}"], None), Mix.of("a=0.5,b=0.5")
+    both, mix = ArtifactRef.of(None, [f"a={adapter_of(a)}", f"b={adapter_of(b)}"], None), Mix.of("a=0.5,b=0.5")
     combine(both, tmp_path / "mix", mix)
     merge(both, tmp_path / "merged", mix=mix)
     assert torch.allclose(plain_logits(tiny_model, tmp_path / "mix"), plain_logits(tmp_path / "merged"), atol=1e-4)
-    assert Origin.read(tmp_path / "mix") == Origin.of(a), "as its parents were held"
+    assert ArtifactInfo.read(tmp_path / "mix") == ArtifactInfo.of(a), "as its parents were held"
     combine(of(a), tmp_path / "alone", Mix.of("default"))
     assert torch.equal(plain_logits(tiny_model, tmp_path / "alone"), plain_logits(tiny_model, adapter_of(a)))
     told = describe(str(tmp_path / "mix"))

@@ -15,10 +15,10 @@ from launcher.quickstart.corpus import pretraining_texts
 from launcher.quickstart.model import make_tokenizer
 from trainer.data.blocks import Counts, WindowWriter
 from trainer.data.loading.stream import Stream
-from trainer.data.prepare.prepared import MANIFEST, Prepared, manifest_of, open_prepared
+from trainer.data.prepare.prepared import MANIFEST, PreparedDataset, manifest_of, open_prepared
 from trainer.data.prepare.window import entry_of, index_key
-from trainer.data.sample import Encoded
-from trainer.data.spec import FrozenObject, FrozenSource, Preparation
+from trainer.data.sample import Sample
+from trainer.data.spec import FrozenObject, FrozenSource, PreparationSpec
 from trainer.recipe import SourceSection
 from trainer.storage import Storage, open_storage
 
@@ -51,7 +51,7 @@ def pairs(count: int, start: int = 0) -> list[dict[str, str]]:
     ]
 
 
-def made(windows: Sequence[Sequence[tuple[int, int]]], sequence_length: int, packing: bool = True) -> Prepared:
+def made(windows: Sequence[Sequence[tuple[int, int]]], sequence_length: int, packing: bool = True) -> PreparedDataset:
     """Prepared data with samples (source, length) per window. Sample n of all has tokens n, n, …; all but the first are
     targets."""
     shared = memory()
@@ -59,7 +59,7 @@ def made(windows: Sequence[Sequence[tuple[int, int]]], sequence_length: int, pac
     sources = tuple(
         FrozenSource(f"s{i}", "completion", (FrozenObject(f"memory://s{i}", len(windows), "x"),)) for i in range(count)
     )
-    spec = Preparation(sources, "tokenizer", sequence_length, packing)
+    spec = PreparationSpec(sources, "tokenizer", sequence_length, packing)
     folder = shared.child(spec.fingerprint)
     entries, number = [], 0
     for w, window in enumerate(windows):
@@ -67,7 +67,7 @@ def made(windows: Sequence[Sequence[tuple[int, int]]], sequence_length: int, pac
         counts = [Counts() for _ in sources]
         for s, length in window:
             target = np.arange(length) > 0
-            writer.add(s, 0, number, Encoded(np.full(length, number, np.int32), target))
+            writer.add(s, 0, number, Sample(np.full(length, number, np.int32), target))
             counts[s].add(Counts(1, 1, length, int(target.sum())))
             number += 1
         key, data, index = writer.finish(f"w{w:06d}", counts, [])
@@ -80,7 +80,7 @@ def made(windows: Sequence[Sequence[tuple[int, int]]], sequence_length: int, pac
     return prepared
 
 
-def stream(prepared: Prepared, run: Storage, **settings: Any) -> Stream:
+def stream(prepared: PreparedDataset, run: Storage, **settings: Any) -> Stream:
     given: dict[str, Any] = {
         "seed": 17,
         "sequence_length": prepared.spec.sequence_length,

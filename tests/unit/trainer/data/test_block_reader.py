@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from tests.unit.trainer.data.data_support import made, memory, stream
 from trainer.data.loading import disk_cache
 from trainer.data.loading.disk_cache import DiskCache, open_cache
-from trainer.data.loading.next_use import Upcoming, Use
+from trainer.data.loading.next_use import NextUse, Use
 from trainer.data.types import SampleRef
 from trainer.errors import CorruptObject, StorageError
 from trainer.storage import in_parallel, open_storage
@@ -28,7 +28,7 @@ ORDER = [[2, 0, 1], [1, 2, 0]]
 
 
 def upcoming(epoch=0, window=0, pack=0, packs=None):
-    made = Upcoming(lambda e: ORDER[e % 2])
+    made = NextUse(lambda e: ORDER[e % 2])
     made.move(Use(epoch, window, pack), (lambda: packs) if packs else None)
     return made
 

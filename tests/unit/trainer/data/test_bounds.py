@@ -16,18 +16,18 @@ from hypothesis import strategies as st
 
 from tests.support.hostile import BYTES, JSON_BOMBS, VALUES, as_json
 from tests.unit.trainer.data.data_support import memory, source, tokenizer
-from trainer.data import Preparation, describe, freeze
+from trainer.data import PreparationSpec, describe, freeze
 from trainer.data.formats import open_format
 from trainer.data.readers import body as bodies
 from trainer.data.readers import csv_rows, json_array, lines, parquet
 from trainer.data.readers.body import ObjectBody
 from trainer.data.readers.csv_rows import Csv
 from trainer.data.readers.json_array import JsonArray, open_json
-from trainer.data.readers.jsonl import JsonLines
+from trainer.data.readers.jsonl import JsonLinesReader
 from trainer.data.readers.parquet import Parquet
 from trainer.data.readers.text import TextLines
 from trainer.data.readers.tsv import Tsv
-from trainer.data.sample import ROW_BYTES, Encoded, Fault
+from trainer.data.sample import ROW_BYTES, RowError, Sample
 from trainer.errors import InputError
 
 LIMIT = 4000
@@ -66,7 +66,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 LINES: list[tuple[Callable[[Any], Any], Callable[[str], str], bytes]] = [
-    (lambda b: JsonLines(b, 1000), lambda text: json.dumps({"text": text}), b""),
+    (lambda b: JsonLinesReader(b, 1000), lambda text: json.dumps({"text": text}), b""),
     (lambda b: TextLines(b, 1000), lambda text: text, b""),
     (lambda b: Tsv(b, span_bytes=1000), lambda text: text, b"text\n"),
     (lambda b: Csv(b, span_bytes=1000), lambda text: text, b"text\n"),
@@ -84,8 +84,8 @@ def test_a_line_that_is_too_long_is_a_fault_and_the_others_are_rows(
     texts[at] = "x" * 50 * LIMIT
     opened = reader(where := body(head + "\n".join(map(line, texts)).encode() + b"\n"))
     found = [(place, row) for piece in opened.cut() for place, row in opened.rows(piece.start, piece.stop)]
-    assert [row["text"] for _, row in found if not isinstance(row, Fault)] == [t for t in texts if len(t) == 1]
-    ((place, fault),) = [(place, row) for place, row in found if isinstance(row, Fault)]
+    assert [row["text"] for _, row in found if not isinstance(row, RowError)] == [t for t in texts if len(t) == 1]
+    ((place, fault),) = [(place, row) for place, row in found if isinstance(row, RowError)]
     assert f"longer than {ROW_BYTES >> 20} MiB" in fault.reason
     assert opened.place(place) == f"line {at + (2 if head else 1)}"
     assert where.largest <= 3 * LIMIT
@@ -97,7 +97,7 @@ def test_a_record_of_many_lines_is_bounded_too() -> None:
     text = b'text\na\n"' + b"b\n" * 50 * LIMIT + b"c\n"
     found = rows(Csv(body(text), span_bytes=1000))
     assert found[0] == {"text": "a"}
-    assert isinstance(found[1], Fault)
+    assert isinstance(found[1], RowError)
     assert "the record is longer than" in found[1].reason
     assert found[-1] == {"text": "c"}
 
@@ -129,7 +129,7 @@ def arrow_file(columns: dict[str, Any], **how: Any) -> bytes:
 def test_a_cell_that_is_too_large_is_a_fault_of_its_row() -> None:
     texts = ["a", "x" * 2 * LIMIT, "c"]
     found = rows(Parquet(body(arrow_file({"text": texts, "n": [1, 2, 3]}))))
-    assert [row if isinstance(row, Fault) else row["n"] for row in found] == [1, Fault(parquet.TOO_LONG), 3]
+    assert [row if isinstance(row, RowError) else row["n"] for row in found] == [1, RowError(parquet.TOO_LONG), 3]
 
 
 @pytest.mark.usefixtures("small")
@@ -156,18 +156,21 @@ def test_two_columns_of_one_name_are_named() -> None:
 def test_a_key_that_stands_twice_is_a_fault_of_its_row() -> None:
     twice = '{"prompt": "a", "prompt": "b"}'
     says = "the key 'prompt' stands twice in one object; keep one of them"
-    for reader, text in ((JsonLines, f'{{"prompt": "c"}}\n{twice}\n'), (JsonArray, f'[{{"prompt": "c"}}, {twice}]')):
+    for reader, text in (
+        (JsonLinesReader, f'{{"prompt": "c"}}\n{twice}\n'),
+        (JsonArray, f'[{{"prompt": "c"}}, {twice}]'),
+    ):
         whole, fault = rows(reader(body(text.encode())))
         assert whole == {"prompt": "c"}
         assert says in fault.reason
-    inner = rows(JsonLines(body(b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}')))
+    inner = rows(JsonLinesReader(body(b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}')))
     assert "'content' stands twice" in inner[0].reason
 
 
 def test_an_element_that_must_not_be_used_is_a_fault_and_the_next_is_a_row() -> None:
     text = '[{"n": ' + "9" * 5000 + '}, {"n": 1}, {"n": ' + "[" * 200 + "]" * 200 + '}, {"n": 2}]'
     found = rows(JsonArray(body(text.encode()), read_bytes=50))
-    assert [isinstance(row, Fault) for row in found] == [True, False, True, False]
+    assert [isinstance(row, RowError) for row in found] == [True, False, True, False]
     with pytest.raises(InputError, match=r"line 1: .*nested deeper"):
         rows(JsonArray(body(b'[{"n": ' + b"[" * 100_000)))
 
@@ -175,7 +178,7 @@ def test_an_element_that_must_not_be_used_is_a_fault_and_the_next_is_a_row() -> 
 def test_a_text_of_a_parquet_file_that_is_not_utf_8_is_a_fault() -> None:
     text = pa.StringArray.from_buffers(3, pa.py_buffer(b"\0\0\0\0\1\0\0\0\2\0\0\0\3\0\0\0"), pa.py_buffer(b"a\xffc"))
     found = rows(Parquet(body(arrow_file({"text": text, "n": [1, 2, 3]}))))
-    assert [row if not isinstance(row, Fault) else row.reason[:29] for row in found] == [
+    assert [row if not isinstance(row, RowError) else row.reason[:29] for row in found] == [
         {"text": "a", "n": 1},
         "its values cannot be read ('u",
         {"text": "c", "n": 3},
@@ -185,11 +188,11 @@ def test_a_text_of_a_parquet_file_that_is_not_utf_8_is_a_fault() -> None:
 def test_a_date_that_python_does_not_have_is_a_fault() -> None:
     when = pa.array([0, 400_000_000_000_000], pa.timestamp("ms"))
     found = rows(Parquet(body(arrow_file({"when": when}))))
-    assert isinstance(found[1], Fault)
+    assert isinstance(found[1], RowError)
 
 
 READERS: dict[str, Callable[[Any], Any]] = {
-    "jsonl": JsonLines, "json": open_json, "csv": Csv, "tsv": Tsv, "text": TextLines, "parquet": Parquet
+    "jsonl": JsonLinesReader, "json": open_json, "csv": Csv, "tsv": Tsv, "text": TextLines, "parquet": Parquet
 }  # fmt: skip
 
 
@@ -208,8 +211,8 @@ def test_any_bytes_are_rows_or_faults(kind: str, raw: bytes) -> None:
         str(error).encode()
         return
     for row in found:
-        assert isinstance(row, dict | Fault)
-        if isinstance(row, Fault):
+        assert isinstance(row, dict | RowError)
+        if isinstance(row, RowError):
             row.reason.encode()
         else:
             "".join(row).encode()
@@ -224,16 +227,16 @@ def test_a_damaged_parquet_file_is_rows_faults_or_named(at: int, byte: int) -> N
         found = rows(Parquet(body(bytes(raw))))
     except InputError:
         return
-    assert all(isinstance(row, dict | Fault) for row in found)
+    assert all(isinstance(row, dict | RowError) for row in found)
 
 
 @pytest.mark.parametrize("line", [*JSON_BOMBS.values(), *BYTES.values()], ids=[*JSON_BOMBS, *BYTES])
 def test_a_line_of_json_out_of_bounds_is_a_fault(line: str | bytes) -> None:
     raw = line if isinstance(line, bytes) else line.encode()
-    found = rows(JsonLines(body(b'{"a": 1}\n' + raw + b"\n" + b'{"a": 2}\n')))
+    found = rows(JsonLinesReader(body(b'{"a": 1}\n' + raw + b"\n" + b'{"a": 2}\n')))
     assert (found[0], found[-1]) == ({"a": 1}, {"a": 2})
     for row in found[1:-1]:
-        assert isinstance(row, Fault)
+        assert isinstance(row, RowError)
         row.reason.encode()
         assert len(row.reason) < 300
 
@@ -260,7 +263,7 @@ def form_of(name: str) -> Any:
         [source(f"{storage.url}/a.jsonl", name, labels=["x", "y"] if name == "classification" else None)]
     )
     task = {"preference": "dpo", "classification": "classification"}.get(name, "sft")
-    spec: Preparation = describe(
+    spec: PreparationSpec = describe(
         [frozen], tokenizer(), labels=("x", "y"), sequence_length=32, task=task, chat_template=TEMPLATE
     )
     return open_format(frozen, tokenizer(), spec)
@@ -276,8 +279,8 @@ def test_a_row_of_any_values_is_a_sample_or_a_fault(name: str, data: st.DataObje
     if not isinstance(body_of_row, dict):
         return
     (found,) = form_of(name).encode([body_of_row])
-    assert isinstance(found, Encoded | Fault)
-    if isinstance(found, Fault):
+    assert isinstance(found, Sample | RowError)
+    if isinstance(found, RowError):
         found.reason.encode()
 
 
@@ -296,7 +299,7 @@ def test_a_long_line_of_a_packed_file_is_a_fault() -> None:
         for _ in range(ROW_BYTES // (1 << 20) + 8):
             out.write(b"x" * (1 << 20))
         out.write(b'\n{"text": "c"}\n')
-    opened = JsonLines(bodies.unpacked(body(packed.getvalue()), "gzip", "e"))
+    opened = JsonLinesReader(bodies.unpacked(body(packed.getvalue()), "gzip", "e"))
     found = rows(opened)
     assert [row if isinstance(row, dict) else row.reason[:11] for row in found] == [
         {"text": "a"},

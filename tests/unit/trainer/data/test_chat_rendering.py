@@ -19,7 +19,7 @@ from trainer.artifacts.chat import CHAT, Conversation
 from trainer.data.formats import rendering
 from trainer.data.formats.chat import Chat
 from trainer.data.formats.rendering import Unrendered, render
-from trainer.data.sample import Fault
+from trainer.data.sample import RowError
 from trainer.errors import UsageError
 
 TURNS: list[Any] = [{"role": "user", "content": "hello"}, {"role": "assistant", "content": "good day"}]
@@ -71,8 +71,8 @@ def test_a_template_keeps_to_its_sandbox_and_its_bounds(name: str, tokenizer: An
     template = {**LEAVING, **BOMBS}[name]
     limits = resource.getrlimit(resource.RLIMIT_DATA), signal.getsignal(signal.SIGVTALRM)
     found = Chat(tokenizer, template).encode(TURNS)
-    assert isinstance(found, Fault) or name in ("str.format_map", "attr", "globals"), "refused, or nothing is seen"
-    if isinstance(found, Fault):
+    assert isinstance(found, RowError) or name in ("str.format_map", "attr", "globals"), "refused, or nothing is seen"
+    if isinstance(found, RowError):
         assert found.reason.startswith(("the chat template refuses the conversation: ", "the chat template renders"))
         with pytest.raises(Unrendered, match=r"\A.+\Z"):
             render(tokenizer, TURNS, template)

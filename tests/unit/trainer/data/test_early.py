@@ -12,7 +12,7 @@ from launcher.driver.background_prepare import EarlyStart
 from tests.support.training import small_recipe
 from tests.support.waiting import wait_for
 from tests.unit.trainer.data.data_support import memory, pairs, source, stream, tokenizer, write_rows
-from trainer.data import Begun, describe, epoch_order, freeze, open_begun, open_prepared, prepare
+from trainer.data import PartialDataset, describe, epoch_order, freeze, open_begun, open_prepared, prepare_dataset
 from trainer.data.prepare.partial import BEGUN, PATIENCE_S
 from trainer.data.prepare.prepared import MANIFEST
 from trainer.data.prepare.split import windows
@@ -36,10 +36,10 @@ class Copies:
     """Windows that appear in a second folder one at a time, as if somebody were preparing them."""
 
     def __init__(self, spec, order):
-        self.whole, self.shared = prepare(spec, tokenizer(), memory()), memory()
+        self.whole, self.shared = prepare_dataset(spec, tokenizer(), memory()), memory()
         self.folder, self.left = self.shared.child(spec.fingerprint), list(order)
         self.copy(BEGUN)
-        self.begun = Begun(self.folder, spec, self.whole.count, clock=self.clock, sleep=self.sleep)
+        self.begun = PartialDataset(self.folder, spec, self.whole.count, clock=self.clock, sleep=self.sleep)
         self.now, self.pause_s, self.lock = 0.0, 100.0, threading.Lock()  # reading ahead waits in a thread of its own
 
     def copy(self, key):
@@ -78,7 +78,7 @@ def same(a, b):
 
 
 def test_windows_that_come_late_are_the_same_windows(spec):
-    count = prepare(spec, tokenizer(), memory()).count
+    count = prepare_dataset(spec, tokenizer(), memory()).count
     assert count == 4
     copies = Copies(spec, order_of(spec, count))
     got = steps_of(copies.begun, 40)
@@ -109,7 +109,7 @@ def test_begun_data_are_opened_as_what_they_are(spec):
     shared = memory()
     assert open_begun(shared, spec.fingerprint) is None
     copies = Copies(spec, [])
-    assert isinstance(open_begun(copies.shared, spec.fingerprint), Begun)
+    assert isinstance(open_begun(copies.shared, spec.fingerprint), PartialDataset)
     assert open_prepared(copies.shared, spec.fingerprint) is None
     copies.copy(MANIFEST)
     assert open_begun(copies.shared, spec.fingerprint).windows == copies.whole.windows
@@ -126,10 +126,10 @@ def test_windows_cut_otherwise_are_not_mixed(spec, monkeypatch):
         raise StorageError("away")
 
     with pytest.raises(StorageError):
-        prepare(spec, tokenizer(), shared, map_windows=none)
+        prepare_dataset(spec, tokenizer(), shared, map_windows=none)
     monkeypatch.setattr(windows, "__defaults__", (2000,))
     with pytest.raises(CorruptObject, match="cuts the inputs into other windows"):
-        prepare(spec, tokenizer(), shared)
+        prepare_dataset(spec, tokenizer(), shared)
 
 
 class Gate:
@@ -153,11 +153,11 @@ class Gate:
 
 def test_training_begins_with_the_first_window(spec):
     shared, gate = memory(), Gate(free=1)
-    whole = prepare(spec, tokenizer(), memory())
+    whole = prepare_dataset(spec, tokenizer(), memory())
     with EarlyStart(SEED, gate, None) as early:
         begun = early.prepare(spec, tokenizer(), shared)
         assert early.going_on
-        assert isinstance(begun, Begun)
+        assert isinstance(begun, PartialDataset)
         first = stream(begun, memory(), seed=SEED)
         assert first.read_step(first.step(first.start()), 0, 1).plan.samples
         gate.open.set()
@@ -210,12 +210,12 @@ def test_only_a_recipe_that_says_its_steps_starts_early(tiny_model, tmp_path, sp
 
     def early(spec, tokenizer, shared):
         asked.append(spec)
-        whole = prepare(spec, tokenizer, shared)
+        whole = prepare_dataset(spec, tokenizer, shared)
         shared.child(spec.fingerprint).delete([MANIFEST])
         return open_begun(shared, whole.fingerprint)
 
     data = prepare_data(recipe, run, shared, tokenizer, early=early)
-    assert isinstance(data.train, Begun) == bool(steps) == bool(asked)
+    assert isinstance(data.train, PartialDataset) == bool(steps) == bool(asked)
     assert data.total_steps == steps or data.total_steps > 0
-    assert isinstance(open_data(recipe, run, shared).train, Begun) == bool(steps)
+    assert isinstance(open_data(recipe, run, shared).train, PartialDataset) == bool(steps)
     assert (try_open_data(recipe, run, shared) is None) == bool(steps)

@@ -9,8 +9,8 @@ import pytest
 
 from tests.unit.trainer.data.data_support import tokenizer
 from trainer.data.formats import open_format
-from trainer.data.sample import Encoded, Fault, fit
-from trainer.data.spec import FrozenSource, Preparation
+from trainer.data.sample import RowError, Sample, fit
+from trainer.data.spec import FrozenSource, PreparationSpec
 from trainer.errors import InputError
 from trainer.registry import FORMATS
 
@@ -36,7 +36,7 @@ def encode(
     format, rows, *, by=None, chat_template=None, labels=("no", "yes"), sequence_length=64, task="sft", **source
 ):
     frozen = FrozenSource("x", format, (), **source)
-    spec = Preparation((frozen,), "t", sequence_length, task=task, chat_template=chat_template, labels=labels)
+    spec = PreparationSpec((frozen,), "t", sequence_length, task=task, chat_template=chat_template, labels=labels)
     return open_format(frozen, by or tokenizer(), spec).encode(rows)
 
 
@@ -47,7 +47,7 @@ def said(encoded):
 @pytest.mark.parametrize("format", FORMATS.names())
 def test_contract_each_row_gets_its_own_answer_in_order(format):
     answers = encode(format, [GOOD[format], {"other": 1}, GOOD[format]])
-    assert isinstance(answers[1], Fault)
+    assert isinstance(answers[1], RowError)
     assert "the columns that are: other" in answers[1].reason
     for answer in (answers[0], answers[2]):
         assert answer.tokens.dtype == np.int32
@@ -102,7 +102,7 @@ def test_a_tokenizer_without_eos_cannot_serve_completions():
 def test_a_tokenizer_without_pad_token_is_fine():
     bare = copy.deepcopy(tokenizer())
     bare.pad_token = None
-    assert isinstance(encode("completion", [GOOD["completion"]], by=bare)[0], Encoded)
+    assert isinstance(encode("completion", [GOOD["completion"]], by=bare)[0], Sample)
 
 
 def test_messages_learn_what_the_assistant_says():
@@ -171,7 +171,7 @@ def test_keys_without_a_value_do_not_reach_the_template():
 
 
 def sample_of(*target):
-    return Encoded(np.arange(len(target), dtype=np.int32), np.array(target, dtype=np.bool_))
+    return Sample(np.arange(len(target), dtype=np.int32), np.array(target, dtype=np.bool_))
 
 
 @pytest.mark.parametrize(
@@ -189,7 +189,7 @@ def test_task_ppo_needs_no_answer_in_the_data(format, asked, answered):
     assert said(without) == tokenizer().eos_token
     last = len(given.tokens) - np.flatnonzero(~given.target)[-1] - 1
     assert without.tokens[:-1].tolist() == given.tokens[:-last].tolist()
-    assert isinstance(encode(format, [asked])[0], Fault) or format == "messages"
+    assert isinstance(encode(format, [asked])[0], RowError) or format == "messages"
 
 
 def test_task_ppo_takes_the_prompts_of_preferences_and_the_chosen_answers():

@@ -9,13 +9,13 @@ import pytest
 
 from tests.unit.trainer.data.data_support import memory, pairs, source, tokenizer, write_rows
 from trainer.data import (
-    Preparation,
+    PreparationSpec,
     check_first_rows,
     describe,
     eval_batches,
     freeze,
     open_prepared,
-    prepare,
+    prepare_dataset,
     process_pool,
     resolve_chat_template,
     tokenizer_fingerprint,
@@ -23,7 +23,7 @@ from trainer.data import (
 from trainer.data.prepare.partial import BEGUN
 from trainer.data.prepare.split import windows
 from trainer.data.prepare.window import index_key
-from trainer.data.readers.jsonl import JsonLines
+from trainer.data.readers.jsonl import JsonLinesReader
 from trainer.errors import CorruptObject, InputError
 from trainer.storage import open_storage
 
@@ -31,7 +31,7 @@ from trainer.storage import open_storage
 @pytest.fixture
 def small_windows(monkeypatch):
     """Spans of 300 bytes and windows of 1000, so that small files make many."""
-    monkeypatch.setattr(JsonLines.__init__, "__defaults__", (300,))
+    monkeypatch.setattr(JsonLinesReader.__init__, "__defaults__", (300,))
     monkeypatch.setattr(windows, "__defaults__", (1000,))
 
 
@@ -51,7 +51,7 @@ def ids_of(prepared):
 
 def test_every_row_is_prepared_once_with_its_place(tmp_path, small_windows):
     spec, seen = spec_of(two_files(tmp_path)), []
-    prepared = prepare(spec, tokenizer(), memory(), on_progress=seen.append)
+    prepared = prepare_dataset(spec, tokenizer(), memory(), on_progress=seen.append)
     assert len(prepared.windows) > 2
     assert prepared.totals.samples == prepared.totals.rows == 80
     assert (seen[-1].windows, seen[-1].samples) == (len(prepared.windows), 80)
@@ -68,7 +68,7 @@ def test_totals_count_tokens_truncated_and_dropped(tmp_path):
         {"prompt": "a", "completion": "b " * 200},
         {"prompt": "a " * 200, "completion": "b"},
     ]
-    prepared = prepare(spec_of(source(write_rows(tmp_path / "x.jsonl", rows))), tokenizer(), memory())
+    prepared = prepare_dataset(spec_of(source(write_rows(tmp_path / "x.jsonl", rows))), tokenizer(), memory())
     totals = prepared.totals
     assert (totals.rows, totals.samples, totals.truncated, totals.dropped) == (3, 2, 1, 1)
     lengths = prepared.index(0).length
@@ -78,10 +78,10 @@ def test_totals_count_tokens_truncated_and_dropped(tmp_path):
 
 def test_complete_data_is_opened_without_a_look_at_the_inputs(tmp_path):
     spec, shared = spec_of(two_files(tmp_path)), memory()
-    first = prepare(spec, tokenizer(), shared)
+    first = prepare_dataset(spec, tokenizer(), shared)
     for file in tmp_path.iterdir():
         file.unlink()
-    again = prepare(spec, None, shared)
+    again = prepare_dataset(spec, None, shared)
     assert again.windows == first.windows
     assert again.spec == first.spec == open_prepared(shared, spec.fingerprint).spec
 
@@ -95,7 +95,7 @@ def test_a_preparation_that_died_goes_on_with_what_is_missing(tmp_path, small_wi
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(spec, tokenizer(), shared, map_windows=dying)
+        prepare_dataset(spec, tokenizer(), shared, map_windows=dying)
     assert open_prepared(shared, spec.fingerprint) is None
     made = []
 
@@ -103,7 +103,7 @@ def test_a_preparation_that_died_goes_on_with_what_is_missing(tmp_path, small_wi
         made.extend(jobs)
         return map(task, jobs)
 
-    prepared = prepare(spec, tokenizer(), shared, map_windows=counting)
+    prepared = prepare_dataset(spec, tokenizer(), shared, map_windows=counting)
     assert [j.window for j in made] == list(range(2, len(prepared.windows)))
     assert prepared.totals.samples == 80
 
@@ -116,14 +116,14 @@ def test_a_preparation_that_died_and_inputs_that_changed_are_not_mixed(tmp_path,
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare(spec, tokenizer(), shared, map_windows=dying)
+        prepare_dataset(spec, tokenizer(), shared, map_windows=dying)
     changed = sorted((tmp_path).rglob("*.jsonl"))[0]
     changed.write_text(changed.read_text().replace("number", "letter"))  # of the same size
     with pytest.raises(InputError, match="has changed"):
-        prepare(spec, tokenizer(), shared)
+        prepare_dataset(spec, tokenizer(), shared)
     now = spec_of(source(tmp_path / "*.jsonl"))
     assert now.fingerprint != spec.fingerprint
-    mended, alone = prepare(now, tokenizer(), shared), prepare(now, tokenizer(), memory())
+    mended, alone = prepare_dataset(now, tokenizer(), shared), prepare_dataset(now, tokenizer(), memory())
     assert [window.sha256 for window in mended.windows] == [window.sha256 for window in alone.windows]
 
 
@@ -131,18 +131,18 @@ def test_two_that_prepare_at_once_end_with_one_whole(tmp_path, small_windows):
     spec, shared = spec_of(two_files(tmp_path)), memory()
 
     def overtaken(task, jobs):
-        prepare(spec, tokenizer(), shared)
+        prepare_dataset(spec, tokenizer(), shared)
         return map(task, jobs)
 
-    prepared = prepare(spec, tokenizer(), shared, map_windows=overtaken)
+    prepared = prepare_dataset(spec, tokenizer(), shared, map_windows=overtaken)
     assert prepared.windows == open_prepared(shared, spec.fingerprint).windows
     assert sum(b.tokens for b in eval_batches(prepared, 2, 0, 1)) == prepared.totals.tokens
 
 
 def test_a_pool_of_processes_makes_the_same(tmp_path, small_windows):
     spec = spec_of(two_files(tmp_path / "in"))
-    here = prepare(spec, tokenizer(), memory())
-    pool = prepare(spec, tokenizer(), open_storage(str(tmp_path / "out")), map_windows=process_pool(2))
+    here = prepare_dataset(spec, tokenizer(), memory())
+    pool = prepare_dataset(spec, tokenizer(), open_storage(str(tmp_path / "out")), map_windows=process_pool(2))
     assert pool.windows == here.windows
 
 
@@ -152,7 +152,7 @@ def test_an_input_that_changed_is_named_when_its_data_is_not_complete(tmp_path, 
     changed = tmp_path / "part-1.jsonl"
     changed.unlink() if change == "gone" else write_rows(changed, pairs(7))
     with pytest.raises(InputError, match=rf"part-1\.jsonl {says}"):
-        prepare(spec, tokenizer(), memory())
+        prepare_dataset(spec, tokenizer(), memory())
 
 
 def test_an_input_that_changes_while_it_is_read_is_named(tmp_path):
@@ -163,7 +163,7 @@ def test_an_input_that_changes_while_it_is_read_is_named(tmp_path):
         return map(task, jobs)
 
     with pytest.raises(InputError, match=r"part-0\.jsonl has changed"):
-        prepare(spec, tokenizer(), shared, map_windows=late)
+        prepare_dataset(spec, tokenizer(), shared, map_windows=late)
     assert open_prepared(shared, spec.fingerprint) is None
     assert [o.key for o in shared.list()] == [f"{spec.fingerprint}/{BEGUN}"]
 
@@ -179,11 +179,11 @@ def broken_file(tmp_path, bad):
 
 def test_a_broken_line_is_named_with_its_file_and_number(tmp_path):
     with pytest.raises(InputError, match=r"broken\.jsonl, line 18: not valid JSON"):
-        prepare(spec_of(broken_file(tmp_path, [17])), tokenizer(), memory())
+        prepare_dataset(spec_of(broken_file(tmp_path, [17])), tokenizer(), memory())
 
 
 def test_allowed_bad_rows_are_passed_over_and_reported(tmp_path):
-    prepared = prepare(spec_of(broken_file(tmp_path, [3, 17]), max_bad_rows=2), tokenizer(), memory())
+    prepared = prepare_dataset(spec_of(broken_file(tmp_path, [3, 17]), max_bad_rows=2), tokenizer(), memory())
     assert (prepared.totals.rows, prepared.totals.samples, prepared.totals.bad_rows) == (30, 28, 2)
     assert [(b.place, b.url.rsplit("/", 1)[-1]) for b in prepared.bad_rows] == [
         ("line 4", "broken.jsonl"),
@@ -193,20 +193,20 @@ def test_allowed_bad_rows_are_passed_over_and_reported(tmp_path):
 
 def test_one_bad_row_more_than_allowed_ends_it(tmp_path):
     with pytest.raises(InputError, match=r"line 18.*2 bad rows per source are allowed"):
-        prepare(spec_of(broken_file(tmp_path, [3, 5, 17]), max_bad_rows=2), tokenizer(), memory())
+        prepare_dataset(spec_of(broken_file(tmp_path, [3, 5, 17]), max_bad_rows=2), tokenizer(), memory())
 
 
 def test_bad_rows_are_counted_over_all_windows(tmp_path, small_windows):
     spec = spec_of(broken_file(tmp_path, range(0, 30, 6)), max_bad_rows=4)
     with pytest.raises(InputError, match=r"(5 bad rows, and 4 are allowed|4 bad rows per source are allowed)"):
-        prepare(spec, tokenizer(), memory())
+        prepare_dataset(spec, tokenizer(), memory())
 
 
 def test_a_source_that_comes_to_nothing_is_an_error(tmp_path):
     empty = source(write_rows(tmp_path / "empty.jsonl", []))
     full = two_files(tmp_path / "full")
     with pytest.raises(InputError, match=r"empty\.jsonl gives no sample: 0 rows read"):
-        prepare(spec_of(full, empty), tokenizer(), memory())
+        prepare_dataset(spec_of(full, empty), tokenizer(), memory())
 
 
 def test_the_first_rows_are_checked_before_anything_is_made(tmp_path):
@@ -218,7 +218,7 @@ def test_the_first_rows_are_checked_before_anything_is_made(tmp_path):
 
 def test_a_damaged_block_is_read_twice_and_named(tmp_path):
     spec, shared = spec_of(two_files(tmp_path)), memory()
-    prepared = prepare(spec, tokenizer(), shared)
+    prepared = prepare_dataset(spec, tokenizer(), shared)
     key = prepared.index(0).meta.data
     body = bytearray(prepared.storage.read(key))
     body[len(body) // 2] ^= 1
@@ -229,14 +229,14 @@ def test_a_damaged_block_is_read_twice_and_named(tmp_path):
 
 def test_a_damaged_index_is_named(tmp_path):
     spec, shared = spec_of(two_files(tmp_path)), memory()
-    prepare(spec, tokenizer(), shared).storage.write(index_key(0), b"torn")
+    prepare_dataset(spec, tokenizer(), shared).storage.write(index_key(0), b"torn")
     with pytest.raises(CorruptObject, match=re.escape(index_key(0))):
         open_prepared(shared, spec.fingerprint).index(0)
 
 
 def test_the_fingerprint_follows_what_decides_the_tokens(tmp_path):
     spec = spec_of(two_files(tmp_path))
-    assert Preparation.from_json(json.loads(json.dumps(spec.to_json()))) == spec
+    assert PreparationSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
     others = [spec_of(two_files(tmp_path), **s) for s in ({"sequence_length": 65}, {"chat_template": "{{ x }}"})]
     others.append(spec_of(source(tmp_path / "part-0.jsonl")))
     assert len({s.fingerprint for s in (spec, *others)}) == 4
@@ -244,7 +244,7 @@ def test_the_fingerprint_follows_what_decides_the_tokens(tmp_path):
 
 
 def test_a_copy_elsewhere_has_another_fingerprint_and_the_same_order(tmp_path):
-    one, two = (prepare(spec_of(two_files(tmp_path / d)), tokenizer(), memory()) for d in ("a", "b"))
+    one, two = (prepare_dataset(spec_of(two_files(tmp_path / d)), tokenizer(), memory()) for d in ("a", "b"))
     assert one.fingerprint != two.fingerprint
     assert ids_of(one) == ids_of(two)
     assert one.spec.order_key == two.spec.order_key

@@ -15,9 +15,9 @@ from trainer.data import freeze
 from trainer.data.prepare.split import Span, cut, windows
 from trainer.data.readers import open_reader, reader_name
 from trainer.data.readers.body import ObjectBody
-from trainer.data.readers.jsonl import JsonLines
+from trainer.data.readers.jsonl import JsonLinesReader
 from trainer.data.readers.parquet import Parquet
-from trainer.data.sample import Fault
+from trainer.data.sample import RowError
 from trainer.errors import InputError
 
 
@@ -28,7 +28,7 @@ def read_all(reader):
 def json_lines(body, span_bytes=1 << 20):
     storage = memory()
     storage.write("x.jsonl", body)
-    return JsonLines(ObjectBody(storage, "x.jsonl", len(body)), span_bytes)
+    return JsonLinesReader(ObjectBody(storage, "x.jsonl", len(body)), span_bytes)
 
 
 @given(
@@ -62,7 +62,7 @@ def test_a_byte_order_mark_is_no_part_of_the_first_row():
 )
 def test_a_bad_line_is_a_fault_with_its_line_number(line, says):
     reader = json_lines(b'{"t": 1}\n\n' + line + b'\n{"t": 2}\n', 8)
-    (row, fault), *others = [(r, f) for r, f in read_all(reader) if isinstance(f, Fault)]
+    (row, fault), *others = [(r, f) for r, f in read_all(reader) if isinstance(f, RowError)]
     assert says in fault.reason
     assert reader.place(row) == "line 3"
     assert not others

@@ -13,15 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.trainer.data.data_support import memory, source, tokenizer, write_rows
-from trainer.data import check_first_rows, describe, freeze, prepare
+from trainer.data import check_first_rows, describe, freeze, prepare_dataset
 from trainer.data.readers import hub, open_reader, reader_name, rows_of
 from trainer.data.readers.body import ObjectBody, UnpackedBody, unpacked
 from trainer.data.readers.csv_rows import Csv
 from trainer.data.readers.json_array import JsonArray, open_json
-from trainer.data.readers.jsonl import JsonLines
-from trainer.data.readers.text import Document, TextLines
+from trainer.data.readers.jsonl import JsonLinesReader
+from trainer.data.readers.text import TextDocument, TextLines
 from trainer.data.readers.tsv import Tsv
-from trainer.data.sample import Fault
+from trainer.data.sample import RowError
 from trainer.errors import InputError
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00\r"), max_size=20)
@@ -170,20 +170,22 @@ def test_a_header_in_the_recipe_makes_the_first_line_a_row(kind, comma):
 def test_bytes_that_are_no_text_reach_the_format_as_a_fault(tmp_path):
     (tmp_path / "x.tsv").write_bytes(b"prompt\tcompletion\nok\t\xff\n")
     with pytest.raises(InputError, match=r"x\.tsv, line 2: the text cannot be written as UTF-8"):
-        prepare(describe(freeze([source(tmp_path / "x.tsv")]), tokenizer(), sequence_length=64), tokenizer(), memory())
+        prepare_dataset(
+            describe(freeze([source(tmp_path / "x.tsv")]), tokenizer(), sequence_length=64), tokenizer(), memory()
+        )
 
 
 def test_text_by_the_line_or_by_the_document():
     text = body(BOM + "one\r\n\n two é\nthree")
     assert rows(TextLines(text, 4)) == [{"text": "one"}, {"text": " two é"}, {"text": "three"}]
-    assert read_all(Document(text)) == [(0, {"text": "one\r\n\n two é\nthree"})]
-    assert rows(Document(body(""))) == []
+    assert read_all(TextDocument(text)) == [(0, {"text": "one\r\n\n two é\nthree"})]
+    assert rows(TextDocument(body(""))) == []
 
 
 def test_a_document_that_no_memory_should_hold_is_refused(monkeypatch):
     monkeypatch.setattr("trainer.data.readers.text.DOCUMENT_BYTES", 4)
     with pytest.raises(InputError, match="sample_by: line"):
-        Document(body("12345")).cut()
+        TextDocument(body("12345")).cut()
 
 
 @pytest.mark.parametrize(("codec", "pack"), [("gzip", gzip.compress), ("zstd", zstd)])
@@ -191,13 +193,13 @@ def test_compressed_objects_read_as_what_they_hold(codec, pack):
     lines = "".join(json.dumps({"t": "x" * (i % 50)}) + "\n" for i in range(500)).encode()
     twice = pack(lines[:7000]) + pack(lines[7000:])
     inner = UnpackedBody(body(twice), codec)
-    reader = JsonLines(inner, 3000)
+    reader = JsonLinesReader(inner, 3000)
     first = next(iter(reader.cut()))
     assert first == (0, 3000, 3000)
-    assert rows(reader) == rows(JsonLines(body(lines), 700))
+    assert rows(reader) == rows(JsonLinesReader(body(lines), 700))
     assert inner.clip(1 << 40) == len(lines)
     with pytest.raises(InputError, match=r"x\.data: cannot be unpacked"):
-        rows(JsonLines(UnpackedBody(body(twice[:-5]), codec)))
+        rows(JsonLinesReader(UnpackedBody(body(twice[:-5]), codec)))
 
 
 def test_an_unpacked_object_is_kept_until_it_changes(monkeypatch):
@@ -232,7 +234,7 @@ def test_the_same_rows_give_the_same_samples_whatever_file_they_come_in(tmp_path
     (tmp_path / name).write_bytes(raw if isinstance(raw, bytes) else raw.encode())
     plain = write_rows(tmp_path / "plain" / "a.jsonl", data)
     made = [
-        prepare(describe(freeze([s]), tokenizer(), sequence_length=64), tokenizer(), memory())
+        prepare_dataset(describe(freeze([s]), tokenizer(), sequence_length=64), tokenizer(), memory())
         for s in (source(tmp_path / name, **more), source(plain))
     ]
     lengths = [sorted(p.index(0).length.tolist()) for p in made]
@@ -321,7 +323,7 @@ def test_a_data_set_of_a_folder_is_read_through_datasets(hub_cache):
     assert reader.place(7) == "row 8"
     spec = describe([train], tokenizer(), sequence_length=64)
     check_first_rows(spec, tokenizer())
-    assert prepare(spec, tokenizer(), memory()).totals.samples == 40
+    assert prepare_dataset(spec, tokenizer(), memory()).totals.samples == 40
 
 
 def test_a_data_set_that_changed_is_named(hub_cache):
@@ -329,7 +331,7 @@ def test_a_data_set_that_changed_is_named(hub_cache):
     spec = describe(freeze([source(f"hf://{hub_cache}/set", "qa")]), tokenizer(), sequence_length=64)
     data_set(hub_cache / "set", count=11)
     with pytest.raises(InputError, match="set#train has changed"):
-        prepare(spec, tokenizer(), memory())
+        prepare_dataset(spec, tokenizer(), memory())
 
 
 def test_a_data_set_of_the_hub_is_pinned_to_its_commit(hub_cache, monkeypatch):
@@ -347,7 +349,7 @@ def test_a_data_set_of_the_hub_is_pinned_to_its_commit(hub_cache, monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset_builder", builder_of)
     (frozen,) = freeze([source("hf://owner/set/main", "qa")])
     assert frozen.objects[0].url == "hf://owner/set@c0ffee/main#train"
-    prepared = prepare(describe([frozen], tokenizer(), sequence_length=64), tokenizer(), memory())
+    prepared = prepare_dataset(describe([frozen], tokenizer(), sequence_length=64), tokenizer(), memory())
     assert prepared.totals.samples == 40
     assert asked[0] == ("owner/set", "main", None)
     assert set(asked[1:]) == {("owner/set", "main", "c0ffee")}
@@ -366,4 +368,4 @@ def test_every_fault_of_a_source_is_one(tmp_path):
     (frozen,) = freeze([source(tmp_path / "x.jsonl")])
     first, second = rows_of(frozen)
     assert first == {"a": 1}
-    assert isinstance(second, Fault)
+    assert isinstance(second, RowError)

@@ -10,13 +10,13 @@ import pytest
 
 from tests.unit.trainer.data.data_support import memory, source, tokenizer, write_rows
 from tests.unit.trainer.data.test_formats import CHAT, encode, said
-from trainer.data import Batch, Preparation, describe, eval_batches, freeze, prepare
+from trainer.data import Batch, PreparationSpec, describe, eval_batches, freeze, prepare_dataset
 from trainer.data.blocks import decode_block, encode_block, part_of_row, sample_id
 from trainer.data.formats.columns import Columns
 from trainer.data.formats.instruction import PROMPT, PROMPT_WITH_INPUT
 from trainer.data.formats.qa import Example, example_of
 from trainer.data.prepare.label_set import label_name, label_set
-from trainer.data.sample import Encoded, Fault, fit
+from trainer.data.sample import RowError, Sample, fit
 from trainer.data.spec import FrozenObject, FrozenSource
 from trainer.errors import InputError
 
@@ -28,7 +28,7 @@ def text_of(sample):
 def prepared_of(tmp_path, rows, format, packing=False, sequence_length=64, **more):
     chosen = source(write_rows(tmp_path / f"{format}.jsonl", rows), format, **more)
     spec = describe(freeze([chosen]), tokenizer(), sequence_length=sequence_length, packing=packing)
-    return prepare(spec, tokenizer(), memory())
+    return prepare_dataset(spec, tokenizer(), memory())
 
 
 @pytest.mark.parametrize(
@@ -114,7 +114,7 @@ def test_text_is_learnt_whole_and_ends_once():
 
 @pytest.mark.parametrize("length", [2, 3, 5, 9, 10, 11])
 def test_a_long_text_is_cut_into_samples_that_miss_no_target(length):
-    sample = Encoded(np.arange(10, dtype=np.int32), np.ones(10, np.bool_), splits=True)
+    sample = Sample(np.arange(10, dtype=np.int32), np.ones(10, np.bool_), splits=True)
     pieces = fit(sample, length)
     assert [t for p in pieces for t in p.tokens[p.target].tolist()] == list(range(1, 10))
     assert all(1 < len(p.tokens) <= length and not p.target[0] and not p.truncated for p in pieces)
@@ -232,17 +232,17 @@ def test_a_conversation_without_a_chat_template_is_a_fault():
     texts, turns = encode(
         "preference", [{"prompt": "x", "chosen": "a", "rejected": "b"}, {"prompt": [ASK], **TURN}], by=bare
     )
-    assert isinstance(texts, Encoded)
+    assert isinstance(texts, Sample)
     assert "neither the tokenizer nor the recipe has a chat template" in turns.reason
 
 
 def test_both_sides_of_a_pair_are_cut_or_it_is_dropped():
     def side(prompt, answer):
-        return Encoded(np.arange(prompt + answer, dtype=np.int32), np.arange(prompt + answer) >= prompt)
+        return Sample(np.arange(prompt + answer, dtype=np.int32), np.arange(prompt + answer) >= prompt)
 
-    (pair,) = fit(Encoded(*_arrays(side(3, 2)), rejected=side(3, 9), margin=1.0), 6)
+    (pair,) = fit(Sample(*_arrays(side(3, 2)), rejected=side(3, 9), margin=1.0), 6)
     assert (len(pair.tokens), len(pair.rejected.tokens), pair.truncated, pair.margin) == (5, 6, True, 1.0)
-    assert fit(Encoded(*_arrays(side(3, 2)), rejected=side(7, 2)), 6) == []
+    assert fit(Sample(*_arrays(side(3, 2)), rejected=side(7, 2)), 6) == []
 
 
 def _arrays(sample):
@@ -274,7 +274,7 @@ def test_classification_labels_are_names_or_numbers(value, name):
 
 def test_numbers_that_are_names_are_no_places():
     assert label_name(1, ("1", "2")) == "1"
-    assert isinstance(label_name(0, ("1", "2")), Fault)
+    assert isinstance(label_name(0, ("1", "2")), RowError)
 
 
 def test_a_classified_text_is_the_tokenizers_and_its_last_token_the_target():
@@ -348,11 +348,11 @@ def test_blocks_of_every_kind_come_back_as_they_went_in():
 
     types = np.array([0, 1, 1], np.int8)
     for sample in (
-        Encoded(*some(3)),
-        Encoded(*some(3), label=2, token_types=types),
-        Encoded(*some(3), rejected=Encoded(*some(5)), margin=0.5),
+        Sample(*some(3)),
+        Sample(*some(3), label=2, token_types=types),
+        Sample(*some(3), rejected=Sample(*some(5)), margin=0.5),
     ):
-        block = decode_block(encode_block([(0, 0, 0), (0, 0, 1)], [Encoded(*some(3), **_others(sample)), sample]))
+        block = decode_block(encode_block([(0, 0, 0), (0, 0, 1)], [Sample(*some(3), **_others(sample)), sample]))
         again = block.sample(1)
         assert again.tokens.tolist() == sample.tokens.tolist()
         assert again.target.tolist() == sample.target.tolist()
@@ -380,21 +380,21 @@ def test_the_label_set_is_found_named_or_refused(tmp_path):
         label_set(found([1, 1]))
     with pytest.raises(InputError, match=r"more than 10000 different values.*columns: \{label: NAME\}"):
         label_set(found(range(10_002)))
-    assert isinstance(label_name(-1, ("a", "b")), Fault)
+    assert isinstance(label_name(-1, ("a", "b")), RowError)
 
 
 def test_evaluation_takes_the_label_set_of_the_training_data(tmp_path):
     rows = [{"text": "a", "label": v} for v in ("x", "z")]
     frozen = freeze([source(write_rows(tmp_path / "e.jsonl", rows), "classification")])
     spec = describe(frozen, tokenizer(), labels=("x", "y", "z"), sequence_length=16)
-    (batch,) = eval_batches(prepare(spec, tokenizer(), memory()), 4, 0, 1)
+    (batch,) = eval_batches(prepare_dataset(spec, tokenizer(), memory()), 4, 0, 1)
     assert sorted(batch.labels.tolist()) == [0, 2]
 
 
 def test_what_was_prepared_before_there_were_labels_keeps_its_fingerprint():
     frozen = FrozenSource("s3://b/*.jsonl", "completion", (FrozenObject("s3://b/a.jsonl", 7, "e"),), {"prompt": "q"})
-    spec = Preparation((frozen,), "tokenizer", 128)
+    spec = PreparationSpec((frozen,), "tokenizer", 128)
     assert spec.fingerprint == "15f8c88cd7c824dca8ef63048d48021e"
-    labelled = Preparation((FrozenSource("x", "classification", (), labels=("a", "b"), header=("t",)),), "t", 8)
-    assert Preparation.from_json(json.loads(json.dumps(labelled.to_json()))) == labelled
-    assert labelled.fingerprint != Preparation((FrozenSource("x", "classification", ()),), "t", 8).fingerprint
+    labelled = PreparationSpec((FrozenSource("x", "classification", (), labels=("a", "b"), header=("t",)),), "t", 8)
+    assert PreparationSpec.from_json(json.loads(json.dumps(labelled.to_json()))) == labelled
+    assert labelled.fingerprint != PreparationSpec((FrozenSource("x", "classification", ()),), "t", 8).fingerprint

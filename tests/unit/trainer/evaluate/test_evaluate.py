@@ -15,7 +15,7 @@ import torch
 
 from tests.support.tasks import LABELS, make_encoder, task_recipe, write_task_data
 from tests.support.training import run_of, small_recipe, train_here
-from trainer.artifacts import Address, Writer, find, load
+from trainer.artifacts import ArtifactRef, Generator, find, load
 from trainer.errors import InputError, UsageError
 from trainer.evaluate import evaluate
 from trainer.model.placement import Placement
@@ -63,8 +63,8 @@ def trained(recipe: Recipe) -> Recipe:
     return recipe
 
 
-def of_run(recipe: Recipe) -> Address:
-    return Address(run=run_of(recipe).url)
+def of_run(recipe: Recipe) -> ArtifactRef:
+    return ArtifactRef(run=run_of(recipe).url)
 
 
 def named(uri: str) -> tuple[tuple[str, str], ...]:
@@ -131,14 +131,14 @@ def test_an_adapter_and_a_model_by_themselves(tiny_model: Path, folder: Path) ->
     recipe = trained(small("classification", "apart", tiny_model, folder, adapter={"method": "none"}))
     saved = f"{run_of(recipe).url}/{layout.ADAPTER}"
     found = evaluate(recipe, of_run(recipe))
-    assert evaluate(recipe, Address(adapters=named(saved))) == found
-    assert evaluate(recipe, Address(model=saved)) == found
-    base = evaluate(small("sft", "base", tiny_model, folder), Address(model=str(tiny_model)))
+    assert evaluate(recipe, ArtifactRef(adapters=named(saved))) == found
+    assert evaluate(recipe, ArtifactRef(model=saved)) == found
+    base = evaluate(small("sft", "base", tiny_model, folder), ArtifactRef(model=str(tiny_model)))
     assert base["perplexity"] > 50
 
 
 def test_limit_takes_the_first_examples(tiny_model: Path, folder: Path) -> None:
-    recipe, base = small("sft", "limited", tiny_model, folder), Address(model=str(tiny_model))
+    recipe, base = small("sft", "limited", tiny_model, folder), ArtifactRef(model=str(tiny_model))
     lines: list[Any] = []
     evaluate(recipe, base, line=lines.append)
     found = evaluate(recipe, base, limit=3)
@@ -151,7 +151,7 @@ def test_limit_takes_the_first_examples(tiny_model: Path, folder: Path) -> None:
 def test_questions_are_answered_greedily_and_scored(tiny_model: Path, folder: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    recipe, base = qa_recipe("asked", tiny_model, folder), Address(model=str(tiny_model))
+    recipe, base = qa_recipe("asked", tiny_model, folder), ArtifactRef(model=str(tiny_model))
     lines: list[Any] = []
     found = evaluate(recipe, base, limit=5, line=lines.append, max_new_tokens=6)
     assert {"loss", "perplexity", "exact_match", "f1"} <= set(found)
@@ -175,7 +175,7 @@ def test_gsm8k_counts_the_last_number(tiny_model: Path, folder: Path) -> None:
     ]
     recipe = qa_recipe("gsm", tiny_model, folder, **{"data.eval": sources})
     lines: list[Any] = []
-    found = evaluate(recipe, Address(model=str(tiny_model)), line=lines.append, max_new_tokens=4)
+    found = evaluate(recipe, ArtifactRef(model=str(tiny_model)), line=lines.append, max_new_tokens=4)
     assert [set(line) for line in lines] == [{"prediction", "answers", "accuracy"}] * 4
     assert found["accuracy"] == sum(line["accuracy"] for line in lines) / 4
     assert "exact_match" not in found
@@ -190,7 +190,7 @@ def test_a_batch_answers_as_each_prompt_alone(method: str, tiny_model: Path, fol
     model = load(find(of_run(recipe), tmp_path, recipe), Placement.on(CPU), None)
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     prompts = ["Question: who?\nAnswer:", "Question: who keeps the lighthouse on the hills?\nAnswer:", "Rain"]
-    writer = Writer(model, tokenizer, CPU, 4)
+    writer = Generator(model, tokenizer, CPU, 4)
     together = writer.answers(prompts, 8)
     assert together == [writer.answers([prompt], 8)[0] for prompt in prompts]
     if method in ("lora", "prompt"):
@@ -219,24 +219,24 @@ def test_what_does_not_go_together_is_said(tiny_model: Path, folder: Path, tmp_p
     with pytest.raises(InputError, match="was trained for task sft, and the recipe says reward"):
         evaluate(reward, of_run(sft))
     with pytest.raises(InputError, match="is an adapter for CAUSAL_LM, and task reward needs one for SEQ_CLS"):
-        evaluate(reward, Address(adapters=named(adapter)))
+        evaluate(reward, ArtifactRef(adapters=named(adapter)))
     with pytest.raises(InputError, match="without the head that task reward needs"):
-        evaluate(reward, Address(model=str(tiny_model)))
+        evaluate(reward, ArtifactRef(model=str(tiny_model)))
     classifier = make_encoder(tmp_path, num_labels=3)
     with pytest.raises(InputError, match="has a head with 3 outputs, and 1 are needed here: reward"):
-        evaluate(small("reward", "no", classifier, folder), Address(model=str(classifier)))
+        evaluate(small("reward", "no", classifier, folder), ArtifactRef(model=str(classifier)))
     with pytest.raises(InputError, match="3 outputs, and 4 are needed here: bread, ferry, hills, lighthouse"):
-        evaluate(small("classification", "no", classifier, folder), Address(model=str(classifier)))
+        evaluate(small("classification", "no", classifier, folder), ArtifactRef(model=str(classifier)))
     with pytest.raises(InputError, match="compares an adapter with the base under it"):
-        evaluate(small("dpo", "no", tiny_model, folder), Address(model=str(tiny_model)))
+        evaluate(small("dpo", "no", tiny_model, folder), ArtifactRef(model=str(tiny_model)))
     with pytest.raises(InputError, match="there is no run at"):
-        evaluate(sft, Address(run=f"{folder}/runs/unknown"))
+        evaluate(sft, ArtifactRef(run=f"{folder}/runs/unknown"))
     with pytest.raises(InputError, match=r"holds neither adapter_config\.json nor config\.json"):
-        evaluate(sft, Address(adapters=named(f"{folder}/sft")))
+        evaluate(sft, ArtifactRef(adapters=named(f"{folder}/sft")))
     with pytest.raises(InputError, match=r"data\.eval of the recipe has no source"):
         evaluate(small("sft", "no", tiny_model, folder, **{"data.eval": []}), of_run(sft))
     with pytest.raises(UsageError, match="one of --run RUN_URI, --adapter URI, --model PATH"):
-        evaluate(sft, Address(adapters=named(adapter), model=str(tiny_model)))
+        evaluate(sft, ArtifactRef(adapters=named(adapter), model=str(tiny_model)))
 
 
 def test_an_adapter_that_does_not_fit_the_base_is_said(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
@@ -246,10 +246,10 @@ def test_an_adapter_that_does_not_fit_the_base_is_said(tiny_model: Path, folder:
     config = json.loads((changed / "adapter_config.json").read_text())
     (changed / "adapter_config.json").write_text(json.dumps({**config, "r": 2}))
     with pytest.raises(InputError, match="the adapter does not fit the base"):
-        evaluate(recipe, Address(adapters=named(str(changed))))
+        evaluate(recipe, ArtifactRef(adapters=named(str(changed))))
     (changed / "adapter_config.json").write_text(json.dumps({**config, "target_modules": ["q_proj", "lm_head"]}))
     with pytest.raises(InputError, match="the adapter does not fit the base"):
-        evaluate(recipe, Address(adapters=named(str(changed))))
+        evaluate(recipe, ArtifactRef(adapters=named(str(changed))))
 
 
 def test_the_command_prints_json_alone(tiny_model: Path, folder: Path, tmp_path: Path) -> None:

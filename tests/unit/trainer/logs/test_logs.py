@@ -14,7 +14,7 @@ import pytest
 from tests.storage.doubles import faulty, unreachable
 from trainer.checkpoint import claim_attempt, claim_driver
 from trainer.logs.keeper import Keeper, _redaction
-from trainer.logs.parts import Lines, LogFeed, LogParts, Passed, stored_parts
+from trainer.logs.parts import LogFeed, LogLines, LogParts, Passed, stored_parts
 from trainer.redact import RedactedLines, Redactor
 from trainer.run import layout
 from trainer.storage import Storage, open_storage
@@ -78,7 +78,7 @@ def test_a_feed_gives_what_is_new() -> None:
 
 
 def test_lines_are_whole_without_redrawn_states_and_secrets() -> None:
-    lines = Lines(RedactedLines(Redactor({"A_SECRET": "s3cr3t-value"})))
+    lines = LogLines(RedactedLines(Redactor({"A_SECRET": "s3cr3t-value"})))
     assert lines.feed(b"10%\r20%\r30") == b""
     assert lines.feed(b"%\nkey s3cr3t") == b"30%\n"
     assert lines.feed(b"-value here\r\nrest") == b"key *** here\n"

@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from launcher.cli.app import main
 from launcher.quickstart.corpus import pretraining_texts
-from launcher.quickstart.model import Shape, make_model
+from launcher.quickstart.model import LlamaShape, make_model
 from tests.support.saved import adapter_of, trained
 from tests.support.training import run_of, small_recipe, train_here, write_pairs
-from trainer.artifacts import adapter_files
+from trainer.artifacts import ArtifactRef, adapter_files, find, load
 from trainer.artifacts.inspect import describe
 from trainer.bounds import OutOfTime, bounded_cpu, bounded_memory
 from trainer.errors import InputError
@@ -27,7 +27,6 @@ from trainer.model.files.identity import differences, identity_of
 from trainer.model.placement import Placement
 from trainer.recipe import ModelSection, Recipe, dump
 from trainer.run import layout
-from trainer.saved import Address, find, load
 
 SHAPES: dict[str, tuple[dict[str, int], str]] = {
     "deeper": ({"layers": 3}, "num_hidden_layers 2 is 3 here"),
@@ -52,7 +51,7 @@ def plain(tiny_model: Path, folder: Path) -> Recipe:
 
 def of_shape(folder: Path, seed: int = 3, **changes: int) -> Path:
     usual = {"hidden": 64, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate": 128, "vocabulary": 384}
-    shape = Shape(**{**usual, "positions": 512, **changes})
+    shape = LlamaShape(**{**usual, "positions": 512, **changes})
     return make_model(folder, shape, pretraining_texts(seed=3, count=200), seed=seed)
 
 
@@ -111,7 +110,7 @@ def test_an_adapter_of_an_older_version_is_held_against_the_names_of_its_tensors
     del told["base"]
     (adapter / "muster.json").write_text(json.dumps(told))
     with pytest.raises(InputError, match="14 of its 28 tensors have no place there"):
-        load(find(Address(adapters=(("default", str(adapter)),)), tmp_path / "a"), Placement.on("cpu"), None)
+        load(find(ArtifactRef(adapters=(("default", str(adapter)),)), tmp_path / "a"), Placement.on("cpu"), None)
 
 
 def test_other_weights_of_the_same_shape_are_said(
@@ -120,10 +119,10 @@ def test_other_weights_of_the_same_shape_are_said(
     base = of_shape(tmp_path / "base", seed=8)
     adapter = moved(plain, tmp_path / "adapter", base)
     with caplog.at_level(logging.WARNING):
-        load(find(Address(adapters=(("default", str(adapter)),)), tmp_path / "a"), Placement.on("cpu"), None)
+        load(find(ArtifactRef(adapters=(("default", str(adapter)),)), tmp_path / "a"), Placement.on("cpu"), None)
     assert f"{base} holds other weights than the base that the adapter was trained on" in caplog.text
     caplog.clear()
-    load(find(Address(run=run_of(plain).url), tmp_path / "b"), Placement.on("cpu"), None)
+    load(find(ArtifactRef(run=run_of(plain).url), tmp_path / "b"), Placement.on("cpu"), None)
     assert "holds other weights" not in caplog.text
 
 
@@ -224,7 +223,7 @@ def test_a_prompt_is_not_drawn_from_what_its_configuration_names(
     asked: list[Any] = []
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", lambda *a, **k: asked.append((a, k)))
     assert describe(str(tmp_path / "adapter")).whole
-    subject = find(Address(adapters=(("default", str(tmp_path / "adapter")),)), tmp_path / "found")
+    subject = find(ArtifactRef(adapters=(("default", str(tmp_path / "adapter")),)), tmp_path / "found")
     load(subject, Placement.on("cpu"), None)
     assert asked == []
 

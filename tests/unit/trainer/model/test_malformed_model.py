@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from launcher.driver.preflight import _model_without_weights
 from tests.support.hostile import BYTES, JSON_BOMBS, as_json, changed, put
 from trainer.artifacts.batch import _rows
-from trainer.artifacts.locate import Address, find
-from trainer.checkpoint.artifact_info import ORIGIN_FILE, Origin
+from trainer.artifacts.locate import ArtifactRef, find
+from trainer.checkpoint.artifact_info import ORIGIN_FILE, ArtifactInfo
 from trainer.errors import InputError
 from trainer.model import build, check_weights, fetch_model, load_tokenizer
 from trainer.model.files.configs import CONFIG_FILES
 from trainer.model.files.safetensors_index import read_headers
 from trainer.model.files.weight_check import INDEX, SINGLE
-from trainer.model.files.weight_source import Source
+from trainer.model.files.weight_source import WeightSource
 from trainer.model.meta import meta_model
 from trainer.model.placement import model_bytes
 from trainer.recipe import ModelSection
@@ -105,7 +105,7 @@ def test_any_header_of_weights_is_one_or_a_sentence(data: st.DataObject, tmp_pat
     (folder / SINGLE).write_bytes(struct.pack("<Q", len(raw)) + raw + b"\0" * 16)
     for read in (
         lambda: check_weights(ModelSection(path=str(folder))),
-        lambda: read_headers(Source(str(folder)), str(folder)),
+        lambda: read_headers(WeightSource(str(folder)), str(folder)),
     ):
         try:
             read()
@@ -131,14 +131,14 @@ ORIGIN = {"task": "sft", "method": "lora", "model": {"path": "m"}, "format": "me
 def test_any_origin_beside_an_adapter_is_one_or_none(data: st.DataObject, tmp_path_factory: Any) -> None:
     folder = tmp_path_factory.mktemp("adapter")
     (folder / ORIGIN_FILE).write_bytes(as_json(data.draw(changed(ORIGIN))))
-    found = Origin.read(folder)
+    found = ArtifactInfo.read(folder)
     assert found is None or isinstance(found.format, str | None)
 
 
 @pytest.mark.parametrize("body", [*JSON_BOMBS.values(), *BYTES.values()], ids=[*JSON_BOMBS, *BYTES])
 def test_an_origin_out_of_bounds_is_none(body: str | bytes, tmp_path: Path) -> None:
     (tmp_path / ORIGIN_FILE).write_bytes(body if isinstance(body, bytes) else body.encode())
-    assert Origin.read(tmp_path) is None
+    assert ArtifactInfo.read(tmp_path) is None
 
 
 ADAPTER = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": "", "revision": None, "r": 8}
@@ -151,7 +151,7 @@ def test_any_adapter_configuration_is_one_or_a_sentence(model: Path, tmp_path: P
         for wrong in WRONG:
             (tmp_path / "adapter" / "adapter_config.json").write_bytes(as_json(put(sound, (key,), wrong)))
             try:
-                find(Address(adapters=(("default", str(tmp_path / "adapter")),)), tmp_path / "here")
+                find(ArtifactRef(adapters=(("default", str(tmp_path / "adapter")),)), tmp_path / "here")
             except InputError as error:
                 said(error)
 
@@ -162,7 +162,7 @@ def test_a_label_of_no_output_is_named(number: str, model: Path, tmp_path: Path)
     body |= {"architectures": ["LlamaForSequenceClassification"], "id2label": {"0": "a", number: "b"}}
     (model / "config.json").write_bytes(as_json(body))
     with pytest.raises(InputError, match="no number of an output"):
-        find(Address(model=str(model)), tmp_path)
+        find(ArtifactRef(model=str(model)), tmp_path)
 
 
 @pytest.mark.parametrize("line", [*JSON_BOMBS, *BYTES])

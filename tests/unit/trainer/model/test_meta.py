@@ -12,7 +12,7 @@ import torch
 from tests.support.models import CPU, base_of
 from tests.support.training import small_recipe
 from trainer.errors import InputError
-from trainer.model.meta import NotByShard, four_bit_layers, meta_model
+from trainer.model.meta import NeedsFullLoad, four_bit_layers, meta_model
 from trainer.recipe import Recipe
 
 Make = Callable[..., Recipe]
@@ -112,7 +112,7 @@ def test_a_buffer_that_the_model_does_not_compute_is_said(make: Make, monkeypatc
 
     for model in (LlamaForCausalLM, LlamaModel):
         monkeypatch.setattr(model, "_init_weights", lambda self, module: None)
-    with pytest.raises(NotByShard, match=r"model\.rotary_emb\.\w*inv_freq"):
+    with pytest.raises(NeedsFullLoad, match=r"model\.rotary_emb\.\w*inv_freq"):
         meta_of(make())
 
 

@@ -15,13 +15,13 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.saved import adapter_of, trained
 from tests.support.training import write_pairs
-from trainer.artifacts import Address, find, load
+from trainer.artifacts import ArtifactRef, find, load
 from trainer.artifacts.inspect import describe
 from trainer.errors import InputError
 from trainer.model import check_weights
 from trainer.model.files.safetensors_header import LARGEST_HEADER, BadHeader, read_header
 from trainer.model.files.safetensors_index import read_headers
-from trainer.model.files.weight_source import Source
+from trainer.model.files.weight_source import WeightSource
 from trainer.model.placement import Placement
 from trainer.recipe import ModelSection
 
@@ -80,14 +80,14 @@ def test_a_base_with_such_a_header_is_refused_in_a_sentence(what: str, model: Pa
     section = ModelSection(path=str(model), dtype="float32")
     with pytest.raises(InputError, match=f"is torn: .*{said}.*; copy the model again"):
         check_weights(section)
-    source = Source(str(model))
+    source = WeightSource(str(model))
     try:
         with pytest.raises(InputError, match=f"is torn: .*{said}.*; copy the model again"):
             read_headers(source, str(model))
     finally:
         source.close()
     with pytest.raises(InputError, match=r"model\.path .* cannot be loaded as a causal language model"):
-        load(find(Address(model=str(model)), tmp_path), Placement.on("cpu"), None)
+        load(find(ArtifactRef(model=str(model)), tmp_path), Placement.on("cpu"), None)
 
 
 def test_what_safetensors_writes_is_read(tmp_path: Path) -> None:
@@ -134,7 +134,7 @@ def test_an_adapter_with_such_a_header_is_refused_in_a_sentence(
     adapter = tmp_path / "adapter"
     shutil.copytree(adapter_of(recipe), adapter)
     (adapter / "adapter_model.safetensors").write_bytes(WRONG[what][0])
-    subject = find(Address(adapters=(("default", str(adapter)),)), tmp_path / "found")
+    subject = find(ArtifactRef(adapters=(("default", str(adapter)),)), tmp_path / "found")
     with pytest.raises(InputError, match="the adapter does not fit the base"):
         load(subject, Placement.on("cpu"), None)
     found = describe(str(adapter))

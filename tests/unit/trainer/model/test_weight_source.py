@@ -20,7 +20,7 @@ from trainer.errors import CorruptObject, InputError
 from trainer.model.files import block_cache
 from trainer.model.files.block_cache import BLOCK, BlockCache
 from trainer.model.files.safetensors_index import read_headers
-from trainer.model.files.weight_source import Source
+from trainer.model.files.weight_source import WeightSource
 from trainer.storage import open_storage
 
 SIZE = 2 * BLOCK + 12345
@@ -52,7 +52,7 @@ RANGES = [(0, 8), (5, BLOCK + 5), (BLOCK - 1, BLOCK + 1), (2 * BLOCK, SIZE), (SI
 def test_ranges_are_the_file_s(remote: str, body: bytes, tmp_path: Path) -> None:
     (tmp_path / "w.safetensors").write_bytes(body)
     for location in (remote, str(tmp_path)):
-        source = Source(location)
+        source = WeightSource(location)
         for start, stop in RANGES:
             assert source.read("w.safetensors", start, stop) == body[start:stop]
         with pytest.raises(CorruptObject, match="ends before byte"):
@@ -62,14 +62,14 @@ def test_ranges_are_the_file_s(remote: str, body: bytes, tmp_path: Path) -> None
 
 def test_a_folder_is_read_to_the_byte_and_counted(tmp_path: Path, body: bytes, cache: Path) -> None:
     (tmp_path / "w.safetensors").write_bytes(body)
-    source = Source(str(tmp_path))
+    source = WeightSource(str(tmp_path))
     source.read("w.safetensors", 3, 1003)
     assert source.bytes_fetched == 1000
     assert not cache.exists(), "what lies on this host needs no copy"
 
 
 def test_ranks_of_one_host_fetch_each_byte_once(remote: str, body: bytes) -> None:
-    ranks = [Source(remote) for _ in range(4)]
+    ranks = [WeightSource(remote) for _ in range(4)]
     half = [(0, SIZE // 2), (SIZE // 2, SIZE)]
 
     def load(rank: int) -> bool:
@@ -82,7 +82,7 @@ def test_ranks_of_one_host_fetch_each_byte_once(remote: str, body: bytes) -> Non
     for source in ranks:
         source.close()
     assert sum(source.bytes_fetched for source in ranks) == SIZE
-    again = Source(remote)
+    again = WeightSource(remote)
     assert again.read("w.safetensors", 0, SIZE) == body
     assert again.bytes_fetched == 0, "another attempt on this host reads nothing"
 
@@ -114,7 +114,7 @@ def test_one_fetch_at_a_time_per_block(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("harm", ["cut", "changed", "removed"])
 def test_a_torn_or_evicted_block_is_fetched_again(remote: str, body: bytes, cache: Path, harm: str) -> None:
-    source = Source(remote)
+    source = WeightSource(remote)
     assert source.read("w.safetensors", 0, SIZE) == body
     source.close()
     block = next(cache.glob("*/w.safetensors.1"))
@@ -125,7 +125,7 @@ def test_a_torn_or_evicted_block_is_fetched_again(remote: str, body: bytes, cach
         block.write_bytes(raw[:7] + bytes([raw[7] ^ 1]) + raw[8:])
     else:
         block.unlink()
-    again = Source(remote)
+    again = WeightSource(remote)
     assert again.read("w.safetensors", 0, SIZE) == body
     assert again.bytes_fetched == BLOCK
     assert block.read_bytes() == raw
@@ -136,7 +136,7 @@ def test_a_full_disk_is_a_warning(
 ) -> None:
     monkeypatch.setattr(block_cache, "KEPT_FREE_SHARE", 2.0)
     monkeypatch.setattr(block_cache, "KEPT_FREE_BYTES", 2**62)
-    source = Source(remote)
+    source = WeightSource(remote)
     with caplog.at_level(logging.WARNING):
         assert source.read("w.safetensors", 10, BLOCK + 10) == body[10 : BLOCK + 10]
         assert source.read("w.safetensors", 0, SIZE) == body
@@ -150,7 +150,7 @@ def test_a_cache_that_cannot_be_made_is_a_warning(
 ) -> None:
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setenv("MUSTER_CACHE", str(tmp_path / "file"))
-    source = Source(remote)
+    source = WeightSource(remote)
     source.ahead([("w.safetensors", 0, SIZE)])
     assert source.read("w.safetensors", 5, 50) == body[5:50]
     assert source.bytes_fetched == 45, "without a cache, exactly what is asked for"
@@ -169,7 +169,7 @@ def test_room_is_made_by_models_that_nobody_uses(tmp_path: Path, monkeypatch: py
 
 
 def test_a_model_that_changes_while_it_is_read_is_refused(remote: str) -> None:
-    source = Source(remote)
+    source = WeightSource(remote)
     source.read("w.safetensors", 0, 8)
     source.check_unchanged(["w.safetensors"])
     open_storage(remote).write("w.safetensors", b"other" * 1000)
@@ -202,7 +202,7 @@ def test_headers_say_where_each_tensor_lies(
     folder = tmp_path_factory.mktemp("headers")
     tensors = {f"t{i}": torch.randint(0, 200, tuple(shape)).to(dtype) for i, shape in enumerate(shapes)}
     save(folder, tensors, files)
-    source = Source(str(folder))
+    source = WeightSource(str(folder))
     found = read_headers(source, str(folder))
     assert set(found) == set(tensors)
     for name, tensor in tensors.items():
@@ -250,7 +250,7 @@ def _missing_part(folder: Path) -> None:
 def test_broken_files_are_the_users_to_mend(tmp_path: Path, harm: Callable[[Path], None], said: str) -> None:
     save(tmp_path, {"a": torch.ones(3, 4), "b": torch.ones(5)})
     harm(tmp_path)
-    source = Source(str(tmp_path))
+    source = WeightSource(str(tmp_path))
     with pytest.raises(InputError, match=said):
         read_headers(source, str(tmp_path))
     source.close()

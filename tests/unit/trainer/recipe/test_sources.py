@@ -10,11 +10,11 @@ import pytest
 
 from tests.unit.trainer.data.data_support import tokenizer, write_rows
 from tests.unit.trainer.recipe.test_mistakes import GOOD, mistakes
-from trainer.data import describe, freeze, prepare
+from trainer.data import describe, freeze, prepare_dataset
 from trainer.data.blocks import decode_block
 from trainer.data.formats.columns import Columns
 from trainer.data.formats.qa import example_of
-from trainer.data.sample import Encoded
+from trainer.data.sample import Sample
 from trainer.data.spec import FrozenSource
 from trainer.recipe import dump, loads, parse, schema
 from trainer.recipe.sections.data import COLUMNS, OPTIONAL_COLUMNS, SourceSection
@@ -96,10 +96,10 @@ def with_source(part: str = "train", **source: Any) -> dict[str, Any]:
 def test_a_known_data_set_reads_the_rows_that_it_is_published_with(name: str, tmp_path: Any) -> None:
     copied = of(dataset=name, path=str(write_rows(tmp_path / "copy.jsonl", [ROWS[name]])))
     spec = describe(freeze([copied]), tokenizer(), sequence_length=512, packing=False)
-    prepared = prepare(spec, tokenizer(), open_storage(str(tmp_path / "prepared")))
+    prepared = prepare_dataset(spec, tokenizer(), open_storage(str(tmp_path / "prepared")))
     assert prepared.totals.samples == 1
     index = prepared.index(0)
-    sample: Encoded = decode_block(prepared.block_bytes(0, int(index.block[0]))).sample(0)
+    sample: Sample = decode_block(prepared.block_bytes(0, int(index.block[0]))).sample(0)
     if name in SAID:
         assert tokenizer().decode(sample.tokens[sample.target]) == SAID[name]
     else:

@@ -9,7 +9,7 @@ import pytest
 from tests.storage.doubles import faulty, unreachable
 from tests.support.waiting import wait_for
 from trainer.errors import StorageError
-from trainer.run.jsonl import Events, JsonLines, plain, read_rows, rows_backwards
+from trainer.run.jsonl import Events, JsonLinesWriter, plain, read_rows, rows_backwards
 
 LONG_S = 3600.0
 
@@ -20,7 +20,7 @@ def keys(storage: object) -> list[str]:
 
 def test_rows_are_stored_within_the_interval_without_being_asked() -> None:
     storage, _ = faulty()
-    lines = JsonLines(storage, "metrics/a000001", flush_s=0.01)
+    lines = JsonLinesWriter(storage, "metrics/a000001", flush_s=0.01)
     lines.add({"step": 1, "loss": 2.5})
     assert wait_for(lambda: read_rows(storage, "metrics"), "the row") == [{"step": 1, "loss": 2.5}]
     lines.close()
@@ -28,7 +28,7 @@ def test_rows_are_stored_within_the_interval_without_being_asked() -> None:
 
 def test_a_part_grows_in_place_and_no_row_comes_twice() -> None:
     storage, _ = faulty()
-    lines = JsonLines(storage, "metrics/a000001", flush_s=LONG_S)
+    lines = JsonLinesWriter(storage, "metrics/a000001", flush_s=LONG_S)
     for step in range(1, 6):
         lines.add({"step": step})
         assert lines.flush()
@@ -39,7 +39,7 @@ def test_a_part_grows_in_place_and_no_row_comes_twice() -> None:
 
 def test_full_parts_are_followed_by_new_ones() -> None:
     storage, _ = faulty()
-    lines = JsonLines(storage, "metrics/a000001", flush_s=LONG_S, roll_rows=4)
+    lines = JsonLinesWriter(storage, "metrics/a000001", flush_s=LONG_S, roll_rows=4)
     for step in range(10):
         lines.add({"step": step})
         if step % 3 == 0:
@@ -52,7 +52,7 @@ def test_full_parts_are_followed_by_new_ones() -> None:
 
 def test_parts_are_bounded_in_bytes_too() -> None:
     storage, backend = faulty()
-    lines = JsonLines(storage, "ledger/a000001-r00000", flush_s=LONG_S)
+    lines = JsonLinesWriter(storage, "ledger/a000001-r00000", flush_s=LONG_S)
     for step in range(30):
         lines.add({"step": step, "samples": ["0:" + "9" * 1000] * 100})
     lines.close()
@@ -63,10 +63,10 @@ def test_parts_are_bounded_in_bytes_too() -> None:
 def test_a_later_writer_of_the_same_prefix_overwrites_nothing() -> None:
     storage, _ = faulty()
     for value in (1, 2):
-        lines = JsonLines(storage, "ledger/a000001-driver", flush_s=LONG_S)
+        lines = JsonLinesWriter(storage, "ledger/a000001-driver", flush_s=LONG_S)
         lines.add({"value": value})
         lines.close()
-    other = JsonLines(storage, "ledger/a000001", flush_s=LONG_S)
+    other = JsonLinesWriter(storage, "ledger/a000001", flush_s=LONG_S)
     other.add({"value": 0})
     other.close()
     assert [r["value"] for r in read_rows(storage, "ledger")] == [0, 1, 2]
@@ -74,7 +74,7 @@ def test_a_later_writer_of_the_same_prefix_overwrites_nothing() -> None:
 
 def test_a_storage_that_is_down_costs_no_row(caplog: pytest.LogCaptureFixture) -> None:
     storage, backend = faulty(deadline_s=0.0)
-    lines = JsonLines(storage, "metrics/a000001", flush_s=LONG_S, roll_rows=2)
+    lines = JsonLinesWriter(storage, "metrics/a000001", flush_s=LONG_S, roll_rows=2)
     backend.before = unreachable
     for step in range(5):
         lines.add({"step": step})
@@ -91,7 +91,7 @@ def test_a_storage_that_is_down_costs_no_row(caplog: pytest.LogCaptureFixture) -
 
 def test_close_raises_when_rows_are_left() -> None:
     storage, backend = faulty(deadline_s=0.0)
-    lines = JsonLines(storage, "metrics/a000001", flush_s=LONG_S)
+    lines = JsonLinesWriter(storage, "metrics/a000001", flush_s=LONG_S)
     backend.before = unreachable
     lines.add({"step": 1})
     with pytest.raises(StorageError, match="metrics"):
@@ -103,7 +103,7 @@ def test_close_raises_when_rows_are_left() -> None:
 
 def test_many_threads_add_whole_rows() -> None:
     storage, _ = faulty()
-    lines = JsonLines(storage, "ledger/a000001", flush_s=0.001, roll_rows=7)
+    lines = JsonLinesWriter(storage, "ledger/a000001", flush_s=0.001, roll_rows=7)
     threads = [threading.Thread(target=lambda t=t: [lines.add({"t": t, "i": i}) for i in range(50)]) for t in range(4)]
     for thread in threads:
         thread.start()

@@ -29,7 +29,7 @@ from tests.unit.trainer.test_records import LEASE
 from trainer.plan.run_length import _speed
 from trainer.run import layout
 from trainer.run.claims import claim_attempt, claim_driver
-from trainer.run.failure import Cause
+from trainer.run.failure import Failure
 from trainer.run.jsonl import newest_event, newest_failure, read_rows
 from trainer.storage import Storage
 from trainer.tracking.base import point_of
@@ -103,7 +103,7 @@ def look_at(run: Storage) -> None:
     report([read_run(run)])
     newest_group(run, 0)
     newest_failure(run, 1)
-    explained(Cause("killed", died=True), run, 4, 0.0)
+    explained(Failure("killed", died=True), run, 4, 0.0)
     losses(read_rows(run, layout.METRICS))
     for row in read_rows(run, layout.METRICS):
         point_of(row)

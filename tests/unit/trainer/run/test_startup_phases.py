@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.raytrain.handoff import Abandoned, Order
+from launcher.raytrain.handoff import DriverGone, JobHandoff
 from tests.support.training import run_of, small_recipe, train_here, write_pairs
 from trainer.run import layout
 from trainer.run.jsonl import read_rows
@@ -63,7 +63,7 @@ def test_the_start_is_now_where_the_system_does_not_tell(tmp_path: Path) -> None
 
 def test_workers_wait_for_the_job_and_are_told_what_was_spent(tmp_path: Path) -> None:
     clock = Clock()
-    order = Order(Phases(10.0, clock=clock))
+    order = JobHandoff(Phases(10.0, clock=clock))
     clock.now = 13.0
     threading.Timer(0.1, lambda: order.give(job(tmp_path))).start()
     assert order.wait(lambda: None).spent[WORKERS] == 3.0
@@ -76,9 +76,9 @@ def test_workers_wait_for_the_job_and_are_told_what_was_spent(tmp_path: Path) ->
 def test_workers_that_stand_by_end_with_the_driver_and_with_one_of_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    order = Order(Phases(0.0))
+    order = JobHandoff(Phases(0.0))
     threading.Timer(0.1, order.leave).start()
-    with pytest.raises(Abandoned):
+    with pytest.raises(DriverGone):
         order.wait(lambda: None)
     monkeypatch.setattr("launcher.raytrain.handoff.LOOK_S", 0.0)
 
@@ -86,7 +86,7 @@ def test_workers_that_stand_by_end_with_the_driver_and_with_one_of_them(
         raise ConnectionError("a worker")
 
     with pytest.raises(ConnectionError):
-        Order(Phases(0.0)).wait(dead)
+        JobHandoff(Phases(0.0)).wait(dead)
 
 
 def test_an_attempt_tells_what_its_start_took(tiny_model: Path, tmp_path: Path) -> None:
@@ -107,11 +107,11 @@ def test_ray_is_told_before_it_is_imported_that_nothing_joins_a_cluster_by_itsel
     code = f"""
 from contextlib import nullcontext
 from pathlib import Path
-from launcher import ray_session
+from launcher.raytrain import session
 from launcher.raytrain.prestart import Standby
 from tests.support.training import run_of, small_recipe
 from trainer.run.startup_phases import Phases
-ray_session.ray_session = lambda *told: nullcontext()
+session.ray_session = lambda *told: nullcontext()
 recipe = small_recipe("a-run", Path({str(tmp_path)!r}), Path({str(tmp_path)!r}))
 with Standby(recipe, run_of(recipe), None, Phases(0.0)) as standby:
     standby.joined()

@@ -10,7 +10,7 @@ import pytest
 from tests.storage.doubles import faulty
 from tests.support.waiting import wait_for
 from trainer.run import layout
-from trainer.run.stop_poller import StopWatch
+from trainer.run.stop_poller import StopPoller
 from trainer.storage import Storage
 
 HOLDER = {"host": "a", "boot_id": "b", "pid": 1, "process_start": 0.0, "job": None}
@@ -41,8 +41,8 @@ class Looks:
             assert self._changed.wait_for(lambda: self.count >= target, 30.0)
 
 
-def watching(run: Storage, driver: int = 2) -> StopWatch:
-    return StopWatch(run, driver, enabled=True, poll_s=0.001)
+def watching(run: Storage, driver: int = 2) -> StopPoller:
+    return StopPoller(run, driver, enabled=True, poll_s=0.001)
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_it_looks_only_where_it_is_enabled() -> None:
     run, backend = faulty()
     lease(run, 2, "stopping")
     looks = Looks(backend)
-    with StopWatch(run, 2, enabled=False, poll_s=0.001) as watch:
+    with StopPoller(run, 2, enabled=False, poll_s=0.001) as watch:
         assert not watch.stop_requested()
     assert looks.count == 0
 

@@ -11,7 +11,7 @@ from launcher.raytrain.failure_advice import advise
 from tests.support.planning import plan_recipe
 from trainer.errors import NonFiniteLoss, StorageError, note_where, where_of
 from trainer.recipe import Recipe, load
-from trainer.run.failure import Cause, Failure, useful_stack
+from trainer.run.failure import Failure, WorkerError, useful_stack
 from trainer.run.symptoms import SYMPTOMS
 
 RUN = "/runs/x"
@@ -45,7 +45,7 @@ def recipe(tmp_path) -> Recipe:
     ],
 )
 def test_each_symptom_is_told_apart(recipe, message, likely, then):
-    said = advise(Cause(message, 2), recipe, RUN)
+    said = advise(Failure(message, 2), recipe, RUN)
     assert likely in said.splitlines()[0]
     assert then in said.splitlines()[1]
 
@@ -65,26 +65,26 @@ def test_a_full_gpu_is_answered_with_what_the_plan_says_would_fit(recipe, monkey
         return SimpleNamespace(suggestions=fits)
 
     monkeypatch.setattr("launcher.cli.plan.make", make)
-    said = advise(Cause(OOM.format("23.50"), 1), recipe, RUN)
+    said = advise(Failure(OOM.format("23.50"), 1), recipe, RUN)
     assert "the GPU's memory is full" in said
     assert said.endswith("the plan says that one of these fits: strategy.kind=fsdp resources.workers=8")
-    roomy = advise(Cause(OOM.format("500.00"), 1), recipe, RUN)
+    roomy = advise(Failure(OOM.format("500.00"), 1), recipe, RUN)
     assert "muster plan RECIPE --gpu-memory 500GiB" in roomy
     assert asked == [int(23.5 * (1 << 30)), 500 << 30]
 
 
 def test_a_plan_that_cannot_be_made_leaves_the_command(recipe, monkeypatch):
     monkeypatch.setattr("launcher.cli.plan.make", lambda *given: 1 / 0)
-    assert "--gpu-memory 3GiB" in advise(Cause(OOM.format("3.00"), 1), recipe, RUN)
+    assert "--gpu-memory 3GiB" in advise(Failure(OOM.format("3.00"), 1), recipe, RUN)
 
 
 def test_what_explains_itself_gets_no_advice(recipe):
-    assert advise(Cause("rank 0 on a: step 3: the loss is not finite (rank 0: samples 0:7)", 0), recipe, RUN) == ""
-    assert advise(Cause("rank 0 on a: KeyError: 'x'", 0, trace="line"), recipe, RUN).endswith("has all of it")
+    assert advise(Failure("rank 0 on a: step 3: the loss is not finite (rank 0: samples 0:7)", 0), recipe, RUN) == ""
+    assert advise(Failure("rank 0 on a: KeyError: 'x'", 0, trace="line"), recipe, RUN).endswith("has all of it")
 
 
 def test_a_storage_whose_connection_is_reset_says_itself_what_to_do(recipe):
-    away = Failure.of(StorageError("could not write s3://b/x: connection reset"), 1.0, 1, "a", "").cause
+    away = WorkerError.of(StorageError("could not write s3://b/x: connection reset"), 1.0, 1, "a", "").cause
     assert advise(away, recipe, RUN) == ""
 
 
@@ -93,8 +93,8 @@ def test_where_it_came_up_is_told_and_the_nearest_stays():
     note_where(error, "step 3, optimizer")
     note_where(error, "loading the model")
     assert where_of(error) == "step 3, optimizer"
-    assert str(Failure.of(error, 1.0, 1, "a", "")) == "rank 1 on a: step 3, optimizer: ValueError: bad shape"
-    assert str(Failure.of(NonFiniteLoss("step 3: no"), 1.0, 1, "a", "")) == "rank 1 on a: step 3: no"
+    assert str(WorkerError.of(error, 1.0, 1, "a", "")) == "rank 1 on a: step 3, optimizer: ValueError: bad shape"
+    assert str(WorkerError.of(NonFiniteLoss("step 3: no"), 1.0, 1, "a", "")) == "rank 1 on a: step 3: no"
 
 
 def test_of_the_stack_the_own_lines_and_the_last_are_shown():

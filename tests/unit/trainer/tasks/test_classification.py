@@ -19,7 +19,7 @@ from tests.support.tasks import LABELS, make_encoder, task_recipe, write_task_da
 from tests.support.training import run_of, train_here
 from trainer.data import Batch
 from trainer.data.loading.collate import collate
-from trainer.data.sample import Encoded
+from trainer.data.sample import Sample
 from trainer.errors import InputError
 from trainer.model import Head, build
 from trainer.recipe import Recipe
@@ -48,7 +48,7 @@ def texts(types: bool = False) -> Batch:
     for length, label in zip(TEXTS, NUMBERS, strict=True):
         tokens, target = draw.integers(4, 190, length).astype(np.int32), np.arange(length) == length - 1
         kinds = (np.arange(length) > length // 2).astype(np.int8) if types else None
-        packs.append([Encoded(tokens, target, label=label, token_types=kinds)])
+        packs.append([Sample(tokens, target, label=label, token_types=kinds)])
     return collate(0, packs, ["0:0/0", "0:0/1", "0:0/2"])
 
 
@@ -60,7 +60,7 @@ def test_the_loss_is_the_weighted_sum_of_each_texts_own(base: str, folder: Path,
     with bench(recipe) as b:
         batch = texts(types=base == "encoder")
         b.model.eval()
-        loss, sums = b.task.measure(b.model, batch, CPU)
+        loss, sums = b.task.loss(b.model, batch, CPU)
         wanted, predicted = 0.0, []
         for row, (length, label) in enumerate(zip(TEXTS, NUMBERS, strict=True)):
             ids: dict[str, Any] = {"input_ids": torch.from_numpy(batch.input_ids[row, :length])[None]}

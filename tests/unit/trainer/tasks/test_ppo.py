@@ -21,8 +21,8 @@ from trainer.run import layout
 from trainer.run.jsonl import read_rows
 from trainer.strategies.ddp import DDP
 from trainer.tasks.ppo.policy import PolicyHead
-from trainer.tasks.ppo.rollouts import Texts
-from trainer.tasks.sampling import Author
+from trainer.tasks.ppo.rollouts import PromptCompletionBatch
+from trainer.tasks.sampling import PolicySampler
 
 Make = Callable[..., Recipe]
 QUIET: dict[str, Any] = {"data.eval": [], "training.eval_every": None}
@@ -44,14 +44,14 @@ def make(tiny_model: Path, folder: Path, request: pytest.FixtureRequest) -> Make
     return recipe
 
 
-def author(b: Bench, **settings: Any) -> Author:
+def author(b: Bench, **settings: Any) -> PolicySampler:
     given: dict[str, Any] = {"max_new_tokens": 12, "temperature": 1.0, "top_p": 1.0, "stop": (), "agree": bool}
     policy: Any = b.task
-    return Author(b.model.eval(), policy._policy, b.task.company.tokenizer, **{**given, **settings})
+    return PolicySampler(b.model.eval(), policy._policy, b.task.generation.tokenizer, **{**given, **settings})
 
 
 def prompts(b: Bench) -> list[list[int]]:
-    tokenizer: Any = b.task.company.tokenizer
+    tokenizer: Any = b.task.generation.tokenizer
     return [tokenizer(text)["input_ids"] for text in ("the baker sells", "a", "who keeps the lighthouse on the hill")]
 
 
@@ -124,7 +124,7 @@ def test_what_is_said_of_a_text_is_what_the_logits_say(make: Make) -> None:
         head: PolicyHead = b.task._policy  # type: ignore[attr-defined]
         rows = [([5, 6, 7], [8, 9]), ([10], [11, 12, 13])]
         with torch.no_grad():
-            said = head.said(b.model, Texts.of(rows, 0, ["a", "b"]), CPU)
+            said = head.score_tokens(b.model, PromptCompletionBatch.of(rows, 0, ["a", "b"]), CPU)
             at = 0
             for prompt, text in rows:
                 out = b.model(input_ids=torch.tensor([prompt + text]), use_cache=False, output_hidden_states=True)
@@ -150,7 +150,7 @@ def test_it_begins_at_the_reference_and_where_texts_were_written(make: Make) -> 
         assert row["policy_loss"] == pytest.approx(0.0, abs=1e-4), "advantages are white, and every ratio is 1"
         assert row["response_length"] == pytest.approx(row["response_tokens"] / 6)
         assert row["kl_coef"] == 0.05
-        assert len(b.task.examples()) == 2
+        assert len(b.task.example_rollouts()) == 2
 
 
 def test_every_text_is_learned_from_once_per_epoch(make: Make) -> None:
@@ -224,7 +224,7 @@ def test_a_kill_in_the_middle_of_an_iteration_leaves_no_trace(make: Make) -> Non
     whole, killed = make("-whole", **often), make("-killed", **often)
     assert train_here(whole) == "succeeded"
     per_step = 3  # micro-batches: each is written once, and learned from in two minibatches of two epochs
-    for owner, name, call in ((Author, "write", 2 * per_step + 2), (DDP, "step", 4 + 3)):
+    for owner, name, call in ((PolicySampler, "write", 2 * per_step + 2), (DDP, "step", 4 + 3)):
         with pytest.MonkeyPatch.context() as patch:
             dying(patch, owner, name, call)
             with pytest.raises(Killed):
@@ -264,7 +264,7 @@ def gives_nan(prompts: list[str], completions: list[str], references: list[str])
 def test_a_broken_reward_stops_the_run_with_its_cause(make: Make) -> None:
     recipe = make(**{"ppo.reward": {"function": f"{__name__}:gives_nan"}})
     with pytest.raises(
-        RewardFailed, match=r"step 1, rank 0: tests\.unit\.test_ppo:gives_nan returned nan for the text"
+        RewardFailed, match=r"step 1, rank 0: tests\.unit\.trainer\.tasks\.test_ppo:gives_nan returned nan for the text"
     ):
         train_here(recipe)
 

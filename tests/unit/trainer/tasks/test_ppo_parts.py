@@ -12,11 +12,11 @@ import torch
 
 from trainer.errors import InputError, RewardFailed
 from trainer.run.failure import FATAL
-from trainer.tasks.ppo.advantages import divergence, explained_variance, gae, steered, token_rewards, whitened
+from trainer.tasks.ppo.advantages import adapted_kl_coef, divergence, explained_variance, gae, token_rewards, whitened
 from trainer.tasks.ppo.losses import policy_loss, value_loss
 from trainer.tasks.ppo.reward_function import Scorer, load
 from trainer.tasks.ppo.rewards import final_number, gsm8k
-from trainer.tasks.ppo.rollouts import Texts
+from trainer.tasks.ppo.rollouts import PromptCompletionBatch
 from trainer.tasks.sampling import drawn, prompts_of, uniforms
 
 
@@ -47,9 +47,9 @@ def test_whitening_is_over_all_rows() -> None:
 
 
 def test_the_coefficient_is_steered_by_a_fifth_at_most() -> None:
-    assert steered(0.1, 12.0, 6.0, 100, 1000) == pytest.approx(0.1 * 1.02)
-    assert steered(0.1, 6.6, 6.0, 100, 1000) == pytest.approx(0.1 * 1.01)
-    assert steered(0.1, 0.0, 6.0, 100, 1000) == pytest.approx(0.1 * 0.98)
+    assert adapted_kl_coef(0.1, 12.0, 6.0, 100, 1000) == pytest.approx(0.1 * 1.02)
+    assert adapted_kl_coef(0.1, 6.6, 6.0, 100, 1000) == pytest.approx(0.1 * 1.01)
+    assert adapted_kl_coef(0.1, 0.0, 6.0, 100, 1000) == pytest.approx(0.1 * 0.98)
 
 
 def test_explained_variance() -> None:
@@ -105,7 +105,7 @@ def test_prompts_are_what_stands_before_the_last_answer() -> None:
 
 
 def test_rows_are_padded_behind() -> None:
-    texts = Texts.of([([5, 6], [7]), ([8], [9, 10, 11])], 3, ["a", "b"])
+    texts = PromptCompletionBatch.of([([5, 6], [7]), ([8], [9, 10, 11])], 3, ["a", "b"])
     assert texts.input_ids.tolist() == [[5, 6, 7, 0], [8, 9, 10, 11]]
     assert texts.position_ids.tolist() == [[0, 1, 2, 0], [0, 1, 2, 3]]
     assert texts.targets.tolist() == [[False, False, True, False], [False, True, True, True]]

@@ -14,7 +14,7 @@ from tests.support.looping import bench
 from tests.support.models import CPU
 from tests.support.tasks import task_recipe, write_task_data
 from tests.support.training import adapter_bytes, run_of, train_here
-from trainer.artifacts import Address
+from trainer.artifacts import ArtifactRef
 from trainer.artifacts import reward_model as reward_model_file
 from trainer.artifacts.reward_model import reward_model
 from trainer.errors import InputError
@@ -77,7 +77,7 @@ def test_a_run_trains_and_is_evaluated_with_it(tiny_model: Path, folder: Path, r
     from safetensors.torch import load
 
     recipe = asking(reward_run, "trains", tiny_model, folder)
-    found = evaluate(recipe, Address(run=trained(recipe)))
+    found = evaluate(recipe, ArtifactRef(run=trained(recipe)))
     assert set(found) >= {"reward", "kl", "loss", "response_length", "ended"}
     assert not [name for name in load(adapter_bytes(recipe)) if "reward" in name]
 

@@ -51,7 +51,7 @@ def test_the_reward_loss_is_bradley_and_terrys_with_margins(tiny_model: Path, fo
         b.model.eval()
         steps = b.stream.prefetch(b.stream.start(), 0, 1)
         batch = next(batch for step in steps for batch in step.batches if batch.margins.any())
-        loss, sums = b.task.measure(b.model, batch, CPU)
+        loss, sums = b.task.loss(b.model, batch, CPU)
         with torch.no_grad():
             rewards = [float(b.model(input_ids=ids).logits[0, 0]) for ids, _ in rows_of(batch)]
         chosen, rejected = rewards[: batch.pairs], rewards[batch.pairs :]
@@ -81,8 +81,8 @@ def test_the_dpo_loss_is_the_papers(tiny_model: Path, folder: Path, smoothing: f
         b.model.eval()
         batch = first_batch(b)
         with torch.no_grad():
-            b.task.prepare(b.model, [batch], CPU)
-        loss, sums = b.task.measure(b.model, batch, CPU)
+            b.task.prepare_step(b.model, [batch], CPU)
+        loss, sums = b.task.loss(b.model, batch, CPU)
         base = AutoModelForCausalLM.from_pretrained(tiny_model, dtype=torch.float32)
         gained = [likelihood(b.model, *row) - likelihood(base, *row) for row in rows_of(batch)]
         rewards = [0.3 * gain for gain in gained]

@@ -106,10 +106,10 @@ def test_a_micro_batch_of_weight_zero_reaches_every_parameter(task: str, tiny_mo
         full = next(b.stream.prefetch(b.stream.start(), 0, 1)).batches[0]
         measured = []
         for batch in (full, Batch.empty()):
-            if b.task.prepares and not b.task.writes:
+            if b.task.prepares_steps and not b.task.generates:
                 with torch.no_grad():
-                    b.task.prepare(b.model, [batch], CPU)
-            measured.append(b.task.measure(b.model, b.task.rehearsed(batch), CPU))
+                    b.task.prepare_step(b.model, [batch], CPU)
+            measured.append(b.task.loss(b.model, b.task.dummy_batch(batch), CPU))
         (_, sums), (loss, nothing) = measured
         assert loss.item() == 0.0
         loss.backward()  # type: ignore[no-untyped-call]

@@ -13,10 +13,10 @@ from tests.support.training import small_recipe
 from trainer.errors import Interrupted
 from trainer.registry import TRACKERS
 from trainer.run import layout
-from trainer.run.jsonl import JsonLines
-from trainer.run.jsonl_tail import RowFeed
+from trainer.run.jsonl import JsonLinesWriter
+from trainer.run.jsonl_tail import JsonLinesTail
 from trainer.storage import Storage
-from trainer.tracking import Curve, Mark, Mirror, Point, tracked
+from trainer.tracking import Mirror, Point, TrackedRun, Watermark, tracked
 from trainer.tracking.base import point_of
 
 NAME = "tensorboard"  # stands in for any: what is loaded under the name is a fake
@@ -30,9 +30,9 @@ class Server:
         self.curves: dict[str, list[Point]] = {}
         self.states: list[str] = []
         self.fails: list[BaseException] = []
-        self.opened: list[Curve] = []
+        self.opened: list[TrackedRun] = []
 
-    def __call__(self, curve: Curve) -> FakeTracker:
+    def __call__(self, curve: TrackedRun) -> FakeTracker:
         self._fail()
         self.opened.append(curve)
         return FakeTracker(self, self.curves.setdefault(curve.id, []))
@@ -50,10 +50,10 @@ class FakeTracker:
     def __init__(self, server: Server, points: list[Point]) -> None:
         self._server, self._points = server, points
 
-    def told(self) -> Mark | None:
+    def told(self) -> Watermark | None:
         if not self._server.exact:
             return None
-        return max((p.mark for p in self._points), default=Mark(0, 0))
+        return max((p.mark for p in self._points), default=Watermark(0, 0))
 
     def tell(self, points: Sequence[Point]) -> None:
         self._server._fail()
@@ -75,7 +75,7 @@ def recipe_of(tmp_path: Any, **changes: Any) -> Any:
 
 
 def write_steps(run: Storage, attempt: int, *steps: int, loss: float = 1.0, evaluated: Sequence[int] = ()) -> None:
-    lines = JsonLines(run, layout.metrics_part(attempt))
+    lines = JsonLinesWriter(run, layout.metrics_part(attempt))
     for step in steps:
         lines.add({"attempt": attempt, "step": step, "total_steps": 9, "loss": loss, "lr": None})
         if step in evaluated:
@@ -89,9 +89,9 @@ def mirror(run: Storage, recipe: Any) -> Mirror:
 
 def test_a_feed_gives_each_row_once_and_reads_only_what_grew() -> None:
     run, backend = faulty()
-    feed = RowFeed(run, layout.METRICS)
+    feed = JsonLinesTail(run, layout.METRICS)
     assert feed.new() == []
-    lines = JsonLines(run, layout.metrics_part(1), roll_rows=3)
+    lines = JsonLinesWriter(run, layout.metrics_part(1), roll_rows=3)
     for step in range(1, 5):
         lines.add({"step": step})
     lines.flush(strict=True)
@@ -108,7 +108,7 @@ def test_a_feed_gives_each_row_once_and_reads_only_what_grew() -> None:
 def test_a_feed_takes_nothing_where_a_read_fails_and_no_half_lines() -> None:
     run, backend = faulty(deadline_s=1.0)
     run.write("metrics/a000001-000000.jsonl", b'{"step": 1}\n{"st')
-    feed = RowFeed(run, layout.METRICS)
+    feed = JsonLinesTail(run, layout.METRICS)
     backend.before = lambda verb, path: unreachable(verb, path) if verb == "read" else None
     with pytest.raises(Exception, match="refused"):
         feed.new()

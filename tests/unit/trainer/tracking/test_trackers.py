@@ -24,9 +24,9 @@ from trainer.errors import InputError
 from trainer.recipe import Recipe
 from trainer.registry import TRACKERS
 from trainer.run import layout
-from trainer.run.jsonl import JsonLines, read_rows
+from trainer.run.jsonl import JsonLinesWriter, read_rows
 from trainer.storage import Storage, open_storage
-from trainer.tracking import Curve, Mark, Mirror, Point, check_trackers, tracked
+from trainer.tracking import Mirror, Point, TrackedRun, Watermark, check_trackers, tracked
 
 STEPS = 8
 
@@ -45,7 +45,7 @@ def recipe_of(folder: Path, tracker: str, **changes: Any) -> Recipe:
 
 
 def write_steps(run: Storage, attempt: int, steps: range, loss: float) -> None:
-    lines = JsonLines(run, layout.metrics_part(attempt))
+    lines = JsonLinesWriter(run, layout.metrics_part(attempt))
     for step in steps:
         lines.add({"attempt": attempt, "step": step, "total_steps": STEPS, "loss": loss, "tokens": 10})
         if step % 4 == 0:
@@ -109,7 +109,7 @@ def test_tensorboard_parts_are_bounded_and_a_cut_one_is_read_as_far_as_it_goes(
 
     monkeypatch.setattr(tensorboard, "_ROLL_BYTES", 300)
     run, _ = faulty()
-    curve = Curve("c", True, recipe_of(tmp_path, "tensorboard"), run)
+    curve = TrackedRun("c", True, recipe_of(tmp_path, "tensorboard"), run)
     board = tensorboard.TensorBoard(curve)
     board.tell([Point(s, 99, "train", 1.0, {"loss": float(s)}) for s in range(1, 41)])
     parts = run.list(layout.TENSORBOARD)
@@ -118,7 +118,7 @@ def test_tensorboard_parts_are_bounded_and_a_cut_one_is_read_as_far_as_it_goes(
     newest = run.read(parts[-1].key)
     run.write(parts[-1].key, newest[:-3])
     assert [p[1] for p in tensorboard_points(run.child(layout.TENSORBOARD))] == list(range(1, 40))
-    assert tensorboard.TensorBoard(Curve("c", False, curve.recipe, run)).told() == Mark(39, 0)
+    assert tensorboard.TensorBoard(TrackedRun("c", False, curve.recipe, run)).told() == Watermark(39, 0)
     tensorboard.TensorBoard(curve)
     assert run.list(layout.TENSORBOARD) == [], "a new curve keeps points of the one that a mended recipe replaced"
 

@@ -341,7 +341,7 @@ def test_a_gather_that_lost_something_is_found_out(make: Make, monkeypatch: pyte
 
     with bench(make(**{"training.stop_after": 1})) as b:
         b.run()
-        monkeypatch.setattr(DDP, "whole", half)
+        monkeypatch.setattr(DDP, "full_tensor", half)
         snapshot = b.state.snapshot(1, {}, final=True)
         assert snapshot is not None
         with pytest.raises(CorruptObject, match="has shape"):

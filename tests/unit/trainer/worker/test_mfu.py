@@ -198,6 +198,6 @@ def test_the_peak_is_that_of_all_ranks(tiny_model: Path, tmp_path: Path, monkeyp
     recipe = small_recipe("r", tiny_model, tmp_path)
     three = World(0, 3, 0, torch.device("cpu"))
     for peaks, want in (([1e12, 2e12, 3e12], 6e12), ([1e12, None, 3e12], None)):
-        monkeypatch.setattr(World, "gather", lambda self, value, peaks=peaks: peaks)
+        monkeypatch.setattr(World, "all_gather", lambda self, value, peaks=peaks: peaks)
         meter = meter_of(recipe, three, Operations(1.0, 1.0))
         assert (meter and meter.peak) == want

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from trainer.worker.rank_timer import MOST_RANKS, OwnTime, of_this_rank, rank_record
+from trainer.worker.rank_timer import MOST_RANKS, RankTimer, of_this_rank, rank_record
 
 
 def test_only_what_lies_between_start_and_stop_counts() -> None:
     times = iter([1.0, 3.0, 10.0, 10.5])
-    own = OwnTime(torch.device("cpu"), clock=lambda: next(times))
+    own = RankTimer(torch.device("cpu"), clock=lambda: next(times))
     own.start()
     own.start()  # the step's beginning holds
     own.stop()

@@ -19,7 +19,7 @@ from trainer.run import layout
 from trainer.run.jsonl import read_rows
 from trainer.strategies.ddp import DDP
 from trainer.tasks.lm_head_loss import TargetHead
-from trainer.tasks.sampling import Prompt
+from trainer.tasks.sampling import SamplingPrompt
 from trainer.worker.sample_texts import Samples, fitting
 
 Make = Callable[..., Recipe]
@@ -239,8 +239,8 @@ def test_an_adapter_among_keys_and_values_writes_none(make: Make, caplog: pytest
 
 
 def test_prompts_are_no_larger_than_a_micro_batch() -> None:
-    def prompts(*lengths: int) -> list[Prompt]:
-        return [Prompt(str(n), [n] * length, []) for n, length in enumerate(lengths)]
+    def prompts(*lengths: int) -> list[SamplingPrompt]:
+        return [SamplingPrompt(str(n), [n] * length, []) for n, length in enumerate(lengths)]
 
     def chosen(longest: int, room: int, *lengths: int) -> list[str]:
         return [p.sample_id for p in fitting(prompts(*lengths), longest, room, 4)]
