@@ -28,13 +28,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.checkpoint.publish import finished
+from trainer.data.run_data import prepare_data, try_open_data
 from trainer.errors import InputError, Interrupted, MusterError, WorkerFailed
 from trainer.logs.rank import rank_log
 from trainer.model import fetch_model, load_tokenizer
 from trainer.recipe import Recipe
 from trainer.recipe.trust import FLAG
 from trainer.run import layout
-from trainer.run.frozen import check_same_recipe, freeze_recipe, prepare_data, resumed_recipe, try_open_data
+from trainer.run.frozen import check_same_recipe, freeze_recipe, resumed_recipe
 from trainer.run.lease import Lease, check_not_cancelled
 from trainer.run.outcome import leave
 from trainer.run.recipe_url import is_recipe, recipe_at

@@ -59,8 +59,8 @@ def prepare_recipe(recipe: Recipe, progress: Any, processes: int) -> dict[str, A
     """Prepares what is not prepared, in processes of this machine; what ``--json`` prints."""
     from launcher.driver.preflight import check_storage, load_run_tokenizer
     from trainer.data import process_pool, summarise
+    from trainer.data.run_data import prepare_parts, total_steps, weights
     from trainer.run import layout
-    from trainer.run.frozen import prepare_parts, total_steps, weights
     from trainer.storage import open_storage
 
     storage = open_storage(recipe.storage)

@@ -20,11 +20,12 @@ from launcher.raytrain.environment import Environment
 from launcher.raytrain.prestart import Standby
 from trainer.checkpoint import list_commits, read_claims
 from trainer.checkpoint.publish import finished
+from trainer.data.run_data import prepare_data
 from trainer.errors import InputError, Interrupted, MusterError, WorkerFailed
 from trainer.interruption import Terminated, current
 from trainer.recipe import Recipe
 from trainer.run import layout
-from trainer.run.frozen import check_same_recipe, freeze_recipe, has_commits, prepare_data
+from trainer.run.frozen import check_same_recipe, freeze_recipe, has_commits
 from trainer.run.jsonl import Events, newest_event
 from trainer.run.lease import Lease, check_not_cancelled
 from trainer.run.outcome import leave

@@ -5,11 +5,11 @@ from __future__ import annotations
 import errno
 from typing import TYPE_CHECKING, Any
 
+from trainer.data.run_data import check_rows
 from trainer.errors import InputError, StorageError
 from trainer.fast_imports import load_libraries
 from trainer.recipe import ModelSection, Recipe
 from trainer.recipe.sections.tasks import AUTO_CLASSES, CAUSAL, SEQUENCE
-from trainer.run.frozen import check_rows
 from trainer.storage import Storage
 
 if TYPE_CHECKING:

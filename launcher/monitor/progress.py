@@ -20,7 +20,7 @@ from trainer.storage import Storage, open_storage
 
 if TYPE_CHECKING:
     from trainer.data import PreparedDataset
-    from trainer.run.frozen import RunData
+    from trainer.data.run_data import RunData
 
 PLAIN_S = 10.0
 SHOWN_BAD_ROWS = 5

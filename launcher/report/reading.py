@@ -11,13 +11,13 @@ from launcher.monitor.goodput import Goodput, goodput, newest_driver
 from launcher.monitor.status import Status, read_status
 from trainer.data.blocks import Counts
 from trainer.data.prepare.prepared import PreparedDataset, open_prepared
+from trainer.data.run_data import read_data
 from trainer.data.summary import Summary, summarise
 from trainer.errors import CorruptObject, MusterError
 from trainer.parsing import parse_yaml
 from trainer.records import Count, read_record
 from trainer.redact import Redactor, redactor
 from trainer.run import layout
-from trainer.run.frozen import read_data
 from trainer.run.jsonl import read_rows
 from trainer.storage import Storage, open_storage
 

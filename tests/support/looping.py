@@ -13,10 +13,10 @@ from tests.support.models import built
 from tests.support.training import prepare, run_of
 from trainer.adapters import Adapter
 from trainer.data import Batch, Stream, eval_batches
+from trainer.data.run_data import RunData, weights
 from trainer.distributed.world import World, join_world
 from trainer.optim import make_optimizer
 from trainer.recipe import Recipe
-from trainer.run.frozen import RunData, weights
 from trainer.storage import open_storage
 from trainer.strategies import Strategy, make_strategy
 from trainer.tasks import Task, make_task

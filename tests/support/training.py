@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.ranks import run_ranks
+from trainer.data.run_data import prepare_data
 from trainer.recipe import Recipe, parse
 from trainer.run import layout
-from trainer.run.frozen import freeze_recipe, prepare_data
+from trainer.run.frozen import freeze_recipe
 from trainer.run.jsonl import read_rows
 from trainer.run.lease import Lease
 from trainer.storage import Storage, open_storage

@@ -16,6 +16,7 @@ from trainer.checkpoint import fetch_whole, list_commits
 from trainer.checkpoint.artifact_info import ArtifactInfo
 from trainer.checkpoint.blobs import entry_of_file
 from trainer.checkpoint.publish import STATE_FILES, is_last, published_files
+from trainer.data.run_data import read_data
 from trainer.errors import InputError, UsageError
 from trainer.model import fetch_model, load_tokenizer
 from trainer.model.files.configs import read_config
@@ -23,7 +24,7 @@ from trainer.recipe import ModelSection, Recipe
 from trainer.recipe.sections.tasks import AUTO_CLASSES, CAUSAL, PEFT_TYPES, REFERRING
 from trainer.recipe.trust import NOBODY, Trust
 from trainer.run import layout
-from trainer.run.frozen import read_data, read_recipe
+from trainer.run.frozen import read_recipe
 from trainer.storage import Storage, open_storage
 
 if TYPE_CHECKING:

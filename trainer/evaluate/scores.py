@@ -17,6 +17,7 @@ from trainer.artifacts.chat import first_line, one_line
 from trainer.artifacts.reward_model import reward_model
 from trainer.data import Batch, PreparationSpec, PreparedDataset, eval_batches, freeze, open_prepared, prepare_dataset
 from trainer.data.prepare.label_set import label_set
+from trainer.data.run_data import eval_spec
 from trainer.errors import InputError, NonFiniteLoss, UsageError
 from trainer.evaluate.questions import Question, questions_of
 from trainer.model import fetch_model, load_tokenizer
@@ -24,7 +25,6 @@ from trainer.model.placement import Placement, placement_for
 from trainer.recipe import Recipe
 from trainer.recipe.trust import Trust
 from trainer.run import layout
-from trainer.run.frozen import eval_spec
 from trainer.storage import open_storage
 from trainer.tasks import GenerationContext, Task, Totals, make_task
 from trainer.worker.loop import evaluated_sums

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any, TypeVar
 
+from trainer.data.run_data import find_prepared, total_steps, try_open_data
 from trainer.model import fetch_model, load_tokenizer
 from trainer.plan.patience import Asked, Late
 from trainer.recipe import Recipe
 from trainer.run import layout
-from trainer.run.frozen import find_prepared, total_steps, try_open_data
 from trainer.run.jsonl import rows_backwards
 from trainer.storage import open_storage
 

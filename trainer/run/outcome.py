@@ -1,4 +1,4 @@
-"""How a driver leaves its run: what it failed of goes into the events, the state into the lease."""
+"""A driver's last records: the cause of a failure as an event, the state in the lease."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from trainer.checkpoint import read_claims
 from trainer.errors import MusterError
+from trainer.run.claims import read_claims
 from trainer.run.failure import said_of
 from trainer.run.jsonl import Events
 from trainer.run.lease import Lease
@@ -16,23 +16,23 @@ from trainer.storage import Storage
 log = logging.getLogger(__name__)
 
 DEADLINE_S = 20.0
-"""How long each of the two is tried beside an error, which somebody waits to read."""
+"""Time limit of each of the two records after a failure, whose message the user is waiting for."""
 
 
 def leave(run: Storage, lease: Lease, state: str, error: BaseException | None = None) -> None:
-    """Releases the lease as ``state``. Beside an ``error`` nothing is raised: it is the error that is told then, not
-    that its record could not be stored either. Rank 0 has said how its attempt ended, unless it failed."""
+    """Releases the lease as ``state``. With an ``error`` nothing is raised, so that the caller reports the error and
+    not that its record could not be stored. Without a failure, rank 0 has recorded the end of its attempt itself."""
     if error is None:
         lease.release(state)
         return
     if state == "failed":
-        with _warned("the run's events do not have why it failed"):
-            say_failed(run.within(DEADLINE_S), lease.driver, said_of(error))
-    with _warned(f"the run's lease does not say that it has {state}"):
+        with _warned("the cause of the failure is not in the run's events"):
+            record_failure(run.within(DEADLINE_S), lease.driver, said_of(error))
+    with _warned(f"the state {state!r} is not in the run's lease"):
         lease.release(state, deadline_s=DEADLINE_S)
 
 
-def say_failed(run: Storage, driver: int, cause: str) -> None:
+def record_failure(run: Storage, driver: int, cause: str) -> None:
     events = Events(run, read_claims(run).attempt, f"driver{driver}")
     events.emit("end", state="failed", cause=cause, driver=driver)
     events.close()

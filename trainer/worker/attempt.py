@@ -27,6 +27,7 @@ from trainer.checkpoint.artifact_info import ArtifactInfo
 from trainer.checkpoint.model_card import model_card
 from trainer.checkpoint.publish import TOTAL_STEPS, publish
 from trainer.data import Batch, Cursor, Stream, eval_batches, open_caches
+from trainer.data.run_data import RunData, open_data, weights
 from trainer.distributed.world import World, device_name, join_world
 from trainer.errors import InputError, Interrupted, MusterError, note_where
 from trainer.fast_imports import load_libraries
@@ -34,7 +35,7 @@ from trainer.model import load_tokenizer, save_head_config
 from trainer.model.files.identity import differences, identity_of
 from trainer.run import layout
 from trainer.run.failure import COLLECTIVE
-from trainer.run.frozen import RunData, open_data, read_provenance, versions, weights
+from trainer.run.frozen import read_provenance, versions
 from trainer.run.startup_phases import DATA, FIRST_STEP, MODEL, SAMPLES, WORKERS, Phases
 from trainer.storage import open_storage
 from trainer.strategies.compiling import Warmup

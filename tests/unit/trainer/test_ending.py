@@ -82,8 +82,8 @@ def test_a_storage_that_is_away_does_not_take_the_place_of_the_cause(
     run, backend, lease = held
     backend.before = unreachable
     leave(run, lease, "failed", InputError("no such column"))
-    assert "the run's events do not have why it failed" in caplog.text
-    assert "the run's lease does not say that it has failed" in caplog.text
+    assert "the cause of the failure is not in the run's events" in caplog.text
+    assert "the state 'failed' is not in the run's lease" in caplog.text
     assert "within 1" in caplog.text, "nobody waits two minutes for each"
 
 

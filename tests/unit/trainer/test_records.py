@@ -18,12 +18,13 @@ from trainer.checkpoint.blobs import entry_of
 from trainer.checkpoint.record import _digest
 from trainer.data.prepare.partial import BEGUN, open_begun
 from trainer.data.prepare.prepared import MANIFEST, open_prepared
+from trainer.data.run_data import read_data
 from trainer.data.types import Cursor
 from trainer.errors import CorruptObject, InputError
 from trainer.parsing import Malformed
 from trainer.records import Count, UnixTime, read_record
 from trainer.run import layout
-from trainer.run.frozen import Provenance, read_data, read_provenance
+from trainer.run.frozen import Provenance, read_provenance
 from trainer.run.lease import Holder, LeaseRecord, read_lease, to_row
 from trainer.run.submission import Submission, read_submission
 from trainer.storage import Storage, to_json

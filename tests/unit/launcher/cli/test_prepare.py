@@ -18,11 +18,11 @@ from launcher.monitor.progress import Progress
 from tests.support.training import small_recipe
 from tests.unit.trainer.data.data_support import made, pairs, write_rows
 from trainer.data import summarise
+from trainer.data.run_data import prepare_data
 from trainer.data.summary import bins
 from trainer.errors import UsageError
 from trainer.recipe import dump
 from trainer.run import layout
-from trainer.run.frozen import prepare_data
 from trainer.storage import open_storage
 
 ROOT = Path(__file__).resolve().parents[4]

@@ -17,8 +17,8 @@ from trainer.data.prepare.partial import BEGUN, PATIENCE_S
 from trainer.data.prepare.prepared import MANIFEST
 from trainer.data.prepare.split import windows
 from trainer.data.prepare.window import index_key
+from trainer.data.run_data import open_data, prepare_data, try_open_data
 from trainer.errors import CorruptObject, InputError, StorageError
-from trainer.run.frozen import open_data, prepare_data, try_open_data
 
 SEED = 17
 

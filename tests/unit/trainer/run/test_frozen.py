@@ -14,20 +14,12 @@ import pytest
 from tests.storage.doubles import unreadable
 from tests.support.training import prepare, run_of, small_recipe, write_pairs
 from trainer.checkpoint import CommitRecord, claim_attempt, claim_driver, commit, put_checkpoint
+from trainer.data.run_data import check_rows, open_data, prepare_data, try_open_data
 from trainer.errors import CorruptObject, InputError, RecipeChanged, StorageError
 from trainer.model import load_tokenizer
 from trainer.recipe import Recipe
 from trainer.run import layout
-from trainer.run.frozen import (
-    check_rows,
-    check_same_recipe,
-    freeze_recipe,
-    open_data,
-    prepare_data,
-    provenance,
-    read_recipe,
-    try_open_data,
-)
+from trainer.run.frozen import check_same_recipe, freeze_recipe, provenance, read_recipe
 from trainer.storage import Storage, open_storage
 
 Make = Callable[..., Recipe]
@@ -69,7 +61,7 @@ def test_a_recipe_comes_back_resolved_and_without_stop_after(make: Make) -> None
 
 def test_a_run_that_is_not_there_is_said(make: Make) -> None:
     run = run_of(make())
-    with pytest.raises(InputError, match=r"there is no run at .*/run: no recipe\.yaml lies there"):
+    with pytest.raises(InputError, match=r"there is no run at .*/run: it has no recipe\.yaml"):
         read_recipe(run)
     check_same_recipe(run, make())
 

@@ -1,0 +1,248 @@
+"""A run's data: which prepared data the run trains on and evaluates on, and how they are prepared, opened and counted.
+
+Until the first checkpoint is committed, corrected data may replace the data that the run started with, because nothing
+is lost by it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, Required, TypedDict
+
+from trainer.data import (
+    PreparationSpec,
+    PreparedDataset,
+    check_first_rows,
+    count_steps,
+    describe,
+    freeze,
+    open_begun,
+    open_prepared,
+    prepare_dataset,
+    resolve_chat_template,
+)
+from trainer.errors import CorruptObject, InputError
+from trainer.parsing import Malformed
+from trainer.recipe import DataSection, Recipe, SourceSection
+from trainer.records import read_record
+from trainer.run import layout
+from trainer.run.frozen import has_commits
+from trainer.storage import Storage
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+Early = Callable[[PreparationSpec, Any, Storage], PreparedDataset]
+"""Starts to prepare data and returns before it is complete: see `trainer.data.PartialDataset`."""
+
+
+class _Data(TypedDict, total=False):
+    train: Required[Any]
+    eval: Any
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The prepared data of a run, and its number of steps."""
+
+    recipe: Recipe
+    train: PreparedDataset
+    eval: PreparedDataset | None
+
+    @cached_property
+    def total_steps(self) -> int:
+        """Optimizer steps. If the recipe gives epochs, every window is read: seconds per million samples."""
+        return total_steps(self.recipe, self.train)
+
+
+def check_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Encodes the first rows of each source; raises InputError for what would fail the preparation."""
+    labels: Sequence[str] | None = None
+    for sources in filter(None, (recipe.data.train, recipe.data.eval)):
+        spec = _spec(recipe, sources, tokenizer, None, labels)
+        check_first_rows(spec, tokenizer)
+        labels = spec.labels
+
+
+def prepare_data(
+    recipe: Recipe,
+    run: Storage,
+    shared: Storage,
+    tokenizer: Callable[[], PreTrainedTokenizerBase],
+    *,
+    map_windows: Callable[..., Any] = map,
+    on_progress: Callable[..., None] | None = None,
+    early: Early | None = None,
+) -> RunData:
+    """Opens or prepares the run's data, and records in the run which data they are. ``tokenizer`` is called only if
+    something must be prepared. ``early`` prepares the training data if the recipe gives a number of steps."""
+    bound = _frozen_data(run) is not None
+    train, evaluation = prepare_parts(
+        recipe, run, shared, tokenizer, map_windows=map_windows, on_progress=on_progress, early=early
+    )
+    if not bound:
+        parts = {"train": train, "eval": evaluation}
+        run.write_json(layout.DATA, {part: p.spec.to_json() for part, p in parts.items() if p is not None})
+    return RunData(recipe, train, evaluation)
+
+
+def prepare_parts(
+    recipe: Recipe,
+    run: Storage,
+    shared: Storage,
+    tokenizer: Callable[[], PreTrainedTokenizerBase],
+    *,
+    map_windows: Callable[..., Any] = map,
+    on_progress: Callable[..., None] | None = None,
+    early: Early | None = None,
+) -> tuple[PreparedDataset, PreparedDataset | None]:
+    """Opens or prepares training and evaluation data under ``shared``. Writes nothing into the run."""
+    frozen = _frozen_data(run)
+    parts: dict[str, PreparedDataset | None] = {"train": None, "eval": None}
+    loaded: list[PreTrainedTokenizerBase] = []
+    for part, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
+        if not sources:
+            continue
+        spec = frozen.get(part) if frozen else None
+        prepared = open_prepared(shared, spec.fingerprint) if spec else None
+        if prepared is None:
+            loaded = loaded or [tokenizer()]
+            known = parts["train"].spec.labels if parts["train"] else None
+            spec = _spec(recipe, sources, loaded[0], spec, known)
+            if early is not None and part == "train" and recipe.training.steps is not None:
+                prepared = early(spec, loaded[0], shared)
+            else:
+                prepared = prepare_dataset(spec, loaded[0], shared, map_windows=map_windows, on_progress=on_progress)
+        parts[part] = prepared
+    train = parts["train"]
+    assert train is not None, "a recipe has training data"
+    return train, parts["eval"]
+
+
+def open_data(recipe: Recipe, run: Storage, shared: Storage) -> RunData:
+    """Opens, on a worker, the data that the driver has prepared or is preparing. Raises InputError if it is missing."""
+    data = try_open_data(recipe, run, shared, open_begun if recipe.training.steps is not None else open_prepared)
+    if data is None:
+        raise InputError(f"the prepared data of {run.url} is not complete in {shared.url}; start the run again")
+    return data
+
+
+def try_open_data(
+    recipe: Recipe,
+    run: Storage,
+    shared: Storage,
+    open_train: Callable[[Storage, str], PreparedDataset | None] = open_prepared,
+) -> RunData | None:
+    """Opens the run's data; returns None if a part is not complete."""
+    try:
+        frozen = read_data(run)
+    except FileNotFoundError:
+        return None
+    opens = {"train": open_train, "eval": open_prepared}
+    parts = {part: opens[part](shared, spec.fingerprint) for part, spec in frozen.items()}
+    if any(prepared is None for prepared in parts.values()):
+        return None
+    train = parts["train"]
+    assert train is not None
+    return RunData(recipe, train, parts.get("eval"))
+
+
+def find_prepared(recipe: Recipe, shared: Storage, tokenizer: PreTrainedTokenizerBase) -> PreparedDataset | None:
+    """Opens training data of this recipe that were prepared before; None if there are none, or not complete."""
+    return open_prepared(shared, _spec(recipe, recipe.data.train, tokenizer, None, None).fingerprint)
+
+
+def eval_spec(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> PreparationSpec:
+    """Returns the specification of the recipe's evaluation data with the training data's ``labels``."""
+    return _spec(recipe, recipe.data.eval, tokenizer, None, labels)
+
+
+def total_steps(recipe: Recipe, train: PreparedDataset) -> int:
+    training = recipe.training
+    if training.steps is not None:
+        return training.steps
+    assert training.epochs is not None, "the recipe gives steps or epochs"
+    return count_steps(
+        train,
+        seed=recipe.seed,
+        epochs=training.epochs,
+        global_batch=training.global_batch,
+        sequence_length=recipe.data.sequence_length,
+        packing=recipe.data.packing,
+        weights=weights(recipe.data),
+    )
+
+
+def weights(data: DataSection) -> tuple[float, ...]:
+    return tuple(s.weight for s in data.train)
+
+
+def _frozen_data(run: Storage) -> dict[str, PreparationSpec] | None:
+    """Reads the frozen specifications. Returns None without a committed checkpoint: the data may still change."""
+    if not has_commits(run):
+        return None
+    try:
+        return read_data(run)
+    except FileNotFoundError:
+        raise CorruptObject(
+            f"{run.url} has checkpoints but no {layout.DATA}, which says what data they were trained on; put it back, "
+            "or start a run under another name"
+        ) from None
+
+
+def read_data(run: Storage) -> dict[str, PreparationSpec]:
+    """Reads the specifications of the run's training data (``train``) and, if there are any, evaluation data
+    (``eval``). Raises CorruptObject for a malformed record."""
+    body = run.read_json(layout.DATA)
+    try:
+        parts = read_record(_Data, body)
+        return {part: PreparationSpec.from_json(parts[part]) for part in ("train", "eval") if part in parts}
+    except Malformed as error:
+        raise CorruptObject(
+            f"{run.uri(layout.DATA)} does not say what data the run was trained on ({error}); put it back, or start a "
+            "run under another name"
+        ) from error
+
+
+def _spec(
+    recipe: Recipe,
+    sources: Sequence[SourceSection],
+    tokenizer: PreTrainedTokenizerBase,
+    frozen: PreparationSpec | None,
+    labels: Sequence[str] | None,
+) -> PreparationSpec:
+    """``labels``: the training data's label set, which evaluation data must use; None for the training data itself."""
+    if frozen is None:
+        spec = describe(freeze(sources), tokenizer, labels=labels, **_settings(recipe))
+        _check_class_weights(recipe, spec.labels)
+        return spec
+    spec = describe(frozen.sources, tokenizer, labels=frozen.labels, **_settings(recipe))
+    if spec.fingerprint != frozen.fingerprint:
+        raise InputError(
+            "the tokenizer or the chat template is not the one that this run was started with, and its prepared data are "
+            "missing; put the old one back, or start a run under another name"
+        )
+    return spec
+
+
+def _check_class_weights(recipe: Recipe, labels: Sequence[str]) -> None:
+    unknown = [label for label in recipe.classification.class_weights if label not in labels]
+    if unknown:
+        raise InputError(
+            f"classification.class_weights names the label {unknown[0]!r}, and those of the training data are "
+            f"{', '.join(labels)}"[:500]
+        )
+
+
+def _settings(recipe: Recipe) -> dict[str, Any]:
+    data = recipe.data
+    return {
+        "sequence_length": data.sequence_length,
+        "packing": data.packing,
+        "task": recipe.task,
+        "chat_template": resolve_chat_template(data.chat_template),
+        "max_bad_rows": data.max_bad_rows,
+    }
