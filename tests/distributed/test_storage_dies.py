@@ -8,10 +8,9 @@ import pytest
 
 from tests.support.backing import watch
 from tests.support.training import adapter_bytes, ledger, prepare, run_of, small_recipe, train_here, write_pairs
-from trainer.checkpoint.publish import finished
 from trainer.errors import MusterError
+from trainer.publish import finished
 from trainer.recipe import Recipe
-from trainer.run import layout
 from trainer.storage import open_storage
 from trainer.storage.backend import Transient
 
@@ -58,11 +57,11 @@ def test_going_on_after_any_number_of_puts_ends_the_same(
                     break
             except MusterError:
                 pass
-        run_of(recipe).delete([layout.LEASE])  # its holder lives on as this test, so it would be waited for
         if not finished(
             run_of(recipe)
         ):  # what a driver asks first: it completes what was cut short after the last commit
-            assert train_here(recipe) == "succeeded", f"after {puts} puts"
+            # Its holder is this process, which is alive, so that it would be waited for.
+            assert train_here(recipe, takeover=True) == "succeeded", f"after {puts} puts"
         assert adapter_bytes(recipe) == adapter_bytes(healthy), f"after {puts} puts"
         assert ledger(recipe) == ledger(healthy), f"after {puts} puts"
     assert 20 < puts < MOST_PUTS - 1

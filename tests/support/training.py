@@ -92,15 +92,16 @@ def _train(recipe: Recipe, *, first: bool) -> None:
         lease.release(state)
 
 
-def train_here(recipe: Recipe, stop_requested: Callable[[], bool] = lambda: False) -> str:
-    """Trains the recipe's run in this process, as the one rank there is; returns the state that it ended in."""
+def train_here(recipe: Recipe, stop_requested: Callable[[], bool] = lambda: False, *, takeover: bool = False) -> str:
+    """Trains the recipe's run in this process, as the one rank there is; returns the state that it ended in.
+    ``takeover``: from a holder of the run that seems alive."""
     from trainer.errors import Interrupted
     from trainer.worker.attempt import train
     from trainer.worker.job import Job
 
     storage = open_storage(recipe.storage)
     run = storage.child(recipe.name)
-    lease = Lease.acquire(run)
+    lease = Lease.acquire(run, takeover=takeover)
     state = "failed"
     try:
         total = prepare(recipe, storage).total_steps
