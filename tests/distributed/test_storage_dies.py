@@ -8,8 +8,8 @@ import pytest
 
 from tests.support.backing import watch
 from tests.support.training import adapter_bytes, ledger, prepare, run_of, small_recipe, train_here, write_pairs
+from trainer.checkpoint.publish import finished
 from trainer.errors import MusterError
-from trainer.publish import finished
 from trainer.recipe import Recipe
 from trainer.storage import open_storage
 from trainer.storage.backend import Transient
