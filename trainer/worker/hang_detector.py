@@ -29,8 +29,10 @@ from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Any, Protocol
 
+from trainer.data import Batch
 from trainer.storage.backend import NoAnswer
 from trainer.storage.limit import limited
+from trainer.worker.callbacks import Callback
 
 BEAT_S = 1.0
 STALE_S = 10.0
@@ -106,8 +108,8 @@ def culprits(seen: Mapping[int, Seen], now: float, patience: float) -> list[Puls
     return behind if len(behind) < len(seen) else []
 
 
-class Heartbeat:
-    """This rank's pulse and its view of the others. ``phase`` is called by the training thread, and costs nothing.
+class HangDetector(Callback):
+    """This rank's pulse and its view of the others. `on_phase` is called by the training thread, and costs nothing.
 
     ``on_hang(culprits)`` is called once, from the monitor's thread, on the rank that is to act.
     """
@@ -133,13 +135,18 @@ class Heartbeat:
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="heartbeat", daemon=True)
 
-    def phase(self, step: int, name: str) -> None:
-        self._now = (step, name, self._now[2] + 1)
+    def on_phase(self, step: int, phase: str) -> None:
+        self._now = (step, phase, self._now[2] + 1)
 
-    def step_done(self, seconds: float) -> None:
-        self._steps.append(seconds)
+    def on_step_end(self, metrics: Mapping[str, Any], batches: Sequence[Batch]) -> None:
+        self._steps.append(metrics["step_s"])
 
-    def __enter__(self) -> Heartbeat:
+    def place(self) -> str:
+        """Returns the step and phase of this rank."""
+        step, phase, _ = self._now
+        return f"step {step}, {phase}"
+
+    def __enter__(self) -> HangDetector:
         self.beat()  # from here on everybody knows of this rank, also if it stops before its thread has run
         self._thread.start()
         return self

@@ -13,21 +13,18 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from trainer.data import Batch, Cursor, RankStep, StepPlan
-from trainer.distributed.world import World, memory_bytes
+from trainer.data import Batch, RankStep, StepPlan
+from trainer.distributed.world import memory_bytes
 from trainer.errors import NonFiniteLoss
 from trainer.optim import learning_rate
-from trainer.recipe import Recipe
-from trainer.strategies import Strategy
 from trainer.tasks import Task, Totals, Update
+from trainer.worker.build import Parts
+from trainer.worker.callbacks import Callback, Position, around_step
 from trainer.worker.hang_detector import CHECKPOINT, WAITING_FOR_DATA
-from trainer.worker.mfu import Meter
 from trainer.worker.rank_timer import RankTimer, of_this_rank, rank_record
 
 NAMED_SAMPLES = NAMED_RANKS = 8
@@ -36,34 +33,6 @@ NAMING = (
     "the sample begins (in Parquet and on the Hub its row)"
 )
 MIN_LOSS_SCALE = 1.0
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a run stands: ``step`` optimizer steps are done, ``cursor`` is the next one's data."""
-
-    step: int
-    cursor: Cursor
-
-
-@dataclass(frozen=True)
-class Callbacks:
-    """What the loop tells others. ``stop_requested`` may say yes on any one rank; the other calls happen on all.
-
-    ``around_step`` surrounds a step from when its data is waited for until its update is done. ``around_update`` is
-    entered when a step's gradients are complete, and left when the optimizer has used them. ``samples`` comes before a
-    run's first step (as step 0) and after its last one."""
-
-    step_done: Callable[[dict[str, Any]], None]
-    fed: Callable[[int, list[Batch]], None]
-    checkpoint: Callable[[Position, bool], None]
-    evaluated: Callable[[dict[str, Any]], None]
-    stop_requested: Callable[[], bool]
-    phase: Callable[[int, str], None]
-    around_step: Callable[[int], AbstractContextManager[Any]] = lambda step: nullcontext()
-    around_update: Callable[[int], AbstractContextManager[Any]] = lambda step: nullcontext()
-    examples: Callable[[int, list[dict[str, Any]]], None] = lambda step, shown: None
-    samples: Callable[[int], None] = lambda step: None
 
 
 class UpdateResult(NamedTuple):
@@ -86,54 +55,59 @@ class Loop:
 
     def __init__(
         self,
-        recipe: Recipe,
-        world: World,
-        strategy: Strategy,
-        task: Task,
-        hooks: Callbacks,
+        parts: Parts,
+        callbacks: Sequence[Callback],
+        stop_requested: Callable[[], bool],
         *,
         total_steps: int,
         eval_batches: Callable[[], Iterator[Batch]] | None,
-        meter: Meter | None = None,
     ) -> None:
-        self.recipe, self.world, self.strategy, self.task, self.hooks = recipe, world, strategy, task, hooks
+        self.recipe, self.world, self.adapter = parts.recipe, parts.world, parts.adapter
+        self.strategy, self.task, self.meter = parts.strategy, parts.task, parts.meter
+        self.callbacks, self.stop_requested = callbacks, stop_requested
         self.total_steps = total_steps
         self.eval_batches = eval_batches
-        self.meter = meter
-        self.own = RankTimer(world.device)
+        self.own = RankTimer(self.world.device)
 
     def run(self, start: Position, steps: Iterator[RankStep]) -> Position:
-        """Returns the position reached, which has been handed to ``hooks.checkpoint`` as the last one."""
+        """Returns the position reached, after its checkpoint was taken."""
         training = self.recipe.training
         end = min(self.total_steps, training.stop_after or self.total_steps)
         position = start
         self.strategy.module.train()
-        if start.step == 0:
-            self.hooks.samples(0)
+        for callback in self.callbacks:
+            callback.on_start(start)
         while position.step < end:
             step = position.step + 1
-            with self.hooks.around_step(step):
+            with around_step(self.callbacks, step):
                 began = time.monotonic()
                 self.own.start()
-                self.hooks.phase(step, WAITING_FOR_DATA)
+                self._phase(step, WAITING_FOR_DATA)
                 data = next(steps)
                 metrics, stop = self._step(step, data, began)
             position = Position(step, data.plan.next)
-            self.hooks.fed(step, data.batches)
-            self.hooks.step_done(metrics)
-            if shown := self.task.example_rollouts():
-                self.hooks.examples(step, shown)
+            for callback in self.callbacks:
+                callback.on_step_end(metrics, data.batches)
+            if examples := self.task.example_rollouts():
+                for callback in self.callbacks:
+                    callback.on_examples(step, examples)
             if self._evaluation_due(step):
                 self.evaluate(step)
             if step == self.total_steps:
-                self.hooks.samples(step)
+                for callback in self.callbacks:
+                    callback.on_last_step(step)
             last = stop or step == end
             if last or step % self.recipe.checkpoint.every_steps == 0:
-                self.hooks.phase(step, CHECKPOINT)
-                self.hooks.checkpoint(position, last)
+                self._phase(step, CHECKPOINT)
+                for callback in self.callbacks:
+                    callback.on_checkpoint(position, last=last)
             if stop:
                 break
         return position
+
+    def _phase(self, step: int, phase: str) -> None:
+        for callback in self.callbacks:
+            callback.on_phase(step, phase)
 
     def _evaluation_due(self, step: int) -> bool:
         every = self.recipe.training.eval_every
@@ -142,7 +116,7 @@ class Loop:
     def _step(self, step: int, data: RankStep, began: float) -> tuple[dict[str, Any], bool]:
         batches = data.batches + [Batch.empty()] * (data.plan.rounds(self.world.size) - len(data.batches))
         if self.task.prepares_steps:
-            self.hooks.phase(step, "phase before the losses")
+            self._phase(step, "phase before the losses")
             self._prepare(step, batches)
         lr = learning_rate(self.recipe.schedule, self.recipe.optimizer.lr, step, self.total_steps)
         done = [self._update(step, update, lr) for update in self.task.updates(step, data.plan, batches)]
@@ -159,8 +133,8 @@ class Loop:
 
     def _update(self, step: int, update: Update, lr: float) -> UpdateResult:
         loss_sum, totals = self._accumulate(step, update)
-        self.hooks.phase(step, "exchange of the loss")
-        stop_here, scores_here = float(self.hooks.stop_requested()), self._scores(update)
+        self._phase(step, "exchange of the loss")
+        stop_here, scores_here = float(self.stop_requested()), self._scores(update)
         rank, ranks = self.world.rank, self.world.size
         own = of_this_rank(self.own.take(), rank, ranks)
         held = of_this_rank(memory_bytes(self.world.device), rank, ranks)
@@ -170,8 +144,9 @@ class Loop:
         own, held, sums = sums[:ranks], sums[ranks : 2 * ranks], sums[2 * ranks :]
         if bad:
             self._non_finite(step, update, loss_sum)
-        self.hooks.phase(step, "optimizer")
-        norm = self.strategy.step(lr, self.hooks.around_update(step))
+        self._phase(step, "optimizer")
+        around = self.adapter.around_update(self.strategy.model, step, self.total_steps)
+        norm = self.strategy.step(lr, around)
         if not math.isfinite(norm) and not self._may_scale_down():
             named = self._named(_samples(update))
             raise NonFiniteLoss(
@@ -200,10 +175,10 @@ class Loop:
         for i, batch in enumerate(update.batches):
             seed_micro_batch(self.recipe.seed, step, batch.index)
             with self.strategy.micro_batch(last=i == len(update.batches) - 1):
-                self.hooks.phase(step, f"forward of micro-batch {batch.index}")
+                self._phase(step, f"forward of micro-batch {batch.index}")
                 with self.strategy.autocast():
                     loss, sums = self.task.loss(self.strategy.module, batch, self.world.device)
-                self.hooks.phase(step, f"backward of micro-batch {batch.index}")
+                self._phase(step, f"backward of micro-batch {batch.index}")
                 if i == len(update.batches) - 1:
                     self.own.stop()
                 self.strategy.backward(loss * scale)
@@ -265,24 +240,24 @@ class Loop:
         began = time.monotonic()
         totals = Totals()
         self.strategy.module.eval()
-        self.hooks.phase(step, WAITING_FOR_DATA)
+        self._phase(step, WAITING_FOR_DATA)
         for batch in self.eval_batches():
-            self.hooks.phase(step, "evaluation")
+            self._phase(step, "evaluation")
             totals.add(self._measure(batch))
-            self.hooks.phase(step, WAITING_FOR_DATA)  # the storage may take longer than the hang detector waits
-        self.hooks.phase(step, "exchange of the evaluation")
+            self._phase(step, WAITING_FOR_DATA)  # the storage may take longer than the hang detector waits
+        self._phase(step, "exchange of the evaluation")
         self.strategy.reshard()
         self.strategy.module.train()
         sums = totals.named(self.world.all_reduce_sum(totals.numbers()))
-        self.hooks.evaluated(
-            {
-                "step": step,
-                **{f"eval_{name}": value for name, value in self.task.metrics(sums).items()},
-                "eval_tokens": int(sums["tokens"]),
-                "eval_target_tokens": int(sums["target_tokens"]),
-                "eval_s": time.monotonic() - began,
-            }
-        )
+        metrics = {
+            "step": step,
+            **{f"eval_{name}": value for name, value in self.task.metrics(sums).items()},
+            "eval_tokens": int(sums["tokens"]),
+            "eval_target_tokens": int(sums["target_tokens"]),
+            "eval_s": time.monotonic() - began,
+        }
+        for callback in self.callbacks:
+            callback.on_evaluation(metrics)
 
     def _measure(self, batch: Batch) -> dict[str, torch.Tensor]:
         with self.strategy.autocast():

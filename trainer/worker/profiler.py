@@ -23,6 +23,7 @@ from trainer.distributed.world import World
 from trainer.recipe import Recipe
 from trainer.run import layout
 from trainer.storage import Storage
+from trainer.worker.callbacks import Callback
 
 log = logging.getLogger(__name__)
 TOP_OPERATORS = 20
@@ -30,8 +31,8 @@ IN_EVENT = 8
 PATIENCE_S = 30.0
 
 
-class Profiler:
-    """Traces the steps that the recipe names, on the ranks that it names. ``around`` surrounds every step; ``close``
+class Profiler(Callback):
+    """Traces the steps that the recipe names, on the ranks that it names. `around_step` surrounds every step; ``close``
     ends a trace that the attempt's end has cut short, and waits for the upload. ``say(fields)`` gets what to tell."""
 
     def __init__(
@@ -46,7 +47,7 @@ class Profiler:
         self._thread: threading.Thread | None = None
 
     @contextmanager
-    def around(self, step: int) -> Iterator[None]:
+    def around_step(self, step: int) -> Iterator[None]:
         """A resumed attempt traces what is left of the range."""
         if not self._first <= step <= self._last:
             yield

@@ -26,7 +26,7 @@ class Recorder:
         self.world = world
         self._run = run
         self.attempt = attempt
-        self.facts: dict[str, Any] = {}
+        self.last_metrics: dict[str, Any] = {}
         self._metrics = JsonLinesWriter(run, layout.metrics_part(attempt)) if world.is_rank0 else None
         self._events = Events(run, attempt, "rank0") if world.is_rank0 else None
         self._ledger = JsonLinesWriter(run, layout.ledger_part(attempt, world.rank)) if recipe.data.ledger else None
@@ -40,7 +40,7 @@ class Recorder:
         earlier = read_rows(self._run, layout.EVENTS) if self.attempt > 1 else []
         return any({"event": event, **fields}.items() <= row.items() for row in earlier)
 
-    def said(self, event: str, fields: Mapping[str, Any]) -> None:
+    def event_from_any_rank(self, event: str, fields: Mapping[str, Any]) -> None:
         """What any rank may have to tell, aside from training: it is stored soon, and nobody waits for it."""
         if self._events:
             self._events.emit(event, wait=False, **fields)
@@ -54,7 +54,7 @@ class Recorder:
         events = self._events or Events(self._run, self.attempt, f"rank{self.world.rank}")
         events.emit("hang", cause=text, ranks=[asdict(pulse) for pulse in found])
 
-    def broken(self, seen: Mapping[int, str]) -> None:
+    def collective_broke(self, seen: Mapping[int, str]) -> None:
         """Where this rank last saw each one, when its collectives have broken: one that has died says nothing."""
         events = self._events or Events(self._run, self.attempt, f"rank{self.world.rank}")
         events.emit("broken", seen=seen)
@@ -63,15 +63,15 @@ class Recorder:
 
     def metrics(self, row: dict[str, Any], **aside: Any) -> None:
         """``aside`` is written with the row, but is no fact of the result."""
-        self.facts.update(row)
+        self.last_metrics.update(row)
         if self._metrics:
             self._metrics.add({"attempt": self.attempt, "time": time.time(), **row, **aside})
 
-    def go_on(self, facts: Mapping[str, Any]) -> None:
+    def resume_from(self, facts: Mapping[str, Any]) -> None:
         """From those of a checkpoint, of which the last evaluation holds until the next."""
-        self.facts |= {name: value for name, value in facts.items() if name.startswith(EVALUATED)}
+        self.last_metrics |= {name: value for name, value in facts.items() if name.startswith(EVALUATED)}
 
-    def fed(self, step: int, batches: list[Batch]) -> None:
+    def log_ledger(self, step: int, batches: Sequence[Batch]) -> None:
         """``batches``: what this rank fed to the model in ``step``, zero-weight ones left out."""
         if self._ledger:
             for batch in batches:

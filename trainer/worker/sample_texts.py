@@ -17,14 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.data import Batch, PreparedDataset, eval_batches
-from trainer.distributed.world import World
 from trainer.errors import InputError
 from trainer.model.kernels.attention import by_mask
-from trainer.recipe import Recipe
 from trainer.recipe.sections.compute import VIRTUAL
-from trainer.strategies import Strategy
-from trainer.tasks import Task
 from trainer.tasks.sampling import PolicySampler, SamplingPrompt, prompts_of, shown
+from trainer.worker.build import Parts
+from trainer.worker.callbacks import Callback, Position
 from trainer.worker.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -37,7 +35,7 @@ TOLD_CHARACTERS = 300
 
 
 @dataclass(frozen=True)
-class Opening:
+class PromptSource:
     """Where prompts come from: the first samples of evaluation data, if any. ``tokenizer`` loads the model's."""
 
     data: PreparedDataset | None
@@ -50,24 +48,28 @@ class Opening:
         return next(eval_batches(self.data, count, 0, 1, cache=self.cache, singly=True, limit=count), None)
 
 
-class Samples:
+class SampleTexts(Callback):
     """``doing(step, phase)`` is told of each token, so that a slow model is not taken for a hang."""
 
     def __init__(
         self,
-        recipe: Recipe,
-        world: World,
-        strategy: Strategy,
-        task: Task,
+        parts: Parts,
         recorder: Recorder,
-        opening: Opening,
-        doing: Callable[[int, str], None],
+        source: PromptSource,
+        on_phase: Callable[[int, str], None],
     ) -> None:
-        self.recipe, self.world, self.strategy, self.task = recipe, world, strategy, task
-        self.recorder, self.opening, self.doing = recorder, opening, doing
-        self._over = not recipe.samples.count or task.head is None or opening.data is None
+        self.recipe, self.world, self.strategy, self.task = parts.recipe, parts.world, parts.strategy, parts.task
+        self.recorder, self.source, self.on_token = recorder, source, on_phase
+        self._over = not self.recipe.samples.count or self.task.head is None or source.data is None
         self._failure: str | None = None
         self._prompts: list[SamplingPrompt] | None = None
+
+    def on_start(self, position: Position) -> None:
+        if position.step == 0:
+            self.write(0)
+
+    def on_last_step(self, step: int) -> None:
+        self.write(step)
 
     def write(self, step: int) -> None:
         """Every rank, before the first step (as 0) or after the last one. What goes wrong is a warning, and the end of
@@ -115,10 +117,10 @@ class Samples:
         method = self.recipe.adapter.method
         if method in VIRTUAL:
             raise InputError(f"texts are written by a cache, which may hold what adapter.method {method} puts there")
-        tokenizer = self.opening.tokenizer()
+        tokenizer = self.source.tokenizer()
 
         def agree(going: bool) -> bool:
-            self.doing(step, "samples")
+            self.on_token(step, "samples")
             return self._exchange(going)
 
         author = PolicySampler(
@@ -135,7 +137,7 @@ class Samples:
 
     def _fitting(self, author: PolicySampler) -> list[SamplingPrompt]:
         """On rank 0."""
-        batch = self.opening.samples(self.recipe.samples.count)
+        batch = self.source.samples(self.recipe.samples.count)
         data, length = self.recipe.data, author.max_new_tokens
         longest = min(data.sequence_length, author.positions or data.sequence_length) - length
         room = self.recipe.training.micro_batch * data.sequence_length

@@ -143,7 +143,7 @@ def test_a_rank_whose_collectives_break_says_where_it_saw_the_others(
         raise RuntimeError("[gloo] Connection closed by peer")
 
     monkeypatch.setattr(SFT, "loss_sum", breaks)
-    monkeypatch.setattr(attempt.Heartbeat, "seen", lambda self: {0: "step 1, optimizer", 1: "step 1, forward"})
+    monkeypatch.setattr(attempt.HangDetector, "seen", lambda self: {0: "step 1, optimizer", 1: "step 1, forward"})
     write_pairs(tmp_path / "data" / "a.jsonl", 20)
     recipe = small_recipe("broken", tiny_model, tmp_path)
     with pytest.raises(RuntimeError, match="gloo"):
