@@ -1,4 +1,4 @@
-"""What a rank trains with: the base model, the adapter on it, the task, and the strategy that shards it over the ranks.
+"""Builds the parts of a rank: base model, adapter, task, and the strategy that shards the model over the ranks.
 
 There are two loaders. With `ShardedLoader` no rank ever holds more of the base model than it keeps; strategies that
 shard parameters use it wherever adapter, task and architecture allow. With `WholeLoader` each rank loads all of it.

@@ -1,9 +1,9 @@
-"""The training loop: the same few lines for every method, strategy and task.
+"""The training loop: the same code for every method, strategy and task.
 
-A global step is one update of the optimizer, or as many as its task asks for (`Task.updates`). An update is cut into
-micro-batches; rank r runs those with k % world_size == r. What a micro-batch holds, and the
-random numbers that its forward draws, depend on (seed, step, k) alone, and the loss is the sum over the task's units
-(target tokens, samples, pairs) divided by the update's, which every rank knows: so any number of ranks trains the same
+A global step is one update of the optimizer, or several if the task does more (`Task.updates`). An update is divided
+into micro-batches; rank r runs micro-batch k if k % world_size == r. The samples of a micro-batch, and the random
+numbers of its forward pass, depend on (seed, step, k) only. The loss is a sum over the task's units (target tokens,
+samples, pairs) divided by the update's number of units, which every rank knows. So any number of ranks trains the same
 run.
 """
 
@@ -36,9 +36,9 @@ MIN_LOSS_SCALE = 1.0
 
 
 class UpdateResult(NamedTuple):
-    """What one update of the optimizer came to: the mean loss, the gradient's norm, whether any rank asks to stop, what
-    attention did (`Operations.scores`), each rank's own seconds and its memory in bytes, and the metrics' sums over all
-    ranks, to be named by ``totals``."""
+    """One update of the optimizer: the mean loss, the gradient's norm, whether a rank requests a stop, the pairs in
+    attention (`Operations.scores`), each rank's local seconds and memory in bytes, and the metrics' sums over all
+    ranks, which ``totals`` names."""
 
     loss: float
     norm: float
@@ -51,7 +51,8 @@ class UpdateResult(NamedTuple):
 
 
 class Loop:
-    """Trains from a position to the last step, to ``training.stop_after``, or until somebody asks it to stop."""
+    """Trains from a position to the last step, to ``training.stop_after``, or until a rank's ``stop_requested`` returns
+    True."""
 
     def __init__(
         self,
@@ -162,13 +163,14 @@ class Loop:
         return sum(self.meter.operations.scores(batch) for batch in update.batches if isinstance(batch, Batch))
 
     def _may_scale_down(self) -> bool:
-        """In float16 the first gradients overflow as a matter of course, until the scale of the loss has come down."""
+        """Returns True while a non-finite gradient is expected: in float16 the first gradients overflow, until the
+        scaler has lowered the loss scale."""
         scaler = self.strategy.scaler
         return scaler.is_enabled() and scaler.get_scale() >= MIN_LOSS_SCALE
 
     def _accumulate(self, step: int, update: Update) -> tuple[float, Totals]:
-        """This rank's sum of losses, and those of the metrics; gradients of the update's mean loss lie in the
-        parameters afterwards."""
+        """Adds the gradients of the update's mean loss to the parameters. Returns this rank's sum of losses, and the
+        metrics' sums."""
         scale = (self.world.size if self.strategy.averages_gradients else 1) / max(1, update.units)
         total, totals = torch.zeros((), dtype=torch.float64, device=self.world.device), Totals()
         self.own.start()
@@ -222,17 +224,17 @@ class Loop:
         }
 
     def _non_finite(self, step: int, update: Update, loss_sum: float) -> None:
-        """Every rank gets here, since the sum told all of them; each names what it had been fed."""
+        """Collective: every rank sees the sum that is not finite. Each names its samples."""
         named = self._named([] if math.isfinite(loss_sum) else _samples(update))
         raise NonFiniteLoss(
             f"step {step}: the loss is not finite ({named}). Lower optimizer.lr, or look at these samples: {NAMING}"
         )
 
     def _named(self, mine: Sequence[str]) -> str:
-        """Collective: what each rank names of its samples, the first ones of them."""
+        """Collective: returns the first samples of each rank as text."""
         named = [(rank, samples) for rank, samples in enumerate(self.world.all_gather(mine)) if samples]
-        told = [f"rank {rank}: samples {_first_of(samples, NAMED_SAMPLES)}" for rank, samples in named]
-        return _first_of(told, NAMED_RANKS, "; ")
+        of_ranks = [f"rank {rank}: samples {_first_of(samples, NAMED_SAMPLES)}" for rank, samples in named]
+        return _first_of(of_ranks, NAMED_RANKS, "; ")
 
     @torch.no_grad()
     def evaluate(self, step: int) -> None:
@@ -244,7 +246,7 @@ class Loop:
         for batch in self.eval_batches():
             self._phase(step, "evaluation")
             totals.add(self._measure(batch))
-            self._phase(step, WAITING_FOR_DATA)  # the storage may take longer than the hang detector waits
+            self._phase(step, WAITING_FOR_DATA)  # storage gets more patience than a step
         self._phase(step, "exchange of the evaluation")
         self.strategy.reshard()
         self.strategy.module.train()
@@ -274,7 +276,7 @@ def _first_of(things: Sequence[str], count: int, between: str = ", ") -> str:
 
 
 def evaluated_sums(task: Task, module: torch.nn.Module, batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
-    """What a batch adds to an evaluation, for the task's ``metrics`` to be made of."""
+    """Returns the sums that a batch adds to an evaluation; `Task.metrics` turns them into metrics."""
     loss, sums = task.eval_loss(module, batch, device)
     counted = {"units": task.loss_units(batch), "tokens": batch.tokens, "target_tokens": batch.target_tokens}
     return {"loss": loss, **{n: torch.tensor(v, device=device) for n, v in counted.items()}, **sums}

@@ -1,8 +1,9 @@
 """Floating-point operations of a step, and how much of the devices' peak they are: MFU and HFU.
 
-MFU is what the mathematics of a step asks for, over its seconds and what the devices can do at most; HFU counts what
-gradient checkpointing computes again too (Chowdhery et al. 2022, arXiv:2204.02311, appendix B; the split of MFU and HFU
-is that of Korthikanti et al. 2022, arXiv:2205.05198). Where that formula has 6 N per token, an adapter needs less:
+MFU is the number of operations that the mathematics of a step needs, divided by its seconds and the devices' peak; HFU
+also counts what gradient checkpointing computes a second time (Chowdhery et al. 2022, arXiv:2204.02311, appendix B;
+Korthikanti et al. 2022, arXiv:2205.05198, for MFU and HFU). Where that formula has 6 N per token, an adapter needs
+less:
 
     step  = (4 F + 6 T) tokens + (4 F_head + 6 T_head) targets + 12 Σ_layers width · pairs
     again = 2 (F + T) tokens + 4 Σ_layers width · pairs           with gradient checkpointing
@@ -76,15 +77,15 @@ class Attention:
     reach: int | None = None
 
     def pairs(self, positions: np.ndarray, tokens: int) -> int:
-        """Of queries and keys in one layer. ``positions`` count from 0 in each sample, and are 0 at pads, which are not
-        among the ``tokens``."""
+        """Returns the number of query-key pairs in one layer. ``positions`` count from 0 in each sample, and are 0 at
+        pads, which ``tokens`` does not count."""
         back = positions if self.reach is None else np.minimum(positions, self.reach)
         return int(back.sum()) * (1 if self.causal else 2) + tokens
 
 
 @dataclass(frozen=True)
 class Operations:
-    """What of a model one token, or one target, is multiplied with: elements of matrices."""
+    """Elements of the matrices that one token, or one target, is multiplied with."""
 
     frozen: float
     trained: float
@@ -103,7 +104,7 @@ class Operations:
         return linear + (4 * self.head_frozen + 6 * self.head_trained) * targets + 12 * scores
 
     def again(self, tokens: float, scores: float) -> float:
-        """What gradient checkpointing computes a second time: the forward of the layers."""
+        """Returns the operations that gradient checkpointing computes a second time: the forward of the layers."""
         return 2 * (self.frozen + self.trained) * tokens + 4 * scores
 
     def reference(self, tokens: float, targets: float, scores: float) -> float:

@@ -1,8 +1,8 @@
-"""Texts that a run writes before its first step and after its last one, to the same prompts and without chance, so that
-one sees what training has changed.
+"""Texts that a run generates before its first step and after its last one, greedily and from the same prompts, to show
+what training has changed.
 
-Every rank writes the same ones, of which the first keeps its own. So all run as many forwards, as strategies that
-gather parameters in a forward need it, and where a model, or its adapter, cannot write, all of them find out alike.
+Every rank generates the same texts, and rank 0 stores them. So all ranks run the same number of forward passes, which
+strategies that gather parameters in a forward need, and all ranks notice alike if the model cannot generate.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ TOLD_CHARACTERS = 300
 
 @dataclass(frozen=True)
 class PromptSource:
-    """Where prompts come from: the first samples of evaluation data, if any. ``tokenizer`` loads the model's."""
+    """The source of prompts: the first samples of the evaluation data, if any. ``tokenizer`` loads the model's."""
 
     data: PreparedDataset | None
     cache: DiskCache | None
     tokenizer: Callable[[], Any]
 
     def samples(self, count: int) -> Batch | None:
-        """Each in a row of its own."""
+        """Returns the first ``count`` samples, one per row."""
         assert self.data is not None
         return next(eval_batches(self.data, count, 0, 1, cache=self.cache, singly=True, limit=count), None)
 
 
 class SampleTexts(Callback):
-    """``doing(step, phase)`` is told of each token, so that a slow model is not taken for a hang."""
+    """``on_phase(step, phase)`` is called for each token, so that a slow model is not taken for a hang."""
 
     def __init__(
         self,
@@ -72,8 +72,8 @@ class SampleTexts(Callback):
         self.write(step)
 
     def write(self, step: int) -> None:
-        """Every rank, before the first step (as 0) or after the last one. What goes wrong is a warning, and the end of
-        the samples, not of the run; a rank on which it does says so in the place of its next token."""
+        """Collective, before the first step (as step 0) or after the last one. A failure is a warning and ends the
+        samples, not the run; the rank that fails sends the error instead of its next token."""
         if self._over:
             return
         try:
@@ -86,18 +86,19 @@ class SampleTexts(Callback):
         if self._failure is not None:
             self._over = True
             if self.world.is_rank0:
-                log.warning("the run keeps no samples from here on: %s", self._failure)
+                log.warning("no more sample texts are stored: %s", self._failure)
         elif texts:
             self.recorder.event("texts", wait=False, step=step, **texts)
 
     def _exchange(self, said: bool | str | None) -> bool:
-        """Collective: whether any rank goes on (True), with what has failed on one (its text) for all to know."""
+        """Collective: returns True if a rank still generates and none has failed. A failed rank sends the error's
+        text, which every rank keeps."""
         told = self.world.all_gather(said)
         self._failure = next((each for each in told if isinstance(each, str)), None)
         return self._failure is None and True in told
 
     def _texts(self, step: int) -> dict[str, Any]:
-        """Nothing where there is no prompt that fits, or where an earlier attempt has written them."""
+        """Returns nothing if no prompt fits, or if an earlier attempt has stored the texts before training."""
         began = time.monotonic()
         when = BEFORE if step == 0 else AFTER
         if when == BEFORE and self.world.decide_on_rank0(lambda: self.recorder.has("texts", when=BEFORE)):
@@ -116,7 +117,9 @@ class SampleTexts(Callback):
     def _author(self, step: int) -> tuple[PolicySampler, Any]:
         method = self.recipe.adapter.method
         if method in VIRTUAL:
-            raise InputError(f"texts are written by a cache, which may hold what adapter.method {method} puts there")
+            raise InputError(
+                f"texts are generated with a key-value cache, which adapter.method {method} may fill itself"
+            )
         tokenizer = self.source.tokenizer()
 
         def agree(going: bool) -> bool:
@@ -136,7 +139,6 @@ class SampleTexts(Callback):
         return author, tokenizer
 
     def _fitting(self, author: PolicySampler) -> list[SamplingPrompt]:
-        """On rank 0."""
         batch = self.source.samples(self.recipe.samples.count)
         data, length = self.recipe.data, author.max_new_tokens
         longest = min(data.sequence_length, author.positions or data.sequence_length) - length
@@ -145,7 +147,7 @@ class SampleTexts(Callback):
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """The model as it writes, and afterwards as it was."""
+        """Puts the model into its generating mode, and restores its previous mode afterwards."""
         module, device = self.strategy.module, self.world.device
         eager = torch.compiler.set_stance("force_eager") if self.recipe.compute.compile else nullcontext()
         was_training = module.training
@@ -164,8 +166,8 @@ class SampleTexts(Callback):
 
 
 def fitting(prompts: Sequence[SamplingPrompt], longest: int, room: int, more: int) -> list[SamplingPrompt]:
-    """Those, each once, of at most ``longest`` tokens that together, padded to the longest of them and each with
-    ``more`` tokens, are at most ``room`` tokens; the first ones first."""
+    """Returns the first distinct prompts of at most ``longest`` tokens that fit into ``room`` tokens, padded to the
+    longest of them, each with ``more`` tokens for its answer."""
     found: list[SamplingPrompt] = []
     for prompt in prompts:
         width = max(len(p.tokens) for p in [*found, prompt]) + more
