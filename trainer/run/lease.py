@@ -196,8 +196,8 @@ class Lease:
         sleep: Callable[[float], None] = time.sleep,
         renew_s: float = RENEW_S,
     ) -> Lease:
-        """Takes the run. Watches for up to 20 s whether the present holder renews its lease; if it does, raises RunHeld,
-        which names the holder.
+        """Takes the run. Watches for up to 20 s whether the present holder renews its lease; if it does, raises
+        RunHeld, which names the holder.
 
         Takes it at once when no driver holds it, when its holder is known to be dead on this host, when the holder has
         the same ``job`` (it was requeued), and with ``takeover``.

@@ -46,7 +46,7 @@ class Wandb:
         section = curve.recipe.wandb
         # W&B may drop settings whose names begin with x_ in any version.
         known = wandb.Settings.model_fields
-        settings = {name: value for name, value in SETTINGS.items() if not name.startswith("x_") or name in known}
+        settings: dict[str, Any] = {n: v for n, v in SETTINGS.items() if not n.startswith("x_") or n in known}
         self._run: Any = wandb.init(
             project=section.project,
             entity=section.entity,
