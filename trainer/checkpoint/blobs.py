@@ -80,7 +80,7 @@ def entry_of(data: bytes) -> FileEntry:
 
 
 def entry_of_file(path: Path) -> FileEntry:
-    """`entry_of` of a file, read in blocks."""
+    """Returns the entry of a file, which is read in blocks."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while block := file.read(_BLOCK):

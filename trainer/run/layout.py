@@ -99,7 +99,7 @@ def tracker(name: str) -> str:
 
 
 def log_part(attempt: int, rank: int, offset: int) -> str:
-    """``offset``: how many bytes of the log precede this part."""
+    """Returns the key of a log part. ``offset``: how many bytes of the log precede it."""
     return f"{LOGS}/a{attempt:06d}-r{rank:05d}-{offset:012d}.log"
 
 

@@ -70,7 +70,7 @@ class Backend(Protocol):
         ...
 
     def upload(self, path: str, source: str, moved: Moved) -> None:
-        """`write` from a local file of any size; durable on return."""
+        """Creates or replaces from a local file of any size; durable on return."""
         ...
 
     def list(self, path: str, moved: Moved) -> Listing:

@@ -172,7 +172,7 @@ class Storage:
         self.write(key, to_json(value))
 
     def upload(self, key: str, path: str | os.PathLike[str]) -> None:
-        """`write` from a local file of any size."""
+        """Creates or replaces from a local file of any size."""
         target, source = self.uri(key), os.fspath(path)
         window = min(os.path.getsize(source), _UPLOAD_WINDOW)
         self._call("write", target, lambda moved: self._backend.upload(target, source, moved), window)
