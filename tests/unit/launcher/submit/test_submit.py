@@ -271,7 +271,7 @@ def test_where_the_jobs_commands_are_missing_the_driver_is_asked_all_the_same(
     ended()
     assert done.exit_code == 0
     assert "if it starts once more, it ends at once (there is no scontrol" in done.stderr
-    with pytest.raises(Interrupted, match=r"slurm:7 was cancelled; to go on, submit the run again"):
+    with pytest.raises(Interrupted, match=r"slurm:7 was cancelled; to resume the run, submit it again"):
         check_not_cancelled(run, "slurm:7")
     check_not_cancelled(run, "slurm:8")
     check_not_cancelled(run, None)

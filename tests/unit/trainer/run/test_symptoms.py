@@ -67,7 +67,7 @@ def test_a_full_gpu_is_answered_with_what_the_plan_says_would_fit(recipe, monkey
     monkeypatch.setattr("launcher.plan.estimate.make", make)
     said = advise(Failure(OOM.format("23.50"), 1), recipe, RUN)
     assert "the GPU's memory is full" in said
-    assert said.endswith("the plan says that one of these fits: strategy.kind=fsdp resources.workers=8")
+    assert said.endswith("according to the plan, one of these fits: strategy.kind=fsdp resources.workers=8")
     roomy = advise(Failure(OOM.format("500.00"), 1), recipe, RUN)
     assert "muster plan RECIPE --gpu-memory 500GiB" in roomy
     assert asked == [int(23.5 * (1 << 30)), 500 << 30]
