@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING
 
 from trainer.checkpoint.publish import finished
 from trainer.data.run_data import prepare_data, try_open_data
-from trainer.errors import InputError, Interrupted, MusterError, WorkerFailed
+from trainer.errors import InputError, Interrupted, MusterError
 from trainer.logs.rank import rank_log
 from trainer.model import fetch_model, load_tokenizer
 from trainer.recipe import Recipe
@@ -35,14 +35,13 @@ from trainer.recipe.trust import FLAG
 from trainer.run import layout
 from trainer.run.frozen import check_same_recipe, freeze_recipe, resumed_recipe
 from trainer.run.lease import Lease, check_not_cancelled
-from trainer.run.outcome import leave
 from trainer.run.recipe_url import is_recipe, recipe_at
 from trainer.run.startup_phases import DATA, IMPORT, Phases, process_began
 from trainer.storage import Storage, open_storage
 from trainer.terminal import ShownFormatter, shown
 from trainer.torchrun_failure import RankFailed, RunRank, explain_failure
-from trainer.tracking import tracked
 from trainer.worker.attempt import train
+from trainer.worker.held_run import hold_run
 from trainer.worker.job import Job
 
 if TYPE_CHECKING:
@@ -126,7 +125,7 @@ def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: Stop, *, takeov
     """Prepares the data if necessary, trains, and records the end in the lease. Rank 0 only."""
     check_not_cancelled(run, _job())
     lease = Lease.acquire(run, job=_job(), takeover=takeover)
-    try:
+    with hold_run(recipe, run, lease):
         phases = Phases(process_began())
         phases.end(IMPORT)
         total = _prepare(recipe, run, storage)
@@ -134,20 +133,8 @@ def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: Stop, *, takeov
         holder = {"host": lease.holder.host, "pid": lease.holder.pid, "by": "torchrun"}
         phases.end(DATA)
         job = Job(storage.url, lease.driver, recipe, total, holder, phases.spent())
-        with tracked(recipe, run):
-            ends = lambda: stop() or lease.lost.is_set() or lease.asked.is_set()  # noqa: E731
-            _train(job, ends, RunRank(run, recipe, 0, lease.driver))
-            if finished(run) is None:
-                raise WorkerFailed(
-                    f"the workers exited without an error, but the last step of {run.url} was never committed"
-                )
-    except BaseException as error:
-        current.unwinding()
-        stopped = isinstance(error, Interrupted | KeyboardInterrupt | Terminated)
-        leave(run, lease, "interrupted" if stopped else "failed", error)
-        raise
-    current.unwinding()
-    leave(run, lease, "succeeded")
+        ends = lambda: stop() or lease.lost.is_set() or lease.asked.is_set()  # noqa: E731
+        _train(job, ends, RunRank(run, recipe, 0, lease.driver))
     print(f"muster: finished; the adapter is {run.uri(layout.ADAPTER)}", flush=True)
 
 

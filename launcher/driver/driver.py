@@ -22,16 +22,16 @@ from trainer.checkpoint import list_commits, read_claims
 from trainer.checkpoint.publish import finished
 from trainer.data.run_data import prepare_data
 from trainer.errors import InputError, Interrupted, MusterError, WorkerFailed
-from trainer.interruption import Terminated, current
+from trainer.interruption import current
 from trainer.recipe import Recipe
 from trainer.run import layout
 from trainer.run.frozen import check_same_recipe, freeze_recipe, has_commits
 from trainer.run.jsonl import Events, newest_event
 from trainer.run.lease import Lease, check_not_cancelled
-from trainer.run.outcome import leave
 from trainer.run.startup_phases import DATA, IMPORT, RAY, Phases, process_began
 from trainer.storage import Storage, local_path, open_storage
-from trainer.tracking import check_trackers, tracked
+from trainer.tracking import check_trackers
+from trainer.worker.held_run import hold_run, interrupted
 from trainer.worker.job import Job
 
 POLL_S = 0.5
@@ -115,30 +115,17 @@ class RunDriver:
         return self.storage.child(self.recipe.name)
 
     def drive(self) -> str:
-        """To the last step; returns the final adapter's URI. The lease is released with the state in which the run
-        really is."""
-        try:
-            with tracked(self.recipe, self.run):
-                self._train()
-                if finished(self.run) is None:
-                    if self.signals.stopped or self._has_stopped():
-                        raise Interrupted(f"stopped on request; {self._resumes_text()}")
-                    raise WorkerFailed(
-                        f"the workers ended without an error, and {self.run.url} has not its last commit"
-                    )
-        except BaseException as error:
-            current.unwinding()
-            leave(self.run, self.lease, self._state_after(error), error)
-            raise
-        current.unwinding()
-        leave(self.run, self.lease, "succeeded")
+        """Trains to the last step; returns the final adapter's URI."""
+        with hold_run(self.recipe, self.run, self.lease, stopped=self._was_stopped):
+            self._train()
+            if (self.signals.stopped or self._has_stopped()) and finished(self.run) is None:
+                raise Interrupted(f"stopped on request; {self._resumes_text()}")
         return self.run.uri(layout.ADAPTER)
 
-    def _state_after(self, error: BaseException) -> str:
-        """After a signal, or a failure on the way out, what is committed is what counts."""
-        by_signal = current.heard is not None or isinstance(error, KeyboardInterrupt | Terminated | Interrupted)
-        stopped = by_signal or (isinstance(error, MusterError) and self.signals.stopped)
-        return "interrupted" if stopped else "failed"
+    def _was_stopped(self, error: BaseException) -> bool:
+        # After a signal, errors are its consequence, and what is committed counts.
+        by_signal = current.heard is not None or interrupted(error)
+        return by_signal or (isinstance(error, MusterError) and self.signals.stopped)
 
     def _has_stopped(self) -> bool:
         """Whether the step at which the attempt was to stop is committed."""

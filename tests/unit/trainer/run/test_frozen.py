@@ -87,7 +87,7 @@ def test_after_it_another_recipe_is_refused_with_the_difference(make: Make) -> N
     before = run.read(layout.RECIPE)
     with pytest.raises(RecipeChanged) as refused:
         freeze_recipe(run, make(**{"optimizer.lr": 1.0, "adapter.rank": 8}))
-    for words in ("optimizer.lr: 0.005 -> 1.0", "adapter.rank: 4 -> 8", "give the new one another name"):
+    for words in ("optimizer.lr: 0.005 -> 1.0", "adapter.rank: 4 -> 8", "give the new recipe another name"):
         assert words in str(refused.value)
     assert run.read(layout.RECIPE) == before
 

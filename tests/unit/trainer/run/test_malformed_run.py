@@ -197,5 +197,7 @@ def test_a_run_of_a_newer_version_is_shown_and_its_recipe_names_the_version() ->
     assert read_rows(run, layout.METRICS)[0]["mood"] == {"a": [1]}
     run.write(layout.RECIPE, b"name: r\nmood: calm\n")
     run.write_json(layout.PROVENANCE, {"muster": "7.0.0+abc"})
-    with pytest.raises(RecipeError, match=r"begun with muster 7\.0\.0\+abc, and this is .*; go on with that version"):
+    with pytest.raises(
+        RecipeError, match=r"started with muster 7\.0\.0\+abc, and this is .*; continue with that version"
+    ):
         read_recipe(run)
