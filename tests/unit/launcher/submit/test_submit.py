@@ -112,7 +112,7 @@ def test_a_refusal_is_the_users_or_the_clusters(recipe: Recipe, played: type[Pla
 
 
 def read_status_job(recipe: Recipe) -> str | None:
-    found = submit.read_submission(run_of(recipe))
+    found = cancel.read_submission(run_of(recipe))
     return found.job if found else None
 
 
