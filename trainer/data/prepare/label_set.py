@@ -1,4 +1,4 @@
-"""The label set of classification: found once, frozen into the preparation, a label's number being its place in it."""
+"""The label set of classification, found once and frozen into the preparation. A label's number is its index there."""
 
 from __future__ import annotations
 
@@ -18,8 +18,10 @@ LONGEST_LABEL = 1000
 
 
 def label_name(value: Any | RowError, names: Sequence[str] | None) -> str | RowError:
-    """A label as text; 1, 1.0 and "1" are alike. With ``names``, a value that is none of them is the number of one,
-    unless names are numbers themselves."""
+    """Returns a label as text; 1, 1.0 and "1" are equal. Returns a RowError for a value that cannot be a label.
+
+    With ``names``, the label must be one of them, or the number of one, unless some names are numbers themselves.
+    """
     if isinstance(value, RowError):
         return value
     if isinstance(value, float) and value.is_integer():
@@ -28,7 +30,7 @@ def label_name(value: Any | RowError, names: Sequence[str] | None) -> str | RowE
         return RowError(f"a label has to be text or a whole number, not {type(value).__name__} ({value!r:.40})")
     name = str(value).lower() if isinstance(value, bool) else str(value).strip()
     if len(name) > LONGEST_LABEL:
-        return RowError(f"a label of {len(name):,} characters ({name!r:.40}…); at most {LONGEST_LABEL} are one")
+        return RowError(f"a label of {len(name):,} characters ({name!r:.40}…); the limit is {LONGEST_LABEL}")
     if not is_unicode(name):
         return RowError(f"the label {name!r} holds half of a surrogate pair, which is no text")
     if names is None or name in names:
@@ -39,17 +41,22 @@ def label_name(value: Any | RowError, names: Sequence[str] | None) -> str | RowE
 
 
 def label_set(sources: Sequence[FrozenSource]) -> tuple[str, ...]:
-    """The labels of all classification sources, in the sources' order: as the recipe names them, or those that the rows
-    have, numbers by size and names by the alphabet. InputError for fewer than two, and for what can be none."""
+    """Returns the distinct labels of all classification sources, in the sources' order.
+
+    A source's labels are those named in the recipe, or else those in its rows: numbers by value, then names by
+    alphabet. Raises InputError for fewer than two labels, and for a column with too many distinct values.
+    """
     chosen = [s for s in sources if s.format == "classification"]
     labels = tuple(dict.fromkeys(label for source in chosen for label in source.labels or _found(source)))
     if chosen and len(labels) < 2:
-        raise InputError(f"data source {chosen[0].path}: {len(labels)} labels are not enough to tell apart: {labels}")
+        raise InputError(
+            f"data source {chosen[0].path}: classification needs at least two labels, and has {len(labels)}: {labels}"
+        )
     return labels
 
 
 def _found(source: FrozenSource) -> list[str]:
-    """Reads every row of the source. Bad ones are left for the preparation to report."""
+    """Reads the labels in every row of the source. Ignores bad rows: the preparation reports them."""
     column = source.columns.get("label", "label")
     names: set[str] = set()
     for row in rows_of(source):
@@ -59,7 +66,7 @@ def _found(source: FrozenSource) -> list[str]:
         if len(names) > MOST_LABELS:
             raise InputError(
                 f"data source {source.path}: the column {column!r} has more than {MOST_LABELS} different values, "
-                f"such as {', '.join(islice(names, 3))!r:.100}; map the one with the labels by columns: {{label: NAME}}"
+                f"such as {', '.join(islice(names, 3))!r:.100}; map the label column with columns: {{label: NAME}}"
             )
     return sorted(names, key=_order)
 
