@@ -1,4 +1,7 @@
-"""Data whose order belongs to the run: freeze the inputs, prepare once, plan, and stream by an integer cursor."""
+"""Training data: freeze the inputs, prepare them once, plan their order, and stream steps from an integer cursor.
+
+The order of samples is a property of the run; it does not depend on the number of workers.
+"""
 
 from trainer.data.loading.disk_cache import DiskCache, open_caches
 from trainer.data.loading.evaluation import eval_batches

@@ -1,8 +1,8 @@
-"""How a window is stored: one data object of Arrow blocks, and an index that addresses every sample in it.
+"""The storage format of a window: one data object of Arrow blocks, and an index that addresses every sample in it.
 
-The data object is a row of self-contained Arrow IPC streams of at most ``BLOCK_BYTES``; a block is read by one ranged
-read and checked by its sha256. The index is an Arrow IPC stream with a row per sample; its metadata holds the block
-table and the counts, so that planning and resuming never touch a token.
+The data object is a sequence of self-contained Arrow IPC streams of at most ``BLOCK_BYTES``. A block is read by one
+ranged read and checked by its sha256. The index is an Arrow IPC stream with a row per sample. Its metadata contains the
+block table and the counts, so that planning and resuming read no tokens.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from trainer.records import Count, read_record
 BLOCK_BYTES = 8 << 20
 _META = b"window"
 _PART_SHIFT = 40
-"""A row number is below this many bits (a byte offset in 1 TiB); the number of a part of the row stands above them."""
+"""Bits of a row number (a byte offset in at most 1 TiB). The number of a part of the row is stored above them."""
 
 BLOCK_SCHEMA = pa.schema(
     [
@@ -37,11 +37,11 @@ BLOCK_SCHEMA = pa.schema(
         ("target", pa.list_(pa.bool_())),
     ]
 )
-"""The columns that every block has. Labelled samples and pairs add their own: see `encode_block`."""
+"""The columns that every block has. Labelled samples and pairs have more: see `encode_block`."""
 
 
 class BlockInfo(NamedTuple):
-    """Where a block lies in its window's data object."""
+    """The position of a block in its window's data object, in bytes."""
 
     offset: Count
     length: Count
@@ -49,7 +49,7 @@ class BlockInfo(NamedTuple):
 
 
 class BadRow(NamedTuple):
-    """A row that was passed over: its object, its place there ("line 7"), and why."""
+    """A row that was skipped: its object, its place there ("line 7"), and the reason."""
 
     url: str
     place: str
@@ -58,7 +58,8 @@ class BadRow(NamedTuple):
 
 @dataclass
 class Counts:
-    """What preparing made of the rows of one source. ``truncated`` samples are kept, ``dropped`` ones are not."""
+    """Counts of the rows of one source and of their samples. ``truncated`` samples are kept, ``dropped`` ones are
+    not."""
 
     rows: Count = 0
     samples: Count = 0
@@ -87,7 +88,7 @@ class WindowMeta:
 
     @classmethod
     def from_bytes(cls, raw: bytes) -> WindowMeta:
-        """Raises Malformed."""
+        """Raises Malformed for bytes that are not such metadata."""
         return read_record(cls, parse_json(raw))
 
 
@@ -112,19 +113,19 @@ class WindowIndex:
 
 
 def sample_id(source: Any, obj: Any, row: Any) -> str:
-    """``<source index>:<object index>/<byte offset or row number>``: where the sample came from; ``+1`` and so on after
-    it names the further samples that a long text was cut into."""
+    """Returns ``<source index>:<object index>/<byte offset or row number>``, the origin of the sample. For a long text
+    that was cut into several samples, ``+1``, ``+2``, … follow for the second sample and later ones."""
     number, part = int(row) & ((1 << _PART_SHIFT) - 1), int(row) >> _PART_SHIFT
     return f"{source}:{obj}/{number}+{part}" if part else f"{source}:{obj}/{number}"
 
 
 def part_of_row(row: int, part: int) -> int:
-    """The number that a row's sample goes by when the row came to several."""
+    """Returns the row number of sample number ``part`` of a row that was cut into several samples."""
     return row | part << _PART_SHIFT
 
 
 class WindowWriter:
-    """Takes samples one by one and cuts them into blocks; holds the window's bytes until they are put."""
+    """Groups samples, added one by one, into blocks. Holds the window's bytes in memory until `finish` returns them."""
 
     def __init__(self, block_bytes: int = BLOCK_BYTES) -> None:
         self.block_bytes = block_bytes
@@ -153,25 +154,29 @@ class WindowWriter:
         self._ids, self._samples, self._size = [], [], 0
 
     def finish(self, name: str, counts: list[Counts], bad_rows: list[BadRow]) -> tuple[str, bytes, bytes]:
-        """The data object's key, its bytes, and the index. The key carries the data's hash: two writers whose libraries
-        write other bytes for the same samples do not meet in one object, and the index says which it means."""
+        """Returns the data object's key, its bytes, and the index's bytes."""
         if self._samples:
             self._close_block()
         body = bytes(self._body)
+        # The key contains the data's hash: two writers whose libraries encode the same samples into different bytes
+        # must not share an object. The index names the object that it belongs to.
         key = f"{name}-{hashlib.sha256(body).hexdigest()[:16]}.data"
         return key, body, encode_index(self._index, WindowMeta(key, self._blocks, counts, bad_rows))
 
 
 def _stored_bytes(sample: Sample) -> int:
-    """About what the sample takes in a block."""
+    """Estimates the bytes that the sample takes in a block."""
     own = 4 * len(sample.tokens) + len(sample.target) // 8 + 25
     types = 0 if sample.token_types is None else len(sample.token_types)
     return own + types + (0 if sample.rejected is None else _stored_bytes(sample.rejected))
 
 
 def encode_block(ids: Sequence[tuple[int, int, int]], samples: Sequence[Sample]) -> bytes:
-    """One Arrow IPC stream. Of the further columns ``label``, ``token_types``, ``margin``, ``rejected_tokens`` and
-    ``rejected_target`` it has those that its samples have; they are of one kind, since a task takes one."""
+    """Encodes the samples into one Arrow IPC stream.
+
+    The columns ``label``, ``token_types``, ``margin``, ``rejected_tokens`` and ``rejected_target`` are present if the
+    samples have these fields. All samples of a block are of one kind, since a task reads one kind.
+    """
     source, obj, row = zip(*ids, strict=True)
     columns = {
         "source": pa.array(source, pa.int32()),
@@ -201,17 +206,17 @@ def _further_columns(samples: Sequence[Sample]) -> dict[str, Any]:
 
 def _lists(arrays: Sequence[npt.NDArray[Any] | None]) -> Any:
     whole = [a for a in arrays if a is not None]
-    assert len(whole) == len(arrays), "some samples of the block are of another kind than the others"
+    assert len(whole) == len(arrays), "the samples of a block differ in kind"
     offsets = pa.array(np.cumsum([0, *(len(a) for a in whole)]), pa.int32())
     return pa.ListArray.from_arrays(offsets, pa.array(np.concatenate(whole)))
 
 
 @dataclass(frozen=True)
 class Block:
-    """A block's samples: tokens and target lie one after the other, sample i at ``offsets[i]:offsets[i + 1]``.
+    """A block's samples: tokens and targets are concatenated, sample i is at ``offsets[i]:offsets[i + 1]``.
 
-    ``labels`` and ``margins`` have one entry per sample, ``token_types`` one per token, ``rejected`` holds the other
-    answers as samples of their own; each is None where the format has no such thing.
+    ``labels`` and ``margins`` have one entry per sample, ``token_types`` one per token. ``rejected`` contains the
+    rejected answers, sample i's in its row i. Each of them is None if the format has no such field.
     """
 
     offsets: npt.NDArray[np.int32]
@@ -240,8 +245,9 @@ class Block:
 
 
 def _in_own_pages(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
-    """A copy that goes back to the operating system as soon as it is let go. Blocks come and go for as long as a run
-    lasts, and malloc would keep the pieces, in an arena per thread: memory would creep up with the data's size."""
+    """Copies the values into an anonymous mapping, which the operating system gets back when the copy is freed."""
+    # A run reads blocks from start to end. malloc would keep freed ones in an arena per thread, so that memory would
+    # grow with the size of the data.
     pages = mmap.mmap(-1, max(1, values.nbytes))
     copy = np.frombuffer(pages, values.dtype, len(values))
     copy[:] = values
@@ -266,7 +272,7 @@ def decode_block(raw: bytes) -> Block:
     def offsets(name: str) -> Any:
         return flat(name).offsets.to_numpy().copy()
 
-    # All are copies, so that the block's bytes as they were read are let go.
+    # All arrays are copies: a view would keep all of ``raw`` in memory.
     rejected = None
     if "rejected_tokens" in there:
         rejected = Block(offsets("rejected_tokens"), values("rejected_tokens"), values("rejected_target"))
@@ -286,17 +292,17 @@ def encode_index(rows: Sequence[tuple[int, ...]], meta: WindowMeta) -> bytes:
 
 
 def decode_index(raw: bytes) -> WindowIndex:
-    """Raises Malformed for bytes that are no index."""
+    """Raises Malformed for bytes that are not an index."""
     try:
         table = read_stream(raw)
         meta = WindowMeta.from_bytes((table.schema.metadata or {})[_META])
         return WindowIndex(meta, *(table.column(name).combine_chunks().to_numpy() for name in _INDEX_COLUMNS))
     except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-        raise Malformed(f"it is no index of a window ({type(error).__name__}: {error})") from error
+        raise Malformed(f"it is not the index of a window ({type(error).__name__}: {error})") from error
 
 
 def stream_bytes(table: Any) -> bytes:
-    """A table as one Arrow IPC stream with one record batch."""
+    """Encodes a table as one Arrow IPC stream with one record batch."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)

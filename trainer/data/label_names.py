@@ -12,8 +12,10 @@ LONGEST_LABEL = 1000
 
 
 def label_name(value: Any | RowError, names: Sequence[str] | None) -> str | RowError:
-    """A label as text; 1, 1.0 and "1" are alike. With ``names``, a value that is none of them is the number of one,
-    unless names are numbers themselves."""
+    """Returns a label as text; 1, 1.0 and "1" are equal. Returns a RowError for a value that cannot be a label.
+
+    With ``names``, the label must be one of them, or the number of one, unless some names are numbers themselves.
+    """
     if isinstance(value, RowError):
         return value
     if isinstance(value, float) and value.is_integer():
@@ -22,7 +24,7 @@ def label_name(value: Any | RowError, names: Sequence[str] | None) -> str | RowE
         return RowError(f"a label has to be text or a whole number, not {type(value).__name__} ({value!r:.40})")
     name = str(value).lower() if isinstance(value, bool) else str(value).strip()
     if len(name) > LONGEST_LABEL:
-        return RowError(f"a label of {len(name):,} characters ({name!r:.40}…); at most {LONGEST_LABEL} are one")
+        return RowError(f"a label of {len(name):,} characters ({name!r:.40}…); the limit is {LONGEST_LABEL}")
     if not is_unicode(name):
         return RowError(f"the label {name!r} holds half of a surrogate pair, which is no text")
     if names is None or name in names:

@@ -1,7 +1,7 @@
 """A run's data: which prepared data the run trains on and evaluates on, and how they are prepared, opened and counted.
 
-Until the first checkpoint is committed, corrected data may replace the data that the run started with, because nothing
-is lost by it.
+Until the first checkpoint is committed, corrected data may replace the data that the run started with, since no
+training is lost.
 """
 
 from __future__ import annotations
@@ -151,7 +151,7 @@ def try_open_data(
 
 
 def find_prepared(recipe: Recipe, shared: Storage, tokenizer: PreTrainedTokenizerBase) -> PreparedDataset | None:
-    """Opens training data of this recipe that were prepared before; None if there are none, or not complete."""
+    """Opens training data of this recipe that were prepared before; None if they are missing or not complete."""
     return open_prepared(shared, _spec(recipe, recipe.data.train, tokenizer, None, None).fingerprint)
 
 
@@ -188,7 +188,7 @@ def _frozen_data(run: Storage) -> dict[str, PreparationSpec] | None:
         return read_data(run)
     except FileNotFoundError:
         raise CorruptObject(
-            f"{run.url} has checkpoints but no {layout.DATA}, which says what data they were trained on; put it back, "
+            f"{run.url} has checkpoints but no {layout.DATA}, which records the data they were trained on; restore it, "
             "or start a run under another name"
         ) from None
 
@@ -202,8 +202,8 @@ def read_data(run: Storage) -> dict[str, PreparationSpec]:
         return {part: PreparationSpec.from_json(parts[part]) for part in ("train", "eval") if part in parts}
     except Malformed as error:
         raise CorruptObject(
-            f"{run.uri(layout.DATA)} does not say what data the run was trained on ({error}); put it back, or start a "
-            "run under another name"
+            f"{run.uri(layout.DATA)} is not a valid record of the run's data ({error}); restore it, or start a run "
+            "under another name"
         ) from error
 
 
@@ -214,7 +214,11 @@ def _spec(
     frozen: PreparationSpec | None,
     labels: Sequence[str] | None,
 ) -> PreparationSpec:
-    """``labels``: the training data's label set, which evaluation data must use; None for the training data itself."""
+    """Returns the specification of the data of ``sources``; with ``frozen``, of exactly the objects frozen there.
+
+    ``labels``: the training data's label set, which evaluation data must use; None for the training data itself.
+    Raises InputError when the tokenizer or the chat template differs from that of ``frozen``.
+    """
     if frozen is None:
         spec = describe(freeze(sources), tokenizer, labels=labels, **_settings(recipe))
         _check_class_weights(recipe, spec.labels)

@@ -1,4 +1,4 @@
-"""A row on its way from an object to tokens, and what may be wrong with it."""
+"""A row between its input object and its tokens, and the errors that a row may have."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ from trainer.data.types import Bools, Tokens, TokenTypes
 Row = dict[str, Any]
 
 ROW_BYTES = 64 << 20
-"""What a row may take of its file: about 16 million tokens. A line, a CSV record or a cell that is longer is a fault of
-its row, and is passed over without being held."""
+"""The largest row, in bytes of its file: about 16 million tokens. A longer line, CSV record or cell is an error of its
+row, and is skipped without being held in memory."""
 
 TOO_LONG = f"longer than {ROW_BYTES >> 20} MiB, the most that a row may have; split it, or leave it out"
 
 
 class RowError(NamedTuple):
-    """Why a row cannot be used; a sentence's end, since the place is put before it."""
+    """The reason why a row cannot be used. It ends a sentence: messages put the row's place before it."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Sample:
-    """A sample: int32 tokens [T], and bool target [T], True where a token is to be predicted; ``truncated``: it was
-    longer; ``splits``: one that is too long is cut into several instead.
+    """A sample: int32 tokens [T], and bool target [T], True where a token is to be predicted.
 
-    With a ``label``, the one target is the last token, from which the label is predicted; ``token_types`` int8 [T] tell
-    an encoder the two texts of a pair apart. With ``rejected``, this is the chosen one of two answers; ``margin`` says
-    by how much.
+    ``truncated``: the sample was longer. ``splits``: a sample that is too long is cut into several instead of
+    truncated. With a ``label``, the only target is the last token, from which the label is predicted. ``token_types``
+    int8 [T] separate the two texts of a pair for an encoder. With ``rejected``, this sample is the chosen one of two
+    answers, and ``margin`` is the preference's margin.
     """
 
     tokens: Tokens
@@ -43,13 +43,13 @@ class Sample:
 
 
 def fit(sample: Sample, sequence_length: int) -> list[Sample]:
-    """The sample in at most ``sequence_length`` tokens: cut on the right, or into several; none when no target is left.
+    """Cuts the sample to at most ``sequence_length`` tokens: truncates it on the right, or splits it into several.
 
-    Nothing predicts a sample's first token, so that it is never a target. The pieces of one that splits overlap by a
-    token, so that each of its tokens but the first is a target once.
+    Returns an empty list when no target is left. A sample's first token is never a target, since no token precedes it.
+    The pieces of a sample that splits overlap by one token, so that each token except the first is a target once.
     """
     if sample.label is not None:
-        return [sample]  # its format has cut it, since what stands at the end has to stay there
+        return [sample]  # its format has truncated it already, since the special tokens at the end must stay
     if sample.splits and len(sample.tokens) > sequence_length:
         starts = range(0, len(sample.tokens) - 1, sequence_length - 1)
         return [piece for at in starts for piece in _cut(sample, at, sequence_length, truncated=False)]

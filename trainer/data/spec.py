@@ -1,4 +1,4 @@
-"""What is to be prepared, as data: frozen inputs, tokenizer, template, lengths. Its hash names the prepared data."""
+"""The specification of prepared data: frozen inputs, tokenizer, template, lengths. Its hash names the prepared data."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from typing import Any, NamedTuple
 from trainer.records import Count, read_record
 
 FORMAT_VERSION = 1
-"""Raised whenever the same inputs would be prepared into other tokens or another layout."""
+"""Increased whenever a change of the code prepares the same inputs into other tokens or another layout."""
 
 _PROBE = "A probe: 12 résumés, 3.5 % of \n\tthem naïve."
 
 
 _LATER: dict[str, Any] = {"header": None, "sample_by": "line", "labels": None}
-"""Settings of a source that are written down only where they are given, so that adding them has changed no
-fingerprint. The same holds for `PreparationSpec.labels`."""
+"""Settings of a source with their defaults. They were added later and are written only when they differ from these, so
+that older fingerprints stay valid. The same holds for `PreparationSpec.labels`."""
 
 
 class FrozenObject(NamedTuple):
-    """An input object as it was when the run began; ``etag`` changes whenever its bytes do. Of a Hub dataset, ``size``
-    counts rows."""
+    """An input object as it was when the run started. ``etag`` changes whenever its bytes change; ``size`` is in bytes,
+    for a Hub dataset in rows."""
 
     url: str
     size: Count
@@ -34,10 +34,10 @@ class FrozenObject(NamedTuple):
 
 @dataclass(frozen=True)
 class FrozenSource:
-    """A source of the recipe with the objects it stood for. Its weight is not here: it decides no token.
+    """A source of the recipe with its resolved objects. Its weight is not included: no token depends on it.
 
-    ``header`` names the columns of CSV and TSV files without a header line, ``sample_by`` says what of a text file is a
-    sample, ``labels`` are the names of a classification source's labels.
+    ``header`` names the columns of CSV and TSV files without a header line. ``sample_by`` is the unit of a text file
+    that makes a sample. ``labels`` are the names of a classification source's labels.
     """
 
     path: str
@@ -51,7 +51,8 @@ class FrozenSource:
 
     @property
     def is_hub(self) -> bool:
-        """Whether the `datasets` library reads it. ``hf://datasets/…`` names files on the Hub, which fsspec reads."""
+        """True for a source that the `datasets` library reads."""
+        # hf://datasets/… names files on the Hub, which fsspec reads.
         return self.path.startswith("hf://") and not self.path.startswith("hf://datasets/")
 
     def to_json(self) -> dict[str, Any]:
@@ -61,8 +62,8 @@ class FrozenSource:
 
 @dataclass(frozen=True)
 class PreparationSpec:
-    """Everything that decides the prepared tokens. ``chat_template`` is template text, None for the tokenizer's own;
-    ``labels`` the label set of classification, a label's number being its place."""
+    """Everything that the prepared tokens depend on. ``chat_template`` is the template's text, None for the tokenizer's
+    own. ``labels`` is the label set of classification; a label's number is its index there."""
 
     sources: tuple[FrozenSource, ...]
     tokenizer: str
@@ -80,8 +81,8 @@ class PreparationSpec:
 
     @classmethod
     def from_json(cls, data: Any) -> PreparationSpec:
-        """Raises Malformed for what is no preparation, or one with settings that this version does not know: it would
-        be prepared without them."""
+        """Raises Malformed for anything else than a specification, and for settings that this version does not know."""
+        # An unknown setting must not be ignored: the data would be prepared without it.
         return read_record(cls, data, exact=True)
 
     @cached_property
@@ -91,20 +92,21 @@ class PreparationSpec:
 
     @cached_property
     def order_key(self) -> str:
-        """Seeds every permutation. Only the shape of the inputs is in it, neither URL nor ETag, so that a copy of the
-        same data elsewhere trains in the same order."""
+        """Seeds every permutation. It depends on the sizes of the inputs but on no URL or ETag, so that a copy of the
+        same data elsewhere is trained on in the same order."""
         sizes = [[o.size for o in s.objects] for s in self.sources]
         return _hash_json([self.version, sizes])[:32]
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """sha256 (hex, first 32) over what decides a tokenizer's output, its chat template included."""
+    """Returns a hash (sha256, first 32 hex digits) of everything that a tokenizer's output depends on, with its chat
+    template."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None:
         rules: Any = sorted(tokenizer.get_vocab().items())
     else:
         rules = json.loads(backend.to_str())
-        # Left behind by whoever called it last; preparing neither truncates nor pads by the tokenizer.
+        # State of the tokenizer's last call; preparation neither truncates nor pads with the tokenizer.
         rules.pop("truncation", None)
         rules.pop("padding", None)
     probe = tokenizer(_PROBE)["input_ids"]

@@ -1,4 +1,4 @@
-"""What prepared data come to: lengths, packs and how full they are. Needs a window's index at a time, no token."""
+"""A summary of prepared data: lengths, packs and how full they are. Reads one window's index at a time, no tokens."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from typing import NamedTuple
 import numpy as np
 
 from trainer.data.loading.stream import epoch_packs, plan_settings
-from trainer.data.order.pack_order import PlanSettings
 from trainer.data.prepare.prepared import PreparedDataset
 from trainer.data.types import Ints
 
@@ -26,8 +25,11 @@ class Bin(NamedTuple):
 
 @dataclass(frozen=True)
 class Summary:
-    """``fill`` is the share of the first epoch's packs that holds tokens, None without packing. ``sampled``:
-    windows that were looked at, and of how many, where not all were; ``packs`` is then worked out from theirs."""
+    """Sample lengths in tokens, and the packs of the first epoch.
+
+    ``fill`` is the share of the packs' capacity that contains tokens; None without packing. ``sampled`` is (windows
+    read, all windows); None if all were read, else ``packs`` is extrapolated from those read.
+    """
 
     bins: list[Bin]
     median: int
@@ -39,15 +41,19 @@ class Summary:
 
 
 def summarise(prepared: PreparedDataset, seed: int, weights: Sequence[float], most: int | None = None) -> Summary:
-    """Of all windows, or of the ``most`` that are spread evenly."""
+    """Summarises all windows, or at most ``most`` evenly spaced ones."""
     spec = prepared.spec
     settings = plan_settings(prepared, seed, spec.sequence_length, spec.packing, weights)
     histogram = np.zeros(1, np.int64)
     packs = tokens = 0
-    chosen = _spread(prepared.count, most)
+    chosen = list(range(prepared.count))
+    if most is not None and prepared.count > most:
+        chosen = [i * (prepared.count - 1) // max(1, most - 1) for i in range(most)]
     for window in chosen:
         index = prepared.index(window)
-        histogram = _add(histogram, np.bincount(index.length))
+        counts = np.bincount(index.length, minlength=len(histogram))
+        counts[: len(histogram)] += histogram
+        histogram = counts
         more = epoch_packs(index, settings, epoch=0)
         packs, tokens = packs + more.packs, tokens + more.tokens
     return Summary(
@@ -56,30 +62,14 @@ def summarise(prepared: PreparedDataset, seed: int, weights: Sequence[float], mo
         _quantile(histogram, 0.95),
         len(histogram) - 1,
         round(packs * prepared.count / max(1, len(chosen))),
-        _fill(settings, packs, tokens),
+        tokens / (packs * settings.sequence_length) if settings.packing and packs else None,
         (len(chosen), prepared.count) if len(chosen) < prepared.count else None,
     )
 
 
-def _spread(count: int, most: int | None) -> list[int]:
-    if most is None or count <= most:
-        return list(range(count))
-    return [i * (count - 1) // max(1, most - 1) for i in range(most)]
-
-
-def _fill(settings: PlanSettings, packs: int, tokens: int) -> float | None:
-    return tokens / (packs * settings.sequence_length) if settings.packing and packs else None
-
-
-def _add(a: Ints, b: Ints) -> Ints:
-    total = np.zeros(max(len(a), len(b)), np.int64)
-    total[: len(a)] += a
-    total[: len(b)] += b
-    return total
-
-
 def bins(histogram: Ints, count: int = BINS) -> list[Bin]:
-    """``histogram[n]`` samples of n tokens, in up to ``count`` bins of equal width from the shortest to the longest."""
+    """Groups ``histogram``, where ``histogram[n]`` samples have n tokens, into up to ``count`` bins of equal width from
+    the shortest to the longest sample."""
     there = np.flatnonzero(histogram)
     if not len(there):
         return []
@@ -90,6 +80,6 @@ def bins(histogram: Ints, count: int = BINS) -> list[Bin]:
 
 
 def _quantile(histogram: Ints, share: float) -> int:
-    """The smallest length that ``share`` of the samples do not exceed."""
+    """Returns the smallest length that ``share`` of the samples do not exceed."""
     reached = np.cumsum(histogram)
     return int(np.searchsorted(reached, share * reached[-1])) if reached[-1] else 0

@@ -1,4 +1,4 @@
-"""The types through which the data path and the training loop meet.
+"""The types that the data path passes to the training loop.
 
 Legend: B packs in a micro-batch, L tokens of its longest pack.
 """
@@ -34,10 +34,10 @@ class SampleRef(NamedTuple):
 
 @dataclass(frozen=True)
 class Cursor:
-    """Where a run stands in its data: everything that resume needs, about 300 bytes of JSON.
+    """A position in a run's data: everything that a resumed run needs, about 300 bytes of JSON.
 
-    ``window`` counts within the epoch's order, ``pack`` is the next pack within that window's plan, ``chain`` is the
-    hash of all plans up to and including this window's, ``samples`` counts what was consumed since the run began.
+    ``window`` counts within the epoch's order. ``pack`` is the next pack within that window's plan. ``chain`` is the
+    hash of all plans up to and including this window's. ``samples`` counts the samples consumed since the run started.
     """
 
     fingerprint: str
@@ -53,16 +53,18 @@ class Cursor:
 
     @classmethod
     def from_json(cls, data: Any) -> Cursor:
-        """The cursor of a commit record; CorruptObject when a field is missing, unknown or of another type."""
+        """Reads the cursor of a commit record. Raises CorruptObject if a field is missing, unknown or of another
+        type."""
         try:
             return read_record(cls, data, exact=True)
         except Malformed as error:
-            raise CorruptObject(f"the data cursor {data!r:.300} is not whole: {error}") from error
+            raise CorruptObject(f"the data cursor {data!r:.300} is not valid: {error}") from error
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Packs of one forward pass; ``index`` counts within the global step, whatever the number of ranks."""
+    """The packs of one forward pass. ``index`` counts within the global step, and does not depend on the number of
+    ranks."""
 
     index: int
     packs: tuple[tuple[SampleRef, ...], ...]
@@ -88,7 +90,8 @@ class StepPlan:
     next: Cursor
 
     def rounds(self, world_size: int) -> int:
-        """Forward passes that each rank runs in this step; ranks that are short fill up with ``Batch.empty()``."""
+        """Returns the forward passes that each rank runs in this step. A rank with fewer micro-batches than others runs
+        ``Batch.empty()`` in the last one."""
         return -(-len(self.micro_batches) // world_size)
 
     def of_rank(self, rank: int, world_size: int) -> tuple[MicroBatch, ...]:
@@ -99,15 +102,16 @@ class StepPlan:
 class Batch:
     """A micro-batch as numpy arrays.
 
-    ``input_ids`` int64 [B, L], 0 at pads; ``position_ids`` int64 [B, L], restarting at 0 with each sample and 0 at
-    every pad, so that each pad is a segment of its own; ``targets`` bool [B, L], True at the tokens that are to be
-    predicted (never the first of a sample, never a pad). ``tokens`` and ``target_tokens`` count without pads.
+    ``input_ids`` int64 [B, L], 0 at pads. ``position_ids`` int64 [B, L] restart at 0 with each sample and are 0 at
+    every pad, so that each pad is a segment of its own. ``targets`` bool [B, L], True at the tokens that are to be
+    predicted (never the first of a sample, never a pad). ``tokens`` and ``target_tokens`` do not count pads.
 
-    Classification: ``labels`` int64 [samples], in the order of ``sample_ids``, which is that of the True ones of
-    ``targets`` (row by row): each marks the last token of its sample. ``token_types`` int64 [B, L], all 0 for one text.
+    Classification: ``labels`` int64 [samples], in the order of ``sample_ids``. That is also the order of the True
+    elements of ``targets``, row by row: each marks the last token of its sample. ``token_types`` int64 [B, L], all 0
+    for a single text.
 
-    Preference: ``pairs`` is their number, and B is twice that: the chosen answer to pair i is row i, the rejected one
-    row ``pairs + i``; ``margins`` float32 [pairs], 0 where the data gives none.
+    Preference: ``pairs`` is the number of pairs, and B = 2 · pairs. The chosen answer of pair i is row i, the rejected
+    one is row ``pairs + i``. ``margins`` float32 [pairs], 0 where the data has none.
     """
 
     index: int
@@ -128,14 +132,15 @@ class Batch:
 
     @classmethod
     def empty(cls) -> Batch:
-        """The zero-weight batch that keeps a rank without data in step with the others: [1, 8], no target, index -1."""
+        """The zero-weight batch of a rank without data, with which it takes part in the others' collectives: [1, 8], no
+        target, index -1."""
         zeros = np.zeros((1, EMPTY_LENGTH), np.int64)
         return cls(-1, zeros, zeros.copy(), np.zeros((1, EMPTY_LENGTH), np.bool_))
 
 
 @dataclass
 class RankStep:
-    """A step as one rank runs it: the global plan, and the batches k % world_size == rank in order."""
+    """A step of one rank: the global plan, and the micro-batches k with k % world_size == rank, in order."""
 
     plan: StepPlan
     batches: list[Batch]

@@ -1,4 +1,5 @@
-"""Data formats: how a row becomes tokens and targets. One file each, and one line in ``trainer.registry.FORMATS``."""
+"""Data formats: each converts rows to tokens and targets. Each has a file, and an entry in
+``trainer.registry.FORMATS``."""
 
 from __future__ import annotations
 
@@ -11,10 +12,10 @@ from trainer.registry import FORMATS
 
 
 class Format(Protocol):
-    """Built once per source; ``encode`` answers each row with a sample or its fault, in the rows' order.
+    """A data format, built once per source. ``encode`` returns a sample or a RowError per row, in the rows' order.
 
-    A sample is neither truncated nor checked for targets here, but for a labelled one. The constructor raises
-    InputError when the tokenizer lacks what the format needs.
+    Formats neither truncate samples nor check for targets; only labelled samples are truncated here. The constructor
+    raises InputError if the tokenizer lacks something that the format needs.
     """
 
     def __init__(self, source: FrozenSource, tokenizer: Any, spec: PreparationSpec) -> None: ...

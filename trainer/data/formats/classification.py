@@ -1,7 +1,8 @@
-"""classification: one text or two, encoded as the tokenizer does it for its model, and the number of a label.
+"""classification: one text or two, encoded as the tokenizer encodes them for its model, and the number of a label.
 
-The only target is the last token, from which a decoder's head reads; so a step's target tokens count its samples. What
-is too long is cut by the tokenizer, the longer text of two first, so that what it puts at the end stays.
+The only target is the last token, which a decoder's head reads. So the target tokens of a step are its number of
+samples. A sample that is too long is truncated by the tokenizer, the longer text of two first, so that the special
+tokens at the end stay.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ class ClassificationFormat:
             return name
         if name in self.numbers:
             return self.numbers[name]
-        return RowError(f"the label {name!r} is not one of those of the training data: {', '.join(self.numbers)}"[:300])
+        return RowError(f"the label {name!r} is not one of the training data's labels: {', '.join(self.numbers)}"[:300])
 
     def _encode_one(self, texts: Texts, label: int) -> Sample | RowError:
         out = self.tokenizer(*texts, return_attention_mask=False, verbose=False)

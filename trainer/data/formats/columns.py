@@ -1,4 +1,4 @@
-"""Taking values out of a row: by the names that a source's ``columns`` gives them, or the format's own."""
+"""Reads the values of a row by the column names in a source's ``columns``, or else by the format's own names."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ _MISSING = object()
 
 
 def column_of(row: Row, column: str, role: str) -> Any | RowError:
-    """The value in a row's column; a Fault naming the columns that are there when it is not."""
+    """Returns the value in a row's column; a RowError with the names of the existing columns if it is missing."""
     value = look_up(row, column)
     if value is not _MISSING:
         return value
     there = ", ".join(sorted(row)) or "none"
     hint = f"map it with columns: {{{role}: NAME}}" if column == role else f"columns maps {role} to it"
-    return RowError(f"the column {column!r} is not there; the columns that are: {there} ({hint})")
+    return RowError(f"the column {column!r} is missing; the row's columns: {there} ({hint})")
 
 
 def look_up(row: Row, column: str) -> Any:
-    """The value in a column, or down a path of mappings that is written with dots."""
+    """Returns the value in a column, or at a path of nested mappings, written with dots."""
     if column in row:
         return row[column]
     value: Any = row
@@ -46,7 +46,8 @@ def as_text(value: Any | RowError, column: str) -> str | RowError:
 
 
 def encodable(text: str) -> str | RowError:
-    """The text, or a Fault when it holds half a surrogate pair, at which a tokenizer fails with its whole batch."""
+    """Returns the text, or a RowError if it contains half a surrogate pair."""
+    # A tokenizer fails on such a text, and with it all of its batch.
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -55,7 +56,7 @@ def encodable(text: str) -> str | RowError:
 
 
 class Columns:
-    """The columns of one source by their roles in its format, and its template."""
+    """The columns of one source, by their roles in its format, and its template."""
 
     def __init__(self, source: FrozenSource) -> None:
         self.names, self.template = source.columns, source.template
@@ -68,24 +69,25 @@ class Columns:
         return column_of(row, self.names.get(role, role), role)
 
     def optional(self, row: Row, role: str) -> Any | RowError | None:
-        """None where the row lacks it or has nothing in it; a Fault where the recipe says that it is there."""
+        """Returns the value; None if it is missing or empty, but a RowError if it is missing and the recipe names
+        it."""
         if role in self.names:
             return self.value(row, role)
         return row.get(role)
 
     def answer(self, row: Row, role: str, of_prompts: bool) -> str | RowError:
-        """What is said to a prompt: where only prompts are needed, "" for a row that has nothing there."""
+        """Returns the answer's text. If only prompts are needed (``of_prompts``), a row without an answer gives ""."""
         if of_prompts and self.optional(row, role) is None:
             return ""
         return self.text(row, role)
 
     def filled(self, row: Row, template: str) -> str | RowError:
-        """The template with the row's columns in it."""
+        """Returns the template, filled with the row's columns."""
         values = {name: self.value(row, name) for name in self.fields}
         faults = [v for v in values.values() if isinstance(v, RowError)]
         return faults[0] if faults else encodable(template.format_map(values))
 
 
 def fields_of(template: str) -> tuple[str, ...]:
-    """The names that a str.format template fills in; the recipe has checked that each is a plain name."""
+    """Returns the names in a str.format template. The recipe has checked that each is a plain name."""
     return tuple(name for _, name, _, _ in string.Formatter().parse(template) if name is not None)

@@ -1,6 +1,6 @@
-"""completion: a prompt and its completion. A template, filled with the row's columns, makes the prompt.
+"""completion: a prompt and its completion. If there is a template, the prompt is the template with the row's columns.
 
-Task ppo writes completions itself: there a row may lack one.
+Task ppo generates completions itself; there a row need not have one.
 """
 
 from __future__ import annotations

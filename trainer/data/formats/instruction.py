@@ -1,7 +1,7 @@
-"""instruction: Alpaca's prompt around an instruction and, where there is one, its input; the output is the completion.
+"""instruction: Alpaca's prompt with an instruction and, if there is one, its input. The output is the completion.
 
-The wording is that of Stanford Alpaca (Taori et al. 2023). A template takes its place. Task ppo writes outputs
-itself: there a row may lack one.
+The wording is that of Stanford Alpaca (Taori et al. 2023). A template replaces it. Task ppo generates outputs itself;
+there a row need not have one.
 """
 
 from __future__ import annotations

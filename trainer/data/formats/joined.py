@@ -1,7 +1,6 @@
-"""A prompt and what is to be said after it: tokens(prompt) + tokens(completion) + eos, targets on completion and eos.
+"""A prompt and its completion: tokens(prompt) + tokens(completion) + eos, with targets on completion and eos.
 
-The prompt's tokens include what the tokenizer itself puts around a text (BOS); the completion's include nothing
-special.
+The prompt's tokens include the special tokens that the tokenizer adds to a text (BOS). The completion's include none.
 """
 
 from __future__ import annotations
@@ -18,13 +17,13 @@ Pair = tuple[str, str]
 
 
 class Joiner:
-    """InputError when the tokenizer has no eos token; ``format`` is named in it."""
+    """Encodes pairs of prompt and completion. Raises InputError, which names ``format``, if there is no eos token."""
 
     def __init__(self, tokenizer: Any, format: str) -> None:
         self.tokenizer, self.eos = tokenizer, eos_of(tokenizer, format)
 
     def encode(self, texts: Sequence[Pair | RowError]) -> list[Sample | RowError]:
-        """The pairs of prompt and completion, tokenised together; faults keep their places."""
+        """Tokenises the pairs as one batch. Returns a RowError unchanged, at its place."""
         pairs = [t for t in texts if not isinstance(t, RowError)]
         if not pairs:
             return [t for t in texts if isinstance(t, RowError)]
@@ -32,14 +31,12 @@ class Joiner:
         completions = self.tokenizer([c for _, c in pairs], add_special_tokens=False, return_attention_mask=False)[
             "input_ids"
         ]
-        encoded = iter([self._join(p, c) for p, c in zip(prompts, completions, strict=True)])
+        samples = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            tokens = np.array([*prompt, *completion, self.eos], dtype=np.int32)
+            samples.append(Sample(tokens, np.arange(len(tokens)) >= len(prompt)))
+        encoded = iter(samples)
         return [t if isinstance(t, RowError) else next(encoded) for t in texts]
-
-    def _join(self, prompt: list[int], completion: list[int]) -> Sample:
-        tokens = np.array([*prompt, *completion, self.eos], dtype=np.int32)
-        target = np.zeros(len(tokens), dtype=np.bool_)
-        target[len(prompt) :] = True
-        return Sample(tokens, target)
 
 
 def eos_of(tokenizer: Any, format: str) -> int:

@@ -1,6 +1,8 @@
-"""messages: a conversation through the chat template, with the loss on what the assistant says. Turns of tools are
-kept, and a row's ``tools`` are given to the template. Task ppo answers a conversation that does not end with the
-assistant."""
+"""messages: a conversation rendered by the chat template, with the loss on the assistant's turns.
+
+Turns of tools are kept, and a row's ``tools`` are passed to the template. In task ppo, a conversation that does not end
+with the assistant's turn is a prompt.
+"""
 
 from __future__ import annotations
 

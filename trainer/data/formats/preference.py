@@ -1,9 +1,9 @@
-"""preference: a prompt, and of two answers to it the chosen one and the rejected one, each with targets on the answer.
+"""preference: a prompt with a chosen and a rejected answer, each with targets on the answer.
 
-Texts are read as in completion. Turns go through the chat template, whether they stand as prompt, chosen and rejected
-(each a turn, a list of turns, or text) or as ShareGPT's ``conversations`` before a chosen and a rejected turn. An
-answer that opens with another's turn is the whole conversation. Task ppo takes the prompts alone, the chosen answer
-being what rewards may compare with.
+Texts are encoded as in completion. Turns are rendered by the chat template. They are given as prompt, chosen and
+rejected (each a turn, a list of turns, or text), or as ShareGPT's ``conversations`` with a chosen and a rejected turn.
+An answer that starts with a turn of another role than the assistant's is the complete conversation. Task ppo reads the
+prompts, and the chosen answer as the one that rewards may compare with.
 """
 
 from __future__ import annotations
@@ -35,14 +35,16 @@ class Preference:
         return [self._paired(row, *answers) for row, *answers in zip(rows, *sides, strict=True)]
 
     def _encode_side(self, rows: Sequence[Row], side: str) -> list[Sample | RowError]:
-        """Texts are tokenised together, conversations one by one."""
+        """Encodes one side's answers: texts as one batch, conversations one by one."""
         parts = [self._read(row, side) for row in rows]
         texts = [part for part in parts if not isinstance(part, list)]
         joined = iter(self.joiner.encode(texts))
         return [self._converse(part) if isinstance(part, list) else next(joined) for part in parts]
 
     def _read(self, row: Row, side: str) -> Pair | list[Turn] | RowError:
-        prompt, answer = self._prompt(row), self.columns.value(row, side)
+        sharegpt = "prompt" not in self.columns.names and "prompt" not in row and "conversations" in row
+        prompt = row["conversations"] if sharegpt else self.columns.value(row, "prompt")
+        answer = self.columns.value(row, side)
         if isinstance(answer, RowError):
             return answer
         if isinstance(prompt, str | RowError) and isinstance(answer, str):
@@ -52,11 +54,6 @@ class Preference:
             return turns
         before = turns_of(prompt if isinstance(prompt, RowError) else _listed(prompt, "user"))
         return before if isinstance(before, RowError) else [*before, *turns]
-
-    def _prompt(self, row: Row) -> Any | RowError:
-        if "prompt" not in self.columns.names and "prompt" not in row and "conversations" in row:
-            return row["conversations"]
-        return self.columns.value(row, "prompt")
 
     def _converse(self, turns: list[Turn]) -> Sample | RowError:
         if not self.chat.template:
@@ -83,7 +80,7 @@ class Preference:
 
 
 def _listed(value: Any, role: str) -> Any:
-    """A text or a single turn as a conversation of one."""
+    """Returns a text or a single turn as a conversation of one turn; other values unchanged."""
     if isinstance(value, str):
         return [{"role": role, "content": value}]
     return [value] if isinstance(value, dict) else value

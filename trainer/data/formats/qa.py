@@ -1,6 +1,6 @@
-r"""qa: ``Question: …\nAnswer:`` and a space and the answer; a text that has the frame already keeps one.
+r"""qa: ``Question: …\nAnswer:``, a space and the answer. The frame is not added to a question that has it already.
 
-The answer may be a list, and ``aliases`` may add to it: the first is trained on, all of them count in evaluation.
+The answer may be a list, and ``aliases`` may add more. The first is trained on; all of them are correct in evaluation.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from trainer.data.formats.columns import Columns, encodable
-from trainer.data.formats.joined import Joiner, Pair
+from trainer.data.formats.joined import Joiner
 from trainer.data.sample import Row, RowError, Sample
 from trainer.data.spec import FrozenSource, PreparationSpec
 
@@ -17,7 +17,7 @@ BEFORE, AFTER = "Question:", "Answer:"
 
 
 class Example(NamedTuple):
-    """A question as the model is asked it, and every answer that is right, the first being the one to train on."""
+    """A framed question, and all correct answers. The first answer is the one to train on."""
 
     prompt: str
     answers: tuple[str, ...]
@@ -29,11 +29,12 @@ class QuestionAnswer:
         self.joiner, self.columns = Joiner(tokenizer, "qa"), Columns(source)
 
     def encode(self, rows: Sequence[Row]) -> list[Sample | RowError]:
-        return self.joiner.encode([_pair_of(example_of(row, self.columns)) for row in rows])
+        examples = [example_of(row, self.columns) for row in rows]
+        return self.joiner.encode([e if isinstance(e, RowError) else (e.prompt, f" {e.answers[0]}") for e in examples])
 
 
 def example_of(row: Row, columns: Columns) -> Example | RowError:
-    """What evaluation asks and accepts; a Fault when there is no question or no answer."""
+    """Returns the row's question and answers; a RowError if there is no question or no answer."""
     question, first = columns.text(row, "question"), columns.value(row, "answer")
     more = columns.optional(row, "aliases")
     for part in (question, first, more):
@@ -55,7 +56,7 @@ def framed(question: str) -> str:
 
 
 def unframed(question: str) -> str:
-    r"""The question alone, where the text is ``Question: …\nAnswer:`` already or has one end of it."""
+    r"""Returns the question without the frame ``Question: …\nAnswer:``, or without the end of it that it has."""
     text = question.strip()
     return text.removeprefix(BEFORE).removesuffix(AFTER).strip()
 
@@ -69,7 +70,3 @@ def _answers(value: Any) -> list[str | RowError]:
         return [RowError(f"an answer has to be text or a list of texts, not {type(value).__name__} ({value!r:.40})")]
     text = str(value).strip()
     return [encodable(text)] if text else []
-
-
-def _pair_of(example: Example | RowError) -> Pair | RowError:
-    return example if isinstance(example, RowError) else (example.prompt, f" {example.answers[0]}")

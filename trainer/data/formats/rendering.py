@@ -1,7 +1,7 @@
-"""A chat template rendered: a program of somebody else's, in a sandbox, with bounds.
+"""Renders a chat template: untrusted code, in a sandbox, with limits.
 
-transformers renders templates in Jinja's sandbox, which keeps them from Python's objects and from long ranges, but not
-from loops in loops or from strings of any length. So a template has a bounded time of the processor, memory and length.
+transformers renders templates in Jinja's sandbox. The sandbox blocks access to Python's objects and long ranges, but
+not nested loops or strings of any length. So the CPU time, the memory and the length of the text are limited here.
 """
 
 from __future__ import annotations
@@ -11,29 +11,29 @@ from typing import Any
 from trainer.bounds import OutOfTime, bounded_cpu, bounded_memory
 
 CPU_S = 20.0
-"""For one conversation, which takes milliseconds."""
+"""CPU time for one conversation, which usually takes milliseconds."""
 MEMORY_BYTES = 2**29
 LONGEST = 2**24
-"""Characters of one conversation."""
+"""The most characters of one conversation."""
 LONGEST_CAUSE = 300
 
 
 class Unrendered(Exception):
-    """The template refuses the conversation, or does not come to an end; ``str`` says why."""
+    """The template rejects the conversation, or exceeds a limit. ``str`` is the reason."""
 
 
 def render(tokenizer: Any, turns: list[Any], template: str | None = None, **how: Any) -> str:
-    """The conversation's text by ``template``, or the tokenizer's own. Raises Unrendered, whatever goes wrong."""
+    """Returns the text of a conversation, by ``template`` or the tokenizer's own. Raises Unrendered for every error."""
     try:
         with bounded_memory(MEMORY_BYTES), bounded_cpu(CPU_S):
             text = str(tokenizer.apply_chat_template(turns, chat_template=template, tokenize=False, **how))
     except OutOfTime:
-        raise Unrendered(f"it has taken {CPU_S:g} s of the processor; does it loop?") from None
+        raise Unrendered(f"it has used {CPU_S:g} s of CPU time; it may contain an endless loop") from None
     except MemoryError:
         raise Unrendered(f"it takes more than {MEMORY_BYTES / 2**20:.0f} MiB of memory") from None
-    except Exception as error:  # of a program that nobody here has written
-        said = " ".join(str(error).split())[:LONGEST_CAUSE]
-        raise Unrendered(said or type(error).__name__) from error
+    except Exception as error:  # untrusted code may raise anything
+        cause = " ".join(str(error).split())[:LONGEST_CAUSE]
+        raise Unrendered(cause or type(error).__name__) from error
     if len(text) > LONGEST:
-        raise Unrendered(f"it makes a text of {len(text):,} characters, and {LONGEST:,} are read at most")
+        raise Unrendered(f"it makes a text of {len(text):,} characters; the limit is {LONGEST:,}")
     return text

@@ -1,5 +1,7 @@
-"""text: a text as it stands, every token but the first a target, and eos at its end. One that is longer than
-``sequence_length`` is cut into several samples, none of it lost."""
+"""text: a text without a template and with eos at its end; every token except the first is a target.
+
+A text longer than ``sequence_length`` is cut into several samples, so that no token is lost.
+"""
 
 from __future__ import annotations
 
@@ -24,10 +26,10 @@ class TextFormat:
         whole = [t for t in texts if not isinstance(t, RowError)]
         if not whole:
             return [t for t in texts if isinstance(t, RowError)]
-        encoded = iter(self.tokenizer(whole, return_attention_mask=False, verbose=False)["input_ids"])
-        return [t if isinstance(t, RowError) else self._sample(next(encoded)) for t in texts]
-
-    def _sample(self, ids: list[int]) -> Sample:
-        closed = ids if ids and ids[-1] == self.eos else [*ids, self.eos]
-        tokens = np.array(closed, dtype=np.int32)
-        return Sample(tokens, np.ones(len(tokens), dtype=np.bool_), splits=True)
+        samples = []
+        for ids in self.tokenizer(whole, return_attention_mask=False, verbose=False)["input_ids"]:
+            closed = ids if ids and ids[-1] == self.eos else [*ids, self.eos]
+            tokens = np.array(closed, dtype=np.int32)
+            samples.append(Sample(tokens, np.ones(len(tokens), dtype=np.bool_), splits=True))
+        encoded = iter(samples)
+        return [t if isinstance(t, RowError) else next(encoded) for t in texts]

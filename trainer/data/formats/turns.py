@@ -1,4 +1,4 @@
-"""Conversations as data: a list of turns with a role and a content, in the shapes that data sets have them in."""
+"""Reads conversations: lists of turns with a role and a content, in the layouts that are usual in data sets."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ ROLES = {
     "observation": "tool",
     "function_response": "tool",
 }
-"""ShareGPT's names of the roles; others are kept as they are."""
+"""ShareGPT's names of the roles, with ours. Other names are kept."""
 
 
 def turns_of(value: Any) -> list[Turn] | RowError:
-    """A conversation's turns, checked: a list of mappings with a role, or with ShareGPT's ``from`` and ``value``.
+    """Returns the turns of a conversation: a list of mappings with a role, or with ShareGPT's ``from`` and ``value``.
 
-    Keys without a value go, at any depth: parquet gives every turn the keys of all.
+    Returns a RowError for anything else. Keys whose value is None are removed, at any depth.
     """
     if isinstance(value, RowError):
         return value
@@ -42,23 +42,24 @@ def turn_of(turn: Any) -> Turn | None:
     if not isinstance(turn, dict):
         return None
     if "role" not in turn and isinstance(turn.get("from"), str):
-        said = {k: v for k, v in turn.items() if k not in ("from", "value")}
-        turn = {"role": ROLES.get(turn["from"], turn["from"]), "content": turn.get("value"), **said}
+        rest = {k: v for k, v in turn.items() if k not in ("from", "value")}
+        turn = {"role": ROLES.get(turn["from"], turn["from"]), "content": turn.get("value"), **rest}
     if not isinstance(turn.get("role"), str):
         return None
+    # Parquet stores every key of any turn for all turns.
     pruned: Turn = without_nothing(turn)
     return pruned
 
 
 def without_nothing(value: Any) -> Any:
-    """The value without the keys of its mappings that hold None."""
+    """Returns the value without the keys, at any depth, whose value is None."""
     if isinstance(value, dict):
         return {k: without_nothing(v) for k, v in value.items() if v is not None}
     return [without_nothing(v) for v in value] if isinstance(value, list) else value
 
 
 def tools_of(value: Any) -> list[Any] | RowError | None:
-    """The tools that a conversation may call, a list or its JSON; None for none."""
+    """Returns the tools that a conversation may call, from a list or its JSON; None without any."""
     if isinstance(value, str) and value.strip():
         try:
             value = parse_json(value, finite=False)

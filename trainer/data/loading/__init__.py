@@ -1,1 +1,1 @@
-"""From prepared data to batches: blocks, caches, packs in their order, micro-batches of a rank."""
+"""Reading prepared data: blocks, caches, the order of packs, and the micro-batches of a rank."""

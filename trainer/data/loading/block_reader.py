@@ -1,5 +1,8 @@
-"""Blocks in memory: those of the window that is being read and of the next, within a limit, each fetched once however
-many threads want it. Behind them stands this host's disk, and behind that the storage."""
+"""Decoded blocks in memory: those of the window that is being read and of the next one, within a limit.
+
+A block is looked up in memory, then on this host's disk, then in the storage. It is fetched once even if several
+threads request it.
+"""
 
 from __future__ import annotations
 
@@ -20,18 +23,21 @@ from trainer.storage import in_parallel
 log = logging.getLogger(__name__)
 
 MEMORY_BYTES = 256 << 20
-"""More than two windows of ordinary text take (32 MiB of input each, about 5 bytes per token), since a window's packs
-draw on all its blocks."""
+"""More than two windows of ordinary text need (32 MiB of input each, about 5 bytes per token): a window's packs use all
+its blocks."""
 
 READERS = 4
-"""Blocks that are fetched side by side."""
+"""Blocks that are fetched in parallel."""
 
 Key = tuple[int, int]
 
 
 class BlockReader:
-    """Decoded blocks of prepared data; thread-safe and single-flight. What is used latest goes first, and blocks whose
-    window is neither the current one nor the next are not held at all: the disk has them."""
+    """Decoded blocks of prepared data. Thread-safe; concurrent requests for a block share one fetch.
+
+    Above ``memory_bytes`` the block whose next use is furthest away is evicted. Blocks of other windows than the
+    current and the next one are not held: they are read again from the disk or the storage.
+    """
 
     def __init__(
         self,
@@ -54,8 +60,9 @@ class BlockReader:
         return self._held_bytes
 
     def samples(self, refs: Sequence[SampleRef]) -> list[Sample]:
-        """Each of them, in the order of ``refs``. Their arrays are views: the blocks behind them stay in memory as long
-        as they are in use, whatever the limit, and a micro-batch's blocks are at most those of a window or two."""
+        """Returns the samples in the order of ``refs``. Fetches the blocks that are not in memory in parallel."""
+        # The samples' arrays are views. Their blocks stay in memory while they are used, even above the limit; a
+        # micro-batch uses the blocks of one or two windows at most.
         indexes = {window: self.prepared.index(window) for window in {ref.window for ref in refs}}
         rows: dict[Key, list[tuple[int, int]]] = {}
         for at, (window, sample) in enumerate(refs):
@@ -86,8 +93,10 @@ class BlockReader:
         return flight.result() if flight is not None else self._fetch(key, mine)
 
     def warm(self, window: int) -> None:
-        """Fetches a window's blocks ahead of their use, as far as there is room for them. Errors are only logged: who
-        reads the block for its use will meet them."""
+        """Fetches a window's blocks before their use; without a disk cache, only while memory has room for them.
+
+        Errors are only logged: the thread that needs the block raises them.
+        """
         try:
             for number, info in enumerate(self.prepared.index(window).meta.blocks):
                 if self.cache is None and self._held_bytes + 2 * info.length > self.memory_bytes:
@@ -106,7 +115,11 @@ class BlockReader:
             raise
         with self._lock:
             del self._flights[key]
-            self._keep(key, block)
+            self._blocks[key] = block
+            self._held_bytes += block.nbytes
+            for other in sorted(self._blocks, key=lambda k: self.upcoming.next_use(*k), reverse=True):
+                if self._held_bytes > self.memory_bytes or not self.upcoming.soon(other[0]):
+                    self._held_bytes -= self._blocks.pop(other).nbytes
         flight.set_result(block)
         return block
 
@@ -117,10 +130,3 @@ class BlockReader:
         return self.cache.get(
             window, block, sha256, lambda: self.prepared.block_bytes(window, block), self.upcoming.next_use
         )
-
-    def _keep(self, key: Key, block: Block) -> None:
-        self._blocks[key] = block
-        self._held_bytes += block.nbytes
-        for other in sorted(self._blocks, key=lambda k: self.upcoming.next_use(*k), reverse=True):
-            if self._held_bytes > self.memory_bytes or not self.upcoming.soon(other[0]):
-                self._held_bytes -= self._blocks.pop(other).nbytes

@@ -1,4 +1,4 @@
-"""From sample references to the arrays of a micro-batch. Legend: B packs, L tokens of the longest pack."""
+"""Builds the arrays of a micro-batch from sample references. Legend: B packs, L tokens of the longest pack."""
 
 from __future__ import annotations
 
@@ -22,8 +22,7 @@ def read_batch(reader: BlockReader, micro_batch: MicroBatch) -> Batch:
 
 
 def collate(index: int, packs: Sequence[Pack], sample_ids: list[str]) -> Batch:
-    """Packs side by side, padded to the longest. Positions restart with each sample, and every pad is at position 0:
-    block-diagonal attention, which is derived from the positions, then lets no pad see anything."""
+    """Pads the packs to the longest one, and stacks them into arrays [B, L]. Pairs: one row per answer, see `Batch`."""
     samples = [sample for pack in packs for sample in pack]
     rejected = [sample.rejected for sample in samples if sample.rejected is not None]
     rows = [*packs, *([sample] for sample in rejected)]
@@ -35,7 +34,9 @@ def collate(index: int, packs: Sequence[Pack], sample_ids: list[str]) -> Batch:
         np.zeros((len(rows), length), np.bool_),
         sample_ids,
         labels=np.array([s.label for s in samples if s.label is not None], np.int64),
-        token_types=_zeros_if(any(s.token_types is not None for s in samples), len(rows), length),
+        token_types=np.zeros((len(rows), length), np.int64)
+        if any(s.token_types is not None for s in samples)
+        else None,
         pairs=len(rejected),
         margins=np.array([s.margin or 0.0 for s in samples if s.rejected is not None], np.float32),
     )
@@ -46,7 +47,9 @@ def collate(index: int, packs: Sequence[Pack], sample_ids: list[str]) -> Batch:
 
 
 def _fill_row(batch: Batch, row: int, pack: Pack) -> int:
-    """The tokens that went in."""
+    """Writes a pack into a row. Returns the number of its tokens."""
+    # Positions restart with each sample, and every pad keeps position 0. Block-diagonal attention is derived from the
+    # positions, so that no pad attends to a token.
     at = 0
     for sample in pack:
         end = at + len(sample.tokens)
@@ -57,7 +60,3 @@ def _fill_row(batch: Batch, row: int, pack: Pack) -> int:
             batch.token_types[row, at:end] = sample.token_types
         at = end
     return at
-
-
-def _zeros_if(wanted: bool, rows: int, length: int) -> np.ndarray[tuple[int, int], np.dtype[np.int64]] | None:
-    return np.zeros((rows, length), np.int64) if wanted else None

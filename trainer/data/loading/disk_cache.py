@@ -1,7 +1,7 @@
-"""Blocks on this host's own disk, shared by its ranks, so that an epoch or an attempt later they need not travel again.
+"""A cache of blocks on this host's disk, shared by its ranks: later epochs and attempts need not download them again.
 
-A block is a file named after its window, number and hash, made whole by a rename and checked by its hash when it is
-read. Whatever goes wrong here, a full disk above all, is a warning: training goes on without.
+A block is a file named after its window, number and hash. It is put in place by a rename, and checked by its hash when
+it is read. An error of the cache, such as a full disk, is logged as a warning, and training continues without it.
 """
 
 from __future__ import annotations
@@ -43,25 +43,30 @@ class _File(NamedTuple):
 
 
 def cache_root() -> Path:
-    """``$MUSTER_CACHE/blocks``, or a folder of this user's among the host's temporary ones: home directories are often
-    on a network."""
-    # A local run's workers have a temporary folder that goes with the run.
+    """Returns ``$MUSTER_CACHE/blocks``, or else this user's folder in the host's temporary directory."""
+    # Not the home directory: it is often on a network. A local run's workers have a temporary folder that is deleted
+    # with the run.
     lasting = os.environ.get("MUSTER_LASTING_TMPDIR") or tempfile.gettempdir()
     return host_cache(Path(lasting, f"muster-{os.geteuid()}")) / "blocks"
 
 
 def open_cache(storage: Storage, name: str, limit: int, root: Path | None = None) -> DiskCache | None:
-    """The cache of the prepared data ``name``, of at most ``limit`` bytes on this host; None where it would be of no
-    use: limit 0, or data that lie on this host or in memory. Caches of other data that no process uses are removed."""
+    """Opens the cache of the prepared data ``name``, of at most ``limit`` bytes on this host.
+
+    Returns None if it has no use (limit 0, or data on this host's disk or in memory), or if it cannot be opened.
+    Removes caches of other data that no process uses.
+    """
     if limit <= 0 or local_path(storage.url) is not None or storage.url.startswith("memory:"):
         return None
     root = root or cache_root()
     try:
         folder = _own(root) / name
         held = hold_folder(folder)
-        _remove_unused(root, folder)
+        for other in root.iterdir():
+            if other != folder:
+                remove_unused(other)
     except OSError as error:
-        log.warning("no local copies of data blocks, they are read from %s each time: %s", storage.url, error)
+        log.warning("no local copies of data blocks: they are read from %s each time (%s)", storage.url, error)
         return None
     return DiskCache(folder, limit, held)
 
@@ -69,7 +74,7 @@ def open_cache(storage: Storage, name: str, limit: int, root: Path | None = None
 def open_caches(
     train: PreparedDataset, evaluation: PreparedDataset | None, limit: int
 ) -> tuple[DiskCache | None, DiskCache | None]:
-    """Caches that take ``limit`` bytes together: evaluation data get what they need, up to a quarter."""
+    """Opens caches of ``limit`` bytes in total. Evaluation data get the bytes that they need, up to a quarter of it."""
     small = 0 if evaluation is None else min(limit // 4, _BYTES_PER_TOKEN * evaluation.totals.tokens + _SLACK)
     caches = open_cache(train.storage, train.fingerprint, limit - small)
     if evaluation is None or evaluation.fingerprint == train.fingerprint:
@@ -80,8 +85,8 @@ def open_caches(
 class DiskCache:
     """At most ``limit`` bytes of blocks in ``folder``, over all processes that share it. Thread-safe.
 
-    What is used latest, as ``next_use(window, block)`` knows, goes first; a block used later than all that is there is
-    not kept.
+    When it is full, the block whose ``next_use(window, block)`` is furthest away is evicted. A new block that is used
+    later than all blocks in the folder is not stored.
     """
 
     def __init__(self, folder: Path, limit: int, held: int | None = None) -> None:
@@ -91,12 +96,12 @@ class DiskCache:
         self._end = weakref.finalize(self, os.close, held) if held is not None else None
 
     def close(self) -> None:
-        """The folder is no longer in use by this object; its files stay."""
+        """Releases the folder; its files stay. Without another user, `open_cache` of other data may remove it."""
         if self._end is not None:
             self._end()
 
     def get(self, window: int, block: int, sha256: str, fetch: Callable[[], bytes], next_use: NextUse) -> bytes:
-        """The block's bytes; ``fetch`` is called when they are not here, by one process of the host at a time."""
+        """Returns the block's bytes. Calls ``fetch`` if they are not cached, in one process of the host at a time."""
         name = f"{window}-{block}-{sha256[:32]}"
         try:
             found = None if self.given_up else self._read(name, sha256)
@@ -113,7 +118,7 @@ class DiskCache:
             return fetch()
         found = None
         with self._tolerant():
-            found = self._read(name, sha256)  # another process may have been first
+            found = self._read(name, sha256)  # another process may have stored it since
         if found is not None:
             return found
         raw = fetch()
@@ -146,7 +151,8 @@ class DiskCache:
                 raise
 
     def _make_room(self, name: str, size: int, next_use: NextUse) -> bool:
-        """Whether the block is to be kept. Called with the lock on the folder's size."""
+        """Evicts blocks until the new one fits; returns False if it must not be stored. The caller holds the lock
+        "size"."""
         if size > self.limit:
             return False
         files = self._files()
@@ -173,12 +179,12 @@ class DiskCache:
             if place:
                 found.append(_File(Path(entry.path), entry.stat().st_size, *place))
             elif entry.name.startswith("."):
-                os.unlink(entry.path)  # half a file of a process that was killed: who writes one holds our lock
+                os.unlink(entry.path)  # partial file of a killed process: a writer would hold the lock that we hold
         return found
 
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:
-        """One thread and one process at a time per block, as far as the host's locks work."""
+        """Admits one thread and one process at a time per block, provided that file locks work on this host."""
         stripe = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) % _STRIPES
         descriptor = None
         if not self.given_up:
@@ -210,7 +216,7 @@ class DiskCache:
             if self.given_up:
                 return
             self.given_up = True
-        log.warning("local copies of data blocks are given up, training goes on without them: %s", error)
+        log.warning("the local cache of data blocks is given up, and training continues without it: %s", error)
 
 
 def _parse(name: str) -> tuple[int, int] | None:
@@ -221,15 +227,9 @@ def _parse(name: str) -> tuple[int, int] | None:
 
 
 def _own(root: Path) -> Path:
-    """The folder, made if absent; PermissionError when another user could look into it."""
+    """Creates the folder if it is missing. Raises PermissionError if another user owns it or its parent."""
     root.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     make_own(root)
     if root.parent.stat().st_uid not in (os.geteuid(), 0):
         raise PermissionError(f"{root.parent} belongs to another user; set MUSTER_CACHE to a folder of your own")
     return root
-
-
-def _remove_unused(root: Path, own: Path) -> None:
-    for folder in root.iterdir():
-        if folder != own:
-            remove_unused(folder)

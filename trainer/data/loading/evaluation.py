@@ -1,4 +1,4 @@
-"""Evaluation batches: the prepared data in its stored order, each sample once, shared out over the ranks."""
+"""Evaluation batches: the prepared data in its stored order, each sample once, distributed over the ranks."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def eval_batches(
     singly: bool = False,
     limit: int | None = None,
 ) -> Iterator[Batch]:
-    """This rank's batches of ``micro_batch`` packs: number k of all goes to rank k % world_size.
+    """Yields this rank's batches of ``micro_batch`` packs: batch k goes to rank k % world_size.
 
-    Every rank gets the same number, the last of some being ``Batch.empty()``, so that collectives in the forward pass
-    meet. Sequence length and packing are those of the preparation; ``singly`` leaves every sample in a pack of its own.
-    ``limit`` ends after so many packs.
+    Every rank gets the same number of batches, so that all ranks take part in the collectives of each forward pass; the
+    last one of some ranks is ``Batch.empty()``. Sequence length and packing are those of the preparation. ``singly``
+    puts every sample into a pack of its own. ``limit``: the maximum number of packs, over all ranks.
     """
     upcoming = NextUse(lambda _: range(prepared.count))
     reader = BlockReader(prepared, upcoming, memory_bytes=memory_bytes, cache=cache)

@@ -1,4 +1,4 @@
-"""When a block is used next. The plan knows the future, so that what is needed latest can make room for the rest."""
+"""The next use of a block. The plan fixes all later reads, so that a cache can evict the block that is needed last."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.data.types import Ints
 
 
 class Use(NamedTuple):
-    """A place in the run's order; tuples compare as the order goes."""
+    """A position in the run's order. Tuples compare in that order."""
 
     epoch: int
     window: int
@@ -22,10 +22,10 @@ class Use(NamedTuple):
 
 
 class NextUse:
-    """``order(epoch)`` gives the windows of an epoch in their order. Thread-safe.
+    """The next use of each block, from the current position. Thread-safe.
 
-    Within the window that is being read, a block's next use is the next pack that holds one of its samples; in all
-    others it is the window's turn in this epoch or the next.
+    ``order(epoch)`` returns the windows of an epoch in their order. In the window that is being read, a block's next
+    use is the next pack with one of its samples. In any other window it is the window's turn in this epoch or the next.
     """
 
     def __init__(self, order: Callable[[int], Sequence[int]]) -> None:
@@ -40,7 +40,8 @@ class NextUse:
         return self._now
 
     def move(self, to: Use, packs: Callable[[], Mapping[int, Ints]] | None = None) -> None:
-        """Reading stands at ``to``; ``packs()``, asked once per window, gives the packs that use each of its blocks."""
+        """Sets the current position. ``packs()``, called once per window, returns the packs that use each of its
+        blocks, ascending."""
         with self._lock:
             if packs is None or to[:2] != self._now[:2] or self._packs is None:
                 self._packs = packs() if packs else None
@@ -61,7 +62,7 @@ class NextUse:
             return Use(now.epoch + 1, self._turn(now.epoch + 1, window), 0)
 
     def soon(self, window: int) -> bool:
-        """Whether it is the window that is being read, or the one after it."""
+        """Returns True for the window that is being read and for the next one."""
         with self._lock:
             return window in (self.current(), self.following())
 
@@ -81,7 +82,7 @@ class NextUse:
 
 
 def packs_of_blocks(plan: WindowPlan, block_of: npt.NDArray[np.integer[Any]]) -> dict[int, Ints]:
-    """For each block of a window the packs that draw on it, ascending; ``block_of`` has the block of each sample."""
+    """Returns, for each block of a window, the packs that use it, ascending. ``block_of``: the block of each sample."""
     packs = np.repeat(np.arange(len(plan), dtype=np.int64), np.diff(plan.offsets))
     blocks = block_of[plan.samples]
     return {int(b): np.unique(packs[blocks == b]) for b in np.unique(blocks)}

@@ -1,4 +1,4 @@
-"""Reading ahead: one thread, a bounded queue, and errors that reach the one who waits."""
+"""Reading ahead: one thread, a bounded queue, and errors that are raised in the consumer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _CLOSE_S = 10.0
 
 
 class StepReader(Protocol):
-    """What reading ahead asks of a stream."""
+    """The part of a stream that reading ahead needs."""
 
     def step(self, cursor: Cursor) -> StepPlan: ...
 
@@ -25,8 +25,11 @@ class StepReader(Protocol):
 
 
 class Prefetcher(Iterator[RankStep]):
-    """Steps in order, at most ``depth`` of them read ahead of the consumer. ``close`` ends the thread and may be called
-    twice; after it, and after ``steps`` steps, iteration stops. An error is raised once, where its step would be."""
+    """Steps in order, at most ``depth`` of them read ahead of the consumer.
+
+    Iteration stops after ``steps`` steps, and after ``close``. ``close`` ends the thread and may be called twice. An
+    error is raised once, by the ``next`` that would return its step; then iteration stops.
+    """
 
     def __init__(
         self, source: StepReader, cursor: Cursor, rank: int, world_size: int, depth: int, steps: int | None = None
@@ -47,7 +50,7 @@ class Prefetcher(Iterator[RankStep]):
                 self._source.ahead(plan)
                 cursor, done = plan.next, done + 1
             self._put(None)
-        except BaseException as error:  # whatever it is, it belongs to the consumer
+        except BaseException as error:  # any error is raised in the consumer
             self._put(error)
 
     def _put(self, item: RankStep | BaseException | None) -> None:
@@ -73,10 +76,10 @@ class Prefetcher(Iterator[RankStep]):
         raise StopIteration
 
     def close(self) -> None:
-        """Waits up to 10 s for the read in progress to end; what was read ahead is dropped."""
+        """Stops the thread and drops the steps read ahead. Waits up to 10 s for the read in progress."""
         self._closed.set()
         if threading.current_thread() is not self._thread:
-            # A read that goes on retrying against a dead storage must not hold up the end of a run.
+            # A read may retry for minutes against a dead storage, and must not delay the end of a run.
             self._thread.join(_CLOSE_S)
 
     def __enter__(self) -> Prefetcher:

@@ -1,8 +1,8 @@
 """The stream of training steps: a pure look-up from a cursor to a step, and from a step to this rank's arrays.
 
 A step is a range of packs, cut into micro-batches of ``micro_batch`` packs. It may cross from one window into the next,
-never from one epoch into the next: an epoch's last step may be short. What a micro-batch holds never depends on the
-number of ranks; micro-batch k goes to rank k % world_size.
+never from one epoch into the next: an epoch's last step may be short. The contents of a micro-batch do not depend on
+the number of ranks; micro-batch k is run by rank k % world_size.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from trainer.recipe import Recipe
 from trainer.storage import Storage
 
 _EMPTY_EPOCHS = 50
-"""A weight well below 1 may draw nothing from a handful of samples for an epoch or two; this many are a mistake."""
+"""A weight well below 1 may select none of a few samples for an epoch or two. This many empty epochs are an error."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class _Pack:
 class Stream:
     """Steps of a run over its prepared data. ``weights`` has one per source; plans are stored under ``<run>/plan/``.
 
-    Safe from several threads. All ranks build the same stream and need not talk to each other.
+    Thread-safe. All ranks build the same stream, without communication.
     """
 
     def __init__(
@@ -84,13 +84,17 @@ class Stream:
         )
 
     def start(self) -> Cursor:
-        """The cursor before the first step."""
+        """Returns the cursor before the first step."""
         first = self.plans.follow(0, 0, self.plans.root())
         return Cursor(self.prepared.fingerprint, self.seed, 0, 0, 0, first.chain, 0)
 
     def step(self, cursor: Cursor) -> StepPlan:
-        """The step that begins at the cursor. CorruptObject when the cursor is not one of this data, seed and plan."""
-        self._check(cursor)
+        """Returns the step at the cursor. Raises CorruptObject if the cursor is of other data, another seed or plan."""
+        if (cursor.fingerprint, cursor.seed) != (self.prepared.fingerprint, self.seed):
+            raise CorruptObject(
+                f"the data cursor belongs to data {cursor.fingerprint} and seed {cursor.seed}, and this run reads "
+                f"{self.prepared.fingerprint} with seed {self.seed}; resume with the recipe that this run started with"
+            )
         cursor, linked = self._enter(cursor)
         start, packs = cursor, list[_Pack]()
         while True:
@@ -106,22 +110,28 @@ class Stream:
         return read_batch(self.reader, micro_batch)
 
     def read_step(self, plan: StepPlan, rank: int, world_size: int) -> RankStep:
-        """The step with this rank's micro-batches, read."""
-        self._move(plan.start)
+        """Reads this rank's micro-batches of the step."""
+        at = plan.start
+
+        def packs() -> dict[int, Ints]:
+            linked = self.plans.at(at.epoch, at.window, at.chain)
+            return packs_of_blocks(linked.plan, self.prepared.index(linked.window).block)
+
+        self.upcoming.move(Use(at.epoch, at.window, at.pack), packs)
         return RankStep(plan, [self.read(m) for m in plan.of_rank(rank, world_size)])
 
     def prefetch(
         self, cursor: Cursor, rank: int, world_size: int, depth: int = 2, steps: int | None = None
     ) -> Prefetcher:
-        """This rank's steps from the cursor on, read ahead by a thread of its own; without ``steps``, without end.
+        """Returns an iterator over this rank's steps from the cursor, read ahead in a thread; endless without
+        ``steps``.
 
-        An iterator that is to be closed: use it in a ``with`` statement. What fails while reading ahead is raised by
-        ``next``.
+        The caller must close it: use it in a ``with`` statement. ``next`` raises the errors of reading ahead.
         """
         return Prefetcher(self, cursor, rank, world_size, depth, steps)
 
     def ahead(self, plan: StepPlan) -> None:
-        """Begins to fetch the window after the one in which this step begins, in a thread; at once when it is there."""
+        """Starts a thread that fetches the window after this step's, unless that was done or is in progress."""
         following = self.upcoming.following()
         if self._warmed == following or (self._warming is not None and self._warming.is_alive()):
             return
@@ -131,30 +141,17 @@ class Stream:
         )
         self._warming.start()
 
-    def _move(self, to: Cursor) -> None:
-        def packs() -> dict[int, Ints]:
-            linked = self.plans.at(to.epoch, to.window, to.chain)
-            return packs_of_blocks(linked.plan, self.prepared.index(linked.window).block)
-
-        self.upcoming.move(Use(to.epoch, to.window, to.pack), packs)
-
-    def _check(self, cursor: Cursor) -> None:
-        if (cursor.fingerprint, cursor.seed) != (self.prepared.fingerprint, self.seed):
-            raise CorruptObject(
-                f"the data cursor belongs to data {cursor.fingerprint} and seed {cursor.seed}, and this run reads "
-                f"{self.prepared.fingerprint} with seed {self.seed}; resume with the recipe that the run was begun with"
-            )
-
     def _enter(self, cursor: Cursor) -> tuple[Cursor, LinkedPlan]:
-        """The plan under the cursor; a cursor at the end of a window moves on to the next pack there is."""
+        """Returns the plan at the cursor. A cursor at the end of a window is moved to the next pack of a later
+        window."""
         linked = self.plans.at(cursor.epoch, cursor.window, cursor.chain)
         first = cursor.epoch
         while cursor.pack >= len(linked.plan):
             cursor, linked = self._next_window(cursor)
             if cursor.epoch > first + _EMPTY_EPOCHS:
                 raise InputError(
-                    f"the weights {list(self.plans.settings.weights)} leave no sample of "
-                    f"{self.prepared.totals.samples} in {_EMPTY_EPOCHS} epochs; raise them"
+                    f"the weights {list(self.plans.settings.weights)} select none of the "
+                    f"{self.prepared.totals.samples} samples in {_EMPTY_EPOCHS} epochs; raise them"
                 )
         return cursor, linked
 
@@ -211,23 +208,20 @@ def count_steps(
     packing: bool,
     weights: Sequence[float],
 ) -> int:
-    """Steps of that many epochs. Reads the windows' indexes, no token; needs a window at a time.
-
-    How many packs a window comes to depends on the lengths alone, so that one epoch stands for all of them unless a
-    weight has a fraction, which picks other samples each epoch.
-    """
+    """Returns the steps of ``epochs`` epochs. Reads the windows' indexes one at a time, no tokens."""
     settings = plan_settings(prepared, seed, sequence_length, packing, weights)
+    # The number of a window's packs depends only on the lengths of its samples. All epochs have the same number, unless
+    # a weight has a fraction, which selects other samples in each epoch.
     same = all(w.is_integer() for w in settings.weights)
-    planned = [_count_packs(prepared, settings, epoch) for epoch in range(1 if same else epochs)]
+    planned = [
+        sum(epoch_packs(prepared.index(window), settings, epoch).packs for window in range(prepared.count))
+        for epoch in range(1 if same else epochs)
+    ]
     return sum(-(-packs // global_batch) for packs in planned) * (epochs if same else 1)
 
 
-def _count_packs(prepared: PreparedDataset, settings: PlanSettings, epoch: int) -> int:
-    return sum(epoch_packs(prepared.index(w), settings, epoch).packs for w in range(prepared.count))
-
-
 class EpochPacks(NamedTuple):
-    """What a window gives to an epoch."""
+    """The packs and tokens of a window in an epoch."""
 
     packs: int
     tokens: int

@@ -1,8 +1,9 @@
-"""A run's plans, stored one object per window and chained by hash: made once, never again on resume.
+"""A run's plans, stored one object per window and chained by hash. A plan is made once; a resumed run reads it.
 
-Plan n's link is sha256(link n-1, digest of plan n); the first follows a link made of the data's fingerprint and the
-run's seed. A cursor holds the link of its own window's plan, so that one object is enough to prove that a resumed run
-continues the very order that it began. Any rank may write a plan: all of them would write the same.
+Plan n's link is sha256(link n-1, digest of plan n). The link before the first plan is a hash of the data's fingerprint
+and the settings of the plan, with the run's seed. A cursor contains the link of its own window's plan, so that one
+object proves that a resumed run continues the order it started with. Any rank may write a plan: all would write the
+same.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ _HELD = 3
 
 @dataclass(frozen=True)
 class LinkedPlan:
-    """A window's plan with its link of the chain, and the window of the prepared data that it plans."""
+    """A window's plan, the window of the prepared data that it is for, and its link of the chain."""
 
     plan: WindowPlan
     window: int
@@ -42,7 +43,7 @@ class LinkedPlan:
 
 
 class PlanStore:
-    """Looks plans up by (epoch, ordinal in the epoch). Thread-safe; holds the last few."""
+    """Looks up plans by (epoch, ordinal in the epoch). Thread-safe; holds the last few in memory."""
 
     def __init__(self, prepared: PreparedDataset, run: Storage, settings: PlanSettings) -> None:
         self.prepared, self.run, self.settings = prepared, run, settings
@@ -55,13 +56,14 @@ class PlanStore:
         return self.prepared.count
 
     def root(self) -> str:
-        """The link before the first plan: two runs share a chain only if their data and settings are the same."""
+        """Returns the link before the first plan. Two runs share a chain only if their data and settings are the
+        same."""
         s = self.settings
         weights = json.dumps(s.weights)
         return hash_parts("plan", self.prepared.fingerprint, s.seed, s.sequence_length, s.packing, weights)
 
     def follow(self, epoch: int, ordinal: int, previous: str) -> LinkedPlan:
-        """The plan after the link ``previous``; made and stored when it is not there yet."""
+        """Returns the plan after the link ``previous``. Makes and stores it if it does not exist yet."""
         with self._lock:
             held = self._held.get((epoch, ordinal))
             if held is None:
@@ -69,7 +71,8 @@ class PlanStore:
         return self._checked(held, epoch, ordinal, _link(previous, held.plan))
 
     def at(self, epoch: int, ordinal: int, chain: str) -> LinkedPlan:
-        """The stored plan whose link is ``chain``; CorruptObject when there is none, or it is another."""
+        """Returns the stored plan whose link is ``chain``. Raises CorruptObject if it is missing or has another
+        link."""
         with self._lock:
             held = self._held.get((epoch, ordinal))
             if held is None:
@@ -84,13 +87,15 @@ class PlanStore:
         return self._checked(held, epoch, ordinal, chain)
 
     def _read_or_make(self, epoch: int, ordinal: int, previous: str) -> tuple[WindowPlan, str]:
-        """A stored plan that follows another one than ``previous`` is of a start that was given up before its first
-        checkpoint, on other data or settings: nobody on this run's chain has trained on it, and it is replaced."""
+        """Returns the plan after ``previous`` and its link to it. Stores it if none is stored or the stored one is
+        stale."""
         key, stale = plan_key(epoch, ordinal), False
         try:
             found = self._read(epoch, ordinal)
             if found[1] == previous:
                 return found
+            # It is of an earlier start, on other data or settings, that ended before its first checkpoint. No
+            # checkpoint of this run's chain depends on it.
             stale = True
         except FileNotFoundError:
             pass
@@ -108,7 +113,7 @@ class PlanStore:
         try:
             return decode_plan(raw)
         except (pa.ArrowException, OSError, KeyError, ValueError) as error:
-            raise CorruptObject(f"{self._url(epoch, ordinal)} is not a whole plan ({error}); restore it") from error
+            raise CorruptObject(f"{self._url(epoch, ordinal)} is not a complete plan ({error}); restore it") from error
 
     def _keep(self, epoch: int, ordinal: int, plan: WindowPlan, previous: str) -> LinkedPlan:
         linked = LinkedPlan(plan, self._window(epoch, ordinal), _link(previous, plan))
@@ -126,7 +131,7 @@ class PlanStore:
         return held
 
     def order(self, epoch: int) -> list[int]:
-        """The windows of the prepared data in the order of this epoch."""
+        """Returns the windows of the prepared data in the order of this epoch."""
         with self._lock:
             if epoch not in self._orders:
                 near = {e: o for e, o in self._orders.items() if abs(e - epoch) <= 1}

@@ -1,10 +1,10 @@
-"""The plan: which samples stand in which pack, in which order. A pure function of the data's shape, seed and epoch.
+"""The plan: the samples of each pack, and the order of packs. A pure function of the data's shape, seed and epoch.
 
 An epoch takes the windows in a permuted order. Within a window, each sample is copied by its source's weight, the
 copies are permuted, packed, and the packs permuted.
 
-An *epoch* so means each sample of each source once; a weight of 2 means twice, 0.5 a random half of them, which is
-another half each epoch.
+So an *epoch* contains each sample of each source once. With a weight of 2 it contains each twice, with 0.5 a random
+half of them, which differs between epochs.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from trainer.data.types import Ints
 
 @dataclass(frozen=True)
 class PlanSettings:
-    """What decides the plan besides the data. ``order_key`` is the preparation's, ``weights`` has one per source."""
+    """The settings of the plan. ``order_key`` is the preparation's; ``weights`` has one per source."""
 
     order_key: str
     seed: int
@@ -35,7 +35,8 @@ class PlanSettings:
 
 @dataclass(frozen=True)
 class WindowPlan:
-    """A window's packs: pack p holds the samples ``samples[offsets[p]:offsets[p + 1]]``, rows of the window's index."""
+    """A window's packs. Pack p contains ``samples[offsets[p]:offsets[p + 1]]``, which are rows of the window's
+    index."""
 
     samples: npt.NDArray[np.int32]
     offsets: Ints
@@ -50,7 +51,7 @@ class WindowPlan:
         return samples
 
     def digest(self) -> str:
-        """sha256 (hex) over the contents, whatever the library that stored them."""
+        """Returns the sha256 (hex) of the contents. It does not depend on the library that stored them."""
         h = hashlib.sha256()
         for column in (self.samples, self.offsets, self.tokens, self.targets):
             h.update(len(column).to_bytes(8, "little") + column.astype("<i8").tobytes())
@@ -58,13 +59,13 @@ class WindowPlan:
 
 
 def epoch_order(order_key: str, seed: int, epoch: int, windows: int) -> list[int]:
-    """The epoch's windows in the order in which they are trained on."""
+    """Returns the epoch's windows in the order in which they are trained on."""
     order: list[int] = permutation(windows, "windows", order_key, seed, epoch).tolist()
     return order
 
 
 def copies(index: WindowIndex, settings: PlanSettings, epoch: int) -> Ints:
-    """How often each sample of the window appears in this epoch, from its source's weight."""
+    """Returns the number of copies of each sample [samples] in this epoch, from its source's weight."""
     weight = np.asarray(settings.weights, dtype=np.float64)[index.source]
     whole = np.floor(weight)
     if np.array_equal(whole, weight):
@@ -82,7 +83,7 @@ def plan_window(index: WindowIndex, settings: PlanSettings, epoch: int, window: 
 
 
 def plan_in_order(index: WindowIndex, sequence_length: int, packing: bool) -> WindowPlan:
-    """Evaluation's plan: each sample once, nothing is permuted."""
+    """Returns evaluation's plan: each sample once, in the stored order, not permuted."""
     settings = PlanSettings("", 0, sequence_length, packing, ())
     return _assemble(index, _packs(index, np.arange(len(index), dtype=np.int64), settings))
 
@@ -96,10 +97,8 @@ def _packs(index: WindowIndex, chosen: Ints, settings: PlanSettings) -> list[Int
 def _assemble(index: WindowIndex, packs: Sequence[Ints]) -> WindowPlan:
     offsets = np.cumsum([0, *(len(p) for p in packs)]).astype(np.int64)
     samples = np.concatenate(packs).astype(np.int32) if packs else np.zeros(0, np.int32)
-    starts = offsets[:-1]
-    tokens, targets = (_sums(column[samples], starts) for column in (index.length, index.targets))
+    tokens, targets = (
+        np.add.reduceat(column[samples].astype(np.int64), offsets[:-1]) if packs else np.zeros(0, np.int64)
+        for column in (index.length, index.targets)
+    )
     return WindowPlan(samples, offsets, tokens, targets)
-
-
-def _sums(values: npt.NDArray[np.int32], starts: Ints) -> Ints:
-    return np.add.reduceat(values.astype(np.int64), starts) if len(starts) else np.zeros(0, np.int64)

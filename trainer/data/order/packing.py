@@ -1,15 +1,15 @@
-"""Filling packs: two heuristics for bin packing, and the better of their answers.
+"""Filling packs: two heuristics for bin packing, of which the better result is used.
 
-*Best-fit-decreasing* takes the samples from the longest to the shortest, each into the pack where the least room is
-left after it. It is nearly perfect while short samples remain to fill the gaps, and leaves 1 to 3 % where there are
-none.
+*Best-fit-decreasing* takes the samples from the longest to the shortest, and puts each into the pack with the least
+room left after it. It is nearly perfect while short samples remain to fill the gaps. Where there are none, 1 to 3 % of
+the room stays empty.
 
-*Exact fit* fills pack after pack: the longest sample left, then, as soon as there is one, a sample or a pair of samples
-that fills the pack to its last token, else the longest that goes in.
+*Exact fit* fills one pack after another. It starts with the longest sample left. Then, as soon as one exists, it adds a
+sample or a pair of samples that fills the pack to its last token; otherwise the longest sample that fits.
 
-Both decide by lengths alone: how many packs there are depends only on the lengths, not on the order of the samples.
-That order says which of several samples of one length is taken, so that the company a sample keeps differs between
-epochs. Sets of lengths are kept as integers with one bit per length, and searched by shifts and masks.
+Both depend on lengths only: the number of packs does not depend on the order of the samples. That order selects one of
+several samples of equal length, so that the samples that share a pack differ between epochs. Sets of lengths are
+integers with one bit per length, and are searched by shifts and masks.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ Packs = list[list[int]]
 
 
 def fill_packs(lengths: Lengths, capacity: int) -> Packs:
-    """Positions of ``lengths`` in packs of at most ``capacity`` tokens, each position once."""
+    """Returns packs of at most ``capacity`` tokens, as positions in ``lengths``; each position occurs once."""
     assert len(lengths) == 0 or (lengths.min() > 0 and lengths.max() <= capacity), "a length is outside 1 to capacity"
     best, exact = best_fit(lengths, capacity), ExactFit(lengths, capacity).packs()
     return exact if len(exact) < len(best) else best
 
 
 def best_fit(lengths: Lengths, capacity: int) -> Packs:
-    """Best-fit-decreasing. Bit r of ``rooms`` is set while some pack has room r left."""
+    """Best-fit-decreasing. Bit r of ``rooms`` is set while at least one pack has room for exactly r tokens."""
     packs: Packs = []
     by_room: list[list[int]] = [[] for _ in range(capacity + 1)]
     rooms = 0
@@ -53,8 +53,11 @@ def best_fit(lengths: Lengths, capacity: int) -> Packs:
 
 
 class ExactFit:
-    """The samples that are left: bit n of ``there`` is set while one of length n is, bit capacity - n of ``mirror``
-    too, so that shifting one over the other shows the pairs with a given sum."""
+    """Exact fit, over the samples that are not packed yet.
+
+    Bit n of ``there`` and bit capacity - n of ``mirror`` are set while a sample of length n is left. One shifted and
+    masked by the other gives the pairs of lengths with a given sum.
+    """
 
     def __init__(self, lengths: Lengths, capacity: int) -> None:
         self.capacity = capacity
@@ -81,7 +84,8 @@ class ExactFit:
         return pack
 
     def _filling(self, fitting: int, room: int) -> tuple[int, ...]:
-        """One length, or two (the longer first, as even as can be), that fill the room exactly; empty when none do."""
+        """Returns one length that fills the room exactly, or two (the most even ones, longer first); empty if none
+        do."""
         if fitting >> room:
             return (room,)
         pairs = fitting & (self.mirror >> (self.capacity - room))

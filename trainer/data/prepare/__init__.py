@@ -1,1 +1,1 @@
-"""From raw inputs to prepared data: split, encoded once, stored in windows."""
+"""Preparation: raw inputs are cut into windows, encoded once, and stored."""

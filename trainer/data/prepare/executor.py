@@ -1,4 +1,4 @@
-"""Preparing windows in processes of this machine, where there is no Ray to do it."""
+"""Prepares windows in processes of this machine, without Ray."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ _task: Callable[[Any], Any] | None = None
 
 
 def process_pool(processes: int) -> Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]:
-    """A ``map`` over that many spawned processes, results in order; the function is pickled once per process. A single
-    job runs in this process, where it costs no start.
+    """Returns a ``map`` over ``processes`` spawned processes. Results are in the order of the jobs.
 
-    Spawned, not forked: a tokenizer's threads do not survive a fork. When a job raises, those not begun are cancelled.
+    The function is pickled once per process. A single job runs in this process, without starting another. When a job
+    raises, the jobs not started yet are cancelled.
     """
 
     def run(task: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
@@ -24,12 +24,12 @@ def process_pool(processes: int) -> Callable[[Callable[[Any], Any], Sequence[Any
             yield from map(task, jobs)
             return
         count = max(1, min(processes, len(jobs)))
-        context = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("spawn")  # a tokenizer's threads do not survive a fork
         with ProcessPoolExecutor(count, context, initializer=_take_task, initargs=(task,)) as pool:
             try:
                 yield from _mapped(pool, jobs)
             except (KeyboardInterrupt, SystemExit):
-                for child in multiprocessing.active_children():  # a window may take longer than an end may
+                for child in multiprocessing.active_children():  # a window may take longer than the time left to stop
                     child.kill()
                 raise
             finally:
@@ -39,8 +39,9 @@ def process_pool(processes: int) -> Callable[[Callable[[Any], Any], Sequence[Any
 
 
 def _mapped(pool: ProcessPoolExecutor, jobs: Sequence[Any]) -> Iterator[Any]:
-    """The results. A terminal's signals are this process's to answer: of the processes, which are started here, each
-    would print a traceback."""
+    """Submits the jobs, which starts the processes, and returns the results."""
+    # The processes inherit the blocked signals: on Ctrl-C in a terminal, each of them would print a traceback. This
+    # process handles the signals.
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
     try:
         return pool.map(_call, jobs)
@@ -51,7 +52,7 @@ def _mapped(pool: ProcessPoolExecutor, jobs: Sequence[Any]) -> Iterator[Any]:
 def _take_task(task: Callable[[Any], Any]) -> None:
     global _task
     _task = task
-    # The processes share the cores already; a tokenizer's own threads on top only get in each other's way.
+    # The processes already use all cores; more threads of the tokenizers would only slow them down.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 

@@ -1,4 +1,4 @@
-"""The inputs, pinned: which objects a source stood for, and whether they are still what they were."""
+"""Freezes the inputs: resolves each source to its objects, and checks later that they have not changed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def freeze(sources: Sequence[SourceSection]) -> tuple[FrozenSource, ...]:
-    """The objects behind each source, sorted by URL, with size and ETag. InputError names a source without any."""
+    """Resolves each source to its objects, sorted by URL, with size and ETag. Raises InputError for one without any."""
     return tuple(_freeze(source) for source in sources)
 
 
@@ -32,30 +32,27 @@ def _freeze(source: SourceSection) -> FrozenSource:
         sample_by=source.sample_by,
         labels=source.labels,
     )
-    objects = (_dataset(source.path, source.split),) if frozen.is_hub else _objects(source.path)
-    return replace(frozen, objects=objects)
-
-
-def _dataset(path: str, split: str | None) -> FrozenObject:
+    if not frozen.is_hub:
+        return replace(frozen, objects=_objects(source.path))
     from trainer.data.readers.hub import freeze_dataset
 
-    return freeze_dataset(path, split)
+    return replace(frozen, objects=(freeze_dataset(source.path, source.split),))
 
 
 def describe(
     sources: Sequence[FrozenSource], tokenizer: Any, *, labels: Sequence[str] | None = None, **settings: Any
 ) -> PreparationSpec:
-    """The preparation of these sources by this tokenizer; settings are PreparationSpec's other fields.
+    """Returns the specification for these sources and this tokenizer; ``settings`` are PreparationSpec's other fields.
 
-    ``labels`` is the label set of classification; without it, it is looked for in these sources. Evaluation data takes
-    that of the training data.
+    ``labels`` is the label set of classification. Without it, the set is read from these sources. Evaluation data must
+    be given the training data's.
     """
     labels = label_set(sources) if labels is None else tuple(labels)
     return PreparationSpec(tuple(sources), tokenizer_fingerprint(tokenizer), labels=labels, **settings)
 
 
 def check_unchanged(sources: Iterable[FrozenSource]) -> None:
-    """InputError naming the first object that is gone or not what was frozen; each source's path is listed once."""
+    """Raises InputError for the first object that is missing or has changed. Lists each source's path once."""
     for source in sources:
         if source.is_hub:
             check_objects(source.objects)
@@ -66,7 +63,7 @@ def check_unchanged(sources: Iterable[FrozenSource]) -> None:
 
 
 def check_objects(frozen: Iterable[FrozenObject]) -> None:
-    """The same for single objects, each looked up by itself."""
+    """Raises InputError like `check_unchanged`, for single objects. Looks up each of them on its own."""
     for old in frozen:
         _check(old, _current(old))
 
@@ -86,14 +83,19 @@ def _check(old: FrozenObject, new: FrozenObject | None) -> None:
         return
     what = "is gone" if new is None else f"has changed (size {old.size} then, {new.size} now; ETag {new.etag})"
     raise InputError(
-        f"the input {old.url} {what} since this run was begun, and its prepared data is not complete; put the old "
-        "object back, or start a run under another name"
+        f"the input {old.url} {what} since this run was started, and its prepared data is not complete; restore the "
+        "old object, or start a run under another name"
     )
 
 
 def _objects(path: str) -> tuple[FrozenObject, ...]:
     named = path.rsplit("/", 1)[-1]
-    found = sorted(o for o in _expand(path) if o.url.rsplit("/", 1)[-1] == named or not _hidden(o.url))
+    found = []
+    for frozen in sorted(_expand(path)):
+        name = frozen.url.rsplit("/", 1)[-1]
+        # Tools leave markers and partial uploads in a folder, such as _SUCCESS and .part.
+        if name == named or not name.startswith((".", "_")):
+            found.append(frozen)
     if not found:
         raise InputError(f"data source {path}: nothing there matches; check the path, the bucket and the wildcard")
     for frozen in found:
@@ -101,13 +103,8 @@ def _objects(path: str) -> tuple[FrozenObject, ...]:
     return tuple(found)
 
 
-def _hidden(url: str) -> bool:
-    """Markers and partial uploads that tools leave in a folder: _SUCCESS, .part."""
-    return url.rsplit("/", 1)[-1].startswith((".", "_"))
-
-
 def _expand(path: str) -> list[FrozenObject]:
     try:
         return [FrozenObject(o.url, o.size, o.etag) for o in expand(path)]
     except FileNotFoundError as error:
-        raise InputError(f"data source {path} is not there ({error}); check the path and the bucket") from error
+        raise InputError(f"data source {path} does not exist ({error}); check the path and the bucket") from error

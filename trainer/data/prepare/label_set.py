@@ -1,4 +1,4 @@
-"""The label set of classification: found once, frozen into the preparation, a label's number being its place in it."""
+"""The label set of classification, found once and frozen into the preparation. A label's number is its index there."""
 
 from __future__ import annotations
 
@@ -16,17 +16,22 @@ MOST_LABELS = 10_000
 
 
 def label_set(sources: Sequence[FrozenSource]) -> tuple[str, ...]:
-    """The labels of all classification sources, in the sources' order: as the recipe names them, or those that the rows
-    have, numbers by size and names by the alphabet. InputError for fewer than two, and for what can be none."""
+    """Returns the distinct labels of all classification sources, in the sources' order.
+
+    A source's labels are those named in the recipe, or else those in its rows: numbers by value, then names by
+    alphabet. Raises InputError for fewer than two labels, and for a column with too many distinct values.
+    """
     chosen = [s for s in sources if s.format == "classification"]
     labels = tuple(dict.fromkeys(label for source in chosen for label in source.labels or _found(source)))
     if chosen and len(labels) < 2:
-        raise InputError(f"data source {chosen[0].path}: {len(labels)} labels are not enough to tell apart: {labels}")
+        raise InputError(
+            f"data source {chosen[0].path}: classification needs at least two labels, and has {len(labels)}: {labels}"
+        )
     return labels
 
 
 def _found(source: FrozenSource) -> list[str]:
-    """Reads every row of the source. Bad ones are left for the preparation to report."""
+    """Reads the labels in every row of the source. Ignores bad rows: the preparation reports them."""
     column = source.columns.get("label", "label")
     names: set[str] = set()
     for row in rows_of(source):
@@ -36,7 +41,7 @@ def _found(source: FrozenSource) -> list[str]:
         if len(names) > MOST_LABELS:
             raise InputError(
                 f"data source {source.path}: the column {column!r} has more than {MOST_LABELS} different values, "
-                f"such as {', '.join(islice(names, 3))!r:.100}; map the one with the labels by columns: {{label: NAME}}"
+                f"such as {', '.join(islice(names, 3))!r:.100}; map the label column with columns: {{label: NAME}}"
             )
     return sorted(names, key=_order)
 

@@ -1,7 +1,7 @@
-"""Prepared data of which windows are still being made: training on the first can begin before the last is there.
+"""Prepared data whose windows are still being made: training can start before the last window exists.
 
-What is trained on does not depend on when a window comes: the number of windows and their order are known from the
-start, and a window's plan needs its own index only. A window that is not there yet is waited for.
+The training order does not depend on when a window is made: the number of windows and their order are known from the
+start, and a window's plan needs only its own index. Reading a window that does not exist yet waits for it.
 """
 
 from __future__ import annotations
@@ -23,14 +23,17 @@ log = logging.getLogger(__name__)
 
 BEGUN = "begun.json"
 POLL_S = 1.0
-SAY_S = 30.0
+LOG_S = 30.0
 PATIENCE_S = 900.0
-"""Without a new window for this long, who made them is taken for dead."""
+"""Without a new window for this long, the preparing process is considered dead."""
 
 
 class PartialDataset(PreparedDataset):
-    """`index` waits for a window that is not there yet, as long as windows go on appearing; InputError when they do
-    not. Totals are unknown: ``windows`` is empty, ``count`` says how many there will be."""
+    """Prepared data that may be incomplete. ``count`` is the final number of windows; ``windows`` is empty, and so
+    totals are unknown.
+
+    `index` waits for a window that does not exist yet. It raises InputError when no window was added for PATIENCE_S.
+    """
 
     def __init__(
         self,
@@ -58,18 +61,19 @@ class PartialDataset(PreparedDataset):
         return self._entries[window]
 
     def _await(self, window: int) -> None:
-        there, since, say = -1, self._clock(), self._clock() + SAY_S
+        there, since, log_at = -1, self._clock(), self._clock() + LOG_S
         while not self.ready(window):
             now, found = self._clock(), sum(o.key.endswith(".index") for o in self.storage.list())
             if found != there:
                 there, since = found, now
             if now - since > PATIENCE_S:
                 raise InputError(
-                    f"the data is not prepared: {there} of {self.count} windows lie in {self.storage.url}, and none "
-                    f"was added for {PATIENCE_S / 60:.0f} minutes; start the run again, it goes on from its checkpoint"
+                    f"the data is not prepared: {there} of {self.count} windows are in {self.storage.url}, and none "
+                    f"was added for {PATIENCE_S / 60:.0f} minutes; start the run again, and it resumes from its last "
+                    "checkpoint"
                 )
-            if now > say:
-                say = now + SAY_S
+            if now > log_at:
+                log_at = now + LOG_S
                 log.warning("waiting for data: %d of %d windows are prepared", there, self.count)
             self._sleep(POLL_S)
 
@@ -80,7 +84,8 @@ class _Beginning(TypedDict):
 
 
 def open_begun(shared: Storage, fingerprint: str) -> PreparedDataset | None:
-    """Prepared data of this fingerprint, complete or not; None when nobody has begun to prepare them."""
+    """Opens prepared data of this fingerprint, complete or not. Returns None if no process has started to prepare
+    them."""
     complete = open_prepared(shared, fingerprint)
     if complete is not None:
         return complete
@@ -93,7 +98,7 @@ def open_begun(shared: Storage, fingerprint: str) -> PreparedDataset | None:
         begun = read_record(_Beginning, body)
         spec = PreparationSpec.from_json(begun["spec"])
         if spec.fingerprint != fingerprint:
-            raise Malformed("it is of other data than its folder")
+            raise Malformed("it belongs to other data than its folder")
         return PartialDataset(folder, spec, begun["windows"])
     except Malformed as error:
         raise CorruptObject(f"{folder.url}/{BEGUN} cannot be understood ({error}); delete {folder.url}") from error

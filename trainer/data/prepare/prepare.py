@@ -1,7 +1,7 @@
-"""Prepare once: cut the inputs into windows, prepare those that are missing, and seal them with a manifest.
+"""Prepares data once: cuts the inputs into windows, prepares the missing ones, and writes the manifest last.
 
-Any number of processes and runs may prepare the same thing at once and may die at any point: every object is put only
-where none is, windows that are there are not made again, and the manifest comes last.
+Any number of processes and runs may prepare the same data at the same time, and may die at any point. Every object is
+put only if absent, existing windows are not made again, and the manifest marks the data as complete.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ MapWindows = Callable[[Callable[[WindowJob], WindowEntry], Sequence[WindowJob]],
 
 
 class PreparationProgress(NamedTuple):
-    """How far preparing is: windows done of all, and the samples and tokens in them."""
+    """The progress of a preparation: windows done, all windows (``of``), and the samples and tokens in those done."""
 
     windows: int
     of: int
@@ -56,11 +56,11 @@ def prepare_dataset(
     on_progress: Callable[[PreparationProgress], None] | None = None,
     order: Callable[[int], Sequence[int]] = range,
 ) -> PreparedDataset:
-    """Prepared data under ``<shared>/<fingerprint>/``, made where it is not complete.
+    """Opens the prepared data in ``<shared>/<fingerprint>/``. Prepares what is missing.
 
-    ``map_windows(task, jobs)`` yields the results in the jobs' order; task and jobs pickle. ``order(count)`` says in
-    which order windows are made. Complete data is opened without a look at the inputs. InputError: an input changed, a
-    row too many cannot be used, a source gives no sample.
+    ``map_windows(task, jobs)`` yields the results in the jobs' order; task and jobs can be pickled. ``order(count)``
+    returns the order in which windows are made. If the data is complete, the inputs are not checked. Raises InputError
+    if an input has changed, if there are more bad rows than allowed, or if a source gives no sample.
     """
     found = open_prepared(shared, spec.fingerprint)
     if found is not None:
@@ -70,7 +70,7 @@ def prepare_dataset(
     jobs = [WindowJob(i, spans) for i, spans in enumerate(windows(cut(spec.sources), spec.order_key))]
     if not folder.put_if_absent(BEGUN, to_json({"spec": spec.to_json(), "windows": len(jobs)})):
         raise CorruptObject(
-            f"{folder.url} was begun by a version of muster that cuts the inputs into other windows; delete it"
+            f"{folder.url} was started by a version of muster that cuts the inputs into other windows; delete it"
         )
     task = WindowTask(spec, tokenizer, folder.url)
     entries = _prepare_windows(task, folder, [jobs[i] for i in order(len(jobs))], map_windows, on_progress)
@@ -88,7 +88,7 @@ def _prepare_windows(
     map_windows: MapWindows,
     on_progress: Callable[[PreparationProgress], None] | None,
 ) -> list[WindowEntry]:
-    """The entries of all jobs, by their windows."""
+    """Prepares the windows that are missing. Returns the entries of all jobs, by window."""
     names = (_INDEX.fullmatch(o.key) for o in folder.list())
     done = {w: entry_of(folder, w, folder.read(index_key(w))) for w in sorted(int(m[1]) for m in names if m)}
     missing = [job for job in jobs if job.window not in done]
@@ -105,7 +105,7 @@ def _prepare_windows(
 
 
 def _check_counts(spec: PreparationSpec, entries: Sequence[WindowEntry]) -> None:
-    """What no single window can know: too many bad rows over all of them, a source that came to nothing."""
+    """Raises InputError for a source with too many bad rows over all windows, or without a sample."""
     for i, counts in enumerate(sum_counts(entries, len(spec.sources))):
         source = spec.sources[i]
         if counts.bad_rows > spec.max_bad_rows:
@@ -124,9 +124,9 @@ def _check_counts(spec: PreparationSpec, entries: Sequence[WindowEntry]) -> None
 
 
 def check_first_rows(spec: PreparationSpec, tokenizer: Any, rows: int = 8) -> None:
-    """A cheap check before anything is started: the first rows of each source are read and encoded.
+    """Reads and encodes the first rows of each source: a cheap check before anything is started.
 
-    InputError for a format that the tokenizer cannot serve, a column that is not there, or rows that cannot be read.
+    Raises InputError for a format that the tokenizer does not support, a missing column, or rows that cannot be read.
     """
     for source in spec.sources:
         _check_source(source, spec, tokenizer, rows)
@@ -146,7 +146,7 @@ def _check_source(source: FrozenSource, spec: PreparationSpec, tokenizer: Any, r
 
 
 def resolve_chat_template(value: str | None) -> str | None:
-    """The text of data.chat_template: a template as it stands, or the contents of the file that it names."""
+    """Returns the text of data.chat_template, which is a template or the path of a file with one."""
     if value is None or "{" in value:
         return value
     storage, key = locate(value)

@@ -1,4 +1,4 @@
-"""Prepared data as it lies in the storage: the manifest, the windows' indexes, and their blocks."""
+"""Prepared data in the storage: the manifest, the windows' indexes, and their blocks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _INDEXES_HELD = 4
 
 @dataclass
 class PreparedDataset:
-    """Complete prepared data. ``storage`` is its own folder; reads are checked by sha256 and safe from any thread."""
+    """Complete prepared data. ``storage`` is its own folder. Reads are checked by sha256. Thread-safe."""
 
     storage: Storage
     spec: PreparationSpec
@@ -37,11 +37,11 @@ class PreparedDataset:
 
     @property
     def count(self) -> int:
-        """Its windows."""
+        """The number of windows."""
         return len(self.windows)
 
     def ready(self, window: int) -> bool:
-        """Whether the window is there; only data that are still being prepared lack any."""
+        """Returns True if the window exists. Only data that are still being prepared lack windows."""
         return True
 
     @property
@@ -53,12 +53,12 @@ class PreparedDataset:
 
     @property
     def per_source(self) -> list[Counts]:
-        """What became of each source's rows, in the recipe's order."""
+        """The counts of each source, in the recipe's order."""
         return sum_counts(self.windows, len(self.spec.sources))
 
     @property
     def bad_rows(self) -> list[BadRow]:
-        """The rows that were passed over, the first of each window; ``totals.bad_rows`` is their full number."""
+        """The first bad rows of each window, which were skipped. ``totals.bad_rows`` is the number of all."""
         return [bad for window in self.windows for bad in window.bad_rows]
 
     def index(self, window: int) -> WindowIndex:
@@ -79,7 +79,7 @@ class PreparedDataset:
         return self.windows[window]
 
     def block_bytes(self, window: int, block: int) -> bytes:
-        """One block, by a ranged read."""
+        """Reads one block, by a ranged read."""
         meta = self.index(window).meta
         info: BlockInfo = meta.blocks[block]
         stop = info.offset + info.length
@@ -89,7 +89,8 @@ class PreparedDataset:
 
 
 def read_verified(storage: Storage, key: str, sha256: str, read: Callable[[], bytes]) -> bytes:
-    """What ``read`` gives, once it has this hash: a body damaged on its way is read a second time, then named."""
+    """Returns the bytes of ``read()`` if they have this hash. Raises CorruptObject if they differ twice."""
+    # The second read is for bytes that were damaged on the way.
     got = ""
     for _ in range(2):
         raw = read()
@@ -98,7 +99,7 @@ def read_verified(storage: Storage, key: str, sha256: str, read: Callable[[], by
             return raw
     raise CorruptObject(
         f"{storage.url}/{key}: read twice, and its bytes are not those that were written (sha256 {got[:12]}…, not "
-        f"{sha256[:12]}…); delete the folder {storage.url}, and run again to prepare the data anew"
+        f"{sha256[:12]}…); delete the folder {storage.url}, and run again to prepare the data again"
     )
 
 
@@ -111,7 +112,7 @@ def sum_counts(windows: Sequence[WindowEntry], sources: int) -> list[Counts]:
 
 
 def open_prepared(shared: Storage, fingerprint: str) -> PreparedDataset | None:
-    """Prepared data of this fingerprint under ``shared``; None when it is not there or not complete."""
+    """Opens prepared data of this fingerprint under ``shared``. Returns None if it is missing or not complete."""
     folder = shared.child(fingerprint)
     try:
         manifest = folder.read_json(MANIFEST)
@@ -134,9 +135,9 @@ def _from_manifest(folder: Storage, fingerprint: str, manifest: Any) -> Prepared
         found = read_record(_Manifest, manifest)
         spec = PreparationSpec.from_json(found["spec"])
         if spec.fingerprint != fingerprint:
-            raise Malformed("it is of other data than its folder")
+            raise Malformed("it belongs to other data than its folder")
         if any(len(window.counts) != len(spec.sources) for window in found["windows"]):
-            raise Malformed("a window of it counts the rows of other sources")
+            raise Malformed("a window has the counts of other sources")
     except Malformed as error:
         raise CorruptObject(f"{folder.url}/{MANIFEST} cannot be understood ({error}); delete {folder.url}") from error
     return PreparedDataset(folder, spec, found["windows"])

@@ -1,4 +1,4 @@
-"""Where raw inputs are cut, and how the pieces are grouped into windows that can be prepared alone."""
+"""Cuts raw inputs into spans, and groups the spans into windows that can be prepared independently."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ WINDOW_BYTES = 32 << 20
 
 
 class Span(NamedTuple):
-    """A piece of one input object, by the indexes of its source and object, in its reader's unit; ``size`` in bytes."""
+    """A span of one input object, by the indexes of source and object, in the reader's unit; ``size`` is in bytes."""
 
     source: int
     object: int
@@ -23,8 +23,11 @@ class Span(NamedTuple):
 
 
 def cut(sources: Sequence[FrozenSource]) -> list[Span]:
-    """All spans of all sources, in their order. Line files are cut by their sizes alone; parquet by its footer; what
-    has to be parsed to be cut (JSON arrays, CSV) or unpacked is read once, in bounded memory."""
+    """Returns all spans of all sources, in order.
+
+    Line files are cut by their sizes, parquet by its footer. Files that must be parsed (JSON arrays, CSV) or unpacked
+    to be cut are read once, in bounded memory.
+    """
     return [
         Span(i, j, piece.start, piece.stop, piece.size)
         for i, source in enumerate(sources)
@@ -34,9 +37,9 @@ def cut(sources: Sequence[FrozenSource]) -> list[Span]:
 
 
 def windows(spans: Sequence[Span], key: str, window_bytes: int = WINDOW_BYTES) -> list[tuple[Span, ...]]:
-    """The spans, permuted by ``key``, in windows of about ``window_bytes`` of input and of nearly equal size.
+    """Permutes the spans by ``key``, and groups them into windows of about ``window_bytes`` of input and similar size.
 
-    A window so holds pieces of all sources and objects, in their proportions.
+    So a window contains spans of all sources and objects, in proportion to their sizes.
     """
     order = [spans[i] for i in permutation(len(spans), "spans", key)]
     total = sum(s.size for s in spans)

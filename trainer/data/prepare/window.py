@@ -1,4 +1,4 @@
-"""Preparing one window alone: read its spans, tokenise, and put its objects. Runs here, in a pool, or in a Ray task."""
+"""Prepares one window: reads its spans, tokenises, and puts its objects. Runs here, in a pool, or in a Ray task."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ LISTED_BAD_ROWS = 20
 
 
 class WindowJob(NamedTuple):
-    """A window to prepare: its number, and the spans of input that are its own."""
+    """A window to prepare: its number, and its spans of input."""
 
     window: int
     spans: tuple[Span, ...]
@@ -40,7 +40,7 @@ class WindowJob(NamedTuple):
 
 @dataclass
 class WindowEntry:
-    """What the manifest says of a window: its index, the index's sha256, and the counts per source."""
+    """A window's entry in the manifest: its index's key and sha256, the counts per source, and the first bad rows."""
 
     index: str
     sha256: str
@@ -50,7 +50,8 @@ class WindowEntry:
 
 @dataclass(frozen=True)
 class WindowTask:
-    """``task(job)`` prepares one window. It pickles, and holds nothing but what every window shares."""
+    """A callable: ``task(job)`` prepares one window. It can be pickled, and has only the data that all windows
+    share."""
 
     spec: PreparationSpec
     tokenizer: Any
@@ -65,13 +66,15 @@ def index_key(window: int) -> str:
 
 
 def prepare_window(spec: PreparationSpec, tokenizer: Any, storage: Storage, job: WindowJob) -> WindowEntry:
-    """Put the window's data, then its index; what another writer put first is kept. InputError on a bad row too many,
-    and when an input is no longer what was frozen."""
+    """Prepares a window, and puts its data, then its index. An index that another writer has put first is kept.
+
+    Raises InputError if there are more bad rows than allowed, or if an input has changed since it was frozen.
+    """
     objects = [spec.sources[s.source].objects[s.object] for s in job.spans]
     try:
         key, data, index = _Window(spec, tokenizer).build(job)
     except (InputError, CorruptObject, FileNotFoundError):
-        check_objects(objects)  # a changed object explains the error better than what it led to
+        check_objects(objects)  # if an object has changed, that is the cause to report
         raise
     check_objects(sorted(set(objects)))
     storage.put_if_absent(key, data)
@@ -86,17 +89,17 @@ def entry_of(storage: Storage, window: int, index: bytes) -> WindowEntry:
 
 
 def open_index(storage: Storage, key: str, raw: bytes) -> WindowIndex:
-    """CorruptObject when the bytes are no index."""
+    """Decodes a window's index. Raises CorruptObject for other bytes."""
     try:
         return decode_index(raw)
     except Malformed as error:
         raise CorruptObject(
-            f"{storage.uri(key)}: {error}; delete the folder {storage.url}, and run again to prepare the data anew"
+            f"{storage.uri(key)}: {error}; delete the folder {storage.url}, and run again to prepare the data again"
         ) from error
 
 
 class _Window:
-    """The samples, counts and bad rows of a window in the making."""
+    """The samples, counts and bad rows of a window that is being prepared."""
 
     def __init__(self, spec: PreparationSpec, tokenizer: Any) -> None:
         self.spec = spec
@@ -143,7 +146,7 @@ class _Window:
 
 
 def encode_rows(form: Format, batch: Sequence[tuple[int, Row | RowError]]) -> Iterator[tuple[int, Sample | RowError]]:
-    """Each row's sample or fault, in order; the whole rows are encoded together."""
+    """Yields (position, sample or RowError) of each row, in order. Encodes all rows without an error as one batch."""
     encoded = iter(form.encode([row for _, row in batch if not isinstance(row, RowError)]))
     for number, row in batch:
         yield number, row if isinstance(row, RowError) else next(encoded)

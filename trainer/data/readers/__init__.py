@@ -1,7 +1,7 @@
-"""Readers of raw inputs, one file per kind; a kind is chosen by the object's suffix.
+"""Readers of raw inputs, one file per kind. The object's suffix selects the kind.
 
-A reader is opened on one object. It cuts it into spans without holding it whole, and yields the rows that *start* in a
-span, each with its position in the object, so that spans can be read alone and in any order.
+A reader is opened on one object. It cuts the object into spans without holding all of it in memory, and yields the rows
+that *start* in a span, each with its position in the object. So spans can be read independently and in any order.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ SUFFIXES = {
 }
 
 CODECS = {"gz": "gzip", "gzip": "gzip", "zst": "zstd", "zstd": "zstd"}
-"""Suffixes of compressed objects, each with pyarrow's name of the codec; the suffix before it says what is inside."""
+"""Suffixes of compressed objects, with pyarrow's names of the codecs. The suffix before it is that of the contents."""
 
 _WITH_HEADER = ("csv", "tsv")
 
 
 class InputSlice(NamedTuple):
-    """A span of one object, ``start`` to ``stop`` in the reader's own unit, and its size in bytes."""
+    """A span of one object, [``start``, ``stop``) in the reader's own unit, and its size in bytes."""
 
     start: int
     stop: int
@@ -58,7 +58,10 @@ class InputSlice(NamedTuple):
 
 
 class Reader(Protocol):
-    """No larger than what preparing asks of an object: where it may be cut, its rows, and how to name a row's place."""
+    """The operations that preparation needs: cut an object into spans, read a span's rows, and name a row's place.
+
+    Positions are in the reader's own unit: bytes, or rows.
+    """
 
     def cut(self) -> Iterable[InputSlice]: ...
 
@@ -68,17 +71,17 @@ class Reader(Protocol):
 
 
 def reader_name(url: str) -> str:
-    """The reader for this object's suffix; InputError when there is none."""
+    """Returns the name of the reader for the object's suffix. Raises InputError if there is none."""
     suffix, codec = _suffixes(url)
     if suffix in SUFFIXES:
         return SUFFIXES[suffix]
     known = ", ".join(f".{s}" for s in SUFFIXES)
     what = f"a compressed file with {suffix!r} before its suffix" if codec else f"a file with the suffix {suffix!r}"
-    raise InputError(f"{url}: no reader for {what}; those that can be read are {known}, each also with .gz or .zst")
+    raise InputError(f"{url}: no reader for {what}; the supported suffixes are {known}, each also with .gz or .zst")
 
 
 def _suffixes(url: str) -> tuple[str, str | None]:
-    """The suffix that says what the object holds, and the codec that it is compressed with."""
+    """Returns the suffix of the contents (lower case, "" without one), and the codec of a compressed object."""
     parts = url.rstrip("/").rsplit("/", 1)[-1].lower().split(".")
     codec = CODECS.get(parts[-1]) if len(parts) > 1 else None
     if codec is not None:
@@ -87,7 +90,7 @@ def _suffixes(url: str) -> tuple[str, str | None]:
 
 
 def open_reader(source: FrozenSource, frozen: FrozenObject) -> Reader:
-    """The reader of one of a source's objects. InputError for a setting of the source that means nothing to it."""
+    """Opens the reader of one of a source's objects. Raises InputError for a setting that has no effect on its kind."""
     if source.is_hub:
         return cast("Reader", READERS.load("hub")(frozen))
     name = reader_name(frozen.url)
@@ -97,19 +100,17 @@ def open_reader(source: FrozenSource, frozen: FrozenObject) -> Reader:
         raise InputError(f"{frozen.url}: sample_by is about text files (.txt), and this is none; leave it out")
     kind = READERS.load("document" if source.sample_by == "document" else name)
     options = {"header": source.header} if name in _WITH_HEADER else {}
-    return cast("Reader", kind(_open_body(frozen), **options))
+    storage, key = locate(frozen.url)
+    body: Body = ObjectBody(storage, key, frozen.size)
+    codec = _suffixes(frozen.url)[1]
+    if codec is not None:
+        body = unpacked(body, codec, frozen.etag)
+    return cast("Reader", kind(body, **options))
 
 
 def rows_of(source: FrozenSource) -> Iterator[Row | RowError]:
-    """Every row of a source in its order, read in this process."""
+    """Yields every row of a source in order, read in this process."""
     for frozen in source.objects:
         reader = open_reader(source, frozen)
         for piece in reader.cut():
             yield from (row for _, row in reader.rows(piece.start, piece.stop))
-
-
-def _open_body(frozen: FrozenObject) -> Body:
-    storage, key = locate(frozen.url)
-    plain = ObjectBody(storage, key, frozen.size)
-    codec = _suffixes(frozen.url)[1]
-    return plain if codec is None else unpacked(plain, codec, frozen.etag)

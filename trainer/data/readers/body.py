@@ -1,7 +1,8 @@
-"""The bytes that a reader reads: an object's own, by ranged reads, or what a compressed object unpacks to.
+"""The bytes that a reader reads: an object's own, by ranged reads, or the decompressed bytes of a compressed object.
 
-A compressed object can be read from its beginning only. It is unpacked into a temporary file, as far as it was asked
-for, and read by ranges from there: memory stays bounded, and a process that comes back to an object has it already.
+A compressed object can only be read from its beginning. It is decompressed into a temporary file, up to the highest
+position that was requested, and read by ranges from there. So memory stays bounded, and a process that returns to an
+object need not decompress it again.
 """
 
 from __future__ import annotations
@@ -19,26 +20,27 @@ from trainer.storage import Storage
 
 SPAN_BYTES = 2 << 20
 UNPACKED_SPAN_BYTES = 16 << 20
-"""Larger for a compressed object, since each process that reads one of its spans unpacks it up to there."""
+"""The span of a compressed object. It is larger, since each process that reads a span unpacks all bytes before it."""
 
 UNPACKED_BYTES = 8 << 30
-"""Disk that a process keeps unpacked objects on, the last used ones; one that is larger is kept by itself."""
+"""Disk space for the unpacked objects that a process keeps, the last used ones. A larger one is kept on its own."""
 
 _CHUNK = 1 << 20
 
 
 class Body(Protocol):
-    """``url`` names it in messages; ``span_bytes`` is how finely it is cut."""
+    """Bytes that can be read by ranges. ``url`` names them in messages; ``span_bytes`` is the size of a span."""
 
     url: str
     span_bytes: int
 
     def clip(self, position: int) -> int:
-        """The position, or the end of the body when that comes first; asking for no more than needed is cheaper."""
+        """Returns the smaller of the position and the body's size. A compressed body is unpacked up to that
+        position."""
         ...
 
     def read(self, start: int, stop: int) -> bytes:
-        """Bytes start to stop, fewer only where the body ends."""
+        """Returns bytes [start, stop), fewer only at the end of the body."""
         ...
 
 
@@ -57,7 +59,7 @@ class ObjectBody:
 
 
 class UnpackedBody:
-    """A compressed body, unpacked into a file without a name. Thread-safe."""
+    """A compressed body, unpacked into an unnamed temporary file. Thread-safe."""
 
     span_bytes = UNPACKED_SPAN_BYTES
 
@@ -65,7 +67,7 @@ class UnpackedBody:
         self.url, self.size = packed.url, 0
         raw = io.BufferedReader(RangedFile(packed), _CHUNK)
         self._stream = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), codec)
-        self._file = tempfile.TemporaryFile(prefix="muster-unpacked-")  # noqa: SIM115 (it lives as long as this object)
+        self._file = tempfile.TemporaryFile(prefix="muster-unpacked-")  # noqa: SIM115 (open as long as this object)
         self._whole = False
         self._lock = threading.Lock()
 
@@ -93,7 +95,7 @@ class UnpackedBody:
 
 
 class RangedFile(io.RawIOBase):
-    """A body as a seekable file, each read a ranged read."""
+    """A body as a seekable file. Each read is a ranged read."""
 
     def __init__(self, body: Body) -> None:
         self._body, self._at = body, 0
@@ -124,11 +126,11 @@ _kept_lock = threading.Lock()
 
 
 def unpacked(packed: Body, codec: str, etag: str) -> Body:
-    """The unpacked body, the one of before where this process still has it."""
+    """Returns the unpacked body; the same object again while this process keeps it. Thread-safe."""
     key = (packed.url, etag)
     with _kept_lock:
         body = _kept.pop(key, None) or UnpackedBody(packed, codec)
         while _kept and sum(b.size for b in (body, *_kept.values())) > UNPACKED_BYTES:
-            _kept.popitem(last=False)  # its file goes with the last reader that still holds it
+            _kept.popitem(last=False)  # its file is deleted with the last reader that uses it
         _kept[key] = body
     return body

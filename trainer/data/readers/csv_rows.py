@@ -1,7 +1,7 @@
-"""CSV as in RFC 4180: fields may be quoted, and a quoted one may hold commas, quotes (doubled) and newlines.
+"""CSV as in RFC 4180: fields may be quoted, and a quoted field may contain commas, quotes (doubled) and newlines.
 
-Where a record begins is known only from what stands before it, so that cutting parses the file once from end to end, a
-piece at a time. A row is its record's byte offset.
+The start of a record depends on all bytes before it. So `Csv.cut` parses the complete file once, piece by piece. A
+row's position is its record's byte offset.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from trainer.errors import InputError
 
 _READ_BYTES = 256 << 10
 
-csv.field_size_limit(ROW_BYTES)  # of the process: the module has no other place for it, and its own is 128 KiB
+csv.field_size_limit(ROW_BYTES)  # for all of the process: csv has no other setting, and its default is 128 KiB
 
 
 class Csv:
-    """``header`` names the columns of a file whose first record is a row already."""
+    """A CSV file. ``header`` names the columns of a file without a header, whose first record is a row."""
 
     def __init__(self, body: Body, header: Sequence[str] | None = None, span_bytes: int | None = None) -> None:
         self.body, self.span_bytes = body, span_bytes or body.span_bytes
@@ -61,7 +61,7 @@ class Csv:
         return ()
 
     def _records(self, start: int) -> Iterator[tuple[int, int, list[str] | RowError]]:
-        """Each record from ``start`` on with its first byte and the one behind its last. A blank line has no fields."""
+        """Yields each record from ``start`` as (first byte, end, fields). A blank line has no fields."""
         lines = _Lines(self.body, start)
         records = csv.reader(lines, strict=True)
         while True:
@@ -82,9 +82,11 @@ class _TooLong(csv.Error):
 
 
 class _Lines(Iterator[str]):
-    """The body's lines from a place on, with their newlines; ``at`` is the byte behind the last one given, ``begin``
-    where the record began that they are read for. Raises _TooLong where the record gets so, behind the line in which it
-    did: a closing quote may be missing."""
+    """The body's lines from ``start``, with their newlines.
+
+    ``at`` is the end of the last line returned. ``begin``, which the caller sets, is the start of the current record.
+    Raises _TooLong, with ``at`` behind the current line, when the record is too long: a closing quote may be missing.
+    """
 
     def __init__(self, body: Body, start: int) -> None:
         self.at = self.begin = start
@@ -98,11 +100,11 @@ class _Lines(Iterator[str]):
         self.at += len(line)
         if self.at - self.begin > ROW_BYTES:
             raise _TooLong(f"the record is {TOO_LONG}")
-        # What is no UTF-8 becomes a lone surrogate, which the format that wants this field finds and names.
+        # Bytes that are not UTF-8 become lone surrogates. The format that reads this field reports them.
         return line.decode("utf-8", "surrogateescape")
 
     def _refill(self) -> bytes | None:
-        """The last line of all, or None when there are lines ahead again."""
+        """Reads the next piece. Returns its first complete line, the file's last line, or None to be called again."""
         raw = self._body.read(self._next, self._next + _READ_BYTES)
         self._next += len(raw)
         if not raw:
@@ -122,7 +124,7 @@ class _Lines(Iterator[str]):
         return next(self._ahead, None)
 
     def _skip(self) -> None:
-        """Passes over the rest of a line that is too long."""
+        """Skips the rest of a line that is too long, and raises _TooLong."""
         self.at += len(self._half)
         self._half = bytearray()
         while raw := self._body.read(self._next, self._next + _READ_BYTES):

@@ -1,7 +1,7 @@
 """Data sets through the `datasets` library: ``hf://owner/name[@revision][/config]``, and ``hf:///folder`` for a copy.
 
-The library downloads one into its cache on the host (HF_HOME) and maps it into memory; a row is its number in the
-split. What was frozen is a commit of the Hub, so that what is read later, here or on another host, is the same.
+The library downloads a data set into its cache on the host (HF_HOME) and maps it into memory. A row's position is its
+number in the split. The frozen address contains a commit of the Hub, so that every host reads the same rows later.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _BATCH_ROWS = 512
 
 
 class HubRef(NamedTuple):
-    """``revision`` is None for the newest one, ``config`` for the only or default one."""
+    """An address of a data set. ``revision`` None is the newest one, ``config`` None the only or default one."""
 
     dataset: str
     config: str | None
@@ -34,14 +34,17 @@ class HubRef(NamedTuple):
         return self.dataset.startswith("/")
 
     def url(self, revision: str) -> str:
-        """The address with what it was found to stand for; `parse` gives that back."""
+        """Returns the address with its resolved revision. `parse` reads it."""
         at = "" if self.is_folder else f"@{revision}"
         config = f"/{self.config}" if self.config else ""
         return f"hf://{self.dataset}{at}{config}#{self.split}"
 
 
 def parse(url: str, split: str | None = None) -> HubRef:
-    """Of ``hf://name``, ``hf://owner/name``, ``hf://owner/name/config`` or ``hf:///folder``."""
+    """Parses ``hf://name``, ``hf://owner/name``, ``hf://owner/name/config`` or ``hf:///folder``.
+
+    A name may have an ``@revision``, the address a ``#split``. Raises InputError for other addresses.
+    """
     path, _, written = url.removeprefix("hf://").partition("#")
     split = split or written or "train"
     if path.startswith("/"):
@@ -55,8 +58,7 @@ def parse(url: str, split: str | None = None) -> HubRef:
 
 
 def freeze_dataset(url: str, split: str | None) -> FrozenObject:
-    """The data set as it is now, downloaded; its commit is the revision from then on. InputError when it cannot be
-    had."""
+    """Downloads the data set and freezes its present commit. Raises InputError if it cannot be downloaded."""
     address = parse(url, split)
     builder = _builder(address)
     rows = len(_open(address, builder))
@@ -64,7 +66,7 @@ def freeze_dataset(url: str, split: str | None) -> FrozenObject:
 
 
 def check_dataset(frozen: FrozenObject) -> FrozenObject:
-    """What the frozen address stands for now. A commit stays what it is; a folder does not."""
+    """Resolves the frozen address again. A folder may have changed; a commit of the Hub cannot."""
     address = parse(frozen.url)
     return freeze_dataset(frozen.url, None) if address.is_folder else frozen
 
@@ -93,9 +95,9 @@ def _opened(url: str, etag: str) -> Any:
     builder = _builder(address)
     if f"{builder.hash}/{builder.config_id}" != etag:
         raise InputError(
-            f"the data set {url} is no longer what was frozen; put it back, or start a run under another name"
+            f"the data set {url} has changed since it was frozen; restore it, or start a run under another name"
         )
-    # Arrow, so that values come as they are stored: a label as its number, no image or audio decoded.
+    # The Arrow format returns values as they are stored: a label is its number, and no image or audio is decoded.
     return _open(address, builder).with_format("arrow")
 
 
@@ -105,7 +107,7 @@ def _builder(address: HubRef) -> Any:
     try:
         return datasets.load_dataset_builder(address.dataset, address.config, revision=address.revision)
     except (FileNotFoundError, ConnectionError, ValueError, OSError) as error:
-        raise _not_had(address, error) from error
+        raise _not_loaded(address, error) from error
 
 
 def _open(address: HubRef, builder: Any) -> Any:
@@ -115,13 +117,13 @@ def _open(address: HubRef, builder: Any) -> Any:
         builder.download_and_prepare()
         return builder.as_dataset(split=address.split)
     except (datasets.exceptions.DatasetGenerationError, ConnectionError, ValueError, KeyError, OSError) as error:
-        raise _not_had(address, error) from error
+        raise _not_loaded(address, error) from error
 
 
-def _not_had(address: HubRef, error: Exception) -> InputError:
+def _not_loaded(address: HubRef, error: Exception) -> InputError:
     config = f", configuration {address.config}" if address.config else ""
     return InputError(
-        f"the data set {address.dataset}{config}, split {address.split}, cannot be had "
-        f"({type(error).__name__}: {error}); where the Hub is out of reach, download it to a folder and give the path "
-        "of its files"
+        f"the data set {address.dataset}{config}, split {address.split}, cannot be loaded "
+        f"({type(error).__name__}: {error}); if this host cannot reach the Hub, download it to a folder and give the "
+        "path of its files"
     )

@@ -1,7 +1,7 @@
-"""A JSON array of objects: spans begin at elements, a row is its element's byte offset.
+"""A JSON array of objects. Spans start at elements; a row's position is its element's byte offset.
 
-Where an element begins is known only from what stands before it, so that cutting parses the array once from end to end,
-a piece at a time. A span is then read by itself.
+The start of an element depends on all bytes before it. So `JsonArray.cut` parses the complete array once, piece by
+piece. A span can then be read on its own.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SPACE = " \t\r\n"
 
 
 def open_json(body: Body) -> JsonArray | JsonLinesReader:
-    """What a file named .json holds: an array, or one object per line."""
+    """Opens a file named .json: an array, or one object per line, by its first character."""
     head = body.read(0, 4096).removeprefix(BOM)
     return JsonArray(body) if head.lstrip()[:1] == b"[" else JsonLinesReader(body)
 
@@ -35,7 +35,8 @@ class JsonArray:
 
     def cut(self) -> Iterator[InputSlice]:
         start = end = None
-        for element in self._elements(self._first()):
+        first = self.body.read(0, 4096).index(b"[") + 1  # `open_json` has found the bracket there
+        for element in self._elements(first):
             if start is not None and element.offset - start >= self.span_bytes:
                 yield InputSlice(start, element.offset, element.offset - start)
                 start = None
@@ -55,12 +56,9 @@ class JsonArray:
     def place(self, row: int) -> str:
         return line_of(self.body, row)
 
-    def _first(self) -> int:
-        """The offset behind the opening bracket; `open_json` has seen it."""
-        return self.body.read(0, 4096).index(b"[") + 1
-
     def _elements(self, start: int) -> Iterator[Element]:
-        """From ``start``, where an element or the closing bracket comes next, to the end of the array."""
+        """Yields the elements from ``start`` to the end of the array. An element or the closing bracket is at
+        ``start``."""
         text = _DecodedBody(self.body, start, self.read_bytes)
         if text.peek() == "]":
             return
@@ -70,12 +68,12 @@ class JsonArray:
             if mark == "]":
                 return
             if mark != ",":
-                raise text.fault(f"{mark!r} stands where ',' or ']' is expected" if mark else "it ends before its ']'")
+                raise text.fault(f"{mark!r} where ',' or ']' is expected" if mark else "the closing ']' is missing")
             text.skip()
 
 
 class Element(NamedTuple):
-    """A parsed element, its first byte and the one behind its last, and why it must not be used."""
+    """A parsed element, its first byte and its end, and the reason if it must not be used."""
 
     offset: int
     end: int
@@ -84,7 +82,7 @@ class Element(NamedTuple):
 
 
 class _DecodedBody:
-    """The body from a place on, decoded piece by piece: ``text[at:]`` is still to be read, and begins at byte
+    """The body from ``start``, decoded piece by piece. ``text[at:]`` is the text not parsed yet; it starts at byte
     ``offset``."""
 
     def __init__(self, body: Body, start: int, read_bytes: int) -> None:
@@ -94,7 +92,7 @@ class _DecodedBody:
         self._reader = JsonReader(finite=False)
 
     def peek(self) -> str:
-        """The next character that is no space; '' at the end."""
+        """Skips white space. Returns the next character; '' at the end of the body."""
         while True:
             while self.at < len(self.text):
                 if self.text[self.at] not in _SPACE:
@@ -107,13 +105,14 @@ class _DecodedBody:
         self._advance(self.at + 1)
 
     def element(self) -> Element:
-        """The next one. InputError for one that cannot be read to its end, since nothing says where another begins."""
+        """Parses the next element. Raises InputError if it cannot be read to its end: the next one cannot be found
+        then."""
         self.peek()
         size = self.read_bytes
         while True:
             try:
                 value, end = self._reader.read_at(self.text, self.at)
-                # A number that ends with the text may go on behind it.
+                # A number at the end of the text may continue in the next piece.
                 if end < len(self.text) or not self._more(size):
                     start, fault = self.offset, self._reader.fault
                     self._advance(end)
@@ -121,20 +120,17 @@ class _DecodedBody:
             except Malformed as error:
                 raise self.fault(str(error)) from error
             except json.JSONDecodeError as error:
-                if not self._may_go_on(error):
+                # Only an error at the end of the text can be due to a missing piece.
+                if not error.msg.startswith("Unterminated string") and error.pos < len(self.text) - 12:
                     raise self.fault(error.msg.removesuffix(" at")) from error
                 if len(self.text) - self.at > ROW_BYTES:
-                    raise self.fault(f"the element that begins there is {TOO_LONG}") from error
+                    raise self.fault(f"the element that starts there is {TOO_LONG}") from error
                 if not self._more(size):
                     raise self.fault(error.msg.removesuffix(" at")) from error
             size = min(2 * size, ROW_BYTES)
 
     def fault(self, reason: str) -> InputError:
         return InputError(f"{self.body.url}, {line_of(self.body, self.offset)}: not valid JSON ({reason})")
-
-    def _may_go_on(self, error: json.JSONDecodeError) -> bool:
-        """Whether the error is of the kind that the end of the text makes, rather than a fault inside it."""
-        return error.msg.startswith("Unterminated string") or error.pos >= len(self.text) - 12
 
     def _advance(self, to: int) -> None:
         passed = self.text[self.at : to]

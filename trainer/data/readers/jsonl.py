@@ -1,4 +1,4 @@
-"""JSON Lines: an object with the columns on each line."""
+"""JSON Lines: each line is an object with the columns."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ class JsonLinesReader(LineReader):
         for offset, line in super().lines(start, stop):
             if offset == 0 and isinstance(line, bytes) and line.lstrip()[:1] == b"[":
                 raise InputError(
-                    f"{self.body.url}: opens with '[', which looks like a JSON array; one JSON object per line is read "
-                    "here: name it .json, or convert it with jq -c '.[]' FILE"
+                    f"{self.body.url}: starts with '[', which looks like a JSON array, and this suffix is for one JSON "
+                    "object per line; name it .json, or convert it with jq -c '.[]' FILE"
                 )
             yield offset, line
 
@@ -35,7 +35,7 @@ class JsonLinesReader(LineReader):
 
 
 def row_of(value: Any) -> Row | RowError:
-    """A parsed value as a row, which has to be an object whose keys are text."""
+    """Returns a parsed value as a row; a RowError if it is not an object, or a key is not valid Unicode."""
     if not isinstance(value, dict):
         return RowError(f"a JSON {type(value).__name__} where an object with the columns was expected: {value!r:.60}")
     if not is_unicode("".join(value)):

@@ -1,5 +1,5 @@
-"""Files of lines: spans are byte ranges, a line belongs to the span in which it starts, a row is its line's byte
-offset."""
+"""Files of lines. Spans are byte ranges, and a line belongs to the span in which it starts. A row's position is its
+line's byte offset."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _LOOK_AHEAD, _FURTHEST_AHEAD = 64 << 10, 8 << 20
 
 
 class LineReader(ABC):
-    """What a subclass makes of a line is its `parse`; blank lines are left out."""
+    """Reads lines. A subclass implements `parse`, which converts a line to a row. Blank lines are skipped."""
 
     def __init__(self, body: Body, span_bytes: int | None = None) -> None:
         self.body, self.span_bytes = body, span_bytes or body.span_bytes
 
     @abstractmethod
     def parse(self, line: bytes) -> Row | RowError:
-        """The row of one line, which comes without its newline."""
+        """Converts one line, without its newline, to a row."""
 
     def cut(self) -> Iterator[InputSlice]:
         start = 0
@@ -35,8 +35,8 @@ class LineReader(ABC):
             yield offset, line if isinstance(line, RowError) else self.parse(line)
 
     def lines(self, start: int, stop: int) -> Iterator[tuple[int, bytes | RowError]]:
-        """The lines that start in [start, stop), each with its offset; the last one is read to its end, unless that is
-        too far away."""
+        """Yields the lines that start in [start, stop), each with its offset. The last one is read to its end, beyond
+        ``stop``; it is a RowError if it is too long."""
         first = max(start - 1, 0)
         text = self.body.read(first, stop)
         at = 0 if start == 0 else text.find(b"\n") + 1
@@ -66,8 +66,8 @@ class LineReader(ABC):
 
 
 def rest_of_line(body: Body, position: int) -> bytes | RowError:
-    """From ``position`` up to the next newline, read in growing pieces: a line may be longer than a span. A Fault
-    where that is more than a row may have."""
+    """Returns the bytes from ``position`` to the next newline; a RowError if they are more than a row may have."""
+    # Pieces grow, since a line may be longer than a span.
     rest, ahead = b"", _LOOK_AHEAD
     while piece := body.read(position, position + ahead):
         newline = piece.find(b"\n")
@@ -80,7 +80,7 @@ def rest_of_line(body: Body, position: int) -> bytes | RowError:
 
 
 def line_of(body: Body, offset: int) -> str:
-    """The line number of a byte offset, found by counting the newlines before it: for error messages only."""
+    """Returns the line number of a byte offset. Slow, for error messages only: it counts all newlines before it."""
     count, step = 1, 8 << 20
     for start in range(0, offset, step):
         count += body.read(start, min(start + step, offset)).count(b"\n")

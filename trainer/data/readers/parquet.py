@@ -1,7 +1,7 @@
-"""Parquet: spans are ranges of rows inside one row group, a row is its number in the object, from 0.
+"""Parquet: spans are ranges of rows in one row group. A row's position is its number in the object, from 0.
 
-Footer and column chunks are read by ranged reads; a row group larger than a span is cut by rows, and then decoded once
-per span.
+Footer and column chunks are read by ranged reads. A row group larger than a span is cut by rows, and is then decoded
+once per span.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ _BATCH_ROWS = 1024
 
 
 def plain_rows(batch: Any) -> list[Row | RowError]:
-    """The rows of an Arrow table or batch; a Fault for one that is too large, or that Python has no values for (a text
-    that is not UTF-8, a date after the year 9999)."""
+    """Returns the rows of an Arrow table or batch; a RowError for a row that is too large, or whose values Python
+    cannot represent (text that is not UTF-8, a date after the year 9999)."""
     if batch.nbytes <= ROW_BYTES:
         try:
             return list(batch.to_pylist())
         except (ValueError, OverflowError, pa.ArrowException):
-            pass  # one of the rows
+            pass  # one of the rows is bad: convert them one by one
     return [_plain_row(batch.slice(i, 1)) for i in range(batch.num_rows)]
 
 
@@ -58,7 +58,7 @@ class Parquet:
         except (pa.ArrowException, OSError, ValueError) as error:
             raise InputError(f"{self.url}: not a readable parquet file ({_first_line(error)})") from error
         if twice := sorted({name for name in names if names.count(name) > 1}):
-            raise InputError(f"{self.url}: two of its columns are named {twice[0]!r}; rename one, or leave it out")
+            raise InputError(f"{self.url}: two of its columns are named {twice[0]!r}; rename or remove one")
 
     def cut(self) -> list[InputSlice]:
         pieces: list[InputSlice] = []
@@ -76,7 +76,7 @@ class Parquet:
 
     def _rows_of(self, group: int, first: int, start: int, stop: int) -> Iterator[tuple[int, Row | RowError]]:
         at, meta = first, self.file.metadata.row_group(group)
-        # Fewer rows at a time where they are large: a batch is in memory as a whole.
+        # Fewer rows at a time if they are large: all of a batch is in memory.
         count = max(1, min(_BATCH_ROWS, ROW_BYTES * meta.num_rows // max(meta.total_byte_size, 1)))
         batches = self.file.iter_batches(count, row_groups=[group])
         while at < stop:

@@ -1,5 +1,5 @@
-"""Plain text: a line is a row (``sample_by: line``), or the whole file is one (``sample_by: document``). The column is
-named ``text``."""
+"""Plain text: each line is a row (``sample_by: line``), or the complete file is one (``sample_by: document``). The
+column is named ``text``."""
 
 from __future__ import annotations
 

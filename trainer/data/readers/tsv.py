@@ -1,7 +1,7 @@
-"""TSV: a line is a row, a tab ends a field, and a quote is a character like any other, as in MRPC's files.
+"""TSV: a line is a row, a tab ends a field, and a quote is an ordinary character, as in MRPC's files.
 
-What has quoted fields, with tabs or newlines in them, is a CSV file by another name: the suffix .csv takes it with its
-commas only.
+A file whose quoted fields contain tabs or newlines is not supported. The suffix .csv reads quoted fields, but separates
+fields by commas only.
 """
 
 from __future__ import annotations
@@ -16,19 +16,18 @@ from trainer.parsing import is_unicode
 
 
 class Tsv(LineReader):
-    """``header`` names the columns of a file whose first line is a row already."""
+    """A TSV file. ``header`` names the columns of a file without a header, whose first line is a row."""
 
     def __init__(self, body: Body, header: Sequence[str] | None = None, span_bytes: int | None = None) -> None:
         super().__init__(body, span_bytes)
         self.has_header = header is None
-        self.names = tuple(header) if header is not None else self._read_header()
+        if header is None:
+            line = rest_of_line(body, 0)
+            if isinstance(line, RowError):
+                raise InputError(f"{body.url}: the header, its first line, is {line.reason}")
+            header = fields_of(line.removeprefix(BOM))
+        self.names = tuple(header)
         check_names(self.names, body.url)
-
-    def _read_header(self) -> tuple[str, ...]:
-        line = rest_of_line(self.body, 0)
-        if isinstance(line, RowError):
-            raise InputError(f"{self.body.url}: the header, its first line, is {line.reason}")
-        return tuple(fields_of(line.removeprefix(BOM)))
 
     def lines(self, start: int, stop: int) -> Iterator[tuple[int, bytes | RowError]]:
         lines = super().lines(start, stop)
@@ -39,7 +38,7 @@ class Tsv(LineReader):
 
 
 def fields_of(line: bytes) -> list[str]:
-    # What is no UTF-8 becomes a lone surrogate, which the format that wants this field finds and names.
+    # Bytes that are not UTF-8 become lone surrogates. The format that reads this field reports them.
     return line.removesuffix(b"\r").decode("utf-8", "surrogateescape").split("\t")
 
 
@@ -50,11 +49,11 @@ def row_of_fields(names: Sequence[str], fields: Sequence[str]) -> Row | RowError
 
 
 def check_names(names: Sequence[str], url: str) -> None:
-    """Raises InputError where a column could not be told from another one, or not be named."""
+    """Raises InputError if two columns have the same name, or a name is not valid Unicode."""
     if not is_unicode("".join(names)):
         raise InputError(f"{url}: the header is not text in UTF-8; save the file as UTF-8")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
         raise InputError(
-            f"{url}: the header has {twice[0]!r} twice; if the first line is a row already, name the columns by header"
+            f"{url}: the header has {twice[0]!r} twice; if the file has no header line, name the columns with header"
         )

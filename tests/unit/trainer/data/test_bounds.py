@@ -114,7 +114,7 @@ def test_an_element_that_is_too_long_ends_the_file_at_its_line() -> None:
     """Where the next one begins, only its end would say."""
     text = json.dumps([{"text": "a"}, {"text": "x" * 50 * LIMIT}], indent=0).encode()
     where = body(text)
-    with pytest.raises(InputError, match=r"line 5: .*the element that begins there is longer than"):
+    with pytest.raises(InputError, match=r"line 5: .*the element that starts there is longer than"):
         rows(JsonArray(where, 1000, read_bytes=500))
     assert where.largest <= 2 * LIMIT
 

@@ -106,7 +106,7 @@ def test_a_model_with_such_a_template_is_asked_in_vain(
     with pytest.raises(SystemExit) as left:
         main()
     assert left.value.code == 2
-    assert "the chat template refuses the conversation: it has taken 1 s of the processor" in capfd.readouterr().err
+    assert "the chat template refuses the conversation: it has used 1 s of CPU time" in capfd.readouterr().err
 
 
 def test_an_honest_template_is_rendered_in_any_thread(tokenizer: Any) -> None:

@@ -212,7 +212,7 @@ def test_a_source_that_comes_to_nothing_is_an_error(tmp_path):
 def test_the_first_rows_are_checked_before_anything_is_made(tmp_path):
     check_first_rows(spec_of(two_files(tmp_path)), tokenizer())
     wrong = source(write_rows(tmp_path / "w" / "x.jsonl", [{"question": "a", "answer": "b"}]))
-    with pytest.raises(InputError, match=r"x\.jsonl, line 1: the column 'prompt' is not there.*answer, question"):
+    with pytest.raises(InputError, match=r"x\.jsonl, line 1: the column 'prompt' is missing.*answer, question"):
         check_first_rows(spec_of(wrong), tokenizer())
 
 

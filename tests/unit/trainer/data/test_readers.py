@@ -69,7 +69,7 @@ def test_a_bad_line_is_a_fault_with_its_line_number(line, says):
 
 
 def test_a_json_array_is_refused_with_a_way_out():
-    with pytest.raises(InputError, match=r"x\.jsonl: opens with '\['.*jq -c"):
+    with pytest.raises(InputError, match=r"x\.jsonl: starts with '\['.*jq -c"):
         read_all(json_lines(b'[{"t": 1}]'))
 
 

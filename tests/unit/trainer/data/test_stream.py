@@ -198,7 +198,7 @@ def test_a_plan_that_is_gone_or_torn_is_named_not_made_again():
     (first,) = steps_of(stream(prepared, run), 1)
     raw = run.read(plan_key(0, 0))
     run.write(plan_key(0, 0), raw[: len(raw) // 2])
-    with pytest.raises(CorruptObject, match="is not a whole plan"):
+    with pytest.raises(CorruptObject, match="is not a complete plan"):
         stream(prepared, run).step(first.next)
     run.delete([plan_key(0, 0)])
     with pytest.raises(CorruptObject, match="is gone"):
@@ -226,7 +226,7 @@ def test_settings_other_than_the_preparations_are_refused():
 
 def test_weights_that_leave_nothing_are_an_error_not_a_hang():
     s = stream(made([[(0, 4)]], LENGTH), memory(), weights=[1e-12])
-    with pytest.raises(InputError, match="leave no sample"):
+    with pytest.raises(InputError, match="select none of the 1 samples"):
         s.step(s.start())
 
 

@@ -56,7 +56,7 @@ def test_an_instructions_template_takes_the_place_of_the_prompt():
 
 def test_an_input_that_the_recipe_maps_has_to_be_there():
     (fault,) = encode("instruction", [{"instruction": "x", "output": "y"}], columns={"input": "context"})
-    assert "'context' is not there" in fault.reason
+    assert "'context' is missing" in fault.reason
 
 
 @pytest.mark.parametrize("question", ["Who?", "Question: Who?\nAnswer:", " Question:Who?\nAnswer: ", "Who?\nAnswer:"])
@@ -89,7 +89,7 @@ def test_qa_trains_on_the_first_answer_and_keeps_all(row, answers):
         ({"answer": ""}, "there is no answer"),
         ({"answer": {"value": "a"}}, "text or a list of texts, not dict"),
         ({"answer": "a", "aliases": [True]}, "not bool"),
-        ({}, "'answer' is not there"),
+        ({}, "'answer' is missing"),
     ],
 )
 def test_a_question_without_an_answer_is_a_fault(row, says):
@@ -102,7 +102,7 @@ def test_columns_lead_into_mappings():
     columns = Columns(FrozenSource("x", "qa", (), {"question": "q.text", "answer": "answer.value", "aliases": "a.b"}))
     assert example_of(row, columns) == Example("Question: Who?\nAnswer:", ("Mira", "plain"))
     (fault,) = encode("qa", [row], columns={"question": "q.nothing"})
-    assert "the columns that are: a.b, answer, q" in fault.reason
+    assert "the row's columns: a.b, answer, q" in fault.reason
 
 
 def test_text_is_learnt_whole_and_ends_once():
@@ -215,8 +215,8 @@ def test_only_the_last_answer_of_a_preference_is_a_target():
 @pytest.mark.parametrize(
     ("row", "says"),
     [
-        ({"prompt": "x", "chosen": "a"}, "'rejected' is not there"),
-        ({"chosen": "a", "rejected": "b"}, "'prompt' is not there"),
+        ({"prompt": "x", "chosen": "a"}, "'rejected' is missing"),
+        ({"chosen": "a", "rejected": "b"}, "'prompt' is missing"),
         ({"prompt": "x", "chosen": "a", "rejected": "b", "margin": "c"}, "margin has to be a number"),
         ({"prompt": [ASK], "chosen": [ASK], "rejected": [ASK]}, "end with the assistant's answer"),
         ({"prompt": 3, "chosen": "a", "rejected": "b"}, "a list of messages, not int"),
@@ -318,8 +318,8 @@ def test_a_long_classified_text_is_cut_by_the_tokenizer():
     [
         ({"text": "x", "label": "maybe"}, "'maybe' is neither one of no, yes nor the number of one"),
         ({"text": "x", "label": 0.5}, "text or a whole number, not float"),
-        ({"text": "x"}, "'label' is not there"),
-        ({"label": "yes"}, "'text' is not there"),
+        ({"text": "x"}, "'label' is missing"),
+        ({"label": "yes"}, "'text' is missing"),
         ({"text": "x", "text_pair": 3, "label": "yes"}, "'text_pair' holds int"),
     ],
 )
@@ -377,7 +377,7 @@ def test_the_label_set_is_found_named_or_refused(tmp_path):
     assert label_set(found([0], labels=["bad", "good"])) == ("bad", "good")
     both = [*found([1, 0], "y"), *found(["1", 2], "z")]
     assert label_set(both) == ("0", "1", "2")
-    with pytest.raises(InputError, match=r"x\.jsonl: 1 labels are not enough"):
+    with pytest.raises(InputError, match=r"x\.jsonl: classification needs at least two labels, and has 1"):
         label_set(found([1, 1]))
     with pytest.raises(InputError, match=r"more than 10000 different values.*columns: \{label: NAME\}"):
         label_set(found(range(10_002)))
