@@ -37,7 +37,7 @@ from trainer.recipe import Recipe  # noqa: E402
 from trainer.run import layout  # noqa: E402
 from trainer.run.jsonl import read_rows  # noqa: E402
 from trainer.worker.async_committer import Committer  # noqa: E402
-from trainer.worker.attempt import Attempt  # noqa: E402
+from trainer.worker.checkpointer import Checkpointer  # noqa: E402
 
 SMALL = LlamaShape(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, vocabulary=384, positions=512)
 LARGE = LlamaShape(hidden=320, layers=6, heads=8, kv_heads=4, intermediate=960, vocabulary=512, positions=512)
@@ -88,14 +88,17 @@ class Bench:
 def timed_stalls(committer: type[Committer]) -> Iterator[list[float]]:
     """Seconds for which each checkpoint held the loop up, with this committer."""
     stalls: list[float] = []
-    plain = Attempt._checkpoint
+    plain = Checkpointer.on_checkpoint
 
-    def timed(self: Attempt, *arguments: Any) -> None:
+    def timed(self: Checkpointer, *arguments: Any, **named: Any) -> None:
         began = time.perf_counter()
-        plain(self, *arguments)
+        plain(self, *arguments, **named)
         stalls.append(time.perf_counter() - began)
 
-    with mock.patch.object(Attempt, "_checkpoint", timed), mock.patch("trainer.worker.attempt.Committer", committer):
+    with (
+        mock.patch.object(Checkpointer, "on_checkpoint", timed),
+        mock.patch("trainer.worker.checkpointer.Committer", committer),
+    ):
         yield stalls
 
 

@@ -70,9 +70,9 @@ class Clock:
 
 def muster(job: Job, clock: Clock) -> None:
     """As `torchrun -m trainer RECIPE`, in this process."""
-    from trainer.worker.attempt import Attempt
+    from trainer.worker.telemetry import Telemetry
 
-    _watch(Attempt, clock)
+    _watch(Telemetry, clock)
     _train(job)
 
 
@@ -107,17 +107,17 @@ def recipe_of(job: Job) -> dict[str, Any]:
     }
 
 
-def _watch(attempt: Any, clock: Clock) -> None:
-    """Steps are timed from end to end, with all that stands between them."""
-    step_done = attempt._step_done
+def _watch(telemetry: Any, clock: Clock) -> None:
+    """Steps are timed from end to end, with everything between them."""
+    on_step_end = telemetry.on_step_end
 
-    def timed(self: Any, metrics: dict[str, Any]) -> None:
-        step_done(self, metrics)
+    def timed(self: Any, metrics: dict[str, Any], batches: Any) -> None:
+        on_step_end(self, metrics, batches)
         # Of all ranks; the peers' ranks count their own.
         clock.fed(metrics["tokens"] if _rank() == 0 else 0, metrics["target_tokens"] if _rank() == 0 else 0)
         clock.ended()
 
-    attempt._step_done = timed
+    telemetry.on_step_end = timed
 
 
 class Bare:
@@ -158,25 +158,19 @@ class Bare:
 def muster_and_bare(job: Job, clock: Clock) -> None:
     """In one process: after each step of muster the bare loop's, on the same batch, so that what the machine does to
     one it does to the other a moment later."""
-    from trainer.worker.attempt import Attempt
-    from trainer.worker.recorder import Recorder
+    from trainer.worker.telemetry import Telemetry
 
     other = Clock()
-    loop, fed, batches = Bare(job, other), Recorder.fed, []
+    loop = Bare(job, other)
 
-    def keep(self: Any, step: int, given: list[Any]) -> None:
-        fed(self, step, given)
-        batches[:] = given
-
-    def step_done(self: Any, metrics: dict[str, Any]) -> None:
-        timed(self, metrics)
+    def on_step_end(self: Any, metrics: dict[str, Any], batches: Any) -> None:
+        timed(self, metrics, batches)
         loop.step(batches[0])
         clock.start()
 
-    Recorder.fed = keep  # type: ignore[method-assign]
-    _watch(Attempt, clock)
-    timed = Attempt._step_done
-    Attempt._step_done = step_done  # type: ignore[method-assign]
+    _watch(Telemetry, clock)
+    timed = Telemetry.on_step_end
+    Telemetry.on_step_end = on_step_end  # type: ignore[method-assign]
     _train(job)
     _write(job, other, 1)
 

@@ -120,11 +120,11 @@ def by_shard(recipe: Recipe, world: Any, steps: int) -> dict[str, Any]:
     import peft  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
-    from trainer.worker.build import build_parts
+    from trainer.worker.build import build
 
     world.all_gather(None)
     began = time.perf_counter()
-    built = build_parts(recipe, world)
+    built = build(recipe, world)
     seconds = time.perf_counter() - began
     mine = built.load[world.rank]
     kept = built.strategy.local_bytes()

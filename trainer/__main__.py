@@ -1,10 +1,9 @@
-"""``torchrun … -m trainer RUN_URI | RECIPE``: trains a run that ``muster run`` began, or one of a recipe, without Ray.
+"""``torchrun … -m trainer RUN_URI | RECIPE``: trains a run of ``muster run``, or the run of a recipe, without Ray.
 
-Rank 0 is the run's driver: it takes the lease and renews it. Every rank listens for SIGTERM, SIGINT, SIGHUP and SIGUSR1
-(a scheduler's warning), and one signal to any of them ends the attempt with a commit and exit code 3; before the first
-step there is nothing to commit, and the rank leaves at once. torchrun keeps its
-ranks' exit codes to itself; rank 0 writes its own into the file that ``MUSTER_EXIT_FILE`` names, unless it has died, or
-failed of something that nobody has foreseen.
+Rank 0 is the run's driver: it takes the lease and renews it. Every rank handles SIGTERM, SIGINT, SIGHUP and SIGUSR1 (a
+scheduler's warning): one signal to one rank ends the attempt with a commit and exit code 3. Before the first step there
+is nothing to commit, and the rank exits at once. torchrun does not pass on its ranks' exit codes, so rank 0 writes its
+own into the file that ``MUSTER_EXIT_FILE`` names, unless it died or failed with an unexpected exception.
 """
 
 from __future__ import annotations
@@ -23,7 +22,6 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -42,7 +40,7 @@ from trainer.run.recipe_url import is_recipe, recipe_at
 from trainer.run.startup_phases import DATA, IMPORT, Phases, process_began
 from trainer.storage import Storage, open_storage
 from trainer.terminal import ShownFormatter, shown
-from trainer.torchrun_failure import RankFailed, RunRank, told
+from trainer.torchrun_failure import RankFailed, RunRank, explain_failure
 from trainer.tracking import tracked
 from trainer.worker.attempt import train
 from trainer.worker.job import Job
@@ -65,7 +63,7 @@ def main(arguments: list[str] | None = None) -> int:
     for handler in logging.getLogger().handlers:
         handler.setFormatter(ShownFormatter())
     _hush_libraries()
-    current.command("the same command goes on from the newest checkpoint")
+    current.command("the same command resumes from the newest checkpoint")
     current.on_force(_leave_code_of_signal)
     code = 0
     try:
@@ -79,7 +77,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(shown(f"muster: {error}"), file=sys.stderr, flush=True)
         code = error.exit_code
         if isinstance(error, RankFailed):
-            return code  # as one that was killed: it leaves no code of its own
+            return code  # without an exit file, like a killed rank
     except Exception:
         print(shown(traceback.format_exc()), end="", file=sys.stderr, flush=True)
         return 1
@@ -89,7 +87,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _leave_code_of_signal() -> None:
-    """torchrun sends SIGTERM also when another rank has died, after which the ranks are started again."""
+    # torchrun also sends SIGTERM when another rank has died; then it starts the ranks again.
     if current.heard != "SIGTERM" or current.asked:
         _leave_code(CODE)
 
@@ -103,7 +101,7 @@ def _run(place: str, overrides: list[str], *, takeover: bool, trust: bool) -> No
     stop = Stop()
     recipe, storage, run = _find(place, overrides, trust=trust)
     if finished(run):
-        print(f"muster: {run.url} has reached its last step; its adapter lies in {run.uri(layout.ADAPTER)}")
+        print(f"muster: {run.url} has reached its last step; its adapter is {run.uri(layout.ADAPTER)}")
     elif _rank() == 0:
         _drive(storage, run, recipe, stop, takeover=takeover)
     else:
@@ -112,7 +110,7 @@ def _run(place: str, overrides: list[str], *, takeover: bool, trust: bool) -> No
 
 
 def _find(place: str, overrides: list[str], *, trust: bool) -> tuple[Recipe, Storage, Storage]:
-    """The recipe, its storage and its run; RecipeChanged when the run was begun with another recipe."""
+    """Returns the recipe, its storage and its run. Raises RecipeChanged if the run was started with another recipe."""
     if is_recipe(place):
         recipe = recipe_at(place, overrides, trust=trust)
         storage = open_storage(recipe.storage)
@@ -125,7 +123,7 @@ def _find(place: str, overrides: list[str], *, trust: bool) -> tuple[Recipe, Sto
 
 
 def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: Stop, *, takeover: bool) -> None:
-    """Rank 0: prepares what is not prepared, trains, and says in the lease how it ended."""
+    """Prepares the data if necessary, trains, and records the end in the lease. Rank 0 only."""
     check_not_cancelled(run, _job())
     lease = Lease.acquire(run, job=_job(), takeover=takeover)
     try:
@@ -137,9 +135,12 @@ def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: Stop, *, takeov
         phases.end(DATA)
         job = Job(storage.url, lease.driver, recipe, total, holder, phases.spent())
         with tracked(recipe, run):
-            _train(job, partial(_ends, stop, lease), RunRank(run, recipe, 0, lease.driver))
+            ends = lambda: stop() or lease.lost.is_set() or lease.asked.is_set()  # noqa: E731
+            _train(job, ends, RunRank(run, recipe, 0, lease.driver))
             if finished(run) is None:
-                raise WorkerFailed(f"the workers ended without an error, and {run.url} has not its last commit")
+                raise WorkerFailed(
+                    f"the workers exited without an error, but the last step of {run.url} was never committed"
+                )
     except BaseException as error:
         current.unwinding()
         stopped = isinstance(error, Interrupted | KeyboardInterrupt | Terminated)
@@ -147,7 +148,7 @@ def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: Stop, *, takeov
         raise
     current.unwinding()
     leave(run, lease, "succeeded")
-    print(f"muster: finished; the adapter lies in {run.uri(layout.ADAPTER)}", flush=True)
+    print(f"muster: finished; the adapter is {run.uri(layout.ADAPTER)}", flush=True)
 
 
 def _train(job: Job, stop_requested: Callable[[], bool], of: RunRank) -> None:
@@ -157,7 +158,7 @@ def _train(job: Job, stop_requested: Callable[[], bool], of: RunRank) -> None:
     except Interrupted:
         raise
     except Exception as error:
-        raise told(error, of) from error
+        raise explain_failure(error, of) from error
 
 
 def _prepare(recipe: Recipe, run: Storage, storage: Storage) -> int:
@@ -169,8 +170,8 @@ def _prepare(recipe: Recipe, run: Storage, storage: Storage) -> int:
 
 
 def _await_data(recipe: Recipe, run: Storage, storage: Storage) -> int:
-    """The other ranks join the process group only once rank 0 has prepared the data, so that nobody waits in a
-    collective for a tokenizer."""
+    """Waits until rank 0 has prepared the data; returns the number of steps. The other ranks join the process group
+    only then, so that no rank waits for a tokenizer in a collective."""
     deadline = time.monotonic() + PREPARED_WAIT_S
     while time.monotonic() < deadline:
         data = try_open_data(recipe, run, storage.child(layout.PREPARED))
@@ -180,27 +181,23 @@ def _await_data(recipe: Recipe, run: Storage, storage: Storage) -> int:
     raise InputError(f"rank 0 has not prepared the data of {run.url} within {PREPARED_WAIT_S:.0f} s")
 
 
-def _ends(stop: Stop, lease: Lease) -> bool:
-    return stop() or lease.lost.is_set() or lease.asked.is_set()
-
-
 class Stop:
     """Returns whether a signal requests the end; called after each step. From the first call on a commit is possible,
     and a signal does not raise any more."""
 
     def __init__(self) -> None:
-        self._asked = threading.Event()
+        self._requested = threading.Event()
 
     def __call__(self) -> bool:
         current.ask_first(self._ask)
-        return self._asked.is_set()
+        return self._requested.is_set()
 
     def _ask(self, name: str) -> None:
-        self._asked.set()
+        self._requested.set()
 
 
 def _hush_libraries() -> None:
-    """Bars and notices of libraries, once per rank, would bury what this program says."""
+    """Turns off progress bars and notices of libraries, which would appear once per rank."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -211,7 +208,7 @@ def _hush_libraries() -> None:
 
 
 def _job() -> str | None:
-    """Named as by the driver on Ray, so that a requeued Slurm job takes its own run over at once, whoever began it."""
+    """Returns the same name as the driver on Ray, so that a requeued Slurm job takes over its own run at once."""
     slurm = os.environ.get("SLURM_JOB_ID")
     return f"slurm:{slurm}" if slurm else None
 

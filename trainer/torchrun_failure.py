@@ -1,7 +1,7 @@
-"""What a rank says when it fails under torchrun, where no driver hears of all of them.
+"""Reports the first failure of a group of ranks under torchrun, where no driver sees all of them.
 
-The rank that failed first writes the event, and rank 0, whose collectives break a moment later, looks for it: so that
-the last lines of the command and the run's events tell the cause, not what followed from it.
+The rank that failed first records the event. Rank 0, whose collectives break a moment later, looks for that event, so
+that the command's last lines and the run's events show the cause and not its consequences.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from trainer.storage import Storage
 
 log = logging.getLogger(__name__)
 
-OTHERS_S = 5.0
-"""How long rank 0 waits to hear of another rank's failure, when its own may have followed from that."""
-AFTER_S = 1.0
-"""What the other ranks leave rank 0 to write down what all of them have met alike."""
+PEER_FAILURE_WAIT_S = 5.0
+"""Rank 0 waits so long for another rank's failure, if its own may be a consequence."""
+RANK0_GRACE_S = 1.0
+"""The other ranks wait so long for rank 0 to record a failure that all of them may have."""
 _POLL_S = 0.5
 
 
 class RankFailed(WorkerFailed):
-    """Of something that no error of this program's foresees: whoever has started the ranks may start them again."""
+    """An unexpected exception on a rank (torchrun). Retryable."""
 
 
 class RunRank(NamedTuple):
-    """A rank of a run; ``driver`` is the number that rank 0 holds the run by, and None on the others."""
+    """A rank of a run. ``driver``: the driver number of the lease on rank 0, None on the others."""
 
     run: Storage
     recipe: Recipe
@@ -43,9 +43,9 @@ class RunRank(NamedTuple):
     driver: int | None
 
 
-def told(error: Exception, of: RunRank, sleep: Callable[[float], None] = time.sleep) -> MusterError:
-    """What is to be raised in the place of ``error``: with rank, host and phase, the lines of the stack that matter,
-    and what to try next. It is kept with the run, as far as the storage answers."""
+def explain_failure(error: Exception, of: RunRank, sleep: Callable[[float], None] = time.sleep) -> MusterError:
+    """Returns the exception to raise instead of ``error``: with rank, host, phase, the relevant lines of the stack and
+    advice. Records the failure in the run's events, if the storage answers."""
     cause = WorkerError.of(error, time.time(), of.rank, os.uname().nodename, useful_stack(error)).cause
     try:
         facts = _of_first(cause, of, sleep) if of.driver is not None else _of_other(cause, of, sleep)
@@ -62,7 +62,7 @@ def _facts(cause: Failure, of: RunRank) -> dict[str, Any]:
 
 
 def _of_first(cause: Failure, of: RunRank, sleep: Callable[[float], None]) -> dict[str, Any]:
-    """On rank 0: another rank's failure, or a hang, if its own may have followed from that, and else its own."""
+    """Returns, on rank 0, another rank's failure or a hang if its own may be a consequence, and else its own."""
     assert of.driver is not None
     run = of.run.within(DEADLINE_S)
     attempt = read_claims(run).attempt
@@ -75,11 +75,11 @@ def _of_first(cause: Failure, of: RunRank, sleep: Callable[[float], None]) -> di
 
 
 def _of_other(cause: Failure, of: RunRank, sleep: Callable[[float], None]) -> dict[str, Any]:
-    """On another rank: its own, which is kept if it may be the first."""
+    """Returns, on another rank, its own failure, which is recorded if it may be the first."""
     facts, run = _facts(cause, of), of.run.within(DEADLINE_S)
     if cause.by_another:
         return facts
-    sleep(AFTER_S)
+    sleep(RANK0_GRACE_S)
     claims = read_claims(run)
     if newest_failure(run, claims.driver) is not None:
         return facts
@@ -87,7 +87,7 @@ def _of_other(cause: Failure, of: RunRank, sleep: Callable[[float], None]) -> di
 
 
 def _others(run: Storage, driver: int, sleep: Callable[[float], None]) -> dict[str, Any] | None:
-    for _ in range(round(OTHERS_S / _POLL_S)):
+    for _ in range(round(PEER_FAILURE_WAIT_S / _POLL_S)):
         if (found := newest_failure(run, driver)) is not None:
             return found
         sleep(_POLL_S)
@@ -102,6 +102,6 @@ def _keep(facts: dict[str, Any], run: Storage, attempt: int, driver: int, writer
 
 
 def _is_retried() -> bool:
-    """Whether torchrun will start its ranks again."""
+    """Returns True if torchrun will start its ranks again."""
     done, most = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
     return done < most

@@ -65,7 +65,7 @@ def _evaluating_rank(rank: int, recipe: Recipe, how: str) -> None:
     """The evaluation takes three times as long as nobody may move. On rank 1 a batch is slow, its data is, or it gets
     stuck."""
     attempt.LEAST_PATIENCE_S, hang_detector.STALE_S, hang_detector.BEAT_S = 4.0, 2.0, 0.2
-    plain, calls, read = SFT.evaluated, iter(range(1000)), attempt.eval_batches
+    plain, calls, read = SFT.eval_loss, iter(range(1000)), attempt.eval_batches
     pauses = {"slow batches": 1.0, "slow storage": 0.0, "stuck": 0.1}
 
     def evaluated(self: SFT, *args: Any) -> Any:
@@ -77,7 +77,7 @@ def _evaluating_rank(rank: int, recipe: Recipe, how: str) -> None:
             threading.Event().wait(12 if how == "slow storage" and rank == 1 and number == 3 else 0)
             yield batch
 
-    SFT.evaluated, attempt.eval_batches = evaluated, batches  # type: ignore[method-assign]
+    SFT.eval_loss, attempt.eval_batches = evaluated, batches  # type: ignore[method-assign]
     train_rank(rank, [recipe])
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -93,15 +94,11 @@ def _rank(rank: int, cases: list[tuple[Recipe, bool]], folder: Path) -> None:
 
 
 def _load(recipe: Recipe, world: Any, *, by_shard: bool) -> Seen:
-    from trainer.adapters import make_adapter
-    from trainer.strategies import make_strategy
-    from trainer.tasks import make_task
     from trainer.worker import build
 
-    if by_shard:
-        built = build.build_parts(recipe, world)
-    else:
-        built = build._whole(recipe, world, make_adapter(recipe), make_task(recipe), make_strategy(recipe, world))
+    loader = build._loader if by_shard else build.WholeLoader
+    with mock.patch.object(build, "_loader", loader):
+        built = build.build(recipe, world)
     strategy = built.strategy
     parameters = {n: strategy.full_parameter(n).clone() for n, _ in strategy.model.named_parameters()}
     states = {}

@@ -1,74 +1,100 @@
-"""A training loop in this process, with everything it is put together from open to a test's eyes."""
+"""A training loop in this process, whose parts and metrics a test can look at."""
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-from tests.support.models import built
+import torch
+
 from tests.support.training import prepare, run_of
 from trainer.adapters import Adapter
 from trainer.data import Batch, Stream, eval_batches
-from trainer.data.run_data import RunData, weights
+from trainer.data.run_data import RunData
 from trainer.distributed.world import World, join_world
-from trainer.optim import make_optimizer
 from trainer.recipe import Recipe
 from trainer.storage import open_storage
-from trainer.strategies import Strategy, make_strategy
-from trainer.tasks import Task, make_task
-from trainer.worker.build import accompany
-from trainer.worker.loop import Callbacks, Loop, Position
+from trainer.strategies import Strategy
+from trainer.tasks import Task
+from trainer.worker.build import Parts, build
+from trainer.worker.callbacks import Callback, Position
+from trainer.worker.loop import Loop
 from trainer.worker.train_state import TrainState
 
 
 @dataclass
-class Bench:
-    """The parts, and what the loop told: ``rows`` of metrics, ``evaluations``, ``due`` checkpoints (step, last)."""
+class Bench(Callback):
+    """The parts, and what the loop reported: ``rows`` of metrics, ``evaluations``, ``due`` checkpoints (step, last),
+    ``fed`` batches (step, batches)."""
 
-    recipe: Recipe
-    world: World
-    model: Any
-    strategy: Strategy
-    task: Task
-    adapter: Adapter
+    parts: Parts
     state: TrainState
     data: RunData
     stream: Stream
     rows: list[dict[str, Any]] = field(default_factory=list)
     evaluations: list[dict[str, Any]] = field(default_factory=list)
     due: list[tuple[int, bool]] = field(default_factory=list)
-    fed: list[tuple[int, list[Batch]]] = field(default_factory=list)
+    fed: list[tuple[int, Sequence[Batch]]] = field(default_factory=list)
+    step_done: Callable[[dict[str, Any]], Any] = field(default=lambda row: None)
+    checkpoint: Callable[[Position, bool], Any] = field(default=lambda position, last: None)
+
+    @property
+    def recipe(self) -> Recipe:
+        return self.parts.recipe
+
+    @property
+    def world(self) -> World:
+        return self.parts.world
+
+    @property
+    def strategy(self) -> Strategy:
+        return self.parts.strategy
+
+    @property
+    def model(self) -> Any:
+        return self.parts.strategy.model
+
+    @property
+    def task(self) -> Task:
+        return self.parts.task
+
+    @property
+    def adapter(self) -> Adapter:
+        return self.parts.adapter
+
+    def on_step_end(self, metrics: dict[str, Any], batches: Sequence[Batch]) -> None:
+        self.rows.append(metrics)
+        self.fed.append((metrics["step"], batches))
+        self.step_done(metrics)
+
+    def on_evaluation(self, metrics: dict[str, Any]) -> None:
+        self.evaluations.append(metrics)
+
+    def on_checkpoint(self, position: Position, *, last: bool) -> None:
+        self.due.append((position.step, last))
+        self.checkpoint(position, last)
 
     def start(self) -> Position:
         return Position(0, self.stream.start())
 
-    def run(self, start: Position | None = None, **hooks: Callable[..., Any]) -> Position:
+    def run(
+        self, start: Position | None = None, stop_requested: Callable[[], bool] = lambda: False, **given: Any
+    ) -> Position:
+        """``given``: a function for ``step_done`` or ``checkpoint``."""
+        self.step_done = given.pop("step_done", self.step_done)
+        self.checkpoint = given.pop("checkpoint", self.checkpoint)
+        assert not given, given
         begin = start or self.start()
         with closing(self.stream.prefetch(begin.cursor, 0, 1)) as steps:
-            return self.loop(**hooks).run(begin, steps)
+            return self.loop(stop_requested).run(begin, steps)
 
-    def loop(self, **hooks: Callable[..., Any]) -> Loop:
-        told: dict[str, Callable[..., Any]] = {
-            "step_done": self.rows.append,
-            "fed": lambda step, batches: self.fed.append((step, batches)),
-            "checkpoint": lambda position, last: self.due.append((position.step, last)),
-            "evaluated": self.evaluations.append,
-            "stop_requested": lambda: False,
-            "around_step": lambda step: nullcontext(),
-            "around_update": lambda step: self.adapter.around_update(self.model, step, self.data.total_steps),
-            **hooks,
-        }
-        names = [f.name for f in dataclasses.fields(Callbacks)]
+    def loop(self, stop_requested: Callable[[], bool] = lambda: False) -> Loop:
         return Loop(
-            self.recipe,
-            self.world,
-            self.strategy,
-            self.task,
-            Callbacks(**{name: told.get(name, lambda *given: None) for name in names}),
+            self.parts,
+            [self],
+            stop_requested,
             total_steps=self.data.total_steps,
             eval_batches=self._eval_batches if self.data.eval else None,
         )
@@ -83,25 +109,9 @@ class Bench:
 
 @contextmanager
 def bench(recipe: Recipe, reward: Any = None) -> Iterator[Bench]:
+    torch.set_num_threads(1)  # models this small lose time by sharing their work out
     with join_world(gpu=False) as world:
         data = prepare(recipe, open_storage(recipe.storage))
-        task, strategy = make_task(recipe, data.train.spec.labels), make_strategy(recipe, world)
-        model, adapter = built(recipe, task.labels)
-        accompany(task, recipe, Path(recipe.model.path), world=world, strategy=strategy, reward=reward)
-        task.attach(model)
-        strategy.setup(model, lambda parameters: make_optimizer(recipe.optimizer, parameters, adapter.lr_scale))
-        state = TrainState(strategy, adapter, task)
-        yield Bench(recipe, world, model, strategy, task, adapter, state, data, _stream(recipe, data))
-
-
-def _stream(recipe: Recipe, data: RunData) -> Stream:
-    return Stream(
-        data.train,
-        run_of(recipe),
-        seed=recipe.seed,
-        sequence_length=recipe.data.sequence_length,
-        packing=recipe.data.packing,
-        weights=weights(recipe.data),
-        global_batch=recipe.training.global_batch,
-        micro_batch=recipe.training.micro_batch,
-    )
+        parts = build(recipe, world, data.train.spec.labels, reward)
+        state = TrainState(parts.strategy, parts.adapter, parts.task)
+        yield Bench(parts, state, data, Stream.of(recipe, data.train, run_of(recipe)))

@@ -16,8 +16,7 @@ from trainer.optim import make_optimizer
 from trainer.recipe import Recipe
 from trainer.strategies import Strategy, make_strategy
 from trainer.tasks import Task, make_task
-from trainer.worker.metering import operations_of
-from trainer.worker.mfu import Operations
+from trainer.worker.mfu import Operations, operations_of
 
 STD = 0.02
 

@@ -222,8 +222,8 @@ def _spec(
     spec = describe(frozen.sources, tokenizer, labels=frozen.labels, **_settings(recipe))
     if spec.fingerprint != frozen.fingerprint:
         raise InputError(
-            "the tokenizer or the chat template is not the one that this run was started with, and its prepared data are "
-            "missing; put the old one back, or start a run under another name"
+            "the tokenizer or the chat template is not the one that this run was started with, and its prepared data "
+            "are missing; put the old one back, or start a run under another name"
         )
     return spec
 

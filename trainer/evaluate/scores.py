@@ -96,9 +96,8 @@ class _Evaluation:
         prepared = prepared_for(recipe, eval_spec(recipe, tokenizer, labels), tokenizer, folder)
         self.say("loading the model")
         model = load(self.subject, self.placement, task.labels, seed=recipe.seed)
-        if task.generates:
-            task.generation = GenerationContext(tokenizer, reward=reward_model(recipe, self.device))
-        task.attach(model)
+        reward = reward_model(recipe, self.device) if task.generates else None
+        task.attach(model, GenerationContext(tokenizer, reward=reward) if task.generates else None)
         questions = questions_of(prepared.spec.sources, self.limit) if recipe.task == "sft" else []
         self.say(f"evaluating on {self.device}")
         scores = self._losses(model, task, prepared, None if questions else self.line)

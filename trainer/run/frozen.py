@@ -128,7 +128,7 @@ class Provenance(TypedDict, total=False):
 
 
 def read_provenance(run: Storage) -> Provenance:
-    """Reads the stored provenance. Returns an empty one if it is missing or malformed: no part of a run depends on it."""
+    """Reads the stored provenance. Returns an empty one if it is missing or malformed: a run does not depend on it."""
     try:
         return read_record(Provenance, run.read_json(layout.PROVENANCE))
     except (FileNotFoundError, CorruptObject, Malformed) as error:

@@ -71,9 +71,7 @@ class Task(ABC):
     """True if the loop must call `prepare_step` before the losses of a step."""
 
     generates = False
-    """True if the task generates texts; `generation` is then set before `attach`."""
-
-    generation: GenerationContext
+    """True if the task generates texts; `attach` then gets a `GenerationContext`."""
 
     head: Any = None
     """The `trainer.tasks.lm_head_loss.TargetHead` of a language model, whose logits generate texts; set by `attach`."""
@@ -86,8 +84,10 @@ class Task(ABC):
         """``labels``: the label set of the training data."""
         self.recipe = recipe
 
-    def attach(self, model: torch.nn.Module) -> None:  # noqa: B027 - some tasks take the model as it is
-        """Prepares the (unwrapped) model for this task's loss."""
+    def attach(  # noqa: B027 - some tasks take the model as it is
+        self, model: torch.nn.Module, generation: GenerationContext | None = None
+    ) -> None:
+        """Prepares the (unwrapped) model for this task's loss. ``generation``: given if the task `generates`."""
 
     def owns_parameter(self, name: str) -> bool:
         """Returns True for a parameter that the task has added to the model."""

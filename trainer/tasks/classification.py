@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import cross_entropy
 
-from trainer.tasks.base import LossOutput, Task, ratio
+from trainer.tasks.base import GenerationContext, LossOutput, Task, ratio
 from trainer.tasks.inputs import to_device
 from trainer.tasks.sequences import SequenceInputs
 
@@ -29,7 +29,7 @@ class Classification(Task):
         given = recipe.classification.class_weights
         self._weights = torch.tensor([given.get(label, 1.0) for label in labels]) if given else None
 
-    def attach(self, model: torch.nn.Module) -> None:
+    def attach(self, model: torch.nn.Module, generation: GenerationContext | None = None) -> None:
         self._inputs = SequenceInputs(model)
 
     def loss_units(self, of: StepPlan | Batch) -> int:

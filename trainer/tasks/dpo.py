@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import logsigmoid
 
-from trainer.tasks.base import LossOutput, Task
+from trainer.tasks.base import GenerationContext, LossOutput, Task
 from trainer.tasks.inputs import to_device
 from trainer.tasks.lm_head_loss import TargetHead
 from trainer.tasks.pairs import evaluated, pair_metrics, pair_sums
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 class DPO(Task):
     prepares_steps = True
 
-    def attach(self, model: torch.nn.Module) -> None:
+    def attach(self, model: torch.nn.Module, generation: GenerationContext | None = None) -> None:
         self._model, self.head = model, TargetHead(model)
         self._reference: dict[int, torch.Tensor] = {}
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch.nn.functional import logsigmoid
 
-from trainer.tasks.base import LossOutput, Task
+from trainer.tasks.base import GenerationContext, LossOutput, Task
 from trainer.tasks.inputs import to_device
 from trainer.tasks.pairs import evaluated, pair_metrics, pair_sums
 from trainer.tasks.sequences import SequenceInputs
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 class Reward(Task):
     labels = ("reward",)
 
-    def attach(self, model: torch.nn.Module) -> None:
+    def attach(self, model: torch.nn.Module, generation: GenerationContext | None = None) -> None:
         self._inputs = SequenceInputs(model)
 
     def loss_units(self, of: StepPlan | Batch) -> int:

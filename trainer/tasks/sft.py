@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from trainer.tasks.base import LossOutput, Task, ratio
+from trainer.tasks.base import GenerationContext, LossOutput, Task, ratio
 from trainer.tasks.lm_head_loss import TargetHead
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ MAX_EXPONENT = 700.0
 
 
 class SFT(Task):
-    def attach(self, model: torch.nn.Module) -> None:
+    def attach(self, model: torch.nn.Module, generation: GenerationContext | None = None) -> None:
         self.head = TargetHead(model)
 
     def loss(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> LossOutput:

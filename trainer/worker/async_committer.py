@@ -1,8 +1,8 @@
-"""Commits snapshots behind the training loop's back.
+"""Commits snapshots in the background.
 
-One thread, one place in the queue: while an upload runs, a newer snapshot takes the place of one that still waits
-(the design allows a due checkpoint to be coalesced with the next), so that the loop never waits and memory stays
-bounded at two snapshots. The final one is never replaced. The first error is kept and raised in the loop.
+One thread and a queue of one: while an upload runs, a newer snapshot replaces one that still waits (the two checkpoints
+are coalesced), so that the loop never waits and at most two snapshots are in memory. The final one is never replaced.
+The first error is kept and raised in the loop.
 """
 
 from __future__ import annotations
@@ -24,15 +24,14 @@ from trainer.worker.train_state import Snapshot
 log = logging.getLogger(__name__)
 
 CLOSE_S = 4 * 3600.0
-"""An upload that comes further may take long, and the storage ends one that does not; nothing else ends a write to a
-dead disk."""
+"""Time limit of the last commit. The storage ends an upload without progress; this limit is for a dead local disk."""
 
 Commit = Callable[[Snapshot, Path], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
 class CheckpointStall:
-    """Seconds for which one checkpoint held the loop up: ``stall_s`` in all, ``snapshot_s`` of it to copy the state."""
+    """Seconds for which one checkpoint stopped the loop: ``stall_s`` in total, ``snapshot_s`` of it for the copy."""
 
     stall_s: float
     snapshot_s: float
@@ -43,8 +42,8 @@ NO_STALL = CheckpointStall(0.0, 0.0)
 
 @dataclass(frozen=True)
 class Committed:
-    """What the events say of a commit. ``upload_s`` is everything after the snapshot: writing, hashing, uploading and
-    committing; ``coalesced`` counts the due checkpoints whose place it took since the commit before."""
+    """A finished commit. ``upload_s``: everything after the snapshot (writing, hashing, uploading, committing).
+    ``coalesced``: checkpoints that were due since the previous commit and that this one replaced."""
 
     step: int
     uri: str
@@ -56,8 +55,8 @@ class Committed:
 
 @dataclass(frozen=True)
 class Lag:
-    """How far the storage is behind: ``backlog`` snapshots that are not committed yet (2 at most), ``age_s`` since the
-    newest commit, or since this attempt began where it has none."""
+    """How far the storage is behind. ``backlog``: snapshots that are not committed yet, at most 2. ``age_s``: seconds
+    since the newest commit, or since the attempt began."""
 
     backlog: int
     age_s: float
@@ -153,8 +152,8 @@ class Committer:
 
 @contextmanager
 def scratch_folder() -> Iterator[Path]:
-    """A temporary folder that only leaving it deletes. tempfile's own is deleted by an interpreter that exits, also
-    under a thread that is still at work in it."""
+    """Yields a temporary folder and deletes it at the end of the block."""
+    # tempfile.TemporaryDirectory is also deleted when the interpreter exits, while a thread may still write into it.
     folder = Path(tempfile.mkdtemp(prefix="muster-checkpoint-"))
     try:
         yield folder
@@ -163,7 +162,7 @@ def scratch_folder() -> Iterator[Path]:
 
 
 class StaleAlarm:
-    """Says once that commits have fallen behind by more than ``max_age_s``, and once again only after a commit."""
+    """Rings once when the newest commit is older than ``max_age_s``, and again only after another commit."""
 
     def __init__(self, max_age_s: float) -> None:
         self._max_age_s = max_age_s

@@ -1,24 +1,24 @@
-"""What a rank trains with: the base, the adapter on it, the task, and the strategy that spreads it over the ranks.
+"""Builds the parts of a rank: base model, adapter, task, and the strategy that shards the model over the ranks.
 
-There are two ways. By shard, no rank ever holds more of the base than it keeps; the strategies that shard parameters go
-this way wherever the adapter, the task and the architecture can. Otherwise each rank loads the base whole.
+There are two loaders. With `ShardedLoader` no rank ever holds more of the base model than it keeps; strategies that
+shard parameters use it wherever adapter, task and architecture allow. With `WholeLoader` each rank loads all of it.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from trainer.adapters import Adapter, make_adapter
 from trainer.distributed.world import World
 from trainer.errors import InputError
-from trainer.model import Head, LoadedModel, ModelFiles, build, check_isolation, fetch_model, load_tokenizer
+from trainer.model import Head, ModelFiles, check_isolation, fetch_model, load_tokenizer
+from trainer.model import build as load_base
 from trainer.model.files.weight_source import WeightSource
 from trainer.model.kernels.attention import settle_attention
 from trainer.model.kernels.liger import use_liger
@@ -33,196 +33,218 @@ from trainer.storage import open_storage
 from trainer.strategies import Strategy, make_strategy
 from trainer.strategies.compiling import compile_layers
 from trainer.tasks import GenerationContext, Task, make_task
-from trainer.worker.metering import operations_of
-from trainer.worker.mfu import Operations
+from trainer.worker.mfu import Meter, meter_of, operations_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 log = logging.getLogger(__name__)
 
-Accompany = Callable[[Path], None]
-
 
 @dataclass(frozen=True)
-class Built:
-    """``operations``: what a step computes with the model as it is trained. ``attention``: the kernel of attention.
-    ``load``: of each rank, the bytes of the base that it read, those of them that no cache of the host had, and the
-    peak of its host memory meanwhile."""
+class Parts:
+    """``meter``: None if the MFU cannot be computed. ``attention``: the name of the attention kernel. ``load``: for
+    each rank, the bytes of the base model that it read, those of them that no cache of the host had, and the peak of
+    its host memory during the load."""
 
+    recipe: Recipe
+    world: World
     files: ModelFiles
     adapter: Adapter
     task: Task
     strategy: Strategy
-    operations: Operations
+    meter: Meter | None
     attention: str
     load: list[dict[str, int]]
 
+    def tokenizer(self) -> PreTrainedTokenizerBase:
+        """Loads the base model's tokenizer."""
+        return _tokenizer(self.recipe, self.files.folder)
 
-def build_parts(recipe: Recipe, world: World, labels: tuple[str, ...] = (), reward: Any = None) -> Built:
+
+def build(recipe: Recipe, world: World, labels: tuple[str, ...] = (), reward: Any = None) -> Parts:
     """Collective: every rank of the attempt calls it. ``labels``: the label set of the training data. ``reward``: the
-    model that rates the task's texts, if there is one."""
+    reward model of a task that generates texts, if it has one."""
     adapter, task, strategy = make_adapter(recipe), make_task(recipe, labels), make_strategy(recipe, world)
-    company = partial(accompany, task, recipe, world=world, strategy=strategy, reward=reward)
+    with closing(_loader(recipe, world, adapter, task, strategy)) as loader:
+        if recipe.compute.kernels == "liger":
+            use_liger(loader.base)
+        model = loader.attach_adapter()
+        generation = None
+        if task.generates:
+            tokenizer = _tokenizer(recipe, loader.files.folder)
+            generation = GenerationContext(tokenizer, world, strategy.forward_is_collective, reward)
+        task.attach(model, generation)
+        # Counted before the strategy wraps the model: some strategies leave empty parameters behind.
+        operations = operations_of(model)
+        if recipe.compute.compile:
+            compile_layers(model, world.device)
+        loader.setup_strategy(model)
+        with strategy.autocast():
+            attention = settle_attention(recipe, strategy.model, strategy.module, world.device)
+        strategy.reshard()
+        load = world.all_gather({"rank": world.rank, **loader.statistics()})
+    meter = meter_of(recipe, world, operations)
+    return Parts(recipe, world, loader.files, adapter, task, strategy, meter, attention, load)
+
+
+class BaseLoader(Protocol):
+    """Loads the base model for one strategy; `build` calls the methods in this order.
+
+    ``files``: the base model's folder on this host. ``base``: the model without its adapter; its parameters may be on
+    the meta device until `setup_strategy`."""
+
+    files: ModelFiles
+    base: Any
+
+    def attach_adapter(self) -> torch.nn.Module:
+        """Returns ``base`` with the adapter on it."""
+
+    def setup_strategy(self, model: torch.nn.Module) -> None:
+        """Collective: hands the model to the strategy; afterwards every rank holds the weights that it keeps."""
+
+    def statistics(self) -> dict[str, int]:
+        """Returns what `Parts.load` has for this rank."""
+
+    def close(self) -> None:
+        """Closes the files."""
+
+
+def _loader(recipe: Recipe, world: World, adapter: Adapter, task: Task, strategy: Strategy) -> BaseLoader:
     if strategy.loads_sharded(recipe):
         try:
-            return _Sharded(recipe, world, adapter, task, strategy, company).build()
+            return ShardedLoader(recipe, world, adapter, task, strategy)
         except NeedsFullLoad as reason:
             if world.is_rank0:
-                log.warning("each rank loads %s whole before it keeps its part: %s", recipe.model.path, reason)
-    return _whole(recipe, world, adapter, task, strategy, company)
+                log.warning("each rank loads all of %s before it keeps its part: %s", recipe.model.path, reason)
+    return WholeLoader(recipe, world, adapter, task, strategy)
 
 
-def _whole(
-    recipe: Recipe,
-    world: World,
-    adapter: Adapter,
-    task: Task,
-    strategy: Strategy,
-    company: Accompany = lambda folder: None,
-) -> Built:
-    files = fetch_model(recipe.model)
-    head = _head(recipe, task)
-    loaded: LoadedModel = build(
-        recipe.model,
-        files.folder,
-        world.device,
-        full=adapter.full,
-        checkpointing=recipe.training.gradient_checkpointing,
-        head=head,
-    )
-    if recipe.compute.kernels == "liger":
-        use_liger(loaded.model)
-    if recipe.data.packing:
-        check_isolation(loaded.model, recipe.model.path)
-    model = adapter.attach(loaded.model, lambda: _plain_model(recipe, files, head))
-    company(files.folder)
-    task.attach(model)
-    operations = operations_of(model)
-    if recipe.compute.compile:
-        compile_layers(model, world.device)
-    strategy.setup(model, lambda parameters: make_optimizer(recipe.optimizer, parameters, adapter.lr_scale))
-    attention = _settle_attention(recipe, strategy, world)
-    fetched = files.fetched_bytes if "://" in recipe.model.path else loaded.bytes_read
-    report = _report(world, loaded.bytes_read, fetched, loaded.peak_host_bytes)
-    return Built(files, adapter, task, strategy, operations, attention, report)
+class WholeLoader:
+    """Each rank loads all weights of the base model."""
+
+    def __init__(self, recipe: Recipe, world: World, adapter: Adapter, task: Task, strategy: Strategy) -> None:
+        self._recipe, self._adapter, self._strategy = recipe, adapter, strategy
+        self._head = _head(recipe, task)
+        self.files = fetch_model(recipe.model)
+        self._loaded = load_base(
+            recipe.model,
+            self.files.folder,
+            world.device,
+            full=adapter.full,
+            checkpointing=recipe.training.gradient_checkpointing,
+            head=self._head,
+        )
+        self.base: Any = self._loaded.model
+
+    def attach_adapter(self) -> torch.nn.Module:
+        if self._recipe.data.packing:
+            check_isolation(self.base, self._recipe.model.path)
+        return self._adapter.attach(self.base, self._unquantised_base)
+
+    def setup_strategy(self, model: torch.nn.Module) -> None:
+        self._strategy.setup(
+            model, lambda parameters: make_optimizer(self._recipe.optimizer, parameters, self._adapter.lr_scale)
+        )
+
+    def statistics(self) -> dict[str, int]:
+        read = self._loaded.bytes_read
+        fetched = self.files.fetched_bytes if "://" in self._recipe.model.path else read
+        return {"bytes_read": read, "bytes_fetched": fetched, "peak_host_bytes": self._loaded.peak_host_bytes}
+
+    def close(self) -> None:
+        pass
+
+    def _unquantised_base(self) -> torch.nn.Module:
+        """Loads the base model a second time, on the CPU, as it is in its files."""
+        section = self._recipe.model.model_copy(update={"quantization": "none"})
+        cpu = torch.device("cpu")
+        return load_base(section, self.files.folder, cpu, full=False, checkpointing=False, head=self._head).model
 
 
-def _settle_attention(recipe: Recipe, strategy: Strategy, world: World) -> str:
-    with strategy.autocast():
-        kernel = settle_attention(recipe, strategy.model, strategy.module, world.device)
-    strategy.reshard()
-    return kernel
+class ShardedLoader:
+    """Each rank reads only the weights that it keeps. Only the constructor raises NeedsFullLoad, before it has changed
+    the adapter or the strategy; the constructor is a collective."""
 
+    def __init__(self, recipe: Recipe, world: World, adapter: Adapter, task: Task, strategy: Strategy) -> None:
+        if recipe.model.quantization == "int8":
+            raise NeedsFullLoad("bitsandbytes quantises whole weights to int8")
+        self._recipe, self._world, self._adapter, self._task = recipe, world, adapter, task
+        self._strategy, self._peak_bytes = strategy, 0
+        self._section = section = self._quantised_copy()
+        remote = "://" in section.path
+        self.files = fetch_model(section, weights=not remote)
+        head = _head(recipe, task)
+        self.base: Any = meta_model(
+            section,
+            self.files.folder,
+            world.device,
+            full=adapter.full,
+            checkpointing=recipe.training.gradient_checkpointing,
+            head=head,
+        )
+        if not adapter.loads_by_shard(self.base):
+            raise NeedsFullLoad(f"{recipe.adapter.method} is made from the whole of the base's weights")
+        self._source = WeightSource(section.path if remote else str(self.files.folder))
+        try:
+            self._weights = ShardLoader(self.base, self._source, section.path, world.device, head)
+            if len(set(world.all_gather(self._weights.digest()))) > 1:
+                raise InputError(
+                    f"model.path {recipe.model.path!r} is not the same model on all hosts; copy it again, or name one "
+                    "place that all of them read"
+                )
+        except BaseException:
+            self._source.close()
+            raise
 
-def accompany(
-    task: Task, recipe: Recipe, folder: Path, *, world: World, strategy: Strategy, reward: Any = None
-) -> None:
-    """Gives a task that writes texts what it needs for it. ``folder``: the base's files."""
-    if task.generates:
-        tokenizer = load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)
-        task.generation = GenerationContext(tokenizer, world, strategy.forward_is_collective, reward)
+    def attach_adapter(self) -> torch.nn.Module:
+        model = self._adapter.attach_without_weights(self.base)
+        # Buffers that the adapter has added are small, and not on the meta device.
+        for module in model.modules():
+            for name, buffer in module._buffers.items():
+                if buffer is not None and not buffer.is_meta:
+                    module._buffers[name] = buffer.to(self._world.device)
+        return model
+
+    def setup_strategy(self, model: torch.nn.Module) -> None:
+        strategy, host = self._strategy, HostPeak()
+        self._weights.attached(model)
+        strategy.setup(
+            model,
+            lambda parameters: make_optimizer(self._recipe.optimizer, parameters, self._adapter.lr_scale),
+            lambda pieces: self._weights.fill(pieces, self._init_parameter, strategy.full_parameter),
+        )
+        self._peak_bytes = host.bytes()
+        if self._recipe.data.packing:
+            with strategy.autocast():
+                check_isolation(strategy.module, self._section.path)
+            strategy.reshard()
+
+    def statistics(self) -> dict[str, int]:
+        read, fetched = self._source.bytes_read, self._source.bytes_fetched
+        return {"bytes_read": read, "bytes_fetched": fetched, "peak_host_bytes": self._peak_bytes}
+
+    def close(self) -> None:
+        self._source.close()
+
+    def _quantised_copy(self) -> ModelSection:
+        """Returns the section of the model's NF4 copy if `muster prepare --model` has made one, else the recipe's."""
+        section = self._recipe.model
+        if section.quantization != "nf4":
+            return section
+        models = open_storage(self._recipe.storage).child(layout.MODELS)
+        copy = self._world.decide_on_rank0(lambda: copy_of(section, models))
+        return section.model_copy(update={"path": copy.url, "revision": "main"}) if copy else section
+
+    def _init_parameter(self, name: str, shape: torch.Size, start: int, stop: int, rows: RowReader) -> torch.Tensor:
+        if self._task.owns_parameter(name):
+            return self._task.init_parameter(name, shape).reshape(-1)[start:stop]
+        return self._adapter.init_parameter(name, shape, start, stop, rows)
 
 
 def _head(recipe: Recipe, task: Task) -> Head | None:
     return Head(task.labels, recipe.seed) if task.labels else None
 
 
-def _plain_model(recipe: Recipe, files: ModelFiles, head: Head | None) -> torch.nn.Module:
-    """The base once more, as it lies in its files, on the CPU."""
-    section = recipe.model.model_copy(update={"quantization": "none"})
-    return build(section, files.folder, torch.device("cpu"), full=False, checkpointing=False, head=head).model
-
-
-class _Sharded:
-    """The base by shard. All that can raise NeedsFullLoad comes before the adapter and the strategy touch anything."""
-
-    def __init__(
-        self, recipe: Recipe, world: World, adapter: Adapter, task: Task, strategy: Strategy, company: Accompany
-    ) -> None:
-        self.recipe, self.world, self.company = recipe, world, company
-        self.adapter, self.task, self.strategy = adapter, task, strategy
-
-    def build(self) -> Built:
-        if self.recipe.model.quantization == "int8":
-            raise NeedsFullLoad("bitsandbytes quantises whole weights to int8")
-        recipe, section = self.recipe, self._section()
-        remote = "://" in section.path
-        files = fetch_model(section, weights=not remote)
-        head = _head(recipe, self.task)
-        base = meta_model(
-            section,
-            files.folder,
-            self.world.device,
-            full=self.adapter.full,
-            checkpointing=recipe.training.gradient_checkpointing,
-            head=head,
-        )
-        if recipe.compute.kernels == "liger":
-            use_liger(base)
-        if not self.adapter.loads_by_shard(base):
-            raise NeedsFullLoad(f"{recipe.adapter.method} is made from the whole of the base's weights")
-        source = WeightSource(section.path if remote else str(files.folder))
-        try:
-            loader = ShardLoader(base, source, section.path, self.world.device, head)
-            self._check_same(loader.digest())
-            self.company(files.folder)
-            peak = self._load(base, loader)
-        finally:
-            source.close()
-        if recipe.data.packing:
-            with self.strategy.autocast():
-                check_isolation(self.strategy.module, section.path)
-            self.strategy.reshard()
-        attention = _settle_attention(recipe, self.strategy, self.world)
-        report = _report(self.world, source.bytes_read, source.bytes_fetched, peak)
-        return Built(files, self.adapter, self.task, self.strategy, self.operations, attention, report)
-
-    def _section(self) -> ModelSection:
-        """The model's, or that of its NF4 copy, if `muster prepare --model` has made one."""
-        section = self.recipe.model
-        if section.quantization != "nf4":
-            return section
-        models = open_storage(self.recipe.storage).child(layout.MODELS)
-        copy = self.world.decide_on_rank0(lambda: copy_of(section, models))
-        return section.model_copy(update={"path": copy.url, "revision": "main"}) if copy else section
-
-    def _load(self, base: Any, loader: ShardLoader) -> int:
-        """Returns the peak of host memory over what the process held before."""
-        model = self.adapter.attach_without_weights(base)
-        _move_buffers(model, self.world.device)
-        self.task.attach(model)
-        self.operations = operations_of(model)
-        if self.recipe.compute.compile:
-            compile_layers(model, self.world.device)
-        host = HostPeak()
-        loader.attached(model)
-        strategy = self.strategy
-        strategy.setup(
-            model,
-            lambda parameters: make_optimizer(self.recipe.optimizer, parameters, self.adapter.lr_scale),
-            lambda pieces: loader.fill(pieces, self._initial, strategy.full_parameter),
-        )
-        return host.bytes()
-
-    def _initial(self, name: str, shape: torch.Size, start: int, stop: int, rows: RowReader) -> torch.Tensor:
-        if self.task.owns_parameter(name):
-            return self.task.init_parameter(name, shape).reshape(-1)[start:stop]
-        return self.adapter.init_parameter(name, shape, start, stop, rows)
-
-    def _check_same(self, digest: str) -> None:
-        if len(set(self.world.all_gather(digest))) > 1:
-            raise InputError(
-                f"model.path {self.recipe.model.path!r} is not the same model on all hosts; copy it again, or name one "
-                "place that all of them read"
-            )
-
-
-def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:
-    """Those that the adapter has brought."""
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and not buffer.is_meta:
-                module._buffers[name] = buffer.to(device)
-
-
-def _report(world: World, read: int, fetched: int, peak: int) -> list[dict[str, int]]:
-    mine = {"rank": world.rank, "bytes_read": read, "bytes_fetched": fetched, "peak_host_bytes": peak}
-    return world.all_gather(mine)
+def _tokenizer(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
+    return load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)

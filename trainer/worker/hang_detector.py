@@ -1,16 +1,16 @@
-"""A hang names its rank: every rank tells the others where it is, and the first sound one acts when nobody moves.
+"""Finds the rank that causes a hang: each rank publishes its progress, and the lowest healthy rank acts on a hang.
 
-Each rank writes a *pulse* (step, phase, how far it has come, its main thread's stack) to the process group's store
-every ``BEAT_S`` seconds, from a thread of its own. When no rank has moved for the patience (five times the 99th
-percentile of the step times so far, at least ``LEAST_PATIENCE_S``), those that hold the others up are
+Each rank writes a *pulse* (step, phase, number of phases so far, the main thread's stack) to the process group's
+store every ``BEAT_S`` seconds, from a thread of its own. If no rank has moved for the patience (five times the 99th
+percentile of the step times so far, at least ``LEAST_PATIENCE_S``), the culprits are
 
-- rank 0, where the store itself does not answer, which its process keeps; or else
-- the ranks whose pulse itself stopped (a stopped process, a dead host), or else
-- the ranks that have come least far: the others wait for them in a collective. Waiting for storage gets half an hour:
-  each call has a deadline of its own and says so itself when it passes, but a phase may be many calls.
+- rank 0, if the store itself does not answer, because its process hosts the store; or else
+- the ranks whose pulse stopped (a stopped process, a dead host); or else
+- the ranks with the least progress: the others wait for them in a collective. Phases that wait for storage get half an
+  hour: each call has a deadline of its own, but a phase may be many calls.
 
-The lowest rank that is not among them reports it and ends them (or, where they are on another host, itself), so that
-whoever started the group starts it again from the newest checkpoint.
+The lowest rank that is not a culprit reports the culprits and ends them (or itself, if they are on another host), so
+that the launcher starts the group again from the newest checkpoint.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Any, Protocol
 
+from trainer.data import Batch
 from trainer.storage.backend import NoAnswer
 from trainer.storage.limit import limited
+from trainer.worker.callbacks import Callback
 
 BEAT_S = 1.0
 STALE_S = 10.0
 LEAST_PATIENCE_S = 30.0
 COMPILING_PATIENCE_S = 600.0
-"""Where layers are compiled: shapes or modes that come for the first time take a rank that long, at any step."""
+"""The least patience with compiled layers: a shape or mode that is new to a rank is compiled at any step."""
 FIRST_PATIENCE_S = 1800.0
 RECENT_STEPS = 200
 STACK_FRAMES = 12
@@ -67,7 +69,7 @@ class Pulse:
 
 
 class PulseStore(Protocol):
-    """What is needed of ``torch.distributed.Store``: no more, so that a test's dictionary will do."""
+    """The part of ``torch.distributed.Store`` that is used here, so that a test can replace it by a dictionary."""
 
     def set(self, key: str, value: str) -> None: ...
     def check(self, keys: list[str]) -> bool: ...
@@ -76,7 +78,7 @@ class PulseStore(Protocol):
 
 @dataclass(frozen=True)
 class Seen:
-    """A pulse and when, by this rank's clock, its beat and its moves were last seen to change."""
+    """A pulse, and the times on this rank's clock when its beat and its moves were last seen to change."""
 
     pulse: Pulse
     beat_at: float
@@ -84,7 +86,8 @@ class Seen:
 
 
 def patience_s(step_times: Sequence[float], least_s: float = LEAST_PATIENCE_S) -> float:
-    """How long nobody may move: max(5 p99 of a step, ``least_s``), and half an hour until the first step is done."""
+    """Returns the seconds without progress that count as a hang: max(5 · p99 of the step times, ``least_s``), and half
+    an hour until the first step is done."""
     if not step_times:
         return FIRST_PATIENCE_S
     ordered = sorted(step_times)
@@ -92,8 +95,8 @@ def patience_s(step_times: Sequence[float], least_s: float = LEAST_PATIENCE_S) -
 
 
 def culprits(seen: Mapping[int, Seen], now: float, patience: float) -> list[Pulse]:
-    """The ranks that hold the others up; empty while anybody moves, or when all came equally far and still beat, unless
-    what they all wait for is storage."""
+    """Returns the ranks that stop the others. Empty while a rank moves, or if all have the same progress and still
+    beat, unless all of them wait for storage."""
     if not seen or any(now - s.moved_at < patience for s in seen.values()):
         return []
     silent = [s.pulse for s in seen.values() if now - s.beat_at >= STALE_S]
@@ -106,10 +109,10 @@ def culprits(seen: Mapping[int, Seen], now: float, patience: float) -> list[Puls
     return behind if len(behind) < len(seen) else []
 
 
-class Heartbeat:
-    """This rank's pulse and its view of the others. ``phase`` is called by the training thread, and costs nothing.
+class HangDetector(Callback):
+    """Publishes this rank's pulse and watches the others'.
 
-    ``on_hang(culprits)`` is called once, from the monitor's thread, on the rank that is to act.
+    ``on_hang(culprits)`` is called once, in the monitor's thread, on the rank that must act.
     """
 
     def __init__(
@@ -133,14 +136,19 @@ class Heartbeat:
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="heartbeat", daemon=True)
 
-    def phase(self, step: int, name: str) -> None:
-        self._now = (step, name, self._now[2] + 1)
+    def on_phase(self, step: int, phase: str) -> None:
+        self._now = (step, phase, self._now[2] + 1)
 
-    def step_done(self, seconds: float) -> None:
-        self._steps.append(seconds)
+    def on_step_end(self, metrics: Mapping[str, Any], batches: Sequence[Batch]) -> None:
+        self._steps.append(metrics["step_s"])
 
-    def __enter__(self) -> Heartbeat:
-        self.beat()  # from here on everybody knows of this rank, also if it stops before its thread has run
+    def place(self) -> str:
+        """Returns the step and phase of this rank."""
+        step, phase, _ = self._now
+        return f"step {step}, {phase}"
+
+    def __enter__(self) -> HangDetector:
+        self.beat()  # the others know this rank from now on, even if it stops before its thread has run
         self._thread.start()
         return self
 
@@ -148,20 +156,20 @@ class Heartbeat:
         self._closed.set()
 
     def still_s(self) -> float:
-        """Seconds since any rank moved, as seen from here."""
+        """Returns the seconds since this rank last saw any rank move."""
         return self._clock() - max((s.moved_at for s in self._seen.values()), default=self._clock())
 
     def seen(self) -> dict[int, str]:
-        """Where each rank was by the newest pulse that was read of it."""
+        """Returns each rank's step and phase by the newest pulse that was read."""
         return {rank: seen.pulse.place for rank, seen in dict(self._seen).items()}
 
     def _work(self) -> None:
         while not self._closed.wait(BEAT_S):
             patience = patience_s(self._steps, self._least_patience_s)
             try:
-                limited(lambda _: self._exchange(), STALE_S)  # a store's own time-out is not about every operation
+                limited(lambda _: self._exchange(), STALE_S)  # the store's own time-out does not cover every operation
                 found = culprits(self._seen, self._clock(), patience)
-            except (RuntimeError, NoAnswer):  # nobody's pulse can be seen, but for one's own
+            except (RuntimeError, NoAnswer):  # only this rank's own pulse can be seen
                 found = self._keeper_of_the_store(patience)
             if found and self._rank == self._first_sound(found):
                 self._on_hang(found)
@@ -180,12 +188,12 @@ class Heartbeat:
         self._store.set(_key(self._rank), json.dumps(asdict(pulse)))
 
     def _keeper_of_the_store(self, patience: float) -> list[Pulse]:
-        """Rank 0 as it was seen last, once this rank has not moved for the patience either; on rank 0 itself nobody."""
+        """Returns rank 0's last pulse if this rank has not moved for the patience either; nothing on rank 0 itself."""
         keeper, still = self._seen.get(0), self._clock() - self._seen[self._rank].moved_at >= patience
         return [keeper.pulse] if keeper is not None and self._rank and still else []
 
     def look(self) -> None:
-        """Reads everybody's newest pulse."""
+        """Reads the newest pulse of every rank."""
         now = self._clock()
         for rank in range(self._size):
             if self._store.check([_key(rank)]):
@@ -193,7 +201,7 @@ class Heartbeat:
                 self._seen[rank] = _after(self._seen.get(rank), pulse, now)
 
     def _first_sound(self, found: list[Pulse]) -> int:
-        """Rank 0 where none is."""
+        """Returns the lowest rank that is not a culprit; rank 0 if all are."""
         sick = {p.rank for p in found}
         return min((r for r in range(self._size) if r not in sick), default=0)
 
@@ -203,8 +211,9 @@ class Heartbeat:
 
 
 def _frames() -> dict[int, FrameType]:
-    """Of every thread. Without the collector: CPython 3.11 holds a lock of its own meanwhile, and a collection may call
-    back into Python, which then waits for that lock for ever (python/cpython#106883)."""
+    """Returns the current frame of every thread."""
+    # CPython 3.11 holds a lock during _current_frames; a garbage collection in it may call back into Python, which then
+    # waits for that lock forever (python/cpython#106883).
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -231,14 +240,15 @@ def hang_text(found: Sequence[Pulse], silent_s: float) -> str:
 
 
 def end_culprits(found: Sequence[Pulse], host: str) -> None:
-    """SIGKILL to those on this host (it reaches stopped processes too); where all are elsewhere, to this process."""
+    """Sends SIGKILL (it also reaches stopped processes) to the culprits on this host, or to this process if there are
+    none."""
     here = [p.pid for p in found if p.host == host]
     for pid in here or [os.getpid()]:
         os.kill(pid, signal.SIGKILL)
 
 
 def store_of_group() -> Any:
-    """The default process group's store, by a connection of its own, so that it never waits behind others' calls."""
+    """Returns a second connection to the default process group's store, which never waits behind other calls."""
     from datetime import timedelta
 
     from torch.distributed.distributed_c10d import _get_default_store

@@ -1,4 +1,4 @@
-"""What a worker is told. Light to import: the driver makes one before it needs torch."""
+"""A worker's assignment. Cheap to import: the driver makes one before it needs torch."""
 
 from __future__ import annotations
 
@@ -11,8 +11,9 @@ from trainer.recipe import Recipe
 
 @dataclass(frozen=True)
 class Job:
-    """``recipe`` is this attempt's (its resources and strategy may differ from the frozen one); ``holder`` says who
-    claims the attempt; ``spent`` is what starting has taken so far: `trainer.run.startup_phases`."""
+    """``recipe``: this attempt's; its resources and strategy may differ from the frozen one. ``holder``: the driver's
+    host and process, for the attempt's claim. ``spent``: seconds of the start-up phases so far
+    (`trainer.run.startup_phases`)."""
 
     storage: str
     driver: int

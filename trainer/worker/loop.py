@@ -1,9 +1,9 @@
-"""The training loop: the same few lines for every method, strategy and task.
+"""The training loop: the same code for every method, strategy and task.
 
-A global step is one update of the optimizer, or as many as its task asks for (`Task.updates`). An update is cut into
-micro-batches; rank r runs those with k % world_size == r. What a micro-batch holds, and the
-random numbers that its forward draws, depend on (seed, step, k) alone, and the loss is the sum over the task's units
-(target tokens, samples, pairs) divided by the update's, which every rank knows: so any number of ranks trains the same
+A global step is one update of the optimizer, or several if the task does more (`Task.updates`). An update is divided
+into micro-batches; rank r runs micro-batch k if k % world_size == r. The samples of a micro-batch, and the random
+numbers of its forward pass, depend on (seed, step, k) only. The loss is a sum over the task's units (target tokens,
+samples, pairs) divided by the update's number of units, which every rank knows. So any number of ranks trains the same
 run.
 """
 
@@ -13,21 +13,18 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 
-from trainer.data import Batch, Cursor, RankStep, StepPlan
-from trainer.distributed.world import World, memory_bytes
+from trainer.data import Batch, RankStep, StepPlan
+from trainer.distributed.world import memory_bytes
 from trainer.errors import NonFiniteLoss
 from trainer.optim import learning_rate
-from trainer.recipe import Recipe
-from trainer.strategies import Strategy
 from trainer.tasks import Task, Totals, Update
+from trainer.worker.build import Parts
+from trainer.worker.callbacks import Callback, Position, around_step
 from trainer.worker.hang_detector import CHECKPOINT, WAITING_FOR_DATA
-from trainer.worker.mfu import Meter
 from trainer.worker.rank_timer import RankTimer, of_this_rank, rank_record
 
 NAMED_SAMPLES = NAMED_RANKS = 8
@@ -38,38 +35,10 @@ NAMING = (
 MIN_LOSS_SCALE = 1.0
 
 
-@dataclass(frozen=True)
-class Position:
-    """Where a run stands: ``step`` optimizer steps are done, ``cursor`` is the next one's data."""
-
-    step: int
-    cursor: Cursor
-
-
-@dataclass(frozen=True)
-class Callbacks:
-    """What the loop tells others. ``stop_requested`` may say yes on any one rank; the other calls happen on all.
-
-    ``around_step`` surrounds a step from when its data is waited for until its update is done. ``around_update`` is
-    entered when a step's gradients are complete, and left when the optimizer has used them. ``samples`` comes before a
-    run's first step (as step 0) and after its last one."""
-
-    step_done: Callable[[dict[str, Any]], None]
-    fed: Callable[[int, list[Batch]], None]
-    checkpoint: Callable[[Position, bool], None]
-    evaluated: Callable[[dict[str, Any]], None]
-    stop_requested: Callable[[], bool]
-    phase: Callable[[int, str], None]
-    around_step: Callable[[int], AbstractContextManager[Any]] = lambda step: nullcontext()
-    around_update: Callable[[int], AbstractContextManager[Any]] = lambda step: nullcontext()
-    examples: Callable[[int, list[dict[str, Any]]], None] = lambda step, shown: None
-    samples: Callable[[int], None] = lambda step: None
-
-
 class UpdateResult(NamedTuple):
-    """What one update of the optimizer came to: the mean loss, the gradient's norm, whether any rank asks to stop, what
-    attention did (`Operations.scores`), each rank's own seconds and its memory in bytes, and the metrics' sums over all
-    ranks, to be named by ``totals``."""
+    """One update of the optimizer: the mean loss, the gradient's norm, whether a rank requests a stop, the pairs in
+    attention (`Operations.scores`), each rank's local seconds and memory in bytes, and the metrics' sums over all
+    ranks, which ``totals`` names."""
 
     loss: float
     norm: float
@@ -82,58 +51,64 @@ class UpdateResult(NamedTuple):
 
 
 class Loop:
-    """Trains from a position to the last step, to ``training.stop_after``, or until somebody asks it to stop."""
+    """Trains from a position to the last step, to ``training.stop_after``, or until a rank's ``stop_requested`` returns
+    True."""
 
     def __init__(
         self,
-        recipe: Recipe,
-        world: World,
-        strategy: Strategy,
-        task: Task,
-        hooks: Callbacks,
+        parts: Parts,
+        callbacks: Sequence[Callback],
+        stop_requested: Callable[[], bool],
         *,
         total_steps: int,
         eval_batches: Callable[[], Iterator[Batch]] | None,
-        meter: Meter | None = None,
     ) -> None:
-        self.recipe, self.world, self.strategy, self.task, self.hooks = recipe, world, strategy, task, hooks
+        self.recipe, self.world, self.adapter = parts.recipe, parts.world, parts.adapter
+        self.strategy, self.task, self.meter = parts.strategy, parts.task, parts.meter
+        self.callbacks, self.stop_requested = callbacks, stop_requested
         self.total_steps = total_steps
         self.eval_batches = eval_batches
-        self.meter = meter
-        self.own = RankTimer(world.device)
+        self.own = RankTimer(self.world.device)
 
     def run(self, start: Position, steps: Iterator[RankStep]) -> Position:
-        """Returns the position reached, which has been handed to ``hooks.checkpoint`` as the last one."""
+        """Returns the position reached, after its checkpoint was taken."""
         training = self.recipe.training
         end = min(self.total_steps, training.stop_after or self.total_steps)
         position = start
         self.strategy.module.train()
-        if start.step == 0:
-            self.hooks.samples(0)
+        for callback in self.callbacks:
+            callback.on_start(start)
         while position.step < end:
             step = position.step + 1
-            with self.hooks.around_step(step):
+            with around_step(self.callbacks, step):
                 began = time.monotonic()
                 self.own.start()
-                self.hooks.phase(step, WAITING_FOR_DATA)
+                self._phase(step, WAITING_FOR_DATA)
                 data = next(steps)
                 metrics, stop = self._step(step, data, began)
             position = Position(step, data.plan.next)
-            self.hooks.fed(step, data.batches)
-            self.hooks.step_done(metrics)
-            if shown := self.task.example_rollouts():
-                self.hooks.examples(step, shown)
+            for callback in self.callbacks:
+                callback.on_step_end(metrics, data.batches)
+            if examples := self.task.example_rollouts():
+                for callback in self.callbacks:
+                    callback.on_examples(step, examples)
             if self._evaluation_due(step):
                 self.evaluate(step)
             if step == self.total_steps:
-                self.hooks.samples(step)
+                for callback in self.callbacks:
+                    callback.on_last_step(step)
             last = stop or step == end
             if last or step % self.recipe.checkpoint.every_steps == 0:
-                self.hooks.phase(step, CHECKPOINT)
-                self.hooks.checkpoint(position, last)
+                self._phase(step, CHECKPOINT)
+                for callback in self.callbacks:
+                    callback.on_checkpoint(position, last=last)
             if stop:
                 break
         return position
+
+    def _phase(self, step: int, phase: str) -> None:
+        for callback in self.callbacks:
+            callback.on_phase(step, phase)
 
     def _evaluation_due(self, step: int) -> bool:
         every = self.recipe.training.eval_every
@@ -142,7 +117,7 @@ class Loop:
     def _step(self, step: int, data: RankStep, began: float) -> tuple[dict[str, Any], bool]:
         batches = data.batches + [Batch.empty()] * (data.plan.rounds(self.world.size) - len(data.batches))
         if self.task.prepares_steps:
-            self.hooks.phase(step, "phase before the losses")
+            self._phase(step, "phase before the losses")
             self._prepare(step, batches)
         lr = learning_rate(self.recipe.schedule, self.recipe.optimizer.lr, step, self.total_steps)
         done = [self._update(step, update, lr) for update in self.task.updates(step, data.plan, batches)]
@@ -159,8 +134,8 @@ class Loop:
 
     def _update(self, step: int, update: Update, lr: float) -> UpdateResult:
         loss_sum, totals = self._accumulate(step, update)
-        self.hooks.phase(step, "exchange of the loss")
-        stop_here, scores_here = float(self.hooks.stop_requested()), self._scores(update)
+        self._phase(step, "exchange of the loss")
+        stop_here, scores_here = float(self.stop_requested()), self._scores(update)
         rank, ranks = self.world.rank, self.world.size
         own = of_this_rank(self.own.take(), rank, ranks)
         held = of_this_rank(memory_bytes(self.world.device), rank, ranks)
@@ -170,8 +145,9 @@ class Loop:
         own, held, sums = sums[:ranks], sums[ranks : 2 * ranks], sums[2 * ranks :]
         if bad:
             self._non_finite(step, update, loss_sum)
-        self.hooks.phase(step, "optimizer")
-        norm = self.strategy.step(lr, self.hooks.around_update(step))
+        self._phase(step, "optimizer")
+        around = self.adapter.around_update(self.strategy.model, step, self.total_steps)
+        norm = self.strategy.step(lr, around)
         if not math.isfinite(norm) and not self._may_scale_down():
             named = self._named(_samples(update))
             raise NonFiniteLoss(
@@ -187,23 +163,24 @@ class Loop:
         return sum(self.meter.operations.scores(batch) for batch in update.batches if isinstance(batch, Batch))
 
     def _may_scale_down(self) -> bool:
-        """In float16 the first gradients overflow as a matter of course, until the scale of the loss has come down."""
+        """Returns True while a non-finite gradient is expected: in float16 the first gradients overflow, until the
+        scaler has lowered the loss scale."""
         scaler = self.strategy.scaler
         return scaler.is_enabled() and scaler.get_scale() >= MIN_LOSS_SCALE
 
     def _accumulate(self, step: int, update: Update) -> tuple[float, Totals]:
-        """This rank's sum of losses, and those of the metrics; gradients of the update's mean loss lie in the
-        parameters afterwards."""
+        """Adds the gradients of the update's mean loss to the parameters. Returns this rank's sum of losses, and the
+        metrics' sums."""
         scale = (self.world.size if self.strategy.averages_gradients else 1) / max(1, update.units)
         total, totals = torch.zeros((), dtype=torch.float64, device=self.world.device), Totals()
         self.own.start()
         for i, batch in enumerate(update.batches):
             seed_micro_batch(self.recipe.seed, step, batch.index)
             with self.strategy.micro_batch(last=i == len(update.batches) - 1):
-                self.hooks.phase(step, f"forward of micro-batch {batch.index}")
+                self._phase(step, f"forward of micro-batch {batch.index}")
                 with self.strategy.autocast():
                     loss, sums = self.task.loss(self.strategy.module, batch, self.world.device)
-                self.hooks.phase(step, f"backward of micro-batch {batch.index}")
+                self._phase(step, f"backward of micro-batch {batch.index}")
                 if i == len(update.batches) - 1:
                     self.own.stop()
                 self.strategy.backward(loss * scale)
@@ -247,17 +224,17 @@ class Loop:
         }
 
     def _non_finite(self, step: int, update: Update, loss_sum: float) -> None:
-        """Every rank gets here, since the sum told all of them; each names what it had been fed."""
+        """Collective: every rank sees the sum that is not finite. Each names its samples."""
         named = self._named([] if math.isfinite(loss_sum) else _samples(update))
         raise NonFiniteLoss(
             f"step {step}: the loss is not finite ({named}). Lower optimizer.lr, or look at these samples: {NAMING}"
         )
 
     def _named(self, mine: Sequence[str]) -> str:
-        """Collective: what each rank names of its samples, the first ones of them."""
+        """Collective: returns the first samples of each rank as text."""
         named = [(rank, samples) for rank, samples in enumerate(self.world.all_gather(mine)) if samples]
-        told = [f"rank {rank}: samples {_first_of(samples, NAMED_SAMPLES)}" for rank, samples in named]
-        return _first_of(told, NAMED_RANKS, "; ")
+        of_ranks = [f"rank {rank}: samples {_first_of(samples, NAMED_SAMPLES)}" for rank, samples in named]
+        return _first_of(of_ranks, NAMED_RANKS, "; ")
 
     @torch.no_grad()
     def evaluate(self, step: int) -> None:
@@ -265,24 +242,24 @@ class Loop:
         began = time.monotonic()
         totals = Totals()
         self.strategy.module.eval()
-        self.hooks.phase(step, WAITING_FOR_DATA)
+        self._phase(step, WAITING_FOR_DATA)
         for batch in self.eval_batches():
-            self.hooks.phase(step, "evaluation")
+            self._phase(step, "evaluation")
             totals.add(self._measure(batch))
-            self.hooks.phase(step, WAITING_FOR_DATA)  # the storage may take longer than the hang detector waits
-        self.hooks.phase(step, "exchange of the evaluation")
+            self._phase(step, WAITING_FOR_DATA)  # storage gets more patience than a step
+        self._phase(step, "exchange of the evaluation")
         self.strategy.reshard()
         self.strategy.module.train()
         sums = totals.named(self.world.all_reduce_sum(totals.numbers()))
-        self.hooks.evaluated(
-            {
-                "step": step,
-                **{f"eval_{name}": value for name, value in self.task.metrics(sums).items()},
-                "eval_tokens": int(sums["tokens"]),
-                "eval_target_tokens": int(sums["target_tokens"]),
-                "eval_s": time.monotonic() - began,
-            }
-        )
+        metrics = {
+            "step": step,
+            **{f"eval_{name}": value for name, value in self.task.metrics(sums).items()},
+            "eval_tokens": int(sums["tokens"]),
+            "eval_target_tokens": int(sums["target_tokens"]),
+            "eval_s": time.monotonic() - began,
+        }
+        for callback in self.callbacks:
+            callback.on_evaluation(metrics)
 
     def _measure(self, batch: Batch) -> dict[str, torch.Tensor]:
         with self.strategy.autocast():
@@ -299,7 +276,7 @@ def _first_of(things: Sequence[str], count: int, between: str = ", ") -> str:
 
 
 def evaluated_sums(task: Task, module: torch.nn.Module, batch: Batch, device: torch.device) -> dict[str, torch.Tensor]:
-    """What a batch adds to an evaluation, for the task's ``metrics`` to be made of."""
+    """Returns the sums that a batch adds to an evaluation; `Task.metrics` turns them into metrics."""
     loss, sums = task.eval_loss(module, batch, device)
     counted = {"units": task.loss_units(batch), "tokens": batch.tokens, "target_tokens": batch.target_tokens}
     return {"loss": loss, **{n: torch.tensor(v, device=device) for n, v in counted.items()}, **sums}

@@ -1,8 +1,9 @@
 """Floating-point operations of a step, and how much of the devices' peak they are: MFU and HFU.
 
-MFU is what the mathematics of a step asks for, over its seconds and what the devices can do at most; HFU counts what
-gradient checkpointing computes again too (Chowdhery et al. 2022, arXiv:2204.02311, appendix B; the split of MFU and HFU
-is that of Korthikanti et al. 2022, arXiv:2205.05198). Where that formula has 6 N per token, an adapter needs less:
+MFU is the number of operations that the mathematics of a step needs, divided by its seconds and the devices' peak; HFU
+also counts what gradient checkpointing computes a second time (Chowdhery et al. 2022, arXiv:2204.02311, appendix B;
+Korthikanti et al. 2022, arXiv:2205.05198, for MFU and HFU). Where that formula has 6 N per token, an adapter needs
+less:
 
     step  = (4 F + 6 T) tokens + (4 F_head + 6 T_head) targets + 12 Σ_layers width · pairs
     again = 2 (F + T) tokens + 4 Σ_layers width · pairs           with gradient checkpointing
@@ -23,11 +24,17 @@ A reference (dpo) adds its forward, 2 F tokens + 2 F_head targets + 4 Σ_layers 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import torch
+
+from trainer.distributed.world import World
+from trainer.recipe import Recipe
+from trainer.recipe.sections.tasks import REFERRING
 
 if TYPE_CHECKING:
     from trainer.data import Batch
@@ -70,15 +77,15 @@ class Attention:
     reach: int | None = None
 
     def pairs(self, positions: np.ndarray, tokens: int) -> int:
-        """Of queries and keys in one layer. ``positions`` count from 0 in each sample, and are 0 at pads, which are not
-        among the ``tokens``."""
+        """Returns the number of query-key pairs in one layer. ``positions`` count from 0 in each sample, and are 0 at
+        pads, which ``tokens`` does not count."""
         back = positions if self.reach is None else np.minimum(positions, self.reach)
         return int(back.sum()) * (1 if self.causal else 2) + tokens
 
 
 @dataclass(frozen=True)
 class Operations:
-    """What of a model one token, or one target, is multiplied with: elements of matrices."""
+    """Elements of the matrices that one token, or one target, is multiplied with."""
 
     frozen: float
     trained: float
@@ -97,7 +104,7 @@ class Operations:
         return linear + (4 * self.head_frozen + 6 * self.head_trained) * targets + 12 * scores
 
     def again(self, tokens: float, scores: float) -> float:
-        """What gradient checkpointing computes a second time: the forward of the layers."""
+        """Returns the operations that gradient checkpointing computes a second time: the forward of the layers."""
         return 2 * (self.frozen + self.trained) * tokens + 4 * scores
 
     def reference(self, tokens: float, targets: float, scores: float) -> float:
@@ -122,3 +129,79 @@ class Meter:
         done = needed + (self.operations.again(tokens, scores) if self.recomputes else 0.0)
         most = self.peak * max(seconds, 1e-9)
         return {"mfu": needed / most, "hfu": done / most}
+
+
+WRITING = ("ppo",)
+"""Tasks that spend most of a step on texts of their own, which no formula here counts."""
+
+EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
+"""What configurations of transformers call the number of experts in a layer."""
+
+
+def meter_of(recipe: Recipe, world: World, operations: Operations) -> Meter | None:
+    """Collective. None where the peak of a rank's device is known neither from the recipe nor from its name, and for a
+    task whose operations are not counted."""
+    peaks = world.all_gather(_peak(recipe, world.device))
+    if None in peaks or recipe.task in WRITING:
+        return None
+    return Meter(
+        operations,
+        float(sum(peaks)),
+        recomputes=recipe.training.gradient_checkpointing,
+        refers=recipe.task in REFERRING,
+    )
+
+
+def _peak(recipe: Recipe, device: torch.device) -> float | None:
+    if recipe.compute.peak_tflops is not None:
+        return recipe.compute.peak_tflops * 1e12
+    return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def operations_of(model: Any) -> Operations:
+    """``model``: with its adapter on, and not yet wrapped by a strategy, which may leave empty parameters behind."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    counted: dict[tuple[bool, bool], float] = defaultdict(float)
+    inside = {id(m) for m in head.modules()} if head is not None else set()
+    for module in model.modules():
+        for elements, trained in _multiplied(module, text):
+            counted[id(module) in inside, trained] += elements
+    return Operations(
+        frozen=counted[False, False],
+        trained=counted[False, True],
+        head_frozen=counted[True, False],
+        head_trained=counted[True, True],
+        attention=tuple(_attention(model, text)),
+    )
+
+
+def _multiplied(module: torch.nn.Module, text: Any) -> Iterator[tuple[float, bool]]:
+    """(elements, trained) of each matrix of the module itself; packed ones have another shape than their layer."""
+    if isinstance(module, torch.nn.Embedding):
+        return
+    for parameter in module._parameters.values():
+        if parameter is None or parameter.ndim < 2:
+            continue
+        if isinstance(module, torch.nn.Linear):
+            yield module.in_features * module.out_features, parameter.requires_grad
+        else:
+            yield parameter.numel() * _share_of_experts(parameter, text), parameter.requires_grad
+
+
+def _share_of_experts(parameter: torch.nn.Parameter, text: Any) -> float:
+    """transformers keeps the matrices of all experts of a layer in one parameter of three dimensions."""
+    experts = next((getattr(text, name) for name in EXPERTS if getattr(text, name, None)), 0)
+    chosen = getattr(text, "num_experts_per_tok", 0)
+    return chosen / experts if parameter.ndim == 3 and experts and parameter.shape[0] == experts else 1.0
+
+
+def _attention(model: torch.nn.Module, text: Any) -> Iterator[Attention]:
+    """Modules of transformers that attend have ``is_causal``; those whose layers differ have ``sliding_window`` too."""
+    heads = getattr(text, "num_attention_heads", 0)
+    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // max(1, heads))
+    modules: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
+    everywhere = getattr(text, "sliding_window", None)
+    seen = Counter((m.is_causal, getattr(m, "sliding_window", everywhere)) for m in modules)
+    for (causal, window), layers in seen.items():
+        yield Attention(layers, width, causal, None if window is None else window - 1)

@@ -1,8 +1,8 @@
 """Traces of a few steps by torch's profiler, into the run's storage.
 
 `<run>/profiles/attempt-…/rank-….json.gz` is a trace that chrome://tracing, Perfetto and TensorBoard's plugin open;
-`rank-….txt` beside it the operators that took most. Both are written behind the training, by a thread; whatever goes
-wrong there is a warning and an event.
+`rank-….txt` has the operators that took most time. A thread writes both in the background; a failure there is a warning
+and an event.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from trainer.distributed.world import World
 from trainer.recipe import Recipe
 from trainer.run import layout
 from trainer.storage import Storage
+from trainer.worker.callbacks import Callback
 
 log = logging.getLogger(__name__)
 TOP_OPERATORS = 20
@@ -30,24 +31,24 @@ IN_EVENT = 8
 PATIENCE_S = 30.0
 
 
-class Profiler:
-    """Traces the steps that the recipe names, on the ranks that it names. ``around`` surrounds every step; ``close``
-    ends a trace that the attempt's end has cut short, and waits for the upload. ``say(fields)`` gets what to tell."""
+class Profiler(Callback):
+    """Traces the steps and ranks that the recipe names. `close` ends a trace that the attempt's end has cut short, and
+    waits for the upload. ``record(fields)`` records an event."""
 
     def __init__(
-        self, recipe: Recipe, world: World, run: Storage, attempt: int, say: Callable[[dict[str, Any]], None]
+        self, recipe: Recipe, world: World, run: Storage, attempt: int, record: Callable[[dict[str, Any]], None]
     ) -> None:
         wanted = recipe.profile.steps if world.rank in recipe.profile.ranks else ()
         self._first, self._last = wanted or (0, 0)
-        self._world, self._run, self._say = world, run, say
+        self._world, self._run, self._record = world, run, record
         self._key = layout.profile(attempt, world.rank)
         self._profile: Any = None
         self._steps: list[int] = []
         self._thread: threading.Thread | None = None
 
     @contextmanager
-    def around(self, step: int) -> Iterator[None]:
-        """A resumed attempt traces what is left of the range."""
+    def around_step(self, step: int) -> Iterator[None]:
+        """Traces the step if it is in the range; a resumed attempt traces the rest of the range."""
         if not self._first <= step <= self._last:
             yield
             return
@@ -67,7 +68,7 @@ class Profiler:
         if self._thread is not None:
             self._thread.join(PATIENCE_S)
             if self._thread.is_alive():
-                log.warning("%s is not stored after %.0f s, and is left behind", self._key, PATIENCE_S)
+                log.warning("%s was not stored within %.0f s", self._key, PATIENCE_S)
 
     def _begin(self) -> bool:
         activities = [ProfilerActivity.CPU]
@@ -83,7 +84,7 @@ class Profiler:
         return True
 
     def _end(self) -> None:
-        """Stops here, in the thread that began; what it takes to write the trace does not hold up the next step."""
+        """Stops the profiler in the thread that started it; another thread writes the trace."""
         traced, self._profile = self._profile, None
         try:
             if self._world.device.type == "cuda":
@@ -107,7 +108,7 @@ class Profiler:
         except Exception as error:
             self._failed(error)
             return
-        self._tell({"uri": self._run.uri(f"{self._key}.json.gz"), "bytes": size, **self._top(averages)})
+        self._report({"uri": self._run.uri(f"{self._key}.json.gz"), "bytes": size, **self._top(averages)})
 
     def _table(self, averages: EventList) -> str:
         text: str = averages.table(sort_by=self._measure(), row_limit=TOP_OPERATORS, max_name_column_width=80)
@@ -121,16 +122,16 @@ class Profiler:
         }
 
     def _measure(self) -> str:
-        """Microseconds of an operator without those that it calls."""
+        """Returns the attribute with an operator's own microseconds, without the operators that it calls."""
         return f"self_{'device' if self._world.device.type == 'cuda' else 'cpu'}_time_total"
 
     def _failed(self, error: Exception) -> None:
         log.warning("no profile of rank %d: %s", self._world.rank, error)
-        self._tell({"cause": f"{type(error).__name__}: {error}"})
+        self._report({"cause": f"{type(error).__name__}: {error}"})
 
-    def _tell(self, fields: dict[str, Any]) -> None:
+    def _report(self, fields: dict[str, Any]) -> None:
         steps = [self._steps[0], self._steps[-1]] if self._steps else []
         try:
-            self._say({"rank": self._world.rank, "steps": steps, **fields})
-        except Exception as error:  # whoever is told has ended meanwhile
-            log.warning("the profile of rank %d is not told of: %s", self._world.rank, error)
+            self._record({"rank": self._world.rank, "steps": steps, **fields})
+        except Exception as error:  # the recorder may be closed already
+            log.warning("the profile of rank %d is not recorded: %s", self._world.rank, error)

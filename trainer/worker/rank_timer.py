@@ -1,8 +1,8 @@
-"""What each rank does by itself in a step, so that a straggler can be told from those who wait for it.
+"""Times each rank's local work in a step, to find stragglers.
 
-The ranks leave a step at one time, since they exchange gradients in its last backward. What they did before that is
-their own: waiting for data, the forwards, and the backwards that exchange nothing. Strategies that gather layers in the
-forward (fsdp, ZeRO-3) wait for each other there too, and show a straggler less clearly.
+All ranks finish a step at the same time, because its last backward exchanges gradients. The work before that is local:
+waiting for data, forward passes, and backward passes without an exchange. Strategies that gather layers in the forward
+(fsdp, ZeRO-3) also wait for each other there and show a straggler less clearly.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from typing import Any
 import torch
 
 MOST_RANKS = 64
-"""Up to so many a step's record has every rank's seconds; of more it names the slowest."""
+"""With at most this many ranks, a step's record has the seconds of each; with more, only the slowest."""
 
 RANK_FIELDS = ("slowest_rank", "slowest_rank_s", "mean_rank_s", "rank_s", "memory_bytes", "memory_rank")
 
 
 class RankTimer:
-    """A stopwatch: `start` and `stop` alternate, and `take` gives the seconds between them. On a GPU they are told by
-    its own clock, as its work goes on behind the program's; then `take` may be called only when that has caught up."""
+    """A stopwatch: `start` and `stop` alternate, and `take` returns the seconds between them. On a GPU the times are
+    CUDA events, because its work runs asynchronously: call `take` only after a synchronisation."""
 
     def __init__(self, device: torch.device, clock: Callable[[], float] = time.monotonic) -> None:
         self._gpu, self._clock = device.type == "cuda", clock
@@ -53,12 +53,12 @@ class RankTimer:
 
 
 def of_this_rank(value: float, rank: int, ranks: int) -> list[float]:
-    """To be summed over the ranks: then everyone has everyone's."""
+    """One-hot [ranks]: ``value`` at this rank, so that a sum all-reduce acts as an all-gather."""
     return [value if one == rank else 0.0 for one in range(ranks)]
 
 
 def rank_record(seconds: Sequence[float], held: Sequence[float]) -> dict[str, Any]:
-    """What a step's record says of the ranks' own ``seconds`` and of the bytes of memory that they ``held``."""
+    """Returns the fields of a step's record from each rank's local ``seconds`` and the bytes of memory it ``held``."""
     slowest = max(range(len(seconds)), key=seconds.__getitem__)
     largest = max(range(len(held)), key=held.__getitem__)
     told: dict[str, Any] = {"slowest_rank": slowest, "slowest_rank_s": seconds[slowest], "mean_rank_s": fmean(seconds)}

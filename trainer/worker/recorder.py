@@ -1,4 +1,4 @@
-"""What one rank of an attempt writes down: rank 0 the metrics and events, every rank its ledger."""
+"""Writes an attempt's records: metrics and events on rank 0, the ledger on every rank."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ EVALUATED = "eval_"
 
 
 class Recorder:
-    """Metrics and events on rank 0, silent on the others; the ledger, if the recipe wants one, on all."""
+    """``last_metrics``: the newest values, which a checkpoint stores. The other ranks' `event` and `metrics` write
+    nothing; the ledger is written only if the recipe has ``data.ledger``."""
 
     def __init__(self, run: Storage, recipe: Recipe, world: World, attempt: int) -> None:
         self.world = world
         self._run = run
         self.attempt = attempt
-        self.facts: dict[str, Any] = {}
+        self.last_metrics: dict[str, Any] = {}
         self._metrics = JsonLinesWriter(run, layout.metrics_part(attempt)) if world.is_rank0 else None
         self._events = Events(run, attempt, "rank0") if world.is_rank0 else None
         self._ledger = JsonLinesWriter(run, layout.ledger_part(attempt, world.rank)) if recipe.data.ledger else None
@@ -36,12 +37,12 @@ class Recorder:
             self._events.emit(event, wait=wait, **fields)
 
     def has(self, event: str, **fields: Any) -> bool:
-        """Whether an earlier attempt has told of it. Reads all that they told."""
+        """Returns True if an earlier attempt recorded the event with these fields. Reads all events of the run."""
         earlier = read_rows(self._run, layout.EVENTS) if self.attempt > 1 else []
         return any({"event": event, **fields}.items() <= row.items() for row in earlier)
 
-    def said(self, event: str, fields: Mapping[str, Any]) -> None:
-        """What any rank may have to tell, aside from training: it is stored soon, and nobody waits for it."""
+    def event_from_any_rank(self, event: str, fields: Mapping[str, Any]) -> None:
+        """Records an event from any rank, without waiting for the storage."""
         if self._events:
             self._events.emit(event, wait=False, **fields)
         else:
@@ -50,29 +51,29 @@ class Recorder:
             events.close()
 
     def hang(self, found: Sequence[Pulse], text: str) -> None:
-        """Who holds the others up, with their stacks; written by whichever rank has found it out."""
+        """Records the ranks that stop the others, with their stacks. The rank that has found them calls it."""
         events = self._events or Events(self._run, self.attempt, f"rank{self.world.rank}")
         events.emit("hang", cause=text, ranks=[asdict(pulse) for pulse in found])
 
-    def broken(self, seen: Mapping[int, str]) -> None:
-        """Where this rank last saw each one, when its collectives have broken: one that has died says nothing."""
+    def collective_broke(self, seen: Mapping[int, str]) -> None:
+        """Records where this rank last saw each rank, after a collective failed: a dead rank records nothing itself."""
         events = self._events or Events(self._run, self.attempt, f"rank{self.world.rank}")
         events.emit("broken", seen=seen)
         if not self._events:
             events.close()
 
     def metrics(self, row: dict[str, Any], **aside: Any) -> None:
-        """``aside`` is written with the row, but is no fact of the result."""
-        self.facts.update(row)
+        """Writes a row. ``aside``: fields of the row that do not belong into `last_metrics`."""
+        self.last_metrics.update(row)
         if self._metrics:
             self._metrics.add({"attempt": self.attempt, "time": time.time(), **row, **aside})
 
-    def go_on(self, facts: Mapping[str, Any]) -> None:
-        """From those of a checkpoint, of which the last evaluation holds until the next."""
-        self.facts |= {name: value for name, value in facts.items() if name.startswith(EVALUATED)}
+    def resume_from(self, facts: Mapping[str, Any]) -> None:
+        """Takes the last evaluation's values from a checkpoint's metrics; they are valid until the next evaluation."""
+        self.last_metrics |= {name: value for name, value in facts.items() if name.startswith(EVALUATED)}
 
-    def fed(self, step: int, batches: list[Batch]) -> None:
-        """``batches``: what this rank fed to the model in ``step``, zero-weight ones left out."""
+    def log_ledger(self, step: int, batches: Sequence[Batch]) -> None:
+        """``batches``: the micro-batches of this rank in ``step``, without those of weight zero."""
         if self._ledger:
             for batch in batches:
                 self._ledger.add(
@@ -88,13 +89,13 @@ class Recorder:
                 )
 
     def settle_ledger(self) -> None:
-        """Collective: when it returns, every rank's ledger is in the storage, and a commit may follow."""
+        """Collective: after it, every rank's ledger is in the storage, so that a commit may follow."""
         if self._ledger:
             self._ledger.flush(strict=True)
             self.world.all_gather(None)
 
     def close(self) -> None:
-        """Closes all of them, whatever one of them raises."""
+        """Closes all files, even if closing one of them raises."""
         with ExitStack() as stack:
             for part in (self._events, self._ledger, self._metrics):
                 if part:

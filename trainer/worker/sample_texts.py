@@ -1,8 +1,8 @@
-"""Texts that a run writes before its first step and after its last one, to the same prompts and without chance, so that
-one sees what training has changed.
+"""Texts that a run generates before its first step and after its last one, greedily and from the same prompts, to show
+what training has changed.
 
-Every rank writes the same ones, of which the first keeps its own. So all run as many forwards, as strategies that
-gather parameters in a forward need it, and where a model, or its adapter, cannot write, all of them find out alike.
+Every rank generates the same texts, and rank 0 stores them. So all ranks run the same number of forward passes, which
+strategies that gather parameters in a forward need, and all ranks notice alike if the model cannot generate.
 """
 
 from __future__ import annotations
@@ -17,14 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.data import Batch, PreparedDataset, eval_batches
-from trainer.distributed.world import World
 from trainer.errors import InputError
 from trainer.model.kernels.attention import by_mask
-from trainer.recipe import Recipe
 from trainer.recipe.sections.compute import VIRTUAL
-from trainer.strategies import Strategy
-from trainer.tasks import Task
 from trainer.tasks.sampling import PolicySampler, SamplingPrompt, prompts_of, shown
+from trainer.worker.build import Parts
+from trainer.worker.callbacks import Callback, Position
 from trainer.worker.recorder import Recorder
 
 if TYPE_CHECKING:
@@ -37,41 +35,45 @@ TOLD_CHARACTERS = 300
 
 
 @dataclass(frozen=True)
-class Opening:
-    """Where prompts come from: the first samples of evaluation data, if any. ``tokenizer`` loads the model's."""
+class PromptSource:
+    """The source of prompts: the first samples of the evaluation data, if any. ``tokenizer`` loads the model's."""
 
     data: PreparedDataset | None
     cache: DiskCache | None
     tokenizer: Callable[[], Any]
 
     def samples(self, count: int) -> Batch | None:
-        """Each in a row of its own."""
+        """Returns the first ``count`` samples, one per row."""
         assert self.data is not None
         return next(eval_batches(self.data, count, 0, 1, cache=self.cache, singly=True, limit=count), None)
 
 
-class Samples:
-    """``doing(step, phase)`` is told of each token, so that a slow model is not taken for a hang."""
+class SampleTexts(Callback):
+    """``on_phase(step, phase)`` is called for each token, so that a slow model is not taken for a hang."""
 
     def __init__(
         self,
-        recipe: Recipe,
-        world: World,
-        strategy: Strategy,
-        task: Task,
+        parts: Parts,
         recorder: Recorder,
-        opening: Opening,
-        doing: Callable[[int, str], None],
+        source: PromptSource,
+        on_phase: Callable[[int, str], None],
     ) -> None:
-        self.recipe, self.world, self.strategy, self.task = recipe, world, strategy, task
-        self.recorder, self.opening, self.doing = recorder, opening, doing
-        self._over = not recipe.samples.count or task.head is None or opening.data is None
+        self.recipe, self.world, self.strategy, self.task = parts.recipe, parts.world, parts.strategy, parts.task
+        self.recorder, self.source, self.on_token = recorder, source, on_phase
+        self._over = not self.recipe.samples.count or self.task.head is None or source.data is None
         self._failure: str | None = None
         self._prompts: list[SamplingPrompt] | None = None
 
+    def on_start(self, position: Position) -> None:
+        if position.step == 0:
+            self.write(0)
+
+    def on_last_step(self, step: int) -> None:
+        self.write(step)
+
     def write(self, step: int) -> None:
-        """Every rank, before the first step (as 0) or after the last one. What goes wrong is a warning, and the end of
-        the samples, not of the run; a rank on which it does says so in the place of its next token."""
+        """Collective, before the first step (as step 0) or after the last one. A failure is a warning and ends the
+        samples, not the run; the rank that fails sends the error instead of its next token."""
         if self._over:
             return
         try:
@@ -84,18 +86,19 @@ class Samples:
         if self._failure is not None:
             self._over = True
             if self.world.is_rank0:
-                log.warning("the run keeps no samples from here on: %s", self._failure)
+                log.warning("no more sample texts are stored: %s", self._failure)
         elif texts:
             self.recorder.event("texts", wait=False, step=step, **texts)
 
     def _exchange(self, said: bool | str | None) -> bool:
-        """Collective: whether any rank goes on (True), with what has failed on one (its text) for all to know."""
+        """Collective: returns True if a rank still generates and none has failed. A failed rank sends the error's
+        text, which every rank keeps."""
         told = self.world.all_gather(said)
         self._failure = next((each for each in told if isinstance(each, str)), None)
         return self._failure is None and True in told
 
     def _texts(self, step: int) -> dict[str, Any]:
-        """Nothing where there is no prompt that fits, or where an earlier attempt has written them."""
+        """Returns nothing if no prompt fits, or if an earlier attempt has stored the texts before training."""
         began = time.monotonic()
         when = BEFORE if step == 0 else AFTER
         if when == BEFORE and self.world.decide_on_rank0(lambda: self.recorder.has("texts", when=BEFORE)):
@@ -114,11 +117,13 @@ class Samples:
     def _author(self, step: int) -> tuple[PolicySampler, Any]:
         method = self.recipe.adapter.method
         if method in VIRTUAL:
-            raise InputError(f"texts are written by a cache, which may hold what adapter.method {method} puts there")
-        tokenizer = self.opening.tokenizer()
+            raise InputError(
+                f"texts are generated with a key-value cache, which adapter.method {method} may fill itself"
+            )
+        tokenizer = self.source.tokenizer()
 
         def agree(going: bool) -> bool:
-            self.doing(step, "samples")
+            self.on_token(step, "samples")
             return self._exchange(going)
 
         author = PolicySampler(
@@ -134,8 +139,7 @@ class Samples:
         return author, tokenizer
 
     def _fitting(self, author: PolicySampler) -> list[SamplingPrompt]:
-        """On rank 0."""
-        batch = self.opening.samples(self.recipe.samples.count)
+        batch = self.source.samples(self.recipe.samples.count)
         data, length = self.recipe.data, author.max_new_tokens
         longest = min(data.sequence_length, author.positions or data.sequence_length) - length
         room = self.recipe.training.micro_batch * data.sequence_length
@@ -143,7 +147,7 @@ class Samples:
 
     @contextmanager
     def _writing(self) -> Iterator[None]:
-        """The model as it writes, and afterwards as it was."""
+        """Puts the model into its generating mode, and restores its previous mode afterwards."""
         module, device = self.strategy.module, self.world.device
         eager = torch.compiler.set_stance("force_eager") if self.recipe.compute.compile else nullcontext()
         was_training = module.training
@@ -162,8 +166,8 @@ class Samples:
 
 
 def fitting(prompts: Sequence[SamplingPrompt], longest: int, room: int, more: int) -> list[SamplingPrompt]:
-    """Those, each once, of at most ``longest`` tokens that together, padded to the longest of them and each with
-    ``more`` tokens, are at most ``room`` tokens; the first ones first."""
+    """Returns the first distinct prompts of at most ``longest`` tokens that fit into ``room`` tokens, padded to the
+    longest of them, each with ``more`` tokens for its answer."""
     found: list[SamplingPrompt] = []
     for prompt in prompts:
         width = max(len(p.tokens) for p in [*found, prompt]) + more

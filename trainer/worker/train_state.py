@@ -1,16 +1,16 @@
-"""What a checkpoint holds, and the one way in and out of it.
+"""The contents of a checkpoint, and how they are written and read.
 
-    adapter_config.json, adapter_model.safetensors      what was trained, as plain peft reads it
+    adapter_config.json, adapter_model.safetensors      the trained weights, as plain peft reads them
     (full fine-tuning: config.json, model.safetensors)
-    optimizer.safetensors                               optimizer state, whole tensors by parameter name
-    master.safetensors                                  float32 weights, where the saved ones are narrower or in
+    optimizer.safetensors                               optimizer state, full tensors by parameter name
+    master.safetensors                                  float32 weights, if the saved ones are narrower or in
                                                         another form
-    method.safetensors                                  what the method keeps from step to step, where it does
-    value_head.safetensors                              what the task trains beside the adapter, where it does
+    method.safetensors                                  the method's state between steps, if it has one
+    value_head.safetensors                              the module that the task trains, if it has one
     tokenizer files, README.md, muster.json             with the last checkpoint of a run
 
-Everything else that training goes on from (step, data cursor, loss scale, the task's own) is JSON in the commit record.
-Random state needs no place: it is seeded per (seed, step, micro-batch).
+Everything else that training resumes from (step, data cursor, loss scale, the task's state) is JSON in the commit
+record. Random state is not stored: it is seeded per (seed, step, micro-batch).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from trainer.tasks import Task
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy on the host of everything that step ``step`` left behind; nothing in it changes while it is uploaded."""
+    """A copy of the state after ``step``, in host memory; it does not change while it is uploaded."""
 
     step: int
     weights: Mapping[str, torch.Tensor]
@@ -63,16 +63,16 @@ class TrainState:
         self.adapter = adapter
         self.task = task
         self._beside = ExtraModule(strategy, task.extra_module) if task.extra_module else None
-        # Taken from the model once, not from what is gathered: a gather that lost something is to be found out.
+        # From the model and not from gathered tensors, so that a gather that lost something is detected.
         self._shapes = adapter.saved_shapes(strategy.model, strategy.shape_of)
 
     @property
     def needed(self) -> tuple[str, ...]:
-        """The files without which a checkpoint is none."""
+        """The files that every checkpoint must have."""
         return (self.adapter.weights_file, OPTIMIZER_FILE, *([self._beside.file] if self._beside else []))
 
     def snapshot(self, step: int, state: Mapping[str, Any], *, final: bool) -> Snapshot | None:
-        """Collective. The snapshot on rank 0, None on the others; nobody waits for storage."""
+        """Collective. Returns the snapshot on rank 0, None on the others. Does not wait for storage."""
         keep = self.strategy.world.is_rank0
         weights = _copies(self.strategy.weights(), keep)
         optimizer = _copies(self.strategy.optimizer_state(), keep)
@@ -82,7 +82,8 @@ class TrainState:
         return Snapshot(step, weights, optimizer, kept, final, method) if keep else None
 
     def write(self, snapshot: Snapshot, folder: Path) -> None:
-        """Writes the snapshot's files and reopens what was trained; CorruptObject when it is not what it should be."""
+        """Writes the snapshot's files, then reads the trained weights back. Raises CorruptObject if they are not as
+        they were trained."""
         from safetensors.torch import save_file
 
         weights = snapshot.weights
@@ -130,13 +131,13 @@ class TrainState:
         self.task.load_state(state.get("task", {}))
 
     def check(self, state: Mapping[str, Any]) -> None:
-        """Raises CorruptObject for a state that `load` could not take. The task takes its own already."""
+        """Raises CorruptObject for a state that `load` cannot use. The task loads its own state here already."""
         try:
             if state.get("scaler"):
                 read_record(_Scaler, state["scaler"])
             self.task.load_state(state.get("task", {}))
         except Malformed as error:
-            raise CorruptObject(f"what the commit record says of the state is not whole: {error}") from error
+            raise CorruptObject(f"the state in the commit record is not complete: {error}") from error
 
     def _weight_reader(self, folder: Path, reader: Callable[[str], Any]) -> Callable[[str], torch.Tensor]:
         if (folder / MASTER_FILE).exists():
@@ -153,7 +154,8 @@ class TrainState:
 
 
 class ExtraModule:
-    """The module that a task trains beside the adapter: a file of its own, so that the adapter's is plain peft."""
+    """The module that a task trains in addition to the adapter. It has a file of its own, so that the adapter's file is
+    plain peft."""
 
     def __init__(self, strategy: Strategy, module: str) -> None:
         self.file = f"{module}.safetensors"
@@ -162,13 +164,16 @@ class ExtraModule:
         self._prefix = f"{module}."
 
     def save(self, weights: Mapping[str, torch.Tensor], folder: Path) -> dict[str, torch.Tensor]:
-        """Writes its own and returns the others. Raises CorruptObject for what is not whole or not finite."""
+        """Writes the module's tensors and returns the others. Raises CorruptObject for a wrong shape or a value that is
+        not finite."""
         from safetensors.torch import save_file
 
         mine = {name.removeprefix(self._prefix): weights[name] for name in self._shapes}
         for name, shape in self._shapes.items():
             if tuple(weights[name].shape) != shape or not torch.isfinite(weights[name]).all():
-                raise CorruptObject(f"{self.file}: {name} has not the shape {shape}, or holds what is not finite")
+                raise CorruptObject(
+                    f"{self.file}: {name} has not the shape {shape}, or holds a value that is not finite"
+                )
         save_file(mine, folder / self.file, {"format": "pt"})
         return {name: tensor for name, tensor in weights.items() if name not in self._shapes}
 
@@ -185,6 +190,6 @@ class ExtraModule:
 
 
 def _copies(tensors: Any, keep: bool) -> dict[str, torch.Tensor]:
-    """Iterates to the end on every rank (the iterator gathers); copies where they are kept, since a tensor that was on
-    the CPU all along is the one that training goes on changing. safetensors takes contiguous ones only."""
+    """Collective: the iterator gathers, so every rank must exhaust it. Returns contiguous copies if ``keep`` is set."""
+    # A tensor that is on the CPU is training's own and will change; safetensors needs contiguous ones.
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors if keep}

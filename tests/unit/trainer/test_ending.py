@@ -25,7 +25,7 @@ from trainer.run.lease import Lease, read_lease
 from trainer.run.outcome import leave
 from trainer.storage import Storage
 from trainer.tasks.sft import SFT
-from trainer.torchrun_failure import RankFailed, RunRank, told
+from trainer.torchrun_failure import RankFailed, RunRank, explain_failure
 from trainer.worker import attempt
 
 
@@ -143,7 +143,7 @@ def test_a_rank_whose_collectives_break_says_where_it_saw_the_others(
         raise RuntimeError("[gloo] Connection closed by peer")
 
     monkeypatch.setattr(SFT, "loss_sum", breaks)
-    monkeypatch.setattr(attempt.Heartbeat, "seen", lambda self: {0: "step 1, optimizer", 1: "step 1, forward"})
+    monkeypatch.setattr(attempt.HangDetector, "seen", lambda self: {0: "step 1, optimizer", 1: "step 1, forward"})
     write_pairs(tmp_path / "data" / "a.jsonl", 20)
     recipe = small_recipe("broken", tiny_model, tmp_path)
     with pytest.raises(RuntimeError, match="gloo"):
@@ -169,7 +169,9 @@ def test_a_rank_tells_and_keeps_what_it_failed_of(held: Held, recipe: Recipe) ->
     run, _, lease = held
     claim_attempt(run, lease.driver, {})
     slept: list[float] = []
-    said = told(broken("CUDA error: device-side assert triggered"), RunRank(run, recipe, 1, None), slept.append)
+    said = explain_failure(
+        broken("CUDA error: device-side assert triggered"), RunRank(run, recipe, 1, None), slept.append
+    )
     where = f"rank 1 on {os.uname().nodename}: step 3, exchange of the loss"
     assert said.cause == f"{where}: RuntimeError: CUDA error: device-side assert triggered"
     assert "CUDA_LAUNCH_BLOCKING=1" in str(said)
@@ -187,9 +189,9 @@ def test_rank_0_tells_the_cause_and_not_what_followed_from_it(held: Held, recipe
         try:
             dict[str, int]()["text"]
         except KeyError as error:
-            told(error, RunRank(run, recipe, 1, None), lambda seconds: None)
+            explain_failure(error, RunRank(run, recipe, 1, None), lambda seconds: None)
 
-    said = told(broken(), RunRank(run, recipe, 0, lease.driver), meanwhile)
+    said = explain_failure(broken(), RunRank(run, recipe, 0, lease.driver), meanwhile)
     assert said.cause == f"rank 1 on {os.uname().nodename}: KeyError: 'text'"
     assert 'dict[str, int]()["text"]' in str(said)
     assert f"muster logs {run.url} --rank 1" in str(said)
@@ -199,8 +201,8 @@ def test_rank_0_tells_the_cause_and_not_what_followed_from_it(held: Held, recipe
 def test_rank_0_waits_for_others_only_so_long(held: Held, recipe: Recipe) -> None:
     run, _, lease = held
     slept: list[float] = []
-    said = told(broken(), RunRank(run, recipe, 0, lease.driver), slept.append)
-    assert sum(slept) == torchrun_failure.OTHERS_S
+    said = explain_failure(broken(), RunRank(run, recipe, 0, lease.driver), slept.append)
+    assert sum(slept) == torchrun_failure.PEER_FAILURE_WAIT_S
     assert "another worker died" in str(said)
     assert [e["rank"] for e in failures(run)] == [0]
 
@@ -212,7 +214,7 @@ def test_rank_0_names_the_rank_that_held_it_up(held: Held, recipe: Recipe) -> No
     events = Events(run, 1, "rank0")
     events.emit("hang", cause="nothing has moved for 30 s; held up by rank 1", ranks=[pulse])
     events.close()
-    said = told(broken(), RunRank(run, recipe, 0, lease.driver), lambda seconds: None)
+    said = explain_failure(broken(), RunRank(run, recipe, 0, lease.driver), lambda seconds: None)
     assert said.cause == "nothing has moved for 30 s; held up by rank 1"
     (event,) = failures(run)
     assert (event["rank"], event["host"], event["phase"]) == (1, "b", "optimizer")
@@ -222,7 +224,7 @@ def test_what_all_ranks_meet_is_kept_once(held: Held, recipe: Recipe) -> None:
     run, _, lease = held
     alike = NonFiniteLoss("step 3: the loss is not finite")
     for rank, number in ((0, lease.driver), (1, None), (2, None)):
-        said = told(alike, RunRank(run, recipe, rank, number), lambda seconds: None)
+        said = explain_failure(alike, RunRank(run, recipe, rank, number), lambda seconds: None)
         assert said.cause.endswith(f"{os.uname().nodename}: step 3: the loss is not finite")
         assert not isinstance(said, RankFailed)
     assert [e["rank"] for e in failures(run)] == [0]
@@ -233,7 +235,9 @@ def test_a_rank_whose_storage_is_away_tells_all_the_same(
 ) -> None:
     run, backend, lease = held
     backend.before = unreachable
-    said = told(StorageError("could not write x"), RunRank(run, recipe, 0, lease.driver), lambda seconds: None)
+    said = explain_failure(
+        StorageError("could not write x"), RunRank(run, recipe, 0, lease.driver), lambda seconds: None
+    )
     assert said.cause.endswith("could not write x")
     assert "the failure is not in the run's events" in caplog.text
 

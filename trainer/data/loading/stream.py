@@ -24,6 +24,7 @@ from trainer.data.order.packing import fill_packs
 from trainer.data.prepare.prepared import PreparedDataset
 from trainer.data.types import Batch, Cursor, Ints, MicroBatch, RankStep, SampleRef, StepPlan
 from trainer.errors import CorruptObject, InputError
+from trainer.recipe import Recipe
 from trainer.storage import Storage
 
 _EMPTY_EPOCHS = 50
@@ -66,6 +67,21 @@ class Stream:
         self.reader = BlockReader(prepared, self.upcoming, memory_bytes=memory_bytes, readers=readers, cache=cache)
         self._warmed: int | None = None
         self._warming: threading.Thread | None = None
+
+    @classmethod
+    def of(cls, recipe: Recipe, prepared: PreparedDataset, run: Storage, *, cache: DiskCache | None = None) -> Stream:
+        """Returns the stream of the recipe's training data."""
+        return cls(
+            prepared,
+            run,
+            seed=recipe.seed,
+            sequence_length=recipe.data.sequence_length,
+            packing=recipe.data.packing,
+            weights=[source.weight for source in recipe.data.train],
+            global_batch=recipe.training.global_batch,
+            micro_batch=recipe.training.micro_batch,
+            cache=cache,
+        )
 
     def start(self) -> Cursor:
         """The cursor before the first step."""

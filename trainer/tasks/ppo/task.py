@@ -22,7 +22,7 @@ import torch
 
 from trainer.errors import RewardFailed
 from trainer.records import read_record
-from trainer.tasks.base import LossOutput, Task, Update, ratio
+from trainer.tasks.base import GenerationContext, LossOutput, Task, Update, ratio
 from trainer.tasks.inputs import to_device
 from trainer.tasks.ppo.advantages import adapted_kl_coef
 from trainer.tasks.ppo.losses import policy_loss, value_loss
@@ -53,12 +53,14 @@ class PPO(Task):
     generates = True
     extra_module = VALUE_HEAD
 
-    def attach(self, model: Any) -> None:
+    generation: GenerationContext
+
+    def attach(self, model: Any, generation: GenerationContext | None = None) -> None:
         section = self.recipe.ppo
         self._model, self._kl_coef = model, section.kl_coef
         self._shared: SharedReward | None = None
-        if hasattr(self, "generation") and isinstance(self.generation.reward, SharedReward):
-            self._shared = self.generation.reward
+        if generation and isinstance(generation.reward, SharedReward):
+            self._shared = generation.reward
             self._shared.attach(model)
         self.head = self._policy = PolicyHead(model, section.temperature, self.recipe.seed)
         for module in model.modules():
@@ -68,13 +70,14 @@ class PPO(Task):
                 module.attention_dropout = 0.0
         if self.recipe.adapter.dropout:
             log.warning("adapter.dropout %g has no effect: task ppo trains without", self.recipe.adapter.dropout)
-        if hasattr(self, "generation"):
+        if generation is not None:
+            self.generation = generation
             if section.reward.function is not None:
                 self._scorer = Scorer(section.reward.function)
             self._author = PolicySampler(
                 model,
                 self._policy,
-                self.generation.tokenizer,
+                generation.tokenizer,
                 max_new_tokens=section.max_new_tokens,
                 temperature=section.temperature,
                 top_p=section.top_p,

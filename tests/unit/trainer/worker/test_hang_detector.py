@@ -14,7 +14,7 @@ from trainer.worker.hang_detector import (
     STALE_S,
     STORAGE_PATIENCE_S,
     WAITING_FOR_DATA,
-    Heartbeat,
+    HangDetector,
     Pulse,
     Seen,
     culprits,
@@ -59,7 +59,7 @@ def test_waiting_for_storage_is_no_hang_for_half_an_hour_but_a_stopped_process_i
 def test_a_storage_that_holds_every_rank_up_is_reported_by_rank_0() -> None:
     waiting = {"moved_ago": STORAGE_PATIENCE_S + 1, "phase": WAITING_FOR_DATA}
     assert names(seen(0, 9, **waiting), seen(1, 9, **waiting)) == [0, 1]  # type: ignore[arg-type]
-    alone = Heartbeat(0, 1, "host0", DictStore(), lambda found: None)
+    alone = HangDetector(0, 1, "host0", DictStore(), lambda found: None)
     assert alone._first_sound([seen(0, 9).pulse]) == 0
 
 
@@ -84,8 +84,8 @@ class DictStore(dict[str, str]):
 def test_pulses_travel_through_the_store_with_step_phase_and_stack() -> None:
     store, clock = DictStore(), iter(range(100))
     found: list[Pulse] = []
-    beats = [Heartbeat(r, 2, f"host{r}", store, found.extend, clock=lambda: float(next(clock))) for r in range(2)]
-    beats[1].phase(12, "backward of micro-batch 3")
+    beats = [HangDetector(r, 2, f"host{r}", store, found.extend, clock=lambda: float(next(clock))) for r in range(2)]
+    beats[1].on_phase(12, "backward of micro-batch 3")
     for beat in beats:
         beat.beat()
     beats[0].look()

@@ -22,7 +22,7 @@ from trainer.recipe import Recipe
 from trainer.run import layout
 from trainer.run.jsonl import read_rows
 from trainer.tasks.sft import SFT
-from trainer.worker import attempt
+from trainer.worker import checkpointer
 from trainer.worker.loop import seed_micro_batch
 
 Make = Callable[..., Recipe]
@@ -86,10 +86,9 @@ def test_precisions_agree_about_the_first_loss(make: Make) -> None:
 
 
 def test_a_float16_step_that_overflows_is_left_out_and_the_scale_comes_down(make: Make) -> None:
-    with bench(make(**{"model.dtype": "float16"})) as b:
+    with bench(make(**{"model.dtype": "float16", "training.stop_after": 1})) as b:
         before, scale = trained(b), 2.0**40
         b.strategy.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-        b.recipe = b.recipe.model_copy(update={"training": b.recipe.training.model_copy(update={"stop_after": 1})})
         b.run()
         assert not math.isfinite(b.rows[0]["grad_norm"])
         assert same(trained(b), before)
@@ -349,7 +348,7 @@ def test_a_gather_that_lost_something_is_found_out(make: Make, monkeypatch: pyte
 
 
 def test_a_failure_does_not_lose_the_checkpoint_before_it(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    loss_sum, put, fed = SFT.loss_sum, attempt.put_checkpoint, [0]
+    loss_sum, put, fed = SFT.loss_sum, checkpointer.put_checkpoint, [0]
     failed = threading.Event()
 
     def spoilt(self: SFT, module: Any, batch: Any, device: Any) -> torch.Tensor:
@@ -364,7 +363,7 @@ def test_a_failure_does_not_lose_the_checkpoint_before_it(make: Make, monkeypatc
         return put(*given, **named)
 
     monkeypatch.setattr(SFT, "loss_sum", spoilt)
-    monkeypatch.setattr(attempt, "put_checkpoint", slow)
+    monkeypatch.setattr(checkpointer, "put_checkpoint", slow)
     recipe = make(**{"checkpoint.every_steps": 2})
     with pytest.raises(NonFiniteLoss, match="step 3") as found:
         train_here(recipe)

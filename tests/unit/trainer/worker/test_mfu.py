@@ -17,8 +17,7 @@ from tests.support.stepping import full_packs, one_step, random_parts
 from tests.support.training import small_recipe, write_pairs
 from trainer.data import Batch
 from trainer.distributed.world import World, join_world
-from trainer.worker.metering import meter_of, operations_of
-from trainer.worker.mfu import Attention, Meter, Operations, peak_flops
+from trainer.worker.mfu import Attention, Meter, Operations, meter_of, operations_of, peak_flops
 
 FULL = {"adapter.method": "none"}
 CHECKPOINTING = {"training.gradient_checkpointing": True}

@@ -37,7 +37,7 @@ def profiler(tmp_path: Path, run: Storage, told: list[dict[str, Any]], rank: int
 
 def steps(profiler: Profiler, *numbers: int) -> None:
     for step in numbers:
-        with profiler.around(step):
+        with profiler.around_step(step):
             torch.ones(4, 4) @ torch.full((4, 4), float(step))
     profiler.close()
 

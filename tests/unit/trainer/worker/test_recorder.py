@@ -42,7 +42,7 @@ def test_rank_0_writes_metrics_and_events_and_every_rank_its_ledger(make: Make) 
         recorder.metrics({"step": 1, "loss": 2.5})
         batch = packed([[9], [12]])
         batch.index = rank
-        recorder.fed(1, [batch])
+        recorder.log_ledger(1, [batch])
         recorder.close()
     (row,) = read_rows(run, layout.METRICS)
     assert abs(row.pop("time") - time.time()) < 60
@@ -61,7 +61,7 @@ def test_rank_0_writes_metrics_and_events_and_every_rank_its_ledger(make: Make) 
 def test_there_is_no_ledger_unless_the_recipe_wants_one(make: Make) -> None:
     run, _ = faulty()
     recorder = Recorder(run, make(**{"data.ledger": False}), world(0), attempt=1)
-    recorder.fed(1, [packed([[9]])])
+    recorder.log_ledger(1, [packed([[9]])])
     recorder.settle_ledger()
     recorder.close()
     assert run.list() == []
@@ -73,16 +73,16 @@ def test_facts_are_the_newest_of_every_metric(make: Make) -> None:
     recorder.metrics({"step": 1, "loss": 2.5})
     recorder.metrics({"step": 1, "eval_loss": 2.0})
     recorder.metrics({"step": 2, "loss": 1.5})
-    assert recorder.facts == {"step": 2, "loss": 1.5, "eval_loss": 2.0}
+    assert recorder.last_metrics == {"step": 2, "loss": 1.5, "eval_loss": 2.0}
 
 
 def test_a_resumed_run_keeps_the_last_evaluation_until_the_next(make: Make) -> None:
     """A status looks for it in the newest checkpoint."""
     run, _ = faulty()
     recorder = Recorder(run, make(), world(0), attempt=2)
-    recorder.go_on({"step": 8, "loss": 1.0, "eval_loss": 2.0, "eval_s": 0.5})
+    recorder.resume_from({"step": 8, "loss": 1.0, "eval_loss": 2.0, "eval_s": 0.5})
     recorder.metrics({"step": 9, "loss": 0.9})
-    assert recorder.facts == {"step": 9, "loss": 0.9, "eval_loss": 2.0, "eval_s": 0.5}
+    assert recorder.last_metrics == {"step": 9, "loss": 0.9, "eval_loss": 2.0, "eval_s": 0.5}
     recorder.close()
 
 
@@ -98,7 +98,7 @@ def test_one_record_that_cannot_be_stored_does_not_lose_the_others(make: Make) -
 
     backend.before = refuse
     recorder.metrics({"step": 1, "loss": 2.5})
-    recorder.fed(1, [packed([[9]])])
+    recorder.log_ledger(1, [packed([[9]])])
     with pytest.raises(StorageError, match="the metrics are refused"):
         recorder.close()
     assert refused

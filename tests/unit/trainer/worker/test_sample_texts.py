@@ -20,7 +20,7 @@ from trainer.run.jsonl import read_rows
 from trainer.strategies.ddp import DDP
 from trainer.tasks.lm_head_loss import TargetHead
 from trainer.tasks.sampling import SamplingPrompt
-from trainer.worker.sample_texts import Samples, fitting
+from trainer.worker.sample_texts import SampleTexts, fitting
 
 Make = Callable[..., Recipe]
 SOME = {"count": 3, "max_new_tokens": 8}
@@ -119,14 +119,14 @@ def test_compiled_layers_write_them_uncompiled(make: Make, monkeypatch: pytest.M
         return graph.forward
 
     monkeypatch.setattr("trainer.strategies.compiling.BACKEND", backend)
-    write, made = Samples.write, []
+    write, made = SampleTexts.write, []
 
-    def seen(self: Samples, step: int) -> None:
+    def seen(self: SampleTexts, step: int) -> None:
         before = len(programs)
         write(self, step)
         made.append(len(programs) - before)
 
-    monkeypatch.setattr(Samples, "write", seen)
+    monkeypatch.setattr(SampleTexts, "write", seen)
     recipe = make(**{"compute.compile": True, "training.steps": 1})
     assert train_here(recipe) == "succeeded"
     assert programs
@@ -152,9 +152,9 @@ def test_a_step_draws_and_computes_the_same_whatever_was_drawn_for_them(
         kernel = model.get_base_model().config._attn_implementation
         states.append((torch.equal(before, torch.get_rng_state()), self.strategy.module.training, kernel))
 
-    write = Samples.write
+    write = SampleTexts.write
     monkeypatch.setattr(TargetHead, "last_logits", drawing)
-    monkeypatch.setattr(Samples, "write", seen)
+    monkeypatch.setattr(SampleTexts, "write", seen)
     recipe = make()
     assert train_here(recipe) == "succeeded"
     assert len(told(recipe)) == 2

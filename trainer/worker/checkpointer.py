@@ -1,0 +1,186 @@
+"""Checkpoints of one attempt: restored once, taken by every rank, committed by rank 0 in the background.
+
+`trainer.worker.train_state` defines what a checkpoint contains, `trainer.checkpoint` how it is stored.
+"""
+
+from __future__ import annotations
+
+import logging
+import tempfile
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from trainer.checkpoint import CommitRecord, Retention, commit, fetch, fetch_whole, put_checkpoint
+from trainer.checkpoint.publish import TOTAL_STEPS, publish
+from trainer.data import Batch, Cursor, Stream
+from trainer.errors import InputError, MusterError
+from trainer.model.files.identity import differences, identity_of
+from trainer.run import layout
+from trainer.run.frozen import read_provenance
+from trainer.storage import Storage
+from trainer.worker.async_committer import CheckpointStall, Committed, Committer, StaleAlarm
+from trainer.worker.build import Parts
+from trainer.worker.callbacks import Callback, Position
+from trainer.worker.final_files import write_final_files
+from trainer.worker.job import Job
+from trainer.worker.recorder import Recorder
+from trainer.worker.train_state import Snapshot, TrainState
+
+log = logging.getLogger(__name__)
+
+
+class Checkpointer(Callback):
+    """``chat_template``: the run's own, None for the tokenizer's. `restore` and `on_checkpoint` are collectives."""
+
+    def __init__(self, job: Job, parts: Parts, run: Storage, recorder: Recorder, chat_template: str | None) -> None:
+        section = job.recipe.checkpoint
+        self._job, self._parts, self._run, self._recorder = job, parts, run, recorder
+        self._chat_template = chat_template
+        self._state = TrainState(parts.strategy, parts.adapter, parts.task)
+        self._retention = Retention(run, recorder.attempt, keep_last=section.keep_last, keep_for_s=section.keep_for_s)
+        self._stale = StaleAlarm(section.max_age_s)
+        self._stall_s = 0.0
+        self._committer = Committer(self._commit, self._on_committed) if parts.world.is_rank0 else None
+
+    def restore(self, stream: Stream) -> Position:
+        """Collective: loads the newest complete checkpoint. Returns the position after it, or the stream's start.
+        Raises InputError if it was trained on another base model."""
+        world = self._parts.world
+        with tempfile.TemporaryDirectory(prefix="muster-restore-") as folder:
+            target = Path(folder, "checkpoint")
+            record = world.decide_on_rank0(lambda: self._fetch_newest(target))
+            if record is None:
+                return Position(0, stream.start())
+            if not world.is_rank0:
+                fetch(self._run, record, target)
+            self._state.load(target, record.state)
+            self._recorder.resume_from(record.state.get("facts", {}))
+            return Position(record.step, Cursor.from_json(record.state["cursor"]))
+
+    def on_step_end(self, metrics: dict[str, Any], batches: Sequence[Batch]) -> None:
+        """Raises the error of a commit that failed."""
+        if not self._committer:
+            return
+        lag = self._committer.lag()
+        if self._stale.rings(lag.age_s):
+            log.warning("no checkpoint was committed for %.0f s; the storage is slow or unreachable", lag.age_s)
+            self._recorder.event("stale_checkpoint", wait=False, step=metrics["step"], **asdict(lag))
+        self._committer.check()
+
+    def on_checkpoint(self, position: Position, *, last: bool) -> None:
+        """Collective; returns as soon as the state is copied to rank 0's host memory."""
+        began = time.monotonic()
+        self._recorder.settle_ledger()
+        state = {
+            "cursor": position.cursor.to_json(),
+            "world_size": self._parts.world.size,
+            "strategy": self._job.recipe.strategy.kind,
+            TOTAL_STEPS: self._job.total_steps,
+            "facts": dict(self._recorder.last_metrics),
+        }
+        copying = time.monotonic()
+        snapshot = self._state.snapshot(position.step, state, final=last)
+        now = time.monotonic()
+        self._stall_s += now - began
+        if self._committer and snapshot:
+            self._committer.submit(snapshot, CheckpointStall(now - began, now - copying))
+
+    def take_metrics(self) -> dict[str, Any]:
+        """Returns the fields of a metrics row about checkpoints. ``stall_s``: seconds that checkpoints have held the
+        loop up since the last call. Rank 0 only."""
+        assert self._committer, "rank 0 alone has a committer"
+        lag = self._committer.lag()
+        stall_s, self._stall_s = self._stall_s, 0.0
+        return {"stall_s": stall_s, "backlog": lag.backlog, "checkpoint_age_s": lag.age_s}
+
+    def close(self) -> None:
+        """Waits until everything that was submitted is committed; raises if it could not be."""
+        if self._committer:
+            self._committer.close()
+
+    def drain(self) -> None:
+        """Waits like `close`, but never raises; used after a failure to save what was submitted before."""
+        if self._committer:
+            self._committer.drain()
+
+    def _fetch_newest(self, target: Path) -> CommitRecord | None:
+        record = fetch_whole(
+            self._run, target, needed=self._state.needed, check=self._check_state, on_skip=self._on_skip
+        )
+        stored = record.state.get("base") if record else None
+        changed = differences(stored, self._base) if isinstance(stored, dict) else []
+        if changed:
+            raise InputError(
+                f"model.path {self._job.recipe.model.path} holds another base model than {self._run.url} was started "
+                f"with: {', '.join(changed)}; put that one back, or start a run under another name"
+            )
+        return record
+
+    def _check_state(self, record: CommitRecord) -> None:
+        """Raises CorruptObject if training cannot resume from the record's state."""
+        Cursor.from_json(record.state.get("cursor"))
+        self._state.check(record.state)
+
+    def _on_skip(self, step: int, uri: str, reason: str) -> None:
+        log.warning("the checkpoint of step %d is passed over: %s", step, reason)
+        self._recorder.event("skipped_checkpoint", step=step, uri=uri, reason=reason)
+
+    @cached_property
+    def _base(self) -> dict[str, Any]:
+        """The identity of the base model's files; empty if they cannot be read now."""
+        try:
+            return identity_of(self._job.recipe.model)
+        except MusterError as error:
+            log.warning("the base model's files cannot be read: %s", error)
+            return {}
+
+    def _commit(self, snapshot: Snapshot, folder: Path) -> dict[str, Any]:
+        """Writes, verifies, uploads, commits, deletes old checkpoints. Runs on the committer's thread."""
+        run = self._run
+        self._state.write(snapshot, folder)
+        last = snapshot.step == self._job.total_steps
+        if last:
+            write_final_files(
+                folder,
+                self._parts,
+                chat_template=self._chat_template,
+                metrics=snapshot.state["facts"],
+                provenance=read_provenance(run),
+                base=self._base,
+            )
+        attempt = self._recorder.attempt
+        unique, files = put_checkpoint(run, folder, attempt=attempt, step=snapshot.step, needed=self._state.needed)
+        record = CommitRecord(
+            step=snapshot.step,
+            attempt=attempt,
+            driver=self._job.driver,
+            nonce=uuid.uuid4().hex,
+            checkpoint=unique,
+            files=files,
+            state={**snapshot.state, "base": self._base},
+            committed_at=datetime.now(UTC).isoformat(),
+        )
+        commit(run, record)
+        self._retention.apply(record)
+        if last:
+            publish(run, record)
+        return {"uri": run.uri(layout.checkpoint(unique)), "bytes": sum(f["bytes"] for f in files.values())}
+
+    def _on_committed(self, done: Committed) -> None:
+        log.info("step %d is committed: %s", done.step, done.uri)
+        self._recorder.event(
+            "checkpoint",
+            step=done.step,
+            uri=done.uri,
+            stall_s=done.held.stall_s,
+            snapshot_s=done.held.snapshot_s,
+            upload_s=done.upload_s,
+            bytes=done.bytes,
+            coalesced=done.coalesced,
+        )
