@@ -1,4 +1,4 @@
-"""Bounds of this process around what works on somebody else's input: time of the processor, and memory."""
+"""Bounds on the CPU time and the memory of this process, for code that works on untrusted input."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from types import FrameType
 
 
 class OutOfTime(BaseException):
-    """Nothing on the way may take it for an error of its own."""
+    """The bound of `bounded_cpu` was reached. A BaseException, so that no code on the way handles it as its own."""
 
 
 @contextmanager
 def bounded_cpu(seconds: float) -> Iterator[None]:
-    """Raises OutOfTime once this process has computed for so long: a busy machine takes nothing off it.
+    """Raises OutOfTime in the block once this process has used so many ``seconds`` of CPU time, which a busy machine
+    does not shorten.
 
-    In the main thread, which alone hears signals; in any other there is no bound."""
+    Only the main thread receives signals: in any other thread there is no bound."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -38,9 +39,10 @@ def bounded_cpu(seconds: float) -> Iterator[None]:
 
 @contextmanager
 def bounded_memory(more: int) -> Iterator[None]:
-    """Refuses memory of the host (MemoryError, or a library's own error) beyond so many bytes ``more`` than are held.
+    """Limits the host memory of this process to ``more`` bytes above its present use; beyond it, allocations fail
+    (MemoryError, or a library's own error).
 
-    Where the kernel tells what is held (Linux). The bound is that of the whole process, other threads included."""
+    The limit covers all threads. Has no effect where the kernel does not report the present use (it does on Linux)."""
     try:
         held = int(Path("/proc/self/statm").read_text().split()[5]) * resource.getpagesize()
     except OSError:

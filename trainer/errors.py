@@ -1,20 +1,20 @@
-"""What can go wrong, and the exit code that each kind ends with.
+"""The errors that muster raises, and the exit code of each kind.
 
     MusterError                     1  the run failed
-    ├── UsageError                  2  the user can mend it: recipe, command line, inputs
+    ├── UsageError                  2  the user can fix it: recipe, command line, inputs
     │   ├── RecipeError             2  every mistake of a recipe, with path and line
     │   ├── InputError              2  model, data or storage is missing, unreadable or malformed
     │   ├── RunHeld                 2  another driver holds the run
-    │   └── RecipeChanged           2  the run was begun with another recipe
+    │   └── RecipeChanged           2  the run was started with another recipe
     ├── StorageError                1  the storage failed for longer than the deadline
     ├── CorruptObject               1  an object's bytes are not those that were written
     ├── Fenced                      1  a newer attempt owns the run; this one must stop writing
     ├── NonFiniteLoss               1  the loss became inf or nan
-    ├── RewardFailed                1  the recipe's reward function raised, or returned what is no reward
+    ├── RewardFailed                1  the recipe's reward function raised, or its result is no reward
     ├── WorkerFailed                1  a training worker died or raised
-    │   └── RankFailed              1  under torchrun, of what may pass (trainer/torchrun_failure.py)
+    │   └── RankFailed              1  under torchrun, for a cause that may be temporary (trainer/torchrun_failure.py)
     └── Interrupted                 3  stopped on request; the same command resumes
-        └── StartAgain              3  stopped by what passes (lost nodes): whoever manages the job may start it again
+        └── StartAgain              3  stopped for a temporary cause (lost nodes): the job may be started again
 
 Every one of them is built from positional arguments only, so that it survives pickling between processes.
 """
@@ -29,7 +29,7 @@ _WHERE = "while "
 
 
 def note_where(error: BaseException, where: str) -> None:
-    """Notes what was being done when ``error`` came up, unless something nearer to it has."""
+    """Notes what was being done when ``error`` was raised, unless code nearer to the cause has noted it."""
     if where_of(error) is None:
         error.add_note(_WHERE + where)
 
@@ -40,13 +40,13 @@ def where_of(error: BaseException) -> str | None:
 
 
 class MusterError(Exception):
-    """Base of all errors that muster raises on purpose; its text is meant for the user. Of several arguments the first
-    says what happened, and the others (the end of a stack, what to try next) follow on lines of their own."""
+    """Base of all errors that muster raises on purpose; its text is for the user. The first argument is what happened;
+    the others (the end of a stack, what to try next) follow on lines of their own."""
 
     exit_code = 1
 
     def __init__(self, *args: Any) -> None:
-        """Without credentials from here on: an error is printed, logged and stored, and passes between processes."""
+        # Redact here: an error is printed, logged and stored, and passes between processes.
         super().__init__(*(redact(arg) if isinstance(arg, str) else arg for arg in args))
 
     def __str__(self) -> str:
@@ -54,7 +54,7 @@ class MusterError(Exception):
 
     @property
     def cause(self) -> str:
-        """What happened, without the details."""
+        """Returns what happened, without the details."""
         return str(self.args[0]) if self.args else ""
 
 

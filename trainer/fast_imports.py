@@ -1,9 +1,9 @@
-"""The libraries that models are made of, imported in two thirds of the time.
+"""Imports torch, transformers, peft and bitsandbytes in two thirds of the usual time.
 
-Importing them is most of what a start costs: of each command that builds a model, and of each rank after each failure.
-A third of it is in vain. Python's collector goes through all that has been imported so far, again and again. And
-bitsandbytes has torch.compile wrap four functions when it is imported, for which torch imports its whole compiler; most
-runs call none of them.
+These imports are most of the cost of a start: of each command that builds a model, and of each rank after each failure.
+A third of that time has no use. Python's garbage collector scans all that has been imported so far, again and again.
+And bitsandbytes, when it is imported, wraps four functions by torch.compile, for which torch imports its entire
+compiler; most runs call none of the four.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 
 def load_libraries() -> None:
-    """Before anything else that imports peft or bitsandbytes, both of which it imports; a second call does nothing."""
+    """Imports the libraries. Call it before any other import of peft or bitsandbytes; a second call does nothing."""
     if "peft" in sys.modules:
         return
     with _collector_resting():
@@ -31,20 +31,20 @@ def load_libraries() -> None:
 
 @contextmanager
 def _collector_resting() -> Iterator[None]:
-    """What is imported stays, so that no later collection needs to look at it either."""
+    """Disables the garbage collector within the block."""
     resting = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
-        gc.freeze()
+        gc.freeze()  # imported modules stay, so later collections need not scan them either
         if resting:
             gc.enable()
 
 
 @contextmanager
 def _compiling_late(torch: Any) -> Iterator[None]:
-    """torch.compile within the block compiles what it is given when that is first called."""
+    """Defers, within the block, each torch.compile of a function to the first call of that function."""
     compile_now = torch.compile
     torch.compile = functools.partial(_late, compile_now)
     try:
@@ -54,8 +54,7 @@ def _compiling_late(torch: Any) -> Iterator[None]:
 
 
 def _late(compile_now: Callable[..., Any], function: Callable[..., Any] | None = None, **settings: Any) -> Any:
-    """As torch.compile, which is also a decorator's maker when it gets no function."""
-    if function is None:
+    if function is None:  # torch.compile(**settings) returns a decorator
         return functools.partial(_late, compile_now, **settings)
     compiled = functools.cache(lambda: compile_now(function, **settings))
 

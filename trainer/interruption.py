@@ -1,14 +1,15 @@
-"""Signals end a command with exit code 3 and one sentence, at every moment and within a bounded time.
+"""Handles signals: they end a command with exit code 3 and one sentence, at every moment and within a bounded time.
 
-A signal is heard twice. Python's handler runs in the main thread between two of its instructions, and raises, so that
-whatever is open is closed on the way out. A thread reads the wake-up descriptor, into which the signal's number is
-written at once, whatever the main thread is doing: where that does not leave in time, because it is inside C code or
-waits for something, the thread ends the process, its child processes and its temporary folder.
+A signal is received in two places. Python's handler runs in the main thread between two of its instructions, and
+raises, so that open resources are closed while the stack unwinds. A thread reads the wake-up descriptor, into which the
+signal's number is written at once, whatever the main thread is doing. When the main thread does not end in time,
+because it is inside C code or waits for something, the thread ends the process, its child processes and its temporary
+folder.
 
     begin()                  the first line of a program: until `command()`, a signal ends the process at once
     command(promise)         from here on a signal raises KeyboardInterrupt (SIGINT) or Terminated (the others)
     asking(ask)              within the block the first signal calls ``ask``, and the second one raises
-    settle(code)             the end is decided: a signal cannot change the exit code any more
+    settle(code)             the exit code is decided: a signal cannot change it any more
 
 Standard library only: it is imported before anything else.
 """
@@ -28,22 +29,22 @@ from typing import NoReturn
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 LEAVE_S = 15.0
-"""How long leaving may take before the process is ended."""
+"""How long unwinding may take before the thread ends the process."""
 TWICE_S = {signal.SIGHUP: 0.9}
 SAME_S = 0.4
 """Signals this close to the one before count as that one: a closed terminal sends SIGHUP from the shell and from the
 kernel, and a Ctrl-C that a parent passes on comes twice."""
 ASKED_S = 60.0
-"""How long the main thread may be inside one call while workers are being asked to commit."""
+"""How long the main thread may be inside one call while it requests workers to commit."""
 GONE_S = 60.0
-"""How long a thread stands still because the other one is ending the process."""
+"""How long a thread sleeps because the other one is ending the process."""
 CODE = 3
 HANDLED = 0
-"""Written by the handler into the same pipe, behind the number that it has handled."""
+"""Written by the handler into the same pipe, after the number that it has handled."""
 
 
 class Terminated(SystemExit):
-    """SIGTERM, SIGHUP or SIGUSR1 in the main thread. A SystemExit: libraries let it pass."""
+    """SIGTERM, SIGHUP or SIGUSR1 in the main thread. A SystemExit, because libraries do not catch it."""
 
     def __init__(self, name: str) -> None:
         super().__init__(CODE)
@@ -51,14 +52,14 @@ class Terminated(SystemExit):
 
 
 class Interruption:
-    """One per process: `current`."""
+    """The signal handling of this process. There is one instance, `current`."""
 
     def __init__(self) -> None:
         self.heard: str | None = None
         """The first signal's name."""
         self.abandoned = self.asked = False
         self._promise = "nothing was begun"
-        self._early, self._leaving, self._said = True, False, False
+        self._early, self._leaving, self._reported = True, False, False
         self._ask: Callable[[str], None] | None = None
         self._settled: int | None = None
         self._last = self._deadline = self._unhandled = float("inf")
@@ -71,13 +72,13 @@ class Interruption:
         self._fork = threading.local()
 
     def begin(self) -> None:
-        """Takes the signals, in the main thread. SIGHUP stays ignored where it was (nohup)."""
+        """Installs the handlers; called in the main thread. SIGHUP stays ignored where it was (nohup)."""
         if self._begun:
             return
         self._begun = True
         read, self._pipe = os.pipe()
         os.set_blocking(self._pipe, False)
-        # The thread takes no signal itself: the main thread is woken by those that the kernel gives to it.
+        # Block signals in the thread: a signal that the kernel delivers to it would not wake the main thread.
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         threading.Thread(target=self._watch, args=(read,), name="signals", daemon=True).start()
         for number in SIGNALS:
@@ -89,13 +90,13 @@ class Interruption:
         atexit.register(self._ignore)  # the first to be registered is called last
 
     def command(self, promise: str) -> None:
-        """A signal raises from now on. ``promise``: what the sentence says about how to go on."""
+        """Makes signals raise from now on. ``promise``: the part of the sentence that explains how to continue."""
         self._promise, self._early = promise, False
 
     @contextmanager
     def asking(self, ask: Callable[[str], None]) -> Iterator[None]:
-        """The first signal within the block calls ``ask(name)`` in the main thread; the end of the block bounds the
-        rest of the way out, if one came."""
+        """Makes the first signal within the block call ``ask(name)`` in the main thread. If one was received, the time
+        after the block is bounded."""
         self.ask_first(ask)
         try:
             yield
@@ -105,7 +106,7 @@ class Interruption:
                 self._leave_by(time.monotonic() + LEAVE_S)
 
     def ask_first(self, ask: Callable[[str], None]) -> None:
-        """From now on the first signal calls ``ask(name)`` in the main thread, and the second one raises."""
+        """Makes the first signal from now on call ``ask(name)`` in the main thread; the second one raises."""
         self._ask = ask
 
     def on_force(self, undo: Callable[[], None]) -> None:
@@ -114,8 +115,8 @@ class Interruption:
 
     @contextmanager
     def children_survive_hangup(self) -> Iterator[None]:
-        """Processes that are started within the block, by a library that gives them a function to call first, ignore
-        SIGHUP: a closed terminal sends it to all, and workers that are to commit have to live until then."""
+        """Makes processes that are forked within the block ignore SIGHUP, where a library starts them with a function
+        to call first. A closed terminal sends SIGHUP to all, and workers have to live until they have committed."""
         self._children_survive_hangup = True
         try:
             yield
@@ -124,7 +125,7 @@ class Interruption:
 
     @contextmanager
     def keyboard(self) -> Iterator[None]:
-        """Ctrl-C raises KeyboardInterrupt within the block and ends nothing: somebody talks to the command."""
+        """Makes Ctrl-C raise KeyboardInterrupt within the block without ending the command, for interactive input."""
         self._keyboard = True
         try:
             yield
@@ -132,11 +133,12 @@ class Interruption:
             self._keyboard = False
 
     def abandon(self) -> None:
-        """A thread still uses what cannot be closed under it: `settle` then ends the process, children included."""
+        """Records that a thread still uses resources that cannot be closed while it runs: `settle` then ends the
+        process, children included."""
         self.abandoned = True
 
     def settle(self, code: int) -> None:
-        """The exit code is decided; what is left is the interpreter's own end."""
+        """Fixes the exit code; only the interpreter's own end is left."""
         for stream in filter(None, (sys.stdout, sys.stderr)):
             with suppress(OSError, ValueError):
                 stream.flush()
@@ -148,10 +150,9 @@ class Interruption:
         return f"{self.heard}: ended before it was done; {self._promise}"
 
     def leave(self, text: str | None = None) -> NoReturn:
-        """Ends the process with exit code 3 after everything was unwound; children that are left are killed.
-
-        Not by the interpreter's own end: libraries that were interrupted may crash or wait for ever in it."""
-        self._say(text or self.sentence())
+        """Ends the process with exit code 3 after the stack was unwound; kills the remaining children."""
+        # Not by the interpreter's own end, in which libraries that were interrupted may crash or wait for ever.
+        self._report(text or self.sentence())
         self._end()
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
@@ -179,13 +180,13 @@ class Interruption:
         leaving = self._leaving
         self._leave_by(now + LEAVE_S)
         if leaving:
-            return  # unwinding already, of something else
+            return  # unwinding already, for another reason
         if number == signal.SIGINT:
             raise KeyboardInterrupt
         raise Terminated(name)
 
     def unwinding(self) -> None:
-        """Announces that the rest closes things: no exception may interrupt it, and a signal bounds its time."""
+        """Marks the rest as clean-up: a signal raises no exception in it any more, and only bounds its time."""
         self._leaving = True
 
     def _leave_by(self, deadline: float) -> None:
@@ -213,25 +214,25 @@ class Interruption:
                 self._stuck(number, now)
 
     def _stuck(self, number: int, now: float) -> None:
-        """The main thread may be about to handle it, or may never be."""
+        """Notes a signal that the main thread has not handled yet, and perhaps never will."""
         if self._unhandled != float("inf"):
             self._force()
         self._unhandled, self._arrived = now, signal.Signals(number).name
 
     def _force(self) -> NoReturn:
-        """Ends the process where it stands."""
+        """Ends the process without unwinding."""
         if not self._forcing.acquire(blocking=False):
             time.sleep(GONE_S)
         if self._settled is not None:
             os._exit(self._settled)
         self.heard = self.heard or self._arrived
-        self._say(self.sentence())
+        self._report(self.sentence())
         self._end()
 
-    def _say(self, text: str) -> None:
-        if self._said:
+    def _report(self, text: str) -> None:
+        if self._reported:
             return
-        self._said = True
+        self._reported = True
         for stream in (sys.stdout, sys.stderr):
             with suppress(Exception):
                 stream.flush()
@@ -249,7 +250,7 @@ class Interruption:
         os._exit(code)
 
     def _ignore(self) -> None:
-        """The interpreter's end puts back what was before for all signals but ignored ones."""
+        # The interpreter's end restores the former handlers, except those of ignored signals.
         for number in SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
@@ -260,7 +261,7 @@ class Interruption:
         signal.pthread_sigmask(signal.SIG_SETMASK, self._fork.mask)
 
     def _in_child(self) -> None:
-        """In a forked process, whose signals are its own: they must not be reported to this one."""
+        # A forked process receives its own signals; they must not be reported to this process.
         if self._begun:
             signal.set_wakeup_fd(-1)
             self._begun = False
@@ -273,7 +274,7 @@ class Interruption:
 
 
 def kill_descendants() -> None:
-    """SIGKILL to every process that this one and its children have started."""
+    """Sends SIGKILL to every descendant of this process."""
     import psutil
 
     for process in psutil.Process().children(recursive=True):

@@ -1,8 +1,8 @@
-"""Text that others wrote, to plain data within bounds.
+"""Parses JSON and YAML from other writers into plain data, within bounds.
 
-JSON and YAML say in a few bytes what takes hours to expand or breaks the interpreter's own limits: nesting that
-recursion cannot follow, numbers that nothing can print, aliases of aliases. Whatever this process did not write itself
-is read here. What is out of bounds is `Malformed`: the end of a sentence, before which its reader puts the place.
+A few bytes of JSON or YAML can take hours to expand, or exceed limits of the interpreter: nesting too deep for
+recursion, numbers that cannot be printed, aliases of aliases. All text that this process did not write itself is read
+here. Text out of bounds raises `Malformed`; its reason is the end of a sentence that the caller begins with the place.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import yaml
 DEEPEST = 100
 """Levels of nesting."""
 LONGEST_NUMBER = 100
-"""Digits of a whole number; one of so many can still be made a float."""
+"""Most digits of an integer. One of this length can still be converted to float."""
 MOST_VALUES = 100_000
-"""Values of a YAML text, what its aliases stand for counted each time."""
+"""Values of a YAML text. The content of an alias counts each time that the alias is used."""
 
 _BOM = "\ufeff"
 _SURROGATE_ESCAPE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -40,8 +40,8 @@ class JsonReader:
     """Reads JSON values; not thread-safe. ``finite`` refuses NaN and infinities, and halves of surrogate pairs, which
     cannot be written again; ``unique`` refuses an object that has a key twice.
 
-    What is out of bounds is noted while the value is parsed to its end, so that a reader of many values can go on
-    behind one that it must not use.
+    A value out of bounds is parsed to its end and its fault noted, so that a reader of many values can continue after
+    a value that it must not use.
     """
 
     def __init__(self, *, finite: bool = True, unique: bool = True) -> None:
@@ -55,7 +55,7 @@ class JsonReader:
         )
 
     def read(self, text: str | bytes) -> Any:
-        """The one value that the text holds; raises Malformed."""
+        """Returns the one value of the text; raises Malformed."""
         if isinstance(text, bytes):
             try:
                 text = text.decode()
@@ -76,21 +76,21 @@ class JsonReader:
         return value
 
     def read_at(self, text: str, at: int) -> tuple[Any, int]:
-        """The value that begins at ``at``, and where it ends. Raises JSONDecodeError where it does not end, Malformed
-        where it is nested too deeply to be followed; `fault` says whether it may be used."""
+        """Returns the value that begins at ``at``, and its end. Raises JSONDecodeError when it has no end, Malformed
+        when it is nested too deeply to be parsed. The value may be used only if `fault` is None."""
         self._fault = None
         try:
             value, end = self._decoder.raw_decode(text, at)
         except RecursionError:
             raise Malformed(_TOO_DEEP) from None
-        # A value of so few brackets cannot be deep, which spares nearly all of them the walk.
+        # A value with few brackets cannot be deep: nearly all values need no walk.
         if text.count("[", at, end) + text.count("{", at, end) > DEEPEST and is_deep(value):
             self._fault = _TOO_DEEP
         return value, end
 
     @property
     def fault(self) -> str | None:
-        """Why the value that `read_at` gave last must not be used; None where it may."""
+        """Returns why the last value of `read_at` must not be used; None if it may."""
         return self._fault
 
     def _mapping(self, pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -98,7 +98,7 @@ class JsonReader:
         if len(found) < len(pairs):
             names = [name for name, _ in pairs]
             twice = next(name for name in names if names.count(name) > 1)
-            self._fault = f"the key {twice[:60]!r} stands twice in one object; keep one of them"
+            self._fault = f"the key {twice[:60]!r} appears twice in one object; keep one of them"
         return found
 
     def _whole_number(self, text: str) -> int:
@@ -115,7 +115,7 @@ class JsonReader:
 
 
 def parse_json(text: str | bytes, *, finite: bool = True, unique: bool = True) -> Any:
-    """One JSON value, by `JsonReader`; raises Malformed."""
+    """Reads one JSON value by `JsonReader`; raises Malformed."""
     return JsonReader(finite=finite, unique=unique).read(text)
 
 
@@ -138,7 +138,8 @@ HALF_A_PAIR = "it holds half of a surrogate pair, which UTF-8 cannot write"
 
 
 def is_unicode(text: str) -> bool:
-    """Returns whether UTF-8 can encode the text: not half of a surrogate pair, nor a byte that was not decoded."""
+    """Returns whether UTF-8 can encode the text. It cannot encode half of a surrogate pair, or a byte that was not
+    decoded."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -147,19 +148,19 @@ def is_unicode(text: str) -> bool:
 
 
 class Measure(NamedTuple):
-    """How many values a YAML node comes to, aliases expanded, and how many levels."""
+    """The number of values and of levels of a YAML node with its aliases expanded."""
 
     values: int
     levels: int
 
 
 class OutOfBounds(yaml.MarkedYAMLError):
-    """YAML that could be read, and is not."""
+    """Valid YAML that exceeds a bound."""
 
 
 class BoundedLoader(yaml.SafeLoader):
-    """SafeLoader, by the rules of YAML 1.1, that raises OutOfBounds for a text that is nested too deeply, comes to too
-    many values, or contains itself. Aliases are counted for what they stand for before anything is made of them."""
+    """SafeLoader, by the rules of YAML 1.1, that raises OutOfBounds for a text that is nested too deeply, has too many
+    values, or contains itself. Aliases are counted with their content before any of it is constructed."""
 
     def __init__(self, text: str) -> None:
         super().__init__(text)
@@ -185,7 +186,7 @@ class BoundedLoader(yaml.SafeLoader):
         return node
 
     def _count(self, inner: Measure, mark: Any) -> None:
-        """Adds what a node comes to to the one around it."""
+        """Adds a node's measure to that of the node around it."""
         self._check(inner, mark, open_levels=len(self._open))
         if self._open:
             outer = self._open[-1]
@@ -196,12 +197,12 @@ class BoundedLoader(yaml.SafeLoader):
         if max(len(self._open), open_levels + measure.levels) > DEEPEST:
             raise OutOfBounds(None, None, _TOO_DEEP, mark)
         if measure.values > MOST_VALUES:
-            said = f"it comes to more than {MOST_VALUES:,} values, aliases counted for what they stand for"
-            raise OutOfBounds(None, None, said, mark)
+            reason = f"it has more than {MOST_VALUES:,} values, with the content of its aliases counted each time"
+            raise OutOfBounds(None, None, reason, mark)
 
     def flatten_mapping(self, node: yaml.MappingNode) -> None:
-        """Takes in what ``<<`` names; a key that comes in several times is kept once, the last time, as construction
-        would have it, so that merges of merges do not grow."""
+        """Merges the mappings that ``<<`` names. Of a repeated key only the last one is kept, as in construction, so
+        that merges of merges do not grow."""
         super().flatten_mapping(node)
         last = {
             (key.tag, key.value) if isinstance(key, yaml.ScalarNode) else id(key): (key, v) for key, v in node.value
@@ -219,7 +220,7 @@ BoundedLoader.add_constructor("tag:yaml.org,2002:int", BoundedLoader.construct_y
 
 
 def parse_yaml(text: str) -> Any:
-    """Plain data of one YAML 1.1 document; raises Malformed."""
+    """Returns the plain data of one YAML 1.1 document; raises Malformed."""
     try:
         loader = BoundedLoader(text)
         try:
@@ -229,10 +230,10 @@ def parse_yaml(text: str) -> Any:
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         raise Malformed(error.problem or error.context or "it cannot be read", mark.line + 1 if mark else 0) from error
-    except (yaml.YAMLError, ValueError, OverflowError) as error:  # a character, a date or a number that cannot be
+    except (yaml.YAMLError, ValueError, OverflowError) as error:  # an invalid character, date or number
         raise Malformed(" ".join(str(error).split())[:200]) from error
-    except (KeyError, AttributeError) as error:  # how PyYAML says that a text under !!bool or !!timestamp is none
-        raise Malformed("a value in it is not of the kind that its tag says") from error
+    except (KeyError, AttributeError) as error:  # PyYAML's errors for an invalid !!bool or !!timestamp
+        raise Malformed("a value in it does not match its tag") from error
     if "\\" in text and not is_unicode(json.dumps(value, ensure_ascii=False, default=str, skipkeys=True)):
         raise Malformed(HALF_A_PAIR)
     return value

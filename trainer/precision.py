@@ -1,9 +1,9 @@
 """Computing in 16 bits with or without torch's autocast.
 
-What is trained is kept in float32, and what is frozen in the recipe's dtype. Autocast casts whatever meets, at each
-operation; and peft casts the input of each LoRA layer to the adapter's float32, which autocast then undoes. Where
-nothing but LoRA's matrices is in another dtype than the model, neither is needed: these are cast to that of their input
-where they are used, the products are the same to the last bit, and no activation is copied. (Dropout then rounds in 16
+Trained parameters are float32, and frozen ones have the recipe's dtype. Autocast casts the operands of each operation;
+and peft casts the input of each LoRA layer to the adapter's float32, which autocast then undoes. Where only LoRA's
+matrices have another dtype than the model, neither cast is needed: the matrices are cast to the dtype of their input
+where they are used. The products are equal to the last bit, and no activation is copied. (Dropout then rounds in 16
 bits, as it does in peft's 4-bit layers.)
 """
 
@@ -16,7 +16,7 @@ import torch
 
 
 class InDtypeOfInput(torch.nn.Linear):
-    """A linear layer whose float32 parameters take part in the dtype of what it is given."""
+    """A linear layer whose float32 parameters are cast to the dtype of its input."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
@@ -24,7 +24,7 @@ class InDtypeOfInput(torch.nn.Linear):
 
 
 def cast_where_used(model: torch.nn.Module) -> None:
-    """Has every LoRA layer that computes W x + (alpha / r) B A x, and no more, cast its matrices and not its input."""
+    """Makes every plain LoRA layer, which computes W x + (alpha / r) B A x, cast its matrices and not its input."""
     layers: Iterable[Any] = model.modules()
     for layer in layers:
         if _is_plain_lora(layer):
@@ -34,7 +34,7 @@ def cast_where_used(model: torch.nn.Module) -> None:
 
 
 def needs_autocast(model: torch.nn.Module, dtype: torch.dtype) -> bool:
-    """Whether a forward in ``dtype`` meets parameters of another one, other than those that `cast_where_used` casts."""
+    """Returns whether a forward in ``dtype`` uses parameters of another dtype that `cast_where_used` does not cast."""
     cast = {id(p) for m in model.modules() if isinstance(m, InDtypeOfInput) for p in m.parameters(recurse=False)}
     return any(p.is_floating_point() and p.dtype != dtype and id(p) not in cast for p in model.parameters())
 
@@ -49,8 +49,8 @@ def _is_plain_lora(layer: Any) -> bool:
 
 
 def _four_bit() -> tuple[type, ...]:
-    """peft's own class exists only where bitsandbytes does."""
     from peft.tuners.lora import bnb
 
+    # peft defines the class only where bitsandbytes is installed.
     found = getattr(bnb, "Linear4bit", None)
     return (found,) if found else ()

@@ -1,8 +1,8 @@
-"""Stored records, held to the types of the classes that they are read into.
+"""Reads stored records into classes, and checks every field's type.
 
-Whoever can write to a storage may have put anything there, and so may another version of muster. So each reader says by
-a dataclass, a NamedTuple or a TypedDict what it relies on, and a record that is anything else is `Malformed`, never a
-TypeError somewhere behind. Keys that the class does not know are passed over: a newer muster may have written them.
+A storage may contain anything: other programs and other versions of muster can write to it. So each reader declares the
+fields that it relies on by a dataclass, a NamedTuple or a TypedDict, and any other record raises `Malformed` here, not
+a TypeError later. Keys that the class does not know are ignored: a newer muster may have written them.
 """
 
 from __future__ import annotations
@@ -40,9 +40,9 @@ class Between(NamedTuple):
 
 
 Count = Annotated[int, Between(0, 2**63 - 1)]
-"""A whole number that is not negative."""
+"""An integer that is not negative."""
 UnixTime = Annotated[float, Between(0.0, 253_402_300_799.0)]
-"""Seconds since 1970, up to the last year that a date can be written of."""
+"""Seconds since 1970, up to the year 9999, the last one of `datetime`."""
 
 
 class _FieldPath(NamedTuple):
@@ -57,8 +57,8 @@ class _FieldPath(NamedTuple):
 
 
 def read_record(kind: type[T], value: Any, *, exact: bool = False) -> T:
-    """``value``, plain data as JSON gives it, as a ``kind``. Raises Malformed, which names the field that is wrong;
-    with ``exact`` also one that the class does not know, for where what it says would be missed."""
+    """Returns ``value``, plain data as from JSON, as a ``kind``. Raises Malformed, which names the wrong field. With
+    ``exact`` a field that the class does not know is wrong too, for records in which it must not be ignored."""
     return cast("T", _read(kind, value, _FieldPath("", exact)))
 
 
@@ -84,7 +84,7 @@ def _read(kind: Any, value: Any, place: _FieldPath) -> Any:
 
 
 def _read_one_of(options: tuple[Any, ...], value: Any, place: _FieldPath) -> Any:
-    """All options but one are None."""
+    # An optional type: all options but one are None.
     if value is None and types.NoneType in options:
         return None
     (other,) = (option for option in options if option is not types.NoneType)
@@ -117,7 +117,7 @@ def _read_named_tuple(kind: Any, value: Any, place: _FieldPath) -> Any:
 
 
 def _read_plain(kind: Any, value: Any, place: _FieldPath) -> Any:
-    """bool is a kind of int to Python, and of nothing else here."""
+    # `type(...) is` and not isinstance: in Python bool is a kind of int, which it must not be here.
     if kind is float and type(value) in (int, float):
         return value if math.isfinite(value) else _refuse(value, place, "a finite number")
     if type(value) is not kind:
@@ -138,7 +138,7 @@ def _refuse(value: Any, place: _FieldPath, right: str) -> Any:
 
 @lru_cache(maxsize=256)
 def _fields(kind: Any) -> tuple[dict[str, Any], set[str]]:
-    """Each field's type, and the fields that have to be there."""
+    """Returns each field's type, and the required fields."""
     hints = get_type_hints(kind, include_extras=True)
     if dataclasses.is_dataclass(kind):
         own = {field.name: field for field in dataclasses.fields(kind)}

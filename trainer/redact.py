@@ -1,7 +1,7 @@
-"""Finds credentials in texts: a recipe that holds one is refused, and everything else is shown and stored without it.
+"""Finds credentials in texts. A recipe with a credential is refused; all other text is shown and stored without it.
 
-A credential is told by its place (before ``@`` in a URL, in a signed query, after a name such as ``api_key``), by its
-shape (keys that carry a known prefix, PEM blocks), or by its value, where the environment holds it under such a name.
+A credential is recognised by its place (before ``@`` in a URL, in a signed query, after a name such as ``api_key``), by
+its shape (keys with a known prefix, PEM blocks), or by its value, where the environment has it under such a name.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ SHAPES = {
     "a web token": re.compile(r"\beyJ[\w-]{8,}\.eyJ[\w-]{8,}\.[\w-]*"),
     "a header's token": re.compile(r"\b(?:Bearer|Basic)\s+(?=[^\s\"']*\d)[\w.~+/-]{16,}=*", re.IGNORECASE),
 }
-"""Patterns of keys that are known by their form, by what they are in words."""
+"""Patterns of keys with a known form, each under its description."""
 
 _VARIABLE = re.compile(r"\b([A-Z0-9_]*(?:KEY|SECRET|TOKEN|PASSW(?:OR)?D|PASSPHRASE|CREDENTIALS?))=[^\s/,;$]{8,}")
-"""A variable that is given to a program: ``--export=WANDB_API_KEY=…``."""
+"""A variable that is passed to a program: ``--export=WANDB_API_KEY=…``."""
 
 _HINT = re.compile(
     r"(?:key(?:[_-]?id)?|secret|passw(?:or)?d|passphrase|token|credentials?|authorization|cookie)\\*[\"']?\s*[:=]",
@@ -87,18 +87,18 @@ _PLACE_VARIABLE = re.compile(r"_(FILE|PATH|DIR)$", re.IGNORECASE)
 _ADDRESS_VARIABLE = re.compile(r"(^|_)(UR[IL]|DSN|PROXY|ENDPOINT|ADDRESS)(_|$)", re.IGNORECASE)
 _USER_WITHOUT_SCHEME = re.compile(r"^(?![\w+.-]+://)([^\s/@:]+:(?!\d+(?:/|$))\S*)@")
 _SHORTEST_SECRET = 8
-_SHORTEST_REFUSED = 16  # a shorter value of the environment may well be a word that a recipe has for another reason
+_SHORTEST_REFUSED = 16  # a recipe may contain a shorter value of the environment by chance
 
 
 class Redactor:
-    """Replaces credentials in texts by ``***``, those that ``environment`` holds included."""
+    """Replaces credentials in texts by ``***``, including those in ``environment``."""
 
     def __init__(self, environment: Mapping[str, str]) -> None:
         found = secrets_of(environment)
         self._values = re.compile("|".join(map(re.escape, found))) if found else None
 
     def text(self, text: str) -> str:
-        text = PRIVATE_KEY.sub(HIDDEN, text)  # first, as a whole: the environment may hold it by its lines
+        text = PRIVATE_KEY.sub(HIDDEN, text)  # first, as one block: the environment may contain its single lines
         if self._values is not None:
             text = self._values.sub(HIDDEN, text)
         for shape in SHAPES.values():
@@ -110,7 +110,7 @@ class Redactor:
         return "".join(_without_fields(line) if _HINT.search(line) else line for line in lines)
 
     def clean(self, value: Any) -> Any:
-        """Redacts all strings of a JSON value, its keys included, and every text under the name of a credential."""
+        """Redacts all strings of a JSON value, including its keys, and every text under the name of a credential."""
         if isinstance(value, str):
             return self.text(value)
         if isinstance(value, Mapping):
@@ -122,7 +122,7 @@ class Redactor:
 
 
 class RedactedLines:
-    """Redacts a stream of bytes, given in whole lines. A private key's block may be spread over several calls."""
+    """Redacts a stream of bytes, passed in complete lines. A private key's block may extend over several calls."""
 
     def __init__(self, redactor: Redactor) -> None:
         self._redactor = redactor
@@ -147,7 +147,7 @@ _REST_OF_KEY = re.compile(
 
 
 def redact(text: str) -> str:
-    """Returns the text without credentials, those of this process's environment included."""
+    """Returns the text without credentials, including those of this process's environment."""
     return redactor().text(text)
 
 
@@ -167,7 +167,7 @@ def _redactor(environment: tuple[tuple[str, str], ...]) -> Redactor:
 
 
 def credential_in(text: str) -> str | None:
-    """Names the kind of credential that a text holds, without repeating it; None where it holds none."""
+    """Returns the kind of credential that a text contains, without repeating it; None if it contains none."""
     if USER.search(text):
         return "user:password@…"
     if found := QUERY.search(text):
@@ -184,8 +184,8 @@ def credential_in(text: str) -> str | None:
 
 
 def secrets_of(environment: Mapping[str, str]) -> tuple[str, ...]:
-    """Returns the values of variables that hold credentials by their names, and those in addresses, the longest first;
-    also as they stand in URLs and in JSON. Places of files are no secrets."""
+    """Returns the values of variables that by their names contain credentials, and those in addresses, the longest
+    first; also in their URL and JSON encodings. Paths of files are not secrets."""
     found = {secret for name, value in environment.items() for secret in _secrets_in(name, value)}
     found |= {form for secret in found for form in (quote(secret, safe=""), json.dumps(secret)[1:-1])}
     return tuple(sorted((secret for secret in found if len(secret) >= _SHORTEST_SECRET), key=lambda s: (-len(s), s)))

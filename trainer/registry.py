@@ -1,7 +1,7 @@
-"""The tables of choices: a name that a recipe may give, and the code that it stands for.
+"""Registries: tables of the names that a recipe may give, each with the code that it selects.
 
-A choice is one file plus one line here. The tables hold text only, so that a recipe is checked without importing what
-it names; `Registry.load` imports on first use.
+A choice is one file plus one line here. The tables contain only text, so that a recipe is checked without importing the
+code that it names; `Registry.load` imports on first use.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from trainer.errors import UsageError
 
 
 def choose_hint(name: str, names: tuple[str, ...]) -> str:
-    """``; did you mean 'lora'?`` when one of the names is close to the one given, else nothing."""
+    """Returns ``; did you mean 'lora'?`` when one of the names is close to the given one, else an empty text."""
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
 
@@ -34,13 +34,13 @@ class Registry:
         return name in self._table
 
     def require(self, name: str) -> str:
-        """The ``module:attribute`` behind ``name``; raises UsageError with the names that are there."""
+        """Returns the ``module:attribute`` of ``name``; raises UsageError with the known names."""
         if name not in self._table:
             raise UsageError(self._unknown(name))
         return self._table[name]
 
     def load(self, name: str) -> Any:
-        """Import what ``name`` stands for; raises UsageError for a name that is not in the table."""
+        """Imports the object that ``name`` selects; raises UsageError for a name that is not in the table."""
         module, attribute = self.require(name).split(":")
         return getattr(importlib.import_module(module), attribute)
 

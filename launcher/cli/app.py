@@ -17,13 +17,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from cluster import KINDS
-from cluster.job_environment import RAY_JOB
-from launcher import convert
-from launcher.cli import evaluate, export, generate, plan, prepare, report, status
+from launcher.cli import convert, doctor, evaluate, export, generate, plan, prepare, report, status
+from launcher.cli import submit as submit_commands
 from launcher.cli.options import TrustOption
-from launcher.doctor import examine
 from launcher.submit import submit
+from launcher.submit.place import choose_place
 from launcher.terminal import vllm_command
 from launcher.terminal.console import Console, own_streams, stderr, stdout
 from trainer.errors import Interrupted, MusterError, RecipeError, StartAgain, UsageError
@@ -88,38 +86,6 @@ def run(
     for line in vllm_command.of_recipe(loaded, adapter):
         console.print(Text(f"serve it:  {line}"), soft_wrap=True)
     console.print(Text(f"finished: the adapter lies in {adapter}"), soft_wrap=True)
-
-
-def choose_place(on: str | None, address: str | None, recipe: Recipe | None) -> str | None:
-    """The kind of cluster to submit a job to, or None where the driver runs here; then the environment names the Ray
-    that it joins, if any."""
-    if on not in (None, "local", *KINDS):
-        raise UsageError(f"--on {on!r} is not one of: local, {', '.join(KINDS)}")
-    if address and on not in (None, "ray"):
-        raise UsageError(f"--address names a Ray cluster, and --on is {on}: leave one of them out")
-    if on in ("slurm", "kubernetes"):
-        return on
-    if on == "local":
-        for name in ("RAY_ADDRESS", RAY_JOB):
-            os.environ.pop(name, None)
-        return None
-    return _choose_ray(on, address, recipe)
-
-
-def _choose_ray(on: str | None, address: str | None, recipe: Recipe | None) -> str | None:
-    from cluster.ray import api_address
-
-    if address and "://" not in address:
-        os.environ["RAY_ADDRESS"] = address
-        return None
-    if address:
-        return "ray"
-    joins = "://" not in os.environ.get("RAY_ADDRESS", "://") or RAY_JOB in os.environ
-    if on == "ray" and not joins and api_address(recipe.cluster.ray.model_dump() if recipe else {}, os.environ):
-        return "ray"
-    if on == "ray" and not os.environ.get("RAY_ADDRESS"):
-        os.environ["RAY_ADDRESS"] = "auto"
-    return None
 
 
 @app.command()
@@ -199,15 +165,15 @@ app.command()(report.report)
 app.command()(convert.convert)
 app.command()(prepare.prepare)
 app.command()(plan.plan)
-app.command()(examine.doctor)
+app.command()(doctor.doctor)
 app.command()(evaluate.evaluate)
 app.command()(generate.generate)
 app.command()(generate.chat)
 app.command()(export.inspect)
 app.command()(export.merge)
 app.command()(export.push)
-app.command()(submit.render)
-app.command()(submit.cancel)
+app.command()(submit_commands.render)
+app.command()(submit_commands.cancel)
 
 
 class ToStderr(logging.Handler):

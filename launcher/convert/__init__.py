@@ -8,14 +8,10 @@ said.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
-from rich.text import Text
+from typing import Any
 
 from launcher.convert.draft import Draft
 from launcher.convert.writing import written
-from launcher.terminal.console import stderr
 from trainer.errors import RecipeError, UsageError
 from trainer.parsing import Malformed, parse_yaml
 from trainer.registry import Registry
@@ -27,32 +23,6 @@ SOURCES = Registry(
         "llamafactory": "launcher.convert.llamafactory:convert",
     },
 )
-
-
-def convert(
-    source: Annotated[str, typer.Argument(metavar="axolotl|llamafactory", help="whose settings FILE holds")],
-    file: Annotated[Path, typer.Argument(metavar="FILE", help="the YAML file")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="write the recipe here instead of on stdout")] = None,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="GPUs that it ran on, which its batch is multiplied by")
-    ] = None,
-) -> None:
-    """Turn the settings of axolotl or LLaMA-Factory into a recipe, and say what could not be carried over."""
-    draft = SOURCES.load(source)(read(file), file, workers)
-    text, hindrances = checked(draft, source, file)
-    console = stderr()
-    for line in draft.report():
-        console.print(Text(line), soft_wrap=True)
-    if hindrances:
-        raise UsageError("\n".join([f"{file} gives no recipe:", *(f"  {line}" for line in hindrances)]))
-    if out is None:
-        print(text, end="")
-    else:
-        try:
-            out.write_text(text, encoding="utf-8")
-        except OSError as error:
-            raise UsageError(f"{out} cannot be written: {error.strerror or error}") from None
-        console.print(Text(f"wrote {out}"), soft_wrap=True)
 
 
 def checked(draft: Draft, source: str, file: Path) -> tuple[str, list[str]]:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from launcher.cli.plan import PlanReport
+    from launcher.plan.estimate import PlanReport
     from trainer.plan import Plan, RankPlan
 
 WIDTH = 80

@@ -20,7 +20,7 @@ def advise(cause: Failure, recipe: Recipe, run: str) -> str:
 
 def _fitting(recipe: Recipe, device: int) -> list[str]:
     """Overrides under which the plan fits the device; none where the plan cannot be made, or fits as it is."""
-    from launcher.cli.plan import make
+    from launcher.plan.estimate import make
 
     try:
         found = make(recipe, device, None, None, None)

@@ -12,28 +12,23 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
-import typer
-
-from cluster import KINDS, ClusterError, ClusterJob, cluster_of
+from cluster import ClusterError, ClusterJob, cluster_of
 from cluster.job import Say
-from launcher.cli.options import TrustOption
 from launcher.terminal.console import stderr
-from trainer.errors import InputError, Interrupted, MusterError, UsageError, WorkerFailed
+from trainer.errors import Interrupted, MusterError, UsageError, WorkerFailed
 from trainer.interruption import Terminated
 from trainer.recipe.trust import FLAG, code_of, submitting_code_of
 from trainer.redact import credential_in
 from trainer.run import layout
-from trainer.run.recipe_url import digest_of, recipe_at
-from trainer.run.submission import Submission, read_submission
-from trainer.storage import Storage, open_storage
+from trainer.run.recipe_url import digest_of
+from trainer.run.submission import Submission
+from trainer.storage import open_storage
 
 if TYPE_CHECKING:
     from trainer.recipe import Recipe
 
-END_WAIT_S = 120.0
-LOOK_S = 1.0
 FIRST_LOOK_S = 30.0
 EVERYWHERE = ("ray", "kubernetes")
 """Kinds whose machines share no working directory with this one."""
@@ -173,91 +168,3 @@ def cluster_errors() -> Iterator[None]:
         yield
     except ClusterError as error:
         raise (UsageError if error.usage else WorkerFailed)(str(error)) from error
-
-
-def render(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe: YAML or JSON file")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes, by dotted path")
-    ] = None,
-    on: Annotated[
-        str, typer.Option(help="slurm | kubernetes | ray, or local for the recipe with all defaults filled in")
-    ] = "slurm",
-    trust_remote_code: TrustOption = False,
-) -> None:
-    """Print what would be submitted, a command or a manifest. Nothing is contacted."""
-    from trainer.recipe import dump
-
-    if on == "local":
-        print(dump(recipe_at(recipe, overrides or [], trust=trust_remote_code)), end="")
-        return
-    with cluster_errors():
-        cluster = cluster_of(on)
-        loaded = recipe_at(recipe, overrides or [], trust=trust_remote_code)
-        words = [recipe, *(overrides or []), *([FLAG] if trust_remote_code else [])]
-        job = job_of(loaded, on, arguments=words)
-        check_address(job, on)
-        print(cluster.render(job), end="")
-
-
-def cancel(
-    run_uri: Annotated[str, typer.Argument(metavar="RUN_URI", help="where the run lies, as muster ls prints it")],
-) -> None:
-    """Stop a run, wherever it is: its workers commit, and its job is not started again."""
-    from trainer.run.lease import is_held, read_lease, request_end
-
-    def say(text: str) -> None:
-        stderr().print(text, soft_wrap=True)
-
-    run = open_storage(run_uri, deadline_s=FIRST_LOOK_S)
-    lease, made = read_lease(run), read_submission(run)
-    if lease is None and made is None and run.info(layout.RECIPE) is None:
-        raise InputError(f"there is no run at {run.url}; `muster ls` with the folder above it lists those that are")
-    jobs = jobs_of(made, lease.holder.job if lease else None)
-    # Also a job that has not begun, or that comes back, finds this and ends at once.
-    request_end(run, lease.driver if lease else None, sorted({*jobs, *map(as_its_driver_names_it, jobs)}))
-    ended = True
-    if lease is not None and is_held(run, lease):
-        say(f"asking {lease.holder} to commit and end")
-        ended = _await_end(run, lease.driver)
-    gone = [_cancel_job(job, run.url, say) for job in jobs]
-    if not ended and not any(gone):
-        raise WorkerFailed(f"the driver of {run.url} did not end within {END_WAIT_S:.0f} s; look at its host")
-    say(f"{run.url} is stopped; the command that began it goes on from the newest checkpoint")
-
-
-def as_its_driver_names_it(job: str) -> str:
-    """The driver of a Ray job knows its own submission id, and not at what address it was submitted."""
-    return f"ray:{job.rpartition('/')[2]}" if job.startswith("ray:http") else job
-
-
-def jobs_of(made: Submission | None, holder: str | None) -> list[str]:
-    """The run's jobs: the one last submitted, and the one that its driver runs in, if that is another."""
-    jobs = [made.job] if made else []
-    if holder and not (made and as_its_driver_names_it(made.job) == holder):
-        jobs.append(holder)
-    return [job for job in jobs if job.partition(":")[0] in KINDS]
-
-
-def _await_end(run: Storage, driver: int) -> bool:
-    """Whether the driver has ended, asked to, within ``END_WAIT_S``."""
-    from trainer.run.lease import is_held, read_lease
-
-    deadline = time.monotonic() + END_WAIT_S
-    while time.monotonic() < deadline:
-        lease = read_lease(run)
-        if lease is None or lease.driver != driver or not is_held(run, lease):
-            return True
-        time.sleep(LOOK_S)
-    return False
-
-
-def _cancel_job(job: str, run_uri: str, say: Say) -> bool:
-    """Whether the job is known to be gone. Where its commands are missing, it was asked through the storage alone."""
-    kind, _, name = job.partition(":")
-    try:
-        cluster_of(kind).cancel(name, run_uri)
-    except ClusterError as error:
-        say(f"{job} itself was not cancelled; if it starts once more, it ends at once ({error})")
-        return False
-    return True

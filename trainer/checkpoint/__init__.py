@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there (protocol.py states how)."""
+"""Checkpoints that are complete or not visible at all (protocol.py describes how)."""
 
 from __future__ import annotations
 

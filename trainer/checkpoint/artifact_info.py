@@ -1,7 +1,8 @@
-"""What lies beside a final adapter in ``muster.json``: what it was trained on, and in which form.
+"""The file ``muster.json`` next to a final adapter: what the adapter was trained on, and in which form.
 
-peft's configuration names the base, and nothing of how it was held. (The header of the weights' file would go along
-with every copy too, but safetensors writes it in another order each time, and the same run gives the same bytes.)
+peft's configuration names the base model, but not how it was loaded (dtype, quantization). (The header of the weights'
+file would be copied with the weights too, but safetensors writes it in another order each time, and the same run has to
+give the same bytes.)
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from trainer.registry import FORMATS
 ORIGIN_FILE = "muster.json"
 
 
-class _Told(TypedDict, total=False):
+class _StoredInfo(TypedDict, total=False):
     task: Required[str]
     method: Required[str]
     model: Required[Any]
@@ -30,9 +31,9 @@ class _Told(TypedDict, total=False):
 
 
 class ArtifactInfo(NamedTuple):
-    """``method``: the recipe's word, or peft's, for a method that was named so. ``model``: the base, as the recipe has
-    it. ``format`` and ``template``: of the training data, the first source's. ``base``: by which the model that was
-    trained on is known again (`trainer.model.files.identity`)."""
+    """``method``: the recipe's name of the method, or peft's name for a method that the recipe takes from peft.
+    ``model``: the base model, as in the recipe. ``format`` and ``template``: those of the first training source.
+    ``base``: the identity of the base model's files (`trainer.model.files.identity`)."""
 
     task: str
     method: str
@@ -47,22 +48,22 @@ class ArtifactInfo(NamedTuple):
         return cls(recipe.task, recipe.adapter.label, recipe.model, source.format, source.template)
 
     def write(self, folder: Path) -> None:
-        told = {**self._asdict(), "model": self.model.model_dump(mode="json")}
-        (folder / ORIGIN_FILE).write_text(json.dumps(told, indent=2) + "\n")
+        body = {**self._asdict(), "model": self.model.model_dump(mode="json")}
+        (folder / ORIGIN_FILE).write_text(json.dumps(body, indent=2) + "\n")
 
     @classmethod
     def read(cls, folder: Path) -> ArtifactInfo | None:
-        """Returns None where there is no such file, or an invalid one. Code of the base is not the file's to
-        trust (`trainer.recipe.trust`), and a template is held to what a recipe's may be."""
+        """Returns None when the file is missing or invalid."""
         try:
-            told = read_record(_Told, parse_json((folder / ORIGIN_FILE).read_bytes()))
-            model = ModelSection.model_validate(told["model"]).model_copy(update={"trust_remote_code": False})
-            if told["task"] not in AUTO_CLASSES:
+            stored = read_record(_StoredInfo, parse_json((folder / ORIGIN_FILE).read_bytes()))
+            # Trust is never read from storage (`trainer.recipe.trust`): anyone may have written the file.
+            model = ModelSection.model_validate(stored["model"]).model_copy(update={"trust_remote_code": False})
+            if stored["task"] not in AUTO_CLASSES:
                 return None
-            format, template = told.get("format"), told.get("template")
+            format, template = stored.get("format"), stored.get("template")
             if format is not None and format not in FORMATS:
                 return None
             template = template and checked_template(template)
-            return cls(told["task"], told["method"], model, format, template, told.get("base"))
+            return cls(stored["task"], stored["method"], model, format, template, stored.get("base"))
         except (OSError, ValueError):
             return None

@@ -1,4 +1,4 @@
-"""A checkpoint's objects: uploaded under a name that was never used before, so that nothing is ever overwritten."""
+"""The objects of a checkpoint. They are uploaded under a name that was never used before, so nothing is overwritten."""
 
 from __future__ import annotations
 
@@ -21,13 +21,16 @@ def put_checkpoint(
     storage: Storage, content: Path | Mapping[str, bytes], *, attempt: int, step: int, needed: Collection[str] = ()
 ) -> tuple[str, dict[str, FileEntry]]:
     """Uploads a folder (all files below it) or named bytes to ``checkpoints/<name>/``; returns the name and the files'
-    entries for the commit record. Nobody sees the checkpoint before the record is there.
+    entries for the commit record. Readers do not see the checkpoint before its record exists.
 
-    Raises CorruptObject, with nothing uploaded, when one of the ``needed`` files is not among them: a folder whose
-    files are being deleted looks like one that never had them. StorageError when the storage does not list the files,
+    Raises CorruptObject, with nothing uploaded, when one of the ``needed`` files is missing: a folder whose files are
+    being deleted looks like one that never had them. Raises StorageError when the storage does not list the files, and
     CorruptObject when it lists one with another size."""
     name = new_name(attempt, step)
-    names = sorted(content) if isinstance(content, Mapping) else _files_below(content)
+    if isinstance(content, Mapping):
+        names = sorted(content)
+    else:
+        names = [info.key for info in open_storage(str(content)).list()]
     check_needed(f"the checkpoint of step {step}", names, needed)
 
     def put(file: str) -> FileEntry:
@@ -58,16 +61,16 @@ def check_needed(what: str, names: Collection[str], needed: Collection[str]) -> 
     """Raises CorruptObject when one of the ``needed`` files is missing."""
     missing = sorted(set(needed) - set(names))
     if missing:
-        raise CorruptObject(f"{what} has no {', '.join(missing)}: nothing could go on from it")
+        raise CorruptObject(f"{what} has no {', '.join(missing)}: training could not resume from it")
 
 
 def new_name(attempt: int, step: int) -> str:
-    """Unique by its random part; attempt and step are there for people, and for the sweep of orphans."""
+    """Returns a name that is unique by its random part; attempt and step are for people and the sweep of orphans."""
     return f"a{attempt:06d}-s{step:09d}-{uuid.uuid4().hex[:12]}"
 
 
 def commit_of(name: str) -> tuple[int, int] | None:
-    """The attempt and the step in a checkpoint's name; None for a name that `new_name` did not make."""
+    """Returns the attempt and the step in a checkpoint's name; None for a name that `new_name` did not make."""
     match = re.fullmatch(r"a(\d{6,})-s(\d{9,})-[0-9a-f]{12}", name)
     return (int(match[1]), int(match[2])) if match else None
 
@@ -77,14 +80,10 @@ def entry_of(data: bytes) -> FileEntry:
 
 
 def entry_of_file(path: Path) -> FileEntry:
-    """`entry_of` without the file in memory."""
+    """Returns the entry of a file, which is read in blocks."""
     digest, size = hashlib.sha256(), 0
     with open(path, "rb") as file:
         while block := file.read(_BLOCK):
             digest.update(block)
             size += len(block)
     return {"bytes": size, "sha256": digest.hexdigest()}
-
-
-def _files_below(folder: Path) -> list[str]:
-    return [info.key for info in open_storage(str(folder)).list()]

@@ -1,4 +1,4 @@
-"""The model card that lies beside the final adapter: what it is, how it was made, how to load it."""
+"""The model card next to the final adapter: what it is, how it was made, how to load it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ PIPELINES = {CAUSAL: "text-generation", SEQUENCE: "text-classification"}
 
 
 def model_card(recipe: Recipe, facts: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
-    """Markdown with the Hub's front matter. ``facts``: the last step's metrics row and the last evaluation's."""
+    """Returns Markdown with the Hub's front matter. ``facts``: the metrics rows of the last step and evaluation."""
     full = recipe.adapter.method == "none"
     auto = AUTO_CLASSES[recipe.task]
     front = {
@@ -85,7 +85,8 @@ def model_card(recipe: Recipe, facts: Mapping[str, Any], provenance: Mapping[str
 
 
 def plain_card(model: ModelSection, method: str) -> str:
-    """Of something whose recipe is not known: an adapter for ``model``, or with method ``none`` the model itself."""
+    """Returns the card of an artifact without a known recipe: an adapter for ``model``, or with method ``none`` the
+    model itself."""
     full = method == "none"
     base = {} if full else _base_of(model.path)
     front = {
@@ -98,7 +99,8 @@ def plain_card(model: ModelSection, method: str) -> str:
 
 
 def merged_card(model: ModelSection, method: str, difference: float) -> str:
-    """Of a merged model. ``difference``: of its logits to those of base and adapter, relative to their norm."""
+    """Returns the card of a merged model. ``difference``: the norm of its logits' difference from those of base model
+    and adapter, relative to the norm of the latter."""
     front = {**_base_of(model.path), "library_name": "transformers", "tags": ["muster", method]}
     text = (
         f"A {method} adapter merged into `{model.path}`, in {model.dtype}. Its logits differ from those of base and "
@@ -108,7 +110,7 @@ def merged_card(model: ModelSection, method: str, difference: float) -> str:
 
 
 def _base_of(path: str) -> dict[str, str]:
-    """The Hub takes names of its own only."""
+    # The Hub accepts only its own names as a base model.
     on_hub = HUB_ID.fullmatch(path) is not None and not Path(path).exists()
     return {"base_model": path} if on_hub else {}
 
@@ -131,8 +133,5 @@ def _figures(facts: Mapping[str, Any]) -> dict[str, str]:
         "eval_pair_accuracy": "evaluation pair accuracy",
         "world_size": "ranks",
     }
-    return {label: _number(facts[key]) for key, label in shown.items() if facts.get(key) is not None}
-
-
-def _number(value: float) -> str:
-    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
+    values = {label: facts[key] for key, label in shown.items() if facts.get(key) is not None}
+    return {label: f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for label, v in values.items()}

@@ -1,28 +1,28 @@
-"""The commit protocol: a reader sees whole checkpoints or none, and an acknowledged one is never lost.
+"""The commit protocol: a reader sees complete checkpoints or none, and an acknowledged one is never lost.
 
 Writers can die at any point, be cut off and come back (zombies), and lose the reply of a request that took effect.
-What holds then rests on one property of the store: an object can be created only once (`Storage.put_if_absent`).
+The protocol relies on one property of the store: an object can be created only once (`Storage.put_if_absent`).
 
-    0. Whoever takes the run claims driver number d, and each start of workers claims attempt g (claims.py); only
+    0. A driver that takes the run claims driver number d, and each start of workers claims attempt g (claims.py); only
        *then* does it list and verify older commits. The order matters: a commit that an older attempt acknowledges
        was in the listing, because acknowledging it (step 4) found no newer claim.
     1. The files go under a name that was never used before, and are listed there with their sizes (blobs.py).
     2. Their names, bytes and sha256 are collected into the record.
     3. The record ``commits/<g>/<inverted step>.json`` is put if absent. This is the only commit point. A put that
-       finds an object there compares nonces: its own record, whose first reply was lost, or somebody else's.
+       finds an object there compares nonces: its own record, whose first reply was lost, or another writer's.
     4. A newer claim is looked for. If there is one, this attempt is a zombie: it ends without acknowledging, although
-       the record may exist. Nobody is hurt by it, nor by a record whose files a newer attempt has swept before it was
-       put: newer generations are read first, and only who has committed sweeps. Then the record is looked for in a
-       listing, which is where a reader will look: a store that does not list it has not got it.
-    5. Retention (retention.py) deletes the record first and its files after, so that no acknowledged record ever points
-       at nothing; files and unfinished uploads that no record names are swept when their attempt is older than the
-       one that sweeps.
+       the record may exist. That record does no harm, nor does a record whose files a newer attempt swept before the
+       record was put: newer generations are read first, and only an attempt that has committed sweeps. Then the record
+       is looked for in a listing, because readers will look there: a record that the store does not list is not stored.
+    5. Retention (retention.py) deletes the record first and its files after, so that no acknowledged record ever names
+       files that are gone. Files and unfinished uploads that no record names are swept when their attempt is older than
+       the one that sweeps.
 
-tests/unit/trainer/checkpoint/protocol_model.py runs this code through all interleavings, and shows that none of the
-steps can go.
+tests/unit/trainer/checkpoint/protocol_model.py runs this code through all interleavings, and shows that each of the
+steps is needed.
 
-A reader (restore.py) goes through the records from the newest generation's newest to the oldest, and takes the first
-one whose every file has the size and sha256 of the record, before anything of it is used.
+A reader (restore.py) tries the records from the newest generation's newest to the oldest. It takes the first one whose
+every file has the size and sha256 of the record, and checks that before it uses any of them.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ CommitKey = tuple[int, int]
 """(attempt, step) of a record."""
 
 OnSkip = Callable[[int, str, str], None]
-"""Told (step, uri, reason) of every commit that is passed over."""
+"""Called with (step, uri, reason) for every commit that is passed over."""
 
 
 def log_skip(step: int, uri: str, reason: str) -> None:
@@ -51,15 +51,15 @@ def log_skip(step: int, uri: str, reason: str) -> None:
 
 
 def commit(storage: Storage, record: CommitRecord) -> None:
-    """Steps 3 and 4; the record's files are all uploaded. Returning is the acknowledgement.
+    """Does steps 3 and 4, after all of the record's files were uploaded. Returning is the acknowledgement.
 
-    Fenced when a newer claim exists, or when another writer has used this attempt's number. After a StorageError the
-    record may or may not be there, and the attempt has to end: a reader may take it, since it is whole.
+    Raises Fenced when a newer claim exists, or when another writer has used this attempt's number. After a StorageError
+    the record may or may not be there, and the attempt has to end: a reader may take it, since it is complete.
     """
     if not storage.put_if_absent(record.key, record.to_json()):
         raise Fenced(
-            f"{storage.uri(record.key)} holds somebody else's commit of step {record.step}: another process "
-            f"writes as attempt {record.attempt}; stop this one and run the command once more"
+            f"{storage.uri(record.key)} holds another process's commit of step {record.step}: that process "
+            f"also writes as attempt {record.attempt}; stop this one and run the command again"
         )
     check_fence(storage, record.driver, record.attempt)
     if (record.attempt, record.step) not in commit_keys(storage):
@@ -68,10 +68,11 @@ def commit(storage: Storage, record: CommitRecord) -> None:
 
 
 def list_commits(storage: Storage, on_skip: OnSkip = log_skip, *, newest: int | None = None) -> list[CommitRecord]:
-    """Newest generation first, newest step first within it; one listing and the records, no files.
+    """Returns the records, newest generation first, newest step first within it. Costs one listing and one read per
+    record; reads no files.
 
-    ``newest`` reads only so many. Unreadable records are told to ``on_skip``; one that retention deletes meanwhile is
-    left out.
+    ``newest`` bounds the number of records that are read. ``on_skip`` is called for each unreadable one. A record that
+    retention deletes at the same time is left out.
     """
     keys = commit_keys(storage)[:newest]
     found = in_parallel(lambda key: read_commit(storage, key, on_skip), keys, _PARALLEL_READS)
@@ -79,15 +80,15 @@ def list_commits(storage: Storage, on_skip: OnSkip = log_skip, *, newest: int | 
 
 
 def commit_keys(storage: Storage) -> list[CommitKey]:
-    """Of every record, in the order of `list_commits`; one listing."""
+    """Returns the key of every record, in the order of `list_commits`; costs one listing."""
     parsed = (layout.parse_commit(info.key) for info in storage.list(layout.COMMITS))
     return sorted((key for key in parsed if key is not None), reverse=True)
 
 
 def read_commit(storage: Storage, key: CommitKey, on_skip: OnSkip = log_skip) -> CommitRecord | None:
-    """Returns None when it has been deleted, or when it is unreadable, which ``on_skip`` is called with.
+    """Returns None when the record has been deleted, or is unreadable; ``on_skip`` is called for an unreadable one.
 
-    StorageError when the storage says of a record that it is not there, and goes on listing it."""
+    Raises StorageError when the storage lists the record and answers that it does not exist."""
     name = layout.commit(*key)
     try:
         record = CommitRecord.from_json(storage.read(name), storage.uri(name))
@@ -105,6 +106,6 @@ def read_commit(storage: Storage, key: CommitKey, on_skip: OnSkip = log_skip) ->
 
 def contradiction(uri: str) -> StorageError:
     return StorageError(
-        f"the storage lists {uri} and says that it is not there: nothing is decided by that. Check its health, then "
-        "run the same command again"
+        f"the storage lists {uri} and also reports that it does not exist. The two answers contradict each other, so "
+        "muster stops. Check the storage's health, then run the same command again"
     )

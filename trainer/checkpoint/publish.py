@@ -1,7 +1,7 @@
 """The final adapter: the last checkpoint's files, without its training state, at an address that never changes.
 
-They are copied from a committed checkpoint, object by object, so that a copy that was cut short is simply made again;
-a run counts as finished only when every one of them reads back with the hash of the commit record.
+They are copied from a committed checkpoint, object by object, so that an interrupted copy is simply repeated. A run
+counts as finished only when every one of them reads back with the hash of the commit record.
 """
 
 from __future__ import annotations
@@ -32,15 +32,17 @@ FileInfo = Mapping[str, Any]
 
 
 def is_last(record: CommitRecord) -> bool:
-    """Whether this record is the commit of its run's last step."""
+    """Returns whether this record is the commit of its run's last step."""
     return record.step >= int(record.state.get(TOTAL_STEPS, record.step + 1))
 
 
 def finished(run: Storage) -> CommitRecord | None:
-    """The commit of the last step, if there is one, its adapter published and verified; None when training is to go on.
+    """Returns the commit of the last step, with its adapter published and verified; None when training has to continue.
 
-    A run that died between its last commit and the last copy is completed here. Where the last checkpoint itself is
-    damaged, training goes on from the newest one that is whole."""
+    Completes a run that died between its last commit and the last copy. Where the last checkpoint itself is damaged,
+    returns None: training resumes from the newest complete one.
+
+    Raises CorruptObject when the adapter does not read back as it was committed."""
     newest = next(iter(list_commits(run)), None)
     if newest is None or not is_last(newest):
         return None
@@ -49,7 +51,7 @@ def finished(run: Storage) -> CommitRecord | None:
     try:
         publish(run, newest)
     except (CorruptObject, FileNotFoundError) as error:
-        log.warning("the last checkpoint of %s is damaged, its steps are trained anew: %s", run.url, error)
+        log.warning("the last checkpoint of %s is damaged, its steps are trained again: %s", run.url, error)
         return None
     if not is_published(run, newest):
         raise CorruptObject(f"{run.uri(layout.ADAPTER)} does not read back as it was committed; run again")
@@ -61,9 +63,9 @@ def published_files(record: CommitRecord) -> dict[str, FileInfo]:
 
 
 def publish(run: Storage, record: CommitRecord) -> str:
-    """Takes away what does not belong there, copies what is missing or differs; returns the adapter's URI.
+    """Deletes files that do not belong to the adapter, copies those that are missing or differ; returns its URI.
 
-    In this order, so that the last copy is the end of it, and `is_published` need not look for anything else."""
+    Deletes first: after the last copy nothing is left to do, and `is_published` need not look for surplus files."""
     wanted = published_files(record)
     stale = [o.key for o in run.list(layout.ADAPTER) if o.key.removeprefix(f"{layout.ADAPTER}/") not in wanted]
     run.delete(stale)
@@ -92,7 +94,7 @@ def _copy(run: Storage, source: str, target: str, info: FileInfo, folder: str) -
 
 
 def reads_back(run: Storage, key: str, info: FileInfo) -> bool:
-    """Whether the object has the bytes of a commit record's entry. Memory: ``READ_BYTES``."""
+    """Returns whether the object has the bytes of a commit record's entry. Memory: ``READ_BYTES``."""
     found, size = run.info(key), int(info["bytes"])
     if found is None or found.size != size:
         return False

@@ -1,4 +1,4 @@
-"""The commit record: what makes a checkpoint exist, as one JSON object that proves itself whole."""
+"""The commit record: one JSON object that makes a checkpoint exist. Its own sha256 proves that it is complete."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class _Head(TypedDict):
 
 
 class RestoredState(TypedDict, total=False):
-    """The fields of a record's state that other parts read than those that wrote them."""
+    """The fields of a record's state that are read by other parts than the ones that write them."""
 
     step: Count
     attempt: Count
@@ -45,8 +45,8 @@ class RestoredState(TypedDict, total=False):
 
 @dataclass(frozen=True)
 class CommitRecord:
-    """``files`` are relative to ``checkpoints/<checkpoint>/``; ``state`` is what training goes on from (cursor, world
-    size, loss scale, …), free JSON; ``nonce`` tells this record from another one under the same key;
+    """``files`` are relative to ``checkpoints/<checkpoint>/``; ``state`` is what training resumes from (cursor, world
+    size, loss scale, …), free JSON; ``nonce`` distinguishes this record from another one under the same key;
     ``committed_at`` is ISO 8601 in UTC."""
 
     step: Count
@@ -64,18 +64,18 @@ class CommitRecord:
         return layout.commit(self.attempt, self.step)
 
     def file_key(self, name: str) -> str:
-        """Key of one of ``files`` in the run."""
+        """Returns the key of one of ``files`` in the run."""
         return f"{layout.checkpoint(self.checkpoint)}/{name}"
 
     def to_json(self) -> bytes:
-        """The same record always gives the same bytes."""
+        """Returns the stored form. Equal records give equal bytes."""
         body = asdict(self)
         return to_json({**body, "sha256": _digest(body)})
 
     @staticmethod
     def from_json(data: bytes, where: str) -> CommitRecord:
-        """CorruptObject when the bytes are not what was written, a field is of another type, or a name would leave the
-        checkpoint's folder; InputError for a format of a newer muster."""
+        """Reads a record. Raises CorruptObject when the bytes are not what was written, a field has another type, or a
+        name would leave the checkpoint's folder; InputError for a format of a newer muster."""
         try:
             body = parse_json(data)
             head = read_record(_Head, body)

@@ -1,4 +1,4 @@
-"""The one way back: the newest commit that is whole, verified before anything of it is used."""
+"""Restoring: the newest complete commit, verified before any of its files is used."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _PARALLEL_FILES = 4
 
 
 def newest_whole(storage: Storage, *, on_skip: OnSkip = log_skip) -> tuple[CommitRecord, dict[str, bytes]] | None:
-    """The commit and its files in memory; None when there is no commit that is whole."""
+    """Returns the newest complete commit and its files in memory; None when there is none."""
     return _first_whole(storage, lambda record: _in_memory(storage, record), on_skip)
 
 
@@ -32,10 +32,10 @@ def fetch_whole(
     check: Callable[[CommitRecord], None] = lambda record: None,
     on_skip: OnSkip = log_skip,
 ) -> CommitRecord | None:
-    """The commit, with its files in ``target``, a folder that this call creates (it must not exist). One without the
-    ``needed`` files is not whole, nor one for which ``check`` raises CorruptObject.
+    """Returns the newest complete commit, with its files in ``target``, a folder that this call creates (it must not
+    exist). A commit without the ``needed`` files, or for which ``check`` raises CorruptObject, is not complete.
 
-    None, and no folder, when there is no commit that is whole. Needs disk, not memory.
+    Returns None, and creates no folder, when no commit is complete. Needs disk, not memory.
     """
     if target.exists():
         raise ValueError(f"{target} exists; a checkpoint is fetched into a folder of its own")
@@ -50,16 +50,18 @@ def fetch_whole(
 
 
 def fetch(storage: Storage, record: CommitRecord, target: Path) -> None:
-    """One given commit into ``target``, a folder that must not exist: what a rank calls once rank 0 has chosen.
+    """Downloads one given commit into ``target``, a folder that must not exist. Each rank calls it once rank 0 has
+    chosen the commit.
 
-    CorruptObject or FileNotFoundError when it is not whole; then there is no folder.
+    Raises CorruptObject or FileNotFoundError, and leaves no folder, when the commit is not complete.
     """
     _on_disk(storage, record, target)
 
 
 def _first_whole(storage: Storage, take: Callable[[CommitRecord], T], on_skip: OnSkip) -> tuple[CommitRecord, T] | None:
-    """Lists again when nothing was whole and there are other commits by now: to a reader who claims nothing, retention
-    may delete all that it has listed, but only after something newer was committed."""
+    """Returns the newest record for which ``take`` succeeds, with its result; None when there is none."""
+    # Lists again while there are commits that were not tried: a reader holds no claim, so retention may delete all that
+    # it has listed, but only after a newer commit.
     tried: set[tuple[int, int]] = set()
     while keys := [key for key in commit_keys(storage) if key not in tried]:
         tried.update(keys)
@@ -74,7 +76,7 @@ def _first_whole(storage: Storage, take: Callable[[CommitRecord], T], on_skip: O
 
 
 def _check_missing(storage: Storage, record: CommitRecord) -> None:
-    """StorageError when all files of the record are listed: then it was a lie that one of them is not there."""
+    """Raises StorageError when all files of the record are listed: then "not found" was a false answer."""
     folder = layout.checkpoint(record.checkpoint)
     if {record.file_key(name) for name in record.files} <= {info.key for info in storage.list(folder)}:
         raise contradiction(storage.uri(folder))

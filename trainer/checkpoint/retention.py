@@ -1,4 +1,4 @@
-"""Step 5 of the protocol: which checkpoints stay, and what is swept away (protocol.py says why in this order)."""
+"""Step 5 of the protocol: which checkpoints stay, and what is deleted (protocol.py gives the reason for the order)."""
 
 from __future__ import annotations
 
@@ -19,10 +19,8 @@ _PARALLEL_READS = 8
 
 
 def kept(records: Iterable[CommitRecord], keep_last: int, keep_for_s: float | None, now: float) -> set[CommitKey]:
-    """The ``keep_last`` newest records, and those committed in the last ``keep_for_s``; ``now`` is unix s.
-
-    A record goes when neither wants it. The newest one always stays: it is what training goes on from.
-    """
+    """Returns the keys of the ``keep_last`` newest records and of those committed in the last ``keep_for_s``; ``now``
+    is unix s. The newest one always stays, because training resumes from it."""
     ordered = sorted(records, key=_key, reverse=True)
     keep = {_key(record) for record in ordered[:keep_last]}
     if keep_for_s is not None:
@@ -31,10 +29,10 @@ def kept(records: Iterable[CommitRecord], keep_last: int, keep_for_s: float | No
 
 
 class Retention:
-    """Deletes for one attempt, after each of its acknowledged commits. Records are read once each, so the cost of a
-    call does not grow with the number that stay.
+    """Deletes old checkpoints for one attempt, after each of its acknowledged commits. Each record is read once, so the
+    cost of a call does not grow with the number that stay.
 
-    What a listing lacks decides what is deleted, so nothing is deleted by a listing that is known to be incomplete."""
+    Objects that a listing lacks decide what is deleted, so an incomplete listing deletes nothing."""
 
     def __init__(
         self,
@@ -53,17 +51,21 @@ class Retention:
         self._uploads_swept = False
 
     def apply(self, newest: CommitRecord) -> list[int]:
-        """Returns the steps whose records were deleted; ``newest`` is the commit just acknowledged. What is interrupted
-        here is swept by the next attempt."""
+        """Returns the steps whose records were deleted; ``newest`` is the commit just acknowledged. The next attempt
+        sweeps what an interrupted call leaves."""
         self._known[_key(newest)] = newest
         keys = commit_keys(self._storage)
         if hidden := self._hidden(_key(newest), keys):
             log.warning("nothing is deleted: the listing of %s lacks %s", self._storage.url, layout.commit(*hidden))
             return []
-        self._read(keys)
+        self._known = {key: record for key, record in self._known.items() if key in set(keys)}
+        unread = [key for key in keys if key not in self._known]
+        found = in_parallel(lambda key: read_commit(self._storage, key, lambda *_: None), unread, _PARALLEL_READS)
+        self._known.update({_key(record): record for record in found if record is not None})
         records = {key: self._known[key] for key in keys if key in self._known}
         keep = kept(records.values(), self._keep_last, self._keep_for_s, self._clock())
-        # One that cannot be read goes once as many as are asked for are newer: this look at it may have been a bad one.
+        # An unreadable record is deleted only once ``keep_last`` newer ones exist: this one read may have failed by
+        # chance.
         unread_below = min(keep) if len(keep) >= self._keep_last else None
         surplus = [key for key in keys if key not in keep and (key in records or (unread_below and key < unread_below))]
         self._storage.delete(layout.commit(*key) for key in surplus)
@@ -71,30 +73,24 @@ class Retention:
             self._known.pop(key, None)
         named = {records[key].checkpoint for key in keep}
         dropped = {records[key].checkpoint for key in surplus if key in records} - named
-        # A record that stays and cannot be read names files that are not known.
+        # While an unreadable record stays, the files that it names are unknown: then nothing counts as an orphan.
         orphans = self._orphans(named, keys) if records.keys() >= set(keys) - set(surplus) else set()
         for name in sorted(dropped | orphans):
             self._storage.delete(info.key for info in self._storage.list(layout.checkpoint(name)))
         self._sweep_uploads()
         return sorted(step for _, step in surplus)
 
-    def _read(self, keys: list[CommitKey]) -> None:
-        self._known = {key: record for key, record in self._known.items() if key in set(keys)}
-        unread = [key for key in keys if key not in self._known]
-        found = in_parallel(lambda key: read_commit(self._storage, key, lambda *_: None), unread, _PARALLEL_READS)
-        self._known.update({_key(record): record for record in found if record is not None})
-
     def _hidden(self, newest: CommitKey, keys: list[CommitKey]) -> CommitKey | None:
-        """A commit that is there and that the listing lacks. One that was read before may be gone (a newer attempt, or
-        somebody by hand, has deleted it): the record itself is looked at."""
+        """Returns a commit that exists and that the listing lacks, or None. A commit that was read before may have been
+        deleted (by a newer attempt, or by hand), so the record itself is looked up."""
         absent = self._known.keys() - set(keys)
         if newest in absent:
             return newest
         return next((key for key in sorted(absent) if self._storage.info(layout.commit(*key)) is not None), None)
 
     def _orphans(self, named: Collection[str], listed: Collection[CommitKey]) -> set[str]:
-        """Checkpoints of older attempts that no record names: none of them when one has a record after all, by its
-        attempt and step, that the listing lacks."""
+        """Returns the checkpoints of older attempts that no record names. Returns none when one of them does have a
+        record, by its attempt and step, that the listing lacks."""
         names = self._storage.folders(layout.CHECKPOINTS)
         orphans = {name for name in names if name not in named and is_older(name, self._attempt)}
         for key in sorted({key for name in orphans if (key := commit_of(name)) and key not in listed}):
@@ -104,18 +100,18 @@ class Retention:
         return orphans
 
     def _sweep_uploads(self) -> None:
-        """Once per attempt. A store may forbid listing them, which is no reason to stop training."""
+        """Clears unfinished uploads of older attempts, once per attempt."""
         if self._uploads_swept:
             return
         self._uploads_swept = True
         try:
             self._storage.abort_uploads(layout.CHECKPOINTS, lambda key: is_older(key.split("/")[0], self._attempt))
-        except MusterError as error:
+        except MusterError as error:  # a store may forbid listing uploads, which is no reason to stop training
             log.warning("uploads that dead attempts of %s left behind are not cleared: %s", self._storage.url, error)
 
 
 def is_older(name: str, attempt: int) -> bool:
-    """Whether a checkpoint's name was made by an attempt before ``attempt``; False for names of other making."""
+    """Returns whether an attempt before ``attempt`` made this checkpoint's name; False for any other kind of name."""
     made = commit_of(name)
     return made is not None and made[0] < attempt
 
@@ -125,7 +121,7 @@ def _key(record: CommitRecord) -> CommitKey:
 
 
 def _committed_s(record: CommitRecord) -> float:
-    """Unix s; a record whose time cannot be read counts as new."""
+    """Returns unix s; a record whose time cannot be read counts as new."""
     try:
         return datetime.fromisoformat(record.committed_at).timestamp()
     except ValueError:

@@ -1,8 +1,8 @@
-"""``python -m trainer.logs.keeper``: a small process beside each rank that stores what the rank prints.
+"""``python -m trainer.logs.keeper``: a small process next to each rank that stores the rank's output.
 
-It is a process of its own, and an orphan, so that it outlives its rank: what was printed last before a crash, a kill by
-the out-of-memory killer or a segmentation fault is in the pipe, and is stored. Everything is passed on to where it
-would have gone without it, too, in both cases without credentials. A storage that does not answer holds up neither.
+It is a separate process, and an orphan, so that it outlives its rank: the last output before a crash, a kill by the
+out-of-memory killer or a segmentation fault is in the pipe, and is stored. All output is also passed on to its original
+destination; both copies are without credentials. A storage that does not answer delays neither the rank nor the output.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ import time
 from collections.abc import Callable
 
 END = b"\0"
-"""Among the notes: the rank needs its keeper no more. (Its pipes may stay open in processes that it has started.)"""
+"""Marks in the notes that the rank needs its keeper no longer. (Processes that it started may keep its pipes open.)"""
 FLUSH_S = 3.0
 LINE_S = 1.0
-"""Seconds that the begin of a line waits for its rest before it is passed on."""
+"""Seconds that an unfinished line waits for its rest before it is passed on."""
 READ_BYTES = 64 * 1024
 DEADLINE_S = 20.0
 KEEP_ATTEMPTS = 20
@@ -28,13 +28,14 @@ KEEP_ATTEMPTS = 20
 def main() -> None:
     url, attempt, rank, parent, out, err, notes = sys.argv[1], *map(int, sys.argv[2:])
     if os.fork():
-        os._exit(0)  # whoever ends a worker ends its children with it: an orphan is nobody's child
+        os._exit(0)  # a worker is killed with its children; an orphan is no longer one of them
     os.setsid()
     Keeper(url, attempt, rank, parent).run({out: 1, err: 2, notes: None})
 
 
 class Keeper:
-    """``run`` takes pipes, each with the descriptor that its bytes are passed on to."""
+    """Stores one rank's output. ``run`` takes pipes, each with the descriptor that its bytes are passed on to; None for
+    the notes, which are only stored."""
 
     def __init__(self, url: str, attempt: int, rank: int, parent: int) -> None:
         from trainer.logs.parts import LogParts
@@ -43,7 +44,7 @@ class Keeper:
         self._storage = open_storage(url, deadline_s=DEADLINE_S)
         self._attempt, self._rank, self._parent = attempt, rank, parent
         self._parts = LogParts([])
-        self._begun = self._said = False
+        self._begun = self._warned = False
         self._lock = threading.Lock()
         self._ending = threading.Event()
         self._storer = threading.Thread(target=self._store_often, daemon=True)
@@ -55,7 +56,7 @@ class Keeper:
         self._storer.start()
         lines = {pipe: LogLines(RedactedLines(redactor())) for pipe in pipes}
         passed = {pipe: Passed(_redaction(target)) for pipe, target in pipes.items() if target is not None}
-        heard = dict.fromkeys(passed, 0.0)
+        received = dict.fromkeys(passed, 0.0)
         with selectors.DefaultSelector() as selector:
             for pipe in pipes:
                 os.set_blocking(pipe, False)
@@ -67,7 +68,7 @@ class Keeper:
                     break
                 now = time.monotonic()
                 for pipe, stream in passed.items():
-                    if now - heard[pipe] >= LINE_S:
+                    if now - received[pipe] >= LINE_S:
                         _pass_on(pipes[pipe], stream.rest())
                 for key, _ in ready:
                     data = _read(key.fd)
@@ -79,13 +80,16 @@ class Keeper:
                         if is_note:
                             data = data.replace(END, b"")
                         else:
-                            heard[key.fd] = now
+                            received[key.fd] = now
                             _pass_on(pipes[key.fd], passed[key.fd].feed(data))
                         self._add(lines[key.fd].feed(data))
                 ended = ended or not _is_alive(self._parent)
         for pipe, stream in passed.items():
             _pass_on(pipes[pipe], stream.rest())
-        _let_go()
+        # Pass nothing on any more: a process that waits for the end of the rank's output must not wait for the storage.
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        for descriptor in (1, 2):
+            os.dup2(nowhere, descriptor)
         self._add(b"".join(stream.end() for stream in lines.values()))
         self._ending.set()
         self._storer.join(2 * DEADLINE_S)
@@ -118,12 +122,13 @@ class Keeper:
             with self._lock:
                 self._parts.deleted(dropped)
         except (MusterError, OSError) as error:
-            if not self._said:
+            if not self._warned:
                 os.write(2, f"the log of rank {self._rank} is not stored yet: {error}\n".encode())
-            self._said = True
+            self._warned = True
 
     def _begin(self) -> None:
-        """Once: goes on after what an earlier try of this attempt has left, and clears what is too old."""
+        """Continues, once, after the parts that an earlier keeper of this attempt has stored; deletes parts of old
+        attempts."""
         from trainer.logs.parts import stored_parts
 
         if self._begun:
@@ -136,7 +141,8 @@ class Keeper:
 
 
 def _redaction(target: int) -> Callable[[bytes], bytes]:
-    """Returns what redacts the bytes for this descriptor; a terminal is also spared control characters."""
+    """Returns the function that redacts bytes for this descriptor; for a terminal it also replaces control
+    characters."""
     from trainer.redact import RedactedLines, redactor
     from trainer.terminal import neutralise_output
 
@@ -144,13 +150,6 @@ def _redaction(target: int) -> Callable[[bytes], bytes]:
     if not os.isatty(target):
         return redact
     return lambda data: neutralise_output(redact(data).decode(errors="replace")).encode()
-
-
-def _let_go() -> None:
-    """Nothing more is passed on: whoever waits for the end of the rank's output shall not wait for its storage."""
-    nowhere = os.open(os.devnull, os.O_WRONLY)
-    for descriptor in (1, 2):
-        os.dup2(nowhere, descriptor)
 
 
 def _read(pipe: int) -> bytes:
@@ -161,7 +160,6 @@ def _read(pipe: int) -> bytes:
 
 
 def _pass_on(target: int | None, data: bytes) -> None:
-    """Whoever read it may be gone; that is no reason to stop."""
     if target is None:
         return
     view = memoryview(data)
@@ -170,7 +168,7 @@ def _pass_on(target: int | None, data: bytes) -> None:
             view = view[os.write(target, view) :]
         except BlockingIOError:
             time.sleep(0.01)
-        except OSError:
+        except OSError:  # the reader may be gone; the log is still stored
             return
 
 

@@ -1,6 +1,6 @@
-"""A log in parts, bounded: its begin and its end are kept, and what is left out between them is said.
+"""A log in parts of bounded size. Its beginning and its end are kept, and a line reports the bytes left out in between.
 
-A part's key tells how many bytes stand before it, so that whoever reads finds gaps without a word from the writer.
+The key of a part contains the number of bytes before it, so readers find gaps without a record from the writer.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from trainer.storage import Storage, in_parallel
 
 PART_BYTES = 256 * 1024
 TAIL_PARTS = 15
-"""Parts that stay beside the first one: 4 MiB per rank and attempt."""
+"""Parts that stay in addition to the first one: 4 MiB per rank and attempt."""
 LONGEST_LINE = 64 * 1024
 _PARALLEL_READS = 8
 
 
 @dataclass
 class Part:
-    """``size`` stays when the bytes of a part that is full and stored are let go."""
+    """A part of a log. ``size`` keeps its value when the data of a full and stored part is dropped from memory."""
 
     offset: int
     data: bytearray = field(default_factory=bytearray)
@@ -31,7 +31,8 @@ class Part:
 
 
 class LogParts:
-    """Decides what is kept; stores nothing itself. ``before`` holds (offset, size) of parts that are stored already."""
+    """Decides which parts are kept; stores nothing itself. ``before``: (offset, size) of the parts that are stored
+    already."""
 
     def __init__(
         self, before: list[tuple[int, int]], *, part_bytes: int = PART_BYTES, tail_parts: int = TAIL_PARTS
@@ -42,23 +43,25 @@ class LogParts:
         self.move_behind(before)
 
     def move_behind(self, before: list[tuple[int, int]]) -> None:
-        """Once it is known what is stored already, (offset, size) of each part, and before anything is stored here."""
+        """Moves all parts behind the ones that are stored already, (offset, size) of each. Call it before any of these
+        parts is stored."""
         older = [Part(offset, size=size, stored=size) for offset, size in sorted(before)]
         end = older[-1].offset + older[-1].size if older else 0
         for part in self._parts:
             part.offset += end
         self._parts = older + self._parts
-        self._let_go()
+        self._drop_middle()
 
     def add(self, data: bytes) -> None:
         if self._parts[-1].size >= self._part_bytes:
-            self._begin_part()
+            self._parts.append(Part(self._parts[-1].offset + self._parts[-1].size))
+            self._drop_middle()
         part = self._parts[-1]
         part.data += data
         part.size += len(data)
 
     def dirty(self) -> list[tuple[int, bytes]]:
-        """(offset, bytes) of the parts that have grown since they were `stored`."""
+        """Returns (offset, bytes) of the parts that have grown since they were `stored`."""
         return [(p.offset, bytes(p.data)) for p in self._parts if p.stored < p.size]
 
     def stored(self, offset: int, size: int) -> None:
@@ -68,21 +71,17 @@ class LogParts:
                 if part is not self._parts[-1] and part.stored == part.size:
                     part.data = bytearray()
                 return
-        if offset not in self._dropped:  # let go while it was being written
+        if offset not in self._dropped:  # dropped while it was being written
             self._dropped.append(offset)
 
     def dropped(self) -> list[int]:
-        """Offsets of stored parts that are to be deleted, until they are `deleted`."""
+        """Returns the offsets of stored parts that have to be deleted, until they are `deleted`."""
         return list(self._dropped)
 
     def deleted(self, offsets: list[int]) -> None:
         self._dropped = [offset for offset in self._dropped if offset not in offsets]
 
-    def _begin_part(self) -> None:
-        self._parts.append(Part(self._parts[-1].offset + self._parts[-1].size))
-        self._let_go()
-
-    def _let_go(self) -> None:
+    def _drop_middle(self) -> None:
         while len(self._parts) > 1 + self._tail_parts:
             old = self._parts.pop(1)
             if old.stored:
@@ -90,8 +89,8 @@ class LogParts:
 
 
 class LogLines:
-    """Whole lines of one stream, as they are kept: of a line that was drawn again and again its last state, and what
-    ``redact`` makes of it."""
+    """Turns one stream into the complete lines that are stored: the last state of a line that was drawn repeatedly,
+    passed through ``redact``."""
 
     def __init__(self, redact: Callable[[bytes], bytes] = bytes) -> None:
         self._redact = redact
@@ -106,7 +105,7 @@ class LogLines:
         return self._kept(text[:end])
 
     def end(self) -> bytes:
-        """The line that was not ended."""
+        """Returns the last line, which has no line feed."""
         rest, self._rest = self._rest, b""
         return self._kept(rest + b"\n") if rest else b""
 
@@ -115,8 +114,8 @@ class LogLines:
 
 
 class Passed:
-    """One stream as it is passed on: at once, but for the end of a line that is being written, which waits for its rest
-    until `rest` is asked for, so that no credential is cut in two."""
+    """Turns one stream into the bytes that are passed on. Complete lines are passed on at once. An unfinished line
+    waits for its rest, or until `rest` is called, so that no credential is cut in two."""
 
     def __init__(self, redact: Callable[[bytes], bytes]) -> None:
         self._redact = redact
@@ -131,13 +130,13 @@ class Passed:
         return self._redact(text[:end])
 
     def rest(self) -> bytes:
-        """Returns what waits, a progress bar's newest state for example."""
+        """Returns the bytes that wait, for example a progress bar's newest state."""
         rest, self._rest = self._rest, b""
         return self._redact(rest) if rest else b""
 
 
 def last_states(text: bytes) -> bytes:
-    """Returns each line as it was drawn last, where a progress bar has drawn it again and again."""
+    """Returns each line in its last state, where a progress bar has drawn it repeatedly."""
     return b"".join(map(_last_state, re.findall(rb"[^\n]*\n|[^\n]+", text))) if b"\r" in text else text
 
 
@@ -147,7 +146,7 @@ def _last_state(line: bytes) -> bytes:
 
 
 class LogPart(NamedTuple):
-    """A part as it lies in the storage."""
+    """A part in the storage."""
 
     attempt: int
     rank: int
@@ -160,35 +159,37 @@ class LogPart(NamedTuple):
 
 
 def stored_parts(run: Storage) -> list[LogPart]:
-    """By attempt, rank and place."""
+    """Returns all stored parts, sorted by attempt, rank and offset."""
     found = ((layout.parse_log_part(info.key), info.size) for info in run.list(layout.LOGS))
     return sorted(LogPart(*place, size) for place, size in found if place)
 
 
 class LogFeed:
-    """One rank's log of one attempt, as it grows: `new` gives each byte once. Not thread-safe."""
+    """Follows one rank's log of one attempt: `new` gives each byte once. Not thread-safe."""
 
     def __init__(self, run: Storage) -> None:
         self._run = run
         self._at = 0
 
     def new(self, parts: list[LogPart]) -> bytes:
-        """What the newest listing has more than the last one; ``parts`` are those of this rank and attempt."""
+        """Returns the bytes that were added since the last call. ``parts``: the stored parts of this rank and attempt
+        by a new listing."""
+
+        def read(part: LogPart) -> bytes:
+            try:
+                return self._run.read(part.key)
+            except FileNotFoundError:  # deleted since it was listed
+                return b""
+
         wanted = [part for part in parts if part.offset + part.size > self._at]
-        return b"".join(self._pieces(wanted, in_parallel(self._body, wanted, _PARALLEL_READS)))
+        return b"".join(self._pieces(wanted, in_parallel(read, wanted, _PARALLEL_READS)))
 
     def _pieces(self, parts: list[LogPart], bodies: list[bytes]) -> Iterator[bytes]:
         for part, body in zip(parts, bodies, strict=True):
-            if not body:  # deleted since it was listed: the next part tells how much is missing
+            if not body:  # deleted: the next part's offset shows how much is missing
                 continue
             if part.offset > self._at:
                 yield f"… {part.offset - self._at:,} bytes are left out here …\n".encode()
                 self._at = part.offset
             yield body[self._at - part.offset :]
             self._at = part.offset + len(body)
-
-    def _body(self, part: LogPart) -> bytes:
-        try:
-            return self._run.read(part.key)
-        except FileNotFoundError:
-            return b""

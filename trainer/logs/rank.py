@@ -1,5 +1,5 @@
-"""Sends what a rank prints through its keeper for as long as it trains: Python's output, and that of libraries, of
-processes that it starts, and of a crash."""
+"""Sends a rank's output through its keeper while it trains: the output of Python, of libraries, of processes that the
+rank starts, and of a crash."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ FORMAT = "%(asctime)s %(name)s: %(message)s"
 
 @contextmanager
 def rank_log(run: Storage, rank: int) -> Iterator[None]:
-    """For the time of the block, standard output and error of this process are kept under the run's ``logs/``, and so
-    is what ``trainer`` logs from INFO on. It belongs to the attempt that is claimed next: every rank is here before any
-    of them can claim. A log that cannot be kept is a warning; it stops nothing."""
+    """Stores, during the block, standard output and error of this process under the run's ``logs/``, and the records
+    that ``trainer`` logs from INFO on. A log that cannot be stored is a warning and stops nothing."""
+    # The log belongs to the attempt that is claimed next: every rank is here before any of them can claim.
     try:
         redirected = Redirected(run, read_claims(run).attempt + 1, rank)
     except Exception as error:
@@ -52,7 +52,7 @@ def rank_log(run: Storage, rank: int) -> Iterator[None]:
 
 
 class Redirected:
-    """Descriptors 1 and 2 lead to a keeper, which passes on what comes; notes go to the log alone."""
+    """Leads descriptors 1 and 2 to a keeper, which stores and passes on the output. Notes are only stored."""
 
     def __init__(self, run: Storage, attempt: int, rank: int) -> None:
         self._restored = threading.Lock()
@@ -79,7 +79,10 @@ class Redirected:
         for pipe, descriptor in ((out, 1), (err, 2)):
             os.dup2(pipe[1], descriptor)
             os.close(pipe[1])
-        self._lines_at_once()
+        # Write each line at once: text in a buffer is lost when the process is killed.
+        for stream in (sys.stdout, sys.stderr):
+            if hasattr(stream, "reconfigure"):
+                stream.reconfigure(line_buffering=True)
         self._notes = os.fdopen(notes[1], "w", buffering=1, errors="backslashreplace")
         self._handler = _Notes(self.note)
         self._listen()
@@ -92,7 +95,7 @@ class Redirected:
             self._notes.write(text)
 
     def close(self) -> None:
-        """Gives the descriptors back, and waits until all is stored, for a while."""
+        """Restores the descriptors, and waits up to `END_WAIT_S` until all is stored."""
         logger = logging.getLogger("trainer")
         logger.removeHandler(self._handler)
         logger.setLevel(self._level)
@@ -105,7 +108,7 @@ class Redirected:
         self._ended.wait(END_WAIT_S)
 
     def _listen(self) -> None:
-        """INFO goes to the notes, and from WARNING on everything where it went before."""
+        """Sends INFO records of ``trainer`` to the notes. Records from WARNING on keep their handlers."""
         logger = logging.getLogger("trainer")
         self._level = logger.level
         self._levels = [(handler, handler.level) for handler in logging.getLogger().handlers]
@@ -114,14 +117,9 @@ class Redirected:
         logger.addHandler(self._handler)
         logger.setLevel(logging.INFO)
 
-    def _lines_at_once(self) -> None:
-        """What stands in a buffer when a process is killed is lost."""
-        for stream in (sys.stdout, sys.stderr):
-            if hasattr(stream, "reconfigure"):
-                stream.reconfigure(line_buffering=True)
-
     def _watch(self) -> None:
-        """A keeper that is gone must not leave the rank with pipes that nobody reads: writing to them would stop it."""
+        """Restores the descriptors once the keeper has ended: writing to a pipe without a reader would block the
+        rank."""
         with contextlib.suppress(OSError):
             os.read(self._alive, 1)
         os.close(self._alive)
@@ -141,7 +139,7 @@ class Redirected:
 
 
 class _Notes(logging.Handler):
-    """What is below WARNING, and would be shown nowhere."""
+    """Writes records below WARNING, which no other handler shows, to the notes."""
 
     def __init__(self, note: Callable[[str], None]) -> None:
         super().__init__()

@@ -1,8 +1,8 @@
-"""Who may write to a run: numbered claims, made once and never changed or deleted.
+"""Claims: numbered records that decide who may write to a run. They are made once and never changed or deleted.
 
-A *driver* claim ``claims/d000002`` is made by whoever takes the run over (the lease); an *attempt* claim
+A *driver* claim ``claims/d000002`` is made by each driver that takes the run (the lease); an *attempt* claim
 ``claims/000003`` is made by a driver each time it starts workers, and names its driver. The highest numbers own the
-run. Attempts are numbered 1, 2, 3, … without gaps, whichever driver made them.
+run. Attempts are numbered 1, 2, 3, … without gaps over all drivers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,8 @@ class Claims:
 
 
 def read_claims(storage: Storage, *, known: Collection[str] = ()) -> Claims:
-    """One listing; StorageError when it does not show the ``known`` claims, which are never deleted."""
+    """Reads the claims by one listing. Raises StorageError when it lacks one of the ``known`` claims, which are never
+    deleted."""
     drivers, attempts = [0], [0]
     for info in storage.list(layout.CLAIMS, containing=known):
         match = re.fullmatch(rf"{layout.CLAIMS}/(d?)(\d+)", info.key)
@@ -44,13 +45,14 @@ def claim_driver(storage: Storage, holder: Mapping[str, Any]) -> int:
 
 
 def claim_driver_after(storage: Storage, older: int, holder: Mapping[str, Any]) -> bool:
-    """Claims the number after ``older``, the newest driver that the caller has seen. Returns False, and fences nobody,
-    when another driver has claimed it first."""
+    """Claims the number after ``older``, the newest driver that the caller has seen. Returns False, and fences no
+    driver, when another driver has claimed it first."""
     return storage.put_if_absent(layout.driver_claim(older + 1), _claim_of(holder))
 
 
 def claim_attempt(storage: Storage, driver: int, holder: Mapping[str, Any]) -> int:
-    """The next attempt of ``driver``, claimed before commits are listed; Fenced when a newer driver has the run."""
+    """Claims the next attempt of ``driver``, and returns its number. The caller lists commits only after this. Raises
+    Fenced when a newer driver has the run."""
 
     def newest(known: Collection[str]) -> int:
         claims = read_claims(storage, known=[layout.driver_claim(driver), *known])
@@ -64,9 +66,9 @@ def claim_attempt(storage: Storage, driver: int, holder: Mapping[str, Any]) -> i
 
 
 def check_fence(storage: Storage, driver: int, attempt: int) -> None:
-    """Fenced when a newer driver or attempt has claimed the run; then nothing that was done counts any more.
+    """Raises Fenced when a newer driver or attempt has claimed the run: then this attempt's work is no longer valid.
 
-    A listing of the claims that lacks this attempt's own may lack a newer one as well, and passes nobody."""
+    Raises StorageError when the listing lacks this attempt's own claims: it may then lack a newer one as well."""
     claims = read_claims(storage, known=[layout.driver_claim(driver), layout.attempt_claim(attempt)])
     if claims.driver > driver:
         raise Fenced(_fenced(storage, f"driver {driver} (attempt {attempt})", f"driver {claims.driver}"))
@@ -77,14 +79,15 @@ def check_fence(storage: Storage, driver: int, attempt: int) -> None:
 def _claim(
     storage: Storage, newest: Callable[[Collection[str]], int], key: Callable[[int], str], record: Mapping[str, Any]
 ) -> int:
-    """Each lost race means that somebody else's claim was made. The next listing has to show it: in a store that
-    refuses what it does not list, this would go on for ever."""
+    """Claims the number after the newest one, and returns it."""
     data = _claim_of(record)
     lost: list[str] = []
     for _ in range(_MOST_RACES):
         number = newest(lost) + 1
         if storage.put_if_absent(key(number), data):
             return number
+        # Another process has made this claim, so the next listing has to show it. Without that requirement the loop
+        # would not end in a store that refuses a key and does not list it.
         lost = [key(number)]
     raise StorageError(
         f"{_MOST_RACES} claims of {storage.url} were lost to other processes in a row; stop the others, and start again"
@@ -97,6 +100,6 @@ def _claim_of(record: Mapping[str, Any]) -> bytes:
 
 def _fenced(storage: Storage, ours: str, theirs: str) -> str:
     return (
-        f"{theirs} has taken over {storage.url}, so {ours} must not write any more. Nothing is lost: the run goes on "
-        f"there; look at it with `muster status {storage.url}`"
+        f"{theirs} has taken over {storage.url}, so {ours} must not write any more. Nothing is lost: the run "
+        f"continues there; look at it with `muster status {storage.url}`"
     )

@@ -1,4 +1,4 @@
-"""What an attempt failed of, as it is told to people and kept with the run."""
+"""The cause of an attempt's failure, as it is printed and stored with the run."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ _STEP = re.compile(r"step \d+(, )?")
 
 
 class FailureKind(NamedTuple):
-    """``fatal``: trying again would end the same; ``usage``: the user can mend it; ``own``: an error of this
-    program's, whose text says what to do."""
+    """``fatal``: another attempt would fail in the same way; ``usage``: the user can fix it; ``own``: an error that
+    muster raises, whose text contains the advice."""
 
     fatal: bool
     usage: bool
@@ -44,8 +44,8 @@ class FailureKind(NamedTuple):
 
 
 class WorkerError(Exception):
-    """An exception of one rank, as it crosses from the worker to the driver. Times are Unix seconds; ``where`` is what
-    the rank was doing (`trainer.errors.note_where`)."""
+    """An exception of one rank, as it crosses from the worker to the driver. ``when`` is unix s; ``where`` is what the
+    rank was doing (`trainer.errors.note_where`)."""
 
     def __init__(
         self,
@@ -72,13 +72,13 @@ class WorkerError(Exception):
     def of(cls, error: BaseException, when: float, rank: int, host: str, trace: str) -> WorkerError:
         where = where_of(error) or ""
         if isinstance(error, MusterError):  # its text needs no trace
-            said, trace = str(error), ""
+            text, trace = str(error), ""
         else:
-            said = f"{type(error).__name__}: {error}"
-        if where and not _STEP.match(said):
-            said = f"{where}: {said}"
-        # Here, on the rank, since the cluster's own logs have it as it is raised.
-        return cls(when, rank, host, redact(said), redact(trace), FailureKind.of(error), where)
+            text = f"{type(error).__name__}: {error}"
+        if where and not _STEP.match(text):
+            text = f"{where}: {text}"
+        # Redact here, on the rank: the cluster's own logs contain the exception as it is raised.
+        return cls(when, rank, host, redact(text), redact(trace), FailureKind.of(error), where)
 
     @property
     def cause(self) -> Failure:
@@ -102,11 +102,11 @@ class Failure:
 
     @property
     def by_another(self) -> bool:
-        """Whether the rank may have failed of what another one did to it: it was killed, or its collectives broke."""
+        """Returns whether another rank may be the cause: this one was killed, or its collectives broke."""
         return self.died or (not self.own and COLLECTIVE.search(self.message) is not None)
 
     def of_hang(self, hang: Mapping[str, Any]) -> Failure:
-        """The same failure, which came of this event: the rank that held the others up was ended."""
+        """Returns this failure with the cause and the rank of a `hang` event: the rank that blocked the others."""
         found = replace(self, message=str(hang.get("cause") or self.message))
         if not hang.get("ranks"):
             return found
@@ -118,7 +118,7 @@ class Failure:
         return InputError(self.message, *details) if self.usage else WorkerFailed(self.message, *details)
 
     def facts(self, advice: str) -> dict[str, Any]:
-        """What the event of a failure says of it."""
+        """Returns the fields of the event `failure`."""
         return {
             "cause": self.message,
             "rank": self.rank,
@@ -130,7 +130,7 @@ class Failure:
 
 
 def useful_stack(error: BaseException) -> str:
-    """Of where the error first came up: the last of this program's own lines, and the very last."""
+    """Returns the root cause's stack, cut to muster's last three frames and the frame that raised."""
     while error.__cause__ is not None:
         error = error.__cause__
     *before, last = traceback.extract_tb(error.__traceback__) or [None]
@@ -139,7 +139,7 @@ def useful_stack(error: BaseException) -> str:
 
 
 def said_of(error: BaseException) -> str:
-    """What happened, without a stack or advice."""
+    """Returns what happened, without a stack or advice."""
     return error.cause if isinstance(error, MusterError) else f"{type(error).__name__}: {error}"
 
 

@@ -1,8 +1,8 @@
 """Metrics, events and ledgers as JSON Lines in object storage, where nothing can be appended to.
 
-Rows collect in parts. A background thread writes the growing part whole, at most ``flush_s`` after a row came, and
-begins the next one when it is full: readers never meet a row twice, and hours of training make few objects.
-Training never waits for it and never dies of it: what cannot be stored now is tried again with the next flush.
+Rows collect in parts. A background thread rewrites the growing part, at most ``flush_s`` after a row was added, and
+begins the next part when this one is full: readers never see a row twice, and hours of training make few objects.
+Training never waits for the thread and never fails because of it: the next flush retries what could not be stored.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _GLANCE_BYTES = 128 * 1024
 _FAILURE_PARTS = 4
 _EVENT_WAIT_S = 10.0
 _CLOSE_S = 30.0
-"""For a thread that has stored all it had, or has failed to."""
+"""How long `close` waits for the thread after its last flush."""
 _MOST_PATIENCE = 32  # times flush_s between attempts while the storage fails
 
 
@@ -60,7 +60,7 @@ class JsonLinesWriter:
         self._thread: threading.Thread | None = None
 
     def add(self, row: Mapping[str, Any]) -> None:
-        """Values that JSON lacks (nan, inf) become null."""
+        """Adds a row, which the thread stores later. Values that JSON lacks (nan, inf) become null."""
         text = json.dumps(plain(row), ensure_ascii=False, allow_nan=False)
         line = text.encode(errors="replace") + b"\n"  # a path or an error may hold bytes that are no text
         with self._changed:
@@ -73,12 +73,14 @@ class JsonLinesWriter:
             part.data += line
             part.rows += 1
             self._added += 1
-            self._start()
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._work, name=f"rows {self._prefix}", daemon=True)
+                self._thread.start()
             self._changed.notify_all()
 
     def flush(self, *, strict: bool = False, timeout_s: float | None = None) -> bool:
-        """Stores every row so far and says whether that worked within ``timeout_s`` (None: the storage's own
-        deadline). ``strict`` raises instead of saying no."""
+        """Stores every row so far. Returns whether that succeeded within ``timeout_s`` (None: the storage's own
+        deadline); with ``strict``, raises instead of returning False."""
         with self._changed:
             target, failures = self._added, self._failures
             self._urgent = True
@@ -90,7 +92,7 @@ class JsonLinesWriter:
         return stored
 
     def close(self) -> None:
-        """Stores the rest and ends the thread; raises what the last attempt raised when rows are left."""
+        """Stores the rest and ends the thread. When rows are left, raises the error of the last attempt."""
         with self._changed:
             self._closing = True
         try:
@@ -98,11 +100,6 @@ class JsonLinesWriter:
         finally:
             if self._thread is not None:
                 self._thread.join(_CLOSE_S)
-
-    def _start(self) -> None:
-        if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name=f"rows {self._prefix}", daemon=True)
-            self._thread.start()
 
     def _work(self) -> None:
         failed_in_a_row = 0
@@ -114,19 +111,15 @@ class JsonLinesWriter:
                 patience_s = self._flush_s * min(2**failed_in_a_row, _MOST_PATIENCE)
                 self._changed.wait_for(lambda: self._urgent or self._closing, patience_s)
                 self._urgent = False
-                part = self._unstored_part()
+                while self._parts[0].stored == self._parts[0].rows and len(self._parts) > 1:  # full and stored
+                    self._parts.pop(0)
+                    self._number = (self._number or 0) + 1
+                part = self._parts[0]
                 data, rows = bytes(part.data), part.rows
             failed_in_a_row = 0 if self._store(part, data, rows) else failed_in_a_row + 1
 
-    def _unstored_part(self) -> _Part:
-        """The oldest part that is not stored in full; those before it are forgotten."""
-        while self._parts[0].stored == self._parts[0].rows and len(self._parts) > 1:
-            self._parts.pop(0)
-            self._number = (self._number or 0) + 1
-        return self._parts[0]
-
     def _store(self, part: _Part, data: bytes, rows: int) -> bool:
-        """Writes one part as it was, and counts it; the thread's own method, so parts are stored in their order."""
+        """Writes a snapshot of one part and counts its rows. Only the thread calls it, so parts are stored in order."""
         try:
             if self._number is None:
                 self._number = _next_number(self._storage, self._prefix)
@@ -141,13 +134,13 @@ class JsonLinesWriter:
         with self._changed:
             self._stored += rows - part.stored
             part.stored = rows
-            self._urgent = self._urgent or len(self._parts) > 1  # the next part's rows have waited already
+            self._urgent = self._urgent or len(self._parts) > 1  # rows of the next part have waited already
             self._changed.notify_all()
         return True
 
 
 class Events:
-    """What happened to a run: starts, failures, resizes, checkpoints, ends. ``writer`` names the process."""
+    """Writes the events of a run: starts, failures, resizes, checkpoints, ends. ``writer`` names the process."""
 
     def __init__(self, storage: Storage, attempt: int, writer: str) -> None:
         self._attempt = attempt
@@ -155,15 +148,15 @@ class Events:
         self._lines = JsonLinesWriter(storage, layout.events_part(attempt, writer))
 
     def emit(self, event: str, *, wait: bool = True, **fields: Any) -> None:
-        """Stored when this returns, unless the storage is down: then the log says so and it is tried again later.
-        Without ``wait`` it is stored soon, and the caller held up by nothing."""
+        """Stores an event before it returns. When the storage is down, logs a warning, and the thread retries.
+        Without ``wait``, returns at once and the thread stores the event soon."""
         head = {"attempt": self._attempt, "event": event, "time": time.time(), "writer": self._writer}
         self._lines.add(clean({**head, **fields}))
         if wait and not self._lines.flush(timeout_s=_EVENT_WAIT_S):
             log.warning("the event %r of attempt %d is not stored yet", event, self._attempt)
 
     def close(self) -> None:
-        """Ends the writer; errors are logged, since events must not decide how a run ends."""
+        """Ends the writer. Errors are only logged: events must not decide how a run ends."""
         try:
             self._lines.close()
         except Exception:
@@ -171,21 +164,22 @@ class Events:
 
 
 def read_rows(storage: Storage, prefix: str) -> list[dict[str, Any]]:
-    """All rows of all parts below the folder ``prefix`` (``metrics``), by attempt, writer and order of writing."""
+    """Returns all rows of all parts below the folder ``prefix`` (``metrics``), by attempt, writer and order of
+    writing."""
     keys = [info.key for info in _parts_below(storage, prefix)]
     parts = in_parallel(lambda key: _read_part(storage, key), keys, _PARALLEL_READS)
     return [row for part in parts for row in part]
 
 
 def rows_backwards(storage: Storage, prefix: str) -> Iterator[dict[str, Any]]:
-    """`read_rows` from the last row on, reading a part only when it is reached: what a glance needs."""
+    """Yields the rows of `read_rows` from the last to the first. A part is read only when it is reached."""
     for info in reversed(_parts_below(storage, prefix)):
         yield from reversed(_read_part(storage, info.key))
 
 
 def newest_rows(storage: Storage, prefix: str) -> list[dict[str, Any]]:
-    """The last rows of the newest part below the folder ``prefix``, in their order, in one listing and one read of at
-    most `_GLANCE_BYTES`."""
+    """Returns the last rows of the newest part below the folder ``prefix``, in their order. Costs one listing and one
+    read of at most `_GLANCE_BYTES`."""
     parts = _parts_below(storage, prefix)
     if not parts:
         return []
@@ -197,8 +191,8 @@ def newest_rows(storage: Storage, prefix: str) -> list[dict[str, Any]]:
 
 
 def newest_failure(storage: Storage, driver: int) -> dict[str, Any] | None:
-    """Why the run of this driver has failed, or failed last: its newest event `failure`, or the `end` of what failed
-    outside of an attempt. Reads what drivers write and no more, so that a glance has it."""
+    """Returns the event that explains why this driver's run failed last: the newest `failure`, or the `end` of a
+    failure outside of an attempt. Reads only the newest parts that drivers write, to be fast."""
     parts = [info for info in _parts_below(storage, layout.EVENTS) if layout.driver_of_events(info.key) == driver]
     newest = sorted(parts, key=lambda info: (info.modified, info.key))[-_FAILURE_PARTS:]
     rows = [row for info in newest for row in _read_part(storage, info.key)]
@@ -210,13 +204,14 @@ def newest_failure(storage: Storage, driver: int) -> dict[str, Any] | None:
 
 
 def newest_event(storage: Storage, attempt: int, kind: str) -> dict[str, Any] | None:
-    """The newest one of this kind in the newest ``attempt``, if there is one."""
+    """Returns the newest event of this kind in ``attempt``, which has to be the newest one; None if there is none."""
     rows = takewhile(lambda row: row.get("attempt") == attempt, rows_backwards(storage, layout.EVENTS))
     return next((row for row in rows if row.get("event") == kind), None)
 
 
 def plain(value: Any) -> Any:
-    """As JSON takes it: non-finite floats become None, tuples lists, numpy and torch scalars Python's own."""
+    """Returns the value in the form that JSON accepts: non-finite floats become None, tuples become lists, numpy and
+    torch scalars become Python's. Raises TypeError for anything else."""
     if isinstance(value, Mapping):
         return {str(k): plain(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
@@ -235,7 +230,7 @@ def _parts_below(storage: Storage, prefix: str) -> list[ObjectInfo]:
 
 
 def _next_number(storage: Storage, prefix: str) -> int:
-    """After the highest part of this prefix that is there."""
+    """Returns the number after the highest stored part of this prefix."""
     numbers = [0]
     for info in storage.list(prefix.rpartition("/")[0]):
         lead, _, tail = info.key.removesuffix(".jsonl").rpartition("-")
@@ -249,7 +244,8 @@ def _read_part(storage: Storage, key: str) -> list[dict[str, Any]]:
 
 
 def parse_rows(storage: Storage, key: str, lines: bytes) -> list[dict[str, Any]]:
-    """The rows of these whole lines of a part. What is no row, or one of other types, is left out with a warning."""
+    """Returns the rows of these complete lines of a part. Leaves out, with a warning, lines that are no row or a row
+    with fields of other types."""
     reader, rows, faults = JsonReader(), [], []
     for line in lines.split(b"\n"):
         if not line.strip():

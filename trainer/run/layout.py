@@ -1,17 +1,17 @@
-"""Where things lie in a run: the only place that spells the keys of `<storage>/<name>/`.
+"""The storage keys of a run. Only this module spells the keys below `<storage>/<name>/`.
 
 recipe.yaml, provenance.json   frozen at the first start
 data.json                      which prepared data the run reads
 lease                          the driver that is alive
-stop                           which driver is asked to end
+stop                           the driver that is requested to stop
 submission, submitted/         the job that was given to a scheduler or cluster for it, and the recipes of such jobs
 claims/d000001, claims/000001  drivers and attempts, who may write
 commits/<attempt>/<inverted>   one record per committed checkpoint, the only truth
-checkpoints/<unique>/          what the records point at
+checkpoints/<unique>/          the files that the records name
 adapter/                       the final adapter
 metrics/ events/ ledger/       JSON Lines in parts
 logs/                          what each rank printed, in parts
-trackers/                      how far each tracker has been told
+trackers/                      how far each tracker has received the metrics
 tensorboard/                   event files, with that tracker
 profiles/attempt-…/rank-….…     traces of steps (`trainer.worker.profiler`)
 plan/                          the packing plan, one object per window
@@ -42,9 +42,9 @@ TENSORBOARD = "tensorboard"
 PLAN = "plan"
 PROFILES = "profiles"
 PREPARED = "_data"
-"""Prepared data, shared between runs: beside the runs, not inside one."""
+"""Prepared data, shared between runs: next to the runs, not inside one."""
 MODELS = "_models"
-"""Quantised copies of base models, likewise."""
+"""Quantised copies of base models, also next to the runs."""
 
 _LAST_STEP = 10**12 - 1
 
@@ -58,14 +58,14 @@ def attempt_claim(attempt: int) -> str:
 
 
 def commit(attempt: int, step: int) -> str:
-    """The record's key; the step is inverted so that a sorted listing gives the newest one first."""
+    """Returns the record's key. The step is inverted, so that a sorted listing begins with the newest one."""
     if not 0 <= step <= _LAST_STEP:
         raise ValueError(f"step {step} is outside 0 to {_LAST_STEP}")
     return f"{COMMITS}/{attempt:06d}/{_LAST_STEP - step:012d}.json"
 
 
 def parse_commit(key: str) -> tuple[int, int] | None:
-    """(attempt, step) of a record's key, None for any other key."""
+    """Returns (attempt, step) of a record's key, None for any other key."""
     match = re.fullmatch(rf"{COMMITS}/(\d{{6,}})/(\d{{12}})\.json", key)
     return (int(match[1]), _LAST_STEP - int(match[2])) if match else None
 
@@ -75,7 +75,7 @@ def checkpoint(unique: str) -> str:
 
 
 def metrics_part(attempt: int) -> str:
-    """Prefix of an attempt's metrics parts; `trainer.run.jsonl.JsonLinesWriter` adds the part's number."""
+    """Returns the prefix of an attempt's metrics parts; `trainer.run.jsonl.JsonLinesWriter` adds the part's number."""
     return f"{METRICS}/a{attempt:06d}"
 
 
@@ -84,8 +84,8 @@ def events_part(attempt: int, writer: str) -> str:
 
 
 def driver_of_events(key: str) -> int | None:
-    """Of a part of what a driver, or a rank in its place, has written (``driver2``, ``driver2-controller``); None for
-    any other key."""
+    """Returns the driver's number in the key of an events part that a driver, or a rank in its place, has written
+    (``driver2``, ``driver2-controller``); None for any other key."""
     match = re.fullmatch(rf"{EVENTS}/a\d{{6,}}-driver(\d+)(-[a-z]+\d*)?-\d+\.jsonl", key)
     return int(match[1]) if match else None
 
@@ -99,16 +99,16 @@ def tracker(name: str) -> str:
 
 
 def log_part(attempt: int, rank: int, offset: int) -> str:
-    """``offset``: how many bytes of the log stand before this part."""
+    """Returns the key of a log part. ``offset``: how many bytes of the log precede it."""
     return f"{LOGS}/a{attempt:06d}-r{rank:05d}-{offset:012d}.log"
 
 
 def parse_log_part(key: str) -> tuple[int, int, int] | None:
-    """(attempt, rank, offset) of a part's key, None for any other key."""
+    """Returns (attempt, rank, offset) of a part's key, None for any other key."""
     match = re.fullmatch(rf"{LOGS}/a(\d{{6,}})-r(\d{{5,}})-(\d{{12,}})\.log", key)
     return (int(match[1]), int(match[2]), int(match[3])) if match else None
 
 
 def profile(attempt: int, rank: int) -> str:
-    """Of a rank's trace, without its ending."""
+    """Returns the key of a rank's trace without its suffix."""
     return f"{PROFILES}/attempt-{attempt:06d}/rank-{rank:05d}"

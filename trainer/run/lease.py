@@ -1,12 +1,12 @@
 """The lease: which driver is alive and has the run.
 
-A record in the run that its driver rewrites every 3 s with a growing ``beat``. It informs (status, "who holds it?") and
-keeps two drivers from fighting; it does not protect: clocks differ and networks stall, so a new holder always claims a
-driver number, which fences the old one (trainer.run.claims) whether or not it has noticed.
+The lease is a record in the run that its driver rewrites every 3 s with a growing ``beat``. It informs (`status`, the
+message of RunHeld) and keeps two drivers from competing. It does not protect: clocks differ and networks stall, so a
+new holder always claims a driver number, which fences the old one (trainer.run.claims) whether or not it has noticed.
 
-Whether a holder is alive is seen, not computed: its process where it runs on this host, and else whether the beat
-changes while somebody watches. The time in a record is that of another host's clock, and only says how long it is
-worth looking: a fresh one shows a living holder at once, any other proves nothing.
+Whether a holder is alive is observed, not computed: by its process if it runs on this host, otherwise by whether the
+beat changes while the reader watches. The time in a record is from another host's clock. A fresh time shows a living
+holder at once; any other time proves nothing, and the reader has to watch.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from trainer.storage import Storage
 log = logging.getLogger(__name__)
 RENEW_S = 3.0
 RENEWAL_S = 5.0
-"""Time for each request of a renewal: one that hangs is abandoned, and tried again while the lease is fresh."""
+"""Deadline of each request of a renewal: one that hangs is abandoned, and retried while the lease is fresh."""
 STALE_S = 15.0
 WATCH_S = 20.0
-"""Longer than a renewal with two hung requests."""
+"""How long a driver that wants the run watches; longer than a renewal with two hung requests."""
 GLANCE_S = 2.5 * RENEW_S
-"""How long somebody watches who only wants to know."""
+"""How long a reader watches that does not want the run (`is_held`)."""
 _POLL_S = 1.0
 RUNNING, STOPPING = "running", "stopping"
 ENDED = ("succeeded", "failed", "interrupted")
@@ -44,8 +44,8 @@ ENDED = ("succeeded", "failed", "interrupted")
 
 @dataclass(frozen=True)
 class Holder:
-    """A process, told apart from every other one that ever ran: ``process_start`` is unix s, ``boot_id`` names the
-    boot and the pid namespace, ``job`` a Slurm job or RayJob that may be requeued under the same name."""
+    """The identity of a process among all that ever ran: ``process_start`` is unix s, ``boot_id`` names the boot and
+    the pid namespace, ``job`` a Slurm job or RayJob that may be requeued under the same name."""
 
     host: str
     boot_id: str
@@ -61,10 +61,8 @@ class Holder:
         return Holder(socket.gethostname(), _boot_id(), me.pid, me.create_time(), job)
 
     def is_dead(self) -> bool:
-        """Whether this process is known to have ended: only on its own host and boot can that be seen.
-
-        Another boot id proves nothing (hosts may share a name), and a reboot takes longer than a lease stays fresh.
-        """
+        """Returns whether this process is known to have ended. That is visible only on its own host and boot."""
+        # Another boot id proves nothing: hosts may share a name. A reboot takes longer than a lease stays fresh.
         if (self.host, self.boot_id) != (socket.gethostname(), _boot_id()):
             return False
         import psutil
@@ -82,8 +80,8 @@ class Holder:
 
 @dataclass(frozen=True)
 class LeaseRecord:
-    """``time`` is the holder's clock at the last renewal (unix s); ``beat`` counts renewals, ``gathers`` how often the
-    driver has asked its workers to commit and be started anew."""
+    """``time`` is the holder's clock at the last renewal (unix s); ``beat`` counts renewals, ``gathers`` the resizes:
+    how often the driver has requested its workers to commit and be started again."""
 
     driver: Count
     state: str
@@ -93,40 +91,38 @@ class LeaseRecord:
     gathers: Count = 0
 
     def may_be_alive(self) -> bool:
-        """False once the driver has ended, or its process is known to have."""
+        """Returns False once the driver has ended, or its process is known to have ended."""
         return self.state not in ENDED and not self.holder.is_dead()
 
     def is_fresh(self, now: float) -> bool:
-        """Renewed a moment ago, by clocks that may differ."""
+        """Returns whether the lease was renewed a moment ago, by clocks that may differ."""
         return abs(now - self.time) <= STALE_S
 
 
 def read_lease(run: Storage) -> LeaseRecord | None:
-    """None when nobody ever held the run; CorruptObject when the record is not one."""
+    """Returns None when no driver ever held the run. Raises CorruptObject when the record is not a lease."""
     try:
         body = run.read_json(layout.LEASE)
     except FileNotFoundError:
         return None
     try:
-        holder = {"holder": body}  # its fields stand beside the lease's own
+        holder = {"holder": body}  # its fields are stored flat, next to the lease's own
         return read_record(LeaseRecord, {**body, **holder} if isinstance(body, dict) else body)
     except Malformed as error:
         raise CorruptObject(f"{run.uri(layout.LEASE)} is not a lease ({error}); take over with --takeover") from error
 
 
 def read_owner(run: Storage) -> LeaseRecord | None:
-    """`read_lease`; of a driver that has claimed the run and not written its lease yet, what its claim says of it."""
+    """Returns the newest driver's lease. For a driver that has claimed the run and not yet written its lease, builds
+    the record from its claim."""
     newest, lease = read_claims(run).driver, read_lease(run)
     if newest <= (lease.driver if lease else 0):
         return lease
-    return LeaseRecord(newest, RUNNING, _claimant(run, newest), 0.0, 0)
-
-
-def _claimant(run: Storage, driver: int) -> Holder:
     try:
-        return read_record(Holder, run.read_json(layout.driver_claim(driver)))
+        holder = read_record(Holder, run.read_json(layout.driver_claim(newest)))
     except (FileNotFoundError, CorruptObject, Malformed):
-        return Holder("an unknown host", "", 0, 0.0, None)
+        holder = Holder("an unknown host", "", 0, 0.0, None)
+    return LeaseRecord(newest, RUNNING, holder, 0.0, 0)
 
 
 def is_held(
@@ -163,14 +159,14 @@ def _renews(run: Storage, lease: LeaseRecord, watch_s: float, sleep: Callable[[f
 
 
 class Lease:
-    """Held from `acquire` to `release`. ``lost`` is set once a newer driver is seen; then nothing may be written.
-    ``asked`` is set once somebody asks for this driver's end (`request_end`)."""
+    """The lease of this driver, from `acquire` to `release`. ``lost`` is set once a newer driver is seen; then nothing
+    may be written. ``asked`` is set once this driver is requested to stop (`request_end`)."""
 
     def __init__(self, run: Storage, record: LeaseRecord, clock: Callable[[], float], renew_s: float) -> None:
         self.lost, self.asked = threading.Event(), threading.Event()
         self._run = run
         self._record = record
-        # Apart from the record: a signal handler may set them while a renewal is under way.
+        # Kept outside the record: a signal handler may set them during a renewal.
         self._state, self._gathers = record.state, record.gathers
         self._clock = clock
         self._renew_s = renew_s
@@ -200,10 +196,11 @@ class Lease:
         sleep: Callable[[float], None] = time.sleep,
         renew_s: float = RENEW_S,
     ) -> Lease:
-        """Takes the run. Watches for up to 20 s whether the one who has it renews its lease; RunHeld names a live one.
+        """Takes the run. Watches for up to 20 s whether the present holder renews its lease; if it does, raises
+        RunHeld, which names the holder.
 
-        At once when nobody holds it, when its holder is seen dead on this host, when the holder is of the same ``job``
-        (a requeued one), and with ``takeover``.
+        Takes it at once when no driver holds it, when its holder is known to be dead on this host, when the holder has
+        the same ``job`` (it was requeued), and with ``takeover``.
         """
         holder = Holder.of_this_process(job)
         driver = claim_driver(run, asdict(holder)) if takeover else _claim_free(run, holder, sleep)
@@ -212,18 +209,19 @@ class Lease:
         return Lease(run, record, clock, renew_s)
 
     def request_stop(self) -> None:
-        """Shows ``stopping`` in the record; from a signal handler too, since the renewing thread does the writing."""
+        """Sets the record's state to ``stopping``. A signal handler may call it: the renewing thread does the
+        writing."""
         self._state = STOPPING
         self._wake.set()
 
     def request_resize(self) -> None:
-        """Asks the workers to commit, and to be started anew with the nodes that are there then."""
+        """Requests the workers to commit and exit, so that they are started again with the nodes of that time."""
         self._gathers += 1
         self._wake.set()
 
     def release(self, state: str, *, deadline_s: float | None = None) -> None:
-        """Ends as ``succeeded``, ``failed`` or ``interrupted``; raises storage errors, after ``deadline_s`` or else the
-        storage's own. A lost lease is left alone."""
+        """Ends the lease as ``succeeded``, ``failed`` or ``interrupted``. Raises storage errors, after ``deadline_s``
+        or else the storage's own deadline. Does not write to a lost lease."""
         if state not in ENDED:
             raise ValueError(f"a lease ends with one of {', '.join(ENDED)}, not with {state!r}")
         with self._lock:
@@ -246,7 +244,7 @@ class Lease:
                 log.warning("the lease of %s was not renewed: %s", self._run.url, error)
 
     def _renew(self, run: Storage) -> None:
-        """Looks for a newer driver first, so that a lost lease does not hide the one of who has the run now."""
+        """Writes the next beat. Looks for a newer driver first, so as not to overwrite the new holder's lease."""
         if read_claims(run, known=[layout.driver_claim(self.driver)]).driver > self.driver:
             self.lost.set()
             return
@@ -258,13 +256,13 @@ class Lease:
 
 
 def request_end(run: Storage, driver: int | None, jobs: Sequence[str] = ()) -> None:
-    """Asks the run's driver of this number, from anywhere, to commit and end; it looks every 3 s. A driver that one of
-    these ``jobs`` starts later does not begin (`check_not_cancelled`)."""
+    """Requests the run's driver of this number, from any host, to commit and stop; the driver looks every 3 s. A driver
+    that one of these ``jobs`` starts later does not begin (`check_not_cancelled`)."""
     run.write_json(layout.STOP, {"driver": driver, "jobs": list(jobs), "time": time.time()})
 
 
 def withdraw_end(run: Storage) -> None:
-    """A new submission may have the name of a job that was cancelled."""
+    """Deletes a stop request: a new submission may have the name of a job that was cancelled."""
     run.delete([layout.STOP])
 
 
@@ -273,10 +271,10 @@ def end_is_requested(run: Storage, driver: int) -> bool:
 
 
 def check_not_cancelled(run: Storage, job: str | None) -> None:
-    """Raises Interrupted in a job that was cancelled and that its scheduler or cluster has started all the same."""
+    """Raises Interrupted in a job that was cancelled and that its scheduler or cluster has started nevertheless."""
     if job is not None and job in _stop(run).get("jobs", ()):
         raise Interrupted(
-            f"{job} was cancelled; to go on, submit the run again with `muster run --on …`, or delete "
+            f"{job} was cancelled; to resume the run, submit it again with `muster run --on …`, or delete "
             f"{run.uri(layout.STOP)}"
         )
 
@@ -294,8 +292,8 @@ def _stop(run: Storage) -> _Stop:
 
 
 def _claim_free(run: Storage, holder: Holder, sleep: Callable[[float], None]) -> int:
-    """The claimed driver number. Raises RunHeld when the owner renews its lease, which is watched whatever its time
-    says, and when somebody else takes the run in the same moment."""
+    """Claims the run from an owner that is not alive, and returns the driver number. Raises RunHeld when the owner
+    renews its lease (watched even if its time is fresh), or when another driver takes the run in the same moment."""
     owner = read_owner(run)
     same_job = owner is not None and holder.job is not None and owner.holder.job == holder.job
     if owner is not None and owner.may_be_alive() and not same_job and _renews(run, owner, WATCH_S, sleep):
@@ -315,13 +313,13 @@ def _write(run: Storage, record: LeaseRecord) -> None:
 
 
 def to_row(record: LeaseRecord) -> Mapping[str, Any]:
-    """The flat JSON object that is stored."""
+    """Returns the flat JSON object that is stored."""
     row = asdict(record)
     return {**row.pop("holder"), **row}
 
 
 def _boot_id() -> str:
-    """This boot of this machine, and the pid namespace: a container's process 7 is not the host's."""
+    """Returns this boot of this machine and the pid namespace: a container's process 7 is not the host's."""
     try:
         with open("/proc/sys/kernel/random/boot_id") as file:
             return f"{file.read().strip()}/{os.stat('/proc/self/ns/pid').st_ino}"

@@ -1,4 +1,4 @@
-"""Recipes by their path or URL."""
+"""Reads recipes from a path or URL."""
 
 from __future__ import annotations
 
@@ -19,20 +19,21 @@ _SUBMITTED = re.compile(rf"{layout.SUBMITTED}/[^/]*-([0-9a-f]{{32}})\.yaml$")
 
 
 def is_recipe(place: str) -> bool:
-    """Whether this names a recipe rather than a run."""
+    """Returns whether ``place`` names a recipe rather than a run."""
     return place.endswith(ENDINGS)
 
 
 def digest_of(body: bytes) -> str:
-    """The digest in the name of a submitted recipe, so that the job's command names the bytes that were submitted."""
+    """Returns the digest for the name of a submitted recipe. By it the job's command names exactly those bytes."""
     return hashlib.sha256(body).hexdigest()[:32]
 
 
 def recipe_at(place: str, overrides: Sequence[str] = (), *, trust: bool = False) -> Recipe:
-    """A recipe from a file, or from an fsspec URL such as the one under which a submitted recipe was frozen. A file is
-    its user's word; code that a recipe at a URL names needs the user's ``trust``.
+    """Reads a recipe from a file, or from an fsspec URL such as that of a submitted recipe. A local file is trusted;
+    code that a recipe at a URL names needs the user's ``trust``.
 
-    Raises RecipeError with all mistakes, InputError when there is nothing at the URL, or not what was submitted."""
+    Raises RecipeError with all mistakes; InputError when nothing exists at the URL, or when a submitted recipe was
+    changed."""
     submitted = _SUBMITTED.search(place)
     if "://" not in place and not submitted:
         return load(place, overrides)

@@ -1,7 +1,7 @@
-"""The rows of metrics and events by the types that their readers rely on; further fields are kept as they are.
+"""Types of the fields of metrics and events rows that readers rely on; further fields are kept as they are.
 
-A row of other types is left out where rows are read: what wrote it was no muster. A field that is missing is none of
-that, since versions differ in what they write; so readers do without.
+A row with a field of another type was not written by muster, and is left out by readers. A missing field is no error,
+because versions differ in what they write; readers work without it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ Whole = Count | None
 
 
 class Facts(TypedDict, total=False):
-    """The fields of a step's or an evaluation's row but its place; a commit record repeats them."""
+    """The fields of a step's or an evaluation's row, except its step, attempt and time. A commit record repeats
+    them."""
 
     loss: Number
     eval_loss: Number
@@ -79,7 +80,7 @@ class Event(TypedDict, total=False):
 
 
 class HangRankRow(TypedDict):
-    """A rank that held the others up."""
+    """A rank that blocked the others."""
 
     rank: Count
     host: str
@@ -108,11 +109,11 @@ class SampleTextsRow(Event, total=False):
 
 
 OWN_FIELDS: Mapping[str, Any] = {"hang": Hang, "startup": Startup, "texts": SampleTextsRow}
-"""Kinds of events with fields that others do not have, or have of another type."""
+"""Kinds of events with fields that other kinds do not have, or have with another type."""
 
 
 def read_row(reader: JsonReader, key: str, line: bytes) -> Row:
-    """One line of the part ``key``; raises Malformed for one that is not of the types that its folder has."""
+    """Reads one line of the part ``key``. Raises Malformed when it does not have the types of the part's folder."""
     row = reader.read(line)
     if key.startswith(f"{layout.METRICS}/"):
         return dict(read_record(MetricsRow, row))

@@ -1,9 +1,9 @@
-"""Where the time from the command to the first optimizer step goes.
+"""Startup phases: how the time from the command to the first optimizer step is spent.
 
-The phases follow each other and add up to the whole. Several things go on at once while a run starts; a phase is what
-was left to wait for when those before it were over. Every duration is measured by one clock of one process: the driver
-hands seconds on, never a time of day, since hosts disagree about that. What this leaves out is the message from the
-driver to the workers, some milliseconds.
+The phases follow each other and add up to the total. Several things run at once while a run starts; a phase is the time
+that was still to wait for it when the phases before it were over. Every duration is measured by one clock of one
+process: the driver passes seconds on, never a time of day, since hosts disagree about that. The message from the
+driver to the workers, some milliseconds, is not included.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ from pathlib import Path
 IMPORT, RAY, DATA, WORKERS, MODEL, SAMPLES = "import", "ray", "data", "workers", "model", "samples"
 FIRST_STEP = "first_step"
 PHASES = (IMPORT, RAY, DATA, WORKERS, MODEL, SAMPLES, FIRST_STEP)
-"""In their order. ``import``: the program's and the libraries' imports, and the check of the inputs."""
+"""The phases in their order. ``import``: the imports of muster and its libraries, and the check of the inputs."""
 
 
 class Phases:
-    """Seconds per phase. `end` says that a phase is over; time that nobody has claimed belongs to the next one."""
+    """Seconds per phase. `end` ends a phase and adds to it all time since the previous phase ended."""
 
     def __init__(
         self, began: float, spent: Mapping[str, float] | None = None, clock: Callable[[], float] = time.monotonic
@@ -36,12 +36,13 @@ class Phases:
         return {phase: self._seconds.get(phase, 0.0) for phase in PHASES}
 
     def restart(self) -> None:
-        """A new attempt begins now."""
+        """Begins a new attempt: the phases count from zero."""
         self._last, self._seconds = self._clock(), {}
 
 
 def process_began(stat: Path = Path("/proc/self/stat"), ticks_per_s: int = 100) -> float:
-    """When this process was started, in seconds of `time.monotonic`; now, where the system does not tell."""
+    """Returns when this process was started, in seconds of `time.monotonic`; now, where the system does not report
+    it."""
     now = time.monotonic()
     try:
         fields = stat.read_text().rpartition(")")[2].split()

@@ -1,4 +1,4 @@
-"""How a driver's wish to stop reaches its workers: rank 0 looks at the run's lease every second."""
+"""Passes a driver's stop request to its workers: rank 0 reads the run's lease every second."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ POLL_S = 1.0
 
 
 class StopPoller:
-    """``stop_requested`` says yes once the driver is stopping or gone, or another one has taken its place: then this
-    attempt's next commit is fenced, and finds that out. So it does when the driver wants the workers to be gathered
-    anew; ``gather`` tells that apart. Storage that does not answer changes nothing."""
+    """``stop_requested`` returns True once the driver is stopping or has ended, or a newer driver has taken the run
+    (then this attempt's next commit is fenced). It also returns True when the driver has requested a resize; ``gather``
+    is then True. A storage that does not answer changes nothing."""
 
     def __init__(self, run: Storage, driver: int, *, enabled: bool, poll_s: float = POLL_S) -> None:
         self._run, self._driver, self._poll_s = run, driver, poll_s
@@ -50,12 +50,9 @@ class StopPoller:
     def _look(self, lease: LeaseRecord) -> None:
         if self._gathers_before is None:
             self._gathers_before = lease.gathers
-        if self._ends(lease):
+        # Only our own driver and newer ones count: one that was overtaken may still write its lease once.
+        if lease.driver > self._driver or (lease.driver == self._driver and lease.state != RUNNING):
             self._stop.set()
         elif lease.driver == self._driver and lease.gathers > self._gathers_before:
             self.gather = True
             self._stop.set()
-
-    def _ends(self, lease: LeaseRecord) -> bool:
-        """A driver that was overtaken may still write once: only newer ones, and our own, count."""
-        return lease.driver > self._driver or (lease.driver == self._driver and lease.state != RUNNING)

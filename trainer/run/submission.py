@@ -1,4 +1,4 @@
-"""What was last submitted for a run, kept in the run: how `status` and `cancel` know its job."""
+"""The record of the job that was last submitted for a run. `status` and `cancel` find the job by it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.storage import Storage
 
 @dataclass(frozen=True)
 class Submission:
-    """The newest job that was submitted for a run: ``time`` is unix s, ``recipe`` where its recipe was frozen."""
+    """The newest job that was submitted for a run. ``time`` is unix s; ``recipe`` is the URL of its frozen recipe."""
 
     kind: str
     id: str
@@ -26,7 +26,7 @@ class Submission:
 
 
 def read_submission(run: Storage) -> Submission | None:
-    """Returns None where nothing was submitted, or where the record is not one."""
+    """Returns None when nothing was submitted, or when the record is malformed."""
     try:
         return read_record(Submission, run.read_json(layout.SUBMISSION))
     except (FileNotFoundError, CorruptObject, Malformed):

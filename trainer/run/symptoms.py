@@ -1,6 +1,6 @@
-"""What a failure probably means, and what to try next: a table of symptoms, as they stand in the libraries' messages.
+"""Advice on failures: a table of symptoms in libraries' messages, each with its likely cause and a next step.
 
-muster's own errors say it themselves.
+muster's own errors contain their advice and need no entry.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from trainer.recipe import Recipe
 from trainer.run.failure import Failure
 
 Fitting = Callable[[Recipe, int], list[str]]
-"""Overrides under which a recipe fits a device of so many bytes, as far as somebody can tell."""
+"""(recipe, device bytes) -> overrides under which the recipe should fit the device; empty where none is known."""
 
 GIB = 1 << 30
 CAPACITY = re.compile(r"total capacity of ([\d.]+) GiB")
 
 
 class FailedRun(NamedTuple):
-    """``run``: its address."""
+    """``run``: the run's address."""
 
     cause: Failure
     recipe: Recipe
@@ -43,17 +43,13 @@ def _sign(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern, re.IGNORECASE)
 
 
-def _doctor(failed: FailedRun) -> str:
-    return f"`muster doctor RECIPE` tests the network between the workers; `{failed.logs}` has more"
-
-
 def _less_memory(failed: FailedRun) -> str:
     capacity = CAPACITY.search(failed.cause.message)
     limit = f"{float(capacity[1]):g}GiB" if capacity else "SIZE"
     fitting = failed.fitting(failed.recipe, int(float(capacity[1]) * GIB)) if capacity else []
     if fitting:
-        return f"the plan says that one of these fits: {'; '.join(fitting)}"
-    return f"`muster plan RECIPE --gpu-memory {limit}` says what it takes and what would fit"
+        return f"according to the plan, one of these fits: {'; '.join(fitting)}"
+    return f"`muster plan RECIPE --gpu-memory {limit}` shows how much memory it needs and what would fit"
 
 
 SYMPTOMS = (
@@ -62,8 +58,8 @@ SYMPTOMS = (
         _sign(r"can't allocate memory|cannot allocate memory|^rank \d+( on \S+)? died.*out of memory|MemoryError"),
         "the host's memory is full",
         lambda failed: (
-            "fewer workers per host, or a smaller training.micro_batch; `muster plan RECIPE` says "
-            "what each rank takes of its host"
+            "use fewer workers per host, or a smaller training.micro_batch; `muster plan RECIPE` shows "
+            "how much host memory each rank needs"
         ),
     ),
     Symptom(
@@ -78,25 +74,29 @@ SYMPTOMS = (
     ),
     Symptom(
         _sign(r"device-side assert|illegal memory access|CUBLAS_STATUS|CUDNN_STATUS"),
-        "a kernel failed on the GPU, often of a token outside the model's vocabulary; where it is said is too late",
-        lambda failed: "CUDA_LAUNCH_BLOCKING=1 in the workers' environment has the stack show the call itself",
+        "a kernel failed on the GPU, often because of a token outside the model's vocabulary; the stack shows a later "
+        "call",
+        lambda failed: "with CUDA_LAUNCH_BLOCKING=1 in the workers' environment the stack shows the call that failed",
     ),
     Symptom(
         _sign(r"nccl|gloo|connection (closed|reset)|process ?group"),
         "another worker died, or the network between the workers failed",
-        _doctor,
+        lambda failed: f"`muster doctor RECIPE` tests the network between the workers; `{failed.logs}` has more",
     ),
     Symptom(
         _sign(r"^rank \d+( on \S+)? died"),
         "its process was killed from outside or crashed",
-        lambda failed: f"`{failed.logs}` has its last words, and its host's kernel log (dmesg) whether memory ran out",
+        lambda failed: (
+            f"`{failed.logs}` shows its last output; its host's kernel log (dmesg) shows whether memory ran out"
+        ),
     ),
 )
-"""The first that fits is it."""
+"""The first entry that matches is used."""
 
 
 def advise(cause: Failure, recipe: Recipe, run: str, fitting: Fitting = lambda recipe, device: []) -> str:
-    """Lines for a person; empty for what explains itself. ``fitting`` is asked when a GPU's memory was full."""
+    """Returns lines for the user; empty for an error that explains itself. Calls ``fitting`` only when a GPU's memory
+    was full."""
     if cause.own:
         return ""
     failed = FailedRun(cause, recipe, run, fitting)

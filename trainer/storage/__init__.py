@@ -1,4 +1,4 @@
-"""Objects in a folder: S3 and whatever fsspec opens, this machine's file system, and memory for tests."""
+"""Objects in a folder: S3 and other stores that fsspec opens, this machine's file system, and memory for tests."""
 
 from __future__ import annotations
 

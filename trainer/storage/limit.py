@@ -1,9 +1,9 @@
-"""A time limit that does not trust the one who is called: no library's time-out, no kernel's.
+"""A time limit that relies on no time-out of a library or the kernel.
 
 A request can wait for ever inside an HTTP client (a PUT with ``Expect: 100-continue`` whose reply never starts: the
 read time-out of botocore begins only with the reply) or inside the kernel (a file server that is away). Python cannot
-end a thread that waits there, so each attempt runs in a thread of its own, which is left behind when it stops coming
-further. It is a daemon: a process that wants to end does not wait for it.
+end a thread that waits there, so each attempt runs in a thread of its own, which is abandoned when it makes no more
+progress. The thread is a daemon: a process that wants to end does not wait for it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ T = TypeVar("T")
 
 
 def limited(attempt: Callable[[Moved], T], silence_s: float) -> T:
-    """The result of ``attempt(moved)``, or what it raises; NoAnswer once ``silence_s`` have passed since it began or
-    last called ``moved``."""
+    """Returns the result of ``attempt(moved)``, or raises its error. Raises NoAnswer once ``silence_s`` have passed
+    since it began or last called ``moved``."""
     done = threading.Event()
     result: list[T] = []
     errors: list[BaseException] = []

@@ -1,7 +1,7 @@
 """Folders of this machine or of a shared file system (NFS, Lustre), without fsspec in between.
 
-Writers use a temporary file beside the target. `os.replace` swaps it in for `write`; `os.link` gives `create` its
-"unless it is there", since linking fails on an existing name and is atomic on NFS too.
+Writers use a temporary file next to the target. `write` puts it in place by `os.replace`, `create` by `os.link`, which
+fails on an existing name and is atomic on NFS too.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ def _translated(path: str) -> Iterator[None]:
         ) from error
     except OSError as error:
         if error.errno == errno.EROFS:
-            raise InputError(f"{path} lies on a read-only file system; choose another folder") from error
+            raise InputError(f"{path} is on a read-only file system; choose another folder") from error
         if error.errno in _BAD_NAMES:
             raise InputError(f"{error.filename or path}: {error.strerror}; choose another path") from error
         raise Transient(one_line(error)) from error
 
 
 def _sync_folder(folder: str) -> None:
-    """Makes a new name in ``folder`` survive a power cut; file systems that cannot do it are left alone."""
+    """Makes a new name in ``folder`` survive a power cut, on file systems that support it."""
     with contextlib.suppress(OSError):
         handle = os.open(folder, os.O_RDONLY)
         try:
@@ -64,7 +64,7 @@ def _info(path: str, found: os.stat_result) -> ObjectInfo:
 
 
 def _copy(source: str, target: str, moved: Moved) -> None:
-    """Syncs as it goes: the disk's own pace is what shows whether a large copy comes further."""
+    # Syncs each block: only the pace of the disk itself shows whether a large copy makes progress.
     with open(source, "rb") as reading, open(target, "wb") as writing:
         while block := reading.read(_COPY_BYTES):
             writing.write(block)
@@ -74,11 +74,10 @@ def _copy(source: str, target: str, moved: Moved) -> None:
 
 
 def _files_below(folder: str, moved: Moved, above: tuple[tuple[int, int], ...] = ()) -> Iterator[ObjectInfo]:
-    """Every file, links followed, temporary ones too. A name that is gone by the time it is looked at was deleted
-    meanwhile; whatever else cannot be looked at raises.
-
-    Not `os.walk`, which leaves out folders that it cannot read, and folders that are links.
+    """Yields every file, temporary ones too; follows links. Leaves out a name that was deleted since it was listed;
+    raises for anything else that cannot be looked at. ``above``: (device, inode) of the folders above, against loops.
     """
+    # Not `os.walk`: it leaves out folders that it cannot read, and folders that are links.
     moved()
     with os.scandir(folder) as found:
         entries = list(found)
@@ -94,13 +93,14 @@ def _files_below(folder: str, moved: Moved, above: tuple[tuple[int, int], ...] =
             continue
         here = (seen.st_dev, seen.st_ino)
         if here in above:
-            raise InputError(f"{entry.path} is a link to a folder that it lies in; remove the link")
+            raise InputError(f"{entry.path} is a link to a folder that contains it; remove the link")
         with contextlib.suppress(FileNotFoundError):
             yield from _files_below(entry.path, moved, (*above, here))
 
 
 class LocalBackend:
-    """Paths are absolute; `create` and `upload` are fsynced, `write` is atomic but not (metrics, leases)."""
+    """Backend of local paths, which are absolute. `create` and `upload` are atomic and fsynced; `write` (metrics,
+    leases) is atomic and not fsynced."""
 
     def read(self, path: str) -> bytes:
         with _translated(path):
@@ -133,7 +133,7 @@ class LocalBackend:
                 if entry.is_dir():
                     found.folders.append(entry.name)
                 elif not entry.name.endswith(_TEMPORARY):
-                    with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                    with contextlib.suppress(FileNotFoundError):  # deleted since it was listed
                         found.objects.append(_info(entry.path, entry.stat())._replace(key=entry.name))
         return found
 
@@ -152,14 +152,14 @@ class LocalBackend:
             os.rmdir(os.path.dirname(path))
 
     def abort_uploads(self, path: str, stale: Callable[[str], bool]) -> int:
-        """Temporary files of writers that were killed."""
+        """Deletes temporary files of writers that were killed."""
         found = [i.key for i in self._below(path, lambda: None) if i.key.endswith(_TEMPORARY) and stale(i.key)]
         for key in found:
             self.delete(os.path.join(path, key))
         return len(found)
 
     def reconnect(self) -> None:
-        """There are no connections."""
+        """Does nothing: there are no connections."""
 
     def _below(self, path: str, moved: Moved) -> Listing:
         found = []
@@ -186,7 +186,7 @@ class LocalBackend:
             _sync_folder(folder)
 
     def _fill_in_folder(self, folder: str, temporary: str, fill: Callable[[str], object]) -> None:
-        """A concurrent `delete` may take the empty folder away between making it and filling it: once more, then."""
+        # A concurrent `delete` may remove the empty folder after it is made and before it is filled: then try again.
         for left in reversed(range(_FOLDER_VANISHED_TRIES)):
             try:
                 os.makedirs(folder, exist_ok=True)
@@ -208,11 +208,8 @@ class LocalBackend:
         except OSError as error:
             if error.errno not in _NO_LINKS:
                 raise
-            self._exclusive_copy(temporary, path)
-
-    def _exclusive_copy(self, temporary: str, path: str) -> None:
-        """For file systems without hard links: still exclusive, but a reader may catch it half written."""
-        with open(temporary, "rb") as source, open(path, "xb") as target:
-            shutil.copyfileobj(source, target)
-            target.flush()
-            os.fsync(target.fileno())
+            # A file system without hard links. The copy is still exclusive, but a reader may see a part of it.
+            with open(temporary, "rb") as source, open(path, "xb") as target:
+                shutil.copyfileobj(source, target)
+                target.flush()
+                os.fsync(target.fileno())

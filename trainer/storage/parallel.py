@@ -11,11 +11,11 @@ R = TypeVar("R")
 
 
 def in_parallel(task: Callable[[T], R], items: Iterable[T], threads: int) -> list[R]:
-    """The results of ``task`` for every item, in the items' order, from up to ``threads`` threads.
+    """Returns the results of ``task`` for every item, in the items' order, from up to ``threads`` threads.
 
-    After the first error no further item is begun, and that error is raised once the tasks under way have ended: over a
-    storage that is away this takes one deadline, however many items there are. The threads are daemons: they do not
-    hold up the end of a process, as those of ``concurrent.futures`` do.
+    After the first error no further item is begun, and that error is raised once the running tasks have ended: with a
+    storage that is away this takes one deadline, however many items there are. The threads are daemons: unlike those of
+    ``concurrent.futures`` they do not delay the end of the process.
     """
     todo = list(items)
     if min(threads, len(todo)) <= 1:
@@ -49,5 +49,5 @@ class _Crew(Generic[T, R]):
             number, item = following
             try:
                 self._results[number] = self._task(item)
-            except BaseException as error:  # whatever it is, it belongs to the caller
+            except BaseException as error:  # every error belongs to the caller
                 self._errors.append(error)

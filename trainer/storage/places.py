@@ -1,4 +1,4 @@
-"""From a URL or a path to a `Storage`, to one object, or to the list of objects that a glob means."""
+"""Resolves a URL or a path to a `Storage`, to one object, or to the list of objects that match a glob."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class SourceObject(NamedTuple):
 
 
 def open_storage(url: str, *, deadline_s: float = 120.0) -> Storage:
-    """The folder ``url``: an fsspec URL or a local path (made absolute). Nothing is contacted or created.
+    """Returns the folder ``url``, an fsspec URL or a local path (made absolute). Contacts and creates nothing.
 
-    ``deadline_s`` is the longest that one call goes on retrying. InputError for a scheme that cannot be opened and for
-    credentials in the URL.
+    ``deadline_s`` is the longest time that one call retries. Raises InputError for a scheme that cannot be opened and
+    for credentials in the URL.
     """
     path = local_path(url)
     if path is not None:
@@ -45,7 +45,7 @@ def open_storage(url: str, *, deadline_s: float = 120.0) -> Storage:
 
 
 def locate(url: str) -> tuple[Storage, str]:
-    """The storage and key of one object; it need not exist."""
+    """Returns the storage and key of one object, which need not exist."""
     folder, _, key = (local_path(url) or _remote_address(url)).rpartition("/")
     if not key or folder.endswith(":/"):
         raise InputError(f"{url!r} names a folder or a bucket, not an object; add the object's name")
@@ -53,14 +53,14 @@ def locate(url: str) -> tuple[Storage, str]:
 
 
 def expand(url: str) -> list[SourceObject]:
-    """The objects that a file, a folder (all below it; names with a leading dot or underscore left out) or a glob
-    (``*``, ``?``, ``[…]`` in a name, ``**`` for folders of any depth) means, sorted by URL. Empty when there is none.
+    """Returns the objects of a file, a folder (all below it; names with a leading dot or underscore left out) or a glob
+    (``*``, ``?``, ``[…]`` in a name, ``**`` for folders of any depth), sorted by URL. Empty when there is none.
 
-    A name that exists is meant as it is spelt, brackets included. What cannot be looked at raises: objects that are
-    left out of a source would be missing from the training data without a word.
+    A name that exists is taken literally, brackets included. Raises when anything cannot be looked at: otherwise its
+    objects would be missing from the training data without a message.
     """
     path = local_path(url)
-    # A refusal of S3 says why in the reply to a listing, and has no text for a single object.
+    # S3 gives the reason of a refusal only in the reply to a listing, not in that for a single object: list first.
     looks = (_below, _itself, _matched) if path is None else (_itself, _below, _matched)
     address = path or _remote_address(url)
     return next((found for look in looks if (found := sorted(look(address)))), [])
@@ -75,7 +75,9 @@ def _itself(address: str) -> Iterator[SourceObject]:
 
 def _below(address: str) -> Iterator[SourceObject]:
     folder = open_storage(address)
-    return (_source(folder, info) for info in folder.list() if _visible(info.key))
+    for info in folder.list():
+        if not any(part.startswith((".", "_")) for part in info.key.split("/")):
+            yield _source(folder, info)
 
 
 def _matched(address: str) -> Iterator[SourceObject]:
@@ -91,7 +93,7 @@ def _source(folder: Storage, info: ObjectInfo) -> SourceObject:
 
 
 def local_path(url: str) -> str | None:
-    """The absolute path when ``url`` means this machine's file system, else None."""
+    """Returns the absolute path when ``url`` is on this machine's file system, else None."""
     protocol, separator, rest = url.partition("://")
     if separator and protocol not in _LOCAL_PROTOCOLS:
         return None
@@ -102,7 +104,7 @@ def local_path(url: str) -> str | None:
 
 
 def checked_protocol(url: str) -> str:
-    """The URL's scheme; InputError (which does not repeat them) when the URL carries credentials."""
+    """Returns the URL's scheme. Raises InputError, which does not repeat them, when the URL carries credentials."""
     parts = urlsplit(url)
     if parts.username is not None or parts.password is not None:
         raise InputError(
@@ -115,8 +117,9 @@ def checked_protocol(url: str) -> str:
 
 
 def _remote_address(url: str) -> str:
-    """The URL in its one spelling: ``s3`` for ``s3a``, and single slashes, since a key with an empty part (``s3://$BUCKET/$PREFIX``
-    where the prefix begins with a slash) is written but never listed below its folder."""
+    """Returns the URL in its one spelling: ``s3`` for ``s3a``, and single slashes."""
+    # A key with an empty part (``s3://$BUCKET/$PREFIX`` where the prefix begins with a slash) is written, but never
+    # listed below its folder.
     protocol, rest = checked_protocol(url), url.split("://", 1)[1].rstrip("/")
     if protocol in _AS_THEY_ARE:
         return url
@@ -128,12 +131,8 @@ def _remote_address(url: str) -> str:
     return f"{'s3' if protocol == 's3a' else protocol}://" + re.sub(r"(?<=[^/])/+", "/", rest)
 
 
-def _visible(relative: str) -> bool:
-    return not any(part.startswith((".", "_")) for part in relative.split("/"))
-
-
 def _matching(storage: Storage, folder: str, parts: Sequence[str]) -> Iterator[ObjectInfo]:
-    """The objects below ``folder`` whose names match the glob ``parts``; looks into matching folders only."""
+    """Yields the objects below ``folder`` whose names match the glob ``parts``; looks into matching folders only."""
     name, below = parts[0], f"{folder}/" if folder else ""
     if name == "**":
         yield from (o for o in storage.list(folder) if _fits(o.key.removeprefix(below).split("/"), parts))

@@ -1,8 +1,8 @@
-"""Every store that fsspec knows: S3 (s3fs), `memory://` for tests, and others where their package is installed.
+"""Stores that fsspec knows: S3 (s3fs), `memory://` for tests, and others where their package is installed.
 
-Retrying is retry.py's business alone, so botocore and s3fs make one attempt each. aiohttp still repeats a PUT by
-itself when a kept-alive connection breaks, so a conditional put may answer "exists" about its own bytes: store.py
-compares them. Credentials and endpoint come from the environment (AWS_*) and botocore's own files, never from a URL.
+Only retry.py retries, so botocore and s3fs make one attempt each. aiohttp still repeats a PUT by itself when a
+kept-alive connection breaks, so a conditional put may answer "exists" about its own bytes: store.py compares them.
+Credentials and endpoint come from the environment (AWS_*) and botocore's own files, never from a URL.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from trainer.redact import credential_in
 from trainer.storage.backend import Entries, Listing, Moved, ObjectInfo, Transient, one_line
 
 S3_PROTOCOLS = ("s3", "s3a")
-_VERSION = "?versionId="  # s3fs takes what follows for a version
-_PART_RETRIES = 8  # of one part of a large upload: without them a lost part would send the whole file again
+_VERSION = "?versionId="  # s3fs reads the text after it as a version
+_PART_RETRIES = 8  # per part of a large upload: without them a lost part would send the entire file again
 _memory_lock = threading.Lock()
 
 _CREDENTIAL_CODES = {
@@ -43,7 +43,7 @@ _TRANSIENT_CLASSES = {  # by name, since botocore and aiohttp are imported only 
 
 
 def _code(error: BaseException) -> str:
-    """The store's own error code (``NoSuchBucket``), from the botocore error that s3fs translated, or ''."""
+    """Returns the store's own error code (``NoSuchBucket``), from the botocore error that s3fs translated, or ''."""
     for candidate in (error, error.__cause__):
         response = getattr(candidate, "response", None)
         if isinstance(response, dict):
@@ -52,8 +52,8 @@ def _code(error: BaseException) -> str:
 
 
 def _for_user(path: str, error: BaseException, code: str) -> InputError | None:
-    """The sentence for an error that only the user can mend; None when trying again may help."""
-    said = one_line(error)[:200]
+    """Returns the message for an error that only the user can fix; None when trying again may help."""
+    detail = one_line(error)[:200]
     names = {c.__name__ for c in type(error).__mro__}
     if code == "NoSuchBucket":
         return InputError(
@@ -61,16 +61,16 @@ def _for_user(path: str, error: BaseException, code: str) -> InputError | None:
         )
     if code in _CREDENTIAL_CODES or names & {"NoCredentialsError", "PartialCredentialsError", "ProfileNotFound"}:
         return InputError(
-            f"the storage did not accept the credentials for {path} ({said}); set AWS_ACCESS_KEY_ID and "
+            f"the storage did not accept the credentials for {path} ({detail}); set AWS_ACCESS_KEY_ID and "
             f"AWS_SECRET_ACCESS_KEY (AWS_SESSION_TOKEN, AWS_PROFILE), and AWS_ENDPOINT_URL where it is not Amazon's"
         )
     if isinstance(error, PermissionError):
         return InputError(
-            f"no permission for {path} ({said}); the credentials need to list, read, write and delete there "
+            f"no permission for {path} ({detail}); the credentials need to list, read, write and delete there "
             f"(a wrong key, or an object that is missing where listing is not allowed, is answered so as well)"
         )
     if code in _USER_CODES or ("BotoCoreError" in names and not names & _TRANSIENT_CLASSES):
-        return InputError(f"the storage refused the request for {path} ({said}); correct the address or the settings")
+        return InputError(f"the storage refused the request for {path} ({detail}); correct the address or the settings")
     return None
 
 
@@ -98,9 +98,9 @@ def translated(path: str) -> Iterator[None]:
 
 @functools.lru_cache(maxsize=16)
 def _filesystem(protocol: str, attempts: int, pid: int, environment: int) -> Any:
-    """One file system per process, protocol and AWS_* environment: a connection pool is worth sharing.
+    """Returns one file system per process, protocol and AWS_* environment, so that calls share a connection pool.
 
-    ``pid`` and ``environment`` are there as cache keys only; fsspec's event loop does not survive a fork.
+    ``pid`` and ``environment`` are only cache keys: fsspec's event loop does not survive a fork.
     """
     import fsspec  # type: ignore[import-untyped, unused-ignore]
 
@@ -113,7 +113,8 @@ def _filesystem(protocol: str, attempts: int, pid: int, environment: int) -> Any
 
 
 def filesystem(url: str, attempts: int = 1) -> Any:
-    """The fsspec file system of a URL; InputError when the scheme is unknown or its package is not installed."""
+    """Returns the fsspec file system of a URL. Raises InputError when the scheme is unknown or its package is not
+    installed."""
     protocol = url.split("://", 1)[0]
     if protocol in S3_PROTOCOLS:
         _check_endpoint()
@@ -125,8 +126,8 @@ def filesystem(url: str, attempts: int = 1) -> Any:
 
 
 def _check_endpoint() -> None:
-    """Raises InputError, which does not repeat them, for an endpoint with credentials: botocore fails of them as
-    it does of the network, and would be tried again and again."""
+    """Raises InputError, which does not repeat them, for an endpoint with credentials, and for one that is no URL."""
+    # botocore raises the same error for such an endpoint as for the network, so it would be retried.
     for name in ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"):
         value = os.environ.get(name)
         if not value:
@@ -150,13 +151,13 @@ def _is_endpoint(value: str) -> bool:
 
 
 def etag_of(info: Mapping[str, Any]) -> str:
-    """ETag, or what changes with the content where a store has none."""
+    """Returns the ETag, or a text that changes with the content where a store has none."""
     tag = info.get("ETag") or info.get("etag") or info.get("md5Hash")
     return str(tag).strip('"') if tag else f"{modified_of(info)}-{info.get('size')}"
 
 
 def modified_of(info: Mapping[str, Any]) -> float:
-    """Unix seconds, 0.0 where the store does not tell."""
+    """Returns unix s; 0.0 where the store does not report the time."""
     when = info.get("LastModified") or info.get("created") or info.get("updated") or info.get("mtime")
     if isinstance(when, datetime.datetime):
         return (when if when.tzinfo else when.replace(tzinfo=datetime.UTC)).timestamp()
@@ -164,7 +165,7 @@ def modified_of(info: Mapping[str, Any]) -> float:
 
 
 class RemoteBackend:
-    """Paths are whole URLs (``s3://bucket/key``). Pickles as its protocol."""
+    """Backend of fsspec stores. Paths are full URLs (``s3://bucket/key``). Pickles as its protocol."""
 
     def __init__(self, protocol: str) -> None:
         self.protocol = protocol
@@ -174,7 +175,7 @@ class RemoteBackend:
 
     def read(self, path: str) -> bytes:
         with translated(path):
-            if self.protocol in S3_PROTOCOLS:  # one GET; by default s3fs asks for the size first
+            if self.protocol in S3_PROTOCOLS:  # one GET; by default s3fs requests the size first
                 return bytes(self._fs().cat_file(path, max_concurrency=1))
             return bytes(self._fs().cat_file(path))
 
@@ -210,7 +211,7 @@ class RemoteBackend:
             fs = self._fs()
             if self.protocol in S3_PROTOCOLS:
                 return _s3_entries(fs, path, "", moved).objects
-            try:  # fsspec leaves out the folders that it cannot list, unless it is told to raise
+            try:  # on_error: by default fsspec leaves out the folders that it cannot list
                 return _entries(fs, path, fs.find(path, detail=True, on_error="raise").values()).objects
             except FileNotFoundError:
                 return []
@@ -240,28 +241,31 @@ class RemoteBackend:
             self._fs().rm_file(path)
 
     def abort_uploads(self, path: str, stale: Callable[[str], bool]) -> int:
-        """Multipart uploads; s3fs's own list stops at a thousand and knows no prefix."""
+        """Aborts unfinished multipart uploads."""
         if self.protocol not in S3_PROTOCOLS:
             return 0
+        markers = {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}
         with translated(path):
             fs = self._fs()
             bucket, lead = _bucket_and_lead(fs, path)
-            found = [u for u in _uploads(fs, bucket, lead) if stale(str(u["Key"])[len(lead) :])]
+            # Not s3fs's own list of uploads, which ends after a thousand and takes no prefix.
+            pages = _pages(fs, "list_multipart_uploads", markers, Bucket=bucket, Prefix=lead)
+            found = [u for page in pages for u in page.get("Uploads", ()) if stale(str(u["Key"])[len(lead) :])]
             for upload in found:
                 fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
         return len(found)
 
     def reconnect(self) -> None:
-        """An abandoned request keeps its connection, and the pool has a limited number of them."""
+        # An abandoned request keeps its connection, and the pool has a limited number of them.
         _filesystem.cache_clear()
 
     def _guard(self) -> contextlib.AbstractContextManager[object]:
-        """fsspec's memory store looks and then writes; only a lock makes its `create` exclusive between threads."""
+        # fsspec's memory store looks and then writes; only a lock makes its `create` exclusive between threads.
         return _memory_lock if self.protocol == "memory" else contextlib.nullcontext()
 
 
 def _entries(fs: Any, path: str, found: Iterable[Mapping[str, Any]]) -> Entries:
-    """Split into objects and folders below ``path``, their names relative to it."""
+    """Splits fsspec's entries into objects and folders below ``path``, with names relative to it."""
     root = fs._strip_protocol(path).rstrip("/") + "/"
     below = [(str(i["name"])[len(root) :].rstrip("/"), i) for i in found if str(i["name"]).startswith(root)]
     return Entries(
@@ -271,20 +275,24 @@ def _entries(fs: Any, path: str, found: Iterable[Mapping[str, Any]]) -> Entries:
 
 
 def _bucket_and_lead(fs: Any, path: str) -> tuple[str, str]:
-    """The bucket, and the prefix of all keys below the folder ``path``."""
+    """Returns the bucket, and the prefix of all keys below the folder ``path``."""
     bucket, key, _ = fs.split_path(path)
     return bucket, f"{key.rstrip('/')}/" if key.rstrip("/") else ""
 
 
 def _s3_entries(fs: Any, path: str, delimiter: str, moved: Moved) -> Entries:
-    """Below ``path``; with the delimiter ``/`` its direct content. Markers of folders (keys that end in ``/``) are left
-    out."""
+    """Returns all objects below ``path``; with the delimiter ``/`` its direct content. Leaves out markers of folders
+    (keys that end in ``/``). Raises InputError for a name that s3fs cannot read back."""
     bucket, lead = _bucket_and_lead(fs, path)
     found = Entries([], [])
     for page in _listing_pages(fs, Bucket=bucket, Prefix=lead, Delimiter=delimiter):
         moved()
         for info in page.get("Contents", ()):
-            key = _readable(str(info["Key"])[len(lead) :], path)
+            key = str(info["Key"])[len(lead) :]
+            if _VERSION in key:
+                raise InputError(
+                    f"{path} holds an object with {_VERSION!r} in its name, which cannot be read back: rename it"
+                )
             if key and not key.endswith("/"):
                 found.objects.append(ObjectInfo(key, int(info["Size"]), etag_of(info), modified_of(info)))
         found.folders.extend(str(folder["Prefix"])[len(lead) : -1] for folder in page.get("CommonPrefixes", ()))
@@ -292,7 +300,7 @@ def _s3_entries(fs: Any, path: str, delimiter: str, moved: Moved) -> Entries:
 
 
 def _listing_pages(fs: Any, **request: Any) -> Iterator[Mapping[str, Any]]:
-    """A prefix without objects is an empty page; a 404 that is not about the bucket comes from something in between."""
+    # A prefix without objects is an empty page, so a 404 that is not about the bucket is an answer of a proxy.
     try:
         yield from _pages(fs, "list_objects_v2", {"ContinuationToken": "NextContinuationToken"}, **request)
     except FileNotFoundError as error:
@@ -302,8 +310,8 @@ def _listing_pages(fs: Any, **request: Any) -> Iterator[Mapping[str, Any]]:
 
 
 def _pages(fs: Any, method: str, markers: Mapping[str, str], **request: Any) -> Iterator[Mapping[str, Any]]:
-    """The replies to ``method`` from the first to the last; ``markers``: the request's name of each reply's field that
-    says where the next page begins."""
+    """Yields the replies to ``method`` from the first page to the last. ``markers``: for each parameter of the request
+    that selects the next page, the field of the reply that holds its value."""
     at: dict[str, str] = {}
     while True:
         page: Mapping[str, Any] = fs.call_s3(method, **request, **at)
@@ -314,16 +322,3 @@ def _pages(fs: Any, method: str, markers: Mapping[str, str], **request: Any) -> 
         if following == at:
             raise Transient("the next page of the listing is the same page")
         at = following
-
-
-def _readable(key: str, path: str) -> str:
-    if _VERSION in key:
-        raise InputError(f"{path} holds an object with {_VERSION!r} in its name, which cannot be read back: rename it")
-    return key
-
-
-def _uploads(fs: Any, bucket: str, lead: str) -> Iterator[Mapping[str, Any]]:
-    """All unfinished multipart uploads of keys that begin with ``lead``."""
-    markers = {"KeyMarker": "NextKeyMarker", "UploadIdMarker": "NextUploadIdMarker"}
-    for page in _pages(fs, "list_multipart_uploads", markers, Bucket=bucket, Prefix=lead):
-        yield from page.get("Uploads", ())

@@ -1,4 +1,4 @@
-"""Trying again until a deadline: exponential back-off with full jitter, time and chance injected."""
+"""Retries until a deadline: exponential back-off with full jitter; clock and random source are injected."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ from trainer.storage.limit import limited
 T = TypeVar("T")
 log = logging.getLogger(__name__)
 SLOWEST_BYTES_S = 2**20
-"""A transfer that is slower than this has hung."""
+"""A slower transfer counts as hung."""
 
 
 @dataclass(frozen=True)
 class Retry:
-    """Calls a function until it succeeds, fails for good, or ``deadline_s`` have passed since the first attempt.
+    """Calls a function until it succeeds, fails permanently, or ``deadline_s`` have passed since the first attempt.
 
-    Only `Transient` is tried again. The wait before attempt n+1 is drawn evenly from (0, min(cap_s, first_s * 2**n)]:
-    many ranks that lost the same server must not come back in step.
+    Only `Transient` is retried. The wait before attempt n+1 is drawn evenly from (0, min(cap_s, first_s * 2**n)]:
+    many ranks that lost the same server must not return at the same time.
 
-    An attempt that does not come further for ``attempt_s``, or for what is left until the deadline but ``least_s``, is
-    abandoned. One that moves bytes gets on top the time that they need at `SLOWEST_BYTES_S`, deadline or not.
+    An attempt is abandoned when it makes no progress for ``attempt_s`` or for the time until the deadline, whichever is
+    shorter, and at least ``least_s``. An attempt that moves bytes gets in addition the time that they need at
+    `SLOWEST_BYTES_S`, even beyond the deadline.
     """
 
     deadline_s: float = 120.0
@@ -48,8 +49,8 @@ class Retry:
         transfer_bytes: int = 0,
         on_no_answer: Callable[[], None] = lambda: None,
     ) -> T:
-        """``what`` names verb and URL for the StorageError that ends a call whose deadline has passed;
-        ``transfer_bytes`` is the most that an attempt moves without calling ``moved``."""
+        """Returns the result of ``attempt``. Raises StorageError when the deadline has passed; ``what`` names verb and
+        URL in it. ``transfer_bytes`` is the most that an attempt moves without calling ``moved``."""
         started, attempts = self.clock(), 0
         while True:
             silence_s = max(self.least_s, min(self.attempt_s, self.deadline_s - (self.clock() - started)))

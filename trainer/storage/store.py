@@ -1,8 +1,8 @@
 """`Storage`: one folder of a file system, with the rules that every part of a run relies on.
 
-Each call either does what it says or raises FileNotFoundError (the object is missing), InputError (the user can fix
-it), CorruptObject (an object is shorter than it should be) or StorageError (it went on failing until the deadline).
-It ends within its deadline whatever the place does (retry.py): a call that hangs is abandoned.
+Each call either succeeds or raises FileNotFoundError (the object is missing), InputError (the user can fix it),
+CorruptObject (an object is shorter than it should be) or StorageError (it failed until the deadline). It ends within
+its deadline whatever the place does (retry.py): a call that hangs is abandoned.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ _DOWNLOAD_PART = 16 * 2**20
 _PARALLEL_PARTS = 4
 _PARALLEL_DELETES = 8
 _UPLOAD_WINDOW = 512 * 2**20
-"""Bytes of an upload that may be on their way before the first part of them has arrived."""
+"""Most bytes of an upload that may be in transit before its first part has arrived."""
 
 
 def is_safe_key(key: str) -> bool:
-    """Whether ``key`` stays below the folder that it is relative to, spelt in one way only."""
+    """Returns whether ``key`` stays below the folder that it is relative to, and has only one spelling."""
     return bool(key) and "\\" not in key and "\0" not in key and all(p not in ("", ".", "..") for p in key.split("/"))
 
 
@@ -48,16 +48,16 @@ class Storage:
         return f"Storage({self.url!r})"
 
     def child(self, prefix: str) -> Storage:
-        """The folder ``prefix`` inside this one; it need not exist."""
+        """Returns the folder ``prefix`` inside this one; it need not exist."""
         return Storage(self.uri(prefix.strip("/")), self._backend, self._retry)
 
     def within(self, deadline_s: float) -> Storage:
-        """The same folder, whose calls give up after ``deadline_s``, if not sooner."""
+        """Returns this folder with calls that end after ``deadline_s``, or its present deadline if that is shorter."""
         retry = replace(self._retry, deadline_s=min(deadline_s, self._retry.deadline_s))
         return Storage(self.url, self._backend, retry)
 
     def uri(self, key: str) -> str:
-        """The object's full URL or path, for messages and for readers elsewhere."""
+        """Returns the object's full URL or path, for messages and for readers elsewhere."""
         if not is_safe_key(key):
             raise ValueError(f"storage key {key!r} is empty, absolute or climbs out of {self.url}")
         return f"{self.url.rstrip('/')}/{key}"
@@ -67,7 +67,8 @@ class Storage:
         return self._call("read", path, lambda moved: self._backend.read(path))
 
     def read_range(self, key: str, start: int, stop: int) -> bytes:
-        """Exactly ``stop - start`` bytes from ``start``; CorruptObject when the object ends before ``stop``."""
+        """Reads exactly ``stop - start`` bytes from ``start``. Raises CorruptObject when the object ends before
+        ``stop``."""
         if not 0 <= start <= stop:
             raise ValueError(f"range {start}-{stop} of {key!r} is not a range")
         path = self.uri(key)
@@ -81,23 +82,29 @@ class Storage:
         self._call("write", path, lambda moved: self._backend.write(path, data), len(data))
 
     def put_if_absent(self, key: str, data: bytes) -> bool:
-        """Whether the object now holds ``data``: written by this call, or there already with the very same bytes.
+        """Returns whether the object now holds ``data``: this call wrote it, or it existed with exactly these bytes.
 
-        A reply can be lost after the object was made, also inside the HTTP client, and the repetition then finds its
-        own object. So the bytes decide; who must be the only one puts a nonce in them.
+        A caller that must be the only writer puts a nonce in ``data``.
         """
+        # The bytes decide: a reply can be lost after the object was made, also inside the HTTP client, and the
+        # repetition then finds its own object.
         path = self.uri(key)
         try:
             self._call("create", path, lambda moved: self._create(path, data), len(data))
             return True
         except FileExistsError:
-            return self._holds(key, data)
+            pass
+        try:
+            return self.read(key) == data
+        except FileNotFoundError:  # deleted since: it no longer holds the data
+            return False
 
     def list(self, prefix: str = "", *, containing: Collection[str] = ()) -> Listing:
-        """All objects below the folder ``prefix``, at any depth, sorted by key (which include the prefix).
+        """Returns all objects below the folder ``prefix``, at any depth, sorted by key (which include the prefix).
 
-        A listing without one of the keys ``containing``, which the caller knows to be there, is none: it is made again,
-        and StorageError ends it. Who decides by what a listing lacks (deletes, or takes a claim) names such keys.
+        ``containing``: keys that the caller knows to exist. A listing that lacks one of them is incomplete: it is
+        repeated, and raises StorageError at the deadline. A caller that deletes or claims by what a listing lacks has
+        to name such keys.
         """
         prefix = prefix.strip("/")
         path = self.uri(prefix) if prefix else self.url
@@ -116,7 +123,8 @@ class Storage:
         return found
 
     def entries(self, prefix: str = "") -> Entries:
-        """The objects and folders directly inside ``prefix``, sorted; cheap however much lies below the folders."""
+        """Returns the objects and folders directly inside ``prefix``, sorted. The cost does not depend on the content
+        of those folders."""
         prefix = prefix.strip("/")
         path = self.uri(prefix) if prefix else self.url
         found = self._call("list", path, lambda moved: self._backend.entries(path))
@@ -124,32 +132,36 @@ class Storage:
         return Entries(sorted(o._replace(key=lead + o.key) for o in found.objects), sorted(found.folders))
 
     def folders(self, prefix: str = "") -> Names:
-        """Names of the folders directly inside ``prefix``, sorted."""
+        """Returns the names of the folders directly inside ``prefix``, sorted."""
         return self.entries(prefix).folders
 
     def info(self, key: str) -> ObjectInfo | None:
-        """None when there is no such object."""
+        """Returns None when there is no such object."""
         path = self.uri(key)
         found = self._call("look at", path, lambda moved: self._backend.info(path))
         return found and found._replace(key=key)
 
     def delete(self, keys: Iterable[str]) -> None:
-        """Objects that are not there are no error. Deeper ones go first, so that folders are empty when their turn
-        comes."""
+        """Deletes objects; missing ones are no error."""
+        # Deepest first, so that local folders are empty when the last object in them is deleted.
         by_depth: dict[int, list[str]] = {}
         for path in (self.uri(key) for key in keys):
             by_depth.setdefault(path.count("/"), []).append(path)
         for _, paths in sorted(by_depth.items(), reverse=True):
-            in_parallel(self._delete, paths, _PARALLEL_DELETES)
+            in_parallel(
+                lambda path: self._call("delete", path, lambda moved: self._backend.delete(path)),
+                paths,
+                _PARALLEL_DELETES,
+            )
 
     def abort_uploads(self, prefix: str, stale: Callable[[str], bool]) -> int:
-        """Clears unfinished uploads below the folder ``prefix`` for whose key (relative to it) ``stale`` says yes;
+        """Clears unfinished uploads below the folder ``prefix`` for whose key (relative to it) ``stale`` returns True;
         returns how many. They cost money in S3 and appear in no listing."""
         path = self.uri(prefix.strip("/"))
         return self._call("clear unfinished uploads of", path, lambda moved: self._backend.abort_uploads(path, stale))
 
     def read_json(self, key: str) -> Any:
-        """CorruptObject when the object is not JSON, or JSON that muster would not have written."""
+        """Reads JSON. Raises CorruptObject when the object is not JSON, or is JSON that muster would not write."""
         data = self.read(key)
         try:
             return parse_json(data)
@@ -160,13 +172,14 @@ class Storage:
         self.write(key, to_json(value))
 
     def upload(self, key: str, path: str | os.PathLike[str]) -> None:
-        """`write` from a local file of any size."""
+        """Creates or replaces from a local file of any size."""
         target, source = self.uri(key), os.fspath(path)
         window = min(os.path.getsize(source), _UPLOAD_WINDOW)
         self._call("write", target, lambda moved: self._backend.upload(target, source, moved), window)
 
     def download(self, key: str, path: str | os.PathLike[str]) -> int:
-        """Into a local file, which appears only when it is whole; parts of 16 MiB side by side. Returns the bytes."""
+        """Downloads into a local file, which appears only when it is complete; reads parts of 16 MiB in parallel.
+        Returns the number of bytes."""
         info = self.info(key)
         if info is None:
             raise FileNotFoundError(f"{self.uri(key)} does not exist")
@@ -181,10 +194,11 @@ class Storage:
         return info.size
 
     def check_writable(self) -> bool:
-        """Writes, lists, reads and deletes a probe; InputError says which permission, bucket or credential is wrong.
+        """Writes, lists, reads and deletes a probe. Raises InputError that names the wrong permission, bucket or
+        credential.
 
-        Returns whether conditional put works. Where it does not, two drivers of one run that start in the same
-        moment cannot be told apart, which the caller has to say.
+        Returns whether conditional put works. Where it does not, two drivers of one run that start in the same moment
+        cannot be distinguished, and the caller has to warn about that.
         """
         folder, path = f".probe-{uuid.uuid4().hex}", self.url
         key = f"{folder}/probe"
@@ -214,9 +228,6 @@ class Storage:
 
             in_parallel(part, range(0, size, _DOWNLOAD_PART), _PARALLEL_PARTS)
 
-    def _delete(self, path: str) -> None:
-        self._call("delete", path, lambda moved: self._backend.delete(path))
-
     def _create(self, path: str, data: bytes) -> None:
         try:
             self._backend.create(path, data)
@@ -224,12 +235,6 @@ class Storage:
             if self._backend.info(path) is not None:
                 raise FileExistsError(path) from None
             self._backend.write(path, data)
-
-    def _holds(self, key: str, data: bytes) -> bool:
-        try:
-            return self.read(key) == data
-        except FileNotFoundError:  # deleted since: not ours any more
-            return False
 
     def _exactly(self, path: str, start: int, stop: int) -> bytes:
         data = self._backend.read_range(path, start, stop)
@@ -264,5 +269,6 @@ def _reopened(url: str, deadline_s: float) -> Storage:
 
 
 def to_json(value: Any) -> bytes:
-    """Compact UTF-8 JSON with sorted keys, a newline at the end; refuses nan and inf, which JSON does not have."""
+    """Returns UTF-8 JSON with sorted keys and a newline at the end. Raises ValueError for nan and inf, which JSON does
+    not have."""
     return json.dumps(value, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"

@@ -1,4 +1,4 @@
-"""Experiment trackers: each shows the metrics that a run has written down. See `trainer.tracking.mirror`."""
+"""Experiment trackers: each shows the metrics that a run has stored. See `trainer.tracking.mirror`."""
 
 from trainer.tracking.base import Point, TrackedRun, Tracker, Watermark, check_trackers
 from trainer.tracking.mirror import Mirror, send_all, tracked

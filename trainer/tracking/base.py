@@ -1,4 +1,4 @@
-"""What a tracker is given and what it does: points of one curve, in order, each once."""
+"""The interface of trackers. A tracker gets the points of one curve, in order, each once."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ EXTRAS = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow", "
 
 
 class Watermark(NamedTuple):
-    """How far a curve has come: of a step, the training's values come before those of its evaluation."""
+    """The position of a curve's last point. Within a step, training's values precede those of its evaluation."""
 
     step: int
     part: int
@@ -51,14 +51,14 @@ class Point:
         return Watermark.of(self.step, self.part)
 
     def named(self) -> dict[str, float]:
-        """``train/loss`` or ``eval/loss``, as every tracker shows them."""
+        """Returns the values by the names that every tracker shows: ``train/loss``, ``eval/loss``."""
         return {f"{self.part}/{name}": value for name, value in self.values.items()}
 
 
 @dataclass(frozen=True)
 class TrackedRun:
-    """What a tracker shows of a run. ``id`` stays the same for all its attempts; ``fresh``: nothing of it was told
-    yet."""
+    """The curve that a tracker shows for a run. ``id`` is equal for all attempts of the run; ``fresh``: no point of it
+    was sent yet."""
 
     id: str
     fresh: bool
@@ -67,12 +67,12 @@ class TrackedRun:
 
 
 class Tracker(Protocol):
-    """One tracker of one curve, made as ``Tracker(curve)`` and used from one thread. Any of these may raise anything,
-    and take its time: see `Mirror`. ``check(recipe)``, a static method, raises InputError for what a user has to mend
-    before a run starts; it contacts nothing."""
+    """One tracker of one curve, made as ``Tracker(curve)`` and used from one thread. Every method may raise any error
+    and may be slow: see `Mirror`. ``check(recipe)``, a static method, raises InputError for a mistake that the user has
+    to fix before a run starts; it contacts nothing."""
 
     def told(self) -> Watermark | None:
-        """How far the curve has come by the tracker's own records; None where it keeps none that can be asked."""
+        """Returns the mark of the last point in the tracker's own records; None where it has none that can be read."""
         ...
 
     def tell(self, points: Sequence[Point]) -> None: ...
@@ -83,7 +83,7 @@ class Tracker(Protocol):
 
 
 def point_of(row: Mapping[str, Any]) -> Point | None:
-    """None for a row that is neither a step's nor an evaluation's."""
+    """Returns the point of a metrics row; None for a row that is neither a step's nor an evaluation's."""
     part = TRAIN if "loss" in row else EVAL if "eval_loss" in row else None
     if part is None or "step" not in row:
         return None
@@ -108,8 +108,8 @@ def check_trackers(recipe: Recipe) -> None:
             TRACKERS.load(name).check(recipe)
         except MusterError:
             raise
-        except (Exception, SystemExit) as error:  # of a library that is there and broken
+        except (Exception, SystemExit) as error:  # the library is installed and broken
             raise InputError(
-                f"tracking names {name}, which cannot be used here: {type(error).__name__}: {error}; mend it, or leave "
+                f"tracking names {name}, which cannot be used here: {type(error).__name__}: {error}; fix it, or leave "
                 "it out (tracking=[])"
             ) from error

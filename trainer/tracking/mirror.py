@@ -1,13 +1,13 @@
-"""Sends what a run has written down to its trackers, from the driver and beside the training.
+"""Sends the stored metrics of a run to its trackers. It runs on the driver, next to the training.
 
-The rows in the run's storage are the truth, and a mirror reads them there as anybody could. So a tracker can hold up or
-end nothing, needs its library, its network and its credentials on the driver alone, and what it missed while it was
-away is sent later, also by a later attempt.
+The rows in the run's storage are the source of truth, and a mirror only reads them. So a tracker cannot delay or end
+the training, and needs its library, its network and its credentials on the driver alone. Points that it missed while it
+was away are sent later, also by a later attempt.
 
-A resumed run goes on with the same curve, and no step stands in it twice: steps that are trained again after a failure
-were told already and are skipped. (They are the same samples, in the same order.) How far a curve has come, a tracker
-may know itself. Where it does not, the run's storage does: the mark is written *before* the points are sent, so that a
-driver that is killed in between leaves a gap of seconds and no doubled step.
+A resumed run continues the same curve, and no step appears in it twice: steps that are trained again after a failure
+were sent already and are skipped. (They are the same samples, in the same order.) A tracker may know by itself how far
+its curve is complete. Where it does not, the run's storage does: the mark is written *before* the points are sent, so
+a driver that is killed in between leaves a gap of seconds and no doubled step.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ FAILED_PATIENCE_S = 10.0
 
 @dataclass(frozen=True)
 class Bookmark:
-    """The run's record of a curve: ``of`` identifies the curve, the rest is how far it was sent."""
+    """The run's record of a curve: ``of`` identifies the curve, ``step`` and ``part`` are the last point that was
+    sent."""
 
     of: str
     id: str
@@ -55,8 +56,8 @@ class Bookmark:
 
 
 class Mirror:
-    """One tracker's thread. `pump` is what it does again and again; what that raises is a warning at the first time,
-    and tried again after a pause that doubles up to `LONGEST_PAUSE_S`."""
+    """One tracker's thread. It calls `pump` again and again. The first error of `pump` is logged as a warning, and the
+    call is repeated after a pause that doubles up to `LONGEST_PAUSE_S`."""
 
     def __init__(self, name: str, recipe: Recipe, run: Storage, *, every_s: float = EVERY_S) -> None:
         self._name, self._recipe, self._run, self._every_s = name, recipe, run, every_s
@@ -75,12 +76,12 @@ class Mirror:
         return self
 
     def ask(self, state: str) -> None:
-        """To send the rest, and to close the curve of a run that has ended in ``state``."""
+        """Requests the thread to send the rest and to close the curve of a run that has ended in ``state``."""
         self._state = state
         self._closing.set()
 
     def wait(self, timeout_s: float) -> None:
-        """Until that is done; a warning says that it was not done in time."""
+        """Waits until the thread has ended; logs a warning when it has not ended in time."""
         self._thread.join(timeout_s)
         if self._thread.is_alive():
             log.warning(
@@ -91,7 +92,7 @@ class Mirror:
             )
 
     def pump(self) -> int:
-        """Opens the curve if need be, and tells what is new; returns how many points that were."""
+        """Opens the curve if it is not open, and sends the new points; returns how many."""
         tracker = self._tracker or self._open()
         points = [p for p in map(point_of, self._feed.new()) if p is not None]
         ahead = list(_beyond(self._mark, points))
@@ -103,7 +104,7 @@ class Mirror:
                 tracker.tell(batch)
             except Exception:
                 if not self._remembers:
-                    self._note(self._mark)  # what was refused is sent again
+                    self._note(self._mark)  # points that were refused are sent again
                 raise
             self._mark = batch[-1].mark
         return len(ahead)
@@ -134,17 +135,17 @@ class Mirror:
         except (Exception, SystemExit) as error:
             if not self._failures:
                 log.warning(
-                    "the tracker %s fails, and training goes on without it; it is tried again: %s",
+                    "the tracker %s fails, and training continues without it; it is tried again: %s",
                     self._name,
                     _first_line(error),
                 )
             log.debug("the tracker %s failed", self._name, exc_info=True)
             self._failures += 1
             self.end("failed")
-            self._feed = JsonLinesTail(self._run, layout.METRICS)  # what was not told is read again
+            self._feed = JsonLinesTail(self._run, layout.METRICS)  # points that were not sent are read again
         else:
             if self._failures:
-                log.warning("the tracker %s is back, and has been told what it missed", self._name)
+                log.warning("the tracker %s works again, and has received the points that it missed", self._name)
             self._failures = 0
 
     def _open(self) -> Tracker:
@@ -157,7 +158,7 @@ class Mirror:
         fresh = found is None or found.fresh
         tracker: Tracker = TRACKERS.load(self._name)(TrackedRun(self._id, fresh, self._recipe, self._run))
         self._tracker = tracker
-        if fresh:  # until it is open, an older curve of the same name may still be there
+        if fresh:  # written only once the tracker is open: opening it removes an older curve of the same name
             self._note(self._mark)
         told = tracker.told()
         self._remembers = told is not None
@@ -165,8 +166,8 @@ class Mirror:
         return tracker
 
     def _bookmark(self) -> Bookmark | None:
-        """None where this curve is a new one: the recipe gives another result by now (it may be mended until the first
-        checkpoint), or the tracker is another one (its settings are)."""
+        """Returns the record of this curve. None for a new curve: the result that the recipe defines has changed (it
+        may be changed until the first checkpoint), or the tracker's settings have."""
         with suppress(FileNotFoundError, CorruptObject, Malformed):
             found = read_record(Bookmark, self._run.read_json(layout.tracker(self._name)))
             if found.of == self._of():
@@ -184,7 +185,7 @@ class Mirror:
 
 
 def _beyond(mark: Watermark, points: Sequence[Point]) -> Iterator[Point]:
-    """Those that a curve which has come to ``mark`` does not have, in order; of steps trained again the first."""
+    """Yields the points after ``mark``, in order; of a step that was trained twice, the first."""
     for point in points:
         if point.mark > mark:
             mark = point.mark
@@ -198,7 +199,7 @@ def _first_line(error: BaseException) -> str:
 
 @contextmanager
 def tracked(recipe: Recipe, run: Storage) -> Iterator[None]:
-    """Mirrors the run to the recipe's trackers for the time of the block, whose end it never changes."""
+    """Mirrors the run to the recipe's trackers during the block. Never changes how the block ends."""
     mirrors = [Mirror(name, recipe, run).start() for name in dict.fromkeys(recipe.tracking)]
     state = "failed"
     try:
@@ -216,13 +217,13 @@ def tracked(recipe: Recipe, run: Storage) -> Iterator[None]:
 
 
 def send_all(recipe: Recipe, run: Storage, state: str) -> dict[str, int]:
-    """Tells every tracker of the recipe what it does not have of the run, which has ended in ``state``; returns how
-    many points each was told. Raises what a tracker raises."""
-    told = {}
+    """Sends every tracker of the recipe the points that it lacks of the run, which has ended in ``state``. Returns the
+    number of points sent to each. Raises the errors of the trackers."""
+    sent = {}
     for name in dict.fromkeys(recipe.tracking):
         mirror = Mirror(name, recipe, run)
         try:
-            told[name] = mirror.pump()
+            sent[name] = mirror.pump()
         finally:
             mirror.end(state)
-    return told
+    return sent

@@ -1,7 +1,7 @@
 """MLflow: a server, a database or a folder. All attempts of a run are one MLflow run, found by a tag.
 
-The store is asked how far the curve has come. A batch is one transaction of a server or a database; of a folder, whose
-metrics are files of their own, the loss is written first, and it is what is asked for.
+The store reports the curve's last point. A batch is one transaction of a server or a database. In a folder each metric
+is a file of its own, so the loss is written first, and the last point is that of the loss.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from trainer.tracking.base import EVAL, START, TRAIN, Point, TrackedRun, Waterma
 _DATABASES = ("sqlite:", "postgresql", "mysql", "mssql")
 _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
-    # A server that does not answer is tried again by the mirror, which says so once.
+    # The mirror retries a server that does not answer, and warns once.
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
 }
@@ -33,7 +33,7 @@ _STATUS = {"succeeded": "FINISHED", "interrupted": "KILLED", "failed": "FAILED"}
 
 
 class Mlflow:
-    """Of one curve; see `trainer.tracking.base.Tracker`."""
+    """The MLflow tracker of one curve; see `trainer.tracking.base.Tracker`."""
 
     def __init__(self, curve: TrackedRun) -> None:
         for name, value in _ENVIRONMENT.items():
@@ -44,7 +44,11 @@ class Mlflow:
             logging.getLogger(name).setLevel(level)
         section = curve.recipe.mlflow
         self._client: Any = MlflowClient(tracking_uri=section.uri or os.environ.get("MLFLOW_TRACKING_URI"))
-        experiment = self._experiment(section.experiment)
+        existing = self._client.get_experiment_by_name(section.experiment)
+        if existing is not None:
+            experiment = str(existing.experiment_id)
+        else:
+            experiment = str(self._client.create_experiment(section.experiment))
         found = self._client.search_runs([experiment], f"tags.`{_TAG}` = '{curve.id}'", max_results=1)
         if found:
             self._id = found[0].info.run_id
@@ -61,7 +65,7 @@ class Mlflow:
             raise InputError(f"mlflow.uri {uri.split(':')[0]}:… is a database: pip install sqlalchemy alembic")
         if not uri:
             raise InputError(
-                "tracking names mlflow, and nothing says where its server is: give mlflow.uri, or set "
+                "tracking names mlflow, and the address of its server is not set: give mlflow.uri, or set "
                 "MLFLOW_TRACKING_URI"
             )
 
@@ -90,12 +94,8 @@ class Mlflow:
     def close(self, state: str) -> None:
         self._client.set_terminated(self._id, status=_STATUS[state])
 
-    def _experiment(self, name: str) -> str:
-        found = self._client.get_experiment_by_name(name)
-        return str(found.experiment_id if found is not None else self._client.create_experiment(name))
-
     def _describe(self, recipe: Recipe, known: Mapping[str, str]) -> None:
-        """As far as it is not ``known``: what was logged once cannot be changed."""
+        """Logs the recipe's fields as parameters, except the ``known`` ones: MLflow refuses to change a parameter."""
         from mlflow.entities import Param
 
         found = _leaves(clean(recipe.model_dump(mode="json")))

@@ -1,6 +1,6 @@
-"""Prometheus: the driver answers with the newest step's metrics when it is asked.
+"""Prometheus: the driver serves the newest step's metrics over HTTP.
 
-It shows where the run stands now; of the past, Prometheus keeps what it has asked for.
+The metrics show the present state of the run. Prometheus itself keeps the values that it has scraped.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _CLOSE_S = 5.0
 
 
 class Prometheus:
-    """Of one run; see `trainer.tracking.base.Tracker`."""
+    """The Prometheus endpoint of one run; see `trainer.tracking.base.Tracker`."""
 
     def __init__(self, curve: TrackedRun) -> None:
         from prometheus_client import CollectorRegistry, start_http_server
@@ -44,10 +44,12 @@ class Prometheus:
         return None
 
     def told(self) -> Watermark:
-        """Nothing: it is told the whole run anew, so that what it counts is the run's."""
+        """Returns the start: each driver sends all points of the run again, so that the counters cover the run."""
         return START
 
     def tell(self, points: Sequence[Point]) -> None:
+        from prometheus_client import Counter
+
         for point in points:
             if point.part == TRAIN:
                 self._gauge("step", "steps done").set(point.step)
@@ -55,7 +57,7 @@ class Prometheus:
                 self._gauge("last_step_timestamp_seconds", "unix time of the last step").set(point.time)
             for name, value in point.values.items():
                 if point.part == TRAIN and name in COUNTED:
-                    self._counter(name).inc(value)
+                    self._made(Counter, name, f"{name} that the run has trained on").inc(value)
                 else:
                     shown = name if point.part == TRAIN else f"eval_{name}"
                     self._gauge(shown, f"{shown} as in the run's metrics").set(value)
@@ -69,11 +71,6 @@ class Prometheus:
         from prometheus_client import Gauge
 
         return self._made(Gauge, name, text)
-
-    def _counter(self, name: str) -> Any:
-        from prometheus_client import Counter
-
-        return self._made(Counter, name, f"{name} that the run has trained on")
 
     def _made(self, kind: Any, name: str, text: str) -> Any:
         full = "muster_" + re.sub(r"[^a-zA-Z0-9_]", "_", name)

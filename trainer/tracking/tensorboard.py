@@ -1,8 +1,8 @@
-"""TensorBoard: event files beside the run, written whole again while they grow, since objects cannot be appended to.
+"""TensorBoard: event files in the run, rewritten while they grow, since objects cannot be appended to.
 
-A part begins where the one before is full, or where another driver goes on. TensorBoard reads the parts of a folder in
-the order of their names and goes on in a part that has grown. The newest part says how far the curve has come, and a
-part is stored whole or not at all, so that nothing is written twice or left out.
+A new part begins when the last one is full, or when another driver continues the curve. TensorBoard reads the parts of
+a folder in the order of their names, and continues in a part that has grown. The newest part contains the curve's last
+point, and a part is stored completely or not at all, so no point is written twice or left out.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from trainer.tracking.base import EVAL, START, TRAIN, Point, TrackedRun, Waterma
 
 _PREFIX = "events.out.tfevents."
 _ROLL_BYTES = 512 * 1024
-_HEADER_BYTES = 12  # of a record: length (8) and its checksum (4); another checksum (4) stands after the data
+_HEADER_BYTES = 12  # of a record: length (8) and its checksum (4); another checksum (4) follows the data
 
 
 class TensorBoard:
-    """Of one curve; see `trainer.tracking.base.Tracker`."""
+    """The TensorBoard tracker of one curve; see `trainer.tracking.base.Tracker`."""
 
     def __init__(self, curve: TrackedRun) -> None:
         self._folder = folder_of(curve.recipe, curve.run)
@@ -37,7 +37,7 @@ class TensorBoard:
         self._id = curve.id
         self._begin()
         if self._told == START:
-            self._data += _record(_text_event("recipe", _as_markdown(redact(dump(curve.recipe)))))
+            self._data += _record(_recipe_event(curve.recipe))
 
     @staticmethod
     def check(recipe: Recipe) -> None:
@@ -47,12 +47,16 @@ class TensorBoard:
         return self._told
 
     def tell(self, points: Sequence[Point]) -> None:
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.proto.summary_pb2 import Summary
+
         for point in points:
             if len(self._data) > _ROLL_BYTES:
                 self._store()
                 self._number += 1
                 self._begin()
-            self._data += _record(_scalars_event(point))
+            values = [Summary.Value(tag=tag, simple_value=value) for tag, value in point.named().items()]
+            self._data += _record(Event(wall_time=point.time, step=point.step, summary=Summary(value=values)))
         self._store()
 
     def close(self, state: str) -> None:
@@ -70,40 +74,30 @@ class TensorBoard:
 
 
 def folder_of(recipe: Recipe, run: Storage) -> Storage:
-    """Where the event files lie: what ``tensorboard --logdir`` is given."""
+    """Returns the folder of the event files, for ``tensorboard --logdir``."""
     folder = recipe.tensorboard.folder
     return run.child(layout.TENSORBOARD) if folder is None else open_storage(folder).child(recipe.name)
 
 
 def scalars(data: bytes) -> Iterator[tuple[int, str, float]]:
-    """(step, tag, value) of every scalar in an event file; a record that was cut off ends it."""
+    """Yields (step, tag, value) of every scalar in an event file, up to a record that was cut off."""
     for event in _events(data):
         for value in event.summary.value:
             if value.HasField("simple_value"):
                 yield event.step, value.tag, value.simple_value
 
 
-def _scalars_event(point: Point) -> Any:
-    from tensorboardX.proto.event_pb2 import Event
-    from tensorboardX.proto.summary_pb2 import Summary
-
-    values = [Summary.Value(tag=tag, simple_value=value) for tag, value in point.named().items()]
-    return Event(wall_time=point.time, step=point.step, summary=Summary(value=values))
-
-
-def _text_event(tag: str, text: str) -> Any:
+def _recipe_event(recipe: Recipe) -> Any:
     from tensorboardX.proto.event_pb2 import Event
     from tensorboardX.summary import text as text_summary
 
-    return Event(wall_time=time.time(), summary=text_summary(tag, text))
-
-
-def _as_markdown(text: str) -> str:
-    return "".join(f"    {line}\n" for line in text.splitlines())
+    # TensorBoard shows texts as Markdown: an indented text is a code block.
+    text = "".join(f"    {line}\n" for line in redact(dump(recipe)).splitlines())
+    return Event(wall_time=time.time(), summary=text_summary("recipe", text))
 
 
 def _record(event: Any) -> bytes:
-    """A TFRecord: length, checksum of the length, data, checksum of the data."""
+    """Returns a TFRecord: length, checksum of the length, data, checksum of the data."""
     from tensorboardX.record_writer import masked_crc32c
 
     data = event.SerializeToString()

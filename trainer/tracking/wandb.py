@@ -1,14 +1,14 @@
 """Weights & Biases, online or offline. All attempts of a run are one W&B run, by its id.
 
-W&B's own records cannot be asked offline, and online it takes no step that lies before its last one; so the mark in the
-run's storage says where to go on. A new driver begins a new file of the same run, and offline there is one folder per
-driver, which `wandb sync` joins by that id.
+W&B's own records cannot be read offline, and online it accepts no step before its last one. So the mark in the run's
+storage decides where the curve continues. A new driver begins a new file of the same run, and offline there is one
+folder per driver, which `wandb sync` joins by that id.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from trainer.storage import Storage, local_path
 from trainer.tracking.base import Point, TrackedRun, Watermark
 
 SETTINGS = {
-    # This program's output, its arguments and its machine are none of a tracker's business.
+    # A tracker gets only metrics, not the output, the arguments or the machine of the process.
     "console": "off",
     "silent": True,
     "disable_git": True,
@@ -30,13 +30,13 @@ SETTINGS = {
     "x_save_requirements": False,
     "init_timeout": 60.0,
     "finish_timeout": 20.0,
-    # Of its files W&B writes every 15 s otherwise, and a driver that is killed loses what was not written.
+    # The default is 15 s, and a driver that is killed loses the points that were not written.
     "x_transaction_log_flush_interval": 2.0,
 }
 
 
 class Wandb:
-    """Of one curve; see `trainer.tracking.base.Tracker`."""
+    """The W&B tracker of one curve; see `trainer.tracking.base.Tracker`."""
 
     def __init__(self, curve: TrackedRun) -> None:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
@@ -44,6 +44,9 @@ class Wandb:
 
         self.check(curve.recipe)
         section = curve.recipe.wandb
+        # W&B may drop settings whose names begin with x_ in any version.
+        known = wandb.Settings.model_fields
+        settings: dict[str, Any] = {n: v for n, v in SETTINGS.items() if not n.startswith("x_") or n in known}
         self._run: Any = wandb.init(
             project=section.project,
             entity=section.entity,
@@ -57,12 +60,17 @@ class Wandb:
             allow_val_change=True,  # resources and strategy may change between attempts
             resume="allow" if section.mode == "online" else None,
             reinit="create_new",
-            settings=wandb.Settings(**_settings(wandb.Settings.model_fields)),
+            settings=wandb.Settings(**settings),
         )
 
     @staticmethod
     def check(recipe: Recipe) -> None:
-        if recipe.wandb.mode == "online" and not _has_key():
+        if recipe.wandb.mode != "online":
+            return
+        import wandb
+
+        # prompt=False: on a terminal W&B would otherwise request a key, and wait.
+        if not wandb.login(prompt=False, verify=False):
             raise InputError(
                 "tracking names wandb, and there is no key for it: set WANDB_API_KEY, run `wandb login`, or write "
                 "wandb.mode: offline"
@@ -79,23 +87,11 @@ class Wandb:
         self._run.finish(exit_code=1 if state == "failed" else 0)
 
 
-def _settings(known: Container[str]) -> dict[str, Any]:
-    """Those that this version has: W&B promises nothing for names with x_."""
-    return {name: value for name, value in SETTINGS.items() if not name.startswith("x_") or name in known}
-
-
 def folder_of(recipe: Recipe, run: Storage) -> str:
-    """Where W&B makes its own folder ``wandb``."""
+    """Returns the folder in which W&B makes its own folder ``wandb``. Creates it."""
     if recipe.wandb.folder is None and (path := local_path(run.url)) is not None:
         chosen = Path(path)
     else:
         chosen = Path(recipe.wandb.folder or os.environ.get("WANDB_DIR") or ".").expanduser().absolute()
     chosen.mkdir(parents=True, exist_ok=True)
     return str(chosen)
-
-
-def _has_key() -> bool:
-    """As `wandb login` keeps it, or the environment has it; W&B itself would ask for one on a terminal, and wait."""
-    import wandb
-
-    return bool(wandb.login(prompt=False, verify=False))

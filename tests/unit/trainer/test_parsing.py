@@ -90,6 +90,6 @@ def test_a_reader_goes_on_behind_a_value_that_must_not_be_used() -> None:
     reader, text = JsonReader(), '[1, {"a": 1, "a": 2}, 3]'
     _, end = reader.read_at(text, 4)
     assert text[end:] == ", 3]"
-    assert "stands twice" in str(reader.fault)
+    assert "appears twice" in str(reader.fault)
     assert reader.read_at(text, 1) == (1, 2)
     assert reader.fault is None

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from trainer.data.formats.columns import Columns, as_text
-from trainer.data.prepare.label_set import label_name
+from trainer.data.label_names import label_name
 from trainer.data.sample import Row, RowError, Sample
 from trainer.data.spec import FrozenSource, PreparationSpec
 from trainer.errors import InputError

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import launcher.driver.driver
-from launcher.cli.app import ToStderr, choose_place, exit_code, main
+from launcher.cli.app import ToStderr, exit_code, main
+from launcher.submit.place import choose_place
 from launcher.terminal.console import stderr
 from tests.support.training import small_recipe
 from trainer.errors import Fenced, InputError, Interrupted, RunHeld, StartAgain, StorageError, UsageError, WorkerFailed

@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 
 import cluster
 from cluster import ClusterError
-from launcher.cli.app import app, choose_place
+from launcher.cli.app import app
 from launcher.monitor.status import read_status
-from launcher.submit import submit
-from launcher.submit.submit import jobs_of
+from launcher.submit import cancel, submit
+from launcher.submit.cancel import jobs_of
+from launcher.submit.place import choose_place
 from tests.support.played import Played
 from trainer.errors import InputError, Interrupted, RecipeChanged, UsageError, WorkerFailed
 from trainer.recipe import Recipe, dump, loads, parse
@@ -270,7 +271,7 @@ def test_where_the_jobs_commands_are_missing_the_driver_is_asked_all_the_same(
     ended()
     assert done.exit_code == 0
     assert "if it starts once more, it ends at once (there is no scontrol" in done.stderr
-    with pytest.raises(Interrupted, match=r"slurm:7 was cancelled; to go on, submit the run again"):
+    with pytest.raises(Interrupted, match=r"slurm:7 was cancelled; to resume the run, submit it again"):
         check_not_cancelled(run, "slurm:7")
     check_not_cancelled(run, "slurm:8")
     check_not_cancelled(run, None)
@@ -279,8 +280,8 @@ def test_where_the_jobs_commands_are_missing_the_driver_is_asked_all_the_same(
 def test_a_driver_that_does_not_end_is_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, played: type[Played]
 ) -> None:
-    monkeypatch.setattr(submit, "END_WAIT_S", 0.2)
-    monkeypatch.setattr(submit, "LOOK_S", 0.05)
+    monkeypatch.setattr(cancel, "END_WAIT_S", 0.2)
+    monkeypatch.setattr(cancel, "LOOK_S", 0.05)
     run = open_storage(str(tmp_path)).child("r")
     lease = Lease.acquire(run)
     with pytest.raises(WorkerFailed, match="did not end within"):

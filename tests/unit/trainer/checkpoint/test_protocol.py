@@ -135,7 +135,7 @@ def test_somebody_elses_commit_under_our_key_is_refused() -> None:
     storage, _ = faulty()
     driver, attempt = begin(storage)
     commit(storage, record_of(storage, driver, attempt, 3, FILES))
-    with pytest.raises(Fenced, match="somebody else's commit of step 3"):
+    with pytest.raises(Fenced, match="another process's commit of step 3"):
         commit(storage, record_of(storage, driver, attempt, 3, FILES))
 
 

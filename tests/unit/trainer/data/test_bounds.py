@@ -155,7 +155,7 @@ def test_two_columns_of_one_name_are_named() -> None:
 
 def test_a_key_that_stands_twice_is_a_fault_of_its_row() -> None:
     twice = '{"prompt": "a", "prompt": "b"}'
-    says = "the key 'prompt' stands twice in one object; keep one of them"
+    says = "the key 'prompt' appears twice in one object; keep one of them"
     for reader, text in (
         (JsonLinesReader, f'{{"prompt": "c"}}\n{twice}\n'),
         (JsonArray, f'[{{"prompt": "c"}}, {twice}]'),
@@ -164,7 +164,7 @@ def test_a_key_that_stands_twice_is_a_fault_of_its_row() -> None:
         assert whole == {"prompt": "c"}
         assert says in fault.reason
     inner = rows(JsonLinesReader(body(b'{"messages": [{"role": "user", "content": "a", "content": "b"}]}')))
-    assert "'content' stands twice" in inner[0].reason
+    assert "'content' appears twice" in inner[0].reason
 
 
 def test_an_element_that_must_not_be_used_is_a_fault_and_the_next_is_a_row() -> None:

@@ -15,7 +15,8 @@ from trainer.data.blocks import decode_block, encode_block, part_of_row, sample_
 from trainer.data.formats.columns import Columns
 from trainer.data.formats.instruction import PROMPT, PROMPT_WITH_INPUT
 from trainer.data.formats.qa import Example, example_of
-from trainer.data.prepare.label_set import label_name, label_set
+from trainer.data.label_names import label_name
+from trainer.data.prepare.label_set import label_set
 from trainer.data.sample import RowError, Sample, fit
 from trainer.data.spec import FrozenObject, FrozenSource
 from trainer.errors import InputError

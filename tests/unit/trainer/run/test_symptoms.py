@@ -64,17 +64,17 @@ def test_a_full_gpu_is_answered_with_what_the_plan_says_would_fit(recipe, monkey
         fits = [] if device > 100 << 30 else [SimpleNamespace(overrides=("strategy.kind=fsdp", "resources.workers=8"))]
         return SimpleNamespace(suggestions=fits)
 
-    monkeypatch.setattr("launcher.cli.plan.make", make)
+    monkeypatch.setattr("launcher.plan.estimate.make", make)
     said = advise(Failure(OOM.format("23.50"), 1), recipe, RUN)
     assert "the GPU's memory is full" in said
-    assert said.endswith("the plan says that one of these fits: strategy.kind=fsdp resources.workers=8")
+    assert said.endswith("according to the plan, one of these fits: strategy.kind=fsdp resources.workers=8")
     roomy = advise(Failure(OOM.format("500.00"), 1), recipe, RUN)
     assert "muster plan RECIPE --gpu-memory 500GiB" in roomy
     assert asked == [int(23.5 * (1 << 30)), 500 << 30]
 
 
 def test_a_plan_that_cannot_be_made_leaves_the_command(recipe, monkeypatch):
-    monkeypatch.setattr("launcher.cli.plan.make", lambda *given: 1 / 0)
+    monkeypatch.setattr("launcher.plan.estimate.make", lambda *given: 1 / 0)
     assert "--gpu-memory 3GiB" in advise(Failure(OOM.format("3.00"), 1), recipe, RUN)
 
 

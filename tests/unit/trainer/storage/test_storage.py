@@ -274,7 +274,7 @@ def test_links_that_lead_nowhere_or_in_circles_are_named(tmp_path: Path) -> None
     storage = open_storage(str(tmp_path))
     storage.write("a/b", b"1")
     (tmp_path / "a" / "again").symlink_to(tmp_path / "a")
-    with pytest.raises(InputError, match=r"again is a link to a folder that it lies in"):
+    with pytest.raises(InputError, match=r"again is a link to a folder that contains it"):
         storage.list()
     (tmp_path / "a" / "again").unlink()
     (tmp_path / "a" / "gone.jsonl").symlink_to(tmp_path / "nowhere")

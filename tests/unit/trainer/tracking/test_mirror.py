@@ -207,8 +207,8 @@ def test_a_tracker_that_fails_is_said_once_and_tried_again(
     followed._try()
     assert [step for step, _ in server.steps()] == [1, 2, 3, 4]
     said = [r.getMessage() for r in caplog.records]
-    assert [text for text in said if "fails, and training goes on" in text] == [said[0]]
-    assert said[-1] == "the tracker tensorboard is back, and has been told what it missed"
+    assert [text for text in said if "fails, and training continues" in text] == [said[0]]
+    assert said[-1] == "the tracker tensorboard works again, and has received the points that it missed"
     followed._failures = 30
     assert followed._pause_s() == 300.0
 

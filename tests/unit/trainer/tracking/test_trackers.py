@@ -267,7 +267,7 @@ def test_an_mlflow_server_that_is_away_is_one_warning(
     with tracked(recipe, run):
         pass
     (said,) = [r.getMessage() for r in caplog.records if r.levelno >= 30]
-    assert said.startswith("the tracker mlflow fails, and training goes on without it; it is tried again: ")
+    assert said.startswith("the tracker mlflow fails, and training continues without it; it is tried again: ")
 
 
 def test_mlflow_wants_to_know_where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,39 @@
+"""``muster convert``: the options, and the recipe on stdout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from launcher.convert import SOURCES, checked, read
+from launcher.terminal.console import stderr
+from trainer.errors import UsageError
+
+
+def convert(
+    source: Annotated[str, typer.Argument(metavar="axolotl|llamafactory", help="whose settings FILE holds")],
+    file: Annotated[Path, typer.Argument(metavar="FILE", help="the YAML file")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="write the recipe here instead of on stdout")] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="GPUs that it ran on, which its batch is multiplied by")
+    ] = None,
+) -> None:
+    """Turn the settings of axolotl or LLaMA-Factory into a recipe, and say what could not be carried over."""
+    draft = SOURCES.load(source)(read(file), file, workers)
+    text, hindrances = checked(draft, source, file)
+    console = stderr()
+    for line in draft.report():
+        console.print(Text(line), soft_wrap=True)
+    if hindrances:
+        raise UsageError("\n".join([f"{file} gives no recipe:", *(f"  {line}" for line in hindrances)]))
+    if out is None:
+        print(text, end="")
+    else:
+        try:
+            out.write_text(text, encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"{out} cannot be written: {error.strerror or error}") from None
+        console.print(Text(f"wrote {out}"), soft_wrap=True)

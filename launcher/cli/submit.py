@@ -1,0 +1,51 @@
+"""``muster render`` and ``muster cancel``: the options."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from cluster import cluster_of
+from launcher.cli.options import TrustOption
+from launcher.submit.submit import check_address, cluster_errors, job_of
+from launcher.terminal.console import stderr
+from trainer.recipe.trust import FLAG
+from trainer.run.recipe_url import recipe_at
+
+if TYPE_CHECKING:
+    pass
+
+
+def render(
+    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe: YAML or JSON file")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes, by dotted path")
+    ] = None,
+    on: Annotated[
+        str, typer.Option(help="slurm | kubernetes | ray, or local for the recipe with all defaults filled in")
+    ] = "slurm",
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Print what would be submitted, a command or a manifest. Nothing is contacted."""
+    from trainer.recipe import dump
+
+    if on == "local":
+        print(dump(recipe_at(recipe, overrides or [], trust=trust_remote_code)), end="")
+        return
+    with cluster_errors():
+        cluster = cluster_of(on)
+        loaded = recipe_at(recipe, overrides or [], trust=trust_remote_code)
+        words = [recipe, *(overrides or []), *([FLAG] if trust_remote_code else [])]
+        job = job_of(loaded, on, arguments=words)
+        check_address(job, on)
+        print(cluster.render(job), end="")
+
+
+def cancel(
+    run_uri: Annotated[str, typer.Argument(metavar="RUN_URI", help="the run's URI, as muster ls prints it")],
+) -> None:
+    """Stop a run, wherever it is: its workers commit, and its job is not started again."""
+    from launcher.submit.cancel import cancel_run
+
+    cancel_run(run_uri, lambda text: stderr().print(text, soft_wrap=True))

@@ -1,0 +1,82 @@
+"""Cancels a run wherever it is: through its storage, and at the scheduler or cluster of its job."""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+from cluster import KINDS, ClusterError, cluster_of
+from cluster.job import Say
+from launcher.submit.submit import FIRST_LOOK_S
+from trainer.errors import InputError, WorkerFailed
+from trainer.run import layout
+from trainer.run.submission import Submission, read_submission
+from trainer.storage import Storage, open_storage
+
+if TYPE_CHECKING:
+    pass
+
+
+END_WAIT_S = 120.0
+
+
+LOOK_S = 1.0
+
+
+def cancel_run(run_uri: str, say: Say) -> None:
+    """Stops a run: its workers commit, and its job is not started again. Raises InputError if there is no such run,
+    WorkerFailed if it did not end in time."""
+    from trainer.run.lease import is_held, read_lease, request_end
+
+    run = open_storage(run_uri, deadline_s=FIRST_LOOK_S)
+    lease, made = read_lease(run), read_submission(run)
+    if lease is None and made is None and run.info(layout.RECIPE) is None:
+        raise InputError(f"there is no run at {run.url}; `muster ls` with the folder above it lists those that are")
+    jobs = jobs_of(made, lease.holder.job if lease else None)
+    # Also a job that has not begun, or that comes back, finds this and ends at once.
+    request_end(run, lease.driver if lease else None, sorted({*jobs, *map(as_its_driver_names_it, jobs)}))
+    ended = True
+    if lease is not None and is_held(run, lease):
+        say(f"asking {lease.holder} to commit and end")
+        ended = _await_end(run, lease.driver)
+    gone = [_cancel_job(job, run.url, say) for job in jobs]
+    if not ended and not any(gone):
+        raise WorkerFailed(f"the driver of {run.url} did not end within {END_WAIT_S:.0f} s; look at its host")
+    say(f"{run.url} is stopped; the command that began it goes on from the newest checkpoint")
+
+
+def as_its_driver_names_it(job: str) -> str:
+    """The driver of a Ray job knows its own submission id, and not at what address it was submitted."""
+    return f"ray:{job.rpartition('/')[2]}" if job.startswith("ray:http") else job
+
+
+def jobs_of(made: Submission | None, holder: str | None) -> list[str]:
+    """The run's jobs: the one last submitted, and the one that its driver runs in, if that is another."""
+    jobs = [made.job] if made else []
+    if holder and not (made and as_its_driver_names_it(made.job) == holder):
+        jobs.append(holder)
+    return [job for job in jobs if job.partition(":")[0] in KINDS]
+
+
+def _await_end(run: Storage, driver: int) -> bool:
+    """Whether the driver has ended, asked to, within ``END_WAIT_S``."""
+    from trainer.run.lease import is_held, read_lease
+
+    deadline = time.monotonic() + END_WAIT_S
+    while time.monotonic() < deadline:
+        lease = read_lease(run)
+        if lease is None or lease.driver != driver or not is_held(run, lease):
+            return True
+        time.sleep(LOOK_S)
+    return False
+
+
+def _cancel_job(job: str, run_uri: str, say: Say) -> bool:
+    """Whether the job is known to be gone. Where its commands are missing, it was asked through the storage alone."""
+    kind, _, name = job.partition(":")
+    try:
+        cluster_of(kind).cancel(name, run_uri)
+    except ClusterError as error:
+        say(f"{job} itself was not cancelled; if it starts once more, it ends at once ({error})")
+        return False
+    return True
