@@ -14,7 +14,8 @@ from typing import Any
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = {"README.md": "index.md", "recipes/README.md": "recipes/README.md", "CHANGELOG.md": "CHANGELOG.md"}
+PAGES = {"README.md": "index.md", "recipes/README.md": "recipes/README.md"}
+PAGES |= {name: name for name in ("CHANGELOG.md", "CONTRIBUTING.md")}
 LINK = re.compile(r"\[([^\[\]]*)\]\((?!\w+:)([^)#\s]+)(#[^)\s]*)?\)")
 
 
