@@ -1,6 +1,6 @@
-"""Where a job runs: what is rendered and submitted, how its state is asked for, and how it is cancelled.
+"""The kinds of clusters: a job is rendered, submitted, followed and cancelled.
 
-Imports neither torch nor Ray, and nothing of the trainer: it is given plain values.
+Imports neither torch nor Ray, and nothing of the trainer: it gets plain values.
 """
 
 from __future__ import annotations

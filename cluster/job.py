@@ -11,7 +11,7 @@ ID_PATTERN = re.compile(r"(?P<kind>[a-z]+):(?P<id>.+)")
 
 
 class ClusterError(Exception):
-    """A scheduler or cluster is missing, refused the job, or did not answer. ``usage``: the user can mend it."""
+    """A scheduler or cluster is missing, refused the job, or did not answer. ``usage``: the user can fix it."""
 
     def __init__(self, message: str, usage: bool = True) -> None:
         super().__init__(message, usage)
@@ -47,7 +47,7 @@ class Cluster(Protocol):
     a bounded time only, except `follow`, which waits for the job."""
 
     def render(self, job: ClusterJob) -> str:
-        """What would be submitted. Pure: nothing is contacted, nothing written."""
+        """Returns what would be submitted. Pure: contacts and writes nothing."""
         ...
 
     def submit(self, job: ClusterJob, recipe_path: str) -> str:
@@ -56,7 +56,7 @@ class Cluster(Protocol):
         ...
 
     def follow(self, job_id: str, say: Say) -> int:
-        """Passes on what the job says until it ends; muster's exit code."""
+        """Passes on the job's output until it ends; returns muster's exit code."""
         ...
 
     def state(self, job_id: str) -> str | None:
@@ -64,6 +64,6 @@ class Cluster(Protocol):
         ...
 
     def cancel(self, job_id: str, run_uri: str) -> None:
-        """Ends it for good: it is not started again. A job that has ended already is no error, nor is one of that name
-        that belongs to another run than ``run_uri``, which is left alone."""
+        """Ends the job permanently. A job that has ended already is no error; a job of that name that belongs to
+        another run than ``run_uri`` is left alone."""
         ...

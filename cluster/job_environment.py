@@ -1,4 +1,4 @@
-"""Where this process stands, read off its environment: in which job, and beside which Ray cluster."""
+"""Reads from the environment in which job this process runs, and next to which Ray cluster."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 
 @dataclass(frozen=True)
 class JobEnvironment:
-    """``job`` identifies the scheduler's job across its restarts (a requeued Slurm job keeps its id) as ``kind:id``, or
-    is None. ``ray_address`` is the cluster that a driver here should join, or None: then it starts its own. ``nodes``
-    is how many the job was given for good, 0 where that is not known."""
+    """``job`` identifies the scheduler's job across its restarts (a requeued Slurm job keeps its id) as ``kind:id``;
+    None outside a job. ``ray_address``: the cluster that a driver here should join; None: it starts its own.
+    ``nodes``: how many the job has permanently, 0 if that is not known."""
 
     job: str | None
     ray_address: str | None

@@ -99,14 +99,16 @@ class Ray:
             api.call("POST", f"/api/jobs/{name}/stop")
 
     def _code(self, details: Mapping[str, Any], say: Say) -> int:
-        """The driver's own exit code where Ray knows it; what Ray says of a job that never became one."""
+        """Returns the driver's own exit code if Ray knows it, else one for what Ray reports of a job that never
+        started."""
         code = details.get("driver_exit_code")
         if code is None and details["status"] == "FAILED":
             say(f"Ray: {details.get('message') or 'the job failed'}")
         return ENDED[details["status"]] if code is None or code < 0 else int(code)
 
     def _patiently(self, ask: Callable[[], Any], of: type[ClusterError] = ClusterError) -> Any:
-        """A head may be away for a moment (the job goes on meanwhile), or has just started and takes no jobs yet."""
+        """Calls again while the head is unreachable for a moment (the job continues), or has just started and takes no
+        jobs yet."""
         deadline = time.monotonic() + PATIENCE_S
         while True:
             try:
@@ -176,7 +178,7 @@ class Api:
 
 
 class NewLogLines:
-    """What is new in a log that is read whole each time, in whole lines."""
+    """The new complete lines of a log that is read from its beginning each time."""
 
     def __init__(self) -> None:
         self._told = 0

@@ -1,4 +1,4 @@
-"""What every node of a Ray cluster is started with, whoever starts it."""
+"""The arguments that every node of a Ray cluster is started with."""
 
 from __future__ import annotations
 

@@ -86,7 +86,7 @@ class Slurm:
         return found["JobState"] if found else None
 
     def cancel(self, job_id: str, run_uri: str) -> None:
-        """A job that runs has been asked to end through its run; it has a while to clean up after itself."""
+        """Cancels the job. A running job was requested to end through its run before; it gets time to clean up."""
         deadline = time.monotonic() + CLEAN_UP_S
         while (state := self.state(job_id)) in ("RUNNING", "COMPLETING") and time.monotonic() < deadline:
             time.sleep(POLL_S)
@@ -119,7 +119,7 @@ class Slurm:
 
 
 class Output:
-    """What is new in the job's output file, as far as this machine sees it."""
+    """The new lines of the job's output file, as far as this machine sees it."""
 
     def __init__(self, path: str) -> None:
         self._path, self._told, self._rest = path, 0, ""
@@ -138,7 +138,8 @@ class Output:
 
 
 def options(job: ClusterJob) -> list[str]:
-    """``sbatch`` and its options: nodes, GPUs and CPUs as the workers need them, then what the recipe says of Slurm."""
+    """Returns ``sbatch`` and its options: nodes, GPUs and CPUs as the workers need them, then the recipe's settings for
+    Slurm."""
     settings = job.settings
     shape = JobShape.of(job)
     asked = ["sbatch", f"--job-name={job.name}", f"--nodes={shape.nodes}", f"--cpus-per-task={shape.cpus_per_node}"]
@@ -186,7 +187,8 @@ def _workers_per_node(job: ClusterJob, workers: int) -> int:
 
 
 def fields(line: str) -> dict[str, str]:
-    """``scontrol --oneliner``'s ``Name=value`` pairs; a value goes on to the next word that looks like a name."""
+    """Returns the ``Name=value`` pairs of ``scontrol --oneliner``; a value ends before the next word that looks like a
+    name."""
     found: dict[str, str] = {}
     last = None
     for word in line.split():

@@ -1,7 +1,7 @@
-"""Writes a manifest as YAML that every reader, YAML 1.1 (PyYAML, kubectl) or 1.2, takes for the same data.
+"""Writes a manifest as YAML that every reader, YAML 1.1 (PyYAML, kubectl) or 1.2, reads as the same data.
 
 YAML 1.1 reads a bare `y`, `on`, `1e3`, `0x10`, `1:30` or `null` as something else than text, and writers differ in what
-they quote. So every text is quoted, or a literal block; only keys that can be nothing but text stand bare.
+they quote. So every text is quoted or a literal block; only keys that can be nothing but text are bare.
 """
 
 from __future__ import annotations

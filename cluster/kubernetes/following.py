@@ -1,4 +1,4 @@
-"""Follows a job: asks for its state every few seconds and passes on the lines of the pod that has them."""
+"""Follows a job: reads its state every few seconds and passes on the lines of the pod that has them."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Follower:
             self._open(newest_started(self._kubectl.list("pods", speaking)))
 
     def _selectors(self, made: Fields) -> tuple[str | None, str]:
-        """Of the pods that train, and of the one whose lines are the run's."""
+        """Returns the selectors of the pods that train, and of the pod whose lines are the run's."""
         if self._resource == "jobset":
             mine = f"jobset.sigs.k8s.io/jobset-name={self._name}"
             return mine, f"{mine},batch.kubernetes.io/job-completion-index=0"
@@ -107,14 +107,14 @@ class Follower:
                 self._say_line(line)
 
     def _say_line(self, line: str) -> None:
-        """Lines since a second are given out again by a new stream: those that were said are left out."""
+        """Passes on a line unless it was printed before: a new stream repeats the lines of its first second."""
         moment, _, text = line.partition(" ")
         if moment > self._last:
             self._last = moment
             self._say(text)
 
     def _finish(self) -> None:
-        """What the ended job has not said yet; its pod ends the stream."""
+        """Prints the rest of the ended job's lines; its pod ends the stream."""
         if self._lines is None:
             try:
                 self._open(newest_started(self._kubectl.list("pods", self._selectors({})[1])))

@@ -23,7 +23,7 @@ DELETE_S = 300
 
 @dataclass(frozen=True)
 class KubernetesRef:
-    """Where a job is, as kubectl is asked for it."""
+    """The place of a job, as kubectl needs it."""
 
     resource: str
     namespace: str | None
@@ -42,7 +42,7 @@ class KubernetesRef:
         return f"{kind}{self.namespace}/{self.name}" if self.namespace else f"{kind}{self.name}"
 
     def command(self, verb: str) -> str:
-        """As a user types it."""
+        """Returns the command as a user types it."""
         place = f" --namespace {self.namespace}" if self.namespace else ""
         return f"kubectl{place} {verb} {self.resource} {self.name}"
 
@@ -61,8 +61,8 @@ class Kubernetes:
             raise ClusterError(f"the manifest {error}") from None
 
     def submit(self, job: ClusterJob, recipe_path: str) -> str:
-        """The recipe travels in the manifest, so that ``recipe_path`` is not needed. A job of this run that has ended
-        is deleted first, the same run then goes on; one that has not, or one of another run, is refused."""
+        """Submits the manifest, which contains the recipe, so ``recipe_path`` is not used. An ended job of this run is
+        deleted first, and the run resumes; a job that has not ended, or one of another run, is refused."""
         text = self.render(job)
         made = manifest(job)
         namespace = made["metadata"].get("namespace")
@@ -91,8 +91,8 @@ class Kubernetes:
         kubectl.delete(address.resource, address.name, wait_s=DELETE_S)
 
     def follow(self, job_id: str, say: Say) -> int:
-        """Says each change of state, why pods wait, and the driver's lines. Exit codes: 0, 1, 2 and 3 as the driver's
-        where the cluster tells it; 1 for a failure of which it does not; 3 when the job was stopped or is gone."""
+        """Prints each change of state, why pods wait, and the driver's lines. Returns the driver's exit code (0, 1, 2,
+        3) if the cluster knows it; 1 for another failure; 3 if the job was stopped or is gone."""
         address = KubernetesRef.of(job_id)
         return Follower(Kubectl(address.namespace), address.resource, address.name, say, self._sleep).follow()
 

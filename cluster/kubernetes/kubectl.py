@@ -85,7 +85,7 @@ class Kubectl:
 
 
 class ProcessLines:
-    """Lines of a process that go on while the caller does something else."""
+    """Lines of a process that runs while the caller does something else."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self._queue: SimpleQueue[str | None] = SimpleQueue()
@@ -99,7 +99,7 @@ class ProcessLines:
         self._queue.put(None)
 
     def next(self, timeout_s: float) -> str | None:
-        """None when none came within the time, or when there are no more (``ended``)."""
+        """Returns None if no line arrived in time, or if there are no more (``ended``)."""
         try:
             line = self._queue.get(timeout=timeout_s)
         except Empty:
@@ -123,7 +123,7 @@ def _json(text: str) -> Fields:
 
 
 def _passing(said: str) -> bool:
-    """Whether the cluster is away or busy, rather than of another opinion."""
+    """Returns True if the cluster is unreachable or busy, and has not refused the request."""
     return any(sign in said.lower() for sign in _PASSING)
 
 

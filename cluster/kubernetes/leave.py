@@ -1,12 +1,12 @@
-"""Run in a pod before it is stopped (`preStop` in rayjob.yaml): leaves the run time to commit a checkpoint.
+"""Runs in a pod before it is stopped (`preStop` in rayjob.yaml): gives the run time to commit a checkpoint.
 
 Kubernetes stops a container by a signal to its first process, which is Ray; Ray then ends everything at once. So on the
-head the driver is told first, as Ctrl-C would, and waited for: its workers commit and it ends with exit code 3. On a
-worker Ray is told that this node will go: muster's driver sees that, the workers commit and are gathered anew without
-it, and the training processes here are waited for. Kubernetes ends this wait with the pod's grace period
-(`terminationGracePeriodSeconds`).
+head, this script first interrupts the driver, as Ctrl-C would, and waits for it: its workers commit, and it ends with
+exit code 3. On a worker, it reports to Ray that this node will be taken away: muster's driver sees that, the workers
+commit and are resized without the node, and this script waits for the training processes here. Kubernetes ends the wait
+with the pod's grace period (`terminationGracePeriodSeconds`).
 
-Linux only (/proc), standard library only; a process that cannot be read is somebody else's.
+Linux only (/proc), standard library only; a process that cannot be read belongs to another user.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def running(wanted: Callable[[Words], bool], proc: Path = Path("/proc")) -> list
 
 
 def announce() -> None:
-    """Tells Ray's head that this node will be taken away. A head that is gone itself has nobody to tell."""
+    """Reports to Ray's head that this node will be taken away. Does nothing if the head itself is gone."""
     reason = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the pod is being stopped"]
     with suppress(OSError, subprocess.TimeoutExpired):
         subprocess.run(["ray", "drain-node", *reason], timeout=TELL_S, stdin=subprocess.DEVNULL)

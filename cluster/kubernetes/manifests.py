@@ -1,8 +1,8 @@
 """A job as a Kubernetes manifest: pure, data in, data out.
 
-The shapes lie beside this file (`rayjob.yaml`, `jobset.yaml`), are loaded, patched as data and written by `emit`. The
-recipe travels as an annotation of the pod that needs it and is mounted from there: no shell reads it, and Kubernetes'
-own ``$(NAME)`` is not expanded in it.
+The manifests next to this file (`rayjob.yaml`, `jobset.yaml`) are loaded, patched as data and written by `emit`. The
+recipe is an annotation of the pod that needs it and is mounted from there: no shell reads it, and Kubernetes' own
+``$(NAME)`` is not expanded in it.
 """
 
 from __future__ import annotations
@@ -37,17 +37,18 @@ _WORD = re.compile(r"[A-Za-z0-9_./:=,@%+-]+")
 
 
 def manifest(job: ClusterJob) -> Manifest:
-    """The job's manifest, by ``settings["kind"]``. Raises ClusterError for what a user can mend: settings that do not
-    stand together, a recipe that is too large, a manifest that the operator would refuse."""
+    """Returns the job's manifest, by ``settings["kind"]``. Raises ClusterError for what a user can fix: settings that
+    exclude each other, a recipe that is too large, a manifest that the operator would refuse."""
     return jobset(job) if job.settings.get("kind", "rayjob") == "jobset" else rayjob(job)
 
 
 def rayjob(job: ClusterJob) -> Manifest:
-    """For KubeRay's operator. Elastic bounds become the bounds of the worker group.
+    """Returns a manifest for KubeRay's operator. Elastic bounds become the bounds of the worker group.
 
-    KubeRay submits the job when all ``replicas`` are running, so an elastic group starts with its least, and Ray's
-    autoscaler asks for the rest. Kueue admits no job that has an autoscaler: in a queue the group has its full size
-    and shrinks only by the loss of pods."""
+    KubeRay submits the job when all ``replicas`` are running, so an elastic group starts with its minimum, and Ray's
+    autoscaler requests the rest. Kueue admits no job that has an autoscaler: in a queue the group has its full size and
+    shrinks only by the loss of pods.
+    """
     settings = job.settings
     made = _loaded("rayjob.yaml")
     name = _metadata(made, job, RAYJOB_LENGTH)
@@ -152,7 +153,8 @@ def _submitter(spec: Manifest, job: ClusterJob) -> None:
 
 
 def _pod(template: Manifest, job: ClusterJob, environment: dict[str, str]) -> None:
-    """What every pod of the run has: image, credentials by reference, environment, shared memory, time to leave."""
+    """Returns what every pod of the run has: image, credentials by reference, environment, shared memory, time to
+    leave."""
     settings, spec = job.settings, template["spec"]
     container = spec["containers"][0]
     container["image"] = settings.get("image") or container["image"]

@@ -19,7 +19,7 @@ _SHAPE = re.compile(
 
 
 def to_bytes(quantity: str, setting: str) -> int:
-    """``16Gi`` as bytes. Raises ClusterError, naming the ``setting`` that it stands in."""
+    """Returns ``16Gi`` as bytes. Raises ClusterError with the name of the ``setting``."""
     found = _SHAPE.fullmatch(quantity)
     size = int(Fraction(found[1]) * _UNITS[found[2] or ""]) if found else 0
     if size <= 0:

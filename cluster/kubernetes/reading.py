@@ -1,4 +1,4 @@
-"""What a RayJob, a JobSet and their pods say of themselves, as muster says it: pure, objects in, words out."""
+"""The state of a RayJob, a JobSet and their pods in muster's words: pure, objects in, words out."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ _WAITING = frozenset({"ContainerCreating", "PodInitializing"})
 
 @dataclass(frozen=True)
 class Reading:
-    """``state`` in the cluster's word; ``exit_code`` is muster's when the job has ended, else None; ``detail`` is what
-    the cluster says about it."""
+    """``state`` in the cluster's word; ``exit_code``: muster's if the job has ended, else None; ``detail``: the
+    cluster's explanation."""
 
     state: str
     exit_code: int | None
@@ -28,7 +28,7 @@ class Reading:
 
 
 def read(made: Fields) -> Reading:
-    """Of a RayJob or a JobSet as `kubectl get -o json` prints it."""
+    """Reads a RayJob or a JobSet as `kubectl get -o json` prints it."""
     reading = _jobset(made) if made.get("kind") == "JobSet" else _rayjob(made)
     if made["metadata"].get("deletionTimestamp"):
         return Reading("Terminating", reading.exit_code, reading.detail)

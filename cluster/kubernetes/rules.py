@@ -1,7 +1,7 @@
-"""What KubeRay's operator refuses although its CRD allows it.
+"""Rules of KubeRay's operator that its CRD does not contain.
 
-A job that breaks one of these is accepted by `kubectl` and then stands as `ValidationFailed`. The rules are those of
-the operator 1.7 (https://github.com/ray-project/kuberay, ray-operator/controllers/ray/utils/validation.go and
+`kubectl` accepts a job that breaks one of these, and the job then stays `ValidationFailed`. The rules are those of the
+operator 1.7 (https://github.com/ray-project/kuberay, ray-operator/controllers/ray/utils/validation.go and
 pkg/webhooks/v1), as facts; those that depend on a feature gate hold for the default gates.
 """
 
@@ -223,7 +223,7 @@ def _containers(group: Fields) -> list[Fields]:
 
 
 def _environment(group: Fields) -> dict[str, str | None]:
-    """Of the Ray container, which is the first."""
+    """Returns the environment of the Ray container, which is the first one."""
     return {item["name"]: item.get("value") for c in _containers(group)[:1] for item in c.get("env", [])}
 
 

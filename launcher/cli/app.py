@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 KEYBOARD = 130
 """The exit code that typer makes of a KeyboardInterrupt."""
-RESUMES = "the same command goes on from the newest checkpoint"
+RESUMES = "the same command resumes from the newest checkpoint"
 ROOT = Path(__file__).resolve().parents[2]
 
 app = typer.Typer(
@@ -85,7 +85,7 @@ def run(
         raise Interrupted(current.sentence() if current.heard else RESUMES) from None
     for line in vllm_command.of_recipe(loaded, adapter):
         console.print(Text(f"serve it:  {line}"), soft_wrap=True)
-    console.print(Text(f"finished: the adapter lies in {adapter}"), soft_wrap=True)
+    console.print(Text(f"finished: the adapter is {adapter}"), soft_wrap=True)
 
 
 @app.command()
@@ -94,7 +94,8 @@ def validate(
     shipped: Annotated[bool, typer.Option("--all", help="check every recipe that muster ships")] = False,
     inputs: Annotated[bool, typer.Option("--inputs", help="contact model, data and storage as well")] = False,
 ) -> None:
-    """Say every mistake of each RECIPE, with its line. Nothing is created, and nothing contacted without --inputs."""
+    """Report every mistake of each RECIPE, with its line. Nothing is created, and nothing is contacted without
+    --inputs."""
     from trainer.recipe import load
 
     paths = [*(recipes or []), *(sorted(map(str, (ROOT / "recipes").glob("*.yaml"))) if shipped else [])]
@@ -141,7 +142,7 @@ def matrix(
     task: Annotated[str | None, typer.Option(help="of this task alone")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="all cells as a JSON list on stdout")] = False,
 ) -> None:
-    """Say which method, quantisation, strategy and task work together."""
+    """Show which method, quantisation, strategy and task work together."""
     from launcher.cli import matrix as matrix_text
     from trainer.recipe.matrix import REFUSALS, alike
     from trainer.registry import TASKS
@@ -177,7 +178,7 @@ app.command()(submit_commands.cancel)
 
 
 class ToStderr(logging.Handler):
-    """Writes to what ``sys.stderr`` is at the time: a live display stands in for it while it is drawn."""
+    """Writes to the current ``sys.stderr``, which a live display replaces while it is drawn."""
 
     def emit(self, record: logging.LogRecord) -> None:
         print(shown(self.format(record)), file=sys.stderr)
@@ -191,8 +192,8 @@ def main() -> None:
 
 
 def carried_out(command: Callable[[], int | None]) -> int:
-    """Calls a command, says what it failed of, and returns its exit code; the interpreter's end has to follow. After a
-    signal, whatever error comes up is taken for its consequence: other processes may have got the signal too."""
+    """Calls a command, reports its failure, and returns its exit code; the process must end afterwards. After a signal,
+    any error counts as its consequence: other processes may have received the signal too."""
     current.command("the same command does it again")
     try:
         with own_streams():
@@ -231,7 +232,7 @@ def _code_of(command: Callable[[], int | None]) -> int:
 
 
 def exit_code(error: MusterError) -> int:
-    """As designed; a script that manages the job may name, in ``MUSTER_AGAIN``, a code of its own for what it should
-    start again."""
+    """Returns the error's exit code. ``MUSTER_AGAIN`` may name another code for a run that should be started again, for
+    a script that manages the job."""
     again = os.environ.get("MUSTER_AGAIN", "")
     return int(again) if isinstance(error, StartAgain) and again.isdecimal() else error.exit_code

@@ -21,7 +21,7 @@ def convert(
         int | None, typer.Option(min=1, help="GPUs that it ran on, which its batch is multiplied by")
     ] = None,
 ) -> None:
-    """Turn the settings of axolotl or LLaMA-Factory into a recipe, and say what could not be carried over."""
+    """Turn the settings of axolotl or LLaMA-Factory into a recipe, and report what could not be carried over."""
     draft = SOURCES.load(source)(read(file), file, workers)
     text, hindrances = checked(draft, source, file)
     console = stderr()

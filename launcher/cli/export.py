@@ -34,7 +34,7 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Say what lies at URI, and whether its files are whole; of a model, whether it loads and writes."""
+    """Show what is at URI, and whether its files are complete; for a model, whether it loads and generates."""
     from trainer.artifacts.inspect import describe
     from trainer.recipe.trust import Trust
 
@@ -93,11 +93,11 @@ def merge(
             if mix is None:
                 raise UsageError("--as-adapter writes what --use combines: name the adapters and their weights there")
             combine(address, folder, mix, say=say, trust=trust)
-            console.print(Text(f"the combined adapter lies in {folder}"), soft_wrap=True)
+            console.print(Text(f"the combined adapter is {folder}"), soft_wrap=True)
             return
         done = merged_into(address, folder, mix=mix, dtype=dtype, say=say, trust=trust)
     console.print(
-        Text(f"the merged model lies in {folder}; its logits differ by {done.difference:.1e} of their norm"),
+        Text(f"the merged model is {folder}; its logits differ by {done.difference:.1e} of their norm"),
         soft_wrap=True,
     )
     if done.subject.classes is None:

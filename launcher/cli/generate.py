@@ -62,7 +62,7 @@ SeedOption = Annotated[int, typer.Option("--seed", help="of what is drawn")]
 
 @dataclass(frozen=True)
 class Which:
-    """What is to answer, as the options have it."""
+    """The model that answers, by the options."""
 
     run: str | None
     adapters: list[str] | None
@@ -184,7 +184,7 @@ class Shown:
 
 
 def _lines(person: bool) -> Iterator[str]:
-    """What is asked, until the end of input, ``exit`` or Ctrl-C."""
+    """Yields the prompts, until the end of input, ``exit`` or Ctrl-C."""
     if person:
         import readline  # noqa: F401 - lines can be edited and called back
     while True:
@@ -256,7 +256,7 @@ def _loaded(which: Which, drawing: Drawing, batch: int) -> Iterator[LoadedArtifa
 
 
 def held(subject: Artifact, quantization: str | None) -> Artifact:
-    """With the base held in another way than it was trained with, if that is asked for."""
+    """Returns the artifact with another quantisation of its base model, if the options request it."""
     if quantization is None or quantization == subject.section.quantization:
         return subject
     if quantization not in ("none", "nf4", "int8"):

@@ -27,7 +27,8 @@ def plan(
     price_per_gpu_hour: Annotated[float | None, typer.Option(min=0, help="for the cost, in any currency")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
-    """Say what RECIPE takes on each rank, from the base's config.json alone, and what to change if it does not fit."""
+    """Show what RECIPE needs on each rank, from the base model's config.json alone, and what to change if it does not
+    fit."""
     from rich.text import Text
 
     from launcher.plan.estimate import make

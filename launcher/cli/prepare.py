@@ -122,7 +122,7 @@ def part_json(prepared: PreparedDataset, summary: Summary) -> dict[str, Any]:
 
 
 def pictures(found: dict[str, Any]) -> Iterator[RenderableType]:
-    """The same for people: a table of the sources, the bad rows, a histogram of the lengths, the packs."""
+    """Yields the summary for people: a table of the sources, the bad rows, a histogram of the lengths, the packs."""
     from rich.text import Text
 
     for name in ("train", "eval"):

@@ -25,7 +25,7 @@ def status(
     ] = False,
     watch: Annotated[bool, typer.Option("--watch", help="go on looking until the run has ended, or Ctrl-C")] = False,
 ) -> None:
-    """Say what a run is doing, from its storage alone."""
+    """Show what a run is doing, from its storage alone."""
     from launcher.monitor.status import read_status
     from launcher.monitor.tables import checkpoints_table
     from trainer.storage import open_storage
@@ -65,7 +65,7 @@ def list_(
     if as_json:
         print_json([s.to_json() for s in found])
     elif not found:
-        stderr().print(Text(f"no run lies in {storage}"), soft_wrap=True)
+        stderr().print(Text(f"there is no run in {storage}"), soft_wrap=True)
     else:
         stdout().print(runs_table(found, time.time()))
 
@@ -92,7 +92,7 @@ def track(
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes, by dotted path")
     ] = None,
 ) -> None:
-    """Send the metrics of a run that has ended to the trackers of its recipe, as far as they do not have them."""
+    """Send the metrics of a run that has ended to the trackers of its recipe, if they do not have them yet."""
     from launcher.monitor.status import read_state
     from trainer.errors import UsageError
     from trainer.run.frozen import read_recipe

@@ -1,7 +1,7 @@
-"""``muster run``: checks the inputs, freezes the recipe, prepares the data, trains on Ray, and ends honestly.
+"""``muster run``: checks the inputs, freezes the recipe, prepares the data and trains on Ray.
 
-The exit code follows from what lies in the storage (a commit of the last step, a final adapter that reads back as it
-was committed), never from what Ray says.
+The exit code follows from the storage (a commit of the last step, a final adapter that reads back as it was committed),
+never from what Ray reports.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ FIRST_LOOK_S = 30.0  # a storage that does not answer now is more likely a wrong
 
 
 def run(recipe: Recipe, progress: Progress, *, takeover: bool = False) -> str:
-    """Trains the recipe's run to its end, from wherever it stands; returns the final adapter's URI.
+    """Trains the recipe's run to its end, from its newest checkpoint; returns the final adapter's URI.
 
-    Raises UsageError (2) before anything is started where it can be known by then, Interrupted (3) after a stop that
-    lost nothing, and any other MusterError (1) with the first cause of a failure.
+    Raises UsageError (2) before anything is started, if the mistake can be known by then, Interrupted (3) after a stop
+    that lost nothing, and any other MusterError (1) with the first cause of a failure.
     """
     storage = open_storage(recipe.storage)
     run_storage = storage.child(recipe.name)
@@ -68,8 +68,8 @@ def run(recipe: Recipe, progress: Progress, *, takeover: bool = False) -> str:
 
 
 def check_inputs(recipe: Recipe, progress: Progress, *, begun: bool = False) -> None:
-    """Trackers, storage, model and data, before any worker starts. Raises InputError; a run that has ``begun`` goes on
-    without a tracker that is not there, and says so."""
+    """Checks trackers, storage, model and data before any worker starts. Raises InputError. A run that has ``begun``
+    continues without a missing tracker, with a warning."""
     from launcher.driver.preflight import check_model, check_storage
 
     check_lasting(recipe, job_environment(os.environ).job)
@@ -128,12 +128,12 @@ class RunDriver:
         return by_signal or (isinstance(error, MusterError) and self.signals.stopped)
 
     def _has_stopped(self) -> bool:
-        """Whether the step at which the attempt was to stop is committed."""
+        """Returns True if the step of ``training.stop_after`` is committed."""
         step = self.recipe.training.stop_after
         return step is not None and any(record.step >= step for record in list_commits(self.run))
 
     def _resumes_text(self) -> str:
-        return f"the same command goes on from the newest checkpoint of {self.run.url}"
+        return f"the same command resumes from the newest checkpoint of {self.run.url}"
 
     def _train(self) -> None:
         from launcher.driver.background_prepare import EarlyStart
@@ -200,8 +200,8 @@ class RunDriver:
             follow(standby.workers(), every, POLL_S)
 
     def _has_steps(self, before: int) -> bool:
-        """Returns whether the workers that train now have done a step, which can be committed. True where the
-        storage does not tell."""
+        """Returns True if the current attempt has done a step, which can be committed, or if the storage does not
+        answer."""
         try:
             attempt = read_claims(self.run).attempt
             return attempt > before and newest_event(self.run, attempt, "startup") is not None
@@ -241,10 +241,11 @@ class RunDriver:
 
 
 class Signals:
-    """Records that the run has to stop: because of a signal, or of a request in its storage.
+    """Records that the run must stop: because of a signal, or of a request in its storage.
 
-    While the workers train, the first signal asks them to commit and end, and the second leaves with what has been
-    committed by then. Before that there is nothing to commit, and the first one leaves (`trainer.interruption`)."""
+    While the workers train, the first signal requests a commit and the end; the second leaves with what is committed by
+    then. Before that there is nothing to commit, and the first one leaves (`trainer.interruption`).
+    """
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
@@ -253,7 +254,7 @@ class Signals:
 
     @property
     def stopped(self) -> bool:
-        """Asked by a signal, or through the run's storage."""
+        """True after a signal, or after a request in the run's storage."""
         if self._lease is not None and self._lease.asked.is_set():
             self.ask("muster cancel")
         return self._asked.is_set()
@@ -275,7 +276,7 @@ class Signals:
             self.check()
 
     def ask(self, who: str) -> None:
-        """The first of them asks the workers to commit and end."""
+        """Requests that the workers commit and end; only the first call has an effect."""
         if self._asked.is_set():
             return
         self._asked.set()

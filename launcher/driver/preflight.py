@@ -1,4 +1,4 @@
-"""What a run needs, looked at before any worker starts: that is when a mistake costs least."""
+"""Checks what a run needs before any worker starts, when a mistake costs least."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _KINDS = {CAUSAL: "causal language model", SEQUENCE: "model for sequence classif
 
 
 def check_storage(storage: Storage) -> bool:
-    """Whether the storage has conditional put; InputError when it cannot be written."""
+    """Returns True if the storage has conditional put. Raises InputError if it cannot be written."""
     try:
         return storage.check_writable()
     except StorageError as error:
@@ -122,8 +122,8 @@ def check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, embeddings: 
 
 
 def check_positions(recipe: Recipe, model: PreTrainedModel, warn: Callable[[str], None]) -> None:
-    """Whether samples may get longer than what the model was trained on. In a pack, positions begin anew with each
-    sample, so that a long pack of short samples is fine."""
+    """Returns True if samples may be longer than the model was trained for. Positions start at 0 for each sample of a
+    pack, so a long pack of short samples is fine."""
     positions = getattr(model.config, "max_position_embeddings", None)
     length = recipe.data.sequence_length
     if not isinstance(positions, int) or length <= positions:
@@ -135,7 +135,7 @@ def check_positions(recipe: Recipe, model: PreTrainedModel, warn: Callable[[str]
 
 
 def _learns_positions(model: PreTrainedModel, positions: int) -> bool:
-    """Whether positions are rows of a table (GPT-2, OPT), which ends; rotary ones go on."""
+    """Returns True if positions are rows of a table of limited length (GPT-2, OPT) and not rotary."""
     import torch
 
     rows = {m.num_embeddings for m in model.modules() if isinstance(m, torch.nn.Embedding)}
@@ -150,6 +150,6 @@ def load_run_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
 
 def first_line(error: BaseException) -> str:
-    """Libraries explain at length; the first line says what happened."""
+    """Returns the first line of a library's error, which has the cause."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__

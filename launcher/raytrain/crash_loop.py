@@ -14,8 +14,8 @@ _WHERE = re.compile(r"^rank \d+( on \S+?)?( died)?( \([^)]*\))?: ")
 
 @dataclass(frozen=True)
 class CrashSignature:
-    """One failure of the worker group. ``step`` is the last one in the run's metrics by then, None where the storage
-    did not tell; ``error`` is the first cause as it is told to the user."""
+    """One failure of the worker group. ``step``: the last step in the run's metrics by then, None if the storage did
+    not answer; ``error``: the first cause, as the user sees it."""
 
     step: int | None
     error: str
@@ -43,6 +43,6 @@ def in_a_row(faults: Sequence[CrashSignature]) -> int:
 
 
 def is_hopeless(faults: Sequence[CrashSignature]) -> bool:
-    """Whether the same step has failed with the same error `SAME_FAULTS` times in a row, whatever
-    ``resources.max_failures`` would still allow."""
+    """Returns True if the same step has failed with the same error `SAME_FAULTS` times in a row, whatever
+    ``resources.max_failures`` still allows."""
     return in_a_row(faults) >= SAME_FAULTS

@@ -1,4 +1,4 @@
-"""What to try next after a failure (`trainer.run.symptoms`), where the plan can be asked what would fit a full GPU."""
+"""Advice after a failure (`trainer.run.symptoms`), with the plan's suggestions if a GPU was full."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Which of many failures was the cause.
+"""Finds the cause among many failures.
 
-When one rank fails, the others fail with it: their collectives break. So a worker that died comes first, then the
-earliest exception that is no broken collective, then the earliest at all.
+When one rank fails, the others fail too, because their collectives break. So a worker that died comes first, then the
+earliest exception that is not a broken collective, then the earliest of all.
 """
 
 from __future__ import annotations

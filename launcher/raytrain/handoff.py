@@ -1,7 +1,7 @@
-"""What workers that stand by wait for: the job, once the inputs are checked and the data is there.
+"""Hands the job to pre-started workers, once the inputs are checked and the data are there.
 
-Starting workers and importing what they need takes longer than anything else before the first step, and needs nothing
-that is known only later. So they are started first, and begin when the driver says so.
+Starting workers and importing their libraries takes longer than anything else before the first step, and needs nothing
+that is known only later. So they start first and begin when the driver has the job.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class DriverGone(Exception):
 
 
 class JobHandoff:
-    """Given once by the driver's main thread; awaited by every group of workers. ``stage`` says to a person what is
-    being waited for, ``failed`` why no group is started any more, once the failure policy has given up."""
+    """Set once by the driver's main thread; every worker group waits for it. ``stage``: what a person is waiting for;
+    ``failed``: why no group starts any more, once the failure policy has given up."""
 
     def __init__(self, phases: Phases) -> None:
         self.stage = ""

@@ -1,4 +1,6 @@
-"""How many workers a cluster's nodes hold: decided here from what the nodes have, asked from Ray in one place."""
+"""The number of workers that a cluster's nodes can hold: pure functions of the nodes' resources, read from Ray in one
+place.
+"""
 
 from __future__ import annotations
 
@@ -18,9 +20,8 @@ DIALS = 32  # at a time
 
 @dataclass(frozen=True)
 class Node:
-    """``total`` and ``free`` are Ray's resources by name (CPUs and GPUs in pieces). ``draining``: it is about to be
-    taken away, and Ray places nothing new on it. ``lost`` says why a node that is gone has gone. Ray's daemon listens
-    on ``port``."""
+    """``total`` and ``free``: Ray's resources by name (CPUs and GPUs in pieces). ``draining``: the node will be taken
+    away, and Ray places nothing new on it. ``lost``: why a node is gone. Ray's daemon listens on ``port``."""
 
     id: str
     host: str
@@ -38,7 +39,7 @@ class Node:
 
 
 def each(resources: ResourcesSection) -> dict[str, float]:
-    """What one worker takes, by Ray's names, without what it takes none of."""
+    """Returns the resources of one worker by Ray's names, without those that it does not use."""
     need = {"CPU": float(resources.cpus_per_worker), "GPU": float(resources.gpus_per_worker)}
     return {name: amount for name, amount in need.items() if amount}
 
@@ -49,7 +50,8 @@ def wanted(resources: ResourcesSection) -> dict[str, float]:
 
 
 def suits(resources: ResourcesSection, node: Node) -> bool:
-    """Whether a worker may run there at all: of the asked kind of GPU, with the asked labels, and not about to go."""
+    """Returns True if a worker may run on the node: it has the requested kind of GPU and labels, and is not
+    draining."""
     kind = resources.accelerator_type
     if not node.alive or node.draining or (kind and f"{ACCELERATOR}{kind}" not in node.total):
         return False
@@ -57,7 +59,8 @@ def suits(resources: ResourcesSection, node: Node) -> bool:
 
 
 def _matches(value: str | None, asked: str) -> bool:
-    """Ray's other ways to ask (``!a``, ``in(a,b)``) are left to Ray: what it cannot place, it says."""
+    """Returns True if the label matches. Ray's other forms (``!a``, ``in(a,b)``) are left to Ray, which reports what it
+    cannot place."""
     return asked.startswith(("!", "in(")) or value == asked
 
 
@@ -67,7 +70,7 @@ def places(resources: ResourcesSection, have: Mapping[str, float]) -> int:
 
 
 def workers_that_fit(resources: ResourcesSection, nodes: Iterable[Node]) -> int:
-    """With all that the nodes have, whoever uses it now."""
+    """Returns the number of workers by the nodes' total resources, whoever uses them now."""
     return sum(places(resources, node.total) for node in nodes if suits(resources, node))
 
 
@@ -83,7 +86,7 @@ def room(resources: ResourcesSection, nodes: Iterable[Node], held: Mapping[str, 
 
 
 def answering(nodes: Iterable[Node], timeout_s: float = DIAL_S) -> list[Node]:
-    """Those whose Ray accepts a connection: Ray's head needs seconds to notice that a node has gone."""
+    """Returns the nodes whose Ray accepts a connection: Ray's head needs seconds to notice that a node has gone."""
     live = [node for node in nodes if node.alive]
     with ThreadPoolExecutor(max(1, min(DIALS, len(live)))) as pool:
         return [

@@ -1,6 +1,6 @@
-"""What Ray Train's controller asks: how many workers to start, and what a failure means.
+"""Policies for Ray Train's controller: how many workers to start, and what a failure means.
 
-They take the place of Ray Train's own policies, and run in its controller, in a thread of the driver.
+They replace Ray Train's own policies and run in its controller, in a thread of the driver.
 """
 
 from __future__ import annotations
@@ -43,13 +43,13 @@ SEEN_WAITS_S = (0.0, 0.25, 0.25, 0.5)
 
 
 class ResizeRequested(Exception):
-    """The workers have committed and ended, to be started anew on the nodes that are there now."""
+    """The workers have committed and ended; they start again on the nodes that are there now."""
 
 
 class FailurePolicy(DefaultFailurePolicy):
-    """Ray Train's own policy, but what would fail again the same way ends the run: a fatal cause at once, the same
-    error at the same step the third time. Every failure is written to the run's events with its first cause. Workers
-    that ended to be gathered anew have not failed."""
+    """Ray Train's own policy, but a failure that would repeat ends the run: a fatal cause at once, the same error at
+    the same step the third time. Every failure is recorded in the run's events with its first cause. Workers that
+    ended for a resize have not failed."""
 
     def __init__(self, config: FailureConfig, recipe: Recipe, order: JobHandoff, environment: Environment) -> None:
         super().__init__(config)
@@ -110,7 +110,7 @@ class FailurePolicy(DefaultFailurePolicy):
         return open_storage(self._recipe.storage, deadline_s=20).child(self._recipe.name)
 
     def _step(self) -> int | None:
-        """The step that the run's metrics had reached, 0 before the first; None when the storage does not tell."""
+        """Returns the last step in the run's metrics, 0 before the first; None if the storage does not answer."""
         from trainer.run.jsonl import rows_backwards
 
         try:
@@ -172,7 +172,7 @@ class WorkerCountPolicy(ElasticScalingPolicy):
         return NoopDecision()
 
     def _nodes(self) -> list[Node]:
-        """Those that answer; none while Ray's head does not."""
+        """Returns the nodes that answer; none while Ray's head does not."""
         try:
             return answering(nodes_of_cluster())
         except Exception:
@@ -180,7 +180,7 @@ class WorkerCountPolicy(ElasticScalingPolicy):
             return []
 
     def after_controller_start(self, train_run_context: TrainRunContext) -> None:
-        """Asks nobody yet, as Ray Train would: the actor that is asked takes seconds to start."""
+        """Does nothing: the actor that Ray Train would query takes seconds to start."""
         self._requester_id = f"train-{train_run_context.run_id}"
         self._coordinator_client = TrainAutoscalingCoordinatorClient(self._requester_id)
 
@@ -204,7 +204,7 @@ class WorkerCountPolicy(ElasticScalingPolicy):
 
 
 def gathered(error: BaseException) -> bool:
-    """Whether the group ended because the driver wanted its workers gathered anew."""
+    """Returns True if the group ended because the driver requested a resize."""
     failures = error.worker_failures.values() if isinstance(error, WorkerGroupError) else ()
     return any(isinstance(unwrapped(failure), ResizeRequested) for failure in failures)
 
@@ -238,7 +238,7 @@ def explained(cause: Failure, run: Storage, step: int | None, since: float) -> F
 
 
 def _seen(run: Storage, attempt: int, rank: int) -> str:
-    """Where others last saw a rank that has died; they say so as soon as their collectives break."""
+    """Returns where other ranks last saw a rank that has died; they record it as soon as their collectives break."""
     from trainer.run.jsonl import newest_event
 
     for wait_s in SEEN_WAITS_S:

@@ -1,9 +1,9 @@
-"""Ray, and workers that stand by in it, while the driver checks the inputs and prepares the data.
+"""Starts Ray and waiting workers while the driver checks the inputs and prepares the data.
 
-Where there is room at once for all the workers, they are started as soon as Ray answers; otherwise, and where preparing
-the data may take every CPU for long, the driver starts them when their turn comes. Ray itself is joined or started
-before anything else goes on: it forks its processes, and a child of a process whose other threads are in the middle of
-imports may crash before it has become what it was to be (seen in Python 3.11).
+If there is room for all workers at once, they start as soon as Ray answers. Otherwise, and if preparing the data may
+use every CPU for long, the driver starts them later. Ray itself is joined or started before anything else: it forks its
+processes, and a child of a process whose other threads are in the middle of imports may crash before it has become what
+it was to be (seen in Python 3.11).
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Standby:
 
     @property
     def waiting(self) -> bool:
-        """Whether workers stand by."""
+        """True if workers wait for the job."""
         return self._fit is not None
 
     def joined(self) -> None:
@@ -82,7 +82,7 @@ class Standby:
             raise self._error
 
     def workers(self) -> Fit:
-        """Those that stand by, or new ones, also where those have not lasted."""
+        """Returns the pre-started worker group if it is alive, else a new one."""
         if self._fit is None or self._fit.wait(0):
             self._fit = self._start()
         return self._fit
@@ -102,7 +102,7 @@ class Standby:
             self._ready.set()
 
     def _may_begin(self) -> bool:
-        """Not beside a driver that holds the run, nor with GPUs that would wait for all of the data to be prepared."""
+        """Returns False if another driver holds the run, or if GPUs would wait until all data are prepared."""
         recipe = self._recipe
         try:
             lease = read_lease(self._run)

@@ -1,7 +1,7 @@
-"""A run on nodes that come and go: how many workers it has, and when it gathers them anew.
+"""A run on nodes that come and go: how many workers it has, and when it is resized.
 
-Ray Train's own elasticity tears workers down without a chance to save. Here the driver asks for it (through the run's
-lease): the workers commit a checkpoint, end, and are started again on the nodes that are there then.
+Ray Train's own elasticity ends workers without a chance to save. Here the driver requests a resize through the run's
+lease: the workers commit a checkpoint, end, and start again on the nodes that are there then.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ class CurrentWorkers:
 
 @dataclass(frozen=True)
 class Resize:
-    """Why the workers should commit and be started anew."""
+    """The reason for a resize."""
 
     reason: str
 
 
 @dataclass(frozen=True)
 class Lost:
-    """Why the run cannot go on with the nodes that are left."""
+    """The reason why the run cannot continue on the nodes that are left."""
 
     reason: str
 
 
 class ResizePolicy:
-    """Decides from one look at the nodes after another; it acts on nothing.
+    """Decides from one look at the nodes after another; has no side effects.
 
-    ``missing`` says what the live nodes lack. ``group`` is called only when it matters, since it reads the storage.
+    ``missing`` returns what the live nodes lack. ``group`` is called only if necessary, since it reads the storage.
     """
 
     def __init__(
@@ -159,8 +159,8 @@ class NodeMonitor:
 
 
 def newest_group(run: Storage, before: int) -> CurrentWorkers | None:
-    """The workers that the run's newest start tells of, once an attempt after ``before`` has started; None again when
-    they have failed, ended, or been asked to gather anew."""
+    """Returns the workers of the run's newest start, if it is of an attempt after ``before``; None if they have failed
+    or ended, or if a resize was requested."""
     newest: CurrentWorkers | None = None
     over = 0.0
     for row in rows_backwards(run, EVENTS):

@@ -1,4 +1,4 @@
-"""Joins a Ray cluster or starts a Ray on this machine, and finds out early whether it has what a recipe asks for."""
+"""Joins a Ray cluster or starts a Ray on this machine, and checks early whether it has what a recipe needs."""
 
 from __future__ import annotations
 
@@ -268,8 +268,8 @@ def _join(address: str) -> None:
 
 
 def runtime_environment(environment: Mapping[str, str], folder: Path) -> dict[str, Any] | None:
-    """How workers find this program's tree: by its path; in a submitted job that brought it along as its working
-    directory (where the driver then stands, ``folder``) by that, which is another path on each node."""
+    """Returns how workers find this program's files: by their path, or, in a submitted job with a working directory, by
+    that directory (``folder``), which has another path on each node."""
     if RAY_JOB in environment and folder.resolve() == ROOT:
         return None
     return {"env_vars": {"PYTHONPATH": environment["PYTHONPATH"]}}
@@ -339,10 +339,11 @@ def check_resources(
     sleep: Callable[[float], None] = time.sleep,
     stopped: Callable[[], bool] = lambda: False,
 ) -> None:
-    """Waits (an autoscaler may be adding nodes) until the cluster can hold the least number of workers, and, for up to
-    ``JOIN_WAIT_S``, until the ``expected_nodes`` that are on their way have joined or it can hold the most.
+    """Waits (an autoscaler may be adding nodes) until the cluster can hold the minimum number of workers, and for up to
+    ``JOIN_WAIT_S`` until the ``expected_nodes`` have joined or it can hold the maximum.
 
-    Raises InputError that says what is missing, StartAgain when nodes that were given did not come up."""
+    Raises InputError with what is missing, StartAgain if nodes of the job did not come up.
+    """
     began = clock()
     while True:
         found = [node for node in nodes() if node.alive]
@@ -360,7 +361,7 @@ def check_resources(
 
 
 def missing(resources: ResourcesSection, nodes: Sequence[Node]) -> str:
-    """What the live nodes lack for the least number of workers, and what to do."""
+    """Returns what the live nodes lack for the minimum number of workers, and what to do."""
     need, suitable = wanted(resources), [node for node in nodes if suits(resources, node)]
     have = {name: sum(node.total.get(name, 0.0) for node in suitable) for name in need}
     lacking = {name: need[name] - have[name] for name in need if need[name] > have[name]}
@@ -406,15 +407,15 @@ def _many(count: float, noun: str) -> str:
 
 
 def _hush_raylet() -> None:
-    """Ray prints what its daemons say of dead processes to stdout, where results belong; the first cause of a failure
-    is told by this driver anyway."""
+    """Keeps messages of Ray's daemons about dead processes away from stdout, which is for results; the driver reports
+    the first cause of a failure itself."""
     from ray._private import worker
 
     worker.listen_error_messages = lambda worker, threads_stopped: None
 
 
 def quiet_logs() -> None:
-    """Ray's own loggers say nothing below an error: what matters is in the run's events."""
+    """Limits Ray's own loggers to errors: the run's events have the rest."""
     for name in ("ray", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
     logging.getLogger("ray.train.v2").setLevel(logging.CRITICAL)  # what fails there is told by the run's events

@@ -1,4 +1,4 @@
-"""A ``map`` over Ray tasks: how data are prepared on a cluster, before the training workers or beside them."""
+"""A ``map`` over Ray tasks: prepares data on a cluster, before the training workers or at the same time."""
 
 from __future__ import annotations
 
@@ -21,12 +21,13 @@ def ray_map(
     *,
     borrow: bool = False,
 ) -> Map:
-    """Results come in the jobs' order; a single job runs in this process, where it costs no worker's start.
+    """Yields results in the jobs' order; a single job runs in this process, where it needs no worker.
 
-    Tasks take a CPU each, and as many are in flight as the cluster has CPUs. ``beside`` training workers they take none
-    of Ray's, so that neither waits for the other, and as many are in flight as the workers leave over, one at least.
-    ``borrow``: workers that stand by hold the CPUs and do not use them yet; as many tasks run, and count for nothing.
-    Interrupted once ``stopped()``; tasks in flight are then cancelled, as they are when the iterator is closed.
+    Each task takes a CPU, and as many are in flight as the cluster has CPUs. ``beside``: the tasks run next to training
+    workers and take none of Ray's CPUs, so that neither waits for the other; as many are in flight as the workers leave
+    over, at least one. ``borrow``: pre-started workers hold the CPUs and do not use them yet; as many tasks run without
+    CPUs of their own. Raises Interrupted once ``stopped()``; tasks in flight are then cancelled, as they are when the
+    iterator is closed.
     """
 
     def run(task: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
@@ -61,7 +62,7 @@ def _run(environment: Environment, task: Callable[[Any], Any], job: Any) -> Any:
 
 
 def _result(reference: Any, stopped: Callable[[], bool]) -> Any:
-    """What the task returned; its own exception rather than Ray's wrapping of it."""
+    """Returns the task's result, or raises its own exception instead of Ray's wrapper."""
     import ray
 
     while not ray.wait([reference], timeout=POLL_S)[0]:

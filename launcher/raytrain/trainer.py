@@ -71,8 +71,7 @@ def _train(job: Job, rank: int) -> None:
 
 
 class Trainer(DataParallelTrainer):
-    """Ray Train with these policies in the place of its own, which have no hooks, and its controller in this
-    process."""
+    """Ray Train with these policies instead of its own, which have no hooks, and its controller in this process."""
 
     def __init__(
         self, recipe: Recipe, order: JobHandoff, environment: Environment, folder: str, *, autoscaled: bool
@@ -134,12 +133,13 @@ class Fit:
         return self._order.failed
 
     def wait(self, timeout_s: float) -> bool:
-        """Whether it has ended by then."""
+        """Returns True if it has ended by then."""
         self._thread.join(timeout_s)
         return not self._thread.is_alive()
 
     def leave(self, timeout_s: float) -> bool:
-        """Ends it as soon as it can be, so that it does not go on in a Ray that has gone; whether it has ended."""
+        """Ends the controller as soon as possible, so that it does not continue in a Ray that has gone. Returns True if
+        it has ended."""
         self._order.leave()
         return self.wait(timeout_s)
 

@@ -45,8 +45,8 @@ class State(WorkerGroupState):
 
 
 class PrestartedGroup(WorkerGroup):
-    """A group of workers that stands by until the order is given. ``order``, ``environment`` and ``function`` (what a
-    worker runs, of a job) are set by `controller_for`."""
+    """A group of workers that waits for the job. `controller_for` sets ``order``, ``environment`` and ``function`` (the
+    worker's function of a job)."""
 
     order: JobHandoff
     environment: Environment
@@ -101,7 +101,7 @@ class PrestartedGroup(WorkerGroup):
         self.order.stage = "loading the model and making the first step"
 
     def _check_alive(self) -> None:
-        """Raises RayActorError for one that has died while it stood by."""
+        """Raises RayActorError for a worker that has died while it waited."""
         try:
             answers: Any = self.execute_async(os.getpid)
             ray.get(answers, timeout=ANSWER_S)

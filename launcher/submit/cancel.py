@@ -42,7 +42,7 @@ def cancel_run(run_uri: str, say: Say) -> None:
     gone = [_cancel_job(job, run.url, say) for job in jobs]
     if not ended and not any(gone):
         raise WorkerFailed(f"the driver of {run.url} did not end within {END_WAIT_S:.0f} s; look at its host")
-    say(f"{run.url} is stopped; the command that began it goes on from the newest checkpoint")
+    say(f"{run.url} is stopped; the command that began it resumes from the newest checkpoint")
 
 
 def as_its_driver_names_it(job: str) -> str:
@@ -59,7 +59,7 @@ def jobs_of(made: Submission | None, holder: str | None) -> list[str]:
 
 
 def _await_end(run: Storage, driver: int) -> bool:
-    """Whether the driver has ended, asked to, within ``END_WAIT_S``."""
+    """Returns True if the driver ends within ``END_WAIT_S`` after the request."""
     from trainer.run.lease import is_held, read_lease
 
     deadline = time.monotonic() + END_WAIT_S
@@ -72,7 +72,8 @@ def _await_end(run: Storage, driver: int) -> bool:
 
 
 def _cancel_job(job: str, run_uri: str, say: Say) -> bool:
-    """Whether the job is known to be gone. Where its commands are missing, it was asked through the storage alone."""
+    """Returns True if the job has certainly ended. If its cluster's commands are missing, only the storage has the
+    request."""
     kind, _, name = job.partition(":")
     try:
         cluster_of(kind).cancel(name, run_uri)

@@ -1,4 +1,4 @@
-"""Where a command runs: as a job of a cluster, or here, and then with which Ray."""
+"""Decides where a command runs: as a job of a cluster, or here, and then with which Ray."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""A run that is started on another machine: rendered, submitted, followed, cancelled.
+"""Runs that start on another machine: submitted and followed.
 
-What goes there is the recipe as it was resolved here; nobody reads the user's file after that.
+The job gets the recipe as it was resolved here; the user's file is not read after that.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def job_of(
 
 
 def submit(job: ClusterJob, kind: str, recipe: Recipe, say: Say) -> Submission:
-    """Freezes the recipe in the run's storage and submits its job. Raises UsageError where the user can mend it."""
+    """Freezes the recipe in the run's storage and submits its job. Raises UsageError for what the user can fix."""
     from trainer.run.frozen import check_same_recipe
     from trainer.run.lease import withdraw_end
 
@@ -84,7 +84,7 @@ def submit(job: ClusterJob, kind: str, recipe: Recipe, say: Say) -> Submission:
 
 
 def follow(made: Submission, run_uri: str, say: Say) -> int:
-    """Passes on what the job says until it ends; its exit code. An interruption here leaves the job alone."""
+    """Passes on the job's output until it ends; returns its exit code. An interruption here does not stop the job."""
     try:
         with cluster_errors():
             return cluster_of(made.kind).follow(made.id, say)

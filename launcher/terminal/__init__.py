@@ -1,1 +1,1 @@
-"""What people see: the console, texts that are safe to print, and commands to copy."""
+"""The console, texts that are safe to print, and commands to copy."""

@@ -1,8 +1,8 @@
-"""The streams that commands write to: results to stdout, everything that is said to a person to stderr.
+"""The streams that commands write to: results to stdout, everything for a person to stderr.
 
-Each has one place that all its texts go through, so that no command has to think of it: `own_streams` puts it in the
-place of ``sys.stdout`` and ``sys.stderr``, and `stdout` and `stderr` give consoles that draw on them. People are shown
-neither control characters nor credentials; a program that reads stdout gets a text as it is.
+All texts of a stream pass through one place: `own_streams` replaces ``sys.stdout`` and ``sys.stderr``, and `stdout` and
+`stderr` return consoles that draw on them. People see neither control characters nor credentials; a program that reads
+stdout gets a text as it is.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ READER_GONE = 141
 
 
 class TerminalStream:
-    """A stand-in for ``sys.stdout`` or ``sys.stderr`` while a command runs; ``raw`` is the stream behind it."""
+    """Replaces ``sys.stdout`` or ``sys.stderr`` while a command runs; ``raw`` is the stream behind it."""
 
     def __init__(self, raw: TextIO) -> None:
         self.raw = raw
@@ -57,7 +57,7 @@ class TerminalStream:
         raise NotImplementedError
 
     def _gone(self) -> None:
-        """Called after a write has found that nobody reads any more."""
+        """Called after a write has failed because the reader has closed the stream."""
 
     @contextmanager
     def _pipe(self) -> Iterator[None]:
@@ -84,7 +84,7 @@ class Results(TerminalStream):
 
 
 class MessageStream(TerminalStream):
-    """Standard error, as libraries and Python itself write to it; without a reader the command goes on."""
+    """Standard error, as libraries and Python itself write to it; the command continues without a reader."""
 
     def _shown(self, text: str) -> str:
         text = redact(text)
@@ -180,7 +180,7 @@ def print_json(value: Any) -> None:
 
 @contextmanager
 def bar(text: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on a terminal, nothing elsewhere. Yields what is told how many are done, and of how many."""
+    """Shows a progress bar on a terminal, and nothing elsewhere. Yields a function of the number done and the total."""
     console = stderr()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:

@@ -18,8 +18,8 @@ SHOWN_HOSTS = 8
 
 @dataclass(frozen=True)
 class AttemptStatus:
-    """Where an attempt stands. ``saved`` is the step of the last checkpoint, if any, ``saved_ago_s`` its age;
-    ``losses`` are the last ones, oldest first; None is what is not known."""
+    """The state of an attempt. ``saved``: the step of the last checkpoint, if any; ``saved_ago_s``: its age;
+    ``losses``: the last ones, oldest first. None: not known."""
 
     step: int
     total_steps: int
@@ -147,7 +147,7 @@ def event_text(event: Mapping[str, Any], before: Sequence[str] | None = None) ->
 
 
 def watched_text(event: Mapping[str, Any], before: Sequence[str] | None = None) -> str | None:
-    """The same for whoever watches from elsewhere, and does not see what the driver itself says."""
+    """Returns the status line for a person who does not see the driver's own output."""
     kind = event["event"]
     if kind == "resize":
         return f"{event.get('reason')}: the workers are gathered anew"
@@ -160,7 +160,7 @@ def watched_text(event: Mapping[str, Any], before: Sequence[str] | None = None) 
 
 
 def _changed(before: Sequence[str] | None, hosts: Sequence[str]) -> str:
-    """What another attempt has that the last one had not."""
+    """Returns what differs between two attempts."""
     if before is None or len(before) == len(hosts):
         return ""
     gone = [host for host in dict.fromkeys(before) if host not in hosts]

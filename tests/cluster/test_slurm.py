@@ -148,7 +148,7 @@ def test_submitted_by_muster_it_is_followed_to_its_end(site: Site) -> None:
     assert command.wait(150) == 0, command.output()
     job = read_status(run_of(recipe)).job
     assert f"submitted as {job}" in command.output()
-    assert "finished: the adapter lies in" in command.output()
+    assert "finished: the adapter is" in command.output()
     assert not list(ROOT.rglob("owned"))
     Path(site.slurm.job(str(job).removeprefix("slurm:"))["StdOut"]).unlink()
 

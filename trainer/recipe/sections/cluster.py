@@ -107,7 +107,7 @@ class KubernetesSection(Section):
     """Seconds that a pod has between the notice of its end and its end, in which a checkpoint is committed."""
 
     retries: int = Field(default=3, ge=0)
-    """Times that the job is started again when it fails; each goes on from the newest checkpoint."""
+    """Times that the job is started again when it fails; each resumes from the newest checkpoint."""
 
 
 class ClusterSection(Section):

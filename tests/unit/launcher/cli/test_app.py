@@ -61,7 +61,7 @@ def recipe(tmp_path: Path) -> Path:
         (StorageError("503"), 1, "muster: error: 503"),
         (Fenced("attempt 3"), 1, "muster: error: attempt 3"),
         (Interrupted("stopped on request"), 3, "muster: interrupted: stopped on request"),
-        (KeyboardInterrupt(), 3, "muster: interrupted: the same command goes on from the newest checkpoint"),
+        (KeyboardInterrupt(), 3, "muster: interrupted: the same command resumes from the newest checkpoint"),
     ],
 )
 def test_how_a_run_ends(
@@ -85,7 +85,7 @@ def test_a_run_that_succeeds(muster: Muster, recipe: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(launcher.driver.driver, "run", drive)
     assert muster("run", str(recipe), "training.steps=7", "--takeover") == 0
-    assert muster.last_line() == "finished: the adapter lies in s3://runs/cli/adapter"
+    assert muster.last_line() == "finished: the adapter is s3://runs/cli/adapter"
     assert (muster.out, seen) == ("", [(7, True)])
 
 
@@ -144,7 +144,7 @@ def test_inputs_are_contacted_only_when_asked(muster: Muster, recipe: Path) -> N
 
 def test_ls_of_nothing_says_so(muster: Muster, tmp_path: Path) -> None:
     assert muster("ls", str(tmp_path)) == 0
-    assert (muster.out, muster.err.strip()) == ("", f"no run lies in {tmp_path}")
+    assert (muster.out, muster.err.strip()) == ("", f"there is no run in {tmp_path}")
     assert muster("ls", "--json", str(tmp_path)) == 0
     assert (json.loads(muster.out), muster.err) == ([], "")
 
