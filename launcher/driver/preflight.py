@@ -122,8 +122,8 @@ def check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, embeddings: 
 
 
 def check_positions(recipe: Recipe, model: PreTrainedModel, warn: Callable[[str], None]) -> None:
-    """Returns True if samples may be longer than the model was trained for. Positions start at 0 for each sample of a
-    pack, so a long pack of short samples is fine."""
+    """Warns if samples may be longer than the model was trained for; raises InputError if it has no such positions.
+    Positions start at 0 for each sample of a pack, so a long pack of short samples is fine."""
     positions = getattr(model.config, "max_position_embeddings", None)
     length = recipe.data.sequence_length
     if not isinstance(positions, int) or length <= positions:

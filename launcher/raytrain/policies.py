@@ -180,7 +180,7 @@ class WorkerCountPolicy(ElasticScalingPolicy):
             return []
 
     def after_controller_start(self, train_run_context: TrainRunContext) -> None:
-        """Does nothing: the actor that Ray Train would query takes seconds to start."""
+        """Prepares the requests without sending one: the actor that answers takes seconds to start."""
         self._requester_id = f"train-{train_run_context.run_id}"
         self._coordinator_client = TrainAutoscalingCoordinatorClient(self._requester_id)
 
