@@ -1,8 +1,7 @@
-"""``muster convert``: another trainer's settings as a recipe, with the name of each key that has no place in one.
+"""``muster convert``: turns another trainer's settings into a recipe and names each key that has no counterpart.
 
-A source is a module with ``convert(settings, file, workers) -> Draft`` and a line in SOURCES. What comes out is read
-back by the recipe's own model before it is printed: it is valid, or nothing is printed and what stands in the way is
-said.
+A source is a module with ``convert(settings, file, workers) -> Draft`` and a line in SOURCES. The recipe's own model
+validates the result before it is printed. If it is not valid, nothing is printed and the obstacles are reported.
 """
 
 from __future__ import annotations
@@ -34,10 +33,10 @@ def convert(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="the YAML file")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="write the recipe here instead of on stdout")] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="GPUs that it ran on, which its batch is multiplied by")
+        int | None, typer.Option(min=1, help="number of GPUs that it ran on; multiplies its batch")
     ] = None,
 ) -> None:
-    """Turn the settings of axolotl or LLaMA-Factory into a recipe, and say what could not be carried over."""
+    """Turn the settings of axolotl or LLaMA-Factory into a recipe, and report what could not be carried over."""
     draft = SOURCES.load(source)(read(file), file, workers)
     text, hindrances = checked(draft, source, file)
     console = stderr()
@@ -56,7 +55,7 @@ def convert(
 
 
 def checked(draft: Draft, source: str, file: Path) -> tuple[str, list[str]]:
-    """The recipe's text, and what stands in its way: what the source named, or else what the recipe's model says."""
+    """Returns the recipe's text and its obstacles: those that the source found, else the mistakes of the validation."""
     from trainer.recipe import loads
 
     hindrances = [f"{key}: {reason}" for key, reason in draft.hindrances.items()]
@@ -70,7 +69,7 @@ def checked(draft: Draft, source: str, file: Path) -> tuple[str, list[str]]:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """The settings, by the rules of YAML 1.1 that both programs read them by."""
+    """Reads the settings by the rules of YAML 1.1, as both programs do; raises UsageError."""
     from trainer.recipe.loading import LARGEST_RECIPE
 
     try:

@@ -21,11 +21,11 @@ class ComputeSection(Section):
 
     attention: Literal["auto", "sdpa", "varlen", "flex", "flash"] = "auto"
     """Attention kernel. `sdpa` is torch's scaled dot product, with a mask that separates the samples of a pack. It
-    works everywhere and computes all pairs of a pack's tokens. The others skip the pairs that the mask excludes. `varlen` is
-    torch's own variable-length FlashAttention on GPUs, in 16 bits, and a loop over the samples on CPUs. `flash` is the
-    same from its package (`pip install 'muster[flash]'`), on GPUs only. `flex` is torch's flex_attention, compiled at
-    the first step, on GPUs only. `auto` takes `varlen` if it is available, else `sdpa`. Before training, every other
-    kernel is compared with `sdpa` on the model itself."""
+    works everywhere and computes all pairs of a pack's tokens. The others skip the pairs that the mask excludes.
+    `varlen` is torch's own variable-length FlashAttention on GPUs, in 16 bits, and a loop over the samples on CPUs.
+    `flash` is the same from its package (`pip install 'muster[flash]'`), on GPUs only. `flex` is torch's
+    flex_attention, compiled at the first step, on GPUs only. `auto` takes `varlen` if it is available, else `sdpa`.
+    Before training, every other kernel is compared with `sdpa` on the model itself."""
 
     compile: bool = False
     """Compile each decoder layer with torch.compile: faster steps after a warm-up of seconds to minutes, which is

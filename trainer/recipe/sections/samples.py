@@ -13,8 +13,8 @@ class SamplesSection(Section):
     result."""
 
     count: int = Field(default=4, ge=0)
-    """Maximum number of prompts; 0 writes no texts. The prompts come from the first samples of `data.eval`, each up to its
-    first answer; as many are taken as fit, with their texts, into one micro-batch of training. Without `data.eval`
+    """Maximum number of prompts; 0 writes no texts. The prompts come from the first samples of `data.eval`, each up to
+    its first answer; as many are taken as fit, with their texts, into one micro-batch of training. Without `data.eval`
     there are none."""
 
     max_new_tokens: int = Field(default=48, ge=1)

@@ -18,7 +18,8 @@ class TensorBoardSection(Section):
 
 
 class WandbSection(Section):
-    """Settings of `tracking: [wandb]`. The key comes from the driver's environment (`WANDB_API_KEY` or `wandb login`)."""
+    """Settings of `tracking: [wandb]`. The key comes from the driver's environment (`WANDB_API_KEY`, or
+    `wandb login`)."""
 
     project: str = Field(default="muster", min_length=1)
     """Project that the run appears in."""

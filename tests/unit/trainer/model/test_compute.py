@@ -150,7 +150,7 @@ def test_without_a_compiler_it_is_said_before_the_first_step(monkeypatch: pytest
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"compute": {"attention": "varlen", "compile": True}}, "varlen goes from sample to sample on CPUs"),
+        ({"compute": {"attention": "varlen", "compile": True}}, "varlen loops over the samples on CPUs"),
         ({"compute": {"attention": "varlen"}, "adapter": {"method": "prefix"}}, "before prefix puts tokens"),
         ({"compute": {"attention": "flash"}}, "flash runs on GPUs only"),
         ({"compute": {"attention": "flex"}}, "flex runs on GPUs only"),
