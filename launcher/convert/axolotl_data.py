@@ -7,6 +7,7 @@ from typing import Any
 
 from launcher.convert import common
 from launcher.convert.draft import Draft, as_mapping
+from trainer.recipe.sections.datasets import is_hub_dataset
 
 Source = dict[str, Any]
 
@@ -101,7 +102,7 @@ def _source(part: Draft, pairs: bool) -> Source | None:
         part.lose("type", f"{kind} formats the prompt differently; format instruction uses Alpaca's prompt")
     _conversation(part)
     source = _location(part) | made
-    if part.home == "data.eval" and common.is_named(source["path"]):
+    if part.home == "data.eval" and is_hub_dataset(source["path"]):
         source.setdefault("split", "train")
     return source
 
@@ -229,10 +230,10 @@ def _location(part: Draft) -> Source:
         revision, config = part.read("revision"), part.read("name")
         path = f"hf://{path}{f'@{revision}' if revision else ''}{f'/{config}' if config else ''}"
     for key in ("name", "revision"):
-        if not common.is_named(path) and part.is_on(key):
+        if not is_hub_dataset(path) and part.is_on(key):
             part.lose(key, "belongs to data sets of the Hub; files are named by path")
     split = part.take("split", "train")
-    if common.is_named(path):
+    if is_hub_dataset(path):
         part.read("split")
         return {"path": path} | ({"split": split} if split != "train" else {})
     if split == "train":

@@ -10,6 +10,7 @@ from typing import Any
 
 from launcher.convert.draft import OFF, Draft, as_mapping, as_number, is_number
 from trainer.parsing import parse_json
+from trainer.recipe.sections.datasets import is_hub_dataset
 from trainer.registry import TRACKERS
 
 OPTIMIZERS = {
@@ -272,11 +273,6 @@ def is_elsewhere(path: str) -> bool:
     return "://" in path or path.startswith((".", "/", "~")) or bool(FILES.search(path)) or exists(Path(path))
 
 
-def is_named(path: str) -> bool:
-    """Returns true if the datasets library loads the path; only then there are splits and slices of them."""
-    return path.startswith("hf://") and not path.startswith("hf://datasets/")
-
-
 def hold_out(draft: Draft, key: str) -> None:
     """Sets evaluation data from a fraction, or a number of rows, at the end of each training split on the Hub."""
     size = draft.number(key)
@@ -286,7 +282,7 @@ def hold_out(draft: Draft, key: str) -> None:
         draft.pass_over(key, "data.eval is named")
         return
     sources = draft.recipe["data"]["train"]
-    parts = [_parts(source.get("split", "train"), size) if is_named(source["path"]) else None for source in sources]
+    parts = [_parts(one.get("split", "train"), size) if is_hub_dataset(one["path"]) else None for one in sources]
     cut = [part for part in parts if part]
     if size < 0 or len(cut) < len(sources) or not cut:
         draft.lose(key, f"{size}: only complete splits of the Hub can be divided; name sources under data.eval")

@@ -7,6 +7,7 @@ from typing import Any
 
 from launcher.convert import common
 from launcher.convert.draft import Draft, as_mapping
+from trainer.recipe.sections.datasets import is_hub_dataset
 
 Source = dict[str, Any]
 MEDIA = ("images", "videos", "audios")
@@ -39,7 +40,7 @@ def data(draft: Draft, file: Path, stage: str) -> None:
     _cut(draft)
     common.hold_out(draft, "val_size")
     for source in draft.recipe["data"].get("eval", []):
-        if common.is_named(source["path"]):
+        if is_hub_dataset(source["path"]):
             source.setdefault("split", "train")
     if draft.is_on("train_on_prompt"):
         draft.lose("train_on_prompt", ANSWERS)
@@ -170,7 +171,7 @@ def _cut(draft: Draft) -> None:
         return
     cut = not draft.recipe["data"]["train"]
     for source in [*draft.recipe["data"]["train"], *draft.recipe["data"].get("eval", [])]:
-        if common.is_named(source["path"]) and "[" not in source.get("split", ""):
+        if is_hub_dataset(source["path"]) and "[" not in source.get("split", ""):
             source["split"], cut = f"{source.get('split', 'train')}[:{int(rows)}]", True
         else:
             draft.lose("max_samples", f"{rows}: files are read completely; shorten them, or lower training.steps")

@@ -8,7 +8,7 @@ from trainer.recipe.base import Section
 
 
 class CheckpointSection(Section):
-    """When checkpoints are committed, how many are kept, and how old the newest may be before a warning."""
+    """The checkpoints: when they are committed, how many are kept, how old the newest may be before a warning."""
 
     every_steps: int = Field(default=100, ge=1)
     """Steps between checkpoints; the last step always gets one. A failure loses the steps since the newest one."""

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from trainer.recipe.base import Conflict, Listed, Location, OneOf, Section
-from trainer.recipe.sections.datasets import DATASETS, filled
+from trainer.recipe.sections.datasets import DATASETS, filled, is_hub_dataset
 from trainer.registry import FORMATS, choose_hint
 
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -128,8 +128,7 @@ class SourceSection(Section):
 
     @property
     def is_dataset(self) -> bool:
-        """True if the `datasets` library loads the source; ``hf://datasets/…`` names files, which fsspec reads."""
-        return self.path.startswith("hf://") and not self.path.startswith("hf://datasets/")
+        return is_hub_dataset(self.path)
 
     def _wrong_columns(self) -> Iterator[Conflict]:
         known = COLUMNS.get(self.format, ())

@@ -61,6 +61,12 @@ DATASETS: dict[str, NamedDataset] = {
 }
 
 
+def is_hub_dataset(path: str) -> bool:
+    """Returns true if the `datasets` library loads the path, which then has splits and slices of them."""
+    # ``hf://datasets/…`` names files on the Hub, which fsspec reads.
+    return path.startswith("hf://") and not path.startswith("hf://datasets/")
+
+
 def filled(source: dict[str, Any]) -> dict[str, Any]:
     """Returns a source with the settings of its ``dataset`` filled in; settings that the source gives itself stay.
 

@@ -13,7 +13,7 @@ from trainer.registry import STRATEGIES
 
 
 class StrategySection(Section):
-    """How the model is distributed over the workers."""
+    """The distribution of the model over the workers."""
 
     kind: Annotated[str, OneOf(STRATEGIES)] = "ddp"
     """`ddp` keeps the complete model on each worker and is fastest if it fits; `fsdp` (torch's FSDP2) gives each worker
