@@ -1,8 +1,7 @@
-"""``muster convert``: another trainer's settings as a recipe, with the name of each key that has no place in one.
+"""``muster convert``: turns another trainer's settings into a recipe and names each key that has no counterpart.
 
-A source is a module with ``convert(settings, file, workers) -> Draft`` and a line in SOURCES. What comes out is read
-back by the recipe's own model before it is printed: it is valid, or nothing is printed and what stands in the way is
-said.
+A source is a module with ``convert(settings, file, workers) -> Draft`` and a line in SOURCES. The recipe's own model
+validates the result before it is printed. If it is not valid, nothing is printed and the obstacles are reported.
 """
 
 from __future__ import annotations
@@ -26,7 +25,7 @@ SOURCES = Registry(
 
 
 def checked(draft: Draft, source: str, file: Path) -> tuple[str, list[str]]:
-    """The recipe's text, and what stands in its way: what the source named, or else what the recipe's model says."""
+    """Returns the recipe's text and its obstacles: those that the source found, else the mistakes of the validation."""
     from trainer.recipe import loads
 
     hindrances = [f"{key}: {reason}" for key, reason in draft.hindrances.items()]
@@ -40,7 +39,7 @@ def checked(draft: Draft, source: str, file: Path) -> tuple[str, list[str]]:
 
 
 def read(file: Path) -> dict[str, Any]:
-    """The settings, by the rules of YAML 1.1 that both programs read them by."""
+    """Reads the settings by the rules of YAML 1.1, as both programs do; raises UsageError."""
     from trainer.recipe.loading import LARGEST_RECIPE
 
     try:

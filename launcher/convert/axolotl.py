@@ -1,4 +1,4 @@
-"""axolotl's settings. A pack is what it calls a batch's sample under ``sample_packing``, and a row without."""
+"""Converts axolotl's settings. Its batch sizes count packs with ``sample_packing``, and rows without it."""
 
 from __future__ import annotations
 
@@ -9,48 +9,48 @@ from launcher.convert import axolotl_data, common
 from launcher.convert.draft import Draft, as_mapping
 
 HINDRANCES = {
-    "unfrozen_parameters": "trains some of the base's own weights; muster trains an adapter, or all of them",
-    "process_reward_model": "rewards for steps of an answer; task reward rates whole ones",
-    "gptq": "a base in GPTQ; muster takes unquantised ones, or bitsandbytes' NF4",
+    "unfrozen_parameters": "trains some of the base model's own weights; muster trains an adapter, or all weights",
+    "process_reward_model": "rewards for steps of an answer; task reward rates complete answers",
+    "gptq": "a base model in GPTQ; muster takes unquantised ones, or bitsandbytes' NF4",
     "processor_type": "a model of images or sound; muster trains on text",
     "diffusion": "a model that diffuses tokens; muster trains causal language models",
     "ebft": "another objective; the tasks are sft, classification, reward, dpo and ppo",
     "use_eaft": "another loss; task sft has cross entropy",
-    "model_quantization_config": "a base that is held in another quantisation; muster takes unquantised ones, or "
+    "model_quantization_config": "a base model in another quantisation; muster takes unquantised ones, or "
     "bitsandbytes' NF4",
-    "relora": "merges and starts anew while it trains; muster trains one adapter",
-    "use_onebitllms": "a base of ternary weights; muster takes unquantised ones, or bitsandbytes' NF4",
+    "relora": "merges and starts again during training; muster trains one adapter",
+    "use_onebitllms": "a base model with ternary weights; muster takes unquantised ones, or bitsandbytes' NF4",
 }
 CURVES = "every step's metrics are kept, and sent to the trackers"
 KERNELS = "the same result by other kernels"
 IDLE = {
     "logging_steps": CURVES,
     "include_t*": CURVES,
-    "wandb_*": "of W&B, a recipe names project, entity and mode; it reads its other variables itself",
+    "wandb_*": "a recipe has W&B's project, entity and mode; W&B reads its other variables itself",
     "use_wandb": "tracking names the trackers",
-    "mlflow_*": "of MLflow, a recipe names server and experiment; it reads its other variables itself",
+    "mlflow_*": "a recipe has MLflow's server and experiment; MLflow reads its other variables itself",
     "use_mlflow": "tracking names the trackers",
     "swanlab_*": "there is no tracker swanlab",
     "use_swanlab": "there is no tracker swanlab",
     "trackio_*": "there is no tracker trackio",
-    "use_otel_metrics": "metrics lie in the run's storage",
-    "otel_*": "metrics lie in the run's storage",
-    "model_type": "the base's config.json says it",
-    "tokenizer_type": "the base's files say it",
-    "tokenizer_use_fast": "the base's files say it",
-    "is_*": "the base's config.json says it",
-    "dataset_prepared_path": "prepared data lie in the storage, by fingerprint",
+    "use_otel_metrics": "metrics are in the run's storage",
+    "otel_*": "metrics are in the run's storage",
+    "model_type": "the base model's config.json decides it",
+    "tokenizer_type": "the base model's files decide it",
+    "tokenizer_use_fast": "the base model's files decide it",
+    "is_*": "the base model's config.json decides it",
+    "dataset_prepared_path": "prepared data are in the storage, by fingerprint",
     "dataset_processes": "muster prepare takes as many as there are",
     "dataset_num_proc": "muster prepare takes as many as there are",
     "dataloader_*": "the reader is muster's own",
     "skip_prepare_dataset": "data are always prepared once",
     "push_dataset_to_hub": "prepared data stay in the storage",
-    "hf_use_auth_token": "HF_TOKEN says it",
+    "hf_use_auth_token": "HF_TOKEN is used",
     "resume_from_checkpoint": "the same command resumes",
     "auto_resume_from_checkpoints": "the same command resumes",
-    "save_only_model": "checkpoints always hold what resuming needs",
+    "save_only_model": "checkpoints always contain what a resume needs",
     "save_safetensors": "always",
-    "save_first_step": "checkpoint.every_steps says when",
+    "save_first_step": "checkpoint.every_steps decides it",
     "hub_*": "muster push sends the result",
     "attn_implementation": KERNELS,
     "flash_attention": KERNELS,
@@ -70,13 +70,13 @@ IDLE = {
     "resources_per_worker": "resources.gpus_per_worker is 1",
     "sample_packing_*": "the packs are planned for the whole epoch",
     "eval_sample_packing": "evaluation packs as training does",
-    "pad_to_sequence_len": "pads count nothing",
+    "pad_to_sequence_len": "padding has no effect on the result",
     "group_by_length": "packs hold samples of any length",
     "pretrain_multipack_attn": "samples of a pack never see each other",
-    "shuffle_merged_datasets": "the order is drawn anew for each epoch",
+    "shuffle_merged_datasets": "the order is random and different in each epoch",
     "streaming*": "data are streamed once they are prepared",
     "eval_batch_size": "evaluation takes training.micro_batch",
-    "tf32": "a matter of the card",
+    "tf32": "depends on the GPU",
     "torch_compile*": KERNELS,
     "lora_mlp_kernel": KERNELS,
     "lora_qkv_kernel": KERNELS,
@@ -89,10 +89,10 @@ IDLE = {
     "fused_attn_kernel": KERNELS,
     "gemma4_hybrid_attn_impl": KERNELS,
     "tiled_mlp*": KERNELS,
-    "cut_cross_entropy": "logits are computed in chunks, at the targets alone",
-    "chunked_cross_entropy*": "logits are computed in chunks, at the targets alone",
+    "cut_cross_entropy": "logits are computed in chunks, at the targets only",
+    "chunked_cross_entropy*": "logits are computed in chunks, at the targets only",
     "gradient_checkpointing_kwargs": "the same result",
-    "activation_offloading": "gradient_checkpointing saves memory; muster plan says whether it fits",
+    "activation_offloading": "gradient_checkpointing saves memory; muster plan shows if the model fits",
     "remove_unused_columns": "a format reads its own columns",
     "ddp*": "a matter of the strategy",
     "device_map": "the strategy places the model",
@@ -100,14 +100,14 @@ IDLE = {
     "experimental_skip_move_to_device": "each rank loads what it keeps",
     "local_rank": "the driver gives ranks",
     "strict": "a recipe is always strict",
-    "debug": "no result",
-    "test_value": "no result",
-    "torchdistx_path": "an optimizer's library",
-    "early_stopping_patience": "a run goes to its last step; muster cancel ends it with a checkpoint",
-    "loss_watchdog_*": "a loss that is not finite ends the run; no threshold is set",
+    "debug": "does not change the result",
+    "test_value": "does not change the result",
+    "torchdistx_path": "a library for an optimizer",
+    "early_stopping_patience": "a run continues to its last step; muster cancel stops it with a checkpoint",
+    "loss_watchdog_*": "a loss that is not finite stops the run; there is no other threshold",
 }
 PLUGINS = ("liger", "cut_cross_entropy", "kernels", "spectrum", "swanlab")
-"""Plugins that change how the same is computed or reported."""
+"""Plugins that change how a result is computed or reported, but not the result."""
 
 
 def convert(settings: dict[str, Any], file: Path, workers: int | None) -> Draft:
@@ -129,7 +129,7 @@ def convert(settings: dict[str, Any], file: Path, workers: int | None) -> Draft:
     _plugins(draft)
     _trackers(draft)
     if draft.take("shuffle_merged_datasets") is False:
-        draft.lose("shuffle_merged_datasets", "false: the order is drawn anew for each epoch")
+        draft.lose("shuffle_merged_datasets", "false: the order is random and different in each epoch")
     return draft.finish(IDLE)
 
 
@@ -179,7 +179,7 @@ def _model(draft: Draft) -> None:
 
 
 def _precision(draft: Draft) -> None:
-    """bf16 is on by itself, where it is neither switched off nor replaced by fp16."""
+    """Sets model.dtype. bf16 is on by default, unless it is switched off or replaced by fp16."""
     automatic = draft.take("bf16", None if "bf16" in draft.empty else "auto") == "auto"
     if draft.is_on("bfloat16") or (draft.is_on("bf16") and not automatic) or (automatic and not draft.is_on("fp16")):
         dtype = "bfloat16"
@@ -188,7 +188,7 @@ def _precision(draft: Draft) -> None:
     else:
         dtype = "float32"
     if automatic and "bf16" not in draft.settings and dtype == "bfloat16":
-        draft.decisions.append("dtype bfloat16 is axolotl's own where no precision is given")
+        draft.decisions.append("dtype bfloat16 is axolotl's default if no precision is given")
     draft.put("model.dtype", dtype, "bf16", "bfloat16", "fp16", "float16")
     for key in ("torch_dtype", "float32"):
         draft.pass_over(key, "bf16 and fp16 decide")
@@ -202,7 +202,7 @@ def _adapter(draft: Draft) -> None:
             draft.pass_over(key, "there is no adapter")
         return
     if kind not in ("lora", "qlora"):
-        draft.hinder("adapter", f"{kind} is not lora or qlora; see muster matrix for the methods that there are")
+        draft.hinder("adapter", f"{kind} is not lora or qlora; muster matrix lists the methods")
     draft.put("adapter.method", _method(draft), "adapter")
     for key, name in (("lora_r", "rank"), ("lora_alpha", "alpha")):
         draft.move(key, f"adapter.{name}")
@@ -226,36 +226,35 @@ def _targets(draft: Draft) -> None:
     draft.put(path, "all-linear", "lora_target_linear")
     named = draft.names("lora_target_modules") if targets else []
     if any("head" in name or "embed" in name for name in named):
-        draft.lose("lora_target_modules", f"{', '.join(named)} beside all linear layers; all-linear takes no head")
+        draft.lose("lora_target_modules", f"{', '.join(named)} with all linear layers; all-linear takes no head")
     elif targets:
         draft.pass_over("lora_target_modules", "all linear layers are taken")
     elif not draft.is_on("lora_target_linear"):
-        draft.decisions.append("target_modules all-linear, since the file names none")
+        draft.decisions.append("target_modules all-linear, because the file names none")
 
 
 def _method(draft: Draft) -> str:
     start = str(draft.take("peft_init_lora_weights", ""))
-    asked = {
+    keys = {
         "dora": draft.is_on("peft_use_dora") and "peft_use_dora",
         "loraplus": draft.is_on("loraplus_lr_ratio") and "loraplus_lr_ratio",
         "rslora": draft.is_on("peft_use_rslora") and "peft_use_rslora",
         "pissa": start.startswith("pissa") and "peft_init_lora_weights",
         "olora": start == "olora" and "peft_init_lora_weights",
     }
-    found = {method: key for method, key in asked.items() if key}
-    return common.one_method(draft, found)
+    return common.one_method(draft, {method: key for method, key in keys.items() if key})
 
 
 def _initial(draft: Draft) -> None:
     start = draft.take("peft_init_lora_weights")
     if start is True:
-        draft.pass_over("peft_init_lora_weights", "lora begins as its paper says")
+        draft.pass_over("peft_init_lora_weights", "lora starts as in its paper")
     elif start and not str(start).startswith(("pissa", "olora")):
-        draft.lose("peft_init_lora_weights", f"{start}; lora begins as its paper says")
+        draft.lose("peft_init_lora_weights", f"{start}; lora starts as in its paper")
     if draft.is_on("lora_model_dir"):
-        draft.hinder("lora_model_dir", "goes on from an adapter; merge it (muster merge), and train on the result")
+        draft.hinder("lora_model_dir", "continues from an adapter; merge it (muster merge), and train on the result")
     if draft.is_on("peft"):
-        draft.lose("peft", "LoftQ's start; adapter.method pissa has one for 4 bits too")
+        draft.lose("peft", "LoftQ's initial values; adapter.method pissa also has some for 4 bits")
 
 
 def _strategy(draft: Draft, file: Path) -> None:
@@ -276,9 +275,9 @@ def _strategy(draft: Draft, file: Path) -> None:
         draft.put("strategy.kind", "ddp")
     for key in ("tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree", "expert_parallel_size"):
         if draft.number(key, 1) > 1:
-            draft.lose(key, "workers share out data and, under fsdp and zero3, weights; no layer is cut in two")
+            draft.lose(key, "workers divide the data and, under fsdp and zero3, the weights; no layer is split")
         else:
-            draft.pass_over(key, "cuts nothing")
+            draft.pass_over(key, "splits nothing")
 
 
 def _training(draft: Draft, workers: int | None) -> None:
@@ -311,7 +310,7 @@ def _schedule(draft: Draft) -> None:
 
 
 def _usual_warmup(draft: Draft) -> None:
-    """3 % of the steps, 100 at most, where neither steps nor a ratio are given."""
+    """Sets axolotl's default warm-up, 3 % of the steps and 100 at most, if neither steps nor a ratio are given."""
     if draft.take("lr_scheduler") == "constant":
         return
     steps = draft.recipe["training"].get("steps")
@@ -319,7 +318,7 @@ def _usual_warmup(draft: Draft) -> None:
         draft.put("schedule.warmup_steps", min(int(0.03 * steps), 100))
     else:
         draft.put("schedule.warmup_ratio", 0.03)
-    draft.decisions.append("a warm-up of 3 % (there of 100 steps at most) is axolotl's own where none is given")
+    draft.decisions.append("a warm-up of 3 % (in axolotl 100 steps at most) is axolotl's default if none is given")
 
 
 def _saving(draft: Draft) -> None:
@@ -328,11 +327,11 @@ def _saving(draft: Draft) -> None:
     for key in ("save_strategy", "saves_per_epoch"):
         draft.pass_over(key, default)
     common.kept(draft)
-    seldom = "training.eval_every counts steps; without it the end of the run is evaluated"
+    seldom = "training.eval_every counts steps; without it, evaluation runs after the last step"
     if draft.recipe["data"].get("eval"):
         common.every(draft, "eval_steps", "training.eval_every", seldom)
     else:
-        draft.pass_over("eval_steps", "nothing is held out to evaluate")
+        draft.pass_over("eval_steps", "there are no evaluation data")
     for key in ("evals_per_epoch", "eval_strategy", "evaluation_strategy"):
         draft.pass_over(key, seldom)
 
@@ -343,13 +342,13 @@ def _plugins(draft: Draft) -> None:
     if any("diffusion" in plugin for plugin in other):
         draft.hinder("plugins", "a model that diffuses tokens; muster trains causal language models")
     elif other:
-        draft.lose("plugins", f"of them {', '.join(other)}")
+        draft.lose("plugins", f"without counterpart: {', '.join(other)}")
     elif named:
         draft.pass_over("plugins", KERNELS)
 
 
 def _trackers(draft: Draft) -> None:
-    """W&B is asked for where a project is named and it is not switched off."""
+    """Sets tracking. W&B is on if a project is named and W&B is not switched off."""
     wanted = {}
     if draft.is_on("wandb_project") and draft.take("use_wandb", True) and draft.take("wandb_mode") != "disabled":
         wanted["wandb"] = "wandb_project"

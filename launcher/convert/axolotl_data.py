@@ -1,4 +1,4 @@
-"""axolotl's data sets: a type and field names to a format and its columns."""
+"""Converts axolotl's data sets: a type and field names become a format and its columns."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 
 from launcher.convert import common
 from launcher.convert.draft import Draft, as_mapping
+from trainer.recipe.sections.datasets import is_hub_dataset
 
 Source = dict[str, Any]
 
@@ -17,14 +18,14 @@ KNOWN_ROLES = {
     "tool": {"tool", "observation", "function_response"},
 }
 BUILDERS = ("json", "csv", "parquet", "text", "arrow")
-"""Paths that are no place: the kind of the data_files."""
+"""Paths that name the kind of the data_files and no location."""
 
-AS_THEY_STAND = "prompt and answers are read as they stand, and not worded by a template; write it into the texts"
-ANSWERS = "the loss is taken on the assistant's turns, with their ends"
+UNCHANGED = "prompt and answers are read unchanged, without a template; write the template into the texts"
+ANSWERS = "the loss is computed on the assistant's turns, with their ends"
 IDLE = {
-    "ds_type": "the suffix of a file says it",
+    "ds_type": "the suffix of a file decides it",
     "trust_remote_code": "no data set is loaded by a script",
-    "preprocess_shards": "muster prepare works window by window",
+    "preprocess_shards": "muster prepare processes the rows in windows",
 }
 
 
@@ -44,7 +45,7 @@ def data(draft: Draft) -> None:
         draft.hinder("datasets", "no data set is named that a recipe could take")
     _packing(draft, pairs)
     if draft.is_on("train_on_inputs"):
-        draft.lose("train_on_inputs", "the loss is taken on answers alone; format text takes it on every token")
+        draft.lose("train_on_inputs", "the loss is computed on answers only; format text computes it on every token")
     _template(draft, parts)
     for part in parts:
         if not any(key.startswith(part.place) for key in draft.hindrances):
@@ -54,7 +55,7 @@ def data(draft: Draft) -> None:
 
 
 def _parts(draft: Draft, key: str, home: str) -> Iterator[Draft]:
-    """A part for each data set that the key names, and for each of its configurations."""
+    """Yields a part for each data set that the key names, and for each of its configurations."""
     given = draft.take(key) or []
     for index, entry in enumerate(given if isinstance(given, list) else [given]):
         where = f"{key}[{index}]"
@@ -89,30 +90,25 @@ def _source(part: Draft, pairs: bool) -> Source | None:
         make = _own_pair if pairs else _own_prompt
         made = make(part.part("type", kind))
     else:
-        maker = _maker(str(kind), pairs)
+        name = str(kind).partition(":")[0]
+        known = (make for end, make in PAIRS.items() if name.endswith(end))
+        maker = next(known, None) if pairs else TYPES.get(name)
         made = maker(part) if maker else None
     if made is None:
         part.hinder("type", f"{kind} has no format here; {'preference' if pairs else 'completion'} may do")
         return None
     style = str(kind).partition(":")[2] if isinstance(kind, str) else ""
     if style:
-        part.lose("type", f"{kind} words the prompt otherwise; format instruction words it as Alpaca did")
+        part.lose("type", f"{kind} formats the prompt differently; format instruction uses Alpaca's prompt")
     _conversation(part)
-    source = _where_it_lies(part) | made
-    if part.home == "data.eval" and common.is_named(source["path"]):
+    source = _location(part) | made
+    if part.home == "data.eval" and is_hub_dataset(source["path"]):
         source.setdefault("split", "train")
     return source
 
 
-def _maker(kind: str, pairs: bool) -> Callable[[Draft], Source] | None:
-    name = kind.partition(":")[0]
-    if pairs:
-        return next((make for end, make in PAIRS.items() if name.endswith(end)), None)
-    return TYPES.get(name)
-
-
 def _columns(**names: Any) -> Source:
-    """Those that differ from the format's own."""
+    """Returns ``columns`` with the names that differ from the format's own."""
     found = {ours: theirs for ours, theirs in names.items() if theirs and ours != theirs}
     return {"columns": found} if found else {}
 
@@ -127,16 +123,8 @@ def _text(part: Draft) -> Source:
     return {"format": "text", **_columns(text=part.read("field") or part.read("text_column"))}
 
 
-def _alpaca(part: Draft) -> Source:
-    return {"format": "instruction"}
-
-
-def _gpteacher(part: Draft) -> Source:
-    return {"format": "instruction", "columns": {"output": "response"}}
-
-
 def _turns(prompt: str | None) -> Callable[[Draft], Source]:
-    """Pairs whose answers are turns, which go through the chat template."""
+    """Returns a converter for pairs whose answers are turns, which the chat template formats."""
 
     def make(part: Draft) -> Source:
         before = part.read("field_messages", "messages") if prompt == "messages" else prompt
@@ -148,29 +136,29 @@ def _turns(prompt: str | None) -> Callable[[Draft], Source]:
 
 
 def _texts(prompt: str | None) -> Callable[[Draft], Source]:
-    """Pairs of texts, which are worded there."""
+    """Returns a converter for pairs of texts, which axolotl formats with a template of its own."""
 
     def make(part: Draft) -> Source:
         if part.take("type") != "passthrough":
-            part.lose("type", f"{part.take('type')}: {AS_THEY_STAND}")
+            part.lose("type", f"{part.take('type')}: {UNCHANGED}")
         return {"format": "preference", **_columns(prompt=prompt)}
 
     return make
 
 
 def _named_template(part: Draft) -> None:
-    """What stands before the dot words the turns, in place of the tokenizer's template."""
+    """Handles a template named in the type, before the dot, which axolotl uses instead of the tokenizer's."""
     name = str(part.take("type")).partition(".")[0]
     if name == "chatml":
         part.put("data.chat_template", common.CHATML, "type")
     elif name not in ("chat_template", "bradley_terry"):
-        part.lose("type", f"{name}'s wording of turns: {OWN_TEMPLATE}")
+        part.lose("type", f"{name}'s format of turns: {OWN_TEMPLATE}")
 
 
-OWN_TEMPLATE = "turns are worded by the tokenizer's own template; data.chat_template names another"
+OWN_TEMPLATE = "turns are formatted with the tokenizer's own template; data.chat_template sets another"
 TYPES: dict[str, Callable[[Draft], Source]] = {
-    "alpaca": _alpaca,
-    "gpteacher": _gpteacher,
+    "alpaca": lambda part: {"format": "instruction"},
+    "gpteacher": lambda part: {"format": "instruction", "columns": {"output": "response"}},
     "completion": _text,
     "pretrain": _text,
     "chat_template": _messages,
@@ -188,11 +176,11 @@ PAIRS: dict[str, Callable[[Draft], Source]] = {
     ".prompt_pairs": _texts(None),
     "passthrough": _texts(None),
 }
-"""By the end of a type's name; what stands before it is the chat template."""
+"""Converters by the end of a type's name; the part before it is the chat template."""
 
 
 def _own_prompt(kind: Draft) -> Source:
-    """A type that spells its prompt out becomes a completion with that template."""
+    """Converts a type that contains its own prompt to a completion with that template."""
     names = {name: kind.read(f"field_{name}") or name for name in ("instruction", "input", "output", "system")}
     if kind.is_on("field"):
         made: Source = {"format": "text", **_columns(text=kind.read("field"))}
@@ -218,7 +206,7 @@ def _own_prompt(kind: Draft) -> Source:
 
 
 def _own_pair(kind: Draft) -> Source | None:
-    """Columns by name; formats of their own only where they add nothing."""
+    """Converts a type with its own column names; returns None if its formats add text."""
     for name in ("prompt", "chosen", "rejected"):
         if kind.take(f"{name}_format", f"{{{name}}}") != f"{{{name}}}":
             return None
@@ -228,7 +216,7 @@ def _own_pair(kind: Draft) -> Source | None:
     return {"format": "preference", **_columns(**columns)}
 
 
-def _where_it_lies(part: Draft) -> Source:
+def _location(part: Draft) -> Source:
     path = str(part.read("path"))
     files = part.take("data_files")
     files = [str(file) for file in files] if isinstance(files, list) else [str(files)] if files else []
@@ -237,21 +225,21 @@ def _where_it_lies(part: Draft) -> Source:
         here = common.is_elsewhere(path) or path in BUILDERS
         path = files[0] if here else f"hf://datasets/{path}/{files[0]}"
         if len(files) > 1:
-            part.lose("data_files", f"of {len(files)} the first; add a source for each, or a glob")
+            part.lose("data_files", f"the first of {len(files)} is taken; add a source for each, or a glob")
     elif not common.is_elsewhere(path):
         revision, config = part.read("revision"), part.read("name")
         path = f"hf://{path}{f'@{revision}' if revision else ''}{f'/{config}' if config else ''}"
     for key in ("name", "revision"):
-        if not common.is_named(path) and part.is_on(key):
-            part.lose(key, "is of data sets of the Hub; files are named by path")
+        if not is_hub_dataset(path) and part.is_on(key):
+            part.lose(key, "belongs to data sets of the Hub; files are named by path")
     split = part.take("split", "train")
-    if common.is_named(path):
+    if is_hub_dataset(path):
         part.read("split")
         return {"path": path} | ({"split": split} if split != "train" else {})
     if split == "train":
-        part.pass_over("split", "files are read whole")
+        part.pass_over("split", "files are read completely")
     else:
-        part.lose("split", f"{split}: files are read whole; name those of the split in path")
+        part.lose("split", f"{split}: files are read completely; name those of the split in path")
     return {"path": path}
 
 
@@ -266,7 +254,7 @@ def _conversation(part: Draft) -> None:
         part.hinder("message_property_mappings", message)
     other = [f"{ours} from {theirs}" for ours, theirs in mapping.items() if ours not in ("role", "content", theirs)]
     if other:
-        part.lose("message_property_mappings", f"of it {', '.join(other)}: other keys of a turn keep their names")
+        part.lose("message_property_mappings", f"{', '.join(other)}: other keys of a turn keep their names")
     strange = [
         f"{name} for {target}"
         for target, names in as_mapping(part.take("roles")).items()
@@ -276,7 +264,7 @@ def _conversation(part: Draft) -> None:
     if strange:
         part.lose("roles", f"{', '.join(strange)}; roles are read by their usual names")
     else:
-        part.pass_over("roles", "they are known by these names")
+        part.pass_over("roles", "they are read by these names")
     if not set(part.names("roles_to_train")) - KNOWN_ROLES["assistant"]:
         part.pass_over("roles_to_train", ANSWERS)
     for key in ("train_on_eos", "train_on_eot"):
@@ -290,7 +278,8 @@ def _conversation(part: Draft) -> None:
 
 
 def _template(draft: Draft, parts: list[Draft]) -> None:
-    """A recipe has one for all its data: that of the first data set with one of its own, or else the file's."""
+    """Sets the chat template. A recipe has one for all its data: that of the first data set that has one, else the
+    file's."""
     keys = ("chat_template", "chat_template_jinja")
     owners = [one for one in (*parts, draft) if any(one.is_on(key) for key in keys)]
     if not owners:
@@ -301,7 +290,7 @@ def _template(draft: Draft, parts: list[Draft]) -> None:
         if [one.take(key) for key in keys] != [name, jinja]:
             for key in keys:
                 if one.is_on(key):
-                    one.lose(key, f"beside {name or 'another'}: a recipe has one template for all its data")
+                    one.lose(key, f"with {name or 'another'}: a recipe has one template for all its data")
         elif jinja or (name == "chatml" and talks):
             one.put("data.chat_template", jinja or common.CHATML, *keys)
         elif not talks:
@@ -309,7 +298,7 @@ def _template(draft: Draft, parts: list[Draft]) -> None:
         elif name == "tokenizer_default":
             one.pass_over("chat_template", "the tokenizer's own template is taken")
         elif str(name).startswith("tokenizer_default_fallback_"):
-            one.lose("chat_template", f"{name}: the tokenizer's own is taken; where it has none, that is an error")
+            one.lose("chat_template", f"{name}: the tokenizer's own is taken; if it has none, that is an error")
         else:
             one.lose("chat_template", f"{name}: {OWN_TEMPLATE}")
 
@@ -322,7 +311,7 @@ def _tokens(draft: Draft) -> None:
             given = ", ".join(f"{name} {token}" for name, token in others.items())
             draft.lose("special_tokens", f"{given}: the tokenizer's own are taken")
         else:
-            draft.pass_over("special_tokens", "a pad is never seen")
+            draft.pass_over("special_tokens", "the model never sees padding")
     if draft.is_on("tokens"):
-        draft.lose("tokens", "new tokens belong into the base's tokenizer and embedding before it is trained")
+        draft.lose("tokens", "add new tokens to the base model's tokenizer and embedding before training")
     draft.pass_over("eot_tokens", "the chat template writes the ends of turns, and they are targets")

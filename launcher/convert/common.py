@@ -1,4 +1,4 @@
-"""What the sources share: both are built on transformers' Trainer, and name optimizers and schedules as it does."""
+"""Conversions shared by the sources: both use transformers' Trainer and its names for optimizers and schedules."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from launcher.convert.draft import OFF, Draft, as_mapping, as_number, is_number
 from trainer.parsing import parse_json
+from trainer.recipe.sections.datasets import is_hub_dataset
 from trainer.registry import TRACKERS
 
 OPTIMIZERS = {
@@ -31,7 +32,7 @@ OPTIMIZERS = {
     "ao_adamw_fp8": "adamw_8bit",
 }
 OTHER_STATE = ("adamw_torch_4bit", "ao_adamw_4bit", "ao_adamw_fp8", "paged_adamw_32bit", "paged_adamw")
-"""Of these, what holds the optimizer's state differs; the update is AdamW's."""
+"""Optimizers whose state is stored in another type than that of ours; the update is AdamW's."""
 
 SCHEDULES = {
     "cosine": "cosine",
@@ -41,7 +42,7 @@ SCHEDULES = {
     "constant_with_warmup": "constant",
 }
 WRITTEN_NAMES = ("gptq", "awq", "aqlm", "hqq", "eetq", "fp8", "mxfp4", "exl2")
-"""Quantisations that bases on the Hub carry in their names."""
+"""Quantisations that base models on the Hub have in their names."""
 
 CHATML = (
     "{% for message in messages %}"
@@ -49,19 +50,19 @@ CHATML = (
     "{% endfor %}"
     r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-"""On one line: its ends of lines are Jinja's."""
+"""The ChatML template, on one line: only Jinja writes line breaks."""
 
 FILES = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet)(\.(gz|zst))?$")
 
 
-def one_method(draft: Draft, asked: dict[str, str]) -> str:
-    """The first of the methods that are asked for, each by a key; a recipe has one."""
-    first = next(iter(asked), "lora")
-    for method, key in asked.items():
+def one_method(draft: Draft, requested: dict[str, str]) -> str:
+    """Returns the first of the requested methods, since a recipe has one. ``requested``: method to its key."""
+    first = next(iter(requested), "lora")
+    for method, key in requested.items():
         if method == first:
             draft.use("adapter.method", key)
         else:
-            draft.lose(key, f"{method} beside {first}: a recipe has one method")
+            draft.lose(key, f"{method} with {first}: a recipe has one method")
     ratio = draft.number("loraplus_lr_ratio") if first == "loraplus" else None
     if ratio is not None:
         draft.put("adapter.lr_ratio", float(ratio), "loraplus_lr_ratio")
@@ -69,10 +70,10 @@ def one_method(draft: Draft, asked: dict[str, str]) -> str:
 
 
 def optimizer(draft: Draft, key: str, default: str) -> None:
-    """After the strategy, which decides whether the state may be in 8 bits."""
+    # Called after the strategy is set: a sharded one cannot keep the optimizer's state in 8 bits.
     name = str(draft.take(key, default))
     if name not in OPTIMIZERS:
-        draft.hinder(key, f"{name} is none of AdamW's forms, and its learning rate is its own; choose adamw and a rate")
+        draft.hinder(key, f"{name} is no form of AdamW and needs another learning rate; choose adamw and a rate")
         return
     ours = OPTIMIZERS[name]
     sharded = draft.recipe["strategy"]["kind"] != "ddp"
@@ -80,7 +81,7 @@ def optimizer(draft: Draft, key: str, default: str) -> None:
         draft.lose(key, f"{name} keeps its state in 8 bits, which sharded parameters cannot; adamw in 32 bits instead")
         ours = "adamw"
     elif name in OTHER_STATE:
-        draft.lose(key, f"the state of {name} is held as {ours} holds it; the update is the same")
+        draft.lose(key, f"{name} becomes {ours}: the state has another type, the update is the same")
     draft.put("optimizer.name", ours, key)
     draft.put("optimizer.lr", draft.number("learning_rate", 5e-5), "learning_rate")
     draft.move("weight_decay", "optimizer.weight_decay")
@@ -91,14 +92,13 @@ def optimizer(draft: Draft, key: str, default: str) -> None:
 
 
 def clipping(draft: Draft) -> None:
-    """0 is how Trainer is told never to clip."""
     norm = draft.number("max_grad_norm")
     if norm is not None:
-        draft.put("training.max_grad_norm", norm or None, "max_grad_norm")
+        draft.put("training.max_grad_norm", norm or None, "max_grad_norm")  # 0 means no clipping in Trainer
 
 
 def schedule(draft: Draft, key: str, default: str, steps_first: bool = False) -> None:
-    """``steps_first``: no steps of warm-up are a choice as well, which a ratio beside them does not change."""
+    """Sets the schedule. ``steps_first``: ``warmup_steps: 0`` means no warm-up, even if a ratio is given too."""
     name = str(draft.take(key, default))
     if name not in SCHEDULES:
         draft.lose(key, f"{name} is not one of constant, linear, cosine; cosine is taken")
@@ -107,13 +107,13 @@ def schedule(draft: Draft, key: str, default: str, steps_first: bool = False) ->
     _floor(draft, ours)
     if name == "constant":
         for other in ("warmup_steps", "warmup_ratio"):
-            draft.pass_over(other, "constant has no warm-up there; constant_with_warmup has one")
+            draft.pass_over(other, "constant has no warm-up in Trainer; constant_with_warmup has one")
     else:
         _warmup(draft, steps_first)
 
 
 def _floor(draft: Draft, ours: str) -> None:
-    """What a falling schedule ends at."""
+    """Sets the final learning rate of a falling schedule."""
     floor, key = draft.number("cosine_min_lr_ratio"), "cosine_min_lr_ratio"
     extra = as_mapping(draft.take("lr_scheduler_kwargs"))
     lr = draft.recipe.get("optimizer", {}).get("lr")
@@ -126,18 +126,18 @@ def _floor(draft: Draft, ours: str) -> None:
             floor = floor / unit
     other = [name for name in extra if name not in ("min_lr", "min_lr_rate")]
     if other:
-        draft.lose("lr_scheduler_kwargs", f"of it {', '.join(map(str, other))}")
+        draft.lose("lr_scheduler_kwargs", f"without counterpart: {', '.join(map(str, other))}")
     if not floor:
         return
     if ours == "cosine":
         draft.put("schedule.min_lr_ratio", float(floor), key)
     else:
-        draft.pass_over(key, f"{ours} does not end at it there")
+        draft.pass_over(key, f"{ours} does not use it in Trainer")
 
 
 def _warmup(draft: Draft, steps_first: bool) -> None:
-    """In steps, or a share of them; a share given as steps is what Trainer takes it for too."""
     steps, ratio = draft.number("warmup_steps"), draft.number("warmup_ratio")
+    # As in Trainer, warmup_steps below 1 is a fraction of the steps.
     if steps and 0 < steps < 1:
         draft.put("schedule.warmup_ratio", float(steps), "warmup_steps")
     elif steps:
@@ -149,13 +149,13 @@ def _warmup(draft: Draft, steps_first: bool) -> None:
 
 
 def length(draft: Draft, epochs_key: str, default: int) -> None:
-    """Steps come before epochs, as in Trainer."""
+    """Sets the length of the run; steps take precedence over epochs, as in Trainer."""
     steps, epochs = draft.number("max_steps"), draft.number(epochs_key, default)
     if steps and steps > 0:
         draft.put("training.steps", int(steps), "max_steps")
-        draft.pass_over(epochs_key, f"max_steps {steps} ends the run")
+        draft.pass_over(epochs_key, f"max_steps {steps} decides the length")
         return
-    draft.pass_over("max_steps", "sets no bound")
+    draft.pass_over("max_steps", "sets no limit")
     whole = -(-epochs // 1)
     draft.put("training.epochs", int(whole), epochs_key)
     if whole != epochs:
@@ -163,8 +163,8 @@ def length(draft: Draft, epochs_key: str, default: int) -> None:
 
 
 def every(draft: Draft, key: str, path: str, otherwise: str) -> bool:
-    """Steps between two of something. A share of the run's steps is taken where their number is known. Returns whether
-    the setting says it."""
+    """Sets a number of steps between two events; returns true if the setting gives one. A fraction of the run's steps
+    can be converted only if their number is known."""
     steps, total = draft.number(key), draft.recipe["training"].get("steps")
     if not steps or steps < 0:
         draft.pass_over(key, otherwise)
@@ -181,24 +181,24 @@ def kept(draft: Draft) -> None:
     if count and count > 0:
         draft.put("checkpoint.keep_last", int(count), "save_total_limit")
     else:
-        draft.pass_over("save_total_limit", "all are kept there; checkpoint.keep_last has a number")
+        draft.pass_over("save_total_limit", "no limit in Trainer; checkpoint.keep_last always has one")
 
 
 def batches(draft: Draft, micro: int, accumulation: int, workers: int | None, named: int | None) -> None:
-    """Their batch counts per GPU, and the number of GPUs is that of the command that starts them."""
+    """Sets the batches. The sources count per GPU, and take the number of GPUs from the command that starts them."""
     count = max(1, int(workers or named or 1))
-    source = "--workers" if workers else "as the file says" if named else "assumed: --workers N says otherwise"
+    source = "--workers" if workers else "from the file" if named else "assumed; set it with --workers N"
     draft.put("training.global_batch", micro * accumulation * count)
     draft.put("training.micro_batch", micro)
     draft.put("resources", {"workers": count, "gpus_per_worker": 1})
     draft.decisions.append(
         f"global_batch {micro * accumulation * count} = {micro} per GPU x {accumulation} accumulated x {count} "
-        f"worker{'s' if count > 1 else ''} ({source}); it stays the same whatever the workers"
+        f"worker{'s' if count > 1 else ''} ({source}); it is the same for any number of workers"
     )
 
 
 def place(draft: Draft, key: str, default: str) -> None:
-    """The last part of the output folder names the run, what stands before it is the storage."""
+    """Sets name and storage: the last part of the output folder is the run's name, the part before it the storage."""
     given = str(draft.take(key, default))
     scheme, mark, folder = given.rpartition("://")
     above, slash, last = folder.rstrip("/").removeprefix("./").rpartition("/")
@@ -210,13 +210,13 @@ def place(draft: Draft, key: str, default: str) -> None:
 
 
 def deepspeed(draft: Draft, key: str, file: Path) -> None:
-    """A stage, by what the file holds or else by its name, to the file of ours that does the same."""
+    """Sets the strategy by the ZeRO stage, which is read from the file, or taken from its name if it is missing."""
     given = draft.take(key)
     held = given if isinstance(given, dict) else read_json(beside(str(given), file))
     text = json.dumps(held["zero_optimization"]) if isinstance(held.get("zero_optimization"), dict) else str(given)
     found = re.search(r"(?:zero|_z|stage\W*)_?([0-3])", text)
     if not found:
-        draft.hinder(key, f"{given} is not there to be read, and its name tells no stage; run convert beside it")
+        draft.hinder(key, f"{given} cannot be read, and its name contains no stage; run convert where it exists")
     stage = int(found.group(1)) if found else 0
     offloads = '"cpu"' in text if held else "offload" in text
     kind = {0: "ddp", 1: "zero2", 2: "zero2", 3: "zero3"}[stage]
@@ -229,8 +229,8 @@ def deepspeed(draft: Draft, key: str, file: Path) -> None:
 
 
 def beside(name: str, file: Path) -> Path:
-    """A path that the settings name: looked for from the working folder, and from every folder above their file, as
-    their programs may be called from any."""
+    """Returns a path that the settings name, relative to the working folder or to a folder above the settings' file,
+    since both programs may be started from any of these."""
     return next((above / name for above in (Path(), *file.resolve().parents) if exists(above / name)), Path(name))
 
 
@@ -242,7 +242,7 @@ def exists(path: Path) -> bool:
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Empty where nothing can be read."""
+    """Returns the mapping in a JSON file; empty if the file cannot be read or contains no mapping."""
     try:
         found = parse_json(path.read_bytes(), finite=False, unique=False)
     except (OSError, ValueError):
@@ -251,7 +251,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def trackers(draft: Draft, wanted: dict[str, str]) -> None:
-    """``wanted``: trackers by our names, each with the key that asks for it."""
+    """Sets tracking. ``wanted``: muster's name of each requested tracker to the key that requests it."""
     there = [name for name in wanted if name in TRACKERS]
     if there:
         draft.put("tracking", there, *(wanted[name] for name in there))
@@ -265,21 +265,16 @@ def refuse_quantised(draft: Draft, key: str) -> None:
     name = str(draft.take(key, ""))
     kind = next((kind for kind in WRITTEN_NAMES if re.search(rf"(?i)(^|[^a-z]){kind}", name)), None)
     if kind:
-        draft.hinder(key, f"{name} looks like a base in {kind}; muster takes unquantised ones, or bitsandbytes' NF4")
+        draft.hinder(key, f"{name} looks like a model in {kind}; muster takes unquantised ones, or bitsandbytes' NF4")
 
 
 def is_elsewhere(path: str) -> bool:
-    """Whether a data set lies on this machine or at a URL, and not on the Hub."""
+    """Returns true if a data set is on this machine or at a URL, and not on the Hub."""
     return "://" in path or path.startswith((".", "/", "~")) or bool(FILES.search(path)) or exists(Path(path))
 
 
-def is_named(path: str) -> bool:
-    """Whether the datasets library loads it, which knows splits and parts of them."""
-    return path.startswith("hf://") and not path.startswith("hf://datasets/")
-
-
 def hold_out(draft: Draft, key: str) -> None:
-    """A share, or a number of rows, of the training data for evaluation: off the end of each split of the Hub."""
+    """Sets evaluation data from a fraction, or a number of rows, at the end of each training split on the Hub."""
     size = draft.number(key)
     if size in OFF:
         return
@@ -287,10 +282,10 @@ def hold_out(draft: Draft, key: str) -> None:
         draft.pass_over(key, "data.eval is named")
         return
     sources = draft.recipe["data"]["train"]
-    parts = [_parts(source.get("split", "train"), size) if is_named(source["path"]) else None for source in sources]
+    parts = [_parts(one.get("split", "train"), size) if is_hub_dataset(one["path"]) else None for one in sources]
     cut = [part for part in parts if part]
     if size < 0 or len(cut) < len(sources) or not cut:
-        draft.lose(key, f"{size}: only whole splits of the Hub are parted here; name sources under data.eval")
+        draft.lose(key, f"{size}: only complete splits of the Hub can be divided; name sources under data.eval")
         return
     evaluated = [{**deepcopy(source), "split": held} for source, (_, held) in zip(sources, cut, strict=True)]
     for source, (rest, _) in zip(sources, cut, strict=True):
@@ -301,7 +296,8 @@ def hold_out(draft: Draft, key: str) -> None:
 
 
 def _parts(split: str, size: float) -> tuple[str, str] | None:
-    """A split, or the first rows of one, as a rest and ``size`` of it (a share, or rows from 1 on) off its end."""
+    """Divides a split, or its first rows, in two: the rest, and ``size`` (a fraction, or rows from 1 on) at the end.
+    Returns None for any other slice, or if nothing would be left."""
     first = re.fullmatch(r"(\w+)\[:(\d+)\]", split)
     if first:
         rows = int(first.group(2))

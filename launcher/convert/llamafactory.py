@@ -1,4 +1,4 @@
-"""LLaMA-Factory's settings, as its `llamafactory-cli train` takes them."""
+"""Converts the settings of LLaMA-Factory's `llamafactory-cli train`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from launcher.convert import common, llamafactory_data
 from launcher.convert.draft import Draft
 
-OTHER_OPTIMIZER = "another optimizer than AdamW, with a learning rate of its own; choose adamw and a rate"
+OTHER_OPTIMIZER = "another optimizer than AdamW, which needs another learning rate; choose adamw and a rate"
 OTHER_LOSS = "another loss; task sft has cross entropy"
 HINDRANCES = {
     "use_galore": OTHER_OPTIMIZER,
@@ -19,34 +19,34 @@ HINDRANCES = {
     "use_dft_loss": OTHER_LOSS,
     "use_asft_loss": OTHER_LOSS,
     "use_eaft_loss": OTHER_LOSS,
-    "use_llama_pro": "trains added layers of the base; muster trains an adapter, or the whole model",
-    "mixture_of_depths": "changes the base's layers; muster trains models as they are",
-    "train_from_scratch": "begins without weights; muster fine-tunes",
-    "adapter_name_or_path": "goes on from an adapter; merge it (muster merge), and train on the result",
-    "tokenized_path": "data that are tokenised already; name the texts, muster prepare tokenises them",
+    "use_llama_pro": "trains layers that it adds to the base model; muster trains an adapter, or the complete model",
+    "mixture_of_depths": "changes the base model's layers; muster trains models without such changes",
+    "train_from_scratch": "starts without weights; muster fine-tunes",
+    "adapter_name_or_path": "continues from an adapter; merge it (muster merge), and train on the result",
+    "tokenized_path": "data that are already tokenised; name the texts, muster prepare tokenises them",
 }
 OTHER_FILES = {
-    "compute_environment": "accelerate's settings, not a training's: they come to strategy and resources in a recipe",
-    "export_dir": "settings of a merge: muster merge makes an adapter part of its base",
-    "infer_backend": "settings of a conversation: muster chat and muster generate ask a model",
+    "compute_environment": "settings of accelerate, not of a training; a recipe has strategy and resources instead",
+    "export_dir": "settings of a merge; muster merge makes an adapter part of its base model",
+    "infer_backend": "settings of a chat; muster chat and muster generate run a model",
     "train_dataset": "the layout of LLaMA-Factory's v1, which is not read; the layout with stage and dataset is",
 }
-"""What tells that a file is not one of ``llamafactory-cli train``."""
+"""Keys that show that a file is not for ``llamafactory-cli train``, each with the reason."""
 
 CURVES = "every step's metrics are kept, and sent to the trackers"
 KERNELS = "the same result by other kernels"
 READER = "the reader is muster's own"
 IDLE = {
     "do_train": "a recipe trains",
-    "do_eval": "data.eval is evaluated where it is there",
+    "do_eval": "data.eval is evaluated if it is given",
     "logging_*": CURVES,
     "plot_loss": CURVES,
     "include_*": CURVES,
     "compute_accuracy": "the tasks with pairs report their accuracy",
-    "overwrite_cache": "prepared data lie in the storage, by fingerprint",
-    "overwrite_output_dir": "a run that is there is resumed; another name starts anew",
-    "save_only_model": "checkpoints always hold what resuming needs",
-    "save_strategy": "checkpoint.every_steps says when",
+    "overwrite_cache": "prepared data are in the storage, by fingerprint",
+    "overwrite_output_dir": "an existing run is resumed; another name starts a new one",
+    "save_only_model": "checkpoints always contain what a resume needs",
+    "save_strategy": "checkpoint.every_steps decides it",
     "resume_from_checkpoint": "the same command resumes",
     "preprocessing_*": "muster prepare takes as many processes as there are",
     "dataloader_*": READER,
@@ -65,11 +65,11 @@ IDLE = {
     "use_cache": KERNELS,
     "per_device_eval_batch_size": "evaluation takes training.micro_batch",
     "low_cpu_mem_usage": "each rank loads what it keeps",
-    "use_fast_tokenizer": "the base's files say it",
-    "hf_hub_token": "HF_TOKEN says it",
+    "use_fast_tokenizer": "the base model's files decide it",
+    "hf_hub_token": "HF_TOKEN is used",
     "ray_*": "the driver runs on Ray",
-    "pissa_convert": "the final adapter of pissa is always one for the unchanged base",
-    "pissa_iter": "the method decides how it takes the weights apart",
+    "pissa_convert": "the final adapter of pissa always fits the unchanged base model",
+    "pissa_iter": "the method decides how it decomposes the weights",
     "image_*": "a matter of images",
     "video_*": "a matter of videos",
     "audio_*": "a matter of sound",
@@ -78,8 +78,8 @@ IDLE = {
     "use_distributed_optimizer": "a matter of the strategy",
     "overlap_*": "a matter of the strategy",
     "sequence_parallel": "a matter of the strategy",
-    "mixed_precision": "model.dtype says it",
-    "export_hf_on_finish": "the final adapter lies in the run, and muster merge makes it part of its base",
+    "mixed_precision": "model.dtype decides it",
+    "export_hf_on_finish": "the final adapter is in the run, and muster merge makes it part of its base model",
     "run_name": "the run is named by the last part of output_dir",
     "use_swanlab": "there is no tracker swanlab",
     "swanlab_*": "there is no tracker swanlab",
@@ -89,7 +89,7 @@ IDLE = {
     "kt_*": "another engine for the same",
     "use_kt": "another engine for the same",
 }
-SHARED = "layers are never cut in two: workers share out data and, under fsdp and zero3, weights"
+SHARED = "no layer is split: workers divide the data and, under fsdp and zero3, the weights"
 CUTS = (
     "tensor_model_parallel_size",
     "pipeline_model_parallel_size",
@@ -98,7 +98,7 @@ CUTS = (
     "cp_size",
 )
 OTHERS = {"full": ("lora_", "loraplus_", "oft_"), "oft": ("lora_", "loraplus_"), "lora": ("oft_",)}
-"""By the kind of fine-tuning, how keys of the other kinds begin."""
+"""Kind of fine-tuning to the prefixes of the other kinds' keys."""
 
 TASKS = {"sft": "sft", "pt": "sft", "rm": "reward", "dpo": "dpo", "ppo": "ppo"}
 
@@ -111,7 +111,7 @@ def convert(settings: dict[str, Any], file: Path, workers: int | None) -> Draft:
         return draft
     draft.hinder_where(HINDRANCES)
     if draft.is_on("do_predict") and not draft.is_on("do_train"):
-        draft.hinder("do_predict", "measures and does not train: muster evaluate and muster generate do that")
+        draft.hinder("do_predict", "predicts and does not train; muster evaluate and muster generate do that")
     common.place(draft, "output_dir", "saves/converted")
     draft.move("seed", "seed")
     stage = _task(draft)
@@ -122,14 +122,14 @@ def convert(settings: dict[str, Any], file: Path, workers: int | None) -> Draft:
     _training(draft, workers, stage)
     common.optimizer(draft, "optim", "adamw_torch")
     if "learning_rate" not in draft.settings:
-        draft.decisions.append("lr 5e-5 is Trainer's own where no learning_rate is given")
+        draft.decisions.append("lr 5e-5 is Trainer's default if no learning_rate is given")
     common.schedule(draft, "lr_scheduler_type", "linear")
     _saving(draft)
     for key in CUTS:
         if draft.number(key, 1) > 1:
             draft.lose(key, SHARED)
         else:
-            draft.pass_over(key, "cuts nothing")
+            draft.pass_over(key, "splits nothing")
     return draft.finish(IDLE)
 
 
@@ -154,7 +154,7 @@ def _task(draft: Draft) -> str:
 
 
 def _ppo(draft: Draft) -> None:
-    """With the values of its own where it has others: trl's first coefficient, and its settings for generation."""
+    """Sets the PPO section, with LLaMA-Factory's defaults where they differ from muster's."""
     draft.put("ppo.reward", {"model": draft.take("reward_model", "")}, "reward_model")
     draft.put("ppo.epochs", draft.number("ppo_epochs", 4), "ppo_epochs")
     draft.put("ppo.kl_coef", 0.2)
@@ -165,13 +165,13 @@ def _ppo(draft: Draft) -> None:
     for key in ("temperature", "top_p"):
         draft.move(key, f"ppo.{key}")
     draft.decisions.append(
-        "texts are drawn as the model's probabilities are, which PPO assumes; without settings temperature is 0.95, "
-        "top_p 0.7 and top_k 50 there"
+        "texts are drawn from the model's own probabilities, as PPO assumes; LLaMA-Factory's defaults are temperature "
+        "0.95, top_p 0.7 and top_k 50"
     )
     if draft.take("reward_model_type", "lora") != "api":
-        draft.pass_over("reward_model_type", "what lies at ppo.reward.model says it")
+        draft.pass_over("reward_model_type", "the model at ppo.reward.model decides it")
     else:
-        draft.hinder("reward_model_type", "a server rates the texts; ppo.reward.function may ask it")
+        draft.hinder("reward_model_type", "a server rates the texts; ppo.reward.function may call it")
 
 
 def _model(draft: Draft) -> None:
@@ -185,10 +185,10 @@ def _model(draft: Draft) -> None:
     draft.put("model.dtype", dtypes[0] if dtypes else "bfloat16", *halves)
     if not dtypes:
         draft.decisions.append(
-            "dtype bfloat16, as most bases are held; without bf16 and fp16 it is the base's own there"
+            "dtype bfloat16, the type of most base models; without bf16 and fp16, LLaMA-Factory takes the base model's"
         )
     if draft.is_on("pure_bf16"):
-        draft.lose("pure_bf16", "what is trained is held in float32; the rest is computed in bfloat16")
+        draft.lose("pure_bf16", "trained weights are kept in float32; the rest is computed in bfloat16")
     if draft.is_on("trust_remote_code"):
         draft.put("model.trust_remote_code", True, "trust_remote_code")
     _quantization(draft)
@@ -221,25 +221,22 @@ def _adapter(draft: Draft) -> None:
         draft.move("oft_block_size", "adapter.block_size")
         draft.put("adapter.target_modules", _targets(draft.take("oft_target", "all")), "oft_target")
     elif kind == "lora":
-        draft.put("adapter.method", _method(draft), "finetuning_type")
+        flags = {"dora": "use_dora", "pissa": "pissa_init", "loraplus": "loraplus_lr_ratio", "rslora": "use_rslora"}
+        method = common.one_method(draft, {method: key for method, key in flags.items() if draft.is_on(key)})
+        draft.put("adapter.method", method, "finetuning_type")
         rank = draft.number("lora_rank", 8)
         draft.put("adapter.rank", rank, "lora_rank")
         draft.put("adapter.alpha", draft.number("lora_alpha") or 2 * rank, "lora_alpha")
         draft.put("adapter.dropout", float(draft.number("lora_dropout", 0.0)), "lora_dropout")
         draft.put("adapter.target_modules", _targets(draft.take("lora_target", "all")), "lora_target")
     else:
-        draft.hinder("finetuning_type", f"{kind}; muster trains an adapter, or with full the whole model")
+        draft.hinder("finetuning_type", f"{kind}; muster trains an adapter, or with full the complete model")
     for key in [key for key in draft.settings if key.startswith(OTHERS.get(str(kind), ()))]:
         draft.pass_over(key, f"finetuning_type is {kind}")
     extra = draft.take("additional_target")
     if extra and kind in ("lora", "oft"):
         names = [name.strip() for name in str(extra).split(",")]
         draft.put("adapter.modules_to_save", names, "additional_target")
-
-
-def _method(draft: Draft) -> str:
-    asked = {"dora": "use_dora", "pissa": "pissa_init", "loraplus": "loraplus_lr_ratio", "rslora": "use_rslora"}
-    return common.one_method(draft, {method: key for method, key in asked.items() if draft.is_on(key)})
 
 
 def _targets(given: Any) -> Any:
@@ -274,7 +271,7 @@ def _training(draft: Draft, workers: int | None, stage: str) -> None:
     common.length(draft, "num_train_epochs", 3)
     off = draft.is_on("disable_gradient_checkpointing")
     draft.put("training.gradient_checkpointing", not off, "disable_gradient_checkpointing")
-    draft.pass_over("gradient_checkpointing", "it is on unless disable_gradient_checkpointing says otherwise")
+    draft.pass_over("gradient_checkpointing", "it is on unless disable_gradient_checkpointing is set")
     common.clipping(draft)
 
 
@@ -282,12 +279,12 @@ def _saving(draft: Draft) -> None:
     default = "checkpoint.every_steps counts steps: 100 by default"
     common.every(draft, "save_steps", "checkpoint.every_steps", default)
     common.kept(draft)
-    seldom = "training.eval_every counts steps; without it the end of the run is evaluated"
+    seldom = "training.eval_every counts steps; without it, evaluation runs after the last step"
     if draft.recipe["data"].get("eval"):
         common.every(draft, "eval_steps", "training.eval_every", seldom)
     for key in ("eval_steps", "eval_strategy"):
-        draft.pass_over(key, seldom if draft.recipe["data"].get("eval") else "nothing is held out to evaluate")
+        draft.pass_over(key, seldom if draft.recipe["data"].get("eval") else "there are no evaluation data")
     named = draft.names("report_to")
     common.trackers(draft, {name: "report_to" for name in named if name not in ("none", "all")})
     if "all" in named:
-        draft.lose("report_to", "all: name those that are meant under tracking")
+        draft.lose("report_to", "all: name the trackers under tracking")

@@ -1,4 +1,4 @@
-"""LLaMA-Factory's data sets: names, which its ``dataset_info.json`` says the place and the columns of."""
+"""Converts LLaMA-Factory's data sets: names whose location and columns are in its ``dataset_info.json``."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from typing import Any
 
 from launcher.convert import common
 from launcher.convert.draft import Draft, as_mapping
+from trainer.recipe.sections.datasets import is_hub_dataset
 
 Source = dict[str, Any]
 MEDIA = ("images", "videos", "audios")
 KEYS = {("from", "value"), ("role", "content")}
-"""Names of a turn's speaker and words that are read."""
+"""The pairs of keys for a turn's speaker and text that are read."""
 
 ROLE_TAGS = {
     "user_tag": {"human", "user"},
@@ -20,11 +21,12 @@ ROLE_TAGS = {
     "function_tag": {"function_call"},
     "system_tag": {"system"},
 }
-ANSWERS = "the loss is taken on answers alone; format text takes it on every token"
+ANSWERS = "the loss is computed on answers only; format text computes it on every token"
 
 
 def data(draft: Draft, file: Path, stage: str) -> None:
-    folder, info = _registry(draft, file)
+    registry = common.beside(f"{draft.take('dataset_dir', 'data')}/dataset_info.json", file)
+    folder, info = registry.parent, common.read_json(registry) or None
     for key, path in (("dataset", "data.train"), ("eval_dataset", "data.eval")):
         found = [_source(draft, key, name, folder, info, stage) for name in draft.names(key)]
         if found or key == "dataset":
@@ -34,18 +36,18 @@ def data(draft: Draft, file: Path, stage: str) -> None:
         draft.hinder("dataset", "is missing: nothing is trained here")
     draft.put("data.sequence_length", int(draft.number("cutoff_len", 2048)), "cutoff_len")
     _packing(draft, stage)
-    _wording(draft)
+    _template(draft)
     _cut(draft)
     common.hold_out(draft, "val_size")
     for source in draft.recipe["data"].get("eval", []):
-        if common.is_named(source["path"]):
+        if is_hub_dataset(source["path"]):
             source.setdefault("split", "train")
     if draft.is_on("train_on_prompt"):
         draft.lose("train_on_prompt", ANSWERS)
 
 
 def _packing(draft: Draft, stage: str) -> None:
-    """Texts are packed unless told otherwise; neat packing is packing, and the only kind that there is here."""
+    """Sets data.packing. Stage pt packs by default. Both kinds of packing become muster's, which is neat packing."""
     neat = draft.is_on("neat_packing")
     packed = neat or (draft.is_on("packing") if "packing" in draft.settings else stage == "pt")
     draft.put("data.packing", packed and stage in ("sft", "pt"), "packing", "neat_packing")
@@ -53,18 +55,12 @@ def _packing(draft: Draft, stage: str) -> None:
         draft.decisions.append("samples of a pack never see each other, as with neat_packing")
 
 
-def _registry(draft: Draft, file: Path) -> tuple[Path, dict[str, Any] | None]:
-    name = str(draft.take("dataset_dir", "data"))
-    path = common.beside(f"{name}/dataset_info.json", file)
-    return path.parent, common.read_json(path) or None
-
-
 def _source(draft: Draft, key: str, name: str, folder: Path, info: dict[str, Any] | None, stage: str) -> Source | None:
     if info is None:
-        draft.hinder(key, f"what {name} is stands in {folder}/dataset_info.json, which is not there; convert beside it")
+        draft.hinder(key, f"{name} needs {folder}/dataset_info.json, which is missing; run convert where it exists")
         return None
     if not isinstance(info.get(name), dict):
-        draft.hinder(key, f"{name} does not stand in {folder}/dataset_info.json")
+        draft.hinder(key, f"{name} is not in {folder}/dataset_info.json")
         return None
     entry = draft.part(f"{key}.{name}", info[name], "data.train" if key == "dataset" else "data.eval")
     columns = entry.part("columns", as_mapping(entry.take("columns")))
@@ -73,7 +69,7 @@ def _source(draft: Draft, key: str, name: str, folder: Path, info: dict[str, Any
         draft.hinder(key, f"{name} has images or sound; muster trains on text")
         return None
     reason, made = _format(entry, columns, stage)
-    place = _where_it_lies(entry, folder)
+    place = _location(entry, folder)
     if reason:
         draft.hinder(key, f"{name} {reason}")
     if place is None:
@@ -82,26 +78,26 @@ def _source(draft: Draft, key: str, name: str, folder: Path, info: dict[str, Any
         return None
     for column in ("system", "history"):
         if columns.is_on(column):
-            columns.lose(column, "no format reads that column; put it into the messages")
+            columns.lose(column, "no format reads this column; put it into the messages")
     columns.finish({})
     entry.finish({"ms_hub_url": "hf_hub_url comes first", "om_hub_url": "hf_hub_url comes first"})
     return place | made
 
 
 def _format(entry: Draft, columns: Draft, stage: str) -> tuple[str, Source]:
-    """What stands in the way, or nothing, and how rows are read."""
+    """Returns the reason why a data set cannot be converted (empty if it can), and the format with its columns."""
     talks, ranks = entry.read("formatting", "alpaca") != "alpaca", entry.read("ranking")
     reason = _tags(entry) if talks else ""
     messages = "messages", "conversations"
     if stage in ("rm", "dpo"):
         if not ranks:
-            reason = "is not one of pairs (ranking)"
+            reason = "is no data set of pairs (ranking)"
         first = messages if talks else ("prompt", "instruction")
         if not talks and columns.is_on("query"):
-            columns.lose("query", "format preference reads no further column; write it into the prompt")
+            columns.lose("query", "format preference reads no such column; write it into the prompt")
         return reason, _read(columns, "preference", prompt=first, chosen=("chosen", ""), rejected=("rejected", ""))
     if ranks:
-        reason = f"is one of pairs (ranking), which stage {stage} does not learn from"
+        reason = f"is a data set of pairs (ranking), which stage {stage} does not learn from"
     if stage == "pt" and not talks:
         return reason, _read(columns, "text", text=("prompt", "instruction"))
     if talks:
@@ -111,7 +107,7 @@ def _format(entry: Draft, columns: Draft, stage: str) -> tuple[str, Source]:
 
 
 def _tags(entry: Draft) -> str:
-    """What turns are called: read by their usual names, and nothing else."""
+    """Returns a reason if muster does not read the names of the turns' keys or speakers; else an empty text."""
     tags = entry.part("tags", as_mapping(entry.take("tags")))
     entry.use(entry.home, "tags")
     if (tags.read("role_tag", "from"), tags.read("content_tag", "value")) not in KEYS:
@@ -122,7 +118,7 @@ def _tags(entry: Draft) -> str:
 
 
 def _read(columns: Draft, kind: str, **names: tuple[str, str]) -> Source:
-    """``names``: by our column, their key for it and the name that it has without one."""
+    """Returns a format with its columns. ``names``: our column to (their key for it, the default name)."""
     named = {}
     for ours, (key, usual) in names.items():
         theirs = columns.read(key, usual)
@@ -131,15 +127,16 @@ def _read(columns: Draft, kind: str, **names: tuple[str, str]) -> Source:
     return {"format": kind} | ({"columns": named} if named else {})
 
 
-def _where_it_lies(entry: Draft, folder: Path) -> Source | None:
-    """In the order that it has them in: the Hub, a file in a bucket, a file beside the registry."""
+def _location(entry: Draft, folder: Path) -> Source | None:
+    """Returns the path of a data set; None for one that is loaded by a script or from another hub."""
+    # LLaMA-Factory's order of precedence: the Hub, a file in a bucket, a file next to the registry.
     if entry.is_on("hf_hub_url"):
         subset = f"/{entry.read('subset')}" if entry.is_on("subset") else ""
         split = entry.read("split", "train")
         return {"path": f"hf://{entry.read('hf_hub_url')}{subset}"} | ({"split": split} if split != "train" else {})
     for key in ("split", "subset"):
         if entry.is_on(key):
-            entry.lose(key, "files are read whole; name those that are meant in path")
+            entry.lose(key, "files are read completely; name the files in path")
     if any(entry.is_on(key) for key in ("ms_hub_url", "om_hub_url", "script_url")):
         return None
     if entry.is_on("cloud_file_name"):
@@ -147,36 +144,36 @@ def _where_it_lies(entry: Draft, folder: Path) -> Source | None:
     return {"path": str(folder / str(entry.read("file_name")))} if entry.is_on("file_name") else None
 
 
-def _wording(draft: Draft) -> None:
-    """Its template words every row, Alpaca's and texts of pairs too; ours words turns, by the tokenizer's own."""
+def _template(draft: Draft) -> None:
+    """Reports ``template``. LLaMA-Factory formats every row with it; a recipe's chat template formats turns only."""
     name = draft.take("template")
     formats = {source["format"] for source in draft.recipe["data"]["train"]}
     ways = {
-        "messages": "turns are worded by the tokenizer's template; data.chat_template names another",
-        "preference": "turns are worded by the tokenizer's template, and plain texts are read as they stand",
-        "instruction": "rows of instructions are worded as Alpaca's prompt; format completion with a template of its "
-        "own words them as the base is used to",
+        "messages": "turns are formatted with the tokenizer's template; data.chat_template sets another",
+        "preference": "turns are formatted with the tokenizer's template, and plain texts are read unchanged",
+        "instruction": "rows of instructions get Alpaca's prompt; format completion with a template can format them as "
+        "the base model expects",
     }
     ways = {kind: way for kind, way in ways.items() if kind in formats}
     if name and ways:
         draft.lose("template", f"{name}: {'; '.join(ways.values())}")
     else:
-        draft.pass_over("template", "texts are taken as they are")
+        draft.pass_over("template", "texts are read unchanged")
     for key in ("default_system", "enable_thinking", "preserve_thinking", "tool_format"):
         if key in draft.settings:
-            draft.lose(key, f"{draft.take(key)}: the chat template says it; data.chat_template names another")
+            draft.lose(key, f"{draft.take(key)}: the chat template decides it; data.chat_template sets another")
 
 
 def _cut(draft: Draft) -> None:
-    """The first rows of each set: a part of its split, where it has splits."""
+    """Limits each data set to its first rows, as a slice of its split; a file has no splits."""
     rows = draft.number("max_samples")
     if not rows:
         return
     cut = not draft.recipe["data"]["train"]
     for source in [*draft.recipe["data"]["train"], *draft.recipe["data"].get("eval", [])]:
-        if common.is_named(source["path"]) and "[" not in source.get("split", ""):
+        if is_hub_dataset(source["path"]) and "[" not in source.get("split", ""):
             source["split"], cut = f"{source.get('split', 'train')}[:{int(rows)}]", True
         else:
-            draft.lose("max_samples", f"{rows}: files are read whole; cut them, or lower training.steps")
+            draft.lose("max_samples", f"{rows}: files are read completely; shorten them, or lower training.steps")
     if cut:
         draft.use("data.train", "max_samples")

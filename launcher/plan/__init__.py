@@ -1,1 +1,1 @@
-"""`muster plan`: what a recipe needs, and the tables that show it."""
+"""`muster plan`: the table that shows the memory, time and cost of a recipe."""

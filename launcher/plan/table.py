@@ -1,4 +1,4 @@
-"""A plan as lines of at most 80 columns."""
+"""Renders a plan as lines of at most 80 columns."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GIB = 2**30
 
 PARTS = (
     ("frozen_bytes", "frozen weights"),
-    ("quant_state_bytes", "their scales, whole on every rank"),
+    ("quant_state_bytes", "their scales, complete on every rank"),
     ("trainable_bytes", "trained weights"),
     ("gradient_bytes", "gradients"),
     ("optimizer_bytes", "optimizer state"),
@@ -26,13 +26,16 @@ PARTS = (
     ("update_bytes", "or, after the backward: the update"),
 )
 SMALL = 2**20
-"""Parts that are smaller on every rank are left out."""
+"""In bytes. Parts that are smaller on every rank are left out."""
 
 
 def report(found: PlanReport) -> Iterator[str]:
     recipe, plan = found.recipe, found.plan
+    adapter, model = recipe.adapter, recipe.model
+    method = "full fine-tuning" if adapter.method == "none" else f"{adapter.method}, rank {adapter.rank},"
+    weights = model.dtype if model.quantization == "none" else f"{model.quantization} computing in {model.dtype}"
     yield from _wrapped(
-        f"{recipe.name}: {_method(found)} of {recipe.model.path}, {_weights(found)}, {recipe.strategy.kind} on "
+        f"{recipe.name}: {method} of {model.path}, {weights}, {recipe.strategy.kind} on "
         f"{plan.world_size} rank{'s' if plan.world_size > 1 else ''}"
     )
     yield ""
@@ -46,16 +49,6 @@ def report(found: PlanReport) -> Iterator[str]:
         yield from _wrapped(f"note: {note}")
 
 
-def _method(found: PlanReport) -> str:
-    method = found.recipe.adapter.method
-    return "full fine-tuning" if method == "none" else f"{method}, rank {found.recipe.adapter.rank},"
-
-
-def _weights(found: PlanReport) -> str:
-    model = found.recipe.model
-    return model.dtype if model.quantization == "none" else f"{model.quantization} computing in {model.dtype}"
-
-
 def _facts(found: PlanReport) -> Iterator[str]:
     recipe, plan, outlook = found.recipe, found.plan, found.outlook
     share = plan.trainable_parameters / plan.total_parameters
@@ -65,7 +58,7 @@ def _facts(found: PlanReport) -> Iterator[str]:
     yield _row("tokens per step", f"{plan.tokens_per_step:,} ({packs})")
     if outlook.samples_per_epoch is not None:
         yield _row("samples per epoch", f"{outlook.samples_per_epoch:,} ({outlook.steps_per_epoch:,} steps)")
-    yield _row("steps", "known when the data are prepared" if outlook.steps is None else f"{outlook.steps:,}")
+    yield _row("steps", "known after the data are prepared" if outlook.steps is None else f"{outlook.steps:,}")
     yield _row("a checkpoint", f"{gib(plan.checkpoint_bytes)} GiB")
     yield from _time(found)
 
@@ -74,7 +67,7 @@ def _time(found: PlanReport) -> Iterator[str]:
     outlook = found.outlook
     if outlook.tokens_per_s is None:
         if found.price is not None:
-            yield _row("cost", "told with --tokens-per-s, or once the run has begun")
+            yield _row("cost", "needs --tokens-per-s, or a run that has started")
         return
     before = "" if outlook.measured_ranks is None else f" (this run, on {outlook.measured_ranks} ranks)"
     yield _row("tokens per second", f"{outlook.tokens_per_s:,.0f}{before}")
@@ -99,7 +92,7 @@ def _table(plan: Plan) -> Iterator[str]:
 
 
 def _columns(plan: Plan) -> list[tuple[str, RankPlan]]:
-    """The rank that needs most and the one that needs least, where they differ."""
+    """Returns the rank that needs most and the rank that needs least, or one column if they need the same."""
     least = min(plan.ranks, key=lambda r: (r.peak_device_bytes, -r.rank))
     if gib(least.peak_device_bytes) == gib(plan.peak_device_bytes):
         return [("rank 0", plan.ranks[0])] if plan.world_size == 1 else [("each", plan.ranks[0])]
@@ -108,7 +101,7 @@ def _columns(plan: Plan) -> list[tuple[str, RankPlan]]:
 
 def _verdict(plan: Plan) -> Iterator[str]:
     if plan.fits is None:
-        yield from _wrapped("Whether it fits is told with --gpu-memory 24GiB and --host-memory 64GiB.")
+        yield from _wrapped("To see if it fits, give --gpu-memory 24GiB and --host-memory 64GiB.")
     device = "memory for each rank" if plan.on_host else "each GPU"
     for limit, fits, peak, reserve, what in (
         (plan.limits.device, plan.device_fits, plan.peak_device_bytes, plan.device_reserve_bytes, device),
@@ -117,7 +110,7 @@ def _verdict(plan: Plan) -> Iterator[str]:
         if limit is not None:
             answer = "Fits" if fits else "Does NOT fit"
             yield from _wrapped(
-                f"{answer}: {gib(peak)} GiB and {gib(reserve)} that no tensor gets, of {gib(limit)} GiB of {what}."
+                f"{answer}: {gib(peak)} GiB and a reserve of {gib(reserve)} GiB, of {gib(limit)} GiB of {what}."
             )
 
 

@@ -1,1 +1,1 @@
-"""The first run: a small model, a small corpus, one fine-tuning, and what it changed."""
+"""The quickstart: a small model, a small corpus, one fine-tuning run, and a view of what it changed."""

@@ -1,7 +1,7 @@
-"""``python -m launcher.quickstart [KEY=VALUE…]``, from the project's root: from nothing to a tuned model.
+"""``python -m launcher.quickstart [KEY=VALUE…]``, from the project's root: the quickstart.
 
-Makes a small base model and data, has ``muster run recipes/quickstart.yaml`` fine-tune it, and shows what changed.
-Overrides go to the run. A second call resumes, or finds the run finished and only shows it.
+Makes a small base model and data, fine-tunes it with ``muster run recipes/quickstart.yaml``, and shows what changed.
+Overrides are passed to the run. A second call resumes the run; if the run is finished, it only shows the result.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 from trainer.interruption import Terminated, current
 
 if __name__ == "__main__":
-    current.begin()  # the other imports take a second
+    current.begin()  # before the other imports, which take a second
 
 import logging
 import signal
@@ -38,7 +38,7 @@ SHOWN = 4
 
 
 def main(overrides: Sequence[str]) -> int:
-    """The whole quickstart; returns the exit code of the run."""
+    """Runs the complete quickstart; returns the exit code of the run."""
     quiet_libraries()
     console, started = stdout(), time.monotonic()
     recipe = load(RECIPE, overrides)
@@ -54,7 +54,7 @@ def main(overrides: Sequence[str]) -> int:
 
 
 def call(command: Sequence[str]) -> int:
-    """The command's exit code. A signal is passed on, and the command's end is waited for: it commits a checkpoint."""
+    """Runs the command; returns its exit code. Passes signals on, and waits while the command commits a checkpoint."""
     process = subprocess.Popen(command)
     try:
         with current.asking(lambda name: process.send_signal(signal.Signals[name])):
@@ -65,7 +65,7 @@ def call(command: Sequence[str]) -> int:
 
 
 def quiet_libraries() -> None:
-    """Keep what libraries say about loading a small model on a CPU out of a first user's terminal."""
+    """Hides messages of libraries about a small model on a CPU, which may confuse a new user."""
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
@@ -74,7 +74,7 @@ def quiet_libraries() -> None:
 
 
 def make_inputs(console: Console, recipe: Recipe) -> None:
-    """The base and the data at the paths that the recipe names."""
+    """Makes the base model and the data at the paths that the recipe names."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("pretraining a small Llama", total=prepare.STEPS)
@@ -98,14 +98,14 @@ def show_curve(console: Console, run: Storage) -> None:
 
 
 def show_answers(console: Console, recipe: Recipe, run: Storage) -> None:
-    """Held-out questions, answered by the base alone and with the adapter on it."""
+    """Prints held-out questions with the answers of the base model, without and with the adapter."""
     held_out, base = questions(prepare.SEED)[1], Path(recipe.model.path)
     with tempfile.TemporaryDirectory() as folder:
         before, after = answers(base, None, held_out), answers(base, fetch_adapter(run, Path(folder)), held_out)
     table = Table("held-out question", "before", "after", "right answer")
     for i in range(0, len(held_out), max(len(held_out) // SHOWN, 1)):
-        asked, wanted = held_out[i].prompt.splitlines()[0].removeprefix("Question: "), held_out[i].completion.strip()
-        table.add_row(asked, before[i], after[i], wanted)
+        question = held_out[i].prompt.splitlines()[0].removeprefix("Question: ")
+        table.add_row(question, before[i], after[i], held_out[i].completion.strip())
     console.rule("answers, with plain transformers and peft")
     console.print(table)
     counts = f"{right(held_out, before)} before, {right(held_out, after)} after"
@@ -113,7 +113,7 @@ def show_answers(console: Console, recipe: Recipe, run: Storage) -> None:
 
 
 def fetch_adapter(run: Storage, folder: Path) -> Path:
-    """The final adapter's files in a local folder, wherever the run is stored."""
+    """Downloads the final adapter's files to a local folder; returns the folder."""
     adapter = run.child(layout.ADAPTER)
     for found in adapter.list():
         adapter.download(found.key, folder / Path(found.key).name)
@@ -124,10 +124,8 @@ def show_next(console: Console, recipe: Recipe, seconds: float) -> None:
     console.rule(f"done in {seconds:.0f} s")
     console.print(f"adapter:  {recipe.run_uri}/{layout.ADAPTER}", soft_wrap=True)
     console.print(f"look:     .venv/bin/muster status {recipe.run_uri}", soft_wrap=True)
-    console.print(f"ask it:   .venv/bin/muster chat --run {recipe.run_uri}", soft_wrap=True)
-    console.print(
-        "again:    make quickstart (finds this run finished); with another name it trains anew:", soft_wrap=True
-    )
+    console.print(f"chat:     .venv/bin/muster chat --run {recipe.run_uri}", soft_wrap=True)
+    console.print("again:    make quickstart (finds this run finished); another name trains again:", soft_wrap=True)
     console.print(
         "          .venv/bin/python -m launcher.quickstart name=second optimizer.lr=1e-3",
         soft_wrap=True,

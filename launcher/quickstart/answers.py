@@ -1,4 +1,4 @@
-"""What a model says before and after, with transformers and peft alone: nothing of muster touches the adapter here."""
+"""Answers of a model before and after fine-tuning, made with transformers and peft only, without muster's own code."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any
 from launcher.quickstart.corpus import CorpusQuestion
 
 
-def answers(base: Path, adapter: Path | None, asked: Sequence[CorpusQuestion], max_tokens: int = 24) -> list[str]:
-    """Greedy completions of the prompts by ``base``, with ``adapter`` on it if there is one; whitespace stripped."""
+def answers(base: Path, adapter: Path | None, questions: Sequence[CorpusQuestion], max_tokens: int = 24) -> list[str]:
+    """Returns ``base``'s greedy completions of the prompts, with ``adapter`` if given; whitespace is stripped."""
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -19,13 +19,13 @@ def answers(base: Path, adapter: Path | None, asked: Sequence[CorpusQuestion], m
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     if adapter is not None:
         model = PeftModel.from_pretrained(model, str(adapter))
-    inputs = tokenizer([q.prompt for q in asked], return_tensors="pt", padding=True, return_token_type_ids=False)
+    inputs = tokenizer([q.prompt for q in questions], return_tensors="pt", padding=True, return_token_type_ids=False)
     with torch.inference_mode():
         out = model.eval().generate(**inputs, max_new_tokens=max_tokens, do_sample=False)
     new_tokens = out[:, inputs["input_ids"].shape[1] :]
     return [text.strip() for text in tokenizer.batch_decode(new_tokens, skip_special_tokens=True)]
 
 
-def right(asked: Sequence[CorpusQuestion], said: Sequence[str]) -> int:
-    """How many answers are exactly the question's completion."""
-    return sum(text == question.completion.strip() for question, text in zip(asked, said, strict=True))
+def right(questions: Sequence[CorpusQuestion], given: Sequence[str]) -> int:
+    """Counts the answers that are exactly the question's completion."""
+    return sum(text == question.completion.strip() for question, text in zip(questions, given, strict=True))

@@ -1,4 +1,4 @@
-"""A loss curve as lines of text."""
+"""Draws a loss curve as lines of text."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from typing import Any
 
 Point = tuple[int, float]
 MIN_WIDTH = 20
-"""Room for the axis labels."""
+"""Columns that the axis labels need."""
 
 
 def losses(rows: Iterable[Mapping[str, Any]], key: str = "loss") -> list[Point]:
-    """(step, value) of the metric rows that have ``key``, by step; of a step trained twice, the newest attempt's."""
+    """Returns (step, value) of the metric rows that have ``key``, by step; the newest attempt's if a step was trained
+    twice."""
     best: dict[int, tuple[int, float]] = {}
     for row in rows:
         value, step, attempt = row.get(key), row["step"], row.get("attempt", 0)
@@ -22,10 +23,10 @@ def losses(rows: Iterable[Mapping[str, Any]], key: str = "loss") -> list[Point]:
 
 
 def draw(curve: Sequence[Point], width: int = 60, height: int = 12, mark: str = "*") -> list[str]:
-    """``height`` lines of a plot at most ``width`` columns wide, then its axis and the first and last step.
+    """Returns ``height`` lines of a plot, at most ``width`` columns wide, then its axis and the first and last step.
 
-    A short run gets a column per step; of a long one, a column shows the mean over its steps, which keeps the shape.
-    Empty when there is nothing to draw.
+    A short run has one column per step. For a long run, a column shows the mean over its steps, which keeps the shape.
+    Returns an empty list if the curve has no finite value.
     """
     curve = [(step, value) for step, value in curve if math.isfinite(value)]
     if not curve:
@@ -44,7 +45,7 @@ def draw(curve: Sequence[Point], width: int = 60, height: int = 12, mark: str = 
 
 
 def _columns(curve: Sequence[Point], width: int) -> dict[int, float]:
-    """column -> mean of the values whose steps fall into it."""
+    """Returns column -> mean of the values whose steps fall into the column."""
     first, last = curve[0][0], curve[-1][0]
     sums: dict[int, tuple[float, int]] = {}
     for step, value in curve:

@@ -1,8 +1,8 @@
-"""A generated world of people, the text that a base model learns it from, and questions about it.
+"""A generated world of people, the text from which a base model learns about it, and questions about it.
 
-The base model reads statements ("Mira lives in Ashford."); the fine-tuning data are questions with answers, a form that
-the statements never have. Some facts are never asked about in the training questions: whether the tuned model answers
-those tells that it learned the form, and took the facts from the base.
+The base model is trained on statements ("Mira lives in Ashford."). The fine-tuning data are questions with answers, a
+form that the statements never have. Some facts are in no training question. If the tuned model answers questions about
+these facts, then it learned the form from the questions and took the facts from the base model.
 
 Everything is a pure function of the seed.
 """
@@ -23,7 +23,7 @@ NAMES = (
 )
 # fmt: on
 
-# fact -> (its values, how a statement says it, how a question asks for it). The first statement is also the answer.
+# fact -> (its values, forms of a statement, forms of a question). The first statement is also the answer.
 FACTS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "town": (
         ("Ashford", "Brookfield", "Carwick", "Dunmore", "Elmstead", "Farley", "Glenholt", "Harwell"),
@@ -44,7 +44,7 @@ FACTS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
 
 
 class CorpusQuestion(NamedTuple):
-    """A prompt and the completion that is right; ``key`` names the fact that it asks for."""
+    """A prompt and its right completion. ``key``: the name and the fact in question."""
 
     key: tuple[str, str]
     prompt: str
@@ -52,30 +52,36 @@ class CorpusQuestion(NamedTuple):
 
 
 def world(seed: int) -> dict[str, dict[str, str]]:
-    """name -> fact -> value."""
+    """Returns name -> fact -> value."""
     rng = random.Random(f"world/{seed}")
     return {name: {fact: rng.choice(values) for fact, (values, _, _) in FACTS.items()} for name in NAMES}
 
 
 def pretraining_texts(seed: int, count: int) -> list[str]:
-    """``count`` short paragraphs of statements about one person each; no question among them."""
+    """Returns ``count`` short paragraphs of statements, each about one person, without questions."""
     people, rng = world(seed), random.Random(f"texts/{seed}")
-    return [_paragraph(rng, name, people[name]) for name in (rng.choice(NAMES) for _ in range(count))]
+    texts = []
+    for _ in range(count):
+        name = rng.choice(NAMES)
+        facts = people[name]
+        order = rng.sample(sorted(facts), len(facts))
+        texts.append(" ".join(rng.choice(FACTS[fact][1]).format(name=name, value=facts[fact]) for fact in order))
+    return texts
 
 
 def questions(seed: int) -> tuple[list[CorpusQuestion], list[CorpusQuestion]]:
-    """(for training, held out): the two ask for different facts, in every wording."""
+    """Returns (for training, held out): questions about different facts, each fact in every form."""
     people, rng = world(seed), random.Random(f"questions/{seed}")
     keys = [(name, fact) for name in NAMES for fact in FACTS]
     rng.shuffle(keys)
     held_out, trained = keys[: len(keys) // 6], keys[len(keys) // 6 :]
-    return _ask(people, trained), _ask(people, held_out)
+    return _questions_about(people, trained), _questions_about(people, held_out)
 
 
 def write_questions(train: Path, held_out: Path, seed: int, parts: int = 2) -> None:
-    """JSON Lines of prompt and completion: ``parts`` files under ``train``, one under ``held_out``.
+    """Writes JSON Lines of prompt and completion: ``parts`` files under ``train``, one under ``held_out``.
 
-    A file that has these bytes already is not written again: its time is part of what a run's data are known by.
+    A file that already has this content is not written again.
     """
     for_training, for_evaluation = questions(seed)
     random.Random(f"order/{seed}").shuffle(for_training)
@@ -84,24 +90,20 @@ def write_questions(train: Path, held_out: Path, seed: int, parts: int = 2) -> N
     _write_jsonl(held_out / "part-0.jsonl", for_evaluation)
 
 
-def _paragraph(rng: random.Random, name: str, facts: dict[str, str]) -> str:
-    order = rng.sample(sorted(facts), len(facts))
-    return " ".join(rng.choice(FACTS[fact][1]).format(name=name, value=facts[fact]) for fact in order)
-
-
-def _ask(people: dict[str, dict[str, str]], keys: Iterable[tuple[str, str]]) -> list[CorpusQuestion]:
-    asked = []
+def _questions_about(people: dict[str, dict[str, str]], keys: Iterable[tuple[str, str]]) -> list[CorpusQuestion]:
+    found = []
     for name, fact in keys:
         _, statements, wordings = FACTS[fact]
         answer = statements[0].format(name=name, value=people[name][fact])
-        asked += [
+        found += [
             CorpusQuestion((name, fact), f"Question: {w.format(name=name)}\nAnswer:", f" {answer}") for w in wordings
         ]
-    return asked
+    return found
 
 
 def _write_jsonl(path: Path, rows: Iterable[CorpusQuestion]) -> None:
     text = "".join(json.dumps({"prompt": q.prompt, "completion": q.completion}) + "\n" for q in rows)
     path.parent.mkdir(parents=True, exist_ok=True)
+    # An unchanged file keeps its time: the time is part of the data's fingerprint.
     if not path.exists() or path.read_text() != text:
         path.write_text(text)

@@ -1,4 +1,4 @@
-"""A small Llama and its tokenizer, made on the spot: what the quickstart adapts and what the tests run on."""
+"""A small generated Llama and its tokenizer: the base model of the quickstart and of many tests."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class LlamaShape:
 
 
 def make_model(folder: Path, shape: LlamaShape, texts: Sequence[str], seed: int) -> Path:
-    """Write an untrained Llama in float32 and a tokenizer trained on ``texts``; returns ``folder``.
+    """Writes an untrained Llama in float32 and a tokenizer trained on ``texts``; returns ``folder``.
 
-    ``folder`` is complete when it has a ``config.json`` that was not there before: the files are written beside it and
-    moved, so that a make that was stopped leaves nothing that looks like a model.
+    The files are written next to ``folder`` and then moved, so an interrupted call leaves nothing that looks like a
+    model: a ``config.json`` in ``folder`` means that the model is complete.
     """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -65,7 +65,7 @@ def make_model(folder: Path, shape: LlamaShape, texts: Sequence[str], seed: int)
 
 
 def make_tokenizer(texts: Sequence[str], vocabulary: int) -> Any:
-    """A byte-level BPE tokenizer that puts a BOS before a text, with a chat template; reads any text."""
+    """Returns a byte-level BPE tokenizer with a chat template. It puts a BOS before a text and encodes any text."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -83,13 +83,13 @@ def make_tokenizer(texts: Sequence[str], vocabulary: int) -> Any:
 
 
 def save(folder: Path, model: Any, tokenizer: Any) -> Path:
-    """Write model and tokenizer so that ``folder`` either has all of them or is as it was."""
+    """Writes model and tokenizer to a temporary folder, then replaces ``folder`` with it; returns ``folder``."""
     folder = Path(folder)
-    beside = folder.with_name(f".{folder.name}-{os.getpid()}")
-    model.save_pretrained(beside)
-    tokenizer.save_pretrained(beside)
+    temporary = folder.with_name(f".{folder.name}-{os.getpid()}")
+    model.save_pretrained(temporary)
+    tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+    temporary.rename(folder)
     return folder
 
 
@@ -104,22 +104,24 @@ def pretrain(
     tokens_per_row: int = 64,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> float:
-    """Train the whole model in ``folder`` on ``texts``, plainly and in this process; returns the last step's loss.
+    """Trains all weights of the model in ``folder`` on ``texts``, in this process; returns the last step's loss.
 
     ``on_step(step, loss)`` is called after each step, counted from 1.
     """
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    # Matrices of this size gain nothing from a second thread, and threads that wait for each other on a core that
-    # something else is using made a step twenty times slower.
+    # Matrices of this size gain nothing from a second thread. On a core that another process uses, threads that wait
+    # for each other made a step twenty times slower.
     torch.set_num_threads(1)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.99), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=lr, total_steps=steps, pct_start=0.05)
     loss = float("nan")
-    for step, batch_RT in enumerate(_batches(_stream(tokenizer, texts), steps, rows, tokens_per_row, seed), 1):
+    samples = tokenizer(list(texts))["input_ids"]  # each text from BOS to EOS, all in one row
+    stream = torch.tensor([token for sample in samples for token in (*sample, tokenizer.eos_token_id)])
+    for step, batch_RT in enumerate(_batches(stream, steps, rows, tokens_per_row, seed), 1):
         out = model(input_ids=batch_RT, labels=batch_RT, use_cache=False)
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -132,16 +134,8 @@ def pretrain(
     return loss
 
 
-def _stream(tokenizer: Any, texts: Sequence[str]) -> torch.Tensor:
-    """All texts' tokens in one row, each text from BOS to EOS."""
-    import torch
-
-    rows = tokenizer(list(texts))["input_ids"]
-    return torch.tensor([token for row in rows for token in (*row, tokenizer.eos_token_id)])
-
-
 def _batches(stream: torch.Tensor, steps: int, rows: int, tokens_per_row: int, seed: int) -> Iterator[torch.Tensor]:
-    """``steps`` batches [rows, tokens_per_row] cut from random places of ``stream``."""
+    """Yields ``steps`` batches [rows, tokens_per_row] from random positions of ``stream``."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)

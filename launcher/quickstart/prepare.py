@@ -1,4 +1,4 @@
-"""The quickstart's base model and data: made when they are not there, left alone when they are."""
+"""Makes the quickstart's base model and data, unless they exist already."""
 
 from __future__ import annotations
 
@@ -21,21 +21,21 @@ def prepare_base(
     steps: int = STEPS,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> bool:
-    """Make and pretrain the base in ``folder``; False when it is there already.
+    """Makes and pretrains the base model in ``folder``; returns False if it exists already.
 
-    The work is done in a folder beside it, so that a base that was stopped half way is never taken for a whole one.
+    It is made in a folder next to ``folder``, so that an unfinished model is never taken for a complete one.
     """
     if (folder / "config.json").exists():
         return False
-    corpus, beside = pretraining_texts(SEED, texts), folder.with_name(f"{folder.name}.unfinished")
-    beside.parent.mkdir(parents=True, exist_ok=True)
-    make_model(beside, shape, corpus, SEED)
-    pretrain(beside, corpus, steps=steps, seed=SEED, on_step=on_step)
+    corpus, unfinished = pretraining_texts(SEED, texts), folder.with_name(f"{folder.name}.unfinished")
+    unfinished.parent.mkdir(parents=True, exist_ok=True)
+    make_model(unfinished, shape, corpus, SEED)
+    pretrain(unfinished, corpus, steps=steps, seed=SEED, on_step=on_step)
     shutil.rmtree(folder, ignore_errors=True)
-    beside.rename(folder)
+    unfinished.rename(folder)
     return True
 
 
 def prepare_data(train: Path, held_out: Path) -> None:
-    """Write the questions; files that already hold them stay untouched, since a run notices changed inputs."""
+    """Writes the questions. Files that already contain them are not touched, since a run notices changed inputs."""
     write_questions(train, held_out, SEED)

@@ -1,4 +1,4 @@
-"""What the sections of a recipe are made of."""
+"""The base class of a recipe's sections, the types that its fields share, and how values are shown in errors."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ from trainer.redact import credential_in, redact
 from trainer.registry import Registry
 
 STORED = "stored"
-"""In the validation's context: the recipe is read from a run, which an earlier version may have frozen."""
+"""A key of the validation's context: the recipe is read from a run, which an earlier version may have frozen."""
 
 KeyPath = tuple[str | int, ...]
-"""Where a value stands in a recipe: ``("data", "train", 0, "path")``."""
+"""The path of a value in a recipe: ``("data", "train", 0, "path")``."""
 
 
 class Conflict(NamedTuple):
-    """Values that are right each by itself and cannot stand together; ``paths`` names them all, the chief one first."""
+    """Values that are valid alone but not together. ``paths``: all of them, the main one first."""
 
     paths: tuple[KeyPath, ...]
     message: str
@@ -42,9 +42,9 @@ class Conflict(NamedTuple):
 
 
 class Section(BaseModel):
-    """One section of the recipe: nothing is converted, nothing unknown is taken, nothing changes afterwards.
+    """One section of the recipe: no type conversion, no unknown keys, frozen after validation.
 
-    The text under a field is its documentation; the reference and the JSON Schema are made from it.
+    The text under a field is its documentation. The reference and the JSON Schema are generated from it.
     """
 
     model_config = ConfigDict(
@@ -54,7 +54,7 @@ class Section(BaseModel):
     @field_validator("*")
     @classmethod
     def _without_credentials(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuses credentials in every text of every section, but for a recipe that is stored already (STORED)."""
+        """Refuses credentials in every text of every section, unless the recipe is stored already (STORED)."""
         if not (info.context or {}).get(STORED):
             for text in _texts(value):
                 if refusal := credentials_refused(text):
@@ -62,18 +62,18 @@ class Section(BaseModel):
         return value
 
     def conflicts(self) -> Iterator[Conflict]:
-        """What cannot stand together inside this section; paths are relative to it."""
+        """Yields values of this section that are not valid together; paths are relative to the section."""
         return iter(())
 
 
 T = TypeVar("T")
 Listed = Annotated[tuple[T, ...], Strict(False)]
-"""A list in the file, a tuple in the model, so that a frozen section stays frozen."""
+"""A list in the file and a tuple in the model, so that a frozen section stays frozen."""
 
 
 @dataclass(frozen=True)
 class OneOf:
-    """The text must be a name of this registry; the JSON Schema lists the names."""
+    """A constraint on a text: it must be a name of this registry. The JSON Schema lists the names."""
 
     registry: Registry
 
@@ -93,7 +93,7 @@ class OneOf:
 
 
 def takes(right: str) -> WrapValidator:
-    """One sentence for a value of several shapes, where pydantic would report each shape's fault by itself."""
+    """Returns a validator that gives one error for a value of several shapes; pydantic would give one per shape."""
 
     def check(value: Any, handler: Callable[[Any], Any]) -> Any:
         try:
@@ -105,13 +105,13 @@ def takes(right: str) -> WrapValidator:
 
 
 def show(value: Any) -> str:
-    """A value as its author would know it again, cut to one line."""
+    """Returns a value in a form that its author recognises, cut to one line, with credentials redacted."""
     if value is None:
         return "null (nothing)"
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, str):
-        return f"the text {_cut(redact(value))!r}"  # what is cut cannot be told for a credential any more
+        return f"the text {_cut(redact(value))!r}"  # redact first: a credential that is cut is not recognised
     if isinstance(value, dict):
         return "a mapping" if value else "an empty mapping"
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""What cannot work together across sections, beside the support matrix (``matrix``): one table of rules."""
+"""A table of rules: which values of different sections do not work together. The support matrix is in ``matrix``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from trainer.recipe import matrix
 from trainer.recipe.base import Conflict, KeyPath, Section
 from trainer.recipe.sections.compute import SEGMENTING_TASKS, SIXTEEN_BIT, VIRTUAL
-from trainer.recipe.sections.data import TASK_FORMATS
+from trainer.recipe.sections.data import TASK_FORMATS, SourceSection
 from trainer.recipe.sections.samples import SamplesSection
 from trainer.recipe.sections.tasks import AUTO_CLASSES, REFERRING, SEQUENCE, TASK_SECTIONS
 from trainer.recipe.sections.tracking import TRACKER_SECTIONS
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
     from trainer.recipe.root import Recipe
 
 ON_GPUS = ("flex", "flash")
-"""Kernels of attention that CPUs do not have, or not with a backward pass."""
-TOLD = ("varlen", *ON_GPUS)
-"""Kernels that are told where samples begin, and take no mask."""
+"""Attention kernels that CPUs do not have, or not with a backward pass."""
+MASKLESS_KERNELS = ("varlen", *ON_GPUS)
+"""Attention kernels that take the start of each sample instead of a mask."""
 
 
 class Rule(NamedTuple):
-    """``broken`` says whether the recipe breaks it; ``paths`` are the values that it looks at, the chief one first."""
+    """A rule across sections. ``paths``: the values that it compares, the main one first. ``broken``: true if the
+    recipe breaks the rule. ``message``: the sentence for the user, which follows the main value's path."""
 
     paths: tuple[KeyPath, ...]
     broken: Callable[[Recipe], bool]
@@ -49,14 +50,14 @@ RULES = (
         (("model", "dtype"), ("strategy", "kind")),
         lambda r: r.model.dtype == "float16" and r.strategy.kind in STAGES,
         lambda r: (
-            f"float16 scales the loss, and what overflows cannot be left out under {r.strategy.kind}; "
+            f"float16 scales the loss, and {r.strategy.kind} cannot skip an update whose gradients overflow; "
             "use bfloat16 or float32, or fsdp"
         ),
     ),
     Rule(
         (("adapter", "method"), ("training", "gradient_checkpointing")),
         lambda r: r.adapter.method == "prefix" and r.training.gradient_checkpointing,
-        lambda r: "prefix is lost where layers are computed again; set training.gradient_checkpointing to false",
+        lambda r: "prefix is lost when layers are computed again; set training.gradient_checkpointing to false",
     ),
     Rule(
         (("adapter", "method"), ("model", "dtype")),
@@ -89,7 +90,7 @@ RULES = (
     Rule(
         (("data", "packing"), ("task",)),
         lambda r: r.task == "ppo" and r.data.packing,
-        lambda r: "cannot stand with task ppo, whose packs are prompts; write packing: false",
+        lambda r: "cannot be used with task ppo, whose packs are prompts; write packing: false",
     ),
     Rule(
         (("ppo", "reward"), ("task",)),
@@ -106,7 +107,7 @@ RULES = (
     Rule(
         (("model", "dtype"), ("task",)),
         lambda r: r.task == "ppo" and r.model.dtype == "float16",
-        lambda r: "float16 leaves out updates whose scaled gradients overflow, and ppo counts on each; use bfloat16",
+        lambda r: "float16 skips updates whose scaled gradients overflow, and ppo needs every update; use bfloat16",
     ),
     Rule(
         (("schedule", "warmup_steps"), ("training", "steps")),
@@ -134,18 +135,18 @@ RULES = (
     ),
     Rule(
         (("compute", "attention"), ("task",)),
-        lambda r: r.compute.attention in TOLD and r.task not in SEGMENTING_TASKS,
+        lambda r: r.compute.attention in MASKLESS_KERNELS and r.task not in SEGMENTING_TASKS,
         lambda r: (
-            f"{r.compute.attention} takes texts without a mask, as {' and '.join(SEGMENTING_TASKS)} have them, and "
-            f"{r.task} has one; use auto or sdpa"
+            f"{r.compute.attention} takes no mask; {' and '.join(SEGMENTING_TASKS)} need none, but {r.task} does; "
+            "use auto or sdpa"
         ),
     ),
     Rule(
         (("compute", "attention"), ("adapter", "method")),
-        lambda r: r.compute.attention in TOLD and r.adapter.method in VIRTUAL,
+        lambda r: r.compute.attention in MASKLESS_KERNELS and r.adapter.method in VIRTUAL,
         lambda r: (
-            f"{r.compute.attention} is told where samples begin before {r.adapter.method} puts tokens of its own among "
-            "them; use auto or sdpa"
+            f"{r.compute.attention} needs the start of each sample, which {r.adapter.method} may move with its own "
+            "tokens; use auto or sdpa"
         ),
     ),
     Rule(
@@ -166,17 +167,17 @@ RULES = (
     Rule(
         (("compute", "attention"), ("compute", "compile")),
         lambda r: r.compute.attention == "varlen" and r.compute.compile and r.resources.gpus_per_worker == 0,
-        lambda r: "varlen goes from sample to sample on CPUs, which does not compile; use auto or sdpa",
+        lambda r: "varlen loops over the samples on CPUs, which does not compile; use auto or sdpa",
     ),
     Rule(
         (("compute", "compile"), ("strategy", "kind")),
         lambda r: r.compute.compile and r.strategy.kind == "zero3",
-        lambda r: "would be done anew for each module that zero3 gathers parameters for; use fsdp, or zero2",
+        lambda r: "would be repeated for each module that zero3 gathers parameters for; use fsdp, or zero2",
     ),
     Rule(
         (("compute", "compile"), ("task",)),
         lambda r: r.compute.compile and r.task == "ppo",
-        lambda r: "takes no layers that write texts token by token by a cache, as task ppo does; set it to false",
+        lambda r: "does not work with task ppo, which writes texts token by token with a cache; set it to false",
     ),
     Rule(
         (("compute", "compile"), ("exact",)),
@@ -215,28 +216,27 @@ RULES = (
 
 
 def _writes_samples(recipe: Recipe) -> bool:
-    """Whether it asks for them: a frozen recipe holds every default, so that those are let pass."""
+    # A frozen recipe contains every default, so defaults do not count as a request.
     return recipe.samples.count > 0 and recipe.samples != SamplesSection()
 
 
 def across_sections(recipe: Recipe) -> Iterator[Conflict]:
-    """The rules that this recipe breaks."""
+    """Yields the conflicts between values of different sections."""
     yield from (Conflict(rule.paths, rule.message(recipe)) for rule in RULES if rule.broken(recipe))
     yield from matrix.conflicts(recipe)
     yield from _formats_of_task(recipe)
-    yield from _settings_of_other_tasks(recipe)
-    yield from _settings_of_other_trackers(recipe)
-    yield from _margins(recipe)
+    yield from _unused_sections(recipe)
+    for path, source in _sources(recipe):
+        if "margin" in source.columns and recipe.task == "dpo":
+            paths = ((*path, "columns", "margin"), ("task",))
+            yield Conflict(paths, "has no effect with task dpo, whose loss knows no margin; leave it out")
 
 
-def _settings_of_other_tasks(recipe: Recipe) -> Iterator[Conflict]:
-    """Settings that this task never looks at. A frozen recipe holds every default, so that those are let pass."""
+def _unused_sections(recipe: Recipe) -> Iterator[Conflict]:
+    """Yields settings of tasks and trackers that this run does not use."""
     for task in (task for task in TASK_SECTIONS if task != recipe.task):
         for name in _given(getattr(recipe, task), TASK_SECTIONS[task]()):
             yield Conflict(((task, name), ("task",)), f"has no effect with task {recipe.task}; leave it out")
-
-
-def _settings_of_other_trackers(recipe: Recipe) -> Iterator[Conflict]:
     for tracker in (tracker for tracker in TRACKER_SECTIONS if tracker not in recipe.tracking):
         for name in _given(getattr(recipe, tracker), TRACKER_SECTIONS[tracker]()):
             message = f"has no effect without {tracker} in tracking; add it there, or leave this out"
@@ -244,24 +244,21 @@ def _settings_of_other_trackers(recipe: Recipe) -> Iterator[Conflict]:
 
 
 def _given(section: Section, plain: Section) -> Iterator[str]:
-    """The settings that are not the default."""
+    # A frozen recipe contains every default, so only values that differ from the default count as given.
     values, defaults = section.model_dump(), plain.model_dump()
     return (name for name in values if values[name] != defaults[name])
 
 
-def _margins(recipe: Recipe) -> Iterator[Conflict]:
-    for part, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
-        for index, source in enumerate(sources):
-            if "margin" in source.columns and recipe.task == "dpo":
-                paths = (("data", part, index, "columns", "margin"), ("task",))
-                yield Conflict(paths, "has no effect with task dpo, whose loss knows no margin; leave it out")
-
-
 def _formats_of_task(recipe: Recipe) -> Iterator[Conflict]:
-    """The sources that the task cannot learn from."""
+    """Yields the sources that the task cannot learn from."""
     known = TASK_FORMATS.get(recipe.task, ())
+    for path, source in _sources(recipe):
+        if source.format not in known:
+            message = f"task {recipe.task} does not learn from format {source.format}; it takes {', '.join(known)}"
+            yield Conflict(((*path, "format"), ("task",)), message)
+
+
+def _sources(recipe: Recipe) -> Iterator[tuple[KeyPath, SourceSection]]:
     for part, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
         for index, source in enumerate(sources):
-            if source.format not in known:
-                message = f"task {recipe.task} does not learn from format {source.format}; it takes {', '.join(known)}"
-                yield Conflict((("data", part, index, "format"), ("task",)), message)
+            yield ("data", part, index), source

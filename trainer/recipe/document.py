@@ -1,7 +1,7 @@
-"""A recipe's text: YAML or JSON to plain data, with the line of every value.
+"""The parser of a recipe's text: YAML or JSON to plain data, with the line of every value.
 
-YAML is read by the rules of its version 1.2, which people expect: ``1e-4`` is a number, ``on`` and ``no`` are text, and
-so is ``2026-01-01``. PyYAML by itself follows 1.1.
+YAML is read by the rules of version 1.2, which people expect: ``1e-4`` is a number; ``on``, ``no`` and ``2026-01-01``
+are text. PyYAML without changes follows version 1.1.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from trainer.recipe.base import KeyPath, show
 
 
 class Note(NamedTuple):
-    """A mistake before its file is named. ``line`` counts from 1; 0 stands for none."""
+    """A mistake in the text, without the name of its file. ``line`` counts from 1; 0 means no line."""
 
     line: int
     path: KeyPath
@@ -33,7 +33,7 @@ class Note(NamedTuple):
 
 
 class Document(NamedTuple):
-    """``lines`` has the line of each key or list entry by its path; ``notes`` what the text itself does wrong."""
+    """A parsed text. ``lines``: the line of each key and list entry, by path. ``notes``: mistakes in the text."""
 
     data: Any
     lines: dict[KeyPath, int]
@@ -59,17 +59,17 @@ class Loader(BoundedLoader):
 
 
 class Dumper(yaml.SafeDumper):
-    """SafeDumper that quotes whatever either version of YAML would take for something else than text."""
+    """SafeDumper that quotes each text that YAML 1.1 or 1.2 would read as another type."""
 
 
 def _text(dumper: Dumper, text: str) -> yaml.ScalarNode:
-    # PyYAML takes the character U+0085 for a line break in its other styles, and reads it back as a space.
+    # In its other styles, PyYAML treats U+0085 as a line break and reads it back as a space.
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style='"' if "\x85" in text else None)
 
 
 Dumper.add_representer(str, _text)
 
-Loader.yaml_implicit_resolvers = {}  # or add_implicit_resolver would begin with a copy of version 1.1's
+Loader.yaml_implicit_resolvers = {}  # else add_implicit_resolver would start from a copy of version 1.1's
 for _tag, _pattern, _first in RESOLVERS:
     _whole = re.compile(rf"^(?:{_pattern})$")
     Loader.add_implicit_resolver(_tag, _whole, _first)
@@ -88,13 +88,13 @@ Loader.add_constructor(INT, _integer)
 
 
 def read_yaml(text: str) -> Document:
-    """Parse YAML; a syntax error ends up in the notes, with data None."""
+    """Parses YAML. After a syntax error, ``data`` is None and ``notes`` contains the error."""
     try:
         loader = Loader(text)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         return Document(
-            None, {}, [Note(line, (), f"is not YAML: the character {text[error.position]!r} cannot stand in it")]
+            None, {}, [Note(line, (), f"is not YAML: the character {text[error.position]!r} is not allowed")]
         )
     try:
         return _Walk(loader).document(loader.get_single_node())
@@ -109,18 +109,19 @@ def read_yaml(text: str) -> Document:
 
 
 def read_json(text: str) -> Document:
-    """Parse JSON. JSON is YAML too once tabs are spaces (they cannot stand inside its strings), hence the lines."""
+    """Parses JSON. After a syntax error, ``data`` is None and ``notes`` contains the error."""
     try:
-        data = parse_json(text, unique=False)  # a key that stands twice is noted below, with its lines
+        data = parse_json(text, unique=False)  # the YAML pass below notes a duplicate key, with both lines
     except Malformed as error:
         return Document(None, {}, [Note(error.line, (), f"is not JSON: {error}" if error.line else str(error))])
-    # YAML escapes characters one by one, and JSON some of them in halves; only lines are asked for here.
+    # The YAML parser gives the lines: JSON is also YAML if its tabs are replaced (JSON strings cannot contain them).
+    # JSON may escape one character as a surrogate pair, which YAML refuses; only lines are needed here, so "x" does.
     _, lines, notes = read_yaml(SURROGATE_PAIR.sub("x", text.replace("\t", " ")))
     return Document(data, lines, [note for note in notes if note.path])
 
 
 def read_value(text: str) -> Any:
-    """One value of an override, as YAML would read it; text that is not YAML stays text."""
+    """Parses the value of an override as YAML; text that is not YAML stays text."""
     document = read_yaml(text)
     return text if document.notes else document.data
 
@@ -137,7 +138,7 @@ def _advice(error: yaml.MarkedYAMLError) -> str:
 
 
 class _Walk:
-    """One pass over the node tree: values, lines, and the mistakes that plain loading would pass over."""
+    """One pass over the node tree. Collects values, lines, and mistakes that PyYAML's own loading ignores."""
 
     def __init__(self, loader: Loader) -> None:
         self.loader = loader
@@ -154,7 +155,11 @@ class _Walk:
         if isinstance(node, yaml.MappingNode):
             return self._mapping(node, path)
         if isinstance(node, yaml.SequenceNode):
-            return [self._entry(child, (*path, i)) for i, child in enumerate(node.value)]
+            out: list[Any] = []
+            for here, child in (((*path, i), child) for i, child in enumerate(node.value)):
+                self.lines[here] = child.start_mark.line + 1
+                out.append(self.value(child, here))
+            return out
         return self._scalar(node, path)
 
     def _mapping(self, node: yaml.MappingNode, path: KeyPath) -> dict[str, Any]:
@@ -168,7 +173,7 @@ class _Walk:
         return out
 
     def _first_of_each(self, node: yaml.MappingNode, path: KeyPath) -> list[tuple[yaml.Node, yaml.Node]]:
-        """The entries whose key is text and stands for the first time, before merged ones (``<<``) come in."""
+        """Returns the entries with a text key, the first one of each key. Called before ``<<`` entries are merged."""
         lines: dict[str, int] = {}
         entries: list[tuple[yaml.Node, yaml.Node]] = []
         for key, child in node.value:
@@ -181,10 +186,6 @@ class _Walk:
                 lines[key.value] = key.start_mark.line + 1
                 entries.append((key, child))
         return entries
-
-    def _entry(self, node: yaml.Node, path: KeyPath) -> Any:
-        self.lines[path] = node.start_mark.line + 1
-        return self.value(node, path)
 
     def _scalar(self, node: yaml.Node, path: KeyPath) -> Any:
         try:

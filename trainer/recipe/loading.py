@@ -1,8 +1,8 @@
-"""From a file, a text or plain data to a recipe, or to all of its mistakes at once.
+"""Loads a recipe from a file, a text or plain data, or reports all of its mistakes at once.
 
-A validation stops at what it cannot read. To see the rest, every value that is wrong is replaced by one that is right
-and the recipe is validated again, until it stands; then the rules across values are asked, but for those that
-look at a replaced value.
+pydantic does not validate the parts around an invalid value. So every invalid value is replaced by a valid one and the
+recipe is validated again, until no error is left. Then the rules across values are checked, without those that involve
+a replaced value.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from trainer.redact import redact
 
 COMMAND_LINE = "command line"
 LARGEST_RECIPE = 1 << 20
-"""Bytes: reading as many takes seconds."""
+"""In bytes. A text of this size takes seconds to parse."""
 LONGEST_PATH, LONGEST_MESSAGE = 200, 1500
 
 
 class LocatedMistake(NamedTuple):
-    """A mistake by the paths that it is about, the chief one first."""
+    """A mistake and the paths of the values that it involves, the main one first."""
 
     paths: tuple[KeyPath, ...]
     message: str
 
 
 def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Read a ``.yaml`` or ``.json`` recipe and apply ``KEY=VALUE`` overrides; raises RecipeError with all mistakes."""
+    """Reads a ``.yaml`` or ``.json`` recipe, applies ``KEY=VALUE`` overrides; raises RecipeError with all mistakes."""
     path = pathlib.Path(path)
     try:
         with path.open("rb") as file:
@@ -55,9 +55,11 @@ def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Recipe:
 def loads(
     text: str | bytes, where: str = "recipe.yaml", overrides: Sequence[str] = (), *, stored: bool = False
 ) -> Recipe:
-    """Reads a text, or its bytes, in the same way; ``where`` names it in mistakes, and its ending tells JSON from YAML.
-    ``stored``: it lies in a run, where version 0.1 may have let credentials through; overrides are checked all the
-    same."""
+    """Reads a recipe from a text or its bytes, applies overrides; raises RecipeError with all mistakes.
+
+    ``where``: the text's name in mistakes; the ending ``.json`` selects JSON, any other YAML. ``stored``: the text is
+    the recipe of a run, where version 0.1 may have accepted credentials. Overrides are checked for them in any case.
+    """
     if len(text) > LARGEST_RECIPE:
         raise _one(where, f"has more than {LARGEST_RECIPE:,} bytes; a recipe has a few thousand, and names its data")
     if isinstance(text, bytes):
@@ -81,7 +83,7 @@ def loads(
 
 
 def parse(data: dict[str, Any]) -> Recipe:
-    """A recipe from plain data, which is left as it is; raises RecipeError with all mistakes, without lines."""
+    """Makes a recipe from plain data without changing the data; raises RecipeError with all mistakes, without lines."""
     if is_deep(data):
         raise _one("recipe", f"is nested deeper than {DEEPEST} levels")
     if not isinstance(data, dict):
@@ -93,33 +95,34 @@ def parse(data: dict[str, Any]) -> Recipe:
 
 
 def _validate(data: dict[str, Any], *, stored: bool = False) -> tuple[list[LocatedMistake], Recipe | None]:
-    """All mistakes, and the recipe when there is none. ``data`` is mended in place."""
+    """Returns all mistakes, and the recipe if there are none. Invalid values in ``data`` are replaced in place."""
     found: list[LocatedMistake] = []
-    mended: set[KeyPath] = set()
+    replaced: set[KeyPath] = set()
     while True:
         try:
-            # JSON, since a strict model takes JSON's lists for tuples but not Python's.
+            # Through JSON: a strict model accepts a JSON list for a tuple, but not a Python list.
             recipe = Recipe.model_validate_json(json.dumps(data, default=str), context={STORED: stored})
             break
         except ValidationError as error:
             errors = error.errors(include_url=False)
-        before = len(mended)
+        before = len(replaced)
         for detail in errors:
-            if path_of(detail) not in mended:
+            if path_of(detail) not in replaced:
                 found.append(LocatedMistake((path_of(detail),), sentence(detail)))
-            mended |= {path_of(detail), _mend(data, detail)}
-        assert len(mended) > before, f"no way to go on after {errors}"
-    found += [LocatedMistake(*conflict) for conflict in recipe.conflicts() if not _touches(conflict, mended)]
+            replaced |= {path_of(detail), _replace(data, detail)}
+        assert len(replaced) > before, f"nothing was replaced after {errors}"
+    found += [LocatedMistake(*conflict) for conflict in recipe.conflicts() if not _involves(conflict, replaced)]
     return found, None if found else recipe
 
 
-def _mend(data: dict[str, Any], error: ErrorDetails) -> KeyPath:
-    """Take out or replace what the error is about; the path of what was touched."""
+def _replace(data: dict[str, Any], error: ErrorDetails) -> KeyPath:
+    """Removes or replaces the value that caused the error; returns the path of the changed value."""
     path = path_of(error)
     if error["type"] == "extra_forbidden":
         _parent(data, path).pop(path[-1], None)
         return path
-    while field_at(path) is None and not _is_entry(path):
+    # Up to the nearest field, or entry in a list of sections.
+    while field_at(path) is None and not (isinstance(path[-1], int) and section_of(annotation_at(path))):
         path = path[:-1]
     field, parent = field_at(path), _parent(data, path)
     if field is None:
@@ -131,24 +134,19 @@ def _mend(data: dict[str, Any], error: ErrorDetails) -> KeyPath:
     return path
 
 
-def _is_entry(path: KeyPath) -> bool:
-    """Whether the path is that of a section in a list of sections."""
-    return isinstance(path[-1], int) and section_of(annotation_at(path)) is not None
-
-
 def _parent(data: Any, path: KeyPath) -> Any:
     for key in path[:-1]:
         data = data[key]
     return data
 
 
-def _touches(conflict: Conflict, mended: set[KeyPath]) -> bool:
-    """Whether the conflict is about a value that was wrong already, or about one inside or around it."""
-    return any(a[: len(b)] == b or b[: len(a)] == a for a in conflict.paths for b in mended)
+def _involves(conflict: Conflict, replaced: set[KeyPath]) -> bool:
+    """Returns true if the conflict involves a replaced value, or a value inside or around one."""
+    return any(a[: len(b)] == b or b[: len(a)] == a for a in conflict.paths for b in replaced)
 
 
 def _where(paths: Sequence[KeyPath], document: Document, overridden: Sequence[KeyPath], file: str) -> str:
-    """The command line when it set one of the values, else the line of the nearest thing that stands in the file."""
+    """Returns the command line if it set one of the values, else the line of the nearest key in the file."""
     if any(path[: len(key)] == key for path in paths for key in overridden):
         return COMMAND_LINE
     path = paths[0]
@@ -158,7 +156,7 @@ def _where(paths: Sequence[KeyPath], document: Document, overridden: Sequence[Ke
 
 
 def _line(mistake: Mistake) -> tuple[bool, int]:
-    """Sorts by line, with the command line last."""
+    """Returns a sort key: by line, the command line last."""
     _, _, line = mistake.where.rpartition(":")
     return (mistake.where == COMMAND_LINE, int(line) if line.isdecimal() else 0)
 
@@ -172,9 +170,9 @@ def _not_a_mapping(document: Document, where: str) -> list[Mistake]:
 
 
 def _mistake(where: str, path: KeyPath, message: str) -> Mistake:
-    """Credentials may have been put anywhere, and mistakes are printed and logged."""
-    said = redact(message)
-    cut = said[:LONGEST_MESSAGE] + "…" * (len(said) > LONGEST_MESSAGE)
+    # Mistakes are printed and logged, and a message or a path may repeat credentials of the recipe.
+    text = redact(message)
+    cut = text[:LONGEST_MESSAGE] + "…" * (len(text) > LONGEST_MESSAGE)
     return Mistake(where, redact(dotted(path))[:LONGEST_PATH], cut)
 
 

@@ -1,6 +1,6 @@
-"""Which method, quantisation, strategy and task work together: one table.
+"""The support matrix: one table of the methods, quantisations, strategies and tasks that work together.
 
-``validate`` reads it, ``muster matrix`` prints it, and ``make matrix`` trains every cell that it allows.
+``muster validate`` reads it, ``muster matrix`` prints it, and ``make matrix`` trains every cell that it allows.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ PATHS: dict[str, KeyPath] = {
     "strategy": ("strategy", "kind"),
     "task": ("task",),
 }
-"""Where a recipe has each side of a cell."""
+"""The path in a recipe of each side of a cell."""
 
 PLAINEST_FIRST = ("quantization", "strategy", "method", "task")
-"""The sides in the order in which a recipe would rather change them: what it learns comes last."""
+"""The sides in the order in which to suggest a change: the task, which decides what is learned, is last."""
 
 NEARER_VALUES = {"quantization": ("nf4", "int8", "none")}
-"""The order in which the values of a side are tried in another's place: who asks for few bytes gets few bytes."""
+"""The order in which the values of a side are suggested: those with the fewest bytes first."""
 
 
 SIGNS = {"none": "x", "nf4": "4", "int8": "8"}
@@ -44,7 +44,7 @@ SIGNS = {"none": "x", "nf4": "4", "int8": "8"}
 
 
 class Refusal(NamedTuple):
-    """Cells that do not work: those with one of these values on every side that is given."""
+    """Cells that do not work: those that have one of these values on every side that is not empty."""
 
     why: str
     method: tuple[str, ...] = ()
@@ -66,7 +66,7 @@ REFUSALS = (
         quantization=("nf4", "int8"),
     ),
     Refusal(
-        "pissa and olora start from a part of each weight, and int8 would round the rest by the largest entry of a row",
+        "pissa and olora take a part out of each weight, and int8 would round the rest by the largest entry of a row",
         method=("pissa", "olora"),
         quantization=("int8",),
     ),
@@ -76,7 +76,7 @@ REFUSALS = (
         task=("dpo", "ppo"),
     ),
     Refusal(
-        "prompt and p_tuning put virtual tokens before a text, which then begins and ends where no head looks for it",
+        "prompt and p_tuning put virtual tokens before a text, and the head then reads the wrong position",
         method=("prompt", "p_tuning"),
         task=("classification", "reward"),
     ),
@@ -86,13 +86,13 @@ REFUSALS = (
         task=("classification", "reward"),
     ),
     Refusal(
-        "pissa and olora take a part out of the base, so that it is no reference with its adapter switched off",
+        "pissa and olora take a part out of the base model, so that it is no reference with its adapter switched off",
         method=("pissa", "olora"),
         task=("dpo", "ppo"),
     ),
     Refusal(
-        "ppo writes texts by a cache of keys and values, among which vectors that the adapter puts there are not told "
-        "from a text, and adapters by peft's names may be of that kind",
+        "ppo writes texts with a cache of keys and values, which cannot separate an adapter's own vectors from those "
+        "of a text; adapters by peft's names may have such vectors",
         method=("prefix", "prompt", "p_tuning", "adaption_prompt", "peft"),
         task=("ppo",),
     ),
@@ -102,12 +102,12 @@ REFUSALS = (
         task=("ppo",),
     ),
     Refusal(
-        "peft takes the shape of a packed 4-bit weight for the layer's own",
+        "peft mistakes the shape of a packed 4-bit weight for that of the layer",
         method=("loha", "lokr"),
         quantization=("nf4",),
     ),
     Refusal(
-        "bitsandbytes takes int8 weights apart in the first forward, and dora has to read them",
+        "bitsandbytes splits int8 weights in the first forward, and dora has to read them",
         method=("dora",),
         quantization=("int8",),
     ),
@@ -117,7 +117,7 @@ REFUSALS = (
         strategy=("fsdp", "zero2", "zero3"),
     ),
     Refusal(
-        "int8 weights cannot be sharded or cast: their scales belong to whole rows of whole-number weights",
+        "int8 weights cannot be sharded or cast: each scale belongs to a complete row of integer weights",
         quantization=("int8",),
         strategy=("fsdp", "zero2", "zero3"),
     ),
@@ -125,7 +125,7 @@ REFUSALS = (
 
 
 def axes() -> dict[str, tuple[str, ...]]:
-    """Every value of every side, in the order in which people meet them."""
+    """Returns every value of every side, in the order of the documentation."""
     return {
         "method": METHODS.names(),
         "quantization": get_args(ModelSection.model_fields["quantization"].annotation),
@@ -135,18 +135,18 @@ def axes() -> dict[str, tuple[str, ...]]:
 
 
 def cells() -> Iterator[Cell]:
-    """All cells, allowed or not."""
+    """Yields all cells, allowed or not."""
     yield from (Cell(*values) for values in product(*axes().values()))
 
 
 def refusal(cell: Cell) -> Refusal | None:
-    """Why this cell does not work; None when it does."""
+    """Returns the refusal that covers this cell; None if the cell works."""
     return next((refused for refused in REFUSALS if refused.covers(cell)), None)
 
 
 def nearest(cell: Cell) -> list[tuple[str, str]]:
-    """Each single change ``(side, value)`` that leads to a cell that works, one value per side, the sides in the order
-    of ``PLAINEST_FIRST``; empty when it takes more than one change."""
+    """Returns the single changes ``(side, value)`` that give a cell that works: at most one value per side, the sides
+    in the order of ``PLAINEST_FIRST``. Empty if one change is not enough."""
     found = []
     for side in PLAINEST_FIRST:
         for value in NEARER_VALUES.get(side, axes()[side]):
@@ -157,13 +157,13 @@ def nearest(cell: Cell) -> list[tuple[str, str]]:
 
 
 def signs(method: str, strategy: str, task: str) -> tuple[str, ...]:
-    """The sign of each quantisation, a blank for one that does not work."""
+    """Returns the sign of each quantisation, a blank for one that does not work."""
     by_sign = {sign: Cell(method, quantization, strategy, task) for quantization, sign in SIGNS.items()}
     return tuple(" " if refusal(cell) else sign for sign, cell in by_sign.items())
 
 
 def alike(tasks: Iterable[str]) -> list[tuple[str, ...]]:
-    """The tasks in groups that have the same table, in the order of each group's first."""
+    """Returns the tasks in groups that have the same table, in the order of each group's first task."""
     groups: dict[tuple[tuple[str, ...], ...], list[str]] = {}
     for task in tasks:
         sides = axes()
@@ -180,9 +180,6 @@ def conflicts(recipe: Recipe) -> Iterator[Conflict]:
     cell = cell_of(recipe)
     refused = refusal(cell)
     if refused is not None:
-        yield Conflict(tuple(PATHS[side] for side in refused.sides()), f"{refused.why}; {_advice(cell)}")
-
-
-def _advice(cell: Cell) -> str:
-    changes = [f"{'.'.join(map(str, PATHS[side]))}={value}" for side, value in nearest(cell)]
-    return f"what works is {' or '.join(changes)}" if changes else "see `muster matrix`"
+        changes = [f"{'.'.join(map(str, PATHS[side]))}={value}" for side, value in nearest(cell)]
+        advice = f"what works is {' or '.join(changes)}" if changes else "see `muster matrix`"
+        yield Conflict(tuple(PATHS[side] for side in refused.sides()), f"{refused.why}; {advice}")

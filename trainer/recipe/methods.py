@@ -1,6 +1,6 @@
-"""What each adapter method starts from: the settings that it takes with their best known defaults, and their source.
+"""The settings that each adapter method takes, with their best known defaults and the source of these.
 
-A recipe that leaves a setting out gets the method's own. A setting that a method does not list has no effect on it.
+A recipe that leaves a setting out gets the method's default. A setting that a method does not list has no effect on it.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 
 class Method(NamedTuple):
-    """``settings``: recipe field to default; ``lr``: the peak learning rate to begin with (AdamW, batches of some
-    dozen samples); ``what``: one line for the reference; ``source``: where the defaults come from."""
+    """The defaults of one adapter method. ``settings``: recipe field to default. ``lr``: the first peak learning rate
+    to try (AdamW, batches of a few dozen samples). ``what``: one line for the reference. ``source``: the origin of the
+    defaults."""
 
     what: str
     settings: Mapping[str, Any]
@@ -19,8 +20,8 @@ class Method(NamedTuple):
     source: str
 
 
-BESIDE = {"modules_to_save": ()}
-TOKENS = {**BESIDE, "trainable_tokens": ()}
+MODULES = {"modules_to_save": ()}
+TOKENS = {**MODULES, "trainable_tokens": ()}
 LORA = {"rank": 16, "alpha": 32, "dropout": 0.05, "target_modules": "all-linear", "bias": "none", **TOKENS}
 
 DEFAULTS: dict[str, Method] = {
@@ -31,7 +32,7 @@ DEFAULTS: dict[str, Method] = {
         "arXiv:2106.09685; all linear layers and this rate: QLoRA, arXiv:2305.14314, section 4",
     ),
     "rslora": Method(
-        "LoRA scaled by alpha / √rank, so that high ranks go on learning",
+        "LoRA scaled by alpha / √rank, so that high ranks still learn",
         {**LORA, "rank": 64, "alpha": 16},
         1e-4,
         "arXiv:2312.03732: gains show at high ranks; alpha 16 keeps the step of LoRA with alpha = 2 rank",
@@ -72,19 +73,19 @@ DEFAULTS: dict[str, Method] = {
     ),
     "ia3": Method(
         "scales keys, values and feed-forward activations: the fewest parameters",
-        {"target_modules": None, **BESIDE},
+        {"target_modules": None, **MODULES},
         3e-3,
         "arXiv:2205.05638, section 3.3: 3e-3; peft's targets for the architecture",
     ),
     "vera": Method(
         "trains two vectors per target around random matrices that all targets share",
-        {"rank": 256, "dropout": 0.0, "target_modules": "all-linear", "bias": "none", **BESIDE},
+        {"rank": 256, "dropout": 0.0, "target_modules": "all-linear", "bias": "none", **MODULES},
         1e-2,
         "arXiv:2310.11454, section 4: rank 256 for models of 7B; ten to a hundred times LoRA's rate",
     ),
     "oft": Method(
         "turns each weight by a block-diagonal rotation",
-        {"block_size": 32, "dropout": 0.0, "target_modules": "all-linear", "bias": "none", **BESIDE},
+        {"block_size": 32, "dropout": 0.0, "target_modules": "all-linear", "bias": "none", **MODULES},
         4e-4,
         "arXiv:2506.19847, section 5: block size 32, 1e-4 to 8e-4",
     ),
@@ -92,38 +93,38 @@ DEFAULTS: dict[str, Method] = {
         "turns each weight by a product of sparse rotations; slow",
         {
             **{"block_size": 4, "butterfly_factors": 1, "dropout": 0.0},
-            **{"target_modules": "all-linear", "bias": "none", **BESIDE},
+            **{"target_modules": "all-linear", "bias": "none", **MODULES},
         },
         4e-4,
         "arXiv:2311.06243 for the form; block size 4 and one factor as in peft",
     ),
     "loha": Method(
         "adds the entry-wise product of two low-rank products: rank r² for the parameters of 2r",
-        {"rank": 8, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear", **BESIDE},
+        {"rank": 8, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear", **MODULES},
         5e-4,
         "arXiv:2309.14859, section 5: half of LoRA's rank for the same size, alpha at most the rank",
     ),
     "lokr": Method(
         "adds a Kronecker product: very few parameters, full rank",
-        {"rank": 8, "alpha": 8, "factor": -1, "dropout": 0.0, "target_modules": "all-linear", **BESIDE},
+        {"rank": 8, "alpha": 8, "factor": -1, "dropout": 0.0, "target_modules": "all-linear", **MODULES},
         2e-3,
         "arXiv:2309.14859, section 5; the split nearest to the square root as in peft",
     ),
     "prefix": Method(
         "trains keys and values before the text, in every layer",
-        {"virtual_tokens": 20, "encoder_hidden": None, **BESIDE},
+        {"virtual_tokens": 20, "encoder_hidden": None, **MODULES},
         1e-2,
         "arXiv:2101.00190: 10 to 200 tokens by task; a higher rate than LoRA's, since nothing but the prefix learns",
     ),
     "prompt": Method(
         "trains embeddings before the text: a few thousand parameters",
-        {"virtual_tokens": 20, **BESIDE},
+        {"virtual_tokens": 20, **MODULES},
         3e-1,
         "arXiv:2104.08691, section 3: 20 tokens and more gain little, drawn from the vocabulary; rate 0.3",
     ),
     "p_tuning": Method(
         "trains embeddings before the text through an MLP",
-        {"virtual_tokens": 20, "encoder_hidden": 128, **BESIDE},
+        {"virtual_tokens": 20, "encoder_hidden": 128, **MODULES},
         1e-3,
         "arXiv:2103.10385 for the form; 20 tokens and a hidden size of 128 as in peft's examples",
     ),
@@ -134,20 +135,20 @@ DEFAULTS: dict[str, Method] = {
         "arXiv:2303.16199, section 4: 10 vectors in the top 30 of 32 layers, 9e-3",
     ),
     "peft": Method(
-        "any other method of the installed peft, by its own name and fields: `{peft: MISS, r: 8}`; looked at when the "
-        "inputs are checked",
-        {"target_modules": "all-linear", **BESIDE},
+        "any other method of the installed peft, by its own name and fields: `{peft: MISS, r: 8}`; checked with the "
+        "inputs",
+        {"target_modules": "all-linear", **MODULES},
         2e-4,
-        "peft's defaults; LoRA's rate is a place to begin",
+        "peft's defaults; LoRA's rate as a first value",
     ),
 }
 
 
 def settings_of(method: str) -> Mapping[str, Any]:
-    """The settings that a method takes, each with its default; none for a name that is not known."""
+    """Returns the settings that a method takes, each with its default; empty for an unknown name."""
     return DEFAULTS[method].settings if method in DEFAULTS else {}
 
 
 def methods_with(setting: str) -> list[str]:
-    """The methods on which a setting has an effect."""
+    """Returns the methods on which a setting has an effect."""
     return [name for name, method in DEFAULTS.items() if setting in method.settings]

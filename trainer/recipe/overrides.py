@@ -1,4 +1,4 @@
-"""``KEY=VALUE`` on the command line: dotted paths into the recipe, typed by the field that they set."""
+"""Overrides ``KEY=VALUE`` on the command line: dotted paths into the recipe, with the type of the field."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from trainer.recipe.tree import annotation_at, dotted, kinds
 
 
 class Applied(NamedTuple):
-    """The paths that were set, and what was wrong with the others."""
+    """The paths that were set, and a mistake for each override that was not."""
 
     paths: list[KeyPath]
     mistakes: list[tuple[KeyPath, str]]
 
 
 def apply(data: dict[str, Any], overrides: Sequence[str]) -> Applied:
-    """Set each ``KEY=VALUE`` in ``data``; later ones win. Nothing is validated here but the keys."""
+    """Sets each ``KEY=VALUE`` in ``data``; later ones win. Validates the keys and refuses credentials, no more."""
     paths: list[KeyPath] = []
     mistakes: list[tuple[KeyPath, str]] = []
     for override in overrides:
@@ -40,7 +40,7 @@ def apply(data: dict[str, Any], overrides: Sequence[str]) -> Applied:
 
 
 def typed(text: str, annotation: Any) -> Any:
-    """The value that a text stands for at a field: ``123`` is text for a name and a number for a count."""
+    """Returns a text as a value of the field's type: ``123`` is text for a name and a number for a count."""
     value, takes = read_value(text), kinds(annotation)
     quoted = re.match(r"['\"]", text) is not None
     if str not in takes or (isinstance(value, str) and quoted):
@@ -51,7 +51,7 @@ def typed(text: str, annotation: Any) -> Any:
 
 
 def _wrong_key(path: KeyPath) -> str:
-    """Why there is nothing to set at a path; empty when there is."""
+    """Returns the reason why a path names no value of a recipe; empty if it names one."""
     for length in range(1, len(path) + 1):
         if annotation_at(path[:length]) is None:
             key = path[length - 1]
@@ -62,7 +62,7 @@ def _wrong_key(path: KeyPath) -> str:
 
 
 def _set(data: Any, path: KeyPath, value: Any) -> str:
-    """Put the value in its place; what is wrong when the place is not there."""
+    """Sets the value at the path; returns the reason if ``data`` has no such place, else an empty text."""
     for position, key in enumerate(path):
         last = position == len(path) - 1
         if isinstance(data, list):

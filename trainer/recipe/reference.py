@@ -11,7 +11,7 @@ from pydantic.fields import FieldInfo
 
 from trainer.recipe.base import KeyPath, Section
 from trainer.recipe.compatibility import RULES
-from trainer.recipe.matrix import REFUSALS, Refusal, alike, axes, signs
+from trainer.recipe.matrix import REFUSALS, alike, axes, signs
 from trainer.recipe.methods import DEFAULTS
 from trainer.recipe.root import Recipe
 from trainer.recipe.sections.data import COLUMNS, OPTIONAL_COLUMNS, TASK_FORMATS
@@ -40,7 +40,7 @@ and so is a text of more than 1 MiB, more than 100,000 values (aliases expanded)
 
 
 def pages() -> dict[pathlib.Path, str]:
-    """What is written where, below the project's root."""
+    """Returns the text of each generated file, by its path below the project's root."""
     return {
         pathlib.Path("docs/recipe.md"): markdown(),
         pathlib.Path("recipes/recipe.schema.json"): json.dumps(schema(), indent=2, ensure_ascii=False) + "\n",
@@ -53,8 +53,9 @@ def markdown() -> str:
 
 
 def _sections(section: type[Section], path: KeyPath) -> Iterator[str]:
-    """A table per section: the section itself, then those inside it, in the order of the file."""
-    title = f"## {_name(path)}" if path else "## Top level"
+    """Yields a table per section: the section itself, then those inside it, in the order of the file."""
+    name = dotted(path) or "Top level"
+    title = f"## {name} (each entry, of eval too)" if path == ("data", "train") else f"## {name}"
     shapes = schema()["$defs"].get(section.__name__, schema())["properties"]
     rows = [_row((*path, name), field, shapes[name]) for name, field in section.model_fields.items()]
     lines = [
@@ -74,28 +75,17 @@ def _sections(section: type[Section], path: KeyPath) -> Iterator[str]:
             yield from _sections(inner, (*path, name))
 
 
-def _name(path: KeyPath) -> str:
-    return f"{dotted(path)} (each entry, of eval too)" if path == ("data", "train") else dotted(path)
-
-
 def _row(path: KeyPath, field: FieldInfo, described: dict[str, Any]) -> str:
     inner, name = section_of(field.annotation), path[-1]
     # The heading's anchor: its letters, without the dots.
     about = f"see [{name}](#{dotted(path).replace('.', '')})" if inner else _one_line(field.description or "")
-    cells = (f"`{name}`", _takes(field, described), _default(field), about)
+    takes = "a section" if inner else "a list of sources" if section_of(element(field.annotation)) else shape(described)
+    cells = (f"`{name}`", takes, _default(field), about)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def _takes(field: FieldInfo, described: dict[str, Any]) -> str:
-    if section_of(field.annotation):
-        return "a section"
-    if section_of(element(field.annotation)):
-        return "a list of sources"
-    return shape(described)
-
-
 def shape(described: dict[str, Any]) -> str:
-    """The JSON Schema of one value in a few words."""
+    """Describes the JSON Schema of one value in a few words."""
     if "anyOf" in described:
         return " or ".join(shape(option) for option in described["anyOf"])
     if "enum" in described:
@@ -106,13 +96,9 @@ def shape(described: dict[str, Any]) -> str:
         return f"a list of {shape(described.get('items', {}))}"
     words = {"integer": "whole number", "number": "number", "string": "text", "boolean": "`true`, `false`"}
     words |= {"null": "`null`", "object": "a mapping"}
-    return words[described["type"]] + _bounds(described)
-
-
-def _bounds(described: dict[str, Any]) -> str:
-    signs = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
-    bounds = [f"{sign} {described[key]:g}" for key, sign in signs.items() if key in described]
-    return f" {', '.join(bounds)}" if bounds else ""
+    comparisons = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
+    bounds = [f"{sign} {described[key]:g}" for key, sign in comparisons.items() if key in described]
+    return words[described["type"]] + (f" {', '.join(bounds)}" if bounds else "")
 
 
 def _default(field: FieldInfo) -> str:
@@ -129,26 +115,22 @@ def _methods() -> str:
     head += ["| `adapter.method` | | takes, with its defaults | `optimizer.lr` to begin with | source |"]
     rows = []
     for name, method in DEFAULTS.items():
-        settings = ", ".join(f"`{key}: {_value(value)}`" for key, value in method.settings.items())
+        values = {key: json.dumps(value).strip('"') for key, value in method.settings.items()}
+        settings = ", ".join(f"`{key}: {value}`" for key, value in values.items())
         rows.append(f"| `{name}` | {method.what} | {settings} | {method.lr:g} | {method.source} |")
     return "\n".join([*head, "|---|---|---|---|---|", *rows, ""])
 
 
-def _value(value: Any) -> str:
-    return json.dumps(list(value) if isinstance(value, tuple) else value).strip('"')
-
-
 def _columns() -> str:
-    rows = [f"| `{name}` | {', '.join(_column(c) for c in columns)} |" for name, columns in COLUMNS.items()]
+    rows = []
+    for name, columns in COLUMNS.items():
+        cells = (f"`{column}`{' (may be missing)' * (column in OPTIONAL_COLUMNS)}" for column in columns)
+        rows.append(f"| `{name}` | {', '.join(cells)} |")
     head = ["## Columns of a format", "", "| format | reads the columns |", "|---|---|"]
     tasks = [
         f"Task `{task}` learns from {', '.join(f'`{f}`' for f in formats)}." for task, formats in TASK_FORMATS.items()
     ]
     return "\n".join([*head, *rows, "", *tasks, ""])
-
-
-def _column(name: str) -> str:
-    return f"`{name}` (may be missing)" if name in OPTIONAL_COLUMNS else f"`{name}`"
 
 
 def _datasets() -> str:
@@ -158,7 +140,7 @@ def _datasets() -> str:
 
 
 def _rules() -> str:
-    """The pairs of settings that are checked against each other; the refusal itself gives the reason."""
+    # Pairs only: the message of `validate` gives the reason.
     head = [
         "## What is checked together",
         "",
@@ -170,7 +152,6 @@ def _rules() -> str:
 
 
 def _matrix() -> str:
-    """What works with what, from the support matrix."""
     lines = ["## What works together", "", "`x` unquantised, `4` nf4, `8` int8; `muster matrix` prints the same.", ""]
     strategies = axes()["strategy"]
     for tasks in alike(axes()["task"]):
@@ -180,12 +161,11 @@ def _matrix() -> str:
             works = (signs(method, strategy, tasks[0]) for strategy in strategies)
             lines.append(f"| `{method}` | {' | '.join(' '.join(w).strip() for w in works)} |")
         lines.append("")
-    return "\n".join([*lines, "Why the others do not:", "", *(f"- {_refused(r)}" for r in REFUSALS), ""])
-
-
-def _refused(refused: Refusal) -> str:
-    sides = " with ".join(f"{side} {', '.join(f'`{v}`' for v in getattr(refused, side))}" for side in refused.sides())
-    return f"{sides}: {refused.why}."
+    lines += ["Why the others do not:", ""]
+    for refused in REFUSALS:
+        sides = (f"{side} {', '.join(f'`{value}`' for value in getattr(refused, side))}" for side in refused.sides())
+        lines.append(f"- {' with '.join(sides)}: {refused.why}.")
+    return "\n".join([*lines, ""])
 
 
 def _changes() -> str:

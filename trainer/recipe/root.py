@@ -1,4 +1,4 @@
-"""The recipe as a whole."""
+"""The recipe: the model of the complete file."""
 
 from __future__ import annotations
 
@@ -40,19 +40,19 @@ class Recipe(Section):
     """Everything that decides a run. It is frozen into the run at its first start."""
 
     name: Annotated[str, AfterValidator(_run_name)] = Field(examples=["my-run"])
-    """Name of the run, which lives at `<storage>/<name>`. The same name and storage resume it."""
+    """Name of the run, which is stored at `<storage>/<name>`. The same name and storage resume it."""
 
     seed: int = Field(default=17, ge=0)
-    """Decides the order of the data, the adapter's first values and dropout. The same seed gives the same run."""
+    """Decides the order of the data, the adapter's initial values and dropout. The same seed gives the same run."""
 
     exact: bool = False
-    """Byte-identical results for any number of workers: gradients are added as whole numbers, which costs time and
-    twice the bytes on the network. With `strategy.kind: ddp` on CPUs; without it the same number of workers gives
-    the same bytes, and another number gives them within the noise of float32."""
+    """Byte-identical results for any number of workers: gradients are added as fixed-point integers, which costs time
+    and twice the bytes on the network. Needs `strategy.kind: ddp` on CPUs. Without `exact`, the same number of workers
+    gives the same bytes, and another number gives the same result within the rounding noise of float32."""
 
     task: Annotated[str, OneOf(TASKS)] = "sft"
-    """What is learned: `sft` is supervised fine-tuning of a causal language model; `classification` puts a head with an
-    output per label on any model; `reward` learns from preferences to rate answers, `dpo` to give the preferred ones;
+    """What is learned: `sft` is supervised fine-tuning of a causal language model; `classification` adds a head with an
+    output per label to any model; `reward` learns from preferences to rate answers, `dpo` to give the preferred ones;
     `ppo` learns from the rewards of texts that it writes itself. See [tasks.md](tasks.md)."""
 
     model: ModelSection
@@ -69,15 +69,15 @@ class Recipe(Section):
     resources: ResourcesSection = ResourcesSection()
 
     storage: Location = Field(examples=["s3://runs"])
-    """Folder that runs are kept in: an fsspec URL (`s3://runs`) or a local path, seen by all workers. Prepared data is
-    shared between the runs of a storage."""
+    """Folder that runs are kept in: an fsspec URL (`s3://runs`) or a local path that all workers can access. Prepared
+    data is shared between the runs of a storage."""
 
     checkpoint: CheckpointSection = CheckpointSection()
     cluster: ClusterSection = ClusterSection()
 
     tracking: Listed[Annotated[str, OneOf(TRACKERS)]] = ()
-    """Where the metrics are sent to as well: `tensorboard`, `wandb`, `mlflow`, and `prometheus`, which is asked for
-    them. The run's own storage always holds them. See [watching.md](watching.md)."""
+    """Trackers that the metrics are also sent to: `tensorboard`, `wandb`, `mlflow`, and `prometheus`, which fetches
+    them. The run's own storage always contains them. See [watching.md](watching.md)."""
 
     tensorboard: TensorBoardSection = TensorBoardSection()
     wandb: WandbSection = WandbSection()
@@ -89,12 +89,12 @@ class Recipe(Section):
 
     @property
     def run_uri(self) -> str:
-        """Where the run lives: ``<storage>/<name>``."""
+        """The run's location: ``<storage>/<name>``."""
         scheme, separator, path = self.storage.rpartition("://")
         return f"{scheme}{separator}{path.rstrip('/')}/{self.name}"
 
     def conflicts(self) -> Iterator[Conflict]:
-        """Everything that cannot stand together, inside the sections and across them."""
+        """Yields all values that are not valid together, inside the sections and across them."""
         from trainer.recipe.compatibility import across_sections
 
         for name in type(self).model_fields:

@@ -1,4 +1,4 @@
-"""pydantic's errors in the words of someone who reads a recipe."""
+"""Turns pydantic's errors into sentences for the author of a recipe."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ RIGHT = {
 
 
 def path_of(error: ErrorDetails) -> KeyPath:
-    """Where the error stands, without the tags that pydantic adds for keys."""
+    """Returns the path of the error, without the tags that pydantic adds for keys."""
     return tuple(key for key in error["loc"] if key != "[key]")
 
 
 def sentence(error: ErrorDetails) -> str:
-    """What is wrong at the error's path, the value got, and what would be right."""
+    """Returns one sentence: what is wrong at the error's path, the value got, and what would be right."""
     kind, path, context = error["type"], path_of(error), error.get("ctx", {})
     if kind == "extra_forbidden":
         return unknown_key(path)
@@ -45,13 +45,15 @@ def sentence(error: ErrorDetails) -> str:
     if kind in ("model_type", "model_attributes_type"):
         return f"takes a mapping with {_keys(path)}, got {show(error['input'])}"
     if kind == "literal_error":
-        return _not_one_of(error["input"], context["expected"])
+        names, value = tuple(re.findall(r"'([^']*)'", context["expected"])), error["input"]
+        hint = choose_hint(value, names) if isinstance(value, str) else ""
+        return f"{show(value)} is not one of: {', '.join(names)}{hint}"
     right = RIGHT.get(kind, error["msg"]).format(**context)
     return f"{right}, got {show(error['input'])}{_quotes(kind, error['input'])}"
 
 
 def unknown_key(path: KeyPath) -> str:
-    """Where a key that is not known here may have been meant to stand."""
+    """Returns the message for an unknown key, with a similar key, the paths of this key, or the keys that exist."""
     key, section = str(path[-1]), section_of(annotation_at(path[:-1]))
     here = tuple(section.model_fields) if section else ()
     hint = choose_hint(key, here)
@@ -76,12 +78,6 @@ def _missing(path: KeyPath) -> str:
 def _keys(path: KeyPath) -> str:
     section = section_of(annotation_at(path))
     return ", ".join(section.model_fields) if section else ""
-
-
-def _not_one_of(value: Any, expected: str) -> str:
-    names = tuple(re.findall(r"'([^']*)'", expected))
-    hint = choose_hint(value, names) if isinstance(value, str) else ""
-    return f"{show(value)} is not one of: {', '.join(names)}{hint}"
 
 
 def _quotes(kind: str, value: Any) -> str:

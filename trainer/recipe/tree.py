@@ -1,4 +1,4 @@
-"""Finding one's way in the recipe's model: the field behind a path, the places of a key, values to stand in."""
+"""Look-ups in the recipe's model: the field at a path, the paths of a key, placeholder values for a field."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.recipe.root import Recipe
 
 
 def options(annotation: Any) -> Iterator[Any]:
-    """The plain types that an annotation stands for, with unions and Annotated opened up."""
+    """Yields the plain types of an annotation: the members of its unions, without Annotated."""
     origin = get_origin(annotation)
     if origin is Annotated:
         yield from options(get_args(annotation)[0])
@@ -25,7 +25,7 @@ def options(annotation: Any) -> Iterator[Any]:
 
 
 def kinds(annotation: Any) -> set[type]:
-    """The Python types that values of an annotation have: ``{int, list}`` for a number or a list."""
+    """Returns the Python types of an annotation's values: ``{int, list}`` for a number or a list."""
     out: set[type] = set()
     for option in options(annotation):
         origin = get_origin(option)
@@ -37,7 +37,7 @@ def kinds(annotation: Any) -> set[type]:
 
 
 def descend(annotation: Any, key: str | int) -> Any:
-    """The annotation of what stands under ``key`` of a value of this one; None when nothing can."""
+    """Returns the annotation of the value under ``key``; None if a value of this annotation has no such key."""
     for option in options(annotation):
         if isinstance(option, type) and issubclass(option, Section) and key in option.model_fields:
             return option.model_fields[str(key)].annotation
@@ -50,7 +50,7 @@ def descend(annotation: Any, key: str | int) -> Any:
 
 
 def annotation_at(path: KeyPath) -> Any:
-    """The annotation of the value at a path of the recipe; None where there can be none."""
+    """Returns the annotation of the value at a path of the recipe; None for an unknown path."""
     annotation: Any = Recipe
     for key in path:
         annotation = descend(annotation, key)
@@ -60,7 +60,7 @@ def annotation_at(path: KeyPath) -> Any:
 
 
 def section_of(annotation: Any) -> type[Section] | None:
-    """The section that a value of this annotation is, if it is one."""
+    """Returns the section class of an annotation; None if it is no section."""
     for option in options(annotation):
         if isinstance(option, type) and issubclass(option, Section):
             return option
@@ -68,13 +68,13 @@ def section_of(annotation: Any) -> type[Section] | None:
 
 
 def field_at(path: KeyPath) -> FieldInfo | None:
-    """The field at a path; None for the root, for entries of lists and for what is unknown."""
+    """Returns the field at a path; None for the root, for entries of lists and for an unknown path."""
     section = section_of(annotation_at(path[:-1])) if path else None
     return section.model_fields.get(str(path[-1])) if section else None
 
 
 def element(annotation: Any) -> Any:
-    """The annotation of a list's entries; None for what is no list."""
+    """Returns the annotation of a list's entries; None if the annotation is no list."""
     for option in options(annotation):
         if get_origin(option) is tuple:
             return get_args(option)[0]
@@ -82,12 +82,12 @@ def element(annotation: Any) -> Any:
 
 
 def places(key: str) -> list[str]:
-    """Every dotted path at which a key of this name may stand."""
+    """Returns every dotted path that ends in this key."""
     return [dotted(path) for path in fields_below(Recipe, ()) if path and path[-1] == key]
 
 
 def fields_below(section: type[Section], prefix: KeyPath) -> Iterator[KeyPath]:
-    """The paths of all fields, sections and leaves alike; entries of lists stand as index 0."""
+    """Yields the paths of all fields, sections included; index 0 represents the entries of a list."""
     for name, field in section.model_fields.items():
         path = (*prefix, name)
         yield path
@@ -98,7 +98,7 @@ def fields_below(section: type[Section], prefix: KeyPath) -> Iterator[KeyPath]:
 
 
 def stand_in(annotation: Any) -> Any:
-    """A smallest valid value: lets the rest of a recipe be checked while this part of it is wrong."""
+    """Returns a minimal valid value, with which the rest of a recipe can be checked while this part is invalid."""
     section = section_of(annotation)
     if section is not None:
         return {n: stand_in_for(f) for n, f in section.model_fields.items() if f.is_required()}
@@ -107,7 +107,7 @@ def stand_in(annotation: Any) -> Any:
 
 
 def stand_in_for(field: FieldInfo) -> Any:
-    """The same for a field, by its example where it has one."""
+    """Returns the field's example if it has one, else a minimal valid value."""
     return field.examples[0] if field.examples else stand_in(field.annotation)
 
 

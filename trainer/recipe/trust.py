@@ -1,9 +1,9 @@
-"""Python code that a recipe names, and whose word lets it run.
+"""Python code that a recipe names, and who may allow it to run.
 
-A recipe's file is the word of the user who names it. What lies in a storage (a run's recipe, `muster.json` beside an
-adapter) was written by whoever can write there, and its code would run with the reader's credentials. So everything
-that is read from a storage passes through this module: `without_code` takes the code out, `granted` lets it through
-for the option of a command, and `Trust` says whose models may bring code.
+A user who gives a recipe file trusts that file. A recipe in a storage (a run's recipe, `muster.json` next to an
+adapter) may be written by anyone with write access, and its code would run with the reader's credentials. So everything
+that is read from a storage passes through this module: `without_code` removes the code, `granted` accepts it if the
+command's option allows it, and `Trust` decides which models may run code.
 """
 
 from __future__ import annotations
@@ -19,9 +19,8 @@ SHIPPED_REWARDS = "trainer.tasks.ppo.rewards:"
 
 
 def code_of(recipe: Recipe) -> list[str]:
-    """Every value of the recipe that leads to an import of foreign code, as text for a person.
-
-    A key that names code belongs here and in `without_code`."""
+    """Lists, for a person to read, every value of the recipe that leads to an import of foreign code."""
+    # Each new key that names code must be added here and in `without_code`.
     found = []
     if recipe.model.trust_remote_code:
         found.append(f"the code that comes with model.path {recipe.model.path} (model.trust_remote_code)")
@@ -32,7 +31,7 @@ def code_of(recipe: Recipe) -> list[str]:
 
 
 def submitting_code_of(recipe: Recipe) -> list[str]:
-    """Every value that says what runs on a cluster, or who is sent the job and its credentials."""
+    """Lists every value that decides what runs on a cluster, or which server gets the job and its credentials."""
     cluster = recipe.cluster
     values = {
         "cluster.slurm.options": " ".join(cluster.slurm.options),
@@ -43,7 +42,7 @@ def submitting_code_of(recipe: Recipe) -> list[str]:
 
 
 def without_code(recipe: Recipe) -> Recipe:
-    """The recipe as it may be read from a storage: nothing in it leads to foreign code."""
+    """Returns a recipe from a storage without the values that lead to foreign code."""
     changes: dict[str, object] = {"model": recipe.model.model_copy(update={"trust_remote_code": False})}
     function = recipe.ppo.reward.function
     if function is not None and not function.startswith(SHIPPED_REWARDS):
@@ -53,27 +52,30 @@ def without_code(recipe: Recipe) -> Recipe:
 
 
 def granted(recipe: Recipe, where: str, *, trust: bool, submits: bool = False) -> Recipe:
-    """A recipe from the storage at ``where``, to be trained with, and perhaps submitted. Raises UsageError when it
-    names code and the user does not ``trust`` it: leaving the code out would train something else."""
+    """Returns a recipe from the storage at ``where``, to train with and, if it ``submits``, to send to a cluster.
+
+    Raises UsageError if the recipe names code and the user does not ``trust`` it.
+    """
+    # Not `without_code`: the recipe without its code would train something else.
     code = [*code_of(recipe), *(submitting_code_of(recipe) if submits else [])]
     if code and not trust:
         raise UsageError(
-            f"{where} lies in a storage and would run {' and '.join(code)}: look at that, then give {FLAG}, or name a "
-            "recipe file of your own"
+            f"{where} is read from a storage and would run {' and '.join(code)}: check that code, then give {FLAG}, or "
+            "name a recipe file of your own"
         )
     return recipe
 
 
 @dataclass(frozen=True)
 class Trust:
-    """Models that may bring code: with ``everything`` (the command's option) those that the address names and what lies
-    beside them; else the one ``model`` that the user's own recipe trusts."""
+    """The models that may bring code. ``everything`` (the command's option): the models that the command's address
+    names, and those stored next to them. ``model``: the one model that the user's own recipe trusts."""
 
     everything: bool = False
     model: ModelSection | None = None
 
     def grant(self, section: ModelSection) -> ModelSection:
-        """The section with the user's word in the place of what it says itself."""
+        """Returns the section with ``trust_remote_code`` as the user allows it; the section's own value is ignored."""
         own = self.model
         same = own is not None and (own.path, own.revision) == (section.path, section.revision)
         trusted = self.everything or (own is not None and same and own.trust_remote_code)

@@ -1,4 +1,4 @@
-"""A recipe written out: frozen into a run, compared with another, described to editors."""
+"""The output of a recipe: as YAML to freeze into a run, as differences and a fingerprint, as a JSON Schema."""
 
 from __future__ import annotations
 
@@ -30,28 +30,29 @@ MAY_CHANGE: tuple[KeyPath, ...] = (
     ("training", "stop_after"),
     ("data", "cache_bytes"),
 )
-"""What may differ between the attempts of a run. Name and storage say where the run is, not what comes out of it."""
+"""The values that may differ between the attempts of a run. Name and storage locate the run and do not change its
+result."""
 
 
 def dump(recipe: Recipe) -> str:
-    """The recipe with every default filled in, as YAML in the order of the model; `loads` gives it back."""
+    """Returns the recipe with every default filled in, as YAML in the order of the model; `loads` reads it back."""
     return yaml.dump(recipe.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
 def differences(frozen: Recipe, new: Recipe) -> list[str]:
-    """``path: old -> new`` for each value that decides the result and is not the same."""
+    """Returns ``path: old -> new`` for each value that decides the result and is not the same."""
     old, now = dict(_leaves(frozen)), dict(_leaves(new))
     paths = [*old, *(path for path in now if path not in old)]
     return [f"{dotted(p)}: {_show(old, p)} -> {_show(now, p)}" for p in paths if _show(old, p) != _show(now, p)]
 
 
 def fingerprint(recipe: Recipe) -> str:
-    """The same for recipes that come to the same result."""
+    """Returns a SHA-256 (hex) of the values that decide the result; equal for recipes with the same result."""
     return hashlib.sha256(json.dumps([list(leaf) for leaf in _leaves(recipe)]).encode()).hexdigest()
 
 
 def schema() -> dict[str, Any]:
-    """The JSON Schema of a recipe, for editors."""
+    """Returns the JSON Schema of a recipe, for editors."""
     head = {"$schema": "https://json-schema.org/draft/2020-12/schema", "$id": "recipe.schema.json"}
     return head | Recipe.model_json_schema()
 

@@ -1,7 +1,7 @@
 """The ZeRO settings that a strategy names: a file of the folder ``deepspeed/``, or the settings themselves.
 
-They hold what DeepSpeed's ``zero_optimization`` takes and nothing else. Batch sizes, clipping, precision, optimizer and
-learning rate stand in the recipe; a second home for them would be a second truth.
+They contain only what DeepSpeed's ``zero_optimization`` takes. Batch sizes, clipping, precision, optimizer and learning
+rate are set in the recipe alone, so that two values cannot contradict each other.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ ELSEWHERE = {
     "scheduler": "schedule",
     "activation_checkpointing": "training.gradient_checkpointing",
 }
-"""What a DeepSpeed configuration often holds, and where muster has it."""
+"""Keys that a DeepSpeed configuration often contains, each with the recipe key that replaces it."""
 
 
 def names() -> tuple[str, ...]:
@@ -36,19 +36,19 @@ def names() -> tuple[str, ...]:
 
 
 def zero_settings(kind: str, given: str | Mapping[str, Any] | None) -> dict[str, Any]:
-    """What DeepSpeed gets as ``zero_optimization``. ``given``: the checked ``strategy.deepspeed``."""
+    """Returns DeepSpeed's ``zero_optimization``. ``given``: ``strategy.deepspeed`` after validation."""
     settings = dict(given) if isinstance(given, Mapping) else _read(given or kind)["zero_optimization"]
     return {**settings, "stage": STAGES[kind]}
 
 
 def offloads(kind: str, given: str | Mapping[str, Any] | None) -> bool:
-    """Whether optimizer state or parameters lie in the host's memory between steps."""
+    """Returns true if optimizer state or parameters are stored in the host's memory between steps."""
     settings = zero_settings(kind, given)
     return any(settings.get(part, {}).get("device", "none") != "none" for part in OFFLOADS)
 
 
 def mistakes(kind: str, given: str | Mapping[str, Any] | None) -> Iterator[str]:
-    """What is wrong with ``strategy.deepspeed``, in sentences that follow its path."""
+    """Yields the mistakes in ``strategy.deepspeed``, as sentences that follow its path."""
     where, settings = "", given
     if not isinstance(given, Mapping):
         name = given or kind
@@ -91,6 +91,6 @@ def _wrong(kind: str, settings: Mapping[str, Any]) -> Iterator[str]:
         offload = settings.get(part, {})
         device = offload.get("device", "none") if isinstance(offload, Mapping) else offload
         if device not in ("none", "cpu"):
-            yield f"{part}.device {device!r} is not one of: none, cpu (checkpoints gather what lies in host memory)"
+            yield f"{part}.device {device!r} is not one of: none, cpu (checkpoints gather what is in host memory)"
         if part == "offload_param" and device == "cpu" and kind != "zero3":
-            yield f"offload_param needs strategy.kind zero3: {kind} keeps whole parameters on the device"
+            yield f"offload_param needs strategy.kind zero3: {kind} keeps complete parameters on the device"

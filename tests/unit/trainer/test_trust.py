@@ -177,7 +177,7 @@ def test_a_stored_recipe_with_code_is_trained_only_by_the_users_word(
 ) -> None:
     assert RESUMING[command](monkeypatch, f"file://{run}") == 2
     said = capfd.readouterr().err
-    assert "recipe.yaml lies in a storage and would run the code that comes with model.path" in said
+    assert "recipe.yaml is read from a storage and would run the code that comes with model.path" in said
     assert f"then give {FLAG}, or name a recipe file of your own" in said
     assert len([line for line in said.splitlines() if line.startswith("muster:")]) == 1
     assert not mark.exists()

@@ -1,4 +1,4 @@
-"""The adapter: what is trained on top of the frozen base."""
+"""The adapter: the weights that are trained on top of the frozen base model."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ METHOD_SCHEMA = {
 }
 
 COMMON = ("rank", "alpha", "dropout", "target_modules", "bias")
-"""Settings that may stay in a recipe when its method is exchanged for one that has no use for them; starting the run
-says so. Any other setting that has no effect is a mistake."""
+"""Settings that may stay in a recipe after a change to a method that does not use them; the run then logs them as
+unused. Any other setting that has no effect is a mistake."""
 
 
 def _targets(value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
@@ -39,7 +39,7 @@ def _targets(value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | Non
 
 
 def _method(value: Any, handler: Any) -> Any:
-    """A name of the table, or peft's own name for a method in a mapping with its fields."""
+    """Accepts a name of the table, or a mapping with peft's own name for a method and its fields."""
     if isinstance(value, dict):
         if not isinstance(value.get(BY_NAME), str):
             raise ValueError("as a mapping names the method, such as {peft: MISS, r: 8}")
@@ -56,11 +56,12 @@ def _method(value: Any, handler: Any) -> Any:
 
 
 class AdapterSection(Section):
-    """What is trained: a small adapter on the frozen base, or with `method: none` the whole model. A setting that is
-    left out has the method's own default (see [methods](#methods))."""
+    """The weights that are trained: a small adapter on the frozen base model, or with `method: none` the complete
+    model. A setting that is left out has the method's own default (see [methods](#methods))."""
 
     method: Annotated[str | dict[str, Any], WrapValidator(_method), WithJsonSchema(METHOD_SCHEMA)] = "lora"
-    """How the base is adapted; see [methods](#methods). `none` trains every parameter and leaves a plain model."""
+    """How the base model is adapted; see [methods](#methods). `none` trains every parameter; its result is a plain
+    model."""
 
     rank: int | None = Field(default=None, ge=1)
     """Rank of the update of each target module. Trainable parameters and adapter size grow in proportion."""
@@ -76,64 +77,64 @@ class AdapterSection(Section):
         takes("all-linear, a regular expression, or a list of module names"),
         AfterValidator(_targets),
     ] = None
-    """Modules that get an adapter: `all-linear` (every linear layer but the output head), a list of name endings
+    """Modules that get an adapter: `all-linear` (every linear layer except the output head), a list of name endings
     (`[q_proj, v_proj]`), or a regular expression over full module names. A name that matches nothing is an error; a
-    head is only taken when it is named."""
+    head gets an adapter only if it is named."""
 
     bias: Literal["none", "all", "lora_only"] | None = None
     """Biases that are trained too: none, all of the model's, or those of the targets."""
 
     modules_to_save: Listed[str] = ()
-    """Modules that are trained whole beside the adapter and saved with it, by the end of their names, such as
-    `[embed_tokens, lm_head]`."""
+    """Modules whose weights are all trained, in addition to the adapter, and saved with it. Named by the end of their
+    names, such as `[embed_tokens, lm_head]`."""
 
     trainable_tokens: Listed[Annotated[int, Field(ge=0)]] = ()
-    """Tokens, by number, whose embeddings are trained beside the adapter: for new special tokens, without the cost of
-    the whole embedding."""
+    """Tokens, by number, whose embeddings are trained in addition to the adapter: for new special tokens, without the
+    cost of the complete embedding."""
 
     lr_ratio: float | None = Field(default=None, ge=1.0)
     """Learning rate of B over that of A, which is `optimizer.lr`."""
 
     target_rank: int | None = Field(default=None, ge=1)
-    """Rank per target that is left at the end, on average."""
+    """Average rank per target at the end of the pruning."""
 
     prune_start: float | None = Field(default=None, ge=0.0, lt=1.0)
     """Fraction of the run's steps after which the budget of ranks begins to fall."""
 
     prune_end: float | None = Field(default=None, gt=0.0, le=1.0)
-    """Fraction of the run's steps after which the ranks that are left stay the same."""
+    """Fraction of the run's steps after which the ranks do not change any more."""
 
     prune_every: int | None = Field(default=None, ge=1)
-    """Steps between two new shares of the budget."""
+    """Steps between two redistributions of the budget."""
 
     orthogonality: float | None = Field(default=None, ge=0.0)
-    """Weight of the penalty that keeps the factors orthogonal. It is no part of the loss that is reported."""
+    """Weight of the penalty that keeps the factors orthogonal. The reported loss does not include it."""
 
     block_size: int | None = Field(default=None, ge=2)
-    """Rows and columns of a block of the rotation; it has to divide the input dimension of each target."""
+    """Rows and columns of a block of the rotation; must divide the input dimension of each target."""
 
     butterfly_factors: int | None = Field(default=None, ge=1)
-    """Sparse rotations that are multiplied."""
+    """Number of sparse rotations that are multiplied."""
 
     factor: int | None = Field(default=None, ge=-1)
-    """Rows and columns of the small matrix of the Kronecker product; -1 takes what is nearest to the square root."""
+    """Rows and columns of the Kronecker product's small matrix; -1 takes the divisor nearest to the square root."""
 
     virtual_tokens: int | None = Field(default=None, ge=1)
-    """Trained vectors before each sample (`adaption_prompt`: in each layer)."""
+    """Number of trained vectors before each sample (`adaption_prompt`: in each layer)."""
 
     encoder_hidden: int | None = Field(default=None, ge=1)
-    """Hidden size of the MLP that makes the vectors while training; `prefix` has none by default."""
+    """Hidden size of the MLP that produces the vectors during training; `prefix` has no MLP by default."""
 
     layers: int | None = Field(default=None, ge=1)
-    """Layers, from the top, that get trained vectors; by default all but the two at the bottom."""
+    """Number of layers, from the top, that get trained vectors; by default all except the two at the bottom."""
 
     @model_validator(mode="before")
     @classmethod
     def _fill_in(cls, given: Any) -> Any:
-        """The method's defaults for what is left out, so that a frozen recipe holds what the run was made with."""
+        """Fills in the method's defaults, so that a frozen recipe contains the values that the run used."""
         if not isinstance(given, dict):
             return given
-        # An empty value leaves a setting to its default; a key that is not known is a mistake whatever its value.
+        # An empty value means the default. An unknown key stays in, so that it is refused whatever its value.
         stated = {key: value for key, value in given.items() if value is not None or key not in cls.model_fields}
         method = stated.get("method", "lora")
         kind = method if isinstance(method, str) else BY_NAME if isinstance(method, dict) else ""
@@ -151,7 +152,7 @@ class AdapterSection(Section):
 
     def conflicts(self) -> Iterator[Conflict]:
         if self.target_rank is not None and self.rank is not None and self.target_rank >= self.rank:
-            message = f"{self.target_rank} leaves nothing to take away from rank {self.rank}; set it lower"
+            message = f"{self.target_rank} leaves nothing to prune from rank {self.rank}; set it lower"
             yield Conflict((("target_rank",), ("rank",)), message)
         if self.prune_start is not None and self.prune_end is not None and self.prune_start >= self.prune_end:
             message = f"{self.prune_start} is not before prune_end {self.prune_end}; set it lower"
@@ -163,11 +164,11 @@ class AdapterSection(Section):
                 yield Conflict(((name,), ("method",)), message)
 
     def idle(self) -> list[str]:
-        """Settings that the recipe gives, and that its method has no use for."""
+        """Returns the settings in COMMON that the recipe gives and its method does not use."""
         return [name for name in self._without_effect() if name in COMMON]
 
     def uses(self, setting: str) -> bool:
-        """Whether the method has a use for the setting."""
+        """Returns true if the method uses the setting."""
         return setting in settings_of(self.kind)
 
     def _without_effect(self) -> list[str]:

@@ -8,7 +8,7 @@ from trainer.recipe.base import Section
 
 
 class CheckpointSection(Section):
-    """When checkpoints are committed, how many stay, and from when on a missing one is worth a warning."""
+    """The checkpoints: when they are committed, how many are kept, how old the newest may be before a warning."""
 
     every_steps: int = Field(default=100, ge=1)
     """Steps between checkpoints; the last step always gets one. A failure loses the steps since the newest one."""
@@ -22,7 +22,7 @@ class CheckpointSection(Section):
 
     max_age_s: float = Field(default=3600.0, gt=0)
     """Seconds since the newest commit after which a running attempt warns (event `stale_checkpoint`): a failure would
-    lose that much work. Training goes on."""
+    lose that much work. Training continues."""
 
     @property
     def keep_for_s(self) -> float | None:

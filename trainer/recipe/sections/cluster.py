@@ -1,4 +1,4 @@
-"""Where the job runs, when it is started on another machine: what only a scheduler or a cluster has to know."""
+"""The target of a job that is started from another machine: the settings of the scheduler or the cluster."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def _one_line(text: str) -> str:
 
 
 Line = Annotated[str, AfterValidator(_one_line)]
-"""A text that is handed to another program as one argument or value, never through a shell."""
+"""A text that is passed to another program as one argument or value, never through a shell."""
 
 
 class RaySection(Section):
@@ -27,16 +27,16 @@ class RaySection(Section):
 
 
 class SlurmSection(Section):
-    """What `--on slurm` asks `sbatch` for, besides the nodes, CPUs and GPUs that `resources` come to."""
+    """Settings of `sbatch` for `--on slurm`. The nodes, CPUs and GPUs are computed from `resources`."""
 
     nodes: int | None = Field(default=None, ge=1)
-    """Nodes of the job, which share the workers evenly; null: as few as `gpus_per_node` allows."""
+    """Number of nodes of the job, each with the same number of workers; null: as few as `gpus_per_node` allows."""
 
     gpus_per_node: int = Field(default=8, ge=1)
-    """GPUs that a node has, to know how many workers fit on one; without GPUs a worker has a node of its own."""
+    """GPUs of a node, which decide how many workers fit on one; without GPUs each worker gets its own node."""
 
     partition: Line | None = None
-    """Partition to submit to; null leaves it to Slurm, as every null here does."""
+    """Partition to submit to; null, here and below, uses Slurm's default."""
 
     account: Line | None = None
     """Account that the time is charged to."""
@@ -45,27 +45,27 @@ class SlurmSection(Section):
     """Quality of service."""
 
     time: Line | None = None
-    """Time limit in Slurm's notation, e.g. `1-12:00:00`. A run that needs more is requeued and goes on."""
+    """Time limit in Slurm's notation, e.g. `1-12:00:00`. A run that needs more is requeued and resumes."""
 
     memory_per_node: Line | None = None
-    """Memory of each node in Slurm's notation, e.g. `200G`; `0` asks for all that a node has."""
+    """Memory of each node in Slurm's notation, e.g. `200G`; `0` requests all memory of a node."""
 
     constraint: Line | None = None
     """Features that the nodes must have."""
 
     options: Listed[Line] = ()
-    """More options for `sbatch`, one in each, e.g. `--reservation=course`."""
+    """More options for `sbatch`, one per entry, e.g. `--reservation=course`."""
 
 
 class KubernetesSection(Section):
-    """What `--on kubernetes` puts into the manifest, besides the workers of `resources`."""
+    """Settings of the manifest for `--on kubernetes`. The workers are computed from `resources`."""
 
     kind: Literal["rayjob", "jobset"] = "rayjob"
     """`rayjob` needs KubeRay and is elastic; `jobset` runs torchrun on clusters without it, with a fixed size."""
 
     image: Line | None = None
-    """Container image that holds muster, by digest or tag, as `cluster/kubernetes/Dockerfile` makes it; null takes
-    `muster:0.1.0`, which only a cluster has that shares its images with the machine that built it."""
+    """Container image with muster, by digest or tag, built from `cluster/kubernetes/Dockerfile`; null takes
+    `muster:0.1.0`, which exists only in a cluster that shares its images with the machine that built it."""
 
     namespace: Line | None = None
     """Namespace of the job; null takes that of kubectl's context."""
@@ -74,25 +74,26 @@ class KubernetesSection(Section):
     """Service account of the pods, for storage that is reached by workload identity."""
 
     secrets: Listed[Line] = ()
-    """Secrets whose keys become environment variables of the pods (`AWS_ACCESS_KEY_ID`, …), by name: what is in them
-    never stands in a recipe or a manifest."""
+    """Names of secrets whose keys become environment variables of the pods (`AWS_ACCESS_KEY_ID`, …). Their values are
+    never written to a recipe or a manifest."""
 
     queue: Line | None = None
-    """Kueue's local queue: the job then waits, suspended, until its largest size is admitted, and has no autoscaler."""
+    """Kueue's local queue: the job is suspended until its largest size is admitted, and has no autoscaler."""
 
     workers_per_pod: int = Field(default=1, ge=1)
     """Training workers in each pod; more than one keeps the GPUs of a machine together."""
 
     memory_per_worker: Line = "16Gi"
-    """Memory of each worker, requested and limited, as a Kubernetes quantity; `shared_memory` comes on top."""
+    """Memory of each worker, requested and limited, as a Kubernetes quantity; `shared_memory` is added to it."""
 
     shared_memory: Line = "2Gi"
     """Size of each pod's `/dev/shm`, at least `256Mi`: half of it for Ray's objects, the rest for NCCL. It counts as
     memory of the pod."""
 
     ray_auth: Literal["token", "disabled"] = "token"
-    """Who may speak to the run's Ray: with `token` its own pods only, by a secret that KubeRay (1.5 or newer) makes for
-    each run; with `disabled` whoever reaches the head's port, and can run code there with the pods' credentials."""
+    """Who may connect to the run's Ray. With `token`: its own pods only, by a secret that KubeRay (1.5 or newer) makes
+    for each run. With `disabled`: everyone who reaches the head's port, who can also run code there with the pods'
+    credentials."""
 
     gpu_resource: Line = "nvidia.com/gpu"
     """Name of the GPUs in the cluster's resources."""
@@ -104,15 +105,15 @@ class KubernetesSection(Section):
     """Taints that the workers tolerate, as in a pod's specification."""
 
     grace_s: int = Field(default=120, ge=1)
-    """Seconds that a pod has between the notice of its end and its end, in which a checkpoint is committed."""
+    """Seconds between the notice that a pod will stop and its end; a checkpoint is committed in that time."""
 
     retries: int = Field(default=3, ge=0)
     """Times that the job is started again when it fails; each resumes from the newest checkpoint."""
 
 
 class ClusterSection(Section):
-    """Where the job runs when it is started from another machine: `--on ray`, `--on slurm`, `--on kubernetes`. What is
-    learned does not depend on any of it."""
+    """The target of a job that is started from another machine: `--on ray`, `--on slurm`, `--on kubernetes`. The result
+    does not depend on these settings."""
 
     ray: RaySection = RaySection()
     slurm: SlurmSection = SlurmSection()

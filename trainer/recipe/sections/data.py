@@ -1,4 +1,4 @@
-"""The data: sources, how a row becomes a sample, and how samples fill a pack."""
+"""The data: its sources, how a row becomes a sample, and how samples fill a pack."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from trainer.recipe.base import Conflict, Listed, Location, OneOf, Section
-from trainer.recipe.sections.datasets import DATASETS, filled
+from trainer.recipe.sections.datasets import DATASETS, filled, is_hub_dataset
 from trainer.registry import FORMATS, choose_hint
 
 COLUMNS: dict[str, tuple[str, ...]] = {
@@ -25,7 +25,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
 """The columns that each format reads; `columns` maps these names to those of the file."""
 
 OPTIONAL_COLUMNS = ("tools", "input", "aliases", "margin", "text_pair")
-"""Those that rows may lack."""
+"""Columns that rows may lack."""
 
 TEMPLATED = ("completion", "instruction", "classification")
 """Formats whose prompt or text a `template` may render."""
@@ -44,7 +44,7 @@ TASK_FORMATS: dict[str, tuple[str, ...]] = {
 
 
 def checked_template(text: str) -> str:
-    """A template that str.format fills in from columns, at a bounded size. Raises ValueError."""
+    """Returns the template; raises ValueError unless str.format can fill it in from columns, at a bounded size."""
     try:
         fields = [(name, spec or "") for _, name, spec, _ in string.Formatter().parse(text) if name is not None]
     except ValueError as error:
@@ -60,25 +60,22 @@ def checked_template(text: str) -> str:
     return text
 
 
-def _schema_of_source(schema: dict[str, Any]) -> None:
-    """A data set's name stands for path and format."""
-    schema["required"] = []
-    schema["anyOf"] = [{"required": ["path", "format"]}, {"required": ["dataset"]}]
-
-
 class SourceSection(Section):
     """One source of rows: `path` and `format`, or the name of a known `dataset`."""
 
-    model_config = ConfigDict(json_schema_extra=_schema_of_source)
+    # A data set's name replaces path and format.
+    model_config = ConfigDict(
+        json_schema_extra={"required": [], "anyOf": [{"required": ["path", "format"]}, {"required": ["dataset"]}]}
+    )
 
     dataset: str | None = Field(default=None, json_schema_extra={"enum": [*DATASETS, None]})
-    """A known data set, which gives path, format, columns and labels; what is given beside it comes first, so that
-    `path` may name a copy of it."""
+    """A known data set, which sets path, format, columns and labels. Settings that are given as well take precedence,
+    so that `path` may name a copy of it."""
 
     path: Location = Field(examples=["s3://corpus/train/*.jsonl"])
     """File, folder or glob, local or any fsspec URL: JSON Lines, a JSON array, CSV, TSV, text or parquet by the suffix,
     each also compressed (`.gz`, `.zst`). `hf://owner/name` or `hf://owner/name/config` (`name@revision` pins it) is
-    loaded through the datasets library. One that matches nothing is an error."""
+    loaded with the datasets library. A path that matches nothing is an error."""
 
     format: Annotated[str, OneOf(FORMATS)] = Field(examples=["completion"])
     """How a row becomes a sample. `completion`: tokens(prompt) + tokens(completion) + end of text, with the loss on
@@ -88,25 +85,25 @@ class SourceSection(Section):
     rejected answer; `classification`: one text or two, and a label."""
 
     split: str | None = None
-    """Split of an `hf://` data set; null is `train`, and has to be given under `eval`."""
+    """Split of an `hf://` data set; null is `train`. Required under `eval`."""
 
     columns: dict[str, str] = Field(default_factory=dict)
-    """The file's name for each column that the format reads, where they differ: `{prompt: question}`. A dot leads into
-    a mapping: `answer.value`."""
+    """The file's name for each column that the format reads, if the names differ: `{prompt: question}`. A dot selects a
+    key of a mapping: `answer.value`."""
 
     template: Annotated[str, AfterValidator(checked_template)] | None = None
-    """Makes the prompt of a `completion` or `instruction`, or the text of a `classification`, out of columns, by
+    """Makes the prompt of a `completion` or `instruction`, or the text of a `classification`, from columns, with
     str.format: `"Question: {question}\\nAnswer: "`."""
 
     labels: Listed[str] | None = None
     """Names of the labels of a `classification`, in the order of their numbers; a row gives the name or the number.
-    null takes the values that there are, for which all rows are read once before the preparation."""
+    null takes the values in the data, for which all rows are read once before the preparation."""
 
     header: Listed[str] | None = None
     """Column names of CSV or TSV files without a header line; null takes them from the first line."""
 
     sample_by: Literal["line", "document"] = "line"
-    """What of a text file (`.txt`) is a sample: each line, or the whole file."""
+    """The samples of a text file (`.txt`): each line, or the complete file as one."""
 
     weight: float = Field(default=1.0, gt=0.0)
     """Copies of each sample per epoch: 2 feeds every sample twice, 0.5 a random half of them,
@@ -118,23 +115,20 @@ class SourceSection(Section):
         return filled(data) if isinstance(data, dict) else data
 
     def conflicts(self) -> Iterator[Conflict]:
-        yield from self._wrong_dataset()
+        if self.dataset is not None and self.dataset not in DATASETS:
+            names, hint = ", ".join(DATASETS), choose_hint(self.dataset, tuple(DATASETS))
+            yield Conflict((("dataset",),), f"data set {self.dataset!r} is not one of: {names}{hint}")
         yield from self._wrong_columns()
         if self.split is not None and not self.is_dataset:
             yield Conflict((("split",), ("path",)), "has no effect on files; name those of the split in path")
-        if self.labels is not None:
-            yield from self._wrong_labels(self.labels)
+        if self.labels is not None and self.format != "classification":
+            yield Conflict((("labels",), ("format",)), f"has no effect with format {self.format}; leave it out")
+        elif self.labels is not None and len(set(self.labels)) < max(len(self.labels), 2):
+            yield Conflict((("labels",),), "needs two labels or more, each once")
 
     @property
     def is_dataset(self) -> bool:
-        """Whether the `datasets` library loads it. ``hf://datasets/…`` names files on the Hub, which fsspec reads."""
-        return self.path.startswith("hf://") and not self.path.startswith("hf://datasets/")
-
-    def _wrong_dataset(self) -> Iterator[Conflict]:
-        if self.dataset is not None and self.dataset not in DATASETS:
-            names = ", ".join(DATASETS)
-            hint = choose_hint(self.dataset, tuple(DATASETS))
-            yield Conflict((("dataset",),), f"data set {self.dataset!r} is not one of: {names}{hint}")
+        return is_hub_dataset(self.path)
 
     def _wrong_columns(self) -> Iterator[Conflict]:
         known = COLUMNS.get(self.format, ())
@@ -149,15 +143,9 @@ class SourceSection(Section):
                     message = f"format {self.format} reads no column {name!r}, it reads: {', '.join(known)}{hint}"
                     yield Conflict((("columns", name), ("format",), ("template",)), message)
 
-    def _wrong_labels(self, labels: tuple[str, ...]) -> Iterator[Conflict]:
-        if self.format != "classification":
-            yield Conflict((("labels",), ("format",)), f"has no effect with format {self.format}; leave it out")
-        elif len(set(labels)) < max(len(labels), 2):
-            yield Conflict((("labels",),), "needs two labels or more, each once")
-
 
 def _some(sources: tuple[SourceSection, ...]) -> tuple[SourceSection, ...]:
-    # Not min_length: pydantic counts valid entries, so that a bad one would be reported as a missing one too.
+    # Not min_length: pydantic counts valid entries only, so an invalid entry would be reported as missing too.
     if not sources:
         raise ValueError("has no source; add one with path: and format:")
     return sources
@@ -170,26 +158,27 @@ class DataSection(Section):
     """Sources of training samples, mixed by their weights."""
 
     eval: Listed[SourceSection] = ()
-    """Sources of evaluation samples, each fed once per evaluation; weights are without effect here."""
+    """Sources of evaluation samples, each sample used once per evaluation; weights have no effect here."""
 
     sequence_length: int = Field(default=2048, ge=2)
-    """Tokens per pack. A longer sample is cut on the right, or dropped when nothing to predict is left; both are
+    """Tokens per pack. A longer sample is cut on the right, or dropped if no target tokens are left; both are
     counted. Activation memory grows in proportion."""
 
     packing: bool = True
-    """Fill each pack with several samples that do not see each other; false puts one sample in a pack. Packing changes
-    how many samples a step holds, not what the model sees of each."""
+    """Fill each pack with several samples that do not attend to each other; false puts one sample in a pack. Packing
+    changes how many samples a step contains, not what the model sees of each."""
 
     ledger: bool = False
-    """Write down which samples each rank fed to the model at each step, as JSON Lines under `<run>/ledger/`."""
+    """Record which samples each rank fed to the model at each step, as JSON Lines under `<run>/ledger/`."""
 
     max_bad_rows: int = Field(default=0, ge=0)
-    """Rows per source that may be unreadable; they are skipped and reported. One more ends the preparation."""
+    """Rows per source that may be unreadable; they are skipped and reported. One more stops the preparation."""
 
     cache_bytes: int = Field(default=8 << 30, ge=0)
     """Bytes of prepared data that each host keeps on its own disk, shared by its ranks, so that later epochs and
-    attempts need not fetch them again; what the plan uses latest makes room. They lie under `$MUSTER_CACHE/blocks`, or
-    else in the temporary folder; a full disk is a warning, and 0 keeps nothing. Local storage needs no cache."""
+    attempts need not fetch them again. If the cache is full, the blocks that the plan needs last are deleted first. The
+    folder is `$MUSTER_CACHE/blocks`, or without that variable one in the temporary folder. A full disk is a warning; 0
+    keeps nothing. Local storage needs no cache."""
 
     chat_template: str | None = None
     """Jinja template for `messages`, or the path of a file that holds one; null takes the tokenizer's own."""
@@ -200,11 +189,9 @@ class DataSection(Section):
                 yield from (conflict.under(part, index) for conflict in source.conflicts())
                 if self.packing and source.format in UNPACKED:
                     reason = f"{source.format}, {UNPACKED[source.format]}"
-                    message = f"cannot stand with format {reason}; write packing: false"
+                    message = f"cannot be used with format {reason}; write packing: false"
                     yield Conflict((("packing",), (part, index, "format")), message)
         for index, source in enumerate(self.eval):
             if source.is_dataset and source.split is None:
-                message = (
-                    "names no split, and that of the training data would be taken; add split: test (or validation)"
-                )
+                message = "names no split, and the training split would be taken; add split: test (or validation)"
                 yield Conflict((("eval", index, "path"), ("eval", index, "split")), message)

@@ -1,6 +1,6 @@
-"""Data sets that a recipe may name (``dataset: gsm8k``): where they lie on the Hub, and how their rows are read.
+"""Data sets that a recipe may name (``dataset: gsm8k``): their path on the Hub, and how their rows are read.
 
-What a recipe gives itself comes first, so that a copy in a folder or a bucket is read by the same columns.
+Settings of the recipe take precedence, so that a copy in a folder or a bucket can be read with the same columns.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 
 
 class NamedDataset(NamedTuple):
-    """``columns`` maps what the format reads to what the data set calls it; ``labels`` are in the order of their
-    numbers."""
+    """A known data set. ``columns``: the format's column to the data set's name for it. ``labels``: in the order of
+    their numbers."""
 
     path: str
     format: str
@@ -61,10 +61,16 @@ DATASETS: dict[str, NamedDataset] = {
 }
 
 
-def filled(source: dict[str, Any]) -> dict[str, Any]:
-    """A source with what its ``dataset`` stands for filled in where it says nothing itself.
+def is_hub_dataset(path: str) -> bool:
+    """Returns true if the `datasets` library loads the path, which then has splits and slices of them."""
+    # ``hf://datasets/…`` names files on the Hub, which fsspec reads.
+    return path.startswith("hf://") and not path.startswith("hf://datasets/")
 
-    A name that is not known is filled in too, so that it is the one mistake that is reported.
+
+def filled(source: dict[str, Any]) -> dict[str, Any]:
+    """Returns a source with the settings of its ``dataset`` filled in; settings that the source gives itself stay.
+
+    An unknown name gets a placeholder path and format, so that the name is the only mistake that is reported.
     """
     name = source.get("dataset")
     if not isinstance(name, str):

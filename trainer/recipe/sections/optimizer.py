@@ -17,17 +17,17 @@ class OptimizerSection(Section):
 
     name: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"
     """`adamw` keeps 8 bytes of state per trainable parameter; `adamw_8bit` 2 bytes (bitsandbytes); `paged_adamw_8bit`
-    moves them to host memory when the device's runs out."""
+    moves the state to host memory when the device's memory is full."""
 
     lr: float = Field(gt=0.0, examples=[2e-4])
-    """Peak learning rate, reached after the warm-up. Adapters take about ten times that of full fine-tuning: 1e-4 to
-    5e-4 against 1e-5 to 5e-5."""
+    """Peak learning rate, reached after the warm-up. Adapters need about ten times the rate of full fine-tuning: 1e-4
+    to 5e-4 instead of 1e-5 to 5e-5."""
 
     weight_decay: float = Field(default=0.0, ge=0.0)
-    """Decoupled weight decay per step, as a fraction of lr; norms and biases are left out."""
+    """Decoupled weight decay per step, as a fraction of lr; norms and biases do not decay."""
 
     betas: Annotated[tuple[Beta, Beta], Strict(False), takes("two numbers from 0 to below 1")] = (0.9, 0.999)
-    """Decay of the running mean of the gradient and of its square."""
+    """Decay rates of the running means of the gradient and of its square."""
 
     eps: float = Field(default=1e-8, gt=0.0)
     """Added to the denominator of the update."""

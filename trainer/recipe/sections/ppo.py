@@ -1,4 +1,4 @@
-"""Reinforcement learning by PPO: where rewards come from, how texts are drawn, and how the policy is held near."""
+"""Reinforcement learning with PPO: the source of rewards, the sampling of texts, the limits on the policy's change."""
 
 from __future__ import annotations
 
@@ -23,49 +23,50 @@ def _function(text: str) -> str:
 
 
 class RewardSection(Section):
-    """What rates a text: exactly one of the two."""
+    """The reward of a text: exactly one of the two is given."""
 
     function: Annotated[str, AfterValidator(_function)] | None = Field(
         default=None, examples=["trainer.tasks.ppo.rewards:gsm8k"]
     )
-    """`package.module:function` or `path.py:function`, looked for from the working folder. It is called with the lists
-    `prompts`, `completions` and `references` (the answers in the data), all text, of a micro-batch, and returns a list
-    of as many finite numbers. It is the recipe's own code: nothing is ever loaded from a run or a checkpoint."""
+    """`package.module:function` or `path.py:function`, relative to the working folder. It is called with the lists of
+    texts `prompts`, `completions` and `references` (the answers in the data) of a micro-batch, and returns a list of
+    finite numbers, one per completion. It is the recipe's own code: nothing is ever loaded from a run or a
+    checkpoint."""
 
     model: Location | None = Field(default=None, examples=["s3://runs/my-reward"])
     """A run of `task: reward`, the folder of its adapter, or any sequence classifier with one output (folder, URL or
-    Hub id). A LoRA adapter whose base is the run's own, held alike, is put on that one base beside the policy's; any
-    other model lies whole beside it on each worker."""
+    Hub id). A LoRA adapter whose base model is that of the run, with the same types, shares that base model with the
+    policy; any other model is loaded completely, in addition, on each worker."""
 
 
 class PPOSection(Section):
-    """Of `task: ppo`. A step of the run is an iteration: texts to its prompts, their rewards, and the updates."""
+    """Settings of `task: ppo`. A step of the run is an iteration: texts for its prompts, rewards, and updates."""
 
     reward: RewardSection = RewardSection()
 
     max_new_tokens: int = Field(default=128, ge=1)
-    """Tokens of a text at most. Together with the prompt they have to fit the model's positions."""
+    """Maximum tokens of a text. Together with the prompt they must fit the model's positions."""
 
     temperature: float = Field(default=1.0, gt=0.0)
-    """Logits are divided by it, where texts are drawn and where their probabilities are taken."""
+    """Logits are divided by it, for the sampling of texts and for their probabilities."""
 
     top_p: float = Field(default=1.0, gt=0.0, le=1.0)
     """Tokens are drawn from the smallest set whose probabilities add up to this (arXiv:1904.09751). Below 1 the texts
-    are drawn from another distribution than the one whose probabilities the loss takes; it is meant for 1."""
+    are drawn from another distribution than the one that the loss assumes; 1 is recommended."""
 
     stop: Listed[Annotated[str, Field(min_length=1)]] = ()
-    """A text ends with any of these strings too, which its reward does not see."""
+    """Strings that also end a text; its reward does not see them."""
 
     missing_eos_penalty: float = Field(default=0.0, ge=0.0)
-    """Taken off the reward of a text that neither ended by itself nor by a `stop` string."""
+    """Subtracted from the reward of a text that ended neither by itself nor with a `stop` string."""
 
     kl_coef: float = Field(default=0.05, ge=0.0)
-    """What a nat of divergence from the reference (the model with its adapter off) costs, in units of the reward; with
-    `kl_target`, the first value. trl has 0.05, Ziegler et al. 0.15."""
+    """Cost of a nat of divergence from the reference (the model with its adapter off), in units of the reward; with
+    `kl_target`, the initial cost. trl has 0.05, Ziegler et al. 0.15."""
 
     kl_target: float | None = Field(default=None, gt=0.0)
-    """Nats per text that the coefficient is steered towards (Ziegler et al. 2019, arXiv:1909.08593, 2.2); null keeps it
-    fixed."""
+    """Divergence in nats per text to which the coefficient is adapted (Ziegler et al. 2019, arXiv:1909.08593, 2.2);
+    null keeps the coefficient fixed."""
 
     kl_horizon: int = Field(default=10_000, ge=1)
     """Texts over which the coefficient may grow by a fifth; with `kl_target` only. 10,000 is Ziegler et al.'s."""
@@ -81,31 +82,31 @@ class PPOSection(Section):
     """λ of generalised advantage estimation (arXiv:1506.02438): 0 trusts the value head alone, 1 the rewards alone."""
 
     epochs: int = Field(default=4, ge=1)
-    """Times that an iteration's texts are learned from."""
+    """Passes over an iteration's texts."""
 
     minibatches: int = Field(default=1, ge=1)
     """Optimizer updates per epoch, each on a random part of the iteration's texts, over all ranks."""
 
     clip_range: float = Field(default=0.2, gt=0.0)
-    """ε of the policy's loss (arXiv:1707.06347, equation 7): how far a token's probability ratio counts from 1."""
+    """ε of the policy's loss (arXiv:1707.06347, equation 7): a token's probability ratio is clipped to 1 ± ε."""
 
     value_clip_range: float | None = Field(default=0.2, gt=0.0)
-    """How far a value may move from its first one before the loss stops following it; null never clips."""
+    """Largest change of a value from its initial value that the loss follows; null never clips."""
 
     value_coef: float = Field(default=0.1, gt=0.0)
-    """Weight of the value head's loss beside the policy's. 0.1 is trl's."""
+    """Weight of the value head's loss relative to the policy's. trl has 0.1."""
 
     entropy_coef: float = Field(default=0.0, ge=0.0)
-    """Weight of the entropy per token (nats) that is taken off the loss."""
+    """Weight of the entropy per token (nats), which is subtracted from the loss."""
 
     whiten_rewards: bool = False
-    """Divide the tokens' rewards by their standard deviation over the iteration; their mean stays."""
+    """Divide the tokens' rewards by their standard deviation over the iteration; the mean is not subtracted."""
 
     whiten_advantages: bool = True
-    """Give advantages mean 0 and standard deviation 1 over all tokens of the iteration, on all ranks."""
+    """Normalise advantages to mean 0 and standard deviation 1 over all tokens of the iteration, on all ranks."""
 
     def conflicts(self) -> Iterator[Conflict]:
         if self.kl_target is not None and self.kl_coef == 0.0:
-            yield Conflict((("kl_coef",), ("kl_target",)), "0 cannot be steered, since it is only ever multiplied")
+            yield Conflict((("kl_coef",), ("kl_target",)), "0 cannot be adapted, only multiplied; set it above 0")
         if self.kl_target is None and self.kl_horizon != type(self).model_fields["kl_horizon"].default:
             yield Conflict((("kl_horizon",), ("kl_target",)), "has no effect without kl_target; leave it out")

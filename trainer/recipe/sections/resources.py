@@ -1,4 +1,4 @@
-"""What the job asks the cluster for."""
+"""The resources that the job requests from the cluster."""
 
 from __future__ import annotations
 
@@ -14,10 +14,11 @@ Bounds = Annotated[tuple[Count, Count], Strict(False)]
 
 
 class ResourcesSection(Section):
-    """What the job asks the cluster for."""
+    """The resources that the job requests from the cluster."""
 
     workers: Annotated[Count | Bounds, takes("a number of workers from 1 up, or [min, max]")] = 1
-    """Training processes, or `[min, max]` to go on with what there is. The result does not depend on it."""
+    """Number of training processes, or `[min, max]` to continue with the resources that are available. The result does
+    not depend on it."""
 
     gpus_per_worker: int = Field(default=0, ge=0)
     """GPUs that each worker reserves; 0 trains on the CPU."""
@@ -26,8 +27,8 @@ class ResourcesSection(Section):
     """CPU cores that each worker reserves, for reading data as well as for training."""
 
     placement: Literal["pack", "spread"] = "pack"
-    """`pack` puts workers on as few nodes as hold them, where they are near each other; `spread` on as many as there
-    are, where each has more of the node's memory and network."""
+    """`pack` puts workers on as few nodes as possible, where they are near each other; `spread` on as many as possible,
+    where each has more of the node's memory and network."""
 
     accelerator_type: str | None = None
     """Kind of GPU that every worker must have, by Ray's name (`A100`, `H100`, `L4`); null takes any."""
@@ -36,8 +37,8 @@ class ResourcesSection(Section):
     """Labels of the Ray nodes that workers may run on, e.g. `{"ray.io/market-type": on-demand}`."""
 
     max_failures: int = Field(default=3, ge=0)
-    """Restarts of the worker group, without a new checkpoint in between, before the run gives up. The same error at the
-    same step ends it the third time. Workers that move or grow have not failed."""
+    """Restarts of the worker group, without a new checkpoint in between, before the run fails. The third occurrence of
+    the same error at the same step ends the run. A resize or a move of workers is no failure."""
 
     @property
     def min_workers(self) -> int:

@@ -1,4 +1,4 @@
-"""Texts to look at."""
+"""Sample texts, for a person to read."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from trainer.recipe.base import Section
 
 
 class SamplesSection(Section):
-    """Texts that the model writes before the first step and after the last one, to the same prompts: what training has
-    changed. They stand in the run's events and in its report. Language models only; what is learned stays the same."""
+    """Texts that the model writes for the same prompts before the first step and after the last one, to show what
+    training has changed. They are stored in the run's events and in its report. Language models only; no effect on the
+    result."""
 
     count: int = Field(default=4, ge=0)
-    """Prompts at most; 0 writes none. They are what stands before the first answer of the first samples of `data.eval`,
-    as many of those as fit, with their texts, into one micro-batch of training. Without `data.eval` there are none."""
+    """Maximum number of prompts; 0 writes no texts. The prompts come from the first samples of `data.eval`, each up to
+    its first answer; as many are taken as fit, with their texts, into one micro-batch of training. Without `data.eval`
+    there are none."""
 
     max_new_tokens: int = Field(default=48, ge=1)
-    """Tokens of a text at most: each is a forward pass on every rank."""
+    """Maximum tokens of a text; each token is a forward pass on every rank."""

@@ -13,20 +13,20 @@ from trainer.registry import STRATEGIES
 
 
 class StrategySection(Section):
-    """How the model is spread over the workers."""
+    """The distribution of the model over the workers."""
 
     kind: Annotated[str, OneOf(STRATEGIES)] = "ddp"
-    """`ddp` keeps the whole model on each worker and is fastest when it fits; `fsdp` gives each worker a slice of every
-    layer (torch's FSDP2), so that memory per worker falls with their number; `zero2` (DeepSpeed) shards gradients and
-    optimizer state only, `zero3` parameters too."""
+    """`ddp` keeps the complete model on each worker and is fastest if it fits; `fsdp` (torch's FSDP2) gives each worker
+    a slice of every layer, so that memory per worker falls with the number of workers; `zero2` (DeepSpeed) shards
+    gradients and optimizer state only, `zero3` parameters too."""
 
     reshard_after_forward: bool = True
     """With `fsdp`: a layer's parameters are freed after its forward and gathered again for its backward. `false` keeps
-    them until then: faster, for the memory of the whole model's parameters in the compute type."""
+    them until the backward: faster, but needs memory for all parameters of the model in the compute type."""
 
     offload: bool = False
-    """With `fsdp`: parameters, gradients and optimizer state lie in the host's memory, and the update runs there; a
-    layer comes to the device while it computes. Slow, for models that fit no other way."""
+    """With `fsdp`: parameters, gradients and optimizer state are stored in the host's memory, and the update runs
+    there; a layer is copied to the device while it computes. Slow, for models that do not fit otherwise."""
 
     deepspeed: Annotated[
         str | dict[str, Any] | None, takes("the name of a file in deepspeed/, or ZeRO settings by name")

@@ -1,4 +1,4 @@
-"""The tasks: what each asks of the model, and the settings that belong to one of them alone."""
+"""The tasks: the model class that each one needs, and the settings that belong to a single task."""
 
 from __future__ import annotations
 
@@ -18,37 +18,37 @@ AUTO_CLASSES: dict[str, str] = {
     "dpo": CAUSAL,
     "ppo": CAUSAL,
 }
-"""The class of transformers that each task's model is loaded by. A sequence classifier has a head of its own, which is
-trained and saved with any adapter."""
+"""The transformers class that loads each task's model. A sequence classifier has its own head, which is trained and
+saved with any adapter."""
 
 REFERRING = ("dpo", "ppo")
-"""Tasks that compare with a reference: the same model with its adapter switched off."""
+"""Tasks that compare with a reference, which is the same model with its adapter switched off."""
 
 PEFT_TYPES = {CAUSAL: "CAUSAL_LM", SEQUENCE: "SEQ_CLS"}
-"""peft's name for what such a model does."""
+"""peft's task type for each class."""
 
 
 class ClassificationSection(Section):
-    """Of `task: classification`."""
+    """Settings of `task: classification`."""
 
     class_weights: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
-    """Weight of a sample's loss by its label, 1 for labels that are not named: `{spam: 4}` makes up for rare spam. The
-    loss is divided by the number of samples all the same, so that larger weights also make larger steps."""
+    """Weight of a sample's loss by its label, 1 for labels that are not named: `{spam: 4}` compensates for rare spam.
+    The loss is still divided by the number of samples, so larger weights also make larger steps."""
 
     average: Literal["macro", "micro"] = "macro"
-    """How F1, precision and recall come from those of the labels: `macro` is their plain mean, in which a rare label
+    """How F1, precision and recall of the labels are averaged: `macro` is their unweighted mean, in which a rare label
     counts as much as a frequent one; `micro` counts over all samples, which for one label per sample is accuracy."""
 
 
 class DPOSection(Section):
-    """Of `task: dpo`."""
+    """Settings of `task: dpo`."""
 
     beta: float = Field(default=0.1, gt=0)
-    """How closely the model is held to the reference: the reward of an answer is beta times what training has added to
-    its log-likelihood. 0.1 is the paper's; smaller values let the model go further."""
+    """Strength of the link to the reference: the reward of an answer is beta times the amount that training has added
+    to its log-likelihood. The paper has 0.1; smaller values let the model move further from the reference."""
 
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
-    """Share of the preferences that are taken to be the wrong way round. Above 0, the loss stops asking for ever larger
+    """Fraction of the preferences that are assumed to be swapped. Above 0, the loss no longer rewards ever larger
     margins."""
 
 
@@ -57,4 +57,4 @@ TASK_SECTIONS: dict[str, type[Section]] = {
     "dpo": DPOSection,
     "ppo": PPOSection,
 }
-"""The section of each task that has settings; it stands in the recipe under the task's name."""
+"""The section of each task that has settings; its key in the recipe is the task's name."""

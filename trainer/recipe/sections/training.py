@@ -12,23 +12,23 @@ LENGTH = (("steps",), ("epochs",))
 
 
 class TrainingSection(Section):
-    """How long, in what portions."""
+    """The length of the run and the sizes of its batches."""
 
     steps: int | None = Field(default=None, ge=1)
-    """Optimizer steps of the whole run. Exactly one of `steps` and `epochs` is given."""
+    """Optimizer steps of the complete run. Exactly one of `steps` and `epochs` is given."""
 
     epochs: int | None = Field(default=None, ge=1)
-    """Passes over the training data, instead of `steps`. The last step of an epoch may be short."""
+    """Passes over the training data, instead of `steps`. The last step of an epoch may be smaller."""
 
     global_batch: int = Field(ge=1, examples=[64])
     """Packs per optimizer step, over all ranks, whatever their number: the result does not depend on the workers."""
 
     micro_batch: int = Field(ge=1, examples=[4])
-    """Packs per forward pass of one rank. Activation memory grows in proportion, the result stays the same."""
+    """Packs per forward pass of one rank. Activation memory grows in proportion; the result stays the same."""
 
     gradient_checkpointing: bool = False
-    """Compute activations again in the backward pass instead of keeping them: much less memory for one
-    more forward pass per step."""
+    """Compute activations again in the backward pass instead of keeping them: needs much less memory, but one more
+    forward pass per step."""
 
     max_grad_norm: float | None = Field(default=1.0, gt=0.0)
     """Gradients are scaled down to this L2 norm, taken over the whole model and all ranks; null never clips."""
@@ -37,7 +37,7 @@ class TrainingSection(Section):
     """Steps between evaluations on `data.eval`; null evaluates after the last step only."""
 
     stop_after: int | None = Field(default=None, ge=1)
-    """End this attempt at this step with a checkpoint and exit code 3; the same command without it goes on. Counted
+    """Stop this attempt at this step with a checkpoint and exit code 3; the same command without it resumes. Counted
     from the run's first step."""
 
     def conflicts(self) -> Iterator[Conflict]:
@@ -49,7 +49,7 @@ class TrainingSection(Section):
             )
             yield Conflict(LENGTH, message)
         if self.micro_batch > self.global_batch:
-            message = f"{self.micro_batch} packs per forward pass are more than the {self.global_batch} of a whole step"
+            message = f"{self.micro_batch} packs per forward pass are more than the {self.global_batch} of a step"
             yield Conflict(
                 (("micro_batch",), ("global_batch",)), f"{message}; lower it to training.global_batch or less"
             )

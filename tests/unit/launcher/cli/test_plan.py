@@ -82,7 +82,7 @@ def test_without_a_limit_sizes_are_told(muster: Muster, tmp_path: Path) -> None:
     recipe = plan_recipe(tmp_path)
     code, out, _ = muster.plan(recipe)
     assert code == 0
-    assert "told with --gpu-memory 24GiB" in out
+    assert "give --gpu-memory 24GiB" in out
     assert muster.json(recipe)["fits"] is None
 
 

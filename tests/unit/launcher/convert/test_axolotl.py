@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher.convert.draft import UNHEARD
+from launcher.convert.draft import UNKNOWN
 from tests.unit.launcher.convert.convert_support import AXOLOTL, at, changed, recipe, result
 from trainer.recipe import loads
 
@@ -106,7 +106,7 @@ def test_a_key_of_axolotl(change: dict[str, Any], path: str, value: Any, tmp_pat
     draft, text, hindrances = result("axolotl", changed(AXOLOTL, change), tmp_path)
     assert not hindrances
     assert at(loads(text), path) == value
-    assert UNHEARD not in draft.lost.values(), "a key that is carried over is not lost as well"
+    assert UNKNOWN not in draft.lost.values(), "a key that is carried over is not lost as well"
 
 
 SOURCES: list[tuple[dict[str, Any], dict[str, Any]]] = [
@@ -175,7 +175,7 @@ def test_bf16_without_a_value_is_off(tmp_path: Path) -> None:
 def test_what_axolotl_takes_by_itself_is_said(tmp_path: Path) -> None:
     draft, text, _ = result("axolotl", changed(AXOLOTL, {"bf16": ..., "warmup_ratio": ...}), tmp_path)
     said = " ".join(draft.decisions)
-    assert "bfloat16 is axolotl's own" in said
+    assert "bfloat16 is axolotl's default" in said
     assert "warm-up of 3 %" in said
     assert "#   dtype bfloat16" in text
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from launcher.convert.draft import UNHEARD
+from launcher.convert.draft import UNKNOWN
 from tests.unit.launcher.convert.convert_support import FACTORY, at, changed, recipe, registry, result
 from trainer.recipe import loads
 
@@ -74,4 +74,4 @@ def test_a_key_of_llamafactory(change: dict[str, Any], path: str, value: Any, tm
     draft, text, hindrances = result("llamafactory", changed(FACTORY, change), registry(tmp_path))
     assert not hindrances
     assert at(loads(text), path) == value
-    assert UNHEARD not in draft.lost.values(), "a key that is carried over is not lost as well"
+    assert UNKNOWN not in draft.lost.values(), "a key that is carried over is not lost as well"

@@ -150,12 +150,12 @@ def test_without_a_compiler_it_is_said_before_the_first_step(monkeypatch: pytest
 @pytest.mark.parametrize(
     ("changes", "says"),
     [
-        ({"compute": {"attention": "varlen", "compile": True}}, "varlen goes from sample to sample on CPUs"),
-        ({"compute": {"attention": "varlen"}, "adapter": {"method": "prefix"}}, "before prefix puts tokens"),
+        ({"compute": {"attention": "varlen", "compile": True}}, "varlen loops over the samples on CPUs"),
+        ({"compute": {"attention": "varlen"}, "adapter": {"method": "prefix"}}, "prefix may move with its own tokens"),
         ({"compute": {"attention": "flash"}}, "flash runs on GPUs only"),
         ({"compute": {"attention": "flex"}}, "flex runs on GPUs only"),
         ({"compute": {"attention": "varlen"}, **GPU}, "computes in 16 bits on GPUs, and model.dtype is float32"),
-        ({"compute": {"attention": "flex"}, **GPU, "adapter": {"method": "prefix"}}, "before prefix puts tokens"),
+        ({"compute": {"attention": "flex"}, **GPU, "adapter": {"method": "prefix"}}, "which prefix may move with"),
         ({"compute": {"kernels": "liger"}}, "liger runs on GPUs only"),
         ({"compute": {"tf32": True}}, "has no effect on CPUs"),
         ({"compute": {"tf32": True}, **GPU, **BF16}, "has no effect on products in bfloat16"),

@@ -93,7 +93,7 @@ def test_anchors_and_merges_work_and_a_merged_key_may_be_overridden() -> None:
         ("a: *.jsonl\n", 1, "in quotes"),
         ("a: [1\nb: 2\n", 2, "is not YAML"),
         ("a: 1\n---\nb: 2\n", 2, "is not YAML"),
-        ("a: 1\nb: \x07\n", 2, "cannot stand in it"),
+        ("a: 1\nb: \x07\n", 2, "is not allowed"),
         ("a: &a [*a]\n", 1, "contains itself"),
         ("a: 1\n? [b]\n: 2\n", 2, "key that is not text"),
         ("a: !!python/none x\n", 1, "cannot be read"),

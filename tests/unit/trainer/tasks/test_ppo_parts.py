@@ -195,10 +195,10 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"ppo.reward": {"function": "s3://there/x.py:f"}}, "names no function"),
     ({"ppo.minibatches": 7}, "7 minibatches cannot be made of training.global_batch 6 texts"),
     ({"ppo.kl_horizon": 5, "ppo.kl_target": None}, "has no effect without kl_target"),
-    ({"ppo.kl_coef": 0.0}, "0 cannot be steered"),
+    ({"ppo.kl_coef": 0.0}, "0 cannot be adapted"),
     ({"model.dtype": "float16"}, "use bfloat16"),
     ({"adapter.method": "none"}, "adapter.method none has no adapter"),
-    ({"adapter": {"method": "prompt"}}, "are not told from a text"),
+    ({"adapter": {"method": "prompt"}}, "separate an adapter's own vectors"),
 ]
 
 

@@ -146,7 +146,7 @@ def test_what_dpo_cannot_take_is_refused(tiny_model: Path, folder: Path) -> None
     assert "adapter.method none has no adapter" in mistakes(recipe, adapter__method="none")
     assert "take a part out of the base" in mistakes(recipe, adapter__method="pissa")
     assert "trains biases of the base" in mistakes(recipe, adapter__bias="all")
-    assert "cannot stand with format preference" in mistakes(recipe, data__packing=True)
+    assert "cannot be used with format preference" in mistakes(recipe, data__packing=True)
     source = {"path": "x.jsonl", "format": "preference", "columns": {"margin": "by"}}
     assert "whose loss knows no margin" in mistakes(recipe, data__train=[source])
     assert "dpo does not learn from format completion" in mistakes(

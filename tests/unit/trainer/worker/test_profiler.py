@@ -131,10 +131,10 @@ def test_who_is_told_may_have_ended(tmp_path: Path, run: Storage) -> None:
     [
         ({"steps": [10]}, "takes the first and the last step, as in [10, 13]; got 1 of them"),
         ({"steps": [13, 10]}, "begins at step 13, after its end 10"),
-        ({"steps": [1, 200]}, "asks for 200 steps; a trace takes 100"),
+        ({"steps": [1, 200]}, "names 200 steps; a trace takes 100"),
         ({"steps": [11, 13]}, "begins at step 11, and the run has 10 steps"),
         ({"steps": [0, 3]}, "profile.steps.0"),
-        ({"steps": [1, 2], "ranks": []}, "nobody traces these steps"),
+        ({"steps": [1, 2], "ranks": []}, "no rank traces these steps"),
         ({"steps": [1, 2], "ranks": [2]}, "names rank 2, and ranks count from 0 to 1 here"),
         ({"steps": [1, 2], "ranks": [0, 0]}, "names a rank twice"),
     ],
