@@ -1,5 +1,6 @@
-"""Which tensor lies where in a model's safetensors files, told by their headers and the index: any run of a flattened
-tensor's elements is a range of bytes.
+"""The location of each tensor in a model's safetensors files, read from their headers and the index.
+
+Any run of a flattened tensor's elements is one range of bytes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """One tensor in a file; ``start`` is its first byte's position."""
+    """One tensor in a file; ``start`` is the position of its first byte."""
 
     file: str
     start: int
@@ -41,7 +42,7 @@ class TensorLocation:
 
 
 def read_headers(source: WeightSource, path: str) -> dict[str, TensorLocation]:
-    """All tensors of the model by their names in the files, in the order of the files.
+    """Returns all tensors of the model by their names in the files, in the order of the files.
 
     Raises InputError when there are no safetensors, or a file is missing or torn.
     """
@@ -63,5 +64,5 @@ def _tensors(source: WeightSource, file: str) -> dict[str, TensorLocation]:
         raise InputError(f"{where} is torn: {reason}; copy the model again") from None
     odd = next((name for name, entry in entries.items() if entry.dtype not in DTYPES), None)
     if odd is not None:
-        raise InputError(f"{where} holds {odd[:SHOWN]!r} in {entries[odd].dtype}, which is not trained on by shard")
+        raise InputError(f"{where} holds {odd[:SHOWN]!r} in {entries[odd].dtype}, a type that a sharded load lacks")
     return {n: TensorLocation(file, entry.start, DTYPES[entry.dtype], entry.shape) for n, entry in entries.items()}

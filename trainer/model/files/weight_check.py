@@ -1,4 +1,4 @@
-"""Whether a model's weight files are whole, told by their headers: no weights are read."""
+"""Checks that a model's weight files are complete, from their headers: no weights are read."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ _PARALLEL_READS = 8
 
 
 def check_weights(section: ModelSection) -> None:
-    """Raises InputError when weight files of a folder or URL are missing or torn. What comes from the Hub is left to
-    the Hub's own checks."""
+    """Raises InputError when weight files of a folder or URL are missing or torn.
+
+    A model on the Hub is not checked: the Hub's client does that."""
     if "://" not in section.path and not Path(section.path).is_dir():
         return
     storage = open_storage(section.path)
@@ -36,7 +37,7 @@ def check_weights(section: ModelSection) -> None:
 
 
 def needed_files(storage: Storage, path: str, found: Iterable[str]) -> set[str]:
-    """Names of the weight files that the model consists of, of the files ``found``; InputError when there are none."""
+    """Returns the names of the model's weight files, given all its files ``found``; raises InputError if none."""
     names = set(found)
     if SINGLE in names:
         return {SINGLE}
