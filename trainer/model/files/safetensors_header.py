@@ -11,6 +11,7 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from trainer.errors import InputError
 from trainer.parsing import Malformed, parse_json
 
 LARGEST_HEADER = 32 * 2**20
@@ -59,6 +60,14 @@ def read_header(read: Callable[[int, int], bytes], size: int) -> dict[str, Entry
     entries.sort(key=lambda item: item[1].start)
     _check_contiguous(entries, 8 + length, size)
     return dict(entries)
+
+
+def header_of(read: Callable[[int, int], bytes], size: int, uri: str) -> dict[str, Entry]:
+    """Reads the header of the model file ``uri`` with `read_header`; raises InputError instead of BadHeader."""
+    try:
+        return read_header(read, size)
+    except BadHeader as reason:
+        raise InputError(f"{uri} is torn: {reason}; copy the model again") from None
 
 
 def _entry(name: str, given: Any, base: int) -> Entry:

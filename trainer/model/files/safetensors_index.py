@@ -12,7 +12,7 @@ from functools import partial
 import torch
 
 from trainer.errors import InputError
-from trainer.model.files.safetensors_header import SHOWN, BadHeader, read_header
+from trainer.model.files.safetensors_header import SHOWN, header_of
 from trainer.model.files.weight_check import needed_files
 from trainer.model.files.weight_source import WeightSource
 
@@ -57,12 +57,9 @@ def read_headers(source: WeightSource, path: str) -> dict[str, TensorLocation]:
 
 
 def _tensors(source: WeightSource, file: str) -> dict[str, TensorLocation]:
-    where = source.storage.uri(file)
-    try:
-        entries = read_header(partial(source.read, file), source.size(file))
-    except BadHeader as reason:
-        raise InputError(f"{where} is torn: {reason}; copy the model again") from None
+    uri = source.storage.uri(file)
+    entries = header_of(partial(source.read, file), source.size(file), uri)
     odd = next((name for name, entry in entries.items() if entry.dtype not in DTYPES), None)
     if odd is not None:
-        raise InputError(f"{where} holds {odd[:SHOWN]!r} in {entries[odd].dtype}, a type that a sharded load lacks")
+        raise InputError(f"{uri} holds {odd[:SHOWN]!r} in {entries[odd].dtype}, a type that a sharded load lacks")
     return {n: TensorLocation(file, entry.start, DTYPES[entry.dtype], entry.shape) for n, entry in entries.items()}

@@ -53,7 +53,10 @@ WRONG: dict[str, tuple[bytes, str]] = {
     "offsets backwards": (one(data_offsets=[16, 0]), r"has the invalid data_offsets \[16, 0\]"),
     "offsets below 0": (one(data_offsets=[-16, 0]), r"has the invalid data_offsets \[-16, 0\]"),
     "offsets of text": (one(data_offsets=["0", "16"]), "has the invalid data_offsets"),
-    "offsets without end": (made(b'{"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,1e999]}}'), "has the invalid data_offsets"),
+    "offsets without end": (
+        made(b'{"a":{"dtype":"F32","shape":[2,2],"data_offsets":[0,1e999]}}'),
+        "has the invalid data_offsets",
+    ),
     "a negative shape": (one(shape=[-2, -2]), r"has the invalid shape \[-2, -2\]"),
     "a huge shape": (one(shape=[2**62, 2**62]), "in 16 bytes"),
     "a shape of booleans": (one(shape=[True, 4]), "has the invalid shape"),
