@@ -1,7 +1,7 @@
-"""Who else is training: this process's rank, its device, and the few collectives that the loop needs.
+"""The process group of a run: this process's rank, its device, and the few collectives that the loop needs.
 
-The process group is torch's own. Under a launcher that has set one up already (Ray Train) it is taken as it is; under
-torchrun it is made from the environment; a lone process gets a group of one, so that every strategy runs the same code.
+The process group is torch's own. If a launcher has made one already (Ray Train), it is used; under torchrun it is made
+from the environment; a single process gets a group of size one, so that every strategy runs the same code.
 """
 
 from __future__ import annotations
@@ -29,8 +29,10 @@ LOOPBACK = "127.0.0.1"
 
 @dataclass(frozen=True)
 class World:
-    """This process among ``size`` ranks. All methods but ``is_rank0`` are collectives: every rank calls them, in the
-    same order; a rank that dies makes the others raise after at most ``COLLECTIVE_TIMEOUT``."""
+    """This process as one of ``size`` ranks.
+
+    All methods are collectives: every rank calls them, in the same order (properties are not). A rank that dies makes
+    the others raise after at most ``COLLECTIVE_TIMEOUT``."""
 
     rank: int
     size: int
@@ -46,25 +48,25 @@ class World:
         return socket.gethostname()
 
     def all_reduce_sum(self, values: Sequence[float]) -> list[float]:
-        """Element-wise sum over the ranks, in float64."""
+        """Returns the element-wise sum over the ranks, in float64."""
         tensor = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(tensor)
         return [float(v) for v in tensor.tolist()]
 
     def all_gather(self, value: Any) -> list[Any]:
-        """Every rank's (picklable, small) value, in the order of the ranks, on every rank."""
+        """Returns every rank's (picklable, small) value, in the order of the ranks, on every rank."""
         values: list[Any] = [None] * self.size
         dist.all_gather_object(values, value)
         return values
 
     def broadcast(self, value: Any) -> Any:
-        """Rank 0's (picklable, small) value, on every rank."""
+        """Returns rank 0's (picklable, small) value on every rank."""
         box = [value if self.is_rank0 else None]
         dist.broadcast_object_list(box, src=0, device=self.device)
         return box[0]
 
     def decide_on_rank0(self, decide: Callable[[], T]) -> T:
-        """What ``decide`` returns on rank 0, on every rank; what it raises there, every rank raises."""
+        """Calls ``decide`` on rank 0 only; every rank returns its result, or raises its exception."""
         outcome: tuple[T | None, Exception | None] = (None, None)
         if self.is_rank0:
             try:
@@ -78,26 +80,28 @@ class World:
 
 
 def pick_device(local_rank: int, *, gpu: bool) -> torch.device:
-    """Raises InputError when a GPU is asked for and torch sees none."""
+    """Returns the CPU or the GPU of ``local_rank``; raises InputError when ``gpu`` is true and torch sees none."""
     if not gpu:
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise InputError(
-            f"resources.gpus_per_worker asks for GPUs, and torch {torch.__version__} sees none on "
-            f"{socket.gethostname()}: look at nvidia-smi and for a CUDA build, or set resources.gpus_per_worker=0"
+            f"resources.gpus_per_worker requests GPUs, and torch {torch.__version__} sees none on "
+            f"{socket.gethostname()}: check nvidia-smi and that torch is a CUDA build, or set "
+            "resources.gpus_per_worker=0"
         )
-    # Ray shows a worker its own devices only; torchrun shows all of the host's to each.
+    # Ray shows a worker its own devices only; torchrun shows each worker all devices of the host.
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
 def backend_of(*, gpu: bool) -> str:
-    """gloo beside NCCL: gradients that are offloaded to the host have their norm taken there."""
+    # gloo in addition to NCCL: the norm of gradients that are offloaded to the host is computed there.
     return "cpu:gloo,cuda:nccl" if gpu else "gloo"
 
 
 def stay_on_loopback() -> None:
-    """Lets gloo and NCCL listen on the loopback interface alone: nobody is asked who connects to their ports. For ranks
-    of one host, before they join their group; what the user has set, stays."""
+    """Makes gloo and NCCL listen on the loopback interface only, since they do not authenticate connections.
+
+    For ranks of one host, before they join their group. Settings of the user are kept."""
     import psutil
 
     for name, addresses in psutil.net_if_addrs().items():
@@ -107,9 +111,10 @@ def stay_on_loopback() -> None:
 
 
 def loopback_store(port: int, rank: int, size: int) -> dist.Store:
-    """The store over which ranks of one host meet. One that torch opens itself listens on every interface."""
+    """Returns the store over which ranks of one host form their group. Every rank calls it; rank 0 listens."""
     descriptor = None
     if rank == 0:
+        # Our own socket: one that torch opens listens on every interface.
         listener = socket.create_server((LOOPBACK, port))
         descriptor = listener.detach()  # the store closes it
     return dist.TCPStore(
@@ -129,7 +134,8 @@ def _init_group(device: torch.device) -> None:
 
 @contextmanager
 def join_world(*, gpu: bool) -> Iterator[World]:
-    """Enters the process group and leaves it again if it was made here. ``gpu``: train on one, else on the CPU."""
+    """Joins the process group, and destroys it at the end if it was made here. ``gpu``: train on a GPU, else on the
+    CPU."""
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     device = pick_device(local_rank, gpu=gpu)
     if device.type == "cuda":
@@ -141,14 +147,10 @@ def join_world(*, gpu: bool) -> Iterator[World]:
         yield World(dist.get_rank(), dist.get_world_size(), local_rank, device)
     finally:
         if ours:
-            _let_go()
+            # Gloo deadlock: its threads need the GIL to free the last collective's tensors, and destroy_process_group
+            # joins them while it holds the GIL. Sleep so that they finish.
+            time.sleep(THREADS_TURN_S)
             dist.destroy_process_group()
-
-
-def _let_go() -> None:
-    """Gloo's threads take the interpreter's lock to drop the tensors of a collective that has just ended. Whoever
-    takes the group apart holds that lock, and waits for the threads: for good, unless they have had their turn."""
-    time.sleep(THREADS_TURN_S)
 
 
 def device_name(device: torch.device) -> str:
@@ -156,7 +158,7 @@ def device_name(device: torch.device) -> str:
 
 
 def memory_bytes(device: torch.device) -> int:
-    """The most that this process has had of its GPU's memory so far; on CPUs what it holds of the host's now."""
+    """Returns the peak of this process's GPU memory so far; on CPUs, its host memory at present."""
     if device.type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
     import psutil

@@ -1,7 +1,7 @@
 """Builds the base model that a rank trains on: quantised or not, on the rank's device, ready for an adapter.
 
-Parameters that are trained are kept in float32 (the optimizer's updates are too small for bfloat16); the forward runs
-in the recipe's dtype (`trainer.precision`). Frozen parameters are held in that, or packed by bitsandbytes.
+Trainable parameters are kept in float32 (the optimizer's updates are too small for bfloat16); the forward runs in the
+recipe's dtype (`trainer.precision`). Frozen parameters are kept in that dtype, or packed by bitsandbytes.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from trainer.errors import InputError
 from trainer.fast_imports import load_libraries
 from trainer.model.files.configs import UNUSABLE, cause
 from trainer.model.files.remote_code import check_code
+from trainer.model.files.weight_check import wrong_shapes
 from trainer.model.head import Head, head_modules, is_head, set_up_head, take_tied_embeddings
 from trainer.model.peak_rss import HostPeak
 from trainer.model.placement import Placement
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """``bytes_read``: bytes of weight files read; ``peak_host_bytes``: the process's peak over what it held before."""
+    """``bytes_read``: size of the weight files; ``peak_host_bytes``: rise of the process's memory to its peak."""
 
     model: PreTrainedModel
     bytes_read: int
@@ -45,10 +46,10 @@ def build(
     checkpointing: bool,
     head: Head | None = None,
 ) -> LoadedModel:
-    """Loads the causal LM in ``folder`` whole, or with a ``head`` the sequence classifier; ``full``: all its parameters
-    will be trained. Trainable are then all, or those of the head. What is only read may be spread over several devices.
+    """Loads the causal LM in ``folder`` whole, or the sequence classifier if ``head`` is given.
 
-    Raises InputError when the files are no such model that transformers can load.
+    ``full``: all parameters are trainable; else only those of the head. ``where``: a device, or a placement over
+    several devices for a model that is not trained. Raises InputError when transformers cannot load such a model.
     """
     load_libraries()
     host = HostPeak()
@@ -57,7 +58,7 @@ def build(
     model, missing = _load_whole(section, folder, placement, dtype, head)
     keep_weights_packed(model)
     if section.quantization != "none":
-        _let_go_of_files(model)
+        _unmap_files(model)
     model.requires_grad_(full)
     if head:
         set_up_head(model, head, missing)
@@ -68,8 +69,8 @@ def build(
 
 
 @torch.no_grad()
-def _let_go_of_files(model: torch.nn.Module) -> None:
-    """On a CPU, what is not quantised is a view of its file, all of which stays mapped for it."""
+def _unmap_files(model: torch.nn.Module) -> None:
+    # On a CPU, an unquantised parameter is a view of its file, which keeps the whole file mapped.
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and not hasattr(parameter, "quant_state") and not hasattr(parameter, "CB"):
             parameter.data = parameter.data.clone()
@@ -78,7 +79,7 @@ def _let_go_of_files(model: torch.nn.Module) -> None:
 def _load_whole(
     section: ModelSection, folder: Path, placement: Placement, dtype: torch.dtype, head: Head | None
 ) -> tuple[Any, set[str]]:
-    """The model, and the parameters of the head that are not in the files."""
+    """Returns the model, and the names of the head's parameters that are not in the files."""
     import transformers
     from safetensors import SafetensorError
 
@@ -94,13 +95,13 @@ def _load_whole(
             **placement.for_model(),
             trust_remote_code=section.trust_remote_code,
             use_safetensors=True,
-            ignore_mismatched_sizes=True,  # `_check_whole` says which, where transformers only says that there are some
+            ignore_mismatched_sizes=True,  # `_check_complete` names them; transformers' own error does not
             **(head.settings() if head else {}),
         )
     except (*UNUSABLE, SafetensorError) as e:
         raise InputError(f"model.path {section.path!r} cannot be loaded as a {_kind(head)}: {cause(e)}") from e
     except RuntimeError as e:
-        if "negative dimension" not in str(e):  # what is left may be this host's fault: memory, a driver
+        if "negative dimension" not in str(e):  # any other may be a fault of this host: memory, a driver
             raise
         raise InputError(f"model.path {section.path!r} has a config.json that cannot be used: {cause(e)}") from e
     model, loading = loaded
@@ -109,7 +110,7 @@ def _load_whole(
     if head and model.config.get_text_config().tie_word_embeddings:
         lacking -= take_tied_embeddings(model, folder, lacking)
     drawn = {name for name in lacking if head and is_head(model, name)}
-    _check_whole(section.path, {n: s for n, s in unlike.items() if n not in drawn}, lacking - drawn, _kind(head))
+    _check_complete(section.path, {n: s for n, s in unlike.items() if n not in drawn}, lacking - drawn, _kind(head))
     return model, drawn
 
 
@@ -118,7 +119,7 @@ def _kind(head: Head | None) -> str:
 
 
 def _unquantised(section: ModelSection, folder: Path) -> list[str] | None:
-    """The head's modules, read off a model without weights."""
+    """Returns the names of the head's modules, from a model without weights; None without quantisation."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     if section.quantization == "none":
@@ -130,17 +131,14 @@ def _unquantised(section: ModelSection, folder: Path) -> list[str] | None:
         )
 
 
-def _check_whole(path: str, unlike: Mapping[str, Any], missing: set[str], kind: str) -> None:
-    """transformers draws what a file lacks, or has in another shape, at random: differently on every rank, with a
-    warning. ``unlike``: by name, the shape that is stored and the one that was asked for."""
+def _check_complete(path: str, unlike: Mapping[str, Any], missing: set[str], kind: str) -> None:
+    """Raises InputError for missing weights and for ``unlike``: by name, the stored shape and the expected one."""
+    # transformers only warns, and draws these weights at random: differently on every rank.
     if unlike:
         name, (stored, wanted) = min(unlike.items())
-        raise InputError(
-            f"model.path {path!r}: {len(unlike)} weights have not the shape that config.json asks for ({name}: "
-            f"{list(stored)} stored, {list(wanted)} asked for); put the config.json that belongs to the weights there"
-        )
+        raise wrong_shapes(path, len(unlike), name, stored, wanted)
     if missing:
         raise InputError(
             f"model.path {path!r} lacks {len(missing)} weights of a {kind} ({', '.join(sorted(missing)[:3])}); "
-            "name a checkpoint that was saved whole"
+            "name a complete checkpoint"
         )

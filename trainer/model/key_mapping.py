@@ -1,8 +1,8 @@
-"""Which stored tensor belongs to which parameter of a model.
+"""Maps stored tensors to the parameters of a model.
 
-Names in files and in the model differ where the file was saved from the model without its head, or under an older
-version of the architecture: transformers' own rules of renaming are asked. Architectures whose rules do more than
-rename (experts that are fused while they are loaded) cannot be loaded by ranges.
+Names in files and in the model differ where the file was saved from the model without its head, or with an older
+version of the architecture: transformers' own renaming rules are applied. Architectures whose rules do more than rename
+(experts that are fused while they are loaded) cannot be loaded by ranges.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from trainer.model.files.safetensors_index import TensorLocation
 from trainer.model.meta import NeedsFullLoad
 
 QUANT_STATE = re.compile(r"\.weight\.(absmax|nested_absmax|quant_map|nested_quant_map|quant_state\.bitsandbytes__\w+)$")
-"""What bitsandbytes stores beside a packed weight."""
+"""Matches the tensors that bitsandbytes stores with a packed weight."""
 
 
 def match_names(
     model: Any, stored: Mapping[str, TensorLocation], path: str, may_lack: Callable[[str], bool] = lambda name: False
 ) -> dict[str, str]:
-    """Name in the files for each parameter and persistent buffer of ``model`` (tied ones under one of their names), but
-    for those that the files lack and ``may_lack``.
+    """Returns the name in the files of each parameter and persistent buffer of ``model``; tied ones have one entry.
 
-    Raises InputError when the files lack another one, NeedsFullLoad when transformers would do more than rename."""
+    A tensor for which ``may_lack`` is true may be missing. Raises InputError when the files lack another one, and
+    NeedsFullLoad when transformers would do more than rename."""
     tensors = dict(state_of(model))
     found = {renamed: name for name, renamed in _renamed(model, stored, tensors) if renamed in tensors}
     _check_ties(tensors, found)
@@ -37,7 +37,7 @@ def match_names(
 
 
 def state_of(model: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
-    """What a model's files hold, by each of its names."""
+    """Yields the tensors that a model's files hold (parameters, persistent buffers), under each of their names."""
     yield from model.named_parameters(remove_duplicate=False)
     for prefix, module in model.named_modules():
         for name, buffer in module.named_buffers(prefix, recurse=False):
@@ -73,7 +73,7 @@ def _check_ties(tensors: Mapping[str, torch.Tensor], found: Mapping[str, str]) -
         stored[id(tensors[name])].append(name)
     twice = next((names for names in stored.values() if len(names) > 1), None)
     if twice:
-        raise NeedsFullLoad(f"its files hold {' and '.join(twice)}, which are to be one tensor")
+        raise NeedsFullLoad(f"its files hold {' and '.join(twice)}, which are one tensor in the model")
 
 
 def _check_missing(model: Any, path: str, tensors: Mapping[str, torch.Tensor], found: Mapping[str, str]) -> None:
@@ -83,11 +83,11 @@ def _check_missing(model: Any, path: str, tensors: Mapping[str, torch.Tensor], f
     drawn = [name for name in missing if ignored and re.search(ignored, name)]
     lacking = [name for name in missing if name not in drawn]
     if lacking and type(model).__name__.endswith("ForSequenceClassification"):
-        raise NeedsFullLoad(f"its files lack {lacking[0]}, which may stand there under another name")
+        raise NeedsFullLoad(f"its files lack {lacking[0]}, or hold it under another name")
     if lacking:
         raise InputError(
             f"model.path {path!r} lacks {len(lacking)} weights of a causal language model ({', '.join(lacking[:3])}); "
-            "name a checkpoint that was saved whole, with its output head"
+            "name a complete checkpoint, with its output head"
         )
     if drawn:
-        raise NeedsFullLoad(f"transformers makes its {drawn[0]} itself")
+        raise NeedsFullLoad(f"its files lack {drawn[0]}, which transformers initialises")

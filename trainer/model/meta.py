@@ -1,8 +1,8 @@
-"""The base model without its weights: every parameter on the meta device, made from ``config.json`` alone.
+"""The base model without its weights: every parameter on the meta device, built from ``config.json`` alone.
 
-What is quantised has its packed weights and its quantisation state there as well, with the shapes and types that
-loading would give them. Buffers that no file holds (rotary frequencies) are computed for real: they are small, and
-whatever wraps or materialises the model leaves them as they are.
+Packed weights and their quantisation state are on the meta device too, with the shapes and types that loading gives
+them. Buffers that no file holds (rotary frequencies) get their real values: they are small, and wrapping and
+materialising the model leave them unchanged.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ META = torch.device("meta")
 
 
 class NeedsFullLoad(Exception):
-    """This model has to be loaded whole; ``str`` says why."""
+    """The model cannot be loaded in shards; ``str`` gives the reason."""
 
 
 def meta_model(
@@ -43,19 +43,19 @@ def meta_model(
     auto_class: Any = None,
     head: Head | None = None,
 ) -> PreTrainedModel:
-    """What `build` makes, with its parameters on the meta device and its computed buffers on ``device``.
+    """Builds the model of `trainer.model.build` with its parameters on the meta device, computed buffers on ``device``.
 
     ``auto_class``: one of transformers' auto classes instead of AutoModelForCausalLM; with a ``head``, the sequence
-    classifier. Raises InputError for a configuration that transformers does not know, NeedsFullLoad when a buffer can
-    only be had by loading the model whole.
+    classifier. Raises InputError for a configuration that transformers cannot use, NeedsFullLoad when a buffer has a
+    value only after the model is loaded whole.
     """
     load_libraries()
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     check_code(section, folder)
-    told = {"trust_remote_code": section.trust_remote_code, **(head.settings() if head else {})}
-    with _said_of(section, classifier=head is not None):
-        config = AutoConfig.from_pretrained(folder, **told)
+    settings = {"trust_remote_code": section.trust_remote_code, **(head.settings() if head else {})}
+    with _as_input_error(section, classifier=head is not None):
+        config = AutoConfig.from_pretrained(folder, **settings)
     auto = AutoModelForSequenceClassification if head else auto_class
     model = from_config(section, config, full=full, checkpointing=checkpointing, auto_class=auto)
     _add_generation_config(model, folder)
@@ -66,18 +66,20 @@ def meta_model(
 def from_config(
     section: ModelSection, config: Any, *, full: bool, checkpointing: bool, auto_class: Any = None
 ) -> PreTrainedModel:
-    """The same from a configuration at hand, buffers on the meta device too. Raises InputError like `meta_model`."""
+    """Builds the model from a loaded configuration, buffers on the meta device too. Raises InputError like
+    `meta_model`."""
     load_libraries()
     from transformers import AutoModelForCausalLM
 
     config = copy.deepcopy(config)  # quantising writes into it
     dtype = torch.float32 if full else getattr(torch, section.dtype)
     auto = auto_class or AutoModelForCausalLM
-    with _said_of(section, classifier="SequenceClassification" in auto.__name__), META:
+    with _as_input_error(section, classifier="SequenceClassification" in auto.__name__), META:
         model: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=section.trust_remote_code)
     _keep_wide(model, dtype)
     if section.quantization != "none":
-        _quantise(model, section, dtype, head_modules(model) if _is_classifier(model) else None)
+        classifier = type(model).__name__.endswith("ForSequenceClassification")
+        _quantise(model, section, dtype, head_modules(model) if classifier else None)
     model.requires_grad_(full)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -86,7 +88,7 @@ def from_config(
 
 
 @contextmanager
-def _said_of(section: ModelSection, *, classifier: bool) -> Iterator[None]:
+def _as_input_error(section: ModelSection, *, classifier: bool) -> Iterator[None]:
     kind = "sequence classifier" if classifier else "causal language model"
     try:
         yield
@@ -105,7 +107,7 @@ def _add_generation_config(model: Any, folder: Path) -> None:
 
 
 def _keep_wide(model: Any, dtype: torch.dtype) -> None:
-    """Some architectures hold a few weights in float32 whatever the model's type is (normalisation, routers)."""
+    """Casts to float32 the weights that an architecture keeps in it whatever the dtype is (normalisation, routers)."""
     from transformers.core_model_loading import build_glob_alternation
 
     plan = model._get_dtype_plan(dtype)
@@ -117,19 +119,15 @@ def _keep_wide(model: Any, dtype: torch.dtype) -> None:
             parameter.data = parameter.data.to(torch.float32)
 
 
-def _is_classifier(model: Any) -> bool:
-    return type(model).__name__.endswith("ForSequenceClassification")
-
-
 def _quantise(model: Any, section: ModelSection, dtype: torch.dtype, skipped: list[str] | None) -> None:
-    """transformers' own replacement of the linear layers; for nf4 with packed weights in them."""
+    """Replaces the linear layers with transformers' own code; for nf4, their weights are packed."""
     from transformers.modeling_utils import local_torch_dtype
     from transformers.quantizers.auto import get_hf_quantizer
 
     quantizer, _, device_map = get_hf_quantizer(
         model.config, quantization_config(section, skipped), {"": torch.device("cpu")}, True, {}
     )
-    with META, local_torch_dtype(dtype, type(model).__name__):  # of the new layers' biases
+    with META, local_torch_dtype(dtype, type(model).__name__):  # the dtype of the new layers' biases
         quantizer.preprocess_model(model=model, dtype=dtype, device_map=device_map)
     quantizer.postprocess_model(model)
     model.hf_quantizer = quantizer
@@ -149,7 +147,7 @@ def four_bit_layers(model: torch.nn.Module) -> dict[str, Any]:
 
 
 def pack(module: Any, unpacked: torch.Tensor) -> None:
-    """Gives a 4-bit layer the weight ``unpacked`` [out, in], quantised, on that tensor's device (meta included)."""
+    """Quantises ``unpacked`` [out, in] into a 4-bit layer's weight, on that tensor's device (meta included)."""
     from bitsandbytes.nn import Params4bit
 
     old = module.weight
@@ -169,22 +167,23 @@ def pack(module: Any, unpacked: torch.Tensor) -> None:
 
 
 def quantise_4bit(weight: torch.Tensor, storage: torch.dtype) -> tuple[torch.Tensor, Any]:
-    """bitsandbytes' NF4 with double quantisation, of a tensor on any device, meta included."""
+    """Quantises a tensor on any device (meta included) to bitsandbytes' NF4 with double quantisation."""
     from bitsandbytes import functional
 
-    # It keeps its table of 8-bit codes from the first call: from a tensor on the meta device, that would be no table.
+    # bitsandbytes caches its table of 8-bit codes at the first call; made on the meta device, it would have no values.
     functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
     packed, state = functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4", quant_storage=storage)
     return packed, state
 
 
 def _compute_buffers(model: Any, device: torch.device) -> None:
-    """Asks the model for the buffers that are not in its files, as transformers does after loading."""
+    """Computes the buffers that are not in the model's files, with the model's code, as transformers does after
+    loading."""
     for name, module in model.named_modules():
         buffers = [b for b in module._non_persistent_buffers_set if module._buffers.get(b) is not None]
         if not buffers:
             continue
-        # From two beginnings: what the model leaves alone comes out differently.
+        # Computed from two different initial values: a buffer that the model does not write differs afterwards.
         found = [_computed(_owner(model, name), module, buffers, device, fill) for fill in (0, 1)]
         for buffer in buffers:
             if not torch.equal(found[0][buffer], found[1][buffer]):
@@ -204,7 +203,7 @@ def _computed(
 
 
 def _owner(model: Any, name: str) -> Any:
-    """The innermost (sub)model that the module ``name`` belongs to: it knows how the module is initialised."""
+    """Returns the innermost (sub)model of the module ``name``, which has the code that initialises it."""
     from transformers import PreTrainedModel
 
     path = name.split(".") if name else []

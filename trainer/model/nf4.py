@@ -1,9 +1,9 @@
-"""NF4 with double quantisation, of a part of a weight, to the bit as bitsandbytes does it to the whole.
+"""NF4 with double quantisation of a part of a weight, bit-identical to bitsandbytes' quantisation of the full weight.
 
 NF4 (Dettmers et al. 2023, arXiv:2305.14314) maps each block of 64 consecutive elements to 4-bit codes and one absmax;
-the absmax values of all blocks, less their mean, are then quantised to 8 bits in blocks of 256. A rank that keeps some
-of the packed bytes reads the elements that they stand for, widened to whole blocks; the absmax values of all ranks are
-put together before they are quantised, since their mean is over all.
+the absmax values of all blocks, minus their mean, are then quantised to 8 bits in blocks of 256. A rank that keeps some
+of the packed bytes reads the elements that they encode, widened to complete blocks. The absmax values of all ranks are
+combined before they are quantised, since their mean is over all blocks.
 """
 
 from __future__ import annotations
@@ -18,18 +18,19 @@ import torch.distributed as dist
 BLOCK = 64
 NESTED_BLOCK = 256
 CHUNK = 2**20
-"""Elements quantised at a time: about 20 bytes each are in use meanwhile."""
+"""Elements that are quantised at a time: each needs about 20 bytes of memory."""
 
 Read = Callable[[int, int], torch.Tensor]
 
 
 def elements_of(start: int, stop: int, itemsize: int, numel: int) -> tuple[int, int]:
-    """The weight's elements behind storage elements ``start`` to ``stop`` of ``itemsize`` bytes, two codes a byte."""
+    """Returns the weight's elements in storage elements ``start`` to ``stop`` of ``itemsize`` bytes, two codes a
+    byte."""
     return min(numel, 2 * start * itemsize), min(numel, 2 * stop * itemsize)
 
 
 def block_chunks(first: int, last: int, numel: int, chunk: int = CHUNK) -> Iterator[tuple[int, int]]:
-    """Elements ``first`` to ``last`` widened to whole blocks, in runs of at most ``chunk`` (a multiple of 64)."""
+    """Yields elements ``first`` to ``last``, widened to complete blocks, in runs of ``chunk`` (a multiple of 64)."""
     if first >= last:
         return
     end = min(numel, math.ceil(last / BLOCK) * BLOCK)
@@ -42,8 +43,8 @@ def quantise_piece(
 ) -> torch.Tensor:
     """Fills ``local`` (flat, of the storage type) with storage elements ``start`` to ``stop`` of the packed weight.
 
-    ``read(a, b)`` gives the weight's elements ``a`` to ``b`` on ``device``, in the type that is quantised. Returns
-    absmax [blocks of the whole weight] float32 there: this piece's, and zero where other pieces lie."""
+    ``read(a, b)`` returns the weight's elements ``a`` to ``b`` on ``device``, in the type that is quantised. Returns
+    absmax [blocks of the full weight] float32 on ``device``, with zeros for the blocks of other pieces."""
     from bitsandbytes import functional
 
     absmax = torch.zeros(math.ceil(numel / BLOCK), dtype=torch.float32, device=device)
@@ -53,20 +54,21 @@ def quantise_piece(
         packed, state = functional.quantize_4bit(read(a, b), blocksize=BLOCK, quant_type="nf4")
         absmax[a // BLOCK : math.ceil(b / BLOCK)] = state.absmax
         codes = packed.view(-1)
-        # ``a`` is a multiple of 64 and the piece begins at a whole byte, so that both lie on byte boundaries.
+        # ``a`` is a multiple of 64 and ``first`` is even (the piece begins at a full byte): no byte is split.
         begin, end = max(a, first) // 2, min(math.ceil(b / 2), math.ceil(last / 2))
         target[begin - first // 2 : end - first // 2] = codes[begin - a // 2 : end - a // 2]
     return absmax
 
 
 def gather_absmax(absmax: torch.Tensor) -> torch.Tensor:
-    """Collective. Each block's absmax from whoever has it; where two ranks share a block, they have the same."""
+    """Collective, in place: each block's absmax from the rank that computed it. Two ranks that share a block have the
+    same value."""
     dist.all_reduce(absmax, dist.ReduceOp.MAX)
     return absmax
 
 
 def nested_state(absmax: torch.Tensor, shape: torch.Size, dtype: torch.dtype) -> Any:
-    """The quantisation state that bitsandbytes' ``quantize_4bit(compress_statistics=True)`` gives with these absmax."""
+    """Returns the state of bitsandbytes' ``quantize_4bit(compress_statistics=True)`` for these absmax values."""
     from bitsandbytes import functional
 
     offset = absmax.mean()
@@ -84,11 +86,11 @@ def nested_state(absmax: torch.Tensor, shape: torch.Size, dtype: torch.dtype) ->
 
 
 def dequantise_rows(packed: torch.Tensor, state: Any, first: int, last: int) -> Iterator[torch.Tensor]:
-    """Rows ``first`` to ``last`` of the weight behind the whole ``packed`` one, some rows at a time."""
+    """Yields rows ``first`` to ``last`` of the full ``packed`` weight, dequantised, some rows at a time."""
     from bitsandbytes import functional
 
     columns = state.shape[1]
-    if columns % BLOCK:  # rows do not begin with a block: such weights are small
+    if columns % BLOCK:  # a row may begin inside a block; such weights are small
         yield functional.dequantize_4bit(packed, state)[first:last]
         return
     absmax = state.absmax

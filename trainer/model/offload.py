@@ -1,9 +1,9 @@
-"""A model that is larger than any one memory, for reading only: laid out without weights, spread by accelerate.
+"""Inference with a model that is larger than any one memory: built without weights, spread by accelerate.
 
-    meta model → adapters → a device for each layer → weights brought there; those on the disk stay in the model's files
+    meta model → adapters → a device for each layer → weights loaded there; weights for the disk stay in their files
 
-What lies on the disk is read from the model's own safetensors at each forward, and from one more file for adapters.
-(peft's way for such models copies every file under other names, into whatever folder the process stands in.)
+Weights on the disk are read from the model's own safetensors at each forward; those of adapters from one more file.
+(peft copies every file of such a model under another name, into the process's current folder.)
 """
 
 from __future__ import annotations
@@ -27,12 +27,14 @@ DISK = "disk"
 BESIDE = "beside.safetensors"
 
 Attach = Callable[[Any], Any]
-"""Puts the adapters on a base that has no weights; the model."""
+"""Attaches the adapters to a base without weights, and returns the model."""
 
 
 class LaidOut(NamedTuple):
-    """A model without weights, and where those of its base are: by the identity of a tensor, what is stored under
-    which name in a file of ``folder``. ``kept`` are those tensors, alive, for an identity to mean something."""
+    """A model without weights, and the location of its base's weights in the files of ``folder``.
+
+    ``places``: location and stored name by ``id(tensor)``; ``kept`` keeps these tensors alive, so that no other object
+    gets one of these ids."""
 
     model: Any
     base: Any
@@ -41,7 +43,7 @@ class LaidOut(NamedTuple):
     kept: list[torch.Tensor]
 
     def read(self, tensor: torch.Tensor) -> torch.Tensor | None:
-        """What the files hold of a tensor of the model, in its type; None for one of the adapters'."""
+        """Reads a tensor of the base from the files, in the model's dtype; returns None for one of an adapter."""
         from safetensors import safe_open
 
         if id(tensor) not in self.places:
@@ -53,14 +55,16 @@ class LaidOut(NamedTuple):
 
 
 def lay_out(section: ModelSection, folder: Path, device: torch.device, attach: Attach, auto_class: Any) -> LaidOut:
-    """Raises InputError when the architecture can only be loaded whole. The files have to stay where they are."""
+    """Builds the model without weights. Its files must stay in ``folder`` while it is used.
+
+    Raises InputError when the architecture can only be loaded whole, or the adapter has tensors that its file lacks."""
     source = WeightSource(str(folder))
     try:
         base: Any = meta_model(section, folder, device, full=False, checkpointing=False, auto_class=auto_class)
         stored = read_headers(source, section.path)
         names = match_names(base, stored, section.path)
     except NeedsFullLoad as reason:
-        raise InputError(f"{section.path} is taken in parts here, which cannot be: {reason}") from reason
+        raise InputError(f"{section.path} has to be loaded in parts here, and cannot be: {reason}") from reason
     finally:
         source.close()
     tensors = dict(state_of(base))
@@ -70,14 +74,14 @@ def lay_out(section: ModelSection, folder: Path, device: torch.device, attach: A
     made = [names[0] for names, tensor in named_tensors(model) if tensor.is_meta and id(tensor) not in places]
     if made:
         raise InputError(
-            f"{section.path} is taken in parts here, and its adapter is more than what its file holds ({made[0]}): "
-            "load it where the whole base fits in memory"
+            f"{section.path} has to be loaded in parts here, and its adapter has weights that its file lacks "
+            f"({made[0]}): load it where the whole base fits in memory"
         )
     return LaidOut(model, base, folder, places, kept)
 
 
 def spread(section: ModelSection, folder: Path, placement: Placement, attach: Attach, auto_class: Any) -> Any:
-    """The model, in evaluation mode. Raises InputError like `lay_out`."""
+    """Loads the model over the devices of ``placement``, in evaluation mode. Raises InputError like `lay_out`."""
     from accelerate import dispatch_model, infer_auto_device_map
 
     assert placement.limits is not None
@@ -85,28 +89,32 @@ def spread(section: ModelSection, folder: Path, placement: Placement, attach: At
     laid_out = lay_out(section, folder, placement.device, attach, auto_class)
     model, whole, limits = laid_out.model, list(laid_out.base._no_split_modules or ()), dict(placement.limits)
     map_ = infer_auto_device_map(model, max_memory=limits, no_split_module_classes=whole)
-    index = _bring(laid_out, map_, Path(placement.disk))
-    # A decoder layer comes as a whole: adapters read the weights of the layers that they are on.
+    index = _load(laid_out, map_, Path(placement.disk))
+    # Decoder layers are loaded as a whole: adapters read the weight of the linear layer that they wrap outside its
+    # own forward, and accelerate would load it there only.
     dispatch_model(model, map_, offload_dir=placement.disk, offload_index=index or None, preload_module_classes=whole)
     return model.eval()
 
 
-def _bring(laid_out: LaidOut, map_: Mapping[str, Any], disk: Path) -> dict[str, dict[str, str]]:
-    """Puts weights on the devices of ``map_``; where those for the disk are, by their names."""
+def _load(laid_out: LaidOut, map_: Mapping[str, Any], disk: Path) -> dict[str, dict[str, str]]:
+    """Loads weights onto the devices of ``map_``; returns accelerate's index of those on the disk, by name."""
     from safetensors.torch import save_file
 
     model = laid_out.model
     index: dict[str, dict[str, str]] = {}
     beside: dict[str, torch.Tensor] = {}
     for names, tensor in named_tensors(model):
-        device = _device_of(names[0], map_)
+        layer = names[0]
+        while layer and layer not in map_:
+            layer = layer.rpartition(".")[0]
+        device = map_[layer]
         if device != DISK:
             value = laid_out.read(tensor)
             put(model, names, (tensor if value is None else value).to(device))
         elif id(tensor) in laid_out.places:
             stored, key = laid_out.places[id(tensor)]
-            told = {"safetensors_file": str(laid_out.folder / stored.file), "weight_name": key}
-            index |= {name: {**told, "dtype": str(tensor.dtype).removeprefix("torch.")} for name in names}
+            place = {"safetensors_file": str(laid_out.folder / stored.file), "weight_name": key}
+            index |= {name: {**place, "dtype": str(tensor.dtype).removeprefix("torch.")} for name in names}
         elif isinstance(tensor, torch.nn.Parameter):
             beside[names[0]] = tensor.detach().contiguous()
             index |= {name: {"safetensors_file": str(disk / BESIDE), "weight_name": names[0]} for name in names}
@@ -117,7 +125,7 @@ def _bring(laid_out: LaidOut, map_: Mapping[str, Any], disk: Path) -> dict[str, 
 
 
 def named_tensors(model: Any) -> Iterator[tuple[list[str], torch.Tensor]]:
-    """Each parameter and buffer with all of its names."""
+    """Yields each parameter and buffer with all of its names."""
     named: dict[int, tuple[list[str], torch.Tensor]] = {}
     found = defaultdict(list)
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
@@ -126,14 +134,8 @@ def named_tensors(model: Any) -> Iterator[tuple[list[str], torch.Tensor]]:
     yield from named.values()
 
 
-def _device_of(name: str, map_: Mapping[str, Any]) -> Any:
-    while name not in map_ and name:
-        name = name.rpartition(".")[0]
-    return map_[name]
-
-
 def put(model: Any, names: list[str], value: torch.Tensor) -> None:
-    """In the place of a tensor, under all of its names."""
+    """Replaces a tensor of the model with ``value``, under all of its names."""
     parameter: torch.nn.Parameter | None = None
     for name in names:
         module_name, _, attribute = name.rpartition(".")

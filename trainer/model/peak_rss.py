@@ -1,4 +1,4 @@
-"""How much host memory this process took for something, at its worst."""
+"""The peak of this process's host memory while something was done."""
 
 from __future__ import annotations
 
@@ -9,12 +9,16 @@ _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class HostPeak:
-    """``bytes()``: the process's peak since this object was made, over what it held then.
+    """A measurement that begins when the object is made. ``bytes()``: the rise of the process's memory to its peak.
 
-    Linux lets a process reset its peak; where that is not allowed, the peak of its whole life stands in for it."""
+    Linux lets a process reset its peak; where that is not allowed, the peak since the process began is used."""
 
     def __init__(self) -> None:
-        self._reset = _reset_peak()
+        try:
+            _CLEAR.write_text("5")
+            self._reset = _status("VmHWM") > 0
+        except (OSError, ValueError, StopIteration):
+            self._reset = False
         self._before = resident_bytes()
 
     def bytes(self) -> int:
@@ -26,14 +30,6 @@ def resident_bytes() -> int:
     import psutil
 
     return int(psutil.Process().memory_info().rss)
-
-
-def _reset_peak() -> bool:
-    try:
-        _CLEAR.write_text("5")
-        return _status("VmHWM") > 0
-    except (OSError, ValueError, StopIteration):
-        return False
 
 
 def _status(field: str) -> int:

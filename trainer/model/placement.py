@@ -1,7 +1,7 @@
-"""Where a model that is only read lies: on one device, or spread by accelerate over what there is.
+"""The devices of a model that is not trained: one device, or several, over which accelerate spreads the model.
 
-accelerate fills GPUs first, then the host's memory, then a folder on its disk; what a layer needs is brought to the
-device that computes it, and let go again.
+accelerate fills GPUs first, then the host's memory, then a folder on its disk. A layer's weights are copied to the
+device that computes it, and freed there afterwards.
 """
 
 from __future__ import annotations
@@ -21,15 +21,16 @@ from trainer.model.files.remote_code import check_code
 from trainer.recipe.sections.model import ModelSection
 
 GPU_SHARE, HOST_SHARE = 0.85, 0.8
-"""Of the free memory, for weights; the rest is for what is computed with them."""
+"""The shares of free memory that weights may take; the rest is for activations."""
 PACKED_BYTES = {"nf4": 0.6, "int8": 1.1}
-"""Of a parameter, with what lies beside it."""
+"""Bytes per quantised parameter, with its quantisation state."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Everything on ``device``; or with ``limits`` (bytes by device: a GPU's number, or ``cpu``) over several GPUs, and
-    with a folder on the ``disk`` over the host's memory and that as well, computed on ``device``."""
+    """The whole model on ``device``; with ``limits`` (bytes by device: a GPU's number, or ``cpu``) over several GPUs.
+
+    With ``disk``, a folder, it is also spread over the host's memory and disk, and computed on ``device``."""
 
     device: torch.device
     limits: Mapping[int | str, int] | None = None
@@ -40,7 +41,7 @@ class Placement:
         return cls(torch.device(device))
 
     def for_model(self) -> dict[str, Any]:
-        """As transformers' ``from_pretrained`` takes it."""
+        """Returns the placement as arguments of transformers' ``from_pretrained``."""
         assert self.disk is None, "spread by trainer.model.offload"
         if self.limits is None:
             return {"device_map": {"": self.device}}
@@ -51,9 +52,9 @@ class Placement:
 def placement_for(
     section: ModelSection, folder: Path, limits: Mapping[int | str, int] | None = None
 ) -> Iterator[Placement]:
-    """One device where the model in ``folder`` fits, or else spread. ``limits``: in the place of what is free.
+    """Yields one device if the model in ``folder`` fits there, else a spread. ``limits`` replaces the free memory.
 
-    Raises InputError when a quantised model would have to leave the GPUs."""
+    Raises InputError when a quantised model does not fit on the GPUs."""
     free = dict(limits) if limits is not None else free_bytes()
     gpus: dict[int | str, int] = {device: room for device, room in free.items() if isinstance(device, int)}
     first, size = next(iter(free)), model_bytes(section, folder)
@@ -64,8 +65,8 @@ def placement_for(
         yield Placement(device, gpus)
     elif section.quantization != "none":
         raise InputError(
-            f"{section.path} takes about {size / 2**30:.1f} GiB in {section.quantization}, more than there is room "
-            "for, and quantised weights cannot lie on the disk: use --quantization none"
+            f"{section.path} takes about {size / 2**30:.1f} GiB in {section.quantization}, more than the free memory, "
+            "and quantised weights cannot be kept on the disk: use --quantization none"
         )
     else:
         with tempfile.TemporaryDirectory(prefix="muster-weights-") as disk:
@@ -73,7 +74,7 @@ def placement_for(
 
 
 def free_bytes() -> dict[int | str, int]:
-    """Room for weights on each device, the fastest first."""
+    """Returns the bytes that weights may take on each device, the fastest device first."""
     import psutil
 
     gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
@@ -82,7 +83,7 @@ def free_bytes() -> dict[int | str, int]:
 
 
 def model_bytes(section: ModelSection, folder: Path) -> int:
-    """About what the weights take in memory, from a model without any."""
+    """Estimates the bytes of the model's weights in memory, from a model without weights."""
     from transformers import AutoConfig, AutoModel
 
     check_code(section, folder)

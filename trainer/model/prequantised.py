@@ -1,7 +1,7 @@
-"""A copy of a base in NF4, made once and shared by runs: a quarter of the bytes to read, and nothing to quantise.
+"""A copy of a base model in NF4, made once and shared by runs: a quarter of the bytes to read, nothing to quantise.
 
-It is a repository in the form in which transformers saves bitsandbytes models, so that `from_pretrained` loads it too.
-It lies under a digest of the base and of how it is quantised; ``config.json`` is written last: without it, no copy.
+It has the format in which transformers saves bitsandbytes models, so that `from_pretrained` loads it too. Its folder's
+name is a digest of the base and the kind of quantisation. ``config.json`` is written last and completes the copy.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from trainer.storage import Storage, local_path, open_storage
 
 FORMAT = 1
 FILE_BYTES = 2**29
-"""Of one file of the copy: it is held in memory until it is written."""
+"""The size of one file of the copy, which is held in memory until it is written."""
 _SAMPLE = 4096
 CONFIG = "config.json"
 
 
 def copy_of(section: ModelSection, models: Storage) -> Storage | None:
-    """The NF4 copy of this base among ``models``, None when there is none."""
+    """Returns the NF4 copy of this base among ``models``, None when there is none."""
     if not models.folders():
         return None
     copy = models.child(_digest(section))
@@ -40,7 +40,7 @@ def copy_of(section: ModelSection, models: Storage) -> Storage | None:
 
 
 def make_copy(section: ModelSection, models: Storage) -> Storage:
-    """Writes the NF4 copy of a base; returns it also where it is there already.
+    """Returns the NF4 copy of a base, and writes it if there is none.
 
     Memory: about one file of the copy and the largest weight in NF4. Raises InputError when the base lacks weights or
     cannot be read tensor by tensor."""
@@ -48,14 +48,17 @@ def make_copy(section: ModelSection, models: Storage) -> Storage:
     if copy.info(CONFIG):
         return copy
     folder = fetch_model(section, weights="://" not in section.path).folder
-    source = WeightSource(_location(section, folder))
+    source = WeightSource(section.path if "://" in section.path else str(folder))
     try:
-        base, loader = _loader(section, folder, source)
+        base = meta_model(section, folder, torch.device("cpu"), full=False, checkpointing=False)
+        loader = ShardLoader(base, source, section.path, torch.device("cpu"))
         files = WeightFiles(copy.upload, FILE_BYTES)
         for tensors in loader.converted():
             files.add(tensors)
         index = files.index()
         source.check_unchanged({place.file for place in loader.stored.values()})
+    except NeedsFullLoad as reason:
+        raise InputError(f"no NF4 copy of {section.path!r} can be made: {reason}; runs load it without one") from reason
     finally:
         source.close()
     copy.write_json(INDEX, index)
@@ -66,30 +69,21 @@ def make_copy(section: ModelSection, models: Storage) -> Storage:
     return copy
 
 
-def _loader(section: ModelSection, folder: Path, source: WeightSource) -> tuple[Any, ShardLoader]:
-    try:
-        base = meta_model(section, folder, torch.device("cpu"), full=False, checkpointing=False)
-        return base, ShardLoader(base, source, section.path, torch.device("cpu"))
-    except NeedsFullLoad as reason:
-        raise InputError(f"no NF4 copy of {section.path!r} can be made: {reason}; runs load it without one") from reason
-
-
-def _location(section: ModelSection, folder: Path) -> str:
-    return section.path if "://" in section.path else str(folder)
-
-
 def _digest(section: ModelSection) -> str:
-    """Of what decides the copy's bytes: the base, the type that it is quantised in, and the form of the copy."""
-    told = [FORMAT, section.dtype, "nf4", _identity(section)]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
+    """Returns a digest of all that determines the copy's bytes: the base, its dtype, and the format of the copy."""
+    inputs = [FORMAT, section.dtype, "nf4", _identity(section)]
+    return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
 
 
 def _identity(section: ModelSection) -> Any:
-    """Objects by their ETags; a folder's files by their headers and a little of each tensor, since reading all of it
-    would take as long as loading it, and the same model has other times in each copy of it; the Hub's by the commit."""
+    """Returns the base's identity: ETags of objects, the commit of a Hub model, headers and samples of local files.
+
+    A folder is not read completely, which would take as long as loading it; its files' times differ between copies."""
     if "://" in section.path and local_path(section.path) is None:
-        found = open_storage(section.path).list()
-        return [section.path, sorted((o.key, o.size, o.etag) for o in found if _decides(o.key))]
+        found = (
+            o for o in open_storage(section.path).list() if o.key.endswith(".safetensors") or o.key in (CONFIG, INDEX)
+        )
+        return [section.path, sorted((o.key, o.size, o.etag) for o in found)]
     folder = fetch_model(section, weights=False).folder
     if not Path(section.path).is_dir():
         return [section.path, folder.name]
@@ -98,10 +92,6 @@ def _identity(section: ModelSection) -> Any:
         return [_sampled(source, section.path), (folder / CONFIG).read_text()]
     finally:
         source.close()
-
-
-def _decides(key: str) -> bool:
-    return key.endswith(".safetensors") or key in (CONFIG, INDEX)
 
 
 def _sampled(source: WeightSource, path: str) -> str:

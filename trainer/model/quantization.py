@@ -1,4 +1,4 @@
-"""How bitsandbytes is told to hold frozen weights, and kept from a trap."""
+"""The settings with which bitsandbytes quantises frozen weights."""
 
 from __future__ import annotations
 
@@ -10,11 +10,8 @@ from trainer.recipe.sections.model import ModelSection
 
 
 def quantization_config(section: ModelSection, skipped: list[str] | None = None) -> Any:
-    """NF4 with double quantisation (QLoRA, Dettmers et al. 2023, arXiv:2305.14314) or LLM.int8(), or None. ``skipped``:
-    modules that stay as they are; by default the output head.
-
-    The packed bytes are stored as the compute dtype, so that whatever casts a layer's parameters to it leaves them be.
-    """
+    """Returns settings for NF4 with double quantisation (QLoRA, Dettmers et al. 2023, arXiv:2305.14314) or LLM.int8(),
+    None without quantisation. ``skipped``: modules that stay unquantised; by default the output head."""
     from transformers import BitsAndBytesConfig
 
     dtype = getattr(torch, section.dtype)
@@ -24,7 +21,7 @@ def quantization_config(section: ModelSection, skipped: list[str] | None = None)
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=dtype,
-            bnb_4bit_quant_storage=dtype,
+            bnb_4bit_quant_storage=dtype,  # so that a cast of the layer's parameters to dtype keeps the packed bytes
             llm_int8_skip_modules=skipped,
         )
     if section.quantization == "int8":
@@ -33,8 +30,9 @@ def quantization_config(section: ModelSection, skipped: list[str] | None = None)
 
 
 def keep_weights_packed(model: torch.nn.Module) -> None:
-    """Keeps bitsandbytes from repacking 4-bit weights for AVX512-BF16: a forward in eval mode would do it for good, and
-    the training forwards after it would go through a kernel without a gradient, silently."""
+    """Stops bitsandbytes from repacking 4-bit weights for AVX512-BF16."""
+    # A forward in eval mode would repack them permanently, and later training forwards would silently use a kernel
+    # without a gradient.
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             object.__setattr__(module, "support_avx512bf16_for_cpu", False)

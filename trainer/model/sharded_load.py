@@ -1,9 +1,9 @@
-"""Loads a base model so that no rank ever holds more of it than it keeps.
+"""Sharded load of a base model: no rank ever holds more of it than it keeps.
 
     meta model → adapter, task → wrapped by the strategy → memory for this rank's pieces → each filled from its bytes
 
 A piece is a contiguous run of a flattened parameter (rows under FSDP2, a flat slice under ZeRO-3), so that it is one
-range of a safetensors file; a quantised one is quantised while it is read (nf4.py).
+range of a safetensors file. NF4 weights are quantised while they are read (nf4.py).
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 import torch.distributed as dist
 
-from trainer.errors import InputError
 from trainer.model import nf4
 from trainer.model.files.safetensors_index import TensorLocation, read_headers
+from trainer.model.files.weight_check import wrong_shapes
 from trainer.model.files.weight_source import WeightSource
 from trainer.model.head import Head, drawn_for, is_head, set_up_head
 from trainer.model.key_mapping import match_names, state_of
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from trainer.strategies.base import ShardSlice
 
 CHUNK = 2**22
-"""Elements that are read at a time when their type changes on the way."""
+"""Elements that are read at a time when they are converted to another type."""
 
 RowReader = Callable[[str, int, int], Iterator[torch.Tensor]]
 Gather = Callable[[torch.Tensor], torch.Tensor]
@@ -37,8 +37,8 @@ InitParameter = Callable[[str, torch.Size, int, int, RowReader], torch.Tensor]
 
 @dataclass(frozen=True)
 class _WeightLocation:
-    """Where a parameter comes from; ``layer``: the 4-bit layer that it is the packed weight of; ``state``: what the
-    files hold of its quantisation, by bitsandbytes' names, where it is packed there too."""
+    """The source of a parameter. ``layer``: the 4-bit layer whose packed weight it is. ``state``: if the files hold it
+    packed, the stored tensors of its quantisation state, by bitsandbytes' names."""
 
     stored: TensorLocation
     layer: Any = None
@@ -46,11 +46,10 @@ class _WeightLocation:
 
 
 class ShardLoader:
-    """Brings the weights in ``source`` into the meta model ``base``, once it has been wrapped.
+    """Loads the weights in ``source`` into the meta model ``base``, after it has been wrapped.
 
-    ``device``: where weights are quantised and collectives run; what a rank keeps may lie on the host all the same.
-    Raises InputError when files lack something or have it in another shape, NeedsFullLoad when ``base`` must be loaded
-    whole."""
+    ``device``: used for quantisation and collectives; a rank's pieces may be on the host. Raises InputError when a
+    weight is missing or has another shape, NeedsFullLoad when ``base`` must be loaded whole."""
 
     def __init__(
         self, base: Any, source: WeightSource, path: str, device: torch.device, head: Head | None = None
@@ -58,13 +57,16 @@ class ShardLoader:
         self.source, self.device, self.base, self.head = source, device, base, head
         self.stored = read_headers(source, path)
         names = match_names(base, self.stored, path, lambda name: head is not None and is_head(base, name))
-        if head:  # one of another size is none
-            names = {n: key for n, key in names.items() if not is_head(base, n) or self._fits(base, n, key)}
+        if head:  # a head with another number of outputs is treated as missing
+            heads = {n: tuple(base.get_parameter(n).shape) for n in names if is_head(base, n)}
+            unlike = {n for n, shape in heads.items() if self.stored[names[n]].shape != shape}
+            names = {n: key for n, key in names.items() if n not in unlike}
         if getattr(base.config, "quantization_config", None) and not _is_four_bit(base):
             raise NeedsFullLoad("its files are quantised, and model.quantization is none")
         layers = {id(layer.weight): layer for layer in four_bit_layers(base).values()} if _is_four_bit(base) else {}
         tensors = dict(state_of(base))
-        # By identity: the adapter renames what it wraps. Kept alive until then, for an identity to mean something.
+        # By identity, since the adapter renames what it wraps. `_tensors` keeps them alive until then, so that no
+        # other object gets one of these ids.
         self._tensors = [tensors[name] for name in names]
         self._places = {
             id(tensors[name]): _WeightLocation(
@@ -78,18 +80,15 @@ class ShardLoader:
         if head:
             set_up_head(base, head, self._lacking)
         self._named: dict[str, _WeightLocation] = {}
-        self._drawn: dict[str, str] = {}  # by the name after the adapter was attached, that in the base
-        self._first_name: dict[str, str] = {}  # of a tied parameter, by each of its names
-
-    def _fits(self, base: Any, name: str, key: str) -> bool:
-        return self.stored[key].shape == tuple(base.get_parameter(name).shape)
+        self._drawn: dict[str, str] = {}  # name in the base, by the name after the adapter was attached
+        self._first_name: dict[str, str] = {}  # first name of a tied parameter, by each of its names
 
     def digest(self) -> str:
-        """Of what is stored where: the same on every rank, or they would not load the same model."""
+        """Returns a digest of the stored tensors' locations. Ranks that load the same model have the same one."""
         return hashlib.sha256(repr(sorted(self.stored.items())).encode()).hexdigest()
 
     def attached(self, model: torch.nn.Module) -> None:
-        """Learns the names after the adapter was attached, and fills the buffers, which every rank holds whole."""
+        """Records the parameters' names after the adapter was attached. Fills the buffers, which are not sharded."""
         self._named = {n: self._places[id(p)] for n, p in model.named_parameters() if id(p) in self._places}
         lacking = {id(t): n for n, t in self._lacking.items()}
         self._drawn = {n: lacking[id(p)] for n, p in model.named_parameters() if id(p) in lacking}
@@ -105,10 +104,12 @@ class ShardLoader:
         self._tensors, self._places, self._lacking = [], {}, {}
 
     def fill(self, pieces: Sequence[ShardSlice], initial: InitParameter, whole: Callable[[str], torch.Tensor]) -> None:
-        """Collective: fills ``pieces``, which are of all parameters; those that no file holds by ``initial(name, shape,
-        start, stop, rows)``, but for a head's, which is drawn. ``whole``: the whole of a parameter that is spread over
-        the ranks, by its name."""
-        stored = sorted((p for p in pieces if p.name in self._named), key=self._position)
+        """Collective: fills ``pieces``, this rank's pieces of all parameters.
+
+        Parameters that no file holds come from ``initial(name, shape, start, stop, rows)``; those of a head are drawn.
+        ``whole(name)`` returns the full tensor of a sharded parameter."""
+        stored = [p for p in pieces if p.name in self._named]
+        stored.sort(key=lambda p: (self._named[p.name].stored.file, self._named[p.name].stored.start))
         self.source.ahead(self._ranges(stored))
         for piece in stored:
             place = self._named[piece.name]
@@ -137,8 +138,7 @@ class ShardLoader:
                 piece.local.copy_(values)
 
     def converted(self) -> Iterator[dict[str, torch.Tensor]]:
-        """For each stored tensor, whole and one at a time: what bitsandbytes' form of the files has in its place, by
-        name."""
+        """Yields, for one stored tensor at a time, the tensors that replace it in bitsandbytes' format, by name."""
         order = sorted(self._keys.items(), key=lambda item: (item[1][0].stored.file, item[1][0].stored.start))
         self.source.ahead((p.stored.file, p.stored.start, p.stored.start + p.stored.bytes) for _, (p, _) in order)
         for key, (place, dtype) in order:
@@ -150,10 +150,6 @@ class ShardLoader:
                 state = self._quantised(place, 0, packed.numel(), packed.view(-1), lambda absmax: absmax)
                 parts = {f"{key}.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
                 yield {key: packed, **parts}
-
-    def _position(self, piece: ShardSlice) -> tuple[str, int]:
-        place = self._named[piece.name].stored
-        return place.file, place.start
 
     def _ranges(self, pieces: Sequence[ShardSlice]) -> Iterator[tuple[str, int, int]]:
         for piece in pieces:
@@ -184,7 +180,7 @@ class ShardLoader:
             local[start - piece.start : stop - piece.start].copy_(self._values(stored, start, stop))
 
     def _copy_packed(self, piece: ShardSlice, place: _WeightLocation) -> None:
-        """What the files hold packed; the storage type may be another one there."""
+        """Copies a weight that the files hold packed; their storage type may differ from the model's."""
         from bitsandbytes.functional import QuantState
 
         stored, size = place.stored, piece.local.element_size()
@@ -200,7 +196,7 @@ class ShardLoader:
         _set_state(place.layer, QuantState.from_dict(state, self.device))
 
     def _quantised(self, place: _WeightLocation, start: int, stop: int, local: torch.Tensor, gather: Gather) -> Any:
-        """Fills ``local`` with elements ``start`` to ``stop`` of the packed weight; the state of the whole."""
+        """Fills ``local`` with elements ``start`` to ``stop`` of the packed weight; returns the full weight's state."""
         stored, state = place.stored, place.layer.quant_state
 
         def read(first: int, last: int) -> torch.Tensor:
@@ -212,14 +208,15 @@ class ShardLoader:
     def _rows(
         self, piece: ShardSlice, first: int, last: int, whole: Callable[[str], torch.Tensor]
     ) -> Iterator[torch.Tensor]:
-        """Collective: rows ``first`` to ``last`` (other ones on each rank) of a weight, as the forward sees them."""
+        """Collective: yields rows ``first`` to ``last`` (different on each rank) of a weight, dequantised."""
         layer = self._named[piece.name].layer if piece.name in self._named else None
         if layer is not None:
             yield from nf4.dequantise_rows(whole(piece.name), layer.quant_state, first, last)
             return
         columns = piece.shape[1:].numel()
-        ours = (piece.start, piece.stop) == (first * columns, last * columns)
-        if _everywhere(ours, self.device):
+        ours = torch.tensor(int((piece.start, piece.stop) == (first * columns, last * columns)), device=self.device)
+        dist.all_reduce(ours, dist.ReduceOp.MIN)
+        if ours:  # on every rank, so that either all call ``whole`` or none
             yield piece.local.view(-1, *piece.shape[1:])
         else:
             yield whole(piece.name)[first:last]
@@ -231,27 +228,20 @@ def _bytes_of(raw: torch.Tensor) -> memoryview:
 
 
 def state_in(stored: Mapping[str, TensorLocation], weight: str) -> dict[str, TensorLocation]:
-    """What the files hold of the quantisation of ``weight``; nothing where it is not packed."""
+    """Returns the stored tensors of the quantisation state of ``weight``; empty if it is not packed."""
     if not any(f"{weight}.quant_state.bitsandbytes__{kind}" in stored for kind in ("nf4", "fp4")):
         return {}
     return {n.removeprefix(f"{weight}."): place for n, place in stored.items() if n.startswith(f"{weight}.")}
 
 
 def _set_state(layer: Any, state: Any) -> None:
-    """Under FSDP2 the weight is a plain parameter, for which the layer keeps the state; else bitsandbytes' own."""
     layer.quant_state = state
-    if hasattr(layer.weight, "quant_state"):
+    if hasattr(layer.weight, "quant_state"):  # not under FSDP2, where the weight is a plain parameter
         layer.weight.quant_state = state
 
 
 def _is_four_bit(base: Any) -> bool:
     return bool(getattr(base, "is_loaded_in_4bit", False))
-
-
-def _everywhere(answer: bool, device: torch.device) -> bool:
-    said = torch.tensor(int(answer), device=device)
-    dist.all_reduce(said, dist.ReduceOp.MIN)
-    return bool(said)
 
 
 def _check_shapes(path: str, found: Mapping[str, tuple[torch.Tensor, _WeightLocation]]) -> None:
@@ -266,7 +256,4 @@ def _check_shapes(path: str, found: Mapping[str, tuple[torch.Tensor, _WeightLoca
             unlike.append((name, place.stored.shape, wanted))
     if unlike:
         name, stored, wanted = unlike[0]
-        raise InputError(
-            f"model.path {path!r}: {len(unlike)} weights have not the shape that config.json asks for ({name}: "
-            f"{list(stored)} stored, {list(wanted)} asked for); put the config.json that belongs to the weights there"
-        )
+        raise wrong_shapes(path, len(unlike), name, stored, wanted)

@@ -1,4 +1,4 @@
-"""The optimizers, each made over named parameters. Only matrices decay: biases, norms and magnitudes do not."""
+"""The optimizers, over named parameters. Weight decay applies to matrices only: not to biases, norms and magnitudes."""
 
 from __future__ import annotations
 
@@ -18,7 +18,9 @@ def make_optimizer(
     parameters: Mapping[str, torch.nn.Parameter],
     lr_scale: Callable[[str], float] = lambda name: 1.0,
 ) -> torch.optim.Optimizer:
-    """``lr_scale``: the learning rate of a parameter as a multiple of the step's; each has a group of its own."""
+    """Returns the recipe's optimizer, with one parameter group for each pair of learning-rate scale and weight decay.
+
+    ``lr_scale(name)``: a parameter's learning rate as a multiple of the step's."""
     members: dict[tuple[float, bool], list[torch.nn.Parameter]] = defaultdict(list)
     for name, parameter in parameters.items():
         members[lr_scale(name), parameter.ndim < 2].append(parameter)

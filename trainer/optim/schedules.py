@@ -1,4 +1,4 @@
-"""Learning-rate schedules: pure functions of the step, so that a resumed run needs no state to go on."""
+"""Learning-rate schedules: pure functions of the step, so that a run resumes without any state of the schedule."""
 
 from __future__ import annotations
 
@@ -8,25 +8,24 @@ from collections.abc import Callable
 from trainer.recipe.sections.schedule import ScheduleSection
 
 
-def _constant(progress: float) -> float:
-    return 1.0
-
-
-def _linear(progress: float) -> float:
-    return 1.0 - progress
-
-
 def _cosine(progress: float) -> float:
     """SGDR without restarts (Loshchilov & Hutter 2016, arXiv:1608.03983)."""
     return 0.5 * (1.0 + math.cos(math.pi * progress))
 
 
-SHAPES: dict[str, Callable[[float], float]] = {"constant": _constant, "linear": _linear, "cosine": _cosine}
+SHAPES: dict[str, Callable[[float], float]] = {
+    "constant": lambda progress: 1.0,
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": _cosine,
+}
+"""The factor of the learning rate, from 1 to 0, by the progress of the steps after the warm-up, from 0 to 1."""
 
 
 def learning_rate(section: ScheduleSection, peak: float, step: int, total_steps: int) -> float:
-    """The rate for optimizer step ``step`` (from 1): rises linearly to ``peak`` over the warm-up, then follows the
-    shape down to ``peak * min_lr_ratio``, which the step after the last one would reach."""
+    """Returns the rate of optimizer step ``step`` (from 1).
+
+    It rises linearly to ``peak`` over the warm-up, then follows the shape down to ``peak * min_lr_ratio``, which the
+    step after the last one would reach."""
     warmup = section.warmup(total_steps)
     if step <= warmup:
         return peak * step / warmup

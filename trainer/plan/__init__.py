@@ -1,4 +1,4 @@
-"""What a run will take, before anything is started: bytes per rank, from the base's configuration alone."""
+"""The plan of a run: each rank's memory, computed from the base's configuration before anything is started."""
 
 from trainer.plan.config import Base, read_base
 from trainer.plan.memory import Planner

@@ -1,9 +1,9 @@
-"""What a rank holds beside its own part of the model while it computes: activations, and layers that are gathered.
+"""The memory of a rank's forward and backward: activations, and parameters that are gathered.
 
-The recipe's own task computes its loss, forward and backward, on the recipe's own architecture under fake tensors,
-which have shapes and no values, with two and with three decoder layers. What a further layer holds until the backward
-is their difference, and the peak at the true depth follows from it. For FSDP2 the same is done with the strategy's
-own wrapping on a fake process group: that is where gathered layers, and the buffers that they come in, are counted.
+The recipe's own task computes its loss, forward and backward, on the recipe's own architecture under fake tensors
+(shapes without values), with two and with three decoder layers. The difference is the memory that one more layer holds
+until its backward; the peak at the true depth follows from it. For FSDP2 the computation is repeated with the
+strategy's own wrapping on a fake process group, which adds the gathered layers and their buffers.
 """
 
 from __future__ import annotations
@@ -36,29 +36,30 @@ FIRST, DEEP = "first", "deep"
 
 
 class ActivationBytes(NamedTuple):
-    """Bytes at one depth. ``first``: peak until the second layer begins, whatever the depth; ``deep``: peak from there
-    on, which grows with it; ``held``: between forward and backward."""
+    """Bytes at one depth. ``first``: peak before the second layer, the same at any depth; ``deep``: peak after that,
+    which grows with the depth; ``held``: allocated between forward and backward."""
 
     first: int
     deep: int
     held: int
 
     def at(self, depth: int, measured: int, shallower: ActivationBytes) -> int:
-        """The peak with ``depth`` layers, from this one with ``measured`` and ``shallower`` with one less."""
+        """Returns the peak with ``depth`` layers, given this one for ``measured`` layers and ``shallower`` for one
+        less."""
         return max(self.first, self.deep + (depth - measured) * (self.held - shallower.held))
 
 
 class Working(NamedTuple):
-    """Bytes at the peak of forward and backward, beside what a rank keeps between steps."""
+    """Bytes at the peak of forward and backward, without those that a rank keeps between steps."""
 
     activations: int
     unsharded: int
 
 
 def working_set(recipe: Recipe, config: PreTrainedConfig, ranks: int) -> Working:
-    """Of a rank among ``ranks`` that runs the recipe's micro-batches.
+    """Returns the bytes of each of ``ranks`` ranks that run the recipe's micro-batches.
 
-    Raises InputError when the model asks for values while it computes, which fake tensors do not have."""
+    Raises InputError when the model's forward depends on tensors' values, which fake tensors do not have."""
     activations = _peak(recipe, config, None)
     if recipe.strategy.kind != "fsdp":
         return Working(activations, 0)
@@ -75,7 +76,7 @@ def _peak(recipe: Recipe, config: PreTrainedConfig, ranks: int | None) -> int:
 
 
 def measure(recipe: Recipe, config: PreTrainedConfig, ranks: int | None) -> ActivationBytes:
-    """One micro-batch, forward and backward; ``ranks``: sharded over so many by FSDP2, None: not sharded."""
+    """Runs one micro-batch, forward and backward, sharded over ``ranks`` by FSDP2, or not sharded if None."""
     try:
         with fake_world(ranks) if ranks else nullcontext() as world:
             model = skeleton(recipe, config, as_gathered=world is None and recipe.strategy.kind != "ddp")
@@ -88,15 +89,15 @@ def measure(recipe: Recipe, config: PreTrainedConfig, ranks: int | None) -> Acti
             strategy.model = strategy.wrap(model)
             return _run(recipe, strategy.model, task, layers, settle=strategy.reshard)
     except (RuntimeError, NotImplementedError) as error:
-        said = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(
-            f"model.path {recipe.model.path!r}: what a {config.model_type!r} model holds while it computes "
-            f"cannot be told without weights: {said}"
+            f"model.path {recipe.model.path!r}: the memory of a {config.model_type!r} model's forward and backward "
+            f"cannot be computed without weights: {reason}"
         ) from error
 
 
 def on_device(recipe: Recipe) -> Recipe:
-    """What is offloaded comes to the device while it computes: there it takes what it takes without offload."""
+    """Returns the recipe without offload, which needs the same memory on the device while it computes."""
     strategy = recipe.strategy.model_copy(update={"offload": False})
     return recipe.model_copy(update={"strategy": strategy})
 
@@ -109,12 +110,16 @@ def _run(
         for parameter in model.parameters():
             if parameter.requires_grad:
                 parameter.grad = torch.zeros_like(parameter)
-        live, batch = LiveBytes(_held(model)), _batch(recipe)
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        live, batch = LiveBytes([*model.parameters(), *gradients, *model.buffers()]), _batch(recipe)
         if len(layers) > 1:
             layers[1].register_forward_pre_hook(lambda *_: setattr(live, "stage", DEEP))
         with live.counting():
             if task.prepares_steps and not task.generates:
-                _prepare(recipe, model, task, batch)
+                model.eval()
+                with torch.no_grad(), _autocast(recipe, model):
+                    task.prepare_step(model, [batch], CPU)
+                model.train()
                 settle()
             live.stage = FIRST
             with _autocast(recipe, model):
@@ -122,21 +127,6 @@ def _run(
             held = live.live
             loss.backward()
     return ActivationBytes(live.peaks.get(FIRST, 0), live.peaks.get(DEEP, 0), held)
-
-
-def _prepare(recipe: Recipe, model: torch.nn.Module, task: Task, batch: Batch) -> None:
-    model.eval()
-    with torch.no_grad(), _autocast(recipe, model):
-        task.prepare_step(model, [batch], CPU)
-    model.train()
-
-
-def _held(model: torch.nn.Module) -> Iterator[torch.Tensor]:
-    for parameter in model.parameters():
-        yield parameter
-        if parameter.grad is not None:
-            yield parameter.grad
-    yield from model.buffers()
 
 
 @contextmanager
@@ -148,7 +138,7 @@ def _autocast(recipe: Recipe, model: torch.nn.Module) -> Iterator[None]:
 
 
 def _batch(recipe: Recipe) -> Batch:
-    """A micro-batch of full packs, every token a target. Of preferences, a pair is two rows."""
+    """Returns a micro-batch of full packs, every token a target. A pair of preferences is two rows."""
     packs = recipe.training.micro_batch
     pairs = packs if TASK_FORMATS[recipe.task] == ("preference",) else 0
     shape = (packs + pairs, recipe.data.sequence_length)

@@ -1,4 +1,5 @@
-"""Bytes that are alive while a model computes under fake tensors: every storage, from its first use to its end."""
+"""Counts the bytes that are allocated while a model computes under fake tensors, from a storage's first use to its
+end."""
 
 from __future__ import annotations
 
@@ -15,10 +16,11 @@ aten = torch.ops.aten
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts what is allocated while it is active, but for ``held``, which was there before.
+    """Counts the bytes allocated while it is active, without ``held``, the tensors that existed before.
 
-    Two questions that fake tensors cannot answer are answered here: a mask picks all positions (a plan takes every
-    token for a target), and a condition on values is false (packed samples get the mask that keeps them apart).
+    Operations that need values, which fake tensors do not have, get fixed results: a mask selects all positions (a plan
+    counts every token as a target), and a scalar is 0, so that a condition on it is false (packed samples get the mask
+    that keeps them apart).
     """
 
     def __init__(self, held: Iterable[torch.Tensor] = ()) -> None:
@@ -27,7 +29,7 @@ class LiveBytes(TorchDispatchMode):
         self.peaks: dict[str, int] = {}
         self.stage = ""
         self._sizes: dict[int, int] = {}
-        # Kept alive until the end: the address of one that had gone would be given to a new storage.
+        # Kept alive: the address of a freed storage would be reused for a new one, which would then not be counted.
         self._held = [_local(t).untyped_storage() for t in held]
         self._sizes.update({storage._cdata: 0 for storage in self._held})
 
@@ -36,8 +38,11 @@ class LiveBytes(TorchDispatchMode):
             return 0
         if func is aten.bincount.default:
             return torch.empty(kwargs["minlength"] if kwargs else args[2], dtype=torch.long, device=args[0].device)
-        if func is aten.index.Tensor and _is_mask(args[1]):
-            args = (args[0], _every_position(args[1][0]))
+        if func is aten.index.Tensor and len(args[1]) == 1:
+            (mask,) = args[1]
+            if mask is not None and mask.dtype == torch.bool:
+                positions = [torch.empty(mask.numel(), dtype=torch.long, device=mask.device) for _ in range(mask.ndim)]
+                args = (args[0], positions)
         made = func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, torch.Tensor):
@@ -60,7 +65,7 @@ class LiveBytes(TorchDispatchMode):
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """FSDP2 frees and fills storages in place, past the dispatcher."""
+        # FSDP2 frees and allocates storages in place, without the dispatcher.
         resize: Callable[..., Any] = torch.UntypedStorage.resize_
 
         def seen(storage: torch.UntypedStorage, size: int) -> Any:
@@ -79,11 +84,3 @@ class LiveBytes(TorchDispatchMode):
 def _local(tensor: torch.Tensor) -> torch.Tensor:
     local: torch.Tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     return local
-
-
-def _is_mask(indices: Any) -> bool:
-    return len(indices) == 1 and indices[0] is not None and indices[0].dtype == torch.bool
-
-
-def _every_position(mask: torch.Tensor) -> list[torch.Tensor]:
-    return [torch.empty(mask.numel(), dtype=torch.long, device=mask.device) for _ in range(mask.ndim)]

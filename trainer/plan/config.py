@@ -1,4 +1,4 @@
-"""The base's ``config.json``, from wherever the recipe says the base lies; nothing else of it is read."""
+"""Reads the base's ``config.json`` from ``model.path``, and no other file of it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trainer.errors import InputError, MusterError
 from trainer.model.files.remote_code import check_code
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 CONFIG = "config.json"
 REACH_S = 5.0
-"""A plan is made while somebody waits: what does not answer in this time counts as out of reach."""
+"""In seconds. A plan is interactive: a storage that does not answer in this time counts as out of reach."""
 
 
 @dataclass(frozen=True)
 class Base:
-    """``note`` says that the shape is not the base's own file, empty when it is."""
+    """A base's configuration. ``note``: a warning that it is a known shape, not the base's own file; else empty."""
 
     config: PreTrainedConfig
     note: str = ""
@@ -44,20 +44,22 @@ def read_base(section: ModelSection) -> Base:
         shape = known_shape(section.path)
         if shape is None:
             raise InputError(str(error)) from error
-        return Base(
-            _of_shape(shape), f"model.path {section.path} is out of reach; planned with the known shape of its name"
-        )
+        from transformers import AutoConfig
+
+        settings = {name: value for name, value in shape.items() if name != "model_type"}
+        config: PreTrainedConfig = AutoConfig.for_model(shape["model_type"], **settings)
+        return Base(config, f"model.path {section.path} is out of reach; planned with the known shape of its name")
 
 
 class OutOfReach(Exception):
-    """The file may be there, and cannot be read from here now."""
+    """The file may exist, but cannot be read from this host now."""
 
 
 def _from_url(section: ModelSection) -> PreTrainedConfig:
     try:
         text = open_storage(section.path, deadline_s=REACH_S).read(CONFIG)
     except FileNotFoundError:
-        raise OutOfReach(f"model.path {section.path!r} holds no {CONFIG}, or is not to be seen from here") from None
+        raise OutOfReach(f"model.path {section.path!r} holds no {CONFIG} that can be read from here") from None
     except (MusterError, OSError) as error:
         raise OutOfReach(f"the {CONFIG} of model.path {section.path!r} cannot be read from here: {error}") from error
     with tempfile.TemporaryDirectory(prefix="muster-plan-") as folder:
@@ -66,10 +68,10 @@ def _from_url(section: ModelSection) -> PreTrainedConfig:
 
 
 def _from_hub(section: ModelSection) -> PreTrainedConfig:
-    """From the Hub's cache on this host, or else from the Hub."""
+    """Reads it from the Hub's cache on this host, or else from the Hub."""
     from huggingface_hub import hf_hub_download
 
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of every attempt
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every attempt
     if section.path.startswith(("/", ".", "~")) or section.path.count("/") > 1:
         raise InputError(f"model.path {section.path!r} is no folder on this host; correct the path")
 
@@ -79,19 +81,19 @@ def _from_hub(section: ModelSection) -> PreTrainedConfig:
     try:
         file = fetch(True)
     except Exception:
-        file = within(REACH_S, lambda: fetch(False), f"the {CONFIG} of {section.path!r} cannot be had from the Hub")
+        file = within(REACH_S, lambda: fetch(False), f"the {CONFIG} of {section.path!r} cannot be read from the Hub")
     return _parse(section, str(Path(file).parent))
 
 
 def within(seconds: float, read: Callable[[], str], failing: str) -> str:
-    """What ``read`` returns; OutOfReach when it raises or takes longer."""
+    """Returns the result of ``read``; raises OutOfReach, which begins with ``failing``, when it raises or is late."""
     try:
         return Asked(read).answer(seconds)
     except Late:
         raise OutOfReach(f"{failing}: no answer within {seconds:g} s") from None
     except Exception as error:
-        said = " ".join(str(error).split())[:200]
-        raise OutOfReach(f"{failing}: {said}") from error
+        message = " ".join(str(error).split())[:200]
+        raise OutOfReach(f"{failing}: {message}") from error
 
 
 def _parse(section: ModelSection, folder: str) -> PreTrainedConfig:
@@ -105,12 +107,4 @@ def _parse(section: ModelSection, folder: str) -> PreTrainedConfig:
     except Exception as e:
         lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
         raise InputError(f"model.path {section.path!r} has a {CONFIG} that cannot be used: {lines[0]}") from e
-    return config
-
-
-def _of_shape(shape: Any) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
-    settings = {name: value for name, value in shape.items() if name != "model_type"}
-    config: PreTrainedConfig = AutoConfig.for_model(shape["model_type"], **settings)
     return config

@@ -1,4 +1,4 @@
-"""A world of any number of ranks in one process, whose collectives move nothing."""
+"""A world of any number of ranks in one process, whose collectives transfer no data."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ CPU = torch.device("cpu")
 
 @contextmanager
 def fake_world(size: int, rank: int = 0) -> Iterator[World]:
-    """This process as one of ``size`` ranks. It must not be in a process group already."""
+    """Makes this process one of ``size`` ranks. It must not be in a process group already."""
     assert not dist.is_initialized(), "a plan is made outside of any process group"
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=size)
     try:

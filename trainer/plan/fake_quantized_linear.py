@@ -1,7 +1,7 @@
-"""Stand-ins for quantised linear layers: their bytes and what they allocate while they compute, without a kernel.
+"""Substitutes for quantised linear layers, which allocate the same bytes without bitsandbytes' kernels.
 
-bitsandbytes' kernels do not run under fake tensors. These layers hold the same packed weight, and make the dequantised
-one anew in the forward and in the backward, as bitsandbytes does.
+These kernels do not run under fake tensors. The substitutes hold the same packed weight, and allocate the dequantised
+weight in the forward and again in the backward, as bitsandbytes does.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from bitsandbytes.nn import Linear4bit, Linear8bitLt
 
 
 class PackedLinear(torch.nn.Linear):
-    """A frozen linear layer whose weight is ``packed``. ``weight`` is what dequantising gives: new memory each time.
+    """A frozen linear layer whose weight is ``packed``. ``weight``: the dequantised weight, allocated at each access.
 
-    ``quant_state_bytes``: of what is needed to read the weight, which no strategy shards."""
+    ``quant_state_bytes``: size of the quantisation state, which no strategy shards."""
 
     def __init__(self, like: torch.nn.Linear, dtype: torch.dtype) -> None:
         torch.nn.Module.__init__(self)
@@ -53,12 +53,12 @@ def _packed(layer: torch.nn.Linear) -> tuple[torch.nn.Parameter, int]:
 
 
 def _frozen(packed: torch.Tensor) -> torch.nn.Parameter:
-    """A plain parameter: bitsandbytes' own classes would quantise again."""
+    # A plain parameter: bitsandbytes' own classes would quantise again.
     return torch.nn.Parameter(torch.empty(packed.shape, dtype=packed.dtype, device="meta"), requires_grad=False)
 
 
 def stand_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Replaces the quantised layers of ``model``; ``dtype``: what they compute in."""
+    """Replaces the quantised layers of ``model``; ``dtype``: the type in which they compute."""
     for name, module in list(model.named_modules()):
         if isinstance(module, Linear4bit | Linear8bitLt):
             model.set_submodule(name, PackedLinear(module, dtype))

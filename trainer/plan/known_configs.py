@@ -1,6 +1,6 @@
-"""Shapes of well-known bases, for a plan where their own ``config.json`` is out of reach: gated, or without a network.
+"""Shapes of well-known base models, for a plan when their own ``config.json`` cannot be read (gated, or no network).
 
-A model is known by the last part of its path, so that a copy in a bucket counts too. A plan from here says so.
+A model is recognised by the last part of its path, so that a copy in a bucket is found too. The plan has a note then.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""From a recipe and its base's configuration to every rank's bytes."""
+"""Computes every rank's bytes from a recipe and its base's configuration."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
 LOAD_BUDGET = 150_000_000
-"""Bytes of host memory that loading by shard takes beside the shard itself."""
+"""Bytes of host memory that a sharded load takes in addition to the shard itself."""
 DEVICE_RESERVE = 768 * 2**20
-"""Bytes of a GPU that no tensor gets: CUDA's context, NCCL's buffers, and what the allocator cannot use."""
+"""Bytes of a GPU that tensors cannot use: CUDA's context, NCCL's buffers, and the allocator's fragmentation."""
 HOST_RESERVE = 1024 * 2**20
-"""Bytes of a rank's process without any tensor: the interpreter and its libraries."""
+"""Bytes of a rank's process without tensors: the interpreter and its libraries."""
 
 
 @dataclass(frozen=True)
 class Model:
-    """The whole model in numbers."""
+    """The sizes of the full model."""
 
     weights: Counter[Weight]
     total: int
     trainable: int
     quant_state: int
     by_shard: bool
-    """Whether each rank loads its own part only."""
+    """True if each rank loads its own part only."""
     mapped: int = 0
-    """Bytes of the files that are mapped while a whole load makes other values of them."""
+    """Bytes of files that are mapped during a whole load, which converts or quantises their values."""
 
     @property
     def bytes(self) -> int:
@@ -48,7 +48,7 @@ class Model:
 
 
 def read_model(recipe: Recipe, config: PreTrainedConfig) -> Model:
-    # DeepSpeed casts a model that is trained whole; its float32 copy is the optimizer's.
+    # Under full fine-tuning DeepSpeed casts the model; its float32 copy is counted with the optimizer.
     model = skeleton(recipe, config, as_gathered=recipe.strategy.kind in STAGES)
     packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
     hidden = sum(m.in_features * m.out_features - m.packed.numel() for m in packed)
@@ -66,18 +66,19 @@ def read_model(recipe: Recipe, config: PreTrainedConfig) -> Model:
 
 
 def _mapped(recipe: Recipe, config: PreTrainedConfig, elements: int) -> int:
-    """What is kept as it lies in its files is copied from them, and what is not is made from them while they are
-    mapped: pages that the kernel takes back when memory is short, and counts as the process's until then."""
+    """Returns the bytes of mapped files: 0 if the model keeps the values and dtype of its files, which it copies.
+
+    The kernel counts mapped pages as the process's memory, but takes them back when memory is short."""
     import torch
 
     held = "float32" if recipe.adapter.method == "none" else recipe.model.dtype
     stored = getattr(config, "dtype", None) or getattr(torch, held)
-    as_it_lies = recipe.model.quantization == "none" and stored == getattr(torch, held)
-    return 0 if as_it_lies else elements * int(stored.itemsize)
+    copied = recipe.model.quantization == "none" and stored == getattr(torch, held)
+    return 0 if copied else elements * int(stored.itemsize)
 
 
 def _by_shard(recipe: Recipe, model: torch.nn.Module) -> bool:
-    """As `trainer.worker.build` decides it."""
+    """Returns True for a sharded load; must decide as `trainer.worker.build` does."""
     if recipe.model.quantization == "int8":
         return False
     return bool(STRATEGIES.load(recipe.strategy.kind).loads_sharded(recipe)) and make_adapter(recipe).loads_by_shard(
@@ -86,7 +87,7 @@ def _by_shard(recipe: Recipe, model: torch.nn.Module) -> bool:
 
 
 class Planner:
-    """Plans recipes that share a base. What two of them have in common is found out once."""
+    """Plans recipes that share a base, and caches their common parts."""
 
     def __init__(self, config: PreTrainedConfig, limits: Limits) -> None:
         self.config, self.limits = config, limits
@@ -98,7 +99,7 @@ class Planner:
         return self._plan(recipe, ranks, gathered(recipe, self._model(recipe), self._computing(recipe, ranks)), notes)
 
     def may_fit(self, recipe: Recipe, ranks: int) -> bool:
-        """Whether what is kept between steps fits: much quicker than a plan, which may still say no."""
+        """Returns False if the bytes kept between steps do not fit. Much faster than `plan`, which may fail later."""
         return self._plan(recipe, ranks, Working(0, 0), ()).fits is not False
 
     def _model(self, recipe: Recipe) -> Model:
@@ -142,7 +143,7 @@ def _key(recipe: Recipe, *more: object) -> str:
 
 
 def gathered(recipe: Recipe, model: Model, working: Working) -> Working:
-    """DeepSpeed's share of the unsharded bytes, bounded by its settings (counted in elements)."""
+    """Returns ``working`` with DeepSpeed's unsharded bytes, which its settings bound (in elements)."""
     kind = recipe.strategy.kind
     if kind not in STAGES:
         return working
@@ -151,21 +152,13 @@ def gathered(recipe: Recipe, model: Model, working: Working) -> Working:
     buckets = (2 if settings.get("overlap_comm", True) else 1) * bucket * WHOLE
     if kind == "zero2":
         return working._replace(unsharded=buckets)
-    live = min(_elements(model), int(settings.get("stage3_max_live_parameters", 1e9)))
-    ahead = min(_elements(model), int(settings.get("stage3_prefetch_bucket_size", 5e7)))
-    return working._replace(unsharded=buckets + (live + ahead) * _width(model))
-
-
-def _elements(model: Model) -> int:
-    return sum(w.numel * count for w, count in model.weights.items())
-
-
-def _width(model: Model) -> int:
-    """Bytes of most elements."""
-    sizes: Counter[int] = Counter()
+    elements: Counter[int] = Counter()  # by their bytes
     for weight, count in model.weights.items():
-        sizes[weight.itemsize] += weight.numel * count
-    return max(sizes, key=sizes.__getitem__)
+        elements[weight.itemsize] += weight.numel * count
+    live = min(elements.total(), int(settings.get("stage3_max_live_parameters", 1e9)))
+    ahead = min(elements.total(), int(settings.get("stage3_prefetch_bucket_size", 5e7)))
+    most_common = max(elements, key=elements.__getitem__)
+    return working._replace(unsharded=buckets + (live + ahead) * most_common)
 
 
 def _rank(recipe: Recipe, model: Model, working: Working, ranks: int, rank: int, snapshot: int) -> RankPlan:
@@ -175,7 +168,9 @@ def _rank(recipe: Recipe, model: Model, working: Working, ranks: int, rank: int,
     steady = kept.frozen + kept.trainable + kept.gradient + kept.optimizer + kept.padding
     computing = working.activations + working.unsharded
     peak = steady - offloaded + model.quant_state + max(computing, 0 if on_host else update)
-    load = _load_bytes(recipe, model, kept)
+    load = model.bytes + model.mapped
+    if model.by_shard:
+        load = kept.frozen + kept.trainable + kept.padding + model.quant_state + LOAD_BUDGET
     host = offloaded + snapshot + (update if on_host else 0) + (peak if recipe.resources.gpus_per_worker == 0 else 0)
     return RankPlan(
         rank=rank,
@@ -207,7 +202,7 @@ def _kept(recipe: Recipe, model: Model, ranks: int, rank: int) -> Share:
 
 
 def _offloaded(recipe: Recipe, kept: Share) -> int:
-    """Bytes of the kept ones that lie in the host's memory."""
+    """Returns the bytes, of those kept between steps, that are in the host's memory."""
     everything = kept.frozen + kept.trainable + kept.padding
     if recipe.strategy.kind not in STAGES and recipe.optimizer.name.startswith("paged"):
         return kept.optimizer
@@ -216,7 +211,7 @@ def _offloaded(recipe: Recipe, kept: Share) -> int:
 
 
 def _states_on_host(recipe: Recipe) -> bool:
-    """Whether gradients and optimizer state are offloaded, and the update runs on the host."""
+    """Returns True when gradients and optimizer state are offloaded, and the update runs on the host."""
     return recipe.strategy.offload or _zero_offloads(recipe, "offload_optimizer")
 
 
@@ -228,16 +223,10 @@ def _zero_offloads(recipe: Recipe, part: str) -> bool:
 
 
 def _update_bytes(recipe: Recipe, model: Model, kept: Share) -> int:
-    """On GPUs torch updates all tensors at once, with one temporary of their size; elsewhere one after the other."""
     if recipe.optimizer.name != "adamw":
         return 0
     elements = kept.gradient // (WHOLE + (8 if recipe.exact else 0))
     largest = max((w.numel for w in model.weights if w.trainable), default=0)
     at_once = recipe.resources.gpus_per_worker and not _states_on_host(recipe)
+    # On GPUs torch updates all tensors at once, with one temporary of their size; on CPUs one after the other.
     return WHOLE * (elements if at_once else min(elements, 2 * largest))
-
-
-def _load_bytes(recipe: Recipe, model: Model, kept: Share) -> int:
-    if model.by_shard:
-        return kept.frozen + kept.trainable + kept.padding + model.quant_state + LOAD_BUDGET
-    return model.bytes + model.mapped

@@ -1,4 +1,4 @@
-"""The model to train as shapes only: built on torch's meta device, packed, with its adapter on."""
+"""The model to train without values: built on torch's meta device, quantised, with its adapter."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def layer_count(config: PreTrainedConfig) -> int:
 
 
 def with_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
-    """The same architecture with its first ``count`` layers."""
+    """Returns the configuration with the first ``count`` layers only."""
     fewer = copy.deepcopy(config)
     text: Any = fewer.get_text_config()
     text.num_hidden_layers = count
@@ -39,15 +39,19 @@ def with_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
 
 
 def skeleton(recipe: Recipe, config: PreTrainedConfig, *, as_gathered: bool = False) -> torch.nn.Module:
-    """On the meta device, in training mode. ``as_gathered``: a model that is trained whole in the type that it computes
-    in, instead of the float32 that its parameters are kept in.
+    """Builds the model on the meta device, in training mode.
 
-    Raises InputError when the configuration is none of the task's model, or the adapter does not fit it."""
-    adapter, head = make_adapter(recipe), _head(recipe)
+    ``as_gathered``: under full fine-tuning, parameters have the type in which the forward uses them instead of float32.
+    Raises InputError when the configuration does not fit the task, or the adapter does not fit the model."""
+    adapter, labels = make_adapter(recipe), make_task(recipe, labels_of(recipe)).labels
+    head = Head(labels, recipe.seed) if labels else None
+    if head:
+        config = copy.deepcopy(config)
+        config.update(head.settings())
     with _quiet():
         model: Any = from_config(
             recipe.model,
-            _with_head(config, head),
+            config,
             full=adapter.full and not as_gathered,
             checkpointing=recipe.training.gradient_checkpointing,
             auto_class=getattr(transformers, AUTO_CLASSES[recipe.task]),
@@ -63,27 +67,14 @@ def skeleton(recipe: Recipe, config: PreTrainedConfig, *, as_gathered: bool = Fa
 
 
 def labels_of(recipe: Recipe) -> tuple[str, ...]:
-    """Labels are known from the data, which a plan does without: those that the recipe names, and two at least."""
+    """Returns the labels that the recipe names, filled up to two: a plan does not read the data, which has them all."""
     named = tuple(recipe.classification.class_weights)
     return named + tuple(f"label {i}" for i in range(len(named), 2))
 
 
-def _head(recipe: Recipe) -> Head | None:
-    labels = make_task(recipe, labels_of(recipe)).labels
-    return Head(labels, recipe.seed) if labels else None
-
-
-def _with_head(config: PreTrainedConfig, head: Head | None) -> PreTrainedConfig:
-    if head is None:
-        return config
-    config = copy.deepcopy(config)
-    config.update(head.settings())
-    return config
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Libraries have much to say about models that are built without weights."""
+    """Silences the libraries' warnings about models that are built without weights."""
     level = logging.getLogger("transformers").level
     logging.getLogger("transformers").setLevel(logging.ERROR)
     try:

@@ -15,20 +15,22 @@ SMALLEST_8BIT, BLOCK_8BIT = 4096, 256
 
 
 def state_bytes(optimizer: str, elements: int) -> int:
-    """Of ``optimizer.name`` for a tensor (or this rank's part of one) of so many elements. Step counters left out."""
+    """Returns the bytes of optimizer state for a tensor of ``elements`` (or a rank's part of it), without step
+    counters."""
     if optimizer == "adamw" or elements < SMALLEST_8BIT:
         return MOMENTS * WHOLE * elements
     return MOMENTS * (elements + WHOLE * -(-elements // BLOCK_8BIT))
 
 
 def partition_bytes(recipe: Recipe, elements: int) -> int:
-    """The same with what DeepSpeed adds: its optimizer works on a float32 copy of what is trained."""
+    """Returns `state_bytes`, and under DeepSpeed its optimizer's float32 copy of the trainable parameters."""
     copy = WHOLE * elements if recipe.strategy.kind in STAGES else 0
     return state_bytes(recipe.optimizer.name, elements) + copy
 
 
 def checkpoint_bytes(recipe: Recipe, weights: Counter[Weight]) -> int:
-    """Weights and optimizer state as they are stored, whatever the strategy; headers and configuration left out."""
+    """Returns the stored bytes of weights and optimizer state, the same for each strategy, without headers and
+    configuration."""
     import torch
 
     trained = [(w.numel, count) for w, count in weights.items() if w.trainable]

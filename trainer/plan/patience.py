@@ -1,4 +1,4 @@
-"""Asking what may not answer, and waiting no longer than one is willing to."""
+"""Calls with a time limit, for storages that may never answer."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ T = TypeVar("T")
 
 
 class Late(Exception):
-    """No answer in time."""
+    """The call did not return in time."""
 
 
 class Asked(Generic[T]):
-    """A question that is being answered beside what goes on. An answer that nobody waits for ends with the process."""
+    """A call that runs on a daemon thread, which does not keep the process alive."""
 
-    def __init__(self, ask: Callable[[], T]) -> None:
+    def __init__(self, call: Callable[[], T]) -> None:
         self._answers: list[T] = []
         self._failures: list[Exception] = []
         self._began = time.monotonic()
-        self._thread = threading.Thread(target=self._work, args=(ask,), daemon=True)
+        self._thread = threading.Thread(target=self._work, args=(call,), daemon=True)
         self._thread.start()
 
-    def _work(self, ask: Callable[[], T]) -> None:
+    def _work(self, call: Callable[[], T]) -> None:
         try:
-            self._answers.append(ask())
+            self._answers.append(call())
         except Exception as error:
             self._failures.append(error)
 
     def answer(self, within_s: float) -> T:
-        """What was returned or raised; Late when there is nothing so many seconds after the question was asked."""
+        """Returns or raises the call's result; raises Late if it has none ``within_s`` after the call began."""
         self._thread.join(max(0.0, self._began + within_s - time.monotonic()))
         if self._thread.is_alive():
             raise Late

@@ -1,4 +1,4 @@
-"""What a plan says, as data."""
+"""The result of a plan, as data."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ class RankPlan:
     """One rank's bytes.
 
     Kept between steps: ``frozen_bytes`` and ``trainable_bytes`` of parameters, ``gradient_bytes``, ``optimizer_bytes``,
-    ``quant_state_bytes`` (scales of quantised weights, on every rank whole), ``padding_bytes`` (allocated where
-    sharding does not divide evenly). While it computes: ``activation_bytes`` at their peak, ``unsharded_bytes`` of
-    gathered parameters and the buffers that they come in; while it updates: ``update_bytes``.
+    ``quant_state_bytes`` (scales of quantised weights, not sharded), ``padding_bytes`` (allocated where sharding does
+    not divide evenly). In forward and backward: ``activation_bytes`` at their peak, ``unsharded_bytes`` of gathered
+    parameters and their buffers. In the optimizer's step: ``update_bytes``.
 
-    ``peak_device_bytes`` is the largest sum of what lies on the device at one time; ``offloaded_bytes`` lie in the
-    host's memory instead. ``peak_host_load_bytes``: while the base is loaded; ``peak_host_bytes``: at any time.
+    ``peak_device_bytes`` is the largest sum on the device at one time; ``offloaded_bytes`` are in the host's memory
+    instead. ``peak_host_load_bytes``: while the base is loaded; ``peak_host_bytes``: at any time.
     """
 
     rank: int
@@ -37,7 +37,7 @@ class RankPlan:
 
 @dataclass(frozen=True)
 class Limits:
-    """Bytes that each rank may use, None where nobody said."""
+    """The bytes that each rank may use, None where no limit is known."""
 
     device: int | None = None
     host: int | None = None
@@ -45,9 +45,10 @@ class Limits:
 
 @dataclass(frozen=True)
 class Plan:
-    """``parameters``: of the whole model, as if it was not quantised. ``fits``: None without limits.
+    """The memory of all ranks. ``fits`` is None without limits.
 
-    ``on_host``: the device is the host's own memory (no GPU)."""
+    ``total_parameters`` and ``trainable_parameters`` count the whole model's elements before quantisation. ``on_host``:
+    the device is the host's own memory (no GPU)."""
 
     world_size: int
     total_parameters: int
@@ -63,7 +64,7 @@ class Plan:
 
     @property
     def largest(self) -> RankPlan:
-        """The rank that needs most of its device; the first of them."""
+        """The rank that needs the most device memory; the first of several."""
         return max(self.ranks, key=lambda r: (r.peak_device_bytes, -r.rank))
 
     @property
@@ -86,8 +87,8 @@ class Plan:
 
     @property
     def fits(self) -> bool | None:
-        asked = [fit for fit in (self.device_fits, self.host_fits) if fit is not None]
-        return all(asked) if asked else None
+        known = [fit for fit in (self.device_fits, self.host_fits) if fit is not None]
+        return all(known) if known else None
 
     def to_json(self) -> dict[str, Any]:
         return {

@@ -1,5 +1,6 @@
-"""How long a run is, where its data are prepared, and how fast it was before, where it ran: each if the storage answers
-soon. A plan never waits for them, and never fails for lack of them."""
+"""The length of a run, if its data are prepared, and its speed, if it has run before.
+
+Both are optional in a plan: they are left out when the storage does not answer within `ANSWER_S`, or fails."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import logging
 import statistics
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any, TypeVar
+from typing import TypeVar
 
 from trainer.data.run_data import find_prepared, total_steps, try_open_data
 from trainer.model import fetch_model, load_tokenizer
@@ -26,8 +27,9 @@ ROWS = 50
 
 @dataclass(frozen=True)
 class RunLength:
-    """None is what is not known. ``tokens_per_s`` is that of all ranks together; ``measured``: by the run itself, on
-    ``measured_ranks``."""
+    """Steps, samples and speed of a run; None where unknown.
+
+    ``tokens_per_s``: sum over all ranks. ``measured_ranks``: the number of ranks when the run itself measured it."""
 
     steps: int | None = None
     steps_per_epoch: int | None = None
@@ -42,10 +44,10 @@ class RunLength:
 
 
 class RunLengthQuery:
-    """Asks when it is made, and tells later: what a plan computes meanwhile takes longer than most answers."""
+    """Requests to the storage that begin when the object is made, and run while the plan is computed."""
 
     def __init__(self, recipe: Recipe, tokens_per_s: float | None) -> None:
-        """``tokens_per_s``: what the user expects, instead of what the run's own metrics say."""
+        """``tokens_per_s``: the user's own value, which replaces that of the run's metrics."""
         self._given = RunLength(steps=recipe.training.steps, tokens_per_s=tokens_per_s)
         self._length = Asked(lambda: _length(recipe))
         self._speed = Asked(lambda: _speed(recipe)) if tokens_per_s is None else None
@@ -64,17 +66,21 @@ def _answer(asked: Asked[T | None]) -> T | None:
         return asked.answer(ANSWER_S)
     except Late:
         return None
-    except Exception as error:  # whatever a storage may raise: what it would have told is optional
+    except Exception as error:  # a storage may raise anything, and its answer is optional
         log.debug("left out of the plan: %s", error)
         return None
 
 
 def _length(recipe: Recipe) -> tuple[int, int, int] | None:
-    """Steps of the run and of an epoch, and samples, of data that are prepared."""
+    """Returns the steps of the run and of an epoch, and an epoch's samples; None if the data are not prepared."""
     storage = open_storage(recipe.storage, deadline_s=ANSWER_S)
     shared = storage.child(layout.PREPARED)
     begun = try_open_data(recipe, storage.child(recipe.name), shared)
-    train = begun.train if begun else find_prepared(recipe, shared, _tokenizer(recipe))
+    train = begun.train if begun else None
+    if not begun:
+        folder = fetch_model(recipe.model, weights=False).folder
+        tokenizer = load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)
+        train = find_prepared(recipe, shared, tokenizer)
     if train is None:
         return None
     epoch = recipe.training.model_copy(update={"steps": None, "epochs": 1})
@@ -82,13 +88,8 @@ def _length(recipe: Recipe) -> tuple[int, int, int] | None:
     return total_steps(recipe, train), per_epoch, train.totals.samples
 
 
-def _tokenizer(recipe: Recipe) -> Any:
-    files = fetch_model(recipe.model, weights=False)
-    return load_tokenizer(files.folder, trust_remote_code=recipe.model.trust_remote_code)
-
-
 def _speed(recipe: Recipe) -> tuple[float, int] | None:
-    """The median over the run's last steps, and its ranks then."""
+    """Returns the median tokens per second of the run's last steps, and its number of ranks then."""
     storage = open_storage(recipe.storage, deadline_s=ANSWER_S)
     rows = rows_backwards(storage.child(recipe.name), layout.METRICS)
     steps = [row for row in islice(rows, ROWS) if row.get("tokens_per_s") and row.get("world_size")]

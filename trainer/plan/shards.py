@@ -1,7 +1,7 @@
-"""How many elements of each parameter a rank keeps, as a function of shape, ranks and rank: nothing is started.
+"""The elements of each parameter that a rank keeps, a pure function of shape, number of ranks and rank.
 
-FSDP2 cuts the first dimension as ``torch.chunk`` does, so that late ranks may get fewer rows or none, and allocates
-the largest chunk on every rank; ZeRO-3 cuts the flattened parameter into equal slices, the last ones padded.
+FSDP2 splits the first dimension as ``torch.chunk`` does, so that the last ranks may get fewer rows or none, and
+allocates the largest chunk on every rank. ZeRO-3 splits the flattened parameter into equal slices; the last are padded.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 
 
 class Weight(NamedTuple):
-    """A parameter as a plan sees it."""
+    """The properties of a parameter that determine its memory."""
 
     shape: tuple[int, ...]
     itemsize: int
@@ -28,12 +28,12 @@ class Weight(NamedTuple):
 
 
 def weights_of(model: torch.nn.Module) -> Counter[Weight]:
-    """The model's parameters, tied ones once, counted: a deep model has few different ones."""
+    """Counts the model's parameters by these properties; tied ones count once. A deep model has few different ones."""
     return Counter(Weight(tuple(p.shape), p.element_size(), p.requires_grad) for p in model.parameters())
 
 
 class Kept(NamedTuple):
-    """Elements of one parameter on one rank between steps; ``padding``: allocated beside ``parameter``, never used."""
+    """Elements of one parameter on one rank between steps; ``padding``: allocated with ``parameter``, never used."""
 
     parameter: int
     gradient: int
@@ -42,7 +42,7 @@ class Kept(NamedTuple):
 
 
 def chunk_rows(rows: int, ranks: int, rank: int) -> int:
-    """Rows of the ``rank``-th of ``ranks`` pieces of ``torch.chunk``."""
+    """Returns the rows of piece ``rank`` of ``torch.chunk(…, ranks)``."""
     size = -(-rows // ranks)
     return max(0, min(size, rows - rank * size))
 
@@ -73,12 +73,12 @@ CUTS: dict[str, Callable[[Weight, int, int], Kept]] = {
     "zero2": _flat_states,
     "zero3": _flat,
 }
-"""By ``strategy.kind``."""
+"""The elements that a rank keeps, by ``strategy.kind``."""
 
 
 @dataclass(frozen=True)
 class Share:
-    """Bytes that one rank keeps of a model, whatever memory they lie in. ``padding`` is allocated and never used."""
+    """Bytes that one rank keeps of a model, on the device or the host. ``padding`` is allocated and never used."""
 
     frozen: int
     trainable: int
@@ -90,7 +90,8 @@ class Share:
 def share(
     kind: str, weights: Counter[Weight], ranks: int, rank: int, *, gradient_size: int, state: Callable[[int], int]
 ) -> Share:
-    """``gradient_size``: bytes per gradient element; ``state``: bytes of optimizer state for so many elements."""
+    """Sums a rank's bytes. ``gradient_size``: bytes per gradient element; ``state(elements)``: bytes of optimizer
+    state."""
     cut = CUTS[kind]
     sums: Counter[str] = Counter()
     for weight, count in weights.items():

@@ -1,4 +1,4 @@
-"""What to change when a run does not fit: the smallest change first, each planned anew, so that it is known to fit."""
+"""Suggests changes to a recipe that does not fit: the smallest first, each planned again to verify that it fits."""
 
 from __future__ import annotations
 
@@ -18,14 +18,15 @@ Change = tuple[str, ...]
 
 
 class Suggestion(NamedTuple):
-    """Overrides that make the recipe fit, and the plan with them."""
+    """Overrides that make the recipe fit, and its plan with them."""
 
     overrides: Change
     plan: Plan
 
 
 def suggestions(planner: Planner, recipe: Recipe, ranks: int) -> list[Suggestion]:
-    """Of every kind of change, the least that fits alone; when none does, the shortest way through several of them.
+    """Returns the smallest change of each kind that is enough alone; if none is, one suggestion that combines several.
+
     Empty when nothing helps."""
     advisor = _Advisor(planner, recipe, ranks)
     alone = [found for kind in _kinds(recipe, ranks) if (found := advisor.least(kind, ()))]
@@ -38,7 +39,7 @@ class _Advisor:
         self.text = dump(recipe)
 
     def changed(self, change: Change) -> tuple[Recipe, int] | None:
-        """None where the recipe refuses the change."""
+        """Returns the recipe and its number of ranks, None when the change is not valid."""
         try:
             recipe = loads(self.text, overrides=change)
         except RecipeError:
@@ -60,24 +61,22 @@ class _Advisor:
         return next((found for change in kind if (found := self.fitting(before + change))), None)
 
     def together(self) -> list[Suggestion]:
-        """Takes every kind in turn to its end until it fits, then leaves out what was not needed."""
+        """Adds the largest change of each kind in turn until the recipe fits, then drops the changes that are not
+        needed."""
         taken: list[Change] = []
         for kind in _kinds(self.recipe, self.ranks):
             so_far = _flat(taken)
             found = self.least(kind, so_far)
             if found:
                 taken.append(found.overrides[len(so_far) :])
-                return [self._needed(taken, found)]
+                for change in list(taken[:-1]):
+                    fewer = [c for c in taken if c is not change]
+                    if without := self.fitting(_flat(fewer)):
+                        taken, found = fewer, without
+                return [found]
             if self.changed(so_far + kind[-1]) is not None:
                 taken.append(kind[-1])
         return []
-
-    def _needed(self, taken: list[Change], found: Suggestion) -> Suggestion:
-        for change in list(taken[:-1]):
-            fewer = [c for c in taken if c is not change]
-            if without := self.fitting(_flat(fewer)):
-                taken, found = fewer, without
-        return found
 
 
 def _flat(changes: list[Change]) -> Change:
@@ -85,24 +84,18 @@ def _flat(changes: list[Change]) -> Change:
 
 
 def _kinds(recipe: Recipe, ranks: int) -> Iterator[list[Change]]:
-    """Changes by kind, the smallest kind first, and inside a kind the smallest step."""
+    """Yields the changes by kind: the kind with the least effect first, and in each kind the smallest change first."""
+    micro_batch = recipe.training.micro_batch
+    doubled = (ranks << n for n in range(1, MOST_RANKS.bit_length()))
     found: list[list[Change]] = [
-        _micro_batches(recipe.training.micro_batch),
+        [(f"training.micro_batch={micro_batch >> n}",) for n in range(1, micro_batch.bit_length())],
         [] if recipe.training.gradient_checkpointing else [("training.gradient_checkpointing=true",)],
         list(_strategies(recipe, ranks)),
         list(_offloads(recipe)),
         [("model.quantization=nf4",)] if recipe.model.quantization != "nf4" else [],
-        [(f"resources.workers={n}", *_sharding(recipe)) for n in _more(ranks)],
+        [(f"resources.workers={workers}", *_sharding(recipe)) for workers in doubled if workers <= MOST_RANKS],
     ]
     yield from (kind for kind in found if kind)
-
-
-def _micro_batches(now: int) -> list[Change]:
-    smaller: list[Change] = []
-    while now > 1:
-        now //= 2
-        smaller.append((f"training.micro_batch={now}",))
-    return smaller
 
 
 def _strategies(recipe: Recipe, ranks: int) -> Iterator[Change]:
@@ -113,7 +106,7 @@ def _strategies(recipe: Recipe, ranks: int) -> Iterator[Change]:
 
 
 def _sharding(recipe: Recipe) -> Change:
-    """What makes more ranks hold less each; nothing where they do already."""
+    """Returns the overrides that shard the model over the ranks; empty if it is sharded already."""
     kind = recipe.strategy.kind
     if kind in ("fsdp", "zero3"):
         return ()
@@ -121,14 +114,8 @@ def _sharding(recipe: Recipe) -> Change:
 
 
 def _offloads(recipe: Recipe) -> Iterator[Change]:
-    """From `strategy.kind` as it may have become by then: what does not go together, the recipe refuses."""
+    # An earlier change may have set another strategy.kind: `_Advisor.changed` drops combinations that are not valid.
     if recipe.strategy.kind in STAGES:
         yield (f"strategy.deepspeed={recipe.strategy.kind}_offload",)
     elif not recipe.strategy.offload:
         yield ("strategy.kind=fsdp", "strategy.offload=true")[recipe.strategy.kind == "fsdp" :]
-
-
-def _more(ranks: int) -> Iterator[int]:
-    while ranks * 2 <= MOST_RANKS:
-        ranks *= 2
-        yield ranks

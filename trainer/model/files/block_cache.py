@@ -1,7 +1,7 @@
-"""Weight files of object storage in blocks on this host's disk: its ranks fetch each byte once.
+"""A cache on this host's disk of weight files in object storage, in blocks: the host's ranks fetch each byte once.
 
-A block is a file, made whole by a rename, with a checksum at its end; one process at a time fetches it. Whatever goes
-wrong here, a full disk above all, is a warning: the load goes on by ranged reads of its own.
+A block is a file with a checksum at its end; a rename makes it visible. One process at a time fetches it. Any OSError
+of the cache (usually a full disk) is a warning: the load continues with ranged reads that bypass the cache.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 BLOCK = 4 * 2**20
 KEPT_FREE_SHARE, KEPT_FREE_BYTES = 0.05, 10 * 2**30
-"""Of the disk: the smaller of both is left free."""
+"""The space that is left free on the disk: the smaller of the two."""
 _STRIPES = 64
 _CHECKSUM = 4
 
@@ -32,7 +32,7 @@ Fetch = Callable[[int, int], bytes]
 
 
 class BlockCache:
-    """Blocks of the files of one model version in ``folder``, shared by all processes of the host. Thread-safe."""
+    """The blocks of one model version's files in ``folder``, shared by all processes of the host. Thread-safe."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -42,16 +42,16 @@ class BlockCache:
         with self._tolerant():
             make_own(folder.parent)
             self._held = hold_folder(folder)
-            os.utime(folder)  # what was used longest ago goes first when room is needed
+            os.utime(folder)  # `make_room` removes the folder with the oldest mtime first
 
     def close(self) -> None:
-        """The blocks stay; another model may take their room from now on."""
+        """Releases the folder. Its blocks stay until another model needs the space."""
         if self._held is not None:
             os.close(self._held)
             self._held = None
 
     def want(self, file: str, index: int, size: int, fetch: Fetch) -> None:
-        """Brings the block here if it is not; it is not read back."""
+        """Fetches the block if this host does not have it; a block that is present is not read."""
         with suppress(OSError):
             stored = (self.folder / f"{file}.{index}").stat().st_size
             if stored == min(size, (index + 1) * BLOCK) - index * BLOCK + _CHECKSUM:
@@ -59,8 +59,9 @@ class BlockCache:
         self.get(file, index, size, fetch)
 
     def get(self, file: str, index: int, size: int, fetch: Fetch) -> bytes | None:
-        """Block ``index`` of a file of ``size`` bytes, by ``fetch(start, stop)`` when no process of this host has had
-        it; None when there is no cache any more."""
+        """Returns block ``index`` of a file of ``size`` bytes; None when the cache has been given up.
+
+        ``fetch(start, stop)`` is called when no process of this host has stored the block."""
         if self.given_up:
             return None
         start = index * BLOCK
@@ -100,7 +101,7 @@ class BlockCache:
 
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:
-        """One thread and one process at a time per block, as far as the host's locks work."""
+        """Holds the block's lock: one thread of one process at a time. No effect where file locks do not work."""
         descriptor = None
         with self._tolerant():
             descriptor = lock_file(self.folder / f"lock-{zlib.crc32(name.encode()) % _STRIPES}")
@@ -116,11 +117,11 @@ class BlockCache:
             yield
         except OSError as error:
             with self._lock:
-                told, self.given_up = self.given_up, True
-            if not told:
+                warned, self.given_up = self.given_up, True
+            if not warned:
                 log.warning(
-                    "the weights are not kept in %s, each rank reads its own from their source (%s); let MUSTER_CACHE "
-                    "name a folder with room, which can be written",
+                    "the weights cannot be cached in %s (%s), so each rank reads its own from their source; set "
+                    "MUSTER_CACHE to a writable folder with free space",
                     self.folder,
                     error,
                 )
@@ -131,10 +132,10 @@ def weights_root() -> Path:
 
 
 def make_room(folder: Path, size: int) -> None:
-    """Removes blocks of models that nobody uses, the ones used longest ago first; OSError when that is not enough."""
+    """Removes the blocks of unused models, least recently used first; raises OSError when that is not enough."""
     if _has_room(folder, size):
         return
-    for other in sorted((f for f in folder.parent.iterdir() if f != folder and f.is_dir()), key=_age):
+    for other in sorted((f for f in folder.parent.iterdir() if f != folder and f.is_dir()), key=_last_used):
         remove_unused(other)
         if _has_room(folder, size):
             return
@@ -146,7 +147,7 @@ def _has_room(folder: Path, size: int) -> bool:
     return disk.free - size >= min(KEPT_FREE_SHARE * disk.total, KEPT_FREE_BYTES)
 
 
-def _age(folder: Path) -> float:
+def _last_used(folder: Path) -> float:
     try:
         return folder.stat().st_mtime
     except FileNotFoundError:
@@ -154,7 +155,7 @@ def _age(folder: Path) -> float:
 
 
 def _read(path: Path, size: int) -> bytes | None:
-    """The block's bytes, None when it is not there; one that is torn is removed."""
+    """Returns the block's bytes, None when it is not stored. A damaged block is deleted."""
     try:
         raw = path.read_bytes()
     except FileNotFoundError:

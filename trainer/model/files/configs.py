@@ -1,5 +1,6 @@
-"""The JSON files beside a model's or an adapter's weights, read before a library reads them: what transformers and peft
-do with a file that is nested without end, or whose values are of other types, is theirs and changes."""
+"""Reads the JSON files next to a model's or an adapter's weights before transformers or peft does.
+
+How these libraries fail on a deeply nested file, or on values of the wrong type, changes between their versions."""
 
 from __future__ import annotations
 
@@ -14,10 +15,10 @@ from trainer.parsing import Malformed, parse_json
 from trainer.records import read_record
 
 LARGEST_CONFIG = 64 << 20
-"""Bytes; the index of the largest models has a few million."""
+"""In bytes; the index of the largest models has a few million."""
 MOST_MODULES = 10_000
 COUNTED = re.compile(r"layers?$|experts$|blocks$")
-"""Names of the counts of modules: num_hidden_layers, n_layer, n_routed_experts."""
+"""Matches the names of module counts: num_hidden_layers, n_layer, n_routed_experts."""
 CONFIG_FILES = (
     "config.json",
     "generation_config.json",
@@ -31,7 +32,7 @@ UNUSABLE = (
     OSError, ValueError, LookupError, ImportError, TypeError, AttributeError, ArithmeticError, AssertionError,
     RecursionError, NotImplementedError, StrictDataclassError,
 )  # fmt: skip
-"""What libraries raise where a configuration says something that cannot be."""
+"""The exceptions that libraries raise for an impossible configuration."""
 LONGEST_CAUSE = 300
 
 
@@ -50,9 +51,9 @@ class Config(TypedDict, total=False):
 
 
 def read_config(path: Path, where: str) -> dict[str, Any]:
-    """One such file, which has to hold an object; ``where`` names its folder in the InputError for what it is not.
+    """Reads one such file. Raises InputError, which names the folder as ``where``, when it holds no usable object.
 
-    NaN, infinities and keys that stand twice are left to the libraries, which take them."""
+    NaN, infinities and duplicate keys are accepted, since the libraries accept them."""
     try:
         if path.stat().st_size > LARGEST_CONFIG:
             raise Malformed(f"it has more than {LARGEST_CONFIG:,} bytes")
@@ -66,8 +67,8 @@ def read_config(path: Path, where: str) -> dict[str, Any]:
 
 
 def _check_counts(config: dict[str, Any]) -> None:
-    """A module is made for each layer and each expert, one after the other, before anything is compared with the
-    weights."""
+    # transformers builds a module for each layer and expert before it compares anything with the weights: a count
+    # that is too large would take hours or all memory.
     for name, value in config.items():
         if isinstance(value, dict):
             _check_counts(value)
@@ -76,12 +77,12 @@ def _check_counts(config: dict[str, Any]) -> None:
 
 
 def cause(error: BaseException) -> str:
-    """The library's message on one line."""
+    """Returns the library's message on one line."""
     return " ".join(str(error).split())[:LONGEST_CAUSE] or type(error).__name__
 
 
 def check_configs(folder: Path, where: str) -> None:
-    """Raises InputError for the first of the files there that cannot be used."""
+    """Raises InputError for the first of `CONFIG_FILES` in ``folder`` that cannot be used."""
     for name in CONFIG_FILES:
         if (folder / name).is_file():
             read_config(folder / name, where)

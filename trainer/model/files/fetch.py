@@ -1,7 +1,7 @@
-"""Brings a model's files to this host: from a folder (as it is), from any fsspec URL or from the Hub (into a cache).
+"""Brings a model's files to this host: from a folder (used in place), or from an fsspec URL or the Hub (into a cache).
 
-A copy is made once per host: under a file lock, into a temporary folder that gets its name when it is whole. The name
-holds a digest of the objects' sizes and ETags, so that a changed model is fetched again.
+A copy is made once per host, under a file lock, in a temporary folder that is renamed when it is complete. Its name is
+a digest of the objects' sizes and ETags, so that a changed model is fetched again.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ LOCK_TIMEOUT_S = 3600
 WEIGHTS = (".safetensors",)
 SKIPPED = (".bin", ".pt", ".pth", ".h5", ".msgpack", ".onnx", ".gguf", ".ot")
 TWICE = ("consolidated", "original/")
-"""Where repositories hold the same weights a second time, in their authors' own format."""
+"""The paths at which repositories store the same weights a second time, in their authors' own format."""
 LONGEST_CAUSE = 300
 HUB_PATTERNS = ["*.json", "*.model", "*.txt", "*.jinja", "*.tiktoken"]
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """``folder`` holds the files; ``fetched_bytes`` were read from object storage or the Hub by this process."""
+    """A model's files in ``folder``; ``fetched_bytes``: read from object storage by this process."""
 
     folder: Path
     fetched_bytes: int = 0
@@ -43,7 +43,7 @@ def cache_folder() -> Path:
 
 
 def fetch_model(section: ModelSection, *, weights: bool = True) -> ModelFiles:
-    """The model's files on this host, without its weights if they are not asked for.
+    """Returns the model's files on this host; ``weights``: with its weight files.
 
     Raises InputError when there is no such folder, URL or Hub repository, or when it holds no ``config.json``.
     """
@@ -61,13 +61,11 @@ def _checked(files: ModelFiles, path: str) -> ModelFiles:
     return files
 
 
-def _wanted(key: str, weights: bool) -> bool:
-    return not key.endswith(SKIPPED) and not key.startswith(TWICE) and (weights or not key.endswith(WEIGHTS))
-
-
 def _from_url(url: str, weights: bool) -> ModelFiles:
     storage = open_storage(url)
-    objects = [o for o in storage.list() if "/" not in o.key and _wanted(o.key, weights)]
+    skipped = SKIPPED if weights else SKIPPED + WEIGHTS
+    listed = (o for o in storage.list() if "/" not in o.key)
+    objects = [o for o in listed if not o.key.endswith(skipped) and not o.key.startswith(TWICE)]
     if not any(o.key == "config.json" for o in objects):
         raise InputError(
             f"model.path {url!r} holds no config.json: name the URL of a folder in the Hugging Face format"
@@ -80,15 +78,16 @@ def _from_url(url: str, weights: bool) -> ModelFiles:
         with FileLock(f"{target}.lock", timeout=LOCK_TIMEOUT_S):
             if target.is_dir():
                 return ModelFiles(target)
-            for half in target.parent.glob(f"{target.name}.*/"):  # of a process that was killed: we hold its lock
-                shutil.rmtree(half, ignore_errors=True)
+            # Partial copies of processes that were killed: this process holds the lock, so no other one writes them.
+            for partial in target.parent.glob(f"{target.name}.*/"):
+                shutil.rmtree(partial, ignore_errors=True)
             _download(storage, objects, target)
     except FileNotFoundError as e:
         raise InputError(f"model.path {url!r} changed while it was copied ({e}); run the same command again") from e
     except OSError as e:
         raise InputError(
             f"the model cache {target.parent} cannot take the {size:,} bytes of {url} ({e.strerror or e}): "
-            "let MUSTER_CACHE name a folder with room, which can be written"
+            "set MUSTER_CACHE to a writable folder with free space"
         ) from e
     return ModelFiles(target, size)
 
@@ -122,9 +121,9 @@ def _from_hub(section: ModelSection, weights: bool) -> ModelFiles:
             ignore_patterns=[f"{name}*" for name in TWICE],
         )
     except Exception as e:
-        said = " ".join(str(e).split())[:LONGEST_CAUSE]
+        message = " ".join(str(e).split())[:LONGEST_CAUSE]
         raise InputError(
             f"model.path {section.path!r} is neither a folder here nor a model that the Hub gives "
-            f"(revision {section.revision!r}): {said}"
+            f"(revision {section.revision!r}): {message}"
         ) from e
     return ModelFiles(Path(folder))

@@ -1,6 +1,7 @@
-"""Which base something was trained on: the shape that its configuration has, and a digest of a little of its weights.
+"""The identity of the base model that something was trained on: sizes from its configuration, a digest of samples of
+its weights.
 
-A path says too little: another model may lie there by now. ETags say too much: the same model has others in each place.
+A path does not identify a model: its content may have been replaced. ETags differ between copies of the same model.
 """
 
 from __future__ import annotations
@@ -25,15 +26,16 @@ SHAPE: dict[str, tuple[str, ...]] = {
     "intermediate_size": ("n_inner", "ffn_dim"),
     "num_experts": ("num_local_experts", "n_routed_experts"),
 }
-"""Values of a configuration, with the names that some families have for the same."""
+"""The values of a configuration that are compared, each with its names in other model families."""
 SAMPLED, SAMPLE_BYTES = 8, 4096
-"""Tensors, and bytes of the middle of each: another training of the same architecture differs in all of them."""
+"""The number of tensors, and of bytes in the middle of each. Another training of the same architecture differs in
+all of them."""
 WEIGHTS = "weights"
 
 
 def identity_of(section: ModelSection) -> dict[str, Any]:
-    """Reads the configuration, the headers, and a few ranges of the weights; without the latter where they are no
-    safetensors. Raises InputError where no model lies."""
+    """Reads the configuration, the headers, and a few ranges of the weights; only the configuration where the weights
+    are not safetensors. Raises InputError where there is no model."""
     folder = fetch_model(section, weights=False).folder
     source = WeightSource(section.path if "://" in section.path else str(folder))
     try:
@@ -45,7 +47,7 @@ def identity_of(section: ModelSection) -> dict[str, Any]:
 
 
 def differences(was: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """``num_hidden_layers 2 is 3 here`` for each value that both know and that is not the same."""
+    """Returns ``num_hidden_layers 2 is 3 here`` for each value that both contain and that differs."""
     return [
         f"{name} {str(was[name])[:80]} is {now[name]} here" for name in now if was.get(name, now[name]) != now[name]
     ]
@@ -60,7 +62,6 @@ def _shape(folder: Path) -> dict[str, Any]:
 
 
 def _sampled(source: WeightSource, stored: Mapping[str, TensorLocation]) -> str:
-    """By ranges of their own, past the cache of blocks, which would fetch megabytes for each."""
     names = sorted(stored, key=lambda name: (-stored[name].bytes, name))[: SAMPLED * 4 : 4]
     digest = hashlib.sha256(f"{len(stored)}".encode())
     for name in names:
@@ -68,5 +69,6 @@ def _sampled(source: WeightSource, stored: Mapping[str, TensorLocation]) -> str:
         size = min(place.bytes, SAMPLE_BYTES)
         start = place.start + (place.bytes - size) // 2
         digest.update(f"{name} {place.dtype} {place.shape}".encode())
+        # Not source.read(): its cache of blocks would fetch megabytes for each of these ranges.
         digest.update(source.storage.read_range(place.file, start, start + size))
     return digest.hexdigest()[:32]

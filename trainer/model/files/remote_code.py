@@ -1,4 +1,4 @@
-"""Code that comes with a model: its configuration names Python files beside it under ``auto_map``."""
+"""Code that is part of a model: its configuration names Python files in its folder under ``auto_map``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def brings_code(folder: Path) -> bool:
 
 
 def check_code(section: ModelSection, folder: Path) -> None:
-    """Raises InputError when only the model's own code can build it, and the user has not trusted that."""
+    """Raises InputError when only the model's own code can build it, and the user does not trust that code."""
     if section.trust_remote_code or not brings_code(folder):
         return
     from transformers import CONFIG_MAPPING
@@ -29,8 +29,7 @@ def check_code(section: ModelSection, folder: Path) -> None:
 
 
 def _config(folder: Path) -> dict[str, object]:
-    """Empty for a configuration that cannot be read, which is told where the model is built."""
     try:
         return read_config(folder / "config.json", str(folder))
     except InputError:
-        return {}
+        return {}  # reported where the model is built

@@ -1,4 +1,4 @@
-"""The header of a safetensors file, read strictly: whoever wrote the file may have written anything.
+"""Reads the header of a safetensors file strictly, since the file is not trusted.
 
 A file is eight bytes with the header's length, the header (JSON: each tensor's type, shape and offsets), and the
 tensors one after the other, without holes, each contiguous and in row-major order.
@@ -11,22 +11,23 @@ import struct
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from trainer.errors import InputError
 from trainer.parsing import Malformed, parse_json
 
 LARGEST_HEADER = 32 * 2**20
-"""Bytes: about 200,000 tensors. safetensors itself takes 100 MiB, of which Python's JSON makes gigabytes."""
+"""In bytes: about 200,000 tensors. safetensors itself accepts 100 MiB, for which Python's JSON needs gigabytes."""
 BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "U16": 16, "I16": 16, "U32": 32, "I32": 32, "U64": 64, "I64": 64, "F16": 16,
     "BF16": 16, "F32": 32, "F64": 64, "C64": 64, "F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F8_E4M3FNUZ": 8,
     "F8_E5M2FNUZ": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6,
 }  # fmt: skip
-"""Bits of an element, by safetensors' names of types."""
+"""Bits per element, by safetensors' names of types."""
 SHOWN = 80
 METADATA = "__metadata__"
 
 
 class Entry(NamedTuple):
-    """One tensor; ``start`` and ``stop`` are its bytes in the file."""
+    """One tensor, stored in bytes ``start`` to ``stop`` of the file."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -35,11 +36,11 @@ class Entry(NamedTuple):
 
 
 class BadHeader(Exception):
-    """The file is no whole safetensors file; ``str`` says what it has in the place of one."""
+    """The file is not a complete safetensors file; ``str`` is what was found instead."""
 
 
 def read_header(read: Callable[[int, int], bytes], size: int) -> dict[str, Entry]:
-    """The tensors of a file of ``size`` bytes by name, in their order; ``read(start, stop)`` gives bytes of it.
+    """Returns the tensors of a file of ``size`` bytes by name, in file order; ``read(start, stop)`` returns its bytes.
 
     Raises BadHeader. Memory: a few times `LARGEST_HEADER`."""
     if size < 8:
@@ -50,15 +51,23 @@ def read_header(read: Callable[[int, int], bytes], size: int) -> dict[str, Entry
     if length > LARGEST_HEADER:
         raise BadHeader(f"its header has {length} bytes, and {LARGEST_HEADER} are read at most")
     try:
-        told = parse_json(read(8, 8 + length), finite=False)
+        header = parse_json(read(8, 8 + length), finite=False)
     except Malformed:
         raise BadHeader(f"it has {size} bytes and no readable header") from None
-    if not isinstance(told, dict):
+    if not isinstance(header, dict):
         raise BadHeader(f"it has {size} bytes and no readable header")
-    entries = [(name, _entry(name, given, 8 + length)) for name, given in told.items() if name != METADATA]
+    entries = [(name, _entry(name, given, 8 + length)) for name, given in header.items() if name != METADATA]
     entries.sort(key=lambda item: item[1].start)
-    _check_whole(entries, 8 + length, size)
+    _check_contiguous(entries, 8 + length, size)
     return dict(entries)
+
+
+def header_of(read: Callable[[int, int], bytes], size: int, uri: str) -> dict[str, Entry]:
+    """Reads the header of the model file ``uri`` with `read_header`; raises InputError instead of BadHeader."""
+    try:
+        return read_header(read, size)
+    except BadHeader as reason:
+        raise InputError(f"{uri} is torn: {reason}; copy the model again") from None
 
 
 def _entry(name: str, given: Any, base: int) -> Entry:
@@ -67,11 +76,11 @@ def _entry(name: str, given: Any, base: int) -> Entry:
         raise BadHeader(f"{shown} is no mapping in the header")
     dtype, shape, offsets = given.get("dtype"), _sizes(given.get("shape")), _sizes(given.get("data_offsets"))
     if not isinstance(dtype, str) or dtype not in BITS:
-        raise BadHeader(f"{shown} is of type {str(dtype)[:SHOWN]!r}, which nobody here knows")
+        raise BadHeader(f"{shown} is of the unknown type {str(dtype)[:SHOWN]!r}")
     if shape is None:
-        raise BadHeader(f"{shown} has the shape {str(given.get('shape'))[:SHOWN]}, which is none")
+        raise BadHeader(f"{shown} has the invalid shape {str(given.get('shape'))[:SHOWN]}")
     if offsets is None or len(offsets) != 2 or offsets[1] < offsets[0]:
-        raise BadHeader(f"{shown} lies at {str(given.get('data_offsets'))[:SHOWN]}, which is no place")
+        raise BadHeader(f"{shown} has the invalid data_offsets {str(given.get('data_offsets'))[:SHOWN]}")
     bits = math.prod(shape) * BITS[dtype]
     if bits != 8 * (offsets[1] - offsets[0]):
         raise BadHeader(f"{shown} has the shape {str(shape)[:SHOWN]} in {offsets[1] - offsets[0]} bytes")
@@ -79,19 +88,20 @@ def _entry(name: str, given: Any, base: int) -> Entry:
 
 
 def _sizes(value: Any) -> list[int] | None:
-    """Returns None for anything but a list of sizes; true and false are not sizes, although Python has them as ints."""
+    """Returns ``value`` if it is a list of sizes, else None."""
+    # Not isinstance(number, int): true and false are ints in Python.
     if not isinstance(value, list) or not all(type(number) is int and 0 <= number < 2**63 for number in value):
         return None
     return value
 
 
-def _check_whole(entries: list[tuple[str, Entry]], base: int, size: int) -> None:
+def _check_contiguous(entries: list[tuple[str, Entry]], base: int, size: int) -> None:
     end = max((entry.stop for _, entry in entries), default=base)
     if end != size:
-        raise BadHeader(f"it has {size} bytes, and its header speaks of {end}")
+        raise BadHeader(f"it has {size} bytes, and its header describes {end}")
     at = base
     for name, entry in entries:
         if entry.start != at:
-            what = "lies over another" if entry.start < at else "comes after a hole"
+            what = "overlaps another" if entry.start < at else "begins after a gap"
             raise BadHeader(f"its tensor {name[:SHOWN]!r} {what}, at byte {entry.start}")
         at = entry.stop

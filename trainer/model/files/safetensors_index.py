@@ -1,5 +1,6 @@
-"""Which tensor lies where in a model's safetensors files, told by their headers and the index: any run of a flattened
-tensor's elements is a range of bytes.
+"""The location of each tensor in a model's safetensors files, read from their headers and the index.
+
+Any run of a flattened tensor's elements is one range of bytes.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from functools import partial
 import torch
 
 from trainer.errors import InputError
-from trainer.model.files.safetensors_header import SHOWN, BadHeader, read_header
+from trainer.model.files.safetensors_header import SHOWN, header_of
 from trainer.model.files.weight_check import needed_files
 from trainer.model.files.weight_source import WeightSource
 
@@ -24,7 +25,7 @@ DTYPES = {
 
 @dataclass(frozen=True)
 class TensorLocation:
-    """One tensor in a file; ``start`` is its first byte's position."""
+    """One tensor in a file; ``start`` is the position of its first byte."""
 
     file: str
     start: int
@@ -41,7 +42,7 @@ class TensorLocation:
 
 
 def read_headers(source: WeightSource, path: str) -> dict[str, TensorLocation]:
-    """All tensors of the model by their names in the files, in the order of the files.
+    """Returns all tensors of the model by their names in the files, in the order of the files.
 
     Raises InputError when there are no safetensors, or a file is missing or torn.
     """
@@ -56,12 +57,9 @@ def read_headers(source: WeightSource, path: str) -> dict[str, TensorLocation]:
 
 
 def _tensors(source: WeightSource, file: str) -> dict[str, TensorLocation]:
-    where = source.storage.uri(file)
-    try:
-        entries = read_header(partial(source.read, file), source.size(file))
-    except BadHeader as reason:
-        raise InputError(f"{where} is torn: {reason}; copy the model again") from None
+    uri = source.storage.uri(file)
+    entries = header_of(partial(source.read, file), source.size(file), uri)
     odd = next((name for name, entry in entries.items() if entry.dtype not in DTYPES), None)
     if odd is not None:
-        raise InputError(f"{where} holds {odd[:SHOWN]!r} in {entries[odd].dtype}, which is not trained on by shard")
+        raise InputError(f"{uri} holds {odd[:SHOWN]!r} in {entries[odd].dtype}, a type that a sharded load lacks")
     return {n: TensorLocation(file, entry.start, DTYPES[entry.dtype], entry.shape) for n, entry in entries.items()}

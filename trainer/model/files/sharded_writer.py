@@ -1,4 +1,4 @@
-"""Weights written one after the other into safetensors files of bounded size, with the index that names them."""
+"""Writes weights one after the other into safetensors files of bounded size, and their index."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Any
 import torch
 
 Put = Callable[[str, Path], Any]
-"""Takes a file's name and where it lies for the moment."""
+"""Stores a file, given its name and its temporary path."""
 
 
 class WeightFiles:
-    """``put`` takes each file when it is whole. Memory: one file of about ``file_bytes``."""
+    """A series of weight files; ``put`` stores each when it is complete. Memory: one file of about ``file_bytes``."""
 
     def __init__(self, put: Put, file_bytes: int) -> None:
         self._put, self._file_bytes = put, file_bytes
@@ -28,7 +28,7 @@ class WeightFiles:
             self._flush()
 
     def index(self) -> dict[str, Any]:
-        """Writes what is left; the content of ``model.safetensors.index.json``."""
+        """Writes the last file and returns the content of ``model.safetensors.index.json``."""
         if self._pending:
             self._flush()
         return {"metadata": {}, "weight_map": self._weight_map}

@@ -13,7 +13,8 @@ if TYPE_CHECKING:
 
 
 def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Raises InputError when the folder holds no tokenizer. Formats that need an end-of-sequence token ask for it."""
+    """Raises InputError when the folder holds no tokenizer. It may lack an end-of-sequence token; the formats that need
+    one check for it."""
     from transformers import AutoTokenizer
 
     try:
@@ -21,8 +22,8 @@ def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> PreTrain
     except Exception as e:
         if not trust_remote_code and "trust_remote_code" in str(e):
             raise InputError(f"the tokenizer in {folder} is code that comes with it, which was not run: {ASK}") from e
-        said = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__).rstrip(":")
+        reason = next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__).rstrip(":")
         raise InputError(
-            f"no tokenizer can be loaded from {folder} ({said}); put the tokenizer's files beside config.json"
+            f"no tokenizer can be loaded from {folder} ({reason}); put the tokenizer's files next to config.json"
         ) from e
     return tokenizer

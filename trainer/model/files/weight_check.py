@@ -1,17 +1,18 @@
-"""Whether a model's weight files are whole, told by their headers: no weights are read."""
+"""Checks that a model's weight files are complete, from their headers: no weights are read."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from pathlib import Path
 from typing import TypedDict
 
 from trainer.errors import InputError
-from trainer.model.files.safetensors_header import BadHeader, read_header
+from trainer.model.files.safetensors_header import header_of
 from trainer.parsing import Malformed, parse_json
 from trainer.recipe.sections.model import ModelSection
 from trainer.records import read_record
-from trainer.storage import ObjectInfo, Storage, in_parallel, open_storage
+from trainer.storage import Storage, in_parallel, open_storage
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -19,8 +20,9 @@ _PARALLEL_READS = 8
 
 
 def check_weights(section: ModelSection) -> None:
-    """Raises InputError when weight files of a folder or URL are missing or torn. What comes from the Hub is left to
-    the Hub's own checks."""
+    """Raises InputError when weight files of a folder or URL are missing or torn.
+
+    A model on the Hub is not checked: the Hub's client does that."""
     if "://" not in section.path and not Path(section.path).is_dir():
         return
     storage = open_storage(section.path)
@@ -32,11 +34,15 @@ def check_weights(section: ModelSection) -> None:
             f"model.path {section.path!r}: {len(missing)} of the {len(needed)} weight files that {INDEX} names are not "
             f"there ({', '.join(missing[:3])}); copy the model again"
         )
-    in_parallel(lambda name: _check_file(storage, found[name]), needed, _PARALLEL_READS)
+
+    def check(name: str) -> None:
+        header_of(partial(storage.read_range, name), found[name].size, storage.uri(name))
+
+    in_parallel(check, needed, _PARALLEL_READS)
 
 
 def needed_files(storage: Storage, path: str, found: Iterable[str]) -> set[str]:
-    """Names of the weight files that the model consists of, of the files ``found``; InputError when there are none."""
+    """Returns the names of the model's weight files, given all its files ``found``; raises InputError if none."""
     names = set(found)
     if SINGLE in names:
         return {SINGLE}
@@ -61,8 +67,9 @@ class _Index(TypedDict):
     weight_map: dict[str, str]
 
 
-def _check_file(storage: Storage, item: ObjectInfo) -> None:
-    try:
-        read_header(lambda start, stop: storage.read_range(item.key, start, stop), item.size)
-    except BadHeader as reason:
-        raise InputError(f"{storage.uri(item.key)} is torn: {reason}; copy the model again") from None
+def wrong_shapes(path: str, count: int, name: str, stored: Iterable[int], expected: Iterable[int]) -> InputError:
+    """Returns the error for ``count`` weights whose stored shape is not that of the model; ``name`` is one of them."""
+    return InputError(
+        f"model.path {path!r}: {count} weights do not have the shape that config.json gives ({name}: {list(stored)} "
+        f"stored, {list(expected)} expected); put the config.json that belongs to the weights there"
+    )

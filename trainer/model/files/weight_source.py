@@ -1,6 +1,6 @@
-"""Where weight files are read from, by ranges: a folder of this host, or object storage through the host's block cache.
+"""Reads ranges of weight files from a folder of this host, or from object storage through the host's block cache.
 
-Nothing is mapped into memory: pages of a mapping would count as this process's, and 140 GB of them as its peak.
+Nothing is mapped into memory: mapped pages would count as this process's memory, up to 140 GB for a large model.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ _PART = 16 * 2**20
 
 
 class WeightSource:
-    """The files of one model. ``bytes_read``: what was asked for; ``bytes_fetched``: what this process took from where
-    the files lie, without the blocks that the host's cache had already. Thread-safe."""
+    """The files of one model. Thread-safe.
+
+    ``bytes_read``: the bytes requested. ``bytes_fetched``: the bytes that this process read from the disk or object
+    storage, without the blocks that were in the host's cache."""
 
     def __init__(self, location: str) -> None:
         self.storage: Storage = open_storage(location)
@@ -34,13 +36,11 @@ class WeightSource:
         self._lock = threading.Lock()
         self._folder = local_path(self.storage.url)
         self._descriptors: dict[str, int] = {}
-        self._cache = None if self._folder is not None else BlockCache(weights_root() / self._version())
+        listing = json.dumps([self.storage.url, sorted((o.key, o.size, o.etag) for o in self.files.values())])
+        version = hashlib.sha256(listing.encode()).hexdigest()[:32]
+        self._cache = None if self._folder is not None else BlockCache(weights_root() / version)
         self._pool = ThreadPoolExecutor(_AHEAD, thread_name_prefix="weights")
         self._last: tuple[str, int, bytes] | None = None
-
-    def _version(self) -> str:
-        listing = json.dumps([self.storage.url, sorted((o.key, o.size, o.etag) for o in self.files.values())])
-        return hashlib.sha256(listing.encode()).hexdigest()[:32]
 
     def size(self, file: str) -> int:
         return self.files[file].size
@@ -51,7 +51,7 @@ class WeightSource:
         return bytes(raw)
 
     def read_into(self, file: str, start: int, view: memoryview) -> None:
-        """Fills ``view`` (of bytes) from ``start``; CorruptObject when the file ends before."""
+        """Fills ``view`` (of bytes) from ``start``; raises CorruptObject when the file ends too early."""
         stop = start + len(view)
         if stop > self.size(file):
             raise CorruptObject(f"{self.storage.uri(file)} ends before byte {stop}; copy the model again")
@@ -63,14 +63,14 @@ class WeightSource:
             self._from_blocks(file, start, stop, view)
 
     def ahead(self, ranges: Iterable[tuple[str, int, int]]) -> None:
-        """What will be read, in this order: object storage is asked for several blocks at once. No effect on disk."""
+        """Prefetches ranges that will be read in this order, several blocks at a time. No effect for a folder."""
         if self._cache is None:
             return
         blocks = dict.fromkeys(
             (file, index) for file, start, stop in ranges for index in range(start // BLOCK, -(-stop // BLOCK))
         )
         for file, index in blocks:
-            self._pool.submit(self._fetch_ahead, file, index)
+            self._pool.submit(self._prefetch, file, index)
 
     def close(self) -> None:
         self._pool.shutdown(cancel_futures=True)
@@ -82,7 +82,7 @@ class WeightSource:
         self._last = None
 
     def check_unchanged(self, used: Iterable[str]) -> None:
-        """Raises InputError when a file was replaced while it was read: its parts would be of two models."""
+        """Raises InputError when a file was replaced while it was read, and the tensors may mix two models."""
         now: Mapping[str, ObjectInfo] = {o.key: o for o in self.storage.list() if "/" not in o.key}
         for file in used:
             if file not in now or (now[file].size, now[file].etag) != (self.files[file].size, self.files[file].etag):
@@ -111,7 +111,7 @@ class WeightSource:
             index = at // BLOCK
             end = min(stop, (index + 1) * BLOCK)
             block = self._block(file, index)
-            if block is None:  # no cache: exactly what is asked for
+            if block is None:  # the cache was given up: fetch the requested bytes only
                 end = min(stop, at + _PART)
                 view[at - start : end - start] = self._fetch(file, at, end)
             else:
@@ -127,9 +127,9 @@ class WeightSource:
         self._last = (file, index, block) if block is not None else None
         return block
 
-    def _fetch_ahead(self, file: str, index: int) -> None:
+    def _prefetch(self, file: str, index: int) -> None:
         assert self._cache is not None
-        with suppress(Exception):  # met again, and told, where the block is read
+        with suppress(Exception):  # raised again when the block is read
             self._cache.want(file, index, self.size(file), lambda a, b: self._fetch(file, a, b))
 
     def _fetch(self, file: str, start: int, stop: int) -> bytes:

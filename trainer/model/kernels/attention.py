@@ -1,9 +1,10 @@
-"""Which kernel computes attention, and attention over samples of different lengths for the models of transformers.
+"""The choice of the attention kernel, and variable-length attention over packed samples for transformers' models.
 
-A pack holds samples that must not see each other. By a mask, a kernel computes all pairs of a pack's tokens and throws
-most away; told where the samples begin, it computes their own pairs only (Dao 2023, arXiv:2307.08691). Tasks tell it in
-the model's keyword arguments, by the names that transformers has for them (``cu_seq_lens_q`` and so on). On a GPU that
-is torch's variable-length FlashAttention; a CPU takes the samples one by one (`trainer.model.kernels.varlen_cpu`).
+A pack holds samples that must not see each other. With a mask, a kernel computes all pairs of a pack's tokens and
+discards most; given the positions at which samples begin, it computes the pairs inside each sample only (Dao 2023,
+arXiv:2307.08691). Tasks pass these positions as keyword arguments of the model, under transformers' names
+(``cu_seq_lens_q`` and so on). On a GPU the kernel is torch's variable-length FlashAttention; a CPU computes the samples
+one by one (`trainer.model.kernels.varlen_cpu`).
 
 Legend: B packs, L tokens, H query heads, G heads of keys and values, D head dimension, N samples.
 """
@@ -30,34 +31,35 @@ log = logging.getLogger(__name__)
 
 VARLEN = "muster_varlen"
 IMPLEMENTATIONS = {"sdpa": "sdpa", "varlen": VARLEN, "flex": "flex_attention", "flash": "flash_attention_2"}
-"""What transformers calls the kernels that ``compute.attention`` names."""
-TOLD = tuple(name for name in IMPLEMENTATIONS.values() if name != "sdpa")
+"""transformers' name for each value of ``compute.attention``."""
+MASKLESS = tuple(name for name in IMPLEMENTATIONS.values() if name != "sdpa")
 TOLERANCE = 0.25
-"""Of the logits' standard deviation, between two kernels in 16 bits: rounding moves them by hundredths, samples that
-see each other by about 1."""
-UNKNOWN = ("softcap", "s_aux", "position_bias")
-"""What some models ask of attention, and this kernel has not."""
+"""The largest difference of logits between two kernels in 16 bits, in standard deviations of the logits: rounding moves
+them by hundredths, samples that see each other by about 1."""
+UNSUPPORTED = ("softcap", "s_aux", "position_bias")
+"""Arguments that some models pass to attention and that this kernel lacks."""
 
 
 def wanted(recipe: Recipe, device: torch.device) -> str:
-    """``compute.attention``, with ``auto`` decided."""
+    """Returns ``compute.attention``, with ``auto`` resolved for this recipe and device."""
     setting = recipe.compute.attention
     if setting != "auto":
         return setting
-    told = recipe.task in SEGMENTING_TASKS and recipe.adapter.method not in VIRTUAL
+    segmented = recipe.task in SEGMENTING_TASKS and recipe.adapter.method not in VIRTUAL
     if device.type == "cuda":
         runs = recipe.model.dtype in SIXTEEN_BIT
     else:
         runs = device.type == "cpu" and not recipe.compute.compile
-    return "varlen" if told and runs else "sdpa"
+    return "varlen" if segmented and runs else "sdpa"
 
 
 def settle_attention(recipe: Recipe, model: Any, module: Any, device: torch.device) -> str:
-    """Gives ``model``, loaded and with its adapter, the kernel that the recipe wants, and returns its name; ``module``
-    is the same as it is called. Every rank calls it, in the forward's precision.
+    """Sets the recipe's kernel on ``model`` (loaded, with its adapter) and returns the kernel's name.
 
-    Raises InputError when a kernel that was asked for does not run on this model, or computes something else; where it
-    was muster's choice, that is a warning, and ``sdpa`` stays."""
+    ``module``: the wrapped model, whose forward is called. Every rank calls it, in the forward's precision.
+
+    Compares the logits with those of ``sdpa``. When the kernel fails on this model or its logits differ, raises
+    InputError if the recipe names the kernel; under ``auto`` it logs a warning and keeps ``sdpa``."""
     kernel = wanted(recipe, device)
     if kernel == "sdpa":
         return kernel
@@ -67,7 +69,10 @@ def settle_attention(recipe: Recipe, model: Any, module: Any, device: torch.devi
         _check_installed(kernel)
         with _mode(module, training=False):
             want = _logits(module, device)
-            _switch(base, kernel)
+            register()
+            base.set_attn_implementation(IMPLEMENTATIONS[kernel])
+            if base.config._attn_implementation != IMPLEMENTATIONS[kernel]:
+                raise InputError("the model's code has attention of its own, which cannot be replaced")
             got = _logits(module, device)
         with _mode(module, training=True):
             _logits(module, device)  # with the model's dropout, which a kernel may lack
@@ -87,10 +92,10 @@ def settle_attention(recipe: Recipe, model: Any, module: Any, device: torch.devi
 
 @contextmanager
 def by_mask(model: Any) -> Iterator[None]:
-    """The kernel that takes masks, and caches with them, in the place of one that is told where samples begin."""
+    """Uses ``sdpa``, which accepts masks and key-value caches, instead of a variable-length kernel."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = base.config._attn_implementation
-    if before not in TOLD:
+    if before not in MASKLESS:
         yield
         return
     base.set_attn_implementation("sdpa")
@@ -108,13 +113,6 @@ def _check_installed(kernel: str) -> None:
             raise InputError("the package flash-attn is not installed: pip install 'muster[flash]'") from None
 
 
-def _switch(base: Any, kernel: str) -> None:
-    register()
-    base.set_attn_implementation(IMPLEMENTATIONS[kernel])
-    if base.config._attn_implementation != IMPLEMENTATIONS[kernel]:
-        raise InputError("the model's code has attention of its own, which cannot be exchanged")
-
-
 @contextmanager
 def _mode(module: Any, *, training: bool) -> Iterator[None]:
     was_training = module.training
@@ -127,7 +125,7 @@ def _mode(module: Any, *, training: bool) -> Iterator[None]:
 
 
 def _logits(module: Any, device: torch.device) -> torch.Tensor:
-    """Of two samples in a pack, with two pads behind them."""
+    """Returns the logits [L, vocabulary] of a pack of two samples; two padding tokens follow them."""
     tokens = [*range(FIRST_TOKENS), *range(SECOND_TOKENS), 0, 0]
     positions = torch.tensor([tokens], device=device)
     ids = torch.arange(len(tokens), device=device)[None]
@@ -136,16 +134,16 @@ def _logits(module: Any, device: torch.device) -> torch.Tensor:
 
 
 def register() -> None:
-    """Makes the kernel known to transformers, under ``VARLEN``."""
+    """Registers the kernel with transformers, under the name ``VARLEN``."""
     from transformers import AttentionInterface, AttentionMaskInterface
 
     AttentionInterface.register(VARLEN, varlen_forward)
     AttentionMaskInterface.register(VARLEN, _no_mask)
 
 
-def _no_mask(*, attention_mask: torch.Tensor | None = None, **told: Any) -> None:
+def _no_mask(*, attention_mask: torch.Tensor | None = None, **_: Any) -> None:
     if attention_mask is not None:
-        raise InputError("variable-length attention is told of samples by their positions, and takes no mask")
+        raise InputError("variable-length attention separates samples by their position ids, and takes no mask")
 
 
 def varlen_forward(
@@ -162,16 +160,18 @@ def varlen_forward(
     position_ids: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
-    **told: Any,
+    **others: Any,
 ) -> tuple[torch.Tensor, None]:
-    """As transformers calls it: ``query`` [B, H, L, D], ``key`` and ``value`` [B, G, L, D]; returns [B, L, H, D].
+    """Implements transformers' attention interface: ``query`` [B, H, L, D], ``key`` and ``value`` [B, G, L, D]; returns
+    [B, L, H, D].
 
-    ``cu_seq_lens_q`` int32 [N + 1]: where each sample of the flattened packs begins; without it, at each 0 of
-    ``position_ids``, which then have to come from the device."""
+    ``cu_seq_lens_q`` int32 [N + 1]: the position in the flattened packs at which each sample begins. Without it, a
+    sample begins at each 0 of ``position_ids``, which are then copied from the device."""
     on_cpu = query.device.type == "cpu"
-    asked = [name for name in UNKNOWN if told.get(name) is not None] + (["dropout"] if dropout and not on_cpu else [])
-    if asked:
-        raise InputError(f"variable-length attention has no {', '.join(asked)}, which this model asks for")
+    lacking = [name for name in UNSUPPORTED if others.get(name) is not None]
+    lacking += ["dropout"] if dropout and not on_cpu else []
+    if lacking:
+        raise InputError(f"variable-length attention has no {', '.join(lacking)}, which this model needs")
     packs, heads, length, _ = query.shape
     if cu_seq_lens_q is None or max_length_q is None:
         cu_seq_lens_q, max_length_q = _segments(position_ids, packs, length, query.device)

@@ -1,6 +1,6 @@
 """Fused kernels of liger-kernel (Hsu et al. 2024, arXiv:2410.10989), an optional package, in a model of transformers.
 
-Of what it offers, the loss stays muster's: logits at targets only, in chunks, whatever the sharding."""
+Its loss is not used: muster's own computes logits at targets only, in chunks, whatever the sharding."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ OWN_LOSS = {"cross_entropy": False, "fused_linear_cross_entropy": False}
 
 
 def use_liger(model: Any) -> None:
-    """Changes the modules of the (unwrapped) model in place, and their rotary embeddings for the whole process. Raises
-    InputError without the package, and for a model that it has no kernels for."""
+    """Changes the modules of the (unwrapped) model in place, and their rotary embeddings for the whole process.
+
+    Raises InputError without the package, and for a model type for which it has no kernels."""
     try:
         importlib.metadata.version("liger-kernel")
         from liger_kernel.transformers import _apply_liger_kernel_to_instance

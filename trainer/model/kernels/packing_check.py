@@ -1,8 +1,8 @@
-"""Whether a model keeps the samples of a pack apart.
+"""Checks that a model keeps the samples of a pack apart.
 
-Packing relies on position ids that restart: attention layers then see a block-diagonal mask. A model with recurrent
-(state-space) layers, or one that never asks for position ids, carries state from one sample into the next without a
-word. So the model is asked: the logits of a sample must not depend on what stands before it in its pack.
+Packing relies on position ids that restart: attention layers then use a block-diagonal mask. A model with recurrent
+(state-space) layers, or one that ignores position ids, silently carries state from one sample into the next. The check
+is numerical: the logits of a sample must not depend on the samples before it in its pack.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from trainer.errors import InputError
 
 FIRST_TOKENS, SECOND_TOKENS = 6, 5
 TOLERANCE = 0.02
-"""Of the logits' standard deviation. Without a leak nothing but rounding in another batch shape is left; a leak moves
-logits by about as much as they differ among themselves."""
+"""In standard deviations of the logits. Without a leak, only rounding differs; a leak moves logits by about as much as
+they differ among themselves."""
 INT8_TOLERANCE = 0.25
-"""LLM.int8() keeps a column apart when any token of the batch has an outlier there, so that tokens do move each other's
-rounding (0.07 was met)."""
+"""LLM.int8() treats a column separately when any token of the batch has an outlier in it, so that tokens change each
+other's rounding (0.07 was measured)."""
 
 
 @torch.no_grad()
 def check_isolation(model: Any, path: str) -> None:
-    """Raises InputError when what precedes a sample in its pack changes the sample's logits."""
+    """Raises InputError when the tokens before a sample in its pack change the sample's logits."""
     device = next(model.parameters()).device
     vocabulary = int(model.get_input_embeddings().num_embeddings)
     second = torch.arange(SECOND_TOKENS) % vocabulary
@@ -42,5 +42,5 @@ def check_isolation(model: Any, path: str) -> None:
     if not moved <= (INT8_TOLERANCE if getattr(model, "is_loaded_in_8bit", False) else TOLERANCE):
         raise InputError(
             f"model.path {path!r}: {type(model).__name__} lets the samples of a pack see each other (logits move by "
-            f"{moved:.2g} of their spread with what stands before them); set data.packing=false"
+            f"{moved:.2g} of their spread with the samples before them); set data.packing=false"
         )

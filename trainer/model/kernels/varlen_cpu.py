@@ -1,8 +1,7 @@
-"""Attention over packs, one sample after the other: what torch has for CPUs, where it has no kernel for samples of
-different lengths.
+"""Attention over packs on CPUs, one sample after the other: torch has no variable-length kernel for CPUs.
 
-Under a mask, torch's kernel for CPUs computes all pairs of a pack's tokens. Each sample by itself costs the square of
-its own length: in packs of 1024 tokens with samples of 170, a quarter of the time, forward and backward.
+With a mask, torch's kernel for CPUs computes all pairs of a pack's tokens. Computed separately, each sample costs the
+square of its own length: in packs of 1024 tokens with samples of 170, a quarter of the time, forward and backward.
 
 Legend: T tokens of all packs, H query heads, G heads of keys and values, D head dimension, N samples, n tokens of one.
 """
@@ -22,30 +21,30 @@ def by_sample(
     scale: float | None,
     dropout: float = 0.0,
 ) -> torch.Tensor:
-    """[T, H, D]. ``begins`` [N + 1]: where each sample begins, and the end; ``window``: how many tokens each sees to
-    the left and to the right, -1 for all; ``dropout``: the share of the attention's weights that are left out."""
+    """Returns [T, H, D]. ``begins`` [N + 1]: the position of each sample's first token, and T; ``window``: how many
+    tokens each token sees to the left and to the right, -1 for all; ``dropout``: of the attention's weights."""
     groups = q_THD.shape[1] // k_TGD.shape[1]
-    lengths = begins.diff().tolist() if dropout else _together(begins.diff().tolist())
+    lengths = begins.diff().tolist() if dropout else _join_singles(begins.diff().tolist())
     sizes = [abs(n) for n in lengths]
     parts = []
     # Splitting, unlike slicing, has a backward that writes each gradient once.
     for n, q_nHD, k_nGD, v_nGD in zip(lengths, *(t.split(sizes) for t in (q_THD, k_TGD, v_TGD)), strict=True):
         if n < 0:
-            # Whoever sees nothing but itself gets its own value; the zeros keep queries and keys in the graph.
+            # A token that sees only itself gets its own value; the zeros keep queries and keys in the graph.
             unused = q_nHD[..., :1] + k_nGD[..., :1].repeat_interleave(groups, 1)
             parts.append(v_nGD.repeat_interleave(groups, 1) + 0 * unused)
             continue
         q, k, v = (t.transpose(0, 1)[None] for t in (q_nHD, k_nGD, v_nGD))
-        seen, causal = _seen(n, window, q.device)
+        mask, causal = _mask(n, window, q.device)
         out = scaled_dot_product_attention(
-            q, k, v, attn_mask=seen, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=groups > 1
+            q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale, enable_gqa=groups > 1
         )
         parts.append(out[0].transpose(0, 1))
     return torch.cat(parts)
 
 
-def _together(lengths: list[int]) -> list[int]:
-    """Neighbours of one token each, as pads are, as one of negative length."""
+def _join_singles(lengths: list[int]) -> list[int]:
+    """Joins adjacent samples of one token each (padding) into one entry: their number, negated."""
     joined: list[int] = []
     for n in lengths:
         if n > 1:
@@ -57,8 +56,8 @@ def _together(lengths: list[int]) -> list[int]:
     return joined
 
 
-def _seen(n: int, window: tuple[int, int], device: torch.device) -> tuple[torch.Tensor | None, bool]:
-    """The mask [n, n] of a sample, and whether it is causal without one."""
+def _mask(n: int, window: tuple[int, int], device: torch.device) -> tuple[torch.Tensor | None, bool]:
+    """Returns the mask [n, n] of a sample, None if it needs none, and torch's ``is_causal``."""
     left, right = (n if reach < 0 else reach for reach in window)
     if left >= n - 1 and right >= n - 1:
         return None, False

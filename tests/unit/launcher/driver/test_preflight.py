@@ -76,7 +76,7 @@ def test_no_weights_are_read(folder: Path, monkeypatch: pytest.MonkeyPatch) -> N
         (lambda f: (f / "config.json").unlink(), "holds no config.json"),
         (lambda f: (f / "config.json").write_text("{"), "config.json that cannot be used"),
         (lambda f: edit(f / "config.json", model_type="foobar"), "config.json that cannot be used"),
-        (lambda f: os.truncate(f / "model.safetensors", 9999), "is torn: it has 9999 bytes, and its header speaks of"),
+        (lambda f: os.truncate(f / "model.safetensors", 9999), "is torn: it has 9999 bytes, and its header describes"),
         (lambda f: os.truncate(f / "model.safetensors", 0), "is torn: it has 0 bytes and no readable header"),
         (lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 64), "is torn: it has 64 bytes and no readable"),
         (lambda f: (f / "model.safetensors").unlink(), "holds no weights in safetensors: put model.safetensors there"),
@@ -208,7 +208,7 @@ def test_a_model_cache_without_room_says_which_variable_moves_it(
     monkeypatch.setenv("MUSTER_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(Storage, "download", full)
     with pytest.raises(
-        InputError, match=r"cannot take the 2 bytes of .* \(No space left on device\): let MUSTER_CACHE"
+        InputError, match=r"cannot take the 2 bytes of .* \(No space left on device\): set MUSTER_CACHE"
     ):
         fetch_model(ModelSection(path="memory://models/m"))
     (tmp_path / "file").write_text("")

@@ -83,7 +83,7 @@ def test_a_folder_that_another_user_has_closed_is_a_sentence(shared: Path, url: 
     fetch_model(ModelSection(path=url))
     shared.chmod(0o700)
     with user(OTHER):
-        with pytest.raises(InputError, match=r"model cache .* cannot take .* let MUSTER_CACHE name a folder with room"):
+        with pytest.raises(InputError, match=r"model cache .* cannot take .* set MUSTER_CACHE to a writable folder"):
             fetch_model(ModelSection(path=url))
         cache = BlockCache(weights_root() / "m")
         assert cache.given_up  # a warning: the weights are read from their source
