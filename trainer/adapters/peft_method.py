@@ -72,9 +72,9 @@ class PeftMethod(Adapter):
         common: dict[str, Any] = {"task_type": task_type, "revision": self.recipe.model.revision}
         if self._takes_targets(fields):
             common["target_modules"] = self.targets(base)
-        beside = list(dict.fromkeys([*trained_whole, *section.modules_to_save]))
-        if beside:
-            common["modules_to_save"] = beside
+        extra = list(dict.fromkeys([*trained_whole, *section.modules_to_save]))
+        if extra:
+            common["modules_to_save"] = extra
         if section.trainable_tokens:
             common["trainable_token_indices"] = list(section.trainable_tokens)
         return self.config_class()(**common, **self.settings(base))
