@@ -1,4 +1,4 @@
-"""What is trained on top of the base: the methods, and the one seam between them and the rest."""
+"""Fine-tuning methods, and the interface between them and the rest of the trainer."""
 
 from trainer.adapters.base import Adapter, make_adapter
 from trainer.adapters.verify import verify_saved

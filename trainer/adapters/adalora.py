@@ -1,10 +1,11 @@
-"""AdaLoRA (Zhang et al. 2023, arXiv:2303.10512): a budget of ranks, shared out between the layers while training.
+"""AdaLoRA (Zhang et al. 2023, arXiv:2303.10512): a budget of ranks, distributed over the layers during training.
 
 The update is P diag(E) Q with P, Q kept near orthogonal by a penalty. After each step every triplet (a column of P, an
 entry of E, a row of Q) is scored by smoothed sensitivity |w dL/dw| times its uncertainty; the budget falls from
 ``rank`` to ``target_rank`` per layer along a cubic, and the entries of E with the lowest scores are set to zero.
 
-The file keeps all ``rank`` rows, those without a budget with E = 0, so that any checkpoint can go on.
+The saved file keeps all ``rank`` rows, with E = 0 for the rows outside the budget, so that training can resume from any
+checkpoint.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from trainer.adapters.lora import Lora
 from trainer.adapters.peft_method import ADAPTER_NAME
 
 LATER = 10**9
-"""Stands for the run's number of steps until the first update, which is told it."""
+"""Placeholder for the run's number of steps until the first update sets it."""
 SCORES = ("exp_avg_ipt", "exp_avg_unc")
 PATTERN = "rank_pattern"
 
 
 class AdaLora(Lora):
     peft_type = "ADALORA"
-    reads_base = True  # it is trained where a model is whole
+    reads_base = True  # not supported with a sharded load
 
     def settings(self, base: torch.nn.Module) -> dict[str, Any]:
         section = self.recipe.adapter
@@ -42,7 +43,7 @@ class AdaLora(Lora):
         }
 
     def initialise(self, model: Any, plain: Any) -> None:
-        """peft's own: P and Q from a normal distribution, E zero."""
+        """Keeps peft's initial values: P and Q from a normal distribution, E zero."""
 
     def saved_config(self, model: Any) -> Any:
         config = super().saved_config(model)
@@ -54,15 +55,16 @@ class AdaLora(Lora):
         self._schedule(model.peft_config[ADAPTER_NAME], total_steps)
         self._pull_towards_orthogonal(model)
         yield
-        # The scores compare gradients with the weights that they led to.
+        # After the update: the scores multiply the gradients with the updated weights.
         model.base_model.update_and_allocate(step)
 
     def _schedule(self, config: Any, total_steps: int) -> None:
-        """Full budget at first, the final one at last; a step in between at the least, for the first scores."""
+        """Sets the steps at which the budget starts and stops to fall."""
         section = self.recipe.adapter
         assert section.prune_start is not None
         assert section.prune_end is not None
         config.total_step = total_steps
+        # At least one step between the two phases: the first scores need it.
         config.tinit = max(0, min(int(section.prune_start * total_steps), total_steps - 2))
         config.tfinal = total_steps - max(int(section.prune_end * total_steps), config.tinit + 2)
 

@@ -1,6 +1,6 @@
 """LLaMA-Adapter (Zhang et al. 2023, arXiv:2303.16199): in the top layers each token also attends to ``virtual_tokens``
-trained vectors; what they add is scaled by a trained gate that starts at zero, so that the first forward is the base's
-own. A prompt has no position, and every token of a pack sees it alike."""
+trained vectors. Their contribution is scaled by a trained gate that starts at zero, so that the first forward equals
+that of the base model. A prompt has no position: every token of a pack attends to it in the same way."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ from typing import Any
 from trainer.adapters.peft_method import PeftMethod
 
 BELOW = 2
-"""Layers at the bottom that get none: the paper adapts 30 of 32."""
+"""Number of layers at the bottom without vectors: the paper adapts 30 of 32."""
 
 
 class AdaptionPrompt(PeftMethod):
     peft_type = "ADAPTION_PROMPT"
-    reads_base = True  # peft makes its vectors where the base's weights lie
+    reads_base = True  # peft creates its vectors on the device of the base's weights
 
     def settings(self, base: Any) -> dict[str, Any]:
         section = self.recipe.adapter

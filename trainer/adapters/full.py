@@ -1,7 +1,7 @@
-"""``method: none``: full fine-tuning. What is saved is a plain model in the recipe's dtype.
+"""``method: none``: full fine-tuning. The saved file is a plain model in the recipe's dtype.
 
-The float32 master weights that the optimizer updates are the strategy's state, saved beside it by the checkpoint when
-the recipe's dtype is narrower.
+The optimizer updates float32 master weights, which belong to the strategy. When the recipe's dtype is narrower, the
+checkpoint saves them in addition to the model.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """Methods that train vectors.
 
 (IA)³ (Liu et al. 2022, arXiv:2205.05638): keys, values and the inner activations of the feed-forward layers are scaled
-by trained vectors that start at one. What is scaled is the output of a target, or its input where the target is the
+by trained vectors that start at one. The vector scales the output of a target module, or its input if the target is the
 second layer of a feed-forward block.
-VeRA (Kopiczko et al. 2023, arXiv:2310.11454): W x + diag(b) B diag(d) A x, with A and B random, frozen and shared by
+VeRA (Kopiczko et al. 2023, arXiv:2310.11454): W x + diag(b) B diag(d) A x. A and B are random, frozen and shared by
 all layers; d starts at 0.1, b at zero. A and B are drawn from the recipe's seed and saved with the adapter.
 """
 
@@ -24,9 +24,8 @@ class IA3(PeftMethod):
         return matched_linear(base, super().targets(base))
 
     def settings(self, base: torch.nn.Module) -> dict[str, Any]:
-        """Without targets peft takes those that it knows for the architecture, and its feed-forward layers too."""
         if self.recipe.adapter.target_modules is None:
-            return {}
+            return {}  # peft then uses its own targets and feed-forward layers for the architecture
         return {"feedforward_modules": [n for n in self.targets(base) if _leads_back(base, n)]}
 
 
@@ -48,7 +47,7 @@ class Vera(PeftMethod):
 
 
 def _leads_back(base: Any, name: str) -> bool:
-    """Whether a linear layer leads from a feed-forward block's inner dimension back to the hidden one."""
+    """Returns True if a linear layer maps a feed-forward block's inner dimension back to the hidden one."""
     layer: Any = base.get_submodule(name)
     is_conv1d = type(layer).__name__ == "Conv1D"
     inner, outer = layer.weight.shape if is_conv1d else (layer.in_features, layer.out_features)

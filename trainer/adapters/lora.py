@@ -1,13 +1,13 @@
-"""LoRA and what is one line away from it, by peft.
+"""LoRA and its close variants, as peft implements them.
 
 LoRA (Hu et al. 2021, arXiv:2106.09685): W x + (alpha / r) B A x, with A of shape [r, in] and B of shape [out, r].
-rsLoRA (Kalajdzievski 2023, arXiv:2312.03732): the same with alpha / sqrt(r), so that gradients keep their size as the
-rank grows.
+rsLoRA (Kalajdzievski 2023, arXiv:2312.03732): LoRA with the scale alpha / sqrt(r), so that gradients keep their size as
+the rank grows.
 DoRA (Liu et al. 2024, arXiv:2402.09353): the sum W + (alpha / r) B A is normalised per output row and scaled by a
 trained magnitude m of shape [out].
 LoRA+ (Hayou et al. 2024, arXiv:2402.12354): B learns at ``lr_ratio`` times the rate of A; in wide layers a common rate
 is too low for B or too high for A.
-B starts at zero, so that the first forward is the base's own.
+B starts at zero, so that the first forward equals that of the base model.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Lora(PeftMethod):
         initialise(model, self.recipe.seed)
 
     def attach_without_weights(self, base: torch.nn.Module) -> torch.nn.Module:
-        """Nothing is made for real: of a large model the first values alone, in float32, would be much to hold."""
+        # The adapter is on the meta device too: for a large model, even its float32 initial values need much memory.
         with META:
             return self.attach(base)
 
@@ -73,10 +73,10 @@ class Dora(Lora):
         return super().loads_by_shard(base) and not transposed
 
     def init_parameter(self, name: str, shape: torch.Size, start: int, stop: int, rows: Rows) -> torch.Tensor:
-        """The magnitude begins as the norm of the base's rows, in the base's type."""
         module, marker, _ = name.partition(".lora_magnitude_vector.")
         if not marker:
             return super().init_parameter(name, shape, start, stop, rows)
+        # The magnitude starts as the norm of the base's rows, in the base's dtype.
         parts = rows(f"{module}.base_layer.weight", start, stop)
         norms = [row_norms(part) for part in parts]
         return torch.cat(norms) if norms else torch.empty(0)
@@ -89,7 +89,7 @@ class LoraPlus(Lora):
 
 
 def initialise(model: torch.nn.Module, seed: int) -> None:
-    """Draws every lora_A from a generator seeded by (seed, parameter name): independent of ranks and of load order."""
+    """Draws every lora_A from a generator seeded by (seed, parameter name), independent of ranks and load order."""
     for name, parameter in model.named_parameters():
         if ".lora_A." in name and not parameter.is_meta:
             parameter.data.copy_(drawn(name, parameter.shape, seed))
@@ -104,8 +104,8 @@ def drawn(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
 
 
 def row_norms(weight: torch.Tensor) -> torch.Tensor:
-    """L2 norm of each row of [rows, columns]; to the bit what it is among any other rows."""
-    # A reduction to a single number is spread over threads, which adds up in another order.
+    """Returns the L2 norm of each row of [rows, columns]. The bits of a norm do not depend on the number of rows."""
+    # torch splits a reduction to a single number over threads, which changes the order of the additions.
     several = weight if len(weight) != 1 else weight.expand(2, -1)
     norms: torch.Tensor = torch.linalg.norm(several, dim=1)
     return norms[: len(weight)]

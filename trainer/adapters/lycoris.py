@@ -1,10 +1,10 @@
 """Low-rank updates of other products (LyCORIS, Yeh et al. 2023, arXiv:2309.14859).
 
-LoHa (Hyeon-Woo et al. 2021, arXiv:2108.06098): (B1 A1) * (B2 A2) entry by entry, of rank up to r² for the parameters
-of 2r.
-LoKr: the Kronecker product of a small matrix and a larger one, which is low-rank where that saves parameters; the
-split is near the square root of each dimension, or by ``factor``.
-One factor starts at zero in each, so that the first forward is the base's own.
+LoHa (Hyeon-Woo et al. 2021, arXiv:2108.06098): the elementwise product (B1 A1) * (B2 A2). Its rank is up to r² with the
+parameters of rank 2r.
+LoKr: the Kronecker product of a small matrix and a larger one, which is low-rank where that saves parameters. The
+split is near the square root of each dimension, or is given by ``factor``.
+One factor starts at zero in each, so that the first forward equals that of the base model.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An adapter laid out on a base that has no weights yet: what it begins with is made for real, and kept apart."""
+"""Helpers to attach an adapter to a base model on the meta device, with the adapter's initial values on the host."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ COPY, ORIGINAL = ".modules_to_save.", ".original_module."
 
 
 class StayingOnHost(TorchFunctionMode):
-    """What is moved to the meta device stays where it is: peft moves what it makes to where the base lies."""
+    """Skips moves of tensors to the meta device: peft moves each tensor that it creates to the device of the base."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = dict(kwargs or {})
@@ -27,7 +27,7 @@ class StayingOnHost(TorchFunctionMode):
 
 
 def take_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """The parameters that have values, by name; on the model they are on the meta device afterwards."""
+    """Returns the parameters that have values, by name, and replaces them on the model by ones on the meta device."""
     taken: dict[str, torch.Tensor] = {}
     for name, parameter in list(model.named_parameters()):
         if parameter.is_meta:
@@ -40,13 +40,15 @@ def take_values(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 
 def original_of(name: str, adapter_name: str) -> str | None:
-    """Of a module that is trained whole beside the adapter, the parameter of the base that it begins as."""
+    """Returns the name of the base parameter from which ``name`` gets its initial values; None unless ``name`` belongs
+    to a module that is trained in full next to the adapter."""
     module, marker, rest = name.partition(f"{COPY}{adapter_name}.")
     return f"{module}{ORIGINAL}{rest}" if marker else None
 
 
 def elements_of_rows(rows: Iterator[torch.Tensor], first_row: int, columns: int, start: int, stop: int) -> torch.Tensor:
-    """Elements ``start`` to ``stop`` of a flattened tensor, of which ``rows`` gives rows from ``first_row`` on."""
+    """Returns elements ``start`` to ``stop`` of a flattened tensor. ``rows`` yields its rows, beginning with
+    ``first_row``; ``columns`` is the number of elements per row."""
     parts = [part.reshape(-1) for part in rows]
     flat = torch.cat(parts) if parts else torch.empty(0)
     return flat[start - first_row * columns : stop - first_row * columns]

@@ -1,9 +1,9 @@
-"""Orthogonal fine-tuning: the weight is turned, R W, and the angles between its neurons stay as they were.
+"""Orthogonal fine-tuning: the weight is rotated, R W, so that the angles between its neurons do not change.
 
 OFT (Qiu et al. 2023, arXiv:2306.07280; with the Cayley-Neumann form of arXiv:2506.19847): R is block-diagonal, each
 block of ``block_size`` the Cayley transform of a trained skew-symmetric matrix, which starts at zero: R = I.
-BOFT (Liu et al. 2023, arXiv:2311.06243): R is a product of ``butterfly_factors`` block-diagonal ones with permutations
-between them, so that few parameters reach every dimension.
+BOFT (Liu et al. 2023, arXiv:2311.06243): R is a product of ``butterfly_factors`` block-diagonal matrices with
+permutations between them, so that few parameters reach every dimension.
 """
 
 from __future__ import annotations

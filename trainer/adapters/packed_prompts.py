@@ -1,8 +1,8 @@
 """Virtual tokens before every sample of a pack.
 
-peft puts them before a row, whose positions it counts itself; of the samples in a pack only the first would see them.
-Here a forward with position ids, in which a 0 begins a sample, gives each sample what it would get alone. A forward
-without them is peft's own.
+peft inserts virtual tokens before a row and counts the row's positions itself, so that only the first sample of a pack
+would see them. Here a forward with position ids, in which a 0 begins a sample, gives each sample the same result as
+without packing. A forward without position ids is peft's own.
 
 Legend: B packs, L tokens, V virtual tokens, W = L + V for each sample of the fullest pack, D hidden size.
 """
@@ -30,7 +30,7 @@ def before_embeddings(model: Any) -> None:
         tokens_BLD = model.word_embeddings(input_ids)
         rows = torch.arange(len(input_ids), device=input_ids.device)[:, None]
         inserted_BWD = torch.cat([prompt_BVD.to(tokens_BLD.dtype), tokens_BLD], 1)[rows, source_BW]
-        # A row without a sample has no prompt; its parameters belong to the loss all the same.
+        # A row without a sample has no prompt: keep the prompt's parameters connected to the loss.
         inserted_BWD = inserted_BWD + 0.0 * prompt_BVD.sum().to(tokens_BLD.dtype)
         kept.append(at_BL)
         try:
@@ -39,7 +39,7 @@ def before_embeddings(model: Any) -> None:
             kept.clear()
 
     def at_tokens(head: torch.nn.Module, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...] | None:
-        """The head sees the text's own positions: logits of the shape that the caller expects."""
+        """Drops the virtual tokens before the head, so that logits have the shape that the caller expects."""
         if not kept:
             return None
         rows = torch.arange(len(given[0]), device=given[0].device)[:, None]
@@ -50,10 +50,11 @@ def before_embeddings(model: Any) -> None:
 
 
 def spread(position_ids_BL: torch.Tensor, virtual: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Where everything lies once each sample of two tokens or more has ``virtual`` before it: ``source`` [B, W], what
-    lies at a place (v < V a virtual token, V + l the token l); its ``position`` [B, W]; and ``at`` [B, L], the place of
-    each token. A single token is a pad, and gets none; places that are left over hold a token at position 0, which
-    nobody sees."""
+    """Returns the layout of packs in which ``virtual`` tokens precede each sample of two tokens or more.
+
+    ``source`` [B, W]: what each place contains (v < V a virtual token, V + l the token l). ``position`` [B, W]: its
+    position. ``at`` [B, L]: the place of each token. A single token is a pad and gets no virtual tokens; unused places
+    contain a token at position 0, which no sample attends to."""
     packs, length = position_ids_BL.shape
     device = position_ids_BL.device
     follows = torch.nn.functional.pad(position_ids_BL[:, 1:], (0, 1)) == 1
@@ -74,7 +75,7 @@ def spread(position_ids_BL: torch.Tensor, virtual: int) -> tuple[torch.Tensor, t
 
 
 def before_keys(model: Any) -> None:
-    """Makes the peft model ``model`` let every sample see its prefix, and otherwise only itself."""
+    """Makes each sample of a pack attend to the prefix and to itself only, in the peft model ``model``."""
     own: Callable[..., Any] = model.forward
     additive = _takes_additive_masks(model)
 
@@ -97,7 +98,8 @@ def before_keys(model: Any) -> None:
 
 
 def visible(position_ids_BL: torch.Tensor, virtual: int) -> torch.Tensor:
-    """[B, L, V + L]: what each token sees: the prefix, and in its own sample the tokens up to itself."""
+    """Returns the attention mask [B, L, V + L]: a token attends to the prefix, and in its sample to the tokens up to
+    itself."""
     sample = (position_ids_BL == 0).cumsum(1)
     same = sample[:, :, None] == sample[:, None, :]
     own = same & torch.ones_like(same).tril()
@@ -105,7 +107,8 @@ def visible(position_ids_BL: torch.Tensor, virtual: int) -> torch.Tensor:
 
 
 def _takes_additive_masks(model: Any) -> bool:
-    """Raises InputError for a model whose attention would not follow a mask of our own."""
+    """Returns True for additive masks, False for boolean ones. Raises InputError for a model whose attention would
+    ignore a custom mask."""
     config = model.get_base_model().config.get_text_config()
     kind = getattr(config, "_attn_implementation", None)
     windows = set(getattr(config, "layer_types", None) or ()) - {"full_attention"}

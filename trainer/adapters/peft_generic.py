@@ -1,7 +1,7 @@
-"""``method: {peft: MISS, r: 8}``: any other method of the installed peft, by its own name and its own fields.
+"""``method: {peft: MISS, r: 8}``: any other method of the installed peft, by peft's name and with peft's fields.
 
-What it promises is peft's affair; a method is taken when its trained parameters are saved one by one, so that a run can
-go on from them.
+muster does not check what such a method computes. It accepts a method if its trained parameters are saved one by one,
+so that a run can resume from them.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ NOT_TAKEN = {
     "XLORA": "it mixes adapters that were trained before",
 }
 CODE = ("megatron_config", "megatron_core")
-"""Fields that name a module to be imported."""
+"""Fields that name a module to import."""
 OURS = ("task_type", "peft_type", "auto_mapping", "peft_version", "base_model_name_or_path", "inference_mode")
-"""Fields that are filled in from the rest of the recipe."""
+"""Fields that are set from the rest of the recipe."""
 PLAIN_STARTS = (True, False, "gaussian", "orthogonal")
-"""Values of ``init_lora_weights`` that leave the base as it is."""
+"""Values of ``init_lora_weights`` that do not change the base model."""
 
 
 class ByName(PeftMethod):
-    reads_base = True  # nobody knows
+    reads_base = True  # unknown, so the safe value
 
     @property
     def peft_type(self) -> str:  # type: ignore[override]
@@ -49,7 +49,7 @@ class ByName(PeftMethod):
         return method
 
     def config_class(self) -> type[PeftConfig]:
-        """Raises InputError for a name that peft does not have, or that does not fit here."""
+        """Raises InputError for a name that peft does not have, or that muster does not support."""
         from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
         known = {t.value: c for t, c in PEFT_TYPE_TO_CONFIG_MAPPING.items() if t.value not in NOT_TAKEN}
@@ -77,5 +77,5 @@ class ByName(PeftMethod):
         return given
 
     def targets(self, base: torch.nn.Module) -> Any:
-        """The method's own field is taken as it is: it may name what is no linear layer."""
+        # The method's own field is passed unchanged: it may name modules that are not linear layers.
         return self._given().get("target_modules") or super().targets(base)

@@ -1,4 +1,4 @@
-"""What the methods of peft have in common: made from a configuration, and saved as peft itself does."""
+"""Base class of the methods that peft implements: built from a peft configuration, and saved in peft's format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from trainer.adapters.base import Adapter, head_modules
 from trainer.adapters.meta_init import StayingOnHost, elements_of_rows, original_of, take_values
-from trainer.adapters.targets import Targets, check_names, check_targets, resolve
+from trainer.adapters.targets import check_names, check_targets, resolve
 from trainer.errors import CorruptObject, InputError
 from trainer.precision import cast_where_used
 from trainer.recipe.sections.tasks import AUTO_CLASSES, PEFT_TYPES
@@ -26,24 +26,20 @@ ADAPTER_NAME = "default"
 
 
 class PeftMethod(Adapter):
-    """A method says which ``peft_type`` it is and how the recipe's settings are called there (``settings``)."""
+    """A subclass defines its ``peft_type`` and maps the recipe's settings to peft's fields (``settings``)."""
 
     peft_type: ClassVar[str]
 
     reads_base: ClassVar[bool] = False
-    """Whether the first values are made from those of the base."""
+    """True if initial values are computed from the base model's weights; the base is then never loaded sharded."""
 
     def settings(self, base: torch.nn.Module) -> dict[str, Any]:
-        """The fields of peft's configuration, without those that every method has."""
+        """Returns the fields of peft's configuration, without those that every method has."""
         raise NotImplementedError
 
     def targets(self, base: torch.nn.Module) -> str | list[str]:
-        return resolve(base, self._wanted())
-
-    def _wanted(self) -> Targets:
-        wanted = self.recipe.adapter.target_modules
-        assert wanted is not None
-        return wanted
+        assert self.recipe.adapter.target_modules is not None
+        return resolve(base, self.recipe.adapter.target_modules)
 
     def check(self, base: Any) -> None:
         section = self.recipe.adapter
@@ -70,15 +66,15 @@ class PeftMethod(Adapter):
         return section.uses("target_modules") and section.target_modules is not None and "target_modules" in fields
 
     def config(self, base: torch.nn.Module, trained_whole: Iterable[str]) -> PeftConfig:
-        """``trained_whole``: the task's own modules, which are saved with the adapter."""
+        """Returns peft's configuration. ``trained_whole``: the task's own modules, which are saved with the adapter."""
         section, fields = self.recipe.adapter, self._fields()
         task_type = PEFT_TYPES[AUTO_CLASSES[self.recipe.task]]
         common: dict[str, Any] = {"task_type": task_type, "revision": self.recipe.model.revision}
         if self._takes_targets(fields):
             common["target_modules"] = self.targets(base)
-        beside = list(dict.fromkeys([*trained_whole, *section.modules_to_save]))
-        if beside:
-            common["modules_to_save"] = beside
+        extra = list(dict.fromkeys([*trained_whole, *section.modules_to_save]))
+        if extra:
+            common["modules_to_save"] = extra
         if section.trainable_tokens:
             common["trainable_token_indices"] = list(section.trainable_tokens)
         return self.config_class()(**common, **self.settings(base))
@@ -91,7 +87,10 @@ class PeftMethod(Adapter):
             with seeded(self.recipe.seed):
                 model = get_peft_model(base, self.config(base, head_modules(base)))
         except (ValueError, TypeError, NotImplementedError) as e:
-            raise InputError(f"{self._chief_setting()} do not fit this model: {e}") from e
+            section = self.recipe.adapter
+            targets = f"adapter.target_modules {section.target_modules!r}"
+            what = targets if section.uses("target_modules") else f"the settings of adapter.method {section.label}"
+            raise InputError(f"{what} do not fit this model: {e}") from e
         except RuntimeError as e:
             if not next(base.parameters()).is_meta:
                 raise
@@ -107,7 +106,7 @@ class PeftMethod(Adapter):
         return model
 
     def loads_by_shard(self, base: torch.nn.Module) -> bool:
-        return not (self.reads_base or self.recipe.adapter.trainable_tokens)  # the latter begin as rows of the base
+        return not (self.reads_base or self.recipe.adapter.trainable_tokens)  # the latter start as rows of the base
 
     def attach_without_weights(self, base: Any) -> torch.nn.Module:
         with StayingOnHost():
@@ -123,17 +122,11 @@ class PeftMethod(Adapter):
         return elements_of_rows(rows(original, first, last), first, columns, start, stop)
 
     def saved_layout(self, model: Any) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-        """The names under which parameters are saved as they are, and the tensors that are saved beside them."""
+        """Returns the saved name of each parameter that is saved unchanged, and the other tensors of the file."""
         return saved_by_peft(model)
 
-    def _chief_setting(self) -> str:
-        section = self.recipe.adapter
-        if section.uses("target_modules"):
-            return f"adapter.target_modules {section.target_modules!r}"
-        return f"the settings of adapter.method {section.label}"
-
     def initialise(self, model: Any, plain: Callable[[], torch.nn.Module] | None) -> None:
-        """Puts the first values in place where peft's own, drawn under the recipe's seed, will not do."""
+        """Replaces peft's initial values, which are drawn under the recipe's seed, where the method needs others."""
 
     def saved_names(self, model: torch.nn.Module) -> dict[str, str]:
         return self._names
@@ -142,7 +135,7 @@ class PeftMethod(Adapter):
         return super().saved_shapes(model, shape_of) | {name: tuple(t.shape) for name, t in self._constants.items()}
 
     def peft_state_dict(self, model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """The saved file's tensors."""
+        """Returns the saved file's tensors, by name."""
         return {self._names[n]: t for n, t in weights.items()} | self._constants
 
     def save(self, model: torch.nn.Module, weights: Mapping[str, torch.Tensor], folder: Path) -> None:
@@ -153,12 +146,12 @@ class PeftMethod(Adapter):
         self.saved_config(model).save_pretrained(str(folder))
 
     def saved_config(self, model: Any) -> Any:
-        """peft's own, with the base that the recipe names (peft has put the folder here that it was loaded from), and
-        with lists in order (peft keeps sets, whose order differs from process to process)."""
+        """Returns a copy of peft's configuration, ready to be saved."""
         config: Any = copy.deepcopy(model.peft_config[ADAPTER_NAME])
+        # peft has stored the folder from which the base was loaded.
         config.base_model_name_or_path = self.recipe.model.path
         for name, value in vars(config).items():
-            if isinstance(value, set):
+            if isinstance(value, set):  # the order of a set differs from process to process
                 setattr(config, name, sorted(value))
         config.inference_mode = True
         return config
@@ -167,27 +160,28 @@ class PeftMethod(Adapter):
         for name, mine in self._constants.items():
             if not torch.equal(read(name), mine):
                 raise CorruptObject(
-                    f"{name} had other values when the run began: this torch draws other random numbers from the same "
-                    "seed; resume with the version in the run's provenance.json"
+                    f"{name} had other values when the run began: this version of torch draws other random numbers "
+                    "from the same seed; resume with the version in the run's provenance.json"
                 )
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """What is drawn inside depends on ``seed`` alone; what is drawn afterwards is as if nothing had been."""
+    """Seeds torch's random numbers inside the context, and restores their state afterwards."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         yield
 
 
 def saved_by_peft(model: Any, apart: str = "") -> tuple[dict[str, str], dict[str, torch.Tensor]]:
-    """Name in peft's file for each trainable parameter; and the tensors that it saves beside them, by name.
+    """Returns the name in peft's file of each trainable parameter, and the other tensors that peft saves, by name.
 
-    ``apart``: how the names begin of parameters that the method saves in a form of its own. peft is asked with a
-    marker in the place of each tensor. Names that autograd wrappers add (checkpointing, sharding) never reach this
-    point: the model is the inner one. Raises InputError when a parameter is saved in another form."""
+    ``apart``: prefix of the names of parameters that the method saves in a form of its own. ``model`` is the inner
+    model, without wrappers that change names (checkpointing, sharding). Raises InputError when peft saves another
+    parameter in a changed form."""
     from peft import get_peft_model_state_dict
 
+    # peft gets a marker instead of each tensor; a marker that it returns gives the saved name.
     tensors = {**dict(model.named_parameters(remove_duplicate=False)), **persistent_buffers(model)}
     by_tensor: dict[int, Any] = {id(t): torch.empty(0) for t in tensors.values()}
     markers = {name: by_tensor[id(t)] for name, t in tensors.items()}
@@ -197,7 +191,7 @@ def saved_by_peft(model: Any, apart: str = "") -> tuple[dict[str, str], dict[str
     trainable = {n for n, p in model.named_parameters() if p.requires_grad and not (apart and n.startswith(apart))}
     lost = sorted(n for n in trainable if id(markers[n]) not in keys)
     if lost:
-        raise InputError(f"peft saves {lost[0]} (of {len(lost)}) in a form from which a run cannot go on")
+        raise InputError(f"peft saves {lost[0]} (of {len(lost)}) in a form from which a run cannot resume")
     names = {n: keys[id(markers[n])] for n in trainable}
     others = {key: first[id(marker)] for key, marker in saved.items() if id(marker) in first}
     rest = {key: tensors[name] for key, name in others.items() if name not in trainable}
@@ -205,7 +199,7 @@ def saved_by_peft(model: Any, apart: str = "") -> tuple[dict[str, str], dict[str
 
 
 def on_host(value: Any) -> Any:
-    """A tensor or module on the CPU; on the meta device, where there is nothing to move, as it is."""
+    """Returns a tensor or module on the CPU; one on the meta device is returned unchanged."""
     tensors = [value] if isinstance(value, torch.Tensor) else list(value.parameters())
     return value if any(t.is_meta for t in tensors) else value.cpu()
 

@@ -1,16 +1,15 @@
 """LoRA that starts from a part of the weight itself: PiSSA and OLoRA.
 
-The weight W of shape [out, in] is taken apart into s B0 A0 + R with s = alpha / r; R takes W's place, frozen (and
-quantised: what is left after the principal part has a smaller range, hence a smaller error), and A, B start from A0,
-B0.
+The weight W of shape [out, in] is decomposed into s B0 A0 + R with s = alpha / r. R replaces W, frozen (and quantised:
+the residual has a smaller range than W, hence a smaller quantisation error), and A, B start from A0, B0.
 PiSSA (Meng et al. 2024, arXiv:2404.02948): s B0 A0 is the best approximation of rank r, by singular values.
 OLoRA (Büyükakyüz 2024, arXiv:2406.01775): B0 holds the first r columns of Q, A0 the first r rows of R in W = Q R.
 
-What is saved is a plain LoRA of rank 2r for the original base, since s B A + R = W + s (B A - B0 A0):
-A' = [A; A0], B' = [B, -B0]. Training goes on from the same file: it holds A, B and what R was made with.
+The saved file is a plain LoRA of rank 2r for the original base, since s B A + R = W + s (B A - B0 A0):
+A' = [A; A0], B' = [B, -B0]. Training resumes from the same file: it contains A and B, and the A0 and B0 that define R.
 
-The factors are computed in float64 and rounded to 8 bits, which R makes up for: so every machine, whatever its order of
-additions, finds the same ones.
+The factors are computed in float64 and rounded to 8 bits, and R absorbs the rounding error. So every machine gets the
+same factors, in whatever order it adds.
 """
 
 from __future__ import annotations
@@ -30,7 +29,8 @@ if TYPE_CHECKING:
 
 LARGEST_FULL_SVD = 1024
 POWER_ITERATIONS = 16
-"""Of the randomised SVD (Halko et al. 2009, arXiv:0909.4061); PiSSA finds no difference to the full one with 16."""
+"""Iterations of the randomised SVD (Halko et al. 2009, arXiv:0909.4061); PiSSA reports no difference to the full SVD
+with 16."""
 OVERSAMPLING = 16
 
 
@@ -39,38 +39,35 @@ class Residual(Lora):
 
     @abstractmethod
     def factors(self, weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """A of shape [r, in] and B of shape [out, r] for a float64 ``weight`` of shape [out, in]; B A is the part of it
-        that will be trained."""
+        """Returns A of shape [r, in] and B of shape [out, r] for a float64 ``weight`` of shape [out, in]. B A is the
+        part of the weight that will be trained."""
 
     def initialise(self, model: Any, plain: Callable[[], torch.nn.Module] | None) -> None:
         self._plain = plain
         self._first: dict[str, torch.Tensor] = {}
         if any(p.is_meta for p in model.parameters()):
-            return  # a plan asks for shapes; a run loads the base of these methods whole
-        originals = self._originals(model)
+            return  # a plan needs shapes only; a run never shards the load of these methods' base
+        originals = model
+        if self.recipe.model.quantization != "none":
+            # Factors of the quantised weights would keep the quantisation error that the method exists to reduce.
+            assert self._plain is not None, "a quantised base needs its unquantised weights"
+            originals = self._plain()
         with torch.no_grad(), seeded(self.recipe.seed):
             for name, layer in lora_layers(model):
-                weight = original_weight(originals or model, name).to(layer.weight.device)
+                weight = original_weight(originals, name).to(layer.weight.device)
                 a, b = self._rounded_factors(name, weight, layer.scaling[ADAPTER_NAME])
-                self._put_first(name, layer, a, b)
+                self._set_initial(name, layer, a, b)
                 put_weight(layer.get_base_layer(), weight - layer.scaling[ADAPTER_NAME] * (b @ a))
-
-    def _originals(self, model: Any) -> torch.nn.Module | None:
-        """Quantising what is quantised already would keep the error that the method is there to make smaller."""
-        if self.recipe.model.quantization == "none":
-            return None
-        assert self._plain is not None, "a quantised base needs its unquantised weights"
-        return self._plain()
 
     def _rounded_factors(self, name: str, weight: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
         rank = self.recipe.adapter.rank
         assert rank is not None
         if rank > min(weight.shape):
-            raise InputError(f"adapter.rank {rank} is more than {name} has, which is {list(weight.shape)}; lower it")
+            raise InputError(f"adapter.rank {rank} is too large for {name} of shape {list(weight.shape)}; lower it")
         a, b = self.factors(weight / scaling, rank)
         return a.to(torch.bfloat16).double(), b.to(torch.bfloat16).double()
 
-    def _put_first(self, name: str, layer: Any, a: torch.Tensor, b: torch.Tensor) -> None:
+    def _set_initial(self, name: str, layer: Any, a: torch.Tensor, b: torch.Tensor) -> None:
         for part, value in (("lora_A", a), ("lora_B", b)):
             linear = getattr(layer, part)[ADAPTER_NAME]
             linear.weight.data = value.to(linear.weight.device, torch.float32).contiguous()
@@ -99,7 +96,7 @@ class Residual(Lora):
         return self._halves(name, saved)[0] if name in self._first else saved
 
     def _halves(self, name: str, saved: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What was trained, and what it started from."""
+        """Splits a saved tensor of rank 2r into the trained factor and the initial one."""
         trained, first = saved.chunk(2, dim=1 if _is_b(name) else 0)
         return trained.contiguous(), (-first if _is_b(name) else first).contiguous()
 
@@ -110,11 +107,11 @@ class Residual(Lora):
             self._rebuild(model, stored)
 
     def _rebuild(self, model: Any, stored: dict[str, torch.Tensor]) -> None:
-        """Makes the frozen rest anew from the factors that the run began with."""
+        """Recomputes the frozen residual from the stored initial factors. Raises InputError for a sharded model."""
         if self._plain is None or any(hasattr(p, "placements") or hasattr(p, "ds_tensor") for p in model.parameters()):
             raise InputError(
-                f"adapter.method {self.recipe.adapter.label}: this machine takes the weights apart in another way "
-                "than the one that the run began on, and what is sharded cannot be mended; resume with "
+                f"adapter.method {self.recipe.adapter.label}: this machine computes other initial factors than the "
+                "machine on which the run began, and sharded weights cannot be recomputed; resume with "
                 "strategy.kind=ddp, or on the same kind of machine"
             )
         plain = self._plain()
@@ -135,7 +132,7 @@ class Pissa(Residual):
             u, s, v = torch.svd_lowrank(weight, rank + OVERSAMPLING, POWER_ITERATIONS)
             vh = v.T
         u, s, vh = u[:, :rank], s[:rank], vh[:rank]
-        # A singular vector's sign is anybody's choice: its largest entry is made positive.
+        # The sign of a singular vector is arbitrary: its largest entry is made positive.
         sign = u.gather(0, u.abs().argmax(0, keepdim=True)).sign()
         root = s.sqrt()
         return (root[:, None] * vh) * sign.T, (u * root) * sign
@@ -155,7 +152,8 @@ def lora_layers(model: torch.nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def original_weight(model: torch.nn.Module, name: str) -> torch.Tensor:
-    """The weight under a name of the adapted model as [out, in] in float64, of that model or of its plain base."""
+    """Returns the base weight of the layer ``name`` of the adapted model, as [out, in] in float64. ``model`` is the
+    adapted model or its plain base."""
     plain = name.removeprefix("base_model.model.")
     layer: Any = model.get_submodule(name if hasattr(model, "peft_config") else plain)
     layer = getattr(layer, "base_layer", layer)
@@ -164,7 +162,8 @@ def original_weight(model: torch.nn.Module, name: str) -> torch.Tensor:
 
 
 def put_weight(layer: Any, weight: torch.Tensor) -> None:
-    """Gives a layer the float64 weight [out, in] in its own dtype, packed again where it was packed."""
+    """Sets the weight of a layer from a float64 ``weight`` [out, in], in the layer's dtype; a packed (4-bit) weight is
+    packed again."""
     old = layer.weight
     if hasattr(old, "quant_type"):
         layer.weight = type(old)(
@@ -182,7 +181,7 @@ def put_weight(layer: Any, weight: torch.Tensor) -> None:
 
 
 def is_sharded(model: torch.nn.Module) -> bool:
-    """Whether the model's parameters are no longer whole: DTensors of FSDP2, or partitions of ZeRO-3."""
+    """Returns True if parameters of the model are sharded: DTensors of FSDP2, or partitions of ZeRO-3."""
     return any(hasattr(p, "placements") or hasattr(p, "ds_id") for p in model.parameters())
 
 

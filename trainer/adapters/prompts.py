@@ -1,13 +1,13 @@
-"""Methods that train vectors in front of the text, and leave the base as it is.
+"""Methods that train vectors in front of the text, and do not change the base model.
 
-Prompt tuning (Lester et al. 2021, arXiv:2104.08691): ``virtual_tokens`` embeddings before the text's own; they begin as
-those of tokens drawn from the vocabulary.
-P-tuning (Liu et al. 2021, arXiv:2103.10385): the same embeddings, made by an MLP from trained ones while training.
-Prefix tuning (Li & Liang 2021, arXiv:2101.00190): keys and values of ``virtual_tokens`` before the text, in each layer;
-with ``encoder_hidden`` made by an MLP while training.
+Prompt tuning (Lester et al. 2021, arXiv:2104.08691): ``virtual_tokens`` embeddings before those of the text. They start
+as the embeddings of tokens drawn from the vocabulary.
+P-tuning (Liu et al. 2021, arXiv:2103.10385): such embeddings, which an MLP computes from trained ones during training.
+Prefix tuning (Li & Liang 2021, arXiv:2101.00190): keys and values of ``virtual_tokens`` before the text, in each layer.
+With ``encoder_hidden``, an MLP computes them during training.
 
-Every sample of a pack gets them in front of itself (``in_packs``). What is saved is the embeddings, or the prefix; of
-an MLP only what it makes, so that a checkpoint holds the MLP beside that.
+Every sample of a pack has them in front of itself (`trainer.adapters.packed_prompts`). The saved file contains the
+embeddings or the prefix, and only the output of an MLP; a checkpoint contains the MLP in addition.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class PromptTuning(PeftMethod):
 
     def initialise(self, model: Any, plain: Any) -> None:
         encoder = model.prompt_encoder[ADAPTER_NAME]
-        # To make the embeddings from a snapshot while the model itself goes on training.
+        # A copy, to compute the embeddings from a snapshot while the model itself continues training.
         self._encoder = on_host(copy.deepcopy(encoder))
         self._tokens = model.prompt_tokens[ADAPTER_NAME]
         self.inserted(model)
@@ -72,7 +72,7 @@ class PromptTuning(PeftMethod):
 
     @torch.no_grad()
     def _made(self, weights: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """The virtual tokens' embeddings (or keys and values) from the encoder's parameters."""
+        """Computes the virtual tokens' embeddings (or keys and values) from the encoder's parameters."""
         made: torch.Tensor = torch.func.functional_call(self._encoder, dict(weights), (self._tokens[None],))
         return made[0]
 

@@ -1,4 +1,4 @@
-"""Which modules of a model get an adapter."""
+"""Resolution of ``adapter.target_modules``: the modules of a model that get an adapter."""
 
 from __future__ import annotations
 
@@ -13,19 +13,20 @@ from trainer.errors import InputError
 
 LISTED_MODULES = 20
 MATCHING_S = 20.0
-"""Bound of the processor's time for all names of a model; milliseconds are usual."""
+"""Limit of processor time to match all module names of a model, in seconds; milliseconds are usual."""
 ALL_LINEAR = "all-linear"
 Targets = str | tuple[str, ...] | list[str]
 
 
 def linear_modules(base: torch.nn.Module) -> list[str]:
-    """Full names of the linear layers, quantised ones (subclasses of ``nn.Linear``) included, and GPT-2's Conv1D."""
+    """Returns the full names of the linear layers: quantised ones (subclasses of ``nn.Linear``) and GPT-2's Conv1D
+    included."""
     return [n for n, m in base.named_modules() if isinstance(m, torch.nn.Linear) or type(m).__name__ == "Conv1D"]
 
 
 def heads(base: Any) -> set[str]:
-    """Those of them that turn hidden states into answers: the output embeddings, and whatever lies outside the
-    backbone (a classifier, a score, a value head)."""
+    """Returns the names of the linear layers that are heads: the output embeddings, and all layers outside the backbone
+    (a classifier, a score, a value head)."""
     output = base.get_output_embeddings() if hasattr(base, "get_output_embeddings") else None
     backbone = getattr(base, "base_model_prefix", "")
     inside = f"{backbone}." if backbone and hasattr(base, backbone) else ""
@@ -33,14 +34,14 @@ def heads(base: Any) -> set[str]:
 
 
 def resolve(base: torch.nn.Module, targets: Targets) -> str | list[str]:
-    """What peft is told: the recipe's own words where they cannot hit a head by accident, else full names.
+    """Returns the targets for peft: the recipe's own value, or full names if that would match a head by accident.
 
     Raises InputError when a target matches no linear layer of the model."""
     check_targets(base, targets)
     avoided = heads(base)
     if targets == ALL_LINEAR:
         return [n for n in linear_modules(base) if n not in avoided]
-    # All modules, not the linear ones alone: peft has to see, and refuse, what else a pattern matches.
+    # All modules, not only the linear ones: peft must see, and refuse, everything that a pattern matches.
     names = [n for n, _ in base.named_modules() if n]
     hit = set(_matched(names, targets))
     accidents = {n for n in hit & avoided if not _named(n, names, avoided, targets)}
@@ -50,8 +51,8 @@ def resolve(base: torch.nn.Module, targets: Targets) -> str | list[str]:
 
 
 def check_targets(base: torch.nn.Module, targets: Targets) -> None:
-    """Raises InputError when a target matches no linear layer of the model; peft itself is silent about a typo in a
-    list as long as another entry matches."""
+    """Raises InputError when a target matches no linear layer of the model."""
+    # peft ignores a typo in a list if another entry matches.
     if targets == ALL_LINEAR:
         return
     names = linear_modules(base)
@@ -61,20 +62,20 @@ def check_targets(base: torch.nn.Module, targets: Targets) -> None:
             missing = [t for t in wanted if not any(_matches(t, n, is_pattern=isinstance(targets, str)) for n in names)]
     except OutOfTime:
         raise InputError(
-            f"adapter.target_modules {targets!r} is a regular expression that does not come to an end on this model's "
-            "names; name the modules"
+            f"adapter.target_modules {targets!r} is a regular expression that takes too long on this model's names; "
+            "name the modules"
         ) from None
     if missing:
         leaves = sorted({n.rsplit(".", 1)[-1] for n in names})[:LISTED_MODULES]
         raise InputError(
             f"adapter.target_modules {missing} match no linear layer of this model; there are {', '.join(leaves)} "
-            "(a single string is a regular expression over whole names such as "
-            f"{names[0]!r}; or say all-linear)"
+            "(a single string is a regular expression over full names such as "
+            f"{names[0]!r}; or write all-linear)"
         )
 
 
 def matched_linear(base: torch.nn.Module, targets: str | list[str]) -> list[str]:
-    """The full names of the linear layers that resolved targets stand for."""
+    """Returns the full names of the linear layers that resolved targets match."""
     return _matched(linear_modules(base), targets)
 
 
@@ -84,11 +85,12 @@ def check_names(base: torch.nn.Module, setting: str, wanted: Iterable[str]) -> N
     missing = [w for w in wanted if not any(_matches(w, n, is_pattern=False) for n in names)]
     if missing:
         top = [n for n, _ in base.named_children()]
-        raise InputError(f"{setting} {missing} name no module of this model; on top it has {', '.join(top)}")
+        raise InputError(f"{setting} {missing} name no module of this model; its top modules are {', '.join(top)}")
 
 
 def _named(head: str, names: list[str], avoided: set[str], targets: Targets) -> bool:
-    """Whether the recipe means this head: an entry that matches heads alone, or a pattern that spells its name."""
+    """Returns True if the recipe targets this head on purpose: by an entry that matches heads only, or by a pattern
+    that contains its name."""
     if isinstance(targets, str):
         return head.rsplit(".", 1)[-1] in targets
     entries = [t for t in targets if _matches(t, head, is_pattern=False)]

@@ -1,4 +1,4 @@
-"""A saved adapter is reopened and looked at before anybody is told that it exists."""
+"""Verification of a saved adapter: its file is read back before the checkpoint is committed."""
 
 from __future__ import annotations
 
@@ -14,18 +14,23 @@ from trainer.errors import CorruptObject
 def verify_saved(
     adapter: Adapter, shapes: Mapping[str, tuple[int, ...]], folder: Path, *, updated: bool = True
 ) -> None:
-    """Compares the file in ``folder`` with the saved names and shapes that are expected.
+    """Compares the file in ``folder`` with the expected names and shapes.
 
-    Raises CorruptObject when a tensor is missing, foreign, of another shape, of no floating dtype, not finite, or when
-    every tensor that training should have moved away from zero still lies there (a gather that saved nothing).
-    ``updated``: whether the optimizer has taken a step at all; float16 leaves out those that overflow.
+    Raises CorruptObject when a tensor is missing, unexpected, of another shape, not of a floating dtype or not finite,
+    or when all tensors that training should have moved away from zero are still zero (a gather that saved nothing).
+    ``updated``: True if the optimizer has taken a step; in float16, steps that overflow are skipped.
     """
     from safetensors import safe_open
 
     path = folder / adapter.weights_file
     learnt: list[bool] = []
     with safe_open(path, framework="pt") as file:
-        _compare_names(path, set(file.keys()), set(shapes))
+        got, want = set(file.keys()), set(shapes)
+        if got != want:
+            raise CorruptObject(
+                f"{path.name}: {len(want - got)} tensors are missing {sorted(want - got)[:3]}, "
+                f"{len(got - want)} are foreign {sorted(got - want)[:3]}"
+            )
         for name, shape in shapes.items():
             tensor = file.get_tensor(name)
             _check_tensor(path, name, tensor, shape)
@@ -33,14 +38,6 @@ def verify_saved(
                 learnt.append(bool(tensor.any()))
     if updated and learnt and not any(learnt):
         raise CorruptObject(f"{path.name}: all {len(learnt)} tensors that training moves away from zero are zero")
-
-
-def _compare_names(path: Path, got: set[str], want: set[str]) -> None:
-    if got != want:
-        raise CorruptObject(
-            f"{path.name}: {len(want - got)} tensors are missing {sorted(want - got)[:3]}, "
-            f"{len(got - want)} are foreign {sorted(got - want)[:3]}"
-        )
 
 
 def _check_tensor(path: Path, name: str, tensor: torch.Tensor, shape: tuple[int, ...]) -> None:

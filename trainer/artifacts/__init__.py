@@ -1,4 +1,4 @@
-"""What training has saved, in use: found by its address, loaded, asked, described, merged."""
+"""Use of saved artifacts (runs, adapters, models): find, load, generate, inspect, merge."""
 
 from trainer.artifacts.generate import GREEDY, Generator, Sampling
 from trainer.artifacts.load import load

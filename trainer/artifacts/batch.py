@@ -1,4 +1,4 @@
-"""A file of prompts answered: JSON Lines in, JSON Lines out, in the same order."""
+"""Generation of answers for a file of prompts: JSON Lines in, JSON Lines out, in the same order."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from trainer.parsing import JsonReader, Malformed
 
 STDIO = "-"
 AT_ONCE = 256
-"""Rows whose answers are written together; the longest of them are answered first."""
+"""Rows whose answers are written together; of these, the longest are answered first."""
 
 Done = Callable[[int, int], None]
-"""Takes how many rows have been answered, and of how many."""
+"""Takes the number of rows answered so far, and the number of all rows."""
 
 
 def answer_file(
@@ -32,10 +32,10 @@ def answer_file(
     stdout: TextIO | None = None,
     done: Done = lambda done, of: None,
 ) -> None:
-    """Each line of ``source`` holds a ``prompt``, which is put in ``talk``'s frame, or the ``messages`` of a chat; each
-    line of ``target`` repeats it and adds the ``completion``.
+    """Writes an answer for each line of ``source`` to ``target``. A line contains a ``prompt``, which is formatted with
+    ``talk``'s frame, or the ``messages`` of a chat; its line in ``target`` repeats it and adds the ``completion``.
 
-    Raises InputError for a line that holds neither, before anything is written."""
+    Raises InputError for a line with neither, before anything is written."""
     rows = list(_rows(source))
     prompts = [_prompt(row, number, talk) for number, row in enumerate(rows, 1)]
     answered = 0
@@ -49,8 +49,8 @@ def answer_file(
         for start in range(0, len(rows), AT_ONCE):
             texts = writer.answers(prompts[start : start + AT_ONCE], max_new_tokens, talk.ended, more)
             for row, text in zip(rows[start : start + AT_ONCE], texts, strict=True):
-                told = {name: row[name] for name in ("prompt", "messages") if name in row}
-                file.write(json.dumps({**told, "completion": talk.shown(text)}, ensure_ascii=False) + "\n")
+                given = {name: row[name] for name in ("prompt", "messages") if name in row}
+                file.write(json.dumps({**given, "completion": talk.shown(text)}, ensure_ascii=False) + "\n")
             file.flush()
 
 
@@ -71,7 +71,7 @@ def _rows(source: str) -> Iterator[dict[str, Any]]:
 
 
 def _lines(source: str) -> Iterator[bytes]:
-    """Each with at most one byte more than a row may have."""
+    """Yields the lines of a file. Reads at most one byte more than a row may have, to detect longer ones."""
     try:
         with sys.stdin.buffer if source == STDIO else open(source, "rb") as file:
             while line := file.readline(ROW_BYTES + 1):
@@ -83,11 +83,11 @@ def _lines(source: str) -> Iterator[bytes]:
 def _prompt(row: dict[str, Any], number: int, talk: Conversation) -> Prompt:
     prompt, messages = row.get("prompt"), row.get("messages")
     if isinstance(prompt, str):
-        told = encodable(prompt)
-        if isinstance(told, RowError):
-            raise InputError(f"row {number} of --input: {told.reason}")
+        text = encodable(prompt)
+        if isinstance(text, RowError):
+            raise InputError(f"row {number} of --input: {text.reason}")
         talk.clear()
-        return talk.ask(told)
+        return talk.ask(text)
     if isinstance(messages, list) and messages and all(isinstance(turn, dict) for turn in messages):
         return rendered(talk.tokenizer, messages)
     raise InputError(

@@ -1,10 +1,10 @@
-"""How a question is put to a model: as it was put in training.
+"""Frames: the prompt formats of a question, the same as in training.
 
-chat         by the tokenizer's chat template, with everything that was said before
-qa           ``Question: …`` and ``Answer:``, each question by itself
-instruction  Alpaca's prompt, each instruction by itself
-template     the recipe's own, where it has a single blank
-plain        the text as it is, each by itself
+chat         the tokenizer's chat template, with all earlier turns
+qa           ``Question: …`` and ``Answer:``, each question separately
+instruction  Alpaca's prompt, each instruction separately
+template     the recipe's own template, if it has a single blank
+plain        the text unchanged, each text separately
 """
 
 from __future__ import annotations
@@ -20,15 +20,15 @@ from trainer.errors import UsageError
 
 CHAT, QA, INSTRUCTION, TEMPLATE, PLAIN = FRAMES = ("chat", "qa", "instruction", "template", "plain")
 FRAME_OF_FORMAT = {"messages": CHAT, "qa": QA, "instruction": INSTRUCTION}
-"""Of the training data; other formats are written as text."""
+"""Frames by the format of the training data; other formats are plain text."""
 
 Turns = list[dict[str, str]]
 Prompt = str | list[int]
 
 
 def frame_for(tokenizer: Any, given: str | None, format: str | None, template: str | None = None) -> str:
-    """``given`` by the user, or as the training data's ``format`` and ``template`` have it. What nobody has said
-    anything of is a chat where the tokenizer has a template. Raises UsageError."""
+    """Returns the frame ``given`` by the user, or else the one for the training data's ``format`` and ``template``.
+    Without any of them, it is a chat if the tokenizer has a chat template. Raises UsageError for an unusable frame."""
     fillable = template is not None and len(set(fields_of(template))) == 1
     if given is not None and given not in FRAMES:
         raise UsageError(f"--frame {given!r} is not one of: {', '.join(FRAMES)}")
@@ -46,8 +46,8 @@ def frame_for(tokenizer: Any, given: str | None, format: str | None, template: s
 
 
 class Conversation:
-    """What has been said so far. ``system`` stands before it, where the frame knows such a thing; ``template`` is for
-    the frame of that name."""
+    """The turns of a conversation. ``system``: a system message before the turns, for the frame ``chat`` only.
+    ``template``: for the frame ``template``."""
 
     def __init__(self, tokenizer: Any, frame: str, system: str | None = None, template: str | None = None) -> None:
         if system and frame != CHAT:
@@ -60,13 +60,10 @@ class Conversation:
         self.turns = [{"role": "system", "content": self.system}] if self.system else []
 
     def ask(self, text: str) -> Prompt:
-        """The prompt for the next answer. A chat is given as tokens: its template writes the special ones itself."""
-        if self.frame != CHAT:
-            return self._put(text)
-        self.turns.append({"role": "user", "content": text})
-        return rendered(self.tokenizer, self.turns)
-
-    def _put(self, text: str) -> str:
+        """Returns the prompt for the next answer: text, or tokens for a chat, whose template adds special tokens."""
+        if self.frame == CHAT:
+            self.turns.append({"role": "user", "content": text})
+            return rendered(self.tokenizer, self.turns)
         if self.frame == TEMPLATE:
             assert self.template is not None
             return self.template.format_map(dict.fromkeys(fields_of(self.template), text))
@@ -77,12 +74,12 @@ class Conversation:
             self.turns.append({"role": "assistant", "content": text})
 
     def take_back(self) -> None:
-        """The last question, which nobody answered."""
+        """Removes the last question, which was not answered."""
         if self.frame == CHAT:
             self.turns.pop()
 
     def shown(self, text: str) -> str:
-        """Of what was written, what is the answer: in the frame of questions, its first line."""
+        """Returns the answer in a generated text: its first line in the frame ``qa``, else the whole text."""
         return first_line(text) if self.frame == QA else text
 
     def ended(self, text: str) -> bool:
@@ -90,17 +87,18 @@ class Conversation:
 
 
 def first_line(text: str) -> str:
-    """The first line with something on it."""
+    """Returns the first line that is not blank."""
     return next((line.strip() for line in text.splitlines() if line.strip()), "")
 
 
 def one_line(text: str) -> bool:
-    """Whether a line with something on it has come to its end."""
+    """Returns True if the text contains a complete line that is not blank."""
     return "\n" in text.lstrip()
 
 
 def rendered(tokenizer: Any, turns: Turns) -> list[int]:
-    """Token ids of a conversation, up to where the assistant speaks. Raises UsageError when the template refuses it."""
+    """Returns the token ids of a conversation, up to the start of the assistant's answer. Raises UsageError when the
+    template refuses it."""
     if not tokenizer.chat_template:
         raise UsageError("messages need a chat template, and the tokenizer has none; give a prompt instead")
     try:

@@ -1,4 +1,4 @@
-"""Which of several adapters a model uses: one of them, or a weighted combination (peft's ``add_weighted_adapter``)."""
+"""Selection of one of several adapters, or of a weighted combination of them (peft's ``add_weighted_adapter``)."""
 
 from __future__ import annotations
 
@@ -12,15 +12,16 @@ from trainer.errors import UsageError
 Kind = Literal["cat", "linear", "svd", "ties", "dare_linear", "dare_ties", "magnitude_prune"]
 PRUNING = ("ties", "dare_linear", "dare_ties", "magnitude_prune")
 COMBINED = "_combined"
-"""No name that a user can give."""
+"""Name of the combined adapter; a user cannot give this name."""
 _PART = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)(?:=(-?\d+(?:\.\d*)?|-?\.\d+))?")
 
 
 @dataclass(frozen=True)
 class Mix:
-    """``weights`` by the adapters' names. ``cat`` adds them up exactly, the ranks too; ``svd`` brings their sum back to
-    the largest rank; ``linear`` averages A and B, a rough approximation. TIES (Yadav et al. 2023, arXiv:2306.01708)
-    and DARE (Yu et al. 2023, arXiv:2311.03099) keep the share ``density`` of each adapter's entries."""
+    """A combination of adapters with ``weights`` by name. ``cat`` computes the exact sum, and its rank is the sum of
+    the ranks; ``svd`` reduces that sum to the largest rank; ``linear`` averages A and B, a rough approximation. TIES
+    (Yadav et al. 2023, arXiv:2306.01708) and DARE (Yu et al. 2023, arXiv:2311.03099) keep the share ``density`` of each
+    adapter's entries."""
 
     weights: dict[str, float]
     kind: Kind = "cat"
@@ -28,7 +29,7 @@ class Mix:
 
     @classmethod
     def of(cls, use: str, kind: str = "cat", density: float | None = None) -> Mix:
-        """From ``a`` or ``a=0.7,b=0.3``."""
+        """Parses ``a`` or ``a=0.7,b=0.3``. Raises UsageError."""
         parts = [_PART.fullmatch(part.strip()) for part in use.split(",")]
         if not all(parts) or (len(parts) > 1 and any(m and m[2] is None for m in parts)):
             raise UsageError(f"--use {use!r} is neither the name of an adapter nor weights as in a=0.7,b=0.3")
@@ -43,7 +44,7 @@ class Mix:
 
     @classmethod
     def chosen(cls, use: str | None, kind: str, density: float | None) -> Mix | None:
-        """None where nothing is said. Raises UsageError for settings of a combination that nobody asks for."""
+        """Returns None without ``use``. Raises UsageError for settings of a combination that have no effect."""
         if use is not None:
             return cls.of(use, kind, density)
         if kind != cls.kind or density is not None:
@@ -57,8 +58,8 @@ class Mix:
 
 
 def mixed(model: Any, mix: Mix) -> str:
-    """Switches on what ``mix`` says, combined first if need be; returns its name. Raises UsageError for adapters that
-    peft cannot combine, or would combine into something else."""
+    """Activates the adapter that ``mix`` selects, after combining several if needed. Returns its name. Raises
+    UsageError for adapters that peft cannot combine, or would combine incorrectly."""
     mix.check(list(model.peft_config))
     names, weights = list(mix.weights), list(mix.weights.values())
     if weights == [1.0]:
@@ -69,7 +70,8 @@ def mixed(model: Any, mix: Mix) -> str:
         raise UsageError("only plain LoRA adapters can be combined by weights: merge one, and train on from there")
     if any(config.bias != "none" or config.modules_to_save or config.trainable_token_indices for config in configs):
         raise UsageError("adapters with biases, modules or tokens that are trained whole cannot be combined by weights")
-    # What is new takes the first adapter's configuration: its scale and its beginning are those of plain LoRA.
+    # peft copies the first adapter's configuration for the combined one, which has the scale and initialisation of
+    # plain LoRA.
     model.peft_config[names[0]] = replace(configs[0], use_rslora=False, init_lora_weights=True)
     try:
         model.add_weighted_adapter(names, weights, COMBINED, combination_type=mix.kind, density=mix.density)
@@ -78,5 +80,5 @@ def mixed(model: Any, mix: Mix) -> str:
     finally:
         model.peft_config[names[0]] = configs[0]
     model.set_adapter(COMBINED)
-    model.eval()  # what is new would still drop a part of its input
+    model.eval()  # the new adapter's dropout would still be active
     return COMBINED

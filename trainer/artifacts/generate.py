@@ -1,7 +1,7 @@
-"""Text that a model writes to prompts, in batches padded on the left: the most likely token at each step, or drawn.
+"""Generation of texts for prompts, in batches padded on the left, by greedy decoding or sampling.
 
-A model that reads trained vectors before its text writes in another way: by the forward of training, which knows
-where each text begins, without a cache of keys and values. peft counts pads between the vectors and the text.
+A model with trained vectors before its text generates in another way: by the forward of training, which has the start
+of each text, and without a KV cache. peft itself would count the pads between the vectors and the text as positions.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any
 import torch
 
 from trainer.artifacts.load import reads_a_prompt
+from trainer.tasks.sampling import end_tokens
 
 Ended = Callable[[str], bool]
-"""Whether a text that has been written so far is all that is wanted."""
+"""Returns True if the text generated so far is complete."""
 
 MAX_PROMPT = 1 << 20
 
@@ -33,9 +34,10 @@ class Sampling:
         return self.temperature == 0.0
 
     def settings(self) -> dict[str, Any]:
-        """As transformers' GenerationConfig takes it. It keeps the 50 most likely tokens unless it is told not to."""
+        """Returns the arguments of transformers' GenerationConfig."""
         if self.greedy:
             return {"do_sample": False}
+        # top_k: the default keeps only the 50 most likely tokens.
         return {"do_sample": True, "temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
 
     def next(self, logits_BV: torch.Tensor) -> torch.Tensor:
@@ -53,7 +55,7 @@ GREEDY = Sampling()
 
 
 class Generator:
-    """Writes until the end of text, ``max_new_tokens``, or ``ended``."""
+    """Generates texts until the end of text, ``max_new_tokens``, or ``ended``."""
 
     def __init__(
         self, model: Any, tokenizer: Any, device: torch.device, batch: int, sampling: Sampling = GREEDY
@@ -62,8 +64,8 @@ class Generator:
 
         self.model, self.tokenizer, self.device, self.batch = model, tokenizer, device, batch
         self.sampling = sampling
-        self.ends = sorted(_ends(model, tokenizer))
-        model.generation_config = GenerationConfig()  # what its authors would do beside taking the likeliest token
+        self.ends = sorted(end_tokens(model, tokenizer))
+        model.generation_config = GenerationConfig()  # drops the sampling settings of the model's authors
         text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
         self.positions = int(getattr(text, "max_position_embeddings", None) or MAX_PROMPT)
 
@@ -75,16 +77,16 @@ class Generator:
         ended: Ended | None = None,
         done: Callable[[int], None] = lambda answers: None,
     ) -> list[str]:
-        """In the order of the prompts, which are text or token ids. Where a prompt and ``max_new_tokens`` are more than
-        the model's positions, fewer are written, and a prompt of more than half of them keeps its end. ``done`` is told
-        how many more have been answered."""
+        """Returns the answers in the order of the prompts, which are text or token ids. If a prompt and
+        ``max_new_tokens`` exceed the model's positions, fewer tokens are generated, and a prompt longer than half of
+        the positions may lose its beginning. ``done``: called with the number of further prompts answered."""
         rows = [self._ids(prompt, max_new_tokens) for prompt in prompts]
-        said: dict[int, str] = {}
+        texts: dict[int, str] = {}
         for numbers in self._batches(rows, max_new_tokens):
             written = self._write([rows[n] for n in numbers], max_new_tokens, ended, None)
-            said.update(zip(numbers, written, strict=True))
+            texts.update(zip(numbers, written, strict=True))
             done(len(numbers))
-        return [said[n] for n in range(len(rows))]
+        return [texts[n] for n in range(len(rows))]
 
     @torch.no_grad()
     def stream(
@@ -94,7 +96,7 @@ class Generator:
         say: Callable[[str], None],
         ended: Ended | None = None,
     ) -> str:
-        """One answer; ``say`` is given each piece of its text as soon as it is whole."""
+        """Returns one answer. Calls ``say`` with each piece of its text as soon as the piece is complete."""
         pieces = TokenStreamer(self.tokenizer, self.ends, say)
         (text,) = self._write([self._ids(prompt, max_new_tokens)], max_new_tokens, ended, pieces)
         pieces.end()
@@ -106,9 +108,9 @@ class Generator:
         return ids[-room:]
 
     def _batches(self, rows: Sequence[Sequence[int]], max_new_tokens: int) -> Iterator[list[int]]:
-        """The numbers of the rows in batches of like lengths, so that little is padded; the longest first. Those that
-        cannot be answered at full length are by themselves: how far they go is nobody else's affair."""
+        """Yields the indices of rows in batches of similar length, to reduce padding; the longest first."""
         order = sorted(range(len(rows)), key=lambda n: (-len(rows[n]), n))
+        # A row without room for `max_new_tokens` is a batch of its own: otherwise it would shorten the other answers.
         tight = sum(len(row) + max_new_tokens > self.positions for row in rows)
         yield from ([n] for n in order[:tight])
         for start in range(tight, len(order), self.batch):
@@ -169,16 +171,16 @@ class Generator:
                 written[n].append(token)
                 if pieces:
                     pieces.add(token)
-            going = [n for n in going if not self._ended(written[n], ended)]
+            going = [n for n in going if written[n][-1] not in self.ends]
+            if ended is not None:
+                going = [n for n in going if not ended(self._text(written[n]))]
             if not going:
                 break
         return [self._text(self._until_end(ids)) for ids in written]
 
-    def _ended(self, ids: list[int], ended: Ended | None) -> bool:
-        return ids[-1] in self.ends or (ended is not None and ended(self._text(ids)))
-
     def _next(self, rows: list[list[int]]) -> list[int]:
-        """Pads stand behind the texts, each at position 0, where training has them too."""
+        """Returns the next token of each row, from a forward without a cache."""
+        # Pads follow the texts, each at position 0, as in training.
         width = max(map(len, rows))
         ids = torch.tensor([row + [0] * (width - len(row)) for row in rows], device=self.device)
         places = [[*range(len(row))] + [0] * (width - len(row)) for row in rows]
@@ -190,17 +192,17 @@ class Generator:
 
 
 class TokenStreamer:
-    """Turns tokens into text as they come, as a streamer of transformers; a character whose bytes are not all there
-    yet is waited for."""
+    """Decodes tokens to text as they arrive, with the interface of transformers' streamers. Holds back a character
+    until all its bytes have arrived."""
 
     def __init__(self, tokenizer: Any, ends: Sequence[int], say: Callable[[str], None]) -> None:
         self.tokenizer, self.ends, self.say = tokenizer, set(ends), say
         self._ids: list[int] = []
-        self._said = 0
+        self._printed = 0
         self._prompt = True
 
     def put(self, tokens: torch.Tensor) -> None:
-        if self._prompt:  # transformers begins with it
+        if self._prompt:  # transformers passes the prompt first
             self._prompt = False
             return
         for token in tokens.reshape(-1).tolist():
@@ -209,20 +211,13 @@ class TokenStreamer:
     def add(self, token: int) -> None:
         if token not in self.ends:
             self._ids.append(token)
-            self._tell(final=False)
+            self._emit(final=False)
 
     def end(self) -> None:
-        self._tell(final=True)
+        self._emit(final=True)
 
-    def _tell(self, *, final: bool) -> None:
+    def _emit(self, *, final: bool) -> None:
         text: str = self.tokenizer.decode(self._ids, skip_special_tokens=True)
-        if len(text) > self._said and (final or not text.endswith("\N{REPLACEMENT CHARACTER}")):
-            self.say(text[self._said :])
-            self._said = len(text)
-
-
-def _ends(model: Any, tokenizer: Any) -> set[int]:
-    """The tokenizer's end of text, which training puts after each answer, and what the model's authors end with."""
-    theirs = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    several = theirs if isinstance(theirs, list) else [theirs]
-    return {int(n) for n in (tokenizer.eos_token_id, *several) if n is not None}
+        if len(text) > self._printed and (final or not text.endswith("\N{REPLACEMENT CHARACTER}")):
+            self.say(text[self._printed :])
+            self._printed = len(text)

@@ -1,4 +1,4 @@
-"""What lies at an address: an adapter or a model, what it was made from, and whether its files are whole."""
+"""Inspection of an adapter or a model: its origin, its contents, and a check of its files."""
 
 from __future__ import annotations
 
@@ -40,7 +40,8 @@ SETTINGS = ("r", "lora_alpha", "use_dora", "use_rslora", "target_modules", "modu
 
 @dataclass
 class ArtifactReport:
-    """``problems``: what is wrong with the files, nothing if they are whole. ``facts``: what else there is to say."""
+    """The result of an inspection. ``problems``: faults of the files, empty if there are none. ``facts``: other
+    findings by name."""
 
     uri: str
     kind: str
@@ -65,10 +66,10 @@ class ArtifactReport:
 
 
 def describe(uri: str, *, trust: Trust = NOBODY) -> ArtifactReport:
-    """Describes the folder of an adapter, a run or a model. A model is loaded and writes a few words; ``trust``: whose
-    code may run for it.
+    """Describes the folder of an adapter, a run or a model. A model is loaded and generates a few words; ``trust``:
+    whose code may run for it.
 
-    Raises InputError when nothing of the kind lies there."""
+    Raises InputError if the folder is none of these."""
     storage = open_storage(uri)
     keys = {o.key for o in storage.list() if "/" not in o.key}
     if layout.RECIPE in keys:
@@ -82,7 +83,7 @@ def describe(uri: str, *, trust: Trust = NOBODY) -> ArtifactReport:
 
 
 def _run(uri: str, run: Storage, trust: Trust) -> ArtifactReport:
-    """Its final adapter, held against the commit that it was copied from."""
+    """Describes a run's final adapter, and compares its files with the commit from which they were published."""
     record = next(iter(list_commits(run, newest=1)), None)
     if record is None or not is_last(record):
         raise InputError(f"{uri} is a run that has no final adapter yet; inspect one of its checkpoints")
@@ -134,7 +135,7 @@ def _described(uri: str, kind: str, subject: Artifact, storage: Storage) -> Arti
 
 
 def _count(found: ArtifactReport, path: Path) -> None:
-    """Tensors, bytes, types; what is not finite is a problem."""
+    """Counts the tensors, bytes and dtypes of a file. Values that are not finite are a problem."""
     from safetensors import SafetensorError
 
     dtypes: Counter[str] = Counter()
@@ -144,16 +145,13 @@ def _count(found: ArtifactReport, path: Path) -> None:
             found.parameters += tensor.numel()
             found.bytes += tensor.numel() * tensor.element_size()
             dtypes[str(tensor.dtype).removeprefix("torch.")] += 1
-            if tensor.is_floating_point() and not torch.isfinite(_wide(tensor)).all():
-                found.problems.append(f"{path.name}: {name} holds values that are not finite")
+            if tensor.is_floating_point():
+                wide = tensor.float() if tensor.itemsize == 1 else tensor  # 8-bit floats support few operations
+                if not torch.isfinite(wide).all():
+                    found.problems.append(f"{path.name}: {name} holds values that are not finite")
     except (SafetensorError, OSError, ValueError) as error:
         found.problems.append(f"{path.name} cannot be read, it is torn: {' '.join(str(error).split())[:200]}")
     found.dtypes = dict(Counter(found.dtypes) + dtypes)
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    """Types of one byte know few operations."""
-    return tensor.float() if tensor.itemsize == 1 else tensor
 
 
 def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
@@ -165,10 +163,10 @@ def _tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def _compare_with_base(found: ArtifactReport, subject: Artifact, config: Mapping[str, Any]) -> None:
-    """Names and shapes against those that peft makes of the configuration, if the base's own is within reach."""
+    """Compares names and shapes with those that peft creates from the configuration, if the base can be read."""
     try:
         wanted = _laid_out(subject)
-    except Exception as error:  # the base is away, or peft needs weights to lay the adapter out
+    except Exception as error:  # the base is missing, or peft needs its weights to create the adapter
         found.facts["not compared with its base"] = " ".join(str(error).split())[:200]
         return
     got = {
@@ -182,7 +180,7 @@ def _compare_with_base(found: ArtifactReport, subject: Artifact, config: Mapping
     if foreign:
         found.problems.append(f"{len(foreign)} tensors are foreign: {', '.join(foreign[:3])}")
     if str(config.get("peft_type")) == "ADALORA":
-        return  # its ranks have been shared out
+        return  # its ranks differ from layer to layer
     unlike = [n for n in sorted(got.keys() & wanted.keys()) if got[n] != wanted[n]]
     if unlike:
         name = unlike[0]
@@ -201,14 +199,14 @@ def _laid_out(subject: Artifact) -> dict[str, tuple[int, ...]]:
         base = getattr(transformers, AUTO_CLASSES[subject.task]).from_config(config, trust_remote_code=trust)
         check_patterns(read_adapter_config(folder, DEFAULT), [name for name, _ in base.named_modules()], DEFAULT)
         settings = PeftConfig.from_pretrained(str(folder))
-        settings.inference_mode = True  # else prompts would be drawn, from files that the configuration names
+        settings.inference_mode = True  # otherwise peft initialises prompts from files that the configuration names
         model = get_peft_model(base, settings, low_cpu_mem_usage=True)
         saved = get_peft_model_state_dict(model, save_embedding_layers=False)
     return {name: tuple(tensor.shape) for name, tensor in saved.items()}
 
 
 def _try(found: ArtifactReport, subject: Artifact, folder: Path) -> None:
-    """Whether it loads, computes finite numbers, and writes."""
+    """Tests that the model loads, computes finite logits and generates text. Adds the results to ``found``."""
     causal = subject.classes is None
     found.facts.update(loads=False, finite=False, **({"generates": False} if causal else {}))
     try:
@@ -230,7 +228,7 @@ def _try(found: ArtifactReport, subject: Artifact, folder: Path) -> None:
 
 
 def _tokenizer(found: ArtifactReport, subject: Artifact) -> Any:
-    """None where there is none: a checkpoint in the middle of a run has none beside it."""
+    """Returns the tokenizer; None if there is none, as in a checkpoint in the middle of a run."""
     try:
         return tokenizer_of(subject)
     except InputError as error:

@@ -1,7 +1,7 @@
-"""The model that was saved: the base as training held it, with the saved adapter on it.
+"""Loading of a saved model: the base model as in training, with the saved adapter on it.
 
-Plain peft puts it there, as it would anywhere else. But pissa and olora were trained on what is left of the base, and
-quantising that is another thing than quantising the base; so they are put back as training does on a quantised one.
+Plain peft loads the adapter. The exception is pissa and olora on a quantised base: they were trained on the quantised
+residual, which differs from the quantised base. So they are restored as in training.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from trainer.recipe.sections.tasks import AUTO_CLASSES, CAUSAL
 log = logging.getLogger(__name__)
 
 MOST_BYTES, TIMES = 4 * 2**30, 8
-"""Bound of the host's memory for laying an adapter out: so many bytes, and so many times its file."""
+"""Limit of host memory to create an adapter: so many bytes, plus so many times the size of its files."""
 INSERTED: dict[str, Callable[[Any], None]] = {
     "PROMPT_TUNING": before_embeddings,
     "P_TUNING": before_embeddings,
@@ -44,26 +44,29 @@ INSERTED: dict[str, Callable[[Any], None]] = {
 
 
 def load(subject: Artifact, placement: Placement, labels: tuple[str, ...] | None, *, seed: int = 0) -> Any:
-    """In evaluation mode where ``placement`` says. ``labels``: of a classifier's outputs. ``seed``: of the run, whose
-    head it may be. Of several adapters the first is switched on.
+    """Returns the model in evaluation mode, placed by ``placement``. ``labels``: names of a classifier's outputs.
+    ``seed``: of the run, for the initial values of a classifier's head. Of several adapters, the first is active.
 
-    Raises InputError when an adapter does not fit the base."""
+    Raises InputError when an adapter does not fit the base model."""
     folder = fetch_model(subject.section).folder
     if brings_code(folder) and not subject.section.trust_remote_code:
         check_code(subject.section, folder)
         log.warning("%s brings code that was not run; transformers' own takes its place", subject.section.path)
     if subject.adapters:
         _check_base(subject)
-    if placement.disk:
-        return _spread(subject, folder, placement, labels)
-    return _whole(subject, folder, placement, Head(labels, seed) if labels else None).eval()
+    if not placement.disk:
+        return _in_memory(subject, folder, placement, Head(labels, seed) if labels else None).eval()
+    if labels and subject.adapters:
+        raise InputError(f"{subject.section.path} does not fit in memory, and the head of a classifier is put on it")
+    return spread(subject.section, folder, placement, partial(_attach, subject), _auto(subject))
 
 
 def _check_base(subject: Artifact) -> None:
-    """Raises InputError when the adapter was trained on a base of another shape, on which it may still fit."""
+    """Raises InputError when the adapter was trained on a base model of another shape, even if it would fit. Warns
+    about a base model with other weights."""
     was = subject.origin.base if subject.origin else None
     unlike = differences(was, identity_of(subject.section)) if was else []
-    shape = [told for told in unlike if not told.startswith(WEIGHTS)]
+    shape = [difference for difference in unlike if not difference.startswith(WEIGHTS)]
     if shape:
         raise InputError(
             f"the adapter does not fit the base {subject.section.path}: it was trained on another, of which "
@@ -77,7 +80,7 @@ def _check_base(subject: Artifact) -> None:
         )
 
 
-def _whole(subject: Artifact, folder: Path, placement: Placement, head: Head | None) -> Any:
+def _in_memory(subject: Artifact, folder: Path, placement: Placement, head: Head | None) -> Any:
     def base(quantization: str, place: Placement) -> Any:
         section = subject.section.model_copy(update={"quantization": quantization})
         return build(section, folder, place, full=False, checkpointing=False, head=head).model
@@ -86,22 +89,16 @@ def _whole(subject: Artifact, folder: Path, placement: Placement, head: Head | N
     if not subject.adapters:
         return model
     recipe = subject.recipe
-    if recipe and _from_the_rest(recipe):
+    if recipe and recipe.adapter.kind in ("pissa", "olora") and recipe.model.quantization != "none":
         (adapter,) = subject.adapters.values()
         with _fits(subject.section.path, adapter):
             return _as_trained(recipe, model, adapter, lambda: base("none", Placement.on("cpu")))
-    # Over several GPUs peft puts each part where its layer lies.
+    # Without `torch_device`, peft puts each part of the adapter on the device of its layer (several GPUs).
     return _adapted(subject, model, {} if placement.limits else {"torch_device": str(placement.device)})
 
 
-def _spread(subject: Artifact, folder: Path, placement: Placement, labels: tuple[str, ...] | None) -> Any:
-    if labels and subject.adapters:
-        raise InputError(f"{subject.section.path} does not fit in memory, and the head of a classifier is put on it")
-    return spread(subject.section, folder, placement, partial(_attach, subject), _auto(subject))
-
-
 def without_weights(subject: Artifact, folder: Path) -> LaidOut:
-    """The base on the meta device, with the adapters' own weights on it."""
+    """Returns the base model on the meta device, with the adapters on it, which have their weights."""
     return lay_out(subject.section, folder, torch.device("cpu"), partial(_attach, subject), _auto(subject))
 
 
@@ -112,13 +109,13 @@ def _auto(subject: Artifact) -> Any:
 
 
 def _attach(subject: Artifact, base: Any) -> Any:
-    """Puts the adapters on a base without weights. peft lays them out without weights too, loads them, and moves them
-    to where the base is: nowhere. So they are loaded once more, and stay on the host."""
+    """Puts the adapters, with their weights on the host, on a base model without weights."""
     from peft import load_peft_weights, set_peft_model_state_dict
 
     if not subject.adapters:
         return base
     model = _adapted(subject, base, {"low_cpu_mem_usage": True, "torch_device": "cpu"})
+    # peft has loaded the weights and then moved them to the base's device, meta. So they are loaded again.
     with StayingOnHost():
         for name, folder in subject.adapters.items():
             weights = load_peft_weights(str(folder), device="cpu")
@@ -128,20 +125,17 @@ def _attach(subject: Artifact, base: Any) -> Any:
 
 @contextmanager
 def _fits(base: str, folder: Path) -> Iterator[None]:
-    """Around what lays an adapter out as its files say, in the memory that they can need."""
+    """Limits the memory inside the context, in which peft creates an adapter, and turns peft's errors into
+    InputError."""
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     try:
         with bounded_memory(MOST_BYTES + TIMES * size):
             yield
     except MusterError:
         raise
-    except Exception as error:  # of peft, at whatever is in the files
-        said = " ".join(str(error).split())[:400] or type(error).__name__
-        raise InputError(f"the adapter does not fit the base {base}: {said}") from error
-
-
-def _from_the_rest(recipe: Recipe) -> bool:
-    return recipe.adapter.kind in ("pissa", "olora") and recipe.model.quantization != "none"
+    except Exception as error:  # peft raises errors of any type for untrusted files
+        cause = " ".join(str(error).split())[:400] or type(error).__name__
+        raise InputError(f"the adapter does not fit the base {base}: {cause}") from error
 
 
 def _adapted(subject: Artifact, base: Any, how: dict[str, Any]) -> Any:
@@ -179,7 +173,7 @@ def _as_trained(recipe: Recipe, base: Any, folder: Path, plain: Callable[[], Any
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
                 value = adapter.read_parameter(model, name, file.get_tensor)
-                if value.shape != parameter.shape:  # copying would spread one row over all
+                if value.shape != parameter.shape:  # `copy_` would broadcast a single row
                     raise ValueError(f"{name} is {tuple(value.shape)}, and {tuple(parameter.shape)} is wanted")
                 parameter.copy_(value)
         adapter.after_restore(model, file.get_tensor)
@@ -187,6 +181,7 @@ def _as_trained(recipe: Recipe, base: Any, folder: Path, plain: Callable[[], Any
 
 
 def reads_a_prompt(model: Any) -> bool:
-    """Whether trained vectors stand before the text, for which generation in padded batches is not made."""
+    """Returns True if trained vectors precede the text, which transformers' generation in padded batches does not
+    support."""
     config = getattr(model, "active_peft_config", None)
     return config is not None and (config.is_prompt_learning or config.peft_type == "ADAPTION_PROMPT")

@@ -1,4 +1,4 @@
-"""What training has saved, by its address: its files brought to this host, and what is known of it."""
+"""Location of a saved artifact by its address: download of its files, and its description."""
 
 from __future__ import annotations
 
@@ -33,16 +33,17 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 MODEL_CONFIG = "config.json"
 DEFAULT_OUTPUTS = ("LABEL_0", "LABEL_1")
-"""Of a classifier whose configuration says nothing, by transformers."""
+"""Outputs of a classifier whose configuration does not name them: transformers' default."""
 DEFAULT = "default"
-"""The name of an adapter that was given none."""
+"""Name of an adapter without a given name."""
 DTYPES = ("float32", "bfloat16", "float16")
 _NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9_-]*)=(.+)", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class ArtifactRef:
-    """One of the three: a run's folder, folders of adapters (or of a fully tuned model) by name, or any model."""
+    """The address of an artifact, exactly one of: a run's folder, folders of adapters (or of a fully tuned model) by
+    name, or any model."""
 
     run: str | None = None
     adapters: tuple[tuple[str, str], ...] = ()
@@ -50,7 +51,7 @@ class ArtifactRef:
 
     @classmethod
     def of(cls, run: str | None, adapters: Sequence[str] | None, model: str | None) -> ArtifactRef:
-        """As a command line has them: several adapters are told apart by ``NAME=URI``."""
+        """Parses the options of a command line; several adapters are named by ``NAME=URI``. Raises UsageError."""
         named = [None if Path(given).exists() else _NAMED.fullmatch(given) for given in adapters or ()]
         pairs = [(m[1], m[2]) if m else (DEFAULT, uri) for m, uri in zip(named, adapters or (), strict=True)]
         names = [name for name, _ in pairs]
@@ -62,16 +63,18 @@ class ArtifactRef:
 
     def check(self) -> None:
         if [self.run is None, not self.adapters, self.model is None].count(False) != 1:
-            raise UsageError("say which by one of --run RUN_URI, --adapter URI, --model PATH")
+            raise UsageError("give exactly one of --run RUN_URI, --adapter URI, --model PATH")
 
 
 @dataclass(frozen=True)
 class Artifact:
-    """``section``: the base, or the whole model where there are no ``adapters``: name to folder on this host, of one
-    method. ``labels``: the names of a classifier's outputs; None where its files do not name them. ``outputs``: how
-    many of them a whole model has. ``origin``: what its files say of how it was trained; ``recipe``: that of its run.
-    Both where they are known. ``trusted``: whether code that lies beside the adapters may run; that of the base is the
-    ``section``'s."""
+    """A located artifact: adapters of one method, or a full model.
+
+    ``section``: the base model, or the full model if there are no adapters. ``adapters``: folders on this host, by
+    name. ``labels``: the names of a classifier's outputs; None if its files do not name them. ``outputs``: the number
+    of outputs of a full model. ``origin``: the record of its training in its files, if there is one. ``recipe``: the
+    recipe of its run, if it is known. ``trusted``: True if code next to the adapters may run; for code of the base
+    model, the ``section`` decides."""
 
     section: ModelSection
     task: str
@@ -85,18 +88,18 @@ class Artifact:
 
     @property
     def classes(self) -> tuple[str, ...] | None:
-        """The outputs of a classifier; None of a language model. Raises InputError where nobody has named them."""
+        """Names of a classifier's outputs; None for a language model. Raises InputError if they are unknown."""
         if AUTO_CLASSES[self.task] == CAUSAL:
             return None
         if not self.labels:
             raise InputError(
-                f"nobody says how many outputs the head on {self.section.path} has: its {MODEL_CONFIG} is missing"
+                f"the number of outputs of the head on {self.section.path} is unknown: its {MODEL_CONFIG} is missing"
             )
         return self.labels
 
     def check_labels(self, labels: Sequence[str]) -> None:
-        """A head of another size would be drawn at random. Raises InputError."""
-        if self.outputs not in (None, len(labels)):
+        """Raises InputError if the head has another number of outputs than ``labels``."""
+        if self.outputs not in (None, len(labels)):  # transformers would initialise another head at random
             raise InputError(
                 f"{self.section.path} has a head with {self.outputs} outputs, and {len(labels)} are needed here: "
                 f"{', '.join(labels)}"[:500]
@@ -104,13 +107,13 @@ class Artifact:
 
 
 def base_files(subject: Artifact, *, weights: bool = False) -> Path:
-    """The base's files on this host."""
+    """Returns the folder of the base model's files on this host."""
     return fetch_model(subject.section, weights=weights).folder
 
 
 def tokenizer_of(subject: Artifact) -> PreTrainedTokenizerBase:
-    """The one that was saved with the adapter, where it was; else the base's. A checkpoint of a model that is trained
-    whole has none, but its run knows whose it was."""
+    """Returns the tokenizer that was saved with the adapter, or else that of the base model. A checkpoint of a fully
+    tuned model has none: then it is the one of the base model that its run began with."""
     for adapter in [*subject.adapters.values()][:1]:
         if (adapter / "tokenizer_config.json").is_file():
             return load_tokenizer(adapter, trust_remote_code=subject.trusted)
@@ -123,10 +126,10 @@ def tokenizer_of(subject: Artifact) -> PreTrainedTokenizerBase:
 
 
 def find(address: ArtifactRef, folder: Path, recipe: Recipe | None = None, *, trust: Trust = NOBODY) -> Artifact:
-    """Brings the files into ``folder``, those of a model into its cache. With the user's ``recipe``, its base is the
-    one that an adapter is put on, and its task what the model has to be for. ``trust``: whose code may run.
+    """Downloads the files into ``folder``, and those of a model into the cache. With the user's ``recipe``, an adapter
+    is put on the recipe's base model, and the artifact must fit the recipe's task. ``trust``: whose code may run.
 
-    Raises InputError when there are none, or when they do not go together."""
+    Raises InputError when there are no files, or when they do not fit each other."""
     address.check()
     return replace(_found(address, folder, recipe, trust), trusted=trust.everything)
 
@@ -141,7 +144,10 @@ def _found(address: ArtifactRef, folder: Path, recipe: Recipe | None, trust: Tru
         return _whole_model(recipe, section if recipe else _in_its_dtype(section, files), files, address.model)
     found = []
     for name, uri in address.adapters:
-        _download(open_storage(uri), folder / name)
+        storage = open_storage(uri)
+        for item in storage.list():
+            if "/" not in item.key and item.key not in STATE_FILES:
+                storage.download(item.key, folder / name / item.key)
         found.append((name, uri, _saved(recipe, folder / name, uri, trust)))
     return _together(found)
 
@@ -169,29 +175,29 @@ def _of_run(recipe: Recipe | None, run: Storage, folder: Path, trust: Trust) -> 
     begun = read_recipe(run)
     if recipe and begun.task != recipe.task:
         raise InputError(
-            f"{run.url} was trained for task {begun.task}, and the recipe says {recipe.task}; name its own"
+            f"{run.url} was trained for task {begun.task}, and the recipe has task {recipe.task}; use the run's recipe"
         )
     folder = folder / DEFAULT
     if not _take_published(run, folder / "adapter"):
         record = fetch_whole(run, folder / "checkpoint")
         if record is None:
-            raise InputError(f"{run.url} has neither a final adapter nor a whole checkpoint yet: train it first")
-        log.warning("%s has no whole final adapter; its checkpoint of step %d is taken", run.url, record.step)
+            raise InputError(f"{run.url} has neither a final adapter nor a complete checkpoint yet: train it first")
+        log.warning("%s has no complete final adapter; its checkpoint of step %d is used", run.url, record.step)
         base, folder = record.state.get("base"), folder / "checkpoint"
     else:
         base, folder = None, folder / "adapter"
     found = _saved(recipe or begun, folder, run.url, trust)
-    if isinstance(base, dict) and found.origin:  # a checkpoint before the last has no file that says so
+    if isinstance(base, dict) and found.origin:  # only the final adapter has a file with its base's identity
         found = replace(found, origin=found.origin._replace(base=base))
     try:
         labels = read_data(run)["train"].labels
     except FileNotFoundError:
-        raise InputError(f"{run.url} lacks {layout.DATA}, which says what it was trained on; put it back") from None
+        raise InputError(f"{run.url} lacks {layout.DATA}, the record of its training data; restore it") from None
     return replace(found, labels=labels or found.labels)
 
 
 def _take_published(run: Storage, folder: Path) -> bool:
-    """Whether the final adapter is there, and is that of the last commit."""
+    """Downloads the final adapter. Returns True if it exists and is that of the last commit."""
     keys = [o.key for o in run.list(layout.ADAPTER)]
     newest = next(iter(list_commits(run, newest=1)), None)
     if not keys or newest is None or not is_last(newest):
@@ -202,14 +208,8 @@ def _take_published(run: Storage, folder: Path) -> bool:
     return all((folder / n).is_file() and entry_of_file(folder / n) == info for n, info in wanted.items())
 
 
-def _download(storage: Storage, folder: Path) -> None:
-    for item in storage.list():
-        if "/" not in item.key and item.key not in STATE_FILES:
-            storage.download(item.key, folder / item.key)
-
-
 def _saved(recipe: Recipe | None, folder: Path, where: str, trust: Trust) -> Artifact:
-    """What training saves: an adapter, or a whole model."""
+    """Returns the artifact in a folder that training has saved: an adapter or a full model."""
     if (folder / ADAPTER_CONFIG).is_file():
         config = read_adapter_config(folder, where)
         known = _origin(folder, where)
@@ -240,7 +240,7 @@ def _check_adapter(recipe: Recipe, config: dict[str, Any], where: str) -> None:
 
 
 def _origin(folder: Path, where: str) -> ArtifactInfo | None:
-    """As training wrote it beside what is final; of a checkpoint, by the recipe of the run that it lies in."""
+    """Reads the origin from `muster.json` next to a final adapter; for a checkpoint, from its run's frozen recipe."""
     run, inside, _ = where.rstrip("/").rpartition(f"/{layout.CHECKPOINTS}/")
     if inside and open_storage(run).info(layout.RECIPE):
         return ArtifactInfo.of(read_recipe(open_storage(run)))
@@ -248,7 +248,7 @@ def _origin(folder: Path, where: str) -> ArtifactInfo | None:
 
 
 def _origin_by_peft(config: dict[str, Any], where: str) -> ArtifactInfo:
-    """Of an adapter that says no more than peft's own: its base is taken as it lies in its files."""
+    """Returns the origin of an adapter with peft's files only. Its base model has the dtype of the base's files."""
     base = config.get("base_model_name_or_path")
     if not base:
         raise InputError(f"{ADAPTER_CONFIG} of {where} names no base; write it there as base_model_name_or_path")
@@ -259,26 +259,22 @@ def _origin_by_peft(config: dict[str, Any], where: str) -> ArtifactInfo:
         raise InputError(f"{where} is an adapter for {config['task_type']}, which is none of {', '.join(tasks)}")
     section = _section(base, revision=config.get("revision") or "main")
     section = _in_its_dtype(section, fetch_model(section, weights=False).folder)
-    return ArtifactInfo(task, _method_by_peft(config), section)
+    method = str(config.get("peft_type", "?")).lower()
+    method = "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else method
+    return ArtifactInfo(task, method, section)
 
 
 def _section(path: str, **settings: str) -> ModelSection:
-    """Raises InputError, which does not repeat the path: it may hold what nobody is to read."""
     try:
         return ModelSection(path=path, **settings)  # type: ignore[arg-type]
-    except ValidationError as error:
+    except ValidationError as error:  # the message does not repeat the path, which may contain a password
         raise InputError(f"this cannot be a model: {error.errors()[0]['msg']}") from None
-
-
-def _method_by_peft(config: dict[str, Any]) -> str:
-    kind = str(config.get("peft_type", "?")).lower()
-    return "dora" if config.get("use_dora") else "rslora" if config.get("use_rslora") else kind
 
 
 def _in_its_dtype(section: ModelSection, folder: Path) -> ModelSection:
     config = read_config(folder / MODEL_CONFIG, section.path)
-    told = str(config.get("dtype") or config.get("torch_dtype") or DTYPES[0])
-    return section.model_copy(update={"dtype": told if told in DTYPES else DTYPES[0]})
+    dtype = str(config.get("dtype") or config.get("torch_dtype") or DTYPES[0])
+    return section.model_copy(update={"dtype": dtype if dtype in DTYPES else DTYPES[0]})
 
 
 def _whole_model(recipe: Recipe | None, section: ModelSection, folder: Path, where: str) -> Artifact:
@@ -298,7 +294,7 @@ def _whole_model(recipe: Recipe | None, section: ModelSection, folder: Path, whe
 
 
 def _labels(config: dict[str, Any]) -> tuple[str, ...] | None:
-    """None for the names that stand for none."""
+    """Returns the names of the outputs; None for transformers' default names."""
     ordered = _outputs(config)
     return None if ordered is None or all(n == f"LABEL_{i}" for i, n in enumerate(ordered)) else ordered
 

@@ -1,8 +1,8 @@
 """Merging: an adapter becomes part of the base's weights, or several adapters become one.
 
-A merge goes into the unquantised base, whatever the adapter was trained on: weights that are packed again after every
-merge lose what was added to them. What was written is loaded again, and has to give the logits that base and adapter
-gave; before that it has no name, so that nobody takes a wrong model for a good one.
+An adapter is always merged into the unquantised base: quantising the merged weights would lose the update. The written
+model is loaded again and must give the logits of base and adapter. The output folder gets its name only after this
+check, so that a wrong model cannot be used by mistake.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ from trainer.model.placement import Placement, placement_for
 from trainer.recipe.trust import NOBODY, Trust
 
 TOLERANCES = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
-"""The norm of the difference of logits, over their norm. Below float32 the sum of weight and update is rounded, where
-base and adapter keep them apart."""
+"""Limits of the norm of the difference of logits, relative to their norm. Below float32, merging rounds the sum of
+weight and update, which base and adapter keep separate."""
 PROBES = ("The quick brown fox jumps over the lazy dog.", "Question: how many are 3 and 4?\nAnswer: 3 + 4 = 7")
 SHARD = "5GB"
 
 
 @dataclass(frozen=True)
 class Merged:
-    """``difference``: of the logits before and after, relative to their norm."""
+    """A merged model. ``difference``: of the logits before and after, relative to their norm."""
 
     subject: Artifact
     folder: Path
@@ -54,10 +54,10 @@ def merge(
     say: Callable[[str], None] = lambda phase: None,
     trust: Trust = NOBODY,
 ) -> Merged:
-    """Writes the merged model into the new folder ``out``. ``mix``: which of several adapters, or how much of each.
-    ``dtype``: of the merged weights, in the place of the one that was trained with. ``trust``: whose code may run.
+    """Writes the merged model into the new folder ``out``. ``mix``: one of several adapters, or their weights.
+    ``dtype``: of the merged weights, by default the one of training. ``trust``: whose code may run.
 
-    Raises UsageError for what cannot be merged, CorruptObject when the result is not what it should be."""
+    Raises UsageError for an artifact that cannot be merged, CorruptObject when the result has other logits."""
     with _scratch(out) as (folder, scratch):
         say("fetching the adapter")
         subject = _unquantised(find(address, scratch / "adapter", trust=trust), dtype)
@@ -65,7 +65,8 @@ def merge(
             raise UsageError(f"{subject.section.path} is a whole model already: there is no adapter to merge")
         files = base_files(subject, weights=True)
         with placement_for(subject.section, files, limits) as placement:
-            probes = _probes(subject, placement)
+            tokenizer = tokenizer_of(subject)
+            probes = [torch.tensor([tokenizer(text)["input_ids"]], device=placement.device) for text in PROBES]
             say("loading base and adapter")
             before = _merge_into(folder, subject, placement, mix, probes, say)
             tokenizer_of(subject).save_pretrained(folder)
@@ -84,7 +85,7 @@ def combine(
     say: Callable[[str], None] = lambda phase: None,
     trust: Trust = NOBODY,
 ) -> Artifact:
-    """Writes the adapter that ``mix`` makes of several into the new folder ``out``."""
+    """Writes the combination ``mix`` of several adapters into the new folder ``out``, as one adapter."""
     with _scratch(out) as (folder, scratch):
         say("fetching the adapters")
         subject = find(address, scratch / "adapter", trust=trust)
@@ -109,8 +110,8 @@ def combine(
 
 @contextmanager
 def _scratch(out: Path) -> Iterator[tuple[Path, Path]]:
-    """The folder to write, which gets the name ``out`` at the end if nothing goes wrong, and one for what is needed
-    on the way. Raises StorageError when the disk is full."""
+    """Yields the folder to write, which is renamed to ``out`` if the context succeeds, and a folder for temporary
+    files. Raises StorageError when the disk is full."""
     from safetensors import SafetensorError
 
     if "://" in str(out) or str(out).startswith(("s3:", "gs:", "hf:")):
@@ -130,8 +131,8 @@ def _scratch(out: Path) -> Iterator[tuple[Path, Path]]:
         part.chmod(0o755)
         part.rename(out)
     except (OSError, SafetensorError) as error:
-        said = " ".join(str(error).split())[:200]
-        raise StorageError(f"{out} was not written, and nothing is left of it: {said}") from error
+        cause = " ".join(str(error).split())[:200]
+        raise StorageError(f"{out} was not written, and nothing is left of it: {cause}") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -149,7 +150,7 @@ def _merge_into(
     probes: list[torch.Tensor],
     say: Callable[[str], None],
 ) -> list[torch.Tensor]:
-    """The logits before."""
+    """Writes the merged model into ``folder``. Returns the logits of base and adapter for ``probes``."""
     model = load(subject, placement, subject.classes)
     if reads_a_prompt(model):
         raise UsageError(f"{subject.method} trains vectors before the text: there is no weight to merge them into")
@@ -179,11 +180,6 @@ def _write(folder: Path, subject: Artifact, model: Any, placement: Placement) ->
     merged = model.merge_and_unload(safe_merge=True, adapter_names=active)
     merged.config.architectures = [type(merged).__name__]
     merged.save_pretrained(str(folder), max_shard_size=SHARD)
-
-
-def _probes(subject: Artifact, placement: Placement) -> list[torch.Tensor]:
-    tokenizer = tokenizer_of(subject)
-    return [torch.tensor([tokenizer(text)["input_ids"]], device=placement.device) for text in PROBES]
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""A merge into a base that is larger than the memory: layer by layer, from file to file."""
+"""Merge into a base model that is larger than the memory: layer by layer, from file to file."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ BASE = ".base_layer."
 
 
 def merge_in_parts(laid_out: LaidOut, active: Sequence[str], folder: Path) -> None:
-    """Writes the merged model's weights and configuration into ``folder``. Memory: the largest layer that has an
-    adapter, and a file of the result.
+    """Writes the merged model's weights and configuration into ``folder``. Needs memory for the largest layer that has
+    an adapter, and for one file of the result.
 
-    Raises what peft raises for a method that it cannot merge."""
+    Passes on peft's errors for a method that it cannot merge."""
     _check(laid_out)
     files = WeightFiles(lambda name, path: shutil.move(path, folder / name), FILE_BYTES)
     merged: dict[str, torch.Tensor] = {}
-    for names, tensor in _stored(laid_out):
+    for names, tensor in _in_file_order(laid_out):
         key = laid_out.places[id(tensor)][1]
         name = names[0]
         if key not in merged and BASE in name:
@@ -44,7 +44,7 @@ def merge_in_parts(laid_out: LaidOut, active: Sequence[str], folder: Path) -> No
 
 
 def _check(laid_out: LaidOut) -> None:
-    """Raises InputError for what is not merged tensor by tensor."""
+    """Raises InputError for an adapter that cannot be merged tensor by tensor."""
     tied = [names for names, tensor in named_tensors(laid_out.model) if id(tensor) in laid_out.places and names[1:]]
     if any(BASE in name or ORIGINAL in name for names in tied for name in names):
         raise InputError(
@@ -54,19 +54,19 @@ def _check(laid_out: LaidOut) -> None:
         raise InputError("the base does not fit in memory, and the adapter has trained its biases: merge where it does")
 
 
-def _stored(laid_out: LaidOut) -> Iterator[tuple[list[str], torch.Tensor]]:
-    """What the base's files hold, under its names in the model, in the order of the files."""
+def _in_file_order(laid_out: LaidOut) -> Iterator[tuple[list[str], torch.Tensor]]:
+    """Yields the tensors of the base's files, with their names in the model, in the order of the files."""
+
+    def position(item: tuple[list[str], torch.Tensor]) -> tuple[str, int]:
+        stored, _ = laid_out.places[id(item[1])]
+        return stored.file, stored.start
+
     found = [(names, tensor) for names, tensor in named_tensors(laid_out.model) if id(tensor) in laid_out.places]
-    yield from sorted(found, key=lambda item: _position(laid_out, item[1]))
-
-
-def _position(laid_out: LaidOut, tensor: torch.Tensor) -> tuple[str, int]:
-    stored, _ = laid_out.places[id(tensor)]
-    return stored.file, stored.start
+    yield from sorted(found, key=position)
 
 
 def _merged_layer(laid_out: LaidOut, name: str, active: Sequence[str]) -> dict[str, torch.Tensor]:
-    """The stored tensors of a layer with its adapter merged into them, by their names in the files."""
+    """Returns the tensors of a layer with its adapter merged into them, by their names in the files."""
     layer: Any = laid_out.model.get_submodule(name)
     base = layer.get_base_layer()
     mine = {n: t for n, t in base.named_parameters(recurse=False) if id(t) in laid_out.places}
@@ -83,7 +83,7 @@ def _merged_layer(laid_out: LaidOut, name: str, active: Sequence[str]) -> dict[s
 
 
 def _value(laid_out: LaidOut, name: str, tensor: torch.Tensor, active: Sequence[str]) -> torch.Tensor:
-    """Of a module that was trained whole, what was trained; else what the file holds."""
+    """Returns the trained tensor for a module that was trained in full, else the tensor in the file."""
     if ORIGINAL in name:
         wrapper, _, rest = name.partition(ORIGINAL)
         trained: dict[str, torch.Tensor] = dict(laid_out.model.named_parameters())

@@ -1,4 +1,4 @@
-"""Sends what was saved to the Hugging Face Hub, through huggingface_hub: its token, its endpoint, its retries."""
+"""Upload to the Hugging Face Hub through huggingface_hub, with its token, endpoint and retries."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ LONGEST_CAUSE = 300
 
 
 def push(subject: Artifact, repo: str, *, private: bool, revision: str | None = None) -> str:
-    """Uploads an adapter's folder, or a whole model's, with its model card; makes the repository where there is none.
-    Returns the address of the commit.
+    """Uploads the folder of an adapter or a full model, with its model card. Creates the repository if it does not
+    exist. Returns the address of the commit.
 
     Raises InputError when the Hub refuses, StorageError when it cannot be reached."""
     from huggingface_hub import HfApi
@@ -25,13 +25,13 @@ def push(subject: Artifact, repo: str, *, private: bool, revision: str | None = 
     if not folder.is_dir():
         raise InputError(f"{folder} is no folder on this host: push a run, an adapter, or a model that was merged here")
     card = folder / CARD
-    told = card.read_text(encoding="utf-8") if card.is_file() else plain_card(subject.section, subject.method)
+    text = card.read_text(encoding="utf-8") if card.is_file() else plain_card(subject.section, subject.method)
     api = HfApi()
     try:
         api.create_repo(repo, private=private, exist_ok=True)
         if revision:
             api.create_branch(repo, branch=revision, exist_ok=True)
-        api.upload_file(path_or_fileobj=told.encode(), path_in_repo=CARD, repo_id=repo, revision=revision)
+        api.upload_file(path_or_fileobj=text.encode(), path_in_repo=CARD, repo_id=repo, revision=revision)
         commit = api.upload_folder(
             repo_id=repo,
             folder_path=folder,
@@ -45,7 +45,7 @@ def push(subject: Artifact, repo: str, *, private: bool, revision: str | None = 
         raise InputError(
             f"the Hub refuses {repo}: {_cause(error)}; log in with `hf auth login`, or set HF_TOKEN"
         ) from error
-    except Exception as error:  # of its HTTP client, which is another library from version to version
+    except Exception as error:  # from its HTTP client, which is a different library in different versions
         raise StorageError(f"the Hub cannot be reached: {_cause(error)}; try again") from error
     return str(commit.commit_url)
 

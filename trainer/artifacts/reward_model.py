@@ -1,4 +1,4 @@
-"""The reward model that a recipe of `task: ppo` names: for the policy's own base, or as a model of its own."""
+"""Loading of the reward model of a recipe with `task: ppo`: on the policy's base model, or as a separate model."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ log = logging.getLogger(__name__)
 
 HEAD_KEY = "base_model.model.score.weight"
 SHARING = ("lora", "rslora", "loraplus", "dora")
-"""Methods of the policy beside whose adapter peft puts another LoRA adapter."""
+"""Methods of the policy with which peft supports a second LoRA adapter on the same model."""
 
 
 def reward_model(recipe: Recipe, device: torch.device) -> ModelRater | SharedReward | None:
-    """None where the recipe names none. Raises InputError when it is no reward model."""
+    """Returns the recipe's reward model; None if the recipe names none. Raises InputError for any other model."""
     place = recipe.ppo.reward.model
     if recipe.task != "ppo" or place is None:
         return None
@@ -43,12 +43,14 @@ def reward_model(recipe: Recipe, device: torch.device) -> ModelRater | SharedRew
         shared = _shared(subject, recipe)
         if shared is not None:
             return shared
-        model = load(subject, Placement.on(device), subject.labels or ("reward",), seed=_seed(subject))
+        seed = subject.recipe.seed if subject.recipe else 0
+        model = load(subject, Placement.on(device), subject.labels or ("reward",), seed=seed)
         return ModelRater(model, tokenizer_of(subject), device)
 
 
 def check_reward(recipe: Recipe) -> None:
-    """What rates the texts of `task: ppo` is there. Raises InputError; of a model, weights are not read."""
+    """Checks that the reward function or the reward model of `task: ppo` exists. Raises InputError. Does not read the
+    weights of a model."""
     section = recipe.ppo.reward
     if section.function is not None:
         load_function(section.function)
@@ -58,7 +60,7 @@ def check_reward(recipe: Recipe) -> None:
 
 
 def _found(recipe: Recipe, place: str, folder: Path) -> Artifact:
-    """Grants code to the model at ``place`` if it is the recipe's own base and the recipe trusts that base."""
+    """Locates the reward model. Its code may run only if it is the recipe's own base model and the recipe trusts it."""
     subject = find(_address(place), folder, trust=Trust(model=recipe.model))
     if AUTO_CLASSES[subject.task] != SEQUENCE:
         raise InputError(f"ppo.reward.model {place} is for task {subject.task}; a reward model is wanted")
@@ -69,7 +71,7 @@ def _found(recipe: Recipe, place: str, folder: Path) -> Artifact:
 
 
 def _address(place: str) -> ArtifactRef:
-    """A run, an adapter's folder, or a model, told apart by their files."""
+    """Returns the address of a run, an adapter's folder or a model; which of them is decided by its files."""
     if "://" not in place and not Path(place).exists():
         return ArtifactRef(model=place)
     storage = open_storage(place)
@@ -80,12 +82,9 @@ def _address(place: str) -> ArtifactRef:
     return ArtifactRef(model=place)
 
 
-def _seed(subject: Artifact) -> int:
-    return subject.recipe.seed if subject.recipe else 0
-
-
 def _shared(subject: Artifact, recipe: Recipe) -> SharedReward | None:
-    """None where the base is another one, or the adapter of another kind than can lie beside the policy's."""
+    """Returns the reward model for the policy's base model; None if it has another base model, or an adapter that
+    cannot share the model with the policy's."""
     base, own = subject.section, recipe.model
     alike = all(getattr(base, name) == getattr(own, name) for name in ("path", "revision", "quantization"))
     if not alike or len(subject.adapters) != 1 or recipe.adapter.kind not in SHARING:
@@ -98,21 +97,21 @@ def _shared(subject: Artifact, recipe: Recipe) -> SharedReward | None:
     if config is None or head is None or not lora or not (folder / MODEL_CONFIG).is_file():
         return None
     pad = read_config(folder / MODEL_CONFIG, str(folder)).get("pad_token_id")
-    log.info("%s is put on the base of the policy", recipe.ppo.reward.model)
+    log.info("%s is loaded on the policy's base model", recipe.ppo.reward.model)
     return SharedReward(config, {_on_model(n): t for n, t in tensors.items()}, head, -1 if pad is None else int(pad))
 
 
 def _check_sizes(recipe: Recipe, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Raises InputError for a configuration that would lay out far more than its file holds."""
+    """Raises InputError for a configuration that would create far larger tensors than its file contains."""
     place, given = str(recipe.ppo.reward.model), read_adapter_config(folder, str(recipe.ppo.reward.model))
     check_patterns(given, [name.rpartition(".lora_")[0] for name in tensors], place)
     rank, ranks = given.get("r"), [min(t.shape) for t in tensors.values() if t.ndim == 2]
     if isinstance(rank, int) and ranks and rank > 4 * max(ranks):
-        raise InputError(f"ppo.reward.model {place} says rank {rank}, and its file holds rank {max(ranks)}")
+        raise InputError(f"ppo.reward.model {place} is configured with rank {rank}, but its file has rank {max(ranks)}")
 
 
 def _config(folder: Path) -> PeftConfig | None:
-    """As an adapter of a language model that is not trained; None for what is more than plain LoRA."""
+    """Returns the reward adapter's configuration as a frozen causal-LM adapter; None unless it is plain LoRA."""
     from peft import LoraConfig, PeftConfig, TaskType
 
     config: Any = PeftConfig.from_pretrained(str(folder))
@@ -135,6 +134,6 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def _on_model(saved: str) -> str:
-    """A parameter's name on the model: peft saves it without its adapter's."""
+    """Returns a parameter's name on the model: peft saves it without the adapter's name."""
     stem, _, last = saved.rpartition(".")
     return f"{stem}.{ADAPTER}.{last}"

@@ -1,4 +1,4 @@
-"""What a run, an adapter or a model scores on a recipe's evaluation data, in this process."""
+"""Evaluation of a run, an adapter or a model on a recipe's evaluation data, in this process."""
 
 from trainer.evaluate.scores import evaluate
 

@@ -1,11 +1,12 @@
-r"""How a generated answer is scored.
+r"""Scores of generated answers.
 
 Exact match and F1 are SQuAD's (Rajpurkar et al. 2016, arXiv:1606.05250): texts are compared in lower case, without
-punctuation and articles, and the best of all accepted answers counts. F1 is that of the words in common:
+punctuation and articles, and the best of all accepted answers counts. F1 is computed from the common words:
 
     precision = common / predicted,  recall = common / accepted,  F1 = 2 precision recall / (precision + recall)
 
-GSM8K (Cobbe et al. 2021, arXiv:2110.14168) counts the last number alone, against the one behind ``####``.
+For GSM8K (Cobbe et al. 2021, arXiv:2110.14168), only the last number counts; it is compared with the one after
+``####``.
 """
 
 from __future__ import annotations
@@ -23,17 +24,17 @@ _REFERENCE = re.compile(r"####\s*(\S+)\s*$")
 
 
 def normalised(text: str) -> str:
-    """Lower case, no punctuation, no articles, single spaces."""
+    """Returns the text in lower case, without punctuation and articles, with single spaces."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def exact_match(prediction: str, answers: Sequence[str]) -> float:
-    """1 when the prediction is one of the answers, else 0."""
+    """Returns 1 if the prediction is one of the answers, else 0."""
     return float(any(normalised(prediction) == normalised(answer) for answer in answers))
 
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
-    """The best of the answers."""
+    """Returns the highest F1 over the accepted answers."""
     return max(_f1(normalised(prediction).split(), normalised(answer).split()) for answer in answers)
 
 
@@ -45,18 +46,18 @@ def _f1(predicted: list[str], accepted: list[str]) -> float:
 
 
 def last_number(text: str) -> Decimal | None:
-    """The last number of a text; thousands may be set off by commas, and a dollar sign may stand before it."""
+    """Returns the last number of a text. It may have commas between thousands and a dollar sign in front."""
     found = _NUMBER.findall(text)
     return Decimal(found[-1].replace(",", "").replace("$", "")) if found else None
 
 
 def reference_number(answer: str) -> Decimal | None:
-    """The number that a solution of GSM8K ends with, as ``#### 42``; None for any other text."""
+    """Returns the number at the end of a solution of GSM8K, as in ``#### 42``; None for any other text."""
     match = _REFERENCE.search(answer)
     return last_number(match[1]) if match else None
 
 
 def same_number(prediction: str, answers: Sequence[str]) -> float:
-    """1 when the prediction's last number is that of one of the answers, else 0."""
+    """Returns 1 if the prediction's last number is that of one of the answers, else 0."""
     number = last_number(prediction)
     return float(number is not None and number in [reference_number(answer) for answer in answers])

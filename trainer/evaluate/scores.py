@@ -1,4 +1,5 @@
-"""The scores of a subject on a recipe's evaluation data: those of its task, and of what it answers to questions."""
+"""Scores of an artifact on a recipe's evaluation data: the metrics of its task, and the scores of its answers to
+questions."""
 
 from __future__ import annotations
 
@@ -30,14 +31,14 @@ from trainer.tasks import GenerationContext, Task, Totals, make_task
 from trainer.worker.loop import evaluated_sums
 
 ANSWER_TOKENS, SOLUTION_TOKENS = 32, 512
-"""New tokens of an answer of a line, and of a solution in steps."""
+"""Limits of new tokens for an answer in one line, and for a solution in steps."""
 
 GENERATED_AT_ONCE = 16
 
 Line = Callable[[Mapping[str, Any]], None]
-"""Takes what is to be told of one example."""
+"""Takes the result for one example."""
 Answered = Callable[[int, int], None]
-"""Takes how many questions have been answered, and of how many."""
+"""Takes the number of questions answered so far, and the number of all questions."""
 
 
 def evaluate(
@@ -52,11 +53,12 @@ def evaluate(
     limits: Mapping[int | str, int] | None = None,
     trust: bool = False,
 ) -> dict[str, Any]:
-    """The metrics by name. ``limit`` takes the first so many examples; ``line`` is told of each, ``answered`` how many
-    questions have been. ``limits``: bytes by device for the weights, in the place of what is free. ``trust``: whether
-    code may run that comes with what is evaluated; that of the recipe's own base is the recipe's to trust.
+    """Returns the metrics by name. ``limit``: use only so many examples, from the first. ``line``: called with the
+    result for each example. ``answered``: called with the number of answered questions. ``limits``: bytes per device
+    for the weights, instead of the free memory. ``trust``: allows code that comes with the evaluated artifact; for code
+    of the recipe's own base model, the recipe's setting counts.
 
-    Raises InputError when there is nothing to evaluate, on nothing, or when the two do not go together."""
+    Raises InputError when there is no artifact or no evaluation data, or when they do not fit each other."""
     address.check()
     if len(address.adapters) > 1:
         raise UsageError("one adapter is evaluated at a time: name a single --adapter")
@@ -67,12 +69,12 @@ def evaluate(
         subject = find(address, Path(folder, "subject"), recipe, trust=Trust(trust, recipe.model))
         files = fetch_model(subject.section, weights=False)
         with placement_for(subject.section, files.folder, limits) as placement:
-            asked = _Asked(limit, max_new_tokens, line, say, answered)
-            return _Evaluation(recipe, subject, placement, asked).run(Path(folder, "data"))
+            options = _Options(limit, max_new_tokens, line, say, answered)
+            return _Evaluation(recipe, subject, placement, options).run(Path(folder, "data"))
 
 
 @dataclass(frozen=True)
-class _Asked:
+class _Options:
     limit: int | None
     max_new_tokens: int | None
     line: Line | None
@@ -81,13 +83,15 @@ class _Asked:
 
 
 class _Evaluation:
-    def __init__(self, recipe: Recipe, subject: Artifact, placement: Placement, asked: _Asked) -> None:
-        self.recipe, self.subject, self.placement, self.asked = recipe, subject, placement, asked
-        self.device, self.limit, self.line, self.say = placement.device, asked.limit, asked.line, asked.say
+    def __init__(self, recipe: Recipe, subject: Artifact, placement: Placement, options: _Options) -> None:
+        self.recipe, self.subject, self.placement, self.options = recipe, subject, placement, options
+        self.device, self.limit, self.line, self.say = placement.device, options.limit, options.line, options.say
 
     def run(self, folder: Path) -> dict[str, Any]:
         recipe = self.recipe
-        labels = self._labels()
+        labels: tuple[str, ...] = ()
+        if recipe.task == "classification":
+            labels = self.subject.labels or label_set(freeze(recipe.data.train))
         task = make_task(recipe, labels)
         if task.labels:
             self.subject.check_labels(task.labels)
@@ -106,23 +110,18 @@ class _Evaluation:
         return {"task": recipe.task, **scores}
 
     def _tokenizer(self) -> Any:
-        """The one that the run was trained with; of a whole model, which a checkpoint has without, its own first."""
+        """Returns the tokenizer of the recipe's base model; for a full model, the model's own if it has one."""
         section = self.recipe.model if self.subject.adapters else self.subject.section
         folder = fetch_model(section, weights=False).folder
+        # A checkpoint of a fully tuned model has no tokenizer.
         if not (folder / "tokenizer_config.json").is_file() and not self.subject.adapters:
             section = self.recipe.model
             folder = fetch_model(section, weights=False).folder
         return load_tokenizer(folder, trust_remote_code=section.trust_remote_code)
 
-    def _labels(self) -> tuple[str, ...]:
-        """Of a classifier: as its files name its outputs, or else those of the recipe's training data."""
-        if self.recipe.task != "classification":
-            return ()
-        return self.subject.labels or label_set(freeze(self.recipe.data.train))
-
     @torch.no_grad()
     def _losses(self, model: Any, task: Task, prepared: PreparedDataset, line: Line | None) -> dict[str, Any]:
-        """With a ``line``, each sample is measured by itself."""
+        """Returns the task's metrics and the number of samples. With a ``line``, each sample is a batch of its own."""
         singly = line is not None or self.limit is not None
         size = 1 if line is not None else self.recipe.training.micro_batch
         totals, samples = Totals(), 0
@@ -144,16 +143,16 @@ class _Evaluation:
         def answered(more: int) -> None:
             nonlocal done
             done += more
-            self.asked.answered(done, len(questions))
+            self.options.answered(done, len(questions))
 
-        said: dict[int, str] = {}
+        answers: dict[int, str] = {}
         for numeric in (False, True):
             mine = {n: q.prompt for n, q in enumerate(questions) if q.numeric is numeric}
-            tokens = self.asked.max_new_tokens or (SOLUTION_TOKENS if numeric else ANSWER_TOKENS)
+            tokens = self.options.max_new_tokens or (SOLUTION_TOKENS if numeric else ANSWER_TOKENS)
             with self._autocast():
                 texts = writer.answers(list(mine.values()), tokens, solved if numeric else one_line, answered)
-            said.update(zip(mine, map(solution if numeric else first_line, texts), strict=True))
-        scored = [(question, said[n], question.scores(said[n])) for n, question in enumerate(questions)]
+            answers.update(zip(mine, map(solution if numeric else first_line, texts), strict=True))
+        scored = [(question, answers[n], question.scores(answers[n])) for n, question in enumerate(questions)]
         if self.line is not None:
             for question, text, scores in scored:
                 self.line({"prediction": text, "answers": list(question.answers), **scores})
@@ -165,31 +164,32 @@ class _Evaluation:
 
 
 def prepared_for(recipe: Recipe, spec: PreparationSpec, tokenizer: Any, folder: Path) -> PreparedDataset:
-    """As a run has prepared them, or else prepared here, in ``folder``: nothing is written to the storage."""
+    """Returns the evaluation data that a run has prepared, or prepares them in ``folder``. Nothing is written to the
+    storage."""
     there = open_prepared(open_storage(recipe.storage).child(layout.PREPARED), spec.fingerprint)
     return there or prepare_dataset(spec, tokenizer, open_storage(str(folder)))
 
 
 def example(task: Task, batch: Batch, sums: Mapping[str, torch.Tensor]) -> dict[str, Any]:
-    """What is told of a batch of one sample."""
-    said = {"sample": batch.sample_ids[0]}
+    """Returns the result for a batch of one sample."""
+    sample = {"sample": batch.sample_ids[0]}
     on_host = {name: value.detach().double().cpu() for name, value in sums.items()}
     if "predicted" in sums:
         labels = task.labels or ()
         actual, predicted = (labels[int(on_host[name].argmax())] for name in ("actual", "predicted"))
-        return {**said, "label": actual, "predicted": predicted, "loss": float(on_host["loss"])}
-    return {**said, **task.metrics(on_host)}
+        return {**sample, "label": actual, "predicted": predicted, "loss": float(on_host["loss"])}
+    return {**sample, **task.metrics(on_host)}
 
 
 def means(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Of each score, over the examples that have it."""
+    """Returns the mean of each score over the examples that have it."""
     names = dict.fromkeys(name for one in scores for name in one)
     values = {name: [one[name] for one in scores if name in one] for name in names}
     return {name: sum(some) / len(some) for name, some in values.items()}
 
 
 def solution(text: str) -> str:
-    """Without the questions that a base model goes on to ask."""
+    """Cuts off further questions, which a base model may generate after its answer."""
     return text.split("\nQuestion:")[0].strip()
 
 

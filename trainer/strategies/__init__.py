@@ -1,4 +1,4 @@
-"""How one model is spread over the ranks."""
+"""Strategies: how one model is distributed over the ranks."""
 
 from trainer.strategies.base import Strategy, make_strategy
 

@@ -1,10 +1,10 @@
-"""The seam of a strategy.
+"""The interface of a strategy.
 
-A strategy wraps the model, runs the backward of each micro-batch, steps the optimizer, and moves whole tensors in and
-out of whatever layout it keeps them in: what is saved never depends on the strategy or on the number of ranks.
+A strategy wraps the model, runs the backward of each micro-batch, steps the optimizer, and converts between its own
+layout and full tensors. So a saved file never depends on the strategy or on the number of ranks.
 
 Most strategies *average* gradients over the ranks, so that the loop multiplies its share of the loss by the number of
-ranks; one that adds them says so (``averages_gradients``).
+ranks. A strategy that sums them sets ``averages_gradients`` to False.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class ShardSlice:
-    """What this rank keeps of a parameter: elements ``start`` to ``stop`` of the flattened whole, which has ``shape``.
-    ``local`` holds them, flat, on the rank's device; it may be empty."""
+    """The part of a parameter that this rank keeps: elements ``start`` to ``stop`` of the flattened full parameter of
+    shape ``shape``. ``local`` contains them, flat, on the rank's device; it may be empty."""
 
     name: str
     shape: torch.Size
@@ -44,15 +44,15 @@ MakeOptimizer = Callable[[Mapping[str, torch.nn.Parameter]], torch.optim.Optimiz
 
 
 class Strategy(ABC):
-    """One model on all ranks. Every method is called by every rank, in the same order, unless it says otherwise."""
+    """One model on all ranks. Unless noted otherwise, every rank calls every method, in the same order."""
 
     model: torch.nn.Module  # the model without any wrapper: names and attributes are the model's own
-    module: torch.nn.Module  # what the forward is called on
+    module: torch.nn.Module  # the (wrapped) model that the forward is called on
     optimizer: torch.optim.Optimizer
     averages_gradients = True
 
     forward_is_collective = False
-    """Whether a forward gathers parameters, so that every rank has to run as many."""
+    """True if a forward gathers parameters, so that every rank must run the same number of forwards."""
 
     def __init__(self, recipe: Recipe, world: World) -> None:
         self.recipe = recipe
@@ -61,14 +61,14 @@ class Strategy(ABC):
 
     @classmethod
     def loads_sharded(cls, recipe: Recipe) -> bool:
-        """Whether `setup` takes a model on the meta device, of which each rank then fills its own pieces."""
+        """Returns True if `setup` accepts a model on the meta device, where each rank fills its own slices."""
         return False
 
     def setup(self, model: torch.nn.Module, make_optimizer: MakeOptimizer, fill: Fill | None = None) -> None:
-        """Takes over ``model`` and makes the optimizer over what is trained.
+        """Wraps ``model`` and makes the optimizer for its trainable parameters.
 
-        The model is whole, with the same values on every rank; or, with ``fill``, its parameters are on the meta
-        device, and ``fill`` gets this rank's pieces of all of them, in the same order on every rank."""
+        Without ``fill``, the model has all its values, the same on every rank. With ``fill``, its parameters are on the
+        meta device, and ``fill`` gets this rank's slices of all of them, in the same order on every rank."""
         self.model = model
         self.autocasts = self.needs_autocast(model)
         self.module = self.wrap(model)
@@ -80,15 +80,16 @@ class Strategy(ABC):
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module: ...
 
     def materialise(self) -> Sequence[ShardSlice]:
-        """Memory on the rank's device for what it keeps of a wrapped model on the meta device; not filled yet."""
+        """Allocates memory for this rank's slices of a wrapped model on the meta device. Returns them, not filled."""
         raise NotImplementedError(f"{type(self).__name__} takes no model on the meta device")
 
     @abstractmethod
     def micro_batch(self, last: bool) -> AbstractContextManager[None]:
-        """Surrounds forward and backward of one micro-batch; gradients are exchanged in the last one of a step only."""
+        """Returns a context for forward and backward of one micro-batch. Gradients are exchanged only in the last
+        micro-batch of a step."""
 
     def needs_autocast(self, model: torch.nn.Module) -> bool:
-        """Whether a forward in the recipe's dtype meets parameters of other ones."""
+        """Returns True if a forward in the recipe's dtype uses parameters of other dtypes."""
         return self.dtype != torch.float32 and needs_autocast(model, self.dtype)
 
     @property
@@ -97,18 +98,19 @@ class Strategy(ABC):
         return dtype
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Surrounds a forward: it computes in the recipe's dtype."""
+        """Returns a context in which a forward computes in the recipe's dtype."""
         return torch.autocast(self.world.device.type, self.dtype) if self.autocasts else nullcontext()
 
     def backward(self, loss: torch.Tensor) -> None:
-        """Adds this micro-batch's gradients: of ``loss``, in float16 scaled against underflow."""
+        """Accumulates the gradients of ``loss``, which is scaled against underflow in float16."""
         self.scaler.scale(loss).backward()
 
     def step(self, lr: float, around: AbstractContextManager[Any] | None = None) -> float:
-        """One update with the learning rate ``lr``, the gradient of the whole model clipped to the recipe's norm.
+        """Updates the parameters with the learning rate ``lr``, after clipping the model's gradient to the recipe's
+        norm. A step whose gradient is not finite is skipped.
 
-        ``around`` surrounds it: from when the gradient is whole until it is thrown away. Returns the gradient's norm
-        before clipping; a step whose gradient is not finite is left out."""
+        ``around``: a context for the update, entered when the gradient is complete and left before it is freed.
+        Returns the gradient's norm before clipping."""
         set_lr(self.optimizer, lr)
         self.scaler.unscale_(self.optimizer)
         with around or nullcontext():
@@ -121,8 +123,8 @@ class Strategy(ABC):
         self.optimizer.zero_grad(set_to_none=True)
         return norm
 
-    def reshard(self) -> None:  # noqa: B027 - most strategies have nothing to do here
-        """Puts parameters back where they lie between steps, after forwards that no backward followed."""
+    def reshard(self) -> None:  # noqa: B027 - no effect under most strategies
+        """Shards parameters again after forwards that were not followed by a backward."""
 
     @property
     def max_norm(self) -> float:
@@ -141,29 +143,30 @@ class Strategy(ABC):
 
     @abstractmethod
     def full_tensor(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The whole of a tensor that may be spread over the ranks."""
+        """Returns the full tensor for a tensor that may be sharded over the ranks."""
 
     def full_parameter(self, name: str) -> torch.Tensor:
         return self.full_tensor(self.model.get_parameter(name).detach())
 
     @abstractmethod
     def shard_like(self, whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-        """The inverse: ``full_tensor`` (the same on every rank) in the layout, device and dtype of ``like``."""
+        """Returns the full tensor ``whole``, the same on every rank, in the layout, device and dtype of ``like``."""
 
     def shape_of(self, parameter: torch.nn.Parameter) -> tuple[int, ...]:
-        """The shape of the whole parameter."""
+        """Returns the shape of the full parameter."""
         return tuple(parameter.shape)
 
     def local_bytes(self) -> int:
-        """Bytes of the model's parameters that this rank keeps between steps. No collective."""
-        return sum(_bytes(p) for p in self.model.parameters())
+        """Returns the bytes of the model's parameters that this rank keeps between steps. Not a collective."""
+        local = [p.to_local() if hasattr(p, "to_local") else p for p in self.model.parameters()]
+        return sum(int(p.numel() * p.element_size()) for p in local)
 
     @abstractmethod
     def wrapped(self) -> list[str]:
-        """The modules that were really wrapped, read off the model. No collective."""
+        """Returns the names of the modules that are wrapped, as found in the model. Not a collective."""
 
     def describe(self) -> dict[str, Any]:
-        """What the start event says about the strategy."""
+        """Returns the strategy's fields of the start event."""
         total = sum(math.prod(self.shape_of(p)) * p.element_size() for p in self.model.parameters())
         return {
             "kind": self.recipe.strategy.kind,
@@ -173,7 +176,7 @@ class Strategy(ABC):
         }
 
     def weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """Each trainable parameter, whole, on the CPU."""
+        """Yields each trainable parameter as a full tensor on the CPU. Every rank iterates to the end."""
         for name, parameter in self.trainable().items():
             yield name, self.full_tensor(parameter.detach()).cpu()
 
@@ -183,23 +186,20 @@ class Strategy(ABC):
                 parameter.copy_(self.shard_like(read(name), parameter))
 
     def optimizer_state(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The optimizer's state, as ``optimizer_state`` (the module) names it: whole tensors on the CPU."""
+        """Yields the optimizer's state as full tensors on the CPU, named as in `trainer.strategies.optimizer_state`.
+        Every rank iterates to the end."""
         return optimizer_state(self.optimizer, self.trainable(), self.full_tensor)
 
     def load_optimizer_state(self, names: Mapping[str, list[str]], read: Callable[[str], torch.Tensor]) -> None:
-        """``names``: the state keys that were saved for each parameter. Raises CorruptObject for foreign state."""
+        """Loads the optimizer's state. ``names``: the state keys that were saved for each parameter; ``read`` returns a
+        full tensor by its saved name. Raises CorruptObject for the state of another model."""
         load_optimizer_state(self.optimizer, self.trainable(), names, read, self.shard_like)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """The step's learning rate, in each group times its ``lr_scale``, where it has one."""
+    """Sets the learning rate of each parameter group: ``lr`` times the group's ``lr_scale``, if it has one."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group.get("lr_scale", 1.0)
-
-
-def _bytes(parameter: torch.Tensor) -> int:
-    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
-    return int(local.numel() * local.element_size())
 
 
 def make_strategy(recipe: Recipe, world: World) -> Strategy:

@@ -1,8 +1,8 @@
-"""torch.compile for each decoder layer by itself.
+"""torch.compile of each decoder layer separately.
 
-The layers are alike, so that one program serves all of them (the first one's input may need no gradient: a second), and
-what strategies hang on a layer stays outside of it: hooks run around the compiled forward, as they do around the plain
-one. So does gradient checkpointing, which runs the program again.
+The layers are alike, so that one program serves all of them (and a second one the first layer, if its input needs no
+gradient). The hooks that strategies add to a layer are not compiled: they run around the compiled forward, as they run
+around the plain one. So does gradient checkpointing, which runs the program again.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from trainer.strategies.layers import decoder_layers
 
 BACKEND = "inductor"
 MOST_PROGRAMS = 64
-"""Per forward function. A layer has a few: with gradients and without, one pack and several, the first layer's. Beyond
-torch's own limit of 8 it would go on uncompiled, with no more than a warning."""
+"""Limit of compiled programs per forward function. A layer has a few: with gradients and without, one pack and several,
+the first layer's. Beyond torch's own limit of 8, torch would only warn and run the layer uncompiled."""
 
 
 class Compiled(NamedTuple):
-    """What a process has spent, and the programs that came of it."""
+    """Time spent on compiling in this process, in ``seconds``, and the number of ``programs`` compiled."""
 
     seconds: float
     programs: int
 
 
 class Warmup:
-    """Tells what compiling has taken since it was asked last."""
+    """Measures the time spent on compiling between two calls of `taken`."""
 
     def __init__(self, compiles: bool) -> None:
         self._before = _so_far() if compiles else None
 
     def taken(self) -> Compiled | None:
-        """None when nothing was compiled meanwhile."""
+        """Returns the time and programs since the last call; None if nothing was compiled."""
         if self._before is None:
             return None
         now, before = _so_far(), self._before
@@ -47,24 +47,27 @@ class Warmup:
 
 
 def compile_layers(model: torch.nn.Module, device: torch.device) -> int:
-    """Before the strategy wraps them. Nothing is compiled yet: the first steps do that, forward and backward. Returns
-    how many layers there are. Raises InputError without a compiler for ``device``."""
+    """Replaces the forward of each decoder layer by one that is compiled when it first runs (forward and backward).
+    Returns the number of layers. Called before the strategy wraps the model.
+
+    Raises InputError if there is no compiler for ``device``."""
     if BACKEND == "inductor":
         _check_compiler(device)
     dynamo: Any = importlib.import_module("torch._dynamo.config")
     dynamo.recompile_limit = max(dynamo.recompile_limit, MOST_PROGRAMS)
     layers: list[Any] = decoder_layers(model)
     for layer in layers:
-        # Sizes are symbols from the start: else the lengths that came first would decide which program later ones run.
+        # Dynamic sizes from the start: otherwise the first lengths would decide which program later lengths run.
         layer.forward = _checkpointed(layer, torch.compile(layer.forward, dynamic=True, backend=BACKEND))
     return len(layers)
 
 
 def _checkpointed(layer: Any, compiled: Callable[..., Any]) -> Callable[..., Any]:
-    """transformers checkpoints inside a layer's forward, in the outermost class that has one: of the class that FSDP2
-    makes of a layer afterwards, the forward that was compiled would be an inner one, and never checkpoint."""
+    """Returns a forward that runs ``compiled`` under the layer's gradient checkpointing, if it is enabled."""
     if not getattr(layer, "gradient_checkpointing", False):
         return compiled
+    # transformers checkpoints in the forward of the layer's outermost class. FSDP2 later gives the layer a new class,
+    # so that the compiled forward would be an inner one, which never checkpoints.
     layer.gradient_checkpointing = False
     around: Callable[..., Any] = layer._gradient_checkpointing_func
 

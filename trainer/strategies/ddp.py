@@ -1,4 +1,4 @@
-"""Every rank holds the whole model; torch's DistributedDataParallel averages gradients while the backward runs."""
+"""DDP: every rank has the full model; torch's DistributedDataParallel averages gradients during the backward."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from trainer.strategies.base import Strategy
 
 class DDP(Strategy):
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
-        # Every rank has loaded and initialised the same values; broadcasting them again would cost a model's bytes.
+        # No broadcast (init_sync): every rank has loaded and initialised the same values.
         module = DistributedDataParallel(
             model, init_sync=False, forward_sync_buffers=False, gradient_as_bucket_view=True
         )

@@ -1,10 +1,10 @@
-"""DDP whose result does not depend, to the last bit, on the number of ranks (``exact: true``).
+"""DDP whose result is bitwise independent of the number of ranks (``exact: true``).
 
-Floating-point addition is not associative: summing the micro-batches' gradients in another grouping, as another number
-of ranks does, changes the last bits. So each micro-batch's gradient is rounded to a whole number of 2^-40 and the
-whole numbers are added, on the rank and over the ranks: integer addition is associative (the idea of reproducible
-summation; Demmel & Nguyen 2013, doi:10.1109/ARITH.2013.9). What a micro-batch itself computes is the same on any rank,
-since its data and its random numbers are.
+Floating-point addition is not associative: another number of ranks sums the micro-batches' gradients in another
+grouping, which changes the last bits. So each micro-batch's gradient is rounded to fixed-point integers with a unit of
+2^-40, and the integers are added, on the rank and over the ranks. Integer addition is associative (the idea of
+reproducible summation; Demmel & Nguyen 2013, doi:10.1109/ARITH.2013.9). The gradient of a micro-batch is the same on
+any rank, because its data and its random numbers are the same.
 
 Cost: no overlap with the backward, eight bytes per trained parameter, and twice the bytes on the network.
 """
@@ -21,7 +21,8 @@ from trainer.strategies.base import Strategy
 
 FRACTION_BITS = 40
 LIMIT = 2.0 ** (63 - FRACTION_BITS - 13)
-"""Of one micro-batch's gradient: 1,024, where those of a mean loss are around 1. 8,192 of them add without overflow."""
+"""Upper limit of the entries of a micro-batch's gradient: 1,024; those of a mean loss are around 1. 8,192 micro-batches
+can be added without overflow."""
 
 
 class ExactDDP(Strategy):
@@ -52,7 +53,10 @@ class ExactDDP(Strategy):
             parameter.grad = None
 
     def _exchange(self) -> None:
-        """Every rank. A gradient that one of them could not hold becomes nan on all: the loop says where and ends."""
+        """Adds the integers over the ranks and sets the gradients. Collective: every rank calls it.
+
+        If a gradient was out of range on one rank, all gradients become nan on all ranks; the loop then reports the
+        step and stops."""
         dist.all_reduce(self._unfit)
         unfit = bool(self._unfit)
         self._unfit.zero_()
@@ -73,7 +77,8 @@ class ExactDDP(Strategy):
 
 
 def fixed_point(values: torch.Tensor) -> torch.Tensor | None:
-    """``values`` in whole numbers (int64) of 2^-40, or None when one of them is not below ``LIMIT`` (or is nan)."""
+    """Returns ``values`` as fixed-point integers (int64, unit 2^-40); None if one of them is nan or not below
+    ``LIMIT``."""
     if values.numel() and not float(values.abs().max()) < LIMIT:
         return None
     return torch.round(values.double() * 2.0**FRACTION_BITS).to(torch.int64)

@@ -1,6 +1,7 @@
-"""Parameters, gradients and optimizer state are sharded over the ranks by torch's FSDP2 (``fully_shard``).
+"""FSDP2 (torch's ``fully_shard``): parameters, gradients and optimizer state are sharded over the ranks.
 
-One group per decoder layer, gathered for its forward and again for its backward; the root holds what lies outside."""
+Each decoder layer is one group, which is gathered for its forward and again for its backward. All other parameters
+belong to the group of the root."""
 
 from __future__ import annotations
 
@@ -28,21 +29,25 @@ class FSDP(Strategy):
         return True
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
+        offload = OffloadPolicy()
+        if self.recipe.strategy.offload:
+            offload = CPUOffloadPolicy(pin_memory=self.world.device.type != "cpu")
         settings: dict[str, Any] = {
             "mesh": init_device_mesh(self.world.device.type, (self.world.size,)),
             "mp_policy": self._precision(),
-            "offload_policy": self._offload(),
+            "offload_policy": offload,
         }
         for layer in decoder_layers(model):
             fully_shard(layer, reshard_after_forward=self.recipe.strategy.reshard_after_forward, **settings)
-        fully_shard(model, **settings)  # what the root holds is needed again at once: it stays until the backward
+        # No `reshard_after_forward`: the root's parameters are needed again at once, so they stay for the backward.
+        fully_shard(model, **settings)
         unsharded = [n for n, p in model.named_parameters() if not isinstance(p, DTensor)]
         assert not unsharded, f"fully_shard left {unsharded[:3]} whole"
         return model
 
     def materialise(self) -> list[ShardSlice]:
         device = "cpu" if self.recipe.strategy.offload else self.world.device
-        # Not `to_empty`: buffers that were computed for real stay. Tied parameters stay one.
+        # Not `to_empty`, which would discard buffers that already have values. Tied parameters stay tied.
         self.model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
         return [_piece(name, parameter) for name, parameter in self.model.named_parameters()]
 
@@ -50,16 +55,11 @@ class FSDP(Strategy):
         return self._precision().param_dtype is None and super().needs_autocast(model)
 
     def _precision(self) -> MixedPrecisionPolicy:
-        """Full fine-tuning gathers its float32 parameters in the recipe's dtype. Adapters stay as they are: their bytes
-        are few, and a cast would also reach the packed bytes of a quantised base."""
+        """Returns the policy that gathers the float32 parameters of full fine-tuning in the recipe's dtype."""
+        # Adapters are not cast: they are small, and a cast would also change the packed bytes of a quantised base.
         if self.recipe.adapter.method != "none" or self.recipe.model.dtype == "float32":
             return MixedPrecisionPolicy()
         return MixedPrecisionPolicy(self.dtype, reduce_dtype=torch.float32)
-
-    def _offload(self) -> OffloadPolicy:
-        if not self.recipe.strategy.offload:
-            return OffloadPolicy()
-        return CPUOffloadPolicy(pin_memory=self.world.device.type != "cpu")
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
@@ -81,7 +81,7 @@ class FSDP(Strategy):
         if not isinstance(like, DTensor):
             return whole.to(device=like.device, dtype=like.dtype)
         whole = whole.to(device=self.world.device, dtype=like.dtype)
-        # Every rank has read the same bytes: each cuts its own shard, and nothing crosses the network.
+        # src_data_rank=None: each rank cuts its own shard without communication, since all have read the same bytes.
         cut = distribute_tensor(whole, like.device_mesh, like.placements, src_data_rank=None)
         return _with_local(like, cut.to_local().to(like.to_local().device))
 
@@ -90,18 +90,19 @@ class FSDP(Strategy):
 
 
 def _piece(name: str, parameter: torch.Tensor) -> ShardSlice:
-    """Whole rows: FSDP2 cuts along the first dimension, in chunks of equal size as far as the rows go."""
+    """Returns this rank's slice of a sharded parameter."""
     assert isinstance(parameter, DTensor)
+    # FSDP2 cuts along the first dimension into chunks of equal size; the last ranks may have fewer rows or none.
     mesh, row = parameter.device_mesh, parameter.shape[1:].numel()
     rows_per_rank = -(-parameter.shape[0] // mesh.size())
     start = min(mesh.get_local_rank() * rows_per_rank, parameter.shape[0])
-    # Without bitsandbytes' subclass of a tensor, which would quantise what is copied into it.
+    # As a plain tensor: bitsandbytes' tensor subclass would quantise the values that are copied into it.
     local = parameter.to_local().detach().as_subclass(torch.Tensor).view(-1)
     return ShardSlice(name, parameter.shape, start * row, start * row + local.numel(), local)
 
 
 def _with_local(tensor: DTensor, local: torch.Tensor) -> DTensor:
-    """``tensor`` with another local part: an offloaded one lies on the host, collectives run on the device."""
+    """Returns ``tensor`` with another local part. Offloaded parts are on the host, but collectives need the device."""
     return DTensor.from_local(
         local, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
     )

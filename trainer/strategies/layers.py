@@ -1,4 +1,4 @@
-"""Where a model repeats itself: what is gathered, computed and freed as one."""
+"""Decoder layers of a model: the unit in which parameters are gathered, computed and freed."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from trainer.errors import InputError
 
 
 def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """The repeated blocks of a transformer: the members of its longest ModuleList whose entries are of one class.
+    """Returns the repeated blocks of a transformer: of the ModuleLists whose entries are of one class, the entries of
+    the one with the most parameters.
 
-    Raises InputError when there is none: then nothing but the root could be sharded, and a step would gather it all."""
+    Raises InputError when there is none: with only the root sharded, a step would gather the whole model."""
     lists: list[torch.nn.ModuleList] = [
         m for m in model.modules() if isinstance(m, torch.nn.ModuleList) and len({type(x) for x in m}) == 1
     ]
@@ -18,8 +19,4 @@ def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
         raise InputError(
             f"no list of decoder layers in {type(model).__name__}, so that it cannot be sharded; use strategy.kind=ddp"
         )
-    return max((list(m) for m in lists), key=_size)
-
-
-def _size(layers: list[torch.nn.Module]) -> int:
-    return sum(p.numel() for layer in layers for p in layer.parameters())
+    return list(max(lists, key=lambda layers: sum(p.numel() for layer in layers for p in layer.parameters())))

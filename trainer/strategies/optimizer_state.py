@@ -1,8 +1,8 @@
-"""Optimizer state as named whole tensors, so that any strategy on any number of ranks can load it.
+"""Optimizer state as named full tensors, so that any strategy on any number of ranks can load it.
 
-Each entry of the state of parameter ``p`` is saved as ``p.<key>``. A tensor of the parameter's own shape is laid out
-as the parameter is; anything else (a step counter, a quantisation table) is the same on every rank. Whole numbers are
-saved as int64 scalars, which no optimizer here uses for a tensor of its own.
+Each entry of the state of parameter ``p`` is saved as ``p.<key>``. A tensor with the parameter's shape is sharded like
+the parameter; anything else (a step counter, a quantisation table) is the same on every rank. Python integers are
+saved as int64 scalars, a type that no optimizer here uses for a tensor of its own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ PAGED_KEYS = ("state1", "state2")
 def optimizer_state(
     optimizer: torch.optim.Optimizer, parameters: Mapping[str, torch.nn.Parameter], whole: Whole
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(name, whole tensor on the CPU); gathers, so every rank iterates to the end."""
+    """Yields (name, full tensor on the CPU). Collective: every rank iterates to the end."""
     for name, parameter in parameters.items():
         for key, value in optimizer.state[parameter].items():
             if isinstance(value, int):
@@ -39,31 +39,30 @@ def load_optimizer_state(
     read: Callable[[str], torch.Tensor],
     spread: Spread,
 ) -> None:
-    """``names``: the state keys that were saved for each parameter; ``read`` gives a whole tensor by its saved name.
+    """Loads the state into ``optimizer``. ``names``: the state keys that were saved for each parameter; ``read``
+    returns a full tensor by its saved name.
 
-    Raises CorruptObject when state was saved for a parameter that is not there."""
+    Raises CorruptObject when state was saved for a parameter that does not exist here."""
     check_owners(names, parameters)
     for name, parameter in parameters.items():
         state: dict[str, Any] = {}
         for key in names.get(name, []):
             saved = read(f"{name}.{key}")
-            paged = key in PAGED_KEYS and getattr(optimizer, "is_paged", False)
-            state[key] = _paged(optimizer, parameter, saved) if paged else _restored(saved, parameter, spread)
+            if key in PAGED_KEYS and getattr(optimizer, "is_paged", False):
+                # In the optimizer's own paged memory: a plain tensor would stay on the device from now on. Parameters
+                # are never sharded here: no sharding strategy accepts these optimizers.
+                paged: Any = optimizer
+                state[key] = paged.get_state_buffer(parameter, dtype=saved.dtype).copy_(saved)
+            else:
+                state[key] = _restored(saved, parameter, spread)
         optimizer.state[parameter] = state
 
 
 def check_owners(names: Iterable[str], parameters: Iterable[str]) -> None:
-    """Raises CorruptObject when state was saved for a parameter that is not there."""
+    """Raises CorruptObject when state was saved for a parameter that does not exist here."""
     foreign = sorted(set(names) - set(parameters))
     if foreign:
         raise CorruptObject(f"the optimizer's state is that of another model: nothing here is called {foreign[:3]}")
-
-
-def _paged(optimizer: Any, parameter: torch.nn.Parameter, saved: torch.Tensor) -> torch.Tensor:
-    """In memory of the optimizer's own making: a plain tensor would stay on the device from here on. No strategy that
-    spreads parameters takes these optimizers."""
-    buffer: torch.Tensor = optimizer.get_state_buffer(parameter, dtype=saved.dtype)
-    return buffer.copy_(saved)
 
 
 def _restored(saved: torch.Tensor, parameter: torch.nn.Parameter, spread: Spread) -> Any:

@@ -1,8 +1,8 @@
 """DeepSpeed's ZeRO (Rajbhandari et al. 2020, arXiv:1910.02054) on its own engine.
 
-Stage 2 shards gradients and optimizer state, stage 3 parameters too: each parameter is flattened and cut into equal
-slices, one per rank. The optimizer works on flat float32 partitions; a parameter's part of them is what is gathered for
-a checkpoint and filled from one, so that what is saved has no trace of the partitioning.
+Stage 2 shards gradients and optimizer state, stage 3 also parameters: each parameter is flattened and cut into equal
+slices, one per rank. The optimizer works on flat float32 partitions. A checkpoint gathers each parameter from its parts
+in these partitions, and loading fills them again, so that the saved file does not depend on the partitioning.
 """
 
 from __future__ import annotations
@@ -34,13 +34,14 @@ if TYPE_CHECKING:
 
 COMPILED_COLLECTIVES = "deepspeed_shm_comm"
 SAVED_KEYS = ("exp_avg", "exp_avg_sq", "step")
-"""AdamW's state. ``step`` is kept once per partition; it is saved with each parameter, as other strategies have it."""
+"""AdamW's state. ``step`` is stored once per partition, and saved with each parameter as under other strategies."""
 
 
 @dataclass(frozen=True)
 class Slice:
-    """This rank's part of a parameter: elements ``[start, start + numel)`` of the flattened whole, which lie at
-    ``offset`` of ``partition``, one of the flat float32 tensors that the optimizer updates. ``numel`` may be 0."""
+    """This rank's part of a parameter: elements ``[start, start + numel)`` of the flattened full parameter. They are
+    stored from ``offset`` on in ``partition``, one of the flat float32 tensors that the optimizer updates. ``numel``
+    may be 0."""
 
     partition: torch.Tensor
     offset: int
@@ -48,7 +49,7 @@ class Slice:
     numel: int
 
     def of(self, flat: torch.Tensor) -> torch.Tensor:
-        """The part of a tensor that is laid out as the partition is."""
+        """Returns this part of a tensor that has the layout of the partition."""
         return flat.narrow(0, self.offset, self.numel)
 
     def cut(self, whole: torch.Tensor) -> torch.Tensor:
@@ -56,7 +57,7 @@ class Slice:
 
 
 class Zero(Strategy):
-    """What both stages share. ``optimizer`` is torch's; the engine has put flat partitions into its groups."""
+    """Base class of both stages. ``optimizer`` is torch's; the engine has put flat partitions into its groups."""
 
     def setup(self, model: torch.nn.Module, make_optimizer: MakeOptimizer, fill: Fill | None = None) -> None:
         self.model = model
@@ -74,21 +75,21 @@ class Zero(Strategy):
         raise AssertionError("the engine wraps model and optimizer together, in setup")
 
     def config(self) -> dict[str, Any]:
-        """DeepSpeed's configuration: ZeRO settings as the recipe names them, everything else from the recipe."""
+        """Returns DeepSpeed's configuration, with the ZeRO settings of the recipe's ``strategy.deepspeed``."""
         training, strategy = self.recipe.training, self.recipe.strategy
         return {
             "train_micro_batch_size_per_gpu": training.micro_batch,
-            "gradient_accumulation_steps": 1,  # the loop says at each micro-batch whether it is the step's last
+            "gradient_accumulation_steps": 1,  # `micro_batch` marks the last micro-batch of a step instead
             "gradient_clipping": training.max_grad_norm or 0.0,
             "zero_optimization": zero_settings(strategy.kind, strategy.deepspeed),
             "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,  # its own one is compiled at the first start, for minutes
+            "zero_force_ds_cpu_optimizer": False,  # DeepSpeed's own would be compiled for minutes at the first start
             **self._precision(),
         }
 
     def _precision(self) -> dict[str, Any]:
-        """Full fine-tuning gathers its float32 parameters in the recipe's dtype; adapters stay in float32, under
-        autocast, as they do under every strategy."""
+        """Returns the settings of precision: full fine-tuning gathers its float32 parameters in the recipe's dtype.
+        Adapters stay in float32, under autocast, as under every strategy."""
         dtype = self.recipe.model.dtype
         if dtype == "float32":
             return {}
@@ -100,7 +101,7 @@ class Zero(Strategy):
         return {"torch_autocast": {"enabled": True, "dtype": dtype, "lower_precision_safe_modules": []}}
 
     def autocast(self) -> AbstractContextManager[Any]:
-        return nullcontext()  # the engine's own, around its forward
+        return nullcontext()  # the engine applies its own autocast around its forward
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:
@@ -161,7 +162,7 @@ class Zero(Strategy):
             mine.of(state.setdefault(key, torch.zeros_like(mine.partition.data))).copy_(mine.cut(value))
 
     def _gather(self, parameter: torch.nn.Parameter, mine: Slice, flat: torch.Tensor) -> torch.Tensor:
-        """Collective. The whole tensor on the CPU, of which ``flat`` holds this rank's part."""
+        """Returns the full tensor on the CPU; ``flat`` contains this rank's part of it. Collective."""
         shape = self.shape_of(parameter)
         whole = torch.zeros(math.prod(shape), dtype=flat.dtype, device=self.world.device)
         mine.cut(whole).copy_(mine.of(flat.detach()))
@@ -173,11 +174,11 @@ class Zero(Strategy):
 
     @abstractmethod
     def fill(self, parameter: Any, whole: torch.Tensor) -> None:
-        """Puts ``full_tensor`` where the forward takes the parameter from."""
+        """Copies the full tensor ``whole`` into the storage that the forward reads."""
 
 
 class Zero2(Zero):
-    """Parameters are whole on every rank; behind each group of them lies a flat partition of float32."""
+    """Stage 2: every rank has all parameters, and a flat float32 partition for each group of them."""
 
     def setup(self, model: torch.nn.Module, make_optimizer: MakeOptimizer, fill: Fill | None = None) -> None:
         super().setup(model, make_optimizer, fill)
@@ -200,13 +201,14 @@ class Zero2(Zero):
 
 
 class Zero3(Zero):
-    """Each parameter is a slice too (``ds_tensor``), and empty between the forward and the backward of its module."""
+    """Stage 3: each rank also has only a slice (``ds_tensor``) of each parameter, which is gathered for the forward
+    and the backward of its module."""
 
     forward_is_collective = True
 
     @classmethod
     def loads_sharded(cls, recipe: Recipe) -> bool:
-        """Of full fine-tuning in another type than float32, the engine casts whole parameters before it cuts them."""
+        # In full fine-tuning below float32, the engine casts full parameters before it cuts them.
         return recipe.adapter.method != "none" or recipe.model.dtype == "float32"
 
     def materialise(self) -> list[ShardSlice]:
@@ -219,9 +221,11 @@ class Zero3(Zero):
 
     def setup(self, model: torch.nn.Module, make_optimizer: MakeOptimizer, fill: Fill | None = None) -> None:
         super().setup(model, make_optimizer, fill)
-        for module in model.modules():
-            for parameter in module.parameters(recurse=False):
-                _keep_in_place(parameter)
+        for parameter in model.parameters():
+            if type(parameter).__name__ == "Params4bit":
+                # On CPUs peft's DoRA calls `to` on a 4-bit weight and puts the copy in its place: a parameter that
+                # DeepSpeed does not know.
+                parameter.to = lambda *_, _same=parameter, **__: _same  # type: ignore[method-assign]
 
     def slice_of(self, parameter: Any) -> Slice:
         group, offset, size = self.partitions.grad_position[self.partitions.get_param_id(parameter)]
@@ -233,7 +237,7 @@ class Zero3(Zero):
     def fill(self, parameter: Any, whole: torch.Tensor) -> None:
         mine = self.slice_of(parameter)
         parameter.ds_tensor.narrow(0, 0, mine.numel).copy_(mine.cut(whole))
-        if parameter.numel():  # gathered at the moment: it persists, or a forward has just ended
+        if parameter.numel():  # currently gathered: it persists, or a forward has just ended
             parameter.copy_(whole)
 
     def shape_of(self, parameter: torch.nn.Parameter) -> tuple[int, ...]:
@@ -241,8 +245,7 @@ class Zero3(Zero):
         return tuple(shape)
 
     def local_bytes(self) -> int:
-        """Slices, and what is small enough to stay whole (``stage3_param_persistence_threshold``) beside its slice."""
-        kept = 0
+        kept = 0  # slices, plus the small parameters that stay gathered (`stage3_param_persistence_threshold`)
         parameters: Iterator[Any] = self.model.parameters()
         for parameter in parameters:
             elements = parameter.ds_tensor.numel() + (parameter.ds_numel if parameter.ds_persist else 0)
@@ -250,21 +253,15 @@ class Zero3(Zero):
         return kept
 
     def wrapped(self) -> list[str]:
-        """The decoder layers, and the root, all of whose parameters are slices."""
+        """Returns the names of the decoder layers and of the root ("") whose parameters are all slices."""
         layers = {id(layer) for layer in decoder_layers(self.model)}
         found = [(name, module) for name, module in self.model.named_modules() if id(module) in layers or not name]
         return [name for name, module in found if all(hasattr(p, "ds_tensor") for p in module.parameters())]
 
 
-def _keep_in_place(parameter: Any) -> None:
-    """On CPUs peft's DoRA "moves" a 4-bit weight to where it is, and puts the copy that it gets in its place: a
-    parameter that DeepSpeed does not know."""
-    if type(parameter).__name__ == "Params4bit":
-        parameter.to = lambda *_, **__: parameter
-
-
 def import_deepspeed(device: torch.device) -> Any:
-    """The library, told which accelerator to use. Raises InputError without it, or when it has chosen another one."""
+    """Imports DeepSpeed and selects its accelerator. Raises InputError if it is not installed, or has selected another
+    accelerator."""
     try:
         importlib.metadata.version("deepspeed")  # a folder of that name can be imported without the library
     except importlib.metadata.PackageNotFoundError:
@@ -273,25 +270,26 @@ def import_deepspeed(device: torch.device) -> Any:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    if device.type == "cpu":  # gloo does; this one would be compiled at the first start, for minutes
+    if device.type == "cpu":  # use gloo: DeepSpeed's own collectives would be compiled for minutes at the first start
         ops: Any = importlib.import_module("deepspeed.ops")
         ops.__compatible_ops__[COMPILED_COLLECTIVES] = False
     chosen = get_accelerator().device_name().split(":")[0]
     if chosen != device.type:
         raise InputError(f"DeepSpeed has chosen the accelerator {chosen!r}: set DS_ACCELERATOR={device.type}")
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # Between libraries: at every collective, DeepSpeed uses what torch has renamed.
+    # DeepSpeed uses a name that torch has deprecated, which would warn at every collective.
     warnings.filterwarnings("ignore", "`torch.distributed", FutureWarning)
     return deepspeed
 
 
 @contextmanager
 def _local_rank(device: torch.device) -> Iterator[None]:
-    """DeepSpeed takes its device from LOCAL_RANK, which counts processes and not the devices that this one sees."""
+    """Sets LOCAL_RANK to this process's device index inside the context."""
+    # DeepSpeed takes its device from LOCAL_RANK, which counts processes, not the devices that this process can see.
     before = os.environ.get("LOCAL_RANK")
     os.environ["LOCAL_RANK"] = str(device.index or 0)
     try:
         yield
     finally:
-        if before is not None:  # a lone process has none, and DeepSpeed goes on asking for it
+        if before is not None:  # a single process has none; it stays set, because DeepSpeed reads it again later
             os.environ["LOCAL_RANK"] = before

@@ -1,4 +1,4 @@
-"""What is learnt: the loss of a micro-batch, and what an evaluation says."""
+"""Tasks: the loss of a micro-batch, and the metrics of an evaluation."""
 
 from trainer.tasks.base import GenerationContext, LossOutput, Task, Update, make_task
 from trainer.tasks.totals import Totals

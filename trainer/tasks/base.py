@@ -1,4 +1,4 @@
-"""The seam of a task."""
+"""The interface of a task."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ if TYPE_CHECKING:
 
 
 class LossOutput(NamedTuple):
-    """``loss_sum``: the loss summed over the units of a micro-batch, a float32 scalar on the device with a gradient.
-    ``sums``: what the metrics are made of, each a scalar or a vector without one; the same names and shapes for every
-    micro-batch, one without units included, since they are added up over all ranks."""
+    """The result of `Task.loss`. ``loss_sum``: the loss summed over the units of a micro-batch, a float32 scalar on the
+    device with a gradient. ``sums``: scalars or vectors without a gradient, from which metrics are computed. Every
+    micro-batch, also one without units, has the same names and shapes, since they are added up over all ranks."""
 
     loss_sum: torch.Tensor
     sums: Mapping[str, torch.Tensor]
 
 
 class LossInput(Protocol):
-    """What the loop has to know of what `Task.loss` takes: its number among the update's, -1 for one of weight zero,
-    and what it names when its loss is not finite."""
+    """The input of `Task.loss`, as the loop sees it. ``index``: its number in the update, -1 for an input of weight
+    zero. ``sample_ids``: reported when its loss is not finite."""
 
     @property
     def index(self) -> int: ...
@@ -40,8 +40,8 @@ class LossInput(Protocol):
 
 
 class Update(NamedTuple):
-    """One update of the optimizer. ``batches``: this rank's micro-batches, as many as every other rank has; ``units``:
-    what the loss is the mean over, of all ranks."""
+    """One update of the optimizer. ``batches``: this rank's micro-batches, the same number on every rank. ``units``:
+    the number of units, over all ranks, that the loss is the mean over."""
 
     batches: Sequence[LossInput]
     units: int
@@ -49,10 +49,10 @@ class Update(NamedTuple):
 
 @dataclass(frozen=True)
 class GenerationContext:
-    """Everything but the model that a task needs to generate texts. ``world``: the ranks that generate together, None
-    for one process. ``forward_is_collective``: the strategy gathers parameters in a forward pass, so that every rank
-    must run the same number of them. ``reward``: the reward model (`trainer.tasks.ppo.reward_models`), if the recipe
-    names one."""
+    """Everything except the model that a task needs to generate texts. ``world``: the ranks that generate together,
+    None for one process. ``forward_is_collective``: the strategy gathers parameters in a forward pass, so that every
+    rank must run the same number of them. ``reward``: the reward model (`trainer.tasks.ppo.reward_models`), if the
+    recipe names one."""
 
     tokenizer: PreTrainedTokenizerBase
     world: World | None = None
@@ -84,7 +84,7 @@ class Task(ABC):
         """``labels``: the label set of the training data."""
         self.recipe = recipe
 
-    def attach(  # noqa: B027 - some tasks take the model as it is
+    def attach(  # noqa: B027 - some tasks do not change the model
         self, model: torch.nn.Module, generation: GenerationContext | None = None
     ) -> None:
         """Prepares the (unwrapped) model for this task's loss. ``generation``: given if the task `generates`."""
@@ -157,5 +157,5 @@ def make_task(recipe: Recipe, labels: tuple[str, ...] = ()) -> Task:
 
 
 def ratio(sums: Mapping[str, torch.Tensor], name: str) -> float:
-    """The mean of a sum over its units; 0 without any."""
+    """Returns the mean of a sum over its units; 0 if there are none."""
     return float(sums[name]) / max(1.0, float(sums["units"]))

@@ -2,7 +2,7 @@
 
     loss = 1/N Σ_i w(y_i) · -log softmax(z_i)[y_i]
 
-over the N samples of a step, with the weight w of each label (1 unless the recipe says otherwise).
+over the N samples of a step, with the weight w of each label (1 unless the recipe sets it).
 """
 
 from __future__ import annotations
@@ -51,7 +51,8 @@ class Classification(Task):
 
 
 def counts(predicted: torch.Tensor, actual: torch.Tensor, labels: int) -> dict[str, torch.Tensor]:
-    """Per label, how often it is predicted, how often it is right, and how often both."""
+    """Counts, for each label, how often it is predicted, how often it is the actual one, and how often both. Each
+    tensor has the shape [labels]."""
     return {
         "right": torch.bincount(actual[predicted == actual], minlength=labels),
         "predicted": torch.bincount(predicted, minlength=labels),
@@ -60,8 +61,8 @@ def counts(predicted: torch.Tensor, actual: torch.Tensor, labels: int) -> dict[s
 
 
 def averages(sums: Mapping[str, torch.Tensor], average: str) -> dict[str, float]:
-    """Precision, recall and F1 over the labels that are predicted or right at least once; what has no denominator is
-    counted as 0."""
+    """Returns precision, recall and F1, averaged over the labels that occur or are predicted at least once. A value
+    without a denominator counts as 0."""
     right, predicted, actual = (sums[name].double() for name in ("right", "predicted", "actual"))
     if average == "micro":
         right, predicted, actual = (part.sum()[None] for part in (right, predicted, actual))

@@ -1,14 +1,14 @@
 """Direct preference optimisation: preferences without a reward model.
 
-DPO (Rafailov et al. 2023, arXiv:2305.18290). The reward of an answer y to a prompt x is what training has added to its
-likelihood, R(y) = β log(π(y|x) / π_ref(y|x)). With conservative labels (Mitchell 2023, "A note on DPO with noisy
-preferences"), which take a share ε of the preferences to be the wrong way round:
+DPO (Rafailov et al. 2023, arXiv:2305.18290). The reward of an answer y to a prompt x is the change of its likelihood by
+training, R(y) = β log(π(y|x) / π_ref(y|x)). With conservative labels (Mitchell 2023, "A note on DPO with noisy
+preferences"), which assume that a share ε of the preferences is reversed:
 
     Δ_i  = R(c_i) - R(r_i)
     loss = 1/N Σ_i -(1 - ε) log s(Δ_i) - ε log s(-Δ_i)    over the N pairs of a step, s the logistic function
 
-The reference is the base: the same model with its adapter switched off, so that no second one is in memory. It is asked
-in a phase before the losses, without dropout, and what it says is kept for the step.
+The reference is the base model: the same model with its adapter switched off, so that no second model is in memory. Its
+likelihoods are computed before the losses of a step, without dropout, and kept for the step.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ class DPO(Task):
         return pair_metrics(sums)
 
     def _likelihoods(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
-        """Log-likelihoods of the answers, [2 pairs]."""
+        """Returns the log-likelihoods of the answers, [2 pairs]."""
         nll = self.head.losses(module, batch, device)
         rows = to_device(batch.targets.nonzero()[0], device)
         return torch.zeros(2 * batch.pairs, device=device).index_add(0, rows, -nll)

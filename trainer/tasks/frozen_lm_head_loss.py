@@ -1,10 +1,10 @@
-"""Losses under an output head of which nothing is trained, with their derivative made on the way forward.
+"""Losses of a frozen output head, with their derivative computed in the forward.
 
 With logits z = W h and p = softmax(z), the negative log-likelihood of a label y is logsumexp(z) - z_y, and its
-derivative by h is Wᵀ (p - onehot(y)). Nothing of it depends on what comes after but for one factor per row, so that it
-is computed while the logits of a chunk are there: no logits are kept, the head does not run again in the backward, and
-that is a product of two small arrays. A head that is trained needs the factors for its own gradient, and goes by
-`trainer.tasks.lm_head_loss.in_chunks`.
+derivative by h is Wᵀ (p - onehot(y)). The gradient that arrives in the backward only adds one factor per row. So the
+derivative is computed while the logits of a chunk exist: no logits are kept, the head does not run again in the
+backward, and the backward is a product of two small arrays. A trained head needs these factors for its own gradient,
+and uses `trainer.tasks.lm_head_loss.in_chunks` instead.
 
 Legend: T targets, D hidden size, V vocabulary.
 """
@@ -21,8 +21,8 @@ Project = Callable[[torch.Tensor], torch.Tensor]
 
 
 def frozen_nll(project: Project, hidden_TD: torch.Tensor, labels_T: torch.Tensor, rows: int) -> torch.Tensor:
-    """Negative log-likelihoods [T] in float32; ``project`` makes logits [n, V] of at most ``rows`` hidden states at a
-    time. Only ``hidden_TD`` gets a gradient."""
+    """Returns the negative log-likelihoods [T] in float32. ``project`` computes logits [n, V] for at most ``rows``
+    hidden states at a time. Only ``hidden_TD`` gets a gradient."""
     found: torch.Tensor = _FrozenNLL.apply(hidden_TD, labels_T, project, rows)  # type: ignore[no-untyped-call]
     return found
 
@@ -46,7 +46,7 @@ class _FrozenNLL(torch.autograd.Function):
 
 
 def _of_chunk(project: Project, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The losses and their derivatives by the hidden states."""
+    """Returns the losses and their derivatives by the hidden states."""
     with torch.enable_grad():
         hidden_TD = hidden_TD.detach().requires_grad_()
         made_TV = project(hidden_TD)
@@ -54,7 +54,7 @@ def _of_chunk(project: Project, hidden_TD: torch.Tensor, labels_T: torch.Tensor)
     log_sums_T = logits_TV.logsumexp(-1)
     labels_T1 = labels_T[:, None]
     nll_T = log_sums_T - logits_TV.gather(-1, labels_T1)[:, 0]
-    # In the logits' own memory, which nobody needs any more.
+    # In place: the logits are not needed any more.
     moved_TV = logits_TV.sub_(log_sums_T[:, None]).exp_()
     moved_TV.scatter_add_(-1, labels_T1, torch.full_like(labels_T1, -1, dtype=moved_TV.dtype))
     (slope_TD,) = torch.autograd.grad(made_TV, hidden_TD, moved_TV.to(made_TV.dtype))

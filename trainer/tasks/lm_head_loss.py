@@ -1,13 +1,13 @@
-"""Logits only where there is a target.
+"""Logits at target positions only.
 
-In instruction data most tokens are prompt, and with vocabularies of 128 k the LM head and the softmax cost more than a
-small model's layers. So the head of the model is made to see the hidden states of target positions alone: the
-selection happens *inside* the model's forward, where sharding strategies have gathered the head's weights.
+In instruction data most tokens belong to prompts, and with vocabularies of 128 k the LM head and the softmax cost more
+than a small model's layers. So the head processes the hidden states of target positions only. The selection happens
+*inside* the model's forward, where sharding strategies have gathered the head's weights.
 
-Where the logits are the head's plain output, the head also turns them into per-token losses, chunk by chunk, so that
-at most ``CHUNK_LOGITS`` of them exist at a time; a head that is not trained makes their derivatives, too
-(`trainer.tasks.frozen_lm_head_loss`). Models that scale or cap their logits after the head (``POST_HEAD``) get the
-logits of the selected positions back instead, and the loss is taken from those.
+If the logits are the head's plain output, the head also turns them into per-token losses, chunk by chunk, so that at
+most ``CHUNK_LOGITS`` of them exist at a time. A frozen head computes the derivatives of the losses too
+(`trainer.tasks.frozen_lm_head_loss`). For models that scale or cap their logits after the head (``POST_HEAD``), the
+head returns the logits of the selected positions, and the loss is computed from the model's output.
 
 Shapes: B packs, L tokens, T targets in the micro-batch, D hidden size, V vocabulary.
 """
@@ -40,7 +40,7 @@ POST_HEAD = (
     "output_logit_soft_cap",
     "output_multiplier_scale",
 )
-"""Names of settings under which models of transformers change their logits after the head."""
+"""Settings with which models of transformers change their logits after the head."""
 
 
 class TargetHead:
@@ -64,27 +64,28 @@ class TargetHead:
         head.forward = self._forward
 
     def losses(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
-        """Negative log-likelihood [T] of each target of the micro-batch, row by row, given what stands before it in its
-        sample; ``module`` is the model, wrapped or not."""
-        # The hidden state at a position predicts the token after it; no sample's first token is a target, so that the
-        # position before a target always belongs to the same sample. Found on the host: to index by a mask on the
-        # device, the host would have to wait for it.
+        """Returns the negative log-likelihood [T] of each target of the micro-batch, row by row, given the tokens
+        before it in its sample. ``module`` is the model, wrapped or not."""
+        # The hidden state at a position predicts the token after it. No sample's first token is a target, so that the
+        # position before a target always belongs to the same sample. Indices are computed on the host, which would
+        # have to wait for the device if it indexed by a mask there.
         target_at = np.flatnonzero(batch.targets)
         labels = to_device(batch.input_ids.ravel()[target_at], device)
-        told = segments(batch.position_ids, device) if self._segmenting() else {}
+        segmenting = getattr(self._config, "_attn_implementation", None) in SEGMENTING
+        bounds = segments(batch.position_ids, device) if segmenting else {}
         with self.select(to_device(target_at - 1, device), labels):
             output = module(
                 input_ids=to_device(batch.input_ids, device),
                 position_ids=to_device(batch.position_ids, device),
                 use_cache=False,
-                **told,
+                **bounds,
             )
         return self.nll(output.logits, labels)
 
     @contextmanager
     def select(self, at: torch.Tensor, labels_T: torch.Tensor) -> Iterator[None]:
-        """``at``: the positions whose *next* token is a target, as a mask [B, L] or as indices [T] into the flattened
-        packs; ``labels_T``: those next tokens."""
+        """Restricts the head to ``at`` inside the context: the positions whose *next* token is a target, as a mask
+        [B, L] or as indices [T] into the flattened packs. ``labels_T``: those next tokens."""
         self._at, self._labels_T = at, labels_T
         try:
             yield
@@ -92,18 +93,15 @@ class TargetHead:
             self._at = self._labels_T = None
 
     def last_logits(self, module: torch.nn.Module, **inputs: Any) -> Any:
-        """The model's output, with the logits [B, 1, V] of the last position of each row only."""
+        """Returns the model's output, with logits [B, 1, V] of the last position of each row only."""
         self._last = True
         try:
             return module(**inputs)
         finally:
             self._last = False
 
-    def _segmenting(self) -> bool:
-        return getattr(self._config, "_attn_implementation", None) in SEGMENTING
-
     def nll(self, output: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
-        """Negative log-likelihoods [T] in float32 from what the model returned as its logits under ``select``.
+        """Returns the negative log-likelihoods [T] in float32. ``output``: the model's ``logits`` under ``select``.
 
         Raises InputError when the model changes its logits after the head in a way that ``POST_HEAD`` lacks."""
         if self.plain:
@@ -119,37 +117,36 @@ class TargetHead:
         hidden_TD = selected(hidden_BLD, self._at)
         if not self.plain:
             return self._project(hidden_TD[None])
-        # A tensor of its own: FSDP2 hooks what the model returns, and would lose its hook on a view.
+        # A clone: FSDP2 adds a hook to the tensor that the model returns, and would lose it on a view.
         nll = self._chunked_nll(hidden_TD, self._labels_T)[None, :, None].clone()
         self._made = None if self._compared else nll.detach().clone()
         return nll
 
     def _compare(self, output: torch.Tensor) -> None:
-        """Once: what the head made has to be what the model returns; losses that were scaled would train, wrongly."""
+        """Checks, in the first forward, that the model returns the head's output unchanged. Raises InputError."""
+        # Otherwise a model that scales its logits would silently train on scaled losses.
         if self._made is not None and self._made.any():
             if not torch.equal(output.detach(), self._made):
                 raise InputError(
                     "this model changes its logits after the output head, by a setting that muster does not know; "
-                    f"known are {', '.join(POST_HEAD)}"
+                    f"it knows {', '.join(POST_HEAD)}"
                 )
             self._compared = True
         self._made = None
 
     def _chunked_nll(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
-        # In float16 small probabilities would vanish before the loss's scale lifts them.
-        if hidden_TD.requires_grad and hidden_TD.dtype != torch.float16 and not self._trained():
+        trained = any(parameter.requires_grad for parameter in self._head.parameters())
+        # Not in float16: small probabilities would underflow, because the loss scale is applied only later.
+        if hidden_TD.requires_grad and hidden_TD.dtype != torch.float16 and not trained:
             return frozen_nll(self._project, hidden_TD, labels_T, rows_of_chunk(self._vocabulary))
         return in_chunks(self._chunk_nll, hidden_TD, labels_T, self._vocabulary)
-
-    def _trained(self) -> bool:
-        return any(parameter.requires_grad for parameter in self._head.parameters())
 
     def _chunk_nll(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
         return cross_entropy(self._project(hidden_TD).float(), labels_T, reduction="none")
 
 
 def selected(hidden_BLD: torch.Tensor, at: torch.Tensor) -> torch.Tensor:
-    """[T, D], by a mask [B, L] or by indices [T] into the flattened packs."""
+    """Selects hidden states [T, D] by a mask [B, L], or by indices [T] into the flattened packs."""
     return hidden_BLD[at] if at.dtype == torch.bool else hidden_BLD.flatten(0, 1)[at]
 
 
@@ -163,8 +160,8 @@ def in_chunks(
     labels_T: torch.Tensor,
     vocabulary: int,
 ) -> torch.Tensor:
-    """``of`` hidden states and labels, with at most ``CHUNK_LOGITS`` logits at a time: those of each chunk are computed
-    again in the backward rather than kept."""
+    """Applies ``of`` to hidden states and labels, with at most ``CHUNK_LOGITS`` logits at a time. The logits of a chunk
+    are not kept: the backward computes them again."""
     rows = rows_of_chunk(vocabulary)
     if len(labels_T) <= rows:
         return of(hidden_TD, labels_T)

@@ -1,4 +1,4 @@
-"""What preference tasks say of their pairs, whatever a reward is to them."""
+"""Metrics of preference pairs, shared by the tasks that compute a reward for each answer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from trainer.tasks.base import ratio
 
 
 def pair_sums(chosen: torch.Tensor, rejected: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Of the rewards of both answers to each pair. A tie is not right."""
+    """Returns the sums for `pair_metrics` from the rewards of both answers to each pair. A tie counts as wrong."""
     chosen, rejected = chosen.detach(), rejected.detach()
     right = (chosen > rejected).sum()
     return {
@@ -22,7 +22,7 @@ def pair_sums(chosen: torch.Tensor, rejected: torch.Tensor) -> dict[str, torch.T
 
 
 def pair_metrics(sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
-    """``pair_accuracy``: the share of pairs whose chosen answer has the higher reward; and mean rewards."""
+    """Returns ``pair_accuracy``, the share of pairs whose chosen answer has the higher reward, and mean rewards."""
     pairs = max(1.0, float(sums["pairs"]))
     chosen, rejected = float(sums["chosen"]) / pairs, float(sums["rejected"]) / pairs
     return {

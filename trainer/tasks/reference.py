@@ -1,4 +1,4 @@
-"""The same model with its trained adapter switched off (the reference that it is compared with), or another one on."""
+"""Contexts in which a model's trained adapter is switched off (the reference model), or replaced by another one."""
 
 from __future__ import annotations
 
@@ -11,10 +11,11 @@ import torch
 
 @contextmanager
 def adapter_off(model: Any) -> Iterator[None]:
-    """peft also marks what it switches off as not trained, and FSDP2 keeps for good what it found in the first forward,
-    which may be this one; so the marks are put back at once."""
+    """Switches the trained adapter off inside the context."""
     trained = [(p, p.requires_grad) for p in model.parameters()]
     with model.disable_adapter():
+        # peft clears `requires_grad` of the adapter. Restore it before the forward: FSDP2 keeps the flags that it finds
+        # in its first forward, which may be this one.
         _mark(trained)
         yield
     _mark(trained)
@@ -22,7 +23,8 @@ def adapter_off(model: Any) -> Iterator[None]:
 
 @contextmanager
 def adapter_of(model: Any, name: str) -> Iterator[None]:
-    """Another adapter in the place of the trained one, which is back afterwards; nothing else is trained meanwhile."""
+    """Activates the adapter ``name`` instead of the trained one inside the context. `requires_grad` of all parameters
+    stays unchanged."""
     trained, before = [(p, p.requires_grad) for p in model.parameters()], model.active_adapter
     model.base_model.set_adapter(name)
     _mark(trained)

@@ -1,8 +1,8 @@
-"""A reward model: one number for an answer, from pairs of which one answer was preferred.
+"""A reward model: one number for an answer, trained on pairs in which one answer is preferred.
 
 Bradley & Terry (1952, doi:10.2307/2334029): the chosen answer c is preferred to the rejected one r with probability
-s(R(c) - R(r)), s the logistic function. A margin m, where the data have one, asks for a distance (Touvron et al. 2023,
-arXiv:2307.09288, 3.2.2):
+s(R(c) - R(r)), s the logistic function. A margin m, if the data have one, is a minimum distance of the rewards (Touvron
+et al. 2023, arXiv:2307.09288, 3.2.2):
 
     loss = 1/N Σ_i -log s(R(c_i) - R(r_i) - m_i)    over the N pairs of a step
 """

@@ -1,7 +1,7 @@
-"""Texts that a model writes to a micro-batch of prompts: padded on the left, with a cache of keys and values.
+"""Sampling of completions for a micro-batch of prompts, padded on the left, with a KV cache.
 
-Each row has a stream of random numbers of its own, one per token, by which the cumulative distribution is inverted: so
-a text depends on its micro-batch and its stream, never on the rank that writes it.
+Each row has its own stream of random numbers, one per token, which invert the cumulative distribution. So a text
+depends on its micro-batch and its stream, never on the rank that samples it.
 
 Shapes: B prompts, P tokens of the longest, V vocabulary.
 """
@@ -21,16 +21,17 @@ from trainer.errors import InputError
 from trainer.tasks.lm_head_loss import TargetHead
 
 Agree = Callable[[bool], bool]
-"""Whether anybody goes on, asked by all who share the forward passes; of whoever writes by himself, the answer."""
+"""Returns True if any rank that shares the forward passes still has unfinished texts; the argument is this rank's
+answer."""
 
 SPARE_TOKENS = 4
-"""Beyond one per byte: those that stand for no byte."""
+"""Tokens decoded in addition to one per byte of a stop string, for tokens that produce no text."""
 
 SHOWN_CHARACTERS = 1000
 
 
 class SamplingPrompt(NamedTuple):
-    """``tokens``: what stands before the answer in the data; ``answer``: the tokens of that."""
+    """A prompt of the data. ``tokens``: the tokens before the answer; ``answer``: the tokens of the answer."""
 
     sample_id: str
     tokens: list[int]
@@ -38,8 +39,8 @@ class SamplingPrompt(NamedTuple):
 
 
 def prompts_of(batch: Any, answer: int = -1) -> list[SamplingPrompt]:
-    """Of a micro-batch of the data path with one sample per row: the answer is its last run of targets, or that of this
-    number."""
+    """Returns the prompts of a micro-batch with one sample per row. ``answer``: index of the run of targets that is the
+    answer; the last run by default."""
     found = []
     for row, sample_id in enumerate(batch.sample_ids):
         marked = batch.targets[row].nonzero()[0]
@@ -52,8 +53,8 @@ def prompts_of(batch: Any, answer: int = -1) -> list[SamplingPrompt]:
 
 @dataclass
 class Completion:
-    """``tokens``: what was written, with the end of text where it was reached; ``ended``: whether it ended by itself
-    or by a stop string; ``words``: what a reward is given for."""
+    """A sampled text. ``tokens``: with the end-of-text token, if it was sampled. ``ended``: True if the text ended by
+    that token or by a stop string. ``words``: the text that the reward is computed for."""
 
     tokens: list[int] = field(default_factory=list)
     ended: bool = False
@@ -61,27 +62,27 @@ class Completion:
 
 
 def shown(prompt: SamplingPrompt, words: str, tokenizer: Any) -> dict[str, Any]:
-    """A text as events have it, with the answer in the data beside it: of a prompt its end, of the others the
-    beginning."""
-    asked, answer = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt.tokens, prompt.answer))
+    """Returns a text for an event, with its prompt and the data's answer. Long values are cut: a prompt keeps its end,
+    the others keep their beginning."""
+    question, answer = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt.tokens, prompt.answer))
     return {
         "sample": prompt.sample_id,
-        "prompt": asked[-SHOWN_CHARACTERS:],
+        "prompt": question[-SHOWN_CHARACTERS:],
         "text": words[:SHOWN_CHARACTERS],
         "reference": answer[:SHOWN_CHARACTERS],
     }
 
 
 def uniforms(key: str, count: int) -> npt.NDArray[np.float64]:
-    """The random numbers of one text, in [0, 1)."""
+    """Returns the random numbers of one text, in [0, 1). They depend on ``key`` only."""
     digest = hashlib.sha256(f"rollout:{key}".encode()).digest()
     return np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big"))).random(count)
 
 
 def drawn(logits_BV: torch.Tensor, uniform_B: torch.Tensor, temperature: float, top_p: float) -> torch.Tensor:
-    """A token for each row: that at which the cumulative distribution over the smallest set of most likely tokens
-    whose probabilities add up to ``top_p`` (Holtzman et al. 2019, arXiv:1904.09751) passes the row's number. At a
-    temperature of 0: the likeliest."""
+    """Returns a token for each row: the one at which the cumulative distribution passes the row's number. The
+    distribution is restricted to the smallest set of most likely tokens whose probabilities add up to ``top_p``
+    (Holtzman et al. 2019, arXiv:1904.09751). At a temperature of 0, returns the most likely token."""
     if temperature == 0.0:
         return logits_BV.argmax(-1)
     probabilities, order = (logits_BV.double() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
@@ -94,8 +95,8 @@ def drawn(logits_BV: torch.Tensor, uniform_B: torch.Tensor, temperature: float, 
 
 
 class PolicySampler:
-    """``stop``: strings that end a text as well. ``agree``: see `Agree`; under strategies that gather parameters for a
-    forward, every rank has to run as many."""
+    """Samples completions. ``stop``: strings that end a text, in addition to the end of text. ``agree``: see `Agree`;
+    under strategies that gather parameters for a forward, every rank must run the same number of forwards."""
 
     def __init__(
         self,
@@ -111,7 +112,11 @@ class PolicySampler:
     ) -> None:
         self.head, self.tokenizer, self.agree = head, tokenizer, agree
         self.max_new_tokens, self.temperature, self.top_p, self.stop = max_new_tokens, temperature, top_p, stop
-        self.ends = _ends(model, tokenizer)
+        self.ends = end_tokens(model, tokenizer)
+        if not self.ends:  # no text would ever end
+            raise InputError(
+                "neither the tokenizer nor the model names an end-of-text token, which generating texts needs"
+            )
         text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
         self.positions = getattr(text, "max_position_embeddings", None)
         self._window = max((len(s.encode()) for s in stop), default=0) + SPARE_TOKENS
@@ -120,7 +125,8 @@ class PolicySampler:
     def write(
         self, module: torch.nn.Module, prompts: Sequence[Sequence[int]], keys: Sequence[str], device: torch.device
     ) -> list[Completion]:
-        """A text to each prompt. Without prompts it only takes part in the forward passes of the others."""
+        """Returns a completion for each prompt. Without prompts, this rank only takes part in the forward passes of
+        the other ranks."""
         self._check_room(prompts)
         rows = prompts or [[0]]
         texts = [Completion() for _ in prompts]
@@ -151,6 +157,7 @@ class PolicySampler:
         return texts
 
     def _add(self, texts: list[Completion], going: list[int], chosen: list[int]) -> list[int]:
+        """Appends the chosen tokens. Returns the rows that have not ended."""
         for row in going:
             text = texts[row]
             text.tokens.append(chosen[row])
@@ -177,13 +184,9 @@ class PolicySampler:
             )
 
 
-def _ends(model: Any, tokenizer: Any) -> set[int]:
-    """The tokenizer's end of text, and what the model's authors end with.
-
-    Raises InputError without any: no text would ever end."""
-    theirs = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    several = theirs if isinstance(theirs, list) else [theirs]
-    ends = {int(n) for n in (tokenizer.eos_token_id, *several) if n is not None}
-    if not ends:
-        raise InputError("neither the tokenizer nor the model names an end of text, and what writes texts needs one")
-    return ends
+def end_tokens(model: Any, tokenizer: Any) -> set[int]:
+    """Returns the tokens that end a text: the tokenizer's end of text, which training puts after each answer, and those
+    of the model's generation configuration."""
+    configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    several = configured if isinstance(configured, list) else [configured]
+    return {int(n) for n in (tokenizer.eos_token_id, *several) if n is not None}

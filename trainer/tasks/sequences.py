@@ -1,4 +1,4 @@
-"""Micro-batches with one sequence per row, as a sequence classifier reads them."""
+"""Model inputs with one sequence per row, for sequence classifiers."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 class SequenceInputs:
-    """The arguments of a model's forward. Pads get the model's own padding token, by which the models of transformers
-    find the last token of a sequence, and are masked; position ids are left to the model."""
+    """Makes the arguments of a model's forward. Pads are masked and get the model's own padding token, by which the
+    models of transformers find the last token of a sequence. The model computes position ids itself."""
 
     def __init__(self, model: Any) -> None:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model

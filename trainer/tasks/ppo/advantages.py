@@ -1,4 +1,4 @@
-"""From scores to advantages. Pure: numpy in float64, rows of their own length, no rank and no model.
+"""Advantages from scores: pure functions in numpy (float64), on rows of different lengths, without ranks or models.
 
 Legend: R tokens of a text.
 """
@@ -15,7 +15,7 @@ FLOOR = 1e-8
 
 
 def divergence(policy_R: Row, reference_R: Row, estimator: str) -> Row:
-    """What each drawn token says of KL(policy, reference), from both log-probabilities (Schulman 2020, *Approximating
+    """Estimates KL(policy, reference) at each sampled token, from both log-probabilities (Schulman 2020, *Approximating
     KL divergence*), with Δ = log p - log p_reference:
 
     k1 = Δ        k3 = exp(-Δ) - 1 + Δ
@@ -25,15 +25,15 @@ def divergence(policy_R: Row, reference_R: Row, estimator: str) -> Row:
 
 
 def token_rewards(score: float, kl_R: Row, kl_coef: float) -> Row:
-    """-kl_coef · KL at each token, and the text's score at its last (Ziegler et al. 2019, 2.1)."""
+    """Returns -kl_coef · KL at each token, plus the text's score at its last token (Ziegler et al. 2019, 2.1)."""
     rewards = -kl_coef * kl_R
     rewards[-1] += score
     return rewards
 
 
 def gae(rewards_R: Row, values_R: Row, gamma: float, lam: float) -> Row:
-    """Generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, equation 16), the text's end being the
-    end of the episode, V = 0 after it:
+    """Computes generalised advantage estimation (Schulman et al. 2016, arXiv:1506.02438, equation 16). The end of the
+    text is the end of the episode; V = 0 after it:
 
     δ_t = r_t + gamma · V_{t+1} - V_t        A_t = δ_t + gamma · lam · A_{t+1}
     """
@@ -47,22 +47,23 @@ def gae(rewards_R: Row, values_R: Row, gamma: float, lam: float) -> Row:
 
 
 def whitened(rows: Sequence[Row], *, centred: bool) -> list[Row]:
-    """All rows by their common standard deviation; ``centred``: about their mean, otherwise the mean stays."""
+    """Divides all rows by their common standard deviation. ``centred``: also subtracts the mean; otherwise the mean
+    does not change."""
     flat = np.concatenate(rows)
     mean, scale = flat.mean(), 1.0 / np.sqrt(flat.var() + FLOOR)
     return [(row - mean) * scale + (0.0 if centred else mean) for row in rows]
 
 
 def explained_variance(values: Row, returns: Row) -> float:
-    """1 - Var(returns - values) / Var(returns): 1 where values foretell returns, 0 where they say nothing; 0 where
-    all returns are the same."""
+    """Returns 1 - Var(returns - values) / Var(returns): 1 if the values predict the returns, 0 if they carry no
+    information; 0 also if all returns are equal."""
     spread = float(returns.var())
     return 1.0 - float((returns - values).var()) / spread if spread > FLOOR else 0.0
 
 
 def adapted_kl_coef(kl_coef: float, kl: float, target: float, texts: int, horizon: int) -> float:
-    """The next coefficient: Ziegler et al. 2019, 2.2, in the form of their program, where a mean divergence ``kl`` of
-    ``texts`` texts moves it by a fifth at most in ``horizon`` texts:
+    """Returns the next KL coefficient (Ziegler et al. 2019, 2.2, as in their program). A mean divergence ``kl`` of
+    ``texts`` texts changes it by at most a fifth per ``horizon`` texts:
 
     e = clip(kl / target - 1, -0.2, 0.2)        kl_coef · (1 + e · texts / horizon)
     """

@@ -11,11 +11,12 @@ import torch
 def policy_loss(
     logps: torch.Tensor, old_logps: torch.Tensor, advantages: torch.Tensor, clip: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Schulman et al. 2017 (arXiv:1707.06347), equation 7, with q = p / p_old and its sign changed:
+    """Computes the clipped loss (Schulman et al. 2017, arXiv:1707.06347, equation 7, with opposite sign), with
+    q = p / p_old:
 
     max(-A q, -A clip(q, 1 - ε, 1 + ε))
 
-    Returns it, and where the clipped one counts."""
+    Returns the loss, and a mask of the tokens at which the clipped term is the larger one."""
     ratio = (logps - old_logps).exp()
     free, held = -advantages * ratio, -advantages * ratio.clamp(1.0 - clip, 1.0 + clip)
     return torch.maximum(free, held), (held > free).detach()
@@ -24,8 +25,9 @@ def policy_loss(
 def value_loss(
     values: torch.Tensor, old_values: torch.Tensor, returns: torch.Tensor, clip: float | None
 ) -> torch.Tensor:
-    """Half of the squared error, the larger of that of the value and that of the value held within ``clip`` of its
-    first one (Schulman et al.'s program; Huang et al. 2022, *The 37 implementation details of PPO*, 9)."""
+    """Computes half of the squared error: the larger one of the error of the value and that of the value clipped to
+    ``old_values`` ± ``clip`` (Schulman et al.'s program; Huang et al. 2022, *The 37 implementation details of PPO*,
+    9)."""
     error = (values - returns).square()
     if clip is not None:
         held = torch.minimum(torch.maximum(values, old_values - clip), old_values + clip)

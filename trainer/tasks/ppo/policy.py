@@ -1,7 +1,7 @@
-"""What the policy says of texts: log-probabilities, entropies and values, made inside the model's forward.
+"""Log-probabilities, entropies and values of texts under the policy, computed inside the model's forward.
 
-There sharding strategies have gathered the output head, and the value head too, which therefore is a part of the model
-(``VALUE_HEAD``) beside the adapter: one linear layer in float32 on the last hidden states.
+Inside the forward, sharding strategies have gathered the output head and the value head. Therefore the value head is a
+module of the model (``VALUE_HEAD``), next to the adapter: one linear layer in float32 on the last hidden states.
 
 Shapes: B rows, L tokens, T tokens of texts in the micro-batch, D hidden size, V vocabulary.
 """
@@ -22,8 +22,8 @@ INITIAL_STD = 0.02
 
 
 class TokenStats(NamedTuple):
-    """Of each token of the texts [T]: its log-probability, the entropy of the distribution that it was drawn from, and
-    the value of the state before it."""
+    """Statistics of the tokens of the texts, each [T]: ``logps``, the log-probability of a token; ``entropies``, the
+    entropy of its distribution; ``values``, the value of the state before it."""
 
     logps: torch.Tensor
     entropies: torch.Tensor
@@ -31,7 +31,7 @@ class TokenStats(NamedTuple):
 
 
 class CompletionRows(Protocol):
-    """Rows of tokens as `trainer.data.Batch` has them: ``targets`` marks those of the texts."""
+    """Rows of tokens in the layout of `trainer.data.Batch`. ``targets`` marks the tokens of the texts."""
 
     input_ids: Any
     position_ids: Any
@@ -39,8 +39,8 @@ class CompletionRows(Protocol):
 
 
 class PolicyHead(TargetHead):
-    """Replaces the forward of the output embeddings: in `score_tokens`, logits become three numbers per token, chunk by
-    chunk."""
+    """Replaces the forward of the output embeddings. In `score_tokens`, it turns logits into three numbers per token,
+    chunk by chunk."""
 
     def __init__(self, model: Any, temperature: float, seed: int) -> None:
         super().__init__(model)
@@ -49,7 +49,8 @@ class PolicyHead(TargetHead):
         self._temperature = temperature
         self._by: torch.nn.Module | None = None
         output = model.get_output_embeddings().weight
-        linear: Any = torch.nn.Linear  # whose own first values would be drawn from everybody's random numbers
+        linear: Any = torch.nn.Linear
+        # skip_init: Linear's own initial values would advance the global random number generator.
         self._value = torch.nn.utils.skip_init(linear, output.shape[-1], 1, device=output.device, dtype=torch.float32)
         for name, parameter in self._value.named_parameters():
             if not parameter.is_meta:
@@ -71,7 +72,8 @@ class PolicyHead(TargetHead):
     def read(
         self, module: torch.nn.Module, texts: CompletionRows, at_BL: Any, by: torch.nn.Module, device: torch.device
     ) -> torch.Tensor:
-        """What ``by``, a layer of the model from D to 1, makes of the hidden states at the marked positions: [T]."""
+        """Returns the outputs [T] of ``by``, a layer of the model from D to 1, for the hidden states at the positions
+        that ``at_BL`` marks."""
         input_ids = to_device(texts.input_ids, device)
         positions = to_device(texts.position_ids, device)
         at = to_device(at_BL, device)
@@ -94,26 +96,24 @@ class PolicyHead(TargetHead):
             with torch.autocast(hidden_TD.device.type, enabled=False):
                 read: torch.Tensor = self._by(hidden_TD.float())
             return read[None].clone()
-        of_logits = self._chunked(hidden_TD, self._labels_T)
+        of_logits = in_chunks(self._of_logits, hidden_TD, self._labels_T, self._vocabulary)
         with torch.autocast(hidden_TD.device.type, enabled=False):
             values = self._value(hidden_TD.float())
-        # A tensor of its own: FSDP2 hooks what the model returns, and would lose its hook on a view.
+        # A clone: FSDP2 adds a hook to the tensor that the model returns, and would lose it on a view.
         made = torch.cat([of_logits, values], -1)[None].clone()
         self._made = None if self._compared else made.detach().clone()
         return made
 
-    def _chunked(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
-        return in_chunks(self._of_logits, hidden_TD, labels_T, self._vocabulary)
-
     def _of_logits(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
-        """Log-probability of the label, and entropy: [T, 2]."""
+        """Returns the log-probability of the label, and the entropy: [T, 2]."""
         logps_TV = (self._project(hidden_TD).float() / self._temperature).log_softmax(-1)
         chosen = logps_TV.gather(-1, labels_T[:, None])
         return torch.cat([chosen, -(logps_TV.exp() * logps_TV).sum(-1, keepdim=True)], -1)
 
 
 def first_value(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
-    """A parameter of the value head before training: N(0, 0.02²), the bias 0, from (seed, name) alone."""
+    """Returns the initial value of a parameter of the value head, drawn from (seed, name) only: N(0, 0.02²), or 0 for
+    the bias."""
     if name.endswith("bias"):
         return torch.zeros(shape)
     digest = hashlib.sha256(f"{seed}:{VALUE_HEAD}.{name.rpartition('.')[2]}".encode()).digest()

@@ -1,4 +1,4 @@
-"""Rewards by a Python function that the recipe names: the recipe's own code, from the working folder."""
+"""Rewards computed by a Python function that the recipe names and that is imported from the working folder."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import importlib.util
 import math
 import numbers
 import sys
+import traceback
 from collections.abc import Callable, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,20 +20,21 @@ SHOWN = 200
 
 
 class Scorer:
-    """Asks the function, and looks at what it returns."""
+    """Calls the reward function and checks its result."""
 
     def __init__(self, spec: str) -> None:
         self.spec, self._function = spec, load(spec)
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], references: Sequence[str]) -> list[float]:
-        """Raises RewardFailed: trying again would end the same."""
+        """Returns a reward for each completion. Raises RewardFailed, which is not retried."""
         if not completions:
             return []
         try:
             got = self._function(prompts=list(prompts), completions=list(completions), references=list(references))
         except Exception as error:
-            where = _where(error)
-            raise RewardFailed(f"{self.spec} raised {type(error).__name__}: {error}{where}") from error
+            *_, (frame, line) = traceback.walk_tb(error.__traceback__)
+            where = f"line {line} of {frame.f_code.co_filename}"
+            raise RewardFailed(f"{self.spec} raised {type(error).__name__}: {error} ({where})") from error
         return self._checked(got, completions)
 
     def _checked(self, got: Any, completions: Sequence[str]) -> list[float]:
@@ -48,7 +50,7 @@ class Scorer:
 
 
 def load(spec: str) -> Function:
-    """The function that ``spec`` names. Raises InputError."""
+    """Returns the function that ``spec`` names. Raises InputError if it cannot be loaded."""
     place, _, name = spec.rpartition(":")
     try:
         with _working_folder():
@@ -82,11 +84,3 @@ def _from_file(path: Path) -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def _where(error: Exception) -> str:
-    """Of the innermost line of the traceback."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    return f" (line {trace.tb_lineno} of {trace.tb_frame.f_code.co_filename})" if trace else ""

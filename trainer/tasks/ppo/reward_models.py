@@ -1,6 +1,6 @@
-"""Rewards by a model: one of its own, or an adapter and a head on the policy's own base.
+"""Rewards computed by a model: a separate model, or an adapter and a head on the policy's base model.
 
-A run of `task: reward` whose base is the policy's needs no second copy of it: its adapter lies beside the policy's, and
+A reward model with the policy's base model needs no second copy of it: its adapter is added next to the policy's, and
 is switched on for its forward passes (Santacroce et al. 2023, arXiv:2309.00754, *Hydra-RLHF*).
 
 Legend: B rows and L tokens of a micro-batch, D hidden size.
@@ -23,8 +23,8 @@ ADAPTER, HEAD = "reward", "reward_head"
 
 
 class ModelRater:
-    """A sequence classifier with one output, whole on this rank's device. It reads text by its own tokenizer: prompt,
-    text, and its end of text where the text has ended, as training put them together."""
+    """A sequence classifier with one output, unsharded on this rank's device. It has its own tokenizer. Its input is
+    the prompt, the text, and the end-of-text token if the text has ended, as in training."""
 
     def __init__(self, model: Any, tokenizer: Any, device: torch.device) -> None:
         self.model, self.tokenizer, self.device = model.eval(), tokenizer, device
@@ -52,9 +52,9 @@ class ModelRater:
 
 @dataclass(frozen=True)
 class SharedReward:
-    """What a run of `task: reward` has trained: ``config``, peft's configuration of a LoRA adapter; ``weights`` by the
-    names that they have in the model as adapter ``ADAPTER``; ``head`` [1, D]; ``pad``: the token at which its forward
-    never reads."""
+    """The result of a run of `task: reward`. ``config``: peft's configuration of a LoRA adapter. ``weights``: by the
+    names that they have in the model as adapter ``ADAPTER``. ``head``: [1, D]. ``pad``: the token at whose positions
+    the reward is never read."""
 
     config: Any
     weights: Mapping[str, torch.Tensor]
@@ -62,8 +62,8 @@ class SharedReward:
     pad: int
 
     def attach(self, model: Any) -> None:
-        """Puts adapter and head on the policy's model, neither of them trained; on the meta device without values, for
-        which there is `initial`."""
+        """Adds adapter and head to the policy's model; neither is trained. On the meta device they have no values yet;
+        `init_parameter` returns them."""
         marks = [(p, p.requires_grad) for p in model.parameters()]
         model.add_adapter(ADAPTER, self.config)
         for parameter, wanted in marks:
@@ -75,7 +75,7 @@ class SharedReward:
         model.add_module(HEAD, head)
         for name in (*self.weights, f"{HEAD}.weight"):
             module, _, attribute = name.rpartition(".")
-            values = self.init_parameter(name).to(place)  # on the meta device none are left
+            values = self.init_parameter(name).to(place)
             model.get_submodule(module)._parameters[attribute] = torch.nn.Parameter(values, requires_grad=False)
 
     def owns_parameter(self, name: str) -> bool:
@@ -87,7 +87,8 @@ class SharedReward:
     def rate(
         self, model: Any, head: PolicyHead, module: torch.nn.Module, rollouts: Sequence[Rollout], device: torch.device
     ) -> list[float]:
-        """One forward, also without rollouts. Where a strategy gathers parameters, every rank calls it."""
+        """Returns the score of each rollout. Runs one forward, also without rollouts: under a strategy that gathers
+        parameters, every rank must call it."""
         texts = PromptCompletionBatch.of([(r.prompt.tokens, r.tokens) for r in rollouts], -1, [])
         read = np.zeros_like(texts.targets)
         for row, rollout in enumerate(rollouts):

@@ -1,7 +1,7 @@
-"""Reward functions that come along: `ppo.reward.function: trainer.tasks.ppo.rewards:NAME`.
+"""Built-in reward functions: `ppo.reward.function: trainer.tasks.ppo.rewards:NAME`.
 
-A function of one's own looks the same. It gets three lists of text of the same length by name, and returns a list of
-as many finite numbers.
+A user's own function has the same signature. It gets three lists of text of the same length as keyword arguments, and
+returns a list with as many finite numbers.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ MARK = "####"
 
 
 def gsm8k(prompts: Sequence[str], completions: Sequence[str], references: Sequence[str]) -> list[float]:
-    """1 for a text whose final number is that of the reference, 0 for others (Cobbe et al. 2021, arXiv:2110.14168). The
-    final number is the first one after ``####``, or the last one of a text without."""
+    """Returns 1 for a text whose final number equals that of the reference, 0 for others (Cobbe et al. 2021,
+    arXiv:2110.14168). The final number is the first one after ``####``, or the last one of a text without ``####``."""
     return [
         float(final_number(text) is not None and final_number(text) == final_number(reference))
         for text, reference in zip(completions, references, strict=True)

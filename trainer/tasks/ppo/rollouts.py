@@ -1,4 +1,4 @@
-"""What an iteration learns from: every rank's texts with what was said of them, cut into minibatches.
+"""Rollouts of an iteration: the texts of all ranks with their scores and values, cut into minibatches.
 
 Legend: R tokens of a text, B rows and L tokens of a micro-batch, T tokens of its texts.
 """
@@ -23,9 +23,9 @@ EMPTY_LENGTH = 8
 
 @dataclass
 class Rollout:
-    """A text to a prompt. ``place``: micro-batch and row in the step; ``logps``, ``reference`` and ``values`` [R], of
-    the policy that wrote it, of the reference, and of the value head before each token; ``score``: from the reward,
-    with the penalty for a text that did not end."""
+    """A text generated for a prompt. ``place``: micro-batch and row in the step. ``logps`` and ``reference`` [R]:
+    log-probabilities under the policy that generated it and under the reference. ``values`` [R]: of the value head
+    before each token. ``score``: from the reward, minus the penalty for a text that did not end."""
 
     place: tuple[int, int]
     prompt: SamplingPrompt
@@ -39,14 +39,14 @@ class Rollout:
 
     @property
     def kl(self) -> float:
-        """An estimate of the divergence from the reference over the text, in nats."""
+        """Estimate of the divergence from the reference over the text, in nats."""
         return float((self.logps - self.reference).sum())
 
 
 @dataclass
 class PromptCompletionBatch:
-    """Prompts, each followed by its text, as `trainer.data.Batch` has rows: pads at the end, at position 0; ``targets``
-    are the tokens of the texts [T in all]. Of weight zero: no row with a target."""
+    """Prompts, each followed by its text, in the layout of `trainer.data.Batch`: pads are at the end, at position 0.
+    ``targets`` marks the tokens of the texts, T in total. A micro-batch of weight zero has no target."""
 
     index: int
     input_ids: Ints
@@ -72,7 +72,7 @@ class PromptCompletionBatch:
 
 @dataclass
 class PPOMicroBatch:
-    """A micro-batch of an update. Row by row along ``texts.targets``, float32 [T]: what the losses are made of."""
+    """A micro-batch of an update: the inputs of the losses, each float32 [T], row by row along ``texts.targets``."""
 
     texts: PromptCompletionBatch
     logps: Floats
@@ -95,7 +95,7 @@ class PPOMicroBatch:
 
 
 class Experience:
-    """All rollouts of an iteration, in the order of the plan, and their advantages and returns."""
+    """All rollouts of an iteration, in the order of the plan, with their advantages and returns."""
 
     def __init__(self, rollouts: Sequence[Rollout], section: PPOSection, kl_coef: float) -> None:
         self.rollouts = sorted(rollouts, key=lambda r: r.place)
@@ -131,7 +131,7 @@ class Experience:
         }
 
     def parts(self, minibatches: int, key: str) -> Iterator[Ints]:
-        """Numbers of rollouts: one random part of all for each minibatch of an epoch."""
+        """Yields the indices of the rollouts of each minibatch of an epoch: random parts of equal size."""
         digest = hashlib.sha256(f"minibatches:{key}".encode()).digest()
         order = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big"))).permutation(len(self.rollouts))
         yield from (part for part in np.array_split(order, minibatches) if len(part))
@@ -140,7 +140,7 @@ class Experience:
         return sum(len(self.rollouts[n].tokens) for n in part)
 
     def learnt(self, part: Ints, index: int) -> PPOMicroBatch:
-        """The micro-batch of these rollouts."""
+        """Returns the micro-batch of the rollouts with the indices ``part``."""
         some = [self.rollouts[n] for n in part]
         rows = [(r.prompt.tokens, r.tokens) for r in some]
 

@@ -1,13 +1,14 @@
-"""The task: an iteration of writing, rating and learning.
+"""The PPO task: each iteration generates texts, computes their rewards, and updates the policy.
 
-With q the ratio of a token's probability to that when its text was written, A its advantage (`advantages`), V the value
-before it, R = A + V_old its return and H the entropy, the loss of an update is the mean over the T tokens of its texts:
+With q the ratio of a token's probability to its probability when the text was generated, A its advantage
+(`advantages`), V the value before it, R = A + V_old its return and H the entropy, the loss of an update is the mean
+over the T tokens of its texts:
 
     1/T Σ max(-A q, -A clip(q, 1 - ε, 1 + ε))
           + value_coef · ½ max((V - R)², (clip(V, V_old - ε_v, V_old + ε_v) - R)²) - entropy_coef · H
 
-Policy and reference are one model, with its adapter on and off. All of it is without dropout: a ratio would be that of
-two random models.
+Policy and reference are one model, with its adapter switched on and off. Dropout is disabled everywhere: otherwise a
+ratio would compare two random models.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ log = logging.getLogger(__name__)
 EXAMPLES = 2
 EVALUATION = "evaluation"
 Key = Callable[[str, str], str]
-"""The name of the random numbers of a text, by its place in the step and its prompt's sample id."""
+"""Returns the key of a text's random numbers from its place in the step and its prompt's sample id."""
 
 
 class _PPOState(TypedDict):
@@ -69,7 +70,9 @@ class PPO(Task):
             if hasattr(module, "attention_dropout"):
                 module.attention_dropout = 0.0
         if self.recipe.adapter.dropout:
-            log.warning("adapter.dropout %g has no effect: task ppo trains without", self.recipe.adapter.dropout)
+            log.warning(
+                "adapter.dropout %g has no effect: task ppo trains without dropout", self.recipe.adapter.dropout
+            )
         if generation is not None:
             self.generation = generation
             if section.reward.function is not None:
@@ -97,7 +100,7 @@ class PPO(Task):
         return of.samples
 
     def _agree(self, going: bool) -> bool:
-        """Collective where the ranks' forward passes have to meet."""
+        """Returns True if any rank passes True. Collective if a forward is; otherwise returns ``going``."""
         world = self.generation.world
         return (
             going
@@ -117,12 +120,12 @@ class PPO(Task):
         except RewardFailed as error:
             failure = error
         world = self.generation.world
-        told = world.all_gather((rollouts, failure)) if world else [(rollouts, failure)]
-        for rank, (_, failed) in enumerate(told):  # raised on all of them, so that none waits for another
+        by_rank = world.all_gather((rollouts, failure)) if world else [(rollouts, failure)]
+        for rank, (_, failed) in enumerate(by_rank):  # raised on all ranks, so that none waits for another
             if failed is not None:
                 raise RewardFailed(f"step {step}, rank {rank}: {failed}") from failure
-        self._experience = Experience([r for some, _ in told for r in some], self.recipe.ppo, self._kl_coef)
-        self._said = {**self._experience.metrics(), "kl_coef": self._kl_coef}
+        self._experience = Experience([r for some, _ in by_rank for r in some], self.recipe.ppo, self._kl_coef)
+        self._metrics = {**self._experience.metrics(), "kl_coef": self._kl_coef}
         self._adapt_kl_coef()
 
     def _adapt_kl_coef(self) -> None:
@@ -136,21 +139,27 @@ class PPO(Task):
     def _rollouts(
         self, module: torch.nn.Module, batches: Sequence[Batch], device: torch.device, key: Key
     ) -> list[Rollout]:
-        """Those of this rank. Forward passes first, and all of them: the reward's may fail, and others wait."""
+        """Returns the rollouts of this rank, with their scores. Every rank calls it, with as many ``batches``.
+
+        Raises RewardFailed."""
         by_batch = [self._written(module, batch, device, key) for batch in batches]
         rows = [
             PromptCompletionBatch.of([(r.prompt.tokens, r.tokens) for r in some], n, [])
             for n, some in enumerate(by_batch)
         ]
+        # All forward passes before the first reward: a reward may fail while other ranks wait in a forward.
         for texts, some in zip(rows, by_batch, strict=True):
-            said = self._policy.score_tokens(module, texts, device)
-            _share(some, "logps", said.logps)
-            _share(some, "values", said.values)
+            stats = self._policy.score_tokens(module, texts, device)
+            _split_rows(some, "logps", stats.logps)
+            _split_rows(some, "values", stats.values)
         with adapter_off(self._model):
             for texts, some in zip(rows, by_batch, strict=True):
-                _share(some, "reference", self._policy.score_tokens(module, texts, device).logps)
+                _split_rows(some, "reference", self._policy.score_tokens(module, texts, device).logps)
         for some in by_batch:
-            self._score(some, module, device)
+            for rollout, score in zip(some, self._scores(some, module, device), strict=True):
+                if not math.isfinite(score):
+                    raise RewardFailed(f"{self.recipe.ppo.reward.model} rates the text {rollout.words!r:.200} {score}")
+                rollout.score = score - (0.0 if rollout.ended else self.recipe.ppo.missing_eos_penalty)
         return [rollout for some in by_batch for rollout in some]
 
     def _written(self, module: torch.nn.Module, batch: Batch, device: torch.device, key: Key) -> list[Rollout]:
@@ -161,12 +170,6 @@ class PPO(Task):
             Rollout((batch.index, row), prompt, text.tokens, text.ended, text.words)
             for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
         ]
-
-    def _score(self, rollouts: Sequence[Rollout], module: torch.nn.Module, device: torch.device) -> None:
-        for rollout, score in zip(rollouts, self._scores(rollouts, module, device), strict=True):
-            if not math.isfinite(score):
-                raise RewardFailed(f"{self.recipe.ppo.reward.model} rates the text {rollout.words!r:.200} {score}")
-            rollout.score = score - (0.0 if rollout.ended else self.recipe.ppo.missing_eos_penalty)
 
     def _scores(self, rollouts: Sequence[Rollout], module: torch.nn.Module, device: torch.device) -> list[float]:
         if self._shared is not None:
@@ -193,32 +196,32 @@ class PPO(Task):
 
     def loss(self, module: torch.nn.Module, batch: PPOMicroBatch, device: torch.device) -> LossOutput:
         section = self.recipe.ppo
-        said = self._policy.score_tokens(module, batch.texts, device)
+        stats = self._policy.score_tokens(module, batch.texts, device)
         old_logps, old_values, advantages, returns = (
             to_device(a, device) for a in (batch.logps, batch.values, batch.advantages, batch.returns)
         )
-        of_policy, clipped = policy_loss(said.logps, old_logps, advantages, section.clip_range)
-        of_value = value_loss(said.values, old_values, returns, section.value_clip_range)
-        loss = of_policy + section.value_coef * of_value - section.entropy_coef * said.entropies
-        moved = said.logps.detach() - old_logps
+        of_policy, clipped = policy_loss(stats.logps, old_logps, advantages, section.clip_range)
+        of_value = value_loss(stats.values, old_values, returns, section.value_clip_range)
+        loss = of_policy + section.value_coef * of_value - section.entropy_coef * stats.entropies
+        moved = stats.logps.detach() - old_logps
         return LossOutput(
             loss.sum(),
             {
                 "updated_tokens": torch.tensor(len(old_logps), device=device),
                 "policy_loss": of_policy.sum().detach(),
                 "value_loss": of_value.sum().detach(),
-                "entropy": said.entropies.sum().detach(),
+                "entropy": stats.entropies.sum().detach(),
                 "clip_fraction": clipped.sum(),
                 "approx_kl": (moved.exp() - 1.0 - moved).sum(),
             },
         )
 
     def step_metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """Of the texts, and the means over the tokens of all updates; ``approx_kl`` is that of the policy from the one
-        that wrote the texts (k3)."""
+        """Returns the metrics of the texts, and means over the tokens of all updates. ``approx_kl``: divergence of the
+        policy from the policy that generated the texts (k3)."""
         tokens = max(1.0, float(sums["updated_tokens"]))
         of_updates = {name: float(value) / tokens for name, value in sums.items() if name != "updated_tokens"}
-        return {**self._said, **of_updates}
+        return {**self._metrics, **of_updates}
 
     def example_rollouts(self) -> list[dict[str, Any]]:
         return [
@@ -238,8 +241,8 @@ class PPO(Task):
         self._kl_coef = read_record(_PPOState, state)["kl_coef"]
 
     def eval_loss(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> LossOutput:
-        """Texts to held-out prompts, whose random numbers depend on the sample alone: every evaluation draws alike. The
-        loss is what training makes small, kl_coef · KL - reward per text, with the recipe's coefficient throughout."""
+        """Returns the loss of texts generated for held-out prompts: kl_coef · KL - reward per text, with the recipe's
+        ``kl_coef``. The random numbers depend on the sample only, so that every evaluation draws the same ones."""
         rollouts = self._rollouts(
             module, [batch], device, lambda place, sample: f"{self.recipe.seed}:{EVALUATION}:{sample}"
         )
@@ -257,7 +260,7 @@ class PPO(Task):
         return {name: ratio(sums, name) for name in names}
 
     def dummy_batch(self, batch: Batch) -> PPOMicroBatch:
-        """Every target learned from, in rows that are longer by the tokens that may be written."""
+        """Returns a micro-batch that learns from every target, with rows longer by ``ppo.max_new_tokens``."""
         longer = ((0, 0), (0, self.recipe.ppo.max_new_tokens))
         targets = np.pad(batch.targets, longer, constant_values=bool(batch.targets.any()))
         ids, positions = (np.pad(a, longer) for a in (batch.input_ids, batch.position_ids))
@@ -267,8 +270,8 @@ class PPO(Task):
         )
 
 
-def _share(rollouts: Sequence[Rollout], name: str, flat: torch.Tensor) -> None:
-    """Gives each rollout its own tokens' part."""
+def _split_rows(rollouts: Sequence[Rollout], name: str, flat: torch.Tensor) -> None:
+    """Sets the field ``name`` of each rollout to the part of ``flat`` [T] of its own tokens."""
     values = flat.double().cpu().numpy()
     ends = np.cumsum([len(r.tokens) for r in rollouts])
     for rollout, part in zip(rollouts, np.split(values, ends[:-1]) if len(rollouts) else [], strict=True):

@@ -209,14 +209,14 @@ def test_a_run_without_a_final_adapter_gives_its_newest_checkpoint(
     assert evaluate(recipe, of_run(recipe)) == whole
     assert "its checkpoint of step 3 is taken" in caplog.text
     shutil.rmtree(f"{run_of(recipe).url}/{layout.CHECKPOINTS}")
-    with pytest.raises(InputError, match="neither a final adapter nor a whole checkpoint"):
+    with pytest.raises(InputError, match="neither a final adapter nor a complete checkpoint"):
         evaluate(recipe, of_run(recipe))
 
 
 def test_what_does_not_go_together_is_said(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
     sft, reward = trained(small("sft", "together", tiny_model, folder)), small("reward", "no", tiny_model, folder)
     adapter = f"{run_of(sft).url}/{layout.ADAPTER}"
-    with pytest.raises(InputError, match="was trained for task sft, and the recipe says reward"):
+    with pytest.raises(InputError, match="was trained for task sft, and the recipe has task reward"):
         evaluate(reward, of_run(sft))
     with pytest.raises(InputError, match="is an adapter for CAUSAL_LM, and task reward needs one for SEQ_CLS"):
         evaluate(reward, ArtifactRef(adapters=named(adapter)))
