@@ -1,4 +1,4 @@
-"""``muster doctor``: preflight on the very workers that would train, within a minute."""
+"""``muster doctor``: a preflight check on the workers that would train, within a minute."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def doctor(
     place = choose_place(on, None, loaded)
     if place is not None:
         if loaded is None:
-            raise UsageError(f"--on {place} starts a job, whose size a recipe tells: name one")
+            raise UsageError(f"--on {place} starts a job, whose size is in a recipe: name a recipe")
         raise typer.Exit(doctor_elsewhere(loaded, place, as_json=as_json))
     seen, findings = examine(loaded, stderr().print)
     if as_json:
@@ -58,8 +58,10 @@ def doctor(
 
 
 def examine(recipe: Recipe | None, say: Callable[[str], None]) -> tuple[Examination, list[Finding]]:
-    """Joins Ray, or starts one, and looks. Raises InputError when no cluster answers there; what else goes wrong is in
-    the findings."""
+    """Joins Ray, or starts a local one, and examines it. ``say`` receives a line per stage.
+
+    Raises InputError if no cluster answers at the address. All other errors become findings.
+    """
     from cluster.job_environment import job_environment
     from launcher.doctor.diagnosis import diagnose
     from launcher.doctor.observations import Examination
