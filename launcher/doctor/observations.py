@@ -40,7 +40,7 @@ class Clock:
 
 @dataclass
 class RankObservation:
-    """The results of one probe, which runs in the place of a training worker.
+    """The results of one probe, which runs where a training worker would run.
 
     ``gpu_ids`` are Ray's. ``model_error``: why the model could not be read here; '' if it could, None if not tried.
     """

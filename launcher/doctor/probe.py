@@ -1,4 +1,4 @@
-"""The probe: a Ray actor in the place of a training worker. It answers one call after the other."""
+"""The probe: a Ray actor that runs where a training worker would run. It answers one call after the other."""
 
 from __future__ import annotations
 

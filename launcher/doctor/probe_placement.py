@@ -46,7 +46,7 @@ def place(
 ) -> Placed:
     """Starts the probes.
 
-    Without ``resources``: one probe on every node that answers. With them: one in the place of each worker, for as many
+    Without ``resources``: one probe on every node that answers. With them: one where each worker would run, for as many
     workers as fit now. If fewer than ``min_workers`` fit: one on every node, and ``error`` is what is missing.
     """
     answering = [node for node in nodes if node.answers]
