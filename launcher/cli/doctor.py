@@ -44,7 +44,7 @@ def doctor(
     place = choose_place(on, None, loaded)
     if place is not None:
         if loaded is None:
-            raise UsageError(f"--on {place} starts a job, whose size a recipe tells: name one")
+            raise UsageError(f"--on {place} starts a job, whose size is in a recipe: name a recipe")
         raise typer.Exit(doctor_elsewhere(loaded, place, as_json=as_json))
     seen, findings = examine(loaded, stderr().print)
     if as_json:

@@ -1,1 +1,1 @@
-"""`muster doctor`: looks at the machines, the storage and the recipe before a run does."""
+"""`muster doctor`: checks the machines, the storage and the recipe before a run uses them."""

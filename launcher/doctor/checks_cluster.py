@@ -1,4 +1,4 @@
-"""Judges what the hosts have to do with one another: who is there, who reaches whom, and what has to be alike."""
+"""Checks across hosts: which hosts are there, which pairs connect, and what must be the same on all of them."""
 
 from __future__ import annotations
 
@@ -9,59 +9,59 @@ from cluster.ray_nodes import NODE_SETTINGS
 from launcher.doctor.findings import Finding, failure, warning
 from launcher.doctor.observations import Examination, NodeObservation
 
-RECENT_S = 3600.0  # Ray remembers dead nodes for good; one that died yesterday is no news
-SKEW_WARN_S = 2.0  # the times that hosts print are compared by people, and signatures by servers
+RECENT_S = 3600.0  # Ray never removes dead nodes from its list; one that died long ago is only a warning
+SKEW_WARN_S = 2.0  # people compare times in the logs of several hosts; servers check the time of a signature
 SKEW_FAIL_S = 10.0
-SLOW_CONNECT_S = 5.0  # a reverse look-up without an answer costs ten seconds
+SLOW_CONNECT_S = 5.0  # a reverse DNS look-up without an answer takes 10 s
 REACH = (
-    "see that it is up and its network is connected, that no firewall stands between (nodes need all TCP ports), then"
-    " `ray stop` and `ray start --address=HEAD:6379` on it; or take it out of the cluster"
+    "check that it is up, that its network is connected, and that no firewall blocks it (nodes need all TCP ports); "
+    "then run `ray stop` and `ray start --address=HEAD:6379` on it; or remove it from the cluster"
 )
 HINTS = {
-    "connect": "open all TCP ports between the two hosts: a firewall or a routing fault stands between them",
-    "store": "open all TCP ports between the two hosts, and see that no proxy or VPN answers for them",
-    "answer": "run `muster doctor` again; if it stays, look at the load and at /tmp/ray/session_latest/logs there",
+    "connect": "open all TCP ports between the two hosts: a firewall or a routing fault blocks the connection",
+    "store": "open all TCP ports between the two hosts, and check that no proxy or VPN answers for them",
+    "answer": "run `muster doctor` again; if it fails again, check load and /tmp/ray/session_latest/logs there",
     "gloo": (
-        "see that each host's own name resolves to the address that the others reach (`getent hosts $(hostname)`), or "
-        "set GLOO_SOCKET_IFNAME to the interface of that address where `ray start` runs"
+        "check that each host's own name resolves to the address that the others reach (`getent hosts $(hostname)`), "
+        "or set GLOO_SOCKET_IFNAME to the interface of that address where `ray start` runs"
     ),
     "nccl": (
-        "set NCCL_SOCKET_IFNAME to the interface of the address above where `ray start` runs, see that the drivers are "
-        "alike, and read what NCCL_DEBUG=INFO says"
+        "set NCCL_SOCKET_IFNAME to the interface of the address above where `ray start` runs, check that the driver "
+        "versions are equal, and read the output of NCCL_DEBUG=INFO"
     ),
 }
 
 
 def hosts(seen: Examination) -> Iterator[Finding]:
-    """Hosts that are gone, cut off, or silent."""
+    """Yields one finding for each host that is lost, cut off, or silent."""
     live = {node.address for node in seen.nodes if node.alive and node.answers}
-    told: set[str] = set()
+    reported: set[str] = set()
     for node in seen.nodes:
-        if node.address in told or node.address in live or (not node.alive and node.expected):
+        if node.address in reported or node.address in live or (not node.alive and node.expected):
             continue
-        told.add(node.address)
+        reported.add(node.address)
         yield _gone(seen, node)
     for silent in seen.silent:
-        if silent.address not in told:
-            told.add(silent.address)
+        if silent.address not in reported:
+            reported.add(silent.address)
             yield failure(
                 silent.host, f"did not answer while {silent.stage}: {silent.reason}", _unanswered(silent.reason)
             )
     cut = cut_off(seen)
     for rank in seen.ranks:
-        if rank.address in cut and rank.address not in told:
-            told.add(rank.address)
+        if rank.address in cut and rank.address not in reported:
+            reported.add(rank.address)
             yield failure(rank.host, "is cut off: it reaches no other host, and none reaches it", REACH)
 
 
 def _gone(seen: Examination, node: NodeObservation) -> Finding:
     if node.alive:
-        what = f"is not reachable: {node.reason}, though Ray still counts on it"
+        what = f"is not reachable: {node.reason}, but Ray still lists it as alive"
         return failure(node.host, what, REACH)
     ago = "" if node.dead_for_s is None else f" for {node.dead_for_s:.0f} s"
-    what = f"is not reachable: Ray has counted it as dead{ago} ({node.reason or 'it does not say why'})"
+    what = f"is not reachable: Ray has listed it as dead{ago} ({node.reason or 'Ray gives no reason'})"
     stale = node.dead_for_s is not None and node.dead_for_s > RECENT_S
-    # A recipe whose workers are placed elsewhere trains without it.
+    # A recipe trains without this host if its workers have been placed on other hosts.
     spared = seen.wanted is not None and seen.placement_error is None
     return warning(node.host, what, REACH) if stale or spared else failure(node.host, what, REACH)
 
@@ -70,15 +70,15 @@ def _unanswered(reason: str) -> str:
     if "ModuleNotFoundError" in reason or "No module named" in reason:
         return (
             "install the same muster on that host, at the same path as here, or submit with `ray job submit "
-            "--working-dir .`, which brings it along"
+            "--working-dir .`, which copies it there"
         )
     if "no answer" in reason:
-        return f"run this again if the host is under load, which makes it answer late; else {REACH}"
+        return f"if the host is under load, it may answer late: run this again; otherwise {REACH}"
     return REACH
 
 
 def cut_off(seen: Examination) -> set[str]:
-    """Addresses of hosts all of whose pairs failed, while others reach each other or there are several that fail."""
+    """Returns the addresses of the hosts whose measured pairs all failed, if any other pair succeeded."""
     address = {rank.rank: rank.address for rank in seen.ranks}
     met = [pair for pair in seen.pairs if pair.times is not None]
     of = {rank: [pair for pair in met if rank in pair.ranks] for rank in address}
@@ -87,7 +87,10 @@ def cut_off(seen: Examination) -> set[str]:
 
 
 def pairs(seen: Examination) -> Iterator[Finding]:
-    """Pairs that do not connect, unless one of the two is cut off altogether, which is said once."""
+    """Yields findings on pairs that fail, are slow to connect, or were left out.
+
+    Pairs of a host that is cut off are skipped: `hosts` reports that host once.
+    """
     hosts_of = {rank.rank: rank for rank in seen.ranks}
     cut = cut_off(seen)
     for pair in seen.pairs:
@@ -102,21 +105,21 @@ def pairs(seen: Examination) -> Iterator[Finding]:
             yield warning(
                 where,
                 f"took {slowest:.0f} s to connect",
-                "look at DNS: a reverse look-up that nobody answers costs ten seconds; put the hosts into /etc/hosts",
+                "check DNS: a reverse look-up without an answer takes 10 s; put the hosts into /etc/hosts",
             )
     gone = cut | {silent.address for silent in seen.silent}
     left_out = [p for p in seen.pairs if p.times is None and not {hosts_of[r].address for r in p.ranks} & gone]
     if left_out:
         names = ", ".join(f"{a}-{b}" for a, b in (pair.ranks for pair in left_out[:8]))
         more = f" and {len(left_out) - 8} more" if len(left_out) > 8 else ""
-        what = f"{len(left_out)} of {len(seen.pairs)} pairs were left out, as time ran out: ranks {names}{more}"
+        what = f"{len(left_out)} of {len(seen.pairs)} pairs were left out because time ran out: ranks {names}{more}"
         yield warning(
-            "all-reduce", what, "nothing, if the pairs that were measured are fine; fewer hosts take less time"
+            "all-reduce", what, "nothing to do if the measured pairs are fine; a check of fewer hosts takes less time"
         )
 
 
 def alike(seen: Examination) -> Iterator[Finding]:
-    """Versions, host names and Ray's authentication."""
+    """Yields findings on versions and GPU drivers that differ between hosts, and on host names that are used twice."""
     ranks = seen.ranks
     if not ranks:
         return
@@ -142,7 +145,7 @@ def _names(seen: Examination) -> Iterator[Finding]:
         if len(addresses) > 1:
             what = f"{len(addresses)} hosts have this name: {', '.join(addresses)}"
             yield warning(
-                name, what, "give each a name of its own (`hostnamectl set-hostname`): logs tell them apart by it"
+                name, what, "give each host its own name (`hostnamectl set-hostname`): logs identify hosts by name"
             )
 
 
@@ -153,9 +156,7 @@ def clocks(seen: Examination) -> Iterator[Finding]:
             continue
         least = abs(clock.skew_s) - clock.uncertainty_s
         what = f"its clock is {abs(clock.skew_s):.1f} s {'ahead of' if clock.skew_s > 0 else 'behind'} this one's"
-        do = (
-            "switch time synchronisation on (chrony, `timedatectl set-ntp true`): leases and signatures go by the clock"
-        )
+        do = "turn on time synchronisation (chrony, `timedatectl set-ntp true`): leases and signatures depend on clocks"
         if least > SKEW_FAIL_S:
             yield failure(there[0].host, what, do)
         elif least > SKEW_WARN_S:
@@ -163,7 +164,10 @@ def clocks(seen: Examination) -> Iterator[Finding]:
 
 
 def settings(seen: Examination) -> Iterator[Finding]:
-    """What makes a cluster notice a lost host in seconds; of no use on one host."""
+    """Checks that RAY_AUTH_MODE is the same everywhere, and that the head has `NODE_SETTINGS`.
+
+    With them, Ray notices a lost host in seconds. They are not checked on a cluster of one node.
+    """
     modes: dict[str, list[str]] = {}
     for there in seen.by_address().values():
         modes.setdefault(there[0].auth_mode or "not set", []).append(there[0].host)
@@ -171,7 +175,7 @@ def settings(seen: Examination) -> Iterator[Finding]:
     if len(modes) > 1:
         what = "RAY_AUTH_MODE differs: " + "; ".join(f"{mode} on {', '.join(on)}" for mode, on in sorted(modes.items()))
         yield warning(
-            "Ray", what, "set RAY_AUTH_MODE alike for every `ray start`, driver and CLI; else some are rejected"
+            "Ray", what, "set the same RAY_AUTH_MODE for every `ray start`, driver and CLI; else some are rejected"
         )
     head = next((rank for rank in seen.ranks if rank.head_settings is not None), None)
     if head is None or seen.ray is None or len(seen.nodes) < 2:
@@ -182,7 +186,6 @@ def settings(seen: Examination) -> Iterator[Finding]:
         wanted = " ".join(f"{name}={value}" for name, value in missing.items())
         yield warning(
             head.host,
-            "Ray's head takes half a minute and more to notice a lost host: its environment lacks "
-            f"{', '.join(missing)}",
-            f"start the head with `env {wanted} ray start --head …`: then it takes a few seconds",
+            f"Ray's head needs 30 s or more to notice a lost host: its environment lacks {', '.join(missing)}",
+            f"start the head with `env {wanted} ray start --head …`: then it needs a few seconds",
         )

@@ -1,4 +1,4 @@
-"""From what was seen to what it means: pure, every judgement and every threshold with its reason."""
+"""Turns an `Examination` into findings. Pure functions; each threshold is commented with its reason."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from launcher.doctor.observations import Examination
 
 
 def diagnose(seen: Examination) -> list[Finding]:
-    """All findings, failures first; within a level, in the order in which one would mend them."""
+    """Returns all findings, failures first; within a level, in the order in which to fix them."""
     found = list(_all(seen))
     return [f for f in found if f.level == "failure"] + [f for f in found if f.level == "warning"]
 
@@ -20,7 +20,9 @@ def diagnose(seen: Examination) -> list[Finding]:
 def _all(seen: Examination) -> Iterator[Finding]:
     yield from hosts(seen)
     if seen.placement_error:
-        yield failure("the cluster", seen.placement_error, "see `ray status`, then ask for what there is, or add nodes")
+        yield failure(
+            "the cluster", seen.placement_error, "see `ray status`, then request fewer resources, or add nodes"
+        )
     yield from pairs(seen)
     yield from alike(seen)
     yield from gpus(seen)
@@ -31,4 +33,4 @@ def _all(seen: Examination) -> Iterator[Finding]:
     yield from room(seen)
     yield from settings(seen)
     if not seen.ranks:
-        yield failure("the cluster", "no host answered", "look at `ray status` and at the logs of `ray start`")
+        yield failure("the cluster", "no host answered", "check `ray status` and the logs of `ray start`")

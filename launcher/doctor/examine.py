@@ -1,4 +1,4 @@
-"""``muster doctor``: preflight on the very workers that would train, within a minute."""
+"""``muster doctor``: a preflight check on the workers that would train, within a minute."""
 
 from __future__ import annotations
 
@@ -14,8 +14,10 @@ if TYPE_CHECKING:
 
 
 def examine(recipe: Recipe | None, say: Callable[[str], None]) -> tuple[Examination, list[Finding]]:
-    """Joins Ray, or starts one, and looks. Raises InputError when no cluster answers there; what else goes wrong is in
-    the findings."""
+    """Joins Ray, or starts a local one, and examines it. ``say`` receives a line per stage.
+
+    Raises InputError if no cluster answers at the address. All other errors become findings.
+    """
     from cluster.job_environment import job_environment
     from launcher.doctor.diagnosis import diagnose
     from launcher.doctor.observations import Examination

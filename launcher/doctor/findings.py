@@ -12,7 +12,7 @@ Verdict = Literal["ready", "warnings", "not ready"]
 
 @dataclass(frozen=True)
 class Finding:
-    """``where``: hosts or ranks, or what the finding is about; ``do``: the next step of whoever reads it."""
+    """A problem and its fix. ``where``: hosts, ranks, or another subject; ``do``: the next step for the user."""
 
     level: Level
     what: str
@@ -29,7 +29,7 @@ def warning(where: str, what: str, do: str) -> Finding:
 
 
 def verdict(findings: Iterable[Finding]) -> Verdict:
-    """A failure is what would end a run, or keep it from starting; with warnings alone it trains."""
+    """Returns the overall result. A failure would prevent a run or end it; with warnings only, the run trains."""
     levels = {finding.level for finding in findings}
     if "failure" in levels:
         return "not ready"

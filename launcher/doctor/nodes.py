@@ -18,20 +18,19 @@ _ON_PURPOSE = (1, 3, 4)  # Ray's NodeDeathInfo: EXPECTED_TERMINATION, AUTOSCALER
 
 
 def read_nodes() -> tuple[list[NodeObservation], dict[str, int]]:
-    """All that Ray knows, dead ones too, each live one dialled once; and by node id, ports."""
+    """Returns all nodes that Ray lists, also dead ones, and the port of each node id. Dials each live node once."""
     import ray
 
-    listed = sorted(ray.nodes(), key=_order)
+    def head_first(entry: Mapping[str, Any]) -> tuple[bool, list[str]]:
+        parts = entry["NodeManagerAddress"].split(".")
+        # Padded parts put 10.0.0.9 before 10.0.0.10.
+        return "node:__internal_head__" not in entry["Resources"], [part.rjust(3) for part in parts]
+
+    listed = sorted(ray.nodes(), key=head_first)
     ended = _ended()
     nodes = [_node(entry, ended) for entry in listed]
     ports = {entry["NodeID"]: int(entry["NodeManagerPort"]) for entry in listed}
     return dial(nodes, ports), ports
-
-
-def _order(entry: Mapping[str, Any]) -> tuple[bool, list[str]]:
-    """The head first, the others by address; by the length of its parts, 10.0.0.9 comes before 10.0.0.10."""
-    parts = entry["NodeManagerAddress"].split(".")
-    return "node:__internal_head__" not in entry["Resources"], [part.rjust(3) for part in parts]
 
 
 def _node(entry: Mapping[str, Any], ended: Mapping[str, float]) -> NodeObservation:
@@ -48,9 +47,9 @@ def _node(entry: Mapping[str, Any], ended: Mapping[str, float]) -> NodeObservati
 
 
 def _ended() -> dict[str, float]:
-    """Unix seconds at which nodes died. Ray has no public call for it."""
+    """Returns the Unix time in seconds at which each dead node ended, by node id."""
     found: dict[str, float] = {}
-    with suppress(Exception):
+    with suppress(Exception):  # Ray has no public call for this, and the private one may change
         from ray._private import worker
 
         client: Any = worker.global_worker.gcs_client  # type: ignore[attr-defined]
@@ -61,7 +60,10 @@ def _ended() -> dict[str, float]:
 
 
 def dial(nodes: Sequence[NodeObservation], ports: Mapping[str, int]) -> list[NodeObservation]:
-    """Ray may take half a minute and more to notice that a host is cut off; a connection tells at once."""
+    """Connects once to each node that Ray lists as alive, and returns all nodes with the result.
+
+    Ray may need 30 s or more to notice that a host is cut off; a connection fails within ``DIAL_S``.
+    """
 
     def answered(node: NodeObservation) -> NodeObservation:
         if not node.alive:

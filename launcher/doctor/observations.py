@@ -1,4 +1,4 @@
-"""What an examination has seen, as data: nothing of it is judged yet."""
+"""Data that an examination collects, before `diagnosis` turns it into findings."""
 
 from __future__ import annotations
 
@@ -10,8 +10,11 @@ from launcher.doctor.probes import Computed, HostFacts, PairTimes, RoundTrip
 
 @dataclass(frozen=True)
 class NodeObservation:
-    """A node as Ray lists it. ``answers``: whether its port took a connection (None: not tried, it is dead);
-    ``expected``: it was taken away on purpose; ``dead_for_s``: None while it lives, or where Ray does not tell."""
+    """A node as Ray lists it.
+
+    ``answers``: its port accepted a connection (None: not tried, because it is dead). ``expected``: it was removed on
+    purpose. ``dead_for_s``: None while it is alive, or if Ray does not report the time.
+    """
 
     node_id: str
     hostname: str
@@ -29,7 +32,7 @@ class NodeObservation:
 
 @dataclass(frozen=True)
 class Clock:
-    """``skew_s``: how far a host's clock is ahead of the driver's, within ``uncertainty_s`` either way."""
+    """A host's clock: ``skew_s`` seconds ahead of the driver's, ± ``uncertainty_s``."""
 
     skew_s: float
     uncertainty_s: float
@@ -37,8 +40,10 @@ class Clock:
 
 @dataclass
 class RankObservation:
-    """One probe, in the place of a training worker. ``gpu_ids`` are Ray's; ``model_error``: why the model could not be
-    read here, '' when it could, None when it was not asked."""
+    """The results of one probe, which runs where a training worker would run.
+
+    ``gpu_ids`` are Ray's. ``model_error``: why the model could not be read here; '' if it could, None if not tried.
+    """
 
     rank: int
     node_id: str
@@ -59,7 +64,7 @@ class RankObservation:
 
 @dataclass(frozen=True)
 class Silent:
-    """A probe that did not answer: at which ``stage``, and what is known of it."""
+    """A probe that did not answer, with the ``stage`` and the error."""
 
     host: str
     address: str
@@ -69,7 +74,7 @@ class Silent:
 
 @dataclass(frozen=True)
 class Pair:
-    """Two ranks that were to meet; ``times`` is None when they were left out."""
+    """Two ranks and their measurement; ``times`` is None if the pair was left out."""
 
     ranks: tuple[int, int]
     times: PairTimes | None = None
@@ -81,7 +86,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Room:
-    """What the plan says that each rank needs, in bytes, with what no tensor gets added to it."""
+    """The bytes that each rank needs according to the plan, including the reserve that holds no tensors."""
 
     on_host: bool
     device_bytes: tuple[int, ...]
@@ -91,7 +96,7 @@ class Room:
 
 @dataclass
 class Inputs:
-    """``error``: why model or data cannot be used; ``late``: what did not answer in time."""
+    """The check of model and data. ``error``: why they cannot be used; ``late``: the check did not end in time."""
 
     error: str | None = None
     warnings: tuple[str, ...] = ()
@@ -100,7 +105,7 @@ class Inputs:
 
 @dataclass
 class Wanted:
-    """Of the recipe, what the judgement needs."""
+    """The settings of the recipe that `diagnosis` needs."""
 
     name: str
     storage: str
@@ -112,7 +117,7 @@ class Wanted:
 
 @dataclass
 class Examination:
-    """``ray``: the address that was joined, None for a Ray of this machine's own."""
+    """Everything that was observed. ``ray``: the address of the cluster; None for a Ray that was started here."""
 
     ray: str | None
     wanted: Wanted | None = None

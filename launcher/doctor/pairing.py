@@ -1,4 +1,4 @@
-"""Which ranks meet when: a round-robin tournament, so that the pairs of a round do not share a rank."""
+"""A round-robin schedule of pairs: no two pairs of a round share a rank."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ Meeting = tuple[int, int]
 
 
 def rounds(players: Sequence[int]) -> list[list[Meeting]]:
-    """Every two meet once, in n - 1 rounds of n/2 pairs (n even; one is left out of each round otherwise).
+    """Returns n - 1 rounds of n/2 pairs in which every two players meet once.
 
-    The circle method: one stands still, the others move on by a place after each round."""
+    For odd n there are n rounds, and one player is left out of each. The circle method: the first player keeps its
+    place, and the others move by one place after each round.
+    """
     circle: list[int | None] = [*players, *([None] if len(players) % 2 else [])]
     found = []
     for _ in range(len(circle) - 1):
@@ -22,7 +24,7 @@ def rounds(players: Sequence[int]) -> list[list[Meeting]]:
 
 
 def representatives(addresses: Sequence[str]) -> list[int]:
-    """The first rank on each host; when there is one host only, its first two ranks, which meet over loopback."""
+    """Returns the first rank on each host. On a single host: its first two ranks, which meet over loopback."""
     first: dict[str, int] = {}
     for rank, address in enumerate(addresses):
         first.setdefault(address, rank)

@@ -1,4 +1,4 @@
-"""The probe: a Ray actor in the place of a training worker. Its methods answer one after the other."""
+"""The probe: a Ray actor that runs where a training worker would run. It answers one call after the other."""
 
 from __future__ import annotations
 
@@ -22,24 +22,29 @@ STORE_TIMEOUT_S = 10.0
 
 
 class Probe:
-    """``whole``: looks at all GPUs of the node, also at those that it has not reserved."""
+    """Runs the probes of one rank. ``whole``: sees all GPUs of the node, not only those that it has reserved."""
 
     def __init__(self, *, whole: bool) -> None:
         self._store: Any = None
         if whole:
-            _set(VISIBLE, _of_raylet(VISIBLE))
-            self._visible = os.environ.get(VISIBLE)
+            # Ray hides the GPUs that this actor has not reserved; the raylet's environment still lists them.
+            self._visible = _of_raylet(VISIBLE)
+            if self._visible is None:
+                os.environ.pop(VISIBLE, None)
+            else:
+                os.environ[VISIBLE] = self._visible
         else:
             self._visible = os.environ.get(VISIBLE, "")
 
     def begin(
         self, environment: Environment, folders: Sequence[tuple[str, str]]
     ) -> tuple[HostFacts, tuple[str, ...], str | None, dict[str, str | None] | None]:
-        """The host's facts, Ray's GPU ids, Ray's authentication mode, and on the head the settings of its processes.
+        """Applies the driver's ``environment``; returns host facts, Ray's GPU ids, RAY_AUTH_MODE, and `head_settings`.
 
-        The driver's environment comes as an argument, which the cluster does not keep."""
+        The environment is an argument because the cluster does not store arguments.
+        """
         import ray
-        import torch.distributed  # noqa: F401  (takes seconds on a busy host; what comes after has shorter limits)
+        import torch.distributed  # noqa: F401  (takes seconds on a busy host; later calls have shorter limits)
 
         from launcher.doctor.probes import examine
 
@@ -57,7 +62,7 @@ class Probe:
         return compute(expected)
 
     def open_store(self, address: str) -> int:
-        """The port at which other probes meet this one."""
+        """Returns the port at which other probes meet this one."""
         from launcher.doctor.probes import open_store
 
         if self._store is None:
@@ -65,13 +70,13 @@ class Probe:
         return int(self._store.port)
 
     def meet(self, name: str, at: tuple[str, int] | None, gpu: bool, timeout_s: float) -> PairTimes:
-        """``at``: the other's address and port; None where the other comes to this one's store."""
+        """Measures this pair. ``at``: the other probe's address and port; None on the probe whose store is used."""
         from launcher.doctor.probes import meet
 
         return meet(name, at or self._store, gpu=gpu, timeout_s=timeout_s)
 
     def storage(self, url: str, beacon: str, *, first: bool, deadline_s: float) -> RoundTrip:
-        """The ``first`` leaves a beacon, which the others look for."""
+        """Measures a round trip. The ``first`` probe writes the object ``beacon``; the others look for it."""
         from launcher.doctor.probes import RoundTrip, storage_roundtrip
         from trainer.errors import MusterError
         from trainer.storage import open_storage
@@ -91,7 +96,7 @@ class Probe:
         open_storage(url, deadline_s=deadline_s).delete([beacon])
 
     def read_model(self, section: ModelSection) -> str:
-        """Why the model cannot be read from this host, empty when it can; headers of its weights only."""
+        """Returns why this host cannot read the model, or ''. Of the weights, only headers are read."""
         from trainer.errors import MusterError
         from trainer.model import check_weights, fetch_model
 
@@ -103,7 +108,7 @@ class Probe:
         return ""
 
     def inputs(self, recipe: Recipe) -> Inputs:
-        """Model and data as the driver of a run looks at them before it starts workers."""
+        """Checks model and data as the driver of a run does before it starts workers."""
         from launcher.doctor.observations import Inputs
         from launcher.driver.preflight import check_model
         from trainer.errors import MusterError
@@ -116,7 +121,7 @@ class Probe:
         return Inputs(None, tuple(warnings))
 
     def plan(self, recipe: Recipe, ranks: int) -> Room | str:
-        """What the recipe takes on so many ranks, or why that cannot be told."""
+        """Returns the memory and checkpoint size of the recipe on ``ranks`` ranks, or why there is no plan."""
         from launcher.doctor.observations import Room
         from trainer.errors import MusterError
         from trainer.plan import Limits, Planner, read_base
@@ -134,7 +139,7 @@ class Probe:
 
 
 def head_settings() -> dict[str, str | None] | None:
-    """`NODE_SETTINGS` as the head's control process has them; None where it does not run."""
+    """Returns `NODE_SETTINGS` as the head's control process has them; None on a host without that process."""
     import psutil
     import ray
 
@@ -144,23 +149,16 @@ def head_settings() -> dict[str, str | None] | None:
             try:
                 has: Mapping[str, str] = process.environ()
             except psutil.Error:
-                has = os.environ  # of the same `ray start`, unless it is another user's
+                has = os.environ  # from the same `ray start`, unless another user started it
             return {name: has.get(name) for name in NODE_SETTINGS}
     return None
 
 
 def _of_raylet(name: str) -> str | None:
-    """A variable as the node's raylet has it: of its workers, it takes the GPUs away that they did not reserve."""
+    """Reads an environment variable of the node's raylet, which is the parent of this process."""
     try:
         pairs = Path(f"/proc/{os.getppid()}/environ").read_bytes().split(b"\0")
     except OSError:
         return None
     lead = f"{name}=".encode()
     return next((pair[len(lead) :].decode() for pair in pairs if pair.startswith(lead)), None)
-
-
-def _set(name: str, value: str | None) -> None:
-    if value is None:
-        os.environ.pop(name, None)
-    else:
-        os.environ[name] = value

@@ -1,4 +1,4 @@
-"""Puts probes where the trainer would put its workers, or on every node that answers."""
+"""Places probes where the trainer would place its workers, or on every node that answers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ STRATEGIES = {"pack": "PACK", "spread": "SPREAD"}
 
 @dataclass
 class Placed:
-    """Probes by their rank; ``error``: why they are not where the recipe wants workers."""
+    """Probes by rank. ``whole``: one per node, for all its GPUs; ``error``: why the recipe's workers do not fit."""
 
     actors: list[Any] = field(default_factory=list)
     nodes: list[NodeObservation] = field(default_factory=list)
@@ -29,7 +29,7 @@ class Placed:
     _group: Any = None
 
     def remove(self) -> None:
-        """Waits for nothing: probes on a host that is gone never answer."""
+        """Kills the probes and removes the placement group. Does not wait: a probe on a lost host never answers."""
         import ray
         from ray.util.placement_group import remove_placement_group
 
@@ -44,8 +44,11 @@ class Placed:
 def place(
     resources: ResourcesSection | None, nodes: Sequence[NodeObservation], listed: Sequence[ray_nodes.Node]
 ) -> Placed:
-    """Without ``resources``: one probe on every node that answers. With them, in as many workers' places as there is
-    room for now; if there is none for the fewest, again one on every node, and the error says what is missing."""
+    """Starts the probes.
+
+    Without ``resources``: one probe on every node that answers. With them: one where each worker would run, for as many
+    workers as fit now. If fewer than ``min_workers`` fit: one on every node, and ``error`` is what is missing.
+    """
     answering = [node for node in nodes if node.answers]
     ids = {node.node_id for node in answering}
     there = [node for node in listed if node.id in ids]
@@ -72,15 +75,18 @@ def _everywhere(nodes: Sequence[NodeObservation], error: str | None = None) -> P
 def _reserved(
     resources: ResourcesSection, nodes: Sequence[NodeObservation], there: Sequence[ray_nodes.Node]
 ) -> Placed | None:
-    """None when the cluster does not give the places in time."""
+    """Reserves the workers' places; returns None if the cluster does not provide them in time."""
     from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
     cut_off = [node.node_id for node in nodes if node.alive and not node.answers]
-    for count in _counts(resources, there):
+    # Ray may still list a host that is cut off as alive.
+    labels = {**resources.labels, **({"ray.io/node-id": f"!in({','.join(cut_off)})"} if cut_off else {})}
+    most = max(resources.min_workers, min(resources.max_workers, ray_nodes.room(resources, there, {})))
+    for count in dict.fromkeys((most, resources.min_workers)):
         group = placement_group(
             [_bundle(resources)] * count,
             STRATEGIES[resources.placement],
-            bundle_label_selector=[_labels(resources, cut_off)] * count,
+            bundle_label_selector=[labels] * count,
         )
         if group.wait(PLACE_S):
             break
@@ -94,7 +100,7 @@ def _reserved(
 
 
 def in_order(node_ids: Sequence[str]) -> list[int]:
-    """Bundles in the order of their ranks: those of a node follow one another, as Ray Train numbers them."""
+    """Returns bundle indices in rank order: Ray Train gives the bundles of a node consecutive ranks."""
     first = {node_id: i for i, node_id in reversed(list(enumerate(node_ids)))}
     return sorted(range(len(node_ids)), key=lambda i: (first[node_ids[i]], i))
 
@@ -109,21 +115,11 @@ def _in_bundle(resources: ResourcesSection, group: Any, index: int) -> Any:
     return ray.remote(Probe).options(**options).remote(whole=False)
 
 
-def _counts(resources: ResourcesSection, there: Sequence[ray_nodes.Node]) -> list[int]:
-    now = max(resources.min_workers, min(resources.max_workers, ray_nodes.room(resources, there, {})))
-    return list(dict.fromkeys((now, resources.min_workers)))
-
-
 def _bundle(resources: ResourcesSection) -> dict[str, float]:
     bundle = {"CPU": float(resources.cpus_per_worker), "GPU": float(resources.gpus_per_worker)}
     if resources.accelerator_type:
         bundle[f"accelerator_type:{resources.accelerator_type}"] = 0.001
     return {name: amount for name, amount in bundle.items() if amount}
-
-
-def _labels(resources: ResourcesSection, cut_off: Sequence[str]) -> dict[str, str]:
-    """Ray may still take a host that is cut off for a live one."""
-    return {**resources.labels, **({"ray.io/node-id": f"!in({','.join(cut_off)})"} if cut_off else {})}
 
 
 def _not_placed(resources: ResourcesSection) -> str:

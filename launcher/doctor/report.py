@@ -1,4 +1,4 @@
-"""An examination for scripts (one JSON object) and for people (tables in a terminal)."""
+"""Output of an examination: one JSON object for scripts, tables in a terminal for people."""
 
 from __future__ import annotations
 
@@ -20,14 +20,27 @@ SHOWN = ("python", "torch", "ray", "muster")
 
 
 def to_json(seen: Examination, findings: Sequence[Finding]) -> dict[str, Any]:
-    """``bus_gb_s`` in 10⁹ bytes per second, ``latency_us`` in microseconds, other times in seconds, sizes in bytes."""
+    """Returns the JSON object of ``--json``.
+
+    ``bus_gb_s`` is in 10⁹ bytes per second, ``latency_us`` in microseconds, other times in seconds, sizes in bytes.
+    """
     return {
         "verdict": verdict(findings),
         "findings": [asdict(finding) for finding in findings],
         "ray": seen.ray or "local",
         "recipe": seen.wanted.name if seen.wanted else None,
         "hosts": [_host(seen, address) for address in _addresses(seen)],
-        "ranks": [_rank(rank) for rank in seen.ranks],
+        "ranks": [
+            {
+                "rank": rank.rank,
+                "host": rank.facts.hostname,
+                "address": rank.address,
+                "node_id": rank.node_id,
+                "pid": rank.facts.pid,
+                "gpus": list(rank.gpu_ids),
+            }
+            for rank in seen.ranks
+        ],
         "pairs": [_pair(seen, pair) for pair in seen.pairs],
         "inputs": asdict(seen.inputs) if seen.inputs else None,
         "plan": asdict(seen.room) if seen.room else None,
@@ -36,12 +49,12 @@ def to_json(seen: Examination, findings: Sequence[Finding]) -> dict[str, Any]:
 
 
 def _addresses(seen: Examination) -> list[str]:
-    """Without those whose nodes were all taken away on purpose."""
+    """Returns all hosts' addresses, except those whose nodes were all removed on purpose."""
     return list(dict.fromkeys(node.address for node in seen.nodes if node.alive or not node.expected))
 
 
 def state(seen: Examination, address: str) -> str:
-    """``ok``, ``silent``, ``unreachable`` (Ray takes it for alive) or ``dead`` (Ray does not)."""
+    """Returns ``ok``, ``silent``, ``unreachable`` (alive according to Ray) or ``dead`` (according to Ray)."""
     if any(silent.address == address for silent in seen.silent):
         return "silent"
     here = [node for node in seen.nodes if node.address == address]
@@ -73,11 +86,6 @@ def _host(seen: Examination, address: str) -> dict[str, Any]:
     }
 
 
-def _rank(rank: RankObservation) -> dict[str, Any]:
-    where = {"rank": rank.rank, "host": rank.facts.hostname, "address": rank.address, "node_id": rank.node_id}
-    return {**where, "pid": rank.facts.pid, "gpus": list(rank.gpu_ids)}
-
-
 def _pair(seen: Examination, pair: Pair) -> dict[str, Any]:
     names = {rank.rank: rank.facts.hostname for rank in seen.ranks}
     state = "left out" if pair.times is None else "failed" if pair.failed else "ok"
@@ -107,7 +115,7 @@ def _table(title: str, *columns: str) -> Table:
 
 
 def _row(table: Table, *cells: str) -> None:
-    table.add_row(*(Text(cell) for cell in cells))  # not markup, whatever brackets there are
+    table.add_row(*(Text(cell) for cell in cells))  # as Text, brackets are not read as markup
 
 
 def _hosts(seen: Examination) -> Table:
@@ -193,5 +201,5 @@ def _verdict(seen: Examination, findings: Sequence[Finding]) -> Text:
     found = verdict(findings)
     style = {"ready": "bold green", "warnings": "bold yellow", "not ready": "bold red"}[found]
     count = {level: sum(f.level == level for f in findings) for level in ("failure", "warning")}
-    told = ", ".join(f"{n} {level}{'s' if n > 1 else ''}" for level, n in count.items() if n)
-    return Text.assemble((found, style), f": {told or 'nothing stands in the way'} ({seen.seconds:.0f} s)")
+    counts = ", ".join(f"{n} {level}{'s' if n > 1 else ''}" for level, n in count.items() if n)
+    return Text.assemble((found, style), f": {counts or 'no problem was found'} ({seen.seconds:.0f} s)")

@@ -1,5 +1,8 @@
-"""The examination, stage by stage. Each has a limit, and all together `WHOLE_S`: who does not answer by then is named,
-and the rest goes on without it."""
+"""The examination, stage by stage.
+
+Each stage has a time limit, and all of them together have `WHOLE_S`. A probe that does not answer in time is reported,
+and the examination continues without it.
+"""
 
 from __future__ import annotations
 
@@ -38,13 +41,13 @@ PINGS = 5
 FIRST_HOSTS = 2
 NO_ANSWER = "no answer"
 GIVEN_UP_AFTER = 2
-"""Pairs of a rank that fail, with none that succeeds, before its others are left out: each takes seconds."""
+"""A rank with this many failed pairs and no successful one is not paired again: each failure takes seconds."""
 
 Say = Callable[[str], None]
 
 
 class Time:
-    """What is left of the whole, from the moment that this was made."""
+    """The time budget of the examination, which starts when this object is created."""
 
     def __init__(self, whole_s: float = WHOLE_S, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock, self._begin, self._whole_s = clock, clock(), whole_s
@@ -54,11 +57,12 @@ class Time:
         return self._clock() - self._begin
 
     def within(self, limit_s: float) -> float:
+        """Returns ``limit_s``, or the rest of the budget if that is less."""
         return max(0.0, min(limit_s, self._whole_s - self.passed_s))
 
 
 class Stages:
-    """``examination`` holds what has been seen so far."""
+    """Runs all stages and writes their results into ``examination``. ``say`` receives a line per stage."""
 
     def __init__(self, recipe: Recipe | None, examination: Examination, left: Time, say: Say) -> None:
         self.recipe, self.examination, self._left, self._say = recipe, examination, left, say
@@ -131,7 +135,9 @@ class Stages:
         calls = {i: self._actors[i].open_store.remote(self._ranks[i].address) for i in chosen}
         ports, errors = gather(calls, self._left.within(STORE_S))
         for i, error in errors.items():
-            self._silent(i, "opening a port", error)
+            found = self._ranks[i]
+            self._actors.pop(i, None)  # an actor answers in order, so later calls would wait for this one
+            self.examination.silent.append(Silent(found.host, found.address, "opening a port", error))
         for meetings in rounds(chosen):
             left_s = end_s - self._left.passed_s
             fit = [m for m in meetings if left_s > PAIR_S and all(i in ports and not self._given_up(i) for i in m)]
@@ -147,8 +153,8 @@ class Stages:
             calls[(a, b), 1] = self._actors[b].meet.remote(name, at, gpu, PAIR_S / 2)
         answers, errors = gather(calls, self._left.within(PAIR_S * 1.5))
         for m in meetings:
-            told = [answers.get((m, side)) or PairTimes(error=errors[m, side], stage="answer") for side in (0, 1)]
-            self.examination.pairs.append(Pair(m, worse(told[0], told[1])))
+            sides = [answers.get((m, side)) or PairTimes(error=errors[m, side], stage="answer") for side in (0, 1)]
+            self.examination.pairs.append(Pair(m, worse(sides[0], sides[1])))
 
     def _given_up(self, rank: int) -> bool:
         met = [pair for pair in self.examination.pairs if rank in pair.ranks and pair.times is not None]
@@ -168,8 +174,11 @@ class Stages:
             self._actors.pop(i)
 
     def _storage(self, recipe: Recipe) -> None:
-        """One rank of each host, the first alone: the others look for what it has left. Where that fails, a second host
-        goes first, since one host may lack credentials or a way; what two cannot do, the others are not asked for."""
+        """Tries the storage on one rank per host: first on one host, then on the others, which look for its beacon.
+
+        If the first host fails, a second one is tried, since a single host may lack credentials or a connection. If
+        both fail, the other hosts are not tried.
+        """
         left, beacon = self._one_of_each_host(), f".probe-{uuid.uuid4().hex}"
         for _ in range(FIRST_HOSTS):
             if not left:
@@ -182,7 +191,7 @@ class Stages:
                 return
 
     def _round_trips(self, recipe: Recipe, beacon: str, ranks: Sequence[int], *, first: bool) -> bool:
-        """Whether all of them came back without an error."""
+        """Tries the storage on ``ranks``; returns True if no rank had an error."""
         calls = {
             i: self._actors[i].storage.remote(recipe.storage, beacon, first=first, deadline_s=STORAGE_RETRY_S)
             for i in ranks
@@ -192,19 +201,19 @@ class Stages:
             self._ranks[i].storage = found
         for i, error in errors.items():
             self._ranks[i].storage = RoundTrip(recipe.storage, error=error)
-            self._actors.pop(i)  # its answers come in the order of the questions
+            self._actors.pop(i)  # an actor answers in order, so later calls would wait for this one
         trips = [self._ranks[i].storage for i in ranks]
         return not any(trip is None or trip.error for trip in trips)
 
     def _inputs(self, recipe: Recipe) -> None:
-        """The model on every host; model, data and plan by one rank each. None waits for another."""
+        """Reads the model on every host, checks the inputs on one rank and plans on one, all in parallel."""
         firsts = self._one_of_each_host()
         if not firsts:
             return
         calls: dict[tuple[str, int], Any] = {
             ("model", i): self._actors[i].read_model.remote(recipe.model) for i in firsts
         }
-        # On another host than the inputs, if there is one: both import the same seconds' worth of libraries.
+        # On another host than the inputs, if there is one: both spend seconds on importing libraries.
         count = recipe.resources.min_workers if self.examination.placement_error else len(self._ranks)
         calls["plan", firsts[-1]] = self._actors[firsts[-1]].plan.remote(recipe, count)
         calls["inputs", firsts[0]] = self._actors[firsts[0]].inputs.remote(recipe)
@@ -237,22 +246,16 @@ class Stages:
         return list(found.values())
 
     def _last_look(self, nodes: Sequence[NodeObservation], ports: Mapping[str, int]) -> None:
-        """A host may have been cut off after its last answer."""
+        """Dials each node again: a host may have been cut off after its last answer."""
         known = {silent.address for silent in self.examination.silent}
         before = [node for node in nodes if node.answers and node.address not in known]
         for node in dial(before, ports):
             if not node.answers:
                 self.examination.silent.append(Silent(node.host, node.address, "being looked at again", node.reason))
 
-    def _silent(self, rank: int, stage: str, error: str) -> None:
-        """Nothing more is asked of it: its answers come in the order of the questions."""
-        found = self._ranks[rank]
-        self._actors.pop(rank, None)
-        self.examination.silent.append(Silent(found.host, found.address, stage, error))
-
 
 def gather(calls: Mapping[K, Any], timeout_s: float) -> tuple[dict[K, Any], dict[K, str]]:
-    """Answers and errors by the same keys; what is not there after ``timeout_s`` is an error."""
+    """Returns answers and errors by the keys of ``calls``; no answer within ``timeout_s`` is an error."""
     import ray
 
     if not calls:
@@ -274,21 +277,21 @@ def gather(calls: Mapping[K, Any], timeout_s: float) -> tuple[dict[K, Any], dict
 
 
 def _line(error: BaseException) -> str:
-    """Ray's explanation without the traces that it holds."""
+    """Returns Ray's explanation in one line, without the traces in it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "Error" in line and "ray::" not in line]
-    text = telling[-1] if telling else lines[0] if lines else ""
+    errors = [line for line in lines if "Error" in line and "ray::" not in line]
+    text = errors[-1] if errors else lines[0] if lines else ""
     return f"{type(error).__name__}: {text}"[:300]
 
 
 def worse(first: PairTimes, second: PairTimes) -> PairTimes:
-    """Of what two ranks say of their meeting: a failure rather than none, and of two failures the earlier."""
+    """Returns the worse of the two ranks' results: a failure rather than none, and the earlier of two failures."""
     order = ("connect", "store", "answer", "gloo", "nccl")
     failed = [times for times in (second, first) if times.error is not None]
     if not failed:
         return first
-    told = min(failed, key=lambda times: order.index(times.stage or "answer"))
-    return replace(told, timings=min((first.timings, second.timings), key=len))
+    earliest = min(failed, key=lambda times: order.index(times.stage or "answer"))
+    return replace(earliest, timings=min((first.timings, second.timings), key=len))
 
 
 def wanted(recipe: Recipe) -> Wanted:

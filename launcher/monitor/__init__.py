@@ -1,1 +1,1 @@
-"""Reads a run from its storage: status, progress, logs and where its time went."""
+"""Reads a run from its storage: its status, progress and logs, and how its time was spent."""

@@ -1,4 +1,4 @@
-"""Where a run stands, read from its storage as anybody could, so that what is shown is what is written down."""
+"""The progress of a run, read only from its storage: what is shown is what is stored."""
 
 from __future__ import annotations
 
@@ -22,13 +22,16 @@ LOOK_S = 2.0
 PACE_STEPS = 20
 CURVE_STEPS = 2000
 NEWEST_PARTS = 2
-"""Parts of the metrics that a first look reads: thousands of steps, and quick however long the run is."""
+"""Parts of the metrics that the first look reads: thousands of steps, and fast also for a long run."""
 
 
 class View:
-    """The newest attempt after ``after``, looked at every ``LOOK_S`` seconds at most; of the metrics and events only
-    what has grown is read. News are of those attempts, and of ``driver``, which may fail before it has one.
-    ``elsewhere``: the driver's own words are not on this screen, and its events tell them."""
+    """Follows the attempts that are newer than ``after``.
+
+    It looks at the storage at most every ``LOOK_S`` seconds, and reads only new parts of the metrics and events. News
+    are the events of these attempts and of ``driver``, which may fail before it has an attempt. ``elsewhere``: the
+    driver prints to another screen, so its events replace its messages.
+    """
 
     def __init__(
         self,
@@ -55,8 +58,10 @@ class View:
         self._news: list[tuple[float, str]] = []
 
     def look(self, *, last: bool = False) -> AttemptStatus | None:
-        """None before the first step of this attempt. Storage that fails for a while changes nothing. ``last``: now,
-        whenever the last look was."""
+        """Returns the progress, or None before the first step. ``last``: looks now, whenever the previous look was.
+
+        If the storage fails, the progress stays as it was.
+        """
         if last or self._clock() >= self._next:
             self._next = self._clock() + LOOK_S
             with suppress(MusterError, FileNotFoundError):
@@ -65,31 +70,29 @@ class View:
         return self._standing()
 
     def take_news(self) -> list[str]:
-        """Events since the last call, as lines."""
+        """Returns the events since the last call, as lines."""
         return [text for _, text in self.take_dated_news()]
 
     def take_dated_news(self) -> list[tuple[float, str]]:
-        """The same with their times (unix s), in order."""
+        """Returns the events since the last call as (Unix time, line), in order."""
         taken, self._news = sorted(self._news), []
         return taken
 
     def _take_events(self) -> None:
-        """Hosts and checkpoints of earlier attempts are where the run stands, too, though no news."""
+        """Reads new events. Those of earlier attempts are no news, but set the hosts and the newest checkpoint."""
         for event in sorted(clean(self._events.new()), key=lambda row: float(row.get("time") or 0)):
             if event["event"] == "failure":
                 self._cause = event.get("cause")
             elif event["event"] == "end" and event.get("cause") == self._cause:
-                event = {**event, "cause": None}  # told already
-            if self._is_news(event) and (text := self._text(event, self._hosts)):
+                event = {**event, "cause": None}  # its failure was reported
+            writer = str(event.get("writer") or "").partition("-")[0]
+            is_news = int(event.get("attempt") or 0) > self._after or writer == self._writer
+            if is_news and (text := self._text(event, self._hosts)):
                 self._news.append((float(event.get("time") or 0), text))
             if event["event"] == "start":
                 self._hosts = tuple(event.get("hosts") or ())
             elif event["event"] == "checkpoint":
                 self._saved = (event.get("step") or 0, event.get("time") or 0.0)
-
-    def _is_news(self, event: Mapping[str, Any]) -> bool:
-        writer = str(event.get("writer") or "").partition("-")[0]
-        return int(event.get("attempt") or 0) > self._after or writer == self._writer
 
     def _take_metrics(self) -> None:
         for row in self._metrics.new():
@@ -122,8 +125,10 @@ def standing_of(
     eval_loss: float | None = None,
     hosts: Sequence[str] = (),
 ) -> AttemptStatus:
-    """From an attempt's last metrics rows, the newest first; the time left is told by the middle one of their times.
-    ``saved`` is the step of the newest checkpoint and its age in seconds."""
+    """Returns the status of an attempt from its last metrics rows, the newest first.
+
+    The time left uses the median of their step times. ``saved``: the newest checkpoint's step, and its age in seconds.
+    """
     newest, step = recent[0], int(recent[0]["step"])
     loss, total = newest["loss"], int(newest.get("total_steps") or total_steps)
     return AttemptStatus(

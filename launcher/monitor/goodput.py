@@ -1,9 +1,9 @@
-"""Where every second of a run went: a pure function over the events and metrics that all its attempts have left.
+"""The use of a run's wall time: a pure function of the events and metrics of all its attempts.
 
-The wall time reaches from the first start to the end or the last sign of life, and is cut into pieces that follow each
-other without a gap: the shares add up to 1. Durations come from the attempts' own monotonic clocks, as they wrote them
-down; times of day, on which hosts disagree by some seconds, only place the attempts one after the other. What two
-attempts claim both counts once.
+The wall time is from the first start to the end, or to the last sign of life. It is cut into consecutive pieces without
+a gap, so the shares add up to 1. Durations come from the attempts' monotonic clocks, as recorded. Times of day, which
+differ by some seconds between hosts, only place the attempts one after another. A time that two attempts claim counts
+once.
 """
 
 from __future__ import annotations
@@ -33,20 +33,20 @@ STARTING, TRAINING, EVALUATING, CHECKPOINT, COMPILING, LOST, WAITING = (
     "waiting",
 )
 KINDS = (TRAINING, EVALUATING, CHECKPOINT, COMPILING, STARTING, LOST, WAITING)
-"""``checkpoint``: what training waited for checkpoints, the last commit at an attempt's end included; ``lost``: steps
-and evaluations that were done again by a later attempt, and what was under way when one died; ``waiting``: between
-attempts, without workers or without a driver."""
+"""``checkpoint``: training waited for a checkpoint, also for the last commit of an attempt. ``lost``: steps and
+evaluations that a later attempt repeated, and unfinished work of an attempt that died. ``waiting``: between attempts,
+without workers or without a driver."""
 
 _STOPS = ("failure", "resize", "end")
 _DRIVER = re.compile(r"driver(\d+)")
-"""The writer of an event, where that is not a rank but a driver."""
+"""The ``writer`` of an event that a driver, not a rank, has written."""
 _UNTOLD = "untold"
-"""Of a start that was cut short: its phases were never written down."""
+"""The phase of a start that ended early: its phases were never recorded."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """Unix seconds; ``phase`` of a start, else empty; ``attempt`` 0 while none was there."""
+    """A time span in Unix seconds. ``phase``: of a start, else empty; ``attempt``: 0 if there was none."""
 
     begin: float
     end: float
@@ -57,7 +57,7 @@ class Interval:
 
 @dataclass(frozen=True)
 class Goodput:
-    """``pieces`` in order, without gaps; ``seconds`` of each kind, and ``starting`` of each phase of the starts."""
+    """The wall time as ``pieces``, in order and without gaps; seconds by kind, and of the starts by phase."""
 
     pieces: tuple[Interval, ...]
 
@@ -79,7 +79,7 @@ class Goodput:
 
     @property
     def share(self) -> float:
-        """Of the wall time, what went into training that lasts."""
+        """Returns the share of the wall time spent on training steps that no later attempt repeated."""
         return self.seconds[TRAINING] / self.wall_s if self.wall_s > 0 else 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -87,13 +87,13 @@ class Goodput:
 
 
 def goodput_of(run: Storage, *, until: float | None = None, running: bool = False) -> Goodput:
-    """Reads all events and metrics of the run, and whose lease it is."""
+    """Reads the run's events, metrics and lease, and returns its `goodput`."""
     events, rows = read_rows(run, layout.EVENTS), read_rows(run, layout.METRICS)
     return goodput(events, rows, until=until, running=running, driver=newest_driver(run))
 
 
 def newest_driver(run: Storage) -> int | None:
-    """The number of the one that has the run's lease, or had it last."""
+    """Returns the number of the driver that has the run's lease, or had it last."""
     try:
         lease = read_lease(run)
     except CorruptObject:
@@ -109,9 +109,12 @@ def goodput(
     running: bool = False,
     driver: int | None = None,
 ) -> Goodput:
-    """``until`` (unix s): when the run's newest driver, whose number is ``driver``, was last heard of; ``running``:
-    whether it is alive, so that what comes after the last row is work under way, not work that was lost. Of an attempt
-    of an older driver it says nothing."""
+    """Returns the use of the run's wall time.
+
+    ``until`` (Unix time): the last sign of life of the newest driver, whose number is ``driver``. ``running``: that
+    driver is alive, so the time after the last row is current work and not lost. Both apply only to an attempt of that
+    driver.
+    """
     attempts = _by_attempt(events, rows)
     pieces: list[Interval] = []
     numbers = sorted(number for number, one in attempts.items() if one.lives)
@@ -125,32 +128,32 @@ def goodput(
 
 
 class AttemptRecord:
-    """What one attempt has left behind."""
+    """The events and metrics of one attempt."""
 
     def __init__(self, number: int, events: Sequence[Row], rows: Sequence[Row]) -> None:
         self.number = number
-        told = sorted((e for e in events if e.get("time") is not None), key=lambda e: float(e["time"]))
-        self.start = next((e for e in told if e["event"] == "start"), None)
-        # A driver whose workers have claimed no attempt yet writes under the number of the one before.
-        self.events = [e for e in told if self.may_be_of(_driver_of(e))]
+        by_time = sorted((e for e in events if e.get("time") is not None), key=lambda e: float(e["time"]))
+        self.start = next((e for e in by_time if e["event"] == "start"), None)
+        # A driver whose workers have not claimed an attempt yet writes events with the number of the previous attempt.
+        self.events = [e for e in by_time if self.may_be_of(_driver_of(e))]
         self.startup = next((e for e in self.events if e["event"] == "startup" and e.get("seconds")), None)
         self.rows = _timed(rows, float(self.start["time"]) if self.start else None)
         self.lives = bool(self.rows) or self.start is not None
 
     def may_be_of(self, driver: int | None) -> bool:
-        """Unless both are known, and it is another one's."""
+        """Returns False only if the driver of the attempt is known, and ``driver`` is another one."""
         mine = self.start.get("driver") if self.start is not None else None
         return mine is None or driver is None or int(mine) == driver
 
     @property
     def start_step(self) -> int:
-        """The step after which it went on."""
+        """The step after which the attempt began."""
         if self.start is not None:
             return int(self.start.get("step") or 0)
         return min(int(row["step"]) for row in self.rows) - 1
 
     def pieces(self, kept: int | None, *, until: float | None, running: bool) -> list[Interval]:
-        """In order and without gaps. Steps after ``kept`` were done again by a later attempt."""
+        """Returns the pieces in order, without gaps. A later attempt repeated the steps after ``kept``."""
         found = self._starting()
         for row in self.rows:
             begin = found[-1].end if found else float(row["time"]) - _length(row)
@@ -158,7 +161,7 @@ class AttemptRecord:
         return found + self._ending(found[-1].end, until=until, running=running)
 
     def _starting(self) -> list[Interval]:
-        """Up to where the first step's own seconds begin: they are training."""
+        """Returns the start, phase by phase. It ends where the first step begins, which counts as training."""
         first = next((float(r.get("step_s") or 0.0) for r in self.rows if "loss" in r), 0.0)
         if self.startup is None:
             return self._cut_short()
@@ -175,14 +178,13 @@ class AttemptRecord:
     def _cut_short(self) -> list[Interval]:
         if self.start is None:
             return []
-        told = float(self.start["time"])
-        begin = told - float(self.start.get("build_s") or 0) - float(self.start.get("restore_s") or 0)
-        end = max(told, float(self.rows[0]["time"]) - _length(self.rows[0])) if self.rows else told
+        started = float(self.start["time"])
+        begin = started - float(self.start.get("build_s") or 0) - float(self.start.get("restore_s") or 0)
+        end = max(started, float(self.rows[0]["time"]) - _length(self.rows[0])) if self.rows else started
         return [Interval(begin, end, STARTING, self.number, _UNTOLD)]
 
     def _of_row(self, row: Row, begin: float, kept: int | None) -> list[Interval]:
-        """A row's time since the one before: checkpoints, compiling, then the step with what surrounds it, or the
-        evaluation."""
+        """Splits the time since the previous row into checkpoints, compiling, and the step or the evaluation."""
         end = float(row["time"])
         if end <= begin:
             return []
@@ -190,55 +192,52 @@ class AttemptRecord:
         compiled = min(end, saved + float(row.get("compile_s") or 0.0))
         lost = kept is not None and int(row["step"]) > kept
         work = LOST if lost else TRAINING if "loss" in row else EVALUATING
-        whole = [
+        parts = [
             Interval(begin, saved, CHECKPOINT, self.number),
             Interval(saved, compiled, COMPILING, self.number),
             Interval(compiled, end, work, self.number),
         ]
-        return [piece for piece in whole if piece.end > piece.begin]
+        return [piece for piece in parts if piece.end > piece.begin]
 
     def _ending(self, begin: float, *, until: float | None, running: bool) -> list[Interval]:
-        """From the last row on: the last commit where the attempt ended by itself, else work that was lost."""
+        """Returns the time after the last row: texts and last commit of an orderly end, else lost or current work."""
         stops = [e for e in self.events if e["event"] in _STOPS and float(e["time"]) >= begin]
         if stops:
             end, stop = float(stops[0]["time"]), stops[0]
             orderly = stop["event"] == "resize" or stop.get("state") in ("succeeded", "interrupted")
             kind = CHECKPOINT if orderly and self.rows else LOST
         else:
-            told = [float(e["time"]) for e in self.events]
-            end = max([begin, *told, *([until] if until is not None else [])]) if running else max([begin, *told])
+            seen = [float(e["time"]) for e in self.events]
+            end = max([begin, *seen, *([until] if until is not None else [])]) if running else max([begin, *seen])
             kind = TRAINING if running else LOST
         if not self.rows:
             return [Interval(begin, end, STARTING, self.number, _UNTOLD)] if end > begin else []
-        wrote = min(end, begin + self._written_s(begin)) if kind == CHECKPOINT else begin
-        whole = [Interval(begin, wrote, EVALUATING, self.number), Interval(wrote, end, kind, self.number)]
-        return [piece for piece in whole if piece.end > piece.begin]
-
-    def _written_s(self, after: float) -> float:
-        """What the texts after the last step took."""
-        texts = [e for e in self.events if e["event"] == "texts" and float(e["time"]) >= after]
-        return sum(float(e.get("seconds") or 0.0) for e in texts)
+        texts = [e for e in self.events if e["event"] == "texts" and float(e["time"]) >= begin]
+        texts_s = sum(float(e.get("seconds") or 0.0) for e in texts)
+        wrote = min(end, begin + texts_s) if kind == CHECKPOINT else begin
+        parts = [Interval(begin, wrote, EVALUATING, self.number), Interval(wrote, end, kind, self.number)]
+        return [piece for piece in parts if piece.end > piece.begin]
 
 
 def _driver_of(event: Row) -> int | None:
-    """None of an event that a rank has written."""
+    """Returns the number of the driver that has written the event; None if a rank has."""
     match = _DRIVER.match(str(event.get("writer") or ""))
     return int(match[1]) if match else None
 
 
 def _by_attempt(events: Iterable[Row], rows: Iterable[Row]) -> dict[int, AttemptRecord]:
-    told: dict[int, list[Row]] = defaultdict(list)
+    happened: dict[int, list[Row]] = defaultdict(list)
     measured: dict[int, list[Row]] = defaultdict(list)
     for event in events:
-        told[int(event.get("attempt") or 0)].append(event)
+        happened[int(event.get("attempt") or 0)].append(event)
     for row in rows:
         if row.get("step") is not None and ("loss" in row or "eval_s" in row):
             measured[int(row.get("attempt") or 0)].append(row)
-    return {n: AttemptRecord(n, told[n], measured[n]) for n in {*told, *measured}}
+    return {n: AttemptRecord(n, happened[n], measured[n]) for n in {*happened, *measured}}
 
 
 def _timed(rows: Sequence[Row], begin: float | None) -> list[Row]:
-    """Rows with their times. Those of older runs have none: they follow from the seconds that each took."""
+    """Returns rows with increasing times. Rows of older runs have no time: it is computed from their durations."""
     at = begin
     found: list[Row] = []
     for row in rows:
@@ -256,8 +255,11 @@ def _length(row: Row) -> float:
 
 
 def _append(pieces: list[Interval], more: Sequence[Interval]) -> None:
-    """Puts an attempt after those before it. Where they overlap, its start gives way; if its work does too, one of the
-    hosts' clocks is wrong, and the attempt is moved as a whole."""
+    """Appends an attempt to ``pieces``, with a waiting piece for a gap.
+
+    If they overlap, the attempt's start is shortened. If its work overlaps too, a host's clock is wrong, and the
+    complete attempt is moved.
+    """
     if not more:
         return
     if not pieces:
@@ -277,7 +279,7 @@ def _append(pieces: list[Interval], more: Sequence[Interval]) -> None:
 
 
 def _joined(pieces: Iterable[Interval]) -> list[Interval]:
-    """Neighbours of one kind, attempt and phase become one."""
+    """Joins neighbours of the same kind, attempt and phase."""
     found: list[Interval] = []
     for piece in pieces:
         if found and (found[-1].kind, found[-1].attempt, found[-1].phase) == (piece.kind, piece.attempt, piece.phase):

@@ -1,4 +1,4 @@
-"""What the ranks have printed, read from the run's storage; `trainer.logs` keeps it there."""
+"""Prints the output of the ranks from the run's storage, where `trainer.logs` stores it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOOK_S = 2.0
 
 
 def print_logs(run: Storage, rank: int | None, attempt: int | None, out: BinaryIO) -> None:
-    """One rank after the other. Raises InputError when there is nothing to print."""
+    """Writes the logs of one attempt, rank after rank. Raises InputError if there is nothing to print."""
     parts = _chosen(stored_parts(run), run, rank, attempt)
     ranks = sorted({part.rank for part in parts})
     for each in ranks:
@@ -35,9 +35,12 @@ def follow_logs(
     out: BinaryIO,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """As they grow, each line with its rank where there are several, until the run has ended; without ``attempt`` it
-    goes on with every new one. Logs that are not there yet are waited for while the run goes on, and so is a storage
-    that fails for a while. Raises InputError for a run that has ended without them."""
+    """Writes the logs while they grow, until the run has ended.
+
+    With several ranks, each line starts with its rank. Without ``attempt``, new attempts are followed too. While the
+    run is active, it waits for logs that do not exist yet, and for a storage that fails. Raises InputError if the run
+    has ended without such logs.
+    """
     follower = LogFollower(run, rank, attempt)
     running = follower.look(out)
     while running:
@@ -47,7 +50,10 @@ def follow_logs(
 
 
 class LogFollower:
-    """Each look prints what is new, of the newest attempt at the first look and of all after it, or of one."""
+    """Prints new log lines at each look.
+
+    They are of ``attempt``. If that is None: of the newest attempt at the first look, and of all later ones.
+    """
 
     def __init__(self, run: Storage, rank: int | None, attempt: int | None) -> None:
         self._run, self._rank, self._attempt = run, rank, attempt
@@ -55,11 +61,11 @@ class LogFollower:
         self._feeds: dict[tuple[int, int], LogFeed] = {}
 
     def look(self, out: BinaryIO) -> bool:
-        """Whether the run goes on."""
+        """Prints new lines; returns True while the run is active."""
         running = read_state(self._run) == "running"
         found = stored_parts(self._run)
         if not running and not self._feeds:
-            _chosen(found, self._run, self._rank, self._attempt)  # says what there is in the place of what is missing
+            _chosen(found, self._run, self._rank, self._attempt)  # raises an error that lists the logs that exist
         if found:
             self._first = self._first or found[-1].attempt
         ranks: dict[int, set[int]] = defaultdict(set)
@@ -69,7 +75,9 @@ class LogFollower:
             parts[part.attempt, part.rank].append(part)
         for (number, rank), its in parts.items():
             text = self._feeds.setdefault((number, rank), LogFeed(self._run)).new(its)
-            out.write(_marked(text, rank) if len(ranks[number]) > 1 else text)
+            if len(ranks[number]) > 1:
+                text = b"".join(b"rank %d: %s" % (rank, line) for line in text.splitlines(keepends=True))
+            out.write(text)
         out.flush()
         return running
 
@@ -79,25 +87,21 @@ class LogFollower:
 
 
 def _chosen(parts: list[LogPart], run: Storage, rank: int | None, attempt: int | None) -> list[LogPart]:
-    """Those of one attempt, the newest if none is named, and of one rank if one is."""
+    """Returns the parts of ``attempt`` (None: the newest) and of ``rank`` (None: all); InputError if there are none."""
     if not parts:
         raise InputError(
-            f"{run.url} holds no logs: its ranks have not begun yet, or it is no run; see `muster status {run.url}`"
+            f"{run.url} has no logs: its ranks have not started yet, or it is not a run; see `muster status {run.url}`"
         )
     attempts = sorted({part.attempt for part in parts})
     wanted = attempts[-1] if attempt is None else attempt
     if wanted not in attempts:
-        raise InputError(f"there is no log of attempt {wanted}: there are those of {_listed(attempts)}")
+        raise InputError(f"there is no log of attempt {wanted}: there are logs of {_listed(attempts)}")
     found = [part for part in parts if part.attempt == wanted]
     ranks = sorted({part.rank for part in found})
     if rank is not None and rank not in ranks:
-        raise InputError(f"there is no log of rank {rank} of attempt {wanted}: there are those of {_listed(ranks)}")
+        raise InputError(f"there is no log of rank {rank} of attempt {wanted}: there are logs of {_listed(ranks)}")
     return [part for part in found if rank is None or part.rank == rank]
 
 
 def _listed(numbers: list[int]) -> str:
     return ", ".join(map(str, numbers)) if len(numbers) <= 8 else f"{numbers[0]} to {numbers[-1]}"
-
-
-def _marked(text: bytes, rank: int) -> bytes:
-    return b"".join(b"rank %d: %s" % (rank, line) for line in text.splitlines(keepends=True))

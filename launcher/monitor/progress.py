@@ -1,6 +1,6 @@
-"""What a person watching ``muster run`` sees: a live line on a terminal, plain lines elsewhere. All of it on stderr.
+"""The output of ``muster run`` for people: a live display on a terminal, plain lines elsewhere. All of it on stderr.
 
-During training it is read from the run's storage, as anybody could, so that it shows what is really written down.
+During training it is read from the run's storage, so it shows what is really stored.
 """
 
 from __future__ import annotations
@@ -19,7 +19,6 @@ from launcher.terminal.status_text import GAP, AttemptStatus, drawn, duration
 from trainer.storage import Storage, open_storage
 
 if TYPE_CHECKING:
-    from trainer.data import PreparedDataset
     from trainer.data.run_data import RunData
 
 PLAIN_S = 10.0
@@ -27,7 +26,7 @@ SHOWN_BAD_ROWS = 5
 
 
 class Progress:
-    """Says things to a person. ``console`` writes to stderr; whether it is a terminal decides the form."""
+    """Prints messages and progress. ``console`` writes to stderr; the form depends on whether it is a terminal."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -48,22 +47,19 @@ class Progress:
     def data(self, data: RunData) -> None:
         if not data.train.windows:
             others = data.train.count - 1
-            self.say(f"data: the first window, the other {others:,} while it trains; {data.total_steps:,} steps")
+            self.say(f"data: the first window, the other {others:,} during training; {data.total_steps:,} steps")
             return
         totals = data.train.totals
-        told = f"{totals.samples:,} samples, {totals.tokens:,} tokens ({totals.target_tokens:,} targets)"
+        text = f"{totals.samples:,} samples, {totals.tokens:,} tokens ({totals.target_tokens:,} targets)"
         odd = {"truncated": totals.truncated, "dropped": totals.dropped, "bad rows": totals.bad_rows}
-        told += "".join(f", {count:,} {name}" for name, count in odd.items() if count)
-        self.say(f"data: {told}; {data.total_steps:,} steps")
+        text += "".join(f", {count:,} {name}" for name, count in odd.items() if count)
+        self.say(f"data: {text}; {data.total_steps:,} steps")
         for prepared in filter(None, (data.train, data.eval)):
-            self._bad_rows(prepared)
-
-    def _bad_rows(self, prepared: PreparedDataset) -> None:
-        shown = prepared.bad_rows[:SHOWN_BAD_ROWS]
-        for bad in shown:
-            self.warn(f"left out {bad.url}, {bad.place}: {bad.reason}")
-        if (more := prepared.totals.bad_rows - len(shown)) > 0:
-            self.warn(f"left out {more:,} more bad rows")
+            shown = prepared.bad_rows[:SHOWN_BAD_ROWS]
+            for bad in shown:
+                self.warn(f"left out {bad.url}, {bad.place}: {bad.reason}")
+            if (more := prepared.totals.bad_rows - len(shown)) > 0:
+                self.warn(f"left out {more:,} more bad rows")
 
     @contextmanager
     def training(
@@ -74,9 +70,11 @@ class Progress:
         stage: Callable[[], str] = lambda: "starting workers",
         driver: int | None = None,
     ) -> Iterator[Callable[[], None]]:
-        """Yields what is to be called often while the workers train; what was written last is shown at the end.
-        ``stage``: what is being waited for, until the first step; ``driver``: the number of the one that trains."""
-        # Looking must not hold up the driver: what fails now is looked at again soon.
+        """Yields a function to call often while the workers train; shows the final progress on exit.
+
+        ``stage``: what the run waits for, until the first step; ``driver``: the number of the driver that trains.
+        """
+        # A short deadline, because reading must not delay the driver; the next look tries again.
         view = View(open_storage(run.url, deadline_s=LOOK_S), after_attempt, total_steps, driver=driver)
         if not self.console.is_terminal:
             plain = Plain(view, self.console, stage=stage, say_phase=self.phase)
@@ -100,7 +98,7 @@ class Progress:
 
 
 class LiveLine:
-    """What rich draws again and again on a terminal, which may have changed its width."""
+    """The live display that rich draws repeatedly, each time for the current width of the terminal."""
 
     def __init__(
         self,
@@ -112,8 +110,8 @@ class LiveLine:
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         if self.standing is None:
-            said = f"{self._stage()}, {duration(self._clock() - self._began)}"
-            yield Text(said[: options.max_width])
+            text = f"{self._stage()}, {duration(self._clock() - self._began)}"
+            yield Text(text[: options.max_width])
         else:
             yield Text(drawn(self.standing, options.max_width), no_wrap=True)
 
@@ -131,14 +129,14 @@ class Plain:
         say_phase: Callable[[str], None] = lambda text: None,
     ) -> None:
         self._view, self._console, self._clock = view, console, clock
-        self._stage, self._say_phase, self._said = stage, say_phase, ""
+        self._stage, self._say_phase, self._last_stage = stage, say_phase, ""
         self._shown: int | None = None
         self._next = clock()
 
     def __call__(self, *, last: bool = False) -> None:
         standing = self._view.look(last=last)
-        if (stage := self._stage()) != self._said and not last:
-            self._said = stage
+        if (stage := self._stage()) != self._last_stage and not last:
+            self._last_stage = stage
             self._say_phase(stage)
         for text in self._view.take_news():
             self._say(text)

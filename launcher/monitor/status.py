@@ -1,4 +1,4 @@
-"""What a run says of itself, read from its storage alone, from anywhere, while it goes on."""
+"""The status of a run, read only from its storage, from any machine, also while the run is active."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ _HEAD = ("event", "writer", "driver")
 
 @dataclass(frozen=True)
 class CheckpointStatus:
-    """``committed_at`` is ISO 8601 in UTC."""
+    """A committed checkpoint; ``committed_at`` is ISO 8601 in UTC."""
 
     step: int
     uri: str
@@ -38,11 +38,14 @@ class CheckpointStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """``step`` is the last one in the metrics; ``metrics`` holds the last step's values and the last evaluation's.
-    ``job`` is the scheduler's or cluster's, as ``kind:id``: the one that holds the run, else the one last submitted.
-    ``seen_at`` (unix s) is the last step's time while it runs, and else when the last driver was heard of;
-    ``heard_at`` is the latter in any case. ``failure`` is the newest one of the last driver, unless the run has
-    succeeded: its ``cause``, ``trace`` and ``advice``, whose it was, and whether it was ``retried``."""
+    """The status of a run.
+
+    ``step``: the last step in the metrics. ``metrics``: the values of the last step and of the last evaluation.
+    ``job``: the scheduler's or cluster's job as ``kind:id``: the one that holds the run, else the last submitted one.
+    ``heard_at`` (Unix time): the last sign of life of the last driver. ``seen_at``: the time of the last step while the
+    run is active, else ``heard_at``. ``failure``: the newest failure of the last driver, unless the run has succeeded,
+    with ``cause``, ``trace``, ``advice``, the place, and ``retried``.
+    """
 
     name: str
     uri: str
@@ -68,9 +71,11 @@ class Status:
 def read_status(
     run: Storage, *, now: float | None = None, newest: int | None = None, earlier: LeaseRecord | None = None
 ) -> Status:
-    """InputError when there is no run. ``now`` is unix s, this machine's clock by default; ``newest`` reads the records
-    of only so many checkpoints; ``earlier``: the run's lease as it was `GLANCE_S` ago, if the caller has seen it. What
-    else lies in the run is not looked at, so that a look stays quick."""
+    """Reads the status with few requests. Raises InputError if there is no run.
+
+    ``now``: Unix time, by default of this machine's clock. ``newest``: reads the records of only so many checkpoints.
+    ``earlier``: the run's lease as it was `GLANCE_S` ago, if the caller has read it.
+    """
     with ThreadPoolExecutor(5) as pool:
         begun = pool.submit(run.info, layout.RECIPE)
         claims = pool.submit(read_claims, run)
@@ -80,36 +85,38 @@ def read_status(
         lease = _lease(run)
         failure = newest_failure(run, lease.driver) if lease and lease.state != "succeeded" else None
     if begun.result() is None and lease is None and submitted.result() is None:
-        raise InputError(f"there is no run at {run.url}; `muster ls` with the folder above it lists those that are")
+        raise InputError(f"there is no run at {run.url}; `muster ls` with the folder above it lists the runs")
     found = _Found(lease, submitted.result(), claims.result().attempt, commits.result(), rows.result(), failure)
     return _status(run, found, _state(run, lease, time.time() if now is None else now, earlier))
 
 
 def read_state(run: Storage, *, now: float | None = None) -> str:
-    """The run's state by its lease alone: one read, unless the lease's time is in doubt."""
+    """Returns the run's state from its lease only: one read, unless the lease may have expired."""
     return _state(run, _lease(run), time.time() if now is None else now)
 
 
 def list_runs(storage: Storage) -> list[Status]:
-    """The runs directly inside a storage, by name, with their newest checkpoint only; folders that hold no run are left
-    out. Leases whose time is in doubt are watched all together."""
+    """Returns the runs directly inside a storage, by name, with their newest checkpoint only.
+
+    Folders without a run are left out.
+    """
+
+    def status_or_none(pair: tuple[Storage, LeaseRecord | None]) -> Status | None:
+        try:
+            return read_status(pair[0], newest=1, earlier=pair[1])
+        except InputError:
+            return None
+
     runs = [storage.child(name) for name in storage.folders() if not name.startswith(("_", "."))]
     leases = in_parallel(_lease, runs, _PARALLEL_RUNS)
     if any(lease is not None and lease.may_be_alive() and not lease.is_fresh(time.time()) for lease in leases):
-        time.sleep(GLANCE_S)
-    found = in_parallel(lambda pair: _status_or_none(*pair), zip(runs, leases, strict=True), _PARALLEL_RUNS)
+        time.sleep(GLANCE_S)  # one wait for all leases that may have expired
+    found = in_parallel(status_or_none, zip(runs, leases, strict=True), _PARALLEL_RUNS)
     return [status for status in found if status is not None]
 
 
-def _status_or_none(run: Storage, earlier: LeaseRecord | None) -> Status | None:
-    try:
-        return read_status(run, newest=1, earlier=earlier)
-    except InputError:
-        return None
-
-
 class _Found(NamedTuple):
-    """What was read of a run."""
+    """The records of a run from which its status is made."""
 
     lease: LeaseRecord | None
     submitted: Submission | None
@@ -121,7 +128,9 @@ class _Found(NamedTuple):
 
 def _status(run: Storage, found: _Found, state: str) -> Status:
     lease, commits = found.lease, found.commits
-    row = {**_evaluated(commits), **found.row}
+    # The newest checkpoint stores the values of the last evaluation before it.
+    facts: Mapping[str, Any] = commits[0].state.get("facts", {}) if commits else {}
+    row = {**{name: value for name, value in facts.items() if name.startswith("eval_")}, **found.row}
     newest: Mapping[str, Any] = {"step": commits[0].step, **commits[0].state} if commits else {}
     position = {key: int(row.get(key) or newest.get(key) or 0) for key in _POSITION}
     heard = lease.time if lease else None
@@ -152,7 +161,7 @@ def _job(lease: LeaseRecord | None, submitted: Submission | None) -> str | None:
 
 
 def _state(run: Storage, lease: LeaseRecord | None, now: float, earlier: LeaseRecord | None = None) -> str:
-    """The state as `muster run` would find it: a lease that looks old is watched for a renewal."""
+    """Returns the state as `muster run` would find it: a lease that looks old is watched for a renewal."""
     if lease is None:
         return "interrupted"
     if lease.state in ENDED:
@@ -161,7 +170,7 @@ def _state(run: Storage, lease: LeaseRecord | None, now: float, earlier: LeaseRe
 
 
 def _checkpoints(run: Storage, commits: list[CommitRecord]) -> list[CheckpointStatus]:
-    """By step; of a step that two generations committed, the newer one's."""
+    """Returns the checkpoints by step; if two attempts committed the same step, that of the newer one."""
     by_step = {c.step: c for c in reversed(commits)}
     return [
         CheckpointStatus(step, run.uri(layout.checkpoint(c.checkpoint)), c.committed_at)
@@ -177,7 +186,7 @@ def _lease(run: Storage) -> LeaseRecord | None:
 
 
 def _last_rows(run: Storage) -> dict[str, Any]:
-    """The last training step's row, with the values of the last evaluation where they stand near it."""
+    """Returns the row of the last training step, with the values of the last evaluation if that is near."""
     train: dict[str, Any] = {}
     evaluation: dict[str, Any] = {}
     near = newest_rows(run, layout.METRICS)
@@ -188,9 +197,3 @@ def _last_rows(run: Storage) -> dict[str, Any]:
         if not evaluation and "eval_loss" in row:
             evaluation = {key: value for key, value in row.items() if key not in _ASIDE}
     return {**evaluation, **train}
-
-
-def _evaluated(commits: list[CommitRecord]) -> dict[str, Any]:
-    """The values of the last evaluation before the newest checkpoint, which has kept them."""
-    facts: Mapping[str, Any] = commits[0].state.get("facts", {}) if commits else {}
-    return {name: value for name, value in facts.items() if name.startswith("eval_")}

@@ -1,4 +1,4 @@
-"""Tables for people: one run, the runs of a storage, what was saved."""
+"""Tables for a terminal: one run's checkpoints, the runs of a storage, a saved model."""
 
 from __future__ import annotations
 
@@ -28,10 +28,12 @@ def checkpoints_table(status: Status) -> Table:
 
 
 def runs_table(runs: list[Status], now: float) -> Table:
-    """``now`` is unix s: the age is that of the last step while a run goes on, and else that of its end."""
+    """Returns a row per run. ``now``: Unix time; the age is that of the last step of an active run, else of its end."""
     run_name = Column("run", overflow="fold", min_width=12)
-    whole = [Column(name, no_wrap=True) for name in ("state", "progress", "loss", "eval", "age", "workers", "attempts")]
-    table = Table(run_name, *whole, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    narrow = [
+        Column(name, no_wrap=True) for name in ("state", "progress", "loss", "eval", "age", "workers", "attempts")
+    ]
+    table = Table(run_name, *narrow, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
     for run in runs:
         steps = f"{run.step}/{run.total_steps}" + (f" {run.step / run.total_steps:4.0%}" if run.total_steps else "")
         losses = (run.metrics.get(name) for name in ("loss", "eval_loss"))
@@ -46,7 +48,7 @@ def described_table(found: ArtifactReport) -> Table:
     table = Table(box=box.SIMPLE, show_header=False, title=Text(found.uri), title_justify="left")
 
     def row(name: str, value: str) -> None:
-        table.add_row(Text(name), Text(value))  # not markup, whatever brackets there are
+        table.add_row(Text(name), Text(value))  # as Text, brackets are not read as markup
 
     row("kind", f"{found.kind}, task {found.task}, method {found.method}")
     if found.base:

@@ -1,4 +1,4 @@
-"""``muster status --watch``: what ``muster run`` shows in its terminal, from anywhere."""
+"""``muster status --watch``: the display of ``muster run``, from any machine."""
 
 from __future__ import annotations
 
@@ -26,13 +26,12 @@ OVER = ("succeeded", "failed")
 SHOWN_EVENTS = 6
 PLAIN_S = 10.0
 EVERY_ATTEMPT = -1
-"""A failure before the first attempt is told under number 0."""
+"""Less than 0, because a failure before the first attempt has attempt number 0."""
 NARROWEST_TEXT = 20
 
 
 class Watch:
-    """A run at a time: its status, where it stands, and what happened last. Storage that fails for a while changes
-    nothing."""
+    """One run: its status, its progress and its last events. If the storage fails, they stay as they were."""
 
     def __init__(self, run: Storage, now: Callable[[], float] = time.time) -> None:
         self._run, self._now = run, now
@@ -58,25 +57,25 @@ class Watch:
         status = self.status
         head = Text(f"{status.name}{GAP}")
         head.append(status.state, STATE_STYLES.get(status.state, ""))
-        told = [plural(status.attempts, "attempt"), status.holder or "", status.job or ""]
-        head.append("".join(f"{GAP}{part}" for part in told if part))
+        parts = [plural(status.attempts, "attempt"), status.holder or "", status.job or ""]
+        head.append("".join(f"{GAP}{part}" for part in parts if part))
         head.truncate(width)
         body = drawn(self.standing, width) if self.standing else "no step yet"
         lines = [Text(event_lines(age(self._now() - when), text, width)) for when, text in self.events]
         return Group(head, Text(body, no_wrap=True), *lines)
 
     def failure(self) -> Text | None:
-        """The newest one as a whole, unless the run has succeeded: what, where in the code, and what to do."""
+        """Returns the newest failure with cause, stack and advice; None if there is none or the run has succeeded."""
         if (failure := self.status.failure) is None:
             return None
         ago = age(self._now() - float(failure.get("time") or 0))
         after = ", after which the workers were started again" if failure.get("retried") else ""
-        told = [failure.get(name) for name in ("cause", "trace", "advice")]
-        return Text("\n".join([f"failure {ago} ago{after}:", *(str(part) for part in told if part)]))
+        parts = [failure.get(name) for name in ("cause", "trace", "advice")]
+        return Text("\n".join([f"failure {ago} ago{after}:", *(str(part) for part in parts if part)]))
 
 
 def event_lines(ago: str, text: str, width: int) -> str:
-    """Of as many lines as it takes: an event's end says what it was about, and a failure's cause may be long."""
+    """Returns the complete event, wrapped into as many lines as it needs: its end may be important."""
     head = f"{ago:>6} ago{GAP}"
     room = max(NARROWEST_TEXT, width - len(head))
     lines = [line for part in text.splitlines() for line in wrap(part, room)]
@@ -90,8 +89,7 @@ def watch_run(
     now: Callable[[], float] = time.time,
     sleep: Callable[[float], None] = time.sleep,
 ) -> None:
-    """Until the run has reached an end that it does not go on from. On a terminal one picture that changes, elsewhere a
-    line at times."""
+    """Shows the run until it has succeeded or failed: a live display on a terminal, plain lines elsewhere."""
     watch = Watch(run, now)
     if not console.is_terminal:
         _watch_plainly(watch, console, now, sleep)
@@ -108,9 +106,8 @@ def watch_run(
 
 
 def print_failure(watch: Watch, console: Console) -> None:
-    """In lines as long as they are, so that what is copied or searched is whole."""
     if (failure := watch.failure()) is not None:
-        console.print(failure, soft_wrap=True)
+        console.print(failure, soft_wrap=True)  # unwrapped lines can be copied and searched
 
 
 def _watch_plainly(watch: Watch, console: Console, now: Callable[[], float], sleep: Callable[[float], None]) -> None:
@@ -131,12 +128,14 @@ def _watch_plainly(watch: Watch, console: Console, now: Callable[[], float], sle
 
 
 def watch_json(run: Storage, write: Callable[[str], None], sleep: Callable[[float], None] = time.sleep) -> None:
-    """A line of JSON, as `muster status --json` has it, whenever something has changed; that the run's driver was heard
-    of again is no change. A storage that fails for a while is no end."""
+    """Writes a line of JSON, like `muster status --json`, at each change, until the run has succeeded or failed.
+
+    A new sign of life of the driver alone is not a change. A storage that fails for a while does not end it.
+    """
     status, before = read_status(run), None
     while True:
-        if (told := replace(status, heard_at=None, seen_at=None)) != before:
-            before = told
+        if (content := replace(status, heard_at=None, seen_at=None)) != before:
+            before = content
             write(json.dumps(clean(status.to_json())))
         if status.state in OVER:
             return

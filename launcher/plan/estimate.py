@@ -1,4 +1,4 @@
-"""What a recipe needs on each rank, with suggestions, time and cost."""
+"""Estimates what a recipe needs on each rank, with suggestions, time and cost."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class PlanReport:
-    """Everything that the command has to tell."""
+    """The answer of `muster plan`: the plan, suggestions, the run's length, time and cost."""
 
     def __init__(
         self,

@@ -1,5 +1,8 @@
-"""What a run did, as one HTML page that needs no network: read (`reading`), drawn (`curves`, `flow`, `given`, `facts`),
-and put together (`page`). Needs no torch, no Ray and no model."""
+"""A report on runs as one HTML page that needs no network.
+
+`reading` reads the runs; `metric_charts`, `timeline_charts`, `data_charts` and `tables` draw them; `sections` and
+`page` build the page. It needs no torch, no Ray and no model.
+"""
 
 from __future__ import annotations
 
@@ -13,5 +16,5 @@ __all__ = ["PageSection", "report"]
 
 
 def report(runs: Sequence[RunRecord]) -> str:
-    """The page of one run, or of several laid over each other. UsageError when the plots' library is missing."""
+    """Returns the page of one run, or of several in the same plots. Raises UsageError if plotly is missing."""
     return page(runs, sections_of(runs))

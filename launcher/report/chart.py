@@ -1,4 +1,4 @@
-"""Figures as plotly's JSON, each with the table that says the same; the page gives them their colours of the day."""
+"""Figures as plotly's JSON, each with a table of the same data. page.js adds the colours of the light or dark mode."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MOST_ROWS = 100
 
 @dataclass(frozen=True)
 class Table:
-    """``thinned``: how many rows there were before all but some were left out."""
+    """A table of texts. ``thinned``: the number of rows before some were left out; None if none were."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
@@ -25,7 +25,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Chart:
-    """``key`` is unique on the page, ``told`` says in a sentence what is drawn, for those who do not see it."""
+    """A figure. ``key`` is unique on the page; ``told`` describes the figure for screen readers."""
 
     key: str
     told: str
@@ -35,11 +35,11 @@ class Chart:
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]], most: int | None = MOST_ROWS) -> Table:
-    """Of more rows than ``most`` some, evenly spread; None keeps all."""
-    whole = list(rows)
-    shown = whole if most is None else thin(whole, most)
+    """Makes a table. Of more than ``most`` rows, it keeps that many, evenly spread; None keeps all."""
+    every = list(rows)
+    shown = every if most is None else thin(every, most)
     texts = [[cell(value) for value in row] for row in shown]
-    return Table(columns, texts, len(whole) if len(shown) < len(whole) else None)
+    return Table(columns, texts, len(every) if len(shown) < len(every) else None)
 
 
 def cell(value: Any) -> str:
@@ -51,14 +51,14 @@ def cell(value: Any) -> str:
 
 
 def thin(items: Sequence[Any], most: int) -> list[Any]:
-    """Evenly spread, the first and the last included."""
+    """Returns at most ``most`` items, evenly spread, including the first and the last."""
     if len(items) <= most:
         return list(items)
     return [items[round(i * (len(items) - 1) / (most - 1))] for i in range(most)]
 
 
 def thin_curve(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -> list[tuple[float, float]]:
-    """The lowest and the highest of each stretch, so that no spike is lost."""
+    """Keeps the lowest and the highest point of each stretch, so that no spike is lost."""
     if len(points) <= most:
         return list(points)
     stretch = -(-len(points) // (most // 2))
@@ -70,7 +70,7 @@ def thin_curve(points: Sequence[tuple[float, float]], most: int = MOST_POINTS) -
 
 
 def safe(text: str) -> str:
-    """For names in a figure, where plotly understands some HTML."""
+    """Escapes a name in a figure, because plotly interprets some HTML."""
     return html.escape(text, quote=False)
 
 

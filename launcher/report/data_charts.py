@@ -1,4 +1,4 @@
-"""What a run was given: the composition of its data, their lengths, and how full the packs are."""
+"""Charts of a run's data: its composition, the lengths of the samples, and how full the packs are."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def length_chart(runs: Sequence[RunRecord]) -> Chart | None:
     if not traces:
         return None
     layout = axes("tokens of a sample", "samples", barmode="overlay")
-    return Chart("lengths", "how long the samples are", traces, layout, table(("run", "tokens", "samples"), rows))
+    return Chart("lengths", "lengths of the samples", traces, layout, table(("run", "tokens", "samples"), rows))
 
 
 def fill_told(run: RunRecord) -> str:
@@ -62,11 +62,11 @@ def fill_told(run: RunRecord) -> str:
     if summary is None:
         return f"{run.label}: {run.data.missing}."
     filled = "not packed" if summary.fill is None else f"packs {100 * summary.fill:.1f} % full"
-    told = (
+    text = (
         f"half of the samples have up to {summary.median:,} tokens, 95 % up to {summary.p95:,}, the longest "
         f"{summary.longest:,}; {summary.packs:,} packs per epoch, {filled}"
     )
     if summary.sampled is None:
-        return f"{run.label}: {told}."
+        return f"{run.label}: {text}."
     looked_at, windows = summary.sampled
-    return f"{run.label}, by {looked_at:,} of its {windows:,} windows, evenly spread: {told}."
+    return f"{run.label}, from {looked_at:,} of its {windows:,} windows, evenly spread: {text}."

@@ -1,4 +1,4 @@
-"""What a run's metrics come to over its steps; attempts are marked where they went on."""
+"""Charts of a run's metrics over its steps, with a mark where each attempt resumed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Value = Callable[[Row], Any]
 def metric_chart(
     key: str, told: str, y: str, runs: Sequence[RunRecord], value: Value, *, evaluation: bool = False, **more: Any
 ) -> Chart | None:
-    """A curve per run, steps that were done again beside it; None where no run has such values."""
+    """Draws a curve per run, and another one for repeated steps. Returns None if no run has such values."""
     traces: list[Trace] = []
     rows: list[list[Any]] = []
     for index, run in enumerate(runs):
@@ -28,7 +28,7 @@ def metric_chart(
         traces.append(curve(run.label, kept, shade, **marks))
         if not evaluation and (lost := _points(run.lost, value)):
             dotted = {"color": shade, "width": 1.5, "dash": "dot"}
-            traces.append(curve(f"{run.label}: done again", lost, shade, line=dotted, opacity=0.6))
+            traces.append(curve(f"{run.label}: repeated", lost, shade, line=dotted, opacity=0.6))
         traces += _attempts(run, kept, shade)
         source = run.evaluations if evaluation else run.steps
         rows += [[run.label, row["attempt"], row["step"], value(row)] for row in source if value(row) is not None]
@@ -38,13 +38,13 @@ def metric_chart(
 
 
 def _points(rows: Sequence[Row], value: Value) -> list[tuple[float, float]]:
-    """A later attempt's row of the same step takes the place of the earlier one's."""
+    """Returns (step, value) by step. A later attempt's row replaces an earlier row of the same step."""
     found = {int(row["step"]): float(value(row)) for row in rows if value(row) is not None}
     return sorted(found.items())
 
 
 def _attempts(run: RunRecord, kept: list[tuple[float, float]], shade: str) -> list[Trace]:
-    """Where each attempt but the first went on."""
+    """Marks the step at which each attempt, except the first, resumed."""
     xs, ys, texts = [], [], []
     for attempt, step in list(run.starts.items())[1:]:
         at = min(bisect_left(kept, (step + 1, float("-inf"))), len(kept) - 1)
@@ -57,7 +57,7 @@ def _attempts(run: RunRecord, kept: list[tuple[float, float]], shade: str) -> li
         {
             "type": "scatter",
             "mode": "markers+text",
-            "name": safe(f"{run.label}: went on"),
+            "name": safe(f"{run.label}: resumed"),
             "x": xs,
             "y": ys,
             "text": texts,
@@ -69,17 +69,17 @@ def _attempts(run: RunRecord, kept: list[tuple[float, float]], shade: str) -> li
 
 
 def largest_rank(run: RunRecord) -> str:
-    """In a sentence, where the metrics name the rank."""
-    told = [row for row in run.rows if row.get("memory_bytes") is not None and row.get("memory_rank") is not None]
-    if not told:
+    """Returns a sentence about the rank with the most memory, or '' if the metrics do not name ranks."""
+    rows = [row for row in run.rows if row.get("memory_bytes") is not None and row.get("memory_rank") is not None]
+    if not rows:
         return ""
-    most = max(told, key=lambda row: int(row["memory_bytes"]))
+    most = max(rows, key=lambda row: int(row["memory_bytes"]))
     held = f"{most['memory_bytes'] / 2**30:.4g} GiB, on rank {most['memory_rank']} at step {most['step']}"
-    return f"{run.label}: of all ranks the one with the most; that was {held}."
+    return f"{run.label}: the memory of the rank that uses most; the maximum was {held}."
 
 
 def step_time_chart(runs: Sequence[RunRecord]) -> Chart | None:
-    """How often a step took how long."""
+    """Draws a histogram of the seconds per step."""
     traces, rows = [], []
     for index, run in enumerate(runs):
         times = [float(row["step_s"]) for row in run.rows if row.get("step_s") is not None and "loss" in row]
@@ -94,13 +94,13 @@ def step_time_chart(runs: Sequence[RunRecord]) -> Chart | None:
         rows.append([run.label, len(times), min(times), cuts[4], median(times), cuts[94], cuts[98], max(times)])
     if not traces:
         return None
-    columns = ("run", "steps", "fastest s", "5 %", "middle", "95 %", "99 %", "slowest s")
+    columns = ("run", "steps", "fastest s", "5 %", "median", "95 %", "99 %", "slowest s")
     layout = axes("seconds per step", "steps", barmode="overlay")
-    return Chart("step-times", "how often a step took how long", traces, layout, table(columns, rows))
+    return Chart("step-times", "histogram of the seconds per step", traces, layout, table(columns, rows))
 
 
 def histogram(values: Sequence[float], bins: int = 40) -> tuple[float, float, list[int]]:
-    """(lowest edge, highest edge, count of each bin)."""
+    """Returns (lowest edge, highest edge, count of each bin)."""
     low, high = min(values), max(values)
     if high <= low:
         high = low + max(abs(low) * 0.01, 1e-6)

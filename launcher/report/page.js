@@ -6,7 +6,7 @@
   const PAPER = 660; // CSS pixels: fits between the margins of A4 and of Letter, upright
   let printing = false;
 
-  // Only what depends on where the page is looked at; the rest comes with the figure.
+  // Only settings that depend on the viewer; the figure contains the rest.
   const surrounded = (layout) => {
     const night = dark.matches && !printing;
     const ink = night ? "#e5e7eb" : "#1f2937";
@@ -29,7 +29,7 @@
 
   const charts = [...document.querySelectorAll("[data-chart]")];
   const settings = { responsive: true, displayModeBar: false };
-  // Without the bar of buttons: dragging zooms, a double click goes back.
+  // No bar of buttons: dragging zooms, and a double click resets the zoom.
   const draw = (div) => {
     const figure = figures[div.dataset.chart];
     return Plotly.react(div, figure.data, surrounded(figure.layout), settings);

@@ -1,4 +1,4 @@
-"""Puts sections into one HTML page that holds all it needs, plotly's script included. Everything is escaped."""
+"""Builds one HTML page from sections. It contains everything, also plotly's script; all texts are escaped."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 HERE = Path(__file__).parent
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-"""A browser lets such a page fetch nothing, whatever stands in it."""
+"""With this policy, a browser fetches nothing for the page, whatever the page contains."""
 
 
 @dataclass
 class PageSection:
-    """``tables`` and ``texts`` with a caption each, which may be empty; ``wide``: over the page's whole width."""
+    """A section of the page. ``tables`` and ``texts``: (caption, content); ``wide``: over the page's full width."""
 
     key: str
     title: str
@@ -65,7 +65,7 @@ def plotly_script() -> str:
         from plotly.offline import get_plotlyjs
     except ImportError:
         raise UsageError(
-            "a report is drawn with plotly, which is not installed: pip install 'muster[report]' (or plotly)"
+            "a report needs plotly, which is not installed: pip install 'muster[report]' (or plotly)"
         ) from None
     script: str = get_plotlyjs()
     return script.replace("</script", "<\\/script")
@@ -78,7 +78,7 @@ def _section(section: PageSection) -> str:
     parts += [f'<p class="note">{_text(note)}</p>' for note in section.notes]
     for chart in section.charts:
         parts.append(f'<div class="chart" role="img" aria-label="{_text(chart.told)}" data-chart="{_text(chart.key)}">')
-        parts.append(f"</div><details><summary>The same as a table</summary>{_table(chart.table)}</details>")
+        parts.append(f"</div><details><summary>The same data as a table</summary>{_table(chart.table)}</details>")
     for caption, one in section.tables:
         parts += [f"<h3>{_text(caption)}</h3>" if caption else "", _table(one)]
     for caption, text in section.texts:
@@ -100,6 +100,6 @@ def _text(text: str) -> str:
 
 
 def _json(value: object) -> str:
-    """JSON that ends no script element, whatever stands in it."""
+    """Returns JSON that cannot end the script element that contains it."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

@@ -1,4 +1,4 @@
-"""What a report says of a run, read from the run's storage; credentials are left out here, at the entrance."""
+"""Reads from a run's storage what its report shows, and replaces credentials."""
 
 from __future__ import annotations
 
@@ -24,13 +24,16 @@ from trainer.storage import Storage, open_storage
 Row = dict[str, Any]
 
 MOST_WINDOWS, SAMPLED_WINDOWS = 256, 64
-"""Of prepared data each window's index is read for the lengths; of more windows some, evenly spread."""
+"""The lengths come from the index of each window; of more than the first number, the second are read, evenly spread."""
 
 
 @dataclass(frozen=True)
 class DataFacts:
-    """``parts``: (training or evaluation, source, what became of its rows); ``summary`` is the training data's, and
-    ``missing`` why there is none."""
+    """The prepared data of a run.
+
+    ``parts``: ("train" or "eval", source, counts of its rows). ``summary``: of the training data; ``missing``: why
+    there is no summary.
+    """
 
     parts: tuple[tuple[str, str, Counts], ...] = ()
     summary: Summary | None = None
@@ -39,7 +42,7 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """``label`` tells the run from the others on the page; ``rows`` are the metrics in the order of attempts."""
+    """One run of a report. ``label`` is unique on the page; ``rows``: the metrics in the order of attempts."""
 
     label: str
     status: Status
@@ -51,29 +54,29 @@ class RunRecord:
     data: DataFacts
 
     def told(self, *kinds: str) -> list[Row]:
-        """Events of these kinds, by time."""
+        """Returns the events of these kinds, by time."""
         found = [event for event in self.events if event["event"] in kinds]
         return sorted(found, key=lambda event: float(event.get("time") or 0))
 
     @cached_property
     def starts(self) -> dict[int, int]:
-        """Attempt to the step after which it went on."""
-        told = {int(e.get("attempt") or 0): int(e.get("step") or 0) for e in self.told("start")}
+        """The step after which each attempt began, by attempt."""
+        found = {int(e.get("attempt") or 0): int(e.get("step") or 0) for e in self.told("start")}
         for row in self.rows:
-            told.setdefault(int(row["attempt"]), int(row["step"]) - 1)
-        return dict(sorted(told.items()))
+            found.setdefault(int(row["attempt"]), int(row["step"]) - 1)
+        return dict(sorted(found.items()))
 
     def _lasts(self, row: Row) -> bool:
         return all(row["step"] <= step for attempt, step in self.starts.items() if attempt > row["attempt"])
 
     @cached_property
     def steps(self) -> list[Row]:
-        """The training rows that last, by step."""
+        """The training rows that no later attempt has repeated."""
         return [row for row in self.rows if "loss" in row and self._lasts(row)]
 
     @cached_property
     def lost(self) -> list[Row]:
-        """Those that a later attempt has done again."""
+        """The training rows that a later attempt has repeated."""
         return [row for row in self.rows if "loss" in row and not self._lasts(row)]
 
     @cached_property
@@ -82,7 +85,7 @@ class RunRecord:
 
 
 def read_runs(uris: Sequence[str], deadline_s: float) -> list[RunRecord]:
-    """InputError when there is no run at one of them."""
+    """Reads the runs. Raises InputError if there is no run at one of the URIs."""
     found = [read_run(open_storage(uri, deadline_s=deadline_s)) for uri in uris]
     names = [one.label for one in found]
     return [replace(one, label=one.status.uri) if names.count(one.label) > 1 else one for one in found]
@@ -115,43 +118,32 @@ def _text(run: Storage, key: str) -> str:
         return ""
 
 
-def _json(run: Storage, key: str) -> Row:
-    """CorruptObject when it is none."""
+def _provenance(run: Storage) -> Row:
     try:
-        found = run.read_json(key)
+        found = run.read_json(layout.PROVENANCE)
     except FileNotFoundError:
         return {}
+    except CorruptObject as error:
+        return {"unreadable": str(error)}
     return found if isinstance(found, dict) else {}
 
 
-def _provenance(run: Storage) -> Row:
-    try:
-        return _json(run, layout.PROVENANCE)
-    except CorruptObject as error:
-        return {"unreadable": str(error)}
-
-
 def _data(run: Storage, recipe: str, redact: Redactor) -> DataFacts:
-    """Prepared data lie beside the runs, and may have been deleted since."""
+    """Reads the prepared data, which are stored next to the runs and may have been deleted since."""
     parts: list[tuple[str, str, Counts]] = []
     try:
         specs = read_data(run)
         shared = open_storage(run.url.rsplit("/", 1)[0]).child(layout.PREPARED)
         opened = {part: open_prepared(shared, spec.fingerprint) for part, spec in specs.items()}
         for part, prepared in opened.items():
-            parts += _sources(part, prepared, redact) if prepared else []
+            if prepared:
+                counted = zip(prepared.spec.sources, prepared.per_source, strict=True)
+                parts += [(part, redact.text(source.path), counts) for source, counts in counted]
         return _summed(opened.get("train"), tuple(parts), recipe)
     except FileNotFoundError:
         return DataFacts(missing="the run has prepared no data yet")
     except (MusterError, OSError, ValueError) as error:
         return DataFacts(tuple(parts), missing=redact.text(f"the prepared data cannot be read: {error}"))
-
-
-def _sources(part: str, prepared: PreparedDataset, redact: Redactor) -> list[tuple[str, str, Counts]]:
-    return [
-        (part, redact.text(source.path), counts)
-        for source, counts in zip(prepared.spec.sources, prepared.per_source, strict=True)
-    ]
 
 
 class _Source(TypedDict, total=False):
@@ -162,8 +154,8 @@ class _Sources(TypedDict, total=False):
     train: list[_Source]
 
 
-class _Said(TypedDict, total=False):
-    """The part of a frozen recipe that the lengths need; another version may have written it."""
+class _Frozen(TypedDict, total=False):
+    """The part of a frozen recipe that the lengths need; another version of muster may have written it."""
 
     seed: Count
     data: _Sources
@@ -171,10 +163,10 @@ class _Said(TypedDict, total=False):
 
 def _summed(train: PreparedDataset | None, parts: tuple[tuple[str, str, Counts], ...], recipe: str) -> DataFacts:
     if train is None:
-        return DataFacts(parts, missing="the prepared data are not there any more, or not complete yet")
-    said = read_record(_Said, parse_yaml(recipe) or {})
-    weights = [source.get("weight") or 1.0 for source in said.get("data", {}).get("train", [])]
+        return DataFacts(parts, missing="the prepared data do not exist any more, or are not complete yet")
+    frozen = read_record(_Frozen, parse_yaml(recipe) or {})
+    weights = [source.get("weight") or 1.0 for source in frozen.get("data", {}).get("train", [])]
     if len(weights) != len(train.spec.sources):
         weights = [1.0] * len(train.spec.sources)
     most = None if train.count <= MOST_WINDOWS else SAMPLED_WINDOWS
-    return DataFacts(parts, summarise(train, said.get("seed") or 0, weights, most=most))
+    return DataFacts(parts, summarise(train, frozen.get("seed") or 0, weights, most=most))

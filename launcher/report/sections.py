@@ -1,4 +1,4 @@
-"""The sections of a report, in their order. Every page has all of them: one that has nothing to show says why."""
+"""The sections of a report, in order. Every page has all of them; an empty section gives the reason."""
 
 from __future__ import annotations
 
@@ -27,14 +27,16 @@ def _metric(
     runs: Runs, key: str, title: str, name: str, y: str, scale: float = 1.0, *, evaluation: bool = False
 ) -> PageSection:
     chart = metric_chart(key, f"{title} over steps", y, runs, _value(name, scale), evaluation=evaluation)
-    return _of(key, title, chart, "the metrics hold none")
+    return _of(key, title, chart, "the metrics have no such values")
 
 
-def _of(key: str, title: str, chart: Chart | None, missing: str, notes: Sequence[str] = ()) -> PageSection:
-    told = [note for note in notes if note]
-    return PageSection(
-        key, title, charts=[chart] if chart else [], notes=told if chart else [*told, f"None: {missing}."]
-    )
+def _of(
+    key: str, title: str, chart: Chart | None, missing: str, notes: Sequence[str] = (), *, wide: bool = False
+) -> PageSection:
+    shown = [note for note in notes if note]
+    if chart is None:
+        return PageSection(key, title, notes=[*shown, f"None: {missing}."], wide=wide)
+    return PageSection(key, title, charts=[chart], notes=shown, wide=wide)
 
 
 def _outcome(runs: Runs) -> list[PageSection]:
@@ -53,8 +55,8 @@ def _speed(runs: Runs) -> list[PageSection]:
         _of(
             "memory",
             "Memory",
-            metric_chart("memory", "memory of the rank with the most", "GiB", runs, _value("memory_bytes", 2.0**-30)),
-            "the metrics hold none",
+            metric_chart("memory", "memory of the rank that uses most", "GiB", runs, _value("memory_bytes", 2.0**-30)),
+            "the metrics have no such values",
             [*map(largest_rank, runs)],
         ),
         _of("step-times", "Step times", step_time_chart(runs), "no step has been trained"),
@@ -62,10 +64,11 @@ def _speed(runs: Runs) -> list[PageSection]:
             "ranks",
             "Step times per rank",
             rank_chart(runs),
-            "the metrics hold no times per rank",
+            "the metrics have no times per rank",
             [
-                "What a rank does by itself before it exchanges with the others: waiting for data, forward, and the "
-                "backwards before the last one; the bar is the middle step, the line above it reaches to 95 % of them.",
+                "The time in which a rank works alone, before it exchanges data with the others: waiting for data, "
+                "forward, and the backwards before the last one. The bar is the median step; the line above it ends at "
+                "the 95th percentile.",
                 *map(straggler, runs),
             ],
         ),
@@ -74,7 +77,7 @@ def _speed(runs: Runs) -> list[PageSection]:
 
 def _course(runs: Runs) -> list[PageSection]:
     goodput = [
-        f"{run.label}: {100 * run.went.share:.1f} % of {run.went.wall_s:,.0f} s went into training that lasts."
+        f"{run.label}: {100 * run.went.share:.1f} % of {run.went.wall_s:,.0f} s were spent on steps that were kept."
         for run in runs
         if run.went.wall_s > 0
     ]
@@ -82,33 +85,24 @@ def _course(runs: Runs) -> list[PageSection]:
     charts, events = [timeline] if timeline else [], [("Events", happenings(runs))]
     return [
         PageSection("timeline", "Timeline", charts, events, failure_texts(runs), wide=True),
-        _wide(_of("goodput", "Goodput", goodput_chart(runs), none, goodput)),
+        _of("goodput", "Goodput", goodput_chart(runs), none, goodput, wide=True),
         _of("checkpoints", "Checkpoints", checkpoint_chart(runs), "nothing is committed yet"),
     ]
 
 
-def _wide(section: PageSection) -> PageSection:
-    section.wide = True
-    return section
-
-
 def _inputs(runs: Runs) -> list[PageSection]:
+    texts = sample_tables(runs)
+    notes = [] if texts else ["None: the run has stored no generated texts."]
     missing = "; ".join(dict.fromkeys(run.data.missing for run in runs if run.data.missing)) or "there are no rows"
     return [
         _of("data", "Data", composition_chart(runs), missing),
         _of("lengths", "Lengths and packs", length_chart(runs), missing, [fill_told(run) for run in runs]),
-        _samples(runs),
+        PageSection("samples", "Samples before and after", tables=texts, notes=notes, wide=True),
     ]
 
 
-def _samples(runs: Runs) -> PageSection:
-    tables = sample_tables(runs)
-    notes = [] if tables else ["None: the run has kept no texts of its own."]
-    return PageSection("samples", "Samples before and after", tables=tables, notes=notes, wide=True)
-
-
 def _origin(runs: Runs) -> list[PageSection]:
-    recipes = [(run.label, run.recipe or "none is frozen yet") for run in runs]
+    recipes = [(run.label, run.recipe or "no recipe is frozen yet") for run in runs]
     return [
         PageSection("recipe", "Recipe", texts=recipes),
         PageSection("versions", "Versions", tables=[("", version_table(runs))]),

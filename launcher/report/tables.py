@@ -1,4 +1,4 @@
-"""What is told in words: how the run stands, what happened, its texts, and what it ran on."""
+"""Tables and texts of a report: summary, events, failures, samples, versions and hosts."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from launcher.report.reading import Row, RunRecord
 from launcher.terminal.status_text import duration
 
 MOST_FAILURES = 10
-"""Whose stacks are shown."""
-_TOLD = ("start", "failure", "resize", "hang", "skipped_checkpoint", "stale_checkpoint", "end")
+"""The number of failures whose stacks are shown."""
+_SHOWN = ("start", "failure", "resize", "hang", "skipped_checkpoint", "stale_checkpoint", "end")
 
 
 def summary_table(runs: Sequence[RunRecord]) -> Table:
@@ -39,19 +39,20 @@ def _summary(run: RunRecord) -> list[Any]:
 def happenings(runs: Sequence[RunRecord]) -> Table:
     rows = []
     for run in runs:
-        for event in run.told(*_TOLD):
+        for event in run.told(*_SHOWN):
             when = event.get("time")
             at = datetime.fromtimestamp(float(when), UTC).strftime("%Y-%m-%d %H:%M:%S") if when is not None else None
-            rows.append([run.label, at, event.get("attempt"), event["event"], _said(event)])
+            rows.append([run.label, at, event.get("attempt"), event["event"], _what(event)])
     return table(("run", "time (UTC)", "attempt", "event", "what"), rows, most=None)
 
 
 def failure_texts(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
-    """(what failed, its stack and what to try) of the last failures that have left any; of one told again the last."""
+    """Returns (place, stack and advice) of the last failures that have any. A repeated failure is shown once."""
     found: dict[tuple[str, str], str] = {}
     for run in runs:
         for event in run.told("failure", "end"):
-            texts = [_lines(event.get(name)) for name in ("trace", "advice")]
+            values = [event.get(name) or "" for name in ("trace", "advice")]
+            texts = ["\n".join(map(str, value)) if isinstance(value, list) else str(value) for value in values]
             text = "\n\n".join(filter(None, texts))
             head = ", ".join(filter(None, (f"{run.label}, attempt {event.get('attempt')}", _place(event))))
             if text:
@@ -60,19 +61,15 @@ def failure_texts(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
     return [(head, text) for (_, text), head in list(found.items())[-MOST_FAILURES:]]
 
 
-def _lines(value: Any) -> str:
-    return "\n".join(map(str, value)) if isinstance(value, list) else str(value or "")
-
-
-def _said(event: Row) -> str:
+def _what(event: Row) -> str:
     kind, step = event["event"], event.get("step")
     if kind == "start":
         return f"{event.get('world_size') or len(event.get('hosts') or [])} workers, after step {step}"
     if kind == "end":
         ended = f"{event.get('state')}" + (f" at step {step}" if step is not None else "")
         return ": ".join(filter(None, (ended, str(event.get("cause") or ""))))
-    told = event.get("cause") or event.get("reason") or ""
-    return ": ".join(filter(None, (_place(event), str(told)))) or f"step {step}"
+    cause = event.get("cause") or event.get("reason") or ""
+    return ": ".join(filter(None, (_place(event), str(cause)))) or f"step {step}"
 
 
 def _place(event: Row) -> str:
@@ -81,14 +78,14 @@ def _place(event: Row) -> str:
 
 
 def sample_tables(runs: Sequence[RunRecord]) -> list[tuple[str, Table]]:
-    """What a run wrote before it was trained and afterwards, where it has kept any."""
+    """Returns, for each run that has stored any, a table of texts that it generated before and after training."""
     found = []
     for run in runs:
         rows = []
         for when, event in _texts(run):
             for text in event["texts"]:
-                told = [text.get(name) for name in ("prompt", "text", "reference", "reward")]
-                rows.append([f"{when} (step {event.get('step')})", *told])
+                cells = [text.get(name) for name in ("prompt", "text", "reference", "reward")]
+                rows.append([f"{when} (step {event.get('step')})", *cells])
         if rows:
             used = [i for i in range(5) if i < 3 or any(row[i] not in (None, "") for row in rows)]
             columns = ("when", "prompt", "text", "reference", "reward")
@@ -97,7 +94,7 @@ def sample_tables(runs: Sequence[RunRecord]) -> list[tuple[str, Table]]:
 
 
 def _texts(run: RunRecord) -> list[tuple[str, Row]]:
-    """Those that were written to be compared, the first and the last; else the first and the last of all."""
+    """Returns the first and the last texts that were generated for comparison, else the first and the last of all."""
     events = [e for e in run.told("texts") if e.get("texts")]
     before = [e for e in events if e.get("when") == "before"][:1]
     after = [e for e in events if e.get("when") == "after"][-1:]
@@ -107,12 +104,11 @@ def _texts(run: RunRecord) -> list[tuple[str, Row]]:
 
 
 def version_table(runs: Sequence[RunRecord]) -> Table:
-    """As they were frozen with the recipe, and for each attempt what had another version than before."""
+    """Returns the versions that were frozen with the recipe, and those that changed at each attempt."""
     rows: list[list[Any]] = []
     for run in runs:
-        said = run.provenance
-        frozen = {name: said.get(name) for name in ("muster", "python", "platform", "command", "unreadable")}
-        newest = {n: v for n, v in {**frozen, **_sorted(said.get("packages"))}.items() if v is not None}
+        frozen = {name: run.provenance.get(name) for name in ("muster", "python", "platform", "command", "unreadable")}
+        newest = {n: v for n, v in {**frozen, **_sorted(run.provenance.get("packages"))}.items() if v is not None}
         rows += [[run.label, name, version, None] for name, version in newest.items()]
         for event in run.told("start"):
             changed = {n: v for n, v in _sorted(event.get("versions")).items() if not _same(n, newest.get(n), v)}
@@ -122,7 +118,7 @@ def version_table(runs: Sequence[RunRecord]) -> Table:
 
 
 def _same(name: str, before: Any, now: Any) -> bool:
-    """A worker's copy of the code may lie outside of the checkout, and does not know its commit then."""
+    # A worker's copy of the code may be outside of the checkout; then it does not know its commit.
     return bool(now == before or (name == "muster" and now == str(before).partition("+")[0]))
 
 
@@ -139,6 +135,6 @@ def host_table(runs: Sequence[RunRecord]) -> Table:
                 ranks = [str(rank) for rank, at in enumerate(hosts) if at == host]
                 strategy = (event.get("strategy") or {}).get("kind")
                 devices = [name for name, at in zip(event.get("devices") or [], hosts, strict=False) if at == host]
-                told = ", ".join(dict.fromkeys(map(str, devices))) or None
-                rows.append([run.label, event.get("attempt"), host, ", ".join(ranks), told, strategy])
+                kinds = ", ".join(dict.fromkeys(map(str, devices))) or None
+                rows.append([run.label, event.get("attempt"), host, ", ".join(ranks), kinds, strategy])
     return table(("run", "attempt", "host", "ranks", "devices", "strategy"), rows, most=None)

@@ -1,4 +1,4 @@
-"""A run over time: where its seconds went, which rank was slow, what checkpoints cost."""
+"""Charts of a run over time: the use of its wall time, slow ranks, and the cost of checkpoints."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ _MOST_PIECES = 1500
 
 
 def timeline_chart(runs: Sequence[RunRecord]) -> Chart | None:
-    told = [run for run in runs if run.went.pieces]
-    if not told:
+    begun = [run for run in runs if run.went.pieces]
+    if not begun:
         return None
-    divisor, unit = unit_of(max(run.went.wall_s for run in told))
+    divisor, unit = unit_of(max(run.went.wall_s for run in begun))
     bars: dict[str, list[tuple[str, float, float, str]]] = defaultdict(list)
     rows = []
-    for run in told:
+    for run in begun:
         first = run.went.pieces[0].begin
         for piece in coarse(run.went.pieces, run.went.wall_s / _MOST_PIECES):
             begin, length = (piece.begin - first) / divisor, (piece.end - piece.begin) / divisor
             bars[piece.kind].append((safe(run.label), begin, length, f"attempt {piece.attempt} {piece.phase}".strip()))
             rows.append([run.label, piece.begin - first, piece.end - piece.begin, piece.kind, piece.phase or None])
     traces = [_bars(kind, bars[kind], unit) for kind in KINDS if bars[kind]]
-    traces += _marks(told, divisor)
-    layout = axes(unit, "", barmode="overlay", height=180 + 60 * len(told))
+    traces += _marks(begun, divisor)
+    layout = axes(unit, "", barmode="overlay", height=180 + 60 * len(begun))
     layout["yaxis"] |= {"type": "category", "automargin": True}
     columns = ("run", "from s", "seconds", "what", "phase")
-    return Chart("timeline", "what each run was doing when", traces, layout, table(columns, rows))
+    return Chart("timeline", "the activity of each run over time", traces, layout, table(columns, rows))
 
 
 def _bars(kind: str, bars: Sequence[tuple[str, float, float, str]], unit: str) -> Trace:
@@ -91,7 +91,7 @@ def _marks(runs: Sequence[RunRecord], divisor: float) -> list[Trace]:
 
 
 def coarse(pieces: Iterable[Interval], shortest_s: float) -> list[Interval]:
-    """What is too short to be seen goes to what stands before it."""
+    """Joins equal neighbours, and adds each piece that is too short to see to the piece before it."""
     found: list[Interval] = []
     for piece in pieces:
         same = found and (found[-1].kind, found[-1].attempt, found[-1].phase) == (
@@ -112,29 +112,29 @@ def unit_of(seconds: float) -> tuple[float, str]:
 
 
 def goodput_chart(runs: Sequence[RunRecord]) -> Chart | None:
-    told = [run for run in runs if run.went.wall_s > 0]
-    if not told:
+    begun = [run for run in runs if run.went.wall_s > 0]
+    if not begun:
         return None
     traces, rows = [], []
     for kind in KINDS:
-        shares = [100 * run.went.seconds[kind] / run.went.wall_s for run in told]
-        bars = {"type": "bar", "orientation": "h", "name": kind, "y": [safe(run.label) for run in told], "x": shares}
-        told_share = {"hovertemplate": kind + ": %{x:.2f} %<extra></extra>"}
-        traces.append({**bars, **told_share, "marker": {"color": SHADES[kind]}})
-    for run in told:
+        shares = [100 * run.went.seconds[kind] / run.went.wall_s for run in begun]
+        bars = {"type": "bar", "orientation": "h", "name": kind, "y": [safe(run.label) for run in begun], "x": shares}
+        hover = {"hovertemplate": kind + ": %{x:.2f} %<extra></extra>"}
+        traces.append({**bars, **hover, "marker": {"color": SHADES[kind]}})
+    for run in begun:
         seconds, wall = run.went.seconds, run.went.wall_s
         rows += [[run.label, kind, seconds[kind], f"{100 * seconds[kind] / wall:.2f} %"] for kind in KINDS]
         rows += [[run.label, f"… {phase}", s, f"{100 * s / wall:.2f} %"] for phase, s in run.went.starting.items()]
-        rows.append([run.label, "in all", wall, f"{100 * sum(seconds.values()) / wall:.2f} %"])
-    layout = axes("% of wall time", "", barmode="stack", height=180 + 60 * len(told))
+        rows.append([run.label, "total", wall, f"{100 * sum(seconds.values()) / wall:.2f} %"])
+    layout = axes("% of wall time", "", barmode="stack", height=180 + 60 * len(begun))
     layout["xaxis"] |= {"range": [0, 100]}
     layout["yaxis"] |= {"type": "category", "automargin": True}
     columns = ("run", "what", "seconds", "share")
-    return Chart("goodput", "the share of wall time that went where", traces, layout, table(columns, rows))
+    return Chart("goodput", "the shares of the wall time", traces, layout, table(columns, rows))
 
 
 def rank_chart(runs: Sequence[RunRecord]) -> Chart | None:
-    """Each rank's own seconds per step; of several runs the newest attempt alone."""
+    """Draws each rank's own seconds per step, for all attempts of one run, or the newest attempt of several runs."""
     traces: list[Trace] = []
     rows: list[list[Any]] = []
     for index, run in enumerate(runs):
@@ -161,22 +161,22 @@ def rank_chart(runs: Sequence[RunRecord]) -> Chart | None:
                 rows.append([run.label, attempt, str(rank), host, middles[rank], tails[rank], share])
     if not traces:
         return _slowest_chart(runs)
-    columns = ("run", "attempt", "rank", "host", "middle s", "95 % s", "of the middle rank's")
-    layout = axes("rank", "seconds of its own per step", barmode="group")
-    return Chart("ranks", "how long each rank works on a step by itself", traces, layout, table(columns, rows))
+    columns = ("run", "attempt", "rank", "host", "median s", "95 % s", "of the median rank's")
+    layout = axes("rank", "own seconds per step", barmode="group")
+    return Chart("ranks", "the seconds per step in which each rank works alone", traces, layout, table(columns, rows))
 
 
 def _slowest_chart(runs: Sequence[RunRecord]) -> Chart | None:
-    """Of more ranks than each step's record has: how often which was the slowest."""
+    """Draws how often each rank was the slowest, for runs with too many ranks for a time per rank in each row."""
     traces: list[Trace] = []
     rows: list[list[Any]] = []
     for index, run in enumerate(runs):
-        told = [row for row in run.rows if row.get("slowest_rank") is not None]
-        if not told:
+        timed = [row for row in run.rows if row.get("slowest_rank") is not None]
+        if not timed:
             continue
-        attempt = int(told[-1]["attempt"])
+        attempt = int(timed[-1]["attempt"])
         hosts = _hosts(run, attempt)
-        counts = Counter(int(row["slowest_rank"]) for row in told if row["attempt"] == attempt)
+        counts = Counter(int(row["slowest_rank"]) for row in timed if row["attempt"] == attempt)
         name, shade = safe(f"{run.label}, attempt {attempt}"), {"color": colour(index)}
         traces.append({"type": "bar", "name": name, "x": list(counts), "y": list(counts.values()), "marker": shade})
         for rank, steps in counts.most_common():
@@ -189,7 +189,7 @@ def _slowest_chart(runs: Sequence[RunRecord]) -> Chart | None:
 
 
 def straggler(run: RunRecord) -> str:
-    """In a sentence, of the newest attempt that has at least two ranks."""
+    """Returns a sentence about the slowest rank of the newest attempt with at least two ranks, or ''."""
     for attempt, times in reversed(_rank_times(run).items()):
         middles = [median(mine) for mine in times]
         usual = median(middles)
@@ -200,14 +200,16 @@ def straggler(run: RunRecord) -> str:
         on = f" on {hosts[slowest]}" if slowest < len(hosts) else ""
         return (
             f"{run.label}, attempt {attempt}: the slowest is rank {slowest}{on}, {middles[slowest] / usual:.2f} times "
-            "as long as the middle one."
+            "as long as the median."
         )
     return ""
 
 
 def _rank_times(run: RunRecord) -> dict[int, list[list[float]]]:
-    """Attempt to the seconds of each rank's steps; the first step of an attempt, which compiles and warms up, is left
-    out where there are others."""
+    """Returns the seconds of each rank's steps, by attempt.
+
+    The first step of an attempt, which compiles and warms up, is left out if there are others.
+    """
     found: dict[int, list[list[float]]] = {}
     for row in run.rows:
         if times := row.get("rank_s"):
@@ -233,16 +235,12 @@ def checkpoint_chart(runs: Sequence[RunRecord]) -> Chart | None:
         stalls, uploads = [e.get("stall_s") for e in done], [e.get("upload_s") for e in done]
         shade, dashed = colour(2 * index), {"color": colour(2 * index + 1), "dash": "dash"}
         marks = {"type": "scatter", "mode": "lines+markers", "x": steps}
-        traces.append({**marks, "name": safe(f"{name}training held up"), "y": stalls, "line": {"color": shade}})
-        traces.append({**marks, "name": safe(f"{name}written behind its back"), "y": uploads, "line": dashed})
+        traces.append({**marks, "name": safe(f"{name}training blocked"), "y": stalls, "line": {"color": shade}})
+        traces.append({**marks, "name": safe(f"{name}written in the background"), "y": uploads, "line": dashed})
         for e in done:
             rows.append([run.label, *(e.get(n) for n in ("attempt", "step", "stall_s", "snapshot_s", "upload_s"))])
-            rows[-1] += [_mib(e.get("bytes")), e.get("coalesced")]
+            rows[-1] += [None if e.get("bytes") is None else float(e["bytes"]) / 2**20, e.get("coalesced")]
     if not traces:
         return None
-    columns = ("run", "attempt", "step", "stall s", "of it copying s", "writing s", "MiB", "left out before it")
-    return Chart("checkpoints", "what each checkpoint took", traces, axes("step", "seconds"), table(columns, rows))
-
-
-def _mib(size: Any) -> float | None:
-    return None if size is None else float(size) / 2**20
+    columns = ("run", "attempt", "step", "stall s", "of it copying s", "writing s", "MiB", "skipped before it")
+    return Chart("checkpoints", "the time of each checkpoint", traces, axes("step", "seconds"), table(columns, rows))

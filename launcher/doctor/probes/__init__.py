@@ -1,6 +1,7 @@
-"""What a rank can find out about its host, its GPUs, its storage and its way to another rank, before anything trains.
+"""Probes of a rank's host, GPUs and storage, and of its connection to another rank, before anything trains.
 
-Every function only looks, and says what it saw as plain data; what follows from it is decided elsewhere."""
+Each function only measures and returns plain data; `launcher.doctor.diagnosis` turns the data into findings.
+"""
 
 from launcher.doctor.probes.gpus import Computed, Gpu, compute, gpus
 from launcher.doctor.probes.host import HostFacts, Memory, Space, examine, memory, shared_memory, space

@@ -1,7 +1,8 @@
-"""The GPUs that this process may use, how they are, and whether they compute.
+"""The GPUs that this process may use, their health, and a test computation.
 
-nvidia-smi tells of their health; where it is missing, torch tells at least which there are. Xid errors stand in the
-kernel's log, which a user may not read: the recovery action and remapped rows are what a driver makes of them."""
+nvidia-smi reports their health; without it, torch at least lists them. Xid errors are in the kernel's log, which a user
+may not read: the recovery action and remapped rows are what the driver derives from them.
+"""
 
 from __future__ import annotations
 
@@ -33,12 +34,12 @@ _FIELDS = (
     (*_BASE, _ECC),
     _BASE,
 )
-"""Drivers differ in what they can be asked: one field that they do not know makes them refuse the whole question."""
+"""Queries, the longest first: a driver that does not know one of the fields refuses the whole query."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """``problems`` say what is wrong with it, ``slow`` why its clocks are held down; None where nobody tells."""
+    """One GPU. ``problems``: its faults; ``slow``: why its clocks are reduced; None: nvidia-smi does not report it."""
 
     index: int
     uuid: str
@@ -54,7 +55,7 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Computed:
-    """Of one matrix product on a GPU: milliseconds, or what went wrong."""
+    """The result of one matrix product on a GPU: milliseconds, or the error."""
 
     uuid: str
     ms: float | None = None
@@ -62,7 +63,11 @@ class Computed:
 
 
 def gpus(visible: str | None, ask: Callable[[Sequence[str]], str | None] | None = None) -> tuple[Gpu, ...]:
-    """``visible``: indices or UUIDs with commas between, as in ``CUDA_VISIBLE_DEVICES``; None: all of the host's."""
+    """Returns the GPUs of this process.
+
+    ``visible``: comma-separated indices or UUIDs, as in ``CUDA_VISIBLE_DEVICES``; None: all GPUs of the host. ``ask``
+    runs a query for the named fields, and returns None if it is refused; nvidia-smi by default.
+    """
     ask = ask or _nvidia_smi
     for fields in _FIELDS:
         answer = ask(fields)
@@ -72,7 +77,7 @@ def gpus(visible: str | None, ask: Callable[[Sequence[str]], str | None] | None 
 
 
 def parse(answer: str, fields: Sequence[str]) -> tuple[Gpu, ...]:
-    """What nvidia-smi says in ``csv,noheader,nounits``; memory is in MiB there. Lines that are no GPU are left out."""
+    """Parses nvidia-smi's ``csv,noheader,nounits``, with memory in MiB. Lines that describe no GPU are left out."""
     rows = [[cell.strip() for cell in row] for row in csv.reader(answer.splitlines())]
     named = [dict(zip(fields, row, strict=True)) for row in rows if len(row) == len(fields)]
     return tuple(_gpu(row) for row in named if row["index"].isdigit())
@@ -83,11 +88,11 @@ def _gpu(row: dict[str, str]) -> Gpu:
     problems = [text for name, text in _REMAPPED.items() if row.get(name, "").lower() in ("yes", "1")]
     action = row.get(_RECOVERY, "None")
     if action not in ("None", "") and not action.startswith("["):
-        problems.append(f"its driver asks for: {action}")
+        problems.append(f"its driver requests: {action}")
     if ecc:
         problems.append(f"{ecc} uncorrected memory errors since the driver was loaded")
     if total is None:
-        problems.append("does not tell its memory")
+        problems.append("does not report its memory")
     return Gpu(
         index=int(row["index"]),
         uuid=row["uuid"],
@@ -111,7 +116,7 @@ def _visible(found: tuple[Gpu, ...], visible: str | None) -> tuple[Gpu, ...]:
         return found
     names = [name.strip() for name in visible.split(",") if name.strip()]
     chosen = [g for name in names for g in found if name == str(g.index) or g.uuid.startswith(name)]
-    # A part of a GPU (MIG) is not in the list: torch knows it.
+    # A MIG instance (a part of a GPU) is not in the list, but torch knows it.
     return tuple(chosen) if len(chosen) == len(names) else _by_torch()
 
 
@@ -145,8 +150,10 @@ def _uuid(index: int) -> str:
 
 
 def compute(expected: Sequence[Gpu]) -> tuple[Computed, ...]:
-    """Multiplies two matrices of ones on each GPU: the product is known exactly. Takes a few hundred MiB for the time
-    of this process, and seconds at the first call."""
+    """Multiplies two matrices of ones on each GPU, and compares the product with its exact value.
+
+    The first call takes seconds; until the process ends, it uses a few hundred MiB of each GPU.
+    """
     import torch
 
     if not torch.cuda.is_available():

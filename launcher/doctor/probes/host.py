@@ -1,4 +1,4 @@
-"""This host as a rank sees it: its name, memory, disks, shared memory and clock."""
+"""The facts about this host as a rank sees it: name, memory, disks, shared memory and clock."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ CGROUPS = "/sys/fs/cgroup"
 
 @dataclass(frozen=True)
 class Space:
-    """``path`` is the folder that was looked at: the asked one, or the nearest above it that there is."""
+    """Disk space at ``path``: the requested folder, or its nearest parent that exists."""
 
     path: str
     total_bytes: int
@@ -29,7 +29,7 @@ class Space:
 
 @dataclass(frozen=True)
 class Memory:
-    """Of the host, or of the container or job that this process is held in, whichever is less."""
+    """Memory of the host, or of the container or job that limits this process, whichever is less."""
 
     total_bytes: int
     available_bytes: int
@@ -37,7 +37,7 @@ class Memory:
 
 @dataclass(frozen=True)
 class HostFacts:
-    """``disks``: the temporary folder and those asked for, by what each is for; ``time_s``: Unix seconds."""
+    """The result of `examine`. ``disks``: the temporary folder and the requested ones, by purpose."""
 
     hostname: str
     pid: int
@@ -47,11 +47,11 @@ class HostFacts:
     memory: Memory
     disks: dict[str, Space]
     shared_memory: Space | None
-    time_s: float
+    time_s: float  # Unix time
 
 
 def examine(visible: str | None, folders: Sequence[tuple[str, str]] = ()) -> HostFacts:
-    """``visible``: the GPUs to look at, see `gpus`; ``folders``: (what for, path) to see the room at."""
+    """Collects the facts. ``visible``: the GPUs, as in `gpus`; ``folders``: (purpose, path), to read the disk space."""
     places = {"temporary": tempfile.gettempdir(), **dict(folders)}
     return HostFacts(
         hostname=socket.gethostname(),
@@ -67,7 +67,7 @@ def examine(visible: str | None, folders: Sequence[tuple[str, str]] = ()) -> Hos
 
 
 def space(path: str) -> Space:
-    """Room for this user at ``path``, which need not exist."""
+    """Returns the disk space for this user at ``path``, which need not exist."""
     folder = Path(path).absolute()
     while not folder.exists() and folder != folder.parent:
         folder = folder.parent
@@ -76,7 +76,7 @@ def space(path: str) -> Space:
 
 
 def shared_memory() -> Space | None:
-    """None where the system has none to be seen."""
+    """Returns the space in /dev/shm, or None if there is no such folder."""
     return space(SHARED_MEMORY) if os.path.isdir(SHARED_MEMORY) else None
 
 
@@ -91,8 +91,10 @@ def memory(root: str = CGROUPS) -> Memory:
 
 
 def _limits(root: Path) -> list[tuple[int, int]]:
-    """(limit, used) in bytes of every control group above this process that has a limit; what the kernel can give back
-    at once (``inactive_file``) does not count as used."""
+    """Returns (limit, used) in bytes of each control group above this process that has a limit.
+
+    ``inactive_file`` does not count as used, because the kernel can free it at once.
+    """
     found = []
     for folder, limit_file, used_file in _groups(root):
         try:
@@ -106,7 +108,7 @@ def _limits(root: Path) -> list[tuple[int, int]]:
 
 
 def _groups(root: Path) -> list[tuple[Path, str, str]]:
-    """Of version 2, the group of this process and those above it; of version 1, the memory controller's."""
+    """Returns (folder, limit file, usage file) of this process's group and its parents, in cgroup versions 1 and 2."""
     try:
         lines = Path("/proc/self/cgroup").read_text().splitlines()
     except OSError:
@@ -120,6 +122,6 @@ def _groups(root: Path) -> list[tuple[Path, str, str]]:
         else:
             continue
         below = base / path.lstrip("/")
-        # In a container the path may be the host's, and what is mounted its own group.
+        # In a container, the path may be the host's, while the mounted folder is the container's own group.
         groups += [(folder, *files) for folder in (below, *below.parents) if folder.is_relative_to(base)]
     return groups

@@ -1,7 +1,7 @@
-"""Two ranks, and how fast an all-reduce between them is.
+"""The speed of an all-reduce between two ranks.
 
-The group is made beside torch's default one and dropped afterwards, so that a process can meet one rank after another.
-Each rank is told the other's address; it is gloo and NCCL that choose the interface, as they will when training.
+The process group is separate from torch's default group and is dropped afterwards, so that a process can meet one rank
+after another. The ranks exchange addresses only to connect; gloo and NCCL choose the interface, as in training.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ LARGE_BYTES = 8 * 2**20
 MOST_SMALL, MOST_LARGE = 50, 10
 MEASURE_S = 0.3
 DIAL_S = 3.0
-THREADS_TURN_S = 0.02  # see `trainer.distributed.world`: gloo's threads let go of the last tensors
+THREADS_TURN_S = 0.02  # for gloo's threads to release the last tensors; see `trainer.distributed.world`
 
 
 @dataclass(frozen=True)
 class Timing:
-    """``latency_us``: median of all-reduces of one number. ``bus_gb_s``: 2(n-1)/n · bytes / time as in nccl-tests
-    (n = 2, 10⁹ bytes per second), of the median all-reduce of 8 MiB. ``connect_s``: until the first one was done."""
+    """All-reduce times of one backend.
+
+    ``latency_us``: the median for one number. ``bus_gb_s``: 2(n-1)/n · bytes / time as in nccl-tests (n = 2, 10⁹ bytes
+    per second), from the median for 8 MiB. ``connect_s``: until the first all-reduce was complete.
+    """
 
     backend: str
     connect_s: float
@@ -40,8 +43,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class PairTimes:
-    """``error``: why there is no timing of the last backend; ``stage``: how far it came: ``connect`` (to the other's
-    address and port), ``store`` (torch's, which answers there), then the backend's name."""
+    """The result of a meeting.
+
+    ``error``: why the last backend has no timing. ``stage``: where it failed: ``connect`` (to the other's address and
+    port), ``store`` (torch's store, which answers there), or the backend's name.
+    """
 
     timings: tuple[Timing, ...] = ()
     error: str | None = None
@@ -49,13 +55,12 @@ class PairTimes:
 
 
 def open_store(address: str, timeout_s: float) -> dist.TCPStore:
-    """A store on a free port of this host, where others `meet` this rank as long as it is kept. On a loopback address
-    it listens there alone; torch would open the port on every interface."""
+    """Opens a store on a free port of this host. Other ranks can `meet` this one while the store is referenced."""
     import torch.distributed as dist
 
     wait = timedelta(seconds=timeout_s)
     if ipaddress.ip_address(address).is_loopback:
-        listener = socket.create_server((address, 0))
+        listener = socket.create_server((address, 0))  # torch alone would open the port on every interface
         port = listener.getsockname()[1]
         return dist.TCPStore(
             address, port, is_master=True, wait_for_workers=False, timeout=wait, master_listen_fd=listener.detach()
@@ -70,10 +75,12 @@ def meet(
     gpu: bool,
     timeout_s: float,
 ) -> PairTimes:
-    """Called by both ranks of the pair ``name`` at the same time, once: the first with its own store, the second with
-    the first's address and port. Each wait ends after ``timeout_s``, and a failure is what is returned on both sides.
+    """Measures all-reduces between the two ranks of the pair ``name``.
 
-    ``gpu``: measures NCCL between the current CUDA devices after gloo, which training uses for its control anyway."""
+    Both ranks call it once, at the same time: the first with its own store, the second with the first's address and
+    port. Each wait ends after ``timeout_s``; both ranks return a failure and do not raise it. ``gpu``: also measures
+    NCCL between the current CUDA devices, after gloo, which training always uses for control messages.
+    """
     import torch
     import torch.distributed as dist
 
@@ -84,23 +91,23 @@ def meet(
         rank = 1 if isinstance(store, tuple) else 0
         if isinstance(store, tuple):
             stage = "connect"
-            socket.create_connection(store, min(DIAL_S, timeout_s)).close()  # c10d would try again and again
+            socket.create_connection(store, min(DIAL_S, timeout_s)).close()  # fails at once; c10d would retry
             stage = "store"
             store = dist.TCPStore(*store, is_master=False, timeout=limit, use_libuv=True)
-        for stage, device in _backends(gpu=gpu):
+        backends = [("gloo", "cpu"), ("nccl", "cuda")] if gpu else [("gloo", "cpu")]
+        for stage, device in backends:
             begin = time.perf_counter()
             group = _group(stage, dist.PrefixStore(f"{name}/{stage}", store), rank, limit)
             try:
                 timings.append(_measure(stage, group, torch.device(device), begin, limit))
             finally:
-                _drop(group)
+                time.sleep(THREADS_TURN_S)
+                if hasattr(group, "abort") and group.name() == "nccl":
+                    group.abort()
     except (RuntimeError, OSError) as error:  # c10d's own errors are RuntimeErrors
-        return PairTimes(tuple(timings), _first_line(error), stage)
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return PairTimes(tuple(timings), lines[0] if lines else type(error).__name__, stage)
     return PairTimes(tuple(timings))
-
-
-def _backends(*, gpu: bool) -> tuple[tuple[str, str], ...]:
-    return (("gloo", "cpu"), ("nccl", "cuda")) if gpu else (("gloo", "cpu"),)
 
 
 def _group(backend: str, store: dist.Store, rank: int, limit: timedelta) -> Any:
@@ -111,12 +118,6 @@ def _group(backend: str, store: dist.Store, rank: int, limit: timedelta) -> Any:
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = limit
     return dist.ProcessGroupNCCL(store, rank, 2, options)
-
-
-def _drop(group: Any) -> None:
-    time.sleep(THREADS_TURN_S)
-    if hasattr(group, "abort") and group.name() == "nccl":
-        group.abort()
 
 
 def _measure(backend: str, group: Any, device: torch.device, begin: float, limit: timedelta) -> Timing:
@@ -141,15 +142,10 @@ def _measure(backend: str, group: Any, device: torch.device, begin: float, limit
 def _repeat(
     act: Callable[[], float], reduce: Callable[[torch.Tensor], float], most: int, device: torch.device
 ) -> float:
-    """The median time in seconds. Both ranks have to do it equally often: the sum of their first times says how."""
+    """Returns the median time in seconds. Collective: the all-reduced first times give both ranks the same count."""
     import torch
 
     first = torch.tensor([act()], dtype=torch.float32, device=device)
     reduce(first)
     count = max(1, min(most, int(MEASURE_S / max(float(first) / 2, 1e-6))))
     return median(act() for _ in range(count))
-
-
-def _first_line(error: Exception) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

@@ -1,4 +1,4 @@
-"""One object's way through a storage, each step with its time."""
+"""A storage round trip of one object, with the time of each step."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ STEPS = ("put", "get", "list", "conditional put", "conditional put refused", "de
 
 @dataclass
 class RoundTrip:
-    """``seconds`` of each step of `STEPS` that was reached. ``conditional``: whether a second conditional put of other
-    bytes was refused, None when it did not come to that. ``same_place``: whether this host sees what another one put
-    there, None when nobody asked. ``error``: why it went no further."""
+    """The result of a round trip.
+
+    ``seconds``: the time of each step in `STEPS` that was reached. ``conditional``: a second conditional put of other
+    bytes was refused; None if that step was not reached. ``same_place``: this host sees the object that another host
+    has put; None if that was not checked. ``error``: why the round trip stopped.
+    """
 
     url: str
     seconds: dict[str, float] = field(default_factory=dict)
@@ -32,7 +35,8 @@ class RoundTrip:
 def storage_roundtrip(storage: Storage, beacon: str | None = None) -> RoundTrip:
     """Puts, gets, lists, conditionally puts and deletes one object of 1 MiB below ``.probe-…``, which it leaves empty.
 
-    ``beacon``: a key that another host has put. Raises nothing for what a storage does: that is what is asked for."""
+    ``beacon``: a key that another host has put. Errors of the storage are returned in ``error`` and not raised.
+    """
     found = RoundTrip(storage.url)
     folder = storage.child(f".probe-{uuid.uuid4().hex}")
     try:
@@ -40,17 +44,13 @@ def storage_roundtrip(storage: Storage, beacon: str | None = None) -> RoundTrip:
         if beacon is not None:
             found.same_place = storage.info(beacon) is not None
     except FileNotFoundError:
-        found.error = f"{storage.url} cannot be made, or does not keep what is written to it"
+        found.error = f"{storage.url} cannot be created, or does not keep what is written to it"
     except (MusterError, OSError) as error:
-        found.error = _of_folder(str(error), folder.url, storage.url)
+        text = str(error)
+        for name in (f"{folder.url}/object", f"{folder.url}/claim", folder.url):
+            text = text.replace(name, storage.url)  # the user knows only the storage's own address
+        found.error = " ".join(text.split())
     return found
-
-
-def _of_folder(text: str, probed: str, url: str) -> str:
-    """What an error says of a probe's object, said of the folder, which the user knows."""
-    for name in (f"{probed}/object", f"{probed}/claim", probed):
-        text = text.replace(name, url)
-    return " ".join(text.split())
 
 
 def _steps(folder: Storage, found: RoundTrip) -> None:
@@ -71,7 +71,7 @@ def _steps(folder: Storage, found: RoundTrip) -> None:
     timed("delete", lambda: folder.delete(["object", "claim"]))
     found.conditional = first and not second and kept == b"1"
     if not same:
-        found.error = f"{folder.url} does not give back what was written to it"
+        found.error = f"{folder.url} does not return what was written to it"
     elif keys != ["object"]:
         found.error = f"{folder.url} does not list what was written to it"
     elif folder.list():

@@ -1,4 +1,4 @@
-"""Versions of everything that must be the same on all ranks."""
+"""Versions of the software that must be the same on all ranks."""
 
 from __future__ import annotations
 
@@ -6,6 +6,6 @@ from trainer.run.frozen import provenance
 
 
 def versions() -> dict[str, str | None]:
-    """By name: Python, muster with its code's commit, and the packages that a run depends on; None: not installed."""
+    """Returns versions by name: Python, muster with its commit, and the run's packages; None: not installed."""
     found = provenance()
     return {"python": found["python"], "muster": found["muster"], **found["packages"]}

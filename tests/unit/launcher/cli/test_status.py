@@ -279,13 +279,13 @@ def test_logs_are_those_of_the_newest_attempt_rank_by_rank() -> None:
 @pytest.mark.parametrize(
     ("rank", "attempt", "text"),
     [
-        (7, None, "no log of rank 7 of attempt 2: there are those of 0$"),
-        (None, 3, "attempt 3: there are those of 1, 2"),
+        (7, None, "no log of rank 7 of attempt 2: there are logs of 0$"),
+        (None, 3, "attempt 3: there are logs of 1, 2"),
     ],
 )
 def test_logs_that_are_not_there(rank: int | None, attempt: int | None, text: str) -> None:
     run, _ = faulty()
-    with pytest.raises(InputError, match="holds no logs"):
+    with pytest.raises(InputError, match="has no logs"):
         printed(run, rank, attempt)
     log_of(run, 1, 0, "old\n")
     log_of(run, 2, 0, "new\n")
@@ -346,7 +346,7 @@ def test_an_attempt_is_waited_for_until_the_run_has_ended(monkeypatch: pytest.Mo
     log_of(run, 1, 0, "first\n")
     end = [lambda: log_of(run, 3, 0, "third\n"), lambda: hold(run, "failed", START)]
     assert followed(run, None, 2, lambda: log_of(run, 2, 0, "second\n"), *end) == "second\n"
-    with pytest.raises(InputError, match="no log of attempt 7: there are those of 1, 2, 3"):
+    with pytest.raises(InputError, match="no log of attempt 7: there are logs of 1, 2, 3"):
         followed(run, None, 7)
     hold(run, "running", START)
     with pytest.raises(InputError, match="no log of rank 5 of attempt 3"):

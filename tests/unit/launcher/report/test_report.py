@@ -74,7 +74,7 @@ def test_the_page_has_every_section_and_every_chart(first: RunRecord) -> None:
 
 def test_a_curve_marks_where_attempts_went_on(first: RunRecord) -> None:
     kept, lost, marks = figures_of(report([first]))["loss"]["data"]
-    assert (kept["name"], lost["name"]) == ("first", "first: done again")
+    assert (kept["name"], lost["name"]) == ("first", "first: repeated")
     assert (marks["text"], marks["x"]) == (["attempt 2", "attempt 3"], [21, 61])
     assert lost["x"] == list(range(21, 31))
 
@@ -87,7 +87,7 @@ def test_several_runs_lie_over_each_other(runs: Storage, first: RunRecord) -> No
 
 
 def test_the_straggler_is_named(first: RunRecord) -> None:
-    assert straggler(first) == "first, attempt 3: the slowest is rank 3 on c, 1.50 times as long as the middle one."
+    assert straggler(first) == "first, attempt 3: the slowest is rank 3 on c, 1.50 times as long as the median."
 
 
 def test_of_very_many_ranks_the_slowest_are_counted(first: RunRecord) -> None:
@@ -149,7 +149,7 @@ def test_versions_and_devices_are_told_where_they_change(first: RunRecord) -> No
 
 
 def test_the_rank_with_the_most_memory_is_named(first: RunRecord) -> None:
-    told = "first: of all ranks the one with the most; that was 4.078 GiB, on rank 1 at step 80."
+    told = "first: the memory of the rank that uses most; the maximum was 4.078 GiB, on rank 1 at step 80."
     assert told in shown(report([first]), "memory")
 
 
@@ -167,7 +167,7 @@ def test_texts_that_were_written_to_be_compared_are(first: RunRecord) -> None:
 
 def test_of_very_many_windows_some_are_counted(first: RunRecord) -> None:
     sampled = replace(first, data=DataFacts(COUNTS, replace(WORDS, sampled=(64, 5000))))
-    assert "first, by 64 of its 5,000 windows, evenly spread: half of" in shown(report([sampled]), "lengths")
+    assert "first, from 64 of its 5,000 windows, evenly spread: half of" in shown(report([sampled]), "lengths")
 
 
 @pytest.mark.parametrize(
