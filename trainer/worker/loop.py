@@ -92,7 +92,8 @@ class Loop:
             if examples := self.task.example_rollouts():
                 for callback in self.callbacks:
                     callback.on_examples(step, examples)
-            if self._evaluation_due(step):
+            every = training.eval_every
+            if self.eval_batches and (step == self.total_steps or (every is not None and step % every == 0)):
                 self.evaluate(step)
             if step == self.total_steps:
                 for callback in self.callbacks:
@@ -109,10 +110,6 @@ class Loop:
     def _phase(self, step: int, phase: str) -> None:
         for callback in self.callbacks:
             callback.on_phase(step, phase)
-
-    def _evaluation_due(self, step: int) -> bool:
-        every = self.recipe.training.eval_every
-        return self.eval_batches is not None and (step == self.total_steps or (every is not None and step % every == 0))
 
     def _step(self, step: int, data: RankStep, began: float) -> tuple[dict[str, Any], bool]:
         batches = data.batches + [Batch.empty()] * (data.plan.rounds(self.world.size) - len(data.batches))
@@ -135,7 +132,9 @@ class Loop:
     def _update(self, step: int, update: Update, lr: float) -> UpdateResult:
         loss_sum, totals = self._accumulate(step, update)
         self._phase(step, "exchange of the loss")
-        stop_here, scores_here = float(self.stop_requested()), self._scores(update)
+        stop_here, scores_here = float(self.stop_requested()), 0.0
+        if self.meter:
+            scores_here = sum(self.meter.operations.scores(b) for b in update.batches if isinstance(b, Batch))
         rank, ranks = self.world.rank, self.world.size
         own = of_this_rank(self.own.take(), rank, ranks)
         held = of_this_rank(memory_bytes(self.world.device), rank, ranks)
@@ -156,11 +155,6 @@ class Loop:
                 f"samples: {NAMING}"
             )
         return UpdateResult(total / max(1, update.units), norm, bool(stop), scores, own, held, sums, totals)
-
-    def _scores(self, update: Update) -> float:
-        if self.meter is None:
-            return 0.0
-        return sum(self.meter.operations.scores(batch) for batch in update.batches if isinstance(batch, Batch))
 
     def _may_scale_down(self) -> bool:
         """Returns True while a non-finite gradient is expected: in float16 the first gradients overflow, until the
@@ -245,7 +239,8 @@ class Loop:
         self._phase(step, WAITING_FOR_DATA)
         for batch in self.eval_batches():
             self._phase(step, "evaluation")
-            totals.add(self._measure(batch))
+            with self.strategy.autocast():
+                totals.add(evaluated_sums(self.task, self.strategy.module, batch, self.world.device))
             self._phase(step, WAITING_FOR_DATA)  # storage gets more patience than a step
         self._phase(step, "exchange of the evaluation")
         self.strategy.reshard()
@@ -260,10 +255,6 @@ class Loop:
         }
         for callback in self.callbacks:
             callback.on_evaluation(metrics)
-
-    def _measure(self, batch: Batch) -> dict[str, torch.Tensor]:
-        with self.strategy.autocast():
-            return evaluated_sums(self.task, self.strategy.module, batch, self.world.device)
 
 
 def _samples(update: Update) -> list[str]:
