@@ -139,7 +139,8 @@ def test_a_run_does_not_go_on_on_another_base(name: str, tiny_model: Path, folde
         shutil.copy(other / weights, base / weights)
     on = recipe.model_copy(update={"training": recipe.training.model_copy(update={"stop_after": 4})})
     said = "num_hidden_layers 2 is 3 here" if name == "deeper" else r"weights \w+ is \w+ here"
-    with pytest.raises(InputError, match=rf"holds another base model than .* was started with: .*{said}.*; put that"):
+    message = rf"holds another base model than .* was started with: .*{said}.*; put that one back"
+    with pytest.raises(InputError, match=message):
         train_here(on)
     for file, raw in kept.items():
         (base / file).write_bytes(raw)
