@@ -7,35 +7,30 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.recipe.sections.tasks import AUTO_CLASSES, CAUSAL
+from trainer.recipe.methods import facts_of
+from trainer.recipe.sections.tasks import CAUSAL, TASK_FACTS
 
 if TYPE_CHECKING:
     from trainer.recipe import Recipe
 
 LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 """Of `--max-lora-rank`."""
-AS_LORA = ("lora", "rslora", "loraplus", "pissa", "olora")
-"""Methods that are saved as what vLLM reads: plain LoRA. pissa and olora of twice the rank."""
-NOT_MERGED = ("prefix", "prompt", "p_tuning", "adaption_prompt")
 
 
 def of_recipe(recipe: Recipe, adapter: str) -> list[str]:
     """Lines for a person, of a run's final adapter; none where vLLM serves nothing of the kind."""
-    section = recipe.adapter
-    if AUTO_CLASSES[recipe.task] != CAUSAL or section.kind in NOT_MERGED:
+    section, facts = recipe.adapter, facts_of(recipe.adapter.kind)
+    if TASK_FACTS[recipe.task].auto_class != CAUSAL or not facts.merges:
         return []
     if section.method == "none":
         return [_command(adapter)] if _is_local(adapter) else [_fetch(adapter, recipe.name), _command(recipe.name)]
     merged = f"{recipe.name}-merged"
     apart = ["muster", "merge", "--run", recipe.run_uri, "--out", merged]
     if not (
-        section.kind in AS_LORA
-        and section.bias == "none"
-        and not section.modules_to_save
-        and not section.trainable_tokens
+        facts.plain_lora and section.bias == "none" and not section.modules_to_save and not section.trainable_tokens
     ):
         return [shlex.join(apart), _command(merged)]
-    rank = (section.rank or 0) * (2 if section.kind in ("pissa", "olora") else 1)
+    rank = (section.rank or 0) * facts.plain_lora
     folder = adapter if _is_local(adapter) else recipe.name
     lines = [] if _is_local(adapter) else [_fetch(adapter, folder)]
     return [*lines, with_adapter(recipe.model.path, recipe.name, folder, rank)]

@@ -30,7 +30,7 @@ from trainer.model.files.remote_code import brings_code, check_code
 from trainer.model.offload import LaidOut, lay_out, spread
 from trainer.model.placement import Placement
 from trainer.recipe import Recipe
-from trainer.recipe.sections.tasks import AUTO_CLASSES, CAUSAL
+from trainer.recipe.sections.tasks import CAUSAL, TASK_FACTS
 
 log = logging.getLogger(__name__)
 
@@ -105,7 +105,7 @@ def without_weights(subject: Artifact, folder: Path) -> LaidOut:
 def _auto(subject: Artifact) -> Any:
     import transformers
 
-    return getattr(transformers, AUTO_CLASSES[subject.task])
+    return getattr(transformers, TASK_FACTS[subject.task].auto_class)
 
 
 def _attach(subject: Artifact, base: Any) -> Any:
@@ -158,7 +158,7 @@ def _adapted(subject: Artifact, base: Any, how: dict[str, Any]) -> Any:
         for name, one in subject.adapters.items():
             check_tensors(model, name, one, subject.section.path)
     kind = read_adapter_config(folder, first)["peft_type"]
-    if AUTO_CLASSES[subject.task] == CAUSAL and kind in INSERTED:
+    if TASK_FACTS[subject.task].auto_class == CAUSAL and kind in INSERTED:
         INSERTED[kind](model)
     return model
 

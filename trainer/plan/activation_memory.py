@@ -23,7 +23,7 @@ from trainer.plan.fake_process_group import CPU, fake_world
 from trainer.plan.meta_model import labels_of, layer_count, skeleton, with_layers
 from trainer.precision import needs_autocast
 from trainer.recipe import Recipe
-from trainer.recipe.sections.data import TASK_FORMATS
+from trainer.recipe.sections.tasks import TASK_FACTS
 from trainer.strategies import make_strategy
 from trainer.strategies.layers import decoder_layers
 from trainer.tasks import Task, make_task
@@ -140,7 +140,7 @@ def _autocast(recipe: Recipe, model: torch.nn.Module) -> Iterator[None]:
 def _batch(recipe: Recipe) -> Batch:
     """Returns a micro-batch of full packs, every token a target. A pair of preferences is two rows."""
     packs = recipe.training.micro_batch
-    pairs = packs if TASK_FORMATS[recipe.task] == ("preference",) else 0
+    pairs = packs if TASK_FACTS[recipe.task].learns_from == ("preference",) else 0
     shape = (packs + pairs, recipe.data.sequence_length)
     return Batch(
         index=0,

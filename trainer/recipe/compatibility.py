@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from trainer.recipe import matrix
 from trainer.recipe.base import Conflict, KeyPath, Section
-from trainer.recipe.sections.compute import SEGMENTING_TASKS, SIXTEEN_BIT, VIRTUAL
-from trainer.recipe.sections.data import TASK_FORMATS, SourceSection
+from trainer.recipe.methods import facts_of
+from trainer.recipe.sections.compute import SIXTEEN_BIT
+from trainer.recipe.sections.data import SourceSection, formats_of
 from trainer.recipe.sections.samples import SamplesSection
-from trainer.recipe.sections.tasks import AUTO_CLASSES, REFERRING, SEQUENCE, TASK_SECTIONS
+from trainer.recipe.sections.tasks import SEQUENCE, TASK_FACTS, facts_of_task
 from trainer.recipe.sections.tracking import TRACKER_SECTIONS
 from trainer.recipe.zero import STAGES
 
@@ -81,7 +82,7 @@ RULES = (
     ),
     Rule(
         (("adapter", "bias"), ("task",)),
-        lambda r: r.task in REFERRING and r.adapter.bias not in (None, "none"),
+        lambda r: facts_of_task(r.task).has_reference and r.adapter.bias not in (None, "none"),
         lambda r: (
             f"{r.adapter.bias} trains biases of the base, which stay changed when the adapter is switched off for the "
             f"reference of {r.task}; use none"
@@ -135,15 +136,16 @@ RULES = (
     ),
     Rule(
         (("compute", "attention"), ("task",)),
-        lambda r: r.compute.attention in MASKLESS_KERNELS and r.task not in SEGMENTING_TASKS,
+        lambda r: r.compute.attention in MASKLESS_KERNELS and not facts_of_task(r.task).segments,
         lambda r: (
-            f"{r.compute.attention} takes no mask; {' and '.join(SEGMENTING_TASKS)} need none, but {r.task} does; "
-            "use auto or sdpa"
+            f"{r.compute.attention} takes no mask; "
+            f"{' and '.join(name for name, facts in TASK_FACTS.items() if facts.segments)} need none, but {r.task} "
+            "does; use auto or sdpa"
         ),
     ),
     Rule(
         (("compute", "attention"), ("adapter", "method")),
-        lambda r: r.compute.attention in MASKLESS_KERNELS and r.adapter.method in VIRTUAL,
+        lambda r: r.compute.attention in MASKLESS_KERNELS and facts_of(r.adapter.kind).inserts_tokens,
         lambda r: (
             f"{r.compute.attention} needs the start of each sample, which {r.adapter.method} may move with its own "
             "tokens; use auto or sdpa"
@@ -204,7 +206,7 @@ RULES = (
     ),
     Rule(
         (("samples",), ("task",)),
-        lambda r: _writes_samples(r) and AUTO_CLASSES.get(r.task) == SEQUENCE,
+        lambda r: _writes_samples(r) and facts_of_task(r.task).auto_class == SEQUENCE,
         lambda r: f"has no effect with task {r.task}, whose model writes no texts; leave it out",
     ),
     Rule(
@@ -234,8 +236,8 @@ def across_sections(recipe: Recipe) -> Iterator[Conflict]:
 
 def _unused_sections(recipe: Recipe) -> Iterator[Conflict]:
     """Yields settings of tasks and trackers that this run does not use."""
-    for task in (task for task in TASK_SECTIONS if task != recipe.task):
-        for name in _given(getattr(recipe, task), TASK_SECTIONS[task]()):
+    for task, section in ((task, facts.section) for task, facts in TASK_FACTS.items() if task != recipe.task):
+        for name in _given(getattr(recipe, task), section()) if section else ():
             yield Conflict(((task, name), ("task",)), f"has no effect with task {recipe.task}; leave it out")
     for tracker in (tracker for tracker in TRACKER_SECTIONS if tracker not in recipe.tracking):
         for name in _given(getattr(recipe, tracker), TRACKER_SECTIONS[tracker]()):
@@ -251,7 +253,7 @@ def _given(section: Section, plain: Section) -> Iterator[str]:
 
 def _formats_of_task(recipe: Recipe) -> Iterator[Conflict]:
     """Yields the sources that the task cannot learn from."""
-    known = TASK_FORMATS.get(recipe.task, ())
+    known = formats_of(recipe.task)
     for path, source in _sources(recipe):
         if source.format not in known:
             message = f"task {recipe.task} does not learn from format {source.format}; it takes {', '.join(known)}"

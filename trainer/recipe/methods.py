@@ -10,14 +10,22 @@ from typing import Any, NamedTuple
 
 
 class Method(NamedTuple):
-    """The defaults of one adapter method. ``settings``: recipe field to default. ``lr``: the first peak learning rate
-    to try (AdamW, batches of a few dozen samples). ``what``: one line for the reference. ``source``: the origin of the
-    defaults."""
+    """What must be known of an adapter method without importing it.
+
+    ``what``: one line for the reference. ``settings``: recipe field to default. ``lr``: the first peak learning rate to
+    try (AdamW, batches of a few dozen samples). ``source``: the origin of the defaults. ``merges``: `muster merge` can
+    add it to the base model. ``plain_lora``: it is saved as plain LoRA of so many times its rank, which other programs
+    load; 0: it is not. ``shares_base``: peft supports a second LoRA adapter on the same model. ``inserts_tokens``: it
+    may insert its own tokens between those of the samples."""
 
     what: str
     settings: Mapping[str, Any]
     lr: float
     source: str
+    merges: bool = True
+    plain_lora: int = 0
+    shares_base: bool = False
+    inserts_tokens: bool = False
 
 
 MODULES = {"modules_to_save": ()}
@@ -30,36 +38,45 @@ DEFAULTS: dict[str, Method] = {
         LORA,
         2e-4,
         "arXiv:2106.09685; all linear layers and this rate: QLoRA, arXiv:2305.14314, section 4",
+        plain_lora=1,
+        shares_base=True,
     ),
     "rslora": Method(
         "LoRA scaled by alpha / √rank, so that high ranks still learn",
         {**LORA, "rank": 64, "alpha": 16},
         1e-4,
         "arXiv:2312.03732: gains show at high ranks; alpha 16 keeps the step of LoRA with alpha = 2 rank",
+        plain_lora=1,
+        shares_base=True,
     ),
     "dora": Method(
         "LoRA that trains each row's magnitude apart from its direction: closer to full fine-tuning, slower",
         LORA,
         1e-4,
         "arXiv:2402.09353, appendix A.2: rank 16, alpha 32, 1e-4 to 2e-4",
+        shares_base=True,
     ),
     "pissa": Method(
         "LoRA on the principal singular vectors of each weight; the rest is frozen (and quantised): learns faster",
         {**LORA, "alpha": 16, "dropout": 0.0},
         2e-5,
         "arXiv:2404.02948, section 5: alpha = rank, no dropout, 2e-5",
+        plain_lora=2,
     ),
     "olora": Method(
         "LoRA that starts from the orthonormal basis of each weight's QR decomposition",
         {**LORA, "alpha": 16, "dropout": 0.05},
         1e-4,
         "arXiv:2406.01775, section 4: alpha 16, dropout 0.05; rate between LoRA's and PiSSA's",
+        plain_lora=2,
     ),
     "loraplus": Method(
         "LoRA whose B learns faster than A by `lr_ratio`",
         {**LORA, "lr_ratio": 16.0},
         5e-5,
         "arXiv:2402.12354, section 5: ratio 16, with A at a rate below LoRA's",
+        plain_lora=1,
+        shares_base=True,
     ),
     "adalora": Method(
         "shares a falling budget of ranks out between the layers: starts at `rank`, ends at `target_rank` on average",
@@ -115,24 +132,32 @@ DEFAULTS: dict[str, Method] = {
         {"virtual_tokens": 20, "encoder_hidden": None, **MODULES},
         1e-2,
         "arXiv:2101.00190: 10 to 200 tokens by task; a higher rate than LoRA's, since nothing but the prefix learns",
+        merges=False,
+        inserts_tokens=True,
     ),
     "prompt": Method(
         "trains embeddings before the text: a few thousand parameters",
         {"virtual_tokens": 20, **MODULES},
         3e-1,
         "arXiv:2104.08691, section 3: 20 tokens and more gain little, drawn from the vocabulary; rate 0.3",
+        merges=False,
+        inserts_tokens=True,
     ),
     "p_tuning": Method(
         "trains embeddings before the text through an MLP",
         {"virtual_tokens": 20, "encoder_hidden": 128, **MODULES},
         1e-3,
         "arXiv:2103.10385 for the form; 20 tokens and a hidden size of 128 as in peft's examples",
+        merges=False,
+        inserts_tokens=True,
     ),
     "adaption_prompt": Method(
         "lets the top layers attend to trained vectors through a gate that starts shut",
         {"virtual_tokens": 10, "layers": None},
         9e-3,
         "arXiv:2303.16199, section 4: 10 vectors in the top 30 of 32 layers, 9e-3",
+        merges=False,
+        inserts_tokens=True,
     ),
     "peft": Method(
         "any other method of the installed peft, by its own name and fields: `{peft: MISS, r: 8}`; checked with the "
@@ -142,6 +167,14 @@ DEFAULTS: dict[str, Method] = {
         "peft's defaults; LoRA's rate as a first value",
     ),
 }
+
+
+FULL = Method("trains every weight", {}, 2e-5, "")
+
+
+def facts_of(method: str) -> Method:
+    """Returns the method's row; for ``none``, and for an unknown name, that of full fine-tuning."""
+    return DEFAULTS.get(method, FULL)
 
 
 def settings_of(method: str) -> Mapping[str, Any]:

@@ -14,8 +14,9 @@ from trainer.recipe.compatibility import RULES
 from trainer.recipe.matrix import REFUSALS, alike, axes, signs
 from trainer.recipe.methods import DEFAULTS
 from trainer.recipe.root import Recipe
-from trainer.recipe.sections.data import COLUMNS, OPTIONAL_COLUMNS, TASK_FORMATS
+from trainer.recipe.sections.data import FORMAT_FACTS, formats_of
 from trainer.recipe.sections.datasets import DATASETS
+from trainer.recipe.sections.tasks import TASK_FACTS
 from trainer.recipe.tree import dotted, element, section_of
 from trainer.recipe.writing import MAY_CHANGE, schema
 
@@ -123,13 +124,11 @@ def _methods() -> str:
 
 def _columns() -> str:
     rows = []
-    for name, columns in COLUMNS.items():
-        cells = (f"`{column}`{' (may be missing)' * (column in OPTIONAL_COLUMNS)}" for column in columns)
+    for name, facts in FORMAT_FACTS.items():
+        cells = (f"`{column}`{' (may be missing)' * (column in facts.optional)}" for column in facts.columns)
         rows.append(f"| `{name}` | {', '.join(cells)} |")
     head = ["## Columns of a format", "", "| format | reads the columns |", "|---|---|"]
-    tasks = [
-        f"Task `{task}` learns from {', '.join(f'`{f}`' for f in formats)}." for task, formats in TASK_FORMATS.items()
-    ]
+    tasks = [f"Task `{task}` learns from {', '.join(f'`{f}`' for f in formats_of(task))}." for task in TASK_FACTS]
     return "\n".join([*head, *rows, "", *tasks, ""])
 
 

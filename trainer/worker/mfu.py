@@ -34,7 +34,7 @@ import torch
 
 from trainer.distributed.world import World
 from trainer.recipe import Recipe
-from trainer.recipe.sections.tasks import REFERRING
+from trainer.recipe.sections.tasks import TASK_FACTS
 
 if TYPE_CHECKING:
     from trainer.data import Batch
@@ -131,9 +131,6 @@ class Meter:
         return {"mfu": needed / most, "hfu": done / most}
 
 
-WRITING = ("ppo",)
-"""Tasks that spend most of a step on texts of their own, which no formula here counts."""
-
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 """What configurations of transformers call the number of experts in a layer."""
 
@@ -142,13 +139,13 @@ def meter_of(recipe: Recipe, world: World, operations: Operations) -> Meter | No
     """Collective. None where the peak of a rank's device is known neither from the recipe nor from its name, and for a
     task whose operations are not counted."""
     peaks = world.all_gather(_peak(recipe, world.device))
-    if None in peaks or recipe.task in WRITING:
+    if None in peaks or TASK_FACTS[recipe.task].generates:
         return None
     return Meter(
         operations,
         float(sum(peaks)),
         recomputes=recipe.training.gradient_checkpointing,
-        refers=recipe.task in REFERRING,
+        refers=TASK_FACTS[recipe.task].has_reference,
     )
 
 

@@ -9,10 +9,6 @@ from pydantic import Field
 from trainer.recipe.base import Section
 
 SIXTEEN_BIT = ("bfloat16", "float16")
-SEGMENTING_TASKS = ("sft", "dpo")
-"""Tasks whose forward gets the start of each sample and needs no mask."""
-VIRTUAL = ("prefix", "prompt", "p_tuning", "adaption_prompt", "peft")
-"""Adapters that may insert their own tokens between those of the samples."""
 
 
 class ComputeSection(Section):

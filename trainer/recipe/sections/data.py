@@ -5,42 +5,57 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from trainer.recipe.base import Conflict, Listed, Location, OneOf, Section
 from trainer.recipe.sections.datasets import DATASETS, filled, is_hub_dataset
+from trainer.recipe.sections.tasks import TASK_FACTS
 from trainer.registry import FORMATS, choose_hint
 
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "completion": ("prompt", "completion"),
-    "messages": ("messages", "tools"),
-    "instruction": ("instruction", "input", "output"),
-    "qa": ("question", "answer", "aliases"),
-    "text": ("text",),
-    "preference": ("prompt", "chosen", "rejected", "margin"),
-    "classification": ("text", "text_pair", "label"),
+
+class FormatFacts(NamedTuple):
+    """What the recipe's rules must know of a data format without importing it.
+
+    ``columns``: those that it reads; a source's `columns` maps these names to those of the file. ``gives``: the kind of
+    samples: prompted (a prompt and its answer), text, preference (pairs), label. ``optional``: columns that rows may
+    lack. ``templated``: a `template` may render the prompt or the text. ``unpacked``: why its samples cannot share a
+    pack, if they cannot."""
+
+    columns: tuple[str, ...]
+    gives: str
+    optional: tuple[str, ...] = ()
+    templated: bool = False
+    unpacked: str | None = None
+
+
+FORMAT_FACTS: dict[str, FormatFacts] = {
+    "completion": FormatFacts(("prompt", "completion"), "prompted", templated=True),
+    "messages": FormatFacts(("messages", "tools"), "prompted", optional=("tools",)),
+    "instruction": FormatFacts(("instruction", "input", "output"), "prompted", optional=("input",), templated=True),
+    "qa": FormatFacts(("question", "answer", "aliases"), "prompted", optional=("aliases",)),
+    "text": FormatFacts(("text",), "text"),
+    "preference": FormatFacts(
+        ("prompt", "chosen", "rejected", "margin"),
+        "preference",
+        optional=("margin",),
+        unpacked="whose samples are pairs",
+    ),
+    "classification": FormatFacts(
+        ("text", "text_pair", "label"),
+        "label",
+        optional=("text_pair",),
+        templated=True,
+        unpacked="whose texts are read one by one",
+    ),
 }
-"""The columns that each format reads; `columns` maps these names to those of the file."""
 
-OPTIONAL_COLUMNS = ("tools", "input", "aliases", "margin", "text_pair")
-"""Columns that rows may lack."""
 
-TEMPLATED = ("completion", "instruction", "classification")
-"""Formats whose prompt or text a `template` may render."""
-
-UNPACKED = {"preference": "whose samples are pairs", "classification": "whose texts are read one by one"}
-"""Formats whose samples cannot share a pack, each with the reason."""
-
-TASK_FORMATS: dict[str, tuple[str, ...]] = {
-    "sft": ("completion", "messages", "instruction", "qa", "text"),
-    "classification": ("classification",),
-    "reward": ("preference",),
-    "dpo": ("preference",),
-    "ppo": ("completion", "qa", "instruction", "messages", "preference"),
-}
-"""The formats that each task learns from."""
+def formats_of(task: str) -> tuple[str, ...]:
+    """Returns the formats that the task learns from; none for an unknown task."""
+    kinds = TASK_FACTS[task].learns_from if task in TASK_FACTS else ()
+    return tuple(name for name, facts in FORMAT_FACTS.items() if facts.gives in kinds)
 
 
 def checked_template(text: str) -> str:
@@ -131,9 +146,10 @@ class SourceSection(Section):
         return is_hub_dataset(self.path)
 
     def _wrong_columns(self) -> Iterator[Conflict]:
-        known = COLUMNS.get(self.format, ())
-        if self.template is not None and self.format not in TEMPLATED:
-            allowed = ", ".join(TEMPLATED)
+        known = FORMAT_FACTS[self.format].columns if self.format in FORMAT_FACTS else ()
+        templated = [name for name, facts in FORMAT_FACTS.items() if facts.templated]
+        if self.template is not None and self.format not in templated:
+            allowed = ", ".join(templated)
             message = f"has no effect with format {self.format}; only {allowed} take a template, leave it out"
             yield Conflict((("template",), ("format",)), message)
         elif self.template is None:
@@ -187,8 +203,9 @@ class DataSection(Section):
         for part, sources in (("train", self.train), ("eval", self.eval)):
             for index, source in enumerate(sources):
                 yield from (conflict.under(part, index) for conflict in source.conflicts())
-                if self.packing and source.format in UNPACKED:
-                    reason = f"{source.format}, {UNPACKED[source.format]}"
+                unpacked = FORMAT_FACTS[source.format].unpacked if source.format in FORMAT_FACTS else None
+                if self.packing and unpacked:
+                    reason = f"{source.format}, {unpacked}"
                     message = f"cannot be used with format {reason}; write packing: false"
                     yield Conflict((("packing",), (part, index, "format")), message)
         for index, source in enumerate(self.eval):

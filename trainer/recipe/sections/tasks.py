@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field
 
@@ -10,19 +10,6 @@ from trainer.recipe.base import Section
 from trainer.recipe.sections.ppo import PPOSection
 
 CAUSAL, SEQUENCE = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
-
-AUTO_CLASSES: dict[str, str] = {
-    "sft": CAUSAL,
-    "classification": SEQUENCE,
-    "reward": SEQUENCE,
-    "dpo": CAUSAL,
-    "ppo": CAUSAL,
-}
-"""The transformers class that loads each task's model. A sequence classifier has its own head, which is trained and
-saved with any adapter."""
-
-REFERRING = ("dpo", "ppo")
-"""Tasks that compare with a reference, which is the same model with its adapter switched off."""
 
 PEFT_TYPES = {CAUSAL: "CAUSAL_LM", SEQUENCE: "SEQ_CLS"}
 """peft's task type for each class."""
@@ -52,9 +39,33 @@ class DPOSection(Section):
     margins."""
 
 
-TASK_SECTIONS: dict[str, type[Section]] = {
-    "classification": ClassificationSection,
-    "dpo": DPOSection,
-    "ppo": PPOSection,
+class TaskFacts(NamedTuple):
+    """What the recipe's rules and the commands must know of a task without importing it.
+
+    ``learns_from``: the kinds of samples (`trainer.recipe.sections.data.FormatFacts.gives`). ``auto_class``: the
+    transformers class of the model; a sequence classifier has its own head, which is trained and saved with any
+    adapter. ``has_reference``: compares with a reference, which is the same model with its adapter switched off.
+    ``segments``: its forward pass gets the start of each sample and needs no mask. ``generates``: most of a step is
+    text generation, which no formula of the MFU counts. ``section``: its settings; their key in the recipe is the
+    task's name."""
+
+    learns_from: tuple[str, ...]
+    auto_class: str = CAUSAL
+    has_reference: bool = False
+    segments: bool = False
+    generates: bool = False
+    section: type[Section] | None = None
+
+
+TASK_FACTS: dict[str, TaskFacts] = {
+    "sft": TaskFacts(("prompted", "text"), segments=True),
+    "classification": TaskFacts(("label",), SEQUENCE, section=ClassificationSection),
+    "reward": TaskFacts(("preference",), SEQUENCE),
+    "dpo": TaskFacts(("preference",), has_reference=True, segments=True, section=DPOSection),
+    "ppo": TaskFacts(("prompted", "preference"), has_reference=True, generates=True, section=PPOSection),
 }
-"""The section of each task that has settings; its key in the recipe is the task's name."""
+
+
+def facts_of_task(task: str) -> TaskFacts:
+    """Returns the task's row; for an unknown task, that of a causal language model that learns from nothing."""
+    return TASK_FACTS.get(task, TaskFacts(()))

@@ -19,7 +19,7 @@ from trainer.plan.memory import DEVICE_RESERVE, HOST_RESERVE, LOAD_BUDGET
 from trainer.plan.meta_model import layer_count, with_layers
 from trainer.plan.optimizer_memory import state_bytes
 from trainer.recipe import load
-from trainer.recipe.sections.data import TASK_FORMATS
+from trainer.recipe.sections.data import formats_of
 from trainer.registry import TASKS
 
 GPU = {"resources.gpus_per_worker": 1}
@@ -293,7 +293,7 @@ def test_a_url_gives_its_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["ddp", "fsdp"])
 def test_every_task_can_be_planned(tmp_path: Path, task: str, kind: str) -> None:
     shape = {**SMALL, "eos_token_id": 2, "num_hidden_layers": 3}
-    source = [{"path": "data/*.jsonl", "format": TASK_FORMATS[task][0]}]
+    source = [{"path": "data/*.jsonl", "format": formats_of(task)[0]}]
     needed = {"ppo.reward": {"function": "rewards.py:rate"}} if task == "ppo" else {}
     changes = {"task": task, "strategy.kind": kind, "data.train": source, "data.packing": task == "sft", **needed}
     plan = planned(plan_recipe(tmp_path, shape, **changes), 2)

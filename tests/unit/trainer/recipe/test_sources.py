@@ -17,7 +17,7 @@ from trainer.data.formats.qa import example_of
 from trainer.data.sample import Sample
 from trainer.data.spec import FrozenSource
 from trainer.recipe import dump, loads, parse, schema
-from trainer.recipe.sections.data import COLUMNS, OPTIONAL_COLUMNS, SourceSection
+from trainer.recipe.sections.data import FORMAT_FACTS, SourceSection
 from trainer.recipe.sections.datasets import DATASETS
 from trainer.registry import FORMATS
 from trainer.storage import open_storage
@@ -202,8 +202,8 @@ def test_labels_are_told_apart() -> None:
 
 
 def test_every_format_says_which_columns_it_reads() -> None:
-    assert set(COLUMNS) == set(FORMATS.names())
-    assert set(OPTIONAL_COLUMNS) <= {name for names in COLUMNS.values() for name in names}
+    assert set(FORMAT_FACTS) == set(FORMATS.names())
+    assert all(set(facts.optional) < set(facts.columns) for facts in FORMAT_FACTS.values())
 
 
 def test_the_schema_takes_a_data_set_instead_of_path_and_format() -> None:
