@@ -201,8 +201,8 @@ class Zero2(Zero):
 
 
 class Zero3(Zero):
-    """Stage 3: each rank also has only a slice (``ds_tensor``) of each parameter, which is gathered for the forward
-    and the backward of its module."""
+    """Stage 3: each rank has a slice (``ds_tensor``) of each parameter. The parameter is gathered for the forward and
+    the backward of its module, and empty otherwise."""
 
     forward_is_collective = True
 

@@ -207,7 +207,7 @@ def test_a_run_without_a_final_adapter_gives_its_newest_checkpoint(
     whole = evaluate(recipe, of_run(recipe))
     shutil.rmtree(f"{run_of(recipe).url}/{layout.ADAPTER}")
     assert evaluate(recipe, of_run(recipe)) == whole
-    assert "its checkpoint of step 3 is taken" in caplog.text
+    assert "its checkpoint of step 3 is used" in caplog.text
     shutil.rmtree(f"{run_of(recipe).url}/{layout.CHECKPOINTS}")
     with pytest.raises(InputError, match="neither a final adapter nor a complete checkpoint"):
         evaluate(recipe, of_run(recipe))
