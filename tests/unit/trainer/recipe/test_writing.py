@@ -117,7 +117,7 @@ def test_the_table_of_recipes_is_that_of_the_folder() -> None:
         packed = recipe.model.quantization
         assert method.removesuffix(" (full)") == recipe.adapter.label + ("" if packed == "none" else f", {packed}")
         assert where == f"{recipe.strategy.kind}, {_gpus(recipe)}"
-        assert data.startswith(("made", "your own")) or data == recipe.data.train[0].dataset
+        assert data.startswith(("generated", "your own")) or data == recipe.data.train[0].dataset
 
 
 def _gpus(recipe: Recipe) -> str:

@@ -225,7 +225,7 @@ def test_a_model_that_cannot_write_trains_all_the_same(
     assert len(calls) == broken, "it is not tried again"
     assert told(recipe) == []
     assert [r.message for r in caplog.records if "samples" in r.message] == [
-        "the run keeps no samples from here on: AttributeError: no past_key_values here"
+        "no more sample texts are stored: AttributeError: no past_key_values here"
     ]
     assert losses(recipe) == losses(without)
 
@@ -235,7 +235,7 @@ def test_an_adapter_among_keys_and_values_writes_none(make: Make, caplog: pytest
     with caplog.at_level(logging.WARNING):
         assert train_here(recipe) == "succeeded"
     assert told(recipe) == []
-    assert [r.message for r in caplog.records if "keeps no samples" in r.message and "prefix" in r.message]
+    assert [r.message for r in caplog.records if "no more sample texts" in r.message and "prefix" in r.message]
 
 
 def test_prompts_are_no_larger_than_a_micro_batch() -> None:
