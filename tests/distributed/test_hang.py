@@ -22,12 +22,12 @@ from trainer.run.jsonl import read_rows
 from trainer.tasks.sft import SFT
 from trainer.worker import attempt, hang_detector
 
-LIMIT_S = 240  # a busy machine makes 50 s of it
+LIMIT_S = 90
 
 
 def _hanging_rank(rank: int, recipe: Recipe, how: str, stops: int) -> None:
     """Rank ``stops`` stops at its 9th micro-batch: the whole process (SIGSTOP), or its training thread only."""
-    hang_detector.LEAST_PATIENCE_S, hang_detector.STALE_S, hang_detector.BEAT_S = 3.0, 2.0, 0.2
+    attempt.LEAST_PATIENCE_S, hang_detector.STALE_S, hang_detector.BEAT_S = 3.0, 2.0, 0.2
     if rank == stops:
         plain, calls = SFT.loss_sum, iter(range(1000))
 

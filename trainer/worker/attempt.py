@@ -86,9 +86,7 @@ def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callab
     log.info("attempt %d: rank %d of %d on %s (%s)", attempt, world.rank, world.size, world.host, world.device)
     checkpointer = Checkpointer(job, parts, run, recorder, data.train.spec.chat_template)
     detector = HangDetector(
-        world.rank,
-        world.size,
-        world.host,
+        world,
         store_of_group(),
         lambda found: _end_hang(found, detector, recorder),
         least_patience_s=COMPILING_PATIENCE_S if recipe.compute.compile else LEAST_PATIENCE_S,

@@ -30,6 +30,7 @@ from types import FrameType
 from typing import Any, Protocol
 
 from trainer.data import Batch
+from trainer.distributed.world import World
 from trainer.storage.backend import NoAnswer
 from trainer.storage.limit import limited
 from trainer.worker.callbacks import Callback
@@ -117,16 +118,14 @@ class HangDetector(Callback):
 
     def __init__(
         self,
-        rank: int,
-        size: int,
-        host: str,
+        world: World,
         store: PulseStore,
         on_hang: Callable[[list[Pulse]], None],
         clock: Callable[[], float] = time.monotonic,
         least_patience_s: float = LEAST_PATIENCE_S,
     ) -> None:
         self._least_patience_s = least_patience_s
-        self._rank, self._size, self._host, self._store = rank, size, host, store
+        self._world, self._rank, self._store = world, world.rank, store
         self._on_hang, self._clock = on_hang, clock
         self._now = (0, "starting", 0)
         self._beat = 0
@@ -148,7 +147,10 @@ class HangDetector(Callback):
         return f"step {step}, {phase}"
 
     def __enter__(self) -> HangDetector:
-        self.beat()  # the others know this rank from now on, even if it stops before its thread has run
+        """Collective: every rank knows every other rank from now on, even if one stops before its thread has run, and
+        rank 0 even if its store never answers."""
+        now = self._clock()
+        self._seen = {pulse.rank: Seen(pulse, now, now) for pulse in self._world.all_gather(self._pulse())}
         self._thread.start()
         return self
 
@@ -181,21 +183,24 @@ class HangDetector(Callback):
 
     def beat(self) -> None:
         """Writes this rank's pulse."""
-        step, phase, moves = self._now
-        self._beat += 1
-        pulse = Pulse(self._rank, self._host, os.getpid(), step, phase, moves, self._beat, self._stack())
+        pulse = self._pulse()
         self._seen[self._rank] = _after(self._seen.get(self._rank), pulse, self._clock())
         self._store.set(_key(self._rank), json.dumps(asdict(pulse)))
 
+    def _pulse(self) -> Pulse:
+        step, phase, moves = self._now
+        self._beat += 1
+        return Pulse(self._rank, self._world.host, os.getpid(), step, phase, moves, self._beat, self._stack())
+
     def _keeper_of_the_store(self, patience: float) -> list[Pulse]:
         """Returns rank 0's last pulse if this rank has not moved for the patience either; nothing on rank 0 itself."""
-        keeper, still = self._seen.get(0), self._clock() - self._seen[self._rank].moved_at >= patience
-        return [keeper.pulse] if keeper is not None and self._rank and still else []
+        still = self._clock() - self._seen[self._rank].moved_at >= patience
+        return [self._seen[0].pulse] if self._rank and still else []
 
     def look(self) -> None:
         """Reads the newest pulse of every rank."""
         now = self._clock()
-        for rank in range(self._size):
+        for rank in range(self._world.size):
             if self._store.check([_key(rank)]):
                 pulse = Pulse(**json.loads(self._store.get(_key(rank))))
                 self._seen[rank] = _after(self._seen.get(rank), pulse, now)
@@ -203,7 +208,7 @@ class HangDetector(Callback):
     def _first_sound(self, found: list[Pulse]) -> int:
         """Returns the lowest rank that is not a culprit; rank 0 if all are."""
         sick = {p.rank for p in found}
-        return min((r for r in range(self._size) if r not in sick), default=0)
+        return min((r for r in range(self._world.size) if r not in sick), default=0)
 
     def _stack(self) -> str:
         frame = _frames().get(self._main)

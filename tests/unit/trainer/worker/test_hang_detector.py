@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import sys
+import threading
+from queue import SimpleQueue
+from typing import Any
 
 import pytest
+import torch
 
+from trainer.distributed.world import World
 from trainer.worker import hang_detector
 from trainer.worker.hang_detector import (
     CHECKPOINT,
@@ -23,6 +29,7 @@ from trainer.worker.hang_detector import (
 )
 
 NOW, PATIENCE = 1000.0, 30.0
+CPU = torch.device("cpu")
 
 
 def seen(rank: int, moves: int, *, beat_ago: float = 0.5, moved_ago: float = 40.0, phase: str = "forward") -> Seen:
@@ -59,7 +66,7 @@ def test_waiting_for_storage_is_no_hang_for_half_an_hour_but_a_stopped_process_i
 def test_a_storage_that_holds_every_rank_up_is_reported_by_rank_0() -> None:
     waiting = {"moved_ago": STORAGE_PATIENCE_S + 1, "phase": WAITING_FOR_DATA}
     assert names(seen(0, 9, **waiting), seen(1, 9, **waiting)) == [0, 1]  # type: ignore[arg-type]
-    alone = HangDetector(0, 1, "host0", DictStore(), lambda found: None)
+    alone = HangDetector(World(0, 1, 0, CPU), DictStore(), lambda found: None)
     assert alone._first_sound([seen(0, 9).pulse]) == 0
 
 
@@ -68,6 +75,17 @@ def test_a_storage_that_holds_every_rank_up_is_reported_by_rank_0() -> None:
 )
 def test_patience(steps: list[float], want: float) -> None:
     assert patience_s(steps) == want
+
+
+class Rank(World):
+    """A rank on a host of its own. It gathers its own value once per rank, with that rank's numbers."""
+
+    @property
+    def host(self) -> str:
+        return f"host{self.rank}"
+
+    def all_gather(self, value: Any) -> list[Any]:
+        return [dataclasses.replace(value, rank=rank, pid=100 + rank) for rank in range(self.size)]
 
 
 class DictStore(dict[str, str]):
@@ -84,7 +102,7 @@ class DictStore(dict[str, str]):
 def test_pulses_travel_through_the_store_with_step_phase_and_stack() -> None:
     store, clock = DictStore(), iter(range(100))
     found: list[Pulse] = []
-    beats = [HangDetector(r, 2, f"host{r}", store, found.extend, clock=lambda: float(next(clock))) for r in range(2)]
+    beats = [HangDetector(Rank(r, 2, r, CPU), store, found.extend, clock=lambda: float(next(clock))) for r in range(2)]
     beats[1].on_phase(12, "backward of micro-batch 3")
     for beat in beats:
         beat.beat()
@@ -101,6 +119,28 @@ def test_pulses_travel_through_the_store_with_step_phase_and_stack() -> None:
     assert beats[0].seen() == {0: "step 0, starting", 1: "step 12, backward of micro-batch 3"}
     assert "rank 1 on host1" in hang_text([pulse], 31.0)
     assert "step 12, backward of micro-batch 3" in hang_text([pulse], 31.0)
+
+
+def test_rank_0_is_named_although_its_store_has_never_answered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It may stop before another rank has read its first pulse."""
+    monkeypatch.setattr(hang_detector, "BEAT_S", 0.01)
+    monkeypatch.setattr(hang_detector, "STALE_S", 0.02)
+    ended: SimpleQueue[list[Pulse]] = SimpleQueue()
+    asked, never = threading.Event(), threading.Event()
+
+    class Silent(DictStore):
+        def set(self, key: str, value: str) -> None:
+            asked.set()
+            never.wait()
+
+    try:
+        with HangDetector(Rank(1, 2, 1, CPU), Silent(), ended.put, least_patience_s=0.05) as detector:
+            detector.on_step_end({"step_s": 0.001}, [])
+            (pulse,) = ended.get(timeout=60)
+    finally:
+        never.set()
+    assert asked.is_set()
+    assert (pulse.rank, pulse.pid, pulse.place) == (0, 100, "step 0, starting")
 
 
 @pytest.mark.parametrize("collecting", [True, False])
