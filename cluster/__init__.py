@@ -6,23 +6,37 @@ Imports neither torch nor Ray, and nothing of the trainer: it gets plain values.
 from __future__ import annotations
 
 import importlib
+from typing import NamedTuple
 
 from cluster.job import Cluster, ClusterError, ClusterJob
 
+
+class Kind(NamedTuple):
+    """What must be known of a kind of cluster without importing its code.
+
+    ``code``: the `Cluster` as ``module:class``. ``shares_folder``: its machines have the working folder of the machine
+    that submits. ``stores_recipe``: its jobs read their recipe from the storage; otherwise the recipe is sent inside
+    the job."""
+
+    code: str
+    shares_folder: bool = False
+    stores_recipe: bool = False
+
+
 KINDS = {
-    "ray": "cluster.ray:Ray",
-    "slurm": "cluster.slurm:Slurm",
-    "kubernetes": "cluster.kubernetes:Kubernetes",
+    "ray": Kind("cluster.ray:Ray"),
+    "slurm": Kind("cluster.slurm:Slurm", shares_folder=True, stores_recipe=True),
+    "kubernetes": Kind("cluster.kubernetes:Kubernetes"),
 }
 
 
 def cluster_of(kind: str) -> Cluster:
-    """The kind's code, imported on first use; ClusterError with the names that there are."""
+    """Imports the kind's code on first use. Raises ClusterError for an unknown kind."""
     if kind not in KINDS:
         raise ClusterError(f"{kind!r} is no kind of cluster; there are: {', '.join(KINDS)}")
-    module, _, name = KINDS[kind].partition(":")
+    module, _, name = KINDS[kind].code.partition(":")
     made: Cluster = getattr(importlib.import_module(module), name)()
     return made
 
 
-__all__ = ["KINDS", "Cluster", "ClusterError", "ClusterJob", "cluster_of"]
+__all__ = ["KINDS", "Cluster", "ClusterError", "ClusterJob", "Kind", "cluster_of"]

@@ -43,7 +43,7 @@ Say = Callable[[str], None]
 
 
 class Cluster(Protocol):
-    """A kind of cluster: one file, and one line in `cluster.KINDS`. No method goes through a shell, and each waits for
+    """A kind of cluster: one file, and one row in `cluster.KINDS`. No method goes through a shell, and each waits for
     a bounded time only, except `follow`, which waits for the job."""
 
     def render(self, job: ClusterJob) -> str:

@@ -133,8 +133,11 @@ def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: Stop, *, takeov
         holder = {"host": lease.holder.host, "pid": lease.holder.pid, "by": "torchrun"}
         phases.end(DATA)
         job = Job(storage.url, lease.driver, recipe, total, holder, phases.spent())
-        ends = lambda: stop() or lease.lost.is_set() or lease.asked.is_set()  # noqa: E731
-        _train(job, ends, RunRank(run, recipe, 0, lease.driver))
+
+        def stop_requested() -> bool:
+            return stop() or lease.lost.is_set() or lease.asked.is_set()
+
+        _train(job, stop_requested, RunRank(run, recipe, 0, lease.driver))
     print(f"muster: finished; the adapter is {run.uri(layout.ADAPTER)}", flush=True)
 
 

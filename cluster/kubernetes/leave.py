@@ -3,8 +3,8 @@
 Kubernetes stops a container by a signal to its first process, which is Ray; Ray then ends everything at once. So on the
 head, this script first interrupts the driver, as Ctrl-C would, and waits for it: its workers commit, and it ends with
 exit code 3. On a worker, it reports to Ray that this node will be taken away: muster's driver sees that, the workers
-commit and are resized without the node, and this script waits for the training processes here. Kubernetes ends the wait
-with the pod's grace period (`terminationGracePeriodSeconds`).
+commit, the run continues without the node, and this script waits for the training processes here. Kubernetes ends the
+wait with the pod's grace period (`terminationGracePeriodSeconds`).
 
 Linux only (/proc), standard library only; a process that cannot be read belongs to another user.
 """

@@ -18,7 +18,7 @@ def convert(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="the YAML file")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="write the recipe here instead of on stdout")] = None,
     workers: Annotated[
-        int | None, typer.Option(min=1, help="GPUs that it ran on, which its batch is multiplied by")
+        int | None, typer.Option(min=1, help="number of GPUs that it ran on; multiplies its batch size")
     ] = None,
 ) -> None:
     """Turn the settings of axolotl or LLaMA-Factory into a recipe, and report what could not be carried over."""

@@ -1,16 +1,13 @@
-"""``muster plan``: what a run takes, for people in 80 columns or as JSON."""
+"""``muster plan``: the memory, time and cost of a run, as a table of 80 columns or as JSON."""
 
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from trainer.errors import UsageError
-
-if TYPE_CHECKING:
-    pass
 
 UNITS = {"": 1, **{f"{p}{end}": 1000**n for n, p in enumerate("KMGT", 1) for end in ("", "B")}}
 UNITS |= {f"{p}IB": 1024**n for n, p in enumerate("KMGT", 1)} | {"B": 1}
@@ -21,10 +18,16 @@ def plan(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes, by dotted path")
     ] = None,
-    gpu_memory: Annotated[str | None, typer.Option(help="of each GPU, e.g. 24GiB; else that of the GPU here")] = None,
-    host_memory: Annotated[str | None, typer.Option(help="that each rank may use of its host's, e.g. 64GiB")] = None,
-    tokens_per_s: Annotated[float | None, typer.Option(min=1e-9, help="of all ranks together, for the time")] = None,
-    price_per_gpu_hour: Annotated[float | None, typer.Option(min=0, help="for the cost, in any currency")] = None,
+    gpu_memory: Annotated[
+        str | None, typer.Option(help="memory of each GPU, e.g. 24GiB; default: that of the GPU here")
+    ] = None,
+    host_memory: Annotated[str | None, typer.Option(help="host memory that each rank may use, e.g. 64GiB")] = None,
+    tokens_per_s: Annotated[
+        float | None, typer.Option(min=1e-9, help="speed of all ranks together, to estimate the time")
+    ] = None,
+    price_per_gpu_hour: Annotated[
+        float | None, typer.Option(min=0, help="price of a GPU, in any currency, to estimate the cost")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
 ) -> None:
     """Show what RECIPE needs on each rank, from the base model's config.json alone, and what to change if it does not
@@ -47,8 +50,8 @@ def plan(
 
 
 def size(text: str) -> int:
-    """Bytes: ``24GiB``, ``80GB``, ``64G`` or a plain number."""
+    """Returns the bytes that a text such as ``24GiB``, ``80GB``, ``64G`` or a plain number names. Raises UsageError."""
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     if match is None or match[2].upper() not in UNITS:
-        raise UsageError(f"{text!r} is no size of memory; write it as 24GiB or 80GB")
+        raise UsageError(f"{text!r} is not a size of memory; write it as 24GiB or 80GB")
     return int(float(match[1]) * UNITS[match[2].upper()])

@@ -56,29 +56,30 @@ def prepare(
 
 
 def prepare_recipe(recipe: Recipe, progress: Any, processes: int) -> dict[str, Any]:
-    """Prepares what is not prepared, in processes of this machine; what ``--json`` prints."""
+    """Prepares the missing data in processes of this machine. Returns the output of ``--json``."""
     from launcher.driver.preflight import check_storage, load_run_tokenizer
     from trainer.data import process_pool, summarise
-    from trainer.data.run_data import prepare_parts, total_steps, weights
+    from trainer.data.run_data import prepare_data
     from trainer.run import layout
     from trainer.storage import open_storage
 
     storage = open_storage(recipe.storage)
     check_storage(storage)
     progress.phase("preparing data")
-    train, evaluation = prepare_parts(
+    data = prepare_data(
         recipe,
         storage.child(recipe.name),
         storage.child(layout.PREPARED),
         lambda: load_run_tokenizer(recipe),
         map_windows=process_pool(processes),
         on_progress=progress.prepared,
+        record=False,
     )
     progress.phase("planning the first epoch")
-    found = {"train": part_json(train, summarise(train, recipe.seed, weights(recipe.data)))}
-    if evaluation is not None:
-        found["eval"] = part_json(evaluation, summarise(evaluation, 0, [1.0] * len(evaluation.spec.sources)))
-    return {**found, "sequence_length": recipe.data.sequence_length, "total_steps": total_steps(recipe, train)}
+    found = {"train": part_json(data.train, summarise(data.train, recipe.seed, recipe.data.weights))}
+    if data.eval is not None:
+        found["eval"] = part_json(data.eval, summarise(data.eval, 0, [1.0] * len(data.eval.spec.sources)))
+    return {**found, "sequence_length": recipe.data.sequence_length, "total_steps": data.total_steps}
 
 
 def prepare_model(recipe: Recipe, progress: Any) -> dict[str, Any]:

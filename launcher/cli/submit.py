@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
@@ -12,9 +12,6 @@ from launcher.submit.submit import check_address, cluster_errors, job_of
 from launcher.terminal.console import stderr
 from trainer.recipe.trust import FLAG
 from trainer.run.recipe_url import recipe_at
-
-if TYPE_CHECKING:
-    pass
 
 
 def render(

@@ -9,9 +9,8 @@ from launcher.doctor.observations import Examination, RankObservation
 from launcher.doctor.probes import Gpu
 
 GIB = 2**30
-TEMPORARY_FAIL = (
-    1 * GIB
-)  # for logs, spilled objects and a checkpoint during upload; on a full disk Ray creates no objects
+# For logs, spilled objects and a checkpoint during upload; on a full disk Ray creates no objects.
+TEMPORARY_FAIL = 1 * GIB
 TEMPORARY_WARN = 5 * GIB
 FULL_SHARE = 0.95  # Ray's own limit: above it, objects are no longer written to disk
 SHARED_FAIL = 64 * 2**20  # a container's default, which one NCCL rank can fill

@@ -110,7 +110,7 @@ class ResizePolicy:
         if size >= resources.max_workers or self._grown_from or now - training.since < self._resize_s:
             return None
         self._grown_from = training
-        return Resize(f"there is room for {min(more, resources.max_workers - size)} more workers beside the {size}")
+        return Resize(f"there is room for {min(size + more, resources.max_workers)} workers instead of {size}")
 
 
 class NodeMonitor:

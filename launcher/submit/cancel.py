@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING
 
 from cluster import KINDS, ClusterError, cluster_of
 from cluster.job import Say
@@ -13,13 +12,7 @@ from trainer.run import layout
 from trainer.run.submission import Submission, read_submission
 from trainer.storage import Storage, open_storage
 
-if TYPE_CHECKING:
-    pass
-
-
 END_WAIT_S = 120.0
-
-
 LOOK_S = 1.0
 
 
@@ -31,29 +24,30 @@ def cancel_run(run_uri: str, say: Say) -> None:
     run = open_storage(run_uri, deadline_s=FIRST_LOOK_S)
     lease, made = read_lease(run), read_submission(run)
     if lease is None and made is None and run.info(layout.RECIPE) is None:
-        raise InputError(f"there is no run at {run.url}; `muster ls` with the folder above it lists those that are")
+        raise InputError(f"there is no run at {run.url}; `muster ls` with the folder above it lists its runs")
     jobs = jobs_of(made, lease.holder.job if lease else None)
-    # Also a job that has not begun, or that comes back, finds this and ends at once.
-    request_end(run, lease.driver if lease else None, sorted({*jobs, *map(as_its_driver_names_it, jobs)}))
+    # A job that starts later, or is started again, reads this request and ends at once.
+    request_end(run, lease.driver if lease else None, sorted({*jobs, *map(name_in_driver, jobs)}))
     ended = True
     if lease is not None and is_held(run, lease):
-        say(f"asking {lease.holder} to commit and end")
+        say(f"requested {lease.holder} to commit and end")
         ended = _await_end(run, lease.driver)
     gone = [_cancel_job(job, run.url, say) for job in jobs]
     if not ended and not any(gone):
         raise WorkerFailed(f"the driver of {run.url} did not end within {END_WAIT_S:.0f} s; look at its host")
-    say(f"{run.url} is stopped; the command that began it resumes from the newest checkpoint")
+    say(f"{run.url} is stopped; the command that started it resumes from the newest checkpoint")
 
 
-def as_its_driver_names_it(job: str) -> str:
-    """The driver of a Ray job knows its own submission id, and not at what address it was submitted."""
+def name_in_driver(job: str) -> str:
+    """Returns the job's name in its own driver: the driver of a Ray job knows its submission id, but not the address
+    that it was submitted to."""
     return f"ray:{job.rpartition('/')[2]}" if job.startswith("ray:http") else job
 
 
 def jobs_of(made: Submission | None, holder: str | None) -> list[str]:
-    """The run's jobs: the one last submitted, and the one that its driver runs in, if that is another."""
+    """Returns the run's jobs: the last one submitted, and the one that its driver runs in, if that is another."""
     jobs = [made.job] if made else []
-    if holder and not (made and as_its_driver_names_it(made.job) == holder):
+    if holder and not (made and name_in_driver(made.job) == holder):
         jobs.append(holder)
     return [job for job in jobs if job.partition(":")[0] in KINDS]
 

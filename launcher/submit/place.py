@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 def choose_place(on: str | None, address: str | None, recipe: Recipe | None) -> str | None:
-    """The kind of cluster to submit a job to, or None where the driver runs here; then the environment names the Ray
-    that it joins, if any."""
+    """Returns the kind of cluster to submit a job to, None if the driver runs here; then it sets the environment
+    so that the driver joins the right Ray cluster, if any. Raises UsageError for options that contradict each other."""
     if on not in (None, "local", *KINDS):
         raise UsageError(f"--on {on!r} is not one of: local, {', '.join(KINDS)}")
     if address and on not in (None, "ray"):

@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster import ClusterError, ClusterJob, cluster_of
+from cluster import KINDS, ClusterError, ClusterJob, cluster_of
 from cluster.job import Say
 from launcher.terminal.console import stderr
 from trainer.errors import Interrupted, MusterError, UsageError, WorkerFailed
@@ -30,10 +30,6 @@ if TYPE_CHECKING:
     from trainer.recipe import Recipe
 
 FIRST_LOOK_S = 30.0
-EVERYWHERE = ("ray", "kubernetes")
-"""Kinds whose machines share no working directory with this one."""
-READ_FROM_STORAGE = ("slurm",)
-"""Kinds whose jobs read their recipe from the storage; to the others it travels inside the job."""
 
 
 def job_of(
@@ -69,8 +65,8 @@ def submit(job: ClusterJob, kind: str, recipe: Recipe, say: Say) -> Submission:
     if trains:
         check_same_recipe(run, recipe)
         withdraw_end(run)
-    # Where the job reads its recipe from the storage, the user's word has to come with the command.
-    if kind in READ_FROM_STORAGE and (code_of(recipe) or submitting_code_of(recipe)):
+    # A recipe in the storage is not trusted, so the option that trusts it must be in the command.
+    if KINDS[kind].stores_recipe and (code_of(recipe) or submitting_code_of(recipe)):
         job = replace(job, command=(*job.command, FLAG))
     unique = f"{time.strftime('%Y%m%dT%H%M%S')}-{secrets.token_hex(4)}"
     key = f"{layout.SUBMITTED}/{unique}-{digest_of(job.recipe.encode())}.yaml"
@@ -133,8 +129,8 @@ def _at(address: str | None) -> dict[str, Any]:
 
 
 def check_places(recipe: Recipe, kind: str) -> None:
-    """Raises UsageError for a path that means something here only."""
-    if kind not in EVERYWHERE:
+    """Raises UsageError for a relative path if the cluster does not share this machine's working folder."""
+    if KINDS[kind].shares_folder:
         return
     sources = [*recipe.data.train, *recipe.data.eval]
     places = {"storage": recipe.storage, **{f"data: {source.path}": source.path for source in sources}}

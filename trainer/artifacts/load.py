@@ -30,6 +30,7 @@ from trainer.model.files.remote_code import brings_code, check_code
 from trainer.model.offload import LaidOut, lay_out, spread
 from trainer.model.placement import Placement
 from trainer.recipe import Recipe
+from trainer.recipe.methods import facts_of
 from trainer.recipe.sections.tasks import CAUSAL, TASK_FACTS
 
 log = logging.getLogger(__name__)
@@ -89,7 +90,7 @@ def _in_memory(subject: Artifact, folder: Path, placement: Placement, head: Head
     if not subject.adapters:
         return model
     recipe = subject.recipe
-    if recipe and recipe.adapter.kind in ("pissa", "olora") and recipe.model.quantization != "none":
+    if recipe and facts_of(recipe.adapter.kind).residual and recipe.model.quantization != "none":
         (adapter,) = subject.adapters.values()
         with _fits(subject.section.path, adapter):
             return _as_trained(recipe, model, adapter, lambda: base("none", Placement.on("cpu")))

@@ -25,7 +25,7 @@ from trainer.data import (
 )
 from trainer.errors import CorruptObject, InputError
 from trainer.parsing import Malformed
-from trainer.recipe import DataSection, Recipe, SourceSection
+from trainer.recipe import Recipe, SourceSection
 from trainer.records import read_record
 from trainer.run import layout
 from trainer.run.frozen import has_commits
@@ -76,30 +76,11 @@ def prepare_data(
     map_windows: Callable[..., Any] = map,
     on_progress: Callable[..., None] | None = None,
     early: Early | None = None,
+    record: bool = True,
 ) -> RunData:
-    """Opens or prepares the run's data, and records in the run which data they are. ``tokenizer`` is called only if
-    something must be prepared. ``early`` prepares the training data if the recipe gives a number of steps."""
-    bound = _frozen_data(run) is not None
-    train, evaluation = prepare_parts(
-        recipe, run, shared, tokenizer, map_windows=map_windows, on_progress=on_progress, early=early
-    )
-    if not bound:
-        parts = {"train": train, "eval": evaluation}
-        run.write_json(layout.DATA, {part: p.spec.to_json() for part, p in parts.items() if p is not None})
-    return RunData(recipe, train, evaluation)
-
-
-def prepare_parts(
-    recipe: Recipe,
-    run: Storage,
-    shared: Storage,
-    tokenizer: Callable[[], PreTrainedTokenizerBase],
-    *,
-    map_windows: Callable[..., Any] = map,
-    on_progress: Callable[..., None] | None = None,
-    early: Early | None = None,
-) -> tuple[PreparedDataset, PreparedDataset | None]:
-    """Opens or prepares training and evaluation data under ``shared``. Writes nothing into the run."""
+    """Opens or prepares the run's training and evaluation data under ``shared``. ``tokenizer`` is called only if
+    something must be prepared. ``early`` prepares the training data if the recipe gives a number of steps. ``record``:
+    writes into the run which data they are; otherwise nothing is written there."""
     frozen = _frozen_data(run)
     parts: dict[str, PreparedDataset | None] = {"train": None, "eval": None}
     loaded: list[PreTrainedTokenizerBase] = []
@@ -119,7 +100,9 @@ def prepare_parts(
         parts[part] = prepared
     train = parts["train"]
     assert train is not None, "a recipe has training data"
-    return train, parts["eval"]
+    if record and frozen is None:
+        run.write_json(layout.DATA, {part: p.spec.to_json() for part, p in parts.items() if p is not None})
+    return RunData(recipe, train, parts["eval"])
 
 
 def open_data(recipe: Recipe, run: Storage, shared: Storage) -> RunData:
@@ -172,12 +155,8 @@ def total_steps(recipe: Recipe, train: PreparedDataset) -> int:
         global_batch=training.global_batch,
         sequence_length=recipe.data.sequence_length,
         packing=recipe.data.packing,
-        weights=weights(recipe.data),
+        weights=recipe.data.weights,
     )
-
-
-def weights(data: DataSection) -> tuple[float, ...]:
-    return tuple(s.weight for s in data.train)
 
 
 def _frozen_data(run: Storage) -> dict[str, PreparationSpec] | None:

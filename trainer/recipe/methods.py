@@ -16,7 +16,8 @@ class Method(NamedTuple):
     try (AdamW, batches of a few dozen samples). ``source``: the origin of the defaults. ``merges``: `muster merge` can
     add it to the base model. ``plain_lora``: it is saved as plain LoRA of so many times its rank, which other programs
     load; 0: it is not. ``shares_base``: peft supports a second LoRA adapter on the same model. ``inserts_tokens``: it
-    may insert its own tokens between those of the samples."""
+    may insert its own tokens between those of the samples. ``residual``: it subtracts its initial values from the base
+    model's weights, and what is left is frozen (and quantised)."""
 
     what: str
     settings: Mapping[str, Any]
@@ -26,6 +27,7 @@ class Method(NamedTuple):
     plain_lora: int = 0
     shares_base: bool = False
     inserts_tokens: bool = False
+    residual: bool = False
 
 
 MODULES = {"modules_to_save": ()}
@@ -62,6 +64,7 @@ DEFAULTS: dict[str, Method] = {
         2e-5,
         "arXiv:2404.02948, section 5: alpha = rank, no dropout, 2e-5",
         plain_lora=2,
+        residual=True,
     ),
     "olora": Method(
         "LoRA that starts from the orthonormal basis of each weight's QR decomposition",
@@ -69,6 +72,7 @@ DEFAULTS: dict[str, Method] = {
         1e-4,
         "arXiv:2406.01775, section 4: alpha 16, dropout 0.05; rate between LoRA's and PiSSA's",
         plain_lora=2,
+        residual=True,
     ),
     "loraplus": Method(
         "LoRA whose B learns faster than A by `lr_ratio`",

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 _IN_USE = "in-use"
@@ -22,6 +23,16 @@ def lock_file(path: Path, *, shared: bool = False, wait: bool = True) -> int:
         os.close(descriptor)
         raise
     return descriptor
+
+
+@contextlib.contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Holds the lock inside the context."""
+    descriptor = lock_file(path)
+    try:
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def hold_folder(folder: Path) -> int:

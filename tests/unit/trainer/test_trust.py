@@ -318,7 +318,7 @@ def test_the_users_word_goes_along_with_a_job_that_reads_its_recipe_from_the_sto
     honest: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for kind in ("ray", "slurm", "kubernetes"):
-        monkeypatch.setitem(cluster.KINDS, kind, "tests.support.played:Played")
+        monkeypatch.setitem(cluster.KINDS, kind, cluster.KINDS[kind]._replace(code="tests.support.played:Played"))
     Played.reset()
     section = honest.model.model_copy(update={"trust_remote_code": True})
     trusting = honest.model_copy(update={"model": section, "storage": str(tmp_path / "runs"), "name": "sent"})

@@ -15,7 +15,7 @@ import threading
 import uuid
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from trainer.data.loading.next_use import Use
 from trainer.data.prepare.prepared import PreparedDataset
 from trainer.storage import Storage, local_path
 from trainer.storage.host_cache import host_cache, make_own
-from trainer.storage.locks import hold_folder, lock_file, remove_unused
+from trainer.storage.locks import hold_folder, locked, remove_unused
 
 log = logging.getLogger(__name__)
 
@@ -139,7 +139,7 @@ class DiskCache:
         return None
 
     def _store(self, name: str, raw: bytes, next_use: NextUse) -> None:
-        with self._locked("size"):
+        with locked(self.folder / "lock-size"):
             if not self._make_room(name, len(raw), next_use):
                 return
             partial = self.folder / f".{uuid.uuid4().hex}"
@@ -186,23 +186,11 @@ class DiskCache:
     def _alone(self, name: str) -> Iterator[None]:
         """Admits one thread and one process at a time per block, provided that file locks work on this host."""
         stripe = int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) % _STRIPES
-        descriptor = None
-        if not self.given_up:
-            with self._tolerant():
-                descriptor = lock_file(self.folder / f"lock-{stripe}")
-        try:
+        with ExitStack() as held:
+            if not self.given_up:
+                with self._tolerant():
+                    held.enter_context(locked(self.folder / f"lock-{stripe}"))
             yield
-        finally:
-            if descriptor is not None:
-                os.close(descriptor)
-
-    @contextmanager
-    def _locked(self, name: str) -> Iterator[None]:
-        descriptor = lock_file(self.folder / f"lock-{name}")
-        try:
-            yield
-        finally:
-            os.close(descriptor)
 
     @contextmanager
     def _tolerant(self) -> Iterator[None]:

@@ -77,7 +77,7 @@ class Stream:
             seed=recipe.seed,
             sequence_length=recipe.data.sequence_length,
             packing=recipe.data.packing,
-            weights=[source.weight for source in recipe.data.train],
+            weights=recipe.data.weights,
             global_batch=recipe.training.global_batch,
             micro_batch=recipe.training.micro_batch,
             cache=cache,

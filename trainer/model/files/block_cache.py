@@ -13,12 +13,12 @@ import threading
 import uuid
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from trainer.model.files.fetch import cache_folder
 from trainer.storage.host_cache import make_own
-from trainer.storage.locks import hold_folder, lock_file, remove_unused
+from trainer.storage.locks import hold_folder, locked, remove_unused
 
 log = logging.getLogger(__name__)
 
@@ -102,14 +102,10 @@ class BlockCache:
     @contextmanager
     def _alone(self, name: str) -> Iterator[None]:
         """Holds the block's lock: one thread of one process at a time. No effect where file locks do not work."""
-        descriptor = None
-        with self._tolerant():
-            descriptor = lock_file(self.folder / f"lock-{zlib.crc32(name.encode()) % _STRIPES}")
-        try:
+        with ExitStack() as held:
+            with self._tolerant():
+                held.enter_context(locked(self.folder / f"lock-{zlib.crc32(name.encode()) % _STRIPES}"))
             yield
-        finally:
-            if descriptor is not None:
-                os.close(descriptor)
 
     @contextmanager
     def _tolerant(self) -> Iterator[None]:

@@ -199,6 +199,10 @@ class DataSection(Section):
     chat_template: str | None = None
     """Jinja template for `messages`, or the path of a file that holds one; null takes the tokenizer's own."""
 
+    @property
+    def weights(self) -> tuple[float, ...]:
+        return tuple(source.weight for source in self.train)
+
     def conflicts(self) -> Iterator[Conflict]:
         for part, sources in (("train", self.train), ("eval", self.eval)):
             for index, source in enumerate(sources):

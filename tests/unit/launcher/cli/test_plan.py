@@ -109,7 +109,7 @@ def test_prepared_data_and_a_past_run_are_told_of(muster: Muster, tmp_path: Path
     ("changes", "arguments", "said"),
     [
         ({"model.path": "./nowhere"}, (), "'./nowhere' is no folder on this host"),
-        ({}, ("--gpu-memory", "lots"), "'lots' is no size of memory"),
+        ({}, ("--gpu-memory", "lots"), "'lots' is not a size of memory"),
         ({}, ("training.steps=0",), "training.steps"),
         ({"adapter.target_modules": ["q_prog"]}, (), "q_prog"),
     ],
@@ -133,5 +133,5 @@ def test_sizes(text: str, bytes_: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "GiB", "24 gallons", "-1GiB"])
 def test_no_sizes(text: str) -> None:
-    with pytest.raises(UsageError, match="no size of memory"):
+    with pytest.raises(UsageError, match="not a size of memory"):
         size(text)

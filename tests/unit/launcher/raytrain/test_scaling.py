@@ -55,7 +55,7 @@ def test_room_that_stays_makes_the_run_grow() -> None:
     look, have = lookout([1, 3]), [busy(1), node(2, {"CPU": 1.0})]
     assert look.look(have, group("h1"), 1000.0) is None, "one look may be wrong"
     found = look.look(have, group("h1"), 1002.0)
-    assert found == Resize("there is room for 1 more workers beside the 1")
+    assert found == Resize("there is room for 2 workers instead of 1")
     assert look.look(have, group("h1"), 1004.0) is None, "asked once"
 
 

@@ -33,7 +33,7 @@ ODD = 'it\'s $(touch owned) & "so" ünï'
 def played(monkeypatch: pytest.MonkeyPatch) -> type[Played]:
     Played.reset()
     for kind in ("ray", "slurm", "kubernetes"):
-        monkeypatch.setitem(cluster.KINDS, kind, "tests.support.played:Played")
+        monkeypatch.setitem(cluster.KINDS, kind, cluster.KINDS[kind]._replace(code="tests.support.played:Played"))
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
         monkeypatch.delenv(name, raising=False)
     return Played
