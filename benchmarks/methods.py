@@ -27,8 +27,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from benchmarks.memory import peak_mib  # noqa: E402
 from launcher.quickstart.prepare import prepare_base, prepare_data  # noqa: E402
 from tests.support.training import run_of, small_recipe, train_here  # noqa: E402
-from trainer.recipe.methods import DEFAULTS  # noqa: E402
-from trainer.registry import METHODS  # noqa: E402
+from trainer.recipe.methods import METHODS  # noqa: E402
 from trainer.run import layout  # noqa: E402
 from trainer.run.jsonl import read_rows  # noqa: E402
 
@@ -85,7 +84,7 @@ def measured(method: str, rate: float, folder: Path) -> dict[str, Any]:
 
 def peaked(method: str, folder: Path) -> dict[str, Any]:
     """Called in the method's own process, whose peak of memory is told."""
-    rate = DEFAULTS[method].lr if method in DEFAULTS else FULL_LR
+    rate = FULL_LR if method == "none" else METHODS[method].lr
     return {**measured(method, rate * TIMES, folder), "peak": f"{peak_mib():.0f}"}
 
 

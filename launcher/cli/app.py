@@ -145,9 +145,12 @@ def matrix(
     """Show which method, quantisation, strategy and task work together."""
     from launcher.cli import matrix as matrix_text
     from trainer.recipe.matrix import REFUSALS, alike
-    from trainer.registry import TASKS
+    from trainer.recipe.tasks import TASKS
 
-    tasks = TASKS.names() if task is None else (TASKS.require(task) and task,)
+    tasks = TASKS.names()
+    if task is not None:
+        TASKS[task]  # raises UsageError for an unknown name
+        tasks = (task,)
     if as_json:
         print(json.dumps(matrix_text.as_rows(tasks)))
         return
@@ -155,7 +158,7 @@ def matrix(
     for group in alike(tasks):
         console.print(matrix_text.matrix_table(group))
     console.print(matrix_text.legend())
-    console.print(matrix_text.reasons(tuple(r for r in REFUSALS if not r.task or set(r.task) & set(tasks))))
+    console.print(matrix_text.reasons(tuple(r for r in REFUSALS if not r.task or set(r.values("task")) & set(tasks))))
 
 
 app.command()(status.status)

@@ -33,7 +33,7 @@ def reasons(refusals: tuple[Refusal, ...]) -> Table:
     """Why there are gaps."""
     table = Table("does not work together", "because", box=box.SIMPLE)
     for refused in refusals:
-        sides = [f"{side} {', '.join(getattr(refused, side))}" for side in refused.sides()]
+        sides = [f"{side} {', '.join(refused.values(side))}" for side in refused.sides()]
         table.add_row("\n".join(sides), refused.why)
     return table
 

@@ -13,13 +13,13 @@ from launcher.convert.draft import Draft
 from launcher.convert.writing import written
 from trainer.errors import RecipeError, UsageError
 from trainer.parsing import Malformed, parse_yaml
-from trainer.registry import Registry
+from trainer.registry import Choice, Registry
 
 SOURCES = Registry(
     "source of recipes",
     {
-        "axolotl": "launcher.convert.axolotl:convert",
-        "llamafactory": "launcher.convert.llamafactory:convert",
+        "axolotl": Choice("launcher.convert.axolotl:convert"),
+        "llamafactory": Choice("launcher.convert.llamafactory:convert"),
     },
 )
 

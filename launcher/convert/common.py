@@ -11,7 +11,7 @@ from typing import Any
 from launcher.convert.draft import OFF, Draft, as_mapping, as_number, is_number
 from trainer.parsing import parse_json
 from trainer.recipe.sections.datasets import is_hub_dataset
-from trainer.registry import TRACKERS
+from trainer.recipe.trackers import TRACKERS
 
 OPTIMIZERS = {
     "adamw_torch": "adamw",

@@ -9,7 +9,7 @@ from trainer.data.run_data import check_rows
 from trainer.errors import InputError, StorageError
 from trainer.fast_imports import load_libraries
 from trainer.recipe import ModelSection, Recipe
-from trainer.recipe.sections.tasks import CAUSAL, SEQUENCE, TASK_FACTS
+from trainer.recipe.tasks import CAUSAL, SEQUENCE, TASKS
 from trainer.storage import Storage
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def check_model(recipe: Recipe, warn: Callable[[str], None]) -> None:
     from trainer.model import check_weights, fetch_model
 
     folder = fetch_model(recipe.model, weights=False).folder
-    model = _model_without_weights(recipe.model, folder, TASK_FACTS[recipe.task].auto_class)
+    model = _model_without_weights(recipe.model, folder, TASKS[recipe.task].auto_class)
     make_adapter(recipe).check(model)
     for name in recipe.adapter.idle():
         warn(f"adapter.{name} has no effect with adapter.method {recipe.adapter.label}")

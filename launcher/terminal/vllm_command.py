@@ -7,8 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from trainer.recipe.methods import facts_of
-from trainer.recipe.sections.tasks import CAUSAL, TASK_FACTS
+from trainer.recipe.tasks import CAUSAL, TASKS
 
 if TYPE_CHECKING:
     from trainer.recipe import Recipe
@@ -19,8 +18,8 @@ LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
 
 def of_recipe(recipe: Recipe, adapter: str) -> list[str]:
     """Lines for a person, of a run's final adapter; none where vLLM serves nothing of the kind."""
-    section, facts = recipe.adapter, facts_of(recipe.adapter.kind)
-    if TASK_FACTS[recipe.task].auto_class != CAUSAL or not facts.merges:
+    section, facts = recipe.adapter, recipe.adapter.row
+    if TASKS[recipe.task].auto_class != CAUSAL or not facts.merges:
         return []
     if section.method == "none":
         return [_command(adapter)] if _is_local(adapter) else [_fetch(adapter, recipe.name), _command(recipe.name)]

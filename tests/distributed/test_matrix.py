@@ -16,7 +16,7 @@ from tests.support.tasks import task_recipe, write_task_data
 from tests.support.training import losses, run_of, train_in_processes
 from trainer.recipe import Recipe
 from trainer.recipe.matrix import Cell, axes, cells, refusal
-from trainer.recipe.methods import DEFAULTS
+from trainer.recipe.methods import METHODS
 from trainer.run import layout
 from trainer.storage import Storage
 
@@ -69,7 +69,7 @@ def _adapter(method: str) -> dict[str, Any]:
 
 
 def _settings(method: str) -> Collection[str]:
-    return () if method == "none" else DEFAULTS[method].settings
+    return METHODS[method].settings
 
 
 def _train(group: tuple[Cell, ...] | list[Cell], model: Path, folder: Path) -> None:

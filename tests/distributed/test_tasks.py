@@ -11,7 +11,7 @@ from tests.support.ranks import run_ranks
 from tests.support.tasks import make_encoder, task_recipe, write_task_data
 from tests.support.training import ledger, run_of, train_in_processes, train_rank
 from trainer.recipe import Recipe
-from trainer.registry import TASKS
+from trainer.recipe.tasks import TASKS
 from trainer.run import layout
 from trainer.run.jsonl import read_rows
 from trainer.tasks.lm_head_loss import TargetHead

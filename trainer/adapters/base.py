@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.recipe import Recipe
-from trainer.registry import METHODS
+from trainer.recipe.methods import METHODS
 
 if TYPE_CHECKING:
     import torch

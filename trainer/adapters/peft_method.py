@@ -15,7 +15,7 @@ from trainer.adapters.meta_init import StayingOnHost, elements_of_rows, original
 from trainer.adapters.targets import check_names, check_targets, resolve
 from trainer.errors import CorruptObject, InputError
 from trainer.precision import cast_where_used
-from trainer.recipe.sections.tasks import PEFT_TYPES, TASK_FACTS
+from trainer.recipe.tasks import PEFT_TYPES, TASKS
 
 if TYPE_CHECKING:
     from peft import PeftConfig
@@ -68,7 +68,7 @@ class PeftMethod(Adapter):
     def config(self, base: torch.nn.Module, trained_whole: Iterable[str]) -> PeftConfig:
         """Returns peft's configuration. ``trained_whole``: the task's own modules, which are saved with the adapter."""
         section, fields = self.recipe.adapter, self._fields()
-        task_type = PEFT_TYPES[TASK_FACTS[self.recipe.task].auto_class]
+        task_type = PEFT_TYPES[TASKS[self.recipe.task].auto_class]
         common: dict[str, Any] = {"task_type": task_type, "revision": self.recipe.model.revision}
         if self._takes_targets(fields):
             common["target_modules"] = self.targets(base)

@@ -107,3 +107,11 @@ class Prefix(PromptTuning):
 
     def _has_mlp(self) -> bool:
         return self.recipe.adapter.encoder_hidden is not None
+
+
+def insert_for_each_sample(model: Any, peft_type: str) -> None:
+    """Makes a model that peft has loaded put its virtual tokens before each sample of a pack, as in training. No effect
+    on other methods."""
+    for method in (PromptTuning, PTuning, Prefix):
+        if method.peft_type == peft_type:
+            method.inserted(model)

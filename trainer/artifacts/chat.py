@@ -17,10 +17,9 @@ from trainer.data.formats.qa import framed
 from trainer.data.formats.rendering import Unrendered, render
 from trainer.data.sample import RowError
 from trainer.errors import UsageError
+from trainer.recipe.formats import FORMATS
 
 CHAT, QA, INSTRUCTION, TEMPLATE, PLAIN = FRAMES = ("chat", "qa", "instruction", "template", "plain")
-FRAME_OF_FORMAT = {"messages": CHAT, "qa": QA, "instruction": INSTRUCTION}
-"""Frames by the format of the training data; other formats are plain text."""
 
 Turns = list[dict[str, str]]
 Prompt = str | list[int]
@@ -40,8 +39,9 @@ def frame_for(tokenizer: Any, given: str | None, format: str | None, template: s
         return given
     if fillable:
         return TEMPLATE
-    if format in FRAME_OF_FORMAT:
-        return FRAME_OF_FORMAT[format]
+    row = FORMATS.get(format or "")
+    if row and row.frame:
+        return row.frame
     return CHAT if tokenizer.chat_template and format in (None, "preference") else PLAIN
 
 

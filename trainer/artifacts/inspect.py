@@ -29,7 +29,7 @@ from trainer.checkpoint.publish import STATE_FILES, is_last, published_files, re
 from trainer.errors import InputError, MusterError
 from trainer.model import check_weights
 from trainer.model.placement import placement_for
-from trainer.recipe.sections.tasks import TASK_FACTS
+from trainer.recipe.tasks import TASKS
 from trainer.recipe.trust import NOBODY, Trust
 from trainer.run import layout
 from trainer.storage import Storage, open_storage
@@ -196,7 +196,7 @@ def _laid_out(subject: Artifact) -> dict[str, tuple[int, ...]]:
     trust = subject.section.trust_remote_code
     config = transformers.AutoConfig.from_pretrained(base_files(subject), trust_remote_code=trust, **head)
     with torch.device("meta"):
-        base = getattr(transformers, TASK_FACTS[subject.task].auto_class).from_config(config, trust_remote_code=trust)
+        base = getattr(transformers, TASKS[subject.task].auto_class).from_config(config, trust_remote_code=trust)
         check_patterns(read_adapter_config(folder, DEFAULT), [name for name, _ in base.named_modules()], DEFAULT)
         settings = PeftConfig.from_pretrained(str(folder))
         settings.inference_mode = True  # otherwise peft initialises prompts from files that the configuration names

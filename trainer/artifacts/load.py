@@ -18,8 +18,8 @@ import torch
 
 from trainer.adapters import make_adapter
 from trainer.adapters.meta_init import StayingOnHost
-from trainer.adapters.packed_prompts import before_embeddings, before_keys
 from trainer.adapters.pissa import Residual
+from trainer.adapters.prompts import insert_for_each_sample
 from trainer.artifacts.adapter_files import ADAPTER_WEIGHTS, check_patterns, check_tensors, read_adapter_config
 from trainer.artifacts.locate import Artifact
 from trainer.bounds import bounded_memory
@@ -30,18 +30,12 @@ from trainer.model.files.remote_code import brings_code, check_code
 from trainer.model.offload import LaidOut, lay_out, spread
 from trainer.model.placement import Placement
 from trainer.recipe import Recipe
-from trainer.recipe.methods import facts_of
-from trainer.recipe.sections.tasks import CAUSAL, TASK_FACTS
+from trainer.recipe.tasks import CAUSAL, TASKS
 
 log = logging.getLogger(__name__)
 
 MOST_BYTES, TIMES = 4 * 2**30, 8
 """Limit of host memory to create an adapter: so many bytes, plus so many times the size of its files."""
-INSERTED: dict[str, Callable[[Any], None]] = {
-    "PROMPT_TUNING": before_embeddings,
-    "P_TUNING": before_embeddings,
-    "PREFIX_TUNING": before_keys,
-}
 
 
 def load(subject: Artifact, placement: Placement, labels: tuple[str, ...] | None, *, seed: int = 0) -> Any:
@@ -90,7 +84,7 @@ def _in_memory(subject: Artifact, folder: Path, placement: Placement, head: Head
     if not subject.adapters:
         return model
     recipe = subject.recipe
-    if recipe and facts_of(recipe.adapter.kind).residual and recipe.model.quantization != "none":
+    if recipe and recipe.adapter.row.residual and recipe.model.quantization != "none":
         (adapter,) = subject.adapters.values()
         with _fits(subject.section.path, adapter):
             return _as_trained(recipe, model, adapter, lambda: base("none", Placement.on("cpu")))
@@ -106,7 +100,7 @@ def without_weights(subject: Artifact, folder: Path) -> LaidOut:
 def _auto(subject: Artifact) -> Any:
     import transformers
 
-    return getattr(transformers, TASK_FACTS[subject.task].auto_class)
+    return getattr(transformers, TASKS[subject.task].auto_class)
 
 
 def _attach(subject: Artifact, base: Any) -> Any:
@@ -158,9 +152,8 @@ def _adapted(subject: Artifact, base: Any, how: dict[str, Any]) -> Any:
             raise ValueError(str(lacking)) from None
         for name, one in subject.adapters.items():
             check_tensors(model, name, one, subject.section.path)
-    kind = read_adapter_config(folder, first)["peft_type"]
-    if TASK_FACTS[subject.task].auto_class == CAUSAL and kind in INSERTED:
-        INSERTED[kind](model)
+    if TASKS[subject.task].auto_class == CAUSAL:
+        insert_for_each_sample(model, read_adapter_config(folder, first)["peft_type"])
     return model
 
 

@@ -21,7 +21,7 @@ from trainer.errors import InputError, UsageError
 from trainer.model import fetch_model, load_tokenizer
 from trainer.model.files.configs import read_config
 from trainer.recipe import ModelSection, Recipe
-from trainer.recipe.sections.tasks import CAUSAL, PEFT_TYPES, TASK_FACTS
+from trainer.recipe.tasks import CAUSAL, PEFT_TYPES, TASKS
 from trainer.recipe.trust import NOBODY, Trust
 from trainer.run import layout
 from trainer.run.frozen import read_recipe
@@ -89,7 +89,7 @@ class Artifact:
     @property
     def classes(self) -> tuple[str, ...] | None:
         """Names of a classifier's outputs; None for a language model. Raises InputError if they are unknown."""
-        if TASK_FACTS[self.task].auto_class == CAUSAL:
+        if TASKS[self.task].auto_class == CAUSAL:
             return None
         if not self.labels:
             raise InputError(
@@ -231,7 +231,7 @@ def _saved(recipe: Recipe | None, folder: Path, where: str, trust: Trust) -> Art
 
 
 def _check_adapter(recipe: Recipe, config: dict[str, Any], where: str) -> None:
-    wanted, got = PEFT_TYPES[TASK_FACTS[recipe.task].auto_class], config.get("task_type")
+    wanted, got = PEFT_TYPES[TASKS[recipe.task].auto_class], config.get("task_type")
     if got not in (None, wanted):
         raise InputError(f"{where} is an adapter for {got}, and task {recipe.task} needs one for {wanted}")
     base = config.get("base_model_name_or_path")
@@ -252,8 +252,8 @@ def _origin_by_peft(config: dict[str, Any], where: str) -> ArtifactInfo:
     base = config.get("base_model_name_or_path")
     if not base:
         raise InputError(f"{ADAPTER_CONFIG} of {where} names no base; write it there as base_model_name_or_path")
-    tasks = {kind: task for task, auto in reversed(TASK_FACTS.items()) for kind in [PEFT_TYPES[auto.auto_class]]}
-    kind = config.get("task_type") or PEFT_TYPES[TASK_FACTS["sft"].auto_class]
+    tasks = {PEFT_TYPES[row.auto_class]: name for name, row in reversed(list(TASKS.items()))}
+    kind = config.get("task_type") or PEFT_TYPES[TASKS["sft"].auto_class]
     task = tasks.get(kind) if isinstance(kind, str) else None
     if task is None:
         raise InputError(f"{where} is an adapter for {config['task_type']}, which is none of {', '.join(tasks)}")
@@ -282,9 +282,9 @@ def _whole_model(recipe: Recipe | None, section: ModelSection, folder: Path, whe
     named = [str(name) for name in config.get("architectures") or []]
     head = any(name.endswith("ForSequenceClassification") for name in named)
     task = recipe.task if recipe else "classification" if head else "sft"
-    if TASK_FACTS[task].has_reference:
+    if TASKS[task].has_reference:
         raise InputError(f"{where} is a whole model: task {task} compares an adapter with the base under it, name one")
-    kind = TASK_FACTS[task].auto_class.removeprefix("AutoModel")
+    kind = TASKS[task].auto_class.removeprefix("AutoModel")
     if not kind.startswith("ForCausal") and not any(name.endswith(kind) for name in named):
         raise InputError(f"{where} is {', '.join(named) or 'of no kind'}, without the head that task {task} needs")
     labels = _labels(config) if recipe else _outputs(config)

@@ -16,8 +16,7 @@ from trainer.errors import InputError
 from trainer.model.files.configs import read_config
 from trainer.model.placement import Placement
 from trainer.recipe import Recipe
-from trainer.recipe.methods import facts_of
-from trainer.recipe.sections.tasks import SEQUENCE, TASK_FACTS
+from trainer.recipe.tasks import SEQUENCE, TASKS
 from trainer.recipe.trust import Trust
 from trainer.run import layout
 from trainer.storage import open_storage
@@ -61,7 +60,7 @@ def check_reward(recipe: Recipe) -> None:
 def _found(recipe: Recipe, place: str, folder: Path) -> Artifact:
     """Locates the reward model. Its code may run only if it is the recipe's own base model and the recipe trusts it."""
     subject = find(_address(place), folder, trust=Trust(model=recipe.model))
-    if TASK_FACTS[subject.task].auto_class != SEQUENCE:
+    if TASKS[subject.task].auto_class != SEQUENCE:
         raise InputError(f"ppo.reward.model {place} is for task {subject.task}; a reward model is wanted")
     outputs = subject.outputs or len(subject.classes or ())
     if outputs != 1:
@@ -86,7 +85,7 @@ def _shared(subject: Artifact, recipe: Recipe) -> SharedReward | None:
     cannot share the model with the policy's."""
     base, own = subject.section, recipe.model
     alike = all(getattr(base, name) == getattr(own, name) for name in ("path", "revision", "quantization"))
-    if not alike or len(subject.adapters) != 1 or not facts_of(recipe.adapter.kind).shares_base:
+    if not alike or len(subject.adapters) != 1 or not recipe.adapter.row.shares_base:
         return None
     (folder,) = subject.adapters.values()
     config, tensors = _config(folder), _tensors(folder)

@@ -13,10 +13,10 @@ from typing import Any, NamedTuple, Required, TypedDict
 
 from trainer.parsing import parse_json
 from trainer.recipe import ModelSection, Recipe
+from trainer.recipe.formats import FORMATS
 from trainer.recipe.sections.data import checked_template
-from trainer.recipe.sections.tasks import TASK_FACTS
+from trainer.recipe.tasks import TASKS
 from trainer.records import read_record
-from trainer.registry import FORMATS
 
 ORIGIN_FILE = "muster.json"
 
@@ -58,7 +58,7 @@ class ArtifactInfo(NamedTuple):
             stored = read_record(_StoredInfo, parse_json((folder / ORIGIN_FILE).read_bytes()))
             # Trust is never read from storage (`trainer.recipe.trust`): anyone may have written the file.
             model = ModelSection.model_validate(stored["model"]).model_copy(update={"trust_remote_code": False})
-            if stored["task"] not in TASK_FACTS:
+            if stored["task"] not in TASKS:
                 return None
             format, template = stored.get("format"), stored.get("template")
             if format is not None and format not in FORMATS:

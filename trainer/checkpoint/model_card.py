@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from trainer.recipe import ModelSection, Recipe, dump
-from trainer.recipe.sections.tasks import CAUSAL, SEQUENCE, TASK_FACTS
+from trainer.recipe.tasks import CAUSAL, SEQUENCE, TASKS
 from trainer.redact import redact
 
 LOAD_ADAPTER = """\
@@ -43,7 +43,7 @@ PIPELINES = {CAUSAL: "text-generation", SEQUENCE: "text-classification"}
 def model_card(recipe: Recipe, facts: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
     """Returns Markdown with the Hub's front matter. ``facts``: the metrics rows of the last step and evaluation."""
     full = recipe.adapter.method == "none"
-    auto = TASK_FACTS[recipe.task].auto_class
+    auto = TASKS[recipe.task].auto_class
     front = {
         **_base_of(recipe.model.path),
         "library_name": "transformers" if full else "peft",

@@ -6,8 +6,8 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
+from trainer.recipe.optimizers import OPTIMIZERS
 from trainer.recipe.sections.optimizer import OptimizerSection
-from trainer.registry import OPTIMIZERS
 
 if TYPE_CHECKING:
     import torch

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
+from trainer.recipe.schedules import SCHEDULES
 from trainer.recipe.sections.schedule import ScheduleSection
 
 
-def _cosine(progress: float) -> float:
+def constant(progress: float) -> float:
+    return 1.0
+
+
+def linear(progress: float) -> float:
+    return 1.0 - progress
+
+
+def cosine(progress: float) -> float:
     """SGDR without restarts (Loshchilov & Hutter 2016, arXiv:1608.03983)."""
     return 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
-SHAPES: dict[str, Callable[[float], float]] = {
-    "constant": lambda progress: 1.0,
-    "linear": lambda progress: 1.0 - progress,
-    "cosine": _cosine,
-}
-"""The factor of the learning rate, from 1 to 0, by the progress of the steps after the warm-up, from 0 to 1."""
 
 
 def learning_rate(section: ScheduleSection, peak: float, step: int, total_steps: int) -> float:
@@ -32,4 +32,5 @@ def learning_rate(section: ScheduleSection, peak: float, step: int, total_steps:
     span = max(1, total_steps - warmup)
     progress = min(1.0, (step - warmup - 1) / span)
     floor = section.min_lr_ratio
-    return peak * (floor + (1.0 - floor) * SHAPES[section.name](progress))
+    factor: float = SCHEDULES.load(section.name)(progress)
+    return peak * (floor + (1.0 - floor) * factor)

@@ -23,7 +23,8 @@ from trainer.plan.fake_process_group import CPU, fake_world
 from trainer.plan.meta_model import labels_of, layer_count, skeleton, with_layers
 from trainer.precision import needs_autocast
 from trainer.recipe import Recipe
-from trainer.recipe.sections.tasks import TASK_FACTS
+from trainer.recipe.matrix import sharded
+from trainer.recipe.tasks import TASKS
 from trainer.strategies import make_strategy
 from trainer.strategies.layers import decoder_layers
 from trainer.tasks import Task, make_task
@@ -61,7 +62,7 @@ def working_set(recipe: Recipe, config: PreTrainedConfig, ranks: int) -> Working
 
     Raises InputError when the model's forward depends on tensors' values, which fake tensors do not have."""
     activations = _peak(recipe, config, None)
-    if recipe.strategy.kind != "fsdp":
+    if not recipe.strategy.row.wraps_fakes:
         return Working(activations, 0)
     return Working(activations, max(0, _peak(recipe, config, ranks) - activations))
 
@@ -79,7 +80,7 @@ def measure(recipe: Recipe, config: PreTrainedConfig, ranks: int | None) -> Acti
     """Runs one micro-batch, forward and backward, sharded over ``ranks`` by FSDP2, or not sharded if None."""
     try:
         with fake_world(ranks) if ranks else nullcontext() as world:
-            model = skeleton(recipe, config, as_gathered=world is None and recipe.strategy.kind != "ddp")
+            model = skeleton(recipe, config, as_gathered=world is None and sharded(recipe.strategy.row))
             layers = decoder_layers(model)
             task = make_task(recipe, labels_of(recipe))
             task.attach(model)
@@ -140,7 +141,7 @@ def _autocast(recipe: Recipe, model: torch.nn.Module) -> Iterator[None]:
 def _batch(recipe: Recipe) -> Batch:
     """Returns a micro-batch of full packs, every token a target. A pair of preferences is two rows."""
     packs = recipe.training.micro_batch
-    pairs = packs if TASK_FACTS[recipe.task].learns_from == ("preference",) else 0
+    pairs = packs if TASKS[recipe.task].learns_from == ("preference",) else 0
     shape = (packs + pairs, recipe.data.sequence_length)
     return Batch(
         index=0,

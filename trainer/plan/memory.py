@@ -12,10 +12,11 @@ from trainer.plan.fake_quantized_linear import PackedLinear
 from trainer.plan.meta_model import skeleton
 from trainer.plan.optimizer_memory import WHOLE, checkpoint_bytes, partition_bytes
 from trainer.plan.result import Limits, Plan, RankPlan
-from trainer.plan.shards import Share, Weight, share, weights_of
+from trainer.plan.shards import Share, share, weights_of
 from trainer.recipe import Recipe
-from trainer.recipe.zero import STAGES, zero_settings
-from trainer.registry import STRATEGIES
+from trainer.recipe.strategies import STRATEGIES
+from trainer.recipe.zero import zero_settings
+from trainer.strategies.shards import Weight
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +50,7 @@ class Model:
 
 def read_model(recipe: Recipe, config: PreTrainedConfig) -> Model:
     # Under full fine-tuning DeepSpeed casts the model; its float32 copy is counted with the optimizer.
-    model = skeleton(recipe, config, as_gathered=recipe.strategy.kind in STAGES)
+    model = skeleton(recipe, config, as_gathered=recipe.strategy.row.zero_stage > 0)
     packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
     hidden = sum(m.in_features * m.out_features - m.packed.numel() for m in packed)
     weights = weights_of(model)
@@ -110,7 +111,7 @@ class Planner:
 
     def _computing(self, recipe: Recipe, ranks: int) -> Working:
         strategy, training = recipe.strategy, recipe.training
-        sharded = (strategy.kind, strategy.reshard_after_forward, ranks if strategy.kind == "fsdp" else 0)
+        sharded = (strategy.kind, strategy.reshard_after_forward, ranks if strategy.row.wraps_fakes else 0)
         packs = (training.micro_batch, training.gradient_checkpointing, recipe.data.sequence_length)
         key = _key(recipe, *sharded, *packs)
         if key not in self._working:
@@ -144,13 +145,13 @@ def _key(recipe: Recipe, *more: object) -> str:
 
 def gathered(recipe: Recipe, model: Model, working: Working) -> Working:
     """Returns ``working`` with DeepSpeed's unsharded bytes, which its settings bound (in elements)."""
-    kind = recipe.strategy.kind
-    if kind not in STAGES:
+    strategy = recipe.strategy
+    if not strategy.row.zero_stage:
         return working
-    settings = zero_settings(kind, recipe.strategy.deepspeed)
+    settings = zero_settings(strategy.kind, strategy.deepspeed)
     bucket = min(model.trainable, int(settings.get("reduce_bucket_size", 5e8)))
     buckets = (2 if settings.get("overlap_comm", True) else 1) * bucket * WHOLE
-    if kind == "zero2":
+    if strategy.row.shards != "parameters":
         return working._replace(unsharded=buckets)
     elements: Counter[int] = Counter()  # by their bytes
     for weight, count in model.weights.items():
@@ -204,7 +205,7 @@ def _kept(recipe: Recipe, model: Model, ranks: int, rank: int) -> Share:
 def _offloaded(recipe: Recipe, kept: Share) -> int:
     """Returns the bytes, of those kept between steps, that are in the host's memory."""
     everything = kept.frozen + kept.trainable + kept.padding
-    if recipe.strategy.kind not in STAGES and recipe.optimizer.name.startswith("paged"):
+    if recipe.optimizer.row.paged and not recipe.strategy.row.zero_stage:
         return kept.optimizer
     states = kept.gradient + kept.optimizer if _states_on_host(recipe) else 0
     return states + (everything if recipe.strategy.offload or _zero_offloads(recipe, "offload_param") else 0)
@@ -216,14 +217,14 @@ def _states_on_host(recipe: Recipe) -> bool:
 
 
 def _zero_offloads(recipe: Recipe, part: str) -> bool:
-    kind = recipe.strategy.kind
-    if kind not in STAGES:
+    strategy = recipe.strategy
+    if not strategy.row.zero_stage:
         return False
-    return bool(zero_settings(kind, recipe.strategy.deepspeed).get(part, {}).get("device") == "cpu")
+    return bool(zero_settings(strategy.kind, strategy.deepspeed).get(part, {}).get("device") == "cpu")
 
 
 def _update_bytes(recipe: Recipe, model: Model, kept: Share) -> int:
-    if recipe.optimizer.name != "adamw":
+    if recipe.optimizer.row.quantised:
         return 0
     elements = kept.gradient // (WHOLE + (8 if recipe.exact else 0))
     largest = max((w.numel for w in model.weights if w.trainable), default=0)

@@ -17,7 +17,7 @@ from trainer.model.head import Head, set_up_head
 from trainer.model.meta import from_config
 from trainer.plan.fake_quantized_linear import stand_in
 from trainer.recipe import Recipe
-from trainer.recipe.sections.tasks import TASK_FACTS
+from trainer.recipe.tasks import TASKS
 from trainer.tasks import make_task
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def skeleton(recipe: Recipe, config: PreTrainedConfig, *, as_gathered: bool = Fa
             config,
             full=adapter.full and not as_gathered,
             checkpointing=recipe.training.gradient_checkpointing,
-            auto_class=getattr(transformers, TASK_FACTS[recipe.task].auto_class),
+            auto_class=getattr(transformers, TASKS[recipe.task].auto_class),
         )
         if adapter.full:
             model.requires_grad_(True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from trainer.plan.shards import Weight
 from trainer.recipe import Recipe
-from trainer.recipe.zero import STAGES
+from trainer.recipe.optimizers import OPTIMIZERS
+from trainer.strategies.shards import Weight
 
 MOMENTS = 2
 WHOLE = 4  # bytes of a float32
@@ -17,14 +17,14 @@ SMALLEST_8BIT, BLOCK_8BIT = 4096, 256
 def state_bytes(optimizer: str, elements: int) -> int:
     """Returns the bytes of optimizer state for a tensor of ``elements`` (or a rank's part of it), without step
     counters."""
-    if optimizer == "adamw" or elements < SMALLEST_8BIT:
+    if not OPTIMIZERS[optimizer].quantised or elements < SMALLEST_8BIT:
         return MOMENTS * WHOLE * elements
     return MOMENTS * (elements + WHOLE * -(-elements // BLOCK_8BIT))
 
 
 def partition_bytes(recipe: Recipe, elements: int) -> int:
     """Returns `state_bytes`, and under DeepSpeed its optimizer's float32 copy of the trainable parameters."""
-    copy = WHOLE * elements if recipe.strategy.kind in STAGES else 0
+    copy = WHOLE * elements if recipe.strategy.row.zero_stage else 0
     return state_bytes(recipe.optimizer.name, elements) + copy
 
 

@@ -9,7 +9,6 @@ from trainer.errors import InputError, RecipeError
 from trainer.plan.memory import Planner
 from trainer.plan.result import Plan
 from trainer.recipe import Recipe, dump, loads
-from trainer.recipe.zero import STAGES
 
 MOST_RANKS = 64
 
@@ -99,7 +98,7 @@ def _kinds(recipe: Recipe, ranks: int) -> Iterator[list[Change]]:
 
 
 def _strategies(recipe: Recipe, ranks: int) -> Iterator[Change]:
-    if recipe.strategy.kind == "fsdp" and not recipe.strategy.reshard_after_forward:
+    if not recipe.strategy.reshard_after_forward:
         yield ("strategy.reshard_after_forward=true",)
     if ranks > 1 and (change := _sharding(recipe)):
         yield change
@@ -107,15 +106,15 @@ def _strategies(recipe: Recipe, ranks: int) -> Iterator[Change]:
 
 def _sharding(recipe: Recipe) -> Change:
     """Returns the overrides that shard the model over the ranks; empty if it is sharded already."""
-    kind = recipe.strategy.kind
-    if kind in ("fsdp", "zero3"):
+    row = recipe.strategy.row
+    if row.shards == "parameters":
         return ()
-    return ("strategy.kind=fsdp", *(("strategy.deepspeed=null",) if kind in STAGES else ()))
+    return ("strategy.kind=fsdp", *(("strategy.deepspeed=null",) if row.zero_stage else ()))
 
 
 def _offloads(recipe: Recipe) -> Iterator[Change]:
     # An earlier change may have set another strategy.kind: `_Advisor.changed` drops combinations that are not valid.
-    if recipe.strategy.kind in STAGES:
+    if recipe.strategy.row.zero_stage:
         yield (f"strategy.deepspeed={recipe.strategy.kind}_offload",)
     elif not recipe.strategy.offload:
         yield ("strategy.kind=fsdp", "strategy.offload=true")[recipe.strategy.kind == "fsdp" :]

@@ -75,7 +75,7 @@ Listed = Annotated[tuple[T, ...], Strict(False)]
 class OneOf:
     """A constraint on a text: it must be a name of this registry. The JSON Schema lists the names."""
 
-    registry: Registry
+    registry: Registry[Any]
 
     def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
         return core_schema.no_info_after_validator_function(self._check, handler(source))
@@ -86,7 +86,7 @@ class OneOf:
 
     def _check(self, name: str) -> str:
         try:
-            self.registry.require(name)
+            self.registry[name]
         except UsageError as error:
             raise ValueError(str(error)) from None
         return name

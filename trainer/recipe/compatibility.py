@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from trainer.recipe import matrix
 from trainer.recipe.base import Conflict, KeyPath, Section
-from trainer.recipe.methods import facts_of
+from trainer.recipe.formats import formats_of
+from trainer.recipe.matrix import sharded
 from trainer.recipe.sections.compute import SIXTEEN_BIT
-from trainer.recipe.sections.data import SourceSection, formats_of
+from trainer.recipe.sections.data import SourceSection
 from trainer.recipe.sections.samples import SamplesSection
-from trainer.recipe.sections.tasks import SEQUENCE, TASK_FACTS, facts_of_task
-from trainer.recipe.sections.tracking import TRACKER_SECTIONS
-from trainer.recipe.zero import STAGES
+from trainer.recipe.tasks import SEQUENCE, TASKS
+from trainer.recipe.trackers import TRACKERS
 
 if TYPE_CHECKING:
     from trainer.recipe.root import Recipe
@@ -36,7 +36,7 @@ class Rule(NamedTuple):
 RULES = (
     Rule(
         (("optimizer", "name"), ("strategy", "kind")),
-        lambda r: r.optimizer.name != "adamw" and r.strategy.kind != "ddp",
+        lambda r: r.optimizer.row.quantised and sharded(r.strategy.row),
         lambda r: (
             f"{r.optimizer.name} does not take the sharded parameters of strategy.kind {r.strategy.kind}; use adamw, "
             "or ddp with it"
@@ -44,12 +44,12 @@ RULES = (
     ),
     Rule(
         (("optimizer", "name"), ("resources", "gpus_per_worker")),
-        lambda r: r.optimizer.name.startswith("paged") and r.resources.gpus_per_worker == 0,
+        lambda r: r.optimizer.row.paged and r.resources.gpus_per_worker == 0,
         lambda r: f"{r.optimizer.name} moves GPU memory to the host, and gpus_per_worker is 0; use adamw_8bit",
     ),
     Rule(
         (("model", "dtype"), ("strategy", "kind")),
-        lambda r: r.model.dtype == "float16" and r.strategy.kind in STAGES,
+        lambda r: r.model.dtype == "float16" and r.strategy.row.zero_stage > 0,
         lambda r: (
             f"float16 scales the loss, and {r.strategy.kind} cannot skip an update whose gradients overflow; "
             "use bfloat16 or float32, or fsdp"
@@ -82,7 +82,7 @@ RULES = (
     ),
     Rule(
         (("adapter", "bias"), ("task",)),
-        lambda r: facts_of_task(r.task).has_reference and r.adapter.bias not in (None, "none"),
+        lambda r: TASKS[r.task].has_reference and r.adapter.bias not in (None, "none"),
         lambda r: (
             f"{r.adapter.bias} trains biases of the base, which stay changed when the adapter is switched off for the "
             f"reference of {r.task}; use none"
@@ -90,8 +90,8 @@ RULES = (
     ),
     Rule(
         (("data", "packing"), ("task",)),
-        lambda r: r.task == "ppo" and r.data.packing,
-        lambda r: "cannot be used with task ppo, whose packs are prompts; write packing: false",
+        lambda r: TASKS[r.task].generates and r.data.packing,
+        lambda r: f"cannot be used with task {r.task}, whose packs are prompts; write packing: false",
     ),
     Rule(
         (("ppo", "reward"), ("task",)),
@@ -136,16 +136,16 @@ RULES = (
     ),
     Rule(
         (("compute", "attention"), ("task",)),
-        lambda r: r.compute.attention in MASKLESS_KERNELS and not facts_of_task(r.task).segments,
+        lambda r: r.compute.attention in MASKLESS_KERNELS and not TASKS[r.task].segments,
         lambda r: (
             f"{r.compute.attention} takes no mask; "
-            f"{' and '.join(name for name, facts in TASK_FACTS.items() if facts.segments)} need none, but {r.task} "
+            f"{' and '.join(name for name, facts in TASKS.items() if facts.segments)} need none, but {r.task} "
             "does; use auto or sdpa"
         ),
     ),
     Rule(
         (("compute", "attention"), ("adapter", "method")),
-        lambda r: r.compute.attention in MASKLESS_KERNELS and facts_of(r.adapter.kind).inserts_tokens,
+        lambda r: r.compute.attention in MASKLESS_KERNELS and r.adapter.row.inserts_tokens,
         lambda r: (
             f"{r.compute.attention} needs the start of each sample, which {r.adapter.method} may move with its own "
             "tokens; use auto or sdpa"
@@ -173,13 +173,13 @@ RULES = (
     ),
     Rule(
         (("compute", "compile"), ("strategy", "kind")),
-        lambda r: r.compute.compile and r.strategy.kind == "zero3",
+        lambda r: r.compute.compile and r.strategy.row.zero_stage == 3,
         lambda r: "would be repeated for each module that zero3 gathers parameters for; use fsdp, or zero2",
     ),
     Rule(
         (("compute", "compile"), ("task",)),
-        lambda r: r.compute.compile and r.task == "ppo",
-        lambda r: "does not work with task ppo, which writes texts token by token with a cache; set it to false",
+        lambda r: r.compute.compile and TASKS[r.task].generates,
+        lambda r: f"does not work with task {r.task}, which writes texts token by token with a cache; set it to false",
     ),
     Rule(
         (("compute", "compile"), ("exact",)),
@@ -206,7 +206,7 @@ RULES = (
     ),
     Rule(
         (("samples",), ("task",)),
-        lambda r: _writes_samples(r) and facts_of_task(r.task).auto_class == SEQUENCE,
+        lambda r: _writes_samples(r) and TASKS[r.task].auto_class == SEQUENCE,
         lambda r: f"has no effect with task {r.task}, whose model writes no texts; leave it out",
     ),
     Rule(
@@ -236,11 +236,11 @@ def across_sections(recipe: Recipe) -> Iterator[Conflict]:
 
 def _unused_sections(recipe: Recipe) -> Iterator[Conflict]:
     """Yields settings of tasks and trackers that this run does not use."""
-    for task, section in ((task, facts.section) for task, facts in TASK_FACTS.items() if task != recipe.task):
+    for task, section in ((task, facts.section) for task, facts in TASKS.items() if task != recipe.task):
         for name in _given(getattr(recipe, task), section()) if section else ():
             yield Conflict(((task, name), ("task",)), f"has no effect with task {recipe.task}; leave it out")
-    for tracker in (tracker for tracker in TRACKER_SECTIONS if tracker not in recipe.tracking):
-        for name in _given(getattr(recipe, tracker), TRACKER_SECTIONS[tracker]()):
+    for tracker, row in ((tracker, row) for tracker, row in TRACKERS.items() if tracker not in recipe.tracking):
+        for name in _given(getattr(recipe, tracker), row.section()):
             message = f"has no effect without {tracker} in tracking; add it there, or leave this out"
             yield Conflict(((tracker, name), ("tracking",)), message)
 

@@ -5,13 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import product
-from typing import TYPE_CHECKING, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from trainer.recipe.base import Conflict, KeyPath
+from trainer.recipe.methods import METHODS, MethodRow
 from trainer.recipe.sections.model import ModelSection
-from trainer.registry import METHODS, STRATEGIES, TASKS
+from trainer.recipe.strategies import STRATEGIES, StrategyRow
+from trainer.recipe.tasks import SEQUENCE, TASKS, TaskRow
+from trainer.registry import Registry
 
 if TYPE_CHECKING:
     from trainer.recipe.root import Recipe
@@ -32,6 +35,9 @@ PATHS: dict[str, KeyPath] = {
 }
 """The path in a recipe of each side of a cell."""
 
+TABLES: Mapping[str, Registry[Any]] = {"method": METHODS, "strategy": STRATEGIES, "task": TASKS}
+"""The rows of each side that has some."""
+
 PLAINEST_FIRST = ("quantization", "strategy", "method", "task")
 """The sides in the order in which to suggest a change: the task, which decides what is learned, is last."""
 
@@ -44,19 +50,36 @@ SIGNS = {"none": "x", "nf4": "4", "int8": "8"}
 
 
 class Refusal(NamedTuple):
-    """Cells that do not work: those that have one of these values on every side that is not empty."""
+    """Cells that do not work: those that have one of these values on every side that is not empty. A side is a tuple of
+    values, or a condition on their rows, so that a new row is covered without a change here."""
 
     why: str
-    method: tuple[str, ...] = ()
+    method: tuple[str, ...] | Callable[[MethodRow], bool] = ()
     quantization: tuple[str, ...] = ()
-    strategy: tuple[str, ...] = ()
-    task: tuple[str, ...] = ()
+    strategy: Callable[[StrategyRow], bool] | None = None
+    task: Callable[[TaskRow], bool] | None = None
 
     def sides(self) -> tuple[str, ...]:
         return tuple(side for side in PLAINEST_FIRST if getattr(self, side))
 
+    def values(self, side: str) -> tuple[str, ...]:
+        """Returns the values that are covered on one of `sides`."""
+        return tuple(value for value in axes()[side] if self._covers(side, value))
+
     def covers(self, cell: Cell) -> bool:
-        return all(getattr(cell, side) in getattr(self, side) for side in self.sides())
+        return all(self._covers(side, getattr(cell, side)) for side in self.sides())
+
+    def _covers(self, side: str, value: str) -> bool:
+        given = getattr(self, side)
+        return bool(given(TABLES[side][value])) if callable(given) else value in given
+
+
+def sharded(row: StrategyRow) -> bool:
+    return row.shards != "nothing"
+
+
+def with_head(row: TaskRow) -> bool:
+    return row.auto_class == SEQUENCE
 
 
 REFUSALS = (
@@ -67,39 +90,39 @@ REFUSALS = (
     ),
     Refusal(
         "pissa and olora take a part out of each weight, and int8 would round the rest by the largest entry of a row",
-        method=("pissa", "olora"),
+        method=lambda method: method.residual,
         quantization=("int8",),
     ),
     Refusal(
         "the reference of dpo and ppo is the model with its adapter off, and adapter.method none has no adapter",
         method=("none",),
-        task=("dpo", "ppo"),
+        task=lambda task: task.has_reference,
     ),
     Refusal(
         "prompt and p_tuning put virtual tokens before a text, and the head then reads the wrong position",
-        method=("prompt", "p_tuning"),
-        task=("classification", "reward"),
+        method=lambda method: method.own_vectors == "tokens",
+        task=with_head,
     ),
     Refusal(
         "peft saves no head with an adaption_prompt",
         method=("adaption_prompt",),
-        task=("classification", "reward"),
+        task=with_head,
     ),
     Refusal(
         "pissa and olora take a part out of the base model, so that it is no reference with its adapter switched off",
-        method=("pissa", "olora"),
-        task=("dpo", "ppo"),
+        method=lambda method: method.residual,
+        task=lambda task: task.has_reference,
     ),
     Refusal(
         "ppo writes texts with a cache of keys and values, which cannot separate an adapter's own vectors from those "
         "of a text; adapters by peft's names may have such vectors",
-        method=("prefix", "prompt", "p_tuning", "adaption_prompt", "peft"),
-        task=("ppo",),
+        method=lambda method: method.own_vectors != "none",
+        task=lambda task: task.generates,
     ),
     Refusal(
         "adalora plans its ranks over a run's steps, one update each, and ppo takes several in a step",
         method=("adalora",),
-        task=("ppo",),
+        task=lambda task: task.generates,
     ),
     Refusal(
         "peft mistakes the shape of a packed 4-bit weight for that of the layer",
@@ -114,12 +137,12 @@ REFUSALS = (
     Refusal(
         "adalora compares the gradients of whole matrices between all layers",
         method=("adalora",),
-        strategy=("fsdp", "zero2", "zero3"),
+        strategy=sharded,
     ),
     Refusal(
         "int8 weights cannot be sharded or cast: each scale belongs to a complete row of integer weights",
         quantization=("int8",),
-        strategy=("fsdp", "zero2", "zero3"),
+        strategy=sharded,
     ),
 )
 

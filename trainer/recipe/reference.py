@@ -11,12 +11,12 @@ from pydantic.fields import FieldInfo
 
 from trainer.recipe.base import KeyPath, Section
 from trainer.recipe.compatibility import RULES
+from trainer.recipe.formats import FORMATS, formats_of
 from trainer.recipe.matrix import REFUSALS, alike, axes, signs
-from trainer.recipe.methods import DEFAULTS
+from trainer.recipe.methods import METHODS
 from trainer.recipe.root import Recipe
-from trainer.recipe.sections.data import FORMAT_FACTS, formats_of
 from trainer.recipe.sections.datasets import DATASETS
-from trainer.recipe.sections.tasks import TASK_FACTS
+from trainer.recipe.tasks import TASKS
 from trainer.recipe.tree import dotted, element, section_of
 from trainer.recipe.writing import MAY_CHANGE, schema
 
@@ -115,7 +115,9 @@ def _methods() -> str:
     head = ["## Methods", "", "What a recipe leaves out is filled in with these.", ""]
     head += ["| `adapter.method` | | takes, with its defaults | `optimizer.lr` to begin with | source |"]
     rows = []
-    for name, method in DEFAULTS.items():
+    for name, method in METHODS.items():
+        if name == "none":
+            continue  # it takes nothing
         values = {key: json.dumps(value).strip('"') for key, value in method.settings.items()}
         settings = ", ".join(f"`{key}: {value}`" for key, value in values.items())
         rows.append(f"| `{name}` | {method.what} | {settings} | {method.lr:g} | {method.source} |")
@@ -124,11 +126,11 @@ def _methods() -> str:
 
 def _columns() -> str:
     rows = []
-    for name, facts in FORMAT_FACTS.items():
-        cells = (f"`{column}`{' (may be missing)' * (column in facts.optional)}" for column in facts.columns)
+    for name, row in FORMATS.items():
+        cells = (f"`{column}`{' (may be missing)' * (column in row.optional)}" for column in row.columns)
         rows.append(f"| `{name}` | {', '.join(cells)} |")
     head = ["## Columns of a format", "", "| format | reads the columns |", "|---|---|"]
-    tasks = [f"Task `{task}` learns from {', '.join(f'`{f}`' for f in formats_of(task))}." for task in TASK_FACTS]
+    tasks = [f"Task `{task}` learns from {', '.join(f'`{f}`' for f in formats_of(task))}." for task in TASKS.names()]
     return "\n".join([*head, *rows, "", *tasks, ""])
 
 
@@ -162,7 +164,7 @@ def _matrix() -> str:
         lines.append("")
     lines += ["Why the others do not:", ""]
     for refused in REFUSALS:
-        sides = (f"{side} {', '.join(f'`{value}`' for value in getattr(refused, side))}" for side in refused.sides())
+        sides = (f"{side} {', '.join(f'`{value}`' for value in refused.values(side))}" for side in refused.sides())
         lines.append(f"- {' with '.join(sides)}: {refused.why}.")
     return "\n".join([*lines, ""])
 

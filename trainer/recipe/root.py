@@ -25,7 +25,8 @@ from trainer.recipe.sections.strategy import StrategySection
 from trainer.recipe.sections.tasks import ClassificationSection, DPOSection
 from trainer.recipe.sections.tracking import MlflowSection, PrometheusSection, TensorBoardSection, WandbSection
 from trainer.recipe.sections.training import TrainingSection
-from trainer.registry import TASKS, TRACKERS
+from trainer.recipe.tasks import TASKS
+from trainer.recipe.trackers import TRACKERS
 
 
 def _run_name(name: str) -> str:

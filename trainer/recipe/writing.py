@@ -12,7 +12,7 @@ import yaml
 from trainer.recipe.base import KeyPath
 from trainer.recipe.document import Dumper
 from trainer.recipe.root import Recipe
-from trainer.recipe.sections.tracking import TRACKER_SECTIONS
+from trainer.recipe.trackers import TRACKERS
 from trainer.recipe.tree import dotted
 
 MAY_CHANGE: tuple[KeyPath, ...] = (
@@ -24,7 +24,7 @@ MAY_CHANGE: tuple[KeyPath, ...] = (
     ("compute",),
     ("checkpoint",),
     ("tracking",),
-    *((tracker,) for tracker in TRACKER_SECTIONS),
+    *((tracker,) for tracker in TRACKERS.names()),
     ("samples",),
     ("profile",),
     ("training", "stop_after"),

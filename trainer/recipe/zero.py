@@ -11,10 +11,10 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from trainer.recipe.strategies import STRATEGIES
 from trainer.registry import choose_hint
 
 FOLDER = Path(__file__).resolve().parents[2] / "deepspeed"
-STAGES = {"zero2": 2, "zero3": 3}
 OFFLOADS = ("offload_optimizer", "offload_param")
 ELSEWHERE = {
     "train_batch_size": "training.global_batch",
@@ -38,13 +38,7 @@ def names() -> tuple[str, ...]:
 def zero_settings(kind: str, given: str | Mapping[str, Any] | None) -> dict[str, Any]:
     """Returns DeepSpeed's ``zero_optimization``. ``given``: ``strategy.deepspeed`` after validation."""
     settings = dict(given) if isinstance(given, Mapping) else _read(given or kind)["zero_optimization"]
-    return {**settings, "stage": STAGES[kind]}
-
-
-def offloads(kind: str, given: str | Mapping[str, Any] | None) -> bool:
-    """Returns true if optimizer state or parameters are stored in the host's memory between steps."""
-    settings = zero_settings(kind, given)
-    return any(settings.get(part, {}).get("device", "none") != "none" for part in OFFLOADS)
+    return {**settings, "stage": STRATEGIES[kind].zero_stage}
 
 
 def mistakes(kind: str, given: str | Mapping[str, Any] | None) -> Iterator[str]:
@@ -84,13 +78,14 @@ def _foreign(settings: Mapping[str, Any], allowed: set[str] | None) -> Iterator[
 
 
 def _wrong(kind: str, settings: Mapping[str, Any]) -> Iterator[str]:
-    stage = settings.get("stage", STAGES[kind])
-    if stage != STAGES[kind]:
-        yield f"holds ZeRO stage {stage}, and strategy.kind {kind} is stage {STAGES[kind]}; name another file or kind"
+    right = STRATEGIES[kind].zero_stage
+    stage = settings.get("stage", right)
+    if stage != right:
+        yield f"holds ZeRO stage {stage}, and strategy.kind {kind} is stage {right}; name another file or kind"
     for part in OFFLOADS:
         offload = settings.get(part, {})
         device = offload.get("device", "none") if isinstance(offload, Mapping) else offload
         if device not in ("none", "cpu"):
             yield f"{part}.device {device!r} is not one of: none, cpu (checkpoints gather what is in host memory)"
-        if part == "offload_param" and device == "cpu" and kind != "zero3":
+        if part == "offload_param" and device == "cpu" and right < 3:
             yield f"offload_param needs strategy.kind zero3: {kind} keeps complete parameters on the device"

@@ -20,8 +20,9 @@ import torch
 
 from trainer.distributed.world import World
 from trainer.precision import needs_autocast
-from trainer.registry import STRATEGIES
+from trainer.recipe.strategies import STRATEGIES
 from trainer.strategies.optimizer_state import load_optimizer_state, optimizer_state
+from trainer.strategies.shards import Kept, Weight
 
 if TYPE_CHECKING:
     from trainer.recipe import Recipe
@@ -63,6 +64,12 @@ class Strategy(ABC):
     def loads_sharded(cls, recipe: Recipe) -> bool:
         """Returns True if `setup` accepts a model on the meta device, where each rank fills its own slices."""
         return False
+
+    @classmethod
+    def kept(cls, weight: Weight, ranks: int, rank: int) -> Kept:
+        """Returns the elements of a parameter, its gradient and its optimizer state that a rank keeps: all of them,
+        unless the strategy shards them."""
+        return Kept(weight.numel, weight.numel, weight.numel)
 
     def setup(self, model: torch.nn.Module, make_optimizer: MakeOptimizer, fill: Fill | None = None) -> None:
         """Wraps ``model`` and makes the optimizer for its trainable parameters.

@@ -5,6 +5,7 @@ belong to the group of the root."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trainer.strategies.base import ShardSlice, Strategy
 from trainer.strategies.layers import decoder_layers
+from trainer.strategies.shards import Kept, Weight, chunk_rows
 
 if TYPE_CHECKING:
     from trainer.recipe import Recipe
@@ -27,6 +29,14 @@ class FSDP(Strategy):
     @classmethod
     def loads_sharded(cls, recipe: Recipe) -> bool:
         return True
+
+    @classmethod
+    def kept(cls, weight: Weight, ranks: int, rank: int) -> Kept:
+        # FSDP2 splits the first dimension as torch.chunk does, so that the last ranks may get fewer rows or none, and
+        # allocates the largest chunk on every rank.
+        rows, rest = weight.shape[0], math.prod(weight.shape[1:])
+        mine = chunk_rows(rows, ranks, rank) * rest
+        return Kept(mine, mine, mine, chunk_rows(rows, ranks, 0) * rest - mine)
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         offload = OffloadPolicy()

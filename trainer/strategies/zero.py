@@ -27,6 +27,7 @@ from trainer.recipe.zero import zero_settings
 from trainer.strategies.base import Fill, MakeOptimizer, ShardSlice, Strategy, set_lr
 from trainer.strategies.layers import decoder_layers
 from trainer.strategies.optimizer_state import check_owners
+from trainer.strategies.shards import Kept, Weight
 from trainer.strategies.zero_shards import cut, gathered, pieces
 
 if TYPE_CHECKING:
@@ -180,6 +181,11 @@ class Zero(Strategy):
 class Zero2(Zero):
     """Stage 2: every rank has all parameters, and a flat float32 partition for each group of them."""
 
+    @classmethod
+    def kept(cls, weight: Weight, ranks: int, rank: int) -> Kept:
+        share = -(-weight.numel // ranks)
+        return Kept(weight.numel, share, share)
+
     def setup(self, model: torch.nn.Module, make_optimizer: MakeOptimizer, fill: Fill | None = None) -> None:
         super().setup(model, make_optimizer, fill)
         groups: list[list[torch.nn.Parameter]] = self.partitions.bit16_groups
@@ -210,6 +216,11 @@ class Zero3(Zero):
     def loads_sharded(cls, recipe: Recipe) -> bool:
         # In full fine-tuning below float32, the engine casts full parameters before it cuts them.
         return recipe.adapter.method != "none" or recipe.model.dtype == "float32"
+
+    @classmethod
+    def kept(cls, weight: Weight, ranks: int, rank: int) -> Kept:
+        share = -(-weight.numel // ranks)  # equal slices of the flattened parameter; the last ones are padded
+        return Kept(share, share, share)
 
     def materialise(self) -> list[ShardSlice]:
         with _local_rank(self.world.device):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from trainer.distributed.world import World
 from trainer.parsing import Malformed
-from trainer.registry import TASKS
+from trainer.recipe.tasks import TASKS
 
 if TYPE_CHECKING:
     import torch

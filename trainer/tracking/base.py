@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol
 
 from trainer.errors import InputError, MusterError
 from trainer.recipe import Recipe
-from trainer.registry import TRACKERS
+from trainer.recipe.trackers import TRACKERS
 from trainer.storage import Storage
 
 TRAIN, EVAL = "train", "eval"

@@ -25,9 +25,9 @@ from dataclasses import asdict, dataclass
 from trainer.errors import CorruptObject, Interrupted
 from trainer.parsing import Malformed
 from trainer.recipe import Recipe, fingerprint
+from trainer.recipe.trackers import TRACKERS
 from trainer.records import Count, read_record
 from trainer.redact import redact
-from trainer.registry import TRACKERS
 from trainer.run import layout
 from trainer.run.jsonl_tail import JsonLinesTail
 from trainer.storage import Storage

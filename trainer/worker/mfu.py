@@ -34,7 +34,7 @@ import torch
 
 from trainer.distributed.world import World
 from trainer.recipe import Recipe
-from trainer.recipe.sections.tasks import TASK_FACTS
+from trainer.recipe.tasks import TASKS
 
 if TYPE_CHECKING:
     from trainer.data import Batch
@@ -139,13 +139,13 @@ def meter_of(recipe: Recipe, world: World, operations: Operations) -> Meter | No
     """Collective. None where the peak of a rank's device is known neither from the recipe nor from its name, and for a
     task whose operations are not counted."""
     peaks = world.all_gather(_peak(recipe, world.device))
-    if None in peaks or TASK_FACTS[recipe.task].generates:
+    if None in peaks or TASKS[recipe.task].generates:
         return None
     return Meter(
         operations,
         float(sum(peaks)),
         recomputes=recipe.training.gradient_checkpointing,
-        refers=TASK_FACTS[recipe.task].has_reference,
+        refers=TASKS[recipe.task].has_reference,
     )
 
 

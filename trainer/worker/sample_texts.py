@@ -19,7 +19,6 @@ import torch
 from trainer.data import Batch, PreparedDataset, eval_batches
 from trainer.errors import InputError
 from trainer.model.kernels.attention import by_mask
-from trainer.recipe.methods import facts_of
 from trainer.tasks.sampling import PolicySampler, SamplingPrompt, prompts_of, shown
 from trainer.worker.build import Parts
 from trainer.worker.callbacks import Callback, Position
@@ -116,7 +115,7 @@ class SampleTexts(Callback):
 
     def _author(self, step: int) -> tuple[PolicySampler, Any]:
         method = self.recipe.adapter.kind
-        if facts_of(method).inserts_tokens:
+        if self.recipe.adapter.row.inserts_tokens:
             raise InputError(
                 f"texts are generated with a key-value cache, which adapter.method {method} may fill itself"
             )

@@ -28,7 +28,9 @@ def test_the_page_lists_what_is_refused() -> None:
     refused = {
         (method, other)
         for one in REFUSALS
-        for method in one.method
-        for other in (*one.quantization, *one.strategy, *one.task)
+        for method in (one.values("method") if one.method else ())
+        for side in one.sides()
+        if side != "method"
+        for other in one.values(side)
     }
     assert listed() == refused | NO_CELL

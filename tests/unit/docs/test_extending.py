@@ -13,7 +13,11 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.support.training import losses, small_recipe, train_here, write_pairs
-from trainer.registry import FORMATS, METHODS, STRATEGIES, TASKS, Registry
+from trainer.recipe.formats import FORMATS
+from trainer.recipe.methods import METHODS
+from trainer.recipe.strategies import STRATEGIES
+from trainer.recipe.tasks import TASKS
+from trainer.registry import Registry
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGES = {path.stem: path for path in sorted((ROOT / "docs" / "extending").glob("*.md"))}
@@ -47,7 +51,7 @@ def put_in_place(page: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         path, name = title.split(": ")
         home = importlib.import_module(path.removesuffix("/__init__.py").removesuffix(".py").replace("/", "."))
         table = getattr(home, name)
-        table = table._table if isinstance(table, Registry) else table
+        table = table._rows if isinstance(table, Registry) else table
         for key, value in eval("{" + text + "}", vars(home)).items():
             monkeypatch.setitem(table, key, value)
     return module
@@ -81,14 +85,14 @@ def test_the_format(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.Monkey
 )
 def test_what_trains(
     page: str,
-    registry: Registry,
+    registry: Registry[Any],
     changes: dict[str, Any],
     tiny_model: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = put_in_place(PAGES[page], monkeypatch)
-    (name,) = [name for name in registry.names() if registry.require(name).startswith(f"{made.__name__}:")]
+    (name,) = [name for name in registry.names() if registry[name].code.startswith(f"{made.__name__}:")]
     write_pairs(tmp_path / "data" / "pairs.jsonl", 40)
     recipe = small_recipe(name, tiny_model, tmp_path, **changes)
     plain = small_recipe("plain", tiny_model, tmp_path, **({"adapter.dropout": 0.0} if page == "method" else {}))

@@ -1,5 +1,5 @@
 """Data formats: each converts rows to tokens and targets. Each has a file, and an entry in
-``trainer.registry.FORMATS``."""
+``trainer.recipe.formats.FORMATS``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Protocol, cast
 
 from trainer.data.sample import Row, RowError, Sample
 from trainer.data.spec import FrozenSource, PreparationSpec
-from trainer.registry import FORMATS
+from trainer.recipe.formats import FORMATS
 
 
 class Format(Protocol):

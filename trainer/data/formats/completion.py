@@ -12,12 +12,13 @@ from trainer.data.formats.columns import Columns
 from trainer.data.formats.joined import Joiner, Pair, both
 from trainer.data.sample import Row, RowError, Sample
 from trainer.data.spec import FrozenSource, PreparationSpec
+from trainer.recipe.tasks import TASKS
 
 
 class Completion:
     def __init__(self, source: FrozenSource, tokenizer: Any, spec: PreparationSpec) -> None:
         self.joiner, self.columns = Joiner(tokenizer, "completion"), Columns(source)
-        self.of_prompts = spec.task == "ppo"
+        self.of_prompts = TASKS[spec.task].generates
 
     def encode(self, rows: Sequence[Row]) -> list[Sample | RowError]:
         return self.joiner.encode([texts_of(row, self.columns, of_prompts=self.of_prompts) for row in rows])

@@ -13,6 +13,7 @@ from trainer.data.formats.columns import Columns, as_text
 from trainer.data.formats.joined import Joiner, Pair, both
 from trainer.data.sample import Row, RowError, Sample
 from trainer.data.spec import FrozenSource, PreparationSpec
+from trainer.recipe.tasks import TASKS
 
 PROMPT = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
@@ -28,7 +29,7 @@ PROMPT_WITH_INPUT = (
 class Instruction:
     def __init__(self, source: FrozenSource, tokenizer: Any, spec: PreparationSpec) -> None:
         self.joiner, self.columns = Joiner(tokenizer, "instruction"), Columns(source)
-        self.of_prompts = spec.task == "ppo"
+        self.of_prompts = TASKS[spec.task].generates
 
     def encode(self, rows: Sequence[Row]) -> list[Sample | RowError]:
         outputs = [self.columns.answer(row, "output", self.of_prompts) for row in rows]

@@ -15,12 +15,13 @@ from trainer.data.formats.turns import tools_of, turns_of
 from trainer.data.sample import Row, RowError, Sample
 from trainer.data.spec import FrozenSource, PreparationSpec
 from trainer.errors import InputError
+from trainer.recipe.tasks import TASKS
 
 
 class MessagesFormat:
     def __init__(self, source: FrozenSource, tokenizer: Any, spec: PreparationSpec) -> None:
         self.chat, self.columns = Chat(tokenizer, spec.chat_template), Columns(source)
-        self.of_prompts = spec.task == "ppo"
+        self.of_prompts = TASKS[spec.task].generates
         if not self.chat.template:
             raise InputError(
                 f"data source {source.path}: the format messages needs a chat template, and neither the tokenizer nor "

@@ -19,6 +19,7 @@ from trainer.data.formats.joined import Joiner, Pair, both
 from trainer.data.formats.turns import Turn, turns_of
 from trainer.data.sample import Row, RowError, Sample
 from trainer.data.spec import FrozenSource, PreparationSpec
+from trainer.recipe.tasks import TASKS
 
 SIDES = ("chosen", "rejected")
 
@@ -26,7 +27,7 @@ SIDES = ("chosen", "rejected")
 class Preference:
     def __init__(self, source: FrozenSource, tokenizer: Any, spec: PreparationSpec) -> None:
         self.joiner, self.chat = Joiner(tokenizer, "preference"), Chat(tokenizer, spec.chat_template)
-        self.columns, self.of_prompts = Columns(source), spec.task == "ppo"
+        self.columns, self.of_prompts = Columns(source), TASKS[spec.task].generates
 
     def encode(self, rows: Sequence[Row]) -> list[Sample | RowError]:
         if self.of_prompts:

@@ -11,6 +11,7 @@ from trainer.data.readers import rows_of
 from trainer.data.sample import RowError
 from trainer.data.spec import FrozenSource
 from trainer.errors import InputError
+from trainer.recipe.formats import FORMATS
 
 MOST_LABELS = 10_000
 
@@ -21,7 +22,7 @@ def label_set(sources: Sequence[FrozenSource]) -> tuple[str, ...]:
     A source's labels are those named in the recipe, or else those in its rows: numbers by value, then names by
     alphabet. Raises InputError for fewer than two labels, and for a column with too many distinct values.
     """
-    chosen = [s for s in sources if s.format == "classification"]
+    chosen = [s for s in sources if FORMATS[s.format].gives == "label"]
     labels = tuple(dict.fromkeys(label for source in chosen for label in source.labels or _found(source)))
     if chosen and len(labels) < 2:
         raise InputError(

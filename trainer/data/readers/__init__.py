@@ -13,20 +13,20 @@ from trainer.data.readers.body import Body, ObjectBody, unpacked
 from trainer.data.sample import Row, RowError
 from trainer.data.spec import FrozenObject, FrozenSource
 from trainer.errors import InputError
-from trainer.registry import Registry
+from trainer.registry import Choice, Registry
 from trainer.storage import locate
 
 READERS = Registry(
     "data reader",
     {
-        "jsonl": "trainer.data.readers.jsonl:JsonLinesReader",
-        "json": "trainer.data.readers.json_array:open_json",
-        "csv": "trainer.data.readers.csv_rows:Csv",
-        "tsv": "trainer.data.readers.tsv:Tsv",
-        "text": "trainer.data.readers.text:TextLines",
-        "document": "trainer.data.readers.text:TextDocument",
-        "parquet": "trainer.data.readers.parquet:Parquet",
-        "hub": "trainer.data.readers.hub:Hub",
+        "jsonl": Choice("trainer.data.readers.jsonl:JsonLinesReader"),
+        "json": Choice("trainer.data.readers.json_array:open_json"),
+        "csv": Choice("trainer.data.readers.csv_rows:Csv"),
+        "tsv": Choice("trainer.data.readers.tsv:Tsv"),
+        "text": Choice("trainer.data.readers.text:TextLines"),
+        "document": Choice("trainer.data.readers.text:TextDocument"),
+        "parquet": Choice("trainer.data.readers.parquet:Parquet"),
+        "hub": Choice("trainer.data.readers.hub:Hub"),
     },
 )
 

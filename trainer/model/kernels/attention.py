@@ -22,9 +22,8 @@ import torch
 from trainer.errors import InputError
 from trainer.model.kernels.packing_check import FIRST_TOKENS, SECOND_TOKENS
 from trainer.model.kernels.varlen_cpu import by_sample
-from trainer.recipe.methods import facts_of
 from trainer.recipe.sections.compute import SIXTEEN_BIT
-from trainer.recipe.sections.tasks import TASK_FACTS
+from trainer.recipe.tasks import TASKS
 
 if TYPE_CHECKING:
     from trainer.recipe import Recipe
@@ -47,7 +46,7 @@ def wanted(recipe: Recipe, device: torch.device) -> str:
     setting = recipe.compute.attention
     if setting != "auto":
         return setting
-    segmented = TASK_FACTS[recipe.task].segments and not facts_of(recipe.adapter.kind).inserts_tokens
+    segmented = TASKS[recipe.task].segments and not recipe.adapter.row.inserts_tokens
     if device.type == "cuda":
         runs = recipe.model.dtype in SIXTEEN_BIT
     else:

@@ -10,8 +10,7 @@ from pydantic import AfterValidator, Field, WithJsonSchema, WrapValidator, model
 
 from trainer.errors import UsageError
 from trainer.recipe.base import Conflict, Listed, Section, show, takes
-from trainer.recipe.methods import DEFAULTS, methods_with, settings_of
-from trainer.registry import METHODS
+from trainer.recipe.methods import METHODS, MethodRow, methods_with
 
 BY_NAME = "peft"
 METHOD_SCHEMA = {
@@ -49,7 +48,7 @@ def _method(value: Any, handler: Any) -> Any:
     if value == BY_NAME:
         raise ValueError("names the method in a mapping: {peft: MISS, r: 8}")
     try:
-        METHODS.require(value)
+        METHODS[value]
     except UsageError as error:
         raise ValueError(str(error)) from None
     return value
@@ -138,7 +137,8 @@ class AdapterSection(Section):
         stated = {key: value for key, value in given.items() if value is not None or key not in cls.model_fields}
         method = stated.get("method", "lora")
         kind = method if isinstance(method, str) else BY_NAME if isinstance(method, dict) else ""
-        return {**settings_of(kind), **stated}
+        row = METHODS.get(kind)  # an unknown name is refused by its own validator
+        return {**(row.settings if row else {}), **stated}
 
     @property
     def kind(self) -> str:
@@ -149,6 +149,10 @@ class AdapterSection(Section):
     def label(self) -> str:
         """The method's name for people."""
         return self.method if isinstance(self.method, str) else str(self.method[BY_NAME])
+
+    @property
+    def row(self) -> MethodRow:
+        return METHODS[self.kind]
 
     def conflicts(self) -> Iterator[Conflict]:
         if self.target_rank is not None and self.rank is not None and self.target_rank >= self.rank:
@@ -169,11 +173,8 @@ class AdapterSection(Section):
 
     def uses(self, setting: str) -> bool:
         """Returns true if the method uses the setting."""
-        return setting in settings_of(self.kind)
+        return setting in self.row.settings
 
     def _without_effect(self) -> list[str]:
         fields = [name for name in type(self).model_fields if name != "method"]
         return [name for name in fields if not self.uses(name) and getattr(self, name) not in (None, ())]
-
-
-assert set(DEFAULTS) <= set(METHODS.names())

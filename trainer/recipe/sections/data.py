@@ -5,57 +5,14 @@ from __future__ import annotations
 import re
 import string
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
 from trainer.recipe.base import Conflict, Listed, Location, OneOf, Section
+from trainer.recipe.formats import FORMATS
 from trainer.recipe.sections.datasets import DATASETS, filled, is_hub_dataset
-from trainer.recipe.sections.tasks import TASK_FACTS
-from trainer.registry import FORMATS, choose_hint
-
-
-class FormatFacts(NamedTuple):
-    """What the recipe's rules must know of a data format without importing it.
-
-    ``columns``: those that it reads; a source's `columns` maps these names to those of the file. ``gives``: the kind of
-    samples: prompted (a prompt and its answer), text, preference (pairs), label. ``optional``: columns that rows may
-    lack. ``templated``: a `template` may render the prompt or the text. ``unpacked``: why its samples cannot share a
-    pack, if they cannot."""
-
-    columns: tuple[str, ...]
-    gives: str
-    optional: tuple[str, ...] = ()
-    templated: bool = False
-    unpacked: str | None = None
-
-
-FORMAT_FACTS: dict[str, FormatFacts] = {
-    "completion": FormatFacts(("prompt", "completion"), "prompted", templated=True),
-    "messages": FormatFacts(("messages", "tools"), "prompted", optional=("tools",)),
-    "instruction": FormatFacts(("instruction", "input", "output"), "prompted", optional=("input",), templated=True),
-    "qa": FormatFacts(("question", "answer", "aliases"), "prompted", optional=("aliases",)),
-    "text": FormatFacts(("text",), "text"),
-    "preference": FormatFacts(
-        ("prompt", "chosen", "rejected", "margin"),
-        "preference",
-        optional=("margin",),
-        unpacked="whose samples are pairs",
-    ),
-    "classification": FormatFacts(
-        ("text", "text_pair", "label"),
-        "label",
-        optional=("text_pair",),
-        templated=True,
-        unpacked="whose texts are read one by one",
-    ),
-}
-
-
-def formats_of(task: str) -> tuple[str, ...]:
-    """Returns the formats that the task learns from; none for an unknown task."""
-    kinds = TASK_FACTS[task].learns_from if task in TASK_FACTS else ()
-    return tuple(name for name, facts in FORMAT_FACTS.items() if facts.gives in kinds)
+from trainer.registry import choose_hint
 
 
 def checked_template(text: str) -> str:
@@ -136,7 +93,7 @@ class SourceSection(Section):
         yield from self._wrong_columns()
         if self.split is not None and not self.is_dataset:
             yield Conflict((("split",), ("path",)), "has no effect on files; name those of the split in path")
-        if self.labels is not None and self.format != "classification":
+        if self.labels is not None and FORMATS[self.format].gives != "label":
             yield Conflict((("labels",), ("format",)), f"has no effect with format {self.format}; leave it out")
         elif self.labels is not None and len(set(self.labels)) < max(len(self.labels), 2):
             yield Conflict((("labels",),), "needs two labels or more, each once")
@@ -146,8 +103,8 @@ class SourceSection(Section):
         return is_hub_dataset(self.path)
 
     def _wrong_columns(self) -> Iterator[Conflict]:
-        known = FORMAT_FACTS[self.format].columns if self.format in FORMAT_FACTS else ()
-        templated = [name for name, facts in FORMAT_FACTS.items() if facts.templated]
+        known = FORMATS[self.format].columns
+        templated = [name for name, row in FORMATS.items() if row.templated]
         if self.template is not None and self.format not in templated:
             allowed = ", ".join(templated)
             message = f"has no effect with format {self.format}; only {allowed} take a template, leave it out"
@@ -207,7 +164,7 @@ class DataSection(Section):
         for part, sources in (("train", self.train), ("eval", self.eval)):
             for index, source in enumerate(sources):
                 yield from (conflict.under(part, index) for conflict in source.conflicts())
-                unpacked = FORMAT_FACTS[source.format].unpacked if source.format in FORMAT_FACTS else None
+                unpacked = FORMATS[source.format].unpacked
                 if self.packing and unpacked:
                     reason = f"{source.format}, {unpacked}"
                     message = f"cannot be used with format {reason}; write packing: false"

@@ -7,7 +7,7 @@ from typing import Annotated
 from pydantic import Field, Strict
 
 from trainer.recipe.base import OneOf, Section, takes
-from trainer.registry import OPTIMIZERS
+from trainer.recipe.optimizers import OPTIMIZERS, OptimizerRow
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -31,3 +31,7 @@ class OptimizerSection(Section):
 
     eps: float = Field(default=1e-8, gt=0.0)
     """Added to the denominator of the update."""
+
+    @property
+    def row(self) -> OptimizerRow:
+        return OPTIMIZERS[self.name]

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated
 
 from pydantic import Field
 
-from trainer.recipe.base import Conflict, Section
+from trainer.recipe.base import Conflict, OneOf, Section
+from trainer.recipe.schedules import SCHEDULES
 
 
 class ScheduleSection(Section):
     """The learning rate over the steps of the run."""
 
-    name: Literal["constant", "linear", "cosine"] = "constant"
+    name: Annotated[str, OneOf(SCHEDULES)] = "constant"
     """Learning rate after the warm-up: constant at `lr`, or a fall to `min_lr_ratio` of it by the end of the run,
     linear or as half a cosine."""
 
@@ -36,6 +37,7 @@ class ScheduleSection(Section):
         if self.warmup_steps and self.warmup_ratio:
             message = f"{self.warmup_ratio} is given with warmup_steps {self.warmup_steps}; give one of them"
             yield Conflict((("warmup_ratio",), ("warmup_steps",)), message)
-        if self.name == "constant" and self.min_lr_ratio > 0:
-            message = "has no effect with schedule.name constant; leave it out, or choose linear or cosine"
+        if not SCHEDULES[self.name].falls and self.min_lr_ratio > 0:
+            falling = " or ".join(name for name, row in SCHEDULES.items() if row.falls)
+            message = f"has no effect with schedule.name {self.name}; leave it out, or choose {falling}"
             yield Conflict((("min_lr_ratio",), ("name",)), message)

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from trainer.recipe import zero
 from trainer.recipe.base import Conflict, OneOf, Section, takes
-from trainer.registry import STRATEGIES
+from trainer.recipe.strategies import STRATEGIES, StrategyRow
 
 
 class StrategySection(Section):
@@ -34,15 +34,18 @@ class StrategySection(Section):
     """With `zero2` or `zero3`: a file of `deepspeed/` by its name (`zero2`, `zero2_offload`, `zero3`, `zero3_offload`),
     or the settings of DeepSpeed's `zero_optimization` themselves. Without it, the file of the kind's name."""
 
+    @property
+    def row(self) -> StrategyRow:
+        return STRATEGIES[self.kind]
+
     def conflicts(self) -> Iterator[Conflict]:
-        is_zero = self.kind in zero.STAGES
-        if is_zero:
+        if self.row.zero_stage:
             for message in zero.mistakes(self.kind, self.deepspeed):
                 yield Conflict((("deepspeed",), ("kind",)), message)
-        elif self.deepspeed is not None:
-            yield Conflict((("deepspeed",), ("kind",)), f"has no effect with strategy.kind {self.kind}; leave it out")
-        if self.kind != "fsdp" and not self.reshard_after_forward:
-            yield Conflict((("reshard_after_forward",), ("kind",)), f"has no effect with strategy.kind {self.kind}")
-        if self.kind != "fsdp" and self.offload:
-            hint = f"name deepspeed: {self.kind}_offload instead" if is_zero else "it belongs to fsdp"
-            yield Conflict((("offload",), ("kind",)), f"has no effect with strategy.kind {self.kind}; {hint}")
+        plain = StrategySection()
+        for name in type(self).model_fields:
+            if name not in ("kind", *self.row.settings) and getattr(self, name) != getattr(plain, name):
+                hint = "leave it out"
+                if name == "offload" and self.row.zero_stage:
+                    hint = f"name deepspeed: {self.kind}_offload instead"
+                yield Conflict(((name,), ("kind",)), f"has no effect with strategy.kind {self.kind}; {hint}")

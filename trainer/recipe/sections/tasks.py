@@ -1,18 +1,12 @@
-"""The tasks: the model class that each one needs, and the settings that belong to a single task."""
+"""The settings that belong to a single task. PPO's are in ``ppo``."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from trainer.recipe.base import Section
-from trainer.recipe.sections.ppo import PPOSection
-
-CAUSAL, SEQUENCE = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
-
-PEFT_TYPES = {CAUSAL: "CAUSAL_LM", SEQUENCE: "SEQ_CLS"}
-"""peft's task type for each class."""
 
 
 class ClassificationSection(Section):
@@ -37,35 +31,3 @@ class DPOSection(Section):
     label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
     """Fraction of the preferences that are assumed to be swapped. Above 0, the loss no longer rewards ever larger
     margins."""
-
-
-class TaskFacts(NamedTuple):
-    """What the recipe's rules and the commands must know of a task without importing it.
-
-    ``learns_from``: the kinds of samples (`trainer.recipe.sections.data.FormatFacts.gives`). ``auto_class``: the
-    transformers class of the model; a sequence classifier has its own head, which is trained and saved with any
-    adapter. ``has_reference``: compares with a reference, which is the same model with its adapter switched off.
-    ``segments``: its forward pass gets the start of each sample and needs no mask. ``generates``: most of a step is
-    text generation, which no formula of the MFU counts. ``section``: its settings; their key in the recipe is the
-    task's name."""
-
-    learns_from: tuple[str, ...]
-    auto_class: str = CAUSAL
-    has_reference: bool = False
-    segments: bool = False
-    generates: bool = False
-    section: type[Section] | None = None
-
-
-TASK_FACTS: dict[str, TaskFacts] = {
-    "sft": TaskFacts(("prompted", "text"), segments=True),
-    "classification": TaskFacts(("label",), SEQUENCE, section=ClassificationSection),
-    "reward": TaskFacts(("preference",), SEQUENCE),
-    "dpo": TaskFacts(("preference",), has_reference=True, segments=True, section=DPOSection),
-    "ppo": TaskFacts(("prompted", "preference"), has_reference=True, generates=True, section=PPOSection),
-}
-
-
-def facts_of_task(task: str) -> TaskFacts:
-    """Returns the task's row; for an unknown task, that of a causal language model that learns from nothing."""
-    return TASK_FACTS.get(task, TaskFacts(()))

@@ -60,12 +60,3 @@ class PrometheusSection(Section):
 
     address: str = Field(default="0.0.0.0", min_length=1)
     """Address to listen at; `127.0.0.1` accepts this host only."""
-
-
-TRACKER_SECTIONS: dict[str, type[Section]] = {
-    "tensorboard": TensorBoardSection,
-    "wandb": WandbSection,
-    "mlflow": MlflowSection,
-    "prometheus": PrometheusSection,
-}
-"""The section of each tracker that has settings; its key in the recipe is the tracker's name."""

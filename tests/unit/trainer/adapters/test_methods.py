@@ -19,8 +19,7 @@ from trainer.errors import CorruptObject, InputError
 from trainer.plan.meta_model import skeleton
 from trainer.recipe import Recipe
 from trainer.recipe.matrix import Cell, refusal
-from trainer.recipe.methods import DEFAULTS, settings_of
-from trainer.registry import METHODS
+from trainer.recipe.methods import METHODS
 
 Make = Callable[..., Recipe]
 ADAPTERS = [m for m in METHODS.names() if m != "none"]
@@ -48,7 +47,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def make(tiny_model: Path, folder: Path, tmp_path: Path) -> Make:
     def recipe(method: str, **changes: Any) -> Recipe:
-        settings = {f"adapter.{k}": v for k, v in SMALLER.items() if k in settings_of(method)}
+        settings = {f"adapter.{k}": v for k, v in SMALLER.items() if k in METHODS[method].settings}
         return small_recipe(
             "method",
             tiny_model,
@@ -73,10 +72,6 @@ def packed_bases(method: str) -> list[str]:
 
 
 PACKED = [(m, q) for m in ADAPTERS for q in packed_bases(m)]
-
-
-def test_every_method_has_defaults_and_no_other_has() -> None:
-    assert set(DEFAULTS) == {m for m in METHODS.names() if m != "none"}
 
 
 @pytest.mark.parametrize(("method", "quantization"), [(m, "none") for m in ADAPTERS] + PACKED)
@@ -194,7 +189,7 @@ def test_a_sample_in_a_pack_gets_what_it_gets_alone(make: Make, method: str) -> 
             torch.testing.assert_close(together[row, columns], alone[-length:], rtol=0, atol=2e-5)
 
 
-BESIDE = [(m, s) for m in ADAPTERS for s in ("modules_to_save", "trainable_tokens") if s in settings_of(m)]
+BESIDE = [(m, s) for m in ADAPTERS for s in ("modules_to_save", "trainable_tokens") if s in METHODS[m].settings]
 
 
 @pytest.mark.parametrize(("method", "setting"), BESIDE)

@@ -12,7 +12,7 @@ from trainer.data.formats import open_format
 from trainer.data.sample import RowError, Sample, fit
 from trainer.data.spec import FrozenSource, PreparationSpec
 from trainer.errors import InputError
-from trainer.registry import FORMATS
+from trainer.recipe.formats import FORMATS
 
 CHAT = [
     {"role": "system", "content": "Be brief."},

@@ -20,7 +20,7 @@ from trainer.errors import InputError, UsageError
 from trainer.evaluate import evaluate
 from trainer.model.placement import Placement
 from trainer.recipe import Recipe, dump
-from trainer.registry import TASKS
+from trainer.recipe.tasks import TASKS
 from trainer.run import layout
 from trainer.run.jsonl import read_rows
 

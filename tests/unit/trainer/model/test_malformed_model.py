@@ -27,7 +27,7 @@ from trainer.model.files.weight_source import WeightSource
 from trainer.model.meta import meta_model
 from trainer.model.placement import model_bytes
 from trainer.recipe import ModelSection
-from trainer.recipe.sections.tasks import CAUSAL
+from trainer.recipe.tasks import CAUSAL
 
 
 @pytest.fixture

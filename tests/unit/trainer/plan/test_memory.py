@@ -19,8 +19,8 @@ from trainer.plan.memory import DEVICE_RESERVE, HOST_RESERVE, LOAD_BUDGET
 from trainer.plan.meta_model import layer_count, with_layers
 from trainer.plan.optimizer_memory import state_bytes
 from trainer.recipe import load
-from trainer.recipe.sections.data import formats_of
-from trainer.registry import TASKS
+from trainer.recipe.formats import formats_of
+from trainer.recipe.tasks import TASKS
 
 GPU = {"resources.gpus_per_worker": 1}
 ROOT = Path(__file__).resolve().parents[4]

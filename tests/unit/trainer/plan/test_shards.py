@@ -13,9 +13,10 @@ from trainer.plan import read_base
 from trainer.plan.fake_process_group import fake_world
 from trainer.plan.memory import read_model
 from trainer.plan.meta_model import skeleton
-from trainer.plan.shards import Weight, chunk_rows, share, weights_of
+from trainer.plan.shards import share, weights_of
 from trainer.recipe import Recipe
 from trainer.strategies import make_strategy
+from trainer.strategies.shards import Weight, chunk_rows
 
 MODELS: dict[str, dict[str, Any]] = {
     "lora": {},

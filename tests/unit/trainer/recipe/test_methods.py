@@ -8,7 +8,7 @@ import pytest
 
 from trainer.errors import RecipeError
 from trainer.recipe import AdapterSection, Recipe, parse
-from trainer.recipe.methods import DEFAULTS, methods_with
+from trainer.recipe.methods import METHODS, methods_with
 
 BASE: dict[str, Any] = {
     "name": "methods",
@@ -30,10 +30,10 @@ def mistakes(method: Any, **settings: Any) -> list[tuple[str, str]]:
     return [(m.path, m.message) for m in refused.value.mistakes]
 
 
-@pytest.mark.parametrize("method", [m for m in DEFAULTS if m != "peft"])
+@pytest.mark.parametrize("method", [m for m in METHODS.names() if m not in ("peft", "none")])
 def test_what_is_left_out_is_the_methods_default(method: str) -> None:
     section = recipe(method).adapter
-    for name, default in DEFAULTS[method].settings.items():
+    for name, default in METHODS[method].settings.items():
         assert getattr(section, name) == default
     assert section.idle() == []
 

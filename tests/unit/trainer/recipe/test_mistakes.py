@@ -11,7 +11,7 @@ import pytest
 
 from trainer.errors import RecipeError
 from trainer.recipe import load, loads, parse
-from trainer.registry import METHODS
+from trainer.recipe.methods import METHODS
 
 GOOD: dict[str, Any] = {
     "name": "good",

@@ -17,9 +17,9 @@ from trainer.data.formats.qa import example_of
 from trainer.data.sample import Sample
 from trainer.data.spec import FrozenSource
 from trainer.recipe import dump, loads, parse, schema
-from trainer.recipe.sections.data import FORMAT_FACTS, SourceSection
+from trainer.recipe.formats import FORMATS
+from trainer.recipe.sections.data import SourceSection
 from trainer.recipe.sections.datasets import DATASETS
-from trainer.registry import FORMATS
 from trainer.storage import open_storage
 
 # One row of each data set, in the columns and types that it is published with.
@@ -202,8 +202,7 @@ def test_labels_are_told_apart() -> None:
 
 
 def test_every_format_says_which_columns_it_reads() -> None:
-    assert set(FORMAT_FACTS) == set(FORMATS.names())
-    assert all(set(facts.optional) < set(facts.columns) for facts in FORMAT_FACTS.values())
+    assert all(set(row.optional) < set(row.columns) for _, row in FORMATS.items())
 
 
 def test_the_schema_takes_a_data_set_instead_of_path_and_format() -> None:

@@ -17,7 +17,7 @@ from tests.support.training import adapter_bytes, losses, train_here
 from trainer.data import Batch, eval_batches
 from trainer.recipe import Recipe
 from trainer.recipe.matrix import Cell, refusal
-from trainer.registry import TASKS
+from trainer.recipe.tasks import TASKS
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import pytest
 from tests.storage.doubles import Died, faulty, unreachable
 from tests.support.training import small_recipe
 from trainer.errors import Interrupted
-from trainer.registry import TRACKERS
+from trainer.recipe.trackers import TRACKERS
 from trainer.run import layout
 from trainer.run.jsonl import JsonLinesWriter
 from trainer.run.jsonl_tail import JsonLinesTail

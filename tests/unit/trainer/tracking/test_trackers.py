@@ -22,7 +22,7 @@ from tests.storage.doubles import faulty
 from tests.support.training import run_of, small_recipe, train_here, write_pairs
 from trainer.errors import InputError
 from trainer.recipe import Recipe
-from trainer.registry import TRACKERS
+from trainer.recipe.trackers import TRACKERS
 from trainer.run import layout
 from trainer.run.jsonl import JsonLinesWriter, read_rows
 from trainer.storage import Storage, open_storage

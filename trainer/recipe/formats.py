@@ -1,0 +1,79 @@
+"""The data formats: the columns that each one reads and the samples that it gives."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainer.recipe.tasks import TASKS
+from trainer.registry import Choice, Registry
+
+
+@dataclass(frozen=True)
+class FormatRow(Choice):
+    """A format's row.
+
+    ``columns``: those that it reads; a source's `columns` maps these names to those of the file. ``gives``: the kind of
+    samples: prompted (a prompt and its answer), text, preference (pairs), label. ``optional``: columns that rows may
+    lack. ``templated``: a `template` may render the prompt or the text. ``unpacked``: why its samples cannot share a
+    pack, if they cannot. ``frame``: how a prompt is framed when the model is used (`trainer.artifacts.chat.FRAMES`);
+    None: as plain text."""
+
+    columns: tuple[str, ...]
+    gives: str
+    optional: tuple[str, ...] = ()
+    templated: bool = False
+    unpacked: str | None = None
+    frame: str | None = None
+
+
+FORMATS = Registry(
+    "data format",
+    {
+        "completion": FormatRow(
+            "trainer.data.formats.completion:Completion", ("prompt", "completion"), "prompted", templated=True
+        ),
+        "messages": FormatRow(
+            "trainer.data.formats.messages:MessagesFormat",
+            ("messages", "tools"),
+            "prompted",
+            optional=("tools",),
+            frame="chat",
+        ),
+        "instruction": FormatRow(
+            "trainer.data.formats.instruction:Instruction",
+            ("instruction", "input", "output"),
+            "prompted",
+            optional=("input",),
+            templated=True,
+            frame="instruction",
+        ),
+        "qa": FormatRow(
+            "trainer.data.formats.qa:QuestionAnswer",
+            ("question", "answer", "aliases"),
+            "prompted",
+            optional=("aliases",),
+            frame="qa",
+        ),
+        "text": FormatRow("trainer.data.formats.text:TextFormat", ("text",), "text"),
+        "preference": FormatRow(
+            "trainer.data.formats.preference:Preference",
+            ("prompt", "chosen", "rejected", "margin"),
+            "preference",
+            optional=("margin",),
+            unpacked="whose samples are pairs",
+        ),
+        "classification": FormatRow(
+            "trainer.data.formats.classification:ClassificationFormat",
+            ("text", "text_pair", "label"),
+            "label",
+            optional=("text_pair",),
+            templated=True,
+            unpacked="whose texts are read one by one",
+        ),
+    },
+)
+
+
+def formats_of(task: str) -> tuple[str, ...]:
+    """Returns the formats that the task learns from."""
+    return tuple(name for name, row in FORMATS.items() if row.gives in TASKS[task].learns_from)

@@ -1,0 +1,54 @@
+"""The tasks: the samples that each one learns from and the model class that it needs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainer.recipe.base import Section
+from trainer.recipe.sections.ppo import PPOSection
+from trainer.recipe.sections.tasks import ClassificationSection, DPOSection
+from trainer.registry import Choice, Registry
+
+CAUSAL, SEQUENCE = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
+
+PEFT_TYPES = {CAUSAL: "CAUSAL_LM", SEQUENCE: "SEQ_CLS"}
+"""peft's task type for each class."""
+
+
+@dataclass(frozen=True)
+class TaskRow(Choice):
+    """A task's row.
+
+    ``learns_from``: the kinds of samples (`trainer.recipe.formats.FormatRow.gives`). ``auto_class``: the transformers
+    class of the model; a sequence classifier has its own head, which is trained and saved with any adapter.
+    ``has_reference``: compares with a reference, which is the same model with its adapter switched off. ``segments``:
+    its forward pass gets the start of each sample and needs no mask. ``generates``: it learns from texts that the model
+    generates for the samples' prompts; that is most of a step, and no formula of the MFU counts it. ``section``: its
+    settings; their key in the recipe is the task's name."""
+
+    learns_from: tuple[str, ...]
+    auto_class: str = CAUSAL
+    has_reference: bool = False
+    segments: bool = False
+    generates: bool = False
+    section: type[Section] | None = None
+
+
+TASKS = Registry(
+    "task",
+    {
+        "sft": TaskRow("trainer.tasks.sft:SFT", ("prompted", "text"), segments=True),
+        "classification": TaskRow(
+            "trainer.tasks.classification:Classification", ("label",), SEQUENCE, section=ClassificationSection
+        ),
+        "reward": TaskRow("trainer.tasks.reward:Reward", ("preference",), SEQUENCE),
+        "dpo": TaskRow("trainer.tasks.dpo:DPO", ("preference",), has_reference=True, segments=True, section=DPOSection),
+        "ppo": TaskRow(
+            "trainer.tasks.ppo.task:PPO",
+            ("prompted", "preference"),
+            has_reference=True,
+            generates=True,
+            section=PPOSection,
+        ),
+    },
+)
