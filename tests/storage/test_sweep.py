@@ -22,9 +22,9 @@ from trainer.checkpoint import (
     claim_attempt,
     claim_driver,
     commit,
-    fetch_whole,
+    fetch_newest,
     list_commits,
-    newest_whole,
+    newest_complete,
     put_checkpoint,
     read_claims,
 )
@@ -139,7 +139,7 @@ def attempt(storage: Storage, done: Acknowledged, folder: Path, check: Callable[
     lease = Lease.acquire(storage, takeover=True, renew_s=3600.0)
     try:
         number = claim_attempt(storage, lease.driver, {})
-        found = fetch_whole(storage, folder / f"restored-{number}", on_skip=lambda *_: None)
+        found = fetch_newest(storage, folder / f"restored-{number}", on_skip=lambda *_: None)
         done.restored.append(found.step if found else 0)
         retention = Retention(storage, number, keep_last=KEEP_LAST)
         for step in STEPS:
@@ -205,7 +205,7 @@ def test_nothing_acknowledged_is_lost_whatever_an_operation_answers(
 def _check(backend: Lying, storage: Storage, done: Acknowledged) -> None:
     """The newest acknowledged commits are all there, and whole, as a look without a fault shows."""
     backend.well, before = True, backend.well
-    found = newest_whole(storage, on_skip=lambda *_: None)
+    found = newest_complete(storage, on_skip=lambda *_: None)
     assert found is not None
     assert found[0].step >= done.commits[-1].step
     listed = {(record.attempt, record.step) for record in list_commits(storage)}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from trainer.artifacts.adapter_files import ADAPTER_CONFIG, read_adapter_config
-from trainer.checkpoint import fetch_whole, list_commits
+from trainer.checkpoint import fetch_newest, list_commits
 from trainer.checkpoint.artifact_info import ArtifactInfo
 from trainer.checkpoint.blobs import entry_of_file
 from trainer.checkpoint.publish import STATE_FILES, is_last, published_files
@@ -179,7 +179,7 @@ def _of_run(recipe: Recipe | None, run: Storage, folder: Path, trust: Trust) -> 
         )
     folder = folder / DEFAULT
     if not _take_published(run, folder / "adapter"):
-        record = fetch_whole(run, folder / "checkpoint")
+        record = fetch_newest(run, folder / "checkpoint")
         if record is None:
             raise InputError(f"{run.url} has neither a final adapter nor a complete checkpoint yet: train it first")
         log.warning("%s has no complete final adapter; its checkpoint of step %d is used", run.url, record.step)

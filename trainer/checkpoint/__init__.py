@@ -5,7 +5,7 @@ from __future__ import annotations
 from trainer.checkpoint.blobs import put_checkpoint
 from trainer.checkpoint.protocol import OnSkip, commit, list_commits, log_skip
 from trainer.checkpoint.record import CommitRecord, FileEntry
-from trainer.checkpoint.restore import fetch, fetch_whole, newest_whole
+from trainer.checkpoint.restore import fetch, fetch_newest, newest_complete
 from trainer.checkpoint.retention import Retention
 from trainer.run.claims import Claims, check_fence, claim_attempt, claim_driver, claim_driver_after, read_claims
 
@@ -21,10 +21,10 @@ __all__ = [
     "claim_driver_after",
     "commit",
     "fetch",
-    "fetch_whole",
+    "fetch_newest",
     "list_commits",
     "log_skip",
-    "newest_whole",
+    "newest_complete",
     "put_checkpoint",
     "read_claims",
 ]

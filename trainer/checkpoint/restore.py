@@ -19,12 +19,12 @@ T = TypeVar("T")
 _PARALLEL_FILES = 4
 
 
-def newest_whole(storage: Storage, *, on_skip: OnSkip = log_skip) -> tuple[CommitRecord, dict[str, bytes]] | None:
+def newest_complete(storage: Storage, *, on_skip: OnSkip = log_skip) -> tuple[CommitRecord, dict[str, bytes]] | None:
     """Returns the newest complete commit and its files in memory; None when there is none."""
-    return _first_whole(storage, lambda record: _in_memory(storage, record), on_skip)
+    return _first_complete(storage, lambda record: _in_memory(storage, record), on_skip)
 
 
-def fetch_whole(
+def fetch_newest(
     storage: Storage,
     target: Path,
     *,
@@ -45,7 +45,7 @@ def fetch_whole(
         check_needed(storage.uri(record.key), record.files, needed)
         _on_disk(storage, record, target)
 
-    found = _first_whole(storage, take, on_skip)
+    found = _first_complete(storage, take, on_skip)
     return found[0] if found else None
 
 
@@ -58,7 +58,9 @@ def fetch(storage: Storage, record: CommitRecord, target: Path) -> None:
     _on_disk(storage, record, target)
 
 
-def _first_whole(storage: Storage, take: Callable[[CommitRecord], T], on_skip: OnSkip) -> tuple[CommitRecord, T] | None:
+def _first_complete(
+    storage: Storage, take: Callable[[CommitRecord], T], on_skip: OnSkip
+) -> tuple[CommitRecord, T] | None:
     """Returns the newest record for which ``take`` succeeds, with its result; None when there is none."""
     # Lists again while there are commits that were not tried: a reader holds no claim, so retention may delete all that
     # it has listed, but only after a newer commit.

@@ -11,17 +11,19 @@ from trainer.registry import Choice, Registry
 
 @dataclass(frozen=True)
 class TrackerRow(Choice):
-    """A tracker's row. ``section``: its settings; their key in the recipe is the tracker's name."""
+    """A tracker's row. ``section``: its settings; their key in the recipe is the tracker's name. ``library``: the
+    package that must be importable; `pip install 'muster[<tracker>]'` installs it."""
 
     section: type[Section]
+    library: str
 
 
 TRACKERS = Registry(
     "tracker",
     {
-        "tensorboard": TrackerRow("trainer.tracking.tensorboard:TensorBoard", TensorBoardSection),
-        "wandb": TrackerRow("trainer.tracking.wandb:Wandb", WandbSection),
-        "mlflow": TrackerRow("trainer.tracking.mlflow:Mlflow", MlflowSection),
-        "prometheus": TrackerRow("trainer.tracking.prometheus:Prometheus", PrometheusSection),
+        "tensorboard": TrackerRow("trainer.tracking.tensorboard:TensorBoard", TensorBoardSection, "tensorboardX"),
+        "wandb": TrackerRow("trainer.tracking.wandb:Wandb", WandbSection, "wandb"),
+        "mlflow": TrackerRow("trainer.tracking.mlflow:Mlflow", MlflowSection, "mlflow"),
+        "prometheus": TrackerRow("trainer.tracking.prometheus:Prometheus", PrometheusSection, "prometheus_client"),
     },
 )

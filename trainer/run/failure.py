@@ -138,7 +138,7 @@ def useful_stack(error: BaseException) -> str:
     return "".join(traceback.format_list([*own, last] if last else []))
 
 
-def said_of(error: BaseException) -> str:
+def message_of(error: BaseException) -> str:
     """Returns what happened, without a stack or advice."""
     return error.cause if isinstance(error, MusterError) else f"{type(error).__name__}: {error}"
 

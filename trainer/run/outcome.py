@@ -8,7 +8,7 @@ from contextlib import contextmanager
 
 from trainer.errors import MusterError
 from trainer.run.claims import read_claims
-from trainer.run.failure import said_of
+from trainer.run.failure import message_of
 from trainer.run.jsonl import Events
 from trainer.run.lease import Lease
 from trainer.storage import Storage
@@ -27,7 +27,7 @@ def leave(run: Storage, lease: Lease, state: str, error: BaseException | None = 
         return
     if state == "failed":
         with _warned("the cause of the failure is not in the run's events"):
-            record_failure(run.within(DEADLINE_S), lease.driver, said_of(error))
+            record_failure(run.within(DEADLINE_S), lease.driver, message_of(error))
     with _warned(f"the state {state!r} is not in the run's lease"):
         lease.release(state, deadline_s=DEADLINE_S)
 

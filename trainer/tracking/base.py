@@ -18,8 +18,6 @@ TRAIN, EVAL = "train", "eval"
 _PARTS = (TRAIN, EVAL)
 _EVAL_PREFIX = "eval_"
 _PLACE = ("step", "total_steps", "time")
-EXTRAS = {"tensorboard": "tensorboardX", "wandb": "wandb", "mlflow": "mlflow", "prometheus": "prometheus_client"}
-"""The library behind each tracker; `pip install 'muster[<tracker>]'` brings it."""
 
 
 class Watermark(NamedTuple):
@@ -71,11 +69,11 @@ class Tracker(Protocol):
     and may be slow: see `Mirror`. ``check(recipe)``, a static method, raises InputError for a mistake that the user has
     to fix before a run starts; it contacts nothing."""
 
-    def told(self) -> Watermark | None:
+    def last_mark(self) -> Watermark | None:
         """Returns the mark of the last point in the tracker's own records; None where it has none that can be read."""
         ...
 
-    def tell(self, points: Sequence[Point]) -> None: ...
+    def write(self, points: Sequence[Point]) -> None: ...
 
     def close(self, state: str) -> None:
         """``state`` is that of the run: succeeded, failed or interrupted."""
@@ -99,9 +97,10 @@ def point_of(row: Mapping[str, Any]) -> Point | None:
 def check_trackers(recipe: Recipe) -> None:
     """Raises InputError when a tracker of the recipe lacks its library or something of its settings."""
     for name in recipe.tracking:
-        if importlib.util.find_spec(EXTRAS.get(name, "json")) is None:
+        library = TRACKERS[name].library
+        if importlib.util.find_spec(library) is None:
             raise InputError(
-                f"tracking names {name}, whose library {EXTRAS[name]} is not installed here: pip install "
+                f"tracking names {name}, whose library {library} is not installed here: pip install "
                 f"'muster[{name}]', or leave it out (tracking=[])"
             )
         try:

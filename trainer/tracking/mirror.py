@@ -101,7 +101,7 @@ class Mirror:
             if not self._remembers:
                 self._note(batch[-1].mark)
             try:
-                tracker.tell(batch)
+                tracker.write(batch)
             except Exception:
                 if not self._remembers:
                     self._note(self._mark)  # points that were refused are sent again
@@ -160,9 +160,9 @@ class Mirror:
         self._tracker = tracker
         if fresh:  # written only once the tracker is open: opening it removes an older curve of the same name
             self._note(self._mark)
-        told = tracker.told()
-        self._remembers = told is not None
-        self._mark = self._mark if told is None else told
+        last = tracker.last_mark()
+        self._remembers = last is not None
+        self._mark = last or self._mark
         return tracker
 
     def _bookmark(self) -> Bookmark | None:

@@ -69,7 +69,7 @@ class Mlflow:
                 "MLFLOW_TRACKING_URI"
             )
 
-    def told(self) -> Watermark:
+    def last_mark(self) -> Watermark:
         lasts = (
             Watermark.of(max(metric.step for metric in history), part)
             for part in (TRAIN, EVAL)
@@ -77,7 +77,7 @@ class Mlflow:
         )
         return max(lasts, default=START)
 
-    def tell(self, points: Sequence[Point]) -> None:
+    def write(self, points: Sequence[Point]) -> None:
         from mlflow.entities import Metric
 
         batch: list[Any] = []

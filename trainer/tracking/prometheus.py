@@ -43,11 +43,11 @@ class Prometheus:
     def check(recipe: Recipe) -> None:
         return None
 
-    def told(self) -> Watermark:
+    def last_mark(self) -> Watermark:
         """Returns the start: each driver sends all points of the run again, so that the counters cover the run."""
         return START
 
-    def tell(self, points: Sequence[Point]) -> None:
+    def write(self, points: Sequence[Point]) -> None:
         from prometheus_client import Counter
 
         for point in points:

@@ -32,21 +32,21 @@ class TensorBoard:
         if curve.fresh:
             self._folder.delete(parts)
             parts = []
-        self._told = next((mark for key in reversed(parts) if (mark := _last_mark(self._folder.read(key)))), START)
+        self._last_mark = next((mark for key in reversed(parts) if (mark := _last_mark(self._folder.read(key)))), START)
         self._number = 1 + max((int(key.rsplit(".", 1)[1]) for key in parts), default=-1)
         self._id = curve.id
         self._begin()
-        if self._told == START:
+        if self._last_mark == START:
             self._data += _record(_recipe_event(curve.recipe))
 
     @staticmethod
     def check(recipe: Recipe) -> None:
         return None
 
-    def told(self) -> Watermark:
-        return self._told
+    def last_mark(self) -> Watermark:
+        return self._last_mark
 
-    def tell(self, points: Sequence[Point]) -> None:
+    def write(self, points: Sequence[Point]) -> None:
         from tensorboardX.proto.event_pb2 import Event
         from tensorboardX.proto.summary_pb2 import Summary
 

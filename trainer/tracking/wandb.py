@@ -76,10 +76,10 @@ class Wandb:
                 "wandb.mode: offline"
             )
 
-    def told(self) -> Watermark | None:
+    def last_mark(self) -> Watermark | None:
         return None
 
-    def tell(self, points: Sequence[Point]) -> None:
+    def write(self, points: Sequence[Point]) -> None:
         for point in points:
             self._run.log(point.named(), step=point.step)
 

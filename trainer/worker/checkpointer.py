@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint import CommitRecord, Retention, commit, fetch, fetch_whole, put_checkpoint
+from trainer.checkpoint import CommitRecord, Retention, commit, fetch, fetch_newest, put_checkpoint
 from trainer.checkpoint.publish import TOTAL_STEPS, publish
 from trainer.data import Batch, Cursor, Stream
 from trainer.errors import InputError, MusterError
@@ -110,7 +110,7 @@ class Checkpointer(Callback):
             self._committer.drain()
 
     def _fetch_newest(self, target: Path) -> CommitRecord | None:
-        record = fetch_whole(
+        record = fetch_newest(
             self._run, target, needed=self._state.needed, check=self._check_state, on_skip=self._on_skip
         )
         stored = record.state.get("base") if record else None

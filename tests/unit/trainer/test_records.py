@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.storage.doubles import faulty
 from tests.support.hostile import BYTES, JSON_BOMBS, as_json, changed
 from tests.unit.trainer.data.data_support import made
-from trainer.checkpoint import CommitRecord, list_commits, newest_whole
+from trainer.checkpoint import CommitRecord, list_commits, newest_complete
 from trainer.checkpoint.blobs import entry_of
 from trainer.checkpoint.record import _digest
 from trainer.data.prepare.partial import BEGUN, open_begun
@@ -107,7 +107,7 @@ def test_any_commit_record_is_sound_or_passed_over(body: Any) -> None:
     skipped: list[str] = []
     try:
         found = list_commits(run, lambda step, uri, reason: skipped.append(reason))
-        newest_whole(run, on_skip=lambda step, uri, reason: skipped.append(reason))
+        newest_complete(run, on_skip=lambda step, uri, reason: skipped.append(reason))
     except InputError:
         assert type(body["format"]) is int
         assert body["format"] > 1
@@ -125,7 +125,7 @@ def test_a_commit_that_is_none_does_not_hide_the_one_before(body: str | bytes) -
     run.write(RECORD.key, RECORD.to_json())
     run.write(layout.commit(1, 6), body if isinstance(body, bytes) else body.encode())
     skipped: list[int] = []
-    found = newest_whole(run, on_skip=lambda step, uri, reason: skipped.append(step))
+    found = newest_complete(run, on_skip=lambda step, uri, reason: skipped.append(step))
     assert found is not None
     assert (found[0], skipped) == (RECORD, [6])
 

@@ -28,7 +28,7 @@ from trainer.checkpoint import (
     claim_driver,
     commit,
     list_commits,
-    newest_whole,
+    newest_complete,
     put_checkpoint,
     read_claims,
 )
@@ -189,7 +189,7 @@ class Worker:
 
     def _restore(self, storage: Storage, on_skip: OnSkip) -> CommitRecord | None:
         """Rank 0 chooses; every other rank reads the same files before anybody trains."""
-        found = newest_whole(storage, on_skip=on_skip)
+        found = newest_complete(storage, on_skip=on_skip)
         for _ in range(1, self.ranks if found else 1):
             assert found is not None
             for name, data in found[1].items():
@@ -200,7 +200,7 @@ class Worker:
 
 def read_from_outside(storage: Storage, log: Log) -> None:
     """Somebody who only looks (`generate`, `merge`), while the store has a commit that is acknowledged."""
-    if newest_whole(storage, on_skip=lambda *_: None) is None:
+    if newest_complete(storage, on_skip=lambda *_: None) is None:
         raise Violation("a reader found nothing, although there always was something")
 
 

@@ -16,9 +16,9 @@ from trainer.checkpoint import (
     claim_attempt,
     claim_driver,
     commit,
-    fetch_whole,
+    fetch_newest,
     list_commits,
-    newest_whole,
+    newest_complete,
     put_checkpoint,
     read_claims,
 )
@@ -117,7 +117,7 @@ def test_a_record_comes_back_as_it_was() -> None:
     storage, _ = faulty()
     record = save(storage, *begin(storage), step=7)
     assert list_commits(storage) == [record]
-    found = newest_whole(storage)
+    found = newest_complete(storage)
     assert found is not None
     assert found[0] == record
     assert found[1]["adapter_model.safetensors"] == b"weights 7"
@@ -185,7 +185,7 @@ def test_a_writer_killed_at_any_point_leaves_whole_checkpoints_and_every_acknowl
 
         reached = run_until(backend, operation, die, train)
         driver, attempt = begin(storage)
-        found = newest_whole(storage, on_skip=lambda *_: pytest.fail("a commit that is not whole"))
+        found = newest_complete(storage, on_skip=lambda *_: pytest.fail("a commit that is not whole"))
         step = found[0].step if found else 0
         assert step >= acknowledged[0]
         save(storage, driver, attempt, step + 1, keep_last=1)
@@ -205,7 +205,7 @@ def test_a_take_over_at_any_point_sees_every_commit_that_is_acknowledged() -> No
 
         def take_over(storage: Storage = storage, seen: list[int] = seen) -> None:
             begin(storage)
-            found = newest_whole(storage)
+            found = newest_complete(storage)
             seen[0] = found[0].step if found else 0
 
         def zombie(storage: Storage = storage, acknowledged: list[int] = acknowledged) -> None:
@@ -242,8 +242,8 @@ def test_a_damaged_checkpoint_is_passed_over_with_its_reason(how: str, reason: s
     damaged = save(storage, driver, attempt, 10)
     damage(backend, damaged, how)
     skipped: list[tuple[int, str, str]] = []
-    found = newest_whole(storage, on_skip=lambda *s: skipped.append(s))
-    fetched = fetch_whole(storage, tmp_path / "here", on_skip=lambda *s: skipped.append(s))
+    found = newest_complete(storage, on_skip=lambda *s: skipped.append(s))
+    fetched = fetch_newest(storage, tmp_path / "here", on_skip=lambda *s: skipped.append(s))
     assert found is not None
     assert fetched is not None
     assert found[0].step == fetched.step == 5
@@ -260,7 +260,7 @@ def test_a_commit_without_what_is_needed_is_passed_over(tmp_path: Path) -> None:
     commit(storage, record_of(storage, driver, attempt, 10, {"config.json": b"{}"}))
     skipped: list[tuple[int, str, str]] = []
     needed = ["adapter_model.safetensors"]
-    found = fetch_whole(storage, tmp_path / "here", needed=needed, on_skip=lambda *s: skipped.append(s))
+    found = fetch_newest(storage, tmp_path / "here", needed=needed, on_skip=lambda *s: skipped.append(s))
     assert found is not None
     assert found.step == 5
     assert [(step, "has no adapter_model.safetensors" in reason) for step, _, reason in skipped] == [(10, True)]
@@ -279,8 +279,8 @@ def test_a_folder_that_loses_its_files_is_not_committed(tmp_path: Path) -> None:
 def test_nothing_whole_is_none(tmp_path: Path) -> None:
     storage, backend = faulty()
     damage(backend, save(storage, *begin(storage), step=5), "missing")
-    assert newest_whole(storage) is None
-    assert fetch_whole(storage, tmp_path / "here") is None
+    assert newest_complete(storage) is None
+    assert fetch_newest(storage, tmp_path / "here") is None
     assert not (tmp_path / "here").exists()
 
 
@@ -289,7 +289,7 @@ def test_a_storage_that_is_down_is_no_damage() -> None:
     save(storage, *begin(storage), step=5)
     backend.before = times(10**9, Transient("refused"), "read")
     with pytest.raises(StorageError):
-        newest_whole(storage, on_skip=lambda *_: pytest.fail("taken for damaged"))
+        newest_complete(storage, on_skip=lambda *_: pytest.fail("taken for damaged"))
 
 
 @pytest.mark.parametrize("change", [{"step": 6}, {"nonce": "x"}, {"files": {}}])

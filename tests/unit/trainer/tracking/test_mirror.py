@@ -50,12 +50,12 @@ class FakeTracker:
     def __init__(self, server: Server, points: list[Point]) -> None:
         self._server, self._points = server, points
 
-    def told(self) -> Watermark | None:
+    def last_mark(self) -> Watermark | None:
         if not self._server.exact:
             return None
         return max((p.mark for p in self._points), default=Watermark(0, 0))
 
-    def tell(self, points: Sequence[Point]) -> None:
+    def write(self, points: Sequence[Point]) -> None:
         self._server._fail()
         self._points += points
 
@@ -156,13 +156,13 @@ def test_a_driver_killed_while_it_sends_doubles_nothing(server: Server, tmp_path
     first.pump()
     write_steps(run, 1, 3, 4)
     tracker: Any = first._tracker
-    told = tracker.tell
+    told = tracker.write
 
     def sent_and_died(points: Sequence[Point]) -> None:
         told(points)
         raise Died
 
-    tracker.tell = sent_and_died
+    tracker.write = sent_and_died
     with pytest.raises(Died):
         first.pump()
     write_steps(run, 2, 3, 4, 5)
@@ -245,7 +245,7 @@ def test_the_end_is_sent_and_waits_for_nobody_longer_than_told(
 
     held = threading.Event()
     monkeypatch.setattr("trainer.tracking.mirror.PATIENCE_S", 0.2)
-    monkeypatch.setattr(FakeTracker, "tell", lambda self, points: held.wait(30))
+    monkeypatch.setattr(FakeTracker, "write", lambda self, points: held.wait(30))
     with tracked(recipe, run):
         write_steps(run, 1, 4)
     held.set()

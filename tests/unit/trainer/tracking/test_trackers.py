@@ -111,14 +111,14 @@ def test_tensorboard_parts_are_bounded_and_a_cut_one_is_read_as_far_as_it_goes(
     run, _ = faulty()
     curve = TrackedRun("c", True, recipe_of(tmp_path, "tensorboard"), run)
     board = tensorboard.TensorBoard(curve)
-    board.tell([Point(s, 99, "train", 1.0, {"loss": float(s)}) for s in range(1, 41)])
+    board.write([Point(s, 99, "train", 1.0, {"loss": float(s)}) for s in range(1, 41)])
     parts = run.list(layout.TENSORBOARD)
     assert len(parts) > 5
     assert [p[1] for p in tensorboard_points(run.child(layout.TENSORBOARD))] == list(range(1, 41))
     newest = run.read(parts[-1].key)
     run.write(parts[-1].key, newest[:-3])
     assert [p[1] for p in tensorboard_points(run.child(layout.TENSORBOARD))] == list(range(1, 40))
-    assert tensorboard.TensorBoard(TrackedRun("c", False, curve.recipe, run)).told() == Watermark(39, 0)
+    assert tensorboard.TensorBoard(TrackedRun("c", False, curve.recipe, run)).last_mark() == Watermark(39, 0)
     tensorboard.TensorBoard(curve)
     assert run.list(layout.TENSORBOARD) == [], "a new curve keeps points of the one that a mended recipe replaced"
 
