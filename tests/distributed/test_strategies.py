@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.training import adapter_bytes, ledger, losses, run_of, small_recipe, train_in_processes, write_pairs
 from trainer.recipe import Recipe
+from trainer.recipe.strategies import STRATEGIES
 from trainer.run import layout
 from trainer.run.jsonl import read_rows
 
@@ -25,12 +26,9 @@ MODELS: dict[str, dict[str, Any]] = {
     "checkpointing": {"training.gradient_checkpointing": True},
 }
 PLACES: dict[str, dict[str, Any]] = {
-    "ddp": {"strategy.kind": "ddp"},
-    "fsdp": {"strategy.kind": "fsdp"},
+    **{kind: {"strategy.kind": kind} for kind in STRATEGIES.names()},
     "fsdp-offload": {"strategy": {"kind": "fsdp", "offload": True, "reshard_after_forward": False}},
-    "zero2": {"strategy.kind": "zero2"},
     "zero2-offload": {"strategy": {"kind": "zero2", "deepspeed": "zero2_offload"}},
-    "zero3": {"strategy.kind": "zero3"},
     "zero3-offload": {"strategy": {"kind": "zero3", "deepspeed": "zero3_offload"}},
 }
 OFFLOADED = ("lora", "full", "qlora")
@@ -46,23 +44,23 @@ def _recipe(model: str, place: str, ranks: int, tiny_model: Path, folder: Path) 
 
 
 def _allowed(model: str, place: str) -> bool:
-    if model == "float16" and place.startswith("zero"):
+    row = STRATEGIES[place.removesuffix("-offload")]
+    if (model == "float16" and row.zero_stage) or (model == "lora-int8" and row.shards != "nothing"):
         return False  # the recipe refuses it
-    if model == "lora-int8":
-        return place == "ddp"
     return not place.endswith("-offload") or model in OFFLOADED
 
 
 def _ranks(model: str, place: str) -> tuple[int, ...]:
     """Three ranks where a method's tensors are cut unevenly, two everywhere."""
-    return (2, 3) if place in ("fsdp", "zero2", "zero3") and model in ("lora", "qdora", "full") else (2,)
+    row = STRATEGIES.get(place)
+    return (2, 3) if row and row.shards != "nothing" and model in ("lora", "qdora", "full") else (2,)
 
 
 EVERY = [(m, place, n) for m in MODELS for place in PLACES if _allowed(m, place) for n in _ranks(m, place)]
 """All of them for the night; by day those that have caught something, or that nothing else stands for."""
 BY_DAY = [
     *(("lora", place, 2) for place in PLACES),
-    *(("full", place, 2) for place in ("ddp", "fsdp", "zero2", "zero3")),
+    *(("full", place, 2) for place in STRATEGIES.names()),
     *((model, place, 3) for model in ("lora", "qdora") for place in ("fsdp", "zero3")),
     *(("qdora", "zero2", 2), ("full", "zero3", 3), ("lora-int8", "ddp", 2), ("float16", "fsdp", 2)),
     *((m, place, 2) for m in ("bfloat16", "full-bfloat16", "checkpointing") for place in ("fsdp", "zero3")),

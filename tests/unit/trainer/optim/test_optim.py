@@ -15,10 +15,12 @@ from safetensors.torch import save_file
 from trainer.errors import CorruptObject
 from trainer.optim import learning_rate, make_optimizer
 from trainer.recipe import OptimizerSection, ScheduleSection
+from trainer.recipe.optimizers import OPTIMIZERS
+from trainer.recipe.schedules import SCHEDULES
 from trainer.strategies.optimizer_state import load_optimizer_state, optimizer_state
 
 Parameters = dict[str, torch.nn.Parameter]
-ON_CPU = ["adamw", "adamw_8bit"]
+ON_CPU = [name for name, row in OPTIMIZERS.items() if not row.paged]
 
 
 def section(name: str = "adamw", **more: Any) -> OptimizerSection:
@@ -175,15 +177,15 @@ def test_learning_rates(settings: dict[str, Any], rates: list[float]) -> None:
     assert [learning_rate(schedule, 3e-4, s, 8) / 3e-4 for s in range(1, 9)] == pytest.approx(rates, abs=1e-6)
 
 
-@pytest.mark.parametrize(("name", "end"), [("constant", 1.0), ("linear", 0.1), ("cosine", 0.1)])
-def test_the_step_after_the_last_one_reaches_the_end_and_stays(name: str, end: float) -> None:
-    floor = {} if name == "constant" else {"min_lr_ratio": 0.1}
+@pytest.mark.parametrize("name", SCHEDULES.names())
+def test_the_step_after_the_last_one_reaches_the_end_and_stays(name: str) -> None:
+    floor, end = ({"min_lr_ratio": 0.1}, 0.1) if SCHEDULES[name].falls else ({}, 1.0)
     schedule = ScheduleSection(name=name, warmup_steps=2, **floor)
     for s in (9, 10, 1000):
         assert learning_rate(schedule, 2.0, s, 8) == pytest.approx(2.0 * end)
 
 
-@pytest.mark.parametrize("name", ["linear", "cosine"])
+@pytest.mark.parametrize("name", [name for name, row in SCHEDULES.items() if row.falls])
 def test_a_rate_never_rises_after_the_warm_up_and_is_never_zero_in_a_run(name: str) -> None:
     rate: Callable[[int], float] = lambda s: learning_rate(ScheduleSection(name=name, warmup_steps=3), 1.0, s, 50)  # noqa: E731
     rates = [rate(s) for s in range(1, 51)]
