@@ -117,8 +117,7 @@ class PolicySampler:
             raise InputError(
                 "neither the tokenizer nor the model names an end-of-text token, which generating texts needs"
             )
-        text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-        self.positions = getattr(text, "max_position_embeddings", None)
+        self.positions = max_positions(model)
         self._window = max((len(s.encode()) for s in stop), default=0) + SPARE_TOKENS
 
     @torch.no_grad()
@@ -131,9 +130,7 @@ class PolicySampler:
         rows = prompts or [[0]]
         texts = [Completion() for _ in prompts]
         draws = torch.tensor(np.array([uniforms(key, self.max_new_tokens) for key in keys or [""]])).to(device)
-        width = max(map(len, rows))
-        ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        ids, mask = padded_left(rows, 0, device)
         positions, cache = (mask.cumsum(-1) - 1).clamp(min=0), None
         going = list(range(len(prompts)))
         for n in range(self.max_new_tokens):
@@ -182,6 +179,21 @@ class PolicySampler:
                 f"a prompt of {longest} tokens and ppo.max_new_tokens {self.max_new_tokens} are more than the model's "
                 f"{self.positions} positions; lower it, or data.sequence_length"
             )
+
+
+def padded_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the token ids and the attention mask [B, P] of prompts that all end in the last column."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def max_positions(model: Any) -> int | None:
+    """Returns the longest text that the model was made for, in tokens; None if its configuration has no limit."""
+    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    positions: int | None = getattr(text, "max_position_embeddings", None)
+    return positions
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
