@@ -7,16 +7,11 @@ from collections.abc import Callable
 
 from trainer.recipe.sections.schedule import ScheduleSection
 
-
-def _cosine(progress: float) -> float:
-    """SGDR without restarts (Loshchilov & Hutter 2016, arXiv:1608.03983)."""
-    return 0.5 * (1.0 + math.cos(math.pi * progress))
-
-
 SHAPES: dict[str, Callable[[float], float]] = {
     "constant": lambda progress: 1.0,
     "linear": lambda progress: 1.0 - progress,
-    "cosine": _cosine,
+    # SGDR without restarts (Loshchilov & Hutter 2016, arXiv:1608.03983).
+    "cosine": lambda progress: 0.5 * (1.0 + math.cos(math.pi * progress)),
 }
 """The factor of the learning rate, from 1 to 0, by the progress of the steps after the warm-up, from 0 to 1."""
 

@@ -150,7 +150,9 @@ class PolicySampler:
             ids, positions = chosen[:, None], positions[:, -1:] + 1
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], -1)
         for text in texts:
-            text.words = self._words(text)
+            words = self.tokenizer.decode(text.tokens, skip_special_tokens=True)
+            cuts = [words.index(string) for string in self.stop if string in words]
+            text.words = words[: min(cuts)] if cuts else words
         return texts
 
     def _add(self, texts: list[Completion], going: list[int], chosen: list[int]) -> list[int]:
@@ -158,19 +160,9 @@ class PolicySampler:
         for row in going:
             text = texts[row]
             text.tokens.append(chosen[row])
-            text.ended = chosen[row] in self.ends or self._stopped(text.tokens)
+            tail = self.tokenizer.decode(text.tokens[-self._window :], skip_special_tokens=True) if self.stop else ""
+            text.ended = chosen[row] in self.ends or any(string in tail for string in self.stop)
         return [row for row in going if not texts[row].ended]
-
-    def _stopped(self, tokens: list[int]) -> bool:
-        if not self.stop:
-            return False
-        tail = self.tokenizer.decode(tokens[-self._window :], skip_special_tokens=True)
-        return any(string in tail for string in self.stop)
-
-    def _words(self, text: Completion) -> str:
-        words: str = self.tokenizer.decode(text.tokens, skip_special_tokens=True)
-        cuts = [words.index(string) for string in self.stop if string in words]
-        return words[: min(cuts)] if cuts else words
 
     def _check_room(self, prompts: Sequence[Sequence[int]]) -> None:
         longest = max(map(len, prompts), default=0)

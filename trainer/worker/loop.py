@@ -143,7 +143,10 @@ class Loop:
         )
         own, held, sums = sums[:ranks], sums[ranks : 2 * ranks], sums[2 * ranks :]
         if bad:
-            self._non_finite(step, update, loss_sum)
+            named = self._named([] if math.isfinite(loss_sum) else _samples(update))
+            raise NonFiniteLoss(
+                f"step {step}: the loss is not finite ({named}). Lower optimizer.lr, or look at these samples: {NAMING}"
+            )
         self._phase(step, "optimizer")
         around = self.adapter.around_update(self.strategy.model, step, self.total_steps)
         norm = self.strategy.step(lr, around)
@@ -217,13 +220,6 @@ class Loop:
             "step_s": seconds,
             **used,
         }
-
-    def _non_finite(self, step: int, update: Update, loss_sum: float) -> None:
-        """Collective: every rank sees the sum that is not finite. Each names its samples."""
-        named = self._named([] if math.isfinite(loss_sum) else _samples(update))
-        raise NonFiniteLoss(
-            f"step {step}: the loss is not finite ({named}). Lower optimizer.lr, or look at these samples: {NAMING}"
-        )
 
     def _named(self, mine: Sequence[str]) -> str:
         """Collective: returns the first samples of each rank as text."""

@@ -12,8 +12,8 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from trainer.data.loading.next_use import Use
 from trainer.data.prepare.prepared import PreparedDataset
@@ -28,13 +28,6 @@ NextUse = Callable[[int, int], Use]
 
 _BYTES_PER_TOKEN = 5
 _SLACK = 1 << 20
-
-
-class _File(NamedTuple):
-    path: Path
-    size: int
-    window: int
-    block: int
 
 
 def cache_root() -> Path:
@@ -87,7 +80,8 @@ class DiskCache:
     """
 
     def __init__(self, folder: Path, limit: int) -> None:
-        self.blocks, self.limit = BlockCache(folder, _warn), limit
+        lost = "the local cache of data blocks is given up, and training continues without it: %s"
+        self.blocks, self.limit = BlockCache(folder, partial(log.warning, lost)), limit
 
     def close(self) -> None:
         """Releases the folder; its files stay. Without another user, `open_cache` of other data may remove it."""
@@ -111,30 +105,24 @@ class DiskCache:
         holds the lock "size"."""
         if size > self.limit:
             return False
-        files = self._files()
-        total = sum(f.size for f in files) + size
-        by_use = sorted(((next_use(f.window, f.block), f) for f in files), key=lambda x: x[0])
+        stored = sorted(self._stored(next_use), key=lambda block: block[0])
+        total = sum(length for _, length, _ in stored) + size
         while total > self.limit:
-            if not by_use or by_use[-1][0] <= own:
+            if not stored or stored[-1][0] <= own:
                 return False
-            _, last = by_use.pop()
-            last.path.unlink(missing_ok=True)
-            total -= last.size
+            _, length, path = stored.pop()
+            Path(path).unlink(missing_ok=True)
+            total -= length
         disk = shutil.disk_usage(self.blocks.folder)
         if disk.free - size < FREE_SHARE * disk.total:
             raise OSError(f"less than {FREE_SHARE:.0%} of the disk of {self.blocks.folder} would be left free")
         return True
 
-    def _files(self) -> list[_File]:
-        found = []
+    def _stored(self, next_use: NextUse) -> Iterator[tuple[Use, int, str]]:
+        """Yields the next use, size and path of each block."""
         for entry in os.scandir(self.blocks.folder):
             parts = entry.name.split("-")
             if len(parts) == 3 and parts[0].isdigit() and parts[1].isdigit():
-                found.append(_File(Path(entry.path), entry.stat().st_size, int(parts[0]), int(parts[1])))
+                yield next_use(int(parts[0]), int(parts[1])), entry.stat().st_size, entry.path
             elif entry.name.startswith("."):
                 os.unlink(entry.path)  # partial file of a killed process: a writer would hold the lock that we hold
-        return found
-
-
-def _warn(error: OSError) -> None:
-    log.warning("the local cache of data blocks is given up, and training continues without it: %s", error)

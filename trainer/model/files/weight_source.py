@@ -89,7 +89,11 @@ class WeightSource:
                 raise InputError(f"{self.storage.uri(file)} changed while it was read; run the same command again")
 
     def _from_disk(self, file: str, start: int, view: memoryview) -> None:
-        descriptor = self._descriptor(file)
+        assert self._folder is not None
+        with self._lock:
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(Path(self._folder, file), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = self._descriptors[file]
         done = 0
         while done < len(view):
             got = os.preadv(descriptor, [view[done : done + _PART]], start + done)
@@ -97,13 +101,6 @@ class WeightSource:
                 raise CorruptObject(f"{self.storage.uri(file)} ends at byte {start + done}; copy the model again")
             done += got
         self._count(len(view))
-
-    def _descriptor(self, file: str) -> int:
-        with self._lock:
-            if file not in self._descriptors:
-                assert self._folder is not None
-                self._descriptors[file] = os.open(Path(self._folder, file), os.O_RDONLY | os.O_CLOEXEC)
-            return self._descriptors[file]
 
     def _from_blocks(self, file: str, start: int, stop: int, view: memoryview) -> None:
         at = start
