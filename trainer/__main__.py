@@ -179,11 +179,8 @@ class Stop:
         self._requested = threading.Event()
 
     def __call__(self) -> bool:
-        current.ask_first(self._ask)
+        current.ask_first(lambda name: self._requested.set())
         return self._requested.is_set()
-
-    def _ask(self, name: str) -> None:
-        self._requested.set()
 
 
 def _hush_libraries() -> None:

@@ -40,17 +40,10 @@ def needs_autocast(model: torch.nn.Module, dtype: torch.dtype) -> bool:
 
 
 def _is_plain_lora(layer: Any) -> bool:
+    from peft.tuners.lora import bnb
     from peft.tuners.lora import layer as lora
 
-    kinds: tuple[type, ...] = (lora.Linear, *_four_bit())
-    if type(layer) not in kinds or layer.lora_variant:
+    # peft defines Linear4bit only where bitsandbytes is installed.
+    if type(layer) not in (lora.Linear, getattr(bnb, "Linear4bit", lora.Linear)) or layer.lora_variant:
         return False
     return all(type(linear) is torch.nn.Linear for linear in (*layer.lora_A.values(), *layer.lora_B.values()))
-
-
-def _four_bit() -> tuple[type, ...]:
-    from peft.tuners.lora import bnb
-
-    # peft defines the class only where bitsandbytes is installed.
-    found = getattr(bnb, "Linear4bit", None)
-    return (found,) if found else ()

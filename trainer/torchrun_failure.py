@@ -67,8 +67,10 @@ def _of_first(cause: Failure, of: RunRank, sleep: Callable[[float], None]) -> di
     run = of.run.within(DEADLINE_S)
     attempt = read_claims(run).attempt
     if cause.by_another:
-        if (other := _others(run, of.driver, sleep)) is not None:
-            return other
+        for _ in range(round(PEER_FAILURE_WAIT_S / _POLL_S)):
+            if (other := newest_failure(run, of.driver)) is not None:
+                return other
+            sleep(_POLL_S)
         if (hang := newest_event(run, attempt, "hang")) is not None:
             cause = cause.of_hang(hang)
     return _keep(_facts(cause, of), run, attempt, of.driver, f"driver{of.driver}")
@@ -84,14 +86,6 @@ def _of_other(cause: Failure, of: RunRank, sleep: Callable[[float], None]) -> di
     if newest_failure(run, claims.driver) is not None:
         return facts
     return _keep(facts, run, claims.attempt, claims.driver, f"driver{claims.driver}-rank{of.rank}")
-
-
-def _others(run: Storage, driver: int, sleep: Callable[[float], None]) -> dict[str, Any] | None:
-    for _ in range(round(PEER_FAILURE_WAIT_S / _POLL_S)):
-        if (found := newest_failure(run, driver)) is not None:
-            return found
-        sleep(_POLL_S)
-    return None
 
 
 def _keep(facts: dict[str, Any], run: Storage, attempt: int, driver: int, writer: str) -> dict[str, Any]:

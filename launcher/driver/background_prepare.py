@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from trainer.data import PreparationSpec, PreparedDataset, epoch_order, open_begun, prepare_dataset
+from trainer.data import WINDOW_BYTES, PreparationSpec, PreparedDataset, epoch_order, open_begun, prepare_dataset
 from trainer.errors import Interrupted
 from trainer.interruption import current
 from trainer.storage import Storage
@@ -28,11 +28,12 @@ class EarlyStart:
         map_windows: Callable[[Callable[[], bool]], Any],
         on_progress: Callable[..., None] | None,
         stopped: Callable[[], bool] = lambda: False,
+        window_bytes: int = WINDOW_BYTES,
     ) -> None:
         """``map_windows(stopped)`` gives the ``map`` to prepare with, which ends when ``stopped()``; ``stopped`` here
         ends the wait for the first window."""
         self._stopped = stopped
-        self._seed, self._on_progress = seed, on_progress
+        self._seed, self._on_progress, self._window_bytes = seed, on_progress, window_bytes
         self._stop, self._error = threading.Event(), list[BaseException]()
         self._map = map_windows(self._stop.is_set)
         self._thread: threading.Thread | None = None
@@ -91,6 +92,7 @@ class EarlyStart:
                 map_windows=self._until_stopped,
                 on_progress=self._on_progress,
                 order=lambda count: self._order(spec, count),
+                window_bytes=self._window_bytes,
             )
         except BaseException as error:  # whatever it is, it belongs to the driver
             if not self._stop.is_set():

@@ -56,7 +56,10 @@ class Residual(Lora):
             for name, layer in lora_layers(model):
                 weight = original_weight(originals, name).to(layer.weight.device)
                 a, b = self._rounded_factors(name, weight, layer.scaling[ADAPTER_NAME])
-                self._set_initial(name, layer, a, b)
+                for part, value in (("lora_A", a), ("lora_B", b)):
+                    linear = getattr(layer, part)[ADAPTER_NAME]
+                    linear.weight.data = value.to(linear.weight.device, torch.float32).contiguous()
+                    self._first[f"{name}.{part}.{ADAPTER_NAME}.weight"] = linear.weight.detach().cpu().clone()
                 put_weight(layer.get_base_layer(), weight - layer.scaling[ADAPTER_NAME] * (b @ a))
 
     def _rounded_factors(self, name: str, weight: torch.Tensor, scaling: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -66,12 +69,6 @@ class Residual(Lora):
             raise InputError(f"adapter.rank {rank} is too large for {name} of shape {list(weight.shape)}; lower it")
         a, b = self.factors(weight / scaling, rank)
         return a.to(torch.bfloat16).double(), b.to(torch.bfloat16).double()
-
-    def _set_initial(self, name: str, layer: Any, a: torch.Tensor, b: torch.Tensor) -> None:
-        for part, value in (("lora_A", a), ("lora_B", b)):
-            linear = getattr(layer, part)[ADAPTER_NAME]
-            linear.weight.data = value.to(linear.weight.device, torch.float32).contiguous()
-            self._first[f"{name}.{part}.{ADAPTER_NAME}.weight"] = linear.weight.detach().cpu().clone()
 
     def peft_state_dict(self, model: torch.nn.Module, weights: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         tensors = super().peft_state_dict(model, weights)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from trainer.artifacts.load import reads_a_prompt
-from trainer.tasks.sampling import end_tokens
+from trainer.tasks.sampling import end_tokens, max_positions, padded_left
 
 Ended = Callable[[str], bool]
 """Returns True if the text generated so far is complete."""
@@ -66,8 +66,7 @@ class Generator:
         self.sampling = sampling
         self.ends = sorted(end_tokens(model, tokenizer))
         model.generation_config = GenerationConfig()  # drops the sampling settings of the model's authors
-        text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-        self.positions = int(getattr(text, "max_position_embeddings", None) or MAX_PROMPT)
+        self.positions = max_positions(model) or MAX_PROMPT
 
     @torch.no_grad()
     def answers(
@@ -132,10 +131,9 @@ class Generator:
     ) -> list[str]:
         from transformers import GenerationConfig, StoppingCriteriaList
 
-        width = max(map(len, rows))
         pad = self.ends[0] if self.ends else 0
-        ids = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=self.device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=self.device)
+        ids, mask = padded_left(rows, pad, self.device)
+        width = ids.shape[1]
 
         def stop(so_far: torch.Tensor, scores: Any, **rest: Any) -> torch.Tensor:
             assert ended is not None

@@ -242,8 +242,8 @@ def _check_adapter(recipe: Recipe, config: dict[str, Any], where: str) -> None:
 def _origin(folder: Path, where: str) -> ArtifactInfo | None:
     """Reads the origin from `muster.json` next to a final adapter; for a checkpoint, from its run's frozen recipe."""
     run, inside, _ = where.rstrip("/").rpartition(f"/{layout.CHECKPOINTS}/")
-    if inside and open_storage(run).info(layout.RECIPE):
-        return ArtifactInfo.of(read_recipe(open_storage(run)))
+    if inside and (storage := open_storage(run)).info(layout.RECIPE):
+        return ArtifactInfo.of(read_recipe(storage))
     return ArtifactInfo.read(folder)
 
 

@@ -18,11 +18,13 @@ from trainer.data.prepare.prepare import (
     resolve_chat_template,
 )
 from trainer.data.prepare.prepared import PreparedDataset, open_prepared
+from trainer.data.prepare.split import WINDOW_BYTES
 from trainer.data.spec import FrozenObject, FrozenSource, PreparationSpec, tokenizer_fingerprint
 from trainer.data.summary import Summary, summarise
 from trainer.data.types import Batch, Cursor, MicroBatch, RankStep, SampleRef, StepPlan
 
 __all__ = [
+    "WINDOW_BYTES",
     "Batch",
     "Cursor",
     "DiskCache",

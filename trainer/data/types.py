@@ -6,6 +6,7 @@ Legend: B packs in a micro-batch, L tokens of its longest pack.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -61,6 +62,14 @@ class Cursor:
             raise CorruptObject(f"the data cursor {data!r:.300} is not valid: {error}") from error
 
 
+class Pack(NamedTuple):
+    """Samples that are trained as one sequence, and their tokens."""
+
+    samples: tuple[SampleRef, ...]
+    tokens: int
+    target_tokens: int
+
+
 @dataclass(frozen=True)
 class MicroBatch:
     """The packs of one forward pass. ``index`` counts within the global step, and does not depend on the number of
@@ -70,6 +79,11 @@ class MicroBatch:
     packs: tuple[tuple[SampleRef, ...], ...]
     tokens: int
     target_tokens: int
+
+    @classmethod
+    def of(cls, index: int, packs: Sequence[Pack]) -> MicroBatch:
+        refs = tuple(pack.samples for pack in packs)
+        return cls(index, refs, sum(pack.tokens for pack in packs), sum(pack.target_tokens for pack in packs))
 
     @property
     def samples(self) -> int:

@@ -117,8 +117,7 @@ class PolicySampler:
             raise InputError(
                 "neither the tokenizer nor the model names an end-of-text token, which generating texts needs"
             )
-        text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
-        self.positions = getattr(text, "max_position_embeddings", None)
+        self.positions = max_positions(model)
         self._window = max((len(s.encode()) for s in stop), default=0) + SPARE_TOKENS
 
     @torch.no_grad()
@@ -131,9 +130,7 @@ class PolicySampler:
         rows = prompts or [[0]]
         texts = [Completion() for _ in prompts]
         draws = torch.tensor(np.array([uniforms(key, self.max_new_tokens) for key in keys or [""]])).to(device)
-        width = max(map(len, rows))
-        ids = torch.tensor([[0] * (width - len(row)) + list(row) for row in rows], device=device)
-        mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+        ids, mask = padded_left(rows, 0, device)
         positions, cache = (mask.cumsum(-1) - 1).clamp(min=0), None
         going = list(range(len(prompts)))
         for n in range(self.max_new_tokens):
@@ -153,7 +150,9 @@ class PolicySampler:
             ids, positions = chosen[:, None], positions[:, -1:] + 1
             mask = torch.cat([mask, torch.ones_like(mask[:, :1])], -1)
         for text in texts:
-            text.words = self._words(text)
+            words = self.tokenizer.decode(text.tokens, skip_special_tokens=True)
+            cuts = [words.index(string) for string in self.stop if string in words]
+            text.words = words[: min(cuts)] if cuts else words
         return texts
 
     def _add(self, texts: list[Completion], going: list[int], chosen: list[int]) -> list[int]:
@@ -161,19 +160,9 @@ class PolicySampler:
         for row in going:
             text = texts[row]
             text.tokens.append(chosen[row])
-            text.ended = chosen[row] in self.ends or self._stopped(text.tokens)
+            tail = self.tokenizer.decode(text.tokens[-self._window :], skip_special_tokens=True) if self.stop else ""
+            text.ended = chosen[row] in self.ends or any(string in tail for string in self.stop)
         return [row for row in going if not texts[row].ended]
-
-    def _stopped(self, tokens: list[int]) -> bool:
-        if not self.stop:
-            return False
-        tail = self.tokenizer.decode(tokens[-self._window :], skip_special_tokens=True)
-        return any(string in tail for string in self.stop)
-
-    def _words(self, text: Completion) -> str:
-        words: str = self.tokenizer.decode(text.tokens, skip_special_tokens=True)
-        cuts = [words.index(string) for string in self.stop if string in words]
-        return words[: min(cuts)] if cuts else words
 
     def _check_room(self, prompts: Sequence[Sequence[int]]) -> None:
         longest = max(map(len, prompts), default=0)
@@ -182,6 +171,21 @@ class PolicySampler:
                 f"a prompt of {longest} tokens and ppo.max_new_tokens {self.max_new_tokens} are more than the model's "
                 f"{self.positions} positions; lower it, or data.sequence_length"
             )
+
+
+def padded_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the token ids and the attention mask [B, P] of prompts that all end in the last column."""
+    width = max(map(len, rows))
+    ids = torch.tensor([[pad] * (width - len(row)) + list(row) for row in rows], device=device)
+    mask = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=device)
+    return ids, mask
+
+
+def max_positions(model: Any) -> int | None:
+    """Returns the longest text that the model was made for, in tokens; None if its configuration has no limit."""
+    text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
+    positions: int | None = getattr(text, "max_position_embeddings", None)
+    return positions
 
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:

@@ -38,7 +38,7 @@ MIN_LOSS_SCALE = 1.0
 class UpdateResult(NamedTuple):
     """One update of the optimizer: the mean loss, the gradient's norm, whether a rank requests a stop, the pairs in
     attention (`Operations.scores`), each rank's local seconds and memory in bytes, and the metrics' sums over all
-    ranks, which ``totals`` names."""
+    ranks."""
 
     loss: float
     norm: float
@@ -46,8 +46,7 @@ class UpdateResult(NamedTuple):
     scores: float
     own_s: list[float]
     held: list[float]
-    sums: list[float]
-    totals: Totals
+    sums: dict[str, torch.Tensor]
 
 
 class Loop:
@@ -119,8 +118,9 @@ class Loop:
         lr = learning_rate(self.recipe.schedule, self.recipe.optimizer.lr, step, self.total_steps)
         done = [self._update(step, update, lr) for update in self.task.updates(step, data.plan, batches)]
         said = {"loss": sum(update.loss for update in done) / len(done)}
-        if sums := [sum(values) for values in zip(*(update.sums for update in done), strict=True)]:
-            said |= self.task.step_metrics(done[0].totals.named(sums))
+        zero = torch.zeros(())
+        if sums := {name: sum((update.sums[name] for update in done), zero) for name in done[0].sums}:
+            said |= self.task.step_metrics(sums)
         norm = sum(update.norm for update in done) / len(done)
         stop = any(update.stop for update in done)
         seconds = time.monotonic() - began
@@ -143,7 +143,10 @@ class Loop:
         )
         own, held, sums = sums[:ranks], sums[ranks : 2 * ranks], sums[2 * ranks :]
         if bad:
-            self._non_finite(step, update, loss_sum)
+            named = self._named([] if math.isfinite(loss_sum) else _samples(update))
+            raise NonFiniteLoss(
+                f"step {step}: the loss is not finite ({named}). Lower optimizer.lr, or look at these samples: {NAMING}"
+            )
         self._phase(step, "optimizer")
         around = self.adapter.around_update(self.strategy.model, step, self.total_steps)
         norm = self.strategy.step(lr, around)
@@ -154,7 +157,8 @@ class Loop:
                 f"lower the learning rate ({lr:g}), compute in float32 or bfloat16 (model.dtype), or look at these "
                 f"samples: {NAMING}"
             )
-        return UpdateResult(total / max(1, update.units), norm, bool(stop), scores, own, held, sums, totals)
+        loss = total / max(1, update.units)
+        return UpdateResult(loss, norm, bool(stop), scores, own, held, totals.named(sums))
 
     def _may_scale_down(self) -> bool:
         """Returns True while a non-finite gradient is expected: in float16 the first gradients overflow, until the
@@ -216,13 +220,6 @@ class Loop:
             "step_s": seconds,
             **used,
         }
-
-    def _non_finite(self, step: int, update: Update, loss_sum: float) -> None:
-        """Collective: every rank sees the sum that is not finite. Each names its samples."""
-        named = self._named([] if math.isfinite(loss_sum) else _samples(update))
-        raise NonFiniteLoss(
-            f"step {step}: the loss is not finite ({named}). Lower optimizer.lr, or look at these samples: {NAMING}"
-        )
 
     def _named(self, mine: Sequence[str]) -> str:
         """Collective: returns the first samples of each rank as text."""

@@ -138,7 +138,12 @@ EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 def meter_of(recipe: Recipe, world: World, operations: Operations) -> Meter | None:
     """Collective. None where the peak of a rank's device is known neither from the recipe nor from its name, and for a
     task whose operations are not counted."""
-    peaks = world.all_gather(_peak(recipe, world.device))
+    peak: float | None = None
+    if recipe.compute.peak_tflops is not None:
+        peak = recipe.compute.peak_tflops * 1e12
+    elif world.device.type == "cuda":
+        peak = peak_flops(torch.cuda.get_device_name(world.device))
+    peaks = world.all_gather(peak)
     if None in peaks or TASKS[recipe.task].generates:
         return None
     return Meter(
@@ -147,12 +152,6 @@ def meter_of(recipe: Recipe, world: World, operations: Operations) -> Meter | No
         recomputes=recipe.training.gradient_checkpointing,
         refers=TASKS[recipe.task].has_reference,
     )
-
-
-def _peak(recipe: Recipe, device: torch.device) -> float | None:
-    if recipe.compute.peak_tflops is not None:
-        return recipe.compute.peak_tflops * 1e12
-    return peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
 
 
 def operations_of(model: Any) -> Operations:

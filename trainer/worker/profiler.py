@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.autograd.profiler_util import EventList
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from trainer.distributed.world import World
@@ -97,6 +96,8 @@ class Profiler(Callback):
         self._thread.start()
 
     def _store(self, traced: Any) -> None:
+        # The attribute with an operator's own microseconds, without the operators that it calls.
+        measure = f"self_{'device' if self._world.device.type == 'cuda' else 'cpu'}_time_total"
         try:
             averages = traced.key_averages()
             with tempfile.TemporaryDirectory(prefix="muster-profile-") as folder:
@@ -104,26 +105,14 @@ class Profiler(Callback):
                 traced.export_chrome_trace(str(trace))
                 size = trace.stat().st_size
                 self._run.upload(f"{self._key}.json.gz", trace)
-            self._run.write(f"{self._key}.txt", self._table(averages).encode())
+            table = averages.table(sort_by=measure, row_limit=TOP_OPERATORS, max_name_column_width=80)
+            self._run.write(f"{self._key}.txt", table.encode())
         except Exception as error:
             self._failed(error)
             return
-        self._report({"uri": self._run.uri(f"{self._key}.json.gz"), "bytes": size, **self._top(averages)})
-
-    def _table(self, averages: EventList) -> str:
-        text: str = averages.table(sort_by=self._measure(), row_limit=TOP_OPERATORS, max_name_column_width=80)
-        return text
-
-    def _top(self, averages: EventList) -> dict[str, Any]:
-        measure = self._measure()
-        found = sorted(averages, key=lambda operator: -getattr(operator, measure))[:IN_EVENT]
-        return {
-            "operators": [{"name": o.key, "calls": o.count, "ms": round(getattr(o, measure) / 1000, 3)} for o in found]
-        }
-
-    def _measure(self) -> str:
-        """Returns the attribute with an operator's own microseconds, without the operators that it calls."""
-        return f"self_{'device' if self._world.device.type == 'cuda' else 'cpu'}_time_total"
+        top = sorted(averages, key=lambda operator: -getattr(operator, measure))[:IN_EVENT]
+        operators = [{"name": o.key, "calls": o.count, "ms": round(getattr(o, measure) / 1000, 3)} for o in top]
+        self._report({"uri": self._run.uri(f"{self._key}.json.gz"), "bytes": size, "operators": operators})
 
     def _failed(self, error: Exception) -> None:
         log.warning("no profile of rank %d: %s", self._world.rank, error)

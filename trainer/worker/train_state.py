@@ -91,16 +91,13 @@ class TrainState:
             weights = self._beside.save(weights, folder)
         self.adapter.save(self.strategy.model, weights, folder)
         save_file(dict(snapshot.optimizer), folder / OPTIMIZER_FILE)
-        if self._has_master(weights):
+        dtype = getattr(torch, self.adapter.recipe.model.dtype)
+        narrower = self.adapter.full and any(tensor.dtype != dtype for tensor in weights.values())
+        if narrower or not self.adapter.round_trips:
             save_file(dict(weights), folder / MASTER_FILE)
         if snapshot.method:
             save_file(dict(snapshot.method), folder / METHOD_FILE)
         verify_saved(self.adapter, self._shapes, folder, updated=bool(snapshot.optimizer))
-
-    def _has_master(self, weights: Mapping[str, torch.Tensor]) -> bool:
-        dtype = getattr(torch, self.adapter.recipe.model.dtype)
-        narrower = self.adapter.full and any(t.dtype != dtype for t in weights.values())
-        return narrower or not self.adapter.round_trips
 
     def load(self, folder: Path, state: Mapping[str, Any]) -> None:
         """Collective: every rank has the same verified files in ``folder``, written under any strategy."""

@@ -52,12 +52,8 @@ class BlockReader:
         self.readers, self.cache = readers, cache
         self._blocks: dict[Key, Block] = {}
         self._flights: dict[Key, Future[Block]] = {}
-        self._held_bytes = 0
+        self.held_bytes = 0
         self._lock = threading.Lock()
-
-    @property
-    def held_bytes(self) -> int:
-        return self._held_bytes
 
     def samples(self, refs: Sequence[SampleRef]) -> list[Sample]:
         """Returns the samples in the order of ``refs``. Fetches the blocks that are not in memory in parallel."""
@@ -99,7 +95,7 @@ class BlockReader:
         """
         try:
             for number, info in enumerate(self.prepared.index(window).meta.blocks):
-                if self.cache is None and self._held_bytes + 2 * info.length > self.memory_bytes:
+                if self.cache is None and self.held_bytes + 2 * info.length > self.memory_bytes:
                     return
                 self.block(window, number)
         except (MusterError, OSError) as error:
@@ -116,10 +112,10 @@ class BlockReader:
         with self._lock:
             del self._flights[key]
             self._blocks[key] = block
-            self._held_bytes += block.nbytes
+            self.held_bytes += block.nbytes
             for other in sorted(self._blocks, key=lambda k: self.upcoming.next_use(*k), reverse=True):
-                if self._held_bytes > self.memory_bytes or not self.upcoming.soon(other[0]):
-                    self._held_bytes -= self._blocks.pop(other).nbytes
+                if self.held_bytes > self.memory_bytes or not self.upcoming.soon(other[0]):
+                    self.held_bytes -= self._blocks.pop(other).nbytes
         flight.set_result(block)
         return block
 

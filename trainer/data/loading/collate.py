@@ -10,8 +10,6 @@ from trainer.data.loading.block_reader import BlockReader
 from trainer.data.sample import Sample
 from trainer.data.types import Batch, MicroBatch
 
-Pack = Sequence[Sample]
-
 
 def read_batch(reader: BlockReader, micro_batch: MicroBatch) -> Batch:
     refs = [ref for pack in micro_batch.packs for ref in pack]
@@ -21,7 +19,7 @@ def read_batch(reader: BlockReader, micro_batch: MicroBatch) -> Batch:
     return collate(micro_batch.index, packs, [indexes[window].sample_id(sample) for window, sample in refs])
 
 
-def collate(index: int, packs: Sequence[Pack], sample_ids: list[str]) -> Batch:
+def collate(index: int, packs: Sequence[Sequence[Sample]], sample_ids: list[str]) -> Batch:
     """Pads the packs to the longest one, and stacks them into arrays [B, L]. Pairs: one row per answer, see `Batch`."""
     samples = [sample for pack in packs for sample in pack]
     rejected = [sample.rejected for sample in samples if sample.rejected is not None]
@@ -46,7 +44,7 @@ def collate(index: int, packs: Sequence[Pack], sample_ids: list[str]) -> Batch:
     return batch
 
 
-def _fill_row(batch: Batch, row: int, pack: Pack) -> int:
+def _fill_row(batch: Batch, row: int, pack: Sequence[Sample]) -> int:
     """Writes a pack into a row. Returns the number of its tokens."""
     # Positions restart with each sample, and every pad keeps position 0. Block-diagonal attention is derived from the
     # positions, so that no pad attends to a token.

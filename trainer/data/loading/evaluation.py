@@ -11,9 +11,7 @@ from trainer.data.loading.disk_cache import DiskCache
 from trainer.data.loading.next_use import NextUse, Use
 from trainer.data.order.pack_order import plan_in_order
 from trainer.data.prepare.prepared import PreparedDataset
-from trainer.data.types import Batch, MicroBatch, SampleRef
-
-Pack = tuple[SampleRef, ...]
+from trainer.data.types import Batch, MicroBatch, Pack
 
 
 def eval_batches(
@@ -37,10 +35,11 @@ def eval_batches(
     reader = BlockReader(prepared, upcoming, memory_bytes=memory_bytes, cache=cache)
     mine: MicroBatch | None = None
     count = 0
-    for part in _micro_batches(islice(_packs(prepared, singly), limit), micro_batch):
-        upcoming.move(Use(0, part.packs[0][0].window, 0))
-        if part.index % world_size == rank:
-            mine = part
+    packs = islice(_packs(prepared, singly), limit)
+    while part := list(islice(packs, micro_batch)):
+        upcoming.move(Use(0, part[0].samples[0].window, 0))
+        if count % world_size == rank:
+            mine = MicroBatch.of(count, part)
         count += 1
         if count % world_size == 0:
             assert mine is not None
@@ -50,18 +49,8 @@ def eval_batches(
         yield Batch.empty() if mine is None else read_batch(reader, mine)
 
 
-def _micro_batches(packs: Iterator[tuple[Pack, int, int]], size: int) -> Iterator[MicroBatch]:
-    index = 0
-    while part := [p for _, p in zip(range(size), packs, strict=False)]:
-        refs = tuple(refs for refs, _, _ in part)
-        yield MicroBatch(index, refs, sum(t for _, t, _ in part), sum(t for _, _, t in part))
-        index += 1
-
-
-def _packs(prepared: PreparedDataset, singly: bool) -> Iterator[tuple[Pack, int, int]]:
+def _packs(prepared: PreparedDataset, singly: bool) -> Iterator[Pack]:
     packing = prepared.spec.packing and not singly
     for window in range(prepared.count):
         plan = plan_in_order(prepared.index(window), prepared.spec.sequence_length, packing)
-        for p in range(len(plan)):
-            refs = tuple(SampleRef(window, s) for s in plan.pack(p))
-            yield refs, int(plan.tokens[p]), int(plan.targets[p])
+        yield from plan.packs(window, 0, len(plan))

@@ -35,10 +35,6 @@ class NextUse:
         self._turns: dict[int, dict[int, int]] = {}
         self._lock = threading.RLock()
 
-    @property
-    def now(self) -> Use:
-        return self._now
-
     def move(self, to: Use, packs: Callable[[], Mapping[int, Ints]] | None = None) -> None:
         """Sets the current position. ``packs()``, called once per window, returns the packs that use each of its
         blocks, ascending."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import NamedTuple
 
 from trainer.data.blocks import WindowIndex
@@ -22,20 +22,13 @@ from trainer.data.order.order_store import LinkedPlan, PlanStore
 from trainer.data.order.pack_order import PlanSettings, copies
 from trainer.data.order.packing import fill_packs
 from trainer.data.prepare.prepared import PreparedDataset
-from trainer.data.types import Batch, Cursor, Ints, MicroBatch, RankStep, SampleRef, StepPlan
+from trainer.data.types import Cursor, Ints, MicroBatch, Pack, RankStep, StepPlan
 from trainer.errors import CorruptObject, InputError
 from trainer.recipe import Recipe
 from trainer.storage import Storage
 
 _EMPTY_EPOCHS = 50
 """A weight well below 1 may select none of a few samples for an epoch or two. This many empty epochs are an error."""
-
-
-@dataclass(frozen=True)
-class _Pack:
-    samples: tuple[SampleRef, ...]
-    tokens: int
-    targets: int
 
 
 class Stream:
@@ -96,18 +89,15 @@ class Stream:
                 f"{self.prepared.fingerprint} with seed {self.seed}; resume with the recipe that this run started with"
             )
         cursor, linked = self._enter(cursor)
-        start, packs = cursor, list[_Pack]()
+        start, packs = cursor, list[Pack]()
         while True:
-            taken = self._take(linked, cursor.pack, self.global_batch - len(packs))
+            taken = list(linked.plan.packs(linked.window, cursor.pack, cursor.pack + self.global_batch - len(packs)))
             packs += taken
             cursor = replace(cursor, pack=cursor.pack + len(taken))
-            if len(packs) == self.global_batch or cursor.window + 1 == self.plans.windows:
+            if len(packs) == self.global_batch or cursor.window + 1 == self.prepared.count:
                 break
             cursor, linked = self._next_window(cursor)
         return self._plan_of(start, packs, cursor)
-
-    def read(self, micro_batch: MicroBatch) -> Batch:
-        return read_batch(self.reader, micro_batch)
 
     def read_step(self, plan: StepPlan, rank: int, world_size: int) -> RankStep:
         """Reads this rank's micro-batches of the step."""
@@ -118,7 +108,7 @@ class Stream:
             return packs_of_blocks(linked.plan, self.prepared.index(linked.window).block)
 
         self.upcoming.move(Use(at.epoch, at.window, at.pack), packs)
-        return RankStep(plan, [self.read(m) for m in plan.of_rank(rank, world_size)])
+        return RankStep(plan, [read_batch(self.reader, m) for m in plan.of_rank(rank, world_size)])
 
     def prefetch(
         self, cursor: Cursor, rank: int, world_size: int, depth: int = 2, steps: int | None = None
@@ -156,24 +146,14 @@ class Stream:
         return cursor, linked
 
     def _next_window(self, cursor: Cursor) -> tuple[Cursor, LinkedPlan]:
-        last = cursor.window + 1 == self.plans.windows
+        last = cursor.window + 1 == self.prepared.count
         epoch, window = (cursor.epoch + 1, 0) if last else (cursor.epoch, cursor.window + 1)
         linked = self.plans.follow(epoch, window, cursor.chain)
         return replace(cursor, epoch=epoch, window=window, pack=0, chain=linked.chain), linked
 
-    def _take(self, linked: LinkedPlan, first: int, count: int) -> list[_Pack]:
-        plan = linked.plan
-        return [
-            _Pack(tuple(SampleRef(linked.window, s) for s in plan.pack(p)), int(plan.tokens[p]), int(plan.targets[p]))
-            for p in range(first, min(first + count, len(plan)))
-        ]
-
-    def _plan_of(self, start: Cursor, packs: list[_Pack], after: Cursor) -> StepPlan:
+    def _plan_of(self, start: Cursor, packs: list[Pack], after: Cursor) -> StepPlan:
         parts = [packs[i : i + self.micro_batch] for i in range(0, len(packs), self.micro_batch)]
-        micro_batches = tuple(
-            MicroBatch(i, tuple(p.samples for p in part), sum(p.tokens for p in part), sum(p.targets for p in part))
-            for i, part in enumerate(parts)
-        )
+        micro_batches = tuple(MicroBatch.of(i, part) for i, part in enumerate(parts))
         samples = sum(m.samples for m in micro_batches)
         return StepPlan(
             start.epoch,

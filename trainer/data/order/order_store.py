@@ -51,10 +51,6 @@ class PlanStore:
         self._orders: dict[int, list[int]] = {}
         self._lock = threading.RLock()
 
-    @property
-    def windows(self) -> int:
-        return self.prepared.count
-
     def root(self) -> str:
         """Returns the link before the first plan. Two runs share a chain only if their data and settings are the
         same."""
@@ -137,7 +133,7 @@ class PlanStore:
                 near = {e: o for e, o in self._orders.items() if abs(e - epoch) <= 1}
                 self._orders = {
                     **near,
-                    epoch: epoch_order(self.settings.order_key, self.settings.seed, epoch, self.windows),
+                    epoch: epoch_order(self.settings.order_key, self.settings.seed, epoch, self.prepared.count),
                 }
             return self._orders[epoch]
 

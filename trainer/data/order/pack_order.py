@@ -10,7 +10,7 @@ half of them, which differs between epochs.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +19,7 @@ import numpy.typing as npt
 from trainer.data.blocks import WindowIndex
 from trainer.data.order.packing import fill_packs
 from trainer.data.seeding import permutation, uniforms
-from trainer.data.types import Ints
+from trainer.data.types import Ints, Pack, SampleRef
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,13 @@ class WindowPlan:
     def pack(self, number: int) -> list[int]:
         samples: list[int] = self.samples[self.offsets[number] : self.offsets[number + 1]].tolist()
         return samples
+
+    def packs(self, window: int, start: int, stop: int) -> Iterator[Pack]:
+        """Yields the packs [start, stop), fewer at the end of the plan. ``window``: that of the prepared data which the
+        plan is for."""
+        for number in range(start, min(stop, len(self))):
+            refs = tuple(SampleRef(window, sample) for sample in self.pack(number))
+            yield Pack(refs, int(self.tokens[number]), int(self.targets[number]))
 
     def digest(self) -> str:
         """Returns the sha256 (hex) of the contents. It does not depend on the library that stored them."""

@@ -17,7 +17,7 @@ from trainer.data.formats import open_format
 from trainer.data.prepare.freeze import check_unchanged
 from trainer.data.prepare.partial import BEGUN
 from trainer.data.prepare.prepared import MANIFEST, PreparedDataset, manifest_of, open_prepared, sum_counts
-from trainer.data.prepare.split import cut, windows
+from trainer.data.prepare.split import WINDOW_BYTES, cut, windows
 from trainer.data.prepare.window import (
     WindowEntry,
     WindowJob,
@@ -28,6 +28,7 @@ from trainer.data.prepare.window import (
     too_many_bad_rows,
 )
 from trainer.data.readers import open_reader
+from trainer.data.readers.body import SPAN_BYTES
 from trainer.data.sample import RowError
 from trainer.data.spec import FrozenSource, PreparationSpec
 from trainer.errors import CorruptObject, InputError
@@ -55,19 +56,23 @@ def prepare_dataset(
     map_windows: MapWindows = map,
     on_progress: Callable[[PreparationProgress], None] | None = None,
     order: Callable[[int], Sequence[int]] = range,
+    window_bytes: int = WINDOW_BYTES,
+    span_bytes: int = SPAN_BYTES,
 ) -> PreparedDataset:
     """Opens the prepared data in ``<shared>/<fingerprint>/``. Prepares what is missing.
 
     ``map_windows(task, jobs)`` yields the results in the jobs' order; task and jobs can be pickled. ``order(count)``
-    returns the order in which windows are made. If the data is complete, the inputs are not checked. Raises InputError
-    if an input has changed, if there are more bad rows than allowed, or if a source gives no sample.
+    returns the order in which windows are made. ``window_bytes``: see `windows`; ``span_bytes``: see `open_reader`. If
+    the data is complete, the inputs are not checked. Raises InputError if an input has changed, if there are more bad
+    rows than allowed, or if a source gives no sample.
     """
     found = open_prepared(shared, spec.fingerprint)
     if found is not None:
         return found
     check_unchanged(spec.sources)
     folder = shared.child(spec.fingerprint)
-    jobs = [WindowJob(i, spans) for i, spans in enumerate(windows(cut(spec.sources), spec.order_key))]
+    groups = windows(cut(spec.sources, span_bytes), spec.order_key, window_bytes)
+    jobs = [WindowJob(i, spans) for i, spans in enumerate(groups)]
     if not folder.put_if_absent(BEGUN, to_json({"spec": spec.to_json(), "windows": len(jobs)})):
         raise CorruptObject(
             f"{folder.url} was started by a version of muster that cuts the inputs into other windows; delete it"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from trainer.data.readers import open_reader
+from trainer.data.readers.body import SPAN_BYTES
 from trainer.data.seeding import permutation
 from trainer.data.spec import FrozenSource
 
@@ -22,7 +23,7 @@ class Span(NamedTuple):
     size: int
 
 
-def cut(sources: Sequence[FrozenSource]) -> list[Span]:
+def cut(sources: Sequence[FrozenSource], span_bytes: int = SPAN_BYTES) -> list[Span]:
     """Returns all spans of all sources, in order.
 
     Line files are cut by their sizes, parquet by its footer. Files that must be parsed (JSON arrays, CSV) or unpacked
@@ -32,7 +33,7 @@ def cut(sources: Sequence[FrozenSource]) -> list[Span]:
         Span(i, j, piece.start, piece.stop, piece.size)
         for i, source in enumerate(sources)
         for j, frozen in enumerate(source.objects)
-        for piece in open_reader(source, frozen).cut()
+        for piece in open_reader(source, frozen, span_bytes).cut()
     ]
 
 

@@ -9,6 +9,7 @@ from itertools import islice
 from typing import Any, NamedTuple
 
 from trainer.data.blocks import (
+    BLOCK_BYTES,
     BadRow,
     Counts,
     WindowIndex,
@@ -56,31 +57,29 @@ class WindowTask:
     spec: PreparationSpec
     tokenizer: Any
     url: str
+    block_bytes: int = BLOCK_BYTES
 
     def __call__(self, job: WindowJob) -> WindowEntry:
-        return prepare_window(self.spec, self.tokenizer, open_storage(self.url), job)
+        """Prepares the window, and puts its data, then its index. An index that another writer has put first is kept.
+
+        Raises InputError if there are more bad rows than allowed, or if an input has changed since it was frozen.
+        """
+        storage = open_storage(self.url)
+        objects = [self.spec.sources[s.source].objects[s.object] for s in job.spans]
+        try:
+            key, data, index = _Window(self.spec, self.tokenizer, self.block_bytes).build(job)
+        except (InputError, CorruptObject, FileNotFoundError):
+            check_objects(objects)  # if an object has changed, that is the cause to report
+            raise
+        check_objects(sorted(set(objects)))
+        storage.put_if_absent(key, data)
+        if not storage.put_if_absent(index_key(job.window), index):
+            index = storage.read(index_key(job.window))
+        return entry_of(storage, job.window, index)
 
 
 def index_key(window: int) -> str:
     return f"w{window:06d}.index"
-
-
-def prepare_window(spec: PreparationSpec, tokenizer: Any, storage: Storage, job: WindowJob) -> WindowEntry:
-    """Prepares a window, and puts its data, then its index. An index that another writer has put first is kept.
-
-    Raises InputError if there are more bad rows than allowed, or if an input has changed since it was frozen.
-    """
-    objects = [spec.sources[s.source].objects[s.object] for s in job.spans]
-    try:
-        key, data, index = _Window(spec, tokenizer).build(job)
-    except (InputError, CorruptObject, FileNotFoundError):
-        check_objects(objects)  # if an object has changed, that is the cause to report
-        raise
-    check_objects(sorted(set(objects)))
-    storage.put_if_absent(key, data)
-    if not storage.put_if_absent(index_key(job.window), index):
-        index = storage.read(index_key(job.window))
-    return entry_of(storage, job.window, index)
 
 
 def entry_of(storage: Storage, window: int, index: bytes) -> WindowEntry:
@@ -101,12 +100,12 @@ def open_index(storage: Storage, key: str, raw: bytes) -> WindowIndex:
 class _Window:
     """The samples, counts and bad rows of a window that is being prepared."""
 
-    def __init__(self, spec: PreparationSpec, tokenizer: Any) -> None:
+    def __init__(self, spec: PreparationSpec, tokenizer: Any, block_bytes: int) -> None:
         self.spec = spec
         self.formats: list[Format] = [open_format(s, tokenizer, spec) for s in spec.sources]
         self.counts = [Counts() for _ in spec.sources]
         self.bad_rows: list[BadRow] = []
-        self.writer = WindowWriter()
+        self.writer = WindowWriter(block_bytes)
 
     def build(self, job: WindowJob) -> tuple[str, bytes, bytes]:
         for span in job.spans:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, Protocol, cast
 
-from trainer.data.readers.body import Body, ObjectBody, unpacked
+from trainer.data.readers.body import SPAN_BYTES, Body, ObjectBody, unpacked
 from trainer.data.sample import Row, RowError
 from trainer.data.spec import FrozenObject, FrozenSource
 from trainer.errors import InputError
@@ -89,8 +89,9 @@ def _suffixes(url: str) -> tuple[str, str | None]:
     return parts[-1] if len(parts) > 1 else "", codec
 
 
-def open_reader(source: FrozenSource, frozen: FrozenObject) -> Reader:
-    """Opens the reader of one of a source's objects. Raises InputError for a setting that has no effect on its kind."""
+def open_reader(source: FrozenSource, frozen: FrozenObject, span_bytes: int = SPAN_BYTES) -> Reader:
+    """Opens the reader of one of a source's objects. ``span_bytes``: for files whose spans are ranges of bytes. Raises
+    InputError for a setting that has no effect on its kind."""
     if source.is_hub:
         return cast("Reader", READERS.load("hub")(frozen))
     name = reader_name(frozen.url)
@@ -101,7 +102,7 @@ def open_reader(source: FrozenSource, frozen: FrozenObject) -> Reader:
     kind = READERS.load("document" if source.sample_by == "document" else name)
     options = {"header": source.header} if name in _WITH_HEADER else {}
     storage, key = locate(frozen.url)
-    body: Body = ObjectBody(storage, key, frozen.size)
+    body: Body = ObjectBody(storage, key, frozen.size, span_bytes)
     codec = _suffixes(frozen.url)[1]
     if codec is not None:
         body = unpacked(body, codec, frozen.etag)

@@ -45,10 +45,8 @@ class Body(Protocol):
 
 
 class ObjectBody:
-    span_bytes = SPAN_BYTES
-
-    def __init__(self, storage: Storage, key: str, size: int) -> None:
-        self.url, self.size = f"{storage.url}/{key}", size
+    def __init__(self, storage: Storage, key: str, size: int, span_bytes: int = SPAN_BYTES) -> None:
+        self.url, self.size, self.span_bytes = f"{storage.url}/{key}", size, span_bytes
         self._storage, self._key = storage, key
 
     def clip(self, position: int) -> int:
@@ -61,10 +59,8 @@ class ObjectBody:
 class UnpackedBody:
     """A compressed body, unpacked into an unnamed temporary file. Thread-safe."""
 
-    span_bytes = UNPACKED_SPAN_BYTES
-
-    def __init__(self, packed: Body, codec: str) -> None:
-        self.url, self.size = packed.url, 0
+    def __init__(self, packed: Body, codec: str, span_bytes: int = UNPACKED_SPAN_BYTES) -> None:
+        self.url, self.size, self.span_bytes = packed.url, 0, span_bytes
         raw = io.BufferedReader(RangedFile(packed), _CHUNK)
         self._stream = pa.CompressedInputStream(pa.PythonFile(raw, mode="r"), codec)
         self._file = tempfile.TemporaryFile(prefix="muster-unpacked-")  # noqa: SIM115 (open as long as this object)

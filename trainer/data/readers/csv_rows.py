@@ -24,8 +24,8 @@ csv.field_size_limit(ROW_BYTES)  # for all of the process: csv has no other sett
 class Csv:
     """A CSV file. ``header`` names the columns of a file without a header, whose first record is a row."""
 
-    def __init__(self, body: Body, header: Sequence[str] | None = None, span_bytes: int | None = None) -> None:
-        self.body, self.span_bytes = body, span_bytes or body.span_bytes
+    def __init__(self, body: Body, header: Sequence[str] | None = None) -> None:
+        self.body = body
         self._start = len(BOM) if body.read(0, len(BOM)) == BOM else 0
         self.names = tuple(header) if header is not None else self._read_header()
         check_names(self.names, body.url)
@@ -33,7 +33,7 @@ class Csv:
     def cut(self) -> Iterator[InputSlice]:
         start = last = self._start
         for begin, end, _ in self._records(start):
-            if begin - start >= self.span_bytes:
+            if begin - start >= self.body.span_bytes:
                 yield InputSlice(start, begin, begin - start)
                 start = begin
             last = end

@@ -30,14 +30,14 @@ def open_json(body: Body) -> JsonArray | JsonLinesReader:
 
 
 class JsonArray:
-    def __init__(self, body: Body, span_bytes: int | None = None, read_bytes: int = _READ_BYTES) -> None:
-        self.body, self.span_bytes, self.read_bytes = body, span_bytes or body.span_bytes, read_bytes
+    def __init__(self, body: Body, read_bytes: int = _READ_BYTES) -> None:
+        self.body, self.read_bytes = body, read_bytes
 
     def cut(self) -> Iterator[InputSlice]:
         start = end = None
         first = self.body.read(0, 4096).index(b"[") + 1  # `open_json` has found the bracket there
         for element in self._elements(first):
-            if start is not None and element.offset - start >= self.span_bytes:
+            if start is not None and element.offset - start >= self.body.span_bytes:
                 yield InputSlice(start, element.offset, element.offset - start)
                 start = None
             start, end = element.offset if start is None else start, element.end

@@ -13,8 +13,8 @@ from trainer.parsing import JsonReader, Malformed, is_unicode
 
 
 class JsonLinesReader(LineReader):
-    def __init__(self, body: Body, span_bytes: int | None = None) -> None:
-        super().__init__(body, span_bytes)
+    def __init__(self, body: Body) -> None:
+        super().__init__(body)
         self._reader = JsonReader(finite=False)
 
     def lines(self, start: int, stop: int) -> Iterator[tuple[int, bytes | RowError]]:

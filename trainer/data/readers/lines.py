@@ -17,8 +17,8 @@ _LOOK_AHEAD, _FURTHEST_AHEAD = 64 << 10, 8 << 20
 class LineReader(ABC):
     """Reads lines. A subclass implements `parse`, which converts a line to a row. Blank lines are skipped."""
 
-    def __init__(self, body: Body, span_bytes: int | None = None) -> None:
-        self.body, self.span_bytes = body, span_bytes or body.span_bytes
+    def __init__(self, body: Body) -> None:
+        self.body = body
 
     @abstractmethod
     def parse(self, line: bytes) -> Row | RowError:
@@ -26,7 +26,7 @@ class LineReader(ABC):
 
     def cut(self) -> Iterator[InputSlice]:
         start = 0
-        while (stop := self.body.clip(start + self.span_bytes)) > start:
+        while (stop := self.body.clip(start + self.body.span_bytes)) > start:
             yield InputSlice(start, stop, stop - start)
             start = stop
 

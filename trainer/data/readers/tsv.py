@@ -18,8 +18,8 @@ from trainer.parsing import is_unicode
 class Tsv(LineReader):
     """A TSV file. ``header`` names the columns of a file without a header, whose first line is a row."""
 
-    def __init__(self, body: Body, header: Sequence[str] | None = None, span_bytes: int | None = None) -> None:
-        super().__init__(body, span_bytes)
+    def __init__(self, body: Body, header: Sequence[str] | None = None) -> None:
+        super().__init__(body)
         self.has_header = header is None
         if header is None:
             line = rest_of_line(body, 0)

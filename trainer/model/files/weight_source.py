@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from trainer.errors import CorruptObject, InputError
-from trainer.model.files.block_cache import BLOCK, BlockCache, weights_root
+from trainer.model.files.weight_cache import BLOCK, open_weight_cache, weights_root
 from trainer.storage import ObjectInfo, Storage, local_path, open_storage
 
 _AHEAD = 4
@@ -38,9 +38,9 @@ class WeightSource:
         self._descriptors: dict[str, int] = {}
         listing = json.dumps([self.storage.url, sorted((o.key, o.size, o.etag) for o in self.files.values())])
         version = hashlib.sha256(listing.encode()).hexdigest()[:32]
-        self._cache = None if self._folder is not None else BlockCache(weights_root() / version)
+        self._cache = None if self._folder is not None else open_weight_cache(weights_root() / version)
         self._pool = ThreadPoolExecutor(_AHEAD, thread_name_prefix="weights")
-        self._last: tuple[str, int, bytes] | None = None
+        self._last: tuple[str, int, memoryview] | None = None
 
     def size(self, file: str) -> int:
         return self.files[file].size
@@ -89,7 +89,11 @@ class WeightSource:
                 raise InputError(f"{self.storage.uri(file)} changed while it was read; run the same command again")
 
     def _from_disk(self, file: str, start: int, view: memoryview) -> None:
-        descriptor = self._descriptor(file)
+        assert self._folder is not None
+        with self._lock:
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(Path(self._folder, file), os.O_RDONLY | os.O_CLOEXEC)
+            descriptor = self._descriptors[file]
         done = 0
         while done < len(view):
             got = os.preadv(descriptor, [view[done : done + _PART]], start + done)
@@ -98,31 +102,25 @@ class WeightSource:
             done += got
         self._count(len(view))
 
-    def _descriptor(self, file: str) -> int:
-        with self._lock:
-            if file not in self._descriptors:
-                assert self._folder is not None
-                self._descriptors[file] = os.open(Path(self._folder, file), os.O_RDONLY | os.O_CLOEXEC)
-            return self._descriptors[file]
-
     def _from_blocks(self, file: str, start: int, stop: int, view: memoryview) -> None:
         at = start
         while at < stop:
             index = at // BLOCK
             end = min(stop, (index + 1) * BLOCK)
             block = self._block(file, index)
-            if block is None:  # the cache was given up: fetch the requested bytes only
+            if block is None:  # without a cache, fetch the requested bytes only
                 end = min(stop, at + _PART)
                 view[at - start : end - start] = self._fetch(file, at, end)
             else:
                 view[at - start : end - start] = block[at - index * BLOCK : end - index * BLOCK]
             at = end
 
-    def _block(self, file: str, index: int) -> bytes | None:
+    def _block(self, file: str, index: int) -> memoryview | None:
         last = self._last
         if last and last[:2] == (file, index):
             return last[2]
-        assert self._cache is not None
+        if self._cache is None:
+            return None
         block = self._cache.get(file, index, self.size(file), lambda a, b: self._fetch(file, a, b))
         self._last = (file, index, block) if block is not None else None
         return block

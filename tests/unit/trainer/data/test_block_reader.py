@@ -242,7 +242,6 @@ def test_a_disk_that_fails_is_a_warning_and_training_goes_on(tmp_path, monkeypat
     prepared = many()
     expected = list(train(stream(prepared, memory()), 20))
     cache = cached(tmp_path / "cache")
-    (tmp_path / "cache").mkdir()
     s = stream(prepared, memory(), cache=cache)
     steps = train(s, 20)
     got = [next(steps) for _ in range(3)]
@@ -254,7 +253,7 @@ def test_a_disk_that_fails_is_a_warning_and_training_goes_on(tmp_path, monkeypat
     with caplog.at_level(logging.WARNING):
         got += list(steps)
     assert same(got, expected)
-    assert cache.given_up
+    assert cache.blocks.given_up
     assert caplog.text.count("given up") == 1
 
 
@@ -263,9 +262,9 @@ def test_some_of_the_disk_is_left_free(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(disk_cache.shutil, "disk_usage", lambda _: usage(1000, 950, 52))
     cache = cached(tmp_path)
     assert get(cache, 1, b"xx") == b"xx"
-    assert not cache.given_up
+    assert not cache.blocks.given_up
     assert get(cache, 2, b"xxx") == b"xxx"
-    assert cache.given_up
+    assert cache.blocks.given_up
     assert "would be left free" in caplog.text
 
 
@@ -273,7 +272,7 @@ def test_an_error_of_the_storage_is_no_fault_of_the_cache(tmp_path):
     cache = cached(tmp_path)
     with pytest.raises(CorruptObject):
         cache.get(0, 0, "0" * 64, lambda: (_ for _ in ()).throw(CorruptObject("torn")), lambda w, b: Use(0, 0, 0))
-    assert not cache.given_up
+    assert not cache.blocks.given_up
     assert get(cache, 0, b"x") == b"x"
 
 
@@ -303,7 +302,7 @@ def test_a_cache_is_for_storage_elsewhere_and_only_with_a_limit(tmp_path):
     assert open_cache(remote, "a", 0, tmp_path) is None
     assert open_cache(open_storage(str(tmp_path)), "a", 100, tmp_path) is None
     assert open_cache(memory(), "a", 100, tmp_path) is None
-    assert open_cache(remote, "a", 100, tmp_path).folder == tmp_path / "a"
+    assert open_cache(remote, "a", 100, tmp_path).blocks.folder == tmp_path / "a"
 
 
 def test_caches_that_nobody_uses_are_removed_when_another_is_opened(tmp_path):

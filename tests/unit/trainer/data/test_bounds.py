@@ -47,7 +47,7 @@ class Counted(ObjectBody):
 def body(raw: bytes) -> Counted:
     storage = memory()
     storage.write("x.data", raw)
-    return Counted(storage, "x.data", len(raw))
+    return Counted(storage, "x.data", len(raw), span_bytes=1000)
 
 
 def rows(reader: Any) -> list[Any]:
@@ -66,11 +66,11 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 LINES: list[tuple[Callable[[Any], Any], Callable[[str], str], bytes]] = [
-    (lambda b: JsonLinesReader(b, 1000), lambda text: json.dumps({"text": text}), b""),
-    (lambda b: TextLines(b, 1000), lambda text: text, b""),
-    (lambda b: Tsv(b, span_bytes=1000), lambda text: text, b"text\n"),
-    (lambda b: Csv(b, span_bytes=1000), lambda text: text, b"text\n"),
-    (lambda b: Csv(b, span_bytes=1000), lambda text: f'"{text}"', b"text\n"),
+    (JsonLinesReader, lambda text: json.dumps({"text": text}), b""),
+    (TextLines, lambda text: text, b""),
+    (Tsv, lambda text: text, b"text\n"),
+    (Csv, lambda text: text, b"text\n"),
+    (Csv, lambda text: f'"{text}"', b"text\n"),
 ]
 
 
@@ -95,7 +95,7 @@ def test_a_line_that_is_too_long_is_a_fault_and_the_others_are_rows(
 def test_a_record_of_many_lines_is_bounded_too() -> None:
     """A quote that is never closed would take in all that follows."""
     text = b'text\na\n"' + b"b\n" * 50 * LIMIT + b"c\n"
-    found = rows(Csv(body(text), span_bytes=1000))
+    found = rows(Csv(body(text)))
     assert found[0] == {"text": "a"}
     assert isinstance(found[1], RowError)
     assert "the record is longer than" in found[1].reason
@@ -115,7 +115,7 @@ def test_an_element_that_is_too_long_ends_the_file_at_its_line() -> None:
     text = json.dumps([{"text": "a"}, {"text": "x" * 50 * LIMIT}], indent=0).encode()
     where = body(text)
     with pytest.raises(InputError, match=r"line 5: .*the element that starts there is longer than"):
-        rows(JsonArray(where, 1000, read_bytes=500))
+        rows(JsonArray(where, read_bytes=500))
     assert where.largest <= 2 * LIMIT
 
 

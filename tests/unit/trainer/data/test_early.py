@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import threading
 
@@ -15,18 +16,19 @@ from tests.unit.trainer.data.data_support import memory, pairs, source, stream, 
 from trainer.data import PartialDataset, describe, epoch_order, freeze, open_begun, open_prepared, prepare_dataset
 from trainer.data.prepare.partial import BEGUN, PATIENCE_S
 from trainer.data.prepare.prepared import MANIFEST
-from trainer.data.prepare.split import windows
 from trainer.data.prepare.window import index_key
 from trainer.data.run_data import open_data, prepare_data, try_open_data
 from trainer.errors import CorruptObject, InputError, StorageError
 
 SEED = 17
+WINDOW_BYTES = 1000
+
+prepare = functools.partial(prepare_dataset, window_bytes=WINDOW_BYTES)
 
 
 @pytest.fixture
-def spec(tmp_path, monkeypatch):
+def spec(tmp_path):
     """Twelve small files in windows of about 1000 bytes."""
-    monkeypatch.setattr(windows, "__defaults__", (1000,))
     for i in range(12):
         write_rows(tmp_path / "in" / f"{i:02d}.jsonl", pairs(4, start=4 * i))
     return describe(freeze([source(tmp_path / "in" / "*.jsonl")]), tokenizer(), sequence_length=64)
@@ -36,7 +38,7 @@ class Copies:
     """Windows that appear in a second folder one at a time, as if somebody were preparing them."""
 
     def __init__(self, spec, order):
-        self.whole, self.shared = prepare_dataset(spec, tokenizer(), memory()), memory()
+        self.whole, self.shared = prepare(spec, tokenizer(), memory()), memory()
         self.folder, self.left = self.shared.child(spec.fingerprint), list(order)
         self.copy(BEGUN)
         self.begun = PartialDataset(self.folder, spec, self.whole.count, clock=self.clock, sleep=self.sleep)
@@ -78,7 +80,7 @@ def same(a, b):
 
 
 def test_windows_that_come_late_are_the_same_windows(spec):
-    count = prepare_dataset(spec, tokenizer(), memory()).count
+    count = prepare(spec, tokenizer(), memory()).count
     assert count == 4
     copies = Copies(spec, order_of(spec, count))
     got = steps_of(copies.begun, 40)
@@ -119,17 +121,16 @@ def test_begun_data_are_opened_as_what_they_are(spec):
         open_begun(torn, spec.fingerprint)
 
 
-def test_windows_cut_otherwise_are_not_mixed(spec, monkeypatch):
+def test_windows_cut_otherwise_are_not_mixed(spec):
     shared = memory()
 
     def none(task, jobs):
         raise StorageError("away")
 
     with pytest.raises(StorageError):
-        prepare_dataset(spec, tokenizer(), shared, map_windows=none)
-    monkeypatch.setattr(windows, "__defaults__", (2000,))
+        prepare(spec, tokenizer(), shared, map_windows=none)
     with pytest.raises(CorruptObject, match="cuts the inputs into other windows"):
-        prepare_dataset(spec, tokenizer(), shared)
+        prepare_dataset(spec, tokenizer(), shared, window_bytes=2000)
 
 
 class Gate:
@@ -153,8 +154,8 @@ class Gate:
 
 def test_training_begins_with_the_first_window(spec):
     shared, gate = memory(), Gate(free=1)
-    whole = prepare_dataset(spec, tokenizer(), memory())
-    with EarlyStart(SEED, gate, None) as early:
+    whole = prepare(spec, tokenizer(), memory())
+    with EarlyStart(SEED, gate, None, window_bytes=WINDOW_BYTES) as early:
         begun = early.prepare(spec, tokenizer(), shared)
         assert early.going_on
         assert isinstance(begun, PartialDataset)
@@ -171,13 +172,13 @@ def test_training_begins_with_the_first_window(spec):
 def test_an_error_before_the_first_window_is_raised_at_once(spec):
     gate = Gate(0, InputError("row 1"))
     gate.open.set()
-    with EarlyStart(SEED, gate, None) as early, pytest.raises(InputError, match="row 1"):
+    with EarlyStart(SEED, gate, None, window_bytes=WINDOW_BYTES) as early, pytest.raises(InputError, match="row 1"):
         early.prepare(spec, tokenizer(), memory())
 
 
 def test_a_later_error_is_raised_when_the_driver_asks(spec):
     gate = Gate(1, InputError("row 900"))
-    with EarlyStart(SEED, gate, None) as early:
+    with EarlyStart(SEED, gate, None, window_bytes=WINDOW_BYTES) as early:
         early.prepare(spec, tokenizer(), memory())
         early.check()
         gate.open.set()
@@ -188,14 +189,14 @@ def test_a_later_error_is_raised_when_the_driver_asks(spec):
 
 def test_closed_it_stops_and_the_next_one_goes_on(spec):
     shared, gate = memory(), Gate(free=2)
-    with EarlyStart(SEED, gate, None) as early:
+    with EarlyStart(SEED, gate, None, window_bytes=WINDOW_BYTES) as early:
         early.prepare(spec, tokenizer(), shared)
     assert not early.going_on
     early.check()
     assert open_prepared(shared, spec.fingerprint) is None
     there, again = [w for w in range(4) if open_begun(shared, spec.fingerprint).ready(w)], Gate(free=99)
     assert 1 <= len(there) <= 3
-    with EarlyStart(SEED, again, None) as early:
+    with EarlyStart(SEED, again, None, window_bytes=WINDOW_BYTES) as early:
         early.prepare(spec, tokenizer(), shared)
         wait_for(lambda: not early.going_on, "the last window", timeout_s=30)
     assert again.made == [w for w in order_of(spec, 4) if w not in there]
@@ -210,7 +211,7 @@ def test_only_a_recipe_that_says_its_steps_starts_early(tiny_model, tmp_path, sp
 
     def early(spec, tokenizer, shared):
         asked.append(spec)
-        whole = prepare_dataset(spec, tokenizer, shared)
+        whole = prepare(spec, tokenizer, shared)
         shared.child(spec.fingerprint).delete([MANIFEST])
         return open_begun(shared, whole.fingerprint)
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,19 +17,18 @@ from tests.storage.doubles import Died, faulty, times
 from tests.support.waiting import wait_for
 from tests.unit.trainer.data.data_support import memory, pairs, source, stream, tokenizer, write_rows
 from trainer.data import describe, eval_batches, freeze, open_prepared, prepare_dataset
-from trainer.data.blocks import WindowWriter
-from trainer.data.prepare.split import windows
 from trainer.errors import CorruptObject, StorageError
 from trainer.storage import open_storage
 from trainer.storage.backend import Transient
 
 ROOT = Path(__file__).resolve().parents[4]
 
+prepare = functools.partial(prepare_dataset, window_bytes=1000)
+
 
 @pytest.fixture
-def spec(tmp_path, monkeypatch):
+def spec(tmp_path):
     """Ten small files, two or three to a window."""
-    monkeypatch.setattr(windows, "__defaults__", (1000,))
     for i in range(10):
         write_rows(tmp_path / "in" / f"{i}.jsonl", pairs(4, start=4 * i))
     return describe(freeze([source(tmp_path / "in" / "*.jsonl")]), tokenizer(), sequence_length=64)
@@ -47,7 +48,7 @@ def store(monkeypatch):
 
 
 def undisturbed(spec):
-    return prepare_dataset(spec, tokenizer(), memory())
+    return prepare(spec, tokenizer(), memory())
 
 
 def keys(backend, suffix):
@@ -63,12 +64,12 @@ def test_killed_at_any_put_it_goes_on_from_there(spec, store, moment):
         backend.objects.clear()
         setattr(backend, moment, nth_put(last, Died))
         with pytest.raises(Died):
-            prepare_dataset(spec, tokenizer(), storage)
+            prepare(spec, tokenizer(), storage)
         whole = moment == "after" and last == puts
         assert (open_prepared(storage, spec.fingerprint) is not None) == whole
         indexed, made = len(keys(backend, ".index")), []
         setattr(backend, moment, lambda verb, path: None)
-        prepared = prepare_dataset(spec, tokenizer(), storage, map_windows=noting(made))
+        prepared = prepare(spec, tokenizer(), storage, map_windows=noting(made))
         assert made == list(range(indexed, 0 if whole else len(expected.windows)))
         assert prepared.windows == expected.windows
         assert len(keys(backend, ".data")) == len(expected.windows)
@@ -99,7 +100,7 @@ def test_lost_replies_and_errors_of_the_storage_change_nothing(spec, store):
     for count in (1, 3, 5):
         backend.after = times(count, Transient("the reply was lost"), "put")
         backend.before = times(count, Transient("503"))
-        assert prepare_dataset(spec, tokenizer(), storage).windows == undisturbed(spec).windows
+        assert prepare(spec, tokenizer(), storage).windows == undisturbed(spec).windows
         backend.objects.clear()
 
 
@@ -107,7 +108,7 @@ def test_a_storage_that_stays_away_is_named(spec, store):
     storage, backend = store
     backend.before = times(10**6, Transient("503"), "put")
     with pytest.raises(StorageError, match=r"faulty://run/.*503"):
-        prepare_dataset(spec, tokenizer(), storage)
+        prepare(spec, tokenizer(), storage)
 
 
 def test_two_that_prepare_side_by_side_make_one(spec, store):
@@ -120,9 +121,7 @@ def test_two_that_prepare_side_by_side_make_one(spec, store):
 
     backend.before = together
     results = []
-    two = [
-        threading.Thread(target=lambda: results.append(prepare_dataset(spec, tokenizer(), storage))) for _ in range(2)
-    ]
+    two = [threading.Thread(target=lambda: results.append(prepare(spec, tokenizer(), storage))) for _ in range(2)]
     for thread in two:
         thread.start()
     for thread in two:
@@ -131,19 +130,17 @@ def test_two_that_prepare_side_by_side_make_one(spec, store):
     assert len(keys(backend, ".data")) == len(keys(backend, ".index")) == len(results[0].windows)
 
 
-def test_an_overtaken_writer_of_other_bytes_takes_what_is_there(spec, store, monkeypatch):
+def test_an_overtaken_writer_of_other_bytes_takes_what_is_there(spec, store):
     """A library of another version may write other bytes for the same samples: the index says whose data count."""
     storage, backend = store
     expected = undisturbed(spec)
 
     def overtaken(task, jobs):
-        with monkeypatch.context() as other:
-            other.setattr(WindowWriter.__init__, "__defaults__", (200,))
-            theirs = list(map(task, jobs[:2]))
+        theirs = list(map(replace(task, block_bytes=200), jobs[:2]))
         yield from map(task, jobs)
         assert [entry.sha256 for entry in theirs] != [entry.sha256 for entry in expected.windows[:2]]
 
-    prepared = prepare_dataset(spec, tokenizer(), storage, map_windows=overtaken)
+    prepared = prepare(spec, tokenizer(), storage, map_windows=overtaken)
     same = [a.sha256 == b.sha256 for a, b in zip(prepared.windows, expected.windows, strict=True)]
     assert same == [False, False] + [True] * (len(same) - 2)
     assert len(keys(backend, ".data")) == len(same) + 2
@@ -155,9 +152,7 @@ KILLED = """
 import sys, time
 from tests.unit.trainer.data.data_support import *
 from trainer.data import *
-from trainer.data.prepare.split import windows
 folder, out = sys.argv[1:]
-windows.__defaults__ = (1000,)
 
 def two_windows(task, jobs):
     yield task(jobs[0])
@@ -166,7 +161,7 @@ def two_windows(task, jobs):
     time.sleep(600)
 
 spec = describe(freeze([source(folder + "/*.jsonl")]), tokenizer(), sequence_length=64)
-prepare_dataset(spec, tokenizer(), open_storage(out), map_windows=two_windows)
+prepare_dataset(spec, tokenizer(), open_storage(out), map_windows=two_windows, window_bytes=1000)
 """
 
 
@@ -177,7 +172,7 @@ def test_a_process_that_is_killed_leaves_what_the_next_one_goes_on_with(spec, tm
         os.killpg(process.pid, signal.SIGKILL)
     shared, made = open_storage(str(tmp_path / "out")), []
     wait_for(lambda: process.poll() is not None, "the end of the killed process", timeout_s=10)
-    prepared = prepare_dataset(spec, tokenizer(), shared, map_windows=noting(made))
+    prepared = prepare(spec, tokenizer(), shared, map_windows=noting(made))
     assert made == list(range(2, len(prepared.windows)))
     assert prepared.windows == undisturbed(spec).windows
 

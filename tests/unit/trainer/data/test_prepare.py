@@ -21,18 +21,12 @@ from trainer.data import (
     tokenizer_fingerprint,
 )
 from trainer.data.prepare.partial import BEGUN
-from trainer.data.prepare.split import windows
 from trainer.data.prepare.window import index_key
-from trainer.data.readers.jsonl import JsonLinesReader
 from trainer.errors import CorruptObject, InputError
 from trainer.storage import open_storage
 
-
-@pytest.fixture
-def small_windows(monkeypatch):
-    """Spans of 300 bytes and windows of 1000, so that small files make many."""
-    monkeypatch.setattr(JsonLinesReader.__init__, "__defaults__", (300,))
-    monkeypatch.setattr(windows, "__defaults__", (1000,))
+SMALL = {"window_bytes": 1000, "span_bytes": 300}
+"""Sizes with which small files make many windows."""
 
 
 def spec_of(*sources, **settings):
@@ -49,9 +43,9 @@ def ids_of(prepared):
     return [prepared.index(w).sample_id(i) for w in range(len(prepared.windows)) for i in range(len(prepared.index(w)))]
 
 
-def test_every_row_is_prepared_once_with_its_place(tmp_path, small_windows):
+def test_every_row_is_prepared_once_with_its_place(tmp_path):
     spec, seen = spec_of(two_files(tmp_path)), []
-    prepared = prepare_dataset(spec, tokenizer(), memory(), on_progress=seen.append)
+    prepared = prepare_dataset(spec, tokenizer(), memory(), on_progress=seen.append, **SMALL)
     assert len(prepared.windows) > 2
     assert prepared.totals.samples == prepared.totals.rows == 80
     assert (seen[-1].windows, seen[-1].samples) == (len(prepared.windows), 80)
@@ -86,7 +80,7 @@ def test_complete_data_is_opened_without_a_look_at_the_inputs(tmp_path):
     assert again.spec == first.spec == open_prepared(shared, spec.fingerprint).spec
 
 
-def test_a_preparation_that_died_goes_on_with_what_is_missing(tmp_path, small_windows):
+def test_a_preparation_that_died_goes_on_with_what_is_missing(tmp_path):
     spec, shared = spec_of(two_files(tmp_path)), memory()
 
     def dying(task, jobs):
@@ -95,7 +89,7 @@ def test_a_preparation_that_died_goes_on_with_what_is_missing(tmp_path, small_wi
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare_dataset(spec, tokenizer(), shared, map_windows=dying)
+        prepare_dataset(spec, tokenizer(), shared, map_windows=dying, **SMALL)
     assert open_prepared(shared, spec.fingerprint) is None
     made = []
 
@@ -103,12 +97,12 @@ def test_a_preparation_that_died_goes_on_with_what_is_missing(tmp_path, small_wi
         made.extend(jobs)
         return map(task, jobs)
 
-    prepared = prepare_dataset(spec, tokenizer(), shared, map_windows=counting)
+    prepared = prepare_dataset(spec, tokenizer(), shared, map_windows=counting, **SMALL)
     assert [j.window for j in made] == list(range(2, len(prepared.windows)))
     assert prepared.totals.samples == 80
 
 
-def test_a_preparation_that_died_and_inputs_that_changed_are_not_mixed(tmp_path, small_windows):
+def test_a_preparation_that_died_and_inputs_that_changed_are_not_mixed(tmp_path):
     spec, shared = spec_of(two_files(tmp_path)), memory()
 
     def dying(task, jobs):
@@ -116,33 +110,36 @@ def test_a_preparation_that_died_and_inputs_that_changed_are_not_mixed(tmp_path,
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        prepare_dataset(spec, tokenizer(), shared, map_windows=dying)
+        prepare_dataset(spec, tokenizer(), shared, map_windows=dying, **SMALL)
     changed = sorted((tmp_path).rglob("*.jsonl"))[0]
     changed.write_text(changed.read_text().replace("number", "letter"))  # of the same size
     with pytest.raises(InputError, match="has changed"):
-        prepare_dataset(spec, tokenizer(), shared)
+        prepare_dataset(spec, tokenizer(), shared, **SMALL)
     now = spec_of(source(tmp_path / "*.jsonl"))
     assert now.fingerprint != spec.fingerprint
-    mended, alone = prepare_dataset(now, tokenizer(), shared), prepare_dataset(now, tokenizer(), memory())
+    mended, alone = (
+        prepare_dataset(now, tokenizer(), shared, **SMALL),
+        prepare_dataset(now, tokenizer(), memory(), **SMALL),
+    )
     assert [window.sha256 for window in mended.windows] == [window.sha256 for window in alone.windows]
 
 
-def test_two_that_prepare_at_once_end_with_one_whole(tmp_path, small_windows):
+def test_two_that_prepare_at_once_end_with_one_whole(tmp_path):
     spec, shared = spec_of(two_files(tmp_path)), memory()
 
     def overtaken(task, jobs):
-        prepare_dataset(spec, tokenizer(), shared)
+        prepare_dataset(spec, tokenizer(), shared, **SMALL)
         return map(task, jobs)
 
-    prepared = prepare_dataset(spec, tokenizer(), shared, map_windows=overtaken)
+    prepared = prepare_dataset(spec, tokenizer(), shared, map_windows=overtaken, **SMALL)
     assert prepared.windows == open_prepared(shared, spec.fingerprint).windows
     assert sum(b.tokens for b in eval_batches(prepared, 2, 0, 1)) == prepared.totals.tokens
 
 
-def test_a_pool_of_processes_makes_the_same(tmp_path, small_windows):
+def test_a_pool_of_processes_makes_the_same(tmp_path):
     spec = spec_of(two_files(tmp_path / "in"))
-    here = prepare_dataset(spec, tokenizer(), memory())
-    pool = prepare_dataset(spec, tokenizer(), open_storage(str(tmp_path / "out")), map_windows=process_pool(2))
+    here = prepare_dataset(spec, tokenizer(), memory(), **SMALL)
+    pool = prepare_dataset(spec, tokenizer(), open_storage(str(tmp_path / "out")), map_windows=process_pool(2), **SMALL)
     assert pool.windows == here.windows
 
 
@@ -196,10 +193,10 @@ def test_one_bad_row_more_than_allowed_ends_it(tmp_path):
         prepare_dataset(spec_of(broken_file(tmp_path, [3, 5, 17]), max_bad_rows=2), tokenizer(), memory())
 
 
-def test_bad_rows_are_counted_over_all_windows(tmp_path, small_windows):
+def test_bad_rows_are_counted_over_all_windows(tmp_path):
     spec = spec_of(broken_file(tmp_path, range(0, 30, 6)), max_bad_rows=4)
     with pytest.raises(InputError, match=r"(5 bad rows, and 4 are allowed|4 bad rows per source are allowed)"):
-        prepare_dataset(spec, tokenizer(), memory())
+        prepare_dataset(spec, tokenizer(), memory(), **SMALL)
 
 
 def test_a_source_that_comes_to_nothing_is_an_error(tmp_path):

@@ -28,7 +28,7 @@ def read_all(reader):
 def json_lines(body, span_bytes=1 << 20):
     storage = memory()
     storage.write("x.jsonl", body)
-    return JsonLinesReader(ObjectBody(storage, "x.jsonl", len(body)), span_bytes)
+    return JsonLinesReader(ObjectBody(storage, "x.jsonl", len(body), span_bytes))
 
 
 @given(

@@ -28,11 +28,11 @@ TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00\r"), max_si
 BOM = "\ufeff"
 
 
-def body(text):
+def body(text, span_bytes=1 << 20):
     raw = text if isinstance(text, bytes) else text.encode()
     storage = memory()
     storage.write("x.data", raw)
-    return ObjectBody(storage, "x.data", len(raw))
+    return ObjectBody(storage, "x.data", len(raw), span_bytes)
 
 
 def read_all(reader):
@@ -60,7 +60,7 @@ def zstd(raw):
 @settings(max_examples=80)
 def test_an_arrays_elements_come_once_whatever_the_cuts(values, indent, ascii, span_bytes, read_bytes):
     text = "\ufeff \n" * ascii + json.dumps(values, indent=indent, ensure_ascii=ascii) + "\n"
-    found = read_all(JsonArray(body(text), span_bytes, read_bytes))
+    found = read_all(JsonArray(body(text, span_bytes), read_bytes))
     assert [row for _, row in found] == values
     for offset, row in found:
         assert json.JSONDecoder().raw_decode(text.encode()[offset:].decode())[0] == row
@@ -76,8 +76,8 @@ def test_an_array_is_read_a_piece_at_a_time():
             sizes.append(stop - start)
             return super().read(start, stop)
 
-    watched = Watched(inner._storage, inner._key, inner.size)
-    reader = JsonArray(watched, span_bytes=20_000, read_bytes=8192)
+    watched = Watched(inner._storage, inner._key, inner.size, span_bytes=20_000)
+    reader = JsonArray(watched, read_bytes=8192)
     pieces = list(reader.cut())
     assert len(pieces) > 10
     assert max(sizes) <= 2 * 8192
@@ -99,7 +99,7 @@ def test_an_array_is_read_a_piece_at_a_time():
 )
 def test_a_broken_array_is_named_with_its_line(text, says):
     with pytest.raises(InputError, match=f"(?s){says}"):
-        rows(JsonArray(body(text), 1, 8))
+        rows(JsonArray(body(text, 1), 8))
 
 
 def test_what_a_json_file_holds_is_seen_by_its_first_character():
@@ -122,7 +122,7 @@ def test_csv_records_come_once_whatever_the_cuts(table, quoting, ending, bom, sp
     out = io.StringIO()
     csv.writer(out, quoting=quoting, lineterminator=ending).writerows([("a", "b é"), *table])
     text = BOM * bom + out.getvalue()
-    found = read_all(Csv(body(text), span_bytes=span_bytes))
+    found = read_all(Csv(body(text, span_bytes)))
     expected = [{"a": a, "b é": b} for a, b in table]
     assert [row for _, row in found] == expected
     assert len({offset for offset, _ in found}) == len(found)
@@ -150,7 +150,7 @@ def test_a_bad_record_is_a_fault(text, says):
 def test_tsv_takes_quotes_as_they_stand_and_no_byte_order_mark():
     text = BOM + 'Quality\t#1 String\r\n1\t"Who," he said\r\n0\tsay "no\r\n'
     for span_bytes in (1, 7, 1000):
-        assert rows(Tsv(body(text), span_bytes=span_bytes)) == [
+        assert rows(Tsv(body(text, span_bytes))) == [
             {"Quality": "1", "#1 String": '"Who," he said'},
             {"Quality": "0", "#1 String": 'say "no'},
         ]
@@ -176,8 +176,8 @@ def test_bytes_that_are_no_text_reach_the_format_as_a_fault(tmp_path):
 
 
 def test_text_by_the_line_or_by_the_document():
-    text = body(BOM + "one\r\n\n two é\nthree")
-    assert rows(TextLines(text, 4)) == [{"text": "one"}, {"text": " two é"}, {"text": "three"}]
+    text = body(BOM + "one\r\n\n two é\nthree", span_bytes=4)
+    assert rows(TextLines(text)) == [{"text": "one"}, {"text": " two é"}, {"text": "three"}]
     assert read_all(TextDocument(text)) == [(0, {"text": "one\r\n\n two é\nthree"})]
     assert rows(TextDocument(body(""))) == []
 
@@ -192,11 +192,11 @@ def test_a_document_that_no_memory_should_hold_is_refused(monkeypatch):
 def test_compressed_objects_read_as_what_they_hold(codec, pack):
     lines = "".join(json.dumps({"t": "x" * (i % 50)}) + "\n" for i in range(500)).encode()
     twice = pack(lines[:7000]) + pack(lines[7000:])
-    inner = UnpackedBody(body(twice), codec)
-    reader = JsonLinesReader(inner, 3000)
+    inner = UnpackedBody(body(twice), codec, span_bytes=3000)
+    reader = JsonLinesReader(inner)
     first = next(iter(reader.cut()))
     assert first == (0, 3000, 3000)
-    assert rows(reader) == rows(JsonLinesReader(body(lines), 700))
+    assert rows(reader) == rows(JsonLinesReader(body(lines, 700)))
     assert inner.clip(1 << 40) == len(lines)
     with pytest.raises(InputError, match=r"x\.data: cannot be unpacked"):
         rows(JsonLinesReader(UnpackedBody(body(twice[:-5]), codec)))

@@ -17,9 +17,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from trainer.errors import CorruptObject, InputError
-from trainer.model.files import block_cache
-from trainer.model.files.block_cache import BLOCK, BlockCache
+from trainer.model.files import weight_cache
 from trainer.model.files.safetensors_index import read_headers
+from trainer.model.files.weight_cache import BLOCK, WeightCache
 from trainer.model.files.weight_source import WeightSource
 from trainer.storage import open_storage
 
@@ -89,7 +89,7 @@ def test_ranks_of_one_host_fetch_each_byte_once(remote: str, body: bytes) -> Non
 
 def test_one_fetch_at_a_time_per_block(tmp_path: Path) -> None:
     """Who comes second waits, and finds the block."""
-    first, second = BlockCache(tmp_path / "m"), BlockCache(tmp_path / "m")
+    first, second = WeightCache(tmp_path / "m"), WeightCache(tmp_path / "m")
     fetching, go_on = threading.Event(), threading.Event()
     fetched: list[str] = []
 
@@ -134,8 +134,8 @@ def test_a_torn_or_evicted_block_is_fetched_again(remote: str, body: bytes, cach
 def test_a_full_disk_is_a_warning(
     remote: str, body: bytes, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(block_cache, "KEPT_FREE_SHARE", 2.0)
-    monkeypatch.setattr(block_cache, "KEPT_FREE_BYTES", 2**62)
+    monkeypatch.setattr(weight_cache, "FREE_SHARE", 2.0)
+    monkeypatch.setattr(weight_cache, "FREE_BYTES", 2**62)
     source = WeightSource(remote)
     with caplog.at_level(logging.WARNING):
         assert source.read("w.safetensors", 10, BLOCK + 10) == body[10 : BLOCK + 10]
@@ -158,14 +158,14 @@ def test_a_cache_that_cannot_be_made_is_a_warning(
 
 
 def test_room_is_made_by_models_that_nobody_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    kept, old, new = (BlockCache(tmp_path / name) for name in ("kept", "old", "new"))
+    kept, old, new = (WeightCache(tmp_path / name) for name in ("kept", "old", "new"))
     for cache in (kept, old):
         cache.get("f", 0, 10, lambda a, b: b"x" * (b - a))
     old.close()
-    monkeypatch.setattr(block_cache, "_has_room", lambda folder, size: not (tmp_path / "old").exists())
+    monkeypatch.setattr(weight_cache, "_has_room", lambda folder, size: not (tmp_path / "old").exists())
     new.get("f", 0, 10, lambda a, b: b"x" * (b - a))
     assert {f.name for f in tmp_path.iterdir()} == {"kept", "new"}
-    assert not new.given_up
+    assert not new.blocks.given_up
 
 
 def test_a_model_that_changes_while_it_is_read_is_refused(remote: str) -> None:

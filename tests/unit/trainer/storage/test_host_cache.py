@@ -14,7 +14,7 @@ from tests.unit.trainer.data.data_support import memory
 from trainer.data.loading.disk_cache import cache_root, open_cache
 from trainer.errors import InputError
 from trainer.model import fetch_model
-from trainer.model.files.block_cache import BlockCache, weights_root
+from trainer.model.files.weight_cache import open_weight_cache, weights_root
 from trainer.recipe import ModelSection
 from trainer.storage import open_storage
 from trainer.storage.host_cache import host_cache, make_own
@@ -66,9 +66,10 @@ def test_two_users_of_one_folder_work_side_by_side(shared: Path, url: str) -> No
         assert (second.folder / "config.json").is_file()
         assert second.fetched_bytes == first.fetched_bytes
         assert fetch_model(section).fetched_bytes == 0
-        cache = BlockCache(weights_root() / "m")
+        cache = open_weight_cache(weights_root() / "m")
+        assert cache is not None
         assert cache.get("w", 0, 3, lambda a, b: b"abc") == b"abc"
-        assert not cache.given_up
+        assert not cache.blocks.given_up
         cache.close()
         blocks = open_cache(ELSEWHERE, "d", 1 << 20)
         assert blocks is not None
@@ -85,8 +86,7 @@ def test_a_folder_that_another_user_has_closed_is_a_sentence(shared: Path, url: 
     with user(OTHER):
         with pytest.raises(InputError, match=r"model cache .* cannot take .* set MUSTER_CACHE to a writable folder"):
             fetch_model(ModelSection(path=url))
-        cache = BlockCache(weights_root() / "m")
-        assert cache.given_up  # a warning: the weights are read from their source
+        assert open_weight_cache(weights_root() / "m") is None  # a warning: the weights are read from their source
         assert open_cache(ELSEWHERE, "d", 1 << 20) is None
 
 

@@ -17,6 +17,7 @@ from tests.support.training import losses, run_of, small_recipe, train_here, wri
 from trainer.checkpoint import list_commits
 from trainer.checkpoint.publish import finished
 from trainer.data import eval_batches
+from trainer.data.loading.collate import read_batch
 from trainer.errors import NonFiniteLoss, where_of
 from trainer.recipe import Recipe
 from trainer.run import layout
@@ -120,7 +121,7 @@ def test_a_gradient_that_is_not_finite_changes_no_parameter(make: Make, clipped:
             NonFiniteLoss, match=r"step 1: the gradient's norm is nan.*lower the learning rate"
         ) as found:
             b.run()
-        assert f"(rank 0: samples {b.stream.read(first).sample_ids[0]}" in str(found.value)
+        assert f"(rank 0: samples {read_batch(b.stream.reader, first).sample_ids[0]}" in str(found.value)
         assert "SOURCE:FILE/PLACE" in str(found.value)
         assert same(trained(b), before)
         assert b.rows == []
@@ -135,7 +136,7 @@ def test_a_loss_that_is_not_finite_is_named_before_a_parameter_changes(
         plans = [b.stream.step(b.stream.start())]
         for _ in range(2):
             plans.append(b.stream.step(plans[-1].next))
-        third = [b.stream.read(m).sample_ids for m in plans[2].micro_batches]
+        third = [read_batch(b.stream.reader, m).sample_ids for m in plans[2].micro_batches]
         assert len(third) == 3
 
         def spoilt(self: SFT, module: Any, batch: Any, device: Any) -> torch.Tensor:
