@@ -17,7 +17,6 @@ import yaml
 from cluster.job import ClusterError, ClusterJob
 from cluster.kubernetes.names import JOBSET_LENGTH, RAYJOB_LENGTH, fitted
 from cluster.kubernetes.quantity import from_bytes, to_bytes
-from cluster.kubernetes.rules import problems
 from cluster.ray_nodes import NODE_SETTINGS
 
 Manifest = dict[str, Any]
@@ -38,7 +37,7 @@ _WORD = re.compile(r"[A-Za-z0-9_./:=,@%+-]+")
 
 def manifest(job: ClusterJob) -> Manifest:
     """Returns the job's manifest, by ``settings["kind"]``. Raises ClusterError for what a user can fix: settings that
-    exclude each other, a recipe that is too large, a manifest that the operator would refuse."""
+    exclude each other, an amount that is none, a recipe that is too large."""
     return jobset(job) if job.settings.get("kind", "rayjob") == "jobset" else rayjob(job)
 
 
@@ -78,7 +77,7 @@ def rayjob(job: ClusterJob) -> Manifest:
     cluster["enableInTreeAutoscaling"] = elastic
     if not elastic:
         cluster.pop("autoscalerOptions")
-    return _checked(made)
+    return made
 
 
 def jobset(job: ClusterJob) -> Manifest:
@@ -210,9 +209,3 @@ def _shared_memory(job: ClusterJob) -> int:
             f"cluster.kubernetes.shared_memory is {job.settings['shared_memory']!r}; Ray and NCCL need at least 256Mi"
         )
     return size
-
-
-def _checked(made: Manifest) -> Manifest:
-    if found := problems(made):
-        raise ClusterError("KubeRay would refuse this job: " + "; ".join(found))
-    return made
