@@ -11,10 +11,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from cluster.job import ClusterError, ClusterJob, Say
-from cluster.kubernetes.emit import emit
 from cluster.kubernetes.following import Follower
 from cluster.kubernetes.kubectl import Kubectl
-from cluster.kubernetes.manifests import RUN_ANNOTATION, manifest
+from cluster.kubernetes.manifests import RUN_ANNOTATION, manifest, to_yaml
 from cluster.kubernetes.reading import read
 
 DELETE_S = 300
@@ -54,23 +53,19 @@ class Kubernetes:
         self._sleep = sleep
 
     def render(self, job: ClusterJob) -> str:
-        """One document: a RayJob, or a JobSet with ``kind: jobset``. Raises ClusterError."""
-        try:
-            return emit(manifest(job))
-        except ValueError as error:
-            raise ClusterError(f"the manifest {error}") from None
+        """Returns one YAML document: a RayJob, or a JobSet with ``kind: jobset``. Raises ClusterError."""
+        return to_yaml(manifest(job))
 
     def submit(self, job: ClusterJob, recipe_path: str) -> str:
         """Submits the manifest, which contains the recipe, so ``recipe_path`` is not used. An ended job of this run is
         deleted first, and the run resumes. If a job has not ended, or belongs to another run, or if the cluster refuses
         the new one, nothing is deleted. Raises ClusterError."""
-        text = self.render(job)
         made = manifest(job)
         namespace = made["metadata"].get("namespace")
         address = KubernetesRef(made["kind"].lower(), namespace, made["metadata"]["name"])
         kubectl = Kubectl(namespace)
         self._make_room(kubectl, address, job)
-        taken = kubectl.create(text)["metadata"]
+        taken = kubectl.create(to_yaml(made))["metadata"]
         return str(KubernetesRef(address.resource, taken.get("namespace", namespace), taken["name"]))
 
     def _make_room(self, kubectl: Kubectl, address: KubernetesRef, job: ClusterJob) -> None:

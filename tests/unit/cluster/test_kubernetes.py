@@ -96,7 +96,7 @@ def test_the_schema_names_what_the_cluster_would_refuse(named: str, change: Chan
 
 def test_the_words_a_reader_looks_for_stand_there_as_they_are() -> None:
     text = Kubernetes().render(job(workers=(2, 8)))
-    for word in ("minReplicas: 2", "maxReplicas: 8", '"nvidia.com/gpu": "1"', "enableInTreeAutoscaling: true"):
+    for word in ("minReplicas: 2", "maxReplicas: 8", "nvidia.com/gpu: '1'", "enableInTreeAutoscaling: true"):
         assert word in text
 
 
