@@ -5,7 +5,7 @@
 # make night        that, and all other tests that are too long for every day
 # make lint         ruff, format, types, import floors
 # make docs         the documentation as a site in build/site, as strict as its test builds it
-# make schema       write docs/recipe.md and recipes/recipe.schema.json anew from the recipe's fields
+# make schema       write docs/recipe.md and recipes/recipe.schema.json again from the recipe's fields
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -57,7 +57,7 @@ docs: $(INSTALLED)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --config-file docs/.site/mkdocs.yml
 
 schema: $(INSTALLED)
-	$(BIN)/python -m trainer.recipe.reference
+	PYTHONPATH=. $(BIN)/python docs/.site/recipe_reference.py
 
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .import_linter_cache .hypothesis

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from cluster.job import ClusterError, ClusterJob, Say
-from cluster.kubernetes.emit import emit
 from cluster.kubernetes.following import Follower
 from cluster.kubernetes.kubectl import Kubectl
-from cluster.kubernetes.manifests import RUN_ANNOTATION, manifest
+from cluster.kubernetes.manifests import RUN_ANNOTATION, manifest, to_yaml
 from cluster.kubernetes.reading import read
 
 DELETE_S = 300
@@ -54,41 +53,49 @@ class Kubernetes:
         self._sleep = sleep
 
     def render(self, job: ClusterJob) -> str:
-        """One document: a RayJob, or a JobSet with ``kind: jobset``. Raises ClusterError."""
-        try:
-            return emit(manifest(job))
-        except ValueError as error:
-            raise ClusterError(f"the manifest {error}") from None
+        """Returns one YAML document: a RayJob, or a JobSet with ``kind: jobset``. Raises ClusterError."""
+        return to_yaml(manifest(job))
 
     def submit(self, job: ClusterJob, recipe_path: str) -> str:
         """Submits the manifest, which contains the recipe, so ``recipe_path`` is not used. An ended job of this run is
-        deleted first, and the run resumes; a job that has not ended, or one of another run, is refused."""
-        text = self.render(job)
+        deleted first, and the run resumes. If a job has not ended, or belongs to another run, or if the cluster refuses
+        the new one, nothing is deleted. Raises ClusterError."""
         made = manifest(job)
         namespace = made["metadata"].get("namespace")
         address = KubernetesRef(made["kind"].lower(), namespace, made["metadata"]["name"])
         kubectl = Kubectl(namespace)
-        self._make_room(kubectl, address, job.run_uri)
-        taken = kubectl.create(text)["metadata"]
+        self._make_room(kubectl, address, job)
+        taken = kubectl.create(to_yaml(made))["metadata"]
         return str(KubernetesRef(address.resource, taken.get("namespace", namespace), taken["name"]))
 
-    def _make_room(self, kubectl: Kubectl, address: KubernetesRef, run_uri: str) -> None:
+    def _make_room(self, kubectl: Kubectl, address: KubernetesRef, job: ClusterJob) -> None:
         existing = kubectl.get(address.resource, address.name)
         if existing is None:
             return
         other = existing["metadata"].get("annotations", {}).get(RUN_ANNOTATION)
-        if other != run_uri:
+        if other != job.run_uri:
             raise ClusterError(
-                f"{address} is there already and is another run ({other or 'not of muster'}); give this one another "
-                f"name, or another namespace, or delete that one: {address.command('delete')}"
+                f"{address} exists and belongs to another run ({other or 'not of muster'}); give this one another name "
+                f"or namespace, or delete that one: {address.command('delete')}"
             )
         reading = read(existing)
         if reading.exit_code is None and reading.state != "Terminating":
             raise ClusterError(
-                f"{address} is going on already ({reading.state}); look at it with `{address.command('describe')}`, "
+                f"{address} has not ended ({reading.state}); look at it with `{address.command('describe')}`, "
                 f"end it with `{address.command('delete')}`"
             )
+        self._check_accepted(kubectl, job)
         kubectl.delete(address.resource, address.name, wait_s=DELETE_S)
+
+    def _check_accepted(self, kubectl: Kubectl, job: ClusterJob) -> None:
+        """Raises ClusterError if the cluster would refuse the job, by a dry run under a name that is not in use."""
+        text = self.render(replace(job, name=f"{job.name} (dry run)"))  # not a Kubernetes name, so it gets a hash
+        try:
+            kubectl.create(text, dry_run=True)
+        except ClusterError as error:
+            # The ended job still counts; a quota that it has used up is free again when it is deleted.
+            if "exceeded quota" not in str(error):
+                raise
 
     def follow(self, job_id: str, say: Say) -> int:
         """Prints each change of state, why pods wait, and the driver's lines. Returns the driver's exit code (0, 1, 2,

@@ -41,9 +41,11 @@ class Kubectl:
         items: list[Fields] = _json(self._call("get", resource, f"--selector={labels}", "--output=json"))["items"]
         return items
 
-    def create(self, manifest: str) -> Fields:
-        """Creates what the text holds, given on standard input; the object as the cluster took it."""
-        return _json(self._call("create", "--filename=-", "--output=json", stdin=manifest))
+    def create(self, manifest: str, *, dry_run: bool = False) -> Fields:
+        """Creates the object of a manifest and returns it as the cluster stored it. With ``dry_run``, the cluster only
+        validates it, by its schemas and admission webhooks."""
+        options = ["--dry-run=server"] if dry_run else []
+        return _json(self._call("create", *options, "--filename=-", "--output=json", stdin=manifest))
 
     def delete(self, resource: str, name: str, wait_s: int) -> None:
         """With all that belongs to it; waits for ``wait_s`` seconds, 0: not at all. None of that name is no error."""

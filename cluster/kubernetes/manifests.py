@@ -1,6 +1,6 @@
 """A job as a Kubernetes manifest: pure, data in, data out.
 
-The manifests next to this file (`rayjob.yaml`, `jobset.yaml`) are loaded, patched as data and written by `emit`. The
+The manifests next to this file (`rayjob.yaml`, `jobset.yaml`) are loaded, patched as data and dumped. The
 recipe is an annotation of the pod that needs it and is mounted from there: no shell reads it, and Kubernetes' own
 ``$(NAME)`` is not expanded in it.
 """
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,6 @@ import yaml
 from cluster.job import ClusterError, ClusterJob
 from cluster.kubernetes.names import JOBSET_LENGTH, RAYJOB_LENGTH, fitted
 from cluster.kubernetes.quantity import from_bytes, to_bytes
-from cluster.kubernetes.rules import problems
 from cluster.ray_nodes import NODE_SETTINGS
 
 Manifest = dict[str, Any]
@@ -38,7 +38,7 @@ _WORD = re.compile(r"[A-Za-z0-9_./:=,@%+-]+")
 
 def manifest(job: ClusterJob) -> Manifest:
     """Returns the job's manifest, by ``settings["kind"]``. Raises ClusterError for what a user can fix: settings that
-    exclude each other, a recipe that is too large, a manifest that the operator would refuse."""
+    exclude each other, an amount that is none, a recipe that is too large."""
     return jobset(job) if job.settings.get("kind", "rayjob") == "jobset" else rayjob(job)
 
 
@@ -78,7 +78,7 @@ def rayjob(job: ClusterJob) -> Manifest:
     cluster["enableInTreeAutoscaling"] = elastic
     if not elastic:
         cluster.pop("autoscalerOptions")
-    return _checked(made)
+    return made
 
 
 def jobset(job: ClusterJob) -> Manifest:
@@ -212,7 +212,28 @@ def _shared_memory(job: ClusterJob) -> int:
     return size
 
 
-def _checked(made: Manifest) -> Manifest:
-    if found := problems(made):
-        raise ClusterError("KubeRay would refuse this job: " + "; ".join(found))
-    return made
+class ManifestDumper(yaml.SafeDumper):
+    """Writes a text of several lines as a block, and quotes a text that some reader of YAML takes for another type."""
+
+
+def _text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    text.encode()  # raises for half of a surrogate pair, which PyYAML writes and kubectl does not read
+    block = "\n" in text.rstrip("\n") and text.replace("\n", "").isprintable()
+    style = "|" if block else None if text.isprintable() else '"'  # only double quotes keep other line breaks
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=style)
+
+
+ManifestDumper.add_representer(str, _text)
+# PyYAML quotes what it would not read as text itself; to kubectl, `y` is a truth value and `1e3` a number as well.
+ManifestDumper.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"[-+]?\.?[0-9]|[yYnN]$"), list("-+.0123456789yYnN")
+)
+
+
+def to_yaml(made: Manifest) -> str:
+    """Returns the manifest as one YAML document. Raises ClusterError for a text that YAML cannot hold."""
+    try:
+        text: str = yaml.dump(made, Dumper=ManifestDumper, sort_keys=False, allow_unicode=True, width=sys.maxsize)
+    except UnicodeEncodeError as error:
+        raise ClusterError(f"the manifest cannot hold the text {error.object[:60]!r}: {error.reason}") from None
+    return text

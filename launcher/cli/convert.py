@@ -1,4 +1,4 @@
-"""``muster convert``: the options, and the recipe on stdout."""
+"""``muster convert``: print the settings of another trainer as a recipe."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from trainer.errors import UsageError
 
 
 def convert(
-    source: Annotated[str, typer.Argument(metavar="axolotl|llamafactory", help="whose settings FILE holds")],
+    source: Annotated[str, typer.Argument(metavar="axolotl|llamafactory", help="the trainer that FILE is for")],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="the YAML file")],
     out: Annotated[Path | None, typer.Option("--out", "-o", help="write the recipe here instead of on stdout")] = None,
     workers: Annotated[

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launcher.cli.options import TrustOption
+from launcher.cli.options import JsonOption, Overrides, TrustOption
 from trainer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -21,14 +21,12 @@ TABLE_WIDTH = 160
 
 def doctor(
     recipe: Annotated[str | None, typer.Argument(metavar="[RECIPE]", help="a recipe: YAML or JSON file")] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes, by dotted path")
-    ] = None,
+    overrides: Overrides = None,
     on: Annotated[
         str | None,
         typer.Option(help="local | ray | slurm | kubernetes: where to look; without it, RAY_ADDRESS decides"),
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Look at the workers that would train RECIPE, or at every node: versions, GPUs, network, clocks, disks, storage,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launcher.cli.options import TrustOption
+from launcher.cli.options import ModelOption, Overrides, RecipeFile, RunOption, TrustOption
 from launcher.terminal.console import bar, hush_libraries, print_json, stderr
 from trainer.errors import UsageError
 
@@ -19,23 +19,23 @@ if TYPE_CHECKING:
 
 
 def evaluate(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe: YAML or JSON file")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes, by dotted path")
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    run: RunOption = None,
+    adapter: Annotated[str | None, typer.Option(help="folder of an adapter, or of a fully fine-tuned model")] = None,
+    model: ModelOption = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="number of examples to use, from the first; default: all")
     ] = None,
-    run: Annotated[
-        str | None, typer.Option(help="a run, by its folder: the final adapter, or the newest checkpoint")
+    output: Annotated[
+        str | None, typer.Option(help="file for a JSON line per example; each is then measured alone")
     ] = None,
-    adapter: Annotated[str | None, typer.Option(help="the folder of an adapter, or of a fully tuned model")] = None,
-    model: Annotated[str | None, typer.Option(help="a model by itself: folder, URL, or name on the Hub")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="only the first so many examples")] = None,
-    output: Annotated[str | None, typer.Option(help="a file for a JSON line per example, measured one by one")] = None,
     max_new_tokens: Annotated[
-        int | None, typer.Option(min=1, help="of each generated answer; 32, and 512 for solutions of GSM8K")
+        int | None, typer.Option(min=1, help="tokens of each generated answer; default: 32, and 512 for GSM8K")
     ] = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Print what a run, an adapter or a model scores on RECIPE's data.eval, as one JSON object."""
+    """Print the metrics of a run, an adapter or a model on RECIPE's data.eval, as one JSON object."""
     from trainer.artifacts.locate import ArtifactRef
     from trainer.recipe import load
 

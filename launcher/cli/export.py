@@ -1,4 +1,4 @@
-"""``muster inspect``, ``merge`` and ``push``: what was saved looked at, made part of its base, sent to the Hub."""
+"""``muster inspect``, ``merge`` and ``push``: check what training saved, merge it into its base model, upload it."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from launcher.cli.generate import (
+from launcher.cli.options import (
     AdapterOption,
     CombinationOption,
     DensityOption,
+    JsonOption,
     ModelOption,
     RunOption,
+    TrustOption,
     UseOption,
 )
-from launcher.cli.options import TrustOption
 from launcher.terminal.console import hush_libraries, print_json, stderr, stdout
 from trainer.errors import CorruptObject, UsageError
 
@@ -30,8 +31,8 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def inspect(
-    uri: Annotated[str, typer.Argument(metavar="URI", help="the folder of an adapter, a model or a run")],
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    uri: Annotated[str, typer.Argument(metavar="URI", help="folder of an adapter, a model or a run")],
+    as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Show what is at URI, and whether its files are complete; for a model, whether it loads and generates."""
@@ -63,14 +64,15 @@ def merge(
     combination: CombinationOption = "cat",
     density: DensityOption = None,
     as_adapter: Annotated[
-        bool, typer.Option("--as-adapter", help="write what --use combines as an adapter, and no model")
+        bool, typer.Option("--as-adapter", help="write the combination of --use as an adapter, not as a model")
     ] = False,
     dtype: Annotated[
-        str | None, typer.Option("--dtype", help="float32 | bfloat16 | float16: of the weights; else as in training")
+        str | None,
+        typer.Option("--dtype", help="float32 | bfloat16 | float16: type of the weights; default: as in training"),
     ] = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Make an adapter part of its unquantised base, and compare logits before and after."""
+    """Merge an adapter into its unquantised base model, and compare the logits before and after."""
     from launcher.monitor.progress import Progress
     from launcher.terminal import vllm_command
     from trainer.artifacts import ArtifactRef
@@ -91,7 +93,9 @@ def merge(
         say = Progress(console).phase
         if as_adapter:
             if mix is None:
-                raise UsageError("--as-adapter writes what --use combines: name the adapters and their weights there")
+                raise UsageError(
+                    "--as-adapter writes the combination of --use: name the adapters and their weights there"
+                )
             combine(address, folder, mix, say=say, trust=trust)
             console.print(Text(f"the combined adapter is {folder}"), soft_wrap=True)
             return
@@ -105,14 +109,16 @@ def merge(
 
 
 def push(
-    repo: Annotated[str, typer.Argument(metavar="REPO", help="on the Hub: organisation/name")],
+    repo: Annotated[str, typer.Argument(metavar="REPO", help="repository on the Hub: organisation/name")],
     run: RunOption = None,
     adapter: AdapterOption = None,
     model: ModelOption = None,
-    private: Annotated[bool, typer.Option("--private", help="if the repository is made for this")] = False,
-    revision: Annotated[str | None, typer.Option("--revision", help="a branch; else the main one")] = None,
+    private: Annotated[bool, typer.Option("--private", help="if the repository is new, make it private")] = False,
+    revision: Annotated[
+        str | None, typer.Option("--revision", help="branch of the repository; default: its main one")
+    ] = None,
 ) -> None:
-    """Send an adapter or a merged model with its model card to the Hugging Face Hub."""
+    """Upload an adapter or a merged model with its model card to the Hugging Face Hub."""
     from launcher.monitor.progress import Progress
     from trainer.artifacts import ArtifactRef, find
     from trainer.artifacts.push import push as pushed
@@ -121,10 +127,10 @@ def push(
     with redirect_stdout(sys.stderr), tempfile.TemporaryDirectory(prefix="muster-push-") as folder:
         hush_libraries()
         say = Progress(stderr()).phase
-        say("fetching what is sent")
+        say("fetching the files")
         subject = find(address, Path(folder))
         if len(subject.adapters) > 1:
-            raise UsageError("one adapter is sent at a time: name a single --adapter")
-        say(f"sending to {repo}")
+            raise UsageError("push uploads one adapter at a time: name a single --adapter")
+        say(f"uploading to {repo}")
         where = pushed(subject, repo, private=private, revision=revision)
     print(where)

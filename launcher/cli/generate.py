@@ -1,4 +1,4 @@
-"""``muster generate`` and ``muster chat``: what a run, an adapter or a model answers."""
+"""``muster generate`` and ``muster chat``: a run, an adapter or a model answers prompts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launcher.cli.options import TrustOption
+from launcher.cli.options import (
+    AdapterOption,
+    CombinationOption,
+    DensityOption,
+    FrameOption,
+    ModelOption,
+    QuantizationOption,
+    RunOption,
+    SeedOption,
+    TemperatureOption,
+    TokensOption,
+    TopPOption,
+    TrustOption,
+    UseOption,
+)
 from launcher.terminal.console import bar, hush_libraries, stderr
 from trainer.errors import UsageError
 from trainer.interruption import current
@@ -22,47 +36,12 @@ if TYPE_CHECKING:
     from trainer.artifacts.chat import Conversation
 
 LEAVE = ("exit", "quit")
-HELP = "/clear forgets what was said, exit (or the end of input) leaves"
-
-RunOption = Annotated[
-    str | None, typer.Option("--run", help="a run, by its folder: the final adapter, or the newest checkpoint")
-]
-AdapterOption = Annotated[
-    list[str] | None,
-    typer.Option("--adapter", help="the folder of an adapter or of a fully tuned model; several as NAME=URI"),
-]
-ModelOption = Annotated[str | None, typer.Option("--model", help="a model by itself: folder, URL, or name on the Hub")]
-UseOption = Annotated[
-    str | None, typer.Option("--use", help="which of several adapters, or how much of each: a, or a=0.7,b=0.3")
-]
-CombinationOption = Annotated[
-    str, typer.Option("--combination", help="how weights combine: cat svd linear ties dare_linear dare_ties")
-]
-DensityOption = Annotated[
-    float | None, typer.Option("--density", min=0.0, max=1.0, help="share of entries that ties and dare keep")
-]
-QuantizationOption = Annotated[
-    str | None, typer.Option("--quantization", help="none | nf4 | int8: how the base is held; else as in training")
-]
-FrameOption = Annotated[
-    str | None,
-    typer.Option(
-        "--frame", help="chat | qa | instruction | template | plain: how a question is put; else as in training"
-    ),
-]
-TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="of each answer")]
-TemperatureOption = Annotated[
-    float, typer.Option("--temperature", min=0.0, help="0 takes the likeliest token, 1 draws by the probabilities")
-]
-TopPOption = Annotated[
-    float, typer.Option("--top-p", min=0.0, max=1.0, help="draw among the likeliest tokens of this share together")
-]
-SeedOption = Annotated[int, typer.Option("--seed", help="of what is drawn")]
+HELP = "/clear starts a new conversation, exit (or the end of input) ends the program"
 
 
 @dataclass(frozen=True)
 class Which:
-    """The model that answers, by the options."""
+    """The options that choose the model."""
 
     run: str | None
     adapters: list[str] | None
@@ -85,11 +64,11 @@ def generate(
     run: RunOption = None,
     adapter: AdapterOption = None,
     model: ModelOption = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", help="one text to go on from, printed with no more")] = None,
+    prompt: Annotated[str | None, typer.Option("--prompt", help="a prompt; stdout gets its answer alone")] = None,
     file: Annotated[
-        str | None, typer.Option("--input", help="JSON Lines with a prompt, or messages, in each; - is stdin")
+        str | None, typer.Option("--input", help="JSON Lines file with a prompt or messages in each line; - is stdin")
     ] = None,
-    output: Annotated[str | None, typer.Option("--output", help="where the answers go; - is stdout")] = None,
+    output: Annotated[str | None, typer.Option("--output", help="file for the answers to --input; - is stdout")] = None,
     frame: FrameOption = "plain",
     use: UseOption = None,
     combination: CombinationOption = "cat",
@@ -99,16 +78,16 @@ def generate(
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
     seed: SeedOption = 17,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="prompts that are answered at once")] = 16,
+    batch: Annotated[int, typer.Option("--batch", min=1, help="number of prompts that are answered together")] = 16,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Answer one prompt, or a file of them in its order."""
+    """Answer one prompt, or the prompts of a file in their order."""
     from trainer.artifacts.batch import answer_file
 
     if (prompt is None) == (file is None):
-        raise UsageError("say what to answer by one of --prompt TEXT, --input FILE.jsonl")
+        raise UsageError("give either --prompt TEXT or --input FILE.jsonl")
     if (file is None) != (output is None):
-        raise UsageError("--input and --output go together: a file of prompts, and one for their answers")
+        raise UsageError("--input and --output need each other: a file of prompts, and a file for their answers")
     which = Which(run, adapter, model, use, combination, density, quantization, trust_remote_code)
     drawing = Drawing(temperature, top_p, seed)
     stdout = sys.stdout
@@ -129,7 +108,7 @@ def chat(
     run: RunOption = None,
     adapter: AdapterOption = None,
     model: ModelOption = None,
-    system: Annotated[str | None, typer.Option("--system", help="what stands before the conversation")] = None,
+    system: Annotated[str | None, typer.Option("--system", help="system prompt of the conversation")] = None,
     frame: FrameOption = None,
     use: UseOption = None,
     combination: CombinationOption = "cat",
@@ -141,7 +120,7 @@ def chat(
     seed: SeedOption = 17,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Talk to a run, an adapter or a model. In a pipe, each line is answered in turn."""
+    """Talk to a run, an adapter or a model. If stdin is a pipe, each line of it is answered."""
     which = Which(run, adapter, model, use, combination, density, quantization, trust_remote_code)
     stdout = sys.stdout
     with redirect_stdout(sys.stderr), _loaded(which, Drawing(temperature, top_p, seed), 1) as loaded:
@@ -151,7 +130,7 @@ def chat(
 
 
 def _talk(writer: Generator, talk: Conversation, max_new_tokens: int) -> None:
-    """Answers to stdout, everything else to stderr. Ctrl-C ends an answer, and between answers the talk."""
+    """Prints answers to stdout, everything else to stderr. Ctrl-C ends an answer, and otherwise the conversation."""
     person = sys.stdin.isatty()
     if person:
         print(HELP, file=sys.stderr)
@@ -169,7 +148,7 @@ def _talk(writer: Generator, talk: Conversation, max_new_tokens: int) -> None:
 
 
 class Shown:
-    """Prints an answer as it comes; in the frame of questions, its first line."""
+    """Prints an answer piece by piece; in the form of questions, only its first line."""
 
     def __init__(self, talk: Conversation) -> None:
         self.talk, self._text, self._printed = talk, "", ""
@@ -202,7 +181,7 @@ def _lines(person: bool) -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Drawing:
-    """How tokens are chosen."""
+    """The options of the sampling."""
 
     temperature: float
     top_p: float
@@ -210,7 +189,7 @@ class Drawing:
 
     def check(self) -> None:
         if self.temperature == 0 and self.top_p < 1:
-            raise UsageError("--top-p has no effect at --temperature 0, which takes the likeliest token")
+            raise UsageError("--top-p has no effect at --temperature 0, which takes the most likely token")
 
 
 def _conversation(loaded: LoadedArtifact, frame: str | None, system: str | None) -> Conversation:
@@ -237,12 +216,12 @@ def _loaded(which: Which, drawing: Drawing, batch: int) -> Iterator[LoadedArtifa
     hush_libraries()
     say = Progress(stderr()).phase
     with tempfile.TemporaryDirectory(prefix="muster-saved-") as folder:
-        say("fetching what is asked")
+        say("fetching the model")
         subject = held(find(address, Path(folder), trust=Trust(which.trust)), which.quantization)
         if subject.classes:
-            raise UsageError(f"task {subject.task} makes a classifier, which writes no text: use muster evaluate")
+            raise UsageError(f"task {subject.task} trains a classifier, which generates no text: use muster evaluate")
         if mix is None and len(subject.adapters) > 1:
-            raise UsageError(f"say which of {', '.join(subject.adapters)} is asked, or how much of each, by --use")
+            raise UsageError(f"choose one of {', '.join(subject.adapters)} with --use, or give weights to combine them")
         if mix:
             mix.check(list(subject.adapters))
         with placement_for(subject.section, base_files(subject)) as placement:

@@ -1,21 +1,44 @@
-"""The support matrix for people: what works with what, in 80 columns."""
+"""``muster matrix``: the methods, quantisations, strategies and tasks that work together, in 80 columns or as JSON."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from trainer.recipe.matrix import SIGNS, Refusal, axes, cells, refusal, signs
+from launcher.terminal.console import stdout
+from trainer.recipe.matrix import REFUSALS, SIGNS, Refusal, alike, axes, cells, refusal, signs
+from trainer.recipe.tasks import TASKS
 
 WIDTH = 80
 
 
+def matrix(
+    task: Annotated[str | None, typer.Option(help="only this task")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="all cells as a JSON list on stdout")] = False,
+) -> None:
+    """Show which method, quantisation, strategy and task work together."""
+    tasks = TASKS.names()
+    if task is not None:
+        TASKS[task]  # raises UsageError for an unknown name
+        tasks = (task,)
+    if as_json:
+        print(json.dumps(as_rows(tasks)))
+        return
+    console = stdout(width=min(WIDTH, stdout().width))
+    for group in alike(tasks):
+        console.print(matrix_table(group))
+    console.print(legend())
+    console.print(reasons(tuple(r for r in REFUSALS if not r.task or set(r.values("task")) & set(tasks))))
+
+
 def matrix_table(tasks: tuple[str, ...]) -> Table:
-    """Methods against strategies, of tasks that have the same table; a cell names the quantisations that work there."""
+    """Returns methods by strategies, for tasks with the same table. A cell names the quantisations that work there."""
     sides = axes()
     title = f"task{'s' if len(tasks) > 1 else ''} {', '.join(tasks)}"
     table = Table("method", *sides["strategy"], box=box.SIMPLE, title=title, title_justify="left")
@@ -30,7 +53,7 @@ def legend() -> Text:
 
 
 def reasons(refusals: tuple[Refusal, ...]) -> Table:
-    """Why there are gaps."""
+    """Returns the reasons of the gaps."""
     table = Table("does not work together", "because", box=box.SIMPLE)
     for refused in refusals:
         sides = [f"{side} {', '.join(refused.values(side))}" for side in refused.sides()]
@@ -39,7 +62,7 @@ def reasons(refusals: tuple[Refusal, ...]) -> Table:
 
 
 def as_rows(tasks: Iterable[str]) -> list[dict[str, Any]]:
-    """Every cell of these tasks, with why it does not work where it does not."""
+    """Returns every cell of these tasks, with the reason if it does not work."""
     wanted = set(tasks)
     found = ((cell, refusal(cell)) for cell in cells() if cell.task in wanted)
     return [{**cell._asdict(), "works": why is None, "why": why.why if why else None} for cell, why in found]

@@ -1,4 +1,4 @@
-"""Options that commands of several modules have."""
+"""Arguments and options that several commands have: each is written once, here."""
 
 from __future__ import annotations
 
@@ -8,6 +8,65 @@ import typer
 
 from trainer.recipe.trust import FLAG
 
+RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe: YAML or JSON file")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes to the recipe, by dotted path")
+]
+RunUri = Annotated[str, typer.Argument(metavar="RUN_URI", help="the run's URI, as muster ls prints it")]
+JsonOption = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
 TrustOption = Annotated[
     bool, typer.Option(FLAG, help="run the Python code that comes with the model, or that a stored recipe names")
 ]
+
+# The model of a command that uses what training saved.
+RunOption = Annotated[
+    str | None, typer.Option("--run", help="folder of a run: its final adapter, or else its newest checkpoint")
+]
+AdapterOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--adapter", help="folder of an adapter, or of a fully fine-tuned model; NAME=URI for each of several"
+    ),
+]
+ModelOption = Annotated[
+    str | None, typer.Option("--model", help="a model without an adapter: folder, URL, or name on the Hub")
+]
+UseOption = Annotated[
+    str | None, typer.Option("--use", help="one of several adapters (a), or weights to combine them (a=0.7,b=0.3)")
+]
+CombinationOption = Annotated[
+    str,
+    typer.Option(
+        "--combination", help="how adapters are combined: cat | svd | linear | ties | dare_linear | dare_ties"
+    ),
+]
+DensityOption = Annotated[
+    float | None, typer.Option("--density", min=0.0, max=1.0, help="fraction of the entries that ties and dare keep")
+]
+
+# Of the commands that generate texts.
+QuantizationOption = Annotated[
+    str | None,
+    typer.Option("--quantization", help="none | nf4 | int8: quantisation of the base model; default: as in training"),
+]
+FrameOption = Annotated[
+    str | None,
+    typer.Option(
+        "--frame",
+        help="chat | qa | instruction | template | plain: form of a prompt; default in chat: as in training",
+    ),
+]
+TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="maximum number of tokens of each answer")]
+TemperatureOption = Annotated[
+    float,
+    typer.Option(
+        "--temperature", min=0.0, help="0 takes the most likely token, 1 samples by the model's probabilities"
+    ),
+]
+TopPOption = Annotated[
+    float,
+    typer.Option(
+        "--top-p", min=0.0, max=1.0, help="sample only from the most likely tokens, up to this sum of probabilities"
+    ),
+]
+SeedOption = Annotated[int, typer.Option("--seed", help="seed of the sampling")]

@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from launcher.cli.options import JsonOption, Overrides, RecipeFile
 from trainer.errors import UsageError
 
 UNITS = {"": 1, **{f"{p}{end}": 1000**n for n, p in enumerate("KMGT", 1) for end in ("", "B")}}
@@ -14,10 +15,8 @@ UNITS |= {f"{p}IB": 1024**n for n, p in enumerate("KMGT", 1)} | {"B": 1}
 
 
 def plan(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe: YAML or JSON file")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes, by dotted path")
-    ] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
     gpu_memory: Annotated[
         str | None, typer.Option(help="memory of each GPU, e.g. 24GiB; default: that of the GPU here")
     ] = None,
@@ -28,7 +27,7 @@ def plan(
     price_per_gpu_hour: Annotated[
         float | None, typer.Option(min=0, help="price of a GPU, in any currency, to estimate the cost")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Show what RECIPE needs on each rank, from the base model's config.json alone, and what to change if it does not
     fit."""

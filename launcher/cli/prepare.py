@@ -1,4 +1,4 @@
-"""``muster prepare``: tokenise and pack ahead of the run, and show what came of it."""
+"""``muster prepare``: tokenise and pack the data before the run, and show counts and lengths."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from launcher.cli.options import JsonOption, Overrides, RecipeFile
 from trainer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -23,14 +24,15 @@ LISTED = 10
 
 
 def prepare(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe: YAML or JSON file")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes, by dotted path")
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    as_json: JsonOption = False,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="number of processes that tokenise; default: one per core")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="one JSON object on stdout")] = False,
-    processes: Annotated[int | None, typer.Option(min=1, help="processes that tokenise; one per core")] = None,
     model: Annotated[
-        bool, typer.Option("--model", help="instead of the data, the base: a copy of it in NF4 for all runs to read")
+        bool,
+        typer.Option("--model", help="instead of the data, make an NF4 copy of the base model, which all runs read"),
     ] = False,
 ) -> None:
     """Tokenise and pack the data of RECIPE ahead of its run, and show counts, lengths and the fill of the packs."""
@@ -83,7 +85,7 @@ def prepare_recipe(recipe: Recipe, progress: Any, processes: int) -> dict[str, A
 
 
 def prepare_model(recipe: Recipe, progress: Any) -> dict[str, Any]:
-    """Makes the NF4 copy of the recipe's base if there is none; what ``--json`` prints."""
+    """Makes the NF4 copy of the recipe's base model if there is none. Returns the output of ``--json``."""
     from launcher.driver.preflight import check_storage
     from trainer.model import check_weights
     from trainer.model.prequantised import make_copy
@@ -97,7 +99,7 @@ def prepare_model(recipe: Recipe, progress: Any) -> dict[str, Any]:
     storage = open_storage(recipe.storage)
     check_storage(storage)
     check_weights(recipe.model)
-    progress.phase("quantising the base")
+    progress.phase("quantising the base model")
     copy = make_copy(recipe.model, storage.child(layout.MODELS))
     return {"uri": copy.url, "bytes": sum(o.size for o in copy.list())}
 
@@ -148,7 +150,7 @@ COLUMNS = {
 
 
 def _table(part: dict[str, Any]) -> RenderableType:
-    """Sources by their index, as in sample ids: paths are too long for a column."""
+    """Returns a row per source, under its index as in sample ids: paths are too long for a column."""
     from rich import box
     from rich.table import Table
 

@@ -1,4 +1,4 @@
-"""``muster report``: what runs did, as one HTML page."""
+"""``muster report``: show runs in one HTML page."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ DEADLINE_S = 60.0
 
 
 def report(
-    run_uris: Annotated[
-        list[str], typer.Argument(metavar="RUN_URI...", help="a run, or several to lay over each other")
-    ],
+    run_uris: Annotated[list[str], typer.Argument(metavar="RUN_URI...", help="a run, or several to compare")],
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="FILE", help="the page; else NAME.html of the first run")
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="file of the page; default: NAME.html of the first run"),
     ] = None,
 ) -> None:
     """Write one HTML page about runs: curves, timeline, goodput, data, recipe."""

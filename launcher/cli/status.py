@@ -1,4 +1,4 @@
-"""``muster status``, ``ls``, ``logs`` and ``track``: a run as seen from its storage, from anywhere."""
+"""``muster status``, ``ls``, ``logs`` and ``track``: read a run from its storage, on any machine."""
 
 from __future__ import annotations
 
@@ -9,13 +9,12 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from launcher.cli.options import Overrides, RunUri
 from launcher.terminal.console import print_json, stderr, stdout
 from trainer.interruption import current
 
-GOES_ON = "the run itself goes on"
+CONTINUES = "the run itself continues"
 LOOK_DEADLINE_S = 15.0  # of commands that only read: a person waits
-
-RunUri = Annotated[str, typer.Argument(metavar="RUN_URI", help="where the run lies, as muster ls prints it")]
 
 
 def status(
@@ -23,7 +22,7 @@ def status(
     as_json: Annotated[
         bool, typer.Option("--json", help="one JSON object on stdout; with --watch, a line per change")
     ] = False,
-    watch: Annotated[bool, typer.Option("--watch", help="go on looking until the run has ended, or Ctrl-C")] = False,
+    watch: Annotated[bool, typer.Option("--watch", help="update until the run has ended, or Ctrl-C")] = False,
 ) -> None:
     """Show what a run is doing, from its storage alone."""
     from launcher.monitor.status import read_status
@@ -35,7 +34,7 @@ def status(
     if watch:
         from launcher.monitor.watch import watch_json, watch_run
 
-        current.command(GOES_ON)
+        current.command(CONTINUES)
         watch_json(run, print) if as_json else watch_run(run, stdout())
     elif as_json:
         from launcher.monitor.goodput import goodput_of
@@ -72,25 +71,23 @@ def list_(
 
 def logs(
     run_uri: RunUri,
-    rank: Annotated[int | None, typer.Option("--rank", min=0, help="of this rank alone")] = None,
-    attempt: Annotated[int | None, typer.Option("--attempt", min=1, help="of this attempt; else the newest")] = None,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="go on until the run has ended, or Ctrl-C")] = False,
+    rank: Annotated[int | None, typer.Option("--rank", min=0, help="only this rank")] = None,
+    attempt: Annotated[int | None, typer.Option("--attempt", min=1, help="this attempt; default: the newest")] = None,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="continue until the run has ended, or Ctrl-C")] = False,
 ) -> None:
     """Print what the ranks of an attempt have printed."""
     from launcher.monitor.logs import follow_logs, print_logs
     from trainer.storage import open_storage
 
     run = open_storage(run_uri, deadline_s=LOOK_DEADLINE_S)
-    current.command(GOES_ON)
+    current.command(CONTINUES)
     show = follow_logs if follow else print_logs
     show(run, rank, attempt, sys.stdout.buffer)
 
 
 def track(
     run_uri: RunUri,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes, by dotted path")
-    ] = None,
+    overrides: Overrides = None,
 ) -> None:
     """Send the metrics of a run that has ended to the trackers of its recipe, if they do not have them yet."""
     from launcher.monitor.status import read_state

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from cluster import cluster_of
-from launcher.cli.options import TrustOption
+from launcher.cli.options import Overrides, RecipeFile, RunUri, TrustOption
 from launcher.submit.submit import check_address, cluster_errors, job_of
 from launcher.terminal.console import stderr
 from trainer.recipe.trust import FLAG
@@ -15,10 +15,8 @@ from trainer.run.recipe_url import recipe_at
 
 
 def render(
-    recipe: Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe: YAML or JSON file")],
-    overrides: Annotated[
-        list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes, by dotted path")
-    ] = None,
+    recipe: RecipeFile,
+    overrides: Overrides = None,
     on: Annotated[
         str, typer.Option(help="slurm | kubernetes | ray, or local for the recipe with all defaults filled in")
     ] = "slurm",
@@ -39,10 +37,8 @@ def render(
         print(cluster.render(job), end="")
 
 
-def cancel(
-    run_uri: Annotated[str, typer.Argument(metavar="RUN_URI", help="the run's URI, as muster ls prints it")],
-) -> None:
-    """Stop a run, wherever it is: its workers commit, and its job is not started again."""
+def cancel(run_uri: RunUri) -> None:
+    """Stop a run, wherever it runs: its workers commit a checkpoint, and its job is not started again."""
     from launcher.submit.cancel import cancel_run
 
     cancel_run(run_uri, lambda text: stderr().print(text, soft_wrap=True))

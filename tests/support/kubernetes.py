@@ -1,6 +1,8 @@
 """Jobs for Kubernetes, and strict schemas of what muster writes for it: a field that is not here is a mistake.
 
 Written by hand after the public documentation of KubeRay, JobSet and Kubernetes; the real schemas know far more fields.
+The schemas also have those rules of KubeRay's operator that concern these fields. A job that breaks one is accepted by
+a cluster without the operator's webhook, and then stays `ValidationFailed`.
 """
 
 from __future__ import annotations
@@ -54,7 +56,12 @@ def metadata(length: int) -> dict[str, Any]:
     return fields("name labels annotations", name=name, namespace=FILLED, labels=LABELS, annotations=TEXTS)
 
 
-FIELD = fields("apiVersion fieldPath", apiVersion=TEXT, fieldPath=TEXT)
+# Variables that KubeRay sets itself, or wants in fields of its own.
+VARIABLE = {
+    "type": "string",
+    "minLength": 1,
+    "not": {"pattern": "^(RAY_enable_autoscaler_v2$|RAY_REDIS_|REDIS_|KUBERAY_)"},
+}
 CONTAINER = fields(
     "name image resources",
     name={"type": "string", "pattern": DNS_LABEL},
@@ -64,10 +71,10 @@ CONTAINER = fields(
     env=many(
         {
             "oneOf": [
-                fields("name value", name=FILLED, value=TEXT),
+                fields("name value", name=VARIABLE, value=TEXT),
                 fields(
                     "name valueFrom",
-                    name=FILLED,
+                    name=VARIABLE,
                     valueFrom=fields(
                         "fieldRef", fieldRef=fields("apiVersion fieldPath", apiVersion=TEXT, fieldPath=TEXT)
                     ),
@@ -130,11 +137,11 @@ RAYJOB = fields(
         submitterPodTemplate=POD,
         backoffLimit=COUNT,
         suspend=FLAG,
-        shutdownAfterJobFinishes=FLAG,
+        shutdownAfterJobFinishes={"const": True},  # suspend and ttlSecondsAfterFinished need it
         ttlSecondsAfterFinished=COUNT,
         rayClusterSpec=fields(
             "rayVersion headGroupSpec workerGroupSpecs enableInTreeAutoscaling",
-            rayVersion=FILLED,
+            rayVersion={"type": "string", "pattern": r"^2\.(5[2-9]|[6-9][0-9])\."},  # the token needs 2.52
             authOptions=fields("mode", mode={"enum": ["token", "disabled"]}),
             enableInTreeAutoscaling=FLAG,
             autoscalerOptions=fields("version", version={"enum": ["v1", "v2"]}, idleTimeoutSeconds=COUNT),
@@ -197,8 +204,11 @@ JOBSET = fields(
 
 
 def mistakes(manifest: dict[str, Any]) -> list[str]:
-    """What the schema of the manifest's kind says against it, with the paths."""
+    """Returns what the schema of the manifest's kind refuses, with paths, and worker groups outside their bounds."""
     schema = {"RayJob": RAYJOB, "JobSet": JOBSET}[manifest["kind"]]
-    return [
-        f"{error.json_path}: {error.message}" for error in jsonschema.Draft202012Validator(schema).iter_errors(manifest)
-    ]
+    errors = jsonschema.Draft202012Validator(schema).iter_errors(manifest)
+    found = [f"{error.json_path}: {error.message}" for error in errors]
+    for group in manifest["spec"].get("rayClusterSpec", {}).get("workerGroupSpecs", []):
+        if not group["minReplicas"] <= group["replicas"] <= group["maxReplicas"]:
+            found.append(f"{group['groupName']}: replicas {group['replicas']} is outside its bounds")
+    return found

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 from trainer.errors import InputError, MusterError
 from trainer.model.files.remote_code import check_code
 from trainer.plan.known_configs import known_shape
-from trainer.plan.patience import Asked, Late
 from trainer.recipe.sections.model import ModelSection
 from trainer.storage import open_storage
+from trainer.storage.limit import limited
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -88,9 +88,7 @@ def _from_hub(section: ModelSection) -> PreTrainedConfig:
 def within(seconds: float, read: Callable[[], str], failing: str) -> str:
     """Returns the result of ``read``; raises OutOfReach, which begins with ``failing``, when it raises or is late."""
     try:
-        return Asked(read).answer(seconds)
-    except Late:
-        raise OutOfReach(f"{failing}: no answer within {seconds:g} s") from None
+        return limited(lambda _: read(), seconds)
     except Exception as error:
         message = " ".join(str(error).split())[:200]
         raise OutOfReach(f"{failing}: {message}") from error

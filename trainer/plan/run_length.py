@@ -6,13 +6,16 @@ from __future__ import annotations
 
 import logging
 import statistics
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from itertools import islice
 from typing import TypeVar
 
 from trainer.data.run_data import find_prepared, total_steps, try_open_data
 from trainer.model import fetch_model, load_tokenizer
-from trainer.plan.patience import Asked, Late
 from trainer.recipe import Recipe
 from trainer.run import layout
 from trainer.run.jsonl import rows_backwards
@@ -49,26 +52,40 @@ class RunLengthQuery:
     def __init__(self, recipe: Recipe, tokens_per_s: float | None) -> None:
         """``tokens_per_s``: the user's own value, which replaces that of the run's metrics."""
         self._given = RunLength(steps=recipe.training.steps, tokens_per_s=tokens_per_s)
-        self._length = Asked(lambda: _length(recipe))
-        self._speed = Asked(lambda: _speed(recipe)) if tokens_per_s is None else None
+        self._deadline = time.monotonic() + ANSWER_S
+        self._length = _started(lambda: _length(recipe))
+        self._speed = _started(lambda: _speed(recipe)) if tokens_per_s is None else None
 
     def outlook(self) -> RunLength:
-        outlook, length = self._given, _answer(self._length)
+        outlook, length = self._given, self._answer(self._length)
         if length is not None:
             outlook = replace(outlook, steps=length[0], steps_per_epoch=length[1], samples_per_epoch=length[2])
-        if self._speed and (speed := _answer(self._speed)) is not None:
+        if self._speed and (speed := self._answer(self._speed)) is not None:
             outlook = replace(outlook, tokens_per_s=speed[0], measured_ranks=speed[1])
         return outlook
 
+    def _answer(self, future: Future[T | None]) -> T | None:
+        """Returns None if the call has failed, or has no result at the deadline."""
+        try:
+            return future.result(max(0.0, self._deadline - time.monotonic()))
+        except Exception as error:  # a storage may raise anything, and its answer is optional
+            log.debug("left out of the plan: %r", error)
+            return None
 
-def _answer(asked: Asked[T | None]) -> T | None:
-    try:
-        return asked.answer(ANSWER_S)
-    except Late:
-        return None
-    except Exception as error:  # a storage may raise anything, and its answer is optional
-        log.debug("left out of the plan: %s", error)
-        return None
+
+def _started(call: Callable[[], T]) -> Future[T]:
+    """Starts the call in a daemon thread. An executor's threads would keep the process alive until a silent storage
+    answers."""
+    future: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            future.set_result(call())
+        except Exception as error:
+            future.set_exception(error)
+
+    threading.Thread(target=work, daemon=True).start()
+    return future
 
 
 def _length(recipe: Recipe) -> tuple[int, int, int] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from cluster.kubernetes.following import PATIENCE_S, POLL_S, Follower
 from cluster.kubernetes.kubectl import Kubectl
 from cluster.kubernetes.manifests import manifest
 from cluster.kubernetes.reading import read, waits_for
-from tests.support.kubernetes import job
+from tests.support.kubernetes import job, mistakes
 
 STAND_IN = '''#!{python} -S
 """Writes its words and its standard input down, and answers with the next file for its verb and resource."""
@@ -26,6 +27,7 @@ words = [word for word in sys.argv[1:] if not word.startswith("--request-timeout
 if words[0] == "--namespace":
     words = words[2:]
 key = words[0] if words[0] in ("create", "logs") else "-".join(words[:2])
+key = "dry-run" if "--dry-run=server" in words else key
 stdin = "" if words[0] == "logs" else sys.stdin.read()
 with (here / "calls").open("a") as calls:
     calls.write(json.dumps({{"argv": sys.argv[1:], "stdin": stdin}}) + "\\n")
@@ -123,18 +125,56 @@ def test_a_namespace_is_used_in_every_call(kubectl: StandIn) -> None:
 )
 def test_a_job_that_has_ended_makes_room_for_the_same_run(old: dict[str, Any], kubectl: StandIn) -> None:
     kubectl.answers("get-rayjob", old)
+    kubectl.answers("dry-run", existing())
     kubectl.answers("delete-rayjob", "")
     kubectl.answers("create", existing())
     assert Kubernetes().submit(job(), "") == "ml/gsm8k"
-    assert [("delete" in c["argv"], "create" in c["argv"]) for c in kubectl.calls[1:]] == [(True, False), (False, True)]
-    assert {"--wait=true", "--cascade=foreground"} <= set(kubectl.called("delete")[0])
+    tried, deleted, created = kubectl.calls[1:]
+    assert {"create", "--dry-run=server"} <= set(tried["argv"])
+    assert {"delete", "--wait=true", "--cascade=foreground"} <= set(deleted["argv"])
+    assert "create" in created["argv"]
+    assert "--dry-run=server" not in created["argv"]
+
+
+@pytest.mark.parametrize("kind", ["rayjob", "jobset"])
+def test_what_is_tried_is_the_job_under_a_free_name(kind: str, kubectl: StandIn) -> None:
+    ended = {"jobDeploymentStatus": "Failed", "conditions": [{"type": "Failed", "status": "True"}]}
+    kubectl.answers(f"get-{kind}", existing() | {"kind": {"jobset": "JobSet"}.get(kind), "status": ended})
+    kubectl.answers("dry-run", existing())
+    kubectl.answers(f"delete-{kind}", "")
+    kubectl.answers("create", existing())
+    wanted = job("x" * 99, kind=kind, run_uri="s3://runs/gsm8k")
+    Kubernetes().submit(wanted, "")
+    tried, created = (yaml.safe_load(call["stdin"]) for call in kubectl.calls if "create" in call["argv"])
+    assert created == manifest(wanted)
+    assert mistakes(tried) == []
+    assert tried["metadata"]["name"] != created["metadata"]["name"]
+    assert len(tried["metadata"]["name"]) <= len(created["metadata"]["name"])
+    assert re.fullmatch(".*-[0-9a-f]{10}", tried["metadata"]["name"]), "a name that no run has by itself"
+
+
+def test_an_ended_job_is_kept_if_the_new_one_is_refused(kubectl: StandIn) -> None:
+    kubectl.answers("get-rayjob", existing("Failed"))
+    kubectl.answers("dry-run", "", err='admission webhook "x" denied the request: spec.suspend is wrong', code=1)
+    with pytest.raises(ClusterError, match=r"denied the request: spec\.suspend is wrong") as refused:
+        Kubernetes().submit(job(), "")
+    assert refused.value.usage
+    assert not kubectl.called("delete")
+
+
+def test_a_quota_that_the_ended_job_has_used_up_is_no_refusal(kubectl: StandIn) -> None:
+    kubectl.answers("get-rayjob", existing("Failed"))
+    kubectl.answers("dry-run", "", err="exceeded quota: jobs, requested: 1, used: 1, limited: 1", code=1)
+    kubectl.answers("delete-rayjob", "")
+    kubectl.answers("create", existing())
+    assert Kubernetes().submit(job(), "") == "ml/gsm8k"
 
 
 @pytest.mark.parametrize("state", [None, "Initializing", "Running", "Retrying", "Suspended"])
 def test_a_job_that_goes_on_is_left_alone(state: str | None, kubectl: StandIn) -> None:
     kubectl.answers("get-rayjob", existing(state))
     with pytest.raises(
-        ClusterError, match=r"going on already .*kubectl --namespace ml describe rayjob gsm8k"
+        ClusterError, match=r"has not ended \(\w+\).*kubectl --namespace ml describe rayjob gsm8k"
     ) as refused:
         Kubernetes().submit(job(namespace="ml"), "")
     assert refused.value.usage
@@ -144,7 +184,7 @@ def test_a_job_that_goes_on_is_left_alone(state: str | None, kubectl: StandIn) -
 
 def test_another_run_of_that_name_is_left_alone(kubectl: StandIn) -> None:
     kubectl.answers("get-rayjob", existing("Failed"))
-    with pytest.raises(ClusterError, match="is another run"):
+    with pytest.raises(ClusterError, match="belongs to another run"):
         Kubernetes().submit(job(run_uri="s3://elsewhere/gsm8k"), "")
     assert len(kubectl.calls) == 1
 
@@ -162,6 +202,7 @@ def test_without_kubectl_the_way_out_is_said(tmp_path: Path, monkeypatch: pytest
         ('no matches for kind "RayJob" in version "ray.io/v1"', "has no KubeRay", True),
         ('strict decoding error: unknown field "spec.rayClusterSpec.authOptions"', "older than 1.5", True),
         ("forbidden: User cannot create", "forbidden", True),
+        ('The RayJob "x" is invalid: metadata.namespace: Invalid value: "ML"', 'Invalid value: "ML"', True),
         ("Unable to connect to the server: EOF", "EOF", False),
     ],
 )

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import launcher.driver.driver
-from launcher.cli.app import ToStderr, exit_code, main
+from launcher.cli.app import ToStderr, main
+from launcher.cli.exit_codes import exit_code
 from launcher.submit.place import choose_place
 from launcher.terminal.console import stderr
 from tests.support.training import small_recipe

@@ -114,8 +114,8 @@ def test_a_bad_line_is_said_before_anything_is_written(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--run", "x"], "one of --prompt TEXT, --input FILE.jsonl"),
-        (["--run", "x", "--input", "a"], "--input and --output go together"),
+        (["--run", "x"], "either --prompt TEXT or --input FILE.jsonl"),
+        (["--run", "x", "--input", "a"], "--input and --output need each other"),
         (["--prompt", "x"], "one of --run RUN_URI, --adapter URI, --model PATH"),
         (["--run", "x", "--prompt", "x", "--top-p", "0.5"], "--top-p has no effect at --temperature 0"),
         (["--adapter", "a=x", "--adapter", "b=y", "--use", "a=", "--prompt", "x"], "--use 'a=' is neither the name"),
@@ -128,7 +128,10 @@ def test_a_bad_line_is_said_before_anything_is_written(
         (["--adapter", "a=x", "--prompt", "x", "--use", "a=1,a=2"], "names an adapter twice"),
         (["--model", "s3://AKIAXXXX:secret@bucket/m", "--prompt", "x"], "this cannot be a model"),
         (["--run", "{run}", "--prompt", "x", "--use", "b"], "--use 'b' is none of the adapters default"),
-        (["--adapter", "a={run}/adapter", "--adapter", "b={run}/adapter", "--prompt", "x"], "say which of a, b"),
+        (
+            ["--adapter", "a={run}/adapter", "--adapter", "b={run}/adapter", "--prompt", "x"],
+            "choose one of a, b with --use",
+        ),
     ],
 )
 def test_options_that_do_not_go_together(
@@ -182,7 +185,7 @@ def test_a_chat_on_a_terminal(recipe: Recipe) -> None:
         os.close(there)
         try:
             seen = _until(here, "> ")
-            assert "/clear forgets what was said" in seen
+            assert "/clear starts a new conversation" in seen
             os.write(here, b"Q1: a ferry? \n")
             answer = plainly(recipe, ["Q1: a ferry?"], 8)[0].strip()
             assert answer.splitlines()[0] in _until(here, "> ").replace("\r\n", "\n")

@@ -124,7 +124,7 @@ def test_whoever_watches_a_run(
     commands.append(command)
     wait_for(lambda: command.output() or command.process.poll() is not None, "what it shows")
     command.end(number, group=True)
-    assert "the run itself goes on" in command.output()
+    assert "the run itself continues" in command.output()
     lease.release("interrupted")
 
 

@@ -1,4 +1,4 @@
-"""Writes docs/recipe.md and recipes/recipe.schema.json from the model: ``python -m trainer.recipe.reference``."""
+"""Writes docs/recipe.md and recipes/recipe.schema.json from the model in `trainer/recipe/`: ``make schema``."""
 
 from __future__ import annotations
 

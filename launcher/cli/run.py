@@ -1,0 +1,56 @@
+"""``muster run``: trains a recipe here, or submits it as a job."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.text import Text
+
+from launcher.cli.options import Overrides, RecipeFile, TrustOption
+from launcher.submit import submit
+from launcher.submit.place import choose_place
+from launcher.terminal import vllm_command
+from launcher.terminal.console import stderr
+from trainer.errors import Interrupted
+from trainer.interruption import current
+from trainer.run.recipe_url import recipe_at
+
+RESUMES = "the same command resumes from the newest checkpoint"
+
+
+def run(
+    recipe: RecipeFile,
+    overrides: Overrides = None,
+    on: Annotated[
+        str | None, typer.Option(help="local | ray | slurm | kubernetes: where to run; without it, RAY_ADDRESS decides")
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="the Ray cluster: http://HEAD:8265 submits a job to it, HOST:PORT joins it")
+    ] = None,
+    takeover: Annotated[
+        bool, typer.Option("--takeover", help="take over the run from a driver that still holds it")
+    ] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="do not wait for the submitted job; exit code 0 means submitted")
+    ] = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Train RECIPE to its end. Running it again resumes it."""
+    console = stderr()
+    loaded = recipe_at(recipe, overrides or [], trust=trust_remote_code)
+    place = choose_place(on, address, loaded)
+    if place is not None:
+        submit.run_elsewhere(loaded, place, ["--takeover"] if takeover else [], address, detach=detach)
+        return
+    from launcher.driver.driver import run as drive
+    from launcher.monitor.progress import Progress
+
+    current.command(RESUMES)
+    try:
+        adapter = drive(loaded, Progress(console), takeover=takeover)
+    except KeyboardInterrupt:  # typer would make an exit code of its own of it
+        raise Interrupted(current.sentence() if current.heard else RESUMES) from None
+    for line in vllm_command.of_recipe(loaded, adapter):
+        console.print(Text(f"serve it:  {line}"), soft_wrap=True)
+    console.print(Text(f"finished: the adapter is {adapter}"), soft_wrap=True)
