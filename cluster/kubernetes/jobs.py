@@ -56,6 +56,9 @@ class Kubernetes:
         """Returns one YAML document: a RayJob, or a JobSet with ``kind: jobset``. Raises ClusterError."""
         return to_yaml(manifest(job))
 
+    def address(self, job: ClusterJob) -> str | None:
+        return None
+
     def submit(self, job: ClusterJob, recipe_path: str) -> str:
         """Submits the manifest, which contains the recipe, so ``recipe_path`` is not used. An ended job of this run is
         deleted first, and the run resumes. If a job has not ended, or belongs to another run, or if the cluster refuses
