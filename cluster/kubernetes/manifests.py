@@ -82,7 +82,8 @@ def rayjob(job: ClusterJob) -> Manifest:
 
 
 def jobset(job: ClusterJob) -> Manifest:
-    """torchrun over an indexed Job, without Ray and of a fixed size. torchrun finds the others at the first pod."""
+    """Returns a manifest for JobSet: torchrun in an indexed Job, without Ray and of a fixed size. The processes find
+    each other through the first pod."""
     settings = job.settings
     low, high = job.workers
     per_pod = settings["workers_per_pod"]
@@ -138,7 +139,7 @@ def _metadata(made: Manifest, job: ClusterJob, length: int) -> str:
 
 
 def _words(job: ClusterJob) -> list[str]:
-    """muster's own words. They go through a shell twice on their way (the submitter's and Ray's), so that none may need
+    """Returns the words of muster's command. They go through two shells (the submitter's and Ray's), so none may need
     quotes."""
     for word in job.command:
         if not _WORD.fullmatch(word):
@@ -153,8 +154,8 @@ def _submitter(spec: Manifest, job: ClusterJob) -> None:
 
 
 def _pod(template: Manifest, job: ClusterJob, environment: dict[str, str]) -> None:
-    """Returns what every pod of the run has: image, credentials by reference, environment, shared memory, time to
-    leave."""
+    """Fills in the settings of every pod of the run: image, credentials by reference, environment, shared memory, grace
+    period."""
     settings, spec = job.settings, template["spec"]
     container = spec["containers"][0]
     container["image"] = settings.get("image") or container["image"]
@@ -195,7 +196,7 @@ def _worker_resources(container: Manifest, job: ClusterJob) -> None:
     memory = to_bytes(job.settings["memory_per_worker"], "cluster.kubernetes.memory_per_worker")
     amounts = {
         "cpu": str(max(1, job.cpus_per_worker * per_pod)),
-        # What lies in /dev/shm counts against the pod's limit.
+        # The content of /dev/shm counts against the pod's limit.
         "memory": from_bytes(memory * per_pod + _shared_memory(job)),
     }
     if job.gpus_per_worker:
