@@ -102,7 +102,8 @@ class Follower:
         while (left := until - time.monotonic()) > 0:
             line = self._lines.next(left)
             if line is None and self._lines.ended:
-                self._close()
+                self._streams.close()
+                self._lines = None
                 self._sleep(min(left, POLL_S))
                 return
             if line is not None:
@@ -126,7 +127,3 @@ class Follower:
         while self._lines is not None and not self._lines.ended and (left := until - time.monotonic()) > 0:
             if (line := self._lines.next(left)) is not None:
                 self._say_line(line)
-
-    def _close(self) -> None:
-        self._streams.close()
-        self._lines = None

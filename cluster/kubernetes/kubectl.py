@@ -83,7 +83,8 @@ class Kubectl:
             raise ClusterError(f"kubectl {words[0]} did not answer within {timeout_s:.0f} s", usage=False) from None
         if done.returncode:
             said = done.stderr.strip() or f"exit code {done.returncode}"
-            raise ClusterError(f"kubectl {words[0]} failed: {_helped(said)}", usage=not _passing(said))
+            passing = any(sign in said.lower() for sign in _PASSING)
+            raise ClusterError(f"kubectl {words[0]} failed: {_helped(said)}", usage=not passing)
         return done.stdout
 
 
@@ -115,6 +116,7 @@ _PASSING = (
     "timeout", "timed out", "refused", "unable to connect", "tls handshake", "eof", "toomanyrequests", "reset by peer",
     "serviceunavailable", "internalerror", "try again", "no route to host", "no such host",
 )  # fmt: skip
+"""Signs of a cluster that is unreachable or busy, and has not refused the request."""
 
 
 def _json(text: str) -> Fields:
@@ -123,11 +125,6 @@ def _json(text: str) -> Fields:
     except json.JSONDecodeError:
         raise ClusterError(f"kubectl answered {text[:100]!r}, which is not JSON", usage=False) from None
     return made
-
-
-def _passing(said: str) -> bool:
-    """Returns True if the cluster is unreachable or busy, and has not refused the request."""
-    return any(sign in said.lower() for sign in _PASSING)
 
 
 def _helped(said: str) -> str:

@@ -57,11 +57,14 @@ def rayjob(job: ClusterJob) -> Manifest:
     spec["backoffLimit"] = settings["retries"]
     spec["submitterConfig"]["backoffLimit"] = max(2, settings["retries"])
     environment = dict(NODE_SETTINGS) | {"MUSTER_RAYJOB": name}
-    _submitter(spec["submitterPodTemplate"]["spec"], job)
+    submitter = spec["submitterPodTemplate"]["spec"]
+    submitter["containers"][0]["image"] = settings.get("image") or submitter["containers"][0]["image"]
+    if settings.get("service_account"):
+        submitter["serviceAccountName"] = settings["service_account"]
     if settings.get("ray_auth", "token") == "disabled":
         cluster.pop("authOptions")
         environment["RAY_AUTH_MODE"] = "disabled"
-        spec["submitterPodTemplate"]["spec"]["containers"][0]["env"] = [{"name": "RAY_AUTH_MODE", "value": "disabled"}]
+        submitter["containers"][0]["env"] = [{"name": "RAY_AUTH_MODE", "value": "disabled"}]
     head, workers = cluster["headGroupSpec"], cluster["workerGroupSpecs"][0]
     # Between SIGTERM and SIGKILL for a driver that is stopped through Ray: the time in which a checkpoint is committed.
     _pod(head["template"], job, environment | {"RAY_JOB_STOP_WAIT_TIME_S": str(settings["grace_s"])})
@@ -145,12 +148,6 @@ def _words(job: ClusterJob) -> list[str]:
         if not _WORD.fullmatch(word):
             raise ClusterError(f"{word!r} cannot stand in a RayJob's entrypoint, which goes through two shells")
     return list(job.command)
-
-
-def _submitter(spec: Manifest, job: ClusterJob) -> None:
-    spec["containers"][0]["image"] = job.settings.get("image") or spec["containers"][0]["image"]
-    if job.settings.get("service_account"):
-        spec["serviceAccountName"] = job.settings["service_account"]
 
 
 def _pod(template: Manifest, job: ClusterJob, environment: dict[str, str]) -> None:
