@@ -12,21 +12,23 @@ from cluster.job import Cluster, ClusterError, ClusterJob
 
 
 class Kind(NamedTuple):
-    """What must be known of a kind of cluster without importing its code.
+    """The facts of a kind of cluster that are known without importing its code.
 
     ``code``: the `Cluster` as ``module:class``. ``shares_folder``: its machines have the working folder of the machine
     that submits. ``stores_recipe``: its jobs read their recipe from the storage; otherwise the recipe is sent inside
-    the job."""
+    the job. ``restarts``: the setting that limits how often the cluster itself starts a failed job again, with the same
+    command; None if it never does."""
 
     code: str
     shares_folder: bool = False
     stores_recipe: bool = False
+    restarts: str | None = None
 
 
 KINDS = {
     "ray": Kind("cluster.ray:Ray"),
     "slurm": Kind("cluster.slurm:Slurm", shares_folder=True, stores_recipe=True),
-    "kubernetes": Kind("cluster.kubernetes:Kubernetes"),
+    "kubernetes": Kind("cluster.kubernetes:Kubernetes", restarts="retries"),
 }
 
 

@@ -1,4 +1,4 @@
-"""A run that is to be started on another machine, in plain values, and what every kind of cluster does with it."""
+"""The job of a run on another machine, in plain values, and the interface of every kind of cluster."""
 
 from __future__ import annotations
 
@@ -50,6 +50,10 @@ class Cluster(Protocol):
         """Returns what would be submitted. Pure: contacts and writes nothing."""
         ...
 
+    def address(self, job: ClusterJob) -> str | None:
+        """Returns the address of the cluster if it becomes a part of the job's id, which is stored and printed."""
+        ...
+
     def submit(self, job: ClusterJob, recipe_path: str) -> str:
         """Submits; returns the job's id in this kind of cluster. ``recipe_path`` is where the job's recipe was frozen,
         a path or URL that the cluster can read. Raises ClusterError."""
@@ -60,7 +64,7 @@ class Cluster(Protocol):
         ...
 
     def state(self, job_id: str) -> str | None:
-        """In the cluster's own word (``PENDING``, ``Running``); None when it does not know the job any more."""
+        """Returns the state in the cluster's own word (``PENDING``, ``Running``); None if the job is unknown to it."""
         ...
 
     def cancel(self, job_id: str, run_uri: str) -> None:

@@ -47,10 +47,13 @@ class Ray:
         self._environment, self._clock = environment, clock
 
     def render(self, job: ClusterJob) -> str:
-        """The command that submits the same by hand, from a checkout's root."""
-        address = api_address(job.settings, self._environment) or "http://HEAD:8265"
+        """Returns the command that submits the same by hand, from a checkout's root."""
+        address = self.address(job) or "http://HEAD:8265"
         words = ["ray", "job", "submit", "--address", address, "--working-dir", "."]
         return shlex.join([*words, "--", "python", "-m", "launcher", *job.command, *job.arguments]) + "\n"
+
+    def address(self, job: ClusterJob) -> str | None:
+        return api_address(job.settings, self._environment)
 
     def submit(self, job: ClusterJob, recipe_path: str) -> str:
         api = Api(self._address(job.settings), self._environment)
@@ -190,7 +193,7 @@ class NewLogLines:
 
 
 def api_address(settings: Mapping[str, Any], environment: Mapping[str, str]) -> str | None:
-    """The head's HTTP address: the recipe's, else that of the environment, if it is one."""
+    """Returns the head's HTTP address: that of the settings, or else of the environment; None if neither is one."""
     named = [settings.get("address"), *(environment.get(name) for name in ADDRESS_VARIABLES)]
     return next((a for a in named if a and a.startswith(("http://", "https://"))), None)
 

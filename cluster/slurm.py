@@ -57,6 +57,9 @@ class Slurm:
     def render(self, job: ClusterJob) -> str:
         return shlex.join([*options(job), str(SCRIPT), *job.arguments]) + "\n"
 
+    def address(self, job: ClusterJob) -> str | None:
+        return None
+
     def submit(self, job: ClusterJob, recipe_path: str) -> str:
         command, *flags = job.command
         environment = {**self._environment, "MUSTER_COMMAND": command}

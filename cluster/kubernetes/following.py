@@ -1,4 +1,4 @@
-"""Follows a job: reads its state every few seconds and passes on the lines of the pod that has them."""
+"""Follows a job: reads its state every few seconds, and prints the lines of the pod that has the run's output."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from cluster.kubernetes.reading import INTERRUPTED, Fields, newest_started, read
 
 POLL_S = 3.0
 PATIENCE_S = 600.0
-"""For a cluster that does not answer: the job goes on without us."""
+"""Time for which the cluster may not answer before following ends with an error; the job continues."""
 SUBMITTER = "ray-job-submitter"
 
 
 class Follower:
-    """One job, followed once. ``sleep`` is waited with where there are no lines to wait for."""
+    """Follows one job, once. ``sleep`` waits where there are no lines to wait for."""
 
     def __init__(
         self, kubectl: Kubectl, resource: str, name: str, say: Say, sleep: Callable[[float], None] = time.sleep
@@ -31,7 +31,7 @@ class Follower:
         self._streams = ExitStack()
 
     def follow(self) -> int:
-        """muster's exit code. Raises ClusterError when the cluster did not answer for ten minutes."""
+        """Returns muster's exit code. Raises ClusterError if the cluster did not answer for ten minutes."""
         with self._streams:
             while (code := self._look()) is None:
                 self._pass_on()
@@ -41,7 +41,9 @@ class Follower:
         try:
             made = self._kubectl.get(self._resource, self._name)
             if made is None:
-                self._say(f"{self._resource} {self._name} is gone: it was deleted, or its time was over")
+                self._say(
+                    f"{self._resource} {self._name} no longer exists: it was deleted, or its time to live was over"
+                )
                 return INTERRUPTED
             reading = read(made)
             self._once("state", reading.state, f"{self._resource} {self._name}: {reading.state}")
@@ -92,7 +94,7 @@ class Follower:
         self._lines = self._streams.enter_context(self._kubectl.logs(pod, container, self._last or None))
 
     def _pass_on(self) -> None:
-        """Waits for one interval, or for lines; a stream that broke is opened again at the next look."""
+        """Prints new lines for one interval. A stream that broke is opened again in the next one."""
         if self._lines is None:
             self._sleep(POLL_S)
             return
@@ -100,14 +102,15 @@ class Follower:
         while (left := until - time.monotonic()) > 0:
             line = self._lines.next(left)
             if line is None and self._lines.ended:
-                self._close()
+                self._streams.close()
+                self._lines = None
                 self._sleep(min(left, POLL_S))
                 return
             if line is not None:
                 self._say_line(line)
 
     def _say_line(self, line: str) -> None:
-        """Passes on a line unless it was printed before: a new stream repeats the lines of its first second."""
+        """Prints a line unless it was printed before: a new stream repeats the lines of its first second."""
         moment, _, text = line.partition(" ")
         if moment > self._last:
             self._last = moment
@@ -124,7 +127,3 @@ class Follower:
         while self._lines is not None and not self._lines.ended and (left := until - time.monotonic()) > 0:
             if (line := self._lines.next(left)) is not None:
                 self._say_line(line)
-
-    def _close(self) -> None:
-        self._streams.close()
-        self._lines = None

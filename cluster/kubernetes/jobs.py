@@ -17,7 +17,7 @@ from cluster.kubernetes.manifests import RUN_ANNOTATION, manifest, to_yaml
 from cluster.kubernetes.reading import read
 
 DELETE_S = 300
-"""For a job that has ended to be gone with its pods, before the same run is submitted again."""
+"""Time for the deletion of an ended job with its pods, before the same run is submitted again."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class KubernetesRef:
         resource, _, place = job_id.rpartition(":")
         namespace, _, name = place.rpartition("/")
         if resource not in ("", "jobset") or not name:
-            raise ClusterError(f"{job_id!r} names no job; write NAMESPACE/NAME, or jobset:NAMESPACE/NAME")
+            raise ClusterError(f"{job_id!r} names no job; write NAMESPACE/NAME or jobset:NAMESPACE/NAME")
         return KubernetesRef(resource or "rayjob", namespace or None, name)
 
     def __str__(self) -> str:
@@ -55,6 +55,9 @@ class Kubernetes:
     def render(self, job: ClusterJob) -> str:
         """Returns one YAML document: a RayJob, or a JobSet with ``kind: jobset``. Raises ClusterError."""
         return to_yaml(manifest(job))
+
+    def address(self, job: ClusterJob) -> str | None:
+        return None
 
     def submit(self, job: ClusterJob, recipe_path: str) -> str:
         """Submits the manifest, which contains the recipe, so ``recipe_path`` is not used. An ended job of this run is

@@ -1,4 +1,4 @@
-"""Calls `kubectl`, which knows the cluster and the credentials; nothing goes through a shell, no call is unbounded."""
+"""Calls `kubectl`, which has the cluster's address and credentials. No shell is used, and every call has a limit."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Kubectl:
         self._command = [found, f"--request-timeout={REQUEST_S}s", *(["--namespace", namespace] if namespace else [])]
 
     def get(self, resource: str, name: str) -> Fields | None:
-        """The object, or None when there is none of that name."""
+        """Returns the object, or None if there is none of that name."""
         text = self._call("get", resource, name, "--output=json", "--ignore-not-found")
         return _json(text) if text.strip() else None
 
@@ -48,7 +48,8 @@ class Kubectl:
         return _json(self._call("create", *options, "--filename=-", "--output=json", stdin=manifest))
 
     def delete(self, resource: str, name: str, wait_s: int) -> None:
-        """With all that belongs to it; waits for ``wait_s`` seconds, 0: not at all. None of that name is no error."""
+        """Deletes an object with everything that belongs to it, and waits for its end up to ``wait_s`` seconds (0: not
+        at all). A name that does not exist is no error."""
         self._call(
             *("delete", resource, name, "--ignore-not-found", "--cascade=foreground"),
             *(("--wait=true", f"--timeout={wait_s}s") if wait_s else ("--wait=false",)),
@@ -57,10 +58,10 @@ class Kubectl:
 
     @contextmanager
     def logs(self, pod: str, container: str, since: str | None) -> Iterator[ProcessLines]:
-        """The container's lines as they come, each opened by its time (RFC 3339), from the second of ``since`` on."""
+        """Opens the stream of the container's lines from the time ``since``. Each begins with its time (RFC 3339)."""
         options = [f"--since-time={since}"] if since else []
         command = [*self._command, "logs", "--follow", "--timestamps", f"--container={container}", *options, pod]
-        # Following goes on for as long as the job does, so that no request's limit may end it.
+        # The stream is open for as long as the job runs, so no limit for one request may end it.
         command[1] = "--request-timeout=0"
         process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
@@ -82,7 +83,8 @@ class Kubectl:
             raise ClusterError(f"kubectl {words[0]} did not answer within {timeout_s:.0f} s", usage=False) from None
         if done.returncode:
             said = done.stderr.strip() or f"exit code {done.returncode}"
-            raise ClusterError(f"kubectl {words[0]} failed: {_helped(said)}", usage=not _passing(said))
+            passing = any(sign in said.lower() for sign in _PASSING)
+            raise ClusterError(f"kubectl {words[0]} failed: {_helped(said)}", usage=not passing)
         return done.stdout
 
 
@@ -114,19 +116,15 @@ _PASSING = (
     "timeout", "timed out", "refused", "unable to connect", "tls handshake", "eof", "toomanyrequests", "reset by peer",
     "serviceunavailable", "internalerror", "try again", "no route to host", "no such host",
 )  # fmt: skip
+"""Signs of a cluster that is unreachable or busy, and has not refused the request."""
 
 
 def _json(text: str) -> Fields:
     try:
         made: Fields = json.loads(text)
     except json.JSONDecodeError:
-        raise ClusterError(f"kubectl answered {text[:100]!r}, which is no JSON", usage=False) from None
+        raise ClusterError(f"kubectl answered {text[:100]!r}, which is not JSON", usage=False) from None
     return made
-
-
-def _passing(said: str) -> bool:
-    """Returns True if the cluster is unreachable or busy, and has not refused the request."""
-    return any(sign in said.lower() for sign in _PASSING)
 
 
 def _helped(said: str) -> str:

@@ -27,17 +27,17 @@ Words = list[str]
 
 
 def is_driver(words: Words) -> bool:
-    """The `muster` process itself; a shell around it holds the path within a longer word, if at all."""
+    """Recognises the `muster` process itself; a shell around it has the path only inside a longer word."""
     return RECIPE_PATH in words and Path(words[0]).name.startswith(("python", "muster"))
 
 
 def is_training(words: Words) -> bool:
-    """By the title that Ray gives to a training worker's process."""
+    """Recognises a training worker by the title that Ray gives to its process."""
     return words[0].startswith("ray::RayTrainWorker")
 
 
 def running(wanted: Callable[[Words], bool], proc: Path = Path("/proc")) -> list[int]:
-    """Process ids whose command line is ``wanted``; never this process."""
+    """Returns the ids of the processes whose command line is ``wanted``, without this process."""
     found = []
     for folder in proc.iterdir():
         if not folder.name.isdigit() or int(folder.name) == os.getpid():

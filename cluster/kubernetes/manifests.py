@@ -57,11 +57,14 @@ def rayjob(job: ClusterJob) -> Manifest:
     spec["backoffLimit"] = settings["retries"]
     spec["submitterConfig"]["backoffLimit"] = max(2, settings["retries"])
     environment = dict(NODE_SETTINGS) | {"MUSTER_RAYJOB": name}
-    _submitter(spec["submitterPodTemplate"]["spec"], job)
+    submitter = spec["submitterPodTemplate"]["spec"]
+    submitter["containers"][0]["image"] = settings.get("image") or submitter["containers"][0]["image"]
+    if settings.get("service_account"):
+        submitter["serviceAccountName"] = settings["service_account"]
     if settings.get("ray_auth", "token") == "disabled":
         cluster.pop("authOptions")
         environment["RAY_AUTH_MODE"] = "disabled"
-        spec["submitterPodTemplate"]["spec"]["containers"][0]["env"] = [{"name": "RAY_AUTH_MODE", "value": "disabled"}]
+        submitter["containers"][0]["env"] = [{"name": "RAY_AUTH_MODE", "value": "disabled"}]
     head, workers = cluster["headGroupSpec"], cluster["workerGroupSpecs"][0]
     # Between SIGTERM and SIGKILL for a driver that is stopped through Ray: the time in which a checkpoint is committed.
     _pod(head["template"], job, environment | {"RAY_JOB_STOP_WAIT_TIME_S": str(settings["grace_s"])})
@@ -82,7 +85,8 @@ def rayjob(job: ClusterJob) -> Manifest:
 
 
 def jobset(job: ClusterJob) -> Manifest:
-    """torchrun over an indexed Job, without Ray and of a fixed size. torchrun finds the others at the first pod."""
+    """Returns a manifest for JobSet: torchrun in an indexed Job, without Ray and of a fixed size. The processes find
+    each other through the first pod."""
     settings = job.settings
     low, high = job.workers
     per_pod = settings["workers_per_pod"]
@@ -138,7 +142,7 @@ def _metadata(made: Manifest, job: ClusterJob, length: int) -> str:
 
 
 def _words(job: ClusterJob) -> list[str]:
-    """muster's own words. They go through a shell twice on their way (the submitter's and Ray's), so that none may need
+    """Returns the words of muster's command. They go through two shells (the submitter's and Ray's), so none may need
     quotes."""
     for word in job.command:
         if not _WORD.fullmatch(word):
@@ -146,15 +150,9 @@ def _words(job: ClusterJob) -> list[str]:
     return list(job.command)
 
 
-def _submitter(spec: Manifest, job: ClusterJob) -> None:
-    spec["containers"][0]["image"] = job.settings.get("image") or spec["containers"][0]["image"]
-    if job.settings.get("service_account"):
-        spec["serviceAccountName"] = job.settings["service_account"]
-
-
 def _pod(template: Manifest, job: ClusterJob, environment: dict[str, str]) -> None:
-    """Returns what every pod of the run has: image, credentials by reference, environment, shared memory, time to
-    leave."""
+    """Fills in the settings of every pod of the run: image, credentials by reference, environment, shared memory, grace
+    period."""
     settings, spec = job.settings, template["spec"]
     container = spec["containers"][0]
     container["image"] = settings.get("image") or container["image"]
@@ -195,7 +193,7 @@ def _worker_resources(container: Manifest, job: ClusterJob) -> None:
     memory = to_bytes(job.settings["memory_per_worker"], "cluster.kubernetes.memory_per_worker")
     amounts = {
         "cpu": str(max(1, job.cpus_per_worker * per_pod)),
-        # What lies in /dev/shm counts against the pod's limit.
+        # The content of /dev/shm counts against the pod's limit.
         "memory": from_bytes(memory * per_pod + _shared_memory(job)),
     }
     if job.gpus_per_worker:

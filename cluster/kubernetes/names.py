@@ -18,8 +18,8 @@ _HASHED = re.compile(r".*-[0-9a-f]{10}")
 def fitted(name: str, length: int) -> str:
     """``name`` as a DNS label (RFC 1035: a letter first) of at most ``length`` characters.
 
-    A name that does not fit is shortened and gets a hash of the whole, so that two names never become one; so does a
-    name that looks as if it had been through here."""
+    A name that does not fit is shortened and gets a hash of the whole, so that two names never become one. A name that
+    already looks like a result of this function gets a hash too."""
     if _LABEL.fullmatch(name) and len(name) <= length and not _HASHED.fullmatch(name):
         return name
     stem = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

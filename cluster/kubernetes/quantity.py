@@ -28,7 +28,7 @@ def to_bytes(quantity: str, setting: str) -> int:
 
 
 def from_bytes(size: int) -> str:
-    """In the largest binary unit that holds it exactly."""
+    """Returns the amount in the largest binary unit that holds it exactly."""
     for unit in ("Ti", "Gi", "Mi", "Ki"):
         if size % _UNITS[unit] == 0:
             return f"{size // _UNITS[unit]}{unit}"

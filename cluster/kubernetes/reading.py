@@ -1,4 +1,4 @@
-"""The state of a RayJob, a JobSet and their pods in muster's words: pure, objects in, words out."""
+"""Reads the state of a RayJob, a JobSet and their pods from their objects; contacts nothing."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _jobset(made: Fields) -> Reading:
 
 
 def waits_for(pods: Iterable[Fields]) -> list[str]:
-    """Why pods do not run yet, each reason once: no room, no image, no secret."""
+    """Returns the reasons why pods do not run yet, each once: no room, no image, no secret."""
     reasons: dict[str, int] = {}
     for pod in pods:
         status = pod.get("status") or {}
@@ -89,7 +89,7 @@ def _count(reasons: dict[str, int], reason: str) -> None:
 
 
 def newest_started(pods: Iterable[Fields]) -> str | None:
-    """Name of the newest pod that has lines to read."""
+    """Returns the name of the newest pod that has lines to read."""
     started = [pod for pod in pods if (pod.get("status") or {}).get("phase") in ("Running", "Succeeded", "Failed")]
     newest = max(started, key=lambda pod: str(pod["metadata"].get("creationTimestamp", "")), default=None)
     return str(newest["metadata"]["name"]) if newest else None

@@ -6,7 +6,7 @@ import sys
 import tempfile
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.text import Text
@@ -23,9 +23,6 @@ from launcher.cli.options import (
 )
 from launcher.terminal.console import hush_libraries, print_json, stderr, stdout
 from trainer.errors import CorruptObject, UsageError
-
-if TYPE_CHECKING:
-    from trainer.artifacts.inspect import ArtifactReport
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -45,15 +42,11 @@ def inspect(
     if as_json:
         print_json(found.to_json())
     else:
-        _show(found)
+        from launcher.monitor.tables import described_table
+
+        stdout().print(described_table(found))
     if not found.whole:
-        raise CorruptObject(f"{uri} is not whole: {'; '.join(found.problems)}")
-
-
-def _show(found: ArtifactReport) -> None:
-    from launcher.monitor.tables import described_table
-
-    stdout().print(described_table(found))
+        raise CorruptObject(f"{uri} is not complete: {'; '.join(found.problems)}")
 
 
 def merge(

@@ -1,4 +1,4 @@
-"""``muster render`` and ``muster cancel``: the options."""
+"""``muster render`` and ``muster cancel``: print a job, and end one."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Runs that start elsewhere: a recipe as a job of Ray, Slurm or Kubernetes."""
+"""Submits a recipe as a job of Ray, Slurm or Kubernetes, and cancels it."""

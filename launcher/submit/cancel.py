@@ -1,4 +1,4 @@
-"""Cancels a run wherever it is: through its storage, and at the scheduler or cluster of its job."""
+"""Cancels a run through its storage, and its job at the scheduler or cluster."""
 
 from __future__ import annotations
 
@@ -72,6 +72,6 @@ def _cancel_job(job: str, run_uri: str, say: Say) -> bool:
     try:
         cluster_of(kind).cancel(name, run_uri)
     except ClusterError as error:
-        say(f"{job} itself was not cancelled; if it starts once more, it ends at once ({error})")
+        say(f"{job} itself was not cancelled; if it starts again, it ends at once ({error})")
         return False
     return True

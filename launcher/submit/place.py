@@ -20,13 +20,12 @@ def choose_place(on: str | None, address: str | None, recipe: Recipe | None) -> 
         raise UsageError(f"--on {on!r} is not one of: local, {', '.join(KINDS)}")
     if address and on not in (None, "ray"):
         raise UsageError(f"--address names a Ray cluster, and --on is {on}: leave one of them out")
-    if on in ("slurm", "kubernetes"):
-        return on
     if on == "local":
         for name in ("RAY_ADDRESS", RAY_JOB):
             os.environ.pop(name, None)
         return None
-    return _choose_ray(on, address, recipe)
+    # Without --on, the environment may name a Ray cluster.
+    return _choose_ray(on, address, recipe) if on in (None, "ray") else on
 
 
 def _choose_ray(on: str | None, address: str | None, recipe: Recipe | None) -> str | None:

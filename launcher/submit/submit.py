@@ -1,11 +1,10 @@
-"""Runs that start on another machine: submitted and followed.
+"""Submits a run as a job on other machines, and follows it.
 
 The job gets the recipe as it was resolved here; the user's file is not read after that.
 """
 
 from __future__ import annotations
 
-import os
 import secrets
 import time
 from collections.abc import Iterator, Sequence
@@ -35,7 +34,7 @@ FIRST_LOOK_S = 30.0
 def job_of(
     recipe: Recipe, kind: str, command: Sequence[str] = ("run",), arguments: Sequence[str] = (), **settings: Any
 ) -> ClusterJob:
-    """The recipe's job for this kind of cluster, in plain values; ``settings`` replace those of the recipe."""
+    """Returns the recipe as a job for this kind of cluster, in plain values; ``settings`` replace the recipe's own."""
     from trainer.recipe import dump
 
     resources = recipe.resources
@@ -80,52 +79,52 @@ def submit(job: ClusterJob, kind: str, recipe: Recipe, say: Say) -> Submission:
 
 
 def follow(made: Submission, run_uri: str, say: Say) -> int:
-    """Passes on the job's output until it ends; returns its exit code. An interruption here does not stop the job."""
+    """Calls ``say`` with each line of the job's output until it ends, and returns its exit code. An interruption here
+    does not stop the job."""
     try:
         with cluster_errors():
             return cluster_of(made.kind).follow(made.id, say)
     except (KeyboardInterrupt, Terminated):
         raise Interrupted(
-            f"{made.job} goes on; `muster status {run_uri}` looks at it, `muster cancel {run_uri}` ends it"
+            f"{made.job} continues; `muster status {run_uri}` shows it, `muster cancel {run_uri}` ends it"
         ) from None
 
 
 def run_elsewhere(recipe: Recipe, kind: str, flags: Sequence[str], address: str | None, *, detach: bool) -> None:
-    """Submits a run and follows it; raises what its exit code means."""
-
-    def say(text: str) -> None:
-        stderr().print(text, soft_wrap=True)
-
-    if flags and kind == "kubernetes":  # the manifest starts the job again and again, which may take over only once
-        raise UsageError(f"{' '.join(flags)} cannot go along to Kubernetes; end the other with `muster cancel` first")
-    made = submit(job_of(recipe, kind, ("run", *flags), **_at(address)), kind, recipe, say)
+    """Submits a run and follows it. Raises the error that belongs to the job's exit code."""
+    if flags and KINDS[kind].restarts:  # a job that is started again would take over again
+        raise UsageError(
+            f"{' '.join(flags)} is not possible with --on {kind}, which starts a failed job again with the same "
+            "options; end the other driver with `muster cancel` first"
+        )
+    settings = {"address": address} if address else {}
+    made = submit(job_of(recipe, kind, ("run", *flags), **settings), kind, recipe, _report)
     if detach:
         return
-    if code := follow(made, recipe.run_uri, say):
+    if code := follow(made, recipe.run_uri, _report):
         errors: dict[int, type[MusterError]] = {2: UsageError, 3: Interrupted}
-        raise errors.get(code, WorkerFailed)(f"{made.job} ended with exit code {code}; see what it said above")
+        raise errors.get(code, WorkerFailed)(f"{made.job} ended with exit code {code}; its output is above")
 
 
 def doctor_elsewhere(recipe: Recipe, kind: str, *, as_json: bool) -> int:
-    """``muster doctor`` inside a job like the run's, once; its tables, or its JSON object alone, go to stdout."""
+    """Runs ``muster doctor`` once, in a job like the run's. Prints its tables, or its JSON object alone, to stdout, and
+    returns its exit code."""
 
-    def pass_on(line: str) -> None:
+    def print_line(line: str) -> None:
         if as_json and not line.startswith("{"):
-            tell(line)
+            _report(line)
         else:
             print(line, flush=True)
 
-    def tell(text: str) -> None:
-        stderr().print(text, soft_wrap=True)
-
-    once: dict[str, Any] = {"retries": 0} if kind == "kubernetes" else {}
+    restarts = KINDS[kind].restarts
+    once: dict[str, Any] = {restarts: 0} if restarts else {}
     job = job_of(recipe, kind, ("doctor", "--json") if as_json else ("doctor",), **once)
-    made = submit(replace(job, name=f"{job.name}-doctor"), kind, recipe, tell)
-    return follow(made, recipe.run_uri, pass_on)
+    made = submit(replace(job, name=f"{job.name}-doctor"), kind, recipe, _report)
+    return follow(made, recipe.run_uri, print_line)
 
 
-def _at(address: str | None) -> dict[str, Any]:
-    return {"address": address} if address else {}
+def _report(text: str) -> None:
+    stderr().print(text, soft_wrap=True)
 
 
 def check_places(recipe: Recipe, kind: str) -> None:
@@ -134,32 +133,29 @@ def check_places(recipe: Recipe, kind: str) -> None:
         return
     sources = [*recipe.data.train, *recipe.data.eval]
     places = {"storage": recipe.storage, **{f"data: {source.path}": source.path for source in sources}}
-    if Path(recipe.model.path).is_dir():  # else it is the Hub's
+    if Path(recipe.model.path).is_dir():  # otherwise it is a name on the Hub
         places["model.path"] = recipe.model.path
     relative = [name for name, place in places.items() if "://" not in place and not place.startswith("/")]
     if relative:
         raise UsageError(
-            f"{', '.join(relative)}: a relative path lies elsewhere on the machines of --on {kind}; give a URL, or the "
-            "absolute path of a folder that all of them share"
+            f"{', '.join(relative)}: a relative path is another place on the machines of --on {kind}; give a URL, or "
+            "the absolute path of a folder that all of them share"
         )
 
 
 def check_address(job: ClusterJob, kind: str) -> None:
-    """Raises UsageError for a Ray cluster's address with credentials: it becomes a part of the job's id, which is
-    stored and printed."""
-    from cluster.ray import api_address
-
-    address = api_address(job.settings, os.environ) if kind == "ray" else None
+    """Raises UsageError if the job's id would contain credentials, in the address of the cluster."""
+    address = cluster_of(kind).address(job)
     if address and (what := credential_in(address)):
         raise UsageError(
-            f"the address of the Ray cluster holds credentials ({what}), and it is stored and printed as a part of the "
-            "job's name; take them out, and give a token by RAY_AUTH_MODE=token and RAY_AUTH_TOKEN"
+            f"the address of the cluster holds credentials ({what}), and it is stored and printed as a part of the "
+            "job's id; remove them (a Ray cluster takes a token by RAY_AUTH_MODE=token and RAY_AUTH_TOKEN)"
         )
 
 
 @contextmanager
 def cluster_errors() -> Iterator[None]:
-    """The cluster's errors as this program's own."""
+    """Raises a ClusterError as UsageError or WorkerFailed."""
     try:
         yield
     except ClusterError as error:

@@ -26,6 +26,9 @@ class Played:
     def render(self, job: ClusterJob) -> str:
         return f"{job.name} {' '.join(job.arguments)}\n"
 
+    def address(self, job: ClusterJob) -> str | None:
+        return None
+
     def submit(self, job: ClusterJob, recipe_path: str) -> str:
         if self.refusal:
             raise self.refusal

@@ -186,6 +186,12 @@ def test_where_the_head_is() -> None:
     assert api_address({"address": "http://recipe:1"}, {"RAY_API_SERVER_ADDRESS": "https://h"}) == "http://recipe:1"
 
 
+def test_the_address_is_a_part_of_the_jobs_id(head: Server) -> None:
+    assert Ray({}).address(JOB) is None
+    assert ray(head).address(JOB) == head.url
+    assert ray(head).submit(JOB, "r").startswith(head.url)
+
+
 def test_the_printed_command_means_the_same_to_a_shell() -> None:
     words = shlex.split(Ray({}).render(replace(JOB, arguments=(ODD, "a=$(b)"))))
     assert words[:5] == ["ray", "job", "submit", "--address", "http://HEAD:8265"]

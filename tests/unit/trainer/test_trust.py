@@ -158,7 +158,7 @@ def test_what_reads_a_run_needs_none_of_its_code(
     said = capfd.readouterr().err
     assert code == (1 if command == "inspect the run" else 0), said
     if code:
-        assert "is not whole: muster.json is not what was committed" in said
+        assert "is not complete: muster.json is not what was committed" in said
     assert not mark.exists()
 
 

@@ -98,7 +98,7 @@ def test_the_jobs_exit_code_is_muster_s(
 
 def test_an_interruption_leaves_the_job_and_says_how_to_end_it(recipe: Recipe, played: type[Played]) -> None:
     played.interrupted = True
-    with pytest.raises(Interrupted, match=r"slurm:42 goes on; .*muster cancel .*/r"):
+    with pytest.raises(Interrupted, match=r"slurm:42 continues; .*muster cancel .*/r"):
         submit.run_elsewhere(recipe, "slurm", [], None, detach=False)
     assert not played.cancelled
 
@@ -136,7 +136,7 @@ def test_a_new_submission_is_not_the_cancelled_one(recipe: Recipe, played: type[
         check_not_cancelled(run_of(recipe), "kubernetes:42")
     submit.run_elsewhere(recipe, "kubernetes", [], None, detach=True)
     check_not_cancelled(run_of(recipe), "kubernetes:42")
-    with pytest.raises(UsageError, match="--takeover cannot go along to Kubernetes"):
+    with pytest.raises(UsageError, match="--takeover is not possible with --on kubernetes"):
         submit.run_elsewhere(recipe, "kubernetes", ["--takeover"], None, detach=True)
 
 
@@ -152,9 +152,25 @@ def test_one_job_is_cancelled_once_by_the_name_that_it_was_submitted_under() -> 
     assert jobs_of(None, "torchrun:x") == jobs_of(None, None) == []
 
 
+@pytest.mark.parametrize("kind", cluster.KINDS)
+def test_what_limits_restarts_is_a_setting_of_the_kind(kind: str, recipe: Recipe) -> None:
+    assert cluster.KINDS[kind].restarts in (None, *submit.job_of(recipe, kind).settings)
+
+
+def test_an_address_of_the_environment_with_credentials_is_refused(
+    recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(cluster.KINDS, "ray", cluster.KINDS["ray"]._replace(code="cluster.ray:Ray"))
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://me:planted@head:8265")
+    with pytest.raises(UsageError, match="the address of the cluster holds credentials") as refused:
+        submit.run_elsewhere(recipe, "ray", [], None, detach=True)
+    assert "planted" not in str(refused.value)
+    assert not Path(recipe.storage).exists()
+
+
 @pytest.mark.parametrize("kind", ["ray", "kubernetes"])
 def test_places_that_mean_something_here_only(kind: str, played: type[Played], tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"storage, data: d\.jsonl: a relative path lies elsewhere"):
+    with pytest.raises(UsageError, match=r"storage, data: d\.jsonl: a relative path is another place"):
         submit.run_elsewhere(made("runs", "d.jsonl"), kind, [], None, detach=True)
     assert not played.submitted
     submit.run_elsewhere(made(str(tmp_path), "s3://b/d.jsonl"), kind, [], None, detach=True)
@@ -270,7 +286,7 @@ def test_where_the_jobs_commands_are_missing_the_driver_is_asked_all_the_same(
     done = CliRunner().invoke(app, ["cancel", run.url])
     ended()
     assert done.exit_code == 0
-    assert "if it starts once more, it ends at once (there is no scontrol" in done.stderr
+    assert "if it starts again, it ends at once (there is no scontrol" in done.stderr
     with pytest.raises(Interrupted, match=r"slurm:7 was cancelled; to resume the run, submit it again"):
         check_not_cancelled(run, "slurm:7")
     check_not_cancelled(run, "slurm:8")
