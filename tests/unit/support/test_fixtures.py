@@ -1,3 +1,5 @@
+"""The fixtures that many tests share: the tiny model, and the S3 server moto."""
+
 from __future__ import annotations
 
 from pathlib import Path
