@@ -19,8 +19,7 @@ T = TypeVar("T")
 
 
 def read_row(kind: type[T], row: Any) -> T:
-    nulls = _nulls(cast("Any", kind))
-    return read_record(kind, {**nulls, **row} if isinstance(row, dict) else row)
+    return read_record(kind, {**_nulls(cast("Any", kind)), **row} if isinstance(row, dict) else row)
 
 
 def row_of(value: Any) -> Any:
