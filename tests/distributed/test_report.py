@@ -80,7 +80,9 @@ def run(story: tuple[Recipe, float]) -> RunRecord:
 def test_it_tells_the_data_and_the_slow_rank(run: RunRecord) -> None:
     assert straggler(run).startswith("slow, attempt 1: the slowest is rank 1 on ")
     for row in (row for row in run.trained if row.attempt == 1):
-        assert row.rank_s and row.step_s and row.memory_bytes
+        assert row.rank_s is not None
+        assert row.step_s is not None
+        assert row.memory_bytes is not None
         fast, slow = row.rank_s
         assert slow >= SLOWER_S
         assert fast < row.step_s
