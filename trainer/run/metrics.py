@@ -21,14 +21,19 @@ NOT_IN_FACTS = {
 """Fields that a commit record does not repeat: they describe the machines, not what was learned."""
 
 
+@dataclass(frozen=True, kw_only=True)
 class MetricsRow:
     """A row of either kind."""
+
+    attempt: Count = 0
+    time: UnixTime = 0.0
+    step: Count
 
     @classmethod
     def from_row(cls, row: Any) -> Self:
         if not isinstance(row, dict):
             return read_row(cls, row)
-        known = {one.name for one in fields(cls)}  # type: ignore[arg-type]
+        known = {one.name for one in fields(cls)}
         return read_row(cls, {**row, "task": {name: value for name, value in row.items() if name not in known}})
 
     def to_row(self) -> dict[str, Any]:
@@ -47,9 +52,6 @@ class StepMetrics(MetricsRow):
     """One optimizer step, of all ranks. `trainer.worker.loop` makes it after the step, and `trainer.worker.telemetry`
     adds the fields from ``stall_s`` to ``checkpoint_age_s`` and ``compile_s``; rank 0 writes it."""
 
-    attempt: Count = 0
-    time: UnixTime = 0.0
-    step: Count
     total_steps: Count | None
     """The last step of the run."""
     epoch: Count | None
@@ -83,11 +85,11 @@ class StepMetrics(MetricsRow):
     slowest_rank_s: float | None = None
     """The rank's own seconds in the step, without waiting for others (`trainer.worker.rank_timer`)."""
     mean_rank_s: float | None = None
+    rank_s: list[float] | None = None
+    """Each rank's own seconds; only with at most 64 ranks."""
     memory_bytes: Count | None = None
     """Memory of ``memory_rank``, the rank that uses most: on a GPU the peak so far, on a CPU the memory in use now."""
     memory_rank: Count | None = None
-    rank_s: list[float] | None = None
-    """Each rank's own seconds; only with at most 64 ranks."""
     compile_s: float | None = None
     """Seconds of the step that torch.compile took; only if it compiled."""
 
@@ -107,9 +109,6 @@ class EvalMetrics(MetricsRow):
     """One evaluation after ``step``. `trainer.worker.loop` makes it from all ranks, and rank 0 writes it. Other metrics
     than the loss are in ``task``, with the prefix ``eval_``."""
 
-    attempt: Count = 0
-    time: UnixTime = 0.0
-    step: Count
     eval_loss: float | None
     task: Mapping[str, Any] = field(default_factory=dict)
     eval_tokens: Count | None
