@@ -17,11 +17,9 @@ from trainer.errors import CorruptObject
 from trainer.run.events import EndEvent, Event, FailureEvent, ResizeEvent, StartEvent, StartupEvent, TextsEvent
 from trainer.run.jsonl import read_events, read_metrics
 from trainer.run.lease import read_lease
-from trainer.run.metrics import EvalMetrics, StepMetrics
+from trainer.run.metrics import Metrics, StepMetrics
 from trainer.run.startup_phases import FIRST_STEP, PHASES
 from trainer.storage import Storage
-
-Row = StepMetrics | EvalMetrics
 
 STARTING, TRAINING, EVALUATING, CHECKPOINT, COMPILING, LOST, WAITING = (
     "starting",
@@ -99,7 +97,7 @@ def newest_driver(run: Storage) -> int | None:
 
 def goodput(
     events: Iterable[Event],
-    rows: Iterable[Row],
+    rows: Iterable[Metrics],
     *,
     until: float | None = None,
     running: bool = False,
@@ -126,7 +124,7 @@ def goodput(
 class AttemptRecord:
     """The events and metrics of one attempt."""
 
-    def __init__(self, number: int, events: Sequence[Event], rows: Sequence[Row]) -> None:
+    def __init__(self, number: int, events: Sequence[Event], rows: Sequence[Metrics]) -> None:
         self.number = number
         by_time = sorted((event for event in events if event.time), key=lambda event: event.time)
         self.start = next((event for event in by_time if isinstance(event, StartEvent)), None)
@@ -179,7 +177,7 @@ class AttemptRecord:
         end = max(started, self.rows[0].time - self.rows[0].seconds) if self.rows else started
         return [Interval(begin, end, STARTING, self.number, _UNTOLD)]
 
-    def _of_row(self, row: Row, begin: float, kept: int | None) -> list[Interval]:
+    def _of_row(self, row: Metrics, begin: float, kept: int | None) -> list[Interval]:
         """Splits the time since the previous row into checkpoints, compiling, and the step or the evaluation."""
         end = row.time
         if end <= begin:
@@ -215,9 +213,9 @@ class AttemptRecord:
         return [piece for piece in parts if piece.end > piece.begin]
 
 
-def _by_attempt(events: Iterable[Event], rows: Iterable[Row]) -> dict[int, AttemptRecord]:
+def _by_attempt(events: Iterable[Event], rows: Iterable[Metrics]) -> dict[int, AttemptRecord]:
     happened: dict[int, list[Event]] = defaultdict(list)
-    measured: dict[int, list[Row]] = defaultdict(list)
+    measured: dict[int, list[Metrics]] = defaultdict(list)
     for event in events:
         happened[event.attempt].append(event)
     for row in rows:
@@ -226,10 +224,10 @@ def _by_attempt(events: Iterable[Event], rows: Iterable[Row]) -> dict[int, Attem
     return {n: AttemptRecord(n, happened[n], measured[n]) for n in {*happened, *measured}}
 
 
-def _timed(rows: Sequence[Row], begin: float | None) -> list[Row]:
+def _timed(rows: Sequence[Metrics], begin: float | None) -> list[Metrics]:
     """Returns rows with increasing times. Rows of older runs have no time: it is computed from their durations."""
     at = begin
-    found: list[Row] = []
+    found: list[Metrics] = []
     for row in rows:
         time = row.time or (0.0 if at is None else at + row.seconds)
         if time:

@@ -8,7 +8,8 @@ from statistics import median, quantiles
 from typing import Any
 
 from launcher.report.chart import Chart, Trace, axes, colour, curve, safe, table
-from launcher.report.reading import Row, RunRecord
+from launcher.report.reading import RunRecord
+from trainer.run.metrics import Metrics
 
 Value = Callable[[Any], float | None]
 """Returns what is drawn of a row."""
@@ -38,7 +39,7 @@ def metric_chart(
     return Chart(key, told, traces, axes("step", y, **more), table(("run", "attempt", "step", y), rows))
 
 
-def _points(rows: Sequence[Row], value: Value) -> list[tuple[float, float]]:
+def _points(rows: Sequence[Metrics], value: Value) -> list[tuple[float, float]]:
     """Returns (step, value) by step. A later attempt's row replaces an earlier row of the same step."""
     found = {row.step: float(drawn) for row in rows if (drawn := value(row)) is not None}
     return sorted(found.items())

@@ -20,10 +20,9 @@ from trainer.redact import Redactor, redactor
 from trainer.run import layout
 from trainer.run.events import Event, StartEvent
 from trainer.run.jsonl import read_events, read_metrics
-from trainer.run.metrics import EvalMetrics, StepMetrics
+from trainer.run.metrics import EvalMetrics, Metrics, StepMetrics
 from trainer.storage import Storage, open_storage
 
-Row = StepMetrics | EvalMetrics
 E = TypeVar("E", bound=Event)
 
 MOST_WINDOWS, SAMPLED_WINDOWS = 256, 64
@@ -52,7 +51,7 @@ class RunRecord:
     recipe: str
     provenance: dict[str, Any]
     events: Sequence[Event]
-    rows: Sequence[Row]
+    rows: Sequence[Metrics]
     went: Goodput
     data: DataFacts
 
@@ -69,7 +68,7 @@ class RunRecord:
             found.setdefault(row.attempt, row.step - 1)
         return dict(sorted(found.items()))
 
-    def _lasts(self, row: Row) -> bool:
+    def _lasts(self, row: Metrics) -> bool:
         return all(row.step <= step for attempt, step in self.starts.items() if attempt > row.attempt)
 
     @cached_property

@@ -22,7 +22,7 @@ from trainer.parsing import JsonReader, Malformed
 from trainer.redact import clean
 from trainer.run import layout
 from trainer.run.events import EndEvent, Event, FailureEvent
-from trainer.run.metrics import EvalMetrics, StepMetrics, read_metrics_row
+from trainer.run.metrics import Metrics, read_metrics_row
 from trainer.storage import ObjectInfo, Storage, in_parallel
 
 log = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ def read_events(storage: Storage) -> list[Event]:
     return _read_parts(storage, layout.EVENTS, Event.from_row)
 
 
-def read_metrics(storage: Storage) -> list[StepMetrics | EvalMetrics]:
+def read_metrics(storage: Storage) -> list[Metrics]:
     """Returns the metrics of all attempts in the order of `read_rows`."""
     return _read_parts(storage, layout.METRICS, read_metrics_row)
 

@@ -129,6 +129,9 @@ class EvalMetrics(MetricsRow):
         return self.eval_s or 0.0
 
 
-def read_metrics_row(row: Any) -> StepMetrics | EvalMetrics:
+Metrics = StepMetrics | EvalMetrics
+
+
+def read_metrics_row(row: Any) -> Metrics:
     """Returns a stored row as its kind: only that of a step has a loss, which may be null. Raises Malformed."""
     return (StepMetrics if isinstance(row, dict) and "loss" in row else EvalMetrics).from_row(row)

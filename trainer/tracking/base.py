@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 from trainer.errors import InputError, MusterError
 from trainer.recipe import Recipe
 from trainer.registry import TRACKERS
-from trainer.run.metrics import EvalMetrics, StepMetrics
+from trainer.run.metrics import EvalMetrics, Metrics, StepMetrics
 from trainer.storage import Storage
 
 TRAIN, EVAL = "train", "eval"
@@ -83,7 +83,7 @@ class Tracker(Protocol):
         ...
 
 
-def point_of(metrics: StepMetrics | EvalMetrics) -> Point | None:
+def point_of(metrics: Metrics) -> Point | None:
     """Returns the point of a metrics row; None for a row that is neither a step's nor an evaluation's."""
     if isinstance(metrics, EvalMetrics) and metrics.eval_loss is None and metrics.eval_s is None:
         return None

@@ -35,8 +35,8 @@ class Callback:
         """Called when a part of ``step`` begins: waiting for data, forward, backward, optimizer, evaluation, …"""
 
     def on_step_end(self, metrics: StepMetrics, batches: Sequence[Batch]) -> None:
-        """``metrics``: of the step. ``batches``: this rank's micro-batches of the step, without those that only fill
-        up its number of forward passes."""
+        """``batches``: this rank's micro-batches of the step, without those that only fill up its number of forward
+        passes."""
 
     def on_examples(self, step: int, examples: Sequence[SampleText]) -> None:
         """``examples``: texts that the task generated in this step (`trainer.tasks.Task.example_rollouts`)."""

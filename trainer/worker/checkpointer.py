@@ -25,7 +25,7 @@ from trainer.run.events import CheckpointEvent, SkippedCheckpointEvent, StaleChe
 from trainer.run.frozen import read_provenance
 from trainer.run.metrics import StepMetrics
 from trainer.storage import Storage
-from trainer.worker.async_committer import CheckpointStall, Committed, Committer, Lag, StaleAlarm
+from trainer.worker.async_committer import CheckpointStall, Committer, Lag, StaleAlarm
 from trainer.worker.build import Parts
 from trainer.worker.callbacks import Callback, Position
 from trainer.worker.final_files import write_final_files
@@ -173,16 +173,6 @@ class Checkpointer(Callback):
             publish(run, record)
         return {"uri": run.uri(layout.checkpoint(unique)), "bytes": sum(f["bytes"] for f in files.values())}
 
-    def _on_committed(self, done: Committed) -> None:
+    def _on_committed(self, done: CheckpointEvent) -> None:
         log.info("step %d is committed: %s", done.step, done.uri)
-        self._recorder.event(
-            CheckpointEvent(
-                step=done.step,
-                uri=done.uri,
-                stall_s=done.held.stall_s,
-                snapshot_s=done.held.snapshot_s,
-                upload_s=done.upload_s,
-                bytes=done.bytes,
-                coalesced=done.coalesced,
-            )
-        )
+        self._recorder.event(done)

@@ -14,7 +14,7 @@ from trainer.recipe import Recipe
 from trainer.run import layout
 from trainer.run.events import Event
 from trainer.run.jsonl import Events, JsonLinesWriter, read_events
-from trainer.run.metrics import EvalMetrics, StepMetrics
+from trainer.run.metrics import Metrics
 from trainer.storage import Storage
 
 EVALUATED = "eval_"
@@ -49,7 +49,7 @@ class Recorder:
         if not self._events and not wait:
             events.close()
 
-    def metrics(self, metrics: StepMetrics | EvalMetrics) -> None:
+    def metrics(self, metrics: Metrics) -> None:
         """Writes a row, and keeps its facts for the next checkpoint."""
         self.last_metrics.update(metrics.facts())
         if self._metrics:
