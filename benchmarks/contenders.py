@@ -111,10 +111,10 @@ def _watch(telemetry: Any, clock: Clock) -> None:
     """Steps are timed from end to end, with everything between them."""
     on_step_end = telemetry.on_step_end
 
-    def timed(self: Any, metrics: dict[str, Any], batches: Any) -> None:
+    def timed(self: Any, metrics: Any, batches: Any) -> None:
         on_step_end(self, metrics, batches)
         # Of all ranks; the peers' ranks count their own.
-        clock.fed(metrics["tokens"] if _rank() == 0 else 0, metrics["target_tokens"] if _rank() == 0 else 0)
+        clock.fed(metrics.tokens if _rank() == 0 else 0, metrics.target_tokens if _rank() == 0 else 0)
         clock.ended()
 
     telemetry.on_step_end = timed
@@ -163,7 +163,7 @@ def muster_and_bare(job: Job, clock: Clock) -> None:
     other = Clock()
     loop = Bare(job, other)
 
-    def on_step_end(self: Any, metrics: dict[str, Any], batches: Any) -> None:
+    def on_step_end(self: Any, metrics: Any, batches: Any) -> None:
         timed(self, metrics, batches)
         loop.step(batches[0])
         clock.start()

@@ -63,6 +63,8 @@ def read_record(kind: type[T], value: Any, *, exact: bool = False) -> T:
 
 
 def _read(kind: Any, value: Any, place: _FieldPath) -> Any:
+    if kind in _NAMES:  # first, because most values are plain, and a long run has many rows
+        return _read_plain(kind, value, place)
     origin, arguments = get_origin(kind), get_args(kind)
     if kind is Any:
         return value
@@ -78,9 +80,7 @@ def _read(kind: Any, value: Any, place: _FieldPath) -> Any:
         return cast("Any", kind)(**_read_fields(kind, _object(value, place), place))
     if origin is not None:
         return _read_collection(origin, arguments, value, place)
-    if isinstance(kind, type) and hasattr(kind, "_fields"):
-        return _read_named_tuple(kind, value, place)
-    return _read_plain(kind, value, place)
+    return _read_named_tuple(kind, value, place)
 
 
 def _read_one_of(options: tuple[Any, ...], value: Any, place: _FieldPath) -> Any:

@@ -10,11 +10,13 @@ import logging
 import os
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple
 
 from trainer.checkpoint import read_claims
 from trainer.errors import MusterError, WorkerFailed
 from trainer.recipe import Recipe
+from trainer.run.events import EndEvent, FailureEvent, HangEvent
 from trainer.run.failure import Failure, WorkerError, useful_stack
 from trainer.run.jsonl import Events, newest_event, newest_failure
 from trainer.run.outcome import DEADLINE_S
@@ -48,20 +50,21 @@ def explain_failure(error: Exception, of: RunRank, sleep: Callable[[float], None
     advice. Records the failure in the run's events, if the storage answers."""
     cause = WorkerError.of(error, time.time(), of.rank, os.uname().nodename, useful_stack(error)).cause
     try:
-        facts = _of_first(cause, of, sleep) if of.driver is not None else _of_other(cause, of, sleep)
+        told = _of_first(cause, of, sleep) if of.driver is not None else _of_other(cause, of, sleep)
     except MusterError as unkept:
         log.warning("the failure is not in the run's events: %s", unkept)
-        facts = _facts(cause, of)
+        told = _event(cause, of)
     if isinstance(error, MusterError):
         return cause.as_error()
-    return RankFailed(*(facts[name] for name in ("cause", "trace", "advice") if facts.get(name)))
+    details = (told.trace, told.advice) if isinstance(told, FailureEvent) else ()
+    return RankFailed(*filter(None, (told.cause, *details)))
 
 
-def _facts(cause: Failure, of: RunRank) -> dict[str, Any]:
-    return cause.facts(advise(cause, of.recipe, of.run.url))
+def _event(cause: Failure, of: RunRank) -> FailureEvent:
+    return cause.event(advise(cause, of.recipe, of.run.url), retried=_is_retried(), driver=of.driver)
 
 
-def _of_first(cause: Failure, of: RunRank, sleep: Callable[[float], None]) -> dict[str, Any]:
+def _of_first(cause: Failure, of: RunRank, sleep: Callable[[float], None]) -> FailureEvent | EndEvent:
     """Returns, on rank 0, another rank's failure or a hang if its own may be a consequence, and else its own."""
     assert of.driver is not None
     run = of.run.within(DEADLINE_S)
@@ -71,28 +74,29 @@ def _of_first(cause: Failure, of: RunRank, sleep: Callable[[float], None]) -> di
             if (other := newest_failure(run, of.driver)) is not None:
                 return other
             sleep(_POLL_S)
-        if (hang := newest_event(run, attempt, "hang")) is not None:
+        if (hang := newest_event(run, attempt, HangEvent)) is not None:
             cause = cause.of_hang(hang)
-    return _keep(_facts(cause, of), run, attempt, of.driver, f"driver{of.driver}")
+    return _keep(_event(cause, of), run, attempt, f"driver{of.driver}")
 
 
-def _of_other(cause: Failure, of: RunRank, sleep: Callable[[float], None]) -> dict[str, Any]:
+def _of_other(cause: Failure, of: RunRank, sleep: Callable[[float], None]) -> FailureEvent:
     """Returns, on another rank, its own failure, which is recorded if it may be the first."""
-    facts, run = _facts(cause, of), of.run.within(DEADLINE_S)
+    event, run = _event(cause, of), of.run.within(DEADLINE_S)
     if cause.by_another:
-        return facts
+        return event
     sleep(RANK0_GRACE_S)
     claims = read_claims(run)
     if newest_failure(run, claims.driver) is not None:
-        return facts
-    return _keep(facts, run, claims.attempt, claims.driver, f"driver{claims.driver}-rank{of.rank}")
+        return event
+    of_driver = replace(event, driver=claims.driver)
+    return _keep(of_driver, run, claims.attempt, f"driver{claims.driver}-rank{of.rank}")
 
 
-def _keep(facts: dict[str, Any], run: Storage, attempt: int, driver: int, writer: str) -> dict[str, Any]:
+def _keep(event: FailureEvent, run: Storage, attempt: int, writer: str) -> FailureEvent:
     events = Events(run, attempt, writer)
-    events.emit("failure", **facts, retried=_is_retried(), driver=driver)
+    events.emit(event)
     events.close()
-    return facts
+    return event
 
 
 def _is_retried() -> bool:

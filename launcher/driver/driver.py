@@ -25,6 +25,7 @@ from trainer.errors import InputError, Interrupted, MusterError, WorkerFailed
 from trainer.interruption import current
 from trainer.recipe import Recipe
 from trainer.run import layout
+from trainer.run.events import ResizeEvent, StartupEvent
 from trainer.run.frozen import check_same_recipe, freeze_recipe, has_commits
 from trainer.run.jsonl import Events, newest_event
 from trainer.run.lease import Lease, check_not_cancelled
@@ -204,7 +205,7 @@ class RunDriver:
         answer."""
         try:
             attempt = read_claims(self.run).attempt
-            return attempt > before and newest_event(self.run, attempt, "startup") is not None
+            return attempt > before and newest_event(self.run, attempt, StartupEvent) is not None
         except MusterError:
             return True
 
@@ -235,7 +236,7 @@ class RunDriver:
     def _gather_anew(self, reason: str) -> None:
         self.progress.say(f"{reason}: the workers commit and are gathered anew")
         events = Events(self.run, read_claims(self.run).attempt, f"driver{self.lease.driver}-resize")
-        events.emit("resize", reason=reason, driver=self.lease.driver)
+        events.emit(ResizeEvent(reason=reason, driver=self.lease.driver))
         events.close()
         self.lease.request_resize()
 

@@ -5,17 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from itertools import islice
 from statistics import median
-from typing import Any
 
 from launcher.terminal.status_text import AttemptStatus, event_text, watched_text
 from trainer.errors import MusterError
 from trainer.redact import clean
 from trainer.run import layout
+from trainer.run.events import CheckpointEvent, EndEvent, Event, FailureEvent, StartEvent
 from trainer.run.jsonl_tail import JsonLinesTail
+from trainer.run.metrics import StepMetrics, read_metrics_row
 from trainer.storage import Storage
 
 LOOK_S = 2.0
@@ -45,12 +47,12 @@ class View:
         elsewhere: bool = False,
     ) -> None:
         self._after, self._total, self._clock, self._now = after, total_steps, clock, now
-        self._writer = None if driver is None else f"driver{driver}"
+        self._driver = driver
         self._text = watched_text if elsewhere else event_text
-        self._metrics = JsonLinesTail(run, layout.METRICS, newest=NEWEST_PARTS)
-        self._events = JsonLinesTail(run, layout.EVENTS)
+        self._metrics = JsonLinesTail(run, layout.METRICS, read_metrics_row, newest=NEWEST_PARTS)
+        self._events = JsonLinesTail(run, layout.EVENTS, lambda row: Event.from_row(clean(row)))
         self._next = clock()
-        self._rows: deque[Mapping[str, Any]] = deque(maxlen=CURVE_STEPS)
+        self._rows: deque[StepMetrics] = deque(maxlen=CURVE_STEPS)
         self._eval_loss: float | None = None
         self._hosts: tuple[str, ...] | None = None
         self._saved: tuple[int, float] | None = None
@@ -80,44 +82,43 @@ class View:
 
     def _take_events(self) -> None:
         """Reads new events. Those of earlier attempts are no news, but set the hosts and the newest checkpoint."""
-        for event in sorted(clean(self._events.new()), key=lambda row: float(row.get("time") or 0)):
-            if event["event"] == "failure":
-                self._cause = event.get("cause")
-            elif event["event"] == "end" and event.get("cause") == self._cause:
-                event = {**event, "cause": None}  # its failure was reported
-            writer = str(event.get("writer") or "").partition("-")[0]
-            is_news = int(event.get("attempt") or 0) > self._after or writer == self._writer
-            if is_news and (text := self._text(event, self._hosts)):
-                self._news.append((float(event.get("time") or 0), text))
-            if event["event"] == "start":
-                self._hosts = tuple(event.get("hosts") or ())
-            elif event["event"] == "checkpoint":
-                self._saved = (event.get("step") or 0, event.get("time") or 0.0)
+        for event in sorted(self._events.new(), key=lambda event: event.time):
+            if isinstance(event, FailureEvent):
+                self._cause = event.cause
+            elif isinstance(event, EndEvent) and event.cause == self._cause:
+                event = replace(event, cause=None)  # its failure was reported
+            of_driver = self._driver is not None and event.writing_driver == self._driver
+            if (event.attempt > self._after or of_driver) and (text := self._text(event, self._hosts)):
+                self._news.append((event.time, text))
+            if isinstance(event, StartEvent):
+                self._hosts = event.hosts
+            elif isinstance(event, CheckpointEvent):
+                self._saved = (event.step or 0, event.time)
 
     def _take_metrics(self) -> None:
         for row in self._metrics.new():
-            if row.get("attempt", 0) <= self._after:
+            if row.attempt <= self._after:
                 continue
-            if "loss" in row:
-                while self._rows and self._rows[-1]["step"] >= row["step"]:
+            if isinstance(row, StepMetrics):
+                while self._rows and self._rows[-1].step >= row.step:
                     self._rows.pop()  # trained again after a failure
                 self._rows.append(row)
-            elif row.get("eval_loss") is not None:
-                self._eval_loss = float(row["eval_loss"])
+            elif row.eval_loss is not None:
+                self._eval_loss = row.eval_loss
 
     def _standing(self) -> AttemptStatus | None:
         if not self._rows:
             return None
         saved = self._saved and (self._saved[0], self._now() - self._saved[1])
         recent = list(islice(reversed(self._rows), PACE_STEPS))
-        losses = [float(row["loss"]) for row in self._rows if row["loss"] is not None]
+        losses = [row.loss for row in self._rows if row.loss is not None]
         return standing_of(
             recent, self._total, saved or None, losses=losses, eval_loss=self._eval_loss, hosts=self._hosts or ()
         )
 
 
 def standing_of(
-    recent: Sequence[Mapping[str, Any]],
+    recent: Sequence[StepMetrics],
     total_steps: int,
     saved: tuple[int, float] | None,
     *,
@@ -125,28 +126,28 @@ def standing_of(
     eval_loss: float | None = None,
     hosts: Sequence[str] = (),
 ) -> AttemptStatus:
-    """Returns the status of an attempt from its last metrics rows, the newest first.
+    """Returns the status of an attempt from the metrics of its last steps, the newest first.
 
     The time left uses the median of their step times. ``saved``: the newest checkpoint's step, and its age in seconds.
     """
-    newest, step = recent[0], int(recent[0]["step"])
-    loss, total = newest["loss"], int(newest.get("total_steps") or total_steps)
+    newest = recent[0]
+    total = newest.total_steps or total_steps
     return AttemptStatus(
-        step=step,
+        step=newest.step,
         total_steps=total,
-        loss=math.nan if loss is None else float(loss),
-        tokens_per_s=float(newest.get("tokens_per_s") or 0),
-        left_s=(total - step) * median(float(r.get("step_s") or 0) for r in recent),
-        workers=int(newest.get("world_size") or 0),
+        loss=math.nan if newest.loss is None else newest.loss,
+        tokens_per_s=newest.tokens_per_s or 0.0,
+        left_s=(total - newest.step) * median(row.step_s or 0.0 for row in recent),
+        workers=newest.world_size or 0,
         saved=saved[0] if saved else None,
         saved_ago_s=saved[1] if saved else None,
         losses=tuple(losses),
         eval_loss=eval_loss,
-        lr=newest.get("lr"),
-        grad_norm=newest.get("grad_norm"),
-        mfu=newest.get("mfu"),
-        memory_bytes=newest.get("memory_bytes"),
-        epoch=int(newest.get("epoch") or 0),
-        samples=int(newest.get("samples") or 0),
+        lr=newest.lr,
+        grad_norm=newest.grad_norm,
+        mfu=newest.mfu,
+        memory_bytes=newest.memory_bytes,
+        epoch=newest.epoch or 0,
+        samples=newest.samples or 0,
         hosts=tuple(hosts),
     )

@@ -8,20 +8,18 @@ once.
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from trainer.errors import CorruptObject
-from trainer.run import layout
-from trainer.run.jsonl import read_rows
+from trainer.run.events import EndEvent, Event, FailureEvent, ResizeEvent, StartEvent, StartupEvent, TextsEvent
+from trainer.run.jsonl import read_events, read_metrics
 from trainer.run.lease import read_lease
+from trainer.run.metrics import Metrics, StepMetrics
 from trainer.run.startup_phases import FIRST_STEP, PHASES
 from trainer.storage import Storage
-
-Row = Mapping[str, Any]
 
 STARTING, TRAINING, EVALUATING, CHECKPOINT, COMPILING, LOST, WAITING = (
     "starting",
@@ -37,9 +35,6 @@ KINDS = (TRAINING, EVALUATING, CHECKPOINT, COMPILING, STARTING, LOST, WAITING)
 evaluations that a later attempt repeated, and unfinished work of an attempt that died. ``waiting``: between attempts,
 without workers or without a driver."""
 
-_STOPS = ("failure", "resize", "end")
-_DRIVER = re.compile(r"driver(\d+)")
-"""The ``writer`` of an event that a driver, not a rank, has written."""
 _UNTOLD = "untold"
 """The phase of a start that ended early: its phases were never recorded."""
 
@@ -88,8 +83,7 @@ class Goodput:
 
 def goodput_of(run: Storage, *, until: float | None = None, running: bool = False) -> Goodput:
     """Reads the run's events, metrics and lease, and returns its `goodput`."""
-    events, rows = read_rows(run, layout.EVENTS), read_rows(run, layout.METRICS)
-    return goodput(events, rows, until=until, running=running, driver=newest_driver(run))
+    return goodput(read_events(run), read_metrics(run), until=until, running=running, driver=newest_driver(run))
 
 
 def newest_driver(run: Storage) -> int | None:
@@ -102,8 +96,8 @@ def newest_driver(run: Storage) -> int | None:
 
 
 def goodput(
-    events: Iterable[Row],
-    rows: Iterable[Row],
+    events: Iterable[Event],
+    rows: Iterable[Metrics],
     *,
     until: float | None = None,
     running: bool = False,
@@ -130,44 +124,44 @@ def goodput(
 class AttemptRecord:
     """The events and metrics of one attempt."""
 
-    def __init__(self, number: int, events: Sequence[Row], rows: Sequence[Row]) -> None:
+    def __init__(self, number: int, events: Sequence[Event], rows: Sequence[Metrics]) -> None:
         self.number = number
-        by_time = sorted((e for e in events if e.get("time") is not None), key=lambda e: float(e["time"]))
-        self.start = next((e for e in by_time if e["event"] == "start"), None)
+        by_time = sorted((event for event in events if event.time), key=lambda event: event.time)
+        self.start = next((event for event in by_time if isinstance(event, StartEvent)), None)
         # A driver whose workers have not claimed an attempt yet writes events with the number of the previous attempt.
-        self.events = [e for e in by_time if self.may_be_of(_driver_of(e))]
-        self.startup = next((e for e in self.events if e["event"] == "startup" and e.get("seconds")), None)
-        self.rows = _timed(rows, float(self.start["time"]) if self.start else None)
+        self.events = [event for event in by_time if self.may_be_of(event.writing_driver)]
+        self.startup = next((e for e in self.events if isinstance(e, StartupEvent) and e.seconds), None)
+        self.rows = _timed(rows, self.start.time if self.start else None)
         self.lives = bool(self.rows) or self.start is not None
 
     def may_be_of(self, driver: int | None) -> bool:
         """Returns False only if the driver of the attempt is known, and ``driver`` is another one."""
-        mine = self.start.get("driver") if self.start is not None else None
-        return mine is None or driver is None or int(mine) == driver
+        mine = self.start.driver if self.start is not None else None
+        return mine is None or driver is None or mine == driver
 
     @property
     def start_step(self) -> int:
         """The step after which the attempt began."""
         if self.start is not None:
-            return int(self.start.get("step") or 0)
-        return min(int(row["step"]) for row in self.rows) - 1
+            return self.start.step or 0
+        return min(row.step for row in self.rows) - 1
 
     def pieces(self, kept: int | None, *, until: float | None, running: bool) -> list[Interval]:
         """Returns the pieces in order, without gaps. A later attempt repeated the steps after ``kept``."""
         found = self._starting()
         for row in self.rows:
-            begin = found[-1].end if found else float(row["time"]) - _length(row)
+            begin = found[-1].end if found else row.time - row.seconds
             found += self._of_row(row, begin, kept)
         return found + self._ending(found[-1].end, until=until, running=running)
 
     def _starting(self) -> list[Interval]:
         """Returns the start, phase by phase. It ends where the first step begins, which counts as training."""
-        first = next((float(r.get("step_s") or 0.0) for r in self.rows if "loss" in r), 0.0)
+        first = next((row.step_s or 0.0 for row in self.rows if isinstance(row, StepMetrics)), 0.0)
         if self.startup is None:
             return self._cut_short()
-        spent = {phase: float(s) for phase, s in self.startup["seconds"].items()}
+        spent = dict(self.startup.seconds)
         spent[FIRST_STEP] = max(0.0, spent.get(FIRST_STEP, 0.0) - first)
-        trained = min([float(self.startup["time"]), *(float(r["time"]) for r in self.rows[:1])])
+        trained = min([self.startup.time, *(row.time for row in self.rows[:1])])
         at, found = trained - first - sum(spent.values()), []
         for phase, seconds in spent.items():
             if seconds > 0:
@@ -178,20 +172,20 @@ class AttemptRecord:
     def _cut_short(self) -> list[Interval]:
         if self.start is None:
             return []
-        started = float(self.start["time"])
-        begin = started - float(self.start.get("build_s") or 0) - float(self.start.get("restore_s") or 0)
-        end = max(started, float(self.rows[0]["time"]) - _length(self.rows[0])) if self.rows else started
+        started = self.start.time
+        begin = started - (self.start.build_s or 0.0) - (self.start.restore_s or 0.0)
+        end = max(started, self.rows[0].time - self.rows[0].seconds) if self.rows else started
         return [Interval(begin, end, STARTING, self.number, _UNTOLD)]
 
-    def _of_row(self, row: Row, begin: float, kept: int | None) -> list[Interval]:
+    def _of_row(self, row: Metrics, begin: float, kept: int | None) -> list[Interval]:
         """Splits the time since the previous row into checkpoints, compiling, and the step or the evaluation."""
-        end = float(row["time"])
+        end = row.time
         if end <= begin:
             return []
-        saved = min(end, begin + float(row.get("stall_s") or 0.0))
-        compiled = min(end, saved + float(row.get("compile_s") or 0.0))
-        lost = kept is not None and int(row["step"]) > kept
-        work = LOST if lost else TRAINING if "loss" in row else EVALUATING
+        saved = min(end, begin + row.blocked_s)
+        compiled = min(end, saved + (row.compile_s or 0.0))
+        lost = kept is not None and row.step > kept
+        work = LOST if lost else TRAINING if isinstance(row, StepMetrics) else EVALUATING
         parts = [
             Interval(begin, saved, CHECKPOINT, self.number),
             Interval(saved, compiled, COMPILING, self.number),
@@ -201,57 +195,45 @@ class AttemptRecord:
 
     def _ending(self, begin: float, *, until: float | None, running: bool) -> list[Interval]:
         """Returns the time after the last row: texts and last commit of an orderly end, else lost or current work."""
-        stops = [e for e in self.events if e["event"] in _STOPS and float(e["time"]) >= begin]
-        if stops:
-            end, stop = float(stops[0]["time"]), stops[0]
-            orderly = stop["event"] == "resize" or stop.get("state") in ("succeeded", "interrupted")
-            kind = CHECKPOINT if orderly and self.rows else LOST
+        later = [event for event in self.events if event.time >= begin]
+        stop = next((event for event in later if isinstance(event, FailureEvent | ResizeEvent | EndEvent)), None)
+        if stop is not None:
+            orderly = isinstance(stop, EndEvent) and stop.state in ("succeeded", "interrupted")
+            end = stop.time
+            kind = CHECKPOINT if (orderly or isinstance(stop, ResizeEvent)) and self.rows else LOST
         else:
-            seen = [float(e["time"]) for e in self.events]
+            seen = [event.time for event in self.events]
             end = max([begin, *seen, *([until] if until is not None else [])]) if running else max([begin, *seen])
             kind = TRAINING if running else LOST
         if not self.rows:
             return [Interval(begin, end, STARTING, self.number, _UNTOLD)] if end > begin else []
-        texts = [e for e in self.events if e["event"] == "texts" and float(e["time"]) >= begin]
-        texts_s = sum(float(e.get("seconds") or 0.0) for e in texts)
+        texts_s = sum(event.seconds or 0.0 for event in later if isinstance(event, TextsEvent))
         wrote = min(end, begin + texts_s) if kind == CHECKPOINT else begin
         parts = [Interval(begin, wrote, EVALUATING, self.number), Interval(wrote, end, kind, self.number)]
         return [piece for piece in parts if piece.end > piece.begin]
 
 
-def _driver_of(event: Row) -> int | None:
-    """Returns the number of the driver that has written the event; None if a rank has."""
-    match = _DRIVER.match(str(event.get("writer") or ""))
-    return int(match[1]) if match else None
-
-
-def _by_attempt(events: Iterable[Row], rows: Iterable[Row]) -> dict[int, AttemptRecord]:
-    happened: dict[int, list[Row]] = defaultdict(list)
-    measured: dict[int, list[Row]] = defaultdict(list)
+def _by_attempt(events: Iterable[Event], rows: Iterable[Metrics]) -> dict[int, AttemptRecord]:
+    happened: dict[int, list[Event]] = defaultdict(list)
+    measured: dict[int, list[Metrics]] = defaultdict(list)
     for event in events:
-        happened[int(event.get("attempt") or 0)].append(event)
+        happened[event.attempt].append(event)
     for row in rows:
-        if row.get("step") is not None and ("loss" in row or "eval_s" in row):
-            measured[int(row.get("attempt") or 0)].append(row)
+        if isinstance(row, StepMetrics) or row.eval_s is not None:
+            measured[row.attempt].append(row)
     return {n: AttemptRecord(n, happened[n], measured[n]) for n in {*happened, *measured}}
 
 
-def _timed(rows: Sequence[Row], begin: float | None) -> list[Row]:
+def _timed(rows: Sequence[Metrics], begin: float | None) -> list[Metrics]:
     """Returns rows with increasing times. Rows of older runs have no time: it is computed from their durations."""
     at = begin
-    found: list[Row] = []
+    found: list[Metrics] = []
     for row in rows:
-        time = row.get("time")
-        if time is None and at is not None:
-            time = at + _length(row)
-        if time is not None:
-            at = float(time) if at is None else max(at, float(time))
-            found.append({**row, "time": at})
+        time = row.time or (0.0 if at is None else at + row.seconds)
+        if time:
+            at = time if at is None else max(at, time)
+            found.append(row if row.time == at else replace(row, time=at))
     return found
-
-
-def _length(row: Row) -> float:
-    return sum(float(row.get(name) or 0.0) for name in ("step_s", "eval_s", "stall_s"))
 
 
 def _append(pieces: list[Interval], more: Sequence[Interval]) -> None:

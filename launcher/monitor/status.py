@@ -15,6 +15,7 @@ from trainer.errors import CorruptObject, InputError
 from trainer.redact import clean
 from trainer.run import layout
 from trainer.run.claims import read_claims
+from trainer.run.events import EndEvent, FailureEvent
 from trainer.run.jsonl import newest_failure, newest_rows, rows_backwards
 from trainer.run.lease import ENDED, GLANCE_S, LeaseRecord, is_held, read_lease
 from trainer.run.submission import Submission, read_submission
@@ -123,7 +124,7 @@ class _Found(NamedTuple):
     attempts: int
     commits: list[CommitRecord]
     row: Mapping[str, Any]
-    failure: Mapping[str, Any] | None
+    failure: FailureEvent | EndEvent | None
 
 
 def _status(run: Storage, found: _Found, state: str) -> Status:
@@ -134,6 +135,7 @@ def _status(run: Storage, found: _Found, state: str) -> Status:
     newest: Mapping[str, Any] = {"step": commits[0].step, **commits[0].state} if commits else {}
     position = {key: int(row.get(key) or newest.get(key) or 0) for key in _POSITION}
     heard = lease.time if lease else None
+    failure = found.failure.row if found.failure else None
     return Status(
         name=run.url.rsplit("/", 1)[-1],
         uri=run.url,
@@ -150,7 +152,7 @@ def _status(run: Storage, found: _Found, state: str) -> Status:
         metrics={key: value for key, value in row.items() if key not in _ASIDE},
         seen_at=row.get("time") or heard if state == "running" else heard or row.get("time"),
         heard_at=heard,
-        failure=found.failure and clean({n: value for n, value in found.failure.items() if n not in _HEAD}),
+        failure=failure and clean({name: value for name, value in failure.items() if name not in _HEAD}),
     )
 
 

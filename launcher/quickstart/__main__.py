@@ -87,13 +87,16 @@ def make_inputs(console: Console, recipe: Recipe) -> None:
 
 
 def show_curve(console: Console, run: Storage) -> None:
-    from trainer.run.jsonl import read_rows
+    from trainer.run.jsonl import read_metrics
+    from trainer.run.metrics import EvalMetrics, StepMetrics
 
-    rows = list(read_rows(run, layout.METRICS))
+    rows = read_metrics(run)
+    trained = losses((row.attempt, row.step, row.loss) for row in rows if isinstance(row, StepMetrics))
+    evaluated = losses((row.attempt, row.step, row.eval_loss) for row in rows if isinstance(row, EvalMetrics))
     console.rule("loss over target tokens")
-    for line in draw(losses(rows), width=max(min(console.width - 16, 72), 20)):
+    for line in draw(trained, width=max(min(console.width - 16, 72), 20)):
         console.print(line)
-    for step, value in losses(rows, "eval_loss"):
+    for step, value in evaluated:
         console.print(f"step {step:>4}: loss on held-out questions {value:.3f}")
 
 

@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
 
 Point = tuple[int, float]
 MIN_WIDTH = 20
 """Columns that the axis labels need."""
 
 
-def losses(rows: Iterable[Mapping[str, Any]], key: str = "loss") -> list[Point]:
-    """Returns (step, value) of the metric rows that have ``key``, by step; the newest attempt's if a step was trained
-    twice."""
+def losses(rows: Iterable[tuple[int, int, float | None]]) -> list[Point]:
+    """Returns (step, loss) by step of rows (attempt, step, loss) that have a loss; the newest attempt's if a step was
+    trained twice."""
     best: dict[int, tuple[int, float]] = {}
-    for row in rows:
-        value, step, attempt = row.get(key), row["step"], row.get("attempt", 0)
-        if value is not None and attempt >= best.get(step, (0, 0.0))[0]:
-            best[step] = (attempt, float(value))
+    for attempt, step, loss in rows:
+        if loss is not None and attempt >= best.get(step, (0, 0.0))[0]:
+            best[step] = attempt, loss
     return [(step, value) for step, (_, value) in sorted(best.items())]
 
 

@@ -81,7 +81,7 @@ class FailurePolicy(DefaultFailurePolicy):
         said = symptoms.advise(cause, self._recipe, url) if retried else advise(cause, self._recipe, url)
         self._order.failed = None if retried else cause.as_error(said)
         try:
-            self._record({**cause.facts(said), "step": step, "retried": retried})
+            self._record(cause, said, step, retried=retried)
         except Exception:
             log.exception("the failure could not be written to the run's events")
 
@@ -112,14 +112,16 @@ class FailurePolicy(DefaultFailurePolicy):
     def _step(self) -> int | None:
         """Returns the last step in the run's metrics, 0 before the first; None if the storage does not answer."""
         from trainer.run.jsonl import rows_backwards
+        from trainer.run.metrics import StepMetrics, read_metrics_row
 
         try:
-            return next((int(row["step"]) for row in rows_backwards(self._run(), METRICS) if "loss" in row), 0)
+            rows = map(read_metrics_row, rows_backwards(self._run(), METRICS))
+            return next((row.step for row in rows if isinstance(row, StepMetrics)), 0)
         except Exception:
             log.exception("the step of the failure could not be read")
             return None
 
-    def _record(self, facts: dict[str, Any]) -> None:
+    def _record(self, cause: Failure, said: str, step: int | None, *, retried: bool) -> None:
         from trainer.checkpoint import read_claims
         from trainer.run.jsonl import Events
 
@@ -127,7 +129,7 @@ class FailurePolicy(DefaultFailurePolicy):
             return  # workers that stood by: nothing of the run has begun
         run = self._run()
         events = Events(run, read_claims(run).attempt, f"driver{job.driver}-controller")
-        events.emit("failure", **facts, driver=job.driver)
+        events.emit(cause.event(said, retried=retried, driver=job.driver, step=step))
         events.close()
 
 
@@ -222,11 +224,12 @@ def explained(cause: Failure, run: Storage, step: int | None, since: float) -> F
     a rank that died did so on a host, and others have seen it. ``step``: the last one that the run had done; ``since``
     (unix s): no group of this driver's started before."""
     from trainer.checkpoint import read_claims
+    from trainer.run.events import HangEvent
     from trainer.run.jsonl import newest_event
 
     if not cause.by_another:
         return cause
-    if (hang := newest_event(run, read_claims(run).attempt, "hang")) is not None:
+    if (hang := newest_event(run, read_claims(run).attempt, HangEvent)) is not None:
         return cause.of_hang(hang)
     if not cause.died or cause.rank is None:
         return cause
@@ -239,12 +242,13 @@ def explained(cause: Failure, run: Storage, step: int | None, since: float) -> F
 
 def _seen(run: Storage, attempt: int, rank: int) -> str:
     """Returns where other ranks last saw a rank that has died; they record it as soon as their collectives break."""
+    from trainer.run.events import BrokenEvent
     from trainer.run.jsonl import newest_event
 
     for wait_s in SEEN_WAITS_S:
         time.sleep(wait_s)
-        if (broken := newest_event(run, attempt, "broken")) is not None:
-            return str(broken["seen"].get(str(rank), ""))
+        if (broken := newest_event(run, attempt, BrokenEvent)) is not None:
+            return broken.seen.get(str(rank), "")
     return ""
 
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from launcher.raytrain.nodes import Node, room, workers_that_fit
 from trainer.errors import MusterError, StartAgain
 from trainer.recipe import ResourcesSection
+from trainer.run.events import EndEvent, Event, FailureEvent, ResizeEvent, StartEvent
 from trainer.run.jsonl import rows_backwards
 from trainer.run.layout import EVENTS
 from trainer.storage import Storage
@@ -22,7 +23,7 @@ from trainer.storage import Storage
 log = logging.getLogger(__name__)
 
 LOOK_S = 2.0
-OVER = ("failure", "resize", "end")
+OVER = (FailureEvent, ResizeEvent, EndEvent)
 RESIZE_S = 30.0
 """Seconds that a group of workers trains at least before it is gathered anew to grow; doubled each time in vain."""
 LONGEST_RESIZE_S = 3600.0
@@ -163,12 +164,11 @@ def newest_group(run: Storage, before: int) -> CurrentWorkers | None:
     or ended, or if a resize was requested."""
     newest: CurrentWorkers | None = None
     over = 0.0
-    for row in rows_backwards(run, EVENTS):
-        attempt, when = row.get("attempt", 0), row.get("time", 0.0)
-        if attempt <= before or (newest and attempt < newest.attempt):
+    for event in map(Event.from_row, rows_backwards(run, EVENTS)):
+        if event.attempt <= before or (newest and event.attempt < newest.attempt):
             break
-        if row["event"] in OVER:
-            over = max(over, when)
-        if row["event"] == "start" and newest is None:
-            newest = CurrentWorkers(attempt, tuple(row.get("hosts") or ()), when)
+        if isinstance(event, OVER):
+            over = max(over, event.time)
+        if isinstance(event, StartEvent) and newest is None:
+            newest = CurrentWorkers(event.attempt, event.hosts, event.time)
     return None if newest is None or over >= newest.since else newest

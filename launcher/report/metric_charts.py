@@ -8,9 +8,11 @@ from statistics import median, quantiles
 from typing import Any
 
 from launcher.report.chart import Chart, Trace, axes, colour, curve, safe, table
-from launcher.report.reading import Row, RunRecord
+from launcher.report.reading import RunRecord
+from trainer.run.metrics import Metrics
 
-Value = Callable[[Row], Any]
+Value = Callable[[Any], float | None]
+"""Returns what is drawn of a row."""
 
 
 def metric_chart(
@@ -31,15 +33,15 @@ def metric_chart(
             traces.append(curve(f"{run.label}: repeated", lost, shade, line=dotted, opacity=0.6))
         traces += _attempts(run, kept, shade)
         source = run.evaluations if evaluation else run.steps
-        rows += [[run.label, row["attempt"], row["step"], value(row)] for row in source if value(row) is not None]
+        rows += [[run.label, row.attempt, row.step, value(row)] for row in source if value(row) is not None]
     if not traces:
         return None
     return Chart(key, told, traces, axes("step", y, **more), table(("run", "attempt", "step", y), rows))
 
 
-def _points(rows: Sequence[Row], value: Value) -> list[tuple[float, float]]:
+def _points(rows: Sequence[Metrics], value: Value) -> list[tuple[float, float]]:
     """Returns (step, value) by step. A later attempt's row replaces an earlier row of the same step."""
-    found = {int(row["step"]): float(value(row)) for row in rows if value(row) is not None}
+    found = {row.step: float(drawn) for row in rows if (drawn := value(row)) is not None}
     return sorted(found.items())
 
 
@@ -70,11 +72,12 @@ def _attempts(run: RunRecord, kept: list[tuple[float, float]], shade: str) -> li
 
 def largest_rank(run: RunRecord) -> str:
     """Returns a sentence about the rank with the most memory, or '' if the metrics do not name ranks."""
-    rows = [row for row in run.rows if row.get("memory_bytes") is not None and row.get("memory_rank") is not None]
-    if not rows:
+    found = [(row.memory_bytes, row) for row in run.trained if row.memory_bytes is not None]
+    named = [(count, row) for count, row in found if row.memory_rank is not None]
+    if not named:
         return ""
-    most = max(rows, key=lambda row: int(row["memory_bytes"]))
-    held = f"{most['memory_bytes'] / 2**30:.4g} GiB, on rank {most['memory_rank']} at step {most['step']}"
+    count, most = max(named, key=lambda one: one[0])
+    held = f"{count / 2**30:.4g} GiB, on rank {most.memory_rank} at step {most.step}"
     return f"{run.label}: the memory of the rank that uses most; the maximum was {held}."
 
 
@@ -82,7 +85,7 @@ def step_time_chart(runs: Sequence[RunRecord]) -> Chart | None:
     """Draws a histogram of the seconds per step."""
     traces, rows = [], []
     for index, run in enumerate(runs):
-        times = [float(row["step_s"]) for row in run.rows if row.get("step_s") is not None and "loss" in row]
+        times = [row.step_s for row in run.trained if row.step_s is not None]
         if not times:
             continue
         low, high, counts = histogram(times)

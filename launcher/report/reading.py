@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
 from launcher.monitor.goodput import Goodput, goodput, newest_driver
 from launcher.monitor.status import Status, read_status
@@ -18,10 +18,12 @@ from trainer.parsing import parse_yaml
 from trainer.records import Count, read_record
 from trainer.redact import Redactor, redactor
 from trainer.run import layout
-from trainer.run.jsonl import read_rows
+from trainer.run.events import Event, StartEvent
+from trainer.run.jsonl import read_events, read_metrics
+from trainer.run.metrics import EvalMetrics, Metrics, StepMetrics
 from trainer.storage import Storage, open_storage
 
-Row = dict[str, Any]
+E = TypeVar("E", bound=Event)
 
 MOST_WINDOWS, SAMPLED_WINDOWS = 256, 64
 """The lengths come from the index of each window; of more than the first number, the second are read, evenly spread."""
@@ -47,41 +49,46 @@ class RunRecord:
     label: str
     status: Status
     recipe: str
-    provenance: Row
-    events: Sequence[Row]
-    rows: Sequence[Row]
+    provenance: dict[str, Any]
+    events: Sequence[Event]
+    rows: Sequence[Metrics]
     went: Goodput
     data: DataFacts
 
-    def told(self, *kinds: str) -> list[Row]:
+    def told(self, *kinds: type[E]) -> list[E]:
         """Returns the events of these kinds, by time."""
-        found = [event for event in self.events if event["event"] in kinds]
-        return sorted(found, key=lambda event: float(event.get("time") or 0))
+        found = [event for event in self.events if isinstance(event, kinds)]
+        return sorted(found, key=lambda event: event.time)
 
     @cached_property
     def starts(self) -> dict[int, int]:
         """The step after which each attempt began, by attempt."""
-        found = {int(e.get("attempt") or 0): int(e.get("step") or 0) for e in self.told("start")}
+        found = {event.attempt: event.step or 0 for event in self.told(StartEvent)}
         for row in self.rows:
-            found.setdefault(int(row["attempt"]), int(row["step"]) - 1)
+            found.setdefault(row.attempt, row.step - 1)
         return dict(sorted(found.items()))
 
-    def _lasts(self, row: Row) -> bool:
-        return all(row["step"] <= step for attempt, step in self.starts.items() if attempt > row["attempt"])
+    def _lasts(self, row: Metrics) -> bool:
+        return all(row.step <= step for attempt, step in self.starts.items() if attempt > row.attempt)
 
     @cached_property
-    def steps(self) -> list[Row]:
+    def trained(self) -> list[StepMetrics]:
+        """All training rows."""
+        return [row for row in self.rows if isinstance(row, StepMetrics)]
+
+    @cached_property
+    def steps(self) -> list[StepMetrics]:
         """The training rows that no later attempt has repeated."""
-        return [row for row in self.rows if "loss" in row and self._lasts(row)]
+        return [row for row in self.trained if self._lasts(row)]
 
     @cached_property
-    def lost(self) -> list[Row]:
+    def lost(self) -> list[StepMetrics]:
         """The training rows that a later attempt has repeated."""
-        return [row for row in self.rows if "loss" in row and not self._lasts(row)]
+        return [row for row in self.trained if not self._lasts(row)]
 
     @cached_property
-    def evaluations(self) -> list[Row]:
-        return [row for row in self.rows if "eval_loss" in row and self._lasts(row)]
+    def evaluations(self) -> list[EvalMetrics]:
+        return [row for row in self.rows if isinstance(row, EvalMetrics) and self._lasts(row)]
 
 
 def read_runs(uris: Sequence[str], deadline_s: float) -> list[RunRecord]:
@@ -94,8 +101,8 @@ def read_runs(uris: Sequence[str], deadline_s: float) -> list[RunRecord]:
 def read_run(run: Storage) -> RunRecord:
     redact = redactor()
     status = read_status(run)
-    events = [e for e in read_rows(run, layout.EVENTS) if "event" in e]
-    rows = [r for r in read_rows(run, layout.METRICS) if r.get("step") is not None and r.get("attempt") is not None]
+    events = read_events(run)
+    rows = [row for row in read_metrics(run) if row.attempt]
     running, driver = status.state == "running", newest_driver(run)
     went = goodput(events, rows, until=status.heard_at, running=running, driver=driver)
     recipe = _text(run, layout.RECIPE)
@@ -104,7 +111,7 @@ def read_run(run: Storage) -> RunRecord:
         status=replace(status, uri=redact.text(status.uri), name=redact.text(status.name)),
         recipe=redact.text(recipe),
         provenance=redact.clean(_provenance(run)),
-        events=redact.clean(events),
+        events=[Event.from_row(redact.clean(event.row)) for event in events],
         rows=rows,
         went=went,
         data=_data(run, recipe, redact),
@@ -118,7 +125,7 @@ def _text(run: Storage, key: str) -> str:
         return ""
 
 
-def _provenance(run: Storage) -> Row:
+def _provenance(run: Storage) -> dict[str, Any]:
     try:
         found = run.read_json(layout.PROVENANCE)
     except FileNotFoundError:

@@ -19,14 +19,8 @@ def sections_of(runs: Runs) -> list[PageSection]:
     return [*_outcome(runs), *_speed(runs), *_course(runs), *_inputs(runs), *_origin(runs)]
 
 
-def _value(name: str, scale: float = 1.0) -> Value:
-    return lambda row: None if row.get(name) is None else scale * float(row[name])
-
-
-def _metric(
-    runs: Runs, key: str, title: str, name: str, y: str, scale: float = 1.0, *, evaluation: bool = False
-) -> PageSection:
-    chart = metric_chart(key, f"{title} over steps", y, runs, _value(name, scale), evaluation=evaluation)
+def _metric(runs: Runs, key: str, title: str, value: Value, y: str, *, evaluation: bool = False) -> PageSection:
+    chart = metric_chart(key, f"{title} over steps", y, runs, value, evaluation=evaluation)
     return _of(key, title, chart, "the metrics have no such values")
 
 
@@ -42,20 +36,26 @@ def _of(
 def _outcome(runs: Runs) -> list[PageSection]:
     return [
         PageSection("summary", "Summary", tables=[("", summary_table(runs))], wide=True),
-        _metric(runs, "loss", "Loss", "loss", "loss"),
-        _metric(runs, "eval-loss", "Evaluation loss", "eval_loss", "eval loss", evaluation=True),
-        _metric(runs, "learning-rate", "Learning rate", "lr", "learning rate"),
-        _metric(runs, "gradient-norm", "Gradient norm", "grad_norm", "gradient norm"),
+        _metric(runs, "loss", "Loss", lambda row: row.loss, "loss"),
+        _metric(runs, "eval-loss", "Evaluation loss", lambda row: row.eval_loss, "eval loss", evaluation=True),
+        _metric(runs, "learning-rate", "Learning rate", lambda row: row.lr, "learning rate"),
+        _metric(runs, "gradient-norm", "Gradient norm", lambda row: row.grad_norm, "gradient norm"),
     ]
 
 
 def _speed(runs: Runs) -> list[PageSection]:
     return [
-        _metric(runs, "throughput", "Throughput", "tokens_per_s", "tokens per second"),
+        _metric(runs, "throughput", "Throughput", lambda row: row.tokens_per_s, "tokens per second"),
         _of(
             "memory",
             "Memory",
-            metric_chart("memory", "memory of the rank that uses most", "GiB", runs, _value("memory_bytes", 2.0**-30)),
+            metric_chart(
+                "memory",
+                "memory of the rank that uses most",
+                "GiB",
+                runs,
+                lambda row: row.memory_bytes and row.memory_bytes / 2**30,
+            ),
             "the metrics have no such values",
             [*map(largest_rank, runs)],
         ),

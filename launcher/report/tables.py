@@ -7,12 +7,22 @@ from datetime import UTC, datetime
 from typing import Any
 
 from launcher.report.chart import Table, table
-from launcher.report.reading import Row, RunRecord
+from launcher.report.reading import RunRecord
 from launcher.terminal.status_text import duration
+from trainer.run.events import (
+    EndEvent,
+    Event,
+    FailureEvent,
+    HangEvent,
+    ResizeEvent,
+    SkippedCheckpointEvent,
+    StaleCheckpointEvent,
+    StartEvent,
+    TextsEvent,
+)
 
 MOST_FAILURES = 10
 """The number of failures whose stacks are shown."""
-_SHOWN = ("start", "failure", "resize", "hang", "skipped_checkpoint", "stale_checkpoint", "end")
 
 
 def summary_table(runs: Sequence[RunRecord]) -> Table:
@@ -39,10 +49,10 @@ def _summary(run: RunRecord) -> list[Any]:
 def happenings(runs: Sequence[RunRecord]) -> Table:
     rows = []
     for run in runs:
-        for event in run.told(*_SHOWN):
-            when = event.get("time")
-            at = datetime.fromtimestamp(float(when), UTC).strftime("%Y-%m-%d %H:%M:%S") if when is not None else None
-            rows.append([run.label, at, event.get("attempt"), event["event"], _what(event)])
+        for event in run.told(Event):
+            if (what := _what(event)) is not None:
+                at = datetime.fromtimestamp(event.time, UTC).strftime("%Y-%m-%d %H:%M:%S") if event.time else None
+                rows.append([run.label, at, event.attempt, event.kind, what])
     return table(("run", "time (UTC)", "attempt", "event", "what"), rows, most=None)
 
 
@@ -50,31 +60,38 @@ def failure_texts(runs: Sequence[RunRecord]) -> list[tuple[str, str]]:
     """Returns (place, stack and advice) of the last failures that have any. A repeated failure is shown once."""
     found: dict[tuple[str, str], str] = {}
     for run in runs:
-        for event in run.told("failure", "end"):
-            values = [event.get(name) or "" for name in ("trace", "advice")]
-            texts = ["\n".join(map(str, value)) if isinstance(value, list) else str(value) for value in values]
-            text = "\n\n".join(filter(None, texts))
-            head = ", ".join(filter(None, (f"{run.label}, attempt {event.get('attempt')}", _place(event))))
+        for event in run.told(FailureEvent):
+            text = "\n\n".join(filter(None, (event.trace, event.advice)))
+            head = ", ".join(filter(None, (f"{run.label}, attempt {event.attempt}", _place(event))))
             if text:
                 found.pop((run.label, text), None)
                 found[run.label, text] = head
     return [(head, text) for (_, text), head in list(found.items())[-MOST_FAILURES:]]
 
 
-def _what(event: Row) -> str:
-    kind, step = event["event"], event.get("step")
-    if kind == "start":
-        return f"{event.get('world_size') or len(event.get('hosts') or [])} workers, after step {step}"
-    if kind == "end":
-        ended = f"{event.get('state')}" + (f" at step {step}" if step is not None else "")
-        return ": ".join(filter(None, (ended, str(event.get("cause") or ""))))
-    cause = event.get("cause") or event.get("reason") or ""
-    return ": ".join(filter(None, (_place(event), str(cause)))) or f"step {step}"
+def _what(event: Event) -> str | None:
+    """Returns what the table of events says; None for an event that it does not show."""
+    match event:
+        case StartEvent():
+            return f"{event.world_size or len(event.hosts)} workers, after step {event.step}"
+        case EndEvent():
+            ended = f"{event.state}" + (f" at step {event.step}" if event.step is not None else "")
+            return ": ".join(filter(None, (ended, event.cause)))
+        case FailureEvent():
+            return ": ".join(filter(None, (_place(event), event.cause)))
+        case ResizeEvent():
+            return event.reason or ""
+        case HangEvent():
+            return event.cause or ""
+        case SkippedCheckpointEvent():
+            return event.reason or f"step {event.step}"
+        case StaleCheckpointEvent():
+            return f"step {event.step}"
+    return None
 
 
-def _place(event: Row) -> str:
-    where = [f"rank {event['rank']}" if event.get("rank") is not None else "", str(event.get("host") or "")]
-    return " on ".join(filter(None, where))
+def _place(event: FailureEvent) -> str:
+    return " on ".join(filter(None, (f"rank {event.rank}" if event.rank is not None else "", event.host)))
 
 
 def sample_tables(runs: Sequence[RunRecord]) -> list[tuple[str, Table]]:
@@ -83,9 +100,8 @@ def sample_tables(runs: Sequence[RunRecord]) -> list[tuple[str, Table]]:
     for run in runs:
         rows = []
         for when, event in _texts(run):
-            for text in event["texts"]:
-                cells = [text.get(name) for name in ("prompt", "text", "reference", "reward")]
-                rows.append([f"{when} (step {event.get('step')})", *cells])
+            for text in event.texts:
+                rows.append([f"{when} (step {event.step})", text.prompt, text.text, text.reference, text.reward])
         if rows:
             used = [i for i in range(5) if i < 3 or any(row[i] not in (None, "") for row in rows)]
             columns = ("when", "prompt", "text", "reference", "reward")
@@ -93,11 +109,11 @@ def sample_tables(runs: Sequence[RunRecord]) -> list[tuple[str, Table]]:
     return found
 
 
-def _texts(run: RunRecord) -> list[tuple[str, Row]]:
+def _texts(run: RunRecord) -> list[tuple[str, TextsEvent]]:
     """Returns the first and the last texts that were generated for comparison, else the first and the last of all."""
-    events = [e for e in run.told("texts") if e.get("texts")]
-    before = [e for e in events if e.get("when") == "before"][:1]
-    after = [e for e in events if e.get("when") == "after"][-1:]
+    events = [event for event in run.told(TextsEvent) if event.texts]
+    before = [event for event in events if event.when == "before"][:1]
+    after = [event for event in events if event.when == "after"][-1:]
     if not before and not after:
         before, after = events[:1], events[1:][-1:]
     return [*(("before", e) for e in before), *(("after", e) for e in after)]
@@ -110,9 +126,9 @@ def version_table(runs: Sequence[RunRecord]) -> Table:
         frozen = {name: run.provenance.get(name) for name in ("muster", "python", "platform", "command", "unreadable")}
         newest = {n: v for n, v in {**frozen, **_sorted(run.provenance.get("packages"))}.items() if v is not None}
         rows += [[run.label, name, version, None] for name, version in newest.items()]
-        for event in run.told("start"):
-            changed = {n: v for n, v in _sorted(event.get("versions")).items() if not _same(n, newest.get(n), v)}
-            rows += [[run.label, name, version, event.get("attempt")] for name, version in changed.items()]
+        for event in run.told(StartEvent):
+            changed = {n: v for n, v in _sorted(event.versions).items() if not _same(n, newest.get(n), v)}
+            rows += [[run.label, name, version, event.attempt] for name, version in changed.items()]
             newest |= changed
     return table(("run", "what", "version", "from attempt"), rows)
 
@@ -129,12 +145,10 @@ def _sorted(versions: Any) -> dict[str, Any]:
 def host_table(runs: Sequence[RunRecord]) -> Table:
     rows = []
     for run in runs:
-        for event in run.told("start"):
-            hosts = list(event.get("hosts") or [])
-            for host in dict.fromkeys(hosts):
-                ranks = [str(rank) for rank, at in enumerate(hosts) if at == host]
-                strategy = (event.get("strategy") or {}).get("kind")
-                devices = [name for name, at in zip(event.get("devices") or [], hosts, strict=False) if at == host]
-                kinds = ", ".join(dict.fromkeys(map(str, devices))) or None
-                rows.append([run.label, event.get("attempt"), host, ", ".join(ranks), kinds, strategy])
+        for event in run.told(StartEvent):
+            for host in dict.fromkeys(event.hosts):
+                ranks = [str(rank) for rank, at in enumerate(event.hosts) if at == host]
+                devices = [name for name, at in zip(event.devices, event.hosts, strict=False) if at == host]
+                kinds = ", ".join(dict.fromkeys(devices)) or None
+                rows.append([run.label, event.attempt, host, ", ".join(ranks), kinds, event.strategy.get("kind")])
     return table(("run", "attempt", "host", "ranks", "devices", "strategy"), rows, most=None)

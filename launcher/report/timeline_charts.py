@@ -19,7 +19,8 @@ from launcher.monitor.goodput import (
     Interval,
 )
 from launcher.report.chart import Chart, Trace, axes, colour, safe, table
-from launcher.report.reading import Row, RunRecord
+from launcher.report.reading import RunRecord
+from trainer.run.events import CheckpointEvent, Event, FailureEvent, HangEvent, ResizeEvent, StartEvent
 
 SHADES = {
     TRAINING: "#10b981",
@@ -30,7 +31,12 @@ SHADES = {
     LOST: "#ef4444",
     WAITING: "#9ca3af",
 }
-SYMBOLS = {"failure": "x", "resize": "diamond", "checkpoint": "triangle-up", "hang": "square"}
+SYMBOLS: dict[type[Event], str] = {
+    FailureEvent: "x",
+    ResizeEvent: "diamond",
+    CheckpointEvent: "triangle-up",
+    HangEvent: "square",
+}
 _MOST_PIECES = 1500
 
 
@@ -74,20 +80,31 @@ def _bars(kind: str, bars: Sequence[tuple[str, float, float, str]], unit: str) -
 def _marks(runs: Sequence[RunRecord], divisor: float) -> list[Trace]:
     traces = []
     for kind, symbol in SYMBOLS.items():
-        at = [(run, e) for run in runs for e in run.told(kind) if e.get("time") is not None]
+        at = [(run, event) for run in runs for event in run.told(kind) if event.time]
         if at:
             traces.append(
                 {
                     "type": "scatter",
                     "mode": "markers",
-                    "name": kind,
-                    "x": [(float(e["time"]) - run.went.pieces[0].begin) / divisor for run, e in at],
+                    "name": kind.kind,
+                    "x": [(event.time - run.went.pieces[0].begin) / divisor for run, event in at],
                     "y": [safe(run.label) for run, _ in at],
-                    "text": [safe(str(e.get("cause") or e.get("reason") or f"step {e.get('step')}")) for _, e in at],
+                    "text": [safe(_mark_text(event)) for _, event in at],
                     "marker": {"symbol": symbol, "size": 11, "color": "#111827", "line": {"color": "#fff", "width": 1}},
                 }
             )
     return traces
+
+
+def _mark_text(event: Event) -> str:
+    match event:
+        case FailureEvent() | HangEvent():
+            return event.cause or event.kind
+        case ResizeEvent():
+            return event.reason or event.kind
+        case CheckpointEvent():
+            return f"step {event.step}"
+    return event.kind
 
 
 def coarse(pieces: Iterable[Interval], shortest_s: float) -> list[Interval]:
@@ -171,12 +188,12 @@ def _slowest_chart(runs: Sequence[RunRecord]) -> Chart | None:
     traces: list[Trace] = []
     rows: list[list[Any]] = []
     for index, run in enumerate(runs):
-        timed = [row for row in run.rows if row.get("slowest_rank") is not None]
+        timed = [(row.attempt, row.slowest_rank) for row in run.trained if row.slowest_rank is not None]
         if not timed:
             continue
-        attempt = int(timed[-1]["attempt"])
+        attempt = timed[-1][0]
         hosts = _hosts(run, attempt)
-        counts = Counter(int(row["slowest_rank"]) for row in timed if row["attempt"] == attempt)
+        counts = Counter(rank for of, rank in timed if of == attempt)
         name, shade = safe(f"{run.label}, attempt {attempt}"), {"color": colour(index)}
         traces.append({"type": "bar", "name": name, "x": list(counts), "y": list(counts.values()), "marker": shade})
         for rank, steps in counts.most_common():
@@ -211,35 +228,36 @@ def _rank_times(run: RunRecord) -> dict[int, list[list[float]]]:
     The first step of an attempt, which compiles and warms up, is left out if there are others.
     """
     found: dict[int, list[list[float]]] = {}
-    for row in run.rows:
-        if times := row.get("rank_s"):
-            found.setdefault(int(row["attempt"]), []).append(times)
+    for row in run.trained:
+        if row.rank_s:
+            found.setdefault(row.attempt, []).append(row.rank_s)
     return {
         attempt: [list(mine) for mine in zip(*(steps[1:] or steps), strict=False)]
         for attempt, steps in sorted(found.items())
     }
 
 
-def _hosts(run: RunRecord, attempt: int) -> list[str]:
-    return next((list(e.get("hosts") or []) for e in run.told("start") if e.get("attempt") == attempt), [])
+def _hosts(run: RunRecord, attempt: int) -> Sequence[str]:
+    return next((event.hosts for event in run.told(StartEvent) if event.attempt == attempt), ())
 
 
 def checkpoint_chart(runs: Sequence[RunRecord]) -> Chart | None:
     traces: list[Trace] = []
     rows = []
     for index, run in enumerate(runs):
-        done: list[Row] = run.told("checkpoint")
+        done = run.told(CheckpointEvent)
         if not done:
             continue
-        steps, name = [e.get("step") for e in done], f"{run.label}: " if len(runs) > 1 else ""
-        stalls, uploads = [e.get("stall_s") for e in done], [e.get("upload_s") for e in done]
+        steps, name = [event.step for event in done], f"{run.label}: " if len(runs) > 1 else ""
+        stalls, uploads = [event.stall_s for event in done], [event.upload_s for event in done]
         shade, dashed = colour(2 * index), {"color": colour(2 * index + 1), "dash": "dash"}
         marks = {"type": "scatter", "mode": "lines+markers", "x": steps}
         traces.append({**marks, "name": safe(f"{name}training blocked"), "y": stalls, "line": {"color": shade}})
         traces.append({**marks, "name": safe(f"{name}written in the background"), "y": uploads, "line": dashed})
-        for e in done:
-            rows.append([run.label, *(e.get(n) for n in ("attempt", "step", "stall_s", "snapshot_s", "upload_s"))])
-            rows[-1] += [None if e.get("bytes") is None else float(e["bytes"]) / 2**20, e.get("coalesced")]
+        for event in done:
+            mib = None if event.bytes is None else event.bytes / 2**20
+            seconds = [event.stall_s, event.snapshot_s, event.upload_s]
+            rows.append([run.label, event.attempt, event.step, *seconds, mib, event.coalesced])
     if not traces:
         return None
     columns = ("run", "attempt", "step", "stall s", "of it copying s", "writing s", "MiB", "skipped before it")

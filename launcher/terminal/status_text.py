@@ -4,10 +4,21 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
+
+from trainer.run.events import (
+    EndEvent,
+    Event,
+    FailureEvent,
+    HangEvent,
+    ResizeEvent,
+    SkippedCheckpointEvent,
+    StaleCheckpointEvent,
+    StartEvent,
+)
 
 WIDEST_BAR, NARROWEST_BAR = 40, 6
 WIDEST_CURVE, NARROWEST_CURVE = 32, 8
@@ -129,33 +140,33 @@ def size(count: float) -> str:
     return f"{count:.3g} TiB"
 
 
-def event_text(event: Mapping[str, Any], before: Sequence[str] | None = None) -> str | None:
+def event_text(event: Event, before: Sequence[str] | None = None) -> str | None:
     """A line for what a person wants to know as it happens; ``before``: the hosts of the attempt before a start."""
-    kind = event["event"]
-    if kind == "start":
-        begins = f"going on after step {event['step']}" if event.get("step") else "from the first step"
-        hosts, strategy = event.get("hosts") or [], (event.get("strategy") or {}).get("kind")
-        told = [f"{_changed(before, hosts)}workers {placed(hosts)}", str(strategy or ""), begins]
-        return f"attempt {event.get('attempt')}: {', '.join(filter(None, told))}"
-    if kind == "failure":
-        return f"failure: {event.get('cause')}" + ("; restarting the workers" if event.get("retried") else "")
-    if kind == "skipped_checkpoint":
-        return f"the checkpoint of step {event.get('step')} is passed over: {event.get('reason')}"
-    if kind == "stale_checkpoint":
-        return f"no checkpoint was committed for {duration(event.get('age_s') or 0)}: the storage is slow or away"
+    match event:
+        case StartEvent():
+            begins = f"going on after step {event.step}" if event.step else "from the first step"
+            strategy = str(event.strategy.get("kind") or "")
+            told = [f"{_changed(before, event.hosts)}workers {placed(event.hosts)}", strategy, begins]
+            return f"attempt {event.attempt}: {', '.join(filter(None, told))}"
+        case FailureEvent():
+            return f"failure: {event.cause}" + ("; restarting the workers" if event.retried else "")
+        case SkippedCheckpointEvent():
+            return f"the checkpoint of step {event.step} is passed over: {event.reason}"
+        case StaleCheckpointEvent():
+            return f"no checkpoint was committed for {duration(event.age_s or 0)}: the storage is slow or away"
     return None
 
 
-def watched_text(event: Mapping[str, Any], before: Sequence[str] | None = None) -> str | None:
+def watched_text(event: Event, before: Sequence[str] | None = None) -> str | None:
     """Returns the status line for a person who does not see the driver's own output."""
-    kind = event["event"]
-    if kind == "resize":
-        return f"{event.get('reason')}: the workers are gathered anew"
-    if kind == "hang":
-        return f"hang: {event.get('cause')}"
-    if kind == "end":
-        cause = str(event.get("cause") or "").partition("\n")[0]
-        return f"{event.get('state')}" + _said(" at step {}", event.get("step")) + _said(": {}", cause or None)
+    match event:
+        case ResizeEvent():
+            return f"{event.reason}: the workers are gathered anew"
+        case HangEvent():
+            return f"hang: {event.cause}"
+        case EndEvent():
+            cause = (event.cause or "").partition("\n")[0]
+            return f"{event.state}" + _said(" at step {}", event.step) + _said(": {}", cause or None)
     return event_text(event, before)
 
 

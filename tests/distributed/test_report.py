@@ -24,6 +24,7 @@ from tests.support.training import run_of, small_recipe, train_rank, write_pairs
 from trainer.checkpoint import list_commits
 from trainer.recipe import Recipe
 from trainer.run import layout
+from trainer.run.events import StartEvent
 from trainer.run.jsonl import read_rows
 
 SLOWER_S = 0.3
@@ -78,26 +79,30 @@ def run(story: tuple[Recipe, float]) -> RunRecord:
 
 def test_it_tells_the_data_and_the_slow_rank(run: RunRecord) -> None:
     assert straggler(run).startswith("slow, attempt 1: the slowest is rank 1 on ")
-    for row in (row for row in run.rows if "loss" in row and row["attempt"] == 1):
-        fast, slow = row["rank_s"]
+    for row in (row for row in run.trained if row.attempt == 1):
+        assert row.rank_s is not None
+        assert row.step_s is not None
+        assert row.memory_bytes is not None
+        fast, slow = row.rank_s
         assert slow >= SLOWER_S
-        assert fast < row["step_s"]
+        assert fast < row.step_s
         # In a step where the other rank warms up, it may be the slower one.
         slowest = 1 if slow > fast else 0
-        assert (row["slowest_rank"], row["slowest_rank_s"]) == (slowest, pytest.approx(max(fast, slow), abs=1e-4))
-        assert row["memory_bytes"] > 50 << 20
-        assert row["memory_rank"] in (0, 1)
+        assert (row.slowest_rank, row.slowest_rank_s) == (slowest, pytest.approx(max(fast, slow), abs=1e-4))
+        assert row.memory_bytes > 50 << 20
+        assert row.memory_rank in (0, 1)
     assert run.data.summary is not None
     assert [(part, counts.rows) for part, _, counts in run.data.parts] == [("train", 20), ("eval", 20)]
     assert "data/*.jsonl" in report([run]), "sources are named as the recipe names them"
 
 
 def test_it_tells_where_the_seconds_of_two_drivers_went(run: RunRecord, story: tuple[Recipe, float]) -> None:
-    assert [event["driver"] for event in run.told("start")] == [1, 2]
-    assert [event["devices"] for event in run.told("start")] == [["cpu", "cpu"], ["cpu"]]
-    assert all(event["versions"]["torch"] for event in run.told("start"))
+    starts = run.told(StartEvent)
+    assert [start.driver for start in starts] == [1, 2]
+    assert [start.devices for start in starts] == [("cpu", "cpu"), ("cpu",)]
+    assert all(start.versions["torch"] for start in starts)
     assert run.starts == {1: 0, 2: SAVED}
-    assert [row["step"] for row in run.lost] == list(range(SAVED + 1, DIES_AT))
+    assert [row.step for row in run.lost] == list(range(SAVED + 1, DIES_AT))
     spent, wall_s = run.went.seconds, run.went.wall_s
     assert sum(spent.values()) == pytest.approx(wall_s)
     assert wall_s <= story[1]

@@ -15,6 +15,7 @@ from trainer.data import Batch, Stream, eval_batches
 from trainer.data.run_data import RunData
 from trainer.distributed.world import World, join_world
 from trainer.recipe import Recipe
+from trainer.run.metrics import EvalMetrics, StepMetrics
 from trainer.storage import open_storage
 from trainer.strategies import Strategy
 from trainer.tasks import Task
@@ -64,13 +65,13 @@ class Bench(Callback):
     def adapter(self) -> Adapter:
         return self.parts.adapter
 
-    def on_step_end(self, metrics: dict[str, Any], batches: Sequence[Batch]) -> None:
-        self.rows.append(metrics)
-        self.fed.append((metrics["step"], batches))
-        self.step_done(metrics)
+    def on_step_end(self, metrics: StepMetrics, batches: Sequence[Batch]) -> None:
+        self.rows.append(metrics.to_row())
+        self.fed.append((metrics.step, batches))
+        self.step_done(self.rows[-1])
 
-    def on_evaluation(self, metrics: dict[str, Any]) -> None:
-        self.evaluations.append(metrics)
+    def on_evaluation(self, metrics: EvalMetrics) -> None:
+        self.evaluations.append(metrics.to_row())
 
     def on_checkpoint(self, position: Position, *, last: bool) -> None:
         self.due.append((position.step, last))

@@ -10,6 +10,7 @@ from launcher.report import report
 from launcher.report.reading import DataFacts, RunRecord, read_run
 from tests.support.browser import Browser, browser
 from tests.support.made_up_run import COUNTS, WORDS, make_up
+from trainer.run.events import FailureEvent
 from trainer.storage import open_storage
 
 IMAGES = Path(__file__).resolve().parents[2] / "docs" / "images"
@@ -45,7 +46,7 @@ def main() -> None:
 def presentable(run: RunRecord) -> RunRecord:
     """With data, an address and a failure as runs have them."""
     status = replace(run.status, uri=f"s3://runs/{run.label}")
-    events = [{**event, **FAILED} if event["event"] == "failure" else event for event in run.events]
+    events = [replace(event, **FAILED) if isinstance(event, FailureEvent) else event for event in run.events]
     return replace(run, status=status, events=events, data=DataFacts(COUNTS, WORDS))
 
 

@@ -11,7 +11,7 @@ from trainer.errors import CorruptObject, InputError
 from trainer.parsing import Malformed, parse_json
 from trainer.records import Count, read_record
 from trainer.run import layout
-from trainer.run.row_types import Facts
+from trainer.run.metrics import EvalMetrics, StepMetrics
 from trainer.storage import is_safe_key, to_json
 
 FORMAT = 1
@@ -38,7 +38,7 @@ class RestoredState(TypedDict, total=False):
     samples: Count
     world_size: Count
     total_steps: Count
-    facts: Facts
+    facts: Mapping[str, Any]
     scaler: Mapping[str, Any]
     task: Mapping[str, Any]
 
@@ -86,7 +86,9 @@ class CommitRecord:
             if _digest({name: value for name, value in body.items() if name != "sha256"}) != head["sha256"]:
                 raise CorruptObject(f"{where} does not match its own sha256")
             record = read_record(CommitRecord, body)
-            read_record(RestoredState, record.state)
+            facts = read_record(RestoredState, record.state).get("facts", {})
+            for metrics in (StepMetrics, EvalMetrics):
+                metrics.from_row({**facts, "step": record.step})
         except Malformed as error:
             raise CorruptObject(f"{where} is not a commit record ({error})") from error
         for name in (record.checkpoint, *record.files):

@@ -19,6 +19,7 @@ from trainer.model import fetch_model, load_tokenizer
 from trainer.recipe import Recipe
 from trainer.run import layout
 from trainer.run.jsonl import rows_backwards
+from trainer.run.metrics import StepMetrics, read_metrics_row
 from trainer.storage import open_storage
 
 log = logging.getLogger(__name__)
@@ -108,8 +109,7 @@ def _length(recipe: Recipe) -> tuple[int, int, int] | None:
 def _speed(recipe: Recipe) -> tuple[float, int] | None:
     """Returns the median tokens per second of the run's last steps, and its number of ranks then."""
     storage = open_storage(recipe.storage, deadline_s=ANSWER_S)
-    rows = rows_backwards(storage.child(recipe.name), layout.METRICS)
-    steps = [row for row in islice(rows, ROWS) if row.get("tokens_per_s") and row.get("world_size")]
-    if not steps:
-        return None
-    return statistics.median(row["tokens_per_s"] for row in steps), int(steps[0]["world_size"])
+    rows = islice(rows_backwards(storage.child(recipe.name), layout.METRICS), ROWS)
+    steps = [row for row in map(read_metrics_row, rows) if isinstance(row, StepMetrics)]
+    measured = [(row.tokens_per_s, row.world_size) for row in steps if row.tokens_per_s and row.world_size]
+    return (statistics.median(speed for speed, _ in measured), measured[0][1]) if measured else None

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import re
 import traceback
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from trainer.errors import (
     Fenced,
@@ -20,6 +19,7 @@ from trainer.errors import (
     where_of,
 )
 from trainer.redact import redact
+from trainer.run.events import FailureEvent, HangEvent
 
 FATAL = (UsageError, NonFiniteLoss, RewardFailed, Fenced)
 COLLECTIVE = re.compile(r"gloo|nccl|connection (closed|reset)|process ?group|all_?reduce|broadcast", re.IGNORECASE)
@@ -105,28 +105,30 @@ class Failure:
         """Returns whether another rank may be the cause: this one was killed, or its collectives broke."""
         return self.died or (not self.own and COLLECTIVE.search(self.message) is not None)
 
-    def of_hang(self, hang: Mapping[str, Any]) -> Failure:
-        """Returns this failure with the cause and the rank of a `hang` event: the rank that blocked the others."""
-        found = replace(self, message=str(hang.get("cause") or self.message))
-        if not hang.get("ranks"):
+    def of_hang(self, hang: HangEvent) -> Failure:
+        """Returns this failure with the cause and the rank of a hang: the rank that blocked the others."""
+        found = replace(self, message=hang.cause or self.message)
+        if not hang.ranks:
             return found
-        first = hang["ranks"][0]
-        return replace(found, rank=first["rank"], host=first["host"], where=f"step {first['step']}, {first['phase']}")
+        first = hang.ranks[0]
+        return replace(found, rank=first.rank, host=first.host, where=first.place)
 
     def as_error(self, advice: str = "") -> MusterError:
         details = [part for part in (_tail(self.trace), advice) if part]
         return InputError(self.message, *details) if self.usage else WorkerFailed(self.message, *details)
 
-    def facts(self, advice: str) -> dict[str, Any]:
-        """Returns the fields of the event `failure`."""
-        return {
-            "cause": self.message,
-            "rank": self.rank,
-            "host": self.host,
-            "phase": _STEP.sub("", self.where, count=1) or None,
-            "trace": _tail(self.trace),
-            "advice": advice,
-        }
+    def event(self, advice: str, *, retried: bool, driver: int | None = None, step: int | None = None) -> FailureEvent:
+        return FailureEvent(
+            cause=self.message,
+            rank=self.rank,
+            host=self.host,
+            phase=_STEP.sub("", self.where, count=1) or None,
+            trace=_tail(self.trace),
+            advice=advice,
+            step=step,
+            retried=retried,
+            driver=driver,
+        )
 
 
 def useful_stack(error: BaseException) -> str:

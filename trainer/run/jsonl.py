@@ -12,19 +12,22 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from itertools import takewhile
-from typing import Any
+from typing import Any, TypeVar
 
 from trainer.errors import StorageError
 from trainer.parsing import JsonReader, Malformed
 from trainer.redact import clean
 from trainer.run import layout
-from trainer.run.row_types import read_row
+from trainer.run.events import EndEvent, Event, FailureEvent
+from trainer.run.metrics import Metrics, read_metrics_row
 from trainer.storage import ObjectInfo, Storage, in_parallel
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
+E = TypeVar("E", bound=Event)
 _ROLL_BYTES = 512 * 1024
 _PARALLEL_READS = 8
 _GLANCE_BYTES = 128 * 1024
@@ -147,13 +150,13 @@ class Events:
         self._writer = writer
         self._lines = JsonLinesWriter(storage, layout.events_part(attempt, writer))
 
-    def emit(self, event: str, *, wait: bool = True, **fields: Any) -> None:
-        """Stores an event before it returns. When the storage is down, logs a warning, and the thread retries.
-        Without ``wait``, returns at once and the thread stores the event soon."""
-        head = {"attempt": self._attempt, "event": event, "time": time.time(), "writer": self._writer}
-        self._lines.add(clean({**head, **fields}))
+    def emit(self, event: Event, *, wait: bool = True) -> None:
+        """Adds attempt, time and writer to an event, and stores it before it returns. When the storage is down, logs a
+        warning, and the thread retries. Without ``wait``, returns at once and the thread stores the event soon."""
+        complete = replace(event, attempt=self._attempt, time=time.time(), writer=self._writer)
+        self._lines.add(clean(complete.to_row()))
         if wait and not self._lines.flush(timeout_s=_EVENT_WAIT_S):
-            log.warning("the event %r of attempt %d is not stored yet", event, self._attempt)
+            log.warning("the event %r of attempt %d is not stored yet", event.kind, self._attempt)
 
     def close(self) -> None:
         """Ends the writer. Errors are only logged: events must not decide how a run ends."""
@@ -164,11 +167,19 @@ class Events:
 
 
 def read_rows(storage: Storage, prefix: str) -> list[dict[str, Any]]:
-    """Returns all rows of all parts below the folder ``prefix`` (``metrics``), by attempt, writer and order of
-    writing."""
-    keys = [info.key for info in _parts_below(storage, prefix)]
-    parts = in_parallel(lambda key: _read_part(storage, key), keys, _PARALLEL_READS)
-    return [row for part in parts for row in part]
+    """Returns all rows of all parts below the folder ``prefix`` (``metrics``), as they are stored, by attempt, writer
+    and order of writing."""
+    return _read_parts(storage, prefix, _checked(prefix))
+
+
+def read_events(storage: Storage) -> list[Event]:
+    """Returns the events of all attempts in the order of `read_rows`."""
+    return _read_parts(storage, layout.EVENTS, Event.from_row)
+
+
+def read_metrics(storage: Storage) -> list[Metrics]:
+    """Returns the metrics of all attempts in the order of `read_rows`."""
+    return _read_parts(storage, layout.METRICS, read_metrics_row)
 
 
 def rows_backwards(storage: Storage, prefix: str) -> Iterator[dict[str, Any]]:
@@ -190,23 +201,25 @@ def newest_rows(storage: Storage, prefix: str) -> list[dict[str, Any]]:
     return parse_rows(storage, key, tail.partition(b"\n")[2])
 
 
-def newest_failure(storage: Storage, driver: int) -> dict[str, Any] | None:
-    """Returns the event that explains why this driver's run failed last: the newest `failure`, or the `end` of a
-    failure outside of an attempt. Reads only the newest parts that drivers write, to be fast."""
+def newest_failure(storage: Storage, driver: int) -> FailureEvent | EndEvent | None:
+    """Returns the event that explains why this driver's run failed last: the newest `FailureEvent`, or the `EndEvent`
+    of a failure outside of an attempt. Reads only the newest parts that drivers write, to be fast."""
     parts = [info for info in _parts_below(storage, layout.EVENTS) if layout.driver_of_events(info.key) == driver]
     newest = sorted(parts, key=lambda info: (info.modified, info.key))[-_FAILURE_PARTS:]
-    rows = [row for info in newest for row in _read_part(storage, info.key)]
-    rows.sort(key=lambda row: float(row.get("time") or 0))
-    failures = [row for row in rows if row.get("event") == "failure"]
-    if failures and not failures[-1].get("retried"):
-        return failures[-1]
-    return next((row for row in reversed(rows) if row.get("event") == "failure" or row.get("cause")), None)
+    parsed = [parse_lines(storage, info.key, storage.read(info.key), Event.from_row) for info in newest]
+    by_time = sorted((event for part in parsed for event in part), key=lambda event: event.time)
+    causes = [event for event in by_time if isinstance(event, FailureEvent | EndEvent)]
+    failure = next((event for event in reversed(causes) if isinstance(event, FailureEvent)), None)
+    if failure is not None and not failure.retried:
+        return failure
+    return next((event for event in reversed(causes) if event is failure or event.cause), None)
 
 
-def newest_event(storage: Storage, attempt: int, kind: str) -> dict[str, Any] | None:
+def newest_event(storage: Storage, attempt: int, kind: type[E]) -> E | None:
     """Returns the newest event of this kind in ``attempt``, which has to be the newest one; None if there is none."""
-    rows = takewhile(lambda row: row.get("attempt") == attempt, rows_backwards(storage, layout.EVENTS))
-    return next((row for row in rows if row.get("event") == kind), None)
+    events = map(Event.from_row, rows_backwards(storage, layout.EVENTS))
+    of_attempt = takewhile(lambda event: event.attempt == attempt, events)
+    return next((event for event in of_attempt if isinstance(event, kind)), None)
 
 
 def plain(value: Any) -> Any:
@@ -239,22 +252,47 @@ def _next_number(storage: Storage, prefix: str) -> int:
     return max(numbers)
 
 
+def _read_parts(storage: Storage, prefix: str, read: Callable[[Any], T]) -> list[T]:
+    keys = [info.key for info in _parts_below(storage, prefix)]
+    parts = in_parallel(lambda key: parse_lines(storage, key, storage.read(key), read), keys, _PARALLEL_READS)
+    return [row for part in parts for row in part]
+
+
 def _read_part(storage: Storage, key: str) -> list[dict[str, Any]]:
     return parse_rows(storage, key, storage.read(key))
 
 
 def parse_rows(storage: Storage, key: str, lines: bytes) -> list[dict[str, Any]]:
-    """Returns the rows of these complete lines of a part. Leaves out, with a warning, lines that are no row or a row
-    with fields of other types."""
+    """Returns the rows of these complete lines of a part as they are stored."""
+    return parse_lines(storage, key, lines, _checked(key))
+
+
+def parse_lines(storage: Storage, key: str, lines: bytes, read: Callable[[Any], T]) -> list[T]:
+    """Returns what ``read`` makes of the value of each complete line of a part. Leaves out, with a warning, lines that
+    are no row: no JSON, or a value for which ``read`` raises Malformed."""
     reader, rows, faults = JsonReader(), [], []
     for line in lines.split(b"\n"):
         if not line.strip():
             continue
         try:
-            rows.append(read_row(reader, key, line))
+            rows.append(read(reader.read(line)))
         except Malformed as fault:
             faults.append(str(fault))
     if faults:
         others = f", and {len(faults) - 1} more" if faults[1:] else ""
         log.warning("%s holds a line that is no row, which is left out: %s%s", storage.uri(key), faults[0], others)
     return rows
+
+
+def _checked(key: str) -> Callable[[Any], dict[str, Any]]:
+    """Returns a function that returns a row of this part or folder as it is, and raises Malformed if it is none."""
+    typed = {layout.METRICS: read_metrics_row, layout.EVENTS: Event.from_row}.get(key.partition("/")[0])
+
+    def check(row: Any) -> dict[str, Any]:
+        if typed is not None:
+            typed(row)
+        if not isinstance(row, dict):
+            raise Malformed("it is no object")
+        return row
+
+    return check

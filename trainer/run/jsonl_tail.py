@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, Generic, TypeVar
 
-from trainer.run.jsonl import parse_rows
+from trainer.run.jsonl import parse_lines
 from trainer.storage import Storage, in_parallel
 
+T = TypeVar("T")
 _PARALLEL_READS = 8
 
 
-class JsonLinesTail:
+class JsonLinesTail(Generic[T]):
     """Follows the JSON Lines below a folder (``metrics``), which `trainer.run.jsonl.JsonLinesWriter` writes. Parts only
     grow, so a part of the same size has no new rows. Not thread-safe."""
 
-    def __init__(self, storage: Storage, prefix: str, *, newest: int | None = None) -> None:
-        """``newest``: how many of the parts that exist at the first call are read, for a quick start; None: all."""
+    def __init__(self, storage: Storage, prefix: str, read: Callable[[Any], T], *, newest: int | None = None) -> None:
+        """``read``: as in `trainer.run.jsonl.parse_lines`. ``newest``: how many of the parts that exist at
+        the first call are read, for a quick start; None: all."""
         self._storage = storage
         self._prefix = prefix
+        self._from_row = read
         self._newest = newest
         self._read: dict[str, tuple[int, int]] = {}  # per part: its size, and how many of its bytes were parsed
 
-    def new(self) -> list[dict[str, Any]]:
+    def new(self) -> list[T]:
         """Returns the rows that were added since the last call, by attempt, writer and order of writing. Raises storage
         errors; then the next call returns the same rows."""
         found = [o for o in self._storage.list(self._prefix) if o.key.endswith(".jsonl")]
@@ -38,9 +42,9 @@ class JsonLinesTail:
                 return b""
 
         bodies = in_parallel(read, grown, _PARALLEL_READS)
-        rows = []
+        rows: list[T] = []
         for key, body in zip(grown, bodies, strict=True):
             end = body.rfind(b"\n") + 1
-            rows += parse_rows(self._storage, key, body[self._read.get(key, (0, 0))[1] : end])
+            rows += parse_lines(self._storage, key, body[self._read.get(key, (0, 0))[1] : end], self._from_row)
             self._read[key] = (len(body), end)
         return rows

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 
 from trainer.errors import MusterError
 from trainer.run.claims import read_claims
+from trainer.run.events import EndEvent
 from trainer.run.failure import message_of
 from trainer.run.jsonl import Events
 from trainer.run.lease import Lease
@@ -34,7 +35,7 @@ def leave(run: Storage, lease: Lease, state: str, error: BaseException | None = 
 
 def record_failure(run: Storage, driver: int, cause: str) -> None:
     events = Events(run, read_claims(run).attempt, f"driver{driver}")
-    events.emit("end", state="failed", cause=cause, driver=driver)
+    events.emit(EndEvent(state="failed", cause=cause, driver=driver))
     events.close()
 
 

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
     from trainer.data import Batch, StepPlan
     from trainer.recipe import Recipe
+    from trainer.run.events import SampleText
 
 
 class LossOutput(NamedTuple):
@@ -137,8 +138,8 @@ class Task(ABC):
         """Returns a training step's metrics besides the loss, from the sums of all its updates."""
         return {}
 
-    def example_rollouts(self) -> list[dict[str, Any]]:
-        """Returns rows to show a person after a step; the same on every rank."""
+    def example_rollouts(self) -> list[SampleText]:
+        """Returns texts to show a person after a step; the same on every rank."""
         return []
 
     def state(self) -> dict[str, Any]:

@@ -18,6 +18,7 @@ import numpy.typing as npt
 import torch
 
 from trainer.errors import InputError
+from trainer.run.events import SampleText
 from trainer.tasks.lm_head_loss import TargetHead
 
 Agree = Callable[[bool], bool]
@@ -61,16 +62,16 @@ class Completion:
     words: str = ""
 
 
-def shown(prompt: SamplingPrompt, words: str, tokenizer: Any) -> dict[str, Any]:
+def shown(prompt: SamplingPrompt, words: str, tokenizer: Any) -> SampleText:
     """Returns a text for an event, with its prompt and the data's answer. Long values are cut: a prompt keeps its end,
     the others keep their beginning."""
     question, answer = (tokenizer.decode(ids, skip_special_tokens=True) for ids in (prompt.tokens, prompt.answer))
-    return {
-        "sample": prompt.sample_id,
-        "prompt": question[-SHOWN_CHARACTERS:],
-        "text": words[:SHOWN_CHARACTERS],
-        "reference": answer[:SHOWN_CHARACTERS],
-    }
+    return SampleText(
+        sample=prompt.sample_id,
+        prompt=question[-SHOWN_CHARACTERS:],
+        text=words[:SHOWN_CHARACTERS],
+        reference=answer[:SHOWN_CHARACTERS],
+    )
 
 
 def uniforms(key: str, count: int) -> npt.NDArray[np.float64]:

@@ -7,11 +7,12 @@ import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 from trainer.errors import InputError, MusterError
 from trainer.recipe import Recipe
 from trainer.recipe.trackers import TRACKERS
+from trainer.run.metrics import EvalMetrics, Metrics, StepMetrics
 from trainer.storage import Storage
 
 TRAIN, EVAL = "train", "eval"
@@ -80,18 +81,18 @@ class Tracker(Protocol):
         ...
 
 
-def point_of(row: Mapping[str, Any]) -> Point | None:
+def point_of(metrics: Metrics) -> Point | None:
     """Returns the point of a metrics row; None for a row that is neither a step's nor an evaluation's."""
-    part = TRAIN if "loss" in row else EVAL if "eval_loss" in row else None
-    if part is None or "step" not in row:
+    if isinstance(metrics, EvalMetrics) and metrics.eval_loss is None and metrics.eval_s is None:
         return None
+    part, prefix = (TRAIN, "") if isinstance(metrics, StepMetrics) else (EVAL, _EVAL_PREFIX)
+    row = metrics.to_row()
     values = {
-        name.removeprefix(_EVAL_PREFIX) if part == EVAL else name: float(value)
+        name.removeprefix(prefix): float(value)
         for name, value in row.items()
         if isinstance(value, int | float) and math.isfinite(value) and name not in _PLACE
     }
-    when = float(row.get("time") or time.time())
-    return Point(int(row["step"]), int(row.get("total_steps") or 0), part, when, values)
+    return Point(metrics.step, row.get("total_steps") or 0, part, metrics.time or time.time(), values)
 
 
 def check_trackers(recipe: Recipe) -> None:

@@ -18,7 +18,7 @@ import logging
 import threading
 import time
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 
@@ -30,6 +30,7 @@ from trainer.records import Count, read_record
 from trainer.redact import redact
 from trainer.run import layout
 from trainer.run.jsonl_tail import JsonLinesTail
+from trainer.run.metrics import read_metrics_row
 from trainer.storage import Storage
 from trainer.tracking.base import START, Point, TrackedRun, Tracker, Watermark, point_of
 
@@ -62,7 +63,7 @@ class Mirror:
     def __init__(self, name: str, recipe: Recipe, run: Storage, *, every_s: float = EVERY_S) -> None:
         self._name, self._recipe, self._run, self._every_s = name, recipe, run, every_s
         self._tracker: Tracker | None = None
-        self._feed = JsonLinesTail(run, layout.METRICS)
+        self._feed = JsonLinesTail(run, layout.METRICS, read_metrics_row)
         self._mark = START
         self._remembers = False
         self._id = ""
@@ -94,8 +95,7 @@ class Mirror:
     def pump(self) -> int:
         """Opens the curve if it is not open, and sends the new points; returns how many."""
         tracker = self._tracker or self._open()
-        points = [p for p in map(point_of, self._feed.new()) if p is not None]
-        ahead = list(_beyond(self._mark, points))
+        ahead = list(_beyond(self._mark, filter(None, map(point_of, self._feed.new()))))
         for at in range(0, len(ahead), POINTS_AT_ONCE):
             batch = ahead[at : at + POINTS_AT_ONCE]
             if not self._remembers:
@@ -142,7 +142,9 @@ class Mirror:
             log.debug("the tracker %s failed", self._name, exc_info=True)
             self._failures += 1
             self.end("failed")
-            self._feed = JsonLinesTail(self._run, layout.METRICS)  # points that were not sent are read again
+            self._feed = JsonLinesTail(
+                self._run, layout.METRICS, read_metrics_row
+            )  # points that were not sent are read again
         else:
             if self._failures:
                 log.warning("the tracker %s works again, and has received the points that it missed", self._name)
@@ -184,7 +186,7 @@ class Mirror:
         return hashlib.sha256(json.dumps([fingerprint(self._recipe), settings]).encode()).hexdigest()
 
 
-def _beyond(mark: Watermark, points: Sequence[Point]) -> Iterator[Point]:
+def _beyond(mark: Watermark, points: Iterable[Point]) -> Iterator[Point]:
     """Yields the points after ``mark``, in order; of a step that was trained twice, the first."""
     for point in points:
         if point.mark > mark:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.errors import StorageError, note_where
+from trainer.run.events import CheckpointEvent
 from trainer.worker.train_state import Snapshot
 
 log = logging.getLogger(__name__)
@@ -41,19 +42,6 @@ NO_STALL = CheckpointStall(0.0, 0.0)
 
 
 @dataclass(frozen=True)
-class Committed:
-    """A finished commit. ``upload_s``: everything after the snapshot (writing, hashing, uploading, committing).
-    ``coalesced``: checkpoints that were due since the previous commit and that this one replaced."""
-
-    step: int
-    uri: str
-    held: CheckpointStall
-    upload_s: float
-    bytes: int
-    coalesced: int
-
-
-@dataclass(frozen=True)
 class Lag:
     """How far the storage is behind. ``backlog``: snapshots that are not committed yet, at most 2. ``age_s``: seconds
     since the newest commit, or since the attempt began."""
@@ -66,7 +54,7 @@ class Committer:
     """``commit(snapshot, folder)`` writes, uploads and commits, and returns {"uri", "bytes"}; rank 0 alone has one."""
 
     def __init__(
-        self, commit: Commit, on_commit: Callable[[Committed], None], clock: Callable[[], float] = time.monotonic
+        self, commit: Commit, on_commit: Callable[[CheckpointEvent], None], clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._commit = commit
         self._on_commit = on_commit
@@ -147,7 +135,17 @@ class Committer:
         now = self._clock()
         with self._ready:
             self._newest = now
-        self._on_commit(Committed(snapshot.step, done["uri"], held, now - began, done["bytes"], coalesced))
+        self._on_commit(
+            CheckpointEvent(
+                step=snapshot.step,
+                uri=done["uri"],
+                stall_s=held.stall_s,
+                snapshot_s=held.snapshot_s,
+                upload_s=now - began,
+                bytes=done["bytes"],
+                coalesced=coalesced,
+            )
+        )
 
 
 @contextmanager

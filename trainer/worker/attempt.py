@@ -23,6 +23,7 @@ from trainer.distributed.world import World, device_name, join_world
 from trainer.errors import Interrupted, MusterError, note_where
 from trainer.fast_imports import load_libraries
 from trainer.run import layout
+from trainer.run.events import BrokenEvent, EndEvent, HangEvent, Pulse, StartEvent
 from trainer.run.failure import COLLECTIVE
 from trainer.run.frozen import versions
 from trainer.run.startup_phases import DATA, MODEL, WORKERS, Phases
@@ -34,7 +35,6 @@ from trainer.worker.hang_detector import (
     COMPILING_PATIENCE_S,
     LEAST_PATIENCE_S,
     HangDetector,
-    Pulse,
     end_culprits,
     hang_text,
     store_of_group,
@@ -102,7 +102,7 @@ def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callab
         end = start
         if start.step < min(job.total_steps, recipe.training.stop_after or job.total_steps):
             prompts = PromptSource(data.eval, eval_cache, parts.tokenizer)
-            profiler = Profiler(recipe, world, run, attempt, partial(recorder.event_from_any_rank, "profile"))
+            profiler = Profiler(recipe, world, run, attempt, recorder.event_from_any_rank)
             evaluation: Callable[[], Iterator[Batch]] | None = None
             if data.eval is not None:
                 evaluation = partial(
@@ -122,7 +122,7 @@ def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callab
         checkpointer.close()
         world.all_gather(None)  # no rank leaves before the last commit is complete
         finished = end.step == job.total_steps
-        recorder.event("end", state="succeeded" if finished else "interrupted", step=end.step)
+        recorder.event(EndEvent(state="succeeded" if finished else "interrupted", step=end.step))
         if not finished:
             raise Interrupted(f"stopped after step {end.step} of {job.total_steps}, which is committed")
         return end
@@ -148,7 +148,8 @@ def _recorded(recorder: Recorder, checkpointer: Checkpointer, detector: HangDete
         try:
             # This event comes first: when a rank has died, the launcher soon ends the others.
             if recorder.world.rank < REPORTING_RANKS and COLLECTIVE.search(str(error)):
-                recorder.collective_broke(detector.seen())
+                seen = {str(rank): place for rank, place in detector.seen().items()}
+                recorder.event_from_any_rank(BrokenEvent(seen=seen), wait=True)
             checkpointer.drain()
             recorder.close()
         except MusterError as incomplete:
@@ -160,7 +161,8 @@ def _recorded(recorder: Recorder, checkpointer: Checkpointer, detector: HangDete
 def _end_hang(found: list[Pulse], detector: HangDetector, recorder: Recorder) -> None:
     """Records the hang and ends its ranks, whether or not it could be recorded."""
     try:
-        recorder.hang(found, hang_text(found, detector.still_s()))
+        hang = HangEvent(cause=hang_text(found, detector.still_s()), ranks=tuple(found))
+        recorder.event_from_any_rank(hang, wait=True)
     finally:
         end_culprits(found, recorder.world.host)
 
@@ -175,19 +177,20 @@ def _record_start(
     ranks = world.all_gather((world.host, os.getpid(), device_name(world.device)))
     hosts, pids, devices = zip(*ranks, strict=True)
     recorder.event(
-        "start",
-        step=start.step,
-        total_steps=job.total_steps,
-        driver=job.driver,
-        hosts=hosts,
-        pids=pids,
-        devices=devices,
-        versions=versions() if world.is_rank0 else {},
-        world_size=world.size,
-        strategy=described,
-        load=parts.load,
-        attention=parts.attention,
-        trainable_parameters=strategy.trainable_elements(),
-        build_s=build_s,
-        restore_s=restore_s,
+        StartEvent(
+            step=start.step,
+            total_steps=job.total_steps,
+            driver=job.driver,
+            hosts=hosts,
+            pids=pids,
+            devices=devices,
+            versions=versions() if world.is_rank0 else {},
+            world_size=world.size,
+            strategy=described,
+            load=parts.load,
+            attention=parts.attention,
+            trainable_parameters=strategy.trainable_elements(),
+            build_s=build_s,
+            restore_s=restore_s,
+        )
     )

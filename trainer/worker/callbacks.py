@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.data import Batch, Cursor
+from trainer.run.events import SampleText
+from trainer.run.metrics import EvalMetrics, StepMetrics
 
 
 @dataclass(frozen=True)
@@ -32,15 +34,15 @@ class Callback:
     def on_phase(self, step: int, phase: str) -> None:
         """Called when a part of ``step`` begins: waiting for data, forward, backward, optimizer, evaluation, …"""
 
-    def on_step_end(self, metrics: dict[str, Any], batches: Sequence[Batch]) -> None:
-        """``metrics``: the step's row. ``batches``: this rank's micro-batches of the step, without those that only fill
-        up its number of forward passes."""
+    def on_step_end(self, metrics: StepMetrics, batches: Sequence[Batch]) -> None:
+        """``batches``: this rank's micro-batches of the step, without those that only fill up its number of forward
+        passes."""
 
-    def on_examples(self, step: int, examples: list[dict[str, Any]]) -> None:
+    def on_examples(self, step: int, examples: Sequence[SampleText]) -> None:
         """``examples``: texts that the task generated in this step (`trainer.tasks.Task.example_rollouts`)."""
 
-    def on_evaluation(self, metrics: dict[str, Any]) -> None:
-        """``metrics``: the row of an evaluation."""
+    def on_evaluation(self, metrics: EvalMetrics) -> None:
+        """Called after an evaluation."""
 
     def on_last_step(self, step: int) -> None:
         """Called after the run's last step, before its checkpoint."""

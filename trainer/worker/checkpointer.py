@@ -10,7 +10,6 @@ import tempfile
 import time
 import uuid
 from collections.abc import Sequence
-from dataclasses import asdict
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -22,9 +21,11 @@ from trainer.data import Batch, Cursor, Stream
 from trainer.errors import InputError, MusterError
 from trainer.model.files.identity import differences, identity_of
 from trainer.run import layout
+from trainer.run.events import CheckpointEvent, SkippedCheckpointEvent, StaleCheckpointEvent
 from trainer.run.frozen import read_provenance
+from trainer.run.metrics import StepMetrics
 from trainer.storage import Storage
-from trainer.worker.async_committer import CheckpointStall, Committed, Committer, StaleAlarm
+from trainer.worker.async_committer import CheckpointStall, Committer, Lag, StaleAlarm
 from trainer.worker.build import Parts
 from trainer.worker.callbacks import Callback, Position
 from trainer.worker.final_files import write_final_files
@@ -63,14 +64,15 @@ class Checkpointer(Callback):
             self._recorder.resume_from(record.state.get("facts", {}))
             return Position(record.step, Cursor.from_json(record.state["cursor"]))
 
-    def on_step_end(self, metrics: dict[str, Any], batches: Sequence[Batch]) -> None:
+    def on_step_end(self, metrics: StepMetrics, batches: Sequence[Batch]) -> None:
         """Raises the error of a commit that failed."""
         if not self._committer:
             return
         lag = self._committer.lag()
         if self._stale.rings(lag.age_s):
             log.warning("no checkpoint was committed for %.0f s; the storage is slow or unreachable", lag.age_s)
-            self._recorder.event("stale_checkpoint", wait=False, step=metrics["step"], **asdict(lag))
+            stale = StaleCheckpointEvent(step=metrics.step, backlog=lag.backlog, age_s=lag.age_s)
+            self._recorder.event(stale, wait=False)
         self._committer.check()
 
     def on_checkpoint(self, position: Position, *, last: bool) -> None:
@@ -91,13 +93,12 @@ class Checkpointer(Callback):
         if self._committer and snapshot:
             self._committer.submit(snapshot, CheckpointStall(now - began, now - copying))
 
-    def take_metrics(self) -> dict[str, Any]:
-        """Returns the fields of a metrics row about checkpoints. ``stall_s``: seconds that checkpoints have held the
-        loop up since the last call. Rank 0 only."""
+    def take_stall(self) -> tuple[float, Lag]:
+        """Returns the seconds that checkpoints have blocked the loop since the last call, and how far the storage is
+        behind. Rank 0 only."""
         assert self._committer, "rank 0 alone has a committer"
-        lag = self._committer.lag()
         stall_s, self._stall_s = self._stall_s, 0.0
-        return {"stall_s": stall_s, "backlog": lag.backlog, "checkpoint_age_s": lag.age_s}
+        return stall_s, self._committer.lag()
 
     def close(self) -> None:
         """Waits until everything that was submitted is committed; raises if it could not be."""
@@ -129,7 +130,7 @@ class Checkpointer(Callback):
 
     def _on_skip(self, step: int, uri: str, reason: str) -> None:
         log.warning("the checkpoint of step %d is passed over: %s", step, reason)
-        self._recorder.event("skipped_checkpoint", step=step, uri=uri, reason=reason)
+        self._recorder.event(SkippedCheckpointEvent(step=step, uri=uri, reason=reason))
 
     @cached_property
     def _base(self) -> dict[str, Any]:
@@ -172,15 +173,6 @@ class Checkpointer(Callback):
             publish(run, record)
         return {"uri": run.uri(layout.checkpoint(unique)), "bytes": sum(f["bytes"] for f in files.values())}
 
-    def _on_committed(self, done: Committed) -> None:
+    def _on_committed(self, done: CheckpointEvent) -> None:
         log.info("step %d is committed: %s", done.step, done.uri)
-        self._recorder.event(
-            "checkpoint",
-            step=done.step,
-            uri=done.uri,
-            stall_s=done.held.stall_s,
-            snapshot_s=done.held.snapshot_s,
-            upload_s=done.upload_s,
-            bytes=done.bytes,
-            coalesced=done.coalesced,
-        )
+        self._recorder.event(done)

@@ -31,6 +31,8 @@ from typing import Any, Protocol
 
 from trainer.data import Batch
 from trainer.distributed.world import World
+from trainer.run.events import Pulse
+from trainer.run.metrics import StepMetrics
 from trainer.storage.backend import NoAnswer
 from trainer.storage.limit import limited
 from trainer.worker.callbacks import Callback
@@ -46,27 +48,6 @@ STACK_FRAMES = 12
 WAITING_FOR_DATA, CHECKPOINT = "waiting for data", "checkpoint"
 STORAGE_PHASES = (WAITING_FOR_DATA, CHECKPOINT)
 STORAGE_PATIENCE_S = 1800.0
-
-
-@dataclass(frozen=True)
-class Pulse:
-    """``moves`` counts phases entered since the start; ``beat`` counts pulses."""
-
-    rank: int
-    host: str
-    pid: int
-    step: int
-    phase: str
-    moves: int
-    beat: int
-    stack: str = ""
-
-    @property
-    def place(self) -> str:
-        return f"step {self.step}, {self.phase}"
-
-    def __str__(self) -> str:
-        return f"rank {self.rank} on {self.host} (process {self.pid}), {self.place}"
 
 
 class PulseStore(Protocol):
@@ -138,8 +119,8 @@ class HangDetector(Callback):
     def on_phase(self, step: int, phase: str) -> None:
         self._now = (step, phase, self._now[2] + 1)
 
-    def on_step_end(self, metrics: Mapping[str, Any], batches: Sequence[Batch]) -> None:
-        self._steps.append(metrics["step_s"])
+    def on_step_end(self, metrics: StepMetrics, batches: Sequence[Batch]) -> None:
+        self._steps.append(metrics.step_s or 0.0)
 
     def place(self) -> str:
         """Returns the step and phase of this rank."""
@@ -190,7 +171,16 @@ class HangDetector(Callback):
     def _pulse(self) -> Pulse:
         step, phase, moves = self._now
         self._beat += 1
-        return Pulse(self._rank, self._world.host, os.getpid(), step, phase, moves, self._beat, self._stack())
+        return Pulse(
+            rank=self._rank,
+            host=self._world.host,
+            pid=os.getpid(),
+            step=step,
+            phase=phase,
+            moves=moves,
+            beat=self._beat,
+            stack=self._stack(),
+        )
 
     def _keeper_of_the_store(self, patience: float) -> list[Pulse]:
         """Returns rank 0's last pulse if this rank has not moved for the patience either; nothing on rank 0 itself."""

@@ -13,7 +13,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -21,6 +21,7 @@ from trainer.data import Batch, RankStep, StepPlan
 from trainer.distributed.world import memory_bytes
 from trainer.errors import NonFiniteLoss
 from trainer.optim import learning_rate
+from trainer.run.metrics import EvalMetrics, StepMetrics
 from trainer.tasks import Task, Totals, Update
 from trainer.worker.build import Parts
 from trainer.worker.callbacks import Callback, Position, around_step
@@ -110,24 +111,14 @@ class Loop:
         for callback in self.callbacks:
             callback.on_phase(step, phase)
 
-    def _step(self, step: int, data: RankStep, began: float) -> tuple[dict[str, Any], bool]:
+    def _step(self, step: int, data: RankStep, began: float) -> tuple[StepMetrics, bool]:
         batches = data.batches + [Batch.empty()] * (data.plan.rounds(self.world.size) - len(data.batches))
         if self.task.prepares_steps:
             self._phase(step, "phase before the losses")
             self._prepare(step, batches)
         lr = learning_rate(self.recipe.schedule, self.recipe.optimizer.lr, step, self.total_steps)
         done = [self._update(step, update, lr) for update in self.task.updates(step, data.plan, batches)]
-        said = {"loss": sum(update.loss for update in done) / len(done)}
-        zero = torch.zeros(())
-        if sums := {name: sum((update.sums[name] for update in done), zero) for name in done[0].sums}:
-            said |= self.task.step_metrics(sums)
-        norm = sum(update.norm for update in done) / len(done)
-        stop = any(update.stop for update in done)
-        seconds = time.monotonic() - began
-        speed = self._speed(data.plan, sum(update.scores for update in done), seconds)
-        own = [sum(one) for one in zip(*(update.own_s for update in done), strict=True)]
-        ranks = rank_record(own, done[-1].held)
-        return self._metrics(step, data.plan, said, lr, norm, {**speed, **ranks}), stop
+        return self._metrics(step, data.plan, lr, done, time.monotonic() - began), any(update.stop for update in done)
 
     def _update(self, step: int, update: Update, lr: float) -> UpdateResult:
         loss_sum, totals = self._accumulate(step, update)
@@ -195,31 +186,33 @@ class Loop:
         self.strategy.module.train()
 
     def _metrics(
-        self, step: int, plan: StepPlan, said: dict[str, float], lr: float, norm: float, speed: dict[str, Any]
-    ) -> dict[str, Any]:
-        return {
-            "step": step,
-            "total_steps": self.total_steps,
-            "epoch": plan.epoch,
-            **said,
-            "lr": lr,
-            "grad_norm": norm,
-            "tokens": plan.tokens,
-            "target_tokens": plan.target_tokens,
-            **speed,
-            "world_size": self.world.size,
-            "samples": plan.next.samples,
-        }
-
-    def _speed(self, plan: StepPlan, scores: float, seconds: float) -> dict[str, float]:
+        self, step: int, plan: StepPlan, lr: float, done: Sequence[UpdateResult], seconds: float
+    ) -> StepMetrics:
+        zero = torch.zeros(())
+        sums = {name: sum((update.sums[name] for update in done), zero) for name in done[0].sums}
+        own_s = [sum(values) for values in zip(*(update.own_s for update in done), strict=True)]
+        scores = sum(update.scores for update in done)
+        used = self.meter.utilisation(plan.tokens, plan.target_tokens, scores, seconds) if self.meter else (None, None)
         tokens_per_s = plan.tokens / max(seconds, 1e-9)
-        used = self.meter.utilisation(plan.tokens, plan.target_tokens, scores, seconds) if self.meter else {}
-        return {
-            "tokens_per_s": tokens_per_s,
-            "tokens_per_s_per_worker": tokens_per_s / self.world.size,
-            "step_s": seconds,
-            **used,
-        }
+        return StepMetrics(
+            step=step,
+            total_steps=self.total_steps,
+            epoch=plan.epoch,
+            loss=sum(update.loss for update in done) / len(done),
+            task=self.task.step_metrics(sums) if sums else {},
+            lr=lr,
+            grad_norm=sum(update.norm for update in done) / len(done),
+            tokens=plan.tokens,
+            target_tokens=plan.target_tokens,
+            tokens_per_s=tokens_per_s,
+            tokens_per_s_per_worker=tokens_per_s / self.world.size,
+            step_s=seconds,
+            mfu=used[0],
+            hfu=used[1],
+            world_size=self.world.size,
+            samples=plan.next.samples,
+            **rank_record(own_s, done[-1].held),
+        )
 
     def _named(self, mine: Sequence[str]) -> str:
         """Collective: returns the first samples of each rank as text."""
@@ -243,13 +236,15 @@ class Loop:
         self.strategy.reshard()
         self.strategy.module.train()
         sums = totals.named(self.world.all_reduce_sum(totals.numbers()))
-        metrics = {
-            "step": step,
-            **{f"eval_{name}": value for name, value in self.task.metrics(sums).items()},
-            "eval_tokens": int(sums["tokens"]),
-            "eval_target_tokens": int(sums["target_tokens"]),
-            "eval_s": time.monotonic() - began,
-        }
+        values = {f"eval_{name}": value for name, value in self.task.metrics(sums).items()}
+        metrics = EvalMetrics(
+            step=step,
+            eval_loss=values.pop("eval_loss"),
+            task=values,
+            eval_tokens=int(sums["tokens"]),
+            eval_target_tokens=int(sums["target_tokens"]),
+            eval_s=time.monotonic() - began,
+        )
         for callback in self.callbacks:
             callback.on_evaluation(metrics)
 

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -121,14 +121,14 @@ class Meter:
     recomputes: bool = False
     refers: bool = False
 
-    def utilisation(self, tokens: int, targets: int, scores: float, seconds: float) -> Mapping[str, float]:
-        """``mfu`` and ``hfu``, shares of 1; ``scores`` is summed over all ranks."""
+    def utilisation(self, tokens: int, targets: int, scores: float, seconds: float) -> tuple[float, float]:
+        """Returns MFU and HFU, shares of 1; ``scores`` is summed over all ranks."""
         needed = self.operations.step(tokens, targets, scores)
         if self.refers:
             needed += self.operations.reference(tokens, targets, scores)
         done = needed + (self.operations.again(tokens, scores) if self.recomputes else 0.0)
         most = self.peak * max(seconds, 1e-9)
-        return {"mfu": needed / most, "hfu": done / most}
+        return needed / most, done / most
 
 
 EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")

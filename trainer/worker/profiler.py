@@ -21,6 +21,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from trainer.distributed.world import World
 from trainer.recipe import Recipe
 from trainer.run import layout
+from trainer.run.events import ProfiledOperator, ProfileEvent
 from trainer.storage import Storage
 from trainer.worker.callbacks import Callback
 
@@ -32,10 +33,10 @@ PATIENCE_S = 30.0
 
 class Profiler(Callback):
     """Traces the steps and ranks that the recipe names. `close` ends a trace that the attempt's end has cut short, and
-    waits for the upload. ``record(fields)`` records an event."""
+    waits for the upload. ``record`` records an event."""
 
     def __init__(
-        self, recipe: Recipe, world: World, run: Storage, attempt: int, record: Callable[[dict[str, Any]], None]
+        self, recipe: Recipe, world: World, run: Storage, attempt: int, record: Callable[[ProfileEvent], None]
     ) -> None:
         wanted = recipe.profile.steps if world.rank in recipe.profile.ranks else ()
         self._first, self._last = wanted or (0, 0)
@@ -111,16 +112,18 @@ class Profiler(Callback):
             self._failed(error)
             return
         top = sorted(averages, key=lambda operator: -getattr(operator, measure))[:IN_EVENT]
-        operators = [{"name": o.key, "calls": o.count, "ms": round(getattr(o, measure) / 1000, 3)} for o in top]
-        self._report({"uri": self._run.uri(f"{self._key}.json.gz"), "bytes": size, "operators": operators})
+        operators = tuple(
+            ProfiledOperator(name=o.key, calls=o.count, ms=round(getattr(o, measure) / 1000, 3)) for o in top
+        )
+        self._report(uri=self._run.uri(f"{self._key}.json.gz"), bytes=size, operators=operators)
 
     def _failed(self, error: Exception) -> None:
         log.warning("no profile of rank %d: %s", self._world.rank, error)
-        self._report({"cause": f"{type(error).__name__}: {error}"})
+        self._report(cause=f"{type(error).__name__}: {error}")
 
-    def _report(self, fields: dict[str, Any]) -> None:
-        steps = [self._steps[0], self._steps[-1]] if self._steps else []
+    def _report(self, **found: Any) -> None:
+        steps = (self._steps[0], self._steps[-1]) if self._steps else ()
         try:
-            self._record({"rank": self._world.rank, "steps": steps, **fields})
+            self._record(ProfileEvent(rank=self._world.rank, steps=steps, **found))
         except Exception as error:  # the recorder may be closed already
             log.warning("the profile of rank %d is not recorded: %s", self._world.rank, error)

@@ -17,8 +17,6 @@ import torch
 MOST_RANKS = 64
 """With at most this many ranks, a step's record has the seconds of each; with more, only the slowest."""
 
-RANK_FIELDS = ("slowest_rank", "slowest_rank_s", "mean_rank_s", "rank_s", "memory_bytes", "memory_rank")
-
 
 class RankTimer:
     """A stopwatch: `start` and `stop` alternate, and `take` returns the seconds between them. On a GPU the times are
@@ -58,7 +56,8 @@ def of_this_rank(value: float, rank: int, ranks: int) -> list[float]:
 
 
 def rank_record(seconds: Sequence[float], held: Sequence[float]) -> dict[str, Any]:
-    """Returns the fields of a step's record from each rank's local ``seconds`` and the bytes of memory it ``held``."""
+    """Returns fields of `trainer.run.metrics.StepMetrics` from each rank's local ``seconds`` and the bytes of memory it
+    ``held``."""
     slowest = max(range(len(seconds)), key=seconds.__getitem__)
     largest = max(range(len(held)), key=held.__getitem__)
     told: dict[str, Any] = {"slowest_rank": slowest, "slowest_rank_s": seconds[slowest], "mean_rank_s": fmean(seconds)}

@@ -5,22 +5,23 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict
+from dataclasses import replace
 from typing import Any
 
 from trainer.data import Batch
 from trainer.distributed.world import World
 from trainer.recipe import Recipe
 from trainer.run import layout
-from trainer.run.jsonl import Events, JsonLinesWriter, read_rows
+from trainer.run.events import Event
+from trainer.run.jsonl import Events, JsonLinesWriter, read_events
+from trainer.run.metrics import Metrics
 from trainer.storage import Storage
-from trainer.worker.hang_detector import Pulse
 
 EVALUATED = "eval_"
 
 
 class Recorder:
-    """``last_metrics``: the newest values, which a checkpoint stores. The other ranks' `event` and `metrics` write
+    """``last_metrics``: the newest facts, which a checkpoint stores. The other ranks' `event` and `metrics` write
     nothing; the ledger is written only if the recipe has ``data.ledger``."""
 
     def __init__(self, run: Storage, recipe: Recipe, world: World, attempt: int) -> None:
@@ -32,41 +33,27 @@ class Recorder:
         self._events = Events(run, attempt, "rank0") if world.is_rank0 else None
         self._ledger = JsonLinesWriter(run, layout.ledger_part(attempt, world.rank)) if recipe.data.ledger else None
 
-    def event(self, event: str, *, wait: bool = True, **fields: Any) -> None:
+    def event(self, event: Event, *, wait: bool = True) -> None:
         if self._events:
-            self._events.emit(event, wait=wait, **fields)
+            self._events.emit(event, wait=wait)
 
-    def has(self, event: str, **fields: Any) -> bool:
-        """Returns True if an earlier attempt recorded the event with these fields. Reads all events of the run."""
-        earlier = read_rows(self._run, layout.EVENTS) if self.attempt > 1 else []
-        return any({"event": event, **fields}.items() <= row.items() for row in earlier)
+    def earlier_events(self) -> list[Event]:
+        """Reads all events of the run before this attempt."""
+        return read_events(self._run) if self.attempt > 1 else []
 
-    def event_from_any_rank(self, event: str, fields: Mapping[str, Any]) -> None:
-        """Records an event from any rank, without waiting for the storage."""
-        if self._events:
-            self._events.emit(event, wait=False, **fields)
-        else:
-            events = Events(self._run, self.attempt, f"rank{self.world.rank}")
-            events.emit(event, wait=False, **fields)
+    def event_from_any_rank(self, event: Event, *, wait: bool = False) -> None:
+        """Records an event from any rank. With ``wait``, returns when it is stored, or soon if the storage is down:
+        a rank that ends others must not wait for long."""
+        events = self._events or Events(self._run, self.attempt, f"rank{self.world.rank}")
+        events.emit(event, wait=wait)
+        if not self._events and not wait:
             events.close()
 
-    def hang(self, found: Sequence[Pulse], text: str) -> None:
-        """Records the ranks that stop the others, with their stacks. The rank that has found them calls it."""
-        events = self._events or Events(self._run, self.attempt, f"rank{self.world.rank}")
-        events.emit("hang", cause=text, ranks=[asdict(pulse) for pulse in found])
-
-    def collective_broke(self, seen: Mapping[int, str]) -> None:
-        """Records where this rank last saw each rank, after a collective failed: a dead rank records nothing itself."""
-        events = self._events or Events(self._run, self.attempt, f"rank{self.world.rank}")
-        events.emit("broken", seen=seen)
-        if not self._events:
-            events.close()
-
-    def metrics(self, row: dict[str, Any], **aside: Any) -> None:
-        """Writes a row. ``aside``: fields of the row that do not belong into `last_metrics`."""
-        self.last_metrics.update(row)
+    def metrics(self, metrics: Metrics) -> None:
+        """Writes a row, and keeps its facts for the next checkpoint."""
+        self.last_metrics.update(metrics.facts())
         if self._metrics:
-            self._metrics.add({"attempt": self.attempt, "time": time.time(), **row, **aside})
+            self._metrics.add(replace(metrics, attempt=self.attempt, time=time.time()).to_row())
 
     def resume_from(self, facts: Mapping[str, Any]) -> None:
         """Takes the last evaluation's values from a checkpoint's metrics; they are valid until the next evaluation."""

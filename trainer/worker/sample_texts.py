@@ -19,6 +19,7 @@ import torch
 from trainer.data import Batch, PreparedDataset, eval_batches
 from trainer.errors import InputError
 from trainer.model.kernels.attention import by_mask
+from trainer.run.events import TextsEvent
 from trainer.tasks.sampling import PolicySampler, SamplingPrompt, prompts_of, shown
 from trainer.worker.build import Parts
 from trainer.worker.callbacks import Callback, Position
@@ -76,7 +77,7 @@ class SampleTexts(Callback):
         if self._over:
             return
         try:
-            texts = self._texts(step)
+            event = self._texts(step)
             if self._failure is None:
                 self._exchange(None)
         except Exception as error:  # a model's own code may raise anything
@@ -86,8 +87,8 @@ class SampleTexts(Callback):
             self._over = True
             if self.world.is_rank0:
                 log.warning("no more sample texts are stored: %s", self._failure)
-        elif texts:
-            self.recorder.event("texts", wait=False, step=step, **texts)
+        elif event is not None:
+            self.recorder.event(event, wait=False)
 
     def _exchange(self, said: bool | str | None) -> bool:
         """Collective: returns True if a rank still generates and none has failed. A failed rank sends the error's
@@ -96,22 +97,24 @@ class SampleTexts(Callback):
         self._failure = next((each for each in told if isinstance(each, str)), None)
         return self._failure is None and True in told
 
-    def _texts(self, step: int) -> dict[str, Any]:
-        """Returns nothing if no prompt fits, or if an earlier attempt has stored the texts before training."""
+    def _texts(self, step: int) -> TextsEvent | None:
+        """Returns None if no prompt fits, or if an earlier attempt has stored the texts before training."""
         began = time.monotonic()
         when = BEFORE if step == 0 else AFTER
-        if when == BEFORE and self.world.decide_on_rank0(lambda: self.recorder.has("texts", when=BEFORE)):
-            return {}
+        if when == BEFORE and self.world.decide_on_rank0(
+            lambda: any(isinstance(e, TextsEvent) and e.when == BEFORE for e in self.recorder.earlier_events())
+        ):
+            return None
         author, tokenizer = self._author(step)
         if self._prompts is None:
             self._prompts = self.world.decide_on_rank0(lambda: self._fitting(author))
         prompts, module = self._prompts, self.strategy.module
         if not prompts:
-            return {}
+            return None
         with self._writing():
             texts = author.write(module, [p.tokens for p in prompts], [p.sample_id for p in prompts], self.world.device)
-        told = [shown(prompt, text.words, tokenizer) for prompt, text in zip(prompts, texts, strict=True)]
-        return {"when": when, "seconds": time.monotonic() - began, "texts": told}
+        told = tuple(shown(prompt, text.words, tokenizer) for prompt, text in zip(prompts, texts, strict=True))
+        return TextsEvent(step=step, when=when, seconds=time.monotonic() - began, texts=told)
 
     def _author(self, step: int) -> tuple[PolicySampler, Any]:
         method = self.recipe.adapter.kind

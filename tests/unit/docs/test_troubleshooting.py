@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 
 from launcher.terminal.status_text import event_text
+from trainer.run.events import StartEvent
+from trainer.run.failure import Failure
 
 ROOT = Path(__file__).resolve().parents[3]
 PAGE = ROOT / "docs" / "troubleshooting.md"
@@ -101,6 +103,7 @@ def test_the_events_that_are_shown_are_drawn_so() -> None:
     died = "ActorDiedError: The actor died unexpectedly before finishing this task."
     cause = f"rank 6 on c died (last seen at step 104, backward of micro-batch 1): {died}"
     before = ["a"] * 3 + ["b"] * 3 + ["c"] * 2
-    start = {"attempt": 2, "hosts": before[:6], "strategy": {"kind": "fsdp"}, "step": 100}
-    assert f"2 min ago {event_text({'event': 'failure', 'cause': cause, 'retried': True})}" in page
-    assert f"1 min ago {event_text({'event': 'start', **start}, before)}" in page
+    failure = Failure(cause).event("", retried=True)
+    start = StartEvent(attempt=2, hosts=tuple(before[:6]), strategy={"kind": "fsdp"}, step=100)
+    assert f"2 min ago {event_text(failure)}" in page
+    assert f"1 min ago {event_text(start, before)}" in page

@@ -19,6 +19,7 @@ from trainer.checkpoint import claim_attempt
 from trainer.errors import InputError, Interrupted, MusterError, NonFiniteLoss, StorageError, WorkerFailed, note_where
 from trainer.recipe import Recipe
 from trainer.run import layout
+from trainer.run.events import HangEvent, Pulse
 from trainer.run.failure import Failure
 from trainer.run.jsonl import Events, newest_failure, read_rows
 from trainer.run.lease import Lease, read_lease
@@ -127,7 +128,9 @@ def test_the_driver_raises_the_first_cause_whatever_the_storage_does(held: Held,
 def test_a_failure_on_the_drivers_own_side_is_in_the_run(held: Held, recipe: Recipe) -> None:
     drive(held, recipe, fails(InputError("data.train[0]: no such file")))
     assert ends(held[0])[0]["cause"] == "data.train[0]: no such file"
-    assert newest_failure(held[0], held[2].driver) == ends(held[0])[0]
+    found = newest_failure(held[0], held[2].driver)
+    assert found is not None
+    assert found.row == ends(held[0])[0]
 
 
 @pytest.mark.parametrize("error", [Interrupted("asked"), WorkerFailed("on the way out")])
@@ -210,9 +213,9 @@ def test_rank_0_waits_for_others_only_so_long(held: Held, recipe: Recipe) -> Non
 def test_rank_0_names_the_rank_that_held_it_up(held: Held, recipe: Recipe) -> None:
     run, _, lease = held
     claim_attempt(run, lease.driver, {})
-    pulse = {"rank": 1, "host": "b", "step": 3, "phase": "optimizer"}
+    pulse = Pulse(rank=1, host="b", step=3, phase="optimizer")
     events = Events(run, 1, "rank0")
-    events.emit("hang", cause="nothing has moved for 30 s; held up by rank 1", ranks=[pulse])
+    events.emit(HangEvent(cause="nothing has moved for 30 s; held up by rank 1", ranks=(pulse,)))
     events.close()
     said = explain_failure(broken(), RunRank(run, recipe, 0, lease.driver), lambda seconds: None)
     assert said.cause == "nothing has moved for 30 s; held up by rank 1"
@@ -245,7 +248,7 @@ def test_a_rank_whose_storage_is_away_tells_all_the_same(
 def test_a_failure_of_another_driver_is_not_this_ones_cause(held: Held) -> None:
     run, _, lease = held
     events = Events(run, 1, f"driver{lease.driver + 10}")
-    events.emit("failure", **Failure("x").facts(""), retried=False)
+    events.emit(Failure("x").event("", retried=False))
     events.close()
     assert newest_failure(run, lease.driver) is None
 

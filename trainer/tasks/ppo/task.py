@@ -16,6 +16,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
@@ -23,6 +24,7 @@ import torch
 
 from trainer.errors import RewardFailed
 from trainer.records import read_record
+from trainer.run.events import SampleText
 from trainer.tasks.base import GenerationContext, LossOutput, Task, Update, ratio
 from trainer.tasks.inputs import to_device
 from trainer.tasks.ppo.advantages import adapted_kl_coef
@@ -223,14 +225,14 @@ class PPO(Task):
         of_updates = {name: float(value) / tokens for name, value in sums.items() if name != "updated_tokens"}
         return {**self._metrics, **of_updates}
 
-    def example_rollouts(self) -> list[dict[str, Any]]:
+    def example_rollouts(self) -> list[SampleText]:
         return [
-            {
-                **shown(rollout.prompt, rollout.words, self.generation.tokenizer),
-                "reward": rollout.score,
-                "kl": rollout.kl,
-                "ended": rollout.ended,
-            }
+            replace(
+                shown(rollout.prompt, rollout.words, self.generation.tokenizer),
+                reward=rollout.score,
+                kl=rollout.kl,
+                ended=rollout.ended,
+            )
             for rollout in self._experience.rollouts[:EXAMPLES]
         ]
 

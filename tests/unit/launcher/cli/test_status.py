@@ -25,6 +25,7 @@ from tests.support.training import small_recipe
 from trainer.errors import InputError, StorageError
 from trainer.recipe import dump
 from trainer.run import layout
+from trainer.run.events import FailureEvent, StartEvent
 from trainer.run.jsonl import Events, JsonLinesWriter, read_rows
 from trainer.run.lease import Holder, LeaseRecord, to_row
 from trainer.storage import Storage, open_storage
@@ -47,7 +48,7 @@ def write_steps(run: Storage, attempt: int, steps: range, workers: int = 2) -> N
 
 def started(run: Storage, attempt: int, step: int, hosts: list[str]) -> None:
     events = Events(run, attempt, "rank0")
-    events.emit("start", step=step, hosts=hosts, strategy={"kind": "ddp"})
+    events.emit(StartEvent(step=step, hosts=tuple(hosts), strategy={"kind": "ddp"}))
     events.close()
 
 
@@ -161,12 +162,20 @@ def test_a_driver_that_is_heard_of_again_is_no_change(monkeypatch: pytest.Monkey
 CAUSE = (
     "rank 1 on b: step 3, forward of micro-batch 1: OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB"
 )
-FAILED = {"cause": CAUSE, "trace": "  File x.py, line 3", "advice": "  likely: full\n  next:   plan", "retried": False}
+FAILED: dict[str, Any] = {
+    "rank": 1,
+    "host": "b",
+    "phase": None,
+    "cause": CAUSE,
+    "trace": "  File x.py, line 3",
+    "advice": "  likely: full\n  next:   plan",
+    "retried": False,
+}
 
 
 def failing(run: Storage, attempt: int = 1, **fields: Any) -> None:
     events = Events(run, attempt, "driver1-controller")
-    events.emit("failure", **{**FAILED, **fields})
+    events.emit(FailureEvent(**{**FAILED, **fields}))
     events.close()
 
 

@@ -20,16 +20,22 @@ from launcher.monitor.goodput import (
     TRAINING,
     WAITING,
     Goodput,
-    goodput,
     goodput_of,
 )
+from launcher.monitor.goodput import goodput as goodput_of_rows
 from trainer.run import layout
+from trainer.run.events import Event
 from trainer.run.jsonl import JsonLinesWriter
 from trainer.run.lease import Holder, LeaseRecord, to_row
+from trainer.run.metrics import read_metrics_row
 from trainer.storage import open_storage
 
 Rows = list[dict[str, Any]]
 SPENT = {"import": 2.0, "ray": 3.0, "data": 1.0, "workers": 4.0, "model": 5.0, "first_step": 3.0}
+
+
+def goodput(events: Rows, rows: Rows, **more: Any) -> Goodput:
+    return goodput_of_rows(map(Event.from_row, events), map(read_metrics_row, rows), **more)
 
 
 def event(attempt: int, kind: str, time: float, **fields: Any) -> dict[str, Any]:

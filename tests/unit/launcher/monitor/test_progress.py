@@ -25,6 +25,8 @@ from launcher.terminal.status_text import (
 )
 from tests.storage.doubles import faulty, unreachable
 from trainer.data.blocks import BadRow, Counts
+from trainer.run.events import Event
+from trainer.run.metrics import StepMetrics
 from trainer.storage import Storage, open_storage
 from trainer.storage.store import to_json
 
@@ -133,8 +135,8 @@ def test_many_hosts_are_counted() -> None:
 
 def test_the_time_left_follows_the_middle_step_not_the_odd_one() -> None:
     rows = [step_row(10, step_s=60.0), *(step_row(s, step_s=0.5) for s in (9, 8, 7, 6))]
-    assert standing_of(rows, 30, None).left_s == 20 * 0.5
-    assert math.isnan(standing_of([step_row(3, loss=None)], 30, None).loss)
+    assert standing_of([*map(StepMetrics.from_row, rows)], 30, None).left_s == 20 * 0.5
+    assert math.isnan(standing_of([StepMetrics.from_row(step_row(3, loss=None))], 30, None).loss)
 
 
 @pytest.mark.parametrize(("seconds", "text"), [(0, "0:00"), (59.6, "1:00"), (61, "1:01"), (3725, "1:02:05")])
@@ -305,13 +307,18 @@ def test_bad_rows_are_named_up_to_a_number() -> None:
 
 def test_a_start_names_the_workers_by_host() -> None:
     event = {"event": "start", "attempt": 2, "hosts": ["a", "b", "a"], "strategy": {"kind": "fsdp"}, "step": 0}
-    assert event_text(event) == "attempt 2: workers 2 on a, 1 on b, fsdp, from the first step"
-    assert event_text({**event, "step": 9}) == "attempt 2: workers 2 on a, 1 on b, fsdp, going on after step 9"
-    assert event_text({"event": "checkpoint"}) is None
+    assert event_text(Event.from_row(event)) == "attempt 2: workers 2 on a, 1 on b, fsdp, from the first step"
+    assert (
+        event_text(Event.from_row({**event, "step": 9}))
+        == "attempt 2: workers 2 on a, 1 on b, fsdp, going on after step 9"
+    )
+    assert event_text(Event.from_row({"event": "checkpoint"})) is None
 
 
 def test_a_start_says_what_changed() -> None:
-    event = {"event": "start", "attempt": 2, "hosts": ["a", "a"], "strategy": {"kind": "ddp"}, "step": 9}
+    event = Event.from_row(
+        {"event": "start", "attempt": 2, "hosts": ["a", "a"], "strategy": {"kind": "ddp"}, "step": 9}
+    )
     said = "workers 2 on a, ddp, going on after step 9"
     assert event_text(event, ("a", "a")) == f"attempt 2: {said}"
     assert event_text(event, ("a", "a", "b", "b")) == f"attempt 2: b lost, going on with 2 of 4, {said}"
@@ -329,4 +336,4 @@ def test_a_start_says_what_changed() -> None:
     ],
 )
 def test_whoever_watches_from_elsewhere_is_told_more(event: dict[str, Any], text: str) -> None:
-    assert str(watched_text(event)).startswith(text)
+    assert str(watched_text(Event.from_row(event))).startswith(text)

@@ -101,15 +101,7 @@ def test_answers_of_a_trained_model_are_counted_right_and_an_adapter_changes_the
 
 
 def test_of_a_step_trained_twice_the_newest_attempt_counts() -> None:
-    rows = [
-        {"attempt": 2, "step": 2, "loss": 1.0},
-        {"attempt": 1, "step": 1, "loss": 3.0},
-        {"attempt": 1, "step": 2, "loss": 9.0},
-        {"attempt": 1, "step": 2, "eval_loss": 5.0},
-        {"attempt": 2, "step": 3, "loss": None},
-    ]
-    assert losses(rows) == [(1, 3.0), (2, 1.0)]
-    assert losses(rows, "eval_loss") == [(2, 5.0)]
+    assert losses([(2, 2, 1.0), (1, 1, 3.0), (1, 2, 9.0), (2, 3, None)]) == [(1, 3.0), (2, 1.0)]
 
 
 def test_a_falling_curve_falls() -> None:

@@ -16,6 +16,7 @@ from trainer.errors import (
     WorkerFailed,
     note_where,
 )
+from trainer.run.events import FailureEvent
 from trainer.run.failure import SHOWN_LINES, Failure, WorkerError
 
 GLOO = RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer [10.0.0.2]:31337")
@@ -117,10 +118,10 @@ def test_a_death_is_told_with_its_host_and_where_others_saw_it_last() -> None:
     line = "RuntimeError: The actor died unexpectedly before finishing this task."
     placed = placed_death(cause, "b", "step 15, backward of micro-batch 1", 14)
     assert placed.message == f"rank 1 on b died (last seen at step 15, backward of micro-batch 1): {line}"
-    assert (placed.host, placed.facts("")["phase"]) == ("b", "backward of micro-batch 1")
+    assert (placed.host, placed.event("", retried=False).phase) == ("b", "backward of micro-batch 1")
     alone = placed_death(cause, "b", "", 14)
     assert alone.message == f"rank 1 on b died (after step 14): {line}"
-    assert alone.facts("")["phase"] is None
+    assert alone.event("", retried=False).phase is None
     assert placed_death(cause, None, "", 0).message == f"rank 1 died: {line}"
 
 
@@ -130,24 +131,27 @@ def test_an_own_error_says_where_it_came_up_once() -> None:
     note_where(away, "step 14, checkpoint")
     cause = failure(away, 1.0, 0).cause
     assert cause.message == f"rank 0 on host0: step 14, checkpoint: {away}"
-    assert cause.facts("")["phase"] == "checkpoint"
+    assert cause.event("", retried=False).phase == "checkpoint"
     assert not cause.by_another, "it is the storage's connection that was reset"
     lost = NonFiniteLoss("step 3: the loss is not finite")
     note_where(lost, "step 3, exchange of the loss")
     told = failure(lost, 1.0, 0).cause
     assert told.message == "rank 0 on host0: step 3: the loss is not finite"
-    assert told.facts("")["phase"] == "exchange of the loss"
+    assert told.event("", retried=False).phase == "exchange of the loss"
 
 
 def test_what_is_kept_of_a_failure() -> None:
     error = ValueError("bad shape")
     note_where(error, "loading the model")
-    facts = failure(error, 1.0, 2).cause.facts("  next: x")
-    assert facts == {
-        "cause": "rank 2 on host2: loading the model: ValueError: bad shape",
-        "rank": 2,
-        "host": "host2",
-        "phase": "loading the model",
-        "trace": "Traceback (most recent call last):\n  …\nthe last line",
-        "advice": "  next: x",
-    }
+    event = failure(error, 1.0, 2).cause.event("  next: x", retried=True, driver=4, step=7)
+    assert event == FailureEvent(
+        cause="rank 2 on host2: loading the model: ValueError: bad shape",
+        rank=2,
+        host="host2",
+        phase="loading the model",
+        trace="Traceback (most recent call last):\n  …\nthe last line",
+        advice="  next: x",
+        step=7,
+        retried=True,
+        driver=4,
+    )

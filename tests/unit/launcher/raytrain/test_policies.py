@@ -25,6 +25,7 @@ from trainer.checkpoint import claim_attempt, claim_driver
 from trainer.errors import CorruptObject, NonFiniteLoss, note_where
 from trainer.recipe import Recipe, ResourcesSection
 from trainer.run import layout
+from trainer.run.events import BrokenEvent, StartEvent
 from trainer.run.failure import WorkerError
 from trainer.run.jsonl import Events, JsonLinesWriter, read_rows
 from trainer.run.startup_phases import Phases
@@ -91,7 +92,7 @@ def test_the_event_says_what_the_command_says(recipe: Recipe, tmp_path: Path) ->
 
 def started(recipe: Recipe, attempt: int, hosts: list[str]) -> None:
     events = Events(run_of(recipe), attempt, "rank0")
-    events.emit("start", step=0, hosts=hosts, strategy={"kind": "ddp"})
+    events.emit(StartEvent(step=0, hosts=tuple(hosts), strategy={"kind": "ddp"}))
     events.close()
 
 
@@ -122,7 +123,8 @@ def test_a_death_is_placed_on_the_host_of_its_own_group_alone(
     claim_attempt(run_of(recipe), driver, {})
     started(recipe, 3, ["a", "b"])
     events = Events(run_of(recipe), 3, "rank0")
-    events.emit("broken", seen={0: "step 5, exchange of the loss", 1: "step 5, forward of micro-batch 1"})
+    seen = {"0": "step 5, exchange of the loss", "1": "step 5, forward of micro-batch 1"}
+    events.emit(BrokenEvent(seen=seen))
     events.close()
     assert told().startswith(f"rank 1 on b died (last seen at step 5, forward of micro-batch 1): {line}")
 

@@ -23,6 +23,8 @@ from launcher.raytrain.session import missing
 from tests.support.nodes import node
 from trainer.errors import StartAgain, StorageError
 from trainer.recipe import ResourcesSection
+from trainer.run.events import EndEvent, Event, ResizeEvent, SkippedCheckpointEvent, StartEvent
+from trainer.run.failure import Failure
 from trainer.run.jsonl import Events
 from trainer.storage import open_storage
 
@@ -169,8 +171,8 @@ def test_the_newest_workers_are_read_off_the_events(tmp_path: Any) -> None:
     assert newest_group(run, 0) is None
     for attempt, hosts in ((1, ["a", "b"]), (2, ["b"])):
         events = Events(run, attempt, "rank0")
-        events.emit("start", hosts=hosts)
-        events.emit("checkpoint", step=3)
+        events.emit(StartEvent(step=0, hosts=tuple(hosts)))
+        events.emit(SkippedCheckpointEvent(step=3, uri="u", reason="torn"))
         events.close()
     found = newest_group(run, 1)
     assert found is not None
@@ -178,17 +180,19 @@ def test_the_newest_workers_are_read_off_the_events(tmp_path: Any) -> None:
     assert newest_group(run, 2) is None
 
 
-@pytest.mark.parametrize("event", ["failure", "resize", "end"])
-def test_workers_that_are_over_are_no_group(event: str, tmp_path: Any) -> None:
+@pytest.mark.parametrize(
+    "event", [Failure("x").event("", retried=True), ResizeEvent(reason="x", driver=1), EndEvent(state="failed")]
+)
+def test_workers_that_are_over_are_no_group(event: Event, tmp_path: Any) -> None:
     """What is asked of them now, those that come after them would not hear."""
     run = open_storage(str(tmp_path))
-    for attempt, writer, told in ((1, "rank0", "start"), (1, "driver1-resize", event)):
+    for attempt, writer, told in ((1, "rank0", StartEvent(step=0, hosts=("a",))), (1, "driver1-resize", event)):
         events = Events(run, attempt, writer)
-        events.emit(told, hosts=["a"])
+        events.emit(told)
         events.close()
     assert newest_group(run, 0) is None
     events = Events(run, 2, "rank0")
-    events.emit("start", hosts=["b"])
+    events.emit(StartEvent(step=0, hosts=("b",)))
     events.close()
     found = newest_group(run, 0)
     assert found is not None

@@ -27,6 +27,8 @@ from launcher.report.timeline_charts import coarse, straggler
 from tests.storage.doubles import faulty
 from tests.support.made_up_run import ADVICE, BEGAN, CHARTS, COUNTS, SECTIONS, TRACE, WORDS, make_up
 from trainer.redact import Redactor
+from trainer.run.events import Event
+from trainer.run.metrics import read_metrics_row
 from trainer.storage import Storage, open_storage
 
 
@@ -50,17 +52,17 @@ def figures_of(page: str) -> dict[str, Any]:
 
 
 def test_steps_that_were_done_again_count_once(first: RunRecord) -> None:
-    assert [row["step"] for row in first.steps] == list(range(1, 81))
-    assert [row["step"] for row in first.lost] == list(range(21, 31))
-    assert {row["attempt"] for row in first.lost} == {1}
-    assert [row["step"] for row in first.evaluations] == [20, 40, 60, 80]
+    assert [row.step for row in first.steps] == list(range(1, 81))
+    assert [row.step for row in first.lost] == list(range(21, 31))
+    assert {row.attempt for row in first.lost} == {1}
+    assert [row.step for row in first.evaluations] == [20, 40, 60, 80]
 
 
 def test_goodput_adds_up(first: RunRecord) -> None:
     told = first.went.to_json()
     assert sum(told["seconds"].values()) == pytest.approx(told["wall_s"])
-    assert told["seconds"]["lost"] == pytest.approx(2.5 + sum(row["step_s"] for row in first.lost))
-    assert told["seconds"]["starting"] == pytest.approx(3 * 18 - sum(first.steps[i]["step_s"] for i in (0, 20, 60)))
+    assert told["seconds"]["lost"] == pytest.approx(2.5 + sum(row.step_s or 0.0 for row in first.lost))
+    assert told["seconds"]["starting"] == pytest.approx(3 * 18 - sum(first.steps[i].step_s or 0.0 for i in (0, 20, 60)))
     assert told["seconds"]["waiting"] == pytest.approx(9 + 4 + 1)
     assert told["seconds"]["compiling"] == pytest.approx(3 * 1.0)
 
@@ -92,7 +94,7 @@ def test_the_straggler_is_named(first: RunRecord) -> None:
 
 def test_of_very_many_ranks_the_slowest_are_counted(first: RunRecord) -> None:
     rows = [{"attempt": 1, "step": i, "loss": 1.0, "slowest_rank": 70 if i % 4 else 3} for i in range(1, 9)]
-    (bars,) = figures_of(report([replace(first, rows=rows)]))["ranks"]["data"]
+    (bars,) = figures_of(report([replace(first, rows=[*map(read_metrics_row, rows)])]))["ranks"]["data"]
     assert dict(zip(bars["x"], bars["y"], strict=True)) == {70: 6, 3: 2}
 
 
@@ -123,7 +125,7 @@ def test_a_failure_is_shown_with_its_stack_and_what_to_try(first: RunRecord) -> 
 
 def test_an_end_tells_its_cause(first: RunRecord) -> None:
     ended = {"event": "end", "attempt": 3, "time": BEGAN + 999, "state": "failed", "cause": "the lease was lost"}
-    page = report([replace(first, events=[ended])])
+    page = report([replace(first, events=[Event.from_row(ended)])])
     assert rows_of(page, "timeline")[-1][-2:] == ["end", "failed: the lease was lost"]
 
 
@@ -132,7 +134,7 @@ def test_no_event_and_no_host_is_left_out_of_its_table(first: RunRecord) -> None
     events = [{**head, "event": "skipped_checkpoint", "step": i, "reason": "late"} for i in range(150)]
     events.insert(75, {**head, "event": "failure", "cause": "the one"})
     events.append({**head, "event": "start", "step": 0, "hosts": [f"host-{i}" for i in range(150)]})
-    page = report([replace(first, events=events)])
+    page = report([replace(first, events=[*map(Event.from_row, events)])])
     assert "the one" in shown(page, "timeline")
     assert all(f"<td>host-{i}</td>" in shown(page, "hosts") for i in range(150))
 
@@ -160,7 +162,7 @@ def test_texts_that_were_written_to_be_compared_are(first: RunRecord) -> None:
         {**head, "step": 1, "texts": [{"prompt": "P", "text": "of a step"}]},
         {**head, "step": 80, "when": "after", "texts": [{"prompt": "Q", "text": "learnt"}]},
     ]
-    rows = rows_of(report([replace(first, events=events)]), "samples")
+    rows = rows_of(report([replace(first, events=[*map(Event.from_row, events)])]), "samples")
     assert [row for row in rows if row] == [["before (step 0)", "Q", "not yet"], ["after (step 80)", "Q", "learnt"]]
     assert len(rows_of(report([first]), "samples")) == 3, "of texts of the steps the first and the last"
 

@@ -28,6 +28,7 @@ from tests.support.training import small_recipe
 from trainer.errors import WorkerFailed
 from trainer.recipe import dump
 from trainer.run import layout
+from trainer.run.failure import Failure
 from trainer.run.jsonl import Events
 from trainer.run.lease import Holder, LeaseRecord, to_row
 from trainer.storage import Storage, open_storage
@@ -88,7 +89,8 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     made = open_storage(str(tmp_path_factory.mktemp("runs") / "evil"))
     make_up(made, ended="failed")
     events = Events(made, 3, "driver1")
-    events.emit("failure", cause=f"rank 0 on {EVIL}: {EVIL}", trace=EVIL, advice=EVIL, rank=0, host=EVIL, driver=1)
+    failure = Failure(f"rank 0 on {EVIL}: {EVIL}", rank=0, host=EVIL, trace=EVIL)
+    events.emit(failure.event(EVIL, retried=False, driver=1))
     events.close()
     holder = Holder(EVIL, "boot/1", 4711, 1000.0, f"slurm:{EVIL}")
     made.write_json(layout.LEASE, to_row(LeaseRecord(1, "failed", holder, 1e9, 7)))

@@ -9,6 +9,7 @@ import pytest
 from tests.storage.doubles import faulty, unreachable
 from tests.support.waiting import wait_for
 from trainer.errors import StorageError
+from trainer.run.events import EndEvent, ResizeEvent
 from trainer.run.jsonl import Events, JsonLinesWriter, plain, read_rows, rows_backwards
 
 LONG_S = 3600.0
@@ -127,10 +128,10 @@ def test_values_become_what_json_has() -> None:
 def test_events_are_there_when_emit_returns() -> None:
     storage, _ = faulty()
     events = Events(storage, 3, "driver")
-    events.emit("start", hosts=["a", "b"], world_size=2)
+    events.emit(ResizeEvent(reason="c has joined", driver=2))
     (row,) = read_rows(storage, "events")
     assert row.pop("time") > 1.7e9
-    assert row == {"attempt": 3, "event": "start", "writer": "driver", "hosts": ["a", "b"], "world_size": 2}
+    assert row == {"attempt": 3, "event": "resize", "writer": "driver", "reason": "c has joined", "driver": 2}
     events.close()
     assert keys(storage) == ["events/a000003-driver-000000.jsonl"]
 
@@ -140,7 +141,7 @@ def test_events_do_not_decide_how_a_run_ends(caplog: pytest.LogCaptureFixture) -
     backend.before = unreachable
     events = Events(storage, 1, "rank0")
     with caplog.at_level(logging.WARNING):
-        events.emit("end")
+        events.emit(EndEvent(state="succeeded"))
         events.close()
     assert "'end' of attempt 1 is not stored yet" in caplog.text
 

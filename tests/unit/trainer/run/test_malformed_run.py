@@ -17,7 +17,7 @@ from launcher.monitor.follower import View
 from launcher.monitor.status import list_runs, read_status
 from launcher.monitor.tables import checkpoints_table, runs_table
 from launcher.monitor.watch import Watch
-from launcher.quickstart.chart import losses
+from launcher.quickstart.__main__ import show_curve
 from launcher.raytrain.policies import explained
 from launcher.raytrain.scaling import newest_group
 from launcher.report import report
@@ -29,8 +29,9 @@ from tests.unit.trainer.test_records import LEASE
 from trainer.plan.run_length import _speed
 from trainer.run import layout
 from trainer.run.claims import claim_attempt, claim_driver
+from trainer.run.events import BrokenEvent, HangEvent
 from trainer.run.failure import Failure
-from trainer.run.jsonl import newest_event, newest_failure, read_rows
+from trainer.run.jsonl import newest_event, newest_failure, read_metrics, read_rows
 from trainer.storage import Storage
 from trainer.tracking.base import point_of
 
@@ -104,11 +105,11 @@ def look_at(run: Storage) -> None:
     newest_group(run, 0)
     newest_failure(run, 1)
     explained(Failure("killed", died=True), run, 4, 0.0)
-    losses(read_rows(run, layout.METRICS))
-    for row in read_rows(run, layout.METRICS):
-        point_of(row)
-    for kind in ("hang", "broken"):
-        newest_event(run, 1, kind)
+    show_curve(console, run)
+    for metrics in read_metrics(run):
+        point_of(metrics)
+    newest_event(run, 1, HangEvent)
+    newest_event(run, 1, BrokenEvent)
 
 
 @pytest.mark.parametrize("folder", ROWS)

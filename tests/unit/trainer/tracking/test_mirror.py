@@ -15,6 +15,7 @@ from trainer.recipe.trackers import TRACKERS
 from trainer.run import layout
 from trainer.run.jsonl import JsonLinesWriter
 from trainer.run.jsonl_tail import JsonLinesTail
+from trainer.run.metrics import read_metrics_row
 from trainer.storage import Storage
 from trainer.tracking import Mirror, Point, TrackedRun, Watermark, tracked
 from trainer.tracking.base import point_of
@@ -89,18 +90,18 @@ def mirror(run: Storage, recipe: Any) -> Mirror:
 
 def test_a_feed_gives_each_row_once_and_reads_only_what_grew() -> None:
     run, backend = faulty()
-    feed = JsonLinesTail(run, layout.METRICS)
+    feed = JsonLinesTail(run, layout.METRICS, read_metrics_row)
     assert feed.new() == []
     lines = JsonLinesWriter(run, layout.metrics_part(1), roll_rows=3)
     for step in range(1, 5):
         lines.add({"step": step})
     lines.flush(strict=True)
-    assert [row["step"] for row in feed.new()] == [1, 2, 3, 4]
+    assert [row.step for row in feed.new()] == [1, 2, 3, 4]
     lines.add({"step": 5})
     lines.close()
     read: list[str] = []
     backend.before = lambda verb, path: read.append(path) if verb == "read" else None
-    assert [row["step"] for row in feed.new()] == [5]
+    assert [row.step for row in feed.new()] == [5]
     assert read == ["faulty://run/metrics/a000001-000001.jsonl"]
     assert feed.new() == []
 
@@ -108,23 +109,24 @@ def test_a_feed_gives_each_row_once_and_reads_only_what_grew() -> None:
 def test_a_feed_takes_nothing_where_a_read_fails_and_no_half_lines() -> None:
     run, backend = faulty(deadline_s=1.0)
     run.write("metrics/a000001-000000.jsonl", b'{"step": 1}\n{"st')
-    feed = JsonLinesTail(run, layout.METRICS)
+    feed = JsonLinesTail(run, layout.METRICS, read_metrics_row)
     backend.before = lambda verb, path: unreachable(verb, path) if verb == "read" else None
     with pytest.raises(Exception, match="refused"):
         feed.new()
     backend.before = lambda verb, path: None
-    assert feed.new() == [{"step": 1}]
+    assert [row.step for row in feed.new()] == [1]
     run.write("metrics/a000001-000000.jsonl", b'{"step": 1}\n{"step": 2}\nno json\n{"step": 3}\n')
-    assert feed.new() == [{"step": 2}, {"step": 3}]
+    assert [row.step for row in feed.new()] == [2, 3]
 
 
 def test_a_point_holds_the_finite_numbers_of_a_row() -> None:
-    point = point_of({"step": 3, "total_steps": 9, "loss": 1.5, "lr": None, "name": "x", "attempt": 2, "time": 7.0})
-    assert point == Point(3, 9, "train", 7.0, {"loss": 1.5, "attempt": 2.0})
-    evaluated = point_of({"step": 3, "eval_loss": 2.5, "eval_s": 0.5, "attempt": 1})
+    row = {"step": 3, "total_steps": 9, "loss": 1.5, "lr": None, "name": "x", "mood": 4, "attempt": 2, "time": 7.0}
+    point = point_of(read_metrics_row(row))
+    assert point == Point(3, 9, "train", 7.0, {"loss": 1.5, "mood": 4.0, "attempt": 2.0})
+    evaluated = point_of(read_metrics_row({"step": 3, "eval_loss": 2.5, "eval_s": 0.5, "attempt": 1}))
     assert evaluated is not None
     assert evaluated.named() == {"eval/loss": 2.5, "eval/s": 0.5, "eval/attempt": 1.0}
-    assert point_of({"step": 3, "rank": 1}) is None
+    assert point_of(read_metrics_row({"step": 3, "rank": 1})) is None
 
 
 @pytest.mark.parametrize("exact", [False, True])

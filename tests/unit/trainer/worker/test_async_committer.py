@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from trainer.errors import StorageError, where_of
-from trainer.worker.async_committer import Committed, Committer
+from trainer.run.events import CheckpointEvent
+from trainer.worker.async_committer import Committer
 from trainer.worker.train_state import Snapshot
 
 WAIT_S = 30.0
@@ -52,7 +53,7 @@ class Slow:
 
 
 def test_a_newer_snapshot_takes_the_place_of_one_that_waits() -> None:
-    commit, told = Slow(), list[Committed]()
+    commit, told = Slow(), list[CheckpointEvent]()
     committer = Committer(commit, told.append)
     committer.submit(snapshot(1))
     commit.wait_until_begun()
@@ -62,7 +63,7 @@ def test_a_newer_snapshot_takes_the_place_of_one_that_waits() -> None:
     committer.close()
     assert commit.steps == [1, 4]
     assert [(c.step, c.uri, c.bytes) for c in told] == [(1, "memory://1", 7), (4, "memory://4", 7)]
-    assert all(c.upload_s >= 0 for c in told)
+    assert all(c.upload_s is not None and c.upload_s >= 0 for c in told)
     assert not any(folder.exists() for folder in commit.folders), "nothing is left on the disk"
 
 
@@ -146,7 +147,7 @@ def test_the_first_error_is_raised_by_every_call_and_nothing_is_committed_after_
 def test_an_error_of_the_one_who_is_told_counts_too() -> None:
     commit = Slow()
 
-    def told(done: Committed) -> None:
+    def told(done: CheckpointEvent) -> None:
         raise RuntimeError(f"step {done.step}")
 
     committer = Committer(commit, told)

@@ -13,6 +13,8 @@ import pytest
 import torch
 
 from trainer.distributed.world import World
+from trainer.run.events import Pulse
+from trainer.run.metrics import StepMetrics
 from trainer.worker import hang_detector
 from trainer.worker.hang_detector import (
     CHECKPOINT,
@@ -21,7 +23,6 @@ from trainer.worker.hang_detector import (
     STORAGE_PATIENCE_S,
     WAITING_FOR_DATA,
     HangDetector,
-    Pulse,
     Seen,
     culprits,
     hang_text,
@@ -33,7 +34,8 @@ CPU = torch.device("cpu")
 
 
 def seen(rank: int, moves: int, *, beat_ago: float = 0.5, moved_ago: float = 40.0, phase: str = "forward") -> Seen:
-    return Seen(Pulse(rank, f"host{rank}", 100 + rank, 7, phase, moves, 3), NOW - beat_ago, NOW - moved_ago)
+    pulse = Pulse(rank=rank, host=f"host{rank}", pid=100 + rank, step=7, phase=phase, moves=moves, beat=3)
+    return Seen(pulse, NOW - beat_ago, NOW - moved_ago)
 
 
 def names(*pulses: Seen) -> list[int]:
@@ -135,7 +137,7 @@ def test_rank_0_is_named_although_its_store_has_never_answered(monkeypatch: pyte
 
     try:
         with HangDetector(Rank(1, 2, 1, CPU), Silent(), ended.put, least_patience_s=0.05) as detector:
-            detector.on_step_end({"step_s": 0.001}, [])
+            detector.on_step_end(StepMetrics.from_row({"step": 1, "step_s": 0.001}), [])
             (pulse,) = ended.get(timeout=60)
     finally:
         never.set()

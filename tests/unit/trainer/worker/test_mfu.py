@@ -131,13 +131,13 @@ def test_utilisation_is_the_share_of_the_peak() -> None:
     operations = Operations(frozen=100.0, trained=10.0, attention=(Attention(1, 8),))
     meter = Meter(operations, peak=1e6)
     step = 4 * 100 * 50 + 6 * 10 * 50 + 12 * 300
-    assert meter.utilisation(50, 0, 300.0, 2.0) == {"mfu": step / 2e6, "hfu": step / 2e6}
+    assert meter.utilisation(50, 0, 300.0, 2.0) == (step / 2e6, step / 2e6)
     again = 2 * 110 * 50 + 4 * 300
     recomputing = Meter(operations, peak=1e6, recomputes=True).utilisation(50, 0, 300.0, 2.0)
-    assert recomputing == {"mfu": step / 2e6, "hfu": (step + again) / 2e6}
+    assert recomputing == (step / 2e6, (step + again) / 2e6)
     reference = 2 * 100 * 50 + 4 * 300
     referring = Meter(operations, peak=1e6, refers=True).utilisation(50, 0, 300.0, 2.0)
-    assert referring["mfu"] == referring["hfu"] == (step + reference) / 2e6
+    assert referring == ((step + reference) / 2e6, (step + reference) / 2e6)
 
 
 @pytest.mark.parametrize(

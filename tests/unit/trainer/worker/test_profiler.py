@@ -16,6 +16,7 @@ from tests.support.training import losses, run_of, small_recipe, train_here, wri
 from trainer.distributed.world import World
 from trainer.errors import RecipeError, StorageError
 from trainer.run import layout
+from trainer.run.events import ProfileEvent
 from trainer.run.jsonl import read_rows
 from trainer.storage import Storage, open_storage
 from trainer.worker.profiler import Profiler
@@ -29,7 +30,7 @@ def run(tmp_path: Path) -> Storage:
     return open_storage(str(tmp_path / "run"))
 
 
-def profiler(tmp_path: Path, run: Storage, told: list[dict[str, Any]], rank: int = 0, **section: Any) -> Profiler:
+def profiler(tmp_path: Path, run: Storage, told: list[ProfileEvent], rank: int = 0, **section: Any) -> Profiler:
     changes = {"profile": {"steps": [2, 3], **section}, "resources.workers": 2}
     recipe = small_recipe("r", tmp_path, tmp_path, **changes)
     return Profiler(recipe, World(rank, 2, 0, CPU), run, 7, told.append)
@@ -52,13 +53,14 @@ def traced(run: Storage, key: str = TRACE) -> list[int]:
 
 
 def test_the_named_steps_are_traced_and_no_others(tmp_path: Path, run: Storage) -> None:
-    told: list[dict[str, Any]] = []
+    told: list[ProfileEvent] = []
     steps(profiler(tmp_path, run, told), 1, 2, 3, 4)
     assert traced(run) == [2, 3]
-    (fields,) = told
-    assert (fields["rank"], fields["steps"], fields["uri"]) == (0, [2, 3], run.uri(TRACE))
-    assert fields["bytes"] == len(run.read(TRACE))
-    assert "aten::mm" in [operator["name"] for operator in fields["operators"]]
+    (event,) = told
+    assert (event.rank, event.steps, event.uri, event.cause) == (0, (2, 3), run.uri(TRACE), None)
+    assert event.bytes == len(run.read(TRACE))
+    assert event.operators is not None
+    assert "aten::mm" in [operator.name for operator in event.operators]
     assert "aten::mm" in run.read(TRACE.replace(".json.gz", ".txt")).decode()
 
 
@@ -66,15 +68,15 @@ def test_the_named_steps_are_traced_and_no_others(tmp_path: Path, run: Storage) 
 def test_an_attempt_traces_what_it_has_of_the_range(
     ran: tuple[int, ...], want: list[int], tmp_path: Path, run: Storage
 ) -> None:
-    told: list[dict[str, Any]] = []
+    told: list[ProfileEvent] = []
     steps(profiler(tmp_path, run, told), *ran)
     assert traced(run) == want
-    assert told[0]["steps"] == [want[0], want[-1]]
+    assert told[0].steps == (want[0], want[-1])
 
 
 @pytest.mark.parametrize(("rank", "ranks"), [(0, [1]), (1, [0])])
 def test_other_ranks_trace_nothing(rank: int, ranks: list[int], tmp_path: Path, run: Storage) -> None:
-    told: list[dict[str, Any]] = []
+    told: list[ProfileEvent] = []
     steps(profiler(tmp_path, run, told, rank, ranks=ranks), 1, 2, 3, 4)
     assert not told
     assert not list(run.list(layout.PROFILES))
@@ -92,9 +94,9 @@ def test_a_storage_that_fails_is_told_of_and_nothing_more(
         raise StorageError("the storage is away")
 
     monkeypatch.setattr(Storage, "upload", fails)
-    told: list[dict[str, Any]] = []
+    told: list[ProfileEvent] = []
     steps(profiler(tmp_path, run, told), 1, 2, 3, 4)
-    assert told == [{"rank": 0, "steps": [2, 3], "cause": "StorageError: the storage is away"}]
+    assert told == [ProfileEvent(rank=0, steps=(2, 3), cause="StorageError: the storage is away")]
 
 
 @pytest.mark.parametrize("call", ["start", "stop", "export_chrome_trace"])
@@ -111,14 +113,14 @@ def test_a_profiler_that_fails_is_told_of_and_nothing_more(
 
     setattr(Failing, call, fails)
     monkeypatch.setattr("trainer.worker.profiler.profile", Failing)
-    told: list[dict[str, Any]] = []
+    told: list[ProfileEvent] = []
     steps(profiler(tmp_path, run, told), 1, 2, 3, 4)
-    assert [fields["cause"] for fields in told] == ["RuntimeError: no access to the counters"]
+    assert [event.cause for event in told] == ["RuntimeError: no access to the counters"]
     assert not list(run.list(layout.PROFILES))
 
 
 def test_who_is_told_may_have_ended(tmp_path: Path, run: Storage) -> None:
-    def ended(fields: dict[str, Any]) -> None:
+    def ended(event: ProfileEvent) -> None:
         raise RuntimeError("a row came after this was closed")
 
     recipe = small_recipe("r", tmp_path, tmp_path, profile={"steps": [1, 1]})

@@ -19,7 +19,9 @@ from trainer.distributed.world import World
 from trainer.errors import StorageError
 from trainer.recipe import Recipe, loads
 from trainer.run import layout
+from trainer.run.events import StartEvent
 from trainer.run.jsonl import read_rows
+from trainer.run.metrics import EvalMetrics, StepMetrics
 from trainer.worker.recorder import Recorder
 
 Make = Callable[..., Recipe]
@@ -34,19 +36,25 @@ def world(rank: int) -> World:
     return World(rank, 2, rank, torch.device("cpu"))
 
 
+def trained(step: int, loss: float) -> StepMetrics:
+    return StepMetrics.from_row({"step": step, "loss": loss, "stall_s": 0.1, "rank_s": [0.5], "compile_s": 2.0})
+
+
 def test_rank_0_writes_metrics_and_events_and_every_rank_its_ledger(make: Make) -> None:
     run, _ = faulty()
     for rank in (0, 1):
         recorder = Recorder(run, make(), world(rank), attempt=3)
-        recorder.event("start", step=0)
-        recorder.metrics({"step": 1, "loss": 2.5})
+        recorder.event(StartEvent(step=0))
+        recorder.metrics(trained(1, 2.5))
         batch = packed([[9], [12]])
         batch.index = rank
         recorder.log_ledger(1, [batch])
         recorder.close()
     (row,) = read_rows(run, layout.METRICS)
     assert abs(row.pop("time") - time.time()) < 60
-    assert row == {"attempt": 3, "step": 1, "loss": 2.5}
+    assert {name: value for name, value in row.items() if value is not None} == {
+        "attempt": 3, "step": 1, "loss": 2.5, "stall_s": 0.1, "rank_s": [0.5], "compile_s": 2.0,
+    }  # fmt: skip
     assert [(e["event"], e["attempt"], e["step"]) for e in read_rows(run, layout.EVENTS)] == [("start", 3, 0)]
     rows = sorted(read_rows(run, layout.LEDGER), key=lambda row: int(row["rank"]))
     assert rows == [
@@ -70,10 +78,11 @@ def test_there_is_no_ledger_unless_the_recipe_wants_one(make: Make) -> None:
 def test_facts_are_the_newest_of_every_metric(make: Make) -> None:
     run, _ = faulty()
     recorder = Recorder(run, make(), world(1), attempt=1)
-    recorder.metrics({"step": 1, "loss": 2.5})
-    recorder.metrics({"step": 1, "eval_loss": 2.0})
-    recorder.metrics({"step": 2, "loss": 1.5})
-    assert recorder.last_metrics == {"step": 2, "loss": 1.5, "eval_loss": 2.0}
+    recorder.metrics(trained(1, 2.5))
+    recorder.metrics(EvalMetrics.from_row({"step": 1, "eval_loss": 2.0, "eval_accuracy": 0.5, "compile_s": 1.0}))
+    recorder.metrics(trained(2, 1.5))
+    known = {name: value for name, value in recorder.last_metrics.items() if value is not None}
+    assert known == {"step": 2, "loss": 1.5, "eval_loss": 2.0, "eval_accuracy": 0.5}, "nothing of the machines"
 
 
 def test_a_resumed_run_keeps_the_last_evaluation_until_the_next(make: Make) -> None:
@@ -81,8 +90,9 @@ def test_a_resumed_run_keeps_the_last_evaluation_until_the_next(make: Make) -> N
     run, _ = faulty()
     recorder = Recorder(run, make(), world(0), attempt=2)
     recorder.resume_from({"step": 8, "loss": 1.0, "eval_loss": 2.0, "eval_s": 0.5})
-    recorder.metrics({"step": 9, "loss": 0.9})
-    assert recorder.last_metrics == {"step": 9, "loss": 0.9, "eval_loss": 2.0, "eval_s": 0.5}
+    recorder.metrics(trained(9, 0.9))
+    known = {name: value for name, value in recorder.last_metrics.items() if value is not None}
+    assert known == {"step": 9, "loss": 0.9, "eval_loss": 2.0, "eval_s": 0.5}
     recorder.close()
 
 
@@ -97,7 +107,7 @@ def test_one_record_that_cannot_be_stored_does_not_lose_the_others(make: Make) -
             raise StorageError("the metrics are refused")
 
     backend.before = refuse
-    recorder.metrics({"step": 1, "loss": 2.5})
+    recorder.metrics(trained(1, 2.5))
     recorder.log_ledger(1, [packed([[9]])])
     with pytest.raises(StorageError, match="the metrics are refused"):
         recorder.close()
