@@ -42,7 +42,9 @@ class Event:
     def from_row(row: Any) -> Event:
         if not isinstance(row, dict) or not isinstance(row.get("event"), str):
             raise Malformed("it names no event")
-        return read_row(KINDS.get(row["event"], Event), {**row, "row": row})
+        # Null counts as missing; only attempt and time were never null.
+        present = {name: value for name, value in row.items() if value is not None or name in ("attempt", "time")}
+        return read_row(KINDS.get(row["event"], Event), {**present, "row": row})
 
     def to_row(self) -> dict[str, Any]:
         head = {"attempt": self.attempt, "event": self.kind, "time": self.time, "writer": self.writer}

@@ -57,6 +57,18 @@ def test_an_old_row_lacks_fields_and_is_read(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_null_counts_as_missing(kind: str) -> None:
+    nulls = dict.fromkeys([*own_fields(KINDS[kind]), "writer"])
+    assert Event.from_row({"event": kind, **nulls}) == Event.from_row({"event": kind})
+
+
+@pytest.mark.parametrize("name", ["attempt", "time"])
+def test_the_place_of_an_event_is_never_null(name: str) -> None:
+    with pytest.raises(Malformed, match=rf"^{name} is None"):
+        Event.from_row({"event": "end", name: None})
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_fields_that_are_not_known_are_kept_in_the_row_alone(kind: str) -> None:
     event = filled(KINDS[kind], row={})
     row = {**stored(event), "mood": {"a": [1]}}
