@@ -120,11 +120,13 @@ def by_shard(recipe: Recipe, world: Any, steps: int) -> dict[str, Any]:
     import peft  # noqa: F401
     import transformers.models.llama.modeling_llama  # noqa: F401
 
+    from trainer.storage import open_storage
     from trainer.worker.build import build
 
+    storage = open_storage(recipe.storage)
     world.all_gather(None)
     began = time.perf_counter()
-    built = build(recipe, world)
+    built = build(recipe, world, storage)
     seconds = time.perf_counter() - began
     mine = built.load[world.rank]
     kept = built.strategy.local_bytes()

@@ -34,6 +34,7 @@ from trainer.distributed.world import join_world  # noqa: E402
 from trainer.model.peak_rss import HostPeak, resident_bytes  # noqa: E402
 from trainer.plan import Limits, Plan, Planner, read_base  # noqa: E402
 from trainer.recipe import Recipe  # noqa: E402
+from trainer.storage import open_storage  # noqa: E402
 from trainer.worker.build import build  # noqa: E402
 
 LARGE = {"hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 20, "num_attention_heads": 16}
@@ -103,7 +104,7 @@ def _rank(rank: int, recipe: Recipe, ranks: int, port: int, folder: str) -> None
 
     with join_world(gpu=recipe.resources.gpus_per_worker > 0) as world:
         before = resident_bytes()
-        built = build(recipe, world)
+        built = build(recipe, world, open_storage(recipe.storage))
         training = HostPeak()
         extra = resident_bytes() - before
         built.strategy.module.train()

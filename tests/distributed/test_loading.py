@@ -17,6 +17,7 @@ from tests.support.s3 import S3
 from tests.support.tasks import make_encoder, task_recipe, write_task_data
 from tests.support.training import small_recipe
 from trainer.recipe import Recipe
+from trainer.storage import Storage, open_storage
 
 VOCABULARY = 67
 """Not a multiple of any number of ranks, so that shards are uneven."""
@@ -96,9 +97,12 @@ def _rank(rank: int, cases: list[tuple[Recipe, bool]], folder: Path) -> None:
 def _load(recipe: Recipe, world: Any, *, by_shard: bool) -> Seen:
     from trainer.worker import build
 
-    loader = build._loader if by_shard else build.WholeLoader
+    def whole(recipe: Recipe, world: Any, storage: Storage, *parts: Any) -> Any:
+        return build.WholeLoader(recipe, world, *parts)
+
+    loader = build._loader if by_shard else whole
     with mock.patch.object(build, "_loader", loader):
-        built = build.build(recipe, world)
+        built = build.build(recipe, world, open_storage(recipe.storage))
     strategy = built.strategy
     parameters = {n: strategy.full_parameter(n).clone() for n, _ in strategy.model.named_parameters()}
     states = {}
@@ -250,7 +254,6 @@ def test_a_quantised_copy_gives_the_same_for_fewer_bytes(make: Make, tmp_path: P
     """The storage's copy is found by itself; named as the model, it is a repository that somebody quantised."""
     from trainer.model.prequantised import make_copy
     from trainer.run import layout
-    from trainer.storage import open_storage
 
     folder = make_model(tmp_path / "wide", hidden_size=256, intermediate_size=640)
     changes = {"model.path": str(folder), "model.quantization": "nf4", "model.dtype": "bfloat16"}

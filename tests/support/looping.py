@@ -112,7 +112,8 @@ class Bench(Callback):
 def bench(recipe: Recipe, reward: Any = None) -> Iterator[Bench]:
     torch.set_num_threads(1)  # models this small lose time by sharing their work out
     with join_world(gpu=False) as world:
-        data = prepare(recipe, open_storage(recipe.storage))
-        parts = build(recipe, world, data.train.spec.labels, reward)
+        storage = open_storage(recipe.storage)
+        data = prepare(recipe, storage)
+        parts = build(recipe, world, storage, data.train.spec.labels, reward)
         state = TrainState(parts.strategy, parts.adapter, parts.task)
         yield Bench(parts, state, data, Stream.of(recipe, data.train, run_of(recipe)))

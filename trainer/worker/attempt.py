@@ -79,7 +79,7 @@ def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callab
         cache, eval_cache = open_caches(data.train, data.eval, recipe.data.cache_bytes)
         startup.end(DATA)
     with _noted("loading the model"):
-        parts = build(recipe, world, data.train.spec.labels, reward_model(recipe, world.device))
+        parts = build(recipe, world, storage, data.train.spec.labels, reward_model(recipe, world.device))
     with _noted("restoring the checkpoint"):
         attempt = world.decide_on_rank0(lambda: claim_attempt(run, job.driver, dict(job.holder)))
     recorder = Recorder(run, recipe, world, attempt)

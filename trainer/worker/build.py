@@ -29,7 +29,7 @@ from trainer.model.sharded_load import RowReader, ShardLoader
 from trainer.optim import make_optimizer
 from trainer.recipe import ModelSection, Recipe
 from trainer.run import layout
-from trainer.storage import open_storage
+from trainer.storage import Storage
 from trainer.strategies import Strategy, make_strategy
 from trainer.strategies.compiling import compile_layers
 from trainer.tasks import GenerationContext, Task, make_task
@@ -62,11 +62,12 @@ class Parts:
         return _tokenizer(self.recipe, self.files.folder)
 
 
-def build(recipe: Recipe, world: World, labels: tuple[str, ...] = (), reward: Any = None) -> Parts:
-    """Collective: every rank of the attempt calls it. ``labels``: the label set of the training data. ``reward``: the
-    reward model of a task that generates texts, if it has one."""
+def build(recipe: Recipe, world: World, storage: Storage, labels: tuple[str, ...] = (), reward: Any = None) -> Parts:
+    """Collective: every rank of the attempt calls it. ``storage``: the run's, which may have an NF4 copy of the model.
+    ``labels``: the label set of the training data. ``reward``: the reward model of a task that generates texts, if it
+    has one."""
     adapter, task, strategy = make_adapter(recipe), make_task(recipe, labels), make_strategy(recipe, world)
-    with closing(_loader(recipe, world, adapter, task, strategy)) as loader:
+    with closing(_loader(recipe, world, storage, adapter, task, strategy)) as loader:
         if recipe.compute.kernels == "liger":
             use_liger(loader.base)
         model = loader.attach_adapter()
@@ -110,10 +111,12 @@ class BaseLoader(Protocol):
         """Closes the files."""
 
 
-def _loader(recipe: Recipe, world: World, adapter: Adapter, task: Task, strategy: Strategy) -> BaseLoader:
+def _loader(
+    recipe: Recipe, world: World, storage: Storage, adapter: Adapter, task: Task, strategy: Strategy
+) -> BaseLoader:
     if strategy.loads_sharded(recipe):
         try:
-            return ShardedLoader(recipe, world, adapter, task, strategy)
+            return ShardedLoader(recipe, world, storage, adapter, task, strategy)
         except NeedsFullLoad as reason:
             if world.is_rank0:
                 log.warning("each rank loads all of %s before it keeps its part: %s", recipe.model.path, reason)
@@ -166,12 +169,14 @@ class ShardedLoader:
     """Each rank reads only the weights that it keeps. Only the constructor raises NeedsFullLoad, before it has changed
     the adapter or the strategy; the constructor is a collective."""
 
-    def __init__(self, recipe: Recipe, world: World, adapter: Adapter, task: Task, strategy: Strategy) -> None:
+    def __init__(
+        self, recipe: Recipe, world: World, storage: Storage, adapter: Adapter, task: Task, strategy: Strategy
+    ) -> None:
         if recipe.model.quantization == "int8":
             raise NeedsFullLoad("bitsandbytes quantises whole weights to int8")
         self._recipe, self._world, self._adapter, self._task = recipe, world, adapter, task
         self._strategy, self._peak_bytes = strategy, 0
-        self._section = section = self._quantised_copy()
+        self._section = section = self._quantised_copy(storage.child(layout.MODELS))
         remote = "://" in section.path
         self.files = fetch_model(section, weights=not remote)
         head = _head(recipe, task)
@@ -227,12 +232,11 @@ class ShardedLoader:
     def close(self) -> None:
         self._source.close()
 
-    def _quantised_copy(self) -> ModelSection:
+    def _quantised_copy(self, models: Storage) -> ModelSection:
         """Returns the section of the model's NF4 copy if `muster prepare --model` has made one, else the recipe's."""
         section = self._recipe.model
         if section.quantization != "nf4":
             return section
-        models = open_storage(self._recipe.storage).child(layout.MODELS)
         copy = self._world.decide_on_rank0(lambda: copy_of(section, models))
         return section.model_copy(update={"path": copy.url, "revision": "main"}) if copy else section
 

@@ -133,7 +133,7 @@ class Loop:
             [loss_sum, float(not math.isfinite(loss_sum)), stop_here, scores_here, *own, *held, *totals.numbers()]
         )
         own, held, sums = sums[:ranks], sums[ranks : 2 * ranks], sums[2 * ranks :]
-        if bad:
+        if bad:  # on all ranks: each of them takes part in `_named`
             named = self._named([] if math.isfinite(loss_sum) else _samples(update))
             raise NonFiniteLoss(
                 f"step {step}: the loss is not finite ({named}). Lower optimizer.lr, or look at these samples: {NAMING}"
