@@ -6,11 +6,11 @@ import socket
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
 from launcher.doctor.observations import NodeObservation
+from launcher.raytrain.nodes import end_times
 
 DIAL_S = 2.5
 _AT_ONCE = 128
@@ -27,7 +27,7 @@ def read_nodes() -> tuple[list[NodeObservation], dict[str, int]]:
         return "node:__internal_head__" not in entry["Resources"], [part.rjust(3) for part in parts]
 
     listed = sorted(ray.nodes(), key=head_first)
-    ended = _ended()
+    ended = end_times()
     nodes = [_node(entry, ended) for entry in listed]
     ports = {entry["NodeID"]: int(entry["NodeManagerPort"]) for entry in listed}
     return dial(nodes, ports), ports
@@ -44,19 +44,6 @@ def _node(entry: Mapping[str, Any], ended: Mapping[str, float]) -> NodeObservati
         expected=reason in _ON_PURPOSE,
         dead_for_s=None if entry["Alive"] or end is None else max(0.0, time.time() - end),
     )
-
-
-def _ended() -> dict[str, float]:
-    """Returns the Unix time in seconds at which each dead node ended, by node id."""
-    found: dict[str, float] = {}
-    with suppress(Exception):  # Ray has no public call for this, and the private one may change
-        from ray._private import worker
-
-        client: Any = worker.global_worker.gcs_client  # type: ignore[attr-defined]
-        for node_id, info in client.get_all_node_info(timeout=5).items():
-            if info.end_time_ms:
-                found[node_id.hex()] = info.end_time_ms / 1000
-    return found
 
 
 def dial(nodes: Sequence[NodeObservation], ports: Mapping[str, int]) -> list[NodeObservation]:

@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from typing import TYPE_CHECKING
 
 from cluster.job_environment import job_environment
 from launcher.driver.start_lock import one_at_a_time
 from launcher.monitor.progress import Progress
-from launcher.raytrain.environment import Environment
-from launcher.raytrain.prestart import Standby
 from trainer.checkpoint import list_commits, read_claims
 from trainer.checkpoint.publish import finished
 from trainer.data.run_data import prepare_data
@@ -35,7 +34,9 @@ from trainer.tracking import check_trackers
 from trainer.worker.held_run import hold_run, interrupted
 from trainer.worker.job import Job
 
-POLL_S = 0.5
+if TYPE_CHECKING:
+    from launcher.driver.attempts import Runner
+
 FIRST_LOOK_S = 30.0  # a storage that does not answer now is more likely a wrong address than a bad minute
 
 
@@ -54,22 +55,20 @@ def run(recipe: Recipe, progress: Progress, *, takeover: bool = False) -> str:
         return run_storage.uri(layout.ADAPTER)
     phases, here = Phases(process_began()), job_environment(os.environ)
     with one_at_a_time(run_storage.url, takeover=takeover) as starting:
-        progress.phase(f"joining Ray at {here.ray_address}" if here.ray_address else "starting Ray")
         signals = Signals(progress)
-        with Standby(recipe, first_look, here.ray_address, phases) as standby:
-            check_inputs(recipe, progress, begun=has_commits(first_look))
-            phases.end(IMPORT)
-            check_not_cancelled(run_storage, here.job)
-            with current.asking(signals.note):  # an exception within would leave a lease that nobody releases
-                lease = Lease.acquire(run_storage, job=here.job, takeover=takeover, sleep=signals.sleep)
-            signals.tell(lease)
-            if starting:
-                starting.close()
-            return RunDriver(recipe, storage, lease, signals, progress, standby, phases).drive()
+        check_inputs(recipe, progress, begun=has_commits(first_look))
+        phases.end(IMPORT)
+        check_not_cancelled(run_storage, here.job)
+        with current.asking(signals.note):  # an exception within would leave a lease that nobody releases
+            lease = Lease.acquire(run_storage, job=here.job, takeover=takeover, sleep=signals.sleep)
+        signals.tell(lease)
+        if starting:
+            starting.close()
+        return RunDriver(recipe, storage, lease, signals, progress, phases).drive()
 
 
 def check_inputs(recipe: Recipe, progress: Progress, *, begun: bool = False) -> None:
-    """Checks trackers, storage, model and data before any worker starts. Raises InputError. A run that has ``begun``
+    """Checks trackers, storage, model and data before anything is started. Raises InputError. A run that has ``begun``
     continues without a missing tracker, with a warning."""
     from launcher.driver.preflight import check_model, check_storage
 
@@ -108,7 +107,6 @@ class RunDriver:
     lease: Lease
     signals: Signals
     progress: Progress
-    standby: Standby
     phases: Phases
 
     @cached_property
@@ -139,53 +137,45 @@ class RunDriver:
     def _train(self) -> None:
         from launcher.driver.background_prepare import EarlyStart
         from launcher.driver.preflight import load_run_tokenizer
-        from launcher.raytrain.session import quiet_logs
-        from launcher.raytrain.tasks import ray_map
+        from launcher.raytrain.runner import RayRunner
+        from launcher.raytrain.session import RESOURCE_WAIT_S
 
-        recipe, environment, progress = self.recipe, Environment.current(), self.progress
+        recipe, progress, here = self.recipe, self.progress, job_environment(os.environ)
         self.signals.check()
-        self.standby.joined()
-        quiet_logs()
-        if not self.standby.waiting:
-            self._check_resources()
-        self.phases.end(RAY)
-        progress.phase("preparing data")
-        beside = partial(ray_map, environment, recipe.resources)
-        with EarlyStart(recipe.seed, beside, progress.prepared, lambda: self.signals.stopped) as early:
-            data = prepare_data(
-                recipe,
-                self.run,
-                self.storage.child(layout.PREPARED),
-                lambda: load_run_tokenizer(recipe),
-                map_windows=ray_map(environment, stopped=lambda: self.signals.stopped, borrow=self.standby.waiting),
-                on_progress=progress.prepared,
-                early=early.prepare,
+        progress.phase(f"joining Ray at {here.ray_address}" if here.ray_address else "starting Ray")
+        with RayRunner(recipe, here.ray_address) as runner:
+            runner.await_resources(
+                RESOURCE_WAIT_S if here.ray_address else 0.0,  # nobody adds anything to this machine
+                here.nodes if here.ray_address else 0,
+                lambda: self.signals.stopped,
             )
-            progress.data(data)
-            freeze_recipe(self.run, recipe)
-            self.signals.check()
-            self.phases.end(DATA)
-            self._fit(data.total_steps, early.check)
+            self.phases.end(RAY)
+            runner.warm_up()
+            progress.phase("preparing data")
+            with EarlyStart(recipe.seed, runner.map_beside, progress.prepared, lambda: self.signals.stopped) as early:
+                data = prepare_data(
+                    recipe,
+                    self.run,
+                    self.storage.child(layout.PREPARED),
+                    lambda: load_run_tokenizer(recipe),
+                    map_windows=runner.map(stopped=lambda: self.signals.stopped),
+                    on_progress=progress.prepared,
+                    early=early.prepare,
+                )
+                progress.data(data)
+                freeze_recipe(self.run, recipe)
+                self.signals.check()
+                self.phases.end(DATA)
+                self._fit(runner, data.total_steps, early.check)
 
-    def _check_resources(self) -> None:
-        from launcher.raytrain.session import RESOURCE_WAIT_S, check_resources
+    def _fit(self, runner: Runner, total_steps: int, check_data: Callable[[], None]) -> None:
+        from launcher.driver.attempts import Attempts
 
-        here = job_environment(os.environ)
-        check_resources(
-            self.recipe.resources,
-            timeout_s=RESOURCE_WAIT_S if here.ray_address else 0.0,  # nobody adds anything to this machine
-            expected_nodes=here.nodes if here.ray_address else 0,
-            stopped=lambda: self.signals.stopped,
-        )
-
-    def _fit(self, total_steps: int, check_data: Callable[[], None]) -> None:
-        from launcher.raytrain.trainer import follow
-
-        lease, standby = self.lease, self.standby
+        lease = self.lease
         by = {**asdict(lease.holder), "by": "muster run"}
-        job = Job(self.recipe.storage, lease.driver, self.recipe, total_steps, by)
+        attempts = Attempts(runner, Job(self.recipe.storage, lease.driver, self.recipe, total_steps, by), self.phases)
         before = read_claims(self.run).attempt
-        shown = self.progress.training(self.run, before, total_steps, lambda: standby.order.stage, driver=lease.driver)
+        shown = self.progress.training(self.run, before, total_steps, lambda: attempts.stage, driver=lease.driver)
         with shown as show, self._watching(before) as check_cluster, current.asking(self.signals.ask):
 
             def every() -> None:
@@ -197,8 +187,7 @@ class RunDriver:
                 if lease.lost.is_set():
                     raise WorkerFailed(f"another driver has taken {self.run.url} over; this one has stopped")
 
-            standby.order.give(job)
-            follow(standby.workers(), every, POLL_S)
+            attempts.run(every)
 
     def _has_steps(self, before: int) -> bool:
         """Returns True if the current attempt has done a step, which can be committed, or if the storage does not
@@ -213,14 +202,14 @@ class RunDriver:
     def _watching(self, before: int) -> Iterator[Callable[[], None]]:
         """Looks at a cluster's nodes while the workers train; yields what raises StartAgain when too few are left. A
         Ray of this machine's own has one node, which stays. ``before``: the number of the newest attempt before."""
-        from launcher.raytrain.nodes import nodes_of_cluster
-        from launcher.raytrain.scaling import (
+        from launcher.driver.resize import (
             LOST_PATIENCE_IN_JOB_S,
             LOST_PATIENCE_S,
             NodeMonitor,
             ResizePolicy,
             newest_group,
         )
+        from launcher.raytrain.nodes import nodes_of_cluster
         from launcher.raytrain.session import missing
 
         here, resources = job_environment(os.environ), self.recipe.resources
@@ -230,11 +219,11 @@ class RunDriver:
         patience_s = LOST_PATIENCE_IN_JOB_S if here.nodes else LOST_PATIENCE_S
         lookout = ResizePolicy(resources, partial(missing, resources), patience_s)
         group = partial(newest_group, self.run, before)
-        with NodeMonitor(lookout, nodes_of_cluster, group, self._gather_anew) as watch:
+        with NodeMonitor(lookout, nodes_of_cluster, group, self._resize) as watch:
             yield watch.check
 
-    def _gather_anew(self, reason: str) -> None:
-        self.progress.say(f"{reason}: the workers commit and are gathered anew")
+    def _resize(self, reason: str) -> None:
+        self.progress.say(f"{reason}: the workers commit and start again")
         events = Events(self.run, read_claims(self.run).attempt, f"driver{self.lease.driver}-resize")
         events.emit(ResizeEvent(reason=reason, driver=self.lease.driver))
         events.close()

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import math
 import socket
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field
+from typing import Any
 
 from trainer.recipe import ResourcesSection
 
@@ -103,12 +105,12 @@ def _answers(node: Node, timeout_s: float) -> bool:
 
 
 def nodes_of_cluster() -> list[Node]:
-    """Every node that the connected Ray knows of, the lost ones too. May wait for Ray's head for some seconds."""
+    """Returns every node that the connected Ray knows of, the lost ones too. May wait for Ray's head for some
+    seconds."""
     import ray
-    from ray._private import state
 
-    free = state.available_resources_per_node()
-    draining = state.state.get_draining_nodes()
+    rows = ray.nodes()
+    free, draining = _private_tables() or ({row["NodeID"]: row["Resources"] for row in rows}, set())
     return [
         Node(
             id=row["NodeID"],
@@ -122,5 +124,29 @@ def nodes_of_cluster() -> list[Node]:
             lost=" ".join(str(row.get("DeathReasonMessage") or "").split()),
             port=row["NodeManagerPort"],
         )
-        for row in ray.nodes()
+        for row in rows
     ]
+
+
+def _private_tables() -> tuple[Mapping[str, Mapping[str, float]], Container[str]] | None:
+    """Returns the free resources of each node, and the nodes that will be taken away. Ray has no public call for them;
+    without them (None), every node counts as free, and a start that finds no room is tried again."""
+    try:
+        from ray._private import state
+
+        return state.available_resources_per_node(), state.state.get_draining_nodes()
+    except (ImportError, AttributeError):
+        return None
+
+
+def end_times() -> dict[str, float]:
+    """Returns the Unix time in seconds at which each dead node ended, by node id; nothing where Ray does not say."""
+    found: dict[str, float] = {}
+    with suppress(Exception):  # Ray has no public call for this, and the private one may change
+        from ray._private import worker
+
+        client: Any = worker.global_worker.gcs_client  # type: ignore[attr-defined]
+        for node_id, info in client.get_all_node_info(timeout=5).items():
+            if info.end_time_ms:
+                found[node_id.hex()] = info.end_time_ms / 1000
+    return found

@@ -41,18 +41,23 @@ LEAST_FREE = 64 << 20
 ROOM = "make room there, or let TMPDIR name another folder"
 LONGEST_FOLDER = 36
 """Characters: Ray makes sockets below, whose paths may have 107."""
-DRIVER_SETTINGS = {
+TRAIN_SETTINGS = {
+    "RAY_TRAIN_V2_ENABLED": "1",
     # A dead worker is noticed within half a second, and a group that cannot be placed gives up in time to say why.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
     # A process that was stopped answers nobody; of several ranks, the others have ended it before this.
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
+}
+"""Variables that Ray Train sets in its own processes. They are in the environment of the whole job as well: then every
+process of the job has the same one, and Ray gives Ray Train a process that is there already instead of a new one."""
+DRIVER_SETTINGS = {
+    **TRAIN_SETTINGS,
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
-    # The controller runs in the driver, where its log would come between what is said to people.
-    "RAY_TRAIN_ENABLE_CONTROLLER_STRUCTURED_LOGGING": "0",
     # What is called after the driver has left Ray must not start another one.
     "RAY_ENABLE_AUTO_CONNECT": "0",
 }
@@ -86,7 +91,8 @@ def ray_session(address: str | None, resources: ResourcesSection) -> Iterator[No
     set_up(address)
     # Workers import this very tree, from a checkout as from a wheel.
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *filter(None, _python_path())]))
-    _hush_raylet()
+    if not isinstance(sys.stdout, _WithoutRaylet):
+        sys.stdout = _WithoutRaylet(sys.stdout)
     if address is None:
         with session_folder(), RayThread(partial(_start_local, resources)):
             yield
@@ -243,6 +249,7 @@ def _start_local(resources: ResourcesSection) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
             configure_logging=True,
+            runtime_env={"env_vars": _train_settings()},
         )
     except Exception as error:
         raise MusterError(
@@ -267,33 +274,37 @@ def _join(address: str) -> None:
         raise no_cluster(address, " ".join(str(e).split())) from e
 
 
-def runtime_environment(environment: Mapping[str, str], folder: Path) -> dict[str, Any] | None:
-    """Returns how workers find this program's files: by their path, or, in a submitted job with a working directory, by
-    that directory (``folder``), which has another path on each node."""
+def _train_settings() -> dict[str, str]:
+    return {name: os.environ.get(name, value) for name, value in TRAIN_SETTINGS.items()}
+
+
+def runtime_environment(environment: Mapping[str, str], folder: Path) -> dict[str, Any]:
+    """Returns the environment of the job's processes. They find this program's files by their path, or, in a submitted
+    job with a working directory, by that directory (``folder``), which has another path on each node."""
     if RAY_JOB in environment and folder.resolve() == ROOT:
-        return None
-    return {"env_vars": {"PYTHONPATH": environment["PYTHONPATH"]}}
+        return {"env_vars": _train_settings()}
+    return {"env_vars": {"PYTHONPATH": environment["PYTHONPATH"], **_train_settings()}}
 
 
 def locate_cluster(address: str) -> str:
     """``host:port`` of the cluster at ``address`` (``auto``: the one on this machine), which something listens at.
 
     Raises InputError. Ray itself would try again and again for minutes, in the words of its network layer."""
-    from ray._private.services import canonicalize_bootstrap_address
-
     if "://" in address:
         raise InputError(
             f"RAY_ADDRESS is {address!r}, which is not a cluster to join: give HOST:PORT of its head (6379 unless told "
             "otherwise), or submit with `ray job submit --address http://HOST:8265 -- muster run …`"
         )
-    try:
-        found = canonicalize_bootstrap_address(address)
-    except (ConnectionError, ValueError, OSError) as e:
-        raise no_cluster(address, " ".join(str(e).split())) from e
-    if found is None:
-        raise no_cluster(address, "none is known on this machine")
+    found = address
+    if address == "auto":
+        try:  # `ray start` notes there which cluster this machine belongs to
+            found = Path(os.environ.get("RAY_TMPDIR", "/tmp"), "ray", "ray_current_cluster").read_text().strip()
+        except OSError as e:
+            raise no_cluster(address, "none is known on this machine") from e
+    if not found.rpartition(":")[2].isdecimal():
+        raise no_cluster(address, "it is not HOST:PORT")
     await_answer(address, found)
-    return str(found)
+    return found
 
 
 def no_cluster(address: str, cause: str) -> InputError:
@@ -406,19 +417,27 @@ def _many(count: float, noun: str) -> str:
     return f"{count:g} {noun}" + ("" if count == 1 else "s")
 
 
-def _hush_raylet() -> None:
-    """Keeps messages of Ray's daemons about dead processes away from stdout, which is for results; the driver reports
+class _WithoutRaylet:
+    """stdout without what Ray's thread for messages of its daemons writes. Results go to stdout, and the driver reports
     the first cause of a failure itself."""
-    from ray._private import worker
 
-    worker.listen_error_messages = lambda worker, threads_stopped: None
+    def __init__(self, stdout: Any) -> None:
+        self._stdout = stdout
+
+    def write(self, text: str) -> int:
+        if threading.current_thread().name == "ray_listen_error_messages":
+            return len(text)
+        return int(self._stdout.write(text))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stdout, name)
 
 
 def quiet_logs() -> None:
     """Limits Ray's own loggers to errors: the run's events have the rest."""
     for name in ("ray", "ray.train", "ray.data"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    logging.getLogger("ray.train.v2").setLevel(logging.CRITICAL)  # what fails there is told by the run's events
+    logging.getLogger("ray.train.v2").setLevel(logging.CRITICAL)  # the run's events report what fails there
     if not sys.warnoptions:
         import warnings
 

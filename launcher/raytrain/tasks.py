@@ -18,15 +18,12 @@ def ray_map(
     environment: Environment,
     beside: ResourcesSection | None = None,
     stopped: Callable[[], bool] = lambda: False,
-    *,
-    borrow: bool = False,
 ) -> Map:
     """Yields results in the jobs' order; a single job runs in this process, where it needs no worker.
 
     Each task takes a CPU, and as many are in flight as the cluster has CPUs. ``beside``: the tasks run next to training
     workers and take none of Ray's CPUs, so that neither waits for the other; as many are in flight as the workers leave
-    over, at least one. ``borrow``: pre-started workers hold the CPUs and do not use them yet; as many tasks run without
-    CPUs of their own. Raises Interrupted once ``stopped()``; tasks in flight are then cancelled, as they are when the
+    over, at least one. Raises Interrupted once ``stopped()``; tasks in flight are then cancelled, as they are when the
     iterator is closed.
     """
 
@@ -38,7 +35,7 @@ def ray_map(
 
         cpus = int(ray.cluster_resources().get("CPU", 1))
         ahead = max(2, cpus) if beside is None else max(1, cpus - beside.max_workers * beside.cpus_per_worker)
-        call = ray.remote(num_cpus=0 if beside or borrow else 1, max_retries=3, scheduling_strategy="SPREAD")(_run)
+        call = ray.remote(num_cpus=0 if beside else 1, max_retries=3, scheduling_strategy="SPREAD")(_run)
         # As arguments, both stay in the object store; a closure would be kept by the cluster's control store.
         shared, variables = ray.put(task), ray.put(environment)
         pending: list[Any] = []

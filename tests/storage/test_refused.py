@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -50,9 +49,12 @@ def recipe(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.fixture
 def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`muster run` starts a Ray while it looks at the inputs; tests/ray/test_bad_inputs.py is refused beside one."""
-    monkeypatch.setattr("launcher.raytrain.session.ray_session", lambda *told: nullcontext())
-    monkeypatch.setattr("launcher.raytrain.prestart.Standby._room", lambda standby: False)
+    """The inputs are checked before Ray is started."""
+
+    def started(*told: object) -> None:
+        pytest.fail("Ray is started")
+
+    monkeypatch.setattr("launcher.raytrain.runner.ray_session", started)
 
 
 @pytest.fixture

@@ -125,9 +125,14 @@ def loopback_store(port: int, rank: int, size: int) -> dist.Store:
 def _init_group(device: torch.device) -> None:
     backend = backend_of(gpu=device.type == "cuda")
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ.get("WORLD_SIZE"):
+        rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:
             stay_on_loopback()
-        dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
+        if os.environ["MASTER_ADDR"] == LOOPBACK and "TORCHELASTIC_RUN_ID" not in os.environ:
+            store = loopback_store(int(os.environ["MASTER_PORT"]), rank, size)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=COLLECTIVE_TIMEOUT)
+        else:  # torchrun has made the store
+            dist.init_process_group(backend, timeout=COLLECTIVE_TIMEOUT)
     else:
         dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1, timeout=COLLECTIVE_TIMEOUT)
 

@@ -2,8 +2,8 @@
 
 The phases follow each other and add up to the total. Several things run at once while a run starts; a phase is the time
 that was still to wait for it when the phases before it were over. Every duration is measured by one clock of one
-process: the driver passes seconds on, never a time of day, since hosts disagree about that. The message from the
-driver to the workers, some milliseconds, is not included.
+process, and the driver passes seconds on. The exception is the start of the workers: from the driver's request to the
+worker's function, by the clocks of their hosts, which may disagree.
 """
 
 from __future__ import annotations

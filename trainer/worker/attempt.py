@@ -59,7 +59,8 @@ def train(job: Job, stop_requested: Callable[[], bool]) -> Position:
     ``stop_requested`` is called on every rank after each step; True on one rank ends the attempt with a commit.
     Raises Interrupted if it ended before the last step, after its state was committed.
     """
-    startup = Phases(time.monotonic(), job.spent)
+    waited_s = 0.0 if job.asked_at is None else max(0.0, time.time() - job.asked_at)
+    startup = Phases(time.monotonic() - waited_s, job.spent)
     load_libraries()
     torch.manual_seed(job.recipe.seed)
     torch.set_num_threads(job.recipe.resources.cpus_per_worker)

@@ -13,7 +13,7 @@ from trainer.recipe import Recipe
 class Job:
     """``recipe``: this attempt's; its resources and strategy may differ from the frozen one. ``holder``: the driver's
     host and process, for the attempt's claim. ``spent``: seconds of the start-up phases so far
-    (`trainer.run.startup_phases`)."""
+    (`trainer.run.startup_phases`), up to ``asked_at``, when the driver asked for the workers (Unix s, by its clock)."""
 
     storage: str
     driver: int
@@ -21,3 +21,4 @@ class Job:
     total_steps: int
     holder: Mapping[str, Any]
     spent: Mapping[str, float] = field(default_factory=dict)
+    asked_at: float | None = None

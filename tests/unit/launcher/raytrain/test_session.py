@@ -16,6 +16,7 @@ from launcher.raytrain.session import (
     JOIN_WAIT_S,
     RESOURCE_WAIT_S,
     ROOT,
+    TRAIN_SETTINGS,
     await_answer,
     check_resources,
     locate_cluster,
@@ -131,10 +132,10 @@ def test_a_stop_ends_the_wait() -> None:
 
 
 def test_workers_find_the_program_by_its_path_or_in_the_jobs_folder(tmp_path: Path) -> None:
-    by_path = {"env_vars": {"PYTHONPATH": "p"}}
+    by_path = {"env_vars": {"PYTHONPATH": "p", **TRAIN_SETTINGS}}
     job = {"RAY_JOB_CONFIG_JSON_ENV_VAR": "{}", "PYTHONPATH": "p"}
     assert runtime_environment({"PYTHONPATH": "p"}, ROOT) == by_path
-    assert runtime_environment(job, ROOT) is None
+    assert runtime_environment(job, ROOT) == {"env_vars": TRAIN_SETTINGS}
     assert runtime_environment(job, tmp_path) == by_path, "an installed muster, with a folder of recipes"
 
 

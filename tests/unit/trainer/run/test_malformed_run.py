@@ -13,13 +13,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+from launcher.driver.attempts import explained
+from launcher.driver.resize import newest_group
 from launcher.monitor.follower import View
 from launcher.monitor.status import list_runs, read_status
 from launcher.monitor.tables import checkpoints_table, runs_table
 from launcher.monitor.watch import Watch
 from launcher.quickstart.__main__ import show_curve
-from launcher.raytrain.policies import explained
-from launcher.raytrain.scaling import newest_group
 from launcher.report import report
 from launcher.report.reading import read_run
 from tests.storage.doubles import faulty

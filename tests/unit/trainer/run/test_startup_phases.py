@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from launcher.raytrain.handoff import DriverGone, JobHandoff
 from tests.support.training import run_of, small_recipe, train_here, write_pairs
 from trainer.run import layout
 from trainer.run.jsonl import read_rows
-from trainer.run.startup_phases import DATA, IMPORT, PHASES, WORKERS, Phases, process_began
+from trainer.run.startup_phases import DATA, IMPORT, PHASES, Phases, process_began
 from trainer.worker.job import Job
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -61,34 +59,6 @@ def test_the_start_is_now_where_the_system_does_not_tell(tmp_path: Path) -> None
     assert abs(process_began(tmp_path / "none") - time.monotonic()) < 1.0
 
 
-def test_workers_wait_for_the_job_and_are_told_what_was_spent(tmp_path: Path) -> None:
-    clock = Clock()
-    order = JobHandoff(Phases(10.0, clock=clock))
-    clock.now = 13.0
-    threading.Timer(0.1, lambda: order.give(job(tmp_path))).start()
-    assert order.wait(lambda: None).spent[WORKERS] == 3.0
-    clock.now = 20.0
-    order.lost()
-    clock.now = 24.0
-    assert order.wait(lambda: None).spent == {**dict.fromkeys(PHASES, 0.0), WORKERS: 4.0}
-
-
-def test_workers_that_stand_by_end_with_the_driver_and_with_one_of_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    order = JobHandoff(Phases(0.0))
-    threading.Timer(0.1, order.leave).start()
-    with pytest.raises(DriverGone):
-        order.wait(lambda: None)
-    monkeypatch.setattr("launcher.raytrain.handoff.LOOK_S", 0.0)
-
-    def dead() -> None:
-        raise ConnectionError("a worker")
-
-    with pytest.raises(ConnectionError):
-        JobHandoff(Phases(0.0)).wait(dead)
-
-
 def test_an_attempt_tells_what_its_start_took(tiny_model: Path, tmp_path: Path) -> None:
     write_pairs(tmp_path / "data" / "rows.jsonl", 24)
     recipe = small_recipe("started", tiny_model, tmp_path)
@@ -102,20 +72,11 @@ def test_an_attempt_tells_what_its_start_took(tiny_model: Path, tmp_path: Path) 
     assert told["seconds"]["first_step"] > 0
 
 
-def test_ray_is_told_before_it_is_imported_that_nothing_joins_a_cluster_by_itself(tmp_path: Path) -> None:
+def test_ray_is_told_before_it_is_imported_that_nothing_joins_a_cluster_by_itself() -> None:
     """It looks at some settings only then; what is still running when the driver leaves would join another Ray here."""
-    code = f"""
-from contextlib import nullcontext
-from pathlib import Path
+    code = """
 from launcher.raytrain import session
-from launcher.raytrain.prestart import Standby
-from tests.support.training import run_of, small_recipe
-from trainer.run.startup_phases import Phases
-session.ray_session = lambda *told: nullcontext()
-recipe = small_recipe("a-run", Path({str(tmp_path)!r}), Path({str(tmp_path)!r}))
-with Standby(recipe, run_of(recipe), None, Phases(0.0)) as standby:
-    standby.joined()
-    assert not standby.waiting
+session.set_up(None)
 import ray
 assert not ray.is_initialized()
 from ray._private.auto_init_hook import enable_auto_connect

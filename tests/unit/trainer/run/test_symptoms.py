@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from launcher.raytrain.failure_advice import advise
+from launcher.driver.failure_advice import advise
 from tests.support.planning import plan_recipe
 from trainer.errors import NonFiniteLoss, StorageError, note_where, where_of
 from trainer.recipe import Recipe, load

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from launcher.raytrain.crash_loop import CrashSignature, in_a_row, is_hopeless
+from launcher.driver.crash_loop import CrashSignature, in_a_row, is_hopeless
 
 KILLED = "rank 1 died: ActorDiedError: The actor died unexpectedly (pid 4711, actor 0f3c9a7d11aa44bb)"
 DIED = KILLED.replace("rank 1", "rank 0 on host-b").replace("died:", "died (after step 5):")

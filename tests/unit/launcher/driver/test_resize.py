@@ -8,8 +8,7 @@ from typing import Any
 
 import pytest
 
-from launcher.raytrain.nodes import Node
-from launcher.raytrain.scaling import (
+from launcher.driver.resize import (
     LONGEST_RESIZE_S,
     RESIZE_S,
     CurrentWorkers,
@@ -19,6 +18,7 @@ from launcher.raytrain.scaling import (
     ResizePolicy,
     newest_group,
 )
+from launcher.raytrain.nodes import Node
 from launcher.raytrain.session import missing
 from tests.support.nodes import node
 from trainer.errors import StartAgain, StorageError
@@ -154,7 +154,7 @@ class Script:
 
 
 def test_the_watch_acts_on_what_is_decided(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("launcher.raytrain.scaling.LOOK_S", 0.01)
+    monkeypatch.setattr("launcher.driver.resize.LOOK_S", 0.01)
     script, gathered = Script(Resize("room"), StorageError("away"), OSError("Ray is away"), Lost("too few")), []
     with watched(lambda: [], gathered.append, script) as watch:
         watch.check()

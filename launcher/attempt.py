@@ -1,0 +1,55 @@
+"""One attempt: what each of its workers does, and how it ends. Without Ray."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from typing import TYPE_CHECKING
+
+from trainer.run.failure import Failure, WorkerError, useful_stack
+
+if TYPE_CHECKING:
+    from trainer.worker.job import Job
+
+log = logging.getLogger(__name__)
+
+
+class ResizeRequested(Exception):
+    """The workers have committed and ended; they start again on the nodes that are there now."""
+
+
+class AttemptFailed(Exception):
+    """An attempt has ended with an error. ``starting``: before its workers began."""
+
+    def __init__(self, cause: Failure, *, starting: bool = False) -> None:
+        super().__init__(cause.message)
+        self.cause, self.starting = cause, starting
+
+
+def run_rank(job: Job, rank: int) -> None:
+    """Trains as one rank of an attempt. Raises ResizeRequested, or WorkerError for anything else."""
+    try:
+        _train(job, rank)
+    except ResizeRequested:
+        raise
+    except Exception as error:
+        raise WorkerError.of(error, time.time(), rank, os.uname().nodename, useful_stack(error)) from None
+
+
+def _train(job: Job, rank: int) -> None:
+    from trainer.errors import Interrupted
+    from trainer.logs.rank import rank_log
+    from trainer.run.stop_poller import StopPoller
+    from trainer.storage import open_storage
+    from trainer.worker.attempt import train
+
+    run = open_storage(job.storage).child(job.recipe.name)
+    with StopPoller(run, job.driver, enabled=rank == 0) as watch:
+        try:
+            with rank_log(run, rank):
+                train(job, watch.stop_requested)
+        except Interrupted as stopped:
+            log.info("%s", stopped)
+            if watch.gather:
+                raise ResizeRequested(str(stopped)) from None

@@ -1,0 +1,133 @@
+"""An attempt as one ``fit()`` of Ray Train: a fixed number of workers and no restarts. The driver decides the rest."""
+
+from __future__ import annotations
+
+import os
+import socket
+import tempfile
+import threading
+from collections.abc import Mapping
+from typing import Any
+
+import ray
+from ray.train import get_context
+from ray.train.backend import Backend, BackendConfig
+from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
+from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
+from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+from launcher.attempt import AttemptFailed, ResizeRequested, run_rank
+from launcher.raytrain.environment import Environment
+from launcher.raytrain.failures import first_cause, unwrapped
+from trainer.recipe import ResourcesSection
+from trainer.run.failure import Failure
+from trainer.worker.job import Job
+
+
+class Worker:
+    """The function that Ray Train calls on each worker. It is pickled, with the environment inside."""
+
+    def __init__(self, job: Job, environment: Environment) -> None:
+        self._job, self._environment = job, environment
+
+    def __call__(self) -> None:
+        self._environment.apply()
+        run_rank(self._job, get_context().get_world_rank())
+
+
+class Fit:
+    """Ray Train's trainer in a thread of its own, so that the main thread keeps its signals and the screen.
+
+    Its folder is Ray Train's scratch space on the driver's host: checkpoints do not go through it."""
+
+    def __init__(self, job: Job, workers: int, environment: Environment) -> None:
+        self._job, self._workers, self._environment = job, workers, environment
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="ray-train", daemon=True)
+        self._thread.start()
+
+    def wait(self, timeout_s: float) -> bool:
+        self._thread.join(timeout_s)
+        return not self._thread.is_alive()
+
+    def result(self) -> None:
+        if self._error is not None:
+            raise outcome_of(self._error) from self._error
+
+    def _run(self) -> None:
+        job, resources = self._job, self._job.recipe.resources
+        try:
+            with tempfile.TemporaryDirectory(prefix="muster-ray-train-") as folder:
+                no_restarts = FailureConfig(max_failures=0, controller_failure_limit=0)
+                run: Any = RunConfig(name=job.recipe.name, storage_path=folder, failure_config=no_restarts)
+                DataParallelTrainer(
+                    Worker(job, self._environment),
+                    backend_config=GroupConfig(),
+                    scaling_config=scaling(resources, self._workers),
+                    run_config=run,
+                ).fit()
+        except BaseException as error:
+            self._error = error
+
+
+def scaling(resources: ResourcesSection, workers: int) -> ScalingConfig:
+    return ScalingConfig(
+        num_workers=workers,
+        use_gpu=resources.gpus_per_worker > 0,
+        resources_per_worker={"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker},
+        placement_strategy=resources.placement.upper(),
+        accelerator_type=resources.accelerator_type,
+        label_selector=dict(resources.labels) or None,
+    )
+
+
+def outcome_of(error: BaseException) -> ResizeRequested | AttemptFailed:
+    """Returns what the error of a ``fit()`` means."""
+    if isinstance(error, WorkerGroupError) and error.worker_failures:
+        failures: Mapping[int, BaseException] = {r: unwrapped(e) for r, e in error.worker_failures.items()}
+        resize = next((e for e in failures.values() if isinstance(e, ResizeRequested)), None)
+        return resize or AttemptFailed(first_cause(failures))
+    cause = error.controller_failure if isinstance(error, ControllerError) else error
+    message = f"{type(cause).__name__}: {cause}"
+    if type(cause).__name__ == "WorkerGroupStartupTimeoutError":
+        message = (
+            "the cluster did not give the workers their CPUs and GPUs in time: other jobs hold them, or no single node "
+            "has enough; see `ray status`"
+        )
+    return AttemptFailed(Failure(message), starting=True)
+
+
+class GroupConfig(BackendConfig):
+    """Tells each worker where its process group meets, as torchrun does; the worker joins it itself. Ray Train's own
+    configuration for torch imports torch in the driver."""
+
+    @property
+    def backend_cls(self) -> type[MeetingPoint]:
+        return MeetingPoint
+
+
+class MeetingPoint(Backend):
+    share_cuda_visible_devices = True
+
+    def on_start(self, worker_group: Any, backend_config: Any) -> None:
+        address, port = worker_group.execute_single(0, address_and_port)
+        worker_group.execute(meet_at, address, port)
+
+
+def address_and_port() -> tuple[str, int]:
+    """On rank 0: returns this node's address, and a port that is free now."""
+    address = ray.util.get_node_ip_address()
+    with socket.create_server((address, 0)) as server:
+        return address, int(server.getsockname()[1])
+
+
+def meet_at(address: str, port: int) -> None:
+    context = get_context()
+    os.environ |= {
+        "MASTER_ADDR": address,
+        "MASTER_PORT": str(port),
+        "RANK": str(context.get_world_rank()),
+        "WORLD_SIZE": str(context.get_world_size()),
+        "LOCAL_RANK": str(context.get_local_rank()),
+        "LOCAL_WORLD_SIZE": str(context.get_local_world_size()),
+    }

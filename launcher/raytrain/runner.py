@@ -1,0 +1,100 @@
+"""Ray as the place where attempts run: a cluster that is joined, or a Ray of this machine's own."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from contextlib import AbstractContextManager, suppress
+from typing import TYPE_CHECKING, Any
+
+from launcher.raytrain.environment import Environment
+from launcher.raytrain.nodes import Node, answering, each, nodes_of_cluster
+from launcher.raytrain.session import check_resources, quiet_logs, ray_session
+from launcher.raytrain.tasks import Map, ray_map
+from trainer.fast_imports import load_libraries
+from trainer.interruption import current
+from trainer.recipe import Recipe
+
+if TYPE_CHECKING:
+    from launcher.raytrain.fit import Fit
+    from trainer.worker.job import Job
+
+log = logging.getLogger(__name__)
+
+LEAVE_S = 4.0
+
+
+class RayRunner:
+    """Entered, it is connected to Ray. ``address``: of the cluster, None for a Ray of this machine's own."""
+
+    def __init__(self, recipe: Recipe, address: str | None) -> None:
+        self._resources, self._address = recipe.resources, address
+        self._environment = Environment.current()
+        self._session: AbstractContextManager[None] = ray_session(address, recipe.resources)
+        self._asked = False
+        self._fit: Fit | None = None
+
+    def __enter__(self) -> RayRunner:
+        self._session.__enter__()
+        quiet_logs()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._asked:
+            with suppress(Exception):
+                self._request([])
+        # Ray ends a process with exit code 1 if it is used after its shutdown, so a `fit` that still waits is left.
+        if self._fit is not None and not self._fit.wait(0):
+            current.abandon()
+        self._session.__exit__(None, None, None)
+
+    def nodes(self) -> list[Node]:
+        try:
+            return answering(nodes_of_cluster())
+        except Exception:
+            log.exception("the cluster's nodes could not be looked at")
+            return []
+
+    def await_resources(self, timeout_s: float, expected_nodes: int, stopped: Callable[[], bool]) -> None:
+        """See `check_resources`."""
+        check_resources(self._resources, timeout_s=timeout_s, expected_nodes=expected_nodes, stopped=stopped)
+
+    def ask_for(self, workers: int) -> None:
+        if self._address is not None and not self._asked:
+            self._asked = True
+            self._request([each(self._resources)] * workers)
+
+    def _request(self, bundles: list[dict[str, float]]) -> None:
+        from ray.autoscaler.sdk import request_resources
+
+        request_resources(bundles=bundles)
+
+    def map(self, stopped: Callable[[], bool]) -> Map:
+        """See `ray_map`."""
+        return ray_map(self._environment, None, stopped)
+
+    def map_beside(self, stopped: Callable[[], bool]) -> Map:
+        """Returns a map whose tasks run beside the workers."""
+        return ray_map(self._environment, self._resources, stopped)
+
+    def warm_up(self) -> None:
+        """Imports what training needs in Ray's idle processes, which become the workers; does not wait. Processes that
+        will use a GPU are left alone: a library that looks for GPUs as it is imported finds none in a task."""
+        import ray
+
+        if not self._resources.gpus_per_worker:
+            task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy="SPREAD")(preload)
+            self._warm: list[Any] = [task.remote(self._environment) for _ in range(self._resources.max_workers)]
+
+    def start(self, job: Job, workers: int) -> Fit:
+        from launcher.raytrain.fit import Fit
+
+        self._fit = Fit(job, workers, self._environment)
+        return self._fit
+
+
+def preload(environment: Environment) -> None:
+    """Imports what training needs. The environment comes first, since libraries read it as they are imported."""
+    environment.apply()
+    load_libraries()
+    import trainer.worker.attempt  # noqa: F401
