@@ -136,7 +136,7 @@ class Attempts:
         is not worth another attempt."""
         while True:
             workers = self._workers(every)
-            self.stage = f"starting {workers} worker{'' if workers == 1 else 's'}"
+            self.stage = f"starting {workers} worker{'' if workers == 1 else 's'} and loading the model"
             self._phases.end(WORKERS)
             job = replace(self._job, spent=self._phases.spent(), asked_at=time.time())
             attempt = self._runner.start(job, workers)

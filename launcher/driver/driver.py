@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from cluster.job_environment import job_environment
 from launcher.driver.start_lock import one_at_a_time
@@ -136,19 +136,20 @@ class RunDriver:
 
     def _train(self) -> None:
         from launcher.driver.background_prepare import EarlyStart
+        from launcher.driver.local import LocalRunner, needs_no_ray
         from launcher.driver.preflight import load_run_tokenizer
-        from launcher.raytrain.runner import RayRunner
-        from launcher.raytrain.session import RESOURCE_WAIT_S
 
         recipe, progress, here = self.recipe, self.progress, job_environment(os.environ)
         self.signals.check()
-        progress.phase(f"joining Ray at {here.ray_address}" if here.ray_address else "starting Ray")
-        with RayRunner(recipe, here.ray_address) as runner:
-            runner.await_resources(
-                RESOURCE_WAIT_S if here.ray_address else 0.0,  # nobody adds anything to this machine
-                here.nodes if here.ray_address else 0,
-                lambda: self.signals.stopped,
-            )
+        if here.ray_address is None and needs_no_ray(recipe.resources):
+            made: Any = LocalRunner(recipe)
+        else:
+            from launcher.raytrain.runner import RayRunner
+
+            progress.phase(f"joining Ray at {here.ray_address}" if here.ray_address else "starting Ray")
+            made = RayRunner(recipe, here.ray_address)
+        with made as runner:
+            runner.await_resources(here.nodes, lambda: self.signals.stopped)
             self.phases.end(RAY)
             runner.warm_up()
             progress.phase("preparing data")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from launcher.raytrain.environment import Environment
 from launcher.raytrain.nodes import Node, answering, each, nodes_of_cluster
-from launcher.raytrain.session import check_resources, quiet_logs, ray_session
+from launcher.raytrain.session import RESOURCE_WAIT_S, check_resources, quiet_logs, ray_session
 from launcher.raytrain.tasks import Map, ray_map
 from trainer.fast_imports import load_libraries
 from trainer.interruption import current
@@ -55,9 +55,12 @@ class RayRunner:
             log.exception("the cluster's nodes could not be looked at")
             return []
 
-    def await_resources(self, timeout_s: float, expected_nodes: int, stopped: Callable[[], bool]) -> None:
-        """See `check_resources`."""
-        check_resources(self._resources, timeout_s=timeout_s, expected_nodes=expected_nodes, stopped=stopped)
+    def await_resources(self, expected_nodes: int, stopped: Callable[[], bool]) -> None:
+        """See `check_resources`. Nobody adds anything to a Ray of this machine's own."""
+        joined = self._address is not None
+        timeout_s = RESOURCE_WAIT_S if joined else 0.0
+        nodes = expected_nodes if joined else 0
+        check_resources(self._resources, timeout_s=timeout_s, expected_nodes=nodes, stopped=stopped)
 
     def ask_for(self, workers: int) -> None:
         if self._address is not None and not self._asked:
