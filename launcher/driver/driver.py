@@ -234,7 +234,7 @@ class RunDriver:
             yield watch.check
 
     def _gather_anew(self, reason: str) -> None:
-        self.progress.say(f"{reason}: the workers commit and are gathered anew")
+        self.progress.say(f"{reason}: the workers commit and start again")
         events = Events(self.run, read_claims(self.run).attempt, f"driver{self.lease.driver}-resize")
         events.emit(ResizeEvent(reason=reason, driver=self.lease.driver))
         events.close()

@@ -33,7 +33,6 @@ from launcher.raytrain.scaling import newest_group
 from trainer.recipe import Recipe, ResourcesSection
 from trainer.run import symptoms
 from trainer.run.failure import Failure
-from trainer.run.layout import METRICS
 from trainer.storage import Storage, open_storage
 
 log = logging.getLogger(__name__)
@@ -111,11 +110,11 @@ class FailurePolicy(DefaultFailurePolicy):
 
     def _step(self) -> int | None:
         """Returns the last step in the run's metrics, 0 before the first; None if the storage does not answer."""
-        from trainer.run.jsonl import rows_backwards
-        from trainer.run.metrics import StepMetrics, read_metrics_row
+        from trainer.run.jsonl import metrics_backwards
+        from trainer.run.metrics import StepMetrics
 
         try:
-            rows = map(read_metrics_row, rows_backwards(self._run(), METRICS))
+            rows = metrics_backwards(self._run())
             return next((row.step for row in rows if isinstance(row, StepMetrics)), 0)
         except Exception:
             log.exception("the step of the failure could not be read")
