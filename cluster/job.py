@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
-
-ID_PATTERN = re.compile(r"(?P<kind>[a-z]+):(?P<id>.+)")
 
 
 class ClusterError(Exception):

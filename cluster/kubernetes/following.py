@@ -12,12 +12,12 @@ from cluster.kubernetes.reading import INTERRUPTED, Fields, newest_started, read
 
 POLL_S = 3.0
 PATIENCE_S = 600.0
-"""Time for which the cluster may not answer before following ends with an error; the job continues."""
+"""Time for which the cluster may not answer before `follow` raises an error; the job continues."""
 SUBMITTER = "ray-job-submitter"
 
 
 class Follower:
-    """Follows one job, once. ``sleep`` waits where there are no lines to wait for."""
+    """Follows one job, once. ``sleep`` waits while no pod has output."""
 
     def __init__(
         self, kubectl: Kubectl, resource: str, name: str, say: Say, sleep: Callable[[float], None] = time.sleep

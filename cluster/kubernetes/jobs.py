@@ -6,6 +6,7 @@ before it.
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -44,6 +45,11 @@ class KubernetesRef:
         """Returns the command as a user types it."""
         place = f" --namespace {self.namespace}" if self.namespace else ""
         return f"kubectl{place} {verb} {self.resource} {self.name}"
+
+
+_NO_REFUSAL = re.compile(r"exceeded quota|support dry[- ]run|for \"--dry-run\"")
+"""Errors of a dry run that do not refuse the job: the ended job still counts in a quota, which it leaves when it is
+deleted, and some admission webhooks and old versions of kubectl know no dry run."""
 
 
 class Kubernetes:
@@ -96,8 +102,7 @@ class Kubernetes:
         try:
             kubectl.create(text, dry_run=True)
         except ClusterError as error:
-            # The ended job still counts; a quota that it has used up is free again when it is deleted.
-            if "exceeded quota" not in str(error):
+            if not _NO_REFUSAL.search(str(error)):
                 raise
 
     def follow(self, job_id: str, say: Say) -> int:

@@ -38,7 +38,7 @@ _WORD = re.compile(r"[A-Za-z0-9_./:=,@%+-]+")
 
 def manifest(job: ClusterJob) -> Manifest:
     """Returns the job's manifest, by ``settings["kind"]``. Raises ClusterError for what a user can fix: settings that
-    exclude each other, an amount that is none, a recipe that is too large."""
+    exclude each other, an invalid amount, a recipe that is too large."""
     return jobset(job) if job.settings.get("kind", "rayjob") == "jobset" else rayjob(job)
 
 

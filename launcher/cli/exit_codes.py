@@ -27,7 +27,7 @@ def carried_out(command: Callable[[], int | None]) -> int:
         with own_streams():
             code = _code_of(command)
             if code:
-                sys.exit(code)  # so that what has failed keeps its code where nobody reads its output
+                sys.exit(code)  # a failed command keeps its exit code if nobody reads its output
     except SystemExit as ended:
         code = ended.code if isinstance(ended.code, int) else 0
     current.settle(code)

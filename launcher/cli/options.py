@@ -44,7 +44,7 @@ DensityOption = Annotated[
     float | None, typer.Option("--density", min=0.0, max=1.0, help="fraction of the entries that ties and dare keep")
 ]
 
-# Of the commands that generate texts.
+# Options of the commands that generate texts.
 QuantizationOption = Annotated[
     str | None,
     typer.Option("--quantization", help="none | nf4 | int8: quantisation of the base model; default: as in training"),

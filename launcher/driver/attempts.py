@@ -23,9 +23,8 @@ from trainer.recipe import ResourcesSection
 from trainer.run import symptoms
 from trainer.run.events import BrokenEvent, HangEvent
 from trainer.run.failure import Failure
-from trainer.run.jsonl import Events, newest_event, rows_backwards
-from trainer.run.layout import METRICS
-from trainer.run.metrics import StepMetrics, read_metrics_row
+from trainer.run.jsonl import Events, metrics_backwards, newest_event
+from trainer.run.metrics import StepMetrics
 from trainer.run.startup_phases import WORKERS, Phases
 from trainer.storage import Storage, open_storage
 from trainer.worker.job import Job
@@ -195,8 +194,7 @@ def _tried(what: str, otherwise: T, look: Callable[[], T]) -> T:
 
 def last_step(run: Storage) -> int:
     """Returns the last step in the run's metrics, 0 before the first."""
-    rows = map(read_metrics_row, rows_backwards(run, METRICS))
-    return next((row.step for row in rows if isinstance(row, StepMetrics)), 0)
+    return next((row.step for row in metrics_backwards(run) if isinstance(row, StepMetrics)), 0)
 
 
 def _newest_step(run: Storage) -> int:

@@ -15,9 +15,8 @@ from dataclasses import dataclass
 from launcher.raytrain.nodes import Node, room, workers_that_fit
 from trainer.errors import MusterError, StartAgain
 from trainer.recipe import ResourcesSection
-from trainer.run.events import EndEvent, Event, FailureEvent, ResizeEvent, StartEvent
-from trainer.run.jsonl import rows_backwards
-from trainer.run.layout import EVENTS
+from trainer.run.events import EndEvent, FailureEvent, ResizeEvent, StartEvent
+from trainer.run.jsonl import events_backwards
 from trainer.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -164,7 +163,7 @@ def newest_group(run: Storage, before: int) -> CurrentWorkers | None:
     or ended, or if a resize was requested."""
     newest: CurrentWorkers | None = None
     over = 0.0
-    for event in map(Event.from_row, rows_backwards(run, EVENTS)):
+    for event in events_backwards(run):
         if event.attempt <= before or (newest and event.attempt < newest.attempt):
             break
         if isinstance(event, OVER):

@@ -12,7 +12,7 @@ from launcher.report.reading import RunRecord
 from trainer.run.metrics import Metrics
 
 Value = Callable[[Any], float | None]
-"""Returns what is drawn of a row."""
+"""Returns the value of a row to draw; None: no point."""
 
 
 def metric_chart(

@@ -144,14 +144,14 @@ def event_text(event: Event, before: Sequence[str] | None = None) -> str | None:
     """A line for what a person wants to know as it happens; ``before``: the hosts of the attempt before a start."""
     match event:
         case StartEvent():
-            begins = f"going on after step {event.step}" if event.step else "from the first step"
+            begins = f"continues after step {event.step}" if event.step else "from the first step"
             strategy = str(event.strategy.get("kind") or "")
             told = [f"{_changed(before, event.hosts)}workers {placed(event.hosts)}", strategy, begins]
             return f"attempt {event.attempt}: {', '.join(filter(None, told))}"
         case FailureEvent():
             return f"failure: {event.cause}" + ("; restarting the workers" if event.retried else "")
         case SkippedCheckpointEvent():
-            return f"the checkpoint of step {event.step} is passed over: {event.reason}"
+            return f"the checkpoint of step {event.step} is skipped: {event.reason}"
         case StaleCheckpointEvent():
             return f"no checkpoint was committed for {duration(event.age_s or 0)}: the storage is slow or away"
     return None
@@ -161,7 +161,7 @@ def watched_text(event: Event, before: Sequence[str] | None = None) -> str | Non
     """Returns the status line for a person who does not see the driver's own output."""
     match event:
         case ResizeEvent():
-            return f"{event.reason}: the workers are gathered anew"
+            return f"{event.reason}: the workers start again"
         case HangEvent():
             return f"hang: {event.cause}"
         case EndEvent():
@@ -177,7 +177,7 @@ def _changed(before: Sequence[str] | None, hosts: Sequence[str]) -> str:
     gone = [host for host in dict.fromkeys(before) if host not in hosts]
     lost = f"{', '.join(gone[:SHOWN_HOSTS])} lost, " if gone else ""
     if len(hosts) < len(before):
-        return f"{lost}going on with {len(hosts)} of {len(before)}, "
+        return f"{lost}continues with {len(hosts)} of {len(before)}, "
     return f"{lost}{len(hosts)} in the place of {len(before)}, "
 
 

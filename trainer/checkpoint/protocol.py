@@ -43,11 +43,11 @@ CommitKey = tuple[int, int]
 """(attempt, step) of a record."""
 
 OnSkip = Callable[[int, str, str], None]
-"""Called with (step, uri, reason) for every commit that is passed over."""
+"""Called with (step, uri, reason) for every commit that is skipped."""
 
 
 def log_skip(step: int, uri: str, reason: str) -> None:
-    log.warning("the checkpoint of step %d at %s is passed over: %s", step, uri, reason)
+    log.warning("the checkpoint of step %d at %s is skipped: %s", step, uri, reason)
 
 
 def commit(storage: Storage, record: CommitRecord) -> None:

@@ -62,7 +62,7 @@ def working_set(recipe: Recipe, config: PreTrainedConfig, ranks: int) -> Working
 
     Raises InputError when the model's forward depends on tensors' values, which fake tensors do not have."""
     activations = _peak(recipe, config, None)
-    if not recipe.strategy.row.wraps_fakes:
+    if not recipe.strategy.row.plan_runs_wrap:
         return Working(activations, 0)
     return Working(activations, max(0, _peak(recipe, config, ranks) - activations))
 

@@ -18,8 +18,8 @@ from trainer.data.run_data import find_prepared, total_steps, try_open_data
 from trainer.model import fetch_model, load_tokenizer
 from trainer.recipe import Recipe
 from trainer.run import layout
-from trainer.run.jsonl import rows_backwards
-from trainer.run.metrics import StepMetrics, read_metrics_row
+from trainer.run.jsonl import metrics_backwards
+from trainer.run.metrics import StepMetrics
 from trainer.storage import open_storage
 
 log = logging.getLogger(__name__)
@@ -109,7 +109,7 @@ def _length(recipe: Recipe) -> tuple[int, int, int] | None:
 def _speed(recipe: Recipe) -> tuple[float, int] | None:
     """Returns the median tokens per second of the run's last steps, and its number of ranks then."""
     storage = open_storage(recipe.storage, deadline_s=ANSWER_S)
-    rows = islice(rows_backwards(storage.child(recipe.name), layout.METRICS), ROWS)
-    steps = [row for row in map(read_metrics_row, rows) if isinstance(row, StepMetrics)]
+    rows = islice(metrics_backwards(storage.child(recipe.name)), ROWS)
+    steps = [row for row in rows if isinstance(row, StepMetrics)]
     measured = [(row.tokens_per_s, row.world_size) for row in steps if row.tokens_per_s and row.world_size]
     return (statistics.median(speed for speed, _ in measured), measured[0][1]) if measured else None

@@ -36,7 +36,7 @@ PATHS: dict[str, KeyPath] = {
 """The path in a recipe of each side of a cell."""
 
 TABLES: Mapping[str, Registry[Any]] = {"method": METHODS, "strategy": STRATEGIES, "task": TASKS}
-"""The rows of each side that has some."""
+"""The table of each side that has one."""
 
 PLAINEST_FIRST = ("quantization", "strategy", "method", "task")
 """The sides in the order in which to suggest a change: the task, which decides what is learned, is last."""

@@ -14,12 +14,12 @@ class StrategyRow(Choice):
 
     ``shards``: what is divided between the ranks: nothing, gradients and optimizer states, or parameters as well.
     ``settings``: the fields of the recipe's section that have an effect on it. ``zero_stage``: DeepSpeed's, or 0.
-    ``wraps_fakes``: `wrap` works in a fake process group, so that the plan can measure what it gathers."""
+    ``plan_runs_wrap``: `wrap` works in a fake process group, so that the plan can measure what it gathers."""
 
     shards: Literal["nothing", "states", "parameters"] = "nothing"
     settings: tuple[str, ...] = ()
     zero_stage: int = 0
-    wraps_fakes: bool = False
+    plan_runs_wrap: bool = False
 
 
 STRATEGIES = Registry(
@@ -27,7 +27,7 @@ STRATEGIES = Registry(
     {
         "ddp": StrategyRow("trainer.strategies.ddp:DDP"),
         "fsdp": StrategyRow(
-            "trainer.strategies.fsdp:FSDP", "parameters", ("reshard_after_forward", "offload"), wraps_fakes=True
+            "trainer.strategies.fsdp:FSDP", "parameters", ("reshard_after_forward", "offload"), plan_runs_wrap=True
         ),
         "zero2": StrategyRow("trainer.strategies.zero:Zero2", "states", ("deepspeed",), zero_stage=2),
         "zero3": StrategyRow("trainer.strategies.zero:Zero3", "parameters", ("deepspeed",), zero_stage=3),

@@ -1,7 +1,8 @@
 """The rows of `events/`: what happened to a run, one class per kind.
 
-`trainer.run.jsonl.Events` writes them and adds attempt, time and writer. None: not known, or not written by the version
-that wrote the row. A row whose fields have other types was not written by muster and raises Malformed.
+`trainer.run.jsonl.Events` writes them and adds attempt, time and writer. A field is None if its value is not known, or
+not written by the version that wrote the row. A row whose fields have other types was not written by muster and raises
+Malformed.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from trainer.records import Count, UnixTime
 from trainer.run.rows import read_row, row_of
 
 KINDS: dict[str, type[Event]] = {}
-"""The class of each kind, by the name in ``event``; each class below enters itself."""
+"""The class of each kind, by the name in ``event``; `Event.__init_subclass__` adds each class."""
 
 _DRIVER = re.compile(r"driver(\d+)(-|$)")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Event:
-    """The fields of every event; itself an event of a kind that this version does not know.
+    """The fields of every event; an instance of this class itself is an event of an unknown kind.
 
     ``time``: Unix s, 0 in rows of old versions. ``writer``: ``rank0``, ``driver2``, ``driver2-controller``, …; ``row``:
     the row as it was stored, also with the fields that this version does not know; empty before it is written."""
@@ -69,7 +70,7 @@ class StartEvent(Event, kind="start"):
     pids: tuple[Count, ...] = ()
     devices: tuple[str, ...] = ()
     versions: Mapping[str, str | None] = field(default_factory=dict)
-    """Of muster, Python and the packages of this attempt."""
+    """The versions of muster, Python and the packages of this attempt."""
     world_size: Count | None = None
     strategy: Mapping[str, Any] = field(default_factory=dict)
     """`trainer.strategies.Strategy.describe`: ``kind``, and what was wrapped."""
@@ -94,8 +95,8 @@ class StartupEvent(Event, kind="startup"):
 
 @dataclass(frozen=True, kw_only=True)
 class CompiledEvent(Event, kind="compiled"):
-    """Rank 0 writes it after a step or an evaluation during which torch.compile compiled. ``seconds``: of this process;
-    ``programs``: how many it compiled."""
+    """Rank 0 writes it after a step or an evaluation during which torch.compile compiled. ``seconds`` that this process
+    compiled; ``programs``: how many."""
 
     step: Count | None
     seconds: float | None
@@ -241,8 +242,8 @@ class FailureEvent(Event, kind="failure"):
     trace: str | None
     """The important lines of the stack."""
     advice: str | None
-    step: Count | None = None
-    """The last step in the metrics; not under torchrun."""
+    step: Count | None
+    """The last step in the metrics; None under torchrun, or if the storage did not answer."""
     retried: bool | None
     """True if the workers were started again."""
     driver: Count | None = None

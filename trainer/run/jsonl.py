@@ -182,10 +182,24 @@ def read_metrics(storage: Storage) -> list[Metrics]:
     return _read_parts(storage, layout.METRICS, read_metrics_row)
 
 
+def events_backwards(storage: Storage) -> Iterator[Event]:
+    """Yields the events of `read_events` from the last to the first. A part is read only when it is reached."""
+    return _backwards(storage, layout.EVENTS, Event.from_row)
+
+
+def metrics_backwards(storage: Storage) -> Iterator[Metrics]:
+    """Yields the metrics of `read_metrics` from the last to the first, as `events_backwards`."""
+    return _backwards(storage, layout.METRICS, read_metrics_row)
+
+
 def rows_backwards(storage: Storage, prefix: str) -> Iterator[dict[str, Any]]:
-    """Yields the rows of `read_rows` from the last to the first. A part is read only when it is reached."""
+    """Yields the rows of `read_rows` from the last to the first, as `events_backwards`."""
+    return _backwards(storage, prefix, _checked(prefix))
+
+
+def _backwards(storage: Storage, prefix: str, read: Callable[[Any], T]) -> Iterator[T]:
     for info in reversed(_parts_below(storage, prefix)):
-        yield from reversed(_read_part(storage, info.key))
+        yield from reversed(parse_lines(storage, info.key, storage.read(info.key), read))
 
 
 def newest_rows(storage: Storage, prefix: str) -> list[dict[str, Any]]:
@@ -217,8 +231,7 @@ def newest_failure(storage: Storage, driver: int) -> FailureEvent | EndEvent | N
 
 def newest_event(storage: Storage, attempt: int, kind: type[E]) -> E | None:
     """Returns the newest event of this kind in ``attempt``, which has to be the newest one; None if there is none."""
-    events = map(Event.from_row, rows_backwards(storage, layout.EVENTS))
-    of_attempt = takewhile(lambda event: event.attempt == attempt, events)
+    of_attempt = takewhile(lambda event: event.attempt == attempt, events_backwards(storage))
     return next((event for event in of_attempt if isinstance(event, kind)), None)
 
 
@@ -268,8 +281,8 @@ def parse_rows(storage: Storage, key: str, lines: bytes) -> list[dict[str, Any]]
 
 
 def parse_lines(storage: Storage, key: str, lines: bytes, read: Callable[[Any], T]) -> list[T]:
-    """Returns what ``read`` makes of the value of each complete line of a part. Leaves out, with a warning, lines that
-    are no row: no JSON, or a value for which ``read`` raises Malformed."""
+    """Returns the result of ``read`` for each complete line of a part. Leaves out, with a warning, lines that are not
+    JSON, and those for which ``read`` raises Malformed."""
     reader, rows, faults = JsonReader(), [], []
     for line in lines.split(b"\n"):
         if not line.strip():
@@ -285,7 +298,7 @@ def parse_lines(storage: Storage, key: str, lines: bytes, read: Callable[[Any], 
 
 
 def _checked(key: str) -> Callable[[Any], dict[str, Any]]:
-    """Returns a function that returns a row of this part or folder as it is, and raises Malformed if it is none."""
+    """Returns a function that returns a valid row of this part or folder as it is, and raises Malformed for another."""
     typed = {layout.METRICS: read_metrics_row, layout.EVENTS: Event.from_row}.get(key.partition("/")[0])
 
     def check(row: Any) -> dict[str, Any]:

@@ -133,5 +133,5 @@ Metrics = StepMetrics | EvalMetrics
 
 
 def read_metrics_row(row: Any) -> Metrics:
-    """Returns a stored row as its kind: only that of a step has a loss, which may be null. Raises Malformed."""
+    """Returns a stored row: StepMetrics if it has a loss, which may be null, else EvalMetrics. Raises Malformed."""
     return (StepMetrics if isinstance(row, dict) and "loss" in row else EvalMetrics).from_row(row)

@@ -131,8 +131,8 @@ class Task(ABC):
 
     @abstractmethod
     def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
-        """Returns an evaluation's metrics. ``sums``: the sums of `loss` over all ranks, with ``loss`` and ``units``;
-        float64 tensors on the CPU."""
+        """Returns an evaluation's metrics, its ``loss`` among them. ``sums``: the sums of `loss` over all ranks, with
+        ``loss`` and ``units``; float64 tensors on the CPU."""
 
     def step_metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """Returns a training step's metrics besides the loss, from the sums of all its updates."""

@@ -92,7 +92,8 @@ def point_of(metrics: Metrics) -> Point | None:
         for name, value in row.items()
         if isinstance(value, int | float) and math.isfinite(value) and name not in _PLACE
     }
-    return Point(metrics.step, row.get("total_steps") or 0, part, metrics.time or time.time(), values)
+    total_steps = metrics.total_steps if isinstance(metrics, StepMetrics) else None
+    return Point(metrics.step, total_steps or 0, part, metrics.time or time.time(), values)
 
 
 def check_trackers(recipe: Recipe) -> None:

@@ -150,7 +150,7 @@ def _recorded(recorder: Recorder, checkpointer: Checkpointer, detector: HangDete
             # This event comes first: when a rank has died, the launcher soon ends the others.
             if recorder.world.rank < REPORTING_RANKS and COLLECTIVE.search(str(error)):
                 seen = {str(rank): place for rank, place in detector.seen().items()}
-                recorder.event_from_any_rank(BrokenEvent(seen=seen), wait=True)
+                recorder.event_from_any_rank(BrokenEvent(seen=seen))
             checkpointer.drain()
             recorder.close()
         except MusterError as incomplete:
@@ -163,7 +163,7 @@ def _end_hang(found: list[Pulse], detector: HangDetector, recorder: Recorder) ->
     """Records the hang and ends its ranks, whether or not it could be recorded."""
     try:
         hang = HangEvent(cause=hang_text(found, detector.still_s()), ranks=tuple(found))
-        recorder.event_from_any_rank(hang, wait=True)
+        recorder.event_from_any_rank(hang, insist=False)
     finally:
         end_culprits(found, recorder.world.host)
 

@@ -129,7 +129,7 @@ class Checkpointer(Callback):
         self._state.check(record.state)
 
     def _on_skip(self, step: int, uri: str, reason: str) -> None:
-        log.warning("the checkpoint of step %d is passed over: %s", step, reason)
+        log.warning("the checkpoint of step %d is skipped: %s", step, reason)
         self._recorder.event(SkippedCheckpointEvent(step=step, uri=uri, reason=reason))
 
     @cached_property

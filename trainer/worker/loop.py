@@ -239,7 +239,7 @@ class Loop:
         values = {f"eval_{name}": value for name, value in self.task.metrics(sums).items()}
         metrics = EvalMetrics(
             step=step,
-            eval_loss=values.pop("eval_loss"),
+            eval_loss=values.pop("eval_loss", None),
             task=values,
             eval_tokens=int(sums["tokens"]),
             eval_target_tokens=int(sums["target_tokens"]),

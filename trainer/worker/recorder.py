@@ -41,12 +41,12 @@ class Recorder:
         """Reads all events of the run before this attempt."""
         return read_events(self._run) if self.attempt > 1 else []
 
-    def event_from_any_rank(self, event: Event, *, wait: bool = False) -> None:
-        """Records an event from any rank. With ``wait``, returns when it is stored, or soon if the storage is down:
-        a rank that ends others must not wait for long."""
+    def event_from_any_rank(self, event: Event, *, insist: bool = True) -> None:
+        """Records an event from any rank. Returns when it is stored, or could not be; with ``insist``, a write that
+        fails is tried once more. A rank that ends others must not wait for long, and does not insist."""
         events = self._events or Events(self._run, self.attempt, f"rank{self.world.rank}")
-        events.emit(event, wait=wait)
-        if not self._events and not wait:
+        events.emit(event, wait=True)
+        if not self._events and insist:
             events.close()
 
     def metrics(self, metrics: Metrics) -> None:

@@ -162,9 +162,21 @@ def test_an_ended_job_is_kept_if_the_new_one_is_refused(kubectl: StandIn) -> Non
     assert not kubectl.called("delete")
 
 
-def test_a_quota_that_the_ended_job_has_used_up_is_no_refusal(kubectl: StandIn) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        "exceeded quota: jobs, requested: 1, used: 1, limited: 1",
+        'Error from server: admission webhook "w.example.org" does not support dry run',
+        "error: the server does not support dry run",
+        "error: rayjobs.ray.io doesn't support dry-run",
+        'error: invalid argument "server" for "--dry-run" flag: strconv.ParseBool',
+    ],
+)
+def test_a_quota_of_the_ended_job_and_a_dry_run_that_cannot_be_done_are_no_refusal(
+    error: str, kubectl: StandIn
+) -> None:
     kubectl.answers("get-rayjob", existing("Failed"))
-    kubectl.answers("dry-run", "", err="exceeded quota: jobs, requested: 1, used: 1, limited: 1", code=1)
+    kubectl.answers("dry-run", "", err=error, code=1)
     kubectl.answers("delete-rayjob", "")
     kubectl.answers("create", existing())
     assert Kubernetes().submit(job(), "") == "ml/gsm8k"

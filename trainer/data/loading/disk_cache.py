@@ -11,7 +11,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -123,6 +123,7 @@ class DiskCache:
         for entry in os.scandir(self.blocks.folder):
             parts = entry.name.split("-")
             if len(parts) == 3 and parts[0].isdigit() and parts[1].isdigit():
-                yield next_use(int(parts[0]), int(parts[1])), entry.stat().st_size, entry.path
+                with suppress(FileNotFoundError):  # a rank has removed a damaged block
+                    yield next_use(int(parts[0]), int(parts[1])), entry.stat().st_size, entry.path
             elif entry.name.startswith("."):
                 os.unlink(entry.path)  # partial file of a killed process: a writer would hold the lock that we hold

@@ -93,7 +93,7 @@ def test_a_watched_run_loses_a_node_and_ends(terminal: bool) -> None:
 
     clock = Passing(lose_a_node, lambda: hold(run, "succeeded", START + 4))
     shown = watched(run, clock, terminal=terminal)
-    for text in ("attempt 1: workers 2 on a, 1 on b, ddp", "b lost, going on with 2 of 3", "step 9/9", "succeeded"):
+    for text in ("attempt 1: workers 2 on a, 1 on b, ddp", "b lost, continues with 2 of 3", "step 9/9", "succeeded"):
         assert text in shown
     if terminal:
         for text in ("step 4/9", "running", "1.0000", "lr 1.00e-04", "512 tokens/s", "█", "72 samples", "2 on a"):

@@ -185,7 +185,7 @@ def test_a_resumed_run_was_saved_and_may_have_lost_a_host(run: Storage) -> None:
     assert standing is not None
     assert (standing.saved, standing.saved_ago_s) == (7, 30.0)
     assert view.take_news() == [
-        "attempt 2: c lost, going on with 2 of 3, workers 1 on a, 1 on b, ddp, from the first step"
+        "attempt 2: c lost, continues with 2 of 3, workers 1 on a, 1 on b, ddp, from the first step"
     ]
 
 
@@ -223,7 +223,7 @@ def test_news_come_once_and_in_whatever_part_they_stand(run: Storage) -> None:
     skipped = {"attempt": 1, "event": "skipped_checkpoint", "time": 1.0, "step": 5, "reason": "torn", "writer": "a"}
     write_rows(run, "events/a000001-a-000000.jsonl", skipped)
     view.look(last=True)
-    assert view.take_news() == ["the checkpoint of step 5 is passed over: torn"]
+    assert view.take_news() == ["the checkpoint of step 5 is skipped: torn"]
     assert view.take_news() == []
 
 
@@ -310,7 +310,7 @@ def test_a_start_names_the_workers_by_host() -> None:
     assert event_text(Event.from_row(event)) == "attempt 2: workers 2 on a, 1 on b, fsdp, from the first step"
     assert (
         event_text(Event.from_row({**event, "step": 9}))
-        == "attempt 2: workers 2 on a, 1 on b, fsdp, going on after step 9"
+        == "attempt 2: workers 2 on a, 1 on b, fsdp, continues after step 9"
     )
     assert event_text(Event.from_row({"event": "checkpoint"})) is None
 
@@ -319,16 +319,19 @@ def test_a_start_says_what_changed() -> None:
     event = Event.from_row(
         {"event": "start", "attempt": 2, "hosts": ["a", "a"], "strategy": {"kind": "ddp"}, "step": 9}
     )
-    said = "workers 2 on a, ddp, going on after step 9"
+    said = "workers 2 on a, ddp, continues after step 9"
     assert event_text(event, ("a", "a")) == f"attempt 2: {said}"
-    assert event_text(event, ("a", "a", "b", "b")) == f"attempt 2: b lost, going on with 2 of 4, {said}"
+    assert event_text(event, ("a", "a", "b", "b")) == f"attempt 2: b lost, continues with 2 of 4, {said}"
     assert event_text(event, ("a",)) == f"attempt 2: 2 in the place of 1, {said}"
 
 
 @pytest.mark.parametrize(
     ("event", "text"),
     [
-        ({"event": "resize", "reason": "node n will be taken away"}, "node n will be taken away: the workers are "),
+        (
+            {"event": "resize", "reason": "node n will be taken away"},
+            "node n will be taken away: the workers start again",
+        ),
         ({"event": "hang", "cause": "nothing has moved"}, "hang: nothing has moved"),
         ({"event": "end", "state": "succeeded", "step": 9}, "succeeded at step 9"),
         ({"event": "end", "state": "failed"}, "failed"),

@@ -19,7 +19,7 @@ from trainer.distributed.world import World
 from trainer.errors import StorageError
 from trainer.recipe import Recipe, loads
 from trainer.run import layout
-from trainer.run.events import StartEvent
+from trainer.run.events import BrokenEvent, StartEvent
 from trainer.run.jsonl import read_rows
 from trainer.run.metrics import EvalMetrics, StepMetrics
 from trainer.worker.recorder import Recorder
@@ -64,6 +64,24 @@ def test_rank_0_writes_metrics_and_events_and_every_rank_its_ledger(make: Make) 
         }
         for rank in (0, 1)
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("insist", "stored"), [(True, 1), (False, 0)])
+def test_an_event_of_another_rank_is_written_again_if_it_may_take_the_time(
+    make: Make, insist: bool, stored: int
+) -> None:
+    run, backend = faulty()
+    recorder = Recorder(run, make(), world(1), attempt=3)
+    failing = [StorageError("away")]
+
+    def once_away(verb: str, path: str) -> None:
+        if verb == "put" and failing:
+            raise failing.pop()
+
+    backend.before = once_away
+    recorder.event_from_any_rank(BrokenEvent(seen={"0": "step 3, backward"}), insist=insist)
+    assert len(read_rows(run, layout.EVENTS)) == stored
+    assert not failing
 
 
 def test_there_is_no_ledger_unless_the_recipe_wants_one(make: Make) -> None:
