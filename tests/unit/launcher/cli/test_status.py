@@ -175,7 +175,7 @@ FAILED: dict[str, Any] = {
 
 def failing(run: Storage, attempt: int = 1, **fields: Any) -> None:
     events = Events(run, attempt, "driver1-controller")
-    events.emit(FailureEvent(**{**FAILED, **fields}))
+    events.emit(FailureEvent(**{"step": None, **FAILED, **fields}))
     events.close()
 
 
