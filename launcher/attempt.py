@@ -51,5 +51,5 @@ def _train(job: Job, rank: int) -> None:
                 train(job, watch.stop_requested)
         except Interrupted as stopped:
             log.info("%s", stopped)
-            if watch.gather:
+            if watch.resize:
                 raise ResizeRequested(str(stopped)) from None

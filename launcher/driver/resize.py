@@ -1,6 +1,6 @@
 """A run on nodes that come and go: how many workers it has, and when it is resized.
 
-Ray Train's own elasticity ends workers without a chance to save. Here the driver requests a resize through the run's
+Ray Train's elasticity ends workers without a chance to save. Here the driver requests a resize through the run's
 lease: the workers commit a checkpoint, end, and start again on the nodes that are there then.
 """
 
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 LOOK_S = 2.0
 OVER = (FailureEvent, ResizeEvent, EndEvent)
 RESIZE_S = 30.0
-"""Seconds that a group of workers trains at least before it is gathered anew to grow; doubled each time in vain."""
+"""Seconds that a group of workers trains at least before it is resized to grow; doubled each time in vain."""
 LONGEST_RESIZE_S = 3600.0
 LOST_PATIENCE_S = 300.0
 """Seconds without room for the least number of workers before the run ends, to be started again."""
@@ -116,17 +116,17 @@ class ResizePolicy:
 class NodeMonitor:
     """Looks at the nodes in a thread of its own, since Ray's head may take its time to answer.
 
-    ``gather(reason)`` is called from there; `check`, from the driver's own thread, raises StartAgain."""
+    ``resize(reason)`` is called from there; `check`, from the driver's own thread, raises StartAgain."""
 
     def __init__(
         self,
         lookout: ResizePolicy,
         nodes: Callable[[], list[Node]],
         group: Callable[[], CurrentWorkers | None],
-        gather: Callable[[str], None],
+        resize: Callable[[str], None],
         clock: Callable[[], float] = time.time,
     ) -> None:
-        self._lookout, self._nodes, self._group, self._gather, self._clock = lookout, nodes, group, gather, clock
+        self._lookout, self._nodes, self._group, self._resize, self._clock = lookout, nodes, group, resize, clock
         self._lost: str | None = None
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="cluster-watch", daemon=True)
@@ -153,7 +153,7 @@ class NodeMonitor:
 
     def _act(self, found: Resize | Lost | None) -> None:
         if isinstance(found, Resize):
-            self._gather(found.reason)
+            self._resize(found.reason)
         elif isinstance(found, Lost):
             self._lost = found.reason
 

@@ -16,14 +16,14 @@ POLL_S = 1.0
 
 class StopPoller:
     """``stop_requested`` returns True once the driver is stopping or has ended, or a newer driver has taken the run
-    (then this attempt's next commit is fenced). It also returns True when the driver has requested a resize; ``gather``
+    (then this attempt's next commit is fenced). It also returns True when the driver has requested a resize; ``resize``
     is then True. A storage that does not answer changes nothing."""
 
     def __init__(self, run: Storage, driver: int, *, enabled: bool, poll_s: float = POLL_S) -> None:
         self._run, self._driver, self._poll_s = run, driver, poll_s
         self._stop, self._closed = threading.Event(), threading.Event()
-        self._gathers_before: int | None = None
-        self.gather = False
+        self._resizes_before: int | None = None
+        self.resize = False
         self._thread = threading.Thread(target=self._work, name="stop-watch", daemon=True) if enabled else None
 
     def stop_requested(self) -> bool:
@@ -48,11 +48,11 @@ class StopPoller:
                 self._look(lease)
 
     def _look(self, lease: LeaseRecord) -> None:
-        if self._gathers_before is None:
-            self._gathers_before = lease.gathers
+        if self._resizes_before is None:
+            self._resizes_before = lease.gathers
         # Only our own driver and newer ones count: one that was overtaken may still write its lease once.
         if lease.driver > self._driver or (lease.driver == self._driver and lease.state != RUNNING):
             self._stop.set()
-        elif lease.driver == self._driver and lease.gathers > self._gathers_before:
-            self.gather = True
+        elif lease.driver == self._driver and lease.gathers > self._resizes_before:
+            self.resize = True
             self._stop.set()

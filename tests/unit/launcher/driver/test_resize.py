@@ -1,4 +1,4 @@
-"""When workers are gathered anew, and when a run ends for lack of nodes: nodes, workers and time are played."""
+"""When a run is resized, and when it ends for lack of nodes: nodes, workers and time are played."""
 
 from __future__ import annotations
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import re
 import socket
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launcher.raytrain.nodes import answering, room, suits, wanted, workers_that_fit
+from launcher.raytrain.nodes import answering, nodes_of_cluster, room, suits, wanted, workers_that_fit
 from tests.support.nodes import node, nodes
 from trainer.recipe import ResourcesSection
+
+ROOT = Path(__file__).resolve().parents[4]
 
 
 def resources(**values: Any) -> ResourcesSection:
@@ -70,3 +74,17 @@ def test_a_node_that_does_not_answer_is_not_counted() -> None:
         local = [n.__class__(**{**vars(n), "address": "127.0.0.1"}) for n in have]
         assert [n.id for n in answering(local)] == ["n1"]
         assert answering([]) == []
+
+
+def test_without_rays_private_tables_every_node_counts_as_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"NodeID": "n1", "NodeManagerHostname": "a", "NodeManagerAddress": "10.0.0.1", "NodeManagerPort": 7}
+    monkeypatch.setattr("ray.nodes", lambda: [row | {"Alive": True, "Resources": {"CPU": 2.0}}])
+    monkeypatch.setattr("launcher.raytrain.nodes._private_tables", lambda: None)
+    (found,) = nodes_of_cluster()
+    assert (found.free, found.draining) == ({"CPU": 2.0}, False)
+
+
+def test_one_file_alone_reads_private_tables_of_ray() -> None:
+    private = re.compile(r"ray[a-z.]*\._(internal|private)")
+    files = [path for folder in ("launcher", "trainer", "cluster") for path in (ROOT / folder).rglob("*.py")]
+    assert [str(p.relative_to(ROOT)) for p in files if private.search(p.read_text())] == ["launcher/raytrain/nodes.py"]

@@ -73,11 +73,11 @@ def test_workers_are_gathered_once_for_each_wish() -> None:
         assert not watch.stop_requested()
         lease(run, 2, "running", gathers=4)
         wait_for(watch.stop_requested, "the wish to arrive")
-        assert watch.gather
+        assert watch.resize
     with watching(run) as watch:
         lease(run, 2, "stopping", gathers=5)
         wait_for(watch.stop_requested, "the stop to arrive")
-        assert not watch.gather, "a stop is no wish to go on"
+        assert not watch.resize, "a stop is no wish to go on"
 
 
 def test_what_an_overtaken_driver_still_writes_does_not_count() -> None:
