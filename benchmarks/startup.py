@@ -4,10 +4,10 @@
 
 The same small Llama, LoRA of rank 16, DDP in float32, packs of 128 tokens. Each case is a command of its own, timed
 from before its process is started until the first update of the optimizer is done on rank 0, by the clock of this host.
-They take turns, and each is run once before that is not counted. Cases: ``cold`` (muster run, with a Ray of its own; without Ray if --workers is 1),
-``warm`` (muster run, joining a Ray that is up), ``torchrun`` (of trainer, without Ray), ``trl`` (torchrun of trl's
-SFTTrainer), ``ray`` (a bare Ray Train, with a Ray of its own, whose workers train as trl does but by hand). trl comes
-from the package index, into an environment of its own (`benchmarks/environments.py`).
+They take turns, and each is run once before that is not counted. Cases: ``cold`` (muster run, with a Ray of its own, or
+without Ray if ``--workers`` is 1), ``warm`` (muster run, joining a Ray that is up), ``torchrun`` (of trainer, without
+Ray), ``trl`` (torchrun of trl's SFTTrainer), ``ray`` (a bare Ray Train, with a Ray of its own, whose workers train as
+trl does but by hand). trl comes from the package index, into an environment of its own (`benchmarks/environments.py`).
 """
 
 from __future__ import annotations
