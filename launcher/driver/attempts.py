@@ -17,6 +17,7 @@ from launcher.driver.failure_advice import advise
 from launcher.driver.resize import newest_group
 from launcher.raytrain.failures import placed_death
 from launcher.raytrain.nodes import Node, room, workers_that_fit
+from launcher.raytrain.tasks import Map
 from trainer.checkpoint import list_commits, read_claims
 from trainer.errors import StartAgain
 from trainer.recipe import ResourcesSection
@@ -50,23 +51,35 @@ class Attempt(Protocol):
 
     def wait(self, timeout_s: float) -> bool:
         """Returns True if it has ended by then."""
-        ...
 
     def result(self) -> None:
         """Returns if the workers have ended without an error. Raises ResizeRequested or AttemptFailed."""
-        ...
 
 
 class Runner(Protocol):
-    """Where attempts run."""
+    """Where attempts run. It is entered before anything else is called."""
+
+    def __enter__(self) -> Runner: ...
+    def __exit__(self, *exc: object) -> None: ...
+
+    def await_resources(self, expected_nodes: int, stopped: Callable[[], bool]) -> None:
+        """Waits until there is room for the least number of workers, and for nodes that are known to come. Raises
+        InputError with what is missing."""
+
+    def warm_up(self) -> None:
+        """Prepares processes for the workers. Does not wait for them."""
+
+    def map(self, stopped: Callable[[], bool]) -> Map:
+        """Returns a map to prepare data with, which raises Interrupted once ``stopped()``."""
+
+    def map_beside(self, stopped: Callable[[], bool]) -> Map:
+        """Returns such a map that leaves the workers their CPUs."""
 
     def nodes(self) -> Sequence[Node]:
         """Returns the nodes that answer now; none if the cluster does not answer."""
-        ...
 
     def ask_for(self, workers: int) -> None:
         """Requests nodes for so many workers, where nodes can be added. Does not wait for them."""
-        ...
 
     def start(self, job: Job, workers: int) -> Attempt: ...
 

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from cluster.job_environment import job_environment
 from launcher.driver.start_lock import one_at_a_time
@@ -136,19 +136,11 @@ class RunDriver:
 
     def _train(self) -> None:
         from launcher.driver.background_prepare import EarlyStart
-        from launcher.driver.local import LocalRunner, needs_no_ray
         from launcher.driver.preflight import load_run_tokenizer
 
         recipe, progress, here = self.recipe, self.progress, job_environment(os.environ)
         self.signals.check()
-        if here.ray_address is None and needs_no_ray(recipe.resources):
-            made: Any = LocalRunner(recipe)
-        else:
-            from launcher.raytrain.runner import RayRunner
-
-            progress.phase(f"joining Ray at {here.ray_address}" if here.ray_address else "starting Ray")
-            made = RayRunner(recipe, here.ray_address)
-        with made as runner:
+        with self._runner(here.ray_address) as runner:
             runner.await_resources(here.nodes, lambda: self.signals.stopped)
             self.phases.end(RAY)
             runner.warm_up()
@@ -168,6 +160,16 @@ class RunDriver:
                 self.signals.check()
                 self.phases.end(DATA)
                 self._fit(runner, data.total_steps, early.check)
+
+    def _runner(self, address: str | None) -> Runner:
+        from launcher.driver.local import LocalRunner, needs_no_ray
+
+        if address is None and needs_no_ray(self.recipe.resources):
+            return LocalRunner(self.recipe)
+        from launcher.raytrain.runner import RayRunner
+
+        self.progress.phase(f"joining Ray at {address}" if address else "starting Ray")
+        return RayRunner(self.recipe, address)
 
     def _fit(self, runner: Runner, total_steps: int, check_data: Callable[[], None]) -> None:
         from launcher.driver.attempts import Attempts

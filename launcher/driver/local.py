@@ -11,13 +11,15 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
 from launcher.attempt import AttemptFailed, ResizeRequested, run_rank
 from launcher.raytrain.nodes import Node
+from launcher.raytrain.tasks import Map
 from trainer.data.prepare.executor import process_pool
+from trainer.errors import Interrupted
 from trainer.recipe import Recipe, ResourcesSection
 from trainer.run.failure import Failure, WorkerError
 from trainer.worker.job import Job
@@ -53,19 +55,20 @@ class LocalRunner:
         total = {"CPU": float(self._resources.cpus_per_worker), "GPU": float(self._resources.gpus_per_worker)}
         return [Node("local", os.uname().nodename, "", True, total, total)]
 
-    def ask_for(self, workers: int) -> None:
-        """No effect: no node can be added."""
-
     def await_resources(self, expected_nodes: int, stopped: Callable[[], bool]) -> None:
         """No effect: the worker itself reports a GPU that is missing."""
 
-    def map(self, stopped: Callable[[], bool]) -> Any:
-        return process_pool(os.cpu_count() or 1)
-
-    map_beside = map
-
     def warm_up(self) -> None:
         """No effect: the child imports already."""
+
+    def ask_for(self, workers: int) -> None:
+        """No effect: no node can be added."""
+
+    def map(self, stopped: Callable[[], bool]) -> Map:
+        return _until(stopped, process_pool(os.cpu_count() or 1))
+
+    def map_beside(self, stopped: Callable[[], bool]) -> Map:
+        return _until(stopped, process_pool(max(1, (os.cpu_count() or 1) - self._resources.cpus_per_worker)))
 
     def start(self, job: Job, workers: int) -> LocalAttempt:
         attempt, self._waiting = self._waiting or LocalAttempt(), None
@@ -74,6 +77,18 @@ class LocalRunner:
         attempt.begin(job)
         self._waiting = attempt
         return attempt
+
+
+def _until(stopped: Callable[[], bool], mapped: Map) -> Map:
+    """Returns a map that raises Interrupted after the first result once ``stopped()``."""
+
+    def run(task: Callable[[Any], Any], jobs: Sequence[Any]) -> Iterator[Any]:
+        for result in mapped(task, jobs):
+            yield result
+            if stopped():
+                raise Interrupted("stopped while data was being prepared")
+
+    return run
 
 
 class LocalAttempt:
