@@ -104,7 +104,7 @@ class Driven(driver.RunDriver):
 
 def drive(held: Held, recipe: Recipe, train: Callable[[], object], *, stopped: bool = False) -> MusterError:
     run, _, lease = held
-    parts: Any = SimpleNamespace(child=lambda name: run), lease, SimpleNamespace(stopped=stopped), None, None, train
+    parts: Any = SimpleNamespace(child=lambda name: run), lease, SimpleNamespace(stopped=stopped), None, train
     with pytest.raises(MusterError) as found:
         Driven(recipe, *parts).drive()
     return found.value
