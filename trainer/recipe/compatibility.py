@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from trainer.recipe import matrix
-from trainer.recipe.base import Conflict, KeyPath, Section
+from trainer.recipe.base import Conflict, KeyPath
 from trainer.recipe.formats import formats_of
 from trainer.recipe.sections.compute import SIXTEEN_BIT
 from trainer.recipe.sections.data import SourceSection
@@ -236,18 +236,12 @@ def across_sections(recipe: Recipe) -> Iterator[Conflict]:
 def _unused_sections(recipe: Recipe) -> Iterator[Conflict]:
     """Yields settings of tasks and trackers that this run does not use."""
     for task, section in ((task, row.section) for task, row in TASKS.items() if task != recipe.task):
-        for name in _given(getattr(recipe, task), section()) if section else ():
+        for name in getattr(recipe, task).given() if section else ():
             yield Conflict(((task, name), ("task",)), f"has no effect with task {recipe.task}; leave it out")
-    for tracker, row in ((tracker, row) for tracker, row in TRACKERS.items() if tracker not in recipe.tracking):
-        for name in _given(getattr(recipe, tracker), row.section()):
+    for tracker in (tracker for tracker in TRACKERS.names() if tracker not in recipe.tracking):
+        for name in getattr(recipe, tracker).given():
             message = f"has no effect without {tracker} in tracking; add it there, or leave this out"
             yield Conflict(((tracker, name), ("tracking",)), message)
-
-
-def _given(section: Section, plain: Section) -> Iterator[str]:
-    # A frozen recipe contains every default, so only values that differ from the default count as given.
-    values, defaults = section.model_dump(), plain.model_dump()
-    return (name for name in values if values[name] != defaults[name])
 
 
 def _formats_of_task(recipe: Recipe) -> Iterator[Conflict]:
