@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from trainer.recipe.base import KeyPath, Section
 from trainer.recipe.compatibility import RULES
 from trainer.recipe.formats import FORMATS, formats_of
-from trainer.recipe.matrix import REFUSALS, alike, axes, signs
+from trainer.recipe.matrix import alike, axes, refusals, sides_of, signs, values_of
 from trainer.recipe.methods import METHODS
 from trainer.recipe.root import Recipe
 from trainer.recipe.sections.datasets import DATASETS
@@ -163,8 +163,10 @@ def _matrix() -> str:
             lines.append(f"| `{method}` | {' | '.join(' '.join(w).strip() for w in works)} |")
         lines.append("")
     lines += ["Why the others do not:", ""]
-    for refused in REFUSALS:
-        sides = (f"{side} {', '.join(f'`{value}`' for value in refused.values(side))}" for side in refused.sides())
+    for refused in refusals():
+        sides = (
+            f"{side} {', '.join(f'`{value}`' for value in values_of(refused, side))}" for side in sides_of(refused)
+        )
         lines.append(f"- {' with '.join(sides)}: {refused.why}.")
     return "\n".join([*lines, ""])
 

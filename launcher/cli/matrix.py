@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -12,7 +12,8 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.terminal.console import stdout
-from trainer.recipe.matrix import REFUSALS, SIGNS, Refusal, alike, axes, cells, refusal, signs
+from trainer.recipe.matrix import SIGNS, alike, axes, cells, refusal, refusals, sides_of, signs, values_of
+from trainer.recipe.refusal import Refusal
 from trainer.recipe.tasks import TASKS
 
 WIDTH = 80
@@ -34,7 +35,7 @@ def matrix(
     for group in alike(tasks):
         console.print(matrix_table(group))
     console.print(legend())
-    console.print(reasons(tuple(r for r in REFUSALS if not r.task or set(r.values("task")) & set(tasks))))
+    console.print(reasons([r for r in refusals() if not r.task or set(values_of(r, "task")) & set(tasks)]))
 
 
 def matrix_table(tasks: tuple[str, ...]) -> Table:
@@ -52,11 +53,11 @@ def legend() -> Text:
     return Text(f"model.quantization: {said}. `muster validate` says what works instead of a gap.")
 
 
-def reasons(refusals: tuple[Refusal, ...]) -> Table:
+def reasons(found: Sequence[Refusal]) -> Table:
     """Returns the reasons of the gaps."""
     table = Table("does not work together", "because", box=box.SIMPLE)
-    for refused in refusals:
-        sides = [f"{side} {', '.join(refused.values(side))}" for side in refused.sides()]
+    for refused in found:
+        sides = [f"{side} {', '.join(values_of(refused, side))}" for side in sides_of(refused)]
         table.add_row("\n".join(sides), refused.why)
     return table
 

@@ -1,4 +1,4 @@
-"""``muster validate`` and ``muster schema``: a recipe is checked, by muster or in an editor."""
+"""``muster validate`` and ``muster schema``: check a recipe, here or in an editor."""
 
 from __future__ import annotations
 

@@ -101,7 +101,7 @@ def read_runs(uris: Sequence[str], deadline_s: float) -> list[RunRecord]:
 def read_run(run: Storage) -> RunRecord:
     redact = redactor()
     status = read_status(run)
-    events = read_events(run)
+    events = read_events(run, lambda row: Event.from_row(redact.clean(row)))
     rows = [row for row in read_metrics(run) if row.attempt]
     running, driver = status.state == "running", newest_driver(run)
     went = goodput(events, rows, until=status.heard_at, running=running, driver=driver)
@@ -111,7 +111,7 @@ def read_run(run: Storage) -> RunRecord:
         status=replace(status, uri=redact.text(status.uri), name=redact.text(status.name)),
         recipe=redact.text(recipe),
         provenance=redact.clean(_provenance(run)),
-        events=[Event.from_row(redact.clean(event.row)) for event in events],
+        events=events,
         rows=rows,
         went=went,
         data=_data(run, recipe, redact),

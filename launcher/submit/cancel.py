@@ -30,7 +30,7 @@ def cancel_run(run_uri: str, say: Say) -> None:
     request_end(run, lease.driver if lease else None, sorted({*jobs, *map(name_in_driver, jobs)}))
     ended = True
     if lease is not None and is_held(run, lease):
-        say(f"requested {lease.holder} to commit and end")
+        say(f"asked {lease.holder} to commit and end")
         ended = _await_end(run, lease.driver)
     gone = [_cancel_job(job, run.url, say) for job in jobs]
     if not ended and not any(gone):

@@ -16,7 +16,7 @@ from trainer.errors import InputError
 from trainer.model.files.configs import read_config
 from trainer.model.placement import Placement
 from trainer.recipe import Recipe
-from trainer.recipe.tasks import SEQUENCE, TASKS
+from trainer.recipe.tasks import TASKS
 from trainer.recipe.trust import Trust
 from trainer.run import layout
 from trainer.storage import open_storage
@@ -60,7 +60,7 @@ def check_reward(recipe: Recipe) -> None:
 def _found(recipe: Recipe, place: str, folder: Path) -> Artifact:
     """Locates the reward model. Its code may run only if it is the recipe's own base model and the recipe trusts it."""
     subject = find(_address(place), folder, trust=Trust(model=recipe.model))
-    if TASKS[subject.task].auto_class != SEQUENCE:
+    if not TASKS[subject.task].has_head:
         raise InputError(f"ppo.reward.model {place} is for task {subject.task}; a reward model is wanted")
     outputs = subject.outputs or len(subject.classes or ())
     if outputs != 1:

@@ -87,7 +87,7 @@ class CommitRecord:
                 raise CorruptObject(f"{where} does not match its own sha256")
             record = read_record(CommitRecord, body)
             facts = read_record(RestoredState, record.state).get("facts", {})
-            for metrics in (StepMetrics, EvalMetrics):
+            for metrics in (StepMetrics, EvalMetrics):  # the facts are those of the last step and evaluation together
                 metrics.from_row({**facts, "step": record.step})
         except Malformed as error:
             raise CorruptObject(f"{where} is not a commit record ({error})") from error

@@ -23,7 +23,6 @@ from trainer.plan.fake_process_group import CPU, fake_world
 from trainer.plan.meta_model import labels_of, layer_count, skeleton, with_layers
 from trainer.precision import needs_autocast
 from trainer.recipe import Recipe
-from trainer.recipe.matrix import sharded
 from trainer.recipe.tasks import TASKS
 from trainer.strategies import make_strategy
 from trainer.strategies.layers import decoder_layers
@@ -80,7 +79,7 @@ def measure(recipe: Recipe, config: PreTrainedConfig, ranks: int | None) -> Acti
     """Runs one micro-batch, forward and backward, sharded over ``ranks`` by FSDP2, or not sharded if None."""
     try:
         with fake_world(ranks) if ranks else nullcontext() as world:
-            model = skeleton(recipe, config, as_gathered=world is None and sharded(recipe.strategy.row))
+            model = skeleton(recipe, config, as_gathered=world is None and recipe.strategy.row.sharded)
             layers = decoder_layers(model)
             task = make_task(recipe, labels_of(recipe))
             task.attach(model)

@@ -65,6 +65,13 @@ class Section(BaseModel):
         """Yields values of this section that are not valid together; paths are relative to the section."""
         return iter(())
 
+    def given(self) -> Iterator[str]:
+        """Yields the fields that differ from their defaults. A frozen recipe contains every default, so only these
+        count as given."""
+        for name, field in type(self).model_fields.items():
+            if getattr(self, name) != field.get_default(call_default_factory=True):
+                yield name
+
 
 T = TypeVar("T")
 Listed = Annotated[tuple[T, ...], Strict(False)]

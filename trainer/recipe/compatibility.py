@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 from trainer.recipe import matrix
-from trainer.recipe.base import Conflict, KeyPath, Section
+from trainer.recipe.base import Conflict, KeyPath
 from trainer.recipe.formats import formats_of
-from trainer.recipe.matrix import sharded
 from trainer.recipe.sections.compute import SIXTEEN_BIT
 from trainer.recipe.sections.data import SourceSection
 from trainer.recipe.sections.samples import SamplesSection
-from trainer.recipe.tasks import SEQUENCE, TASKS
+from trainer.recipe.tasks import TASKS
 from trainer.recipe.trackers import TRACKERS
 
 if TYPE_CHECKING:
@@ -36,7 +35,7 @@ class Rule(NamedTuple):
 RULES = (
     Rule(
         (("optimizer", "name"), ("strategy", "kind")),
-        lambda r: r.optimizer.row.quantised and sharded(r.strategy.row),
+        lambda r: r.optimizer.row.quantised and r.strategy.row.sharded,
         lambda r: (
             f"{r.optimizer.name} does not take the sharded parameters of strategy.kind {r.strategy.kind}; use adamw, "
             "or ddp with it"
@@ -139,7 +138,7 @@ RULES = (
         lambda r: r.compute.attention in MASKLESS_KERNELS and not TASKS[r.task].segments,
         lambda r: (
             f"{r.compute.attention} takes no mask; "
-            f"{' and '.join(name for name, facts in TASKS.items() if facts.segments)} need none, but {r.task} "
+            f"{' and '.join(name for name, row in TASKS.items() if row.segments)} need none, but {r.task} "
             "does; use auto or sdpa"
         ),
     ),
@@ -206,7 +205,7 @@ RULES = (
     ),
     Rule(
         (("samples",), ("task",)),
-        lambda r: _writes_samples(r) and TASKS[r.task].auto_class == SEQUENCE,
+        lambda r: _writes_samples(r) and TASKS[r.task].has_head,
         lambda r: f"has no effect with task {r.task}, whose model writes no texts; leave it out",
     ),
     Rule(
@@ -236,19 +235,13 @@ def across_sections(recipe: Recipe) -> Iterator[Conflict]:
 
 def _unused_sections(recipe: Recipe) -> Iterator[Conflict]:
     """Yields settings of tasks and trackers that this run does not use."""
-    for task, section in ((task, facts.section) for task, facts in TASKS.items() if task != recipe.task):
-        for name in _given(getattr(recipe, task), section()) if section else ():
+    for task, section in ((task, row.section) for task, row in TASKS.items() if task != recipe.task):
+        for name in getattr(recipe, task).given() if section else ():
             yield Conflict(((task, name), ("task",)), f"has no effect with task {recipe.task}; leave it out")
-    for tracker, row in ((tracker, row) for tracker, row in TRACKERS.items() if tracker not in recipe.tracking):
-        for name in _given(getattr(recipe, tracker), row.section()):
+    for tracker in (tracker for tracker in TRACKERS.names() if tracker not in recipe.tracking):
+        for name in getattr(recipe, tracker).given():
             message = f"has no effect without {tracker} in tracking; add it there, or leave this out"
             yield Conflict(((tracker, name), ("tracking",)), message)
-
-
-def _given(section: Section, plain: Section) -> Iterator[str]:
-    # A frozen recipe contains every default, so only values that differ from the default count as given.
-    values, defaults = section.model_dump(), plain.model_dump()
-    return (name for name in values if values[name] != defaults[name])
 
 
 def _formats_of_task(recipe: Recipe) -> Iterator[Conflict]:

@@ -5,15 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import product
 from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from trainer.recipe.base import Conflict, KeyPath
-from trainer.recipe.methods import METHODS, MethodRow
+from trainer.recipe.methods import METHODS
+from trainer.recipe.refusal import Refusal, on_sharded, that_generates, with_head, with_reference
 from trainer.recipe.sections.model import ModelSection
-from trainer.recipe.strategies import STRATEGIES, StrategyRow
-from trainer.recipe.tasks import SEQUENCE, TASKS, TaskRow
+from trainer.recipe.strategies import STRATEGIES
+from trainer.recipe.tasks import TASKS
 from trainer.registry import Registry
 
 if TYPE_CHECKING:
@@ -49,102 +50,59 @@ SIGNS = {"none": "x", "nf4": "4", "int8": "8"}
 """One sign per quantisation, for tables."""
 
 
-class Refusal(NamedTuple):
-    """Cells that do not work: those that have one of these values on every side that is not empty. A side is a tuple of
-    values, or a condition on their rows, so that a new row is covered without a change here."""
-
-    why: str
-    method: tuple[str, ...] | Callable[[MethodRow], bool] = ()
-    quantization: tuple[str, ...] = ()
-    strategy: Callable[[StrategyRow], bool] | None = None
-    task: Callable[[TaskRow], bool] | None = None
-
-    def sides(self) -> tuple[str, ...]:
-        return tuple(side for side in PLAINEST_FIRST if getattr(self, side))
-
-    def values(self, side: str) -> tuple[str, ...]:
-        """Returns the values that are covered on one of `sides`."""
-        return tuple(value for value in axes()[side] if self._covers(side, value))
-
-    def covers(self, cell: Cell) -> bool:
-        return all(self._covers(side, getattr(cell, side)) for side in self.sides())
-
-    def _covers(self, side: str, value: str) -> bool:
-        given = getattr(self, side)
-        return bool(given(TABLES[side][value])) if callable(given) else value in given
-
-
-def sharded(row: StrategyRow) -> bool:
-    return row.shards != "nothing"
-
-
-def with_head(row: TaskRow) -> bool:
-    return row.auto_class == SEQUENCE
-
-
-REFUSALS = (
+GENERAL = (
     Refusal(
-        "quantised weights cannot be trained, and adapter.method none trains all of them",
-        method=("none",),
-        quantization=("nf4", "int8"),
-    ),
-    Refusal(
-        "pissa and olora take a part out of each weight, and int8 would round the rest by the largest entry of a row",
+        "the method takes a part out of each weight, and int8 would round the rest by the largest entry of a row",
         method=lambda method: method.residual,
         quantization=("int8",),
     ),
     Refusal(
-        "the reference of dpo and ppo is the model with its adapter off, and adapter.method none has no adapter",
-        method=("none",),
-        task=lambda task: task.has_reference,
-    ),
-    Refusal(
-        "prompt and p_tuning put virtual tokens before a text, and the head then reads the wrong position",
+        "virtual tokens stand before a text, and the head then reads the wrong position",
         method=lambda method: method.own_vectors == "tokens",
         task=with_head,
     ),
     Refusal(
-        "peft saves no head with an adaption_prompt",
-        method=("adaption_prompt",),
-        task=with_head,
-    ),
-    Refusal(
-        "pissa and olora take a part out of the base model, so that it is no reference with its adapter switched off",
+        "the method takes a part out of the base model, which is no reference then with its adapter switched off",
         method=lambda method: method.residual,
-        task=lambda task: task.has_reference,
+        task=with_reference,
     ),
     Refusal(
-        "ppo writes texts with a cache of keys and values, which cannot separate an adapter's own vectors from those "
-        "of a text; adapters by peft's names may have such vectors",
+        "texts are generated with a cache of keys and values, which cannot separate an adapter's own vectors from "
+        "those of a text; adapters by peft's names may have such vectors",
         method=lambda method: method.own_vectors != "none",
-        task=lambda task: task.generates,
-    ),
-    Refusal(
-        "adalora plans its ranks over a run's steps, one update each, and ppo takes several in a step",
-        method=("adalora",),
-        task=lambda task: task.generates,
-    ),
-    Refusal(
-        "peft mistakes the shape of a packed 4-bit weight for that of the layer",
-        method=("loha", "lokr"),
-        quantization=("nf4",),
-    ),
-    Refusal(
-        "bitsandbytes splits int8 weights in the first forward, and dora has to read them",
-        method=("dora",),
-        quantization=("int8",),
-    ),
-    Refusal(
-        "adalora compares the gradients of whole matrices between all layers",
-        method=("adalora",),
-        strategy=sharded,
+        task=that_generates,
     ),
     Refusal(
         "int8 weights cannot be sharded or cast: each scale belongs to a complete row of integer weights",
         quantization=("int8",),
-        strategy=sharded,
+        strategy=on_sharded,
     ),
 )
+"""Refusals by facts that several rows share. Those of one method are in its row."""
+
+
+def refusals() -> tuple[Refusal, ...]:
+    """Returns the refusals of the methods' rows, then the general ones. One refusal names all methods that share it."""
+    methods: dict[Refusal, list[str]] = {}
+    for name, row in METHODS.items():
+        for refused in row.refuses:
+            methods.setdefault(refused, []).append(name)
+    return (*(refused._replace(method=tuple(names)) for refused, names in methods.items()), *GENERAL)
+
+
+def sides_of(refused: Refusal) -> tuple[str, ...]:
+    """Returns the sides that the refusal is about."""
+    return tuple(side for side in PLAINEST_FIRST if getattr(refused, side))
+
+
+def values_of(refused: Refusal, side: str) -> tuple[str, ...]:
+    """Returns the values that are refused on one of `sides_of`."""
+    return tuple(value for value in axes()[side] if _covers(refused, side, value))
+
+
+def _covers(refused: Refusal, side: str, value: str) -> bool:
+    given = getattr(refused, side)
+    return bool(given(TABLES[side][value])) if callable(given) else value in given
 
 
 def axes() -> dict[str, tuple[str, ...]]:
@@ -164,7 +122,10 @@ def cells() -> Iterator[Cell]:
 
 def refusal(cell: Cell) -> Refusal | None:
     """Returns the refusal that covers this cell; None if the cell works."""
-    return next((refused for refused in REFUSALS if refused.covers(cell)), None)
+    for refused in refusals():
+        if all(_covers(refused, side, getattr(cell, side)) for side in sides_of(refused)):
+            return refused
+    return None
 
 
 def nearest(cell: Cell) -> list[tuple[str, str]]:
@@ -205,4 +166,4 @@ def conflicts(recipe: Recipe) -> Iterator[Conflict]:
     if refused is not None:
         changes = [f"{'.'.join(map(str, PATHS[side]))}={value}" for side, value in nearest(cell)]
         advice = f"what works is {' or '.join(changes)}" if changes else "see `muster matrix`"
-        yield Conflict(tuple(PATHS[side] for side in refused.sides()), f"{refused.why}; {advice}")
+        yield Conflict(tuple(PATHS[side] for side in sides_of(refused)), f"{refused.why}; {advice}")

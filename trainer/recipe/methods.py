@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from trainer.recipe.refusal import Refusal, on_sharded, that_generates, with_head, with_reference
 from trainer.registry import Choice, Registry
 
 
@@ -23,7 +24,7 @@ class MethodRow(Choice):
     trained vectors that are not of the text and take part in its attention: virtual tokens before each sample
     (``tokens``), keys and values in the layers (``keys``), or it is not known before the inputs are (``unknown``).
     ``residual``: it subtracts its initial values from the base model's weights, and what is left is frozen (and
-    quantised)."""
+    quantised). ``refuses``: what it does not work with, besides what its other facts exclude."""
 
     what: str
     settings: Mapping[str, Any]
@@ -34,6 +35,7 @@ class MethodRow(Choice):
     shares_base: bool = False
     own_vectors: Literal["none", "tokens", "keys", "unknown"] = "none"
     residual: bool = False
+    refuses: tuple[Refusal, ...] = ()
 
     @property
     def inserts_tokens(self) -> bool:
@@ -44,6 +46,11 @@ class MethodRow(Choice):
 MODULES = {"modules_to_save": ()}
 TOKENS = {**MODULES, "trainable_tokens": ()}
 LORA = {"rank": 16, "alpha": 32, "dropout": 0.05, "target_modules": "all-linear", "bias": "none", **TOKENS}
+
+PACKED_SHAPE = Refusal(
+    "peft mistakes the shape of a packed 4-bit weight for that of the layer",
+    quantization=("nf4",),
+)
 
 METHODS = Registry(
     "adapter method",
@@ -73,6 +80,12 @@ METHODS = Registry(
             1e-4,
             "arXiv:2402.09353, appendix A.2: rank 16, alpha 32, 1e-4 to 2e-4",
             shares_base=True,
+            refuses=(
+                Refusal(
+                    "bitsandbytes splits int8 weights in the first forward, and dora has to read them",
+                    quantization=("int8",),
+                ),
+            ),
         ),
         "pissa": MethodRow(
             "trainer.adapters.pissa:Pissa",
@@ -112,6 +125,17 @@ METHODS = Registry(
             1e-3,
             "arXiv:2303.10512, appendix C: initial budget 1.5 times the target, pruning from a tenth to about two "
             "thirds of the steps, 5e-4 to 2e-3; orthogonality 0.5 as in peft",
+            refuses=(
+                Refusal(
+                    "adalora plans its ranks over a run's steps, one update each, and such a task takes several in a "
+                    "step",
+                    task=that_generates,
+                ),
+                Refusal(
+                    "adalora compares the gradients of whole matrices between all layers",
+                    strategy=on_sharded,
+                ),
+            ),
         ),
         "ia3": MethodRow(
             "trainer.adapters.ia3_vera:IA3",
@@ -150,6 +174,7 @@ METHODS = Registry(
             {"rank": 8, "alpha": 8, "dropout": 0.0, "target_modules": "all-linear", **MODULES},
             5e-4,
             "arXiv:2309.14859, section 5: half of LoRA's rank for the same size, alpha at most the rank",
+            refuses=(PACKED_SHAPE,),
         ),
         "lokr": MethodRow(
             "trainer.adapters.lycoris:LoKr",
@@ -157,6 +182,7 @@ METHODS = Registry(
             {"rank": 8, "alpha": 8, "factor": -1, "dropout": 0.0, "target_modules": "all-linear", **MODULES},
             2e-3,
             "arXiv:2309.14859, section 5; the split nearest to the square root as in peft",
+            refuses=(PACKED_SHAPE,),
         ),
         "prefix": MethodRow(
             "trainer.adapters.prompts:Prefix",
@@ -194,6 +220,7 @@ METHODS = Registry(
             "arXiv:2303.16199, section 4: 10 vectors in the top 30 of 32 layers, 9e-3",
             merges=False,
             own_vectors="keys",
+            refuses=(Refusal("peft saves no head with an adaption_prompt", task=with_head),),
         ),
         "peft": MethodRow(
             "trainer.adapters.peft_generic:ByName",
@@ -204,7 +231,23 @@ METHODS = Registry(
             "peft's defaults; LoRA's rate as a first value",
             own_vectors="unknown",
         ),
-        "none": MethodRow("trainer.adapters.full:Full", "trains every weight", {}, 2e-5, ""),
+        "none": MethodRow(
+            "trainer.adapters.full:Full",
+            "trains every weight",
+            {},
+            2e-5,
+            "",
+            refuses=(
+                Refusal(
+                    "quantised weights cannot be trained, and adapter.method none trains all of them",
+                    quantization=("nf4", "int8"),
+                ),
+                Refusal(
+                    "the reference is the model with its adapter off, and adapter.method none has no adapter",
+                    task=with_reference,
+                ),
+            ),
+        ),
     },
 )
 

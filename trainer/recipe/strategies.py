@@ -21,6 +21,11 @@ class StrategyRow(Choice):
     zero_stage: int = 0
     plan_runs_wrap: bool = False
 
+    @property
+    def sharded(self) -> bool:
+        """True if anything is divided between the ranks."""
+        return self.shards != "nothing"
+
 
 STRATEGIES = Registry(
     "strategy",

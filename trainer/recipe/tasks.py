@@ -33,6 +33,11 @@ class TaskRow(Choice):
     generates: bool = False
     section: type[Section] | None = None
 
+    @property
+    def has_head(self) -> bool:
+        """True if the model has a head of its own in place of the one that predicts tokens; it writes no texts."""
+        return self.auto_class == SEQUENCE
+
 
 TASKS = Registry(
     "task",

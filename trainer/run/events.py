@@ -122,7 +122,7 @@ class CheckpointEvent(Event, kind="checkpoint"):
 
 @dataclass(frozen=True, kw_only=True)
 class SkippedCheckpointEvent(Event, kind="skipped_checkpoint"):
-    """Rank 0 writes it when a restore passes over a checkpoint that is not complete or is damaged."""
+    """Rank 0 writes it when a restore skips a checkpoint that is not complete or is damaged."""
 
     step: Count | None
     uri: str | None

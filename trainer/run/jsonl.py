@@ -172,9 +172,9 @@ def read_rows(storage: Storage, prefix: str) -> list[dict[str, Any]]:
     return _read_parts(storage, prefix, _checked(prefix))
 
 
-def read_events(storage: Storage) -> list[Event]:
-    """Returns the events of all attempts in the order of `read_rows`."""
-    return _read_parts(storage, layout.EVENTS, Event.from_row)
+def read_events(storage: Storage, read: Callable[[Any], Event] = Event.from_row) -> list[Event]:
+    """Returns the events of all attempts in the order of `read_rows`. ``read``: see `parse_lines`."""
+    return _read_parts(storage, layout.EVENTS, read)
 
 
 def read_metrics(storage: Storage) -> list[Metrics]:

@@ -17,8 +17,8 @@ class JsonLinesTail(Generic[T]):
     grow, so a part of the same size has no new rows. Not thread-safe."""
 
     def __init__(self, storage: Storage, prefix: str, read: Callable[[Any], T], *, newest: int | None = None) -> None:
-        """``read``: as in `trainer.run.jsonl.parse_lines`. ``newest``: how many of the parts that exist at
-        the first call are read, for a quick start; None: all."""
+        """``read``: as in `trainer.run.jsonl.parse_lines`. ``newest``: how many of the parts that exist at the first
+        call are read, for a quick start; None: all."""
         self._storage = storage
         self._prefix = prefix
         self._from_row = read

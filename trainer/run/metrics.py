@@ -1,8 +1,8 @@
 """The rows of `metrics/`: one per training step, and one per evaluation.
 
-None: not measured, not written by the version that wrote the row, or not finite, which JSON has no form for. ``time``
-is Unix s, 0 in rows of old versions; ``step`` counts optimizer steps from 1. ``task`` has the task's own metrics by
-their stored names, and after reading also the fields that this version does not know.
+A field is None if it was not measured, was not written by the version that wrote the row, or is not finite, which JSON
+cannot write. ``time`` is Unix s, 0 in rows of old versions; ``step`` counts optimizer steps from 1. ``task`` has the
+task's own metrics by their stored names, and after reading also the fields that this version does not know.
 """
 
 from __future__ import annotations

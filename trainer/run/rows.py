@@ -1,9 +1,9 @@
-"""Dataclasses as rows of JSON Lines: the fields have the names of the stored ones.
+"""Writes dataclasses as rows of JSON Lines, and reads them. The fields of a row have the names of the class.
 
-Written: a field without a default always, also as null; a field that is None by default only when it has a value.
-Read: a missing field has its default, or None if its type allows that, since versions differ in what they write. A row
-with a field of another type was not written by muster and raises Malformed, and so does one without a field that
-allows no None. Fields that the class does not know are ignored.
+Writing: a field without a default is always written, also as null; a field whose default is None is written only if it
+has a value. Reading: a missing field gets its default, or None if its type allows that, since versions differ in what
+they write. A field of another type raises Malformed, because muster did not write such a row, and so does a missing
+field that allows no None. Fields that the class does not know are ignored.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def read_row(kind: type[T], row: Any) -> T:
 
 
 def row_of(value: Any) -> Any:
-    """Returns a dataclass, also inside of lists, as plain data."""
+    """Returns a dataclass, or the dataclasses in a list, as plain data."""
     if is_dataclass(value):
         found = {one.name: (one, getattr(value, one.name)) for one in fields(value)}
         return {name: row_of(v) for name, (one, v) in found.items() if v is not None or one.default is MISSING}

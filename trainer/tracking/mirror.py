@@ -142,9 +142,8 @@ class Mirror:
             log.debug("the tracker %s failed", self._name, exc_info=True)
             self._failures += 1
             self.end("failed")
-            self._feed = JsonLinesTail(
-                self._run, layout.METRICS, read_metrics_row
-            )  # points that were not sent are read again
+            # A new feed reads the points again that were not sent.
+            self._feed = JsonLinesTail(self._run, layout.METRICS, read_metrics_row)
         else:
             if self._failures:
                 log.warning("the tracker %s works again, and has received the points that it missed", self._name)

@@ -13,6 +13,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -188,8 +189,7 @@ class Loop:
     def _metrics(
         self, step: int, plan: StepPlan, lr: float, done: Sequence[UpdateResult], seconds: float
     ) -> StepMetrics:
-        zero = torch.zeros(())
-        sums = {name: sum((update.sums[name] for update in done), zero) for name in done[0].sums}
+        sums = {name: reduce(torch.add, (update.sums[name] for update in done)) for name in done[0].sums}
         own_s = [sum(values) for values in zip(*(update.own_s for update in done), strict=True)]
         scores = sum(update.scores for update in done)
         used = self.meter.utilisation(plan.tokens, plan.target_tokens, scores, seconds) if self.meter else (None, None)

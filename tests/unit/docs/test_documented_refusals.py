@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from trainer.recipe.matrix import REFUSALS
+from trainer.recipe.matrix import refusals, sides_of, values_of
 
 PAGE = Path(__file__).resolve().parents[3] / "docs" / "methods.md"
 NO_CELL = {("adalora", "float16")}
@@ -27,10 +27,10 @@ def listed() -> set[tuple[str, str]]:
 def test_the_page_lists_what_is_refused() -> None:
     refused = {
         (method, other)
-        for one in REFUSALS
-        for method in (one.values("method") if one.method else ())
-        for side in one.sides()
+        for one in refusals()
+        for method in (values_of(one, "method") if one.method else ())
+        for side in sides_of(one)
         if side != "method"
-        for other in one.values(side)
+        for other in values_of(one, side)
     }
     assert listed() == refused | NO_CELL

@@ -42,9 +42,8 @@ class StrategySection(Section):
         if self.row.zero_stage:
             for message in zero.mistakes(self.kind, self.deepspeed):
                 yield Conflict((("deepspeed",), ("kind",)), message)
-        plain = StrategySection()
-        for name in type(self).model_fields:
-            if name not in ("kind", *self.row.settings) and getattr(self, name) != getattr(plain, name):
+        for name in self.given():
+            if name not in ("kind", *self.row.settings):
                 hint = "leave it out"
                 if name == "offload" and self.row.zero_stage:
                     hint = f"name deepspeed: {self.kind}_offload instead"

@@ -144,7 +144,7 @@ def mistakes(recipe: Recipe, **changes: Any) -> str:
 def test_what_dpo_cannot_take_is_refused(tiny_model: Path, folder: Path) -> None:
     recipe = task_recipe("dpo", "refused", tiny_model, folder)
     assert "adapter.method none has no adapter" in mistakes(recipe, adapter__method="none")
-    assert "take a part out of the base" in mistakes(recipe, adapter__method="pissa")
+    assert "takes a part out of the base model" in mistakes(recipe, adapter__method="pissa")
     assert "trains biases of the base" in mistakes(recipe, adapter__bias="all")
     assert "cannot be used with format preference" in mistakes(recipe, data__packing=True)
     source = {"path": "x.jsonl", "format": "preference", "columns": {"margin": "by"}}
