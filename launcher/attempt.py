@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from trainer.run.failure import Failure, WorkerError, useful_stack
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
     from trainer.worker.job import Job
 
 log = logging.getLogger(__name__)
+
+_DIED = " died: "
 
 
 class ResizeRequested(Exception):
@@ -53,3 +56,17 @@ def _train(job: Job, rank: int) -> None:
             log.info("%s", stopped)
             if watch.resize:
                 raise ResizeRequested(str(stopped)) from None
+
+
+def death(rank: int, how: str) -> Failure:
+    """Returns the failure of a rank whose process has gone."""
+    return Failure(f"rank {rank}{_DIED}{how}", rank, died=True)
+
+
+def placed_death(cause: Failure, host: str | None, seen: str, step: int | None) -> Failure:
+    """The death of a rank, with its host, and with where others last saw it, or else the last ``step`` that the run
+    had done."""
+    rank, _, line = cause.message.partition(_DIED)
+    where = f"last seen at {seen}" if seen else f"after step {step}" if step else ""
+    text = f"{rank}{f' on {host}' if host else ''} died{f' ({where})' if where else ''}: {line}"
+    return replace(cause, message=text, host=host, where=seen)

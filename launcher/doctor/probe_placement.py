@@ -7,10 +7,9 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
+from launcher.capacity import Node, check_resources, room
 from launcher.doctor.observations import NodeObservation
 from launcher.doctor.probe import Probe
-from launcher.raytrain import nodes as ray_nodes
-from launcher.raytrain.session import check_resources
 from trainer.errors import InputError
 from trainer.recipe import ResourcesSection
 
@@ -41,9 +40,7 @@ class Placed:
                 remove_placement_group(self._group)
 
 
-def place(
-    resources: ResourcesSection | None, nodes: Sequence[NodeObservation], listed: Sequence[ray_nodes.Node]
-) -> Placed:
+def place(resources: ResourcesSection | None, nodes: Sequence[NodeObservation], listed: Sequence[Node]) -> Placed:
     """Starts the probes.
 
     Without ``resources``: one probe on every node that answers. With them: one where each worker would run, for as many
@@ -55,7 +52,7 @@ def place(
     if resources is None:
         return _everywhere(answering)
     try:
-        check_resources(resources, timeout_s=0.0, nodes=lambda: there)
+        check_resources(resources, lambda: there, timeout_s=0.0)
     except InputError as error:
         return _everywhere(answering, str(error))
     return _reserved(resources, nodes, there) or _everywhere(answering, _not_placed(resources))
@@ -72,16 +69,14 @@ def _everywhere(nodes: Sequence[NodeObservation], error: str | None = None) -> P
     return Placed([start(node) for node in nodes], list(nodes), True, error)
 
 
-def _reserved(
-    resources: ResourcesSection, nodes: Sequence[NodeObservation], there: Sequence[ray_nodes.Node]
-) -> Placed | None:
+def _reserved(resources: ResourcesSection, nodes: Sequence[NodeObservation], there: Sequence[Node]) -> Placed | None:
     """Reserves the workers' places; returns None if the cluster does not provide them in time."""
     from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
     cut_off = [node.node_id for node in nodes if node.alive and not node.answers]
     # Ray may still list a host that is cut off as alive.
     labels = {**resources.labels, **({"ray.io/node-id": f"!in({','.join(cut_off)})"} if cut_off else {})}
-    most = max(resources.min_workers, min(resources.max_workers, ray_nodes.room(resources, there, {})))
+    most = max(resources.min_workers, min(resources.max_workers, room(resources, there, {})))
     for count in dict.fromkeys((most, resources.min_workers)):
         group = placement_group(
             [_bundle(resources)] * count,

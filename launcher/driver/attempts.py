@@ -11,14 +11,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Protocol, TypeVar
 
-from launcher.attempt import AttemptFailed, ResizeRequested
+from launcher.attempt import AttemptFailed, ResizeRequested, placed_death
+from launcher.capacity import Node, room, workers_that_fit
 from launcher.driver.crash_loop import CrashSignature, in_a_row, is_hopeless
 from launcher.driver.failure_advice import advise
 from launcher.driver.resize import newest_group
-from launcher.raytrain.failures import placed_death
-from launcher.raytrain.nodes import Node, room, workers_that_fit
-from launcher.raytrain.tasks import Map
 from trainer.checkpoint import list_commits, read_claims
+from trainer.data.prepare.executor import Map
 from trainer.errors import StartAgain
 from trainer.recipe import ResourcesSection
 from trainer.run import symptoms
@@ -65,9 +64,6 @@ class Runner(Protocol):
     def await_resources(self, expected_nodes: int, stopped: Callable[[], bool]) -> None:
         """Waits until there is room for the least number of workers, and for nodes that are known to come. Raises
         InputError with what is missing."""
-
-    def warm_up(self) -> None:
-        """Prepares processes for the workers. Does not wait for them."""
 
     def map(self, stopped: Callable[[], bool]) -> Map:
         """Returns a map to prepare data with, which raises Interrupted once ``stopped()``."""

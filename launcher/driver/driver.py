@@ -143,7 +143,6 @@ class RunDriver:
         with self._runner(here.ray_address) as runner:
             runner.await_resources(here.nodes, lambda: self.signals.stopped)
             self.phases.end(RAY)
-            runner.warm_up()
             progress.phase("preparing data")
             with EarlyStart(recipe.seed, runner.map_beside, progress.prepared, lambda: self.signals.stopped) as early:
                 data = prepare_data(
@@ -205,6 +204,7 @@ class RunDriver:
     def _watching(self, before: int) -> Iterator[Callable[[], None]]:
         """Looks at a cluster's nodes while the workers train; yields what raises StartAgain when too few are left. A
         Ray of this machine's own has one node, which stays. ``before``: the number of the newest attempt before."""
+        from launcher.capacity import missing
         from launcher.driver.resize import (
             LOST_PATIENCE_IN_JOB_S,
             LOST_PATIENCE_S,
@@ -213,7 +213,6 @@ class RunDriver:
             newest_group,
         )
         from launcher.raytrain.nodes import nodes_of_cluster
-        from launcher.raytrain.session import missing
 
         here, resources = job_environment(os.environ), self.recipe.resources
         if here.ray_address is None:

@@ -15,13 +15,12 @@ from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
 from typing import Any
 
-from launcher.attempt import AttemptFailed, ResizeRequested, run_rank
-from launcher.raytrain.nodes import Node
-from launcher.raytrain.tasks import Map
-from trainer.data.prepare.executor import process_pool
+from launcher.attempt import AttemptFailed, ResizeRequested, death, run_rank
+from launcher.capacity import Node
+from trainer.data.prepare.executor import Map, process_pool
 from trainer.errors import Interrupted
 from trainer.recipe import Recipe, ResourcesSection
-from trainer.run.failure import Failure, WorkerError
+from trainer.run.failure import WorkerError
 from trainer.worker.job import Job
 
 BEAT_S = 1.0
@@ -57,9 +56,6 @@ class LocalRunner:
 
     def await_resources(self, expected_nodes: int, stopped: Callable[[], bool]) -> None:
         """No effect: the worker itself reports a GPU that is missing."""
-
-    def warm_up(self) -> None:
-        """No effect: the child imports already."""
 
     def ask_for(self, workers: int) -> None:
         """No effect: no node can be added."""
@@ -129,12 +125,12 @@ class LocalAttempt:
             except (EOFError, OSError):
                 self._child.join()
                 self._ended = True
-                self._outcome = self._outcome or AttemptFailed(_death(self._child.exitcode))
+                self._outcome = self._outcome or AttemptFailed(death(0, _ended(self._child.exitcode)))
                 return True
             if time.monotonic() - self._heard_at >= SILENCE_S:
                 self.kill()
-                died = f"rank 0 died: its process had not answered for {SILENCE_S:.0f} s and was killed"
-                self._ended, self._outcome = True, AttemptFailed(Failure(died, 0, died=True))
+                silent = f"its process had not answered for {SILENCE_S:.0f} s and was killed"
+                self._ended, self._outcome = True, AttemptFailed(death(0, silent))
             if time.monotonic() >= deadline:
                 break
         return self._ended
@@ -156,10 +152,10 @@ class LocalAttempt:
             self._ended, self._outcome = True, error
 
 
-def _death(exit_code: int | None) -> Failure:
+def _ended(exit_code: int | None) -> str:
     if exit_code is not None and exit_code < 0:
-        return Failure(f"rank 0 died: killed by {signal.Signals(-exit_code).name}", 0, died=True)
-    return Failure(f"rank 0 died: its process ended with exit code {exit_code}", 0, died=True)
+        return f"killed by {signal.Signals(-exit_code).name}"
+    return f"its process ended with exit code {exit_code}"
 
 
 def _work(pipe: Connection) -> None:

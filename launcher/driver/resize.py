@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from launcher.raytrain.nodes import Node, room, workers_that_fit
+from launcher.capacity import Node, room, workers_that_fit
 from trainer.errors import MusterError, StartAgain
 from trainer.recipe import ResourcesSection
 from trainer.run.events import EndEvent, FailureEvent, ResizeEvent, StartEvent

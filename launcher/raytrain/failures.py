@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any
 
+from launcher.attempt import death
 from trainer.run.failure import Failure, WorkerError
 
 TELLING = re.compile(r"killed|out of memory|exit|died|lost|unexpectedly", re.IGNORECASE)
-_DIED = " died: "
 
 
 def first_cause(failures: Mapping[int, BaseException]) -> Failure:
@@ -25,16 +24,7 @@ def first_cause(failures: Mapping[int, BaseException]) -> Failure:
     if raised and (raised[0].fatal or not dead):
         return raised[0].cause
     rank, error = min(dead.items())
-    return Failure(f"rank {rank}{_DIED}{_first_line(error)}", rank, died=True)
-
-
-def placed_death(cause: Failure, host: str | None, seen: str, step: int | None) -> Failure:
-    """The death of a rank, with its host, and with where others last saw it, or else the last ``step`` that the run
-    had done."""
-    rank, _, line = cause.message.partition(_DIED)
-    where = f"last seen at {seen}" if seen else f"after step {step}" if step else ""
-    text = f"{rank}{f' on {host}' if host else ''} died{f' ({where})' if where else ''}: {line}"
-    return replace(cause, message=text, host=host, where=seen)
+    return death(rank, _first_line(error))
 
 
 def _suspicion(failure: WorkerError) -> tuple[bool, bool, float]:

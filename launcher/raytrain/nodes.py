@@ -1,90 +1,17 @@
-"""The number of workers that a cluster's nodes can hold: pure functions of the nodes' resources, read from Ray in one
-place.
-"""
+"""The nodes of the connected Ray. Here alone are Ray's private tables read."""
 
 from __future__ import annotations
 
-import math
 import socket
 from collections.abc import Container, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.recipe import ResourcesSection
-
-ACCELERATOR = "accelerator_type:"  # Ray's name for a kind of GPU among a node's resources
+from launcher.capacity import Node
 
 DIAL_S = 1.5
 DIALS = 32  # at a time
-
-
-@dataclass(frozen=True)
-class Node:
-    """``total`` and ``free``: Ray's resources by name (CPUs and GPUs in pieces). ``draining``: the node will be taken
-    away, and Ray places nothing new on it. ``lost``: why a node is gone. Ray's daemon listens on ``port``."""
-
-    id: str
-    host: str
-    address: str
-    alive: bool
-    total: Mapping[str, float]
-    free: Mapping[str, float] = field(default_factory=dict)
-    labels: Mapping[str, str] = field(default_factory=dict)
-    draining: bool = False
-    lost: str = ""
-    port: int = 0
-
-    def __str__(self) -> str:
-        return f"{self.host} ({self.address})"
-
-
-def each(resources: ResourcesSection) -> dict[str, float]:
-    """Returns the resources of one worker by Ray's names, without those that it does not use."""
-    need = {"CPU": float(resources.cpus_per_worker), "GPU": float(resources.gpus_per_worker)}
-    return {name: amount for name, amount in need.items() if amount}
-
-
-def wanted(resources: ResourcesSection) -> dict[str, float]:
-    """The least that the recipe's workers need together."""
-    return {name: amount * resources.min_workers for name, amount in each(resources).items()}
-
-
-def suits(resources: ResourcesSection, node: Node) -> bool:
-    """Returns True if a worker may run on the node: it has the requested kind of GPU and labels, and is not
-    draining."""
-    kind = resources.accelerator_type
-    if not node.alive or node.draining or (kind and f"{ACCELERATOR}{kind}" not in node.total):
-        return False
-    return all(_matches(node.labels.get(name), asked) for name, asked in resources.labels.items())
-
-
-def _matches(value: str | None, asked: str) -> bool:
-    """Returns True if the label matches. Ray's other forms (``!a``, ``in(a,b)``) are left to Ray, which reports what it
-    cannot place."""
-    return asked.startswith(("!", "in(")) or value == asked
-
-
-def places(resources: ResourcesSection, have: Mapping[str, float]) -> int:
-    """How many workers these resources of one node hold: a worker cannot be split over two nodes."""
-    return min(math.floor(have.get(name, 0.0) / amount + 1e-9) for name, amount in each(resources).items())
-
-
-def workers_that_fit(resources: ResourcesSection, nodes: Iterable[Node]) -> int:
-    """Returns the number of workers by the nodes' total resources, whoever uses them now."""
-    return sum(places(resources, node.total) for node in nodes if suits(resources, node))
-
-
-def room(resources: ResourcesSection, nodes: Iterable[Node], held: Mapping[str, int]) -> int:
-    """How many workers the run could have now: what is free, and what its own ``held`` workers (by node id) take."""
-    mine = each(resources)
-    count = 0
-    for node in nodes:
-        if suits(resources, node):
-            own = held.get(node.id, 0)
-            count += places(resources, {name: node.free.get(name, 0.0) + own * mine[name] for name in mine})
-    return count
 
 
 def answering(nodes: Iterable[Node], timeout_s: float = DIAL_S) -> list[Node]:

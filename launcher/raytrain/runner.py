@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
+import threading
 from collections.abc import Callable
 from contextlib import AbstractContextManager, suppress
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from launcher.capacity import RESOURCE_WAIT_S, Node, check_resources, each
 from launcher.raytrain.environment import Environment
-from launcher.raytrain.nodes import Node, answering, each, nodes_of_cluster
-from launcher.raytrain.session import RESOURCE_WAIT_S, check_resources, quiet_logs, ray_session
-from launcher.raytrain.tasks import Map, ray_map
-from trainer.fast_imports import load_libraries
+from launcher.raytrain.nodes import answering, nodes_of_cluster
+from launcher.raytrain.session import quiet_logs, ray_session
+from launcher.raytrain.tasks import ray_map
+from trainer.data.prepare.executor import Map
 from trainer.interruption import current
 from trainer.recipe import Recipe
 
@@ -20,8 +23,6 @@ if TYPE_CHECKING:
     from trainer.worker.job import Job
 
 log = logging.getLogger(__name__)
-
-LEAVE_S = 4.0
 
 
 class RayRunner:
@@ -36,6 +37,8 @@ class RayRunner:
 
     def __enter__(self) -> RayRunner:
         self._session.__enter__()
+        # Ray Train takes more than a second to import, which data is prepared in.
+        threading.Thread(target=importlib.import_module, args=("launcher.raytrain.fit",), daemon=True).start()
         quiet_logs()
         return self
 
@@ -60,7 +63,7 @@ class RayRunner:
         joined = self._address is not None
         timeout_s = RESOURCE_WAIT_S if joined else 0.0
         nodes = expected_nodes if joined else 0
-        check_resources(self._resources, timeout_s=timeout_s, expected_nodes=nodes, stopped=stopped)
+        check_resources(self._resources, nodes_of_cluster, timeout_s=timeout_s, expected_nodes=nodes, stopped=stopped)
 
     def ask_for(self, workers: int) -> None:
         if self._address is not None and not self._asked:
@@ -80,24 +83,8 @@ class RayRunner:
         """Returns a map whose tasks run beside the workers."""
         return ray_map(self._environment, self._resources, stopped)
 
-    def warm_up(self) -> None:
-        """Imports what training needs in Ray's idle processes, which become the workers; does not wait. Processes that
-        will use a GPU are left alone: a library that looks for GPUs as it is imported finds none in a task."""
-        import ray
-
-        if not self._resources.gpus_per_worker:
-            task = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy="SPREAD")(preload)
-            self._warm: list[Any] = [task.remote(self._environment) for _ in range(self._resources.max_workers)]
-
     def start(self, job: Job, workers: int) -> Fit:
         from launcher.raytrain.fit import Fit
 
         self._fit = Fit(job, workers, self._environment)
         return self._fit
-
-
-def preload(environment: Environment) -> None:
-    """Imports what training needs. The environment comes first, since libraries read it as they are imported."""
-    environment.apply()
-    load_libraries()
-    import trainer.worker.attempt  # noqa: F401

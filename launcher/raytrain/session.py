@@ -1,4 +1,4 @@
-"""Joins a Ray cluster or starts a Ray on this machine, and checks early whether it has what a recipe needs."""
+"""Joins a Ray cluster, or starts a Ray on this machine."""
 
 from __future__ import annotations
 
@@ -18,8 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.job_environment import RAY_JOB
-from launcher.raytrain.nodes import Node, nodes_of_cluster, suits, wanted, workers_that_fit
-from trainer.errors import InputError, Interrupted, MusterError, StartAgain
+from trainer.errors import InputError, MusterError
 from trainer.interruption import current
 from trainer.recipe import ResourcesSection
 from trainer.storage.backend import one_line
@@ -27,8 +26,6 @@ from trainer.storage.backend import one_line
 log = logging.getLogger(__name__)
 
 ROOT = Path(__file__).resolve().parents[2]
-RESOURCE_WAIT_S = 40.0
-JOIN_WAIT_S = 300.0  # for nodes that a scheduler has given already: a slow file system may hold Ray up on them
 ANSWER_WAIT_S = 15.0
 POLL_S = 1.0
 DIAL_S = 3.0
@@ -41,7 +38,7 @@ LEAST_FREE = 64 << 20
 ROOM = "make room there, or let TMPDIR name another folder"
 LONGEST_FOLDER = 36
 """Characters: Ray makes sockets below, whose paths may have 107."""
-TRAIN_SETTINGS = {
+DRIVER_SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
     # A dead worker is noticed within half a second, and a group that cannot be placed gives up in time to say why.
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -50,11 +47,6 @@ TRAIN_SETTINGS = {
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
     "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
     "RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0",
-}
-"""Variables that Ray Train sets in its own processes. They are in the environment of the whole job as well: then every
-process of the job has the same one, and Ray gives Ray Train a process that is there already instead of a new one."""
-DRIVER_SETTINGS = {
-    **TRAIN_SETTINGS,
     "RAY_CHDIR_TO_TRIAL_DIR": "0",
     "RAY_TRAIN_METRICS_ENABLED": "0",
     "RAY_DEDUP_LOGS": "0",
@@ -249,7 +241,6 @@ def _start_local(resources: ResourcesSection) -> None:
             log_to_driver=False,
             logging_level=logging.ERROR,
             configure_logging=True,
-            runtime_env={"env_vars": _train_settings()},
         )
     except Exception as error:
         raise MusterError(
@@ -274,16 +265,12 @@ def _join(address: str) -> None:
         raise no_cluster(address, " ".join(str(e).split())) from e
 
 
-def _train_settings() -> dict[str, str]:
-    return {name: os.environ.get(name, value) for name, value in TRAIN_SETTINGS.items()}
-
-
 def runtime_environment(environment: Mapping[str, str], folder: Path) -> dict[str, Any]:
     """Returns the environment of the job's processes. They find this program's files by their path, or, in a submitted
     job with a working directory, by that directory (``folder``), which has another path on each node."""
     if RAY_JOB in environment and folder.resolve() == ROOT:
-        return {"env_vars": _train_settings()}
-    return {"env_vars": {"PYTHONPATH": environment["PYTHONPATH"], **_train_settings()}}
+        return {}
+    return {"env_vars": {"PYTHONPATH": environment["PYTHONPATH"]}}
 
 
 def locate_cluster(address: str) -> str:
@@ -338,83 +325,6 @@ def await_answer(
 def _dial(host_and_port: str) -> None:
     host, _, port = host_and_port.rpartition(":")
     socket.create_connection((host.strip("[]"), int(port)), DIAL_S).close()
-
-
-def check_resources(
-    resources: ResourcesSection,
-    *,
-    timeout_s: float = RESOURCE_WAIT_S,
-    expected_nodes: int = 0,
-    nodes: Callable[[], list[Node]] = nodes_of_cluster,
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
-    stopped: Callable[[], bool] = lambda: False,
-) -> None:
-    """Waits (an autoscaler may be adding nodes) until the cluster can hold the minimum number of workers, and for up to
-    ``JOIN_WAIT_S`` until the ``expected_nodes`` have joined or it can hold the maximum.
-
-    Raises InputError with what is missing, StartAgain if nodes of the job did not come up.
-    """
-    began = clock()
-    while True:
-        found = [node for node in nodes() if node.alive]
-        fit, waited, joining = workers_that_fit(resources, found), clock() - began, len(found) < expected_nodes
-        if fit >= resources.max_workers or (fit >= resources.min_workers and not (joining and waited < JOIN_WAIT_S)):
-            return
-        if stopped():
-            raise Interrupted("stopped while waiting for the cluster's resources")
-        if joining and waited >= JOIN_WAIT_S:
-            absent = f"{len(found)} of {expected_nodes} nodes came up within {JOIN_WAIT_S:.0f} s"
-            raise StartAgain(f"{absent}: {missing(resources, found)}")
-        if not joining and waited >= timeout_s:
-            raise InputError(missing(resources, found))
-        sleep(POLL_S)
-
-
-def missing(resources: ResourcesSection, nodes: Sequence[Node]) -> str:
-    """Returns what the live nodes lack for the minimum number of workers, and what to do."""
-    need, suitable = wanted(resources), [node for node in nodes if suits(resources, node)]
-    have = {name: sum(node.total.get(name, 0.0) for node in suitable) for name in need}
-    lacking = {name: need[name] - have[name] for name in need if need[name] > have[name]}
-    if lacking:
-        absent = f"missing: {_amounts(lacking)}"
-    else:
-        absent = "enough in all, but no single node has enough for one more worker"
-    fit = workers_that_fit(resources, nodes)
-    return (
-        f"resources.workers asks for {_many(resources.min_workers, 'worker')} with {_each(resources)} each, and the "
-        f"cluster has room for {fit} ({_nodes(len(suitable), len(nodes))} with {_amounts(have)} in all; {absent}): add "
-        f"nodes, or lower {' or '.join(_to_lower(resources))}"
-    )
-
-
-def _nodes(suitable: int, all_: int) -> str:
-    if suitable == all_:
-        return _many(all_, "node")
-    return f"{suitable} of {_many(all_, 'node')}, those of the asked accelerator_type and labels"
-
-
-def _each(resources: ResourcesSection) -> str:
-    gpus = {"GPU": float(resources.gpus_per_worker)} if resources.gpus_per_worker else {}
-    return _amounts({"CPU": float(resources.cpus_per_worker), **gpus})
-
-
-def _to_lower(resources: ResourcesSection) -> Iterator[str]:
-    """The settings that can be lowered at all."""
-    if resources.min_workers > 1:
-        yield "resources.workers"
-    if resources.gpus_per_worker:
-        yield "resources.gpus_per_worker (0 trains on CPUs)"
-    if resources.cpus_per_worker > 1:
-        yield "resources.cpus_per_worker"
-
-
-def _amounts(amounts: Mapping[str, float]) -> str:
-    return " and ".join(_many(amount, name) for name, amount in amounts.items())
-
-
-def _many(count: float, noun: str) -> str:
-    return f"{count:g} {noun}" + ("" if count == 1 else "s")
 
 
 class _WithoutRaylet:

@@ -6,12 +6,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from launcher.raytrain.environment import Environment
+from trainer.data.prepare.executor import Map
 from trainer.errors import Interrupted
 from trainer.recipe import ResourcesSection
 
 POLL_S = 1.0
-
-Map = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
 
 
 def ray_map(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from launcher.raytrain.nodes import Node
+from launcher.capacity import Node
 
 
 def node(number: int, total: Mapping[str, float], free: Mapping[str, float] | None = None, **changes: Any) -> Node:

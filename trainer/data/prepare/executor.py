@@ -9,10 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+Map = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
+"""As Python's ``map`` with one sequence of jobs."""
+
 _task: Callable[[Any], Any] | None = None
 
 
-def process_pool(processes: int) -> Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]:
+def process_pool(processes: int) -> Map:
     """Returns a ``map`` over ``processes`` spawned processes. Results are in the order of the jobs.
 
     The function is pickled once per process. A single job runs in this process, without starting another. When a job

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 
 from launcher.attempt import AttemptFailed, ResizeRequested
+from launcher.capacity import Node
 from launcher.driver import attempts as module
 from launcher.driver.attempts import PATIENCE_S, SETTLE_S, Attempts, WorkerCount
 from launcher.raytrain.failures import first_cause
-from launcher.raytrain.nodes import Node
 from tests.support.nodes import node
 from tests.support.training import run_of, small_recipe
 from trainer.checkpoint import claim_attempt, claim_driver

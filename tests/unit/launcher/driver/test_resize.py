@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from launcher.capacity import Node, missing
 from launcher.driver.resize import (
     LONGEST_RESIZE_S,
     RESIZE_S,
@@ -18,8 +19,6 @@ from launcher.driver.resize import (
     ResizePolicy,
     newest_group,
 )
-from launcher.raytrain.nodes import Node
-from launcher.raytrain.session import missing
 from tests.support.nodes import node
 from trainer.errors import StartAgain, StorageError
 from trainer.recipe import ResourcesSection

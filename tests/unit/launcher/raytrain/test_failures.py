@@ -6,7 +6,8 @@ import pickle
 
 import pytest
 
-from launcher.raytrain.failures import first_cause, placed_death
+from launcher.attempt import placed_death
+from launcher.raytrain.failures import first_cause
 from trainer.errors import (
     Fenced,
     InputError,
