@@ -22,14 +22,17 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.checkpoint import read_claims
 from trainer.checkpoint.publish import finished
-from trainer.data.run_data import prepare_data, try_open_data
+from trainer.data.run_data import RunData, prepare_data, try_open_data
 from trainer.errors import InputError, Interrupted, MusterError
 from trainer.logs.rank import rank_log
 from trainer.model import fetch_model, load_tokenizer
+from trainer.progress.lines import ProgressLines, called_often
 from trainer.recipe import Recipe
 from trainer.recipe.trust import FLAG
 from trainer.run import layout
@@ -49,6 +52,7 @@ if TYPE_CHECKING:
 
 PREPARED_WAIT_S = 3600.0
 POLL_S = 0.5
+LOADING = "loading the model"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -126,18 +130,23 @@ def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: Stop, *, takeov
     check_not_cancelled(run, _job())
     lease = Lease.acquire(run, job=_job(), takeover=takeover)
     with hold_run(recipe, run, lease):
-        phases = Phases(process_began())
+        phases, progress = Phases(process_began()), ProgressLines(_line_printer())
         phases.end(IMPORT)
-        total = _prepare(recipe, run, storage)
+        progress.phase("preparing data")
+        data = _prepare(recipe, run, storage, progress)
+        progress.data(data)
         freeze_recipe(run, recipe)
         holder = {"host": lease.holder.host, "pid": lease.holder.pid, "by": "torchrun"}
         phases.end(DATA)
-        job = Job(storage.url, lease.driver, recipe, total, holder, phases.spent())
+        job = Job(storage.url, lease.driver, recipe, data.total_steps, holder, phases.spent())
 
         def stop_requested() -> bool:
             return stop() or lease.lost.is_set() or lease.asked.is_set()
 
-        _train(job, stop_requested, RunRank(run, recipe, 0, lease.driver))
+        before = read_claims(run).attempt
+        followed = progress.training(run, before, data.total_steps, lambda: LOADING, driver=lease.driver)
+        with followed as show, called_often(show):
+            _train(job, stop_requested, RunRank(run, recipe, 0, lease.driver))
     print(f"muster: finished; the adapter is {run.uri(layout.ADAPTER)}", flush=True)
 
 
@@ -151,12 +160,24 @@ def _train(job: Job, stop_requested: Callable[[], bool], of: RunRank) -> None:
         raise explain_failure(error, of) from error
 
 
-def _prepare(recipe: Recipe, run: Storage, storage: Storage) -> int:
+def _line_printer() -> Callable[[str, str], None]:
+    """Returns a function that prints a line on standard error as it is now; later, the rank's log takes that."""
+    terminal = os.fdopen(os.dup(2), "w")
+
+    def write(text: str, style: str) -> None:
+        with suppress(OSError):  # nobody reads it
+            print(shown(text), file=terminal, flush=True)
+
+    return write
+
+
+def _prepare(recipe: Recipe, run: Storage, storage: Storage, progress: ProgressLines) -> RunData:
     def tokenizer() -> PreTrainedTokenizerBase:
         files = fetch_model(recipe.model, weights=False)
         return load_tokenizer(files.folder, trust_remote_code=recipe.model.trust_remote_code)
 
-    return prepare_data(recipe, run, storage.child(layout.PREPARED), tokenizer).total_steps
+    prepared = storage.child(layout.PREPARED)
+    return prepare_data(recipe, run, prepared, tokenizer, on_progress=progress.prepared)
 
 
 def _await_data(recipe: Recipe, run: Storage, storage: Storage) -> int:

@@ -9,7 +9,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from launcher.monitor.status import Status
-from launcher.terminal.status_text import age
+from trainer.progress.texts import age
 
 if TYPE_CHECKING:
     from trainer.artifacts.inspect import ArtifactReport

@@ -14,11 +14,11 @@ from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
-from launcher.monitor.follower import LOOK_S, View
 from launcher.monitor.status import Status, read_status
 from launcher.monitor.tables import STATE_STYLES
-from launcher.terminal.status_text import GAP, age, drawn, plural
 from trainer.errors import MusterError
+from trainer.progress.texts import GAP, age, drawn, plural
+from trainer.progress.view import LOOK_S, View
 from trainer.redact import clean
 from trainer.storage import Storage
 

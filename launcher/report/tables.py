@@ -8,7 +8,7 @@ from typing import Any
 
 from launcher.report.chart import Table, table
 from launcher.report.reading import RunRecord
-from launcher.terminal.status_text import duration
+from trainer.progress.texts import duration
 from trainer.run.events import (
     EndEvent,
     Event,

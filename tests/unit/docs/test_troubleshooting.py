@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from launcher.terminal.status_text import event_text
+from trainer.progress.texts import event_text
 from trainer.run.events import StartEvent
 from trainer.run.failure import Failure
 

@@ -22,10 +22,10 @@ from launcher.cli.app import main
 from launcher.cli.generate import Shown
 from launcher.monitor.progress import LiveLine, Progress
 from launcher.terminal.console import READER_GONE, Console, MessageStream, Results, own_streams, stderr, stdout
-from launcher.terminal.status_text import AttemptStatus
 from tests.support.made_up_run import make_up
 from tests.support.training import small_recipe
 from trainer.errors import WorkerFailed
+from trainer.progress.texts import AttemptStatus
 from trainer.recipe import dump
 from trainer.run import layout
 from trainer.run.failure import Failure

@@ -15,7 +15,6 @@ from rich.console import Console
 
 from launcher.driver.attempts import explained
 from launcher.driver.resize import newest_group
-from launcher.monitor.follower import View
 from launcher.monitor.status import list_runs, read_status
 from launcher.monitor.tables import checkpoints_table, runs_table
 from launcher.monitor.watch import Watch
@@ -27,6 +26,7 @@ from tests.support.hostile import BYTES, JSON_BOMBS, VALUES, as_json, changed
 from tests.support.made_up_run import make_up
 from tests.unit.trainer.test_records import LEASE
 from trainer.plan.run_length import _speed
+from trainer.progress.view import View
 from trainer.run import layout
 from trainer.run.claims import claim_attempt, claim_driver
 from trainer.run.events import BrokenEvent, HangEvent

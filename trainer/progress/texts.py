@@ -1,4 +1,4 @@
-"""How a run that trains is drawn, for `muster run` and `muster status --watch` alike: text that fits its width."""
+"""How a run that trains is drawn: text that fits its width."""
 
 from __future__ import annotations
 

@@ -11,8 +11,8 @@ from dataclasses import replace
 from itertools import islice
 from statistics import median
 
-from launcher.terminal.status_text import AttemptStatus, event_text, watched_text
 from trainer.errors import MusterError
+from trainer.progress.texts import AttemptStatus, event_text, watched_text
 from trainer.redact import clean
 from trainer.run import layout
 from trainer.run.events import CheckpointEvent, EndEvent, Event, FailureEvent, StartEvent
