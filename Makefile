@@ -3,6 +3,7 @@
 # make chaos        50 random kills over one run (CHAOS_KILLS=…, CHAOS_SEED=… to repeat one); half an hour
 # make matrix       every cell of the support matrix for two steps; an hour
 # make night        that, and all other tests that are too long for every day
+# make compat       tests with the oldest and the newest libraries that pyproject.toml allows; an hour (COMPAT=oldest)
 # make lint         ruff, format, types, import floors
 # make docs         the documentation as a site in build/site, as strict as its test builds it
 # make schema       write docs/recipe.md and recipes/recipe.schema.json again from the recipe's fields
@@ -11,7 +12,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: quickstart test chaos matrix night lint docs schema install clean
+.PHONY: quickstart test chaos matrix night compat lint docs schema install clean
 .DEFAULT_GOAL := test
 
 # An up-to-date pip resolves in a third of the time, and it compiles one file after the other, which all cores do sooner.
@@ -46,6 +47,9 @@ matrix: $(INSTALLED)
 
 night: $(INSTALLED)
 	RANKS_START=spawn $(BIN)/python -m pytest -m night
+
+compat:
+	$(PYTHON) -m tests.compat $(COMPAT)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
