@@ -47,10 +47,18 @@ class Ray:
         self._environment, self._clock = environment, clock
 
     def render(self, job: ClusterJob) -> str:
-        """Returns the command that submits the same by hand, from a checkout's root."""
+        """Returns the commands that submit the same by hand, in any folder of this machine: for a shell."""
         address = self.address(job) or "http://HEAD:8265"
-        words = ["ray", "job", "submit", "--address", address, "--working-dir", "."]
-        return shlex.join([*words, "--", "python", "-m", "launcher", *job.command, *job.arguments]) + "\n"
+        end = "END_OF_RECIPE"
+        while end in job.recipe:
+            end += "_"
+        submit = shlex.join(["ray", "job", "submit", "--address", address, "--working-dir"])
+        return (
+            "job=$(mktemp -d)\n"
+            f'{shlex.join(["cp", "-R", *(str(ROOT / part) for part in PARTS)])} "$job"\n'
+            f"cat > \"$job\"/{RECIPE} <<'{end}'\n{job.recipe.rstrip()}\n{end}\n"
+            f'{submit} "$job" -- {self._entrypoint(job)}\n'
+        )
 
     def address(self, job: ClusterJob) -> str | None:
         return api_address(job.settings, self._environment)
@@ -61,7 +69,7 @@ class Ray:
         name = f"_ray_pkg_{hashlib.sha256(package).hexdigest()[:32]}.zip"
         api.call("PUT", f"/api/packages/gcs/{name}", package)
         body = {
-            "entrypoint": shlex.join(["python", "-m", "launcher", *job.command, RECIPE]),
+            "entrypoint": self._entrypoint(job),
             "submission_id": f"muster-{_plain(job.name)}-{secrets.token_hex(4)}",
             "runtime_env": {"working_dir": f"gcs://{name}"},
             "metadata": {"run": job.run_uri},
@@ -100,6 +108,9 @@ class Ray:
         api, name = self._split(job_id)
         if self.state(job_id) not in (None, *ENDED):
             api.call("POST", f"/api/jobs/{name}/stop")
+
+    def _entrypoint(self, job: ClusterJob) -> str:
+        return shlex.join(["python", "-m", "launcher", *job.command, RECIPE])
 
     def _code(self, details: Mapping[str, Any], say: Say) -> int:
         """Returns the driver's own exit code if Ray knows it, else one for what Ray reports of a job that never

@@ -22,7 +22,7 @@ def render(
     ] = "slurm",
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Print what would be submitted, a command or a manifest. Nothing is contacted."""
+    """Print what would be submitted: commands, or a manifest. Nothing is contacted."""
     from trainer.recipe import dump
 
     if on == "local":

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import json
-import shlex
+import os
+import subprocess
 import threading
 import zipfile
 from collections.abc import Iterator
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -192,7 +194,16 @@ def test_the_address_is_a_part_of_the_jobs_id(head: Server) -> None:
     assert ray(head).submit(JOB, "r").startswith(head.url)
 
 
-def test_the_printed_command_means_the_same_to_a_shell() -> None:
-    words = shlex.split(Ray({}).render(replace(JOB, arguments=(ODD, "a=$(b)"))))
-    assert words[:5] == ["ray", "job", "submit", "--address", "http://HEAD:8265"]
-    assert words[-2:] == [ODD, "a=$(b)"]
+def test_the_printed_commands_submit_the_same_from_any_folder(tmp_path: Path) -> None:
+    fake = tmp_path / "ray"
+    fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/words\nmv "$6" {tmp_path}/sent\n')
+    fake.chmod(0o755)
+    odd = replace(JOB, recipe=f"{ODD}END_OF_RECIPE\n", command=("run", "--takeover"))
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
+    subprocess.run(["sh", "-eu"], input=Ray({}).render(odd).encode(), env=environment, cwd=tmp_path, check=True)
+    words = (tmp_path / "words").read_text().splitlines()
+    assert words[:5] == ["job", "submit", "--address", "http://HEAD:8265", "--working-dir"]
+    assert words[6:] == ["--", "python", "-m", "launcher", "run", "--takeover", RECIPE]
+    assert (tmp_path / "sent" / RECIPE).read_text() == odd.recipe
+    with zipfile.ZipFile(io.BytesIO(working_directory(odd.recipe))) as package:
+        assert all((tmp_path / "sent" / name).read_bytes() == package.read(name) for name in package.namelist())
