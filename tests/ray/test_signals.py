@@ -50,8 +50,7 @@ MOMENTS: dict[str, Moment] = {
     "a Ray worker": lambda run: run.has("ray::"),
     "checking": lambda run: run.said("checking storage"),
     "preparing": lambda run: run.said("preparing data"),
-    "starting workers": lambda run: run.said("starting 2 workers"),
-    "loading": lambda run: run.said("loading the model"),
+    "starting workers": lambda run: run.said("starting 2 workers and loading the model"),
     "attempt": lambda run: run.said("attempt 1"),
     "training": lambda run: lambda: max(losses(run.recipe), default=0) >= 3,
     "last step": lambda run: lambda: max(losses(run.recipe), default=0) >= STEPS,
@@ -89,11 +88,9 @@ def send(run: LocalRun, number: signal.Signals, *, twice: bool) -> float:
     ("moment", "number", "twice"),
     [
         ("first line", TERM, False),
-        ("gcs_server", TERM, False),
         ("raylet", HUP, True),
         ("checking", INT, False),
         ("starting workers", TERM, False),
-        ("loading", HUP, False),
         ("attempt", TERM, True),
     ],
 )
