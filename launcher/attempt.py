@@ -25,9 +25,12 @@ class ResizeRequested(Exception):
 class AttemptFailed(Exception):
     """An attempt has ended with an error. ``starting``: before its workers began."""
 
-    def __init__(self, cause: Failure, *, starting: bool = False) -> None:
-        super().__init__(cause.message)
+    def __init__(self, cause: Failure, starting: bool = False) -> None:
+        super().__init__(cause, starting)
         self.cause, self.starting = cause, starting
+
+    def __str__(self) -> str:
+        return self.cause.message
 
 
 def run_rank(job: Job, rank: int) -> None:

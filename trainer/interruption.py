@@ -57,7 +57,7 @@ class Interruption:
     def __init__(self) -> None:
         self.heard: str | None = None
         """The first signal's name."""
-        self.abandoned = self.asked = False
+        self.asked = False
         self._promise = "nothing was begun"
         self._early, self._leaving, self._reported = True, False, False
         self._ask: Callable[[str], None] | None = None
@@ -66,7 +66,6 @@ class Interruption:
         self._forcing = threading.Lock()
         self._undo: list[Callable[[], None]] = []
         self._begun = False
-        self._children_survive_hangup = False
         self._keyboard = False
         self._pipe, self._arrived = -1, "a signal"
         self._fork = threading.local()
@@ -114,16 +113,6 @@ class Interruption:
         self._undo.append(undo)
 
     @contextmanager
-    def children_survive_hangup(self) -> Iterator[None]:
-        """Makes processes that are forked within the block ignore SIGHUP, where a library starts them with a function
-        to call first. A closed terminal sends SIGHUP to all, and workers have to live until they have committed."""
-        self._children_survive_hangup = True
-        try:
-            yield
-        finally:
-            self._children_survive_hangup = False
-
-    @contextmanager
     def keyboard(self) -> Iterator[None]:
         """Makes Ctrl-C raise KeyboardInterrupt within the block without ending the command, for interactive input."""
         self._keyboard = True
@@ -132,19 +121,12 @@ class Interruption:
         finally:
             self._keyboard = False
 
-    def abandon(self) -> None:
-        """Records that a thread still uses resources that cannot be closed while it runs: `settle` then ends the
-        process, children included."""
-        self.abandoned = True
-
     def settle(self, code: int) -> None:
         """Fixes the exit code; only the interpreter's own end is left."""
         for stream in filter(None, (sys.stdout, sys.stderr)):
             with suppress(OSError, ValueError):
                 stream.flush()
         self._settled = code
-        if self.abandoned:
-            self._end(code)
 
     def sentence(self) -> str:
         return f"{self.heard}: ended before it was done; {self._promise}"
@@ -268,8 +250,6 @@ class Interruption:
             for number in SIGNALS:
                 if signal.getsignal(number) == self._handle:
                     signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
-            if self._children_survive_hangup:
-                signal.signal(signal.SIGHUP, signal.SIG_IGN)
         self._after_fork()
 
 

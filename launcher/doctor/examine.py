@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -19,18 +20,42 @@ def examine(recipe: Recipe | None, say: Callable[[str], None]) -> tuple[Examinat
     Raises InputError if no cluster answers at the address. All other errors become findings.
     """
     from cluster.job_environment import job_environment
+    from launcher.child import Child, ChildEnded
     from launcher.doctor.diagnosis import diagnose
-    from launcher.doctor.observations import Examination
-    from launcher.doctor.stages import Stages, Time, wanted
-    from launcher.raytrain.session import quiet_logs, ray_session
-    from trainer.recipe import ResourcesSection
+    from launcher.raytrain.session import not_started, session_folder
 
-    left, address = Time(), job_environment(os.environ).ray_address
-    seen = Examination(address, wanted(recipe) if recipe else None)
+    address = job_environment(os.environ).ray_address
     say(f"joining Ray at {address}" if address else "starting Ray")
-    with ray_session(address, recipe.resources if recipe else ResourcesSection()):
-        quiet_logs()
-        seen.driver_auth_mode = os.environ.get("RAY_AUTH_MODE")
-        Stages(recipe, seen, left, say).run()
-    seen.seconds = left.passed_s
+    with ExitStack() as stack:
+        if address is None:
+            stack.enter_context(session_folder())
+        child = Child(Examiner, "muster-doctor", told=say)
+        stack.callback(child.kill)
+        try:
+            seen: Examination = child.submit("examine", recipe, address).result()
+        except ChildEnded as error:
+            raise not_started(str(error)) from error
     return seen, diagnose(seen)
+
+
+class Examiner:
+    """In the process that uses Ray."""
+
+    def examine(self, recipe: Recipe | None, address: str | None) -> Examination:
+        import ray
+
+        from launcher.child import tell
+        from launcher.doctor.observations import Examination
+        from launcher.doctor.stages import Stages, Time, wanted
+        from launcher.raytrain.session import connect
+        from trainer.recipe import ResourcesSection
+
+        left, seen = Time(), Examination(address, wanted(recipe) if recipe else None)
+        connect(address, recipe.resources if recipe else ResourcesSection())
+        try:
+            seen.driver_auth_mode = os.environ.get("RAY_AUTH_MODE")
+            Stages(recipe, seen, left, tell).run()
+        finally:
+            ray.shutdown()
+        seen.seconds = left.passed_s
+        return seen

@@ -74,6 +74,9 @@ class Runner(Protocol):
     def nodes(self) -> Sequence[Node]:
         """Returns the nodes that answer now; none if the cluster does not answer."""
 
+    def all_nodes(self) -> Sequence[Node]:
+        """Returns every node that the cluster knows of, the lost ones too."""
+
     def ask_for(self, workers: int) -> None:
         """Requests nodes for so many workers, where nodes can be added. Does not wait for them."""
 

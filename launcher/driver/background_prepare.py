@@ -12,7 +12,6 @@ from typing import Any
 
 from trainer.data import WINDOW_BYTES, PreparationSpec, PreparedDataset, epoch_order, open_begun, prepare_dataset
 from trainer.errors import Interrupted
-from trainer.interruption import current
 from trainer.storage import Storage
 
 POLL_S = 0.5
@@ -62,8 +61,7 @@ class EarlyStart:
     def close(self) -> None:
         """Windows that are not begun stay unmade; the next run of this data makes them."""
         self._stop.set()
-        if not self._ended(CLOSE_S):
-            current.abandon()  # its tasks are Ray's
+        self._ended(CLOSE_S)
 
     def __enter__(self) -> EarlyStart:
         return self

@@ -178,7 +178,7 @@ class RunDriver:
         attempts = Attempts(runner, Job(self.recipe.storage, lease.driver, self.recipe, total_steps, by), self.phases)
         before = read_claims(self.run).attempt
         shown = self.progress.training(self.run, before, total_steps, lambda: attempts.stage, driver=lease.driver)
-        with shown as show, self._watching(before) as check_cluster, current.asking(self.signals.ask):
+        with shown as show, self._watching(runner, before) as check_cluster, current.asking(self.signals.ask):
 
             def every() -> None:
                 show()
@@ -201,7 +201,7 @@ class RunDriver:
             return True
 
     @contextmanager
-    def _watching(self, before: int) -> Iterator[Callable[[], None]]:
+    def _watching(self, runner: Runner, before: int) -> Iterator[Callable[[], None]]:
         """Looks at a cluster's nodes while the workers train; yields what raises StartAgain when too few are left. A
         Ray of this machine's own has one node, which stays. ``before``: the number of the newest attempt before."""
         from launcher.capacity import missing
@@ -212,7 +212,6 @@ class RunDriver:
             ResizePolicy,
             newest_group,
         )
-        from launcher.raytrain.nodes import nodes_of_cluster
 
         here, resources = job_environment(os.environ), self.recipe.resources
         if here.ray_address is None:
@@ -221,7 +220,7 @@ class RunDriver:
         patience_s = LOST_PATIENCE_IN_JOB_S if here.nodes else LOST_PATIENCE_S
         lookout = ResizePolicy(resources, partial(missing, resources), patience_s)
         group = partial(newest_group, self.run, before)
-        with NodeMonitor(lookout, nodes_of_cluster, group, self._resize) as watch:
+        with NodeMonitor(lookout, runner.all_nodes, group, self._resize) as watch:
             yield watch.check
 
     def _resize(self, reason: str) -> None:

@@ -121,7 +121,7 @@ class NodeMonitor:
     def __init__(
         self,
         lookout: ResizePolicy,
-        nodes: Callable[[], list[Node]],
+        nodes: Callable[[], Sequence[Node]],
         group: Callable[[], CurrentWorkers | None],
         resize: Callable[[str], None],
         clock: Callable[[], float] = time.time,

@@ -13,6 +13,7 @@ from typing import Any
 from launcher.attempt import death
 from trainer.run.failure import Failure, WorkerError
 
+ERROR = re.compile(r"^[\w.]+(?:Error|Exception): (.+)$", re.MULTILINE)
 TELLING = re.compile(r"killed|out of memory|exit|died|lost|unexpectedly", re.IGNORECASE)
 
 
@@ -24,7 +25,7 @@ def first_cause(failures: Mapping[int, BaseException]) -> Failure:
     if raised and (raised[0].fatal or not dead):
         return raised[0].cause
     rank, error = min(dead.items())
-    return death(rank, _first_line(error))
+    return death(rank, first_line(error))
 
 
 def _suspicion(failure: WorkerError) -> tuple[bool, bool, float]:
@@ -37,7 +38,13 @@ def unwrapped(error: Any) -> BaseException:
     return inner if isinstance(inner, BaseException) else error
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = [line for line in lines if TELLING.search(line)]
     return f"{type(error).__name__}: {(told or lines or ['no message'])[0]}"
+
+
+def last_error(trace: str) -> str:
+    """Returns the message of the last exception in a traceback's text, or the text's first line."""
+    found = ERROR.findall(trace)
+    return found[-1] if found else trace.partition("\n")[0]

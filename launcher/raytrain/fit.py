@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
-import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,7 +17,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from launcher.attempt import AttemptFailed, ResizeRequested, run_rank
 from launcher.raytrain.environment import Environment
-from launcher.raytrain.failures import first_cause, unwrapped
+from launcher.raytrain.failures import first_cause, first_line, last_error, unwrapped
 from trainer.recipe import ResourcesSection
 from trainer.run.failure import Failure
 from trainer.worker.job import Job
@@ -35,39 +34,22 @@ class Worker:
         run_rank(self._job, get_context().get_world_rank())
 
 
-class Fit:
-    """Ray Train's trainer in a thread of its own, so that the main thread keeps its signals and the screen.
-
-    Its folder is Ray Train's scratch space on the driver's host: checkpoints do not go through it."""
-
-    def __init__(self, job: Job, workers: int, environment: Environment) -> None:
-        self._job, self._workers, self._environment = job, workers, environment
-        self._error: BaseException | None = None
-        self._thread = threading.Thread(target=self._run, name="ray-train", daemon=True)
-        self._thread.start()
-
-    def wait(self, timeout_s: float) -> bool:
-        self._thread.join(timeout_s)
-        return not self._thread.is_alive()
-
-    def result(self) -> None:
-        if self._error is not None:
-            raise outcome_of(self._error) from self._error
-
-    def _run(self) -> None:
-        job, resources = self._job, self._job.recipe.resources
+def fit(job: Job, workers: int, environment: Environment) -> None:
+    """Trains an attempt. Raises ResizeRequested or AttemptFailed. The folder is Ray Train's scratch space on the
+    driver's host: checkpoints do not go through it."""
+    with tempfile.TemporaryDirectory(prefix="muster-ray-train-") as folder:
+        no_restarts = FailureConfig(max_failures=0, controller_failure_limit=0)
+        run: Any = RunConfig(name=job.recipe.name, storage_path=folder, failure_config=no_restarts)
+        trainer = DataParallelTrainer(
+            Worker(job, environment),
+            backend_config=GroupConfig(),
+            scaling_config=scaling(job.recipe.resources, workers),
+            run_config=run,
+        )
         try:
-            with tempfile.TemporaryDirectory(prefix="muster-ray-train-") as folder:
-                no_restarts = FailureConfig(max_failures=0, controller_failure_limit=0)
-                run: Any = RunConfig(name=job.recipe.name, storage_path=folder, failure_config=no_restarts)
-                DataParallelTrainer(
-                    Worker(job, self._environment),
-                    backend_config=GroupConfig(),
-                    scaling_config=scaling(resources, self._workers),
-                    run_config=run,
-                ).fit()
-        except BaseException as error:
-            self._error = error
+            trainer.fit()
+        except Exception as error:
+            raise outcome_of(error) from error
 
 
 def scaling(resources: ResourcesSection, workers: int) -> ScalingConfig:
@@ -88,7 +70,9 @@ def outcome_of(error: BaseException) -> ResizeRequested | AttemptFailed:
         resize = next((e for e in failures.values() if isinstance(e, ResizeRequested)), None)
         return resize or AttemptFailed(first_cause(failures))
     cause = error.controller_failure if isinstance(error, ControllerError) else error
-    message = f"{type(cause).__name__}: {cause}"
+    message = first_line(cause)
+    if type(cause).__name__ == "WorkerGroupStartupFailedError":
+        message = f"a worker ended while it was started: {last_error(str(cause))}"
     if type(cause).__name__ == "WorkerGroupStartupTimeoutError":
         message = (
             "the cluster did not give the workers their CPUs and GPUs in time: other jobs hold them, or no single node "

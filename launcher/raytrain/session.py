@@ -9,10 +9,9 @@ import shutil
 import socket
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -29,11 +28,8 @@ ROOT = Path(__file__).resolve().parents[2]
 ANSWER_WAIT_S = 15.0
 POLL_S = 1.0
 DIAL_S = 3.0
-START_S, SHUTDOWN_S = 600.0, 8.0
-OVERLOADED = "the machine may be busy with other work"
 CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray listens on the loopback address alone where no cluster can be made of it."""
-NO_CRASH_HANDLER = "RAY_DISABLE_FAILURE_SIGNAL_HANDLER"
 LEAST_FREE = 64 << 20
 ROOM = "make room there, or let TMPDIR name another folder"
 LONGEST_FOLDER = 36
@@ -59,38 +55,27 @@ def set_up(address: str | None) -> None:
     """Imports ray for the cluster at ``address``, or for one of this machine. Some settings are read only then."""
     for name, value in DRIVER_SETTINGS.items():
         os.environ.setdefault(name, value)
-    if address is None and "ray" not in sys.modules:
+    if address is None:
         # Whoever reaches a Ray runs code as its user, and other users of this machine are near: it listens on the
         # loopback address alone, and asks for a random token, which its processes have in their environment. What the
         # user has set, in a file of the home directory too, is meant for other clusters.
         os.environ |= {CLUSTERS: "0", "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32)}
         os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
-    elif address is None and os.environ.setdefault("RAY_AUTH_MODE", "disabled") != "token":
-        log.warning("ray was imported before muster could ask it for authentication: others may use this Ray")
-    # Workers print a stack when they crash; in the driver, Ray's crash handler would take SIGTERM for a crash.
-    theirs = os.environ.get(NO_CRASH_HANDLER)
-    os.environ[NO_CRASH_HANDLER] = "1"
     import ray  # noqa: F401
 
-    _put_back({NO_CRASH_HANDLER: theirs})
 
+def connect(address: str | None, resources: ResourcesSection) -> None:
+    """Joins the cluster at ``address``, or starts a Ray of this machine's own, in a process that does nothing else.
 
-@contextmanager
-def ray_session(address: str | None, resources: ResourcesSection) -> Iterator[None]:
-    """A connected Ray for the time of the block: the cluster at ``address``, or one of this machine's own.
-
-    Raises InputError when no cluster answers there, or when this machine has no room for one."""
+    Raises InputError when no cluster answers there, or MusterError when this machine has no room for one."""
     set_up(address)
     # Workers import this very tree, from a checkout as from a wheel.
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *filter(None, _python_path())]))
-    if not isinstance(sys.stdout, _WithoutRaylet):
-        sys.stdout = _WithoutRaylet(sys.stdout)
     if address is None:
-        with session_folder(), RayThread(partial(_start_local, resources)):
-            yield
+        _start_local(resources)
     else:
-        with RayThread(partial(_join, address)):
-            yield
+        _join(address)
+    quiet_logs()
 
 
 def _python_path() -> list[str]:
@@ -150,110 +135,35 @@ def _remove(folders: Sequence[Path]) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-class RayThread:
-    """Starts and leaves Ray in a thread, which lives as long as Ray does: Ray's processes end with the thread that has
-    started them. In the main thread, Ray would take the SIGTERM handler, and its calls would hold up signals."""
-
-    def __init__(self, start: Callable[[], None]) -> None:
-        self._start = start
-        self._error: BaseException | None = None
-        self._up, self._leave = threading.Event(), threading.Event()
-        self._others: frozenset[int] = frozenset()
-        self._thread = threading.Thread(target=self._work, name="ray", daemon=True)
-
-    def __enter__(self) -> None:
-        self._others = _children()
-        self._thread.start()
-        try:
-            up = self._up.wait(START_S)
-        except BaseException:
-            self.__exit__()
-            raise
-        if not up:
-            current.abandon()
-            raise MusterError(f"Ray has not started within {START_S / 60:g} minutes: {OVERLOADED}")
-        if self._error is not None:
-            self.__exit__()
-            raise self._error
-
-    def __exit__(self, *exc: object) -> None:
-        if current.heard:  # whatever was interrupted may still use Ray, which ends such a process with exit code 1
-            current.abandon()
-        if current.abandoned:
-            return
-        self._leave.set()
-        self._thread.join(SHUTDOWN_S)
-        _end_children(self._others)
-
-    def _work(self) -> None:
-        import ray
-
-        try:
-            with current.children_survive_hangup():
-                self._start()
-        except BaseException as error:
-            self._error = error
-        self._up.set()
-        self._leave.wait()
-        ray.shutdown(wait_for_processes=True)
-
-
-def _children() -> frozenset[int]:
-    import psutil
-
-    return frozenset(child.pid for child in psutil.Process().children())
-
-
-def _end_children(others: frozenset[int]) -> None:
-    """SIGKILL to what Ray has left of its processes. ``others``: children of this process that were there before."""
-    import psutil
-
-    for child in psutil.Process().children():
-        with suppress(psutil.Error):
-            if child.pid not in others and is_of_ray(child.cmdline()):
-                for process in [*child.children(recursive=True), child]:
-                    process.kill()
-
-
-def is_of_ray(command: Sequence[str]) -> bool:
-    """Returns whether a process is one that Ray has started, by its command line."""
-    return any("/ray/" in word or word.startswith("ray::") for word in command)
-
-
 def _start_local(resources: ResourcesSection) -> None:
     import ray
 
-    wanted = resources.max_workers * resources.cpus_per_worker
-    cores = os.cpu_count() or 1
-    if wanted > cores:
-        log.warning(
-            "%d workers of %d CPUs run on %d cores: slower, with the same result",
-            resources.max_workers,
-            resources.cpus_per_worker,
-            cores,
-        )
-    logging.getLogger("ray").setLevel(logging.ERROR)  # it misses its handler for SIGTERM
+    cpus = resources.max_workers * resources.cpus_per_worker
     try:
         ray.init(
             address="local",
-            num_cpus=max(wanted, cores),
+            num_cpus=max(cpus, os.cpu_count() or 1),
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
             configure_logging=True,
         )
     except Exception as error:
-        raise MusterError(
-            f"Ray cannot be started on this machine ({one_line(error)}): {OVERLOADED}; look for room in "
-            f"{os.environ.get('RAY_TMPDIR', '/tmp')} and /dev/shm, and for limits on processes and open files (ulimit)"
-        ) from error
+        raise not_started(one_line(error)) from error
+
+
+def not_started(cause: str) -> MusterError:
+    return MusterError(
+        f"Ray cannot be started on this machine ({cause}): the machine may be busy with other work; look for room in "
+        f"{os.environ.get('RAY_TMPDIR', '/tmp')} and /dev/shm, and for limits on processes and open files (ulimit); "
+        "MUSTER_DEBUG=1 shows what Ray itself prints"
+    )
 
 
 def _join(address: str) -> None:
     import ray
 
     found = locate_cluster(address)
-    logging.getLogger("ray").setLevel(logging.ERROR)  # it misses its handler for SIGTERM
     try:
         ray.init(
             address=found,
@@ -325,22 +235,6 @@ def await_answer(
 def _dial(host_and_port: str) -> None:
     host, _, port = host_and_port.rpartition(":")
     socket.create_connection((host.strip("[]"), int(port)), DIAL_S).close()
-
-
-class _WithoutRaylet:
-    """stdout without what Ray's thread for messages of its daemons writes. Results go to stdout, and the driver reports
-    the first cause of a failure itself."""
-
-    def __init__(self, stdout: Any) -> None:
-        self._stdout = stdout
-
-    def write(self, text: str) -> int:
-        if threading.current_thread().name == "ray_listen_error_messages":
-            return len(text)
-        return int(self._stdout.write(text))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._stdout, name)
 
 
 def quiet_logs() -> None:

@@ -54,7 +54,7 @@ def no_ray(monkeypatch: pytest.MonkeyPatch) -> None:
     def started(*told: object) -> None:
         pytest.fail("Ray is started")
 
-    monkeypatch.setattr("launcher.raytrain.runner.ray_session", started)
+    monkeypatch.setattr("launcher.raytrain.runner.RayRunner.__init__", started)
 
 
 @pytest.fixture

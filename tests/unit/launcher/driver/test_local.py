@@ -1,16 +1,18 @@
-"""A child of the driver, without a model: what it sends, and what its silence and its death mean."""
+"""Which runs need no Ray, and what the death of their worker means."""
 
 from __future__ import annotations
 
 import os
 import signal
+from pathlib import Path
 
 import pytest
 
 from launcher.attempt import AttemptFailed
-from launcher.driver import local
 from launcher.driver.local import LocalAttempt, needs_no_ray
+from tests.support.training import small_recipe
 from trainer.recipe import ResourcesSection
+from trainer.worker.job import Job
 
 
 def test_one_worker_that_may_run_anywhere_needs_no_ray() -> None:
@@ -25,21 +27,11 @@ def test_one_worker_that_may_run_anywhere_needs_no_ray() -> None:
     assert not asked(workers=1, gpus_per_worker=1, accelerator_type="A100")
 
 
-def test_a_child_that_is_killed_while_it_waits_has_died() -> None:
+def test_a_worker_that_is_killed_has_died(tmp_path: Path) -> None:
     attempt = LocalAttempt()
-    assert not attempt.wait(0.1)
     os.kill(attempt.pid, signal.SIGKILL)
+    attempt.begin(Job(str(tmp_path), 1, small_recipe("killed", tmp_path, tmp_path), 1, {}))
     assert attempt.wait(60)
     with pytest.raises(AttemptFailed, match="rank 0 died: killed by SIGKILL") as failed:
         attempt.result()
     assert failed.value.cause.died
-
-
-def test_a_child_that_is_stopped_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    attempt = LocalAttempt()
-    attempt.wait(0.1)
-    os.kill(attempt.pid, signal.SIGSTOP)
-    monkeypatch.setattr(local, "SILENCE_S", 1.0)
-    assert attempt.wait(60)
-    with pytest.raises(AttemptFailed, match="had not answered for 1 s and was killed"):
-        attempt.result()

@@ -1,0 +1,72 @@
+"""The process that uses Ray for the driver (`launcher.child`): Ray ends a process whose head or node has gone."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from launcher.capacity import Node
+from launcher.raytrain.environment import Environment
+from launcher.raytrain.nodes import answering, nodes_of_cluster
+from launcher.raytrain.session import connect
+from launcher.raytrain.tasks import ray_map
+from trainer.recipe import ResourcesSection
+from trainer.worker.job import Job
+
+END = ("no more results",)
+
+
+class RayServer:
+    """Its methods are called from the driver, several at a time."""
+
+    def __init__(self) -> None:
+        self._environment = Environment.current()
+        self._maps: dict[int, tuple[Iterator[Any], threading.Event]] = {}
+        self._numbers = itertools.count()
+
+    def connect(self, address: str | None, resources: ResourcesSection) -> None:
+        connect(address, resources)
+
+    def prepare(self) -> None:
+        """Imports Ray Train, which takes more than a second."""
+        import launcher.raytrain.fit  # noqa: F401
+
+    def nodes(self) -> list[Node]:
+        """Returns the nodes that answer now."""
+        return answering(nodes_of_cluster())
+
+    def all_nodes(self) -> list[Node]:
+        return nodes_of_cluster()
+
+    def request(self, bundles: list[dict[str, float]]) -> None:
+        from ray.autoscaler.sdk import request_resources
+
+        request_resources(bundles=bundles)
+
+    def begin_map(self, task: Callable[[Any], Any], jobs: Sequence[Any], beside: ResourcesSection | None) -> int:
+        """Returns the number of a map over Ray's tasks, for `next_result` and `end_map`."""
+        number, stopped = next(self._numbers), threading.Event()
+        self._maps[number] = ray_map(self._environment, beside, stopped.is_set)(task, jobs), stopped
+        return number
+
+    def next_result(self, number: int) -> Any:
+        """Returns the next result in the jobs' order, or ``END``."""
+        return next(self._maps[number][0], END)
+
+    def end_map(self, number: int) -> None:
+        """Tasks in flight are cancelled."""
+        self._maps[number][1].set()
+
+    def fit(self, job: Job, workers: int) -> None:
+        """Trains an attempt. Raises ResizeRequested or AttemptFailed."""
+        from launcher.raytrain.fit import fit
+
+        fit(job, workers, self._environment)
+
+    def leave(self) -> None:
+        """Leaves the cluster, which then sees the job as ended."""
+        import ray
+
+        ray.shutdown()
