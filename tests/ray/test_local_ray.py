@@ -19,6 +19,7 @@ from tests.support.local_runs import LocalRun
 from tests.support.training import losses, run_of, small_recipe, write_pairs
 from tests.support.waiting import free_port, listening, wait_for
 from trainer.checkpoint.publish import finished
+from trainer.run.lease import read_lease
 
 pytestmark = [pytest.mark.ray, pytest.mark.timeout(300)]
 STEPS = 120
@@ -104,6 +105,28 @@ def test_a_local_ray_is_reached_from_this_host_and_with_its_token_alone(local: L
     assert local.command.wait() == 0, local.command.output()[-3000:]
     assert finished(run_of(local.recipe)) is not None
     assert token not in local.command.output()
+
+
+@pytest.fixture
+def endless(tiny_model: Path, folder: Path) -> Iterator[LocalRun]:
+    recipe = small_recipe("endless", tiny_model, folder, **{"training.steps": 10**6, "resources": {"workers": 2}})
+    run = LocalRun(recipe, folder)
+    yield run
+    run.clean()
+
+
+def test_a_ray_that_dies_is_one_sentence_and_the_run_can_go_on(endless: LocalRun) -> None:
+    """Ray ends every process that uses it."""
+    endless.reach(lambda: max(losses(endless.recipe), default=0) >= 3, "the third step")
+    next(process for process in endless.processes() if process.name() == "raylet").kill()
+    assert endless.command.wait() == 3, endless.command.output()[-3000:]
+    assert endless.command.output().splitlines()[-1].startswith("muster: interrupted: this machine's Ray has gone")
+    assert "core_worker" not in endless.command.output()
+    assert "Traceback" not in endless.command.output()
+    wait_for(lambda: not endless.processes(), "no process of the run", timeout_s=60)
+    lease = read_lease(run_of(endless.recipe))
+    assert lease is not None
+    assert not lease.may_be_alive()
 
 
 @pytest.fixture
