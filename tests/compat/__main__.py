@@ -1,7 +1,8 @@
 """``make compat``: runs the tests at both ends of the versions that muster allows, and prints a table.
 
-Each end has an environment of its own under ``build/compat`` and a file of constraints in this folder. torch is the
-same in both, since a machine has one build of it.
+Each end has an environment of its own under ``build/compat``: that of constraints.txt, in which the libraries of
+``RANGES`` are replaced by the oldest or the newest versions of pyproject.toml's ranges. torch stays, since another
+version may be a build for GPUs.
 """
 
 from __future__ import annotations
@@ -11,14 +12,15 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 import venv
 from dataclasses import dataclass
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-ROOT = HERE.parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 ENDS = ("oldest", "newest")
-LIBRARIES = ("ray", "torch", "transformers", "peft", "accelerate", "bitsandbytes", "deepspeed", "datasets")
+RANGES = ("ray", "transformers", "peft", "accelerate", "bitsandbytes")
+SHOWN = (*RANGES, "torch", "deepspeed", "datasets")
 ELASTIC = "tests/cluster/test_ray.py::test_a_run_follows_the_hosts_that_come_and_go"
 CHECKS: dict[str, tuple[str, ...]] = {
     "unit tests": ("-m", "pytest", "-q", "-n", "2", "tests/unit"),
@@ -44,7 +46,7 @@ def main(ends: list[str]) -> int:
     """Returns 0 if all checks passed at all ``ends``, by default at both."""
     found = {end: _examine(end) for end in ends or ENDS}
     rows = [("", *found)]
-    rows += [(name, *(versions[name] for versions, _ in found.values())) for name in LIBRARIES]
+    rows += [(name, *(versions[name] for versions, _ in found.values())) for name in SHOWN]
     rows += [(name, *(str(outcomes[name]) for _, outcomes in found.values())) for name in CHECKS]
     for number, row in enumerate(rows):
         print(f"| {' | '.join(row)} |")
@@ -59,15 +61,23 @@ def _examine(end: str) -> tuple[dict[str, str], dict[str, Outcome]]:
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True, upgrade_deps=True)
-    install = ["-m", "pip", "install", "--quiet", "--upgrade", "-e", ".[dev]", "-c", str(HERE / f"{end}.txt")]
-    subprocess.run([python, *install], cwd=ROOT, check=True)
+    pip = [python, "-m", "pip", "install", "--quiet"]
+    subprocess.run([*pip, "-e", ".[dev]", "-c", "constraints.txt"], cwd=ROOT, check=True)
+    subprocess.run([*pip, "--upgrade", *_requirements(end)], cwd=ROOT, check=True)
     return _versions(python), {name: _run(end, python, name) for name in CHECKS}
 
 
+def _requirements(end: str) -> list[str]:
+    """Returns the libraries of ``RANGES`` as pyproject.toml has them, or with their lower bounds only."""
+    asked = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    found = [line for line in asked if re.split(r"[\[><=]", line)[0] in RANGES]
+    return [re.sub(r">=([\d.]+).*", r"==\1", line) for line in found] if end == "oldest" else found
+
+
 def _versions(python: Path) -> dict[str, str]:
-    asked = f"from importlib.metadata import version; print(*map(version, {LIBRARIES!r}))"
+    asked = f"from importlib.metadata import version; print(*map(version, {SHOWN!r}))"
     told = subprocess.run([python, "-c", asked], check=True, capture_output=True, text=True).stdout
-    return dict(zip(LIBRARIES, told.split(), strict=True))
+    return dict(zip(SHOWN, told.split(), strict=True))
 
 
 def _run(end: str, python: Path, name: str) -> Outcome:
