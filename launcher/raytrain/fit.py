@@ -6,6 +6,7 @@ import os
 import socket
 import tempfile
 from collections.abc import Mapping
+from inspect import signature
 from typing import Any
 
 import ray
@@ -18,6 +19,7 @@ from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 from launcher.attempt import AttemptFailed, ResizeRequested, run_rank
 from launcher.raytrain.environment import Environment
 from launcher.raytrain.failures import first_cause, first_line, last_error, unwrapped
+from trainer.errors import InputError
 from trainer.recipe import ResourcesSection
 from trainer.run.failure import Failure
 from trainer.worker.job import Job
@@ -53,13 +55,20 @@ def fit(job: Job, workers: int, environment: Environment) -> None:
 
 
 def scaling(resources: ResourcesSection, workers: int) -> ScalingConfig:
+    """Raises InputError if this version of Ray Train cannot place workers by labels."""
+    labels = {"label_selector": dict(resources.labels)} if resources.labels else {}
+    if labels and "label_selector" not in signature(ScalingConfig).parameters:
+        raise InputError(
+            f"resources.labels: Ray Train {ray.__version__} cannot place workers by the labels of nodes; leave them "
+            "out, or install a newer Ray on all nodes"
+        )
     return ScalingConfig(
         num_workers=workers,
         use_gpu=resources.gpus_per_worker > 0,
         resources_per_worker={"CPU": resources.cpus_per_worker, "GPU": resources.gpus_per_worker},
         placement_strategy=resources.placement.upper(),
         accelerator_type=resources.accelerator_type,
-        label_selector=dict(resources.labels) or None,
+        **labels,
     )
 
 
