@@ -56,7 +56,7 @@ def fit(job: Job, workers: int, environment: Environment) -> None:
 
 def scaling(resources: ResourcesSection, workers: int) -> ScalingConfig:
     """Raises InputError if this version of Ray Train cannot place workers by labels."""
-    labels = {"label_selector": dict(resources.labels)} if resources.labels else {}
+    labels: dict[str, Any] = {"label_selector": dict(resources.labels)} if resources.labels else {}
     if labels and "label_selector" not in signature(ScalingConfig).parameters:
         raise InputError(
             f"resources.labels: Ray Train {ray.__version__} cannot place workers by the labels of nodes; leave them "

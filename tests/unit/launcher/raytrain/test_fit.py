@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import time
 
+import pytest
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
 from launcher.attempt import AttemptFailed, ResizeRequested
 from launcher.raytrain.fit import outcome_of, scaling
-from trainer.errors import CorruptObject
+from trainer.errors import CorruptObject, InputError
 from trainer.recipe import ResourcesSection
 from trainer.run.failure import WorkerError
+
+
+class OldScalingConfig:
+    """As in Ray 2.52."""
+
+    def __init__(
+        self,
+        num_workers: int,
+        use_gpu: bool,
+        resources_per_worker: dict[str, float],
+        placement_strategy: str,
+        accelerator_type: str | None,
+    ) -> None:
+        self.num_workers = num_workers
 
 
 class Wrapped(Exception):
@@ -34,6 +49,28 @@ def test_ray_is_asked_for_what_the_recipe_says_of_places() -> None:
     assert (asked.num_workers, asked.use_gpu, asked.placement_strategy) == (2, True, "SPREAD")
     assert asked.resources_per_worker == {"CPU": 3, "GPU": 2}
     assert (asked.accelerator_type, asked.label_selector) == ("A100", {"zone": "a"})
+
+
+def test_labels_need_a_ray_train_that_knows_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("launcher.raytrain.fit.ScalingConfig", OldScalingConfig)
+    assert scaling(ResourcesSection(), 2).num_workers == 2
+    with pytest.raises(InputError, match=r"resources.labels: Ray Train .* cannot place workers by the labels"):
+        scaling(ResourcesSection.model_validate({"labels": {"zone": "a"}}), 2)
+
+
+def test_a_worker_that_ends_while_it_is_started_is_told_in_a_line() -> None:
+    class WorkerGroupStartupFailedError(Exception):
+        pass
+
+    trace = (
+        "One of the worker actors failed to initialize due to error:\nTraceback (most recent call last):\n"
+        '  File "worker_group.py", line 494, in _create_workers\n'
+        "ray.exceptions.ActorDiedError: The actor died unexpectedly before finishing this task.\n\tpid: 15275\n"
+    )
+    found = outcome_of(ControllerError(WorkerGroupStartupFailedError(trace)))
+    assert str(found) == (
+        "a worker ended while it was started: The actor died unexpectedly before finishing this task."
+    )
 
 
 def test_a_resize_is_no_failure() -> None:
