@@ -288,8 +288,6 @@ def test_versions_are_those_of_the_project() -> None:
     pins = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().split() if "==" in line)
     made = manifest(job())
     assert made["spec"]["rayClusterSpec"]["rayVersion"] == pins["ray"]
-    pin = next(need for need in project["dependencies"] if need.startswith("ray["))
-    assert f">={pins['ray'].rpartition('.')[0]}," in pin
     for wanted in (made, manifest(job(kind="jobset"))):
         images = set(re.findall(r"muster:[\w.]+", yaml.safe_dump(wanted)))
         assert images == {f"muster:{project['version']}"}
