@@ -62,7 +62,7 @@ GENERAL = (
         task=with_head,
     ),
     Refusal(
-        "the method takes a part out of the base model, which is no reference then with its adapter switched off",
+        "the method takes a part out of the base model, so the model with its adapter off is not the reference",
         method=lambda method: method.residual,
         task=with_reference,
     ),

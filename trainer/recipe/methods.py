@@ -127,8 +127,7 @@ METHODS = Registry(
             "thirds of the steps, 5e-4 to 2e-3; orthogonality 0.5 as in peft",
             refuses=(
                 Refusal(
-                    "adalora plans its ranks over a run's steps, one update each, and such a task takes several in a "
-                    "step",
+                    "adalora plans its ranks for one update in each step, and the task takes several",
                     task=that_generates,
                 ),
                 Refusal(

@@ -10,6 +10,7 @@ from trainer.recipe.matrix import Cell, alike, axes, cells, nearest, refusal, re
 
 
 def test_every_refusal_refuses_something_that_no_other_does() -> None:
+    assert len(set(refusals())) == len(refusals())
     for refused in refusals():
         assert any(refusal(cell) == refused for cell in cells()), refused.why
 

@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 
 from trainer.errors import RecipeError
 from trainer.recipe import load, loads, parse
+from trainer.recipe.base import Section
 from trainer.recipe.methods import METHODS
+from trainer.recipe.sections.strategy import StrategySection
+from trainer.recipe.sections.tracking import MlflowSection
+from trainer.recipe.tasks import TASKS
+from trainer.recipe.trackers import TRACKERS
 
 GOOD: dict[str, Any] = {
     "name": "good",
@@ -281,3 +287,18 @@ def test_choices_that_are_not_there_are_the_only_mistakes_of_a_recipe_that_asks_
     source = {"path": "s3://corpus/*.jsonl", "format": "poem", "columns": {"question": "q", "answer": "a"}}
     asked = GOOD | {"data": {"train": [source]}, "tracking": ["tensorbord"]}
     assert [path for path, _ in mistakes(asked)] == ["data.train.0.format", "tracking.0"]
+
+
+ASKED = [StrategySection, *(row.section for _, row in (*TASKS.items(), *TRACKERS.items()) if row.section)]
+"""The sections whose unused settings are refused."""
+
+
+@pytest.mark.parametrize("kind", ASKED)
+def test_of_defaults_nothing_counts_as_given(kind: type[Section]) -> None:
+    """A frozen recipe contains all of them."""
+    frozen = yaml.safe_load(yaml.safe_dump(kind().model_dump(mode="json")))
+    assert list(kind.model_validate(frozen).given()) == []
+
+
+def test_what_differs_from_its_default_counts_as_given() -> None:
+    assert list(MlflowSection(experiment="mine").given()) == ["experiment"]
