@@ -10,6 +10,7 @@ import difflib
 import importlib
 from collections.abc import ItemsView, Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
 from trainer.errors import UsageError
@@ -34,8 +35,9 @@ Row = TypeVar("Row", bound=Choice)
 class Registry(Generic[Row]):
     """The rows of one kind of choice, by name."""
 
-    def __init__(self, kind: str, rows: Mapping[str, Row]) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, rows: Mapping[str, Row], also: Mapping[str, str] = MappingProxyType({})) -> None:
+        """``also``: further names, by which other tools know a row, and the row's own."""
+        self.kind, self.also = kind, also
         self._rows = dict(rows)
 
     def names(self) -> tuple[str, ...]:

@@ -11,7 +11,21 @@ import sys
 
 import typer
 
-from launcher.cli import convert, doctor, evaluate, export, generate, matrix, plan, prepare, report, run, status, submit
+from launcher.cli import (
+    convert,
+    doctor,
+    evaluate,
+    export,
+    generate,
+    matrix,
+    plan,
+    prepare,
+    preview,
+    report,
+    run,
+    status,
+    submit,
+)
 from launcher.cli import validate as validation
 from launcher.cli.exit_codes import carried_out
 from trainer.terminal import LOG_FORMAT, shown
@@ -35,6 +49,7 @@ app.command()(status.logs)
 app.command()(status.track)
 app.command()(report.report)
 app.command()(convert.convert)
+app.command()(preview.preview)
 app.command()(prepare.prepare)
 app.command()(plan.plan)
 app.command()(doctor.doctor)

@@ -139,25 +139,32 @@ def _talk(writer: Generator, talk: Conversation, max_new_tokens: int) -> None:
             talk.clear()
             continue
         try:
-            said = writer.stream(talk.ask(text), max_new_tokens, Shown(talk), talk.ended)
+            shown = Shown(talk)
+            said = writer.stream(talk.ask(text), max_new_tokens, shown, talk.ended)
+            shown.end()
         except KeyboardInterrupt:
             talk.take_back()
         else:
-            talk.answered(said)
+            talk.answered(talk.shown(said))
         print(flush=True)
 
 
 class Shown:
-    """Prints an answer piece by piece; in the form of questions, only its first line."""
+    """Prints an answer piece by piece, up to its end: see `Conversation.shown`."""
 
     def __init__(self, talk: Conversation) -> None:
         self.talk, self._text, self._printed = talk, "", ""
 
     def __call__(self, piece: str) -> None:
         self._text += piece
-        shown = self._text.lstrip()
-        if self.talk.ended(self._text):
-            shown = shown.splitlines()[0]
+        ended = self.talk.ended(self._text)
+        self._show(self.talk.shown(self._text) if ended else self.talk.certain(self._text))
+
+    def end(self) -> None:
+        self._show(self.talk.shown(self._text))
+
+    def _show(self, text: str) -> None:
+        shown = text.lstrip()
         print(shown[len(self._printed) :], end="", flush=True)
         self._printed = shown
 

@@ -149,8 +149,8 @@ def _texts(prompt: str | None) -> Callable[[Draft], Source]:
 def _named_template(part: Draft) -> None:
     """Handles a template named in the type, before the dot, which axolotl uses instead of the tokenizer's."""
     name = str(part.take("type")).partition(".")[0]
-    if name == "chatml":
-        part.put("data.chat_template", common.CHATML, "type")
+    if name in common.CHAT_TEMPLATES:
+        part.put("data.chat_template", common.CHAT_TEMPLATES[name], "type")
     elif name not in ("chat_template", "bradley_terry"):
         part.lose("type", f"{name}'s format of turns: {OWN_TEMPLATE}")
 
@@ -291,8 +291,8 @@ def _template(draft: Draft, parts: list[Draft]) -> None:
             for key in keys:
                 if one.is_on(key):
                     one.lose(key, f"with {name or 'another'}: a recipe has one template for all its data")
-        elif jinja or (name == "chatml" and talks):
-            one.put("data.chat_template", jinja or common.CHATML, *keys)
+        elif jinja or (name in common.CHAT_TEMPLATES and talks):
+            one.put("data.chat_template", jinja or common.CHAT_TEMPLATES[str(name)], *keys)
         elif not talks:
             one.pass_over("chat_template", f"{name}: no turns in the data")
         elif name == "tokenizer_default":

@@ -44,13 +44,18 @@ SCHEDULES = {
 WRITTEN_NAMES = ("gptq", "awq", "aqlm", "hqq", "eetq", "fp8", "mxfp4", "exl2")
 """Quantisations that base models on the Hub have in their names."""
 
-CHATML = (
-    "{% for message in messages %}"
-    r"{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    r"{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-"""The ChatML template, on one line: only Jinja writes line breaks."""
+CHAT_TEMPLATES = {
+    **{name: name for name in ("chatml", "llama3", "qwen3", "gemma", "mistral", "phi", "deepseek", "glm")},
+    **{name: name for name in ("alpaca", "vicuna")},
+    **dict.fromkeys(("qwen", "qwen_25", "qwen2.5", "chatml_de"), "chatml"),
+    **dict.fromkeys(("llama-3", "llama3_1"), "llama3"),
+    **dict.fromkeys(("gemma2", "gemma3", "gemma_2", "gemma_3"), "gemma"),
+    **dict.fromkeys(("mistral_v2v3", "mistral_small"), "mistral"),
+    **dict.fromkeys(("phi_3", "phi3", "phi_35"), "phi"),
+    **dict.fromkeys(("deepseek3", "deepseek_v3"), "deepseek"),
+    **dict.fromkeys(("glm4_moe", "glm_4_5"), "glm"),
+}
+"""The names of axolotl and LLaMA-Factory, and the name of muster's chat template of that form."""
 
 FILES = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet)(\.(gz|zst))?$")
 
@@ -274,18 +279,26 @@ def is_elsewhere(path: str) -> bool:
 
 
 def hold_out(draft: Draft, key: str) -> None:
-    """Sets evaluation data from a fraction, or a number of rows, at the end of each training split on the Hub."""
+    """Sets evaluation data: held-out rows for a fraction, or a number of rows at the end of each split on the Hub."""
     size = draft.number(key)
     if size in OFF:
         return
     if draft.recipe["data"].get("eval"):
         draft.pass_over(key, "data.eval is named")
         return
+    if 0 < size < 1:
+        draft.put("data.eval_fraction", size, key)
+        draft.decisions.append(
+            f"data.eval_fraction holds out {size:g} of the rows by their hash; {key} took them at random"
+        )
+        return
     sources = draft.recipe["data"]["train"]
     parts = [_parts(one.get("split", "train"), size) if is_hub_dataset(one["path"]) else None for one in sources]
     cut = [part for part in parts if part]
     if size < 0 or len(cut) < len(sources) or not cut:
-        draft.lose(key, f"{size}: only complete splits of the Hub can be divided; name sources under data.eval")
+        draft.lose(
+            key, f"{size}: rows can be counted off complete splits of the Hub only; give a fraction, data.eval_fraction"
+        )
         return
     evaluated = [{**deepcopy(source), "split": held} for source, (_, held) in zip(sources, cut, strict=True)]
     for source, (rest, _) in zip(sources, cut, strict=True):

@@ -155,7 +155,10 @@ def _template(draft: Draft) -> None:
         "the base model expects",
     }
     ways = {kind: way for kind, way in ways.items() if kind in formats}
-    if name and ways:
+    known = common.CHAT_TEMPLATES.get(str(name))
+    if known and formats & {"messages", "preference"}:
+        draft.put("data.chat_template", known, "template")
+    elif name and ways:
         draft.lose("template", f"{name}: {'; '.join(ways.values())}")
     else:
         draft.pass_over("template", "texts are read unchanged")
@@ -165,15 +168,10 @@ def _template(draft: Draft) -> None:
 
 
 def _cut(draft: Draft) -> None:
-    """Limits each data set to its first rows, as a slice of its split; a file has no splits."""
+    """Limits each data set to its first rows."""
     rows = draft.number("max_samples")
     if not rows:
         return
-    cut = not draft.recipe["data"]["train"]
     for source in [*draft.recipe["data"]["train"], *draft.recipe["data"].get("eval", [])]:
-        if is_hub_dataset(source["path"]) and "[" not in source.get("split", ""):
-            source["split"], cut = f"{source.get('split', 'train')}[:{int(rows)}]", True
-        else:
-            draft.lose("max_samples", f"{rows}: files are read completely; shorten them, or lower training.steps")
-    if cut:
-        draft.use("data.train", "max_samples")
+        source["limit"] = int(rows)
+    draft.use("data.train", "max_samples")

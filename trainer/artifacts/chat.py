@@ -11,10 +11,11 @@ from __future__ import annotations
 
 from typing import Any
 
+from trainer.chat_templates.rendering import Unrendered, render
+from trainer.chat_templates.turn_end import TurnEnd, turn_end
 from trainer.data.formats.columns import encodable, fields_of
 from trainer.data.formats.instruction import prompt_of
 from trainer.data.formats.qa import framed
-from trainer.data.formats.rendering import Unrendered, render
 from trainer.data.sample import RowError
 from trainer.errors import UsageError
 from trainer.recipe.formats import FORMATS
@@ -53,6 +54,7 @@ class Conversation:
         if system and frame != CHAT:
             raise UsageError(f"--system has no effect with the frame {frame}; leave it out")
         self.tokenizer, self.frame, self.system, self.template = tokenizer, frame, system, template
+        self.end = turn_end(tokenizer) if frame == CHAT else TurnEnd()
         self.turns: Turns = []
         self.clear()
 
@@ -79,11 +81,16 @@ class Conversation:
             self.turns.pop()
 
     def shown(self, text: str) -> str:
-        """Returns the answer in a generated text: its first line in the frame ``qa``, else the whole text."""
-        return first_line(text) if self.frame == QA else text
+        """Returns the answer in a generated text: its first line in the frame ``qa``; in a chat, what stands before
+        that which the template writes after a turn."""
+        return first_line(text) if self.frame == QA else self.end.cut(text)
+
+    def certain(self, text: str) -> str:
+        """Returns what of an unfinished text is part of the answer, however it goes on."""
+        return self.end.certain(text)
 
     def ended(self, text: str) -> bool:
-        return self.frame == QA and one_line(text)
+        return one_line(text) if self.frame == QA else self.end.cut(text) != text
 
 
 def first_line(text: str) -> str:

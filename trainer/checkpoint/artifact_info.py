@@ -45,7 +45,8 @@ class ArtifactInfo(NamedTuple):
     @classmethod
     def of(cls, recipe: Recipe) -> ArtifactInfo:
         source = recipe.data.train[0]
-        return cls(recipe.task, recipe.adapter.label, recipe.model, source.format, source.template)
+        format, template = ("messages", None) if source.style == "chat" else (source.format, source.template)
+        return cls(recipe.task, recipe.adapter.label, recipe.model, format, template)
 
     def write(self, folder: Path) -> None:
         body = {**self._asdict(), "model": self.model.model_dump(mode="json")}

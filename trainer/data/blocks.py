@@ -27,6 +27,8 @@ BLOCK_BYTES = 8 << 20
 _META = b"window"
 _PART_SHIFT = 40
 """Bits of a row number (a byte offset in at most 1 TiB). The number of a part of the row is stored above them."""
+_TURN = 1 << 22
+"""The number of a part from which on it is that of a message in a conversation."""
 
 BLOCK_SCHEMA = pa.schema(
     [
@@ -76,12 +78,13 @@ class Counts:
 
 @dataclass
 class WindowMeta:
-    """The metadata of a window's index. ``counts`` has an entry per source."""
+    """The metadata of a window's index. ``counts`` and ``warnings`` have an entry per source."""
 
     data: str
     blocks: list[BlockInfo]
     counts: list[Counts]
     bad_rows: list[BadRow] = field(default_factory=list)
+    warnings: list[list[str]] = field(default_factory=list)
 
     def to_bytes(self) -> bytes:
         return json.dumps(asdict(self), sort_keys=True).encode()
@@ -114,14 +117,22 @@ class WindowIndex:
 
 def sample_id(source: Any, obj: Any, row: Any) -> str:
     """Returns ``<source index>:<object index>/<byte offset or row number>``, the origin of the sample. For a long text
-    that was cut into several samples, ``+1``, ``+2``, … follow for the second sample and later ones."""
+    that was cut into several samples, ``+1``, ``+2``, … follow for the second sample and later ones. For a conversation
+    that became several samples, ``#`` and the number of the last message that the sample trains follow."""
     number, part = int(row) & ((1 << _PART_SHIFT) - 1), int(row) >> _PART_SHIFT
+    if part >= _TURN:
+        return f"{source}:{obj}/{number}#{part - _TURN}"
     return f"{source}:{obj}/{number}+{part}" if part else f"{source}:{obj}/{number}"
 
 
 def part_of_row(row: int, part: int) -> int:
     """Returns the row number of sample number ``part`` of a row that was cut into several samples."""
     return row | part << _PART_SHIFT
+
+
+def turn_of_row(row: int, turn: int) -> int:
+    """Returns the row number of the sample that trains message ``turn`` last, of a row that became several samples."""
+    return row | (_TURN + turn) << _PART_SHIFT
 
 
 class WindowWriter:
@@ -153,7 +164,9 @@ class WindowWriter:
         self._body += raw
         self._ids, self._samples, self._size = [], [], 0
 
-    def finish(self, name: str, counts: list[Counts], bad_rows: list[BadRow]) -> tuple[str, bytes, bytes]:
+    def finish(
+        self, name: str, counts: list[Counts], bad_rows: list[BadRow], warnings: Sequence[list[str]] = ()
+    ) -> tuple[str, bytes, bytes]:
         """Returns the data object's key, its bytes, and the index's bytes."""
         if self._samples:
             self._close_block()
@@ -161,7 +174,7 @@ class WindowWriter:
         # The key contains the data's hash: two writers whose libraries encode the same samples into different bytes
         # must not share an object. The index names the object that it belongs to.
         key = f"{name}-{hashlib.sha256(body).hexdigest()[:16]}.data"
-        return key, body, encode_index(self._index, WindowMeta(key, self._blocks, counts, bad_rows))
+        return key, body, encode_index(self._index, WindowMeta(key, self._blocks, counts, bad_rows, list(warnings)))
 
 
 def _stored_bytes(sample: Sample) -> int:

@@ -7,10 +7,13 @@ training is lost.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Required, TypedDict
 
+from trainer.chat_templates.rendering import writes_date
+from trainer.chat_templates.template import template_of
 from trainer.data import (
     PreparationSpec,
     PreparedDataset,
@@ -23,9 +26,10 @@ from trainer.data import (
     prepare_dataset,
     resolve_chat_template,
 )
+from trainer.data.spec import FORMAT_VERSION, FrozenSource
 from trainer.errors import CorruptObject, InputError
 from trainer.parsing import Malformed
-from trainer.recipe import Recipe, SourceSection
+from trainer.recipe import Recipe
 from trainer.records import read_record
 from trainer.run import layout
 from trainer.run.frozen import has_commits
@@ -61,8 +65,8 @@ class RunData:
 def check_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
     """Encodes the first rows of each source; raises InputError for what would fail the preparation."""
     labels: Sequence[str] | None = None
-    for sources in filter(None, (recipe.data.train, recipe.data.eval)):
-        spec = _spec(recipe, sources, tokenizer, None, labels)
+    for part in recipe.data.parts:
+        spec = _spec(recipe, part, tokenizer, None, labels)
         check_first_rows(spec, tokenizer)
         labels = spec.labels
 
@@ -84,15 +88,13 @@ def prepare_data(
     frozen = _frozen_data(run)
     parts: dict[str, PreparedDataset | None] = {"train": None, "eval": None}
     loaded: list[PreTrainedTokenizerBase] = []
-    for part, sources in (("train", recipe.data.train), ("eval", recipe.data.eval)):
-        if not sources:
-            continue
+    for part in recipe.data.parts:
         spec = frozen.get(part) if frozen else None
         prepared = open_prepared(shared, spec.fingerprint) if spec else None
         if prepared is None:
             loaded = loaded or [tokenizer()]
             known = parts["train"].spec.labels if parts["train"] else None
-            spec = _spec(recipe, sources, loaded[0], spec, known)
+            spec = _spec(recipe, part, loaded[0], spec, known)
             if early is not None and part == "train" and recipe.training.steps is not None:
                 prepared = early(spec, loaded[0], shared)
             else:
@@ -135,12 +137,17 @@ def try_open_data(
 
 def find_prepared(recipe: Recipe, shared: Storage, tokenizer: PreTrainedTokenizerBase) -> PreparedDataset | None:
     """Opens training data of this recipe that were prepared before; None if they are missing or not complete."""
-    return open_prepared(shared, _spec(recipe, recipe.data.train, tokenizer, None, None).fingerprint)
+    return open_prepared(shared, train_spec(recipe, tokenizer).fingerprint)
+
+
+def train_spec(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> PreparationSpec:
+    """Returns the specification of the recipe's training data as they are now."""
+    return _spec(recipe, "train", tokenizer, None, None)
 
 
 def eval_spec(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, labels: Sequence[str]) -> PreparationSpec:
     """Returns the specification of the recipe's evaluation data with the training data's ``labels``."""
-    return _spec(recipe, recipe.data.eval, tokenizer, None, labels)
+    return _spec(recipe, "eval", tokenizer, None, labels)
 
 
 def total_steps(recipe: Recipe, train: PreparedDataset) -> int:
@@ -188,21 +195,30 @@ def read_data(run: Storage) -> dict[str, PreparationSpec]:
 
 def _spec(
     recipe: Recipe,
-    sources: Sequence[SourceSection],
+    part: str,
     tokenizer: PreTrainedTokenizerBase,
     frozen: PreparationSpec | None,
     labels: Sequence[str] | None,
 ) -> PreparationSpec:
-    """Returns the specification of the data of ``sources``; with ``frozen``, of exactly the objects frozen there.
+    """Returns the specification of the part ``train`` or ``eval`` of the data. With ``frozen``, it has exactly the
+    objects frozen there.
 
     ``labels``: the training data's label set, which evaluation data must use; None for the training data itself.
     Raises InputError when the tokenizer or the chat template differs from that of ``frozen``.
     """
     if frozen is None:
-        spec = describe(freeze(sources), tokenizer, labels=labels, **_settings(recipe))
+        settings = _settings(recipe)
+        if writes_date(settings["chat_template"] or template_of(tokenizer)):
+            settings["date"] = datetime.now().date().isoformat()
+        spec = describe(frozen_part(recipe, part), tokenizer, labels=labels, **settings)
         _check_class_weights(recipe, spec.labels)
         return spec
-    spec = describe(frozen.sources, tokenizer, labels=frozen.labels, **_settings(recipe))
+    if frozen.version != FORMAT_VERSION:
+        raise InputError(
+            "this run's data were prepared by an older version of muster, and they are missing; put them back, "
+            "continue it with that version, or start a run under another name"
+        )
+    spec = describe(frozen.sources, tokenizer, labels=frozen.labels, date=frozen.date, **_settings(recipe))
     if spec.fingerprint != frozen.fingerprint:
         raise InputError(
             "the tokenizer or the chat template is not the one that this run was started with, and its prepared data "
@@ -228,4 +244,14 @@ def _settings(recipe: Recipe) -> dict[str, Any]:
         "task": recipe.task,
         "chat_template": resolve_chat_template(data.chat_template),
         "max_bad_rows": data.max_bad_rows,
+        "special_tokens": data.special_tokens,
     }
+
+
+def frozen_part(recipe: Recipe, part: str) -> tuple[FrozenSource, ...]:
+    """Returns the frozen sources of the part ``train`` or ``eval``: held-out rows have the same objects in both."""
+    data = recipe.data
+    sources = freeze(data.eval if part == "eval" and data.eval else data.train)
+    if not data.eval_fraction:
+        return sources
+    return tuple(replace(source, eval_fraction=data.eval_fraction, part=part) for source in sources)

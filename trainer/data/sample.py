@@ -29,7 +29,9 @@ class Sample:
     ``truncated``: the sample was longer. ``splits``: a sample that is too long is cut into several instead of
     truncated. With a ``label``, the only target is the last token, from which the label is predicted. ``token_types``
     int8 [T] separate the two texts of a pair for an encoder. With ``rejected``, this sample is the chosen one of two
-    answers, and ``margin`` is the preference's margin.
+    answers, and ``margin`` is the preference's margin. ``turn``: of a conversation that is trained as several samples,
+    the number of the last message that this one trains, from 1. ``warnings``: what is odd about it; a source's warnings
+    are shown once.
     """
 
     tokens: Tokens
@@ -40,6 +42,8 @@ class Sample:
     token_types: TokenTypes | None = None
     rejected: Sample | None = None
     margin: float | None = None
+    turn: int = 0
+    warnings: tuple[str, ...] = ()
 
 
 def fit(sample: Sample, sequence_length: int) -> list[Sample]:

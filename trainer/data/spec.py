@@ -12,15 +12,35 @@ from typing import Any, NamedTuple
 
 from trainer.records import Count, read_record
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 """Increased whenever a change of the code prepares the same inputs into other tokens or another layout."""
+
+ORDER_VERSION = 1
+"""Increased whenever a change of the code puts the same data into another order."""
 
 _PROBE = "A probe: 12 résumés, 3.5 % of \n\tthem naïve."
 
 
-_LATER: dict[str, Any] = {"header": None, "sample_by": "line", "labels": None}
-"""Settings of a source with their defaults. They were added later and are written only when they differ from these, so
-that older fingerprints stay valid. The same holds for `PreparationSpec.labels`."""
+_LATER: dict[str, Any] = {
+    "header": None,
+    "sample_by": "line",
+    "labels": None,
+    "style": "text",
+    "train_on": "all",
+    "limit": None,
+    "nulls": "empty",
+    "eval_fraction": 0.0,
+    "part": "train",
+}
+_LATER_SPEC: dict[str, Any] = {
+    "labels": (),
+    "stops": (),
+    "vocabulary": None,
+    "date": None,
+    "special_tokens": "tokens",
+}
+"""Settings of a source, and of `PreparationSpec`, with their defaults. They were added later and are written only when
+they differ from these, so that older fingerprints stay valid."""
 
 
 class FrozenObject(NamedTuple):
@@ -37,7 +57,9 @@ class FrozenSource:
     """A source of the recipe with its resolved objects. Its weight is not included: no token depends on it.
 
     ``header`` names the columns of CSV and TSV files without a header line. ``sample_by`` is the unit of a text file
-    that makes a sample. ``labels`` are the names of a classification source's labels.
+    that makes a sample. ``labels`` are the names of a classification source's labels. ``style``, ``train_on``,
+    ``limit``, ``nulls``: as the recipe's source has them. ``eval_fraction``, ``part``: the share of rows that is held
+    out, and which part of the rows this is.
     """
 
     path: str
@@ -48,6 +70,12 @@ class FrozenSource:
     header: tuple[str, ...] | None = None
     sample_by: str = "line"
     labels: tuple[str, ...] | None = None
+    style: str = "text"
+    train_on: str = "all"
+    limit: Count | None = None
+    nulls: str = "empty"
+    eval_fraction: float = 0.0
+    part: str = "train"
 
     @property
     def is_hub(self) -> bool:
@@ -63,7 +91,10 @@ class FrozenSource:
 @dataclass(frozen=True)
 class PreparationSpec:
     """Everything that the prepared tokens depend on. ``chat_template`` is the template's text, None for the tokenizer's
-    own. ``labels`` is the label set of classification; a label's number is its index there."""
+    own. ``labels`` is the label set of classification; a label's number is its index there. ``stops``: the tokens that
+    stop generation, as the model's files name them. ``vocabulary``: the number of its embeddings, where the tokenizer
+    has tokens beyond them. ``date``: that which the chat template writes, in ISO format, if it writes one.
+    ``special_tokens``: how texts that hold them are tokenised."""
 
     sources: tuple[FrozenSource, ...]
     tokenizer: str
@@ -74,10 +105,14 @@ class PreparationSpec:
     max_bad_rows: Count = 0
     version: Count = FORMAT_VERSION
     labels: tuple[str, ...] = ()
+    stops: tuple[Count, ...] = ()
+    vocabulary: Count | None = None
+    date: str | None = None
+    special_tokens: str = "tokens"
 
     def to_json(self) -> dict[str, Any]:
         data = dataclasses.asdict(self) | {"sources": [s.to_json() for s in self.sources]}
-        return data if self.labels else {name: value for name, value in data.items() if name != "labels"}
+        return {name: value for name, value in data.items() if name not in _LATER_SPEC or value != _LATER_SPEC[name]}
 
     @classmethod
     def from_json(cls, data: Any) -> PreparationSpec:
@@ -95,7 +130,7 @@ class PreparationSpec:
         """Seeds every permutation. It depends on the sizes of the inputs but on no URL or ETag, so that a copy of the
         same data elsewhere is trained on in the same order."""
         sizes = [[o.size for o in s.objects] for s in self.sources]
-        return _hash_json([self.version, sizes])[:32]
+        return _hash_json([ORDER_VERSION, sizes])[:32]
 
 
 def tokenizer_fingerprint(tokenizer: Any) -> str:

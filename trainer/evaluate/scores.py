@@ -62,8 +62,8 @@ def evaluate(
     address.check()
     if len(address.adapters) > 1:
         raise UsageError("one adapter is evaluated at a time: name a single --adapter")
-    if not recipe.data.eval:
-        raise InputError("data.eval of the recipe has no source; add one with path: and format:")
+    if not recipe.data.evaluates:
+        raise InputError("data.eval of the recipe has no source; add one with path: and format:, or set eval_fraction")
     with tempfile.TemporaryDirectory(prefix="muster-evaluate-") as folder:
         say("fetching what is evaluated")
         subject = find(address, Path(folder, "subject"), recipe, trust=Trust(trust, recipe.model))

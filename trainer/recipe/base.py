@@ -80,7 +80,8 @@ Listed = Annotated[tuple[T, ...], Strict(False)]
 
 @dataclass(frozen=True)
 class OneOf:
-    """A constraint on a text: it must be a name of this registry. The JSON Schema lists the names."""
+    """A constraint on a text: it must be a name of this registry, and becomes the row's own name. The JSON Schema lists
+    the names."""
 
     registry: Registry[Any]
 
@@ -88,10 +89,11 @@ class OneOf:
         return core_schema.no_info_after_validator_function(self._check, handler(source))
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
-        names = self.registry.names()
+        names = (*self.registry.names(), *self.registry.also)
         return handler(schema) | ({"enum": list(names)} if names else {})
 
     def _check(self, name: str) -> str:
+        name = self.registry.also.get(name, name)
         try:
             self.registry[name]
         except UsageError as error:

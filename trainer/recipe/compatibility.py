@@ -200,8 +200,10 @@ RULES = (
     ),
     Rule(
         (("samples",), ("data", "eval")),
-        lambda r: _writes_samples(r) and not r.data.eval,
-        lambda r: "has no effect without data.eval, whose prompts it takes; add a source there, or leave it out",
+        lambda r: _writes_samples(r) and not r.data.evaluates,
+        lambda r: (
+            "has no effect without data.eval or data.eval_fraction, whose prompts it takes; add one, or leave it out"
+        ),
     ),
     Rule(
         (("samples",), ("task",)),
@@ -210,8 +212,8 @@ RULES = (
     ),
     Rule(
         (("training", "eval_every"), ("data", "eval")),
-        lambda r: r.training.eval_every is not None and not r.data.eval,
-        lambda r: "has no effect without data.eval; add a source there, or leave it out",
+        lambda r: r.training.eval_every is not None and not r.data.evaluates,
+        lambda r: "has no effect without data.eval or data.eval_fraction; add a source there, or leave it out",
     ),
 )
 

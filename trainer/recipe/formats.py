@@ -15,7 +15,8 @@ class FormatRow(Choice):
     ``columns``: those that it reads; a source's `columns` maps these names to those of the file. ``gives``: the kind of
     samples: prompted (a prompt and its answer), text, preference (pairs), label. ``optional``: columns that rows may
     lack. ``templated``: a `template` may render the prompt or the text. ``unpacked``: why its samples cannot share a
-    pack, if they cannot. ``frame``: how a prompt is framed when the model is used (`trainer.artifacts.chat.FRAMES`);
+    pack, if they cannot. ``as_chat``: columns that it reads besides when the chat template frames it (`as: chat`); ()
+    if that cannot be. ``frame``: how a prompt is framed when the model is used (`trainer.artifacts.chat.FRAMES`);
     None: as plain text."""
 
     columns: tuple[str, ...]
@@ -23,7 +24,12 @@ class FormatRow(Choice):
     optional: tuple[str, ...] = ()
     templated: bool = False
     unpacked: str | None = None
+    as_chat: tuple[str, ...] = ()
     frame: str | None = None
+
+    def reads(self, style: str) -> tuple[str, ...]:
+        """Returns the columns that it reads in this style, ``text`` or ``chat``."""
+        return self.columns + (self.as_chat if style == "chat" else ())
 
 
 FORMATS = Registry(
@@ -34,9 +40,9 @@ FORMATS = Registry(
         ),
         "messages": FormatRow(
             "trainer.data.formats.messages:MessagesFormat",
-            ("messages", "tools"),
+            ("messages", "tools", "system"),
             "prompted",
-            optional=("tools",),
+            optional=("tools", "system"),
             frame="chat",
         ),
         "instruction": FormatRow(
@@ -44,6 +50,7 @@ FORMATS = Registry(
             ("instruction", "input", "output"),
             "prompted",
             optional=("input",),
+            as_chat=("system", "history"),
             templated=True,
             frame="instruction",
         ),
@@ -71,6 +78,7 @@ FORMATS = Registry(
             unpacked="whose texts are read one by one",
         ),
     },
+    also={"sharegpt": "messages", "openai": "messages", "chatml": "messages", "alpaca": "instruction"},
 )
 
 

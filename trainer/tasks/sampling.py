@@ -17,7 +17,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from trainer.chat_templates.turn_end import turn_end
 from trainer.errors import InputError
+from trainer.recipe import Recipe
 from trainer.run.events import SampleText
 from trainer.tasks.lm_head_loss import TargetHead
 
@@ -191,7 +193,12 @@ def max_positions(model: Any) -> int | None:
 
 def end_tokens(model: Any, tokenizer: Any) -> set[int]:
     """Returns the tokens that end a text: the tokenizer's end of text, which training puts after each answer, and those
-    of the model's generation configuration."""
+    of the model's generation configuration, and the one that the chat template writes after a turn."""
     configured = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
     several = configured if isinstance(configured, list) else [configured]
-    return {int(n) for n in (tokenizer.eos_token_id, *several) if n is not None}
+    return {int(n) for n in (tokenizer.eos_token_id, *several, *turn_end(tokenizer).tokens) if n is not None}
+
+
+def stop_strings(recipe: Recipe, tokenizer: Any) -> tuple[str, ...]:
+    """Returns the texts that the chat template writes after a turn, if it frames the recipe's rows."""
+    return turn_end(tokenizer).strings if recipe.data.has_chats else ()

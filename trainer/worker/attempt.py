@@ -80,12 +80,14 @@ def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callab
         cache, eval_cache = open_caches(data.train, data.eval, recipe.data.cache_bytes)
         startup.end(DATA)
     with _noted("loading the model"):
-        parts = build(recipe, world, storage, data.train.spec.labels, reward_model(recipe, world.device))
+        spec = data.train.spec
+        reward = reward_model(recipe, world.device)
+        parts = build(recipe, world, storage, spec.labels, reward, spec.chat_template)
     with _noted("restoring the checkpoint"):
         attempt = world.decide_on_rank0(lambda: claim_attempt(run, job.driver, dict(job.holder)))
     recorder = Recorder(run, recipe, world, attempt)
     log.info("attempt %d: rank %d of %d on %s (%s)", attempt, world.rank, world.size, world.host, world.device)
-    checkpointer = Checkpointer(job, parts, run, recorder, data.train.spec.chat_template)
+    checkpointer = Checkpointer(job, parts, run, recorder, spec.chat_template)
     detector = HangDetector(
         world,
         store_of_group(),

@@ -56,16 +56,24 @@ class Parts:
     meter: Meter | None
     attention: str
     load: list[dict[str, int]]
+    chat_template: str | None = None
 
     def tokenizer(self) -> PreTrainedTokenizerBase:
-        """Loads the base model's tokenizer."""
-        return _tokenizer(self.recipe, self.files.folder)
+        """Loads the base model's tokenizer, with the run's chat template."""
+        return _tokenizer(self.recipe, self.files.folder, self.chat_template)
 
 
-def build(recipe: Recipe, world: World, storage: Storage, labels: tuple[str, ...] = (), reward: Any = None) -> Parts:
+def build(
+    recipe: Recipe,
+    world: World,
+    storage: Storage,
+    labels: tuple[str, ...] = (),
+    reward: Any = None,
+    chat_template: str | None = None,
+) -> Parts:
     """Collective: every rank of the attempt calls it. ``storage``: the run's, which may have an NF4 copy of the model.
     ``labels``: the label set of the training data. ``reward``: the reward model of a task that generates texts, if it
-    has one."""
+    has one. ``chat_template``: the run's own, None for the tokenizer's."""
     adapter, task, strategy = make_adapter(recipe), make_task(recipe, labels), make_strategy(recipe, world)
     with closing(_loader(recipe, world, storage, adapter, task, strategy)) as loader:
         if recipe.compute.kernels == "liger":
@@ -73,7 +81,7 @@ def build(recipe: Recipe, world: World, storage: Storage, labels: tuple[str, ...
         model = loader.attach_adapter()
         generation = None
         if task.generates:
-            tokenizer = _tokenizer(recipe, loader.files.folder)
+            tokenizer = _tokenizer(recipe, loader.files.folder, chat_template)
             generation = GenerationContext(tokenizer, world, strategy.forward_is_collective, reward)
         task.attach(model, generation)
         # Counted before the strategy wraps the model: some strategies leave empty parameters behind.
@@ -86,7 +94,7 @@ def build(recipe: Recipe, world: World, storage: Storage, labels: tuple[str, ...
         strategy.reshard()
         load = world.all_gather({"rank": world.rank, **loader.statistics()})
     meter = meter_of(recipe, world, operations)
-    return Parts(recipe, world, loader.files, adapter, task, strategy, meter, attention, load)
+    return Parts(recipe, world, loader.files, adapter, task, strategy, meter, attention, load, chat_template)
 
 
 class BaseLoader(Protocol):
@@ -250,5 +258,7 @@ def _head(recipe: Recipe, task: Task) -> Head | None:
     return Head(task.labels, recipe.seed) if task.labels else None
 
 
-def _tokenizer(recipe: Recipe, folder: Path) -> PreTrainedTokenizerBase:
-    return load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)
+def _tokenizer(recipe: Recipe, folder: Path, chat_template: str | None) -> PreTrainedTokenizerBase:
+    tokenizer = load_tokenizer(folder, trust_remote_code=recipe.model.trust_remote_code)
+    tokenizer.chat_template = chat_template or tokenizer.chat_template
+    return tokenizer

@@ -20,7 +20,7 @@ from trainer.data import Batch, PreparedDataset, eval_batches
 from trainer.errors import InputError
 from trainer.model.kernels.attention import by_mask
 from trainer.run.events import TextsEvent
-from trainer.tasks.sampling import PolicySampler, SamplingPrompt, prompts_of, shown
+from trainer.tasks.sampling import PolicySampler, SamplingPrompt, prompts_of, shown, stop_strings
 from trainer.worker.build import Parts
 from trainer.worker.callbacks import Callback, Position
 from trainer.worker.recorder import Recorder
@@ -135,7 +135,7 @@ class SampleTexts(Callback):
             max_new_tokens=self.recipe.samples.max_new_tokens,
             temperature=0.0,
             top_p=1.0,
-            stop=(),
+            stop=stop_strings(self.recipe, tokenizer),
             agree=agree,
         )
         return author, tokenizer

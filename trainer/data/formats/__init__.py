@@ -12,7 +12,8 @@ from trainer.recipe.formats import FORMATS
 
 
 class Format(Protocol):
-    """A data format, built once per source. ``encode`` returns a sample or a RowError per row, in the rows' order.
+    """A data format, built once per source. ``encode`` returns a sample, several, or a RowError per row, in the rows'
+    order.
 
     Formats neither truncate samples nor check for targets; only labelled samples are truncated here. The constructor
     raises InputError if the tokenizer lacks something that the format needs.
@@ -20,7 +21,7 @@ class Format(Protocol):
 
     def __init__(self, source: FrozenSource, tokenizer: Any, spec: PreparationSpec) -> None: ...
 
-    def encode(self, rows: Sequence[Row]) -> list[Sample | RowError]: ...
+    def encode(self, rows: Sequence[Row]) -> Sequence[Sample | list[Sample] | RowError]: ...
 
 
 def open_format(source: FrozenSource, tokenizer: Any, spec: PreparationSpec) -> Format:

@@ -1,112 +1,291 @@
-"""A conversation rendered by a chat template, with targets on the assistant's turns.
+"""A conversation rendered by a chat template, as samples with targets on the assistant's turns.
 
-The template need not mark the assistant's text. For the assistant's turn i, two texts are rendered: the turns before i
-with a generation prompt, and the turns up to and including i. The first must be a prefix of the second; the rest is the
-text that a model would have generated. The complete conversation is tokenised at once, and a token is a target if it
-starts in such a rest.
+For the assistant's turn i, two texts are rendered: ``opened``, the turns before i with a generation prompt, which is
+what a model reads at inference time, and ``closed``, the turns up to and including i. What ``closed`` has more is what
+the model is to generate. Turns share a sample as long as the text of one begins the text of the next. Where a template
+rewrites earlier turns (it drops their reasoning, for example), a new sample begins, with targets on the new turn only.
+So every turn is trained behind the text that stands before it at inference time.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from datetime import datetime
+from typing import Any, NamedTuple
 
 import numpy as np
 
+from trainer.chat_templates.dialect import Dialect, dialect_of, thought_and_answer
+from trainer.chat_templates.rendering import Unrendered, at_date, render
+from trainer.chat_templates.template import template_of
+from trainer.chat_templates.turn import Turn
 from trainer.data.formats.columns import encodable
-from trainer.data.formats.joined import eos_of
-from trainer.data.formats.rendering import Unrendered, render
-from trainer.data.formats.turns import Turn
+from trainer.data.formats.kept import LeftOut, left_out
+from trainer.data.formats.tokens import Ends, Interval, MarkedTokens, Marks, Tokenised, tokenise
 from trainer.data.sample import RowError, Sample
+from trainer.data.spec import FrozenSource, PreparationSpec
+from trainer.errors import InputError
+from trainer.recipe.chat_templates import CHAT_TEMPLATES
 
-Interval = tuple[int, int]
 Tools = list[Any] | None
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+_TAG_AT_END = re.compile(r"<[^<>\s]+>\s*\Z")
+
+NO_STOP = (
+    "an assistant's turn ends without a token that stops generation (of the tokenizer or of generation_config.json): a "
+    "model trained on it goes on writing; the stop string {after!r} ends its answers in muster's own commands"
+)
+OPENED = (
+    "the generation prompt ends in {tail!r}, which the template does not write before an answer that is trained on; "
+    "the targets begin where the two differ"
+)
+NO_TOOLS = "the chat template does not write the tools of a row"
+MISSING = (
+    "a conversation needs a chat template, and neither the tokenizer nor the recipe has one; set data.chat_template to "
+    f"the one that the model was trained with: {', '.join(CHAT_TEMPLATES)}, a Jinja template, or the path of one"
+)
+UNANSWERED = "a conversation goes on after the assistant's last turn; what follows it is left out"
+
+
+class Conversation(NamedTuple):
+    """The turns of a row, and the tools that they may call. ``last_only``: only the last turn is trained."""
+
+    turns: list[Turn]
+    tools: Tools = None
+    last_only: bool = False
+
+
+@dataclass
+class Rendered:
+    """The text of a sample, the characters of the turns that are its targets, and the last of these turns.
+    ``messages``, ``tools``: what the template was given. ``read``: where the words of the last turn end."""
+
+    text: str
+    answers: list[Interval]
+    turn: Turn
+    messages: list[dict[str, Any]]
+    tools: Tools
+    read: int
+    warnings: set[str]
 
 
 class Chat:
-    """Encodes conversations. ``template`` replaces the tokenizer's own; None keeps that."""
+    """Encodes conversations. ``template`` replaces the tokenizer's own; None keeps that. ``stops``: the tokens that
+    stop generation, besides the tokenizer's eos. ``date``: that which the template writes. ``literal``: what looks like
+    a special token in a turn is tokenised as any other text."""
 
-    def __init__(self, tokenizer: Any, template: str | None) -> None:
-        self.tokenizer, self.template = tokenizer, template or tokenizer.chat_template
+    def __init__(
+        self,
+        tokenizer: Any,
+        template: str | None,
+        stops: Iterable[int] = (),
+        date: datetime | None = None,
+        literal: bool = False,
+    ) -> None:
+        self.tokenizer, self.template = tokenizer, template or template_of(tokenizer)
+        self._marks = Marks(tokenizer) if literal else None
+        self.stops = frozenset(stops) | {n for n in (tokenizer.eos_token_id,) if n is not None}
+        self._rendered_as = self.template if date is None else at_date(self.template or "", date)
+        self._blocks = bool(self.template and _GENERATION.search(self.template)) and tokenizer.is_fast and not literal
+        self.dialect = dialect_of(self.template, self._render) if self.template else Dialect()
+        between = tokenise(tokenizer, [self.dialect.between], special=False)[0].ids
+        self._mark = between[0] if between and between[0] in self.stops else None
 
-    def encode(self, turns: list[Turn], tools: Tools = None, *, last_only: bool = False) -> Sample | RowError:
-        """Encodes a conversation, with targets on all of the assistant's turns, or on the last one only."""
-        rendered = self._render_turns(turns, tools, last_only)
-        if isinstance(rendered, RowError):
-            return rendered
-        text, answers = rendered
-        checked = encodable(text)
-        if isinstance(checked, RowError):
-            return checked
-        encode = self._encode_by_offsets if self.tokenizer.is_fast else self._encode_by_parts
-        return encode(text, answers)
+    def encode(self, conversations: Sequence[Conversation | RowError]) -> list[list[Sample] | RowError]:
+        """Encodes the conversations as one batch. Returns a RowError unchanged, at its place."""
+        rendered = [c if isinstance(c, RowError) else self._split(c) for c in conversations]
+        texts = [sample.text for row in rendered if not isinstance(row, RowError) for sample in row]
+        encoded = iter(self._tokenise(texts))
+        return [
+            row if isinstance(row, RowError) else self._samples(row, [next(encoded) for _ in row]) for row in rendered
+        ]
 
-    def ask(self, turns: list[Turn], tools: Tools = None) -> Sample | RowError:
+    def ask(self, conversation: Conversation) -> Sample | RowError:
         """Encodes a conversation that awaits the assistant's turn: it is the prompt, and the answer is eos alone."""
+        messages = self.dialect.messages(self._marked(conversation.turns))
         try:
-            text = encodable(self._render(turns, tools, generation=True))
+            text = encodable(self._render(messages, tools=conversation.tools, add_generation_prompt=True))
         except Unrendered as error:
             return _refused(error)
         if isinstance(text, RowError):
             return text
-        tokens = [*self._ids(text), eos_of(self.tokenizer, "messages")]
-        target = np.zeros(len(tokens), dtype=np.bool_)
-        target[-1] = True
-        return Sample(np.array(tokens, dtype=np.int32), target)
+        tokens = [*self._tokenise([text])[0].ids, Ends.of(self.tokenizer, "messages").eos]
+        return Sample(np.array(tokens, dtype=np.int32), np.arange(len(tokens)) == len(tokens) - 1)
 
-    def _render_turns(self, turns: list[Turn], tools: Tools, last_only: bool) -> tuple[str, list[Interval]] | RowError:
-        """Returns the conversation's text, and the character ranges of the assistant's turns."""
-        answers: list[Interval] = []
-        before = ""
-        assistant = [i for i, turn in enumerate(turns) if turn["role"] == "assistant"]
+    def _render(self, messages: list[dict[str, Any]], **how: Any) -> str:
+        return render(self.tokenizer, messages, self._rendered_as, **how)
+
+    def _split(self, conversation: Conversation) -> list[Rendered] | RowError:
+        """Returns the texts that the conversation is trained as."""
+        turns = self._marked(conversation.turns)
+        answers = [i for i, turn in enumerate(turns) if turn.role == "assistant"]
+        if not answers:
+            return RowError(f"there is no turn of the assistant, only of: {', '.join({t.role: 0 for t in turns})}")
+        rendered: list[Rendered] = []
+        messages = self.dialect.messages(turns)
         try:
-            for i in assistant[-1:] if last_only else assistant:
-                opened = self._render(turns[:i], tools, generation=True) if i else ""
-                closed = self._render(turns[: i + 1], tools, generation=False)
-                if not opened.startswith(before) or not closed.startswith(opened):
-                    return _not_a_prefix(i)
-                answers.append((len(opened), len(closed)))
-                before = closed
-            text = self._render(turns, tools, generation=False)
+            for i in answers[-1:] if conversation.last_only else answers:
+                if turns[i].trained:
+                    fault = self._add(rendered, turns[: i + 1], messages[: i + 1], conversation.tools)
+                    if fault is not None:
+                        return fault
         except Unrendered as error:
             return _refused(error)
-        return (text, answers) if text.startswith(before) else _not_a_prefix(len(turns) - 1)
+        for sample in rendered:
+            if conversation.tools and not self.dialect.tools:
+                sample.warnings.add(NO_TOOLS)
+            if answers[-1] < len(turns) - 1:
+                sample.warnings.add(UNANSWERED)
+        return rendered
 
-    def _render(self, turns: list[Turn], tools: Tools, generation: bool) -> str:
-        return render(self.tokenizer, turns, self.template, tools=tools, add_generation_prompt=generation)
+    def _add(
+        self, rendered: list[Rendered], turns: list[Turn], messages: list[dict[str, Any]], tools: Tools
+    ) -> RowError | None:
+        """Adds the last of the turns to the last text, or a text of its own. Returns why it cannot be trained on."""
+        turn = turns[-1]
+        closed = self._render(messages, tools=tools)
+        if isinstance(fault := encodable(closed), RowError):
+            return fault
+        warnings: set[str] = set()
+        if len(turns) == 1:
+            start = self._first_start(closed, turn)
+        else:
+            opened = self._render(messages[:-1], tools=tools, add_generation_prompt=True)
+            found = self._start(closed, opened, turn, messages, tools)
+            if found is None:
+                return _rewritten(turn)
+            start = found
+            if start < len(opened):
+                warnings.add(OPENED.format(tail=self.dialect.opening[-20:]))
+        last = rendered[-1] if rendered else None
+        shared = last is not None and len(last.text) <= start and closed.startswith(last.text)
+        read = last.read if shared and last else 0
+        before = turns[turns.index(last.turn) + 1 : -1] if shared and last else turns[:-1]
+        for other in before:
+            anywhere = other.role in ("system", "developer")  # some templates write it before another turn
+            found_end = left_out(other, closed, 0 if anywhere else read, reasoning=False)
+            if isinstance(found_end, LeftOut):
+                return RowError(f"{found_end}; use a template that writes it, or take it out of the data")
+            read = read if anywhere else found_end
+        found_end = left_out(turn, closed, start, reasoning=True)
+        if isinstance(found_end, LeftOut):
+            return RowError(f"{found_end}; use a template that writes it, or take it out of the data")
+        if shared and last:
+            last.text, last.turn, last.messages, last.read = closed, turn, messages, found_end
+            last.answers.append((start, len(closed)))
+            last.warnings |= warnings
+        else:
+            rendered.append(Rendered(closed, [(start, len(closed))], turn, messages, tools, found_end, warnings))
+        return None
 
-    def _encode_by_offsets(self, text: str, answers: list[Interval]) -> Sample:
-        # The template writes the special tokens itself, BOS too.
-        out = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False)
-        starts = np.array(out["offset_mapping"], dtype=np.int64).reshape(-1, 2)[:, 0]
-        target = np.zeros(len(starts), dtype=np.bool_)
-        for low, high in answers:
-            target |= (starts >= low) & (starts < high)
-        return Sample(np.array(out["input_ids"], dtype=np.int32), target)
+    def _first_start(self, closed: str, turn: Turn) -> int:
+        """Returns where the assistant's words begin in a conversation that they open."""
+        at = closed.rfind(_first_words(turn))
+        opening = closed.rfind(self.dialect.opening, 0, at) if self.dialect.opening else -1
+        return max(at, 0) if opening < 0 else opening + len(self.dialect.opening)
 
-    def _encode_by_parts(self, text: str, answers: list[Interval]) -> Sample | RowError:
-        """Encodes without offsets: the tokens of the text up to each edge of an answer must be a prefix of all
-        tokens."""
-        tokens = self._ids(text)
-        target = np.zeros(len(tokens), dtype=np.bool_)
-        for start, stop in answers:
-            before, after = self._ids(text[:start]), self._ids(text[:stop])
-            if tokens[: len(before)] != before or tokens[: len(after)] != after:
-                return RowError(
-                    "the tokenizer joins the assistant's words with the text around them; use a fast tokenizer"
-                )
-            target[len(before) : len(after)] = True
-        return Sample(np.array(tokens, dtype=np.int32), target)
+    def _start(self, closed: str, opened: str, turn: Turn, messages: list[dict[str, Any]], tools: Tools) -> int | None:
+        """Returns where what the model is to write begins in ``closed``: behind the generation prompt, or where the two
+        part. None: the template writes the turns before otherwise once this one follows."""
+        if closed.startswith(opened):
+            return len(opened)
+        opening = self.dialect.opening
+        if opening and opened.endswith(opening):
+            before = len(opened) - len(opening)
+        else:
+            before = len(self._render(messages[:-1], tools=tools))
+        start = next(i for i, (a, b) in enumerate(zip(opened, closed + "\0", strict=False)) if a != b)
+        if start < before:
+            return None
+        # Neither a mark nor the assistant's words are divided.
+        tag = _TAG_AT_END.search(opened, before)
+        if tag and tag.start() < start < len(tag[0].rstrip()) + tag.start():
+            start = tag.start()
+        words = _first_words(turn)
+        at = closed.find(words, max(before, start - len(words) + 1), start + len(words))
+        return at if 0 <= at < start else start
 
-    def _ids(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def _marked(self, turns: list[Turn]) -> list[Turn]:
+        """Returns the turns with their special tokens marked, if these are to stay text."""
+        marks = self._marks
+        if marks is None:
+            return turns
+        return [replace(t, content=marks.mark(t.content), reasoning=marks.mark(t.reasoning)) for t in turns]
+
+    def _tokenise(self, texts: list[str]) -> Sequence[Tokenised | MarkedTokens]:
+        if self._marks is not None:
+            return [self._marks.tokenise(text) for text in texts]
+        return tokenise(self.tokenizer, texts, special=False)
+
+    def _samples(self, rendered: list[Rendered], tokens: Sequence[Tokenised | MarkedTokens]) -> list[Sample] | RowError:
+        samples = []
+        for one, encoded in zip(rendered, tokens, strict=True):
+            sample = self._sample(one, encoded)
+            if isinstance(sample, RowError):
+                return sample
+            samples.append(sample)
+        return samples
+
+    def _sample(self, rendered: Rendered, tokens: Tokenised | MarkedTokens) -> Sample | RowError:
+        """Returns the sample with targets on each answer up to the token that stops generation."""
+        ids = tokens.ids
+        written = self._in_blocks(rendered) if self._blocks else None
+        target = np.zeros(len(ids), dtype=np.bool_)
+        for number, (low, high) in enumerate(rendered.answers, 1):
+            span = tokens.span((low, high))
+            start, stop = span.start, self._stop(ids, span)
+            if number == len(rendered.answers) and self._mark is not None and ids[stop - 1] not in self.stops:
+                ids, target, stop = [*ids, self._mark], np.append(target, False), stop + 1
+            if ids[stop - 1] not in self.stops:
+                after = self.dialect.after.strip() or self.dialect.between.strip()
+                rendered.warnings.add(NO_STOP.format(after=after))
+            target[start:stop] = True if written is None else written[start:stop]
+            if not target[start:stop].any():
+                return RowError("the chat template's {% generation %} blocks leave out an assistant's turn")
+        turn = rendered.turn.number
+        return Sample(np.array(ids, dtype=np.int32), target, turn=turn, warnings=tuple(sorted(rendered.warnings)))
+
+    def _stop(self, ids: list[int], span: slice) -> int:
+        """Returns where the targets of a turn end: behind the token that stops generation, if there is one."""
+        stops = [i for i in range(span.start, span.stop) if ids[i] in self.stops]
+        if stops and not self.tokenizer.decode(ids[stops[-1] + 1 : span.stop]).strip():
+            return stops[-1] + 1
+        # Some templates end a turn with the mark of the next one.
+        marked = span.stop < len(ids) and ids[span.stop] in self.stops
+        return int(span.stop) + marked
+
+    def _in_blocks(self, rendered: Rendered) -> Any:
+        """Returns bool [T], True for the tokens in a ``{% generation %}`` block of the template."""
+        out = self.tokenizer.apply_chat_template(
+            rendered.messages, tools=rendered.tools, chat_template=self._rendered_as,
+            return_dict=True, return_assistant_tokens_mask=True,
+        )  # fmt: skip
+        return np.append(np.array(out["assistant_masks"], dtype=np.bool_), True)
+
+
+def chat_of(source: FrozenSource, tokenizer: Any, spec: PreparationSpec) -> Chat:
+    """Raises InputError if neither the tokenizer nor the recipe has a chat template."""
+    date = None if spec.date is None else datetime.fromisoformat(spec.date)
+    chat = Chat(tokenizer, spec.chat_template, spec.stops, date, literal=spec.special_tokens == "text")
+    if not chat.template:
+        raise InputError(f"data source {source.path}: {MISSING}")
+    return chat
+
+
+def _first_words(turn: Turn) -> str:
+    thought, answer = thought_and_answer(turn)
+    return (thought or answer).strip() or (turn.calls[0].name if turn.calls else "")
 
 
 def _refused(error: Exception) -> RowError:
     return RowError(f"the chat template refuses the conversation: {error}")
 
 
-def _not_a_prefix(turn: int) -> RowError:
+def _rewritten(turn: Turn) -> RowError:
     return RowError(
-        f"the chat template renders the turns before message {turn + 1} differently when that message follows, so that "
-        "the assistant's words cannot be identified; set data.chat_template to a template that only appends text"
+        f"the chat template renders the turns before message {turn.number} differently when that message follows, so "
+        "that the assistant's words cannot be identified; set data.chat_template to another template"
     )

@@ -59,7 +59,7 @@ class Columns:
     """The columns of one source, by their roles in its format, and its template."""
 
     def __init__(self, source: FrozenSource) -> None:
-        self.names, self.template = source.columns, source.template
+        self.names, self.template, self.nulls = source.columns, source.template, source.nulls
         self.fields = fields_of(source.template or "")
 
     def text(self, row: Row, role: str) -> str | RowError:
@@ -67,6 +67,10 @@ class Columns:
 
     def value(self, row: Row, role: str) -> Any | RowError:
         return column_of(row, self.names.get(role, role), role)
+
+    def value_in(self, row: Row, column: str, role: str) -> Any | RowError:
+        """Returns the value in a column that was found for the role."""
+        return column_of(row, column, role)
 
     def optional(self, row: Row, role: str) -> Any | RowError | None:
         """Returns the value; None if it is missing or empty, but a RowError if it is missing and the recipe names
@@ -85,7 +89,13 @@ class Columns:
         """Returns the template, filled with the row's columns."""
         values = {name: self.value(row, name) for name in self.fields}
         faults = [v for v in values.values() if isinstance(v, RowError)]
-        return faults[0] if faults else encodable(template.format_map(values))
+        if faults:
+            return faults[0]
+        for name in (name for name, value in values.items() if value is None):
+            if self.nulls == "fault":
+                return RowError(f"the column {self.names.get(name, name)!r} of the template is null")
+            values[name] = ""
+        return encodable(template.format_map(values))
 
 
 def fields_of(template: str) -> tuple[str, ...]:

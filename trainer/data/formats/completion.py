@@ -17,7 +17,7 @@ from trainer.recipe.tasks import TASKS
 
 class Completion:
     def __init__(self, source: FrozenSource, tokenizer: Any, spec: PreparationSpec) -> None:
-        self.joiner, self.columns = Joiner(tokenizer, "completion"), Columns(source)
+        self.joiner, self.columns = Joiner(tokenizer, "completion", spec.special_tokens == "text"), Columns(source)
         self.of_prompts = TASKS[spec.task].generates
 
     def encode(self, rows: Sequence[Row]) -> list[Sample | RowError]:

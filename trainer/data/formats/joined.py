@@ -1,51 +1,54 @@
-"""A prompt and its completion: tokens(prompt) + tokens(completion) + eos, with targets on completion and eos.
+"""A prompt and its completion: tokens(prompt and completion) + eos, with targets on the completion and eos.
 
-The prompt's tokens include the special tokens that the tokenizer adds to a text (BOS). The completion's include none.
+The special tokens that the tokenizer puts around a text are around both together. What the text has already is not
+doubled.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
-
+from trainer.data.formats.tokens import Ends, tokenise
 from trainer.data.sample import RowError, Sample
-from trainer.errors import InputError
 
 Pair = tuple[str, str]
 
+JOINED = (
+    "the tokenizer joins the end of a prompt and the start of its completion into one token, which is a target as a "
+    "whole; where a prompt ends with a space, write that space at the start of the completion"
+)
+
 
 class Joiner:
-    """Encodes pairs of prompt and completion. Raises InputError, which names ``format``, if there is no eos token."""
+    """Encodes pairs of prompt and completion. Raises InputError, which names ``format``, if there is no eos token.
+    ``literal``: see `tokenise`."""
 
-    def __init__(self, tokenizer: Any, format: str) -> None:
-        self.tokenizer, self.eos = tokenizer, eos_of(tokenizer, format)
+    def __init__(self, tokenizer: Any, format: str, literal: bool = False) -> None:
+        self.tokenizer, self.ends, self.literal = tokenizer, Ends.of(tokenizer, format), literal
 
     def encode(self, texts: Sequence[Pair | RowError]) -> list[Sample | RowError]:
         """Tokenises the pairs as one batch. Returns a RowError unchanged, at its place."""
         pairs = [t for t in texts if not isinstance(t, RowError)]
-        if not pairs:
-            return [t for t in texts if isinstance(t, RowError)]
-        prompts = self.tokenizer([p for p, _ in pairs], return_attention_mask=False)["input_ids"]
-        completions = self.tokenizer([c for _, c in pairs], add_special_tokens=False, return_attention_mask=False)[
-            "input_ids"
-        ]
-        samples = []
-        for prompt, completion in zip(prompts, completions, strict=True):
-            tokens = np.array([*prompt, *completion, self.eos], dtype=np.int32)
-            samples.append(Sample(tokens, np.arange(len(tokens)) >= len(prompt)))
-        encoded = iter(samples)
-        return [t if isinstance(t, RowError) else next(encoded) for t in texts]
+        texts_of_pairs = [prompt + completion for prompt, completion in pairs]
+        encoded = iter(tokenise(self.tokenizer, texts_of_pairs, special=True, literal=self.literal))
+        samples: list[Sample | RowError] = []
+        for given in texts:
+            if isinstance(given, RowError):
+                samples.append(given)
+                continue
+            prompt, completion = given
+            tokens = next(encoded)
+            start = tokens.at(len(prompt)) if completion else _end_of_text(tokens.ids, self.ends.eos)
+            sample = self.ends.closed(tokens.ids, start)
+            joined = bool(prompt and completion) and tokens.at(len(prompt) - 1) == start
+            samples.append(replace(sample, warnings=(JOINED,)) if joined else sample)
+        return samples
 
 
-def eos_of(tokenizer: Any, format: str) -> int:
-    if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"the tokenizer has no eos token, which the format {format} puts after each text; set eos_token in its "
-            "tokenizer_config.json"
-        )
-    return int(tokenizer.eos_token_id)
+def _end_of_text(ids: list[int], eos: int) -> int:
+    return len(ids) - (1 if ids and ids[-1] == eos else 0)
 
 
 def both(prompt: str | RowError, completion: str | RowError) -> Pair | RowError:

@@ -11,12 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
-from trainer.data.formats.chat import Chat
+from trainer.chat_templates.turn import Turn
+from trainer.data.formats.chat import MISSING, Chat, Conversation
 from trainer.data.formats.columns import Columns, as_text
 from trainer.data.formats.joined import Joiner, Pair, both
-from trainer.data.formats.turns import Turn, turns_of
+from trainer.data.formats.turns import turns_of
 from trainer.data.sample import Row, RowError, Sample
 from trainer.data.spec import FrozenSource, PreparationSpec
 from trainer.recipe.tasks import TASKS
@@ -26,7 +28,9 @@ SIDES = ("chosen", "rejected")
 
 class Preference:
     def __init__(self, source: FrozenSource, tokenizer: Any, spec: PreparationSpec) -> None:
-        self.joiner, self.chat = Joiner(tokenizer, "preference"), Chat(tokenizer, spec.chat_template)
+        literal, date = spec.special_tokens == "text", None if spec.date is None else datetime.fromisoformat(spec.date)
+        self.joiner = Joiner(tokenizer, "preference", literal)
+        self.chat = Chat(tokenizer, spec.chat_template, spec.stops, date, literal)
         self.columns, self.of_prompts = Columns(source), TASKS[spec.task].generates
 
     def encode(self, rows: Sequence[Row]) -> list[Sample | RowError]:
@@ -40,7 +44,8 @@ class Preference:
         parts = [self._read(row, side) for row in rows]
         texts = [part for part in parts if not isinstance(part, list)]
         joined = iter(self.joiner.encode(texts))
-        return [self._converse(part) if isinstance(part, list) else next(joined) for part in parts]
+        conversations = iter(self.chat.encode([self._ended(part) for part in parts if isinstance(part, list)]))
+        return [_single(next(conversations)) if isinstance(part, list) else next(joined) for part in parts]
 
     def _read(self, row: Row, side: str) -> Pair | list[Turn] | RowError:
         sharegpt = "prompt" not in self.columns.names and "prompt" not in row and "conversations" in row
@@ -51,20 +56,19 @@ class Preference:
         if isinstance(prompt, str | RowError) and isinstance(answer, str):
             return both(as_text(prompt, "prompt"), as_text(answer, side))
         turns = turns_of(_listed(answer, "assistant"))
-        if isinstance(turns, RowError) or turns[0]["role"] != "assistant":
+        if isinstance(turns, RowError) or turns[0].role != "assistant":
             return turns
         before = turns_of(prompt if isinstance(prompt, RowError) else _listed(prompt, "user"))
-        return before if isinstance(before, RowError) else [*before, *turns]
+        if isinstance(before, RowError):
+            return before
+        return [*before, *(replace(turn, number=turn.number + len(before)) for turn in turns)]
 
-    def _converse(self, turns: list[Turn]) -> Sample | RowError:
+    def _ended(self, turns: list[Turn]) -> Conversation | RowError:
         if not self.chat.template:
-            return RowError(
-                "the row holds a conversation, and neither the tokenizer nor the recipe has a chat template for it; "
-                "set data.chat_template to a Jinja template or to the path of one"
-            )
-        if turns[-1]["role"] != "assistant":
-            return RowError(f"the conversation has to end with the assistant's answer, not with {turns[-1]['role']!r}")
-        return self.chat.encode(turns, last_only=True)
+            return RowError(MISSING)
+        if turns[-1].role != "assistant":
+            return RowError(f"the conversation has to end with the assistant's answer, not with {turns[-1].role!r}")
+        return Conversation(turns, last_only=True)
 
     def _paired(self, row: Row, chosen: Sample | RowError, rejected: Sample | RowError) -> Sample | RowError:
         margin = self.columns.optional(row, "margin")
@@ -78,6 +82,13 @@ class Preference:
         assert isinstance(chosen, Sample)
         assert isinstance(rejected, Sample)
         return replace(chosen, rejected=rejected, margin=None if margin is None else float(margin))
+
+
+def _single(samples: list[Sample] | RowError) -> Sample | RowError:
+    """Returns the sample of a conversation whose last turn alone is trained."""
+    if isinstance(samples, RowError):
+        return samples
+    return samples[0] if samples else RowError("the answer is excluded from training, by its weight")
 
 
 def _listed(value: Any, role: str) -> Any:

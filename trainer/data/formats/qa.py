@@ -25,8 +25,7 @@ class Example(NamedTuple):
 
 class QuestionAnswer:
     def __init__(self, source: FrozenSource, tokenizer: Any, spec: PreparationSpec) -> None:
-        del spec
-        self.joiner, self.columns = Joiner(tokenizer, "qa"), Columns(source)
+        self.joiner, self.columns = Joiner(tokenizer, "qa", spec.special_tokens == "text"), Columns(source)
 
     def encode(self, rows: Sequence[Row]) -> list[Sample | RowError]:
         examples = [example_of(row, self.columns) for row in rows]

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from trainer.data.prepare.label_set import label_set
+from trainer.data.prepare.model_limits import stop_tokens, vocabulary
 from trainer.data.readers import reader_name
 from trainer.data.spec import FrozenObject, FrozenSource, PreparationSpec, tokenizer_fingerprint
 from trainer.errors import InputError
@@ -31,6 +32,10 @@ def _freeze(source: SourceSection) -> FrozenSource:
         header=source.header,
         sample_by=source.sample_by,
         labels=source.labels,
+        style=source.style,
+        train_on=source.train_on,
+        limit=source.limit,
+        nulls=source.nulls,
     )
     if not frozen.is_hub:
         return replace(frozen, objects=_objects(source.path))
@@ -48,7 +53,9 @@ def describe(
     be given the training data's.
     """
     labels = label_set(sources) if labels is None else tuple(labels)
-    return PreparationSpec(tuple(sources), tokenizer_fingerprint(tokenizer), labels=labels, **settings)
+    stops, size = stop_tokens(tokenizer), vocabulary(tokenizer)
+    identity = tokenizer_fingerprint(tokenizer)
+    return PreparationSpec(tuple(sources), identity, labels=labels, stops=stops, vocabulary=size, **settings)
 
 
 def check_unchanged(sources: Iterable[FrozenSource]) -> None:

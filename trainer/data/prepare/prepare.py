@@ -12,8 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
 from typing import Any, NamedTuple
 
+from trainer.chat_templates.template import named_template
 from trainer.data.blocks import BadRow
-from trainer.data.formats import open_format
+from trainer.data.prepare.encode import RowEncoder
 from trainer.data.prepare.freeze import check_unchanged
 from trainer.data.prepare.partial import BEGUN
 from trainer.data.prepare.prepared import MANIFEST, PreparedDataset, manifest_of, open_prepared, sum_counts
@@ -22,7 +23,6 @@ from trainer.data.prepare.window import (
     WindowEntry,
     WindowJob,
     WindowTask,
-    encode_rows,
     entry_of,
     index_key,
     too_many_bad_rows,
@@ -32,6 +32,8 @@ from trainer.data.readers.body import SPAN_BYTES
 from trainer.data.sample import RowError
 from trainer.data.spec import FrozenSource, PreparationSpec
 from trainer.errors import CorruptObject, InputError
+from trainer.recipe.chat_templates import CHAT_TEMPLATES
+from trainer.registry import choose_hint
 from trainer.storage import Storage, locate, to_json
 
 _INDEX = re.compile(r"w(\d{6,})\.index")
@@ -138,22 +140,25 @@ def check_first_rows(spec: PreparationSpec, tokenizer: Any, rows: int = 8) -> No
 
 
 def _check_source(source: FrozenSource, spec: PreparationSpec, tokenizer: Any, rows: int) -> None:
-    form, first = open_format(source, tokenizer, spec), source.objects[0]
+    encoder, first = RowEncoder(source, tokenizer, spec), source.objects[0]
     reader = open_reader(source, first)
     bad = 0
     for piece in islice(reader.cut(), 1):
-        for row, sample in encode_rows(form, list(islice(reader.rows(piece.start, piece.stop), rows))):
-            if not isinstance(sample, RowError):
+        for row, samples, _ in encoder.encode(list(islice(reader.rows(piece.start, piece.stop), rows))):
+            if not isinstance(samples, RowError):
                 continue
             bad += 1
             if bad > spec.max_bad_rows:
-                raise too_many_bad_rows(BadRow(first.url, reader.place(row), sample.reason), spec.max_bad_rows)
+                raise too_many_bad_rows(BadRow(first.url, reader.place(row), samples.reason), spec.max_bad_rows)
 
 
 def resolve_chat_template(value: str | None) -> str | None:
-    """Returns the text of data.chat_template, which is a template or the path of a file with one."""
+    """Returns the text of data.chat_template: a name of muster's templates, a template, or the path of a file with
+    one."""
     if value is None or "{" in value:
         return value
+    if value in CHAT_TEMPLATES:
+        return named_template(value)
     storage, key = locate(value)
     try:
         return storage.read(key).decode()
@@ -161,5 +166,6 @@ def resolve_chat_template(value: str | None) -> str | None:
         raise InputError(f"data.chat_template: {value} is not text in UTF-8 ({error.reason})") from error
     except FileNotFoundError as error:
         raise InputError(
-            f"data.chat_template: {value!r} is no file, and no Jinja template either since it holds no '{{'"
+            f"data.chat_template: {value!r} is no file, no Jinja template (it holds no '{{'), and none of muster's: "
+            f"{', '.join(CHAT_TEMPLATES)}{choose_hint(value, CHAT_TEMPLATES)}"
         ) from error

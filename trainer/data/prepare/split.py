@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 from trainer.data.readers import open_reader
@@ -14,13 +15,15 @@ WINDOW_BYTES = 32 << 20
 
 
 class Span(NamedTuple):
-    """A span of one input object, by the indexes of source and object, in the reader's unit; ``size`` is in bytes."""
+    """A span of one input object, by the indexes of source and object, in the reader's unit; ``size`` is in bytes.
+    ``rows``: only so many of its rows are used; None for all."""
 
     source: int
     object: int
     start: int
     stop: int
     size: int
+    rows: int | None = None
 
 
 def cut(sources: Sequence[FrozenSource], span_bytes: int = SPAN_BYTES) -> list[Span]:
@@ -29,12 +32,28 @@ def cut(sources: Sequence[FrozenSource], span_bytes: int = SPAN_BYTES) -> list[S
     Line files are cut by their sizes, parquet by its footer. Files that must be parsed (JSON arrays, CSV) or unpacked
     to be cut are read once, in bounded memory.
     """
-    return [
-        Span(i, j, piece.start, piece.stop, piece.size)
-        for i, source in enumerate(sources)
-        for j, frozen in enumerate(source.objects)
-        for piece in open_reader(source, frozen, span_bytes).cut()
-    ]
+    return [span for i, source in enumerate(sources) for span in _limited(_spans(i, source, span_bytes), source)]
+
+
+def _spans(number: int, source: FrozenSource, span_bytes: int) -> Iterator[Span]:
+    for j, frozen in enumerate(source.objects):
+        for piece in open_reader(source, frozen, span_bytes).cut():
+            yield Span(number, j, piece.start, piece.stop, piece.size)
+
+
+def _limited(spans: Iterable[Span], source: FrozenSource) -> Iterator[Span]:
+    """Yields the spans that hold the source's first ``limit`` rows, which are read to be counted."""
+    left = source.limit
+    for span in spans:
+        if left is None:
+            yield span
+            continue
+        if not left:
+            return
+        rows = open_reader(source, source.objects[span.object]).rows(span.start, span.stop)
+        there = sum(1 for _ in islice(rows, left))
+        yield span._replace(rows=there)
+        left -= there
 
 
 def windows(spans: Sequence[Span], key: str, window_bytes: int = WINDOW_BYTES) -> list[tuple[Span, ...]]:

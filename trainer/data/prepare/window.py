@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, NamedTuple
@@ -17,12 +16,13 @@ from trainer.data.blocks import (
     WindowWriter,
     decode_index,
     part_of_row,
+    turn_of_row,
 )
-from trainer.data.formats import Format, open_format
+from trainer.data.prepare.encode import RowEncoder
 from trainer.data.prepare.freeze import check_objects
 from trainer.data.prepare.split import Span
 from trainer.data.readers import Reader, open_reader
-from trainer.data.sample import Row, RowError, Sample, fit
+from trainer.data.sample import RowError, Sample, fit
 from trainer.data.spec import FrozenObject, PreparationSpec
 from trainer.errors import CorruptObject, InputError
 from trainer.parsing import Malformed
@@ -41,12 +41,14 @@ class WindowJob(NamedTuple):
 
 @dataclass
 class WindowEntry:
-    """A window's entry in the manifest: its index's key and sha256, the counts per source, and the first bad rows."""
+    """A window's entry in the manifest: its index's key and sha256, the counts and the warnings per source,
+    and the first bad rows."""
 
     index: str
     sha256: str
     counts: list[Counts]
     bad_rows: list[BadRow] = field(default_factory=list)
+    warnings: list[list[str]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -84,7 +86,7 @@ def index_key(window: int) -> str:
 
 def entry_of(storage: Storage, window: int, index: bytes) -> WindowEntry:
     meta: WindowMeta = open_index(storage, index_key(window), index).meta
-    return WindowEntry(index_key(window), hashlib.sha256(index).hexdigest(), meta.counts, meta.bad_rows)
+    return WindowEntry(index_key(window), hashlib.sha256(index).hexdigest(), meta.counts, meta.bad_rows, meta.warnings)
 
 
 def open_index(storage: Storage, key: str, raw: bytes) -> WindowIndex:
@@ -102,7 +104,7 @@ class _Window:
 
     def __init__(self, spec: PreparationSpec, tokenizer: Any, block_bytes: int) -> None:
         self.spec = spec
-        self.formats: list[Format] = [open_format(s, tokenizer, spec) for s in spec.sources]
+        self.encoders = [RowEncoder(source, tokenizer, spec) for source in spec.sources]
         self.counts = [Counts() for _ in spec.sources]
         self.bad_rows: list[BadRow] = []
         self.writer = WindowWriter(block_bytes)
@@ -112,17 +114,21 @@ class _Window:
             source = self.spec.sources[span.source]
             frozen = source.objects[span.object]
             self._add_span(span, frozen, open_reader(source, frozen))
-        return self.writer.finish(f"w{job.window:06d}", self.counts, self.bad_rows)
+        warnings = [list(encoder.warnings) for encoder in self.encoders]
+        return self.writer.finish(f"w{job.window:06d}", self.counts, self.bad_rows, warnings)
 
     def _add_span(self, span: Span, frozen: FrozenObject, reader: Reader) -> None:
-        rows = reader.rows(span.start, span.stop)
+        rows = islice(reader.rows(span.start, span.stop), span.rows)
         while batch := list(islice(rows, BATCH_ROWS)):
-            for row, sample in encode_rows(self.formats[span.source], batch):
+            for row, samples, _ in self.encoders[span.source].encode(batch):
                 self.counts[span.source].rows += 1
-                if isinstance(sample, RowError):
-                    self._add_bad(span.source, frozen, reader, row, sample)
+                if isinstance(samples, RowError):
+                    self._add_bad(span.source, frozen, reader, row, samples)
+                elif not samples:
+                    self.counts[span.source].dropped += 1
                 else:
-                    self._add_sample(span, row, sample)
+                    for sample in samples:
+                        self._add_sample(span, turn_of_row(row, sample.turn) if len(samples) > 1 else row, sample)
 
     def _add_sample(self, span: Span, row: int, sample: Sample) -> None:
         fitted, counts = fit(sample, self.spec.sequence_length), self.counts[span.source]
@@ -142,13 +148,6 @@ class _Window:
             raise too_many_bad_rows(BadRow(frozen.url, reader.place(row), fault.reason), self.spec.max_bad_rows)
         if len(self.bad_rows) < LISTED_BAD_ROWS:
             self.bad_rows.append(BadRow(frozen.url, reader.place(row), fault.reason))
-
-
-def encode_rows(form: Format, batch: Sequence[tuple[int, Row | RowError]]) -> Iterator[tuple[int, Sample | RowError]]:
-    """Yields (position, sample or RowError) of each row, in order. Encodes all rows without an error as one batch."""
-    encoded = iter(form.encode([row for _, row in batch if not isinstance(row, RowError)]))
-    for number, row in batch:
-        yield number, row if isinstance(row, RowError) else next(encoded)
 
 
 def too_many_bad_rows(bad: BadRow, allowed: int) -> InputError:

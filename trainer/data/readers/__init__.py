@@ -7,6 +7,7 @@ that *start* in a span, each with its position in the object. So spans can be re
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import islice
 from typing import NamedTuple, Protocol, cast
 
 from trainer.data.readers.body import SPAN_BYTES, Body, ObjectBody, unpacked
@@ -110,7 +111,11 @@ def open_reader(source: FrozenSource, frozen: FrozenObject, span_bytes: int = SP
 
 
 def rows_of(source: FrozenSource) -> Iterator[Row | RowError]:
-    """Yields every row of a source in order, read in this process."""
+    """Yields every row of a source in order, up to its limit, read in this process."""
+    return islice(_all_rows(source), source.limit)
+
+
+def _all_rows(source: FrozenSource) -> Iterator[Row | RowError]:
     for frozen in source.objects:
         reader = open_reader(source, frozen)
         for piece in reader.cut():

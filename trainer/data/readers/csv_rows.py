@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 from trainer.data.readers import InputSlice
 from trainer.data.readers.body import Body
-from trainer.data.readers.lines import BOM, line_of
+from trainer.data.readers.lines import BOM, UTF16, check_lines, line_of
 from trainer.data.readers.tsv import check_names, row_of_fields
 from trainer.data.sample import ROW_BYTES, TOO_LONG, Row, RowError
 from trainer.errors import InputError
@@ -26,11 +26,15 @@ class Csv:
 
     def __init__(self, body: Body, header: Sequence[str] | None = None) -> None:
         self.body = body
-        self._start = len(BOM) if body.read(0, len(BOM)) == BOM else 0
+        head = body.read(0, len(BOM))
+        self._start = len(BOM) if head == BOM else 0
+        if head[:2] in UTF16:
+            check_lines(body)
         self.names = tuple(header) if header is not None else self._read_header()
         check_names(self.names, body.url)
 
     def cut(self) -> Iterator[InputSlice]:
+        check_lines(self.body)
         start = last = self._start
         for begin, end, _ in self._records(start):
             if begin - start >= self.body.span_bytes:
@@ -56,6 +60,7 @@ class Csv:
         for _, end, fields in self._records(self._start):
             self._start = end
             if isinstance(fields, RowError):
+                check_lines(self.body)
                 raise InputError(f"{self.body.url}: the header, its first record: {fields.reason}")
             return tuple(fields)
         return ()

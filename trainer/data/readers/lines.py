@@ -9,8 +9,10 @@ from collections.abc import Iterator
 from trainer.data.readers import InputSlice
 from trainer.data.readers.body import Body
 from trainer.data.sample import ROW_BYTES, TOO_LONG, Row, RowError
+from trainer.errors import InputError
 
 BOM = b"\xef\xbb\xbf"
+UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _LOOK_AHEAD, _FURTHEST_AHEAD = 64 << 10, 8 << 20
 
 
@@ -25,6 +27,7 @@ class LineReader(ABC):
         """Converts one line, without its newline, to a row."""
 
     def cut(self) -> Iterator[InputSlice]:
+        check_lines(self.body)
         start = 0
         while (stop := self.body.clip(start + self.body.span_bytes)) > start:
             yield InputSlice(start, stop, stop - start)
@@ -63,6 +66,20 @@ class LineReader(ABC):
 
     def place(self, row: int) -> str:
         return line_of(self.body, row)
+
+
+def check_lines(body: Body) -> None:
+    """Raises InputError for a file whose beginning is UTF-16, or whose lines end with a carriage return alone."""
+    head = body.read(0, _LOOK_AHEAD)
+    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or head[:200].count(b"\0") > len(head[:200]) // 4:
+        raise InputError(
+            f"{body.url}: this is UTF-16 text, and UTF-8 is read; convert it: iconv -f UTF-16 -t UTF-8 FILE"
+        )
+    if b"\n" not in head and b"\r" in head.rstrip(b"\r"):
+        raise InputError(
+            f"{body.url}: its lines end with a carriage return (CR) alone, as on old Macintoshes, and line feeds are "
+            "expected; convert it: tr '\\r' '\\n' < FILE"
+        )
 
 
 def rest_of_line(body: Body, position: int) -> bytes | RowError:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from trainer.data.readers.body import Body
-from trainer.data.readers.lines import BOM, LineReader, rest_of_line
+from trainer.data.readers.lines import BOM, LineReader, check_lines, rest_of_line
 from trainer.data.sample import Row, RowError
 from trainer.errors import InputError
 from trainer.parsing import is_unicode
@@ -25,6 +25,7 @@ class Tsv(LineReader):
             line = rest_of_line(body, 0)
             if isinstance(line, RowError):
                 raise InputError(f"{body.url}: the header, its first line, is {line.reason}")
+            check_lines(body)
             header = fields_of(line.removeprefix(BOM))
         self.names = tuple(header)
         check_names(self.names, body.url)

@@ -51,13 +51,32 @@ class SourceSection(Section):
 
     format: Annotated[str, OneOf(FORMATS)] = Field(examples=["completion"])
     """How a row becomes a sample. `completion`: tokens(prompt) + tokens(completion) + end of text, with the loss on
-    completion and end; `messages`: a conversation through the chat template, with the loss on the assistant's turns;
+    completion and end; `messages`: a conversation through the chat template, with the loss on the assistant's turns
+    (`sharegpt`, `openai` and `chatml` are other names of it, `alpaca` one of `instruction`);
     `instruction`: Alpaca's prompt, and the output as its completion; `qa`: `Question: …\\nAnswer:`, and the first
     answer as its completion; `text`: every token, long texts cut into several samples; `preference`: a chosen and a
     rejected answer; `classification`: one text or two, and a label."""
 
     split: str | None = None
     """Split of an `hf://` data set; null is `train`. Required under `eval`."""
+
+    # `as` is a keyword of Python, so that the field cannot be written as the others are.
+    __annotations__["as"] = Literal["text", "chat"]
+    locals()["as"] = Field(
+        default="text",
+        description="How an `instruction` is framed: `text` is Alpaca's prompt, `chat` the chat template, with the "
+        "columns `system` and `history` as turns before it.",
+    )
+
+    train_on: Literal["all", "last"] = "all"
+    """The assistant's turns in a conversation that have the loss: all of them, or the last one. A turn with `weight: 0`
+    or `train: false` has none."""
+
+    limit: int | None = Field(default=None, ge=1)
+    """Use the first rows of the source only, so many of them; null uses all."""
+
+    nulls: Literal["empty", "fault"] = "empty"
+    """What a null in a column of `template` is: an empty text, which is warned about, or a fault of its row."""
 
     columns: dict[str, str] = Field(default_factory=dict)
     """The file's name for each column that the format reads, if the names differ: `{prompt: question}`. A dot selects a
@@ -91,6 +110,12 @@ class SourceSection(Section):
             names, hint = ", ".join(DATASETS), choose_hint(self.dataset, tuple(DATASETS))
             yield Conflict((("dataset",),), f"data set {self.dataset!r} is not one of: {names}{hint}")
         yield from self._wrong_columns()
+        if self.style != "text" and not FORMATS[self.format].as_chat:
+            yield Conflict((("as",), ("format",)), f"has no effect with format {self.format}; leave it out")
+        if self.train_on != "all" and self.format != "messages" and self.style != "chat":
+            yield Conflict((("train_on",), ("format",)), f"has no effect with format {self.format}; leave it out")
+        if self.nulls != "empty" and self.template is None:
+            yield Conflict((("nulls",), ("template",)), "has no effect without a template; leave it out")
         if self.split is not None and not self.is_dataset:
             yield Conflict((("split",), ("path",)), "has no effect on files; name those of the split in path")
         if self.labels is not None and FORMATS[self.format].gives != "label":
@@ -99,11 +124,16 @@ class SourceSection(Section):
             yield Conflict((("labels",),), "needs two labels or more, each once")
 
     @property
+    def style(self) -> str:
+        """The value of `as`."""
+        return str(getattr(self, "as"))
+
+    @property
     def is_dataset(self) -> bool:
         return is_hub_dataset(self.path)
 
     def _wrong_columns(self) -> Iterator[Conflict]:
-        known = FORMATS[self.format].columns
+        known = FORMATS[self.format].reads(self.style)
         templated = [name for name, row in FORMATS.items() if row.templated]
         if self.template is not None and self.format not in templated:
             allowed = ", ".join(templated)
@@ -141,6 +171,10 @@ class DataSection(Section):
     """Fill each pack with several samples that do not attend to each other; false puts one sample in a pack. Packing
     changes how many samples a step contains, not what the model sees of each."""
 
+    eval_fraction: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of the training rows that is held out for evaluation, 0.01 for one in a hundred. A hash of the row decides,
+    so the same rows are held out on every machine and after every resume, and equal rows stay together."""
+
     ledger: bool = False
     """Record which samples each rank fed to the model at each step, as JSON Lines under `<run>/ledger/`."""
 
@@ -154,7 +188,28 @@ class DataSection(Section):
     keeps nothing. Local storage needs no cache."""
 
     chat_template: str | None = None
-    """Jinja template for `messages`, or the path of a file that holds one; null takes the tokenizer's own."""
+    """The chat template: the name of one of muster's (`chatml`, `llama3`, `qwen3`, `gemma`, `mistral`, `phi`,
+    `deepseek`, `glm`, `alpaca`, `vicuna`), a Jinja template, or the path of a file that holds one; null takes the
+    tokenizer's own."""
+
+    special_tokens: Literal["tokens", "text"] = "tokens"
+    """What the text of a special token becomes that stands in a row, `<|im_end|>` for example: that token, or the
+    tokens of its letters, so that a row cannot end a turn. What a chat template writes is not affected."""
+
+    @property
+    def has_chats(self) -> bool:
+        """True if the chat template frames the rows of a source."""
+        return any(s.format in ("messages", "preference") or s.style == "chat" for s in self.train)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """The parts of the data that there are: ``train``, and ``eval`` with evaluation data."""
+        return ("train", "eval") if self.evaluates else ("train",)
+
+    @property
+    def evaluates(self) -> bool:
+        """True with evaluation data: sources of their own, or held-out rows of the training data."""
+        return bool(self.eval or self.eval_fraction)
 
     @property
     def weights(self) -> tuple[float, ...]:
@@ -169,6 +224,9 @@ class DataSection(Section):
                     reason = f"{source.format}, {unpacked}"
                     message = f"cannot be used with format {reason}; write packing: false"
                     yield Conflict((("packing",), (part, index, "format")), message)
+        if self.eval_fraction and self.eval:
+            message = "cannot be used with eval sources; leave one of them out"
+            yield Conflict((("eval_fraction",), ("eval",)), message)
         for index, source in enumerate(self.eval):
             if source.is_dataset and source.split is None:
                 message = "names no split, and the training split would be taken; add split: test (or validation)"

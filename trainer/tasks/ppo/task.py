@@ -34,7 +34,7 @@ from trainer.tasks.ppo.reward_function import Scorer
 from trainer.tasks.ppo.reward_models import ModelRater, SharedReward
 from trainer.tasks.ppo.rollouts import Experience, PPOMicroBatch, PromptCompletionBatch, Rollout
 from trainer.tasks.reference import adapter_off
-from trainer.tasks.sampling import PolicySampler, prompts_of, shown
+from trainer.tasks.sampling import PolicySampler, prompts_of, shown, stop_strings
 
 if TYPE_CHECKING:
     from trainer.data import Batch, StepPlan
@@ -86,7 +86,7 @@ class PPO(Task):
                 max_new_tokens=section.max_new_tokens,
                 temperature=section.temperature,
                 top_p=section.top_p,
-                stop=section.stop,
+                stop=(*section.stop, *stop_strings(self.recipe, generation.tokenizer)),
                 agree=self._agree,
             )
 

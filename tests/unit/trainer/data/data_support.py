@@ -43,6 +43,12 @@ def write_rows(path: Path, rows: Iterable[Any]) -> Path:
     return path
 
 
+def encode_rows(form: Any, rows: Sequence[Any]) -> list[Any]:
+    """Encodes rows; a list with one sample becomes that sample."""
+    found = form.encode(rows)
+    return [one[0] if isinstance(one, list) and len(one) == 1 else one for one in found]
+
+
 def pairs(count: int, start: int = 0) -> list[dict[str, str]]:
     """Prompt and completion of uneven lengths."""
     return [

@@ -15,7 +15,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from tests.support.hostile import BYTES, JSON_BOMBS, VALUES, as_json
-from tests.unit.trainer.data.data_support import memory, source, tokenizer
+from tests.unit.trainer.data.data_support import encode_rows, memory, source, tokenizer
 from trainer.data import PreparationSpec, describe, freeze
 from trainer.data.formats import open_format
 from trainer.data.readers import body as bodies
@@ -278,7 +278,7 @@ def test_a_row_of_any_values_is_a_sample_or_a_fault(name: str, data: st.DataObje
     body_of_row = data.draw(changed(FORMATS[name]) | st.dictionaries(st.text(max_size=4), VALUES, max_size=3))
     if not isinstance(body_of_row, dict):
         return
-    (found,) = form_of(name).encode([body_of_row])
+    (found,) = encode_rows(form_of(name), [body_of_row])
     assert isinstance(found, Sample | RowError)
     if isinstance(found, RowError):
         found.reason.encode()

@@ -16,9 +16,11 @@ from transformers import AutoTokenizer
 
 from launcher.cli.app import main
 from trainer.artifacts.chat import CHAT, Conversation
-from trainer.data.formats import rendering
+from trainer.chat_templates import rendering
+from trainer.chat_templates.rendering import Unrendered, render
+from trainer.data import formats
 from trainer.data.formats.chat import Chat
-from trainer.data.formats.rendering import Unrendered, render
+from trainer.data.formats.turns import turns_of
 from trainer.data.sample import RowError
 from trainer.errors import UsageError
 
@@ -70,9 +72,11 @@ def tokenizer(tiny_model: Path) -> Any:
 def test_a_template_keeps_to_its_sandbox_and_its_bounds(name: str, tokenizer: Any, tmp_path: Path) -> None:
     template = {**LEAVING, **BOMBS}[name]
     limits = resource.getrlimit(resource.RLIMIT_DATA), signal.getsignal(signal.SIGVTALRM)
-    found = Chat(tokenizer, template).encode(TURNS)
+    (found,) = Chat(tokenizer, template).encode([formats.chat.Conversation(turns_of(TURNS))])
     assert isinstance(found, RowError) or name in ("str.format_map", "attr", "globals"), "refused, or nothing is seen"
     if isinstance(found, RowError):
+        if found.reason.startswith("the chat template leaves out"):
+            return
         assert found.reason.startswith(("the chat template refuses the conversation: ", "the chat template renders"))
         with pytest.raises(Unrendered, match=r"\A.+\Z"):
             render(tokenizer, TURNS, template)

@@ -7,7 +7,7 @@ import copy
 import numpy as np
 import pytest
 
-from tests.unit.trainer.data.data_support import tokenizer
+from tests.unit.trainer.data.data_support import encode_rows, tokenizer
 from trainer.data.formats import open_format
 from trainer.data.sample import RowError, Sample, fit
 from trainer.data.spec import FrozenSource, PreparationSpec
@@ -37,7 +37,7 @@ def encode(
 ):
     frozen = FrozenSource("x", format, (), **source)
     spec = PreparationSpec((frozen,), "t", sequence_length, task=task, chat_template=chat_template, labels=labels)
-    return open_format(frozen, by or tokenizer(), spec).encode(rows)
+    return encode_rows(open_format(frozen, by or tokenizer(), spec), rows)
 
 
 def said(encoded):
@@ -107,7 +107,7 @@ def test_a_tokenizer_without_pad_token_is_fine():
 
 def test_messages_learn_what_the_assistant_says():
     (sample,) = encode("messages", [{"messages": CHAT}])
-    assert said(sample) == "A baker.</s>\nIn Ashford, é 日本.</s>\n"
+    assert said(sample) == "A baker.</s>In Ashford, é 日本.</s>"
     whole = tokenizer().apply_chat_template(CHAT, tokenize=False)
     assert sample.tokens.tolist() == tokenizer()(whole, add_special_tokens=False)["input_ids"]
     assert sample.tokens[0] == tokenizer().bos_token_id
@@ -118,12 +118,13 @@ def test_messages_without_offsets_find_the_same_targets():
     class Slow:
         """The same tokenizer, without what only fast ones can tell."""
 
-        is_fast, chat_template = False, tokenizer().chat_template
+        is_fast = False
 
-        def __call__(self, text, add_special_tokens):
-            return {"input_ids": tokenizer()(text, add_special_tokens=add_special_tokens)["input_ids"]}
+        def __getattr__(self, name):
+            return getattr(tokenizer(), name)
 
-        apply_chat_template = staticmethod(tokenizer().apply_chat_template)
+        def __call__(self, text, **how):
+            return {"input_ids": tokenizer()(text, **how)["input_ids"]}
 
     (slow,), (fast,) = (encode("messages", [{"messages": CHAT}], by=by) for by in (Slow(), None))
     assert slow.tokens.tolist() == fast.tokens.tolist()
@@ -147,7 +148,7 @@ def test_no_chat_template_at_all_is_an_error():
 def test_a_template_that_rewrites_earlier_turns_is_a_fault():
     rewriting = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
     (fault,) = encode("messages", [{"messages": CHAT}], chat_template=rewriting)
-    assert "only appends text" in fault.reason
+    assert "differently when that message follows" in fault.reason
 
 
 @pytest.mark.parametrize(
@@ -187,8 +188,8 @@ def sample_of(*target):
 def test_task_ppo_needs_no_answer_in_the_data(format, asked, answered):
     without, given = encode(format, [asked, answered], task="ppo")
     assert said(without) == tokenizer().eos_token
-    last = len(given.tokens) - np.flatnonzero(~given.target)[-1] - 1
-    assert without.tokens[:-1].tolist() == given.tokens[:-last].tolist()
+    start = np.flatnonzero(given.target[1:] & ~given.target[:-1])[-1] + 1  # where the last answer begins
+    assert without.tokens[:-1].tolist() == given.tokens[:start].tolist()
     assert isinstance(encode(format, [asked])[0], RowError) or format == "messages"
 
 

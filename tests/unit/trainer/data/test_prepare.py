@@ -259,5 +259,5 @@ def test_a_chat_template_is_text_or_a_file(tmp_path):
         resolve_chat_template(str(tmp_path / "t.jinja")) == resolve_chat_template("{{ messages }}") == "{{ messages }}"
     )
     assert resolve_chat_template(None) is None
-    with pytest.raises(InputError, match=r"is no file, and no Jinja template"):
+    with pytest.raises(InputError, match=r"is no file, no Jinja template"):
         resolve_chat_template(str(tmp_path / "missing.jinja"))

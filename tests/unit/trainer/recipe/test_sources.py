@@ -73,7 +73,7 @@ ROWS: dict[str, dict[str, Any]] = {
 
 SAID = {
     "alpaca": "Apple.</s>",
-    "code_feedback": "sorted(x)</s>\n",
+    "code_feedback": "sorted(x)</s>",
     "gsm8k": " It is <<1+1=2>>2.\n#### 2</s>",
     "metamath_qa": "It is 2. The answer is: 2</s>",
     "nq_open": " Mira</s>",

@@ -6,6 +6,7 @@ not nested loops or strings of any length. So the CPU time, the memory and the l
 
 from __future__ import annotations
 
+from datetime import datetime
 from typing import Any
 
 from trainer.bounds import OutOfTime, bounded_cpu, bounded_memory
@@ -37,3 +38,17 @@ def render(tokenizer: Any, turns: list[Any], template: str | None = None, **how:
     if len(text) > LONGEST:
         raise Unrendered(f"it makes a text of {len(text):,} characters; the limit is {LONGEST:,}")
     return text
+
+
+_DIRECTIVES = (*"aAwdbBmyYHIpMSfjUWGuVcxX", "-d", "-m", "-H", "-I", "-M", "-S")
+
+
+def writes_date(template: str | None) -> bool:
+    """Returns True for a template that writes the date of its rendering."""
+    return "strftime_now" in (template or "")
+
+
+def at_date(template: str, date: datetime) -> str:
+    """Returns the template with the date frozen: a macro of its own hides transformers' function."""
+    replaced = "".join(f" | replace('%{one}', '{date.strftime('%' + one)}')" for one in _DIRECTIVES)
+    return f"{{%- macro strftime_now(format) %}}{{{{ format{replaced} }}}}{{% endmacro %}}\n{template}"

@@ -1,0 +1,212 @@
+"""A conversation is trained as it stands at inference time, whatever its chat template does, and nothing of it is lost."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.unit.trainer.data.chat_support import (
+    BLOCKS,
+    CALLING,
+    CALLING_TEXT,
+    DATED,
+    OPENED,
+    PARTS,
+    PLAIN,
+    ROLE_ENDS,
+    THINKING,
+    WITHOUT_END,
+    byte_tokenizer,
+    chat,
+    encoded,
+    targets,
+    texts,
+)
+from trainer.chat_templates.template import named_template
+from trainer.data.sample import RowError
+from trainer.recipe.chat_templates import CHAT_TEMPLATES
+
+TWO = (("user", "Who?"), ("assistant", "Mira."), ("user", "Where?"), ("assistant", "Ashford."))
+WEATHER = {"name": "weather", "arguments": {"city": "Ashford"}}
+CALL = ("assistant", None, {"tool_calls": [{"type": "function", "function": WEATHER}]})
+CALLED = (("user", "Rain?"), CALL, ("tool", "dry"), ("assistant", "No."))
+
+
+def fault(*arguments, **settings):
+    found = encoded(*arguments, **settings)
+    assert isinstance(found, RowError)
+    return found.reason
+
+
+def said(samples):
+    return " ".join(warning for sample in samples for warning in sample.warnings)
+
+
+def test_turns_share_a_sample_and_end_with_the_token_that_stops_generation():
+    assert texts(encoded(chat(*TWO), PLAIN)) == [
+        "<|im_start|>user\nWho?<|im_end|>\n<|im_start|>assistant\n⟦Mira.<|im_end|>⟧\n"
+        "<|im_start|>user\nWhere?<|im_end|>\n<|im_start|>assistant\n⟦Ashford.<|im_end|>⟧\n"
+    ]
+
+
+def test_a_turn_that_the_template_rewrites_later_is_a_sample_of_its_own():
+    turns = [(role, text, {"reasoning_content": "hm"} if role == "assistant" else {}) for role, text in TWO]
+    samples = encoded(chat(*turns), THINKING)
+    assert targets(samples) == ["<think>hm</think>Mira.<|im_end|>", "<think>hm</think>Ashford.<|im_end|>"]
+    assert [sample.turn for sample in samples] == [2, 4]
+    assert "<|im_start|>assistant\nMira.<|im_end|>" in texts(samples)[1], "as the model sees it later"
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "names"),
+    [
+        (chat(*CALLED), PLAIN, "the call of message 2 ('weather')"),
+        (chat(("user", "a"), ("assistant", "b", {"reasoning_content": "because"})), PLAIN, "reasoning_content"),
+        (chat(("user", "a"), ("assistant", "b")), "{% for m in messages[1:] %}{{ m.content }}{% endfor %}", "'a'"),
+        (chat(("system", "Be brief."), *TWO), "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}", "Be brief."),
+    ],
+)  # fmt: skip
+def test_what_the_template_leaves_out_is_a_fault_that_names_it(row, template, names):
+    assert "the chat template leaves out" in fault(row, template)
+    assert names in fault(row, template)
+
+
+@pytest.mark.parametrize("template", [CALLING, CALLING_TEXT])
+@pytest.mark.parametrize("arguments", [{"city": "Ashford"}, '{"city": "Ashford"}'])
+def test_arguments_are_written_once_as_the_template_takes_them(template, arguments):
+    call = {"tool_calls": [{"function": {"name": "weather", "arguments": arguments}}]}
+    samples = encoded(chat(("user", "Rain?"), ("assistant", "", call), ("tool", "dry"), ("assistant", "No.")), template)
+    assert targets(samples) == ['[weather {"city": "Ashford"}]<|im_end|>', "No.<|im_end|>"]
+
+
+def test_sharegpts_calls_and_results_are_calls_and_results():
+    turns = [("human", "Rain?"), ("function_call", '{"name": "weather", "arguments": {"city": "Ashford"}}')]
+    turns += [("observation", "dry"), ("gpt", "No.")]
+    row = {"conversations": [{"from": role, "value": text} for role, text in turns], "tools": "[]"}
+    assert targets(encoded(row, CALLING)) == targets(encoded(chat(*CALLED), CALLING))
+
+
+def test_the_results_of_calls_have_the_ids_and_names_of_their_calls():
+    template = PLAIN.replace("{{ m.content }}", "{{ m.content }}{{ m.tool_call_id }}/{{ m.name }}").replace(
+        "<|im_end|>", "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments | tojson }}"
+        "{{ c.id }}{% endfor %}<|im_end|>"
+    )  # fmt: skip
+    (text,) = texts(encoded(chat(*CALLED), template))
+    assert "drycall00000/weather" in text
+
+
+def test_the_assistant_may_open_a_conversation_and_no_other_words_are_trained():
+    assert targets(encoded(chat(("assistant", "Welcome."), *TWO), CALLING))[0] == "Welcome.<|im_end|>"
+
+
+def test_a_generation_prompt_that_is_no_beginning_of_the_text():
+    samples = encoded(chat(*TWO), OPENED)
+    assert targets(samples) == ["Mira.<|im_end|>", "Ashford.<|im_end|>"]
+    assert "'tant\\n<think>\\n'" in said(samples) or "<think>" in said(samples)
+
+
+def test_an_answer_that_begins_as_the_generation_prompt_does_is_trained_whole():
+    assert targets(encoded(chat(("user", "a"), ("assistant", "<thing>")), OPENED)) == ["<thing><|im_end|>"]
+
+
+def test_the_mark_of_the_next_turn_may_end_a_turn():
+    by = byte_tokenizer(eos="</s>")
+    stops = (by.convert_tokens_to_ids("<|user|>"),)
+    samples = encoded(chat(*TWO), ROLE_ENDS, by=by, stops=stops)
+    assert targets(samples, by) == ["Mira.<|user|>", "Ashford.<|user|>"]
+    assert said(samples) == ""
+
+
+def test_a_turn_without_an_end_is_warned_about():
+    samples = encoded(chat(*TWO), WITHOUT_END)
+    assert targets(samples) == ["Mira.\n", "Ashford.\n"]
+    assert "without a token that stops generation" in said(samples)
+
+
+def test_a_template_that_wants_parts_gets_parts():
+    assert targets(encoded(chat(*TWO), PARTS)) == ["Mira.<|im_end|>", "Ashford.<|im_end|>"]
+
+
+def test_generation_blocks_decide():
+    assert targets(encoded(chat(*TWO), BLOCKS)) == ["ira.<|im_end|>", "shford.<|im_end|>"]
+
+
+def test_dates_are_frozen():
+    (text,) = texts(encoded(chat(*TWO), DATED, date="2026-02-03"))
+    assert "Today is 03 Feb 2026." in text
+
+
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"weight": 0.0}, {"train": False}])
+def test_a_turn_may_be_excluded(mark):
+    turns = [TWO[0], (*TWO[1], mark), *TWO[2:]]
+    assert targets(encoded(chat(*turns), PLAIN)) == ["Ashford.<|im_end|>"]
+    assert encoded(chat(TWO[0], (*TWO[1], mark)), PLAIN) == []
+    assert "has to be 0 or 1" in fault(chat(TWO[0], (*TWO[1], {"weight": 0.5})), PLAIN)
+
+
+def test_the_last_turn_alone_is_trained():
+    assert targets(encoded(chat(*TWO), PLAIN, train_on="last")) == ["Ashford.<|im_end|>"]
+
+
+def test_what_follows_the_last_answer_is_left_out_with_a_warning():
+    samples = encoded(chat(*TWO, ("user", "Thanks")), PLAIN)
+    assert "Thanks" not in texts(samples)[0]
+    assert "goes on after the assistant's last turn" in said(samples)
+
+
+def test_a_system_column_is_the_first_turn():
+    assert "system\nBe brief.<|im_end|>" in texts(encoded(chat(*TWO, system="Be brief."), PLAIN))[0]
+    assert "message 1" in fault(chat(("oracle", "x"), system="Be brief."), PLAIN), "numbers count the row's messages"
+
+
+@pytest.mark.parametrize(
+    ("row", "says"),
+    [
+        (chat(("user", "a"), ("oracle", "b")), "message 2 has the role 'oracle', which is not one of: system, "),
+        (chat(("user", "a")), "there is no turn of the assistant"),
+        (chat(("user", "a"), ("assistant", None)), "message 2 has no content"),
+        (chat(("user", "a"), ("assistant", "")), "message 2 has no content"),
+        (chat(("user", None), ("assistant", "b")), "message 1 has no content"),
+        (chat(("user", {"a": 1}), ("assistant", "b")), "message 1 has a content that is no text but dict"),
+        (chat(("user", 3), ("assistant", "b")), "message 1 has a content that is no text but int"),
+        (chat(("user", [{"type": "image", "image": "x"}]), ("assistant", "b")), "message 1 has a content with a part of type image"),
+        (chat(("user", "a"), ("function_call", "weather()")), "message 2 has a call that is no mapping"),
+        (chat(("user", "a"), ("assistant", "", {"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]})), "message 2 has a call of f whose arguments are not valid JSON"),
+    ],
+)  # fmt: skip
+def test_what_is_no_turn_is_a_fault(row, says):
+    assert says in fault(row, PLAIN)
+
+
+def test_parts_of_text_are_joined():
+    parts = [{"type": "text", "text": "Mi"}, {"type": "text", "text": "ra."}]
+    assert targets(encoded(chat(("User", "Who?"), ("Assistant", parts)), PLAIN)) == ["Mira.<|im_end|>"]
+
+
+def test_special_tokens_in_a_row_may_stay_text():
+    row = chat(("user", "say <|im_end|>"), ("assistant", "<|im_end|> it is"))
+    tokens, text = encoded(row, PLAIN), encoded(row, PLAIN, special_tokens="text")
+    end = byte_tokenizer().eos_token_id
+    assert [list(samples[0].tokens).count(end) for samples in (tokens, text)] == [4, 2]
+    assert targets(text) == ["<|im_end|> it is<|im_end|>"]
+    assert texts(text)[0].replace("⟦", "").replace("⟧", "") == texts(tokens)[0].replace("⟦", "").replace("⟧", "")
+
+
+@pytest.mark.parametrize("name", CHAT_TEMPLATES)
+def test_musters_templates_write_every_word_and_train_the_assistants(name):
+    by = byte_tokenizer(eos="</s>")
+    samples = encoded(chat(("system", "Be brief."), *TWO), named_template(name), by=by)
+    # The last turn of qwen3 has empty reasoning, which the same turn has not when another one follows.
+    assert [sample.turn for sample in samples] == ([3, 5] if name == "qwen3" else [5])
+    assert all(word in texts(samples, by)[-1] for word in ("Be brief.", "Who?", "Where?", "Mira.", "Ashford."))
+    trained = "".join(targets(samples, by))
+    assert all(word in trained for word in ("Mira.", "Ashford."))
+    assert not any(word in trained for word in ("Be brief", "Who?", "Where?"))
+
+
+@pytest.mark.parametrize("name", ["qwen3", "glm"])
+def test_musters_templates_of_reasoning_models_drop_it_from_earlier_turns(name):
+    turns = [(role, text, {"reasoning_content": "hm"} if role == "assistant" else {}) for role, text in TWO]
+    by = byte_tokenizer(eos="</s>")
+    first, second = texts(encoded(chat(*turns), named_template(name), by=by), by)
+    assert "hm" in first.split("⟦")[1]
+    assert "hm" not in second.split("⟦")[0]
