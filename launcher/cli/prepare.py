@@ -105,14 +105,17 @@ def prepare_model(recipe: Recipe, progress: Any) -> dict[str, Any]:
 
 
 def part_json(prepared: PreparedDataset, summary: Summary) -> dict[str, Any]:
-    sources = zip(prepared.spec.sources, prepared.per_source, strict=True)
+    sources = zip(prepared.spec.sources, prepared.per_source, prepared.warnings, strict=True)
     return {
         "fingerprint": prepared.fingerprint,
         "uri": prepared.storage.url,
         "windows": len(prepared.windows),
         **asdict(prepared.totals),
         "bad": [bad._asdict() for bad in prepared.bad_rows[:LISTED]],
-        "sources": [{"path": source.path, "format": source.format, **asdict(counts)} for source, counts in sources],
+        "sources": [
+            {"path": source.path, "format": source.format, **asdict(counts), "warnings": warnings}
+            for source, counts, warnings in sources
+        ],
         "lengths": {
             "bins": [b._asdict() for b in summary.bins],
             "median": summary.median,
@@ -125,7 +128,7 @@ def part_json(prepared: PreparedDataset, summary: Summary) -> dict[str, Any]:
 
 
 def pictures(found: dict[str, Any]) -> Iterator[RenderableType]:
-    """Yields the summary for people: a table of the sources, the bad rows, a histogram of the lengths, the packs."""
+    """Yields the summary for people: a table of the sources, bad rows, warnings, lengths, and the packs."""
     from rich.text import Text
 
     for name in ("train", "eval"):
@@ -133,6 +136,8 @@ def pictures(found: dict[str, Any]) -> Iterator[RenderableType]:
             yield Text("\n".join(_legend(name, part)))
             yield _table(part)
             yield from (Text(f"bad row: {bad['url']}, {bad['place']}: {bad['reason']}") for bad in part["bad"])
+            for number, source in enumerate(part["sources"]):
+                yield from (Text(f"warning: source {number}: {text}") for text in source["warnings"])
             yield Text("\n".join(_histogram(part["lengths"])))
             yield Text(_packs(part, found["sequence_length"]) + "\n")
     yield Text(f"steps: {found['total_steps']:,}")

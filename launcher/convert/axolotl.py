@@ -328,7 +328,7 @@ def _saving(draft: Draft) -> None:
         draft.pass_over(key, default)
     common.kept(draft)
     seldom = "training.eval_every counts steps; without it, evaluation runs after the last step"
-    if draft.recipe["data"].get("eval"):
+    if common.has_evaluation(draft):
         common.every(draft, "eval_steps", "training.eval_every", seldom)
     else:
         draft.pass_over("eval_steps", "there are no evaluation data")

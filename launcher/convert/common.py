@@ -278,6 +278,11 @@ def is_elsewhere(path: str) -> bool:
     return "://" in path or path.startswith((".", "/", "~")) or bool(FILES.search(path)) or exists(Path(path))
 
 
+def has_evaluation(draft: Draft) -> bool:
+    """Returns True if the recipe has sources of evaluation data, or holds rows out for it."""
+    return any(draft.recipe["data"].get(key) for key in ("eval", "eval_fraction"))
+
+
 def hold_out(draft: Draft, key: str) -> None:
     """Sets evaluation data: held-out rows for a fraction, or a number of rows at the end of each split on the Hub."""
     size = draft.number(key)

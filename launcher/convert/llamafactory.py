@@ -280,10 +280,10 @@ def _saving(draft: Draft) -> None:
     common.every(draft, "save_steps", "checkpoint.every_steps", default)
     common.kept(draft)
     seldom = "training.eval_every counts steps; without it, evaluation runs after the last step"
-    if draft.recipe["data"].get("eval"):
+    if common.has_evaluation(draft):
         common.every(draft, "eval_steps", "training.eval_every", seldom)
     for key in ("eval_steps", "eval_strategy"):
-        draft.pass_over(key, seldom if draft.recipe["data"].get("eval") else "there are no evaluation data")
+        draft.pass_over(key, seldom if common.has_evaluation(draft) else "there are no evaluation data")
     named = draft.names("report_to")
     common.trackers(draft, {name: "report_to" for name in named if name not in ("none", "all")})
     if "all" in named:

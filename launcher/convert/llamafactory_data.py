@@ -145,9 +145,15 @@ def _location(entry: Draft, folder: Path) -> Source | None:
 
 
 def _template(draft: Draft) -> None:
-    """Reports ``template``. LLaMA-Factory formats every row with it; a recipe's chat template formats turns only."""
+    """Sets the chat template. LLaMA-Factory formats every row with it, Alpaca's rows too."""
     name = draft.take("template")
-    formats = {source["format"] for source in draft.recipe["data"]["train"]}
+    known = common.CHAT_TEMPLATES.get(str(name))
+    if known and known != "alpaca":
+        for source in [*draft.recipe["data"]["train"], *draft.recipe["data"].get("eval", [])]:
+            source |= {"as": "chat"} if source["format"] == "instruction" else {}
+    rows = draft.recipe["data"]["train"]
+    formats = {source["format"] for source in rows}
+    framed = formats & {"messages", "preference"} or any("as" in source for source in rows)
     ways = {
         "messages": "turns are formatted with the tokenizer's template; data.chat_template sets another",
         "preference": "turns are formatted with the tokenizer's template, and plain texts are read unchanged",
@@ -155,8 +161,7 @@ def _template(draft: Draft) -> None:
         "the base model expects",
     }
     ways = {kind: way for kind, way in ways.items() if kind in formats}
-    known = common.CHAT_TEMPLATES.get(str(name))
-    if known and formats & {"messages", "preference"}:
+    if known and framed:
         draft.put("data.chat_template", known, "template")
     elif name and ways:
         draft.lose("template", f"{name}: {'; '.join(ways.values())}")

@@ -54,6 +54,9 @@ class ProgressLines:
             shown = prepared.bad_rows[:SHOWN_BAD_ROWS]
             for bad in shown:
                 self.warn(f"left out {bad.url}, {bad.place}: {bad.reason}")
+            for source, warnings in zip(prepared.spec.sources, prepared.warnings, strict=True):
+                for text in warnings:
+                    self.warn(f"{source.path}: {text}")
             if (more := prepared.totals.bad_rows - len(shown)) > 0:
                 self.warn(f"left out {more:,} more bad rows")
 

@@ -61,6 +61,15 @@ class PreparedDataset:
         """The first bad rows of each window, which were skipped. ``totals.bad_rows`` is the number of all."""
         return [bad for window in self.windows for bad in window.bad_rows]
 
+    @property
+    def warnings(self) -> list[list[str]]:
+        """What is odd about the rows of each source, each once, in the recipe's order of sources."""
+        found: list[dict[str, None]] = [{} for _ in self.spec.sources]
+        for window in self.windows:
+            for warnings, of_source in zip(window.warnings, found, strict=False):
+                of_source |= dict.fromkeys(warnings)
+        return [list(warnings) for warnings in found]
+
     def index(self, window: int) -> WindowIndex:
         with self._lock:
             if window in self._indexes:

@@ -57,7 +57,7 @@ AXOLOTL_CASES: list[tuple[dict[str, Any], str, Any]] = [
     ({"use_ray": True, "ray_num_workers": 2}, "training.global_batch", 16),
     ({"dp_shard_size": 2, "dp_replicate_size": 2}, "resources.workers", 4),
     ({"save_steps": 50, "save_total_limit": 2}, "checkpoint.every_steps", 50),
-    ({"val_set_size": 0.05}, "data.train.0.split", "train[:95%]"),
+    ({"val_set_size": 0.05}, "data.eval_fraction", 0.05),
     ({"val_set_size": 100}, "data.eval.0.split", "train[-100:]"),
     ({"test_datasets": [{"path": "org/held", "type": "alpaca", "split": "test"}]}, "data.eval.0.split", "test"),
     ({"bf16": False, "fp16": True}, "model.dtype", "float16"),
@@ -81,12 +81,12 @@ AXOLOTL_CASES: list[tuple[dict[str, Any], str, Any]] = [
     ({"save_steps": 0.25, "max_steps": 200}, "checkpoint.every_steps", 50),
     ({"eval_steps": 0.25, "max_steps": 200, "val_set_size": 0.1}, "training.eval_every", 50),
     (
-        {"datasets": [{"path": "a/b", "type": "alpaca", "split": "train[:1000]"}], "val_set_size": 0.1},
+        {"datasets": [{"path": "a/b", "type": "alpaca", "split": "train[:1000]"}], "val_set_size": 100},
         "data.train.0.split",
         "train[:900]",
     ),
     (
-        {"datasets": [{"path": "a/b", "type": "alpaca", "split": "train[:1000]"}], "val_set_size": 0.1},
+        {"datasets": [{"path": "a/b", "type": "alpaca", "split": "train[:1000]"}], "val_set_size": 100},
         "data.eval.0.split",
         "train[900:1000]",
     ),

@@ -1,4 +1,4 @@
-"""Tokenizers whose tokens are bytes and marks, so that texts and targets can be read, and chat templates of each kind."""
+"""Tokenizers whose tokens are bytes and marks, so that texts and targets can be read, and chat templates."""
 
 from __future__ import annotations
 

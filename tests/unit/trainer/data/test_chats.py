@@ -1,4 +1,4 @@
-"""A conversation is trained as it stands at inference time, whatever its chat template does, and nothing of it is lost."""
+"""A conversation is trained as it stands at inference time, and nothing of it is lost, whatever its template does."""
 
 from __future__ import annotations
 
@@ -62,9 +62,13 @@ def test_a_turn_that_the_template_rewrites_later_is_a_sample_of_its_own():
         (chat(*CALLED), PLAIN, "the call of message 2 ('weather')"),
         (chat(("user", "a"), ("assistant", "b", {"reasoning_content": "because"})), PLAIN, "reasoning_content"),
         (chat(("user", "a"), ("assistant", "b")), "{% for m in messages[1:] %}{{ m.content }}{% endfor %}", "'a'"),
-        (chat(("system", "Be brief."), *TWO), "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}", "Be brief."),
+        (
+            chat(("system", "Be brief."), *TWO),
+            "{% for m in messages if m.role != 'system' %}{{ m.content }}{% endfor %}",
+            "Be brief.",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_the_template_leaves_out_is_a_fault_that_names_it(row, template, names):
     assert "the chat template leaves out" in fault(row, template)
     assert names in fault(row, template)
@@ -168,11 +172,14 @@ def test_a_system_column_is_the_first_turn():
         (chat(("user", None), ("assistant", "b")), "message 1 has no content"),
         (chat(("user", {"a": 1}), ("assistant", "b")), "message 1 has a content that is no text but dict"),
         (chat(("user", 3), ("assistant", "b")), "message 1 has a content that is no text but int"),
-        (chat(("user", [{"type": "image", "image": "x"}]), ("assistant", "b")), "message 1 has a content with a part of type image"),
+        (chat(("user", [{"type": "image"}]), ("assistant", "b")), "message 1 has a content with a part of type image"),
         (chat(("user", "a"), ("function_call", "weather()")), "message 2 has a call that is no mapping"),
-        (chat(("user", "a"), ("assistant", "", {"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]})), "message 2 has a call of f whose arguments are not valid JSON"),
+        (
+            chat(("user", "a"), ("assistant", "", {"tool_calls": [{"function": {"name": "f", "arguments": "{"}}]})),
+            "message 2 has a call of f whose arguments are not valid JSON",
+        ),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_turn_is_a_fault(row, says):
     assert says in fault(row, PLAIN)
 
