@@ -62,7 +62,8 @@ def check_model(recipe: Recipe, warn: Callable[[str], None]) -> None:
     embeddings: Any = model.get_input_embeddings()
     check_vocabulary(recipe.model.path, tokenizer, len(embeddings.weight))
     check_positions(recipe, model, warn)
-    check_rows(recipe, tokenizer)
+    for odd in check_rows(recipe, tokenizer):
+        warn(odd)
     if recipe.task == "ppo":
         from trainer.artifacts.reward_model import check_reward
 

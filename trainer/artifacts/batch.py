@@ -89,7 +89,7 @@ def _prompt(row: dict[str, Any], number: int, talk: Conversation) -> Prompt:
         talk.clear()
         return talk.ask(text)
     if isinstance(messages, list) and messages and all(isinstance(turn, dict) for turn in messages):
-        return rendered(talk.tokenizer, messages)
+        return rendered(talk.chat, messages)
     raise InputError(
         f"row {number} of --input has neither a prompt (text) nor messages (a list of objects): {str(row)[:80]}"
     )

@@ -9,13 +9,16 @@ plain        the text unchanged, each text separately
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import Any
 
-from trainer.chat_templates.rendering import Unrendered, render
 from trainer.chat_templates.turn_end import TurnEnd, turn_end
-from trainer.data.formats.columns import encodable, fields_of
+from trainer.data.formats.chat import Chat
+from trainer.data.formats.chat import Conversation as ChatTurns
+from trainer.data.formats.columns import fields_of
 from trainer.data.formats.instruction import prompt_of
 from trainer.data.formats.qa import framed
+from trainer.data.formats.turns import turns_of
 from trainer.data.sample import RowError
 from trainer.errors import UsageError
 from trainer.recipe.formats import FORMATS
@@ -58,6 +61,10 @@ class Conversation:
         self.turns: Turns = []
         self.clear()
 
+    @cached_property
+    def chat(self) -> Chat:
+        return Chat(self.tokenizer, None)
+
     def clear(self) -> None:
         self.turns = [{"role": "system", "content": self.system}] if self.system else []
 
@@ -65,7 +72,7 @@ class Conversation:
         """Returns the prompt for the next answer: text, or tokens for a chat, whose template adds special tokens."""
         if self.frame == CHAT:
             self.turns.append({"role": "user", "content": text})
-            return rendered(self.tokenizer, self.turns)
+            return rendered(self.chat, self.turns)
         if self.frame == TEMPLATE:
             assert self.template is not None
             return self.template.format_map(dict.fromkeys(fields_of(self.template), text))
@@ -103,16 +110,13 @@ def one_line(text: str) -> bool:
     return "\n" in text.lstrip()
 
 
-def rendered(tokenizer: Any, turns: Turns) -> list[int]:
-    """Returns the token ids of a conversation, up to the start of the assistant's answer. Raises UsageError when the
-    template refuses it."""
-    if not tokenizer.chat_template:
+def rendered(chat: Chat, turns: Turns) -> list[int]:
+    """Returns the token ids of a conversation, up to the start of the assistant's answer. Raises UsageError when it is
+    none, or when the template refuses it."""
+    if not chat.template:
         raise UsageError("messages need a chat template, and the tokenizer has none; give a prompt instead")
-    try:
-        text = render(tokenizer, turns, add_generation_prompt=True)
-    except Unrendered as error:
-        raise UsageError(f"the chat template refuses the conversation: {error}") from error
-    if isinstance(fault := encodable(str(text)), RowError):
-        raise UsageError(f"the conversation cannot be used: {fault.reason}")
-    ids: list[int] = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return ids
+    read = turns_of(turns)
+    prompt = read if isinstance(read, RowError) else chat.prompt(ChatTurns(read))
+    if isinstance(prompt, RowError):
+        raise UsageError(f"the conversation cannot be used: {prompt.reason}")
+    return prompt

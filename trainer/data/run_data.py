@@ -62,13 +62,16 @@ class RunData:
         return total_steps(self.recipe, self.train)
 
 
-def check_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Encodes the first rows of each source; raises InputError for what would fail the preparation."""
+def check_rows(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Encodes the first rows of each source; raises InputError for what would fail the preparation. Returns what is
+    odd about them."""
+    odd: list[str] = []
     labels: Sequence[str] | None = None
     for part in recipe.data.parts:
         spec = _spec(recipe, part, tokenizer, None, labels)
-        check_first_rows(spec, tokenizer)
+        odd += check_first_rows(spec, tokenizer)
         labels = spec.labels
+    return list(dict.fromkeys(odd))
 
 
 def prepare_data(

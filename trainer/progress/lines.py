@@ -27,11 +27,16 @@ class ProgressLines:
     def __init__(self, write: Callable[[str, str], None]) -> None:
         self._write = write
         self._began = time.monotonic()
+        self._warned: set[str] = set()
 
     def say(self, text: str, style: str = "") -> None:
         self._write(text, style)
 
     def warn(self, text: str) -> None:
+        """Says each warning once."""
+        if text in self._warned:
+            return
+        self._warned.add(text)
         self.say(f"warning: {text}", "yellow")
 
     def phase(self, text: str) -> None:

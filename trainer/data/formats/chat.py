@@ -105,15 +105,26 @@ class Chat:
 
     def ask(self, conversation: Conversation) -> Sample | RowError:
         """Encodes a conversation that awaits the assistant's turn: it is the prompt, and the answer is eos alone."""
-        messages = self.dialect.messages(self._marked(conversation.turns))
+        prompt = self.prompt(conversation)
+        if isinstance(prompt, RowError):
+            return prompt
+        tokens = [*prompt, Ends.of(self.tokenizer, "messages").eos]
+        return Sample(np.array(tokens, dtype=np.int32), np.arange(len(tokens)) == len(tokens) - 1)
+
+    def prompt(self, conversation: Conversation) -> list[int] | RowError:
+        """Returns the tokens of a conversation, up to the start of the assistant's next turn."""
+        turns = self._marked(conversation.turns)
+        messages = self.dialect.messages(turns)
         try:
             text = encodable(self._render(messages, tools=conversation.tools, add_generation_prompt=True))
         except Unrendered as error:
             return _refused(error)
         if isinstance(text, RowError):
             return text
-        tokens = [*self._tokenise([text])[0].ids, Ends.of(self.tokenizer, "messages").eos]
-        return Sample(np.array(tokens, dtype=np.int32), np.arange(len(tokens)) == len(tokens) - 1)
+        lost = _read_words(turns, text, 0)
+        if isinstance(lost, RowError):
+            return lost
+        return self._tokenise([text])[0].ids
 
     def _render(self, messages: list[dict[str, Any]], **how: Any) -> str:
         return render(self.tokenizer, messages, self._rendered_as, **how)
@@ -164,15 +175,12 @@ class Chat:
         shared = last is not None and len(last.text) <= start and closed.startswith(last.text)
         read = last.read if shared and last else 0
         before = turns[turns.index(last.turn) + 1 : -1] if shared and last else turns[:-1]
-        for other in before:
-            anywhere = other.role in ("system", "developer")  # some templates write it before another turn
-            found_end = left_out(other, closed, 0 if anywhere else read, reasoning=False)
-            if isinstance(found_end, LeftOut):
-                return RowError(f"{found_end}; use a template that writes it, or take it out of the data")
-            read = read if anywhere else found_end
+        lost = _read_words(before, closed, read)
         found_end = left_out(turn, closed, start, reasoning=True)
+        if isinstance(lost, RowError):
+            return lost
         if isinstance(found_end, LeftOut):
-            return RowError(f"{found_end}; use a template that writes it, or take it out of the data")
+            return _lost(found_end)
         if shared and last:
             last.text, last.turn, last.messages, last.read = closed, turn, messages, found_end
             last.answers.append((start, len(closed)))
@@ -273,6 +281,21 @@ def chat_of(source: FrozenSource, tokenizer: Any, spec: PreparationSpec) -> Chat
     if not chat.template:
         raise InputError(f"data source {source.path}: {MISSING}")
     return chat
+
+
+def _read_words(turns: Sequence[Turn], text: str, start: int) -> RowError | int:
+    """Returns where the words of the turns end in a text, from ``start`` on; a RowError for words that it lacks."""
+    for turn in turns:
+        anywhere = turn.role in ("system", "developer")  # some templates write it before another turn
+        end = left_out(turn, text, 0 if anywhere else start, reasoning=False)
+        if isinstance(end, LeftOut):
+            return _lost(end)
+        start = start if anywhere else end
+    return start
+
+
+def _lost(what: LeftOut) -> RowError:
+    return RowError(f"{what}; use a template that writes it (data.chat_template), or take it out of the data")
 
 
 def _first_words(turn: Turn) -> str:

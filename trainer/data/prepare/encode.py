@@ -39,7 +39,8 @@ class RowEncoder:
         names = [*FORMATS[source.format].reads(source.style), *fields_of(source.template or "")]
         if source.format in ("messages", "preference"):
             names.append("conversations")
-        self._read = {source.columns.get(name, name).split(".")[0] for name in names}
+        read = {source.columns.get(name, name).split(".")[0] for name in names}
+        self._watched = MEANINGFUL - read
         self._nullable = [source.columns.get(name, name) for name in fields_of(source.template or "")]
         self.warnings: dict[str, None] = {}
         self._vocabulary = spec.vocabulary
@@ -68,7 +69,7 @@ class RowEncoder:
         return held_out == (self.source.part == "eval")
 
     def _odd(self, row: Row) -> Iterator[str]:
-        for name in sorted(row.keys() & MEANINGFUL - self._read):
+        for name in sorted(row.keys() & self._watched):
             if row[name] not in (None, "", [], {}):
                 yield f"the column {name!r} is not read by the format {self.source.format}"
         for name in self._nullable:

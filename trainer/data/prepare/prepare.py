@@ -130,16 +130,17 @@ def _check_counts(spec: PreparationSpec, entries: Sequence[WindowEntry]) -> None
             )
 
 
-def check_first_rows(spec: PreparationSpec, tokenizer: Any, rows: int = 8) -> None:
-    """Reads and encodes the first rows of each source: a cheap check before anything is started.
+def check_first_rows(spec: PreparationSpec, tokenizer: Any, rows: int = 8) -> list[str]:
+    """Reads and encodes the first rows of each source: a cheap check before anything is started. Returns what is odd
+    about them, with their source.
 
     Raises InputError for a format that the tokenizer does not support, a missing column, or rows that cannot be read.
     """
-    for source in spec.sources:
-        _check_source(source, spec, tokenizer, rows)
+    odd = [(source.path, _check_source(source, spec, tokenizer, rows)) for source in spec.sources]
+    return [f"{path}: {text}" for path, warnings in odd for text in warnings]
 
 
-def _check_source(source: FrozenSource, spec: PreparationSpec, tokenizer: Any, rows: int) -> None:
+def _check_source(source: FrozenSource, spec: PreparationSpec, tokenizer: Any, rows: int) -> list[str]:
     encoder, first = RowEncoder(source, tokenizer, spec), source.objects[0]
     reader = open_reader(source, first)
     bad = 0
@@ -150,6 +151,7 @@ def _check_source(source: FrozenSource, spec: PreparationSpec, tokenizer: Any, r
             bad += 1
             if bad > spec.max_bad_rows:
                 raise too_many_bad_rows(BadRow(first.url, reader.place(row), samples.reason), spec.max_bad_rows)
+    return list(encoder.warnings)
 
 
 def resolve_chat_template(value: str | None) -> str | None:
