@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
-import pickle
 import queue
 import signal
 import threading
@@ -18,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 BEAT_S = 1.0
@@ -183,7 +183,7 @@ def _leave_signals_to_the_parent() -> None:
 def _portable(error: BaseException) -> BaseException:
     """Returns the error, or one that says the same if it cannot be pickled and read again."""
     try:
-        pickle.loads(pickle.dumps(error))
+        ForkingPickler.loads(ForkingPickler.dumps(error))  # as the pipe does
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error
