@@ -89,7 +89,7 @@ def send(run: LocalRun, number: signal.Signals, *, twice: bool) -> float:
     [
         ("first line", TERM, False),
         ("raylet", HUP, True),
-        ("checking", INT, False),
+        ("checked", INT, False),
         ("starting workers", TERM, False),
         ("attempt", TERM, True),
     ],
