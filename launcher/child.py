@@ -21,6 +21,7 @@ from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 BEAT_S = 1.0
+TRACKER = "ignore::UserWarning:multiprocessing.resource_tracker"
 SILENCE_S = 120.0
 """A child that has sent nothing for so long is stopped or hangs, and is killed."""
 PARENTS_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
@@ -45,6 +46,7 @@ class Child:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, served, threads), name=name)
+        _silence_tracker()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)  # the child inherits the mask
         try:
             self._process.start()
@@ -116,6 +118,14 @@ class Child:
         if code is not None and code < 0:
             return f"killed by {signal.Signals(-code).name}"
         return f"its process ended with exit code {code}"
+
+
+def _silence_tracker() -> None:
+    """Python's resource tracker removes what a killed process has left, such as the semaphores of its libraries. It is
+    not to say so on the terminal."""
+    given = os.environ.get("PYTHONWARNINGS", "")
+    if TRACKER not in given:
+        os.environ["PYTHONWARNINGS"] = f"{given},{TRACKER}".lstrip(",")
 
 
 _tell: Callable[[str], None] = lambda text: None  # noqa: E731
