@@ -174,6 +174,7 @@ def trl_side(folder: Path, workers: int) -> None:
         peft_config=LoraConfig(r=16, lora_alpha=32, target_modules="all-linear", task_type="CAUSAL_LM"),
         callbacks=[Mark()],
     ).train()
+    torch.distributed.destroy_process_group()  # it may abort at its exit otherwise
 
 
 def ray_side(folder: Path, workers: int) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import itertools
 import multiprocessing
 import os
-import pickle
 import queue
 import signal
 import threading
@@ -18,9 +17,11 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
 BEAT_S = 1.0
+TRACKER = "ignore::UserWarning:multiprocessing.resource_tracker"
 SILENCE_S = 120.0
 """A child that has sent nothing for so long is stopped or hangs, and is killed."""
 PARENTS_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
@@ -45,6 +46,7 @@ class Child:
         context = multiprocessing.get_context("spawn")
         self._pipe, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, served, threads), name=name)
+        _silence_tracker()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, PARENTS_SIGNALS)  # the child inherits the mask
         try:
             self._process.start()
@@ -118,6 +120,14 @@ class Child:
         return f"its process ended with exit code {code}"
 
 
+def _silence_tracker() -> None:
+    """Python's resource tracker removes what a killed process has left, such as the semaphores of its libraries. It is
+    not to say so on the terminal."""
+    given = os.environ.get("PYTHONWARNINGS", "")
+    if TRACKER not in given:
+        os.environ["PYTHONWARNINGS"] = f"{given},{TRACKER}".lstrip(",")
+
+
 _tell: Callable[[str], None] = lambda text: None  # noqa: E731
 
 
@@ -183,7 +193,7 @@ def _leave_signals_to_the_parent() -> None:
 def _portable(error: BaseException) -> BaseException:
     """Returns the error, or one that says the same if it cannot be pickled and read again."""
     try:
-        pickle.loads(pickle.dumps(error))
+        ForkingPickler.loads(ForkingPickler.dumps(error))  # as the pipe does
     except Exception:
         return RuntimeError(f"{type(error).__name__}: {error}")
     return error

@@ -79,7 +79,6 @@ def check_inputs(recipe: Recipe, progress: Progress, *, begun: bool = False) -> 
         if not begun:
             raise
         progress.warn(str(error))
-    progress.phase("checking storage, model and data")
     storage = open_storage(recipe.storage, deadline_s=FIRST_LOOK_S)
     if not check_storage(storage):
         progress.say(
@@ -87,6 +86,7 @@ def check_inputs(recipe: Recipe, progress: Progress, *, begun: bool = False) -> 
             "apart, so start it from one place only"
         )
     check_model(recipe, progress.warn)
+    progress.phase("storage, model and data are checked")
 
 
 def check_lasting(recipe: Recipe, job: str | None) -> None:

@@ -183,7 +183,7 @@ def test_a_job_that_is_cancelled_while_it_requeues_itself_does_not_come_back(sit
 def test_a_warning_while_data_is_prepared_is_heard(site: Site) -> None:
     recipe = site.recipe("early", 1, **LONG)
     job = site.submit("train", recipe)
-    site.until(recipe, lambda: "checking storage" in site.said(recipe), 60, "the driver")
+    site.until(recipe, lambda: "are checked" in site.said(recipe), 60, "the driver")
     site.slurm.run("scancel", "--batch", "--signal=USR1", job)
     site.until(recipe, lambda: "requeued" in site.said(recipe), 60, "the end of the first start")
     site.until_step(recipe, 3)

@@ -58,12 +58,13 @@ def main(ends: list[str]) -> int:
 def _examine(end: str) -> tuple[dict[str, str], dict[str, Outcome]]:
     """Returns the versions that pip has chosen, and the outcome of each check."""
     folder = ROOT / "build" / "compat" / end
-    python = folder / "bin" / "python"
-    if not python.exists():
-        venv.create(folder, with_pip=True, upgrade_deps=True)
+    python, whole = folder / "bin" / "python", folder / "installed"
+    if not whole.exists():
+        venv.create(folder, clear=True, with_pip=True, upgrade_deps=True)
     pip = [python, "-m", "pip", "install", "--quiet"]
     subprocess.run([*pip, "-e", ".[dev]", "-c", "constraints.txt"], cwd=ROOT, check=True)
     subprocess.run([*pip, "--upgrade", *_requirements(end)], cwd=ROOT, check=True)
+    whole.touch()
     return _versions(python), {name: _run(end, python, name) for name in CHECKS}
 
 

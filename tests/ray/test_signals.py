@@ -48,7 +48,7 @@ MOMENTS: dict[str, Moment] = {
     "gcs_server": lambda run: run.has("gcs_server"),
     "raylet": lambda run: run.has("raylet"),
     "a Ray worker": lambda run: run.has("ray::"),
-    "checking": lambda run: run.said("checking storage"),
+    "checked": lambda run: run.said("are checked"),
     "preparing": lambda run: run.said("preparing data"),
     "starting workers": lambda run: run.said("starting 2 workers and loading the model"),
     "attempt": lambda run: run.said("attempt 1"),
@@ -89,7 +89,7 @@ def send(run: LocalRun, number: signal.Signals, *, twice: bool) -> float:
     [
         ("first line", TERM, False),
         ("raylet", HUP, True),
-        ("checking", INT, False),
+        ("checked", INT, False),
         ("starting workers", TERM, False),
         ("attempt", TERM, True),
     ],

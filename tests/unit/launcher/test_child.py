@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 
 import psutil
 import pytest
@@ -135,3 +136,27 @@ def test_it_ends_with_its_parent() -> None:
     parent.kill()
     parent.wait()
     wait_for(lambda: not psutil.pid_exists(pid), "the end of the child", timeout_s=LIMIT_S)
+
+
+LEAVES = """
+import multiprocessing
+from launcher.child import Child
+
+class Leaving:
+    def lock(self):
+        self.held = multiprocessing.get_context("spawn").Lock()
+
+if __name__ == "__main__":
+    child = Child(Leaving, "leaving")
+    child.submit("lock").result()
+    child.kill()
+"""
+
+
+def test_what_a_killed_child_leaves_is_removed_without_a_word(tmp_path: Path) -> None:
+    (tmp_path / "leaves.py").write_text(LEAVES)
+    command = [sys.executable, str(tmp_path / "leaves.py")]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=LIMIT_S, env={**os.environ, "PYTHONPATH": "."}
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
