@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from datetime import datetime
+
 import pytest
 
 from tests.support.training import small_recipe
@@ -12,6 +15,7 @@ from trainer.data.prepare.encode import RowEncoder
 from trainer.data.run_data import prepare_data
 from trainer.data.spec import FrozenSource, PreparationSpec
 from trainer.errors import InputError
+from trainer.run import layout
 
 
 def rows_of(prepared):
@@ -120,3 +124,31 @@ def test_files_of_another_kind_are_named(tmp_path, name, raw, says):
         prepare_dataset(describe(frozen, tokenizer(), sequence_length=64), tokenizer(), memory())
     assert says in str(failed.value)
     assert str(tmp_path / name) in str(failed.value)
+
+
+def test_a_run_of_an_older_version_keeps_its_data_or_says_that_they_are_missing(tiny_model, tmp_path):
+    write_rows(tmp_path / "data" / "a.jsonl", pairs(20))
+    source_of = {"path": f"{tmp_path}/data/*.jsonl", "format": "completion"}
+    recipe = small_recipe("old", tiny_model, tmp_path, **{"data.train": [source_of]})
+    run, shared = memory(), memory()
+    new = prepare_data(recipe, run, shared, tokenizer).train.spec
+    old = replace(new, version=1, stops=())
+    assert old.order_key == new.order_key, "the order of the data stays"
+    prepared = prepare_dataset(old, tokenizer(), shared)
+    run.write(layout.commit(1, 1), b"{}")
+    run.write_json(layout.DATA, {"train": old.to_json()})
+    assert prepare_data(recipe, run, shared, tokenizer).train.fingerprint == prepared.fingerprint
+    with pytest.raises(InputError, match="prepared by an older version of muster, and they are missing"):
+        prepare_data(recipe, run, memory(), tokenizer)
+
+
+def test_only_a_template_that_writes_the_date_has_one_in_its_fingerprint(tiny_model, tmp_path):
+    write_rows(tmp_path / "data" / "a.jsonl", [CHAT] * 3)
+    source_of = {"path": f"{tmp_path}/data/*.jsonl", "format": "messages"}
+    dates = []
+    for template in (PLAIN, "{{ strftime_now('%Y') }}" + PLAIN):
+        settings = {"data.train": [source_of], "data.chat_template": template}
+        recipe = small_recipe("dated", tiny_model, tmp_path, **settings)
+        dates.append(prepare_data(recipe, memory(), memory(), tokenizer).train.spec.date)
+    assert dates[0] is None
+    assert datetime.fromisoformat(dates[1])
