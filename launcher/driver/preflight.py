@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import inspect
+from importlib import metadata
 from typing import TYPE_CHECKING, Any
 
 from trainer.data.run_data import check_rows
@@ -55,6 +57,7 @@ def check_model(recipe: Recipe, warn: Callable[[str], None]) -> None:
     folder = fetch_model(recipe.model, weights=False).folder
     model = _model_without_weights(recipe.model, folder, TASKS[recipe.task].auto_class)
     make_adapter(recipe).check(model)
+    check_keys(recipe, model)
     for name in recipe.adapter.idle():
         warn(f"adapter.{name} has no effect with adapter.method {recipe.adapter.label}")
     check_weights(recipe.model)
@@ -68,6 +71,19 @@ def check_model(recipe: Recipe, warn: Callable[[str], None]) -> None:
         from trainer.artifacts.reward_model import check_reward
 
         check_reward(recipe)
+
+
+def check_keys(recipe: Recipe, model: PreTrainedModel) -> None:
+    """Raises InputError for an adapter of keys and values on a model whose class takes none: peft could not run it."""
+    if (
+        recipe.adapter.row.own_vectors == "keys"
+        and "past_key_values" not in inspect.signature(model.forward).parameters
+    ):
+        raise InputError(
+            f"adapter.method {recipe.adapter.label} gives each layer keys and values, and {type(model).__name__} of "
+            f"transformers {metadata.version('transformers')} does not take them, so that peft cannot run the adapter; "
+            "choose another method, or an older transformers"
+        )
 
 
 def _model_without_weights(section: ModelSection, folder: Path, auto_class: str) -> PreTrainedModel:

@@ -115,7 +115,7 @@ def rendered(chat: Chat, turns: Turns) -> list[int]:
     none, or when the template refuses it."""
     if not chat.template:
         raise UsageError("messages need a chat template, and the tokenizer has none; give a prompt instead")
-    read = turns_of(turns)
+    read = turns_of(turns, empty=True)
     prompt = read if isinstance(read, RowError) else chat.prompt(ChatTurns(read))
     if isinstance(prompt, RowError):
         raise UsageError(f"the conversation cannot be used: {prompt.reason}")

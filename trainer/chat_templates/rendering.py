@@ -40,7 +40,7 @@ def render(tokenizer: Any, turns: list[Any], template: str | None = None, **how:
     return text
 
 
-_DIRECTIVES = (*"aAwdbBmyYHIpMSfjUWGuVcxX", "-d", "-m", "-H", "-I", "-M", "-S")
+_DIRECTIVES = (*"aAbBcCdDeFgGhHIjklmMnpPrRSTtuUVwWxXyYzZ", "-d", "-e", "-m", "-H", "-I", "-j", "-M", "-S", "-y", "%")
 
 
 def writes_date(template: str | None) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from itertools import groupby, islice
 from typing import Any, NamedTuple
 
-from trainer.data.blocks import sample_id, turn_of_row
+from trainer.data.blocks import part_of_row, sample_id, turn_of_row
 from trainer.data.prepare.encode import EncodedRow, RowEncoder
 from trainer.data.readers import open_reader
 from trainer.data.sample import Row, RowError, Sample, fit
@@ -97,23 +97,21 @@ class _Source:
             reason = "its weights exclude all of the assistant's turns"
             yield PreviewedSample(self.number, index, name, place, dropped=reason, warnings=warnings)
         for sample in samples:
-            row = turn_of_row(at, sample.turn) if len(samples) > 1 else at
-            shown = PreviewedSample(self.number, index, sample_id(self.number, obj, row), place)
-            shown.warnings = [*warnings, *sample.warnings]
-            self._fill(shown, sample)
-            yield shown
+            pieces = fit(sample, self.spec.sequence_length)
+            for part, piece in enumerate(pieces or [sample]):
+                row = turn_of_row(at, sample.turn) if len(samples) > 1 else part_of_row(at, part)
+                shown = PreviewedSample(self.number, index, sample_id(self.number, obj, row), place)
+                shown.warnings = [*warnings, *sample.warnings]
+                self._fill(shown, piece, kept=bool(pieces))
+                yield shown
 
-    def _fill(self, shown: PreviewedSample, sample: Sample) -> None:
+    def _fill(self, shown: PreviewedSample, sample: Sample, *, kept: bool) -> None:
         length = self.spec.sequence_length
-        fitted = fit(sample, length)
-        if not fitted:
+        if not kept:
             shown.dropped = f"no target is left within {length} tokens (data.sequence_length)"
-        elif len(fitted) > 1:
-            shown.warnings = [*shown.warnings, f"it is cut into {len(fitted)} samples of at most {length} tokens"]
-        elif fitted[0].truncated:
-            shown.warnings = [*shown.warnings, f"it is cut after {length} tokens (data.sequence_length)"]
-        pieces = [sample] if not fitted or len(fitted) > 1 else fitted
-        sides = [side for side in (pieces[0], pieces[0].rejected) if side is not None]
+        elif sample.truncated:
+            shown.warnings.append(f"it is cut after {length} tokens (data.sequence_length)")
+        sides = [side for side in (sample, sample.rejected) if side is not None]
         shown.tokens = sum(len(side.tokens) for side in sides)
         shown.target_tokens = sum(int(side.target[1:].sum()) for side in sides)
         shown.label = sample.label
@@ -129,6 +127,8 @@ def text_spans(tokenizer: Any, tokens: Tokens, target: Bools) -> list[TextSpan]:
         at += len(list(group))
         # Decoded from the start: a token alone may be half a character, or lose the space before it.
         text = tokenizer.decode(tokens[:at].tolist(), skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        if at < len(tokens):
+            text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # half a character, which the next span completes
         spans.append(TextSpan(text[len(before) :], is_target))
         before = text
     return spans

@@ -124,11 +124,11 @@ def scene(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_pairs(folder / "data" / "pairs.jsonl", 30)
     evaluated = [{"path": f"{folder}/data/pairs.jsonl", "format": "completion"}]
     recipe = trained("my", tiny_model, folder, **{"data.eval": evaluated})
-    for name in ("my-run", "my-first", "law", "med"):
+    for name in ("my-run", "my-first", "law", "med", "shop"):
         shutil.copytree(folder / "runs" / "my", folder / "runs" / name)
     for rank in (0, 3):
         open_storage(f"{folder}/runs/my-first").write(layout.log_part(1, rank, 0), b"as it was printed\n")
-    for name in ("my", "my-first", "my-recipe", "recipe"):
+    for name in ("my", "my-first", "my-recipe", "recipe", "shop"):
         own = recipe.model_copy(update={"name": name}) if (folder / "runs" / name).exists() else recipe
         (folder / f"{name}.yaml").write_text(dump(own))
     in_four_bits = recipe.model.model_copy(update={"quantization": "nf4"})

@@ -61,7 +61,8 @@ class Conversation(NamedTuple):
 @dataclass
 class Rendered:
     """The text of a sample, the characters of the turns that are its targets, and the last of these turns.
-    ``messages``, ``tools``: what the template was given. ``read``: where the words of the last turn end."""
+    ``messages``, ``tools``: what the template was given. ``read``: where the words of the last turn end.
+    ``whole``: the template has written the text in one piece."""
 
     text: str
     answers: list[Interval]
@@ -69,6 +70,7 @@ class Rendered:
     messages: list[dict[str, Any]]
     tools: Tools
     read: int
+    whole: bool
     warnings: set[str]
 
 
@@ -91,11 +93,28 @@ class Chat:
         self._rendered_as = self.template if date is None else at_date(self.template or "", date)
         self._blocks = bool(self.template and _GENERATION.search(self.template)) and tokenizer.is_fast and not literal
         self.dialect = dialect_of(self.template, self._render) if self.template else Dialect()
-        between = tokenise(tokenizer, [self.dialect.between], special=False)[0].ids
-        self._mark = between[0] if between and between[0] in self.stops else None
+        after = (self.dialect.between, self.dialect.after_call)
+        between, after_call = (one.ids[:1] for one in tokenise(tokenizer, after, special=False))
+        self._marks_after = {False: between, True: after_call}
+        ends = (tokenizer.decode([stop]) for stop in self.stops)
+        written = (self.dialect.after.strip(), self.dialect.between.strip())
+        self._own_ends = tuple(end for end in ends if end and any(text.startswith(end) for text in written))
+        bos = tokenizer.bos_token
+        self._own_start = bos if bos and self.dialect.before.startswith(bos) else None
+        self.for_tools: Chat | None = None
+        self._without_tools: Chat = self
+        """Encode the conversations with tools and those without, where the tokenizer has a template for each."""
 
     def encode(self, conversations: Sequence[Conversation | RowError]) -> list[list[Sample] | RowError]:
         """Encodes the conversations as one batch. Returns a RowError unchanged, at its place."""
+        if self.for_tools is not None:
+            called = [isinstance(c, Conversation) and bool(c.tools) for c in conversations]
+            kinds = {True: self.for_tools, False: self._without_tools}
+            found = {
+                kind: iter(chat.encode([c for c, calls in zip(conversations, called, strict=True) if calls is kind]))
+                for kind, chat in kinds.items()
+            }
+            return [next(found[calls]) for calls in called]
         rendered = [c if isinstance(c, RowError) else self._split(c) for c in conversations]
         texts = [sample.text for row in rendered if not isinstance(row, RowError) for sample in row]
         encoded = iter(self._tokenise(texts))
@@ -121,7 +140,8 @@ class Chat:
             return _refused(error)
         if isinstance(text, RowError):
             return text
-        lost = _read_words(turns, text, 0)
+        # A template may drop what the assistant has said before.
+        lost = _read_words([turn for turn in turns if turn.role != "assistant"], text, 0)
         if isinstance(lost, RowError):
             return lost
         return self._tokenise([text])[0].ids
@@ -157,43 +177,72 @@ class Chat:
     ) -> RowError | None:
         """Adds the last of the turns to the last text, or a text of its own. Returns why it cannot be trained on."""
         turn = turns[-1]
-        closed = self._render(messages, tools=tools)
+        placed = self._place(turns, messages, tools)
+        if isinstance(placed, RowError):
+            return placed
+        closed, start, whole, warnings = placed
         if isinstance(fault := encodable(closed), RowError):
             return fault
-        warnings: set[str] = set()
-        if len(turns) == 1:
-            start = self._first_start(closed, turn)
-        else:
-            opened = self._render(messages[:-1], tools=tools, add_generation_prompt=True)
-            found = self._start(closed, opened, turn, messages, tools)
-            if found is None:
-                return _rewritten(turn)
-            start = found
-            if start < len(opened):
-                warnings.add(OPENED.format(tail=self.dialect.opening[-20:]))
         last = rendered[-1] if rendered else None
         shared = last is not None and len(last.text) <= start and closed.startswith(last.text)
         read = last.read if shared and last else 0
         before = turns[turns.index(last.turn) + 1 : -1] if shared and last else turns[:-1]
-        lost = _read_words(before, closed, read)
-        found_end = left_out(turn, closed, start, reasoning=True)
+        lost = _read_words(before, closed[:start], read)
+        if isinstance(lost, RowError):
+            # Some templates write a system text behind the mark of the turn that follows it.
+            start = max(start, self._first_start(closed, turn))
+            lost = _read_words(before, closed[:start], read)
         if isinstance(lost, RowError):
             return lost
-        if isinstance(found_end, LeftOut):
-            return _lost(found_end)
+        end = left_out(turn, closed, start, reasoning=True)
+        if isinstance(end, LeftOut):
+            return _lost(end)
         if shared and last:
-            last.text, last.turn, last.messages, last.read = closed, turn, messages, found_end
+            last.text, last.turn, last.messages, last.read, last.whole = (
+                closed,
+                turn,
+                messages,
+                end,
+                whole and last.whole,
+            )
             last.answers.append((start, len(closed)))
             last.warnings |= warnings
         else:
-            rendered.append(Rendered(closed, [(start, len(closed))], turn, messages, tools, found_end, warnings))
+            answers = [(start, len(closed))]
+            rendered.append(Rendered(closed, answers, turn, messages, tools, end, whole, warnings))
         return None
 
+    def _place(
+        self, turns: list[Turn], messages: list[dict[str, Any]], tools: Tools
+    ) -> tuple[str, int, bool, set[str]] | RowError:
+        """Returns the text up to and including the last turn, where the words begin that the model is to write, whether
+        the template has written the text as a whole, and warnings."""
+        turn, opening = turns[-1], self.dialect.opening
+        closed = self._render(messages, tools=tools)
+        if len(turns) == 1:
+            return closed, self._first_start(closed, turn), True, set()
+        opened = self._render(messages[:-1], tools=tools, add_generation_prompt=True)
+        start = self._start(closed, opened, turn, messages, tools)
+        if start is None:
+            # The template writes the turns before otherwise once this one follows: the model reads ``opened``.
+            at = self._first_start(closed, turn)
+            if isinstance(_read_words(turns[:-1], closed[:at], 0), RowError) and turns[-2].role == "assistant":
+                return _rewritten(turn)
+            if at == 0:
+                return _rewritten(turn)
+            return opened + closed[at:], len(opened), False, set()
+        if opening and closed.startswith(opening, start) and not opened.endswith(opening):
+            start += len(opening)
+        return closed, start, True, {OPENED.format(tail=opening[-20:])} if start < len(opened) else set()
+
     def _first_start(self, closed: str, turn: Turn) -> int:
-        """Returns where the assistant's words begin in a conversation that they open."""
+        """Returns where the assistant's words begin: behind the last generation prompt, or else the words themselves
+        with the spaces before them. 0: nowhere."""
         at = closed.rfind(_first_words(turn))
         opening = closed.rfind(self.dialect.opening, 0, at) if self.dialect.opening else -1
-        return max(at, 0) if opening < 0 else opening + len(self.dialect.opening)
+        if opening >= 0:
+            return opening + len(self.dialect.opening)
+        return len(closed[: max(at, 0)].rstrip(" "))
 
     def _start(self, closed: str, opened: str, turn: Turn, messages: list[dict[str, Any]], tools: Tools) -> int | None:
         """Returns where what the model is to write begins in ``closed``: behind the generation prompt, or where the two
@@ -217,11 +266,28 @@ class Chat:
         return at if 0 <= at < start else start
 
     def _marked(self, turns: list[Turn]) -> list[Turn]:
-        """Returns the turns with their special tokens marked, if these are to stay text."""
+        """Returns the turns without the special tokens that the template writes itself; or with all their special
+        tokens marked, if these are to stay text."""
         marks = self._marks
         if marks is None:
-            return turns
-        return [replace(t, content=marks.mark(t.content), reasoning=marks.mark(t.reasoning)) for t in turns]
+            return [self._without_ends(turn, first=number == 0) for number, turn in enumerate(turns)]
+        return [marks.mark_turn(self._apart(turn)) for turn in turns]
+
+    def _without_ends(self, turn: Turn, *, first: bool) -> Turn:
+        content = turn.content
+        if first and self._own_start and content.startswith(self._own_start):
+            content = content.removeprefix(self._own_start)
+        for end in self._own_ends if turn.role == "assistant" else ():
+            if content.rstrip().endswith(end):
+                content = content.rstrip().removesuffix(end)
+        return turn if content == turn.content else replace(turn, content=content)
+
+    def _apart(self, turn: Turn) -> Turn:
+        """Returns the turn with its reasoning in its field: the template is not to look for tags that are marked."""
+        if turn.role != "assistant" or not self.dialect.field:
+            return turn
+        thought, answer = thought_and_answer(turn)
+        return replace(turn, reasoning=thought, content=answer)
 
     def _tokenise(self, texts: list[str]) -> Sequence[Tokenised | MarkedTokens]:
         if self._marks is not None:
@@ -240,19 +306,22 @@ class Chat:
     def _sample(self, rendered: Rendered, tokens: Tokenised | MarkedTokens) -> Sample | RowError:
         """Returns the sample with targets on each answer up to the token that stops generation."""
         ids = tokens.ids
-        written = self._in_blocks(rendered) if self._blocks else None
+        written = self._in_blocks(rendered) if self._blocks and rendered.whole else None
         target = np.zeros(len(ids), dtype=np.bool_)
         for number, (low, high) in enumerate(rendered.answers, 1):
             span = tokens.span((low, high))
             start, stop = span.start, self._stop(ids, span)
-            if number == len(rendered.answers) and self._mark is not None and ids[stop - 1] not in self.stops:
-                ids, target, stop = [*ids, self._mark], np.append(target, False), stop + 1
-            if ids[stop - 1] not in self.stops:
+            mark = self._marks_after[bool(rendered.turn.calls)]
+            ends = ids[stop - 1] in self.stops
+            if number == len(rendered.answers) and not ends and mark and mark[0] in self.stops:
+                ids, target, stop = [*ids, *mark], np.append(target, False), stop + 1
+            target[start:stop] = True if written is None else written[start:stop]
+            trained = np.flatnonzero(target[start:stop])
+            if not len(trained):
+                return RowError("the chat template's {% generation %} blocks leave out an assistant's turn")
+            if ids[start + int(trained[-1])] not in self.stops:
                 after = self.dialect.after.strip() or self.dialect.between.strip()
                 rendered.warnings.add(NO_STOP.format(after=after))
-            target[start:stop] = True if written is None else written[start:stop]
-            if not target[start:stop].any():
-                return RowError("the chat template's {% generation %} blocks leave out an assistant's turn")
         turn = rendered.turn.number
         return Sample(np.array(ids, dtype=np.int32), target, turn=turn, warnings=tuple(sorted(rendered.warnings)))
 
@@ -271,16 +340,34 @@ class Chat:
             rendered.messages, tools=rendered.tools, chat_template=self._rendered_as,
             return_dict=True, return_assistant_tokens_mask=True,
         )  # fmt: skip
-        return np.append(np.array(out["assistant_masks"], dtype=np.bool_), True)
+        written = np.array(out["assistant_masks"], dtype=np.bool_)
+        for token in range(1, len(written)):
+            # A block may end in a character of several tokens, of which only the first is counted.
+            if written[token - 1] and out.token_to_chars(token) == out.token_to_chars(token - 1):
+                written[token] = True
+        return np.append(written, True)
 
 
 def chat_of(source: FrozenSource, tokenizer: Any, spec: PreparationSpec) -> Chat:
     """Raises InputError if neither the tokenizer nor the recipe has a chat template."""
-    date = None if spec.date is None else datetime.fromisoformat(spec.date)
-    chat = Chat(tokenizer, spec.chat_template, spec.stops, date, literal=spec.special_tokens == "text")
+    chat = chat_or_none(tokenizer, spec)
     if not chat.template:
         raise InputError(f"data source {source.path}: {MISSING}")
     return chat
+
+
+def chat_or_none(tokenizer: Any, spec: PreparationSpec) -> Chat:
+    """Returns a Chat, whose ``template`` is None if there is none."""
+    literal, date = spec.special_tokens == "text", None if spec.date is None else datetime.fromisoformat(spec.date)
+
+    def chat(template: str | None) -> Chat:
+        return Chat(tokenizer, template, spec.stops, date, literal)
+
+    own = tokenizer.chat_template
+    both = chat(spec.chat_template)
+    if spec.chat_template is None and isinstance(own, dict) and "tool_use" in own:
+        both.for_tools, both._without_tools = chat(own["tool_use"]), chat(None)
+    return both
 
 
 def _read_words(turns: Sequence[Turn], text: str, start: int) -> RowError | int:

@@ -64,6 +64,8 @@ class Instruction:
             if isinstance(part, RowError):
                 return part
         turns = []
+        if not isinstance(history, list | None):
+            return RowError(f"the history has to be a list of pairs of a question and its answer, not {history!r:.60}")
         for pair in history or []:
             if not isinstance(pair, list) or len(pair) != 2:
                 return RowError(f"the history has to be a list of pairs of a question and its answer, not {pair!r:.60}")

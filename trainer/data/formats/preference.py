@@ -11,11 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import datetime
 from typing import Any
 
 from trainer.chat_templates.turn import Turn
-from trainer.data.formats.chat import MISSING, Chat, Conversation
+from trainer.data.formats.chat import MISSING, Conversation, chat_or_none
 from trainer.data.formats.columns import Columns, as_text
 from trainer.data.formats.joined import Joiner, Pair, both
 from trainer.data.formats.turns import turns_of
@@ -28,9 +27,8 @@ SIDES = ("chosen", "rejected")
 
 class Preference:
     def __init__(self, source: FrozenSource, tokenizer: Any, spec: PreparationSpec) -> None:
-        literal, date = spec.special_tokens == "text", None if spec.date is None else datetime.fromisoformat(spec.date)
-        self.joiner = Joiner(tokenizer, "preference", literal)
-        self.chat = Chat(tokenizer, spec.chat_template, spec.stops, date, literal)
+        self.joiner = Joiner(tokenizer, "preference", spec.special_tokens == "text")
+        self.chat = chat_or_none(tokenizer, spec)
         self.columns, self.of_prompts = Columns(source), TASKS[spec.task].generates
 
     def encode(self, rows: Sequence[Row]) -> list[Sample | RowError]:
@@ -81,7 +79,8 @@ class Preference:
             return RowError(f"the margin has to be a finite number, not {margin}")
         assert isinstance(chosen, Sample)
         assert isinstance(rejected, Sample)
-        return replace(chosen, rejected=rejected, margin=None if margin is None else float(margin))
+        warnings = tuple(dict.fromkeys((*chosen.warnings, *rejected.warnings)))
+        return replace(chosen, rejected=rejected, warnings=warnings, margin=None if margin is None else float(margin))
 
 
 def _single(samples: list[Sample] | RowError) -> Sample | RowError:

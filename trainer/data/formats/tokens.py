@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from trainer.chat_templates.turn import Call, Turn
 from trainer.data.sample import Sample
 from trainer.errors import InputError
 
@@ -72,6 +74,18 @@ class Marks:
     def mark(self, text: str) -> str:
         text = text.replace(self.START, "").replace(self.END, "")
         return self._special.sub(rf"{self.START}\g<0>{self.END}", text)
+
+    def mark_turn(self, turn: Turn) -> Turn:
+        calls = tuple(Call(self.mark(c.name), self._marked(c.arguments), c.id) for c in turn.calls)
+        return replace(turn, content=self.mark(turn.content), reasoning=self.mark(turn.reasoning), calls=calls)
+
+    def _marked(self, value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: self._marked(one) for name, one in value.items()}
+        return [self._marked(one) for one in value] if isinstance(value, list) else self._of_any(value)
+
+    def _of_any(self, value: Any) -> Any:
+        return self.mark(value) if isinstance(value, str) else value
 
     def tokenise(self, text: str) -> MarkedTokens:
         """Tokenises the marked parts as any text, and what stands between them with special tokens."""

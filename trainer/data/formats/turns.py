@@ -29,15 +29,19 @@ CALLING = ("function_call", "tool_call")
 """The roles of ShareGPT whose value is a call: JSON with a name and arguments."""
 REASONING = ("reasoning_content", "reasoning", "thinking")
 TEXT_PARTS = ("text", "input_text", "output_text")
+MEDIA = ("images", "image", "audios", "audio", "videos", "video")
+ARGUMENTS = ("arguments", "parameters", "args", "input")
+"""The keys under which data sets keep a call's arguments."""
 MARKS = ("weight", "train", "loss")
 """Keys that exclude an assistant's turn from the loss if they are 0 or false."""
 _READ = {"role", "from", "content", "value", "tool_calls", "function_call", *MARKS, *REASONING}
 
 
-def turns_of(value: Any, system: Any = None) -> list[Turn] | RowError:
+def turns_of(value: Any, system: Any = None, *, empty: bool = False) -> list[Turn] | RowError:
     """Returns the turns of a conversation, with ``system`` as their first if they begin with no such turn.
 
-    Returns a RowError for anything else than a list of turns, and for a turn whose content is no text.
+    Returns a RowError for anything else than a list of turns, and for a turn whose content is no text. ``empty``: an
+    assistant's turn may be empty, as a model may have answered.
     """
     if isinstance(value, RowError):
         return value
@@ -45,7 +49,7 @@ def turns_of(value: Any, system: Any = None) -> list[Turn] | RowError:
         return RowError(f"a conversation has to be a list of messages, not {type(value).__name__} ({value!r:.40})")
     turns: list[Turn] = []
     for number, given in enumerate(value, 1):
-        turn = turn_of(given, number)
+        turn = turn_of(given, number, empty=empty)
         if isinstance(turn, RowError):
             return RowError(f"message {number} {turn.reason}")
         turns.append(turn)
@@ -56,20 +60,21 @@ def turns_of(value: Any, system: Any = None) -> list[Turn] | RowError:
     return _answered(turns)
 
 
-def turn_of(given: Any, number: int) -> Turn | RowError:
+def turn_of(given: Any, number: int, *, empty: bool = False) -> Turn | RowError:
     """Returns the turn; the reason of a RowError continues a sentence that begins with the message's number."""
-    if not isinstance(given, dict) or not isinstance(name := given.get("role", given.get("from")), str):
+    # Parquet stores every key of any turn for all turns.
+    turn = without_nothing(given) if isinstance(given, dict) else {}
+    if not isinstance(name := turn.get("role", turn.get("from")), str):
         return RowError(f"has to be a mapping with role and content, not {given!r:.60}")
     role = ROLES.get(name.strip().lower())
     if role is None:
         return RowError(f"has the role {name!r}, which is not one of: {', '.join(ROLES)}")
-    # Parquet stores every key of any turn for all turns.
-    turn = without_nothing(given)
     content = turn.get("content", turn.get("value"))
     if name.strip().lower() in CALLING:
         calls, content = _calls(_listed(content)), ""
     else:
-        calls = _calls([*turn.get("tool_calls", []), *filter(None, [turn.get("function_call")])])
+        given_calls = [*_listed(turn.get("tool_calls") or []), *_listed(turn.get("function_call") or [])]
+        calls = _calls(given_calls)
     if isinstance(calls, RowError):
         return calls
     reasoning = next((turn[key] for key in REASONING if turn.get(key)), "")
@@ -77,8 +82,11 @@ def turn_of(given: Any, number: int) -> Turn | RowError:
     for part in (reasoning := content_of(reasoning), text):
         if isinstance(part, RowError):
             return part
-    if not (text or reasoning or calls) and (content is None or role == "assistant"):
-        return RowError(f"has no content, no reasoning and no calls; its keys: {', '.join(map(str, given))}")
+    wordless = not (str(text).strip() or reasoning or calls)
+    if wordless and (content is None or (role == "assistant" and not empty)):
+        return RowError(f"has no content, no reasoning and no calls; its keys: {', '.join(map(ascii, given))}")
+    if media := [key for key in MEDIA if turn.get(key)]:
+        return RowError(f"has {media[0]}; only text can be trained on")
     marks = [turn[key] for key in MARKS if key in turn]
     if wrong := [mark for mark in marks if mark not in (0, 1)]:
         return RowError(f"has the {' or '.join(MARKS)} {wrong[0]!r}, which has to be 0 or 1 (false or true)")
@@ -119,7 +127,7 @@ def _calls(given: list[Any]) -> tuple[Call, ...] | RowError:
         function = call.get("function", call) if isinstance(call, dict) else None
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             return RowError(f"has a call that is no mapping with a name and arguments ({call!r:.60})")
-        arguments = function.get("arguments", {})
+        arguments: Any = next((function[key] for key in ARGUMENTS if key in function), {})
         if isinstance(arguments, str):
             try:
                 arguments = parse_json(arguments, finite=False) if arguments.strip() else {}
@@ -143,7 +151,7 @@ def _answered(turns: list[Turn]) -> list[Turn]:
         elif turn.role == "tool" and open_calls:
             named = next((c for c in open_calls if c.id == turn.more.get("tool_call_id")), open_calls[0])
             open_calls.remove(named)
-            turn = replace(turn, more={"tool_call_id": named.id, "name": named.name, **turn.more})
+            turn = replace(turn, more={"name": named.name, **turn.more, "tool_call_id": named.id})
         done.append(turn)
     return done
 
@@ -167,4 +175,12 @@ def tools_of(value: Any) -> list[Any] | RowError | None:
     if isinstance(value, RowError):
         return value
     pruned = without_nothing(value)
-    return pruned if isinstance(pruned, list) else RowError(f"the tools have to be a list, not {type(value).__name__}")
+    if not isinstance(pruned, list):
+        return RowError(f"the tools have to be a list, not {type(value).__name__}")
+    tools = [tool for one in pruned for tool in (_listed(one) if isinstance(one, str) else [one])]
+    if wrong := [tool for tool in tools if not isinstance(tool, dict)]:
+        return RowError(f"a tool has to be a mapping, not {wrong[0]!r:.60}")
+    bare = (
+        {"type": "function", "function": tool} if "name" in tool and "function" not in tool else tool for tool in tools
+    )
+    return list(bare)

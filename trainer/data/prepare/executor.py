@@ -7,6 +7,8 @@ import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from typing import Any
 
 Map = Callable[[Callable[[Any], Any], Sequence[Any]], Iterator[Any]]
@@ -28,6 +30,9 @@ def process_pool(processes: int) -> Map:
             return
         count = max(1, min(processes, len(jobs)))
         context = multiprocessing.get_context("spawn")  # a tokenizer's threads do not survive a fork
+        with _inherited_mask():
+            # Python's own process beside them lives as long as this one: a signal to the group must not end it first.
+            resource_tracker.ensure_running()
         with ProcessPoolExecutor(count, context, initializer=_take_task, initargs=(task,)) as pool:
             try:
                 yield from _mapped(pool, jobs)
@@ -43,11 +48,17 @@ def process_pool(processes: int) -> Map:
 
 def _mapped(pool: ProcessPoolExecutor, jobs: Sequence[Any]) -> Iterator[Any]:
     """Submits the jobs, which starts the processes, and returns the results."""
-    # The processes inherit the blocked signals: on Ctrl-C in a terminal, each of them would print a traceback. This
-    # process handles the signals.
+    with _inherited_mask():
+        return pool.map(_call, jobs)
+
+
+@contextmanager
+def _inherited_mask() -> Iterator[None]:
+    """Blocks the signals of a terminal for processes that are started meanwhile: on Ctrl-C, each of them would print a
+    traceback. This process handles them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGINT, signal.SIGHUP))
     try:
-        return pool.map(_call, jobs)
+        yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 

@@ -123,11 +123,20 @@ def _check_counts(spec: PreparationSpec, entries: Sequence[WindowEntry]) -> None
                 f"data source {source.path}: {counts.bad_rows} bad rows, and {spec.max_bad_rows} are allowed "
                 f"(data.max_bad_rows); the first: {listed}"
             )
+        if counts.samples == 0 and source.part == "eval":
+            continue  # a small source may have no row that is held out
         if counts.samples == 0:
             raise InputError(
                 f"data source {source.path} gives no sample: {counts.rows} rows read, {counts.dropped} dropped because "
                 f"no target token is left within {spec.sequence_length} tokens, {counts.bad_rows} bad"
             )
+
+    held_out = all(source.part == "eval" for source in spec.sources)
+    if held_out and not any(counts.samples for entry in entries for counts in entry.counts):
+        raise InputError(
+            f"data.eval_fraction {spec.sources[0].eval_fraction:g} holds out no row; raise it, or name evaluation data "
+            "under data.eval"
+        )
 
 
 def check_first_rows(spec: PreparationSpec, tokenizer: Any, rows: int = 8) -> list[str]:

@@ -13,7 +13,7 @@ import torch
 
 from trainer.errors import InputError
 from trainer.model.files.safetensors_header import SHOWN, header_of
-from trainer.model.files.weight_check import needed_files
+from trainer.model.files.weight_check import names_shown, needed_files
 from trainer.model.files.weight_source import WeightSource
 
 DTYPES = {
@@ -49,7 +49,7 @@ def read_headers(source: WeightSource, path: str) -> dict[str, TensorLocation]:
     needed = sorted(needed_files(source.storage, path, source.files))
     missing = [name for name in needed if name not in source.files]
     if missing:
-        raise InputError(f"model.path {path!r} lacks weight files ({', '.join(missing[:3])}); copy the model again")
+        raise InputError(f"model.path {path!r} lacks weight files ({names_shown(missing)}); copy the model again")
     found: dict[str, TensorLocation] = {}
     for file in needed:
         found.update(_tensors(source, file))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TypedDict
@@ -19,6 +19,11 @@ SINGLE = "model.safetensors"
 _PARALLEL_READS = 8
 
 
+def names_shown(names: Sequence[str]) -> str:
+    """Returns the first three names, in one line."""
+    return ", ".join(name if name.isprintable() else repr(name) for name in names[:3])
+
+
 def check_weights(section: ModelSection) -> None:
     """Raises InputError when weight files of a folder or URL are missing or torn.
 
@@ -32,7 +37,7 @@ def check_weights(section: ModelSection) -> None:
     if missing:
         raise InputError(
             f"model.path {section.path!r}: {len(missing)} of the {len(needed)} weight files that {INDEX} names are not "
-            f"there ({', '.join(missing[:3])}); copy the model again"
+            f"there ({names_shown(missing)}); copy the model again"
         )
 
     def check(name: str) -> None:

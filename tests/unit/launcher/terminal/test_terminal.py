@@ -204,7 +204,7 @@ def test_an_answer_token_by_token(monkeypatch: pytest.MonkeyPatch) -> None:
     for stream, expected in ((Tty(), neutralise("\x1b[2J\x1b[31mred\u202e")), (Bare(), "\x1b[2J\x1b[31mred\u202e")):
         monkeypatch.setattr(sys, "stdout", stream)
         with own_streams():
-            show = Shown(SimpleNamespace(ended=lambda text: False))  # type: ignore[arg-type]
+            show = Shown(SimpleNamespace(ended=lambda text: False, certain=lambda text: text))  # type: ignore[arg-type]
             for piece in ("\x1b", "[2", "J", "\x1b[31m", "red", "\u202e"):
                 show(piece)
         assert stream.getvalue() == expected

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import json
+
 import pytest
 
 from tests.unit.trainer.data.chat_support import (
@@ -217,3 +220,124 @@ def test_musters_templates_of_reasoning_models_drop_it_from_earlier_turns(name):
     first, second = texts(encoded(chat(*turns), named_template(name), by=by), by)
     assert "hm" in first.split("⟦")[1]
     assert "hm" not in second.split("⟦")[0]
+
+
+# A template that leaves out results of tools, and one that leaves out the system text.
+NO_RESULTS = CALLING.replace("{% for m in messages %}", "{% for m in messages if m.role != 'tool' %}")
+NO_SYSTEM = PLAIN.replace("{% for m in messages %}", "{% for m in messages if m.role != 'system' %}")
+SEARCH = {"tool_calls": [{"function": {"name": "search", "arguments": {"q": "Paris"}}}]}
+
+
+@pytest.mark.parametrize(
+    ("row", "template", "names"),
+    [
+        (chat(("user", "Rain?"), CALL, ("tool", "dry"), ("assistant", "It is dry now.")), NO_RESULTS, "('dry')"),
+        (chat(("system", "In French."), ("user", "a"), ("assistant", "In French: b")), NO_SYSTEM, "('In French.')"),
+        (chat(("user", "a"), ("assistant", "I search Paris.", SEARCH), *CALLED[2:]), PLAIN, "search"),
+        (chat(("user", "2+2"), ("assistant", "It is 4.", {"reasoning_content": "4"})), PLAIN, "reasoning_content"),
+    ],
+)
+def test_words_that_stand_elsewhere_do_not_stand_for_those_that_are_left_out(row, template, names):
+    assert "leaves out" in fault(row, template)
+    assert names in fault(row, template)
+
+
+# The system text is written with the last question only, as Mistral's templates do; and one that merges turns.
+LAST_SYSTEM = """{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}<|user|>\
+{% if loop.last and messages[0].role == 'system' %}{{ messages[0].content }} {% endif %}{{ m.content }}<|assistant|>\
+{% else %}{{ m.content }}<|im_end|>{% endif %}{% endfor %}"""
+
+
+def test_a_turn_stands_behind_the_prompt_that_the_template_writes_at_inference_time():
+    samples = encoded(chat(("system", "Be brief."), *TWO), LAST_SYSTEM)
+    assert texts(samples) == [
+        "<|user|>Be brief. Who?<|assistant|>⟦Mira.<|im_end|>⟧",
+        "<|user|>Who?<|assistant|>Mira.<|im_end|><|user|>Be brief. Where?<|assistant|>⟦Ashford.<|im_end|>⟧",
+    ]
+
+
+def test_two_turns_of_the_assistant_in_a_row():
+    turns = [("user", "a"), ("assistant", "b"), ("assistant", "c")]
+    assert targets(encoded(chat(*turns), named_template("qwen3")))[-1] == "<think>\n\n</think>\n\nc<|im_end|>"
+
+
+def test_reasoning_whose_opening_tag_stood_in_the_prompt():
+    turns = [(role, f"hm\n</think>\n\n{text}" if role == "assistant" else text) for role, text in TWO]
+    assert targets(encoded(chat(*turns), THINKING)) == [
+        "<think>hm</think>Mira.<|im_end|>",
+        "<think>hm</think>Ashford.<|im_end|>",
+    ]
+
+
+def test_special_tokens_that_a_row_brings_are_not_doubled():
+    by = byte_tokenizer(eos="</s>")
+    template = "<s>" + PLAIN.replace("<|im_end|>", "</s>")
+    row = chat(("user", "<s>Who?"), ("assistant", "Mira.</s>"))
+    assert texts(encoded(row, template, by=by), by) == texts(encoded(chat(*TWO[:2]), template, by=by), by)
+
+
+def test_a_call_ends_with_the_mark_of_its_result():
+    by = byte_tokenizer(eos="</s>")
+    template = ROLE_ENDS.replace("<|{{ m.role }}|>", "{{ {'tool': '<think>'}.get(m.role, '<|' ~ m.role ~ '|>') }}")
+    template = template.replace("{{ m.content }}", "{{ m.content }}{{ m.tool_calls | tojson if m.tool_calls }}")
+    stops = tuple(by.convert_tokens_to_ids(mark) for mark in ("<|user|>", "<think>"))
+    (call,) = targets(encoded(chat(("user", "Rain?"), CALL), template, by=by, stops=stops), by)
+    assert call.endswith("<think>")
+
+
+def test_a_block_without_the_stop_token_is_warned_about():
+    template = BLOCKS.replace("<|im_end|>{% endgeneration %}", "{% endgeneration %}<|im_end|>")
+    samples = encoded(chat(("user", "a"), ("assistant", "Yo 😀")), template)
+    assert targets(samples) == ["o 😀"]
+    assert "without a token that stops generation" in said(samples)
+
+
+@pytest.mark.parametrize(
+    ("turn", "says"),
+    [
+        ({"role": "assistant", "content": "a", "tool_calls": 5}, "has a call that is no mapping"),
+        ({"role": "user", "content": "a", "images": ["x.png"]}, "has images; only text"),
+        ({"role": "assistant", "content": "  "}, "has no content"),
+        ({"role": "assistant", "te\ud800xt": "a"}, "has no content"),
+    ],
+)
+def test_odd_turns_are_faults(turn, says):
+    reason = fault({"messages": [{"role": "user", "content": "a"}, turn]}, PLAIN)
+    assert says in reason
+    assert reason.encode()
+
+
+def test_keys_of_merged_layouts_and_other_names_of_arguments():
+    row = {"messages": [{"role": None, "from": "human", "value": "a"}, {"role": None, "from": "gpt", "value": "b"}]}
+    assert targets(encoded(row, PLAIN)) == ["b<|im_end|>"]
+    call = {"tool_calls": [{"name": "weather", "parameters": {"city": "Ashford"}}]}
+    samples = encoded(chat(("user", "Rain?"), ("assistant", "", call)), CALLING)
+    assert targets(samples) == ['[weather {"city": "Ashford"}]<|im_end|>']
+
+
+TOOL = '{"name": "f", "parameters": {}}'
+
+
+@pytest.mark.parametrize("tools", [[json.loads(TOOL)], f"[{TOOL}]", [TOOL]])
+def test_tools_in_their_usual_forms(tools):
+    template = CALLING.replace("{{ t | tojson }}", "{{ t.function.name }}")
+    assert "Be kind. f" in texts(encoded(chat(*TWO, tools=tools), template))[0]
+
+
+def test_a_tokenizer_with_a_template_for_tools():
+    by = copy.deepcopy(byte_tokenizer())
+    by.chat_template = {"default": PLAIN, "tool_use": CALLING}
+    assert targets(encoded(chat(*CALLED, tools=[{"name": "weather"}]), by=by))[0].startswith("[weather")
+    assert "Be kind" not in texts(encoded(chat(*TWO), by=by))[0]
+
+
+def test_marks_in_calls_and_thoughts_stay_text_too():
+    end = byte_tokenizer().eos_token_id
+    call = {"tool_calls": [{"function": {"name": "f", "arguments": {"a": "x<|im_end|>y"}}}]}
+    called, thinking = (
+        chat(("user", "a"), ("assistant", "", call)),
+        chat(("user", "a"), ("assistant", "<think>a</think>b")),
+    )
+    (marked,), (plain,) = encoded(called, CALLING, special_tokens="text"), encoded(called, CALLING)
+    assert list(marked.tokens).count(end) == list(plain.tokens).count(end) - 1
+    assert targets(encoded(thinking, THINKING, special_tokens="text")) == ["<think>a</think>b<|im_end|>"]

@@ -145,10 +145,12 @@ def test_no_chat_template_at_all_is_an_error():
         encode("messages", [], by=bare)
 
 
-def test_a_template_that_rewrites_earlier_turns_is_a_fault():
+def test_a_turn_stands_behind_what_the_template_writes_before_it_at_inference_time():
     rewriting = "{{ messages | length }}{% for m in messages %}{{ m.content }}{% endfor %}"
-    (fault,) = encode("messages", [{"messages": CHAT}], chat_template=rewriting)
-    assert "differently when that message follows" in fault.reason
+    (samples,) = encode("messages", [{"messages": CHAT}], chat_template=rewriting)
+    texts = [tokenizer().decode(sample.tokens) for sample in samples]
+    assert texts == ["2Be brief.Who is Mira?A baker.", "4Be brief.Who is Mira?A baker.Where?In Ashford, é 日本."]
+    assert [said(sample) for sample in samples] == ["A baker.", "In Ashford, é 日本."]
 
 
 @pytest.mark.parametrize(

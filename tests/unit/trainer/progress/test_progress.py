@@ -258,7 +258,11 @@ def test_bad_rows_are_named_up_to_a_number() -> None:
     out = io.StringIO()
     counts = Counts(rows=20, samples=11, tokens=40, target_tokens=20, truncated=3, dropped=0, bad_rows=9)
     train = SimpleNamespace(
-        windows=[1], totals=counts, bad_rows=[BadRow("s3://c/a.jsonl", f"line {i}", "broken") for i in range(9)]
+        windows=[1],
+        totals=counts,
+        bad_rows=[BadRow("s3://c/a.jsonl", f"line {i}", "broken") for i in range(9)],
+        spec=SimpleNamespace(sources=[SimpleNamespace(path="s3://c/*.jsonl")]),
+        warnings=[["a column is not read"]],
     )
     ProgressLines(lambda text, style: print(text, file=out)).data(
         SimpleNamespace(train=train, eval=None, total_steps=7)
@@ -266,8 +270,9 @@ def test_bad_rows_are_named_up_to_a_number() -> None:
     first, *rest = out.getvalue().splitlines()
     assert first == "data: 11 samples, 40 tokens (20 targets), 3 truncated, 9 bad rows; 7 steps"
     assert rest[0] == "warning: left out s3://c/a.jsonl, line 0: broken"
+    assert rest[5] == "warning: s3://c/*.jsonl: a column is not read"
     assert rest[-1] == "warning: left out 4 more bad rows"
-    assert len(rest) == 6
+    assert len(rest) == 7
 
 
 def test_a_start_names_the_workers_by_host() -> None:
