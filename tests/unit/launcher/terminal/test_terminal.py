@@ -138,7 +138,7 @@ def test_bad_rows(muster: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     bad = {"url": EVIL, "place": EVIL, "reason": EVIL}
     counts = dict.fromkeys(launcher.cli.prepare.COLUMNS, 1)
     lengths = {"bins": [], "median": 1, "p95": 1, "longest": 1}
-    source = {"path": EVIL, "format": "text", **counts}
+    source = {"path": EVIL, "format": "text", "warnings": [EVIL], **counts}
     part = {"uri": EVIL, "bad": [bad], "sources": [source], "lengths": lengths, "packs": 1, "fill": None, **counts}
     found = {"train": part, "sequence_length": 1, "total_steps": 1}
 
@@ -150,7 +150,7 @@ def test_bad_rows(muster: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, 
     (tmp_path / "r.yaml").write_text(dump(small_recipe("evil", tmp_path / "model", tmp_path)))
     code, out, err = muster("prepare", str(tmp_path / "r.yaml"), terminal=terminal)
     assert code == 0, err
-    assert out.count("␛]0;owned") == 5  # rich itself leaves the bell out
+    assert out.count("␛]0;owned") == 6  # rich itself leaves the bell out
     assert "looking at a␛[2J" in err
     assert not acting(out + err)
 

@@ -73,8 +73,8 @@ def test_they_are_the_likeliest_texts_of_the_base_and_of_the_adapter(make: Make,
     samples = [[text["sample"] for text in event["texts"]] for event in (before, after)]
     assert samples[0] == samples[1]
     assert (samples[0][0], len(samples[0])) == ("0:0/0", 3)
-    assert before["texts"][1]["prompt"] == "Q1: a ferry crosses the sound? "
-    assert before["texts"][1]["reference"] == "the baker sells bread a ferry crosses the sound 1."
+    assert before["texts"][1]["prompt"] == "Q1: a ferry crosses the sound?"
+    assert before["texts"][1]["reference"] == " the baker sells bread a ferry crosses the sound 1."
     tokenizer = AutoTokenizer.from_pretrained(recipe.model.path)
     base = AutoModelForCausalLM.from_pretrained(recipe.model.path, dtype=torch.float32)
     assert [t["text"] for t in before["texts"]] == [greedy(base, tokenizer, t["prompt"], 8) for t in before["texts"]]
