@@ -122,7 +122,11 @@ def test_the_error_survives_pickling_and_exits_with_2() -> None:
         ("optimizer.betas", [0.9], "takes two numbers from 0 to below 1, got [0.9]"),
         ("resources.workers", 0, "takes a number of workers from 1 up, or [min, max], got 0"),
         ("resources.workers", [4, 2], "[4, 2] has its minimum above its maximum; write [2, 4]"),
-        ("training.eval_every", 5, "has no effect without data.eval or data.eval_fraction; add a source there, or leave it out"),
+        (
+            "training.eval_every",
+            5,
+            "has no effect without data.eval or data.eval_fraction; add a source there, or leave it out",
+        ),
         (
             "schedule.min_lr_ratio",
             0.1,
