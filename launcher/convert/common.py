@@ -45,9 +45,9 @@ WRITTEN_NAMES = ("gptq", "awq", "aqlm", "hqq", "eetq", "fp8", "mxfp4", "exl2")
 """Quantisations that base models on the Hub have in their names."""
 
 CHAT_TEMPLATES = {
-    **{name: name for name in ("chatml", "llama3", "qwen3", "gemma", "mistral", "phi", "deepseek", "glm")},
+    **{name: name for name in ("chatml", "llama3", "qwen3", "gemma", "mistral", "phi", "glm")},
     **{name: name for name in ("alpaca", "vicuna")},
-    **dict.fromkeys(("qwen", "qwen_25", "qwen2.5", "chatml_de"), "chatml"),
+    **dict.fromkeys(("qwen", "qwen_25", "qwen2.5"), "chatml"),
     **dict.fromkeys(("llama-3", "llama3_1"), "llama3"),
     **dict.fromkeys(("gemma2", "gemma3", "gemma_2", "gemma_3"), "gemma"),
     **dict.fromkeys(("mistral_v2v3", "mistral_small"), "mistral"),
@@ -55,7 +55,8 @@ CHAT_TEMPLATES = {
     **dict.fromkeys(("deepseek3", "deepseek_v3"), "deepseek"),
     **dict.fromkeys(("glm4_moe", "glm_4_5"), "glm"),
 }
-"""The names of axolotl and LLaMA-Factory, and the name of muster's chat template of that form."""
+"""The names of axolotl and LLaMA-Factory, and the name of muster's chat template of that form. LLaMA-Factory's deepseek
+is the form of DeepSeek's first models, which muster has not."""
 
 FILES = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet)(\.(gz|zst))?$")
 
