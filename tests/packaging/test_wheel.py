@@ -65,6 +65,7 @@ def shipped(source: Path) -> set[str]:
     data |= {*(source / "deepspeed").glob("*.json"), *(source / "slurm").glob("*.sbatch")}
     data |= {p for p in (source / "cluster" / "kubernetes").iterdir() if p.suffix == ".yaml" or p.name == "Dockerfile"}
     data |= {p for p in (source / "launcher" / "report").iterdir() if p.suffix in (".css", ".js")}
+    data |= {*(source / "trainer" / "chat_templates").glob("*.jinja")}
     return {f"muster/{p.relative_to(source).as_posix()}" for p in code | data}
 
 

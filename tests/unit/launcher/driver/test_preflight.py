@@ -14,7 +14,8 @@ import pytest
 
 from launcher.driver.preflight import check_model, check_storage
 from tests.storage.doubles import faulty
-from tests.support.training import small_recipe, write_pairs
+from tests.support.training import small_recipe
+from tests.unit.trainer.data.data_support import write_rows
 from trainer.errors import InputError, StorageError
 from trainer.model import check_weights, fetch_model
 from trainer.recipe import ModelSection, Recipe
@@ -27,7 +28,8 @@ Change = Callable[[Path], object]
 @pytest.fixture
 def folder(tiny_model: Path, tmp_path: Path) -> Path:
     """A model folder that a test may damage, beside data/a.jsonl."""
-    write_pairs(tmp_path / "data" / "a.jsonl", 20)
+    rows = [{"prompt": f"Who is number {i}?", "completion": f" It is {i}."} for i in range(20)]
+    write_rows(tmp_path / "data" / "a.jsonl", rows)
     return Path(shutil.copytree(tiny_model, tmp_path / "model"))
 
 

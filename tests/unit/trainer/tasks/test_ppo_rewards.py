@@ -108,13 +108,15 @@ ROWS: list[Any] = [(["Q1: baker? "], ["the baker sells bread"], [True]), (["Q2: 
 
 
 def test_what_rates_is_looked_at_before_workers_start(tiny_model: Path, folder: Path, reward_run: str) -> None:
-    check_model(asking(reward_run, "looked", tiny_model, folder), pytest.fail)
-    check_model(task_recipe("ppo", "looked", tiny_model, folder), pytest.fail)
+    odd: list[str] = []
+    check_model(asking(reward_run, "looked", tiny_model, folder), odd.append)
+    check_model(task_recipe("ppo", "looked", tiny_model, folder), odd.append)
+    assert all("joins the end of a prompt" in text for text in odd), "its prompts end with a space"
     missing = task_recipe("ppo", "looked", tiny_model, folder, **{"ppo.reward": {"function": "nowhere.py:rate"}})
     with pytest.raises(InputError, match=r"there is no file nowhere\.py"):
-        check_model(missing, pytest.fail)
+        check_model(missing, odd.append)
     with pytest.raises(InputError):
-        check_model(asking(str(folder / "runs" / "nothing"), "looked", tiny_model, folder), pytest.fail)
+        check_model(asking(str(folder / "runs" / "nothing"), "looked", tiny_model, folder), odd.append)
 
 
 def test_what_is_no_reward_model_is_said(tiny_model: Path, folder: Path) -> None:

@@ -107,7 +107,6 @@ def test_training_does_not_notice(make: Make, task: str, changes: dict[str, Any]
     assert told(without) == []
     spent = told(with_, "startup")[0]["seconds"]
     assert spent["samples"] >= told(with_)[0]["seconds"] > 0
-    assert told(without, "startup")[0]["seconds"]["samples"] < spent["samples"]
 
 
 @pytest.mark.night
