@@ -24,7 +24,7 @@ def write_pairs(path: Path, rows: int) -> None:
     """Deterministic prompt/completion rows of differing lengths."""
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = [
-        {"prompt": f"Q{i}: {PHRASES[i % 4]}? ", "completion": " ".join(PHRASES[: 1 + i % 4]) + f" {i}."}
+        {"prompt": f"Q{i}: {PHRASES[i % 4]}?", "completion": " ".join(["", *PHRASES[: 1 + i % 4], f"{i}."])}
         for i in range(rows)
     ]
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
