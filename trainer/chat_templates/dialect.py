@@ -60,6 +60,11 @@ class Dialect:
     after_call: str = ""
     short_ids: bool = False
 
+    @property
+    def turn_end(self) -> str:
+        """The text that ends an assistant's turn."""
+        return (self.after if self.after.strip() else self.between).rstrip()
+
     def messages(self, turns: Sequence[Turn]) -> list[dict[str, Any]]:
         """Returns the turns as the template takes them."""
         return [self._message(turn) for turn in turns]

@@ -13,5 +13,5 @@ def template_of(tokenizer: Any) -> str | None:
 
 
 def named_template(name: str) -> str:
-    """Returns one of `trainer.recipe.chat_templates.CHAT_TEMPLATES`."""
+    """Returns one of `trainer.recipe.formats.CHAT_TEMPLATES`."""
     return (Path(__file__).parent / f"{name}.jinja").read_text()

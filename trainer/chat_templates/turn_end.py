@@ -33,9 +33,9 @@ def turn_end(tokenizer: Any) -> TurnEnd:
     if not template:
         return TurnEnd()
     dialect = dialect_of(template, lambda messages, **how: render(tokenizer, messages, template, **how))
-    mark = dialect.after.strip() or dialect.between.strip()
-    ids = tokenizer(mark, add_special_tokens=False)["input_ids"] if mark else []
+    if not dialect.turn_end:
+        return TurnEnd()
+    ids = tokenizer(dialect.turn_end.strip(), add_special_tokens=False)["input_ids"]
     if ids and ids[0] in tokenizer.added_tokens_decoder:
         return TurnEnd(tokens=frozenset(ids[:1]))
-    text = dialect.after.rstrip() if dialect.after.strip() else dialect.between.rstrip()
-    return TurnEnd(strings=(text,)) if text.strip() else TurnEnd()
+    return TurnEnd(strings=(dialect.turn_end,))

@@ -82,6 +82,10 @@ FORMATS = Registry(
 )
 
 
+CHAT_TEMPLATES = ("chatml", "llama3", "qwen3", "gemma", "mistral", "phi", "deepseek", "glm", "alpaca", "vicuna")
+"""The chat templates that a recipe may name: the files of ``trainer/chat_templates``."""
+
+
 def formats_of(task: str) -> tuple[str, ...]:
     """Returns the formats that the task learns from."""
     return tuple(name for name, row in FORMATS.items() if row.gives in TASKS[task].learns_from)

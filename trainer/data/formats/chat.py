@@ -27,7 +27,7 @@ from trainer.data.formats.tokens import Ends, Interval, MarkedTokens, Marks, Tok
 from trainer.data.sample import RowError, Sample
 from trainer.data.spec import FrozenSource, PreparationSpec
 from trainer.errors import InputError
-from trainer.recipe.chat_templates import CHAT_TEMPLATES
+from trainer.recipe.formats import CHAT_TEMPLATES
 
 Tools = list[Any] | None
 
@@ -101,20 +101,25 @@ class Chat:
         self._own_ends = tuple(end for end in ends if end and any(text.startswith(end) for text in written))
         bos = tokenizer.bos_token
         self._own_start = bos if bos and self.dialect.before.startswith(bos) else None
-        self.for_tools: Chat | None = None
-        self._without_tools: Chat = self
-        """Encode the conversations with tools and those without, where the tokenizer has a template for each."""
+        self._for_tools = self
+        own = tokenizer.chat_template
+        if template is None and isinstance(own, dict) and "tool_use" in own:
+            self._for_tools = Chat(tokenizer, own["tool_use"], stops, date, literal)
 
     def encode(self, conversations: Sequence[Conversation | RowError]) -> list[list[Sample] | RowError]:
         """Encodes the conversations as one batch. Returns a RowError unchanged, at its place."""
-        if self.for_tools is not None:
-            called = [isinstance(c, Conversation) and bool(c.tools) for c in conversations]
-            kinds = {True: self.for_tools, False: self._without_tools}
-            found = {
-                kind: iter(chat.encode([c for c, calls in zip(conversations, called, strict=True) if calls is kind]))
-                for kind, chat in kinds.items()
-            }
-            return [next(found[calls]) for calls in called]
+        chats = [self._chat_for(conversation) for conversation in conversations]
+        encoded = {
+            chat: iter(chat._encode([c for c, its in zip(conversations, chats, strict=True) if its is chat]))
+            for chat in (self, self._for_tools)
+        }
+        return [next(encoded[chat]) for chat in chats]
+
+    def _chat_for(self, conversation: Conversation | RowError) -> Chat:
+        """Returns the one with the template that the tokenizer has for conversations with tools, if this is one."""
+        return self._for_tools if isinstance(conversation, Conversation) and conversation.tools else self
+
+    def _encode(self, conversations: Sequence[Conversation | RowError]) -> list[list[Sample] | RowError]:
         rendered = [c if isinstance(c, RowError) else self._split(c) for c in conversations]
         texts = [sample.text for row in rendered if not isinstance(row, RowError) for sample in row]
         encoded = iter(self._tokenise(texts))
@@ -132,6 +137,9 @@ class Chat:
 
     def prompt(self, conversation: Conversation) -> list[int] | RowError:
         """Returns the tokens of a conversation, up to the start of the assistant's next turn."""
+        return self._chat_for(conversation)._prompt(conversation)
+
+    def _prompt(self, conversation: Conversation) -> list[int] | RowError:
         turns = self._marked(conversation.turns)
         messages = self.dialect.messages(turns)
         try:
@@ -188,23 +196,18 @@ class Chat:
         read = last.read if shared and last else 0
         before = turns[turns.index(last.turn) + 1 : -1] if shared and last else turns[:-1]
         lost = _read_words(before, closed[:start], read)
-        if isinstance(lost, RowError):
-            # Some templates write a system text behind the mark of the turn that follows it.
-            start = max(start, self._first_start(closed, turn))
-            lost = _read_words(before, closed[:start], read)
+        # Some templates write a system text behind the mark of the turn that follows it.
+        for later in (self._first_start(closed, turn), closed.rfind(_first_words(turn))):
+            if isinstance(lost, RowError) and later > start:
+                start, lost = later, _read_words(before, closed[:later], read)
         if isinstance(lost, RowError):
             return lost
         end = left_out(turn, closed, start, reasoning=True)
         if isinstance(end, LeftOut):
             return _lost(end)
         if shared and last:
-            last.text, last.turn, last.messages, last.read, last.whole = (
-                closed,
-                turn,
-                messages,
-                end,
-                whole and last.whole,
-            )
+            last.text, last.turn, last.messages, last.read = closed, turn, messages, end
+            last.whole = last.whole and whole
             last.answers.append((start, len(closed)))
             last.warnings |= warnings
         else:
@@ -320,8 +323,7 @@ class Chat:
             if not len(trained):
                 return RowError("the chat template's {% generation %} blocks leave out an assistant's turn")
             if ids[start + int(trained[-1])] not in self.stops:
-                after = self.dialect.after.strip() or self.dialect.between.strip()
-                rendered.warnings.add(NO_STOP.format(after=after))
+                rendered.warnings.add(NO_STOP.format(after=self.dialect.turn_end.strip()))
         turn = rendered.turn.number
         return Sample(np.array(ids, dtype=np.int32), target, turn=turn, warnings=tuple(sorted(rendered.warnings)))
 
@@ -359,15 +361,7 @@ def chat_of(source: FrozenSource, tokenizer: Any, spec: PreparationSpec) -> Chat
 def chat_or_none(tokenizer: Any, spec: PreparationSpec) -> Chat:
     """Returns a Chat, whose ``template`` is None if there is none."""
     literal, date = spec.special_tokens == "text", None if spec.date is None else datetime.fromisoformat(spec.date)
-
-    def chat(template: str | None) -> Chat:
-        return Chat(tokenizer, template, spec.stops, date, literal)
-
-    own = tokenizer.chat_template
-    both = chat(spec.chat_template)
-    if spec.chat_template is None and isinstance(own, dict) and "tool_use" in own:
-        both.for_tools, both._without_tools = chat(own["tool_use"]), chat(None)
-    return both
+    return Chat(tokenizer, spec.chat_template, spec.stops, date, literal)
 
 
 def _read_words(turns: Sequence[Turn], text: str, start: int) -> RowError | int:

@@ -68,10 +68,6 @@ class Columns:
     def value(self, row: Row, role: str) -> Any | RowError:
         return column_of(row, self.names.get(role, role), role)
 
-    def value_in(self, row: Row, column: str, role: str) -> Any | RowError:
-        """Returns the value in a column that was found for the role."""
-        return column_of(row, column, role)
-
     def optional(self, row: Row, role: str) -> Any | RowError | None:
         """Returns the value; None if it is missing or empty, but a RowError if it is missing and the recipe names
         it."""

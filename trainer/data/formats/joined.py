@@ -40,15 +40,12 @@ class Joiner:
                 continue
             prompt, completion = given
             tokens = next(encoded)
-            start = tokens.at(len(prompt)) if completion else _end_of_text(tokens.ids, self.ends.eos)
+            ended = bool(tokens.ids) and tokens.ids[-1] == self.ends.eos
+            start = tokens.at(len(prompt)) if completion else len(tokens.ids) - ended
             sample = self.ends.closed(tokens.ids, start)
             joined = bool(prompt and completion) and tokens.at(len(prompt) - 1) == start
             samples.append(replace(sample, warnings=(JOINED,)) if joined else sample)
         return samples
-
-
-def _end_of_text(ids: list[int], eos: int) -> int:
-    return len(ids) - (1 if ids and ids[-1] == eos else 0)
 
 
 def both(prompt: str | RowError, completion: str | RowError) -> Pair | RowError:

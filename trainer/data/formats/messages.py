@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from trainer.data.formats.chat import Chat, Conversation, chat_of
-from trainer.data.formats.columns import Columns
+from trainer.data.formats.columns import Columns, column_of
 from trainer.data.formats.turns import tools_of, turns_of
 from trainer.data.sample import Row, RowError, Sample
 from trainer.data.spec import FrozenSource, PreparationSpec
@@ -30,7 +30,7 @@ class MessagesFormat:
 
     def _read(self, row: Row) -> Conversation | RowError:
         name = self.columns.names.get("messages") or next((c for c in COLUMNS if row.get(c) is not None), "messages")
-        turns = turns_of(self.columns.value_in(row, name, "messages"), self.columns.optional(row, "system"))
+        turns = turns_of(column_of(row, name, "messages"), self.columns.optional(row, "system"))
         tools = tools_of(self.columns.optional(row, "tools"))
         if isinstance(turns, RowError):
             return turns

@@ -82,9 +82,8 @@ class Marks:
     def _marked(self, value: Any) -> Any:
         if isinstance(value, dict):
             return {name: self._marked(one) for name, one in value.items()}
-        return [self._marked(one) for one in value] if isinstance(value, list) else self._of_any(value)
-
-    def _of_any(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return [self._marked(one) for one in value]
         return self.mark(value) if isinstance(value, str) else value
 
     def tokenise(self, text: str) -> MarkedTokens:

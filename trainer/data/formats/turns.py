@@ -180,7 +180,4 @@ def tools_of(value: Any) -> list[Any] | RowError | None:
     tools = [tool for one in pruned for tool in (_listed(one) if isinstance(one, str) else [one])]
     if wrong := [tool for tool in tools if not isinstance(tool, dict)]:
         return RowError(f"a tool has to be a mapping, not {wrong[0]!r:.60}")
-    bare = (
-        {"type": "function", "function": tool} if "name" in tool and "function" not in tool else tool for tool in tools
-    )
-    return list(bare)
+    return [{"type": "function", "function": tool} if "name" in tool else tool for tool in tools]

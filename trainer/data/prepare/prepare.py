@@ -32,7 +32,7 @@ from trainer.data.readers.body import SPAN_BYTES
 from trainer.data.sample import RowError
 from trainer.data.spec import FrozenSource, PreparationSpec
 from trainer.errors import CorruptObject, InputError
-from trainer.recipe.chat_templates import CHAT_TEMPLATES
+from trainer.recipe.formats import CHAT_TEMPLATES
 from trainer.registry import choose_hint
 from trainer.storage import Storage, locate, to_json
 

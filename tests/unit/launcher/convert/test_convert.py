@@ -20,7 +20,7 @@ from tests.unit.launcher.cli.test_app import Muster
 from tests.unit.launcher.convert.convert_support import AXOLOTL, FACTORY, changed, registry, result
 from trainer.errors import UsageError
 from trainer.recipe import loads
-from trainer.recipe.chat_templates import CHAT_TEMPLATES
+from trainer.recipe.formats import CHAT_TEMPLATES
 
 
 @pytest.fixture

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 
@@ -24,9 +25,12 @@ from tests.unit.trainer.data.chat_support import (
     targets,
     texts,
 )
+from trainer.artifacts.chat import CHAT
+from trainer.artifacts.chat import Conversation as Talk
+from trainer.chat_templates import template as template_module
 from trainer.chat_templates.template import named_template
 from trainer.data.sample import RowError
-from trainer.recipe.chat_templates import CHAT_TEMPLATES
+from trainer.recipe.formats import CHAT_TEMPLATES
 
 TWO = (("user", "Who?"), ("assistant", "Mira."), ("user", "Where?"), ("assistant", "Ashford."))
 WEATHER = {"name": "weather", "arguments": {"city": "Ashford"}}
@@ -341,3 +345,30 @@ def test_marks_in_calls_and_thoughts_stay_text_too():
     (marked,), (plain,) = encoded(called, CALLING, special_tokens="text"), encoded(called, CALLING)
     assert list(marked.tokens).count(end) == list(plain.tokens).count(end) - 1
     assert targets(encoded(thinking, THINKING, special_tokens="text")) == ["<think>a</think>b<|im_end|>"]
+
+
+def test_a_prompt_with_tools_is_written_by_the_template_for_tools():
+    by = copy.deepcopy(byte_tokenizer())
+    by.chat_template = {"default": PLAIN, "tool_use": CALLING}
+    (asked,) = encoded(chat(("user", "Rain?"), tools=[{"name": "weather"}]), by=by, task="ppo")
+    assert "weather" in by.decode(asked.tokens)
+
+
+def test_a_system_text_behind_the_mark_of_the_assistants_turn_is_not_trained():
+    row = chat(("system", "Be brief."), ("assistant", "Welcome."), *TWO)
+    by = byte_tokenizer(eos="</s>")
+    assert "Be brief" not in "".join(targets(encoded(row, named_template("gemma"), by=by), by))
+    assert "Be brief" in "".join(texts(encoded(row, named_template("gemma"), by=by), by))
+
+
+@pytest.mark.parametrize("answer", ["hm\n</think>\n\nMira.", ""])
+def test_a_talk_goes_on_after_any_answer(answer):
+    talk = Talk(byte_tokenizer(template=THINKING), CHAT)
+    talk.ask("Who?")
+    talk.answered(answer)
+    assert byte_tokenizer().decode(talk.ask("Where?")).endswith("Where?<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_each_chat_template_is_named():
+    folder = Path(template_module.__file__).parent
+    assert {file.stem for file in folder.glob("*.jinja")} == set(CHAT_TEMPLATES)

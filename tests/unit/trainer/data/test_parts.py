@@ -152,3 +152,19 @@ def test_only_a_template_that_writes_the_date_has_one_in_its_fingerprint(tiny_mo
         dates.append(prepare_data(recipe, memory(), memory(), tokenizer).train.spec.date)
     assert dates[0] is None
     assert datetime.fromisoformat(dates[1])
+
+
+def test_a_small_source_may_have_no_row_that_is_held_out(tiny_model, tmp_path):
+    for name, count in (("many", 200), ("few", 1)):
+        rows = [{"prompt": f"{name} {i}?", "completion": " yes"} for i in range(count)]
+        write_rows(tmp_path / "data" / f"{name}.jsonl", rows)
+    sources = [{"path": f"{tmp_path}/data/{name}.jsonl", "format": "completion"} for name in ("many", "few")]
+    recipe = small_recipe("few", tiny_model, tmp_path, **{"data.train": sources, "data.eval_fraction": 0.05})
+    held = prepare_data(recipe, memory(), memory(), tokenizer).eval.per_source
+    assert held[0].samples > 0
+    assert held[1].samples == 0, "by its hash"
+    with pytest.raises(InputError, match="holds out no row; raise it"):
+        prepare_data(
+            small_recipe("few", tiny_model, tmp_path, **{"data.train": sources[1:], "data.eval_fraction": 0.05}),
+            memory(), memory(), tokenizer,
+        )  # fmt: skip
