@@ -14,14 +14,15 @@ class FormatRow(Choice):
 
     ``columns``: those that it reads; a source's `columns` maps these names to those of the file. ``gives``: the kind of
     samples: prompted (a prompt and its answer), text, preference (pairs), label. ``optional``: columns that rows may
-    lack. ``templated``: a `template` may render the prompt or the text. ``unpacked``: why its samples cannot share a
-    pack, if they cannot. ``as_chat``: columns that it reads besides when the chat template frames it (`as: chat`); ()
-    if that cannot be. ``frame``: how a prompt is framed when the model is used (`trainer.artifacts.chat.FRAMES`);
-    None: as plain text."""
+    lack. ``chats``: its rows may be conversations. ``templated``: a `template` may render the prompt or the text.
+    ``unpacked``: why its samples cannot share a pack, if they cannot. ``as_chat``: columns that it reads besides when
+    the chat template frames it (`as: chat`); () if that cannot be. ``frame``: how a prompt is framed when the model is
+    used (`trainer.artifacts.chat.FRAMES`); None: as plain text."""
 
     columns: tuple[str, ...]
     gives: str
     optional: tuple[str, ...] = ()
+    chats: bool = False
     templated: bool = False
     unpacked: str | None = None
     as_chat: tuple[str, ...] = ()
@@ -43,6 +44,7 @@ FORMATS = Registry(
             ("messages", "tools", "system"),
             "prompted",
             optional=("tools", "system"),
+            chats=True,
             frame="chat",
         ),
         "instruction": FormatRow(
@@ -67,6 +69,7 @@ FORMATS = Registry(
             ("prompt", "chosen", "rejected", "margin"),
             "preference",
             optional=("margin",),
+            chats=True,
             unpacked="whose samples are pairs",
         ),
         "classification": FormatRow(

@@ -36,9 +36,8 @@ class RowEncoder:
 
     def __init__(self, source: FrozenSource, tokenizer: Any, spec: PreparationSpec) -> None:
         self.source, self.format = source, open_format(source, tokenizer, spec)
-        names = [*FORMATS[source.format].reads(source.style), *fields_of(source.template or "")]
-        if source.format in ("messages", "preference"):
-            names.append("conversations")
+        row = FORMATS[source.format]
+        names = [*row.reads(source.style), *fields_of(source.template or ""), *(["conversations"] if row.chats else [])]
         read = {source.columns.get(name, name).split(".")[0] for name in names}
         self._watched = MEANINGFUL - read
         self._nullable = [source.columns.get(name, name) for name in fields_of(source.template or "")]

@@ -71,7 +71,7 @@ class LineReader(ABC):
 def check_lines(body: Body) -> None:
     """Raises InputError for a file whose beginning is UTF-16, or whose lines end with a carriage return alone."""
     head = body.read(0, _LOOK_AHEAD)
-    if head[:2] in (b"\xff\xfe", b"\xfe\xff") or head[:200].count(b"\0") > len(head[:200]) // 4:
+    if head[:2] in UTF16 or head[:200].count(b"\0") > len(head[:200]) // 4:
         raise InputError(
             f"{body.url}: this is UTF-16 text, and UTF-8 is read; convert it: iconv -f UTF-16 -t UTF-8 FILE"
         )

@@ -199,7 +199,7 @@ class DataSection(Section):
     @property
     def has_chats(self) -> bool:
         """True if the chat template frames the rows of a source."""
-        return any(s.format in ("messages", "preference") or s.style == "chat" for s in self.train)
+        return any(FORMATS[source.format].chats or source.style == "chat" for source in self.train)
 
     @property
     def parts(self) -> tuple[str, ...]:

@@ -31,6 +31,7 @@ from trainer.chat_templates import template as template_module
 from trainer.chat_templates.template import named_template
 from trainer.data.sample import RowError
 from trainer.recipe.formats import CHAT_TEMPLATES
+from trainer.recipe.sections.data import DataSection
 
 TWO = (("user", "Who?"), ("assistant", "Mira."), ("user", "Where?"), ("assistant", "Ashford."))
 WEATHER = {"name": "weather", "arguments": {"city": "Ashford"}}
@@ -372,3 +373,5 @@ def test_a_talk_goes_on_after_any_answer(answer):
 def test_each_chat_template_is_named():
     folder = Path(template_module.__file__).parent
     assert {file.stem for file in folder.glob("*.jinja")} == set(CHAT_TEMPLATES)
+    told = DataSection.model_fields["chat_template"].description
+    assert all(f"`{name}`" in told for name in CHAT_TEMPLATES)
