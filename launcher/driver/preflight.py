@@ -74,11 +74,11 @@ def check_model(recipe: Recipe, warn: Callable[[str], None]) -> None:
 
 
 def check_keys(recipe: Recipe, model: PreTrainedModel) -> None:
-    """Raises InputError for an adapter of keys and values on a model whose class takes none: peft could not run it."""
-    if (
-        recipe.adapter.row.own_vectors == "keys"
-        and "past_key_values" not in inspect.signature(model.forward).parameters
-    ):
+    """Raises InputError for an adapter of keys and values on a classifier whose class takes none: peft refuses to run
+    it. peft does not ask this of causal language models."""
+    classifier = TASKS[recipe.task].auto_class == SEQUENCE
+    takes = inspect.signature(model.forward).parameters
+    if recipe.adapter.row.own_vectors == "keys" and classifier and "past_key_values" not in takes:
         raise InputError(
             f"adapter.method {recipe.adapter.label} gives each layer keys and values, and {type(model).__name__} of "
             f"transformers {metadata.version('transformers')} does not take them, so that peft cannot run the adapter; "

@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import transformers
 
 from launcher.driver.preflight import check_model, check_storage
 from tests.storage.doubles import faulty
+from tests.support.tasks import task_recipe, write_task_data
 from tests.support.training import small_recipe
 from tests.unit.trainer.data.data_support import write_rows
 from trainer.errors import InputError, StorageError
@@ -217,3 +219,20 @@ def test_a_model_cache_without_room_says_which_variable_moves_it(
     monkeypatch.setenv("MUSTER_CACHE", str(tmp_path / "file"))
     with pytest.raises(InputError, match="MUSTER_CACHE"):
         fetch_model(ModelSection(path="memory://models/m"))
+
+
+@pytest.mark.parametrize("task", ["sft", "classification"])
+def test_keys_and_values_of_a_classifier_that_takes_none(
+    task: str, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def forward(self: Any, input_ids: Any, **rest: Any) -> None:
+        """As transformers 5.24 declares it."""
+
+    for kind in (transformers.LlamaForCausalLM, transformers.LlamaForSequenceClassification):
+        monkeypatch.setattr(kind, "forward", forward)
+    write_task_data(tmp_path, task)
+    recipe = task_recipe(task, "keys", tiny_model, tmp_path, **{"adapter": {"method": "prefix"}, "data.packing": False})
+    if task == "classification":
+        assert "LlamaForSequenceClassification of transformers" in refusal(recipe)
+    else:
+        check_model(recipe, lambda odd: None)
