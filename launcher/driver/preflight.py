@@ -77,8 +77,9 @@ def check_keys(recipe: Recipe, model: PreTrainedModel) -> None:
     """Raises InputError for an adapter of keys and values on a classifier whose class takes none: peft refuses to run
     it. peft does not ask this of causal language models."""
     classifier = TASKS[recipe.task].auto_class == SEQUENCE
-    takes = inspect.signature(model.forward).parameters
-    if recipe.adapter.row.own_vectors == "keys" and classifier and "past_key_values" not in takes:
+    forwards = (inspect.signature(part.forward).parameters for part in (model, model.base_model))  # peft tries both
+    takes = any("past_key_values" in parameters for parameters in forwards)
+    if recipe.adapter.row.own_vectors == "keys" and classifier and not takes:
         raise InputError(
             f"adapter.method {recipe.adapter.label} gives each layer keys and values, and {type(model).__name__} of "
             f"transformers {metadata.version('transformers')} does not take them, so that peft cannot run the adapter; "

@@ -228,7 +228,7 @@ def test_keys_and_values_of_a_classifier_that_takes_none(
     def forward(self: Any, input_ids: Any, **rest: Any) -> None:
         """As transformers 5.24 declares it."""
 
-    for kind in (transformers.LlamaForCausalLM, transformers.LlamaForSequenceClassification):
+    for kind in (transformers.LlamaForCausalLM, transformers.LlamaForSequenceClassification, transformers.LlamaModel):
         monkeypatch.setattr(kind, "forward", forward)
     write_task_data(tmp_path, task)
     recipe = task_recipe(task, "keys", tiny_model, tmp_path, **{"adapter": {"method": "prefix"}, "data.packing": False})
