@@ -44,6 +44,9 @@ def _is_plain_lora(layer: Any) -> bool:
     from peft.tuners.lora import layer as lora
 
     # peft defines Linear4bit only where bitsandbytes is installed.
-    if type(layer) not in (lora.Linear, getattr(bnb, "Linear4bit", lora.Linear)) or layer.lora_variant:
+    if (
+        type(layer) not in (lora.Linear, lora.ParamWrapper, getattr(bnb, "Linear4bit", lora.Linear))
+        or layer.lora_variant
+    ):
         return False
     return all(type(linear) is torch.nn.Linear for linear in (*layer.lora_A.values(), *layer.lora_B.values()))

@@ -13,6 +13,7 @@ B starts at zero, so that the first forward equals that of the base model.
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -20,14 +21,19 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.adapters.meta_init import META
-from trainer.adapters.peft_method import PeftMethod
+from trainer.adapters.peft_method import ADAPTER_NAME, PeftMethod
+from trainer.experts import compute_by_expert
 
 if TYPE_CHECKING:
     from trainer.adapters.base import Rows
 
 
+log = logging.getLogger(__name__)
+
+
 class Lora(PeftMethod):
     peft_type = "LORA"
+    adapts_experts = True
     use_dora = False
     use_rslora = False
 
@@ -36,11 +42,30 @@ class Lora(PeftMethod):
         return {
             "r": section.rank,
             "lora_alpha": section.alpha,
-            "lora_dropout": section.dropout,
+            # peft refuses dropout on experts, also where it only loads the adapter; see `complete`.
+            "lora_dropout": 0.0 if self.expert_targets(base) else section.dropout,
             "bias": section.bias,
             "use_dora": self.use_dora,
             "use_rslora": self.use_rslora,
         }
+
+    def complete(self, model: Any) -> None:
+        from peft.tuners.lora import LoraLayer
+        from peft.tuners.lora.layer import ParamWrapper
+
+        by_peft = compute_by_expert(model)
+        dropout = self.recipe.adapter.dropout
+        if not dropout or not any(isinstance(module, ParamWrapper) for module in model.modules()):
+            return
+        for name, layer in model.named_modules():
+            if isinstance(layer, LoraLayer) and name not in by_peft:
+                layer.lora_dropout.update({ADAPTER_NAME: torch.nn.Dropout(dropout)})
+        if by_peft:
+            log.warning(
+                "adapter.dropout %g is not applied to the experts of %s, whose code has no place for it",
+                dropout,
+                type(model.get_base_model()).__name__,
+            )
 
     def initialise(self, model: Any, plain: Callable[[], torch.nn.Module] | None) -> None:
         initialise(model, self.recipe.seed)
@@ -67,6 +92,7 @@ class RsLora(Lora):
 
 class Dora(Lora):
     use_dora = True
+    adapts_experts = False
 
     def loads_by_shard(self, base: torch.nn.Module) -> bool:
         transposed = any(type(module).__name__ == "Conv1D" for module in base.modules())  # its rows are columns

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from trainer.adapters.base import Adapter, head_modules
+from trainer.adapters.expert_targets import as_saved, check_attached, names_as_given, wanted_targets
 from trainer.adapters.meta_init import StayingOnHost, elements_of_rows, original_of, take_values
-from trainer.adapters.targets import check_names, check_targets, resolve
+from trainer.adapters.targets import check_names, check_targets, resolve, targeted_experts
 from trainer.errors import CorruptObject, InputError
+from trainer.experts import unpacked_shapes
 from trainer.precision import cast_where_used
 from trainer.recipe.tasks import PEFT_TYPES, TASKS
 
@@ -33,18 +35,28 @@ class PeftMethod(Adapter):
     reads_base: ClassVar[bool] = False
     """True if initial values are computed from the base model's weights; the base is then never loaded sharded."""
 
+    adapts_experts: ClassVar[bool] = False
+    """True if peft has this method for parameters, as which transformers keeps experts."""
+
     def settings(self, base: torch.nn.Module) -> dict[str, Any]:
         """Returns the fields of peft's configuration, without those that every method has."""
         raise NotImplementedError
 
     def targets(self, base: torch.nn.Module) -> str | list[str]:
         assert self.recipe.adapter.target_modules is not None
-        return resolve(base, self.recipe.adapter.target_modules)
+        return resolve(base, self.recipe.adapter.target_modules, experts=self.adapts_experts)
+
+    def expert_targets(self, base: torch.nn.Module) -> list[str]:
+        """Returns the full names of the experts' parameters that get an adapter."""
+        section = self.recipe.adapter
+        if not self.adapts_experts or not section.experts or section.target_modules is None:
+            return []
+        return targeted_experts(base, section.target_modules)
 
     def check(self, base: Any) -> None:
         section = self.recipe.adapter
         if self._takes_targets(self._fields()) and section.target_modules is not None:
-            check_targets(base, section.target_modules)
+            check_targets(base, section.target_modules, experts=self.adapts_experts and bool(section.experts))
         check_names(base, "adapter.modules_to_save", section.modules_to_save)
         rows = base.get_input_embeddings().num_embeddings
         beyond = [t for t in section.trainable_tokens if t >= rows]
@@ -72,6 +84,8 @@ class PeftMethod(Adapter):
         common: dict[str, Any] = {"task_type": task_type, "revision": self.recipe.model.revision}
         if self._takes_targets(fields):
             common["target_modules"] = self.targets(base)
+            if experts := self.expert_targets(base):
+                common["target_parameters"] = experts
         extra = list(dict.fromkeys([*trained_whole, *section.modules_to_save]))
         if extra:
             common["modules_to_save"] = extra
@@ -83,9 +97,11 @@ class PeftMethod(Adapter):
         from peft import get_peft_model
 
         self.check(base)
+        config = self.config(base, head_modules(base))
+        wanted = wanted_targets(base, config)
         try:
-            with seeded(self.recipe.seed):
-                model = get_peft_model(base, self.config(base, head_modules(base)))
+            with seeded(self.recipe.seed), names_as_given(base, config), unpacked_shapes(base):
+                model = get_peft_model(base, config)
         except (ValueError, TypeError, NotImplementedError) as e:
             section = self.recipe.adapter
             targets = f"adapter.target_modules {section.target_modules!r}"
@@ -96,6 +112,8 @@ class PeftMethod(Adapter):
                 raise
             label = self.recipe.adapter.label
             raise InputError(f"adapter.method {label} cannot be laid out without the model's weights: {e}") from e
+        check_attached(model, wanted)
+        self.complete(model)
         self.initialise(model, plain)
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -124,6 +142,9 @@ class PeftMethod(Adapter):
     def saved_layout(self, model: Any) -> tuple[dict[str, str], dict[str, torch.Tensor]]:
         """Returns the saved name of each parameter that is saved unchanged, and the other tensors of the file."""
         return saved_by_peft(model)
+
+    def complete(self, model: Any) -> None:
+        """Sets up what peft's configuration cannot express, after it has put its layers around those of the base."""
 
     def initialise(self, model: Any, plain: Callable[[], torch.nn.Module] | None) -> None:
         """Replaces peft's initial values, which are drawn under the recipe's seed, where the method needs others."""
@@ -154,6 +175,8 @@ class PeftMethod(Adapter):
             if isinstance(value, set):  # the order of a set differs from process to process
                 setattr(config, name, sorted(value))
         config.inference_mode = True
+        if self.adapts_experts:
+            as_saved(config, model.get_base_model())
         return config
 
     def after_restore(self, model: torch.nn.Module, read: Read) -> None:

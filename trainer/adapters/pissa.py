@@ -36,6 +36,7 @@ OVERSAMPLING = 16
 
 class Residual(Lora):
     reads_base = True
+    adapts_experts = False
 
     @abstractmethod
     def factors(self, weight: torch.Tensor, rank: int) -> tuple[torch.Tensor, torch.Tensor]:

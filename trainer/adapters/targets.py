@@ -1,4 +1,4 @@
-"""Resolution of ``adapter.target_modules``: the modules of a model that get an adapter."""
+"""Resolution of ``adapter.target_modules``: the layers and experts of a model that get an adapter."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import torch
 
 from trainer.bounds import OutOfTime, bounded_cpu
 from trainer.errors import InputError
+from trainer.experts import expert_weights, fused_names, routers
 
 LISTED_MODULES = 20
 MATCHING_S = 20.0
@@ -33,29 +34,55 @@ def heads(base: Any) -> set[str]:
     return {n for n in linear_modules(base) if base.get_submodule(n) is output or not n.startswith(inside)}
 
 
-def resolve(base: torch.nn.Module, targets: Targets) -> str | list[str]:
-    """Returns the targets for peft: the recipe's own value, or full names if that would match a head by accident.
+def towers(base: Any) -> set[str]:
+    """Returns the names of the linear layers of a model for several media that do not read text, such as a vision
+    encoder's: training on text does not use them."""
+    config = getattr(base, "config", None)
+    if config is None or config.get_text_config() is config:
+        return set()
+    text = base.get_decoder()
+    inside = next((f"{name}." for name, module in base.named_modules() if module is text and name), "")
+    return {n for n in linear_modules(base) if not n.startswith(inside)}
 
-    Raises InputError when a target matches no linear layer of the model."""
-    check_targets(base, targets)
+
+def resolve(base: torch.nn.Module, targets: Targets, *, experts: bool = False) -> str | list[str]:
+    """Returns the targets for peft: the recipe's own value, or full names if that would match a head by accident.
+    ``all-linear`` means every layer but heads, routers, and parts of the model that text does not reach.
+
+    ``experts``: a target may match experts only (`targeted_experts`). Raises InputError when one matches nothing."""
+    check_targets(base, targets, experts=experts)
     avoided = heads(base)
     if targets == ALL_LINEAR:
-        return [n for n in linear_modules(base) if n not in avoided]
+        unused = avoided | routers(base) | towers(base)
+        return [n for n in linear_modules(base) if n not in unused]
     # All modules, not only the linear ones: peft must see, and refuse, everything that a pattern matches.
     names = [n for n, _ in base.named_modules() if n]
     hit = set(_matched(names, targets))
     accidents = {n for n in hit & avoided if not _named(n, names, avoided, targets)}
-    if accidents:
+    if accidents or expert_weights(base):  # in models with experts, peft gives short names other meanings
         return sorted(hit - accidents)
     return targets if isinstance(targets, str) else list(targets)
 
 
-def check_targets(base: torch.nn.Module, targets: Targets) -> None:
-    """Raises InputError when a target matches no linear layer of the model."""
+def targeted_experts(base: torch.nn.Module, targets: Targets) -> list[str]:
+    """Returns the full names of the parameters that hold targeted experts: all of them for ``all-linear``. An entry
+    names such a parameter (``gate_up_proj``), or a matrix that is fused into it (``gate_proj``)."""
+    found = expert_weights(base)
+    return [n for n in found if targets == ALL_LINEAR or _matched(_aliases(base, n), targets)]
+
+
+def matched_modules(base: torch.nn.Module, targets: str | list[str]) -> list[str]:
+    """Returns the full names of the modules of any kind that resolved targets match."""
+    return _matched([n for n, _ in base.named_modules() if n], targets)
+
+
+def check_targets(base: torch.nn.Module, targets: Targets, *, experts: bool = False) -> None:
+    """Raises InputError when a target matches no linear layer of the model, and no expert."""
     # peft ignores a typo in a list if another entry matches.
     if targets == ALL_LINEAR:
         return
-    names = linear_modules(base)
+    linear = linear_modules(base)
+    names = linear + [alias for n in expert_weights(base) if experts for alias in _aliases(base, n)]
     wanted = [targets] if isinstance(targets, str) else list(targets)
     try:
         with bounded_cpu(MATCHING_S):
@@ -70,7 +97,7 @@ def check_targets(base: torch.nn.Module, targets: Targets) -> None:
         raise InputError(
             f"adapter.target_modules {missing} match no linear layer of this model; there are {', '.join(leaves)} "
             "(a single string is a regular expression over full names such as "
-            f"{names[0]!r}; or write all-linear)"
+            f"{linear[0]!r}; or write all-linear)"
         )
 
 
@@ -86,6 +113,12 @@ def check_names(base: torch.nn.Module, setting: str, wanted: Iterable[str]) -> N
     if missing:
         top = [n for n, _ in base.named_children()]
         raise InputError(f"{setting} {missing} name no module of this model; its top modules are {', '.join(top)}")
+
+
+def _aliases(base: torch.nn.Module, weight: str) -> list[str]:
+    """Returns the name of an experts' parameter, and the names of the matrices that are fused into it."""
+    layer, _, attribute = weight.rpartition(".")
+    return [weight, *(f"{layer}.{name}" for name, fused in fused_names(base).items() if fused == attribute)]
 
 
 def _named(head: str, names: list[str], avoided: set[str], targets: Targets) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from trainer.adapters import make_adapter
+from trainer.adapters.expert_targets import as_attached, names_as_given
 from trainer.adapters.meta_init import StayingOnHost
 from trainer.adapters.pissa import Residual
 from trainer.adapters.prompts import insert_for_each_sample
@@ -24,6 +25,7 @@ from trainer.artifacts.adapter_files import ADAPTER_WEIGHTS, check_patterns, che
 from trainer.artifacts.locate import Artifact
 from trainer.bounds import bounded_memory
 from trainer.errors import InputError, MusterError
+from trainer.experts import compute_by_expert, unpacked_shapes
 from trainer.model import Head, build, fetch_model
 from trainer.model.files.identity import WEIGHTS, differences, identity_of
 from trainer.model.files.remote_code import brings_code, check_code
@@ -134,7 +136,7 @@ def _fits(base: str, folder: Path) -> Iterator[None]:
 
 
 def _adapted(subject: Artifact, base: Any, how: dict[str, Any]) -> Any:
-    from peft import PeftModel
+    from peft import PeftConfig, PeftModel
 
     (first, folder), *others = subject.adapters.items()
     modules = [name for name, _ in base.named_modules()]
@@ -144,12 +146,17 @@ def _adapted(subject: Artifact, base: Any, how: dict[str, Any]) -> Any:
         check_patterns(read_adapter_config(one, name), modules, name)
     with _fits(subject.section.path, folder), warnings.catch_warnings():
         warnings.filterwarnings("error", message=".*missing adapter keys")
+        config = PeftConfig.from_pretrained(str(folder))
+        if not others:
+            as_attached(config, base)
         try:
-            model = PeftModel.from_pretrained(base, str(folder), adapter_name=first, **how)
-            for name, other in others:
-                model.load_adapter(str(other), adapter_name=name, **how)
+            with names_as_given(base, config), unpacked_shapes(base):
+                model = PeftModel.from_pretrained(base, str(folder), adapter_name=first, config=config, **how)
+                for name, other in others:
+                    model.load_adapter(str(other), adapter_name=name, **how)
         except UserWarning as lacking:
             raise ValueError(str(lacking)) from None
+        compute_by_expert(model)
         for name, one in subject.adapters.items():
             check_tensors(model, name, one, subject.section.path)
     if TASKS[subject.task].auto_class == CAUSAL:

@@ -7,6 +7,7 @@ recipe's dtype (`trainer.precision`). Frozen parameters are kept in that dtype, 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,14 +15,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.errors import InputError
+from trainer.experts import expert_weights
 from trainer.fast_imports import load_libraries
 from trainer.model.files.configs import UNUSABLE, cause
 from trainer.model.files.remote_code import check_code
 from trainer.model.files.weight_check import wrong_shapes
+from trainer.model.files.weight_source import WeightSource
 from trainer.model.head import Head, head_modules, is_head, set_up_head, take_tied_embeddings
+from trainer.model.meta import META, NeedsFullLoad, meta_model
 from trainer.model.peak_rss import HostPeak
 from trainer.model.placement import Placement
-from trainer.model.quantization import keep_weights_packed, quantization_config
+from trainer.model.quantization import keep_weights_packed, plain_subclasses, quantization_config
+from trainer.model.sharded_load import ShardLoader
 from trainer.recipe.sections.model import ModelSection
 
 if TYPE_CHECKING:
@@ -55,6 +60,11 @@ def build(
     host = HostPeak()
     dtype = torch.float32 if full else getattr(torch, section.dtype)
     placement = where if isinstance(where, Placement) else Placement(where)
+    read = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    if section.quantization != "none":
+        streamed = _load_streamed(section, folder, placement, checkpointing, head)
+        if streamed is not None:
+            return LoadedModel(streamed, read, host.bytes())
     model, missing = _load_whole(section, folder, placement, dtype, head)
     keep_weights_packed(model)
     if section.quantization != "none":
@@ -64,8 +74,38 @@ def build(
         set_up_head(model, head, missing)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    read = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
     return LoadedModel(model, read, host.bytes())
+
+
+def _load_streamed(
+    section: ModelSection, folder: Path, placement: Placement, checkpointing: bool, head: Head | None
+) -> Any:
+    """Returns the model if transformers alone would not quantise all of it: with experts, or with layers of a subclass
+    of ``nn.Linear``. It is quantised while it is read, so that it never takes more memory. Returns None for others."""
+    try:
+        plain = section.model_copy(update={"quantization": "none"})
+        layout: Any = meta_model(plain, folder, META, full=False, checkpointing=False, head=head)
+    except NeedsFullLoad:
+        return None
+    experts, layers = expert_weights(layout), plain_subclasses(layout)
+    if not experts and not layers:
+        return None
+    what = "experts" if experts else f"layers of {type(layers[0]).__name__}"
+    if section.quantization == "int8":
+        raise InputError(f"model.quantization int8 does not cover the {what} of {section.path!r}; use nf4")
+    if placement.limits is not None:
+        raise InputError(
+            f"the {what} of {section.path!r} in nf4 are not spread over several GPUs; use one that holds all"
+        )
+    with closing(WeightSource(str(folder))) as source:
+        try:
+            base: Any = meta_model(
+                section, folder, placement.device, full=False, checkpointing=checkpointing, head=head
+            )
+            ShardLoader(base, source, section.path, placement.device, head).fill_base()
+        except NeedsFullLoad as reason:
+            raise InputError(f"the {what} of {section.path!r} cannot be quantised to nf4: {reason}") from reason
+    return base
 
 
 @torch.no_grad()

@@ -16,11 +16,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.errors import InputError
+from trainer.experts import expert_weights, pack_experts
 from trainer.fast_imports import load_libraries
 from trainer.model.files.configs import UNUSABLE, cause
 from trainer.model.files.remote_code import check_code
 from trainer.model.head import Head, head_modules
-from trainer.model.quantization import keep_weights_packed, quantization_config
+from trainer.model.quantization import keep_weights_packed, plain_subclasses, quantization_config
+from trainer.nf4 import quantise_4bit
 from trainer.recipe.sections.model import ModelSection
 
 if TYPE_CHECKING:
@@ -120,10 +122,12 @@ def _keep_wide(model: Any, dtype: torch.dtype) -> None:
 
 
 def _quantise(model: Any, section: ModelSection, dtype: torch.dtype, skipped: list[str] | None) -> None:
-    """Replaces the linear layers with transformers' own code; for nf4, their weights are packed."""
+    """Replaces the linear layers with transformers' own code; for nf4, their weights and the experts are packed."""
     from transformers.modeling_utils import local_torch_dtype
     from transformers.quantizers.auto import get_hf_quantizer
 
+    for layer in plain_subclasses(model):
+        layer.__class__ = torch.nn.Linear  # the only class that bitsandbytes replaces
     quantizer, _, device_map = get_hf_quantizer(
         model.config, quantization_config(section, skipped), {"": torch.device("cpu")}, True, {}
     )
@@ -138,6 +142,8 @@ def _quantise(model: Any, section: ModelSection, dtype: torch.dtype, skipped: li
     if section.quantization == "nf4":
         for module in four_bit_layers(model).values():
             pack(module, torch.empty(module.out_features, module.in_features, dtype=dtype, device=META))
+        for weight in expert_weights(model).values():
+            pack_experts(weight.owner, weight.attribute, dtype)
 
 
 def four_bit_layers(model: torch.nn.Module) -> dict[str, Any]:
@@ -164,16 +170,6 @@ def pack(module: Any, unpacked: torch.Tensor) -> None:
         bnb_quantized=True,
     )
     module.quant_state = state
-
-
-def quantise_4bit(weight: torch.Tensor, storage: torch.dtype) -> tuple[torch.Tensor, Any]:
-    """Quantises a tensor on any device (meta included) to bitsandbytes' NF4 with double quantisation."""
-    from bitsandbytes import functional
-
-    # bitsandbytes caches its table of 8-bit codes at the first call; made on the meta device, it would have no values.
-    functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
-    packed, state = functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4", quant_storage=storage)
-    return packed, state
 
 
 def _compute_buffers(model: Any, device: torch.device) -> None:

@@ -68,7 +68,12 @@ def lay_out(section: ModelSection, folder: Path, device: torch.device, attach: A
     finally:
         source.close()
     tensors = dict(state_of(base))
-    places = {id(tensors[name]): (stored[key], key) for name, key in names.items()}
+    joined = next((name for name, keys in names.items() if len(keys) > 1), None)
+    if joined:
+        raise InputError(
+            f"{section.path} has to be loaded in parts here, and its {joined} is stored in several tensors"
+        )
+    places = {id(tensors[name]): (stored[key], key) for name, (key, *_) in names.items()}
     kept = [tensors[name] for name in names]
     model = attach(base)
     made = [names[0] for names, tensor in named_tensors(model) if tensor.is_meta and id(tensor) not in places]

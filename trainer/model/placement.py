@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from trainer.errors import InputError
+from trainer.experts import expert_weights
 from trainer.model.files.configs import UNUSABLE, cause
 from trainer.model.files.remote_code import check_code
 from trainer.recipe.sections.model import ModelSection
@@ -95,6 +96,7 @@ def model_bytes(section: ModelSection, folder: Path) -> int:
         raise InputError(f"model.path {section.path!r} cannot be loaded: {cause(error)}") from error
     width = getattr(torch, section.dtype).itemsize
     packed = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
+    packed += sum(weight.shape.numel() for weight in expert_weights(model).values())
     rest = sum(p.numel() for p in model.parameters()) - packed
     head = 0 if config.get_text_config().tie_word_embeddings else model.get_input_embeddings().weight.numel()
     return int(packed * PACKED_BYTES.get(section.quantization, width) + (rest + head) * width)

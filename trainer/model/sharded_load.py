@@ -9,19 +9,21 @@ range of a safetensors file. NF4 weights are quantised while they are read (nf4.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 
-from trainer.model import nf4
-from trainer.model.files.safetensors_index import TensorLocation, read_headers
+from trainer import nf4
+from trainer.experts import PackedExperts, packed_experts
+from trainer.model.files.safetensors_index import Location, TensorLocation, read_headers
 from trainer.model.files.weight_check import wrong_shapes
 from trainer.model.files.weight_source import WeightSource
 from trainer.model.head import Head, drawn_for, is_head, set_up_head
-from trainer.model.key_mapping import match_names, state_of
+from trainer.model.key_mapping import located, match_names, state_of
 from trainer.model.meta import NeedsFullLoad, four_bit_layers
 
 if TYPE_CHECKING:
@@ -37,11 +39,11 @@ InitParameter = Callable[[str, torch.Size, int, int, RowReader], torch.Tensor]
 
 @dataclass(frozen=True)
 class _WeightLocation:
-    """The source of a parameter. ``layer``: the 4-bit layer whose packed weight it is. ``state``: if the files hold it
-    packed, the stored tensors of its quantisation state, by bitsandbytes' names."""
+    """The source of a parameter. ``packing``: if it is packed, the 4-bit layer or the experts with its quantisation
+    state. ``state``: if the files hold it packed, the stored tensors of that state, by bitsandbytes' names."""
 
-    stored: TensorLocation
-    layer: Any = None
+    stored: Location
+    packing: Any = None
     state: Mapping[str, TensorLocation] = field(default_factory=dict)
 
 
@@ -59,23 +61,29 @@ class ShardLoader:
         names = match_names(base, self.stored, path, lambda name: head is not None and is_head(base, name))
         if head:  # a head with another number of outputs is treated as missing
             heads = {n: tuple(base.get_parameter(n).shape) for n in names if is_head(base, n)}
-            unlike = {n for n, shape in heads.items() if self.stored[names[n]].shape != shape}
-            names = {n: key for n, key in names.items() if n not in unlike}
+            unlike = {n for n, shape in heads.items() if self.stored[names[n][0]].shape != shape}
+            names = {n: keys for n, keys in names.items() if n not in unlike}
         if getattr(base.config, "quantization_config", None) and not _is_four_bit(base):
             raise NeedsFullLoad("its files are quantised, and model.quantization is none")
-        layers = {id(layer.weight): layer for layer in four_bit_layers(base).values()} if _is_four_bit(base) else {}
+        packings = _packings(base) if _is_four_bit(base) else {}
         tensors = dict(state_of(base))
         # By identity, since the adapter renames what it wraps. `_tensors` keeps them alive until then, so that no
         # other object gets one of these ids.
         self._tensors = [tensors[name] for name in names]
         self._places = {
             id(tensors[name]): _WeightLocation(
-                self.stored[key], layers.get(id(tensors[name])), state_in(self.stored, key)
+                located(self.stored, keys, _full_shape(tensors[name], packings)),
+                packings.get(id(tensors[name])),
+                state_in(self.stored, keys[0]),
             )
-            for name, key in names.items()
+            for name, keys in names.items()
         }
         _check_shapes(path, {name: (tensors[name], self._places[id(tensors[name])]) for name in names})
-        self._keys = {names[name]: (self._places[id(tensors[name])], tensors[name].dtype) for name in names}
+        # A joined tensor is stored by its name in the model, which transformers' rules leave as it is.
+        self._keys = {
+            keys[0] if len(keys) == 1 else name: (self._places[id(tensors[name])], tensors[name])
+            for name, keys in names.items()
+        }
         self._lacking = {n: t for n, t in tensors.items() if head and n not in names and is_head(base, n)}
         if head:
             set_up_head(base, head, self._lacking)
@@ -103,7 +111,13 @@ class ShardLoader:
                     )
         self._tensors, self._places, self._lacking = [], {}, {}
 
-    def fill(self, pieces: Sequence[ShardSlice], initial: InitParameter, whole: Callable[[str], torch.Tensor]) -> None:
+    def fill(
+        self,
+        pieces: Sequence[ShardSlice | _Complete],
+        initial: InitParameter,
+        whole: Callable[[str], torch.Tensor],
+        gather: Gather = nf4.gather_absmax,
+    ) -> None:
         """Collective: fills ``pieces``, this rank's pieces of all parameters.
 
         Parameters that no file holds come from ``initial(name, shape, start, stop, rows)``; those of a head are drawn.
@@ -115,12 +129,12 @@ class ShardLoader:
             place = self._named[piece.name]
             if place.state:
                 self._copy_packed(piece, place)
-            elif place.layer is not None:
-                state = self._quantised(place, piece.start, piece.stop, piece.local, nf4.gather_absmax)
-                _set_state(place.layer, state)
+            elif place.packing is not None:
+                state = self._quantised(place, piece.start, piece.stop, piece.local, gather)
+                _set_state(place.packing, state)
             else:
                 self._copy(piece, place.stored)
-        self.source.check_unchanged({place.stored.file for place in self._named.values()})
+        self.source.check_unchanged({part.file for place in self._named.values() for part in place.stored.parts})
         kept = {piece.name: piece for piece in pieces}
         for name, base_name in self._drawn.items():
             assert self.head is not None
@@ -137,53 +151,77 @@ class ShardLoader:
                 )
                 piece.local.copy_(values)
 
+    def fill_base(self) -> None:
+        """Allocates and fills all parameters of ``base``, which is neither wrapped nor has an adapter."""
+        self.attached(self.base)
+        made: dict[int, torch.nn.Parameter] = {}
+        replaced = []  # keeps them alive: `id` is unique only among live objects
+        for module in self.base.modules():
+            for name, old in list(module._parameters.items()):
+                if old is not None and old.is_meta:
+                    replaced.append(old)
+                    if id(old) not in made:
+                        made[id(old)] = nf4.allocated(module, old, self.device)
+                    module._parameters[name] = made[id(old)]
+        # As plain tensors: bitsandbytes' tensor subclass would quantise the values that are copied into it.
+        flat = {n: p.detach().as_subclass(torch.Tensor).view(-1) for n, p in self.base.named_parameters()}
+        pieces = [_Complete(n, p.shape, 0, p.numel(), flat[n]) for n, p in self.base.named_parameters()]
+        self.fill(pieces, _no_adapter, self.base.get_parameter, lambda absmax: absmax)
+
     def converted(self) -> Iterator[dict[str, torch.Tensor]]:
         """Yields, for one stored tensor at a time, the tensors that replace it in bitsandbytes' format, by name."""
         order = sorted(self._keys.items(), key=lambda item: (item[1][0].stored.file, item[1][0].stored.start))
-        self.source.ahead((p.stored.file, p.stored.start, p.stored.start + p.stored.bytes) for _, (p, _) in order)
-        for key, (place, dtype) in order:
+        self.source.ahead((t.file, t.start, t.start + t.bytes) for _, (place, _) in order for t in place.stored.parts)
+        for key, (place, tensor) in order:
             stored = place.stored
-            if place.layer is None:
-                yield {key: self._values(stored, 0, stored.numel).view(stored.shape).to(dtype)}
+            if place.packing is None:
+                yield {key: self._values(stored, 0, stored.numel).view(stored.shape).to(tensor.dtype)}
             else:
-                packed = torch.empty(place.layer.weight.shape, dtype=dtype)
+                packed = torch.empty(tensor.shape, dtype=tensor.dtype)
                 state = self._quantised(place, 0, packed.numel(), packed.view(-1), lambda absmax: absmax)
                 parts = {f"{key}.{name}": tensor for name, tensor in state.as_dict(packed=True).items()}
                 yield {key: packed, **parts}
 
-    def _ranges(self, pieces: Sequence[ShardSlice]) -> Iterator[tuple[str, int, int]]:
+    def _ranges(self, pieces: Sequence[ShardSlice | _Complete]) -> Iterator[tuple[str, int, int]]:
         for piece in pieces:
             place = self._named[piece.name]
             stored, first, last = place.stored, piece.start, piece.stop
             if place.state:
                 first, last = (n * piece.local.element_size() // stored.dtype.itemsize for n in (first, last))
                 yield from ((part.file, part.start, part.start + part.bytes) for part in place.state.values())
-            elif place.layer is not None:
+            elif place.packing is not None:
                 first, last = nf4.elements_of(first, last, piece.local.element_size(), stored.numel)
-            if last > first:
-                size = stored.dtype.itemsize
-                yield stored.file, stored.start + first * size, stored.start + last * size
+            size = stored.dtype.itemsize
+            for part, a, b in stored.ranges(first, last) if last > first else ():
+                yield part.file, part.start + a * size, part.start + b * size
 
-    def _values(self, stored: TensorLocation, start: int, stop: int) -> torch.Tensor:
+    def _values(self, stored: Location, start: int, stop: int) -> torch.Tensor:
         raw = torch.empty((stop - start) * stored.dtype.itemsize, dtype=torch.uint8)
-        self.source.read_into(stored.file, stored.start + start * stored.dtype.itemsize, _bytes_of(raw))
+        self._read(stored, start, stop, raw)
         return raw.view(stored.dtype)
 
-    def _copy(self, piece: ShardSlice, stored: TensorLocation) -> None:
+    def _read(self, stored: Location, start: int, stop: int, raw: torch.Tensor) -> None:
+        """Reads elements ``start`` to ``stop`` into ``raw``, which is uint8 on the host."""
+        size, done = stored.dtype.itemsize, 0
+        for part, first, last in stored.ranges(start, stop) if stop > start else ():
+            view = _bytes_of(raw[done : done + (last - first) * size])
+            self.source.read_into(part.file, part.start + first * size, view)
+            done += len(view)
+
+    def _copy(self, piece: ShardSlice | _Complete, stored: Location) -> None:
         local = piece.local
         if local.numel() and local.device.type == "cpu" and local.dtype == stored.dtype:
-            view = _bytes_of(local.view(torch.uint8))
-            self.source.read_into(stored.file, stored.start + piece.start * stored.dtype.itemsize, view)
+            self._read(stored, piece.start, piece.stop, local.view(torch.uint8))
             return
         for start in range(piece.start, piece.stop, CHUNK):
             stop = min(piece.stop, start + CHUNK)
             local[start - piece.start : stop - piece.start].copy_(self._values(stored, start, stop))
 
-    def _copy_packed(self, piece: ShardSlice, place: _WeightLocation) -> None:
+    def _copy_packed(self, piece: ShardSlice | _Complete, place: _WeightLocation) -> None:
         """Copies a weight that the files hold packed; their storage type may differ from the model's."""
         from bitsandbytes.functional import QuantState
 
-        stored, size = place.stored, piece.local.element_size()
+        (stored,), size = place.stored.parts, piece.local.element_size()
         step = CHUNK // size * size
         local = piece.local.view(torch.uint8) if piece.local.numel() else piece.local
         for start in range(0, local.numel(), step):
@@ -193,11 +231,11 @@ class ShardLoader:
         state: dict[str, Any] = {
             name: self._values(part, 0, part.numel).view(part.shape) for name, part in place.state.items()
         }
-        _set_state(place.layer, QuantState.from_dict(state, self.device))
+        _set_state(place.packing, QuantState.from_dict(state, self.device))
 
     def _quantised(self, place: _WeightLocation, start: int, stop: int, local: torch.Tensor, gather: Gather) -> Any:
         """Fills ``local`` with elements ``start`` to ``stop`` of the packed weight; returns the full weight's state."""
-        stored, state = place.stored, place.layer.quant_state
+        stored, state = place.stored, place.packing.quant_state
 
         def read(first: int, last: int) -> torch.Tensor:
             return self._values(stored, first, last).to(device=self.device, dtype=state.dtype)
@@ -206,12 +244,12 @@ class ShardLoader:
         return nf4.nested_state(gather(absmax), state.shape, state.dtype)
 
     def _rows(
-        self, piece: ShardSlice, first: int, last: int, whole: Callable[[str], torch.Tensor]
+        self, piece: ShardSlice | _Complete, first: int, last: int, whole: Callable[[str], torch.Tensor]
     ) -> Iterator[torch.Tensor]:
         """Collective: yields rows ``first`` to ``last`` (different on each rank) of a weight, dequantised."""
-        layer = self._named[piece.name].layer if piece.name in self._named else None
-        if layer is not None:
-            yield from nf4.dequantise_rows(whole(piece.name), layer.quant_state, first, last)
+        packing = self._named[piece.name].packing if piece.name in self._named else None
+        if packing is not None:
+            yield from nf4.dequantise_rows(whole(piece.name), packing.quant_state, first, last)
             return
         columns = piece.shape[1:].numel()
         ours = torch.tensor(int((piece.start, piece.stop) == (first * columns, last * columns)), device=self.device)
@@ -220,6 +258,20 @@ class ShardLoader:
             yield piece.local.view(-1, *piece.shape[1:])
         else:
             yield whole(piece.name)[first:last]
+
+
+class _Complete(NamedTuple):
+    """All elements of a parameter, with the fields of a `ShardSlice`."""
+
+    name: str
+    shape: torch.Size
+    start: int
+    stop: int
+    local: torch.Tensor
+
+
+def _no_adapter(name: str, *_: Any) -> torch.Tensor:
+    raise AssertionError(f"{name} is in no file, and there is no adapter")
 
 
 def _bytes_of(raw: torch.Tensor) -> memoryview:
@@ -234,10 +286,22 @@ def state_in(stored: Mapping[str, TensorLocation], weight: str) -> dict[str, Ten
     return {n.removeprefix(f"{weight}."): place for n, place in stored.items() if n.startswith(f"{weight}.")}
 
 
-def _set_state(layer: Any, state: Any) -> None:
-    layer.quant_state = state
-    if hasattr(layer.weight, "quant_state"):  # not under FSDP2, where the weight is a plain parameter
-        layer.weight.quant_state = state
+def _packings(base: Any) -> dict[int, Any]:
+    """Returns the 4-bit layers and packed experts, by the ``id`` of their packed weight."""
+    layers = {id(layer.weight): layer for layer in four_bit_layers(base).values()}
+    return layers | {id(weight): packing for weight, packing in packed_experts(base)}
+
+
+def _full_shape(tensor: torch.Tensor, packings: Mapping[int, Any]) -> torch.Size:
+    packing = packings.get(id(tensor))
+    return tensor.shape if packing is None else torch.Size(packing.quant_state.shape)
+
+
+def _set_state(packing: Any, state: Any) -> None:
+    packing.quant_state = state
+    # Not under FSDP2, where a layer's weight is a plain parameter.
+    if not isinstance(packing, PackedExperts) and hasattr(packing.weight, "quant_state"):
+        packing.weight.quant_state = state
 
 
 def _is_four_bit(base: Any) -> bool:
@@ -247,13 +311,18 @@ def _is_four_bit(base: Any) -> bool:
 def _check_shapes(path: str, found: Mapping[str, tuple[torch.Tensor, _WeightLocation]]) -> None:
     unlike = []
     for name, (tensor, place) in sorted(found.items()):
-        wanted = tuple(place.layer.quant_state.shape if place.layer is not None else tensor.shape)
-        if place.layer is not None and place.layer.source_cls.__name__ == "Conv1D":
+        packing = place.packing
+        wanted = tuple(packing.quant_state.shape if packing is not None else tensor.shape)
+        if packing is not None and getattr(packing, "source_cls", type(None)).__name__ == "Conv1D":
             raise NeedsFullLoad(f"its {name} is stored transposed")
         if place.state and place.stored.bytes == tensor.numel() * tensor.element_size():
             continue
-        if place.stored.shape != wanted:
-            unlike.append((name, place.stored.shape, wanted))
+        part, *more = place.stored.parts
+        fits = part.shape == wanted
+        if more:  # the experts' matrices, stacked
+            fits = part.shape[-1:] == wanted[-1:] and place.stored.numel == math.prod(wanted)
+        if not fits:
+            unlike.append((name, part.shape, wanted))
     if unlike:
         name, stored, wanted = unlike[0]
         raise wrong_shapes(path, len(unlike), name, stored, wanted)

@@ -46,6 +46,7 @@ class MethodRow(Choice):
 MODULES = {"modules_to_save": ()}
 TOKENS = {**MODULES, "trainable_tokens": ()}
 LORA = {"rank": 16, "alpha": 32, "dropout": 0.05, "target_modules": "all-linear", "bias": "none", **TOKENS}
+WITH_EXPERTS = {**LORA, "experts": True}
 
 PACKED_SHAPE = Refusal(
     "peft mistakes the shape of a packed 4-bit weight for that of the layer",
@@ -58,7 +59,7 @@ METHODS = Registry(
         "lora": MethodRow(
             "trainer.adapters.lora:Lora",
             "adds a low-rank product to each target",
-            LORA,
+            WITH_EXPERTS,
             2e-4,
             "arXiv:2106.09685; all linear layers and this rate: QLoRA, arXiv:2305.14314, section 4",
             plain_lora=1,
@@ -67,7 +68,7 @@ METHODS = Registry(
         "rslora": MethodRow(
             "trainer.adapters.lora:RsLora",
             "LoRA scaled by alpha / √rank, so that high ranks still learn",
-            {**LORA, "rank": 64, "alpha": 16},
+            {**WITH_EXPERTS, "rank": 64, "alpha": 16},
             1e-4,
             "arXiv:2312.03732: gains show at high ranks; alpha 16 keeps the step of LoRA with alpha = 2 rank",
             plain_lora=1,
@@ -108,7 +109,7 @@ METHODS = Registry(
         "loraplus": MethodRow(
             "trainer.adapters.lora:LoraPlus",
             "LoRA whose B learns faster than A by `lr_ratio`",
-            {**LORA, "lr_ratio": 16.0},
+            {**WITH_EXPERTS, "lr_ratio": 16.0},
             5e-5,
             "arXiv:2402.12354, section 5: ratio 16, with A at a rate below LoRA's",
             plain_lora=1,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from trainer.nf4 import allocated
 from trainer.strategies.base import ShardSlice
 
 
@@ -26,23 +27,12 @@ def cut(deepspeed: Any, model: torch.nn.Module, config: Mapping[str, Any], devic
             if old is None:
                 continue
             if id(old) not in made:
-                made[id(old)] = _real(module, old, device)
+                made[id(old)] = allocated(module, old, device)
                 kept.append(old)
                 # Not through `Init` with a module: it would first broadcast every parameter from rank 0.
                 zero._convert_to_deepspeed_param(made[id(old)])
                 made[id(old)].partition()  # type: ignore[attr-defined]
             module._parameters[name] = made[id(old)]
-
-
-def _real(module: Any, old: Any, device: torch.device) -> torch.nn.Parameter:
-    """Returns a parameter like ``old`` in uninitialised memory."""
-    data = torch.empty(old.shape, dtype=old.dtype, device=device)
-    if type(old).__name__ != "Params4bit":
-        return torch.nn.Parameter(data, requires_grad=old.requires_grad)
-    names = ("quant_state", "blocksize", "compress_statistics", "quant_type", "quant_storage", "bnb_quantized")
-    settings = {name: getattr(old, name) for name in names}
-    packed: torch.nn.Parameter = type(old)(data, requires_grad=False, module=module, **settings)
-    return packed
 
 
 def pieces(model: torch.nn.Module, rank: int) -> list[ShardSlice]:

@@ -6,6 +6,7 @@ Any run of a flattened tensor's elements is one range of bytes.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 
@@ -21,6 +22,10 @@ DTYPES = {
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+
+
+Range = tuple["TensorLocation", int, int]
+"""Elements of a stored tensor, from the first up to the last, which is not one of them."""
 
 
 @dataclass(frozen=True)
@@ -39,6 +44,52 @@ class TensorLocation:
     @property
     def bytes(self) -> int:
         return self.numel * self.dtype.itemsize
+
+    @property
+    def parts(self) -> tuple[TensorLocation, ...]:
+        return (self,)
+
+    def ranges(self, first: int, last: int) -> Iterator[Range]:
+        """Yields the stored ranges of elements ``first`` to ``last``."""
+        yield self, first, last
+
+
+@dataclass(frozen=True)
+class JoinedLocation:
+    """Stored tensors that are one tensor of ``shape`` in the model: joined end to end when they are flattened."""
+
+    parts: tuple[TensorLocation, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def file(self) -> str:
+        return self.parts[0].file
+
+    @property
+    def start(self) -> int:
+        return self.parts[0].start
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.parts[0].dtype
+
+    @property
+    def numel(self) -> int:
+        return sum(part.numel for part in self.parts)
+
+    @property
+    def bytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+    def ranges(self, first: int, last: int) -> Iterator[Range]:
+        """Yields the stored ranges of elements ``first`` to ``last``."""
+        size = self.parts[0].numel  # all have one shape
+        for number in range(first // size, -(-last // size)):
+            start = number * size
+            yield self.parts[number], max(first, start) - start, min(last, start + size) - start
+
+
+Location = TensorLocation | JoinedLocation
 
 
 def read_headers(source: WeightSource, path: str) -> dict[str, TensorLocation]:

@@ -17,7 +17,7 @@ METHOD_SCHEMA = {
     "anyOf": [{"type": "string", "enum": [n for n in METHODS.names() if n != BY_NAME]}, {"type": "object"}]
 }
 
-COMMON = ("rank", "alpha", "dropout", "target_modules", "bias")
+COMMON = ("rank", "alpha", "dropout", "target_modules", "bias", "experts")
 """Settings that may stay in a recipe after a change to a method that does not use them; the run then logs them as
 unused. Any other setting that has no effect is a mistake."""
 
@@ -76,9 +76,13 @@ class AdapterSection(Section):
         takes("all-linear, a regular expression, or a list of module names"),
         AfterValidator(_targets),
     ] = None
-    """Modules that get an adapter: `all-linear` (every linear layer except the output head), a list of name endings
-    (`[q_proj, v_proj]`), or a regular expression over full module names. A name that matches nothing is an error; a
-    head gets an adapter only if it is named."""
+    """Modules that get an adapter: `all-linear` (every linear layer and every expert; never a head, a router, or a
+    vision tower), a list of name endings (`[q_proj, v_proj]`), or a regular expression over full module names. A name
+    that matches nothing is an error; a head gets an adapter only if it is named."""
+
+    experts: bool | None = None
+    """In a mixture of experts, whether `target_modules` includes the experts' matrices; rank r on an expert is rank r
+    on each of its matrices (gate and up projection are one). Methods without this setting leave experts out."""
 
     bias: Literal["none", "all", "lora_only"] | None = None
     """Biases that are trained too: none, all of the model's, or those of the targets."""

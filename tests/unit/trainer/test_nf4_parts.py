@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.model import nf4
+from trainer import nf4
 
 CPU = torch.device("cpu")
 STORAGES = [torch.uint8, torch.bfloat16, torch.float32]

@@ -85,6 +85,45 @@ def nested_state(absmax: torch.Tensor, shape: torch.Size, dtype: torch.dtype) ->
     )
 
 
+def quantise_4bit(weight: torch.Tensor, storage: torch.dtype) -> tuple[torch.Tensor, Any]:
+    """Quantises a tensor on any device (meta included) to bitsandbytes' NF4 with double quantisation. ``storage``: the
+    type that holds the packed bytes."""
+    from bitsandbytes import functional
+
+    # bitsandbytes caches its table of 8-bit codes at the first call; made on the meta device, it would have no values.
+    functional.name2qmap.setdefault("dynamic", functional.create_dynamic_map())
+    packed, state = functional.quantize_4bit(weight, compress_statistics=True, quant_type="nf4", quant_storage=storage)
+    return packed, state
+
+
+def full_absmax(state: Any) -> torch.Tensor:
+    """Returns the absmax of each block, float32 [blocks]."""
+    from bitsandbytes import functional
+
+    absmax: torch.Tensor = state.absmax
+    if not state.nested:
+        return absmax
+    absmax = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
+    return absmax
+
+
+def dequantise_block(codes: torch.Tensor, absmax: torch.Tensor, state: Any, first: int, last: int) -> torch.Tensor:
+    """Returns elements ``first`` to ``last`` of a packed tensor, flat; both are multiples of 64. ``codes``: its bytes;
+    ``absmax``: that of all blocks."""
+    from bitsandbytes import functional
+
+    part = functional.QuantState(
+        absmax=absmax[first // BLOCK : last // BLOCK],
+        shape=torch.Size((last - first,)),
+        dtype=state.dtype,
+        blocksize=BLOCK,
+        code=state.code,
+        quant_type="nf4",
+    )
+    values: torch.Tensor = functional.dequantize_4bit(codes[first // 2 : last // 2].view(-1, 1), part)
+    return values
+
+
 def dequantise_rows(packed: torch.Tensor, state: Any, first: int, last: int) -> Iterator[torch.Tensor]:
     """Yields rows ``first`` to ``last`` of the full ``packed`` weight, dequantised, some rows at a time."""
     from bitsandbytes import functional
@@ -93,19 +132,19 @@ def dequantise_rows(packed: torch.Tensor, state: Any, first: int, last: int) -> 
     if columns % BLOCK:  # a row may begin inside a block; such weights are small
         yield functional.dequantize_4bit(packed, state)[first:last]
         return
-    absmax = state.absmax
-    if state.nested:
-        absmax = functional.dequantize_blockwise(state.absmax, state.state2) + state.offset
-    codes = packed.view(torch.uint8).view(-1)
+    absmax, codes = full_absmax(state), packed.view(torch.uint8).view(-1)
     step = max(1, CHUNK // columns)
     for row in range(first, last, step):
         end = min(last, row + step)
-        part = functional.QuantState(
-            absmax=absmax[row * columns // BLOCK : end * columns // BLOCK],
-            shape=torch.Size((end - row, columns)),
-            dtype=state.dtype,
-            blocksize=BLOCK,
-            code=state.code,
-            quant_type="nf4",
-        )
-        yield functional.dequantize_4bit(codes[row * columns // 2 : end * columns // 2].view(-1, 1), part)
+        yield dequantise_block(codes, absmax, state, row * columns, end * columns).view(-1, columns)
+
+
+def allocated(module: Any, old: Any, device: torch.device) -> torch.nn.Parameter:
+    """Returns a parameter like ``old``, of this module, in uninitialised memory on ``device``."""
+    data = torch.empty(old.shape, dtype=old.dtype, device=device)
+    if type(old).__name__ != "Params4bit":
+        return torch.nn.Parameter(data, requires_grad=old.requires_grad)
+    names = ("quant_state", "blocksize", "compress_statistics", "quant_type", "quant_storage", "bnb_quantized")
+    settings = {name: getattr(old, name) for name in names}
+    packed: torch.nn.Parameter = type(old)(data, requires_grad=False, module=module, **settings)
+    return packed

@@ -1,0 +1,105 @@
+"""Adapters on models with experts: the names that peft gets, and what it makes of them.
+
+peft reads a LoRA adapter's targets by the names that transformers 4 had for experts. In about 25 architectures it takes
+every target that ends in ``gate_proj``, ``up_proj`` or ``down_proj`` for an expert, also those of dense and shared
+layers. While muster attaches an adapter, peft takes the names as they are. In the saved configuration, such a layer is
+named by its parameter (``down_proj.weight``), so that plain peft puts the same matrices on the same layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from trainer.adapters.targets import matched_modules
+from trainer.errors import InputError
+from trainer.experts import expert_weights
+
+WEIGHT = ".weight"
+SHOWN = 3
+
+
+@contextmanager
+def names_as_given(base: Any, config: Any) -> Iterator[None]:
+    """Keeps peft from reading the targets of ``config`` by their old names inside the context, if it names experts as
+    transformers does now, or full names of layers."""
+    full = {name for name, _ in base.named_modules()}.issuperset(getattr(config, "target_modules", None) or ())
+    if not expert_weights(base) or not full:
+        yield
+        return
+    # peft looks for the model's type in its table of architectures whose experts had other names.
+    base.config.model_type = ""
+    try:
+        yield
+    finally:
+        del base.config.model_type
+
+
+def as_saved(config: Any, base: Any) -> None:
+    """Changes a LoRA configuration in place into one that plain peft reads as it was attached."""
+    if config.target_modules is None or not expert_weights(base):
+        return
+    moved = _moved_by_peft(config.target_modules, base)
+    config.target_modules = sorted(set(config.target_modules) - moved)
+    config.target_parameters = [*(config.target_parameters or ()), *(f"{name}{WEIGHT}" for name in sorted(moved))]
+
+
+def as_attached(config: Any, base: Any) -> None:
+    """Reverts `as_saved`, in place: a quantised layer has no parameter of the shape that peft would look for."""
+    linear = {n: m for n, m in base.named_modules() if isinstance(m, torch.nn.Linear)}
+    named = list(getattr(config, "target_parameters", None) or ())
+    layers = [p.removesuffix(WEIGHT) for p in named if p.endswith(WEIGHT) and p.removesuffix(WEIGHT) in linear]
+    if layers and not isinstance(config.target_modules, str):
+        config.target_modules = sorted({*(config.target_modules or ()), *layers})
+        config.target_parameters = [p for p in named if p.removesuffix(WEIGHT) not in layers]
+
+
+def _moved_by_peft(names: Iterable[str], base: Any) -> set[str]:
+    from peft import LoraConfig
+
+    # peft has no public way to ask, and its table changes between versions.
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    def moves(leaf: str) -> bool:
+        config = LoraConfig(target_modules=[leaf])
+        try:
+            convert_peft_config_for_transformers(config, base, None)
+        except ValueError:  # it wants the other half of a fused matrix beside it
+            return True
+        return leaf not in (config.target_modules or ())
+
+    leaves = {leaf: moves(leaf) for leaf in {name.rpartition(".")[2] for name in names}}
+    return {name for name in names if leaves[name.rpartition(".")[2]]}
+
+
+def wanted_targets(base: torch.nn.Module, config: Any) -> set[str] | None:
+    """Returns the full names of the modules and parameters that peft has to adapt; None if it chooses them."""
+    targets = getattr(config, "target_modules", None)
+    if targets is None or targets == "all-linear":
+        return None
+    whole = [f".{name}." for name in getattr(config, "modules_to_save", None) or ()]
+    modules = matched_modules(base, targets if isinstance(targets, str) else list(targets))
+    inside = {name for name in modules if any(part in f".{name}." for part in whole)}
+    return (set(modules) - inside) | set(getattr(config, "target_parameters", None) or ())
+
+
+def check_attached(model: torch.nn.Module, wanted: set[str] | None) -> None:
+    """Raises InputError when peft has adapted other modules and parameters than ``wanted``."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if wanted is None:
+        return
+    got = set()
+    for name, module in model.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            parameter = getattr(module, "parameter_name", None)
+            plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
+            got.add(f"{plain}.{parameter}" if parameter else plain)
+    lost, gained = sorted(wanted - got), sorted(got - wanted)
+    if lost or gained:
+        parts = ((lost, "have none"), (gained, "have one that was not asked for"))
+        what = " and ".join(f"{len(names)} {verb} ({', '.join(names[:SHOWN])})" for names, verb in parts if names)
+        raise InputError(f"adapter.target_modules: of the layers that peft adapts, {what}; name others")

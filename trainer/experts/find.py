@@ -1,0 +1,76 @@
+"""Finds the experts and routers of a model by their shapes.
+
+transformers keeps the matrices of a layer's E experts in one parameter of shape [E, out, in] or [E, in, out], in a
+module of its own. Neither LoRA on ``nn.Linear`` nor bitsandbytes' conversion sees them. The configuration names E,
+under a key that differs between architectures and contains "expert".
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+
+from trainer.experts.packed import packed_in
+
+
+class ExpertWeight(NamedTuple):
+    """The matrices of a layer's experts. ``owner``: the module whose parameter ``attribute`` they are; ``shape``: that
+    of the unpacked parameter, with the experts first."""
+
+    owner: torch.nn.Module
+    attribute: str
+    shape: torch.Size
+
+
+def expert_weights(model: torch.nn.Module) -> dict[str, ExpertWeight]:
+    """Returns the experts' weights of a model without an adapter, packed or not, by their names in it."""
+    counts = _expert_counts(model)
+    found: dict[str, ExpertWeight] = {}
+    for name, module in model.named_modules():
+        stacks = _stacks(module)
+        if any(shape[0] in counts for shape in stacks.values()):
+            found |= {f"{name}.{a}": ExpertWeight(module, a, shape) for a, shape in stacks.items()}
+    return found
+
+
+def routers(model: torch.nn.Module) -> set[str]:
+    """Returns the names of the linear layers that choose experts.
+
+    A router stands beside the experts: it is called so, or is a linear layer with one output for each expert."""
+    counts, found = _expert_counts(model), set()
+    blocks = {name.rpartition(".")[0] for name in _holders(model, counts)}
+    for block in blocks:
+        for child_name, child in model.get_submodule(block).named_children():
+            inside = f"{block}.{child_name}" if block else child_name
+            layers = {
+                f"{inside}.{n}" if n else inside: m for n, m in child.named_modules() if isinstance(m, torch.nn.Linear)
+            }
+            alone = len(layers) == 1 and next(iter(layers.values())).out_features in counts
+            if "router" in child_name or alone:
+                found |= set(layers)
+    return found
+
+
+def _expert_counts(model: Any) -> set[int]:
+    config = getattr(model, "config", None)
+    if config is None:
+        return set()
+    settings = config.get_text_config().to_dict()
+    return {v for k, v in settings.items() if "expert" in k and type(v) is int and v > 1}
+
+
+def _stacks(module: torch.nn.Module) -> dict[str, torch.Size]:
+    """Returns the shapes of the module's own parameters with three dimensions, by attribute."""
+    if isinstance(module, torch.nn.Conv1d | torch.nn.ConvTranspose1d):
+        return {}
+    packed = {attribute: packing.shape for attribute, packing in packed_in(module).items()}
+    plain = {a: p.shape for a, p in module.named_parameters(recurse=False) if p.dim() == 3}
+    return {**plain, **packed}
+
+
+def _holders(model: torch.nn.Module, counts: set[int]) -> list[str]:
+    """Returns the names of the modules that hold a layer's experts: in one parameter, or as a list of modules."""
+    lists = [n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) in counts]
+    fused = [name.rpartition(".")[0] for name in expert_weights(model)]
+    return [*dict.fromkeys(fused), *(name for name in lists if name.rpartition(".")[2] == "experts")]
