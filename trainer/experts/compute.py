@@ -3,8 +3,8 @@
 transformers calls an implementation of its interface for experts by name. This one differs from its own in two points:
 
 - Packed experts are dequantised one at a time, in the forward and again in the backward. None is kept between them.
-- A LoRA adapter of expert e adds (alpha / r) B_e A_e x to W_e x, with dropout of x. peft's own wrapper, which other
-  classes of experts keep, computes W + (alpha / r) B A of all experts, and a gradient of that shape.
+- A LoRA adapter of expert e adds (alpha / r) B_e A_e x to W_e x, with dropout of x. peft's own wrapper computes
+  W + (alpha / r) B A of all experts, and a gradient of that shape; so do classes of experts without that interface.
 
 Legend: N tokens, K experts for each, E experts of the layer, S = N K pairs of a token and an expert, in the order of
 the experts, I input dimension, O output dimension, R rank.
@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.nn.utils import parametrize
 
 from trainer.experts.packed import PackedExperts, packed_in
 
@@ -38,25 +39,61 @@ def compute_by_expert(model: Any, *, planned: bool = False) -> list[str]:
 
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
     ALL_EXPERTS_FUNCTIONS.register(PLANNED, partial(_experts_forward, count=_evenly))
-    by_peft, needed = [], planned
+    by_sum, needed = [], planned
     for name, module in model.named_modules():
-        experts = module.get_base_layer() if isinstance(module, ParamWrapper) else module
-        if not hasattr(experts, "is_transposed"):  # transformers' interface gives a class this attribute
-            by_peft += [name] if isinstance(module, ParamWrapper) else []
-        elif isinstance(module, ParamWrapper):
-            experts.__dict__.setdefault(_WRAPPERS, {})[module.parameter_name] = module
-            module.forward = partial(_pass_on, module)  # type: ignore[method-assign]
-            needed = True
-        else:
-            needed = needed or bool(packed_in(module))
+        has_interface = hasattr(_experts_of(module), "is_transposed")  # transformers gives a class this attribute
+        if isinstance(module, ParamWrapper):
+            _experts_of(module).__dict__.setdefault(_WRAPPERS, {})[module.parameter_name] = module
+            module.forward = partial(_pass_on if has_interface else _with_sums, module)  # type: ignore[method-assign]
+            by_sum += [] if has_interface else [name]
+        needed = needed or (has_interface and (isinstance(module, ParamWrapper) or bool(packed_in(module))))
     if needed:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         base.set_experts_implementation(PLANNED if planned else IMPLEMENTATION)
-    return by_peft
+    return by_sum
+
+
+def _experts_of(module: Any) -> Any:
+    return module.get_base_layer() if hasattr(module, "get_base_layer") else module
 
 
 def _pass_on(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
     return wrapper.base_layer(*args, **kwargs)
+
+
+def _with_sums(wrapper: Any, *args: Any, **kwargs: Any) -> Any:
+    """Calls a layer of experts of any class, with W + (alpha / r) B A in place of each of its parameters W."""
+    layer = wrapper.get_base_layer()
+    # All sums first: peft's own forward caches a packed parameter before its adapter is added to it.
+    added = {a: _Added(delta) for a, w in layer.__dict__[_WRAPPERS].items() if (delta := _delta(w)) is not None}
+    for attribute, addition in added.items():
+        parametrize.register_parametrization(layer, attribute, addition, unsafe=True)
+    try:
+        with parametrize.cached():
+            return layer(*args, **kwargs)
+    finally:
+        for attribute in added:
+            stack = layer.parametrizations[attribute]
+            if len(stack) > 1:
+                del stack[-1]
+            else:
+                parametrize.remove_parametrizations(layer, attribute, leave_parametrized=False)
+
+
+class _Added(torch.nn.Module):
+    def __init__(self, delta: torch.Tensor) -> None:
+        super().__init__()
+        self.delta = delta
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        return weight + self.delta
+
+
+def _delta(wrapper: Any) -> torch.Tensor | None:
+    if wrapper.disable_adapters or wrapper.merged:
+        return None
+    names = [name for name in wrapper.active_adapters if name in wrapper.lora_A]
+    return sum(wrapper.get_delta_weight(name) for name in names) if names else None
 
 
 def _counted(experts_S: torch.Tensor, number: int) -> list[int]:

@@ -32,6 +32,13 @@ class PackedExperts(Bnb4bitParametrization):
         return dtype
 
     @torch.no_grad()
+    def forward(self, quantized_param: torch.Tensor) -> torch.Tensor:
+        """Returns the dequantised parameter."""
+        # Flat: bitsandbytes' kernel for CPUs takes the rows' length for a multiple of the block.
+        codes, absmax = quantized_param.view(torch.uint8).view(-1), full_absmax(self.quant_state)
+        return dequantise_block(codes, absmax, self.quant_state, 0, self.shape.numel()).view(self.shape)
+
+    @torch.no_grad()
     def experts(self, packed: torch.Tensor, numbers: list[int]) -> Iterator[torch.Tensor]:
         """Yields the dequantised matrix of each of these experts."""
         size = self.shape[1:].numel()

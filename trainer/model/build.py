@@ -22,7 +22,7 @@ from trainer.model.files.remote_code import check_code
 from trainer.model.files.weight_check import wrong_shapes
 from trainer.model.files.weight_source import WeightSource
 from trainer.model.head import Head, head_modules, is_head, set_up_head, take_tied_embeddings
-from trainer.model.meta import META, NeedsFullLoad, meta_model
+from trainer.model.meta import NeedsFullLoad, meta_model
 from trainer.model.peak_rss import HostPeak
 from trainer.model.placement import Placement
 from trainer.model.quantization import keep_weights_packed, plain_subclasses, quantization_config
@@ -84,7 +84,7 @@ def _load_streamed(
     of ``nn.Linear``. It is quantised while it is read, so that it never takes more memory. Returns None for others."""
     try:
         plain = section.model_copy(update={"quantization": "none"})
-        layout: Any = meta_model(plain, folder, META, full=False, checkpointing=False, head=head)
+        layout: Any = meta_model(plain, folder, torch.device("cpu"), full=False, checkpointing=False, head=head)
     except NeedsFullLoad:
         return None
     experts, layers = expert_weights(layout), plain_subclasses(layout)
