@@ -11,6 +11,7 @@ from unittest import mock
 import pytest
 import torch
 
+from tests.support.experts import experts_model
 from tests.support.models import packed
 from tests.support.ranks import run_ranks
 from tests.support.s3 import S3
@@ -288,15 +289,41 @@ def test_no_rank_holds_more_than_its_part(make: Make, tmp_path: Path, quantizati
         assert all(row["peak_host_bytes"] > 0.9 * kept for row in seen.load), "it is really measured"
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("kind", KINDS)
+def test_experts_are_read_from_where_their_matrices_lie(make: Make, tmp_path: Path, kind: str) -> None:
+    from trainer.model.prequantised import make_copy
+    from trainer.run import layout
+
+    recipes = []
+    for name in ("qwen3_moe", "deepseek_v3", "gpt_oss"):  # the files of the last one hold all experts in one tensor
+        experts_model(name).save_pretrained(tmp_path / name, max_shard_size="40KB")
+        unlike = {"model.path": str(tmp_path / name), "data.packing": name != "gpt_oss", "strategy.kind": kind}
+        unlike["compute.attention"] = "sdpa"
+        recipes += [make(**{**unlike, "model.quantization": quantization}) for quantization in ("none", "nf4")]
+    pairs = [(recipe, by_shard) for recipe in recipes for by_shard in (True, False)]
+    seen = load_in_processes(pairs, 2, tmp_path)
+    for recipe, got, want in zip(recipes, seen[::2], seen[1::2], strict=True):
+        assert_same(got, want)
+        assert any(".experts." in name for name in got.states) == (recipe.model.quantization == "nf4")
+        assert sum(row["bytes_read"] for row in got.load) < size_of(Path(recipe.model.path)) * 1.2
+    make_copy(recipes[1].model, open_storage(recipes[1].storage).child(layout.MODELS))
+    (copied,) = load_in_processes([(recipes[1], True)], 2, tmp_path)
+    assert_same(copied, seen[3])
+    assert sum(row["bytes_read"] for row in copied.load) < sum(row["bytes_read"] for row in seen[2].load) * 0.6
+
+
 @pytest.mark.timeout(300)
 def test_an_architecture_whose_weights_are_converted_is_loaded_whole(make: Make, tmp_path: Path) -> None:
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import OlmoHybridConfig, OlmoHybridForCausalLM
 
-    config = Qwen3MoeConfig(
-        vocab_size=VOCABULARY, hidden_size=16, intermediate_size=32, moe_intermediate_size=8, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_experts=4, num_experts_per_tok=2,
+    config = OlmoHybridConfig(
+        vocab_size=VOCABULARY, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16,
+        linear_value_head_dim=16, layer_types=["linear_attention", "full_attention"], pad_token_id=0,
     )  # fmt: skip
-    folder = tmp_path / "experts"
-    Qwen3MoeForCausalLM(config).save_pretrained(folder)
-    (seen,) = load_in_processes([(make(**{"model.path": str(folder)}), True)], 2, tmp_path)
+    folder = tmp_path / "converted"
+    OlmoHybridForCausalLM(config).save_pretrained(folder)
+    changes = {"model.path": str(folder), "data.packing": False, "compute.attention": "sdpa"}
+    (seen,) = load_in_processes([(make(**changes), True)], 2, tmp_path)
     assert [row["bytes_read"] for row in seen.load] == [size_of(folder)] * 2

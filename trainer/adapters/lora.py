@@ -59,7 +59,7 @@ class Lora(PeftMethod):
             return
         for name, layer in model.named_modules():
             if isinstance(layer, LoraLayer) and name not in by_peft:
-                layer.lora_dropout.update({ADAPTER_NAME: torch.nn.Dropout(dropout)})
+                layer.lora_dropout.update({ADAPTER_NAME: torch.nn.Dropout(dropout).train(layer.training)})
         if by_peft:
             log.warning(
                 "adapter.dropout %g is not applied to the experts of %s, whose code has no place for it",

@@ -1,6 +1,6 @@
 """Mixtures of experts: where a model keeps its experts, their packed form, and their products."""
 
-from trainer.experts.compute import compute_by_expert
+from trainer.experts.compute import compute_by_expert, expert_layers
 from trainer.experts.conversion import fused_names
 from trainer.experts.find import ExpertWeight, expert_weights, routers
 from trainer.experts.packed import PackedExperts, pack_experts, packed_experts, unpacked_shapes
@@ -9,6 +9,7 @@ __all__ = [
     "ExpertWeight",
     "PackedExperts",
     "compute_by_expert",
+    "expert_layers",
     "expert_weights",
     "fused_names",
     "pack_experts",

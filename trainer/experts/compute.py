@@ -23,7 +23,8 @@ from trainer.experts.packed import PackedExperts, packed_in
 
 IMPLEMENTATION = "muster"
 PLANNED = "muster_planned"
-"""The same products under fake tensors, which have no values: every expert gets as many tokens as any other."""
+"""The same products under fake tensors, which have no values: the tokens are spread over a few experts."""
+PLANNED_EXPERTS = 4
 _WRAPPERS = "_lora_wrappers"
 ALIGNED = 16
 """Bytes to which torch's grouped product wants the rows of its operands aligned."""
@@ -39,18 +40,31 @@ def compute_by_expert(model: Any, *, planned: bool = False) -> list[str]:
 
     ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, _experts_forward)
     ALL_EXPERTS_FUNCTIONS.register(PLANNED, partial(_experts_forward, count=_evenly))
-    by_sum, needed = [], planned
+    by_sum, needed = [], False
     for name, module in model.named_modules():
         has_interface = hasattr(_experts_of(module), "is_transposed")  # transformers gives a class this attribute
         if isinstance(module, ParamWrapper):
             _experts_of(module).__dict__.setdefault(_WRAPPERS, {})[module.parameter_name] = module
             module.forward = partial(_pass_on if has_interface else _with_sums, module)  # type: ignore[method-assign]
             by_sum += [] if has_interface else [name]
-        needed = needed or (has_interface and (isinstance(module, ParamWrapper) or bool(packed_in(module))))
+        needed = needed or (has_interface and (planned or isinstance(module, ParamWrapper) or bool(packed_in(module))))
     if needed:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
         base.set_experts_implementation(PLANNED if planned else IMPLEMENTATION)
     return by_sum
+
+
+def expert_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """Returns the layers of experts that are packed or have a LoRA adapter, each with all that is around it: such a
+    layer reads the parameters of modules inside it, whose own forward does not run."""
+    found: list[torch.nn.Module] = []
+    inside: set[int] = set()
+    for module in model.modules():  # from the outside in
+        experts = _experts_of(module)
+        if id(experts) not in inside and (_WRAPPERS in experts.__dict__ or packed_in(experts)):
+            found.append(module)
+            inside.add(id(experts))
+    return found
 
 
 def _experts_of(module: Any) -> Any:
@@ -102,8 +116,8 @@ def _counted(experts_S: torch.Tensor, number: int) -> list[int]:
 
 
 def _evenly(experts_S: torch.Tensor, number: int) -> list[int]:
-    share, rest = divmod(len(experts_S), number)
-    return [share + (expert < rest) for expert in range(number)]
+    share, rest = divmod(len(experts_S), min(number, PLANNED_EXPERTS))
+    return [(share + (expert < rest)) * (expert < PLANNED_EXPERTS) for expert in range(number)]
 
 
 def _experts_forward(
@@ -173,7 +187,7 @@ def _grouped(x_SI: torch.Tensor, weight_EOI: torch.Tensor, counts: Sequence[int]
         ends = torch.tensor(counts, device=x_SI.device).cumsum(0, dtype=torch.int32)
         return torch.nn.functional.grouped_mm(x_SI, weight_EOI.transpose(1, 2), offs=ends)
     parts = zip(x_SI.split(list(counts)), weight_EOI.unbind(0), strict=True)
-    return torch.cat([x @ weight.t() for x, weight in parts])
+    return torch.cat([x @ weight.t() for x, weight in parts if len(x)])
 
 
 def _has_kernel(x_SI: torch.Tensor, weight_EOI: torch.Tensor) -> bool:

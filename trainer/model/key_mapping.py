@@ -83,18 +83,38 @@ def _sources(
     return sources
 
 
-def _joined(rule: Any, by_pattern: Mapping[str, list[str]], stored: Mapping[str, TensorLocation]) -> tuple[str, ...]:
-    """Returns the stored tensors of one parameter, in the order in which they follow each other in it. Raises
-    NeedsFullLoad for a rule that does more than stack experts, each of one matrix or of several below each other."""
+def check_by_shard(base: torch.nn.Module, quantization: str, method: str, *, from_base: bool) -> None:
+    """Raises NeedsFullLoad if no rank can load only its part of ``base`` (with or without its adapter), as far as this
+    is known without its files. ``from_base``: the adapter of this method is made from the base's weights."""
+    if quantization == "int8":
+        raise NeedsFullLoad("bitsandbytes quantises whole weights to int8")
+    if from_base:
+        raise NeedsFullLoad(f"{method} is made from the whole of the base's weights")
+    held = {name.replace(".base_layer", "").removesuffix(".weight").rpartition(".")[2] for name, _ in state_of(base)}
+    model: Any = base
+    for rule in rules_of(model.get_base_model() if hasattr(model, "get_base_model") else model).converters:
+        targets = {pattern.removesuffix(".weight").rpartition(".")[2] for pattern in rule.target_patterns}
+        if targets & held and not _stacks(rule):
+            raise NeedsFullLoad(f"transformers converts its stored {rule.source_patterns[0]} while it loads it")
+
+
+def _stacks(rule: Any) -> bool:
+    """Returns True for a rule that only stacks experts, each of one matrix or of several below each other."""
     from transformers.core_model_loading import Concatenate, MergeModulelist
 
+    first, *more = rule.operations
+    below = [isinstance(operation, Concatenate) and operation.dim == 1 for operation in more]
+    return isinstance(first, MergeModulelist) and first.dim == 0 and below in ([], [True])
+
+
+def _joined(rule: Any, by_pattern: Mapping[str, list[str]], stored: Mapping[str, TensorLocation]) -> tuple[str, ...]:
+    """Returns the stored tensors of one parameter, in the order in which they follow each other in it. Raises
+    NeedsFullLoad for a rule that does more than stack experts."""
     columns = [by_pattern[pattern] for pattern in rule.source_patterns if pattern in by_pattern]
     names = [name for experts in zip(*columns, strict=False) for name in experts]
-    stacks = isinstance(rule.operations[0], MergeModulelist) and rule.operations[0].dim == 0
-    below = [isinstance(operation, Concatenate) and operation.dim == 1 for operation in rule.operations[1:]]
     alike = len({(stored[name].shape, stored[name].dtype) for name in names}) == 1
     whole = len(columns) == len(rule.source_patterns) and len({len(experts) for experts in columns}) == 1
-    if not (stacks and below in ([], [True]) and alike and whole):
+    if not (_stacks(rule) and alike and whole):
         raise NeedsFullLoad(f"transformers converts its stored {names[0]} while it loads it")
     return tuple(names)
 

@@ -1,15 +1,18 @@
-"""Substitutes for quantised linear layers, which allocate the same bytes without bitsandbytes' kernels.
+"""Substitutes for quantised linear layers and experts, which allocate the same bytes without bitsandbytes' kernels.
 
 These kernels do not run under fake tensors. The substitutes hold the same packed weight, and allocate the dequantised
-weight in the forward and again in the backward, as bitsandbytes does.
+weight in the forward and again in the backward, as bitsandbytes does: of a linear layer, or of one expert.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 import torch
 from bitsandbytes.nn import Linear4bit, Linear8bitLt
+
+from trainer.experts import PackedExperts, packed_experts
 
 
 class PackedLinear(torch.nn.Linear):
@@ -43,11 +46,42 @@ class _Product(torch.autograd.Function):
         return gradients[0] @ ctx.layer.weight.to(gradients[0].dtype), None
 
 
+class FakeExperts(PackedExperts):
+    """Packed experts whose dequantised values are only allocated."""
+
+    def forward(self, quantized_param: torch.Tensor) -> torch.Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device=quantized_param.device)
+
+    def experts(self, packed: torch.Tensor, numbers: list[int]) -> Iterator[torch.Tensor]:
+        for _ in numbers:
+            yield torch.empty(self.shape[1:], dtype=self.dtype, device=packed.device)
+
+
+class PackedSize(NamedTuple):
+    """Elements that are packed, elements of the tensors that hold them, and bytes of their quantisation state."""
+
+    elements: int
+    stored: int
+    state_bytes: int
+
+
+def packed_sizes(model: torch.nn.Module) -> Iterator[PackedSize]:
+    """Yields the size of each packed weight of a model with substitutes."""
+    for module in model.modules():
+        if isinstance(module, PackedLinear):
+            yield PackedSize(module.in_features * module.out_features, module.packed.numel(), module.quant_state_bytes)
+    for parameter, experts in packed_experts(model):
+        yield PackedSize(experts.shape.numel(), parameter.numel(), _state_bytes(experts.quant_state))
+
+
+def _state_bytes(state: Any) -> int:
+    tensors = (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
+    return sum(t.numel() * t.element_size() for t in tensors)
+
+
 def _packed(layer: torch.nn.Linear) -> tuple[torch.nn.Parameter, int]:
     if isinstance(layer, Linear4bit):
-        state: Any = layer.quant_state
-        tensors = (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
-        return _frozen(layer.weight), sum(t.numel() * t.element_size() for t in tensors)
+        return _frozen(layer.weight), _state_bytes(layer.quant_state)
     codes = torch.empty(layer.out_features, layer.in_features, dtype=torch.int8, device="meta")
     return _frozen(codes), layer.out_features * torch.float32.itemsize
 
@@ -58,7 +92,9 @@ def _frozen(packed: torch.Tensor) -> torch.nn.Parameter:
 
 
 def stand_in(model: torch.nn.Module, dtype: torch.dtype) -> None:
-    """Replaces the quantised layers of ``model``; ``dtype``: the type in which they compute."""
+    """Replaces the quantised layers and experts of ``model``; ``dtype``: the type in which layers compute."""
     for name, module in list(model.named_modules()):
         if isinstance(module, Linear4bit | Linear8bitLt):
             model.set_submodule(name, PackedLinear(module, dtype))
+    for _, experts in packed_experts(model):
+        experts.__class__ = FakeExperts

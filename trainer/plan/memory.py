@@ -7,8 +7,10 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trainer.adapters import make_adapter
+from trainer.model.key_mapping import check_by_shard
+from trainer.model.meta import NeedsFullLoad
 from trainer.plan.activation_memory import Working, working_set
-from trainer.plan.fake_quantized_linear import PackedLinear
+from trainer.plan.fake_quantized_linear import packed_sizes
 from trainer.plan.meta_model import skeleton
 from trainer.plan.optimizer_memory import WHOLE, checkpoint_bytes, partition_bytes
 from trainer.plan.result import Limits, Plan, RankPlan
@@ -51,8 +53,8 @@ class Model:
 def read_model(recipe: Recipe, config: PreTrainedConfig) -> Model:
     # Under full fine-tuning DeepSpeed casts the model; its float32 copy is counted with the optimizer.
     model = skeleton(recipe, config, as_gathered=recipe.strategy.row.zero_stage > 0)
-    packed = [m for m in model.modules() if isinstance(m, PackedLinear)]
-    hidden = sum(m.in_features * m.out_features - m.packed.numel() for m in packed)
+    packed = list(packed_sizes(model))
+    hidden = sum(size.elements - size.stored for size in packed)
     weights = weights_of(model)
     total = sum(w.numel * count for w, count in weights.items()) + hidden
     trainable = sum(w.numel * count for w, count in weights.items() if w.trainable)
@@ -60,7 +62,7 @@ def read_model(recipe: Recipe, config: PreTrainedConfig) -> Model:
         weights,
         total,
         trainable,
-        quant_state=sum(m.quant_state_bytes for m in packed),
+        quant_state=sum(size.state_bytes for size in packed),
         by_shard=_by_shard(recipe, model),
         mapped=_mapped(recipe, config, total if recipe.adapter.method == "none" else total - trainable),
     )
@@ -79,12 +81,14 @@ def _mapped(recipe: Recipe, config: PreTrainedConfig, elements: int) -> int:
 
 
 def _by_shard(recipe: Recipe, model: torch.nn.Module) -> bool:
-    """Returns True for a sharded load; must decide as `trainer.worker.build` does."""
-    if recipe.model.quantization == "int8":
+    """Returns True for a sharded load."""
+    adapter = make_adapter(recipe)
+    try:
+        from_base = not adapter.loads_by_shard(model)
+        check_by_shard(model, recipe.model.quantization, recipe.adapter.label, from_base=from_base)
+    except NeedsFullLoad:
         return False
-    return bool(STRATEGIES.load(recipe.strategy.kind).loads_sharded(recipe)) and make_adapter(recipe).loads_by_shard(
-        model
-    )
+    return bool(STRATEGIES.load(recipe.strategy.kind).loads_sharded(recipe))
 
 
 class Planner:

@@ -13,6 +13,7 @@ import torch
 import transformers
 
 from trainer.adapters import make_adapter
+from trainer.experts import compute_by_expert
 from trainer.model.head import Head, set_up_head
 from trainer.model.meta import from_config
 from trainer.plan.fake_quantized_linear import stand_in
@@ -63,7 +64,9 @@ def skeleton(recipe: Recipe, config: PreTrainedConfig, *, as_gathered: bool = Fa
         with torch.device("meta"):
             if recipe.model.quantization != "none":
                 stand_in(model, getattr(torch, recipe.model.dtype))
-            return adapter.attach(model).train()
+            attached = adapter.attach(model).train()
+        compute_by_expert(attached, planned=True)
+        return attached
 
 
 def labels_of(recipe: Recipe) -> tuple[str, ...]:

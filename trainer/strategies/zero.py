@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.errors import CorruptObject, InputError
+from trainer.experts import expert_layers
 from trainer.recipe.zero import zero_settings
 from trainer.strategies.base import Fill, MakeOptimizer, ShardSlice, Strategy, set_lr
 from trainer.strategies.layers import decoder_layers
@@ -231,6 +232,9 @@ class Zero3(Zero):
         return gathered(self.model.get_parameter(name), self.world.rank, self.world.device)
 
     def setup(self, model: torch.nn.Module, make_optimizer: MakeOptimizer, fill: Fill | None = None) -> None:
+        deepspeed = import_deepspeed(self.world.device)
+        for layer in expert_layers(model):
+            deepspeed.utils.set_z3_leaf_module(layer, True)  # gathered with all modules inside it
         super().setup(model, make_optimizer, fill)
         for parameter in model.parameters():
             if type(parameter).__name__ == "Params4bit":

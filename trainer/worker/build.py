@@ -22,6 +22,7 @@ from trainer.model import build as load_base
 from trainer.model.files.weight_source import WeightSource
 from trainer.model.kernels.attention import settle_attention
 from trainer.model.kernels.liger import use_liger
+from trainer.model.key_mapping import check_by_shard
 from trainer.model.meta import NeedsFullLoad, meta_model
 from trainer.model.peak_rss import HostPeak
 from trainer.model.prequantised import copy_of
@@ -180,8 +181,6 @@ class ShardedLoader:
     def __init__(
         self, recipe: Recipe, world: World, storage: Storage, adapter: Adapter, task: Task, strategy: Strategy
     ) -> None:
-        if recipe.model.quantization == "int8":
-            raise NeedsFullLoad("bitsandbytes quantises whole weights to int8")
         self._recipe, self._world, self._adapter, self._task = recipe, world, adapter, task
         self._strategy, self._peak_bytes = strategy, 0
         self._section = section = self._quantised_copy(storage.child(layout.MODELS))
@@ -196,8 +195,8 @@ class ShardedLoader:
             checkpointing=recipe.training.gradient_checkpointing,
             head=head,
         )
-        if not adapter.loads_by_shard(self.base):
-            raise NeedsFullLoad(f"{recipe.adapter.method} is made from the whole of the base's weights")
+        from_base = not adapter.loads_by_shard(self.base)
+        check_by_shard(self.base, recipe.model.quantization, recipe.adapter.label, from_base=from_base)
         self._source = WeightSource(section.path if remote else str(self.files.folder))
         try:
             self._weights = ShardLoader(self.base, self._source, section.path, world.device, head)
