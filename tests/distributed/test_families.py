@@ -1,0 +1,46 @@
+"""Architectures that shard in a way of their own train under FSDP2 like one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import transformers
+
+from tests.support.models import random_model
+from tests.support.training import losses, run_of, small_recipe, train_here, train_in_processes, write_pairs
+from trainer.run import layout
+from trainer.run.jsonl import read_rows
+
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
+SHARED_BLOCKS = transformers.Zamba2Config(
+    **SIZES,
+    vocab_size=384,
+    layers_block_type=["mamba", "hybrid", "hybrid", "mamba", "hybrid", "hybrid"],
+    num_hidden_layers=6,
+    num_mem_blocks=2,
+    adapter_rank=4,
+    mamba_d_state=8,
+    mamba_headdim=32,
+    n_mamba_heads=2,
+)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("method", ["lora", "none"])
+def test_blocks_that_several_layers_share(method: str, tiny_model: Path, tmp_path: Path) -> None:
+    """Trained whole, copies of a shared block would move apart."""
+    write_pairs(tmp_path / "data" / "a.jsonl", 24)
+    model = random_model(SHARED_BLOCKS, tmp_path / "model", tiny_model)
+    settings = {
+        **{"adapter.method": method, "training.steps": 3, "compute.attention": "sdpa", "data.packing": False},
+        **({} if method == "none" else {"adapter.target_modules": ["q_proj", "o_proj"]}),
+    }
+    alone = small_recipe("alone", model, tmp_path, **settings)
+    sharded = small_recipe("sharded", model, tmp_path, **settings, **{"strategy.kind": "fsdp"})
+    assert train_here(alone) == "succeeded"
+    train_in_processes([sharded], 2)
+    assert losses(sharded) == pytest.approx(losses(alone), abs=1e-5)
+    (start,) = (row for row in read_rows(run_of(sharded), layout.EVENTS) if row["event"] == "start")
+    size = (model / "model.safetensors").stat().st_size
+    assert all(rank["bytes_read"] < 0.9 * size for rank in start["load"])  # each rank has read its part only
