@@ -49,7 +49,7 @@ def _blocks(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
 
 def _text_model(model: Any) -> torch.nn.Module:
     """Returns the part of a model for text and images that computes on tokens; any other model as it is."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if hasattr(config, "get_text_config") and config.get_text_config() is not config:
         text: torch.nn.Module = model.get_decoder()
         return text

@@ -19,7 +19,7 @@ MAX_EXPONENT = 700.0
 
 class SFT(Task):
     def attach(self, model: torch.nn.Module, generation: GenerationContext | None = None) -> None:
-        self.head = TargetHead(model)
+        self.head = TargetHead(model, packed=self.recipe.data.packing)
 
     def loss(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> LossOutput:
         return LossOutput(self.loss_sum(module, batch, device), {})
