@@ -9,6 +9,7 @@ import transformers
 
 from tests.support.models import random_model
 from tests.support.training import losses, run_of, small_recipe, train_here, train_in_processes, write_pairs
+from trainer.errors import InputError
 from trainer.run import layout
 from trainer.run.jsonl import read_rows
 
@@ -44,3 +45,37 @@ def test_blocks_that_several_layers_share(method: str, tiny_model: Path, tmp_pat
     (start,) = (row for row in read_rows(run_of(sharded), layout.EVENTS) if row["event"] == "start")
     size = (model / "model.safetensors").stat().st_size
     assert all(rank["bytes_read"] < 0.9 * size for rank in start["load"])  # each rank has read its part only
+
+
+LINEAR_ATTENTION = transformers.Qwen3NextConfig(
+    **SIZES,
+    vocab_size=384,
+    num_hidden_layers=2,
+    layer_types=["linear_attention", "full_attention"],
+    head_dim=16,
+    linear_num_key_heads=2,
+    linear_num_value_heads=2,
+    linear_key_head_dim=16,
+    linear_value_head_dim=16,
+    num_experts=4,
+    num_experts_per_tok=2,
+    moe_intermediate_size=16,
+    shared_expert_intermediate_size=16,
+    mlp_only_layers=[0, 1],
+)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_linear_attention_without_its_library(packing: bool, tiny_model: Path, tmp_path: Path) -> None:
+    """It trains with what the refusal of packs advises."""
+    write_pairs(tmp_path / "data" / "a.jsonl", 12)
+    model = random_model(LINEAR_ATTENTION, tmp_path / "model", tiny_model)
+    settings = {"training.steps": 1, "adapter.target_modules": ["q_proj", "o_proj"], "data.packing": packing}
+    recipe = small_recipe("r", model, tmp_path, **settings)
+    if packing:
+        with pytest.raises(InputError, match=r"see each other.*; set data\.packing=false"):
+            train_here(recipe)
+    else:
+        assert train_here(recipe) == "succeeded"
+        (start,) = (row for row in read_rows(run_of(recipe), layout.EVENTS) if row["event"] == "start")
+        assert start["attention"] == "varlen"
