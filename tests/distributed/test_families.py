@@ -79,3 +79,33 @@ def test_linear_attention_without_its_library(packing: bool, tiny_model: Path, t
         assert train_here(recipe) == "succeeded"
         (start,) = (row for row in read_rows(run_of(recipe), layout.EVENTS) if row["event"] == "start")
         assert start["attention"] == "varlen"
+
+
+MIXTURE = transformers.MixtralConfig(
+    **{**SIZES, "head_dim": 16}, vocab_size=384, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2
+)
+
+
+@pytest.mark.timeout(600)
+def test_the_router_loss_of_any_strategy(tiny_model: Path, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "data" / "a.jsonl", 48)
+    model = random_model(MIXTURE, tmp_path / "model", tiny_model)
+    settings = {
+        **{"adapter.target_modules": ["q_proj", "v_proj"], "adapter.dropout": 0.0, "training.steps": 3},
+        **{"training.router_aux_loss_coef": 0.5, "optimizer.lr": 0.02},
+    }
+    alone = small_recipe("alone", model, tmp_path, **settings)
+    assert train_here(alone) == "succeeded"
+    places = [
+        {"strategy.kind": "ddp", "training.micro_batch": 1},
+        {"strategy.kind": "fsdp", "training.gradient_checkpointing": True},
+        {"strategy.kind": "zero3"},
+    ]
+    several = [small_recipe(f"r{i}", model, tmp_path, **settings, **place) for i, place in enumerate(places)]
+    train_in_processes(several, 2)
+    want = [row for row in read_rows(run_of(alone), layout.METRICS) if "loss" in row]
+    for recipe in several:
+        rows = [row for row in read_rows(run_of(recipe), layout.METRICS) if "loss" in row]
+        for field in ("loss", "router_aux_loss", "grad_norm", "expert_load_max", "experts_unused"):
+            found = pytest.approx([row[field] for row in want], abs=1e-5)
+            assert [row[field] for row in rows] == found, (recipe.strategy.kind, field)

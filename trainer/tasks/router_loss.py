@@ -76,7 +76,8 @@ class RouterLoss:
         self, routers: list[torch.Tensor], batch: Batch, device: torch.device
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         real = _real(batch)
-        loss = torch.zeros((), device=device)
+        # Zero, but connected to every router: under ZeRO-3 all ranks must pass the same modules in the backward.
+        loss = 0.0 * torch.stack([logits.sum() for logits in routers]).sum()
         for row, targets in enumerate(batch.targets.sum(-1).tolist()):
             if targets:
                 at = to_device(np.flatnonzero(real[row]) + row * real.shape[1], device)
