@@ -78,3 +78,20 @@ def logits_of(model: torch.nn.Module, seed: int = 1, vocabulary: int = 384) -> t
     with torch.no_grad():
         logits: torch.Tensor = model.eval()(input_ids=tokens, use_cache=False).logits.float()
     return logits
+
+
+def random_model(config: Any, folder: Path, tokenizer_of: Path) -> Path:
+    """Saves an untrained causal language model of 384 tokens in ``folder``, with the tokenizer of the tiny model."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.random.fork_rng():
+        torch.manual_seed(6)
+        model = AutoModelForCausalLM.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim > 1:  # wider than models begin, so that samples and layers matter
+                    parameter.normal_(0, 0.08)
+        model.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).write_bytes((tokenizer_of / name).read_bytes())
+    return folder

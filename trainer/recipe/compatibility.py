@@ -199,6 +199,19 @@ RULES = (
         ),
     ),
     Rule(
+        (("training", "router_aux_loss_coef"), ("task",)),
+        lambda r: r.training.router_aux_loss_coef is not None and not TASKS[r.task].router_loss,
+        lambda r: (
+            f"cannot be added to the loss of task {r.task}, only to that of "
+            f"{' and '.join(name for name, row in TASKS.items() if row.router_loss)}; leave it out"
+        ),
+    ),
+    Rule(
+        (("training", "router_aux_loss_coef"), ("adapter", "method")),
+        lambda r: r.training.router_aux_loss_coef is not None and r.adapter.row.inserts_tokens,
+        lambda r: f"would count the tokens that {r.adapter.method} inserts; leave it out",
+    ),
+    Rule(
         (("samples",), ("data", "eval")),
         lambda r: _writes_samples(r) and not r.data.evaluates,
         lambda r: (

@@ -22,7 +22,8 @@ class TaskRow(Choice):
     ``learns_from``: the kinds of samples (`trainer.recipe.formats.FormatRow.gives`). ``auto_class``: the transformers
     class of the model; a sequence classifier has its own head, which is trained and saved with any adapter.
     ``has_reference``: compares with a reference, which is the same model with its adapter switched off. ``segments``:
-    its forward pass gets the start of each sample and needs no mask. ``generates``: it learns from texts that the model
+    its forward pass gets the start of each sample and needs no mask. ``router_loss``: its loss may add the balance of a
+    mixture's experts. ``generates``: it learns from texts that the model
     generates for the samples' prompts; that is most of a step, and no formula of the MFU counts it. ``section``: its
     settings; their key in the recipe is the task's name."""
 
@@ -30,6 +31,7 @@ class TaskRow(Choice):
     auto_class: str = CAUSAL
     has_reference: bool = False
     segments: bool = False
+    router_loss: bool = False
     generates: bool = False
     section: type[Section] | None = None
 
@@ -42,7 +44,7 @@ class TaskRow(Choice):
 TASKS = Registry(
     "task",
     {
-        "sft": TaskRow("trainer.tasks.sft:SFT", ("prompted", "text"), segments=True),
+        "sft": TaskRow("trainer.tasks.sft:SFT", ("prompted", "text"), segments=True, router_loss=True),
         "classification": TaskRow(
             "trainer.tasks.classification:Classification", ("label",), SEQUENCE, section=ClassificationSection
         ),

@@ -1,7 +1,8 @@
 """FSDP2 (torch's ``fully_shard``): parameters, gradients and optimizer state are sharded over the ranks.
 
 Each decoder layer is one group, which is gathered for its forward and again for its backward. All other parameters
-belong to the group of the root."""
+belong to the group of the root, also those that several layers share: a group of each layer would make copies of them,
+which training would move apart."""
 
 from __future__ import annotations
 
@@ -16,7 +17,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trainer.strategies.base import ShardSlice, Strategy
-from trainer.strategies.layers import decoder_layers
+from trainer.strategies.layers import separate_blocks
 from trainer.strategies.shards import Kept, Weight, chunk_rows
 
 if TYPE_CHECKING:
@@ -47,8 +48,8 @@ class FSDP(Strategy):
             "mp_policy": self._precision(),
             "offload_policy": offload,
         }
-        for layer in decoder_layers(model):
-            fully_shard(layer, reshard_after_forward=self.recipe.strategy.reshard_after_forward, **settings)
+        for block in separate_blocks(model):
+            fully_shard(block, reshard_after_forward=self.recipe.strategy.reshard_after_forward, **settings)
         # No `reshard_after_forward`: the root's parameters are needed again at once, so they stay for the backward.
         fully_shard(model, **settings)
         unsharded = [n for n, p in model.named_parameters() if not isinstance(p, DTensor)]

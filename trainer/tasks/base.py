@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from trainer.distributed.world import World
 from trainer.parsing import Malformed
 from trainer.recipe.tasks import TASKS
+from trainer.tasks.inputs import model_inputs
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from transformers import PreTrainedTokenizerBase
 
@@ -89,6 +91,11 @@ class Task(ABC):
         self, model: torch.nn.Module, generation: GenerationContext | None = None
     ) -> None:
         """Prepares the (unwrapped) model for this task's loss. ``generation``: given if the task `generates`."""
+
+    def inputs(self, input_ids: np.ndarray, position_ids: np.ndarray, device: torch.device) -> dict[str, Any]:
+        """Returns the arguments with which `loss` calls a causal language model, from arrays [B, L]. The checks of the
+        model before the first step use them."""
+        return (self.head.inputs if self.head else model_inputs)(input_ids, position_ids, device)
 
     def owns_parameter(self, name: str) -> bool:
         """Returns True for a parameter that the task has added to the model."""

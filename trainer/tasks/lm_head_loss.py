@@ -25,7 +25,7 @@ from torch.utils.checkpoint import checkpoint
 
 from trainer.errors import InputError
 from trainer.tasks.frozen_lm_head_loss import frozen_nll
-from trainer.tasks.inputs import SEGMENTING, segments, to_device
+from trainer.tasks.inputs import model_inputs, to_device
 
 if TYPE_CHECKING:
     from trainer.data import Batch
@@ -46,7 +46,8 @@ POST_HEAD = (
 class TargetHead:
     """Replaces the forward of a model's output embeddings while ``select`` is active, and in `last_logits`."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, packed: bool = False) -> None:
+        """``packed``: a row of a micro-batch may hold several samples."""
         head = model.get_output_embeddings()
         if head is None:
             raise ValueError(f"{type(model).__name__} has no output embeddings: it is no causal language model")
@@ -57,7 +58,7 @@ class TargetHead:
         self._vocabulary = int(getattr(head, "out_features", 0) or text_config.vocab_size)
         self._made: torch.Tensor | None = None
         self._compared = False
-        self._config = text_config
+        self._config, self._packed = text_config, packed
         self._at: torch.Tensor | None = None
         self._labels_T: torch.Tensor | None = None
         self._last = False
@@ -71,16 +72,15 @@ class TargetHead:
         # have to wait for the device if it indexed by a mask there.
         target_at = np.flatnonzero(batch.targets)
         labels = to_device(batch.input_ids.ravel()[target_at], device)
-        segmenting = getattr(self._config, "_attn_implementation", None) in SEGMENTING
-        bounds = segments(batch.position_ids, device) if segmenting else {}
+        inputs = self.inputs(batch.input_ids, batch.position_ids, device)
         with self.select(to_device(target_at - 1, device), labels):
-            output = module(
-                input_ids=to_device(batch.input_ids, device),
-                position_ids=to_device(batch.position_ids, device),
-                use_cache=False,
-                **bounds,
-            )
+            output = module(**inputs)
         return self.nll(output.logits, labels)
+
+    def inputs(self, input_ids: np.ndarray, position_ids: np.ndarray, device: torch.device) -> dict[str, Any]:
+        """Returns the arguments with which `losses` calls the model, from arrays [B, L]."""
+        kernel = getattr(self._config, "_attn_implementation", None)
+        return model_inputs(input_ids, position_ids, device, kernel, self._packed)
 
     @contextmanager
     def select(self, at: torch.Tensor, labels_T: torch.Tensor) -> Iterator[None]:

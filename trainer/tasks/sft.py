@@ -10,6 +10,7 @@ import torch
 
 from trainer.tasks.base import GenerationContext, LossOutput, Task, ratio
 from trainer.tasks.lm_head_loss import TargetHead
+from trainer.tasks.router_loss import RouterLoss, router_metrics
 
 if TYPE_CHECKING:
     from trainer.data import Batch
@@ -18,10 +19,16 @@ MAX_EXPONENT = 700.0
 
 
 class SFT(Task):
+    _router: RouterLoss | None = None
+
     def attach(self, model: torch.nn.Module, generation: GenerationContext | None = None) -> None:
-        self.head = TargetHead(model)
+        self.head = TargetHead(model, packed=self.recipe.data.packing)
+        coefficient = self.recipe.training.router_aux_loss_coef
+        self._router = None if coefficient is None else RouterLoss(model, coefficient)
 
     def loss(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> LossOutput:
+        if self._router and module.training:
+            return self._router.added(lambda recording: self.loss_sum(recording, batch, device), module, batch, device)
         return LossOutput(self.loss_sum(module, batch, device), {})
 
     def loss_sum(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
@@ -31,3 +38,6 @@ class SFT(Task):
     def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
         loss = ratio(sums, "loss")
         return {"loss": loss, "perplexity": math.exp(min(loss, MAX_EXPONENT))}
+
+    def step_metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        return router_metrics(sums) if self._router else {}

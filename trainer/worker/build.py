@@ -91,7 +91,10 @@ def build(
             compile_layers(model, world.device)
         loader.setup_strategy(model)
         with strategy.autocast():
-            attention = settle_attention(recipe, strategy.model, strategy.module, world.device)
+            attention = settle_attention(recipe, strategy.model, strategy.module, task.inputs, world.device)
+            if recipe.data.packing:
+                asked = task.inputs, world.device, recipe.model.path, recipe.data.sequence_length
+                check_isolation(strategy.model, strategy.module, *asked)
         strategy.reshard()
         load = world.all_gather({"rank": world.rank, **loader.statistics()})
     meter = meter_of(recipe, world, operations)
@@ -150,8 +153,6 @@ class WholeLoader:
         self.base: Any = self._loaded.model
 
     def attach_adapter(self) -> torch.nn.Module:
-        if self._recipe.data.packing:
-            check_isolation(self.base, self._recipe.model.path)
         return self._adapter.attach(self.base, self._unquantised_base)
 
     def setup_strategy(self, model: torch.nn.Module) -> None:
@@ -227,10 +228,6 @@ class ShardedLoader:
             lambda pieces: self._weights.fill(pieces, self._init_parameter, strategy.full_parameter),
         )
         self._peak_bytes = host.bytes()
-        if self._recipe.data.packing:
-            with strategy.autocast():
-                check_isolation(strategy.module, self._section.path)
-            strategy.reshard()
 
     def statistics(self) -> dict[str, int]:
         read, fetched = self._source.bytes_read, self._source.bytes_fetched

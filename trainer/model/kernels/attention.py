@@ -2,7 +2,7 @@
 
 A pack holds samples that must not see each other. With a mask, a kernel computes all pairs of a pack's tokens and
 discards most; given the positions at which samples begin, it computes the pairs inside each sample only (Dao 2023,
-arXiv:2307.08691). Tasks pass these positions as keyword arguments of the model, under transformers' names
+arXiv:2307.08691). Tasks pass these positions as keyword arguments of the model, for packs under transformers' names
 (``cu_seq_lens_q`` and so on). On a GPU the kernel is torch's variable-length FlashAttention; a CPU computes the samples
 one by one (`trainer.model.kernels.varlen_cpu`).
 
@@ -17,10 +17,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from trainer.errors import InputError
-from trainer.model.kernels.packing_check import FIRST_TOKENS, SECOND_TOKENS
+from trainer.model.kernels.packing_check import FIRST_TOKENS, SECOND_TOKENS, Inputs, shrunk, units_below
 from trainer.model.kernels.varlen_cpu import by_sample
 from trainer.recipe.sections.compute import SIXTEEN_BIT
 from trainer.recipe.tasks import TASKS
@@ -54,37 +56,45 @@ def wanted(recipe: Recipe, device: torch.device) -> str:
     return "varlen" if segmented and runs else "sdpa"
 
 
-def settle_attention(recipe: Recipe, model: Any, module: Any, device: torch.device) -> str:
-    """Sets the recipe's kernel on ``model`` (loaded, with its adapter) and returns the kernel's name.
+def settle_attention(recipe: Recipe, model: Any, module: Any, inputs: Inputs, device: torch.device) -> str:
+    """Sets the recipe's kernel on ``model`` (loaded, with its adapter) and returns the name of the one that is used:
+    ``eager`` for models whose own code computes attention.
 
-    ``module``: the wrapped model, whose forward is called. Every rank calls it, in the forward's precision.
+    ``module``: the wrapped model, whose forward is called; ``inputs``: the arguments that training calls it with. Every
+    rank calls it, in the forward's precision.
 
-    Compares the logits with those of ``sdpa``. When the kernel fails on this model or its logits differ, raises
-    InputError if the recipe names the kernel; under ``auto`` it logs a warning and keeps ``sdpa``."""
+    Compares the logits with those of the model's own kernel. When the kernel fails on this model or its logits differ,
+    raises InputError if the recipe names the kernel; under ``auto`` it logs a warning and keeps the model's own."""
     kernel = wanted(recipe, device)
-    if kernel == "sdpa":
-        return kernel
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     before = base.config._attn_implementation
+    own = next((name for name, theirs in IMPLEMENTATIONS.items() if theirs == before), str(before))
+    if kernel == "sdpa":
+        return own
     try:
         _check_installed(kernel)
-        with _mode(module, training=False):
-            want = _logits(module, device)
-            register()
+        register()
+        base.set_attn_implementation(IMPLEMENTATIONS[kernel])
+        if base.config._attn_implementation != IMPLEMENTATIONS[kernel]:
+            raise InputError("the model's code has attention of its own, which cannot be replaced")
+        ids, positions, real = _probe(recipe.data.packing)
+        asked = inputs(ids, positions, device)
+        with shrunk(base, units_below(base, recipe.data.sequence_length)):
+            with _mode(module, training=False):
+                got = module(**asked).logits[real].float()
+                base.set_attn_implementation(before)
+                want = module(**asked).logits[real].float()
             base.set_attn_implementation(IMPLEMENTATIONS[kernel])
-            if base.config._attn_implementation != IMPLEMENTATIONS[kernel]:
-                raise InputError("the model's code has attention of its own, which cannot be replaced")
-            got = _logits(module, device)
-        with _mode(module, training=True):
-            _logits(module, device)  # with the model's dropout, which a kernel may lack
+            with _mode(module, training=True):
+                module(**asked)  # with the model's dropout, which a kernel may lack
         moved = float((got - want).abs().max() / want.std())
         if not moved <= TOLERANCE:
             raise InputError(f"logits move by {moved:.2g} of their spread")
     except Exception as error:  # a kernel, or the model around it, may raise anything
         base.set_attn_implementation(before)
         if recipe.compute.attention == "auto":
-            log.warning("attention by sdpa: %s does not work here: %s", kernel, error)
-            return "sdpa"
+            log.warning("attention by %s: %s does not work here: %s", own, kernel, error)
+            return own
         raise InputError(
             f"compute.attention {kernel} does not work for {type(base).__name__} here: {error}; use sdpa"
         ) from error
@@ -125,13 +135,16 @@ def _mode(module: Any, *, training: bool) -> Iterator[None]:
         module.train(was_training)
 
 
-def _logits(module: Any, device: torch.device) -> torch.Tensor:
-    """Returns the logits [L, vocabulary] of a pack of two samples; two padding tokens follow them."""
-    tokens = [*range(FIRST_TOKENS), *range(SECOND_TOKENS), 0, 0]
-    positions = torch.tensor([tokens], device=device)
-    ids = torch.arange(len(tokens), device=device)[None]
-    logits: torch.Tensor = module(input_ids=ids, position_ids=positions, use_cache=False).logits
-    return logits[0, :-2].float()
+def _probe(packed: bool) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], torch.Tensor]:
+    """Returns token ids and position ids of two samples, in one pack or in a row each, with padding at the end, and the
+    mask of the samples' tokens."""
+    samples = [np.arange(FIRST_TOKENS), np.arange(SECOND_TOKENS)]
+    rows = [np.concatenate(samples)] if packed else samples
+    shape = len(rows), len(rows[0]) + 2
+    positions, real = np.zeros(shape, np.int64), torch.zeros(shape, dtype=torch.bool)
+    for row, tokens in enumerate(rows):
+        positions[row, : len(tokens)], real[row, : len(tokens)] = tokens, True
+    return np.arange(positions.size).reshape(shape), positions, real
 
 
 def register() -> None:
@@ -161,19 +174,23 @@ def varlen_forward(
     position_ids: torch.Tensor | None = None,
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
+    sample_bounds: tuple[torch.Tensor, int] | None = None,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Implements transformers' attention interface: ``query`` [B, H, L, D], ``key`` and ``value`` [B, G, L, D]; returns
     [B, L, H, D].
 
-    ``cu_seq_lens_q`` int32 [N + 1]: the position in the flattened packs at which each sample begins. Without it, a
-    sample begins at each 0 of ``position_ids``, which are then copied from the device."""
+    ``cu_seq_lens_q`` int32 [N + 1]: the position in the flattened packs at which each sample begins; ``sample_bounds``:
+    the same and the longest sample's length, under a name that no other layer of a model reads. Without them, a sample
+    begins at each 0 of ``position_ids``, which are then copied from the device."""
     on_cpu = query.device.type == "cpu"
     lacking = [name for name in UNSUPPORTED if others.get(name) is not None]
     lacking += ["dropout"] if dropout and not on_cpu else []
     if lacking:
         raise InputError(f"variable-length attention has no {', '.join(lacking)}, which this model needs")
     packs, heads, length, _ = query.shape
+    if sample_bounds is not None:
+        cu_seq_lens_q, max_length_q = sample_bounds
     if cu_seq_lens_q is None or max_length_q is None:
         cu_seq_lens_q, max_length_q = _segments(position_ids, packs, length, query.device)
     dtype = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else query.dtype

@@ -1,17 +1,25 @@
 """Checks that a model keeps the samples of a pack apart.
 
-Packing relies on position ids that restart: attention layers then use a block-diagonal mask. A model with recurrent
-(state-space) layers, or one that ignores position ids, silently carries state from one sample into the next. The check
-is numerical: the logits of a sample must not depend on the samples before it in its pack.
+Packing relies on position ids that restart, and on the positions at which samples begin. A model with recurrent
+(state-space) layers, or one that ignores both, silently carries state from one sample into the next. One that counts
+tokens from the beginning of the row treats a sample by its place in the pack. The check is numerical, with the
+arguments that training uses: the logits of a sample must depend neither on the samples before it nor on its place.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from trainer.errors import InputError
+
+Inputs = Callable[[npt.NDArray[np.int64], npt.NDArray[np.int64], torch.device], dict[str, Any]]
+"""Returns the model's arguments from token ids and position ids [B, L] (`trainer.tasks.Task.inputs`)."""
 
 FIRST_TOKENS, SECOND_TOKENS = 6, 5
 TOLERANCE = 0.02
@@ -20,27 +28,107 @@ they differ among themselves."""
 INT8_TOLERANCE = 0.25
 """LLM.int8() treats a column separately when any token of the batch has an outlier in it, so that tokens change each
 other's rounding (0.07 was measured)."""
+PLACE_TOLERANCE = 0.25
+"""In 16 bits: at another place in its pack, a sample's sums are rounded differently in each layer."""
+
+FEW = 4
+"""Tokens. It is no divisor of the place of the second sample."""
+TOKEN_UNITS: dict[str, dict[str, float]] = {
+    "sliding_window": {"sliding_window": FEW},
+    "attention_chunk_size": {"attention_chunk_size": FEW},
+    "floor_scale": {"floor_scale": FEW, "attn_scale": 10.0},
+}
+"""The settings of transformers' models, in tokens, by which attention changes along a row, and the values with which it
+changes within a few tokens: by more than rounding, so that Llama 4's temperature is also made steeper."""
+
+
+@contextmanager
+def shrunk(base: Any, units: Iterable[str]) -> Iterator[None]:
+    """Makes the attention of a model change within a few tokens by each of ``units`` inside the context."""
+    owners = {id(o): o for m in base.modules() for o in (m, getattr(m, "config", None)) if o is not None}
+    values = {name: value for unit in units for name, value in TOKEN_UNITS[unit].items()}
+    with ExitStack() as restored:
+        for owner in owners.values():
+            for name, value in values.items():
+                if (before := vars(owner).get(name)) is not None:
+                    setattr(owner, name, value)
+                    restored.callback(setattr, owner, name, before)
+        yield
+
+
+def units_below(base: Any, sequence_length: int) -> dict[str, int]:
+    """Returns those of ``TOKEN_UNITS`` that are shorter than the packs, with the model's values."""
+    config = base.config.get_text_config()
+    found = {name: getattr(config, name, None) or sequence_length for name in TOKEN_UNITS}
+    return {name: int(value) for name, value in found.items() if value < sequence_length}
 
 
 @torch.no_grad()
-def check_isolation(model: Any, path: str) -> None:
-    """Raises InputError when the tokens before a sample in its pack change the sample's logits."""
-    device = next(model.parameters()).device
-    vocabulary = int(model.get_input_embeddings().num_embeddings)
-    second = torch.arange(SECOND_TOKENS) % vocabulary
-    positions = torch.cat([torch.arange(FIRST_TOKENS), torch.arange(SECOND_TOKENS)])[None].to(device)
-    was_training = model.training
-    model.eval()
-    logits = []
-    for start in (vocabulary // 3, vocabulary // 2):
-        first = (torch.arange(FIRST_TOKENS) + start) % vocabulary
-        ids = torch.cat([first, second])[None].to(device)
-        output = model(input_ids=ids, position_ids=positions, use_cache=False)
-        logits.append(output.logits[0, FIRST_TOKENS:].float())
-    model.train(was_training)
-    moved = float((logits[0] - logits[1]).abs().max() / logits[0].std())
-    if not moved <= (INT8_TOLERANCE if getattr(model, "is_loaded_in_8bit", False) else TOLERANCE):
+def check_isolation(
+    model: Any, module: Any, inputs: Inputs, device: torch.device, path: str, sequence_length: int
+) -> None:
+    """Raises InputError when the logits of a sample depend on the tokens before it in its pack, or on its place in it.
+
+    ``module``: the wrapped model, whose forward is called. Every rank calls it, in the forward's precision."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    packs = _Packs(base, module, inputs, device)
+    was_training = module.training
+    module.eval()
+    try:
+        leak, place = packs.leak(), packs.moved_by_place()
+        counted = {}
+        for name, value in units_below(base, sequence_length).items():
+            with shrunk(base, [name]):
+                if packs.moved_by_place() > 3 * place + TOLERANCE:  # less is rounding
+                    counted[name] = value
+    finally:
+        module.train(was_training)
+    if not leak <= (INT8_TOLERANCE if getattr(base, "is_loaded_in_8bit", False) else TOLERANCE):
         raise InputError(
-            f"model.path {path!r}: {type(model).__name__} lets the samples of a pack see each other (logits move by "
-            f"{moved:.2g} of their spread with the samples before them); set data.packing=false"
+            f"model.path {path!r}: {type(base).__name__} lets the samples of a pack see each other (logits move by "
+            f"{leak:.2g} of their spread with the samples before them); set data.packing=false"
         )
+    if not place <= (TOLERANCE if packs.in_float32 else PLACE_TOLERANCE):
+        raise InputError(
+            f"model.path {path!r}: {type(base).__name__} treats a sample by its place in the pack (logits move by "
+            f"{place:.2g} of their spread with the place); set data.packing=false"
+        )
+    if counted:
+        name, value = min(counted.items(), key=lambda item: item[1])
+        raise InputError(
+            f"model.path {path!r}: {type(base).__name__} counts {name} {value} from the beginning of a pack, so that a "
+            f"sample behind {value} tokens differs from the same one alone, and data.sequence_length is "
+            f"{sequence_length}; lower it to {value}, or set data.packing=false"
+        )
+
+
+class _Packs:
+    """Two packs of two samples, whose shorter sample is the same."""
+
+    def __init__(self, base: Any, module: Any, inputs: Inputs, device: torch.device) -> None:
+        self._module, self._inputs, self._device = module, inputs, device
+        vocabulary = int(base.get_input_embeddings().num_embeddings)
+        self._first, self._other, self._second = (
+            (np.arange(count) + start) % vocabulary
+            for count, start in ((FIRST_TOKENS, vocabulary // 3), (FIRST_TOKENS, vocabulary // 2), (SECOND_TOKENS, 0))
+        )
+        self.in_float32 = True
+
+    def leak(self) -> float:
+        """Returns the largest change of a logit by the tokens before the sample, in standard deviations."""
+        logits, others = (self._logits(first, self._second)[FIRST_TOKENS:] for first in (self._first, self._other))
+        return float((logits - others).abs().max() / logits.std())
+
+    def moved_by_place(self) -> float:
+        """Returns the change of a token's logits by its sample's place. Packs of one shape are compared, since kernels
+        round by shape, and it is the median of the tokens, since rounding may route a token to another expert."""
+        behind = self._logits(self._first, self._second)[FIRST_TOKENS:]
+        ahead = self._logits(self._second, self._first)[:SECOND_TOKENS]
+        return float((behind - ahead).abs().amax(-1).median() / behind.std())
+
+    def _logits(self, *samples: npt.NDArray[np.int64]) -> torch.Tensor:
+        positions = np.concatenate([np.arange(len(sample)) for sample in samples])
+        logits = self._module(**self._inputs(np.concatenate(samples)[None], positions[None], self._device)).logits[0]
+        self.in_float32 = logits.dtype == torch.float32
+        found: torch.Tensor = logits.float()
+        return found

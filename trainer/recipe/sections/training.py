@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trainer.recipe.base import Conflict, Section
+from trainer.recipe.base import Conflict, Section, takes
 
 LENGTH = (("steps",), ("epochs",))
 
@@ -32,6 +33,13 @@ class TrainingSection(Section):
 
     max_grad_norm: float | None = Field(default=1.0, gt=0.0)
     """Gradients are scaled down to this L2 norm, taken over the whole model and all ranks; null never clips."""
+
+    router_aux_loss_coef: Annotated[
+        Literal["auto"] | Annotated[float, Field(gt=0.0)] | None, takes("auto, a number above 0, or null")
+    ] = None
+    """For a mixture of experts: factor of the loss that keeps its experts evenly used, which is added to the loss of
+    training; `auto` is the factor in the model's configuration, null adds nothing. See
+    [tasks.md](tasks.md#the-balance-of-experts)."""
 
     eval_every: int | None = Field(default=None, ge=1)
     """Steps between evaluations on `data.eval`; null evaluates after the last step only."""

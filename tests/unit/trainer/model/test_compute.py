@@ -200,6 +200,11 @@ def varlen() -> None:
     attention.register()
 
 
+def settled(recipe: Any, model: Any) -> str:
+    inputs = TargetHead(model, packed=recipe.data.packing).inputs
+    return attention.settle_attention(recipe, model, model, inputs, CPU)
+
+
 def loss_of(model: Any, batch: Any) -> torch.Tensor:
     return TargetHead(model).losses(model, batch, CPU).sum()
 
@@ -220,7 +225,9 @@ def test_without_being_told_it_goes_by_the_positions(varlen: None) -> None:
     model = random_llama(CPU, torch.float32, attention.VARLEN, **TINY)
     inputs = {"input_ids": to_device(batch.input_ids, CPU), "position_ids": to_device(batch.position_ids, CPU)}
     with torch.no_grad():
-        want = model(**inputs, use_cache=False, **segments(batch.position_ids, CPU)).logits
+        want = model(
+            **inputs, use_cache=False, **segments(batch.position_ids, CPU, attention.VARLEN, packed=True)
+        ).logits
         assert torch.equal(model(**inputs, use_cache=False).logits, want)
         model.set_attn_implementation("sdpa")
         assert torch.allclose(model(**inputs, use_cache=False).logits, want, atol=1e-5)
@@ -243,9 +250,63 @@ def test_a_sliding_window_is_that_of_the_model(varlen: None) -> None:
 
 def test_segments_begin_at_each_position_zero() -> None:
     positions = np.array([[0, 1, 2, 0, 1], [0, 1, 2, 0, 0]])
-    told = segments(positions, CPU)
+    told = segments(positions, CPU, attention.VARLEN, packed=True)
     assert told["cu_seq_lens_q"].tolist() == [0, 3, 5, 8, 9, 10]
     assert told["max_length_q"] == told["max_length_k"] == 3
+    begins, longest = segments(positions, CPU, attention.VARLEN, packed=False)["sample_bounds"]
+    assert (begins.tolist(), longest) == (told["cu_seq_lens_q"].tolist(), 3)
+    assert segments(positions, CPU, "flash_attention_2", packed=False) == {}  # it goes by the rows
+
+
+class LinearAttention(torch.nn.Module):
+    """As transformers' modules for linear attention without their library: the boundaries of samples are refused."""
+
+    def __init__(self, attention: torch.nn.Module) -> None:
+        super().__init__()
+        self.attention = attention
+
+    def forward(self, **given: Any) -> Any:
+        if given.get("cu_seq_lens_q") is not None:
+            raise ValueError("can't keep packed sequences apart")
+        return self.attention(**given)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_layers_for_packs_are_told_of_samples_in_packs_alone(
+    packing: bool, varlen: None, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The kernel is tried with what training asks: Qwen3-Next and its like train without packs by varlen."""
+    recipe = small_recipe("r", tmp_path, tmp_path, **{"data.packing": packing})
+    model = random_llama(CPU, torch.float32, **TINY)
+    for layer in model.model.layers:
+        layer.self_attn = LinearAttention(layer.self_attn)
+    assert settled(recipe, model) == ("sdpa" if packing else "varlen")
+    assert ("can't keep packed" in caplog.text) == packing
+    batch = packed([[7], [12]])
+    head = TargetHead(model, packed=packing)
+    head.losses(model, batch, CPU).sum().backward()
+
+
+def test_a_kernel_without_a_models_chunks_is_not_taken(varlen: None, tmp_path: Path) -> None:
+    """They are longer than what the kernels are compared on, and shorter than the packs."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    sizes = {**TINY, "intermediate_size_mlp": 64, "num_local_experts": 2, "vocab_size": 384, "head_dim": 16}
+    recipe = small_recipe("r", tmp_path, tmp_path, **{"data.packing": False})
+    kernels = [
+        settled(recipe, Llama4ForCausalLM(Llama4TextConfig(**sizes, num_hidden_layers=2, attention_chunk_size=chunk)))
+        for chunk in (8192, 32)
+    ]
+    assert kernels == ["varlen", "sdpa"]
+
+
+def test_the_name_is_that_of_the_kernel_that_runs(tmp_path: Path) -> None:
+    from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+    sizes = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "attention_types": [[["global", "local"], 1]]}
+    model = GPTNeoForCausalLM(GPTNeoConfig(vocab_size=384, **sizes))
+    for kernel in ("auto", "sdpa"):
+        assert settled(small_recipe("r", tmp_path, tmp_path, **{"compute.attention": kernel}), model) == "eager"
 
 
 @pytest.mark.parametrize("asks", [{"softcap": 30.0}, {"s_aux": torch.zeros(4)}, {"dropout": 0.1}])
@@ -261,7 +322,7 @@ def test_the_kernel_is_compared_with_sdpa_on_the_model(
     asked = small_recipe("r", tmp_path, tmp_path, compute={"attention": "varlen"}, **BF16)
     auto = small_recipe("r", tmp_path, tmp_path, **BF16)
     model = random_llama(CPU, torch.float32, **TINY)
-    assert attention.settle_attention(asked, model, model, CPU) == "varlen"
+    assert settled(asked, model) == "varlen"
     assert model.config._attn_implementation == attention.VARLEN
     assert model.training
 
@@ -271,8 +332,8 @@ def test_the_kernel_is_compared_with_sdpa_on_the_model(
     monkeypatch.setattr(attention, "by_sample", sees_all)
     model = random_llama(CPU, torch.float32, **TINY)
     with pytest.raises(InputError, match="varlen does not work for LlamaForCausalLM here: logits move by"):
-        attention.settle_attention(asked, model, model, CPU)
-    assert attention.settle_attention(auto, model, model, CPU) == "sdpa"
+        settled(asked, model)
+    assert settled(auto, model) == "sdpa"
     assert "attention by sdpa: varlen does not work here" in caplog.text
     assert model.config._attn_implementation == "sdpa"
 
@@ -288,11 +349,11 @@ def test_what_a_kernel_lacks_in_training_alone_is_found_before(
     monkeypatch.setattr(attention, "by_sample", without_dropout)
     auto = small_recipe("r", tmp_path, tmp_path)
     model = random_llama(CPU, torch.float32, attention_dropout=0.2, **TINY).eval()
-    assert attention.settle_attention(auto, model, model, CPU) == "sdpa"
+    assert settled(auto, model) == "sdpa"
     assert "no dropout of 0.2" in caplog.text
     assert not model.training
     monkeypatch.undo()
-    assert attention.settle_attention(auto, model, model, CPU) == "varlen"
+    assert settled(auto, model) == "varlen"
 
 
 def test_torchs_kernel_is_told_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -314,7 +375,7 @@ def test_flash_says_what_to_install(tmp_path: Path) -> None:
     recipe = small_recipe("r", tmp_path, tmp_path, compute={"attention": "flash"}, **GPU, **BF16)
     model = random_llama(CPU, torch.float32, **TINY)
     with pytest.raises(InputError, match=re.escape("pip install 'muster[flash]'")):
-        attention.settle_attention(recipe, model, model, CPU)
+        settled(recipe, model)
 
 
 def test_liger_says_what_to_install() -> None:
