@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 
 from trainer.model import nf4
+from trainer.model.dequantise import QuantisedLocation, WeightReader, locate_weights
 from trainer.model.files.safetensors_index import TensorLocation, read_headers
 from trainer.model.files.weight_check import wrong_shapes
 from trainer.model.files.weight_source import WeightSource
@@ -55,14 +56,13 @@ class ShardLoader:
         self, base: Any, source: WeightSource, path: str, device: torch.device, head: Head | None = None
     ) -> None:
         self.source, self.device, self.base, self.head = source, device, base, head
-        self.stored = read_headers(source, path)
+        self.stored = locate_weights(read_headers(source, path), base.stored_quantization, path)
+        self._reader = WeightReader(source)
         names = match_names(base, self.stored, path, lambda name: head is not None and is_head(base, name))
         if head:  # a head with another number of outputs is treated as missing
             heads = {n: tuple(base.get_parameter(n).shape) for n in names if is_head(base, n)}
             unlike = {n for n, shape in heads.items() if self.stored[names[n]].shape != shape}
             names = {n: key for n, key in names.items() if n not in unlike}
-        if getattr(base.config, "quantization_config", None) and not _is_four_bit(base):
-            raise NeedsFullLoad("its files are quantised, and model.quantization is none")
         layers = {id(layer.weight): layer for layer in four_bit_layers(base).values()} if _is_four_bit(base) else {}
         tensors = dict(state_of(base))
         # By identity, since the adapter renames what it wraps. `_tensors` keeps them alive until then, so that no
@@ -160,14 +160,17 @@ class ShardLoader:
                 yield from ((part.file, part.start, part.start + part.bytes) for part in place.state.values())
             elif place.layer is not None:
                 first, last = nf4.elements_of(first, last, piece.local.element_size(), stored.numel)
-            if last > first:
+            if isinstance(stored, QuantisedLocation):
+                runs = stored.stored(*stored.units(first, last)) if last > first else ()
+                yield from (
+                    (p.file, p.start + a * p.dtype.itemsize, p.start + b * p.dtype.itemsize) for p, a, b in runs
+                )
+            elif last > first:
                 size = stored.dtype.itemsize
                 yield stored.file, stored.start + first * size, stored.start + last * size
 
     def _values(self, stored: TensorLocation, start: int, stop: int) -> torch.Tensor:
-        raw = torch.empty((stop - start) * stored.dtype.itemsize, dtype=torch.uint8)
-        self.source.read_into(stored.file, stored.start + start * stored.dtype.itemsize, _bytes_of(raw))
-        return raw.view(stored.dtype)
+        return self._reader.values(stored, start, stop)
 
     def _copy(self, piece: ShardSlice, stored: TensorLocation) -> None:
         local = piece.local
