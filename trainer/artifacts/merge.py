@@ -183,9 +183,22 @@ def _write(folder: Path, subject: Artifact, model: Any, placement: Placement) ->
         laid_out = without_weights(subject, base_files(subject))
         merge_in_parts(laid_out, active, folder)
         return
+    _untie(model)
     merged = model.merge_and_unload(safe_merge=True, adapter_names=active)
     merged.config.architectures = [type(merged).__name__]
     merged.save_pretrained(str(folder), max_shard_size=SHARD)
+
+
+def _untie(model: Any) -> None:
+    """Gives embeddings or a head with an adapter a weight of their own, where these two share one.
+
+    peft would merge into the shared weight, and so change both. It notes in the configuration that they differ."""
+    base = model.get_base_model()
+    ends = base.get_input_embeddings(), base.get_output_embeddings()
+    for one, other in (ends, ends[::-1]):
+        layer: Any = getattr(one, "base_layer", None)
+        if layer is not None and layer.weight is getattr(other, "weight", None):
+            layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
 
 
 @torch.no_grad()
