@@ -196,9 +196,10 @@ def _untie(model: Any) -> None:
     base = model.get_base_model()
     ends = base.get_input_embeddings(), base.get_output_embeddings()
     for one, other in (ends, ends[::-1]):
-        layer: Any = getattr(one, "base_layer", None)
-        if layer is not None and layer.weight is getattr(other, "weight", None):
-            layer.weight = torch.nn.Parameter(layer.weight.detach().clone(), requires_grad=False)
+        layer: Any = getattr(one, "base_layer", one)
+        shared: Any = getattr(other, "weight", None)
+        if layer is not one and layer.weight is shared:
+            layer.weight = torch.nn.Parameter(shared.detach().clone(), requires_grad=False)
 
 
 @torch.no_grad()
