@@ -125,9 +125,10 @@ class Probe:
         from launcher.doctor.observations import Room
         from trainer.errors import MusterError
         from trainer.plan import Limits, Planner, read_base
+        from trainer.recipe.tasks import TASKS
 
         try:
-            plan = Planner(read_base(recipe.model).config, Limits()).plan(recipe, ranks)
+            plan = Planner(read_base(recipe.model, TASKS[recipe.task].auto_class).config, Limits()).plan(recipe, ranks)
         except MusterError as error:
             return str(error)
         return Room(

@@ -11,7 +11,7 @@ from trainer.data.run_data import check_rows
 from trainer.errors import InputError, StorageError
 from trainer.fast_imports import load_libraries
 from trainer.recipe import ModelSection, Recipe
-from trainer.recipe.tasks import CAUSAL, SEQUENCE, TASKS
+from trainer.recipe.tasks import SEQUENCE, TASKS
 from trainer.storage import Storage
 
 if TYPE_CHECKING:
@@ -19,9 +19,6 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-_KINDS = {CAUSAL: "causal language model", SEQUENCE: "model for sequence classification"}
 
 
 def check_storage(storage: Storage) -> bool:
@@ -91,33 +88,21 @@ def _model_without_weights(section: ModelSection, folder: Path, auto_class: str)
     """The model's modules on torch's meta device, which holds shapes only."""
     import torch
     import transformers
-    from transformers import AutoConfig
 
+    from trainer.model.base_config import load_config
     from trainer.model.files.configs import UNUSABLE, cause
-    from trainer.model.files.remote_code import check_code
 
-    check_code(section, folder)
-    trust = section.trust_remote_code
-    try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust)
-    except UNUSABLE as e:
-        raise InputError(f"model.path {section.path!r} has a config.json that cannot be used: {cause(e)}") from e
+    config = load_config(section, folder, auto_class)
     try:
         with torch.device("meta"):
-            model: PreTrainedModel = getattr(transformers, auto_class).from_config(config, trust_remote_code=trust)
+            model: PreTrainedModel = getattr(transformers, auto_class).from_config(
+                config, trust_remote_code=section.trust_remote_code
+            )
     except (*UNUSABLE, RuntimeError) as e:
-        raise InputError(_not_built(section.path, config, auto_class, e)) from e
+        raise InputError(
+            f"model.path {section.path!r} holds a {config.model_type!r} model that cannot be built: {cause(e)}"
+        ) from e
     return model
-
-
-def _not_built(path: str, config: Any, auto_class: str, error: Exception) -> str:
-    kind = getattr(config, "model_type", "unknown")
-    if type(config).__name__ in str(error):
-        return (
-            f"model.path {path!r} holds a {kind!r} model, which is no {_KINDS[auto_class]}: name one of a family for "
-            f"which transformers has a class that ends in {auto_class.removeprefix('AutoModel')}"
-        )
-    return f"model.path {path!r} holds a {kind!r} model that cannot be built: {first_line(error)}"
 
 
 def check_vocabulary(path: str, tokenizer: PreTrainedTokenizerBase, embeddings: int) -> None:
@@ -165,9 +150,3 @@ def load_run_tokenizer(recipe: Recipe) -> PreTrainedTokenizerBase:
 
     files = fetch_model(recipe.model, weights=False)
     return load_tokenizer(files.folder, trust_remote_code=recipe.model.trust_remote_code)
-
-
-def first_line(error: BaseException) -> str:
-    """Returns the first line of a library's error, which has the cause."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else type(error).__name__

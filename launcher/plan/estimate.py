@@ -69,9 +69,10 @@ def make(recipe: Recipe, device: int | None, host: int | None, speed: float | No
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels that a plan does not call
     load_libraries()
     from trainer.plan import Limits, Planner, RunLengthQuery, read_base, suggestions
+    from trainer.recipe.tasks import TASKS
 
     inquiry = RunLengthQuery(recipe, speed)
-    base = read_base(recipe.model)
+    base = read_base(recipe.model, TASKS[recipe.task].auto_class)
     notes = [base.note] if base.note else []
     limits = Limits(device, host)
     if device is None and recipe.resources.gpus_per_worker > 0 and (here := gpu_here()) is not None:

@@ -53,14 +53,14 @@ class Lora(PeftMethod):
         from peft.tuners.lora import LoraLayer
         from peft.tuners.lora.layer import ParamWrapper
 
-        by_peft = compute_by_expert(model)
+        by_sum = compute_by_expert(model)
         dropout = self.recipe.adapter.dropout
         if not dropout or not any(isinstance(module, ParamWrapper) for module in model.modules()):
             return
         for name, layer in model.named_modules():
-            if isinstance(layer, LoraLayer) and name not in by_peft:
-                layer.lora_dropout.update({ADAPTER_NAME: torch.nn.Dropout(dropout).train(layer.training)})
-        if by_peft:
+            if isinstance(layer, LoraLayer) and name not in by_sum:
+                layer.lora_dropout.update({ADAPTER_NAME: torch.nn.Dropout(dropout).train(model.training)})
+        if by_sum:
             log.warning(
                 "adapter.dropout %g is not applied to the experts of %s, whose code has no place for it",
                 dropout,

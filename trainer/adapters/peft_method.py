@@ -13,7 +13,7 @@ import torch
 from trainer.adapters.base import Adapter, head_modules
 from trainer.adapters.expert_targets import as_saved, check_attached, names_as_given, wanted_targets
 from trainer.adapters.meta_init import StayingOnHost, elements_of_rows, original_of, take_values
-from trainer.adapters.targets import check_names, check_targets, resolve, targeted_experts
+from trainer.adapters.targets import check_names, check_targets, matched_linear, resolve, targeted_experts
 from trainer.errors import CorruptObject, InputError
 from trainer.experts import unpacked_shapes
 from trainer.precision import cast_where_used
@@ -57,12 +57,24 @@ class PeftMethod(Adapter):
         section = self.recipe.adapter
         if self._takes_targets(self._fields()) and section.target_modules is not None:
             check_targets(base, section.target_modules, experts=self.adapts_experts and bool(section.experts))
+            self._check_ties(base)
         check_names(base, "adapter.modules_to_save", section.modules_to_save)
         rows = base.get_input_embeddings().num_embeddings
         beyond = [t for t in section.trainable_tokens if t >= rows]
         if beyond:
             raise InputError(f"adapter.trainable_tokens {beyond} are beyond the model's {rows} embeddings")
         self.config(base, ())
+
+    def _check_ties(self, base: Any) -> None:
+        """Raises InputError for a head whose weight the method would change, if it is that of the embeddings too."""
+        head, weight = base.get_output_embeddings(), base.get_input_embeddings().weight
+        if not self.recipe.adapter.row.residual or getattr(head, "weight", None) is not weight:
+            return
+        if any(base.get_submodule(name) is head for name in matched_linear(base, self.targets(base))):
+            raise InputError(
+                f"adapter.method {self.recipe.adapter.label} changes the weights that it adapts, and the head in "
+                "adapter.target_modules shares its weight with the embeddings: leave the head out, or use lora"
+            )
 
     def config_class(self) -> type[PeftConfig]:
         from peft import PeftType

@@ -28,6 +28,7 @@ from trainer.checkpoint import list_commits
 from trainer.checkpoint.publish import STATE_FILES, is_last, published_files, reads_back
 from trainer.errors import InputError, MusterError
 from trainer.model import check_weights
+from trainer.model.base_config import load_config
 from trainer.model.placement import placement_for
 from trainer.recipe.tasks import TASKS
 from trainer.recipe.trust import NOBODY, Trust
@@ -194,9 +195,10 @@ def _laid_out(subject: Artifact) -> dict[str, tuple[int, ...]]:
     (folder,) = subject.adapters.values()
     head = {"num_labels": len(subject.classes)} if subject.classes else {}
     trust = subject.section.trust_remote_code
-    config = transformers.AutoConfig.from_pretrained(base_files(subject), trust_remote_code=trust, **head)
+    auto_class = TASKS[subject.task].auto_class
+    config = load_config(subject.section, base_files(subject), auto_class, **head)
     with torch.device("meta"):
-        base = getattr(transformers, TASKS[subject.task].auto_class).from_config(config, trust_remote_code=trust)
+        base = getattr(transformers, auto_class).from_config(config, trust_remote_code=trust)
         check_patterns(read_adapter_config(folder, DEFAULT), [name for name, _ in base.named_modules()], DEFAULT)
         settings = PeftConfig.from_pretrained(str(folder))
         settings.inference_mode = True  # otherwise peft initialises prompts from files that the configuration names

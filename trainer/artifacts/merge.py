@@ -25,6 +25,7 @@ from trainer.artifacts.merge_streamed import merge_in_parts
 from trainer.checkpoint.artifact_info import ArtifactInfo
 from trainer.checkpoint.model_card import merged_card
 from trainer.errors import CorruptObject, InputError, StorageError, UsageError
+from trainer.model.base_config import is_packed, load_config
 from trainer.model.placement import Placement, placement_for
 from trainer.recipe.trust import NOBODY, Trust
 
@@ -60,9 +61,12 @@ def merge(
     Raises UsageError for an artifact that cannot be merged, CorruptObject when the result has other logits."""
     with _scratch(out) as (folder, scratch):
         say("fetching the adapter")
-        subject = _unquantised(find(address, scratch / "adapter", trust=trust), dtype)
-        if not subject.adapters:
-            raise UsageError(f"{subject.section.path} is a whole model already: there is no adapter to merge")
+        found = find(address, scratch / "adapter", trust=trust)
+        if not found.adapters:
+            raise UsageError(f"{found.section.path} is a whole model already: there is no adapter to merge")
+        if _is_packed(found):
+            raise InputError("the base's files are quantised: name an unquantised base in the adapter's muster.json")
+        subject = _unquantised(found, dtype)
         files = base_files(subject, weights=True)
         with placement_for(subject.section, files, limits) as placement:
             tokenizer = tokenizer_of(subject)
@@ -93,7 +97,7 @@ def combine(
             raise UsageError(f"{subject.section.path} is a whole model: there is nothing to combine")
         mix.check(list(subject.adapters))
         say("combining")
-        plain = _unquantised(subject, None)
+        plain = replace(subject, recipe=None) if _is_packed(subject) else _unquantised(subject, None)
         model = without_weights(plain, base_files(plain, weights=True)).model
         with StayingOnHost():
             name = mixed(model, mix)
@@ -137,6 +141,10 @@ def _scratch(out: Path) -> Iterator[tuple[Path, Path]]:
         shutil.rmtree(part, ignore_errors=True)
 
 
+def _is_packed(subject: Artifact) -> bool:
+    return is_packed(load_config(subject.section, base_files(subject), None))
+
+
 def _unquantised(subject: Artifact, dtype: str | None) -> Artifact:
     changes = {"quantization": "none", "dtype": dtype or subject.section.dtype}
     return replace(subject, section=subject.section.model_copy(update=changes), recipe=None)
@@ -154,8 +162,6 @@ def _merge_into(
     model = load(subject, placement, subject.classes)
     if reads_a_prompt(model):
         raise UsageError(f"{subject.method} trains vectors before the text: there is no weight to merge them into")
-    if getattr(model.config, "quantization_config", None):
-        raise InputError("the base's files are quantised: name an unquantised base in the adapter's muster.json")
     if mix is not None:
         if placement.disk and len(mix.weights) > 1:
             raise UsageError("the base does not fit in memory: combine the adapters first, by --as-adapter, then merge")
@@ -177,9 +183,23 @@ def _write(folder: Path, subject: Artifact, model: Any, placement: Placement) ->
         laid_out = without_weights(subject, base_files(subject))
         merge_in_parts(laid_out, active, folder)
         return
+    _untie(model)
     merged = model.merge_and_unload(safe_merge=True, adapter_names=active)
     merged.config.architectures = [type(merged).__name__]
     merged.save_pretrained(str(folder), max_shard_size=SHARD)
+
+
+def _untie(model: Any) -> None:
+    """Gives embeddings or a head with an adapter a weight of their own, where these two share one.
+
+    peft would merge into the shared weight, and so change both. It notes in the configuration that they differ."""
+    base = model.get_base_model()
+    ends = base.get_input_embeddings(), base.get_output_embeddings()
+    for one, other in (ends, ends[::-1]):
+        layer: Any = getattr(one, "base_layer", one)
+        shared: Any = getattr(other, "weight", None)
+        if layer is not one and layer.weight is shared:
+            layer.weight = torch.nn.Parameter(shared.detach().clone(), requires_grad=False)
 
 
 @torch.no_grad()

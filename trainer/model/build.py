@@ -17,12 +17,13 @@ import torch
 from trainer.errors import InputError
 from trainer.experts import expert_weights
 from trainer.fast_imports import load_libraries
+from trainer.model.base_config import is_dequantised, load_config, stored_quantization
+from trainer.model.dequantise import dequantised_weights
 from trainer.model.files.configs import UNUSABLE, cause
-from trainer.model.files.remote_code import check_code
 from trainer.model.files.weight_check import wrong_shapes
 from trainer.model.files.weight_source import WeightSource
 from trainer.model.head import Head, head_modules, is_head, set_up_head, take_tied_embeddings
-from trainer.model.meta import NeedsFullLoad, meta_model
+from trainer.model.meta import NeedsFullLoad, add_generation_config, from_config, meta_model
 from trainer.model.peak_rss import HostPeak
 from trainer.model.placement import Placement
 from trainer.model.quantization import keep_weights_packed, plain_subclasses, quantization_config
@@ -30,7 +31,7 @@ from trainer.model.sharded_load import ShardLoader
 from trainer.recipe.sections.model import ModelSection
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
+    from transformers import PreTrainedConfig, PreTrainedModel
 
 
 @dataclass(frozen=True)
@@ -82,11 +83,12 @@ def _load_streamed(
 ) -> Any:
     """Returns the model if transformers alone would not quantise all of it: with experts, or with layers of a subclass
     of ``nn.Linear``. It is quantised while it is read, so that it never takes more memory. Returns None for others."""
-    try:
-        plain = section.model_copy(update={"quantization": "none"})
-        layout: Any = meta_model(plain, folder, torch.device("cpu"), full=False, checkpointing=False, head=head)
-    except NeedsFullLoad:
-        return None
+    import transformers
+
+    auto = transformers.AutoModelForSequenceClassification if head else transformers.AutoModelForCausalLM
+    config = load_config(section, folder, auto.__name__, **(head.settings() if head else {}))
+    plain = section.model_copy(update={"quantization": "none"})
+    layout = from_config(plain, config, full=False, checkpointing=False, auto_class=auto)
     experts, layers = expert_weights(layout), plain_subclasses(layout)
     if not experts and not layers:
         return None
@@ -123,12 +125,15 @@ def _load_whole(
     import transformers
     from safetensors import SafetensorError
 
-    check_code(section, folder)
     auto = transformers.AutoModelForSequenceClassification if head else transformers.AutoModelForCausalLM
+    config = load_config(section, folder, auto.__name__, **(head.settings() if head else {}))
+    source: dict[str, Any] = {"pretrained_model_name_or_path": folder, **(head.settings() if head else {})}
+    if is_dequantised(config):
+        auto, source = _dequantised(section, folder, config, dtype, auto)
     loaded: Any
     try:
         loaded = auto.from_pretrained(
-            folder,
+            **source,
             output_loading_info=True,
             dtype=dtype,
             quantization_config=quantization_config(section, _unquantised(section, folder) if head else None),
@@ -136,7 +141,6 @@ def _load_whole(
             trust_remote_code=section.trust_remote_code,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # `_check_complete` names them; transformers' own error does not
-            **(head.settings() if head else {}),
         )
     except (*UNUSABLE, SafetensorError) as e:
         raise InputError(f"model.path {section.path!r} cannot be loaded as a {_kind(head)}: {cause(e)}") from e
@@ -145,6 +149,9 @@ def _load_whole(
             raise
         raise InputError(f"model.path {section.path!r} has a config.json that cannot be used: {cause(e)}") from e
     model, loading = loaded
+    if "state_dict" in source:
+        model.name_or_path = str(folder)
+        add_generation_config(model, folder)
     unlike = {name: shapes for name, *shapes in loading["mismatched_keys"]}
     lacking = set(loading["missing_keys"]) | set(unlike)
     if head and model.config.get_text_config().tie_word_embeddings:
@@ -154,17 +161,27 @@ def _load_whole(
     return model, drawn
 
 
+def _dequantised(
+    section: ModelSection, folder: Path, config: PreTrainedConfig, dtype: torch.dtype, auto: Any
+) -> tuple[Any, dict[str, Any]]:
+    """Returns the model's class, and arguments for its ``from_pretrained``: its weights, dequantised on the host."""
+    plain = section.model_copy(update={"quantization": "none"})
+    blank = from_config(plain, config, full=False, checkpointing=False, auto_class=auto)
+    weights = dequantised_weights(folder, stored_quantization(config), section.path, dtype)
+    return type(blank), {"pretrained_model_name_or_path": None, "config": blank.config, "state_dict": weights}
+
+
 def _kind(head: Head | None) -> str:
     return "sequence classifier" if head else "causal language model"
 
 
 def _unquantised(section: ModelSection, folder: Path) -> list[str] | None:
     """Returns the names of the head's modules, from a model without weights; None without quantisation."""
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForSequenceClassification
 
     if section.quantization == "none":
         return None
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
+    config = load_config(section, folder, AutoModelForSequenceClassification.__name__)
     with torch.device("meta"):
         return head_modules(
             AutoModelForSequenceClassification.from_config(config, trust_remote_code=section.trust_remote_code)

@@ -7,7 +7,6 @@ materialising the model leave them unchanged.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,8 +17,8 @@ import torch
 from trainer.errors import InputError
 from trainer.experts import expert_weights, pack_experts
 from trainer.fast_imports import load_libraries
+from trainer.model.base_config import dequantised, load_config, stored_quantization
 from trainer.model.files.configs import UNUSABLE, cause
-from trainer.model.files.remote_code import check_code
 from trainer.model.head import Head, head_modules
 from trainer.model.quantization import keep_weights_packed, plain_subclasses, quantization_config
 from trainer.nf4 import quantise_4bit
@@ -52,15 +51,12 @@ def meta_model(
     value only after the model is loaded whole.
     """
     load_libraries()
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-    check_code(section, folder)
-    settings = {"trust_remote_code": section.trust_remote_code, **(head.settings() if head else {})}
-    with _as_input_error(section, classifier=head is not None):
-        config = AutoConfig.from_pretrained(folder, **settings)
-    auto = AutoModelForSequenceClassification if head else auto_class
+    auto = AutoModelForSequenceClassification if head else auto_class or AutoModelForCausalLM
+    config = load_config(section, folder, auto.__name__, **(head.settings() if head else {}))
     model = from_config(section, config, full=full, checkpointing=checkpointing, auto_class=auto)
-    _add_generation_config(model, folder)
+    add_generation_config(model, folder)
     _compute_buffers(model, device)
     return model
 
@@ -69,19 +65,21 @@ def from_config(
     section: ModelSection, config: Any, *, full: bool, checkpointing: bool, auto_class: Any = None
 ) -> PreTrainedModel:
     """Builds the model from a loaded configuration, buffers on the meta device too. Raises InputError like
-    `meta_model`."""
+    `meta_model`. Its ``stored_quantization`` is the one of the base's files."""
     load_libraries()
     from transformers import AutoModelForCausalLM
 
-    config = copy.deepcopy(config)  # quantising writes into it
+    stored, config = stored_quantization(config), dequantised(config)  # a copy: quantising writes into it
     dtype = torch.float32 if full else getattr(torch, section.dtype)
     auto = auto_class or AutoModelForCausalLM
     with _as_input_error(section, classifier="SequenceClassification" in auto.__name__), META:
         model: PreTrainedModel = auto.from_config(config, dtype=dtype, trust_remote_code=section.trust_remote_code)
+    object.__setattr__(model, "stored_quantization", stored)
     _keep_wide(model, dtype)
     if section.quantization != "none":
         classifier = type(model).__name__.endswith("ForSequenceClassification")
-        _quantise(model, section, dtype, head_modules(model) if classifier else None)
+        with _as_input_error(section, classifier=classifier):
+            _quantise(model, section, dtype, head_modules(model) if classifier else None)
     model.requires_grad_(full)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -98,7 +96,7 @@ def _as_input_error(section: ModelSection, *, classifier: bool) -> Iterator[None
         raise InputError(f"model.path {section.path!r} cannot be loaded as a {kind}: {cause(e)}") from e
 
 
-def _add_generation_config(model: Any, folder: Path) -> None:
+def add_generation_config(model: Any, folder: Path) -> None:
     from transformers import GenerationConfig
 
     if model.can_generate() and (folder / "generation_config.json").is_file():
@@ -135,9 +133,6 @@ def _quantise(model: Any, section: ModelSection, dtype: torch.dtype, skipped: li
         quantizer.preprocess_model(model=model, dtype=dtype, device_map=device_map)
     quantizer.postprocess_model(model)
     model.hf_quantizer = quantizer
-    kind = getattr(quantizer.quantization_config, "bnb_4bit_quant_type", "nf4")
-    if section.quantization == "nf4" and kind != "nf4":
-        raise NeedsFullLoad(f"its files are quantised as {kind}")
     keep_weights_packed(model)
     if section.quantization == "nf4":
         for module in four_bit_layers(model).values():

@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 import torch
 
 from trainer.errors import InputError
+from trainer.model.dequantise import QuantisedLocation, locate_weights
 from trainer.model.files.safetensors_index import TensorLocation, read_headers
 from trainer.model.files.weight_source import WeightSource
 from trainer.model.key_mapping import match_names, state_of
@@ -61,7 +62,7 @@ def lay_out(section: ModelSection, folder: Path, device: torch.device, attach: A
     source = WeightSource(str(folder))
     try:
         base: Any = meta_model(section, folder, device, full=False, checkpointing=False, auto_class=auto_class)
-        stored = read_headers(source, section.path)
+        stored = locate_weights(read_headers(source, section.path), base.stored_quantization, section.path)
         names = match_names(base, stored, section.path)
     except NeedsFullLoad as reason:
         raise InputError(f"{section.path} has to be loaded in parts here, and cannot be: {reason}") from reason
@@ -92,6 +93,11 @@ def spread(section: ModelSection, folder: Path, placement: Placement, attach: At
     assert placement.limits is not None
     assert placement.disk is not None
     laid_out = lay_out(section, folder, placement.device, attach, auto_class)
+    if any(isinstance(place, QuantisedLocation) for place, _ in laid_out.places.values()):
+        raise InputError(
+            f"{section.path} does not fit in memory once its weights are dequantised: use --quantization nf4, or name "
+            "the unquantised model"
+        )
     model, whole, limits = laid_out.model, list(laid_out.base._no_split_modules or ()), dict(placement.limits)
     map_ = infer_auto_device_map(model, max_memory=limits, no_split_module_classes=whole)
     index = _load(laid_out, map_, Path(placement.disk))

@@ -17,8 +17,8 @@ import torch
 
 from trainer.errors import InputError
 from trainer.experts import expert_weights
+from trainer.model.base_config import load_config
 from trainer.model.files.configs import UNUSABLE, cause
-from trainer.model.files.remote_code import check_code
 from trainer.recipe.sections.model import ModelSection
 
 GPU_SHARE, HOST_SHARE = 0.85, 0.8
@@ -85,11 +85,10 @@ def free_bytes() -> dict[int | str, int]:
 
 def model_bytes(section: ModelSection, folder: Path) -> int:
     """Estimates the bytes of the model's weights in memory, from a model without weights."""
-    from transformers import AutoConfig, AutoModel
+    from transformers import AutoModel
 
-    check_code(section, folder)
+    config = load_config(section, folder, None)
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
         with torch.device("meta"):
             model: Any = AutoModel.from_config(config, trust_remote_code=section.trust_remote_code)
     except (*UNUSABLE, RuntimeError) as error:

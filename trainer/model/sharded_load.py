@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -19,7 +19,8 @@ import torch.distributed as dist
 
 from trainer import nf4
 from trainer.experts import PackedExperts, packed_experts
-from trainer.model.files.safetensors_index import Location, TensorLocation, read_headers
+from trainer.model.dequantise import QuantisedLocation, WeightReader, locate_weights
+from trainer.model.files.safetensors_index import Location, Range, TensorLocation, read_headers
 from trainer.model.files.weight_check import wrong_shapes
 from trainer.model.files.weight_source import WeightSource
 from trainer.model.head import Head, drawn_for, is_head, set_up_head
@@ -57,14 +58,13 @@ class ShardLoader:
         self, base: Any, source: WeightSource, path: str, device: torch.device, head: Head | None = None
     ) -> None:
         self.source, self.device, self.base, self.head = source, device, base, head
-        self.stored = read_headers(source, path)
+        self.stored = locate_weights(read_headers(source, path), base.stored_quantization, path)
+        self._reader = WeightReader(source)
         names = match_names(base, self.stored, path, lambda name: head is not None and is_head(base, name))
         if head:  # a head with another number of outputs is treated as missing
             heads = {n: tuple(base.get_parameter(n).shape) for n in names if is_head(base, n)}
             unlike = {n for n, shape in heads.items() if self.stored[names[n][0]].shape != shape}
             names = {n: keys for n, keys in names.items() if n not in unlike}
-        if getattr(base.config, "quantization_config", None) and not _is_four_bit(base):
-            raise NeedsFullLoad("its files are quantised, and model.quantization is none")
         packings = _packings(base) if _is_four_bit(base) else {}
         tensors = dict(state_of(base))
         # By identity, since the adapter renames what it wraps. `_tensors` keeps them alive until then, so that no
@@ -171,7 +171,7 @@ class ShardLoader:
     def converted(self) -> Iterator[dict[str, torch.Tensor]]:
         """Yields, for one stored tensor at a time, the tensors that replace it in bitsandbytes' format, by name."""
         order = sorted(self._keys.items(), key=lambda item: (item[1][0].stored.file, item[1][0].stored.start))
-        self.source.ahead((t.file, t.start, t.start + t.bytes) for _, (place, _) in order for t in place.stored.parts)
+        self.source.ahead(run for _, (place, _) in order for run in _byte_ranges(place.stored, 0, place.stored.numel))
         for key, (place, tensor) in order:
             stored = place.stored
             if place.packing is None:
@@ -191,14 +191,13 @@ class ShardLoader:
                 yield from ((part.file, part.start, part.start + part.bytes) for part in place.state.values())
             elif place.packing is not None:
                 first, last = nf4.elements_of(first, last, piece.local.element_size(), stored.numel)
-            size = stored.dtype.itemsize
-            for part, a, b in stored.ranges(first, last) if last > first else ():
-                yield part.file, part.start + a * size, part.start + b * size
+            if last > first:
+                yield from _byte_ranges(stored, first, last)
 
     def _values(self, stored: Location, start: int, stop: int) -> torch.Tensor:
-        raw = torch.empty((stop - start) * stored.dtype.itemsize, dtype=torch.uint8)
-        self._read(stored, start, stop, raw)
-        return raw.view(stored.dtype)
+        """Returns elements ``start`` to ``stop``, as stored or dequantised to float32."""
+        parts = [self._reader.values(*run) for run in stored.ranges(start, stop)] if stop > start else []
+        return parts[0] if len(parts) == 1 else torch.cat(parts) if parts else torch.empty(0, dtype=stored.dtype)
 
     def _read(self, stored: Location, start: int, stop: int, raw: torch.Tensor) -> None:
         """Reads elements ``start`` to ``stop`` into ``raw``, which is uint8 on the host."""
@@ -258,6 +257,16 @@ class ShardLoader:
             yield piece.local.view(-1, *piece.shape[1:])
         else:
             yield whole(piece.name)[first:last]
+
+
+def _byte_ranges(location: Location, first: int, last: int) -> Iterator[tuple[str, int, int]]:
+    """Yields the files' bytes from which elements ``first`` to ``last`` are read."""
+    for place, start, stop in location.ranges(first, last):
+        runs: Iterable[Range] = ((place, start, stop),)
+        if isinstance(place, QuantisedLocation):
+            runs = place.stored(*place.units(start, stop))
+        for part, a, b in runs:
+            yield part.file, part.start + a * part.dtype.itemsize, part.start + b * part.dtype.itemsize
 
 
 class _Complete(NamedTuple):

@@ -8,6 +8,7 @@ strategy's own wrapping on a fake process group, which adds the gathered layers 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING, NamedTuple
@@ -18,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from trainer.data import Batch
 from trainer.errors import InputError
+from trainer.model.files.configs import UNUSABLE, cause
 from trainer.plan.allocation_tracker import LiveBytes
 from trainer.plan.fake_process_group import CPU, fake_world
 from trainer.plan.meta_model import labels_of, layer_count, skeleton, with_layers
@@ -78,7 +80,7 @@ def _peak(recipe: Recipe, config: PreTrainedConfig, ranks: int | None) -> int:
 def measure(recipe: Recipe, config: PreTrainedConfig, ranks: int | None) -> ActivationBytes:
     """Runs one micro-batch, forward and backward, sharded over ``ranks`` by FSDP2, or not sharded if None."""
     try:
-        with fake_world(ranks) if ranks else nullcontext() as world:
+        with _without_logs(), fake_world(ranks) if ranks else nullcontext() as world:
             model = skeleton(recipe, config, as_gathered=world is None and recipe.strategy.row.sharded)
             layers = decoder_layers(model)
             task = make_task(recipe, labels_of(recipe))
@@ -88,12 +90,23 @@ def measure(recipe: Recipe, config: PreTrainedConfig, ranks: int | None) -> Acti
             strategy = make_strategy(on_device(recipe), world)
             strategy.model = strategy.wrap(model)
             return _run(recipe, strategy.model, task, layers, settle=strategy.reshard)
-    except (RuntimeError, NotImplementedError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except (*UNUSABLE, RuntimeError) as error:
         raise InputError(
             f"model.path {recipe.model.path!r}: the memory of a {config.model_type!r} model's forward and backward "
-            f"cannot be computed without weights: {reason}"
+            f"cannot be computed without weights: {cause(error)}"
         ) from error
+
+
+@contextmanager
+def _without_logs() -> Iterator[None]:
+    """Silences torch, which logs the stack of an error under fake tensors before it raises it."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
 
 
 def on_device(recipe: Recipe) -> Recipe:

@@ -20,7 +20,7 @@ class LiveBytes(TorchDispatchMode):
 
     Operations that need values, which fake tensors do not have, get fixed results: a mask selects all positions (a plan
     counts every token as a target), and a scalar is 0, so that a condition on it is false (packed samples get the mask
-    that keeps them apart).
+    that keeps them apart). So does the product of tokens and experts, whose shape torch computes for bfloat16 only.
     """
 
     def __init__(self, held: Iterable[torch.Tensor] = ()) -> None:
@@ -43,7 +43,7 @@ class LiveBytes(TorchDispatchMode):
             if mask is not None and mask.dtype == torch.bool:
                 positions = [torch.empty(mask.numel(), dtype=torch.long, device=mask.device) for _ in range(mask.ndim)]
                 args = (args[0], positions)
-        made = func(*args, **(kwargs or {}))
+        made = _grouped_product(*args) if func is aten._grouped_mm.default else func(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
             if isinstance(tensor, torch.Tensor):
                 self._see(_local(tensor).untyped_storage())
@@ -79,6 +79,13 @@ class LiveBytes(TorchDispatchMode):
                 yield
         finally:
             torch.UntypedStorage.resize_ = resize  # type: ignore[method-assign]
+
+
+def _grouped_product(a: torch.Tensor, b: torch.Tensor, offsets: torch.Tensor | None = None, *_: Any) -> torch.Tensor:
+    """Returns a tensor of the size of the product. Of two matrices, the groups divide the dimension that is summed."""
+    groups = [len(offsets)] if offsets is not None and a.dim() == b.dim() == 2 else []
+    stack = [a.shape[0]] if a.dim() == b.dim() == 3 else groups
+    return a.new_empty([*stack, a.shape[-2], b.shape[-1]])
 
 
 def _local(tensor: torch.Tensor) -> torch.Tensor:

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.errors import InputError, MusterError
-from trainer.model.files.remote_code import check_code
+from trainer.model.base_config import load_config
 from trainer.plan.known_configs import known_shape
 from trainer.recipe.sections.model import ModelSection
+from trainer.recipe.tasks import CAUSAL
 from trainer.storage import open_storage
 from trainer.storage.limit import limited
 
@@ -32,14 +33,14 @@ class Base:
     note: str = ""
 
 
-def read_base(section: ModelSection) -> Base:
-    """Raises InputError when there is no ``config.json``, or none that a causal language model can be built from."""
+def read_base(section: ModelSection, auto_class: str = CAUSAL) -> Base:
+    """Raises InputError when there is no ``config.json``, or muster cannot take its base for ``auto_class``."""
     try:
         if "://" in section.path:
-            return Base(_from_url(section))
+            return Base(_from_url(section, auto_class))
         if Path(section.path).is_dir():
-            return Base(_parse(section, section.path))
-        return Base(_from_hub(section))
+            return Base(_parse(section, section.path, auto_class))
+        return Base(_from_hub(section, auto_class))
     except OutOfReach as error:
         shape = known_shape(section.path)
         if shape is None:
@@ -55,7 +56,7 @@ class OutOfReach(Exception):
     """The file may exist, but cannot be read from this host now."""
 
 
-def _from_url(section: ModelSection) -> PreTrainedConfig:
+def _from_url(section: ModelSection, auto_class: str) -> PreTrainedConfig:
     try:
         text = open_storage(section.path, deadline_s=REACH_S).read(CONFIG)
     except FileNotFoundError:
@@ -64,10 +65,10 @@ def _from_url(section: ModelSection) -> PreTrainedConfig:
         raise OutOfReach(f"the {CONFIG} of model.path {section.path!r} cannot be read from here: {error}") from error
     with tempfile.TemporaryDirectory(prefix="muster-plan-") as folder:
         Path(folder, CONFIG).write_bytes(text)
-        return _parse(section, folder)
+        return _parse(section, folder, auto_class)
 
 
-def _from_hub(section: ModelSection) -> PreTrainedConfig:
+def _from_hub(section: ModelSection, auto_class: str) -> PreTrainedConfig:
     """Reads it from the Hub's cache on this host, or else from the Hub."""
     from huggingface_hub import hf_hub_download
 
@@ -82,7 +83,7 @@ def _from_hub(section: ModelSection) -> PreTrainedConfig:
         file = fetch(True)
     except Exception:
         file = within(REACH_S, lambda: fetch(False), f"the {CONFIG} of {section.path!r} cannot be read from the Hub")
-    return _parse(section, str(Path(file).parent))
+    return _parse(section, str(Path(file).parent), auto_class)
 
 
 def within(seconds: float, read: Callable[[], str], failing: str) -> str:
@@ -94,15 +95,7 @@ def within(seconds: float, read: Callable[[], str], failing: str) -> str:
         raise OutOfReach(f"{failing}: {message}") from error
 
 
-def _parse(section: ModelSection, folder: str) -> PreTrainedConfig:
-    from transformers import AutoConfig
-
+def _parse(section: ModelSection, folder: str, auto_class: str) -> PreTrainedConfig:
     if not Path(folder, CONFIG).is_file():
         raise InputError(f"model.path {section.path!r} holds no {CONFIG}: name a folder in the Hugging Face format")
-    check_code(section, Path(folder))
-    try:
-        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, trust_remote_code=section.trust_remote_code)
-    except Exception as e:
-        lines = [line.strip() for line in str(e).splitlines() if line.strip()] or [type(e).__name__]
-        raise InputError(f"model.path {section.path!r} has a {CONFIG} that cannot be used: {lines[0]}") from e
-    return config
+    return load_config(section, Path(folder), auto_class)

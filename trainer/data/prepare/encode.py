@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 
 from trainer.data.formats import open_format
 from trainer.data.formats.columns import fields_of, look_up
+from trainer.data.formats.turns import MEDIA
 from trainer.data.sample import Row, RowError, Sample
 from trainer.data.spec import FrozenSource, PreparationSpec
 from trainer.recipe.formats import FORMATS
 
 MEANINGFUL = {
-    *("system", "history", "tools", "functions", "documents", "image", "images", "video", "videos", "audio", "audios"),
+    *("system", "history", "tools", "functions", "documents", *MEDIA),
     *("label", "labels", "weight", "score", "margin", "chosen", "rejected", "kto_tag"),
     *("reasoning", "reasoning_content", "thinking", "messages", "conversations"),
 }
@@ -70,7 +71,8 @@ class RowEncoder:
     def _odd(self, row: Row) -> Iterator[str]:
         for name in sorted(row.keys() & self._watched):
             if row[name] not in (None, "", [], {}):
-                yield f"the column {name!r} is not read by the format {self.source.format}"
+                why = "; only text is trained" if name in MEDIA else f" by the format {self.source.format}"
+                yield f"the column {name!r} is not read{why}"
         for name in self._nullable:
             if look_up(row, name) is None:
                 yield f"the column {name!r} of the template is null in some rows, which is an empty text"
@@ -84,7 +86,8 @@ class RowEncoder:
             if largest >= self._vocabulary:
                 return RowError(
                     f"the tokenizer gives the token {largest}, and the model has embeddings of {self._vocabulary:,} "
-                    "tokens only; the tokenizer belongs to another model, or tokens were added to it"
+                    "tokens only: put the model's own tokenizer there; or, if tokens were added to it, call "
+                    "model.resize_token_embeddings(len(tokenizer)) once, save both, and name that folder as model.path"
                 )
         return samples
 

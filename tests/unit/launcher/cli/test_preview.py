@@ -66,7 +66,7 @@ def test_each_sample_is_a_line_whose_spans_make_its_text(muster: Muster, write: 
     assert fault["index"] == 1
     assert "no turn of the assistant" in fault["fault"]
     assert fault["spans"] == []
-    assert third["warnings"] == ["the column 'images' is not read by the format messages"]
+    assert third["warnings"] == ["the column 'images' is not read; only text is trained"]
     assert sorted(tmp_path.rglob("*")) == before, "nothing is left behind"
     assert "3 rows: 2 samples" in muster.err
 

@@ -301,6 +301,41 @@ def test_what_is_not_merged_tensor_by_tensor_is_refused(
     merge(of(recipe), tmp_path / "whole")
 
 
+@pytest.fixture(scope="module")
+def tied(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with embeddings that are its head too."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base = tmp_path_factory.mktemp("tied")
+    model: Any = AutoModelForCausalLM.from_pretrained(tiny_model)
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    model.save_pretrained(base)
+    AutoTokenizer.from_pretrained(tiny_model).save_pretrained(base)
+    return base
+
+
+@pytest.mark.parametrize("targets", [["q_proj", "lm_head"], r"(model\.embed_tokens|.*\.q_proj)"])
+def test_an_adapter_on_a_tied_weight_is_merged_into_one_of_the_two(
+    targets: Any, tied: Path, folder: Path, tmp_path: Path
+) -> None:
+    name = f"tied-{'head' if isinstance(targets, list) else 'embeddings'}"
+    adapter = {"method": "lora", "rank": 4, "target_modules": targets}
+    recipe = trained(name, tied, folder, adapter=adapter, **{"data.packing": False})
+    want = plain_logits(tied, adapter_of(recipe))
+    merge(of(recipe), tmp_path / "merged")
+    assert not json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"]
+    assert float((plain_logits(tmp_path / "merged") - want).norm() / want.norm()) < 1e-5
+    assert float((plain_logits(tied) - want).norm() / want.norm()) > 1e-3, "the adapter has learnt something"
+
+
+@pytest.mark.parametrize("method", ["pissa", "olora"])
+def test_a_tied_head_is_not_taken_apart(method: str, tied: Path, folder: Path) -> None:
+    adapter = {"method": method, "rank": 4, "target_modules": ["q_proj", "lm_head"]}
+    with pytest.raises(InputError, match="shares its weight with the embeddings: leave the head out"):
+        trained(f"tied-{method}", tied, folder, adapter=adapter)
+
+
 def test_no_code_of_a_base_runs_to_describe_an_adapter(
     tiny_model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -75,7 +75,7 @@ CHAT = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "co
 def test_columns_that_carry_meaning_and_are_not_read_are_named_once():
     made, _ = encoder({**CHAT, "images": ["cat.png"], "history": [], "id": 3})
     list(made.encode([(1, {**CHAT, "images": ["dog.png"]})]))
-    assert list(made.warnings) == ["the column 'images' is not read by the format messages"]
+    assert list(made.warnings) == ["the column 'images' is not read; only text is trained"]
     made, _ = encoder({"instruction": "a", "output": "b", "system": "c"}, "instruction")
     assert list(made.warnings) == ["the column 'system' is not read by the format instruction"]
     made, _ = encoder({"instruction": "a", "output": "b", "system": "c"}, "instruction", style="chat")
@@ -94,6 +94,7 @@ def test_a_null_in_a_template_is_empty_with_a_warning_or_a_fault():
 def test_a_token_beyond_the_embeddings_is_a_fault():
     _, [found] = encoder(CHAT, vocabulary=50)
     assert "the model has embeddings of 50 tokens only" in found.samples.reason
+    assert "resize_token_embeddings(len(tokenizer)) once, save both" in found.samples.reason
 
 
 def test_the_warnings_of_all_windows_are_in_the_manifest(tmp_path):
@@ -101,7 +102,7 @@ def test_the_warnings_of_all_windows_are_in_the_manifest(tmp_path):
     shared, spec = memory(), describe(freeze([source(tmp_path / "a.jsonl")]), tokenizer(), sequence_length=64)
     prepare_dataset(spec, tokenizer(), shared, window_bytes=500, span_bytes=300)
     found = open_prepared(shared, spec.fingerprint)
-    assert found.warnings == [["the column 'images' is not read by the format completion"]]
+    assert found.warnings == [["the column 'images' is not read; only text is trained"]]
 
 
 @pytest.mark.parametrize(

@@ -119,5 +119,5 @@ def test_a_buffer_that_the_model_does_not_compute_is_said(make: Make, monkeypatc
 def test_an_unknown_architecture_is_the_users_to_mend(make: Make, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "config.json").write_text('{"model_type": "no-such-model"}')
-    with pytest.raises(InputError, match="cannot be loaded as a causal language model"):
+    with pytest.raises(InputError, match=r"config.json that cannot be used: .*no-such-model"):
         meta_of(make(**{"model.path": str(tmp_path / "other")}))

@@ -312,3 +312,75 @@ def test_deepspeed_keeps_a_float32_copy_of_its_part(tmp_path: Path, kind: str) -
     assert rank.unsharded_bytes > 0
     offload = {"strategy.kind": kind, "strategy.deepspeed": f"{kind}_offload", **GPU}
     assert planned(plan_recipe(tmp_path, **offload), 3).ranks[0].offloaded_bytes >= rank.optimizer_bytes
+
+
+MIXTURE: dict[str, Any] = {
+    "architectures": ["MixtralForCausalLM"],
+    "model_type": "mixtral",
+    "vocab_size": 384,
+    "hidden_size": 60,
+    "intermediate_size": 68,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 14,
+    "num_local_experts": 3,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 512,
+}
+"""No row is a multiple of 16 bytes in 16 bits."""
+
+
+@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+@pytest.mark.parametrize("method", ["lora", "none"])
+def test_a_mixture_of_experts_has_a_plan_in_every_type(tmp_path: Path, kind: str, method: str) -> None:
+    changes = {"strategy.kind": kind, "adapter.method": method, "adapter.target_modules": ["q_proj"]}
+    sizes = {}
+    for dtype in ("float32", "bfloat16", "float16"):
+        recipe = plan_recipe(tmp_path, MIXTURE, **{**changes, "model.dtype": dtype})
+        sizes[dtype] = sum(working_set(recipe, read_base(recipe.model).config, 2))
+    assert 0 < sizes["float16"] == pytest.approx(sizes["bfloat16"], rel=0.15)  # float16 is scaled and cast
+    assert sizes["bfloat16"] < sizes["float32"]
+
+
+def test_a_mixture_keeps_what_a_real_step_keeps(tmp_path: Path) -> None:
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    from tests.support.models import CPU, built, packed
+    from trainer.plan.activation_memory import measure
+    from trainer.tasks import make_task
+
+    shape = {k: v for k, v in MIXTURE.items() if k not in ("architectures", "model_type")}
+    MixtralForCausalLM(MixtralConfig(**shape)).save_pretrained(tmp_path / "base")
+    changes = {"adapter.dropout": 0.0, "adapter.target_modules": ["q_proj"]}
+    recipe = small_recipe("real", tmp_path / "base", tmp_path, **changes)
+    model, _ = built(recipe)
+    task = make_task(recipe)
+    task.attach(model)
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        task.loss(model, packed([[40, 24], [32, 32]], prompt=1), CPU)
+    real = sum(size for pointer, size in saved.items() if pointer not in parameters)
+    assert measure(recipe, read_base(recipe.model).config, None).held == pytest.approx(real, rel=0.1)
+
+
+def test_an_operation_that_fails_on_fake_tensors_is_a_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    from transformers.models.llama.modeling_llama import LlamaMLP
+
+    for error in (TypeError("no such\nthing"), ValueError("bad"), AssertionError("odd")):
+
+        def fails(*_: Any, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(LlamaMLP, "forward", fails)
+        with pytest.raises(InputError, match=r"cannot be computed without weights: (no such thing|bad|odd)$"):
+            activations(tmp_path)
+    assert not caplog.records
