@@ -126,12 +126,13 @@ def test_a_base_in_object_storage_is_known_by_its_etags(
 
 
 def test_a_base_that_is_converted_while_it_is_loaded_is_told(make: Make, models: Storage, tmp_path: Path) -> None:
-    from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+    from transformers import OlmoHybridConfig, OlmoHybridForCausalLM
 
-    config = Qwen3MoeConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=32, moe_intermediate_size=8, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=8, num_experts=4, num_experts_per_tok=2,
+    config = OlmoHybridConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=16,
+        linear_value_head_dim=16, layer_types=["linear_attention", "full_attention"], pad_token_id=0,
     )  # fmt: skip
-    Qwen3MoeForCausalLM(config).save_pretrained(tmp_path / "experts")
+    OlmoHybridForCausalLM(config).save_pretrained(tmp_path / "converted")
     with pytest.raises(InputError, match=r"no NF4 copy of .* can be made: transformers converts"):
-        make_copy(make(**{"model.path": str(tmp_path / "experts")}).model, models)
+        make_copy(make(**{"model.path": str(tmp_path / "converted")}).model, models)

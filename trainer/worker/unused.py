@@ -1,0 +1,126 @@
+"""Trained parameters that the loss does not depend on, found before the first step.
+
+A layer can have an adapter and take no part in the loss: its weight is read by other code, its result chooses indices
+(which have no gradient), or it belongs to a part of the model that text does not reach. Its adapter would stay as it is,
+and DistributedDataParallel would stop in the second step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from trainer.adapters import Adapter
+from trainer.data import Batch
+from trainer.distributed.world import World
+from trainer.errors import InputError
+from trainer.recipe import Recipe
+from trainer.recipe.tasks import TASKS
+from trainer.strategies import Strategy
+from trainer.tasks import Task
+
+LONGEST = 32
+"""Tokens of the sample that is tried."""
+SHOWN = 5
+
+
+class UnusedTargets(Exception):
+    """Layers have adapters and take no part in the loss; ``names``: their full names in the base model."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        super().__init__(f"{len(names)} layers take no part in the loss")
+        self.names = tuple(names)
+
+
+def check_used(recipe: Recipe, world: World, adapter: Adapter, task: Task, strategy: Strategy) -> None:
+    """Collective: runs the loss of one micro-batch on the built model, with training's own arguments.
+
+    Raises UnusedTargets if layers that the adapter can leave out take no part in it, and InputError for others."""
+    unused = world.all_gather(_unused(recipe, task, strategy))[0]
+    if not unused:
+        return
+    can_go, others = adapter.may_leave_out(strategy.model, unused)
+    if others:
+        raise InputError(
+            f"adapter: the loss does not depend on {len(others)} of the trained parameters or layers "
+            f"({', '.join(others[:SHOWN])}): leave them out of adapter.target_modules and adapter.modules_to_save"
+        )
+    raise UnusedTargets(can_go)
+
+
+def _unused(recipe: Recipe, task: Task, strategy: Strategy) -> list[str]:
+    """Returns the names of the trained parameters that are not in the loss's graph."""
+    seen: dict[int, str] = {}
+    hooks = [m.register_forward_pre_hook(_Seen(n, seen), with_kwargs=True) for n, m in _gathered(strategy)]
+    device = strategy.world.device
+    state = torch.random.get_rng_state()
+    strategy.module.train()
+    try:
+        # Not the last micro-batch of a step, so that no gradients are exchanged.
+        with strategy.micro_batch(last=False), strategy.autocast():
+            loss = task.loss(strategy.module, task.dummy_batch(_batch(recipe)), device).loss_sum
+    finally:
+        torch.random.set_rng_state(state)
+        for hook in hooks:
+            hook.remove()
+    reached = {seen.get(id(leaf)) for leaf in _leaves(loss)}
+    del loss
+    strategy.reshard()
+    return [name for name in strategy.trainable() if name not in reached]
+
+
+class _Seen:
+    """Records the parameters of a module by identity when its forward begins: a strategy that gathers parameters puts
+    other objects in their place for the forward."""
+
+    def __init__(self, name: str, seen: dict[int, str]) -> None:
+        self._prefix, self._seen = f"{name}." if name else "", seen
+
+    def __call__(self, module: torch.nn.Module, *_: Any) -> None:
+        for name, parameter in module.named_parameters():
+            self._seen[id(parameter)] = f"{self._prefix}{name}"
+
+
+def _gathered(strategy: Strategy) -> Iterator[tuple[str, torch.nn.Module]]:
+    """Yields the model and the modules that a strategy has wrapped, from the outside in."""
+    names = {"", *strategy.wrapped()}
+    yield from ((name, module) for name, module in strategy.model.named_modules() if name in names)
+
+
+def _leaves(loss: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Yields the leaf tensors of the graph that ends in ``loss``."""
+    waiting, seen = [loss.grad_fn], set()
+    while waiting:
+        node: Any = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            yield node.variable
+        waiting.extend(following for following, _ in node.next_functions)
+
+
+def _batch(recipe: Recipe) -> Batch:
+    """Returns a micro-batch of one sample, or one pair."""
+    length = min(LONGEST, recipe.data.sequence_length)
+    pairs = 1 if TASKS[recipe.task].learns_from == ("preference",) else 0
+    rows = 1 + pairs
+    places = np.tile(np.arange(length), (rows, 1))
+    targets = places > 0
+    if TASKS[recipe.task].auto_class == "AutoModelForSequenceClassification":
+        targets = places == length - 1
+    return Batch(
+        index=0,
+        input_ids=places.copy(),
+        position_ids=places,
+        targets=targets,
+        sample_ids=["made up"] * rows,
+        tokens=places.size,
+        target_tokens=int(targets.sum()),
+        labels=np.zeros(rows, np.int64),
+        pairs=pairs,
+        margins=np.zeros(pairs, np.float32),
+    )
