@@ -1,0 +1,81 @@
+"""Writes the tables of docs/models.md from the rows in tests/golden/families.json: ``make families``."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections import defaultdict
+from collections.abc import Iterator
+from typing import Any
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+ROWS = ROOT / "tests" / "golden" / "families.json"
+PAGE = pathlib.Path("docs/models.md")
+BEGIN = "<!-- From here on, the page is made by `make families`. -->\n"
+
+CHECKS = ("plain", "gradients", "reload", "merge", "fsdp", "nf4", "nf4_fsdp")
+SIGNS = {"ok": "=", "refused": "refused", "fault": "**fails**"}
+HEAD = """| model type | has | packing | attention | adapted | plain | gradients | reload | merge | fsdp | nf4 | nf4, fsdp |
+|---|---|---|---|---|---|---|---|---|---|---|---|"""
+
+
+def pages() -> dict[pathlib.Path, str]:
+    """Returns the text of the page, by its path below the project's root: what was written by hand, and the tables."""
+    written = (ROOT / PAGE).read_text(encoding="utf-8").partition(BEGIN)[0]
+    return {PAGE: written + BEGIN + "\n" + "\n".join(_tables(json.loads(ROWS.read_text(encoding="utf-8")))) + "\n"}
+
+
+def _tables(stored: dict[str, Any]) -> Iterator[str]:
+    made = {name: row for name, row in stored["rows"].items() if "not_made" not in row}
+    good = [name for name, row in made.items() if all(row.get(check) == "ok" for check in CHECKS)]
+    yield f"Made with transformers {stored['transformers']}: {len(good)} of {len(made)} architectures pass every check.\n"
+    yield HEAD
+    for name, row in made.items():
+        yield f"| {' | '.join(_cells(name, row))} |"
+    for sign, title in (("refused", "What is refused, and why"), ("fault", "What fails")):
+        reasons = _grouped(made, sign)
+        if reasons:
+            yield f"\n## {title}\n"
+            yield from (f"- {reason} ({', '.join(names)})" for reason, names in reasons.items())
+    yield "\n## Not measured\n"
+    yield "For these, transformers itself cannot run a small model on text alone.\n"
+    yield from (f"- `{name}`: {_text(row['not_made'])}" for name, row in stored["rows"].items() if "not_made" in row)
+
+
+def _cells(name: str, row: dict[str, Any]) -> Iterator[str]:
+    yield f"`{name}`"
+    yield ", ".join(row["kinds"])
+    yield {True: "yes", False: "no"}.get(row.get("packing"), "") if "losses" in row else ""
+    yield row.get("kernel", "")
+    yield f"{row['adapted']:.0%}" if "adapted" in row else ""
+    for check in CHECKS:
+        sign = SIGNS.get(row.get(check, "").partition(":")[0], "")
+        yield f"{sign} (loaded whole)" if sign == "=" and row.get(f"{check}_load") == "whole" else sign
+
+
+def _grouped(rows: dict[str, Any], sign: str) -> dict[str, list[str]]:
+    """Returns the architectures by the reason for which a check ended with ``sign``."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for name, row in rows.items():
+        reasons = {check: row[check] for check in CHECKS if row.get(check, "").startswith(f"{sign}: ")}
+        if sign == "refused" and "unpacked" in row:
+            reasons["packing"] = row["unpacked"]
+        for check, reason in reasons.items():
+            text = reason.removeprefix(f"{sign}: ").replace(row["class_name"], "the model").replace(name, "NAME")
+            found[f"{check.replace('_', ', ')}: {_text(text)}"].append(f"`{name}`")
+    return dict(found)
+
+
+def _text(reason: str) -> str:
+    """Returns the reason as text that Markdown leaves as it is."""
+    return f"`{reason.replace('`', "'")}`"
+
+
+def main() -> None:
+    for path, text in pages().items():
+        (ROOT / path).write_text(text, encoding="utf-8")
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,56 @@
+"""Small models of the architectures of transformers pass the checks that the table in docs/models.md promises."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import pytest
+import transformers
+
+from tests.families.bases import architectures
+from tests.families.rows import FILE, examine_all, outcomes
+
+SEED = int(os.environ.get("FAMILIES_SEED", "20261129"))
+OTHERS = 2
+STORED: dict[str, Any] = json.loads(FILE.read_text())
+ROWS: dict[str, Any] = STORED["rows"]
+
+pytestmark = pytest.mark.skipif(
+    transformers.__version__ != STORED["transformers"],
+    reason=f"the table was made with transformers {STORED['transformers']}",
+)
+
+
+def _sample() -> list[str]:
+    """A dense model, a mixture of experts, one with sliding windows, one with a state, and some others."""
+    draw = random.Random(SEED)
+    made = {name: row["kinds"] for name, row in ROWS.items() if "kinds" in row}
+    wanted: list[Callable[[list[str]], bool]] = [lambda kinds: not kinds]
+    wanted += [lambda kinds, kind=kind: kind in kinds for kind in ("experts", "sliding", "state")]  # type: ignore[misc]
+    chosen: list[str] = []
+    for fits in [*wanted, *[lambda kinds: True] * OTHERS]:
+        chosen.append(draw.choice([name for name, kinds in made.items() if name not in chosen and fits(kinds)]))
+    return chosen
+
+
+def _as_promised(model_types: Iterable[str]) -> None:
+    rows = {row["model_type"]: row for row in examine_all(model_types, jobs=2)}
+    unlike = {name: row for name, row in rows.items() if outcomes(row) != outcomes(ROWS.get(name, {}))}
+    assert not unlike, f"seed {SEED}; if this is right, run: make families FAMILIES={' '.join(unlike)!r}"
+
+
+@pytest.mark.timeout(600)
+def test_a_sample_of_the_architectures_does_what_the_table_says() -> None:
+    chosen = _sample()
+    print(f"FAMILIES_SEED={SEED}: {', '.join(chosen)}")
+    _as_promised(chosen)
+
+
+@pytest.mark.night
+@pytest.mark.timeout(0)
+def test_every_architecture_does_what_the_table_says() -> None:
+    _as_promised(architectures())
