@@ -15,8 +15,7 @@ BEGIN = "<!-- From here on, the page is made by `make families`. -->\n"
 
 CHECKS = ("plain", "gradients", "reload", "merge", "fsdp", "nf4", "nf4_fsdp")
 SIGNS = {"ok": "=", "refused": "refused", "fault": "**fails**"}
-HEAD = """| model type | has | packing | attention | adapted | plain | gradients | reload | merge | fsdp | nf4 | nf4, fsdp |
-|---|---|---|---|---|---|---|---|---|---|---|---|"""
+COLUMNS = ("model type", "has", "packing", "attention", "adapted", *(check.replace("_", ", ") for check in CHECKS))
 
 
 def pages() -> dict[pathlib.Path, str]:
@@ -28,15 +27,28 @@ def pages() -> dict[pathlib.Path, str]:
 def _tables(stored: dict[str, Any]) -> Iterator[str]:
     made = {name: row for name, row in stored["rows"].items() if "not_made" not in row}
     good = [name for name, row in made.items() if all(row.get(check) == "ok" for check in CHECKS)]
-    yield f"Made with transformers {stored['transformers']}: {len(good)} of {len(made)} architectures pass every check.\n"
-    yield HEAD
+    version = stored["transformers"]
+    yield f"Made with transformers {version}: {len(good)} of {len(made)} architectures pass every check.\n"
+    yield f"| {' | '.join(COLUMNS)} |"
+    yield "|---" * len(COLUMNS) + "|"
     for name, row in made.items():
         yield f"| {' | '.join(_cells(name, row))} |"
+    left = {name: row["left_out"] for name, row in made.items() if row.get("left_out")}
+    yield "\n## What has no adapter under `all-linear`\n"
+    yield "Weights that are more than 1 % of those between the embeddings of the small model:\n"
+    for name, shares in left.items():
+        yield f"- `{name}`: {', '.join(f'`{weight}` {share:.0%}' for weight, share in shares.items())}"
     for sign, title in (("refused", "What is refused, and why"), ("fault", "What fails")):
         reasons = _grouped(made, sign)
         if reasons:
             yield f"\n## {title}\n"
             yield from (f"- {reason} ({', '.join(names)})" for reason, names in reasons.items())
+    yield "\n## What warnings say\n"
+    warnings: dict[str, list[str]] = defaultdict(list)
+    for name, row in made.items():
+        for warning in dict.fromkeys([*row.get("warnings", []), *row.get("fsdp_warnings", [])]):
+            warnings[warning.replace(row["class_name"], "the model")].append(f"`{name}`")
+    yield from (f"- {_text(warning)} ({', '.join(names)})" for warning, names in warnings.items())
     yield "\n## Not measured\n"
     yield "For these, transformers itself cannot run a small model on text alone.\n"
     yield from (f"- `{name}`: {_text(row['not_made'])}" for name, row in stored["rows"].items() if "not_made" in row)
@@ -45,7 +57,7 @@ def _tables(stored: dict[str, Any]) -> Iterator[str]:
 def _cells(name: str, row: dict[str, Any]) -> Iterator[str]:
     yield f"`{name}`"
     yield ", ".join(row["kinds"])
-    yield {True: "yes", False: "no"}.get(row.get("packing"), "") if "losses" in row else ""
+    yield ("yes" if row["packing"] else "no") if "losses" in row else ""
     yield row.get("kernel", "")
     yield f"{row['adapted']:.0%}" if "adapted" in row else ""
     for check in CHECKS:
@@ -61,14 +73,15 @@ def _grouped(rows: dict[str, Any], sign: str) -> dict[str, list[str]]:
         if sign == "refused" and "unpacked" in row:
             reasons["packing"] = row["unpacked"]
         for check, reason in reasons.items():
-            text = reason.removeprefix(f"{sign}: ").replace(row["class_name"], "the model").replace(name, "NAME")
+            text = reason.removeprefix(f"{sign}: ").replace(row["class_name"], "the model")
             found[f"{check.replace('_', ', ')}: {_text(text)}"].append(f"`{name}`")
     return dict(found)
 
 
 def _text(reason: str) -> str:
     """Returns the reason as text that Markdown leaves as it is."""
-    return f"`{reason.replace('`', "'")}`"
+    plain = reason.replace("`", "'")
+    return f"`{plain}`"
 
 
 def main() -> None:

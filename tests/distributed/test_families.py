@@ -5,13 +5,18 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
+import threading
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import transformers
 
+from tests.families import rows
 from tests.families.bases import architectures
+from tests.families.checks import Row
 from tests.families.rows import FILE, examine_all, outcomes
 
 SEED = int(os.environ.get("FAMILIES_SEED", "20261129"))
@@ -19,7 +24,7 @@ OTHERS = 2
 STORED: dict[str, Any] = json.loads(FILE.read_text())
 ROWS: dict[str, Any] = STORED["rows"]
 
-pytestmark = pytest.mark.skipif(
+as_measured = pytest.mark.skipif(
     transformers.__version__ != STORED["transformers"],
     reason=f"the table was made with transformers {STORED['transformers']}",
 )
@@ -38,11 +43,12 @@ def _sample() -> list[str]:
 
 
 def _as_promised(model_types: Iterable[str]) -> None:
-    rows = {row["model_type"]: row for row in examine_all(model_types, jobs=2)}
-    unlike = {name: row for name, row in rows.items() if outcomes(row) != outcomes(ROWS.get(name, {}))}
+    found = {row["model_type"]: row for row in examine_all(model_types, jobs=2)}
+    unlike = {name: row for name, row in found.items() if outcomes(row) != outcomes(ROWS.get(name, {}))}
     assert not unlike, f"seed {SEED}; if this is right, run: make families FAMILIES={' '.join(unlike)!r}"
 
 
+@as_measured
 @pytest.mark.timeout(600)
 def test_a_sample_of_the_architectures_does_what_the_table_says() -> None:
     chosen = _sample()
@@ -50,7 +56,32 @@ def test_a_sample_of_the_architectures_does_what_the_table_says() -> None:
     _as_promised(chosen)
 
 
+@as_measured
 @pytest.mark.night
 @pytest.mark.timeout(0)
 def test_every_architecture_does_what_the_table_says() -> None:
     _as_promised(architectures())
+
+
+def _dies(rank: int, folder: Path) -> None:
+    with Row(folder).check("merge"):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _hangs(rank: int, folder: Path) -> None:
+    with Row(folder).check("merge"):
+        threading.Event().wait()
+
+
+@pytest.mark.parametrize(("how", "reason"), [(_dies, "SIGKILL"), (_hangs, "stands still")])
+def test_a_process_that_dies_or_hangs_is_a_fault_of_its_check(
+    how: Callable[..., None], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if how is _hangs:
+        monkeypatch.setattr(rows.Stillness, "lasts", lambda *times: "merge" in Row(tmp_path).values)
+    Row(tmp_path).set(plain="ok")
+    rows._run(tmp_path, how, 1, tmp_path)
+    row = Row(tmp_path).values
+    assert row["plain"] == "ok"
+    assert reason in row["merge"]
+    assert outcomes(row)["merge"] == "fault"

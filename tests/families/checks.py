@@ -64,7 +64,7 @@ def alone(rank: int, model_type: str, folder: Path) -> None:
         state["trained"] = trained = _train_packed(row, folder)
         row.set(packing=row["packing"], kernel=trained.attention, warnings=trained.warnings, losses=trained.losses)
         model = plain.load(folder / "base", folder / "first", trained=True)
-        row.set(adapted=round(plain.adapted_share(model), 3))
+        row.set(**plain.coverage(model)._asdict())
         want = plain.train(model, trained.texts, STEPS, _recipe(folder, "x", packing=True).optimizer)
         state["plain"] = plain.evaluated(model, trained.texts)
         _compare(trained.losses, want, TOLERANCE, row["packing"], lambda: _train(folder, "alone", packing=False).losses)
@@ -167,7 +167,7 @@ def _train(folder: Path, name: str, *, keep: bool = False, **how: Any) -> Traine
     """Trains with muster's own parts and loop, in this process and those of its group. ``keep``: writes the adapter as
     it was before the first step into ``first``, and as it is after the last into ``last``."""
     recipe = _recipe(folder, name, **how)
-    with _warnings() as warnings, bench(recipe) as it:
+    with _warnings(folder) as warnings, bench(recipe) as it:
         if keep:
             _write(it, folder / "first")
         lacking = _watch_gradients(it) if it.world.size == 1 else list
@@ -229,10 +229,10 @@ def _near(got: float, want: float, tolerance: float, what: str, other: str) -> N
 
 
 @contextmanager
-def _warnings() -> Iterator[list[str]]:
+def _warnings(folder: Path) -> Iterator[list[str]]:
     found: list[str] = []
     handler = logging.Handler(logging.WARNING)
-    handler.emit = lambda record: found.append(record.getMessage())  # type: ignore[method-assign]
+    handler.emit = lambda record: found.append(_short(record.getMessage(), folder))  # type: ignore[method-assign]
     logger = logging.getLogger("trainer")
     logger.addHandler(handler)
     try:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,6 +14,8 @@ from torch.nn.functional import cross_entropy
 from tests.support.models import samples_of
 from trainer.data import Batch
 from trainer.recipe.sections.optimizer import OptimizerSection
+
+NAMED = 0.01
 
 
 class Text(NamedTuple):
@@ -68,22 +72,29 @@ def train(model: Any, texts: Sequence[Text], steps: int, section: OptimizerSecti
     return losses
 
 
-def adapted_share(model: Any) -> float:
-    """Returns the share of the weights between the embeddings that have an adapter."""
+class Coverage(NamedTuple):
+    """``adapted``: the share of the weights between the embeddings that have an adapter. ``left_out``: the names of
+    those that have none and are more than ``NAMED`` of all, with their share; ``#`` for the numbers in them."""
+
+    adapted: float
+    left_out: dict[str, float]
+
+
+def coverage(model: Any) -> Coverage:
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     base = model.get_base_model()
     ends = (base.get_input_embeddings(), base.get_output_embeddings())
     outer = {id(p) for module in ends if module is not None for p in module.parameters()}
-    adapted = {
-        id(p)
-        for module in model.modules()
-        if isinstance(module, BaseTunerLayer)
-        for p in _weights(module)
-        if not p.requires_grad
-    }
-    sizes = {id(p): p.numel() for p in model.parameters() if not p.requires_grad and id(p) not in outer}
-    return sum(size for key, size in sizes.items() if key in adapted) / max(1, sum(sizes.values()))
+    adapted = {id(p) for m in model.modules() if isinstance(m, BaseTunerLayer) for p in _weights(m)}
+    body = {n: p for n, p in base.named_parameters() if not p.requires_grad and id(p) not in outer}
+    total = max(1, sum(p.numel() for p in body.values()))
+    left: dict[str, float] = defaultdict(float)
+    for name, parameter in body.items():
+        if id(parameter) not in adapted:
+            left[re.sub(r"\d+", "#", name)] += parameter.numel() / total
+    named = {name: round(share, 3) for name, share in left.items() if share > NAMED}
+    return Coverage(round(1 - sum(left.values()), 3), named)
 
 
 def _weights(module: Any) -> list[torch.Tensor]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import psutil
 
-from tests.families.checks import ALONE, ENDED, OK, SHARDED, Row, alone, sharded
+from tests.families.checks import ALONE, ENDED, SHARDED, Row, alone, sharded
 from tests.support.ranks import run_ranks
 
 FILE = Path(__file__).resolve().parents[1] / "golden" / "families.json"
@@ -20,6 +20,9 @@ FILE = Path(__file__).resolve().parents[1] / "golden" / "families.json"
 
 STILL_S = 120.0
 """A group of processes that use no processor for so long hangs."""
+
+WAITING_S = 0.2
+"""Processor time that processes use up which only wait."""
 
 CHECKS = (*ALONE, *SHARDED)
 
@@ -61,13 +64,10 @@ def _death(function: Callable[..., None], ranks: int, *arguments: Any) -> str | 
     import torch.multiprocessing as mp
 
     context = run_ranks(function, ranks, *arguments, join=False)
-    used, since = -1.0, time.monotonic()
+    stillness = Stillness()
     try:
         while not context.join(timeout=0.5):
-            now = sum(map(_processor_s, context.pids()))
-            if now > used + 0.2:
-                used, since = now, time.monotonic()
-            elif time.monotonic() - since > STILL_S:
+            if stillness.lasts(sum(map(_processor_s, context.pids())), time.monotonic()):
                 return f"it stands still for {STILL_S:g} s"
     except mp.ProcessExitedException as error:
         return f"its process ended with {error.signal_name or f'exit code {error.exit_code}'}"
@@ -78,6 +78,19 @@ def _death(function: Callable[..., None], ranks: int, *arguments: Any) -> str | 
             if process.is_alive():
                 process.kill()
     return None
+
+
+class Stillness:
+    """Finds a hang: for ``STILL_S`` the processes use no processor but for waiting."""
+
+    def __init__(self) -> None:
+        self._used_s, self._since = float("-inf"), 0.0
+
+    def lasts(self, used_s: float, now: float) -> bool:
+        """``used_s``: the processor time that the processes have used up to ``now``."""
+        if used_s > self._used_s + WAITING_S:
+            self._used_s, self._since = used_s, now
+        return now - self._since > STILL_S
 
 
 def _processor_s(pid: int) -> float:

@@ -116,10 +116,10 @@ def _small(kind: type[Any], extra: dict[str, Any]) -> Any:
     kinds = _parts(kind)
     parts = {name: _small(part, dict(extra.pop(name, {}))) for name, part in kinds.items()}
     settings = {**_shrunk(kind), **parts, **extra}
-    counts = {name: value for name, value in settings.items() if COUNTS_LAYERS.fullmatch(name)}
+    counts = [name for name in settings if COUNTS_LAYERS.fullmatch(name)]
     deep = kind(**settings)
     chosen, lists = _layers(deep, set(_declared(kind)))
-    settings |= {name: chosen for name in counts}
+    settings |= dict.fromkeys(counts, chosen)
     return kind(**{**settings, **lists, **extra})
 
 
