@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 from collections import defaultdict
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +14,7 @@ ROWS = ROOT / "tests" / "golden" / "families.json"
 PAGE = pathlib.Path("docs/models.md")
 BEGIN = "<!-- From here on, the page is made by `make families`. -->\n"
 
+LONGEST = 240
 CHECKS = ("plain", "gradients", "reload", "merge", "fsdp", "nf4", "nf4_fsdp")
 SIGNS = {"ok": "=", "refused": "refused", "fault": "**fails**"}
 COLUMNS = ("model type", "has", "packing", "attention", "adapted", *(check.replace("_", ", ") for check in CHECKS))
@@ -46,12 +48,15 @@ def _tables(stored: dict[str, Any]) -> Iterator[str]:
     yield "\n## What warnings say\n"
     warnings: dict[str, list[str]] = defaultdict(list)
     for name, row in made.items():
-        for warning in dict.fromkeys([*row.get("warnings", []), *row.get("fsdp_warnings", [])]):
-            warnings[warning.replace(row["class_name"], "the model")].append(f"`{name}`")
-    yield from (f"- {_text(warning)} ({', '.join(names)})" for warning, names in warnings.items())
+        said = [*row.get("warnings", []), *row.get("fsdp_warnings", [])]
+        for warning in dict.fromkeys(_text(text, row) for text in said):
+            warnings[warning].append(f"`{name}`")
+    yield from (f"- {warning} ({', '.join(names)})" for warning, names in warnings.items())
     yield "\n## Not measured\n"
     yield "For these, transformers itself cannot run a small model on text alone.\n"
-    yield from (f"- `{name}`: {_text(row['not_made'])}" for name, row in stored["rows"].items() if "not_made" in row)
+    yield from (
+        f"- `{name}`: {_text(row['not_made'], row)}" for name, row in stored["rows"].items() if "not_made" in row
+    )
 
 
 def _cells(name: str, row: dict[str, Any]) -> Iterator[str]:
@@ -73,15 +78,17 @@ def _grouped(rows: dict[str, Any], sign: str) -> dict[str, list[str]]:
         if sign == "refused" and "unpacked" in row:
             reasons["packing"] = row["unpacked"]
         for check, reason in reasons.items():
-            text = reason.removeprefix(f"{sign}: ").replace(row["class_name"], "the model")
-            found[f"{check.replace('_', ', ')}: {_text(text)}"].append(f"`{name}`")
+            text = _text(reason.removeprefix(f"{sign}: "), row)
+            found[f"{check.replace('_', ', ')}: {text}"].append(f"`{name}`")
     return dict(found)
 
 
-def _text(reason: str) -> str:
-    """Returns the reason as text that Markdown leaves as it is."""
-    plain = reason.replace("`", "'")
-    return f"`{plain}`"
+def _text(reason: str, row: dict[str, Any]) -> str:
+    """Returns the reason as text that Markdown leaves as it is, the same for all models that have it."""
+    for name in {row.get("class_name"), row["model_type"]} - {None}:
+        reason = re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "MODEL", reason)
+    plain = re.sub(r"(?<!\w)\d[\d.]*(e[+-]\d+)?(?!\w)", "N", reason).replace("`", "'")
+    return f"`{plain[:LONGEST]}{'…' if plain[LONGEST:] else ''}`"
 
 
 def main() -> None:

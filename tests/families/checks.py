@@ -27,6 +27,7 @@ TOLERANCE, SHARDED_TOLERANCE = 2e-4, 1e-5
 """The largest difference of losses from the plain loop's; relative, from one rank's with the same code."""
 CPU_S = 300
 """Limit of processor time of a process; a few seconds are usual."""
+LONGEST_REASON = 500
 ALONE = ("plain", "gradients", "reload", "merge", "nf4")
 SHARDED = ("fsdp", "nf4_fsdp")
 OK, ENDED = "ok", "fault: the process ended in it"
@@ -88,7 +89,7 @@ def alone(rank: int, model_type: str, folder: Path) -> None:
         quantised = _train(folder, "nf4", packing=row["packing"], quantization="nf4")
         row.set(nf4_losses=quantised.losses)
         if abs(quantised.losses[0] - trained.losses[0]) < 1e-6:
-            raise Difference("4 bits do not move the loss: nothing is quantised")
+            raise Difference("the loss does not move: nothing is quantised")
 
 
 def sharded(rank: int, folder: Path, name: str) -> None:
@@ -242,9 +243,9 @@ def _warnings(folder: Path) -> Iterator[list[str]]:
 
 
 def _short(text: str, folder: Path) -> str:
-    """The first sentence or so, without the names of temporary folders."""
+    """Returns the text in one line, without the names of temporary folders."""
     text = " ".join(text.replace(f"{folder}/", "").replace(str(folder), "").split())
-    return text if len(text) <= 240 else f"{text[:240]}…"
+    return text if len(text) <= LONGEST_REASON else f"{text[:LONGEST_REASON]}…"
 
 
 def _bounded() -> None:
