@@ -29,8 +29,8 @@ def pages() -> dict[pathlib.Path, str]:
 def _tables(stored: dict[str, Any]) -> Iterator[str]:
     made = {name: row for name, row in stored["rows"].items() if "not_made" not in row}
     good = [name for name, row in made.items() if all(row.get(check) == "ok" for check in CHECKS)]
-    version = stored["transformers"]
-    yield f"Made with transformers {version}: {len(good)} of {len(made)} architectures pass every check.\n"
+    yield f"Examined: {len(stored['rows'])} of the {stored['known']} causal language models of transformers"
+    yield f"{stored['transformers']}. {len(good)} of {len(made)} small models pass every check.\n"
     yield f"| {' | '.join(COLUMNS)} |"
     yield "|---" * len(COLUMNS) + "|"
     for name, row in made.items():
@@ -53,7 +53,7 @@ def _tables(stored: dict[str, Any]) -> Iterator[str]:
             warnings[warning].append(f"`{name}`")
     yield from (f"- {warning} ({', '.join(names)})" for warning, names in warnings.items())
     yield "\n## Not measured\n"
-    yield "For these, transformers itself cannot run a small model on text alone.\n"
+    yield "No small model of these could be made that transformers runs on text alone:\n"
     yield from (
         f"- `{name}`: {_text(row['not_made'], row)}" for name, row in stored["rows"].items() if "not_made" in row
     )

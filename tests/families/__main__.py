@@ -32,7 +32,7 @@ def main(chosen: list[str]) -> int:
         found = outcomes(row)
         faults += "fault" in found.values()
         print(f"{name}: {row.get('not_made') or ', '.join(f'{c} {o}' for c, o in found.items())}", flush=True)
-    body = {"transformers": transformers.__version__, "rows": dict(sorted(rows.items()))}
+    body = {"transformers": transformers.__version__, "known": len(known), "rows": dict(sorted(rows.items()))}
     FILE.write_text(json.dumps(body, indent=1, ensure_ascii=False) + "\n")
     runpy.run_path(str(PAGE), run_name="__main__")
     print(f"{len(chosen or known)} architectures, {faults} with faults, {time.monotonic() - began:.0f} s")

@@ -16,7 +16,7 @@ from tests.families.checks import ALONE, ENDED, SHARDED, Row, alone, sharded
 from tests.support.ranks import run_ranks
 
 FILE = Path(__file__).resolve().parents[1] / "golden" / "families.json"
-"""The rows of all architectures: {"transformers": version, "rows": {model type: row}}."""
+"""The rows of all architectures: {"transformers": version, "known": architectures, "rows": {model type: row}}."""
 
 STILL_S = 120.0
 """A group of processes that use no processor for so long hangs."""
