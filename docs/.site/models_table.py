@@ -52,11 +52,12 @@ def _tables(stored: dict[str, Any]) -> Iterator[str]:
         for warning in dict.fromkeys(_text(text, row) for text in said):
             warnings[warning].append(f"`{name}`")
     yield from (f"- {warning} ({', '.join(names)})" for warning, names in warnings.items())
-    yield "\n## Not measured\n"
-    yield "No small model of these could be made that transformers runs on text alone:\n"
-    yield from (
-        f"- `{name}`: {_text(row['not_made'], row)}" for name, row in stored["rows"].items() if "not_made" in row
-    )
+    if len(made) < len(stored["rows"]):
+        yield "\n## Not measured\n"
+        yield "No small model of these could be made that transformers runs on text alone:\n"
+    for name, row in stored["rows"].items():
+        if "not_made" in row:
+            yield f"- `{name}`: {_text(row['not_made'], row)}"
 
 
 def _cells(name: str, row: dict[str, Any]) -> Iterator[str]:
