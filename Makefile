@@ -2,6 +2,7 @@
 # make test         all tests (what .ci/run runs, after make lint); TESTS=tests/unit/trainer/worker/test_loop.py runs some
 # make chaos        50 random kills over one run (CHAOS_KILLS=…, CHAOS_SEED=… to repeat one); half an hour
 # make matrix       every cell of the support matrix for two steps; an hour
+# make families     small models of every architecture of transformers, and the table in docs/models.md; half an hour
 # make night        that, and all other tests that are too long for every day
 # make compat       tests with the oldest and the newest libraries that pyproject.toml allows; an hour (COMPAT=oldest)
 # make lint         ruff, format, types, import floors
@@ -12,7 +13,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: quickstart test chaos matrix night compat lint docs schema install clean
+.PHONY: quickstart test chaos matrix families night compat lint docs schema install clean
 .DEFAULT_GOAL := test
 
 # An up-to-date pip resolves in a third of the time, and it compiles one file after the other, which all cores do sooner.
@@ -44,6 +45,9 @@ chaos: $(INSTALLED)
 
 matrix: $(INSTALLED)
 	RANKS_START=spawn $(BIN)/python -m pytest -m night tests/distributed/test_matrix.py
+
+families: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families $(FAMILIES)
 
 night: $(INSTALLED)
 	RANKS_START=spawn $(BIN)/python -m pytest -m night

@@ -1,111 +1,87 @@
-"""Architectures that shard in a way of their own train under FSDP2 like one process."""
+"""Small models of the architectures of transformers pass the checks that the table in docs/models.md promises."""
 
 from __future__ import annotations
 
+import json
+import os
+import random
+import signal
+import threading
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import transformers
 
-from tests.support.models import random_model
-from tests.support.training import losses, run_of, small_recipe, train_here, train_in_processes, write_pairs
-from trainer.errors import InputError
-from trainer.run import layout
-from trainer.run.jsonl import read_rows
+from tests.families import rows
+from tests.families.bases import architectures
+from tests.families.checks import Row
+from tests.families.rows import FILE, examine_all, outcomes
 
-SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
-SHARED_BLOCKS = transformers.Zamba2Config(
-    **SIZES,
-    vocab_size=384,
-    layers_block_type=["mamba", "hybrid", "hybrid", "mamba", "hybrid", "hybrid"],
-    num_hidden_layers=6,
-    num_mem_blocks=2,
-    adapter_rank=4,
-    mamba_d_state=8,
-    mamba_headdim=32,
-    n_mamba_heads=2,
+SEED = int(os.environ.get("FAMILIES_SEED", "20261129"))
+OTHERS = 2
+STORED: dict[str, Any] = json.loads(FILE.read_text())
+ROWS: dict[str, Any] = STORED["rows"]
+
+as_measured = pytest.mark.skipif(
+    transformers.__version__ != STORED["transformers"],
+    reason=f"the table was made with transformers {STORED['transformers']}",
 )
 
 
+def _sample() -> list[str]:
+    """A dense model, a mixture of experts, one with sliding windows, one with a state, and some others."""
+    draw = random.Random(SEED)
+    made = {name: row["kinds"] for name, row in ROWS.items() if "kinds" in row}
+    wanted: list[Callable[[list[str]], bool]] = [lambda kinds: not kinds]
+    wanted += [lambda kinds, kind=kind: kind in kinds for kind in ("experts", "sliding", "state")]  # type: ignore[misc]
+    chosen: list[str] = []
+    for fits in [*wanted, *[lambda kinds: True] * OTHERS]:
+        chosen.append(draw.choice([name for name, kinds in made.items() if name not in chosen and fits(kinds)]))
+    return chosen
+
+
+def _as_promised(model_types: Iterable[str]) -> None:
+    found = {row["model_type"]: row for row in examine_all(model_types, jobs=2)}
+    unlike = {name: row for name, row in found.items() if outcomes(row) != outcomes(ROWS.get(name, {}))}
+    assert not unlike, f"seed {SEED}; if this is right, run: make families FAMILIES={' '.join(unlike)!r}"
+
+
+@as_measured
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("method", ["lora", "none"])
-def test_blocks_that_several_layers_share(method: str, tiny_model: Path, tmp_path: Path) -> None:
-    """Trained whole, copies of a shared block would move apart."""
-    write_pairs(tmp_path / "data" / "a.jsonl", 24)
-    model = random_model(SHARED_BLOCKS, tmp_path / "model", tiny_model)
-    settings = {
-        **{"adapter.method": method, "training.steps": 3, "compute.attention": "sdpa", "data.packing": False},
-        **({} if method == "none" else {"adapter.target_modules": ["q_proj", "o_proj"]}),
-    }
-    alone = small_recipe("alone", model, tmp_path, **settings)
-    sharded = small_recipe("sharded", model, tmp_path, **settings, **{"strategy.kind": "fsdp"})
-    assert train_here(alone) == "succeeded"
-    train_in_processes([sharded], 2)
-    assert losses(sharded) == pytest.approx(losses(alone), abs=1e-5)
-    (start,) = (row for row in read_rows(run_of(sharded), layout.EVENTS) if row["event"] == "start")
-    size = (model / "model.safetensors").stat().st_size
-    assert all(rank["bytes_read"] < 0.9 * size for rank in start["load"])  # each rank has read its part only
+def test_a_sample_of_the_architectures_does_what_the_table_says() -> None:
+    chosen = _sample()
+    print(f"FAMILIES_SEED={SEED}: {', '.join(chosen)}")
+    _as_promised(chosen)
 
 
-LINEAR_ATTENTION = transformers.Qwen3NextConfig(
-    **SIZES,
-    vocab_size=384,
-    num_hidden_layers=2,
-    layer_types=["linear_attention", "full_attention"],
-    head_dim=16,
-    linear_num_key_heads=2,
-    linear_num_value_heads=2,
-    linear_key_head_dim=16,
-    linear_value_head_dim=16,
-    num_experts=4,
-    num_experts_per_tok=2,
-    moe_intermediate_size=16,
-    shared_expert_intermediate_size=16,
-    mlp_only_layers=[0, 1],
-)
+@as_measured
+@pytest.mark.night
+@pytest.mark.timeout(0)
+def test_every_architecture_does_what_the_table_says() -> None:
+    _as_promised(architectures())
 
 
-@pytest.mark.parametrize("packing", [False, True])
-def test_linear_attention_without_its_library(packing: bool, tiny_model: Path, tmp_path: Path) -> None:
-    """It trains with what the refusal of packs advises."""
-    write_pairs(tmp_path / "data" / "a.jsonl", 12)
-    model = random_model(LINEAR_ATTENTION, tmp_path / "model", tiny_model)
-    settings = {"training.steps": 1, "adapter.target_modules": ["q_proj", "o_proj"], "data.packing": packing}
-    recipe = small_recipe("r", model, tmp_path, **settings)
-    if packing:
-        with pytest.raises(InputError, match=r"see each other.*; set data\.packing=false"):
-            train_here(recipe)
-    else:
-        assert train_here(recipe) == "succeeded"
-        (start,) = (row for row in read_rows(run_of(recipe), layout.EVENTS) if row["event"] == "start")
-        assert start["attention"] == "varlen"
+def _dies(rank: int, folder: Path) -> None:
+    with Row(folder).check("merge"):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
-MIXTURE = transformers.MixtralConfig(
-    **{**SIZES, "head_dim": 16}, vocab_size=384, num_hidden_layers=2, num_local_experts=4, num_experts_per_tok=2
-)
+def _hangs(rank: int, folder: Path) -> None:
+    with Row(folder).check("merge"):
+        threading.Event().wait()
 
 
-@pytest.mark.timeout(600)
-def test_the_router_loss_of_any_strategy(tiny_model: Path, tmp_path: Path) -> None:
-    write_pairs(tmp_path / "data" / "a.jsonl", 48)
-    model = random_model(MIXTURE, tmp_path / "model", tiny_model)
-    settings = {
-        **{"adapter.target_modules": ["q_proj", "v_proj"], "adapter.dropout": 0.0, "training.steps": 3},
-        **{"training.router_aux_loss_coef": 0.5, "optimizer.lr": 0.02},
-    }
-    alone = small_recipe("alone", model, tmp_path, **settings)
-    assert train_here(alone) == "succeeded"
-    places = [
-        {"strategy.kind": "ddp", "training.micro_batch": 1},
-        {"strategy.kind": "fsdp", "training.gradient_checkpointing": True},
-        {"strategy.kind": "zero3"},
-    ]
-    several = [small_recipe(f"r{i}", model, tmp_path, **settings, **place) for i, place in enumerate(places)]
-    train_in_processes(several, 2)
-    want = [row for row in read_rows(run_of(alone), layout.METRICS) if "loss" in row]
-    for recipe in several:
-        rows = [row for row in read_rows(run_of(recipe), layout.METRICS) if "loss" in row]
-        for field in ("loss", "router_aux_loss", "grad_norm", "expert_load_max", "experts_unused"):
-            found = pytest.approx([row[field] for row in want], abs=1e-5)
-            assert [row[field] for row in rows] == found, (recipe.strategy.kind, field)
+@pytest.mark.parametrize(("how", "reason"), [(_dies, "SIGKILL"), (_hangs, "stands still")])
+def test_a_process_that_dies_or_hangs_is_a_fault_of_its_check(
+    how: Callable[..., None], reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if how is _hangs:
+        monkeypatch.setattr(rows.Stillness, "lasts", lambda *times: "merge" in Row(tmp_path).values)
+    Row(tmp_path).set(plain="ok")
+    rows._run(tmp_path, how, 1, tmp_path)
+    row = Row(tmp_path).values
+    assert row["plain"] == "ok"
+    assert reason in row["merge"]
+    assert outcomes(row)["merge"] == "fault"

@@ -88,7 +88,7 @@ class Bench(Callback):
         self.checkpoint = given.pop("checkpoint", self.checkpoint)
         assert not given, given
         begin = start or self.start()
-        with closing(self.stream.prefetch(begin.cursor, 0, 1)) as steps:
+        with closing(self.stream.prefetch(begin.cursor, self.world.rank, self.world.size)) as steps:
             return self.loop(stop_requested).run(begin, steps)
 
     def loop(self, stop_requested: Callable[[], bool] = lambda: False) -> Loop:

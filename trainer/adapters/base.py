@@ -7,7 +7,7 @@ defines the names under which they are saved, and writes files that plain ``peft
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -40,6 +40,14 @@ class Adapter(ABC):
     def full(self) -> bool:
         """True if every parameter of the base model is trained."""
         return False
+
+    left_out: frozenset[str] = frozenset()
+    """Full names of layers that get no adapter although the targets include them; set before `attach`."""
+
+    def may_leave_out(self, model: torch.nn.Module, unused: Sequence[str]) -> list[str]:
+        """Returns the full names of the layers whose adapters are the parameters ``unused`` of the attached ``model``.
+        Empty if one of these is no part of an adapter, or if the recipe names its layer."""
+        return []
 
     def check(self, base: torch.nn.Module) -> None:  # noqa: B027 - full fine-tuning fits every model
         """Raises InputError when the recipe's settings do not fit the model. Only its shapes are read."""

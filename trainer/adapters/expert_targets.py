@@ -86,18 +86,25 @@ def wanted_targets(base: torch.nn.Module, config: Any) -> set[str] | None:
     return (set(modules) - inside) | set(getattr(config, "target_parameters", None) or ())
 
 
-def check_attached(model: torch.nn.Module, wanted: set[str] | None) -> None:
-    """Raises InputError when peft has adapted other modules and parameters than ``wanted``."""
+def attached_targets(model: torch.nn.Module) -> dict[str, str]:
+    """Returns the full name in the base model of each layer or parameter that has an adapter, by the name of peft's
+    layer around it; the innermost of several around one layer comes first."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if wanted is None:
-        return
-    got = set()
+    found = {}
     for name, module in model.named_modules():
         if isinstance(module, BaseTunerLayer):
             parameter = getattr(module, "parameter_name", None)
             plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
-            got.add(f"{plain}.{parameter}" if parameter else plain)
+            found[name] = f"{plain}.{parameter}" if parameter else plain
+    return dict(reversed(found.items()))
+
+
+def check_attached(model: torch.nn.Module, wanted: set[str] | None) -> None:
+    """Raises InputError when peft has adapted other modules and parameters than ``wanted``."""
+    if wanted is None:
+        return
+    got = set(attached_targets(model).values())
     lost, gained = sorted(wanted - got), sorted(got - wanted)
     if lost or gained:
         parts = ((lost, "have none"), (gained, "have one that was not asked for"))

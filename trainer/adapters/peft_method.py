@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -11,9 +11,22 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from trainer.adapters.base import Adapter, head_modules
-from trainer.adapters.expert_targets import as_saved, check_attached, names_as_given, wanted_targets
+from trainer.adapters.expert_targets import (
+    as_saved,
+    attached_targets,
+    check_attached,
+    names_as_given,
+    wanted_targets,
+)
 from trainer.adapters.meta_init import StayingOnHost, elements_of_rows, original_of, take_values
-from trainer.adapters.targets import check_names, check_targets, matched_linear, resolve, targeted_experts
+from trainer.adapters.targets import (
+    ALL_LINEAR,
+    check_names,
+    check_targets,
+    matched_linear,
+    resolve,
+    targeted_experts,
+)
 from trainer.errors import CorruptObject, InputError
 from trainer.experts import unpacked_shapes
 from trainer.precision import cast_where_used
@@ -44,14 +57,22 @@ class PeftMethod(Adapter):
 
     def targets(self, base: torch.nn.Module) -> str | list[str]:
         assert self.recipe.adapter.target_modules is not None
-        return resolve(base, self.recipe.adapter.target_modules, experts=self.adapts_experts)
+        found = resolve(base, self.recipe.adapter.target_modules, experts=self.adapts_experts)
+        return [name for name in found if name not in self.left_out] if isinstance(found, list) else found
 
     def expert_targets(self, base: torch.nn.Module) -> list[str]:
         """Returns the full names of the experts' parameters that get an adapter."""
         section = self.recipe.adapter
         if not self.adapts_experts or not section.experts or section.target_modules is None:
             return []
-        return targeted_experts(base, section.target_modules)
+        return [name for name in targeted_experts(base, section.target_modules) if name not in self.left_out]
+
+    def may_leave_out(self, model: torch.nn.Module, unused: Sequence[str]) -> list[str]:
+        layers = {f"{name}.": target for name, target in attached_targets(model).items()}
+        owners = [next((t for prefix, t in layers.items() if name.startswith(prefix)), None) for name in unused]
+        if self.recipe.adapter.target_modules != ALL_LINEAR or None in owners:
+            return []
+        return sorted({owner for owner in owners if owner is not None})
 
     def check(self, base: Any) -> None:
         section = self.recipe.adapter

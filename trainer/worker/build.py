@@ -6,9 +6,12 @@ shard parameters use it wherever adapter, task and architecture allow. With `Who
 
 from __future__ import annotations
 
+import gc
 import logging
+import re
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -35,6 +38,7 @@ from trainer.strategies import Strategy, make_strategy
 from trainer.strategies.compiling import compile_layers
 from trainer.tasks import GenerationContext, Task, make_task
 from trainer.worker.mfu import Meter, meter_of, operations_of
+from trainer.worker.unused import UnusedTargets
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -75,7 +79,33 @@ def build(
     """Collective: every rank of the attempt calls it. ``storage``: the run's, which may have an NF4 copy of the model.
     ``labels``: the label set of the training data. ``reward``: the reward model of a task that generates texts, if it
     has one. ``chat_template``: the run's own, None for the tokenizer's."""
+    parts = partial(_build, recipe, world, storage, labels, reward, chat_template)
+    try:
+        return parts(frozenset())
+    except UnusedTargets as unused:
+        left_out = frozenset(unused.names)
+    if world.is_rank0:
+        log.warning(
+            "%d layers get no adapter, since the loss does not depend on them: %s",
+            len(left_out),
+            ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in left_out})),
+        )
+    gc.collect()  # the model that was built first
+    return parts(left_out)
+
+
+def _build(
+    recipe: Recipe,
+    world: World,
+    storage: Storage,
+    labels: tuple[str, ...],
+    reward: Any,
+    chat_template: str | None,
+    left_out: frozenset[str],
+) -> Parts:
+    """Raises UnusedTargets for layers besides ``left_out`` that take no part in the loss."""
     adapter, task, strategy = make_adapter(recipe), make_task(recipe, labels), make_strategy(recipe, world)
+    adapter.left_out = left_out
     with closing(_loader(recipe, world, storage, adapter, task, strategy)) as loader:
         if recipe.compute.kernels == "liger":
             use_liger(loader.base)
@@ -96,6 +126,7 @@ def build(
                 asked = task.inputs, world.device, recipe.model.path, recipe.data.sequence_length
                 check_isolation(strategy.model, strategy.module, *asked)
         strategy.reshard()
+        check_used(recipe, world, adapter, task, strategy)
         load = world.all_gather({"rank": world.rank, **loader.statistics()})
     meter = meter_of(recipe, world, operations)
     return Parts(recipe, world, loader.files, adapter, task, strategy, meter, attention, load, chat_template)

@@ -1,12 +1,13 @@
 """Trained parameters that the loss does not depend on, found before the first step.
 
 A layer can have an adapter and take no part in the loss: its weight is read by other code, its result chooses indices
-(which have no gradient), or it belongs to a part of the model that text does not reach. Its adapter would stay as it is,
-and DistributedDataParallel would stop in the second step.
+(which have no gradient), or it belongs to a part of the model that text does not reach. Its adapter would stay as it
+is, and DistributedDataParallel would stop in the second step.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -18,9 +19,11 @@ from trainer.data import Batch
 from trainer.distributed.world import World
 from trainer.errors import InputError
 from trainer.recipe import Recipe
-from trainer.recipe.tasks import TASKS
+from trainer.recipe.tasks import SEQUENCE, TASKS
 from trainer.strategies import Strategy
 from trainer.tasks import Task
+
+log = logging.getLogger(__name__)
 
 LONGEST = 32
 """Tokens of the sample that is tried."""
@@ -42,34 +45,47 @@ def check_used(recipe: Recipe, world: World, adapter: Adapter, task: Task, strat
     unused = world.all_gather(_unused(recipe, task, strategy))[0]
     if not unused:
         return
-    can_go, others = adapter.may_leave_out(strategy.model, unused)
-    if others:
-        raise InputError(
-            f"adapter: the loss does not depend on {len(others)} of the trained parameters or layers "
-            f"({', '.join(others[:SHOWN])}): leave them out of adapter.target_modules and adapter.modules_to_save"
-        )
-    raise UnusedTargets(can_go)
+    if layers := adapter.may_leave_out(strategy.model, unused):
+        raise UnusedTargets(layers)
+    what = f"the loss does not depend on {len(unused)} of the trained parameters ({', '.join(unused[:SHOWN])})"
+    if not adapter.full:
+        raise InputError(f"{what}: leave their layers out of adapter.target_modules and adapter.modules_to_save")
+    if recipe.strategy.kind == "ddp":
+        raise InputError(f"{what}, and ddp waits for a gradient of each: use strategy.kind=fsdp")
+    if world.is_rank0:
+        log.warning("%s: they stay as they are", what)
 
 
 def _unused(recipe: Recipe, task: Task, strategy: Strategy) -> list[str]:
     """Returns the names of the trained parameters that are not in the loss's graph."""
     seen: dict[int, str] = {}
-    hooks = [m.register_forward_pre_hook(_Seen(n, seen), with_kwargs=True) for n, m in _gathered(strategy)]
-    device = strategy.world.device
-    state = torch.random.get_rng_state()
-    strategy.module.train()
+    hooks = [module.register_forward_pre_hook(_Seen(name, seen)) for name, module in _gathered(strategy)]
+    was_training = strategy.module.training
     try:
-        # Not the last micro-batch of a step, so that no gradients are exchanged.
-        with strategy.micro_batch(last=False), strategy.autocast():
-            loss = task.loss(strategy.module, task.dummy_batch(_batch(recipe)), device).loss_sum
+        # Compiled layers would be compiled for this micro-batch alone.
+        with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
+            loss = _loss(recipe, task, strategy)
     finally:
-        torch.random.set_rng_state(state)
         for hook in hooks:
             hook.remove()
+        strategy.module.train(was_training)
     reached = {seen.get(id(leaf)) for leaf in _leaves(loss)}
     del loss
     strategy.reshard()
     return [name for name in strategy.trainable() if name not in reached]
+
+
+def _loss(recipe: Recipe, task: Task, strategy: Strategy) -> torch.Tensor:
+    batch, device = _batch(recipe), strategy.world.device
+    if task.prepares_steps and not task.generates:
+        strategy.module.eval()
+        with torch.no_grad(), strategy.autocast():
+            task.prepare_step(strategy.module, [batch], device)
+        strategy.reshard()
+    strategy.module.train()
+    # Not the last micro-batch of a step, so that no gradients are exchanged.
+    with strategy.micro_batch(last=False), strategy.autocast():
+        return task.loss(strategy.module, task.dummy_batch(batch), device).loss_sum
 
 
 class _Seen:
@@ -110,7 +126,7 @@ def _batch(recipe: Recipe) -> Batch:
     rows = 1 + pairs
     places = np.tile(np.arange(length), (rows, 1))
     targets = places > 0
-    if TASKS[recipe.task].auto_class == "AutoModelForSequenceClassification":
+    if TASKS[recipe.task].auto_class == SEQUENCE:
         targets = places == length - 1
     return Batch(
         index=0,
