@@ -38,7 +38,7 @@ from trainer.strategies import Strategy, make_strategy
 from trainer.strategies.compiling import compile_layers
 from trainer.tasks import GenerationContext, Task, make_task
 from trainer.worker.mfu import Meter, meter_of, operations_of
-from trainer.worker.unused import UnusedTargets
+from trainer.worker.unused import UnusedTargets, check_used
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
