@@ -33,9 +33,10 @@ def with_layers(config: PreTrainedConfig, count: int) -> PreTrainedConfig:
     """Returns the configuration with the first ``count`` layers only."""
     fewer = copy.deepcopy(config)
     text: Any = fewer.get_text_config()
+    for name, value in list(vars(text).items()):  # the kind of each layer, under the names of several architectures
+        if "layer" in name and isinstance(value, list) and len(value) == text.num_hidden_layers:
+            setattr(text, name, value[:count])
     text.num_hidden_layers = count
-    if getattr(text, "layer_types", None):
-        text.layer_types = text.layer_types[:count]
     return fewer
 
 

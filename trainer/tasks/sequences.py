@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trainer.errors import InputError
 from trainer.tasks.inputs import to_device
 
 if TYPE_CHECKING:
@@ -15,10 +16,19 @@ if TYPE_CHECKING:
 
 class SequenceInputs:
     """Makes the arguments of a model's forward. Pads are masked and get the model's own padding token, by which the
-    models of transformers find the last token of a sequence. The model computes position ids itself."""
+    models of transformers find the last token of a sequence. The model computes position ids itself.
+
+    Raises InputError for a model with an encoder and a decoder."""
 
     def __init__(self, model: Any) -> None:
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        if getattr(
+            base.config, "is_encoder_decoder", False
+        ):  # its head reads the end-of-text token, which a cut text lacks
+            raise InputError(
+                f"{type(base).__name__} has an encoder and a decoder, and classifiers are trained on an encoder or a "
+                "decoder alone; name another model.path"
+            )
         self._pad = int(base.config.get_text_config().pad_token_id)
         self._takes = inspect.signature(base.forward).parameters
 

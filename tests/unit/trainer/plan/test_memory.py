@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 from tests.support.planning import SMALL, config_folder, plan_recipe, planned
 from tests.support.training import small_recipe
@@ -21,6 +22,7 @@ from trainer.plan.optimizer_memory import state_bytes
 from trainer.recipe import load
 from trainer.recipe.formats import formats_of
 from trainer.recipe.tasks import TASKS
+from trainer.strategies.layers import decoder_layers
 
 GPU = {"resources.gpus_per_worker": 1}
 ROOT = Path(__file__).resolve().parents[4]
@@ -314,6 +316,7 @@ def test_deepspeed_keeps_a_float32_copy_of_its_part(tmp_path: Path, kind: str) -
     assert planned(plan_recipe(tmp_path, **offload), 3).ranks[0].offloaded_bytes >= rank.optimizer_bytes
 
 
+<<<<<<< HEAD
 MIXTURE: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"],
     "model_type": "mixtral",
@@ -384,3 +387,18 @@ def test_an_operation_that_fails_on_fake_tensors_is_a_sentence(
         with pytest.raises(InputError, match=r"cannot be computed without weights: (no such thing|bad|odd)$"):
             activations(tmp_path)
     assert not caplog.records
+=======
+@pytest.mark.parametrize(
+    "config",
+    [
+        transformers.JambaConfig(num_hidden_layers=8),
+        transformers.Zamba2Config(num_hidden_layers=4, layers_block_type=["mamba", "hybrid", "mamba", "hybrid"]),
+        transformers.Qwen3NextConfig(num_hidden_layers=4),
+    ],
+    ids=lambda config: config.model_type,
+)
+def test_fewer_layers_of_any_architecture(config: transformers.PreTrainedConfig) -> None:
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(with_layers(config, 3))
+    assert len(decoder_layers(model)) == 3
+>>>>>>> fam-a

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, precision_recall_fscore_support
+from transformers import T5Config, T5ForSequenceClassification
 
 from launcher.driver.preflight import check_model
 from tests.support.looping import bench
@@ -25,6 +26,7 @@ from trainer.model import Head, build
 from trainer.recipe import Recipe
 from trainer.run import layout
 from trainer.tasks.classification import averages, counts
+from trainer.tasks.sequences import SequenceInputs
 
 TEXTS = (5, 9, 3)
 NUMBERS = (1, 3, 1)
@@ -264,3 +266,13 @@ def test_a_run_on_an_encoder_leaves_a_classifier_with_its_labels(
     card = (published / "README.md").read_text()
     assert "AutoModelForSequenceClassification.from_pretrained" in card
     assert "pipeline_tag: text-classification" in card
+
+
+def test_a_model_with_an_encoder_and_a_decoder_is_refused_before_a_step() -> None:
+    config = T5Config(d_model=32, d_kv=16, d_ff=64, num_layers=1, num_heads=2, vocab_size=96)
+    with torch.device("meta"):
+        model = T5ForSequenceClassification(config)
+    with pytest.raises(
+        InputError, match="T5ForSequenceClassification has an encoder and a decoder.*another model.path"
+    ):
+        SequenceInputs(model)
