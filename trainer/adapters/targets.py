@@ -11,6 +11,7 @@ import torch
 from trainer.bounds import OutOfTime, bounded_cpu
 from trainer.errors import InputError
 from trainer.experts import expert_weights, fused_names, routers
+from trainer.linear import computes_plain_product
 
 LISTED_MODULES = 20
 MATCHING_S = 20.0
@@ -45,6 +46,15 @@ def towers(base: Any) -> set[str]:
     return {n for n in linear_modules(base) if not n.startswith(inside)}
 
 
+def others(base: torch.nn.Module) -> set[str]:
+    """Returns the names of the layers of subclasses of ``nn.Linear`` that compute more than a product, or another."""
+    # transformers defines them beside its models; those of bitsandbytes are the product itself.
+    layers = {n: type(base.get_submodule(n)) for n in linear_modules(base)}
+    kinds = {kind for kind in layers.values() if kind.__module__.partition(".")[0] not in ("torch", "bitsandbytes")}
+    unlike = {kind for kind in kinds if issubclass(kind, torch.nn.Linear) and not computes_plain_product(kind)}
+    return {name for name, kind in layers.items() if kind in unlike}
+
+
 def resolve(base: torch.nn.Module, targets: Targets, *, experts: bool = False) -> str | list[str]:
     """Returns the targets for peft: the recipe's own value, or full names if that would match a head by accident.
     ``all-linear`` means every layer but heads, routers, and parts of the model that text does not reach.
@@ -53,7 +63,7 @@ def resolve(base: torch.nn.Module, targets: Targets, *, experts: bool = False) -
     check_targets(base, targets, experts=experts)
     avoided = heads(base)
     if targets == ALL_LINEAR:
-        unused = avoided | routers(base) | towers(base)
+        unused = avoided | routers(base) | towers(base) | others(base)
         return [n for n in linear_modules(base) if n not in unused]
     # All modules, not only the linear ones: peft must see, and refuse, everything that a pattern matches.
     names = [n for n, _ in base.named_modules() if n]

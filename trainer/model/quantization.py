@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from trainer.linear import computes_plain_product
 from trainer.recipe.sections.model import ModelSection
 
 
@@ -40,18 +40,7 @@ def keep_weights_packed(model: torch.nn.Module) -> None:
 
 
 def plain_subclasses(model: torch.nn.Module) -> list[torch.nn.Linear]:
-    """Returns the layers of subclasses of ``nn.Linear`` that compute the same product, as Falcon's."""
+    """Returns the layers of subclasses of ``nn.Linear`` that compute the same product."""
     layers = [m for m in model.modules() if isinstance(m, torch.nn.Linear) and type(m) is not torch.nn.Linear]
-    plain = {kind: _is_plain(kind) for kind in {type(layer) for layer in layers}}
+    plain = {kind: computes_plain_product(kind) for kind in {type(layer) for layer in layers}}
     return [layer for layer in layers if plain[type(layer)]]
-
-
-def _is_plain(kind: type[torch.nn.Linear]) -> bool:
-    if kind is NonDynamicallyQuantizableLinear:  # its weight is read by the attention around it
-        return False
-    try:
-        layer = kind(4, 3, device="cpu")
-        x = torch.arange(8, dtype=torch.float32).view(2, 4)
-        return bool(torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias)))
-    except Exception:  # another constructor, or another forward
-        return False

@@ -316,7 +316,6 @@ def test_deepspeed_keeps_a_float32_copy_of_its_part(tmp_path: Path, kind: str) -
     assert planned(plan_recipe(tmp_path, **offload), 3).ranks[0].offloaded_bytes >= rank.optimizer_bytes
 
 
-<<<<<<< HEAD
 MIXTURE: dict[str, Any] = {
     "architectures": ["MixtralForCausalLM"],
     "model_type": "mixtral",
@@ -387,7 +386,8 @@ def test_an_operation_that_fails_on_fake_tensors_is_a_sentence(
         with pytest.raises(InputError, match=r"cannot be computed without weights: (no such thing|bad|odd)$"):
             activations(tmp_path)
     assert not caplog.records
-=======
+
+
 @pytest.mark.parametrize(
     "config",
     [
@@ -401,4 +401,3 @@ def test_fewer_layers_of_any_architecture(config: transformers.PreTrainedConfig)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(with_layers(config, 3))
     assert len(decoder_layers(model)) == 3
->>>>>>> fam-a

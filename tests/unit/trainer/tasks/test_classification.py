@@ -273,6 +273,6 @@ def test_a_model_with_an_encoder_and_a_decoder_is_refused_before_a_step() -> Non
     with torch.device("meta"):
         model = T5ForSequenceClassification(config)
     with pytest.raises(
-        InputError, match="T5ForSequenceClassification has an encoder and a decoder.*another model.path"
+        InputError, match=r"T5ForSequenceClassification has an encoder and a decoder.*another model.path"
     ):
         SequenceInputs(model)

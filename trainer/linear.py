@@ -1,0 +1,21 @@
+"""Linear layers of classes that are not torch's own."""
+
+from __future__ import annotations
+
+import torch
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+
+def computes_plain_product(kind: type[torch.nn.Module]) -> bool:
+    """Returns True for ``nn.Linear``, and for a subclass with the same constructor and product, such as Falcon's.
+    Routers and grouped products are subclasses too, and compute something else."""
+    if kind is torch.nn.Linear:
+        return True
+    if not issubclass(kind, torch.nn.Linear) or kind is NonDynamicallyQuantizableLinear:  # attention reads its weight
+        return False
+    try:
+        layer = kind(4, 3, device="cpu")
+        x = torch.arange(8, dtype=torch.float32).view(2, 4)
+        return bool(torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias)))
+    except Exception:  # another constructor, or another forward
+        return False
