@@ -11,14 +11,15 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 
 from trainer.adapters.base import Adapter, head_modules
-from trainer.adapters.expert_targets import (
+from trainer.adapters.meta_init import StayingOnHost, elements_of_rows, original_of, take_values
+from trainer.adapters.peft_targets import (
     as_saved,
     attached_targets,
     check_attached,
     names_as_given,
+    refused_by_peft,
     wanted_targets,
 )
-from trainer.adapters.meta_init import StayingOnHost, elements_of_rows, original_of, take_values
 from trainer.adapters.targets import (
     ALL_LINEAR,
     check_names,
@@ -58,7 +59,10 @@ class PeftMethod(Adapter):
     def targets(self, base: torch.nn.Module) -> str | list[str]:
         assert self.recipe.adapter.target_modules is not None
         found = resolve(base, self.recipe.adapter.target_modules, experts=self.adapts_experts)
-        return [name for name in found if name not in self.left_out] if isinstance(found, list) else found
+        if self.recipe.adapter.target_modules != ALL_LINEAR:
+            return found
+        refused = refused_by_peft(base, found) if "LORA" in self.peft_type else set()
+        return [name for name in found if name not in self.left_out | refused]
 
     def expert_targets(self, base: torch.nn.Module) -> list[str]:
         """Returns the full names of the experts' parameters that get an adapter."""

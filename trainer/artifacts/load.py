@@ -17,8 +17,8 @@ from typing import Any
 import torch
 
 from trainer.adapters import make_adapter
-from trainer.adapters.expert_targets import as_attached, names_as_given
 from trainer.adapters.meta_init import StayingOnHost
+from trainer.adapters.peft_targets import as_attached, names_as_given
 from trainer.adapters.pissa import Residual
 from trainer.adapters.prompts import insert_for_each_sample
 from trainer.artifacts.adapter_files import ADAPTER_WEIGHTS, check_patterns, check_tensors, read_adapter_config

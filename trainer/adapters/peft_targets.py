@@ -1,4 +1,4 @@
-"""Adapters on models with experts: the names that peft gets, and what it makes of them.
+"""The names of targets that peft gets, and what it makes of them.
 
 peft reads a LoRA adapter's targets by the names that transformers 4 had for experts. In about 25 architectures it takes
 every target that ends in ``gate_proj``, ``up_proj`` or ``down_proj`` for an expert, also those of dense and shared
@@ -58,6 +58,7 @@ def as_attached(config: Any, base: Any) -> None:
 
 
 def _moved_by_peft(names: Iterable[str], base: Any) -> set[str]:
+    """Returns the layers that peft would take for experts."""
     from peft import LoraConfig
 
     # peft has no public way to ask, and its table changes between versions.
@@ -73,6 +74,27 @@ def _moved_by_peft(names: Iterable[str], base: Any) -> set[str]:
 
     leaves = {leaf: moves(leaf) for leaf in {name.rpartition(".")[2] for name in names}}
     return {name for name in names if leaves[name.rpartition(".")[2]]}
+
+
+def refused_by_peft(base: Any, names: Iterable[str]) -> set[str]:
+    """Returns the layers that peft refuses to adapt in this architecture: those of state-space models whose weight is
+    read by a kernel, and not by the layer itself."""
+    from peft import LoraConfig, get_peft_model
+
+    def refuses(leaf: str) -> bool:
+        stub: Any = torch.nn.Module()
+        stub.config = base.config
+        stub.add_module(leaf, torch.nn.Linear(1, 1, device="cpu"))
+        try:
+            with torch.random.fork_rng():
+                get_peft_model(stub, LoraConfig(target_modules=[leaf]))
+        except ValueError:
+            return True
+        return False
+
+    names = set(names) - _moved_by_peft(names, base)
+    refused = {leaf for leaf in {name.rpartition(".")[2] for name in names} if refuses(leaf)}
+    return {name for name in names if name.rpartition(".")[2] in refused}
 
 
 def wanted_targets(base: torch.nn.Module, config: Any) -> set[str] | None:
@@ -93,7 +115,8 @@ def attached_targets(model: torch.nn.Module) -> dict[str, str]:
 
     found = {}
     for name, module in model.named_modules():
-        if isinstance(module, BaseTunerLayer):
+        # Trained tokens are no target: peft puts a layer of its own into the wrapper of their embeddings.
+        if isinstance(module, BaseTunerLayer) and not name.endswith(".token_adapter"):
             parameter = getattr(module, "parameter_name", None)
             plain = name.removeprefix("base_model.model.").replace(".base_layer", "")
             found[name] = f"{plain}.{parameter}" if parameter else plain
