@@ -54,6 +54,10 @@ def _facts(found: PlanReport) -> Iterator[str]:
     share = plan.trainable_parameters / plan.total_parameters
     yield _row("parameters", f"{plan.total_parameters:,}")
     yield _row("trained", f"{plan.trainable_parameters:,} ({share:.2%})")
+    base = plan.total_parameters - (0 if recipe.adapter.method == "none" else plan.trainable_parameters)
+    if recipe.adapter.method != "none":
+        quantised = f", {plan.quantised_parameters / base:.0%} quantised" if plan.quantised_parameters else ""
+        yield _row("of the base model's weights", f"{plan.adapted_parameters / base:.0%} adapted{quantised}")
     packs = f"{recipe.training.global_batch:,} packs of {recipe.data.sequence_length:,}"
     yield _row("tokens per step", f"{plan.tokens_per_step:,} ({packs})")
     if outlook.samples_per_epoch is not None:

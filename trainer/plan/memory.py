@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from trainer.adapters import make_adapter
+from trainer.adapters.coverage import adapted_elements
 from trainer.model.key_mapping import check_by_shard
 from trainer.model.meta import NeedsFullLoad
 from trainer.plan.activation_memory import Working, working_set
@@ -39,6 +40,8 @@ class Model:
     weights: Counter[Weight]
     total: int
     trainable: int
+    adapted: int
+    quantised: int
     quant_state: int
     by_shard: bool
     """True if each rank loads its own part only."""
@@ -62,6 +65,8 @@ def read_model(recipe: Recipe, config: PreTrainedConfig) -> Model:
         weights,
         total,
         trainable,
+        adapted=trainable if recipe.adapter.method == "none" else adapted_elements(model),
+        quantised=sum(size.elements for size in packed),
         quant_state=sum(size.state_bytes for size in packed),
         by_shard=_by_shard(recipe, model),
         mapped=_mapped(recipe, config, total if recipe.adapter.method == "none" else total - trainable),
@@ -132,6 +137,8 @@ class Planner:
             world_size=ranks,
             total_parameters=model.total,
             trainable_parameters=model.trainable,
+            adapted_parameters=model.adapted,
+            quantised_parameters=model.quantised,
             ranks=tuple(each),
             checkpoint_bytes=stored,
             tokens_per_step=recipe.training.global_batch * recipe.data.sequence_length,

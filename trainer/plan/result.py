@@ -47,12 +47,16 @@ class Limits:
 class Plan:
     """The memory of all ranks. ``fits`` is None without limits.
 
-    ``total_parameters`` and ``trainable_parameters`` count the whole model's elements before quantisation. ``on_host``:
+    ``total_parameters`` and ``trainable_parameters`` count the whole model's elements before quantisation,
+    ``adapted_parameters`` and ``quantised_parameters`` those of the base model's weights that have an adapter, and that
+    are quantised. ``on_host``:
     the device is the host's own memory (no GPU)."""
 
     world_size: int
     total_parameters: int
     trainable_parameters: int
+    adapted_parameters: int
+    quantised_parameters: int
     ranks: tuple[RankPlan, ...]
     checkpoint_bytes: int
     tokens_per_step: int
@@ -94,7 +98,12 @@ class Plan:
         return {
             "fits": self.fits,
             "world_size": self.world_size,
-            "parameters": {"total": self.total_parameters, "trainable": self.trainable_parameters},
+            "parameters": {
+                "total": self.total_parameters,
+                "trainable": self.trainable_parameters,
+                "adapted": self.adapted_parameters,
+                "quantised": self.quantised_parameters,
+            },
             "ranks": [asdict(rank) for rank in self.ranks],
             "checkpoint_bytes": self.checkpoint_bytes,
             "tokens_per_step": self.tokens_per_step,

@@ -146,7 +146,7 @@ def event_text(event: Event, before: Sequence[str] | None = None) -> str | None:
         case StartEvent():
             begins = f"continues after step {event.step}" if event.step else "from the first step"
             strategy = str(event.strategy.get("kind") or "")
-            told = [f"{_changed(before, event.hosts)}workers {placed(event.hosts)}", strategy, begins]
+            told = [f"{_changed(before, event.hosts)}workers {placed(event.hosts)}", strategy, begins, _covered(event)]
             return f"attempt {event.attempt}: {', '.join(filter(None, told))}"
         case FailureEvent():
             return f"failure: {event.cause}" + ("; restarting the workers" if event.retried else "")
@@ -155,6 +155,14 @@ def event_text(event: Event, before: Sequence[str] | None = None) -> str | None:
         case StaleCheckpointEvent():
             return f"no checkpoint was committed for {duration(event.age_s or 0)}: the storage is slow or away"
     return None
+
+
+def _covered(event: StartEvent) -> str:
+    """Returns what an adapter and a quantisation cover; empty for full fine-tuning and unknown shares."""
+    adapted, quantised = event.adapted_share, event.quantised_share
+    if not adapted or adapted == 1:
+        return ""
+    return f"{adapted:.0%} of the weights adapted" + (f", {quantised:.0%} quantised" if quantised else "")
 
 
 def watched_text(event: Event, before: Sequence[str] | None = None) -> str | None:

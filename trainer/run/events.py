@@ -78,6 +78,9 @@ class StartEvent(Event, kind="start"):
     """The load of the base model: `trainer.worker.build.Parts.load`."""
     attention: str | None = None
     """The attention kernel."""
+    adapted_share: float | None = None
+    """Share of the base model's weights that have an adapter or are trained; ``quantised_share``: in 4 or 8 bits."""
+    quantised_share: float | None = None
     trainable_parameters: Count | None = None
     build_s: float | None = None
     restore_s: float | None = None

@@ -192,6 +192,8 @@ def _record_start(
             strategy=described,
             load=parts.load,
             attention=parts.attention,
+            adapted_share=parts.coverage.adapted_share,
+            quantised_share=parts.coverage.quantised_share,
             trainable_parameters=strategy.trainable_elements(),
             build_s=build_s,
             restore_s=restore_s,

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 
 from trainer.adapters import Adapter, make_adapter
+from trainer.adapters.coverage import Coverage, coverage_of
 from trainer.distributed.world import World
 from trainer.errors import InputError
 from trainer.model import Head, ModelFiles, check_isolation, fetch_model, load_tokenizer
@@ -60,6 +61,7 @@ class Parts:
     strategy: Strategy
     meter: Meter | None
     attention: str
+    coverage: Coverage
     load: list[dict[str, int]]
     chat_template: str | None = None
 
@@ -114,6 +116,7 @@ def _build(
         if task.generates:
             tokenizer = _tokenizer(recipe, loader.files.folder, chat_template)
             generation = GenerationContext(tokenizer, world, strategy.forward_is_collective, reward)
+        coverage = coverage_of(model)
         task.attach(model, generation)
         # Counted before the strategy wraps the model: some strategies leave empty parameters behind.
         operations = operations_of(model)
@@ -129,7 +132,8 @@ def _build(
         check_used(recipe, world, adapter, task, strategy)
         load = world.all_gather({"rank": world.rank, **loader.statistics()})
     meter = meter_of(recipe, world, operations)
-    return Parts(recipe, world, loader.files, adapter, task, strategy, meter, attention, load, chat_template)
+    parts = (loader.files, adapter, task, strategy, meter, attention, coverage, load)
+    return Parts(recipe, world, *parts, chat_template)
 
 
 class BaseLoader(Protocol):
