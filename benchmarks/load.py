@@ -1,11 +1,12 @@
 """Loading a base measured: bytes read, peak of host memory and time, by shard against whole on every rank.
 
-    .venv/bin/python benchmarks/load.py [shards] [quantised] [storage] [layer]       all parts, or some
+    .venv/bin/python benchmarks/load.py [shards] [quantised] [storage] [experts] [layer]       all parts, or some
 
 shards      a made-up model of 1 GB in bfloat16, from a folder, on 1 to 4 ranks of this machine, each against
             transformers' from_pretrained on every rank, in turns
 quantised   the same model to NF4 while it is read, on 2 ranks, and from an NF4 copy
 storage     the same model from S3 (moto's server on this machine), on 2 ranks
+experts     a made-up mixture of experts of 0.7 GB, whose files hold each matrix of each expert by itself, on 2 ranks
 layer       one decoder layer of Llama 70B's shape to NF4 on 2 ranks, and three training steps
 
 Ranks are gloo processes. A peak is of a process's resident memory over what it held before; what is planned for it is
@@ -36,10 +37,13 @@ from tests.support.training import small_recipe  # noqa: E402
 from tests.support.waiting import free_port  # noqa: E402
 from trainer.recipe import Recipe  # noqa: E402
 
-GIGABYTE = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8, "vocab_size": 32000,
+GIGABYTE: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8, "vocab_size": 32000,
             "num_attention_heads": 16, "num_key_value_heads": 4}  # fmt: skip
-LAYER_70B = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 1, "vocab_size": 512,
+LAYER_70B: dict[str, Any] = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 1, "vocab_size": 512,
              "num_attention_heads": 64, "num_key_value_heads": 8}  # fmt: skip
+EXPERTS: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 2816, "moe_intermediate_size": 1408, "num_hidden_layers": 4,
+           "vocab_size": 32000, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64,
+           "num_experts": 16, "num_experts_per_tok": 2}  # fmt: skip
 BUDGET = 64 * 2**20
 FILE_BYTES = 2**28
 MIB = 2**20
@@ -56,21 +60,23 @@ class Loaded(NamedTuple):
     losses: list[float]
 
 
-def make_model(folder: Path, **shape: int) -> int:
+def make_model(folder: Path, kind: str = "Llama", **shape: Any) -> int:
     """Random weights in several safetensors files, written one file at a time; their bytes."""
+    import transformers
     from safetensors.torch import save_file
-    from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(max_position_embeddings=2048, architectures=["LlamaForCausalLM"], **shape)
+    config = getattr(transformers, f"{kind}Config")(
+        max_position_embeddings=2048, architectures=[f"{kind}ForCausalLM"], **shape
+    )
     config.save_pretrained(folder)
     with torch.device("meta"):
-        model = LlamaForCausalLM(config)
+        model = getattr(transformers, f"{kind}ForCausalLM")(config)
     draw = torch.Generator().manual_seed(7)
     weight_map: dict[str, str] = {}
     pending: dict[str, torch.Tensor] = {}
-    names = dict(model.named_parameters())
-    for name, parameter in names.items():
-        pending[name] = torch.empty(parameter.shape, dtype=torch.bfloat16).normal_(0, 0.02, generator=draw)
+    names = dict(stored for parameter in model.named_parameters() for stored in _stored(*parameter))
+    for name, like in names.items():
+        pending[name] = torch.empty(like, dtype=torch.bfloat16).normal_(0, 0.02, generator=draw)
         if sum(t.numel() * 2 for t in pending.values()) >= FILE_BYTES or name == list(names)[-1]:
             file = f"model-{len(set(weight_map.values())):05d}.safetensors"
             save_file(pending, folder / file, {"format": "pt"})
@@ -78,6 +84,18 @@ def make_model(folder: Path, **shape: int) -> int:
             pending.clear()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
     return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+
+
+def _stored(name: str, parameter: torch.Tensor) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Yields the names and shapes under which a parameter lies in files: experts one by one."""
+    layer, _, attribute = name.partition(".experts.")
+    parts = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}.get(attribute, ())
+    if not parts:
+        yield name, tuple(parameter.shape)
+    for expert in range(parameter.shape[0] if parts else 0):
+        for part in parts:
+            shape = (parameter.shape[1] // len(parts), parameter.shape[2])
+            yield f"{layer}.experts.{expert}.{part}.weight", shape
 
 
 def recipe_of(location: str, folder: Path, **changes: Any) -> Recipe:
@@ -202,6 +220,18 @@ def storage(model: Path, size: int) -> Iterator[str]:
         yield row("the same again on this host", load(recipe, 2, by_shard), size)
 
 
+def experts(folder: Path) -> Iterator[str]:
+    model = folder / "experts"
+    size = make_model(model, "Qwen3Moe", **EXPERTS)
+    for what, quantization in (("by shard", "none"), ("to NF4 while it is read", "nf4")):
+        got = load(recipe_of(str(model), folder, **{"model.quantization": quantization}), 2, by_shard)
+        yield row(f"experts ({size / MIB:,.0f} MiB) {what}, 2 ranks", got, size)
+        planned = max(got.kept) + BUDGET
+        assert sum(got.read) <= 1.02 * size, f"{sum(got.read):,} bytes read of {size:,}"
+        assert max(got.peak) <= 1.2 * planned, f"{max(got.peak):,} bytes of host memory, planned were {planned:,}"
+    shutil.rmtree(model)
+
+
 def layer(folder: Path) -> Iterator[str]:
     model = folder / "layer"
     size = make_model(model, **LAYER_70B)
@@ -220,8 +250,9 @@ def main() -> None:
         "shards": shards, "quantised": quantised, "storage": storage,
     }  # fmt: skip
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join([*parts, "layer"]))
-    chosen = parser.parse_args().parts or [*parts, "layer"]
+    own: dict[str, Callable[[Path], Iterator[str]]] = {"experts": experts, "layer": layer}
+    parser.add_argument("parts", nargs="*", metavar="PART", help=", ".join([*parts, *own]))
+    chosen = parser.parse_args().parts or [*parts, *own]
     with tempfile.TemporaryDirectory(prefix="muster-load-") as scratch:
         folder = Path(scratch)
         os.environ["MUSTER_CACHE"] = str(folder / "cache")
@@ -229,7 +260,7 @@ def main() -> None:
         print("| load | bytes read / bytes of the model | a rank keeps | peak | peak / planned | time | / plain |")
         print("|---|---|---|---|---|---|---|", flush=True)
         for name in chosen:
-            for line in layer(folder) if name == "layer" else parts[name](folder / "model", size):
+            for line in own[name](folder) if name in own else parts[name](folder / "model", size):
                 print(line, flush=True)
 
 

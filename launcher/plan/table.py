@@ -57,7 +57,7 @@ def _facts(found: PlanReport) -> Iterator[str]:
     base = plan.total_parameters - (0 if recipe.adapter.method == "none" else plan.trainable_parameters)
     if recipe.adapter.method != "none":
         quantised = f", {plan.quantised_parameters / base:.0%} quantised" if plan.quantised_parameters else ""
-        yield _row("of the base model's weights", f"{plan.adapted_parameters / base:.0%} adapted{quantised}")
+        yield _row("weights", f"{plan.adapted_parameters / base:.0%} adapted{quantised}")
     packs = f"{recipe.training.global_batch:,} packs of {recipe.data.sequence_length:,}"
     yield _row("tokens per step", f"{plan.tokens_per_step:,} ({packs})")
     if outlook.samples_per_epoch is not None:

@@ -17,6 +17,8 @@ LISTED_MODULES = 20
 MATCHING_S = 20.0
 """Limit of processor time to match all module names of a model, in seconds; milliseconds are usual."""
 ALL_LINEAR = "all-linear"
+PLAIN = ("torch", "bitsandbytes", "trainer")
+"""Packages whose subclasses of ``nn.Linear`` compute the product itself; other ones are defined beside models."""
 Targets = str | tuple[str, ...] | list[str]
 
 
@@ -48,9 +50,8 @@ def towers(base: Any) -> set[str]:
 
 def others(base: torch.nn.Module) -> set[str]:
     """Returns the names of the layers of subclasses of ``nn.Linear`` that compute more than a product, or another."""
-    # transformers defines them beside its models; those of bitsandbytes are the product itself.
     layers = {n: type(base.get_submodule(n)) for n in linear_modules(base)}
-    kinds = {kind for kind in layers.values() if kind.__module__.partition(".")[0] not in ("torch", "bitsandbytes")}
+    kinds = {kind for kind in layers.values() if kind.__module__.partition(".")[0] not in PLAIN}
     unlike = {kind for kind in kinds if issubclass(kind, torch.nn.Linear) and not computes_plain_product(kind)}
     return {name for name, kind in layers.items() if kind in unlike}
 
