@@ -299,7 +299,6 @@ def test_experts_are_read_from_where_their_matrices_lie(make: Make, tmp_path: Pa
     for name in ("qwen3_moe", "deepseek_v3", "gpt_oss"):  # the files of the last one hold all experts in one tensor
         experts_model(name).save_pretrained(tmp_path / name, max_shard_size="40KB")
         unlike = {"model.path": str(tmp_path / name), "data.packing": name != "gpt_oss", "strategy.kind": kind}
-        unlike["compute.attention"] = "sdpa"
         recipes += [make(**{**unlike, "model.quantization": quantization}) for quantization in ("none", "nf4")]
     pairs = [(recipe, by_shard) for recipe in recipes for by_shard in (True, False)]
     seen = load_in_processes(pairs, 2, tmp_path)

@@ -26,7 +26,7 @@ from trainer.model.head import Head, head_modules, is_head, set_up_head, take_ti
 from trainer.model.meta import NeedsFullLoad, add_generation_config, from_config, meta_model
 from trainer.model.peak_rss import HostPeak
 from trainer.model.placement import Placement
-from trainer.model.quantization import keep_weights_packed, plain_subclasses, quantization_config
+from trainer.model.quantization import check_packed, keep_weights_packed, plain_subclasses, quantization_config
 from trainer.model.sharded_load import ShardLoader
 from trainer.recipe.sections.model import ModelSection
 
@@ -69,6 +69,7 @@ def build(
     model, missing = _load_whole(section, folder, placement, dtype, head)
     keep_weights_packed(model)
     if section.quantization != "none":
+        check_packed(model, section, head_modules(model) if head else None)
         _unmap_files(model)
     model.requires_grad_(full)
     if head:
@@ -94,7 +95,7 @@ def _load_streamed(
         return None
     what = "experts" if experts else f"layers of {type(layers[0]).__name__}"
     if section.quantization == "int8":
-        raise InputError(f"model.quantization int8 does not cover the {what} of {section.path!r}; use nf4")
+        from_config(section, config, full=False, checkpointing=False, auto_class=auto)  # refuses them
     if placement.limits is not None:
         raise InputError(
             f"the {what} of {section.path!r} in nf4 are not spread over several GPUs; use one that holds all"

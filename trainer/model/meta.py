@@ -20,7 +20,7 @@ from trainer.fast_imports import load_libraries
 from trainer.model.base_config import dequantised, load_config, stored_quantization
 from trainer.model.files.configs import UNUSABLE, cause
 from trainer.model.head import Head, head_modules
-from trainer.model.quantization import keep_weights_packed, plain_subclasses, quantization_config
+from trainer.model.quantization import check_packed, keep_weights_packed, plain_subclasses, quantization_config
 from trainer.nf4 import quantise_4bit
 from trainer.recipe.sections.model import ModelSection
 
@@ -139,6 +139,7 @@ def _quantise(model: Any, section: ModelSection, dtype: torch.dtype, skipped: li
             pack(module, torch.empty(module.out_features, module.in_features, dtype=dtype, device=META))
         for weight in expert_weights(model).values():
             pack_experts(weight.owner, weight.attribute, dtype)
+    check_packed(model, section, skipped)
 
 
 def four_bit_layers(model: torch.nn.Module) -> dict[str, Any]:

@@ -242,6 +242,10 @@ class Zero3(Zero):
                 # DeepSpeed does not know.
                 parameter.to = lambda *_, _same=parameter, **__: _same  # type: ignore[method-assign]
 
+    def reshard(self) -> None:
+        # A forward that an error has ended leaves parameters gathered, which DeepSpeed does not expect in the next one.
+        self.engine.empty_partition_cache()
+
     def slice_of(self, parameter: Any) -> Slice:
         group, offset, size = self.partitions.grad_position[self.partitions.get_param_id(parameter)]
         partition = self.partitions.fp32_partitioned_groups_flat[group]

@@ -125,6 +125,7 @@ def _build(
         loader.setup_strategy(model)
         with strategy.autocast():
             attention = settle_attention(recipe, strategy.model, strategy.module, task.inputs, world.device)
+            strategy.reshard()
             if recipe.data.packing:
                 asked = task.inputs, world.device, recipe.model.path, recipe.data.sequence_length
                 check_isolation(strategy.model, strategy.module, *asked)
