@@ -54,10 +54,18 @@ def routers(model: torch.nn.Module) -> set[str]:
 
 def _expert_counts(model: Any) -> set[int]:
     config = getattr(model, "config", None)
-    if config is None:
-        return set()
-    settings = config.get_text_config().to_dict()
-    return {v for k, v in settings.items() if "expert" in k and type(v) is int and v > 1}
+    return set() if config is None else expert_counts(config.get_text_config())
+
+
+def expert_counts(text: Any) -> set[int]:
+    """Returns the numbers of experts in a text model's configuration."""
+    return {v for k, v in text.to_dict().items() if "expert" in k and "per_tok" not in k and type(v) is int and v > 1}
+
+
+def experts_per_token(text: Any) -> int:
+    """Returns how many experts of a layer a token uses, by a text model's configuration; 1 if that does not tell."""
+    told = {k: v for k, v in text.to_dict().items() if type(v) is int}
+    return max((v for k, v in told.items() if ("expert" in k and "per_tok" in k) or k == "moe_topk"), default=1)
 
 
 def _stacks(module: torch.nn.Module) -> dict[str, torch.Size]:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import gc
 import logging
 import re
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -20,7 +21,7 @@ import torch
 from trainer.adapters import Adapter, make_adapter
 from trainer.adapters.coverage import Coverage, coverage_of
 from trainer.distributed.world import World
-from trainer.errors import InputError
+from trainer.errors import InputError, MusterError
 from trainer.model import Head, ModelFiles, check_isolation, fetch_model, load_tokenizer
 from trainer.model import build as load_base
 from trainer.model.files.weight_source import WeightSource
@@ -34,6 +35,7 @@ from trainer.model.sharded_load import RowReader, ShardLoader
 from trainer.optim import make_optimizer
 from trainer.recipe import ModelSection, Recipe
 from trainer.run import layout
+from trainer.run.failure import COLLECTIVE
 from trainer.storage import Storage
 from trainer.strategies import Strategy, make_strategy
 from trainer.strategies.compiling import compile_layers
@@ -123,18 +125,36 @@ def _build(
         if recipe.compute.compile:
             compile_layers(model, world.device)
         loader.setup_strategy(model)
-        with strategy.autocast():
+        with _as_told(recipe, strategy), strategy.autocast():
             attention = settle_attention(recipe, strategy.model, strategy.module, task.inputs, world.device)
             strategy.reshard()
             if recipe.data.packing:
                 asked = task.inputs, world.device, recipe.model.path, recipe.data.sequence_length
                 check_isolation(strategy.model, strategy.module, *asked)
         strategy.reshard()
-        check_used(recipe, world, adapter, task, strategy)
+        with _as_told(recipe, strategy):
+            check_used(recipe, world, adapter, task, strategy)
         load = world.all_gather({"rank": world.rank, **loader.statistics()})
     meter = meter_of(recipe, world, operations)
     parts = (loader.files, adapter, task, strategy, meter, attention, coverage, load)
     return Parts(recipe, world, *parts, chat_template)
+
+
+@contextmanager
+def _as_told(recipe: Recipe, strategy: Strategy) -> Iterator[None]:
+    """Names the quantisation where a quantised model's forward fails: its code may read weights outside of layers."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        kind = type(strategy.model).__name__
+        if recipe.model.quantization == "none" or isinstance(error, torch.OutOfMemoryError | MusterError):
+            raise
+        if COLLECTIVE.search(str(error)):
+            raise
+        raise InputError(
+            f"model.quantization {recipe.model.quantization} does not work for {kind}: its forward fails with "
+            f"{' '.join(str(error).split())[:200]}; use model.quantization: none"
+        ) from error
 
 
 class BaseLoader(Protocol):

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -33,6 +33,7 @@ import numpy as np
 import torch
 
 from trainer.distributed.world import World
+from trainer.experts import expert_counts, experts_per_token, packed_experts
 from trainer.recipe import Recipe
 from trainer.recipe.tasks import TASKS
 
@@ -131,7 +132,6 @@ class Meter:
         return needed / most, done / most
 
 
-EXPERTS = ("num_local_experts", "num_experts", "n_routed_experts")
 """What configurations of transformers call the number of experts in a layer."""
 
 
@@ -160,8 +160,9 @@ def operations_of(model: Any) -> Operations:
     text = model.config.get_text_config() if hasattr(model.config, "get_text_config") else model.config
     counted: dict[tuple[bool, bool], float] = defaultdict(float)
     inside = {id(m) for m in head.modules()} if head is not None else set()
+    shares = _shares_of_experts(model, text)
     for module in model.modules():
-        for elements, trained in _multiplied(module, text):
+        for elements, trained in _multiplied(module, text, shares):
             counted[id(module) in inside, trained] += elements
     return Operations(
         frozen=counted[False, False],
@@ -172,32 +173,49 @@ def operations_of(model: Any) -> Operations:
     )
 
 
-def _multiplied(module: torch.nn.Module, text: Any) -> Iterator[tuple[float, bool]]:
+def _multiplied(module: Any, text: Any, shares: Mapping[int, float]) -> Iterator[tuple[float, bool]]:
     """(elements, trained) of each matrix of the module itself; packed ones have another shape than their layer."""
     if isinstance(module, torch.nn.Embedding):
         return
     for parameter in module._parameters.values():
         if parameter is None or parameter.ndim < 2:
             continue
-        if isinstance(module, torch.nn.Linear):
+        share = shares.get(id(parameter), 1.0)
+        if id(parameter) not in shares and isinstance(module, torch.nn.Linear):
             yield module.in_features * module.out_features, parameter.requires_grad
         else:
-            yield parameter.numel() * _share_of_experts(parameter, text), parameter.requires_grad
+            yield parameter.numel() * share, parameter.requires_grad
 
 
-def _share_of_experts(parameter: torch.nn.Parameter, text: Any) -> float:
-    """transformers keeps the matrices of all experts of a layer in one parameter of three dimensions."""
-    experts = next((getattr(text, name) for name in EXPERTS if getattr(text, name, None)), 0)
-    chosen = getattr(text, "num_experts_per_tok", 0)
-    return chosen / experts if parameter.ndim == 3 and experts and parameter.shape[0] == experts else 1.0
+def _shares_of_experts(model: torch.nn.Module, text: Any) -> dict[int, float]:
+    """Returns, for each parameter that holds a matrix of all experts, or of their adapters, the number of elements that
+    a token is multiplied with over the number of elements of the parameter."""
+    chosen = experts_per_token(text)
+    shares = {}
+    for parameter, experts in packed_experts(model):
+        shares[id(parameter)] = experts.shape.numel() / parameter.numel() * chosen / experts.shape[0]
+    modules: Iterable[Any] = model.modules()
+    for module in modules:
+        if hasattr(module, "lora_A") and getattr(module, "num_experts", 1) > 1:
+            pairs = [*module.lora_A.values(), *module.lora_B.values()]
+            shares |= {id(linear.weight): chosen / module.num_experts for linear in pairs}
+        elif not isinstance(module, torch.nn.Conv1d):
+            stacked = [p for p in module._parameters.values() if p is not None and p.ndim == 3]
+            shares |= {id(p): chosen / p.shape[0] for p in stacked if p.shape[0] in expert_counts(text)}
+    return shares
 
 
 def _attention(model: torch.nn.Module, text: Any) -> Iterator[Attention]:
     """Modules of transformers that attend have ``is_causal``; those whose layers differ have ``sliding_window`` too."""
     heads = getattr(text, "num_attention_heads", 0)
-    width = heads * (getattr(text, "head_dim", None) or text.hidden_size // max(1, heads))
     modules: list[Any] = [m for m in model.modules() if isinstance(getattr(m, "is_causal", None), bool)]
     everywhere = getattr(text, "sliding_window", None)
-    seen = Counter((m.is_causal, getattr(m, "sliding_window", everywhere)) for m in modules)
-    for (causal, window), layers in seen.items():
+    seen = Counter((m.is_causal, getattr(m, "sliding_window", everywhere), heads * _head_dim(m, text)) for m in modules)
+    for (causal, window, width), layers in seen.items():
         yield Attention(layers, width, causal, None if window is None else window - 1)
+
+
+def _head_dim(module: Any, text: Any) -> int:
+    own = getattr(module, "head_dim", None)  # in some models it differs between layers, and the configuration has none
+    found = own if isinstance(own, int) else getattr(text, "head_dim", None)
+    return int(found or text.hidden_size // max(1, getattr(text, "num_attention_heads", 0)))
