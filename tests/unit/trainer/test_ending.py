@@ -28,7 +28,7 @@ from trainer.run.outcome import DEADLINE_S, leave
 from trainer.storage import Storage
 from trainer.tasks.sft import SFT
 from trainer.torchrun_failure import RankFailed, RunRank, explain_failure
-from trainer.worker import attempt
+from trainer.worker import attempt, build
 
 
 @pytest.fixture
@@ -149,6 +149,7 @@ def test_a_rank_whose_collectives_break_says_where_it_saw_the_others(
         raise RuntimeError("[gloo] Connection closed by peer")
 
     monkeypatch.setattr(SFT, "loss_sum", breaks)
+    monkeypatch.setattr(build, "check_used", lambda *_: None)  # it would break before the first step
     monkeypatch.setattr(attempt.HangDetector, "seen", lambda self: {0: "step 1, optimizer", 1: "step 1, forward"})
     write_pairs(tmp_path / "data" / "a.jsonl", 20)
     recipe = small_recipe("broken", tiny_model, tmp_path)

@@ -107,7 +107,10 @@ class _Packs:
 
     def __init__(self, base: Any, module: Any, inputs: Inputs, device: torch.device) -> None:
         self._module, self._inputs, self._device = module, inputs, device
-        vocabulary = int(base.get_input_embeddings().num_embeddings)
+        # The adapter may have wrapped the embeddings, and a strategy may have cut their weight.
+        vocabulary = int(
+            getattr(base.get_input_embeddings(), "num_embeddings", 0) or base.config.get_text_config().vocab_size
+        )
         self._first, self._other, self._second = (
             (np.arange(count) + start) % vocabulary
             for count, start in ((FIRST_TOKENS, vocabulary // 3), (FIRST_TOKENS, vocabulary // 2), (SECOND_TOKENS, 0))
