@@ -184,9 +184,29 @@ def _write(folder: Path, subject: Artifact, model: Any, placement: Placement) ->
         merge_in_parts(laid_out, active, folder)
         return
     _untie(model)
+    _check_shared(model)
     merged = model.merge_and_unload(safe_merge=True, adapter_names=active)
     merged.config.architectures = [type(merged).__name__]
     merged.save_pretrained(str(folder), max_shard_size=SHARD)
+
+
+def _check_shared(model: Any) -> None:
+    """Raises UsageError if layers share a weight and have adapters of their own: the sum would be in all of them."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    seen: dict[int, str] = {}
+    for name, module in model.named_modules():
+        if not isinstance(module, BaseTunerLayer):
+            continue
+        layer: Any = module
+        weight = getattr(layer.get_base_layer(), getattr(layer, "parameter_name", "weight"), None)
+        first = seen.setdefault(id(weight), name) if isinstance(weight, torch.nn.Parameter) else name
+        if first != name:
+            plain = [n.removeprefix("base_model.model.") for n in (first, name)]
+            raise UsageError(
+                f"{' and '.join(plain)} are one weight in the base model, and each has an adapter of its own: these "
+                "cannot be merged; load the adapter with peft"
+            )
 
 
 def _untie(model: Any) -> None:

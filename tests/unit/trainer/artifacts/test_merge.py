@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import trainer.artifacts.merge as merging
+from tests.support.models import random_model
 from tests.support.saved import adapter_of, trained
 from tests.support.tasks import make_encoder, task_recipe, write_task_data
 from tests.support.training import run_of, train_here, write_pairs
@@ -327,6 +328,22 @@ def test_an_adapter_on_a_tied_weight_is_merged_into_one_of_the_two(
     assert not json.loads((tmp_path / "merged" / "config.json").read_text())["tie_word_embeddings"]
     assert float((plain_logits(tmp_path / "merged") - want).norm() / want.norm()) < 1e-5
     assert float((plain_logits(tied) - want).norm() / want.norm()) > 1e-3, "the adapter has learnt something"
+
+
+def test_layers_that_share_a_weight_and_have_adapters_of_their_own_are_not_merged(
+    tiny_model: Path, folder: Path
+) -> None:
+    from transformers import ZambaConfig
+
+    config = ZambaConfig(
+        vocab_size=384, hidden_size=32, attention_hidden_size=64, intermediate_size=64, num_hidden_layers=5,
+        num_attention_heads=4, num_key_value_heads=4, n_mamba_heads=2, mamba_d_state=8, attn_layer_period=2,
+        attn_layer_offset=1, layers_block_type=["mamba", "hybrid", "mamba", "hybrid", "mamba"],
+    )  # fmt: skip
+    model = random_model(config, folder / "shared", tiny_model)
+    recipe = trained("shared-blocks", model, folder, **{"data.packing": False, "adapter.target_modules": ["q_proj"]})
+    with pytest.raises(UsageError, match="are one weight in the base model, and each has an adapter of its own"):
+        merge(of(recipe), folder / "out")
 
 
 @pytest.mark.parametrize("method", ["pissa", "olora"])
