@@ -15,7 +15,7 @@ def computes_plain_product(kind: type[torch.nn.Module]) -> bool:
         return False
     try:
         layer = kind(4, 3, device="cpu")
-        x = torch.arange(8, dtype=torch.float32).view(2, 4)
+        x = torch.arange(8, dtype=torch.float32, device="cpu").view(2, 4)
         return bool(torch.equal(layer(x), torch.nn.functional.linear(x, layer.weight, layer.bias)))
     except Exception:  # another constructor, or another forward
         return False

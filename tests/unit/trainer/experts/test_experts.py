@@ -212,3 +212,12 @@ def test_a_subclass_of_linear_layers_is_packed_too(tmp_path: Path) -> None:
     FalconForCausalLM(config).save_pretrained(tmp_path)
     packed = base_of(recipe_of(tmp_path, **{"model.quantization": "nf4"}))
     assert sum(type(module).__name__ == "Linear4bit" for module in packed.modules()) == 8
+
+
+def test_a_subclass_of_linear_layers_is_adapted_without_weights_too(tmp_path: Path) -> None:
+    from transformers import FalconConfig, FalconForCausalLM
+
+    config = FalconConfig(vocab_size=128, hidden_size=64, num_hidden_layers=2, num_attention_heads=4)
+    with torch.device("meta"):
+        model = FalconForCausalLM(config).requires_grad_(False)
+        assert len(resolve(model, "all-linear")) == 8
