@@ -290,13 +290,13 @@ def test_no_rank_holds_more_than_its_part(make: Make, tmp_path: Path, quantizati
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["fsdp", pytest.param("zero3", marks=pytest.mark.night)])
 def test_experts_are_read_from_where_their_matrices_lie(make: Make, tmp_path: Path, kind: str) -> None:
     from trainer.model.prequantised import make_copy
     from trainer.run import layout
 
     recipes = []
-    for name in ("qwen3_moe", "deepseek_v3", "gpt_oss"):  # the files of the last one hold all experts in one tensor
+    for name in ("deepseek_v3", "gpt_oss"):  # the files of the second one hold all experts in one tensor
         experts_model(name).save_pretrained(tmp_path / name, max_shard_size="40KB")
         unlike = {"model.path": str(tmp_path / name), "data.packing": name != "gpt_oss", "strategy.kind": kind}
         recipes += [make(**{**unlike, "model.quantization": quantization}) for quantization in ("none", "nf4")]

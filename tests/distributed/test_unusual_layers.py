@@ -28,7 +28,7 @@ SHARED_BLOCKS = transformers.Zamba2Config(
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("method", ["lora", "none"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("none", marks=pytest.mark.night)])
 def test_blocks_that_several_layers_share(method: str, tiny_model: Path, tmp_path: Path) -> None:
     """Trained whole, copies of a shared block would move apart."""
     write_pairs(tmp_path / "data" / "a.jsonl", 24)
@@ -86,6 +86,7 @@ MIXTURE = transformers.MixtralConfig(
 )
 
 
+@pytest.mark.night
 @pytest.mark.timeout(600)
 def test_the_router_loss_of_any_strategy(tiny_model: Path, tmp_path: Path) -> None:
     write_pairs(tmp_path / "data" / "a.jsonl", 48)
