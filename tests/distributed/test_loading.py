@@ -13,6 +13,7 @@ import torch
 
 from tests.support.experts import experts_model
 from tests.support.models import packed
+from tests.support.quantised import in_fp8, in_mxfp4
 from tests.support.ranks import run_ranks
 from tests.support.s3 import S3
 from tests.support.tasks import make_encoder, task_recipe, write_task_data
@@ -204,6 +205,37 @@ def test_files_of_all_kinds(make: Make, tmp_path: Path) -> None:
     for got, want in zip(seen[::2], seen[1::2], strict=True):
         assert_same(got, want)
         assert max(row["bytes_read"] for row in got.load) < max(row["bytes_read"] for row in want.load)
+
+
+@pytest.mark.timeout(300)
+def test_a_base_in_fp8_or_mxfp4_is_dequantised_by_shard(make: Make, base: Path, tmp_path: Path) -> None:
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    config = GptOssConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, num_local_experts=3, num_experts_per_tok=2,
+        layer_types=["sliding_attention", "full_attention"],
+    )  # fmt: skip
+    GptOssForCausalLM(config).save_pretrained(tmp_path / "gpt-oss")
+    single = make_model(tmp_path / "single", dtype=torch.float32)
+    none: dict[str, Any] = {}
+    nf4, zero3 = {"model.quantization": "nf4"}, {"strategy.kind": "zero3"}  # DeepSpeed cannot trace gpt-oss
+    stored = [
+        (in_fp8(single, tmp_path / "a"), (none, nf4, zero3)),
+        (in_mxfp4(tmp_path / "gpt-oss", tmp_path / "b"), (none, nf4)),
+    ]
+    common = {"model.dtype": "bfloat16", "data.packing": False, "adapter.target_modules": ["q_proj", "o_proj"]}
+    pairs = []
+    for (folder, plain), cases in stored:
+        for changes in cases:
+            got, want = (make(**{**common, **changes, "model.path": str(f)}) for f in (folder, plain))
+            pairs += [(got, True), (got, False), (want, False)]
+    seen = load_in_processes(pairs, 2, tmp_path)
+    for by_shard, whole, want in zip(seen[::3], seen[1::3], seen[2::3], strict=True):
+        assert_same(whole, want)
+        assert_same(by_shard, want)
+        rows = (max(row["bytes_read"] for row in found.load) for found in (by_shard, whole))
+        assert next(rows) < 0.8 * next(rows)
 
 
 @pytest.mark.timeout(300)
