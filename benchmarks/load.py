@@ -37,13 +37,19 @@ from tests.support.training import small_recipe  # noqa: E402
 from tests.support.waiting import free_port  # noqa: E402
 from trainer.recipe import Recipe  # noqa: E402
 
-GIGABYTE: dict[str, Any] = {"hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8, "vocab_size": 32000,
-            "num_attention_heads": 16, "num_key_value_heads": 4}  # fmt: skip
-LAYER_70B: dict[str, Any] = {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 1, "vocab_size": 512,
-             "num_attention_heads": 64, "num_key_value_heads": 8}  # fmt: skip
-EXPERTS: dict[str, Any] = {"hidden_size": 1024, "intermediate_size": 2816, "moe_intermediate_size": 1408, "num_hidden_layers": 4,
-           "vocab_size": 32000, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64,
-           "num_experts": 16, "num_experts_per_tok": 2}  # fmt: skip
+GIGABYTE: dict[str, Any] = {
+    "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 8, "vocab_size": 32000,
+    "num_attention_heads": 16, "num_key_value_heads": 4,
+}  # fmt: skip
+LAYER_70B: dict[str, Any] = {
+    "hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 1, "vocab_size": 512,
+    "num_attention_heads": 64, "num_key_value_heads": 8,
+}  # fmt: skip
+EXPERTS: dict[str, Any] = {
+    "hidden_size": 1024, "intermediate_size": 2816, "moe_intermediate_size": 1408, "num_hidden_layers": 4,
+    "vocab_size": 32000, "num_attention_heads": 16, "num_key_value_heads": 4, "head_dim": 64, "num_experts": 16,
+    "num_experts_per_tok": 2,
+}  # fmt: skip
 BUDGET = 64 * 2**20
 FILE_BYTES = 2**28
 MIB = 2**20
