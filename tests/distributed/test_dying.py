@@ -105,7 +105,7 @@ def test_a_terminated_rank_commits_and_says_that_it_can_go_on(
     assert again.wait(120) == 0, again.output()
     again_says = again.output()
     assert "] preparing data" in again_says
-    assert re.search(rf"^attempt 2: workers 2 on .*, continues after step {status.step}$", again_says, re.MULTILINE)
+    assert re.search(rf"^attempt 2: workers 2 on .*, continues after step {status.step},", again_says, re.MULTILINE)
     assert f"step {status.total_steps}/{status.total_steps}  loss " in again_says
     assert adapter_bytes(recipe) == adapter_bytes(undisturbed)
 

@@ -26,13 +26,14 @@ LIMIT_S = 90
 
 
 def _hanging_rank(rank: int, recipe: Recipe, how: str, stops: int) -> None:
-    """Rank ``stops`` stops at its 9th micro-batch: the whole process (SIGSTOP), or its training thread only."""
+    """Rank ``stops`` stops at its 9th micro-batch: the whole process (SIGSTOP), or its training thread only. One more
+    is computed before the first step."""
     attempt.LEAST_PATIENCE_S, hang_detector.STALE_S, hang_detector.BEAT_S = 3.0, 2.0, 0.2
     if rank == stops:
         plain, calls = SFT.loss_sum, iter(range(1000))
 
         def stuck(self: SFT, *args: Any) -> Any:
-            if next(calls) == 8:
+            if next(calls) == 9:
                 if how == "stopped":
                     os.kill(os.getpid(), signal.SIGSTOP)
                 else:
