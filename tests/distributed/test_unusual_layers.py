@@ -7,23 +7,17 @@ from pathlib import Path
 import pytest
 import transformers
 
-from tests.support.models import random_model
+from tests.support.models import SHARED_BLOCKS, random_model
 from tests.support.training import losses, run_of, small_recipe, train_here, train_in_processes, write_pairs
 from trainer.errors import InputError
 from trainer.run import layout
 from trainer.run.jsonl import read_rows
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2}
-SHARED_BLOCKS = transformers.Zamba2Config(
+ZAMBA2 = transformers.Zamba2Config(
     **SIZES,
+    **SHARED_BLOCKS,
     vocab_size=384,
-    layers_block_type=["mamba", "hybrid", "hybrid", "mamba", "hybrid", "hybrid"],
-    num_hidden_layers=6,
-    num_mem_blocks=2,
-    adapter_rank=4,
-    mamba_d_state=8,
-    mamba_headdim=32,
-    n_mamba_heads=2,
 )
 
 
@@ -32,7 +26,7 @@ SHARED_BLOCKS = transformers.Zamba2Config(
 def test_blocks_that_several_layers_share(method: str, tiny_model: Path, tmp_path: Path) -> None:
     """Trained whole, copies of a shared block would move apart."""
     write_pairs(tmp_path / "data" / "a.jsonl", 24)
-    model = random_model(SHARED_BLOCKS, tmp_path / "model", tiny_model)
+    model = random_model(ZAMBA2, tmp_path / "model", tiny_model)
     settings = {
         **{"adapter.method": method, "training.steps": 3, "compute.attention": "sdpa", "data.packing": False},
         **({} if method == "none" else {"adapter.target_modules": ["q_proj", "o_proj"]}),

@@ -17,6 +17,11 @@ from trainer.model import Head, build
 from trainer.recipe import Recipe
 
 CPU = torch.device("cpu")
+SHARED_BLOCKS: dict[str, Any] = {
+    "layers_block_type": ["mamba", "hybrid", "hybrid", "mamba", "hybrid", "hybrid"], "num_hidden_layers": 6,
+    "num_mem_blocks": 2, "adapter_rank": 4, "mamba_d_state": 8, "mamba_headdim": 32, "n_mamba_heads": 2,
+}  # fmt: skip
+"""Settings of a Zamba 2 whose four hybrid layers share two blocks."""
 
 
 def built(recipe: Recipe, labels: tuple[str, ...] | None = None) -> tuple[Any, Adapter]:

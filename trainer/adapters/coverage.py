@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 
 from trainer.adapters.meta_init import COPY
+from trainer.adapters.peft_targets import attached_targets
 from trainer.experts import packed_experts
 
 
@@ -46,14 +47,7 @@ def coverage_of(model: torch.nn.Module) -> Coverage:
 
 def adapted_elements(model: torch.nn.Module) -> int:
     """Returns the number of elements of the weights that have an adapter."""
-    layers: list[Any] = [m for n, m in model.named_modules() if _is_target(n, m)]
-    return sum(_elements(layer) for layer in layers)
-
-
-def _is_target(name: str, module: torch.nn.Module) -> bool:
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    return isinstance(module, BaseTunerLayer) and not name.endswith(".token_adapter")
+    return sum(_elements(model.get_submodule(name)) for name in attached_targets(model))
 
 
 def _elements(layer: Any) -> int:

@@ -11,7 +11,7 @@ import torch
 from trainer.bounds import OutOfTime, bounded_cpu
 from trainer.errors import InputError
 from trainer.experts import expert_weights, fused_names, routers
-from trainer.linear import computes_plain_product
+from trainer.modules import computes_plain_product, text_model
 
 LISTED_MODULES = 20
 MATCHING_S = 20.0
@@ -40,10 +40,7 @@ def heads(base: Any) -> set[str]:
 def towers(base: Any) -> set[str]:
     """Returns the names of the linear layers of a model for several media that do not read text, such as a vision
     encoder's: training on text does not use them."""
-    config = getattr(base, "config", None)
-    if config is None or config.get_text_config() is config:
-        return set()
-    text = base.get_decoder()
+    text = text_model(base)
     inside = next((f"{name}." for name, module in base.named_modules() if module is text and name), "")
     return {n for n in linear_modules(base) if not n.startswith(inside)}
 

@@ -95,7 +95,8 @@ def _load_streamed(
         return None
     what = "experts" if experts else f"layers of {type(layers[0]).__name__}"
     if section.quantization == "int8":
-        from_config(section, config, full=False, checkpointing=False, auto_class=auto)  # refuses them
+        from_config(section, config, full=False, checkpointing=False, auto_class=auto)  # refuses experts
+        return None
     if placement.limits is not None:
         raise InputError(
             f"the {what} of {section.path!r} in nf4 are not spread over several GPUs; use one that holds all"

@@ -10,7 +10,7 @@ import torch
 from trainer.errors import InputError
 from trainer.experts import expert_weights
 from trainer.experts.packed import packed_in
-from trainer.linear import computes_plain_product
+from trainer.modules import computes_plain_product
 from trainer.recipe.sections.model import ModelSection
 
 LEFT_SHARE = 0.05

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch.nn import ModuleDict, ModuleList
 
 from trainer.errors import InputError
+from trainer.modules import text_model
 
 
 def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
@@ -17,7 +17,7 @@ def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     class or several, and of the other lists that have entries of these classes only.
 
     Raises InputError when there is none: with only the root sharded, a step would gather the whole model."""
-    layers = _blocks(_text_model(model).modules())
+    layers = _blocks(text_model(model).modules())
     if not layers:
         raise InputError(
             f"no list of decoder layers in {type(model).__name__}, so that it cannot be sharded; use strategy.kind=ddp"
@@ -28,7 +28,7 @@ def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
 def separate_blocks(model: torch.nn.Module) -> list[torch.nn.Module]:
     """Returns the decoder layers, and the layers of a tower for images or sound, that share no parameter with any other
     part of the model. Of a layer that does (blocks that several layers use), returns its submodules that share none."""
-    everywhere, text = _uses(model), {id(m) for m in _text_model(model).modules()}
+    everywhere, text = _uses(model), {id(m) for m in text_model(model).modules()}
 
     def separate(block: torch.nn.Module) -> bool:
         uses = _uses(block)
@@ -45,15 +45,6 @@ def _blocks(modules: Iterable[torch.nn.Module]) -> list[torch.nn.Module]:
     lists = [m for m in modules if isinstance(m, ModuleList) and _size(m)]
     classes = {type(layer) for layer in max(lists, key=_size, default=ModuleList())}
     return [layer for found in lists if {type(layer) for layer in found} <= classes for layer in found]
-
-
-def _text_model(model: Any) -> torch.nn.Module:
-    """Returns the part of a model for text and images that computes on tokens; any other model as it is."""
-    config: Any = getattr(model, "config", None)
-    if hasattr(config, "get_text_config") and config.get_text_config() is not config:
-        text: torch.nn.Module = model.get_decoder()
-        return text
-    return model  # type: ignore[no-any-return]
 
 
 def _size(layers: ModuleList) -> int:

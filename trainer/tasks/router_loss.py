@@ -22,6 +22,7 @@ import numpy as np
 import torch
 
 from trainer.errors import InputError
+from trainer.experts import expert_counts, experts_per_token
 from trainer.tasks.base import LossOutput
 from trainer.tasks.inputs import to_device
 
@@ -41,10 +42,10 @@ class RouterLoss:
         config = base.config.get_text_config()
         self._model = type(base).__name__
         formula: Any = getattr(sys.modules[type(base).__module__], FORMULA, None)
-        if formula is None or list(inspect.signature(formula).parameters) != ARGUMENTS or not _experts(base, config):
+        if formula is None or list(inspect.signature(formula).parameters) != ARGUMENTS or not expert_counts(config):
             raise self._without_routers()
         self._formula: Callable[..., torch.Tensor] = formula
-        self._per_token = int(getattr(base, "num_experts_per_tok", 0) or config.num_experts_per_tok)
+        self._per_token = experts_per_token(config)
         own = getattr(config, "router_aux_loss_coef", None)
         if coefficient == "auto" and not own:
             raise InputError(
@@ -100,12 +101,6 @@ class RouterLoss:
             "training.router_aux_loss_coef needs a mixture of experts for which transformers has a router loss, and "
             f"{self._model} is none; leave it out"
         )
-
-
-def _experts(base: Any, config: Any) -> int:
-    names = ("num_experts", "num_local_experts")
-    found = [getattr(owner, name, None) for owner in (base, config) for name in names]
-    return next((int(number) for number in found if number is not None), 0)
 
 
 def _real(batch: Batch) -> np.ndarray:

@@ -212,6 +212,8 @@ def test_a_subclass_of_linear_layers_is_packed_too(tmp_path: Path) -> None:
     FalconForCausalLM(config).save_pretrained(tmp_path)
     packed = base_of(recipe_of(tmp_path, **{"model.quantization": "nf4"}))
     assert sum(type(module).__name__ == "Linear4bit" for module in packed.modules()) == 8
+    with pytest.raises(InputError, match=r"int8 leaves .* of linear layers .*: use nf4"):
+        base_of(recipe_of(tmp_path, **{"model.quantization": "int8"}))
 
 
 def test_a_subclass_of_linear_layers_is_adapted_without_weights_too(tmp_path: Path) -> None:

@@ -33,6 +33,20 @@ def activations(folder: Path, layers: int = 5, **changes: Any) -> int:
     return working_set(recipe, read_base(recipe.model).config, 1).activations
 
 
+def saved_bytes(task: Any, model: Any, batch: Any) -> int:
+    """The bytes that the forward keeps for the backward, without parameters."""
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        assert task.loss(model, batch, torch.device("cpu")).loss_sum.requires_grad
+    return sum(size for pointer, size in saved.items() if pointer not in parameters)
+
+
 @pytest.mark.parametrize("changes", [{}, {"training.gradient_checkpointing": True}, {"model.dtype": "bfloat16"}])
 def test_activations_are_a_line_in_the_depth(tmp_path: Path, changes: dict[str, Any]) -> None:
     """Deep models are never measured: what is said of them lies on the line through shallow ones that are."""
@@ -65,7 +79,7 @@ def test_activations_grow_with_what_is_fed(tmp_path: Path) -> None:
 
 def test_activations_are_those_of_a_real_step(tmp_path: Path, tiny_model: Path) -> None:
     """The bytes that autograd saves for the backward, counted on real tensors."""
-    from tests.support.models import CPU, built, packed
+    from tests.support.models import built, packed
     from trainer.plan.activation_memory import measure
     from trainer.tasks import make_task
 
@@ -74,17 +88,7 @@ def test_activations_are_those_of_a_real_step(tmp_path: Path, tiny_model: Path) 
     task = make_task(recipe)
     task.attach(model)
     batch = packed([[40, 24], [32, 32]], prompt=1)  # a mask keeps samples apart, as in a plan
-    saved: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        loss = task.loss(model, batch, CPU).loss_sum
-    real = sum(size for pointer, size in saved.items() if pointer not in parameters)
-    assert loss.requires_grad
+    real = saved_bytes(task, model, batch)
     assert measure(recipe, read_base(recipe.model).config, None).held == pytest.approx(real, rel=0.1)
 
 
@@ -348,7 +352,7 @@ def test_a_mixture_of_experts_has_a_plan_in_every_type(tmp_path: Path, kind: str
 def test_a_mixture_keeps_what_a_real_step_keeps(tmp_path: Path) -> None:
     from transformers import MixtralConfig, MixtralForCausalLM
 
-    from tests.support.models import CPU, built, packed
+    from tests.support.models import built, packed
     from trainer.plan.activation_memory import measure
     from trainer.tasks import make_task
 
@@ -359,16 +363,7 @@ def test_a_mixture_keeps_what_a_real_step_keeps(tmp_path: Path) -> None:
     model, _ = built(recipe)
     task = make_task(recipe)
     task.attach(model)
-    saved: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        task.loss(model, packed([[40, 24], [32, 32]], prompt=1), CPU)
-    real = sum(size for pointer, size in saved.items() if pointer not in parameters)
+    real = saved_bytes(task, model, packed([[40, 24], [32, 32]], prompt=1))
     assert measure(recipe, read_base(recipe.model).config, None).held == pytest.approx(real, rel=0.1)
 
 

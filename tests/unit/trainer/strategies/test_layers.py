@@ -9,6 +9,7 @@ import torch
 import transformers
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from tests.support.models import SHARED_BLOCKS
 from trainer.errors import InputError
 from trainer.strategies.layers import decoder_layers, separate_blocks
 
@@ -18,13 +19,7 @@ SIZES = {
 }
 ZAMBA2 = transformers.Zamba2Config(
     **SIZES,
-    layers_block_type=["mamba", "hybrid", "hybrid", "mamba", "hybrid", "hybrid"],
-    num_hidden_layers=6,
-    num_mem_blocks=2,
-    adapter_rank=4,
-    mamba_d_state=8,
-    mamba_headdim=32,
-    n_mamba_heads=2,
+    **SHARED_BLOCKS,
 )
 GEMMA3 = transformers.Gemma3Config(
     text_config={**SIZES, "num_hidden_layers": 3, "head_dim": 16},

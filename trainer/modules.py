@@ -1,9 +1,21 @@
-"""Linear layers of classes that are not torch's own."""
+"""Facts about the modules of a model of transformers."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+
+
+def text_model(model: Any) -> torch.nn.Module:
+    """Returns the part of a model for several media (text and images) that reads text; any other model as it is."""
+    config: Any = getattr(model, "config", None)
+    if hasattr(config, "get_text_config") and config.get_text_config() is not config:
+        text: torch.nn.Module = model.get_decoder()
+        return text
+    whole: torch.nn.Module = model
+    return whole
 
 
 def computes_plain_product(kind: type[torch.nn.Module]) -> bool:
