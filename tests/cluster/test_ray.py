@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +14,12 @@ from tests.support.hosts import Hosts
 from tests.support.jobs import Command, start, wait_for_step, write_recipe
 from tests.support.ray_hosts import RAY, RayOnHosts
 from tests.support.training import run_of, small_recipe, write_pairs
-from tests.support.waiting import wait_for
+from tests.support.waiting import IdleClock, wait_for
 from trainer.recipe import Recipe
 from trainer.run import layout
 from trainer.run.jsonl import read_rows
 
-pytestmark = [pytest.mark.ray, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.ray, pytest.mark.timeout(1200)]
 NOTICE = ("--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot", "--deadline-remaining-seconds", "90")
 
 
@@ -41,15 +40,16 @@ def last_step(recipe: Recipe, attempt: int) -> int:
 
 
 def await_attempt(recipe: Recipe, attempt: int, command: Command, timeout_s: float = 90) -> float:
-    """Seconds until it trains."""
-    began = time.monotonic()
+    """Seconds of an idle machine until it trains."""
+    clock = IdleClock()
 
     def trains() -> bool:
+        clock.seconds()
         assert command.process.poll() is None, command.output()[-3000:]
         return any(r["attempt"] == attempt for r in read_rows(run_of(recipe), layout.METRICS))
 
     wait_for(trains, f"attempt {attempt}", timeout_s, every_s=0.3, logs=command.output)
-    return time.monotonic() - began
+    return clock.seconds()
 
 
 def test_a_run_follows_the_hosts_that_come_and_go(
@@ -94,9 +94,9 @@ def test_a_run_follows_the_hosts_that_come_and_go(
 
 def test_doctor_names_a_host_that_is_cut_off(ray: RayOnHosts) -> None:
     ray.hosts.cut(3)
-    began = time.monotonic()
-    doctor = ray.hosts.run(1, [sys.executable, "-m", "launcher", "doctor", "--json"], env=ray.env, timeout=90)
-    assert time.monotonic() - began < 60
+    clock = IdleClock()
+    doctor = ray.hosts.run(1, [sys.executable, "-m", "launcher", "doctor", "--json"], env=ray.env, timeout=600)
+    assert clock.seconds() < 60
     assert doctor.returncode == 1, doctor.stderr
     told = json.loads(doctor.stdout)
     assert told["verdict"] == "not ready"

@@ -20,7 +20,7 @@ from trainer.recipe import Recipe
 from trainer.run import layout
 from trainer.run.jsonl import read_rows
 
-pytestmark = pytest.mark.timeout(300)
+pytestmark = pytest.mark.timeout(1200)
 LONG = {"training.steps": 20000, "checkpoint.every_steps": 10**6}
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "NODE_FAIL", "TIMEOUT")
 

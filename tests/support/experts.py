@@ -30,18 +30,18 @@ ARCHITECTURES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-def experts_config(kind: str) -> Any:
+def experts_config(kind: str, **changes: Any) -> Any:
     from transformers import CONFIG_MAPPING
 
-    return CONFIG_MAPPING[kind](**{**SHAPE, **ARCHITECTURES[kind]})
+    return CONFIG_MAPPING[kind](**{**SHAPE, **ARCHITECTURES[kind], **changes})
 
 
-def experts_model(kind: str) -> Any:
+def experts_model(kind: str, **changes: Any) -> Any:
     """The model, frozen, in float32."""
     from transformers import AutoModelForCausalLM
 
     torch.manual_seed(7)
-    model = AutoModelForCausalLM.from_config(experts_config(kind), dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(experts_config(kind, **changes), dtype=torch.float32)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.05 * torch.randn(parameter.shape))

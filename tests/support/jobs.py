@@ -35,10 +35,11 @@ class Command:
 
     def wait(self, timeout_s: float = LIMIT_S) -> int:
         try:
-            return self.process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
+            wait_for(lambda: self.process.poll() is not None, "the command's end", timeout_s, logs=self.output)
+        except AssertionError:
             self.kill()
-            raise AssertionError(f"no end within {timeout_s} s:\n{self.output()[-3000:]}") from None
+            raise
+        return self.process.returncode
 
     def output(self) -> str:
         return self.log.read_text(errors="replace")

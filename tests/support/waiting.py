@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -11,6 +12,20 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
+class IdleClock:
+    """Counts the seconds that a machine without other load would have taken: a second counts less while more processes
+    want to run than there are cores. It is read often, since the load changes."""
+
+    def __init__(self) -> None:
+        self._seconds, self._read = 0.0, time.monotonic()
+
+    def seconds(self) -> float:
+        now, load = time.monotonic(), os.getloadavg()[0]
+        self._seconds += (now - self._read) * min(1.0, (os.cpu_count() or 1) / max(load, 1e-3))
+        self._read = now
+        return self._seconds
+
+
 def wait_for(
     condition: Callable[[], T | None],
     what: str,
@@ -18,10 +33,11 @@ def wait_for(
     every_s: float = 0.05,
     logs: Callable[[], str] = str,
 ) -> T:
-    """The first truthy value of ``condition()``; fails naming ``what``, with ``logs()``, when there is none in time."""
-    deadline = time.monotonic() + timeout_s
+    """The first truthy value of ``condition()``; fails naming ``what``, with ``logs()``, when there is none in
+    ``timeout_s`` seconds of an IdleClock."""
+    clock = IdleClock()
     while not (value := condition()):
-        if time.monotonic() > deadline:
+        if clock.seconds() > timeout_s:
             raise AssertionError(f"{what}: not within {timeout_s:g} s\n{logs()}".rstrip())
         time.sleep(every_s)
     return value

@@ -16,7 +16,7 @@ import torch
 
 from trainer.adapters.targets import matched_modules
 from trainer.errors import InputError
-from trainer.experts import expert_weights
+from trainer.experts import is_mixture
 
 WEIGHT = ".weight"
 SHOWN = 3
@@ -24,10 +24,9 @@ SHOWN = 3
 
 @contextmanager
 def names_as_given(base: Any, config: Any) -> Iterator[None]:
-    """Keeps peft from reading the targets of ``config`` by their old names inside the context, if it names experts as
-    transformers does now, or full names of layers."""
+    """Keeps peft from reading the targets of ``config`` by their old names inside the context, if they are full names."""
     full = {name for name, _ in base.named_modules()}.issuperset(getattr(config, "target_modules", None) or ())
-    if not expert_weights(base) or not full:
+    if not is_mixture(base) or not full:
         yield
         return
     # peft looks for the model's type in its table of architectures whose experts had other names.
@@ -40,7 +39,7 @@ def names_as_given(base: Any, config: Any) -> Iterator[None]:
 
 def as_saved(config: Any, base: Any) -> None:
     """Changes a LoRA configuration in place into one that plain peft reads as it was attached."""
-    if config.target_modules is None or not expert_weights(base):
+    if config.target_modules is None or not is_mixture(base):
         return
     moved = _moved_by_peft(config.target_modules, base)
     config.target_modules = sorted(set(config.target_modules) - moved)

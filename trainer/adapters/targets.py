@@ -10,7 +10,7 @@ import torch
 
 from trainer.bounds import OutOfTime, bounded_cpu
 from trainer.errors import InputError
-from trainer.experts import expert_weights, fused_names, routers
+from trainer.experts import expert_weights, fused_names, is_mixture, routers
 from trainer.modules import computes_plain_product, text_model
 
 LISTED_MODULES = 20
@@ -67,7 +67,7 @@ def resolve(base: torch.nn.Module, targets: Targets, *, experts: bool = False) -
     names = [n for n, _ in base.named_modules() if n]
     hit = set(_matched(names, targets))
     accidents = {n for n in hit & avoided if not _named(n, names, avoided, targets)}
-    if accidents or expert_weights(base):  # in models with experts, peft gives short names other meanings
+    if accidents or is_mixture(base):  # in such models, peft gives short names other meanings
         return sorted(hit - accidents)
     return targets if isinstance(targets, str) else list(targets)
 

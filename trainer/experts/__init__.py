@@ -2,7 +2,7 @@
 
 from trainer.experts.compute import compute_by_expert, expert_layers
 from trainer.experts.conversion import fused_names
-from trainer.experts.find import ExpertWeight, expert_counts, expert_weights, experts_per_token, routers
+from trainer.experts.find import ExpertWeight, expert_counts, expert_weights, experts_per_token, is_mixture, routers
 from trainer.experts.packed import PackedExperts, pack_experts, packed_experts, unpacked_shapes
 
 __all__ = [
@@ -14,6 +14,7 @@ __all__ = [
     "expert_weights",
     "experts_per_token",
     "fused_names",
+    "is_mixture",
     "pack_experts",
     "packed_experts",
     "routers",

@@ -52,6 +52,11 @@ def routers(model: torch.nn.Module) -> set[str]:
     return found
 
 
+def is_mixture(model: Any) -> bool:
+    """Returns True if the configuration has experts. Every layer of such a model may still be a dense one."""
+    return bool(_expert_counts(model))
+
+
 def _expert_counts(model: Any) -> set[int]:
     config = getattr(model, "config", None)
     return set() if config is None else expert_counts(config.get_text_config())

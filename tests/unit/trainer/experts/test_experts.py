@@ -26,10 +26,10 @@ def recipe_of(folder: Path, **changes: Any) -> Recipe:
     return small_recipe("experts", folder, folder, **{"adapter.dropout": 0.0, **changes})
 
 
-def adapted(kind: str, folder: Path, **changes: Any) -> tuple[Any, Adapter]:
+def adapted(kind: str, folder: Path, *, base: Any = None, **changes: Any) -> tuple[Any, Adapter]:
     """The model with its adapter, whose B are not zero any more."""
     adapter = make_adapter(recipe_of(folder, **changes))
-    model = adapter.attach(experts_model(kind))
+    model = adapter.attach(base or experts_model(kind))
     draw = torch.Generator().manual_seed(4)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -97,6 +97,20 @@ def test_layers_beside_the_experts_keep_their_own_adapters(tmp_path: Path) -> No
         *(f"1.mlp.shared_experts.{part}" for part in ("gate_proj", "up_proj", "down_proj")),
         "1.mlp.experts", "1.mlp.experts.base_layer",
     }  # fmt: skip
+
+
+@pytest.mark.parametrize("targets", ["all-linear", ["q_a_proj", "gate_proj", "up_proj", "down_proj"]])
+def test_a_mixture_whose_layers_are_all_dense_keeps_its_adapters(targets: Any, tmp_path: Path) -> None:
+    from peft import PeftModel
+
+    dense = {"first_k_dense_replace": 2}
+    base, changes = experts_model("deepseek_v3", **dense), {"adapter.target_modules": targets}
+    model, adapter = adapted("deepseek_v3", tmp_path, base=base, **changes)
+    parts = {n.partition(".lora_A")[0].rpartition(".")[2] for n in trained(model) if ".mlp." in n and ".lora_A." in n}
+    assert parts == {"gate_proj", "up_proj", "down_proj"}
+    adapter.save(model, {n: p.detach().clone() for n, p in trained(model).items()}, tmp_path)
+    plain: Any = PeftModel.from_pretrained(experts_model("deepseek_v3", **dense), str(tmp_path))
+    assert loss_of(plain).item() == pytest.approx(loss_of(model).item(), rel=1e-6)
 
 
 def test_rank_r_is_rank_r_on_each_experts_matrix(tmp_path: Path) -> None:
