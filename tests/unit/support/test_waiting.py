@@ -25,5 +25,5 @@ def test_a_second_counts_less_while_processes_wait_for_a_core(
 
 
 def test_what_does_not_come_is_named() -> None:
-    with pytest.raises(AssertionError, match="a wonder: not within 0.1 s\nthe log"):
+    with pytest.raises(AssertionError, match=r"a wonder: not within 0\.1 s\nthe log"):
         wait_for(lambda: False, "a wonder", 0.1, logs=lambda: "the log")
