@@ -24,7 +24,7 @@ SHOWN = 3
 
 @contextmanager
 def names_as_given(base: Any, config: Any) -> Iterator[None]:
-    """Keeps peft from reading the targets of ``config`` by their old names inside the context, if they are full names."""
+    """Keeps peft from reading the targets of ``config`` by their old names in the context, if they are full names."""
     full = {name for name, _ in base.named_modules()}.issuperset(getattr(config, "target_modules", None) or ())
     if not is_mixture(base) or not full:
         yield
