@@ -89,6 +89,7 @@ EXTRA: Mapping[str, Mapping[str, Any]] = {
     "qwen4_exp": {"text_config": INDEXED},
     "xmod": {"default_language": "en_XX"},
     # With few heads, tokens have the same score in the index, and the order decides between them.
+    "axk2": {"index_n_heads": 24},
     "deepseek_v32": {"index_n_heads": 24},
     "glm_moe_dsa": {"index_n_heads": 24},
     # Published models have both kinds of layers, the defaults one.

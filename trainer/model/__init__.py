@@ -5,7 +5,7 @@ from trainer.model.files.fetch import ModelFiles, fetch_model
 from trainer.model.files.tokenizer import load_tokenizer
 from trainer.model.files.weight_check import check_weights
 from trainer.model.head import Head, save_head_config
-from trainer.model.kernels.packing_check import check_isolation
+from trainer.model.kernels.packing_check import check_isolation, check_left_to_right
 
 __all__ = [
     "Head",
@@ -13,6 +13,7 @@ __all__ = [
     "ModelFiles",
     "build",
     "check_isolation",
+    "check_left_to_right",
     "check_weights",
     "fetch_model",
     "load_tokenizer",

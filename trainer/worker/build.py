@@ -22,7 +22,7 @@ from trainer.adapters import Adapter, make_adapter
 from trainer.adapters.coverage import Coverage, coverage_of
 from trainer.distributed.world import World
 from trainer.errors import InputError, MusterError
-from trainer.model import Head, ModelFiles, check_isolation, fetch_model, load_tokenizer
+from trainer.model import Head, ModelFiles, check_isolation, check_left_to_right, fetch_model, load_tokenizer
 from trainer.model import build as load_base
 from trainer.model.files.weight_source import WeightSource
 from trainer.model.kernels.attention import settle_attention
@@ -128,9 +128,11 @@ def _build(
         with _as_told(recipe, strategy), strategy.autocast():
             attention = settle_attention(recipe, strategy.model, strategy.module, task.inputs, world.device)
             strategy.reshard()
+            asked = strategy.model, strategy.module, task.inputs, world.device, recipe.model.path
+            if task.head is not None:
+                check_left_to_right(*asked)
             if recipe.data.packing:
-                asked = task.inputs, world.device, recipe.model.path, recipe.data.sequence_length
-                check_isolation(strategy.model, strategy.module, *asked)
+                check_isolation(*asked, recipe.data.sequence_length)
         strategy.reshard()
         with _as_told(recipe, strategy):
             check_used(recipe, world, adapter, task, strategy)

@@ -1,4 +1,4 @@
-"""Checks that a model keeps the samples of a pack apart.
+"""Checks that a model reads a text from left to right, and keeps the samples of a pack apart.
 
 Packing relies on position ids that restart, and on the positions at which samples begin. A model with recurrent
 (state-space) layers, or one that ignores both, silently carries state from one sample into the next. One that counts
@@ -25,6 +25,8 @@ FIRST_TOKENS, SECOND_TOKENS = 6, 5
 TOLERANCE = 0.02
 """In standard deviations of the logits. Without a leak, only rounding differs; a leak moves logits by about as much as
 they differ among themselves."""
+EXACT_TOLERANCE = 1e-3
+"""In float32, of tokens at the same place: an encoder with random weights near zero moves logits by 0.01."""
 INT8_TOLERANCE = 0.25
 """LLM.int8() treats a column separately when any token of the batch has an outlier in it, so that tokens change each
 other's rounding (0.07 was measured)."""
@@ -63,6 +65,17 @@ def units_below(base: Any, sequence_length: int) -> dict[str, int]:
     return {name: int(value) for name, value in found.items() if value < sequence_length}
 
 
+@contextmanager
+def evaluating(module: torch.nn.Module) -> Iterator[None]:
+    """Sets the module to evaluation inside the context."""
+    was_training = module.training
+    module.eval()
+    try:
+        yield
+    finally:
+        module.train(was_training)
+
+
 @torch.no_grad()
 def check_isolation(
     model: Any, module: Any, inputs: Inputs, device: torch.device, path: str, sequence_length: int
@@ -72,17 +85,13 @@ def check_isolation(
     ``module``: the wrapped model, whose forward is called. Every rank calls it, in the forward's precision."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     packs = _Packs(base, module, inputs, device)
-    was_training = module.training
-    module.eval()
-    try:
+    with evaluating(module):
         leak, place = packs.leak(), packs.moved_by_place()
         counted = {}
         for name, value in units_below(base, sequence_length).items():
             with shrunk(base, [name]):
                 if packs.moved_by_place() > 3 * place + TOLERANCE:  # less is rounding
                     counted[name] = value
-    finally:
-        module.train(was_training)
     if not leak <= (INT8_TOLERANCE if getattr(base, "is_loaded_in_8bit", False) else TOLERANCE):
         raise InputError(
             f"model.path {path!r}: {type(base).__name__} lets the samples of a pack see each other (logits move by "
@@ -99,6 +108,32 @@ def check_isolation(
             f"model.path {path!r}: {type(base).__name__} counts {name} {value} from the beginning of a pack, so that a "
             f"sample behind {value} tokens differs from the same one alone, and data.sequence_length is "
             f"{sequence_length}; lower it to {value}, or set data.packing=false"
+        )
+
+
+@torch.no_grad()
+def check_left_to_right(model: Any, module: Any, inputs: Inputs, device: torch.device, path: str) -> None:
+    """Raises InputError when a token's logits depend on what follows it, as in an encoder, or when the model does not
+    number the tokens of a text from 0: models of RoBERTa's family begin behind the number of their padding token.
+
+    ``module``: the wrapped model, whose forward is called. Every rank calls it, in the forward's precision."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    config = getattr(model, "active_peft_config", None)
+    packs = _Packs(base, module, inputs, device)
+    with evaluating(module):
+        ahead = packs.moved_by_what_follows()
+        # The code of virtual prompts puts them into numbered texts only.
+        numbering = 0.0 if config is not None and config.is_prompt_learning else packs.moved_by_numbering()
+    in_8bit = getattr(base, "is_loaded_in_8bit", False)
+    if not ahead <= (INT8_TOLERANCE if in_8bit else EXACT_TOLERANCE if packs.in_float32 else TOLERANCE):
+        raise InputError(
+            f"model.path {path!r}: {type(base).__name__} lets a token see what follows it (logits move by {ahead:.2g} "
+            "of their spread), so that it cannot learn to write; name a causal language model"
+        )
+    if not numbering <= TOLERANCE:
+        raise InputError(
+            f"model.path {path!r}: {type(base).__name__} does not number the tokens of a text from 0, as training does "
+            f"(logits move by {numbering:.2g} of their spread); name another model.path"
         )
 
 
@@ -129,9 +164,22 @@ class _Packs:
         ahead = self._logits(self._second, self._first)[:SECOND_TOKENS]
         return float((behind - ahead).abs().amax(-1).median() / behind.std())
 
-    def _logits(self, *samples: npt.NDArray[np.int64]) -> torch.Tensor:
+    def moved_by_what_follows(self) -> float:
+        """Returns the change of a token's logits by what follows it, the rest of its sample or padding; the median."""
+        sample, end = np.concatenate((self._first, self._second)), [np.zeros(1, np.int64)] * SECOND_TOKENS
+        logits, others = (one[:FIRST_TOKENS] for one in (self._logits(sample), self._logits(self._first, *end)))
+        return float((logits - others).abs().amax(-1).median() / logits.std())
+
+    def moved_by_numbering(self) -> float:
+        """Returns the largest change of a logit of a single sample if the model numbers its tokens itself."""
+        sample = np.concatenate((self._first, self._second))
+        logits, own = self._logits(sample), self._logits(sample, leave_out="position_ids")
+        return float((logits - own).abs().max() / logits.std())
+
+    def _logits(self, *samples: npt.NDArray[np.int64], leave_out: str = "") -> torch.Tensor:
         positions = np.concatenate([np.arange(len(sample)) for sample in samples])
-        logits = self._module(**self._inputs(np.concatenate(samples)[None], positions[None], self._device)).logits[0]
+        inputs = self._inputs(np.concatenate(samples)[None], positions[None], self._device)
+        logits = self._module(**{name: value for name, value in inputs.items() if name != leave_out}).logits[0]
         self.in_float32 = logits.dtype == torch.float32
         found: torch.Tensor = logits.float()
         return found

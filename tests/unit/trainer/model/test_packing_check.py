@@ -6,6 +6,7 @@ import pytest
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    BertConfig,
     Gemma2Config,
     GPT2Config,
     Llama4TextConfig,
@@ -14,10 +15,12 @@ from transformers import (
     MixtralConfig,
     PreTrainedConfig,
     Qwen2Config,
+    RobertaConfig,
+    XLNetConfig,
 )
 
 from trainer.errors import InputError
-from trainer.model.kernels.packing_check import check_isolation
+from trainer.model.kernels.packing_check import check_isolation, check_left_to_right
 from trainer.tasks.inputs import model_inputs
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "vocab_size": 96}
@@ -33,20 +36,45 @@ def model_of(config: PreTrainedConfig, dtype: torch.dtype = torch.float32) -> to
     return AutoModelForCausalLM.from_config(config, dtype=dtype)
 
 
+DECODERS = [
+    LlamaConfig(**SIZES, **HEADS),
+    Qwen2Config(**SIZES, **HEADS),
+    Gemma2Config(**SIZES, **HEADS, head_dim=16),
+    GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=96),
+    MixtralConfig(**SIZES, **HEADS, sliding_window=32),
+]
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    "config",
-    [
-        LlamaConfig(**SIZES, **HEADS),
-        Qwen2Config(**SIZES, **HEADS),
-        Gemma2Config(**SIZES, **HEADS, head_dim=16),
-        GPT2Config(n_embd=32, n_layer=2, n_head=2, vocab_size=96),
-        MixtralConfig(**SIZES, **HEADS, sliding_window=32),
-    ],
-    ids=lambda c: c.model_type,
-)
+@pytest.mark.parametrize("config", DECODERS, ids=lambda c: c.model_type)
 def test_attention_keeps_samples_apart(config: PreTrainedConfig, dtype: torch.dtype) -> None:
     check(model_of(config, dtype))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("config", [*DECODERS, MambaConfig(**SIZES, state_size=8)], ids=lambda c: c.model_type)
+def test_a_decoder_reads_from_left_to_right(config: PreTrainedConfig, dtype: torch.dtype) -> None:
+    model = model_of(config, dtype)
+    check_left_to_right(model, model, model_inputs, torch.device("cpu"), "base")
+
+
+WIDE = {"initializer_range": 0.3}  # layers then move logits as much as those of a trained model
+
+
+@pytest.mark.parametrize(
+    ("config", "dtype", "why"),
+    [
+        (BertConfig(**SIZES, **HEADS), torch.float32, "BertLMHeadModel lets a token see what follows it"),
+        (BertConfig(**SIZES, **HEADS, **WIDE), torch.bfloat16, "BertLMHeadModel lets a token see what follows it"),
+        (XLNetConfig(d_model=32, n_layer=2, n_head=2, d_inner=64, vocab_size=96), torch.float32, "XLNetLMHeadModel"),
+        (RobertaConfig(**SIZES, **HEADS, is_decoder=True), torch.bfloat16, "RobertaForCausalLM does not number"),
+    ],
+    ids=lambda c: getattr(c, "model_type", ""),
+)
+def test_an_encoder_is_refused(config: PreTrainedConfig, dtype: torch.dtype, why: str) -> None:
+    model = model_of(config, dtype)
+    with pytest.raises(InputError, match=f"'base': {why}"):
+        check_left_to_right(model, model, model_inputs, torch.device("cpu"), "base")
 
 
 @pytest.mark.parametrize("int8", [False, True])
