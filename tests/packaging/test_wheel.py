@@ -38,7 +38,7 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         sys.executable, "-m", "pip", "wheel", "-q", ".", "--no-deps", "--no-build-isolation", "-w", out, cwd=source
     )
     assert built.returncode == 0, built.stderr
-    return next(out.glob("muster-*.whl"))
+    return next(out.glob("muster_train-*.whl"))
 
 
 @pytest.fixture(scope="session")

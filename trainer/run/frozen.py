@@ -25,6 +25,9 @@ from trainer.run import layout
 from trainer.storage import Storage
 
 log = logging.getLogger(__name__)
+DISTRIBUTION = "muster-train"
+"""The project's name on the package index, where `muster` is another project."""
+
 PACKAGES = (
     "torch",
     "transformers",
@@ -145,7 +148,7 @@ def versions() -> dict[str, str]:
 def code_version() -> str:
     """Returns the installed version, plus the commit if the code is in a git checkout."""
     root = Path(__file__).resolve().parents[2]
-    version = _version("muster") or "unknown"
+    version = _version(DISTRIBUTION) or "unknown"
     if not (root / ".git").exists():
         return version
     try:
