@@ -1,4 +1,4 @@
-"""What lies beside docs/ and belongs to the site: the README as its first page, the recipes, and links to them.
+"""What lies beside docs/ and belongs to the site: the README as its first page, the recipes, links to them, a script.
 
 In a checkout ``../recipes/README.md`` and ``../deepspeed/`` lead where they say. The site has pages for Markdown, the
 file itself for a recipe, and for what it does not have the words of the link alone.
@@ -28,6 +28,8 @@ def beside_docs() -> dict[str, str]:
 def on_files(files: Files, config: Any) -> Files:
     for source, name in beside_docs().items():
         files.append(File.generated(config, name, abs_src_path=str(ROOT / source)))
+    script = Path(__file__).with_name("iframe-worker.js")
+    files.append(File.generated(config, f"assets/{script.name}", abs_src_path=str(script)))
     return files
 
 
@@ -44,4 +46,10 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             there = beside_docs().get(f"{place}/README.md")
         return f"[{words}]({posixpath.relpath(there, posixpath.dirname(here) or '.')}{anchor})" if there else words
 
-    return LINK.sub(lead, markdown)
+    return LINK.sub(lead, f"{markdown}\n{further_reports(markdown)}" if here == "gallery.md" else markdown)
+
+
+def further_reports(page: str) -> str:
+    """Every picture of a report that the page does not show already, under its file's name."""
+    found = (path.name for path in sorted((ROOT / "docs" / "images").glob("report*.png")))
+    return "\n".join(f"## {name}\n\n![{name}](images/{name})\n" for name in found if f"images/{name}" not in page)

@@ -12,7 +12,7 @@ from pydantic.fields import FieldInfo
 from trainer.recipe.base import KeyPath, Section
 from trainer.recipe.compatibility import RULES
 from trainer.recipe.formats import FORMATS, formats_of
-from trainer.recipe.matrix import alike, axes, refusals, sides_of, signs, values_of
+from trainer.recipe.matrix import refusals, sides_of, values_of
 from trainer.recipe.methods import METHODS
 from trainer.recipe.root import Recipe
 from trainer.recipe.sections.datasets import DATASETS
@@ -22,11 +22,10 @@ from trainer.recipe.writing import MAY_CHANGE, schema
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
-HEAD = """# The recipe
+HEAD = """# Every setting of a recipe
 
-Made from the model in `trainer/recipe/` by `make schema`; change the text under the fields there, not here.
-
-A recipe is a YAML file (or the same in JSON, ending in `.json`). Unknown keys and wrong types are refused; `muster
+A recipe is a YAML file (or the same in JSON, ending in `.json`) that names everything about a run. A short one is enough,
+as the [first recipe](../README.md#a-recipe-of-your-own) shows: only what is *required* below has to be given. Unknown keys and wrong types are refused; `muster
 validate RECIPE` lists every mistake with its line. Any value can be set on the command line by its dotted path, an
 entry of a list by its index from 0:
 
@@ -34,9 +33,12 @@ entry of a list by its index from 0:
 muster run recipes/quickstart.yaml optimizer.lr=1e-4 data.train.0.weight=2 training.max_grad_norm=null
 ```
 
-YAML is read by the rules of version 1.2: `1e-4` is a number, only `true` and `false` are truth values. The first line
-`# yaml-language-server: $schema=recipe.schema.json` gives editors completion and checks. Tags (`!!binary`) are refused,
-and so is a text of more than 1 MiB, more than 100,000 values (aliases expanded), 100 levels or 100 digits of a number.
+YAML is read by the rules of version 1.2: `1e-4` is a number, and only `true` and `false` are booleans. The first line
+`# yaml-language-server: $schema=recipe.schema.json` gives editors completion and checks. These are refused: tags
+(`!!binary`), a text of more than 1 MiB, more than 100,000 values (aliases expanded), more than 100 levels, and numbers
+of more than 100 digits.
+
+<!-- Made by `make schema` from the fields in trainer/recipe/: change the text there. -->
 """
 
 
@@ -95,7 +97,7 @@ def shape(described: dict[str, Any]) -> str:
         if "prefixItems" in described:
             return f"[{', '.join(shape(item) for item in described['prefixItems'])}]"
         return f"a list of {shape(described.get('items', {}))}"
-    words = {"integer": "whole number", "number": "number", "string": "text", "boolean": "`true`, `false`"}
+    words = {"integer": "integer", "number": "number", "string": "text", "boolean": "`true`, `false`"}
     words |= {"null": "`null`", "object": "a mapping"}
     comparisons = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {described[key]:g}" for key, sign in comparisons.items() if key in described]
@@ -112,7 +114,7 @@ def _default(field: FieldInfo) -> str:
 
 
 def _methods() -> str:
-    head = ["## Methods", "", "What a recipe leaves out is filled in with these.", ""]
+    head = ["## Methods", "", "A recipe that leaves a setting out gets these defaults.", ""]
     head += ["| `adapter.method` | | takes, with its defaults | `optimizer.lr` to begin with | source |"]
     rows = []
     for name, method in METHODS.items():
@@ -130,7 +132,7 @@ def _columns() -> str:
         cells = (f"`{column}`{' (may be missing)' * (column in row.optional)}" for column in row.columns)
         rows.append(f"| `{name}` | {', '.join(cells)} |")
     head = ["## Columns of a format", "", "| format | reads the columns |", "|---|---|"]
-    tasks = [f"Task `{task}` learns from {', '.join(f'`{f}`' for f in formats_of(task))}." for task in TASKS.names()]
+    tasks = [f"- Task `{task}` uses {', '.join(f'`{f}`' for f in formats_of(task))}." for task in TASKS.names()]
     return "\n".join([*head, *rows, "", *tasks, ""])
 
 
@@ -141,28 +143,18 @@ def _datasets() -> str:
 
 
 def _rules() -> str:
-    # Pairs only: the message of `validate` gives the reason.
-    head = [
-        "## What is checked together",
-        "",
-        "`validate` refuses values of these settings that cannot work together:",
-        "",
-    ]
-    pairs = [rule.paths for rule in RULES] + [(("task",), ("data", "train", 0, "format"))]
-    return "\n".join([*head, *(f"- {' with '.join(f'`{dotted(path)}`' for path in paths)}" for paths in pairs), ""])
+    # Names only: the message of `validate` gives the reason.
+    pairs: dict[str, list[str]] = {}
+    for first, *others in [*(rule.paths for rule in RULES), (("task",), ("data", "train", 0, "format"))]:
+        pairs.setdefault(dotted(first), []).append(" and ".join(f"`{dotted(path)}`" for path in others))
+    head = ["## What is checked together", "", "Some values of these settings exclude each other:", ""]
+    return "\n".join([*head, *(f"- `{first}` and {', '.join(others)}" for first, others in pairs.items()), ""])
 
 
 def _matrix() -> str:
-    lines = ["## What works together", "", "`x` unquantised, `4` nf4, `8` int8; `muster matrix` prints the same.", ""]
-    strategies = axes()["strategy"]
-    for tasks in alike(axes()["task"]):
-        names = ", ".join(f"`{task}`" for task in tasks)
-        lines += [f"| {names} | {' | '.join(f'`{s}`' for s in strategies)} |", "|---|" + "---|" * len(strategies)]
-        for method in axes()["method"]:
-            works = (signs(method, strategy, tasks[0]) for strategy in strategies)
-            lines.append(f"| `{method}` | {' | '.join(' '.join(w).strip() for w in works)} |")
-        lines.append("")
-    lines += ["Why the others do not:", ""]
+    lines = ["## What works together", ""]
+    lines += ["Every method works with every quantisation, strategy and task, except for these combinations. `muster matrix`"]
+    lines += ["prints the table, and `muster validate` names the nearest choice that works.", ""]
     for refused in refusals():
         sides = (
             f"{side} {', '.join(f'`{value}`' for value in values_of(refused, side))}" for side in sides_of(refused)

@@ -78,7 +78,7 @@ class Recipe(Section):
 
     tracking: Listed[Annotated[str, OneOf(TRACKERS)]] = ()
     """Trackers that the metrics are also sent to: `tensorboard`, `wandb`, `mlflow`, and `prometheus`, which fetches
-    them. The run's own storage always contains them. See [watching.md](watching.md)."""
+    them. The run's own storage always contains them. See [tracking.md](tracking.md)."""
 
     tensorboard: TensorBoardSection = TensorBoardSection()
     wandb: WandbSection = WandbSection()
