@@ -52,9 +52,9 @@ class Recipe(Section):
     gives the same bytes, and another number gives the same result within the rounding noise of float32."""
 
     task: Annotated[str, OneOf(TASKS)] = "sft"
-    """What is learned: `sft` is supervised fine-tuning of a causal language model; `classification` adds a head with an
-    output per label to any model; `reward` learns from preferences to rate answers, `dpo` to give the preferred ones;
-    `ppo` learns from the rewards of texts that it writes itself. See [tasks.md](tasks.md)."""
+    """The task, which decides the loss: `sft` is supervised fine-tuning of a causal language model; `classification`
+    adds a head with an output per label to any model; `reward` learns from preferences to rate answers, `dpo` to give
+    the preferred ones; `ppo` learns from the rewards of texts that it writes itself. See [tasks.md](tasks.md)."""
 
     model: ModelSection
     adapter: AdapterSection = AdapterSection()
