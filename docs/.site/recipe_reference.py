@@ -11,12 +11,10 @@ from pydantic.fields import FieldInfo
 
 from trainer.recipe.base import KeyPath, Section
 from trainer.recipe.compatibility import RULES
-from trainer.recipe.formats import FORMATS, formats_of
 from trainer.recipe.matrix import refusals, sides_of, values_of
 from trainer.recipe.methods import METHODS
 from trainer.recipe.root import Recipe
 from trainer.recipe.sections.datasets import DATASETS
-from trainer.recipe.tasks import TASKS
 from trainer.recipe.tree import dotted, element, section_of
 from trainer.recipe.writing import MAY_CHANGE, schema
 
@@ -24,10 +22,10 @@ ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 HEAD = """# Every setting of a recipe
 
-A recipe is a YAML file (or the same in JSON, ending in `.json`) that names everything about a run. A short one is enough,
-as the [first recipe](../README.md#a-recipe-of-your-own) shows: only what is *required* below has to be given. Unknown keys and wrong types are refused; `muster
-validate RECIPE` lists every mistake with its line. Any value can be set on the command line by its dotted path, an
-entry of a list by its index from 0:
+A recipe is a YAML file (or the same in JSON, ending in `.json`) that names everything about a run. A short one is
+enough, as the [first recipe](../README.md#a-recipe-of-your-own) shows: only what is *required* below has to be given.
+Unknown keys and wrong types are refused; `muster validate RECIPE` lists every mistake with its line. Any value can be
+set on the command line by its dotted path, an entry of a list by its index from 0:
 
 ```sh
 muster run recipes/quickstart.yaml optimizer.lr=1e-4 data.train.0.weight=2 training.max_grad_norm=null
@@ -51,7 +49,7 @@ def pages() -> dict[pathlib.Path, str]:
 
 
 def markdown() -> str:
-    parts = [HEAD, *_sections(Recipe, ()), _methods(), _columns(), _datasets(), _rules(), _matrix(), _changes()]
+    parts = [HEAD, *_sections(Recipe, ()), _methods(), _datasets(), _rules(), _matrix(), _changes()]
     return "\n".join(parts)
 
 
@@ -114,26 +112,17 @@ def _default(field: FieldInfo) -> str:
 
 
 def _methods() -> str:
-    head = ["## Methods", "", "A recipe that leaves a setting out gets these defaults.", ""]
+    lists = "`modules_to_save`, `trainable_tokens`"
+    head = ["## Methods", "", f"A recipe that leaves a setting out gets these defaults; lists ({lists}) are empty.", ""]
     head += ["| `adapter.method` | | takes, with its defaults | `optimizer.lr` to begin with | source |"]
     rows = []
     for name, method in METHODS.items():
         if name == "none":
             continue  # it takes nothing
         values = {key: json.dumps(value).strip('"') for key, value in method.settings.items()}
-        settings = ", ".join(f"`{key}: {value}`" for key, value in values.items())
+        settings = ", ".join(f"`{key}: {value}`" for key, value in values.items() if value != "[]")
         rows.append(f"| `{name}` | {method.what} | {settings} | {method.lr:g} | {method.source} |")
     return "\n".join([*head, "|---|---|---|---|---|", *rows, ""])
-
-
-def _columns() -> str:
-    rows = []
-    for name, row in FORMATS.items():
-        cells = (f"`{column}`{' (may be missing)' * (column in row.optional)}" for column in row.columns)
-        rows.append(f"| `{name}` | {', '.join(cells)} |")
-    head = ["## Columns of a format", "", "| format | reads the columns |", "|---|---|"]
-    tasks = [f"- Task `{task}` uses {', '.join(f'`{f}`' for f in formats_of(task))}." for task in TASKS.names()]
-    return "\n".join([*head, *rows, "", *tasks, ""])
 
 
 def _datasets() -> str:
@@ -153,8 +142,8 @@ def _rules() -> str:
 
 def _matrix() -> str:
     lines = ["## What works together", ""]
-    lines += ["Every method works with every quantisation, strategy and task, except for these combinations. `muster matrix`"]
-    lines += ["prints the table, and `muster validate` names the nearest choice that works.", ""]
+    lines += ["Every method works with every quantisation, strategy and task, except for these combinations. `muster"]
+    lines += ["matrix` prints the table, and `muster validate` names the nearest choice that works.", ""]
     for refused in refusals():
         sides = (
             f"{side} {', '.join(f'`{value}`' for value in values_of(refused, side))}" for side in sides_of(refused)
