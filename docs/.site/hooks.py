@@ -1,4 +1,4 @@
-"""What lies beside docs/ and belongs to the site: the README as its first page, the recipes, links to them, a script.
+"""What the site takes from outside docs/: the README as its first page, the recipes, links to them, a script, a style.
 
 In a checkout ``../recipes/README.md`` and ``../deepspeed/`` lead where they say. The site has pages for Markdown, the
 file itself for a recipe, and for what it does not have the words of the link alone.
@@ -28,8 +28,8 @@ def beside_docs() -> dict[str, str]:
 def on_files(files: Files, config: Any) -> Files:
     for source, name in beside_docs().items():
         files.append(File.generated(config, name, abs_src_path=str(ROOT / source)))
-    script = Path(__file__).with_name("iframe-worker.js")
-    files.append(File.generated(config, f"assets/{script.name}", abs_src_path=str(script)))
+    for name in ("iframe-worker.js", "site.css"):
+        files.append(File.generated(config, f"assets/{name}", abs_src_path=str(Path(__file__).with_name(name))))
     return files
 
 
@@ -44,6 +44,9 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         there = posixpath.relpath(place, "docs") if inside else beside_docs().get(place.removesuffix("/"))
         if there is None and (ROOT / place / "README.md").is_file():
             there = beside_docs().get(f"{place}/README.md")
+        page = ROOT / place
+        if there and words.endswith(".md") and page.is_file():  # a reader of the site knows pages by their titles
+            words = next(line.removeprefix("# ") for line in page.read_text().splitlines() if line.startswith("# "))
         return f"[{words}]({posixpath.relpath(there, posixpath.dirname(here) or '.')}{anchor})" if there else words
 
     return LINK.sub(lead, f"{markdown}\n{further_reports(markdown)}" if here == "gallery.md" else markdown)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -80,6 +81,9 @@ def _row(path: KeyPath, field: FieldInfo, described: dict[str, Any]) -> str:
     inner, name = section_of(field.annotation), path[-1]
     # The heading's anchor: its letters, without the dots.
     about = f"see [{name}](#{dotted(path).replace('.', '')})" if inner else _one_line(field.description or "")
+    users = [method for method, row in METHODS.items() if path == ("adapter", name) and name in row.settings]
+    if 0 < len(users) < 7:  # settings that most methods have need no list
+        about = f"With {', '.join(f'`{method}`' for method in users)}: {about[0].lower()}{about[1:]}"
     takes = "a section" if inner else "a list of sources" if section_of(element(field.annotation)) else shape(described)
     cells = (f"`{name}`", takes, _default(field), about)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
@@ -94,7 +98,7 @@ def shape(described: dict[str, Any]) -> str:
     if described.get("type") == "array":
         if "prefixItems" in described:
             return f"[{', '.join(shape(item) for item in described['prefixItems'])}]"
-        return f"a list of {shape(described.get('items', {}))}"
+        return "a list of " + re.sub("^(integer|number)", r"\1s", shape(described.get("items", {})))
     words = {"integer": "integer", "number": "number", "string": "text", "boolean": "`true`, `false`"}
     words |= {"null": "`null`", "object": "a mapping"}
     comparisons = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
