@@ -11,7 +11,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from trainer.recipe.trackers import TRACKERS
-from trainer.run.frozen import DISTRIBUTION
+from trainer.run.frozen import DISTRIBUTION, code_version
 
 ROOT = Path(__file__).resolve().parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -42,6 +42,7 @@ def test_each_direct_dependency_is_installed_in_an_allowed_version(requirement: 
 def test_the_distribution_has_one_name() -> None:
     """The code looks its version up by it, and the image is built from the wheel of that name."""
     assert PROJECT["name"] == DISTRIBUTION
+    assert code_version().startswith(PROJECT["version"])
     dockerfile = (ROOT / "cluster" / "kubernetes" / "Dockerfile").read_text()
     assert f"{DISTRIBUTION.replace('-', '_')}-{PROJECT['version']}-py3-none-any.whl" in dockerfile
     itself = {r.name for group in EXTRAS.values() for r in map(Requirement, group) if r.extras and "muster" in r.name}
