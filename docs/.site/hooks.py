@@ -16,6 +16,16 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = {"README.md": "index.md", "recipes/README.md": "recipes/README.md"}
 PAGES |= {name: name for name in ("CHANGELOG.md", "CONTRIBUTING.md")}
+PICTURES = {
+    "report": "One run",
+    "report-compared": "Several runs",
+    "report-dark": "In dark colours",
+    "report-tablet": "On a tablet",
+    "report-phone": "On a phone",
+    "report-printed": "On paper",
+}
+"""Titles in the gallery by the stem of the picture's file name; another picture has its stem."""
+
 LINK = re.compile(r"\[([^\[\]]*)\]\((?!\w+:)([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -49,10 +59,12 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             words = next(line.removeprefix("# ") for line in page.read_text().splitlines() if line.startswith("# "))
         return f"[{words}]({posixpath.relpath(there, posixpath.dirname(here) or '.')}{anchor})" if there else words
 
-    return LINK.sub(lead, f"{markdown}\n{further_reports(markdown)}" if here == "gallery.md" else markdown)
+    return LINK.sub(lead, f"{markdown}\n{reports()}" if here == "gallery.md" else markdown)
 
 
-def further_reports(page: str) -> str:
-    """Every picture of a report that the page does not show already, under its file's name."""
-    found = (path.name for path in sorted((ROOT / "docs" / "images").glob("report*.png")))
-    return "\n".join(f"## {name}\n\n![{name}](images/{name})\n" for name in found if f"images/{name}" not in page)
+def reports() -> str:
+    """Every picture of a report in docs/images, in the order of their titles below."""
+    pictures = {path.stem: path.name for path in sorted((ROOT / "docs" / "images").glob("report*.*"))}
+    order = [*(stem for stem in PICTURES if stem in pictures), *(stem for stem in pictures if stem not in PICTURES)]
+    titles = [(PICTURES.get(stem, stem), pictures[stem]) for stem in order]
+    return "\n".join(f"## {title}\n\n![{title}](images/{name})\n" for title, name in titles)

@@ -97,7 +97,7 @@ def test_the_site_has_every_page_fetches_nothing_and_loses_no_link(site: Path) -
 
 def test_the_gallery_shows_every_picture_of_a_report(site: Path) -> None:
     page = (site / "gallery.html").read_text()
-    for picture in (ROOT / "docs" / "images").glob("report*.png"):
+    for picture in (ROOT / "docs" / "images").glob("report*.*"):
         assert page.count(f'src="images/{picture.name}"') == 1
 
 
