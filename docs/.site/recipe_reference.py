@@ -20,6 +20,8 @@ from trainer.recipe.tree import dotted, element, section_of
 from trainer.recipe.writing import MAY_CHANGE, schema
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+CITATION = re.compile(r"^(arXiv:[\d.]+(?:, (?:section|appendix) [\w.]+)?): .*")
+"""Where a default is from; what is said there stands behind the colon, in the table of methods."""
 
 HEAD = """# Every setting of a recipe
 
@@ -125,7 +127,8 @@ def _methods() -> str:
             continue  # it takes nothing
         values = {key: json.dumps(value).strip('"') for key, value in method.settings.items()}
         settings = ", ".join(f"`{key}: {value}`" for key, value in values.items() if value != "[]")
-        rows.append(f"| `{name}` | {method.what} | {settings} | {method.lr:g} | {method.source} |")
+        source = CITATION.sub(r"\1", method.source)
+        rows.append(f"| `{name}` | {method.what} | {settings} | {method.lr:g} | {source} |")
     return "\n".join([*head, "|---|---|---|---|---|", *rows, ""])
 
 
