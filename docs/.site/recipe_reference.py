@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pathlib
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -11,32 +12,34 @@ from pydantic.fields import FieldInfo
 
 from trainer.recipe.base import KeyPath, Section
 from trainer.recipe.compatibility import RULES
-from trainer.recipe.formats import FORMATS, formats_of
-from trainer.recipe.matrix import alike, axes, refusals, sides_of, signs, values_of
+from trainer.recipe.matrix import refusals, sides_of, values_of
 from trainer.recipe.methods import METHODS
 from trainer.recipe.root import Recipe
 from trainer.recipe.sections.datasets import DATASETS
-from trainer.recipe.tasks import TASKS
 from trainer.recipe.tree import dotted, element, section_of
 from trainer.recipe.writing import MAY_CHANGE, schema
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+CITATION = re.compile(r"^(arXiv:[\d.]+(?:, (?:section|appendix) [\w.]+)?): .*")
+"""Where a default is from; what is said there stands behind the colon, in the table of methods."""
 
-HEAD = """# The recipe
+HEAD = """# Every setting of a recipe
 
-Made from the model in `trainer/recipe/` by `make schema`; change the text under the fields there, not here.
-
-A recipe is a YAML file (or the same in JSON, ending in `.json`). Unknown keys and wrong types are refused; `muster
-validate RECIPE` lists every mistake with its line. Any value can be set on the command line by its dotted path, an
-entry of a list by its index from 0:
+A recipe is a YAML file (or the same in JSON, ending in `.json`) that names everything about a run. A short one is
+enough, as the [first recipe](../README.md#a-recipe-of-your-own) shows: only what is *required* below has to be given.
+Unknown keys and wrong types are refused; `muster validate RECIPE` lists every mistake with its line. Any value can be
+set on the command line by its dotted path, an entry of a list by its index from 0:
 
 ```sh
 muster run recipes/quickstart.yaml optimizer.lr=1e-4 data.train.0.weight=2 training.max_grad_norm=null
 ```
 
-YAML is read by the rules of version 1.2: `1e-4` is a number, only `true` and `false` are truth values. The first line
-`# yaml-language-server: $schema=recipe.schema.json` gives editors completion and checks. Tags (`!!binary`) are refused,
-and so is a text of more than 1 MiB, more than 100,000 values (aliases expanded), 100 levels or 100 digits of a number.
+YAML is read by the rules of version 1.2: `1e-4` is a number, and only `true` and `false` are booleans. The first line
+`# yaml-language-server: $schema=recipe.schema.json` gives editors completion and checks. These are refused: tags
+(`!!binary`), a text of more than 1 MiB, more than 100,000 values (aliases expanded), more than 100 levels, and numbers
+of more than 100 digits.
+
+<!-- Made by `make schema` from the fields in trainer/recipe/: change the text there. -->
 """
 
 
@@ -49,7 +52,7 @@ def pages() -> dict[pathlib.Path, str]:
 
 
 def markdown() -> str:
-    parts = [HEAD, *_sections(Recipe, ()), _methods(), _columns(), _datasets(), _rules(), _matrix(), _changes()]
+    parts = [HEAD, *_sections(Recipe, ()), _methods(), _datasets(), _rules(), _matrix(), _changes()]
     return "\n".join(parts)
 
 
@@ -80,6 +83,9 @@ def _row(path: KeyPath, field: FieldInfo, described: dict[str, Any]) -> str:
     inner, name = section_of(field.annotation), path[-1]
     # The heading's anchor: its letters, without the dots.
     about = f"see [{name}](#{dotted(path).replace('.', '')})" if inner else _one_line(field.description or "")
+    users = [method for method, row in METHODS.items() if path == ("adapter", name) and name in row.settings]
+    if 0 < len(users) < 7:  # settings that most methods have need no list
+        about = f"With {', '.join(f'`{method}`' for method in users)}: {about[0].lower()}{about[1:]}"
     takes = "a section" if inner else "a list of sources" if section_of(element(field.annotation)) else shape(described)
     cells = (f"`{name}`", takes, _default(field), about)
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
@@ -94,8 +100,8 @@ def shape(described: dict[str, Any]) -> str:
     if described.get("type") == "array":
         if "prefixItems" in described:
             return f"[{', '.join(shape(item) for item in described['prefixItems'])}]"
-        return f"a list of {shape(described.get('items', {}))}"
-    words = {"integer": "whole number", "number": "number", "string": "text", "boolean": "`true`, `false`"}
+        return "a list of " + re.sub("^(integer|number)", r"\1s", shape(described.get("items", {})))
+    words = {"integer": "integer", "number": "number", "string": "text", "boolean": "`true`, `false`"}
     words |= {"null": "`null`", "object": "a mapping"}
     comparisons = {"minimum": "≥", "exclusiveMinimum": ">", "maximum": "≤", "exclusiveMaximum": "<"}
     bounds = [f"{sign} {described[key]:g}" for key, sign in comparisons.items() if key in described]
@@ -112,26 +118,18 @@ def _default(field: FieldInfo) -> str:
 
 
 def _methods() -> str:
-    head = ["## Methods", "", "What a recipe leaves out is filled in with these.", ""]
+    lists = "`modules_to_save`, `trainable_tokens`"
+    head = ["## Methods", "", f"A recipe that leaves a setting out gets these defaults; lists ({lists}) are empty.", ""]
     head += ["| `adapter.method` | | takes, with its defaults | `optimizer.lr` to begin with | source |"]
     rows = []
     for name, method in METHODS.items():
         if name == "none":
             continue  # it takes nothing
         values = {key: json.dumps(value).strip('"') for key, value in method.settings.items()}
-        settings = ", ".join(f"`{key}: {value}`" for key, value in values.items())
-        rows.append(f"| `{name}` | {method.what} | {settings} | {method.lr:g} | {method.source} |")
+        settings = ", ".join(f"`{key}: {value}`" for key, value in values.items() if value != "[]")
+        source = CITATION.sub(r"\1", method.source)
+        rows.append(f"| `{name}` | {method.what} | {settings} | {method.lr:g} | {source} |")
     return "\n".join([*head, "|---|---|---|---|---|", *rows, ""])
-
-
-def _columns() -> str:
-    rows = []
-    for name, row in FORMATS.items():
-        cells = (f"`{column}`{' (may be missing)' * (column in row.optional)}" for column in row.columns)
-        rows.append(f"| `{name}` | {', '.join(cells)} |")
-    head = ["## Columns of a format", "", "| format | reads the columns |", "|---|---|"]
-    tasks = [f"Task `{task}` learns from {', '.join(f'`{f}`' for f in formats_of(task))}." for task in TASKS.names()]
-    return "\n".join([*head, *rows, "", *tasks, ""])
 
 
 def _datasets() -> str:
@@ -141,28 +139,18 @@ def _datasets() -> str:
 
 
 def _rules() -> str:
-    # Pairs only: the message of `validate` gives the reason.
-    head = [
-        "## What is checked together",
-        "",
-        "`validate` refuses values of these settings that cannot work together:",
-        "",
-    ]
-    pairs = [rule.paths for rule in RULES] + [(("task",), ("data", "train", 0, "format"))]
-    return "\n".join([*head, *(f"- {' with '.join(f'`{dotted(path)}`' for path in paths)}" for paths in pairs), ""])
+    # Names only: the message of `validate` gives the reason.
+    pairs: dict[str, list[str]] = {}
+    for first, *others in [*(rule.paths for rule in RULES), (("task",), ("data", "train", 0, "format"))]:
+        pairs.setdefault(dotted(first), []).append(" and ".join(f"`{dotted(path)}`" for path in others))
+    head = ["## What is checked together", "", "Some values of these settings exclude each other:", ""]
+    return "\n".join([*head, *(f"- `{first}` and {', '.join(others)}" for first, others in pairs.items()), ""])
 
 
 def _matrix() -> str:
-    lines = ["## What works together", "", "`x` unquantised, `4` nf4, `8` int8; `muster matrix` prints the same.", ""]
-    strategies = axes()["strategy"]
-    for tasks in alike(axes()["task"]):
-        names = ", ".join(f"`{task}`" for task in tasks)
-        lines += [f"| {names} | {' | '.join(f'`{s}`' for s in strategies)} |", "|---|" + "---|" * len(strategies)]
-        for method in axes()["method"]:
-            works = (signs(method, strategy, tasks[0]) for strategy in strategies)
-            lines.append(f"| `{method}` | {' | '.join(' '.join(w).strip() for w in works)} |")
-        lines.append("")
-    lines += ["Why the others do not:", ""]
+    lines = ["## What works together", ""]
+    lines += ["Every method works with every quantisation, strategy and task, except for these combinations. `muster"]
+    lines += ["matrix` prints the table, and `muster validate` names the nearest choice that works.", ""]
     for refused in refusals():
         sides = (
             f"{side} {', '.join(f'`{value}`' for value in values_of(refused, side))}" for side in sides_of(refused)

@@ -64,9 +64,7 @@ def plotly_script() -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise UsageError(
-            "a report needs plotly, which is not installed: pip install 'muster[report]' (or plotly)"
-        ) from None
+        raise UsageError("a report needs plotly, which is not installed: pip install plotly") from None
     script: str = get_plotlyjs()
     return script.replace("</script", "<\\/script")
 

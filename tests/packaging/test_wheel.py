@@ -38,7 +38,7 @@ def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         sys.executable, "-m", "pip", "wheel", "-q", ".", "--no-deps", "--no-build-isolation", "-w", out, cwd=source
     )
     assert built.returncode == 0, built.stderr
-    return next(out.glob("muster-*.whl"))
+    return next(out.glob("muster_train-*.whl"))
 
 
 @pytest.fixture(scope="session")
@@ -82,10 +82,15 @@ def test_site_packages_gains_only_muster(installed: Path) -> None:
     assert len(gained) == 2
 
 
-def test_every_shipped_recipe_is_valid_from_the_wheel(installed: Path) -> None:
+def test_the_wheel_knows_its_version_and_every_shipped_recipe_is_valid(installed: Path, wheel: Path) -> None:
     site = site_packages(installed)
     # A path file adds this environment's libraries without running its editable install of muster.
     (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    inside = run(
+        installed / "bin" / "python", "-c", "from trainer.run.frozen import code_version as v; print(v())",
+        cwd=site / "muster",
+    )  # fmt: skip
+    assert inside.stdout.strip() == wheel.name.split("-")[1], inside.stderr
     result = run(installed / "bin" / "muster", "validate", "--all", cwd=Path("/"))
     said = result.stdout + result.stderr
     assert result.returncode == 0, said

@@ -52,9 +52,9 @@ class Recipe(Section):
     gives the same bytes, and another number gives the same result within the rounding noise of float32."""
 
     task: Annotated[str, OneOf(TASKS)] = "sft"
-    """What is learned: `sft` is supervised fine-tuning of a causal language model; `classification` adds a head with an
-    output per label to any model; `reward` learns from preferences to rate answers, `dpo` to give the preferred ones;
-    `ppo` learns from the rewards of texts that it writes itself. See [tasks.md](tasks.md)."""
+    """The task, which decides the loss: `sft` is supervised fine-tuning of a causal language model; `classification`
+    adds a head with an output per label to any model; `reward` learns from preferences to rate answers, `dpo` to give
+    the preferred ones; `ppo` learns from the rewards of texts that it writes itself. See [tasks.md](tasks.md)."""
 
     model: ModelSection
     adapter: AdapterSection = AdapterSection()
@@ -78,7 +78,7 @@ class Recipe(Section):
 
     tracking: Listed[Annotated[str, OneOf(TRACKERS)]] = ()
     """Trackers that the metrics are also sent to: `tensorboard`, `wandb`, `mlflow`, and `prometheus`, which fetches
-    them. The run's own storage always contains them. See [watching.md](watching.md)."""
+    them. The run's own storage always contains them. See [tracking.md](tracking.md)."""
 
     tensorboard: TensorBoardSection = TensorBoardSection()
     wandb: WandbSection = WandbSection()

@@ -12,18 +12,23 @@ from trainer.registry import Choice, Registry
 @dataclass(frozen=True)
 class TrackerRow(Choice):
     """A tracker's row. ``section``: its settings; their key in the recipe is the tracker's name. ``library``: the
-    package that must be importable; `pip install 'muster[<tracker>]'` installs it."""
+    module that must be importable; ``package``: its name on the package index, which may differ."""
 
     section: type[Section]
     library: str
+    package: str
 
 
 TRACKERS = Registry(
     "tracker",
     {
-        "tensorboard": TrackerRow("trainer.tracking.tensorboard:TensorBoard", TensorBoardSection, "tensorboardX"),
-        "wandb": TrackerRow("trainer.tracking.wandb:Wandb", WandbSection, "wandb"),
-        "mlflow": TrackerRow("trainer.tracking.mlflow:Mlflow", MlflowSection, "mlflow"),
-        "prometheus": TrackerRow("trainer.tracking.prometheus:Prometheus", PrometheusSection, "prometheus_client"),
+        "tensorboard": TrackerRow(
+            "trainer.tracking.tensorboard:TensorBoard", TensorBoardSection, "tensorboardX", "tensorboardX"
+        ),
+        "wandb": TrackerRow("trainer.tracking.wandb:Wandb", WandbSection, "wandb", "wandb"),
+        "mlflow": TrackerRow("trainer.tracking.mlflow:Mlflow", MlflowSection, "mlflow", "mlflow-skinny"),
+        "prometheus": TrackerRow(
+            "trainer.tracking.prometheus:Prometheus", PrometheusSection, "prometheus_client", "prometheus-client"
+        ),
     },
 )

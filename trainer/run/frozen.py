@@ -12,6 +12,7 @@ import platform
 import socket
 import subprocess
 import sys
+import tomllib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypedDict
@@ -25,6 +26,9 @@ from trainer.run import layout
 from trainer.storage import Storage
 
 log = logging.getLogger(__name__)
+DISTRIBUTION = "muster-train"
+"""The project's name on the package index, where `muster` is another project."""
+
 PACKAGES = (
     "torch",
     "transformers",
@@ -143,9 +147,13 @@ def versions() -> dict[str, str]:
 
 
 def code_version() -> str:
-    """Returns the installed version, plus the commit if the code is in a git checkout."""
+    """Returns the version: of a checkout as pyproject.toml has it, plus the commit, else as installed."""
     root = Path(__file__).resolve().parents[2]
-    version = _version("muster") or "unknown"
+    project = root / "pyproject.toml"
+    if project.exists():  # a checkout runs without being installed
+        version: str = tomllib.loads(project.read_text(encoding="utf-8"))["project"]["version"]
+    else:
+        version = _version(DISTRIBUTION) or "unknown"
     if not (root / ".git").exists():
         return version
     try:

@@ -99,11 +99,11 @@ def point_of(metrics: Metrics) -> Point | None:
 def check_trackers(recipe: Recipe) -> None:
     """Raises InputError when a tracker of the recipe lacks its library or something of its settings."""
     for name in recipe.tracking:
-        library = TRACKERS[name].library
-        if importlib.util.find_spec(library) is None:
+        row = TRACKERS[name]
+        if importlib.util.find_spec(row.library) is None:
             raise InputError(
-                f"tracking names {name}, whose library {library} is not installed here: pip install "
-                f"'muster[{name}]', or leave it out (tracking=[])"
+                f"tracking names {name}, whose library {row.library} is not installed here: pip install "
+                f"{row.package}, or leave it out (tracking=[])"
             )
         try:
             TRACKERS.load(name).check(recipe)

@@ -19,6 +19,8 @@ from typing import NamedTuple
 import pytest
 import typer
 import yaml
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 from launcher.cli.app import app
 from tests.support.saved import trained
@@ -59,8 +61,10 @@ ELSEWHERE = {
     r"tensorboard ": "is not part of this; that its folder holds what it reads is looked up below",
     r"wandb sync": "needs W&B; run below without sending",
     r"wandb login": "needs W&B",
-    r"pip install": "installs; that the extra is there is looked up below",
+    r"pip (install|download)": "installs; that the library is one of ours is looked up below",
     r"python -m pip wheel": "tests/packaging/test_wheel.py builds it",
+    r"python -m venv": "makes an environment",
+    r"python -c": "prints a version",
     r"python benchmarks/": "minutes to an hour each",
     r"python -m (launcher|tests.support)": "the same as muster, or draws pictures; tests/unit/launcher/report",
     r"python -m pytest tests/gpu": "needs a GPU",
@@ -202,13 +206,24 @@ def test_the_options_that_the_text_names_exist() -> None:
                 assert asked <= known | {"--help"}, f"{document}: {line}"
 
 
-def test_the_targets_and_extras_that_the_text_names_exist() -> None:
+def test_the_targets_that_the_text_names_exist() -> None:
     targets = set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(), flags=re.M))
-    extras = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"])
-    text = "\n".join(document.read_text() for document in DOCUMENTS)
-    assert set(re.findall(r"`make ([a-z]+)", text)) <= targets
-    named = {extra.strip() for found in re.findall(r"muster\[([a-z, ]+)\]", text) for extra in found.split(",")}
-    assert {"report", "tensorboard"} <= named <= extras
+    assert set(re.findall(r"`make ([a-z]+)", "\n".join(page.read_text() for page in DOCUMENTS))) <= targets
+
+
+def test_what_pages_and_messages_install_is_a_library_of_ours_by_its_own_name() -> None:
+    """``pip install 'muster[…]'`` would bring another project."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lines = [*project["dependencies"], *(line for group in project["optional-dependencies"].values() for line in group)]
+    known = {canonicalize_name(Requirement(line).name) for line in lines} | {canonicalize_name(project["name"])}
+    sources = [path for part in ("launcher", "trainer", "cluster") for path in (ROOT / part).rglob("*.py")]
+    named = set()
+    for path in [*DOCUMENTS, *sources, *(ROOT / "recipes").glob("*.yaml")]:
+        text = re.sub(r'"\s*\n\s*f?"', "", path.read_text())  # a message over several lines
+        assert not re.search(r"\bmuster\[[a-z]", text), path
+        named |= {canonicalize_name(name) for name in re.findall(r"pip install ([A-Za-z][\w-]*)(?=[`=,\s\"])", text)}
+    assert {"plotly", "flash-attn", "liger-kernel", "wandb"} <= named
+    assert named - known <= {"it", "dist", "triton"}, "triton comes with torch on GPUs"
 
 
 def documented(program: str) -> str:

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.support.browser import FOUND, PATIENCE_S, browser
+
 ROOT = Path(__file__).resolve().parents[3]
 DOCUMENTS = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-
-
 SITE = ROOT / "docs" / ".site" / "mkdocs.yml"
 
 
@@ -68,16 +69,20 @@ def test_the_example_of_the_page_for_trl_is_valid() -> None:
     assert parse(yaml.safe_load(text)).training.global_batch == 32
 
 
-def test_the_site_has_every_page_fetches_nothing_and_loses_no_link(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(scope="module")
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Built as ``make docs`` does."""
     from mkdocs.commands.build import build
     from mkdocs.config import load_config
 
-    monkeypatch.setenv("NO_MKDOCS_2_WARNING", "1")
-    config = load_config(str(SITE), site_dir=str(tmp_path / "site"), strict=True)
-    build(config)
-    site = tmp_path / "site"
+    folder = tmp_path_factory.mktemp("built") / "site"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NO_MKDOCS_2_WARNING", "1")
+        build(load_config(str(SITE), site_dir=str(folder), strict=True))
+    return folder
+
+
+def test_the_site_has_every_page_fetches_nothing_and_loses_no_link(site: Path) -> None:
     pages = {str(path.relative_to(site).with_suffix(".md")) for path in site.rglob("*.html")}
     assert {str(path.relative_to(ROOT / "docs")) for path in (ROOT / "docs").rglob("*.md")} <= pages
     assert 'href="quickstart.html"' in (site / "index.html").read_text()
@@ -86,5 +91,30 @@ def test_the_site_has_every_page_fetches_nothing_and_loses_no_link(
     )
     for page in site.rglob("*.html"):
         assert not loaded.findall(page.read_text()), page
-        for target in re.findall(r'<a [^>]*href="([^"#:]+)(?:#[^"]*)?"', page.read_text()):
+        for target in re.findall(r'<(?:a|img) [^>]*(?:href|src)="([^"#:]+)(?:#[^"]*)?"', page.read_text()):
             assert (page.parent / target).exists() or target.startswith("/"), f"{page.relative_to(site)}: {target}"
+
+
+def test_the_gallery_shows_every_picture_of_a_report(site: Path) -> None:
+    page = (site / "gallery.html").read_text()
+    for picture in (ROOT / "docs" / "images").glob("report*.*"):
+        assert page.count(f'src="images/{picture.name}"') == 1
+
+
+@pytest.mark.skipif(FOUND is None, reason="there is no Chromium here")
+def test_the_site_can_be_searched_from_a_folder(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tests.support.browser.DRAWN", "document.readyState === 'complete'")  # it has no charts
+    hits = "[...document.querySelectorAll('.md-search-result__item a')].map(a => a.href.split('/').pop())"
+    with browser(tmp_path / "profile") as tab:
+        tab.open(site / "clusters" / "ray.html")
+        tab.ask("document.querySelector('#__search').click()")
+        tab.ask(
+            "(i => { i.value = 'flash-attn'; i.dispatchEvent(new Event('input')); "
+            "i.dispatchEvent(new KeyboardEvent('keyup')); })(document.querySelector('.md-search__input'))"
+        )
+        deadline = time.monotonic() + PATIENCE_S
+        while not (found := tab.ask(hits)):
+            assert time.monotonic() < deadline, tab.said
+            time.sleep(0.1)
+        assert any(name.startswith("install.html") for name in found)
+        assert tab.said == []

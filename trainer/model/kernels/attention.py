@@ -121,7 +121,9 @@ def _check_installed(kernel: str) -> None:
         try:
             importlib.metadata.version("flash-attn")
         except importlib.metadata.PackageNotFoundError:
-            raise InputError("the package flash-attn is not installed: pip install 'muster[flash]'") from None
+            raise InputError(
+                "the package flash-attn is not installed: pip install flash-attn --no-build-isolation"
+            ) from None
 
 
 @contextmanager

@@ -22,7 +22,7 @@ def use_liger(model: Any) -> None:
         from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
     except (importlib.metadata.PackageNotFoundError, ImportError) as error:
         raise InputError(
-            f"compute.kernels liger needs the package liger-kernel ({error}): pip install 'muster[liger]', or set "
+            f"compute.kernels liger needs the package liger-kernel ({error}): pip install liger-kernel, or set "
             "compute.kernels=none"
         ) from error
     kind = model.config.model_type

@@ -19,9 +19,9 @@ class ComputeSection(Section):
     """Attention kernel. `sdpa` is torch's scaled dot product, with a mask that separates the samples of a pack. It
     works everywhere and computes all pairs of a pack's tokens. The others skip the pairs that the mask excludes.
     `varlen` is torch's own variable-length FlashAttention on GPUs, in 16 bits, and a loop over the samples on CPUs.
-    `flash` is the same from its package (`pip install 'muster[flash]'`), on GPUs only. `flex` is torch's
-    flex_attention, compiled at the first step, on GPUs only. `auto` takes `varlen` if it is available, else `sdpa`.
-    Before training, every other kernel is compared with `sdpa` on the model itself."""
+    `flash` is the same from its package (`pip install flash-attn --no-build-isolation`), on GPUs only. `flex` is
+    torch's flex_attention, compiled at the first step, on GPUs only. `auto` takes `varlen` if it is available, else
+    `sdpa`. Before training, every other kernel is compared with `sdpa` on the model itself."""
 
     compile: bool = False
     """Compile each decoder layer with torch.compile: faster steps after a warm-up of seconds to minutes, which is
@@ -30,7 +30,7 @@ class ComputeSection(Section):
 
     kernels: Literal["none", "liger"] = "none"
     """`liger`: the fused Triton kernels of the package liger-kernel for norms, rotary embeddings and gated units, on
-    GPUs (`pip install 'muster[liger]'`). The loss is always muster's own."""
+    GPUs (`pip install liger-kernel`). The loss is always muster's own."""
 
     tf32: bool = False
     """With `model.dtype: float32` on GPUs: matrix products on tensor cores, which round to 10 bits of mantissa; several

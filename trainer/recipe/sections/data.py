@@ -73,10 +73,10 @@ class SourceSection(Section):
     or `train: false` has none."""
 
     limit: int | None = Field(default=None, ge=1)
-    """Use the first rows of the source only, so many of them; null uses all."""
+    """Number of rows of the source that are used, counted from its first; null uses all."""
 
     nulls: Literal["empty", "fault"] = "empty"
-    """What a null in a column of `template` is: an empty text, which is warned about, or a fault of its row."""
+    """Meaning of a null in a column of `template`: an empty text, with a warning, or a fault of its row."""
 
     columns: dict[str, str] = Field(default_factory=dict)
     """The file's name for each column that the format reads, if the names differ: `{prompt: question}`. A dot selects a
@@ -183,9 +183,9 @@ class DataSection(Section):
 
     cache_bytes: int = Field(default=8 << 30, ge=0)
     """Bytes of prepared data that each host keeps on its own disk, shared by its ranks, so that later epochs and
-    attempts need not fetch them again. If the cache is full, the blocks that the plan needs last are deleted first. The
-    folder is `$MUSTER_CACHE/blocks`, or without that variable one in the temporary folder. A full disk is a warning; 0
-    keeps nothing. Local storage needs no cache."""
+    attempts need not fetch them again. If the cache is full, the block whose next use is furthest in the future is
+    deleted first. The folder is `$MUSTER_CACHE/blocks`, or without that variable one in the temporary folder. A full
+    disk is a warning; 0 keeps nothing. Local storage needs no cache."""
 
     chat_template: str | None = None
     """The chat template: the name of one of muster's (`chatml`, `llama3`, `qwen3`, `gemma`, `mistral`, `phi`,
@@ -193,8 +193,8 @@ class DataSection(Section):
     tokenizer's own."""
 
     special_tokens: Literal["tokens", "text"] = "tokens"
-    """What the text of a special token becomes that stands in a row, `<|im_end|>` for example: that token, or the
-    tokens of its letters, so that a row cannot end a turn. What a chat template writes is not affected."""
+    """Reading of a special token's text in a row, for example `<|im_end|>`: as that token, or as the tokens of its
+    letters, so that a row cannot end a turn. The text of the chat template itself is not affected."""
 
     @property
     def has_chats(self) -> bool:

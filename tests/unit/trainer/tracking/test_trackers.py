@@ -318,7 +318,7 @@ def test_a_library_that_is_missing_is_found_before_the_run(
     tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda library: None)
-    with pytest.raises(InputError, match=rf"pip install 'muster\[{name}\]'"):
+    with pytest.raises(InputError, match=f"pip install {TRACKERS[name].package},"):
         check_trackers(recipe_of(tmp_path, name))
 
 
