@@ -103,7 +103,7 @@ def _leave_code(code: int) -> None:
 def _run(place: str, overrides: list[str], *, takeover: bool, trust: bool) -> None:
     stop = Stop()
     recipe, storage, run = _find(place, overrides, trust=trust)
-    if finished(run):
+    if finished(run, recipe.training):
         print(f"muster: {run.url} has reached its last step; its adapter is {run.uri(layout.ADAPTER)}")
     elif _rank() == 0:
         _drive(storage, run, recipe, stop, takeover=takeover)
@@ -135,7 +135,7 @@ def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: Stop, *, takeov
         progress.phase("preparing data")
         data = _prepare(recipe, run, storage, progress)
         progress.data(data)
-        freeze_recipe(run, recipe)
+        freeze_recipe(run, recipe, lease.driver)
         holder = {"host": lease.holder.host, "pid": lease.holder.pid, "by": "torchrun"}
         phases.end(DATA)
         job = Job(storage.url, lease.driver, recipe, data.total_steps, holder, phases.spent())

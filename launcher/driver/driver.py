@@ -50,7 +50,7 @@ def run(recipe: Recipe, progress: Progress, *, takeover: bool = False) -> str:
     run_storage = storage.child(recipe.name)
     first_look = open_storage(recipe.storage, deadline_s=FIRST_LOOK_S).child(recipe.name)
     check_same_recipe(first_look, recipe)
-    if finished(first_look):
+    if finished(first_look, recipe.training):
         progress.say(f"{run_storage.url} has reached its last step already")
         return run_storage.uri(layout.ADAPTER)
     phases, here = Phases(process_began()), job_environment(os.environ)
@@ -117,7 +117,7 @@ class RunDriver:
         """Trains to the last step; returns the final adapter's URI."""
         with hold_run(self.recipe, self.run, self.lease, stopped=self._was_stopped):
             self._train()
-            if (self.signals.stopped or self._has_stopped()) and finished(self.run) is None:
+            if (self.signals.stopped or self._has_stopped()) and finished(self.run, self.recipe.training) is None:
                 raise Interrupted(f"stopped on request; {self._resumes_text()}")
         return self.run.uri(layout.ADAPTER)
 
@@ -155,7 +155,7 @@ class RunDriver:
                     early=early.prepare,
                 )
                 progress.data(data)
-                freeze_recipe(self.run, recipe)
+                freeze_recipe(self.run, recipe, self.lease.driver)
                 self.signals.check()
                 self.phases.end(DATA)
                 self._fit(runner, data.total_steps, early.check)
