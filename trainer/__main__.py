@@ -8,7 +8,7 @@ own into the file that ``MUSTER_EXIT_FILE`` names, unless it died or failed with
 
 from __future__ import annotations
 
-from trainer.interruption import CODE, Terminated, current
+from trainer.interruption import CODE, RESUMES, Terminated, current
 
 if __name__ == "__main__":
     current.begin()  # the other imports take seconds
@@ -32,6 +32,7 @@ from trainer.data.run_data import RunData, prepare_data, try_open_data
 from trainer.errors import InputError, Interrupted, MusterError
 from trainer.logs.rank import rank_log
 from trainer.model import fetch_model, load_tokenizer
+from trainer.progress.ending import last_lines
 from trainer.progress.lines import ProgressLines, called_often
 from trainer.recipe import Recipe
 from trainer.recipe.trust import FLAG
@@ -66,7 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
     for handler in logging.getLogger().handlers:
         handler.setFormatter(ShownFormatter())
     _hush_libraries()
-    current.command("the same command resumes from the newest checkpoint")
+    current.command(RESUMES)
     current.on_force(_leave_code_of_signal)
     code = 0
     try:
@@ -104,7 +105,9 @@ def _run(place: str, overrides: list[str], *, takeover: bool, trust: bool) -> No
     stop = Stop()
     recipe, storage, run = _find(place, overrides, trust=trust)
     if finished(run, recipe.training):
-        print(f"muster: {run.url} has reached its last step; its adapter is {run.uri(layout.ADAPTER)}")
+        if _rank() == 0:
+            print(f"muster: {run.url} has reached its last step; its adapter is {run.uri(layout.ADAPTER)}")
+            _print_end(recipe, run)
     elif _rank() == 0:
         _drive(storage, run, recipe, stop, takeover=takeover)
     else:
@@ -147,7 +150,13 @@ def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: Stop, *, takeov
         followed = progress.training(run, before, data.total_steps, lambda: LOADING, driver=lease.driver)
         with followed as show, called_often(show):
             _train(job, stop_requested, RunRank(run, recipe, 0, lease.driver))
-    print(f"muster: finished; the adapter is {run.uri(layout.ADAPTER)}", flush=True)
+    print(f"muster: finished; the adapter is {run.uri(layout.ADAPTER)}")
+    _print_end(recipe, run)
+
+
+def _print_end(recipe: Recipe, run: Storage) -> None:
+    for line in last_lines(recipe, run, run.uri(layout.ADAPTER)):
+        print(shown(line), flush=True)
 
 
 def _train(job: Job, stop_requested: Callable[[], bool], of: RunRank) -> None:

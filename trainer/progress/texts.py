@@ -59,6 +59,7 @@ class AttemptStatus:
         found = {
             "step": f"step {self.step}/{self.total_steps}",
             "loss": f"loss {self.loss:.4f}",
+            "eval": _said("eval {:.4f}", self.eval_loss),
             "lr": _said("lr {:.2e}", self.lr),
             "tokens": f"{self.tokens_per_s:,.0f} tokens/s",
             "mfu": _said("MFU {:.0%}", self.mfu),
@@ -82,7 +83,7 @@ def drawn(standing: AttemptStatus, width: int) -> str:
     share = f"{s.step / max(1, s.total_steps):.0%}"
     learns = [
         parts["loss"],
-        _said("eval {:.4f}", s.eval_loss),
+        parts.get("eval", ""),
         parts.get("lr", ""),
         _said("gradient {:.3g}", s.grad_norm),
     ]

@@ -11,6 +11,7 @@ import pytest
 
 from tests.storage.doubles import faulty, unreachable
 from trainer.data.blocks import BadRow, Counts
+from trainer.data.prepare.prepare import PreparationProgress
 from trainer.progress.lines import PLAIN_S, Plain, ProgressLines
 from trainer.progress.texts import (
     AttemptStatus,
@@ -254,6 +255,46 @@ def test_plain_lines_come_seldom_and_the_last_one_always(run: Storage) -> None:
     assert at(4, PLAIN_S, last=True) == []
 
 
+def test_plain_lines_end_with_what_was_saved_and_have_every_evaluation(run: Storage) -> None:
+    clock, out = Clock(), io.StringIO()
+    plain = Plain(View(run, 0, 4, clock, now=lambda: 9.0), lambda text: print(text, file=out), clock)
+
+    def line(*rows: dict[str, Any], last: bool = False) -> str:
+        write_rows(run, "metrics/a000001-000000.jsonl", *rows)
+        clock.now += LOOK_S
+        out.truncate(out.seek(0))
+        assert plain(last=last)
+        return out.getvalue()
+
+    first = [step_row(1), step_row(2)]
+    evaluation = {"attempt": 1, "step": 2, "eval_loss": 1.5}
+    assert line(*first).startswith("step 2/4  loss 2.0000  100 tokens/s")
+    assert line(*first, evaluation).startswith("step 2/4  loss 2.0000  eval 1.5000  100 tokens/s")
+    assert line(*first, evaluation) == ""
+    all_rows = [*first, evaluation, step_row(3), step_row(4)]
+    clock.now += PLAIN_S
+    assert line(*all_rows).endswith("not saved yet\n")
+    write_rows(run, "events/a000001-rank0-000000.jsonl", {"event": "checkpoint", "attempt": 1, "step": 4, "time": 9.0})
+    assert line(*all_rows, last=True) == (
+        "step 4/4  loss 2.0000  eval 1.5000  100 tokens/s  ETA 0:00  2 workers  saved 4 (0:00 ago)\n"
+    )
+
+
+def test_an_epoch_counts_from_one(run: Storage) -> None:
+    write_rows(run, "metrics/a000001-000000.jsonl", step_row(1, epoch=0, samples=6))
+    standing = View(run, 0, 20, Clock()).look(last=True)
+    assert standing is not None
+    assert "epoch 1, 6 samples" in drawn(standing, 80)
+
+
+@pytest.mark.parametrize("part", ["train", "eval"])
+def test_prepared_windows_say_which_data_they_are_of(part: str) -> None:
+    out = io.StringIO()
+    ProgressLines(lambda text, style: print(text, file=out)).prepared(part, PreparationProgress(1, 2, 50, 1200))
+    name = {"train": "training", "eval": "evaluation"}[part]
+    assert f"{name} data: prepared window 1 of 2: 50 samples, 1,200 tokens" in out.getvalue()
+
+
 def test_bad_rows_are_named_up_to_a_number() -> None:
     out = io.StringIO()
     counts = Counts(rows=20, samples=11, tokens=40, target_tokens=20, truncated=3, dropped=0, bad_rows=9)
@@ -283,6 +324,19 @@ def test_a_start_names_the_workers_by_host() -> None:
         == "attempt 2: workers 2 on a, 1 on b, fsdp, continues after step 9"
     )
     assert event_text(Event.from_row({"event": "checkpoint"})) is None
+
+
+def test_changed_settings_are_one_line() -> None:
+    changes = [
+        {"key": "training.micro_batch", "before": 4, "after": 1},
+        {"key": "strategy.deepspeed", "after": {"stage": 3, "more": "x" * 90}},
+        {"key": "compute.compile", "before": False, "after": True},
+    ]
+    text = event_text(Event.from_row({"event": "change", "changes": changes}))
+    assert text is not None
+    assert text.startswith("changed since the attempt before: training.micro_batch 4 → 1, strategy.deepspeed null → {")
+    assert text.endswith("x…, compute.compile false → true")
+    assert len(text) < 200
 
 
 def test_a_start_says_what_changed() -> None:

@@ -21,8 +21,8 @@ from trainer.run.frozen import check_same_recipe, freeze_recipe, read_recipe, re
 from trainer.run.jsonl import read_events
 from trainer.storage import Storage, open_storage
 
-LEAVES = [path for path in fields_below(Recipe, ()) if not any(p[:-1] == path for p in fields_below(Recipe, ()))]
-LEAVES = [path for path in LEAVES if not any(p[: len(path)] == path and p != path for p in LEAVES)]
+FIELDS = list(fields_below(Recipe, ()))
+LEAVES = [path for path in FIELDS if not any(other[: len(path)] == path and other != path for other in FIELDS)]
 OTHERS = {"adapter.method": "dora", "schedule.name": "linear", "schedule.warmup_ratio": 0.5, "training.steps": 5}
 """Values where any text would not do."""
 
