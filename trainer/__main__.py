@@ -135,8 +135,9 @@ def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: Stop, *, takeov
     with hold_run(recipe, run, lease):
         phases, progress = Phases(process_began()), ProgressLines(_line_printer())
         phases.end(IMPORT)
-        progress.phase("preparing data")
-        data = _prepare(recipe, run, storage, progress)
+        with called_often(progress.repeat):
+            progress.phase("preparing data")
+            data = _prepare(recipe, run, storage, progress)
         progress.data(data)
         freeze_recipe(run, recipe, lease.driver)
         holder = {"host": lease.holder.host, "pid": lease.holder.pid, "by": "torchrun"}
@@ -148,7 +149,7 @@ def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: Stop, *, takeov
 
         before = read_claims(run).attempt
         followed = progress.training(run, before, data.total_steps, lambda: LOADING, driver=lease.driver)
-        with followed as show, called_often(show):
+        with followed as show, called_often(show), called_often(progress.repeat):
             _train(job, stop_requested, RunRank(run, recipe, 0, lease.driver))
     print(f"muster: finished; the adapter is {run.uri(layout.ADAPTER)}")
     _print_end(recipe, run)

@@ -22,6 +22,7 @@ from trainer.checkpoint.publish import finished
 from trainer.data.run_data import prepare_data
 from trainer.errors import InputError, Interrupted, MusterError, WorkerFailed
 from trainer.interruption import RESUMES, STARTS, current
+from trainer.progress.lines import called_often
 from trainer.recipe import Recipe
 from trainer.run import layout
 from trainer.run.events import ResizeEvent, StartupEvent
@@ -57,7 +58,7 @@ def run(recipe: Recipe, progress: Progress, *, takeover: bool = False) -> str:
     if not begun:
         current.command(STARTS)
     phases, here = Phases(process_began()), job_environment(os.environ)
-    with one_at_a_time(run_storage.url, takeover=takeover) as starting:
+    with one_at_a_time(run_storage.url, takeover=takeover) as starting, called_often(progress.repeat):
         signals = Signals(progress)
         check_inputs(recipe, progress, begun=begun)
         phases.end(IMPORT)
@@ -76,6 +77,7 @@ def check_inputs(recipe: Recipe, progress: Progress, *, begun: bool = False) -> 
     from launcher.driver.preflight import check_model, check_storage
 
     check_lasting(recipe, job_environment(os.environ).job)
+    progress.phase("checking storage, model and data")
     try:
         check_trackers(recipe)
     except InputError as error:
@@ -89,7 +91,8 @@ def check_inputs(recipe: Recipe, progress: Progress, *, begun: bool = False) -> 
             "apart, so start it from one place only"
         )
     check_model(recipe, progress.warn)
-    progress.phase("storage, model and data are checked")
+    progress.phase("")
+    progress.dated("storage, model and data are checked")
 
 
 def check_lasting(recipe: Recipe, job: str | None) -> None:
@@ -279,7 +282,9 @@ class Signals:
         if self._asked.is_set():
             return
         self._asked.set()
-        does = "the workers commit and end" if self._stepped else "the run ends before its first step"
+        does = (
+            "the workers commit and end" if self._stepped else "the run ends, with a checkpoint if it has done a step"
+        )
         self._progress.say(f"{who}: {does}; once more to leave at once")
         if self._lease:
             self._lease.request_stop()

@@ -31,6 +31,7 @@ class Progress(ProgressLines):
             with super()._following(view, stage) as show:
                 yield show
             return
+        self.phase("")  # the display has a clock of its own
         line = LiveLine(stage=stage)
         with Live(line, console=self.console, refresh_per_second=4) as live:
             try:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 PLAIN_S = 10.0
 POLL_S = 0.5
+BEAT_S = 5.0
+"""Seconds without a line after which a phase that goes on is reported again; longer in a phase that is long."""
 SHOWN_BAD_ROWS = 5
 DATA_OF = {"train": "training", "eval": "evaluation"}
 
@@ -26,12 +28,14 @@ class ProgressLines:
     """Prints messages and progress. ``write(text, style)`` prints one line; ``style`` is rich's name of a colour or
     weight, or empty."""
 
-    def __init__(self, write: Callable[[str, str], None]) -> None:
-        self._write = write
-        self._began = time.monotonic()
+    def __init__(self, write: Callable[[str, str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._write, self._clock = write, clock
+        self._began = self._said_at = self._phase_at = clock()
+        self._phase = ""
         self._warned: set[str] = set()
 
     def say(self, text: str, style: str = "") -> None:
+        self._said_at = self._clock()
         self._write(text, style)
 
     def warn(self, text: str) -> None:
@@ -42,12 +46,24 @@ class ProgressLines:
         self.say(f"warning: {text}", "yellow")
 
     def phase(self, text: str) -> None:
-        self.say(f"[{time.monotonic() - self._began:5.1f} s] {text}", "dim")
+        """Says what is done now, for `repeat` until the next phase; an empty text only ends the phase before."""
+        self._phase, self._phase_at = text, self._clock()
+        if text:
+            self.dated(text)
+
+    def dated(self, text: str) -> None:
+        self.say(f"[{self._clock() - self._began:5.1f} s] {text}", "dim")
+
+    def repeat(self) -> None:
+        """Says that a phase goes on, if there was no line for long. Called often, from any thread."""
+        phase, now = self._phase, self._clock()
+        if phase and now - self._said_at >= max(BEAT_S, (now - self._phase_at) / 6):
+            self.dated(f"still {phase}")
 
     def prepared(self, part: str, done: PreparationProgress) -> None:
         """``part``: "train" or "eval"."""
         counts = f"{done.samples:,} samples, {done.tokens:,} tokens"
-        self.phase(f"{DATA_OF[part]} data: prepared window {done.windows} of {done.of}: {counts}")
+        self.dated(f"{DATA_OF[part]} data: prepared window {done.windows} of {done.of}: {counts}")
 
     def data(self, data: RunData) -> None:
         if not data.train.windows:
@@ -91,9 +107,16 @@ class ProgressLines:
     @contextmanager
     def _following(self, view: View, stage: Callable[[], str]) -> Iterator[Callable[[], bool]]:
         plain = Plain(view, self.say, stage=stage, say_phase=self.phase)
+
+        def show() -> bool:
+            if stepped := plain():
+                self.phase("")
+            return stepped
+
         try:
-            yield plain
+            yield show
         finally:
+            self.phase("")
             plain(last=True)
 
 

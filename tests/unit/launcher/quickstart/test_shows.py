@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -66,6 +66,42 @@ def test_it_makes_the_inputs_runs_the_recipe_and_shows_the_result(
     assert "0.125" in shown
     assert "held-out questions: 0 before, 0 after" in shown
     assert "runs/storage/quickstart/adapter" in shown
+
+
+@pytest.mark.parametrize(("gpus", "workers"), [(0, None), (1, 1), (8, 2)])
+def test_it_takes_gpus_where_there_are_any(
+    here: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, workers: int | None
+) -> None:
+    commands: list[Sequence[str]] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr(quickstart, "call", lambda command: commands.append(command) or 3)
+    quickstart.main(["name=mine"])
+    *_, path = commands[0][:5]
+    recipe = load(path, commands[0][5:])
+    assert recipe.name == "mine"
+    if workers is None:
+        assert recipe.resources == load(quickstart.RECIPE).resources
+    else:
+        assert (recipe.resources.workers, recipe.resources.gpus_per_worker) == (workers, 1)
+
+
+def test_making_the_base_is_told_step_by_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+
+    def prepare_base(base: Path, on_step: Callable[[int, float], None]) -> bool:
+        for step in range(1, 301):
+            on_step(step, 2.0)
+        return True
+
+    monkeypatch.setattr(quickstart.prepare, "prepare_base", prepare_base)
+    monkeypatch.setattr(quickstart, "call", lambda command: 3)
+    quickstart.main([])
+    told = capsys.readouterr().out
+    for step in (50, 100, 300):
+        assert f"pretraining a small Llama: step {step} of 300, loss 2.00" in told
 
 
 def test_a_run_that_fails_gives_its_exit_code_and_shows_nothing_more(

@@ -12,7 +12,7 @@ import pytest
 from tests.storage.doubles import faulty, unreachable
 from trainer.data.blocks import BadRow, Counts
 from trainer.data.prepare.prepare import PreparationProgress
-from trainer.progress.lines import PLAIN_S, Plain, ProgressLines
+from trainer.progress.lines import BEAT_S, PLAIN_S, Plain, ProgressLines
 from trainer.progress.texts import (
     AttemptStatus,
     age,
@@ -278,6 +278,46 @@ def test_plain_lines_end_with_what_was_saved_and_have_every_evaluation(run: Stor
     assert line(*all_rows, last=True) == (
         "step 4/4  loss 2.0000  eval 1.5000  100 tokens/s  ETA 0:00  2 workers  saved 4 (0:00 ago)\n"
     )
+
+
+def test_a_phase_that_goes_on_is_told_again_less_and_less_often() -> None:
+    clock, out = Clock(), io.StringIO()
+    progress = ProgressLines(lambda text, style: print(text, file=out), clock)
+    progress.repeat()
+    progress.phase("starting Ray")
+    told = []
+    for now in range(120):
+        clock.now = float(now)
+        before = out.tell()
+        progress.repeat()
+        if out.tell() > before:
+            told.append(now)
+    assert out.getvalue().splitlines()[:2] == ["[  0.0 s] starting Ray", f"[{told[0]:5.1f} s] still starting Ray"]
+    assert told[:5] == [5, 10, 15, 20, 25]
+    assert told[-1] - told[-2] > 2 * BEAT_S
+    progress.say("something else")
+    progress.repeat()
+    progress.phase("")
+    clock.now += 1000.0
+    before = out.tell()
+    progress.repeat()
+    assert out.tell() == before, "no phase goes on"
+
+
+def test_the_first_step_ends_the_phase(run: Storage) -> None:
+    out = io.StringIO()
+    progress = ProgressLines(lambda text, style: print(text, file=out), Clock())
+    with progress.training(run, 0, 20, lambda: "loading the model") as show:
+        assert not show()
+        assert "[  0.0 s] loading the model\n" in out.getvalue()
+    write_rows(run, "metrics/a000001-000000.jsonl", step_row(1))
+    clock = Clock()
+    progress = ProgressLines(lambda text, style: print(text, file=out), clock)
+    with progress.training(run, 0, 20, lambda: "loading the model") as show:
+        assert show()
+        clock.now, before = 1000.0, out.tell()
+        progress.repeat()
+        assert out.tell() == before
 
 
 def test_an_epoch_counts_from_one(run: Storage) -> None:
