@@ -34,7 +34,6 @@ from trainer.storage import Storage, open_storage
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml"
 SHOWN = 4
-SHOWN_STEPS = 50
 MOST_WORKERS = 2
 
 
@@ -85,8 +84,7 @@ def make_inputs(console: Console, lines: ProgressLines, recipe: Recipe) -> None:
     base = Path(recipe.model.path)
 
     def on_step(step: int, loss: float) -> None:
-        if step % SHOWN_STEPS == 0:
-            lines.phase(f"pretraining a small Llama: step {step} of {prepare.STEPS}, loss {loss:.2f}")
+        lines.within_phase(f"pretraining a small Llama: step {step} of {prepare.STEPS}, loss {loss:.2f}")
 
     lines.phase("making a small Llama and its tokenizer")
     made = prepare.prepare_base(base, on_step=on_step)

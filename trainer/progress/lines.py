@@ -31,7 +31,7 @@ class ProgressLines:
     def __init__(self, write: Callable[[str, str], None], clock: Callable[[], float] = time.monotonic) -> None:
         self._write, self._clock = write, clock
         self._began = self._said_at = self._phase_at = clock()
-        self._phase = ""
+        self._phase = self._dated = ""
         self._warned: set[str] = set()
 
     def say(self, text: str, style: str = "") -> None:
@@ -51,14 +51,19 @@ class ProgressLines:
         if text:
             self.dated(text)
 
+    def within_phase(self, text: str) -> None:
+        """Changes what `repeat` says of the phase."""
+        self._phase = text
+
     def dated(self, text: str) -> None:
+        self._dated = text.removeprefix("still ")
         self.say(f"[{self._clock() - self._began:5.1f} s] {text}", "dim")
 
     def repeat(self) -> None:
         """Says that a phase goes on, if there was no line for long. Called often, from any thread."""
         phase, now = self._phase, self._clock()
         if phase and now - self._said_at >= max(BEAT_S, (now - self._phase_at) / 6):
-            self.dated(f"still {phase}")
+            self.dated(phase if phase != self._dated else f"still {phase}")
 
     def prepared(self, part: str, done: PreparationProgress) -> None:
         """``part``: "train" or "eval"."""

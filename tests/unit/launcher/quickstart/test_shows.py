@@ -11,6 +11,9 @@ import pytest
 from launcher.quickstart import __main__ as quickstart
 from launcher.quickstart.model import LlamaShape
 from launcher.quickstart.prepare import prepare_base
+from launcher.terminal.console import stdout
+from tests.support.played_time import PlayedTime
+from trainer.progress.lines import ProgressLines
 from trainer.recipe import load
 from trainer.run import layout
 from trainer.storage import open_storage
@@ -86,22 +89,26 @@ def test_it_takes_gpus_where_there_are_any(
         assert (recipe.resources.workers, recipe.resources.gpus_per_worker) == (workers, 1)
 
 
-def test_making_the_base_is_told_step_by_step(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_making_the_base_is_told_while_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
+    time, told = PlayedTime(), list[str]()
+    lines = ProgressLines(lambda text, style: told.append(text), time.clock)
 
     def prepare_base(base: Path, on_step: Callable[[int, float], None]) -> bool:
-        for step in range(1, 301):
-            on_step(step, 2.0)
+        for step in range(1, 4):
+            time.sleep(6.0)
+            on_step(step, 9.0 - step)
+            lines.repeat()
         return True
 
     monkeypatch.setattr(quickstart.prepare, "prepare_base", prepare_base)
-    monkeypatch.setattr(quickstart, "call", lambda command: 3)
-    quickstart.main([])
-    told = capsys.readouterr().out
-    for step in (50, 100, 300):
-        assert f"pretraining a small Llama: step {step} of 300, loss 2.00" in told
+    quickstart.make_inputs(stdout(), lines, load(quickstart.RECIPE))
+    assert told == [
+        "[  0.0 s] making a small Llama and its tokenizer",
+        "[  6.0 s] pretraining a small Llama: step 1 of 300, loss 8.00",
+        "[ 12.0 s] pretraining a small Llama: step 2 of 300, loss 7.00",
+        "[ 18.0 s] pretraining a small Llama: step 3 of 300, loss 6.00",
+    ]
 
 
 def test_a_run_that_fails_gives_its_exit_code_and_shows_nothing_more(

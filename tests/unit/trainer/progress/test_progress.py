@@ -294,6 +294,10 @@ def test_a_phase_that_goes_on_is_told_again_less_and_less_often() -> None:
             told.append(now)
     assert out.getvalue().splitlines()[:2] == ["[  0.0 s] starting Ray", f"[{told[0]:5.1f} s] still starting Ray"]
     assert told[:5] == [5, 10, 15, 20, 25]
+    progress.within_phase("starting Ray's second node")
+    clock.now += 100.0
+    progress.repeat()
+    assert out.getvalue().splitlines()[-1] == "[219.0 s] starting Ray's second node"
     assert told[-1] - told[-2] > 2 * BEAT_S
     progress.say("something else")
     progress.repeat()
