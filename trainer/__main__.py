@@ -13,8 +13,12 @@ from trainer.interruption import CODE, RESUMES, Terminated, current
 if __name__ == "__main__":
     current.begin()  # the other imports take seconds
 
-import argparse
 import logging
+
+if __name__ == "__main__":
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns when the imports below import it
+
+import argparse
 import os
 import sys
 import threading
@@ -220,7 +224,6 @@ def _hush_libraries() -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 

@@ -49,7 +49,7 @@ def changeable_values(recipe: Recipe) -> dict[str, Any]:
     """Returns what may differ between attempts, the length included, as plain data by dotted path."""
     keys = [path for path in fields_below(Recipe, ()) if may_change(path) or path in LENGTH]
     sections = {path[:-1] for path in keys}
-    found = recipe.model_dump(mode="json")
+    found: Any = recipe.model_dump(mode="json")
     return {dotted(path): reduce(getitem, path, found) for path in keys if path not in sections}
 
 
