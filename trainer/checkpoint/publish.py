@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint import CommitRecord, list_commits
-from trainer.errors import CorruptObject
+from trainer.errors import CorruptObject, InputError
 from trainer.recipe import TrainingSection
 from trainer.run import layout
+from trainer.run.frozen import read_recipe
 from trainer.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -52,10 +53,17 @@ def finished(run: Storage, length: TrainingSection | None = None) -> CommitRecor
     Completes a run that died between its last commit and the last copy. Where the last checkpoint itself is damaged,
     returns None: training resumes from the newest complete one.
 
-    Raises CorruptObject when the adapter does not read back as it was committed."""
+    Raises CorruptObject when the adapter does not read back as it was committed, InputError for more epochs than a run
+    of an older version can get."""
     newest = next(iter(list_commits(run)), None)
     if newest is None or not is_last(newest, length):
         return None
+    epochs = length.epochs if length and EPOCHS not in newest.state else None
+    if epochs is not None and epochs != read_recipe(run).training.epochs:
+        raise InputError(
+            f"{run.url} was finished by a version of muster that did not record its epochs, so that it cannot become "
+            "longer; run it with its own training.epochs, or give the new recipe another name"
+        )
     if is_published(run, newest):
         return newest
     try:
