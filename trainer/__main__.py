@@ -8,7 +8,7 @@ own into the file that ``MUSTER_EXIT_FILE`` names, unless it died or failed with
 
 from __future__ import annotations
 
-from trainer.interruption import CODE, RESUMES, Terminated, current
+from trainer.interruption import CODE, RESUMES, STARTS, Terminated, current
 
 if __name__ == "__main__":
     current.begin()  # the other imports take seconds
@@ -41,7 +41,7 @@ from trainer.progress.lines import ProgressLines, called_often
 from trainer.recipe import Recipe
 from trainer.recipe.trust import FLAG
 from trainer.run import layout
-from trainer.run.frozen import check_same_recipe, freeze_recipe, resumed_recipe
+from trainer.run.frozen import check_same_recipe, freeze_recipe, has_commits, resumed_recipe
 from trainer.run.lease import Lease, check_not_cancelled
 from trainer.run.recipe_url import is_recipe, recipe_at
 from trainer.run.startup_phases import DATA, IMPORT, Phases, process_began
@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     for handler in logging.getLogger().handlers:
         handler.setFormatter(ShownFormatter())
     _hush_libraries()
-    current.command(RESUMES)
+    current.command(STARTS)
     current.on_force(_leave_code_of_signal)
     code = 0
     try:
@@ -108,6 +108,8 @@ def _leave_code(code: int) -> None:
 def _run(place: str, overrides: list[str], *, takeover: bool, trust: bool) -> None:
     stop = Stop()
     recipe, storage, run = _find(place, overrides, trust=trust)
+    if has_commits(run):
+        current.command(RESUMES)
     if finished(run, recipe.training):
         if _rank() == 0:
             print(f"muster: {run.url} has reached its last step; its adapter is {run.uri(layout.ADAPTER)}")
@@ -214,6 +216,7 @@ class Stop:
         self._requested = threading.Event()
 
     def __call__(self) -> bool:
+        current.command(RESUMES)
         current.ask_first(lambda name: self._requested.set())
         return self._requested.is_set()
 
