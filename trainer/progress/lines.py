@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 PLAIN_S = 10.0
 POLL_S = 0.5
 BEAT_S = 5.0
-"""Seconds without a line after which a phase that goes on is reported again; longer in a phase that is long."""
+"""Seconds without a line after which the current phase is printed again; more in a long phase."""
 SHOWN_BAD_ROWS = 5
 DATA_OF = {"train": "training", "eval": "evaluation"}
 
@@ -46,21 +46,22 @@ class ProgressLines:
         self.say(f"warning: {text}", "yellow")
 
     def phase(self, text: str) -> None:
-        """Says what is done now, for `repeat` until the next phase; an empty text only ends the phase before."""
+        """Prints the phase that begins; `repeat` prints it again until the next one. An empty text ends the phase."""
         self._phase, self._phase_at = text, self._clock()
         if text:
             self.dated(text)
 
     def within_phase(self, text: str) -> None:
-        """Changes what `repeat` says of the phase."""
+        """Changes the text that `repeat` prints for the phase."""
         self._phase = text
 
     def dated(self, text: str) -> None:
+        """Prints a line with the seconds since the start."""
         self._dated = text.removeprefix("still ")
         self.say(f"[{self._clock() - self._began:5.1f} s] {text}", "dim")
 
     def repeat(self) -> None:
-        """Says that a phase goes on, if there was no line for long. Called often, from any thread."""
+        """Prints the phase again if no line was printed for long. Called often, from any thread."""
         phase, now = self._phase, self._clock()
         if phase and now - self._said_at >= max(BEAT_S, (now - self._phase_at) / 6):
             self.dated(phase if phase != self._dated else f"still {phase}")

@@ -13,6 +13,7 @@ from tests.unit.trainer.run.test_frozen import committed
 from trainer.errors import RecipeChanged
 from trainer.recipe import Recipe, fingerprint
 from trainer.recipe.base import KeyPath
+from trainer.recipe.trackers import TRACKERS
 from trainer.recipe.tree import dotted, fields_below
 from trainer.recipe.writing import LENGTH, changeable, changeable_values, may_change
 from trainer.run.changes import refusals
@@ -65,6 +66,12 @@ def test_every_field_decides_the_result_or_may_change_and_is_recorded(path: KeyP
 def test_an_out_of_memory_can_be_remedied() -> None:
     for key in ("training.micro_batch", "training.gradient_checkpointing", "strategy", "compute", "resources"):
         assert key in map(dotted, changeable())
+
+
+@pytest.mark.parametrize("tracker", TRACKERS.names())
+def test_a_tracker_and_its_settings_may_change(tracker: str) -> None:
+    assert may_change(("tracking",))
+    assert may_change((tracker,)) or tracker not in Recipe.model_fields
 
 
 @pytest.mark.parametrize(
