@@ -34,7 +34,8 @@ LONGEST_VALUE = 60
 @dataclass(frozen=True)
 class AttemptStatus:
     """The state of an attempt. ``saved``: the step of the last checkpoint, if any; ``saved_ago_s``: its age;
-    ``losses``: the last ones, oldest first; ``epoch`` counts from 1. None: not known."""
+    ``losses``: the last ones, oldest first; ``epoch`` counts from 0 here, and from 1, as steps do, in texts. None: not
+    known."""
 
     step: int
     total_steps: int
@@ -87,7 +88,10 @@ def drawn(standing: AttemptStatus, width: int) -> str:
         parts.get("lr", ""),
         _said("gradient {:.3g}", s.grad_norm),
     ]
-    runs = [parts["tokens"], parts.get("mfu", ""), parts.get("memory", ""), f"epoch {s.epoch}, {s.samples:,} samples"]
+    runs = [
+        *(parts.get(name, "") for name in ("tokens", "mfu", "memory")),
+        f"epoch {s.epoch + 1}, {s.samples:,} samples",
+    ]
     where = [parts["saved"], parts["workers"] + (f": {placed(s.hosts)}" if s.hosts else "")]
     lines = [
         _with_bar([parts["step"], share, parts["eta"]], s.step / max(1, s.total_steps), width),

@@ -147,7 +147,7 @@ def standing_of(
         grad_norm=newest.grad_norm,
         mfu=newest.mfu,
         memory_bytes=newest.memory_bytes,
-        epoch=(newest.epoch or 0) + 1,
+        epoch=newest.epoch or 0,
         samples=newest.samples or 0,
         hosts=tuple(hosts),
     )

@@ -65,7 +65,7 @@ def test_four_lines_say_everything() -> None:
     assert drawn(STANDING, 80).splitlines() == [
         "step 120/1000  12%  ETA 1:02:05  " + "━" * 4 + "─" * 36,
         "loss 1.2346  eval 1.5000  lr 2.00e-04  gradient 0.534  █▆▄▃▃▂▂▁▁",
-        "12,346 tokens/s  MFU 41%  memory 13 GiB  epoch 1, 3,840 samples",
+        "12,346 tokens/s  MFU 41%  memory 13 GiB  epoch 2, 3,840 samples",
         "saved 100 (0:34 ago)  4 workers: 2 on a, 2 on b",
     ]
 
@@ -93,7 +93,7 @@ def test_what_is_not_known_is_left_out() -> None:
     assert drawn(BARE, 80).splitlines() == [
         "step 0/0  0%  ETA 0:00  " + "─" * 40,
         "loss nan",
-        "0 tokens/s  epoch 0, 0 samples",
+        "0 tokens/s  epoch 1, 0 samples",
         "not saved yet  0 workers",
     ]
 
