@@ -8,13 +8,17 @@ own into the file that ``MUSTER_EXIT_FILE`` names, unless it died or failed with
 
 from __future__ import annotations
 
-from trainer.interruption import CODE, Terminated, current
+from trainer.interruption import CODE, RESUMES, STARTS, Terminated, current
 
 if __name__ == "__main__":
     current.begin()  # the other imports take seconds
 
-import argparse
 import logging
+
+if __name__ == "__main__":
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns when the imports below import it
+
+import argparse
 import os
 import sys
 import threading
@@ -32,11 +36,12 @@ from trainer.data.run_data import RunData, prepare_data, try_open_data
 from trainer.errors import InputError, Interrupted, MusterError
 from trainer.logs.rank import rank_log
 from trainer.model import fetch_model, load_tokenizer
+from trainer.progress.ending import last_lines
 from trainer.progress.lines import ProgressLines, called_often
 from trainer.recipe import Recipe
 from trainer.recipe.trust import FLAG
 from trainer.run import layout
-from trainer.run.frozen import check_same_recipe, freeze_recipe, resumed_recipe
+from trainer.run.frozen import check_same_recipe, freeze_recipe, has_commits, resumed_recipe
 from trainer.run.lease import Lease, check_not_cancelled
 from trainer.run.recipe_url import is_recipe, recipe_at
 from trainer.run.startup_phases import DATA, IMPORT, Phases, process_began
@@ -66,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     for handler in logging.getLogger().handlers:
         handler.setFormatter(ShownFormatter())
     _hush_libraries()
-    current.command("the same command resumes from the newest checkpoint")
+    current.command(STARTS)
     current.on_force(_leave_code_of_signal)
     code = 0
     try:
@@ -103,8 +108,12 @@ def _leave_code(code: int) -> None:
 def _run(place: str, overrides: list[str], *, takeover: bool, trust: bool) -> None:
     stop = Stop()
     recipe, storage, run = _find(place, overrides, trust=trust)
-    if finished(run):
-        print(f"muster: {run.url} has reached its last step; its adapter is {run.uri(layout.ADAPTER)}")
+    if has_commits(run):
+        current.command(RESUMES)
+    if finished(run, recipe.training):
+        if _rank() == 0:
+            print(f"muster: {run.url} has reached its last step; its adapter is {run.uri(layout.ADAPTER)}")
+            _print_end(recipe, run)
     elif _rank() == 0:
         _drive(storage, run, recipe, stop, takeover=takeover)
     else:
@@ -132,10 +141,11 @@ def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: Stop, *, takeov
     with hold_run(recipe, run, lease):
         phases, progress = Phases(process_began()), ProgressLines(_line_printer())
         phases.end(IMPORT)
-        progress.phase("preparing data")
-        data = _prepare(recipe, run, storage, progress)
+        with called_often(progress.repeat):
+            progress.phase("preparing data")
+            data = _prepare(recipe, run, storage, progress)
         progress.data(data)
-        freeze_recipe(run, recipe)
+        freeze_recipe(run, recipe, lease.driver)
         holder = {"host": lease.holder.host, "pid": lease.holder.pid, "by": "torchrun"}
         phases.end(DATA)
         job = Job(storage.url, lease.driver, recipe, data.total_steps, holder, phases.spent())
@@ -145,9 +155,15 @@ def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: Stop, *, takeov
 
         before = read_claims(run).attempt
         followed = progress.training(run, before, data.total_steps, lambda: LOADING, driver=lease.driver)
-        with followed as show, called_often(show):
+        with followed as show, called_often(show), called_often(progress.repeat):
             _train(job, stop_requested, RunRank(run, recipe, 0, lease.driver))
-    print(f"muster: finished; the adapter is {run.uri(layout.ADAPTER)}", flush=True)
+    print(f"muster: finished; the adapter is {run.uri(layout.ADAPTER)}")
+    _print_end(recipe, run)
+
+
+def _print_end(recipe: Recipe, run: Storage) -> None:
+    for line in last_lines(recipe, run, run.uri(layout.ADAPTER)):
+        print(shown(line), flush=True)
 
 
 def _train(job: Job, stop_requested: Callable[[], bool], of: RunRank) -> None:
@@ -200,6 +216,7 @@ class Stop:
         self._requested = threading.Event()
 
     def __call__(self) -> bool:
+        current.command(RESUMES)
         current.ask_first(lambda name: self._requested.set())
         return self._requested.is_set()
 
@@ -210,7 +227,6 @@ def _hush_libraries() -> None:
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if not sys.warnoptions:
         warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
 

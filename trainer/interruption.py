@@ -39,6 +39,9 @@ ASKED_S = 60.0
 GONE_S = 60.0
 """How long a thread sleeps because the other one is ending the process."""
 CODE = 3
+STARTS = "nothing is lost, the same command starts it"
+RESUMES = "the same command resumes from the newest checkpoint"
+"""Promises of a command that trains: before its run has a checkpoint, and from then on."""
 HANDLED = 0
 """Written by the handler into the same pipe, after the number that it has handled."""
 
@@ -58,7 +61,7 @@ class Interruption:
         self.heard: str | None = None
         """The first signal's name."""
         self.asked = False
-        self._promise = "nothing was begun"
+        self.promise = "nothing was begun"
         self._early, self._leaving, self._reported = True, False, False
         self._ask: Callable[[str], None] | None = None
         self._settled: int | None = None
@@ -90,7 +93,7 @@ class Interruption:
 
     def command(self, promise: str) -> None:
         """Makes signals raise from now on. ``promise``: the part of the sentence that explains how to continue."""
-        self._promise, self._early = promise, False
+        self.promise, self._early = promise, False
 
     @contextmanager
     def asking(self, ask: Callable[[str], None]) -> Iterator[None]:
@@ -129,7 +132,7 @@ class Interruption:
         self._settled = code
 
     def sentence(self) -> str:
-        return f"{self.heard}: ended before it was done; {self._promise}"
+        return f"{self.heard}: ended before it was done; {self.promise}"
 
     def leave(self, text: str | None = None) -> NoReturn:
         """Ends the process with exit code 3 after the stack was unwound; kills the remaining children."""

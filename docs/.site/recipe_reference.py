@@ -17,7 +17,7 @@ from trainer.recipe.methods import METHODS
 from trainer.recipe.root import Recipe
 from trainer.recipe.sections.datasets import DATASETS
 from trainer.recipe.tree import dotted, element, section_of
-from trainer.recipe.writing import MAY_CHANGE, schema
+from trainer.recipe.writing import changeable, schema
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CITATION = re.compile(r"^(arXiv:[\d.]+(?:, (?:section|appendix) [\w.]+)?): .*")
@@ -160,8 +160,14 @@ def _matrix() -> str:
 
 
 def _changes() -> str:
-    names = ", ".join(f"`{dotted(path)}`" for path in MAY_CHANGE)
-    text = f"The recipe is frozen into the run at its first start. Between attempts only these may change: {names}."
+    names = ", ".join(f"`{dotted(path)}`" for path in changeable())
+    text = (
+        "The recipe is frozen into the run at its first start. Between attempts only these may change, since they do "
+        f"not decide the result: {names}. The run reports each change, and an event records it. `training.steps` or "
+        "`training.epochs` may grow, also of a finished run, if no step depends on the length of the run: with "
+        "`schedule.name: constant`, without `warmup_ratio`, and with any method but "
+        f"{', '.join(f'`{name}`' for name, row in METHODS.items() if row.spans_run)}."
+    )
     return "\n".join(["## What may change when a run is resumed", "", text, ""])
 
 

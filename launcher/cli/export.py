@@ -67,11 +67,11 @@ def merge(
 ) -> None:
     """Merge an adapter into its unquantised base model, and compare the logits before and after."""
     from launcher.monitor.progress import Progress
-    from launcher.terminal import vllm_command
     from trainer.artifacts import ArtifactRef
     from trainer.artifacts.combine import Mix
     from trainer.artifacts.merge import combine
     from trainer.artifacts.merge import merge as merged_into
+    from trainer.progress import vllm_command
     from trainer.recipe.trust import Trust
 
     if dtype is not None and dtype not in DTYPES:

@@ -10,13 +10,10 @@ from rich.text import Text
 from launcher.cli.options import Overrides, RecipeFile, TrustOption
 from launcher.submit import submit
 from launcher.submit.place import choose_place
-from launcher.terminal import vllm_command
 from launcher.terminal.console import stderr
 from trainer.errors import Interrupted
-from trainer.interruption import current
+from trainer.interruption import RESUMES, current
 from trainer.run.recipe_url import recipe_at
-
-RESUMES = "the same command resumes from the newest checkpoint"
 
 
 def run(
@@ -45,12 +42,13 @@ def run(
         return
     from launcher.driver.driver import run as drive
     from launcher.monitor.progress import Progress
+    from trainer.progress.ending import last_lines
+    from trainer.storage import open_storage
 
     current.command(RESUMES)
     try:
         adapter = drive(loaded, Progress(console), takeover=takeover)
     except KeyboardInterrupt:  # typer would make an exit code of its own of it
         raise Interrupted(current.sentence() if current.heard else RESUMES) from None
-    for line in vllm_command.of_recipe(loaded, adapter):
-        console.print(Text(f"serve it:  {line}"), soft_wrap=True)
-    console.print(Text(f"finished: the adapter is {adapter}"), soft_wrap=True)
+    for line in (f"finished: the adapter is {adapter}", *last_lines(loaded, open_storage(loaded.run_uri), adapter)):
+        console.print(Text(line), soft_wrap=True)  # without line breaks, so that a command can be copied

@@ -46,6 +46,10 @@ class EarlyStart:
                 raise Interrupted("stopped while data was being prepared")
         self.check()
         found = open_begun(shared, spec.fingerprint)
+        if found is not None and found.count == 1:  # complete, but for the record that says so
+            self._ended(CLOSE_S)
+            self.check()
+            found = open_begun(shared, spec.fingerprint)
         assert found is not None, "preparing has begun"
         return found
 

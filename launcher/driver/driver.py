@@ -21,7 +21,8 @@ from trainer.checkpoint import list_commits, read_claims
 from trainer.checkpoint.publish import finished
 from trainer.data.run_data import prepare_data
 from trainer.errors import InputError, Interrupted, MusterError, WorkerFailed
-from trainer.interruption import current
+from trainer.interruption import RESUMES, STARTS, current
+from trainer.progress.lines import called_often
 from trainer.recipe import Recipe
 from trainer.run import layout
 from trainer.run.events import ResizeEvent, StartupEvent
@@ -50,13 +51,16 @@ def run(recipe: Recipe, progress: Progress, *, takeover: bool = False) -> str:
     run_storage = storage.child(recipe.name)
     first_look = open_storage(recipe.storage, deadline_s=FIRST_LOOK_S).child(recipe.name)
     check_same_recipe(first_look, recipe)
-    if finished(first_look):
+    if finished(first_look, recipe.training):
         progress.say(f"{run_storage.url} has reached its last step already")
         return run_storage.uri(layout.ADAPTER)
+    begun = has_commits(first_look)
+    if not begun:
+        current.command(STARTS)
     phases, here = Phases(process_began()), job_environment(os.environ)
-    with one_at_a_time(run_storage.url, takeover=takeover) as starting:
+    with one_at_a_time(run_storage.url, takeover=takeover) as starting, called_often(progress.repeat):
         signals = Signals(progress)
-        check_inputs(recipe, progress, begun=has_commits(first_look))
+        check_inputs(recipe, progress, begun=begun)
         phases.end(IMPORT)
         check_not_cancelled(run_storage, here.job)
         with current.asking(signals.note):  # an exception within would leave a lease that nobody releases
@@ -73,6 +77,7 @@ def check_inputs(recipe: Recipe, progress: Progress, *, begun: bool = False) -> 
     from launcher.driver.preflight import check_model, check_storage
 
     check_lasting(recipe, job_environment(os.environ).job)
+    progress.phase("checking storage, model and data")
     try:
         check_trackers(recipe)
     except InputError as error:
@@ -86,7 +91,8 @@ def check_inputs(recipe: Recipe, progress: Progress, *, begun: bool = False) -> 
             "apart, so start it from one place only"
         )
     check_model(recipe, progress.warn)
-    progress.phase("storage, model and data are checked")
+    progress.phase("")
+    progress.dated("storage, model and data are checked")
 
 
 def check_lasting(recipe: Recipe, job: str | None) -> None:
@@ -117,8 +123,8 @@ class RunDriver:
         """Trains to the last step; returns the final adapter's URI."""
         with hold_run(self.recipe, self.run, self.lease, stopped=self._was_stopped):
             self._train()
-            if (self.signals.stopped or self._has_stopped()) and finished(self.run) is None:
-                raise Interrupted(f"stopped on request; {self._resumes_text()}")
+            if (self.signals.stopped or self._has_stopped()) and finished(self.run, self.recipe.training) is None:
+                raise Interrupted(f"stopped on request; {RESUMES} of {self.run.url}")
         return self.run.uri(layout.ADAPTER)
 
     def _was_stopped(self, error: BaseException) -> bool:
@@ -131,9 +137,6 @@ class RunDriver:
         step = self.recipe.training.stop_after
         return step is not None and any(record.step >= step for record in list_commits(self.run))
 
-    def _resumes_text(self) -> str:
-        return f"the same command resumes from the newest checkpoint of {self.run.url}"
-
     def _train(self) -> None:
         from launcher.driver.background_prepare import EarlyStart
         from launcher.driver.preflight import load_run_tokenizer
@@ -144,7 +147,8 @@ class RunDriver:
             runner.await_resources(here.nodes, lambda: self.signals.stopped)
             self.phases.end(RAY)
             progress.phase("preparing data")
-            with EarlyStart(recipe.seed, runner.map_beside, progress.prepared, lambda: self.signals.stopped) as early:
+            on_window = partial(progress.prepared, "train")
+            with EarlyStart(recipe.seed, runner.map_beside, on_window, lambda: self.signals.stopped) as early:
                 data = prepare_data(
                     recipe,
                     self.run,
@@ -155,7 +159,7 @@ class RunDriver:
                     early=early.prepare,
                 )
                 progress.data(data)
-                freeze_recipe(self.run, recipe)
+                freeze_recipe(self.run, recipe, self.lease.driver)
                 self.signals.check()
                 self.phases.end(DATA)
                 self._fit(runner, data.total_steps, early.check)
@@ -181,11 +185,12 @@ class RunDriver:
         with shown as show, self._watching(runner, before) as check_cluster, current.asking(self.signals.ask):
 
             def every() -> None:
-                show()
+                if show():
+                    self.signals.note_step()
                 check_data()
                 check_cluster()
                 if self.signals.stopped and not self._has_steps(before):
-                    raise Interrupted(f"stopped before the first step; {self._resumes_text()}")
+                    raise Interrupted(f"stopped before the first step; {current.promise}")
                 if lease.lost.is_set():
                     raise WorkerFailed(f"another driver has taken {self.run.url} over; this one has stopped")
 
@@ -240,6 +245,7 @@ class Signals:
 
     def __init__(self, progress: Progress) -> None:
         self._progress = progress
+        self._stepped = False
         self._asked = threading.Event()
         self._lease: Lease | None = None
 
@@ -255,7 +261,12 @@ class Signals:
 
     def check(self) -> None:
         if self.stopped:
-            raise Interrupted("stopped before training began; nothing is lost, the same command starts it")
+            raise Interrupted(f"stopped before training began; {current.promise}")
+
+    def note_step(self) -> None:
+        """Notes that the workers have done a step, so that there is something to commit."""
+        self._stepped = True
+        current.command(RESUMES)
 
     def note(self, who: str) -> None:
         """Remembers a signal, for the next `check` or `sleep`."""
@@ -271,6 +282,9 @@ class Signals:
         if self._asked.is_set():
             return
         self._asked.set()
-        self._progress.say(f"{who}: the workers commit and end; once more to leave at once")
+        does = (
+            "the workers commit and end" if self._stepped else "the run ends, with a checkpoint if it has done a step"
+        )
+        self._progress.say(f"{who}: {does}; once more to leave at once")
         if self._lease:
             self._lease.request_stop()

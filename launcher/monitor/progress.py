@@ -26,11 +26,12 @@ class Progress(ProgressLines):
         self.console = console
 
     @contextmanager
-    def _following(self, view: View, stage: Callable[[], str]) -> Iterator[Callable[[], None]]:
+    def _following(self, view: View, stage: Callable[[], str]) -> Iterator[Callable[[], bool]]:
         if not self.console.is_terminal:
             with super()._following(view, stage) as show:
                 yield show
             return
+        self.phase("")  # the display has a clock of its own
         line = LiveLine(stage=stage)
         with Live(line, console=self.console, refresh_per_second=4) as live:
             try:
@@ -39,10 +40,11 @@ class Progress(ProgressLines):
                 self._show(view, line, last=True)
                 live.refresh()
 
-    def _show(self, view: View, line: LiveLine, *, last: bool = False) -> None:
+    def _show(self, view: View, line: LiveLine, *, last: bool = False) -> bool:
         line.standing = view.look(last=last)
         for text in view.take_news():
             self.say(text)
+        return line.standing is not None
 
 
 class LiveLine:

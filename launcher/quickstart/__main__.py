@@ -11,46 +11,61 @@ from trainer.interruption import Terminated, current
 if __name__ == "__main__":
     current.begin()  # before the other imports, which take a second
 
-import logging
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from launcher.quickstart import prepare
 from launcher.quickstart.answers import answers, right
 from launcher.quickstart.chart import draw, losses
 from launcher.quickstart.corpus import questions
-from launcher.terminal.console import Console, stdout
+from launcher.terminal.console import Console, hush_libraries, stdout
+from trainer.progress.lines import ProgressLines, called_often
 from trainer.recipe import Recipe, load
 from trainer.run import layout
 from trainer.storage import Storage, open_storage
 
 RECIPE = Path(__file__).resolve().parents[2] / "recipes" / "quickstart.yaml"
 SHOWN = 4
+MOST_WORKERS = 2
 
 
 def main(overrides: Sequence[str]) -> int:
     """Runs the complete quickstart; returns the exit code of the run."""
-    quiet_libraries()
     console, started = stdout(), time.monotonic()
-    recipe = load(RECIPE, overrides)
-    make_inputs(console, recipe)
-    console.rule("muster run recipes/quickstart.yaml")
-    code = call([sys.executable, "-m", "launcher", "run", str(RECIPE), *overrides])
-    if code == 0:
-        run = open_storage(recipe.run_uri)
-        show_curve(console, run)
-        show_answers(console, recipe, run)
-        show_next(console, recipe, time.monotonic() - started)
+    lines = ProgressLines(lambda text, style: console.print(Text(text, style=style), soft_wrap=True))
+    with called_often(lines.repeat):
+        lines.phase("loading torch and transformers")
+        hush_libraries()
+        overrides = [*for_this_machine(), *overrides]
+        recipe = load(RECIPE, overrides)
+        make_inputs(console, lines, recipe)
+        lines.phase("")
+        console.rule(" ".join(["muster run recipes/quickstart.yaml", *overrides]))
+        code = call([sys.executable, "-m", "launcher", "run", str(RECIPE), *overrides])
+        if code == 0:
+            run = open_storage(recipe.run_uri)
+            show_curve(console, run)
+            lines.phase("answering the held-out questions")
+            show_answers(console, recipe, run)
+            lines.phase("")
+            show_next(console, recipe, time.monotonic() - started)
     return code
+
+
+def for_this_machine() -> list[str]:
+    """Returns overrides of the recipe: a GPU for each worker, if this machine has any."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return [f"resources.workers={min(gpus, MOST_WORKERS)}", "resources.gpus_per_worker=1"] if gpus else []
 
 
 def call(command: Sequence[str]) -> int:
@@ -64,22 +79,15 @@ def call(command: Sequence[str]) -> int:
         return process.wait()
 
 
-def quiet_libraries() -> None:
-    """Hides messages of libraries about a small model on a CPU, which may confuse a new user."""
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers")
-
-
-def make_inputs(console: Console, recipe: Recipe) -> None:
+def make_inputs(console: Console, lines: ProgressLines, recipe: Recipe) -> None:
     """Makes the base model and the data at the paths that the recipe names."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("pretraining a small Llama", total=prepare.STEPS)
-        base = Path(recipe.model.path)
-        made = prepare.prepare_base(base, on_step=lambda step, loss: progress.update(task, completed=step))
+    base = Path(recipe.model.path)
+
+    def on_step(step: int, loss: float) -> None:
+        lines.within_phase(f"pretraining a small Llama: step {step} of {prepare.STEPS}, loss {loss:.2f}")
+
+    lines.phase("making a small Llama and its tokenizer")
+    made = prepare.prepare_base(base, on_step=on_step)
     console.print(f"base model: {base} ({'made and pretrained' if made else 'was there'})")
     train, held_out = (Path(sources[0].path).parent for sources in (recipe.data.train, recipe.data.eval))
     prepare.prepare_data(train, held_out)

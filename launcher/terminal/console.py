@@ -194,6 +194,8 @@ def hush_libraries() -> None:
 
     for name in ("transformers", "bitsandbytes"):
         logging.getLogger(name).setLevel(logging.ERROR)
+    # A filter, since DeepSpeed sets the level when it is imported: by accelerate, to save a model.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     transformers.utils.logging.disable_progress_bar()
     warnings.simplefilter("ignore", FutureWarning)
 

@@ -107,6 +107,10 @@ def test_a_terminated_rank_commits_and_says_that_it_can_go_on(
     assert "] preparing data" in again_says
     assert re.search(rf"^attempt 2: workers 2 on .*, continues after step {status.step},", again_says, re.MULTILINE)
     assert f"step {status.total_steps}/{status.total_steps}  loss " in again_says
+    learned, chat, report, serve = again_says.splitlines()[-4:]
+    assert re.fullmatch(r"loss \S+ → \S+, 240 steps, \d:\d\d, [\d,]+ tokens", learned)
+    assert (chat, report) == (f"muster chat --run {recipe.run_uri}", f"muster report {recipe.run_uri}")
+    assert serve.startswith("vllm serve ")
     assert adapter_bytes(recipe) == adapter_bytes(undisturbed)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -38,7 +39,13 @@ def undisturbed(tiny_model: Path, folder: Path) -> Recipe:
     recipe = small_recipe("undisturbed", tiny_model, folder, **CHANGES)
     command = run(recipe, folder)
     assert command.wait() == 0, command.output()
-    assert "finished: the adapter is" in command.output()
+    *lines, finished, learned, chat, report, serve = command.output().splitlines()
+    assert finished.startswith("finished: the adapter is")
+    assert re.fullmatch(r"loss \S+ → \S+, 120 steps, \d:\d\d, [\d,]+ tokens", learned)
+    assert (chat, report) == (f"muster chat --run {recipe.run_uri}", f"muster report {recipe.run_uri}")
+    assert serve.startswith("vllm serve ")
+    assert "step 120/120" in lines[-1]
+    assert "saved 120" in lines[-1]
     return recipe
 
 
@@ -71,8 +78,9 @@ def test_terminated_it_commits_and_the_same_command_resumes(tiny_model: Path, fo
     os.killpg(command.process.pid, signal.SIGTERM)  # as a scheduler does; the worker leaves it to the driver
     assert command.wait() == 3, command.output()
     assert command.output().splitlines()[-1].startswith("muster: interrupted: ")
-    again = run(recipe, folder)
+    again = run(small_recipe("terminated", tiny_model, folder, **CHANGES, **{"training.micro_batch": 1}), folder)
     assert again.wait() == 0, again.output()
+    assert "changed since the attempt before: training.micro_batch 2 → 1" in again.output()
 
 
 def test_it_ends_with_a_driver_that_is_killed(tiny_model: Path, folder: Path) -> None:

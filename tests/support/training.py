@@ -80,7 +80,7 @@ def _train(recipe: Recipe, *, first: bool) -> None:
     lease = Lease.acquire(run) if first else None
     if lease:
         box = [(lease.driver, prepare(recipe, storage).total_steps)]
-        freeze_recipe(run, recipe)
+        freeze_recipe(run, recipe, lease.driver)
     dist.broadcast_object_list(box)
     driver, total = box[0]
     state = "succeeded"
@@ -105,7 +105,7 @@ def train_here(recipe: Recipe, stop_requested: Callable[[], bool] = lambda: Fals
     state = "failed"
     try:
         total = prepare(recipe, storage).total_steps
-        freeze_recipe(run, recipe)
+        freeze_recipe(run, recipe, lease.driver)
         train(Job(recipe.storage, lease.driver, recipe, total, {}), stop_requested)
         state = "succeeded"
     except Interrupted:

@@ -14,13 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint import CommitRecord, list_commits
-from trainer.errors import CorruptObject
+from trainer.errors import CorruptObject, InputError
+from trainer.recipe import TrainingSection
 from trainer.run import layout
+from trainer.run.frozen import read_recipe
 from trainer.storage import Storage
 
 log = logging.getLogger(__name__)
 
 TOTAL_STEPS = "total_steps"
+EPOCHS = "epochs"
+"""The recipe's, in the state of a run whose length is given in epochs."""
 OPTIMIZER_FILE = "optimizer.safetensors"
 MASTER_FILE = "master.safetensors"
 METHOD_FILE = "method.safetensors"
@@ -31,21 +35,35 @@ READ_BYTES = 16 * 2**20
 FileInfo = Mapping[str, Any]
 
 
-def is_last(record: CommitRecord) -> bool:
-    """Returns whether this record is the commit of its run's last step."""
-    return record.step >= int(record.state.get(TOTAL_STEPS, record.step + 1))
+def is_last(record: CommitRecord, length: TrainingSection | None = None) -> bool:
+    """Returns True for the commit of its run's last step. ``length``: of the recipe, if it may be longer than the one
+    that the commit was trained with."""
+    if record.step < int(record.state.get(TOTAL_STEPS, record.step + 1)):
+        return False
+    if length is None:
+        return True
+    epochs = record.state.get(EPOCHS)
+    return record.step >= (length.steps or 0) and (epochs is None or epochs >= (length.epochs or 0))
 
 
-def finished(run: Storage) -> CommitRecord | None:
+def finished(run: Storage, length: TrainingSection | None = None) -> CommitRecord | None:
     """Returns the commit of the last step, with its adapter published and verified; None when training has to continue.
+    ``length``: see `is_last`.
 
     Completes a run that died between its last commit and the last copy. Where the last checkpoint itself is damaged,
     returns None: training resumes from the newest complete one.
 
-    Raises CorruptObject when the adapter does not read back as it was committed."""
+    Raises CorruptObject when the adapter does not read back as it was committed, InputError for more epochs than a run
+    of an older version can get."""
     newest = next(iter(list_commits(run)), None)
-    if newest is None or not is_last(newest):
+    if newest is None or not is_last(newest, length):
         return None
+    epochs = length.epochs if length and EPOCHS not in newest.state else None
+    if epochs is not None and epochs != read_recipe(run).training.epochs:
+        raise InputError(
+            f"{run.url} was finished by a version of muster that did not record its epochs, so that it cannot become "
+            "longer; run it with its own training.epochs, or give the new recipe another name"
+        )
     if is_published(run, newest):
         return newest
     try:

@@ -38,6 +38,7 @@ class RestoredState(TypedDict, total=False):
     samples: Count
     world_size: Count
     total_steps: Count
+    epochs: Count | None
     facts: Mapping[str, Any]
     scaler: Mapping[str, Any]
     task: Mapping[str, Any]

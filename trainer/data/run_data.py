@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, Required, TypedDict
 
 from trainer.chat_templates.rendering import writes_date
@@ -86,8 +86,9 @@ def prepare_data(
     record: bool = True,
 ) -> RunData:
     """Opens or prepares the run's training and evaluation data under ``shared``. ``tokenizer`` is called only if
-    something must be prepared. ``early`` prepares the training data if the recipe gives a number of steps. ``record``:
-    writes into the run which data they are; otherwise nothing is written there."""
+    something must be prepared. ``on_progress(part, done)`` is called after each window. ``early`` prepares the training
+    data if the recipe gives a number of steps. ``record``: writes into the run which data they are; otherwise nothing
+    is written there."""
     frozen = _frozen_data(run)
     parts: dict[str, PreparedDataset | None] = {"train": None, "eval": None}
     loaded: list[PreTrainedTokenizerBase] = []
@@ -96,12 +97,13 @@ def prepare_data(
         prepared = open_prepared(shared, spec.fingerprint) if spec else None
         if prepared is None:
             loaded = loaded or [tokenizer()]
+            on_part = partial(on_progress, part) if on_progress else None
             known = parts["train"].spec.labels if parts["train"] else None
             spec = _spec(recipe, part, loaded[0], spec, known)
             if early is not None and part == "train" and recipe.training.steps is not None:
                 prepared = early(spec, loaded[0], shared)
             else:
-                prepared = prepare_dataset(spec, loaded[0], shared, map_windows=map_windows, on_progress=on_progress)
+                prepared = prepare_dataset(spec, loaded[0], shared, map_windows=map_windows, on_progress=on_part)
         parts[part] = prepared
     train = parts["train"]
     assert train is not None, "a recipe has training data"

@@ -6,30 +6,36 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from trainer.progress.texts import GAP
 from trainer.progress.view import LOOK_S, View
 from trainer.storage import Storage, open_storage
 
 if TYPE_CHECKING:
+    from trainer.data.prepare.prepare import PreparationProgress
     from trainer.data.run_data import RunData
 
 PLAIN_S = 10.0
 POLL_S = 0.5
+BEAT_S = 5.0
+"""Seconds without a line after which the current phase is printed again; more in a long phase."""
 SHOWN_BAD_ROWS = 5
+DATA_OF = {"train": "training", "eval": "evaluation"}
 
 
 class ProgressLines:
     """Prints messages and progress. ``write(text, style)`` prints one line; ``style`` is rich's name of a colour or
     weight, or empty."""
 
-    def __init__(self, write: Callable[[str, str], None]) -> None:
-        self._write = write
-        self._began = time.monotonic()
+    def __init__(self, write: Callable[[str, str], None], clock: Callable[[], float] = time.monotonic) -> None:
+        self._write, self._clock = write, clock
+        self._began = self._said_at = self._phase_at = clock()
+        self._phase = self._dated = ""
         self._warned: set[str] = set()
 
     def say(self, text: str, style: str = "") -> None:
+        self._said_at = self._clock()
         self._write(text, style)
 
     def warn(self, text: str) -> None:
@@ -40,10 +46,30 @@ class ProgressLines:
         self.say(f"warning: {text}", "yellow")
 
     def phase(self, text: str) -> None:
-        self.say(f"[{time.monotonic() - self._began:5.1f} s] {text}", "dim")
+        """Prints the phase that begins; `repeat` prints it again until the next one. An empty text ends the phase."""
+        self._phase, self._phase_at = text, self._clock()
+        if text:
+            self.dated(text)
 
-    def prepared(self, done: Any) -> None:
-        self.phase(f"prepared window {done.windows} of {done.of}: {done.samples:,} samples, {done.tokens:,} tokens")
+    def within_phase(self, text: str) -> None:
+        """Changes the text that `repeat` prints for the phase."""
+        self._phase = text
+
+    def dated(self, text: str) -> None:
+        """Prints a line with the seconds since the start."""
+        self._dated = text.removeprefix("still ")
+        self.say(f"[{self._clock() - self._began:5.1f} s] {text}", "dim")
+
+    def repeat(self) -> None:
+        """Prints the phase again if no line was printed for long. Called often, from any thread."""
+        phase, now = self._phase, self._clock()
+        if phase and now - self._said_at >= max(BEAT_S, (now - self._phase_at) / 6):
+            self.dated(phase if phase != self._dated else f"still {phase}")
+
+    def prepared(self, part: str, done: PreparationProgress) -> None:
+        """``part``: "train" or "eval"."""
+        counts = f"{done.samples:,} samples, {done.tokens:,} tokens"
+        self.dated(f"{DATA_OF[part]} data: prepared window {done.windows} of {done.of}: {counts}")
 
     def data(self, data: RunData) -> None:
         if not data.train.windows:
@@ -73,8 +99,9 @@ class ProgressLines:
         total_steps: int,
         stage: Callable[[], str] = lambda: "starting workers",
         driver: int | None = None,
-    ) -> Iterator[Callable[[], None]]:
-        """Yields a function to call often while the workers train; shows the final progress on exit.
+    ) -> Iterator[Callable[[], bool]]:
+        """Yields a function to call often while the workers train, which returns True once they have done a step; shows
+        the final progress on exit.
 
         ``stage``: what the run waits for, until the first step; ``driver``: the number of the driver that trains.
         """
@@ -84,16 +111,24 @@ class ProgressLines:
             yield show
 
     @contextmanager
-    def _following(self, view: View, stage: Callable[[], str]) -> Iterator[Callable[[], None]]:
+    def _following(self, view: View, stage: Callable[[], str]) -> Iterator[Callable[[], bool]]:
         plain = Plain(view, self.say, stage=stage, say_phase=self.phase)
+
+        def show() -> bool:
+            if stepped := plain():
+                self.phase("")
+            return stepped
+
         try:
-            yield plain
+            yield show
         finally:
+            self.phase("")
             plain(last=True)
 
 
 class Plain:
-    """Lines for logs: one every ``PLAIN_S`` seconds while the step changes, one at the end, and one per event."""
+    """Lines for logs: one every ``PLAIN_S`` seconds while the step changes, one after an evaluation, one at the end if
+    the one before does not say the same, and one per event."""
 
     def __init__(
         self,
@@ -106,23 +141,30 @@ class Plain:
     ) -> None:
         self._view, self._say, self._clock = view, say, clock
         self._stage, self._say_phase, self._last_stage = stage, say_phase, ""
-        self._shown: int | None = None
+        self._shown: tuple[int, int | None, float | None] | None = None
         self._next = clock()
 
-    def __call__(self, *, last: bool = False) -> None:
+    def __call__(self, *, last: bool = False) -> bool:
+        """Returns True once there is a step."""
         standing = self._view.look(last=last)
         if (stage := self._stage()) != self._last_stage and not last:
             self._last_stage = stage
             self._say_phase(stage)
         for text in self._view.take_news():
             self._say(text)
-        if standing and standing.step != self._shown and (last or self._clock() >= self._next):
-            self._next, self._shown = self._clock() + PLAIN_S, standing.step
+        if standing is None:
+            return False
+        now = standing.step, standing.saved, standing.eval_loss
+        step, _, eval_loss = self._shown or (None, None, None)
+        due = standing.step != step and self._clock() >= self._next
+        if due or standing.eval_loss != eval_loss or (last and now != self._shown):
+            self._next, self._shown = self._clock() + PLAIN_S, now
             self._say(GAP.join(standing.parts().values()))
+        return True
 
 
 @contextmanager
-def called_often(show: Callable[[], None]) -> Iterator[None]:
+def called_often(show: Callable[[], object]) -> Iterator[None]:
     """Calls ``show`` each ``POLL_S`` seconds in a thread of its own, for a main thread that trains."""
     ended = threading.Event()
 

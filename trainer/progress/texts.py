@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from itertools import pairwise
 from typing import Any
 
 from trainer.run.events import (
+    ChangeEvent,
     EndEvent,
     Event,
     FailureEvent,
@@ -25,12 +27,15 @@ WIDEST_CURVE, NARROWEST_CURVE = 32, 8
 GAP = "  "
 BLOCKS = "▁▂▃▄▅▆▇█"
 SHOWN_HOSTS = 8
+LONGEST_VALUE = 60
+"""Characters of a setting's value."""
 
 
 @dataclass(frozen=True)
 class AttemptStatus:
     """The state of an attempt. ``saved``: the step of the last checkpoint, if any; ``saved_ago_s``: its age;
-    ``losses``: the last ones, oldest first. None: not known."""
+    ``losses``: the last ones, oldest first; ``epoch`` counts from 0 here, and from 1, as steps do, in texts. None: not
+    known."""
 
     step: int
     total_steps: int
@@ -55,6 +60,7 @@ class AttemptStatus:
         found = {
             "step": f"step {self.step}/{self.total_steps}",
             "loss": f"loss {self.loss:.4f}",
+            "eval": _said("eval {:.4f}", self.eval_loss),
             "lr": _said("lr {:.2e}", self.lr),
             "tokens": f"{self.tokens_per_s:,.0f} tokens/s",
             "mfu": _said("MFU {:.0%}", self.mfu),
@@ -78,11 +84,14 @@ def drawn(standing: AttemptStatus, width: int) -> str:
     share = f"{s.step / max(1, s.total_steps):.0%}"
     learns = [
         parts["loss"],
-        _said("eval {:.4f}", s.eval_loss),
+        parts.get("eval", ""),
         parts.get("lr", ""),
         _said("gradient {:.3g}", s.grad_norm),
     ]
-    runs = [parts["tokens"], parts.get("mfu", ""), parts.get("memory", ""), f"epoch {s.epoch}, {s.samples:,} samples"]
+    runs = [
+        *(parts.get(name, "") for name in ("tokens", "mfu", "memory")),
+        f"epoch {s.epoch + 1}, {s.samples:,} samples",
+    ]
     where = [parts["saved"], parts["workers"] + (f": {placed(s.hosts)}" if s.hosts else "")]
     lines = [
         _with_bar([parts["step"], share, parts["eta"]], s.step / max(1, s.total_steps), width),
@@ -148,6 +157,8 @@ def event_text(event: Event, before: Sequence[str] | None = None) -> str | None:
             strategy = str(event.strategy.get("kind") or "")
             told = [f"{_changed(before, event.hosts)}workers {placed(event.hosts)}", strategy, begins, _covered(event)]
             return f"attempt {event.attempt}: {', '.join(filter(None, told))}"
+        case ChangeEvent():
+            return changed_text(event)
         case FailureEvent():
             return f"failure: {event.cause}" + ("; restarting the workers" if event.retried else "")
         case SkippedCheckpointEvent():
@@ -155,6 +166,17 @@ def event_text(event: Event, before: Sequence[str] | None = None) -> str | None:
         case StaleCheckpointEvent():
             return f"no checkpoint was committed for {duration(event.age_s or 0)}: the storage is slow or away"
     return None
+
+
+def changed_text(event: ChangeEvent) -> str:
+    """Returns the settings that differ from the attempt before, on one line."""
+    changes = (f"{one.key} {_value(one.before)} → {_value(one.after)}" for one in event.changes)
+    return f"changed since the attempt before: {', '.join(changes)}"
+
+
+def _value(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 1]}…"
 
 
 def _covered(event: StartEvent) -> str:

@@ -41,10 +41,20 @@ class Conflict(NamedTuple):
         return Conflict(tuple((*prefix, *path) for path in self.paths), self.message)
 
 
+class MayChange:
+    """Metadata of a field that does not decide the result, so that it may differ between the attempts of a run:
+    ``Annotated[int, MAY_CHANGE]``. On a section it covers all of the section's fields. A field without it decides the
+    result, and a run that has a checkpoint cannot be resumed with another value of it."""
+
+
+MAY_CHANGE = MayChange()
+
+
 class Section(BaseModel):
     """One section of the recipe: no type conversion, no unknown keys, frozen after validation.
 
-    The text under a field is its documentation. The reference and the JSON Schema are generated from it.
+    The text under a field is its documentation. The reference and the JSON Schema are generated from it. A field's
+    annotation also states if it may change between the attempts of a run (`MAY_CHANGE`).
     """
 
     model_config = ConfigDict(

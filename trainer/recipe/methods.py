@@ -24,7 +24,8 @@ class MethodRow(Choice):
     trained vectors that are not of the text and take part in its attention: virtual tokens before each sample
     (``tokens``), keys and values in the layers (``keys``), or it is not known before the inputs are (``unknown``).
     ``residual``: it subtracts its initial values from the base model's weights, and what is left is frozen (and
-    quantised). ``refuses``: what it does not work with, besides what its other facts exclude."""
+    quantised). ``spans_run``: it has a schedule over all of the run's steps. ``refuses``: what it does not work with,
+    besides what its other facts exclude."""
 
     what: str
     settings: Mapping[str, Any]
@@ -35,6 +36,7 @@ class MethodRow(Choice):
     shares_base: bool = False
     own_vectors: Literal["none", "tokens", "keys", "unknown"] = "none"
     residual: bool = False
+    spans_run: bool = False
     refuses: tuple[Refusal, ...] = ()
 
     @property
@@ -126,6 +128,7 @@ METHODS = Registry(
             1e-3,
             "arXiv:2303.10512, appendix C: initial budget 1.5 times the target, pruning from a tenth to about two "
             "thirds of the steps, 5e-4 to 2e-3; orthogonality 0.5 as in peft",
+            spans_run=True,
             refuses=(
                 Refusal(
                     "adalora plans its ranks for one update in each step, and the task takes several",

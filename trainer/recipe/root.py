@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator, Field
 
-from trainer.recipe.base import Conflict, Listed, Location, OneOf, Section
+from trainer.recipe.base import MAY_CHANGE, Conflict, Listed, Location, OneOf, Section
 from trainer.recipe.sections.adapter import AdapterSection
 from trainer.recipe.sections.checkpoint import CheckpointSection
 from trainer.recipe.sections.cluster import ClusterSection
@@ -40,7 +40,7 @@ def _run_name(name: str) -> str:
 class Recipe(Section):
     """Everything that decides a run. It is frozen into the run at its first start."""
 
-    name: Annotated[str, AfterValidator(_run_name)] = Field(examples=["my-run"])
+    name: Annotated[str, AfterValidator(_run_name), MAY_CHANGE] = Field(examples=["my-run"])
     """Name of the run, which is stored at `<storage>/<name>`. The same name and storage resume it."""
 
     seed: int = Field(default=17, ge=0)
@@ -65,28 +65,28 @@ class Recipe(Section):
     ppo: PPOSection = PPOSection()
     optimizer: OptimizerSection
     schedule: ScheduleSection = ScheduleSection()
-    strategy: StrategySection = StrategySection()
-    compute: ComputeSection = ComputeSection()
-    resources: ResourcesSection = ResourcesSection()
+    strategy: Annotated[StrategySection, MAY_CHANGE] = StrategySection()
+    compute: Annotated[ComputeSection, MAY_CHANGE] = ComputeSection()
+    resources: Annotated[ResourcesSection, MAY_CHANGE] = ResourcesSection()
 
-    storage: Location = Field(examples=["s3://runs"])
+    storage: Annotated[Location, MAY_CHANGE] = Field(examples=["s3://runs"])
     """Folder that runs are kept in: an fsspec URL (`s3://runs`) or a local path that all workers can access. Prepared
     data is shared between the runs of a storage."""
 
-    checkpoint: CheckpointSection = CheckpointSection()
-    cluster: ClusterSection = ClusterSection()
+    checkpoint: Annotated[CheckpointSection, MAY_CHANGE] = CheckpointSection()
+    cluster: Annotated[ClusterSection, MAY_CHANGE] = ClusterSection()
 
-    tracking: Listed[Annotated[str, OneOf(TRACKERS)]] = ()
+    tracking: Annotated[Listed[Annotated[str, OneOf(TRACKERS)]], MAY_CHANGE] = ()
     """Trackers that the metrics are also sent to: `tensorboard`, `wandb`, `mlflow`, and `prometheus`, which fetches
     them. The run's own storage always contains them. See [tracking.md](tracking.md)."""
 
-    tensorboard: TensorBoardSection = TensorBoardSection()
-    wandb: WandbSection = WandbSection()
-    mlflow: MlflowSection = MlflowSection()
-    prometheus: PrometheusSection = PrometheusSection()
+    tensorboard: Annotated[TensorBoardSection, MAY_CHANGE] = TensorBoardSection()
+    wandb: Annotated[WandbSection, MAY_CHANGE] = WandbSection()
+    mlflow: Annotated[MlflowSection, MAY_CHANGE] = MlflowSection()
+    prometheus: Annotated[PrometheusSection, MAY_CHANGE] = PrometheusSection()
 
-    samples: SamplesSection = SamplesSection()
-    profile: ProfileSection = ProfileSection()
+    samples: Annotated[SamplesSection, MAY_CHANGE] = SamplesSection()
+    profile: Annotated[ProfileSection, MAY_CHANGE] = ProfileSection()
 
     @property
     def run_uri(self) -> str:

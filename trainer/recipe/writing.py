@@ -5,33 +5,32 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator
+from functools import cache, reduce
+from operator import getitem
 from typing import Any
 
 import yaml
 
-from trainer.recipe.base import KeyPath
+from trainer.recipe.base import KeyPath, MayChange
 from trainer.recipe.document import Dumper
 from trainer.recipe.root import Recipe
-from trainer.recipe.trackers import TRACKERS
-from trainer.recipe.tree import dotted
+from trainer.recipe.schedules import SCHEDULES
+from trainer.recipe.tree import dotted, field_at, fields_below
 
-MAY_CHANGE: tuple[KeyPath, ...] = (
-    ("name",),
-    ("storage",),
-    ("resources",),
-    ("cluster",),
-    ("strategy",),
-    ("compute",),
-    ("checkpoint",),
-    ("tracking",),
-    *((tracker,) for tracker in TRACKERS.names()),
-    ("samples",),
-    ("profile",),
-    ("training", "stop_after"),
-    ("data", "cache_bytes"),
-)
-"""The values that may differ between the attempts of a run. Name and storage locate the run and do not change its
-result."""
+LENGTH: tuple[KeyPath, ...] = (("training", "steps"), ("training", "epochs"))
+"""The values that may grow between attempts where `length_decides` gives no reason against it."""
+
+
+@cache
+def may_change(path: KeyPath) -> bool:
+    """Returns True if the field at the path, or a section that it is in, does not decide the result."""
+    fields = (field_at(path[:length]) for length in range(1, len(path) + 1))
+    return any(isinstance(mark, MayChange) for field in fields if field for mark in field.metadata)
+
+
+def changeable() -> list[KeyPath]:
+    """Returns the fields and sections that may change between attempts, without the fields of such a section."""
+    return [path for path in fields_below(Recipe, ()) if may_change(path) and not may_change(path[:-1])]
 
 
 def dump(recipe: Recipe) -> str:
@@ -46,9 +45,31 @@ def differences(frozen: Recipe, new: Recipe) -> list[str]:
     return [f"{dotted(p)}: {_show(old, p)} -> {_show(now, p)}" for p in paths if _show(old, p) != _show(now, p)]
 
 
+def changeable_values(recipe: Recipe) -> dict[str, Any]:
+    """Returns what may differ between attempts, the length included, as plain data by dotted path."""
+    keys = [path for path in fields_below(Recipe, ()) if may_change(path) or path in LENGTH]
+    sections = {path[:-1] for path in keys}
+    found: Any = recipe.model_dump(mode="json")
+    return {dotted(path): reduce(getitem, path, found) for path in keys if path not in sections}
+
+
+def length_decides(recipe: Recipe) -> str:
+    """Returns why the result of a step depends on the length of the run, as a clause; empty if it does not."""
+    schedule, adapter = recipe.schedule, recipe.adapter
+    if SCHEDULES[schedule.name].falls:
+        return f"the learning rate of schedule {schedule.name} falls over all steps of the run"
+    if schedule.warmup_ratio:
+        return f"the warm-up takes {schedule.warmup_ratio:g} of all steps of the run (schedule.warmup_ratio)"
+    if adapter.row.spans_run:
+        return f"adapter.method {adapter.label} has a schedule over all steps of the run"
+    return ""
+
+
 def fingerprint(recipe: Recipe) -> str:
-    """Returns a SHA-256 (hex) of the values that decide the result; equal for recipes with the same result."""
-    return hashlib.sha256(json.dumps([list(leaf) for leaf in _leaves(recipe)]).encode()).hexdigest()
+    """Returns a SHA-256 (hex) of the values that decide the result of a step; equal for recipes with the same steps."""
+    apart = () if length_decides(recipe) else LENGTH
+    leaves = [[path, value] for path, value in _leaves(recipe) if path not in apart]
+    return hashlib.sha256(json.dumps(leaves).encode()).hexdigest()
 
 
 def schema() -> dict[str, Any]:
@@ -59,7 +80,7 @@ def schema() -> dict[str, Any]:
 
 def _leaves(recipe: Recipe) -> Iterator[tuple[KeyPath, Any]]:
     for path, value in _walk(recipe.model_dump(mode="json"), ()):
-        if not any(path[: len(free)] == free for free in MAY_CHANGE):
+        if not may_change(path):
             yield path, value
 
 

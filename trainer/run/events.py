@@ -253,6 +253,23 @@ class FailureEvent(Event, kind="failure"):
 
 
 @dataclass(frozen=True, kw_only=True)
+class SettingChange:
+    """A setting whose value differs from that of the attempt before. ``key``: its dotted path in the recipe."""
+
+    key: str
+    before: Any = None
+    after: Any = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChangeEvent(Event, kind="change"):
+    """The driver writes it before an attempt with other settings than the attempt before."""
+
+    changes: tuple[SettingChange, ...] = ()
+    driver: Count | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ResizeEvent(Event, kind="resize"):
     """The driver writes it when it asks the workers to commit and end, to start again on other nodes."""
 

@@ -19,10 +19,11 @@ from typing import Any, TypedDict
 
 from trainer.errors import CorruptObject, InputError, Mistake, RecipeChanged, RecipeError
 from trainer.parsing import Malformed
-from trainer.recipe import Recipe, differences, dump, loads
+from trainer.recipe import Recipe, dump, loads
 from trainer.recipe.trust import granted, without_code
 from trainer.records import read_record
 from trainer.run import layout
+from trainer.run.changes import further, is_longer, record_changes, refusals, with_length
 from trainer.storage import Storage
 
 log = logging.getLogger(__name__)
@@ -67,7 +68,7 @@ def _read_frozen(run: Storage, overrides: Sequence[str] = ()) -> Recipe:
     except RecipeError as error:
         raise RecipeError((*error.mistakes, *_of_another_version(run))) from error
     recipe = loads(text, run.uri(layout.RECIPE), overrides, stored=True)
-    if changes := differences(frozen, recipe):
+    if changes := refusals(frozen, recipe):
         raise RecipeChanged(f"between attempts of {run.url} this cannot change:\n  " + "\n  ".join(changes))
     return recipe
 
@@ -90,22 +91,30 @@ def check_same_recipe(run: Storage, recipe: Recipe) -> None:
     """Raises RecipeChanged if the run has commits of a recipe that gives another result."""
     if not has_commits(run):
         return
-    changes = differences(_read_frozen(run), recipe)
-    if changes:
-        raise RecipeChanged(
-            f"{run.url} was started with another recipe:\n  " + "\n  ".join(changes) + "\n"
-            "Run it with its own recipe, or give the new recipe another name."
-        )
+    frozen = _read_frozen(run)
+    if changes := refusals(frozen, recipe):
+        advice = "Run it with its own recipe, or give the new recipe another name"
+        if is_longer(frozen, recipe) and (begin := further(frozen, run, run.uri(layout.ADAPTER))):
+            advice += f"; to train longer, {begin}"
+        lines = "\n  ".join(changes)
+        raise RecipeChanged(f"{run.url} was started with another recipe:\n  {lines}\n{advice}.")
 
 
-def freeze_recipe(run: Storage, recipe: Recipe) -> None:
-    """Writes the resolved recipe and the provenance, unless the run has commits already. Raises RecipeChanged."""
+def freeze_recipe(run: Storage, recipe: Recipe, driver: int | None = None) -> None:
+    """Writes the resolved recipe and the provenance before the first commit. Afterwards, records what ``driver`` has
+    changed, and writes the length of a run that becomes longer. Raises RecipeChanged."""
     check_same_recipe(run, recipe)
-    # stop_after belongs to one command, not to the run.
-    lasting = recipe.model_copy(update={"training": recipe.training.model_copy(update={"stop_after": None})})
     if not has_commits(run):
+        # stop_after belongs to one command, not to the run.
+        lasting = recipe.model_copy(update={"training": recipe.training.model_copy(update={"stop_after": None})})
         run.write(layout.RECIPE, dump(lasting).encode())
         run.write_json(layout.PROVENANCE, provenance())
+        return
+    frozen = _read_frozen(run)
+    if driver is not None:  # before the length is written, so that the record is not lost if this process ends here
+        record_changes(run, frozen, recipe, driver)
+    if is_longer(frozen, recipe):
+        run.write(layout.RECIPE, dump(with_length(frozen, recipe.training)).encode())
 
 
 def provenance() -> dict[str, Any]:

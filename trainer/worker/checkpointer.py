@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.checkpoint import CommitRecord, Retention, commit, fetch, fetch_newest, put_checkpoint
-from trainer.checkpoint.publish import TOTAL_STEPS, publish
+from trainer.checkpoint.publish import EPOCHS, TOTAL_STEPS, publish
 from trainer.data import Batch, Cursor, Stream
 from trainer.errors import InputError, MusterError
 from trainer.model.files.identity import differences, identity_of
@@ -84,6 +84,7 @@ class Checkpointer(Callback):
             "world_size": self._parts.world.size,
             "strategy": self._job.recipe.strategy.kind,
             TOTAL_STEPS: self._job.total_steps,
+            EPOCHS: self._job.recipe.training.epochs,
             "facts": dict(self._recorder.last_metrics),
         }
         copying = time.monotonic()

@@ -30,7 +30,7 @@ def hold_run(
     try:
         with tracked(recipe, run):
             yield
-            if finished(run) is None:
+            if finished(run, recipe.training) is None:
                 raise WorkerFailed(
                     f"the workers exited without an error, but the last step of {run.url} was never committed"
                 )

@@ -54,7 +54,7 @@ ELSEWHERE = {
     r"muster run recipes/quickstart.yaml": "starts a Ray; launcher/quickstart/__main__.py, tests/ray",
     r"muster run .*name=my-second": "starts a Ray; tests/ray/test_driver.py",
     r"muster push": "needs the Hub; tests/unit/trainer/artifacts/test_push.py",
-    r"vllm serve": "is not part of this; tests/unit/launcher/terminal/test_vllm_command.py holds the words",
+    r"vllm serve": "is not part of this; tests/unit/trainer/progress/test_vllm_command.py holds the words",
     r"sbatch ": "needs Slurm; tests/cluster/test_slurm.py",
     r"(ray (start|job)|kubectl|docker)\b": "changes the machine, or needs a cluster",
     r"torchrun ": "starts ranks; tests/distributed/test_dying.py",

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, ConfigDict, Field, model_validator
 
-from trainer.recipe.base import Conflict, Listed, Location, OneOf, Section
+from trainer.recipe.base import MAY_CHANGE, Conflict, Listed, Location, OneOf, Section
 from trainer.recipe.formats import FORMATS
 from trainer.recipe.sections.datasets import DATASETS, filled, is_hub_dataset
 from trainer.registry import choose_hint
@@ -175,13 +175,13 @@ class DataSection(Section):
     """Share of the training rows that is held out for evaluation, 0.01 for one in a hundred. A hash of the row decides,
     so the same rows are held out on every machine and after every resume, and equal rows stay together."""
 
-    ledger: bool = False
+    ledger: Annotated[bool, MAY_CHANGE] = False
     """Record which samples each rank fed to the model at each step, as JSON Lines under `<run>/ledger/`."""
 
     max_bad_rows: int = Field(default=0, ge=0)
     """Rows per source that may be unreadable; they are skipped and reported. One more stops the preparation."""
 
-    cache_bytes: int = Field(default=8 << 30, ge=0)
+    cache_bytes: Annotated[int, MAY_CHANGE] = Field(default=8 << 30, ge=0)
     """Bytes of prepared data that each host keeps on its own disk, shared by its ranks, so that later epochs and
     attempts need not fetch them again. If the cache is full, the block whose next use is furthest in the future is
     deleted first. The folder is `$MUSTER_CACHE/blocks`, or without that variable one in the temporary folder. A full

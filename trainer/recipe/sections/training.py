@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trainer.recipe.base import Conflict, Section, takes
+from trainer.recipe.base import MAY_CHANGE, Conflict, Section, takes
 
 LENGTH = (("steps",), ("epochs",))
 
@@ -24,10 +24,12 @@ class TrainingSection(Section):
     global_batch: int = Field(ge=1, examples=[64])
     """Packs per optimizer step, over all ranks, whatever their number: the result does not depend on the workers."""
 
-    micro_batch: int = Field(ge=1, examples=[4])
-    """Packs per forward pass of one rank. Activation memory grows in proportion; the result stays the same."""
+    micro_batch: Annotated[int, MAY_CHANGE] = Field(ge=1, examples=[4])
+    """Packs per forward pass of one rank. Activation memory grows in proportion. The result stays the same, within the
+    rounding noise of float32, except for random numbers that belong to a forward pass: dropout, and the texts of task
+    `ppo`."""
 
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Annotated[bool, MAY_CHANGE] = False
     """Compute activations again in the backward pass instead of keeping them: needs much less memory, but one more
     forward pass per step."""
 
@@ -41,10 +43,10 @@ class TrainingSection(Section):
     training; `auto` is the factor in the model's configuration, null adds nothing. See
     [tasks.md](tasks.md#the-balance-of-experts)."""
 
-    eval_every: int | None = Field(default=None, ge=1)
+    eval_every: Annotated[int | None, MAY_CHANGE] = Field(default=None, ge=1)
     """Steps between evaluations on `data.eval`; null evaluates after the last step only."""
 
-    stop_after: int | None = Field(default=None, ge=1)
+    stop_after: Annotated[int | None, MAY_CHANGE] = Field(default=None, ge=1)
     """Stop this attempt at this step with a checkpoint and exit code 3; the same command without it resumes. Counted
     from the run's first step."""
 

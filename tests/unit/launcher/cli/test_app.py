@@ -14,7 +14,7 @@ import launcher.driver.driver
 from launcher.cli.app import ToStderr, main
 from launcher.cli.exit_codes import exit_code
 from launcher.submit.place import choose_place
-from launcher.terminal.console import stderr
+from launcher.terminal.console import Console, stderr
 from tests.support.training import small_recipe
 from trainer.errors import Fenced, InputError, Interrupted, RunHeld, StartAgain, StorageError, UsageError, WorkerFailed
 from trainer.recipe import Recipe, dump
@@ -86,8 +86,28 @@ def test_a_run_that_succeeds(muster: Muster, recipe: Path, monkeypatch: pytest.M
 
     monkeypatch.setattr(launcher.driver.driver, "run", drive)
     assert muster("run", str(recipe), "training.steps=7", "--takeover") == 0
-    assert muster.last_line() == "finished: the adapter is s3://runs/cli/adapter"
+    run = f"{recipe.parent}/runs/cli"
+    finished, chat, report, *serve = muster.err.strip().splitlines()
+    assert finished == "finished: the adapter is s3://runs/cli/adapter"
+    assert [chat, report] == [f"muster chat --run {run}", f"muster report {run}"]
+    assert serve[-1].startswith("vllm serve ")
     assert (muster.out, seen) == ("", [(7, True)])
+
+
+def test_the_last_lines_are_not_wrapped_in_a_narrow_terminal(
+    recipe: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    screen = Console(sys.stderr, results=False, force_terminal=True, width=20)
+    monkeypatch.setattr("launcher.cli.run.stderr", lambda: screen)
+    monkeypatch.setattr(launcher.driver.driver, "run", lambda *given, **options: f"{recipe.parent}/runs/cli/adapter")
+    monkeypatch.setattr(sys, "argv", ["muster", "run", str(recipe)])
+    with pytest.raises(SystemExit):
+        main()
+    *_, chat, report, serve = capfd.readouterr().err.strip().splitlines()
+    assert chat == f"muster chat --run {recipe.parent}/runs/cli"
+    assert report == f"muster report {recipe.parent}/runs/cli"
+    assert serve.startswith("vllm serve ")
+    assert serve.endswith("}'")
 
 
 @pytest.mark.parametrize(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,6 +11,9 @@ import pytest
 from launcher.quickstart import __main__ as quickstart
 from launcher.quickstart.model import LlamaShape
 from launcher.quickstart.prepare import prepare_base
+from launcher.terminal.console import stdout
+from tests.support.played_time import PlayedTime
+from trainer.progress.lines import ProgressLines
 from trainer.recipe import load
 from trainer.run import layout
 from trainer.storage import open_storage
@@ -66,6 +69,46 @@ def test_it_makes_the_inputs_runs_the_recipe_and_shows_the_result(
     assert "0.125" in shown
     assert "held-out questions: 0 before, 0 after" in shown
     assert "runs/storage/quickstart/adapter" in shown
+
+
+@pytest.mark.parametrize(("gpus", "workers"), [(0, None), (1, 1), (8, 2)])
+def test_it_takes_gpus_where_there_are_any(
+    here: Path, monkeypatch: pytest.MonkeyPatch, gpus: int, workers: int | None
+) -> None:
+    commands: list[Sequence[str]] = []
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    monkeypatch.setattr(quickstart, "call", lambda command: commands.append(command) or 3)
+    quickstart.main(["name=mine"])
+    *_, path = commands[0][:5]
+    recipe = load(path, commands[0][5:])
+    assert recipe.name == "mine"
+    if workers is None:
+        assert recipe.resources == load(quickstart.RECIPE).resources
+    else:
+        assert (recipe.resources.workers, recipe.resources.gpus_per_worker) == (workers, 1)
+
+
+def test_making_the_base_is_told_while_it_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    time, told = PlayedTime(), list[str]()
+    lines = ProgressLines(lambda text, style: told.append(text), time.clock)
+
+    def prepare_base(base: Path, on_step: Callable[[int, float], None]) -> bool:
+        for step in range(1, 4):
+            time.sleep(6.0)
+            on_step(step, 9.0 - step)
+            lines.repeat()
+        return True
+
+    monkeypatch.setattr(quickstart.prepare, "prepare_base", prepare_base)
+    quickstart.make_inputs(stdout(), lines, load(quickstart.RECIPE))
+    assert told == [
+        "[  0.0 s] making a small Llama and its tokenizer",
+        "[  6.0 s] pretraining a small Llama: step 1 of 300, loss 8.00",
+        "[ 12.0 s] pretraining a small Llama: step 2 of 300, loss 7.00",
+        "[ 18.0 s] pretraining a small Llama: step 3 of 300, loss 6.00",
+    ]
 
 
 def test_a_run_that_fails_gives_its_exit_code_and_shows_nothing_more(

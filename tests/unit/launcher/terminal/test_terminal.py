@@ -339,3 +339,13 @@ def test_the_streams_are_given_back() -> None:
         assert isinstance(sys.stderr, MessageStream)
         assert stdout().file is before[0]
     assert (sys.stdout, sys.stderr) == before
+
+
+def test_deepspeed_says_nothing_when_a_library_imports_it(capfd: pytest.CaptureFixture[str]) -> None:
+    code = (
+        "from launcher.terminal.console import hush_libraries; hush_libraries(); "
+        "from deepspeed.accelerator import get_accelerator; print(get_accelerator()._name)"
+    )
+    environment = {name: value for name, value in os.environ.items() if name != "DS_ACCELERATOR"}
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**environment, "CUDA_VISIBLE_DEVICES": ""}, check=True)
+    assert capfd.readouterr().out == "cpu\n"

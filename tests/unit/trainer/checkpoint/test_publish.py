@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
 from tests.storage.doubles import Died, faulty
+from tests.support.training import small_recipe
 from trainer.checkpoint import CommitRecord, claim_attempt, claim_driver, commit, put_checkpoint
-from trainer.checkpoint.publish import finished, is_published, publish, published_files
-from trainer.errors import CorruptObject
+from trainer.checkpoint.publish import EPOCHS, finished, is_last, is_published, publish, published_files
+from trainer.errors import CorruptObject, InputError
+from trainer.recipe import Recipe, TrainingSection
 from trainer.run import layout
+from trainer.run.frozen import freeze_recipe
 from trainer.storage import Storage
 
 FILES = {
@@ -88,6 +94,29 @@ def test_a_run_is_finished_by_its_last_commit_alone() -> None:
     last = committed(run, 10)
     assert finished(run) == last
     assert sorted(adapter(run)) == PUBLISHED
+
+
+def test_a_longer_length_is_not_finished_by_a_shorter_ones_last_commit() -> None:
+    run, _ = faulty()
+    record = committed(run, 10)
+    assert finished(run, TrainingSection(steps=10, global_batch=1, micro_batch=1)) == record
+    assert finished(run, TrainingSection(steps=11, global_batch=1, micro_batch=1)) is None
+    state = {**record.state, EPOCHS: 2}
+    assert is_last(replace(record, state=state), TrainingSection(epochs=2, global_batch=1, micro_batch=1))
+    assert not is_last(replace(record, state=state), TrainingSection(epochs=3, global_batch=1, micro_batch=1))
+
+
+def test_more_epochs_of_a_run_that_did_not_record_them_are_refused(tmp_path: Path) -> None:
+    def recipe(epochs: int) -> Recipe:
+        length = {"training.steps": None, "training.epochs": epochs}
+        return small_recipe("old", tmp_path / "model", tmp_path, **length)
+
+    run, _ = faulty()
+    freeze_recipe(run, recipe(2))
+    record = committed(run, 10)
+    assert finished(run, recipe(2).training) == record
+    with pytest.raises(InputError, match="did not record its epochs"):
+        finished(run, recipe(3).training)
 
 
 def test_a_publication_that_died_at_any_point_is_completed() -> None:

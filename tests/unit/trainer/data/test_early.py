@@ -203,6 +203,14 @@ def test_closed_it_stops_and_the_next_one_goes_on(spec):
     assert open_prepared(shared, spec.fingerprint) is not None
 
 
+def test_data_of_one_window_is_complete_when_training_begins(spec):
+    """So that its counts, its warnings and too many bad rows are known before."""
+    with EarlyStart(SEED, Gate(free=99), None) as early:
+        data = early.prepare(spec, tokenizer(), memory())
+    assert (data.count, len(data.windows)) == (1, 1)
+    assert data.totals.samples > 0
+
+
 @pytest.mark.parametrize(("steps", "epochs"), [(4, None), (None, 2)])
 def test_only_a_recipe_that_says_its_steps_starts_early(tiny_model, tmp_path, spec, steps, epochs):
     write_rows(tmp_path / "data" / "x.jsonl", pairs(20))

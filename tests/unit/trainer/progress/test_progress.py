@@ -11,7 +11,8 @@ import pytest
 
 from tests.storage.doubles import faulty, unreachable
 from trainer.data.blocks import BadRow, Counts
-from trainer.progress.lines import PLAIN_S, Plain, ProgressLines
+from trainer.data.prepare.prepare import PreparationProgress
+from trainer.progress.lines import BEAT_S, PLAIN_S, Plain, ProgressLines
 from trainer.progress.texts import (
     AttemptStatus,
     age,
@@ -64,7 +65,7 @@ def test_four_lines_say_everything() -> None:
     assert drawn(STANDING, 80).splitlines() == [
         "step 120/1000  12%  ETA 1:02:05  " + "━" * 4 + "─" * 36,
         "loss 1.2346  eval 1.5000  lr 2.00e-04  gradient 0.534  █▆▄▃▃▂▂▁▁",
-        "12,346 tokens/s  MFU 41%  memory 13 GiB  epoch 1, 3,840 samples",
+        "12,346 tokens/s  MFU 41%  memory 13 GiB  epoch 2, 3,840 samples",
         "saved 100 (0:34 ago)  4 workers: 2 on a, 2 on b",
     ]
 
@@ -92,7 +93,7 @@ def test_what_is_not_known_is_left_out() -> None:
     assert drawn(BARE, 80).splitlines() == [
         "step 0/0  0%  ETA 0:00  " + "─" * 40,
         "loss nan",
-        "0 tokens/s  epoch 0, 0 samples",
+        "0 tokens/s  epoch 1, 0 samples",
         "not saved yet  0 workers",
     ]
 
@@ -254,6 +255,90 @@ def test_plain_lines_come_seldom_and_the_last_one_always(run: Storage) -> None:
     assert at(4, PLAIN_S, last=True) == []
 
 
+def test_plain_lines_end_with_what_was_saved_and_have_every_evaluation(run: Storage) -> None:
+    clock, out = Clock(), io.StringIO()
+    plain = Plain(View(run, 0, 4, clock, now=lambda: 9.0), lambda text: print(text, file=out), clock)
+
+    def line(*rows: dict[str, Any], last: bool = False) -> str:
+        write_rows(run, "metrics/a000001-000000.jsonl", *rows)
+        clock.now += LOOK_S
+        out.truncate(out.seek(0))
+        assert plain(last=last)
+        return out.getvalue()
+
+    first = [step_row(1), step_row(2)]
+    evaluation = {"attempt": 1, "step": 2, "eval_loss": 1.5}
+    assert line(*first).startswith("step 2/4  loss 2.0000  100 tokens/s")
+    assert line(*first, evaluation).startswith("step 2/4  loss 2.0000  eval 1.5000  100 tokens/s")
+    assert line(*first, evaluation) == ""
+    all_rows = [*first, evaluation, step_row(3), step_row(4)]
+    clock.now += PLAIN_S
+    assert line(*all_rows).endswith("not saved yet\n")
+    write_rows(run, "events/a000001-rank0-000000.jsonl", {"event": "checkpoint", "attempt": 1, "step": 4, "time": 9.0})
+    assert line(*all_rows, last=True) == (
+        "step 4/4  loss 2.0000  eval 1.5000  100 tokens/s  ETA 0:00  2 workers  saved 4 (0:00 ago)\n"
+    )
+
+
+def test_a_phase_that_goes_on_is_told_again_less_and_less_often() -> None:
+    clock, out = Clock(), io.StringIO()
+    progress = ProgressLines(lambda text, style: print(text, file=out), clock)
+    progress.repeat()
+    progress.phase("starting Ray")
+    told = []
+    for now in range(120):
+        clock.now = float(now)
+        before = out.tell()
+        progress.repeat()
+        if out.tell() > before:
+            told.append(now)
+    assert out.getvalue().splitlines()[:2] == ["[  0.0 s] starting Ray", f"[{told[0]:5.1f} s] still starting Ray"]
+    assert told[:5] == [5, 10, 15, 20, 25]
+    progress.within_phase("starting Ray's second node")
+    clock.now += 100.0
+    progress.repeat()
+    assert out.getvalue().splitlines()[-1] == "[219.0 s] starting Ray's second node"
+    assert told[-1] - told[-2] > 2 * BEAT_S
+    progress.say("something else")
+    progress.repeat()
+    progress.phase("")
+    clock.now += 1000.0
+    before = out.tell()
+    progress.repeat()
+    assert out.tell() == before, "no phase goes on"
+
+
+def test_the_first_step_ends_the_phase(run: Storage) -> None:
+    out = io.StringIO()
+    progress = ProgressLines(lambda text, style: print(text, file=out), Clock())
+    with progress.training(run, 0, 20, lambda: "loading the model") as show:
+        assert not show()
+        assert "[  0.0 s] loading the model\n" in out.getvalue()
+    write_rows(run, "metrics/a000001-000000.jsonl", step_row(1))
+    clock = Clock()
+    progress = ProgressLines(lambda text, style: print(text, file=out), clock)
+    with progress.training(run, 0, 20, lambda: "loading the model") as show:
+        assert show()
+        clock.now, before = 1000.0, out.tell()
+        progress.repeat()
+        assert out.tell() == before
+
+
+def test_an_epoch_counts_from_one(run: Storage) -> None:
+    write_rows(run, "metrics/a000001-000000.jsonl", step_row(1, epoch=0, samples=6))
+    standing = View(run, 0, 20, Clock()).look(last=True)
+    assert standing is not None
+    assert "epoch 1, 6 samples" in drawn(standing, 80)
+
+
+@pytest.mark.parametrize("part", ["train", "eval"])
+def test_prepared_windows_say_which_data_they_are_of(part: str) -> None:
+    out = io.StringIO()
+    ProgressLines(lambda text, style: print(text, file=out)).prepared(part, PreparationProgress(1, 2, 50, 1200))
+    name = {"train": "training", "eval": "evaluation"}[part]
+    assert f"{name} data: prepared window 1 of 2: 50 samples, 1,200 tokens" in out.getvalue()
+
+
 def test_bad_rows_are_named_up_to_a_number() -> None:
     out = io.StringIO()
     counts = Counts(rows=20, samples=11, tokens=40, target_tokens=20, truncated=3, dropped=0, bad_rows=9)
@@ -283,6 +368,19 @@ def test_a_start_names_the_workers_by_host() -> None:
         == "attempt 2: workers 2 on a, 1 on b, fsdp, continues after step 9"
     )
     assert event_text(Event.from_row({"event": "checkpoint"})) is None
+
+
+def test_changed_settings_are_one_line() -> None:
+    changes = [
+        {"key": "training.micro_batch", "before": 4, "after": 1},
+        {"key": "strategy.deepspeed", "after": {"stage": 3, "more": "x" * 90}},
+        {"key": "compute.compile", "before": False, "after": True},
+    ]
+    text = event_text(Event.from_row({"event": "change", "changes": changes}))
+    assert text is not None
+    assert text.startswith("changed since the attempt before: training.micro_batch 4 → 1, strategy.deepspeed null → {")
+    assert text.endswith("x…, compute.compile false → true")
+    assert len(text) < 200
 
 
 def test_a_start_says_what_changed() -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from launcher.terminal.vllm_command import of_recipe
+from trainer.progress.vllm_command import of_recipe
 from trainer.recipe import Recipe, parse
 
 

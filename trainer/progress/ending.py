@@ -1,0 +1,55 @@
+"""The last lines of a finished run: what it has learned and what that took, and commands for its result."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Iterable, Iterator
+from contextlib import suppress
+
+from trainer.errors import MusterError
+from trainer.progress import vllm_command
+from trainer.progress.texts import duration
+from trainer.recipe import Recipe
+from trainer.recipe.tasks import CAUSAL, TASKS
+from trainer.run.jsonl import metrics_backwards
+from trainer.run.metrics import EvalMetrics, Metrics, StepMetrics
+from trainer.storage import Storage
+
+
+def last_lines(recipe: Recipe, run: Storage, adapter: str) -> Iterator[str]:
+    """Yields a summary, then one command per line, to be printed without wrapping. ``adapter``: the URI of the final
+    adapter. A storage that does not answer any more costs the summary only: the run has succeeded."""
+    with suppress(MusterError, OSError):
+        if summary := summarised(metrics_backwards(run)):
+            yield summary
+    if TASKS[recipe.task].auto_class == CAUSAL:
+        yield shlex.join(["muster", "chat", "--run", run.url])
+    yield shlex.join(["muster", "report", run.url])
+    yield from vllm_command.of_recipe(recipe, adapter)
+
+
+def summarised(newest_first: Iterable[Metrics]) -> str:
+    """Returns the first and the last loss, the steps, the time of all steps and evaluations, and the tokens; empty
+    without a step. Of a step that was trained again after a failure, only the newest row counts."""
+    seconds, tokens = 0.0, 0
+    losses: dict[int, float | None] = {}
+    evaluated: dict[int, float | None] = {}
+    for row in newest_first:
+        seconds += row.seconds
+        if isinstance(row, StepMetrics) and row.step not in losses:
+            losses[row.step] = row.loss
+            tokens += row.tokens or 0
+        elif isinstance(row, EvalMetrics):
+            evaluated.setdefault(row.step, row.eval_loss)
+    if not losses:
+        return ""
+    parts = [_first_and_last("loss", losses), _first_and_last("eval", evaluated)]
+    steps = f"{len(losses):,} step{'' if len(losses) == 1 else 's'}"
+    return ", ".join([*filter(None, parts), steps, duration(seconds), f"{tokens:,} tokens"])
+
+
+def _first_and_last(name: str, losses: dict[int, float | None]) -> str:
+    found = [loss for _, loss in sorted(losses.items()) if loss is not None]
+    if not found:
+        return ""
+    return f"{name} {found[0]:.4g}" + (f" → {found[-1]:.4g}" if len(found) > 1 else "")
