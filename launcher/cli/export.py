@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from launcher.cli import completion
 from launcher.cli.options import (
     AdapterOption,
     CombinationOption,
@@ -28,11 +29,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def inspect(
-    uri: Annotated[str, typer.Argument(metavar="URI", help="folder of an adapter, a model or a run")],
+    uri: Annotated[
+        str,
+        typer.Argument(metavar="URI", help="folder of an adapter, a model or a run", autocompletion=completion.runs),
+    ],
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Show what is at URI, and whether its files are complete; for a model, whether it loads and generates."""
+    """Show what is at URI and if its files are complete. A model is loaded, and has to generate."""
     from trainer.artifacts.inspect import describe
     from trainer.recipe.trust import Trust
 
@@ -50,7 +54,7 @@ def inspect(
 
 
 def merge(
-    out: Annotated[str, typer.Option("--out", help="a new folder for the model")],
+    out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="a new folder for the model")],
     run: RunOption = None,
     adapter: AdapterOption = None,
     use: UseOption = None,
@@ -61,11 +65,15 @@ def merge(
     ] = False,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="float32 | bfloat16 | float16: type of the weights; default: as in training"),
+        typer.Option(
+            "--dtype",
+            autocompletion=completion.one_of(*DTYPES),
+            help="float32 | bfloat16 | float16: type of the weights; default: as in training",
+        ),
     ] = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Merge an adapter into its unquantised base model, and compare the logits before and after."""
+    """Merge an adapter into its unquantised base model. The logits before and after are compared."""
     from launcher.monitor.progress import Progress
     from launcher.terminal import vllm_command
     from trainer.artifacts import ArtifactRef
@@ -111,7 +119,7 @@ def push(
         str | None, typer.Option("--revision", help="branch of the repository; default: its main one")
     ] = None,
 ) -> None:
-    """Upload an adapter or a merged model with its model card to the Hugging Face Hub."""
+    """Upload an adapter or a merged model to the Hugging Face Hub, with its model card."""
     from launcher.monitor.progress import Progress
     from trainer.artifacts import ArtifactRef, find
     from trainer.artifacts.push import push as pushed

@@ -64,11 +64,18 @@ def generate(
     run: RunOption = None,
     adapter: AdapterOption = None,
     model: ModelOption = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", help="a prompt; stdout gets its answer alone")] = None,
-    file: Annotated[
-        str | None, typer.Option("--input", help="JSON Lines file with a prompt or messages in each line; - is stdin")
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", metavar="TEXT", help="a prompt; stdout gets its answer alone")
     ] = None,
-    output: Annotated[str | None, typer.Option("--output", help="file for the answers to --input; - is stdout")] = None,
+    file: Annotated[
+        str | None,
+        typer.Option(
+            "--input", metavar="FILE", help="JSON Lines file with a prompt or messages in each line; - is stdin"
+        ),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", metavar="FILE", help="file for the answers to --input; - is stdout")
+    ] = None,
     frame: FrameOption = "plain",
     use: UseOption = None,
     combination: CombinationOption = "cat",
@@ -78,7 +85,9 @@ def generate(
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
     seed: SeedOption = 17,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="number of prompts that are answered together")] = 16,
+    batch: Annotated[
+        int, typer.Option("--batch", metavar="N", min=1, help="number of prompts that are answered together")
+    ] = 16,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Answer one prompt, or the prompts of a file in their order."""
@@ -108,7 +117,9 @@ def chat(
     run: RunOption = None,
     adapter: AdapterOption = None,
     model: ModelOption = None,
-    system: Annotated[str | None, typer.Option("--system", help="system prompt of the conversation")] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="system prompt of the conversation")
+    ] = None,
     frame: FrameOption = None,
     use: UseOption = None,
     combination: CombinationOption = "cat",

@@ -22,10 +22,10 @@ def plan(
     ] = None,
     host_memory: Annotated[str | None, typer.Option(help="host memory that each rank may use, e.g. 64GiB")] = None,
     tokens_per_s: Annotated[
-        float | None, typer.Option(min=1e-9, help="speed of all ranks together, to estimate the time")
+        float | None, typer.Option(min=1e-9, metavar="NUMBER", help="speed of all ranks together, to estimate the time")
     ] = None,
     price_per_gpu_hour: Annotated[
-        float | None, typer.Option(min=0, help="price of a GPU, in any currency, to estimate the cost")
+        float | None, typer.Option(min=0, metavar="PRICE", help="price of a GPU, in any currency, to estimate the cost")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:

@@ -89,7 +89,7 @@ def track(
     run_uri: RunUri,
     overrides: Overrides = None,
 ) -> None:
-    """Send the metrics of a run that has ended to the trackers of its recipe, if they do not have them yet."""
+    """Send the metrics of a run that has ended to its recipe's trackers. What they have already is not sent again."""
     from launcher.monitor.status import read_state
     from trainer.errors import UsageError
     from trainer.run.frozen import read_recipe

@@ -46,7 +46,18 @@ PREPARED = "_data"
 MODELS = "_models"
 """Quantised copies of base models, also next to the runs."""
 
+_OF_A_RUN = frozenset(
+    [
+        *(RECIPE, PROVENANCE, DATA, LEASE, STOP, SUBMISSION, SUBMITTED, CLAIMS, COMMITS, CHECKPOINTS, ADAPTER),
+        *(METRICS, EVENTS, LEDGER, LOGS, TRACKERS, TENSORBOARD, PLAN, PROFILES),
+    ]
+)
 _LAST_STEP = 10**12 - 1
+
+
+def is_of_run(key: str) -> bool:
+    """Returns True if muster writes such a key below a run's folder. Other keys there are somebody else's."""
+    return key.partition("/")[0] in _OF_A_RUN
 
 
 def driver_claim(driver: int) -> str:

@@ -158,6 +158,11 @@ class LocalBackend:
             self.delete(os.path.join(path, key))
         return len(found)
 
+    def remove_empty_folders(self, path: str) -> None:
+        for folder, _, _ in os.walk(path, topdown=False):
+            with contextlib.suppress(OSError):  # not empty, or not ours: it stays
+                os.rmdir(folder)
+
     def reconnect(self) -> None:
         """Does nothing: there are no connections."""
 
