@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from launcher.cli.options import (
     AdapterOption,
@@ -76,7 +77,7 @@ def generate(
     output: Annotated[
         str | None, typer.Option("--output", metavar="FILE", help="file for the answers to --input; - is stdout")
     ] = None,
-    frame: FrameOption = "plain",
+    frame: FrameOption = None,
     use: UseOption = None,
     combination: CombinationOption = "cat",
     density: DensityOption = None,
@@ -90,7 +91,7 @@ def generate(
     ] = 16,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Answer one prompt, or the prompts of a file in their order."""
+    """Answer one prompt, or the prompts of a file in their order. A prompt is put as in training."""
     from trainer.artifacts.batch import answer_file
 
     if (prompt is None) == (file is None):
@@ -211,11 +212,15 @@ class Drawing:
 
 
 def _conversation(loaded: LoadedArtifact, frame: str | None, system: str | None) -> Conversation:
-    from trainer.artifacts.chat import Conversation, frame_for
+    from trainer.artifacts.chat import HOW, Conversation, frame_for
 
     subject, tokenizer = loaded.subject, loaded.tokenizer
     format, template = (subject.origin.format, subject.origin.template) if subject.origin else (None, None)
-    return Conversation(tokenizer, frame_for(tokenizer, frame, format, template), system, template)
+    chosen = frame_for(tokenizer, frame, format, template)
+    if frame is None:
+        known = ", as in training" if format else ""
+        stderr().print(Text(f"prompts {HOW[chosen]}{known} (--frame changes it)"), soft_wrap=True)
+    return Conversation(tokenizer, chosen, system, template)
 
 
 @contextmanager
