@@ -102,7 +102,10 @@ def merge(
             return
         done = merged_into(address, folder, mix=mix, dtype=dtype, say=say, trust=trust)
     console.print(
-        Text(f"the merged model is {folder}; its logits differ by {done.difference:.1e} of their norm"),
+        Text(
+            f"the merged model is {folder}; its logits differ by {done.difference:.1e} of their norm "
+            f"({done.subject.section.dtype} rounding; up to {done.tolerance:.0e} is accepted)"
+        ),
         soft_wrap=True,
     )
     if done.subject.classes is None:

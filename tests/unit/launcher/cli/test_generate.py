@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
 import shutil
 import subprocess
@@ -308,3 +309,15 @@ def test_another_frame_counts_and_messages_stay_a_chat(
     assert completions == ["at noon<|im_end|>\n<|im_start|>user\nwhy", "at noon"]
     assert (asked[0], asked[1][-len(FRAMED) :]) == ("a ferry?", FRAMED)
     assert "prompts" not in found.err
+
+
+def test_a_merge_explains_its_difference_and_no_library_says_anything(recipe: Recipe, tmp_path: Path) -> None:
+    asked = ["merge", "--run", run_of(recipe).url, "--out", str(tmp_path / "merged"), "--dtype", "bfloat16"]
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher", *asked], cwd=ROOT, capture_output=True, text=True, timeout=TERMINAL_LIMIT_S
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+    lines = done.stderr.splitlines()
+    assert all(re.match(r"\[ *\d+\.\d s\] |the merged model is |serve it: ", line) for line in lines), done.stderr
+    (merged,) = [line for line in lines if line.startswith("the merged model")]
+    assert re.search(r"differ by \d\.\de-\d\d of their norm \(bfloat16 rounding; up to 5e-02 is accepted\)$", merged)
