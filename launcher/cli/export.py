@@ -46,9 +46,12 @@ def inspect(
     if as_json:
         print_json(found.to_json())
     else:
-        from launcher.monitor.tables import described_table
+        from launcher.monitor.tables import described_lines, described_table
 
-        stdout().print(described_table(found))
+        console = stdout()
+        for line in described_lines(found):
+            console.print(line, soft_wrap=True)
+        console.print(described_table(found))
     if not found.whole:
         raise CorruptObject(f"{uri} is not complete: {'; '.join(found.problems)}")
 
@@ -109,7 +112,7 @@ def merge(
         soft_wrap=True,
     )
     if done.subject.classes is None:
-        console.print(Text(f"serve it:  {vllm_command.of_model(folder)}"), soft_wrap=True)
+        console.print(Text(f"serve it:\n{vllm_command.of_model(folder)}"), soft_wrap=True)
 
 
 def push(

@@ -30,7 +30,8 @@ SHOWN_HOSTS = 8
 @dataclass(frozen=True)
 class AttemptStatus:
     """The state of an attempt. ``saved``: the step of the last checkpoint, if any; ``saved_ago_s``: its age;
-    ``losses``: the last ones, oldest first. None: not known."""
+    ``losses``: the last ones, oldest first; ``epoch`` counts from 0 here, and from 1, as steps do, in texts. A run that
+    is not ``running`` has no speed and no end in sight. None: not known."""
 
     step: int
     total_steps: int
@@ -49,6 +50,7 @@ class AttemptStatus:
     epoch: int = 0
     samples: int = 0
     hosts: tuple[str, ...] = ()
+    running: bool = True
 
     def parts(self) -> dict[str, str]:
         """Name to text, for one line."""
@@ -56,10 +58,10 @@ class AttemptStatus:
             "step": f"step {self.step}/{self.total_steps}",
             "loss": f"loss {self.loss:.4f}",
             "lr": _said("lr {:.2e}", self.lr),
-            "tokens": f"{self.tokens_per_s:,.0f} tokens/s",
-            "mfu": _said("MFU {:.0%}", self.mfu),
+            "tokens": _said("{:,.0f} tokens/s", self.tokens_per_s if self.running else None),
+            "mfu": _said("MFU {:.0%}", self.mfu if self.running else None),
             "memory": _said("memory {}", self.memory_bytes and size(self.memory_bytes)),
-            "eta": f"ETA {duration(self.left_s)}",
+            "eta": _said("ETA {}", duration(self.left_s) if self.running else None),
             "workers": plural(self.workers, "worker"),
             "saved": self._saved(),
         }
@@ -82,10 +84,13 @@ def drawn(standing: AttemptStatus, width: int) -> str:
         parts.get("lr", ""),
         _said("gradient {:.3g}", s.grad_norm),
     ]
-    runs = [parts["tokens"], parts.get("mfu", ""), parts.get("memory", ""), f"epoch {s.epoch}, {s.samples:,} samples"]
+    runs = [
+        *(parts.get(name, "") for name in ("tokens", "mfu", "memory")),
+        f"epoch {s.epoch + 1}, {s.samples:,} samples",
+    ]
     where = [parts["saved"], parts["workers"] + (f": {placed(s.hosts)}" if s.hosts else "")]
     lines = [
-        _with_bar([parts["step"], share, parts["eta"]], s.step / max(1, s.total_steps), width),
+        _with_bar([parts["step"], share, parts.get("eta", "")], s.step / max(1, s.total_steps), width),
         _with_curve(_fitting(learns, width), s.losses, width),
         _fitting(runs, width),
         _fitting(where, width),
