@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from trainer.plan.known_configs import known_shape
 from trainer.recipe import Recipe
@@ -34,7 +34,8 @@ TRAINED_BYTES, STATE_BYTES, STATE_8BIT_BYTES = 4, 8, 2
 """Per trained element: its float32 value (and as much for its gradient), and the two moments of the optimizer."""
 
 
-class Linear(NamedTuple):
+@dataclass(frozen=True)
+class Linear:
     """A linear layer, ``count`` times in the model; ``expert``: its matrix belongs to an expert."""
 
     name: str
@@ -126,7 +127,7 @@ def linears(text: Mapping[str, Any]) -> list[Linear]:
     if experts:
         inner = int(text.get("moe_intermediate_size") or text["intermediate_size"])
         sparse = count - dense
-        found += [layer._replace(expert=True) for layer in _feed_forward(hidden, inner, gates, sparse * experts)]
+        found += [replace(layer, expert=True) for layer in _feed_forward(hidden, inner, gates, sparse * experts)]
         shared = int(text.get("shared_expert_intermediate_size") or 0)
         shared = shared or inner * int(text.get("n_shared_experts") or 0)
         found += _feed_forward(hidden, shared, gates, sparse) if shared else []
