@@ -112,6 +112,7 @@ def _delete_all(found: StoredRun, lease: Lease) -> int:
             for start in range(0, len(part), AT_ONCE):
                 _check_held(run, lease)
                 run.delete(part[start : start + AT_ONCE])
+        run.remove_empty_folders(layout.WANDB)  # its links to what is gone would fail the next listing
         count += len(keys)
     raise StorageError(f"a process still writes to {run.url} while it is deleted; end it, and run the command again")
 

@@ -12,7 +12,7 @@ adapter/                       the final adapter
 metrics/ events/ ledger/       JSON Lines in parts
 logs/                          what each rank printed, in parts
 trackers/                      how far each tracker has received the metrics
-tensorboard/                   event files, with that tracker
+tensorboard/, wandb/           files of these trackers; wandb/ only in a folder of this machine
 profiles/attempt-…/rank-….…     traces of steps (`trainer.worker.profiler`)
 plan/                          the packing plan, one object per window
 """
@@ -39,6 +39,7 @@ LEDGER = "ledger"
 LOGS = "logs"
 TRACKERS = "trackers"
 TENSORBOARD = "tensorboard"
+WANDB = "wandb"
 PLAN = "plan"
 PROFILES = "profiles"
 PREPARED = "_data"
@@ -49,7 +50,7 @@ MODELS = "_models"
 _OF_A_RUN = frozenset(
     [
         *(RECIPE, PROVENANCE, DATA, LEASE, STOP, SUBMISSION, SUBMITTED, CLAIMS, COMMITS, CHECKPOINTS, ADAPTER),
-        *(METRICS, EVENTS, LEDGER, LOGS, TRACKERS, TENSORBOARD, PLAN, PROFILES),
+        *(METRICS, EVENTS, LEDGER, LOGS, TRACKERS, TENSORBOARD, WANDB, PLAN, PROFILES),
     ]
 )
 _LAST_STEP = 10**12 - 1

@@ -95,7 +95,8 @@ class Backend(Protocol):
         ...
 
     def remove_empty_folders(self, path: str) -> None:
-        """Removes the empty folders at and below a path; does nothing in a store that has no folders."""
+        """Removes the empty folders at and below a path, and links to what is gone; does nothing in a store that has
+        no folders."""
         ...
 
     def reconnect(self) -> None:

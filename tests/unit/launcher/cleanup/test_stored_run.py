@@ -86,6 +86,19 @@ def test_what_is_not_the_runs_own_stays(tmp_path: Path) -> None:
     assert {info.key.split("/")[0] for info in run.list()} == {"inner", "notes.txt"}
 
 
+def test_the_files_of_a_tracker_and_its_links_are_the_runs_own(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path))
+    run = written(storage)
+    run.write("wandb/run-1/files/config.yaml", b"x")
+    run.write("wandb/run-1/logs/debug.log", b"x")
+    (tmp_path / "my" / "wandb" / "latest-run").symlink_to("run-1")
+    (tmp_path / "my" / "wandb" / "debug.log").symlink_to("run-1/logs/debug.log")
+    found = find_run(storage, "my")
+    assert found.others == []
+    delete_run(found)
+    assert not (tmp_path / "my").exists()
+
+
 def test_a_folder_of_runs_is_no_run(tmp_path: Path) -> None:
     written(open_storage(str(tmp_path / "runs")))
     with pytest.raises(InputError, match="there is no run at"):
