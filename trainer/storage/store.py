@@ -161,7 +161,7 @@ class Storage:
         return self._call("clear unfinished uploads of", path, lambda moved: self._backend.abort_uploads(path, stale))
 
     def remove_empty_folders(self, prefix: str) -> None:
-        """Removes empty folders and links to what is gone, at and below ``prefix``: a deletion leaves them on a disk."""
+        """Removes what a deletion leaves on a disk at and below ``prefix``: empty folders, links to nothing."""
         path = self.uri(prefix.strip("/"))
         self._call("clear empty folders of", path, lambda moved: self._backend.remove_empty_folders(path))
 
