@@ -21,7 +21,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
+from trainer.errors import InputError
 from trainer.storage import ObjectInfo, Storage
 
 USED, CONDEMNED = "used", "condemned"
@@ -32,8 +34,12 @@ COMPLETING = ("manifest.json", "config.json")
 
 
 def announce_use(folder: Storage) -> bool:
-    """Does U1 and U2 for a run or a preparation that begins to use ``folder``. Returns False while gc deletes it."""
-    folder.write_json(USED, {"time": time.time()})
+    """Does U1 and U2 for a run or a preparation that begins to use ``folder``. Returns False while gc deletes it.
+
+    A folder that this user may only read is used without a word. Until the run names it, its owner's gc may delete it.
+    """
+    with suppress(InputError):
+        folder.write_json(USED, {"time": time.time()})
     return folder.info(CONDEMNED) is None
 
 

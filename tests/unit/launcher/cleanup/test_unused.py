@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from launcher.cleanup.unused import Unused, delete_unused, find_unused
-from tests.storage.doubles import unreadable
+from tests.storage.doubles import faulty, unreadable
+from tests.support.s3 import S3
 from tests.support.training import prepare, small_recipe, write_pairs
 from tests.unit.launcher.cli.test_app import Muster
 from trainer.data import open_prepared
@@ -245,6 +246,35 @@ def test_a_model_that_a_run_begins_to_load_is_kept(tmp_path: Path) -> None:
     assert announce_use(storage.child("_models/a"))
     assert not delete_unused(storage, folder)
     assert {info.key for info in storage.list("_models/a")} == {"_models/a/config.json", f"_models/a/{USED}"}
+
+
+def test_a_folder_that_may_only_be_read_is_used() -> None:
+    storage, backend = faulty()
+    storage.write("manifest.json", b"{}")
+
+    def refuse(verb: str, path: str) -> None:
+        if verb == "put":
+            raise InputError("no permission")
+
+    backend.before = refuse
+    assert announce_use(storage)
+    backend.before = lambda verb, path: None
+    storage.write_json(CONDEMNED, {})
+    backend.before = refuse
+    assert not announce_use(storage)
+
+
+def test_in_s3_too(moto: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = open_storage("s3://runs/all")
+    for key in ("_data/old/manifest.json", "_data/old/w000000.index", "my/recipe.yaml"):
+        storage.write(key, b"{}")
+    assert (keys(find_unused(storage)), find_unused(storage).young) == ([], 1)
+    for module in ("launcher.cleanup.unused", "trainer.run.shared"):
+        monkeypatch.setattr(f"{module}.YOUNG_S", 0.0)
+    (folder,) = find_unused(storage).folders
+    assert (folder.key, folder.bytes) == ("_data/old", 4)
+    assert delete_unused(storage, folder)
+    assert [info.key for info in storage.list()] == ["my/recipe.yaml"]
 
 
 def test_the_command_asks_first(
