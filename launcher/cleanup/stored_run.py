@@ -5,7 +5,8 @@ that begins meanwhile is refused, since it finds a holder that is alive. The ord
 a half-deleted run for a complete one:
 
     1. ``recipe.yaml``. Every reader of a run begins with it, so that from here on there is no run.
-    2. The commit records, and of each adapter and checkpoint the configuration without which no library loads it.
+    2. The commit records, and of each adapter and checkpoint the configuration without which no library loads it; and
+       the old job. A job that is submitted from now on belongs to a new run, and stays.
     3. Everything else but the claims and the lease.
     4. The claims of others, the lease, and at last the own claim. A run that begins in between claims the next number,
        which is not among the deleted ones; its lease may be deleted once, and it writes the lease again within seconds.
@@ -28,6 +29,7 @@ from trainer.storage import ObjectInfo, Storage
 
 MARKERS = (layout.RECIPE, layout.LEASE, layout.SUBMISSION)
 LOADABLE = ("adapter_config.json", "config.json")
+JOB = (layout.SUBMISSION, layout.SUBMITTED)
 AT_ONCE = 500
 """Objects that are deleted between two looks at the claims."""
 LATE_OBJECTS_TRIES = 3
@@ -101,10 +103,12 @@ def _delete_all(found: StoredRun, lease: Lease) -> int:
     run, count = found.run, 0
     claim = layout.driver_claim(lease.driver)
     kept = (layout.LEASE, claim)
-    for _ in range(LATE_OBJECTS_TRIES):
+    for listing in range(LATE_OBJECTS_TRIES):
         # A listing that lacks the own claim, which was just written, may lack others as well.
         listed = [info.key for info in run.list(containing=[claim])]
         keys = [key for key in listed if layout.is_of_run(key) and key not in kept]
+        if listing:
+            keys = [key for key in keys if key.partition("/")[0] not in JOB]
         if not keys:
             found.storage.abort_uploads(found.name, lambda key: not key.startswith((layout.LEASE, layout.CLAIMS)))
             return count
@@ -128,6 +132,8 @@ def in_order(keys: Sequence[str]) -> Iterator[list[str]]:
     parts: list[list[str]] = [[], [], [], []]
     for key in keys:
         folder, name = key.split("/")[0], key.rsplit("/")[-1]
-        early = folder == layout.COMMITS or (folder in (layout.ADAPTER, layout.CHECKPOINTS) and name in LOADABLE)
+        early = folder in (layout.COMMITS, *JOB) or (
+            folder in (layout.ADAPTER, layout.CHECKPOINTS) and name in LOADABLE
+        )
         parts[0 if key == layout.RECIPE else 1 if early else 3 if folder == layout.CLAIMS else 2].append(key)
     yield from (part for part in parts if part)

@@ -56,4 +56,7 @@ def _paths(incomplete: str, wanted: Callable[[Path], bool]) -> list[str]:
                     found.append(f"{lead}{path.name}/")
     except OSError:
         return []
+    # A shell puts a space after a single answer. So the only folder is answered by what is in it.
+    if len(found) == 1 and found[0].endswith("/"):
+        return _paths(found[0], wanted) or found
     return found

@@ -179,4 +179,5 @@ def _row(label: str, *values: str) -> str:
 
 
 def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_long_words=True)
+    """A path that is longer than a line has a line of its own, so that it can be copied."""
+    return textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)

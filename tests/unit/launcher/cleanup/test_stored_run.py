@@ -154,6 +154,24 @@ def test_a_run_cannot_begin_while_it_is_deleted() -> None:
     assert left_of(backend) == []
 
 
+def test_a_job_that_is_submitted_while_it_is_deleted_keeps_its_recipe() -> None:
+    storage, backend = in_memory()
+    run = storage.child("my")
+    request_end(run, None, ["slurm:1"])
+    run.write_json(layout.SUBMISSION, asdict(Submission("slurm", "1", 1.0, "old")))
+    run.write(f"{layout.SUBMITTED}/old.yaml", b"{}")
+
+    def submit(verb: str, path: str) -> None:
+        if verb == "delete" and path.endswith(layout.DATA):
+            backend.before = lambda verb, path: None
+            run.write(f"{layout.SUBMITTED}/new.yaml", b"{}")
+            run.write_json(layout.SUBMISSION, asdict(Submission("slurm", "2", 2.0, "new")))
+
+    backend.before = submit
+    delete_run(find_run(storage, "my"))
+    assert left_of(backend) == ["submission", "submitted/new.yaml"]
+
+
 def test_a_run_that_is_taken_over_while_it_is_deleted_keeps_what_is_left() -> None:
     storage, backend = in_memory()
     run = storage.child("my")

@@ -92,9 +92,9 @@ def test_what_is_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     assert completion.recipes("my") == ["my.json", "my.yaml"]
-    assert completion.recipes("ru") == ["runs/"]
+    assert completion.recipes("ru") == ["runs/a/", "runs/b/"]
     assert "quickstart" in completion.recipes("")
-    assert completion.runs("") == ["runs/"]
+    assert completion.runs("") == ["runs/a", "runs/b/"], "a shell would put a space after the only answer runs/"
     assert completion.runs("runs/") == ["runs/a", "runs/b/"]
     assert completion.runs(f"{tmp_path}/runs/a") == [f"{tmp_path}/runs/a"]
     assert completion.runs("s3://runs/") == [], "no storage is asked"

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from launcher.plan.table import first_lines
 from tests.support.planning import EIGHT_LAYERS, LLAMA_70B, config_folder, plan_recipe, planned
 from trainer.plan.first_estimate import first_estimate, read_numbers
 from trainer.recipe import dump
@@ -85,6 +86,13 @@ def test_where_the_numbers_are_read(tmp_path: Path) -> None:
     assert read_numbers("./nowhere") is None
     (tmp_path / "base" / "config.json").write_text("{")
     assert read_numbers(str(tmp_path / "base")) is None
+
+
+def test_a_long_path_is_not_broken(tmp_path: Path) -> None:
+    path = f"s3://models/{'a-long-name-' * 9}of-a-model"
+    lines = list(first_lines(plan_recipe(tmp_path, WIDE, **{"model.path": path}), None))
+    assert any(path in line for line in lines)
+    assert "its config.json is not on this machine" in " ".join(line.strip() for line in lines)
 
 
 FIRST = """
