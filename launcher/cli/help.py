@@ -74,6 +74,6 @@ def _name(param: Any) -> str:
 
 def _about(param: Any) -> str:
     text, default = param.help or "", param.default
-    if default is None or isinstance(default, bool) or callable(default):
+    if isinstance(default, bool) or not isinstance(default, str | int | float):
         return f"{text} [required]" if param.required and param.param_type_name == "option" else text
     return f"{text} [default: {default}]"
