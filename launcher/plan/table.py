@@ -74,7 +74,11 @@ def first_lines(recipe: Recipe, device: int | None) -> Iterator[str]:
     yield from (f"  {label:<{LABEL + 4}}{text}" for label, text in lines.items())
     if device is not None:
         left = device - found.bytes
-        yield f"  {gib(left)} of {gib(device)} GiB are left" if left > 0 else f"  does NOT fit into {gib(device)} GiB"
+        yield (
+            f"  {gib(left)} of {gib(device)} GiB are left for activations"
+            if left > 0
+            else f"  does NOT fit into {gib(device)} GiB"
+        )
 
 
 def _short(count: int) -> str:
