@@ -19,7 +19,6 @@ gc deletes the object that completes a folder first (``manifest.json``, ``config
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import suppress
 
@@ -39,14 +38,14 @@ def announce_use(folder: Storage) -> bool:
     A folder that this user may only read is used without a word. Until the run names it, its owner's gc may delete it.
     """
     with suppress(InputError):
-        folder.write_json(USED, {"time": time.time()})
+        folder.write_json(USED, {})
     return folder.info(CONDEMNED) is None
 
 
 def delete_unless_used(folder: Storage, is_named: Callable[[], bool]) -> bool:
     """Does G1 to G3. ``is_named``: reads the records of all runs, and returns True if one of them names the folder.
     Returns False if the folder is in use, and stays."""
-    folder.write_json(CONDEMNED, {"time": time.time()})
+    folder.write_json(CONDEMNED, {})
     try:
         found = folder.list(containing=[CONDEMNED])
         if age_s(found) < YOUNG_S or is_named():
