@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from typing import Any
 
 def load_libraries() -> None:
     """Imports the libraries. Call it before any other import of peft or bitsandbytes; a second call does nothing."""
+    # DeepSpeed, which peft and accelerate look for, writes to stdout that a machine without a GPU has none.
+    logging.getLogger("DeepSpeed").addFilter(_says_more)
     if "peft" in sys.modules:
         return
     with _collector_resting():
@@ -27,6 +30,10 @@ def load_libraries() -> None:
             import bitsandbytes  # noqa: F401
         import peft  # noqa: F401
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+
+def _says_more(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Setting accelerator to CPU")
 
 
 @contextmanager

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
+from typing import Annotated
 
 import typer
 
@@ -21,6 +23,7 @@ from launcher.cli import (
     plan,
     prepare,
     preview,
+    remove,
     report,
     run,
     status,
@@ -28,39 +31,75 @@ from launcher.cli import (
 )
 from launcher.cli import validate as validation
 from launcher.cli.exit_codes import carried_out
+from launcher.cli.help import Command, Group
 from trainer.terminal import LOG_FORMAT, shown
+
+COMMANDS: dict[str, tuple[tuple[str, Callable[..., None], str], ...]] = {
+    "Write and check a recipe": (
+        ("validate", validation.validate, "muster validate my.yaml --inputs"),
+        ("preview", preview.preview, "muster preview my.yaml --rows 5"),
+        ("convert", convert.convert, "muster convert axolotl their.yaml --out my.yaml"),
+        ("matrix", matrix.matrix, "muster matrix --task dpo"),
+        ("schema", validation.schema, "muster schema > recipe.schema.json"),
+    ),
+    "Plan and train": (
+        ("plan", plan.plan, "muster plan my.yaml --gpu-memory 24GiB"),
+        ("prepare", prepare.prepare, "muster prepare my.yaml"),
+        ("doctor", doctor.doctor, "muster doctor my.yaml"),
+        ("run", run.run, "muster run my.yaml optimizer.lr=1e-4 training.epochs=2"),
+        ("render", submit.render, "muster render my.yaml --on slurm"),
+        ("cancel", submit.cancel, "muster cancel runs/my"),
+    ),
+    "Watch runs": (
+        ("ls", status.list_, "muster ls runs"),
+        ("status", status.status, "muster status runs/my --watch"),
+        ("logs", status.logs, "muster logs runs/my --follow"),
+        ("report", report.report, "muster report runs/my runs/other -o compared.html"),
+        ("track", status.track, "muster track runs/my tracking=[wandb]"),
+    ),
+    "Use what was trained": (
+        ("chat", generate.chat, "muster chat --run runs/my"),
+        ("generate", generate.generate, "muster generate --run runs/my --prompt 'Who are you?'"),
+        ("evaluate", evaluate.evaluate, "muster evaluate --run runs/my"),
+        ("inspect", export.inspect, "muster inspect runs/my/adapter"),
+        ("merge", export.merge, "muster merge --run runs/my --out my-merged"),
+        ("push", export.push, "muster push me/my-adapter --run runs/my --private"),
+    ),
+    "Clean up": (
+        ("rm", remove.rm, "muster rm runs/my"),
+        ("gc", remove.gc, "muster gc runs"),
+    ),
+}
+"""Every command under its heading in the help: its name, the function, and an example to copy."""
 
 app = typer.Typer(
     name="muster",
+    cls=Group,
     help="Fine-tune language models over many nodes: exact data order, resumable anywhere.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+for heading, commands in COMMANDS.items():
+    for name, command, example in commands:
+        app.command(name, cls=Command, epilog=example, rich_help_panel=heading)(command)
 
-app.command()(run.run)
-app.command()(validation.validate)
-app.command()(validation.schema)
-app.command()(matrix.matrix)
-app.command()(status.status)
-app.command("ls")(status.list_)
-app.command()(status.logs)
-app.command()(status.track)
-app.command()(report.report)
-app.command()(convert.convert)
-app.command()(preview.preview)
-app.command()(prepare.prepare)
-app.command()(plan.plan)
-app.command()(doctor.doctor)
-app.command()(evaluate.evaluate)
-app.command()(generate.generate)
-app.command()(generate.chat)
-app.command()(export.inspect)
-app.command()(export.merge)
-app.command()(export.push)
-app.command()(submit.render)
-app.command()(submit.cancel)
+
+def print_version(asked: bool) -> None:
+    if asked:
+        from trainer.run.frozen import code_version
+
+        print(f"muster {code_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=print_version, is_eager=True, help="print the version and exit")
+    ] = False,
+) -> None:
+    """Fine-tune language models over many nodes: exact data order, resumable anywhere."""
 
 
 class ToStderr(logging.Handler):
@@ -74,4 +113,4 @@ def main() -> None:
     """Ends the process with the designed exit codes: 0 done, 1 failed, 2 usage, 3 interrupted and resumable."""
     logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, handlers=[ToStderr()])
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels that nothing here calls
-    sys.exit(carried_out(lambda: app(standalone_mode=True)))
+    sys.exit(carried_out(lambda: app(prog_name="muster")))

@@ -16,12 +16,14 @@ from trainer.errors import UsageError
 def convert(
     source: Annotated[str, typer.Argument(metavar="axolotl|llamafactory", help="the trainer that FILE is for")],
     file: Annotated[Path, typer.Argument(metavar="FILE", help="the YAML file")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="write the recipe here instead of on stdout")] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", "-o", metavar="FILE", help="write the recipe here instead of on stdout")
+    ] = None,
     workers: Annotated[
         int | None, typer.Option(min=1, help="number of GPUs that it ran on; multiplies its batch size")
     ] = None,
 ) -> None:
-    """Turn the settings of axolotl or LLaMA-Factory into a recipe, and report what could not be carried over."""
+    """Turn the settings of axolotl or LLaMA-Factory into a recipe. What could not be carried over is reported."""
     draft = SOURCES.load(source)(read(file), file, workers)
     text, hindrances = checked(draft, source, file)
     console = stderr()

@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from launcher.cli.options import JsonOption, Overrides, TrustOption
+from launcher.cli import completion
+from launcher.cli.options import PLACES, JsonOption, Overrides, TrustOption
 from trainer.errors import UsageError
 
 if TYPE_CHECKING:
@@ -24,7 +25,11 @@ def doctor(
     overrides: Overrides = None,
     on: Annotated[
         str | None,
-        typer.Option(help="local | ray | slurm | kubernetes: where to look; without it, RAY_ADDRESS decides"),
+        typer.Option(
+            metavar="PLACE",
+            autocompletion=completion.one_of(*PLACES),
+            help="local | ray | slurm | kubernetes: where to look; without it, RAY_ADDRESS decides",
+        ),
     ] = None,
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,

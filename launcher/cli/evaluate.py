@@ -6,41 +6,53 @@ import json
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launcher.cli.options import ModelOption, Overrides, RecipeFile, RunOption, TrustOption
+from launcher.cli import completion
+from launcher.cli.options import ModelOption, Overrides, RunOption, TrustOption
 from launcher.terminal.console import bar, hush_libraries, print_json, stderr
 from trainer.errors import UsageError
 
 if TYPE_CHECKING:
     from trainer.evaluate.scores import Line
+    from trainer.recipe import Recipe
 
 
 def evaluate(
-    recipe: RecipeFile,
+    recipe: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="[RECIPE]",
+            help="a recipe: YAML or JSON file; default: that of --run",
+            autocompletion=completion.recipes,
+        ),
+    ] = None,
     overrides: Overrides = None,
     run: RunOption = None,
-    adapter: Annotated[str | None, typer.Option(help="folder of an adapter, or of a fully fine-tuned model")] = None,
+    adapter: Annotated[
+        str | None, typer.Option(metavar="URI", help="folder of an adapter, or of a fully fine-tuned model")
+    ] = None,
     model: ModelOption = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="number of examples to use, from the first; default: all")
     ] = None,
     output: Annotated[
-        str | None, typer.Option(help="file for a JSON line per example; each is then measured alone")
+        str | None, typer.Option(metavar="FILE", help="file for a JSON line per example; each is then measured alone")
     ] = None,
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="tokens of each generated answer; default: 32, and 512 for GSM8K")
     ] = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Print the metrics of a run, an adapter or a model on RECIPE's data.eval, as one JSON object."""
+    """Print metrics on evaluation data. A run, an adapter or a model is measured on data.eval of RECIPE; of a run, its
+    own recipe is known. The result is one JSON object."""
     from trainer.artifacts.locate import ArtifactRef
-    from trainer.recipe import load
 
     address = ArtifactRef.of(run, [adapter] if adapter else None, model)
-    loaded = load(recipe, overrides or [])
+    loaded = _recipe(recipe, overrides or [], run)
     with redirect_stdout(sys.stderr), _lines_into(output) as line:  # libraries print; stdout has the result alone
         from launcher.monitor.progress import Progress
         from trainer.evaluate import evaluate as scores_of
@@ -59,6 +71,25 @@ def evaluate(
                 trust=trust_remote_code,
             )
     print_json(scores)
+
+
+def _recipe(path: str | None, overrides: list[str], run: str | None) -> Recipe:
+    """Reads the recipe, or the one that the run has frozen. Without a recipe, the first argument may be KEY=VALUE."""
+    from trainer.recipe import load
+    from trainer.run.frozen import changed_recipe
+    from trainer.storage import open_storage
+
+    if path is not None and not ("=" in path and run is not None and not Path(path).exists()):
+        return load(path, overrides)
+    if run is None:
+        raise UsageError("name the RECIPE whose evaluation data are used; only a --run has its own")
+    found = changed_recipe(open_storage(run), [path, *overrides] if path else overrides)
+    if not found.data.evaluates:
+        raise UsageError(
+            f"the recipe of {run} has no evaluation data; name some: "
+            f"muster evaluate --run {run} 'data.eval=[{{path: FILE, format: {found.data.train[0].format}}}]'"
+        )
+    return found
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
+from launcher.cli import completion
 from launcher.cli.options import (
     AdapterOption,
     CombinationOption,
@@ -28,11 +29,14 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 def inspect(
-    uri: Annotated[str, typer.Argument(metavar="URI", help="folder of an adapter, a model or a run")],
+    uri: Annotated[
+        str,
+        typer.Argument(metavar="URI", help="folder of an adapter, a model or a run", autocompletion=completion.runs),
+    ],
     as_json: JsonOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Show what is at URI, and whether its files are complete; for a model, whether it loads and generates."""
+    """Show what is at URI and if its files are complete. A model is loaded, and has to generate."""
     from trainer.artifacts.inspect import describe
     from trainer.recipe.trust import Trust
 
@@ -42,15 +46,18 @@ def inspect(
     if as_json:
         print_json(found.to_json())
     else:
-        from launcher.monitor.tables import described_table
+        from launcher.monitor.tables import described_lines, described_table
 
-        stdout().print(described_table(found))
+        console = stdout()
+        for line in described_lines(found):
+            console.print(line, soft_wrap=True)
+        console.print(described_table(found))
     if not found.whole:
         raise CorruptObject(f"{uri} is not complete: {'; '.join(found.problems)}")
 
 
 def merge(
-    out: Annotated[str, typer.Option("--out", help="a new folder for the model")],
+    out: Annotated[str, typer.Option("--out", metavar="FOLDER", help="a new folder for the model")],
     run: RunOption = None,
     adapter: AdapterOption = None,
     use: UseOption = None,
@@ -61,11 +68,15 @@ def merge(
     ] = False,
     dtype: Annotated[
         str | None,
-        typer.Option("--dtype", help="float32 | bfloat16 | float16: type of the weights; default: as in training"),
+        typer.Option(
+            "--dtype",
+            autocompletion=completion.one_of(*DTYPES),
+            help="float32 | bfloat16 | float16: type of the weights; default: as in training",
+        ),
     ] = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Merge an adapter into its unquantised base model, and compare the logits before and after."""
+    """Merge an adapter into its unquantised base model. The logits before and after are compared."""
     from launcher.monitor.progress import Progress
     from trainer.artifacts import ArtifactRef
     from trainer.artifacts.combine import Mix
@@ -94,11 +105,14 @@ def merge(
             return
         done = merged_into(address, folder, mix=mix, dtype=dtype, say=say, trust=trust)
     console.print(
-        Text(f"the merged model is {folder}; its logits differ by {done.difference:.1e} of their norm"),
+        Text(
+            f"the merged model is {folder}; its logits differ by {done.difference:.1e} of their norm "
+            f"({done.subject.section.dtype} rounding; up to {done.tolerance:.0e} is accepted)"
+        ),
         soft_wrap=True,
     )
     if done.subject.classes is None:
-        console.print(Text(f"serve it:  {vllm_command.of_model(folder)}"), soft_wrap=True)
+        console.print(Text(f"serve it:\n{vllm_command.of_model(folder)}"), soft_wrap=True)
 
 
 def push(
@@ -111,7 +125,7 @@ def push(
         str | None, typer.Option("--revision", help="branch of the repository; default: its main one")
     ] = None,
 ) -> None:
-    """Upload an adapter or a merged model with its model card to the Hugging Face Hub."""
+    """Upload an adapter or a merged model to the Hugging Face Hub, with its model card."""
     from launcher.monitor.progress import Progress
     from trainer.artifacts import ArtifactRef, find
     from trainer.artifacts.push import push as pushed

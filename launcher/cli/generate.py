@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.text import Text
 
 from launcher.cli.options import (
     AdapterOption,
@@ -64,12 +65,19 @@ def generate(
     run: RunOption = None,
     adapter: AdapterOption = None,
     model: ModelOption = None,
-    prompt: Annotated[str | None, typer.Option("--prompt", help="a prompt; stdout gets its answer alone")] = None,
-    file: Annotated[
-        str | None, typer.Option("--input", help="JSON Lines file with a prompt or messages in each line; - is stdin")
+    prompt: Annotated[
+        str | None, typer.Option("--prompt", metavar="TEXT", help="a prompt; stdout gets its answer alone")
     ] = None,
-    output: Annotated[str | None, typer.Option("--output", help="file for the answers to --input; - is stdout")] = None,
-    frame: FrameOption = "plain",
+    file: Annotated[
+        str | None,
+        typer.Option(
+            "--input", metavar="FILE", help="JSON Lines file with a prompt or messages in each line; - is stdin"
+        ),
+    ] = None,
+    output: Annotated[
+        str | None, typer.Option("--output", metavar="FILE", help="file for the answers to --input; - is stdout")
+    ] = None,
+    frame: FrameOption = None,
     use: UseOption = None,
     combination: CombinationOption = "cat",
     density: DensityOption = None,
@@ -78,10 +86,12 @@ def generate(
     temperature: TemperatureOption = 0.0,
     top_p: TopPOption = 1.0,
     seed: SeedOption = 17,
-    batch: Annotated[int, typer.Option("--batch", min=1, help="number of prompts that are answered together")] = 16,
+    batch: Annotated[
+        int, typer.Option("--batch", metavar="N", min=1, help="number of prompts that are answered together")
+    ] = 16,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """Answer one prompt, or the prompts of a file in their order."""
+    """Answer one prompt, or the prompts of a file in their order. A prompt is put as in training."""
     from trainer.artifacts.batch import answer_file
 
     if (prompt is None) == (file is None):
@@ -108,7 +118,9 @@ def chat(
     run: RunOption = None,
     adapter: AdapterOption = None,
     model: ModelOption = None,
-    system: Annotated[str | None, typer.Option("--system", help="system prompt of the conversation")] = None,
+    system: Annotated[
+        str | None, typer.Option("--system", metavar="TEXT", help="system prompt of the conversation")
+    ] = None,
     frame: FrameOption = None,
     use: UseOption = None,
     combination: CombinationOption = "cat",
@@ -200,11 +212,15 @@ class Drawing:
 
 
 def _conversation(loaded: LoadedArtifact, frame: str | None, system: str | None) -> Conversation:
-    from trainer.artifacts.chat import Conversation, frame_for
+    from trainer.artifacts.chat import HOW, Conversation, frame_for
 
     subject, tokenizer = loaded.subject, loaded.tokenizer
     format, template = (subject.origin.format, subject.origin.template) if subject.origin else (None, None)
-    return Conversation(tokenizer, frame_for(tokenizer, frame, format, template), system, template)
+    chosen = frame_for(tokenizer, frame, format, template)
+    if frame is None:
+        known = ", as in training" if format else ""
+        stderr().print(Text(f"prompts {HOW[chosen]}{known} (--frame changes it)"), soft_wrap=True)
+    return Conversation(tokenizer, chosen, system, template)
 
 
 @contextmanager

@@ -11,6 +11,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
+from launcher.cli import completion
 from launcher.terminal.console import stdout
 from trainer.recipe.matrix import SIGNS, alike, axes, cells, refusal, refusals, sides_of, signs, values_of
 from trainer.recipe.refusal import Refusal
@@ -20,7 +21,9 @@ WIDTH = 80
 
 
 def matrix(
-    task: Annotated[str | None, typer.Option(help="only this task")] = None,
+    task: Annotated[
+        str | None, typer.Option(autocompletion=completion.one_of(*TASKS.names()), help="only this task")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="all cells as a JSON list on stdout")] = False,
 ) -> None:
     """Show which method, quantisation, strategy and task work together."""

@@ -6,13 +6,21 @@ from typing import Annotated
 
 import typer
 
+from launcher.cli import completion
 from trainer.recipe.trust import FLAG
 
-RecipeFile = Annotated[str, typer.Argument(metavar="RECIPE", help="a recipe: YAML or JSON file")]
+RecipeFile = Annotated[
+    str,
+    typer.Argument(metavar="RECIPE", help="a recipe: YAML or JSON file", autocompletion=completion.recipes),
+]
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes to the recipe, by dotted path")
 ]
-RunUri = Annotated[str, typer.Argument(metavar="RUN_URI", help="the run's URI, as muster ls prints it")]
+PLACES = ("local", "ray", "slurm", "kubernetes")
+RunUri = Annotated[
+    str,
+    typer.Argument(metavar="RUN_URI", help="the run's URI, as muster ls prints it", autocompletion=completion.runs),
+]
 JsonOption = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
 TrustOption = Annotated[
     bool, typer.Option(FLAG, help="run the Python code that comes with the model, or that a stored recipe names")
@@ -20,24 +28,39 @@ TrustOption = Annotated[
 
 # The model of a command that uses what training saved.
 RunOption = Annotated[
-    str | None, typer.Option("--run", help="folder of a run: its final adapter, or else its newest checkpoint")
+    str | None,
+    typer.Option(
+        "--run",
+        metavar="RUN_URI",
+        help="folder of a run: its final adapter, or else its newest checkpoint",
+        autocompletion=completion.runs,
+    ),
 ]
 AdapterOption = Annotated[
     list[str] | None,
     typer.Option(
-        "--adapter", help="folder of an adapter, or of a fully fine-tuned model; NAME=URI for each of several"
+        "--adapter",
+        metavar="URI",
+        help="folder of an adapter, or of a fully fine-tuned model; NAME=URI for each of several",
     ),
 ]
 ModelOption = Annotated[
-    str | None, typer.Option("--model", help="a model without an adapter: folder, URL, or name on the Hub")
+    str | None,
+    typer.Option("--model", metavar="PATH", help="a model without an adapter: folder, URL, or name on the Hub"),
 ]
 UseOption = Annotated[
-    str | None, typer.Option("--use", help="one of several adapters (a), or weights to combine them (a=0.7,b=0.3)")
+    str | None,
+    typer.Option(
+        "--use", metavar="NAMES", help="one of several adapters (a), or weights to combine them (a=0.7,b=0.3)"
+    ),
 ]
 CombinationOption = Annotated[
     str,
     typer.Option(
-        "--combination", help="how adapters are combined: cat | svd | linear | ties | dare_linear | dare_ties"
+        "--combination",
+        metavar="KIND",
+        help="how adapters are combined: cat | svd | linear | ties | dare_linear | dare_ties",
+        autocompletion=completion.one_of("cat", "svd", "linear", "ties", "dare_linear", "dare_ties"),
     ),
 ]
 DensityOption = Annotated[
@@ -47,13 +70,18 @@ DensityOption = Annotated[
 # Options of the commands that generate texts.
 QuantizationOption = Annotated[
     str | None,
-    typer.Option("--quantization", help="none | nf4 | int8: quantisation of the base model; default: as in training"),
+    typer.Option(
+        "--quantization",
+        help="none | nf4 | int8: quantisation of the base model; default: as in training",
+        autocompletion=completion.one_of("none", "nf4", "int8"),
+    ),
 ]
 FrameOption = Annotated[
     str | None,
     typer.Option(
         "--frame",
-        help="chat | qa | instruction | template | plain: form of a prompt; default in chat: as in training",
+        help="chat | qa | instruction | template | plain: form of a prompt; default: as in training",
+        autocompletion=completion.one_of("chat", "qa", "instruction", "template", "plain"),
     ),
 ]
 TokensOption = Annotated[int, typer.Option("--max-new-tokens", min=1, help="maximum number of tokens of each answer")]

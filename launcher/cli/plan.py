@@ -22,29 +22,34 @@ def plan(
     ] = None,
     host_memory: Annotated[str | None, typer.Option(help="host memory that each rank may use, e.g. 64GiB")] = None,
     tokens_per_s: Annotated[
-        float | None, typer.Option(min=1e-9, help="speed of all ranks together, to estimate the time")
+        float | None, typer.Option(min=1e-9, metavar="NUMBER", help="speed of all ranks together, to estimate the time")
     ] = None,
     price_per_gpu_hour: Annotated[
-        float | None, typer.Option(min=0, help="price of a GPU, in any currency, to estimate the cost")
+        float | None, typer.Option(min=0, metavar="PRICE", help="price of a GPU, in any currency, to estimate the cost")
     ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what RECIPE needs on each rank, from the base model's config.json alone, and what to change if it does not
-    fit."""
+    fit. An estimate comes at once on stderr; the plan, which is measured, follows on stdout."""
     from rich.text import Text
 
-    from launcher.plan.estimate import make
-    from launcher.terminal.console import print_json, stdout
+    from launcher.monitor.progress import Progress
+    from launcher.plan.table import first_lines, report
+    from launcher.terminal.console import print_json, stderr, stdout
     from trainer.recipe import load
 
     loaded = load(recipe, overrides or [])
     device, host = (None if text is None else size(text) for text in (gpu_memory, host_memory))
-    found = make(loaded, device, host, tokens_per_s, price_per_gpu_hour)
+    console = stderr()
+    say = Progress(console).phase
+    say("planning")
+    console.print(Text("\n".join(first_lines(loaded, device))), soft_wrap=True)
+    from launcher.plan.estimate import make
+
+    found = make(loaded, device, host, tokens_per_s, price_per_gpu_hour, say)
     if as_json:
         print_json(found.to_json())
     else:
-        from launcher.plan.table import report
-
         stdout().print(Text("\n".join(report(found))), soft_wrap=True)
 
 

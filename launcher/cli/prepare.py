@@ -35,7 +35,7 @@ def prepare(
         typer.Option("--model", help="instead of the data, make an NF4 copy of the base model, which all runs read"),
     ] = False,
 ) -> None:
-    """Tokenise and pack the data of RECIPE ahead of its run, and show counts, lengths and the fill of the packs."""
+    """Tokenise and pack the data of RECIPE ahead of its run. Shows counts, lengths and the fill of the packs."""
     from launcher.monitor.progress import Progress
     from launcher.terminal.console import print_json, stderr, stdout
     from trainer.recipe import load

@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 from rich.text import Text
 
-from launcher.cli.options import Overrides, RecipeFile, TrustOption
+from launcher.cli import completion
+from launcher.cli.options import PLACES, Overrides, RecipeFile, TrustOption
 from launcher.submit import submit
 from launcher.submit.place import choose_place
 from launcher.terminal.console import stderr
@@ -20,7 +21,12 @@ def run(
     recipe: RecipeFile,
     overrides: Overrides = None,
     on: Annotated[
-        str | None, typer.Option(help="local | ray | slurm | kubernetes: where to run; without it, RAY_ADDRESS decides")
+        str | None,
+        typer.Option(
+            metavar="PLACE",
+            autocompletion=completion.one_of(*PLACES),
+            help="local | ray | slurm | kubernetes: where to run; without it, RAY_ADDRESS decides",
+        ),
     ] = None,
     address: Annotated[
         str | None, typer.Option(help="the Ray cluster: http://HEAD:8265 submits a job to it, HOST:PORT joins it")

@@ -26,7 +26,7 @@ def status(
 ) -> None:
     """Show what a run is doing, from its storage alone."""
     from launcher.monitor.status import read_status
-    from launcher.monitor.tables import checkpoints_table
+    from launcher.monitor.tables import checkpoint_lines
     from trainer.storage import open_storage
 
     run = open_storage(run_uri, deadline_s=LOOK_DEADLINE_S)
@@ -47,8 +47,8 @@ def status(
         console, looked = stdout(), Watch(run)
         console.print(looked.render(console.width))
         print_failure(looked, console)
-        if found.checkpoints:
-            console.print(checkpoints_table(found))
+        for line in checkpoint_lines(found):
+            console.print(line, soft_wrap=True)
 
 
 def list_(
@@ -89,7 +89,7 @@ def track(
     run_uri: RunUri,
     overrides: Overrides = None,
 ) -> None:
-    """Send the metrics of a run that has ended to the trackers of its recipe, if they do not have them yet."""
+    """Send the metrics of a run that has ended to its recipe's trackers. What they have already is not sent again."""
     from launcher.monitor.status import read_state
     from trainer.errors import UsageError
     from trainer.run.frozen import read_recipe

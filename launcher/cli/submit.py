@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from cluster import cluster_of
-from launcher.cli.options import Overrides, RecipeFile, RunUri, TrustOption
+from launcher.cli import completion
+from launcher.cli.options import PLACES, Overrides, RecipeFile, RunUri, TrustOption
 from launcher.submit.submit import check_address, cluster_errors, job_of
 from launcher.terminal.console import stderr
 from trainer.recipe.trust import FLAG
@@ -18,7 +19,12 @@ def render(
     recipe: RecipeFile,
     overrides: Overrides = None,
     on: Annotated[
-        str, typer.Option(help="slurm | kubernetes | ray, or local for the recipe with all defaults filled in")
+        str,
+        typer.Option(
+            metavar="PLACE",
+            autocompletion=completion.one_of(*PLACES),
+            help="slurm | kubernetes | ray, or local for the recipe with all defaults filled in",
+        ),
     ] = "slurm",
     trust_remote_code: TrustOption = False,
 ) -> None:

@@ -124,7 +124,9 @@ class Probe:
         """Returns the memory and checkpoint size of the recipe on ``ranks`` ranks, or why there is no plan."""
         from launcher.doctor.observations import Room
         from trainer.errors import MusterError
-        from trainer.plan import Limits, Planner, read_base
+        from trainer.plan.config import read_base
+        from trainer.plan.memory import Planner
+        from trainer.plan.result import Limits
         from trainer.recipe.tasks import TASKS
 
         try:

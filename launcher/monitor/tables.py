@@ -18,13 +18,12 @@ if TYPE_CHECKING:
 STATE_STYLES = {"running": "cyan", "succeeded": "green", "failed": "red", "interrupted": "yellow"}
 
 
-def checkpoints_table(status: Status) -> Table:
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in ("checkpoint", "committed at", "uri"):
-        table.add_column(name, overflow="fold")
-    for checkpoint in status.checkpoints:
-        table.add_row(str(checkpoint.step), Text(checkpoint.committed_at[:19]), Text(checkpoint.uri))
-    return table
+def checkpoint_lines(status: Status) -> list[Text]:
+    """Returns two lines for each checkpoint: its step and time, and its URI alone, to be printed without wrapping."""
+    found = []
+    for one in status.checkpoints:
+        found += [Text(f"checkpoint of step {one.step}, {one.committed_at[:19]}:"), Text(one.uri)]
+    return found
 
 
 def runs_table(runs: list[Status], now: float) -> Table:
@@ -44,8 +43,13 @@ def runs_table(runs: list[Status], now: float) -> Table:
     return table
 
 
+def described_lines(found: ArtifactReport) -> list[Text]:
+    """Returns the paths, to be printed without wrapping above the table."""
+    return [Text(found.uri), *([Text(f"base: {found.base['path']}")] if found.base else [])]
+
+
 def described_table(found: ArtifactReport) -> Table:
-    table = Table(box=box.SIMPLE, show_header=False, title=Text(found.uri), title_justify="left")
+    table = Table(box=box.SIMPLE, show_header=False)
 
     def row(name: str, value: str) -> None:
         table.add_row(Text(name), Text(value))  # as Text, brackets are not read as markup
@@ -53,7 +57,7 @@ def described_table(found: ArtifactReport) -> Table:
     row("kind", f"{found.kind}, task {found.task}, method {found.method}")
     if found.base:
         held = f"{found.base['dtype']}, quantization {found.base['quantization']}"
-        row("base", f"{found.base['path']} ({found.base['revision']}), {held}")
+        row("base", f"revision {found.base['revision']}, {held}")
     for name, value in found.settings.items():
         row(name, ", ".join(map(str, value)) if isinstance(value, list) else str(value))
     dtypes = ", ".join(f"{count} {dtype}" for dtype, count in found.dtypes.items())

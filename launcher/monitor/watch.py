@@ -44,7 +44,8 @@ class Watch:
     def look(self) -> None:
         with suppress(MusterError, FileNotFoundError):
             self.status = read_status(self._run, now=self._now(), newest=1)
-        self.standing = self._view.look(last=True)
+        standing = self._view.look(last=True)
+        self.standing = standing and replace(standing, running=self.status.state == "running")
         dated = self._view.take_dated_news()
         self.events += dated
         self.news = [text for _, text in dated]
@@ -58,8 +59,9 @@ class Watch:
         head = Text(f"{status.name}{GAP}")
         head.append(status.state, STATE_STYLES.get(status.state, ""))
         parts = [plural(status.attempts, "attempt"), status.holder or "", status.job or ""]
-        head.append("".join(f"{GAP}{part}" for part in parts if part))
-        head.truncate(width)
+        for part in filter(None, parts):  # a name that does not fit has a line of its own
+            room = width - len(head.plain.rsplit("\n", 1)[-1])
+            head.append(f"{GAP}{part}" if len(GAP) + len(part) <= room else f"\n{part}")
         body = drawn(self.standing, width) if self.standing else "no step yet"
         lines = [Text(event_lines(age(self._now() - when), text, width)) for when, text in self.events]
         return Group(head, Text(body, no_wrap=True), *lines)

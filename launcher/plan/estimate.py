@@ -8,9 +8,11 @@ from typing import TYPE_CHECKING, Any
 from trainer.fast_imports import load_libraries
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
-    from trainer.plan import Plan, RunLength, Suggestion
+    from trainer.plan.result import Plan
+    from trainer.plan.run_length import RunLength
+    from trainer.plan.suggestions import Suggestion
     from trainer.recipe import Recipe
 
 
@@ -65,10 +67,22 @@ class PlanReport:
         }
 
 
-def make(recipe: Recipe, device: int | None, host: int | None, speed: float | None, price: float | None) -> PlanReport:
+def make(
+    recipe: Recipe,
+    device: int | None,
+    host: int | None,
+    speed: float | None,
+    price: float | None,
+    say: Callable[[str], None] = lambda phase: None,
+) -> PlanReport:
+    say("loading libraries")
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels that a plan does not call
     load_libraries()
-    from trainer.plan import Limits, Planner, RunLengthQuery, read_base, suggestions
+    from trainer.plan.config import read_base
+    from trainer.plan.memory import Planner
+    from trainer.plan.result import Limits
+    from trainer.plan.run_length import RunLengthQuery
+    from trainer.plan.suggestions import suggestions
     from trainer.recipe.tasks import TASKS
 
     inquiry = RunLengthQuery(recipe, speed)
@@ -83,7 +97,10 @@ def make(recipe: Recipe, device: int | None, host: int | None, speed: float | No
         notes.append(
             f"planned for the fewest workers, {ranks}; each keeps less with more, up to {recipe.resources.max_workers}"
         )
+    say("measuring the memory on a model without weights")
     plan = planner.plan(recipe, ranks, tuple(notes))
+    if plan.fits is False:
+        say("it does not fit; looking for what does")
     advice = suggestions(planner, recipe, ranks) if plan.fits is False else []
     return PlanReport(recipe, plan, advice, inquiry.outlook(), price)
 

@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from launcher.plan.estimate import PlanReport
-    from trainer.plan import Plan, RankPlan
+    from trainer.plan.result import Plan, RankPlan
+    from trainer.recipe import Recipe
 
 WIDTH = 80
 LABEL = 38
@@ -47,6 +48,45 @@ def report(found: PlanReport) -> Iterator[str]:
     yield from _advice(found)
     for note in plan.notes:
         yield from _wrapped(f"note: {note}")
+
+
+def first_lines(recipe: Recipe, device: int | None) -> Iterator[str]:
+    """Yields what is known before anything is measured. ``device``: the bytes of each GPU, if they are known."""
+    from trainer.plan.first_estimate import first_estimate, read_numbers
+
+    ranks, numbers = recipe.resources.min_workers, read_numbers(recipe.model.path)
+    found = None if numbers is None else first_estimate(recipe, numbers, ranks)
+    if found is None:
+        why = "its config.json is not on this machine" if numbers is None else "its layers are not the usual ones"
+        yield from _wrapped(f"no estimate of {recipe.model.path} before it is measured: {why}")
+        return
+    yield f"estimate from config.json, for {ranks} rank{'s' if ranks > 1 else ''}, without activations:"
+    trained = "known once it is measured"
+    if found.trained is not None:
+        trained = f"{_short(found.trained)} ({found.trained / found.parameters:.2%})"
+    lines = {
+        "parameters": _short(found.parameters),
+        "trained": trained,
+        "GiB per rank: frozen weights": gib(found.weight_bytes),
+    }
+    if found.training_bytes is not None:
+        lines["GiB per rank: trained weights and state"] = gib(found.training_bytes)
+    yield from (f"  {label:<{LABEL + 4}}{text}" for label, text in lines.items())
+    if device is not None:
+        left = device - found.bytes
+        yield (
+            f"  {gib(left)} of {gib(device)} GiB are left for activations"
+            if left > 0
+            else f"  does NOT fit into {gib(device)} GiB"
+        )
+
+
+def _short(count: int) -> str:
+    """Returns a number of elements in the unit that people use: ``8.03 B``, ``41.9 M``."""
+    for size, unit in ((10**9, "B"), (10**6, "M"), (10**3, "K")):
+        if count >= size:
+            return f"{count / size:.3g} {unit}"
+    return str(count)
 
 
 def _facts(found: PlanReport) -> Iterator[str]:
@@ -143,4 +183,5 @@ def _row(label: str, *values: str) -> str:
 
 
 def _wrapped(text: str) -> list[str]:
-    return textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_long_words=True)
+    """A path that is longer than a line has a line of its own, so that it can be copied."""
+    return textwrap.wrap(text, WIDTH, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)

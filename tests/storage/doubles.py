@@ -89,6 +89,8 @@ class FaultyBackend:
         with self._operation("list", path):
             return 0
 
+    def remove_empty_folders(self, path: str) -> None: ...
+
     def reconnect(self) -> None:
         self.reconnects += 1
 

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from tests.support.training import small_recipe
-from trainer.plan import Limits, Plan, Planner, read_base
+from trainer.plan.config import read_base
+from trainer.plan.memory import Planner
+from trainer.plan.result import Limits, Plan
 from trainer.recipe import Recipe
 
 SMALL: dict[str, Any] = {

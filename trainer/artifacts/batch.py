@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, TextIO
 
-from trainer.artifacts.chat import Conversation, Prompt, rendered
+from trainer.artifacts.chat import CHAT, Conversation, Prompt, rendered
 from trainer.artifacts.generate import Generator
 from trainer.data.formats.columns import encodable
 from trainer.data.sample import ROW_BYTES, TOO_LONG, RowError
@@ -37,7 +37,9 @@ def answer_file(
 
     Raises InputError for a line with neither, before anything is written."""
     rows = list(_rows(source))
-    prompts = [_prompt(row, number, talk) for number, row in enumerate(rows, 1)]
+    # Messages are a chat whatever frame a prompt gets, and their answers end as those of a chat.
+    chat = talk if talk.frame == CHAT else Conversation(talk.tokenizer, CHAT)
+    asked = [_asked(row, number, talk, chat) for number, row in enumerate(rows, 1)]
     answered = 0
 
     def more(count: int) -> None:
@@ -47,10 +49,14 @@ def answer_file(
 
     with _opened(target, stdout) as file:
         for start in range(0, len(rows), AT_ONCE):
-            texts = writer.answers(prompts[start : start + AT_ONCE], max_new_tokens, talk.ended, more)
-            for row, text in zip(rows[start : start + AT_ONCE], texts, strict=True):
-                given = {name: row[name] for name in ("prompt", "messages") if name in row}
-                file.write(json.dumps({**given, "completion": talk.shown(text)}, ensure_ascii=False) + "\n")
+            numbers, texts = range(start, min(start + AT_ONCE, len(rows))), dict[int, str]()
+            for one in {id(each): each for each in (talk, chat)}.values():
+                mine = [n for n in numbers if asked[n][0] is one]
+                written = writer.answers([asked[n][1] for n in mine], max_new_tokens, one.ended, more)
+                texts.update(zip(mine, map(one.shown, written), strict=True))
+            for n in numbers:
+                given = {name: rows[n][name] for name in ("prompt", "messages") if name in rows[n]}
+                file.write(json.dumps({**given, "completion": texts[n]}, ensure_ascii=False) + "\n")
             file.flush()
 
 
@@ -80,16 +86,16 @@ def _lines(source: str) -> Iterator[bytes]:
         raise InputError(f"--input {source} cannot be read: {error}") from error
 
 
-def _prompt(row: dict[str, Any], number: int, talk: Conversation) -> Prompt:
+def _asked(row: dict[str, Any], number: int, talk: Conversation, chat: Conversation) -> tuple[Conversation, Prompt]:
     prompt, messages = row.get("prompt"), row.get("messages")
     if isinstance(prompt, str):
         text = encodable(prompt)
         if isinstance(text, RowError):
             raise InputError(f"row {number} of --input: {text.reason}")
         talk.clear()
-        return talk.ask(text)
+        return talk, talk.ask(text)
     if isinstance(messages, list) and messages and all(isinstance(turn, dict) for turn in messages):
-        return rendered(talk.chat, messages)
+        return chat, rendered(chat.chat, messages)
     raise InputError(
         f"row {number} of --input has neither a prompt (text) nor messages (a list of objects): {str(row)[:80]}"
     )

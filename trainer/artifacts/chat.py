@@ -25,6 +25,15 @@ from trainer.recipe.formats import FORMATS
 
 CHAT, QA, INSTRUCTION, TEMPLATE, PLAIN = FRAMES = ("chat", "qa", "instruction", "template", "plain")
 
+HOW = {
+    CHAT: "go through the chat template",
+    QA: "are put as Question: and Answer:",
+    INSTRUCTION: "are put as instructions",
+    TEMPLATE: "fill the template of the training data",
+    PLAIN: "are used as they are",
+}
+"""What happens to prompts, for each frame."""
+
 Turns = list[dict[str, str]]
 Prompt = str | list[int]
 

@@ -74,7 +74,7 @@ class Artifact:
     name. ``labels``: the names of a classifier's outputs; None if its files do not name them. ``outputs``: the number
     of outputs of a full model. ``origin``: the record of its training in its files, if there is one. ``recipe``: the
     recipe of its run, if it is known. ``trusted``: True if code next to the adapters may run; for code of the base
-    model, the ``section`` decides."""
+    model, the ``section`` decides. ``chat_template``: that of the run, for a checkpoint, which has no tokenizer."""
 
     section: ModelSection
     task: str
@@ -85,6 +85,7 @@ class Artifact:
     origin: ArtifactInfo | None = None
     recipe: Recipe | None = None
     trusted: bool = False
+    chat_template: str | None = None
 
     @property
     def classes(self) -> tuple[str, ...] | None:
@@ -117,12 +118,14 @@ def tokenizer_of(subject: Artifact) -> PreTrainedTokenizerBase:
     for adapter in [*subject.adapters.values()][:1]:
         if (adapter / "tokenizer_config.json").is_file():
             return load_tokenizer(adapter, trust_remote_code=subject.trusted)
-    folder = base_files(subject)
-    if (folder / "tokenizer_config.json").is_file():
-        return load_tokenizer(folder, trust_remote_code=subject.section.trust_remote_code)
-    source = subject.origin.model if subject.origin else subject.section
-    trust = subject.trusted or source.trust_remote_code  # the origin's is the user's own recipe's, or none
-    return load_tokenizer(fetch_model(source, weights=False).folder, trust_remote_code=trust)
+    folder, trust = base_files(subject), subject.section.trust_remote_code
+    if not (folder / "tokenizer_config.json").is_file():
+        source = subject.origin.model if subject.origin else subject.section
+        trust = subject.trusted or source.trust_remote_code  # the origin's is the user's own recipe's, or none
+        folder = fetch_model(source, weights=False).folder
+    tokenizer = load_tokenizer(folder, trust_remote_code=trust)
+    tokenizer.chat_template = subject.chat_template or tokenizer.chat_template
+    return tokenizer
 
 
 def find(address: ArtifactRef, folder: Path, recipe: Recipe | None = None, *, trust: Trust = NOBODY) -> Artifact:
@@ -149,7 +152,16 @@ def _found(address: ArtifactRef, folder: Path, recipe: Recipe | None, trust: Tru
             if "/" not in item.key and item.key not in STATE_FILES:
                 storage.download(item.key, folder / name / item.key)
         found.append((name, uri, _saved(recipe, folder / name, uri, trust)))
-    return _together(found)
+    return replace(_together(found), chat_template=_template_of_checkpoint(address.adapters[0][1]))
+
+
+def _template_of_checkpoint(uri: str) -> str | None:
+    """Returns the chat template of the run that a checkpoint is in; None for any other folder."""
+    run, inside, _ = uri.rstrip("/").rpartition(f"/{layout.CHECKPOINTS}/")
+    try:
+        return read_data(open_storage(run))["train"].chat_template if inside else None
+    except FileNotFoundError:
+        return None
 
 
 def _together(found: list[tuple[str, str, Artifact]]) -> Artifact:
@@ -190,10 +202,10 @@ def _of_run(recipe: Recipe | None, run: Storage, folder: Path, trust: Trust) -> 
     if isinstance(base, dict) and found.origin:  # only the final adapter has a file with its base's identity
         found = replace(found, origin=found.origin._replace(base=base))
     try:
-        labels = read_data(run)["train"].labels
+        data = read_data(run)["train"]
     except FileNotFoundError:
         raise InputError(f"{run.url} lacks {layout.DATA}, the record of its training data; restore it") from None
-    return replace(found, labels=labels or found.labels)
+    return replace(found, labels=data.labels or found.labels, chat_template=data.chat_template)
 
 
 def _take_published(run: Storage, folder: Path) -> bool:

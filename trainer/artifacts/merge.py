@@ -38,11 +38,16 @@ SHARD = "5GB"
 
 @dataclass(frozen=True)
 class Merged:
-    """A merged model. ``difference``: of the logits before and after, relative to their norm."""
+    """A merged model. ``difference``: of the logits before and after, relative to their norm; ``tolerance``: the
+    largest one that is accepted."""
 
     subject: Artifact
     folder: Path
     difference: float
+
+    @property
+    def tolerance(self) -> float:
+        return TOLERANCES[self.subject.section.dtype]
 
 
 def merge(

@@ -33,6 +33,7 @@ from trainer.recipe import Recipe
 from trainer.records import read_record
 from trainer.run import layout
 from trainer.run.frozen import has_commits
+from trainer.run.shared import announce_use
 from trainer.storage import Storage
 
 if TYPE_CHECKING:
@@ -94,12 +95,13 @@ def prepare_data(
     loaded: list[PreTrainedTokenizerBase] = []
     for part in recipe.data.parts:
         spec = frozen.get(part) if frozen else None
-        prepared = open_prepared(shared, spec.fingerprint) if spec else None
+        prepared = open_prepared(shared, _announced(shared, spec)) if spec else None
         if prepared is None:
             loaded = loaded or [tokenizer()]
             on_part = partial(on_progress, part) if on_progress else None
             known = parts["train"].spec.labels if parts["train"] else None
             spec = _spec(recipe, part, loaded[0], spec, known)
+            _announced(shared, spec)
             if early is not None and part == "train" and recipe.training.steps is not None:
                 prepared = early(spec, loaded[0], shared)
             else:
@@ -110,6 +112,17 @@ def prepare_data(
     if record and frozen is None:
         run.write_json(layout.DATA, {part: p.spec.to_json() for part, p in parts.items() if p is not None})
     return RunData(recipe, train, parts["eval"])
+
+
+def _announced(shared: Storage, spec: PreparationSpec) -> str:
+    """Returns the fingerprint of data whose use `muster gc` knows of from now on. Raises InputError while it deletes
+    them."""
+    if not announce_use(shared.child(spec.fingerprint)):
+        raise InputError(
+            f"`muster gc` is deleting {shared.uri(spec.fingerprint)}: start again when it has ended; if it was "
+            "interrupted, run it again after ten minutes"
+        )
+    return spec.fingerprint
 
 
 def open_data(recipe: Recipe, run: Storage, shared: Storage) -> RunData:

@@ -22,6 +22,7 @@ from trainer.model.files.weight_source import WeightSource
 from trainer.model.meta import NeedsFullLoad, meta_model
 from trainer.model.sharded_load import ShardLoader
 from trainer.recipe.sections.model import ModelSection
+from trainer.run.shared import announce_use
 from trainer.storage import Storage, local_path, open_storage
 
 FORMAT = 1
@@ -35,8 +36,9 @@ def copy_of(section: ModelSection, models: Storage) -> Storage | None:
     """Returns the NF4 copy of this base among ``models``, None when there is none."""
     if not models.folders():
         return None
-    copy = models.child(_digest(section))
-    return copy if copy.info(CONFIG) else None
+    copy = models.child(copy_name(section))
+    # `muster gc` is told first: what it deletes is missing, or is missing after the second look.
+    return copy if copy.info(CONFIG) and announce_use(copy) and copy.info(CONFIG) else None
 
 
 def make_copy(section: ModelSection, models: Storage) -> Storage:
@@ -44,7 +46,9 @@ def make_copy(section: ModelSection, models: Storage) -> Storage:
 
     Memory: about one file of the copy and the largest weight in NF4. Raises InputError when the base lacks weights or
     cannot be read tensor by tensor."""
-    copy = models.child(_digest(section))
+    copy = models.child(copy_name(section))
+    if not announce_use(copy):
+        raise InputError(f"`muster gc` is deleting {copy.url}: start again when it has ended")
     if copy.info(CONFIG):
         return copy
     folder = fetch_model(section, weights="://" not in section.path).folder
@@ -69,8 +73,8 @@ def make_copy(section: ModelSection, models: Storage) -> Storage:
     return copy
 
 
-def _digest(section: ModelSection) -> str:
-    """Returns a digest of all that determines the copy's bytes: the base, its dtype, and the format of the copy."""
+def copy_name(section: ModelSection) -> str:
+    """Returns the name of the copy's folder: a digest of the base, its dtype, and the format of the copy."""
     inputs = [FORMAT, section.dtype, "nf4", _identity(section)]
     return hashlib.sha256(json.dumps(inputs).encode()).hexdigest()[:32]
 

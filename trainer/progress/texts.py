@@ -34,8 +34,8 @@ LONGEST_VALUE = 60
 @dataclass(frozen=True)
 class AttemptStatus:
     """The state of an attempt. ``saved``: the step of the last checkpoint, if any; ``saved_ago_s``: its age;
-    ``losses``: the last ones, oldest first; ``epoch`` counts from 0 here, and from 1, as steps do, in texts. None: not
-    known."""
+    ``losses``: the last ones, oldest first; ``epoch`` counts from 0 here, and from 1, as steps do, in texts. A run that
+    is not ``running`` has no speed and no end in sight. None: not known."""
 
     step: int
     total_steps: int
@@ -54,6 +54,7 @@ class AttemptStatus:
     epoch: int = 0
     samples: int = 0
     hosts: tuple[str, ...] = ()
+    running: bool = True
 
     def parts(self) -> dict[str, str]:
         """Name to text, for one line."""
@@ -62,10 +63,10 @@ class AttemptStatus:
             "loss": f"loss {self.loss:.4f}",
             "eval": _said("eval {:.4f}", self.eval_loss),
             "lr": _said("lr {:.2e}", self.lr),
-            "tokens": f"{self.tokens_per_s:,.0f} tokens/s",
-            "mfu": _said("MFU {:.0%}", self.mfu),
+            "tokens": _said("{:,.0f} tokens/s", self.tokens_per_s if self.running else None),
+            "mfu": _said("MFU {:.0%}", self.mfu if self.running else None),
             "memory": _said("memory {}", self.memory_bytes and size(self.memory_bytes)),
-            "eta": f"ETA {duration(self.left_s)}",
+            "eta": _said("ETA {}", duration(self.left_s) if self.running else None),
             "workers": plural(self.workers, "worker"),
             "saved": self._saved(),
         }
@@ -94,7 +95,7 @@ def drawn(standing: AttemptStatus, width: int) -> str:
     ]
     where = [parts["saved"], parts["workers"] + (f": {placed(s.hosts)}" if s.hosts else "")]
     lines = [
-        _with_bar([parts["step"], share, parts["eta"]], s.step / max(1, s.total_steps), width),
+        _with_bar([parts["step"], share, parts.get("eta", "")], s.step / max(1, s.total_steps), width),
         _with_curve(_fitting(learns, width), s.losses, width),
         _fitting(runs, width),
         _fitting(where, width),

@@ -52,6 +52,12 @@ def read_recipe(run: Storage, overrides: Sequence[str] = ()) -> Recipe:
     return without_code(_read_frozen(run, overrides))
 
 
+def changed_recipe(run: Storage, overrides: Sequence[str]) -> Recipe:
+    """Reads the run's frozen recipe without the code that it names, for a command that does not train: the overrides
+    may change any key. Raises InputError if there is no run at this address."""
+    return without_code(loads(_frozen_text(run), run.uri(layout.RECIPE), overrides, stored=True))
+
+
 def resumed_recipe(run: Storage, overrides: Sequence[str] = (), *, trust: bool = False) -> Recipe:
     """Reads the frozen recipe for training. Raises UsageError if it names code that the user does not ``trust``."""
     return granted(_read_frozen(run, overrides), run.uri(layout.RECIPE), trust=trust)
@@ -59,10 +65,7 @@ def resumed_recipe(run: Storage, overrides: Sequence[str] = (), *, trust: bool =
 
 def _read_frozen(run: Storage, overrides: Sequence[str] = ()) -> Recipe:
     """Reads the recipe as it was written. The result may name code, so it must only be compared, never acted on."""
-    try:
-        text = run.read(layout.RECIPE)
-    except FileNotFoundError:
-        raise InputError(f"there is no run at {run.url}: it has no {layout.RECIPE}") from None
+    text = _frozen_text(run)
     try:
         frozen = loads(text, run.uri(layout.RECIPE), stored=True)
     except RecipeError as error:
@@ -71,6 +74,13 @@ def _read_frozen(run: Storage, overrides: Sequence[str] = ()) -> Recipe:
     if changes := refusals(frozen, recipe):
         raise RecipeChanged(f"between attempts of {run.url} this cannot change:\n  " + "\n  ".join(changes))
     return recipe
+
+
+def _frozen_text(run: Storage) -> bytes:
+    try:
+        return run.read(layout.RECIPE)
+    except FileNotFoundError:
+        raise InputError(f"there is no run at {run.url}: it has no {layout.RECIPE}") from None
 
 
 def _of_another_version(run: Storage) -> list[Mistake]:

@@ -12,7 +12,7 @@ adapter/                       the final adapter
 metrics/ events/ ledger/       JSON Lines in parts
 logs/                          what each rank printed, in parts
 trackers/                      how far each tracker has received the metrics
-tensorboard/                   event files, with that tracker
+tensorboard/, wandb/           files of these trackers; wandb/ only in a folder of this machine
 profiles/attempt-…/rank-….…     traces of steps (`trainer.worker.profiler`)
 plan/                          the packing plan, one object per window
 """
@@ -39,6 +39,7 @@ LEDGER = "ledger"
 LOGS = "logs"
 TRACKERS = "trackers"
 TENSORBOARD = "tensorboard"
+WANDB = "wandb"
 PLAN = "plan"
 PROFILES = "profiles"
 PREPARED = "_data"
@@ -46,7 +47,18 @@ PREPARED = "_data"
 MODELS = "_models"
 """Quantised copies of base models, also next to the runs."""
 
+_OF_A_RUN = frozenset(
+    [
+        *(RECIPE, PROVENANCE, DATA, LEASE, STOP, SUBMISSION, SUBMITTED, CLAIMS, COMMITS, CHECKPOINTS, ADAPTER),
+        *(METRICS, EVENTS, LEDGER, LOGS, TRACKERS, TENSORBOARD, WANDB, PLAN, PROFILES),
+    ]
+)
 _LAST_STEP = 10**12 - 1
+
+
+def is_of_run(key: str) -> bool:
+    """Returns True if muster writes such a key below a run's folder. Other keys there are somebody else's."""
+    return key.partition("/")[0] in _OF_A_RUN
 
 
 def driver_claim(driver: int) -> str:

@@ -270,9 +270,14 @@ def end_is_requested(run: Storage, driver: int) -> bool:
     return bool(_stop(run).get("driver") == driver)
 
 
+def is_cancelled(run: Storage, job: str) -> bool:
+    """Returns True if `muster cancel` has ended this job, or has left word that it must not begin."""
+    return job in _stop(run).get("jobs", ())
+
+
 def check_not_cancelled(run: Storage, job: str | None) -> None:
     """Raises Interrupted in a job that was cancelled and that its scheduler or cluster has started nevertheless."""
-    if job is not None and job in _stop(run).get("jobs", ()):
+    if job is not None and is_cancelled(run, job):
         raise Interrupted(
             f"{job} was cancelled; to resume the run, submit it again with `muster run --on …`, or delete "
             f"{run.uri(layout.STOP)}"

@@ -94,6 +94,11 @@ class Backend(Protocol):
         True. Returns their number; 0 where a store keeps none."""
         ...
 
+    def remove_empty_folders(self, path: str) -> None:
+        """Removes the empty folders at and below a path, and links to what is gone; does nothing in a store that has
+        no folders."""
+        ...
+
     def reconnect(self) -> None:
         """Drops the connections. Called after an operation was abandoned, so that the next ones do not share a
         connection with it."""

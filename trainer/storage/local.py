@@ -158,6 +158,15 @@ class LocalBackend:
             self.delete(os.path.join(path, key))
         return len(found)
 
+    def remove_empty_folders(self, path: str) -> None:
+        for folder, folders, files in os.walk(path, topdown=False):
+            for inner in (os.path.join(folder, name) for name in (*folders, *files)):
+                if os.path.islink(inner) and not os.path.exists(inner):
+                    with contextlib.suppress(OSError):
+                        os.unlink(inner)
+            with contextlib.suppress(OSError):  # not empty, or not ours: it stays
+                os.rmdir(folder)
+
     def reconnect(self) -> None:
         """Does nothing: there are no connections."""
 

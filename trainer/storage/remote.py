@@ -255,6 +255,9 @@ class RemoteBackend:
                 fs.call_s3("abort_multipart_upload", Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
         return len(found)
 
+    def remove_empty_folders(self, path: str) -> None:
+        """Does nothing: folders are prefixes of names."""
+
     def reconnect(self) -> None:
         # An abandoned request keeps its connection, and the pool has a limited number of them.
         _filesystem.cache_clear()

@@ -160,6 +160,11 @@ class Storage:
         path = self.uri(prefix.strip("/"))
         return self._call("clear unfinished uploads of", path, lambda moved: self._backend.abort_uploads(path, stale))
 
+    def remove_empty_folders(self, prefix: str) -> None:
+        """Removes what a deletion leaves on a disk at and below ``prefix``: empty folders, links to nothing."""
+        path = self.uri(prefix.strip("/"))
+        self._call("clear empty folders of", path, lambda moved: self._backend.remove_empty_folders(path))
+
     def read_json(self, key: str) -> Any:
         """Reads JSON. Raises CorruptObject when the object is not JSON, or is JSON that muster would not write."""
         data = self.read(key)

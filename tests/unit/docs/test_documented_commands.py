@@ -53,6 +53,7 @@ ELSEWHERE = {
     r"muster doctor": "starts a Ray; tests/ray/test_doctor.py",
     r"muster run recipes/quickstart.yaml": "starts a Ray; launcher/quickstart/__main__.py, tests/ray",
     r"muster run .*name=my-second": "starts a Ray; tests/ray/test_driver.py",
+    r"muster rm": "asks on a terminal; tests/unit/launcher/cleanup/test_unused.py",
     r"muster push": "needs the Hub; tests/unit/trainer/artifacts/test_push.py",
     r"vllm serve": "is not part of this; tests/unit/trainer/progress/test_vllm_command.py holds the words",
     r"sbatch ": "needs Slurm; tests/cluster/test_slurm.py",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import subprocess
 import sys
 from collections.abc import Callable
@@ -70,3 +71,17 @@ def test_what_is_compiled_late_is_compiled_once_as_it_was_asked_for() -> None:
     assert (add.__name__, add.__doc__) == ("add", "Of two.")
     torch.compile(add)
     assert len(torch.compiled) == 3, "at once again"
+
+
+def test_deepspeeds_notice_of_a_machine_without_a_gpu_is_dropped_and_nothing_else(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    load_libraries()
+    logger = logging.getLogger("DeepSpeed")
+    logger.warning("Setting accelerator to CPU. If you have GPU or other accelerator, we were unable to detect it.")
+    logger.warning("the loss scale overflowed")
+    assert [record.message for record in caplog.records if record.name == "DeepSpeed"] in (
+        ["the loss scale overflowed"],
+        [],  # once DeepSpeed is imported, its records are not handed on
+    )
+    assert not logger.filter(logging.LogRecord("DeepSpeed", 30, "", 0, "Setting accelerator to CPU. If …", (), None))

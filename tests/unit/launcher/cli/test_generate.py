@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
 import select
+import shutil
 import subprocess
 import sys
 import time
@@ -244,3 +246,78 @@ def test_of_an_answer_to_a_question_the_first_line_is_shown(tokenizer: Any, caps
     for piece in (" ", "in", " Farley", ".\nQues", "tion: "):
         shown(piece)
     assert capsys.readouterr().out == "in Farley."
+
+
+@pytest.fixture(scope="module")
+def chat_recipe(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Recipe:
+    """A finished run on chats, with a template whose end of turn is text for this tokenizer."""
+    folder = tmp_path_factory.mktemp("chats")
+    turns = [{"role": "user", "content": "a ferry?"}, {"role": "assistant", "content": "at noon"}]
+    (folder / "chats.jsonl").write_text(f"{json.dumps({'messages': turns})}\n" * 20)
+    source = [{"path": f"{folder}/chats.jsonl", "format": "messages"}]
+    few = {"training.steps": 2, "checkpoint.every_steps": 2, "data.train": source, "data.chat_template": "chatml"}
+    made = small_recipe("chats", tiny_model, folder, **few)
+    assert train_here(made) == "succeeded"
+    return made
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """The prompts that models are asked; each answers and goes on with a turn of the user."""
+    from trainer.artifacts import Generator
+
+    prompts: list[Any] = []
+
+    def answers(self: Any, asked: Any, tokens: int, ended: Any, done: Any = lambda count: None) -> list[str]:
+        prompts.extend(self.tokenizer.decode(p) if isinstance(p, list) else p for p in asked)
+        text = "at noon<|im_end|>\n<|im_start|>user\nwhy"
+        assert [ended("at noon"), ended(text)] == [False, not isinstance(prompts[-1], str) or "<|im" in prompts[-1]]
+        return [text] * len(asked)
+
+    monkeypatch.setattr(Generator, "answers", answers)
+    return prompts
+
+
+FRAMED = "<|im_start|>user\na ferry?<|im_end|>\n<|im_start|>assistant\n"
+
+
+@pytest.mark.parametrize("where", ["the final adapter", "a checkpoint"])
+def test_a_run_on_chats_is_asked_as_in_training_and_its_answer_ends_with_the_turn(
+    where: str, chat_recipe: Recipe, asked: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    run = Path(run_of(chat_recipe).url)
+    if where == "a checkpoint":  # which has no tokenizer of its own
+        shutil.copytree(run, tmp_path / "run")
+        run = tmp_path / "run"
+        shutil.rmtree(run / layout.ADAPTER)
+    assert muster(monkeypatch, "generate", "--run", run, "--prompt", "a ferry?") == 0
+    found = capsys.readouterr()
+    assert (found.out, [prompt[-len(FRAMED) :] for prompt in asked]) == ("at noon\n", [FRAMED])
+    said = [line for line in found.err.splitlines() if "prompts" in line]
+    assert said == ["prompts go through the chat template, as in training (--frame changes it)"]
+
+
+def test_another_frame_counts_and_messages_stay_a_chat(
+    chat_recipe: Recipe, asked: list[Any], monkeypatch: pytest.MonkeyPatch, capsys: Any, tmp_path: Path
+) -> None:
+    rows = [{"prompt": "a ferry?"}, {"messages": [{"role": "user", "content": "a ferry?"}]}]
+    (tmp_path / "in.jsonl").write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    files = ["--input", tmp_path / "in.jsonl", "--output", "-"]
+    assert muster(monkeypatch, "generate", "--run", run_of(chat_recipe).url, "--frame", "plain", *files) == 0
+    found = capsys.readouterr()
+    completions = [json.loads(line)["completion"] for line in found.out.splitlines()]
+    assert completions == ["at noon<|im_end|>\n<|im_start|>user\nwhy", "at noon"]
+    assert (asked[0], asked[1][-len(FRAMED) :]) == ("a ferry?", FRAMED)
+    assert "prompts" not in found.err
+
+
+def test_a_merge_explains_its_difference_and_no_library_says_anything(recipe: Recipe, tmp_path: Path) -> None:
+    asked = ["merge", "--run", run_of(recipe).url, "--out", str(tmp_path / "merged"), "--dtype", "bfloat16"]
+    done = subprocess.run(
+        [sys.executable, "-m", "launcher", *asked], cwd=ROOT, capture_output=True, text=True, timeout=TERMINAL_LIMIT_S
+    )
+    assert (done.returncode, done.stdout) == (0, "")
+    lines = done.stderr.splitlines()
+    assert all(re.match(r"\[ *\d+\.\d s\] |the merged model is |serve it: ", line) for line in lines), done.stderr
+    (merged,) = [line for line in lines if line.startswith("the merged model")]
+    assert re.search(r"differ by \d\.\de-\d\d of their norm \(bfloat16 rounding; up to 5e-02 is accepted\)$", merged)

@@ -51,8 +51,13 @@ def test_a_70b_is_told_in_80_columns(muster: Muster, tmp_path: Path) -> None:
     changes = {"model.quantization": "nf4", "model.dtype": "bfloat16", "training.gradient_checkpointing": True}
     changes |= {"strategy.kind": "fsdp", "resources.gpus_per_worker": 1, "data.sequence_length": 2048}
     recipe = plan_recipe(tmp_path, LLAMA_70B, **changes)
-    code, out, _ = muster.plan(recipe, "--gpu-memory", "24GiB", "--price-per-gpu-hour", "2", "resources.workers=2")
+    code, out, err = muster.plan(recipe, "--gpu-memory", "24GiB", "--price-per-gpu-hour", "2", "resources.workers=2")
     assert code == 0
+    said = err.splitlines()
+    assert said[0].endswith(" s] planning")
+    assert said[1] == "estimate from config.json, for 2 ranks, without activations:"
+    assert "  GiB per rank: frozen weights" in err
+    assert any(line.endswith("it does not fit; looking for what does") for line in said)
     lines = out.splitlines()
     assert max(map(len, lines)) <= WIDTH
     assert any(line.split() == ["frozen", "weights", "17.90"] for line in lines)

@@ -45,6 +45,19 @@ def test_convert(tmp_path: Path) -> None:
     assert "path: hf://a/b" in result.stdout
 
 
+def test_help_and_version() -> None:
+    assert "Use what was trained:" in muster("--help").stdout
+    assert muster("--version").stdout.startswith("muster ")
+
+
+def test_rm(tmp_path: Path) -> None:
+    (tmp_path / "my").mkdir()
+    (tmp_path / "my" / "recipe.yaml").write_text("name: my\n")
+    result = muster("rm", str(tmp_path / "my"), "--yes")
+    assert result.returncode == 0, result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_ls_of_an_empty_storage(tmp_path: Path) -> None:
     result = muster("ls", str(tmp_path))
     assert result.returncode == 0, result.stderr

@@ -105,6 +105,8 @@ class Played:
     def abort_uploads(self, path: str, stale: Callable[[str], bool]) -> int:
         return 0
 
+    def remove_empty_folders(self, path: str) -> None: ...
+
     def reconnect(self) -> None: ...
 
 

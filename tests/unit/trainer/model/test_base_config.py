@@ -19,7 +19,7 @@ from trainer.errors import InputError
 from trainer.model import build
 from trainer.model.meta import meta_model
 from trainer.model.placement import model_bytes
-from trainer.plan import read_base
+from trainer.plan.config import read_base
 from trainer.recipe import ModelSection
 from trainer.recipe.tasks import CAUSAL, SEQUENCE
 
@@ -65,7 +65,8 @@ def test_a_quantisation_that_is_not_trained(
 @pytest.mark.parametrize("method", ["fp8", "mxfp4"])
 def test_the_plan_of_stored_weights_that_are_dequantised(method: str, tiny_model: Path, tmp_path: Path) -> None:
     from tests.support.training import small_recipe
-    from trainer.plan import Limits, Planner
+    from trainer.plan.memory import Planner
+    from trainer.plan.result import Limits
 
     plans = []
     for settings in ({"quant_method": method}, None):

@@ -19,6 +19,7 @@ from trainer.model import prequantised
 from trainer.model.meta import four_bit_layers
 from trainer.model.prequantised import copy_of, make_copy
 from trainer.recipe import Recipe
+from trainer.run.shared import CONDEMNED, USED
 from trainer.storage import Storage, open_storage
 
 Make = Callable[..., Recipe]
@@ -76,16 +77,31 @@ def test_it_is_small_and_has_the_tokenizer(make: Make, models: Storage, tiny_mod
     assert config["quantization_config"]["bnb_4bit_quant_type"] == "nf4"
 
 
+def times(copy: Storage) -> dict[str, int]:
+    """When each file was written, but for the one that says when the copy was last used."""
+    return {f.name: f.stat().st_mtime_ns for f in Path(copy.url).iterdir() if f.name != USED}
+
+
 def test_it_is_made_once_and_found_again(make: Make, models: Storage) -> None:
     recipe = make()
     assert copy_of(recipe.model, models) is None
     copy = make_copy(recipe.model, models)
-    written = {f.name: f.stat().st_mtime_ns for f in Path(copy.url).iterdir()}
+    written = times(copy)
     assert make_copy(recipe.model, models).url == copy.url
-    assert {f.name: f.stat().st_mtime_ns for f in Path(copy.url).iterdir()} == written
+    assert times(copy) == written
     found = copy_of(recipe.model, models)
     assert found
     assert found.url == copy.url
+
+
+def test_a_copy_that_gc_deletes_is_not_used(make: Make, models: Storage) -> None:
+    copy = make_copy(make().model, models)
+    copy.write_json(CONDEMNED, {})
+    assert copy_of(make().model, models) is None, "the base model itself is loaded"
+    with pytest.raises(InputError, match="`muster gc` is deleting"):
+        make_copy(make().model, models)
+    copy.delete([CONDEMNED])
+    assert copy_of(make().model, models)
 
 
 def test_half_a_copy_is_none(make: Make, models: Storage) -> None:

@@ -13,12 +13,14 @@ import transformers
 from tests.support.planning import SMALL, config_folder, plan_recipe, planned
 from tests.support.training import small_recipe
 from trainer.errors import InputError
-from trainer.plan import Limits, Planner, read_base, suggestions
 from trainer.plan.activation_memory import working_set
+from trainer.plan.config import read_base
 from trainer.plan.known_configs import SHAPES
-from trainer.plan.memory import DEVICE_RESERVE, HOST_RESERVE, LOAD_BUDGET
+from trainer.plan.memory import DEVICE_RESERVE, HOST_RESERVE, LOAD_BUDGET, Planner
 from trainer.plan.meta_model import layer_count, with_layers
 from trainer.plan.optimizer_memory import state_bytes
+from trainer.plan.result import Limits
+from trainer.plan.suggestions import suggestions
 from trainer.recipe import load
 from trainer.recipe.formats import formats_of
 from trainer.recipe.tasks import TASKS

@@ -12,7 +12,9 @@ import pytest
 
 from tests.support.training import small_recipe
 from trainer.errors import InputError
-from trainer.plan import RunLength, RunLengthQuery, config, read_base, run_length
+from trainer.plan import config, run_length
+from trainer.plan.config import read_base
+from trainer.plan.run_length import RunLength, RunLengthQuery
 from trainer.recipe.sections.model import ModelSection
 
 

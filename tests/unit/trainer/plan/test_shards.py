@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tests.support.planning import LLAMA_70B, plan_recipe, planned
-from trainer.plan import read_base
+from trainer.plan.config import read_base
 from trainer.plan.fake_process_group import fake_world
 from trainer.plan.memory import read_model
 from trainer.plan.meta_model import skeleton

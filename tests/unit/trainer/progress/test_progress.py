@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -77,6 +78,17 @@ def test_the_lines_fit_every_width_and_keep_the_step(standing: AttemptStatus) ->
         assert [len(line) <= width for line in lines] == [True] * 4
         assert lines[0].startswith(f"step {standing.step}"[:width])
         assert lines[1].startswith("loss")
+
+
+def test_a_run_that_does_not_train_has_no_speed_and_no_end() -> None:
+    ended = replace(STANDING, running=False)
+    assert drawn(ended, 80).splitlines() == [
+        "step 120/1000  12%  " + "━" * 4 + "─" * 36,
+        "loss 1.2346  eval 1.5000  lr 2.00e-04  gradient 0.534  █▆▄▃▃▂▂▁▁",
+        "memory 13 GiB  epoch 2, 3,840 samples",
+        "saved 100 (0:34 ago)  4 workers: 2 on a, 2 on b",
+    ]
+    assert not {"tokens", "mfu", "eta"} & ended.parts().keys()
 
 
 def test_a_narrow_terminal_loses_the_lesser_values_first() -> None:

@@ -16,7 +16,7 @@ from rich.console import Console
 from launcher.driver.attempts import explained
 from launcher.driver.resize import newest_group
 from launcher.monitor.status import list_runs, read_status
-from launcher.monitor.tables import checkpoints_table, runs_table
+from launcher.monitor.tables import checkpoint_lines, runs_table
 from launcher.monitor.watch import Watch
 from launcher.quickstart.__main__ import show_curve
 from launcher.report import report
@@ -96,7 +96,7 @@ def look_at(run: Storage) -> None:
     console = Console(file=None, force_terminal=False, quiet=True, width=80)
     status = read_status(run)
     json.dumps(status.to_json(), allow_nan=False)
-    for table in (checkpoints_table(status), runs_table([status], 1.8e9)):
+    for table in (*checkpoint_lines(status), runs_table([status], 1.8e9)):
         console.print(table)
     console.print(Watch(run, now=lambda: 1.8e9).render(80))
     for elsewhere in (False, True):
