@@ -10,7 +10,7 @@ from trainer.parsing import is_unicode
 from trainer.recipe.base import KeyPath, credentials_refused
 from trainer.recipe.document import read_value
 from trainer.recipe.sentences import unknown_key
-from trainer.recipe.tree import annotation_at, dotted, kinds
+from trainer.recipe.tree import annotation_at, dotted, kinds, section_of
 
 
 class Applied(NamedTuple):
@@ -18,6 +18,18 @@ class Applied(NamedTuple):
 
     paths: list[KeyPath]
     mistakes: list[tuple[KeyPath, str]]
+
+
+def expand(data: dict[str, Any]) -> None:
+    """Replaces each text that stands for a section (``model: Qwen/Qwen3-8B``) with the section."""
+    for name, value in data.items():
+        if isinstance(value, str) and (field := _shorthand((name,))):
+            data[name] = {field: value}
+
+
+def _shorthand(path: KeyPath) -> str | None:
+    section = section_of(annotation_at(path))
+    return section.shorthand if section else None
 
 
 def apply(data: dict[str, Any], overrides: Sequence[str]) -> Applied:
@@ -31,7 +43,10 @@ def apply(data: dict[str, Any], overrides: Sequence[str]) -> Applied:
         if not is_unicode(override):
             wrong, path = f"{override!r:.80} is not text in UTF-8", ()
         wrong = wrong or credentials_refused(text) or ""
-        wrong = wrong or _set(data, path, typed(text.strip(), annotation_at(path)))
+        value = typed(text.strip(), annotation_at(path))
+        if isinstance(value, str) and (field := _shorthand(path)):
+            path = (*path, field)
+        wrong = wrong or _set(data, path, value)
         if wrong:
             mistakes.append((path if separator else (), wrong))
         else:

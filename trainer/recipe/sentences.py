@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
+from trainer.recipe import synonyms
 from trainer.recipe.base import KeyPath, show
 from trainer.recipe.tree import annotation_at, dotted, field_at, places, section_of
 from trainer.registry import choose_hint
@@ -40,6 +41,8 @@ def sentence(error: ErrorDetails) -> str:
         return unknown_key(path)
     if kind == "missing":
         return _missing(path)
+    if said := synonyms.of_value(path, error["input"]):
+        return f"{show(error['input'])} is a word of other trainers; {said}"
     if kind == "value_error":
         return str(context["error"])
     if kind in ("model_type", "model_attributes_type"):
@@ -53,7 +56,10 @@ def sentence(error: ErrorDetails) -> str:
 
 
 def unknown_key(path: KeyPath) -> str:
-    """Returns the message for an unknown key, with a similar key, the paths of this key, or the keys that exist."""
+    """Returns the message for an unknown key: its name in a recipe if other trainers have the key, a similar key, the
+    paths of this key, or the keys that exist."""
+    if said := synonyms.of_key(path[-1]):
+        return f"unknown key; {said}"
     key, section = str(path[-1]), section_of(annotation_at(path[:-1]))
     here = tuple(section.model_fields) if section else ()
     hint = choose_hint(key, here)
