@@ -30,7 +30,7 @@ WRITTEN_NAMES = ("gptq", "awq", "aqlm", "hqq", "eetq", "fp8", "mxfp4", "exl2")
 """Quantisations that base models on the Hub have in their names."""
 
 CHAT_TEMPLATES = {name: name for name in formats.CHAT_TEMPLATES if name != "deepseek"} | dict(synonyms.CHAT_TEMPLATES)
-"""Names of chat templates in the sources, and muster's names. LLaMA-Factory's deepseek is another form than muster's."""
+"""The sources' names of chat templates, and muster's. LLaMA-Factory's deepseek is another form than muster's."""
 
 FILES = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet)(\.(gz|zst))?$")
 

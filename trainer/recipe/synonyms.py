@@ -225,7 +225,7 @@ VALUES: Mapping[str, Mapping[str, Here]] = {
         **_each("eager sdp sdp_attention xformers", "compute.attention", "sdpa"),
     },
 }
-"""Values of other trainers, by the recipe's setting that they are written in. Index 0 stands for any entry of a list."""
+"""Values of other trainers, by the setting that they are written in. Index 0 stands for any entry of a list."""
 
 
 def of_key(key: str | int) -> str | None:

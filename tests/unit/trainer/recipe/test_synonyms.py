@@ -147,7 +147,7 @@ def test_a_shipped_recipe_is_read_by_its_name(tmp_path: Path, monkeypatch: pytes
     assert {load(name).name for name in shipped()} == {load(path).name for path in shipped().values()}
     assert load("qwen2.5-7b-dora-ddp").name == load("qwen2_5_7b_dora_ddp").name
     assert load("quickstart", ["optimizer.lr=1e-3"]).optimizer.lr == 1e-3
-    with pytest.raises(RecipeError, match="there is no such file.*muster init lists; did you mean 'quickstart'"):
+    with pytest.raises(RecipeError, match=r"there is no such file.*muster init lists; did you mean 'quickstart'"):
         load("recipes/quikstart.yaml")
     with pytest.raises(RecipeError, match="no such file"):
         load(Path("quickstart"))  # a path is a file
