@@ -17,6 +17,7 @@ from launcher.cli import (
     evaluate,
     export,
     generate,
+    init,
     matrix,
     plan,
     prepare,
@@ -39,6 +40,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+app.command()(init.init)
 app.command()(run.run)
 app.command()(validation.validate)
 app.command()(validation.schema)

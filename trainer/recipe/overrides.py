@@ -39,7 +39,8 @@ def apply(data: dict[str, Any], overrides: Sequence[str]) -> Applied:
     for override in overrides:
         key, separator, text = override.partition("=")
         path = tuple(int(part) if part.isdecimal() and len(part) < 10 else part for part in key.strip().split("."))
-        wrong = _wrong_key(path) if separator else f"{override!r:.80} is not KEY=VALUE, such as optimizer.lr=1e-4"
+        on = read_value(text.strip()) not in (False, None)
+        wrong = _wrong_key(path, on) if separator else f"{override!r:.80} is not KEY=VALUE, such as optimizer.lr=1e-4"
         if not is_unicode(override):
             wrong, path = f"{override!r:.80} is not text in UTF-8", ()
         wrong = wrong or credentials_refused(text) or ""
@@ -65,14 +66,14 @@ def typed(text: str, annotation: Any) -> Any:
     return value
 
 
-def _wrong_key(path: KeyPath) -> str:
-    """Returns the reason why a path names no value of a recipe; empty if it names one."""
+def _wrong_key(path: KeyPath, on: bool) -> str:
+    """Returns the reason why a path names no value of a recipe; empty if it names one. ``on``: see `unknown_key`."""
     for length in range(1, len(path) + 1):
         if annotation_at(path[:length]) is None:
             key = path[length - 1]
             if isinstance(key, int):
                 return f"{dotted(path[: length - 1]) or 'a recipe'} is not a list, so that it has no entry {key}"
-            return unknown_key(path[:length])
+            return unknown_key(path[:length], on)
     return ""
 
 

@@ -38,7 +38,7 @@ def sentence(error: ErrorDetails) -> str:
     """Returns one sentence: what is wrong at the error's path, the value got, and what would be right."""
     kind, path, context = error["type"], path_of(error), error.get("ctx", {})
     if kind == "extra_forbidden":
-        return unknown_key(path)
+        return unknown_key(path, on=error["input"] not in (False, None))
     if kind == "missing":
         return _missing(path)
     if said := synonyms.of_value(path, error["input"]):
@@ -55,10 +55,10 @@ def sentence(error: ErrorDetails) -> str:
     return f"{right}, got {show(error['input'])}{_quotes(kind, error['input'])}"
 
 
-def unknown_key(path: KeyPath) -> str:
+def unknown_key(path: KeyPath, on: bool = True) -> str:
     """Returns the message for an unknown key: its name in a recipe if other trainers have the key, a similar key, the
-    paths of this key, or the keys that exist."""
-    if said := synonyms.of_key(path[-1]):
+    paths of this key, or the keys that exist. ``on``: the key has a value other than false."""
+    if said := synonyms.of_key(path[-1], on):
         return f"unknown key; {said}"
     key, section = str(path[-1]), section_of(annotation_at(path[:-1]))
     here = tuple(section.model_fields) if section else ()

@@ -228,9 +228,12 @@ VALUES: Mapping[str, Mapping[str, Here]] = {
 """Values of other trainers, by the setting that they are written in. Index 0 stands for any entry of a list."""
 
 
-def of_key(key: str | int) -> str | None:
-    """Returns the clause that leads on from another trainer's setting; None for any other key."""
+def of_key(key: str | int, on: bool = True) -> str | None:
+    """Returns the clause that leads on from another trainer's setting; None for any other key. ``on``: it is not
+    switched off."""
     said = KEYS.get(str(key).lower())
+    if said is not None and said.value is not None and not on:
+        return f"leave it out: without {said.path}: {_plain(said.value)} it is off"
     return None if said is None else str(said)
 
 
