@@ -136,6 +136,29 @@ def test_every_mistake_of_every_recipe_is_said(muster: Muster, recipe: Path) -> 
     assert "none.yaml" in muster.err
 
 
+def test_validate_takes_overrides_for_all_its_recipes(
+    muster: Muster, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert muster("validate", str(recipe), "quickstart", "optimizer.lr=3e-4", "training.steps=6") == 0
+    assert "ok  quickstart" in muster.err
+    assert muster("validate", str(recipe), "training.learning_rate=1") == 2
+    assert "command line: training.learning_rate: unknown key; write optimizer.lr" in muster.err
+    assert muster("validate", "optimizer.lr=1") == 2
+    assert "name a recipe to validate, or --all" in muster.err
+    monkeypatch.chdir(recipe.parent)
+    recipe.with_name("lr=3.yaml").write_text(recipe.read_text())
+    assert muster("validate", "lr=3.yaml") == 0, "a file may have such a name"
+
+
+@pytest.mark.parametrize("command", ["validate", "run", "render", "plan", "preview", "prepare", "doctor"])
+def test_a_shipped_recipe_has_its_name_in_every_command(muster: Muster, command: str) -> None:
+    assert muster(command, "quikstart") == 2
+    assert "quikstart: there is no such file" in muster.err
+    assert "did you mean 'quickstart'?" in muster.err
+    assert muster(command, "qwen3-0.6b-chat", "training.steps=no") == 2
+    assert "command line: training.steps: takes a whole number" in muster.err
+
+
 def test_inputs_are_contacted_only_when_asked(muster: Muster, recipe: Path) -> None:
     assert muster("validate", str(recipe)) == 0
     assert not (recipe.parent / "runs").exists()
