@@ -51,6 +51,7 @@ IDLE = {
     "save_safetensors": "always",
     "save_first_step": "checkpoint.every_steps decides it",
     "hub_*": "muster push sends the result",
+    "attention": KERNELS,
     "attn_implementation": KERNELS,
     "flash_attention": KERNELS,
     "flash_attn_*": KERNELS,
@@ -105,7 +106,7 @@ IDLE = {
     "loss_watchdog_*": "a loss that is not finite stops the run; there is no other threshold",
 }
 LIGER = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_layer_norm")
-ATTENTION = ("attn_implementation", "flash_attention", "flex_attention", "sdp_attention")
+ATTENTION = ("attention", "attn_implementation", "flash_attention", "flex_attention", "sdp_attention")
 PLUGINS = ("liger", "cut_cross_entropy", "kernels", "spectrum", "swanlab")
 """Plugins that change how a result is computed or reported, but not the result."""
 
@@ -224,8 +225,8 @@ def _adapter(draft: Draft) -> None:
     if draft.is_on("unfrozen_parameters"):
         draft.lose(
             "unfrozen_parameters",
-            "NOT TRAINED: axolotl also trains these weights of the base model; to train whole modules name them in "
-            "adapter.modules_to_save",
+            f"NOT TRAINED: {draft.take('unfrozen_parameters')}, weights of the base model that axolotl trains beside "
+            "the adapter; the recipe trains the adapter alone. adapter.modules_to_save names modules to train completely",
         )
 
 

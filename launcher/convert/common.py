@@ -262,7 +262,7 @@ def recomputation(draft: Draft, key: str) -> None:
     """Enters that checkpointed activations were moved to host memory."""
     if str(draft.take(key)).startswith("offload"):
         draft.lose(
-            key, f"{draft.take(key)}: true; the layers' inputs stay in GPU memory, muster plan shows if they fit"
+            key, f"{draft.take(key)} becomes true: the layers' inputs stay in GPU memory; muster plan shows if they fit"
         )
 
 

@@ -63,8 +63,7 @@ def unknown_key(path: KeyPath, on: bool = True) -> str:
     key, section = str(path[-1]), section_of(annotation_at(path[:-1]))
     here = tuple(section.model_fields) if section else ()
     hint = choose_hint(key, here)
-    elsewhere = places(key)
-    if elsewhere and not hint:
+    if elsewhere := places(key):
         return f"unknown key here; it belongs at {' or '.join(elsewhere)}"
     if hint:
         return f"unknown key{hint}"

@@ -149,6 +149,7 @@ COMPUTED = [
     ("axolotl", {"flash_attention": True}, "compute.attention", "flash"),
     ("axolotl", {"attn_implementation": "flash_attention_2"}, "compute.attention", "flash"),
     ("axolotl", {"sdp_attention": True}, "compute.attention", "sdpa"),
+    ("axolotl", {"attention": "flash"}, "compute.attention", "flash"),
     ("axolotl", {"flex_attention": True}, "compute.attention", "flex"),
     ("axolotl", {"flash_attention": True, "bf16": False, "fp16": False}, "compute.attention", "auto"),
     ("llamafactory", {"flash_attn": "fa2"}, "compute.attention", "flash"),
