@@ -226,7 +226,7 @@ def _adapter(draft: Draft) -> None:
         draft.lose(
             "unfrozen_parameters",
             f"NOT TRAINED: {draft.take('unfrozen_parameters')}, weights of the base model that axolotl trains beside "
-            "the adapter; the recipe trains the adapter alone. adapter.modules_to_save names modules to train completely",
+            "the adapter; the recipe trains the adapter alone. adapter.modules_to_save names modules to train too",
         )
 
 
