@@ -12,7 +12,7 @@ from trainer.errors import RecipeError, UsageError
 
 def init(
     name: Annotated[
-        str | None, typer.Argument(metavar="[NAME]", help="a shipped recipe; without it they are listed")
+        str | None, typer.Argument(metavar="NAME", help="a shipped recipe; without it they are listed")
     ] = None,
     model: Annotated[
         str | None,

@@ -20,7 +20,7 @@ OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 def validate(
     words: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[RECIPE]... [KEY=VALUE]...", help="recipes to check, and changes to all of them"),
+        typer.Argument(metavar="RECIPE|KEY=VALUE", help="recipes to check, and changes to all of them"),
     ] = None,
     all_shipped: Annotated[bool, typer.Option("--all", help="check every recipe that muster ships")] = False,
     inputs: Annotated[bool, typer.Option("--inputs", help="contact model, data and storage as well")] = False,

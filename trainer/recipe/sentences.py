@@ -75,7 +75,12 @@ def _missing(path: KeyPath) -> str:
     field = field_at(path)
     description = (field.description or "") if field else ""
     if field is None or not field.examples:
-        return f"is missing; it takes a mapping with {_keys(path)}" if _keys(path) else "is missing"
+        section = section_of(annotation_at(path))
+        if section is None:
+            return "is missing"
+        short = section.model_fields[section.shorthand].examples if section.shorthand else None
+        text = f", or a text: {path[-1]}: {short[0]}" if short else ""
+        return f"is missing; it takes a mapping with {_keys(path)}{text}"
     first = re.split(r"(?<=[.:;])\s", " ".join(description.split()))[0].rstrip(".:;")
     return f"is missing ({first}); for example {path[-1]}: {field.examples[0]}"
 

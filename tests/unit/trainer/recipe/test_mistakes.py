@@ -164,6 +164,8 @@ def test_what_is_missing_comes_with_an_example() -> None:
     assert sorted(found) == ["data", "model", "name", "optimizer", "storage", "training"]
     assert found["name"].endswith("for example name: my-run")
     assert "path, revision" in found["model"]
+    assert found["model"].endswith("or a text: model: Qwen/Qwen3-8B")
+    assert found["storage"].endswith("for example storage: runs")
 
 
 @pytest.mark.parametrize("name", ["", "a b", "../up", "-x", "_data", "a/b", "x" * 101, "ünï"])
