@@ -186,7 +186,9 @@ def _training(model: BaseModel, rows: Rows, place: Place, task: str) -> list[Cho
     found = [
         Choice("training.epochs", epochs, f"about {steps:,} steps in all; muster prepare counts them"),
         Choice("training.global_batch", batch, "packs per step, whatever the number of workers"),
-        Choice("training.micro_batch", micro, "packs at once on a worker; a larger one takes memory, not exactness"),
+        Choice(
+            "training.micro_batch", micro, "packs at once on a worker; a larger one takes memory, and changes no result"
+        ),
         Choice("training.gradient_checkpointing", recompute, again),
         *([Choice("training.eval_every", max(1, steps // 5), "five times in the run")] if rows.rows >= 100 else []),
         Choice("optimizer.name", "adamw", "adamw_8bit keeps a quarter of the state, under ddp"),

@@ -12,6 +12,7 @@ from trainer.data.prepare.freeze import freeze
 from trainer.data.readers import rows_of
 from trainer.data.sample import Row, RowError
 from trainer.errors import InputError
+from trainer.recipe.formats import FORMATS
 from trainer.recipe.sections.data import SourceSection
 
 ROWS = 2000
@@ -32,7 +33,7 @@ HINT = (
 class Rows:
     """``format``: the name of the recipe's format. ``columns``: its columns by the file's names. ``pair``: a question
     and its answer, which the chat template can frame. ``rows``: how many there are, about so many if not ``exact``.
-    ``texts``: the text of each row that was read."""
+    ``texts``: the text of one sample of each row that was read."""
 
     path: str
     format: str
@@ -56,11 +57,13 @@ def look(path: str) -> Rows:
     kind, columns = format_of(read[0])
     if kind is None:
         raise InputError(f"{path}: no format reads the columns {', '.join(sorted(read[0]))}; rows may have {HINT}")
-    texts = tuple("\n".join(_strings(row)) for row in read)
+    names = {columns.get(name, name) for name in FORMATS[kind].columns} - {"rejected"} | set(MESSAGES)
+    texts = tuple("\n".join(_strings([row[name] for name in row if name in names])) for row in read)
     rows, exact = len(read), len(read) < ROWS
     if not exact and not frozen.is_hub:
         size = sum(len(json.dumps(row, ensure_ascii=False).encode()) for row in read)
-        rows = max(rows, round(sum(one.size for one in frozen.objects) / size * len(read)))
+        estimate = sum(one.size for one in frozen.objects) / size * len(read)
+        rows = max(rows, int(float(f"{estimate:.2g}")))
     pair = kind in ("instruction", "qa") or (kind == "completion" and bool(columns))
     return Rows(path, kind, columns, pair, rows, exact, texts)
 

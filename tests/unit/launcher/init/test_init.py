@@ -151,6 +151,16 @@ def test_rows_are_known_by_their_columns(row: dict[str, Any], expected: tuple[st
     assert format_of(row) == expected
 
 
+def test_a_large_file_is_read_in_part(tmp_path: Path) -> None:
+    path = rows_file(tmp_path, {"prompt": "1 + 1 =", "completion": " 2", "source": "a book " * 50}, 5000)
+    found = look_at_rows(str(path))
+    assert (found.exact, len(found.texts)) == (False, 2000)
+    assert found.rows == pytest.approx(5000, rel=0.03)
+    assert found.texts[0] == "1 + 1 =\n 2", "what no format reads takes no tokens"
+    ranked = look_at_rows(str(rows_file(tmp_path, ROWS["ranked"])))
+    assert (ranked.rows, ranked.exact, ranked.texts[0]) == (200, True, "1 + 1 =\n 2"), "a pair is two samples"
+
+
 def test_a_bad_input_is_one_sentence(muster: Muster, tiny_model: Path, tmp_path: Path) -> None:
     model, rows = str(tiny_model), str(rows_file(tmp_path, ROWS["pairs"]))
     odd = tmp_path / "odd.jsonl"
