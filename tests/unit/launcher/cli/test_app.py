@@ -6,11 +6,13 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import launcher.driver.driver
+import launcher.quickstart.prepare
 from launcher.cli.app import ToStderr, main
 from launcher.cli.exit_codes import exit_code
 from launcher.submit.place import choose_place
@@ -245,3 +247,28 @@ def test_warnings_go_to_what_stands_for_stderr_at_the_time(capsys: pytest.Captur
     handler = ToStderr()
     handler.emit(logging.LogRecord("trainer", logging.WARNING, "f", 1, "%s of %s", ("one", "two"), None))
     assert capsys.readouterr().err == "one of two\n"
+
+
+def test_the_quickstart_by_its_name_makes_its_inputs_first(
+    muster: Muster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made: list[str] = []
+
+    def prepare_base(folder: Path, *, on_step: Callable[[int, float], None]) -> None:
+        made.append(str(folder))
+        on_step(50, 3.14159)
+
+    monkeypatch.setattr(launcher.quickstart.prepare, "prepare_base", prepare_base)
+
+    def drive(loaded: Recipe, progress: object, *, takeover: bool) -> str:
+        made.append(loaded.name)
+        return "runs/storage/quickstart/adapter"
+
+    monkeypatch.setattr(launcher.driver.driver, "run", drive)
+    assert muster("run", "quickstart", "training.steps=7") == 0
+    assert made == ["runs/quickstart/base", "quickstart"]
+    assert list((tmp_path / "runs" / "quickstart" / "data").glob("*.jsonl"))
+    assert muster.err.splitlines()[0].endswith("step 50 of 300, loss 3.14")
+    (tmp_path / "quickstart").write_text((tmp_path / "own").name)
+    assert muster("run", "quickstart") == 2, "a file of this name is the recipe"
