@@ -19,6 +19,7 @@ from launcher.cli import (
     evaluate,
     export,
     generate,
+    init,
     matrix,
     plan,
     prepare,
@@ -36,6 +37,7 @@ from trainer.terminal import LOG_FORMAT, shown
 
 COMMANDS: dict[str, tuple[tuple[str, Callable[..., None], str], ...]] = {
     "Write and check a recipe": (
+        ("init", init.init, "muster init qwen3-0.6b-chat > my.yaml"),
         ("validate", validation.validate, "muster validate my.yaml --inputs"),
         ("preview", preview.preview, "muster preview my.yaml --rows 5"),
         ("convert", convert.convert, "muster convert axolotl their.yaml --out my.yaml"),

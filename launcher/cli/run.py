@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Annotated
 
 import typer
@@ -11,7 +12,7 @@ from launcher.cli import completion
 from launcher.cli.options import PLACES, Overrides, RecipeFile, TrustOption
 from launcher.submit import submit
 from launcher.submit.place import choose_place
-from launcher.terminal.console import stderr
+from launcher.terminal.console import hush_libraries, stderr
 from trainer.errors import Interrupted
 from trainer.interruption import RESUMES, current
 from trainer.run.recipe_url import recipe_at
@@ -46,6 +47,11 @@ def run(
     if place is not None:
         submit.run_elsewhere(loaded, place, ["--takeover"] if takeover else [], address, detach=detach)
         return
+    if recipe == "quickstart" and not os.path.isfile(recipe):
+        from launcher.quickstart.prepare import prepare_inputs
+
+        hush_libraries()
+        prepare_inputs(loaded, console.print)
     from launcher.driver.driver import run as drive
     from launcher.monitor.progress import Progress
     from trainer.progress.ending import last_lines

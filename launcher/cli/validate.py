@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import os
+import re
 from typing import Annotated
 
 import typer
@@ -13,25 +14,31 @@ from launcher.cli.exit_codes import error_text
 from launcher.terminal.console import stderr
 from trainer.errors import UsageError
 
-RECIPES = Path(__file__).resolve().parents[2] / "recipes"
+OVERRIDE = re.compile(r"[A-Za-z_][\w.]*=")
 
 
 def validate(
-    recipes: Annotated[list[str] | None, typer.Argument(metavar="[RECIPE]...", help="recipes to check")] = None,
-    shipped: Annotated[bool, typer.Option("--all", help="check every recipe that muster ships")] = False,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="RECIPE|KEY=VALUE", help="recipes to check, and changes to all of them"),
+    ] = None,
+    all_shipped: Annotated[bool, typer.Option("--all", help="check every recipe that muster ships")] = False,
     inputs: Annotated[bool, typer.Option("--inputs", help="contact model, data and storage as well")] = False,
 ) -> None:
     """Report every mistake of each RECIPE, with its line. Nothing is created, and nothing is contacted without
     --inputs."""
     from trainer.recipe import load
+    from trainer.recipe.loading import shipped
 
-    paths = [*(recipes or []), *(sorted(map(str, RECIPES.glob("*.yaml"))) if shipped else [])]
+    overrides = [word for word in words or [] if OVERRIDE.match(word) and not os.path.exists(word)]
+    paths = [word for word in words or [] if word not in overrides]
+    paths += map(str, shipped().values()) if all_shipped else []
     if not paths:
         raise UsageError("name a recipe to validate, or --all")
     console, failed = stderr(), False
     for path in paths:
         try:
-            loaded = load(path)
+            loaded = load(path, overrides)
             if inputs:
                 from launcher.driver.driver import check_inputs
                 from launcher.monitor.progress import Progress

@@ -9,7 +9,6 @@ from launcher.convert import axolotl_data, common
 from launcher.convert.draft import Draft, as_mapping
 
 HINDRANCES = {
-    "unfrozen_parameters": "trains some of the base model's own weights; muster trains an adapter, or all weights",
     "process_reward_model": "rewards for steps of an answer; task reward rates complete answers",
     "gptq": "a base model in GPTQ; muster takes unquantised ones, or bitsandbytes' NF4",
     "processor_type": "a model of images or sound; muster trains on text",
@@ -52,6 +51,7 @@ IDLE = {
     "save_safetensors": "always",
     "save_first_step": "checkpoint.every_steps decides it",
     "hub_*": "muster push sends the result",
+    "attention": KERNELS,
     "attn_implementation": KERNELS,
     "flash_attention": KERNELS,
     "flash_attn_*": KERNELS,
@@ -103,9 +103,10 @@ IDLE = {
     "debug": "does not change the result",
     "test_value": "does not change the result",
     "torchdistx_path": "a library for an optimizer",
-    "early_stopping_patience": "a run continues to its last step; muster cancel stops it with a checkpoint",
     "loss_watchdog_*": "a loss that is not finite stops the run; there is no other threshold",
 }
+LIGER = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_layer_norm")
+ATTENTION = ("attention", "attn_implementation", "flash_attention", "flex_attention", "sdp_attention")
 PLUGINS = ("liger", "cut_cross_entropy", "kernels", "spectrum", "swanlab")
 """Plugins that change how a result is computed or reported, but not the result."""
 
@@ -127,6 +128,7 @@ def convert(settings: dict[str, Any], file: Path, workers: int | None) -> Draft:
     _schedule(draft)
     _saving(draft)
     _plugins(draft)
+    common.attention(draft, *ATTENTION)
     _trackers(draft)
     if draft.take("shuffle_merged_datasets") is False:
         draft.lose("shuffle_merged_datasets", "false: the order is random and different in each epoch")
@@ -200,6 +202,10 @@ def _adapter(draft: Draft) -> None:
         draft.put("adapter.method", "none", "adapter")
         for key in [key for key in draft.settings if key.startswith(("lora_", "peft_", "loraplus_"))]:
             draft.pass_over(key, "there is no adapter")
+        if draft.is_on("unfrozen_parameters"):
+            draft.hinder(
+                "unfrozen_parameters", "trains a part of the base model; muster trains an adapter, or all of it"
+            )
         return
     if kind not in ("lora", "qlora"):
         draft.hinder("adapter", f"{kind} is not lora or qlora; muster matrix lists the methods")
@@ -216,6 +222,12 @@ def _adapter(draft: Draft) -> None:
     elif tokens:
         draft.lose("peft_trainable_token_indices", "by layer; adapter.trainable_tokens takes a list of numbers")
     _initial(draft)
+    if draft.is_on("unfrozen_parameters"):
+        draft.lose(
+            "unfrozen_parameters",
+            f"NOT TRAINED: {draft.take('unfrozen_parameters')}, weights of the base model that axolotl trains beside "
+            "the adapter; the recipe trains the adapter alone. adapter.modules_to_save names modules to train too",
+        )
 
 
 def _targets(draft: Draft) -> None:
@@ -296,6 +308,7 @@ def _training(draft: Draft, workers: int | None) -> None:
     recompute = as_mapping(draft.take("fsdp_config")).get("activation_checkpointing")
     if draft.is_on("gradient_checkpointing") or recompute:
         draft.put("training.gradient_checkpointing", True, "gradient_checkpointing")
+        common.recomputation(draft, "gradient_checkpointing")
     common.clipping(draft)
 
 
@@ -324,15 +337,15 @@ def _usual_warmup(draft: Draft) -> None:
 def _saving(draft: Draft) -> None:
     default = "checkpoint.every_steps counts steps: 100 by default"
     common.every(draft, "save_steps", "checkpoint.every_steps", default)
-    for key in ("save_strategy", "saves_per_epoch"):
-        draft.pass_over(key, default)
+    draft.pass_over("save_strategy", default)
+    common.rates(draft)
     common.kept(draft)
     seldom = "training.eval_every counts steps; without it, evaluation runs after the last step"
     if common.has_evaluation(draft):
         common.every(draft, "eval_steps", "training.eval_every", seldom)
     else:
         draft.pass_over("eval_steps", "there are no evaluation data")
-    for key in ("evals_per_epoch", "eval_strategy", "evaluation_strategy"):
+    for key in ("eval_strategy", "evaluation_strategy"):
         draft.pass_over(key, seldom)
 
 
@@ -343,6 +356,8 @@ def _plugins(draft: Draft) -> None:
         draft.hinder("plugins", "a model that diffuses tokens; muster trains causal language models")
     elif other:
         draft.lose("plugins", f"without counterpart: {', '.join(other)}")
+    elif any(".liger." in plugin for plugin in named):
+        common.liger(draft, "plugins", *LIGER)
     elif named:
         draft.pass_over("plugins", KERNELS)
 

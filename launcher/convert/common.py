@@ -10,53 +10,27 @@ from typing import Any
 
 from launcher.convert.draft import OFF, Draft, as_mapping, as_number, is_number
 from trainer.parsing import parse_json
+from trainer.recipe import formats, optimizers, schedules, synonyms
 from trainer.recipe.sections.datasets import is_hub_dataset
+from trainer.recipe.tasks import TASKS
 from trainer.recipe.trackers import TRACKERS
 
-OPTIMIZERS = {
-    "adamw_torch": "adamw",
-    "adamw_torch_fused": "adamw",
-    "adamw_hf": "adamw",
-    "adamw_apex_fused": "adamw",
-    "adamw_torch_xla": "adamw",
-    "adamw_anyprecision": "adamw",
-    "paged_adamw_32bit": "adamw",
-    "paged_adamw": "adamw",
-    "adamw_8bit": "adamw_8bit",
-    "adamw_bnb_8bit": "adamw_8bit",
-    "adamw_torch_8bit": "adamw_8bit",
-    "ao_adamw_8bit": "adamw_8bit",
-    "paged_adamw_8bit": "paged_adamw_8bit",
-    "adamw_torch_4bit": "adamw_8bit",
-    "ao_adamw_4bit": "adamw_8bit",
-    "ao_adamw_fp8": "adamw_8bit",
-}
+OPTIMIZERS = {name: name for name in optimizers.OPTIMIZERS.names()} | dict(synonyms.OPTIMIZERS)
 OTHER_STATE = ("adamw_torch_4bit", "ao_adamw_4bit", "ao_adamw_fp8", "paged_adamw_32bit", "paged_adamw")
 """Optimizers whose state is stored in another type than that of ours; the update is AdamW's."""
 
-SCHEDULES = {
-    "cosine": "cosine",
-    "cosine_with_min_lr": "cosine",
-    "linear": "linear",
-    "constant": "constant",
-    "constant_with_warmup": "constant",
+SCHEDULES = {name: name for name in schedules.SCHEDULES.names()} | dict(synonyms.SCHEDULES)
+RATES = {
+    "evals_per_epoch": "training.eval_every counts steps; without it, evaluation runs after the last step",
+    "saves_per_epoch": "checkpoint.every_steps counts steps: 100 by default",
+    "early_stopping_patience": "a run continues to its last step; muster cancel stops it with a checkpoint",
 }
+"""Settings that decide when something happens, each with what a recipe does."""
 WRITTEN_NAMES = ("gptq", "awq", "aqlm", "hqq", "eetq", "fp8", "mxfp4", "exl2")
 """Quantisations that base models on the Hub have in their names."""
 
-CHAT_TEMPLATES = {
-    **{name: name for name in ("chatml", "llama3", "qwen3", "gemma", "mistral", "phi", "glm")},
-    **{name: name for name in ("alpaca", "vicuna")},
-    **dict.fromkeys(("qwen", "qwen_25", "qwen2.5"), "chatml"),
-    **dict.fromkeys(("llama-3", "llama3_1"), "llama3"),
-    **dict.fromkeys(("gemma2", "gemma3", "gemma_2", "gemma_3"), "gemma"),
-    **dict.fromkeys(("mistral_v2v3", "mistral_small"), "mistral"),
-    **dict.fromkeys(("phi_3", "phi3", "phi_35"), "phi"),
-    **dict.fromkeys(("deepseek3", "deepseek_v3"), "deepseek"),
-    **dict.fromkeys(("glm4_moe", "glm_4_5"), "glm"),
-}
-"""The names of axolotl and LLaMA-Factory, and the name of muster's chat template of that form. LLaMA-Factory's deepseek
-is the form of DeepSeek's first models, which muster has not."""
+CHAT_TEMPLATES = {name: name for name in formats.CHAT_TEMPLATES if name != "deepseek"} | dict(synonyms.CHAT_TEMPLATES)
+"""The sources' names of chat templates, and muster's. LLaMA-Factory's deepseek is another form than muster's."""
 
 FILES = re.compile(r"\.(jsonl?|csv|tsv|txt|parquet)(\.(gz|zst))?$")
 
@@ -254,6 +228,42 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def rates(draft: Draft) -> None:
+    for key, otherwise in RATES.items():
+        draft.decide(key, f"{draft.take(key)}: {otherwise}")
+
+
+def attention(draft: Draft, *keys: str) -> None:
+    """Sets compute.attention by the first of the keys that is on. The kernel's own name, or the key's, decides."""
+    for key in keys:
+        value = str(draft.take(key)).lower()
+        word = key if value == "true" else value
+        ours = synonyms.VALUES["compute.attention"].get(word)
+        kernel = ours.value if ours else word
+        if not draft.is_on(key) or kernel not in ("flash", "flex", "sdpa"):
+            continue
+        unmasked = TASKS[draft.recipe.get("task", "sft")].segments and draft.recipe["model"]["dtype"] != "float32"
+        if kernel == "sdpa" or unmasked:
+            draft.put("compute.attention", kernel, key)
+        else:
+            draft.decide(key, f"{value}: compute.attention auto; {kernel} takes 16 bits, and no masks")
+        return
+
+
+def liger(draft: Draft, *keys: str) -> None:
+    named = [key for key in keys if draft.is_on(key)]
+    if named:
+        draft.put("compute.kernels", "liger", *named)
+
+
+def recomputation(draft: Draft, key: str) -> None:
+    """Enters that checkpointed activations were moved to host memory."""
+    if str(draft.take(key)).startswith("offload"):
+        draft.lose(
+            key, f"{draft.take(key)} becomes true: the layers' inputs stay in GPU memory; muster plan shows if they fit"
+        )
 
 
 def trackers(draft: Draft, wanted: dict[str, str]) -> None:

@@ -16,7 +16,7 @@ class Draft:
     """An unfinished recipe and the account of each setting.
 
     ``take`` reads a setting without an entry in the account. Every setting that is on must be entered in ``used`` (by
-    ``put``), ``lost``, ``idle`` or ``hindrances``; ``finish`` enters the others.
+    ``put``), ``decided``, ``lost``, ``idle`` or ``hindrances``; ``finish`` enters the others.
     """
 
     def __init__(
@@ -29,6 +29,8 @@ class Draft:
         """For a part: the path in the recipe that its settings decide."""
         self.recipe: dict[str, Any] = whole.recipe if whole else {}
         self.decisions: list[str] = whole.decisions if whole else []
+        self.decided: dict[str, str] = whole.decided if whole else {}
+        """Keys that a recipe decides in another way, each with that way."""
         self.used: dict[str, str] = whole.used if whole else {}
         """Keys that were carried over, each with the path in the recipe that it decides."""
         self.lost: dict[str, str] = whole.lost if whole else {}
@@ -91,6 +93,11 @@ class Draft:
         if value is not None:
             self.put(path, value, key)
 
+    def decide(self, key: str, reason: str) -> None:
+        """Enters the setting as decided in another way than the source decides it, if it is on."""
+        if self.is_on(key):
+            self.decided[f"{self.place}{key}"] = reason
+
     def lose(self, key: str, reason: str) -> None:
         self.lost[f"{self.place}{key}"] = reason
 
@@ -112,7 +119,7 @@ class Draft:
         """Enters every other setting that is on: as idle if its name or prefix (``wandb_*``) is in ``idle``, else as
         lost."""
         beginnings = {key[:-1]: reason for key, reason in idle.items() if key.endswith("*")}
-        named = {*self.used, *self.lost, *self.idle, *self.hindrances}
+        named = {*self.used, *self.decided, *self.lost, *self.idle, *self.hindrances}
         # A key is also named if one of its parts is: `datasets` by `datasets[0].type`.
         named |= {name[: found.start()] for name in named for found in re.finditer(r"[.[]", name)}
         for key in [key for key in self.settings if f"{self.place}{key}" not in named and self.is_on(key)]:
@@ -126,6 +133,7 @@ class Draft:
     def report(self) -> list[str]:
         return [
             *(f"decided: {text}" for text in self.decisions),
+            *(f"decided: {key}: {reason}" for key, reason in self.decided.items()),
             *(f"not carried over: {key}: {reason}" for key, reason in self.lost.items()),
             *(f"no effect: {key}: {reason}" for key, reason in self.idle.items()),
         ]

@@ -59,7 +59,6 @@ IDLE = {
     "fsdp_transformer_layer_cls_to_wrap": "each decoder layer is a unit of its own",
     "flash_attn": KERNELS,
     "use_unsloth*": KERNELS,
-    "enable_liger_kernel": KERNELS,
     "use_v1_kernels": KERNELS,
     "use_reentrant_gc": KERNELS,
     "use_cache": KERNELS,
@@ -273,6 +272,8 @@ def _training(draft: Draft, workers: int | None, stage: str) -> None:
     draft.put("training.gradient_checkpointing", not off, "disable_gradient_checkpointing")
     draft.pass_over("gradient_checkpointing", "it is on unless disable_gradient_checkpointing is set")
     common.clipping(draft)
+    common.attention(draft, "flash_attn")
+    common.liger(draft, "enable_liger_kernel")
 
 
 def _saving(draft: Draft) -> None:
@@ -284,6 +285,7 @@ def _saving(draft: Draft) -> None:
         common.every(draft, "eval_steps", "training.eval_every", seldom)
     for key in ("eval_steps", "eval_strategy"):
         draft.pass_over(key, seldom if common.has_evaluation(draft) else "there are no evaluation data")
+    common.rates(draft)
     named = draft.names("report_to")
     common.trackers(draft, {name: "report_to" for name in named if name not in ("none", "all")})
     if "all" in named:

@@ -18,7 +18,7 @@ WIDTH = 110
 def written(draft: Draft, source: str, file: Path) -> str:
     ordered = {key: draft.recipe[key] for key in Recipe.model_fields if key in draft.recipe}
     lines = _comment(f"From {source}'s {file.name}. It is checked by: muster validate RECIPE", "")
-    for text in draft.decisions:
+    for text in (*draft.decisions, *(f"{key}: {reason}" for key, reason in draft.decided.items())):
         lines += _comment(text, "  ")
     for title, keys in (("May change the result, not carried over:", draft.lost), ("No effect:", draft.idle)):
         if keys:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from launcher.quickstart.corpus import pretraining_texts, write_questions
 from launcher.quickstart.model import LlamaShape, make_model, pretrain
+from trainer.recipe import Recipe
 
 SEED = 17
 TEXTS = 6000
@@ -34,6 +35,18 @@ def prepare_base(
     shutil.rmtree(folder, ignore_errors=True)
     unfinished.rename(folder)
     return True
+
+
+def prepare_inputs(recipe: Recipe, tell: Callable[[str], None]) -> None:
+    """Makes the base model and the data at the paths that the quickstart's recipe names, unless they exist already."""
+
+    def on_step(step: int, loss: float) -> None:
+        if step % 50 == 0:
+            tell(f"pretraining a small Llama for the quickstart: step {step} of {STEPS}, loss {loss:.2f}")
+
+    prepare_base(Path(recipe.model.path), on_step=on_step)
+    train, held_out = (Path(sources[0].path).parent for sources in (recipe.data.train, recipe.data.eval))
+    prepare_data(train, held_out)
 
 
 def prepare_data(train: Path, held_out: Path) -> None:

@@ -94,6 +94,10 @@ def test_the_wheel_knows_its_version_and_every_shipped_recipe_is_valid(installed
     result = run(installed / "bin" / "muster", "validate", "--all", cwd=Path("/"))
     said = result.stdout + result.stderr
     assert result.returncode == 0, said
+    named = run(installed / "bin" / "muster", "validate", "qwen3-0.6b-chat", "training.epochs=1", cwd=Path("/"))
+    assert named.returncode == 0, named.stderr
+    written = run(installed / "bin" / "muster", "init", "qwen3-0.6b-chat", cwd=Path("/"))
+    assert written.stdout.startswith("# muster run my.yaml"), written.stderr
     where = run(installed / "bin" / "python", "-c", "import muster.launcher as m; print(m.__path__)", cwd=Path("/"))
     assert str(site) in where.stdout
     for recipe in (ROOT / "recipes").glob("*.yaml"):

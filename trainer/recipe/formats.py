@@ -81,7 +81,8 @@ FORMATS = Registry(
             unpacked="whose texts are read one by one",
         ),
     },
-    also={"sharegpt": "messages", "openai": "messages", "chatml": "messages", "alpaca": "instruction"},
+    # Not alpaca: trainers differ in whether its rows get Alpaca's prompt or the chat template (see `synonyms`).
+    also={"sharegpt": "messages", "openai": "messages", "chatml": "messages"},
 )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import json
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -20,16 +21,30 @@ from trainer.errors import Mistake, RecipeError
 from trainer.parsing import DEEPEST, is_deep
 from trainer.recipe.base import STORED, Conflict, KeyPath, show
 from trainer.recipe.document import Document, read_json, read_yaml
-from trainer.recipe.overrides import apply
+from trainer.recipe.overrides import apply, expand
 from trainer.recipe.root import Recipe
 from trainer.recipe.sentences import path_of, sentence
 from trainer.recipe.tree import annotation_at, dotted, field_at, section_of, stand_in, stand_in_for
 from trainer.redact import redact
+from trainer.registry import choose_hint
 
 COMMAND_LINE = "command line"
 LARGEST_RECIPE = 1 << 20
 """In bytes. A text of this size takes seconds to parse."""
 LONGEST_PATH, LONGEST_MESSAGE = 200, 1500
+
+
+SHIPPED = pathlib.Path(__file__).resolve().parents[2] / "recipes"
+
+
+def shipped() -> dict[str, pathlib.Path]:
+    """Returns the recipes that come with muster, by name."""
+    return {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+
+
+def recipe_name(text: str) -> str:
+    """Returns a text as the name of a shipped recipe: ``qwen3-0.6b-chat`` is ``qwen3_0_6b_chat``."""
+    return re.sub(r"[-.]", "_", text.lower())
 
 
 class LocatedMistake(NamedTuple):
@@ -40,13 +55,22 @@ class LocatedMistake(NamedTuple):
 
 
 def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads a ``.yaml`` or ``.json`` recipe, applies ``KEY=VALUE`` overrides; raises RecipeError with all mistakes."""
+    """Reads a ``.yaml`` or ``.json`` recipe, or a shipped one by its name, and applies ``KEY=VALUE`` overrides; raises
+    RecipeError with all mistakes."""
+    named = shipped().get(recipe_name(path)) if isinstance(path, str) else None
     path = pathlib.Path(path)
     try:
+        if named is not None and not path.is_file():
+            path = named
         with path.open("rb") as file:
             body = file.read(LARGEST_RECIPE + 1)
     except FileNotFoundError:
-        raise _one(str(path), "there is no such file; give the path of a recipe (.yaml or .json)") from None
+        hint = choose_hint(recipe_name(path.stem), tuple(shipped()))
+        raise _one(
+            str(path),
+            "there is no such file; give the path of a recipe (.yaml or .json), or the name of a shipped one, which "
+            f"muster init lists{hint}",
+        ) from None
     except (OSError, ValueError) as error:
         raise _one(str(path), f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
     return loads(body, str(path), overrides)
@@ -71,6 +95,7 @@ def loads(
     if not isinstance(document.data, dict):
         raise RecipeError(tuple(_not_a_mapping(document, where)))
     data = document.data
+    expand(data)
     applied = apply(data, overrides)
     found, recipe = _validate(data, stored=stored)
     mistakes = [_mistake(f"{where}:{note.line}", note.path, note.message) for note in document.notes]
@@ -96,6 +121,7 @@ def parse(data: dict[str, Any]) -> Recipe:
 
 def _validate(data: dict[str, Any], *, stored: bool = False) -> tuple[list[LocatedMistake], Recipe | None]:
     """Returns all mistakes, and the recipe if there are none. Invalid values in ``data`` are replaced in place."""
+    expand(data)
     found: list[LocatedMistake] = []
     replaced: set[KeyPath] = set()
     while True:

@@ -10,7 +10,7 @@ from trainer.parsing import is_unicode
 from trainer.recipe.base import KeyPath, credentials_refused
 from trainer.recipe.document import read_value
 from trainer.recipe.sentences import unknown_key
-from trainer.recipe.tree import annotation_at, dotted, kinds
+from trainer.recipe.tree import annotation_at, dotted, kinds, section_of
 
 
 class Applied(NamedTuple):
@@ -20,6 +20,18 @@ class Applied(NamedTuple):
     mistakes: list[tuple[KeyPath, str]]
 
 
+def expand(data: dict[str, Any]) -> None:
+    """Replaces each text that stands for a section (``model: Qwen/Qwen3-8B``) with the section."""
+    for name, value in data.items():
+        if isinstance(value, str) and (field := _shorthand((name,))):
+            data[name] = {field: value}
+
+
+def _shorthand(path: KeyPath) -> str | None:
+    section = section_of(annotation_at(path))
+    return section.shorthand if section else None
+
+
 def apply(data: dict[str, Any], overrides: Sequence[str]) -> Applied:
     """Sets each ``KEY=VALUE`` in ``data``; later ones win. Validates the keys and refuses credentials, no more."""
     paths: list[KeyPath] = []
@@ -27,11 +39,15 @@ def apply(data: dict[str, Any], overrides: Sequence[str]) -> Applied:
     for override in overrides:
         key, separator, text = override.partition("=")
         path = tuple(int(part) if part.isdecimal() and len(part) < 10 else part for part in key.strip().split("."))
-        wrong = _wrong_key(path) if separator else f"{override!r:.80} is not KEY=VALUE, such as optimizer.lr=1e-4"
+        on = read_value(text.strip()) not in (False, None)
+        wrong = _wrong_key(path, on) if separator else f"{override!r:.80} is not KEY=VALUE, such as optimizer.lr=1e-4"
         if not is_unicode(override):
             wrong, path = f"{override!r:.80} is not text in UTF-8", ()
         wrong = wrong or credentials_refused(text) or ""
-        wrong = wrong or _set(data, path, typed(text.strip(), annotation_at(path)))
+        value = typed(text.strip(), annotation_at(path))
+        if isinstance(value, str) and (field := _shorthand(path)):
+            path = (*path, field)
+        wrong = wrong or _set(data, path, value)
         if wrong:
             mistakes.append((path if separator else (), wrong))
         else:
@@ -50,14 +66,14 @@ def typed(text: str, annotation: Any) -> Any:
     return value
 
 
-def _wrong_key(path: KeyPath) -> str:
-    """Returns the reason why a path names no value of a recipe; empty if it names one."""
+def _wrong_key(path: KeyPath, on: bool) -> str:
+    """Returns the reason why a path names no value of a recipe; empty if it names one. ``on``: see `unknown_key`."""
     for length in range(1, len(path) + 1):
         if annotation_at(path[:length]) is None:
             key = path[length - 1]
             if isinstance(key, int):
                 return f"{dotted(path[: length - 1]) or 'a recipe'} is not a list, so that it has no entry {key}"
-            return unknown_key(path[:length])
+            return unknown_key(path[:length], on)
     return ""
 
 

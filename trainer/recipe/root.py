@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
 
@@ -37,6 +37,11 @@ def _run_name(name: str) -> str:
     return name
 
 
+def _or_text(shape: dict[str, Any]) -> None:
+    """Makes the JSON Schema of a section that of the section or a text (see `Section.shorthand`)."""
+    shape["anyOf"] = [{"$ref": shape.pop("$ref")}, {"type": "string"}]
+
+
 class Recipe(Section):
     """Everything that decides a run. It is frozen into the run at its first start."""
 
@@ -56,7 +61,7 @@ class Recipe(Section):
     adds a head with an output per label to any model; `reward` learns from preferences to rate answers, `dpo` to give
     the preferred ones; `ppo` learns from the rewards of texts that it writes itself. See [tasks.md](tasks.md)."""
 
-    model: ModelSection
+    model: ModelSection = Field(json_schema_extra=_or_text)
     adapter: AdapterSection = AdapterSection()
     data: DataSection
     training: TrainingSection
@@ -69,7 +74,7 @@ class Recipe(Section):
     compute: Annotated[ComputeSection, MAY_CHANGE] = ComputeSection()
     resources: Annotated[ResourcesSection, MAY_CHANGE] = ResourcesSection()
 
-    storage: Annotated[Location, MAY_CHANGE] = Field(examples=["s3://runs"])
+    storage: Annotated[Location, MAY_CHANGE] = Field(examples=["runs"])
     """Folder that runs are kept in: an fsspec URL (`s3://runs`) or a local path that all workers can access. Prepared
     data is shared between the runs of a storage."""
 

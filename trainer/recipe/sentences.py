@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic_core import ErrorDetails
 
+from trainer.recipe import synonyms
 from trainer.recipe.base import KeyPath, show
 from trainer.recipe.tree import annotation_at, dotted, field_at, places, section_of
 from trainer.registry import choose_hint
@@ -37,9 +38,11 @@ def sentence(error: ErrorDetails) -> str:
     """Returns one sentence: what is wrong at the error's path, the value got, and what would be right."""
     kind, path, context = error["type"], path_of(error), error.get("ctx", {})
     if kind == "extra_forbidden":
-        return unknown_key(path)
+        return unknown_key(path, on=error["input"] not in (False, None))
     if kind == "missing":
         return _missing(path)
+    if said := synonyms.of_value(path, error["input"]):
+        return f"{show(error['input'])} is a word of other trainers; {said}"
     if kind == "value_error":
         return str(context["error"])
     if kind in ("model_type", "model_attributes_type"):
@@ -52,13 +55,15 @@ def sentence(error: ErrorDetails) -> str:
     return f"{right}, got {show(error['input'])}{_quotes(kind, error['input'])}"
 
 
-def unknown_key(path: KeyPath) -> str:
-    """Returns the message for an unknown key, with a similar key, the paths of this key, or the keys that exist."""
+def unknown_key(path: KeyPath, on: bool = True) -> str:
+    """Returns the message for an unknown key: its name in a recipe if other trainers have the key, a similar key, the
+    paths of this key, or the keys that exist. ``on``: the key has a value other than false."""
+    if said := synonyms.of_key(path[-1], on):
+        return f"unknown key; {said}"
     key, section = str(path[-1]), section_of(annotation_at(path[:-1]))
     here = tuple(section.model_fields) if section else ()
     hint = choose_hint(key, here)
-    elsewhere = places(key)
-    if elsewhere and not hint:
+    if elsewhere := places(key):
         return f"unknown key here; it belongs at {' or '.join(elsewhere)}"
     if hint:
         return f"unknown key{hint}"
@@ -70,7 +75,12 @@ def _missing(path: KeyPath) -> str:
     field = field_at(path)
     description = (field.description or "") if field else ""
     if field is None or not field.examples:
-        return f"is missing; it takes a mapping with {_keys(path)}" if _keys(path) else "is missing"
+        section = section_of(annotation_at(path))
+        if section is None:
+            return "is missing"
+        short = section.model_fields[section.shorthand].examples if section.shorthand else None
+        text = f", or a text: {path[-1]}: {short[0]}" if short else ""
+        return f"is missing; it takes a mapping with {_keys(path)}{text}"
     first = re.split(r"(?<=[.:;])\s", " ".join(description.split()))[0].rstrip(".:;")
     return f"is missing ({first}); for example {path[-1]}: {field.examples[0]}"
 

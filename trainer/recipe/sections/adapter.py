@@ -27,6 +27,8 @@ def _targets(value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | Non
         return None
     if not value:
         raise ValueError("names no module; write all-linear, or the modules that get an adapter")
+    if value == "all":
+        raise ValueError("is no module of a model; write all-linear")
     if isinstance(value, str):
         try:
             re.compile(value)

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 import string
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, ConfigDict, Field, ValidationInfo, model_validator
 
-from trainer.recipe.base import MAY_CHANGE, Conflict, Listed, Location, OneOf, Section
-from trainer.recipe.formats import FORMATS
+from trainer.recipe.base import MAY_CHANGE, STORED, Conflict, Listed, Location, OneOf, Section
+from trainer.recipe.formats import CHAT_TEMPLATES, FORMATS
 from trainer.recipe.sections.datasets import DATASETS, filled, is_hub_dataset
 from trainer.registry import choose_hint
 
@@ -52,7 +53,7 @@ class SourceSection(Section):
     format: Annotated[str, OneOf(FORMATS)] = Field(examples=["completion"])
     """How a row becomes a sample. `completion`: tokens(prompt) + tokens(completion) + end of text, with the loss on
     completion and end; `messages`: a conversation through the chat template, with the loss on the assistant's turns
-    (`sharegpt`, `openai` and `chatml` are other names of it, `alpaca` one of `instruction`);
+    (`sharegpt`, `openai` and `chatml` are other names of it);
     `instruction`: Alpaca's prompt, and the output as its completion; `qa`: `Question: …\\nAnswer:`, and the first
     answer as its completion; `text`: every token, long texts cut into several samples; `preference`: a chosen and a
     rejected answer; `classification`: one text or two, and a label."""
@@ -154,6 +155,18 @@ def _some(sources: tuple[SourceSection, ...]) -> tuple[SourceSection, ...]:
     return sources
 
 
+def _template(value: str | None, info: ValidationInfo) -> str | None:
+    """Refuses a plain word that is neither a shipped template nor a file here; `--inputs` looks at all others."""
+    stored = (info.context or {}).get(STORED)  # its file may be on the machine that began the run
+    word = value is not None and re.fullmatch(r"[\w-]+(\.\d+)*", value)
+    if value is None or stored or not word or value in CHAT_TEMPLATES or os.path.exists(value):
+        return value
+    names = ", ".join(CHAT_TEMPLATES)
+    raise ValueError(
+        f"{value!r} is none of muster's chat templates ({names}), and no file{choose_hint(value, CHAT_TEMPLATES)}"
+    )
+
+
 class DataSection(Section):
     """Training and evaluation data, and how it is packed."""
 
@@ -187,7 +200,7 @@ class DataSection(Section):
     deleted first. The folder is `$MUSTER_CACHE/blocks`, or without that variable one in the temporary folder. A full
     disk is a warning; 0 keeps nothing. Local storage needs no cache."""
 
-    chat_template: str | None = None
+    chat_template: Annotated[str | None, AfterValidator(_template)] = None
     """The chat template: the name of one of muster's (`chatml`, `llama3`, `qwen3`, `gemma`, `mistral`, `phi`,
     `deepseek`, `glm`, `alpaca`, `vicuna`), a Jinja template, or the path of a file that holds one; null takes the
     tokenizer's own."""

@@ -10,9 +10,11 @@ from trainer.recipe.base import Location, Section
 
 
 class ModelSection(Section):
-    """The base model: its source and the type of its frozen weights."""
+    """The base model: its source and the type of its frozen weights. A text in place of the section is its `path`."""
 
-    path: Location = Field(examples=["Qwen/Qwen2.5-7B-Instruct"])
+    shorthand = "path"
+
+    path: Location = Field(examples=["Qwen/Qwen3-8B"])
     """Causal language model: a Hugging Face Hub id, a local folder, or an fsspec URL of a folder (`s3://models/llama`)."""
 
     revision: str = "main"

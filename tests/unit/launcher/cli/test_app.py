@@ -6,11 +6,13 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 import launcher.driver.driver
+import launcher.quickstart.prepare
 from launcher.cli.app import ToStderr, main
 from launcher.cli.exit_codes import exit_code
 from launcher.submit.place import choose_place
@@ -156,6 +158,29 @@ def test_every_mistake_of_every_recipe_is_said(muster: Muster, recipe: Path) -> 
     assert "none.yaml" in muster.err
 
 
+def test_validate_takes_overrides_for_all_its_recipes(
+    muster: Muster, recipe: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert muster("validate", str(recipe), "quickstart", "optimizer.lr=3e-4", "training.steps=6") == 0
+    assert "ok  quickstart" in muster.err
+    assert muster("validate", str(recipe), "training.learning_rate=1") == 2
+    assert "command line: training.learning_rate: unknown key; write optimizer.lr" in muster.err
+    assert muster("validate", "optimizer.lr=1") == 2
+    assert "name a recipe to validate, or --all" in muster.err
+    monkeypatch.chdir(recipe.parent)
+    recipe.with_name("lr=3.yaml").write_text(recipe.read_text())
+    assert muster("validate", "lr=3.yaml") == 0, "a file may have such a name"
+
+
+@pytest.mark.parametrize("command", ["validate", "run", "render", "plan", "preview", "prepare", "doctor"])
+def test_a_shipped_recipe_has_its_name_in_every_command(muster: Muster, command: str) -> None:
+    assert muster(command, "quikstart") == 2
+    assert "quikstart: there is no such file" in muster.err
+    assert "did you mean 'quickstart'?" in muster.err
+    assert muster(command, "qwen3-0.6b-chat", "training.steps=no") == 2
+    assert "command line: training.steps: takes a whole number" in muster.err
+
+
 def test_inputs_are_contacted_only_when_asked(muster: Muster, recipe: Path) -> None:
     assert muster("validate", str(recipe)) == 0
     assert not (recipe.parent / "runs").exists()
@@ -242,3 +267,28 @@ def test_warnings_go_to_what_stands_for_stderr_at_the_time(capsys: pytest.Captur
     handler = ToStderr()
     handler.emit(logging.LogRecord("trainer", logging.WARNING, "f", 1, "%s of %s", ("one", "two"), None))
     assert capsys.readouterr().err == "one of two\n"
+
+
+def test_the_quickstart_by_its_name_makes_its_inputs_first(
+    muster: Muster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    made: list[str] = []
+
+    def prepare_base(folder: Path, *, on_step: Callable[[int, float], None]) -> None:
+        made.append(str(folder))
+        on_step(50, 3.14159)
+
+    monkeypatch.setattr(launcher.quickstart.prepare, "prepare_base", prepare_base)
+
+    def drive(loaded: Recipe, progress: object, *, takeover: bool) -> str:
+        made.append(loaded.name)
+        return "runs/storage/quickstart/adapter"
+
+    monkeypatch.setattr(launcher.driver.driver, "run", drive)
+    assert muster("run", "quickstart", "training.steps=7") == 0
+    assert made == ["runs/quickstart/base", "quickstart"]
+    assert list((tmp_path / "runs" / "quickstart" / "data").glob("*.jsonl"))
+    assert muster.err.splitlines()[0].endswith("step 50 of 300, loss 3.14")
+    (tmp_path / "quickstart").write_text((tmp_path / "own").name)
+    assert muster("run", "quickstart") == 2, "a file of this name is the recipe"

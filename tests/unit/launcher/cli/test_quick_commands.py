@@ -58,6 +58,13 @@ def test_rm(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("arguments", [[], ["qwen3-0.6b-chat"]])
+def test_init_of_what_is_shipped(arguments: list[str], tmp_path: Path) -> None:
+    result = muster("init", *arguments, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "Qwen3-0.6B" in result.stdout
+
+
 def test_ls_of_an_empty_storage(tmp_path: Path) -> None:
     result = muster("ls", str(tmp_path))
     assert result.returncode == 0, result.stderr

@@ -17,7 +17,7 @@ from launcher import convert
 from launcher.convert import axolotl, axolotl_data, common, llamafactory, llamafactory_data
 from launcher.convert.draft import OFF, Draft
 from tests.unit.launcher.cli.test_app import Muster
-from tests.unit.launcher.convert.convert_support import AXOLOTL, FACTORY, changed, registry, result
+from tests.unit.launcher.convert.convert_support import AXOLOTL, FACTORY, at, changed, registry, result
 from trainer.errors import UsageError
 from trainer.recipe import loads
 from trainer.recipe.formats import CHAT_TEMPLATES
@@ -135,6 +135,57 @@ def test_what_has_no_bearing_is_named_apart_and_what_is_off_not_at_all(tmp_path:
     assert not draft.lost
 
 
+@pytest.mark.parametrize("key", common.RATES)
+@pytest.mark.parametrize("source", ["axolotl", "llamafactory"])
+def test_when_something_happens_is_a_decision(source: str, key: str, folder: Path) -> None:
+    draft, text, hindrances = result(source, (AXOLOTL if source == "axolotl" else FACTORY) | {key: 4}, folder)
+    assert not hindrances
+    assert draft.decided[key].startswith("4: ")
+    assert f"decided: {key}: 4" in "\n".join(draft.report())
+    assert f"#   {key}: 4: " in text
+
+
+COMPUTED = [
+    ("axolotl", {"flash_attention": True}, "compute.attention", "flash"),
+    ("axolotl", {"attn_implementation": "flash_attention_2"}, "compute.attention", "flash"),
+    ("axolotl", {"sdp_attention": True}, "compute.attention", "sdpa"),
+    ("axolotl", {"attention": "flash"}, "compute.attention", "flash"),
+    ("axolotl", {"flex_attention": True}, "compute.attention", "flex"),
+    ("axolotl", {"flash_attention": True, "bf16": False, "fp16": False}, "compute.attention", "auto"),
+    ("llamafactory", {"flash_attn": "fa2"}, "compute.attention", "flash"),
+    ("llamafactory", {"flash_attn": "disabled"}, "compute.attention", "auto"),
+    ("llamafactory", {"enable_liger_kernel": True}, "compute.kernels", "liger"),
+    (
+        "axolotl",
+        {"plugins": ["axolotl.integrations.liger.LigerPlugin"], "liger_rope": True},
+        *("compute.kernels", "liger"),
+    ),
+    ("axolotl", {"gradient_checkpointing": "offload"}, "training.gradient_checkpointing", True),
+]
+
+
+@pytest.mark.parametrize(("source", "change", "path", "value"), COMPUTED)
+def test_kernels_are_those_of_compute(source: str, change: dict[str, Any], path: str, value: Any, folder: Path) -> None:
+    draft, text, hindrances = result(source, (AXOLOTL if source == "axolotl" else FACTORY) | change, folder)
+    assert not hindrances
+    assert at(loads(text), path) == value
+    assert not set(change) & set(draft.idle) or value == "auto"
+
+
+def test_activations_that_were_offloaded_are_spoken_of(folder: Path) -> None:
+    draft, _, _ = result("axolotl", AXOLOTL | {"gradient_checkpointing": "offload"}, folder)
+    assert "GPU memory" in draft.lost["gradient_checkpointing"]
+
+
+def test_weights_of_the_base_that_were_trained_too_are_spoken_of_loudly(folder: Path) -> None:
+    settings = AXOLOTL | {"unfrozen_parameters": ["^model.embed_tokens.weight$"]}
+    draft, _, hindrances = result("axolotl", settings, folder)
+    assert not hindrances
+    assert draft.lost["unfrozen_parameters"].startswith("NOT TRAINED")
+    full = {key: value for key, value in settings.items() if key not in ("adapter", "load_in_4bit")}
+    assert "unfrozen_parameters" in "".join(result("axolotl", full, folder)[2])
+
+
 HINDERED = [
     *(("axolotl", {key: True}, key) for key in axolotl.HINDRANCES),
     *(("llamafactory", {key: True}, key) for key in llamafactory.HINDRANCES),
@@ -238,7 +289,7 @@ def is_there(recipe: dict[str, Any], path: str) -> bool:
 
 def unnamed(draft: Draft, settings: dict[str, Any], place: str = "") -> list[str]:
     """Keys that are on and neither stand in the recipe nor are spoken of."""
-    told = [*draft.lost, *draft.idle, *draft.hindrances]
+    told = [*draft.decided, *draft.lost, *draft.idle, *draft.hindrances]
     return [
         name
         for key, name in ((key, f"{place}{key}") for key, value in settings.items() if value not in OFF)

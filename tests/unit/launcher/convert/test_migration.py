@@ -25,6 +25,10 @@ SETS: dict[str, dict[str, Any]] = {
     "val_set_size": {"val_set_size": 0.1},
     "val_size": {"val_size": 0.1, "dataset": "talks"},
     "warmup_ratio": {"warmup_ratio": 0.1},
+    "flash_attention": {"flash_attention": True},
+    "liger_rope": {"plugins": ["axolotl.integrations.liger.LigerPlugin"], "liger_rope": True},
+    "flash_attn": {"flash_attn": "fa2"},
+    "enable_liger_kernel": {"enable_liger_kernel": True},
     "save_steps": {"save_steps": 50},
     "save_total_limit": {"save_total_limit": 2},
 }

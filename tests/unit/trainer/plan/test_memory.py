@@ -250,6 +250,18 @@ def test_the_base_of_every_shipped_recipe_is_known(recipe: str) -> None:
         ("Qwen2.5-0.5B", 494_032_768),
         ("Qwen2.5-7B-Instruct", 7_615_616_512),
         ("Qwen2.5-14B", 14_770_033_664),
+        ("Qwen3-0.6B", 596_049_920),
+        ("Qwen3-8B", 8_190_735_360),
+        ("Qwen3-30B-A3B", 30_532_122_624),
+        ("Llama-3.2-1B", 1_235_814_400),
+        ("Llama-3.2-3B", 3_212_749_824),
+        ("gemma-3-1b-it", 999_885_952),
+        ("gemma-3-4b-it", 4_300_079_472),
+        ("gpt-oss-20b", 20_914_757_184),
+        ("Mistral-Small-24B-Instruct-2501", 23_572_403_200),
+        ("SmolLM3-3B", 3_075_098_624),
+        ("phi-4", 14_659_507_200),
+        ("Phi-4-mini-instruct", 3_836_021_760),
     ],
 )
 def test_known_shapes_have_their_models_parameters(tmp_path: Path, name: str, parameters: int) -> None:

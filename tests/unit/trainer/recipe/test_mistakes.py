@@ -108,11 +108,11 @@ def test_the_error_survives_pickling_and_exits_with_2() -> None:
         ("name", 7, "takes text, got 7; write it in quotes"),
         ("model.trust_remote_code", "yes", "takes true or false, got the text 'yes'; write true or false in full"),
         ("model.revision", None, "takes text, got null (nothing)"),
-        ("model.dtype", "bf16", "the text 'bf16' is not one of: bfloat16, float16, float32; did you mean 'bfloat16'?"),
+        ("model.dtype", "bf16", "the text 'bf16' is a word of other trainers; write model.dtype: bfloat16"),
         (
             "adapter.method",
-            "qlora",
-            f"adapter method 'qlora' is not one of: {', '.join(METHODS.names())}; did you mean 'lora'?",
+            "loral",
+            f"adapter method 'loral' is not one of: {', '.join(METHODS.names())}; did you mean 'lora'?",
         ),
         ("adapter.dropout", 1, "must be below 1.0, got 1"),
         ("data.train", [], "has no source; add one with path: and format:"),
@@ -164,6 +164,8 @@ def test_what_is_missing_comes_with_an_example() -> None:
     assert sorted(found) == ["data", "model", "name", "optimizer", "storage", "training"]
     assert found["name"].endswith("for example name: my-run")
     assert "path, revision" in found["model"]
+    assert found["model"].endswith("or a text: model: Qwen/Qwen3-8B")
+    assert found["storage"].endswith("for example storage: runs")
 
 
 @pytest.mark.parametrize("name", ["", "a b", "../up", "-x", "_data", "a/b", "x" * 101, "ünï"])
