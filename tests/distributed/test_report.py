@@ -18,7 +18,7 @@ from launcher.report import report
 from launcher.report.reading import RunRecord, read_run
 from launcher.report.timeline_charts import straggler
 from tests.support.browser import FOUND, browser
-from tests.support.made_up_run import CHARTS, SECTIONS
+from tests.support.made_up_run import CHARTS, GROUPS
 from tests.support.ranks import run_ranks
 from tests.support.training import run_of, small_recipe, train_rank, write_pairs
 from trainer.checkpoint import list_commits
@@ -113,7 +113,7 @@ def test_it_tells_where_the_seconds_of_two_drivers_went(run: RunRecord, story: t
 
 def test_its_page_has_every_section_and_adds_up_to_a_hundred(run: RunRecord, tmp_path: Path) -> None:
     page = report([run])
-    assert tuple(re.findall(r'<section id="([\w-]+)"', page)) == SECTIONS
+    assert tuple(re.findall(r'<section id="([\w-]+)"', page)) == GROUPS
     (figures,) = re.findall(r'<script type="application/json" id="figures">(.*?)</script>', page)
     assert tuple(json.loads(figures)) == CHARTS
     shares = [share for trace in json.loads(figures)["goodput"]["data"] for share in trace["x"]]
