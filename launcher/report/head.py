@@ -51,10 +51,11 @@ def head_of(runs: Sequence[RunRecord]) -> Head:
     (run,) = runs
     status, failure = run.status, run.status.failure or {}
     steps = f"step {status.step:,} of {status.total_steps:,}" if status.total_steps else "no step yet"
-    parts = [steps, plural(max(status.attempts, *run.starts, 0), "attempt"), status.uri]
+    attempts = max(status.attempts, *run.starts, 0)
+    parts = [steps, plural(attempts, "attempt") if attempts else "", status.uri]
     told = "\n\n".join(str(failure[name]) for name in ("cause", "advice") if failure.get(name))
     drawn = (_model(run), _method(run), _data(run), _hardware(run), _duration(run), _loss(run))
-    return Head(run.label, status.state, " · ".join(parts), [figure for figure in drawn if figure], told)
+    return Head(run.label, status.state, " · ".join(filter(None, parts)), [figure for figure in drawn if figure], told)
 
 
 def comparison(runs: Sequence[RunRecord], keys: Sequence[str]) -> Table:

@@ -80,6 +80,7 @@ class Browser:
 
     def pdf(self, target: Path) -> None:
         """As it is printed on A4."""
+        self._call("Emulation.setEmulatedMedia", media="")  # an emulated screen would stay one on paper
         told = self._call("Page.printToPDF", paperWidth=8.27, paperHeight=11.69)
         target.write_bytes(base64.b64decode(told["data"]))
 
