@@ -146,8 +146,8 @@ def _last(path: Any) -> str:
 
 
 def _short(count: int) -> str:
-    """Returns a count with three digits: ``8.43 M``."""
+    """Returns a count with three digits: ``8.43M``."""
     for unit, size in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if count >= size:
-            return f"{count / size:.3g} {unit}"
+            return f"{count / size:.3g}{unit}"
     return str(count)

@@ -3,6 +3,7 @@
   const figures = JSON.parse(document.getElementById("figures").textContent);
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const narrow = matchMedia("(max-width: 40rem)");
+  const wide = matchMedia("(min-width: 68rem)"); // the first two charts stand side by side
   const PAPER = { all: 690, half: 325 }; // CSS pixels: between the margins of A4 and of Letter, upright
   let printing = false;
 
@@ -12,11 +13,11 @@
     const ink = night ? "#e6e9ef" : "#1f2937";
     const grid = night ? "#2a313c" : "#e4e7ec";
     const axis = { automargin: true, gridcolor: grid, zerolinecolor: grid };
-    const large = card.className === "hero" || card.className === "tall";
+    const large = !printing && (card.className === "hero" ? !narrow.matches : card.className === "tall" && wide.matches);
     const across = card.className === "hero" || card.className === "wide";
     return {
       ...layout,
-      height: layout.height || (large && !narrow.matches && !printing ? 360 : 250),
+      height: layout.height || (large ? 360 : 250),
       ...(printing ? { autosize: false, width: across ? PAPER.all : PAPER.half } : { autosize: true }),
       margin: { l: 50, r: 10, t: 10, b: 40 },
       font: { family: "system-ui, sans-serif", size: 12, color: ink },
@@ -49,7 +50,7 @@
   mark();
 
   Promise.all(adapt()).then(() => { document.documentElement.dataset.drawn = String(charts.length); });
-  dark.addEventListener("change", adapt);
+  for (const seen of [dark, narrow, wide]) seen.addEventListener("change", adapt);
   addEventListener("beforeprint", print(true));
   addEventListener("afterprint", print(false));
 })();

@@ -22,7 +22,7 @@ from launcher.report.timeline_charts import checkpoint_chart, goodput_chart, ran
 
 Runs = Sequence[RunRecord]
 FROM_ZERO = {"rangemode": "tozero"}
-EXPONENT = {"exponentformat": "e", "minexponent": 2}
+EXPONENT = {"tickformat": "~e", "labelalias": {"0e+0": "0"}}
 RANK_NOTE = (
     "The time in which a rank works alone, without waiting for the others: the median step, and a line up to the 95th "
     "percentile."

@@ -38,8 +38,8 @@ def main() -> None:
     parser.add_argument("pages", nargs="*", type=Path)
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="pictures-") as folder, browser(Path(folder, "profile")) as tab:
+        (asked.folder or IMAGES).mkdir(parents=True, exist_ok=True)
         if asked.folder:
-            asked.folder.mkdir(parents=True, exist_ok=True)
             for page in asked.pages:
                 all_pictures(tab, page.resolve(), asked.folder)
         else:
@@ -62,11 +62,13 @@ def picture(tab: Browser, page: Path, target: Path, size: str, *, dark: bool = F
 
 
 def printed(tab: Browser, page: Path, target: Path, sheets: float = 1) -> None:
-    """Pictures the first sheets of A4 as the browser lays them out, without the breaks between them."""
-    tab.open(page, width=int(PAPER_PX), height=1100)
+    """Pictures the first sheets of A4, without the breaks between them."""
+    width, margin = round(PAPER_PX), 38
+    tab.open(page, width=width + 2 * margin, height=1123)
     tab.paper()
-    tab.ask("dispatchEvent(new Event('beforeprint')), new Promise((done) => setTimeout(done, 500))")
-    tab.picture(target, x=0, y=0, width=int(PAPER_PX), height=round(sheets * PAPER_PX * 297 / 210))
+    tab.ask(f"document.body.style.padding = '{margin}px', dispatchEvent(new Event('beforeprint'))")
+    tab.ask("new Promise((done) => setTimeout(done, 500))")
+    tab.picture(target, x=0, y=0, width=width + 2 * margin, height=round(sheets * 1123))
 
 
 RATES = {"support-lr-2e-4": 2e-4, "support-lr-1e-4": 1e-4, "support-lr-5e-5": 5e-5}

@@ -13,6 +13,7 @@ from launcher.report import report
 from launcher.report.reading import DataFacts, read_run
 from tests.support.browser import FOUND, PAPER_PX, Browser, browser
 from tests.support.made_up_run import CHARTS, COUNTS, WORDS, make_up
+from tests.support.pictures import all_pictures
 from trainer.run.metrics import StepMetrics
 from trainer.storage import open_storage
 
@@ -122,6 +123,16 @@ def test_a_constant_rate_is_read_off_its_axis(tab: Browser, tmp_path: Path) -> N
     tab.open(tmp_path / "report.html")
     ticks = "[...document.querySelectorAll('[data-chart=\"learning-rate\"] .ytick text')].map((one) => one.textContent)"
     assert "1e\u22123" in tab.ask(ticks), "with plotly's minus sign"
+
+
+def test_pictures_are_taken_of_any_page(tab: Browser, tmp_path: Path) -> None:
+    other = tmp_path / "other.html"
+    other.write_text("<!doctype html><title>A page</title><p>Not a report.", encoding="utf-8")
+    all_pictures(tab, other, tmp_path)
+    taken = sorted(path.stem for path in tmp_path.glob("*.webp"))
+    sizes = [f"other-{size}{mode}" for size in ("desktop", "tablet", "phone") for mode in ("", "-dark")]
+    assert taken == sorted([*sizes, "other-printed"])
+    assert all(path.read_bytes().startswith(b"RIFF") for path in tmp_path.glob("*.webp"))
 
 
 def test_paper_cuts_nothing_off(tab: Browser, page: Path, tmp_path: Path) -> None:

@@ -86,7 +86,7 @@ def test_the_head_has_the_state_and_the_large_figures(first: RunRecord) -> None:
     figures = re.findall(r"<dt>(.*?)</dt><dd>(.*?)<small>(.*?)</small>", html.unescape(head))
     assert figures == [
         ("model", "<model>", ""),
-        ("data", "pairs.jsonl", "1.49 k samples · 210 k tokens"),
+        ("data", "pairs.jsonl", "1.49k samples · 210k tokens"),
         ("hardware", "3 \N{MULTIPLICATION SIGN} A100, 1 \N{MULTIPLICATION SIGN} H100", "3 hosts · ddp"),
         ("duration", "4:24", "60% goodput"),
         ("loss", "3.02 → 1.22", "eval 1.45 → 1.22"),
