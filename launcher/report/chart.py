@@ -121,10 +121,10 @@ def axes(x: str, y: str, **more: Any) -> dict[str, Any]:
     return {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}, **more}
 
 
-def constant_range(values: Iterable[float]) -> list[float] | None:
-    """Returns a range from 0 around values that are all the same; None for other values, which plotly's own range fits.
-    Plotly's range around one value reaches one up and one down, in which a rate of 1e-3 would look like 0."""
+def constant_axis(values: Iterable[float]) -> dict[str, Any]:
+    """Returns an axis from 0 with a tick at values that are all the same; nothing for others, which plotly's own axis
+    fits. Its range around one value reaches one up and one down, in which a rate of 1e-3 would look like 0."""
     low, high = min(values := list(values)), max(values)
     if high - low > 1e-6 * max(abs(low), abs(high)) or high == 0:
-        return None
-    return sorted([0.0, 2 * high])
+        return {}
+    return {"range": sorted([0.0, 2 * high]), "tickvals": [0.0, high], "tickformat": ".4~g"}

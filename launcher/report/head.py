@@ -137,12 +137,14 @@ def _loss(run: RunRecord) -> Figure | None:
 
 
 def _course(values: Sequence[float]) -> str:
-    return " → ".join(f"{value:#.3g}" for value in dict.fromkeys((values[0], values[-1])))
+    ends = dict.fromkeys((values[0], values[-1]))
+    return " → ".join(f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.2g}" for value in ends)
 
 
 def _last(path: Any) -> str:
-    """Returns the end of a path, which says most: the model's name, the file's."""
-    return str(path).rstrip("/").rsplit("/", 1)[-1]
+    """Returns the end of a path, which says most: the name of a model or of a file; with the folder of a pattern."""
+    parts = str(path).rstrip("/").split("/")
+    return "/".join(parts[-2:]) if "*" in parts[-1] else parts[-1]
 
 
 def _short(count: int) -> str:

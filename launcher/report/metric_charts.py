@@ -9,7 +9,7 @@ from itertools import accumulate
 from statistics import median, quantiles
 from typing import Any
 
-from launcher.report.chart import Chart, Trace, axes, colour, constant_range, curve, named_once, safe, table
+from launcher.report.chart import Chart, Trace, axes, colour, constant_axis, curve, named_once, safe, table
 from launcher.report.reading import RunRecord
 from trainer.run.metrics import Metrics
 
@@ -57,10 +57,9 @@ def metric_chart(
         rows += [[run.label, row.attempt, row.step, value(row)] for row in source if value(row) is not None]
     if not traces:
         return None
-    layout = axes("step", "", hovermode="x unified", showlegend=legend and len(traces) > 1)
-    layout["yaxis"] |= y_axis or {}
-    if level := constant_range(row[-1] for row in rows):
-        layout["yaxis"]["range"] = level
+    names = {trace["name"] for trace in traces}
+    layout = axes("step", "", hovermode="x unified", showlegend=legend and len(names) > 1)
+    layout["yaxis"] |= {**constant_axis(row[-1] for row in rows), **(y_axis or {})}
     return Chart(key, told, named_once(traces), layout, table(("run", "attempt", "step", y), rows))
 
 

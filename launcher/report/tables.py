@@ -8,6 +8,7 @@ from typing import Any
 
 from launcher.report.chart import Table, table
 from launcher.report.reading import RunRecord
+from trainer.progress.texts import plural
 from trainer.run.events import (
     EndEvent,
     Event,
@@ -53,7 +54,7 @@ def _what(event: Event) -> str | None:
     """Returns what the table of events says; None for an event that it does not show."""
     match event:
         case StartEvent():
-            return f"{event.world_size or len(event.hosts)} workers, after step {event.step}"
+            return f"{plural(event.world_size or len(event.hosts), 'worker')}, after step {event.step}"
         case EndEvent():
             ended = f"{event.state}" + (f" at step {event.step}" if event.step is not None else "")
             return ": ".join(filter(None, (ended, event.cause)))

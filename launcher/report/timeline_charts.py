@@ -38,7 +38,7 @@ SYMBOLS: dict[type[Event], tuple[str, str]] = {
     HangEvent: ("square", "■"),
 }
 """Plotly's symbol for an event, and a letter that looks like it."""
-_MOST_PIECES = 1500
+_MOST_PIECES, MOST_RANK_TICKS = 1500, 16
 
 
 def timeline_chart(runs: Sequence[RunRecord]) -> Chart | None:
@@ -153,7 +153,9 @@ def goodput_chart(runs: Sequence[RunRecord]) -> Chart | None:
 
 
 def rank_chart(runs: Sequence[RunRecord]) -> Chart | None:
-    """Draws each rank's own seconds per step, for all attempts of one run, or the newest attempt of several runs."""
+    """Draws each rank's own seconds per step, for all attempts of one run, or the newest attempt of several runs.
+
+    Returns None if there is never more than one rank, which waits for nobody."""
     traces: list[Trace] = []
     rows: list[list[Any]] = []
     for index, run in enumerate(runs):
@@ -180,8 +182,12 @@ def rank_chart(runs: Sequence[RunRecord]) -> Chart | None:
                 rows.append([run.label, attempt, str(rank), host, middles[rank], tails[rank], share])
     if not traces:
         return _slowest_chart(runs)
+    most = max(len(trace["x"]) for trace in traces)
+    if most < 2:
+        return None
     columns = ("run", "attempt", "rank", "host", "median s", "95 % s", "of the median rank's")
     layout = axes("rank", "", barmode="group")
+    layout["xaxis"] |= {"dtick": 1} if most <= MOST_RANK_TICKS else {}
     return Chart("ranks", "the seconds per step in which each rank works alone", traces, layout, table(columns, rows))
 
 

@@ -116,13 +116,13 @@ def test_the_bar_stays_and_shows_the_group_in_the_window(tab: Browser, page: Pat
 
 def test_a_constant_rate_is_read_off_its_axis(tab: Browser, tmp_path: Path) -> None:
     run = open_storage(str(tmp_path / "runs")).child("constant")
-    make_up(run, lr=1e-3)
+    make_up(run, lr=5e-3)
     found = read_run(run)
-    rows = [replace(row, lr=1e-3) if isinstance(row, StepMetrics) else row for row in found.rows]
+    rows = [replace(row, lr=5e-3) if isinstance(row, StepMetrics) else row for row in found.rows]
     (tmp_path / "report.html").write_text(report([replace(found, rows=rows)]), encoding="utf-8")
     tab.open(tmp_path / "report.html")
     ticks = "[...document.querySelectorAll('[data-chart=\"learning-rate\"] .ytick text')].map((one) => one.textContent)"
-    assert "1e\u22123" in tab.ask(ticks), "with plotly's minus sign"
+    assert tab.ask(ticks) == ["0", "5e\u22123"], "with plotly's minus sign"
 
 
 def test_pictures_are_taken_of_any_page(tab: Browser, tmp_path: Path) -> None:

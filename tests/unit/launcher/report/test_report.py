@@ -20,7 +20,7 @@ from typer.testing import CliRunner
 
 from launcher.cli.app import app
 from launcher.report import reading, report
-from launcher.report.chart import constant_range, table, thin_curve
+from launcher.report.chart import constant_axis, table, thin_curve
 from launcher.report.metric_charts import histogram, moving_mean
 from launcher.report.page import plotly_script
 from launcher.report.reading import DataFacts, RunRecord, read_run
@@ -264,11 +264,16 @@ def test_the_metrics_of_the_task_have_a_chart_each(first: RunRecord) -> None:
     assert [key for key in figures if key.startswith("metric-")] == ["metric-accuracy", "metric-eval_f1"]
 
 
-def test_values_that_are_all_the_same_have_a_range_that_shows_them() -> None:
-    assert constant_range([1e-3, 1e-3]) == [0.0, 2e-3]
-    assert constant_range([-0.5]) == [-1.0, 0.0]
-    assert constant_range([0.0, 0.0]) is None
-    assert constant_range([1e-3, 2e-3]) is None
+def test_values_that_are_all_the_same_have_an_axis_that_shows_them() -> None:
+    axis = constant_axis([1e-3, 1e-3])
+    assert (axis["range"], axis["tickvals"]) == ([0.0, 2e-3], [0.0, 1e-3])
+    assert constant_axis([-0.5])["range"] == [-1.0, 0.0]
+    assert constant_axis([0.0, 0.0]) == constant_axis([1e-3, 2e-3]) == {}
+
+
+def test_a_lone_rank_has_no_chart_of_ranks(first: RunRecord) -> None:
+    rows = [{"attempt": 1, "step": i, "loss": 1.0, "rank_s": [0.5]} for i in (1, 2)]
+    assert "ranks" not in figures_of(report([replace(first, rows=[*map(read_metrics_row, rows)])]))
 
 
 def test_a_moving_mean_keeps_a_steep_start_and_a_straight_line() -> None:
