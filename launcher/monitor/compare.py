@@ -147,4 +147,6 @@ def cell(value: Any) -> str:
         return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}".replace("e-0", "e-")
     if isinstance(value, list | tuple):
         return ", ".join(map(cell, value)) or "-"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)
+    if isinstance(value, bool):
+        return str(value).lower()  # as in a recipe
+    return f"{value:,}" if isinstance(value, int) else str(value)

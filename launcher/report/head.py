@@ -28,7 +28,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Head:
-    """``state``: of one run. ``compared``: of several runs. ``failure``: cause and advice of a run that did not end."""
+    """``state``: of one run. ``compared``: of several runs. ``failure``: cause and advice of a run that has stopped."""
 
     title: str
     state: str = ""
@@ -49,7 +49,8 @@ def head_of(runs: Sequence[RunRecord]) -> Head:
         )
         return Head(f"{len(runs)} runs", note=note, compared=comparison(runs, keys))
     (run,) = runs
-    status, failure = run.status, run.status.failure or {}
+    status = run.status
+    failure = (status.failure or {}) if status.state != "running" else {}
     steps = f"step {status.step:,} of {status.total_steps:,}" if status.total_steps else "no step yet"
     attempts = max(status.attempts, *run.starts, 0)
     parts = [steps, plural(attempts, "attempt") if attempts else "", status.uri]
@@ -59,14 +60,18 @@ def head_of(runs: Sequence[RunRecord]) -> Head:
 
 
 def comparison(runs: Sequence[RunRecord], keys: Sequence[str]) -> Table:
-    columns = ["run", *keys, "eval loss", "loss", "state", "step", "wall time", "goodput"]
+    """Returns a row per run with the settings and the results; of many settings a column per run, the results first."""
+    many = len(keys) > MOST_COLUMNS
+    results = ["eval loss", "loss", "state", "step", "wall time", "goodput"]
+    columns = ["run", *results, *keys] if many else ["run", *keys, *results]
     rows = []
     for run in runs:
         status, settings = run.status, [run.settings.get(key) for key in keys]
         losses = [_fixed(status.metrics.get(name)) for name in ("eval_loss", "loss")]
         spent = [f"{status.step:,} of {status.total_steps:,}", duration(run.went.wall_s), f"{run.went.share:.0%}"]
-        rows.append([run.label, *settings, *losses, status.state, *spent])
-    if len(keys) > MOST_COLUMNS:
+        reached = [*losses, status.state, *spent]
+        rows.append([run.label, *reached, *settings] if many else [run.label, *settings, *reached])
+    if many:
         columns, *rows = map(list, zip(columns, *rows, strict=True))
     colours = {run.label: colour(index) for index, run in enumerate(runs)}
     return replace(table(columns, rows, most=None), colours=colours)

@@ -128,7 +128,7 @@ def test_runs_are_best_first_by_the_loss_that_all_have() -> None:
 
 def test_cells_are_short() -> None:
     assert [*map(cell, (None, 1e-5, 0.25, 12345.0, 12345, True, [0.9, 0.95], [], "x"))] == [
-        "-", "1e-5", "0.25", "12,345", "12,345", "True", "0.9, 0.95", "-", "x",
+        "-", "1e-5", "0.25", "12,345", "12,345", "true", "0.9, 0.95", "-", "x",
     ]  # fmt: skip
 
 
