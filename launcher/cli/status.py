@@ -64,7 +64,7 @@ def list_(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="a JSON list on stdout")] = False,
 ) -> None:
-    """List the runs in a storage, and in what few of them differ."""
+    """List the runs in a storage, with the settings in which they differ."""
     from launcher.monitor.compare import ListedRun, cell, differing, ordered, short_name, values_of, with_settings
     from launcher.monitor.status import list_runs
     from launcher.monitor.tables import chosen_table, runs_table

@@ -54,15 +54,12 @@ def settings_of(recipe: str) -> dict[str, Any]:
 
 def _leaves(value: Any, key: str) -> Iterator[tuple[str, Any]]:
     """A list is one value, unless it has mappings in it: the sources of the data."""
-    items = value.items() if isinstance(value, dict) else enumerate(value) if _has_mappings(value) else ()
+    of_mappings = isinstance(value, list) and any(isinstance(entry, dict) for entry in value)
+    items = value.items() if isinstance(value, dict) else enumerate(value) if of_mappings else ()
     for name, child in items:
         yield from _leaves(child, f"{key}.{name}" if key else str(name))
     if key and not items:
         yield key, value
-
-
-def _has_mappings(value: Any) -> bool:
-    return isinstance(value, list) and any(isinstance(entry, dict) for entry in value)
 
 
 def differing(recipes: Sequence[Settings]) -> list[str]:
