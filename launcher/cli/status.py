@@ -14,6 +14,8 @@ from launcher.terminal.console import print_json, stderr, stdout
 from trainer.interruption import current
 
 CONTINUES = "the run itself continues"
+MOST_COMPARED, MOST_SETTINGS = 50, 4
+"""`ls` compares the recipes of so many runs unasked, which takes a second, and shows so many differing settings."""
 LOOK_DEADLINE_S = 15.0  # of commands that only read: a person waits
 
 
@@ -53,20 +55,49 @@ def status(
 
 def list_(
     storage: Annotated[str, typer.Argument(metavar="STORAGE_URI", help="the storage of a recipe, e.g. s3://runs")],
+    columns: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help="show these: settings (lr, adapter.rank) and metrics (eval_loss)"),
+    ] = None,
+    sort: Annotated[
+        str | None, typer.Option(metavar="NAME", help="order by this, lowest first; -NAME: highest first")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="a JSON list on stdout")] = False,
 ) -> None:
-    """List the runs in a storage."""
+    """List the runs in a storage, with the settings in which they differ."""
+    from launcher.monitor.compare import ListedRun, cell, differing, ordered, short_name, values_of, with_settings
     from launcher.monitor.status import list_runs
-    from launcher.monitor.tables import runs_table
+    from launcher.monitor.tables import chosen_table, runs_table
     from trainer.storage import open_storage
 
-    found = list_runs(open_storage(storage, deadline_s=LOOK_DEADLINE_S))
+    home = open_storage(storage, deadline_s=LOOK_DEADLINE_S)
+    found = list_runs(home)
+    if not found:
+        print_json([]) if as_json else stderr().print(Text(f"there is no run in {storage}"), soft_wrap=True)
+        return
+    names = [name.strip() for name in (columns or "").split(",") if name.strip()]
+    compares = not (names or as_json) and len(found) <= MOST_COMPARED
+    reads = names or sort or compares
+    runs = with_settings(home, found) if reads else [ListedRun(run, {}) for run in found]
+    runs = ordered(runs, sort) if sort else runs
+    chosen = {name: values_of(name, runs) for name in names}
+    found = [run.status for run in runs]
     if as_json:
-        print_json([s.to_json() for s in found])
-    elif not found:
-        stderr().print(Text(f"there is no run in {storage}"), soft_wrap=True)
+        more = [{name: values[at] for name, values in chosen.items()} for at in range(len(runs))]
+        print_json([s.to_json() | ({"columns": row} if row else {}) for s, row in zip(found, more, strict=True)])
+    elif chosen:
+        shown = [(name, [cell(value) for value in values]) for name, values in chosen.items()]
+        stdout().print(chosen_table(found, [("state", [run.state for run in found]), *shown]))
     else:
-        stdout().print(runs_table(found, time.time()))
+        recipes = [run.settings for run in runs]
+        keys = differing(recipes)
+        few = keys if len(keys) <= MOST_SETTINGS else []
+        differences = [(short_name(key, recipes), [cell(recipe.get(key)) for recipe in recipes]) for key in few]
+        console = stdout()
+        console.print(runs_table(found, time.time(), differences, console.width))
+        if len(keys) > len(few):
+            text = f"the recipes differ in {len(keys)} settings; --columns shows some: {','.join(keys)}"
+            stderr().print(Text(text), soft_wrap=True)
 
 
 def logs(

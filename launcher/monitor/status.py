@@ -21,7 +21,7 @@ from trainer.run.lease import ENDED, GLANCE_S, LeaseRecord, is_held, read_lease
 from trainer.run.submission import Submission, read_submission
 from trainer.storage import Storage, in_parallel
 
-_PARALLEL_RUNS = 32
+PARALLEL_RUNS = 32
 _ROWS_LOOKED_AT = 2000
 _POSITION = ("attempt", "step", "total_steps", "world_size", "samples", "epoch")
 _ASIDE = (*_POSITION, "time")
@@ -109,10 +109,10 @@ def list_runs(storage: Storage) -> list[Status]:
             return None
 
     runs = [storage.child(name) for name in storage.folders() if not name.startswith(("_", "."))]
-    leases = in_parallel(_lease, runs, _PARALLEL_RUNS)
+    leases = in_parallel(_lease, runs, PARALLEL_RUNS)
     if any(lease is not None and lease.may_be_alive() and not lease.is_fresh(time.time()) for lease in leases):
         time.sleep(GLANCE_S)  # one wait for all leases that may have expired
-    found = in_parallel(status_or_none, zip(runs, leases, strict=True), _PARALLEL_RUNS)
+    found = in_parallel(status_or_none, zip(runs, leases, strict=True), PARALLEL_RUNS)
     return [status for status in found if status is not None]
 
 

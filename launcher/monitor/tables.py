@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from rich import box
+from rich.cells import cell_len
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -14,7 +17,10 @@ from trainer.progress.texts import age
 if TYPE_CHECKING:
     from trainer.artifacts.inspect import ArtifactReport
 
+Values = tuple[str, Sequence[str]]
+"""A column: its title, and a text for each run."""
 
+NARROWEST_NAME, GAP = 12, 2
 STATE_STYLES = {"running": "cyan", "succeeded": "green", "failed": "red", "interrupted": "yellow"}
 
 
@@ -26,26 +32,53 @@ def checkpoint_lines(status: Status) -> list[Text]:
     return found
 
 
-def runs_table(runs: list[Status], now: float) -> Table:
-    """Returns a row per run. ``now``: Unix time; the age is that of the last step of an active run, else of its end."""
-    run_name = Column("run", overflow="fold", min_width=12)
-    narrow = [
-        Column(name, no_wrap=True) for name in ("state", "progress", "loss", "eval", "age", "workers", "attempts")
+def runs_table(
+    runs: Sequence[Status], now: float, differences: Sequence[Values] = (), width: int | None = None
+) -> Table:
+    """Returns a row per run. ``now``: Unix time; the age is that of the last step of an active run, else of its end.
+
+    ``differences``: columns of settings. The last columns are left out if all do not fit into ``width``.
+    """
+    columns: list[Values] = [
+        ("state", [run.state for run in runs]),
+        ("progress", [_progress(run) for run in runs]),
+        *(
+            (title, [_loss(run.metrics.get(name)) for run in runs])
+            for title, name in (("loss", "loss"), ("eval", "eval_loss"))
+        ),
+        *differences,
+        ("age", ["" if run.seen_at is None else age(now - run.seen_at) for run in runs]),
+        ("workers", [str(run.world_size) for run in runs]),
+        ("attempts", [str(run.attempts) for run in runs]),
     ]
-    table = Table(run_name, *narrow, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
-    for run in runs:
-        steps = f"{run.step}/{run.total_steps}" + (f" {run.step / run.total_steps:4.0%}" if run.total_steps else "")
-        losses = (run.metrics.get(name) for name in ("loss", "eval_loss"))
-        shown = ["" if loss is None else f"{loss:.4f}" for loss in losses]
-        since = "" if run.seen_at is None else age(now - run.seen_at)
-        state = Text(run.state, style=STATE_STYLES.get(run.state, ""))
-        table.add_row(Text(run.name), state, steps, *shown, since, str(run.world_size), str(run.attempts))
+    room = (width or sys.maxsize) - max([NARROWEST_NAME, *(cell_len(run.name) for run in runs)])
+    while sum(GAP + max(map(cell_len, [title, *values])) for title, values in columns) > room and len(columns) > 4:
+        columns.pop()
+    return chosen_table(runs, columns)
+
+
+def chosen_table(runs: Sequence[Status], columns: Sequence[Values]) -> Table:
+    """Returns a row per run with these columns."""
+    name = Column("run", overflow="fold", min_width=NARROWEST_NAME)
+    others = [Column(title, no_wrap=True) for title, _ in columns]
+    table = Table(name, *others, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+    for at, run in enumerate(runs):
+        cells = [Text(values[at], style=STATE_STYLES.get(values[at], "")) for _, values in columns]
+        table.add_row(Text(run.name), *cells)
     return table
 
 
 def described_lines(found: ArtifactReport) -> list[Text]:
     """Returns the paths, to be printed without wrapping above the table."""
     return [Text(found.uri), *([Text(f"base: {found.base['path']}")] if found.base else [])]
+
+
+def _progress(run: Status) -> str:
+    return f"{run.step}/{run.total_steps}" + (f" {run.step / run.total_steps:4.0%}" if run.total_steps else "")
+
+
+def _loss(loss: float | None) -> str:
+    return "" if loss is None else f"{loss:.4f}"
 
 
 def described_table(found: ArtifactReport) -> Table:

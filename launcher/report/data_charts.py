@@ -10,11 +10,15 @@ from launcher.report.reading import RunRecord
 
 def composition_chart(runs: Sequence[RunRecord]) -> Chart | None:
     traces, rows = [], []
+    titles: dict[str, str] = {}
     for index, run in enumerate(runs):
         parts = run.data.parts
         if not parts:
             continue
-        names = [safe(f"{_short(source)} ({part})") for part, source, _ in parts]
+        names = [safe(f"{source} ({part})") for part, source, _ in parts]
+        titles |= {
+            name: safe(f"{_short(source)} ({part})") for name, (part, source, _) in zip(names, parts, strict=True)
+        }
         tokens = [counts.tokens for *_, counts in parts]
         bars = {"type": "bar", "orientation": "h", "name": safe(run.label), "y": names, "x": tokens}
         traces.append({**bars, "marker": {"color": colour(index)}})
@@ -24,12 +28,12 @@ def composition_chart(runs: Sequence[RunRecord]) -> Chart | None:
     if not traces:
         return None
     counted = ("rows", "samples", "tokens", "targets", "truncated", "dropped", "bad rows")
-    layout = axes("tokens", "", barmode="group", height=180 + 40 * len(rows))
-    layout["yaxis"] |= {"type": "category", "automargin": True}
-    return Chart("data", "tokens of each source", traces, layout, table(("run", "part", "source", *counted), rows))
+    layout = axes("tokens", "", barmode="group", height=140 + 40 * len(rows))
+    layout["yaxis"] |= {"type": "category", "tickvals": list(titles), "ticktext": list(titles.values())}
+    return Chart("sources", "tokens of each source", traces, layout, table(("run", "part", "source", *counted), rows))
 
 
-def _short(source: str, most: int = 40) -> str:
+def _short(source: str, most: int = 24) -> str:
     return source if len(source) <= most else f"…{source[1 - most :]}"
 
 

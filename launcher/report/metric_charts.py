@@ -2,41 +2,81 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from itertools import accumulate
 from statistics import median, quantiles
 from typing import Any
 
-from launcher.report.chart import Chart, Trace, axes, colour, curve, safe, table
+from launcher.report.chart import Chart, Trace, axes, colour, constant_axis, curve, named_once, safe, table
 from launcher.report.reading import RunRecord
 from trainer.run.metrics import Metrics
 
 Value = Callable[[Any], float | None]
 """Returns the value of a row to draw; None: no point."""
+MOST_TASK_METRICS = 24
+LAST = 2000
+"""Plotly's rank of an entry behind those without one in the legend."""
+FEW_POINTS = 60
+"""A curve of fewer points is drawn without a moving mean."""
 
 
 def metric_chart(
-    key: str, told: str, y: str, runs: Sequence[RunRecord], value: Value, *, evaluation: bool = False, **more: Any
+    key: str,
+    told: str,
+    y: str,
+    runs: Sequence[RunRecord],
+    value: Value,
+    *,
+    evaluation: bool = False,
+    smooth: bool = False,
+    y_axis: Mapping[str, Any] | None = None,
+    legend: bool = False,
 ) -> Chart | None:
-    """Draws a curve per run, and another one for repeated steps. Returns None if no run has such values."""
+    """Draws a curve per run, and another one for steps that were trained again. Returns None if no run has such values.
+
+    ``y`` names the values. ``smooth``: draws a moving mean over a pale curve of the values."""
     traces: list[Trace] = []
     rows: list[list[Any]] = []
     for index, run in enumerate(runs):
-        kept = _points(run.evaluations if evaluation else run.steps, value)
+        source: Sequence[Metrics] = run.evaluations if evaluation else run.steps
+        kept = _points(source, value)
         if not kept:
             continue
-        shade = colour(index)
+        shade, name = colour(index), run.label if len(runs) > 1 else y
+        mean = moving_mean(kept) if smooth else None
+        if mean:
+            traces.append(curve(name, kept, shade, line={"color": shade, "width": 1}, opacity=0.35, showlegend=False))
         marks = {"mode": "lines+markers"} if evaluation else {}
-        traces.append(curve(run.label, kept, shade, **marks))
+        traces.append(curve(name, mean or kept, shade, **marks))
         if not evaluation and (lost := _points(run.lost, value)):
             dotted = {"color": shade, "width": 1.5, "dash": "dot"}
-            traces.append(curve(f"{run.label}: repeated", lost, shade, line=dotted, opacity=0.6))
-        traces += _attempts(run, kept, shade)
-        source = run.evaluations if evaluation else run.steps
+            traces.append(curve("trained again", lost, shade, line=dotted, opacity=0.6, legendrank=LAST))
+        traces += [] if evaluation else _resumed(run, mean or kept, shade)
         rows += [[run.label, row.attempt, row.step, value(row)] for row in source if value(row) is not None]
     if not traces:
         return None
-    return Chart(key, told, traces, axes("step", y, **more), table(("run", "attempt", "step", y), rows))
+    names = {trace["name"] for trace in traces}
+    layout = axes("step", "", hovermode="x unified", showlegend=legend and len(names) > 1)
+    layout["yaxis"] |= {**constant_axis(row[-1] for row in rows), **(y_axis or {})}
+    return Chart(key, told, named_once(traces), layout, table(("run", "attempt", "step", y), rows))
+
+
+def task_metrics(runs: Sequence[RunRecord]) -> list[tuple[str, bool]]:
+    """Returns the names of the task's own metrics, and if each is of the evaluations."""
+    found = {(name, False): None for run in runs for row in run.steps for name in row.task}
+    found |= {(name, True): None for run in runs for row in run.evaluations for name in row.task}
+    return list(found)[:MOST_TASK_METRICS]
+
+
+def task_value(name: str) -> Value:
+    def value(row: Any) -> float | None:
+        found = row.task.get(name)
+        is_number = isinstance(found, int | float) and not isinstance(found, bool) and math.isfinite(found)
+        return found if is_number else None
+
+    return value
 
 
 def _points(rows: Sequence[Metrics], value: Value) -> list[tuple[float, float]]:
@@ -45,27 +85,40 @@ def _points(rows: Sequence[Metrics], value: Value) -> list[tuple[float, float]]:
     return sorted(found.items())
 
 
-def _attempts(run: RunRecord, kept: list[tuple[float, float]], shade: str) -> list[Trace]:
+def moving_mean(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]] | None:
+    """Returns each point's mean over the points around it, a twentieth of all; None for a curve of few points."""
+    if len(points) < FEW_POINTS:
+        return None
+    reach = len(points) // 40
+    sums = [0.0, *accumulate(y for _, y in points)]
+    found = []
+    for at, (x, _) in enumerate(points):
+        before = min(reach, at)
+        after = min(before, len(points) - 1 - at)  # never more than before: a steep start stays steep
+        found.append((x, (sums[at + after + 1] - sums[at - before]) / (before + after + 1)))
+    return found
+
+
+def _resumed(run: RunRecord, drawn: list[tuple[float, float]], shade: str) -> list[Trace]:
     """Marks the step at which each attempt, except the first, resumed."""
-    xs, ys, texts = [], [], []
-    for attempt, step in list(run.starts.items())[1:]:
-        at = min(bisect_left(kept, (step + 1, float("-inf"))), len(kept) - 1)
-        xs.append(kept[at][0])
-        ys.append(kept[at][1])
-        texts.append(f"attempt {attempt}")
-    if not xs:
+    at = {
+        attempt: drawn[min(bisect_left(drawn, (step + 1, float("-inf"))), len(drawn) - 1)]
+        for attempt, step in list(run.starts.items())[1:]
+    }
+    if not at:
         return []
     return [
         {
             "type": "scatter",
-            "mode": "markers+text",
-            "name": safe(f"{run.label}: resumed"),
-            "x": xs,
-            "y": ys,
-            "text": texts,
-            "textposition": "top center",
+            "mode": "markers",
+            "name": "resumed",
+            "legendrank": LAST,
+            "x": [x for x, _ in at.values()],
+            "y": [y for _, y in at.values()],
+            "text": [f"attempt {attempt}" for attempt in at],
+            "hovertemplate": "%{text}",
             "cliponaxis": False,
-            "marker": {"symbol": "diamond", "size": 10, "color": shade, "line": {"width": 1, "color": "#ffffff"}},
+            "marker": {"symbol": "diamond", "size": 9, "color": shade, "line": {"width": 1.5, "color": "#ffffff"}},
         }
     ]
 
@@ -77,8 +130,7 @@ def largest_rank(run: RunRecord) -> str:
     if not named:
         return ""
     count, most = max(named, key=lambda one: one[0])
-    held = f"{count / 2**30:.4g} GiB, on rank {most.memory_rank} at step {most.step}"
-    return f"{run.label}: the memory of the rank that uses most; the maximum was {held}."
+    return f"{run.label}: at most {count / 2**30:.4g} GiB, on rank {most.memory_rank} at step {most.step}."
 
 
 def step_time_chart(runs: Sequence[RunRecord]) -> Chart | None:
@@ -98,7 +150,7 @@ def step_time_chart(runs: Sequence[RunRecord]) -> Chart | None:
     if not traces:
         return None
     columns = ("run", "steps", "fastest s", "5 %", "median", "95 %", "99 %", "slowest s")
-    layout = axes("seconds per step", "steps", barmode="overlay")
+    layout = axes("", "steps", barmode="overlay")
     return Chart("step-times", "histogram of the seconds per step", traces, layout, table(columns, rows))
 
 

@@ -1,43 +1,61 @@
-"""Builds one HTML page from sections. It contains everything, also plotly's script; all texts are escaped."""
+"""Builds one HTML page from a head and groups of cards. It contains everything, also plotly's script; all texts are
+escaped."""
 
 from __future__ import annotations
 
 import html
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from launcher.report.chart import Chart, Table
+from launcher.report.head import Head
 from trainer.errors import UsageError
-
-if TYPE_CHECKING:
-    from launcher.report.reading import RunRecord
 
 HERE = Path(__file__).parent
 
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 """With this policy, a browser fetches nothing for the page, whatever the page contains."""
 
+LONGEST_UNBROKEN = 28
+"""Characters of the longest cell of a table whose cells are not broken into lines: it scrolls instead."""
 
-@dataclass
-class PageSection:
-    """A section of the page. ``tables`` and ``texts``: (caption, content); ``wide``: over the page's full width."""
+
+@dataclass(frozen=True)
+class Card:
+    """A part of the page. ``tables``, ``texts`` and ``folded`` texts: (caption, content). ``width``: empty, ``tall``,
+    ``hero`` (two thirds of the page, and tall) or ``wide`` (all of it)."""
 
     key: str
     title: str
     charts: Sequence[Chart] = ()
     tables: Sequence[tuple[str, Table]] = ()
     texts: Sequence[tuple[str, str]] = ()
-    notes: Sequence[str] = field(default_factory=list)
-    wide: bool = False
+    folded: Sequence[tuple[str, str]] = ()
+    notes: Sequence[str] = ()
+    width: str = ""
+
+    @property
+    def shows(self) -> bool:
+        has_rows = any(table.rows for _, table in self.tables)
+        return bool(self.charts or has_rows or self.texts or self.folded or self.notes)
 
 
-def page(runs: Sequence[RunRecord], sections: Sequence[PageSection]) -> str:
-    title = "muster report: " + ", ".join(run.label for run in runs)
-    figures = {c.key: {"data": c.traces, "layout": c.layout} for section in sections for c in section.charts}
-    links = "".join(f'<a href="#{_text(s.key)}">{_text(s.title)}</a>' for s in sections)
+@dataclass(frozen=True)
+class Group:
+    """Cards under one heading, to which the bar at the top leads."""
+
+    key: str
+    title: str
+    cards: Sequence[Card]
+
+
+def page(head: Head, groups: Sequence[Group]) -> str:
+    title = f"muster report: {head.title}"
+    charts = [chart for group in groups for card in group.cards for chart in card.charts]
+    figures = {chart.key: {"data": chart.traces, "layout": chart.layout} for chart in charts}
+    links = "".join(f'<a href="#{_text(group.key)}">{_text(group.title)}</a>' for group in groups)
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -45,8 +63,9 @@ def page(runs: Sequence[RunRecord], sections: Sequence[PageSection]) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">',
         '<meta name="color-scheme" content="light dark"><link rel="icon" href="data:,">',
         f"<title>{_text(title)}</title><style>{_asset('page.css')}</style></head><body>",
-        f"<header><h1>{_text(title)}</h1><nav>{links}</nav></header><main>",
-        *map(_section, sections),
+        _head(head),
+        f"<nav>{links}</nav><main>",
+        *map(_group, groups),
         "</main>",
         f'<script type="application/json" id="figures">{_json(figures)}</script>',
         f"<script>{plotly_script()}</script>",
@@ -69,28 +88,66 @@ def plotly_script() -> str:
     return script.replace("</script", "<\\/script")
 
 
-def _section(section: PageSection) -> str:
-    parts = [
-        f'<section id="{_text(section.key)}"{" class=wide" if section.wide else ""}><h2>{_text(section.title)}</h2>'
-    ]
-    parts += [f'<p class="note">{_text(note)}</p>' for note in section.notes]
-    for chart in section.charts:
+def _head(head: Head) -> str:
+    state = f' <span class="state {_text(head.state)}">{_text(head.state)}</span>' if head.state else ""
+    parts = [f"<header><h1>{_text(head.title)}{state}</h1>", f'<p class="note">{_text(head.note)}</p>']
+    if head.figures:
+        figures = (
+            f"<div><dt>{_text(one.label)}</dt><dd>{_text(one.value)}<small>{_text(one.detail)}</small></dd></div>"
+            for one in head.figures
+        )
+        parts.append(f"<dl>{''.join(figures)}</dl>")
+    if head.failure:
+        parts.append(f'<pre class="failure">{_text(head.failure)}</pre>')
+    if head.compared:
+        parts.append(_table(head.compared))
+    return "\n".join([*parts, "</header>"])
+
+
+def _group(group: Group) -> str:
+    cards = "\n".join(map(_card, group.cards))
+    return f'<section id="{_text(group.key)}"><h2>{_text(group.title)}</h2><div class="cards">{cards}</div></section>'
+
+
+def _card(card: Card) -> str:
+    parts = [f'<article id="{_text(card.key)}" class="{card.width}">']
+    parts += [f"<h3>{_text(card.title)}</h3>"] if card.title else []
+    for chart in card.charts:
+        entries = (f"<span>{_mark(colour)}{_text(name)}</span>" for colour, name in chart.legend)
+        parts.append(f'<p class="note legend">{"".join(entries)}</p>' if chart.legend else "")
         parts.append(f'<div class="chart" role="img" aria-label="{_text(chart.told)}" data-chart="{_text(chart.key)}">')
         parts.append(f"</div><details><summary>The same data as a table</summary>{_table(chart.table)}</details>")
-    for caption, one in section.tables:
-        parts += [f"<h3>{_text(caption)}</h3>" if caption else "", _table(one)]
-    for caption, text in section.texts:
-        parts.append(f"<h3>{_text(caption)}</h3><pre>{_text(text)}</pre>")
-    return "\n".join([*parts, "</section>"])
+    parts += [f'<p class="note">{_text(note)}</p>' for note in card.notes]
+    for caption, one in card.tables:
+        parts += [f"<h4>{_text(caption)}</h4>" if caption else "", _table(one)]
+    for caption, text in card.texts:
+        parts += [f"<h4>{_text(caption)}</h4>" if caption else "", f"<pre>{_text(text)}</pre>"]
+    for caption, text in card.folded:
+        parts.append(f"<details><summary>{_text(caption)}</summary><pre>{_text(text)}</pre></details>")
+    return "\n".join([*parts, "</article>"])
 
 
 def _table(table: Table) -> str:
-    head = "".join(f'<th scope="col">{_text(name)}</th>' for name in table.columns)
-    body = "".join("<tr>" + "".join(f"<td>{_text(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
+    head = "".join(_cell(table, "th", at, name) for at, name in enumerate(table.columns))
+    rows = ("".join(_cell(table, "td", at, text) for at, text in enumerate(row)) for row in table.rows)
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
     thinned = f'<p class="note">{len(table.rows):,} of {table.thinned:,} rows.</p>' if table.thinned else ""
-    if not table.rows:
-        return '<p class="note">None.</p>'
-    return f'{thinned}<div class="scroll"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    short = all(len(text) <= LONGEST_UNBROKEN for row in table.rows for text in row)
+    kind = ' class="prose"' if table.prose else ' class="short"' if short else ""
+    return (
+        f'{thinned}<div class="scroll"><table{kind}><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
+
+
+def _cell(table: Table, element: str, at: int, text: str) -> str:
+    kind = ' class="number"' if at in table.numbers else ""
+    label = f' data-label="{_text(table.columns[at])}"' if table.prose and element == "td" else ""
+    scope = ' scope="col"' if element == "th" else ""
+    return f"<{element}{scope}{kind}{label}>{_mark(table.colours.get(text))}{_text(text)}</{element}>"
+
+
+def _mark(colour: str | None) -> str:
+    return f'<i style="background:{colour}"></i>' if colour else ""
 
 
 def _text(text: str) -> str:

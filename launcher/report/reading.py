@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, TypedDict, TypeVar
 
+from launcher.monitor.compare import Settings, by_loss, settings_of
 from launcher.monitor.goodput import Goodput, goodput, newest_driver
 from launcher.monitor.status import Status, read_status
 from trainer.data.blocks import Counts
@@ -44,11 +45,13 @@ class DataFacts:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """One run of a report. ``label`` is unique on the page; ``rows``: the metrics in the order of attempts."""
+    """One run of a report. ``label`` is unique on the page; ``recipe``: its text, and ``settings`` its values;
+    ``rows``: the metrics in the order of attempts."""
 
     label: str
     status: Status
     recipe: str
+    settings: Settings
     provenance: dict[str, Any]
     events: Sequence[Event]
     rows: Sequence[Metrics]
@@ -92,8 +95,9 @@ class RunRecord:
 
 
 def read_runs(uris: Sequence[str], deadline_s: float) -> list[RunRecord]:
-    """Reads the runs. Raises InputError if there is no run at one of the URIs."""
+    """Reads the runs, best first. Raises InputError if there is no run at one of the URIs."""
     found = [read_run(open_storage(uri, deadline_s=deadline_s)) for uri in uris]
+    found = [found[place] for place in by_loss([run.status for run in found])]
     names = [one.label for one in found]
     return [replace(one, label=one.status.uri) if names.count(one.label) > 1 else one for one in found]
 
@@ -110,6 +114,7 @@ def read_run(run: Storage) -> RunRecord:
         label=redact.text(status.name),
         status=replace(status, uri=redact.text(status.uri), name=redact.text(status.name)),
         recipe=redact.text(recipe),
+        settings=redact.clean(settings_of(recipe)),
         provenance=redact.clean(_provenance(run)),
         events=events,
         rows=rows,

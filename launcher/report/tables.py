@@ -1,4 +1,4 @@
-"""Tables and texts of a report: summary, events, failures, samples, versions and hosts."""
+"""Tables and texts of a report: events, failures, samples, versions and hosts."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ from typing import Any
 
 from launcher.report.chart import Table, table
 from launcher.report.reading import RunRecord
-from trainer.progress.texts import duration
+from trainer.progress.texts import plural
 from trainer.run.events import (
     EndEvent,
     Event,
     FailureEvent,
     HangEvent,
     ResizeEvent,
+    SampleText,
     SkippedCheckpointEvent,
     StaleCheckpointEvent,
     StartEvent,
@@ -23,27 +24,7 @@ from trainer.run.events import (
 
 MOST_FAILURES = 10
 """The number of failures whose stacks are shown."""
-
-
-def summary_table(runs: Sequence[RunRecord]) -> Table:
-    columns = ("run", "state", "step", "attempts", "workers", "loss", "eval loss", "wall time", "goodput", "where")
-    return table(columns, [_summary(run) for run in runs])
-
-
-def _summary(run: RunRecord) -> list[Any]:
-    status = run.status
-    return [
-        run.label,
-        status.state,
-        f"{status.step:,} of {status.total_steps:,}",
-        max(status.attempts, *run.starts, 0),
-        status.world_size,
-        status.metrics.get("loss"),
-        status.metrics.get("eval_loss"),
-        duration(run.went.wall_s),
-        f"{100 * run.went.share:.1f} %",
-        status.uri,
-    ]
+MOST_BESIDE = 4
 
 
 def happenings(runs: Sequence[RunRecord]) -> Table:
@@ -73,7 +54,7 @@ def _what(event: Event) -> str | None:
     """Returns what the table of events says; None for an event that it does not show."""
     match event:
         case StartEvent():
-            return f"{event.world_size or len(event.hosts)} workers, after step {event.step}"
+            return f"{plural(event.world_size or len(event.hosts), 'worker')}, after step {event.step}"
         case EndEvent():
             ended = f"{event.state}" + (f" at step {event.step}" if event.step is not None else "")
             return ": ".join(filter(None, (ended, event.cause)))
@@ -95,18 +76,30 @@ def _place(event: FailureEvent) -> str:
 
 
 def sample_tables(runs: Sequence[RunRecord]) -> list[tuple[str, Table]]:
-    """Returns, for each run that has stored any, a table of texts that it generated before and after training."""
-    found = []
-    for run in runs:
-        rows = []
-        for when, event in _texts(run):
-            for text in event.texts:
-                rows.append([f"{when} (step {event.step})", text.prompt, text.text, text.reference, text.reward])
-        if rows:
-            used = [i for i in range(5) if i < 3 or any(row[i] not in (None, "") for row in rows)]
-            columns = ("when", "prompt", "text", "reference", "reward")
-            found.append((run.label, table([columns[i] for i in used], [[row[i] for i in used] for row in rows])))
-    return found
+    """Returns tables with a row per prompt: the text before training beside the text after it, and the reference.
+
+    The texts of a few runs stand side by side in one table; more runs have a table each."""
+    told = {run.label: moments for run in runs if (moments := _texts(run))}
+    if 1 < len(told) <= MOST_BESIDE:
+        first = next(iter(told.values()))
+        beside = [*first[:-1], *((f"after, {label}", moments[-1][1]) for label, moments in told.items())]
+        return [("", _sample_table(beside))]
+    return [(label if len(runs) > 1 else "", _sample_table(moments)) for label, moments in told.items()]
+
+
+def _sample_table(moments: Sequence[tuple[str, TextsEvent]]) -> Table:
+    columns = ["prompt", *(f"{when} (step {event.step})" for when, event in moments), "reference"]
+    rows: dict[str, list[Any]] = {}
+    for at, (_, event) in enumerate(moments, start=1):
+        for text in event.texts:
+            row = rows.setdefault(text.sample or text.prompt or "", [text.prompt, *(None for _ in columns[1:])])
+            row[at], row[-1] = _with_reward(text), text.reference or row[-1]
+    used = [at for at in range(len(columns)) if any(row[at] for row in rows.values())]
+    return table([columns[at] for at in used], [[row[at] for at in used] for row in rows.values()], prose=True)
+
+
+def _with_reward(text: SampleText) -> str:
+    return "\n\n".join(filter(None, (text.text, "" if text.reward is None else f"reward {text.reward:.4g}")))
 
 
 def _texts(run: RunRecord) -> list[tuple[str, TextsEvent]]:

@@ -18,7 +18,7 @@ from launcher.monitor.goodput import (
     WAITING,
     Interval,
 )
-from launcher.report.chart import Chart, Trace, axes, colour, safe, table
+from launcher.report.chart import Chart, Trace, axes, colour, named_once, safe, table
 from launcher.report.reading import RunRecord
 from trainer.run.events import CheckpointEvent, Event, FailureEvent, HangEvent, ResizeEvent, StartEvent
 
@@ -31,13 +31,14 @@ SHADES = {
     LOST: "#ef4444",
     WAITING: "#9ca3af",
 }
-SYMBOLS: dict[type[Event], str] = {
-    FailureEvent: "x",
-    ResizeEvent: "diamond",
-    CheckpointEvent: "triangle-up",
-    HangEvent: "square",
+SYMBOLS: dict[type[Event], tuple[str, str]] = {
+    FailureEvent: ("x", "✖"),
+    ResizeEvent: ("diamond", "◆"),
+    CheckpointEvent: ("triangle-up", "▲"),
+    HangEvent: ("square", "■"),
 }
-_MOST_PIECES = 1500
+"""Plotly's symbol for an event, and a letter that looks like it."""
+_MOST_PIECES, MOST_RANK_TICKS = 1500, 16
 
 
 def timeline_chart(runs: Sequence[RunRecord]) -> Chart | None:
@@ -54,11 +55,15 @@ def timeline_chart(runs: Sequence[RunRecord]) -> Chart | None:
             bars[piece.kind].append((safe(run.label), begin, length, f"attempt {piece.attempt} {piece.phase}".strip()))
             rows.append([run.label, piece.begin - first, piece.end - piece.begin, piece.kind, piece.phase or None])
     traces = [_bars(kind, bars[kind], unit) for kind in KINDS if bars[kind]]
-    traces += _marks(begun, divisor)
-    layout = axes(unit, "", barmode="overlay", height=180 + 60 * len(begun))
-    layout["yaxis"] |= {"type": "category", "automargin": True}
+    legend = [(SHADES[kind], kind) for kind in KINDS if bars[kind]]
+    for kind, (symbol, letter) in SYMBOLS.items():
+        if at := [(run, event) for run in begun for event in run.told(kind) if event.time]:
+            traces.append(_marks(kind.kind, symbol, at, divisor))
+            legend.append(("", f"{letter} {kind.kind}"))
+    layout = axes(unit, "", barmode="overlay", height=100 + 40 * len(begun), showlegend=False)
+    layout["yaxis"] |= {"type": "category", "automargin": True, "visible": len(runs) > 1}
     columns = ("run", "from s", "seconds", "what", "phase")
-    return Chart("timeline", "the activity of each run over time", traces, layout, table(columns, rows))
+    return Chart("timeline", "the activity of each run over time", traces, layout, table(columns, rows), legend)
 
 
 def _bars(kind: str, bars: Sequence[tuple[str, float, float, str]], unit: str) -> Trace:
@@ -77,23 +82,16 @@ def _bars(kind: str, bars: Sequence[tuple[str, float, float, str]], unit: str) -
     }
 
 
-def _marks(runs: Sequence[RunRecord], divisor: float) -> list[Trace]:
-    traces = []
-    for kind, symbol in SYMBOLS.items():
-        at = [(run, event) for run in runs for event in run.told(kind) if event.time]
-        if at:
-            traces.append(
-                {
-                    "type": "scatter",
-                    "mode": "markers",
-                    "name": kind.kind,
-                    "x": [(event.time - run.went.pieces[0].begin) / divisor for run, event in at],
-                    "y": [safe(run.label) for run, _ in at],
-                    "text": [safe(_mark_text(event)) for _, event in at],
-                    "marker": {"symbol": symbol, "size": 11, "color": "#111827", "line": {"color": "#fff", "width": 1}},
-                }
-            )
-    return traces
+def _marks(name: str, symbol: str, at: Sequence[tuple[RunRecord, Event]], divisor: float) -> Trace:
+    return {
+        "type": "scatter",
+        "mode": "markers",
+        "name": name,
+        "x": [(event.time - run.went.pieces[0].begin) / divisor for run, event in at],
+        "y": [safe(run.label) for run, _ in at],
+        "text": [safe(_mark_text(event)) for _, event in at],
+        "marker": {"symbol": symbol, "size": 11, "color": "#111827", "line": {"color": "#fff", "width": 1}},
+    }
 
 
 def _mark_text(event: Event) -> str:
@@ -143,15 +141,21 @@ def goodput_chart(runs: Sequence[RunRecord]) -> Chart | None:
         rows += [[run.label, kind, seconds[kind], f"{100 * seconds[kind] / wall:.2f} %"] for kind in KINDS]
         rows += [[run.label, f"… {phase}", s, f"{100 * s / wall:.2f} %"] for phase, s in run.went.starting.items()]
         rows.append([run.label, "total", wall, f"{100 * sum(seconds.values()) / wall:.2f} %"])
-    layout = axes("% of wall time", "", barmode="stack", height=180 + 60 * len(begun))
+    legend = [(SHADES[kind], kind) for kind in KINDS if any(run.went.seconds[kind] for run in begun)]
+    if len(begun) == 1:
+        went = begun[0].went
+        legend = [(shade, f"{kind} {went.seconds[kind] / went.wall_s:.1%}") for shade, kind in legend]
+    layout = axes("% of wall time", "", barmode="stack", height=100 + 40 * len(begun), showlegend=False)
     layout["xaxis"] |= {"range": [0, 100]}
-    layout["yaxis"] |= {"type": "category", "automargin": True}
+    layout["yaxis"] |= {"type": "category", "automargin": True, "visible": len(runs) > 1}
     columns = ("run", "what", "seconds", "share")
-    return Chart("goodput", "the shares of the wall time", traces, layout, table(columns, rows))
+    return Chart("goodput", "the shares of the wall time", traces, layout, table(columns, rows), legend)
 
 
 def rank_chart(runs: Sequence[RunRecord]) -> Chart | None:
-    """Draws each rank's own seconds per step, for all attempts of one run, or the newest attempt of several runs."""
+    """Draws each rank's own seconds per step, for all attempts of one run, or the newest attempt of several runs.
+
+    Returns None if there is never more than one rank, which waits for nobody."""
     traces: list[Trace] = []
     rows: list[list[Any]] = []
     for index, run in enumerate(runs):
@@ -160,7 +164,7 @@ def rank_chart(runs: Sequence[RunRecord]) -> Chart | None:
             times, hosts = attempts[attempt], _hosts(run, attempt)
             middles = [median(mine) for mine in times]
             tails = [quantiles(mine, n=20, method="inclusive")[-1] if len(mine) > 1 else mine[0] for mine in times]
-            name = safe(f"{run.label}, attempt {attempt}")
+            name = safe(f"{run.label}, attempt {attempt}" if len(runs) > 1 else f"attempt {attempt}")
             ranks = list(range(len(times)))
             shade = colour(index if len(runs) > 1 else attempt - 1)
             above = {
@@ -178,8 +182,12 @@ def rank_chart(runs: Sequence[RunRecord]) -> Chart | None:
                 rows.append([run.label, attempt, str(rank), host, middles[rank], tails[rank], share])
     if not traces:
         return _slowest_chart(runs)
+    most = max(len(trace["x"]) for trace in traces)
+    if most < 2:
+        return None
     columns = ("run", "attempt", "rank", "host", "median s", "95 % s", "of the median rank's")
-    layout = axes("rank", "own seconds per step", barmode="group")
+    layout = axes("rank", "", barmode="group")
+    layout["xaxis"] |= {"dtick": 1} if most <= MOST_RANK_TICKS else {}
     return Chart("ranks", "the seconds per step in which each rank works alone", traces, layout, table(columns, rows))
 
 
@@ -248,12 +256,13 @@ def checkpoint_chart(runs: Sequence[RunRecord]) -> Chart | None:
         done = run.told(CheckpointEvent)
         if not done:
             continue
-        steps, name = [event.step for event in done], f"{run.label}: " if len(runs) > 1 else ""
+        steps = [event.step for event in done]
         stalls, uploads = [event.stall_s for event in done], [event.upload_s for event in done]
-        shade, dashed = colour(2 * index), {"color": colour(2 * index + 1), "dash": "dash"}
+        solid = {"color": colour(index)}
+        dashed = {**solid, "dash": "dash"}
         marks = {"type": "scatter", "mode": "lines+markers", "x": steps}
-        traces.append({**marks, "name": safe(f"{name}training blocked"), "y": stalls, "line": {"color": shade}})
-        traces.append({**marks, "name": safe(f"{name}written in the background"), "y": uploads, "line": dashed})
+        traces.append({**marks, "name": "training blocked", "y": stalls, "line": solid})
+        traces.append({**marks, "name": "written in the background", "y": uploads, "line": dashed})
         for event in done:
             mib = None if event.bytes is None else event.bytes / 2**20
             seconds = [event.stall_s, event.snapshot_s, event.upload_s]
@@ -261,4 +270,6 @@ def checkpoint_chart(runs: Sequence[RunRecord]) -> Chart | None:
     if not traces:
         return None
     columns = ("run", "attempt", "step", "stall s", "of it copying s", "writing s", "MiB", "skipped before it")
-    return Chart("checkpoints", "the time of each checkpoint", traces, axes("step", "seconds"), table(columns, rows))
+    layout = axes("step", "")
+    layout["yaxis"] |= {"rangemode": "tozero"}
+    return Chart("checkpoints", "the time of each checkpoint", named_once(traces), layout, table(columns, rows))

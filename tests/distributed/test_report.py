@@ -18,7 +18,7 @@ from launcher.report import report
 from launcher.report.reading import RunRecord, read_run
 from launcher.report.timeline_charts import straggler
 from tests.support.browser import FOUND, browser
-from tests.support.made_up_run import CHARTS, SECTIONS
+from tests.support.made_up_run import CHARTS, GROUPS
 from tests.support.ranks import run_ranks
 from tests.support.training import run_of, small_recipe, train_rank, write_pairs
 from trainer.checkpoint import list_commits
@@ -113,9 +113,10 @@ def test_it_tells_where_the_seconds_of_two_drivers_went(run: RunRecord, story: t
 
 def test_its_page_has_every_section_and_adds_up_to_a_hundred(run: RunRecord, tmp_path: Path) -> None:
     page = report([run])
-    assert tuple(re.findall(r'<section id="([\w-]+)"', page)) == SECTIONS
+    assert re.findall(r'<section id="([\w-]+)"', page) == [group for group in GROUPS if group != "samples"]
     (figures,) = re.findall(r'<script type="application/json" id="figures">(.*?)</script>', page)
-    assert tuple(json.loads(figures)) == CHARTS
+    charts = tuple(json.loads(figures))
+    assert tuple(chart for chart in charts if chart != "metric-eval_perplexity") == CHARTS
     shares = [share for trace in json.loads(figures)["goodput"]["data"] for share in trace["x"]]
     assert sum(shares) == pytest.approx(100, abs=1)
     if FOUND is None:
@@ -123,5 +124,5 @@ def test_its_page_has_every_section_and_adds_up_to_a_hundred(run: RunRecord, tmp
     (tmp_path / "report.html").write_text(page, encoding="utf-8")
     with browser(tmp_path / "profile") as tab:
         tab.open(tmp_path / "report.html")
-        assert tab.ask("document.documentElement.dataset.drawn") == str(len(CHARTS))
+        assert tab.ask("document.documentElement.dataset.drawn") == str(len(charts))
         assert tab.said == []

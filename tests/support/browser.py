@@ -26,7 +26,11 @@ LAUNCH = (
 )
 """The browser reads from its descriptor 3 and writes to 4."""
 PATIENCE_S = 60.0
-DRAWN = "document.documentElement.dataset.drawn"
+DRAWN = """document.readyState === "complete" &&
+    (!document.getElementById("figures") || Boolean(document.documentElement.dataset.drawn))"""
+"""A report is ready when its charts are drawn."""
+PAPER_PX = 8.27 * 96 - 2 * 0.4 * 96
+"""The width of A4 between the margins that Chromium prints with."""
 
 
 class Browser:
@@ -43,13 +47,13 @@ class Browser:
             self._call(f"{domain}.enable")
 
     def open(self, page: Path, *, width: int = 1280, height: int = 900, dark: bool = False) -> None:
-        """Until its charts are drawn."""
+        """Until it is loaded; a report, until its charts are drawn."""
         self._call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
         self.media(dark=dark)
         for url in ("about:blank", page.as_uri()):  # else the page before would answer for a moment
             self._call("Page.navigate", url=url)
         deadline = time.monotonic() + PATIENCE_S
-        while self.ask(f"document.readyState === 'complete' && {DRAWN}") in (None, False, ""):
+        while not self.ask(DRAWN):
             assert time.monotonic() < deadline, f"{page} is not drawn after {PATIENCE_S:.0f} s; it said {self.said}"
             time.sleep(0.05)
 
@@ -68,13 +72,15 @@ class Browser:
         return told["result"].get("value")
 
     def picture(self, target: Path, **clip: float) -> None:
-        """PNG of the whole page, or of ``x``, ``y``, ``width`` and ``height`` in its pixels."""
-        area = {"clip": {**clip, "scale": 1}} if clip else {}
+        """PNG or WebP of the whole page, or of ``x``, ``y``, ``width`` and ``height`` in its pixels."""
+        area: dict[str, Any] = {"clip": {**clip, "scale": 1}} if clip else {}
+        area |= {"format": "webp", "quality": 80} if target.suffix == ".webp" else {}
         told = self._call("Page.captureScreenshot", captureBeyondViewport=True, **area)
         target.write_bytes(base64.b64decode(told["data"]))
 
     def pdf(self, target: Path) -> None:
         """As it is printed on A4."""
+        self._call("Emulation.setEmulatedMedia", media="")  # an emulated screen would stay one on paper
         told = self._call("Page.printToPDF", paperWidth=8.27, paperHeight=11.69)
         target.write_bytes(base64.b64decode(told["data"]))
 

@@ -12,11 +12,15 @@ from trainer.run.jsonl import JsonLinesWriter
 from trainer.run.lease import Holder, LeaseRecord, to_row
 from trainer.storage import Storage
 
-SECTIONS = (
-    "summary", "loss", "eval-loss", "learning-rate", "gradient-norm", "throughput", "memory", "step-times", "ranks",
-    "timeline", "goodput", "checkpoints", "data", "lengths", "samples", "recipe", "versions", "hosts",
+GROUPS = ("loss", "samples", "machine", "data", "recipe")
+CHARTS = (
+    "loss-curve", "eval-loss", "learning-rate", "gradient-norm", "throughput", "memory", "step-times", "ranks",
+    "checkpoints", "goodput", "timeline", "sources", "lengths",
 )  # fmt: skip
-CHARTS = (*SECTIONS[1:12], "data", "lengths")
+CARDS = (
+    *(*CHARTS[:4], "samples-0", *CHARTS[4:11], "events", "hosts"),
+    *("sources", "lengths", "recipe-text", "versions"),
+)
 """Of a report's page, by their ids."""
 BEGAN = 1_700_000_000.0
 TRACE = "trainer/worker/loop.py:17, in _update\n    <step>(lr)"
@@ -32,25 +36,35 @@ seed: 3
 """
 
 
-def make_up(run: Storage, *, lr: float = 1e-4, ended: str = "succeeded") -> None:
-    """Attempt 1 is killed after step 30 and saved 20; 2 goes on with fewer workers, is resized at 60; 3 ends at 80."""
+def make_up(run: Storage, *, lr: float = 1e-4, ended: str = "succeeded", scale: int = 1) -> None:
+    """Attempt 1 is killed after step 30 and saved 20; 2 continues with fewer workers and is resized at 60; 3 ends at
+    80. With ``scale`` each of these numbers of steps is so many times as large."""
     name = run.url.rsplit("/", 1)[-1]
     run.write(layout.RECIPE, RECIPE.format(name=name).encode())
     packages = {name: VERSIONS[name] for name in ("torch", "transformers")}
     run.write_json(layout.PROVENANCE, {"muster": "0.1.0+abc", "packages": packages, "python": "3.11", "host": "a"})
     killed = {"event": "failure", "cause": "<b>killed</b>", "rank": 3, "host": "b", "trace": TRACE, "advice": ADVICE}
-    at = _attempt(run, 1, range(1, 31), BEGAN, ["a", "a", "b", "b"], lr, killed)
-    at = _attempt(run, 2, range(21, 61), at + 9, ["a", "a", "b"], lr, {"event": "resize", "reason": "c has joined"})
-    end = {"event": "end", "state": ended, "step": 80}
-    at = _attempt(run, 3, range(61, 81), at + 4, ["a", "a", "b", "c"], lr, end)
+    resized = {"event": "resize", "reason": "c has joined"}
+    at = _attempt(run, 1, (0, 30), BEGAN, ["a", "a", "b", "b"], lr, killed, scale)
+    at = _attempt(run, 2, (20, 60), at + 9, ["a", "a", "b"], lr, resized, scale)
+    end = {"event": "end", "state": ended, "step": 80 * scale}
+    at = _attempt(run, 3, (60, 80), at + 4, ["a", "a", "b", "c"], lr, end, scale)
     holder = Holder("a", "boot/1", 4711, 1000.0, None)
     run.write_json(layout.LEASE, to_row(LeaseRecord(1, ended, holder, at + 1.0, 7)))
 
 
 def _attempt(
-    run: Storage, number: int, steps: range, at: float, hosts: list[str], lr: float, stop: dict[str, Any]
+    run: Storage,
+    number: int,
+    between: tuple[int, int],
+    at: float,
+    hosts: list[str],
+    lr: float,
+    stop: dict[str, Any],
+    scale: int,
 ) -> float:
     """Returns when it ended."""
+    steps = range(between[0] * scale + 1, between[1] * scale + 1)
     events = JsonLinesWriter(run, layout.events_part(number, "rank0"))
     rows = JsonLinesWriter(run, layout.metrics_part(number))
     head = {"attempt": number, "writer": "rank0"}
@@ -64,16 +78,18 @@ def _attempt(
         took = 2.0 + 0.2 * math.sin(step)
         now += (took if step > steps[0] else 0.0) + stall
         compiled = {"compile_s": 1.0} if step == steps[0] else {}
-        rows.add({"attempt": number, "time": now, **_step(step, took, hosts, lr), "stall_s": stall, **compiled})
+        trained = _step(step, took, hosts, lr, scale)
+        rows.add({"attempt": number, "time": now, **trained, "stall_s": stall, **compiled})
         stall = 0.0
-        if step % 20 == 0:
+        if step % (20 * scale) == 0:
             now += 3.0
-            rows.add({"attempt": number, "time": now, "step": step, "eval_loss": 1 + 2 / step**0.5, "eval_s": 3.0})
-        if step % 10 == 0 and (number > 1 or step <= 20):
+            evaluated = {"eval_loss": 1 + 2 / (step / scale) ** 0.5, "eval_s": 3.0}
+            rows.add({"attempt": number, "time": now, "step": step, **evaluated})
+        if step % (10 * scale) == 0 and (number > 1 or step <= 20 * scale):
             stall = 0.4
             done = {"step": step, "stall_s": 0.4, "snapshot_s": 0.3, "upload_s": 1.5, "bytes": 9 << 20, "coalesced": 0}
             events.add({**head, "event": "checkpoint", "time": now + 2, **done})
-        if step in (1, 80):
+        if step in (1, 80 * scale):
             shown = {"prompt": "Q: <script>alert(1)</script>", "text": f"as of {step}", "reference": "", "reward": 0.5}
             events.add({**head, "event": "texts", "time": now, "step": step, "texts": [shown]})
     events.add({**head, "time": now + 2.5, **stop})
@@ -82,16 +98,17 @@ def _attempt(
     return now + 2.5
 
 
-def _step(step: int, took: float, hosts: list[str], lr: float) -> dict[str, Any]:
+def _step(step: int, took: float, hosts: list[str], lr: float, scale: int) -> dict[str, Any]:
     """The last rank's own work takes 1.5 times as long."""
+    share = step / scale
     own = [took * 0.5] * (len(hosts) - 1) + [took * 0.75]
     return {
         "step": step,
-        "total_steps": 80,
+        "total_steps": 80 * scale,
         "epoch": 0,
-        "loss": 1 + 2 / step**0.5 + 3000 * lr * math.cos(step) / 10,
-        "lr": lr * min(1.0, step / 10),
-        "grad_norm": 1 / step**0.5,
+        "loss": 1 + 2 / share**0.5 + 3000 * lr * math.cos(step) / 10,
+        "lr": lr * min(1.0, share / 10),
+        "grad_norm": 1 / share**0.5,
         "tokens_per_s": 4096 / took,
         "step_s": took,
         "rank_s": own,

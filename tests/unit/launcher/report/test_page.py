@@ -1,4 +1,4 @@
-"""A report's page in a browser that is not there to be seen: drawn, dark, on a phone, on paper."""
+"""A report's page in a headless browser: drawn, dark, on a phone, on paper."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ import pytest
 
 from launcher.report import report
 from launcher.report.reading import DataFacts, read_run
-from tests.support.browser import FOUND, Browser, browser
+from tests.support.browser import FOUND, PAPER_PX, Browser, browser
 from tests.support.made_up_run import CHARTS, COUNTS, WORDS, make_up
+from tests.support.pictures import all_pictures
+from trainer.run.metrics import StepMetrics
 from trainer.storage import open_storage
 
 pytestmark = pytest.mark.skipif(FOUND is None, reason="no chromium: apt-get install chromium")
@@ -32,8 +34,6 @@ addEventListener("beforeprint", () => {
   window.printed = { widest: Math.max(...widths), ink };
 });
 """
-PAPER_PX = 8.27 * 96 - 2 * 0.4 * 96
-"""Of A4, between the margins that Chromium prints with."""
 
 
 @pytest.fixture(scope="module")
@@ -77,9 +77,9 @@ def test_it_is_dark_where_the_reader_is(tab: Browser, page: Path) -> None:
         (one, i) => getComputedStyle(one)[["backgroundColor", "fill", "color"][i]])"""
     tab.open(page, dark=True)
     night = tab.ask(look)
-    assert night == ["rgb(17, 24, 39)", "rgb(229, 231, 235)", "rgb(156, 163, 175)"]
+    assert night == ["rgb(14, 18, 24)", "rgb(230, 233, 239)", "rgb(152, 162, 179)"]
     tab.media(dark=False)
-    day = ["rgb(255, 255, 255)", "rgb(31, 41, 55)", "rgb(107, 114, 128)"]
+    day = ["rgb(245, 246, 248)", "rgb(31, 41, 55)", "rgb(102, 112, 133)"]
     assert tab.ask(f"new Promise((go) => requestAnimationFrame(() => requestAnimationFrame(() => go({look}))))") == day
 
 
@@ -90,6 +90,49 @@ def test_a_phone_shows_it_without_scrolling_sideways(tab: Browser, page: Path) -
     widths = tab.ask("[...document.querySelectorAll('.plot-container .main-svg')].map((one) => one.clientWidth)")
     assert len(widths) >= len(CHARTS)
     assert 300 <= min(widths) <= max(widths) <= 390
+
+
+def test_texts_to_be_compared_are_beside_each_other_and_on_a_phone_below_each_other(tab: Browser, page: Path) -> None:
+    places = (
+        "[...document.querySelectorAll('.prose tbody tr:first-child td')].map((one) => one.getBoundingClientRect().%s)"
+    )
+    tab.open(page)
+    assert len(set(tab.ask(places % "top"))) == 1
+    tab.open(page, width=390, height=844)
+    assert len(set(tab.ask(places % "left"))) == 1
+    assert tab.ask("getComputedStyle(document.querySelector('.prose td'), '::before').content") == '"prompt"'
+
+
+def test_the_bar_stays_and_shows_the_group_in_the_window(tab: Browser, page: Path) -> None:
+    tab.open(page)
+    here = "[...document.querySelectorAll('nav a.here')].map((one) => one.hash)"
+    assert tab.ask(here) == ["#loss"]
+    tab.ask("document.querySelector('nav a[href=\"#machine\"]').click()")
+    settled = "new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
+    assert tab.ask(f"{settled}.then(() => {here})") == ["#machine"]
+    assert tab.ask("document.querySelector('nav').getBoundingClientRect().top") == 0
+    assert 0 <= tab.ask("document.getElementById('machine').getBoundingClientRect().top") < 100
+
+
+def test_a_constant_rate_is_read_off_its_axis(tab: Browser, tmp_path: Path) -> None:
+    run = open_storage(str(tmp_path / "runs")).child("constant")
+    make_up(run, lr=5e-3)
+    found = read_run(run)
+    rows = [replace(row, lr=5e-3) if isinstance(row, StepMetrics) else row for row in found.rows]
+    (tmp_path / "report.html").write_text(report([replace(found, rows=rows)]), encoding="utf-8")
+    tab.open(tmp_path / "report.html")
+    ticks = "[...document.querySelectorAll('[data-chart=\"learning-rate\"] .ytick text')].map((one) => one.textContent)"
+    assert tab.ask(ticks) == ["0", "5e\u22123"], "with plotly's minus sign"
+
+
+def test_pictures_are_taken_of_any_page(tab: Browser, tmp_path: Path) -> None:
+    other = tmp_path / "other.html"
+    other.write_text("<!doctype html><title>A page</title><p>Not a report.", encoding="utf-8")
+    all_pictures(tab, other, tmp_path)
+    taken = sorted(path.stem for path in tmp_path.glob("*.webp"))
+    sizes = [f"other-{size}{mode}" for size in ("desktop", "tablet", "phone") for mode in ("", "-dark")]
+    assert taken == sorted([*sizes, "other-printed"])
+    assert all(path.read_bytes().startswith(b"RIFF") for path in tmp_path.glob("*.webp"))
 
 
 def test_paper_cuts_nothing_off(tab: Browser, page: Path, tmp_path: Path) -> None:
