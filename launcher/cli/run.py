@@ -48,10 +48,13 @@ def run(
         submit.run_elsewhere(loaded, place, ["--takeover"] if takeover else [], address, detach=detach)
         return
     if recipe == "quickstart" and not os.path.isfile(recipe):
-        from launcher.quickstart.prepare import prepare_inputs
+        from launcher.quickstart.prepare import make_inputs
+        from trainer.progress.lines import ProgressLines, called_often
 
         hush_libraries()
-        prepare_inputs(loaded, console.print)
+        lines = ProgressLines(lambda text, style: console.print(Text(text, style=style), soft_wrap=True))
+        with called_often(lines.repeat):
+            make_inputs(loaded, lines)
     from launcher.driver.driver import run as drive
     from launcher.monitor.progress import Progress
     from trainer.progress.ending import last_lines

@@ -46,8 +46,7 @@ def main(overrides: Sequence[str]) -> int:
         hush_libraries()
         overrides = [*for_this_machine(), *overrides]
         recipe = load(RECIPE, overrides)
-        make_inputs(console, lines, recipe)
-        lines.phase("")
+        prepare.make_inputs(recipe, lines)
         console.rule(" ".join(["muster run recipes/quickstart.yaml", *overrides]))
         code = call([sys.executable, "-m", "launcher", "run", str(RECIPE), *overrides])
         if code == 0:
@@ -77,21 +76,6 @@ def call(command: Sequence[str]) -> int:
     except (KeyboardInterrupt, Terminated):
         process.terminate()
         return process.wait()
-
-
-def make_inputs(console: Console, lines: ProgressLines, recipe: Recipe) -> None:
-    """Makes the base model and the data at the paths that the recipe names."""
-    base = Path(recipe.model.path)
-
-    def on_step(step: int, loss: float) -> None:
-        lines.within_phase(f"pretraining a small Llama: step {step} of {prepare.STEPS}, loss {loss:.2f}")
-
-    lines.phase("making a small Llama and its tokenizer")
-    made = prepare.prepare_base(base, on_step=on_step)
-    console.print(f"base model: {base} ({'made and pretrained' if made else 'was there'})")
-    train, held_out = (Path(sources[0].path).parent for sources in (recipe.data.train, recipe.data.eval))
-    prepare.prepare_data(train, held_out)
-    console.print(f"questions to learn from: {train}; held out: {held_out}")
 
 
 def show_curve(console: Console, run: Storage) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from launcher.quickstart.corpus import pretraining_texts, write_questions
 from launcher.quickstart.model import LlamaShape, make_model, pretrain
+from trainer.progress.lines import ProgressLines
 from trainer.recipe import Recipe
 
 SEED = 17
@@ -37,16 +38,20 @@ def prepare_base(
     return True
 
 
-def prepare_inputs(recipe: Recipe, tell: Callable[[str], None]) -> None:
+def make_inputs(recipe: Recipe, lines: ProgressLines) -> None:
     """Makes the base model and the data at the paths that the quickstart's recipe names, unless they exist already."""
+    base = Path(recipe.model.path)
 
     def on_step(step: int, loss: float) -> None:
-        if step % 50 == 0:
-            tell(f"pretraining a small Llama for the quickstart: step {step} of {STEPS}, loss {loss:.2f}")
+        lines.within_phase(f"pretraining a small Llama: step {step} of {STEPS}, loss {loss:.2f}")
 
-    prepare_base(Path(recipe.model.path), on_step=on_step)
+    lines.phase("making a small Llama and its tokenizer")
+    made = prepare_base(base, on_step=on_step)
+    lines.say(f"base model: {base} ({'made and pretrained' if made else 'was there'})")
     train, held_out = (Path(sources[0].path).parent for sources in (recipe.data.train, recipe.data.eval))
     prepare_data(train, held_out)
+    lines.say(f"questions to learn from: {train}; held out: {held_out}")
+    lines.phase("")
 
 
 def prepare_data(train: Path, held_out: Path) -> None:

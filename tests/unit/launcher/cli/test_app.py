@@ -275,9 +275,10 @@ def test_the_quickstart_by_its_name_makes_its_inputs_first(
     monkeypatch.chdir(tmp_path)
     made: list[str] = []
 
-    def prepare_base(folder: Path, *, on_step: Callable[[int, float], None]) -> None:
+    def prepare_base(folder: Path, *, on_step: Callable[[int, float], None]) -> bool:
         made.append(str(folder))
         on_step(50, 3.14159)
+        return True
 
     monkeypatch.setattr(launcher.quickstart.prepare, "prepare_base", prepare_base)
 
@@ -289,6 +290,6 @@ def test_the_quickstart_by_its_name_makes_its_inputs_first(
     assert muster("run", "quickstart", "training.steps=7") == 0
     assert made == ["runs/quickstart/base", "quickstart"]
     assert list((tmp_path / "runs" / "quickstart" / "data").glob("*.jsonl"))
-    assert muster.err.splitlines()[0].endswith("step 50 of 300, loss 3.14")
+    assert "base model: runs/quickstart/base (made and pretrained)" in muster.err
     (tmp_path / "quickstart").write_text((tmp_path / "own").name)
     assert muster("run", "quickstart") == 2, "a file of this name is the recipe"

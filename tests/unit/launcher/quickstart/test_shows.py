@@ -11,7 +11,6 @@ import pytest
 from launcher.quickstart import __main__ as quickstart
 from launcher.quickstart.model import LlamaShape
 from launcher.quickstart.prepare import prepare_base
-from launcher.terminal.console import stdout
 from tests.support.played_time import PlayedTime
 from trainer.progress.lines import ProgressLines
 from trainer.recipe import load
@@ -102,13 +101,14 @@ def test_making_the_base_is_told_while_it_goes_on(tmp_path: Path, monkeypatch: p
         return True
 
     monkeypatch.setattr(quickstart.prepare, "prepare_base", prepare_base)
-    quickstart.make_inputs(stdout(), lines, load(quickstart.RECIPE))
-    assert told == [
+    quickstart.prepare.make_inputs(load(quickstart.RECIPE), lines)
+    assert told[:4] == [
         "[  0.0 s] making a small Llama and its tokenizer",
         "[  6.0 s] pretraining a small Llama: step 1 of 300, loss 8.00",
         "[ 12.0 s] pretraining a small Llama: step 2 of 300, loss 7.00",
         "[ 18.0 s] pretraining a small Llama: step 3 of 300, loss 6.00",
     ]
+    assert [line.partition(":")[0] for line in told[4:]] == ["base model", "questions to learn from"]
 
 
 def test_a_run_that_fails_gives_its_exit_code_and_shows_nothing_more(
