@@ -55,21 +55,25 @@ def evaluated(model: Any, texts: Sequence[Text]) -> float:
     return float(loss_of(model.eval(), texts))
 
 
-def train(model: Any, texts: Sequence[Text], steps: int, section: OptimizerSection) -> list[float]:
-    """Returns the loss of each step."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
+def train(
+    model: Any, texts: Sequence[Text], steps: int, section: OptimizerSection
+) -> tuple[list[float], dict[str, torch.Tensor]]:
+    """Returns the loss of each step, and the gradients of the first by their names in the adapter's file."""
+    trained = {n.replace(".default", ""): p for n, p in model.named_parameters() if p.requires_grad}
+    gradients: dict[str, torch.Tensor] = {}
     optimizer = torch.optim.AdamW(
-        parameters, section.lr, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay
+        list(trained.values()), section.lr, betas=section.betas, eps=section.eps, weight_decay=section.weight_decay
     )
     losses = []
     model.train()
     for _ in range(steps):
         loss = loss_of(model, texts)
         loss.backward()
+        gradients = gradients or {n: p.grad.clone() for n, p in trained.items() if p.grad is not None}
         optimizer.step()
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
-    return losses
+    return losses, gradients
 
 
 class Coverage(NamedTuple):

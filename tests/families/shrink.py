@@ -81,7 +81,7 @@ EXTRA: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v2": {"num_experts_per_tok": 2},
     "dots1": {"n_routed_experts": EXPERTS, "num_experts_per_tok": 2, "n_shared_experts": 1},
     "hunyuan_v1_dense": {"head_dim": HEAD},
-    "hunyuan_v1_moe": {"head_dim": HEAD},
+    "hunyuan_v1_moe": {"head_dim": HEAD, "num_experts": EXPERTS, "moe_topk": 2},
     "lfm2_moe": {"num_hidden_layers": 2, "layer_types": ["conv", "full_attention"], "num_dense_layers": 1},
     "ministral": {"head_dim": HEAD},
     "nemotron": {"num_key_value_heads": 2},
@@ -92,6 +92,7 @@ EXTRA: Mapping[str, Mapping[str, Any]] = {
     "axk2": {"index_n_heads": 24},
     "deepseek_v32": {"index_n_heads": 24},
     "glm_moe_dsa": {"index_n_heads": 24},
+    "hy_v4": {"index_n_heads": 24},
     # Published models have both kinds of layers, the defaults one.
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},

@@ -7,9 +7,10 @@ check, so that a wrong model cannot be used by mistake.
 
 from __future__ import annotations
 
+import inspect
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from trainer.artifacts.merge_streamed import merge_in_parts
 from trainer.checkpoint.artifact_info import ArtifactInfo
 from trainer.checkpoint.model_card import merged_card
 from trainer.errors import CorruptObject, InputError, StorageError, UsageError
+from trainer.experts import is_mixture
 from trainer.model.base_config import is_packed, load_config
 from trainer.model.placement import Placement, placement_for
 from trainer.recipe.trust import NOBODY, Trust
@@ -173,7 +175,7 @@ def _merge_into(
         mixed(model, mix)
     elif len(subject.adapters) > 1:
         raise UsageError(f"say which of {', '.join(subject.adapters)} to merge, or how much of each, by --use")
-    before = _logits(model, probes, placement)
+    before = _logits(model, probes)
     say("merging")
     try:
         _write(folder, subject, model, placement)
@@ -228,8 +230,23 @@ def _untie(model: Any) -> None:
 
 
 @torch.no_grad()
-def _logits(model: Any, probes: list[torch.Tensor], placement: Placement) -> list[torch.Tensor]:
-    return [model(input_ids=ids).logits.float().cpu() for ids in probes]
+def _logits(model: Any, probes: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Returns the logits [1, L, V] of each text, or [1, C] of a classifier."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    plain = {"use_cache": False} if "use_cache" in inspect.signature(base.forward).parameters else {}
+    return [model(input_ids=ids, **plain).logits.float().cpu() for ids in probes]
+
+
+def _difference(before: Sequence[torch.Tensor], after: Sequence[torch.Tensor], *, mixture: bool) -> float:
+    """Returns the norm of the change of the logits, relative to their norm.
+
+    ``mixture``: it is that of the median token. Rounding can give a few tokens another expert, and change those after
+    them too, while a wrong sum changes all."""
+    pairs = [((a - b).norm(dim=-1).flatten(), b.norm(dim=-1).flatten()) for a, b in zip(after, before, strict=True)]
+    moved, size = (torch.cat(norms) for norms in zip(*pairs, strict=True))
+    if mixture:
+        return float((moved / size).median())
+    return float(moved.norm() / size.norm()) if size.any() else float(moved.norm())
 
 
 def _compare(
@@ -237,10 +254,8 @@ def _compare(
 ) -> float:
     there = {"path": str(folder), "revision": "main"}
     whole = replace(subject, section=subject.section.model_copy(update=there), adapters={})
-    after = _logits(load(whole, placement, subject.classes), probes, placement)
-    change = sum(float((a - b).square().sum()) for a, b in zip(after, before, strict=True))
-    size = sum(float(b.square().sum()) for b in before)
-    difference = (change / size) ** 0.5 if size else change
+    model = load(whole, placement, subject.classes)
+    difference = _difference(before, _logits(model, probes), mixture=is_mixture(model))
     dtype = subject.section.dtype
     if not difference <= TOLERANCES[dtype]:
         hint = "" if dtype == "float32" else "; merge with --dtype float32"

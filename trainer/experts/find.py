@@ -37,8 +37,11 @@ def expert_weights(model: torch.nn.Module) -> dict[str, ExpertWeight]:
 def routers(model: torch.nn.Module) -> set[str]:
     """Returns the names of the linear layers that choose experts.
 
-    A router stands beside the experts: it is called so, or is a linear layer with one output for each expert."""
-    counts, found = _expert_counts(model), set()
+    A router stands beside the experts: it is called so, or is a linear layer with one output for each expert. Where no
+    experts are found (DBRX keeps theirs in matrices), it has both."""
+    counts = _expert_counts(model)
+    linear = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
+    found = {name for name, m in linear if "router" in name and m.out_features in counts}
     blocks = {name.rpartition(".")[0] for name in _holders(model, counts)}
     for block in blocks:
         for child_name, child in model.get_submodule(block).named_children():
@@ -64,7 +67,10 @@ def _expert_counts(model: Any) -> set[int]:
 
 def expert_counts(text: Any) -> set[int]:
     """Returns the numbers of experts in a text model's configuration."""
-    return {v for k, v in text.to_dict().items() if "expert" in k and "per_tok" not in k and type(v) is int and v > 1}
+    settings = text.to_dict()
+    parts = [settings, *(part for name, part in settings.items() if name.endswith("_config") and part)]
+    named = [(k, v) for part in parts for k, v in part.items() if "expert" in k and "per_tok" not in k]
+    return {v for _, v in named if type(v) is int and v > 1}
 
 
 def experts_per_token(text: Any) -> int:

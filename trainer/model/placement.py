@@ -97,5 +97,6 @@ def model_bytes(section: ModelSection, folder: Path) -> int:
     packed = sum(m.weight.numel() for m in model.modules() if isinstance(m, torch.nn.Linear))
     packed += sum(weight.shape.numel() for weight in expert_weights(model).values())
     rest = sum(p.numel() for p in model.parameters()) - packed
-    head = 0 if config.get_text_config().tie_word_embeddings else model.get_input_embeddings().weight.numel()
+    tied = getattr(config.get_text_config(), "tie_word_embeddings", False)
+    head = 0 if tied else model.get_input_embeddings().weight.numel()
     return int(packed * PACKED_BYTES.get(section.quantization, width) + (rest + head) * width)

@@ -65,13 +65,19 @@ def check_packed(model: Any, section: ModelSection, skipped: list[str] | None = 
     shared = set(names) - {name for name, _ in model.named_parameters()}
     first = {id(model.get_parameter(name)) for name in shared}
     packed, left = 0, {}
+    stacks = expert_weights(model)
+    owners = {weight.owner for weight in stacks.values()}
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit | Linear8bitLt):
             packed += module.in_features * module.out_features
         elif computes_plain_product(type(module)) and module is not output and id(module.weight) not in first:
             left[name] = module.weight.numel()
+        elif module not in owners and "experts" in name.split("."):
+            # In a form in which experts are not found: those of DBRX are a matrix.
+            own = module.named_parameters(recurse=False)
+            left |= {f"{name}.{n}": p.numel() for n, p in own if p.dim() == 2 and p.is_floating_point()}
     left = {n: size for n, size in left.items() if not any(f"{n}.".startswith(f"{skip}.") for skip in skipped or ())}
-    for name, weight in expert_weights(model).items():
+    for name, weight in stacks.items():
         if packed_in(weight.owner):
             packed += weight.shape.numel()
         else:

@@ -380,3 +380,16 @@ def test_brackets_in_what_is_told_are_no_markup(tiny_model: Path, capsys: pytest
     told.facts["text"] = "[INST] say [/INST] [qv]_proj"
     Console(width=120).print(described_table(told))
     assert "[INST] say [/INST] [qv]_proj" in capsys.readouterr().out
+
+
+def test_a_token_with_another_expert_is_no_wrong_sum_of_a_mixture() -> None:
+    draw = torch.Generator().manual_seed(3)
+    before = [torch.randn(1, 5, 8, generator=draw), torch.randn(1, 4, 8, generator=draw)]
+    one = [logits.clone() for logits in before]
+    one[0][:, -1] += 1.0
+    every = [logits + 1.0 for logits in before]
+    assert merging._difference(before, one, mixture=True) == 0.0
+    assert merging._difference(before, every, mixture=True) > 0.3
+    assert merging._difference(before, one, mixture=False) > 0.1
+    zero = [torch.zeros(1, 3)]
+    assert merging._difference(zero, [torch.ones(1, 3)], mixture=False) == pytest.approx(3**0.5)

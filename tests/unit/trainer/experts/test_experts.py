@@ -16,6 +16,7 @@ from trainer.adapters import Adapter, make_adapter
 from trainer.adapters.targets import resolve, targeted_experts
 from trainer.errors import InputError
 from trainer.experts import PackedExperts, expert_weights, pack_experts, packed_experts, routers
+from trainer.model.quantization import check_packed
 from trainer.recipe import Recipe
 
 TOKENS = torch.randint(3, 128, (2, 12), generator=torch.Generator().manual_seed(3))
@@ -64,6 +65,18 @@ def test_a_router_is_a_layer_beside_experts_with_one_output_for_each() -> None:
     assert routers(experts_model("phimoe")) == {f"model.layers.{n}.mlp.router" for n in range(2)}
     assert routers(experts_model("llama4_text")) == {"model.layers.1.feed_forward.router"}
     assert {name.rsplit(".", 2)[-2] for name in routers(experts_model("jetmoe"))} == {"router"}
+
+
+def test_experts_in_matrices_of_two_dimensions_are_left_as_they_are(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, DbrxConfig
+
+    sizes = {"d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 128, "attn_config": {"rope_theta": 1e4}}
+    config = DbrxConfig(**sizes, ffn_config={"ffn_hidden_size": 64, "moe_num_experts": 4, "moe_top_k": 2})
+    model = AutoModelForCausalLM.from_config(config)
+    assert {name.partition("blocks.0.")[2] for name in routers(model)} == {"ffn.router.layer", ""}
+    assert not [name for name in resolve(model, "all-linear") if "router" in name]
+    with pytest.raises(InputError, match=r"leaves .* elements of linear layers and experts"):
+        check_packed(model, recipe_of(tmp_path, **{"model.quantization": "nf4"}).model)
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)

@@ -113,7 +113,8 @@ def test_checkpointing_runs_each_layer_again(
         return lambda *given, **named: ran.append(1) or function(*given, **named)
 
     monkeypatch.setattr(torch, "compile", counting)
-    monkeypatch.setattr(build, "check_used", lambda *_: None)  # it runs the layers once more
+    for check in ("check_used", "check_left_to_right"):  # they run the layers too
+        monkeypatch.setattr(build, check, lambda *_: None)
     write_pairs(tmp_path / "data" / "a.jsonl", 40)
     one = {"training": {"steps": 1, "global_batch": 2, "micro_batch": 2, "gradient_checkpointing": checkpointing}}
     plain = {"strategy.kind": kind, "data.packing": False}
