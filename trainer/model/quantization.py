@@ -66,16 +66,16 @@ def check_packed(model: Any, section: ModelSection, skipped: list[str] | None = 
     first = {id(model.get_parameter(name)) for name in shared}
     packed, left = 0, {}
     stacks = expert_weights(model)
-    owners = {weight.owner for weight in stacks.values()}
+    found = {part for weight in stacks.values() for part in weight.owner.modules()}
     for name, module in model.named_modules():
         if isinstance(module, Linear4bit | Linear8bitLt):
             packed += module.in_features * module.out_features
         elif computes_plain_product(type(module)) and module is not output and id(module.weight) not in first:
             left[name] = module.weight.numel()
-        elif module not in owners and "experts" in name.split("."):
+        elif module not in found and "experts" in name.split("."):
             # In a form in which experts are not found: those of DBRX are a matrix.
             own = module.named_parameters(recurse=False)
-            left |= {f"{name}.{n}": p.numel() for n, p in own if p.dim() == 2 and p.is_floating_point()}
+            left |= {f"{name}.{n}": p.numel() for n, p in own if p.dim() == 2}
     left = {n: size for n, size in left.items() if not any(f"{n}.".startswith(f"{skip}.") for skip in skipped or ())}
     for name, weight in stacks.items():
         if packed_in(weight.owner):
