@@ -32,7 +32,9 @@ from tests.support.waiting import free_port  # noqa: E402
 from trainer.data import Batch  # noqa: E402
 from trainer.distributed.world import join_world  # noqa: E402
 from trainer.model.peak_rss import HostPeak, resident_bytes  # noqa: E402
-from trainer.plan import Limits, Plan, Planner, read_base  # noqa: E402
+from trainer.plan.config import read_base  # noqa: E402
+from trainer.plan.memory import Planner  # noqa: E402
+from trainer.plan.result import Limits, Plan  # noqa: E402
 from trainer.recipe import Recipe  # noqa: E402
 from trainer.storage import open_storage  # noqa: E402
 from trainer.worker.build import build  # noqa: E402

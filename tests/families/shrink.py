@@ -93,6 +93,8 @@ EXTRA: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v32": {"index_n_heads": 24},
     "glm_moe_dsa": {"index_n_heads": 24},
     "hy_v4": {"index_n_heads": 24},
+    # Longer texts need a mask, which transformers leaves out for a single text: its tokens then see what follows them.
+    "doge": {"keep_window_size": POSITIONS},
     # Published models have both kinds of layers, the defaults one.
     "bamba": {"attn_layer_indices": [1]},
     "granitemoehybrid": {"num_hidden_layers": 2, "layer_types": ["linear_attention", "full_attention"]},

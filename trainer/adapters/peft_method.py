@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from trainer.adapters.peft_targets import (
     as_saved,
     attached_targets,
     check_attached,
+    lost_by_peft,
     names_as_given,
     refused_by_peft,
     wanted_targets,
@@ -37,6 +39,8 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
     from trainer.adapters.base import Read, Rows, ShapeOf
+
+log = logging.getLogger(__name__)
 
 ADAPTER_NAME = "default"
 
@@ -158,7 +162,20 @@ class PeftMethod(Adapter):
         if self.recipe.model.dtype != "float32":
             cast_where_used(model)
         self._names, self._constants = self.saved_layout(model)
+        self._warn_of_lost(model)
         return model
+
+    def _warn_of_lost(self, model: Any) -> None:
+        import peft
+
+        trained = {self._names[name]: p for name, p in model.named_parameters() if name in self._names}
+        lost = sorted(lost_by_peft(model, trained) if "LORA" in self.peft_type else ())
+        if lost:
+            log.warning(
+                "peft %s leaves out %d of the adapter's %d tensors when it loads them into %s, since it renames them "
+                "(%s): use muster merge, generate and chat",
+                *(peft.__version__, len(lost), len(trained), type(model.get_base_model()).__name__, lost[0]),
+            )
 
     def loads_by_shard(self, base: torch.nn.Module) -> bool:
         return not (self.reads_base or self.recipe.adapter.trainable_tokens)  # the latter start as rows of the base

@@ -8,7 +8,7 @@ named by its parameter (``down_proj.weight``), so that plain peft puts the same 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -73,6 +73,16 @@ def _moved_by_peft(names: Iterable[str], base: Any) -> set[str]:
 
     leaves = {leaf: moves(leaf) for leaf in {name.rpartition(".")[2] for name in names}}
     return {name for name in names if leaves[name.rpartition(".")[2]]}
+
+
+def lost_by_peft(model: Any, names: Mapping[str, torch.Tensor]) -> set[str]:
+    """Returns those of an adapter's tensors, by their saved names, that plain peft renames while it loads them into a
+    base model of this architecture, as if they were of older weight files, and so does not find."""
+    from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
+
+    empty = {name: torch.empty(tensor.shape, device="meta") for name, tensor in names.items()}
+    config = model.peft_config[model.active_adapters[0]]
+    return empty.keys() - convert_peft_adapter_state_dict_for_transformers(model, config, empty).keys()
 
 
 def refused_by_peft(base: Any, names: Iterable[str]) -> set[str]:

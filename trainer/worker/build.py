@@ -129,10 +129,11 @@ def _build(
             attention = settle_attention(recipe, strategy.model, strategy.module, task.inputs, world.device)
             strategy.reshard()
             asked = strategy.model, strategy.module, task.inputs, world.device, recipe.model.path
+            length = recipe.data.sequence_length
             if task.head is not None:
-                check_left_to_right(*asked)
+                check_left_to_right(*asked, length)
             if recipe.data.packing:
-                check_isolation(*asked, recipe.data.sequence_length)
+                check_isolation(*asked, length)
         strategy.reshard()
         with _as_told(recipe, strategy):
             check_used(recipe, world, adapter, task, strategy)

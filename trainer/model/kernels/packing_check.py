@@ -39,6 +39,8 @@ TOKEN_UNITS: dict[str, dict[str, float]] = {
     "sliding_window": {"sliding_window": FEW},
     "attention_chunk_size": {"attention_chunk_size": FEW},
     "floor_scale": {"floor_scale": FEW, "attn_scale": 10.0},
+    "index_topk": {"index_topk": FEW},
+    "keep_window_size": {"keep_window_size": FEW},
 }
 """The settings of transformers' models, in tokens, by which attention changes along a row, and the values with which it
 changes within a few tokens: by more than rounding, so that Llama 4's temperature is also made steeper."""
@@ -112,7 +114,9 @@ def check_isolation(
 
 
 @torch.no_grad()
-def check_left_to_right(model: Any, module: Any, inputs: Inputs, device: torch.device, path: str) -> None:
+def check_left_to_right(
+    model: Any, module: Any, inputs: Inputs, device: torch.device, path: str, sequence_length: int
+) -> None:
     """Raises InputError when a token's logits depend on what follows it, as in an encoder, or when the model does not
     number the tokens of a text from 0: models of RoBERTa's family begin behind the number of their padding token.
 
@@ -120,15 +124,25 @@ def check_left_to_right(model: Any, module: Any, inputs: Inputs, device: torch.d
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     config = getattr(model, "active_peft_config", None)
     packs = _Packs(base, module, inputs, device)
+    units = units_below(base, sequence_length)
     with evaluating(module):
         ahead = packs.moved_by_what_follows()
+        with shrunk(base, units):
+            ahead_by_unit = packs.moved_by_what_follows()
         # The code of virtual prompts puts them into numbered texts only.
         numbering = 0.0 if config is not None and config.is_prompt_learning else packs.moved_by_numbering()
     in_8bit = getattr(base, "is_loaded_in_8bit", False)
-    if not ahead <= (INT8_TOLERANCE if in_8bit else EXACT_TOLERANCE if packs.in_float32 else TOLERANCE):
+    tolerance = INT8_TOLERANCE if in_8bit else EXACT_TOLERANCE if packs.in_float32 else TOLERANCE
+    if not ahead <= tolerance:
         raise InputError(
             f"model.path {path!r}: {type(base).__name__} lets a token see what follows it (logits move by {ahead:.2g} "
             "of their spread), so that it cannot learn to write; name a causal language model"
+        )
+    if not ahead_by_unit <= tolerance:
+        value = min(units.values())
+        raise InputError(
+            f"model.path {path!r}: behind {value} tokens, {type(base).__name__} lets a token see what follows it "
+            f"(by {', '.join(units)}), and data.sequence_length is {sequence_length}; lower it to {value}"
         )
     if not numbering <= TOLERANCE:
         raise InputError(

@@ -9,6 +9,7 @@ import pytest
 import torch
 from bitsandbytes import functional
 
+from tests.families.shrink import small_config
 from tests.support.experts import ARCHITECTURES, experts_model
 from tests.support.models import base_of
 from tests.support.training import small_recipe
@@ -99,6 +100,17 @@ def test_plain_peft_computes_the_same_from_the_saved_adapter(kind: str, tmp_path
         torch.testing.assert_close(got, parameter.grad, rtol=1e-4, atol=1e-6)
     merged = plain.merge_and_unload()
     assert loss_of(merged).item() == pytest.approx(loss.item(), rel=1e-5)
+
+
+def test_what_plain_peft_does_not_load_is_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base = AutoModelForCausalLM.from_config(small_config("laguna")).requires_grad_(False)
+    adapted("laguna", tmp_path, base=base)
+    assert "of the adapter's 36 tensors when it loads them into LagunaForCausalLM" in caplog.text
+    caplog.clear()
+    adapted("deepseek_v3", tmp_path)
+    assert caplog.text == ""
 
 
 def test_layers_beside_the_experts_keep_their_own_adapters(tmp_path: Path) -> None:

@@ -55,7 +55,7 @@ def test_attention_keeps_samples_apart(config: PreTrainedConfig, dtype: torch.dt
 @pytest.mark.parametrize("config", [*DECODERS, MambaConfig(**SIZES, state_size=8)], ids=lambda c: c.model_type)
 def test_a_decoder_reads_from_left_to_right(config: PreTrainedConfig, dtype: torch.dtype) -> None:
     model = model_of(config, dtype)
-    check_left_to_right(model, model, model_inputs, torch.device("cpu"), "base")
+    check_left_to_right(model, model, model_inputs, torch.device("cpu"), "base", 64)
 
 
 WIDE = {"initializer_range": 0.3}  # layers then move logits as much as those of a trained model
@@ -74,7 +74,7 @@ WIDE = {"initializer_range": 0.3}  # layers then move logits as much as those of
 def test_an_encoder_is_refused(config: PreTrainedConfig, dtype: torch.dtype, why: str) -> None:
     model = model_of(config, dtype)
     with pytest.raises(InputError, match=f"'base': {why}"):
-        check_left_to_right(model, model, model_inputs, torch.device("cpu"), "base")
+        check_left_to_right(model, model, model_inputs, torch.device("cpu"), "base", 64)
 
 
 @pytest.mark.parametrize("int8", [False, True])
