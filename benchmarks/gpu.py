@@ -38,10 +38,7 @@ from tests.support.training import small_recipe  # noqa: E402
 from trainer.distributed.world import World, join_world  # noqa: E402
 from trainer.plan.config import read_base  # noqa: E402
 from trainer.plan.known_configs import LLAMA_3_8B  # noqa: E402
-from trainer.plan.memory import (
-    DEVICE_RESERVE,
-    Planner,
-)
+from trainer.plan.memory import DEVICE_RESERVE, Planner  # noqa: E402
 from trainer.plan.result import Limits  # noqa: E402
 from trainer.recipe import Recipe  # noqa: E402
 from trainer.worker.mfu import peak_flops  # noqa: E402
