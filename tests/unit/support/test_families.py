@@ -11,7 +11,7 @@ import torch
 
 from tests.families import rows
 from tests.families.bases import make_base, write_texts
-from tests.families.checks import Difference, _compare, _train
+from tests.families.checks import Difference, Trained, _compare_first_step, _train
 from tests.families.plain import load
 from tests.families.shrink import WINDOW, small_config
 
@@ -56,9 +56,19 @@ def test_a_window_of_the_small_model_hides_tokens(tmp_path: Path) -> None:
     assert torch.equal(*seen)
 
 
-def test_losses_that_differ_name_the_way_that_is_wrong() -> None:
-    with pytest.raises(Difference, match=r"by 5\.0e-01, those of samples alone by 0\.0e\+00"):
-        _compare([1.5], [1.0], 2e-4, True, lambda: [1.0])
+@pytest.mark.parametrize(
+    ("loss", "gradient", "wrong"),
+    [
+        (1.5, [1.0, 2.0], r"the first loss differs from the plain loop's by 5\.0e-01"),
+        (1.0, [1.0, 3.0], r"the first gradient of w differs from the plain loop's by 4\.5e-01 of its norm"),
+        (1.0, None, r"the first gradient of w differs from the plain loop's by 1\.0e\+00 of its norm"),
+    ],
+)
+def test_a_first_step_that_differs_is_named(loss: float, gradient: list[float] | None, wrong: str) -> None:
+    gradients = {} if gradient is None else {"w": torch.tensor(gradient)}
+    trained = Trained([loss], 0.0, "sdpa", [], gradients, [], [], [])
+    with pytest.raises(Difference, match=wrong):
+        _compare_first_step(trained, 1.0, {"w": torch.tensor([1.0, 2.0])})
 
 
 def test_a_trained_parameter_without_a_gradient_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

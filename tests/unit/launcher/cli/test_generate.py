@@ -318,6 +318,8 @@ def test_a_merge_explains_its_difference_and_no_library_says_anything(recipe: Re
     )
     assert (done.returncode, done.stdout) == (0, "")
     lines = done.stderr.splitlines()
-    assert all(re.match(r"\[ *\d+\.\d s\] |the merged model is |serve it: ", line) for line in lines), done.stderr
+    assert all(re.match(r"\[ *\d+\.\d s\] |the merged model is |serve it:$|vllm serve ", line) for line in lines), (
+        done.stderr
+    )
     (merged,) = [line for line in lines if line.startswith("the merged model")]
     assert re.search(r"differ by \d\.\de-\d\d of their norm \(bfloat16 rounding; up to 5e-02 is accepted\)$", merged)

@@ -73,6 +73,7 @@ def held() -> Store:
     return left_by(lambda storage, log: claim_driver(storage, {}) and None)
 
 
+@pytest.mark.night
 def test_three_attempts_after_a_run_that_was_killed() -> None:
     """One is about to commit and one in the middle of its sweep when the third starts."""
     processes = [Worker(driver=1, commits=1), Worker(driver=1, commits=1), Worker(commits=1)]
