@@ -52,6 +52,7 @@ def await_attempt(recipe: Recipe, attempt: int, command: Command, timeout_s: flo
     return clock.seconds()
 
 
+@pytest.mark.night
 def test_a_run_follows_the_hosts_that_come_and_go(
     ray: RayOnHosts, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

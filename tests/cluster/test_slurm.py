@@ -73,6 +73,7 @@ def hosts_by_attempt(recipe: Recipe) -> dict[int, list[str]]:
     return {e["attempt"]: e["hosts"] for e in read_rows(run_of(recipe), layout.EVENTS) if e["event"] == "start"}
 
 
+@pytest.mark.night
 def test_before_its_time_limit_a_job_commits_and_requeues_itself_and_cancelled_it_does_not(site: Site) -> None:
     recipe = site.recipe("limit", 2, **LONG)
     job = site.submit("train", recipe, "--nodes=2")
@@ -114,6 +115,7 @@ def test_an_elastic_run_goes_on_without_a_node_that_crashed(site: Site) -> None:
     assert site.slurm.job(job)["Restarts"] == "0"
 
 
+@pytest.mark.night
 def test_torchrun_requeues_before_the_limit_and_ends_with_musters_exit_codes(site: Site) -> None:
     wrong = site.recipe("wrong", 2)
     wrong = wrong.model_copy(update={"model": wrong.model.model_copy(update={"path": str(site.folder / "no-model")})})

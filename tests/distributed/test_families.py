@@ -20,7 +20,6 @@ from tests.families.checks import Row
 from tests.families.rows import FILE, examine_all, outcomes
 
 SEED = int(os.environ.get("FAMILIES_SEED", "20261129"))
-OTHERS = 2
 STORED: dict[str, Any] = json.loads(FILE.read_text())
 ROWS: dict[str, Any] = STORED["rows"]
 
@@ -31,13 +30,13 @@ as_measured = pytest.mark.skipif(
 
 
 def _sample() -> list[str]:
-    """A dense model, a mixture of experts, one with sliding windows, one with a state, and some others."""
+    """A dense model, a mixture of experts, one with sliding windows, and one with a state."""
     draw = random.Random(SEED)
     made = {name: row["kinds"] for name, row in ROWS.items() if "kinds" in row}
     wanted: list[Callable[[list[str]], bool]] = [lambda kinds: not kinds]
     wanted += [lambda kinds, kind=kind: kind in kinds for kind in ("experts", "sliding", "state")]  # type: ignore[misc]
     chosen: list[str] = []
-    for fits in [*wanted, *[lambda kinds: True] * OTHERS]:
+    for fits in wanted:
         chosen.append(draw.choice([name for name, kinds in made.items() if name not in chosen and fits(kinds)]))
     return chosen
 

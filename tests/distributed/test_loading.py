@@ -167,7 +167,7 @@ def size_of(folder: Path) -> int:
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "ranks", [pytest.param(1, marks=pytest.mark.night), pytest.param(2, marks=pytest.mark.night), 3]
+    "ranks", [pytest.param(1, marks=pytest.mark.night), 2, pytest.param(3, marks=pytest.mark.night)]
 )
 def test_it_is_the_whole_load_cut_up(make: Make, base: Path, tmp_path: Path, ranks: int) -> None:
     names = list(CASES) if ranks == 2 else ["lora", "dora", "qdora", "head-too", "vera"]

@@ -17,6 +17,7 @@ from trainer.run.jsonl import read_rows
 from trainer.tasks.lm_head_loss import TargetHead
 
 PLACES = [("ddp", 1), ("ddp", 2), ("fsdp", 2), ("zero3", 2), ("fsdp", 3)]
+BY_DAY = [("ddp", 1), ("ddp", 2), ("fsdp", 2)]
 # Three micro-batches a step: on two ranks, one of them gets a micro-batch of weight zero.
 ENCODER = "classification of an encoder"
 WRITING = ("sft", "dpo", "ppo")
@@ -36,8 +37,11 @@ TIMES = {
 
 
 @pytest.fixture(scope="module")
-def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[str, str, int], Recipe]:
+def runs(
+    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> dict[tuple[str, str, int], Recipe]:
     folder = tmp_path_factory.mktemp("tasks")
+    by_night = any(item.get_closest_marker("night") for item in request.session.items)
     encoder = make_encoder(folder / "encoder")
     bases = {task: (task, tiny_model) for task in TASKS.names()} | {ENCODER: ("classification", encoder)}
     for task in TASKS.names():
@@ -54,7 +58,7 @@ def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[tup
             )
             for key, (task, model) in bases.items()
             for kind in ("ddp", "fsdp", "zero3")
-            if (kind, ranks) in PLACES
+            if (kind, ranks) in (PLACES if by_night else BY_DAY)
         }
         train_in_processes(list(batch.values()), ranks)
         made |= batch
@@ -72,7 +76,10 @@ def samples_of(recipe: Recipe) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize(("kind", "ranks"), PLACES[1:])
+@pytest.mark.parametrize(
+    ("kind", "ranks"),
+    [pytest.param(*place, marks=[] if place in BY_DAY else pytest.mark.night) for place in PLACES[1:]],
+)
 @pytest.mark.parametrize("task", [*TASKS.names(), ENCODER])
 def test_a_task_does_not_know_how_many_ranks_there_are(runs: Any, task: str, kind: str, ranks: int) -> None:
     one, many = runs[task, "ddp", 1], runs[task, kind, ranks]

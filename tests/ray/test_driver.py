@@ -56,6 +56,7 @@ def test_stopped_it_is_overtaken_and_gives_up_when_it_wakes(joined: str, tiny_mo
     assert read_status(run_of(recipe)).state == "succeeded"
 
 
+@pytest.mark.night
 def test_of_several_starts_in_the_same_moment_one_trains(joined: str, tiny_model: Path, folder: Path) -> None:
     recipe = small_recipe("several", tiny_model, folder, **{"training.steps": 60, "resources": {"workers": 2}})
     commands = [muster_run(recipe, folder) for _ in range(4)]

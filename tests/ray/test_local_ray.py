@@ -81,6 +81,7 @@ def client(address: str, **environment: str) -> subprocess.CompletedProcess[str]
     return subprocess.run([sys.executable, "-c", code], env=settings, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.night
 def test_a_local_ray_is_reached_from_this_host_and_with_its_token_alone(local: LocalRun, folder: Path) -> None:
     local.reach(lambda: max(losses(local.recipe), default=0) >= 3, "the third step")
     local.command.process.send_signal(signal.SIGSTOP)  # the run stays as it is while it is looked at

@@ -69,6 +69,7 @@ def test_a_stopped_worker_is_named_ended_and_replaced(
     assert "held up by rank" in hang["cause"]
 
 
+@pytest.mark.night
 def test_interrupted_by_the_user_and_finished_by_torchrun(
     joined: str, undisturbed: Recipe, tiny_model: Path, folder: Path
 ) -> None:
@@ -88,6 +89,7 @@ def test_interrupted_by_the_user_and_finished_by_torchrun(
     assert ledger(recipe) == ledger(undisturbed)
 
 
+@pytest.mark.night
 def test_the_whole_tree_killed_and_the_newest_checkpoint_torn(
     joined: str, undisturbed: Recipe, tiny_model: Path, folder: Path
 ) -> None:

@@ -214,6 +214,7 @@ def load_changed(recipe: Any, overrides: tuple[str, ...]) -> Any:
     return loads(dump(recipe), overrides=overrides)
 
 
+@pytest.mark.night
 def test_the_smallest_change_comes_first(tmp_path: Path) -> None:
     found = advised(tmp_path, 2, 0.9)
     assert found[0] == ("training.micro_batch=4",)
