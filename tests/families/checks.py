@@ -229,8 +229,10 @@ def _merge(folder: Path) -> None:
 
 
 def _compare_first_step(trained: Trained, loss: float, gradients: dict[str, torch.Tensor]) -> None:
-    """After a step, the rounding of the gradients can decide which expert or which earlier token is chosen. Whoever
-    computes the same has the same loss and gradients before it."""
+    """Raises Difference when the first loss, or a gradient of the first step, is not that of the plain loop.
+
+    After a step, the rounding of the gradients can decide which expert or which earlier token is chosen. So two loops
+    that compute the same can have different losses from the second step on."""
     _near(trained.losses[0], loss, TOLERANCE, "the first loss", "the plain loop's")
     for name, want in gradients.items():
         got = trained.gradients.get(name, torch.zeros_like(want))

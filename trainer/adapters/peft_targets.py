@@ -76,8 +76,8 @@ def _moved_by_peft(names: Iterable[str], base: Any) -> set[str]:
 
 
 def lost_by_peft(model: Any, names: Mapping[str, torch.Tensor]) -> set[str]:
-    """Returns those of an adapter's tensors, by their saved names, that plain peft renames while it loads them into a
-    base model of this architecture, as if they were of older weight files, and so does not find."""
+    """Returns the saved names of the adapter's tensors that plain peft does not load into a base model of this
+    architecture: it renames them by the rules for the base model's older files, and then finds no place for them."""
     from peft.utils.transformers_weight_conversion import convert_peft_adapter_state_dict_for_transformers
 
     empty = {name: torch.empty(tensor.shape, device="meta") for name, tensor in names.items()}
