@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 
 from trainer.errors import InputError
-from trainer.model.kernels.packing_check import FIRST_TOKENS, SECOND_TOKENS, Inputs, shrunk, units_below
+from trainer.model.kernels.packing_check import FIRST_TOKENS, SECOND_TOKENS, Inputs, mode, shrunk, units_below
 from trainer.model.kernels.varlen_cpu import by_sample
 from trainer.recipe.sections.compute import SIXTEEN_BIT
 from trainer.recipe.tasks import TASKS
@@ -80,12 +80,12 @@ def settle_attention(recipe: Recipe, model: Any, module: Any, inputs: Inputs, de
         ids, positions, real = _probe(recipe.data.packing)
         asked = inputs(ids, positions, device)
         with shrunk(base, units_below(base, recipe.data.sequence_length)):
-            with _mode(module, training=False):
+            with mode(module, training=False):
                 got = module(**asked).logits[real].float()
                 base.set_attn_implementation(before)
                 want = module(**asked).logits[real].float()
             base.set_attn_implementation(IMPLEMENTATIONS[kernel])
-            with _mode(module, training=True):
+            with mode(module, training=True):
                 module(**asked)  # with the model's dropout, which a kernel may lack
         moved = float((got - want).abs().max() / want.std())
         if not moved <= TOLERANCE:
@@ -124,17 +124,6 @@ def _check_installed(kernel: str) -> None:
             raise InputError(
                 "the package flash-attn is not installed: pip install flash-attn --no-build-isolation"
             ) from None
-
-
-@contextmanager
-def _mode(module: Any, *, training: bool) -> Iterator[None]:
-    was_training = module.training
-    module.train(training)
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        module.train(was_training)
 
 
 def _probe(packed: bool) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], torch.Tensor]:

@@ -68,17 +68,17 @@ def units_below(base: Any, sequence_length: int) -> dict[str, int]:
 
 
 @contextmanager
-def evaluating(module: torch.nn.Module) -> Iterator[None]:
-    """Sets the module to evaluation inside the context."""
+def mode(module: torch.nn.Module, *, training: bool) -> Iterator[None]:
+    """Sets the module to training or to evaluation inside the context, without gradients."""
     was_training = module.training
-    module.eval()
+    module.train(training)
     try:
-        yield
+        with torch.no_grad():
+            yield
     finally:
         module.train(was_training)
 
 
-@torch.no_grad()
 def check_isolation(
     model: Any, module: Any, inputs: Inputs, device: torch.device, path: str, sequence_length: int
 ) -> None:
@@ -87,7 +87,7 @@ def check_isolation(
     ``module``: the wrapped model, whose forward is called. Every rank calls it, in the forward's precision."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     packs = _Packs(base, module, inputs, device)
-    with evaluating(module):
+    with mode(module, training=False):
         leak, place = packs.leak(), packs.moved_by_place()
         counted = {}
         for name, value in units_below(base, sequence_length).items():
@@ -113,7 +113,6 @@ def check_isolation(
         )
 
 
-@torch.no_grad()
 def check_left_to_right(
     model: Any, module: Any, inputs: Inputs, device: torch.device, path: str, sequence_length: int
 ) -> None:
@@ -125,7 +124,7 @@ def check_left_to_right(
     config = getattr(model, "active_peft_config", None)
     packs = _Packs(base, module, inputs, device)
     units = units_below(base, sequence_length)
-    with evaluating(module):
+    with mode(module, training=False):
         ahead = packs.moved_by_what_follows()
         with shrunk(base, units):
             ahead_by_unit = packs.moved_by_what_follows()
