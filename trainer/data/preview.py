@@ -1,4 +1,4 @@
-"""What becomes of rows, from a tokenizer alone: each sample's text with its targets marked, faults and warnings."""
+"""Previews rows with a tokenizer alone: each sample's text with its targets marked, faults and warnings."""
 
 from __future__ import annotations
 

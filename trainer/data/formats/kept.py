@@ -14,7 +14,7 @@ Ranges = list[tuple[int, int]]
 
 
 class LeftOut(NamedTuple):
-    """What a text lacks of a turn: ``what`` names it, ``value`` is it."""
+    """A part of a turn that a text lacks. ``what``: the part's name; ``value``: its text."""
 
     turn: Turn
     what: str

@@ -32,7 +32,8 @@ class Tokenised:
     def at(self, character: int) -> int:
         """Returns the index of the token that holds this character, or of the first one behind it."""
         if not self._tokenizer.is_fast:
-            before = _ids(self._tokenizer, self.text[:character], self._special)
+            how = {"add_special_tokens": self._special, "return_attention_mask": False, "verbose": False}
+            before = self._tokenizer(self.text[:character], **how)["input_ids"]
             same = (i for i, (a, b) in enumerate(zip(self.ids, before, strict=False)) if a != b)
             return next(same, min(len(before), len(self.ids)))
         for at in range(character, len(self.text)):
@@ -113,10 +114,6 @@ class MarkedTokens:
                 start, stop = before + found.start if start is None else start, before + found.stop
             before += len(piece.ids)
         return slice(start or 0, stop)
-
-
-def _ids(tokenizer: Any, text: str, special: bool) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=special, return_attention_mask=False, verbose=False)["input_ids"])
 
 
 class Ends(NamedTuple):

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from trainer.data.types import Cursor, RankStep, StepPlan
 
+DEPTH = 2
 _POLL_S = 0.1
 _CLOSE_S = 10.0
 
@@ -25,18 +26,18 @@ class StepReader(Protocol):
 
 
 class Prefetcher(Iterator[RankStep]):
-    """Steps in order, at most ``depth`` of them read ahead of the consumer.
+    """Steps in order, at most `DEPTH` of them read ahead of the consumer.
 
     Iteration stops after ``steps`` steps, and after ``close``. ``close`` ends the thread and may be called twice. An
     error is raised once, by the ``next`` that would return its step; then iteration stops.
     """
 
     def __init__(
-        self, source: StepReader, cursor: Cursor, rank: int, world_size: int, depth: int, steps: int | None = None
+        self, source: StepReader, cursor: Cursor, rank: int, world_size: int, steps: int | None = None
     ) -> None:
         self._source, self._cursor, self._steps = source, cursor, steps
         self._rank, self._world_size = rank, world_size
-        self._queue: queue.Queue[RankStep | BaseException | None] = queue.Queue(max(1, depth))
+        self._queue: queue.Queue[RankStep | BaseException | None] = queue.Queue(DEPTH)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._produce, name="muster-prefetch", daemon=True)
         self._thread.start()

@@ -110,15 +110,13 @@ class Stream:
         self.upcoming.move(Use(at.epoch, at.window, at.pack), packs)
         return RankStep(plan, [read_batch(self.reader, m) for m in plan.of_rank(rank, world_size)])
 
-    def prefetch(
-        self, cursor: Cursor, rank: int, world_size: int, depth: int = 2, steps: int | None = None
-    ) -> Prefetcher:
+    def prefetch(self, cursor: Cursor, rank: int, world_size: int, steps: int | None = None) -> Prefetcher:
         """Returns an iterator over this rank's steps from the cursor, read ahead in a thread; endless without
         ``steps``.
 
         The caller must close it: use it in a ``with`` statement. ``next`` raises the errors of reading ahead.
         """
-        return Prefetcher(self, cursor, rank, world_size, depth, steps)
+        return Prefetcher(self, cursor, rank, world_size, steps)
 
     def ahead(self, plan: StepPlan) -> None:
         """Starts a thread that fetches the window after this step's, unless that was done or is in progress."""

@@ -1,4 +1,4 @@
-"""What the files of a model say about its tokens: those that stop generation, and how many it has embeddings of."""
+"""Reads from a model's files which tokens stop generation, and how many tokens have embeddings."""
 
 from __future__ import annotations
 

@@ -36,6 +36,7 @@ from trainer.recipe.formats import CHAT_TEMPLATES
 from trainer.registry import choose_hint
 from trainer.storage import Storage, locate, to_json
 
+_FIRST_ROWS = 8
 _INDEX = re.compile(r"w(\d{6,})\.index")
 
 MapWindows = Callable[[Callable[[WindowJob], WindowEntry], Sequence[WindowJob]], Iterable[WindowEntry]]
@@ -139,22 +140,22 @@ def _check_counts(spec: PreparationSpec, entries: Sequence[WindowEntry]) -> None
         )
 
 
-def check_first_rows(spec: PreparationSpec, tokenizer: Any, rows: int = 8) -> list[str]:
+def check_first_rows(spec: PreparationSpec, tokenizer: Any) -> list[str]:
     """Reads and encodes the first rows of each source: a cheap check before anything is started. Returns what is odd
     about them, with their source.
 
     Raises InputError for a format that the tokenizer does not support, a missing column, or rows that cannot be read.
     """
-    odd = [(source.path, _check_source(source, spec, tokenizer, rows)) for source in spec.sources]
+    odd = [(source.path, _check_source(source, spec, tokenizer)) for source in spec.sources]
     return [f"{path}: {text}" for path, warnings in odd for text in warnings]
 
 
-def _check_source(source: FrozenSource, spec: PreparationSpec, tokenizer: Any, rows: int) -> list[str]:
+def _check_source(source: FrozenSource, spec: PreparationSpec, tokenizer: Any) -> list[str]:
     encoder, first = RowEncoder(source, tokenizer, spec), source.objects[0]
     reader = open_reader(source, first)
     bad = 0
     for piece in islice(reader.cut(), 1):
-        for row, samples, _ in encoder.encode(list(islice(reader.rows(piece.start, piece.stop), rows))):
+        for row, samples, _ in encoder.encode(list(islice(reader.rows(piece.start, piece.stop), _FIRST_ROWS))):
             if not isinstance(samples, RowError):
                 continue
             bad += 1

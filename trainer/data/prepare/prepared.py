@@ -63,7 +63,7 @@ class PreparedDataset:
 
     @property
     def warnings(self) -> list[list[str]]:
-        """What is odd about the rows of each source, each once, in the recipe's order of sources."""
+        """The oddities of each source's rows, each once, in the recipe's order of sources."""
         found: list[dict[str, None]] = [{} for _ in self.spec.sources]
         for window in self.windows:
             for warnings, of_source in zip(window.warnings, found, strict=False):

@@ -32,13 +32,12 @@ def cut(sources: Sequence[FrozenSource], span_bytes: int = SPAN_BYTES) -> list[S
     Line files are cut by their sizes, parquet by its footer. Files that must be parsed (JSON arrays, CSV) or unpacked
     to be cut are read once, in bounded memory.
     """
-    return [span for i, source in enumerate(sources) for span in _limited(_spans(i, source, span_bytes), source)]
-
-
-def _spans(number: int, source: FrozenSource, span_bytes: int) -> Iterator[Span]:
-    for j, frozen in enumerate(source.objects):
-        for piece in open_reader(source, frozen, span_bytes).cut():
-            yield Span(number, j, piece.start, piece.stop, piece.size)
+    found: list[Span] = []
+    for i, source in enumerate(sources):
+        readers = (open_reader(source, frozen, span_bytes) for frozen in source.objects)
+        spans = (Span(i, j, s.start, s.stop, s.size) for j, reader in enumerate(readers) for s in reader.cut())
+        found += _limited(spans, source)
+    return found
 
 
 def _limited(spans: Iterable[Span], source: FrozenSource) -> Iterator[Span]:

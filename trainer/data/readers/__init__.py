@@ -112,11 +112,6 @@ def open_reader(source: FrozenSource, frozen: FrozenObject, span_bytes: int = SP
 
 def rows_of(source: FrozenSource) -> Iterator[Row | RowError]:
     """Yields every row of a source in order, up to its limit, read in this process."""
-    return islice(_all_rows(source), source.limit)
-
-
-def _all_rows(source: FrozenSource) -> Iterator[Row | RowError]:
-    for frozen in source.objects:
-        reader = open_reader(source, frozen)
-        for piece in reader.cut():
-            yield from (row for _, row in reader.rows(piece.start, piece.stop))
+    readers = (open_reader(source, frozen) for frozen in source.objects)
+    rows = (row for reader in readers for piece in reader.cut() for _, row in reader.rows(piece.start, piece.stop))
+    return islice(rows, source.limit)

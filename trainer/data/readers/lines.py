@@ -14,6 +14,7 @@ from trainer.errors import InputError
 BOM = b"\xef\xbb\xbf"
 UTF16 = (b"\xff\xfe", b"\xfe\xff")
 _LOOK_AHEAD, _FURTHEST_AHEAD = 64 << 10, 8 << 20
+_EXCERPT = 60
 
 
 class LineReader(ABC):
@@ -104,6 +105,6 @@ def line_of(body: Body, offset: int) -> str:
     return f"line {count}"
 
 
-def excerpt(line: bytes, width: int = 60) -> str:
+def excerpt(line: bytes) -> str:
     text = line.decode("utf-8", "replace").strip()
-    return text if len(text) <= width else text[:width] + "…"
+    return text if len(text) <= _EXCERPT else text[:_EXCERPT] + "…"

@@ -318,7 +318,7 @@ def test_what_fails_while_reading_ahead_is_raised_where_its_step_would_be():
         def ahead(self, plan):
             s.ahead(plan)
 
-    steps = Prefetcher(Failing(), s.start(), 0, 1, depth=2)
+    steps = Prefetcher(Failing(), s.start(), 0, 1)
     assert [next(steps).plan, next(steps).plan] == plans[:2]
     with pytest.raises(StorageError, match="away"):
         next(steps)
