@@ -42,8 +42,11 @@ def routers(model: torch.nn.Module) -> set[str]:
     counts = _expert_counts(model)
     linear = [(name, m) for name, m in model.named_modules() if isinstance(m, torch.nn.Linear)]
     found = {name for name, m in linear if "router" in name and m.out_features in counts}
-    blocks = {name.rpartition(".")[0] for name in _holders(model, counts)}
-    for block in blocks:
+    # The modules that hold a layer's experts: in one parameter, or as a list of modules.
+    holders = {name.rpartition(".")[0] for name in expert_weights(model)}
+    lists = {n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) in counts}
+    holders |= {name for name in lists if name.rpartition(".")[2] == "experts"}
+    for block in {name.rpartition(".")[0] for name in holders}:
         for child_name, child in model.get_submodule(block).named_children():
             inside = f"{block}.{child_name}" if block else child_name
             layers = {
@@ -86,10 +89,3 @@ def _stacks(module: torch.nn.Module) -> dict[str, torch.Size]:
     packed = {attribute: packing.shape for attribute, packing in packed_in(module).items()}
     plain = {a: p.shape for a, p in module.named_parameters(recurse=False) if p.dim() == 3}
     return {**plain, **packed}
-
-
-def _holders(model: torch.nn.Module, counts: set[int]) -> list[str]:
-    """Returns the names of the modules that hold a layer's experts: in one parameter, or as a list of modules."""
-    lists = [n for n, m in model.named_modules() if isinstance(m, torch.nn.ModuleList) and len(m) in counts]
-    fused = [name.rpartition(".")[0] for name in expert_weights(model)]
-    return [*dict.fromkeys(fused), *(name for name in lists if name.rpartition(".")[2] == "experts")]
