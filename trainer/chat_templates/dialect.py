@@ -1,4 +1,4 @@
-"""What a chat template takes and writes, found by rendering short conversations with it.
+"""The dialect of a chat template: what it takes and writes. It is found by rendering short conversations with it.
 
 Templates differ in what they read: contents as text or as parts, arguments as a mapping or as JSON text, reasoning in a
 field or between ``<think>`` and ``</think>``. A template that does not read what it is given leaves it out, or writes

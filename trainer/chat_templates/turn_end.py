@@ -1,4 +1,4 @@
-"""What ends an assistant's turn in a chat template, so that texts that are generated end there too."""
+"""Finds what ends an assistant's turn in a chat template, so that generated texts end there too."""
 
 from __future__ import annotations
 
