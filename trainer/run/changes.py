@@ -1,4 +1,4 @@
-"""What differs between a run's recipe and the one that resumes it: what is refused, and what is taken and recorded."""
+"""Compares a run's recipe with the one that resumes it: changes are refused, or accepted and recorded."""
 
 from __future__ import annotations
 

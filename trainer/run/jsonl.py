@@ -210,7 +210,7 @@ def newest_rows(storage: Storage, prefix: str) -> list[dict[str, Any]]:
         return []
     key, size = parts[-1].key, parts[-1].size
     if size <= _GLANCE_BYTES:
-        return _read_part(storage, key)
+        return parse_rows(storage, key, storage.read(key))
     tail = storage.read_range(key, size - _GLANCE_BYTES, size)
     return parse_rows(storage, key, tail.partition(b"\n")[2])
 
@@ -269,10 +269,6 @@ def _read_parts(storage: Storage, prefix: str, read: Callable[[Any], T]) -> list
     keys = [info.key for info in _parts_below(storage, prefix)]
     parts = in_parallel(lambda key: parse_lines(storage, key, storage.read(key), read), keys, _PARALLEL_READS)
     return [row for part in parts for row in part]
-
-
-def _read_part(storage: Storage, key: str) -> list[dict[str, Any]]:
-    return parse_rows(storage, key, storage.read(key))
 
 
 def parse_rows(storage: Storage, key: str, lines: bytes) -> list[dict[str, Any]]:

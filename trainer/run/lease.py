@@ -172,7 +172,6 @@ class Lease:
         self._renew_s = renew_s
         self._lock = threading.Lock()
         self._wake = threading.Event()
-        self._stopping = threading.Event()
         self._ended = False
         self._thread = threading.Thread(target=self._work, name="lease", daemon=True)
         self._thread.start()

@@ -8,6 +8,7 @@ worker's function, by the clocks of their hosts, which may disagree.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -40,12 +41,12 @@ class Phases:
         self._last, self._seconds = self._clock(), {}
 
 
-def process_began(stat: Path = Path("/proc/self/stat"), ticks_per_s: int = 100) -> float:
+def process_began(stat: Path = Path("/proc/self/stat")) -> float:
     """Returns when this process was started, in seconds of `time.monotonic`; now, where the system does not report
     it."""
     now = time.monotonic()
     try:
         fields = stat.read_text().rpartition(")")[2].split()
-        return now - max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / ticks_per_s)
+        return now - max(0.0, time.clock_gettime(time.CLOCK_BOOTTIME) - int(fields[19]) / os.sysconf("SC_CLK_TCK"))
     except (OSError, IndexError, ValueError, AttributeError):
         return now
