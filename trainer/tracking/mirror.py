@@ -60,8 +60,8 @@ class Mirror:
     """One tracker's thread. It calls `pump` again and again. The first error of `pump` is logged as a warning, and the
     call is repeated after a pause that doubles up to `LONGEST_PAUSE_S`."""
 
-    def __init__(self, name: str, recipe: Recipe, run: Storage, *, every_s: float = EVERY_S) -> None:
-        self._name, self._recipe, self._run, self._every_s = name, recipe, run, every_s
+    def __init__(self, name: str, recipe: Recipe, run: Storage) -> None:
+        self._name, self._recipe, self._run = name, recipe, run
         self._tracker: Tracker | None = None
         self._feed = JsonLinesTail(run, layout.METRICS, read_metrics_row)
         self._mark = START
@@ -127,7 +127,7 @@ class Mirror:
                 return
 
     def _pause_s(self) -> float:
-        return min(LONGEST_PAUSE_S, self._every_s * 2.0**self._failures)
+        return min(LONGEST_PAUSE_S, EVERY_S * 2.0**self._failures)
 
     def _try(self) -> None:
         try:
