@@ -23,7 +23,11 @@ class PackedLinear(torch.nn.Linear):
     def __init__(self, like: torch.nn.Linear, dtype: torch.dtype) -> None:
         torch.nn.Module.__init__(self)
         self.in_features, self.out_features, self.dtype = like.in_features, like.out_features, dtype
-        self.packed, self.quant_state_bytes = _packed(like)
+        if isinstance(like, Linear4bit):
+            self.packed, self.quant_state_bytes = _frozen(like.weight), _state_bytes(like.quant_state)
+        else:
+            codes = torch.empty(like.out_features, like.in_features, dtype=torch.int8, device="meta")
+            self.packed, self.quant_state_bytes = _frozen(codes), like.out_features * torch.float32.itemsize
         self.bias = like.bias
 
     @property
@@ -77,13 +81,6 @@ def packed_sizes(model: torch.nn.Module) -> Iterator[PackedSize]:
 def _state_bytes(state: Any) -> int:
     tensors = (state.absmax, state.code, state.offset, state.state2.absmax, state.state2.code)
     return sum(t.numel() * t.element_size() for t in tensors)
-
-
-def _packed(layer: torch.nn.Linear) -> tuple[torch.nn.Parameter, int]:
-    if isinstance(layer, Linear4bit):
-        return _frozen(layer.weight), _state_bytes(layer.quant_state)
-    codes = torch.empty(layer.out_features, layer.in_features, dtype=torch.int8, device="meta")
-    return _frozen(codes), layer.out_features * torch.float32.itemsize
 
 
 def _frozen(packed: torch.Tensor) -> torch.nn.Parameter:
