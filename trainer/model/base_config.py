@@ -87,8 +87,10 @@ def _check_class(section: ModelSection, config: PreTrainedConfig, auto_class: st
             "of layers"
         )
     if type(config) not in getattr(transformers, _MAPPINGS[auto_class]) and auto_class not in own:
+        names = getattr(config, "architectures", None)
+        classes = f" ({', '.join(map(str, names[:2]))})" if isinstance(names, list) and names else ""
         raise InputError(
-            f"{holds}{_classes(config)}, which is no {KINDS[auto_class]}: name one of a family for which transformers "
+            f"{holds}{classes}, which is no {KINDS[auto_class]}: name one of a family for which transformers "
             f"has a class that ends in {auto_class.removeprefix('AutoModel')}"
         )
     # transformers builds a language model from an encoder too, in which a token sees those after it.
@@ -97,11 +99,6 @@ def _check_class(section: ModelSection, config: PreTrainedConfig, auto_class: st
             f"{holds}, which is no {KINDS[auto_class]} but an encoder, whose tokens see those after them: name a "
             "decoder, or use task: classification"
         )
-
-
-def _classes(config: PreTrainedConfig) -> str:
-    names = getattr(config, "architectures", None)
-    return f" ({', '.join(map(str, names[:2]))})" if isinstance(names, list) and names else ""
 
 
 def _check_quantization(section: ModelSection, stored: Mapping[str, Any] | None) -> None:

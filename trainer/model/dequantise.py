@@ -127,14 +127,11 @@ class WeightReader:
             return self._stored(place, start, stop)
         parts = []
         for first, last in place.spans(*place.units(start, stop)):
+            if self._kept[0] != (place, first, last):
+                self._kept = (place, first, last), place.values(self._stored, first, last)
             begin = first * place.unit
-            parts.append(self._units(place, first, last)[max(0, start - begin) : stop - begin])
+            parts.append(self._kept[1][max(0, start - begin) : stop - begin])
         return torch.cat(parts) if parts else torch.empty(0)
-
-    def _units(self, place: QuantisedLocation, first: int, last: int) -> torch.Tensor:
-        if self._kept[0] != (place, first, last):
-            self._kept = (place, first, last), place.values(self._stored, first, last)
-        return self._kept[1]
 
     def _stored(self, place: TensorLocation, start: int, stop: int) -> torch.Tensor:
         raw = torch.empty((stop - start) * place.dtype.itemsize, dtype=torch.uint8)

@@ -65,7 +65,7 @@ class ShardLoader:
             heads = {n: tuple(base.get_parameter(n).shape) for n in names if is_head(base, n)}
             unlike = {n for n, shape in heads.items() if self.stored[names[n][0]].shape != shape}
             names = {n: keys for n, keys in names.items() if n not in unlike}
-        packings = _packings(base) if _is_four_bit(base) else {}
+        packings = _packings(base) if getattr(base, "is_loaded_in_4bit", False) else {}
         tensors = dict(state_of(base))
         # By identity, since the adapter renames what it wraps. `_tensors` keeps them alive until then, so that no
         # other object gets one of these ids.
@@ -311,10 +311,6 @@ def _set_state(packing: Any, state: Any) -> None:
     # Not under FSDP2, where a layer's weight is a plain parameter.
     if not isinstance(packing, PackedExperts) and hasattr(packing.weight, "quant_state"):
         packing.weight.quant_state = state
-
-
-def _is_four_bit(base: Any) -> bool:
-    return bool(getattr(base, "is_loaded_in_4bit", False))
 
 
 def _check_shapes(path: str, found: Mapping[str, tuple[torch.Tensor, _WeightLocation]]) -> None:
