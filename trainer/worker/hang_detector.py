@@ -152,8 +152,10 @@ class HangDetector(Callback):
             try:
                 limited(lambda _: self._exchange(), STALE_S)  # the store's own time-out does not cover every operation
                 found = culprits(self._seen, self._clock(), patience)
-            except (RuntimeError, NoAnswer):  # only this rank's own pulse can be seen
-                found = self._keeper_of_the_store(patience)
+            except (RuntimeError, NoAnswer):
+                # Only this rank's own pulse can be seen. If it is still too, rank 0 hangs, which keeps the store.
+                still = self._clock() - self._seen[self._rank].moved_at >= patience
+                found = [self._seen[0].pulse] if self._rank and still else []
             if found and self._rank == self._first_sound(found):
                 self._on_hang(found)
                 return
@@ -169,7 +171,7 @@ class HangDetector(Callback):
         self._store.set(_key(self._rank), json.dumps(asdict(pulse)))
 
     def _pulse(self) -> Pulse:
-        step, phase, moves = self._now
+        (step, phase, moves), frame = self._now, _frames().get(self._main)
         self._beat += 1
         return Pulse(
             rank=self._rank,
@@ -179,13 +181,8 @@ class HangDetector(Callback):
             phase=phase,
             moves=moves,
             beat=self._beat,
-            stack=self._stack(),
+            stack="".join(traceback.format_stack(frame)[-STACK_FRAMES:]) if frame else "",
         )
-
-    def _keeper_of_the_store(self, patience: float) -> list[Pulse]:
-        """Returns rank 0's last pulse if this rank has not moved for the patience either; nothing on rank 0 itself."""
-        still = self._clock() - self._seen[self._rank].moved_at >= patience
-        return [self._seen[0].pulse] if self._rank and still else []
 
     def look(self) -> None:
         """Reads the newest pulse of every rank."""
@@ -199,10 +196,6 @@ class HangDetector(Callback):
         """Returns the lowest rank that is not a culprit; rank 0 if all are."""
         sick = {p.rank for p in found}
         return min((r for r in range(self._world.size) if r not in sick), default=0)
-
-    def _stack(self) -> str:
-        frame = _frames().get(self._main)
-        return "".join(traceback.format_stack(frame)[-STACK_FRAMES:]) if frame else ""
 
 
 def _frames() -> dict[int, FrameType]:

@@ -162,7 +162,7 @@ def operations_of(model: Any) -> Operations:
     inside = {id(m) for m in head.modules()} if head is not None else set()
     shares = _shares_of_experts(model, text)
     for module in model.modules():
-        for elements, trained in _multiplied(module, text, shares):
+        for elements, trained in _multiplied(module, shares):
             counted[id(module) in inside, trained] += elements
     return Operations(
         frozen=counted[False, False],
@@ -173,8 +173,8 @@ def operations_of(model: Any) -> Operations:
     )
 
 
-def _multiplied(module: Any, text: Any, shares: Mapping[int, float]) -> Iterator[tuple[float, bool]]:
-    """(elements, trained) of each matrix of the module itself; packed ones have another shape than their layer."""
+def _multiplied(module: Any, shares: Mapping[int, float]) -> Iterator[tuple[float, bool]]:
+    """Yields (elements, trained) of each matrix of the module; packed ones have another shape than their layer."""
     if isinstance(module, torch.nn.Embedding):
         return
     for parameter in module._parameters.values():

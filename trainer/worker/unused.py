@@ -59,7 +59,9 @@ def check_used(recipe: Recipe, world: World, adapter: Adapter, task: Task, strat
 def _unused(recipe: Recipe, task: Task, strategy: Strategy) -> list[str]:
     """Returns the names of the trained parameters that are not in the loss's graph."""
     seen: dict[int, str] = {}
-    hooks = [module.register_forward_pre_hook(_Seen(name, seen)) for name, module in _gathered(strategy)]
+    gathered = {"", *strategy.wrapped()}
+    modules = [(name, module) for name, module in strategy.model.named_modules() if name in gathered]
+    hooks = [module.register_forward_pre_hook(_Seen(name, seen)) for name, module in modules]
     was_training = strategy.module.training
     try:
         # Compiled layers would be compiled for this micro-batch alone.
@@ -98,12 +100,6 @@ class _Seen:
     def __call__(self, module: torch.nn.Module, *_: Any) -> None:
         for name, parameter in module.named_parameters():
             self._seen[id(parameter)] = f"{self._prefix}{name}"
-
-
-def _gathered(strategy: Strategy) -> Iterator[tuple[str, torch.nn.Module]]:
-    """Yields the model and the modules that a strategy has wrapped, from the outside in."""
-    names = {"", *strategy.wrapped()}
-    yield from ((name, module) for name, module in strategy.model.named_modules() if name in names)
 
 
 def _leaves(loss: torch.Tensor) -> Iterator[torch.Tensor]:
