@@ -178,10 +178,5 @@ def put_weight(layer: Any, weight: torch.Tensor) -> None:
     layer.weight.data = (weight.T if type(layer).__name__ == "Conv1D" else weight).to(old).contiguous()
 
 
-def is_sharded(model: torch.nn.Module) -> bool:
-    """Returns True if parameters of the model are sharded: DTensors of FSDP2, or partitions of ZeRO-3."""
-    return any(hasattr(p, "placements") or hasattr(p, "ds_id") for p in model.parameters())
-
-
 def _is_b(name: str) -> bool:
     return ".lora_B." in name
