@@ -91,12 +91,15 @@ def _shared(subject: Artifact, recipe: Recipe) -> SharedReward | None:
     config, tensors = _config(folder), _tensors(folder)
     head = tensors.pop(HEAD_KEY, None)
     _check_sizes(recipe, folder, tensors)
-    lora = all(name.rpartition(".")[0].endswith((".lora_A", ".lora_B")) for name in tensors)
+    parts = {name.rpartition("."): tensor for name, tensor in tensors.items()}
+    lora = all(stem.endswith((".lora_A", ".lora_B")) for stem, _, _ in parts)
     if config is None or head is None or not lora or not (folder / MODEL_CONFIG).is_file():
         return None
     pad = read_config(folder / MODEL_CONFIG, str(folder)).get("pad_token_id")
     log.info("%s is loaded on the policy's base model", recipe.ppo.reward.model)
-    return SharedReward(config, {_on_model(n): t for n, t in tensors.items()}, head, -1 if pad is None else int(pad))
+    # On the model, a parameter's name has the adapter's name, without which peft saves it.
+    named = {f"{stem}.{ADAPTER}.{last}": tensor for (stem, _, last), tensor in parts.items()}
+    return SharedReward(config, named, head, -1 if pad is None else int(pad))
 
 
 def _check_sizes(recipe: Recipe, folder: Path, tensors: dict[str, torch.Tensor]) -> None:
@@ -129,9 +132,3 @@ def _tensors(folder: Path) -> dict[str, torch.Tensor]:
         return load_file(path) if path.is_file() else {}
     except SafetensorError as error:
         raise InputError(f"ppo.reward.model: its {path.name} cannot be read, it is torn: {error}") from error
-
-
-def _on_model(saved: str) -> str:
-    """Returns a parameter's name on the model: peft saves it without the adapter's name."""
-    stem, _, last = saved.rpartition(".")
-    return f"{stem}.{ADAPTER}.{last}"
