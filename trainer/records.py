@@ -72,8 +72,9 @@ def _read(kind: Any, value: Any, place: _FieldPath) -> Any:
         found, bounds = _read(arguments[0], value, place), arguments[1]
         inside = bounds.low <= found <= bounds.high
         return found if inside else _refuse(value, place, f"one from {bounds.low:g} to {bounds.high:g}")
-    if origin in (Union, types.UnionType):
-        return _read_one_of(arguments, value, place)
+    if origin in (Union, types.UnionType):  # an optional type: one option, and None
+        (other,) = (option for option in arguments if option is not types.NoneType)
+        return None if value is None else _read(other, value, place)
     if is_typeddict(kind):
         return {**_object(value, place), **_read_fields(kind, _object(value, place), place)}
     if dataclasses.is_dataclass(kind):
@@ -81,14 +82,6 @@ def _read(kind: Any, value: Any, place: _FieldPath) -> Any:
     if origin is not None:
         return _read_collection(origin, arguments, value, place)
     return _read_named_tuple(kind, value, place)
-
-
-def _read_one_of(options: tuple[Any, ...], value: Any, place: _FieldPath) -> Any:
-    # An optional type: all options but one are None.
-    if value is None and types.NoneType in options:
-        return None
-    (other,) = (option for option in options if option is not types.NoneType)
-    return _read(other, value, place)
 
 
 def _read_fields(kind: Any, value: Mapping[str, Any], place: _FieldPath) -> dict[str, Any]:

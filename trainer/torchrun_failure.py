@@ -61,7 +61,9 @@ def explain_failure(error: Exception, of: RunRank, sleep: Callable[[float], None
 
 
 def _event(cause: Failure, of: RunRank) -> FailureEvent:
-    return cause.event(advise(cause, of.recipe, of.run.url), retried=_is_retried(), driver=of.driver)
+    # torchrun starts its ranks again until it has done so as often as it may.
+    done, most = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
+    return cause.event(advise(cause, of.recipe, of.run.url), retried=done < most, driver=of.driver)
 
 
 def _of_first(cause: Failure, of: RunRank, sleep: Callable[[float], None]) -> FailureEvent | EndEvent:
@@ -97,9 +99,3 @@ def _keep(event: FailureEvent, run: Storage, attempt: int, writer: str) -> Failu
     events.emit(event)
     events.close()
     return event
-
-
-def _is_retried() -> bool:
-    """Returns True if torchrun will start its ranks again."""
-    done, most = (int(os.environ.get(f"TORCHELASTIC_{name}", "0")) for name in ("RESTART_COUNT", "MAX_RESTARTS"))
-    return done < most
