@@ -78,15 +78,15 @@ def questions(seed: int) -> tuple[list[CorpusQuestion], list[CorpusQuestion]]:
     return _questions_about(people, trained), _questions_about(people, held_out)
 
 
-def write_questions(train: Path, held_out: Path, seed: int, parts: int = 2) -> None:
-    """Writes JSON Lines of prompt and completion: ``parts`` files under ``train``, one under ``held_out``.
+def write_questions(train: Path, held_out: Path, seed: int) -> None:
+    """Writes JSON Lines of prompt and completion: two files under ``train``, one under ``held_out``.
 
     A file that already has this content is not written again.
     """
     for_training, for_evaluation = questions(seed)
     random.Random(f"order/{seed}").shuffle(for_training)
-    for part in range(parts):
-        _write_jsonl(train / f"part-{part}.jsonl", for_training[part::parts])
+    for part in range(2):
+        _write_jsonl(train / f"part-{part}.jsonl", for_training[part::2])
     _write_jsonl(held_out / "part-0.jsonl", for_evaluation)
 
 

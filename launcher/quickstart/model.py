@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import torch
 
 BOS, EOS, UNK, PAD = "<s>", "</s>", "<unk>", "<pad>"
+TOKENS_PER_ROW = 64
 CHAT_TEMPLATE = (
     "{{ bos_token }}"
     "{% for message in messages %}"
@@ -101,7 +102,6 @@ def pretrain(
     seed: int,
     lr: float = 3e-3,
     rows: int = 32,
-    tokens_per_row: int = 64,
     on_step: Callable[[int, float], None] = lambda step, loss: None,
 ) -> float:
     """Trains all weights of the model in ``folder`` on ``texts``, in this process; returns the last step's loss.
@@ -121,7 +121,7 @@ def pretrain(
     loss = float("nan")
     samples = tokenizer(list(texts))["input_ids"]  # each text from BOS to EOS, all in one row
     stream = torch.tensor([token for sample in samples for token in (*sample, tokenizer.eos_token_id)])
-    for step, batch_RT in enumerate(_batches(stream, steps, rows, tokens_per_row, seed), 1):
+    for step, batch_RT in enumerate(_batches(stream, steps, rows, seed), 1):
         out = model(input_ids=batch_RT, labels=batch_RT, use_cache=False)
         out.loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -134,11 +134,11 @@ def pretrain(
     return loss
 
 
-def _batches(stream: torch.Tensor, steps: int, rows: int, tokens_per_row: int, seed: int) -> Iterator[torch.Tensor]:
-    """Yields ``steps`` batches [rows, tokens_per_row] from random positions of ``stream``."""
+def _batches(stream: torch.Tensor, steps: int, rows: int, seed: int) -> Iterator[torch.Tensor]:
+    """Yields ``steps`` batches [rows, TOKENS_PER_ROW] from random positions of ``stream``."""
     import torch
 
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
-        starts = torch.randint(0, len(stream) - tokens_per_row, (rows, 1), generator=generator)
-        yield stream[starts + torch.arange(tokens_per_row)]
+        starts = torch.randint(0, len(stream) - TOKENS_PER_ROW, (rows, 1), generator=generator)
+        yield stream[starts + torch.arange(TOKENS_PER_ROW)]
