@@ -53,13 +53,9 @@ def suits(resources: ResourcesSection, node: Node) -> bool:
     kind = resources.accelerator_type
     if not node.alive or node.draining or (kind and f"{ACCELERATOR}{kind}" not in node.total):
         return False
-    return all(_matches(node.labels.get(name), asked) for name, asked in resources.labels.items())
-
-
-def _matches(value: str | None, asked: str) -> bool:
-    """Returns True if the label matches. Ray's other forms (``!a``, ``in(a,b)``) are left to Ray, which reports what it
-    cannot place."""
-    return asked.startswith(("!", "in(")) or value == asked
+    # Ray's other forms of a label (``!a``, ``in(a,b)``) are left to Ray, which reports what it cannot place.
+    plain = {name: asked for name, asked in resources.labels.items() if not asked.startswith(("!", "in("))}
+    return all(node.labels.get(name) == asked for name, asked in plain.items())
 
 
 def places(resources: ResourcesSection, have: Mapping[str, float]) -> int:
@@ -123,23 +119,14 @@ def missing(resources: ResourcesSection, nodes: Sequence[Node]) -> str:
         absent = f"missing: {_amounts(lacking)}"
     else:
         absent = "enough in all, but no single node has enough for one more worker"
-    fit = workers_that_fit(resources, nodes)
+    there = _many(len(nodes), "node")
+    if len(suitable) != len(nodes):
+        there = f"{len(suitable)} of {there}, those of the asked accelerator_type and labels"
     return (
-        f"resources.workers asks for {_many(resources.min_workers, 'worker')} with {_each(resources)} each, and the "
-        f"cluster has room for {fit} ({_nodes(len(suitable), len(nodes))} with {_amounts(have)} in all; {absent}): add "
-        f"nodes, or lower {' or '.join(_to_lower(resources))}"
+        f"resources.workers asks for {_many(resources.min_workers, 'worker')} with {_amounts(each(resources))} each, "
+        f"and the cluster has room for {workers_that_fit(resources, nodes)} ({there} with {_amounts(have)} in all; "
+        f"{absent}): add nodes, or lower {' or '.join(_to_lower(resources))}"
     )
-
-
-def _nodes(suitable: int, all_: int) -> str:
-    if suitable == all_:
-        return _many(all_, "node")
-    return f"{suitable} of {_many(all_, 'node')}, those of the asked accelerator_type and labels"
-
-
-def _each(resources: ResourcesSection) -> str:
-    gpus = {"GPU": float(resources.gpus_per_worker)} if resources.gpus_per_worker else {}
-    return _amounts({"CPU": float(resources.cpus_per_worker), **gpus})
 
 
 def _to_lower(resources: ResourcesSection) -> Iterator[str]:

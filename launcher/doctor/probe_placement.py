@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.capacity import Node, check_resources, room
+from launcher.capacity import ACCELERATOR, Node, check_resources, each, room
 from launcher.doctor.observations import NodeObservation
 from launcher.doctor.probe import Probe
 from trainer.errors import InputError
@@ -76,10 +76,11 @@ def _reserved(resources: ResourcesSection, nodes: Sequence[NodeObservation], the
     cut_off = [node.node_id for node in nodes if node.alive and not node.answers]
     # Ray may still list a host that is cut off as alive.
     labels = {**resources.labels, **({"ray.io/node-id": f"!in({','.join(cut_off)})"} if cut_off else {})}
+    kind = {f"{ACCELERATOR}{resources.accelerator_type}": 0.001} if resources.accelerator_type else {}
     most = max(resources.min_workers, min(resources.max_workers, room(resources, there, {})))
     for count in dict.fromkeys((most, resources.min_workers)):
         group = placement_group(
-            [_bundle(resources)] * count,
+            [{**each(resources), **kind}] * count,
             STRATEGIES[resources.placement],
             bundle_label_selector=[labels] * count,
         )
@@ -108,13 +109,6 @@ def _in_bundle(resources: ResourcesSection, group: Any, index: int) -> Any:
     cpus, gpus = resources.cpus_per_worker, resources.gpus_per_worker
     options = {"num_cpus": cpus, "num_gpus": gpus, "scheduling_strategy": strategy}
     return ray.remote(Probe).options(**options).remote(whole=False)
-
-
-def _bundle(resources: ResourcesSection) -> dict[str, float]:
-    bundle = {"CPU": float(resources.cpus_per_worker), "GPU": float(resources.gpus_per_worker)}
-    if resources.accelerator_type:
-        bundle[f"accelerator_type:{resources.accelerator_type}"] = 0.001
-    return {name: amount for name, amount in bundle.items() if amount}
 
 
 def _not_placed(resources: ResourcesSection) -> str:

@@ -56,7 +56,7 @@ class Attempt(Protocol):
 
 
 class Runner(Protocol):
-    """Where attempts run. It is entered before anything else is called."""
+    """The place where attempts run. It is entered before anything else is called."""
 
     def __enter__(self) -> Runner: ...
     def __exit__(self, *exc: object) -> None: ...
@@ -181,7 +181,8 @@ class Attempts:
         run = open_storage(self._job.storage, deadline_s=READ_S).child(recipe.name)
         step = _tried("the step of the failure", None, lambda: last_step(run))
         cause = _tried("the run's events", failed.cause, lambda: explained(failed.cause, run, step, self._since))
-        committed = _tried("the run's checkpoints", 0, lambda: _newest_step(run))
+        newest = _tried("the run's checkpoints", None, lambda: next(iter(list_commits(run, newest=1)), None))
+        committed = newest.step if newest else 0
         cause, retried = self._history.judge(AttemptFailed(cause, starting=failed.starting), step, committed)
         # Workers that start again do not wait for a plan of what would fit.
         said = symptoms.advise(cause, recipe, run.url) if retried else advise(cause, recipe, run.url)
@@ -207,10 +208,6 @@ def _tried(what: str, otherwise: T, look: Callable[[], T]) -> T:
 def last_step(run: Storage) -> int:
     """Returns the last step in the run's metrics, 0 before the first."""
     return next((row.step for row in metrics_backwards(run) if isinstance(row, StepMetrics)), 0)
-
-
-def _newest_step(run: Storage) -> int:
-    return max((record.step for record in list_commits(run, newest=1)), default=0)
 
 
 def explained(cause: Failure, run: Storage, step: int | None, since: float) -> Failure:

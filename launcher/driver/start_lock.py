@@ -26,7 +26,8 @@ log = logging.getLogger(__name__)
 def one_at_a_time(run_url: str, *, takeover: bool = False) -> Iterator[IO[str] | None]:
     """Holds the run's start on this host until the block ends or the file that it yields is closed; RunHeld when
     another process of this user does. Where no such file can be made, the lease alone decides (None)."""
-    path = Path(tempfile.gettempdir(), f"muster-{os.getuid()}", "starting", _name_of(run_url))
+    name = hashlib.sha256(run_url.encode()).hexdigest()[:32]
+    path = Path(tempfile.gettempdir(), f"muster-{os.getuid()}", "starting", name)
     try:
         make_own(path.parent)
         file = None if takeover else os.fdopen(lock_file(path, wait=False), "r+")
@@ -45,7 +46,3 @@ def one_at_a_time(run_url: str, *, takeover: bool = False) -> Iterator[IO[str] |
         file.truncate(0)
         print(os.getpid(), end="", file=file, flush=True)
         yield file
-
-
-def _name_of(run_url: str) -> str:
-    return hashlib.sha256(run_url.encode()).hexdigest()[:32]

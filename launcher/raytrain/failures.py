@@ -18,18 +18,15 @@ TELLING = re.compile(r"killed|out of memory|exit|died|lost|unexpectedly", re.IGN
 
 
 def first_cause(failures: Mapping[int, BaseException]) -> Failure:
-    """From Ray Train's map of rank to exception, which holds at least one."""
+    """Returns the most likely cause in Ray Train's map of rank to exception, which holds at least one."""
     inner = {rank: unwrapped(error) for rank, error in failures.items()}
     dead = {rank: error for rank, error in inner.items() if not isinstance(error, WorkerError)}
-    raised = sorted((e for e in inner.values() if isinstance(e, WorkerError)), key=_suspicion)
+    ours = [error for error in inner.values() if isinstance(error, WorkerError)]
+    raised = sorted(ours, key=lambda e: (not e.fatal, e.cause.by_another, e.when))
     if raised and (raised[0].fatal or not dead):
         return raised[0].cause
     rank, error = min(dead.items())
     return death(rank, first_line(error))
-
-
-def _suspicion(failure: WorkerError) -> tuple[bool, bool, float]:
-    return not failure.fatal, failure.cause.by_another, failure.when
 
 
 def unwrapped(error: Any) -> BaseException:

@@ -70,16 +70,13 @@ def connect(address: str | None, resources: ResourcesSection) -> None:
     Raises InputError when no cluster answers there, or MusterError when this machine has no room for one."""
     set_up(address)
     # Workers import this very tree, from a checkout as from a wheel.
-    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *filter(None, _python_path())]))
+    given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *filter(None, given)]))
     if address is None:
         _start_local(resources)
     else:
         _join(address)
     quiet_logs()
-
-
-def _python_path() -> list[str]:
-    return os.environ.get("PYTHONPATH", "").split(os.pathsep)
 
 
 def _put_back(variables: Mapping[str, str | None]) -> None:
