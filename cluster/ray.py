@@ -68,9 +68,10 @@ class Ray:
         package = working_directory(job.recipe)
         name = f"_ray_pkg_{hashlib.sha256(package).hexdigest()[:32]}.zip"
         api.call("PUT", f"/api/packages/gcs/{name}", package)
+        plain = re.sub(r"[^A-Za-z0-9_-]+", "-", job.name)
         body = {
             "entrypoint": self._entrypoint(job),
-            "submission_id": f"muster-{_plain(job.name)}-{secrets.token_hex(4)}",
+            "submission_id": f"muster-{plain}-{secrets.token_hex(4)}",
             "runtime_env": {"working_dir": f"gcs://{name}"},
             "metadata": {"run": job.run_uri},
         }
@@ -225,7 +226,3 @@ def _add(package: zipfile.ZipFile, name: str, body: bytes) -> None:
     entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
     entry.external_attr = 0o644 << 16
     package.writestr(entry, body, zipfile.ZIP_DEFLATED)
-
-
-def _plain(name: str) -> str:
-    return re.sub(r"[^A-Za-z0-9_-]+", "-", name)
