@@ -8,8 +8,9 @@ from typing import Any
 
 from launcher.report.chart import Table, table
 from launcher.report.reading import RunRecord
-from trainer.progress.texts import plural
+from trainer.progress.texts import changes_text, plural
 from trainer.run.events import (
+    ChangeEvent,
     EndEvent,
     Event,
     FailureEvent,
@@ -60,6 +61,8 @@ def _what(event: Event) -> str | None:
             return ": ".join(filter(None, (ended, event.cause)))
         case FailureEvent():
             return ": ".join(filter(None, (_place(event), event.cause)))
+        case ChangeEvent():
+            return f"for the next attempt: {changes_text(event)}"
         case ResizeEvent():
             return event.reason or ""
         case HangEvent():

@@ -159,7 +159,7 @@ def event_text(event: Event, before: Sequence[str] | None = None) -> str | None:
             told = [f"{_changed(before, event.hosts)}workers {placed(event.hosts)}", strategy, begins, _covered(event)]
             return f"attempt {event.attempt}: {', '.join(filter(None, told))}"
         case ChangeEvent():
-            return changed_text(event)
+            return f"changed since the attempt before: {changes_text(event)}"
         case FailureEvent():
             return f"failure: {event.cause}" + ("; restarting the workers" if event.retried else "")
         case SkippedCheckpointEvent():
@@ -169,10 +169,9 @@ def event_text(event: Event, before: Sequence[str] | None = None) -> str | None:
     return None
 
 
-def changed_text(event: ChangeEvent) -> str:
+def changes_text(event: ChangeEvent) -> str:
     """Returns the settings that differ from the attempt before, on one line."""
-    changes = (f"{one.key} {_value(one.before)} → {_value(one.after)}" for one in event.changes)
-    return f"changed since the attempt before: {', '.join(changes)}"
+    return ", ".join(f"{one.key} {_value(one.before)} → {_value(one.after)}" for one in event.changes)
 
 
 def _value(value: Any) -> str:
