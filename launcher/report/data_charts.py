@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from launcher.report.chart import Chart, axes, colour, path_end, safe, table
 from launcher.report.reading import RunRecord
 
-
 LONGEST_TITLE = 24
 """Characters of a source beside its bar."""
 

@@ -58,8 +58,9 @@ class Browser:
             time.sleep(0.05)
 
     def media(self, *, dark: bool = False) -> None:
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self._call("Emulation.setEmulatedMedia", media="screen", features=[scheme])
+        preferred = {"prefers-color-scheme": "dark" if dark else "light", "prefers-reduced-motion": "reduce"}
+        features = [{"name": name, "value": value} for name, value in preferred.items()]
+        self._call("Emulation.setEmulatedMedia", media="screen", features=features)
 
     def paper(self) -> None:
         """Lays the page out as for print, on the screen."""
