@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from launcher.monitor.compare import differing
 from launcher.report.chart import Table, colour, path_end, table
@@ -67,7 +66,8 @@ def comparison(runs: Sequence[RunRecord], keys: Sequence[str]) -> Table:
     rows = []
     for run in runs:
         status, settings = run.status, [run.settings.get(key) for key in keys]
-        losses = [_fixed(status.metrics.get(name)) for name in ("eval_loss", "loss")]
+        values = [status.metrics.get(name) for name in ("eval_loss", "loss")]
+        losses = [f"{value:.4f}" if isinstance(value, int | float) else None for value in values]
         spent = [f"{status.step:,} of {status.total_steps:,}", duration(run.went.wall_s), f"{run.went.share:.0%}"]
         reached = [*losses, status.state, *spent]
         rows.append([run.label, *reached, *settings] if many else [run.label, *settings, *reached])
@@ -75,10 +75,6 @@ def comparison(runs: Sequence[RunRecord], keys: Sequence[str]) -> Table:
         columns, *rows = map(list, zip(columns, *rows, strict=True))
     colours = {run.label: colour(index) for index, run in enumerate(runs)}
     return replace(table(columns, rows, most=None), colours=colours)
-
-
-def _fixed(loss: Any) -> str | None:
-    return f"{loss:.4f}" if isinstance(loss, int | float) else None
 
 
 def _model(run: RunRecord) -> Figure | None:
