@@ -76,7 +76,9 @@ class Browser:
         """PNG or WebP of the whole page, or of ``x``, ``y``, ``width`` and ``height`` in its pixels."""
         area: dict[str, Any] = {"clip": {**clip, "scale": 1}} if clip else {}
         area |= {"format": "webp", "quality": 80} if target.suffix == ".webp" else {}
-        told = self._call("Page.captureScreenshot", captureBeyondViewport=True, **area)
+        # To show more than the window, the page is laid out again, after which the site never looks quite the same.
+        beyond = not clip or clip["height"] > self.ask("innerHeight")
+        told = self._call("Page.captureScreenshot", captureBeyondViewport=beyond, **area)
         target.write_bytes(base64.b64decode(told["data"]))
 
     def pdf(self, target: Path) -> None:
