@@ -26,6 +26,8 @@ PICTURES = {
 }
 """Titles in the gallery by the stem of the picture's file name; another picture has its stem."""
 
+ITSELF = re.compile(r'^<img src="docs/images/site.*\n', re.M)
+"""The pictures of the site in the README, which the site does not show."""
 LINK = re.compile(r"\[([^\[\]]*)\]\((?!\w+:)([^)#\s]+)(#[^)\s]*)?\)")
 
 
@@ -59,7 +61,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
             words = next(line.removeprefix("# ") for line in page.read_text().splitlines() if line.startswith("# "))
         return f"[{words}]({posixpath.relpath(there, posixpath.dirname(here) or '.')}{anchor})" if there else words
 
-    return LINK.sub(lead, f"{markdown}\n{reports()}" if here == "gallery.md" else markdown)
+    return LINK.sub(lead, f"{markdown}\n{reports()}" if here == "gallery.md" else ITSELF.sub("", markdown))
 
 
 def reports() -> str:

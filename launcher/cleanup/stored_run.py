@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from trainer.errors import InputError, MusterError, RunHeld, StorageError
 from trainer.run import layout
 from trainer.run.claims import read_claims
-from trainer.run.lease import ENDED, Lease, LeaseRecord, is_cancelled, is_held, read_owner
+from trainer.run.lease import ENDED, Lease, is_cancelled, is_held, read_owner
 from trainer.run.submission import read_submission
 from trainer.storage import ObjectInfo, Storage
 
@@ -64,20 +64,16 @@ def find_run(storage: Storage, name: str) -> StoredRun:
     owner = read_owner(run)
     if owner is not None and is_held(run, owner):
         raise RunHeld(f"{run.url} is running ({owner.holder}); stop it first: muster cancel {run.url}")
-    _check_no_job_waits(run, owner)
+    made = read_submission(run)
+    if made is not None and (owner is None or owner.time <= made.time) and not is_cancelled(run, made.job):
+        waits = f"{made.job} was submitted for {run.url} and has not started"
+        raise RunHeld(f"{waits}; end it first: muster cancel {run.url}")
     objects = run.list()
     own = [info for info in objects if layout.is_of_run(info.key)]
     if not any(info.key in MARKERS or info.key.startswith(f"{layout.CLAIMS}/") for info in own):
         raise InputError(f"there is no run at {run.url}; `muster ls` with the folder above it lists the runs")
     state = owner.state if owner is not None and owner.state in ENDED else "interrupted"
     return StoredRun(storage, name, state, own, [info.key for info in objects if not layout.is_of_run(info.key)])
-
-
-def _check_no_job_waits(run: Storage, owner: LeaseRecord | None) -> None:
-    made = read_submission(run)
-    if made is None or (owner is not None and owner.time > made.time) or is_cancelled(run, made.job):
-        return
-    raise RunHeld(f"{made.job} was submitted for {run.url} and has not started; end it first: muster cancel {run.url}")
 
 
 def delete_run(found: StoredRun) -> int:
@@ -114,17 +110,14 @@ def _delete_all(found: StoredRun, lease: Lease) -> int:
             return count
         for part in in_order(keys):
             for start in range(0, len(part), AT_ONCE):
-                _check_held(run, lease)
+                newest = read_claims(run, known=[claim]).driver
+                if newest > lease.driver:
+                    taken = f"driver {newest} has taken {run.url} over while it was deleted"
+                    raise RunHeld(f"{taken}; a part of it is gone")
                 run.delete(part[start : start + AT_ONCE])
         run.remove_empty_folders(layout.WANDB)  # its links to what is gone would fail the next listing
         count += len(keys)
     raise StorageError(f"a process still writes to {run.url} while it is deleted; end it, and run the command again")
-
-
-def _check_held(run: Storage, lease: Lease) -> None:
-    newest = read_claims(run, known=[layout.driver_claim(lease.driver)]).driver
-    if newest > lease.driver:
-        raise RunHeld(f"driver {newest} has taken {run.url} over while it was deleted; a part of it is gone")
 
 
 def in_order(keys: Sequence[str]) -> Iterator[list[str]]:

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field
 
 from trainer.data.run_data import read_data
 from trainer.errors import CorruptObject, InputError, MusterError, StorageError
-from trainer.recipe import ModelSection
 from trainer.run import layout
 from trainer.run.frozen import read_recipe
 from trainer.run.shared import BUSY_S, CONDEMNED, YOUNG_S, delete_unless_used
@@ -84,7 +83,8 @@ def _named(storage: Storage, keys: list[str], notes: list[str]) -> Iterator[str]
     models = [key for key in keys if key.startswith(f"{layout.MODELS}/")]
     if not models:
         return
-    sections = {section.model_dump_json(): section for run in runs if (section := _in_nf4(run)) is not None}
+    bases = [read_recipe(run).model for run in runs if run.info(layout.RECIPE) is not None]
+    sections = {section.model_dump_json(): section for section in bases if section.quantization == "nf4"}
     for section in sections.values():
         from trainer.model.prequantised import copy_name
 
@@ -102,11 +102,3 @@ def _fingerprints(run: Storage) -> list[str]:
         return []
     except CorruptObject as error:
         raise InputError(f"nothing is deleted: it is not known which data {run.url} uses ({error})") from error
-
-
-def _in_nf4(run: Storage) -> ModelSection | None:
-    """Returns the base model of a run that loads it in NF4; None for other runs and for folders that are none."""
-    if run.info(layout.RECIPE) is None:
-        return None
-    section = read_recipe(run).model
-    return section if section.quantization == "nf4" else None

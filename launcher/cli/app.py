@@ -25,7 +25,6 @@ from launcher.cli import (
     prepare,
     preview,
     remove,
-    report,
     run,
     status,
     submit,
@@ -56,7 +55,7 @@ COMMANDS: dict[str, tuple[tuple[str, Callable[..., None], str], ...]] = {
         ("ls", status.list_, "muster ls runs"),
         ("status", status.status, "muster status runs/my --watch"),
         ("logs", status.logs, "muster logs runs/my --follow"),
-        ("report", report.report, "muster report runs/my runs/other -o compared.html"),
+        ("report", status.report, "muster report runs/my runs/other -o compared.html"),
         ("track", status.track, "muster track runs/my tracking=[wandb]"),
     ),
     "Use what was trained": (

@@ -75,6 +75,7 @@ def evaluate(
 
 def _recipe(path: str | None, overrides: list[str], run: str | None) -> Recipe:
     """Reads the recipe, or the one that the run has frozen. Without a recipe, the first argument may be KEY=VALUE."""
+    from trainer.progress.ending import evaluate_command
     from trainer.recipe import load
     from trainer.run.frozen import changed_recipe
     from trainer.storage import open_storage
@@ -85,10 +86,7 @@ def _recipe(path: str | None, overrides: list[str], run: str | None) -> Recipe:
         raise UsageError("name the RECIPE whose evaluation data are used; only a --run has its own")
     found = changed_recipe(open_storage(run), [path, *overrides] if path else overrides)
     if not found.data.evaluates:
-        raise UsageError(
-            f"the recipe of {run} has no evaluation data; name some: "
-            f"muster evaluate --run {run} 'data.eval=[{{path: FILE, format: {found.data.train[0].format}}}]'"
-        )
+        raise UsageError(f"the recipe of {run} has no evaluation data; name some: {evaluate_command(found, run)}")
     return found
 
 

@@ -53,8 +53,14 @@ def summary(help: str | None) -> str:
 def _write_parameters(command: Any, ctx: Any, formatter: Any) -> None:
     sections: dict[str, list[tuple[str, str]]] = {"argument": [], "option": []}
     for param in command.get_params(ctx):
-        if not getattr(param, "hidden", False):
-            sections[param.param_type_name].append((_name(param), _about(param)))
+        if getattr(param, "hidden", False):
+            continue
+        about, default = param.help or "", param.default
+        if isinstance(default, str | int | float) and not isinstance(default, bool):
+            about += f" [default: {default}]"
+        elif param.required and param.param_type_name == "option":
+            about += " [required]"
+        sections[param.param_type_name].append((_name(param), about))
     for kind, rows in sections.items():
         if rows:
             with formatter.section(f"{kind.capitalize()}s"):
@@ -70,10 +76,3 @@ def _name(param: Any) -> str:
     if param.is_flag:
         return names
     return f"{names} {param.metavar or max(param.opts, key=len).split('-')[-1].upper()}"
-
-
-def _about(param: Any) -> str:
-    text, default = param.help or "", param.default
-    if isinstance(default, bool) or not isinstance(default, str | int | float):
-        return f"{text} [required]" if param.required and param.param_type_name == "option" else text
-    return f"{text} [default: {default}]"

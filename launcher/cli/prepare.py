@@ -133,13 +133,16 @@ def pictures(found: dict[str, Any]) -> Iterator[RenderableType]:
 
     for name in ("train", "eval"):
         if part := found.get(name):
-            yield Text("\n".join(_legend(name, part)))
+            paths = [f"source {i}: {source['path']} ({source['format']})" for i, source in enumerate(part["sources"])]
+            yield Text("\n".join([f"{name}: {part['uri']}", *paths]))
             yield _table(part)
             yield from (Text(f"bad row: {bad['url']}, {bad['place']}: {bad['reason']}") for bad in part["bad"])
             for number, source in enumerate(part["sources"]):
                 yield from (Text(f"warning: source {number}: {text}") for text in source["warnings"])
             yield Text("\n".join(_histogram(part["lengths"])))
-            yield Text(_packs(part, found["sequence_length"]) + "\n")
+            each = "one sample each" if part["fill"] is None else f"{part['fill']:.2%} full"
+            of = "" if part["fill"] is None else f" of {found['sequence_length']:,} tokens"
+            yield Text(f"packs: {part['packs']:,}{of} in the first epoch, {each}\n")
     yield Text(f"steps: {found['total_steps']:,}")
 
 
@@ -169,11 +172,6 @@ def _table(part: dict[str, Any]) -> RenderableType:
     return table
 
 
-def _legend(name: str, part: dict[str, Any]) -> Iterator[str]:
-    yield f"{name}: {part['uri']}"
-    yield from (f"source {i}: {source['path']} ({source['format']})" for i, source in enumerate(part["sources"]))
-
-
 def _histogram(lengths: dict[str, Any]) -> Iterator[str]:
     yield (
         f"tokens per sample: median {lengths['median']:,}, 95 % have at most {lengths['p95']:,}, "
@@ -184,9 +182,3 @@ def _histogram(lengths: dict[str, Any]) -> Iterator[str]:
     for b in lengths["bins"]:
         bar = "█" * -(-b["samples"] * BAR // most)
         yield f"  {b['low']:>{digits},}-{b['high']:<{digits},} {bar:<{BAR}} {b['samples']:,}"
-
-
-def _packs(part: dict[str, Any], sequence_length: int) -> str:
-    if part["fill"] is None:
-        return f"packs: {part['packs']:,} in the first epoch, one sample each"
-    return f"packs: {part['packs']:,} of {sequence_length:,} tokens in the first epoch, {part['fill']:.2%} full"

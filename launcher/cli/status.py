@@ -1,9 +1,10 @@
-"""``muster status``, ``ls``, ``logs`` and ``track``: read a run from its storage, on any machine."""
+"""``muster status``, ``ls``, ``logs``, ``report`` and ``track``: read runs from their storage, on any machine."""
 
 from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -17,6 +18,7 @@ CONTINUES = "the run itself continues"
 MOST_COMPARED, MOST_SETTINGS = 50, 4
 """`ls` compares the recipes of so many runs unasked, which takes a second, and shows so many differing settings."""
 LOOK_DEADLINE_S = 15.0  # of commands that only read: a person waits
+REPORT_DEADLINE_S = 60.0
 
 
 def status(
@@ -114,6 +116,28 @@ def logs(
     current.command(CONTINUES)
     show = follow_logs if follow else print_logs
     show(run, rank, attempt, sys.stdout.buffer)
+
+
+def report(
+    run_uris: Annotated[list[str], typer.Argument(metavar="RUN_URI...", help="a run, or several to compare")],
+    output: Annotated[
+        Path | None,
+        typer.Option("--output", "-o", metavar="FILE", help="file of the page; default: NAME.html of the first run"),
+    ] = None,
+) -> None:
+    """Write one HTML page about runs: curves, timeline, goodput, data, recipe."""
+    from launcher.report import report as write
+    from launcher.report.reading import read_runs
+    from trainer.errors import UsageError
+
+    runs = read_runs(list(dict.fromkeys(run_uris)), REPORT_DEADLINE_S)
+    target = output or Path(f"{runs[0].status.name}.html")
+    text = write(runs)
+    try:
+        target.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"{target} cannot be written: {error.strerror}; name another file with -o") from None
+    print(target)
 
 
 def track(

@@ -10,7 +10,7 @@ from typing import Any
 
 from launcher.convert.draft import OFF, Draft, as_mapping, as_number, is_number
 from trainer.parsing import parse_json
-from trainer.recipe import formats, optimizers, schedules, synonyms
+from trainer.recipe import formats, optimizers, synonyms
 from trainer.recipe.sections.datasets import is_hub_dataset
 from trainer.recipe.tasks import TASKS
 from trainer.recipe.trackers import TRACKERS
@@ -19,7 +19,7 @@ OPTIMIZERS = {name: name for name in optimizers.OPTIMIZERS.names()} | dict(synon
 OTHER_STATE = ("adamw_torch_4bit", "ao_adamw_4bit", "ao_adamw_fp8", "paged_adamw_32bit", "paged_adamw")
 """Optimizers whose state is stored in another type than that of ours; the update is AdamW's."""
 
-SCHEDULES = {name: name for name in schedules.SCHEDULES.names()} | dict(synonyms.SCHEDULES)
+SCHEDULES = {name: name for name in optimizers.SCHEDULES.names()} | dict(synonyms.SCHEDULES)
 RATES = {
     "evals_per_epoch": "training.eval_every counts steps; without it, evaluation runs after the last step",
     "saves_per_epoch": "checkpoint.every_steps counts steps: 100 by default",

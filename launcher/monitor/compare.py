@@ -66,11 +66,11 @@ def differing(recipes: Sequence[Settings]) -> list[str]:
     """Returns the keys of the settings that are not the same in all recipes; a recipe without settings is left out."""
     known = [recipe for recipe in recipes if recipe]
     keys = dict.fromkeys(key for recipe in known for key in recipe)
-    return [key for key in keys if key not in LOCATE and len({repr(_filled(recipe, key)) for recipe in known}) > 1]
-
-
-def _filled(recipe: Settings, key: str) -> Any:
-    return recipe[key] if key in recipe else _default(key)
+    return [
+        key
+        for key in keys
+        if key not in LOCATE and len({repr(r[key] if key in r else _default(key)) for r in known}) > 1
+    ]
 
 
 @cache

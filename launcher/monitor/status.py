@@ -136,6 +136,8 @@ def _status(run: Storage, found: _Found, state: str) -> Status:
     position = {key: int(row.get(key) or newest.get(key) or 0) for key in _POSITION}
     heard = lease.time if lease else None
     failure = found.failure.row if found.failure else None
+    holder = lease.holder if lease and lease.state not in ENDED else None
+    newest_job = found.submitted.job if found.submitted else lease.holder.job if lease else None
     return Status(
         name=run.url.rsplit("/", 1)[-1],
         uri=run.url,
@@ -146,20 +148,14 @@ def _status(run: Storage, found: _Found, state: str) -> Status:
         world_size=position["world_size"],
         samples=position["samples"],
         epoch=position["epoch"],
-        holder=str(lease.holder) if lease and lease.state not in ENDED else None,
-        job=_job(lease, found.submitted),
+        holder=str(holder) if holder else None,
+        job=holder.job if holder and holder.job else newest_job,
         checkpoints=tuple(_checkpoints(run, commits)),
         metrics={key: value for key, value in row.items() if key not in _ASIDE},
         seen_at=row.get("time") or heard if state == "running" else heard or row.get("time"),
         heard_at=heard,
         failure=failure and clean({name: value for name, value in failure.items() if name not in _HEAD}),
     )
-
-
-def _job(lease: LeaseRecord | None, submitted: Submission | None) -> str | None:
-    if lease and lease.holder.job and lease.state not in ENDED:
-        return lease.holder.job
-    return submitted.job if submitted else lease.holder.job if lease else None
 
 
 def _state(run: Storage, lease: LeaseRecord | None, now: float, earlier: LeaseRecord | None = None) -> str:

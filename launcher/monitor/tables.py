@@ -39,13 +39,13 @@ def runs_table(
 
     ``differences``: columns of settings. The last columns are left out if all do not fit into ``width``.
     """
+    shares = [f" {run.step / run.total_steps:4.0%}" if run.total_steps else "" for run in runs]
+    losses, evals = ([run.metrics.get(name) for run in runs] for name in ("loss", "eval_loss"))
     columns: list[Values] = [
         ("state", [run.state for run in runs]),
-        ("progress", [_progress(run) for run in runs]),
-        *(
-            (title, [_loss(run.metrics.get(name)) for run in runs])
-            for title, name in (("loss", "loss"), ("eval", "eval_loss"))
-        ),
+        ("progress", [f"{run.step}/{run.total_steps}{share}" for run, share in zip(runs, shares, strict=True)]),
+        ("loss", ["" if loss is None else f"{loss:.4f}" for loss in losses]),
+        ("eval", ["" if loss is None else f"{loss:.4f}" for loss in evals]),
         *differences,
         ("age", ["" if run.seen_at is None else age(now - run.seen_at) for run in runs]),
         ("workers", [str(run.world_size) for run in runs]),
@@ -71,14 +71,6 @@ def chosen_table(runs: Sequence[Status], columns: Sequence[Values]) -> Table:
 def described_lines(found: ArtifactReport) -> list[Text]:
     """Returns the paths, to be printed without wrapping above the table."""
     return [Text(found.uri), *([Text(f"base: {found.base['path']}")] if found.base else [])]
-
-
-def _progress(run: Status) -> str:
-    return f"{run.step}/{run.total_steps}" + (f" {run.step / run.total_steps:4.0%}" if run.total_steps else "")
-
-
-def _loss(loss: float | None) -> str:
-    return "" if loss is None else f"{loss:.4f}"
 
 
 def described_table(found: ArtifactReport) -> Table:

@@ -88,6 +88,12 @@ def safe(text: str) -> str:
     return html.escape(text, quote=False)
 
 
+def path_end(path: Any) -> str:
+    """Returns what says most of a path: the name of a model or of a file; with the folder of a pattern."""
+    parts = str(path).rstrip("/").split("/")
+    return "/".join(parts[-2:]) if "*" in parts[-1] else parts[-1]
+
+
 def colour(index: int) -> str:
     return COLOURS[index % len(COLOURS)]
 

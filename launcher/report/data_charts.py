@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from launcher.report.chart import Chart, axes, colour, safe, table
+from launcher.report.chart import Chart, axes, colour, path_end, safe, table
 from launcher.report.reading import RunRecord
+
+LONGEST_TITLE = 24
+"""Characters of a source beside its bar."""
 
 
 def composition_chart(runs: Sequence[RunRecord]) -> Chart | None:
@@ -16,9 +19,10 @@ def composition_chart(runs: Sequence[RunRecord]) -> Chart | None:
         if not parts:
             continue
         names = [safe(f"{source} ({part})") for part, source, _ in parts]
-        titles |= {
-            name: safe(f"{_short(source)} ({part})") for name, (part, source, _) in zip(names, parts, strict=True)
-        }
+        for name, (part, source, _) in zip(names, parts, strict=True):
+            end = path_end(source)
+            short = end if len(end) <= LONGEST_TITLE else f"…{end[1 - LONGEST_TITLE :]}"
+            titles[name] = safe(f"{short} ({part})")
         tokens = [counts.tokens for *_, counts in parts]
         bars = {"type": "bar", "orientation": "h", "name": safe(run.label), "y": names, "x": tokens}
         traces.append({**bars, "marker": {"color": colour(index)}})
@@ -29,12 +33,13 @@ def composition_chart(runs: Sequence[RunRecord]) -> Chart | None:
         return None
     counted = ("rows", "samples", "tokens", "targets", "truncated", "dropped", "bad rows")
     layout = axes("tokens", "", barmode="group", height=140 + 40 * len(rows))
-    layout["yaxis"] |= {"type": "category", "tickvals": list(titles), "ticktext": list(titles.values())}
+    layout["yaxis"] |= {
+        "type": "category",
+        "autorange": "reversed",
+        "tickvals": list(titles),
+        "ticktext": list(titles.values()),
+    }
     return Chart("sources", "tokens of each source", traces, layout, table(("run", "part", "source", *counted), rows))
-
-
-def _short(source: str, most: int = 24) -> str:
-    return source if len(source) <= most else f"…{source[1 - most :]}"
 
 
 def length_chart(runs: Sequence[RunRecord]) -> Chart | None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from launcher.monitor.compare import differing
-from launcher.report.chart import Table, colour, table
+from launcher.report.chart import Table, colour, path_end, table
 from launcher.report.reading import RunRecord
 from trainer.progress.texts import duration, plural
 from trainer.run.events import StartEvent
@@ -67,7 +66,8 @@ def comparison(runs: Sequence[RunRecord], keys: Sequence[str]) -> Table:
     rows = []
     for run in runs:
         status, settings = run.status, [run.settings.get(key) for key in keys]
-        losses = [_fixed(status.metrics.get(name)) for name in ("eval_loss", "loss")]
+        values = [status.metrics.get(name) for name in ("eval_loss", "loss")]
+        losses = [f"{value:.4f}" if isinstance(value, int | float) else None for value in values]
         spent = [f"{status.step:,} of {status.total_steps:,}", duration(run.went.wall_s), f"{run.went.share:.0%}"]
         reached = [*losses, status.state, *spent]
         rows.append([run.label, *reached, *settings] if many else [run.label, *settings, *reached])
@@ -77,16 +77,12 @@ def comparison(runs: Sequence[RunRecord], keys: Sequence[str]) -> Table:
     return replace(table(columns, rows, most=None), colours=colours)
 
 
-def _fixed(loss: Any) -> str | None:
-    return f"{loss:.4f}" if isinstance(loss, int | float) else None
-
-
 def _model(run: RunRecord) -> Figure | None:
     path = run.settings.get("model.path")
     if not path:
         return None
     held = [run.settings.get(f"model.{name}") for name in ("quantization", "dtype")]
-    return Figure("model", _last(path), " · ".join(str(name) for name in held if name not in (None, "none")))
+    return Figure("model", path_end(path), " · ".join(str(name) for name in held if name not in (None, "none")))
 
 
 def _method(run: RunRecord) -> Figure | None:
@@ -109,7 +105,7 @@ def _data(run: RunRecord) -> Figure | None:
     samples, tokens = sum(c.samples for c in counts), sum(c.tokens for c in counts)
     detail = [f"and {len(paths) - 1} more" if len(paths) > 1 else ""]
     detail += [f"{_short(samples)} samples", f"{_short(tokens)} tokens"] if counts else []
-    return Figure("data", _last(paths[0]), " · ".join(filter(None, detail)))
+    return Figure("data", path_end(paths[0]), " · ".join(filter(None, detail)))
 
 
 def _hardware(run: RunRecord) -> Figure | None:
@@ -144,12 +140,6 @@ def _loss(run: RunRecord) -> Figure | None:
 def _course(values: Sequence[float]) -> str:
     ends = dict.fromkeys((values[0], values[-1]))
     return " → ".join(f"{value:.2f}" if abs(value) >= 0.1 else f"{value:.2g}" for value in ends)
-
-
-def _last(path: Any) -> str:
-    """Returns the end of a path, which says most: the name of a model or of a file; with the folder of a pattern."""
-    parts = str(path).rstrip("/").split("/")
-    return "/".join(parts[-2:]) if "*" in parts[-1] else parts[-1]
 
 
 def _short(count: int) -> str:

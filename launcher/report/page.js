@@ -13,13 +13,13 @@
     const ink = night ? "#e6e9ef" : "#1f2937";
     const grid = night ? "#2a313c" : "#e4e7ec";
     const axis = { automargin: true, gridcolor: grid, zerolinecolor: grid };
-    const large = !printing && (card.className === "hero" ? !narrow.matches : card.className === "tall" && wide.matches);
-    const across = card.className === "hero" || card.className === "wide";
+    const is = (...kinds) => kinds.some((kind) => card.classList.contains(kind));
+    const large = !printing && (is("hero") ? !narrow.matches : is("tall") && wide.matches);
     return {
       ...layout,
       height: layout.height || (large ? 360 : 250),
-      ...(printing ? { autosize: false, width: across ? PAPER.all : PAPER.half } : { autosize: true }),
-      margin: { l: 50, r: 10, t: 10, b: 40 },
+      ...(printing ? { autosize: false, width: is("hero", "wide", "alone") ? PAPER.all : PAPER.half } : { autosize: true }),
+      margin: { l: 50, r: 18, t: 10, b: 40, ...layout.margin }, // r: half of the label of the last tick
       font: { family: "system-ui, sans-serif", size: 12, color: ink },
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",

@@ -7,6 +7,7 @@ import html
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 
 from launcher.report.chart import Chart, Table
@@ -56,6 +57,12 @@ def page(head: Head, groups: Sequence[Group]) -> str:
     charts = [chart for group in groups for card in group.cards for chart in card.charts]
     figures = {chart.key: {"data": chart.traces, "layout": chart.layout} for chart in charts}
     links = "".join(f'<a href="#{_text(group.key)}">{_text(group.title)}</a>' for group in groups)
+    sections = []
+    for group in groups:
+        alone = alone_on_paper(group.cards)
+        cards = "\n".join(_card(card, card.key in alone) for card in group.cards)
+        heading = f"<h2>{_text(group.title)}</h2>"
+        sections.append(f'<section id="{_text(group.key)}">{heading}<div class="cards">{cards}</div></section>')
     parts = [
         "<!doctype html>",
         '<html lang="en"><head><meta charset="utf-8">',
@@ -65,7 +72,7 @@ def page(head: Head, groups: Sequence[Group]) -> str:
         f"<title>{_text(title)}</title><style>{_asset('page.css')}</style></head><body>",
         _head(head),
         f"<nav>{links}</nav><main>",
-        *map(_group, groups),
+        *sections,
         "</main>",
         f'<script type="application/json" id="figures">{_json(figures)}</script>',
         f"<script>{plotly_script()}</script>",
@@ -104,13 +111,14 @@ def _head(head: Head) -> str:
     return "\n".join([*parts, "</header>"])
 
 
-def _group(group: Group) -> str:
-    cards = "\n".join(map(_card, group.cards))
-    return f'<section id="{_text(group.key)}"><h2>{_text(group.title)}</h2><div class="cards">{cards}</div></section>'
+def alone_on_paper(cards: Sequence[Card]) -> set[str]:
+    """Returns the keys of the cards that no other card would be beside in print, where a row has two."""
+    stretches = groupby(cards, lambda card: card.width in ("hero", "wide"))
+    return {halves[-1].key for across, found in stretches if not across and len(halves := [*found]) % 2}
 
 
-def _card(card: Card) -> str:
-    parts = [f'<article id="{_text(card.key)}" class="{card.width}">']
+def _card(card: Card, alone: bool) -> str:
+    parts = [f'<article id="{_text(card.key)}" class="{card.width}{" alone" if alone else ""}">']
     parts += [f"<h3>{_text(card.title)}</h3>"] if card.title else []
     for chart in card.charts:
         entries = (f"<span>{_mark(colour)}{_text(name)}</span>" for colour, name in chart.legend)

@@ -109,7 +109,10 @@ def read_run(run: Storage) -> RunRecord:
     rows = [row for row in read_metrics(run) if row.attempt]
     running, driver = status.state == "running", newest_driver(run)
     went = goodput(events, rows, until=status.heard_at, running=running, driver=driver)
-    recipe = _text(run, layout.RECIPE)
+    try:
+        recipe = run.read(layout.RECIPE).decode(errors="replace")
+    except FileNotFoundError:
+        recipe = ""
     return RunRecord(
         label=redact.text(status.name),
         status=replace(status, uri=redact.text(status.uri), name=redact.text(status.name)),
@@ -121,13 +124,6 @@ def read_run(run: Storage) -> RunRecord:
         went=went,
         data=_data(run, recipe, redact),
     )
-
-
-def _text(run: Storage, key: str) -> str:
-    try:
-        return run.read(key).decode(errors="replace")
-    except FileNotFoundError:
-        return ""
 
 
 def _provenance(run: Storage) -> dict[str, Any]:

@@ -30,9 +30,13 @@ RANK_NOTE = (
 
 
 def groups_of(runs: Runs) -> list[Group]:
+    samples = [
+        Card(f"samples-{at}", caption, tables=[("", told)], width="wide")
+        for at, (caption, told) in enumerate(sample_tables(runs))
+    ]
     groups = [
         Group("loss", "Loss", _loss(runs)),
-        Group("samples", "Samples", _samples(runs)),
+        Group("samples", "Samples", samples),
         Group("machine", "Machine", _machine(runs)),
         Group("data", "Data", _data(runs)),
         Group("recipe", "Recipe", _recipe(runs)),
@@ -92,13 +96,6 @@ def _loss(runs: Runs) -> list[Card]:
         chart = metric_chart(key, f"{words} over steps", words, runs, task_value(name), evaluation=evaluation)
         cards.append(_chart(key, words.capitalize(), chart))
     return cards
-
-
-def _samples(runs: Runs) -> list[Card]:
-    return [
-        Card(f"samples-{at}", caption, tables=[("", told)], width="wide")
-        for at, (caption, told) in enumerate(sample_tables(runs))
-    ]
 
 
 def _machine(runs: Runs) -> list[Card]:

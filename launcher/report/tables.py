@@ -8,14 +8,14 @@ from typing import Any
 
 from launcher.report.chart import Table, table
 from launcher.report.reading import RunRecord
-from trainer.progress.texts import plural
+from trainer.progress.texts import changes_text, plural
 from trainer.run.events import (
+    ChangeEvent,
     EndEvent,
     Event,
     FailureEvent,
     HangEvent,
     ResizeEvent,
-    SampleText,
     SkippedCheckpointEvent,
     StaleCheckpointEvent,
     StartEvent,
@@ -60,6 +60,8 @@ def _what(event: Event) -> str | None:
             return ": ".join(filter(None, (ended, event.cause)))
         case FailureEvent():
             return ": ".join(filter(None, (_place(event), event.cause)))
+        case ChangeEvent():
+            return f"for the next attempt: {changes_text(event)}"
         case ResizeEvent():
             return event.reason or ""
         case HangEvent():
@@ -93,13 +95,10 @@ def _sample_table(moments: Sequence[tuple[str, TextsEvent]]) -> Table:
     for at, (_, event) in enumerate(moments, start=1):
         for text in event.texts:
             row = rows.setdefault(text.sample or text.prompt or "", [text.prompt, *(None for _ in columns[1:])])
-            row[at], row[-1] = _with_reward(text), text.reference or row[-1]
+            reward = "" if text.reward is None else f"reward {text.reward:.4g}"
+            row[at], row[-1] = "\n\n".join(filter(None, (text.text, reward))), text.reference or row[-1]
     used = [at for at in range(len(columns)) if any(row[at] for row in rows.values())]
     return table([columns[at] for at in used], [[row[at] for at in used] for row in rows.values()], prose=True)
-
-
-def _with_reward(text: SampleText) -> str:
-    return "\n\n".join(filter(None, (text.text, "" if text.reward is None else f"reward {text.reward:.4g}")))
 
 
 def _texts(run: RunRecord) -> list[tuple[str, TextsEvent]]:
@@ -120,15 +119,15 @@ def version_table(runs: Sequence[RunRecord]) -> Table:
         newest = {n: v for n, v in {**frozen, **_sorted(run.provenance.get("packages"))}.items() if v is not None}
         rows += [[run.label, name, version, None] for name, version in newest.items()]
         for event in run.told(StartEvent):
-            changed = {n: v for n, v in _sorted(event.versions).items() if not _same(n, newest.get(n), v)}
+            changed = {
+                name: version for name, version in _sorted(event.versions).items() if newest.get(name) != version
+            }
+            # A worker's copy of the code may be outside of the checkout; then it does not know its commit.
+            if changed.get("muster") == str(newest.get("muster")).partition("+")[0]:
+                del changed["muster"]
             rows += [[run.label, name, version, event.attempt] for name, version in changed.items()]
             newest |= changed
     return table(("run", "what", "version", "from attempt"), rows)
-
-
-def _same(name: str, before: Any, now: Any) -> bool:
-    # A worker's copy of the code may be outside of the checkout; then it does not know its commit.
-    return bool(now == before or (name == "muster" and now == str(before).partition("+")[0]))
 
 
 def _sorted(versions: Any) -> dict[str, Any]:

@@ -20,7 +20,16 @@ from launcher.monitor.goodput import (
 )
 from launcher.report.chart import Chart, Trace, axes, colour, named_once, safe, table
 from launcher.report.reading import RunRecord
-from trainer.run.events import CheckpointEvent, Event, FailureEvent, HangEvent, ResizeEvent, StartEvent
+from trainer.progress.texts import changes_text
+from trainer.run.events import (
+    ChangeEvent,
+    CheckpointEvent,
+    Event,
+    FailureEvent,
+    HangEvent,
+    ResizeEvent,
+    StartEvent,
+)
 
 SHADES = {
     TRAINING: "#10b981",
@@ -34,6 +43,7 @@ SHADES = {
 SYMBOLS: dict[type[Event], tuple[str, str]] = {
     FailureEvent: ("x", "✖"),
     ResizeEvent: ("diamond", "◆"),
+    ChangeEvent: ("star", "★"),
     CheckpointEvent: ("triangle-up", "▲"),
     HangEvent: ("square", "■"),
 }
@@ -60,10 +70,17 @@ def timeline_chart(runs: Sequence[RunRecord]) -> Chart | None:
         if at := [(run, event) for run in begun for event in run.told(kind) if event.time]:
             traces.append(_marks(kind.kind, symbol, at, divisor))
             legend.append(("", f"{letter} {kind.kind}"))
-    layout = axes(unit, "", barmode="overlay", height=100 + 40 * len(begun), showlegend=False)
-    layout["yaxis"] |= {"type": "category", "automargin": True, "visible": len(runs) > 1}
+    layout = _lanes(unit, len(begun), max(run.went.wall_s for run in begun) / divisor, named=len(runs) > 1)
     columns = ("run", "from s", "seconds", "what", "phase")
     return Chart("timeline", "the activity of each run over time", traces, layout, table(columns, rows), legend)
+
+
+def _lanes(x: str, lanes: int, end: float, *, named: bool) -> dict[str, Any]:
+    """Returns the layout of a figure with a bar per run, the first at the top, from 0 to ``end`` without more room."""
+    layout = axes(x, "", barmode="overlay", height=100 + 40 * lanes, showlegend=False)
+    layout["xaxis"] |= {"range": [0, end]}
+    layout["yaxis"] |= {"type": "category", "autorange": "reversed", "visible": named}
+    return layout if named else {**layout, "margin": {"l": 10}}
 
 
 def _bars(kind: str, bars: Sequence[tuple[str, float, float, str]], unit: str) -> Trace:
@@ -90,6 +107,7 @@ def _marks(name: str, symbol: str, at: Sequence[tuple[RunRecord, Event]], diviso
         "x": [(event.time - run.went.pieces[0].begin) / divisor for run, event in at],
         "y": [safe(run.label) for run, _ in at],
         "text": [safe(_mark_text(event)) for _, event in at],
+        "cliponaxis": False,
         "marker": {"symbol": symbol, "size": 11, "color": "#111827", "line": {"color": "#fff", "width": 1}},
     }
 
@@ -100,6 +118,8 @@ def _mark_text(event: Event) -> str:
             return event.cause or event.kind
         case ResizeEvent():
             return event.reason or event.kind
+        case ChangeEvent():
+            return changes_text(event)
         case CheckpointEvent():
             return f"step {event.step}"
     return event.kind
@@ -145,9 +165,7 @@ def goodput_chart(runs: Sequence[RunRecord]) -> Chart | None:
     if len(begun) == 1:
         went = begun[0].went
         legend = [(shade, f"{kind} {went.seconds[kind] / went.wall_s:.1%}") for shade, kind in legend]
-    layout = axes("% of wall time", "", barmode="stack", height=100 + 40 * len(begun), showlegend=False)
-    layout["xaxis"] |= {"range": [0, 100]}
-    layout["yaxis"] |= {"type": "category", "automargin": True, "visible": len(runs) > 1}
+    layout = {**_lanes("% of wall time", len(begun), 100, named=len(runs) > 1), "barmode": "stack"}
     columns = ("run", "what", "seconds", "share")
     return Chart("goodput", "the shares of the wall time", traces, layout, table(columns, rows), legend)
 

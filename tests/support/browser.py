@@ -58,8 +58,9 @@ class Browser:
             time.sleep(0.05)
 
     def media(self, *, dark: bool = False) -> None:
-        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
-        self._call("Emulation.setEmulatedMedia", media="screen", features=[scheme])
+        preferred = {"prefers-color-scheme": "dark" if dark else "light", "prefers-reduced-motion": "reduce"}
+        features = [{"name": name, "value": value} for name, value in preferred.items()]
+        self._call("Emulation.setEmulatedMedia", media="screen", features=features)
 
     def paper(self) -> None:
         """Lays the page out as for print, on the screen."""
@@ -75,7 +76,9 @@ class Browser:
         """PNG or WebP of the whole page, or of ``x``, ``y``, ``width`` and ``height`` in its pixels."""
         area: dict[str, Any] = {"clip": {**clip, "scale": 1}} if clip else {}
         area |= {"format": "webp", "quality": 80} if target.suffix == ".webp" else {}
-        told = self._call("Page.captureScreenshot", captureBeyondViewport=True, **area)
+        # To show more than the window, the page is laid out again, after which the site never looks quite the same.
+        beyond = not clip or clip["height"] > self.ask("innerHeight")
+        told = self._call("Page.captureScreenshot", captureBeyondViewport=beyond, **area)
         target.write_bytes(base64.b64decode(told["data"]))
 
     def pdf(self, target: Path) -> None:

@@ -1,6 +1,7 @@
 """Pictures of pages at three sizes, in light and dark, and as printed.
 
-``python -m tests.support.pictures`` remakes those of reports in docs/images, of runs that are made up;
+``python -m tests.support.pictures`` remakes those in docs/images: reports of runs that are made up, and the
+documentation's site;
 ``python -m tests.support.pictures FOLDER PAGE.html...`` makes all seven of each page, from its top, in FOLDER.
 """
 
@@ -16,12 +17,21 @@ from typing import Any
 from launcher.report import report
 from launcher.report.reading import DataFacts, RunRecord, read_run
 from tests.support.browser import PAPER_PX, Browser, browser
+from tests.support.docs_site import build_site
 from tests.support.made_up_run import make_up
 from trainer.data.blocks import Counts
 from trainer.data.summary import Bin, Summary
 from trainer.recipe import dump, load
 from trainer.run import layout
-from trainer.run.events import FailureEvent, SampleText, StartEvent, TextsEvent
+from trainer.run.events import (
+    ChangeEvent,
+    FailureEvent,
+    ResizeEvent,
+    SampleText,
+    SettingChange,
+    StartEvent,
+    TextsEvent,
+)
 from trainer.run.metrics import StepMetrics
 from trainer.storage import Storage, open_storage
 
@@ -44,6 +54,7 @@ def main() -> None:
                 all_pictures(tab, page.resolve(), asked.folder)
         else:
             of_reports(tab, Path(folder))
+            of_site(tab, Path(folder))
         assert tab.said == [], tab.said
 
 
@@ -127,6 +138,15 @@ def of_reports(tab: Browser, folder: Path) -> None:
     picture(tab, three, IMAGES / "report-compared.webp", "desktop", screens=1)
 
 
+def of_site(tab: Browser, folder: Path) -> None:
+    site = build_site(folder / "site")
+    first, tutorial = site / "index.html", site / "chat-data.html"
+    picture(tab, first, IMAGES / "site.webp", "desktop", screens=1)
+    picture(tab, tutorial, IMAGES / "site-dark.webp", "desktop", dark=True, screens=1)
+    picture(tab, tutorial, IMAGES / "site-phone.webp", "phone", screens=1)
+    picture(tab, first, IMAGES / "site-phone-dark.webp", "phone", dark=True, screens=1)
+
+
 def presentable(run: Storage, rate: float) -> RunRecord:
     """A run with a recipe, data, texts, hosts and a failure as runs have them; the rate decides its loss."""
     make_up(run, lr=rate, scale=5)
@@ -145,6 +165,8 @@ def presentable(run: Storage, rate: float) -> RunRecord:
 
     def event(of: Any) -> Any:
         match of:
+            case ResizeEvent():
+                return replace(of, reason="node-3 has joined")
             case FailureEvent():
                 return replace(of, host="node-2", **FAILED)
             case StartEvent():
@@ -159,7 +181,10 @@ def presentable(run: Storage, rate: float) -> RunRecord:
     rows = [row(one) for one in found.rows]
     losses = {"loss": rows[-2].loss, "eval_loss": rows[-1].eval_loss}
     status = replace(found.status, uri=f"s3://runs/{name}", metrics={**found.status.metrics, **losses})
-    events = [event(one) for one in found.events]
+    (killed,) = found.told(FailureEvent)
+    fewer = SettingChange(key="resources.workers", before=4, after=3)
+    changed = ChangeEvent(attempt=1, time=killed.time + 4, writer="driver2-recipe", changes=(fewer,), driver=2)
+    events = [*map(event, found.events), changed]
     return replace(found, status=status, rows=rows, events=events, data=DataFacts(COUNTS, LENGTHS))
 
 

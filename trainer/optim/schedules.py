@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from trainer.recipe.schedules import SCHEDULES
+from trainer.recipe.optimizers import SCHEDULES
 from trainer.recipe.sections.schedule import ScheduleSection
 
 

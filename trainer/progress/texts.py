@@ -58,6 +58,7 @@ class AttemptStatus:
 
     def parts(self) -> dict[str, str]:
         """Name to text, for one line."""
+        ago = None if self.saved_ago_s is None else duration(self.saved_ago_s)
         found = {
             "step": f"step {self.step}/{self.total_steps}",
             "loss": f"loss {self.loss:.4f}",
@@ -68,14 +69,9 @@ class AttemptStatus:
             "memory": _said("memory {}", self.memory_bytes and size(self.memory_bytes)),
             "eta": _said("ETA {}", duration(self.left_s) if self.running else None),
             "workers": plural(self.workers, "worker"),
-            "saved": self._saved(),
+            "saved": "not saved yet" if self.saved is None else f"saved {self.saved}{_said(' ({} ago)', ago)}",
         }
         return {name: text for name, text in found.items() if text}
-
-    def _saved(self) -> str:
-        if self.saved is None:
-            return "not saved yet"
-        return f"saved {self.saved}" + _said(" ({} ago)", self.saved_ago_s is not None and duration(self.saved_ago_s))
 
 
 def drawn(standing: AttemptStatus, width: int) -> str:
@@ -94,9 +90,12 @@ def drawn(standing: AttemptStatus, width: int) -> str:
         f"epoch {s.epoch + 1}, {s.samples:,} samples",
     ]
     where = [parts["saved"], parts["workers"] + (f": {placed(s.hosts)}" if s.hosts else "")]
+    learnt = _fitting(learns, width)
+    room = min(WIDEST_CURVE, width - len(learnt) - len(GAP))
+    course = curve(s.losses, room) if room >= NARROWEST_CURVE else ""
     lines = [
         _with_bar([parts["step"], share, parts.get("eta", "")], s.step / max(1, s.total_steps), width),
-        _with_curve(_fitting(learns, width), s.losses, width),
+        f"{learnt}{GAP}{course}" if course else learnt,
         _fitting(runs, width),
         _fitting(where, width),
     ]
@@ -159,7 +158,7 @@ def event_text(event: Event, before: Sequence[str] | None = None) -> str | None:
             told = [f"{_changed(before, event.hosts)}workers {placed(event.hosts)}", strategy, begins, _covered(event)]
             return f"attempt {event.attempt}: {', '.join(filter(None, told))}"
         case ChangeEvent():
-            return changed_text(event)
+            return f"changed since the attempt before: {changes_text(event)}"
         case FailureEvent():
             return f"failure: {event.cause}" + ("; restarting the workers" if event.retried else "")
         case SkippedCheckpointEvent():
@@ -169,10 +168,9 @@ def event_text(event: Event, before: Sequence[str] | None = None) -> str | None:
     return None
 
 
-def changed_text(event: ChangeEvent) -> str:
+def changes_text(event: ChangeEvent) -> str:
     """Returns the settings that differ from the attempt before, on one line."""
-    changes = (f"{one.key} {_value(one.before)} → {_value(one.after)}" for one in event.changes)
-    return f"changed since the attempt before: {', '.join(changes)}"
+    return ", ".join(f"{one.key} {_value(one.before)} → {_value(one.after)}" for one in event.changes)
 
 
 def _value(value: Any) -> str:
@@ -229,12 +227,6 @@ def _with_bar(parts: Sequence[str], share: float, width: int) -> str:
         return line
     filled = int(room * min(1.0, share))
     return f"{line}{GAP}{'━' * filled}{'─' * (room - filled)}"
-
-
-def _with_curve(line: str, losses: Sequence[float], width: int) -> str:
-    room = min(WIDEST_CURVE, width - len(line) - len(GAP))
-    shown = curve(losses, room) if room >= NARROWEST_CURVE else ""
-    return f"{line}{GAP}{shown}" if shown else line
 
 
 def _said(form: str, value: Any) -> str:

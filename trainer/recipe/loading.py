@@ -19,7 +19,7 @@ from pydantic_core import ErrorDetails
 
 from trainer.errors import Mistake, RecipeError
 from trainer.parsing import DEEPEST, is_deep
-from trainer.recipe.base import STORED, Conflict, KeyPath, show
+from trainer.recipe.base import STORED, KeyPath, show
 from trainer.recipe.document import Document, read_json, read_yaml
 from trainer.recipe.overrides import apply, expand
 from trainer.recipe.root import Recipe
@@ -137,7 +137,10 @@ def _validate(data: dict[str, Any], *, stored: bool = False) -> tuple[list[Locat
                 found.append(LocatedMistake((path_of(detail),), sentence(detail)))
             replaced |= {path_of(detail), _replace(data, detail)}
         assert len(replaced) > before, f"nothing was replaced after {errors}"
-    found += [LocatedMistake(*conflict) for conflict in recipe.conflicts() if not _involves(conflict, replaced)]
+    for conflict in recipe.conflicts():
+        # Not if it involves a replaced value, or a value inside or around one.
+        if not any(a[: len(b)] == b or b[: len(a)] == a for a in conflict.paths for b in replaced):
+            found.append(LocatedMistake(*conflict))
     return found, None if found else recipe
 
 
@@ -164,11 +167,6 @@ def _parent(data: Any, path: KeyPath) -> Any:
     for key in path[:-1]:
         data = data[key]
     return data
-
-
-def _involves(conflict: Conflict, replaced: set[KeyPath]) -> bool:
-    """Returns true if the conflict involves a replaced value, or a value inside or around one."""
-    return any(a[: len(b)] == b or b[: len(a)] == a for a in conflict.paths for b in replaced)
 
 
 def _where(paths: Sequence[KeyPath], document: Document, overridden: Sequence[KeyPath], file: str) -> str:

@@ -1,4 +1,4 @@
-"""The optimizers: how each one keeps its state."""
+"""The optimizers, with how each one keeps its state, and the schedules of the learning rate."""
 
 from __future__ import annotations
 
@@ -24,5 +24,23 @@ OPTIMIZERS = Registry(
         "adamw": OptimizerRow("trainer.optim.optimizers:adamw"),
         "adamw_8bit": OptimizerRow("trainer.optim.optimizers:adamw_8bit", quantised=True),
         "paged_adamw_8bit": OptimizerRow("trainer.optim.optimizers:paged_adamw_8bit", quantised=True, paged=True),
+    },
+)
+
+
+@dataclass(frozen=True)
+class ScheduleRow(Choice):
+    """A schedule's row. Its code is a function: the factor of the learning rate, from 1 to 0, by the progress of the
+    steps after the warm-up, from 0 to 1. ``falls``: the factor falls, so that `min_lr_ratio` has an effect."""
+
+    falls: bool = True
+
+
+SCHEDULES = Registry(
+    "schedule",
+    {
+        "constant": ScheduleRow("trainer.optim.schedules:constant", falls=False),
+        "linear": ScheduleRow("trainer.optim.schedules:linear"),
+        "cosine": ScheduleRow("trainer.optim.schedules:cosine"),
     },
 )

@@ -13,8 +13,8 @@ import yaml
 
 from trainer.recipe.base import KeyPath, MayChange
 from trainer.recipe.document import Dumper
+from trainer.recipe.optimizers import SCHEDULES
 from trainer.recipe.root import Recipe
-from trainer.recipe.schedules import SCHEDULES
 from trainer.recipe.tree import dotted, field_at, fields_below
 
 LENGTH: tuple[KeyPath, ...] = (("training", "steps"), ("training", "epochs"))

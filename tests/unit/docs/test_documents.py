@@ -10,10 +10,10 @@ import pytest
 import yaml
 
 from tests.support.browser import FOUND, PATIENCE_S, browser
+from tests.support.docs_site import build_site
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCUMENTS = [ROOT / "README.md", ROOT / "recipes" / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-SITE = ROOT / "docs" / ".site" / "mkdocs.yml"
 
 
 def blocks(document: Path, language: str) -> list[str]:
@@ -71,15 +71,7 @@ def test_the_example_of_the_page_for_trl_is_valid() -> None:
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Built as ``make docs`` does."""
-    from mkdocs.commands.build import build
-    from mkdocs.config import load_config
-
-    folder = tmp_path_factory.mktemp("built") / "site"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NO_MKDOCS_2_WARNING", "1")
-        build(load_config(str(SITE), site_dir=str(folder), strict=True))
-    return folder
+    return build_site(tmp_path_factory.mktemp("built") / "site")
 
 
 def test_the_site_has_every_page_fetches_nothing_and_loses_no_link(site: Path) -> None:
@@ -101,9 +93,16 @@ def test_the_gallery_shows_every_picture_of_a_report(site: Path) -> None:
         assert page.count(f'src="images/{picture.name}"') == 1
 
 
+def test_the_readme_shows_every_picture_of_the_site_and_the_site_none(site: Path) -> None:
+    pictures = {picture.name for picture in (ROOT / "docs" / "images").glob("site*.*")}
+    shown = re.findall(r'src="docs/images/(site[^"]*)"', (ROOT / "README.md").read_text())
+    assert pictures
+    assert sorted(shown) == sorted(pictures)
+    assert "images/site" not in (site / "index.html").read_text()
+
+
 @pytest.mark.skipif(FOUND is None, reason="there is no Chromium here")
-def test_the_site_can_be_searched_from_a_folder(site: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tests.support.browser.DRAWN", "document.readyState === 'complete'")  # it has no charts
+def test_the_site_can_be_searched_from_a_folder(site: Path, tmp_path: Path) -> None:
     hits = "[...document.querySelectorAll('.md-search-result__item a')].map(a => a.href.split('/').pop())"
     with browser(tmp_path / "profile") as tab:
         tab.open(site / "clusters" / "ray.html")

@@ -12,8 +12,7 @@ from trainer.data.readers import READERS
 from trainer.errors import UsageError
 from trainer.recipe.formats import FORMATS
 from trainer.recipe.methods import METHODS
-from trainer.recipe.optimizers import OPTIMIZERS
-from trainer.recipe.schedules import SCHEDULES
+from trainer.recipe.optimizers import OPTIMIZERS, SCHEDULES
 from trainer.recipe.strategies import STRATEGIES
 from trainer.recipe.tasks import TASKS
 from trainer.recipe.trackers import TRACKERS

@@ -9,7 +9,7 @@ from typing import Annotated
 from pydantic import Field
 
 from trainer.recipe.base import Conflict, OneOf, Section
-from trainer.recipe.schedules import SCHEDULES
+from trainer.recipe.optimizers import SCHEDULES
 
 
 class ScheduleSection(Section):

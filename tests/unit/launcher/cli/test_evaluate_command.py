@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import trainer.evaluate
-from tests.support.training import small_recipe
+from tests.support.tasks import task_recipe, write_task_data
+from tests.support.training import run_of, small_recipe, train_here
 from tests.unit.launcher.cli.test_app import Muster
+from trainer.progress.ending import last_lines
 from trainer.recipe import Recipe, dump
 from trainer.run import layout
 from trainer.storage import open_storage
@@ -85,3 +88,18 @@ def test_what_has_no_recipe_needs_one(muster: Muster, tmp_path: Path) -> None:
     assert "name the RECIPE whose evaluation data are used" in muster.last_line()
     assert muster("evaluate", "--run", str(tmp_path)) == 2
     assert "there is no run at" in muster.last_line()
+
+
+@pytest.mark.parametrize(("task", "has_eval"), [("classification", True), ("reward", False)])
+def test_the_command_that_a_run_without_texts_ends_with_measures_it(
+    muster: Muster, tiny_model: Path, tmp_path: Path, task: str, has_eval: bool
+) -> None:
+    write_task_data(tmp_path, task)
+    few = {"training.steps": 2, "checkpoint.every_steps": 2, "training.eval_every": None}
+    recipe = task_recipe(task, "measured", tiny_model, tmp_path, **few, **({} if has_eval else {"data.eval": []}))
+    assert train_here(recipe) == "succeeded"
+    _, command, _ = last_lines(recipe, run_of(recipe), "adapter")
+    program, *words = shlex.split(command)
+    assert (program, "FILE" in command) == ("muster", not has_eval)
+    assert muster(*(word.replace("FILE", f"{tmp_path}/{task}/eval.jsonl") for word in words)) == 0, muster.err
+    assert json.loads(muster.out).items() >= {"task": task, "samples": 11}.items()

@@ -103,6 +103,15 @@ def test_texts_to_be_compared_are_beside_each_other_and_on_a_phone_below_each_ot
     assert tab.ask("getComputedStyle(document.querySelector('.prose td'), '::before').content") == '"prompt"'
 
 
+def test_an_event_of_a_phone_has_its_text_below_its_time(tab: Browser, page: Path) -> None:
+    tab.open(page, width=390, height=844)
+    lefts = (
+        "[...document.querySelectorAll('#events tbody td:is(:first-child, :last-child)')].map((one) => one.offsetLeft)"
+    )
+    assert len(set(tab.ask(lefts))) == 1
+    assert tab.ask("getComputedStyle(document.querySelector('#events .number'), '::before').content") == '"attempt "'
+
+
 def test_the_bar_stays_and_shows_the_group_in_the_window(tab: Browser, page: Path) -> None:
     tab.open(page)
     here = "[...document.querySelectorAll('nav a.here')].map((one) => one.hash)"
@@ -150,3 +159,9 @@ def test_paper_cuts_nothing_off(tab: Browser, page: Path, tmp_path: Path) -> Non
     tab.paper()
     tab.ask("dispatchEvent(new Event('beforeprint'))")
     assert tab.ask(STICKS_OUT.replace('one.closest(".scroll, pre") !== null || ', "")) == []
+    ends = "[...document.querySelectorAll('.cards')].flatMap(({ children: cards }) => [...cards].filter((card, i) => "
+    ends += "cards[i + 1]?.offsetTop !== card.offsetTop)).map((card) => Math.round(card.getBoundingClientRect().right))"
+    assert len(set(tab.ask(ends))) == 1, "every row of cards is full"
+    widths = tab.ask("[...document.querySelectorAll('.alone .main-svg')].map((svg) => svg.clientWidth)")
+    assert widths
+    assert min(widths) > 600

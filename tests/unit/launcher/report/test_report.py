@@ -162,6 +162,17 @@ def test_an_end_tells_its_cause(first: RunRecord) -> None:
     assert rows_of(page, "events")[-1][-2:] == ["end", "failed: the lease was lost"]
 
 
+def test_settings_that_changed_are_in_the_table_and_on_the_timeline(first: RunRecord) -> None:
+    changes = [{"key": "training.micro_batch", "before": 4, "after": 2}, {"key": "name", "before": "<a>", "after": "b"}]
+    changed = {"event": "change", "attempt": 1, "time": BEGAN + 30, "writer": "driver2-recipe", "changes": changes}
+    page = report([replace(first, events=[*first.events, Event.from_row(changed)])])
+    (row,) = (row for row in rows_of(page, "events") if row[2] == "change")
+    assert row[1:] == ["1", "change", "for the next attempt: training.micro_batch 4 → 2, name <a> → b"]
+    (marks,) = (trace for trace in figures_of(page)["timeline"]["data"] if trace["name"] == "change")
+    assert marks["text"] == ["training.micro_batch 4 → 2, name &lt;a&gt; → b"]
+    assert "★ change" in shown(page, "timeline")
+
+
 def test_no_event_and_no_host_is_left_out_of_its_table(first: RunRecord) -> None:
     head = {"attempt": 1, "time": BEGAN}
     events = [{**head, "event": "skipped_checkpoint", "step": i, "reason": "late"} for i in range(150)]

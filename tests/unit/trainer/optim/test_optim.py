@@ -15,8 +15,7 @@ from safetensors.torch import save_file
 from trainer.errors import CorruptObject
 from trainer.optim import learning_rate, make_optimizer
 from trainer.recipe import OptimizerSection, ScheduleSection
-from trainer.recipe.optimizers import OPTIMIZERS
-from trainer.recipe.schedules import SCHEDULES
+from trainer.recipe.optimizers import OPTIMIZERS, SCHEDULES
 from trainer.strategies.optimizer_state import load_optimizer_state, optimizer_state
 
 Parameters = dict[str, torch.nn.Parameter]

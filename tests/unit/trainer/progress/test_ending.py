@@ -45,7 +45,12 @@ def test_what_is_not_known_is_left_out_and_what_does_not_work_too(run: Storage, 
     write_rows(run, "metrics/a000001-000000.jsonl", step_row(1, tokens=10))
     pairs = {"data": {"train": [{"path": "d.jsonl", "format": "preference"}], "packing": False}, "task": "reward"}
     recipe = small_recipe("mine", Path("base"), tmp_path, **pairs)
-    assert list(last_lines(recipe, run, "a")) == ["loss 2, 1 step, 0:00, 10 tokens", f"muster report {run.url}"]
+    measured = f"muster evaluate --run {run.url} 'data.eval=[{{path: FILE, format: preference}}]'"
+    assert list(last_lines(recipe, run, "a")) == [
+        "loss 2, 1 step, 0:00, 10 tokens",
+        measured,
+        f"muster report {run.url}",
+    ]
 
 
 def test_a_storage_that_fails_costs_the_summary_only(tmp_path: Path) -> None:
