@@ -19,6 +19,7 @@ from trainer.plan.shards import Share, share, weights_of
 from trainer.recipe import Recipe
 from trainer.recipe.strategies import STRATEGIES
 from trainer.recipe.zero import zero_settings
+from trainer.strategies.mesh import Mesh
 from trainer.strategies.shards import Weight
 
 if TYPE_CHECKING:
@@ -206,7 +207,7 @@ def _kept(recipe: Recipe, model: Model, ranks: int, rank: int) -> Share:
     return share(
         recipe.strategy.kind,
         model.weights,
-        ranks,
+        Mesh.of(recipe, ranks),
         rank,
         gradient_size=WHOLE + (8 if recipe.exact else 0),
         state=lambda elements: partition_bytes(recipe, elements),

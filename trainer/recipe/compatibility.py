@@ -65,6 +65,27 @@ RULES = (
         lambda r: "adalora scores weights by their gradients, and float16's overflow; use bfloat16 or float32",
     ),
     Rule(
+        (("strategy", "context_parallel"), ("resources", "workers")),
+        lambda r: any(n % r.strategy.context_parallel for n in (r.resources.min_workers, r.resources.max_workers)),
+        lambda r: (
+            f"is {r.strategy.context_parallel}, which does not divide resources.workers {_workers(r)}; change one of "
+            "them"
+        ),
+    ),
+    Rule(
+        (("strategy", "replicas"), ("resources", "workers")),
+        lambda r: r.resources.max_workers % (r.strategy.replicas * r.strategy.context_parallel) > 0,
+        lambda r: (
+            f"is {r.strategy.replicas} replicas of {r.strategy.context_parallel} context ranks or a multiple of them, "
+            f"and {r.resources.max_workers} workers (resources.workers) cannot be divided so; change one of them"
+        ),
+    ),
+    Rule(
+        (("exact",), ("strategy", "context_parallel")),
+        lambda r: r.exact and r.strategy.context_parallel > 1,
+        lambda r: "cannot hold with context_parallel, whose ranks add parts of a sample's gradient; set it to 1",
+    ),
+    Rule(
         (("exact",), ("strategy", "kind")),
         lambda r: r.exact and r.strategy.kind != "ddp",
         lambda r: f"cannot hold under {r.strategy.kind}, which adds gradients shard by shard; use strategy.kind ddp",
@@ -229,6 +250,11 @@ RULES = (
         lambda r: "has no effect without data.eval or data.eval_fraction; add a source there, or leave it out",
     ),
 )
+
+
+def _workers(recipe: Recipe) -> str:
+    bounds = recipe.resources.workers
+    return str(bounds if isinstance(bounds, int) else list(bounds))
 
 
 def _writes_samples(recipe: Recipe) -> bool:
