@@ -7,10 +7,8 @@ from typing import Any
 
 import pytest
 
-from tests.support.training import ledger, losses, run_of, small_recipe, train_in_processes, write_pairs
+from tests.support.training import ledger, losses, small_recipe, train_in_processes, write_pairs
 from trainer.recipe import Recipe
-from trainer.run import layout
-from trainer.run.jsonl import read_rows
 
 SHAPES: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),

@@ -121,7 +121,9 @@ class Planner:
 
     def _computing(self, recipe: Recipe, ranks: int) -> Working:
         strategy, training = recipe.strategy, recipe.training
-        sharded = (strategy.kind, strategy.reshard_after_forward, ranks if strategy.row.plan_runs_wrap else 0)
+        mesh = Mesh.of(recipe, ranks)
+        divided = (mesh.context, mesh.ranks_per_replica if strategy.row.plan_runs_wrap else 0)
+        sharded = (strategy.kind, strategy.reshard_after_forward, *divided)
         packs = (training.micro_batch, training.gradient_checkpointing, recipe.data.sequence_length)
         key = _key(recipe, *sharded, *packs)
         if key not in self._working:

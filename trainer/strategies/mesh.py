@@ -32,8 +32,8 @@ class Mesh:
     def of(cls, recipe: Recipe, ranks: int) -> Mesh:
         """Returns the recipe's mesh of this many ranks.
 
-        With fewer ranks than ``resources.workers`` a run has fewer replicas, so that no rank keeps more than planned;
-        it has the most replicas for which that holds. Raises InputError if ``context_parallel`` does not divide
+        With fewer ranks than ``resources.workers`` a run has fewer replicas, so that no rank keeps more than planned:
+        the most for which that holds, up to the recipe's. Raises InputError if ``context_parallel`` does not divide
         ``ranks``."""
         strategy, context = recipe.strategy, recipe.strategy.context_parallel
         if ranks % context:
@@ -45,7 +45,8 @@ class Mesh:
         if strategy.row.shards == "nothing":
             return cls(groups, 1, context)
         planned = recipe.resources.max_workers // strategy.replicas // context
-        replicas = next(n for n in range(groups, 0, -1) if groups % n == 0 and (n == 1 or groups // n >= planned))
+        most = min(strategy.replicas, groups)
+        replicas = next(n for n in range(most, 0, -1) if groups % n == 0 and (n == 1 or groups // n >= planned))
         return cls(replicas, groups // replicas, context)
 
     @property

@@ -138,7 +138,7 @@ def _build(
             if strategy.mesh.context > 1:
                 context = Context(strategy.mesh.context_group(world.device.type))
                 strategy.reshard()
-                settle_context(strategy.model, strategy.module, context, task.inputs, attention, *asked[3:])
+                settle_context(*asked[:2], context, task.inputs, attention, world, recipe.model.path)
                 task.compute_together(context)
         strategy.reshard()
         with _as_told(recipe, strategy):

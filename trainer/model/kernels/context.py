@@ -15,6 +15,7 @@ H query heads, G heads of keys and values, D head dimension, T targets.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -23,14 +24,33 @@ import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
 
+from trainer.distributed.world import World
 from trainer.errors import InputError
 from trainer.model.kernels.attention import CONTEXT, IMPLEMENTATIONS, VARLEN, probe, varlen_forward
 from trainer.model.kernels.packing_check import Inputs, mode
+from trainer.modules import head_module
 from trainer.tasks.inputs import segments, to_device
 
 TOLERANCE = 0.02
 """The largest difference of a token's logits, in standard deviations: only rounding differs."""
-FLASH = IMPLEMENTATIONS["flash"]
+
+Kernel = Callable[..., tuple[torch.Tensor, Any]]
+"""Attention of all tokens of some heads, by transformers' interface, with ``sample_bounds``."""
+
+
+def flash(*call: Any, sample_bounds: tuple[torch.Tensor, int], **others: Any) -> tuple[torch.Tensor, Any]:
+    """Calls transformers' FlashAttention with the boundaries under its own names."""
+    from transformers import AttentionInterface
+
+    (begins, longest), name = sample_bounds, IMPLEMENTATIONS["flash"]
+    bounds = {"cu_seq_lens_q": begins, "cu_seq_lens_k": begins, "max_length_q": longest, "max_length_k": longest}
+    found: tuple[torch.Tensor, Any] = AttentionInterface()[name](*call, **bounds, **others)
+    return found
+
+
+by_loop = partial(varlen_forward, by_loop=True)
+KERNELS: dict[str, Kernel] = {"varlen": varlen_forward, "flash": flash}
+"""By the value of ``compute.attention``; ``by_loop`` for others."""
 
 
 class Context:
@@ -61,14 +81,25 @@ class Context:
         return rows[order] * n + columns[order] - self.rank * n, order
 
     def whole(self, values: torch.Tensor, order: torch.Tensor, total: int) -> torch.Tensor:
-        """Collective of the group: returns the ``total`` values of which this rank has those at ``order``. A gradient
-        reaches this rank's values only."""
+        """Collective of the group: returns the ``total`` values (rows) of which this rank has those at ``order``. A
+        gradient reaches this rank's values only."""
         found: torch.Tensor = _Whole.apply(values, order, total, self.group)  # type: ignore[no-untyped-call]
         return found
 
-    def attention(
+    def use(self, base: Any, kernel: Kernel) -> None:
+        """Sets attention that exchanges heads for tokens on a model, around ``kernel``. Raises InputError if the
+        model's code has attention of its own."""
+        from transformers import AttentionInterface, AttentionMaskInterface
+
+        AttentionInterface.register(CONTEXT, partial(self._attention, kernel))
+        AttentionMaskInterface.register(CONTEXT, lambda **_: None)
+        base.set_attn_implementation(CONTEXT)
+        if base.config._attn_implementation != CONTEXT:
+            raise InputError("the model's code has attention of its own")
+
+    def _attention(
         self,
-        kernel: str,
+        kernel: Kernel,
         module: Any,
         query: torch.Tensor,
         key: torch.Tensor,
@@ -86,15 +117,7 @@ class Context:
             raise InputError(f"{heads} attention heads cannot be divided over {self.size} ranks")
         times = math.lcm(groups, self.size) // groups
         q, k, v = (self._all_tokens(t) for t in (query, *(t.repeat_interleave(times, 1) for t in (key, value))))
-        if kernel == FLASH:
-            begins, longest = sample_bounds
-            bounds = {f"cu_seq_lens_{x}": begins for x in "qk"} | {f"max_length_{x}": longest for x in "qk"}
-            from transformers import AttentionInterface
-
-            out, _ = AttentionInterface()[FLASH](module, q, k, v, None, **bounds, **others)
-        else:
-            loop = kernel != VARLEN
-            out, _ = varlen_forward(module, q, k, v, None, sample_bounds=sample_bounds, by_loop=loop, **others)
+        out, _ = kernel(module, q, k, v, None, sample_bounds=sample_bounds, **others)
         return self._all_heads(out), None
 
     def _all_tokens(self, x_BHnD: torch.Tensor) -> torch.Tensor:
@@ -138,7 +161,7 @@ class _Whole(torch.autograd.Function):
         ctx: Any, values: torch.Tensor, order: torch.Tensor, total: int, group: dist.ProcessGroup
     ) -> torch.Tensor:
         ctx.save_for_backward(order)
-        found = values.new_zeros(total)
+        found = values.new_zeros(total, *values.shape[1:])
         found[order] = values
         dist.all_reduce(found, group=group)
         return found
@@ -152,32 +175,35 @@ class _Whole(torch.autograd.Function):
 
 
 def settle_context(
-    model: Any, module: Any, context: Context, inputs: Inputs, kernel: str, device: torch.device, path: str
+    model: Any, module: Any, context: Context, inputs: Inputs, kernel: str, world: World, path: str
 ) -> None:
     """Sets attention that exchanges heads for tokens on ``model``, around its kernel (``compute.attention``).
 
     ``inputs``: the model's arguments without context parallelism. Every rank calls it, in the forward's precision.
-    Raises InputError if the model's logits change: another layer than attention then mixes tokens."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-
+    Raises InputError if the outputs of the model's head change: another layer than attention then mixes tokens."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    device = world.device
     ids, positions, real = probe(packed=True)
     at = np.flatnonzero(real.numpy())
     mine, order = context.mine(at, ids.shape[1])
+    outputs: list[torch.Tensor] = []
+    hook = None
     try:
+        hook = head_module(base).register_forward_hook(lambda *call: outputs.append(call[-1].flatten(0, 1).float()))
         with mode(module, training=False):
-            want = module(**inputs(ids, positions, device)).logits.flatten(0, 1)[to_device(at[order], device)].float()
-            AttentionInterface.register(CONTEXT, partial(context.attention, IMPLEMENTATIONS.get(kernel, kernel)))
-            AttentionMaskInterface.register(CONTEXT, lambda **_: None)
-            base.set_attn_implementation(CONTEXT)
-            if base.config._attn_implementation != CONTEXT:
-                raise InputError("the model's code has attention of its own")
-            got = module(**context.inputs(ids, positions, device)).logits.flatten(0, 1)[to_device(mine, device)].float()
-        moved = (got - want).abs().amax(-1) / want.std()
-        if not float(moved.max()) <= TOLERANCE:
-            raise InputError(f"logits move by {float(moved.max()):.2g} of their spread")
+            module(**inputs(ids, positions, device))
+            context.use(base, KERNELS.get(kernel, by_loop))
+            module(**context.inputs(ids, positions, device))
+        want, got = outputs[0][to_device(at[order], device)], outputs[1][to_device(mine, device)]
+        mine_moved = float((got - want).abs().amax() / outputs[0].std()) if len(order) else 0.0
+        moved = max(world.all_gather(mine_moved))  # every rank decides alike
+        if not moved <= TOLERANCE:
+            raise InputError(f"the outputs of its head move by {moved:.2g} of their spread")
     except (InputError, RuntimeError, TypeError, ValueError, KeyError) as error:
         raise InputError(
             f"strategy.context_parallel {context.size} does not work for {type(base).__name__} of model.path {path!r}: "
             f"{error}; set it to 1"
         ) from error
+    finally:
+        if hook is not None:
+            hook.remove()
