@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from trainer.errors import InputError
+
 
 def text_model(model: Any) -> torch.nn.Module:
     """Returns the part of a model for several media (text and images) that reads text; any other model as it is."""
@@ -16,6 +18,15 @@ def text_model(model: Any) -> torch.nn.Module:
         return text
     whole: torch.nn.Module = model
     return whole
+
+
+def head_module(model: Any) -> torch.nn.Module:
+    """Returns the output layer of a decoder, which turns the hidden state of each token into logits or scores: the base
+    model's, without an adapter's outer class. Raises InputError for a model without one, such as an encoder."""
+    head: torch.nn.Module | None = model.get_output_embeddings() or getattr(model, "score", None)
+    if head is None:
+        raise InputError(f"{type(model).__name__} has no output layer for each token")
+    return head
 
 
 def computes_plain_product(kind: type[torch.nn.Module]) -> bool:

@@ -84,17 +84,20 @@ class Runner(Protocol):
 
 
 class WorkerCount:
-    """Decides how many workers the next attempt gets: as many as there is room for, up to the maximum."""
+    """Decides how many workers the next attempt gets: as many as there is room for, up to the maximum, and a multiple
+    of ``multiple`` (`strategy.context_parallel`)."""
 
-    def __init__(self, resources: ResourcesSection, now: float) -> None:
-        self._resources, self._since = resources, now
+    def __init__(self, resources: ResourcesSection, now: float, multiple: int = 1) -> None:
+        self._resources, self._since, self._multiple = resources, now, multiple
 
     def decide(self, nodes: Sequence[Node], now: float) -> int | None:
         """Returns the number, or None to look again. ``now`` is in seconds of the clock of ``__init__``. Raises
         StartAgain after ``PATIENCE_S``."""
         resources, waited = self._resources, now - self._since
-        count = min(resources.max_workers, room(resources, nodes, {}))
-        possible = min(resources.max_workers, workers_that_fit(resources, nodes))
+        count, possible = (
+            min(resources.max_workers, workers - workers % self._multiple)
+            for workers in (room(resources, nodes, {}), workers_that_fit(resources, nodes))
+        )
         if count >= resources.min_workers and (count >= possible or waited >= SETTLE_S):
             return count
         if waited >= PATIENCE_S:
@@ -164,7 +167,7 @@ class Attempts:
 
     def _workers(self, every: Callable[[], None]) -> int:
         resources = self._job.recipe.resources
-        count = WorkerCount(resources, time.monotonic())
+        count = WorkerCount(resources, time.monotonic(), self._job.recipe.strategy.context_parallel)
         self.stage = "waiting for CPUs and GPUs"
         while True:
             nodes = self._runner.nodes()

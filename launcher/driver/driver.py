@@ -223,7 +223,9 @@ class RunDriver:
             yield lambda: None
             return
         patience_s = LOST_PATIENCE_IN_JOB_S if here.nodes else LOST_PATIENCE_S
-        lookout = ResizePolicy(resources, partial(missing, resources), patience_s)
+        lookout = ResizePolicy(
+            resources, partial(missing, resources), patience_s, self.recipe.strategy.context_parallel
+        )
         group = partial(newest_group, self.run, before)
         with NodeMonitor(lookout, runner.all_nodes, group, self._resize) as watch:
             yield watch.check

@@ -58,13 +58,19 @@ class Lost:
 class ResizePolicy:
     """Decides from one look at the nodes after another; has no side effects.
 
-    ``missing`` returns what the live nodes lack. ``group`` is called only if necessary, since it reads the storage.
+    ``missing`` returns what the live nodes lack; the number of workers is a multiple of ``multiple``. ``group`` is
+    called only if necessary, since it reads the storage.
     """
 
     def __init__(
-        self, resources: ResourcesSection, missing: Callable[[Sequence[Node]], str], patience_s: float = LOST_PATIENCE_S
+        self,
+        resources: ResourcesSection,
+        missing: Callable[[Sequence[Node]], str],
+        patience_s: float = LOST_PATIENCE_S,
+        multiple: int = 1,
     ) -> None:
         self._resources, self._missing, self._patience_s = resources, missing, patience_s
+        self._multiple = multiple
         self._short_since: float | None = None
         self._left: set[str] = set()
         self._room_seen = False
@@ -99,6 +105,7 @@ class ResizePolicy:
     def _growing(self, nodes: Sequence[Node], group: Callable[[], CurrentWorkers | None], now: float) -> Resize | None:
         resources = self._resources
         more = room(resources, nodes, {}) if resources.min_workers < resources.max_workers else 0
+        more -= more % self._multiple
         seen, self._room_seen = self._room_seen, more > 0
         if not (seen and more) or (training := group()) is None:
             return None

@@ -11,15 +11,17 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import scaled_dot_product_attention
 
 from trainer.data import Batch
 from trainer.errors import InputError
 from trainer.model.files.configs import UNUSABLE, cause
+from trainer.model.kernels.context import Context
 from trainer.plan.allocation_tracker import LiveBytes
 from trainer.plan.fake_process_group import CPU, fake_world
 from trainer.plan.meta_model import labels_of, layer_count, skeleton, with_layers
@@ -28,6 +30,7 @@ from trainer.recipe import Recipe
 from trainer.recipe.tasks import TASKS
 from trainer.strategies import make_strategy
 from trainer.strategies.layers import decoder_layers
+from trainer.strategies.mesh import Mesh
 from trainer.tasks import Task, make_task
 
 if TYPE_CHECKING:
@@ -78,14 +81,19 @@ def _peak(recipe: Recipe, config: PreTrainedConfig, ranks: int | None) -> int:
 
 
 def measure(recipe: Recipe, config: PreTrainedConfig, ranks: int | None) -> ActivationBytes:
-    """Runs one micro-batch, forward and backward, sharded over ``ranks`` by FSDP2, or not sharded if None."""
+    """Runs one micro-batch, forward and backward, sharded over ``ranks`` by FSDP2, or not sharded if None. The ranks of
+    context parallelism divide its tokens in both."""
+    together = recipe.strategy.context_parallel
+    size = ranks or (together if together > 1 else 0)
     try:
-        with _without_logs(), fake_world(ranks) if ranks else nullcontext() as world:
-            model = skeleton(recipe, config, as_gathered=world is None and recipe.strategy.row.sharded)
+        with _without_logs(), fake_world(size) if size else nullcontext() as world:
+            model = skeleton(recipe, config, as_gathered=ranks is None and recipe.strategy.row.sharded)
             layers = decoder_layers(model)
             task = make_task(recipe, labels_of(recipe))
             task.attach(model)
-            if world is None:
+            if together > 1:
+                _divide_tokens(task, model, Mesh.of(recipe, size))
+            if world is None or ranks is None:
                 return _run(recipe, model, task, layers, settle=lambda: None)
             strategy = make_strategy(on_device(recipe), world)
             strategy.model = strategy.wrap(model)
@@ -95,6 +103,19 @@ def measure(recipe: Recipe, config: PreTrainedConfig, ranks: int | None) -> Acti
             f"model.path {recipe.model.path!r}: the memory of a {config.model_type!r} model's forward and backward "
             f"cannot be computed without weights: {cause(error)}"
         ) from error
+
+
+def _divide_tokens(task: Task, model: Any, mesh: Mesh) -> None:
+    context = Context(mesh.context_group(CPU.type))
+    context.use(model.get_base_model() if hasattr(model, "get_base_model") else model, _attention_of_a_pack)
+    task.compute_together(context)
+
+
+def _attention_of_a_pack(module: Any, *qkv: Any, scaling: float | None = None, **_: Any) -> tuple[torch.Tensor, None]:
+    """A pack of one sample. The kernels for several read where each begins, which fake tensors do not know."""
+    query, key, value = qkv[:3]
+    out = scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2), None
 
 
 @contextmanager
@@ -158,7 +179,8 @@ def _batch(recipe: Recipe) -> Batch:
     return Batch(
         index=0,
         input_ids=np.zeros(shape, np.int64),
-        position_ids=np.zeros(shape, np.int64),
+        # Context parallelism reads the boundaries of samples: one sample for each pack.
+        position_ids=np.tile(np.arange(shape[1]), (shape[0], 1)) * (recipe.strategy.context_parallel > 1),
         targets=np.ones(shape, np.bool_),
         labels=np.zeros(shape[0], np.int64),
         pairs=pairs,

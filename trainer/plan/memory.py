@@ -19,6 +19,7 @@ from trainer.plan.shards import Share, share, weights_of
 from trainer.recipe import Recipe
 from trainer.recipe.strategies import STRATEGIES
 from trainer.recipe.zero import zero_settings
+from trainer.strategies.mesh import Mesh
 from trainer.strategies.shards import Weight
 
 if TYPE_CHECKING:
@@ -120,7 +121,9 @@ class Planner:
 
     def _computing(self, recipe: Recipe, ranks: int) -> Working:
         strategy, training = recipe.strategy, recipe.training
-        sharded = (strategy.kind, strategy.reshard_after_forward, ranks if strategy.row.plan_runs_wrap else 0)
+        mesh = Mesh.of(recipe, ranks)
+        divided = (mesh.context, mesh.ranks_per_replica if strategy.row.plan_runs_wrap else 0)
+        sharded = (strategy.kind, strategy.reshard_after_forward, *divided)
         packs = (training.micro_batch, training.gradient_checkpointing, recipe.data.sequence_length)
         key = _key(recipe, *sharded, *packs)
         if key not in self._working:
@@ -206,7 +209,7 @@ def _kept(recipe: Recipe, model: Model, ranks: int, rank: int) -> Share:
     return share(
         recipe.strategy.kind,
         model.weights,
-        ranks,
+        Mesh.of(recipe, ranks),
         rank,
         gradient_size=WHOLE + (8 if recipe.exact else 0),
         state=lambda elements: partition_bytes(recipe, elements),

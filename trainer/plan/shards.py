@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from trainer.recipe.strategies import STRATEGIES
+from trainer.strategies.mesh import Mesh
 from trainer.strategies.shards import Weight
 
 
@@ -29,14 +30,14 @@ class Share:
 
 
 def share(
-    kind: str, weights: Counter[Weight], ranks: int, rank: int, *, gradient_size: int, state: Callable[[int], int]
+    kind: str, weights: Counter[Weight], mesh: Mesh, rank: int, *, gradient_size: int, state: Callable[[int], int]
 ) -> Share:
     """Sums a rank's bytes. ``gradient_size``: bytes per gradient element; ``state(elements)``: bytes of optimizer
     state."""
     kept_by = STRATEGIES.load(kind).kept
     sums: Counter[str] = Counter()
     for weight, count in weights.items():
-        kept = kept_by(weight, ranks, rank)
+        kept = kept_by(weight, mesh, rank)
         sums["trainable" if weight.trainable else "frozen"] += count * kept.parameter * weight.itemsize
         sums["padding"] += count * kept.padding * weight.itemsize
         if weight.trainable:

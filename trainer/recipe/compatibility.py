@@ -65,6 +65,57 @@ RULES = (
         lambda r: "adalora scores weights by their gradients, and float16's overflow; use bfloat16 or float32",
     ),
     Rule(
+        (("strategy", "context_parallel"), ("resources", "workers")),
+        lambda r: any(n % r.strategy.context_parallel for n in (r.resources.min_workers, r.resources.max_workers)),
+        lambda r: (
+            f"is {r.strategy.context_parallel}, which does not divide resources.workers {_workers(r)}; change one of "
+            "them"
+        ),
+    ),
+    Rule(
+        (("strategy", "replicas"), ("resources", "workers")),
+        lambda r: r.resources.max_workers % (r.strategy.replicas * r.strategy.context_parallel) > 0,
+        lambda r: f"is {r.strategy.replicas}, which does not divide {_groups(r)}; change one of them",
+    ),
+    Rule(
+        (("exact",), ("strategy", "context_parallel")),
+        lambda r: r.exact and r.strategy.context_parallel > 1,
+        lambda r: "cannot hold with context_parallel, whose ranks add parts of a sample's gradient; set it to 1",
+    ),
+    Rule(
+        (("strategy", "context_parallel"), ("task",)),
+        lambda r: r.strategy.context_parallel > 1 and not TASKS[r.task].divides_texts,
+        lambda r: (
+            f"works with {' and '.join(name for name, row in TASKS.items() if row.divides_texts)}, whose loss can be "
+            f"computed from parts of a text, not with {r.task}; set it to 1"
+        ),
+    ),
+    Rule(
+        (("strategy", "context_parallel"), ("adapter", "method")),
+        lambda r: r.strategy.context_parallel > 1 and r.adapter.row.own_vectors != "none",
+        lambda r: (
+            f"divides the tokens of a text, and {r.adapter.method} may add tokens of its own; set it to 1, or use "
+            "another method"
+        ),
+    ),
+    Rule(
+        (("strategy", "context_parallel"), ("training", "router_aux_loss_coef")),
+        lambda r: r.strategy.context_parallel > 1 and r.training.router_aux_loss_coef is not None,
+        lambda r: (
+            "would balance the experts within a part of a text only; set it to 1, or leave router_aux_loss_coef out"
+        ),
+    ),
+    Rule(
+        (("strategy", "context_parallel"), ("compute", "compile")),
+        lambda r: r.strategy.context_parallel > 1 and r.compute.compile,
+        lambda r: "exchanges tokens in every layer, which torch.compile does not capture; set one of them off",
+    ),
+    Rule(
+        (("compute", "attention"), ("strategy", "context_parallel")),
+        lambda r: r.strategy.context_parallel > 1 and r.compute.attention == "flex",
+        lambda r: "flex compiles its mask for whole packs; with context_parallel use auto, varlen, flash or sdpa",
+    ),
+    Rule(
         (("exact",), ("strategy", "kind")),
         lambda r: r.exact and r.strategy.kind != "ddp",
         lambda r: f"cannot hold under {r.strategy.kind}, which adds gradients shard by shard; use strategy.kind ddp",
@@ -229,6 +280,17 @@ RULES = (
         lambda r: "has no effect without data.eval or data.eval_fraction; add a source there, or leave it out",
     ),
 )
+
+
+def _workers(recipe: Recipe) -> str:
+    bounds = recipe.resources.workers
+    return str(bounds if isinstance(bounds, int) else list(bounds))
+
+
+def _groups(recipe: Recipe) -> str:
+    workers, context = recipe.resources.max_workers, recipe.strategy.context_parallel
+    of_context = f"the {workers // context} groups of {context} (context_parallel) of " if context > 1 else ""
+    return f"{of_context}{workers} workers (resources.workers)"
 
 
 def _writes_samples(recipe: Recipe) -> bool:

@@ -30,9 +30,12 @@ class StrategyRow(Choice):
 STRATEGIES = Registry(
     "strategy",
     {
-        "ddp": StrategyRow("trainer.strategies.ddp:DDP"),
+        "ddp": StrategyRow("trainer.strategies.ddp:DDP", settings=("context_parallel",)),
         "fsdp": StrategyRow(
-            "trainer.strategies.fsdp:FSDP", "parameters", ("reshard_after_forward", "offload"), plan_runs_wrap=True
+            "trainer.strategies.fsdp:FSDP",
+            "parameters",
+            ("replicas", "context_parallel", "reshard_after_forward", "offload"),
+            plan_runs_wrap=True,
         ),
         "zero2": StrategyRow("trainer.strategies.zero:Zero2", "states", ("deepspeed",), zero_stage=2),
         "zero3": StrategyRow("trainer.strategies.zero:Zero3", "parameters", ("deepspeed",), zero_stage=3),

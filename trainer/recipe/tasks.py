@@ -23,15 +23,16 @@ class TaskRow(Choice):
     class of the model; a sequence classifier has its own head, which is trained and saved with any adapter.
     ``has_reference``: compares with a reference, which is the same model with its adapter switched off. ``segments``:
     its forward pass gets the start of each sample and needs no mask. ``router_loss``: its loss may add the balance of a
-    mixture's experts. ``generates``: it learns from texts that the model
-    generates for the samples' prompts; that is most of a step, and no formula of the MFU counts it. ``section``: its
-    settings; their key in the recipe is the task's name."""
+    mixture's experts. ``divides_texts``: its loss can be computed by ranks that each have a part of the tokens.
+    ``generates``: it learns from texts that the model generates for the samples' prompts; that is most of a step, and
+    no formula of the MFU counts it. ``section``: its settings; their key in the recipe is the task's name."""
 
     learns_from: tuple[str, ...]
     auto_class: str = CAUSAL
     has_reference: bool = False
     segments: bool = False
     router_loss: bool = False
+    divides_texts: bool = False
     generates: bool = False
     section: type[Section] | None = None
 
@@ -44,12 +45,21 @@ class TaskRow(Choice):
 TASKS = Registry(
     "task",
     {
-        "sft": TaskRow("trainer.tasks.sft:SFT", ("prompted", "text"), segments=True, router_loss=True),
+        "sft": TaskRow(
+            "trainer.tasks.sft:SFT", ("prompted", "text"), segments=True, router_loss=True, divides_texts=True
+        ),
         "classification": TaskRow(
             "trainer.tasks.classification:Classification", ("label",), SEQUENCE, section=ClassificationSection
         ),
-        "reward": TaskRow("trainer.tasks.reward:Reward", ("preference",), SEQUENCE),
-        "dpo": TaskRow("trainer.tasks.dpo:DPO", ("preference",), has_reference=True, segments=True, section=DPOSection),
+        "reward": TaskRow("trainer.tasks.reward:Reward", ("preference",), SEQUENCE, divides_texts=True),
+        "dpo": TaskRow(
+            "trainer.tasks.dpo:DPO",
+            ("preference",),
+            has_reference=True,
+            segments=True,
+            divides_texts=True,
+            section=DPOSection,
+        ),
         "ppo": TaskRow(
             "trainer.tasks.ppo.task:PPO",
             ("prompted", "preference"),

@@ -21,6 +21,7 @@ import torch
 from trainer.distributed.world import World
 from trainer.precision import needs_autocast
 from trainer.recipe.strategies import STRATEGIES
+from trainer.strategies.mesh import Mesh
 from trainer.strategies.optimizer_state import load_optimizer_state, optimizer_state
 from trainer.strategies.shards import Kept, Weight
 
@@ -58,6 +59,7 @@ class Strategy(ABC):
     def __init__(self, recipe: Recipe, world: World) -> None:
         self.recipe = recipe
         self.world = world
+        self.mesh = Mesh.of(recipe, world.size)
         self.scaler = torch.amp.GradScaler(world.device.type, enabled=recipe.model.dtype == "float16")
 
     @classmethod
@@ -66,7 +68,7 @@ class Strategy(ABC):
         return False
 
     @classmethod
-    def kept(cls, weight: Weight, ranks: int, rank: int) -> Kept:
+    def kept(cls, weight: Weight, mesh: Mesh, rank: int) -> Kept:
         """Returns the elements of a parameter, its gradient and its optimizer state that a rank keeps: all of them,
         unless the strategy shards them."""
         return Kept(weight.numel, weight.numel, weight.numel)
@@ -177,6 +179,7 @@ class Strategy(ABC):
         total = sum(math.prod(self.shape_of(p)) * p.element_size() for p in self.model.parameters())
         return {
             "kind": self.recipe.strategy.kind,
+            "mesh": self.mesh.to_json(),
             "wrapped": self.wrapped(),
             "total_bytes": total,
             "sharded_bytes": self.world.all_gather(self.local_bytes()),

@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from trainer.strategies.base import ShardSlice, Strategy
 from trainer.strategies.layers import separate_blocks
+from trainer.strategies.mesh import Mesh
 from trainer.strategies.shards import Kept, Weight, chunk_rows
 
 if TYPE_CHECKING:
@@ -32,11 +33,11 @@ class FSDP(Strategy):
         return True
 
     @classmethod
-    def kept(cls, weight: Weight, ranks: int, rank: int) -> Kept:
+    def kept(cls, weight: Weight, mesh: Mesh, rank: int) -> Kept:
         # FSDP2 splits the first dimension as torch.chunk does, so that the last ranks may get fewer rows or none, and
         # allocates the largest chunk on every rank.
-        rows, rest = weight.shape[0], math.prod(weight.shape[1:])
-        mine = chunk_rows(rows, ranks, rank) * rest
+        rows, rest, ranks = weight.shape[0], math.prod(weight.shape[1:]), mesh.ranks_per_replica
+        mine = chunk_rows(rows, ranks, mesh.shard_rank(rank)) * rest
         return Kept(mine, mine, mine, chunk_rows(rows, ranks, 0) * rest - mine)
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
@@ -44,7 +45,7 @@ class FSDP(Strategy):
         if self.recipe.strategy.offload:
             offload = CPUOffloadPolicy(pin_memory=self.world.device.type != "cpu")
         settings: dict[str, Any] = {
-            "mesh": init_device_mesh(self.world.device.type, (self.world.size,)),
+            "mesh": self._device_mesh(),
             "mp_policy": self._precision(),
             "offload_policy": offload,
         }
@@ -55,6 +56,13 @@ class FSDP(Strategy):
         unsharded = [n for n, p in model.named_parameters() if not isinstance(p, DTensor)]
         assert not unsharded, f"fully_shard left {unsharded[:3]} whole"
         return model
+
+    def _device_mesh(self) -> DeviceMesh:
+        """Returns the mesh for `fully_shard`, which replicates over the first axis of two and shards over the last."""
+        device, size = self.world.device.type, self.mesh.ranks_per_replica
+        if self.mesh.replicas == 1:
+            return init_device_mesh(device, (size,), mesh_dim_names=("shard",))
+        return init_device_mesh(device, (self.mesh.replicas, size), mesh_dim_names=("replica", "shard"))
 
     def materialise(self) -> list[ShardSlice]:
         device = "cpu" if self.recipe.strategy.offload else self.world.device
@@ -104,7 +112,7 @@ def _piece(name: str, parameter: torch.Tensor) -> ShardSlice:
     """Returns this rank's slice of a sharded parameter."""
     assert isinstance(parameter, DTensor)
     # FSDP2 cuts along the first dimension into chunks of equal size; the last ranks may have fewer rows or none.
-    mesh, row = parameter.device_mesh, parameter.shape[1:].numel()
+    mesh, row = parameter.device_mesh["shard"], parameter.shape[1:].numel()
     rows_per_rank = -(-parameter.shape[0] // mesh.size())
     start = min(mesh.get_local_rank() * rows_per_rank, parameter.shape[0])
     # As a plain tensor: bitsandbytes' tensor subclass would quantise the values that are copied into it.

@@ -27,6 +27,7 @@ from trainer.experts import expert_layers
 from trainer.recipe.zero import zero_settings
 from trainer.strategies.base import Fill, MakeOptimizer, ShardSlice, Strategy, set_lr
 from trainer.strategies.layers import decoder_layers
+from trainer.strategies.mesh import Mesh
 from trainer.strategies.optimizer_state import check_owners
 from trainer.strategies.shards import Kept, Weight
 from trainer.strategies.zero_shards import cut, gathered, pieces
@@ -183,8 +184,8 @@ class Zero2(Zero):
     """Stage 2: every rank has all parameters, and a flat float32 partition for each group of them."""
 
     @classmethod
-    def kept(cls, weight: Weight, ranks: int, rank: int) -> Kept:
-        share = -(-weight.numel // ranks)
+    def kept(cls, weight: Weight, mesh: Mesh, rank: int) -> Kept:
+        share = -(-weight.numel // mesh.ranks)
         return Kept(weight.numel, share, share)
 
     def setup(self, model: torch.nn.Module, make_optimizer: MakeOptimizer, fill: Fill | None = None) -> None:
@@ -219,8 +220,8 @@ class Zero3(Zero):
         return recipe.adapter.method != "none" or recipe.model.dtype == "float32"
 
     @classmethod
-    def kept(cls, weight: Weight, ranks: int, rank: int) -> Kept:
-        share = -(-weight.numel // ranks)  # equal slices of the flattened parameter; the last ones are padded
+    def kept(cls, weight: Weight, mesh: Mesh, rank: int) -> Kept:
+        share = -(-weight.numel // mesh.ranks)  # equal slices of the flattened parameter; the last ones are padded
         return Kept(share, share, share)
 
     def materialise(self) -> list[ShardSlice]:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from trainer.distributed.world import World
+from trainer.errors import InputError
 from trainer.parsing import Malformed
 from trainer.recipe.tasks import TASKS
 from trainer.tasks.inputs import model_inputs
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from trainer.data import Batch, StepPlan
+    from trainer.model.kernels.context import Context
     from trainer.recipe import Recipe
     from trainer.run.events import SampleText
 
@@ -96,6 +98,13 @@ class Task(ABC):
         """Returns the arguments with which `loss` calls a causal language model, from arrays [B, L]. The checks of the
         model before the first step use them."""
         return (self.head.inputs if self.head else model_inputs)(input_ids, position_ids, device)
+
+    def compute_together(self, context: Context) -> None:
+        """Prepares the losses for ranks that each compute a part of the tokens. Raises InputError if the task
+        cannot."""
+        if self.head is None:
+            raise InputError(f"strategy.context_parallel {context.size}: task {self.recipe.task} cannot divide a text")
+        self.head.context = context
 
     def owns_parameter(self, name: str) -> bool:
         """Returns True for a parameter that the task has added to the model."""

@@ -15,7 +15,7 @@ from torch.nn.functional import cross_entropy
 
 from trainer.tasks.base import GenerationContext, LossOutput, Task, ratio
 from trainer.tasks.inputs import to_device
-from trainer.tasks.sequences import SequenceInputs
+from trainer.tasks.sequences import SequenceOutputs
 
 if TYPE_CHECKING:
     from trainer.data import Batch, StepPlan
@@ -30,14 +30,14 @@ class Classification(Task):
         self._weights = torch.tensor([given.get(label, 1.0) for label in labels]) if given else None
 
     def attach(self, model: torch.nn.Module, generation: GenerationContext | None = None) -> None:
-        self._inputs = SequenceInputs(model)
+        self._outputs = SequenceOutputs(model)
 
     def loss_units(self, of: StepPlan | Batch) -> int:
         return of.samples
 
     def loss(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> LossOutput:
         labels = to_device(batch.labels, device)
-        logits = module(**self._inputs.of(batch, device)).logits[: len(labels)].float()
+        logits = self._outputs.of(module, batch, device)[: len(labels)].float()
         weights = None if self._weights is None else self._weights.to(device)
         loss = cross_entropy(logits, labels, weight=weights, reduction="sum")
         return LossOutput(loss, counts(logits.detach().argmax(-1), labels, logits.shape[1]))

@@ -29,6 +29,7 @@ from trainer.tasks.inputs import model_inputs, to_device
 
 if TYPE_CHECKING:
     from trainer.data import Batch
+    from trainer.model.kernels.context import Context
 
 CHUNK_LOGITS = 16 * 1024 * 1024
 POST_HEAD = (
@@ -62,6 +63,7 @@ class TargetHead:
         self._at: torch.Tensor | None = None
         self._labels_T: torch.Tensor | None = None
         self._last = False
+        self.context: Context | None = None
         head.forward = self._forward
 
     def losses(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
@@ -71,11 +73,21 @@ class TargetHead:
         # position before a target always belongs to the same sample. Indices are computed on the host, which would
         # have to wait for the device if it indexed by a mask there.
         target_at = np.flatnonzero(batch.targets)
-        labels = to_device(batch.input_ids.ravel()[target_at], device)
-        inputs = self.inputs(batch.input_ids, batch.position_ids, device)
-        with self.select(to_device(target_at - 1, device), labels):
+        labels, at = batch.input_ids.ravel()[target_at], target_at - 1
+        if self.context is None:
+            inputs = self.inputs(batch.input_ids, batch.position_ids, device)
+            return self._nll_at(module, inputs, to_device(at, device), to_device(labels, device))
+        mine, order = self.context.mine(at, batch.input_ids.shape[1])
+        inputs = self.context.inputs(batch.input_ids, batch.position_ids, device)
+        nll = self._nll_at(module, inputs, to_device(mine, device), to_device(labels[order], device))
+        return self.context.whole(nll, to_device(order, device), len(labels))
+
+    def _nll_at(
+        self, module: torch.nn.Module, inputs: dict[str, Any], at: torch.Tensor, labels_T: torch.Tensor
+    ) -> torch.Tensor:
+        with self.select(at, labels_T):
             output = module(**inputs)
-        return self.nll(output.logits, labels)
+        return self.nll(output.logits, labels_T)
 
     def inputs(self, input_ids: np.ndarray, position_ids: np.ndarray, device: torch.device) -> dict[str, Any]:
         """Returns the arguments with which `losses` calls the model, from arrays [B, L]."""

@@ -18,23 +18,27 @@ from torch.nn.functional import logsigmoid
 from trainer.tasks.base import GenerationContext, LossOutput, Task
 from trainer.tasks.inputs import to_device
 from trainer.tasks.pairs import evaluated, pair_metrics, pair_sums
-from trainer.tasks.sequences import SequenceInputs
+from trainer.tasks.sequences import SequenceOutputs
 
 if TYPE_CHECKING:
     from trainer.data import Batch, StepPlan
+    from trainer.model.kernels.context import Context
 
 
 class Reward(Task):
     labels = ("reward",)
 
     def attach(self, model: torch.nn.Module, generation: GenerationContext | None = None) -> None:
-        self._inputs = SequenceInputs(model)
+        self._outputs = SequenceOutputs(model)
+
+    def compute_together(self, context: Context) -> None:
+        self._outputs.context = context
 
     def loss_units(self, of: StepPlan | Batch) -> int:
         return of.samples
 
     def loss(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> LossOutput:
-        rewards = module(**self._inputs.of(batch, device)).logits[: 2 * batch.pairs, 0].float()
+        rewards = self._outputs.of(module, batch, device)[: 2 * batch.pairs, 0].float()
         chosen, rejected = rewards[: batch.pairs], rewards[batch.pairs :]
         margins = to_device(batch.margins, device)
         loss = -logsigmoid(chosen - rejected - margins).sum()

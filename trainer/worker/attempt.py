@@ -104,13 +104,13 @@ def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callab
             startup.end(MODEL)
         end = start
         if start.step < min(job.total_steps, recipe.training.stop_after or job.total_steps):
+            mesh = parts.strategy.mesh
+            mine = mesh.data_rank(world.rank), mesh.data_ranks
             prompts = PromptSource(data.eval, eval_cache, parts.tokenizer)
             profiler = Profiler(recipe, world, run, attempt, recorder.event_from_any_rank)
             evaluation: Callable[[], Iterator[Batch]] | None = None
             if data.eval is not None:
-                evaluation = partial(
-                    eval_batches, data.eval, recipe.training.micro_batch, world.rank, world.size, cache=eval_cache
-                )
+                evaluation = partial(eval_batches, data.eval, recipe.training.micro_batch, *mine, cache=eval_cache)
             callbacks = [
                 profiler,
                 detector,
@@ -119,7 +119,7 @@ def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callab
                 checkpointer,
             ]
             loop = Loop(parts, callbacks, stop_requested, total_steps=job.total_steps, eval_batches=evaluation)
-            batches = closing(stream.prefetch(start.cursor, world.rank, world.size))
+            batches = closing(stream.prefetch(start.cursor, *mine))
             with closing(profiler), detector, batches as steps, _noted(detector.place):
                 end = loop.run(start, steps)
         checkpointer.close()

@@ -26,6 +26,7 @@ from trainer.model import Head, ModelFiles, check_isolation, check_left_to_right
 from trainer.model import build as load_base
 from trainer.model.files.weight_source import WeightSource
 from trainer.model.kernels.attention import settle_attention
+from trainer.model.kernels.context import Context, settle_context
 from trainer.model.kernels.liger import use_liger
 from trainer.model.key_mapping import check_by_shard
 from trainer.model.meta import NeedsFullLoad, meta_model
@@ -134,6 +135,11 @@ def _build(
                 check_left_to_right(*asked, length)
             if recipe.data.packing:
                 check_isolation(*asked, length)
+            if strategy.mesh.context > 1:
+                context = Context(strategy.mesh.context_group(world.device.type))
+                strategy.reshard()
+                settle_context(*asked[:2], context, task.inputs, attention, world, recipe.model.path)
+                task.compute_together(context)
         strategy.reshard()
         with _as_told(recipe, strategy):
             check_used(recipe, world, adapter, task, strategy)

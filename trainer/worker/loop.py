@@ -1,10 +1,11 @@
 """The training loop: the same code for every method, strategy and task.
 
 A global step is one update of the optimizer, or several if the task does more (`Task.updates`). An update is divided
-into micro-batches; rank r runs micro-batch k if k % world_size == r. The samples of a micro-batch, and the random
-numbers of its forward pass, depend on (seed, step, k) only. The loss is a sum over the task's units (target tokens,
-samples, pairs) divided by the update's number of units, which every rank knows. So any number of ranks trains the same
-run.
+into micro-batches; of n data-parallel ranks, rank r runs micro-batch k if k % n == r. A data-parallel rank is one
+process, or those that compute parts of the same tokens (`trainer.strategies.mesh`). The samples of a micro-batch, and
+the random numbers of its forward pass, depend on (seed, step, k) only. The loss is a sum over the task's units (target
+tokens, samples, pairs) divided by the update's number of units, which every rank knows. So any number of ranks trains
+the same run.
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ class Loop:
     ) -> None:
         self.recipe, self.world, self.adapter = parts.recipe, parts.world, parts.adapter
         self.strategy, self.task, self.meter = parts.strategy, parts.task, parts.meter
+        self.mesh = parts.strategy.mesh
+        self.counts = self.mesh.context_rank(parts.world.rank) == 0
         self.callbacks, self.stop_requested = callbacks, stop_requested
         self.total_steps = total_steps
         self.eval_batches = eval_batches
@@ -89,7 +92,7 @@ class Loop:
                 metrics, stop = self._step(step, data, began)
             position = Position(step, data.plan.next)
             for callback in self.callbacks:
-                callback.on_step_end(metrics, data.batches)
+                callback.on_step_end(metrics, data.batches if self.counts else [])
             if examples := self.task.example_rollouts():
                 for callback in self.callbacks:
                     callback.on_examples(step, examples)
@@ -113,7 +116,7 @@ class Loop:
             callback.on_phase(step, phase)
 
     def _step(self, step: int, data: RankStep, began: float) -> tuple[StepMetrics, bool]:
-        batches = data.batches + [Batch.empty()] * (data.plan.rounds(self.world.size) - len(data.batches))
+        batches = data.batches + [Batch.empty()] * (data.plan.rounds(self.mesh.data_ranks) - len(data.batches))
         if self.task.prepares_steps:
             self._phase(step, "phase before the losses")
             self._prepare(step, batches)
@@ -130,10 +133,16 @@ class Loop:
         rank, ranks = self.world.rank, self.world.size
         own = of_this_rank(self.own.take(), rank, ranks)
         held = of_this_rank(memory_bytes(self.world.device), rank, ranks)
-        total, bad, stop, scores, *sums = self.world.all_reduce_sum(
-            [loss_sum, float(not math.isfinite(loss_sum)), stop_here, scores_here, *own, *held, *totals.numbers()]
+        bad, stop, *sums = self.world.all_reduce_sum(
+            [
+                float(not math.isfinite(loss_sum)),
+                stop_here,
+                *own,
+                *held,
+                *self._once([loss_sum, scores_here, *totals.numbers()]),
+            ]
         )
-        own, held, sums = sums[:ranks], sums[ranks : 2 * ranks], sums[2 * ranks :]
+        own, held, (total, scores, *sums) = sums[:ranks], sums[ranks : 2 * ranks], sums[2 * ranks :]
         if bad:  # on all ranks: each of them takes part in `_named`
             named = self._named([] if math.isfinite(loss_sum) else _samples(update))
             raise NonFiniteLoss(
@@ -152,6 +161,10 @@ class Loop:
         loss = total / max(1, update.units)
         return UpdateResult(loss, norm, bool(stop), scores, own, held, totals.named(sums))
 
+    def _once(self, numbers: list[float]) -> list[float]:
+        """Returns zeros on the ranks whose micro-batches another rank counts."""
+        return numbers if self.counts else [0.0] * len(numbers)
+
     def _may_scale_down(self) -> bool:
         """Returns True while a non-finite gradient is expected: in float16 the first gradients overflow, until the
         scaler has lowered the loss scale."""
@@ -165,7 +178,7 @@ class Loop:
         total, totals = torch.zeros((), dtype=torch.float64, device=self.world.device), Totals()
         self.own.start()
         for i, batch in enumerate(update.batches):
-            seed_micro_batch(self.recipe.seed, step, batch.index)
+            seed_micro_batch(self.recipe.seed, step, batch.index, self.mesh.context_rank(self.world.rank))
             with self.strategy.micro_batch(last=i == len(update.batches) - 1):
                 self._phase(step, f"forward of micro-batch {batch.index}")
                 with self.strategy.autocast():
@@ -235,7 +248,7 @@ class Loop:
         self._phase(step, "exchange of the evaluation")
         self.strategy.reshard()
         self.strategy.module.train()
-        sums = totals.named(self.world.all_reduce_sum(totals.numbers()))
+        sums = totals.named(self.world.all_reduce_sum(self._once(totals.numbers())))
         values = {f"eval_{name}": value for name, value in self.task.metrics(sums).items()}
         metrics = EvalMetrics(
             step=step,
@@ -265,7 +278,9 @@ def evaluated_sums(task: Task, module: torch.nn.Module, batch: Batch, device: to
     return {"loss": loss, **{n: torch.tensor(v, device=device) for n, v in counted.items()}, **sums}
 
 
-def seed_micro_batch(seed: int, step: int, index: int) -> None:
-    """Seeds torch's generators on every device from (seed, step, micro-batch), whatever rank runs it."""
-    digest = hashlib.sha256(f"micro-batch:{seed}:{step}:{index}".encode()).digest()
+def seed_micro_batch(seed: int, step: int, index: int, part: int = 0) -> None:
+    """Seeds torch's generators on every device from (seed, step, micro-batch), whatever rank runs it. ``part``: the
+    part of its tokens."""
+    which = f"{index}/{part}" if part else str(index)
+    digest = hashlib.sha256(f"micro-batch:{seed}:{step}:{which}".encode()).digest()
     torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)

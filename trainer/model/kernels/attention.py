@@ -35,7 +35,9 @@ log = logging.getLogger(__name__)
 VARLEN = "muster_varlen"
 IMPLEMENTATIONS = {"sdpa": "sdpa", "varlen": VARLEN, "flex": "flex_attention", "flash": "flash_attention_2"}
 """transformers' name for each value of ``compute.attention``."""
-MASKLESS = tuple(name for name in IMPLEMENTATIONS.values() if name != "sdpa")
+CONTEXT = "muster_context"
+"""The name of `trainer.model.kernels.context`'s attention, which is around one of these kernels."""
+MASKLESS = (CONTEXT, *(name for name in IMPLEMENTATIONS.values() if name != "sdpa"))
 TOLERANCE = 0.25
 """The largest difference of logits between two kernels in 16 bits, in standard deviations of the logits: rounding moves
 them by hundredths, samples that see each other by about 1."""
@@ -77,7 +79,7 @@ def settle_attention(recipe: Recipe, model: Any, module: Any, inputs: Inputs, de
         base.set_attn_implementation(IMPLEMENTATIONS[kernel])
         if base.config._attn_implementation != IMPLEMENTATIONS[kernel]:
             raise InputError("the model's code has attention of its own, which cannot be replaced")
-        ids, positions, real = _probe(recipe.data.packing)
+        ids, positions, real = probe(recipe.data.packing)
         asked = inputs(ids, positions, device)
         with shrunk(base, units_below(base, recipe.data.sequence_length)):
             with mode(module, training=False):
@@ -126,7 +128,7 @@ def _check_installed(kernel: str) -> None:
             ) from None
 
 
-def _probe(packed: bool) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], torch.Tensor]:
+def probe(packed: bool) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], torch.Tensor]:
     """Returns token ids and position ids of two samples, in one pack or in a row each, with padding at the end, and the
     mask of the samples' tokens."""
     samples = [np.arange(FIRST_TOKENS), np.arange(SECOND_TOKENS)]
@@ -166,6 +168,7 @@ def varlen_forward(
     cu_seq_lens_q: torch.Tensor | None = None,
     max_length_q: int | None = None,
     sample_bounds: tuple[torch.Tensor, int] | None = None,
+    by_loop: bool = False,
     **others: Any,
 ) -> tuple[torch.Tensor, None]:
     """Implements transformers' attention interface: ``query`` [B, H, L, D], ``key`` and ``value`` [B, G, L, D]; returns
@@ -173,10 +176,11 @@ def varlen_forward(
 
     ``cu_seq_lens_q`` int32 [N + 1]: the position in the flattened packs at which each sample begins; ``sample_bounds``:
     the same and the longest sample's length, under a name that no other layer of a model reads. Without them, a sample
-    begins at each 0 of ``position_ids``, which are then copied from the device."""
-    on_cpu = query.device.type == "cpu"
+    begins at each 0 of ``position_ids``, which are then copied from the device. ``by_loop``: the samples are computed
+    one after the other by ``sdpa``, as on CPUs."""
+    by_loop = by_loop or query.device.type == "cpu"
     lacking = [name for name in UNSUPPORTED if others.get(name) is not None]
-    lacking += ["dropout"] if dropout and not on_cpu else []
+    lacking += ["dropout"] if dropout and not by_loop else []
     if lacking:
         raise InputError(f"variable-length attention has no {', '.join(lacking)}, which this model needs")
     packs, heads, length, _ = query.shape
@@ -189,7 +193,7 @@ def varlen_forward(
     causal = module.is_causal if is_causal is None else is_causal
     reach = -1 if sliding_window is None else sliding_window - 1
     window = (reach, 0 if causal else reach)
-    if on_cpu:
+    if by_loop:
         out = by_sample(q, k, v, cu_seq_lens_q, window, scaling, dropout)
     else:
         out = _varlen(q, k, v, cu_seq_lens_q, max_length_q, window, scaling)

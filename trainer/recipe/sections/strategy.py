@@ -20,6 +20,19 @@ class StrategySection(Section):
     a slice of every layer, so that memory per worker falls with the number of workers; `zero2` (DeepSpeed) shards
     gradients and optimizer state only, `zero3` parameters too."""
 
+    replicas: int = Field(default=1, ge=1)
+    """With `fsdp`: number of copies of the parameters (hybrid sharding, HSDP). The ranks of a copy shard it among
+    themselves and exchange parameters in every layer; across copies only the gradients of trained parameters are
+    exchanged. Nodes with a fast network inside and a slower one between them are fastest with one copy per node, if it
+    fits there. Divides the largest number of `resources.workers`; a run that continues with fewer workers has fewer
+    replicas."""
+
+    context_parallel: int = Field(default=1, ge=1)
+    """With `ddp` or `fsdp`: number of ranks that compute each pack together, for packs whose activations do not fit on
+    one. Each has a part of the tokens; in attention each has all tokens of a part of the heads (Ulysses, Jacobs et al.
+    2023, arXiv:2309.14509). Divides `resources.workers`, and is best a divisor of the model's key-value heads and of a
+    node's ranks."""
+
     reshard_after_forward: bool = True
     """With `fsdp`: a layer's parameters are freed after its forward and gathered again for its backward. `false` keeps
     them until the backward: faster, but needs memory for all parameters of the model in the compute type."""

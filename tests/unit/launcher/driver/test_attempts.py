@@ -201,8 +201,8 @@ def test_an_error_of_the_driver_ends_the_wait(recipe: Recipe) -> None:
     assert runner.asked == [2]
 
 
-def count(workers: Any, *nodes: Node) -> Callable[[float], int | None]:
-    decides = WorkerCount(ResourcesSection.model_validate({"workers": workers}), 100.0)
+def count(workers: Any, *nodes: Node, multiple: int = 1) -> Callable[[float], int | None]:
+    decides = WorkerCount(ResourcesSection.model_validate({"workers": workers}), 100.0, multiple)
     return lambda after_s: decides.decide(nodes, 100.0 + after_s)
 
 
@@ -212,6 +212,13 @@ def test_an_attempt_has_as_many_workers_as_there_is_room_for() -> None:
     assert count([1, 9], *three)(0) == 3
     assert count(3, *three)(0) == 3
     assert count(4, *three)(0) is None
+
+
+def test_ranks_that_compute_together_are_complete() -> None:
+    five = [node(n, {"CPU": 1.0}) for n in range(5)]
+    assert count([2, 8], *five, multiple=2)(0) == 4
+    assert count([4, 8], *five, multiple=4)(0) == 4
+    assert count([6, 8], *five, multiple=2)(0) is None
 
 
 def test_what_just_ended_may_count_as_used_for_a_while() -> None:

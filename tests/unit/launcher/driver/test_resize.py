@@ -30,9 +30,9 @@ from trainer.storage import open_storage
 FULL = {"CPU": 0.0}
 
 
-def lookout(workers: Any, patience_s: float = 60.0) -> ResizePolicy:
+def lookout(workers: Any, patience_s: float = 60.0, multiple: int = 1) -> ResizePolicy:
     resources = ResourcesSection.model_validate({"workers": workers})
-    return ResizePolicy(resources, lambda nodes: missing(resources, nodes), patience_s)
+    return ResizePolicy(resources, lambda nodes: missing(resources, nodes), patience_s, multiple)
 
 
 def busy(number: int, **changes: Any) -> Node:
@@ -58,6 +58,15 @@ def test_room_that_stays_makes_the_run_grow() -> None:
     found = look.look(have, group("h1"), 1002.0)
     assert found == Resize("there is room for 2 workers instead of 1")
     assert look.look(have, group("h1"), 1004.0) is None, "asked once"
+
+
+def test_room_for_a_part_of_the_ranks_that_compute_together_is_no_room() -> None:
+    look = lookout([2, 8], multiple=2)
+    for now in (1000.0, 1002.0):
+        assert look.look([busy(1), node(2, {"CPU": 1.0})], never, now) is None
+    more = [busy(1), node(2, {"CPU": 3.0})]
+    look.look(more, group("h1", "h1"), 1004.0)
+    assert look.look(more, group("h1", "h1"), 1006.0) == Resize("there is room for 4 workers instead of 2")
 
 
 def test_a_run_that_is_fixed_or_has_all_it_wants_does_not_grow() -> None:

@@ -16,6 +16,7 @@ from trainer.plan.meta_model import skeleton
 from trainer.plan.shards import share, weights_of
 from trainer.recipe import Recipe
 from trainer.strategies import make_strategy
+from trainer.strategies.mesh import Mesh
 from trainer.strategies.shards import Weight, chunk_rows
 
 MODELS: dict[str, dict[str, Any]] = {
@@ -41,12 +42,19 @@ def really_kept(recipe: Recipe, ranks: int, rank: int) -> dict[str, int]:
 
 
 @pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize(("ranks", "some"), [(1, (0,)), (3, (0, 1, 2)), (16, (0, 3, 15)), (64, (0, 8, 63))])
-def test_every_rank_of_fsdp(tmp_path: Path, model: str, ranks: int, some: tuple[int, ...]) -> None:
-    recipe = plan_recipe(tmp_path, **{"strategy.kind": "fsdp", "resources.workers": ranks, **MODELS[model]})
+@pytest.mark.parametrize(
+    ("replicas", "context", "ranks", "some"),
+    [(1, 1, 1, (0,)), (1, 1, 3, (0, 1, 2)), (1, 1, 16, (0, 3, 15)), (1, 1, 64, (0, 8, 63)), (4, 2, 24, (0, 5, 6, 23))],
+)
+def test_every_rank_of_fsdp(
+    tmp_path: Path, model: str, replicas: int, context: int, ranks: int, some: tuple[int, ...]
+) -> None:
+    shape = {"strategy.replicas": replicas, "strategy.context_parallel": context, "resources.workers": ranks}
+    recipe = plan_recipe(tmp_path, **{"strategy.kind": "fsdp", **shape, **MODELS[model]})
     weights = read_model(recipe, read_base(recipe.model).config).weights
     for rank in some:
-        got = share("fsdp", weights, ranks, rank, gradient_size=4, state=lambda elements: 8 * elements)
+        mesh = Mesh.of(recipe, ranks)
+        got = share("fsdp", weights, mesh, rank, gradient_size=4, state=lambda elements: 8 * elements)
         want = really_kept(recipe, ranks, rank)
         assert {"frozen": got.frozen, "trainable": got.trainable, "padding": got.padding} == want
         assert got.gradient == got.trainable
@@ -81,7 +89,7 @@ def test_what_each_strategy_divides(kind: str, parameter: int, states: int) -> N
     from collections import Counter
 
     weights = Counter([Weight((7, 15), 4, True)])
-    first = share(kind, weights, 3, 0, gradient_size=4, state=lambda elements: 8 * elements)
+    first = share(kind, weights, Mesh(1, 3, 1), 0, gradient_size=4, state=lambda elements: 8 * elements)
     assert first.trainable == 4 * parameter
     assert (first.gradient, first.optimizer) == (4 * states, 8 * states)
 
@@ -100,7 +108,7 @@ def test_a_70b_on_64_ranks(tmp_path: Path, quantization: str, rank: int, frozen:
     recipe = plan_recipe(tmp_path, LLAMA_70B, **changes)
     model = read_model(recipe, read_base(recipe.model).config)
     assert model.total - model.trainable == 70_553_706_496
-    got = share("fsdp", model.weights, 64, rank, gradient_size=4, state=lambda elements: 8 * elements)
+    got = share("fsdp", model.weights, Mesh(1, 64, 1), rank, gradient_size=4, state=lambda elements: 8 * elements)
     assert got.frozen == frozen
     # Scales of 64 values in a byte, and of 256 such scales in four; 4.28 GB without double quantisation.
     linear = 68_451_041_280
