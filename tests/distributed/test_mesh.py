@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
+from safetensors import safe_open
+from torch.distributed.device_mesh import DeviceMesh
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from tests.support.training import ledger, losses, small_recipe, train_in_processes, write_pairs
+from tests.support.ranks import run_ranks
+from tests.support.training import ledger, losses, run_of, small_recipe, train_in_processes, train_rank, write_pairs
 from trainer.recipe import Recipe
+from trainer.run import layout
+from trainer.run.jsonl import read_rows
+from trainer.strategies.fsdp import FSDP
 
 SHAPES: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
@@ -62,3 +74,103 @@ def test_trains_like_one_process(runs: dict[tuple[str, str], Recipe], model: str
     worst = max(abs(got[s] - want[s]) / want[s] for s in want)
     assert worst <= TOLERANCE, f"{worst:.1e}"
     assert ledger(many) == ledger(one)
+
+
+@pytest.mark.parametrize("task", ["dpo", "reward"])
+def test_preferences_are_learned_from_parts_of_the_texts(task: str, tiny_model: Path, tmp_path: Path) -> None:
+    """With an odd number of pairs and rows that are no multiple of two tokens long."""
+    rows = [
+        {
+            "prompt": f"Q{i}: what now?",
+            "chosen": f" it rains, and {i} ferries wait" * (1 + i % 3),
+            "rejected": f" {i} no",
+        }
+        for i in range(40)
+    ]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources = [{"path": f"{tmp_path}/data/*.jsonl", "format": "preference"}]
+    found = []
+    for shape in ("one", "context-ddp", "replicas-context"):
+        changes = {"task": task, "data.train": sources, "data.packing": False, "training.global_batch": 5}
+        recipe = _recipe("lora", shape, tiny_model, tmp_path, **changes)
+        train_in_processes([recipe], SHAPES[shape][0])
+        found.append((losses(recipe), ledger(recipe), _metrics(recipe)))
+    for got, samples, metrics in found[1:]:
+        assert samples == found[0][1]
+        assert got == pytest.approx(found[0][0], rel=TOLERANCE)
+        assert metrics == pytest.approx(found[0][2], rel=1e-3)
+
+
+def _metrics(recipe: Recipe) -> list[float]:
+    return [row["pair_accuracy"] for row in read_rows(run_of(recipe), layout.METRICS) if "loss" in row]
+
+
+def test_a_run_moves_between_shapes(tiny_model: Path, tmp_path: Path) -> None:
+    """With its optimizer state: forgetting the moments would show in the first step after a move."""
+    write_pairs(tmp_path / "data" / "a.jsonl", 90)
+    moves = ["replicas", "context-fsdp", "replicas-context", "context-ddp", "one"]
+    for i, shape in enumerate(moves):
+        ranks, changes = SHAPES[shape]
+        stop = {} if shape == moves[-1] else {"training.stop_after": 2 * (i + 1)}
+        more = {"adapter.dropout": 0.0, "resources.workers": ranks, **changes, **stop}
+        train_in_processes([small_recipe("moving", tiny_model, tmp_path, **more)], ranks)
+    staying = small_recipe("staying", tiny_model, tmp_path, **{"adapter.dropout": 0.0})
+    train_in_processes([staying], 1)
+    got = losses(small_recipe("moving", tiny_model, tmp_path))
+    assert got == pytest.approx(losses(staying), rel=TOLERANCE)
+
+
+def test_what_the_start_event_says(runs: dict[tuple[str, str], Recipe]) -> None:
+    events = read_rows(run_of(runs["lora", "replicas-context"]), layout.EVENTS)
+    strategy = next(e for e in events if e["event"] == "start")["strategy"]
+    assert strategy["mesh"] == {"replicas": 2, "shards": 1, "context": 2}
+    shares, total = strategy["sharded_bytes"], strategy["total_bytes"]
+    assert shares[:2] == shares[2:]
+    assert sum(shares[:2]) == pytest.approx(total, rel=0.03)
+
+
+def test_across_replicas_only_gradients_of_trained_parameters_are_sent(tiny_model: Path, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "data" / "a.jsonl", 90)
+    changes = {"training.steps": 3, "checkpoint.every_steps": 3}
+    recipe = _recipe("lora", "replicas", tiny_model, tmp_path, **changes)
+    run_ranks(_count_traffic, 4, recipe, tmp_path / "counted")
+    per_rank = [json.loads((tmp_path / f"counted-{rank}.json").read_text()) for rank in range(4)]
+    for counted in per_rank:
+        # Each rank has half of a replica's parameters, and sends its gradients once per step.
+        assert 0.95 * counted["trainable"] / 2 <= counted["sent"] / 3 <= 1.1 * counted["trainable"] / 2
+
+
+def _count_traffic(rank: int, recipe: Recipe, counted: Path) -> None:
+    """Writes the bytes that this rank sends over the group of one rank per replica, and those of the parameters."""
+    groups: list[dist.ProcessGroup] = []
+    made = FSDP._device_mesh
+
+    def recorded(strategy: FSDP) -> DeviceMesh:
+        mesh = made(strategy)
+        groups.append(mesh["replica"].get_group())
+        return mesh
+
+    FSDP._device_mesh = recorded  # type: ignore[method-assign]
+    sent = 0
+
+    class Counting(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal sent
+            if "c10d" in str(function) and groups and any(_is_group(argument, groups[0]) for argument in args):
+                sent += sum(t.numel() * t.element_size() for t in tree_leaves(args[0]))
+            return function(*args, **(kwargs or {}))
+
+    with Counting():
+        train_rank(rank, [recipe])
+    (file,) = Path(recipe.storage, recipe.name, "adapter").glob("adapter_model.safetensors")
+    with safe_open(file, "pt") as tensors:
+        trainable = sum(4 * tensors.get_tensor(key).numel() for key in tensors.keys())  # noqa: SIM118
+    Path(f"{counted}-{rank}.json").write_text(json.dumps({"sent": sent, "trainable": trainable}))
+
+
+def _is_group(argument: Any, group: dist.ProcessGroup) -> bool:
+    if isinstance(argument, torch.ScriptObject):
+        with suppress(RuntimeError):  # another kind of object, such as the operation
+            return bool(dist.ProcessGroup.unbox(argument).group_name == group.group_name)
+    return isinstance(argument, str) and argument == group.group_name
