@@ -88,11 +88,24 @@ class PeftMethod(Adapter):
             check_targets(base, section.target_modules, experts=self.adapts_experts and bool(section.experts))
             self._check_ties(base)
         check_names(base, "adapter.modules_to_save", section.modules_to_save)
-        rows = base.get_input_embeddings().num_embeddings
-        beyond = [t for t in section.trainable_tokens if t >= rows]
-        if beyond:
-            raise InputError(f"adapter.trainable_tokens {beyond} are beyond the model's {rows} embeddings")
+        if section.trainable_tokens:
+            self._check_tokens(base)
         self.config(base, ())
+
+    def _check_tokens(self, base: Any) -> None:
+        section, embeddings = self.recipe.adapter, base.get_input_embeddings()
+        beyond = [t for t in section.trainable_tokens if t >= embeddings.num_embeddings]
+        if beyond:
+            raise InputError(
+                f"adapter.trainable_tokens {beyond} are beyond the model's {embeddings.num_embeddings} embeddings"
+            )
+        sharing = [n for n, m in base.named_modules() if getattr(m, "weight", None) is embeddings.weight]
+        for name in section.modules_to_save:
+            if any(f".{module}".endswith(f".{name}") for module in sharing):
+                raise InputError(
+                    f"adapter.modules_to_save {name} trains all rows of the embeddings, and adapter.trainable_tokens "
+                    "some of them; leave one of the two out"
+                )
 
     def _check_ties(self, base: Any) -> None:
         """Raises InputError for a head whose weight the method would change, if it is that of the embeddings too."""

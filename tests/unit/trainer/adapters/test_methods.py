@@ -14,7 +14,7 @@ from transformers import AutoConfig
 from tests.support.looping import bench
 from tests.support.models import base_of, built, logits_of, packed, plain_base_of, samples_of, stir
 from tests.support.training import small_recipe, write_pairs
-from trainer.adapters import verify_saved
+from trainer.adapters import make_adapter, verify_saved
 from trainer.errors import CorruptObject, InputError
 from trainer.plan.meta_model import skeleton
 from trainer.recipe import Recipe
@@ -228,6 +228,24 @@ def test_tokens_and_modules_that_are_not_there_are_refused(make: Make) -> None:
         built(make("lora", **{"adapter.modules_to_save": ["lm_hed"]}))
     with pytest.raises(InputError, match=r"trainable_tokens \[9999\] are beyond the model's 384"):
         built(make("lora", **{"adapter.trainable_tokens": [3, 9999]}))
+    with pytest.raises(InputError, match=r"modules_to_save embed_tokens trains all rows of the embeddings"):
+        built(make("lora", **{"adapter.trainable_tokens": [3], "adapter.modules_to_save": ["embed_tokens"]}))
+
+
+def test_a_head_that_shares_the_embeddings_weight_is_not_trained_beside_some_of_their_rows(tmp_path: Path) -> None:
+    import transformers
+
+    shape = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1}
+    tokens = {"adapter.trainable_tokens": [3], "adapter.modules_to_save": ["lm_head"]}
+    adapter = make_adapter(small_recipe("tied", tmp_path, tmp_path, **tokens))
+    for tied in (False, True):
+        config = transformers.LlamaConfig(**shape, num_attention_heads=2, tie_word_embeddings=tied)
+        base = transformers.LlamaForCausalLM(config)
+        if tied:
+            with pytest.raises(InputError, match="modules_to_save lm_head trains all rows of the embeddings"):
+                adapter.attach(base)
+        else:
+            adapter.attach(base)
 
 
 def test_lora_plus_gives_b_its_own_rate(make: Make) -> None:
