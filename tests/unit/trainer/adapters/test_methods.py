@@ -240,7 +240,7 @@ def test_a_head_that_shares_the_embeddings_weight_is_not_trained_beside_some_of_
     adapter = make_adapter(small_recipe("tied", tmp_path, tmp_path, **tokens))
     for tied in (False, True):
         config = transformers.LlamaConfig(**shape, num_attention_heads=2, tie_word_embeddings=tied)
-        base = transformers.LlamaForCausalLM(config)
+        base = transformers.LlamaForCausalLM(config).requires_grad_(False)
         if tied:
             with pytest.raises(InputError, match="modules_to_save lm_head trains all rows of the embeddings"):
                 adapter.attach(base)
