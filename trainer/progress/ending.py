@@ -8,6 +8,7 @@ from contextlib import suppress
 
 from trainer.errors import MusterError
 from trainer.progress import vllm_command
+from trainer.progress.program import program
 from trainer.progress.texts import duration
 from trainer.recipe import Recipe
 from trainer.recipe.tasks import CAUSAL, TASKS
@@ -23,8 +24,8 @@ def last_lines(recipe: Recipe, run: Storage, adapter: str) -> Iterator[str]:
         if summary := summarised(metrics_backwards(run)):
             yield summary
     if TASKS[recipe.task].auto_class == CAUSAL:
-        yield shlex.join(["muster", "chat", "--run", run.url])
-    yield shlex.join(["muster", "report", run.url])
+        yield shlex.join([program(), "chat", "--run", run.url])
+    yield shlex.join([program(), "report", run.url])
     yield from vllm_command.of_recipe(recipe, adapter)
 
 
