@@ -42,7 +42,7 @@ def reuse(venv: Path, checkout: Path) -> None:
     own = checkout / ".venv"
     subprocess.run([venv / "bin" / "python", "-m", "venv", "--without-pip", own], check=True)
     (packages,) = own.glob("lib/python*/site-packages")
-    libraries = venv / packages.relative_to(own)
+    libraries = venv.absolute() / packages.relative_to(own)
     # Paths alone: the files in it that lead to another checkout are not read.
     (packages / "reused.pth").write_text(f"{checkout}\n{libraries}\n")
     command = own / "bin" / "muster"

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from launcher.quickstart.corpus import FACTS, NAMES, pretraining_texts, world
 from launcher.quickstart.model import LlamaShape, make_model, pretrain
+from launcher.terminal.console import hush_libraries
 
 SEED = 29
 ROWS = 200
@@ -30,6 +31,7 @@ def write_chats(path: Path) -> None:
 
 def make_base(folder: Path) -> None:
     """Makes a Llama whose tokenizer has a chat template, and teaches it about the same people."""
+    hush_libraries()
     texts = pretraining_texts(SEED, 2000)
     make_model(folder, LlamaShape(), texts, SEED)
     pretrain(folder, texts, steps=60, seed=SEED)
