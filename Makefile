@@ -3,6 +3,7 @@
 # make chaos        50 random kills over one run (CHAOS_KILLS=…, CHAOS_SEED=… to repeat one); half an hour
 # make matrix       every cell of the support matrix for two steps; an hour
 # make families     small models of every architecture of transformers, and the table in docs/models.md; half an hour
+# make hour         a new user's first hour, typed into a terminal, from a clone to an adapter (HOUR="--venv .venv": installs nothing)
 # make night        that, and all other tests that are too long for every day
 # make compat       tests with the oldest and the newest libraries that pyproject.toml allows; an hour (COMPAT=oldest)
 # make lint         ruff, format, types, import floors
@@ -13,7 +14,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
-.PHONY: quickstart test chaos matrix families night compat lint docs schema install clean
+.PHONY: quickstart test chaos matrix families hour night compat lint docs schema install clean
 .DEFAULT_GOAL := test
 
 # An up-to-date pip resolves in a third of the time, and it compiles one file after the other, which all cores do sooner.
@@ -37,7 +38,7 @@ test: $(INSTALLED)
 else
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 tests/unit tests/packaging tests/storage
-	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder tests/ray tests/cluster tests/distributed tests/gpu
+	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder tests/ray tests/cluster tests/distributed tests/first_hour tests/gpu
 endif
 
 chaos: $(INSTALLED)
@@ -48,6 +49,9 @@ matrix: $(INSTALLED)
 
 families: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.families $(FAMILIES)
+
+hour: $(INSTALLED)
+	$(BIN)/python -m tests.first_hour $(HOUR)
 
 night: $(INSTALLED)
 	RANKS_START=spawn $(BIN)/python -m pytest -m night

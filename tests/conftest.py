@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,8 @@ import pytest
 # Before torch is imported: tiny matrices gain nothing from more threads, and threads that wait for each other on a busy
 # machine made tests twenty times slower.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# As in an environment that is activated: commands are printed with the name `muster` only if the shell finds it.
+os.environ["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 from tests.support.s3 import S3, serve
 

@@ -20,9 +20,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
-from trainer.errors import InputError, MusterError, RunHeld, StorageError
+from trainer.errors import MusterError, RunHeld, StorageError
 from trainer.run import layout
 from trainer.run.claims import read_claims
+from trainer.run.frozen import no_run
 from trainer.run.lease import ENDED, Lease, is_cancelled, is_held, read_owner
 from trainer.run.submission import read_submission
 from trainer.storage import ObjectInfo, Storage
@@ -71,7 +72,7 @@ def find_run(storage: Storage, name: str) -> StoredRun:
     objects = run.list()
     own = [info for info in objects if layout.is_of_run(info.key)]
     if not any(info.key in MARKERS or info.key.startswith(f"{layout.CLAIMS}/") for info in own):
-        raise InputError(f"there is no run at {run.url}; `muster ls` with the folder above it lists the runs")
+        raise no_run(run)
     state = owner.state if owner is not None and owner.state in ENDED else "interrupted"
     return StoredRun(storage, name, state, own, [info.key for info in objects if not layout.is_of_run(info.key)])
 

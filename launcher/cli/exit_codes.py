@@ -70,5 +70,5 @@ def error_text(error: MusterError, path: str | None = None) -> str:
     """Returns the error's message, which begins with the ``path`` of its recipe unless it names the lines there."""
     if isinstance(error, RecipeError):
         count = len(error.mistakes)
-        return f"{error}\n{count} mistake{'s' if count > 1 else ''}"
+        return f"{error}\n{count} mistakes" if count > 1 else str(error)
     return f"{path}: {error}" if path else str(error)

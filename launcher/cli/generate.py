@@ -225,9 +225,12 @@ def _conversation(loaded: LoadedArtifact, frame: str | None, system: str | None)
 
 @contextmanager
 def _loaded(which: Which, drawing: Drawing, batch: int) -> Iterator[LoadedArtifact]:
+    from launcher.monitor.progress import Progress
+
+    say = Progress(stderr()).phase
+    say("loading libraries")
     import torch
 
-    from launcher.monitor.progress import Progress
     from trainer.artifacts import ArtifactRef, Generator, Sampling, base_files, find, load, tokenizer_of
     from trainer.artifacts.combine import Mix, mixed
     from trainer.model.placement import placement_for
@@ -237,7 +240,6 @@ def _loaded(which: Which, drawing: Drawing, batch: int) -> Iterator[LoadedArtifa
     mix = Mix.chosen(which.use, which.combination, which.density)
     drawing.check()
     hush_libraries()
-    say = Progress(stderr()).phase
     with tempfile.TemporaryDirectory(prefix="muster-saved-") as folder:
         say("fetching the model")
         subject = held(find(address, Path(folder), trust=Trust(which.trust)), which.quantization)

@@ -30,12 +30,14 @@ def preview(
     colour, what is wrong and what is odd. It needs the tokenizer only, and writes nothing."""
     from launcher.driver.preflight import load_run_tokenizer
     from launcher.terminal.console import stderr, stdout
+    from trainer.data import check_local_sources
     from trainer.data.preview import preview as previewed
     from trainer.data.run_data import train_spec
     from trainer.errors import InputError
     from trainer.recipe import load
 
     loaded = load(recipe, overrides or [])
+    check_local_sources(loaded.data.train)
     tokenizer = load_run_tokenizer(loaded)
     spec = train_spec(loaded, tokenizer)
     console, counts = stdout(), dict.fromkeys(("samples", "tokens", "target tokens", "faults", "dropped"), 0)

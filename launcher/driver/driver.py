@@ -19,6 +19,7 @@ from launcher.driver.start_lock import one_at_a_time
 from launcher.monitor.progress import Progress
 from trainer.checkpoint import list_commits, read_claims
 from trainer.checkpoint.publish import finished
+from trainer.data import check_local_sources
 from trainer.data.run_data import prepare_data
 from trainer.errors import InputError, Interrupted, MusterError, WorkerFailed
 from trainer.interruption import RESUMES, STARTS, current
@@ -90,6 +91,7 @@ def check_inputs(recipe: Recipe, progress: Progress, *, begun: bool = False) -> 
             f"{storage.url} has no conditional put: two drivers that start this run in the same moment cannot be told "
             "apart, so start it from one place only"
         )
+    check_local_sources((*recipe.data.train, *recipe.data.eval))
     check_model(recipe, progress.warn)
     progress.phase("")
     progress.dated("storage, model and data are checked")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,16 +12,16 @@ import yaml
 from launcher.init.choices import Choice
 from trainer.recipe.document import Dumper
 
-COLUMN = 44
-"""Where the reasons begin, if the values leave room."""
+COLUMN, WIDTH = 34, 80
+"""Where the reasons begin and end. A terminal would continue a longer line in the middle of a word."""
 OWN = "my.yaml"
 
 
 def written(found: Sequence[Choice], model: str, data: str) -> str:
     """Returns the recipe's text."""
     lines = [
-        f"# Written by muster init after a look at {_one_line(model)} and {_one_line(data)}.",
-        f"# Saved as {OWN}:  muster preview {OWN}   muster plan {OWN}   muster run {OWN}",
+        *_comment(f"Written by muster init after a look at {model} and {data}. Saved as {OWN}:"),
+        *(f"# muster {command} {OWN}" for command in ("preview", "plan", "run")),
     ]
     section = ""
     for choice in found:
@@ -37,15 +38,31 @@ def _lines(indent: str, key: str, choice: Choice) -> list[str]:
     if isinstance(choice.value, list):
         first, *rest = [f"{name}: {_scalar(value)}" for name, value in choice.value[0].items()]
         return [
-            _reasoned(f"{indent}{key}:", choice.why),
+            *_reasoned(f"{indent}{key}:", choice.why),
             f"{indent}  - {first}",
             *(f"{indent}    {one}" for one in rest),
         ]
-    return [_reasoned(f"{indent}{key}: {_scalar(choice.value)}", choice.why)]
+    return _reasoned(f"{indent}{key}: {_scalar(choice.value)}", choice.why)
 
 
-def _reasoned(line: str, why: str) -> str:
-    return f"{line:<{COLUMN}}# {_one_line(why)}" if why and len(line) < COLUMN else f"{line}  # {_one_line(why)}"
+def _reasoned(line: str, why: str) -> list[str]:
+    """Returns the line with its reason beside it, and more lines for what does not fit there."""
+    lines = _comment(why, " " * COLUMN)
+    if not lines or len(line) >= COLUMN:
+        return [line, *lines]
+    return [line + lines[0][len(line) :], *lines[1:]]
+
+
+def _comment(text: str, indent: str = "") -> list[str]:
+    line = f"{indent}# "
+    return textwrap.wrap(
+        _one_line(text),
+        WIDTH,
+        initial_indent=line,
+        subsequent_indent=line,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _scalar(value: Any) -> str:

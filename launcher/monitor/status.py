@@ -16,6 +16,7 @@ from trainer.redact import clean
 from trainer.run import layout
 from trainer.run.claims import read_claims
 from trainer.run.events import EndEvent, FailureEvent
+from trainer.run.frozen import no_run
 from trainer.run.jsonl import newest_failure, newest_rows, rows_backwards
 from trainer.run.lease import ENDED, GLANCE_S, LeaseRecord, is_held, read_lease
 from trainer.run.submission import Submission, read_submission
@@ -86,7 +87,7 @@ def read_status(
         lease = _lease(run)
         failure = newest_failure(run, lease.driver) if lease and lease.state != "succeeded" else None
     if begun.result() is None and lease is None and submitted.result() is None:
-        raise InputError(f"there is no run at {run.url}; `muster ls` with the folder above it lists the runs")
+        raise no_run(run)
     found = _Found(lease, submitted.result(), claims.result().attempt, commits.result(), rows.result(), failure)
     return _status(run, found, _state(run, lease, time.time() if now is None else now, earlier))
 

@@ -61,11 +61,12 @@ def first_lines(recipe: Recipe, device: int | None) -> Iterator[str]:
         yield from _wrapped(f"no estimate of {recipe.model.path} before it is measured: {why}")
         return
     yield f"estimate from config.json, for {ranks} rank{'s' if ranks > 1 else ''}, without activations:"
-    trained = "known once it is measured"
+    trained, total = "known once it is measured", found.parameters
     if found.trained is not None:
-        trained = f"{_short(found.trained)} ({found.trained / found.parameters:.2%})"
+        total += 0 if recipe.adapter.method == "none" else found.trained  # as the plan counts
+        trained = f"{_short(found.trained)} ({found.trained / total:.2%})"
     lines = {
-        "parameters": _short(found.parameters),
+        "parameters": _short(total),
         "trained": trained,
         "GiB per rank: frozen weights": gib(found.weight_bytes),
     }

@@ -28,6 +28,7 @@ from launcher.quickstart.chart import draw, losses
 from launcher.quickstart.corpus import questions
 from launcher.terminal.console import Console, hush_libraries, stdout
 from trainer.progress.lines import ProgressLines, called_often
+from trainer.progress.program import program
 from trainer.recipe import Recipe, load
 from trainer.run import layout
 from trainer.storage import Storage, open_storage
@@ -118,8 +119,8 @@ def fetch_adapter(run: Storage, folder: Path) -> Path:
 def show_next(console: Console, recipe: Recipe, seconds: float) -> None:
     console.rule(f"done in {seconds:.0f} s")
     console.print(f"adapter:  {recipe.run_uri}/{layout.ADAPTER}", soft_wrap=True)
-    console.print(f"look:     .venv/bin/muster status {recipe.run_uri}", soft_wrap=True)
-    console.print(f"chat:     .venv/bin/muster chat --run {recipe.run_uri}", soft_wrap=True)
+    console.print(f"look:     {program()} status {recipe.run_uri}", soft_wrap=True)
+    console.print(f"chat:     {program()} chat --run {recipe.run_uri}", soft_wrap=True)
     console.print("again:    make quickstart (finds this run finished); another name trains again:", soft_wrap=True)
     console.print(
         "          .venv/bin/python -m launcher.quickstart name=second optimizer.lr=1e-3",

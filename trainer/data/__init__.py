@@ -8,7 +8,7 @@ from trainer.data.loading.evaluation import eval_batches
 from trainer.data.loading.stream import Stream, count_steps
 from trainer.data.order.pack_order import epoch_order
 from trainer.data.prepare.executor import process_pool
-from trainer.data.prepare.freeze import describe, freeze
+from trainer.data.prepare.freeze import check_local_sources, describe, freeze
 from trainer.data.prepare.partial import PartialDataset, open_begun
 from trainer.data.prepare.prepare import (
     MapWindows,
@@ -42,6 +42,7 @@ __all__ = [
     "Stream",
     "Summary",
     "check_first_rows",
+    "check_local_sources",
     "count_steps",
     "describe",
     "epoch_order",

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from trainer.errors import InputError, MusterError
 from trainer.model.base_config import load_config
+from trainer.model.files.fetch import hub_cause, near_folder
 from trainer.plan.known_configs import known_shape
 from trainer.recipe.sections.model import ModelSection
 from trainer.recipe.tasks import CAUSAL
@@ -74,7 +75,9 @@ def _from_hub(section: ModelSection, auto_class: str) -> PreTrainedConfig:
 
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs every attempt
     if section.path.startswith(("/", ".", "~")) or section.path.count("/") > 1:
-        raise InputError(f"model.path {section.path!r} is no folder on this host; correct the path")
+        raise InputError(
+            f"model.path {section.path!r} is no folder on this host; correct the path{near_folder(section.path)}"
+        )
 
     def fetch(cached: bool) -> str:
         return str(hf_hub_download(section.path, CONFIG, revision=section.revision, local_files_only=cached))
@@ -82,17 +85,18 @@ def _from_hub(section: ModelSection, auto_class: str) -> PreTrainedConfig:
     try:
         file = fetch(True)
     except Exception:
-        file = within(REACH_S, lambda: fetch(False), f"the {CONFIG} of {section.path!r} cannot be read from the Hub")
+        failing = f"model.path {section.path!r} is no folder here, and its {CONFIG} cannot be read from the Hub"
+        file = within(REACH_S, lambda: fetch(False), failing, near_folder(section.path))
     return _parse(section, str(Path(file).parent), auto_class)
 
 
-def within(seconds: float, read: Callable[[], str], failing: str) -> str:
-    """Returns the result of ``read``; raises OutOfReach, which begins with ``failing``, when it raises or is late."""
+def within(seconds: float, read: Callable[[], str], failing: str, hint: str = "") -> str:
+    """Returns the result of ``read``; raises OutOfReach when it raises or is late, with the cause between ``failing``
+    and ``hint``."""
     try:
         return limited(lambda _: read(), seconds)
     except Exception as error:
-        message = " ".join(str(error).split())[:200]
-        raise OutOfReach(f"{failing}: {message}") from error
+        raise OutOfReach(f"{failing}: {hub_cause(error)}{hint}") from error
 
 
 def _parse(section: ModelSection, folder: str, auto_class: str) -> PreTrainedConfig:

@@ -8,6 +8,7 @@ from contextlib import suppress
 
 from trainer.errors import MusterError
 from trainer.progress import vllm_command
+from trainer.progress.program import program
 from trainer.progress.texts import duration
 from trainer.recipe import Recipe
 from trainer.recipe.tasks import TASKS
@@ -23,14 +24,14 @@ def last_lines(recipe: Recipe, run: Storage, adapter: str) -> Iterator[str]:
         if summary := summarised(metrics_backwards(run)):
             yield summary
     writes_texts = not TASKS[recipe.task].has_head
-    yield shlex.join(["muster", "chat", "--run", run.url]) if writes_texts else evaluate_command(recipe, run.url)
-    yield shlex.join(["muster", "report", run.url])
+    yield shlex.join([program(), "chat", "--run", run.url]) if writes_texts else evaluate_command(recipe, run.url)
+    yield shlex.join([program(), "report", run.url])
     yield from vllm_command.of_recipe(recipe, adapter)
 
 
 def evaluate_command(recipe: Recipe, run: str) -> str:
     """Returns the command that measures a run; without evaluation data in its recipe, with a FILE to be filled in."""
-    words = ["muster", "evaluate", "--run", run]
+    words = [program(), "evaluate", "--run", run]
     if not recipe.data.evaluates:
         words.append(f"data.eval=[{{path: FILE, format: {recipe.data.train[0].format}}}]")
     return shlex.join(words)

@@ -7,6 +7,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.progress.program import program
 from trainer.recipe.tasks import CAUSAL, TASKS
 
 if TYPE_CHECKING:
@@ -24,7 +25,7 @@ def of_recipe(recipe: Recipe, adapter: str) -> list[str]:
     if section.method == "none":
         return [_command(adapter)] if _is_local(adapter) else [_fetch(adapter, recipe.name), _command(recipe.name)]
     merged = f"{recipe.name}-merged"
-    apart = ["muster", "merge", "--run", recipe.run_uri, "--out", merged]
+    apart = [program(), "merge", "--run", recipe.run_uri, "--out", merged]
     if not (
         facts.plain_lora and section.bias == "none" and not section.modules_to_save and not section.trainable_tokens
     ):

@@ -19,6 +19,7 @@ from pydantic_core import ErrorDetails
 
 from trainer.errors import Mistake, RecipeError
 from trainer.parsing import DEEPEST, is_deep
+from trainer.recipe import synonyms
 from trainer.recipe.base import STORED, KeyPath, show
 from trainer.recipe.document import Document, read_json, read_yaml
 from trainer.recipe.overrides import apply, expand
@@ -65,12 +66,12 @@ def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Recipe:
         with path.open("rb") as file:
             body = file.read(LARGEST_RECIPE + 1)
     except FileNotFoundError:
-        hint = choose_hint(recipe_name(path.stem), tuple(shipped()))
-        raise _one(
-            str(path),
-            "there is no such file; give the path of a recipe (.yaml or .json), or the name of a shipped one, which "
-            f"muster init lists{hint}",
-        ) from None
+        beside = tuple(file.name for kind in ("yaml", "yml", "json") for file in path.parent.glob(f"*.{kind}"))
+        hint = choose_hint(path.name, beside) or (
+            "; give the path of a recipe (.yaml or .json), or the name of a shipped one, which muster init lists"
+            + choose_hint(recipe_name(path.stem), tuple(shipped()))
+        )
+        raise _one(str(path), f"there is no such file{hint}") from None
     except (OSError, ValueError) as error:
         raise _one(str(path), f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
     return loads(body, str(path), overrides)
@@ -124,6 +125,7 @@ def _validate(data: dict[str, Any], *, stored: bool = False) -> tuple[list[Locat
     expand(data)
     found: list[LocatedMistake] = []
     replaced: set[KeyPath] = set()
+    meant: set[str] = set()
     while True:
         try:
             # Through JSON: a strict model accepts a JSON list for a tuple, but not a Python list.
@@ -132,8 +134,11 @@ def _validate(data: dict[str, Any], *, stored: bool = False) -> tuple[list[Locat
         except ValidationError as error:
             errors = error.errors(include_url=False)
         before = len(replaced)
+        meant |= {synonyms.place_of(path_of(e)[-1]) for e in errors if e["type"] == "extra_forbidden"}
         for detail in errors:
-            if path_of(detail) not in replaced:
+            # The message about another trainer's word names the setting that is missing for it.
+            is_named = detail["type"] == "missing" and dotted(path_of(detail)) in meant
+            if path_of(detail) not in replaced and not is_named:
                 found.append(LocatedMistake((path_of(detail),), sentence(detail)))
             replaced |= {path_of(detail), _replace(data, detail)}
         assert len(replaced) > before, f"nothing was replaced after {errors}"

@@ -244,6 +244,12 @@ def of_key(key: str | int, on: bool = True) -> str | None:
     return None if said is None else str(said)
 
 
+def place_of(key: str | int) -> str:
+    """Returns the dotted path of another trainer's setting in a recipe; empty for any other key."""
+    said = KEYS.get(str(key).lower())
+    return said.path if said else ""
+
+
 def of_value(path: KeyPath, value: Any) -> str | None:
     """Returns the clause that leads on from another trainer's value at this path; None for any other value."""
     if not isinstance(value, str | int):

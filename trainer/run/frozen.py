@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib.metadata
 import logging
 import platform
+import shlex
 import socket
 import subprocess
 import sys
@@ -80,7 +81,12 @@ def _frozen_text(run: Storage) -> bytes:
     try:
         return run.read(layout.RECIPE)
     except FileNotFoundError:
-        raise InputError(f"there is no run at {run.url}: it has no {layout.RECIPE}") from None
+        raise no_run(run) from None
+
+
+def no_run(run: Storage) -> InputError:
+    above = run.url.rpartition("/")[0] or "/"
+    return InputError(f"there is no run at {run.url}; `{shlex.join(['muster', 'ls', above])}` lists the runs there")
 
 
 def _of_another_version(run: Storage) -> list[Mistake]:

@@ -154,7 +154,7 @@ def _as_told(recipe: Recipe, strategy: Strategy) -> Iterator[None]:
     """Names the quantisation where a quantised model's forward fails: its code may read weights outside of layers."""
     try:
         yield
-    except (RuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError, KeyError) as error:
         kind = type(strategy.model).__name__
         if recipe.model.quantization == "none" or isinstance(error, torch.OutOfMemoryError | MusterError):
             raise

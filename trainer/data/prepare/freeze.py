@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.data.prepare.label_set import label_set
@@ -11,10 +13,15 @@ from trainer.data.prepare.model_limits import stop_tokens, vocabulary
 from trainer.data.readers import reader_name
 from trainer.data.spec import FrozenObject, FrozenSource, PreparationSpec, tokenizer_fingerprint
 from trainer.errors import InputError
-from trainer.storage import expand, locate
+from trainer.registry import choose_hint
+from trainer.storage import expand, local_path, locate
 
 if TYPE_CHECKING:
     from trainer.recipe.sections.data import SourceSection
+
+
+MOST_NAMES = 1000
+"""In a folder, of which one may be meant."""
 
 
 def freeze(sources: Sequence[SourceSection]) -> tuple[FrozenSource, ...]:
@@ -42,6 +49,12 @@ def _freeze(source: SourceSection) -> FrozenSource:
     from trainer.data.readers.hub import freeze_dataset
 
     return replace(frozen, objects=(freeze_dataset(source.path, source.split),))
+
+
+def check_local_sources(sources: Iterable[SourceSection]) -> None:
+    """Raises InputError for a source on this machine's disk that has no objects. It needs none of the libraries that
+    take seconds to import."""
+    freeze([source for source in sources if "://" not in source.path])
 
 
 def describe(
@@ -104,10 +117,19 @@ def _objects(path: str) -> tuple[FrozenObject, ...]:
         if name == named or not name.startswith((".", "_")):
             found.append(frozen)
     if not found:
-        raise InputError(f"data source {path}: nothing there matches; check the path, the bucket and the wildcard")
+        raise InputError(f"data source {path}: nothing there matches{_advice(path)}")
     for frozen in found:
         reader_name(frozen.url)
     return tuple(found)
+
+
+def _advice(path: str) -> str:
+    """Returns a hint at a name on this disk that is close to the path's, else what to check."""
+    if local_path(path) is None:
+        return "; check the path, the bucket and the wildcard"
+    named = Path(path).expanduser()
+    beside = (found.name for found in named.parent.glob("*"))
+    return choose_hint(named.name, tuple(islice(beside, MOST_NAMES))) or "; check the path and the wildcard"
 
 
 def _expand(path: str) -> list[FrozenObject]:

@@ -18,6 +18,7 @@ from filelock import FileLock
 from trainer.errors import InputError
 from trainer.model.files.configs import check_configs
 from trainer.recipe.sections.model import ModelSection
+from trainer.registry import choose_hint
 from trainer.storage import ObjectInfo, Storage, open_storage
 from trainer.storage.host_cache import host_cache, make_own
 
@@ -112,7 +113,9 @@ def _from_hub(section: ModelSection, weights: bool) -> ModelFiles:
         *(["*.py"] if section.trust_remote_code else []),
     ]
     if section.path.startswith(("/", ".", "~")) or section.path.count("/") > 1:
-        raise InputError(f"model.path {section.path!r} is no folder on this host; correct the path")
+        raise InputError(
+            f"model.path {section.path!r} is no folder on this host; correct the path{near_folder(section.path)}"
+        )
     try:
         folder = snapshot_download(
             section.path,
@@ -121,9 +124,29 @@ def _from_hub(section: ModelSection, weights: bool) -> ModelFiles:
             ignore_patterns=[f"{name}*" for name in TWICE],
         )
     except Exception as e:
-        message = " ".join(str(e).split())[:LONGEST_CAUSE]
         raise InputError(
             f"model.path {section.path!r} is neither a folder here nor a model that the Hub gives "
-            f"(revision {section.revision!r}): {message}"
+            f"(revision {section.revision!r}): {hub_cause(e)}{near_folder(section.path)}"
         ) from e
     return ModelFiles(Path(folder))
+
+
+def hub_cause(error: Exception) -> str:
+    """Returns why the Hub gives no file, as a clause. Its library's own messages are sentences about its cache."""
+    from huggingface_hub import errors
+
+    causes = {
+        errors.GatedRepoError: "it is given to accounts that have accepted its terms; set HF_TOKEN to the token of one",
+        errors.RepositoryNotFoundError: "it has none of this name, or a private one, for which HF_TOKEN is needed",
+        errors.RevisionNotFoundError: "the model has no such revision",
+        errors.OfflineModeIsEnabled: "it is not in the cache, and HF_HUB_OFFLINE is set",
+        errors.LocalEntryNotFoundError: "it is not in the cache, and the Hub cannot be reached",
+    }
+    known = (clause for kind, clause in causes.items() if isinstance(error, kind) or isinstance(error.__cause__, kind))
+    return next(known, " ".join(str(error).split())[:LONGEST_CAUSE])
+
+
+def near_folder(path: str) -> str:
+    """Returns a hint at a model's folder here whose name is close to the path's, else an empty text."""
+    named = Path(path).expanduser()
+    return choose_hint(named.name, tuple(config.parent.name for config in named.parent.glob("*/config.json")))

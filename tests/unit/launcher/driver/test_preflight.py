@@ -6,6 +6,8 @@ import errno
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from tests.support.training import small_recipe
 from tests.unit.trainer.data.data_support import write_rows
 from trainer.errors import InputError, StorageError
 from trainer.model import check_weights, fetch_model
-from trainer.recipe import ModelSection, Recipe
+from trainer.recipe import ModelSection, Recipe, dump
 from trainer.storage import open_storage
 from trainer.storage.backend import Transient
 
@@ -168,6 +170,21 @@ def test_a_tokenizer_without_pad_and_chat_template_serves_completions(folder: Pa
 def test_a_path_is_not_looked_for_on_the_hub(path: str) -> None:
     with pytest.raises(InputError, match="is no folder on this host"):
         fetch_model(ModelSection(path=path), weights=False)
+
+
+def test_a_source_that_is_not_there_is_said_before_any_library_is_loaded(tiny_model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "early.yaml"
+    path.write_text(dump(small_recipe("early", tiny_model, tmp_path)))
+    for command in ("run", "preview"):
+        code = (
+            "import sys; from launcher.cli.app import app; from trainer.errors import InputError\n"
+            f"try: app([{command!r}, {str(path)!r}], standalone_mode=False)\n"
+            "except InputError as error: print(error)\n"
+            "sys.exit(bool({'torch', 'transformers', 'ray', 'peft'} & set(sys.modules)))"
+        )
+        done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+        assert "nothing there matches" in done.stdout
+        assert done.returncode == 0
 
 
 def test_a_full_disk_and_a_storage_that_fails_are_told_apart() -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.unit.trainer.data.data_support import memory, source, write_rows
-from trainer.data import freeze
+from trainer.data import check_local_sources, freeze
 from trainer.data.prepare.split import Span, cut, windows
 from trainer.data.readers import open_reader, reader_name
 from trainer.data.readers.body import ObjectBody
@@ -121,3 +121,10 @@ def test_sources_are_frozen_in_order_and_cut(tmp_path):
 def test_a_source_without_objects_is_named(tmp_path, path):
     with pytest.raises(InputError, match=f"{path.replace('*', '.')}.*nothing there matches"):
         freeze([source(tmp_path / path)])
+
+
+def test_a_mistyped_source_is_answered_with_a_name_beside_it(tmp_path):
+    write_rows(tmp_path / "chats.jsonl", [])
+    with pytest.raises(InputError, match=r"chat\.jsonl: nothing there matches; did you mean 'chats\.jsonl'\?"):
+        check_local_sources([source(tmp_path / "chat.jsonl")])
+    check_local_sources([source(tmp_path / "chats.jsonl"), source("s3://nobody/looks/there")])

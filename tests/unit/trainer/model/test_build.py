@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
+from huggingface_hub import errors
 
 from tests.support.models import CPU, base_of, built, packed
 from tests.support.training import small_recipe
@@ -179,14 +181,39 @@ def test_the_hub_is_asked_for_what_is_needed(make: Make, tiny_model: Path, monke
 
 
 def test_a_hub_that_gives_nothing_is_said(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    import huggingface_hub
-
     def download(path: str, **wanted: Any) -> str:
         raise OSError("401 Client Error")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     with pytest.raises(InputError, match=r"'org/model' is neither a folder here nor a model.*401 Client Error"):
         fetch_model(make(**{"model.path": "org/model"}).model)
+
+
+@pytest.mark.parametrize(
+    ("kind", "cause"),
+    [
+        (errors.GatedRepoError, "accepted its terms"),
+        (errors.RepositoryNotFoundError, "none of this name, or a private one"),
+        (errors.RevisionNotFoundError, "no such revision"),
+        (errors.LocalEntryNotFoundError, "the Hub cannot be reached"),
+    ],
+)
+def test_why_the_hub_gives_nothing_is_one_clause(
+    kind: type[Exception], cause: str, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def download(path: str, **wanted: Any) -> str:
+        raise kind.__new__(kind, "Got: ConnectError. An error happened. Please check your connection.")
+
+    (tmp_path / "models" / "tiny-llama").mkdir(parents=True)
+    (tmp_path / "models" / "tiny-llama" / "config.json").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(InputError) as caught:
+        fetch_model(make(**{"model.path": "models/tiny-lama"}).model)
+    text = str(caught.value)
+    assert cause in text
+    assert text.endswith("did you mean 'tiny-llama'?")
+    assert "An error happened" not in text
 
 
 def test_a_folder_without_a_tokenizer_is_said(tiny_model: Path, tmp_path: Path) -> None:

@@ -52,6 +52,9 @@ def test_the_parameters_are_those_of_the_model_up_to_norms_and_biases(shape: str
     base = plan.total_parameters - plan.trainable_parameters
     assert found.parameters == pytest.approx(base, rel=0.01)
     assert found.trained == plan.trainable_parameters
+    [line] = [line for line in first_lines(recipe, None) if line.startswith("  trained")]
+    share = float(line.partition("(")[2].removesuffix("%)")) / 100
+    assert share == pytest.approx(plan.trainable_parameters / plan.total_parameters, rel=0.01), "the plan's own share"
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -283,6 +283,8 @@ def test_a_missing_file_and_a_file_that_is_no_text(tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="there is no such file"):
         load(tmp_path / "none.yaml")
     (tmp_path / "bytes.yaml").write_bytes(b"name: \xff\xfe")
+    with pytest.raises(RecipeError, match=r"byte\.yml: there is no such file; did you mean 'bytes\.yaml'\?$"):
+        load(tmp_path / "byte.yml")
     with pytest.raises(RecipeError, match="is not UTF-8 text"):
         load(tmp_path / "bytes.yaml")
     with pytest.raises(RecipeError, match="cannot be read"):

@@ -38,6 +38,17 @@ def test_a_key_is_answered_wherever_it_is_written(place: str) -> None:
     assert mistakes(changed(path, 1e-4)) == [(path, "unknown key; write optimizer.lr")]
 
 
+def test_a_setting_that_is_written_in_anothers_word_is_not_missing_as_well() -> None:
+    without = changed("optimizer", {"learning_rate": 1e-4})
+    assert mistakes(without) == [("optimizer.learning_rate", "unknown key; write optimizer.lr")]
+    without["training"] = {"steps": 10, "batch_size": 2}
+    assert [path for path, _ in mistakes(without)] == [
+        "training.global_batch",
+        "training.batch_size",
+        "optimizer.learning_rate",
+    ]
+
+
 @pytest.mark.parametrize(("path", "word"), [(path, word) for path, words in VALUES.items() for word in words])
 def test_a_value_leads_to_one_that_is_valid(path: str, word: str) -> None:
     here = VALUES[path][word]

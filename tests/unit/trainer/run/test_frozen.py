@@ -61,7 +61,7 @@ def test_a_recipe_comes_back_resolved_and_without_stop_after(make: Make) -> None
 
 def test_a_run_that_is_not_there_is_said(make: Make) -> None:
     run = run_of(make())
-    with pytest.raises(InputError, match=r"there is no run at .*/run: it has no recipe\.yaml"):
+    with pytest.raises(InputError, match=r"there is no run at (.*)/run; `muster ls \1` lists the runs there"):
         read_recipe(run)
     check_same_recipe(run, make())
 
