@@ -152,7 +152,10 @@ def test_one_wrong_value(path: str, value: Any, message: str) -> None:
         ("lr", "unknown key here; it belongs at optimizer.lr"),
         ("training.workers", "unknown key here; it belongs at resources.workers"),
         ("checkpoint.every_step", "unknown key; did you mean 'every_steps'?"),
-        ("strategy.zzz", "unknown key; strategy takes: kind, reshard_after_forward, offload, deepspeed"),
+        (
+            "strategy.zzz",
+            "unknown key; strategy takes: kind, replicas, context_parallel, reshard_after_forward, offload, deepspeed",
+        ),
     ],
 )
 def test_an_unknown_key_says_where_it_may_belong(path: str, message: str) -> None:

@@ -26,7 +26,7 @@ from trainer.model import Head, build
 from trainer.recipe import Recipe
 from trainer.run import layout
 from trainer.tasks.classification import averages, counts
-from trainer.tasks.sequences import SequenceInputs
+from trainer.tasks.sequences import SequenceOutputs
 
 TEXTS = (5, 9, 3)
 NUMBERS = (1, 3, 1)
@@ -275,4 +275,4 @@ def test_a_model_with_an_encoder_and_a_decoder_is_refused_before_a_step() -> Non
     with pytest.raises(
         InputError, match=r"T5ForSequenceClassification has an encoder and a decoder.*another model.path"
     ):
-        SequenceInputs(model)
+        SequenceOutputs(model)
