@@ -26,10 +26,9 @@ from torch.autograd.function import once_differentiable
 
 from trainer.distributed.world import World
 from trainer.errors import InputError
-from trainer.model.kernels.attention import CONTEXT, IMPLEMENTATIONS, VARLEN, probe, varlen_forward
+from trainer.model.kernels.attention import CONTEXT, IMPLEMENTATIONS, probe, varlen_forward
 from trainer.model.kernels.packing_check import Inputs, mode
 from trainer.modules import head_module
-from trainer.tasks.inputs import segments, to_device
 
 TOLERANCE = 0.02
 """The largest difference of a token's logits, in standard deviations: only rounding differs."""
@@ -53,6 +52,10 @@ KERNELS: dict[str, Kernel] = {"varlen": varlen_forward, "flash": flash}
 """By the value of ``compute.attention``; ``by_loop`` for others."""
 
 
+def to_device(array: np.ndarray, device: torch.device) -> torch.Tensor:
+    return torch.from_numpy(array).to(device)
+
+
 class Context:
     """This process as rank ``rank`` of ``size`` that compute the same micro-batches."""
 
@@ -63,13 +66,14 @@ class Context:
         """Returns the model's arguments for this rank's part of the rows [B, L], with the boundaries of all samples."""
         padding = (0, 0), (0, -input_ids.shape[1] % self.size)
         ids, positions = np.pad(input_ids, padding), np.pad(position_ids, padding)
+        bounds = np.append(np.flatnonzero(positions.ravel() == 0), positions.size).astype(np.int32)
         n = ids.shape[1] // self.size
         part = np.s_[:, self.rank * n : (self.rank + 1) * n]
         return {
             "input_ids": to_device(np.ascontiguousarray(ids[part]), device),
             "position_ids": to_device(np.ascontiguousarray(positions[part]), device),
             "use_cache": False,
-            **segments(positions, device, VARLEN, packed=False),
+            "sample_bounds": (to_device(bounds, device), int(np.diff(bounds).max())),
         }
 
     def mine(self, at: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
