@@ -53,12 +53,12 @@ def training(user: User) -> None:
 
 
 def plain(user: User) -> None:
-    """The same way without a mistake: what it takes from two files to an answer."""
+    """The way from two files to an answer without a mistake, in a storage without prepared data."""
     user.does("muster init --model tiny-llama --data chats.jsonl > plain.yaml")
     user.does("muster preview plain.yaml")
     user.does("muster validate plain.yaml")
     user.does("muster plan plain.yaml")
-    user.does("muster run plain.yaml")
+    user.does("muster run plain.yaml storage=plain-runs")
     user.talks(user.copies(r"^muster chat .*"), "Where does Carlo live?")
 
 

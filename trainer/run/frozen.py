@@ -85,8 +85,9 @@ def _frozen_text(run: Storage) -> bytes:
 
 
 def no_run(run: Storage) -> InputError:
-    above = run.url.rpartition("/")[0] or "/"
-    return InputError(f"there is no run at {run.url}; `{shlex.join(['muster', 'ls', above])}` lists the runs there")
+    above = run.url.rpartition("/")[0]
+    listed = run.url if above in ("", f"{run.url.partition('://')[0]}:/") else above  # nothing is above a bucket
+    return InputError(f"there is no run at {run.url}; `{shlex.join(['muster', 'ls', listed])}` lists the runs there")
 
 
 def _of_another_version(run: Storage) -> list[Mistake]:

@@ -118,7 +118,7 @@ def test_a_step_that_two_generations_committed_is_the_newer_ones() -> None:
 
 def test_no_run_is_a_sentence() -> None:
     run, _ = faulty()
-    with pytest.raises(InputError, match=r"there is no run at faulty://run; `muster ls faulty:/` lists"):
+    with pytest.raises(InputError, match=r"no run at faulty://run; `muster ls faulty://run` lists the runs there"):
         read_status(run)
 
 
