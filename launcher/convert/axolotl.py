@@ -285,9 +285,12 @@ def _strategy(draft: Draft, file: Path) -> None:
             draft.put("strategy.reshard_after_forward", False)
     else:
         draft.put("strategy.kind", "ddp")
-    for key in ("tensor_parallel_size", "context_parallel_size", "sequence_parallel_degree", "expert_parallel_size"):
+    whole = "workers divide the data and, under fsdp and zero3, the weights; no layer is split"
+    by_hand = "set strategy.context_parallel, and resources.workers to a multiple of it"
+    lost = {"tensor_parallel_size": whole, "expert_parallel_size": whole}
+    for key, reason in (lost | {"context_parallel_size": by_hand, "sequence_parallel_degree": by_hand}).items():
         if draft.number(key, 1) > 1:
-            draft.lose(key, "workers divide the data and, under fsdp and zero3, the weights; no layer is split")
+            draft.lose(key, reason)
         else:
             draft.pass_over(key, "splits nothing")
 
@@ -304,6 +307,14 @@ def _training(draft: Draft, workers: int | None) -> None:
     if "gradient_accumulation_steps" not in draft.settings:
         draft.use("training.global_batch", "batch_size")
     draft.use("resources.workers", "ray_num_workers", "gpu_count", "dp_shard_size", "dp_replicate_size")
+    replicas = draft.number("dp_replicate_size", 1)
+    if draft.recipe["strategy"]["kind"] == "fsdp" and replicas > 1:
+        if draft.recipe["resources"]["workers"] % replicas:
+            draft.lose(
+                "dp_replicate_size", "the workers cannot be divided into so many replicas; set strategy.replicas"
+            )
+        else:
+            draft.put("strategy.replicas", replicas, "dp_replicate_size")
     common.length(draft, "num_epochs", 1)
     recompute = as_mapping(draft.take("fsdp_config")).get("activation_checkpointing")
     if draft.is_on("gradient_checkpointing") or recompute:

@@ -10,15 +10,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from safetensors import safe_open
 from torch.distributed.device_mesh import DeviceMesh
+from torch.multiprocessing import ProcessRaisedException
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from tests.support.models import random_model
 from tests.support.ranks import run_ranks
 from tests.support.training import ledger, losses, run_of, small_recipe, train_in_processes, train_rank, write_pairs
 from trainer.recipe import Recipe
 from trainer.run import layout
+from trainer.run.events import TextsEvent
 from trainer.run.jsonl import read_rows
 from trainer.strategies.fsdp import FSDP
 
@@ -28,12 +32,22 @@ SHAPES: dict[str, tuple[int, dict[str, Any]]] = {
     "context-ddp": (2, {"strategy": {"kind": "ddp", "context_parallel": 2}}),
     "context-fsdp": (2, {"strategy": {"kind": "fsdp", "context_parallel": 2}}),
     "replicas-context": (4, {"strategy": {"kind": "fsdp", "replicas": 2, "context_parallel": 2}}),
+    # More ranks than heads of keys and values, of which the model has two.
+    "context-of-four": (4, {"strategy": {"kind": "ddp", "context_parallel": 4}}),
 }
 MODELS: dict[str, dict[str, Any]] = {
     "lora": {},
     "qlora": {"model.quantization": "nf4"},
     "checkpointing": {"training.gradient_checkpointing": True},
     "full": {"adapter": {"method": "none"}, "optimizer.lr": 1e-3},
+}
+SMALL: dict[str, Any] = {
+    "vocab_size": 384,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
 }
 TOLERANCE = 1e-5
 EVERY = [(model, shape) for model in MODELS for shape in SHAPES if shape != "one"]
@@ -111,6 +125,63 @@ def test_preferences_are_learned_from_parts_of_the_texts(task: str, tiny_model: 
 
 def _metrics(recipe: Recipe) -> list[float]:
     return [row["pair_accuracy"] for row in read_rows(run_of(recipe), layout.METRICS) if "loss" in row]
+
+
+def test_evaluations_and_samples_are_those_of_one_process(tiny_model: Path, tmp_path: Path) -> None:
+    """The parts of a group count once; texts are generated with the model's own attention, and training goes on."""
+    write_pairs(tmp_path / "data" / "a.jsonl", 90)
+    held_out = [{"path": f"{tmp_path}/data/*.jsonl", "format": "completion"}]
+    found = []
+    for shape in ("one", "context-fsdp"):
+        changes = {"data.eval": held_out, "training.eval_every": 4, "samples": {"count": 2, "max_new_tokens": 8}}
+        recipe = _recipe("lora", shape, tiny_model, tmp_path, **changes)
+        train_in_processes([recipe], SHAPES[shape][0])
+        rows = read_rows(run_of(recipe), layout.METRICS)
+        texts = [e["texts"] for e in read_rows(run_of(recipe), layout.EVENTS) if e["event"] == TextsEvent.kind]
+        found.append((losses(recipe), [r for r in rows if "eval_loss" in r], texts))
+    (want, evaluated, texts), (got, evaluated_together, texts_together) = found
+    assert got == pytest.approx(want, rel=TOLERANCE)
+    assert [r["step"] for r in evaluated] == [r["step"] for r in evaluated_together] == [4, 8, 10]
+    for one, many in zip(evaluated, evaluated_together, strict=True):
+        assert many["eval_loss"] == pytest.approx(one["eval_loss"], rel=TOLERANCE)
+        assert many["eval_target_tokens"] == one["eval_target_tokens"]
+    assert texts
+    assert texts_together == texts
+
+
+def test_windows_of_attention_hold_across_the_parts(tiny_model: Path, tmp_path: Path) -> None:
+    """Packs of 64 tokens, of which each rank has 32, and windows of 12."""
+    config = transformers.MistralConfig(**SMALL, sliding_window=12)
+    model = random_model(config, tmp_path / "mistral", tiny_model)
+    write_pairs(tmp_path / "data" / "a.jsonl", 90)
+    found = []
+    for shape in ("one", "context-ddp"):
+        recipe = _recipe("lora", shape, model, tmp_path)
+        train_in_processes([recipe], SHAPES[shape][0])
+        found.append(losses(recipe))
+    assert found[1] == pytest.approx(found[0], rel=TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("config", "ranks", "words"),
+    [
+        (transformers.LlamaConfig(**SMALL), 3, "4 attention heads cannot be divided over 3 ranks"),
+        (
+            transformers.Lfm2Config(**SMALL, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
+            2,
+            r"Lfm2ForCausalLM .*: the outputs of its head move by",
+        ),
+    ],
+)
+def test_a_model_whose_texts_cannot_be_divided_is_refused(
+    config: Any, ranks: int, words: str, tiny_model: Path, tmp_path: Path
+) -> None:
+    model = random_model(config, tmp_path / "other", tiny_model)
+    write_pairs(tmp_path / "data" / "a.jsonl", 90)
+    shape = {"strategy": {"kind": "ddp", "context_parallel": ranks}, "resources.workers": ranks}
+    recipe = small_recipe("refused", model, tmp_path, **{"data.packing": False, **shape})
+    with pytest.raises(ProcessRaisedException, match=rf"context_parallel {ranks} does not work for .*{words}"):
+        train_in_processes([recipe], ranks)
 
 
 def test_a_run_moves_between_shapes(tiny_model: Path, tmp_path: Path) -> None:

@@ -27,10 +27,10 @@ from trainer.plan.fake_process_group import CPU, fake_world
 from trainer.plan.meta_model import labels_of, layer_count, skeleton, with_layers
 from trainer.precision import needs_autocast
 from trainer.recipe import Recipe
+from trainer.recipe.strategies import Mesh
 from trainer.recipe.tasks import TASKS
 from trainer.strategies import make_strategy
 from trainer.strategies.layers import decoder_layers
-from trainer.strategies.mesh import Mesh
 from trainer.tasks import Task, make_task
 
 if TYPE_CHECKING:
@@ -106,7 +106,7 @@ def measure(recipe: Recipe, config: PreTrainedConfig, ranks: int | None) -> Acti
 
 
 def _divide_tokens(task: Task, model: Any, mesh: Mesh) -> None:
-    context = Context(mesh.context_group(CPU.type))
+    context = Context.of(mesh, CPU)
     context.use(model.get_base_model() if hasattr(model, "get_base_model") else model, _attention_of_a_pack)
     task.compute_together(context)
 

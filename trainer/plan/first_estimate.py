@@ -20,6 +20,7 @@ from typing import Any
 
 from trainer.plan.known_configs import known_shape
 from trainer.recipe import Recipe
+from trainer.recipe.strategies import Mesh
 
 CONFIG = "config.json"
 WITHOUT_GATE = ("gpt_neox", "gptj", "opt", "phi", "starcoder2", "bloom", "falcon", "nemotron")
@@ -95,6 +96,7 @@ def first_estimate(recipe: Recipe, config: Mapping[str, Any], ranks: int) -> Fir
     total = linear + embeddings
     trained = total if recipe.adapter.method == "none" else _lora_elements(recipe, layers)
     row = recipe.strategy.row
+    ranks = Mesh.of(recipe, ranks).ranks_per_replica  # which keep one copy together
     weights = 0.0 if recipe.adapter.method == "none" else _weight_bytes(recipe, linear, embeddings, ranks)
     if trained is None:
         return FirstEstimate(total, None, round(weights), None)

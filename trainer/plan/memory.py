@@ -17,9 +17,8 @@ from trainer.plan.optimizer_memory import WHOLE, checkpoint_bytes, partition_byt
 from trainer.plan.result import Limits, Plan, RankPlan
 from trainer.plan.shards import Share, share, weights_of
 from trainer.recipe import Recipe
-from trainer.recipe.strategies import STRATEGIES
+from trainer.recipe.strategies import STRATEGIES, Mesh
 from trainer.recipe.zero import zero_settings
-from trainer.strategies.mesh import Mesh
 from trainer.strategies.shards import Weight
 
 if TYPE_CHECKING:

@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import torch
 
-from trainer.recipe.strategies import STRATEGIES
-from trainer.strategies.mesh import Mesh
+from trainer.recipe.strategies import STRATEGIES, Mesh
 from trainer.strategies.shards import Weight
 
 

@@ -86,8 +86,8 @@ RULES = (
         (("strategy", "context_parallel"), ("task",)),
         lambda r: r.strategy.context_parallel > 1 and not TASKS[r.task].divides_texts,
         lambda r: (
-            f"works with {' and '.join(name for name, row in TASKS.items() if row.divides_texts)}, whose loss can be "
-            f"computed from parts of a text, not with {r.task}; set it to 1"
+            f"works with {', '.join(name for name, row in TASKS.items() if row.divides_texts)}, whose loss can be "
+            f"computed from parts of a text, and not with {r.task}; set it to 1"
         ),
     ),
     Rule(
@@ -108,12 +108,12 @@ RULES = (
     Rule(
         (("strategy", "context_parallel"), ("compute", "compile")),
         lambda r: r.strategy.context_parallel > 1 and r.compute.compile,
-        lambda r: "exchanges tokens in every layer, which torch.compile does not capture; set one of them off",
+        lambda r: "exchanges tokens in every layer, which torch.compile does not capture; turn one of the two off",
     ),
     Rule(
         (("compute", "attention"), ("strategy", "context_parallel")),
         lambda r: r.strategy.context_parallel > 1 and r.compute.attention == "flex",
-        lambda r: "flex compiles its mask for whole packs; with context_parallel use auto, varlen, flash or sdpa",
+        lambda r: "flex does not work with context_parallel; use auto, varlen, flash or sdpa",
     ),
     Rule(
         (("exact",), ("strategy", "kind")),

@@ -20,8 +20,7 @@ import torch
 
 from trainer.distributed.world import World
 from trainer.precision import needs_autocast
-from trainer.recipe.strategies import STRATEGIES
-from trainer.strategies.mesh import Mesh
+from trainer.recipe.strategies import STRATEGIES, Mesh
 from trainer.strategies.optimizer_state import load_optimizer_state, optimizer_state
 from trainer.strategies.shards import Kept, Weight
 

@@ -24,10 +24,10 @@ import torch.distributed as dist
 
 from trainer.errors import CorruptObject, InputError
 from trainer.experts import expert_layers
+from trainer.recipe.strategies import Mesh
 from trainer.recipe.zero import zero_settings
 from trainer.strategies.base import Fill, MakeOptimizer, ShardSlice, Strategy, set_lr
 from trainer.strategies.layers import decoder_layers
-from trainer.strategies.mesh import Mesh
 from trainer.strategies.optimizer_state import check_owners
 from trainer.strategies.shards import Kept, Weight
 from trainer.strategies.zero_shards import cut, gathered, pieces

@@ -68,9 +68,6 @@ class SequenceOutputs:
             scores_BV = context.whole(scores_BnV.flatten(0, 1)[mine], order, rows)
             return scores_BV[:, None].expand(scores_BnV.shape)  # whichever token the model selects
 
-        hook = head_module(self._base).register_forward_hook(of_each_row)
-        try:
+        with head_module(self._base).register_forward_hook(of_each_row):
             outputs: torch.Tensor = module(**context.inputs(batch.input_ids, batch.position_ids, device)).logits
-        finally:
-            hook.remove()
         return outputs

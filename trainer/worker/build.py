@@ -136,9 +136,9 @@ def _build(
             if recipe.data.packing:
                 check_isolation(*asked, length)
             if strategy.mesh.context > 1:
-                context = Context(strategy.mesh.context_group(world.device.type))
+                context = Context.of(strategy.mesh, world.device)
                 strategy.reshard()
-                settle_context(*asked[:2], context, task.inputs, attention, world, recipe.model.path)
+                settle_context(recipe, *asked[:2], context, task.inputs, attention, world)
                 task.compute_together(context)
         strategy.reshard()
         with _as_told(recipe, strategy):
@@ -155,7 +155,8 @@ def _as_told(recipe: Recipe, strategy: Strategy) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, ValueError, KeyError) as error:
-        kind = type(strategy.model).__name__
+        model: Any = strategy.model
+        kind = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
         if recipe.model.quantization == "none" or isinstance(error, torch.OutOfMemoryError | MusterError):
             raise
         if COLLECTIVE.search(str(error)):

@@ -2,10 +2,10 @@
 
 A global step is one update of the optimizer, or several if the task does more (`Task.updates`). An update is divided
 into micro-batches; of n data-parallel ranks, rank r runs micro-batch k if k % n == r. A data-parallel rank is one
-process, or those that compute parts of the same tokens (`trainer.strategies.mesh`). The samples of a micro-batch, and
-the random numbers of its forward pass, depend on (seed, step, k) only. The loss is a sum over the task's units (target
-tokens, samples, pairs) divided by the update's number of units, which every rank knows. So any number of ranks trains
-the same run.
+process, or those that compute parts of the same tokens (`trainer.recipe.strategies.Mesh`). The samples of a
+micro-batch, and the random numbers of its forward pass, depend on (seed, step, k) only. The loss is a sum over the
+task's units (target tokens, samples, pairs) divided by the update's number of units, which every rank knows. So any
+number of ranks trains the same run.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ class Loop:
         self.recipe, self.world, self.adapter = parts.recipe, parts.world, parts.adapter
         self.strategy, self.task, self.meter = parts.strategy, parts.task, parts.meter
         self.mesh = parts.strategy.mesh
-        self.counts = self.mesh.context_rank(parts.world.rank) == 0
+        self.context_rank = self.mesh.context_rank(parts.world.rank)
+        self.counts = self.context_rank == 0
         self.callbacks, self.stop_requested = callbacks, stop_requested
         self.total_steps = total_steps
         self.eval_batches = eval_batches
@@ -178,7 +179,7 @@ class Loop:
         total, totals = torch.zeros((), dtype=torch.float64, device=self.world.device), Totals()
         self.own.start()
         for i, batch in enumerate(update.batches):
-            seed_micro_batch(self.recipe.seed, step, batch.index, self.mesh.context_rank(self.world.rank))
+            seed_micro_batch(self.recipe.seed, step, batch.index, self.context_rank)
             with self.strategy.micro_batch(last=i == len(update.batches) - 1):
                 self._phase(step, f"forward of micro-batch {batch.index}")
                 with self.strategy.autocast():

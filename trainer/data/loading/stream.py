@@ -2,7 +2,8 @@
 
 A step is a range of packs, cut into micro-batches of ``micro_batch`` packs. It may cross from one window into the next,
 never from one epoch into the next: an epoch's last step may be short. The contents of a micro-batch do not depend on
-the number of ranks; micro-batch k is run by rank k % world_size.
+the number of ranks; micro-batch k is run by rank k % world_size. Here and in this package, ranks that compute parts of
+the same tokens (`strategy.context_parallel`) count as one.
 """
 
 from __future__ import annotations

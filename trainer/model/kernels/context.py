@@ -17,18 +17,24 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 from torch.autograd.function import once_differentiable
+from torch.distributed.device_mesh import init_device_mesh
 
 from trainer.distributed.world import World
 from trainer.errors import InputError
 from trainer.model.kernels.attention import CONTEXT, IMPLEMENTATIONS, probe, varlen_forward
-from trainer.model.kernels.packing_check import Inputs, mode
+from trainer.model.kernels.packing_check import Inputs, mode, shrunk, units_below
 from trainer.modules import head_module
+from trainer.recipe.tasks import TASKS
+
+if TYPE_CHECKING:
+    from trainer.recipe import Recipe
+    from trainer.recipe.strategies import Mesh
 
 TOLERANCE = 0.02
 """The largest difference of a token's logits, in standard deviations: only rounding differs."""
@@ -61,6 +67,12 @@ class Context:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self.group, self.rank, self.size = group, group.rank(), group.size()
+
+    @classmethod
+    def of(cls, mesh: Mesh, device: torch.device) -> Context:
+        """Collective of all ranks."""
+        made = init_device_mesh(device.type, (mesh.data_ranks, mesh.context), mesh_dim_names=("data", "context"))
+        return cls(made["context"].get_group())
 
     def inputs(self, input_ids: np.ndarray, position_ids: np.ndarray, device: torch.device) -> dict[str, Any]:
         """Returns the model's arguments for this rank's part of the rows [B, L], with the boundaries of all samples."""
@@ -179,22 +191,30 @@ class _Whole(torch.autograd.Function):
 
 
 def settle_context(
-    model: Any, module: Any, context: Context, inputs: Inputs, kernel: str, world: World, path: str
+    recipe: Recipe, model: Any, module: Any, context: Context, inputs: Inputs, kernel: str, world: World
 ) -> None:
     """Sets attention that exchanges heads for tokens on ``model``, around its kernel (``compute.attention``).
 
     ``inputs``: the model's arguments without context parallelism. Every rank calls it, in the forward's precision.
-    Raises InputError if the outputs of the model's head change: another layer than attention then mixes tokens."""
+    Raises InputError if the outputs of the model's head change: another layer than attention then mixes tokens, or
+    attention depends on more than the kernel is told."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     device = world.device
-    ids, positions, real = probe(packed=True)
+    ids, positions, real = probe(recipe.data.packing and not TASKS[recipe.task].has_head)
     at = np.flatnonzero(real.numpy())
     mine, order = context.mine(at, ids.shape[1])
     outputs: list[torch.Tensor] = []
-    hook = None
+
+    def record(_: Any, __: Any, output_BLV: torch.Tensor) -> None:
+        outputs.append(output_BLV.flatten(0, 1).float())
+
     try:
-        hook = head_module(base).register_forward_hook(lambda *call: outputs.append(call[-1].flatten(0, 1).float()))
-        with mode(module, training=False):
+        # Windows are shrunk, so that the few tokens of the probe are not all inside them.
+        with (
+            head_module(base).register_forward_hook(record),
+            mode(module, training=False),
+            shrunk(base, units_below(base, recipe.data.sequence_length)),
+        ):
             module(**inputs(ids, positions, device))
             context.use(base, KERNELS.get(kernel, by_loop))
             module(**context.inputs(ids, positions, device))
@@ -205,9 +225,6 @@ def settle_context(
             raise InputError(f"the outputs of its head move by {moved:.2g} of their spread")
     except (InputError, RuntimeError, TypeError, ValueError, KeyError) as error:
         raise InputError(
-            f"strategy.context_parallel {context.size} does not work for {type(base).__name__} of model.path {path!r}: "
-            f"{error}; set it to 1"
+            f"strategy.context_parallel {context.size} does not work for {type(base).__name__} of model.path "
+            f"{recipe.model.path!r}: {error}; set it to 1"
         ) from error
-    finally:
-        if hook is not None:
-            hook.remove()

@@ -56,6 +56,8 @@ AXOLOTL_CASES: list[tuple[dict[str, Any], str, Any]] = [
     ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "strategy.kind", "zero3"),
     ({"use_ray": True, "ray_num_workers": 2}, "training.global_batch", 16),
     ({"dp_shard_size": 2, "dp_replicate_size": 2}, "resources.workers", 4),
+    ({"dp_shard_size": 2, "dp_replicate_size": 2}, "strategy.replicas", 2),
+    ({"fsdp": ["full_shard"], "dp_replicate_size": 4, "gpu_count": 8}, "strategy.replicas", 4),
     ({"save_steps": 50, "save_total_limit": 2}, "checkpoint.every_steps", 50),
     ({"val_set_size": 0.05}, "data.eval_fraction", 0.05),
     ({"val_set_size": 100}, "data.eval.0.split", "train[-100:]"),

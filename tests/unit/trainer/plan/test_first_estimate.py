@@ -41,6 +41,7 @@ CHANGES: dict[str, dict[str, Any]] = {
     "nf4": {"model.quantization": "nf4"},
     "half": {"model.dtype": "bfloat16"},
     "sharded": {"strategy.kind": "fsdp", "resources.workers": 2},
+    "replicas": {"strategy.kind": "fsdp", "strategy.replicas": 2, "resources.workers": 4},
 }
 
 

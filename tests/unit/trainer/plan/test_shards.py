@@ -15,8 +15,8 @@ from trainer.plan.memory import read_model
 from trainer.plan.meta_model import skeleton
 from trainer.plan.shards import share, weights_of
 from trainer.recipe import Recipe
+from trainer.recipe.strategies import Mesh
 from trainer.strategies import make_strategy
-from trainer.strategies.mesh import Mesh
 from trainer.strategies.shards import Weight, chunk_rows
 
 MODELS: dict[str, dict[str, Any]] = {

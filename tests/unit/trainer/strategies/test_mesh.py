@@ -10,7 +10,7 @@ import pytest
 from tests.support.training import small_recipe
 from trainer.errors import InputError, RecipeError
 from trainer.recipe import Recipe
-from trainer.strategies.mesh import Mesh
+from trainer.recipe.strategies import Mesh
 
 
 def recipe(workers: Any, **strategy: Any) -> Recipe:
