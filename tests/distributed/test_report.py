@@ -37,12 +37,12 @@ def train_slowed(rank: int, recipe: Recipe, dies_at: int | None) -> None:
 
     seed = loop.seed_micro_batch
 
-    def slowed(seed_of_run: int, step: int, index: int) -> None:
+    def slowed(seed_of_run: int, step: int, *which: int) -> None:
         time.sleep(SLOWER_S * rank)
         if rank == 1 and step == dies_at:
             await_stored(recipe, step - 1)
             os.kill(os.getpid(), signal.SIGKILL)
-        seed(seed_of_run, step, index)
+        seed(seed_of_run, step, *which)
 
     loop.seed_micro_batch = slowed
     train_rank(rank, [recipe])
