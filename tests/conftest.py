@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import faulthandler
 import os
 import signal
 import sys
@@ -36,6 +37,14 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
     from tests.support.sharing import Sharing
 
     return Sharing(config, log)
+
+
+@pytest.fixture(autouse=True)
+def longer_than_faulthandler(request: pytest.FixtureRequest) -> None:
+    """Lets a test have a longer time-out of its own, or none (0): faulthandler would end its process before."""
+    own = request.node.get_closest_marker("timeout")
+    if own is not None and not 0 < own.args[0] <= float(request.config.getini("faulthandler_timeout")):
+        faulthandler.cancel_dump_traceback_later()
 
 
 @pytest.fixture(scope="session")

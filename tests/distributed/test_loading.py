@@ -165,13 +165,27 @@ def size_of(folder: Path) -> int:
     return sum(f.stat().st_size for f in folder.glob("*.safetensors"))
 
 
+CELLS = [(name, kind) for name in CASES for kind in KINDS if (name, kind) not in WHOLE]
+BY_DAY = [
+    (name, kind) for name, kind in CELLS if kind == "fsdp" or name in ("lora", "qlora", "qdora", "head-too", "vera")
+]
+"""Every case once, and both kinds for those that differ in how they are stored; the rest is for the night."""
+FEW = [(name, kind) for name, kind in CELLS if name in ("lora", "dora", "qdora", "head-too", "vera")]
+
+
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    "ranks", [pytest.param(1, marks=pytest.mark.night), 2, pytest.param(3, marks=pytest.mark.night)]
+    ("ranks", "cells"),
+    [
+        pytest.param(1, FEW, marks=pytest.mark.night, id="1"),
+        pytest.param(2, BY_DAY, id="2"),
+        pytest.param(2, [cell for cell in CELLS if cell not in BY_DAY], marks=pytest.mark.night, id="2-rest"),
+        pytest.param(3, FEW, marks=pytest.mark.night, id="3"),
+    ],
 )
-def test_it_is_the_whole_load_cut_up(make: Make, base: Path, tmp_path: Path, ranks: int) -> None:
-    names = list(CASES) if ranks == 2 else ["lora", "dora", "qdora", "head-too", "vera"]
-    cells = [(name, kind) for name in names for kind in KINDS if (name, kind) not in WHOLE]
+def test_it_is_the_whole_load_cut_up(
+    make: Make, base: Path, tmp_path: Path, ranks: int, cells: list[tuple[str, str]]
+) -> None:
     recipes = [make(**{**CASES[name], "strategy.kind": kind}) for name, kind in cells]
     pairs = [(recipe, by_shard) for recipe in recipes for by_shard in (True, False)]
     seen = load_in_processes(pairs, ranks, tmp_path)

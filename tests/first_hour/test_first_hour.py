@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
 import shutil
 import sys
 import tempfile
@@ -29,7 +28,6 @@ def test_a_recipe_is_written_and_checked(folder: Path, tiny_model: Path) -> None
 @pytest.mark.night
 @pytest.mark.timeout(5400)
 def test_the_first_hour(folder: Path) -> None:
-    faulthandler.cancel_dump_traceback_later()  # it ends tests that take more than minutes, and this one installs
     play(folder, (quickstart, recipe, training, plain), make_base)
 
 
