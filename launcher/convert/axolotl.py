@@ -88,11 +88,11 @@ IDLE = {
     "experts_implementation": KERNELS,
     "fused_attn_kernel": KERNELS,
     "gemma4_hybrid_attn_impl": KERNELS,
-    "tiled_mlp*": KERNELS,
+    "tiled_mlp_*": "tiles are counted in tokens, compute.tile_tokens",
     "cut_cross_entropy": "logits are computed in chunks, at the targets only",
     "chunked_cross_entropy*": "logits are computed in chunks, at the targets only",
     "gradient_checkpointing_kwargs": "the same result",
-    "activation_offloading": "gradient_checkpointing saves memory; muster plan shows if the model fits",
+    "activation_offloading": "has no effect without gradient_checkpointing",
     "remove_unused_columns": "a format reads its own columns",
     "ddp*": "a matter of the strategy",
     "device_map": "the strategy places the model",
@@ -320,6 +320,10 @@ def _training(draft: Draft, workers: int | None) -> None:
     if draft.is_on("gradient_checkpointing") or recompute:
         draft.put("training.gradient_checkpointing", True, "gradient_checkpointing")
         common.recomputation(draft, "gradient_checkpointing")
+        if draft.is_on("activation_offloading"):
+            draft.put("compute.offload_activations", True, "activation_offloading")
+    if draft.is_on("tiled_mlp"):
+        draft.put("compute.tile_tokens", 4096, "tiled_mlp")
     common.clipping(draft)
 
 

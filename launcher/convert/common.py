@@ -259,11 +259,9 @@ def liger(draft: Draft, *keys: str) -> None:
 
 
 def recomputation(draft: Draft, key: str) -> None:
-    """Enters that checkpointed activations were moved to host memory."""
+    """Enters that checkpointed activations are moved to host memory."""
     if str(draft.take(key)).startswith("offload"):
-        draft.lose(
-            key, f"{draft.take(key)} becomes true: the layers' inputs stay in GPU memory; muster plan shows if they fit"
-        )
+        draft.put("compute.offload_activations", True, key)
 
 
 def trackers(draft: Draft, wanted: dict[str, str]) -> None:

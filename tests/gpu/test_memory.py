@@ -39,6 +39,7 @@ CASES: dict[str, dict[str, Any]] = {
     "lora-fsdp": FSDP,
     "qlora-fsdp-checkpointing": {**FSDP, **NF4, **CHECKPOINTING},
     "full-fsdp": {**FSDP, "adapter.method": "none"},
+    "qlora-offloaded-tiles": {**NF4, **CHECKPOINTING, "compute": {"offload_activations": True, "tile_tokens": 512}},
     "full-fsdp-offload": {"strategy": {"kind": "fsdp", "offload": True}, "adapter.method": "none"},
 }
 

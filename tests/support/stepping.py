@@ -11,6 +11,7 @@ import torch
 from trainer.adapters import make_adapter
 from trainer.data import Batch
 from trainer.distributed.world import World
+from trainer.layers import change_layers
 from trainer.model.meta import four_bit_layers, meta_model, pack
 from trainer.optim import make_optimizer
 from trainer.recipe import Recipe
@@ -37,6 +38,7 @@ def random_parts(recipe: Recipe, world: World) -> Parts:
     model = adapter.attach(base)
     task.attach(model)
     operations = operations_of(model)
+    change_layers(model, recipe.compute, world.device)
     strategy.setup(model, lambda parameters: make_optimizer(recipe.optimizer, parameters, adapter.lr_scale))
     strategy.module.train()
     return Parts(strategy, task, world.device, operations)

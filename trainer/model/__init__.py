@@ -5,7 +5,7 @@ from trainer.model.files.fetch import ModelFiles, fetch_model
 from trainer.model.files.tokenizer import load_tokenizer
 from trainer.model.files.weight_check import check_weights
 from trainer.model.head import Head, save_head_config
-from trainer.model.kernels.packing_check import check_isolation, check_left_to_right
+from trainer.model.kernels.packing_check import check_isolation, check_left_to_right, check_tiles
 
 __all__ = [
     "Head",
@@ -14,6 +14,7 @@ __all__ = [
     "build",
     "check_isolation",
     "check_left_to_right",
+    "check_tiles",
     "check_weights",
     "fetch_model",
     "load_tokenizer",

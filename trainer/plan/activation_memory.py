@@ -20,6 +20,9 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from trainer.data import Batch
 from trainer.errors import InputError
+from trainer.layers.find import decoder_layers
+from trainer.layers.offloading import CountedCopies, keep_layer_inputs
+from trainer.layers.tiling import tile_layers
 from trainer.model.files.configs import UNUSABLE, cause
 from trainer.model.kernels.context import Context
 from trainer.plan.allocation_tracker import LiveBytes
@@ -30,7 +33,6 @@ from trainer.recipe import Recipe
 from trainer.recipe.strategies import Mesh
 from trainer.recipe.tasks import TASKS
 from trainer.strategies import make_strategy
-from trainer.strategies.layers import decoder_layers
 from trainer.tasks import Task, make_task
 
 if TYPE_CHECKING:
@@ -42,41 +44,53 @@ FIRST, DEEP = "first", "deep"
 
 class ActivationBytes(NamedTuple):
     """Bytes at one depth. ``first``: peak before the second layer, the same at any depth; ``deep``: peak after that,
-    which grows with the depth; ``held``: allocated between forward and backward."""
+    which grows with the depth; ``held``: allocated between forward and backward; ``on_host``: of the host's memory
+    between them."""
 
     first: int
     deep: int
     held: int
+    on_host: int = 0
 
-    def at(self, depth: int, measured: int, shallower: ActivationBytes) -> int:
-        """Returns the peak with ``depth`` layers, given this one for ``measured`` layers and ``shallower`` for one
+    @property
+    def peak(self) -> int:
+        return max(self.first, self.deep)
+
+    def at(self, depth: int, measured: int, shallower: ActivationBytes) -> ActivationBytes:
+        """Returns the bytes with ``depth`` layers, given these for ``measured`` layers and ``shallower`` for one
         less."""
-        return max(self.first, self.deep + (depth - measured) * (self.held - shallower.held))
+        more = depth - measured
+        held, on_host = self.held - shallower.held, self.on_host - shallower.on_host
+        return ActivationBytes(
+            self.first, self.deep + more * held, self.held + more * held, self.on_host + more * on_host
+        )
 
 
 class Working(NamedTuple):
-    """Bytes at the peak of forward and backward, without those that a rank keeps between steps."""
+    """Bytes at the peak of forward and backward, without those that a rank keeps between steps; ``on_host``: of the
+    host's memory."""
 
     activations: int
     unsharded: int
+    on_host: int = 0
 
 
 def working_set(recipe: Recipe, config: PreTrainedConfig, ranks: int) -> Working:
     """Returns the bytes of each of ``ranks`` ranks that run the recipe's micro-batches.
 
     Raises InputError when the model's forward depends on tensors' values, which fake tensors do not have."""
-    activations = _peak(recipe, config, None)
+    whole = _at_depth(recipe, config, None)
     if not recipe.strategy.row.plan_runs_wrap:
-        return Working(activations, 0)
-    return Working(activations, max(0, _peak(recipe, config, ranks) - activations))
+        return Working(whole.peak, 0, whole.on_host)
+    return Working(whole.peak, max(0, _at_depth(recipe, config, ranks).peak - whole.peak), whole.on_host)
 
 
-def _peak(recipe: Recipe, config: PreTrainedConfig, ranks: int | None) -> int:
+def _at_depth(recipe: Recipe, config: PreTrainedConfig, ranks: int | None) -> ActivationBytes:
     depth = layer_count(config)
     most = min(MEASURED_LAYERS, depth)
     deeper = measure(recipe, with_layers(config, most), ranks)
     if most == depth:
-        return max(deeper.first, deeper.deep)
+        return deeper
     return deeper.at(depth, most, measure(recipe, with_layers(config, most - 1), ranks))
 
 
@@ -91,13 +105,18 @@ def measure(recipe: Recipe, config: PreTrainedConfig, ranks: int | None) -> Acti
             layers = decoder_layers(model)
             task = make_task(recipe, labels_of(recipe))
             task.attach(model)
+            if recipe.compute.tile_tokens:
+                tile_layers(model, recipe.compute.tile_tokens)
+            copies = CountedCopies()
+            if recipe.compute.offload_activations and recipe.resources.gpus_per_worker:
+                keep_layer_inputs(model, copies)
             if together > 1:
                 _divide_tokens(task, model, Mesh.of(recipe, size))
             if world is None or ranks is None:
-                return _run(recipe, model, task, layers, settle=lambda: None)
+                return _run(recipe, model, task, layers, copies, settle=lambda: None)
             strategy = make_strategy(on_device(recipe), world)
             strategy.model = strategy.wrap(model)
-            return _run(recipe, strategy.model, task, layers, settle=strategy.reshard)
+            return _run(recipe, strategy.model, task, layers, copies, settle=strategy.reshard)
     except (*UNUSABLE, RuntimeError) as error:
         raise InputError(
             f"model.path {recipe.model.path!r}: the memory of a {config.model_type!r} model's forward and backward "
@@ -137,7 +156,12 @@ def on_device(recipe: Recipe) -> Recipe:
 
 
 def _run(
-    recipe: Recipe, model: torch.nn.Module, task: Task, layers: list[torch.nn.Module], settle: Callable[[], None]
+    recipe: Recipe,
+    model: torch.nn.Module,
+    task: Task,
+    layers: list[torch.nn.Module],
+    copies: CountedCopies,
+    settle: Callable[[], None],
 ) -> ActivationBytes:
     with FakeTensorMode(allow_non_fake_inputs=True):
         model.to_empty(device=CPU)
@@ -158,9 +182,9 @@ def _run(
             live.stage = FIRST
             with _autocast(recipe, model):
                 loss = task.loss(model, task.dummy_batch(batch), CPU).loss_sum
-            held = live.live
+            held, on_host = live.live, copies.bytes
             loss.backward()
-    return ActivationBytes(live.peaks.get(FIRST, 0), live.peaks.get(DEEP, 0), held)
+    return ActivationBytes(live.peaks.get(FIRST, 0), live.peaks.get(DEEP, 0), held, on_host)
 
 
 @contextmanager

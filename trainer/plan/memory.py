@@ -123,7 +123,8 @@ class Planner:
         mesh = Mesh.of(recipe, ranks)
         divided = (mesh.context, mesh.ranks_per_replica if strategy.row.plan_runs_wrap else 0)
         sharded = (strategy.kind, strategy.reshard_after_forward, *divided)
-        packs = (training.micro_batch, training.gradient_checkpointing, recipe.data.sequence_length)
+        tiles, kept = recipe.compute.tile_tokens, recipe.compute.offload_activations
+        packs = (training.micro_batch, training.gradient_checkpointing, recipe.data.sequence_length, tiles, kept)
         key = _key(recipe, *sharded, *packs)
         if key not in self._working:
             self._working[key] = working_set(recipe, self.config, ranks)
@@ -185,7 +186,8 @@ def _rank(recipe: Recipe, model: Model, working: Working, ranks: int, rank: int,
     load = model.bytes + model.mapped
     if model.by_shard:
         load = kept.frozen + kept.trainable + kept.padding + model.quant_state + LOAD_BUDGET
-    host = offloaded + snapshot + (update if on_host else 0) + (peak if recipe.resources.gpus_per_worker == 0 else 0)
+    host = offloaded + snapshot + max(working.on_host, update if on_host else 0)
+    host += peak if recipe.resources.gpus_per_worker == 0 else 0
     return RankPlan(
         rank=rank,
         frozen_bytes=kept.frozen,
@@ -197,7 +199,7 @@ def _rank(recipe: Recipe, model: Model, working: Working, ranks: int, rank: int,
         activation_bytes=working.activations,
         unsharded_bytes=working.unsharded,
         update_bytes=update,
-        offloaded_bytes=offloaded,
+        offloaded_bytes=offloaded + working.on_host,
         peak_device_bytes=peak,
         peak_host_load_bytes=load,
         peak_host_bytes=max(load, host),

@@ -11,9 +11,12 @@ from trainer.plan.result import Plan
 from trainer.recipe import Recipe, dump, loads
 
 MOST_RANKS = 64
+TILE = 4096
+"""Tokens that keep a GPU busy."""
 
 Change = tuple[str, ...]
 """``KEY=VALUE`` overrides of a recipe."""
+CHECKPOINTING: Change = ("training.gradient_checkpointing=true",)
 
 
 class Suggestion(NamedTuple):
@@ -88,13 +91,36 @@ def _kinds(recipe: Recipe, ranks: int) -> Iterator[list[Change]]:
     doubled = (ranks << n for n in range(1, MOST_RANKS.bit_length()))
     found: list[list[Change]] = [
         [(f"training.micro_batch={micro_batch >> n}",) for n in range(1, micro_batch.bit_length())],
-        [] if recipe.training.gradient_checkpointing else [("training.gradient_checkpointing=true",)],
+        [] if recipe.training.gradient_checkpointing else [CHECKPOINTING],
+        list(_long_texts(recipe)),
+        list(_contexts(recipe, ranks)),
         list(_strategies(recipe, ranks)),
         list(_offloads(recipe)),
         [("model.quantization=nf4",)] if recipe.model.quantization != "nf4" else [],
         [(f"resources.workers={workers}", *_sharding(recipe)) for workers in doubled if workers <= MOST_RANKS],
     ]
     yield from (kind for kind in found if kind)
+
+
+def _long_texts(recipe: Recipe) -> Iterator[Change]:
+    """Yields what makes activations smaller for the price of some computation: tiles, then the host's memory too."""
+    before = () if recipe.training.gradient_checkpointing else CHECKPOINTING
+    tiles = (
+        () if recipe.compute.tile_tokens or recipe.data.sequence_length <= TILE else (f"compute.tile_tokens={TILE}",)
+    )
+    if tiles:
+        yield (*before, *tiles)
+    if recipe.resources.gpus_per_worker and not recipe.compute.offload_activations:
+        yield (*before, "compute.offload_activations=true")
+        if tiles:
+            yield (*before, *tiles, "compute.offload_activations=true")
+
+
+def _contexts(recipe: Recipe, ranks: int) -> Iterator[Change]:
+    """Yields groups of ranks that divide a text: each takes a micro-batch together, so that its exchange is paid for in
+    every layer."""
+    context = recipe.strategy.context_parallel
+    yield from ((f"strategy.context_parallel={n}",) for n in range(context + 1, ranks + 1) if ranks % n == 0)
 
 
 def _strategies(recipe: Recipe, ranks: int) -> Iterator[Change]:

@@ -111,6 +111,23 @@ RULES = (
         lambda r: "exchanges tokens in every layer, which torch.compile does not capture; turn one of the two off",
     ),
     Rule(
+        (("compute", "offload_activations"), ("training", "gradient_checkpointing")),
+        lambda r: r.compute.offload_activations and not r.training.gradient_checkpointing,
+        lambda r: (
+            "moves the inputs of checkpointed layers; set training.gradient_checkpointing to true, or leave it out"
+        ),
+    ),
+    Rule(
+        (("compute", "tile_tokens"), ("compute", "compile")),
+        lambda r: r.compute.tile_tokens is not None and r.compute.compile,
+        lambda r: "computes parts of a layer again, which torch.compile does not capture; turn one of the two off",
+    ),
+    Rule(
+        (("compute", "tile_tokens"), ("training", "router_aux_loss_coef")),
+        lambda r: r.compute.tile_tokens is not None and r.training.router_aux_loss_coef is not None,
+        lambda r: "would balance the experts within a tile only; leave tile_tokens or router_aux_loss_coef out",
+    ),
+    Rule(
         (("compute", "attention"), ("strategy", "context_parallel")),
         lambda r: r.strategy.context_parallel > 1 and r.compute.attention == "flex",
         lambda r: "flex does not work with context_parallel; use auto, varlen, flash or sdpa",

@@ -16,9 +16,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from trainer.layers.find import separate_blocks
 from trainer.recipe.strategies import Mesh
 from trainer.strategies.base import ShardSlice, Strategy
-from trainer.strategies.layers import separate_blocks
 from trainer.strategies.shards import Kept, Weight, chunk_rows
 
 if TYPE_CHECKING:

@@ -24,10 +24,11 @@ import torch.distributed as dist
 
 from trainer.errors import CorruptObject, InputError
 from trainer.experts import expert_layers
+from trainer.layers.find import decoder_layers
+from trainer.layers.tiling import tiled_parts
 from trainer.recipe.strategies import Mesh
 from trainer.recipe.zero import zero_settings
 from trainer.strategies.base import Fill, MakeOptimizer, ShardSlice, Strategy, set_lr
-from trainer.strategies.layers import decoder_layers
 from trainer.strategies.optimizer_state import check_owners
 from trainer.strategies.shards import Kept, Weight
 from trainer.strategies.zero_shards import cut, gathered, pieces
@@ -234,8 +235,9 @@ class Zero3(Zero):
 
     def setup(self, model: torch.nn.Module, make_optimizer: MakeOptimizer, fill: Fill | None = None) -> None:
         deepspeed = import_deepspeed(self.world.device)
-        for layer in expert_layers(model):
-            deepspeed.utils.set_z3_leaf_module(layer, True)  # gathered with all modules inside it
+        # Gathered once, with all modules inside them: ranks have different numbers of tiles, or of an expert's tokens.
+        for part in (*expert_layers(model), *tiled_parts(model)):
+            deepspeed.utils.set_z3_leaf_module(part, True)
         super().setup(model, make_optimizer, fill)
         for parameter in model.parameters():
             if type(parameter).__name__ == "Params4bit":

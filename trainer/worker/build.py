@@ -22,7 +22,16 @@ from trainer.adapters import Adapter, make_adapter
 from trainer.adapters.coverage import Coverage, coverage_of
 from trainer.distributed.world import World
 from trainer.errors import InputError, MusterError
-from trainer.model import Head, ModelFiles, check_isolation, check_left_to_right, fetch_model, load_tokenizer
+from trainer.layers import change_layers
+from trainer.model import (
+    Head,
+    ModelFiles,
+    check_isolation,
+    check_left_to_right,
+    check_tiles,
+    fetch_model,
+    load_tokenizer,
+)
 from trainer.model import build as load_base
 from trainer.model.files.weight_source import WeightSource
 from trainer.model.kernels.attention import settle_attention
@@ -39,7 +48,6 @@ from trainer.run import layout
 from trainer.run.failure import COLLECTIVE
 from trainer.storage import Storage
 from trainer.strategies import Strategy, make_strategy
-from trainer.strategies.compiling import compile_layers
 from trainer.tasks import GenerationContext, Task, make_task
 from trainer.worker.mfu import Meter, meter_of, operations_of
 from trainer.worker.unused import UnusedTargets, check_used
@@ -123,14 +131,17 @@ def _build(
         task.attach(model, generation)
         # Counted before the strategy wraps the model: some strategies leave empty parameters behind.
         operations = operations_of(model)
-        if recipe.compute.compile:
-            compile_layers(model, world.device)
+        if recipe.compute.offload_activations and world.device.type == "cpu" and world.is_rank0:
+            log.warning("compute.offload_activations has no effect on a CPU, whose memory is the host's")
+        tiles = change_layers(model, recipe.compute, world.device)
         loader.setup_strategy(model)
         with _as_told(recipe, strategy), strategy.autocast():
             attention = settle_attention(recipe, strategy.model, strategy.module, task.inputs, world.device)
             strategy.reshard()
             asked = strategy.model, strategy.module, task.inputs, world.device, recipe.model.path
             length = recipe.data.sequence_length
+            if tiles is not None:
+                check_tiles(*asked, tiles)
             if task.head is not None:
                 check_left_to_right(*asked, length)
             if recipe.data.packing:

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from trainer.data import Batch
+from trainer.layers.compiling import Warmup
 from trainer.run.events import CompiledEvent, SampleText, StartupEvent, TextsEvent
 from trainer.run.metrics import EvalMetrics, StepMetrics
 from trainer.run.startup_phases import FIRST_STEP, SAMPLES, Phases
-from trainer.strategies.compiling import Warmup
 from trainer.worker.callbacks import Callback, Position
 from trainer.worker.checkpointer import Checkpointer
 from trainer.worker.recorder import Recorder

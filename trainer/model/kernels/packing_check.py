@@ -1,4 +1,4 @@
-"""Checks that a model reads a text from left to right, and keeps the samples of a pack apart.
+"""Checks that a model reads a text from left to right, and keeps the samples of a pack and the tiles of a layer apart.
 
 Packing relies on position ids that restart, and on the positions at which samples begin. A model with recurrent
 (state-space) layers, or one that ignores both, silently carries state from one sample into the next. One that counts
@@ -17,6 +17,7 @@ import numpy.typing as npt
 import torch
 
 from trainer.errors import InputError
+from trainer.layers.tiling import Tiles
 
 Inputs = Callable[[npt.NDArray[np.int64], npt.NDArray[np.int64], torch.device], dict[str, Any]]
 """Returns the model's arguments from token ids and position ids [B, L] (`trainer.tasks.Task.inputs`)."""
@@ -150,6 +151,23 @@ def check_left_to_right(
         )
 
 
+def check_tiles(model: Any, module: Any, inputs: Inputs, device: torch.device, path: str, tiles: Tiles) -> None:
+    """Raises InputError when the logits change with the tiles: a part of a layer then mixes tokens.
+
+    ``module``: the wrapped model, whose forward is called. Every rank calls it, in the forward's precision."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    packs = _Packs(base, module, inputs, device)
+    with mode(module, training=False):
+        whole = packs.logits()
+        with tiles.of(FEW):
+            moved = float((packs.logits() - whole).abs().max() / whole.std())
+    if not moved <= (INT8_TOLERANCE if getattr(base, "is_loaded_in_8bit", False) else TOLERANCE):
+        raise InputError(
+            f"compute.tile_tokens does not work for {type(base).__name__} of model.path {path!r}: its logits move by "
+            f"{moved:.2g} of their spread; leave it out"
+        )
+
+
 class _Packs:
     """Two packs of two samples, whose shorter sample is the same."""
 
@@ -164,6 +182,9 @@ class _Packs:
             for count, start in ((FIRST_TOKENS, vocabulary // 3), (FIRST_TOKENS, vocabulary // 2), (SECOND_TOKENS, 0))
         )
         self.in_float32 = True
+
+    def logits(self) -> torch.Tensor:
+        return self._logits(self._first, self._second)
 
     def leak(self) -> float:
         """Returns the largest change of a logit by the tokens before the sample, in standard deviations."""

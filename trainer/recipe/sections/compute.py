@@ -32,6 +32,16 @@ class ComputeSection(Section):
     """`liger`: the fused Triton kernels of the package liger-kernel for norms, rotary embeddings and gated units, on
     GPUs (`pip install liger-kernel`). The loss is always muster's own."""
 
+    offload_activations: bool = False
+    """Keep the inputs of layers in host memory between forward and backward, copied while other layers compute. Saves
+    2 bytes x hidden size x tokens of each layer (in 16 bits) on a GPU, and takes as many of its host. Needs
+    `training.gradient_checkpointing`."""
+
+    tile_tokens: int | None = Field(default=None, ge=1)
+    """Tokens of a tile. The parts of a layer that treat each token by itself (the MLP, norms) compute one tile after
+    the other, and once more in the backward, so that their intermediate values take the memory of one tile. For long
+    texts; a few thousand keep a GPU busy. null computes all tokens at once."""
+
     tf32: bool = False
     """With `model.dtype: float32` on GPUs: matrix products on tensor cores, which round to 10 bits of mantissa; several
     times faster."""

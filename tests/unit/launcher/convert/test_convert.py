@@ -161,6 +161,13 @@ COMPUTED = [
         *("compute.kernels", "liger"),
     ),
     ("axolotl", {"gradient_checkpointing": "offload"}, "training.gradient_checkpointing", True),
+    ("axolotl", {"gradient_checkpointing": "offload"}, "compute.offload_activations", True),
+    (
+        "axolotl",
+        {"gradient_checkpointing": True, "activation_offloading": "legacy"},
+        *("compute.offload_activations", True),
+    ),
+    ("axolotl", {"tiled_mlp": True}, "compute.tile_tokens", 4096),
 ]
 
 
@@ -170,11 +177,6 @@ def test_kernels_are_those_of_compute(source: str, change: dict[str, Any], path:
     assert not hindrances
     assert at(loads(text), path) == value
     assert not set(change) & set(draft.idle) or value == "auto"
-
-
-def test_activations_that_were_offloaded_are_spoken_of(folder: Path) -> None:
-    draft, _, _ = result("axolotl", AXOLOTL | {"gradient_checkpointing": "offload"}, folder)
-    assert "GPU memory" in draft.lost["gradient_checkpointing"]
 
 
 def test_weights_of_the_base_that_were_trained_too_are_spoken_of_loudly(folder: Path) -> None:

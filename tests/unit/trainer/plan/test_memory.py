@@ -13,6 +13,7 @@ import transformers
 from tests.support.planning import SMALL, config_folder, plan_recipe, planned
 from tests.support.training import small_recipe
 from trainer.errors import InputError
+from trainer.layers.find import decoder_layers
 from trainer.plan.activation_memory import working_set
 from trainer.plan.config import read_base
 from trainer.plan.known_configs import SHAPES
@@ -24,7 +25,6 @@ from trainer.plan.suggestions import suggestions
 from trainer.recipe import load
 from trainer.recipe.formats import formats_of
 from trainer.recipe.tasks import TASKS
-from trainer.strategies.layers import decoder_layers
 
 GPU = {"resources.gpus_per_worker": 1}
 ROOT = Path(__file__).resolve().parents[4]
@@ -142,6 +142,26 @@ def test_offload_moves_what_is_kept_to_the_host(tmp_path: Path) -> None:
     assert off.peak_host_bytes >= kept
 
 
+def test_activations_of_long_texts(tmp_path: Path) -> None:
+    """The inputs of layers go to the host, and of the MLP one tile is left."""
+    length = 512
+    long = {**GPU, "data.sequence_length": length, "model.dtype": "bfloat16", "training.gradient_checkpointing": True}
+    shape = {**SMALL, "intermediate_size": 8192, "num_hidden_layers": 8}
+
+    def rank(*, gpus: int = 1, **compute: Any) -> Any:
+        changes = {**long, "resources.gpus_per_worker": gpus, "compute": compute}
+        return planned(plan_recipe(tmp_path, shape, **changes)).ranks[0]
+
+    plain, kept, tiled = rank(), rank(offload_activations=True), rank(tile_tokens=64)
+    layer_inputs = 8 * 2 * length * SMALL["hidden_size"] * 2  # layers x packs x tokens x values of two bytes
+    assert (plain.offloaded_bytes, kept.offloaded_bytes) == (0, layer_inputs)
+    # In the backward of the last layer, the device has its input, that of the layer before, and its output.
+    assert plain.activation_bytes - kept.activation_bytes == layer_inputs * 5 // 8
+    assert kept.peak_host_bytes >= layer_inputs
+    assert tiled.activation_bytes < 0.5 * plain.activation_bytes
+    assert rank(gpus=0, offload_activations=True).offloaded_bytes == 0, "a CPU's memory is the host's"
+
+
 def test_the_hosts_peak(tmp_path: Path) -> None:
     sharded = planned(plan_recipe(tmp_path, **{"strategy.kind": "fsdp", **GPU}), 2).ranks[1]
     assert (
@@ -219,6 +239,16 @@ def test_the_smallest_change_comes_first(tmp_path: Path) -> None:
     found = advised(tmp_path, 2, 0.9)
     assert found[0] == ("training.micro_batch=4",)
     assert found[1] == ("training.gradient_checkpointing=true",)
+
+
+@pytest.mark.night
+def test_what_helps_with_long_texts_in_the_order_of_its_cost(tmp_path: Path) -> None:
+    long = {"training.micro_batch": 1, "training.gradient_checkpointing": True, "data.sequence_length": 8192}
+    found = advised(tmp_path, 4, 0.75, **long, **{"strategy.kind": "fsdp"})
+    assert found[:2] == [
+        ("compute.tile_tokens=4096", "compute.offload_activations=true"),
+        ("strategy.context_parallel=2",),
+    ]
 
 
 @pytest.mark.night

@@ -117,7 +117,7 @@ def test_compiled_layers_write_them_uncompiled(make: Make, monkeypatch: pytest.M
         programs.append(1)
         return graph.forward
 
-    monkeypatch.setattr("trainer.strategies.compiling.BACKEND", backend)
+    monkeypatch.setattr("trainer.layers.compiling.BACKEND", backend)
     write, made = SampleTexts.write, []
 
     def seen(self: SampleTexts, step: int) -> None:

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from trainer.errors import InputError
-from trainer.strategies.layers import decoder_layers
+from trainer.layers.find import decoder_layers
 
 BACKEND = "inductor"
 MOST_PROGRAMS = 64

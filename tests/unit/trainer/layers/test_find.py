@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from tests.support.models import SHARED_BLOCKS
 from trainer.errors import InputError
-from trainer.strategies.layers import decoder_layers, separate_blocks
+from trainer.layers.find import decoder_layers, separate_blocks
 
 SIZES = {
     **{"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_key_value_heads": 2},
