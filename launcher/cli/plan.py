@@ -27,6 +27,10 @@ def plan(
     price_per_gpu_hour: Annotated[
         float | None, typer.Option(min=0, metavar="PRICE", help="price of a GPU, in any currency, to estimate the cost")
     ] = None,
+    network: Annotated[
+        str | None,
+        typer.Option(help="bandwidth of each rank, e.g. 25GB/s; two as 300GB/s,25GB/s: in a replica and between them"),
+    ] = None,
     as_json: JsonOption = False,
 ) -> None:
     """Show what RECIPE needs on each rank, from the base model's config.json alone, and what to change if it does not
@@ -40,13 +44,14 @@ def plan(
 
     loaded = load(recipe, overrides or [])
     device, host = (None if text is None else size(text) for text in (gpu_memory, host_memory))
+    bandwidth = None if network is None else bandwidths(network)
     console = stderr()
     say = Progress(console).phase
     say("planning")
     console.print(Text("\n".join(first_lines(loaded, device))), soft_wrap=True)
     from launcher.plan.estimate import make
 
-    found = make(loaded, device, host, tokens_per_s, price_per_gpu_hour, say)
+    found = make(loaded, device, host, tokens_per_s, price_per_gpu_hour, bandwidth, say)
     if as_json:
         print_json(found.to_json())
     else:
@@ -59,3 +64,24 @@ def size(text: str) -> int:
     if match is None or match[2].upper() not in UNITS:
         raise UsageError(f"{text!r} is not a size of memory; write it as 24GiB or 80GB")
     return int(float(match[1]) * UNITS[match[2].upper()])
+
+
+def bandwidths(text: str) -> tuple[float, float]:
+    """Returns bytes per second within a replica and between replicas, of one text such as ``25GB/s`` or ``200Gbit/s``
+    or two with a comma. Raises UsageError."""
+    found = [_bandwidth(one) for one in text.split(",")]
+    if len(found) > 2:
+        raise UsageError(f"{text!r} has {len(found)} bandwidths; write one, or two: in a replica and between them")
+    return found[0], found[-1]
+
+
+def _bandwidth(text: str) -> float:
+    value, slash, second = text.strip().partition("/")
+    bits = value.lower().removesuffix("s").endswith(("bit", "bits"))
+    try:
+        rate = size(re.sub(r"(?i)bits?$", "", value)) / (8 if bits else 1)
+    except UsageError:
+        rate = 0.0
+    if not rate or (slash and second.strip().lower() != "s"):
+        raise UsageError(f"{text!r} is not a bandwidth; write it as 25GB/s or 200Gbit/s")
+    return rate

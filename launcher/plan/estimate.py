@@ -3,17 +3,43 @@
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trainer.fast_imports import load_libraries
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from trainer.plan.result import Plan
     from trainer.plan.run_length import RunLength
     from trainer.plan.suggestions import Suggestion
+    from trainer.plan.traffic import Traffic
     from trainer.recipe import Recipe
+
+
+@dataclass(frozen=True)
+class Network:
+    """Bandwidths of each rank in bytes per second, within one of several replicas and elsewhere, and what a rank would
+    send under each strategy without replicas."""
+
+    inside: float
+    across: float
+    by_strategy: Mapping[str, Traffic]
+
+    def seconds(self, traffic: Traffic, replicas: int = 1) -> float:
+        """Returns the time if nothing is overlapped. A ring of all ranks is as fast as its slowest connection."""
+        return traffic.inside / (self.inside if replicas > 1 else self.across) + traffic.across / self.across
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "inside_bytes_per_s": self.inside,
+            "across_bytes_per_s": self.across,
+            "strategies": {
+                name: {**traffic._asdict(), "seconds": self.seconds(traffic)}
+                for name, traffic in self.by_strategy.items()
+            },
+        }
 
 
 class PlanReport:
@@ -26,9 +52,15 @@ class PlanReport:
         suggestions: Sequence[Suggestion],
         outlook: RunLength,
         price: float | None,
+        network: Network | None = None,
     ) -> None:
         self.recipe, self.plan, self.suggestions = recipe, plan, suggestions
-        self.outlook, self.price = outlook, price
+        self.outlook, self.price, self.network = outlook, price, network
+
+    @property
+    def step_s(self) -> float | None:
+        """Seconds of a step."""
+        return self.plan.tokens_per_step / self.outlook.tokens_per_s if self.outlook.tokens_per_s else None
 
     @property
     def hours(self) -> float | None:
@@ -55,6 +87,7 @@ class PlanReport:
             "hours": self.hours,
             "gpu_hours": self.gpu_hours,
             "cost": self.cost,
+            "network": self.network and self.network.to_json(),
             "suggestions": [
                 {
                     "overrides": list(s.overrides),
@@ -73,6 +106,7 @@ def make(
     host: int | None,
     speed: float | None,
     price: float | None,
+    bandwidths: tuple[float, float] | None = None,
     say: Callable[[str], None] = lambda phase: None,
 ) -> PlanReport:
     say("loading libraries")
@@ -102,7 +136,8 @@ def make(
     if plan.fits is False:
         say("it does not fit; looking for what does")
     advice = suggestions(planner, recipe, ranks) if plan.fits is False else []
-    return PlanReport(recipe, plan, advice, inquiry.outlook(), price)
+    network = bandwidths and Network(*bandwidths, planner.traffic_by_strategy(recipe, ranks))
+    return PlanReport(recipe, plan, advice, inquiry.outlook(), price, network)
 
 
 def gpu_here() -> tuple[str, int] | None:

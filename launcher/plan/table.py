@@ -44,6 +44,9 @@ def report(found: PlanReport) -> Iterator[str]:
     yield ""
     yield from _table(plan)
     yield ""
+    if plan.world_size > 1:
+        yield from _traffic(found)
+        yield ""
     yield from _verdict(plan)
     yield from _advice(found)
     for note in plan.notes:
@@ -142,6 +145,29 @@ def _columns(plan: Plan) -> list[tuple[str, RankPlan]]:
     if gib(least.peak_device_bytes) == gib(plan.peak_device_bytes):
         return [("rank 0", plan.ranks[0])] if plan.world_size == 1 else [("each", plan.ranks[0])]
     return [(f"rank {plan.largest.rank}", plan.largest), (f"rank {least.rank}", least)]
+
+
+def _traffic(found: PlanReport) -> Iterator[str]:
+    """Yields what each rank sends in a step, and with bandwidths the time of this and of the other strategies."""
+    plan, network = found.plan, found.network
+    sent = plan.traffic
+    if network is None:
+        yield _row("GiB that each rank sends in a step", gib(sent.inside + sent.across))
+        if sent.context:
+            yield _row("  exchanged in attention", gib(sent.context))
+        if sent.inside and sent.across:
+            yield _row("  to other replicas", gib(sent.across))
+        return
+    share = found.step_s is not None
+    yield _row("GiB that each rank sends in a step", *("inside", "across", "seconds", "of a step")[: 3 + share])
+    replicas = found.recipe.strategy.replicas
+    own = f"{found.recipe.strategy.kind}{f', {replicas} replicas' if replicas > 1 else ''} (this recipe)"
+    others = {k: v for k, v in network.by_strategy.items() if replicas > 1 or k != found.recipe.strategy.kind}
+    for name, traffic in {own: sent, **others}.items():
+        seconds = network.seconds(traffic, replicas if name == own else 1)
+        part = [f"{seconds / found.step_s:.0%}"] if found.step_s else []
+        yield _row(f"  {name}", gib(traffic.inside), gib(traffic.across), f"{seconds:,.2f}", *part)
+    yield from _wrapped("Inside a replica and across replicas. Most of it is sent while the ranks compute.")
 
 
 def _verdict(plan: Plan) -> Iterator[str]:

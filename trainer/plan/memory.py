@@ -16,6 +16,7 @@ from trainer.plan.meta_model import skeleton
 from trainer.plan.optimizer_memory import WHOLE, checkpoint_bytes, partition_bytes
 from trainer.plan.result import Limits, Plan, RankPlan
 from trainer.plan.shards import Share, share, weights_of
+from trainer.plan.traffic import Traffic, traffic
 from trainer.recipe import Recipe
 from trainer.recipe.strategies import STRATEGIES, Mesh
 from trainer.recipe.zero import zero_settings
@@ -112,6 +113,21 @@ class Planner:
         """Returns False if the bytes kept between steps do not fit. Much faster than `plan`, which may fail later."""
         return self._plan(recipe, ranks, Working(0, 0), ()).fits is not False
 
+    def traffic_by_strategy(self, recipe: Recipe, ranks: int) -> dict[str, Traffic]:
+        """Returns what each rank would send in a step under each strategy with the recipe's other values."""
+        found = {}
+        for kind in STRATEGIES.names():
+            row = STRATEGIES[kind]
+            if recipe.strategy.context_parallel > 1 and "context_parallel" not in row.settings:
+                continue
+            change = {"kind": kind, "replicas": 1}
+            if "reshard_after_forward" not in row.settings:
+                change["reshard_after_forward"] = True
+            section = recipe.strategy.model_copy(update=change)
+            other = recipe.model_copy(update={"strategy": section})
+            found[kind] = traffic(other, self.config, self._model(recipe).weights, ranks)
+        return found
+
     def _model(self, recipe: Recipe) -> Model:
         key = _key(recipe, recipe.strategy.kind)
         if key not in self._models:
@@ -143,6 +159,7 @@ class Planner:
             adapted_parameters=model.adapted,
             quantised_parameters=model.quantised,
             ranks=tuple(each),
+            traffic=traffic(recipe, self.config, model.weights, ranks),
             checkpoint_bytes=stored,
             tokens_per_step=recipe.training.global_batch * recipe.data.sequence_length,
             limits=self.limits,

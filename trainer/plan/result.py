@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainer.plan.traffic import Traffic
 
 
 @dataclass(frozen=True)
@@ -50,7 +53,7 @@ class Plan:
     ``total_parameters`` and ``trainable_parameters`` count the whole model's elements before quantisation,
     ``adapted_parameters`` and ``quantised_parameters`` those of the base model's weights that have an adapter, and that
     are quantised. ``on_host``:
-    the device is the host's own memory (no GPU)."""
+    the device is the host's own memory (no GPU). ``traffic``: what each rank sends in a step."""
 
     world_size: int
     total_parameters: int
@@ -58,6 +61,7 @@ class Plan:
     adapted_parameters: int
     quantised_parameters: int
     ranks: tuple[RankPlan, ...]
+    traffic: Traffic
     checkpoint_bytes: int
     tokens_per_step: int
     limits: Limits
@@ -105,6 +109,7 @@ class Plan:
                 "quantised": self.quantised_parameters,
             },
             "ranks": [asdict(rank) for rank in self.ranks],
+            "sent_bytes": self.traffic._asdict(),
             "checkpoint_bytes": self.checkpoint_bytes,
             "tokens_per_step": self.tokens_per_step,
             "device_memory_bytes": self.limits.device,

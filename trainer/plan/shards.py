@@ -4,17 +4,25 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import torch
 
+from trainer.errors import InputError
+from trainer.layers.find import separate_blocks
 from trainer.recipe.strategies import STRATEGIES, Mesh
 from trainer.strategies.shards import Weight
 
 
 def weights_of(model: torch.nn.Module) -> Counter[Weight]:
     """Counts the model's parameters by these properties; tied ones count once. A deep model has few different ones."""
-    return Counter(Weight(tuple(p.shape), p.element_size(), p.requires_grad) for p in model.parameters())
+    in_layers: set[int] = set()
+    with suppress(InputError):  # without layers
+        in_layers = {id(p) for block in separate_blocks(model) for p in block.parameters()}
+    return Counter(
+        Weight(tuple(p.shape), p.element_size(), p.requires_grad, id(p) in in_layers) for p in model.parameters()
+    )
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,5 @@
 """Strategies: how one model is distributed over the ranks."""
 
-from trainer.strategies.base import Strategy, make_strategy
+from trainer.strategies.base import Strategy, make_strategy, strategy_class
 
-__all__ = ["Strategy", "make_strategy"]
+__all__ = ["Strategy", "make_strategy", "strategy_class"]

@@ -22,7 +22,7 @@ from trainer.distributed.world import World
 from trainer.precision import needs_autocast
 from trainer.recipe.strategies import STRATEGIES, Mesh
 from trainer.strategies.optimizer_state import load_optimizer_state, optimizer_state
-from trainer.strategies.shards import Kept, Weight
+from trainer.strategies.shards import Kept, Sent, Weight, reduced_to_all
 
 if TYPE_CHECKING:
     from trainer.recipe import Recipe
@@ -51,6 +51,8 @@ class Strategy(ABC):
     module: torch.nn.Module  # the (wrapped) model that the forward is called on
     optimizer: torch.optim.Optimizer
     averages_gradients = True
+    gradient_size = 4
+    """Bytes per element that are sent of a gradient."""
 
     forward_is_collective = False
     """True if a forward gathers parameters, so that every rank must run the same number of forwards."""
@@ -71,6 +73,13 @@ class Strategy(ABC):
         """Returns the elements of a parameter, its gradient and its optimizer state that a rank keeps: all of them,
         unless the strategy shards them."""
         return Kept(weight.numel, weight.numel, weight.numel)
+
+    @classmethod
+    def sent(cls, weight: Weight, mesh: Mesh, recipe: Recipe, micro_batches: int) -> Sent:
+        """Returns the bytes that each rank sends for a parameter in a step of ``micro_batches`` on each rank: its
+        gradient once, unless the strategy shards parameters."""
+        size = cls.gradient_size * weight.numel if weight.trainable else 0
+        return Sent(across=reduced_to_all(size, mesh.ranks))
 
     def setup(self, model: torch.nn.Module, make_optimizer: MakeOptimizer, fill: Fill | None = None) -> None:
         """Wraps ``model`` and makes the optimizer for its trainable parameters.
@@ -211,10 +220,14 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group.get("lr_scale", 1.0)
 
 
-def make_strategy(recipe: Recipe, world: World) -> Strategy:
+def strategy_class(recipe: Recipe) -> type[Strategy]:
     if recipe.exact:
         from trainer.strategies.exact import ExactDDP
 
-        return ExactDDP(recipe, world)
-    strategy: Strategy = STRATEGIES.load(recipe.strategy.kind)(recipe, world)
-    return strategy
+        return ExactDDP
+    found: type[Strategy] = STRATEGIES.load(recipe.strategy.kind)
+    return found
+
+
+def make_strategy(recipe: Recipe, world: World) -> Strategy:
+    return strategy_class(recipe)(recipe, world)

@@ -27,6 +27,7 @@ can be added without overflow."""
 
 class ExactDDP(Strategy):
     averages_gradients = False
+    gradient_size = 8
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         self._sums: dict[str, torch.Tensor] = {}

@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from trainer.layers.find import separate_blocks
 from trainer.recipe.strategies import Mesh
 from trainer.strategies.base import ShardSlice, Strategy
-from trainer.strategies.shards import Kept, Weight, chunk_rows
+from trainer.strategies.shards import Kept, Sent, Weight, chunk_rows, gathered_itemsize, reduced_to_all
 
 if TYPE_CHECKING:
     from trainer.recipe import Recipe
@@ -39,6 +39,19 @@ class FSDP(Strategy):
         rows, rest, ranks = weight.shape[0], math.prod(weight.shape[1:]), mesh.ranks_per_replica
         mine = chunk_rows(rows, ranks, mesh.shard_rank(rank)) * rest
         return Kept(mine, mine, mine, chunk_rows(rows, ranks, 0) * rest - mine)
+
+    @classmethod
+    def sent(cls, weight: Weight, mesh: Mesh, recipe: Recipe, micro_batches: int) -> Sent:
+        # Each micro-batch gathers the largest chunk from every rank, a layer's for its backward again. Gradients are
+        # exchanged in the last one only.
+        others = mesh.ranks_per_replica - 1
+        chunk = chunk_rows(weight.shape[0], mesh.ranks_per_replica, 0) * math.prod(weight.shape[1:])
+        times = micro_batches * (2 if weight.in_layer and recipe.strategy.reshard_after_forward else 1)
+        inside = times * others * chunk * gathered_itemsize(weight, recipe)
+        if not weight.trainable:
+            return Sent(inside)
+        gradient = chunk * cls.gradient_size
+        return Sent(inside + others * gradient, reduced_to_all(gradient, mesh.replicas))
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
         offload = OffloadPolicy()

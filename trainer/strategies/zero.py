@@ -30,7 +30,7 @@ from trainer.recipe.strategies import Mesh
 from trainer.recipe.zero import zero_settings
 from trainer.strategies.base import Fill, MakeOptimizer, ShardSlice, Strategy, set_lr
 from trainer.strategies.optimizer_state import check_owners
-from trainer.strategies.shards import Kept, Weight
+from trainer.strategies.shards import Kept, Sent, Weight, gathered_itemsize, reduced_to_all
 from trainer.strategies.zero_shards import cut, gathered, pieces
 
 if TYPE_CHECKING:
@@ -189,6 +189,14 @@ class Zero2(Zero):
         share = -(-weight.numel // mesh.ranks)
         return Kept(weight.numel, share, share)
 
+    @classmethod
+    def sent(cls, weight: Weight, mesh: Mesh, recipe: Recipe, micro_batches: int) -> Sent:
+        # Buckets of gradients are reduced to all ranks in each micro-batch; updated parameters are gathered.
+        if not weight.trainable:
+            return Sent()
+        size = weight.numel * gathered_itemsize(weight, recipe)
+        return Sent(micro_batches * reduced_to_all(size, mesh.ranks) + size * (mesh.ranks - 1) // mesh.ranks)
+
     def setup(self, model: torch.nn.Module, make_optimizer: MakeOptimizer, fill: Fill | None = None) -> None:
         super().setup(model, make_optimizer, fill)
         groups: list[list[torch.nn.Parameter]] = self.partitions.bit16_groups
@@ -224,6 +232,14 @@ class Zero3(Zero):
     def kept(cls, weight: Weight, mesh: Mesh, rank: int) -> Kept:
         share = -(-weight.numel // mesh.ranks)  # equal slices of the flattened parameter; the last ones are padded
         return Kept(share, share, share)
+
+    @classmethod
+    def sent(cls, weight: Weight, mesh: Mesh, recipe: Recipe, micro_batches: int) -> Sent:
+        # Each micro-batch gathers a layer for its forward, for the second one of gradient checkpointing, and for its
+        # backward, and scatters gradients. What embeddings and head gather is used again.
+        times = (3 if recipe.training.gradient_checkpointing else 2) if weight.in_layer else 1
+        share = -(-weight.numel // mesh.ranks) * gathered_itemsize(weight, recipe)
+        return Sent(micro_batches * (times + weight.trainable) * (mesh.ranks - 1) * share)
 
     def materialise(self) -> list[ShardSlice]:
         with _local_rank(self.world.device):

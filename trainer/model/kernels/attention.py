@@ -153,6 +153,12 @@ def _no_mask(*, attention_mask: torch.Tensor | None = None, **_: Any) -> None:
         raise InputError("variable-length attention separates samples by their position ids, and takes no mask")
 
 
+def computing_dtype(query: torch.Tensor) -> torch.dtype:
+    """Returns the dtype in which attention computes: autocast's, if it is on."""
+    device = query.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else query.dtype
+
+
 def varlen_forward(
     module: Any,
     query: torch.Tensor,
@@ -188,7 +194,7 @@ def varlen_forward(
         cu_seq_lens_q, max_length_q = sample_bounds
     if cu_seq_lens_q is None or max_length_q is None:
         cu_seq_lens_q, max_length_q = _segments(position_ids, packs, length, query.device)
-    dtype = torch.get_autocast_dtype(query.device.type) if torch.is_autocast_enabled(query.device.type) else query.dtype
+    dtype = computing_dtype(query)
     q, k, v = (t.transpose(1, 2).reshape(packs * length, -1, t.shape[-1]).to(dtype) for t in (query, key, value))
     causal = module.is_causal if is_causal is None else is_causal
     reach = -1 if sliding_window is None else sliding_window - 1

@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from trainer.distributed.world import World
 from trainer.errors import InputError
-from trainer.model.kernels.attention import CONTEXT, IMPLEMENTATIONS, probe, varlen_forward
+from trainer.model.kernels.attention import CONTEXT, IMPLEMENTATIONS, computing_dtype, probe, varlen_forward
 from trainer.model.kernels.packing_check import Inputs, mode, shrunk, units_below
 from trainer.modules import head_module
 from trainer.recipe.tasks import TASKS
@@ -132,7 +132,9 @@ class Context:
         if heads % self.size:
             raise InputError(f"{heads} attention heads cannot be divided over {self.size} ranks")
         times = math.lcm(groups, self.size) // groups
-        q, k, v = (self._all_tokens(t) for t in (query, *(t.repeat_interleave(times, 1) for t in (key, value))))
+        dtype = computing_dtype(query)  # kernels cast to it; as float32, twice the bytes would be sent
+        query, key, value = query.to(dtype), *(t.to(dtype).repeat_interleave(times, 1) for t in (key, value))
+        q, k, v = map(self._all_tokens, (query, key, value))
         out, _ = kernel(module, q, k, v, None, sample_bounds=sample_bounds, **others)
         return self._all_heads(out), None
 
