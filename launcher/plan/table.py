@@ -158,16 +158,19 @@ def _traffic(found: PlanReport) -> Iterator[str]:
         if sent.inside and sent.across:
             yield _row("  to other replicas", gib(sent.across))
         return
-    share = found.step_s is not None
-    yield _row("GiB that each rank sends in a step", *("inside", "across", "seconds", "of a step")[: 3 + share])
+    yield _row("GiB that each rank sends in a step", "inside", "across", "seconds")
     replicas = found.recipe.strategy.replicas
     own = f"{found.recipe.strategy.kind}{f', {replicas} replicas' if replicas > 1 else ''} (this recipe)"
     others = {k: v for k, v in network.by_strategy.items() if replicas > 1 or k != found.recipe.strategy.kind}
     for name, traffic in {own: sent, **others}.items():
         seconds = network.seconds(traffic, replicas if name == own else 1)
-        part = [f"{seconds / found.step_s:.0%}"] if found.step_s else []
-        yield _row(f"  {name}", gib(traffic.inside), gib(traffic.across), f"{seconds:,.2f}", *part)
-    yield from _wrapped("Inside a replica and across replicas. Most of it is sent while the ranks compute.")
+        share = f" ({seconds / found.step_s:.0%})" if found.step_s else ""
+        yield _row(f"  {name}", gib(traffic.inside), gib(traffic.across), f"{seconds:,.2f}{share}")
+    of_step = "" if found.step_s is None else f", and in % of a step of {found.step_s:,.1f} s"
+    yield from _wrapped(
+        f"Inside a replica and across replicas; the time if nothing is overlapped{of_step}. The other strategies: "
+        "without replicas."
+    )
 
 
 def _verdict(plan: Plan) -> Iterator[str]:
@@ -189,7 +192,10 @@ def _advice(found: PlanReport) -> Iterator[str]:
     if found.plan.fits is not False:
         return
     if not found.suggestions:
-        yield from _wrapped("No change of micro_batch, checkpointing, strategy, offload, quantization or ranks helps.")
+        yield from _wrapped(
+            "No change of micro_batch, checkpointing, tiles, context_parallel, strategy, offload, quantization or ranks "
+            "helps."
+        )
         return
     yield "What fits, the smallest change first (GiB on the device, on the host):"
     for suggestion in found.suggestions:

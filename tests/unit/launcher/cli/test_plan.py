@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from launcher.cli.app import main
-from launcher.cli.plan import size
+from launcher.cli.plan import bandwidths, size
 from launcher.plan.table import WIDTH
 from tests.support.planning import LLAMA_70B, plan_recipe
 from tests.support.training import run_of, small_recipe, train_here, write_pairs
@@ -75,6 +75,41 @@ def test_json_has_stdout_to_itself(muster: Muster, tmp_path: Path) -> None:
     assert told["hours"] == pytest.approx(10 * 6 * 64 / 64 / 3600)
     assert told["cost"] == pytest.approx(3 * told["hours"])
     assert told["suggestions"] == []
+
+
+def test_the_network_is_told_for_every_strategy(muster: Muster, tmp_path: Path) -> None:
+    shape = {"strategy.kind": "fsdp", "strategy.replicas": 2, "resources.workers": 4}
+    recipe = plan_recipe(tmp_path, **shape, **{"training.global_batch": 8})
+    told = muster.json(recipe, "--network", "2GB/s,8Gbit/s")
+    sent = told["sent_bytes"]
+    assert sent["inside"] > sent["across"] > 0
+    assert told["network"]["inside_bytes_per_s"] == 2e9
+    assert told["network"]["across_bytes_per_s"] == 1e9
+    by = told["network"]["strategies"]
+    assert list(by) == ["ddp", "fsdp", "zero2", "zero3"]
+    assert by["fsdp"]["seconds"] == by["fsdp"]["inside"] / 1e9, "a ring of all ranks passes the slow connections"
+    assert by["ddp"]["inside"] == 0
+    code, out, _ = muster.plan(recipe, "--network", "2GB/s,8Gbit/s", "--tokens-per-s", "1000")
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= WIDTH
+    assert any(line.startswith("  fsdp, 2 replicas (this recipe)") and line.endswith("%)") for line in out.splitlines())
+    assert "of 0.5 s" in " ".join(out.split())
+    code, out, _ = muster.plan(recipe)
+    assert any(line.startswith("GiB that each rank sends in a step") for line in out.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [("25GB/s", (25e9, 25e9)), ("200Gbit/s", (25e9, 25e9)), ("300GB/s,400gbit", (3e11, 5e10)), ("1GiB", (2**30,) * 2)],
+)
+def test_bandwidths(text: str, wanted: tuple[float, float]) -> None:
+    assert bandwidths(text) == wanted
+
+
+@pytest.mark.parametrize("text", ["fast", "25GB/h", "0GB/s", "1GB/s,2GB/s,3GB/s", "", "1GB/s,"])
+def test_no_bandwidths(text: str) -> None:
+    with pytest.raises(UsageError, match="bandwidth"):
+        bandwidths(text)
 
 
 def test_an_elastic_run_is_planned_for_its_fewest_workers(muster: Muster, tmp_path: Path) -> None:

@@ -14,11 +14,12 @@ from trainer.plan.fake_process_group import fake_world
 from trainer.plan.memory import read_model
 from trainer.plan.meta_model import skeleton
 from trainer.plan.shards import share, weights_of
-from trainer.recipe import Recipe
+from trainer.recipe import Recipe, load
 from trainer.recipe.strategies import Mesh
 from trainer.strategies import make_strategy
 from trainer.strategies.shards import Weight, chunk_rows
 
+ROOT = Path(__file__).resolve().parents[4]
 MODELS: dict[str, dict[str, Any]] = {
     "lora": {},
     "dora-bfloat16": {"adapter.method": "dora", "model.dtype": "bfloat16"},
@@ -59,6 +60,24 @@ def test_every_rank_of_fsdp(
         assert {"frozen": got.frozen, "trainable": got.trainable, "padding": got.padding} == want
         assert got.gradient == got.trainable
         assert got.optimizer == 2 * got.trainable
+
+
+@pytest.mark.night
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("strategy.replicas=8", "resources.workers=64"),
+        ("strategy.context_parallel=8", "data.sequence_length=131072", "resources.workers=64"),
+    ],
+)
+def test_every_rank_of_a_70b(overrides: tuple[str, ...]) -> None:
+    recipe = load(ROOT / "recipes" / "llama3_70b_qlora_fsdp.yaml", list(overrides))
+    plan = planned(recipe, 64)
+    for rank in (0, 16, 63):
+        told = plan.ranks[rank]
+        want = really_kept(recipe, 64, rank)
+        assert (told.frozen_bytes, told.trainable_bytes) == (want["frozen"], want["trainable"])
+        assert told.padding_bytes == want["padding"]
 
 
 def test_ranks_differ_where_rows_do(tmp_path: Path) -> None:
