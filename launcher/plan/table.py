@@ -193,8 +193,8 @@ def _advice(found: PlanReport) -> Iterator[str]:
         return
     if not found.suggestions:
         yield from _wrapped(
-            "No change of micro_batch, checkpointing, tiles, context_parallel, strategy, offload, quantization or ranks "
-            "helps."
+            "No change of micro_batch, checkpointing, tiles, context_parallel, strategy, offload, quantization or "
+            "ranks helps."
         )
         return
     yield "What fits, the smallest change first (GiB on the device, on the host):"
