@@ -52,7 +52,14 @@ SMALL: dict[str, Any] = {
 TOLERANCE = 1e-5
 EVERY = [(model, shape) for model in MODELS for shape in SHAPES if shape != "one"]
 """All of them for the night; by day every shape once, and every model once."""
-BY_DAY = [(model, shape) for model, shape in EVERY if model == "lora" or shape == "replicas-context"]
+BY_DAY = [
+    ("lora", "replicas"),
+    ("lora", "replicas-context"),
+    ("lora", "context-of-four"),
+    ("qlora", "replicas-context"),
+    ("checkpointing", "context-fsdp"),
+    ("full", "context-ddp"),
+]
 CELLS = [pytest.param(*cell, marks=[] if cell in BY_DAY else [pytest.mark.night]) for cell in EVERY]
 
 

@@ -45,7 +45,7 @@ CELLS = [
 
 
 def at_night(shape: str, method: str) -> Any:
-    by_day = (shape in ("ddp", "fsdp", "zero2", "zero3") and method == "lora") or shape == "replicas-context"
+    by_day = (shape, method) in (("fsdp", "lora"), ("zero2", "lora"), ("replicas-context", "recomputed"))
     return pytest.param(shape, method, marks=[] if by_day else [pytest.mark.night])
 
 
