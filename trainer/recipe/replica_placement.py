@@ -46,6 +46,22 @@ def advice(mesh: Mesh, per_node: int) -> str:
     )
 
 
+def placement_text(mesh: Mesh, nodes: Sequence[str]) -> str:
+    """Returns on how many nodes replicas are, and what to change if they share some; '' if `replica_nodes` is empty.
+    ``nodes``: the node of each rank."""
+    placed = replica_nodes(mesh, nodes)
+    if not placed:
+        return ""
+    if share_nodes(placed):
+        per_node = max(Counter(nodes).values())
+        return f"{mesh.replicas} replicas that share nodes, which is slow ({advice(mesh, per_node)})"
+    if len(set(nodes)) == 1:
+        return f"{mesh.replicas} replicas on one node"
+    least, most = min(map(len, placed)), max(map(len, placed))
+    counts = "one node" if most == 1 else f"{most} nodes" if least == most else f"{least} to {most} nodes"
+    return f"{mesh.replicas} replicas, each on {counts}"
+
+
 def placement_warning(recipe: Recipe, ranks: int, per_node: int) -> str | None:
     """Returns a warning if replicas would share nodes of ``per_node`` workers; None if each has its own."""
     if recipe.strategy.replicas == 1 or ranks % recipe.strategy.context_parallel:
