@@ -186,8 +186,9 @@ def _replicas(event: StartEvent) -> str:
     mesh = event.strategy.get("mesh")
     if not event.replica_nodes or not isinstance(mesh, Mapping):
         return ""
-    sizes = [mesh.get(name) for name in ("replicas", "shards", "context")]
-    if not all(isinstance(size, int) and size > 0 for size in sizes) or math.prod(sizes) != len(event.hosts):
+    found = (mesh.get(name) for name in ("replicas", "shards", "context"))
+    sizes = [size for size in found if isinstance(size, int) and size > 0]
+    if len(sizes) != 3 or math.prod(sizes) != len(event.hosts):
         return ""  # a row that muster did not write
     return placement_text(Mesh(*sizes), event.hosts)
 
