@@ -209,7 +209,7 @@ def _groups(seen: Examination) -> Table:
         measured = [group for group in here if group.bandwidth]
         for group in [*sorted(measured, key=least)[:1], *(group for group in here if not group.bandwidth)]:
             hosts = ", ".join(dict.fromkeys(names.get(rank, "?") for rank in group.ranks))
-            who = AXES[axis], f"{ranks_text(group)} (1 of {len(here)})", hosts
+            who = AXES[axis], ranks_text(group) + (f" (1 of {len(here)})" if len(here) > 1 else ""), hosts
             if (found := group.bandwidth) is None:
                 _row(table, *who, _group_state(group))
                 continue

@@ -80,6 +80,15 @@ def test_a_storage_that_cannot_be_written_and_workers_that_do_not_fit(
     assert "has room for 4" in said
 
 
+def test_a_ray_of_this_machine_is_started_where_no_cluster_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    found = doctor("--json")
+    assert found.returncode in (0, 1), found.stderr  # this machine may be full
+    told = json.loads(found.stdout)
+    assert (told["ray"], len(told["ranks"]), told["groups"]) == ("local", 1, [])
+
+
 def test_no_cluster_and_no_recipe_are_usage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert doctor(str(tmp_path / "none.yaml")).returncode == 2
     assert doctor("--on", "moon").returncode == 2

@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from launcher.cli.submit import render
+from launcher.cli.validate import validate
 from launcher.replica_warnings import replica_warnings
 from tests.support.training import small_recipe
 from trainer.progress.texts import event_text
@@ -90,6 +92,20 @@ def test_the_recipes_settings_for_a_cluster_tell_how_many_workers_a_node_has() -
     assert "set it to 6" in scattered
     assert list(replica_warnings(recipe(24, 4, **gpus), "ray")) == []
     assert list(replica_warnings(recipe(24, 1, **gpus), "kubernetes")) == []
+
+
+def test_validate_and_render_warn_and_say_the_rest_as_ever(capsys: pytest.CaptureFixture[str]) -> None:
+    shipped, odd = "llama3_70b_qlora_hsdp", "cluster.kubernetes.workers_per_pod=6"
+    validate([shipped])
+    assert "warning" not in capsys.readouterr().err
+    validate([shipped, odd])
+    told = capsys.readouterr().err
+    assert "warning: on Kubernetes, strategy.replicas is 8" in told
+    assert f"ok  {shipped}" in told
+    render(shipped, [odd], on="kubernetes")
+    found = capsys.readouterr()
+    assert found.err.count("warning: on Kubernetes") == 1
+    assert "warning" not in found.out
 
 
 def test_the_start_event_and_its_line_have_the_nodes_of_the_replicas() -> None:
