@@ -17,18 +17,32 @@ class Kind(NamedTuple):
     ``code``: the `Cluster` as ``module:class``. ``shares_folder``: its machines have the working folder of the machine
     that submits. ``stores_recipe``: its jobs read their recipe from the storage; otherwise the recipe is sent inside
     the job. ``restarts``: the setting that limits how often the cluster itself starts a failed job again, with the same
-    command; None if it never does."""
+    command; None if it never does. ``workers_per_node``: the function of a job that returns its workers per node (or
+    pod), as ``module:function``; '' if that depends on the cluster. ``scatters``: the setting of the workers per pod,
+    where pods may be placed on any machines; '' otherwise."""
 
     code: str
     shares_folder: bool = False
     stores_recipe: bool = False
     restarts: str | None = None
+    workers_per_node: str = ""
+    scatters: str = ""
 
 
 KINDS = {
     "ray": Kind("cluster.ray:Ray"),
-    "slurm": Kind("cluster.slurm:Slurm", shares_folder=True, stores_recipe=True),
-    "kubernetes": Kind("cluster.kubernetes:Kubernetes", restarts="retries"),
+    "slurm": Kind(
+        "cluster.slurm:Slurm",
+        shares_folder=True,
+        stores_recipe=True,
+        workers_per_node="cluster.slurm:workers_per_node",
+    ),
+    "kubernetes": Kind(
+        "cluster.kubernetes:Kubernetes",
+        restarts="retries",
+        workers_per_node="cluster.kubernetes.manifests:workers_per_pod",
+        scatters="cluster.kubernetes.workers_per_pod",
+    ),
 }
 
 
@@ -41,4 +55,14 @@ def cluster_of(kind: str) -> Cluster:
     return made
 
 
-__all__ = ["KINDS", "Cluster", "ClusterError", "ClusterJob", "Kind", "cluster_of"]
+def workers_per_node(kind: str, job: ClusterJob) -> int | None:
+    """Returns the number of the job's workers on each node, or in each pod; None if the job does not decide it. Raises
+    ClusterError for settings that exclude each other."""
+    if not KINDS[kind].workers_per_node:
+        return None
+    module, _, name = KINDS[kind].workers_per_node.partition(":")
+    found: int = getattr(importlib.import_module(module), name)(job)
+    return found
+
+
+__all__ = ["KINDS", "Cluster", "ClusterError", "ClusterJob", "Kind", "cluster_of", "workers_per_node"]

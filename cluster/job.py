@@ -21,7 +21,8 @@ class ClusterError(Exception):
 @dataclass(frozen=True)
 class ClusterJob:
     """``recipe`` is the resolved recipe as YAML: nothing reads the user's file after it was made. ``workers`` is
-    (min, max); ``settings`` are the recipe's for this kind of cluster; ``command`` is muster's own, with its options
+    (min, max); ``replicas`` is the number of copies of the parameters that the largest number of workers keeps;
+    ``settings`` are the recipe's for this kind of cluster; ``command`` is muster's own, with its options
     (``("run", "--takeover")``, ``("doctor",)``) and without the recipe; ``arguments`` are the user's own: the recipe's
     file and the overrides, for what is printed to be used by hand."""
 
@@ -34,6 +35,7 @@ class ClusterJob:
     settings: Mapping[str, Any]
     command: tuple[str, ...] = ("run",)
     arguments: tuple[str, ...] = ()
+    replicas: int = 1
 
 
 Say = Callable[[str], None]

@@ -161,19 +161,24 @@ def options(job: ClusterJob) -> list[str]:
 class JobShape:
     """How many nodes a job has, and what each gives it. ``nodes`` is as sbatch takes it: ``4``, or ``2-4``."""
 
-    def __init__(self, nodes: str, gpus_per_node: int, cpus_per_node: int) -> None:
-        self.nodes, self.gpus_per_node, self.cpus_per_node = nodes, gpus_per_node, cpus_per_node
+    def __init__(self, nodes: str, workers_per_node: int, job: ClusterJob) -> None:
+        self.nodes, self.workers_per_node = nodes, workers_per_node
+        self.gpus_per_node = workers_per_node * job.gpus_per_worker
+        self.cpus_per_node = workers_per_node * job.cpus_per_worker
 
     @classmethod
     def of(cls, job: ClusterJob) -> JobShape:
-        """Workers are spread evenly over as few nodes as hold them; a worker without a GPU has a node of its own."""
+        """Workers are spread evenly over as few nodes as hold them; a worker without a GPU has a node of its own.
+        Replicas are not divided between nodes, or have complete nodes, where GPUs and workers allow it."""
         least, most = job.workers
         asked: int | None = job.settings["nodes"]
         per_node = math.ceil(most / asked) if asked else _workers_per_node(job, most)
         nodes = [asked] if asked else [math.ceil(count / per_node) for count in (least, most)]
-        return cls(
-            "-".join(map(str, dict.fromkeys(nodes))), per_node * job.gpus_per_worker, per_node * job.cpus_per_worker
-        )
+        return cls("-".join(map(str, dict.fromkeys(nodes))), per_node, job)
+
+
+def workers_per_node(job: ClusterJob) -> int:
+    return JobShape.of(job).workers_per_node
 
 
 def _workers_per_node(job: ClusterJob, workers: int) -> int:
@@ -186,6 +191,13 @@ def _workers_per_node(job: ClusterJob, workers: int) -> int:
             f"a worker takes {job.gpus_per_worker} GPUs (resources.gpus_per_worker), and a node has {gpus} "
             "(cluster.slurm.gpus_per_node): correct one of them"
         )
+    if job.replicas > 1:
+        each = workers // job.replicas
+        if each <= fit:  # a node has complete replicas
+            return math.ceil(job.replicas / math.ceil(job.replicas / (fit // each))) * each
+        nodes = math.ceil(each / fit)
+        if each % nodes == 0:  # a replica has complete nodes
+            return each // nodes
     return math.ceil(workers / math.ceil(workers / fit))
 
 

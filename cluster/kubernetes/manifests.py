@@ -124,6 +124,10 @@ def jobset(job: ClusterJob) -> Manifest:
     return made
 
 
+def workers_per_pod(job: ClusterJob) -> int:
+    return int(job.settings["workers_per_pod"])
+
+
 def _loaded(name: str) -> Manifest:
     made: Manifest = yaml.safe_load((HERE / name).read_text(encoding="utf-8"))
     return made

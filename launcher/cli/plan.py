@@ -39,6 +39,7 @@ def plan(
 
     from launcher.monitor.progress import Progress
     from launcher.plan.table import first_lines, report
+    from launcher.replica_warnings import replica_warnings
     from launcher.terminal.console import print_json, stderr, stdout
     from trainer.recipe import load
 
@@ -49,6 +50,8 @@ def plan(
     say = Progress(console).phase
     say("planning")
     console.print(Text("\n".join(first_lines(loaded, device))), soft_wrap=True)
+    for text in replica_warnings(loaded):
+        console.print(Text(f"warning: {text}"), soft_wrap=True)
     from launcher.plan.estimate import make
 
     found = make(loaded, device, host, tokens_per_s, price_per_gpu_hour, bandwidth, say)

@@ -9,6 +9,7 @@ import typer
 from cluster import cluster_of
 from launcher.cli import completion
 from launcher.cli.options import PLACES, Overrides, RecipeFile, RunUri, TrustOption
+from launcher.replica_warnings import replica_warnings
 from launcher.submit.submit import check_address, cluster_errors, job_of
 from launcher.terminal.console import stderr
 from trainer.recipe.trust import FLAG
@@ -40,6 +41,8 @@ def render(
         words = [recipe, *(overrides or []), *([FLAG] if trust_remote_code else [])]
         job = job_of(loaded, on, arguments=words)
         check_address(job, on)
+        for text in replica_warnings(loaded, on):
+            stderr().print(f"warning: {text}", soft_wrap=True, markup=False)
         print(cluster.render(job), end="")
 
 

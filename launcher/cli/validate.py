@@ -27,6 +27,7 @@ def validate(
 ) -> None:
     """Report every mistake of each RECIPE, with its line. Nothing is created, and nothing is contacted without
     --inputs."""
+    from launcher.replica_warnings import replica_warnings
     from trainer.recipe import load
     from trainer.recipe.loading import shipped
 
@@ -44,6 +45,8 @@ def validate(
                 from launcher.monitor.progress import Progress
 
                 check_inputs(loaded, Progress(console))
+            for text in replica_warnings(loaded):
+                console.print(Text(f"{path}: warning: {text}"), soft_wrap=True)
             console.print(Text(f"ok  {path}"), soft_wrap=True)
         except UsageError as error:
             failed = True

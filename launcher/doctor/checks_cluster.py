@@ -7,11 +7,14 @@ from collections.abc import Iterator
 
 from cluster.ray_nodes import NODE_SETTINGS
 from launcher.doctor.findings import Finding, failure, warning
-from launcher.doctor.observations import Examination, NodeObservation
+from launcher.doctor.observations import Axis, Examination, GroupBandwidth, NodeObservation
+from trainer.recipe.replica_placement import advice, replica_nodes, share_nodes
 
 RECENT_S = 3600.0  # Ray never removes dead nodes from its list; one that died long ago is only a warning
 SKEW_WARN_S = 2.0  # people compare times in the logs of several hosts; servers check the time of a signature
 SKEW_FAIL_S = 10.0
+AXES: dict[Axis, str] = {"inside": "inside a replica", "across": "across replicas", "all": "of all ranks"}
+MOST_NAMED = 8
 SLOW_CONNECT_S = 5.0  # a reverse DNS look-up without an answer takes 10 s
 REACH = (
     "check that it is up, that its network is connected, and that no firewall blocks it (nodes need all TCP ports); "
@@ -116,6 +119,48 @@ def pairs(seen: Examination) -> Iterator[Finding]:
         yield warning(
             "all-reduce", what, "nothing to do if the measured pairs are fine; a check of fewer hosts takes less time"
         )
+
+
+def groups(seen: Examination) -> Iterator[Finding]:
+    """Yields one finding for each rank that did not answer in a group, one for each group whose ranks all answered and
+    could not be measured, and one for the groups that were left out."""
+    hosts_of = {rank.rank: rank.host for rank in seen.ranks}
+    reported: set[int] = set()
+    for group in seen.groups:
+        what = f"the all-reduce and all-gather {AXES[group.axis]}"
+        for rank, error in group.silent.items():
+            if rank not in reported:
+                reported.add(rank)
+                where = f"rank {rank} on {hosts_of.get(rank, 'a host that did not answer')}"
+                yield failure(where, f"did not answer in {what}, with {ranks_text(group)}: {error}", _unanswered(error))
+        if group.error is not None and not group.silent:
+            on = list(dict.fromkeys(hosts_of.get(rank, "?") for rank in group.ranks))
+            more = f" and {len(on) - MOST_NAMED} more" if len(on) > MOST_NAMED else ""
+            where = f"{ranks_text(group)} on {', '.join(on[:MOST_NAMED])}{more}"
+            do = "correct what is wrong with pairs of these hosts first; if nothing is, run `muster doctor` again"
+            yield failure(where, f"{what} failed: {group.error}", do)
+    left_out = [group for group in seen.groups if group.bandwidth is None and group.error is None]
+    if left_out:
+        names = ", ".join(f"{AXES[group.axis]} ({ranks_text(group)})" for group in left_out[:MOST_NAMED])
+        what = f"{len(left_out)} of {len(seen.groups)} groups were left out because time ran out: {names}"
+        yield warning("bandwidth", what, "correct the other findings, which took the time, and run this again")
+
+
+def ranks_text(group: GroupBandwidth) -> str:
+    shown = ", ".join(map(str, group.ranks[:MOST_NAMED]))
+    return f"ranks {shown}" + (f" and {len(group.ranks) - MOST_NAMED} more" if len(group.ranks) > MOST_NAMED else "")
+
+
+def replicas(seen: Examination) -> Iterator[Finding]:
+    """Warns if replicas share nodes, where the ranks are now."""
+    if seen.mesh is None or len(seen.ranks) < seen.mesh.ranks:
+        return
+    placed = replica_nodes(seen.mesh, [rank.node_id for rank in seen.ranks[: seen.mesh.ranks]])
+    if share_nodes(placed):
+        per_node = max(Counter(rank.node_id for rank in seen.ranks).values())
+        each = seen.mesh.ranks_per_replica
+        what = f"share nodes: each has {each} ranks, and a node has up to {per_node}, so that parameters travel between"
+        yield warning("replicas", f"{what} nodes in every layer", advice(seen.mesh, per_node))
 
 
 def alike(seen: Examination) -> Iterator[Finding]:

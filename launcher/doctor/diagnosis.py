@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from launcher.doctor.checks_cluster import alike, clocks, hosts, pairs, settings
+from launcher.doctor.checks_cluster import alike, clocks, groups, hosts, pairs, replicas, settings
 from launcher.doctor.checks_host import gpus, memory_and_disks
 from launcher.doctor.checks_recipe import inputs, room, storage
 from launcher.doctor.findings import Finding, failure
@@ -24,6 +24,8 @@ def _all(seen: Examination) -> Iterator[Finding]:
             "the cluster", seen.placement_error, "see `ray status`, then request fewer resources, or add nodes"
         )
     yield from pairs(seen)
+    yield from groups(seen)
+    yield from replicas(seen)
     yield from alike(seen)
     yield from gpus(seen)
     yield from memory_and_disks(seen)

@@ -42,8 +42,6 @@ class Examiner:
     """In the process that uses Ray."""
 
     def examine(self, recipe: Recipe | None, address: str | None) -> Examination:
-        import ray
-
         from launcher.child import tell
         from launcher.doctor.observations import Examination
         from launcher.doctor.stages import Stages, Time, wanted
@@ -52,6 +50,8 @@ class Examiner:
 
         left, seen = Time(), Examination(address, wanted(recipe) if recipe else None)
         connect(address, recipe.resources if recipe else ResourcesSection())
+        import ray  # not before `connect`, which sets the token that Ray reads when it is imported
+
         try:
             seen.driver_auth_mode = os.environ.get("RAY_AUTH_MODE")
             Stages(recipe, seen, left, tell).run()

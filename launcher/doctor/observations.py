@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Literal
 
-from launcher.doctor.probes import Computed, HostFacts, PairTimes, RoundTrip
+from launcher.doctor.probes import Bandwidth, Computed, HostFacts, PairTimes, RoundTrip
+from trainer.recipe.strategies import Mesh
+
+Axis = Literal["inside", "across", "all"]
+"""The groups of ranks: inside each replica, across replicas (one rank of each), or all ranks."""
 
 
 @dataclass(frozen=True)
@@ -85,6 +90,19 @@ class Pair:
 
 
 @dataclass(frozen=True)
+class GroupBandwidth:
+    """A group of ranks and their bandwidth. ``error``: why it was not measured; neither of them: it was left out.
+
+    ``silent``: the ranks of the group that did not answer, each with the error."""
+
+    axis: Axis
+    ranks: tuple[int, ...]
+    bandwidth: Bandwidth | None = None
+    error: str | None = None
+    silent: dict[int, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Room:
     """The bytes that each rank needs according to the plan, including the reserve that holds no tensors."""
 
@@ -117,7 +135,9 @@ class Wanted:
 
 @dataclass
 class Examination:
-    """Everything that was observed. ``ray``: the address of the cluster; None for a Ray that was started here."""
+    """Everything that was observed. ``ray``: the address of the cluster; None for a Ray that was started here.
+
+    ``mesh``: the recipe's mesh of the ranks, and ``groups`` the bandwidth in its groups, if the workers have places."""
 
     ray: str | None
     wanted: Wanted | None = None
@@ -127,6 +147,8 @@ class Examination:
     ranks: list[RankObservation] = field(default_factory=list)
     silent: list[Silent] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
+    mesh: Mesh | None = None
+    groups: list[GroupBandwidth] = field(default_factory=list)
     inputs: Inputs | None = None
     room: Room | None = None
     plan_error: str | None = None

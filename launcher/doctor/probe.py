@@ -13,7 +13,7 @@ from launcher.raytrain.environment import Environment
 
 if TYPE_CHECKING:
     from launcher.doctor.observations import Inputs, Room
-    from launcher.doctor.probes import Computed, Gpu, HostFacts, PairTimes, RoundTrip
+    from launcher.doctor.probes import Computed, Gpu, GroupResult, HostFacts, PairTimes, RoundTrip
     from trainer.recipe import ModelSection, Recipe
 
 VISIBLE = "CUDA_VISIBLE_DEVICES"
@@ -74,6 +74,14 @@ class Probe:
         from launcher.doctor.probes import meet
 
         return meet(name, at or self._store, gpu=gpu, timeout_s=timeout_s)
+
+    def bandwidth(
+        self, name: str, at: tuple[str, int] | None, rank: int, size: int, gpu: bool, timeout_s: float
+    ) -> GroupResult:
+        """Measures this group, in which this probe is ``rank``. ``at``: as in `meet`."""
+        from launcher.doctor.probes import measure_bandwidth
+
+        return measure_bandwidth(name, at or self._store, rank, size, gpu=gpu, timeout_s=timeout_s)
 
     def storage(self, url: str, beacon: str, *, first: bool, deadline_s: float) -> RoundTrip:
         """Measures a round trip. The ``first`` probe writes the object ``beacon``; the others look for it."""

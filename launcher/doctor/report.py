@@ -11,9 +11,11 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from launcher.doctor.checks_cluster import AXES, ranks_text
 from launcher.doctor.checks_host import gib
+from launcher.doctor.collectives import network_option, rate
 from launcher.doctor.findings import Finding, verdict
-from launcher.doctor.observations import Examination, Pair, RankObservation
+from launcher.doctor.observations import Examination, GroupBandwidth, Pair, RankObservation
 from launcher.doctor.probes import RoundTrip
 
 SHOWN = ("python", "torch", "ray", "muster")
@@ -23,6 +25,7 @@ def to_json(seen: Examination, findings: Sequence[Finding]) -> dict[str, Any]:
     """Returns the JSON object of ``--json``.
 
     ``bus_gb_s`` is in 10⁹ bytes per second, ``latency_us`` in microseconds, other times in seconds, sizes in bytes.
+    ``network`` is for ``muster plan --network``.
     """
     return {
         "verdict": verdict(findings),
@@ -42,6 +45,9 @@ def to_json(seen: Examination, findings: Sequence[Finding]) -> dict[str, Any]:
             for rank in seen.ranks
         ],
         "pairs": [_pair(seen, pair) for pair in seen.pairs],
+        "mesh": seen.mesh.to_json() if seen.mesh else None,
+        "groups": [_group(seen, group) for group in seen.groups],
+        "network": network_option(seen.groups),
         "inputs": asdict(seen.inputs) if seen.inputs else None,
         "plan": asdict(seen.room) if seen.room else None,
         "seconds": round(seen.seconds, 1),
@@ -96,11 +102,32 @@ def _pair(seen: Examination, pair: Pair) -> dict[str, Any]:
     return found
 
 
+def _group(seen: Examination, group: GroupBandwidth) -> dict[str, Any]:
+    names = {rank.rank: rank.facts.hostname for rank in seen.ranks}
+    return {
+        "axis": group.axis,
+        "ranks": list(group.ranks),
+        "hosts": [names.get(rank) for rank in group.ranks],
+        "state": _group_state(group),
+        "error": group.error,
+        "silent": list(group.silent),
+        **(asdict(group.bandwidth) if group.bandwidth else {}),
+    }
+
+
+def _group_state(group: GroupBandwidth) -> str:
+    return "ok" if group.bandwidth else "failed" if group.error else "left out"
+
+
 def tables(seen: Examination, findings: Sequence[Finding]) -> Iterator[RenderableType]:
     yield _hosts(seen)
     yield _ranks(seen)
     if seen.pairs:
         yield _pairs(seen)
+    if seen.groups:
+        yield _groups(seen)
+    if (network := network_option(seen.groups)) is not None:
+        yield Text(f"  for the time of the network: muster plan RECIPE --network {network}\n")
     if any(rank.storage for rank in seen.ranks):
         yield _storage(seen)
     if seen.room is not None:
@@ -164,6 +191,30 @@ def _pairs(seen: Examination) -> Table:
             _row(table, *who, t.backend, f"{t.latency_us:.0f} µs", f"{t.bus_gb_s:.2f} GB/s", f"{t.connect_s:.2f} s")
         if pair.failed:
             _row(table, *who, f"failed: {pair.times.stage}")
+    return table
+
+
+def _groups(seen: Examination) -> Table:
+    """Shows the slowest group of each axis, by either collective, and every group that was not measured."""
+    title = "bandwidth: what each rank sends"
+    table = _table(title, "", "slowest group", "hosts", "through", "size", "all-reduce", "all-gather")
+    names = {rank.rank: rank.facts.hostname for rank in seen.ranks}
+
+    def least(group: GroupBandwidth) -> float:
+        assert group.bandwidth is not None
+        return min(group.bandwidth.all_reduce_bytes_per_s, group.bandwidth.all_gather_bytes_per_s)
+
+    for axis in dict.fromkeys(group.axis for group in seen.groups):
+        here = [group for group in seen.groups if group.axis == axis]
+        measured = [group for group in here if group.bandwidth]
+        for group in [*sorted(measured, key=least)[:1], *(group for group in here if not group.bandwidth)]:
+            hosts = ", ".join(dict.fromkeys(names.get(rank, "?") for rank in group.ranks))
+            who = AXES[axis], ranks_text(group) + (f" (1 of {len(here)})" if len(here) > 1 else ""), hosts
+            if (found := group.bandwidth) is None:
+                _row(table, *who, _group_state(group))
+                continue
+            rates = (rate(found.all_reduce_bytes_per_s), rate(found.all_gather_bytes_per_s))
+            _row(table, *who, found.backend, gib(found.size_bytes), *rates)
     return table
 
 

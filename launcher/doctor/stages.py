@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from launcher.doctor.collectives import Calls, measure_groups
 from launcher.doctor.nodes import dial, read_nodes
 from launcher.doctor.observations import (
     Clock,
@@ -30,6 +31,7 @@ from launcher.doctor.probes import Computed, PairTimes, RoundTrip
 from launcher.raytrain.environment import Environment
 from launcher.raytrain.nodes import nodes_of_cluster
 from trainer.recipe import Recipe
+from trainer.recipe.strategies import Mesh
 
 K = TypeVar("K")
 WHOLE_S = 52.0
@@ -82,6 +84,8 @@ class Stages:
             self._say("all-reduce between hosts")
             self._pairs()
             self._compute()
+            if self.recipe is not None and not placed.whole:
+                self._groups(self.recipe, len(placed.actors))
             if self.recipe is not None:
                 self._say("storage, model and data")
                 self._storage(self.recipe)
@@ -159,6 +163,29 @@ class Stages:
     def _given_up(self, rank: int) -> bool:
         met = [pair for pair in self.examination.pairs if rank in pair.ranks and pair.times is not None]
         return len(met) >= GIVEN_UP_AFTER and all(pair.failed for pair in met)
+
+    def _groups(self, recipe: Recipe, workers: int) -> None:
+        """Measures the groups of the mesh that a run with as many of these workers as possible would have."""
+        workers -= workers % recipe.strategy.context_parallel
+        if workers < 2:
+            return
+        self._say("all-reduce and all-gather of the recipe's ranks")
+        mesh = self.examination.mesh = Mesh.of(recipe, workers)
+
+        def call(calls: Calls, timeout_s: float) -> tuple[dict[int, Any], dict[int, str]]:
+            made = {
+                rank: getattr(self._actors[rank], method).remote(*arguments)
+                for rank, (method, arguments) in calls.items()
+                if rank in self._actors
+            }
+            answers, errors = gather(made, timeout_s)
+            for rank in errors:
+                self._actors.pop(rank)  # an actor answers in order, so later calls would wait for this one
+            return answers, errors | dict.fromkeys(calls.keys() - made.keys(), NO_ANSWER)
+
+        addresses = {rank: found.address for rank, found in self._ranks.items() if rank < mesh.ranks}
+        gpu = recipe.resources.gpus_per_worker > 0
+        self.examination.groups = measure_groups(mesh, addresses, call, self._left.within, gpu=gpu)
 
     def _compute(self) -> None:
         gpus = {i: rank.facts.gpus for i, rank in self._ranks.items() if rank.facts.gpus}

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from cluster import KINDS, ClusterError, ClusterJob, cluster_of
 from cluster.job import Say
+from launcher.replica_warnings import job_shape, replica_warnings
 from launcher.terminal.console import stderr
 from trainer.errors import Interrupted, MusterError, UsageError, WorkerFailed
 from trainer.interruption import Terminated
@@ -37,18 +38,8 @@ def job_of(
     """Returns the recipe as a job for this kind of cluster, in plain values; ``settings`` replace the recipe's own."""
     from trainer.recipe import dump
 
-    resources = recipe.resources
-    return ClusterJob(
-        name=recipe.name,
-        run_uri=recipe.run_uri,
-        recipe=dump(recipe),
-        workers=(resources.min_workers, resources.max_workers),
-        gpus_per_worker=resources.gpus_per_worker,
-        cpus_per_worker=resources.cpus_per_worker,
-        settings={**getattr(recipe.cluster, kind).model_dump(mode="json"), **settings},
-        command=tuple(command),
-        arguments=tuple(arguments),
-    )
+    shape = job_shape(recipe, kind, **settings)
+    return replace(shape, recipe=dump(recipe), command=tuple(command), arguments=tuple(arguments))
 
 
 def submit(job: ClusterJob, kind: str, recipe: Recipe, say: Say) -> Submission:
@@ -58,6 +49,8 @@ def submit(job: ClusterJob, kind: str, recipe: Recipe, say: Say) -> Submission:
 
     check_places(recipe, kind)
     check_address(job, kind)
+    for text in replica_warnings(recipe, kind):
+        say(f"warning: {text}")
     storage = open_storage(recipe.storage, deadline_s=FIRST_LOOK_S)
     run = storage.child(recipe.name)
     trains = job.command[0] == "run"

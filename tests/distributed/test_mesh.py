@@ -208,7 +208,9 @@ def test_a_run_moves_between_shapes(tiny_model: Path, tmp_path: Path) -> None:
 
 def test_what_the_start_event_says(runs: dict[tuple[str, str], Recipe]) -> None:
     events = read_rows(run_of(runs["lora", "replicas-context"]), layout.EVENTS)
-    strategy = next(e for e in events if e["event"] == "start")["strategy"]
+    start = next(e for e in events if e["event"] == "start")
+    assert start["replica_nodes"] == [start["hosts"][:1]] * 2, "both are on this host"
+    strategy = start["strategy"]
     assert strategy["mesh"] == {"replicas": 2, "shards": 1, "context": 2}
     shares, total = strategy["sharded_bytes"], strategy["total_bytes"]
     assert shares[:2] == shares[2:]

@@ -47,6 +47,24 @@ def test_two_workers_are_ready(joined: str, tiny_model: Path, tmp_path: Path, mo
     assert not list((tmp_path / "runs").glob("*"))
 
 
+def test_the_bandwidth_inside_and_across_replicas(joined: str, tiny_model: Path, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "data" / "a.jsonl", 20)
+    changes = {"resources.workers": 4, "strategy.kind": "fsdp", "strategy.replicas": 2}
+    recipe = write_recipe(small_recipe("preflight", tiny_model, tmp_path, **changes), tmp_path)
+    found = doctor(recipe, "--json")
+    assert found.returncode == 0, found.stdout + found.stderr
+    told = json.loads(found.stdout)
+    assert told["mesh"] == {"replicas": 2, "shards": 2, "context": 1}
+    assert [(g["axis"], g["ranks"], g["state"]) for g in told["groups"]] == [
+        ("inside", [0, 1], "ok"),
+        ("inside", [2, 3], "ok"),
+        ("across", [0, 2], "ok"),
+        ("across", [1, 3], "ok"),
+    ]
+    assert all(g["all_reduce_bytes_per_s"] > 0 and g["all_gather_bytes_per_s"] > 0 for g in told["groups"])
+    assert len(told["network"].split(",")) == 2
+
+
 def test_a_storage_that_cannot_be_written_and_workers_that_do_not_fit(
     joined: str, tiny_model: Path, tmp_path: Path
 ) -> None:
@@ -60,6 +78,15 @@ def test_a_storage_that_cannot_be_written_and_workers_that_do_not_fit(
     assert "what to do" in said
     assert str(tmp_path / "file") in said.replace(" ", "")
     assert "has room for 4" in said
+
+
+def test_a_ray_of_this_machine_is_started_where_no_cluster_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    found = doctor("--json")
+    assert found.returncode in (0, 1), found.stderr  # this machine may be full
+    told = json.loads(found.stdout)
+    assert (told["ray"], len(told["ranks"]), told["groups"]) == ("local", 1, [])
 
 
 def test_no_cluster_and_no_recipe_are_usage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

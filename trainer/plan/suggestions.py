@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -31,7 +32,7 @@ def suggestions(planner: Planner, recipe: Recipe, ranks: int) -> list[Suggestion
 
     Empty when nothing helps."""
     advisor = _Advisor(planner, recipe, ranks)
-    alone = [found for kind in _kinds(recipe, ranks) if (found := advisor.least(kind, ()))]
+    alone = [found for kind in advisor.kinds() if (found := advisor.least(kind, ()))]
     return alone or advisor.together()
 
 
@@ -39,6 +40,10 @@ class _Advisor:
     def __init__(self, planner: Planner, recipe: Recipe, ranks: int) -> None:
         self.planner, self.recipe, self.ranks = planner, recipe, ranks
         self.text = dump(recipe)
+
+    def kinds(self) -> Iterator[list[Change]]:
+        heads = getattr(self.planner.config.get_text_config(), "num_attention_heads", None) or 1
+        return _kinds(self.recipe, self.ranks, int(heads))
 
     def changed(self, change: Change) -> tuple[Recipe, int] | None:
         """Returns the recipe and its number of ranks, None when the change is not valid."""
@@ -60,13 +65,26 @@ class _Advisor:
         return Suggestion(change, plan) if plan.fits else None
 
     def least(self, kind: list[Change], before: Change) -> Suggestion | None:
-        return next((found for change in kind if (found := self.fitting(before + change))), None)
+        """Returns the first change that fits. Each one saves more than those before it, so that most are not planned:
+        a plan takes seconds."""
+        valid = [before + change for change in kind if self.changed(before + change) is not None]
+        found = self.fitting(valid[-1]) if valid else None
+        if found is None:
+            return None
+        low, high = 0, len(valid) - 1  # the one at `high` fits
+        while low < high:
+            middle = (low + high) // 2
+            if smaller := self.fitting(valid[middle]):
+                found, high = smaller, middle
+            else:
+                low = middle + 1
+        return found
 
     def together(self) -> list[Suggestion]:
         """Adds the largest change of each kind in turn until the recipe fits, then drops the changes that are not
         needed."""
         taken: list[Change] = []
-        for kind in _kinds(self.recipe, self.ranks):
+        for kind in self.kinds():
             so_far = _flat(taken)
             found = self.least(kind, so_far)
             if found:
@@ -85,7 +103,7 @@ def _flat(changes: list[Change]) -> Change:
     return tuple(override for change in changes for override in change)
 
 
-def _kinds(recipe: Recipe, ranks: int) -> Iterator[list[Change]]:
+def _kinds(recipe: Recipe, ranks: int, heads: int) -> Iterator[list[Change]]:
     """Yields the changes by kind: the kind with the least effect first, and in each kind the smallest change first."""
     micro_batch = recipe.training.micro_batch
     doubled = (ranks << n for n in range(1, MOST_RANKS.bit_length()))
@@ -93,7 +111,7 @@ def _kinds(recipe: Recipe, ranks: int) -> Iterator[list[Change]]:
         [(f"training.micro_batch={micro_batch >> n}",) for n in range(1, micro_batch.bit_length())],
         [] if recipe.training.gradient_checkpointing else [CHECKPOINTING],
         list(_long_texts(recipe)),
-        list(_contexts(recipe, ranks)),
+        list(_contexts(recipe, ranks, heads)),
         list(_strategies(recipe, ranks)),
         list(_offloads(recipe)),
         [("model.quantization=nf4",)] if recipe.model.quantization != "nf4" else [],
@@ -116,11 +134,12 @@ def _long_texts(recipe: Recipe) -> Iterator[Change]:
             yield (*before, *tiles, "compute.offload_activations=true")
 
 
-def _contexts(recipe: Recipe, ranks: int) -> Iterator[Change]:
+def _contexts(recipe: Recipe, ranks: int, heads: int) -> Iterator[Change]:
     """Yields groups of ranks that divide a text: each takes a micro-batch together, so that its exchange is paid for in
     every layer."""
+    common = math.gcd(ranks, heads)
     context = recipe.strategy.context_parallel
-    yield from ((f"strategy.context_parallel={n}",) for n in range(context + 1, ranks + 1) if ranks % n == 0)
+    yield from ((f"strategy.context_parallel={n}",) for n in range(context + 1, common + 1) if common % n == 0)
 
 
 def _strategies(recipe: Recipe, ranks: int) -> Iterator[Change]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
+from trainer.recipe.replica_placement import placement_text
+from trainer.recipe.strategies import Mesh
 from trainer.run.events import (
     ChangeEvent,
     EndEvent,
@@ -155,7 +157,8 @@ def event_text(event: Event, before: Sequence[str] | None = None) -> str | None:
         case StartEvent():
             begins = f"continues after step {event.step}" if event.step else "from the first step"
             strategy = str(event.strategy.get("kind") or "")
-            told = [f"{_changed(before, event.hosts)}workers {placed(event.hosts)}", strategy, begins, _covered(event)]
+            told = [f"{_changed(before, event.hosts)}workers {placed(event.hosts)}", strategy, _replicas(event), begins]
+            told.append(_covered(event))
             return f"attempt {event.attempt}: {', '.join(filter(None, told))}"
         case ChangeEvent():
             return f"changed since the attempt before: {changes_text(event)}"
@@ -176,6 +179,18 @@ def changes_text(event: ChangeEvent) -> str:
 def _value(value: Any) -> str:
     text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
     return text if len(text) <= LONGEST_VALUE else f"{text[: LONGEST_VALUE - 1]}…"
+
+
+def _replicas(event: StartEvent) -> str:
+    """Returns where the replicas are; empty without any."""
+    mesh = event.strategy.get("mesh")
+    if not event.replica_nodes or not isinstance(mesh, Mapping):
+        return ""
+    found = (mesh.get(name) for name in ("replicas", "shards", "context"))
+    sizes = [size for size in found if isinstance(size, int) and size > 0]
+    if len(sizes) != 3 or math.prod(sizes) != len(event.hosts):
+        return ""  # a row that muster did not write
+    return placement_text(Mesh(*sizes), event.hosts)
 
 
 def _covered(event: StartEvent) -> str:

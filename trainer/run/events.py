@@ -67,6 +67,8 @@ class StartEvent(Event, kind="start"):
     total_steps: Count | None = None
     driver: Count | None = None
     hosts: tuple[str, ...] = ()
+    replica_nodes: tuple[tuple[str, ...], ...] = ()
+    """The hosts of each replica, if there are several of several ranks."""
     pids: tuple[Count, ...] = ()
     devices: tuple[str, ...] = ()
     versions: Mapping[str, str | None] = field(default_factory=dict)

@@ -22,6 +22,7 @@ from trainer.data.run_data import open_data
 from trainer.distributed.world import World, device_name, join_world
 from trainer.errors import Interrupted, MusterError, note_where
 from trainer.fast_imports import load_libraries
+from trainer.recipe.replica_placement import placement_text, replica_nodes
 from trainer.run import layout
 from trainer.run.events import BrokenEvent, EndEvent, HangEvent, Pulse, StartEvent
 from trainer.run.failure import COLLECTIVE
@@ -179,12 +180,17 @@ def _record_start(
     described = strategy.describe()
     ranks = world.all_gather((world.host, os.getpid(), device_name(world.device)))
     hosts, pids, devices = zip(*ranks, strict=True)
+    placed = replica_nodes(strategy.mesh, hosts)
+    if placed and world.is_rank0:
+        log.info("%s", placement_text(strategy.mesh, hosts))
+        log.info("; ".join(f"replica {n} on {', '.join(nodes)}" for n, nodes in enumerate(placed)))
     recorder.event(
         StartEvent(
             step=start.step,
             total_steps=job.total_steps,
             driver=job.driver,
             hosts=hosts,
+            replica_nodes=placed,
             pids=pids,
             devices=devices,
             versions=versions() if world.is_rank0 else {},

@@ -91,33 +91,52 @@ def meet(
         rank = 1 if isinstance(store, tuple) else 0
         if isinstance(store, tuple):
             stage = "connect"
-            socket.create_connection(store, min(DIAL_S, timeout_s)).close()  # fails at once; c10d would retry
+            dial(store, timeout_s)
             stage = "store"
-            store = dist.TCPStore(*store, is_master=False, timeout=limit, use_libuv=True)
+        store = join_store(store, timeout_s)
         backends = [("gloo", "cpu"), ("nccl", "cuda")] if gpu else [("gloo", "cpu")]
         for stage, device in backends:
             begin = time.perf_counter()
-            group = _group(stage, dist.PrefixStore(f"{name}/{stage}", store), rank, limit)
+            group = make_group(stage, dist.PrefixStore(f"{name}/{stage}", store), rank, 2, limit)
             try:
                 timings.append(_measure(stage, group, torch.device(device), begin, limit))
             finally:
-                time.sleep(THREADS_TURN_S)
-                if hasattr(group, "abort") and group.name() == "nccl":
-                    group.abort()
+                leave_group(group)
     except (RuntimeError, OSError) as error:  # c10d's own errors are RuntimeErrors
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return PairTimes(tuple(timings), lines[0] if lines else type(error).__name__, stage)
     return PairTimes(tuple(timings))
 
 
-def _group(backend: str, store: dist.Store, rank: int, limit: timedelta) -> Any:
+def dial(at: tuple[str, int], timeout_s: float) -> None:
+    """Connects once and raises OSError at once if nothing answers; c10d would retry."""
+    socket.create_connection(at, min(DIAL_S, timeout_s)).close()
+
+
+def join_store(store: dist.Store | tuple[str, int], timeout_s: float) -> dist.Store:
+    """Returns the store, or a client of the one at this address and port."""
+    import torch.distributed as dist
+
+    if not isinstance(store, tuple):
+        return store
+    return dist.TCPStore(*store, is_master=False, timeout=timedelta(seconds=timeout_s), use_libuv=True)
+
+
+def make_group(backend: str, store: dist.Store, rank: int, size: int, limit: timedelta) -> Any:
+    """Returns a process group beside torch's default one. Every rank of the group calls it."""
     import torch.distributed as dist
 
     if backend == "gloo":
-        return dist.ProcessGroupGloo(store, rank, 2, limit)
+        return dist.ProcessGroupGloo(store, rank, size, limit)
     options = dist.ProcessGroupNCCL.Options()
     options._timeout = limit
-    return dist.ProcessGroupNCCL(store, rank, 2, options)
+    return dist.ProcessGroupNCCL(store, rank, size, options)
+
+
+def leave_group(group: Any) -> None:
+    time.sleep(THREADS_TURN_S)
+    if hasattr(group, "abort") and group.name() == "nccl":
+        group.abort()
 
 
 def _measure(backend: str, group: Any, device: torch.device, begin: float, limit: timedelta) -> Timing:

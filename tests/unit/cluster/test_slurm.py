@@ -70,6 +70,26 @@ def test_nodes_have_what_their_workers_need(made: ClusterJob, nodes: str, gpus: 
     assert [w for w in words if w.startswith("--gpus")] == ([] if gpus is None else [f"--gpus-per-node={gpus}"])
 
 
+@pytest.mark.parametrize(
+    ("workers", "replicas", "gpus_per_node", "nodes", "per_node"),
+    [
+        ((64, 64), 8, 8, "8", 8),  # a replica is a node
+        ((64, 64), 16, 8, "8", 8),  # a node has two replicas
+        ((64, 64), 4, 8, "8", 8),  # a replica has two nodes
+        ((24, 24), 4, 8, "4", 6),  # nodes of eight would share replicas of six
+        ((36, 36), 3, 8, "6", 6),  # a replica of twelve has two nodes of six
+        ((24, 48), 8, 8, "4-8", 6),
+        ((22, 22), 2, 8, "3", 8),  # eleven workers are not divided evenly
+    ],
+)
+def test_nodes_have_complete_replicas_or_replicas_complete_nodes(
+    workers: tuple[int, int], replicas: int, gpus_per_node: int, nodes: str, per_node: int
+) -> None:
+    words = asked(replace(job(workers, gpus_per_node=gpus_per_node), replicas=replicas))
+    assert f"--nodes={nodes}" in words
+    assert f"--gpus-per-node={per_node}" in words
+
+
 def test_a_worker_that_fits_on_no_node() -> None:
     with pytest.raises(ClusterError, match=r"takes 8 GPUs .*a node has 4 .*correct one"):
         asked(job(gpus=8, gpus_per_node=4))

@@ -16,6 +16,7 @@ from launcher.doctor.findings import Finding, verdict
 from launcher.doctor.observations import (
     Clock,
     Examination,
+    GroupBandwidth,
     Inputs,
     NodeObservation,
     Pair,
@@ -26,9 +27,10 @@ from launcher.doctor.observations import (
 )
 from launcher.doctor.pairing import representatives, rounds
 from launcher.doctor.probe_placement import in_order
-from launcher.doctor.probes import Computed, Gpu, HostFacts, Memory, PairTimes, RoundTrip, Space, Timing
+from launcher.doctor.probes import Bandwidth, Computed, Gpu, HostFacts, Memory, PairTimes, RoundTrip, Space, Timing
 from launcher.doctor.report import tables, to_json
 from launcher.doctor.stages import Time, worse
+from trainer.recipe.strategies import Mesh
 
 GIB = 2**30
 FINE = PairTimes((Timing("gloo", 0.01, 150.0, 0.8),))
@@ -168,6 +170,35 @@ def test_pairs_that_were_left_out_are_told_unless_a_host_is_why() -> None:
     assert "0-1" in only(seen, "warning").what
     seen.silent = [Silent("h1 (10.0.0.1)", "10.0.0.1", "x", "no answer")]
     only(seen, "failure")
+
+
+def test_a_group_that_fails_or_is_left_out_is_told_and_the_others_keep_their_figures() -> None:
+    seen = cluster(4)
+    fine = Bandwidth("gloo", 4 * 2**20, 2e9, 5e8)
+    refused = GroupBandwidth("inside", (2, 3), error="connection refused")
+    across = GroupBandwidth("across", (0, 2), Bandwidth("gloo", 4 * 2**20, 1e9, 3e8))
+    seen.mesh = Mesh(2, 2, 1)
+    seen.groups = [GroupBandwidth("inside", (0, 1), fine), refused, across, GroupBandwidth("across", (1, 3))]
+    failed, left_out = told(seen)
+    assert (failed.level, failed.where) == ("failure", "ranks 2, 3 on h2 (10.0.0.2), h3 (10.0.0.3)")
+    assert failed.what == "the all-reduce and all-gather inside a replica failed: connection refused"
+    assert left_out.what == "1 of 4 groups were left out because time ran out: across replicas (ranks 1, 3)"
+    assert to_json(seen, [])["network"] == "500MB/s,300MB/s"
+    assert [group["state"] for group in to_json(seen, [])["groups"]] == ["ok", "failed", "ok", "left out"]
+    seen.groups = [refused, across]
+    assert to_json(seen, [])["network"] is None
+
+
+def test_replicas_that_share_nodes_are_told() -> None:
+    seen = cluster(6)
+    for rank in seen.ranks:
+        rank.node_id = "n0" if rank.rank < 4 else "n4"
+    seen.mesh = Mesh(3, 2, 1)
+    assert told(seen) == []
+    seen.mesh = Mesh(2, 3, 1)
+    finding = only(seen, "warning")
+    assert (finding.where, finding.do.partition(",")[0]) == ("replicas", "set strategy.replicas to 1")
+    assert "each has 3 ranks, and a node has up to 4" in finding.what
 
 
 def test_a_slow_connection_points_at_dns() -> None:

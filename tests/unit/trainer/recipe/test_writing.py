@@ -97,6 +97,8 @@ def test_the_recipes_that_are_promised_are_there() -> None:
         "quickstart",
         "llama3_8b_qlora_fsdp",
         "llama3_70b_qlora_fsdp",
+        "llama3_70b_qlora_hsdp",
+        "llama3_8b_long_context",
         "qwen2_5_7b_dora_ddp",
         "qwen2_5_0_5b_full",
         "mistral_7b_gsm8k_lora",
