@@ -19,13 +19,13 @@ from tests.support.looping import bench
 from tests.support.models import CPU, packed
 from tests.support.training import losses, run_of, small_recipe, train_here, write_pairs
 from trainer.errors import InputError, RecipeError
+from trainer.layers import compiling
 from trainer.layers.find import decoder_layers
 from trainer.model.kernels import attention
 from trainer.model.kernels.liger import use_liger
 from trainer.model.kernels.varlen_cpu import by_sample
 from trainer.run import layout
 from trainer.run.jsonl import read_rows
-from trainer.strategies import compiling
 from trainer.tasks.inputs import segments, to_device
 from trainer.tasks.lm_head_loss import TargetHead
 from trainer.worker import build

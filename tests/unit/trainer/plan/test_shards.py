@@ -117,7 +117,7 @@ def test_tied_weights_count_once(tmp_path: Path) -> None:
     shape = {**LLAMA_70B, "num_hidden_layers": 1, "tie_word_embeddings": True}
     tied = plan_recipe(tmp_path, shape, **{"adapter.method": "none"})
     model = skeleton(tied, read_base(tied.model).config)
-    embeddings = Weight((128256, 8192), 4, True)
+    embeddings = Weight((128256, 8192), 4, True, in_layer=False)
     assert weights_of(model)[embeddings] == 1
 
 
