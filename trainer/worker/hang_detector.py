@@ -37,7 +37,7 @@ from trainer.data import Batch
 from trainer.distributed.world import World
 from trainer.run.events import Pulse
 from trainer.run.metrics import StepMetrics
-from trainer.storage.backend import NoAnswer
+from trainer.storage.backend import Moved, NoAnswer
 from trainer.storage.limit import limited
 from trainer.worker.callbacks import Callback
 
@@ -165,11 +165,11 @@ class HangDetector(Callback):
         look_at = self._clock() + interval_s * self._rank / self._world.size  # the ranks take turns
         while not self._closed.wait(BEAT_S):
             patience = patience_s(self._steps, self._least_patience_s)
-            exchange = self.beat
             if looks := self._clock() >= look_at:
-                look_at, exchange = self._clock() + interval_s, self._exchange
+                look_at = self._clock() + interval_s
+            exchange = self._exchange if looks else self._beat_only
             try:
-                limited(lambda _, call=exchange: call(), STALE_S)  # the store's own time-out does not cover all of it
+                limited(exchange, STALE_S)  # the store's own time-out does not cover every operation
                 # Between two looks, the other ranks only seem to be silent.
                 found = culprits(self._seen, self._clock(), patience) if looks else []
             except (RuntimeError, NoAnswer):
@@ -180,9 +180,12 @@ class HangDetector(Callback):
                 self._on_hang(found)
                 return
 
-    def _exchange(self) -> None:
+    def _exchange(self, moved: Moved) -> None:
         self.beat()
         self.look()
+
+    def _beat_only(self, moved: Moved) -> None:
+        self.beat()
 
     def beat(self) -> None:
         """Writes this rank's pulse."""
