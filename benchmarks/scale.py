@@ -8,7 +8,7 @@ Simulated ranks are this project's own objects in one process, without a model a
 driver does to the storage, to the process group's store and to the cluster is done by the code that does it in a run.
 The storage is moto's S3 server on the same cores; HTTP requests are counted where botocore sends them. Eight ranks make
 a host. Rank 0 and the driver run their real threads for ``WINDOW_S`` seconds, the driver in a process of its own, whose
-CPU time counts; Ray is not part of it.
+CPU time counts; Ray Train's controller is another process, which is measured apart.
 """
 
 from __future__ import annotations
@@ -49,6 +49,7 @@ from launcher.driver.attempts import POLL_S  # noqa: E402
 from launcher.driver.resize import NodeMonitor, ResizePolicy, newest_group  # noqa: E402
 from launcher.quickstart.corpus import pretraining_texts  # noqa: E402
 from launcher.quickstart.model import LlamaShape, make_model  # noqa: E402
+from launcher.raytrain.session import health_check_interval_s  # noqa: E402
 from tests.support.s3 import serve  # noqa: E402
 from tests.support.training import prepare, small_recipe, write_pairs  # noqa: E402
 from trainer.checkpoint import (  # noqa: E402
@@ -93,6 +94,7 @@ ADAPTER_FILES = {"adapter_config.json": 700, "adapter_model.safetensors": 2**16,
 KEEP_LAST = 3
 LINE = b"2026-11-30 00:00:00,000 trainer.worker.telemetry: step 100 of 1000: loss 1.0000, 1.00 s\n"
 CPU = torch.device("cpu")
+RAY_ACTORS = 4
 PATIENCE, TRIES = timedelta(minutes=5), 3
 
 
@@ -537,6 +539,43 @@ def _mesh(ranks: int) -> float:
     return _together(ranks, lambda store, rank: dist.ProcessGroupGloo(store, rank, ranks, PATIENCE))
 
 
+class Asked:
+    """A worker as Ray Train's controller sees it."""
+
+    def poll_status(self) -> dict[str, Any]:
+        return {"running": True, "error": None, "training_result": None}
+
+
+def controller(bench: Bench) -> list[Row]:
+    """A call to each worker and its reply, in the process that calls: most of what Ray Train's controller does. A few
+    actors stand for all workers."""
+    import ray
+
+    ray.init(address="local", num_cpus=RAY_ACTORS, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        actors = [ray.remote(Asked).remote() for _ in range(RAY_ACTORS)]
+        ray.get([actor.poll_status.remote() for actor in actors])
+        cpu_s = {ranks: min(_ask(ray, actors, ranks) for _ in range(TRIES)) for ranks in bench.ranks}
+    finally:
+        ray.shutdown()
+    every_s = {ranks: health_check_interval_s(ranks) for ranks in bench.ranks}
+    return [
+        Row("Ray's controller: CPU of asking all workers", [f"{s * 1e3:.0f} ms" for s in cpu_s.values()]),
+        Row("seconds between two rounds", [f"{s:g} s" for s in every_s.values()]),
+        Row("Ray's controller, % of a core", [f"{s / every_s[ranks]:.1%}" for ranks, s in cpu_s.items()], "≤ 5 %"),
+    ]
+
+
+def _ask(ray: Any, actors: Sequence[Any], ranks: int) -> float:
+    """Returns the CPU seconds of one round."""
+    began = time.process_time()
+    asked = [actors[rank % len(actors)].poll_status.remote() for rank in range(ranks)]
+    ray.wait(asked, num_returns=len(asked))
+    for one in asked:
+        ray.get(one)
+    return time.process_time() - began
+
+
 def _timed(call: Callable[[], Any]) -> float:
     began = time.perf_counter()
     call()
@@ -595,7 +634,7 @@ def goodput_table() -> list[str]:
 
 
 PARTS: dict[str, Callable[[Bench], list[Row]]] = {
-    f.__name__: f for f in (start, steady, commits, restore, heartbeats, rendezvous)
+    f.__name__: f for f in (start, steady, commits, restore, heartbeats, rendezvous, controller)
 }
 
 

@@ -13,8 +13,8 @@ The lowest rank that is not a culprit reports the culprits and ends them (or its
 that the launcher starts the group again from the newest checkpoint.
 
 A look reads the pulse of every rank, from one store in one process. If every rank looked at every beat, the store's
-work would grow with the square of the ranks. So only the first ``WATCHERS`` ranks look at every beat; the others, which
-are needed if all of those are culprits, share as many looks among them.
+work would grow with the square of the ranks. So only up to 64 ranks do that. Of more, the first ``WATCHERS`` share
+``PULSES_S``, and the others, which are needed if all of those are culprits, share as many.
 """
 
 from __future__ import annotations
@@ -49,8 +49,10 @@ COMPILING_PATIENCE_S = 600.0
 FIRST_PATIENCE_S = 1800.0
 RECENT_STEPS = 200
 STACK_FRAMES = 12
-WATCHERS = 8
-"""The ranks with the lowest numbers, which look at every beat."""
+WATCHERS = 4
+"""The ranks with the lowest numbers, which look most often."""
+PULSES_S = 4096
+"""Pulses that the watchers read per second, and that all others read."""
 WAITING_FOR_DATA, CHECKPOINT = "waiting for data", "checkpoint"
 STORAGE_PHASES = (WAITING_FOR_DATA, CHECKPOINT)
 STORAGE_PATIENCE_S = 1800.0
@@ -84,9 +86,8 @@ def patience_s(step_times: Sequence[float], least_s: float = LEAST_PATIENCE_S) -
 
 
 def look_interval_s(rank: int, ranks: int) -> float:
-    """Returns the seconds between two looks of this rank, 0 for every beat. Ranks above the watchers make about
-    ``WATCHERS`` looks a second together."""
-    return 0.0 if rank < WATCHERS else ranks / WATCHERS
+    """Returns the seconds between two looks of this rank; fewer than ``BEAT_S`` for a look at every beat."""
+    return (WATCHERS if rank < WATCHERS else ranks - WATCHERS) * ranks / PULSES_S
 
 
 def culprits(seen: Mapping[int, Seen], now: float, patience: float) -> list[Pulse]:
