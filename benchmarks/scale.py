@@ -65,7 +65,7 @@ from trainer.checkpoint import (  # noqa: E402
 )
 from trainer.data import Stream, open_caches  # noqa: E402
 from trainer.data.run_data import open_data  # noqa: E402
-from trainer.distributed.world import World  # noqa: E402
+from trainer.distributed.world import World, stay_on_loopback  # noqa: E402
 from trainer.logs.keeper import FLUSH_S, Keeper  # noqa: E402
 from trainer.model import fetch_model  # noqa: E402
 from trainer.progress.lines import ProgressLines  # noqa: E402
@@ -495,6 +495,7 @@ def _heartbeat(ranks: int) -> tuple[float, float]:
 def rendezvous(bench: Bench) -> list[Row]:
     """Ranks as threads. Joining: each connects to rank 0's store, waits for all, and reads the addresses of all. Mesh:
     a gloo group is formed, with a connection between each pair of ranks."""
+    stay_on_loopback()
     meshes = [f"{_mesh(ranks):.2f} s" if ranks <= LARGEST_MESH else "" for ranks in bench.ranks]
     return [
         Row("rendezvous: all join rank 0's store", [f"{_join(ranks):.2f} s" for ranks in bench.ranks]),
@@ -502,41 +503,38 @@ def rendezvous(bench: Bench) -> list[Row]:
     ]
 
 
-def _together(ranks: int, member: Callable[[dist.Store, int], Any]) -> float:
-    """Returns the seconds until ``member(store, rank)`` has returned for each rank, all in threads. Each has a
-    connection of its own to one store. The quickest of ``TRIES``: without DNS, torch's look-up of a client's name takes
-    up to 10 s at times."""
-    return min(_gathered(ranks, member) for _ in range(TRIES))
-
-
-def _gathered(ranks: int, member: Callable[[dist.Store, int], Any]) -> float:
-    store = partial(dist.TCPStore, "127.0.0.1", wait_for_workers=False, timeout=PATIENCE)
-    server = store(port=0, is_master=True)
-    kept = list[Any]()  # a group that is freed ends its peers' connections
-
-    def join(rank: int) -> None:
-        client = store(port=server.port, is_master=False)
-        kept.append((client, member(client, rank)))
-
+def _together(ranks: int, member: Callable[[int], Any]) -> float:
+    """Returns the seconds until ``member(rank)`` has returned for each rank, all in threads."""
     with ThreadPoolExecutor(ranks) as pool:
         began = time.perf_counter()
-        list(pool.map(join, range(ranks)))
-        return time.perf_counter() - began
+        kept = list(pool.map(member, range(ranks)))  # a group that is freed ends its peers' connections
+        took_s = time.perf_counter() - began
+        del kept
+    return took_s
 
 
 def _join(ranks: int) -> float:
+    """The quickest of ``TRIES``: without DNS, torch's look-up of a client's name takes up to 10 s at times."""
     keys = [f"address/{rank}" for rank in range(ranks)]
 
-    def member(store: Any, rank: int) -> None:
+    def member(port: int, rank: int) -> Any:
+        store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=PATIENCE)
         store.set(keys[rank], "10.0.0.1:29500".ljust(128))
         store.wait(keys)
         store.multi_get(keys)
+        return store
 
-    return _together(ranks, member)
+    tries = []
+    for _ in range(TRIES):
+        server = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=PATIENCE)
+        tries.append(_together(ranks, partial(member, server.port)))
+    return min(tries)
 
 
 def _mesh(ranks: int) -> float:
-    return _together(ranks, lambda store, rank: dist.ProcessGroupGloo(store, rank, ranks, PATIENCE))
+    """The ranks exchange their addresses in memory: the store is measured above."""
+    store = dist.HashStore()
+    return _together(ranks, lambda rank: dist.ProcessGroupGloo(store, rank, ranks, PATIENCE))
 
 
 class Asked:

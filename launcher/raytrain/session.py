@@ -34,7 +34,7 @@ LEAST_FREE = 64 << 20
 ROOM = "make room there, or let TMPDIR name another folder"
 LONGEST_FOLDER = 36
 """Characters: Ray makes sockets below, whose paths may have 107."""
-CHECKS_S = 256
+CHECKS_S = 160
 DRIVER_SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
     # A group that cannot be placed gives up in time to say why.
