@@ -1,6 +1,6 @@
 """What grows with the number of ranks, measured with simulated ranks, and the goodput that follows from failures.
 
-    .venv/bin/python benchmarks/scale.py                      all parts, 8 to 1,024 ranks, about 8 minutes on two cores
+    .venv/bin/python benchmarks/scale.py                      all parts, 8 to 1,024 ranks, 5 to 10 minutes on two cores
     .venv/bin/python benchmarks/scale.py commit --ranks 8 64  some parts, other numbers of ranks
     .venv/bin/python benchmarks/scale.py goodput              the computed table alone
 
@@ -594,7 +594,7 @@ def daly_interval_s(stall_s: float, mtbf_s: float) -> float:
     """Returns the same to a higher order. With x = stall / (2 · MTBF), Young's interval is multiplied by
     1 + sqrt(x) / 3 + x / 9, and the stall is subtracted; if x ≥ 1, it is the MTBF.
 
-    Daly 2006, doi:10.1016/j.future.2004.11.016, equation 37."""
+    Daly 2006, doi:10.1016/j.future.2004.11.016."""
     half = stall_s / (2 * mtbf_s)
     if half >= 1:
         return mtbf_s
@@ -606,7 +606,7 @@ def goodput(interval_s: float, stall_s: float, restart_s: float, mtbf_s: float) 
     may also come during a stall or a restart:
     interval / (MTBF · exp(restart / MTBF) · (exp((interval + stall) / MTBF) - 1)).
 
-    Daly 2006, equation 20, for a long run."""
+    Daly 2006, for a long run."""
     lost = mtbf_s * math.exp(restart_s / mtbf_s) * math.expm1((interval_s + stall_s) / mtbf_s)
     return interval_s / lost
 
