@@ -33,17 +33,17 @@ class AttemptFailed(Exception):
         return self.cause.message
 
 
-def run_rank(job: Job, rank: int) -> None:
-    """Trains as one rank of an attempt. Raises ResizeRequested, or WorkerError for anything else."""
+def run_rank(job: Job, rank: int, ranks: int) -> None:
+    """Trains as one rank of an attempt of ``ranks``. Raises ResizeRequested, or WorkerError for anything else."""
     try:
-        _train(job, rank)
+        _train(job, rank, ranks)
     except ResizeRequested:
         raise
     except Exception as error:
         raise WorkerError.of(error, time.time(), rank, os.uname().nodename, useful_stack(error)) from None
 
 
-def _train(job: Job, rank: int) -> None:
+def _train(job: Job, rank: int, ranks: int) -> None:
     from trainer.errors import Interrupted
     from trainer.logs.rank import rank_log
     from trainer.run.stop_poller import StopPoller
@@ -53,7 +53,7 @@ def _train(job: Job, rank: int) -> None:
     run = open_storage(job.storage).child(job.recipe.name)
     with StopPoller(run, job.driver, enabled=rank == 0) as watch:
         try:
-            with rank_log(run, rank):
+            with rank_log(run, rank, ranks):
                 train(job, watch.stop_requested)
         except Interrupted as stopped:
             log.info("%s", stopped)

@@ -168,7 +168,7 @@ def _print_end(recipe: Recipe, run: Storage) -> None:
 
 def _train(job: Job, stop_requested: Callable[[], bool], of: RunRank) -> None:
     try:
-        with rank_log(of.run, of.rank):
+        with rank_log(of.run, of.rank, int(os.environ.get("WORLD_SIZE", "1"))):
             train(job, stop_requested)
     except Interrupted:
         raise

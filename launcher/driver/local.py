@@ -87,7 +87,7 @@ class LocalWorker:
         import trainer.worker.attempt  # noqa: F401
 
     def train(self, job: Job) -> None:
-        run_rank(job, 0)
+        run_rank(job, 0, 1)
 
 
 class LocalAttempt:

@@ -33,7 +33,8 @@ class Worker:
 
     def __call__(self) -> None:
         self._environment.apply()
-        run_rank(self._job, get_context().get_world_rank())
+        context = get_context()
+        run_rank(self._job, context.get_world_rank(), context.get_world_size())
 
 
 def fit(job: Job, workers: int, environment: Environment) -> None:

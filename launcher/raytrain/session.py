@@ -34,10 +34,10 @@ LEAST_FREE = 64 << 20
 ROOM = "make room there, or let TMPDIR name another folder"
 LONGEST_FOLDER = 36
 """Characters: Ray makes sockets below, whose paths may have 107."""
+CHECKS_S = 160
 DRIVER_SETTINGS = {
     "RAY_TRAIN_V2_ENABLED": "1",
-    # A dead worker is noticed within half a second, and a group that cannot be placed gives up in time to say why.
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # A group that cannot be placed gives up in time to say why.
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "15",
     # A process that was stopped answers nobody; of several ranks, the others have ended it before this.
     "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S": "120",
@@ -51,9 +51,16 @@ DRIVER_SETTINGS = {
 }
 
 
-def set_up(address: str | None) -> None:
+def health_check_interval_s(workers: int) -> float:
+    """Returns the seconds after which Ray Train's controller asks each worker again how it is, which is when it notices
+    a dead one: half a second, or longer where ``workers`` would make more than ``CHECKS_S`` calls a second."""
+    return max(0.5, workers / CHECKS_S)
+
+
+def set_up(address: str | None, workers: int = 1) -> None:
     """Imports ray for the cluster at ``address``, or for one of this machine. Some settings are read only then."""
-    for name, value in DRIVER_SETTINGS.items():
+    interval = {"RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": f"{health_check_interval_s(workers):g}"}
+    for name, value in {**DRIVER_SETTINGS, **interval}.items():
         os.environ.setdefault(name, value)
     if address is None:
         # Whoever reaches a Ray runs code as its user, and other users of this machine are near: it listens on the
@@ -68,7 +75,7 @@ def connect(address: str | None, resources: ResourcesSection) -> None:
     """Joins the cluster at ``address``, or starts a Ray of this machine's own, in a process that does nothing else.
 
     Raises InputError when no cluster answers there, or MusterError when this machine has no room for one."""
-    set_up(address)
+    set_up(address, resources.max_workers)
     # Workers import this very tree, from a checkout as from a wheel.
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *filter(None, given)]))

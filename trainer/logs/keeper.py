@@ -26,25 +26,28 @@ KEEP_ATTEMPTS = 20
 
 
 def main() -> None:
-    url, attempt, rank, parent, out, err, notes = sys.argv[1], *map(int, sys.argv[2:])
+    url, attempt, rank, ranks, parent, out, err, notes = sys.argv[1], *map(int, sys.argv[2:])
     if os.fork():
         os._exit(0)  # a worker is killed with its children; an orphan is no longer one of them
     os.setsid()
-    Keeper(url, attempt, rank, parent).run({out: 1, err: 2, notes: None})
+    Keeper(url, attempt, rank, parent, ranks).run({out: 1, err: 2, notes: None})
 
 
 class Keeper:
     """Stores one rank's output. ``run`` takes pipes, each with the descriptor that its bytes are passed on to; None for
-    the notes, which are only stored."""
+    the notes, which are only stored. ``ranks``: how many there are; with many, each one stores less often."""
 
-    def __init__(self, url: str, attempt: int, rank: int, parent: int) -> None:
+    def __init__(self, url: str, attempt: int, rank: int, parent: int, ranks: int = 1) -> None:
         from trainer.logs.parts import LogParts
+        from trainer.run.pace import write_interval_s
         from trainer.storage import open_storage
 
         self._storage = open_storage(url, deadline_s=DEADLINE_S)
         self._attempt, self._rank, self._parent = attempt, rank, parent
         self._parts = LogParts([])
-        self._begun = self._warned = False
+        self._begun = self._swept = self._warned = False
+        self._interval_s = write_interval_s(rank, ranks, FLUSH_S)
+        self._first_s = FLUSH_S + (self._interval_s - FLUSH_S) * rank / ranks  # ranks that start together take turns
         self._lock = threading.Lock()
         self._ending = threading.Event()
         self._storer = threading.Thread(target=self._store_often, daemon=True)
@@ -82,7 +85,7 @@ class Keeper:
                         else:
                             received[key.fd] = now
                             _pass_on(pipes[key.fd], passed[key.fd].feed(data))
-                        self._add(lines[key.fd].feed(data))
+                        self.add(lines[key.fd].feed(data))
                 ended = ended or not _is_alive(self._parent)
         for pipe, stream in passed.items():
             _pass_on(pipes[pipe], stream.rest())
@@ -90,21 +93,24 @@ class Keeper:
         nowhere = os.open(os.devnull, os.O_WRONLY)
         for descriptor in (1, 2):
             os.dup2(nowhere, descriptor)
-        self._add(b"".join(stream.end() for stream in lines.values()))
+        self.add(b"".join(stream.end() for stream in lines.values()))
         self._ending.set()
         self._storer.join(2 * DEADLINE_S)
 
-    def _add(self, data: bytes) -> None:
+    def add(self, data: bytes) -> None:
         if data:
             with self._lock:
                 self._parts.add(data)
 
     def _store_often(self) -> None:
-        while not self._ending.wait(FLUSH_S):
-            self._store()
-        self._store()
+        wait_s = self._first_s
+        while not self._ending.wait(wait_s):
+            self.store()
+            wait_s = self._interval_s
+        self.store()
 
-    def _store(self) -> None:
+    def store(self) -> None:
+        """Stores what has been added since the last call."""
         from trainer.errors import MusterError
         from trainer.run import layout
 
@@ -121,23 +127,36 @@ class Keeper:
             self._storage.delete([layout.log_part(self._attempt, self._rank, offset) for offset in dropped])
             with self._lock:
                 self._parts.deleted(dropped)
+            self._sweep()
         except (MusterError, OSError) as error:
             if not self._warned:
                 os.write(2, f"the log of rank {self._rank} is not stored yet: {error}\n".encode())
             self._warned = True
 
     def _begin(self) -> None:
-        """Continues, once, after the parts that an earlier keeper of this attempt has stored; deletes parts of old
-        attempts."""
+        """Continues, once, after the parts that an earlier keeper of this attempt has stored."""
         from trainer.logs.parts import stored_parts
+        from trainer.run import layout
 
         if self._begun:
             return
-        mine = [part for part in stored_parts(self._storage) if part.rank == self._rank]
-        self._storage.delete([part.key for part in mine if part.attempt <= self._attempt - KEEP_ATTEMPTS])
-        with self._lock:
-            self._parts.move_behind([(part.offset, part.size) for part in mine if part.attempt == self._attempt])
+        # The first part always stays. Where it is missing, no listing is needed, which grows with the ranks.
+        if self._storage.info(layout.log_part(self._attempt, self._rank, 0)) is not None:
+            ours = self._attempt, self._rank
+            mine = [part for part in stored_parts(self._storage) if (part.attempt, part.rank) == ours]
+            with self._lock:
+                self._parts.move_behind([(part.offset, part.size) for part in mine])
         self._begun = True
+
+    def _sweep(self) -> None:
+        """Deletes, once, the parts that all ranks have stored in old attempts. Rank 0 does it for the others."""
+        from trainer.logs.parts import stored_parts
+
+        if self._swept or self._rank:
+            return
+        old = self._attempt - KEEP_ATTEMPTS
+        self._storage.delete([part.key for part in stored_parts(self._storage) if part.attempt <= old])
+        self._swept = True
 
 
 def _redaction(target: int) -> Callable[[bytes], bytes]:

@@ -29,12 +29,13 @@ FORMAT = "%(asctime)s %(name)s: %(message)s"
 
 
 @contextmanager
-def rank_log(run: Storage, rank: int) -> Iterator[None]:
+def rank_log(run: Storage, rank: int, ranks: int = 1) -> Iterator[None]:
     """Stores, during the block, standard output and error of this process under the run's ``logs/``, and the records
-    that ``trainer`` logs from INFO on. A log that cannot be stored is a warning and stops nothing."""
+    that ``trainer`` logs from INFO on. A log that cannot be stored is a warning and stops nothing. ``ranks``: how many
+    there are."""
     # The log belongs to the attempt that is claimed next: every rank is here before any of them can claim.
     try:
-        redirected = Redirected(run, read_claims(run).attempt + 1, rank)
+        redirected = Redirected(run, read_claims(run).attempt + 1, rank, ranks)
     except Exception as error:
         log.warning("the log of rank %d is not kept: %s", rank, error)
         yield
@@ -54,10 +55,10 @@ def rank_log(run: Storage, rank: int) -> Iterator[None]:
 class Redirected:
     """Leads descriptors 1 and 2 to a keeper, which stores and passes on the output. Notes are only stored."""
 
-    def __init__(self, run: Storage, attempt: int, rank: int) -> None:
+    def __init__(self, run: Storage, attempt: int, rank: int, ranks: int) -> None:
         self._restored = threading.Lock()
         out, err, notes, alive = pipes = tuple(os.pipe() for _ in range(4))
-        arguments = [run.url, attempt, rank, os.getpid(), out[0], err[0], notes[0]]
+        arguments = [run.url, attempt, rank, ranks, os.getpid(), out[0], err[0], notes[0]]
         try:
             started = subprocess.Popen(
                 [sys.executable, "-m", "trainer.logs.keeper", *map(str, arguments)],

@@ -28,6 +28,7 @@ from trainer.storage import ObjectInfo, Storage, in_parallel
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 E = TypeVar("E", bound=Event)
+FLUSH_S = 2.0
 _ROLL_BYTES = 512 * 1024
 _PARALLEL_READS = 8
 _GLANCE_BYTES = 128 * 1024
@@ -49,7 +50,7 @@ class JsonLinesWriter:
     """Rows of one writer under ``<prefix>-<part>.jsonl``. Another writer, or a later one with the same prefix, never
     overwrites them: numbering starts after the parts that are there. `add` may be called from any thread."""
 
-    def __init__(self, storage: Storage, prefix: str, *, flush_s: float = 2.0, roll_rows: int = 2000) -> None:
+    def __init__(self, storage: Storage, prefix: str, *, flush_s: float = FLUSH_S, roll_rows: int = 2000) -> None:
         self._storage = storage
         self._prefix = prefix
         self._flush_s = flush_s
@@ -257,6 +258,9 @@ def _parts_below(storage: Storage, prefix: str) -> list[ObjectInfo]:
 
 def _next_number(storage: Storage, prefix: str) -> int:
     """Returns the number after the highest stored part of this prefix."""
+    # Most writers are new. Then no listing is needed, which grows with the number of writers.
+    if storage.info(f"{prefix}-000000.jsonl") is None:
+        return 0
     numbers = [0]
     for info in storage.list(prefix.rpartition("/")[0]):
         lead, _, tail = info.key.removesuffix(".jsonl").rpartition("-")

@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import logging
+import os
 import tempfile
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -18,6 +20,7 @@ from typing import Any
 from trainer.checkpoint import CommitRecord, Retention, commit, fetch, fetch_newest, put_checkpoint
 from trainer.checkpoint.publish import EPOCHS, TOTAL_STEPS, publish
 from trainer.data import Batch, Cursor, Stream
+from trainer.distributed.world import World
 from trainer.errors import InputError, MusterError
 from trainer.model.files.identity import differences, identity_of
 from trainer.run import layout
@@ -34,6 +37,26 @@ from trainer.worker.recorder import Recorder
 from trainer.worker.train_state import Snapshot, TrainState
 
 log = logging.getLogger(__name__)
+
+
+@contextmanager
+def fetched_once_per_host(world: World, target: Path, fetch_target: Callable[[], None]) -> Iterator[Path]:
+    """Collective: yields the folder with a checkpoint's files that this rank reads, its own ``target`` or that of the
+    first rank on its host. Rank 0 has its ``target`` already; ``fetch_target`` makes it.
+
+    Every folder stays until all ranks have left the block. A rank that raises in it ends the attempt."""
+    hosts = world.all_gather(world.host)
+    first = hosts.index(world.host)
+    if world.rank == first and not world.is_rank0:
+        fetch_target()
+    files = Path(world.all_gather(str(target))[first])
+    if files != target and not os.path.isdir(
+        files
+    ):  # ranks of one host, or hosts of one name, without a temporary folder in common
+        fetch_target()
+        files = target
+    yield files
+    world.all_gather(None)
 
 
 class Checkpointer(Callback):
@@ -58,9 +81,8 @@ class Checkpointer(Callback):
             record = world.decide_on_rank0(lambda: self._fetch_newest(target))
             if record is None:
                 return Position(0, stream.start())
-            if not world.is_rank0:
-                fetch(self._run, record, target)
-            self._state.load(target, record.state)
+            with fetched_once_per_host(world, target, lambda: fetch(self._run, record, target)) as files:
+                self._state.load(files, record.state)
             self._recorder.resume_from(record.state.get("facts", {}))
             return Position(record.step, Cursor.from_json(record.state["cursor"]))
 

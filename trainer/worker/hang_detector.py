@@ -11,6 +11,10 @@ percentile of the step times so far, at least ``LEAST_PATIENCE_S``), the culprit
 
 The lowest rank that is not a culprit reports the culprits and ends them (or itself, if they are on another host), so
 that the launcher starts the group again from the newest checkpoint.
+
+A look reads the pulse of every rank, from one store in one process. If every rank looked at every beat, the store's
+work would grow with the square of the ranks. So only up to 64 ranks do that. Of more, the first ``WATCHERS`` share
+``PULSES_S``, and the others, which are needed if all of those are culprits, share as many.
 """
 
 from __future__ import annotations
@@ -33,7 +37,7 @@ from trainer.data import Batch
 from trainer.distributed.world import World
 from trainer.run.events import Pulse
 from trainer.run.metrics import StepMetrics
-from trainer.storage.backend import NoAnswer
+from trainer.storage.backend import Moved, NoAnswer
 from trainer.storage.limit import limited
 from trainer.worker.callbacks import Callback
 
@@ -45,6 +49,10 @@ COMPILING_PATIENCE_S = 600.0
 FIRST_PATIENCE_S = 1800.0
 RECENT_STEPS = 200
 STACK_FRAMES = 12
+WATCHERS = 4
+"""The ranks with the lowest numbers, which look most often."""
+PULSES_S = 4096
+"""Pulses that the watchers read per second, and that all others read."""
 WAITING_FOR_DATA, CHECKPOINT = "waiting for data", "checkpoint"
 STORAGE_PHASES = (WAITING_FOR_DATA, CHECKPOINT)
 STORAGE_PATIENCE_S = 1800.0
@@ -56,6 +64,7 @@ class PulseStore(Protocol):
     def set(self, key: str, value: str) -> None: ...
     def check(self, keys: list[str]) -> bool: ...
     def get(self, key: str) -> bytes: ...
+    def multi_get(self, keys: list[str]) -> list[bytes]: ...
 
 
 @dataclass(frozen=True)
@@ -74,6 +83,11 @@ def patience_s(step_times: Sequence[float], least_s: float = LEAST_PATIENCE_S) -
         return FIRST_PATIENCE_S
     ordered = sorted(step_times)
     return max(least_s, 5 * ordered[min(len(ordered) - 1, int(0.99 * len(ordered)))])
+
+
+def look_interval_s(rank: int, ranks: int) -> float:
+    """Returns the seconds between two looks of this rank; fewer than ``BEAT_S`` for a look at every beat."""
+    return (WATCHERS if rank < WATCHERS else ranks - WATCHERS) * ranks / PULSES_S
 
 
 def culprits(seen: Mapping[int, Seen], now: float, patience: float) -> list[Pulse]:
@@ -111,6 +125,7 @@ class HangDetector(Callback):
         self._now = (0, "starting", 0)
         self._beat = 0
         self._seen: dict[int, Seen] = {}
+        self._all_published = False
         self._steps: deque[float] = deque(maxlen=RECENT_STEPS)
         self._main = threading.get_ident()
         self._closed = threading.Event()
@@ -147,11 +162,17 @@ class HangDetector(Callback):
         return {rank: seen.pulse.place for rank, seen in dict(self._seen).items()}
 
     def _work(self) -> None:
+        interval_s = look_interval_s(self._rank, self._world.size)
+        look_at = self._clock() + interval_s * self._rank / self._world.size  # the ranks take turns
         while not self._closed.wait(BEAT_S):
             patience = patience_s(self._steps, self._least_patience_s)
+            if looks := self._clock() >= look_at:
+                look_at = self._clock() + interval_s
+            exchange = self._exchange if looks else self._beat_only
             try:
-                limited(lambda _: self._exchange(), STALE_S)  # the store's own time-out does not cover every operation
-                found = culprits(self._seen, self._clock(), patience)
+                limited(exchange, STALE_S)  # the store's own time-out does not cover every operation
+                # Between two looks, the other ranks only seem to be silent.
+                found = culprits(self._seen, self._clock(), patience) if looks else []
             except (RuntimeError, NoAnswer):
                 # Only this rank's own pulse can be seen. If it is still too, rank 0 hangs, which keeps the store.
                 still = self._clock() - self._seen[self._rank].moved_at >= patience
@@ -160,9 +181,12 @@ class HangDetector(Callback):
                 self._on_hang(found)
                 return
 
-    def _exchange(self) -> None:
+    def _exchange(self, moved: Moved) -> None:
         self.beat()
         self.look()
+
+    def _beat_only(self, moved: Moved) -> None:
+        self.beat()
 
     def beat(self) -> None:
         """Writes this rank's pulse."""
@@ -186,11 +210,16 @@ class HangDetector(Callback):
 
     def look(self) -> None:
         """Reads the newest pulse of every rank."""
+        keys = [_key(rank) for rank in range(self._world.size)]
+        # One request for all; it would wait for a key that is missing, because its rank stopped before its first beat.
+        self._all_published = self._all_published or self._store.check(keys)
+        if self._all_published:
+            stored = self._store.multi_get(keys)
+        else:
+            stored = [self._store.get(key) for key in keys if self._store.check([key])]
         now = self._clock()
-        for rank in range(self._world.size):
-            if self._store.check([_key(rank)]):
-                pulse = Pulse(**json.loads(self._store.get(_key(rank))))
-                self._seen[rank] = _after(self._seen.get(rank), pulse, now)
+        for pulse in (Pulse(**json.loads(one)) for one in stored):
+            self._seen[pulse.rank] = _after(self._seen.get(pulse.rank), pulse, now)
 
     def _first_sound(self, found: list[Pulse]) -> int:
         """Returns the lowest rank that is not a culprit; rank 0 if all are."""

@@ -13,8 +13,9 @@ from trainer.distributed.world import World
 from trainer.recipe import Recipe
 from trainer.run import layout
 from trainer.run.events import Event
-from trainer.run.jsonl import Events, JsonLinesWriter, read_events
+from trainer.run.jsonl import FLUSH_S, Events, JsonLinesWriter, read_events
 from trainer.run.metrics import Metrics
+from trainer.run.pace import write_interval_s
 from trainer.storage import Storage
 
 EVALUATED = "eval_"
@@ -31,7 +32,10 @@ class Recorder:
         self.last_metrics: dict[str, Any] = {}
         self._metrics = JsonLinesWriter(run, layout.metrics_part(attempt)) if world.is_rank0 else None
         self._events = Events(run, attempt, "rank0") if world.is_rank0 else None
-        self._ledger = JsonLinesWriter(run, layout.ledger_part(attempt, world.rank)) if recipe.data.ledger else None
+        self._ledger: JsonLinesWriter | None = None
+        if recipe.data.ledger:
+            flush_s = write_interval_s(world.rank, world.size, FLUSH_S)
+            self._ledger = JsonLinesWriter(run, layout.ledger_part(attempt, world.rank), flush_s=flush_s)
 
     def event(self, event: Event, *, wait: bool = True) -> None:
         if self._events:

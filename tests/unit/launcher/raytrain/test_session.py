@@ -13,6 +13,7 @@ from launcher.raytrain.session import (
     ANSWER_WAIT_S,
     ROOT,
     await_answer,
+    health_check_interval_s,
     locate_cluster,
     runtime_environment,
 )
@@ -86,3 +87,8 @@ def test_the_environment_that_travels_shows_no_credentials(monkeypatch: pytest.M
     assert environment.variables["AWS_SECRET_ACCESS_KEY"] == "secret-77aa"
     assert "UNRELATED" not in environment.variables
     assert "secret-77aa" not in repr(environment)
+
+
+@pytest.mark.parametrize(("workers", "interval_s"), [(1, 0.5), (80, 0.5), (160, 1.0), (1024, 6.4)])
+def test_the_controller_of_many_workers_asks_them_less_often(workers: int, interval_s: float) -> None:
+    assert health_check_interval_s(workers) == interval_s

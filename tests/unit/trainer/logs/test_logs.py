@@ -8,12 +8,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.storage.doubles import faulty, unreachable
 from trainer.checkpoint import claim_attempt, claim_driver
-from trainer.logs.keeper import Keeper, _redaction
+from trainer.logs.keeper import KEEP_ATTEMPTS, Keeper, _redaction
 from trainer.logs.parts import LogFeed, LogLines, LogParts, Passed, stored_parts
 from trainer.redact import RedactedLines, Redactor
 from trainer.run import layout
@@ -121,12 +122,12 @@ def test_a_keeper_whose_storage_is_away_holds_no_more_than_it_would_keep() -> No
     run.write(layout.log_part(1, 0, 0), b"of an earlier try\n")
     backend.before = unreachable
     kept = keeper(run)
-    kept._store()
+    kept.store()
     for i in range(1000):
-        kept._add(b"line %04d\n" % i)
+        kept.add(b"line %04d\n" % i)
     assert sum(len(data) for _, data in kept._parts.dirty()) <= 400
     backend.before = lambda verb, path: None
-    kept._store()
+    kept.store()
     text = whole(run)
     assert text.startswith("of an earlier try\n")
     assert text.endswith("line 0999\n")
@@ -137,14 +138,14 @@ def test_what_could_not_be_deleted_is_deleted_later() -> None:
     run, backend = faulty(deadline_s=0.5)
     kept = keeper(run)
     for i in range(40):
-        kept._add(b"line %04d\n" % i)
-        kept._store()
+        kept.add(b"line %04d\n" % i)
+        kept.store()
     backend.before = lambda verb, path: unreachable(verb, path) if verb == "delete" else None
     for i in range(40):
-        kept._add(b"line %04d\n" % i)
-    kept._store()
+        kept.add(b"line %04d\n" % i)
+    kept.store()
     backend.before = lambda verb, path: None
-    kept._store()
+    kept.store()
     assert len(run.list(layout.LOGS)) <= 4
 
 
@@ -255,3 +256,34 @@ def test_a_log_that_cannot_be_kept_is_a_warning(
     with rank_log(run, 0):
         assert set(os.listdir("/proc/self/fd")) == before
     assert "the log of rank 0 is not kept: no memory for another process" in caplog.text
+
+
+def asked(run: Storage, backend: Any, rank: int, attempt: int) -> list[str]:
+    """Returns the verbs of the requests with which a new keeper stores its first lines."""
+    verbs: list[str] = []
+    backend.before = lambda verb, path: verbs.append(verb)
+    kept = Keeper("nowhere", attempt, rank, os.getpid(), 1024)
+    kept._storage = run
+    kept.add(b"a line\n")
+    kept.store()
+    kept.add(b"another\n")
+    kept.store()
+    backend.before = lambda verb, path: None
+    return verbs
+
+
+def test_a_keeper_lists_no_logs_of_the_other_ranks() -> None:
+    run, backend = faulty(deadline_s=0.5)
+    assert asked(run, backend, 7, 1) == ["read", "put", "put"]
+    assert whole(run, 1, 7) == "a line\nanother\n"
+
+
+def test_rank_0_deletes_what_all_ranks_have_stored_in_old_attempts_once() -> None:
+    run, backend = faulty(deadline_s=0.5)
+    for attempt in (1, 2, KEEP_ATTEMPTS + 1):
+        for rank in (0, 5):
+            run.write(layout.log_part(attempt, rank, 0), b"old\n")
+    assert "delete" not in asked(run, backend, 5, KEEP_ATTEMPTS + 2)
+    verbs = asked(run, backend, 0, KEEP_ATTEMPTS + 2)
+    assert (verbs.count("list"), verbs.count("delete")) == (1, 4)
+    assert {part.attempt for part in stored_parts(run)} == {KEEP_ATTEMPTS + 1, KEEP_ATTEMPTS + 2}

@@ -73,6 +73,16 @@ def test_a_later_writer_of_the_same_prefix_overwrites_nothing() -> None:
     assert [r["value"] for r in read_rows(storage, "ledger")] == [0, 1, 2]
 
 
+def test_a_first_writer_lists_nothing_of_the_others() -> None:
+    storage, backend = faulty()
+    asked: list[str] = []
+    backend.before = lambda verb, path: asked.append(verb)
+    lines = JsonLinesWriter(storage, "ledger/a000001-r01023", flush_s=LONG_S)
+    lines.add({"step": 1})
+    lines.close()
+    assert asked == ["read", "put"]
+
+
 def test_a_storage_that_is_down_costs_no_row(caplog: pytest.LogCaptureFixture) -> None:
     storage, backend = faulty(deadline_s=0.0)
     lines = JsonLinesWriter(storage, "metrics/a000001", flush_s=LONG_S, roll_rows=2)

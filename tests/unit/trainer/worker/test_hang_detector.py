@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.waiting import wait_for
 from trainer.distributed.world import World
 from trainer.run.events import Pulse
 from trainer.run.metrics import StepMetrics
@@ -22,10 +23,12 @@ from trainer.worker.hang_detector import (
     STALE_S,
     STORAGE_PATIENCE_S,
     WAITING_FOR_DATA,
+    WATCHERS,
     HangDetector,
     Seen,
     culprits,
     hang_text,
+    look_interval_s,
     patience_s,
 )
 
@@ -100,6 +103,11 @@ class DictStore(dict[str, str]):
     def get(self, key: str) -> bytes:  # type: ignore[override]
         return self[key].encode()
 
+    def multi_get(self, keys: list[str]) -> list[bytes]:
+        assert self.check(keys), "it would wait for a key that is missing"
+        self.looks = getattr(self, "looks", 0) + 1
+        return [self.get(key) for key in keys]
+
 
 def test_pulses_travel_through_the_store_with_step_phase_and_stack() -> None:
     store, clock = DictStore(), iter(range(100))
@@ -164,3 +172,58 @@ def test_no_collection_comes_while_a_stack_is_taken(collecting, monkeypatch):
     finally:
         (gc.enable if was else gc.disable)()
     assert seen == [False]
+
+
+def test_a_look_reads_the_pulses_of_all_ranks_at_once_or_of_those_that_there_are() -> None:
+    store = DictStore()
+    ranks = [HangDetector(Rank(r, 3, r, CPU), store, lambda found: None) for r in range(3)]
+    for rank in ranks[:2]:
+        rank.beat()
+    ranks[0].look()
+    assert set(ranks[0].seen()) == {0, 1}
+    ranks[2].beat()
+    ranks[0].look()
+    assert set(ranks[0].seen()) == {0, 1, 2}
+    assert store.looks == 1
+
+
+@pytest.mark.parametrize("ranks", [2, 8, 64, 1024])
+def test_the_looks_of_all_ranks_do_not_grow_with_their_square(ranks: int) -> None:
+    every_s = [max(hang_detector.BEAT_S, look_interval_s(rank, ranks)) for rank in range(ranks)]
+    assert sum(ranks / s for s in every_s) <= 2 * hang_detector.PULSES_S
+    assert all(s == hang_detector.BEAT_S for s in (every_s if ranks <= 64 else every_s[:WATCHERS]))
+
+
+def test_a_rank_that_looks_seldom_does_not_take_the_others_for_silent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between its looks it knows nothing of them; at the next one it finds the rank that has really stopped."""
+    monkeypatch.setattr(hang_detector, "BEAT_S", 0.001)
+    now = [0.0]
+    found: SimpleQueue[list[Pulse]] = SimpleQueue()
+    store, ranks = DictStore(), WATCHERS + 1
+    others = [HangDetector(Rank(r, ranks, r, CPU), store, lambda found: None) for r in range(WATCHERS)]
+
+    class Beating(DictStore):
+        """All of the others beat until the clock shows 100 s, and nobody moves."""
+
+        def multi_get(self, keys: list[str]) -> list[bytes]:
+            if now[0] < 100:
+                for other in others:
+                    other.beat()
+            self.update(store)
+            return super().multi_get(keys)
+
+    mine = Beating()
+    for other in others:
+        other.beat()
+    mine.update(store)
+    last = HangDetector(Rank(WATCHERS, ranks, WATCHERS, CPU), mine, found.put, clock=lambda: now[0])
+    last.on_step_end(StepMetrics.from_row({"step": 1, "step_s": 0.001}), [])
+    monkeypatch.setattr(hang_detector, "look_interval_s", lambda rank, ranks: 60.0)
+    with last:
+        for now[0] in (20.0, 40.0, 60.0, 80.0, 99.0):
+            wait_for(lambda beat=last._beat: last._beat > beat + 5, "some beats")
+            assert found.empty()
+        now[0] = 240.0
+        wait_for(lambda: not found.empty() or mine.looks > 2, "a look")
+        now[0] = 300.0
+        assert {pulse.rank for pulse in found.get(timeout=60)} == set(range(WATCHERS))
