@@ -32,14 +32,14 @@ quickstart: $(INSTALLED)
 	$(BIN)/python -m launcher.quickstart
 
 # Tests in one process run side by side on every core; of the others, which start processes of their own and wait for
-# them half of the time, two. Those that share what is costly stay together (tests/support/sharing.py), the longest first.
+# them half of the time, three. Those that share what is costly stay together (tests/support/sharing.py), the longest first.
 ifdef TESTS
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(TESTS)
 else
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n logical --maxprocesses 4 tests/unit tests/packaging tests/storage
-	$(BIN)/python -m pytest -n 2 --dist loadscope --no-loadscope-reorder tests/ray tests/cluster tests/distributed tests/first_hour tests/gpu
+	$(BIN)/python -m pytest -n 3 --dist loadscope --no-loadscope-reorder tests/ray tests/cluster tests/distributed tests/first_hour tests/gpu
 endif
 
 chaos: $(INSTALLED)

@@ -44,7 +44,14 @@ def _hanging_rank(rank: int, recipe: Recipe, how: str, stops: int) -> None:
     train_rank(rank, [recipe])
 
 
-@pytest.mark.parametrize(("how", "rank"), [("stopped", 1), ("stuck", 1), ("stopped", 0), ("stuck", 0)])
+@pytest.mark.parametrize(
+    ("how", "rank"),
+    [
+        ("stopped", 1),
+        ("stuck", 0),
+        *(pytest.param(*c, marks=pytest.mark.night) for c in (("stuck", 1), ("stopped", 0))),
+    ],
+)
 def test_the_rank_is_named_with_its_phase_and_ended(how: str, rank: int, tiny_model: Path, tmp_path: Path) -> None:
     """Also rank 0, whose process keeps the store through which the others see each other."""
     write_pairs(tmp_path / "data" / "a.jsonl", 60)

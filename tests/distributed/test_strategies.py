@@ -60,11 +60,10 @@ EVERY = [(m, place, n) for m in MODELS for place in PLACES if _allowed(m, place)
 """All of them for the night; by day those that have caught something, or that nothing else stands for."""
 BY_DAY = [
     *(("lora", place, 2) for place in PLACES),
-    *(("full", place, 2) for place in ("fsdp", "zero2")),
-    *((model, "fsdp", 3) for model in ("lora", "qdora")),
+    ("full", "fsdp", 2),
+    ("qdora", "fsdp", 3),
     *((model, "zero3", 3) for model in ("qdora", "full")),
-    *(("lora-int8", "ddp", 2), ("float16", "fsdp", 2), ("bfloat16", "fsdp", 2), ("full-bfloat16", "zero3", 2)),
-    ("checkpointing", "fsdp", 2),
+    *(("lora-int8", "ddp", 2), ("float16", "fsdp", 2), ("full-bfloat16", "zero3", 2)),
 ]
 CELLS = [pytest.param(*cell, marks=[] if cell in BY_DAY else [pytest.mark.night]) for cell in EVERY]
 

@@ -97,7 +97,10 @@ def wide(folder: Path) -> None:
     (folder / "data" / "a.jsonl").write_text(text * 20)
 
 
-@pytest.mark.parametrize(("number", "group"), [(signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGHUP, True)])
+@pytest.mark.parametrize(
+    ("number", "group"),
+    [(signal.SIGINT, True), (signal.SIGTERM, False), pytest.param(signal.SIGHUP, True, marks=pytest.mark.night)],
+)
 def test_prepare_in_several_processes(
     recipe: Recipe, tmp_path: Path, commands: list[Started], number: signal.Signals, group: bool
 ) -> None:

@@ -47,6 +47,7 @@ def muster(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, 
     return Muster(capsys, monkeypatch, tmp_path)
 
 
+@pytest.mark.night
 def test_a_70b_is_told_in_80_columns(muster: Muster, tmp_path: Path) -> None:
     changes = {"model.quantization": "nf4", "model.dtype": "bfloat16", "training.gradient_checkpointing": True}
     changes |= {"strategy.kind": "fsdp", "resources.gpus_per_worker": 1, "data.sequence_length": 2048}

@@ -50,13 +50,17 @@ def left_by(process: Process) -> Store:
     return backend.store
 
 
+NIGHT = pytest.mark.night
+"""Every interleaving is tried: tens of thousands."""
+
+
 @pytest.mark.parametrize(
     ("processes", "lost_replies"),
     [
-        pytest.param([ONE, TWO], 0, id="two drivers, retention of one's own and of the other's commits"),
+        pytest.param([ONE, TWO], 0, id="two drivers, retention of one's own and of the other's commits", marks=NIGHT),
         pytest.param([ONE, ONE], 1, id="two drivers and a lost reply anywhere"),
-        pytest.param([TWO, Worker(commits=1, ranks=2)], 0, id="the second driver has two ranks"),
-        pytest.param([Worker(commits=2, keep_last=2), ONE], 0, id="the first keeps two checkpoints"),
+        pytest.param([TWO, Worker(commits=1, ranks=2)], 0, id="the second driver has two ranks", marks=NIGHT),
+        pytest.param([Worker(commits=2, keep_last=2), ONE], 0, id="the first keeps two checkpoints", marks=NIGHT),
     ],
 )
 def test_two_drivers(processes: list[Process], lost_replies: int) -> None:

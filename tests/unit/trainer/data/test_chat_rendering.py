@@ -88,7 +88,10 @@ def test_a_template_keeps_to_its_sandbox_and_its_bounds(name: str, tokenizer: An
     assert limits == (resource.getrlimit(resource.RLIMIT_DATA), signal.getsignal(signal.SIGVTALRM))
 
 
-@pytest.mark.parametrize("name", ["a long range", "loops in loops", "a long text", "classes"])
+@pytest.mark.parametrize(
+    "name",
+    ["a long text", *(pytest.param(n, marks=pytest.mark.night) for n in ("a long range", "loops in loops", "classes"))],
+)
 def test_a_conversation_with_such_a_template_ends_in_a_sentence(name: str, tiny_model: Path, tmp_path: Path) -> None:
     own = AutoTokenizer.from_pretrained(tiny_model)
     own.chat_template = {**LEAVING, **BOMBS}[name]
