@@ -50,10 +50,8 @@ def fetched_once_per_host(world: World, target: Path, fetch_target: Callable[[],
     if world.rank == first and not world.is_rank0:
         fetch_target()
     files = Path(world.all_gather(str(target))[first])
-    if files != target and not os.path.isdir(
-        files
-    ):  # ranks of one host, or hosts of one name, without a temporary folder in common
-        fetch_target()
+    if files != target and not os.path.isdir(files):
+        fetch_target()  # ranks of one host, or hosts of one name, may have no temporary folder in common
         files = target
     yield files
     world.all_gather(None)
