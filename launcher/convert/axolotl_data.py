@@ -285,14 +285,15 @@ def _template(draft: Draft, parts: list[Draft]) -> None:
     if not owners:
         return
     name, jinja = (owners[0].take(key) for key in keys)
+    known = common.CHAT_TEMPLATES.get(str(name))
     talks = any(source["format"] in ("messages", "preference") for source in draft.recipe["data"]["train"])
     for one in owners:
         if [one.take(key) for key in keys] != [name, jinja]:
             for key in keys:
                 if one.is_on(key):
                     one.lose(key, f"with {name or 'another'}: a recipe has one template for all its data")
-        elif jinja or (name in common.CHAT_TEMPLATES and talks):
-            one.put("data.chat_template", jinja or common.CHAT_TEMPLATES[str(name)], *keys)
+        elif jinja or (known and talks):
+            one.put("data.chat_template", jinja or known, *keys)
         elif not talks:
             one.pass_over("chat_template", f"{name}: no turns in the data")
         elif name == "tokenizer_default":

@@ -110,9 +110,11 @@ def _tags(entry: Draft) -> str:
     """Returns a reason if muster does not read the names of the turns' keys or speakers; else an empty text."""
     tags = entry.part("tags", as_mapping(entry.take("tags")))
     entry.use(entry.home, "tags")
-    if (tags.read("role_tag", "from"), tags.read("content_tag", "value")) not in KEYS:
+    if (str(tags.read("role_tag", "from")), str(tags.read("content_tag", "value"))) not in KEYS:
         return "has turns with other keys than role and content, or from and value"
-    strange = [tags.read(tag) for tag, usual in ROLE_TAGS.items() if tags.is_on(tag) and tags.take(tag) not in usual]
+    strange = [
+        tags.read(tag) for tag, usual in ROLE_TAGS.items() if tags.is_on(tag) and str(tags.take(tag)) not in usual
+    ]
     tags.finish(dict.fromkeys(ROLE_TAGS, "a usual name"))
     return f"has speakers of other names than usual ({', '.join(map(str, strange))})" if strange else ""
 

@@ -190,3 +190,9 @@ def test_deepspeed_by_what_its_file_holds(stage: int, kind: str, tmp_path: Path)
     (tmp_path / "examples").mkdir()
     made = recipe("axolotl", changed(AXOLOTL, {"deepspeed": "ds.json", "optimizer": ...}), tmp_path / "examples")
     assert made.strategy.kind == kind
+
+
+def test_a_chat_template_that_is_no_text_is_spoken_of(tmp_path: Path) -> None:
+    data = {"datasets": [{"path": "org/rows", "type": "chat_template"}]}
+    draft, _, _ = result("axolotl", AXOLOTL | data | {"chat_template": ["chatml"]}, tmp_path)
+    assert "['chatml']" in draft.lost["chat_template"]

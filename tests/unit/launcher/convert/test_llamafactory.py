@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -76,3 +77,14 @@ def test_a_key_of_llamafactory(change: dict[str, Any], path: str, value: Any, tm
     assert not hindrances
     assert at(loads(text), path) == value
     assert UNKNOWN not in draft.lost.values(), "a key that is carried over is not lost as well"
+
+
+@pytest.mark.parametrize("tag", ["role_tag", "user_tag"])
+def test_a_name_of_turns_that_is_no_text_is_spoken_of(tag: str, tmp_path: Path) -> None:
+    info = {"talks": {"hf_hub_url": "org/talks", "formatting": "sharegpt", "tags": {tag: ["human"]}}}
+    folder = registry(tmp_path)
+    (folder / "data" / "dataset_info.json").write_text(json.dumps(info))
+    _, _, hindrances = result("llamafactory", FACTORY | {"dataset": "talks"}, folder)
+    assert any(
+        "has turns with other keys" in reason or "has speakers of other names" in reason for reason in hindrances
+    )
