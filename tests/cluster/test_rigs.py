@@ -175,7 +175,8 @@ def test_slurm_runs_a_job_on_two_nodes(slurm: SlurmCluster, tmp_path: Path) -> N
     script.write_text(
         "#!/bin/bash\nsrun hostname\nsrun --nodes=1 --ntasks=1 bash -c 'echo gpus=$CUDA_VISIBLE_DEVICES'\n"
     )
-    job = slurm.submit("--nodes=2", "--gpus-per-node=2", script, cwd=tmp_path)
+    # srun's own words go apart: on a busy machine the second step waits for the end of the first, and says so.
+    job = slurm.submit("--nodes=2", "--gpus-per-node=2", "--error=errors", script, cwd=tmp_path)
     slurm.until(lambda: slurm.job_state(job) == "COMPLETED", 30, what="the job's end")
     said = Path(slurm.job(job)["StdOut"]).read_text().split()
     assert sorted(said[:2]) == ["node1", "node2"]

@@ -89,7 +89,7 @@ def _evaluating_rank(rank: int, recipe: Recipe, how: str) -> None:
     train_rank(rank, [recipe])
 
 
-@pytest.mark.parametrize("how", ["slow batches", "slow storage", "stuck"])
+@pytest.mark.parametrize("how", [pytest.param("slow batches", marks=pytest.mark.night), "slow storage", "stuck"])
 def test_an_evaluation_may_take_long_as_long_as_it_goes_on(how: str, tiny_model: Path, tmp_path: Path) -> None:
     write_pairs(tmp_path / "data" / "a.jsonl", 30)
     write_pairs(tmp_path / "held-out" / "b.jsonl", 24)

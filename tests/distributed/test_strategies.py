@@ -99,7 +99,7 @@ def _started(recipe: Recipe) -> dict[str, Any]:
 
 
 def test_what_was_wrapped_is_what_the_recipe_asks_for(runs: dict[tuple[str, str, int], Recipe]) -> None:
-    ddp, fsdp = _started(runs["lora", "ddp", 2]), _started(runs["lora", "fsdp", 3])
+    ddp, fsdp = _started(runs["lora", "ddp", 2]), _started(runs["qdora", "fsdp", 3])
     assert ddp["sharded_bytes"] == [ddp["total_bytes"]] * 2
     assert sum(fsdp["sharded_bytes"]) == pytest.approx(fsdp["total_bytes"], rel=0.03)
     assert max(fsdp["sharded_bytes"]) < fsdp["total_bytes"] / 3 * 1.2
@@ -108,7 +108,7 @@ def test_what_was_wrapped_is_what_the_recipe_asks_for(runs: dict[tuple[str, str,
 
 
 def test_zero_says_what_it_keeps_whole(runs: dict[tuple[str, str, int], Recipe]) -> None:
-    zero2, zero3 = _started(runs["full", "zero2", 2]), _started(runs["full", "zero3", 3])
+    zero2, zero3 = _started(runs["lora", "zero2", 2]), _started(runs["full", "zero3", 3])
     assert zero2["sharded_bytes"] == [zero2["total_bytes"]] * 2
     assert max(zero3["sharded_bytes"]) < zero3["total_bytes"] / 3 * 1.2
     assert zero3["wrapped"] == ["", "model.layers.0", "model.layers.1"]

@@ -47,6 +47,7 @@ def test_two_workers_are_ready(joined: str, tiny_model: Path, tmp_path: Path, mo
     assert not list((tmp_path / "runs").glob("*"))
 
 
+@pytest.mark.night
 def test_the_bandwidth_inside_and_across_replicas(joined: str, tiny_model: Path, tmp_path: Path) -> None:
     write_pairs(tmp_path / "data" / "a.jsonl", 20)
     changes = {"resources.workers": 4, "strategy.kind": "fsdp", "strategy.replicas": 2}
