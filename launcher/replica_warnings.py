@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from cluster import KINDS, ClusterError, ClusterJob, workers_per_node
-from trainer.recipe.replica_placement import placement_warning
+from trainer.distributed.replica_nodes import placement_warning
 from trainer.recipe.strategies import Mesh
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from cluster.ray_nodes import NODE_SETTINGS
 from launcher.doctor.findings import Finding, failure, warning
 from launcher.doctor.observations import Axis, Examination, GroupBandwidth, NodeObservation
-from trainer.recipe.replica_placement import advice, replica_nodes, share_nodes
+from trainer.distributed.replica_nodes import advice, replica_nodes, share_nodes
 
 RECENT_S = 3600.0  # Ray never removes dead nodes from its list; one that died long ago is only a warning
 SKEW_WARN_S = 2.0  # people compare times in the logs of several hosts; servers check the time of a signature

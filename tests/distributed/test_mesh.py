@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import json
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-import torch.distributed as dist
 import transformers
 from safetensors import safe_open
-from torch.distributed.device_mesh import DeviceMesh
 from torch.multiprocessing import ProcessRaisedException
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
-from tests.support.models import random_model
+from tests.support.models import SMALL_SHAPE, random_model
 from tests.support.ranks import run_ranks
+from tests.support.traffic import CountedTraffic
 from tests.support.training import ledger, losses, run_of, small_recipe, train_in_processes, train_rank, write_pairs
 from trainer.recipe import Recipe
 from trainer.run import layout
 from trainer.run.events import TextsEvent
 from trainer.run.jsonl import read_rows
-from trainer.strategies.fsdp import FSDP
 
 SHAPES: dict[str, tuple[int, dict[str, Any]]] = {
     "one": (1, {}),
@@ -40,14 +34,6 @@ MODELS: dict[str, dict[str, Any]] = {
     "qlora": {"model.quantization": "nf4"},
     "checkpointing": {"training.gradient_checkpointing": True},
     "full": {"adapter": {"method": "none"}, "optimizer.lr": 1e-3},
-}
-SMALL: dict[str, Any] = {
-    "vocab_size": 384,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
 }
 TOLERANCE = 1e-5
 EVERY = [(model, shape) for model in MODELS for shape in SHAPES if shape != "one"]
@@ -158,7 +144,7 @@ def test_evaluations_and_samples_are_those_of_one_process(tiny_model: Path, tmp_
 
 def test_windows_of_attention_hold_across_the_parts(tiny_model: Path, tmp_path: Path) -> None:
     """Packs of 64 tokens, of which each rank has 32, and windows of 12."""
-    config = transformers.MistralConfig(**SMALL, sliding_window=12)
+    config = transformers.MistralConfig(**SMALL_SHAPE, sliding_window=12)
     model = random_model(config, tmp_path / "mistral", tiny_model)
     write_pairs(tmp_path / "data" / "a.jsonl", 90)
     found = []
@@ -172,9 +158,11 @@ def test_windows_of_attention_hold_across_the_parts(tiny_model: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("config", "ranks", "words"),
     [
-        (transformers.LlamaConfig(**SMALL), 3, "4 attention heads cannot be divided over 3 ranks"),
+        (transformers.LlamaConfig(**SMALL_SHAPE), 3, "4 attention heads cannot be divided over 3 ranks"),
         (
-            transformers.Lfm2Config(**SMALL, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False),
+            transformers.Lfm2Config(
+                **SMALL_SHAPE, layer_types=["conv", "full_attention"], block_auto_adjust_ff_dim=False
+            ),
             2,
             r"Lfm2ForCausalLM .*: the outputs of its head move by",
         ),
@@ -229,35 +217,11 @@ def test_across_replicas_only_gradients_of_trained_parameters_are_sent(tiny_mode
 
 
 def _count_traffic(rank: int, recipe: Recipe, counted: Path) -> None:
-    """Writes the bytes that this rank sends over the group of one rank per replica, and those of the parameters."""
-    groups: list[dist.ProcessGroup] = []
-    made = FSDP._device_mesh
-
-    def recorded(strategy: FSDP) -> DeviceMesh:
-        mesh = made(strategy)
-        groups.append(mesh["replica"].get_group())
-        return mesh
-
-    FSDP._device_mesh = recorded  # type: ignore[method-assign]
-    sent = 0
-
-    class Counting(TorchDispatchMode):
-        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            nonlocal sent
-            if "c10d" in str(function) and groups and any(_is_group(argument, groups[0]) for argument in args):
-                sent += sum(t.numel() * t.element_size() for t in tree_leaves(args[0]))
-            return function(*args, **(kwargs or {}))
-
-    with Counting():
+    """Writes the bytes that this rank sends to the rank of the other replica, and those of the trained parameters."""
+    with CountedTraffic() as traffic:
         train_rank(rank, [recipe])
     (file,) = Path(recipe.storage, recipe.name, "adapter").glob("adapter_model.safetensors")
     with safe_open(file, "pt") as tensors:
         trainable = sum(4 * tensors.get_tensor(key).numel() for key in tensors.keys())  # noqa: SIM118
+    sent = traffic.sent[rank % 2, rank % 2 + 2]
     Path(f"{counted}-{rank}.json").write_text(json.dumps({"sent": sent, "trainable": trainable}))
-
-
-def _is_group(argument: Any, group: dist.ProcessGroup) -> bool:
-    if isinstance(argument, torch.ScriptObject):
-        with suppress(RuntimeError):  # another kind of object, such as the operation
-            return bool(dist.ProcessGroup.unbox(argument).group_name == group.group_name)
-    return isinstance(argument, str) and argument == group.group_name

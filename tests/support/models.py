@@ -17,6 +17,11 @@ from trainer.model import Head, build
 from trainer.recipe import Recipe
 
 CPU = torch.device("cpu")
+SMALL_SHAPE: dict[str, Any] = {
+    "vocab_size": 384, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16,
+}  # fmt: skip
+"""Settings of a decoder of the usual form, for `random_model`."""
 SHARED_BLOCKS: dict[str, Any] = {
     "layers_block_type": ["mamba", "hybrid", "hybrid", "mamba", "hybrid", "hybrid"], "num_hidden_layers": 6,
     "num_mem_blocks": 2, "adapter_rank": 4, "mamba_d_state": 8, "mamba_headdim": 32, "n_mamba_heads": 2,

@@ -1,1 +1,1 @@
-"""The process group of a run."""
+"""The process group of a run, and the nodes of its ranks."""

@@ -117,14 +117,10 @@ class Planner:
         """Returns what each rank would send in a step under each strategy with the recipe's other values."""
         found = {}
         for kind in STRATEGIES.names():
-            row = STRATEGIES[kind]
-            if recipe.strategy.context_parallel > 1 and "context_parallel" not in row.settings:
+            if recipe.strategy.context_parallel > 1 and "context_parallel" not in STRATEGIES[kind].settings:
                 continue
-            change = {"kind": kind, "replicas": 1}
-            if "reshard_after_forward" not in row.settings:
-                change["reshard_after_forward"] = True
-            section = recipe.strategy.model_copy(update=change)
-            other = recipe.model_copy(update={"strategy": section})
+            section = recipe.strategy.model_copy(update={"kind": kind, "replicas": 1})
+            other = recipe.model_copy(update={"strategy": section, "exact": False})
             found[kind] = traffic(other, self.config, self._model(recipe).weights, ranks)
         return found
 

@@ -110,7 +110,8 @@ def _kinds(recipe: Recipe, ranks: int, heads: int) -> Iterator[list[Change]]:
     found: list[list[Change]] = [
         [(f"training.micro_batch={micro_batch >> n}",) for n in range(1, micro_batch.bit_length())],
         [] if recipe.training.gradient_checkpointing else [CHECKPOINTING],
-        list(_long_texts(recipe)),
+        list(_tiles(recipe)),
+        list(_offloaded_activations(recipe)),
         list(_contexts(recipe, ranks, heads)),
         list(_strategies(recipe, ranks)),
         list(_offloads(recipe)),
@@ -120,18 +121,20 @@ def _kinds(recipe: Recipe, ranks: int, heads: int) -> Iterator[list[Change]]:
     yield from (kind for kind in found if kind)
 
 
-def _long_texts(recipe: Recipe) -> Iterator[Change]:
-    """Yields what makes activations smaller for the price of some computation: tiles, then the host's memory too."""
-    before = () if recipe.training.gradient_checkpointing else CHECKPOINTING
-    tiles = (
-        () if recipe.compute.tile_tokens or recipe.data.sequence_length <= TILE else (f"compute.tile_tokens={TILE}",)
-    )
-    if tiles:
-        yield (*before, *tiles)
+def _tiles(recipe: Recipe) -> Iterator[Change]:
+    """Yields tiles, which cost a second computation of the MLP; then also the inputs of layers in the host's memory."""
+    if recipe.compute.tile_tokens or recipe.data.sequence_length <= TILE:
+        return
+    checkpointing = () if recipe.training.gradient_checkpointing else CHECKPOINTING
+    tiles = (*checkpointing, f"compute.tile_tokens={TILE}")
+    yield tiles
+    yield from ((*tiles, change[-1]) for change in _offloaded_activations(recipe))
+
+
+def _offloaded_activations(recipe: Recipe) -> Iterator[Change]:
     if recipe.resources.gpus_per_worker and not recipe.compute.offload_activations:
-        yield (*before, "compute.offload_activations=true")
-        if tiles:
-            yield (*before, *tiles, "compute.offload_activations=true")
+        checkpointing = () if recipe.training.gradient_checkpointing else CHECKPOINTING
+        yield (*checkpointing, "compute.offload_activations=true")
 
 
 def _contexts(recipe: Recipe, ranks: int, heads: int) -> Iterator[Change]:

@@ -46,11 +46,14 @@ def traffic(recipe: Recipe, config: PreTrainedConfig, weights: Mapping[Weight, i
 
 def _exchanged(recipe: Recipe, config: PreTrainedConfig, context: int) -> int:
     """Returns the bytes of queries, keys, values and outputs that a rank sends in one micro-batch: in the forward, in
-    the backward, and in the second forward of gradient checkpointing."""
+    the backward, and in the second forward of gradient checkpointing. A model without attention heads exchanges
+    nothing."""
     import torch
 
     text = config.get_text_config()
-    heads = int(text.num_attention_heads)
+    heads = int(getattr(text, "num_attention_heads", None) or 0)
+    if not heads:
+        return 0
     groups = math.lcm(int(getattr(text, "num_key_value_heads", None) or heads), context)
     size = int(getattr(text, "head_dim", None) or text.hidden_size // heads)
     tokens = recipe.training.micro_batch * -(-recipe.data.sequence_length // context)

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from trainer.recipe.replica_placement import placement_text
+from trainer.distributed.replica_nodes import placement_text
 from trainer.recipe.strategies import Mesh
 from trainer.run.events import (
     ChangeEvent,

@@ -19,10 +19,10 @@ from trainer.artifacts.reward_model import reward_model
 from trainer.checkpoint import claim_attempt
 from trainer.data import Batch, Stream, eval_batches, open_caches
 from trainer.data.run_data import open_data
+from trainer.distributed.replica_nodes import placement_text, replica_nodes
 from trainer.distributed.world import World, device_name, join_world
 from trainer.errors import Interrupted, MusterError, note_where
 from trainer.fast_imports import load_libraries
-from trainer.recipe.replica_placement import placement_text, replica_nodes
 from trainer.run import layout
 from trainer.run.events import BrokenEvent, EndEvent, HangEvent, Pulse, StartEvent
 from trainer.run.failure import COLLECTIVE

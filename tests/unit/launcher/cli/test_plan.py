@@ -97,6 +97,14 @@ def test_the_network_is_told_for_every_strategy(muster: Muster, tmp_path: Path) 
     assert "of 0.5 s" in " ".join(out.split())
 
 
+def test_the_other_strategies_of_an_exact_run_are_told_as_they_are(muster: Muster, tmp_path: Path) -> None:
+    shape = {"resources.workers": 2, "training.global_batch": 8}
+    plain = muster.json(plan_recipe(tmp_path, **shape), "--network", "1GB/s")
+    exact = muster.json(plan_recipe(tmp_path, **shape, exact=True), "--network", "1GB/s")
+    assert exact["sent_bytes"]["across"] == 2 * plain["sent_bytes"]["across"], "integers of eight bytes"
+    assert exact["network"]["strategies"] == plain["network"]["strategies"]
+
+
 @pytest.mark.parametrize(
     ("text", "wanted"),
     [("25GB/s", (25e9, 25e9)), ("200Gbit/s", (25e9, 25e9)), ("300GB/s,400gbit", (3e11, 5e10)), ("1GiB", (2**30,) * 2)],

@@ -9,26 +9,17 @@ import pytest
 import torch
 import transformers
 
-from tests.support.models import built, packed, random_model
+from tests.support.models import SMALL_SHAPE, built, packed, random_model
 from tests.support.training import losses, small_recipe, train_here, train_in_processes, write_pairs
 from trainer.errors import InputError, RecipeError
 from trainer.layers.tiling import TiledForward, tile_layers
 from trainer.tasks import make_task
 
-SMALL: dict[str, Any] = {
-    "vocab_size": 384,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-}
 NORMS = {"input_layernorm", "post_attention_layernorm"}
 CONFIGS: dict[str, tuple[Any, set[str]]] = {
-    "llama": (transformers.LlamaConfig(**SMALL), {"mlp", *NORMS}),
+    "llama": (transformers.LlamaConfig(**SMALL_SHAPE), {"mlp", *NORMS}),
     "gemma3": (
-        transformers.Gemma3TextConfig(**SMALL),
+        transformers.Gemma3TextConfig(**SMALL_SHAPE),
         {"mlp", *NORMS, "pre_feedforward_layernorm", "post_feedforward_layernorm"},
     ),
     "gpt2": (
@@ -37,10 +28,14 @@ CONFIGS: dict[str, tuple[Any, set[str]]] = {
         ),
         {"mlp", "ln_1", "ln_2"},
     ),
-    "mixtral": (transformers.MixtralConfig(**SMALL, num_local_experts=4), {"mlp", *NORMS}),
+    "mixtral": (transformers.MixtralConfig(**SMALL_SHAPE, num_local_experts=4), {"mlp", *NORMS}),
     "qwen2_moe": (
         transformers.Qwen2MoeConfig(
-            **SMALL, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=32, shared_expert_intermediate_size=64
+            **SMALL_SHAPE,
+            num_experts=4,
+            num_experts_per_tok=2,
+            moe_intermediate_size=32,
+            shared_expert_intermediate_size=64,
         ),
         {"mlp", *NORMS},
     ),

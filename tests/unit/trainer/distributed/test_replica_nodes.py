@@ -11,9 +11,7 @@ from launcher.cli.submit import render
 from launcher.cli.validate import validate
 from launcher.replica_warnings import replica_warnings
 from tests.support.training import small_recipe
-from trainer.progress.texts import event_text
-from trainer.recipe import Recipe
-from trainer.recipe.replica_placement import (
+from trainer.distributed.replica_nodes import (
     advice,
     fits_nodes,
     placement_text,
@@ -21,6 +19,8 @@ from trainer.recipe.replica_placement import (
     replica_nodes,
     share_nodes,
 )
+from trainer.progress.texts import event_text
+from trainer.recipe import Recipe
 from trainer.recipe.strategies import Mesh
 from trainer.run.events import Event, StartEvent
 
