@@ -78,7 +78,7 @@ def test_each_rank_sends_what_the_plan_says(shape: str, method: str, model: Path
         total, across = json.loads((tmp_path / f"sent-{rank}.json").read_text())
         # DeepSpeed gathers by distance what is used again: here some of the embeddings, a large part of this model.
         assert told.inside + told.across == pytest.approx(total, rel=0.1 if shape == "zero3" else 0.05)
-        if told.inside and told.across and recipes[0].strategy.replicas > 1:
+        if recipes[0].strategy.replicas > 1:
             assert told.across == pytest.approx(across, rel=0.05)
 
 
