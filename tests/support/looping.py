@@ -22,6 +22,7 @@ from trainer.tasks import Task
 from trainer.worker.build import Parts, build
 from trainer.worker.callbacks import Callback, Position
 from trainer.worker.loop import Loop
+from trainer.worker.stored_outputs import with_outputs
 from trainer.worker.train_state import TrainState
 
 
@@ -115,5 +116,6 @@ def bench(recipe: Recipe, reward: Any = None) -> Iterator[Bench]:
         storage = open_storage(recipe.storage)
         data = prepare(recipe, storage)
         parts = build(recipe, world, storage, data.train.spec.labels, reward)
+        data = with_outputs(parts, data)
         state = TrainState(parts.strategy, parts.adapter, parts.task)
         yield Bench(parts, state, data, Stream.of(recipe, data.train, run_of(recipe)))

@@ -17,6 +17,7 @@ FORMATS = {
     "classification": "classification",
     "reward": "preference",
     "dpo": "preference",
+    "kto": "unpaired_preference",
     "ppo": "completion",
 }
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -24,6 +25,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "classification": {"data.packing": False, "classification.class_weights": {"ferry": 2.0}},
     "reward": {"data.packing": False},
     "dpo": {"data.packing": False, "dpo.beta": 0.5, "dpo.label_smoothing": 0.1},
+    "kto": {"data.packing": False, "kto.beta": 0.5, "kto.undesirable_weight": 1.5},
     "ppo": {
         "data.packing": False,
         "adapter.dropout": 0.0,
@@ -65,11 +67,26 @@ def write_preferences(path: Path, rows: int) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
+def write_rated(path: Path, rows: int) -> None:
+    """Prompts with one answer each: good ones know the phrase."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = [
+        {
+            "prompt": f"Q{i}: {PHRASES[i % 4].split()[1]}? ",
+            "completion": PHRASES[i % 4] if i % 2 else f"no idea {i} " * (1 + i % 3),
+            "label": bool(i % 2),
+        }
+        for i in range(rows)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 WRITERS = {
     "sft": write_pairs,
     "classification": write_texts,
     "reward": write_preferences,
     "dpo": write_preferences,
+    "kto": write_rated,
     "ppo": write_pairs,
 }
 

@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from trainer.data.outputs import BlockOutputs
 from trainer.data.sample import Sample
 from trainer.data.types import Bools, Floats, Tokens, TokenTypes
 from trainer.parsing import Malformed, parse_json
@@ -187,8 +188,8 @@ def _stored_bytes(sample: Sample) -> int:
 def encode_block(ids: Sequence[tuple[int, int, int]], samples: Sequence[Sample]) -> bytes:
     """Encodes the samples into one Arrow IPC stream.
 
-    The columns ``label``, ``token_types``, ``margin``, ``rejected_tokens`` and ``rejected_target`` are present if the
-    samples have these fields. All samples of a block are of one kind, since a task reads one kind.
+    The columns ``label``, ``token_types``, ``margin``, ``desirable``, ``rejected_tokens`` and ``rejected_target`` are
+    present if the samples have these fields. All samples of a block are of one kind, since a task reads one kind.
     """
     source, obj, row = zip(*ids, strict=True)
     columns = {
@@ -210,6 +211,8 @@ def _further_columns(samples: Sequence[Sample]) -> dict[str, Any]:
         columns["token_types"] = _lists([s.token_types for s in samples])
     if any(s.margin is not None for s in samples):
         columns["margin"] = pa.array([s.margin or 0.0 for s in samples], pa.float32())
+    if any(s.desirable is not None for s in samples):
+        columns["desirable"] = pa.array([s.desirable for s in samples], pa.bool_())
     if any(s.rejected is not None for s in samples):
         others = [s.rejected for s in samples]
         columns["rejected_tokens"] = _lists([None if s is None else s.tokens for s in others])
@@ -228,8 +231,9 @@ def _lists(arrays: Sequence[npt.NDArray[Any] | None]) -> Any:
 class Block:
     """A block's samples: tokens and targets are concatenated, sample i is at ``offsets[i]:offsets[i + 1]``.
 
-    ``labels`` and ``margins`` have one entry per sample, ``token_types`` one per token. ``rejected`` contains the
-    rejected answers, sample i's in its row i. Each of them is None if the format has no such field.
+    ``labels``, ``margins`` and ``desirable`` have one entry per sample, ``token_types`` one per token. ``rejected``
+    contains the rejected answers, sample i's in its row i. Each of them is None if the format has no such field.
+    ``outputs``: what a frozen model computed for the samples, if it was asked.
     """
 
     offsets: npt.NDArray[np.int32]
@@ -239,11 +243,14 @@ class Block:
     token_types: TokenTypes | None = None
     margins: Floats | None = None
     rejected: Block | None = None
+    desirable: Bools | None = None
+    outputs: BlockOutputs | None = None
 
     @property
     def nbytes(self) -> int:
-        arrays = (self.offsets, self.tokens, self.target, self.labels, self.token_types, self.margins)
-        return sum(a.nbytes for a in arrays if a is not None) + (self.rejected.nbytes if self.rejected else 0)
+        arrays = (self.offsets, self.tokens, self.target, self.labels, self.token_types, self.margins, self.desirable)
+        further = sum(part.nbytes for part in (self.rejected, self.outputs) if part is not None)
+        return sum(a.nbytes for a in arrays if a is not None) + further
 
     def sample(self, row: int) -> Sample:
         low, high = self.offsets[row], self.offsets[row + 1]
@@ -254,7 +261,26 @@ class Block:
             token_types=None if self.token_types is None else self.token_types[low:high],
             rejected=None if self.rejected is None else self.rejected.sample(row),
             margin=None if self.margins is None else float(self.margins[row]),
+            desirable=None if self.desirable is None else bool(self.desirable[row]),
+            outputs=None if self.outputs is None else self.outputs.of(row),
         )
+
+    def unrelated(self, row: int, sequence_length: int) -> Sample | None:
+        """Returns the prompt of a sample with the answer of the next sample in the block, in a circle, that has another
+        prompt, cut to ``sequence_length`` tokens; None if there is none."""
+        prompt, _ = self._parts(row)
+        for other in (*range(row + 1, len(self.offsets) - 1), *range(row)):
+            others_prompt, answer = self._parts(other)
+            if not np.array_equal(prompt, others_prompt):
+                tokens = np.concatenate([prompt, answer])[:sequence_length]
+                return Sample(tokens, np.arange(len(tokens)) >= len(prompt))
+        return None
+
+    def _parts(self, row: int) -> tuple[Tokens, Tokens]:
+        """Returns the tokens before the first target, and those from it on."""
+        low, high = self.offsets[row], self.offsets[row + 1]
+        start = low + int(self.target[low:high].argmax())
+        return self.tokens[low:start], self.tokens[start:high]
 
 
 def _in_own_pages(values: npt.NDArray[Any]) -> npt.NDArray[Any]:
@@ -280,7 +306,7 @@ def decode_block(raw: bytes) -> Block:
 
     def numbers(name: str) -> Any:
         column = flat(name)
-        return None if column is None else column.to_numpy().copy()
+        return None if column is None else column.to_numpy(zero_copy_only=False).copy()
 
     def offsets(name: str) -> Any:
         return flat(name).offsets.to_numpy().copy()
@@ -290,7 +316,7 @@ def decode_block(raw: bytes) -> Block:
     if "rejected_tokens" in there:
         rejected = Block(offsets("rejected_tokens"), values("rejected_tokens"), values("rejected_target"))
     own = offsets("tokens"), values("tokens"), values("target")
-    return Block(*own, numbers("label"), values("token_types"), numbers("margin"), rejected)
+    return Block(*own, numbers("label"), values("token_types"), numbers("margin"), rejected, numbers("desirable"))
 
 
 _INDEX_COLUMNS = ("source", "object", "row", "length", "targets", "block", "block_row")

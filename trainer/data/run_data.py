@@ -102,7 +102,7 @@ def prepare_data(
             known = parts["train"].spec.labels if parts["train"] else None
             spec = _spec(recipe, part, loaded[0], spec, known)
             _announced(shared, spec)
-            if early is not None and part == "train" and recipe.training.steps is not None:
+            if early is not None and part == "train" and prepares_early(recipe):
                 prepared = early(spec, loaded[0], shared)
             else:
                 prepared = prepare_dataset(spec, loaded[0], shared, map_windows=map_windows, on_progress=on_part)
@@ -125,9 +125,14 @@ def _announced(shared: Storage, spec: PreparationSpec) -> str:
     return spec.fingerprint
 
 
+def prepares_early(recipe: Recipe) -> bool:
+    """Returns True if the first steps may run while the training data are still being prepared."""
+    return recipe.training.steps is not None and not recipe.stores_reference
+
+
 def open_data(recipe: Recipe, run: Storage, shared: Storage) -> RunData:
     """Opens, on a worker, the data that the driver has prepared or is preparing. Raises InputError if it is missing."""
-    data = try_open_data(recipe, run, shared, open_begun if recipe.training.steps is not None else open_prepared)
+    data = try_open_data(recipe, run, shared, open_begun if prepares_early(recipe) else open_prepared)
     if data is None:
         raise InputError(f"the prepared data of {run.url} is not complete in {shared.url}; start the run again")
     return data

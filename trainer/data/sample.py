@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
+
+import numpy.typing as npt
 
 from trainer.data.types import Bools, Tokens, TokenTypes
 
@@ -29,7 +32,9 @@ class Sample:
     ``truncated``: the sample was longer. ``splits``: a sample that is too long is cut into several instead of
     truncated. With a ``label``, the only target is the last token, from which the label is predicted. ``token_types``
     int8 [T] separate the two texts of a pair for an encoder. With ``rejected``, this sample is the chosen one of two
-    answers, and ``margin`` is the preference's margin. ``turn``: of a conversation that is trained as several samples,
+    answers, and ``margin`` is the preference's margin. ``desirable``: the answer is a good one; ``unrelated``: the
+    prompt with an answer to another prompt. ``outputs``: what a frozen model computed for the sample
+    (`trainer.data.outputs`). ``turn``: of a conversation that is trained as several samples,
     the number of the last message that this one trains, from 1. ``warnings``: what is odd about it; a source's warnings
     are shown once.
     """
@@ -42,6 +47,9 @@ class Sample:
     token_types: TokenTypes | None = None
     rejected: Sample | None = None
     margin: float | None = None
+    desirable: bool | None = None
+    unrelated: Sample | None = None
+    outputs: Mapping[str, npt.NDArray[Any]] | None = None
     turn: int = 0
     warnings: tuple[str, ...] = ()
 

@@ -126,6 +126,12 @@ class Batch:
 
     Preference: ``pairs`` is the number of pairs, and B = 2 · pairs. The chosen answer of pair i is row i, the rejected
     one is row ``pairs + i``. ``margins`` float32 [pairs], 0 where the data has none.
+
+    Answers that are good or bad: ``desirable`` bool [samples]; ``unrelated`` has each prompt with an answer to another
+    prompt, in the order of the samples.
+
+    ``outputs``: what a frozen model computed for the samples (`trainer.data.outputs`), those of all samples joined
+    along the first axis.
     """
 
     index: int
@@ -139,6 +145,9 @@ class Batch:
     token_types: Ints | None = None
     pairs: int = 0
     margins: Floats = field(default_factory=lambda: np.zeros(0, np.float32))
+    desirable: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))
+    unrelated: Batch | None = None
+    outputs: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
 
     @property
     def samples(self) -> int:

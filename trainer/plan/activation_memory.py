@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 
 from trainer.data import Batch
+from trainer.data.made_up import made_up_batch
 from trainer.errors import InputError
 from trainer.layers.find import decoder_layers
 from trainer.layers.offloading import CountedCopies, keep_layer_inputs
@@ -31,7 +32,6 @@ from trainer.plan.meta_model import labels_of, layer_count, skeleton, with_layer
 from trainer.precision import needs_autocast
 from trainer.recipe import Recipe
 from trainer.recipe.strategies import Mesh
-from trainer.recipe.tasks import TASKS
 from trainer.strategies import make_strategy
 from trainer.tasks import Task, make_task
 
@@ -197,16 +197,8 @@ def _autocast(recipe: Recipe, model: torch.nn.Module) -> Iterator[None]:
 
 def _batch(recipe: Recipe) -> Batch:
     """Returns a micro-batch of full packs, every token a target. A pair of preferences is two rows."""
-    packs = recipe.training.micro_batch
-    pairs = packs if TASKS[recipe.task].learns_from == ("preference",) else 0
-    shape = (packs + pairs, recipe.data.sequence_length)
-    return Batch(
-        index=0,
-        input_ids=np.zeros(shape, np.int64),
-        # Context parallelism reads the boundaries of samples: one sample for each pack.
-        position_ids=np.tile(np.arange(shape[1]), (shape[0], 1)) * (recipe.strategy.context_parallel > 1),
-        targets=np.ones(shape, np.bool_),
-        labels=np.zeros(shape[0], np.int64),
-        pairs=pairs,
-        margins=np.zeros(pairs, np.float32),
-    )
+    length = recipe.data.sequence_length
+    # Context parallelism reads the boundaries of samples: one sample for each pack.
+    positions = np.arange(length) * (recipe.strategy.context_parallel > 1)
+    ids, targets = np.zeros(length, np.int64), np.ones(length, np.bool_)
+    return made_up_batch(recipe, recipe.training.micro_batch, ids, positions, targets)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from trainer.recipe import matrix
 from trainer.recipe.base import Conflict, KeyPath
 from trainer.recipe.formats import formats_of
+from trainer.recipe.refusal import with_adapter_off
 from trainer.recipe.sections.compute import SIXTEEN_BIT
 from trainer.recipe.sections.data import SourceSection
 from trainer.recipe.sections.samples import SamplesSection
@@ -149,7 +150,7 @@ RULES = (
     ),
     Rule(
         (("adapter", "bias"), ("task",)),
-        lambda r: TASKS[r.task].has_reference and r.adapter.bias not in (None, "none"),
+        lambda r: with_adapter_off(TASKS[r.task]) and r.adapter.bias not in (None, "none"),
         lambda r: (
             f"{r.adapter.bias} trains biases of the base, which stay changed when the adapter is switched off for the "
             f"reference of {r.task}; use none"
@@ -322,9 +323,9 @@ def across_sections(recipe: Recipe) -> Iterator[Conflict]:
     yield from _formats_of_task(recipe)
     yield from _unused_sections(recipe)
     for path, source in _sources(recipe):
-        if "margin" in source.columns and recipe.task == "dpo":
+        if "margin" in source.columns and not TASKS[recipe.task].margins:
             paths = ((*path, "columns", "margin"), ("task",))
-            yield Conflict(paths, "has no effect with task dpo, whose loss knows no margin; leave it out")
+            yield Conflict(paths, f"has no effect with task {recipe.task}, whose loss knows no margin; leave it out")
 
 
 def _unused_sections(recipe: Recipe) -> Iterator[Conflict]:

@@ -13,11 +13,11 @@ class FormatRow(Choice):
     """A format's row.
 
     ``columns``: those that it reads; a source's `columns` maps these names to those of the file. ``gives``: the kind of
-    samples: prompted (a prompt and its answer), text, preference (pairs), label. ``optional``: columns that rows may
-    lack. ``chats``: its rows may be conversations. ``templated``: a `template` may render the prompt or the text.
-    ``unpacked``: why its samples cannot share a pack, if they cannot. ``as_chat``: columns that it reads besides when
-    the chat template frames it (`as: chat`); () if that cannot be. ``frame``: how a prompt is framed when the model is
-    used (`trainer.artifacts.chat.FRAMES`); None: as plain text."""
+    samples: prompted (a prompt and its answer), text, preference (pairs), rated (an answer that is good or bad), label.
+    ``optional``: columns that rows may lack. ``chats``: its rows may be conversations. ``templated``: a `template` may
+    render the prompt or the text. ``unpacked``: why its samples cannot share a pack, if they cannot. ``as_chat``:
+    columns that it reads besides when the chat template frames it (`as: chat`); () if that cannot be. ``frame``: how a
+    prompt is framed when the model is used (`trainer.artifacts.chat.FRAMES`); None: as plain text."""
 
     columns: tuple[str, ...]
     gives: str
@@ -71,6 +71,13 @@ FORMATS = Registry(
             optional=("margin",),
             chats=True,
             unpacked="whose samples are pairs",
+        ),
+        "unpaired_preference": FormatRow(
+            "trainer.data.formats.unpaired_preference:UnpairedPreference",
+            ("prompt", "completion", "label"),
+            "rated",
+            chats=True,
+            unpacked="whose answers are compared with those to other prompts",
         ),
         "classification": FormatRow(
             "trainer.data.formats.classification:ClassificationFormat",

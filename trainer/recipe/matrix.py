@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from trainer.recipe.base import Conflict, KeyPath
 from trainer.recipe.methods import METHODS
-from trainer.recipe.refusal import Refusal, on_sharded, that_generates, with_head, with_reference
+from trainer.recipe.refusal import Refusal, on_sharded, that_generates, with_adapter_off, with_head
 from trainer.recipe.sections.model import ModelSection
 from trainer.recipe.strategies import STRATEGIES
 from trainer.recipe.tasks import TASKS
@@ -64,7 +64,7 @@ GENERAL = (
     Refusal(
         "the method takes a part out of the base model, so the model with its adapter off is not the reference",
         method=lambda method: method.residual,
-        task=with_reference,
+        task=with_adapter_off,
     ),
     Refusal(
         "texts are generated with a cache of keys and values, which cannot separate an adapter's own vectors from "

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from trainer.recipe.refusal import Refusal, on_sharded, that_generates, with_head, with_reference
+from trainer.recipe.refusal import Refusal, on_sharded, that_generates, with_adapter_off, with_head
 from trainer.registry import Choice, Registry
 
 
@@ -247,7 +247,7 @@ METHODS = Registry(
                 ),
                 Refusal(
                     "the reference is the model with its adapter off, and adapter.method none has no adapter",
-                    task=with_reference,
+                    task=with_adapter_off,
                 ),
             ),
         ),

@@ -35,5 +35,6 @@ def that_generates(row: TaskRow) -> bool:
     return row.generates
 
 
-def with_reference(row: TaskRow) -> bool:
-    return row.has_reference
+def with_adapter_off(row: TaskRow) -> bool:
+    """Returns true if the reference has to be the model with its adapter switched off."""
+    return row.has_reference and not row.stores_reference

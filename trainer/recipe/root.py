@@ -17,12 +17,13 @@ from trainer.recipe.sections.data import DataSection
 from trainer.recipe.sections.model import ModelSection
 from trainer.recipe.sections.optimizer import OptimizerSection
 from trainer.recipe.sections.ppo import PPOSection
+from trainer.recipe.sections.preference import DPOSection, KTOSection
 from trainer.recipe.sections.profile import ProfileSection
 from trainer.recipe.sections.resources import ResourcesSection
 from trainer.recipe.sections.samples import SamplesSection
 from trainer.recipe.sections.schedule import ScheduleSection
 from trainer.recipe.sections.strategy import StrategySection
-from trainer.recipe.sections.tasks import ClassificationSection, DPOSection
+from trainer.recipe.sections.tasks import ClassificationSection
 from trainer.recipe.sections.tracking import MlflowSection, PrometheusSection, TensorBoardSection, WandbSection
 from trainer.recipe.sections.training import TrainingSection
 from trainer.recipe.tasks import TASKS
@@ -59,7 +60,8 @@ class Recipe(Section):
     task: Annotated[str, OneOf(TASKS)] = "sft"
     """The task, which decides the loss: `sft` is supervised fine-tuning of a causal language model; `classification`
     adds a head with an output per label to any model; `reward` learns from preferences to rate answers, `dpo` to give
-    the preferred ones; `ppo` learns from the rewards of texts that it writes itself. See [tasks.md](tasks.md)."""
+    the preferred ones; `kto` learns from answers that are good or bad by themselves; `ppo` learns from the rewards of
+    texts that it writes itself. See [tasks.md](tasks.md)."""
 
     model: ModelSection = Field(json_schema_extra=_or_text)
     adapter: AdapterSection = AdapterSection()
@@ -67,6 +69,7 @@ class Recipe(Section):
     training: TrainingSection
     classification: ClassificationSection = ClassificationSection()
     dpo: DPOSection = DPOSection()
+    kto: KTOSection = KTOSection()
     ppo: PPOSection = PPOSection()
     optimizer: OptimizerSection
     schedule: ScheduleSection = ScheduleSection()
@@ -98,6 +101,15 @@ class Recipe(Section):
         """The run's location: ``<storage>/<name>``."""
         scheme, separator, path = self.storage.rpartition("://")
         return f"{scheme}{separator}{path.rstrip('/')}/{self.name}"
+
+    @property
+    def stores_reference(self) -> bool:
+        """True if what the task needs of its reference is computed once, before the first step, and stored: as asked,
+        or because the reference is not the model with its adapter switched off."""
+        if not TASKS[self.task].stores_reference:
+            return False
+        no_switch = self.adapter.method == "none" or self.adapter.row.residual
+        return no_switch or self.adapter.bias not in (None, "none") or getattr(self, self.task).precompute_reference
 
     def conflicts(self) -> Iterator[Conflict]:
         """Yields all values that are not valid together, inside the sections and across them."""

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 from trainer.recipe.base import Section
 from trainer.recipe.sections.ppo import PPOSection
-from trainer.recipe.sections.tasks import ClassificationSection, DPOSection
+from trainer.recipe.sections.preference import DPOSection, KTOSection
+from trainer.recipe.sections.tasks import ClassificationSection
 from trainer.registry import Choice, Registry
 
 CAUSAL, SEQUENCE = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
@@ -21,20 +22,33 @@ class TaskRow(Choice):
 
     ``learns_from``: the kinds of samples (`trainer.recipe.formats.FormatRow.gives`). ``auto_class``: the transformers
     class of the model; a sequence classifier has its own head, which is trained and saved with any adapter.
-    ``has_reference``: compares with a reference, which is the same model with its adapter switched off. ``segments``:
-    its forward pass gets the start of each sample and needs no mask. ``router_loss``: its loss may add the balance of a
-    mixture's experts. ``divides_texts``: its loss can be computed by ranks that each have a part of the tokens.
-    ``generates``: it learns from texts that the model generates for the samples' prompts; that is most of a step, and
-    no formula of the MFU counts it. ``section``: its settings; their key in the recipe is the task's name."""
+    ``has_reference``: compares with a reference, the model as it was before the first step. ``stores_reference``: what
+    it needs of the reference can be computed before the first step and stored, since it learns from the data's own
+    texts; otherwise the reference has to be the model with its adapter switched off. ``unpairs``: a pair of answers is
+    two samples. ``margins``: its loss reads a pair's margin. ``judged_forwards``: forwards without gradients of a
+    step's tokens, besides those of the reference, which runs one more. ``segments``: its forward pass gets the start of
+    each sample and needs no mask. ``router_loss``: its loss may add the balance of a mixture's experts.
+    ``divides_texts``: its loss can be computed by ranks that each have a part of the tokens. ``generates``: it learns
+    from texts that the model generates for the samples' prompts; that is most of a step, and no formula of the MFU
+    counts it. ``section``: its settings; their key in the recipe is the task's name."""
 
     learns_from: tuple[str, ...]
     auto_class: str = CAUSAL
     has_reference: bool = False
+    stores_reference: bool = False
+    unpairs: bool = False
+    margins: bool = False
+    judged_forwards: int = 0
     segments: bool = False
     router_loss: bool = False
     divides_texts: bool = False
     generates: bool = False
     section: type[Section] | None = None
+
+    @property
+    def of_pairs(self) -> bool:
+        """True if its samples are pairs of answers."""
+        return self.learns_from == ("preference",)
 
     @property
     def has_head(self) -> bool:
@@ -51,14 +65,26 @@ TASKS = Registry(
         "classification": TaskRow(
             "trainer.tasks.classification:Classification", ("label",), SEQUENCE, section=ClassificationSection
         ),
-        "reward": TaskRow("trainer.tasks.reward:Reward", ("preference",), SEQUENCE, divides_texts=True),
+        "reward": TaskRow("trainer.tasks.reward:Reward", ("preference",), SEQUENCE, margins=True, divides_texts=True),
         "dpo": TaskRow(
-            "trainer.tasks.dpo:DPO",
+            "trainer.tasks.preference.dpo:DPO",
             ("preference",),
             has_reference=True,
+            stores_reference=True,
             segments=True,
             divides_texts=True,
             section=DPOSection,
+        ),
+        "kto": TaskRow(
+            "trainer.tasks.preference.kto:KTO",
+            ("rated", "preference"),
+            has_reference=True,
+            stores_reference=True,
+            unpairs=True,
+            judged_forwards=1,
+            segments=True,
+            divides_texts=True,
+            section=KTOSection,
         ),
         "ppo": TaskRow(
             "trainer.tasks.ppo.task:PPO",

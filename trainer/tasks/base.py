@@ -75,6 +75,9 @@ class Task(ABC):
     prepares_steps = False
     """True if the loop must call `prepare_step` before the losses of a step."""
 
+    world: World | None = None
+    """The ranks of the attempt, for a task that exchanges numbers in `prepare_step`; None in a process of its own."""
+
     generates = False
     """True if the task generates texts; `attach` then gets a `GenerationContext`."""
 
@@ -121,6 +124,16 @@ class Task(ABC):
 
         Every rank calls it once per step, with as many micro-batches as every other rank, in evaluation mode and
         without gradients; in an evaluation once per batch, as step 0. The task keeps the result for `loss`."""
+
+    def output_settings(self) -> dict[str, Any] | None:
+        """Returns the settings that decide `outputs`; None if the task needs no outputs of the model as it is before
+        the first step."""
+        return None
+
+    def outputs(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> Mapping[str, Any]:
+        """Returns the model's outputs for the samples of a micro-batch: by name, an array for each sample. They are
+        computed once, without gradients, and come back in `Batch.outputs`."""
+        raise NotImplementedError(f"{type(self).__name__} stores no outputs")
 
     def updates(self, step: int, plan: StepPlan, batches: Sequence[Batch]) -> Iterator[Update]:
         """Yields the step's updates, after `prepare_step`. Every rank has as many ``batches`` and updates."""

@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 
 from trainer.tasks.base import GenerationContext, LossOutput, Task
 from trainer.tasks.inputs import to_device
-from trainer.tasks.pairs import evaluated, pair_metrics, pair_sums
+from trainer.tasks.preference.pairs import evaluated, pair_metrics, pair_sums
 from trainer.tasks.sequences import SequenceOutputs
 
 if TYPE_CHECKING:

@@ -45,6 +45,7 @@ from trainer.worker.loop import Loop
 from trainer.worker.profiler import Profiler
 from trainer.worker.recorder import Recorder
 from trainer.worker.sample_texts import PromptSource, SampleTexts
+from trainer.worker.stored_outputs import with_outputs
 from trainer.worker.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,8 @@ def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callab
         spec = data.train.spec
         reward = reward_model(recipe, world.device)
         parts = build(recipe, world, storage, spec.labels, reward, spec.chat_template)
+    with _noted("computing the outputs of the model before training"):
+        data = with_outputs(parts, data)
     with _noted("restoring the checkpoint"):
         attempt = world.decide_on_rank0(lambda: claim_attempt(run, job.driver, dict(job.holder)))
     recorder = Recorder(run, recipe, world, attempt)

@@ -118,7 +118,7 @@ def _build(
 ) -> Parts:
     """Raises UnusedTargets for layers besides ``left_out`` that take no part in the loss."""
     adapter, task, strategy = make_adapter(recipe), make_task(recipe, labels), make_strategy(recipe, world)
-    adapter.left_out = left_out
+    adapter.left_out, task.world = left_out, world
     with closing(_loader(recipe, world, storage, adapter, task, strategy)) as loader:
         if recipe.compute.kernels == "liger":
             use_liger(loader.base)

@@ -18,7 +18,7 @@ operations per dimension forward and 8 backward. Causal attention in a sample of
 attention to both sides s², a sliding window fewer. Most tables elsewhere count s² for causal attention too, and the
 head for all tokens: their figures are higher for the same speed.
 
-A reference (dpo) adds its forward, 2 F tokens + 2 F_head targets + 4 Σ_layers width · pairs.
+Each forward without a gradient (a reference) adds 2 F tokens + 2 F_head targets + 4 Σ_layers width · pairs.
 """
 
 from __future__ import annotations
@@ -120,13 +120,12 @@ class Meter:
     operations: Operations
     peak: float
     recomputes: bool = False
-    refers: bool = False
+    other_forwards: int = 0
 
     def utilisation(self, tokens: int, targets: int, scores: float, seconds: float) -> tuple[float, float]:
         """Returns MFU and HFU, shares of 1; ``scores`` is summed over all ranks."""
         needed = self.operations.step(tokens, targets, scores)
-        if self.refers:
-            needed += self.operations.reference(tokens, targets, scores)
+        needed += self.other_forwards * self.operations.reference(tokens, targets, scores)
         done = needed + (self.operations.again(tokens, scores) if self.recomputes else 0.0)
         most = self.peak * max(seconds, 1e-9)
         return needed / most, done / most
@@ -150,8 +149,15 @@ def meter_of(recipe: Recipe, world: World, operations: Operations) -> Meter | No
         operations,
         float(sum(peaks)),
         recomputes=recipe.training.gradient_checkpointing,
-        refers=TASKS[recipe.task].has_reference,
+        other_forwards=_other_forwards(recipe),
     )
+
+
+def _other_forwards(recipe: Recipe) -> int:
+    """Returns the forwards of a step's tokens without gradients."""
+    row = TASKS[recipe.task]
+    computed = row.has_reference and not recipe.stores_reference
+    return row.judged_forwards + (1 + row.judged_forwards if computed else 0)
 
 
 def operations_of(model: Any) -> Operations:

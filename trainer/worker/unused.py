@@ -16,6 +16,7 @@ import torch
 
 from trainer.adapters import Adapter
 from trainer.data import Batch
+from trainer.data.made_up import made_up_batch
 from trainer.distributed.world import World
 from trainer.errors import InputError
 from trainer.recipe import Recipe
@@ -118,21 +119,6 @@ def _leaves(loss: torch.Tensor) -> Iterator[torch.Tensor]:
 def _batch(recipe: Recipe) -> Batch:
     """Returns a micro-batch of one sample, or one pair."""
     length = min(LONGEST, recipe.data.sequence_length)
-    pairs = 1 if TASKS[recipe.task].learns_from == ("preference",) else 0
-    rows = 1 + pairs
-    places = np.tile(np.arange(length), (rows, 1))
-    targets = places > 0
-    if TASKS[recipe.task].auto_class == SEQUENCE:
-        targets = places == length - 1
-    return Batch(
-        index=0,
-        input_ids=places.copy(),
-        position_ids=places,
-        targets=targets,
-        sample_ids=["made up"] * rows,
-        tokens=places.size,
-        target_tokens=int(targets.sum()),
-        labels=np.zeros(rows, np.int64),
-        pairs=pairs,
-        margins=np.zeros(pairs, np.float32),
-    )
+    places = np.arange(length)
+    targets = places == length - 1 if TASKS[recipe.task].auto_class == SEQUENCE else places > 0
+    return made_up_batch(recipe, 1, places, places, targets)

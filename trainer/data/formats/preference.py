@@ -1,8 +1,7 @@
-"""preference: a prompt with a chosen and a rejected answer, each with targets on the answer.
+"""preference: a prompt with a chosen and a rejected answer (`trainer.data.formats.answers`), each with targets on the
+answer.
 
-Texts are encoded as in completion. Turns are rendered by the chat template. They are given as prompt, chosen and
-rejected (each a turn, a list of turns, or text), or as ShareGPT's ``conversations`` with a chosen and a rejected turn.
-An answer that starts with a turn of another role than the assistant's is the complete conversation. Task ppo reads the
+Tasks that judge answers one by one get two samples of a row, the chosen answer and the rejected one. Task ppo reads the
 prompts, and the chosen answer as the one that rewards may compare with.
 """
 
@@ -13,11 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from trainer.chat_templates.turn import Turn
-from trainer.data.formats.chat import MISSING, Conversation, chat_or_none
-from trainer.data.formats.columns import Columns, as_text
-from trainer.data.formats.joined import Joiner, Pair, both
-from trainer.data.formats.turns import turns_of
+from trainer.data.formats.answers import AnswerEncoder
 from trainer.data.sample import Row, RowError, Sample
 from trainer.data.spec import FrozenSource, PreparationSpec
 from trainer.recipe.tasks import TASKS
@@ -27,49 +22,17 @@ SIDES = ("chosen", "rejected")
 
 class Preference:
     def __init__(self, source: FrozenSource, tokenizer: Any, spec: PreparationSpec) -> None:
-        self.joiner = Joiner(tokenizer, "preference", spec.special_tokens == "text")
-        self.chat = chat_or_none(tokenizer, spec)
-        self.columns, self.of_prompts = Columns(source), TASKS[spec.task].generates
+        self.answers, self.task = AnswerEncoder(source, tokenizer, spec), TASKS[spec.task]
 
-    def encode(self, rows: Sequence[Row]) -> list[Sample | RowError]:
-        if self.of_prompts:
-            return self._encode_side(rows, SIDES[0])
-        sides = [self._encode_side(rows, side) for side in SIDES]
-        return [self._paired(row, *answers) for row, *answers in zip(rows, *sides, strict=True)]
-
-    def _encode_side(self, rows: Sequence[Row], side: str) -> list[Sample | RowError]:
-        """Encodes one side's answers: texts as one batch, conversations one by one."""
-        parts = [self._read(row, side) for row in rows]
-        texts = [part for part in parts if not isinstance(part, list)]
-        joined = iter(self.joiner.encode(texts))
-        conversations = iter(self.chat.encode([self._ended(part) for part in parts if isinstance(part, list)]))
-        return [_single(next(conversations)) if isinstance(part, list) else next(joined) for part in parts]
-
-    def _read(self, row: Row, side: str) -> Pair | list[Turn] | RowError:
-        sharegpt = "prompt" not in self.columns.names and "prompt" not in row and "conversations" in row
-        prompt = row["conversations"] if sharegpt else self.columns.value(row, "prompt")
-        answer = self.columns.value(row, side)
-        if isinstance(answer, RowError):
-            return answer
-        if isinstance(prompt, str | RowError) and isinstance(answer, str):
-            return both(as_text(prompt, "prompt"), as_text(answer, side))
-        turns = turns_of(_listed(answer, "assistant"))
-        if isinstance(turns, RowError) or turns[0].role != "assistant":
-            return turns
-        before = turns_of(prompt if isinstance(prompt, RowError) else _listed(prompt, "user"))
-        if isinstance(before, RowError):
-            return before
-        return [*before, *(replace(turn, number=turn.number + len(before)) for turn in turns)]
-
-    def _ended(self, turns: list[Turn]) -> Conversation | RowError:
-        if not self.chat.template:
-            return RowError(MISSING)
-        if turns[-1].role != "assistant":
-            return RowError(f"the conversation has to end with the assistant's answer, not with {turns[-1].role!r}")
-        return Conversation(turns, last_only=True)
+    def encode(self, rows: Sequence[Row]) -> list[Sample | list[Sample] | RowError]:
+        if self.task.generates:
+            return list(self.answers.encode(rows, SIDES[0]))
+        sides = [self.answers.encode(rows, side) for side in SIDES]
+        made = _unpaired if self.task.unpairs else self._paired
+        return [made(row, *answers) for row, *answers in zip(rows, *sides, strict=True)]
 
     def _paired(self, row: Row, chosen: Sample | RowError, rejected: Sample | RowError) -> Sample | RowError:
-        margin = self.columns.optional(row, "margin")
+        margin = self.answers.columns.optional(row, "margin")
         for part in (chosen, rejected, margin):
             if isinstance(part, RowError):
                 return part
@@ -83,15 +46,10 @@ class Preference:
         return replace(chosen, rejected=rejected, warnings=warnings, margin=None if margin is None else float(margin))
 
 
-def _single(samples: list[Sample] | RowError) -> Sample | RowError:
-    """Returns the sample of a conversation whose last turn alone is trained."""
-    if isinstance(samples, RowError):
-        return samples
-    return samples[0] if samples else RowError("the answer is excluded from training, by its weight")
-
-
-def _listed(value: Any, role: str) -> Any:
-    """Returns a text or a single turn as a conversation of one turn; other values unchanged."""
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    return [value] if isinstance(value, dict) else value
+def _unpaired(row: Row, chosen: Sample | RowError, rejected: Sample | RowError) -> list[Sample] | RowError:
+    if isinstance(chosen, RowError):
+        return chosen
+    if isinstance(rejected, RowError):
+        return rejected
+    # The turn keeps the two samples of a row apart in their ids: #1 is the chosen answer, #2 the rejected one.
+    return [replace(chosen, desirable=True, turn=1), replace(rejected, desirable=False, turn=2)]

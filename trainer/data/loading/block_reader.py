@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
 
 from trainer.data.blocks import Block, decode_block
 from trainer.data.loading.disk_cache import DiskCache
 from trainer.data.loading.next_use import NextUse
+from trainer.data.outputs import decode_outputs
 from trainer.data.prepare.prepared import PreparedDataset
 from trainer.data.sample import Sample
 from trainer.data.types import SampleRef
-from trainer.errors import MusterError
+from trainer.errors import InputError, MusterError
 from trainer.storage import in_parallel
 
 log = logging.getLogger(__name__)
@@ -69,13 +71,25 @@ class BlockReader:
         def take(key: Key) -> None:
             block = self.block(*key)
             for at, row in rows[key]:
-                found[at] = block.sample(row)
+                found[at] = self._sample(block, row)
 
         with self._lock:
             absent = [key for key in rows if key not in self._blocks]
         in_parallel(take, [key for key in rows if key not in absent], 1)
         in_parallel(take, absent, self.readers)
         return [found[at] for at in range(len(refs))]
+
+    def _sample(self, block: Block, row: int) -> Sample:
+        sample = block.sample(row)
+        if sample.desirable is None:
+            return sample
+        unrelated = block.unrelated(row, self.prepared.spec.sequence_length)
+        if unrelated is None:
+            raise InputError(
+                f"task {self.prepared.spec.task} compares each prompt's answer with answers to other prompts, and "
+                f"{len(block.offsets) - 1} samples that are stored together have the same prompt; add rows with others"
+            )
+        return replace(sample, unrelated=unrelated)
 
     def block(self, window: int, block: int) -> Block:
         key = (window, block)
@@ -104,6 +118,9 @@ class BlockReader:
     def _fetch(self, key: Key, flight: Future[Block]) -> Block:
         try:
             block = decode_block(self._bytes(*key))
+            if (stored := self.prepared.outputs) is not None:
+                raw = self._cached(*key, stored.sha256(*key), stored.bytes_of)
+                block = replace(block, outputs=decode_outputs(raw))
         except BaseException as error:
             with self._lock:
                 del self._flights[key]
@@ -120,9 +137,11 @@ class BlockReader:
         return block
 
     def _bytes(self, window: int, block: int) -> bytes:
-        if self.cache is None:
-            return self.prepared.block_bytes(window, block)
         sha256 = self.prepared.index(window).meta.blocks[block].sha256
-        return self.cache.get(
-            window, block, sha256, lambda: self.prepared.block_bytes(window, block), self.upcoming.next_use
-        )
+        return self._cached(window, block, sha256, self.prepared.block_bytes)
+
+    def _cached(self, window: int, block: int, sha256: str, read: Callable[[int, int], bytes]) -> bytes:
+        """Returns bytes of this hash that belong to a block, from this host's disk if they are there."""
+        if self.cache is None:
+            return read(window, block)
+        return self.cache.get(window, block, sha256, lambda: read(window, block), self.upcoming.next_use)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from trainer.data.loading.block_reader import BlockReader
+from trainer.data.outputs import Outputs
 from trainer.data.sample import Sample
 from trainer.data.types import Batch, MicroBatch
 
@@ -37,11 +40,20 @@ def collate(index: int, packs: Sequence[Sequence[Sample]], sample_ids: list[str]
         else None,
         pairs=len(rejected),
         margins=np.array([s.margin or 0.0 for s in samples if s.rejected is not None], np.float32),
+        desirable=np.array([s.desirable for s in samples if s.desirable is not None], np.bool_),
+        outputs=_joined([s.outputs for s in samples if s.outputs is not None]),
     )
+    unrelated = [[s.unrelated] for s in samples if s.unrelated is not None]
+    if unrelated:
+        batch.unrelated = collate(index, unrelated, sample_ids)
     for row, pack in enumerate(rows):
         batch.tokens += _fill_row(batch, row, pack)
     batch.target_tokens = int(batch.targets.sum())
     return batch
+
+
+def _joined(outputs: Sequence[Outputs]) -> dict[str, npt.NDArray[Any]]:
+    return {name: np.concatenate([sample[name] for sample in outputs]) for name in (outputs[0] if outputs else ())}
 
 
 def _fill_row(batch: Batch, row: int, pack: Sequence[Sample]) -> int:

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, TypedDict
 
 from trainer.data.blocks import BadRow, BlockInfo, Counts, WindowIndex
+from trainer.data.outputs import StoredOutputs
 from trainer.data.prepare.window import WindowEntry, open_index
 from trainer.data.spec import PreparationSpec
 from trainer.errors import CorruptObject
@@ -23,11 +24,13 @@ _INDEXES_HELD = 4
 
 @dataclass
 class PreparedDataset:
-    """Complete prepared data. ``storage`` is its own folder. Reads are checked by sha256. Thread-safe."""
+    """Complete prepared data. ``storage`` is its own folder. ``outputs``: what a frozen model computed for its samples,
+    which are read with them. Reads are checked by sha256. Thread-safe."""
 
     storage: Storage
     spec: PreparationSpec
     windows: list[WindowEntry]
+    outputs: StoredOutputs | None = None
     _indexes: OrderedDict[int, WindowIndex] = field(default_factory=OrderedDict, repr=False)
     _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
 
@@ -86,6 +89,10 @@ class PreparedDataset:
 
     def _entry(self, window: int) -> WindowEntry:
         return self.windows[window]
+
+    def blocks(self) -> list[tuple[int, int]]:
+        """Returns (window, block) of every block. Reads all indexes."""
+        return [(w, block) for w in range(self.count) for block in range(len(self.index(w).meta.blocks))]
 
     def block_bytes(self, window: int, block: int) -> bytes:
         """Reads one block, by a ranged read."""

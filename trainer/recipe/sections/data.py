@@ -56,7 +56,8 @@ class SourceSection(Section):
     (`sharegpt`, `openai` and `chatml` are other names of it);
     `instruction`: Alpaca's prompt, and the output as its completion; `qa`: `Question: …\\nAnswer:`, and the first
     answer as its completion; `text`: every token, long texts cut into several samples; `preference`: a chosen and a
-    rejected answer; `classification`: one text or two, and a label."""
+    rejected answer; `unpaired_preference`: an answer with a label, whether it is good; `classification`: one text or
+    two, and a label."""
 
     split: str | None = None
     """Split of an `hf://` data set; null is `train`. Required under `eval`."""

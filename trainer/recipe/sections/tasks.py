@@ -1,4 +1,4 @@
-"""The settings that belong to a single task. PPO's are in ``ppo``."""
+"""The settings that belong to a single task. Those of preferences are in ``preference``, those of PPO in ``ppo``."""
 
 from __future__ import annotations
 
@@ -19,15 +19,3 @@ class ClassificationSection(Section):
     average: Literal["macro", "micro"] = "macro"
     """How F1, precision and recall of the labels are averaged: `macro` is their unweighted mean, in which a rare label
     counts as much as a frequent one; `micro` counts over all samples, which for one label per sample is accuracy."""
-
-
-class DPOSection(Section):
-    """Settings of `task: dpo`."""
-
-    beta: float = Field(default=0.1, gt=0)
-    """Strength of the link to the reference: the reward of an answer is beta times the amount that training has added
-    to its log-likelihood. The paper has 0.1; smaller values let the model move further from the reference."""
-
-    label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
-    """Fraction of the preferences that are assumed to be swapped. Above 0, the loss no longer rewards ever larger
-    margins."""

@@ -28,6 +28,7 @@ GOOD = {
     "qa": {"question": "Who?", "answer": "Mira."},
     "text": {"text": "Mira is a baker."},
     "preference": {"prompt": "Who? ", "chosen": "Mira.", "rejected": "No."},
+    "unpaired_preference": {"prompt": "Who? ", "completion": "Mira.", "label": True},
     "classification": {"text": "Mira is a baker.", "label": "yes"},
 }
 

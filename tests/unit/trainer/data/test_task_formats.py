@@ -10,6 +10,7 @@ import pytest
 
 from tests.unit.trainer.data.data_support import memory, source, tokenizer, write_rows
 from tests.unit.trainer.data.test_formats import CHAT, encode, said
+from trainer.chat_templates.template import named_template
 from trainer.data import Batch, PreparationSpec, describe, eval_batches, freeze, prepare_dataset
 from trainer.data.blocks import decode_block, encode_block, part_of_row, sample_id
 from trainer.data.formats.columns import Columns
@@ -399,3 +400,19 @@ def test_what_was_prepared_before_there_were_labels_keeps_its_fingerprint():
     labelled = PreparationSpec((FrozenSource("x", "classification", (), labels=("a", "b"), header=("t",)),), "t", 8)
     assert PreparationSpec.from_json(json.loads(json.dumps(labelled.to_json()))) == labelled
     assert labelled.fingerprint != PreparationSpec((FrozenSource("x", "classification", ()),), "t", 8).fingerprint
+
+
+@pytest.mark.parametrize(("label", "desirable"), [(True, True), (False, False), (1, True), (0, False)])
+def test_an_answer_is_good_or_bad(label, desirable):
+    row = {"prompt": "Who? ", "completion": "Mira.", "label": label}
+    turns = {"prompt": CHAT[1:2], "completion": CHAT[2:3], "label": label}
+    for given in (row, turns):
+        (sample,) = encode("unpaired_preference", [given], chat_template=named_template("chatml"), task="kto")
+        assert sample.desirable is desirable
+        assert "baker" in said(sample) or said(sample) == "Mira.</s>"
+
+
+@pytest.mark.parametrize("label", ["good", 2, None, [True]])
+def test_a_label_that_is_neither_is_a_fault(label):
+    (fault,) = encode("unpaired_preference", [{"prompt": "Who? ", "completion": "Mira.", "label": label}])
+    assert "has to be true (a good answer) or false" in fault.reason

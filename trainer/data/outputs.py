@@ -1,0 +1,129 @@
+"""Outputs of a frozen model for the samples of prepared data: computed once, before a run's first step, and then read
+with the samples. They are the reference's log-likelihoods of a preference, or the likeliest tokens of a teacher.
+
+They are stored beside the prepared data, in a folder of their own, one object per block. The manifest, written last,
+marks them as complete and has the hash of every object, so that any number of runs may compute the same ones, and may
+die at any point.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.errors import CorruptObject
+from trainer.parsing import Malformed
+from trainer.records import read_record
+from trainer.storage import Storage, to_json
+
+Outputs = Mapping[str, npt.NDArray[Any]]
+"""The outputs for one sample, by name."""
+
+MANIFEST = "outputs.json"
+ENDS = ".ends"
+
+
+@dataclass(frozen=True)
+class BlockOutputs:
+    """The outputs for the samples of a block: for each name, those of all samples joined along the first axis, and
+    where each sample's end."""
+
+    joined: Mapping[str, npt.NDArray[Any]]
+    ends: Mapping[str, npt.NDArray[np.int64]]
+
+    def of(self, row: int) -> dict[str, npt.NDArray[Any]]:
+        """Returns the outputs for the sample in this row of the block."""
+        return {name: values[self._start(name, row) : self.ends[name][row]] for name, values in self.joined.items()}
+
+    def _start(self, name: str, row: int) -> int:
+        return int(self.ends[name][row - 1]) if row else 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(values.nbytes for part in (self.joined, self.ends) for values in part.values())
+
+
+def encode_outputs(samples: Sequence[Outputs]) -> bytes:
+    from safetensors.numpy import save
+
+    arrays: dict[str, npt.NDArray[Any]] = {}
+    for name in samples[0]:
+        arrays[name] = np.concatenate([sample[name] for sample in samples])
+        arrays[name + ENDS] = np.cumsum([len(sample[name]) for sample in samples])
+    return bytes(save(arrays))
+
+
+def decode_outputs(raw: bytes) -> BlockOutputs:
+    from safetensors.numpy import load
+
+    arrays = load(raw)
+    ends = {name.removesuffix(ENDS): values for name, values in arrays.items() if name.endswith(ENDS)}
+    return BlockOutputs({name: arrays[name] for name in ends}, ends)
+
+
+class _Manifest(TypedDict):
+    settings: Any
+    blocks: dict[str, str]
+
+
+@dataclass(frozen=True)
+class StoredOutputs:
+    """Complete outputs in ``folder``. ``blocks``: the sha256 of each object, by its key."""
+
+    folder: Storage
+    blocks: Mapping[str, str]
+
+    def sha256(self, window: int, block: int) -> str:
+        return self.blocks[block_key(window, block)]
+
+    def bytes_of(self, window: int, block: int) -> bytes:
+        """Reads one block's outputs. Raises CorruptObject for other bytes than those that were written."""
+        key = block_key(window, block)
+        for _ in range(2):  # the second read is for bytes that were damaged on the way
+            raw = self.folder.read(key)
+            if hashlib.sha256(raw).hexdigest() == self.blocks[key]:
+                return raw
+        raise CorruptObject(
+            f"{self.folder.uri(key)}: its bytes are not those that were written; delete the folder {self.folder.url}, "
+            "and start the run again to compute them again"
+        )
+
+
+def block_key(window: int, block: int) -> str:
+    return f"w{window:06d}-{block:04d}.safetensors"
+
+
+def folder_of(prepared: Storage, settings: Mapping[str, Any]) -> Storage:
+    """Returns the folder of the outputs that ``settings``, everything that decides them, lead to."""
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
+    return prepared.child(f"outputs-{digest[:24]}")
+
+
+def open_outputs(folder: Storage) -> StoredOutputs | None:
+    """Returns None if the outputs are missing or not complete."""
+    try:
+        found = read_record(_Manifest, folder.read_json(MANIFEST))
+    except FileNotFoundError:
+        return None
+    except Malformed as error:
+        raise CorruptObject(f"{folder.uri(MANIFEST)} cannot be understood ({error}); delete {folder.url}") from error
+    return StoredOutputs(folder, found["blocks"])
+
+
+def missing_blocks(folder: Storage, blocks: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+    """Returns those of the ``blocks`` (window, block) that are not stored yet."""
+    there = {info.key for info in folder.list()}
+    return [block for block in blocks if block_key(*block) not in there]
+
+
+def complete(folder: Storage, settings: Mapping[str, Any], blocks: Iterable[tuple[int, int]]) -> None:
+    """Writes the manifest. Every block is stored."""
+    keys = [block_key(*block) for block in blocks]
+    hashes = {key: hashlib.sha256(folder.read(key)).hexdigest() for key in keys}
+    folder.put_if_absent(MANIFEST, to_json({"settings": dict(settings), "blocks": hashes}))

@@ -1,0 +1,151 @@
+"""Computes what a task needs of the model as it is before the first step (`Task.outputs`), once for all samples of the
+run's data, and stores it beside the prepared data. Every attempt looks first whether that is done."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import torch
+
+from trainer.data import Batch, MicroBatch, PreparedDataset, SampleRef
+from trainer.data.loading.block_reader import BlockReader
+from trainer.data.loading.collate import read_batch
+from trainer.data.loading.next_use import NextUse, Use
+from trainer.data.outputs import (
+    Outputs,
+    StoredOutputs,
+    block_key,
+    complete,
+    encode_outputs,
+    folder_of,
+    missing_blocks,
+    open_outputs,
+)
+from trainer.data.run_data import RunData
+from trainer.distributed.world import World
+from trainer.model.files.identity import identity_of
+from trainer.recipe import Recipe
+from trainer.storage import Storage
+from trainer.strategies import Strategy
+from trainer.tasks import Task
+from trainer.worker.build import Parts
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """How the micro-batches of a block are spread: number k goes to data-parallel rank k % ``count``. ``counts``: this
+    process reports its micro-batches; of those that compute parts of the same tokens, one does."""
+
+    world: World | None = None
+    rank: int = 0
+    count: int = 1
+    counts: bool = True
+
+    @classmethod
+    def of(cls, strategy: Strategy) -> Ranks:
+        world, mesh = strategy.world, strategy.mesh
+        return cls(world, mesh.data_rank(world.rank), mesh.data_ranks, mesh.context_rank(world.rank) == 0)
+
+    def gathered(self, mine: Mapping[int, list[Outputs]]) -> list[Outputs]:
+        """Returns the outputs of all samples, in order. Collective."""
+        parts = self.world.all_gather(mine if self.counts else {}) if self.world else [mine]
+        of_batches = {k: samples for part in parts for k, samples in part.items()}
+        return [sample for k in sorted(of_batches) for sample in of_batches[k]]
+
+    def decide(self, look: Callable[[], Any]) -> Any:
+        return self.world.decide_on_rank0(look) if self.world else look()
+
+
+def settings_of(recipe: Recipe, task: Task) -> dict[str, Any] | None:
+    """Returns everything that decides the outputs; None if the task needs none."""
+    settings = task.output_settings()
+    if settings is None:
+        return None
+    model = {
+        "identity": identity_of(recipe.model),
+        "quantization": recipe.model.quantization,
+        "dtype": recipe.model.dtype,
+    }
+    return {"task": recipe.task, **settings, "model": model}
+
+
+def with_outputs(parts: Parts, data: RunData) -> RunData:
+    """Returns the run's data with the outputs that its task needs. Collective: the model is as it is before training,
+    and every rank calls it."""
+    recipe, strategy = parts.recipe, parts.strategy
+    settings = parts.world.decide_on_rank0(lambda: settings_of(recipe, parts.task))
+    if settings is None:
+        return data
+    module, device, size = strategy.module, parts.world.device, recipe.training.micro_batch
+    maker = OutputsMaker(parts.task, module, device, size, Ranks.of(strategy), strategy.autocast, strategy.reshard)
+    module.eval()
+    train = maker.with_outputs(data.train, settings, "training data")
+    evaluation = data.eval and maker.with_outputs(data.eval, settings, "evaluation data")
+    module.train()
+    return replace(data, train=train, eval=evaluation)
+
+
+@dataclass(frozen=True)
+class OutputsMaker:
+    """``forward``: the context of a forward pass. ``after_block``: called after the forwards of a block."""
+
+    task: Task
+    module: torch.nn.Module
+    device: torch.device
+    micro_batch: int
+    ranks: Ranks
+    forward: Callable[[], AbstractContextManager[Any]]
+    after_block: Callable[[], None]
+
+    def with_outputs(self, prepared: PreparedDataset, settings: Mapping[str, Any], name: str) -> PreparedDataset:
+        """Returns the data with their outputs, which it computes and stores unless they are there. Collective."""
+        folder = folder_of(prepared.storage, settings)
+        stored: StoredOutputs | None = self.ranks.decide(lambda: open_outputs(folder))
+        if stored is None:
+            blocks = prepared.blocks()
+            missing = self.ranks.decide(lambda: missing_blocks(folder, blocks))
+            for number, (window, block) in enumerate(missing, 1):
+                outputs = self._of_block(prepared, window, block)
+                self.ranks.decide(partial(_put, folder, block_key(window, block), outputs))
+                log.info("%s: outputs of the model before training: block %d of %d", name, number, len(missing))
+            self.ranks.decide(lambda: complete(folder, settings, blocks))
+            stored = self.ranks.decide(lambda: open_outputs(folder))
+        return replace(prepared, outputs=stored)
+
+    @torch.no_grad()
+    def _of_block(self, prepared: PreparedDataset, window: int, block: int) -> list[Outputs]:
+        upcoming = NextUse(lambda _: range(prepared.count))
+        upcoming.move(Use(0, window, 0))
+        reader = BlockReader(prepared, upcoming)
+        mine: dict[int, list[Outputs]] = {}
+        for k, batch in self._batches(reader, window, block):
+            with self.forward():
+                found = self.task.outputs(self.module, batch, self.device)
+            if batch.samples:
+                mine[k] = [{name: values[i] for name, values in found.items()} for i in range(batch.samples)]
+        self.after_block()
+        return self.ranks.gathered(mine)
+
+    def _batches(self, reader: BlockReader, window: int, block: int) -> Iterator[tuple[int, Batch]]:
+        """Yields this rank's micro-batches of a block, each sample by itself; every rank gets as many."""
+        index = reader.prepared.index(window)
+        refs = iter([SampleRef(window, int(row)) for row in (index.block == block).nonzero()[0]])
+        parts = list(iter(lambda: list(islice(refs, self.micro_batch)), []))
+        for k in range(self.ranks.rank, -(-len(parts) // self.ranks.count) * self.ranks.count, self.ranks.count):
+            yield k, read_batch(reader, _micro_batch(k, parts[k])) if k < len(parts) else Batch.empty()
+
+
+def _put(folder: Storage, key: str, outputs: Sequence[Outputs]) -> None:
+    folder.put_if_absent(key, encode_outputs(outputs))
+
+
+def _micro_batch(k: int, refs: Sequence[SampleRef]) -> MicroBatch:
+    return MicroBatch(k, tuple((ref,) for ref in refs), 0, 0)
