@@ -7,7 +7,7 @@ import math
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from trainer.artifacts import Artifact, ArtifactRef, Generator, find, load
 from trainer.artifacts.chat import first_line, one_line
 from trainer.artifacts.reward_model import reward_model
 from trainer.data import Batch, PreparationSpec, PreparedDataset, eval_batches, freeze, open_prepared, prepare_dataset
+from trainer.data.outputs import folder_of, open_outputs
 from trainer.data.prepare.label_set import label_set
 from trainer.data.run_data import eval_spec
 from trainer.errors import InputError, NonFiniteLoss, UsageError
@@ -29,6 +30,7 @@ from trainer.run import layout
 from trainer.storage import open_storage
 from trainer.tasks import GenerationContext, Task, Totals, make_task
 from trainer.worker.loop import evaluated_sums
+from trainer.worker.stored_outputs import OutputsMaker, Ranks, settings_of
 
 ANSWER_TOKENS, SOLUTION_TOKENS = 32, 512
 """Limits of new tokens for an answer in one line, and for a solution in steps."""
@@ -97,7 +99,9 @@ class _Evaluation:
             self.subject.check_labels(task.labels)
         tokenizer = self._tokenizer()
         self.say("preparing the evaluation data")
-        prepared = prepared_for(recipe, eval_spec(recipe, tokenizer, labels), tokenizer, folder)
+        prepared = self._with_outputs(
+            prepared_for(recipe, eval_spec(recipe, tokenizer, labels), tokenizer, folder), folder
+        )
         self.say("loading the model")
         model = load(self.subject, self.placement, task.labels, seed=recipe.seed)
         reward = reward_model(recipe, self.device) if task.generates else None
@@ -108,6 +112,23 @@ class _Evaluation:
         if questions:
             scores |= self._answers(model, tokenizer, questions)
         return {"task": recipe.task, **scores}
+
+    def _with_outputs(self, prepared: PreparedDataset, folder: Path) -> PreparedDataset:
+        """Returns the data with the outputs that the task needs of the model as it was before training: those that the
+        run has stored, or computed here. Nothing is written to the storage."""
+        task = make_task(self.recipe)
+        settings = settings_of(self.recipe, task)
+        if settings is None:
+            return prepared
+        stored = open_outputs(folder_of(prepared.storage, settings))
+        if stored is not None:
+            return replace(prepared, outputs=stored)
+        self.say("computing the reference")
+        model = load(Artifact(self.recipe.model, self.recipe.task, "none"), self.placement, None)
+        task.attach(model)
+        size, ranks = self.recipe.training.micro_batch, Ranks()
+        maker = OutputsMaker(task, model, self.device, size, ranks, self._autocast, lambda: None)
+        return maker.with_outputs(prepared, settings, "evaluation data", open_storage(str(folder)))
 
     def _tokenizer(self) -> Any:
         """Returns the tokenizer of the recipe's base model; for a full model, the model's own if it has one."""

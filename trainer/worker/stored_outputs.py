@@ -105,9 +105,12 @@ class OutputsMaker:
     forward: Callable[[], AbstractContextManager[Any]]
     after_block: Callable[[], None]
 
-    def with_outputs(self, prepared: PreparedDataset, settings: Mapping[str, Any], name: str) -> PreparedDataset:
-        """Returns the data with their outputs, which it computes and stores unless they are there. Collective."""
-        folder = folder_of(prepared.storage, settings)
+    def with_outputs(
+        self, prepared: PreparedDataset, settings: Mapping[str, Any], name: str, storage: Storage | None = None
+    ) -> PreparedDataset:
+        """Returns the data with their outputs, which it computes and stores unless they are there: beside the prepared
+        data, or in a ``storage`` of their own. Collective."""
+        folder = folder_of(storage or prepared.storage, settings)
         stored: StoredOutputs | None = self.ranks.decide(lambda: open_outputs(folder))
         if stored is None:
             blocks = prepared.blocks()

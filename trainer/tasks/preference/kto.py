@@ -8,7 +8,8 @@ function, and the weights λ:
 
 z estimates the divergence KL(π | π_ref): the mean of log(π(y'|x) / π_ref(y'|x)) over the step's prompts x, each with an
 answer y' to another prompt, and at least 0. It has no gradient. The other prompt is the next one in the prepared data,
-so that z does not depend on the number of ranks, nor on the micro-batches. Evaluations use the z of the last step.
+so that z does not depend on the number of ranks, nor on the micro-batches. Evaluations take z = 0, so that they can be
+compared with each other.
 
 The reference is that of `trainer.tasks.preference.dpo`.
 """
@@ -16,11 +17,10 @@ The reference is that of `trainer.tasks.preference.dpo`.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainer.records import read_record
 from trainer.tasks.base import GenerationContext, LossOutput, Task, ratio
 from trainer.tasks.inputs import to_device
 from trainer.tasks.lm_head_loss import TargetHead
@@ -29,10 +29,6 @@ from trainer.tasks.preference.reference import Reference, to_store
 
 if TYPE_CHECKING:
     from trainer.data import Batch, StepPlan
-
-
-class _KTOState(TypedDict):
-    kl: float
 
 
 class KTO(Task):
@@ -47,7 +43,7 @@ class KTO(Task):
         return of.samples
 
     def output_settings(self) -> dict[str, Any] | None:
-        return {} if self._reference.stored else None
+        return {} if self.recipe.stores_reference else None
 
     def outputs(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> Mapping[str, Any]:
         return to_store(self._both(module, batch, device))
@@ -56,8 +52,7 @@ class KTO(Task):
         self, module: torch.nn.Module, batches: Sequence[Batch], device: torch.device, step: int = 0
     ) -> None:
         self._reference.prepare(batches, lambda batch: self._both(module, batch, device), device)
-        if step:
-            self._kl = self._divergence(module, batches, device)
+        self._kl = self._divergence(module, batches, device) if step else 0.0
 
     def _divergence(self, module: torch.nn.Module, batches: Sequence[Batch], device: torch.device) -> float:
         """Returns z. Collective."""
@@ -79,12 +74,6 @@ class KTO(Task):
 
     def step_metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
         return {**_rewards(sums), "kl": self._kl}
-
-    def state(self) -> dict[str, Any]:
-        return {"kl": self._kl}
-
-    def load_state(self, state: Mapping[str, Any]) -> None:
-        self._kl = read_record(_KTOState, state)["kl"]
 
     def _likelihoods(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
         return Answers.of(self.head, module, batch, device, batch.samples).log_likelihoods()

@@ -127,6 +127,16 @@ def test_pissa_on_a_quantised_base_agrees_with_training(tiny_model: Path, folder
     check_agrees(recipe, evaluate(recipe, of_run(recipe)))
 
 
+@pytest.mark.parametrize("task", ["dpo", "kto"])
+def test_a_stored_reference_is_the_runs_or_is_computed_again(task: str, tiny_model: Path, folder: Path) -> None:
+    recipe = trained(small(task, "full", tiny_model, folder, adapter={"method": "none"}))
+    found = evaluate(recipe, of_run(recipe))
+    check_agrees(recipe, found)
+    elsewhere = recipe.model_copy(update={"storage": f"{folder}/elsewhere"})
+    check_agrees(recipe, evaluate(elsewhere, of_run(recipe)))
+    assert not Path(folder, "elsewhere").exists()
+
+
 def test_an_adapter_and_a_model_by_themselves(tiny_model: Path, folder: Path) -> None:
     recipe = trained(small("classification", "apart", tiny_model, folder, adapter={"method": "none"}))
     saved = f"{run_of(recipe).url}/{layout.ADAPTER}"
