@@ -36,6 +36,7 @@ from benchmarks.environments import NotInstalled, home, python_of  # noqa: E402
 LIMIT = 1e-5
 LENGTH = 64
 MOVE = 0.05
+WORDS = ["a", "ferry", "crosses", "the", "sound", "while", "rain", "falls", "on", "the", "hills", "and", "who", "waits"]
 
 
 @dataclass(frozen=True)
@@ -83,10 +84,11 @@ OBJECTIVES: dict[str, Objective] = {
 
 
 def write_rows(folder: Path, objective: Objective) -> Path:
-    """Rows of differing lengths.""" words = ["a", "ferry", "crosses", "the", "sound", "while", "rain", "falls", "on",
-    "the", "hills", "and", "who", "keeps", "the", "lighthouse"] rows = [] for i in range(12):
-        prompt = f"{' '.join(words[i : i + 3])}? " if objective.prompts else ""
-        good, bad = (" ".join(words[(i * k) % 7 : (i * k) % 7 + 2 + (i + k) % 4]) for k in (1, 2))
+    """Writes rows of differing lengths."""
+    rows = []
+    for i in range(12):
+        prompt = f"{' '.join(WORDS[i : i + 3])}? " if objective.prompts else ""
+        good, bad = (" ".join(WORDS[(i * k) % 7 : (i * k) % 7 + 2 + (i + k) % 4]) for k in (1, 2))
         if objective.task == "kto":
             rows.append({"prompt": prompt, "completion": good if i % 2 else bad, "label": bool(i % 2)})
         elif objective.task in ("sft", "distill"):
