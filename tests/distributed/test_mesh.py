@@ -90,7 +90,7 @@ def test_trains_like_one_process(runs: dict[tuple[str, str], Recipe], model: str
     assert ledger(many) == ledger(one)
 
 
-@pytest.mark.parametrize("task", ["dpo", "reward"])
+@pytest.mark.parametrize("task", ["dpo", "kto", "reward"])
 def test_preferences_are_learned_from_parts_of_the_texts(task: str, tiny_model: Path, tmp_path: Path) -> None:
     """With an odd number of pairs and rows that are no multiple of two tokens long."""
     rows = [
@@ -117,7 +117,7 @@ def test_preferences_are_learned_from_parts_of_the_texts(task: str, tiny_model: 
 
 
 def _metrics(recipe: Recipe) -> list[float]:
-    return [row["pair_accuracy"] for row in read_rows(run_of(recipe), layout.METRICS) if "loss" in row]
+    return [row["reward_margin"] for row in read_rows(run_of(recipe), layout.METRICS) if "loss" in row]
 
 
 def test_evaluations_and_samples_are_those_of_one_process(tiny_model: Path, tmp_path: Path) -> None:
