@@ -1,4 +1,4 @@
-"""A run moves between the shards of its optimizer: to the byte on as many ranks, within the state's precision on more."""
+"""A run moves between the shards of its optimizer: to the byte on as many ranks, within its precision on more."""
 
 from __future__ import annotations
 

@@ -68,7 +68,10 @@ def _built(section: OptimizerSection, make: Any, groups: list[dict[str, Any]]) -
 
 
 def _check_settings(section: OptimizerSection, make: Any, settings: Mapping[str, Any]) -> None:
-    takes = inspect.signature(make).parameters
+    try:
+        takes = inspect.signature(make).parameters
+    except (TypeError, ValueError):  # built in, without a signature
+        return
     if any(p.kind is p.VAR_KEYWORD for p in takes.values()):
         return
     known = [name for name in takes if name not in OWN and name not in section.row.fixed]

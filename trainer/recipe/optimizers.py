@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -74,6 +75,22 @@ class OptimizerRow(Choice):
     @property
     def quantised(self) -> bool:
         return self.blocks is not None
+
+    @property
+    def bytes_per_element(self) -> float:
+        """Bytes of state for an element of a large matrix in a decoder layer, without scales."""
+        if self.factored:
+            return 0.0
+        moments = 1 if self.holds == "matrices" else self.moments
+        return moments * (self.blocks.bits / 8 if self.blocks else BYTES)
+
+    def state_bytes(self, shape: tuple[int, ...], elements: int, *, in_layer: bool) -> int:
+        """Returns the bytes of state for ``elements`` of a parameter of this shape, without step counters."""
+        matrix = len(shape) > 1
+        if self.factored and matrix:  # a value for each row here, and one for each column
+            return BYTES * (elements // shape[-1] + math.prod(shape[:-2]) * shape[-1]) if elements else 0
+        moments = 1 if self.holds == "matrices" and in_layer and len(shape) == 2 else self.moments
+        return moments * (self.blocks.bytes_of(elements) if self.blocks else BYTES * elements)
 
     def load(self) -> Any:
         """Imports the optimizer. Raises InputError if its library is not installed, or if it cannot be imported."""

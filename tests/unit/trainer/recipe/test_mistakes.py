@@ -45,7 +45,7 @@ training:
   lr: 1e-4
   global_batch: 4
   micro_batch: 8
-optimizer: {name: adamw_8bit, lr: fast}
+optimizer: {name: paged_adamw_8bit, lr: fast}
 strategy: {kind: fsdp}
 resources: {workers: [3, 2]}
 storage: runs
@@ -213,9 +213,9 @@ def test_an_at_sign_elsewhere_is_no_credential(url: str) -> None:
         ),
         ({"model": {"path": "x", "quantization": "int8"}, "strategy": {"kind": "fsdp"}}, "model.quantization", "nf4"),
         (
-            {"optimizer": {"lr": 1.0, "name": "adamw_8bit"}, "strategy": {"kind": "fsdp"}},
+            {"optimizer": {"lr": 1.0, "name": "adamw_8bit"}, "strategy": {"kind": "zero2"}},
             "optimizer.name",
-            "use adamw",
+            "use fsdp or ddp",
         ),
         ({"optimizer": {"lr": 1.0, "name": "paged_adamw_8bit"}}, "optimizer.name", "use adamw_8bit"),
         ({"schedule": {"warmup_steps": 11}}, "schedule.warmup_steps", "training.steps 10"),
