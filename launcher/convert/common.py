@@ -62,7 +62,7 @@ def one_method(draft: Draft, requested: dict[str, str]) -> str:
 
 
 def optimizer(draft: Draft, key: str, default: str) -> None:
-    # Called after the strategy is set: a sharded one cannot keep the optimizer's state in 8 bits.
+    # Called after the strategy is set: some optimizers do not work under ZeRO.
     name = str(draft.take(key, default))
     if name not in OPTIMIZERS:
         draft.hinder(key, f"there is no {name}; choose one of {', '.join(optimizers.OPTIMIZERS.names())}, and a rate")

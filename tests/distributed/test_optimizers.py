@@ -54,15 +54,16 @@ def train_eagerly(rank: int, recipes: Sequence[Recipe]) -> None:
         train_rank(rank, recipes)
 
 
-@pytest.fixture(scope="module")
-def runs(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
-    folder = tmp_path_factory.mktemp("optimizers")
+Cell = tuple[str, str]
+Runs = dict[str, dict[Cell, Recipe]]
+
+
+def trained(cells: Sequence[Cell], model: Path, folder: Path) -> Runs:
+    """Each optimizer's run without a stop, with one on as many ranks, and with one before it moves to more."""
     write_pairs(folder / "data" / "a.jsonl", 60)
-    by_night = any(item.get_closest_marker("night") for item in request.session.items)
-    cells = CELLS if by_night else BY_DAY
 
     def of(what: str, **more: Any) -> list[Recipe]:
-        return [recipe_of(name, kind, what, tiny_model, folder, **more) for name, kind in cells]
+        return [recipe_of(name, kind, what, model, folder, **more) for name, kind in cells]
 
     stop = {"training.stop_after": STOP}
     run_ranks(train_eagerly, 2, [*of("straight"), *of("same", **stop), *of("more", **stop)])
@@ -71,20 +72,78 @@ def runs(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pyt
     return {what: dict(zip(cells, of(what), strict=True)) for what in ("straight", "same", "more")}
 
 
-PARAMETERS = [pytest.param(*cell, marks=[] if cell in BY_DAY else [pytest.mark.night]) for cell in CELLS]
-
-
-@pytest.mark.parametrize(("name", "kind"), PARAMETERS)
-def test_a_resumed_run_is_the_same_to_the_byte(name: str, kind: str, runs: Any) -> None:
-    straight, same = runs["straight"][name, kind], runs["same"][name, kind]
+def check(cell: Cell, runs: Runs) -> None:
+    straight, same, more = (runs[what][cell] for what in ("straight", "same", "more"))
     assert losses(same) == losses(straight)
     assert adapter_bytes(same) == adapter_bytes(straight)
+    assert list(losses(more)) == list(range(1, STEPS + 1))
+    assert losses(more) == pytest.approx(losses(straight), abs=2e-2 if OPTIMIZERS[cell[0]].quantised else 1e-5)
+    assert losses(straight)[STEPS] < losses(straight)[1] - 0.02, "it learns"
 
 
-@pytest.mark.parametrize(("name", "kind"), PARAMETERS)
-def test_a_run_moves_to_other_shards(name: str, kind: str, runs: Any) -> None:
-    straight, more = losses(runs["straight"][name, kind]), losses(runs["more"][name, kind])
-    quantised = OPTIMIZERS[name].quantised
-    assert list(more) == list(range(1, STEPS + 1))
-    assert more == pytest.approx(straight, abs=2e-2 if quantised else 1e-5)
-    assert straight[STEPS] < straight[1] - 0.02, "it learns"
+@pytest.fixture(scope="module")
+def runs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return trained(BY_DAY, tiny_model, tmp_path_factory.mktemp("optimizers"))
+
+
+@pytest.mark.parametrize(("name", "kind"), BY_DAY)
+def test_a_run_moves_between_the_shards_of_its_optimizer(name: str, kind: str, runs: Runs) -> None:
+    check((name, kind), runs)
+
+
+@pytest.mark.night
+@pytest.mark.parametrize(("name", "kind"), [cell for cell in CELLS if cell not in BY_DAY])
+def test_every_run_does(name: str, kind: str, tiny_model: Path, tmp_path: Path) -> None:
+    check((name, kind), trained([(name, kind)], tiny_model, tmp_path))
+
+
+EXACT_BY_DAY = ("lion_8bit",)
+EXACT = [
+    pytest.param(name, marks=[] if name in EXACT_BY_DAY else [pytest.mark.night]) for name, k in CELLS if k == "ddp"
+]
+
+
+@pytest.mark.parametrize("name", EXACT)
+def test_an_exact_run_does_not_depend_on_the_ranks(name: str, tiny_model: Path, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "data" / "a.jsonl", 30)
+    short = {"exact": True, "training.steps": 3}
+    made = {n: recipe_of(name, "ddp", f"exact-{n}", tiny_model, tmp_path, **short) for n in (1, 2)}
+    for ranks, recipe in made.items():
+        run_ranks(train_eagerly, ranks, [recipe])
+    assert losses(made[1]) == losses(made[2])
+    assert adapter_bytes(made[1]) == adapter_bytes(made[2])
+
+
+@pytest.mark.night
+@pytest.mark.parametrize("name", sorted({name for name, _ in CELLS}))
+def test_a_run_moves_from_strategy_to_strategy(name: str, tiny_model: Path, tmp_path: Path) -> None:
+    """From two replicas of two shards to every other strategy that the optimizer works with."""
+    write_pairs(tmp_path / "data" / "a.jsonl", 60)
+    others = [kind for one, kind in CELLS if one == name]
+    meshed = {"strategy": {"kind": "fsdp", "replicas": 2}, "resources.workers": 4}
+
+    def of(what: str, **more: Any) -> Recipe:
+        return recipe_of(name, "fsdp", what, tiny_model, tmp_path, **meshed | more)
+
+    straight = of("straight")
+    first = [of(f"to-{kind}", **{"training.stop_after": STOP}) for kind in others]
+    run_ranks(train_eagerly, 4, [straight, *first])
+    then = [of(f"to-{kind}", **{"strategy": {"kind": kind}, "resources.workers": 3}) for kind in others]
+    run_ranks(train_eagerly, 3, then)
+    for recipe in then:
+        near = 2e-2 if OPTIMIZERS[name].quantised else 1e-5
+        assert losses(recipe) == pytest.approx(losses(straight), abs=near), recipe.name
+
+
+@pytest.mark.night
+def test_compiled_updates_resume_to_the_byte_too(tiny_model: Path, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "data" / "a.jsonl", 60)
+    names = [name for name, row in OPTIMIZERS.items() if row.library == "torchao"]
+
+    def of(what: str, **more: Any) -> list[Recipe]:
+        return [recipe_of(name, "fsdp", what, tiny_model, tmp_path, **more) for name in names]
+
+    run_ranks(train_rank, 2, [*of("straight"), *of("same", **{"training.stop_after": STOP})])
+    run_ranks(train_rank, 2, of("same"))
+    for straight, same in zip(of("straight"), of("same"), strict=True):
+        assert adapter_bytes(same) == adapter_bytes(straight), straight.name

@@ -134,16 +134,16 @@ class OptimizerState:
         """Loads the state. ``names``: the keys that were saved for each parameter; ``read`` returns a tensor by its
         saved name. Raises CorruptObject for the state of another model or optimizer."""
         check_owners(names, self.held)
-        saved = [name for name in self.held if names.get(name)]
+        entries = {name: [key for key in names.get(name, []) if not key.startswith(GROUP)] for name in self.held}
         self.optimizer.state.clear()
-        self._allocate([self.held[name] for name in saved])
-        for name in saved:
-            held, keys = self.held[name], names[name]
-            self._load_counts(name, held, [key for key in keys if key.startswith(GROUP)], read)
+        self._allocate([self.held[name] for name, keys in entries.items() if keys])
+        for name, held in self.held.items():
+            self._load_counts(name, held, [key for key in names.get(name, []) if key.startswith(GROUP)], read)
             state = self.optimizer.state.get(held.parameter)
-            if state:  # else this rank has no element of the parameter
-                entries = [key for key in keys if not key.startswith(GROUP)]
-                self._load_one(name, state, held, entries, read)
+            if state:
+                self._load_one(name, state, held, entries[name], read)
+            elif entries[name] and (held.part is None or held.part.numel):
+                raise CorruptObject(f"{name}.{entries[name][0]} is no part of the state of {self.row.code}")
 
     def _load_counts(self, name: str, held: Itself, keys: Sequence[str], read: Read) -> None:
         group = self._group[id(held.parameter)]

@@ -35,7 +35,7 @@ def files_of(recipe: Recipe) -> dict[str, dict[str, torch.Tensor]]:
     """The tensors of the newest checkpoint."""
     run = run_of(recipe)
     # Keys count down, so that the newest record comes first.
-    key = min(f"{layout.COMMITS}/{one.key}" for one in run.list(layout.COMMITS))
+    key = min(one.key for one in run.list(layout.COMMITS))
     record = CommitRecord.from_json(run.read(key), key)
     return {name: load(run.read(record.file_key(name))) for name in (WEIGHTS, MASTER_FILE, OPTIMIZER_FILE)}
 
