@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import sys
 from collections.abc import ItemsView, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar
 
-from trainer.errors import UsageError
+from trainer.errors import InputError, UsageError
 
 
 def choose_hint(name: str, names: tuple[str, ...]) -> str:
@@ -65,3 +67,20 @@ class Registry(Generic[Row]):
         """Imports the object that ``name`` selects; raises UsageError for a name that is not in the table."""
         module, attribute = self[name].code.split(":")
         return getattr(importlib.import_module(module), attribute)
+
+
+def load_code(key: str, spec: str) -> Any:
+    """Imports ``module:attribute``, which a user's recipe names under ``key``, from the working folder or from what is
+    installed. Raises InputError if that fails."""
+    place, _, name = spec.rpartition(":")
+    sys.path.insert(0, str(Path.cwd()))
+    try:
+        module = importlib.import_module(place)
+    except Exception as error:  # the module's own code may raise anything
+        said = f"{type(error).__name__}: {error}"
+        raise InputError(f"{key} {spec!r} cannot be imported from {Path.cwd()}: {said}") from error
+    finally:
+        sys.path.remove(str(Path.cwd()))
+    if not hasattr(module, name):
+        raise InputError(f"{key} {spec!r}: {place} has no {name!r}")
+    return getattr(module, name)

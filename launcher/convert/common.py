@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -12,14 +13,25 @@ from launcher.convert.draft import OFF, Draft, as_mapping, as_number, is_number
 from trainer.parsing import parse_json
 from trainer.recipe import formats, optimizers, synonyms
 from trainer.recipe.sections.datasets import is_hub_dataset
+from trainer.recipe.strategies import STRATEGIES
 from trainer.recipe.tasks import TASKS
 from trainer.recipe.trackers import TRACKERS
+from trainer.registry import Registry
 
-OPTIMIZERS = {name: name for name in optimizers.OPTIMIZERS.names()} | dict(synonyms.OPTIMIZERS)
-OTHER_STATE = ("adamw_torch_4bit", "ao_adamw_4bit", "ao_adamw_fp8", "paged_adamw_32bit", "paged_adamw")
-"""Optimizers whose state is stored in another type than that of ours; the update is AdamW's."""
 
-SCHEDULES = {name: name for name in optimizers.SCHEDULES.names()} | dict(synonyms.SCHEDULES)
+def _names(table: Registry[Any], more: Mapping[str, str]) -> dict[str, str]:
+    return {**{name: name for name in table.names()}, **table.also, **more}
+
+
+OPTIMIZERS = _names(optimizers.OPTIMIZERS, synonyms.OPTIMIZERS)
+OTHER_RATES = {
+    "adafactor": "torch's Adafactor multiplies the rate by the size of each weight, which Trainer's does not",
+    "muon": "the rate of muon is AdamW's here, for matrices and everything else",
+}
+"""Optimizers whose learning rate has another meaning in the sources."""
+
+SCHEDULES = _names(optimizers.SCHEDULES, synonyms.SCHEDULES)
+DECAYS = {"1-sqrt": "sqrt", "linear": "linear", "cosine": "cosine"}
 RATES = {
     "evals_per_epoch": "training.eval_every counts steps; without it, evaluation runs after the last step",
     "saves_per_epoch": "checkpoint.every_steps counts steps: 100 by default",
@@ -50,25 +62,39 @@ def one_method(draft: Draft, requested: dict[str, str]) -> str:
 
 
 def optimizer(draft: Draft, key: str, default: str) -> None:
-    # Called after the strategy is set: a sharded one cannot keep the optimizer's state in 8 bits.
+    # Called after the strategy is set: some optimizers do not work under ZeRO.
     name = str(draft.take(key, default))
     if name not in OPTIMIZERS:
-        draft.hinder(key, f"{name} is no form of AdamW and needs another learning rate; choose adamw and a rate")
+        draft.hinder(key, f"there is no {name}; choose one of {', '.join(optimizers.OPTIMIZERS.names())}, and a rate")
         return
     ours = OPTIMIZERS[name]
-    sharded = draft.recipe["strategy"]["kind"] != "ddp"
-    if ours != "adamw" and sharded:
-        draft.lose(key, f"{name} keeps its state in 8 bits, which sharded parameters cannot; adamw in 32 bits instead")
-        ours = "adamw"
-    elif name in OTHER_STATE:
-        draft.lose(key, f"{name} becomes {ours}: the state has another type, the update is the same")
+    row = optimizers.OPTIMIZERS[ours]
+    kind, against = draft.recipe["strategy"]["kind"], row.against_zero()
+    if STRATEGIES[kind].zero_stage and against and "betas" in row.uses:
+        draft.lose(key, f"{name} does not work under {kind}: it {against}; adamw instead")
+        ours, row = "adamw", optimizers.OPTIMIZERS["adamw"]
+    if ours in OTHER_RATES:
+        draft.lose(key, OTHER_RATES[ours])
     draft.put("optimizer.name", ours, key)
     draft.put("optimizer.lr", draft.number("learning_rate", 5e-5), "learning_rate")
     draft.move("weight_decay", "optimizer.weight_decay")
+    if "momentum" in row.uses and ours == "sgd":
+        draft.put("optimizer.momentum", 0.0)  # Trainer's SGD has none
+    _betas(draft, row)
+
+
+def _betas(draft: Draft, row: optimizers.OptimizerRow) -> None:
     betas = {"adam_beta1": 0.9, "adam_beta2": 0.999}
-    if any(beta in draft.settings for beta in betas):
+    if "betas" not in row.uses:
+        for key in (*betas, "adam_epsilon"):
+            draft.pass_over(key, "the optimizer does not use it")
+        return
+    if any(beta in draft.settings for beta in betas) or row.uses["betas"] != tuple(betas.values()):
         draft.put("optimizer.betas", [float(draft.number(beta, usual)) for beta, usual in betas.items()], *betas)
-    draft.move("adam_epsilon", "optimizer.eps")
+    if "eps" in row.uses:
+        draft.move("adam_epsilon", "optimizer.eps")
+    else:
+        draft.pass_over("adam_epsilon", "the optimizer does not use it")
 
 
 def clipping(draft: Draft) -> None:
@@ -81,10 +107,10 @@ def schedule(draft: Draft, key: str, default: str, steps_first: bool = False) ->
     """Sets the schedule. ``steps_first``: ``warmup_steps: 0`` means no warm-up, even if a ratio is given too."""
     name = str(draft.take(key, default))
     if name not in SCHEDULES:
-        draft.lose(key, f"{name} is not one of constant, linear, cosine; cosine is taken")
+        draft.lose(key, f"{name} is not one of {', '.join(optimizers.SCHEDULES.names())}; cosine is taken")
     ours = SCHEDULES.get(name, "cosine")
     draft.put("schedule.name", ours, key)
-    _floor(draft, ours)
+    _shape(draft, name, ours)
     if name == "constant":
         for other in ("warmup_steps", "warmup_ratio"):
             draft.pass_over(other, "constant has no warm-up in Trainer; constant_with_warmup has one")
@@ -92,24 +118,44 @@ def schedule(draft: Draft, key: str, default: str, steps_first: bool = False) ->
         _warmup(draft, steps_first)
 
 
-def _floor(draft: Draft, ours: str) -> None:
+def _shape(draft: Draft, name: str, ours: str) -> None:
+    """Sets what `lr_scheduler_kwargs` says of the schedule's form, and the final learning rate."""
+    extra = dict(as_mapping(draft.take("lr_scheduler_kwargs")))
+    key, steps = "lr_scheduler_kwargs", draft.recipe["training"].get("steps")
+    if ours == "wsd":
+        decay, shape = as_number(extra.pop("num_decay_steps", None)), str(extra.pop("decay_type", "cosine"))
+        extra.pop("num_stable_steps", None)
+        if shape in DECAYS:
+            draft.put("schedule.decay_shape", DECAYS[shape], key)
+        if is_number(decay) and steps:
+            draft.put("schedule.decay_ratio", decay / steps, key)
+        else:
+            draft.lose(key, "num_decay_steps of a number of steps that is not known; schedule.decay_ratio is 0.1")
+    if ours == "polynomial" and is_number(power := as_number(extra.pop("power", 1.0))):
+        draft.put("schedule.power", float(power), key)
+        extra.setdefault("min_lr", extra.pop("lr_end", 1e-7))
+    if name == "cosine_with_restarts" and is_number(cycles := as_number(extra.pop("num_cycles", 1))):
+        draft.put("schedule.cycles", int(cycles), key)
+    _floor(draft, ours, extra)
+
+
+def _floor(draft: Draft, ours: str, extra: dict[str, Any]) -> None:
     """Sets the final learning rate of a falling schedule."""
     floor, key = draft.number("cosine_min_lr_ratio"), "cosine_min_lr_ratio"
-    extra = as_mapping(draft.take("lr_scheduler_kwargs"))
     lr = draft.recipe.get("optimizer", {}).get("lr")
-    for name, unit in (("min_lr_rate", 1), ("min_lr", lr)):
+    for name, unit in (("min_lr_rate", 1), ("min_lr_ratio", 1), ("min_lr", lr)):
         if name in extra:
             floor, key = as_number(extra[name]), "lr_scheduler_kwargs"
             if not is_number(floor) or not is_number(unit) or not unit:
                 draft.hinder(key, f"{name}: {extra[name]!r} over the learning rate {lr!r} is no number")
                 return
             floor = floor / unit
-    other = [name for name in extra if name not in ("min_lr", "min_lr_rate")]
+    other = [name for name in extra if name not in ("min_lr", "min_lr_rate", "min_lr_ratio")]
     if other:
         draft.lose("lr_scheduler_kwargs", f"without counterpart: {', '.join(map(str, other))}")
     if not floor:
         return
-    if ours == "cosine":
+    if ours in ("cosine", "wsd", "polynomial"):
         draft.put("schedule.min_lr_ratio", float(floor), key)
     else:
         draft.pass_over(key, f"{ours} does not use it in Trainer")

@@ -191,7 +191,7 @@ def _training(model: BaseModel, rows: Rows, place: Place, task: str) -> list[Cho
         ),
         Choice("training.gradient_checkpointing", recompute, again),
         *([Choice("training.eval_every", max(1, steps // 5), "five times in the run")] if rows.rows >= 100 else []),
-        Choice("optimizer.name", "adamw", "adamw_8bit keeps a quarter of the state, under ddp"),
+        Choice("optimizer.name", "adamw", "adamw_8bit keeps a quarter of the state, under ddp and fsdp"),
         Choice("optimizer.lr", rate, "a usual rate for an adapter; a third of it if the loss jumps"),
         Choice("schedule.name", "cosine", "falls to 0 at the end"),
         Choice("schedule.warmup_ratio", 0.03, "rises from 0 over 3 % of the steps"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -39,7 +40,7 @@ def random_parts(recipe: Recipe, world: World) -> Parts:
     task.attach(model)
     operations = operations_of(model)
     change_layers(model, recipe.compute, world.device)
-    strategy.setup(model, lambda parameters: make_optimizer(recipe.optimizer, parameters, adapter.lr_scale))
+    strategy.setup(model, partial(make_optimizer, recipe.optimizer, lr_scale=adapter.lr_scale))
     strategy.module.train()
     return Parts(strategy, task, world.device, operations)
 

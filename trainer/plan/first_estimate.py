@@ -31,8 +31,8 @@ OTHER_LAYERS = ("kv_lora_rank", "linear_num_value_heads", "mamba_d_state", "ssm_
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 NF4_BYTES, NF4_SCALE_BYTES = 0.5, 0.0161
 """Per element: four bits, and the scale of a block of 64, quantised in turn."""
-TRAINED_BYTES, STATE_BYTES, STATE_8BIT_BYTES = 4, 8, 2
-"""Per trained element: its float32 value (and as much for its gradient), and the two moments of the optimizer."""
+TRAINED_BYTES = 4
+"""Per trained element: its float32 value, and as much for its gradient."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def first_estimate(recipe: Recipe, config: Mapping[str, Any], ranks: int) -> Fir
     weights = 0.0 if recipe.adapter.method == "none" else _weight_bytes(recipe, linear, embeddings, ranks)
     if trained is None:
         return FirstEstimate(total, None, round(weights), None)
-    state = STATE_8BIT_BYTES if recipe.optimizer.row.quantised else STATE_BYTES
+    state = recipe.optimizer.row.bytes_per_element
     state += TRAINED_BYTES if row.zero_stage else 0  # DeepSpeed's own copy
     kept = TRAINED_BYTES / (ranks if row.shards == "parameters" else 1)
     states = (TRAINED_BYTES + state) / (ranks if row.sharded else 1)

@@ -226,7 +226,7 @@ def _kept(recipe: Recipe, model: Model, ranks: int, rank: int) -> Share:
         Mesh.of(recipe, ranks),
         rank,
         gradient_size=WHOLE + (8 if recipe.exact else 0),
-        state=lambda elements: partition_bytes(recipe, elements),
+        state=lambda weight, elements: partition_bytes(recipe, weight, elements),
     )
 
 
@@ -252,10 +252,13 @@ def _zero_offloads(recipe: Recipe, part: str) -> bool:
 
 
 def _update_bytes(recipe: Recipe, model: Model, kept: Share) -> int:
-    if recipe.optimizer.row.quantised:
+    row = recipe.optimizer.row
+    if row.codec:  # its kernels need no temporaries
         return 0
     elements = kept.gradient // (WHOLE + (8 if recipe.exact else 0))
     largest = max((w.numel for w in model.weights if w.trainable), default=0)
     at_once = recipe.resources.gpus_per_worker and not _states_on_host(recipe)
+    if row.holds in ("complete", "matrices"):  # one matrix at a time, with its gradient and two temporaries
+        return 4 * WHOLE * largest
     # On GPUs torch updates all tensors at once, with one temporary of their size; on CPUs one after the other.
     return WHOLE * (elements if at_once else min(elements, 2 * largest))

@@ -5,27 +5,21 @@ from __future__ import annotations
 from collections import Counter
 
 from trainer.recipe import Recipe
-from trainer.recipe.optimizers import OPTIMIZERS
 from trainer.strategies.shards import Weight
 
-MOMENTS = 2
 WHOLE = 4  # bytes of a float32
-SMALLEST_8BIT, BLOCK_8BIT = 4096, 256
-"""bitsandbytes keeps float32 moments for smaller tensors; of the others, one float32 scale per block and moment."""
 
 
-def state_bytes(optimizer: str, elements: int) -> int:
-    """Returns the bytes of optimizer state for a tensor of ``elements`` (or a rank's part of it), without step
-    counters."""
-    if not OPTIMIZERS[optimizer].quantised or elements < SMALLEST_8BIT:
-        return MOMENTS * WHOLE * elements
-    return MOMENTS * (elements + WHOLE * -(-elements // BLOCK_8BIT))
+def state_bytes(recipe: Recipe, weight: Weight, elements: int) -> int:
+    """Returns the bytes of optimizer state for ``elements`` of a parameter, without step counters. For an optimizer of
+    the user's own, they are those of AdamW."""
+    return recipe.optimizer.row.state_bytes(weight.shape, elements, in_layer=weight.in_layer)
 
 
-def partition_bytes(recipe: Recipe, elements: int) -> int:
+def partition_bytes(recipe: Recipe, weight: Weight, elements: int) -> int:
     """Returns `state_bytes`, and under DeepSpeed its optimizer's float32 copy of the trainable parameters."""
     copy = WHOLE * elements if recipe.strategy.row.zero_stage else 0
-    return state_bytes(recipe.optimizer.name, elements) + copy
+    return state_bytes(recipe, weight, elements) + copy
 
 
 def checkpoint_bytes(recipe: Recipe, weights: Counter[Weight]) -> int:
@@ -33,11 +27,12 @@ def checkpoint_bytes(recipe: Recipe, weights: Counter[Weight]) -> int:
     configuration."""
     import torch
 
-    trained = [(w.numel, count) for w, count in weights.items() if w.trainable]
-    elements = sum(n * count for n, count in trained)
-    moments = sum((state_bytes(recipe.optimizer.name, n) + WHOLE) * count for n, count in trained)
+    trained = [(w, count) for w, count in weights.items() if w.trainable]
+    elements = sum(w.numel * count for w, count in trained)
+    moments = sum((state_bytes(recipe, w, w.numel) + WHOLE) * count for w, count in trained)
+    averages = WHOLE * elements if recipe.optimizer.row.averages else 0  # stored beside the weights of training
     if recipe.adapter.method != "none":
-        return WHOLE * elements + moments
+        return WHOLE * elements + averages + moments
     width: int = getattr(torch, recipe.model.dtype).itemsize
-    master = WHOLE * elements if width < WHOLE else 0
+    master = averages or (WHOLE * elements if width < WHOLE else 0)
     return width * elements + master + moments

@@ -37,10 +37,16 @@ class Share:
 
 
 def share(
-    kind: str, weights: Counter[Weight], mesh: Mesh, rank: int, *, gradient_size: int, state: Callable[[int], int]
+    kind: str,
+    weights: Counter[Weight],
+    mesh: Mesh,
+    rank: int,
+    *,
+    gradient_size: int,
+    state: Callable[[Weight, int], int],
 ) -> Share:
-    """Sums a rank's bytes. ``gradient_size``: bytes per gradient element; ``state(elements)``: bytes of optimizer
-    state."""
+    """Sums a rank's bytes. ``gradient_size``: bytes per gradient element; ``state(weight, elements)``: bytes of
+    optimizer state for so many elements of a parameter."""
     kept_by = STRATEGIES.load(kind).kept
     sums: Counter[str] = Counter()
     for weight, count in weights.items():
@@ -49,5 +55,5 @@ def share(
         sums["padding"] += count * kept.padding * weight.itemsize
         if weight.trainable:
             sums["gradient"] += count * kept.gradient * gradient_size
-            sums["optimizer"] += count * state(kept.optimizer)
+            sums["optimizer"] += count * state(weight, kept.optimizer)
     return Share(sums["frozen"], sums["trainable"], sums["gradient"], sums["optimizer"], sums["padding"])

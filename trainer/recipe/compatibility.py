@@ -36,16 +36,48 @@ class Rule(NamedTuple):
 RULES = (
     Rule(
         (("optimizer", "name"), ("strategy", "kind")),
-        lambda r: r.optimizer.row.quantised and r.strategy.row.sharded,
+        lambda r: r.strategy.row.zero_stage > 0 and r.optimizer.row.against_zero() is not None,
         lambda r: (
-            f"{r.optimizer.name} does not take the sharded parameters of strategy.kind {r.strategy.kind}; use adamw, "
-            "or ddp with it"
+            f"{r.optimizer.name} does not work with strategy.kind {r.strategy.kind}: it "
+            f"{r.optimizer.row.against_zero()}; use fsdp or ddp with it, or adamw"
+        ),
+    ),
+    Rule(
+        (("optimizer", "name"), ("strategy", "offload")),
+        lambda r: r.strategy.offload and r.optimizer.row.holds in ("complete", "matrices"),
+        lambda r: (
+            f"{r.optimizer.name} updates complete matrices on the GPU, and strategy.offload keeps them on the host; "
+            "turn it off, or use adamw"
+        ),
+    ),
+    Rule(
+        (("optimizer", "name"), ("strategy", "offload")),
+        lambda r: r.strategy.offload and r.optimizer.row.paged,
+        lambda r: f"{r.optimizer.name} moves GPU memory to the host, where strategy.offload keeps it; drop one of them",
+    ),
+    Rule(
+        (("optimizer", "name"), ("model", "dtype")),
+        lambda r: r.model.dtype == "float16" and r.strategy.kind == "fsdp" and r.optimizer.row.holds != "any",
+        lambda r: (
+            f"{r.optimizer.name} gets parts of the gradient under fsdp, and float16 skips an update if any part "
+            "overflows; use bfloat16, or adamw"
         ),
     ),
     Rule(
         (("optimizer", "name"), ("resources", "gpus_per_worker")),
         lambda r: r.optimizer.row.paged and r.resources.gpus_per_worker == 0,
-        lambda r: f"{r.optimizer.name} moves GPU memory to the host, and gpus_per_worker is 0; use adamw_8bit",
+        lambda r: (
+            f"{r.optimizer.name} moves GPU memory to the host, and gpus_per_worker is 0; use "
+            f"{r.optimizer.name.removeprefix('paged_').removesuffix('_32bit')}"
+        ),
+    ),
+    Rule(
+        (("schedule", "name"), ("optimizer", "name")),
+        lambda r: r.optimizer.row.averages and r.schedule.name != "constant",
+        lambda r: (
+            f"{r.schedule.name} lowers the rate, and the average of {r.optimizer.name} takes the place of that; "
+            "use constant, with a warm-up"
+        ),
     ),
     Rule(
         (("model", "dtype"), ("strategy", "kind")),

@@ -152,18 +152,15 @@ KEYS: Mapping[str, Here] = {
 """Names of other trainers' settings. A recipe's own keys are not here: a message names their place by itself."""
 
 OPTIMIZERS: Mapping[str, str] = {
-    **dict.fromkeys(["adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_apex_fused", "adamw_torch_xla"], "adamw"),
-    **dict.fromkeys(["adamw_anyprecision", "paged_adamw_32bit", "paged_adamw"], "adamw"),
-    **dict.fromkeys(["adamw_bnb_8bit", "adamw_torch_8bit", "ao_adamw_8bit", "adamw8bit"], "adamw_8bit"),
-    **dict.fromkeys(["adamw_torch_4bit", "ao_adamw_4bit", "ao_adamw_fp8"], "adamw_8bit"),
-    "paged_adamw8bit": "paged_adamw_8bit",
+    **dict.fromkeys(["adamw_hf", "adamw_torch_xla", "adamw_anyprecision"], "adamw"),
+    "adamw_apex_fused": "adamw_fused",
+    "paged_lion_32bit": "lion",
 }
 SCHEDULES: Mapping[str, str] = {
-    "cosine_with_min_lr": "cosine",
+    **dict.fromkeys(["cosine_with_min_lr", "cosine_with_restarts", "cosine_warmup_with_min_lr"], "cosine"),
     "cosine_annealing": "cosine",
     "cosine_decay": "cosine",
     "linear_decay": "linear",
-    "constant_with_warmup": "constant",
 }
 CHAT_TEMPLATES: Mapping[str, str] = {
     **dict.fromkeys(("qwen", "qwen2", "qwen_25", "qwen2.5"), "chatml"),

@@ -27,6 +27,8 @@ def code_of(recipe: Recipe) -> list[str]:
     function = recipe.ppo.reward.function
     if function is not None and not function.startswith(SHIPPED_REWARDS):
         found.append(f"ppo.reward.function {function}")
+    if recipe.optimizer.row.named_by_user:
+        found.append(f"optimizer.name {recipe.optimizer.name}")
     return found
 
 
@@ -48,6 +50,8 @@ def without_code(recipe: Recipe) -> Recipe:
     if function is not None and not function.startswith(SHIPPED_REWARDS):
         reward = recipe.ppo.reward.model_copy(update={"function": None})
         changes["ppo"] = recipe.ppo.model_copy(update={"reward": reward})
+    if recipe.optimizer.row.named_by_user:
+        changes["optimizer"] = recipe.optimizer.model_copy(update={"name": "adamw", "settings": {}})
     return recipe.model_copy(update=changes)
 
 

@@ -56,7 +56,7 @@ def changeable_values(recipe: Recipe) -> dict[str, Any]:
 def length_decides(recipe: Recipe) -> str:
     """Returns why the result of a step depends on the length of the run, as a clause; empty if it does not."""
     schedule, adapter = recipe.schedule, recipe.adapter
-    if SCHEDULES[schedule.name].falls:
+    if SCHEDULES[schedule.name].spans_run:
         return f"the learning rate of schedule {schedule.name} falls over all steps of the run"
     if schedule.warmup_ratio:
         return f"the warm-up takes {schedule.warmup_ratio:g} of all steps of the run (schedule.warmup_ratio)"

@@ -12,20 +12,24 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trainer.distributed.world import World
+from trainer.errors import InputError
+from trainer.layers.find import decoder_layers
 from trainer.precision import needs_autocast
 from trainer.recipe.strategies import STRATEGIES, Mesh
-from trainer.strategies.optimizer_state import load_optimizer_state, optimizer_state
+from trainer.strategies.held import Itself
+from trainer.strategies.optimizer_state import OptimizerState, set_group_lr
 from trainer.strategies.shards import Kept, Sent, Weight, reduced_to_all
 
 if TYPE_CHECKING:
     from trainer.recipe import Recipe
+    from trainer.recipe.optimizers import OptimizerRow
 
 
 @dataclass(frozen=True)
@@ -41,7 +45,8 @@ class ShardSlice:
 
 
 Fill = Callable[[Sequence[ShardSlice]], None]
-MakeOptimizer = Callable[[Mapping[str, torch.nn.Parameter]], torch.optim.Optimizer]
+MakeOptimizer = Callable[[Mapping[str, torch.nn.Parameter], frozenset[str]], torch.optim.Optimizer]
+"""Makes the optimizer of named parameters. The set names the matrices that Muon, for example, updates as such."""
 
 
 class Strategy(ABC):
@@ -91,7 +96,34 @@ class Strategy(ABC):
         self.module = self.wrap(model)
         if fill:
             fill(self.materialise())
-        self.optimizer = make_optimizer(self.trainable())
+        matrices = self.matrices()
+        self.held = self.hold(matrices)
+        self.optimizer = make_optimizer({name: held.parameter for name, held in self.held.items()}, matrices)
+        self._state = OptimizerState(self.optimizer, self.row, self.held, self.world, self.full_tensor, self.shard_like)
+        if self.row.averages:
+            self.optimizer.train()  # type: ignore[attr-defined]
+
+    @property
+    def row(self) -> OptimizerRow:
+        return self.recipe.optimizer.row
+
+    def matrices(self) -> frozenset[str]:
+        """Returns the trained matrices of the decoder layers, if the optimizer treats them in another way than others.
+        Embeddings and heads are none, nor are experts that are stacked in one tensor."""
+        if self.row.holds != "matrices":
+            return frozenset()
+        inside = {id(p) for layer in decoder_layers(self.model) for p in layer.parameters()}
+        found = frozenset(name for name, p in self.trainable().items() if p.ndim == 2 and id(p) in inside)
+        if not found:
+            raise InputError(
+                f"optimizer.name {self.recipe.optimizer.name} updates matrices of the decoder layers, and "
+                f"adapter.method {self.recipe.adapter.label} trains none; use adamw"
+            )
+        return found
+
+    def hold(self, matrices: frozenset[str]) -> Mapping[str, Itself]:
+        """Returns the form in which the optimizer holds each trainable parameter."""
+        return {name: Itself(parameter) for name, parameter in self.trainable().items()}
 
     @abstractmethod
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module: ...
@@ -136,9 +168,34 @@ class Strategy(ABC):
                 self.scaler.step(self.optimizer)
                 self.scaler.update()
             elif math.isfinite(norm):
-                self.optimizer.step()
+                self.update()
         self.optimizer.zero_grad(set_to_none=True)
+        self.model.zero_grad(set_to_none=True)
+        if self.row.named_by_user:
+            self._state.check()
         return norm
+
+    def update(self) -> None:
+        self.optimizer.step()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Returns a context in which the model has the weights to evaluate and to save. An optimizer that averages
+        (schedule-free) trains at other ones, which come back to the last bit."""
+        if not self.row.averages:
+            yield
+            return
+        trained = [p.detach().clone() for p in self.trainable().values()]
+        optimizer: Any = self.optimizer
+        optimizer.eval()
+        try:
+            yield
+        finally:
+            self.reshard()
+            optimizer.train()
+            with torch.no_grad():
+                for parameter, values in zip(self.trainable().values(), trained, strict=True):
+                    parameter.copy_(values)
 
     def reshard(self) -> None:  # noqa: B027 - no effect under most strategies
         """Shards parameters again after forwards that were not followed by a backward."""
@@ -206,18 +263,20 @@ class Strategy(ABC):
     def optimizer_state(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields the optimizer's state as full tensors on the CPU, named as in `trainer.strategies.optimizer_state`.
         Every rank iterates to the end."""
-        return optimizer_state(self.optimizer, self.trainable(), self.full_tensor)
+        return self._state.tensors()
 
     def load_optimizer_state(self, names: Mapping[str, list[str]], read: Callable[[str], torch.Tensor]) -> None:
         """Loads the optimizer's state. ``names``: the state keys that were saved for each parameter; ``read`` returns a
-        full tensor by its saved name. Raises CorruptObject for the state of another model."""
-        load_optimizer_state(self.optimizer, self.trainable(), names, read, self.shard_like)
+        full tensor by its saved name. Raises CorruptObject for the state of another model.
+
+        Call it before `load_weights`: the state is allocated by an update that may change the sign of zeros."""
+        self._state.load(names, read)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Sets the learning rate of each parameter group: ``lr`` times the group's ``lr_scale``, if it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = lr * group.get("lr_scale", 1.0)
+        set_group_lr(group, lr * group.get("lr_scale", 1.0))
 
 
 def strategy_class(recipe: Recipe) -> type[Strategy]:

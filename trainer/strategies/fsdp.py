@@ -7,11 +7,13 @@ which training would move apart."""
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -19,6 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from trainer.layers.find import separate_blocks
 from trainer.recipe.strategies import Mesh
 from trainer.strategies.base import ShardSlice, Strategy
+from trainer.strategies.held import Complete, Itself, Part, Shard, owners
 from trainer.strategies.shards import Kept, Sent, Weight, chunk_rows, gathered_itemsize, reduced_to_all
 
 if TYPE_CHECKING:
@@ -98,6 +101,59 @@ class FSDP(Strategy):
         assert isinstance(self.module, FSDPModule)
         self.module.set_requires_gradient_sync(last)
         yield
+
+    def hold(self, matrices: frozenset[str]) -> dict[str, Itself]:
+        form, trainable = self.row.holds, self.trainable()
+        if form == "shards":
+            saved = self.world.rank < self.mesh.ranks_per_replica
+            parts = {name: _piece(name, p) for name, p in trainable.items()}
+            return {n: Shard(p, Part(parts[n].start, parts[n].local.numel(), saved)) for n, p in trainable.items()}
+        complete = {name: p for name, p in trainable.items() if form == "complete" or name in matrices}
+        owned_by = owners(complete, self.world.size)
+        rank, device = self.world.rank, self.world.device
+        return {
+            name: Complete(p, owned_by[name], owned_by[name] == rank, device) if name in complete else Itself(p)
+            for name, p in trainable.items()
+        }
+
+    @torch.no_grad()
+    def update(self) -> None:
+        complete: dict[int, list[Complete]] = {}
+        for held in self.held.values():
+            if isinstance(held, Complete):
+                complete.setdefault(held.owner, []).append(held)
+            elif isinstance(held, Shard):
+                held.take()
+        if complete:
+            self._update_complete([list(filter(None, turn)) for turn in zip_longest(*complete.values())])
+        super().update()
+
+    def _update_complete(self, turns: Sequence[Sequence[Complete]]) -> None:
+        """Updates complete parameters, in each turn one per rank. Collective."""
+        gradients = {p: p.grad for p in self.trainable().values()}
+        for parameter in gradients:  # the optimizer must not update those that it holds in another form here
+            parameter.grad = None
+        for turn in turns:
+            for held in turn:
+                if (gradient := gradients[held.source]) is not None:
+                    full = self.full_tensor(held.source.detach()), self.full_tensor(gradient)
+                    if held.mine:
+                        held.take(*full)
+            if any(held.mine for held in turn):
+                self.optimizer.step()
+            for held in turn:
+                self._receive(held)
+        for parameter, gradient in gradients.items():
+            parameter.grad = gradient
+
+    def _receive(self, held: Complete) -> None:
+        source: torch.Tensor = held.source
+        values = held.parameter.detach()
+        if not held.mine:
+            values = torch.empty(source.shape, dtype=source.dtype, device=self.world.device)
+        dist.broadcast(values, src=held.owner)
+        source.copy_(self.shard_like(values, source))
+        held.close()
 
     def reshard(self) -> None:
         for module in self.model.modules():

@@ -29,7 +29,7 @@ from trainer.layers.tiling import tiled_parts
 from trainer.recipe.strategies import Mesh
 from trainer.recipe.zero import zero_settings
 from trainer.strategies.base import Fill, MakeOptimizer, ShardSlice, Strategy, set_lr
-from trainer.strategies.optimizer_state import check_owners
+from trainer.strategies.optimizer_state import as_tensor, check_owners
 from trainer.strategies.shards import Kept, Sent, Weight, gathered_itemsize, reduced_to_all
 from trainer.strategies.zero_shards import cut, gathered, pieces
 
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from trainer.recipe import Recipe
 
 COMPILED_COLLECTIVES = "deepspeed_shm_comm"
-SAVED_KEYS = ("exp_avg", "exp_avg_sq", "step")
-"""AdamW's state. ``step`` is stored once per partition, and saved with each parameter as under other strategies."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +66,7 @@ class Zero(Strategy):
         deepspeed = import_deepspeed(self.world.device)
         if fill:
             fill(self.materialise())
-        self.optimizer = make_optimizer(self.trainable())
+        self.optimizer = make_optimizer(self.trainable(), frozenset())
         with _local_rank(self.world.device):
             self.engine, self.partitions, _, _ = deepspeed.initialize(
                 model=model, optimizer=self.optimizer, config=self.config(), dist_init_required=False
@@ -144,9 +142,9 @@ class Zero(Strategy):
             mine = self.slice_of(parameter)
             state = self.optimizer.state.get(mine.partition, {})
             for key in sorted(state):
-                value = state[key]
-                whole = value.detach().cpu() if value.ndim == 0 else self._gather(parameter, mine, value)
-                yield f"{name}.{key}", whole
+                # A scalar is stored once per partition, and saved with each parameter as under other strategies.
+                value = as_tensor(state[key])
+                yield f"{name}.{key}", self._gather(parameter, mine, value) if value.ndim else value.cpu()
 
     def load_optimizer_state(self, names: Mapping[str, list[str]], read: Callable[[str], torch.Tensor]) -> None:
         check_owners(names, self.trainable())
@@ -154,16 +152,19 @@ class Zero(Strategy):
         for name, parameter in self.trainable().items():
             mine = self.slice_of(parameter)
             for key in names.get(name, []):
-                self._load_state(mine, f"{name}.{key}", key, read(f"{name}.{key}"))
+                saved = f"{name}.{key}"
+                self._load_state(mine, saved, key, read(saved), self.shape_of(parameter))
 
-    def _load_state(self, mine: Slice, saved: str, key: str, value: torch.Tensor) -> None:
-        if key not in SAVED_KEYS:
+    def _load_state(self, mine: Slice, saved: str, key: str, value: torch.Tensor, shape: tuple[int, ...]) -> None:
+        if value.ndim and tuple(value.shape) != shape:
             raise CorruptObject(f"{saved} is no part of the state that {self.recipe.optimizer.name} keeps under ZeRO")
         state = self.optimizer.state[mine.partition]
-        if value.ndim == 0:
-            state[key] = value.clone()
-        else:
+        if value.ndim:
             mine.of(state.setdefault(key, torch.zeros_like(mine.partition.data))).copy_(mine.cut(value))
+        elif value.dtype == torch.int64:
+            state[key] = int(value)
+        else:  # torch's fused kernels count on the device
+            state[key] = value.to(mine.partition.device) if self.optimizer.defaults.get("fused") else value.clone()
 
     def _gather(self, parameter: torch.nn.Parameter, mine: Slice, flat: torch.Tensor) -> torch.Tensor:
         """Returns the full tensor on the CPU; ``flat`` contains this rank's part of it. Collective."""

@@ -233,9 +233,7 @@ class WholeLoader:
         return self._adapter.attach(self.base, self._unquantised_base)
 
     def setup_strategy(self, model: torch.nn.Module) -> None:
-        self._strategy.setup(
-            model, lambda parameters: make_optimizer(self._recipe.optimizer, parameters, self._adapter.lr_scale)
-        )
+        self._strategy.setup(model, partial(make_optimizer, self._recipe.optimizer, lr_scale=self._adapter.lr_scale))
 
     def statistics(self) -> dict[str, int]:
         read = self._loaded.bytes_read
@@ -301,7 +299,7 @@ class ShardedLoader:
         self._weights.attached(model)
         strategy.setup(
             model,
-            lambda parameters: make_optimizer(self._recipe.optimizer, parameters, self._adapter.lr_scale),
+            partial(make_optimizer, self._recipe.optimizer, lr_scale=self._adapter.lr_scale),
             lambda pieces: self._weights.fill(pieces, self._init_parameter, strategy.full_parameter),
         )
         self._peak_bytes = host.bytes()

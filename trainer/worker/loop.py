@@ -241,13 +241,14 @@ class Loop:
         totals = Totals()
         self.strategy.module.eval()
         self._phase(step, WAITING_FOR_DATA)
-        for batch in self.eval_batches():
-            self._phase(step, "evaluation")
-            with self.strategy.autocast():
-                totals.add(evaluated_sums(self.task, self.strategy.module, batch, self.world.device))
-            self._phase(step, WAITING_FOR_DATA)  # storage gets more patience than a step
-        self._phase(step, "exchange of the evaluation")
-        self.strategy.reshard()
+        with self.strategy.averaged():
+            for batch in self.eval_batches():
+                self._phase(step, "evaluation")
+                with self.strategy.autocast():
+                    totals.add(evaluated_sums(self.task, self.strategy.module, batch, self.world.device))
+                self._phase(step, WAITING_FOR_DATA)  # storage gets more patience than a step
+            self._phase(step, "exchange of the evaluation")
+            self.strategy.reshard()
         self.strategy.module.train()
         sums = totals.named(self.world.all_reduce_sum(self._once(totals.numbers())))
         values = {f"eval_{name}": value for name, value in self.task.metrics(sums).items()}

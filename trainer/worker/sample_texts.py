@@ -159,6 +159,7 @@ class SampleTexts(Callback):
                 torch.random.fork_rng([device] if device.type == "cuda" else []),
                 by_mask(self.strategy.model),
                 eager,
+                self.strategy.averaged(),
                 self.strategy.autocast(),
             ):
                 yield

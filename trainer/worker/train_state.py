@@ -3,8 +3,8 @@
     adapter_config.json, adapter_model.safetensors      the trained weights, as plain peft reads them
     (full fine-tuning: config.json, model.safetensors)
     optimizer.safetensors                               optimizer state, full tensors by parameter name
-    master.safetensors                                  float32 weights, if the saved ones are narrower or in
-                                                        another form
+    master.safetensors                                  float32 weights, if the saved ones are narrower, in another
+                                                        form, or averages of those that training continues with
     method.safetensors                                  the method's state between steps, if it has one
     value_head.safetensors                              the module that the task trains, if it has one
     tokenizer files, README.md, muster.json             with the last checkpoint of a run
@@ -19,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
@@ -35,7 +36,8 @@ from trainer.tasks import Task
 
 @dataclass(frozen=True)
 class Snapshot:
-    """A copy of the state after ``step``, in host memory; it does not change while it is uploaded."""
+    """A copy of the state after ``step``, in host memory; it does not change while it is uploaded. ``trained``: the
+    weights that training continues with, if ``weights`` are their average."""
 
     step: int
     weights: Mapping[str, torch.Tensor]
@@ -43,6 +45,7 @@ class Snapshot:
     state: Mapping[str, Any]
     final: bool
     method: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    trained: Mapping[str, torch.Tensor] = field(default_factory=dict)
 
 
 class _Scaler(TypedDict):
@@ -74,12 +77,17 @@ class TrainState:
     def snapshot(self, step: int, state: Mapping[str, Any], *, final: bool) -> Snapshot | None:
         """Collective. Returns the snapshot on rank 0, None on the others. Does not wait for storage."""
         keep = self.strategy.world.is_rank0
-        weights = _copies(self.strategy.weights(), keep)
+        trained = _copies(self.strategy.weights(), keep)
+        weights = trained
+        if self.strategy.row.averages:
+            with self.strategy.averaged():
+                weights = _copies(self.strategy.weights(), keep)
         optimizer = _copies(self.strategy.optimizer_state(), keep)
         scaler = self.strategy.scaler.state_dict()
         method = _copies(self.adapter.state(self.strategy.model).items(), keep)
         kept = {**state, "scaler": scaler, "task": self.task.state()}
-        return Snapshot(step, weights, optimizer, kept, final, method) if keep else None
+        apart = trained if trained is not weights else {}
+        return Snapshot(step, weights, optimizer, kept, final, method, apart) if keep else None
 
     def write(self, snapshot: Snapshot, folder: Path) -> None:
         """Writes the snapshot's files, then reads the trained weights back. Raises CorruptObject if they are not as
@@ -93,8 +101,8 @@ class TrainState:
         save_file(dict(snapshot.optimizer), folder / OPTIMIZER_FILE)
         dtype = getattr(torch, self.adapter.recipe.model.dtype)
         narrower = self.adapter.full and any(tensor.dtype != dtype for tensor in weights.values())
-        if narrower or not self.adapter.round_trips:
-            save_file(dict(weights), folder / MASTER_FILE)
+        if snapshot.trained or narrower or not self.adapter.round_trips:
+            save_file(dict(snapshot.trained or weights), folder / MASTER_FILE)
         if snapshot.method:
             save_file(dict(snapshot.method), folder / METHOD_FILE)
         verify_saved(self.adapter, self._shapes, folder, updated=bool(snapshot.optimizer))
@@ -114,14 +122,13 @@ class TrainState:
                         raise CorruptObject(f"the checkpoint's {name} is no safetensors file: {error}") from error
                 return opened[name]
 
-            read = self._weight_reader(folder, reader)
-            self.strategy.load_weights(self._beside.reading(read, reader) if self._beside else read)
             moments = reader(OPTIMIZER_FILE)
             keys: dict[str, list[str]] = defaultdict(list)
             for saved in moments.keys():  # noqa: SIM118 - a safetensors file is no mapping
                 parameter, key = saved.rsplit(".", 1)
                 keys[parameter].append(key)
             self.strategy.load_optimizer_state(keys, moments.get_tensor)
+            self.strategy.load_weights(self._weight_reader(folder, reader))
             self._load_method(folder, reader)
         if state.get("scaler"):
             self.strategy.scaler.load_state_dict(state["scaler"])
@@ -137,11 +144,18 @@ class TrainState:
             raise CorruptObject(f"the state in the commit record is not complete: {error}") from error
 
     def _weight_reader(self, folder: Path, reader: Callable[[str], Any]) -> Callable[[str], torch.Tensor]:
-        if (folder / MASTER_FILE).exists():
-            tensor: Callable[[str], torch.Tensor] = reader(MASTER_FILE).get_tensor
-            return tensor
         read = reader(self.adapter.weights_file).get_tensor
-        return lambda name: self.adapter.read_parameter(self.strategy.model, name, read)
+        others: Callable[[str], torch.Tensor] = partial(self._trained, read=read)
+        if self._beside:
+            others = self._beside.reading(others, reader)
+        if not (folder / MASTER_FILE).exists():
+            return others
+        master = reader(MASTER_FILE)
+        kept = set(master.keys())
+        return lambda name: master.get_tensor(name) if name in kept else others(name)
+
+    def _trained(self, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
+        return self.adapter.read_parameter(self.strategy.model, name, read)
 
     def _load_method(self, folder: Path, reader: Callable[[str], Any]) -> None:
         model, adapter = self.strategy.model, self.adapter

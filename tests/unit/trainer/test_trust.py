@@ -227,6 +227,17 @@ def test_a_stored_reward_function_is_not_imported(
     assert (without_code(shipped), code_of(shipped)) == (shipped, []), "what comes with muster is nobody else's code"
 
 
+def test_a_stored_optimizer_is_not_imported(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
+    recipe = small_recipe("own", tiny_model, folder, **{"optimizer": {"name": "mine:Own", "lr": 1e-3}})
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / layout.RECIPE).write_text(dump(recipe))
+    assert read_recipe(open_storage(str(run))).optimizer.name == "adamw"
+    with pytest.raises(UsageError, match="would run optimizer.name mine:Own"):
+        recipe_at(f"file://{run}/recipe.yaml")
+    assert recipe_at(f"file://{run}/recipe.yaml", trust=True) == recipe == recipe_at(str(run / "recipe.yaml"))
+
+
 SHIPPED = "trainer.tasks.ppo.rewards:gsm8k"
 
 

@@ -37,7 +37,7 @@ LOST = [
         "val_set_size",
         "data.eval",
     ),
-    ("axolotl", {"fsdp_version": 2}, "optimizer", "8 bits"),
+    ("axolotl", {"deepspeed": "configs/zero3.json"}, "optimizer", "across the parts"),
     ("axolotl", {"num_epochs": 0.5}, "num_epochs", "1 is taken"),
     ("axolotl", {"lr_scheduler": "rex"}, "lr_scheduler", "cosine"),
     ("axolotl", {"plugins": ["some.integrations.other.Plugin"]}, "plugins", "other"),
@@ -201,7 +201,7 @@ HINDERED = [
     ("axolotl", {"learning_rate": 0, "lr_scheduler_kwargs": {"min_lr": 1}}, "min_lr: 1"),
     ("axolotl", {"deepspeed": "mine.json"}, "contains no stage"),
     ("axolotl", {"micro_batch_size": float("nan")}, "micro_batch_size: nan is no number"),
-    ("axolotl", {"optimizer": "muon"}, "optimizer: muon"),
+    ("axolotl", {"optimizer": "came_pytorch"}, "there is no came_pytorch"),
     ("axolotl", {"loraplus_lr_ratio": True}, "loraplus_lr_ratio: True is no number"),
     ("axolotl", {"datasets": [{"path": "a/b", "type": "unheard"}]}, "datasets[0].type: unheard"),
     (

@@ -1,153 +1,260 @@
-"""Optimizers, the state that they go on from, and learning-rate schedules."""
+"""Optimizers, and the state that they continue from."""
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from trainer.errors import CorruptObject
-from trainer.optim import learning_rate, make_optimizer
-from trainer.recipe import OptimizerSection, ScheduleSection
-from trainer.recipe.optimizers import OPTIMIZERS, SCHEDULES
-from trainer.strategies.optimizer_state import load_optimizer_state, optimizer_state
+from trainer.distributed.world import World
+from trainer.errors import CorruptObject, InputError
+from trainer.optim import make_optimizer
+from trainer.recipe import OptimizerSection
+from trainer.recipe.optimizers import OPTIMIZERS
+from trainer.strategies.held import Itself, Part
+from trainer.strategies.optimizer_state import OptimizerState
 
 Parameters = dict[str, torch.nn.Parameter]
-ON_CPU = [name for name, row in OPTIMIZERS.items() if not row.paged]
+QUANTISED = [name for name, row in OPTIMIZERS.items() if row.quantised]
+MATRICES = frozenset({"big.weight", "small.weight"})
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Paged optimizers are not supported on CPU", "ignore:OptimState", "ignore:Calling register_constant"
+)
+
+
+@pytest.fixture(autouse=True)
+def _eager() -> Iterator[None]:
+    with torch.compiler.set_stance("force_eager"):  # torchao compiles its updates, for half a minute each
+        yield
 
 
 def section(name: str = "adamw", **more: Any) -> OptimizerSection:
-    return OptimizerSection(name=name, lr=1e-2, **more)
+    return OptimizerSection.model_validate({"name": name, "lr": 1e-2, **more})
 
 
 def parameters() -> Parameters:
-    """Sizes on both sides of 4,096 elements, from which on bitsandbytes keeps eight bits."""
+    """Sizes on both sides of 4,096 elements, from which on states are quantised; ``m`` has an incomplete block."""
     shapes = {"big.weight": (96, 64), "small.weight": (8, 4), "norm.weight": (64,), "m": (5000,)}
     generator = torch.Generator().manual_seed(1)
     return {n: torch.nn.Parameter(torch.randn(s, generator=generator)) for n, s in shapes.items()}
 
 
-def step(optimizer: torch.optim.Optimizer, named: Parameters, number: int) -> None:
-    generator = torch.Generator().manual_seed(100 + number)
-    for parameter in named.values():
-        parameter.grad = torch.randn(parameter.shape, generator=generator)
-    optimizer.step()
+class Made:
+    """An optimizer of named parameters, with its state as a strategy reads and writes it."""
+
+    def __init__(self, name: str, named: Parameters, held: Mapping[str, Itself] | None = None, **more: Any) -> None:
+        settings = section(name, **more)
+        self.named, row = named, settings.row
+        self.optimizer: Any = make_optimizer(settings, named, MATRICES if row.holds == "matrices" else frozenset())
+        self.held = held or {n: Itself(p) for n, p in named.items()}
+        nobody = cast(World, None)
+        self.state = OptimizerState(
+            self.optimizer, row, self.held, nobody, lambda t: t, lambda t, like: t.to(like.dtype)
+        )
+        if row.averages:
+            self.optimizer.train()
+
+    def step(self, number: int) -> None:
+        generator = torch.Generator().manual_seed(100 + number)
+        for parameter in self.named.values():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    def save(self, file: Path) -> set[str]:
+        saved = {name: tensor.clone() for name, tensor in self.state.tensors()}
+        save_file(saved, file)
+        return {name.rsplit(".", 1)[1] for name in saved}
+
+    def load(self, file: Path) -> None:
+        with safe_open(file, framework="pt") as opened:
+            keys: dict[str, list[str]] = defaultdict(list)
+            for name in opened.keys():  # noqa: SIM118 - a safetensors file is no mapping
+                parameter, key = name.rsplit(".", 1)
+                keys[parameter].append(key)
+            self.state.load(keys, opened.get_tensor)
 
 
-def saved(optimizer: torch.optim.Optimizer, named: Parameters, file: Path) -> None:
-    state = optimizer_state(optimizer, named, lambda tensor: tensor)
-    save_file({name: tensor.clone() for name, tensor in state}, file)
+def copies(named: Parameters) -> Parameters:
+    return {n: torch.nn.Parameter(p.detach().clone()) for n, p in named.items()}
 
 
-def loaded(optimizer: torch.optim.Optimizer, named: Parameters, file: Path) -> None:
-    with safe_open(file, framework="pt") as opened:
-        keys: dict[str, list[str]] = defaultdict(list)
-        for name in opened.keys():  # noqa: SIM118 - a safetensors file is no mapping
-            parameter, key = name.rsplit(".", 1)
-            keys[parameter].append(key)
-        load_optimizer_state(optimizer, named, keys, opened.get_tensor, lambda whole, like: whole.to(like.dtype))
-
-
-@pytest.mark.parametrize("name", ON_CPU)
-def test_an_optimizer_goes_on_from_its_saved_state_to_the_bit(name: str, tmp_path: Path) -> None:
-    straight = parameters()
-    optimizer = make_optimizer(section(name, weight_decay=0.1), straight)
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
+def test_an_optimizer_continues_from_its_saved_state_to_the_bit(name: str, tmp_path: Path) -> None:
+    straight = Made(name, parameters(), weight_decay=0.1)
     for number in range(3):
-        step(optimizer, straight, number)
-    saved(optimizer, straight, tmp_path / "state")
-    resumed = {n: torch.nn.Parameter(p.detach().clone()) for n, p in straight.items()}
-    other = make_optimizer(section(name, weight_decay=0.1), resumed)
-    loaded(other, resumed, tmp_path / "state")
+        straight.step(number)
+    kinds = straight.save(tmp_path / "state")
+    assert kinds
+    resumed = Made(name, copies(straight.named), weight_decay=0.1)
+    resumed.load(tmp_path / "state")
+    for made in (straight, resumed):
+        for group in made.optimizer.param_groups:  # as a step of a strategy does
+            torch.as_tensor(group["lr"]).fill_(1e-2) if torch.is_tensor(group["lr"]) else group.update(lr=1e-2)
     for number in range(3, 8):
-        step(optimizer, straight, number)
-        step(other, resumed, number)
-    for n in straight:
-        assert torch.equal(straight[n], resumed[n]), n
-    saved(other, resumed, tmp_path / "again")
-    with safe_open(tmp_path / "again", framework="pt") as file:
-        kinds = {k.rsplit(".", 1)[1] for k in file.keys()}  # noqa: SIM118
-    assert kinds >= ({"step", "exp_avg", "exp_avg_sq"} if name == "adamw" else {"step", "state1", "absmax1", "qmap1"})
+        straight.step(number)
+        resumed.step(number)
+    for n in straight.named:
+        assert torch.equal(straight.named[n], resumed.named[n]), n
+    assert resumed.save(tmp_path / "again") == kinds
 
 
-@pytest.mark.parametrize("name", ON_CPU)
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
 def test_without_its_state_it_would_go_elsewhere(name: str) -> None:
-    straight = parameters()
-    optimizer = make_optimizer(section(name), straight)
-    step(optimizer, straight, 0)
-    fresh = {n: torch.nn.Parameter(p.detach().clone()) for n, p in straight.items()}
-    other = make_optimizer(section(name), fresh)
-    step(optimizer, straight, 1)
-    step(other, fresh, 1)
-    assert not any(torch.equal(straight[n], fresh[n]) for n in straight)
+    straight = Made(name, parameters())
+    straight.step(0)
+    fresh = Made(name, copies(straight.named))
+    straight.step(1)
+    fresh.step(1)
+    assert not torch.equal(straight.named["big.weight"], fresh.named["big.weight"])
+    assert not torch.equal(straight.named["m"], fresh.named["m"])
 
 
-def test_eight_bits_are_eight_bits() -> None:
-    named = parameters()
-    optimizer = make_optimizer(section("adamw_8bit"), named)
-    step(optimizer, named, 0)
-    dtypes = {n: optimizer.state[p]["state1"].dtype for n, p in named.items()}
-    assert dtypes == {
-        "big.weight": torch.uint8, "m": torch.uint8, "small.weight": torch.float32, "norm.weight": torch.float32,
-    }  # fmt: skip
+@pytest.mark.parametrize("name", OPTIMIZERS.names())
+def test_loading_changes_no_weight(name: str, tmp_path: Path) -> None:
+    made = Made(name, parameters(), weight_decay=0.1)
+    made.step(0)
+    made.save(tmp_path / "state")
+    before = copies(made.named)
+    made.load(tmp_path / "state")
+    assert all(torch.equal(before[n], p) for n, p in made.named.items())
+    assert all(p.grad is None for p in made.named.values())
 
 
-@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
-def test_moments_of_a_paged_optimizer_come_back_into_memory_of_its_own(tmp_path: Path) -> None:
-    named = parameters()
-    optimizer = make_optimizer(section("paged_adamw_8bit"), named)
-    step(optimizer, named, 0)
-    saved(optimizer, named, tmp_path / "state")
-    other: Any = make_optimizer(section("paged_adamw_8bit"), named)
-    made: list[torch.Tensor] = []
-    get_buffer = other.get_state_buffer
-    other.get_state_buffer = lambda parameter, dtype: made.append(get_buffer(parameter, dtype=dtype)) or made[-1]
-    loaded(other, named, tmp_path / "state")
-    assert len(made) == 2 * len(named)
-    for parameter in named.values():
+class Elements(Itself):
+    """Some of a parameter's elements, as a rank has them."""
+
+    def __init__(self, source: torch.nn.Parameter, start: int, stop: int) -> None:
+        self.source, self.part = source, Part(start, stop - start)
+        self.parameter = torch.nn.Parameter(source.detach().reshape(-1)[start:stop])
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+@pytest.mark.parametrize("cuts", [(0, 3072, 6144), (0, 4800, 6144), (0, 4096, 4608, 6144)])
+def test_a_quantised_state_moves_to_other_parts_within_its_precision(name: str, cuts: tuple[int, ...]) -> None:
+    """The state of one tensor is read from the parts of several, and back."""
+    row = OPTIMIZERS[name]
+    codec = row.load_codec()
+    source = {"w": parameters()["big.weight"]}
+    complete = Made(name, source)
+    for number in range(3):
+        complete.step(number)
+    want = codec.values(codec.raw(complete.optimizer.state[source["w"]]))
+    stored = {f"w.{k}": v.clone() for k, v in dict(_entries(complete)).items()}
+    parts: dict[str, torch.Tensor] = {}
+    for start, stop in itertools.pairwise(cuts):
+        held = Elements(source["w"], start, stop)
+        part = Made(name, {"w": held.parameter}, {"w": held})
+        part.state.load({"w": [key.removeprefix("w.") for key in stored]}, stored.__getitem__)
+        state = part.optimizer.state[held.parameter]
+        for key, flat in codec.values(codec.raw(state)).items():
+            near(flat, want[key][start:stop], row.blocks.bits)
+        raw = codec.raw(state)
+        parts |= {f"w.{key}@{start}": value.clone() for key, value in raw.items()}
+        parts |= {f"w.{k}": v for k, v in dict(_entries(part)).items() if not v.ndim}
+    back = Made(name, source)
+    back.state.load({"w": [key.removeprefix("w.") for key in parts]}, parts.__getitem__)
+    for key, flat in codec.values(codec.raw(back.optimizer.state[source["w"]])).items():
+        near(flat, want[key], row.blocks.bits)
+
+
+def _entries(made: Made) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from made.state._entries(next(iter(made.held.values()))).items()
+
+
+def near(got: torch.Tensor, want: torch.Tensor, bits: int) -> None:
+    """Equal within two roundings to so many bits of the largest value in a block."""
+    assert (got - want).abs().max() <= 2 * want.abs().max() / (2 ** (bits - 3))
+
+
+@pytest.mark.parametrize("name", ["adamw_8bit", "paged_adamw_8bit"])
+def test_a_state_that_an_earlier_version_stored_loads(name: str, tmp_path: Path) -> None:
+    """With the tables of bitsandbytes' code values."""
+    made = Made(name, parameters())
+    made.step(0)
+    old = {}
+    for n, parameter in made.named.items():
+        for key, value in made.optimizer.state[parameter].items():
+            old[f"{n}.{key}"] = torch.tensor(value) if isinstance(value, int) else value.clone()
+    assert "big.weight.qmap1" in old
+    save_file(old, tmp_path / "state")
+    other = Made(name, copies(made.named))
+    other.load(tmp_path / "state")
+    for n in made.named:
+        mine, theirs = made.optimizer.state[made.named[n]], other.optimizer.state[other.named[n]]
+        assert all(torch.equal(torch.as_tensor(mine[key]), torch.as_tensor(theirs[key])) for key in mine), n
+
+
+def test_a_state_is_copied_into_the_memory_that_the_optimizer_allocates(tmp_path: Path) -> None:
+    """A paged one stays in paged memory."""
+    made = Made("paged_adamw_8bit", parameters())
+    made.step(0)
+    made.save(tmp_path / "state")
+    other = Made("paged_adamw_8bit", copies(made.named))
+    buffers: list[torch.Tensor] = []
+    get_buffer = other.optimizer.get_state_buffer
+    other.optimizer.get_state_buffer = lambda p, dtype: buffers.append(get_buffer(p, dtype=dtype)) or buffers[-1]
+    other.load(tmp_path / "state")
+    assert len(buffers) == 2 * len(made.named)
+    for n, parameter in other.named.items():
         for key in ("state1", "state2"):
-            assert any(other.state[parameter][key] is buffer for buffer in made)
-            assert torch.equal(other.state[parameter][key], optimizer.state[parameter][key])
-    step(other, named, 1)
+            assert any(other.optimizer.state[parameter][key] is buffer for buffer in buffers)
+            assert torch.equal(other.optimizer.state[parameter][key], made.optimizer.state[made.named[n]][key])
+
+
+@pytest.mark.parametrize("name", QUANTISED)
+def test_quantised_states_are_as_small_as_their_row_says(name: str) -> None:
+    made = Made(name, parameters())
+    made.step(0)
+    codec = OPTIMIZERS[name].load_codec()
+    quantised = {n: codec.is_quantised(codec.raw(made.optimizer.state[p])) for n, p in made.named.items()}
+    blocks = OPTIMIZERS[name].blocks
+    assert quantised == {"big.weight": True, "small.weight": False, "norm.weight": False, "m": not blocks.full_only}
 
 
 def test_a_state_before_any_step_is_empty_and_loads(tmp_path: Path) -> None:
-    named = parameters()
-    optimizer = make_optimizer(section(), named)
-    saved(optimizer, named, tmp_path / "state")
-    loaded(optimizer, named, tmp_path / "state")
-    step(optimizer, named, 0)
+    made = Made("adamw", parameters())
+    made.save(tmp_path / "state")
+    made.load(tmp_path / "state")
+    made.step(0)
 
 
-def test_state_of_another_model_is_refused(tmp_path: Path) -> None:
-    named = parameters()
-    optimizer = make_optimizer(section(), named)
-    step(optimizer, named, 0)
-    saved(optimizer, named, tmp_path / "state")
-    fewer = {n: p for n, p in parameters().items() if n != "m"}
+def test_state_of_another_model_or_optimizer_is_refused(tmp_path: Path) -> None:
+    made = Made("adamw", parameters())
+    made.step(0)
+    made.save(tmp_path / "state")
+    fewer = Made("adamw", {n: p for n, p in parameters().items() if n != "m"})
     with pytest.raises(CorruptObject, match=r"nothing here is called \['m'\]"):
-        loaded(make_optimizer(section(), fewer), fewer, tmp_path / "state")
+        fewer.load(tmp_path / "state")
+    with pytest.raises(CorruptObject, match="momentum_buffer is missing"):
+        Made("sgd", parameters()).load(tmp_path / "state")
+    with pytest.raises(CorruptObject, match=r"exp_avg is no part of the state"):
+        Made("adafactor", {"norm.weight": parameters()["norm.weight"]}).state.load(
+            {"norm.weight": ["step", "variance", "exp_avg"]}, lambda name: torch.zeros(64 if "step" not in name else ())
+        )
 
 
 def test_only_matrices_decay() -> None:
-    named = parameters()
-    optimizer = make_optimizer(section(weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6), named)
-    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
-    assert {n: decays[id(p)] for n, p in named.items()} == {
+    made = Made("adamw", parameters(), weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6)
+    decays = {id(p): g["weight_decay"] for g in made.optimizer.param_groups for p in g["params"]}
+    assert {n: decays[id(p)] for n, p in made.named.items()} == {
         "big.weight": 0.1, "small.weight": 0.1, "norm.weight": 0.0, "m": 0.0,
     }  # fmt: skip
-    for group in optimizer.param_groups:
+    for group in made.optimizer.param_groups:
         assert (group["lr"], tuple(group["betas"]), group["eps"]) == (1e-2, (0.8, 0.95), 1e-6)
-    before = {n: p.detach().clone() for n, p in named.items()}
-    for parameter in named.values():
+    before = copies(made.named)
+    for parameter in made.named.values():
         parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    for n, p in named.items():
+    made.optimizer.step()
+    for n, p in made.named.items():
         assert torch.equal(p, before[n] * (1 - 1e-2 * 0.1) if p.ndim == 2 else before[n]), n
 
 
@@ -156,38 +263,94 @@ def test_a_model_of_matrices_alone_has_one_group() -> None:
     assert len(make_optimizer(section(), named).param_groups) == 1
 
 
-RATES: list[tuple[dict[str, Any], list[float]]] = [
-    ({"name": "constant"}, [1.0] * 8),
-    ({"name": "constant", "warmup_steps": 4}, [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]),
-    ({"name": "constant", "warmup_ratio": 0.4}, [0.25, 0.5, 0.75, 1.0, 1.0, 1.0, 1.0, 1.0]),
-    ({"name": "linear"}, [1.0, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125]),
-    ({"name": "linear", "warmup_steps": 4}, [0.25, 0.5, 0.75, 1.0, 1.0, 0.75, 0.5, 0.25]),
-    ({"name": "linear", "warmup_steps": 4, "min_lr_ratio": 0.2}, [0.25, 0.5, 0.75, 1.0, 1.0, 0.8, 0.6, 0.4]),
-    ({"name": "linear", "warmup_steps": 8}, [0.125, 0.25, 0.375, 0.5, 0.625, 0.75, 0.875, 1.0]),
-    ({"name": "cosine"}, [1.0, 0.961940, 0.853553, 0.691342, 0.5, 0.308658, 0.146447, 0.038060]),
-    ({"name": "cosine", "warmup_steps": 4}, [0.25, 0.5, 0.75, 1.0, 1.0, 0.853553, 0.5, 0.146447]),
-    ({"name": "cosine", "warmup_steps": 4, "min_lr_ratio": 0.5}, [0.25, 0.5, 0.75, 1.0, 1.0, 0.926777, 0.75, 0.573223]),
-]
+def test_muon_updates_matrices_and_adamw_everything_else() -> None:
+    made = Made("muon", parameters(), weight_decay=0.1, settings={"ns_steps": 4})
+    alone = copies(made.named)
+    matrices = [p for n, p in alone.items() if n in MATRICES]
+    others = [p for n, p in alone.items() if n not in MATRICES]
+    muon = torch.optim.Muon(
+        matrices, lr=1e-2, weight_decay=0.1, momentum=0.95, ns_steps=4, adjust_lr_fn="match_rms_adamw"
+    )
+    adamw = torch.optim.AdamW(others, lr=1e-2, weight_decay=0.0)
+    for number in range(3):
+        made.step(number)
+        generator = torch.Generator().manual_seed(100 + number)
+        for parameter in alone.values():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        muon.step()
+        adamw.step()
+    assert all(torch.equal(alone[n], p) for n, p in made.named.items())
 
 
-@pytest.mark.parametrize(("settings", "rates"), RATES)
-def test_learning_rates(settings: dict[str, Any], rates: list[float]) -> None:
-    schedule = ScheduleSection(**settings)
-    assert [learning_rate(schedule, 3e-4, s, 8) / 3e-4 for s in range(1, 9)] == pytest.approx(rates, abs=1e-6)
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        (
+            {"settings": {"amsgad": True}},
+            r"optimizer.settings.amsgad: adamw does not take it; its settings are amsgrad",
+        ),
+        ({"name": "muon", "settings": {"adjust_lr_fn": "none"}}, "cannot be made with these settings.*none"),
+        ({"name": "no_such_module:Lion"}, "'no_such_module:Lion' cannot be imported from"),
+        ({"name": "torch.optim:Lyon"}, "torch.optim has no 'Lyon'"),
+        ({"name": "builtins:dict"}, "cannot be made|no torch.optim.Optimizer"),
+        ({"name": "torch.optim:SGD", "eps": 1e-6}, "optimizer.eps: torch.optim:SGD does not take it"),
+    ],
+)
+def test_an_optimizer_that_cannot_be_made_says_why(fields: dict[str, Any], words: str) -> None:
+    with pytest.raises(InputError, match=words):
+        make_optimizer(OptimizerSection.model_validate({"lr": 1e-2, **fields}), parameters(), MATRICES)
 
 
-@pytest.mark.parametrize("name", SCHEDULES.names())
-def test_the_step_after_the_last_one_reaches_the_end_and_stays(name: str) -> None:
-    floor, end = ({"min_lr_ratio": 0.1}, 0.1) if SCHEDULES[name].falls else ({}, 1.0)
-    schedule = ScheduleSection(name=name, warmup_steps=2, **floor)
-    for s in (9, 10, 1000):
-        assert learning_rate(schedule, 2.0, s, 8) == pytest.approx(2.0 * end)
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="needs torchao, which is not installed: pip install torchao"):
+        make_optimizer(section("adamw_torchao_8bit"), parameters())
 
 
-@pytest.mark.parametrize("name", [name for name, row in SCHEDULES.items() if row.falls])
-def test_a_rate_never_rises_after_the_warm_up_and_is_never_zero_in_a_run(name: str) -> None:
-    rate: Callable[[int], float] = lambda s: learning_rate(ScheduleSection(name=name, warmup_steps=3), 1.0, s, 50)  # noqa: E731
-    rates = [rate(s) for s in range(1, 51)]
-    assert rates[:3] == sorted(rates[:3])
-    assert rates[3:] == sorted(rates[3:], reverse=True)
-    assert min(rates) > 0
+def test_an_optimizer_of_the_users_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "mine_of_test.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    made = Made("mine_of_test:Signs", parameters(), settings={"scale": 2.0})
+    made.step(0)
+    made.state.check()
+    made.save(tmp_path / "state")
+    other = Made("mine_of_test:Signs", copies(made.named), settings={"scale": 2.0})
+    other.load(tmp_path / "state")
+    for group in other.optimizer.param_groups:
+        group["lr"] = 1e-2
+        assert (group["taken"], group["scale"]) == (1, 2.0)
+    made.step(1)
+    other.step(1)
+    assert all(torch.equal(p, other.named[n]) for n, p in made.named.items())
+    listing = Made("mine_of_test:Listing", parameters())
+    listing.step(0)
+    with pytest.raises(InputError, match=r"keeps a list as state\['all'\] of"):
+        listing.state.check()
+
+
+OWN = '''
+import torch
+
+class Signs(torch.optim.Optimizer):
+    """Signs of the sum of the gradients, and a count of its steps."""
+
+    def __init__(self, params, lr, scale=1.0):
+        super().__init__(params, {"lr": lr, "scale": scale, "taken": 0})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            group["taken"] += 1
+            for p in group["params"]:
+                if p.grad is not None:
+                    total = self.state[p].setdefault("sum", torch.zeros_like(p))
+                    total += p.grad
+                    p -= group["lr"] * group["scale"] * total.sign() / group["taken"]
+
+
+class Listing(Signs):
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                self.state[p]["all"] = [p.grad]
+'''

@@ -55,7 +55,7 @@ def test_every_rank_of_fsdp(
     weights = read_model(recipe, read_base(recipe.model).config).weights
     for rank in some:
         mesh = Mesh.of(recipe, ranks)
-        got = share("fsdp", weights, mesh, rank, gradient_size=4, state=lambda elements: 8 * elements)
+        got = share("fsdp", weights, mesh, rank, gradient_size=4, state=lambda weight, elements: 8 * elements)
         want = really_kept(recipe, ranks, rank)
         assert {"frozen": got.frozen, "trainable": got.trainable, "padding": got.padding} == want
         assert got.gradient == got.trainable
@@ -108,7 +108,7 @@ def test_what_each_strategy_divides(kind: str, parameter: int, states: int) -> N
     from collections import Counter
 
     weights = Counter([Weight((7, 15), 4, True)])
-    first = share(kind, weights, Mesh(1, 3, 1), 0, gradient_size=4, state=lambda elements: 8 * elements)
+    first = share(kind, weights, Mesh(1, 3, 1), 0, gradient_size=4, state=lambda weight, elements: 8 * elements)
     assert first.trainable == 4 * parameter
     assert (first.gradient, first.optimizer) == (4 * states, 8 * states)
 
@@ -127,7 +127,9 @@ def test_a_70b_on_64_ranks(tmp_path: Path, quantization: str, rank: int, frozen:
     recipe = plan_recipe(tmp_path, LLAMA_70B, **changes)
     model = read_model(recipe, read_base(recipe.model).config)
     assert model.total - model.trainable == 70_553_706_496
-    got = share("fsdp", model.weights, Mesh(1, 64, 1), rank, gradient_size=4, state=lambda elements: 8 * elements)
+    got = share(
+        "fsdp", model.weights, Mesh(1, 64, 1), rank, gradient_size=4, state=lambda weight, elements: 8 * elements
+    )
     assert got.frozen == frozen
     # Scales of 64 values in a byte, and of 256 such scales in four; 4.28 GB without double quantisation.
     linear = 68_451_041_280

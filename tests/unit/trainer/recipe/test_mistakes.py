@@ -45,7 +45,7 @@ training:
   lr: 1e-4
   global_batch: 4
   micro_batch: 8
-optimizer: {name: adamw_8bit, lr: fast}
+optimizer: {name: paged_adamw_8bit, lr: fast}
 strategy: {kind: fsdp}
 resources: {workers: [3, 2]}
 storage: runs
@@ -130,7 +130,7 @@ def test_the_error_survives_pickling_and_exits_with_2() -> None:
         (
             "schedule.min_lr_ratio",
             0.1,
-            "has no effect with schedule.name constant; leave it out, or choose linear or cosine",
+            "has no effect with schedule.name constant; leave it out, or choose linear or cosine or wsd or polynomial",
         ),
         ("storage", "  ", "is empty; give a folder, a file or a URL"),
         (
@@ -213,11 +213,54 @@ def test_an_at_sign_elsewhere_is_no_credential(url: str) -> None:
         ),
         ({"model": {"path": "x", "quantization": "int8"}, "strategy": {"kind": "fsdp"}}, "model.quantization", "nf4"),
         (
-            {"optimizer": {"lr": 1.0, "name": "adamw_8bit"}, "strategy": {"kind": "fsdp"}},
+            {"optimizer": {"lr": 1.0, "name": "adamw_8bit"}, "strategy": {"kind": "zero2"}},
             "optimizer.name",
-            "use adamw",
+            "use fsdp or ddp",
         ),
         ({"optimizer": {"lr": 1.0, "name": "paged_adamw_8bit"}}, "optimizer.name", "use adamw_8bit"),
+        (
+            {"optimizer": {"lr": 1.0, "name": "muon"}, "strategy": {"kind": "zero3"}},
+            "optimizer.name",
+            "it updates complete matrices, and ZeRO gives an optimizer flat parts of parameters",
+        ),
+        (
+            {"optimizer": {"lr": 1.0, "name": "mine:Own"}, "strategy": {"kind": "zero2"}},
+            "optimizer.name",
+            "is known by its name only",
+        ),
+        (
+            {"optimizer": {"lr": 1.0, "name": "schedule_free_adamw"}, "strategy": {"kind": "zero3"}},
+            "optimizer.name",
+            "two sets of weights",
+        ),
+        (
+            {"optimizer": {"lr": 1.0, "name": "adafactor"}, "strategy": {"kind": "fsdp", "offload": True}},
+            "optimizer.name",
+            "strategy.offload keeps them on the host",
+        ),
+        (
+            {
+                "optimizer": {"lr": 1.0, "name": "lion_8bit"},
+                "strategy": {"kind": "fsdp"},
+                "model": {"path": "x", "dtype": "float16"},
+            },
+            "optimizer.name",
+            "use bfloat16",
+        ),
+        (
+            {"optimizer": {"lr": 1.0, "name": "schedule_free_adamw"}, "schedule": {"name": "cosine"}},
+            "schedule.name",
+            "use constant, with a warm-up",
+        ),
+        ({"optimizer": {"lr": 1.0, "name": "sgd", "betas": [0.8, 0.9]}}, "optimizer.betas", "no effect with"),
+        ({"optimizer": {"lr": 1.0, "momentum": 0.5}}, "optimizer.momentum", "or choose muon or sgd"),
+        ({"optimizer": {"lr": 1.0, "settings": {"eps": 1}}}, "optimizer.settings.eps", "write optimizer.eps"),
+        ({"optimizer": {"lr": 1.0, "settings": {"lr": 1}}}, "optimizer.settings.lr", "muster sets it"),
+        (
+            {"optimizer": {"lr": 1.0, "name": "adamw_fused", "settings": {"fused": False}}},
+            "optimizer.settings.fused",
+            "muster sets it",
+        ),
         ({"schedule": {"warmup_steps": 11}}, "schedule.warmup_steps", "training.steps 10"),
         ({"schedule": {"warmup_steps": 3, "warmup_ratio": 0.1}}, "schedule.warmup_ratio", "give one of them"),
     ],
