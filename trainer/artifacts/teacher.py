@@ -63,10 +63,12 @@ def located(recipe: Recipe) -> Iterator[tuple[Artifact, bool]]:
 
 
 class PlannedTeacher(NamedTuple):
-    """``section``: the teacher's base model. ``shared``: it is that of the student."""
+    """``section``: the teacher's base model. ``shared``: it is that of the student. ``as_stored``: it is loaded in the
+    type of its files, which are not read here."""
 
     section: ModelSection
-    shared: bool
+    shared: bool = False
+    as_stored: bool = False
 
 
 def planned_teacher(recipe: Recipe) -> PlannedTeacher | None:
@@ -79,7 +81,7 @@ def planned_teacher(recipe: Recipe) -> PlannedTeacher | None:
         with _located(recipe) as subject:
             return PlannedTeacher(subject.section, _shared(subject, recipe) is not None)
     if address.model is not None:
-        return PlannedTeacher(_quantised(ModelSection(path=place), recipe), shared=False)
+        return PlannedTeacher(_quantised(ModelSection(path=place), recipe), as_stored=True)
     begun = read_recipe(open_storage(place))
     section = _quantised(begun.model, recipe)
     return PlannedTeacher(section, begun.adapter.row.plain_lora == 1 and is_same_base(section, recipe))

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 class Untaught(NamedTuple):
     """A micro-batch whose loss is computed with uniform distributions in place of the teacher's."""
 
-    batch: Batch
+    micro_batch: Batch
 
 
 class Distill(Task):
@@ -55,11 +55,11 @@ class Distill(Task):
 
     def loss(self, module: torch.nn.Module, batch: Batch | Untaught, device: torch.device) -> LossOutput:
         if isinstance(batch, Untaught):
-            batch, teacher = batch.batch, self._uniform(batch.batch, device)
+            micro_batch, teacher = batch.micro_batch, self._uniform(batch.micro_batch, device)
         else:
             assert self.teacher is not None, "the teacher is set before the first loss"
-            teacher = self.teacher.outputs(batch, module, device)
-        found = self.head.compared(module, batch, teacher, device)
+            micro_batch, teacher = batch, self.teacher.outputs(batch, module, device)
+        found = self.head.compared(module, micro_batch, teacher, device)
         sums = {"nll": found.nll, "teacher_nll": teacher.nll, "agreement": found.agrees}
         return LossOutput(found.losses.sum(), {name: values.detach().sum() for name, values in sums.items()})
 

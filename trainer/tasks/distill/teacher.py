@@ -38,9 +38,8 @@ class TeacherOutputs(NamedTuple):
 
     def at(self, rows_n: torch.Tensor) -> TeacherOutputs:
         """Returns the outputs of some of the targets."""
-        return self._replace(
-            **{name: value[rows_n] for name, value in self._asdict().items() if isinstance(value, torch.Tensor)}
-        )
+        logits, ids, logps = (None if t is None else t[rows_n] for t in (self.logits, self.ids, self.logps))
+        return TeacherOutputs(self.likely[rows_n], self.nll[rows_n], self.tokens, logits, ids, logps)
 
     @classmethod
     def uniform(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -98,7 +99,7 @@ def test_divergences_are_those_of_their_formulas(loss: str, beta: float) -> None
 
 
 def test_jsd_has_the_gradients_of_both_divergences_at_its_ends() -> None:
-    teacher, student = drawn()
+    teacher, student = (0.3 * logits for logits in drawn())
     student.requires_grad_()
 
     def slope(loss: str, beta: float) -> torch.Tensor:
@@ -106,9 +107,9 @@ def test_jsd_has_the_gradients_of_both_divergences_at_its_ends() -> None:
         (found,) = torch.autograd.grad(made, student)
         return found
 
-    near = 1e-5
-    torch.testing.assert_close(slope("jsd", near) / near, slope("forward_kl", 0.5), rtol=1e-2, atol=1e-3)
-    torch.testing.assert_close(slope("jsd", 1 - near) / near, slope("reverse_kl", 0.5), rtol=1e-2, atol=1e-3)
+    near = 1e-4
+    torch.testing.assert_close(slope("jsd", near) / near, slope("forward_kl", 0.5), rtol=2e-3, atol=1e-4)
+    torch.testing.assert_close(slope("jsd", 1 - near) / near, slope("reverse_kl", 0.5), rtol=2e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("k", [1, 5, 29])
@@ -119,7 +120,7 @@ def test_the_other_tokens_count_as_one_outcome(loss: str, k: int) -> None:
     got = divergence(loss, 0.3)(with_rest(logps), at_tokens(student, ids))
     want = by_hand(loss, 0.3, coarse(softmax(teacher), ids.numpy()), coarse(softmax(student), ids.numpy()))
     np.testing.assert_allclose(got, want, rtol=1e-6)
-    assert (got <= divergence(loss, 0.3)(teacher.log_softmax(-1), student.log_softmax(-1)) + 1e-12).all()
+    assert (got <= divergence(loss, 0.3)(teacher.log_softmax(-1), student.log_softmax(-1)) + 1e-9).all()
 
 
 def test_a_teacher_that_is_sure_leaves_a_finite_rest() -> None:
@@ -226,24 +227,28 @@ def test_models_that_change_their_logits_teach_and_learn(tiny_model: Path, folde
 
 
 @pytest.mark.parametrize(("top_k", "kept"), [(None, 384), (6, 6)])
-def test_what_is_kept_of_both_models(tiny_model: Path, folder: Path, top_k: int | None, kept: int) -> None:
+def test_what_is_kept_of_both_models(
+    tiny_model: Path, folder: Path, top_k: int | None, kept: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All logits of a teacher or its k, and of a student one chunk at a time."""
+    monkeypatch.setattr(lm_head_loss, "CHUNK_LOGITS", 384 * 10)
     place = make_teacher(folder / "teacher", tiny_model)
     with bench(learning(place, f"kept-{kept}", tiny_model, folder, **{"distill.top_k": top_k})) as b:
-        teacher: Any = b.task.teacher
         batch = packed([[60, 60]])
-        outputs = teacher.outputs(batch, b.model, CPU)
+        outputs = b.task.teacher.outputs(batch, b.model, CPU)
         values = outputs.logits if top_k is None else outputs.logps
         assert values.shape == (batch.target_tokens, kept)
         assert (outputs.logits is None) == (top_k is not None)
-        largest: list[int] = []
+        saved: list[int] = []
 
         def keep(tensor: torch.Tensor) -> torch.Tensor:
-            largest.append(tensor.numel())
+            saved.append(tensor.numel())
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            b.task.loss(b.model, batch, CPU).loss_sum.backward()  # type: ignore[no-untyped-call]
-        assert max(largest) < batch.target_tokens * 384
+            b.task.loss(b.model, batch, CPU)
+        assert 384 * 10 in saved, "a chunk's logits, inside the head"
+        assert max(saved) < batch.target_tokens * 384
 
 
 def test_a_run_on_the_same_base_needs_no_second_model(
@@ -324,10 +329,13 @@ def make_other(folder: Path, tokenizer_of: Path) -> Path:
     return random_model(transformers.LlamaConfig(**SMALL_SHAPE, max_position_embeddings=32), folder, tokenizer_of)
 
 
-def renamed_token(folder: Path) -> None:
-    text = (folder / "tokenizer.json").read_text()
-    assert '"ab"' in text or '"th"' in text or '"e"' in text
-    (folder / "tokenizer.json").write_text(text.replace('"e":', '"é!":', 1))
+def swap_tokens(folder: Path) -> None:
+    """Exchanges the numbers of two letters."""
+    file = folder / "tokenizer.json"
+    found = json.loads(file.read_text())
+    numbers = found["model"]["vocab"]
+    numbers["e"], numbers["t"] = numbers["t"], numbers["e"]
+    file.write_text(json.dumps(found))
 
 
 def test_what_cannot_teach_is_said_before_workers_start(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
@@ -342,10 +350,10 @@ def test_what_cannot_teach_is_said_before_workers_start(tiny_model: Path, folder
         check(few, **{"data.packing": False})
     other = tmp_path / "tokens"
     shutil.copytree(make_teacher(folder / "teacher", tiny_model), other)
-    renamed_token(other)
+    swap_tokens(other)
     for refused in (check, lambda place: teacher_of(learning(place, "looked", tiny_model, folder), CPU)):
         refuse: Callable[..., Any] = refused
-        with pytest.raises(InputError, match=r"has another vocabulary than model\.path .*: the token 'e' is no token"):
+        with pytest.raises(InputError, match=r"another vocabulary than model\.path .*: the token 'e' is number \d+ of"):
             refuse(other)
     (few / "model.safetensors").unlink()
     with pytest.raises(InputError, match=r"distill\.teacher"):
@@ -365,7 +373,7 @@ def test_other_tasks_have_no_teacher(tiny_model: Path, folder: Path) -> None:
 
 def test_training_sees_the_teacher_once_for_each_micro_batch(tiny_model: Path, folder: Path) -> None:
     place = make_teacher(folder / "teacher", tiny_model)
-    with bench(learning(place, "counted", tiny_model, folder)) as b:
+    with bench(learning(place, "counted", tiny_model, folder, **{"data.eval": []})) as b:
         assert isinstance(b.task, Distill)
         teacher: Any = b.task.teacher
         calls: list[bool] = []
