@@ -62,7 +62,10 @@ def _by_shard(subject: Artifact, world: World, settings: dict[str, Any], kept_on
         weights = ShardLoader(base, source, section.path, world.device)
         if len(set(world.all_gather(weights.digest()))) > 1:
             raise InputError(f"{section.path} is not the same model on all hosts; copy it again")
+        of_base = set(base.parameters())
         model = attach(subject, base).requires_grad_(False).eval()
+        if any(p.is_meta and p not in of_base for p in model.parameters()):
+            raise NeedsFullLoad(f"peft makes the adapter of {subject.method} on a base model with its weights")
         own = take_values(model)
         _move_buffers(model, world.device)
         weights.attached(model)

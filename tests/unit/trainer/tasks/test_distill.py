@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch.distributed.tensor import DTensor
 
 from launcher.driver.preflight import check_model
 from tests.support.looping import bench
@@ -19,9 +20,11 @@ from tests.support.models import CPU, SMALL_SHAPE, packed, random_model, samples
 from tests.support.tasks import make_encoder, make_teacher, task_recipe, write_task_data
 from tests.support.training import adapter_bytes, losses, run_of, train_here
 from trainer.artifacts import ArtifactRef
+from trainer.artifacts import sharded as sharded_file
 from trainer.artifacts import teacher as teacher_file
 from trainer.artifacts.teacher import teacher_of
 from trainer.data import Batch
+from trainer.distributed.world import join_world
 from trainer.errors import InputError
 from trainer.evaluate import evaluate
 from trainer.recipe import Recipe
@@ -308,6 +311,38 @@ def test_where_it_cannot_share_the_base_it_has_its_own(
     tiny_model: Path, folder: Path, shared_run: str, change: dict[str, Any]
 ) -> None:
     assert isinstance(teacher_of(learning(shared_run, "apart", tiny_model, folder, **change), CPU), ModelTeacher)
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "lora": {"adapter": {"method": "lora", "rank": 2, "modules_to_save": ["lm_head"]}},
+    "prompt": {"adapter": {"method": "prompt", "virtual_tokens": 3}},
+    "prefix": {"adapter": {"method": "prefix", "virtual_tokens": 3}},
+    "qpissa": {"adapter": {"method": "pissa", "rank": 2}, "model.quantization": "nf4"},
+    "none": {"adapter": {"method": "none"}},
+}
+"""Runs of teachers, by name."""
+BY_SHARD = ("lora", "none")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_sharded_teacher_gives_what_a_complete_one_gives(
+    tiny_model: Path, folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = trained(task_recipe("sft", f"teaches-{kind}", tiny_model, folder, **{**FEW, **KINDS[kind]}))
+    sharding = {"strategy.kind": "fsdp", "strategy.offload": kind == "none"}
+    recipe = learning(place, f"sharded-{kind}", tiny_model, folder, **sharding)
+    batch, loaded = packed(BATCH), []
+    plain = sharded_file.load
+    monkeypatch.setattr(sharded_file, "load", lambda *given, **more: (loaded.append(kind), plain(*given, **more))[1])
+    with join_world(gpu=False) as world:
+        whole, sharded = teacher_of(recipe, CPU), teacher_of(recipe, CPU, world)
+        assert loaded == ([] if kind in BY_SHARD else [kind])
+        assert isinstance(whole, ModelTeacher)
+        assert isinstance(sharded, ModelTeacher)
+        assert all(isinstance(p, DTensor) for p in sharded.model.parameters())
+        want, got = (teacher.outputs(batch, torch.nn.Identity(), CPU) for teacher in (whole, sharded))
+        assert not any(p.requires_grad for p in (*whole.model.parameters(), *sharded.model.parameters()))
+    torch.testing.assert_close(got.logits, want.logits, rtol=0, atol=1e-5)
 
 
 def test_a_run_goes_on_with_the_teacher_that_it_began_with(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
