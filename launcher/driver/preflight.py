@@ -68,6 +68,27 @@ def check_model(recipe: Recipe, warn: Callable[[str], None]) -> None:
         from trainer.artifacts.reward_model import check_reward
 
         check_reward(recipe)
+    if TASKS[recipe.task].has_teacher:
+        check_teacher(recipe, warn)
+
+
+def check_teacher(recipe: Recipe, warn: Callable[[str], None]) -> None:
+    """Raises InputError if the teacher is not there, is no complete causal language model, has another tokenizer, or
+    too few positions. Reads configuration and headers; of an adapter, its files."""
+    from trainer.artifacts.teacher import located
+    from trainer.model import check_weights, fetch_model
+
+    with located(recipe) as (subject, shared):
+        if shared:
+            return
+        section = subject.section
+        try:
+            folder = fetch_model(section, weights=False).folder
+            model = _model_without_weights(section, folder, TASKS[subject.task].auto_class)
+            check_weights(section)
+            check_positions(recipe, model, lambda odd: warn(f"distill.teacher: {odd}"))
+        except InputError as error:
+            raise InputError(f"distill.teacher {recipe.distill.teacher}: {error}") from error
 
 
 def check_keys(recipe: Recipe, model: PreTrainedModel) -> None:

@@ -6,6 +6,7 @@ import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from trainer.errors import InputError
 from trainer.fast_imports import load_libraries
 
 if TYPE_CHECKING:
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
     from trainer.plan.result import Plan
     from trainer.plan.run_length import RunLength
     from trainer.plan.suggestions import Suggestion
+    from trainer.plan.teacher_memory import TeacherModel
     from trainer.plan.traffic import Traffic
     from trainer.recipe import Recipe
 
@@ -126,7 +128,9 @@ def make(
     if device is None and recipe.resources.gpus_per_worker > 0 and (here := gpu_here()) is not None:
         limits = Limits(here[1], host)
         notes.append(f"measured against the GPU here: {here[0]}")
-    planner, ranks = Planner(base.config, limits), recipe.resources.min_workers
+    teacher, note = _teacher(recipe)
+    notes += [note] if note else []
+    planner, ranks = Planner(base.config, limits, teacher), recipe.resources.min_workers
     if recipe.resources.max_workers != ranks:
         notes.append(
             f"planned for the fewest workers, {ranks}; each keeps less with more, up to {recipe.resources.max_workers}"
@@ -138,6 +142,27 @@ def make(
     advice = suggestions(planner, recipe, ranks) if plan.fits is False else []
     network = bandwidths and Network(*bandwidths, planner.traffic_by_strategy(recipe, ranks))
     return PlanReport(recipe, plan, advice, inquiry.outlook(), price, network)
+
+
+def _teacher(recipe: Recipe) -> tuple[TeacherModel | None, str]:
+    """Returns the sizes of a teacher that is a second model, and a note on the teacher; empty if there is none."""
+    from trainer.artifacts.teacher import planned_teacher
+    from trainer.plan.config import read_base
+    from trainer.plan.teacher_memory import TeacherModel
+
+    found, place = planned_teacher(recipe), recipe.distill.teacher
+    if found is None:
+        return None, ""
+    if found.shared:
+        return None, f"the teacher {place} shares the student's base model; its own adapter is not counted"
+    try:
+        base = read_base(found.section)
+        stored = str(getattr(base.config, "dtype", None)).removeprefix("torch.") if found.as_stored else "None"
+        section = found.section.model_copy(update={} if stored == "None" else {"dtype": stored})
+        model = TeacherModel.of(section, base.config)
+    except InputError as error:
+        raise InputError(f"distill.teacher {place}: {error}") from error
+    return model, f"the teacher {place} is a second model of {model.elements:,} parameters. {base.note}".strip()
 
 
 def gpu_here() -> tuple[str, int] | None:

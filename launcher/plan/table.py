@@ -22,6 +22,7 @@ PARTS = (
     ("gradient_bytes", "gradients"),
     ("optimizer_bytes", "optimizer state"),
     ("padding_bytes", "left empty by uneven shards"),
+    ("teacher_bytes", "weights of the teacher"),
     ("activation_bytes", "activations, at their peak"),
     ("unsharded_bytes", "gathered weights and their buffers"),
     ("update_bytes", "or, after the backward: the update"),

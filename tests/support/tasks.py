@@ -8,6 +8,7 @@ from typing import Any
 
 from tests.support.training import PHRASES, small_recipe, write_pairs
 from trainer.recipe import Recipe
+from trainer.recipe.tasks import TASKS
 
 LABELS = ("bread", "ferry", "hills", "lighthouse")
 """Of `write_texts`, in the order of their numbers."""
@@ -19,6 +20,7 @@ FORMATS = {
     "dpo": "preference",
     "kto": "unpaired_preference",
     "ppo": "completion",
+    "distill": "completion",
 }
 SETTINGS: dict[str, dict[str, Any]] = {
     "sft": {},
@@ -38,6 +40,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "ppo.missing_eos_penalty": 0.1,
         "ppo.entropy_coef": 0.01,
     },
+    "distill": {"distill.loss": "jsd", "distill.beta": 0.3, "distill.temperature": 1.5, "distill.ce_coef": 0.2},
 }
 """What a recipe of each task needs beside its data; settings of its own away from their defaults."""
 
@@ -88,6 +91,7 @@ WRITERS = {
     "dpo": write_preferences,
     "kto": write_rated,
     "ppo": write_pairs,
+    "distill": write_pairs,
 }
 
 
@@ -108,7 +112,22 @@ def task_recipe(task: str, name: str, model: Path, folder: Path, **changes: Any)
         return [{"path": f"{folder}/{task}/{part}.jsonl", "format": FORMATS[task]}]
 
     data = {"data.train": source("train"), "data.eval": source("eval"), "task": task, "training.eval_every": 4}
+    if TASKS[task].has_teacher:
+        data["distill.teacher"] = str(make_teacher(folder / "teacher", model))
     return small_recipe(f"{task}-{name}", model, folder, **{**data, **SETTINGS[task], **changes})
+
+
+def make_teacher(folder: Path, like: Path) -> Path:
+    """Another untrained Llama with the tokenizer of the model ``like``, made once: wider, and with rows of padding
+    after the tokens. Its predictions are far from those of a new model."""
+    import transformers
+
+    from tests.support.models import SMALL_SHAPE, random_model
+
+    if not (folder / "config.json").is_file():
+        shape = {**SMALL_SHAPE, "hidden_size": 96, "num_hidden_layers": 3, "vocab_size": 392}
+        random_model(transformers.LlamaConfig(**shape, max_position_embeddings=512), folder, like)
+    return folder
 
 
 def make_encoder(folder: Path, architecture: str = "ForSequenceClassification", **settings: Any) -> Path:

@@ -46,21 +46,20 @@ def load(subject: Artifact, placement: Placement, labels: tuple[str, ...] | None
 
     Raises InputError when an adapter does not fit the base model."""
     folder = fetch_model(subject.section).folder
-    if brings_code(folder) and not subject.section.trust_remote_code:
-        check_code(subject.section, folder)
-        log.warning("%s brings code that was not run; transformers' own takes its place", subject.section.path)
-    if subject.adapters:
-        _check_base(subject)
+    check_base(subject, folder)
     if not placement.disk:
         return _in_memory(subject, folder, placement, Head(labels, seed) if labels else None).eval()
     if labels and subject.adapters:
         raise InputError(f"{subject.section.path} does not fit in memory, and the head of a classifier is put on it")
-    return spread(subject.section, folder, placement, partial(_attach, subject), _auto(subject))
+    return spread(subject.section, folder, placement, partial(attach, subject), _auto(subject))
 
 
-def _check_base(subject: Artifact) -> None:
-    """Raises InputError when the adapter was trained on a base model of another shape, even if it would fit. Warns
-    about a base model with other weights."""
+def check_base(subject: Artifact, folder: Path) -> None:
+    """Raises InputError when the base model in ``folder`` needs code that is not trusted, or when the adapter was
+    trained on a base model of another shape, even if it would fit. Warns about a base model with other weights."""
+    if brings_code(folder) and not subject.section.trust_remote_code:
+        check_code(subject.section, folder)
+        log.warning("%s brings code that was not run; transformers' own takes its place", subject.section.path)
     was = subject.origin.base if subject.origin else None
     unlike = differences(was, identity_of(subject.section)) if was else []
     shape = [difference for difference in unlike if not difference.startswith(WEIGHTS)]
@@ -85,18 +84,25 @@ def _in_memory(subject: Artifact, folder: Path, placement: Placement, head: Head
     model = base(subject.section.quantization, placement)
     if not subject.adapters:
         return model
-    recipe = subject.recipe
-    if recipe and recipe.adapter.row.residual and recipe.model.quantization != "none":
+    if on_residual(subject):
+        assert subject.recipe is not None
         (adapter,) = subject.adapters.values()
         with _fits(subject.section.path, adapter):
-            return _as_trained(recipe, model, adapter, lambda: base("none", Placement.on("cpu")))
+            return _as_trained(subject.recipe, model, adapter, lambda: base("none", Placement.on("cpu")))
     # Without `torch_device`, peft puts each part of the adapter on the device of its layer (several GPUs).
     return _adapted(subject, model, {} if placement.limits else {"torch_device": str(placement.device)})
 
 
+def on_residual(subject: Artifact) -> bool:
+    """Returns True for an adapter that was trained on the quantised rest of its base model, which has to be computed
+    again."""
+    recipe = subject.recipe
+    return recipe is not None and recipe.adapter.row.residual and recipe.model.quantization != "none"
+
+
 def without_weights(subject: Artifact, folder: Path) -> LaidOut:
     """Returns the base model on the meta device, with the adapters on it, which have their weights."""
-    return lay_out(subject.section, folder, torch.device("cpu"), partial(_attach, subject), _auto(subject))
+    return lay_out(subject.section, folder, torch.device("cpu"), partial(attach, subject), _auto(subject))
 
 
 def _auto(subject: Artifact) -> Any:
@@ -105,7 +111,7 @@ def _auto(subject: Artifact) -> Any:
     return getattr(transformers, TASKS[subject.task].auto_class)
 
 
-def _attach(subject: Artifact, base: Any) -> Any:
+def attach(subject: Artifact, base: Any) -> Any:
     """Puts the adapters, with their weights on the host, on a base model without weights."""
     from peft import load_peft_weights, set_peft_model_state_dict
 

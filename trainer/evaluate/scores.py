@@ -16,6 +16,7 @@ import torch
 from trainer.artifacts import Artifact, ArtifactRef, Generator, find, load
 from trainer.artifacts.chat import first_line, one_line
 from trainer.artifacts.reward_model import reward_model
+from trainer.artifacts.teacher import teacher_of
 from trainer.data import Batch, PreparationSpec, PreparedDataset, eval_batches, freeze, open_prepared, prepare_dataset
 from trainer.data.outputs import folder_of, open_outputs
 from trainer.data.prepare.label_set import label_set
@@ -104,6 +105,7 @@ class _Evaluation:
         )
         self.say("loading the model")
         model = load(self.subject, self.placement, task.labels, seed=recipe.seed)
+        task.teacher = teacher_of(recipe, self.device)
         reward = reward_model(recipe, self.device) if task.generates else None
         task.attach(model, GenerationContext(tokenizer, reward=reward) if task.generates else None)
         questions = questions_of(prepared.spec.sources, self.limit) if recipe.task == "sft" else []

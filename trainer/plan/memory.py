@@ -16,6 +16,7 @@ from trainer.plan.meta_model import skeleton
 from trainer.plan.optimizer_memory import WHOLE, checkpoint_bytes, partition_bytes
 from trainer.plan.result import Limits, Plan, RankPlan
 from trainer.plan.shards import Share, share, weights_of
+from trainer.plan.teacher_memory import TeacherBytes, TeacherModel
 from trainer.plan.traffic import Traffic, traffic
 from trainer.recipe import Recipe
 from trainer.recipe.strategies import STRATEGIES, Mesh
@@ -98,10 +99,10 @@ def _by_shard(recipe: Recipe, model: torch.nn.Module) -> bool:
 
 
 class Planner:
-    """Plans recipes that share a base, and caches their common parts."""
+    """Plans recipes that share a base, and caches their common parts. ``teacher``: a second model that they have."""
 
-    def __init__(self, config: PreTrainedConfig, limits: Limits) -> None:
-        self.config, self.limits = config, limits
+    def __init__(self, config: PreTrainedConfig, limits: Limits, teacher: TeacherModel | None = None) -> None:
+        self.config, self.limits, self.teacher = config, limits, teacher
         self._models: dict[str, Model] = {}
         self._working: dict[str, Working] = {}
 
@@ -121,8 +122,12 @@ class Planner:
                 continue
             section = recipe.strategy.model_copy(update={"kind": kind, "replicas": 1})
             other = recipe.model_copy(update={"strategy": section, "exact": False})
-            found[kind] = traffic(other, self.config, self._model(recipe).weights, ranks)
+            found[kind] = self._traffic(other, self._model(recipe), ranks)
         return found
+
+    def _traffic(self, recipe: Recipe, model: Model, ranks: int) -> Traffic:
+        sent = traffic(recipe, self.config, model.weights, ranks)
+        return sent._replace(inside=sent.inside + (self.teacher.sent(recipe, ranks) if self.teacher else 0))
 
     def _model(self, recipe: Recipe) -> Model:
         key = _key(recipe, recipe.strategy.kind)
@@ -147,7 +152,10 @@ class Planner:
         stored = checkpoint_bytes(recipe, model.weights)
         on_host = recipe.resources.gpus_per_worker == 0
         # The first rank's host holds a checkpoint while it is uploaded.
-        each = (_rank(recipe, model, working, ranks, rank, 0 if rank else stored) for rank in range(ranks))
+        each = (
+            _rank(recipe, model, working, ranks, rank, 0 if rank else stored, self._teacher_bytes(recipe, ranks, rank))
+            for rank in range(ranks)
+        )
         return Plan(
             world_size=ranks,
             total_parameters=model.total,
@@ -155,7 +163,7 @@ class Planner:
             adapted_parameters=model.adapted,
             quantised_parameters=model.quantised,
             ranks=tuple(each),
-            traffic=traffic(recipe, self.config, model.weights, ranks),
+            traffic=self._traffic(recipe, model, ranks),
             checkpoint_bytes=stored,
             tokens_per_step=recipe.training.global_batch * recipe.data.sequence_length,
             limits=self.limits,
@@ -165,9 +173,12 @@ class Planner:
             notes=notes,
         )
 
+    def _teacher_bytes(self, recipe: Recipe, ranks: int, rank: int) -> TeacherBytes:
+        return self.teacher.bytes(recipe, ranks, rank, LOAD_BUDGET) if self.teacher else TeacherBytes()
+
 
 def _key(recipe: Recipe, *more: object) -> str:
-    return repr((recipe.model, recipe.adapter, recipe.task, *more))
+    return repr((recipe.model, recipe.adapter, recipe.task, recipe.distill.top_k, recipe.distill.ce_coef > 0, *more))
 
 
 def gathered(recipe: Recipe, model: Model, working: Working) -> Working:
@@ -189,18 +200,22 @@ def gathered(recipe: Recipe, model: Model, working: Working) -> Working:
     return working._replace(unsharded=buckets + (live + ahead) * most_common)
 
 
-def _rank(recipe: Recipe, model: Model, working: Working, ranks: int, rank: int, snapshot: int) -> RankPlan:
+def _rank(
+    recipe: Recipe, model: Model, working: Working, ranks: int, rank: int, snapshot: int, teacher: TeacherBytes
+) -> RankPlan:
     kept = _kept(recipe, model, ranks, rank)
     update, on_host = _update_bytes(recipe, model, kept), _states_on_host(recipe)
-    offloaded = _offloaded(recipe, kept)
-    steady = kept.frozen + kept.trainable + kept.gradient + kept.optimizer + kept.padding
-    computing = working.activations + working.unsharded
+    offloaded, on_cpus = _offloaded(recipe, kept) + teacher.on_host, recipe.resources.gpus_per_worker == 0
+    steady = kept.frozen + kept.trainable + kept.gradient + kept.optimizer + kept.padding + teacher.kept
+    # The teacher's forward comes before the student's.
+    computing = max(working.activations + working.unsharded, teacher.gathered)
     peak = steady - offloaded + model.quant_state + max(computing, 0 if on_host else update)
     load = model.bytes + model.mapped
     if model.by_shard:
         load = kept.frozen + kept.trainable + kept.padding + model.quant_state + LOAD_BUDGET
+    load = max(teacher.load, load + (teacher.kept if on_cpus else teacher.on_host))
     host = offloaded + snapshot + max(working.on_host, update if on_host else 0)
-    host += peak if recipe.resources.gpus_per_worker == 0 else 0
+    host += peak if on_cpus else 0
     return RankPlan(
         rank=rank,
         frozen_bytes=kept.frozen,
@@ -209,6 +224,7 @@ def _rank(recipe: Recipe, model: Model, working: Working, ranks: int, rank: int,
         optimizer_bytes=kept.optimizer,
         quant_state_bytes=model.quant_state,
         padding_bytes=kept.padding,
+        teacher_bytes=teacher.kept,
         activation_bytes=working.activations,
         unsharded_bytes=working.unsharded,
         update_bytes=update,

@@ -50,7 +50,7 @@ def skeleton(recipe: Recipe, config: PreTrainedConfig, *, as_gathered: bool = Fa
     if head:
         config = copy.deepcopy(config)
         config.update(head.settings())
-    with _quiet():
+    with quiet():
         model: Any = from_config(
             recipe.model,
             config,
@@ -77,7 +77,7 @@ def labels_of(recipe: Recipe) -> tuple[str, ...]:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Silences the libraries' warnings about models that are built without weights."""
     level = logging.getLogger("transformers").level
     logging.getLogger("transformers").setLevel(logging.ERROR)

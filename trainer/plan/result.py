@@ -15,8 +15,9 @@ class RankPlan:
 
     Kept between steps: ``frozen_bytes`` and ``trainable_bytes`` of parameters, ``gradient_bytes``, ``optimizer_bytes``,
     ``quant_state_bytes`` (scales of quantised weights, not sharded), ``padding_bytes`` (allocated where sharding does
-    not divide evenly). In forward and backward: ``activation_bytes`` at their peak, ``unsharded_bytes`` of gathered
-    parameters and their buffers. In the optimizer's step: ``update_bytes``.
+    not divide evenly), ``teacher_bytes`` (weights of a teacher of its own, with padding and scales). In forward and
+    backward: ``activation_bytes`` at their peak, ``unsharded_bytes`` of gathered parameters and their buffers. In the
+    optimizer's step: ``update_bytes``.
 
     ``peak_device_bytes`` is the largest sum on the device at one time; ``offloaded_bytes`` are in the host's memory
     instead. ``peak_host_load_bytes``: while the base is loaded; ``peak_host_bytes``: at any time.
@@ -29,6 +30,7 @@ class RankPlan:
     optimizer_bytes: int
     quant_state_bytes: int
     padding_bytes: int
+    teacher_bytes: int
     activation_bytes: int
     unsharded_bytes: int
     update_bytes: int

@@ -206,6 +206,11 @@ RULES = (
         ),
     ),
     Rule(
+        (("distill", "teacher"), ("task",)),
+        lambda r: TASKS[r.task].has_teacher and r.distill.teacher is None,
+        lambda r: f"task {r.task} needs a teacher: a run, the folder of an adapter, or a causal language model",
+    ),
+    Rule(
         (("model", "dtype"), ("task",)),
         lambda r: r.task == "ppo" and r.model.dtype == "float16",
         lambda r: "float16 skips updates whose scaled gradients overflow, and ppo needs every update; use bfloat16",

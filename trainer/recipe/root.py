@@ -23,7 +23,7 @@ from trainer.recipe.sections.resources import ResourcesSection
 from trainer.recipe.sections.samples import SamplesSection
 from trainer.recipe.sections.schedule import ScheduleSection
 from trainer.recipe.sections.strategy import StrategySection
-from trainer.recipe.sections.tasks import ClassificationSection
+from trainer.recipe.sections.tasks import ClassificationSection, DistillSection
 from trainer.recipe.sections.tracking import MlflowSection, PrometheusSection, TensorBoardSection, WandbSection
 from trainer.recipe.sections.training import TrainingSection
 from trainer.recipe.tasks import TASKS
@@ -61,7 +61,7 @@ class Recipe(Section):
     """The task, which decides the loss: `sft` is supervised fine-tuning of a causal language model; `classification`
     adds a head with an output per label to any model; `reward` learns from preferences to rate answers, `dpo` to give
     the preferred ones; `kto` learns from answers that are good or bad by themselves; `ppo` learns from the rewards of
-    texts that it writes itself. See [tasks.md](tasks.md)."""
+    texts that it writes itself; `distill` learns the distributions of a teacher. See [tasks.md](tasks.md)."""
 
     model: ModelSection = Field(json_schema_extra=_or_text)
     adapter: AdapterSection = AdapterSection()
@@ -71,6 +71,7 @@ class Recipe(Section):
     dpo: DPOSection = DPOSection()
     kto: KTOSection = KTOSection()
     ppo: PPOSection = PPOSection()
+    distill: DistillSection = DistillSection()
     optimizer: OptimizerSection
     schedule: ScheduleSection = ScheduleSection()
     strategy: Annotated[StrategySection, MAY_CHANGE] = StrategySection()

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from trainer.recipe.base import Section
 from trainer.recipe.sections.ppo import PPOSection
 from trainer.recipe.sections.preference import DPOSection, KTOSection
-from trainer.recipe.sections.tasks import ClassificationSection
+from trainer.recipe.sections.tasks import ClassificationSection, DistillSection
 from trainer.registry import Choice, Registry
 
 CAUSAL, SEQUENCE = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
@@ -30,7 +30,8 @@ class TaskRow(Choice):
     each sample and needs no mask. ``router_loss``: its loss may add the balance of a mixture's experts.
     ``divides_texts``: its loss can be computed by ranks that each have a part of the tokens. ``generates``: it learns
     from texts that the model generates for the samples' prompts; that is most of a step, and no formula of the MFU
-    counts it. ``section``: its settings; their key in the recipe is the task's name."""
+    counts it. ``has_teacher``: compares with the distributions of another model, the teacher. ``section``: its
+    settings; their key in the recipe is the task's name."""
 
     learns_from: tuple[str, ...]
     auto_class: str = CAUSAL
@@ -43,6 +44,7 @@ class TaskRow(Choice):
     router_loss: bool = False
     divides_texts: bool = False
     generates: bool = False
+    has_teacher: bool = False
     section: type[Section] | None = None
 
     @property
@@ -92,6 +94,13 @@ TASKS = Registry(
             has_reference=True,
             generates=True,
             section=PPOSection,
+        ),
+        "distill": TaskRow(
+            "trainer.tasks.distill.task:Distill",
+            ("prompted", "text"),
+            segments=True,
+            has_teacher=True,
+            section=DistillSection,
         ),
     },
 )

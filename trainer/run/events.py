@@ -84,6 +84,8 @@ class StartEvent(Event, kind="start"):
     """Share of the base model's weights that have an adapter or are trained; ``quantised_share``: in 4 or 8 bits."""
     quantised_share: float | None = None
     trainable_parameters: Count | None = None
+    models: Mapping[str, Any] = field(default_factory=dict)
+    """What identifies each further model that the task uses, by its role: `trainer.tasks.Task.models`."""
     build_s: float | None = None
     restore_s: float | None = None
 

@@ -61,30 +61,16 @@ class FSDP(Strategy):
         if self.recipe.strategy.offload:
             offload = CPUOffloadPolicy(pin_memory=self.world.device.type != "cpu")
         settings: dict[str, Any] = {
-            "mesh": self._device_mesh(),
+            "mesh": device_mesh(self.mesh, self.world.device),
             "mp_policy": self._precision(),
             "offload_policy": offload,
         }
-        for block in separate_blocks(model):
-            fully_shard(block, reshard_after_forward=self.recipe.strategy.reshard_after_forward, **settings)
         # No `reshard_after_forward`: the root's parameters are needed again at once, so they stay for the backward.
-        fully_shard(model, **settings)
-        unsharded = [n for n, p in model.named_parameters() if not isinstance(p, DTensor)]
-        assert not unsharded, f"fully_shard left {unsharded[:3]} whole"
+        shard(model, {"reshard_after_forward": self.recipe.strategy.reshard_after_forward, **settings}, settings)
         return model
 
-    def _device_mesh(self) -> DeviceMesh:
-        """Returns the mesh for `fully_shard`, which replicates over the first axis of two and shards over the last."""
-        device, size = self.world.device.type, self.mesh.ranks_per_replica
-        if self.mesh.replicas == 1:
-            return init_device_mesh(device, (size,), mesh_dim_names=("shard",))
-        return init_device_mesh(device, (self.mesh.replicas, size), mesh_dim_names=("replica", "shard"))
-
     def materialise(self) -> list[ShardSlice]:
-        device = "cpu" if self.recipe.strategy.offload else self.world.device
-        # Not `to_empty`, which would discard buffers that already have values. Tied parameters stay tied.
-        self.model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
-        return [_piece(name, parameter) for name, parameter in self.model.named_parameters()]
+        return allocate(self.model, torch.device("cpu") if self.recipe.strategy.offload else self.world.device)
 
     def needs_autocast(self, model: torch.nn.Module) -> bool:
         return self._precision().param_dtype is None and super().needs_autocast(model)
@@ -175,6 +161,30 @@ class FSDP(Strategy):
 
     def wrapped(self) -> list[str]:
         return [n for n, m in self.model.named_modules() if isinstance(m, FSDPModule)]
+
+
+def device_mesh(mesh: Mesh, device: torch.device) -> DeviceMesh:
+    """Returns the mesh for `fully_shard`, which replicates over the first axis of two and shards over the last."""
+    size = mesh.ranks_per_replica
+    if mesh.replicas == 1:
+        return init_device_mesh(device.type, (size,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (mesh.replicas, size), mesh_dim_names=("replica", "shard"))
+
+
+def shard(model: torch.nn.Module, block: dict[str, Any], root: dict[str, Any]) -> None:
+    """Shards the model in place, with these settings of `fully_shard` for each decoder layer and for the root."""
+    for part in separate_blocks(model):
+        fully_shard(part, **block)
+    fully_shard(model, **root)
+    unsharded = [n for n, p in model.named_parameters() if not isinstance(p, DTensor)]
+    assert not unsharded, f"fully_shard left {unsharded[:3]} whole"
+
+
+def allocate(model: torch.nn.Module, device: torch.device) -> list[ShardSlice]:
+    """Allocates memory for this rank's slices of a sharded model on the meta device. Returns them, not filled."""
+    # Not `to_empty`, which would discard buffers that already have values. Tied parameters stay tied.
+    model._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)
+    return [_piece(name, parameter) for name, parameter in model.named_parameters()]
 
 
 def _piece(name: str, parameter: torch.Tensor) -> ShardSlice:

@@ -84,6 +84,9 @@ class Task(ABC):
     head: Any = None
     """The `trainer.tasks.lm_head_loss.TargetHead` of a language model, whose logits generate texts; set by `attach`."""
 
+    teacher: Any = None
+    """The `trainer.tasks.distill.teacher.Teacher` of a task that learns from one; set before `attach`."""
+
     extra_module: str | None = None
     """Name of a module that the task adds to the model. It is trained with the adapter and saved in a file of its own,
     ``<extra_module>.safetensors``, under the names of its parameters."""
@@ -170,6 +173,10 @@ class Task(ABC):
     def example_rollouts(self) -> list[SampleText]:
         """Returns texts to show a person after a step; the same on every rank."""
         return []
+
+    def models(self) -> dict[str, Any]:
+        """Returns what identifies each further model that the task uses, by its role, as JSON."""
+        return {}
 
     def state(self) -> dict[str, Any]:
         """Returns the state that the task keeps between steps besides parameters, as JSON for the commit record."""

@@ -69,11 +69,7 @@ class TargetHead:
     def losses(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
         """Returns the negative log-likelihood [T] of each target of the micro-batch, row by row, given the tokens
         before it in its sample. ``module`` is the model, wrapped or not."""
-        # The hidden state at a position predicts the token after it. No sample's first token is a target, so that the
-        # position before a target always belongs to the same sample. Indices are computed on the host, which would
-        # have to wait for the device if it indexed by a mask there.
-        target_at = np.flatnonzero(batch.targets)
-        labels, at = batch.input_ids.ravel()[target_at], target_at - 1
+        at, labels = targets_of(batch)
         if self.context is None:
             inputs = self.inputs(batch.input_ids, batch.position_ids, device)
             return self._nll_at(module, inputs, to_device(at, device), to_device(labels, device))
@@ -130,9 +126,13 @@ class TargetHead:
         if not self.plain:
             return self._project(hidden_TD[None])
         # A clone: FSDP2 adds a hook to the tensor that the model returns, and would lose it on a view.
-        nll = self._chunked_nll(hidden_TD, self._labels_T)[None, :, None].clone()
-        self._made = None if self._compared else nll.detach().clone()
-        return nll
+        made = self._of_targets(hidden_TD, self._labels_T)[None].clone()
+        self._made = None if self._compared else made.detach().clone()
+        return made
+
+    def _of_targets(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+        """Returns the numbers [T, m] that the model returns in place of logits."""
+        return self._chunked_nll(hidden_TD, labels_T)[:, None]
 
     def _compare(self, output: torch.Tensor) -> None:
         """Checks, in the first forward, that the model returns the head's output unchanged. Raises InputError."""
@@ -147,14 +147,27 @@ class TargetHead:
         self._made = None
 
     def _chunked_nll(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
-        trained = any(parameter.requires_grad for parameter in self._head.parameters())
-        # Not in float16: small probabilities would underflow, because the loss scale is applied only later.
-        if hidden_TD.requires_grad and hidden_TD.dtype != torch.float16 and not trained:
+        if self._is_frozen(hidden_TD):
             return frozen_nll(self._project, hidden_TD, labels_T, rows_of_chunk(self._vocabulary))
         return in_chunks(self._chunk_nll, hidden_TD, labels_T, self._vocabulary)
 
+    def _is_frozen(self, hidden_TD: torch.Tensor) -> bool:
+        """Returns True if the derivatives of the losses can be computed in the forward."""
+        trained = any(parameter.requires_grad for parameter in self._head.parameters())
+        # Not in float16: small probabilities would underflow, because the loss scale is applied only later.
+        return hidden_TD.requires_grad and hidden_TD.dtype != torch.float16 and not trained
+
     def _chunk_nll(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
         return cross_entropy(self._project(hidden_TD).float(), labels_T, reduction="none")
+
+
+def targets_of(batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the positions, in the flattened rows, that predict the targets, and these targets: both [T]."""
+    # The hidden state at a position predicts the token after it. No sample's first token is a target, so that the
+    # position before a target always belongs to the same sample. Indices are computed on the host, which would have to
+    # wait for the device if it indexed by a mask there.
+    target_at = np.flatnonzero(batch.targets)
+    return target_at - 1, batch.input_ids.ravel()[target_at]
 
 
 def selected(hidden_BLD: torch.Tensor, at: torch.Tensor) -> torch.Tensor:

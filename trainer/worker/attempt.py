@@ -204,6 +204,7 @@ def _record_start(
             adapted_share=parts.coverage.adapted_share,
             quantised_share=parts.coverage.quantised_share,
             trainable_parameters=strategy.trainable_elements(),
+            models=parts.task.models(),
             build_s=build_s,
             restore_s=restore_s,
         )

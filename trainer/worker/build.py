@@ -20,6 +20,7 @@ import torch
 
 from trainer.adapters import Adapter, make_adapter
 from trainer.adapters.coverage import Coverage, coverage_of
+from trainer.artifacts.teacher import teacher_of
 from trainer.distributed.world import World
 from trainer.errors import InputError, MusterError
 from trainer.layers import change_layers
@@ -92,7 +93,8 @@ def build(
     """Collective: every rank of the attempt calls it. ``storage``: the run's, which may have an NF4 copy of the model.
     ``labels``: the label set of the training data. ``reward``: the reward model of a task that generates texts, if it
     has one. ``chat_template``: the run's own, None for the tokenizer's."""
-    parts = partial(_build, recipe, world, storage, labels, reward, chat_template)
+    teacher = teacher_of(recipe, world.device, world)
+    parts = partial(_build, recipe, world, storage, labels, reward, chat_template, teacher)
     try:
         return parts(frozenset())
     except UnusedTargets as unused:
@@ -114,11 +116,12 @@ def _build(
     labels: tuple[str, ...],
     reward: Any,
     chat_template: str | None,
+    teacher: Any,
     left_out: frozenset[str],
 ) -> Parts:
     """Raises UnusedTargets for layers besides ``left_out`` that take no part in the loss."""
     adapter, task, strategy = make_adapter(recipe), make_task(recipe, labels), make_strategy(recipe, world)
-    adapter.left_out, task.world = left_out, world
+    adapter.left_out, task.world, task.teacher = left_out, world, teacher
     with closing(_loader(recipe, world, storage, adapter, task, strategy)) as loader:
         if recipe.compute.kernels == "liger":
             use_liger(loader.base)

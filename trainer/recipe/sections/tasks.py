@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from trainer.recipe.base import Section
+from trainer.recipe.base import Conflict, Location, Section
 
 
 class ClassificationSection(Section):
@@ -19,3 +20,39 @@ class ClassificationSection(Section):
     average: Literal["macro", "micro"] = "macro"
     """How F1, precision and recall of the labels are averaged: `macro` is their unweighted mean, in which a rare label
     counts as much as a frequent one; `micro` counts over all samples, which for one label per sample is accuracy."""
+
+
+class DistillSection(Section):
+    """Settings of `task: distill`."""
+
+    teacher: Location | None = Field(default=None, examples=["s3://runs/my-teacher"])
+    """The model to learn from, with the student's tokenizer: a run, the folder of an adapter, or any causal language
+    model (folder, URL or Hub id). A LoRA adapter whose base model is that of the run, with the same types, shares that
+    base model with the student's; any other teacher is a second model, in the type of its files or of its run, which
+    sharded strategies shard."""
+
+    quantization: Literal["none", "nf4"] | None = None
+    """Type of the linear weights of the teacher; null takes that of the teacher's run, and `none` for other models."""
+
+    loss: Literal["forward_kl", "reverse_kl", "jsd"] = "forward_kl"
+    """The divergence between both distributions of a target token: `forward_kl` is KL(teacher, student), which covers
+    everything that the teacher would write; `reverse_kl` is KL(student, teacher), which keeps to what the teacher
+    prefers; `jsd` is the generalised Jensen-Shannon divergence between them (arXiv:2306.13649)."""
+
+    beta: float = Field(default=0.5, gt=0.0, lt=1.0)
+    """Weight of the teacher in the mixture of `jsd`. Near 0 its gradient is that of `forward_kl`, near 1 that of
+    `reverse_kl`, times beta or 1 - beta."""
+
+    temperature: float = Field(default=1.0, gt=0.0)
+    """The logits of both models are divided by it before the divergence."""
+
+    top_k: int | None = Field(default=None, ge=1)
+    """Number of the teacher's most likely tokens that are compared one by one; all other tokens together count as one
+    outcome. null compares all tokens."""
+
+    ce_coef: float = Field(default=0.0, ge=0.0)
+    """Weight of the negative log-likelihood of the targets, which is added to the divergence."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if self.loss != "jsd" and self.beta != type(self).model_fields["beta"].default:
+            yield Conflict((("beta",), ("loss",)), f"has no effect with loss {self.loss}; leave it out, or use jsd")

@@ -1,14 +1,13 @@
 """Rewards computed by a model: a separate model, or an adapter and a head on the policy's base model.
 
-A reward model with the policy's base model needs no second copy of it: its adapter is added next to the policy's, and
-is switched on for its forward passes (Santacroce et al. 2023, arXiv:2309.00754, *Hydra-RLHF*).
+A reward model with the policy's base model needs no second copy of it (`trainer.tasks.shared_adapter`).
 
 Legend: B rows and L tokens of a micro-batch, D hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +17,7 @@ import torch
 from trainer.tasks.ppo.policy import PolicyHead
 from trainer.tasks.ppo.rollouts import PromptCompletionBatch, Rollout
 from trainer.tasks.reference import adapter_of
+from trainer.tasks.shared_adapter import SharedAdapter
 
 ADAPTER, HEAD = "reward", "reward_head"
 
@@ -52,37 +52,29 @@ class ModelRater:
 
 @dataclass(frozen=True)
 class SharedReward:
-    """The result of a run of `task: reward`. ``config``: peft's configuration of a LoRA adapter. ``weights``: by the
-    names that they have in the model as adapter ``ADAPTER``. ``head``: [1, D]. ``pad``: the token at whose positions
-    the reward is never read."""
+    """The result of a run of `task: reward`. ``head``: [1, D]. ``pad``: the token at whose positions the reward is
+    never read."""
 
-    config: Any
-    weights: Mapping[str, torch.Tensor]
+    adapter: SharedAdapter
     head: torch.Tensor
     pad: int
 
     def attach(self, model: Any) -> None:
         """Adds adapter and head to the policy's model; neither is trained. On the meta device they have no values yet;
         `init_parameter` returns them."""
-        marks = [(p, p.requires_grad) for p in model.parameters()]
-        model.add_adapter(ADAPTER, self.config)
-        for parameter, wanted in marks:
-            parameter.requires_grad_(wanted)
+        self.adapter.attach(model)
         place = model.get_input_embeddings().weight.device
         rows, columns = self.head.shape
         linear: Any = torch.nn.Linear
         head = torch.nn.utils.skip_init(linear, columns, rows, bias=False, device=place, dtype=torch.float32)
+        head.weight = torch.nn.Parameter(self.head.float().to(place), requires_grad=False)
         model.add_module(HEAD, head)
-        for name in (*self.weights, f"{HEAD}.weight"):
-            module, _, attribute = name.rpartition(".")
-            values = self.init_parameter(name).to(place)
-            model.get_submodule(module)._parameters[attribute] = torch.nn.Parameter(values, requires_grad=False)
 
     def owns_parameter(self, name: str) -> bool:
-        return name in self.weights or name == f"{HEAD}.weight"
+        return self.adapter.owns_parameter(name) or name == f"{HEAD}.weight"
 
     def init_parameter(self, name: str) -> torch.Tensor:
-        return (self.head if name == f"{HEAD}.weight" else self.weights[name]).float()
+        return self.head.float() if name == f"{HEAD}.weight" else self.adapter.init_parameter(name)
 
     def rate(
         self, model: Any, head: PolicyHead, module: torch.nn.Module, rollouts: Sequence[Rollout], device: torch.device
@@ -95,6 +87,6 @@ class SharedReward:
             ids = np.array([*rollout.prompt.tokens, *rollout.tokens])
             (real,) = (ids != self.pad).nonzero()
             read[row, real[-1] if len(real) else 0] = True
-        with adapter_of(model, ADAPTER):
+        with adapter_of(model, self.adapter.name):
             scores: list[float] = head.read(module, texts, read, getattr(model, HEAD), device).tolist()
         return scores

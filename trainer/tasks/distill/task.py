@@ -1,0 +1,99 @@
+"""The distillation task: the mean divergence from a teacher's distribution at each target token.
+
+With D one of `divergences`, p_τ and q_τ the softmax of the teacher's and the student's logits divided by the
+temperature τ, and y the target, the loss of a step is the mean over its T targets:
+
+    1/T Σ D(p_τ, q_τ) - ce_coef · log q_1(y)
+
+Gradients of the first term shrink as 1/τ² for large τ, so that Hinton et al. 2015 (arXiv:1503.02531, section 2)
+multiply it by τ². Agarwal et al. 2023 (arXiv:2306.13649) and trl do not, and neither does this: ``ce_coef`` is the only
+weight between both terms.
+
+The teacher's outputs are computed for one micro-batch at a time, before the student's forward.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from trainer.errors import InputError
+from trainer.parsing import Malformed
+from trainer.tasks.base import GenerationContext, LossOutput, Task, ratio
+from trainer.tasks.distill.head import DistillHead
+from trainer.tasks.distill.teacher import Teacher, TeacherOutputs
+from trainer.tasks.sft import MAX_EXPONENT
+
+if TYPE_CHECKING:
+    from trainer.data import Batch
+
+
+class Untaught(NamedTuple):
+    """A micro-batch whose loss is computed with uniform distributions in place of the teacher's."""
+
+    micro_batch: Batch
+
+
+class Distill(Task):
+    head: DistillHead
+    teacher: Teacher | None
+
+    def attach(self, model: torch.nn.Module, generation: GenerationContext | None = None) -> None:
+        self.head = DistillHead(model, self.recipe.distill, packed=self.recipe.data.packing)
+        if self.teacher is not None:
+            self.teacher.attach(model, self.head)
+
+    def owns_parameter(self, name: str) -> bool:
+        return self.teacher is not None and self.teacher.owns_parameter(name)
+
+    def init_parameter(self, name: str, shape: torch.Size) -> torch.Tensor:
+        assert self.teacher is not None
+        return self.teacher.init_parameter(name)
+
+    def loss(self, module: torch.nn.Module, batch: Batch | Untaught, device: torch.device) -> LossOutput:
+        if isinstance(batch, Untaught):
+            micro_batch, teacher = batch.micro_batch, self._uniform(batch.micro_batch, device)
+        else:
+            assert self.teacher is not None, "the teacher is set before the first loss"
+            micro_batch, teacher = batch, self.teacher.outputs(batch, module, device)
+        found = self.head.compared(module, micro_batch, teacher, device)
+        sums = {"nll": found.nll, "teacher_nll": teacher.nll, "agreement": found.agrees}
+        return LossOutput(found.losses.sum(), {name: values.detach().sum() for name, values in sums.items()})
+
+    def _uniform(self, batch: Batch, device: torch.device) -> TeacherOutputs:
+        dtype, count = getattr(torch, self.recipe.model.dtype), int(batch.targets.sum())
+        return TeacherOutputs.uniform(count, self.head.tokens, self.head.k, dtype, device)
+
+    def dummy_batch(self, batch: Batch) -> Untaught:
+        return Untaught(batch)
+
+    def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
+        def perplexity(name: str) -> float:
+            return math.exp(min(ratio(sums, name), MAX_EXPONENT))
+
+        return {
+            "loss": ratio(sums, "loss"),
+            "perplexity": perplexity("nll"),
+            "teacher_perplexity": perplexity("teacher_nll"),
+            "agreement": ratio(sums, "agreement"),
+        }
+
+    def models(self) -> dict[str, Any]:
+        return {} if self.teacher is None else {"teacher": dict(self.teacher.identity)}
+
+    def state(self) -> dict[str, Any]:
+        return self.models()
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Raises InputError if the run has begun with another teacher."""
+        began = state.get("teacher")
+        if set(state) != {"teacher"} or not isinstance(began, dict):
+            raise Malformed("the state of task distill names no teacher")
+        if self.teacher is not None and began != self.models()["teacher"]:
+            raise InputError(
+                f"distill.teacher {self.recipe.distill.teacher} is not the model that this run has learnt from: its "
+                "files have changed; put them back, or start a run of another name"
+            )
