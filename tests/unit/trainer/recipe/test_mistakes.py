@@ -137,7 +137,7 @@ def test_the_error_survives_pickling_and_exits_with_2() -> None:
             "training",
             5,
             "takes a mapping with steps, epochs, global_batch, micro_batch, gradient_checkpointing, "
-            "max_grad_norm, router_aux_loss_coef, eval_every, stop_after, got 5",
+            "max_grad_norm, router_aux_loss_coef, eval_every, early_stop, stop_after, got 5",
         ),
     ],
 )
