@@ -90,7 +90,7 @@ def check_begins_from(recipe: Recipe, warn: Callable[[str], None]) -> None:
     model = skeleton(recipe, read_base(recipe.model, row.auto_class).config)
     with tempfile.TemporaryDirectory(prefix="muster-start-") as folder:
         theirs = look_at_start(uri, Path(folder), recipe.model, warn)
-        check_settings(uri, read_adapter_config(Path(folder), uri), adapter.saved_config(model).to_dict())
+        check_settings(uri, read_adapter_config(Path(folder), uri), adapter.saved_config(model))
     names, others = adapter.saved_layout(model)
     mine = {saved: tuple(model.get_parameter(name).shape) for name, saved in names.items()}
     mine |= {name: tuple(tensor.shape) for name, tensor in others.items()}

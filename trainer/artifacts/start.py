@@ -9,9 +9,9 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainer.adapters import Adapter
 from trainer.artifacts.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS, LISTED, read_adapter_config
@@ -26,6 +26,9 @@ from trainer.model.files.safetensors_header import header_of
 from trainer.recipe import ModelSection
 from trainer.run import layout
 from trainer.storage import Storage, open_storage
+
+if TYPE_CHECKING:
+    from peft import PeftConfig
 
 log = logging.getLogger(__name__)
 
@@ -240,9 +243,11 @@ def check_round_trip(uri: str, adapter: Adapter) -> None:
         )
 
 
-def check_settings(uri: str, theirs: Mapping[str, Any], mine: Mapping[str, Any]) -> None:
-    """Compares two configurations of peft. Raises InputError with every setting that differs and changes what an
-    adapter computes."""
+def check_settings(uri: str, given: Mapping[str, Any], config: PeftConfig) -> None:
+    """Compares an adapter's configuration with the recipe's. Raises InputError with every setting that differs and
+    changes what an adapter computes."""
+    defaults = {field.name: field.default for field in fields(config) if field.default is not MISSING}
+    theirs, mine = {**defaults, **given}, config.to_dict()
     names = ["peft_type"] if _plain(theirs.get("peft_type")) != _plain(mine["peft_type"]) else [*mine, *theirs]
     unlike = [
         f"{name} is {_text(theirs.get(name))} there and {_text(mine.get(name))} here ({KEYS.get(name, 'adapter')})"

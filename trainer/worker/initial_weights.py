@@ -58,7 +58,7 @@ def _load(parts: Parts, uri: str, folder: Path) -> None:
     model: Any = strategy.model
     assert isinstance(adapter, PeftMethod), "the recipe refuses adapter.from without an adapter"
     check_round_trip(uri, adapter)
-    check_settings(uri, read_adapter_config(folder, uri), adapter.saved_config(model).to_dict())
+    check_settings(uri, read_adapter_config(folder, uri), adapter.saved_config(model))
     check_tensors(uri, shapes_in(open_storage(str(folder)), uri), adapter.saved_shapes(model, strategy.shape_of))
     with safe_open(folder / adapter.weights_file, framework="pt") as file:
 
