@@ -161,8 +161,8 @@ def _status(run: Storage, found: _Found, state: str) -> Status:
         metrics={key: value for key, value in row.items() if key not in _ASIDE},
         seen_at=row.get("time") or heard if state == "running" else heard or row.get("time"),
         heard_at=heard,
-        best=best and {"metric": best.metric, "value": best.value, "step": best.step},
-        early_stop=early and asdict(early),
+        best={"metric": best.metric, "value": best.value, "step": best.step} if best else None,
+        early_stop=asdict(early) if early else None,
         failure=failure and clean({name: value for name, value in failure.items() if name not in _HEAD}),
     )
 

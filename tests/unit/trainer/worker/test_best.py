@@ -18,6 +18,7 @@ from trainer.artifacts.inspect import describe
 from trainer.checkpoint import Retention, list_commits
 from trainer.checkpoint.publish import completed_text, finished
 from trainer.errors import CorruptObject
+from trainer.progress.ending import last_lines
 from trainer.progress.texts import event_text
 from trainer.recipe import Recipe
 from trainer.run import layout
@@ -107,6 +108,8 @@ def test_the_final_adapter_is_that_of_the_best_evaluation(make: Make, tmp_path: 
     status = read_status(run)
     assert status.best == {"metric": "eval_loss", "value": 1.0, "step": 4}
     assert status.early_stop is None
+    said = list(last_lines(recipe, run, run.uri(layout.ADAPTER)))
+    assert said[1] == "the adapter is that of step 4, the best evaluation: eval_loss 1"
     assert checkpoint_lines(status)[0].plain.endswith(", the best: eval_loss 1.0000:")
 
 

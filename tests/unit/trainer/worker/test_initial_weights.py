@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -346,6 +347,32 @@ def test_a_place_without_an_adapter_is_refused(
     for check in (lambda: check_begins_from(recipe, pytest.fail), lambda: begun_with(recipe)):
         with pytest.raises(InputError, match=message):
             check()
+
+
+def test_a_name_on_the_hub_is_fetched(
+    source: Recipe, make: Make, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its cache has links in place of files."""
+    asked: list[Any] = []
+    cache = tmp_path / "snapshots"
+    cache.mkdir()
+    for file in adapter_of(source).iterdir():
+        (cache / file.name).symlink_to(file)
+
+    def download(name: str, **given: Any) -> str:
+        asked.append((name, sorted(given["allow_patterns"])))
+        if name == "org/nothing":
+            raise huggingface_hub.errors.LocalEntryNotFoundError("no")
+        return str(cache)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    found, stored = begun_with(make(**{"adapter.from": "org/adapter"})), saved(source)
+    assert all(torch.equal(found[name], stored[name]) for name in stored)
+    assert asked == [("org/adapter", [ADAPTER_CONFIG, ADAPTER_WEIGHTS, "muster.json"])]
+    with pytest.raises(
+        InputError, match=r"adapter.from 'org/nothing' is neither a folder here nor an adapter that the Hub"
+    ):
+        begun_with(make(**{"adapter.from": "org/nothing"}))
 
 
 def test_a_damaged_final_adapter_is_passed_over(
