@@ -322,8 +322,8 @@ RULES = (
         (("adapter", "from"), ("task",)),
         lambda r: r.adapter.begins_from is not None and TASKS[r.task].has_reference,
         lambda r: (
-            f"is not the reference of task {r.task}, which is the model with its adapter switched off; merge that "
-            "adapter (muster merge) and name the result in model.path"
+            f"does not work with task {r.task}, whose reference is computed without that adapter; merge it into the "
+            "model (muster merge) and name the result in model.path"
         ),
     ),
 )

@@ -115,6 +115,7 @@ TASKS = Registry(
             judged_forwards=1,
             segments=True,
             divides_texts=True,
+            evaluates={"loss": "min", "reward_margin": "max"},
             section=KTOSection,
         ),
         "ppo": TaskRow(
