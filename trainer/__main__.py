@@ -31,7 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from trainer.checkpoint import read_claims
-from trainer.checkpoint.publish import finished
+from trainer.checkpoint.publish import completed_text, finished
 from trainer.data.run_data import RunData, prepare_data, try_open_data
 from trainer.errors import InputError, Interrupted, MusterError
 from trainer.logs.rank import rank_log
@@ -110,9 +110,9 @@ def _run(place: str, overrides: list[str], *, takeover: bool, trust: bool) -> No
     recipe, storage, run = _find(place, overrides, trust=trust)
     if has_commits(run):
         current.command(RESUMES)
-    if finished(run, recipe.training):
+    if last := finished(run, recipe.training):
         if _rank() == 0:
-            print(f"muster: {run.url} has reached its last step; its adapter is {run.uri(layout.ADAPTER)}")
+            print(f"muster: {run.url} {completed_text(last)}; its adapter is {run.uri(layout.ADAPTER)}")
             _print_end(recipe, run)
     elif _rank() == 0:
         _drive(storage, run, recipe, stop, takeover=takeover)

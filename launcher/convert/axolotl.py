@@ -263,8 +263,7 @@ def _initial(draft: Draft) -> None:
         draft.pass_over("peft_init_lora_weights", "lora starts as in its paper")
     elif start and not str(start).startswith(("pissa", "olora")):
         draft.lose("peft_init_lora_weights", f"{start}; lora starts as in its paper")
-    if draft.is_on("lora_model_dir"):
-        draft.hinder("lora_model_dir", "continues from an adapter; merge it (muster merge), and train on the result")
+    common.begin_from(draft, "lora_model_dir")
     if draft.is_on("peft"):
         draft.lose("peft", "LoftQ's initial values; adapter.method pissa also has some for 4 bits")
 
@@ -362,6 +361,7 @@ def _saving(draft: Draft) -> None:
         draft.pass_over("eval_steps", "there are no evaluation data")
     for key in ("eval_strategy", "evaluation_strategy"):
         draft.pass_over(key, seldom)
+    common.comparisons(draft, "early_stopping_patience")
 
 
 def _plugins(draft: Draft) -> None:

@@ -14,7 +14,7 @@ from trainer.parsing import parse_json
 from trainer.recipe import formats, optimizers, synonyms
 from trainer.recipe.sections.datasets import is_hub_dataset
 from trainer.recipe.strategies import STRATEGIES
-from trainer.recipe.tasks import TASKS
+from trainer.recipe.tasks import PREFIX, TASKS
 from trainer.recipe.trackers import TRACKERS
 from trainer.registry import Registry
 
@@ -35,7 +35,6 @@ DECAYS = {"1-sqrt": "sqrt", "linear": "linear", "cosine": "cosine"}
 RATES = {
     "evals_per_epoch": "training.eval_every counts steps; without it, evaluation runs after the last step",
     "saves_per_epoch": "checkpoint.every_steps counts steps: 100 by default",
-    "early_stopping_patience": "a run continues to its last step; muster cancel stops it with a checkpoint",
 }
 """Settings that decide when something happens, each with what a recipe does."""
 WRITTEN_NAMES = ("gptq", "awq", "aqlm", "hqq", "eetq", "fp8", "mxfp4", "exl2")
@@ -200,6 +199,41 @@ def every(draft: Draft, key: str, path: str, otherwise: str) -> bool:
     else:
         draft.lose(key, f"{steps} of the run's steps, whose number is not known here; {otherwise}")
     return True
+
+
+def comparisons(draft: Draft, patience: str) -> None:
+    """Sets what Trainer compares evaluations for: the best checkpoint, and an early end after ``patience`` of them.
+    Called after the evaluations are set."""
+    keys = [key for key in ("load_best_model_at_end", patience) if draft.is_on(key)]
+    known: dict[str, str] = {f"{PREFIX}{n}": b for n, b in TASKS[draft.recipe.get("task", "sft")].evaluates.items()}
+    given = str(draft.take("metric_for_best_model", "loss"))
+    metric = given if given.startswith(PREFIX) else f"{PREFIX}{given}"
+    better = "max" if draft.take("greater_is_better", known.get(metric) == "max") else "min"
+    seldom = "training.eval_every" if "eval_every" not in draft.recipe["training"] else ""
+    if keys and seldom:
+        for key in keys:
+            draft.lose(key, "evaluations are compared at steps that training.eval_every counts, which is not given")
+    elif keys and known.get(metric) != better:
+        for key in keys:
+            draft.lose(key, f"{given} ({better}) compares no evaluations here; the metrics are {', '.join(known)}")
+    elif keys:
+        draft.use("checkpoint.keep_best", "metric_for_best_model", "greater_is_better")
+        if draft.is_on("load_best_model_at_end"):
+            draft.put("checkpoint.keep_best", metric, "load_best_model_at_end")
+        if draft.is_on(patience):
+            draft.put("training.early_stop", {"metric": metric, "patience": int(draft.number(patience))}, patience)
+    for key in ("metric_for_best_model", "greater_is_better"):
+        draft.pass_over(key, "evaluations are not compared")
+
+
+def begin_from(draft: Draft, key: str) -> None:
+    """Sets the trained adapter that the run begins from."""
+    given = draft.take(key)
+    names = given if isinstance(given, list) else str(given).split(",") if draft.is_on(key) else []
+    if len(names) > 1:
+        draft.hinder(key, "names several adapters; merge all but the last (muster merge), and train on the result")
+    elif names:
+        draft.put("adapter.from", str(names[0]).strip(), key)
 
 
 def kept(draft: Draft) -> None:

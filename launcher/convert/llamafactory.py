@@ -22,7 +22,7 @@ HINDRANCES = {
     "use_llama_pro": "trains layers that it adds to the base model; muster trains an adapter, or the complete model",
     "mixture_of_depths": "changes the base model's layers; muster trains models without such changes",
     "train_from_scratch": "starts without weights; muster fine-tunes",
-    "adapter_name_or_path": "continues from an adapter; merge it (muster merge), and train on the result",
+    "create_new_adapter": "puts a second adapter on the first; merge that one (muster merge), and train on the result",
     "tokenized_path": "data that are already tokenised; name the texts, muster prepare tokenises them",
 }
 OTHER_FILES = {
@@ -232,6 +232,7 @@ def _adapter(draft: Draft) -> None:
         draft.hinder("finetuning_type", f"{kind}; muster trains an adapter, or with full the complete model")
     for key in [key for key in draft.settings if key.startswith(OTHERS.get(str(kind), ()))]:
         draft.pass_over(key, f"finetuning_type is {kind}")
+    common.begin_from(draft, "adapter_name_or_path")
     extra = draft.take("additional_target")
     if extra and kind in ("lora", "oft"):
         names = [name.strip() for name in str(extra).split(",")]
@@ -286,6 +287,7 @@ def _saving(draft: Draft) -> None:
     for key in ("eval_steps", "eval_strategy"):
         draft.pass_over(key, seldom if common.has_evaluation(draft) else "there are no evaluation data")
     common.rates(draft)
+    common.comparisons(draft, "early_stopping_steps")
     named = draft.names("report_to")
     common.trackers(draft, {name: "report_to" for name in named if name not in ("none", "all")})
     if "all" in named:

@@ -18,7 +18,7 @@ from cluster.job_environment import job_environment
 from launcher.driver.start_lock import one_at_a_time
 from launcher.monitor.progress import Progress
 from trainer.checkpoint import list_commits, read_claims
-from trainer.checkpoint.publish import finished
+from trainer.checkpoint.publish import completed_text, finished
 from trainer.data import check_local_sources
 from trainer.data.run_data import prepare_data
 from trainer.errors import InputError, Interrupted, MusterError, WorkerFailed
@@ -52,8 +52,8 @@ def run(recipe: Recipe, progress: Progress, *, takeover: bool = False) -> str:
     run_storage = storage.child(recipe.name)
     first_look = open_storage(recipe.storage, deadline_s=FIRST_LOOK_S).child(recipe.name)
     check_same_recipe(first_look, recipe)
-    if finished(first_look, recipe.training):
-        progress.say(f"{run_storage.url} has reached its last step already")
+    if last := finished(first_look, recipe.training):
+        progress.say(f"{run_storage.url} {completed_text(last)} already")
         return run_storage.uri(layout.ADAPTER)
     begun = has_commits(first_look)
     if not begun:
@@ -75,7 +75,7 @@ def run(recipe: Recipe, progress: Progress, *, takeover: bool = False) -> str:
 def check_inputs(recipe: Recipe, progress: Progress, *, begun: bool = False) -> None:
     """Checks trackers, storage, model and data before anything is started. Raises InputError. A run that has ``begun``
     continues without a missing tracker, with a warning."""
-    from launcher.driver.preflight import check_model, check_storage
+    from launcher.driver.preflight import check_begins_from, check_model, check_storage
 
     check_lasting(recipe, job_environment(os.environ).job)
     progress.phase("checking storage, model and data")
@@ -93,6 +93,9 @@ def check_inputs(recipe: Recipe, progress: Progress, *, begun: bool = False) -> 
         )
     check_local_sources((*recipe.data.train, *recipe.data.eval))
     check_model(recipe, progress.warn)
+    # A run with a checkpoint has its own weights, and that adapter may be gone.
+    if recipe.adapter.begins_from and not (begun or has_commits(storage.child(recipe.name))):
+        check_begins_from(recipe, progress.warn)
     progress.phase("")
     progress.dated("storage, model and data are checked")
 

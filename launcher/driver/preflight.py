@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import inspect
+import tempfile
 from importlib import metadata
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainer.data.run_data import check_rows
@@ -16,7 +18,6 @@ from trainer.storage import Storage
 
 if TYPE_CHECKING:
     from collections.abc import Callable
-    from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
@@ -89,6 +90,33 @@ def check_teacher(recipe: Recipe, warn: Callable[[str], None]) -> None:
             check_positions(recipe, model, lambda odd: warn(f"distill.teacher: {odd}"))
         except InputError as error:
             raise InputError(f"distill.teacher {recipe.distill.teacher}: {error}") from error
+
+
+def check_begins_from(recipe: Recipe, warn: Callable[[str], None]) -> None:
+    """Checks that the adapter of `adapter.from` is there and fits, as far as its configuration and the header of its
+    weights show it. The workers compare the rest: a model's build may leave layers out. Raises InputError."""
+    from trainer.adapters import make_adapter
+    from trainer.adapters.peft_method import PeftMethod
+    from trainer.adapters.targets import ALL_LINEAR
+    from trainer.artifacts.adapter_files import read_adapter_config
+    from trainer.artifacts.start import check_round_trip, check_settings, check_tensors, look_at_start
+    from trainer.plan.config import read_base
+    from trainer.plan.meta_model import skeleton
+
+    uri, adapter = recipe.adapter.begins_from, make_adapter(recipe)
+    assert uri is not None
+    assert isinstance(adapter, PeftMethod)
+    check_round_trip(uri, adapter)
+    row = TASKS[recipe.task]
+    model = skeleton(recipe, read_base(recipe.model, row.auto_class).config)
+    with tempfile.TemporaryDirectory(prefix="muster-start-") as folder:
+        theirs = look_at_start(uri, Path(folder), recipe.model, warn)
+        check_settings(uri, read_adapter_config(Path(folder), uri), adapter.saved_config(model))
+    names, others = adapter.saved_layout(model)
+    mine = {saved: tuple(model.get_parameter(name).shape) for name, saved in names.items()}
+    mine |= {name: tuple(tensor.shape) for name, tensor in others.items()}
+    if names and not row.has_head:  # the outputs of a head follow from the data, and peft computes virtual tokens
+        check_tensors(uri, theirs, mine, complete=recipe.adapter.target_modules != ALL_LINEAR)
 
 
 def check_keys(recipe: Recipe, model: PreTrainedModel) -> None:

@@ -14,6 +14,7 @@ from trainer.checkpoint.record import CommitRecord
 from trainer.errors import CorruptObject, InputError
 from trainer.redact import clean
 from trainer.run import layout
+from trainer.run.best import ended_early, read_best
 from trainer.run.claims import read_claims
 from trainer.run.events import EndEvent, FailureEvent
 from trainer.run.frozen import no_run
@@ -46,7 +47,9 @@ class Status:
     ``job``: the scheduler's or cluster's job as ``kind:id``: the one that holds the run, else the last submitted one.
     ``heard_at`` (Unix time): the last sign of life of the last driver. ``seen_at``: the time of the last step while the
     run is active, else ``heard_at``. ``failure``: the newest failure of the last driver, unless the run has succeeded,
-    with ``cause``, ``trace``, ``advice``, the place, and ``retried``.
+    with ``cause``, ``trace``, ``advice``, the place, and ``retried``. ``best``: the best evaluation by
+    `checkpoint.keep_best`, with ``metric``, ``value`` and ``step``. ``early_stop``: why the run has ended before
+    ``total_steps``, with ``metric``, its last best ``value`` and ``step``, and the ``evaluations`` since.
     """
 
     name: str
@@ -65,6 +68,8 @@ class Status:
     seen_at: float | None = None
     heard_at: float | None = None
     failure: Mapping[str, Any] | None = None
+    best: Mapping[str, Any] | None = None
+    early_stop: Mapping[str, Any] | None = None
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -138,6 +143,7 @@ def _status(run: Storage, found: _Found, state: str) -> Status:
     heard = lease.time if lease else None
     failure = found.failure.row if found.failure else None
     holder = lease.holder if lease and lease.state not in ENDED else None
+    best, early = (read_best(commits[0].state), ended_early(commits[0].state)) if commits else (None, None)
     newest_job = found.submitted.job if found.submitted else lease.holder.job if lease else None
     return Status(
         name=run.url.rsplit("/", 1)[-1],
@@ -155,6 +161,8 @@ def _status(run: Storage, found: _Found, state: str) -> Status:
         metrics={key: value for key, value in row.items() if key not in _ASIDE},
         seen_at=row.get("time") or heard if state == "running" else heard or row.get("time"),
         heard_at=heard,
+        best={"metric": best.metric, "value": best.value, "step": best.step} if best else None,
+        early_stop=asdict(early) if early else None,
         failure=failure and clean({name: value for name, value in failure.items() if name not in _HEAD}),
     )
 

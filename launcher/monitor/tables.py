@@ -26,9 +26,10 @@ STATE_STYLES = {"running": "cyan", "succeeded": "green", "failed": "red", "inter
 
 def checkpoint_lines(status: Status) -> list[Text]:
     """Returns two lines for each checkpoint: its step and time, and its URI alone, to be printed without wrapping."""
-    found = []
+    found, best = [], status.best or {}
     for one in status.checkpoints:
-        found += [Text(f"checkpoint of step {one.step}, {one.committed_at[:19]}:"), Text(one.uri)]
+        value = f", the best: {best['metric']} {best['value']:.4f}" if one.step == best.get("step") else ""
+        found += [Text(f"checkpoint of step {one.step}, {one.committed_at[:19]}{value}:"), Text(one.uri)]
     return found
 
 
@@ -40,6 +41,7 @@ def runs_table(
     ``differences``: columns of settings. The last columns are left out if all do not fit into ``width``.
     """
     shares = [f" {run.step / run.total_steps:4.0%}" if run.total_steps else "" for run in runs]
+    shares = [" early" if run.early_stop else share for run, share in zip(runs, shares, strict=True)]
     losses, evals = ([run.metrics.get(name) for run in runs] for name in ("loss", "eval_loss"))
     columns: list[Values] = [
         ("state", [run.state for run in runs]),

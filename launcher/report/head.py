@@ -51,10 +51,11 @@ def head_of(runs: Sequence[RunRecord]) -> Head:
     status = run.status
     failure = (status.failure or {}) if status.state != "running" else {}
     steps = f"step {status.step:,} of {status.total_steps:,}" if status.total_steps else "no step yet"
+    steps += ", where it ended early" if status.early_stop else ""
     attempts = max(status.attempts, *run.starts, 0)
     parts = [steps, plural(attempts, "attempt") if attempts else "", status.uri]
     told = "\n\n".join(str(failure[name]) for name in ("cause", "advice") if failure.get(name))
-    drawn = (_model(run), _method(run), _data(run), _hardware(run), _duration(run), _loss(run))
+    drawn = (_model(run), _method(run), _data(run), _hardware(run), _duration(run), _loss(run), _best(run))
     return Head(run.label, status.state, " · ".join(filter(None, parts)), [figure for figure in drawn if figure], told)
 
 
@@ -119,6 +120,13 @@ def _hardware(run: RunRecord) -> Figure | None:
     hosts, kind = len(set(starts[-1].hosts)), starts[-1].strategy.get("kind")
     detail = " · ".join(filter(None, (plural(hosts, "host") if hosts else "", str(kind or ""))))
     return Figure("hardware", kinds or plural(run.status.world_size, "worker"), detail)
+
+
+def _best(run: RunRecord) -> Figure | None:
+    best = run.status.best
+    if best is None:
+        return None
+    return Figure("best evaluation", f"{best['value']:.4f}", f"{best['metric']} after step {best['step']:,}")
 
 
 def _duration(run: RunRecord) -> Figure | None:

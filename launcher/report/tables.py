@@ -8,9 +8,11 @@ from typing import Any
 
 from launcher.report.chart import Table, table
 from launcher.report.reading import RunRecord
-from trainer.progress.texts import changes_text, plural
+from trainer.progress.texts import changes_text, early_stop_text, plural
 from trainer.run.events import (
+    BestEvent,
     ChangeEvent,
+    EarlyStopEvent,
     EndEvent,
     Event,
     FailureEvent,
@@ -54,7 +56,8 @@ def _what(event: Event) -> str | None:
     """Returns what the table of events says; None for an event that it does not show."""
     match event:
         case StartEvent():
-            return f"{plural(event.world_size or len(event.hosts), 'worker')}, after step {event.step}"
+            begun = f", from {event.begins_from.get('uri')}" if event.begins_from and not event.step else ""
+            return f"{plural(event.world_size or len(event.hosts), 'worker')}, after step {event.step}{begun}"
         case EndEvent():
             ended = f"{event.state}" + (f" at step {event.step}" if event.step is not None else "")
             return ": ".join(filter(None, (ended, event.cause)))
@@ -70,6 +73,10 @@ def _what(event: Event) -> str | None:
             return event.reason or f"step {event.step}"
         case StaleCheckpointEvent():
             return f"step {event.step}"
+        case BestEvent():
+            return f"step {event.step}: {event.metric} {event.value:.4f}" if event.value is not None else None
+        case EarlyStopEvent():
+            return f"at step {event.step}: {early_stop_text(event)}"
     return None
 
 

@@ -11,7 +11,7 @@ from tests.support.ranks import run_ranks
 from tests.support.tasks import make_encoder, task_recipe, write_task_data
 from tests.support.training import ledger, run_of, train_in_processes, train_rank
 from trainer.recipe import Recipe
-from trainer.recipe.tasks import TASKS
+from trainer.recipe.tasks import TASKS, compared_metrics
 from trainer.run import layout
 from trainer.run.jsonl import read_rows
 from trainer.tasks.lm_head_loss import TargetHead
@@ -85,6 +85,7 @@ def test_a_task_does_not_know_how_many_ranks_there_are(runs: Any, task: str, kin
     one, many = runs[task, "ddp", 1], runs[task, kind, ranks]
     wanted, got = rows_of(one), rows_of(many)
     assert sum("eval_loss" in row for row in wanted) == 2
+    assert compared_metrics(one).keys() <= next(row for row in wanted if "eval_loss" in row).keys()
     for want, row in zip(wanted, got, strict=True):
         assert row == pytest.approx(want, rel=1e-4, abs=1e-5)
         for name in {"loss", "eval_loss"} & want.keys():

@@ -25,7 +25,7 @@ from trainer.artifacts.locate import (
     tokenizer_of,
 )
 from trainer.checkpoint import list_commits
-from trainer.checkpoint.publish import STATE_FILES, is_last, published_files, reads_back
+from trainer.checkpoint.publish import STATE_FILES, chosen_of, is_last, published_files, reads_back
 from trainer.errors import InputError, MusterError
 from trainer.model import check_weights
 from trainer.model.base_config import load_config
@@ -88,6 +88,7 @@ def _run(uri: str, run: Storage, trust: Trust) -> ArtifactReport:
     record = next(iter(list_commits(run, newest=1)), None)
     if record is None or not is_last(record):
         raise InputError(f"{uri} is a run that has no final adapter yet; inspect one of its checkpoints")
+    record = chosen_of(run, record)
     found = describe(run.uri(layout.ADAPTER), trust=trust)
     for name, wanted in published_files(record).items():
         if run.info(f"{layout.ADAPTER}/{name}") is None:

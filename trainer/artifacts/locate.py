@@ -15,7 +15,7 @@ from trainer.artifacts.adapter_files import ADAPTER_CONFIG, read_adapter_config
 from trainer.checkpoint import fetch_newest, list_commits
 from trainer.checkpoint.artifact_info import ArtifactInfo
 from trainer.checkpoint.blobs import entry_of_file
-from trainer.checkpoint.publish import STATE_FILES, is_last, published_files
+from trainer.checkpoint.publish import STATE_FILES, chosen_of, is_last, published_files
 from trainer.data.run_data import read_data
 from trainer.errors import InputError, UsageError
 from trainer.model import fetch_model, load_tokenizer
@@ -209,14 +209,14 @@ def _of_run(recipe: Recipe | None, run: Storage, folder: Path, trust: Trust) -> 
 
 
 def _take_published(run: Storage, folder: Path) -> bool:
-    """Downloads the final adapter. Returns True if it exists and is that of the last commit."""
+    """Downloads the final adapter. Returns True if it exists and is that of the run's last step, or the best one."""
     keys = [o.key for o in run.list(layout.ADAPTER)]
     newest = next(iter(list_commits(run, newest=1)), None)
     if not keys or newest is None or not is_last(newest):
         return False
     for key in keys:
         run.download(key, folder / key.removeprefix(f"{layout.ADAPTER}/"))
-    wanted = published_files(newest)
+    wanted = published_files(chosen_of(run, newest))
     return all((folder / n).is_file() and entry_of_file(folder / n) == info for n, info in wanted.items())
 
 

@@ -28,12 +28,15 @@ class _StoredInfo(TypedDict, total=False):
     format: str | None
     template: str | None
     base: dict[str, Any] | None
+    best: dict[str, Any] | None
+    begins_from: dict[str, Any] | None
 
 
 class ArtifactInfo(NamedTuple):
     """``method``: the recipe's name of the method, or peft's name for a method that the recipe takes from peft.
     ``model``: the base model, as in the recipe. ``format`` and ``template``: those of the first training source.
-    ``base``: the identity of the base model's files (`trainer.model.files.identity`)."""
+    ``base``: the identity of the base model's files (`trainer.model.files.identity`). ``best``: the evaluation that
+    chose it (`checkpoint.keep_best`). ``begins_from``: the trained adapter that its run began with."""
 
     task: str
     method: str
@@ -41,6 +44,8 @@ class ArtifactInfo(NamedTuple):
     format: str | None = None
     template: str | None = None
     base: dict[str, Any] | None = None
+    best: dict[str, Any] | None = None
+    begins_from: dict[str, Any] | None = None
 
     @classmethod
     def of(cls, recipe: Recipe) -> ArtifactInfo:
@@ -49,7 +54,9 @@ class ArtifactInfo(NamedTuple):
         return cls(recipe.task, recipe.adapter.label, recipe.model, format, template)
 
     def write(self, folder: Path) -> None:
-        body = {**self._asdict(), "model": self.model.model_dump(mode="json")}
+        later = ("best", "begins_from")  # only a run that uses them has these
+        body = {name: value for name, value in self._asdict().items() if value is not None or name not in later}
+        body["model"] = self.model.model_dump(mode="json")
         (folder / ORIGIN_FILE).write_text(json.dumps(body, indent=2) + "\n")
 
     @classmethod
@@ -65,6 +72,7 @@ class ArtifactInfo(NamedTuple):
             if format is not None and format not in FORMATS:
                 return None
             template = template and checked_template(template)
-            return cls(stored["task"], stored["method"], model, format, template, stored.get("base"))
+            further = [stored.get("base"), stored.get("best"), stored.get("begins_from")]
+            return cls(stored["task"], stored["method"], model, format, template, *further)
         except (OSError, ValueError):
             return None

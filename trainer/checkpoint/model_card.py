@@ -12,6 +12,7 @@ import yaml
 from trainer.recipe import ModelSection, Recipe, dump
 from trainer.recipe.tasks import CAUSAL, SEQUENCE, TASKS
 from trainer.redact import redact
+from trainer.run.best import chosen_by
 
 LOAD_ADAPTER = """\
 from peft import PeftModel
@@ -40,8 +41,9 @@ HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 PIPELINES = {CAUSAL: "text-generation", SEQUENCE: "text-classification"}
 
 
-def model_card(recipe: Recipe, facts: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
-    """Returns Markdown with the Hub's front matter. ``facts``: the metrics rows of the last step and evaluation."""
+def model_card(recipe: Recipe, state: Mapping[str, Any], provenance: Mapping[str, Any]) -> str:
+    """Returns Markdown with the Hub's front matter. ``state``: of the commit record, with the metrics of the last step
+    and evaluation as ``facts``."""
     full = recipe.adapter.method == "none"
     auto = TASKS[recipe.task].auto_class
     front = {
@@ -63,7 +65,7 @@ def model_card(recipe: Recipe, facts: Mapping[str, Any], provenance: Mapping[str
             "",
             "| | |",
             "|---|---|",
-            *(f"| {name} | {value} |" for name, value in _figures(facts).items()),
+            *(f"| {name} | {value} |" for name, value in _figures(state).items()),
             "",
             "## Load it",
             "",
@@ -123,7 +125,8 @@ def _summary(recipe: Recipe, full: bool) -> str:
     return f"{what} for {base}{packed}."
 
 
-def _figures(facts: Mapping[str, Any]) -> dict[str, str]:
+def _figures(state: Mapping[str, Any]) -> dict[str, str]:
+    facts, best, begins_from = state["facts"], chosen_by(state), state.get("begins_from")
     shown = {
         "step": "steps",
         "samples": "samples",
@@ -134,4 +137,16 @@ def _figures(facts: Mapping[str, Any]) -> dict[str, str]:
         "world_size": "ranks",
     }
     values = {label: facts[key] for key, label in shown.items() if facts.get(key) is not None}
-    return {label: f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for label, v in values.items()}
+    found = {label: f"{v:,}" if isinstance(v, int) else f"{v:.4f}" for label, v in values.items()}
+    if best:
+        found["chosen as the best evaluation"] = f"{best.metric} {best.value:.4f} after step {best.step:,}"
+    if begins_from:
+        found["began from"] = begun_text(begins_from)
+    return found
+
+
+def begun_text(begins_from: Mapping[str, Any]) -> str:
+    """Returns the trained adapter that a run began with, on one line."""
+    step, weights = begins_from.get("step"), str(begins_from.get("sha256"))[:16]
+    of_step = f", step {step:,}" if isinstance(step, int) else ""
+    return f"{redact(str(begins_from.get('uri')))}{of_step} (sha256 {weights}…)"

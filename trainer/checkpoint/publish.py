@@ -1,4 +1,5 @@
-"""The final adapter: the last checkpoint's files, without its training state, at an address that never changes.
+"""The final adapter: the files of a checkpoint, without its training state, at an address that never changes. It is the
+last checkpoint, or the one of the best evaluation (`checkpoint.keep_best`) that the last commit record names.
 
 They are copied from a committed checkpoint, object by object, so that an interrupted copy is simply repeated. A run
 counts as finished only when every one of them reads back with the hash of the commit record.
@@ -13,10 +14,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from trainer.checkpoint import CommitRecord, list_commits
+from trainer.checkpoint.protocol import list_commits, read_commit
+from trainer.checkpoint.record import CommitRecord
 from trainer.errors import CorruptObject, InputError
 from trainer.recipe import TrainingSection
 from trainer.run import layout
+from trainer.run.best import ended_early
 from trainer.run.frozen import read_recipe
 from trainer.storage import Storage
 
@@ -36,8 +39,10 @@ FileInfo = Mapping[str, Any]
 
 
 def is_last(record: CommitRecord, length: TrainingSection | None = None) -> bool:
-    """Returns True for the commit of its run's last step. ``length``: of the recipe, if it may be longer than the one
-    that the commit was trained with."""
+    """Returns True for the commit of its run's last step, which may have ended early. ``length``: of the recipe, if it
+    may be longer than the one that the commit was trained with."""
+    if ended_early(record.state, length):
+        return True
     if record.step < int(record.state.get(TOTAL_STEPS, record.step + 1)):
         return False
     if length is None:
@@ -64,16 +69,40 @@ def finished(run: Storage, length: TrainingSection | None = None) -> CommitRecor
             f"{run.url} was finished by a version of muster that did not record its epochs, so that it cannot become "
             "longer; run it with its own training.epochs, or give the new recipe another name"
         )
-    if is_published(run, newest):
+    chosen = chosen_of(run, newest)
+    if is_published(run, chosen):
         return newest
     try:
-        publish(run, newest)
+        publish(run, chosen)
     except (CorruptObject, FileNotFoundError) as error:
+        if chosen.key != newest.key:
+            raise CorruptObject(
+                f"the best checkpoint of {run.url}, of step {chosen.step}, is damaged ({error}); restore its files, or "
+                f"delete {run.uri(chosen.key)}, after which the same command publishes the last one in its place"
+            ) from error
         log.warning("the last checkpoint of %s is damaged, its steps are trained again: %s", run.url, error)
         return None
-    if not is_published(run, newest):
+    if not is_published(run, chosen):
         raise CorruptObject(f"{run.uri(layout.ADAPTER)} does not read back as it was committed; run again")
     return newest
+
+
+def completed_text(last: CommitRecord) -> str:
+    """Returns how a run was completed, as a clause. ``last``: the commit of its last step."""
+    early = ended_early(last.state)
+    return f"has ended early at step {last.step} ({early})" if early else "has reached its last step"
+
+
+def chosen_of(run: Storage, last: CommitRecord) -> CommitRecord:
+    """Returns the commit that becomes the final adapter: that of the best evaluation if the ``last`` one names it, else
+    ``last`` itself, also if the record of the best one does not exist any more."""
+    key = last.best_key
+    if key is None or key == (last.attempt, last.step):
+        return last
+    chosen = read_commit(run, key)
+    if chosen is None:
+        log.warning("%s has no readable %s, its best checkpoint; the last one counts", run.url, layout.commit(*key))
+    return chosen or last
 
 
 def published_files(record: CommitRecord) -> dict[str, FileInfo]:

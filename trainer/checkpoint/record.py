@@ -11,6 +11,7 @@ from trainer.errors import CorruptObject, InputError
 from trainer.parsing import Malformed, parse_json
 from trainer.records import Count, read_record
 from trainer.run import layout
+from trainer.run.best import Best, Patience, read_best
 from trainer.run.metrics import EvalMetrics, StepMetrics
 from trainer.storage import is_safe_key, to_json
 
@@ -42,6 +43,10 @@ class RestoredState(TypedDict, total=False):
     facts: Mapping[str, Any]
     scaler: Mapping[str, Any]
     task: Mapping[str, Any]
+    best: Best | None
+    early_stop: Patience | None
+    ended_early: bool | None
+    begins_from: Mapping[str, Any] | None
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,12 @@ class CommitRecord:
     @property
     def key(self) -> str:
         return layout.commit(self.attempt, self.step)
+
+    @property
+    def best_key(self) -> tuple[int, int] | None:
+        """(attempt, step) of the record of the best evaluation so far, which may be this one; None if none is kept."""
+        best = read_best(self.state)
+        return (best.attempt, best.step) if best else None
 
     def file_key(self, name: str) -> str:
         """Returns the key of one of ``files`` in the run."""

@@ -63,15 +63,17 @@ class Retention:
         found = in_parallel(lambda key: read_commit(self._storage, key, lambda *_: None), unread, _PARALLEL_READS)
         self._known.update({_key(record): record for record in found if record is not None})
         records = {key: self._known[key] for key in keys if key in self._known}
-        keep = kept(records.values(), self._keep_last, self._keep_for_s, self._clock())
+        recent = kept(records.values(), self._keep_last, self._keep_for_s, self._clock())
+        # The best one stays as long as a record that names it: a resume from that record may end with it.
+        keep = recent | {best for key in recent if (best := records[key].best_key) is not None}
         # An unreadable record is deleted only once ``keep_last`` newer ones exist: this one read may have failed by
         # chance.
-        unread_below = min(keep) if len(keep) >= self._keep_last else None
+        unread_below = min(recent) if len(recent) >= self._keep_last else None
         surplus = [key for key in keys if key not in keep and (key in records or (unread_below and key < unread_below))]
         self._storage.delete(layout.commit(*key) for key in surplus)
         for key in surplus:
             self._known.pop(key, None)
-        named = {records[key].checkpoint for key in keep}
+        named = {records[key].checkpoint for key in keep & records.keys()}
         dropped = {records[key].checkpoint for key in surplus if key in records} - named
         # While an unreadable record stays, the files that it names are unknown: then nothing counts as an orphan.
         orphans = self._orphans(named, keys) if records.keys() >= set(keys) - set(surplus) else set()

@@ -12,8 +12,10 @@ from typing import Any
 
 from trainer.distributed.replica_nodes import placement_text
 from trainer.recipe.strategies import Mesh
+from trainer.run.best import Patience
 from trainer.run.events import (
     ChangeEvent,
+    EarlyStopEvent,
     EndEvent,
     Event,
     FailureEvent,
@@ -155,7 +157,7 @@ def event_text(event: Event, before: Sequence[str] | None = None) -> str | None:
     """A line for what a person wants to know as it happens; ``before``: the hosts of the attempt before a start."""
     match event:
         case StartEvent():
-            begins = f"continues after step {event.step}" if event.step else "from the first step"
+            begins = f"continues after step {event.step}" if event.step else _begins(event)
             strategy = str(event.strategy.get("kind") or "")
             told = [f"{_changed(before, event.hosts)}workers {placed(event.hosts)}", strategy, _replicas(event), begins]
             told.append(_covered(event))
@@ -168,7 +170,23 @@ def event_text(event: Event, before: Sequence[str] | None = None) -> str | None:
             return f"the checkpoint of step {event.step} is skipped: {event.reason}"
         case StaleCheckpointEvent():
             return f"no checkpoint was committed for {duration(event.age_s or 0)}: the storage is slow or away"
+        case EarlyStopEvent():
+            return f"ends early at step {event.step}: {early_stop_text(event)}"
     return None
+
+
+def early_stop_text(event: EarlyStopEvent) -> str:
+    """Returns why a run ends before its last step."""
+    return str(Patience(event.metric or "", event.value, event.best_step, event.evaluations or 0))
+
+
+def _begins(event: StartEvent) -> str:
+    """Returns where a run begins that has no checkpoint yet."""
+    start = event.begins_from
+    if not start:
+        return "from the first step"
+    changed = ", which has changed since the attempt before" if start.get("was") else ""
+    return f"from the first step, with {start.get('uri')}{_said(' of step {}', start.get('step'))}{changed}"
 
 
 def changes_text(event: ChangeEvent) -> str:

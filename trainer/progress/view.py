@@ -15,7 +15,7 @@ from trainer.errors import MusterError
 from trainer.progress.texts import AttemptStatus, event_text, watched_text
 from trainer.redact import clean
 from trainer.run import layout
-from trainer.run.events import CheckpointEvent, EndEvent, Event, FailureEvent, StartEvent
+from trainer.run.events import CheckpointEvent, EarlyStopEvent, EndEvent, Event, FailureEvent, StartEvent
 from trainer.run.jsonl_tail import JsonLinesTail
 from trainer.run.metrics import StepMetrics, read_metrics_row
 from trainer.storage import Storage
@@ -57,6 +57,7 @@ class View:
         self._hosts: tuple[str, ...] | None = None
         self._saved: tuple[int, float] | None = None
         self._cause: str | None = None
+        self._ended_early = False
         self._news: list[tuple[float, str]] = []
 
     def look(self, *, last: bool = False) -> AttemptStatus | None:
@@ -91,7 +92,9 @@ class View:
             if (event.attempt > self._after or of_driver) and (text := self._text(event, self._hosts)):
                 self._news.append((event.time, text))
             if isinstance(event, StartEvent):
-                self._hosts = event.hosts
+                self._hosts, self._ended_early = event.hosts, False
+            elif isinstance(event, EarlyStopEvent):
+                self._ended_early = True
             elif isinstance(event, CheckpointEvent):
                 self._saved = (event.step or 0, event.time)
 
@@ -112,9 +115,10 @@ class View:
         saved = self._saved and (self._saved[0], self._now() - self._saved[1])
         recent = list(islice(reversed(self._rows), PACE_STEPS))
         losses = [row.loss for row in self._rows if row.loss is not None]
-        return standing_of(
+        standing = standing_of(
             recent, self._total, saved or None, losses=losses, eval_loss=self._eval_loss, hosts=self._hosts or ()
         )
+        return replace(standing, left_s=0.0) if self._ended_early else standing
 
 
 def standing_of(

@@ -12,8 +12,9 @@ from trainer.recipe.refusal import with_adapter_off
 from trainer.recipe.sections.compute import SIXTEEN_BIT
 from trainer.recipe.sections.data import SourceSection
 from trainer.recipe.sections.samples import SamplesSection
-from trainer.recipe.tasks import TASKS
+from trainer.recipe.tasks import TASKS, compared_metrics
 from trainer.recipe.trackers import TRACKERS
+from trainer.registry import choose_hint
 
 if TYPE_CHECKING:
     from trainer.recipe.root import Recipe
@@ -334,7 +335,47 @@ RULES = (
         lambda r: r.training.eval_every is not None and not r.data.evaluates,
         lambda r: "has no effect without data.eval or data.eval_fraction; add a source there, or leave it out",
     ),
+    Rule(
+        (("checkpoint", "keep_best"), ("training", "eval_every"), ("data", "eval")),
+        lambda r: r.checkpoint.keep_best is not None and not _evaluates_often(r),
+        lambda r: f"compares evaluations: {WITH_EVALUATIONS}",
+    ),
+    Rule(
+        (("training", "early_stop"), ("training", "eval_every"), ("data", "eval")),
+        lambda r: r.training.early_stop is not None and not _evaluates_often(r),
+        lambda r: f"compares evaluations: {WITH_EVALUATIONS}",
+    ),
+    Rule(
+        (("checkpoint", "keep_best"), ("task",)),
+        lambda r: r.checkpoint.keep_best is not None and r.checkpoint.keep_best not in compared_metrics(r),
+        lambda r: _no_metric(r, r.checkpoint.keep_best),
+    ),
+    Rule(
+        (("training", "early_stop", "metric"), ("task",)),
+        lambda r: r.training.early_stop is not None and r.training.early_stop.metric not in compared_metrics(r),
+        lambda r: _no_metric(r, r.training.early_stop.metric if r.training.early_stop else None),
+    ),
+    Rule(
+        (("adapter", "from"), ("task",)),
+        lambda r: r.adapter.begins_from is not None and TASKS[r.task].has_reference,
+        lambda r: (
+            f"does not work with task {r.task}, whose reference is computed without that adapter; merge it into the "
+            "model (muster merge) and name the result in model.path"
+        ),
+    ),
 )
+
+WITH_EVALUATIONS = "give data.eval or data.eval_fraction, and training.eval_every; or leave it out"
+
+
+def _evaluates_often(recipe: Recipe) -> bool:
+    return recipe.data.evaluates and recipe.training.eval_every is not None
+
+
+def _no_metric(recipe: Recipe, name: str | None) -> str:
+    known = tuple(compared_metrics(recipe))
+    hint = choose_hint(str(name), known)
+    return f"{name!r} is no metric that compares evaluations of task {recipe.task}: {', '.join(known)}{hint}"
 
 
 def _workers(recipe: Recipe) -> str:

@@ -37,6 +37,7 @@ def _each(names: str, path: str, value: Any = None, note: str = "") -> dict[str,
 
 MICRO = "packs in one forward pass of a GPU; training.global_batch is packs per step, over all GPUs"
 GLOBAL = "packs per step over all GPUs; accumulation follows from it, training.micro_batch and the workers"
+EVALUATIONS = "evaluations without an improvement, with a metric"
 LOGS = "every step's metrics are kept"
 SOURCE = "of each source"
 STEPS = "a number of steps"
@@ -57,7 +58,7 @@ KEYS: Mapping[str, Here] = {
     **_each("double_quantization bnb_4bit_use_double_quant", "", None, "nf4 is always quantised twice"),
     **_each("tokenizer tokenizer_name tokenizer_name_or_path tokenizer_type", "", None, "model.path has the tokenizer"),
     **_each("tokenizer_path use_fast_tokenizer", "", None, "model.path has the tokenizer"),
-    **_each("lora_model_dir adapter_name_or_path", "", None, "merge that adapter (muster merge) and name the result"),
+    **_each("lora_model_dir adapter_name_or_path resume_adapter init_adapter", "adapter.from"),
     **_each("r lora_r lora_rank lora_dim", "adapter.rank"),
     **_each("lora_alpha", "adapter.alpha"),
     **_each("lora_dropout", "adapter.dropout"),
@@ -98,7 +99,12 @@ KEYS: Mapping[str, Here] = {
     **_each("gradient_accumulation_steps grad_accum grad_accumulation_steps", "training.global_batch", None, GLOBAL),
     **_each("accumulate_grad_batches gradient_accumulation", "training.global_batch", None, GLOBAL),
     **_each("train_batch_size total_batch_size effective_batch_size", "training.global_batch", None, GLOBAL),
-    **_each("early_stopping_patience early_stopping", "", None, "a run goes to its last step; muster cancel ends it"),
+    **_each("early_stopping_patience early_stopping_steps", "training.early_stop.patience", None, EVALUATIONS),
+    **_each("early_stopping early_stopping_callback", "training.early_stop", None, "metric and patience"),
+    **_each("early_stopping_threshold", "training.early_stop.min_delta"),
+    **_each("load_best_model_at_end save_best keep_best_model", "checkpoint.keep_best", None, "a metric: eval_loss"),
+    **_each("metric_for_best_model", "checkpoint.keep_best"),
+    **_each("greater_is_better", "", None, "the metric decides it"),
     **_each("group_by_length remove_unused_columns", "", None, "muster reads and packs the rows in its own way"),
     **_each("dataloader_num_workers dataset_num_proc preprocessing_num_workers", "", None, "muster decides it"),
     **_each("use_cpu no_cuda", "resources.gpus_per_worker", None, "0 for the CPU"),

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Literal
 
 from trainer.recipe.base import Section
 from trainer.recipe.sections.ppo import PPOSection
 from trainer.recipe.sections.preference import DPOSection, KTOSection
 from trainer.recipe.sections.tasks import ClassificationSection, DistillSection
 from trainer.registry import Choice, Registry
+
+if TYPE_CHECKING:
+    from trainer.recipe.root import Recipe
+
+Better = Literal["min", "max"]
+"""The direction in which a metric is better: lower or higher."""
+PREFIX = "eval_"
+"""Prefix of the metrics of an evaluation."""
 
 CAUSAL, SEQUENCE = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
 
@@ -30,8 +40,9 @@ class TaskRow(Choice):
     each sample and needs no mask. ``router_loss``: its loss may add the balance of a mixture's experts.
     ``divides_texts``: its loss can be computed by ranks that each have a part of the tokens. ``generates``: it learns
     from texts that the model generates for the samples' prompts; that is most of a step, and no formula of the MFU
-    counts it. ``has_teacher``: compares with the distributions of another model, the teacher. ``section``: its
-    settings; their key in the recipe is the task's name."""
+    counts it. ``has_teacher``: compares with the distributions of another model, the teacher. ``evaluates``: the
+    metrics of `trainer.tasks.Task.metrics` by which two models can be compared, each with its better direction.
+    ``section``: its settings; their key in the recipe is the task's name."""
 
     learns_from: tuple[str, ...]
     auto_class: str = CAUSAL
@@ -45,6 +56,7 @@ class TaskRow(Choice):
     divides_texts: bool = False
     generates: bool = False
     has_teacher: bool = False
+    evaluates: Mapping[str, Better] = field(default_factory=lambda: {"loss": "min"})
     section: type[Section] | None = None
 
     @property
@@ -58,16 +70,34 @@ class TaskRow(Choice):
         return self.auto_class == SEQUENCE
 
 
+OF_PAIRS: Mapping[str, Better] = {"loss": "min", "pair_accuracy": "max", "reward_margin": "max"}
+
 TASKS = Registry(
     "task",
     {
         "sft": TaskRow(
-            "trainer.tasks.sft:SFT", ("prompted", "text"), segments=True, router_loss=True, divides_texts=True
+            "trainer.tasks.sft:SFT",
+            ("prompted", "text"),
+            segments=True,
+            router_loss=True,
+            divides_texts=True,
+            evaluates={"loss": "min", "perplexity": "min"},
         ),
         "classification": TaskRow(
-            "trainer.tasks.classification:Classification", ("label",), SEQUENCE, section=ClassificationSection
+            "trainer.tasks.classification:Classification",
+            ("label",),
+            SEQUENCE,
+            evaluates={"loss": "min", "accuracy": "max", "f1": "max", "precision": "max", "recall": "max"},
+            section=ClassificationSection,
         ),
-        "reward": TaskRow("trainer.tasks.reward:Reward", ("preference",), SEQUENCE, margins=True, divides_texts=True),
+        "reward": TaskRow(
+            "trainer.tasks.reward:Reward",
+            ("preference",),
+            SEQUENCE,
+            margins=True,
+            divides_texts=True,
+            evaluates=OF_PAIRS,
+        ),
         "dpo": TaskRow(
             "trainer.tasks.preference.dpo:DPO",
             ("preference",),
@@ -75,6 +105,7 @@ TASKS = Registry(
             stores_reference=True,
             segments=True,
             divides_texts=True,
+            evaluates=OF_PAIRS,
             section=DPOSection,
         ),
         "kto": TaskRow(
@@ -86,6 +117,7 @@ TASKS = Registry(
             judged_forwards=1,
             segments=True,
             divides_texts=True,
+            evaluates={"loss": "min", "reward_margin": "max"},
             section=KTOSection,
         ),
         "ppo": TaskRow(
@@ -93,6 +125,7 @@ TASKS = Registry(
             ("prompted", "preference"),
             has_reference=True,
             generates=True,
+            evaluates={"loss": "min", "reward": "max"},
             section=PPOSection,
         ),
         "distill": TaskRow(
@@ -100,7 +133,15 @@ TASKS = Registry(
             ("prompted", "text"),
             segments=True,
             has_teacher=True,
+            evaluates={"loss": "min", "perplexity": "min", "agreement": "max"},
             section=DistillSection,
         ),
     },
 )
+
+
+def compared_metrics(recipe: Recipe) -> dict[str, Better]:
+    """Returns the metrics of the recipe's evaluations that have a better direction, by their names in
+    `trainer.run.metrics.EvalMetrics`. A metric that something else than the task adds to an evaluation is added
+    here."""
+    return {f"{PREFIX}{name}": better for name, better in TASKS[recipe.task].evaluates.items()}

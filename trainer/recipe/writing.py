@@ -6,7 +6,6 @@ import hashlib
 import json
 from collections.abc import Iterator
 from functools import cache, reduce
-from operator import getitem
 from typing import Any
 
 import yaml
@@ -50,7 +49,11 @@ def changeable_values(recipe: Recipe) -> dict[str, Any]:
     keys = [path for path in fields_below(Recipe, ()) if may_change(path) or path in LENGTH]
     sections = {path[:-1] for path in keys}
     found: Any = recipe.model_dump(mode="json")
-    return {dotted(path): reduce(getitem, path, found) for path in keys if path not in sections}
+    return {dotted(path): reduce(_inside, path, found) for path in keys if path not in sections}
+
+
+def _inside(value: Any, key: str | int) -> Any:
+    return None if value is None else value[key]  # a section that is left out has no values
 
 
 def length_decides(recipe: Recipe) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from trainer.recipe import Recipe, TrainingSection, differences
+from trainer.recipe.tasks import TASKS
 from trainer.recipe.writing import changeable_values, length_decides
 from trainer.run.claims import read_claims
 from trainer.run.events import ChangeEvent, SettingChange
@@ -39,6 +40,8 @@ def further(frozen: Recipe, run: Storage, adapter: str) -> str:
     ``adapter``: the URI of the final adapter. Empty if no run can begin from it."""
     if frozen.adapter.method == "none":
         return f"begin another run from its result, with model.path: {adapter}"
+    if not (TASKS[frozen.task].has_reference or frozen.adapter.row.residual or frozen.adapter.row.inserts_tokens):
+        return f"begin another run from its result, with adapter.from: {run.url}"
     if frozen.adapter.row.merges:
         return f"begin another run from its result: `muster merge --run {run.url} --out DIR`, then model.path: DIR"
     return ""

@@ -86,6 +86,9 @@ class StartEvent(Event, kind="start"):
     trainable_parameters: Count | None = None
     models: Mapping[str, Any] = field(default_factory=dict)
     """What identifies each further model that the task uses, by its role: `trainer.tasks.Task.models`."""
+    begins_from: Mapping[str, Any] | None = None
+    """The trained adapter that the run has begun with: ``uri``, ``folder``, ``step`` (of its run), ``sha256`` of its
+    weights, and ``was``, that of the attempt before, if it has changed since."""
     build_s: float | None = None
     restore_s: float | None = None
 
@@ -125,6 +128,28 @@ class CheckpointEvent(Event, kind="checkpoint"):
     bytes: Count | None
     coalesced: Count | None
     """Checkpoints that were due since the previous commit and that this one replaced."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestEvent(Event, kind="best"):
+    """Rank 0 writes it after an evaluation that is the best so far by the recipe's ``checkpoint.keep_best``. Its
+    checkpoint follows."""
+
+    step: Count | None
+    metric: str | None
+    value: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EarlyStopEvent(Event, kind="early_stop"):
+    """Rank 0 writes it when the run ends by the recipe's ``training.early_stop``: ``metric`` has not improved since
+    ``best_step``, where it was ``value``, in ``evaluations`` evaluations."""
+
+    step: Count | None
+    metric: str | None
+    value: float | None
+    best_step: Count | None
+    evaluations: Count | None
 
 
 @dataclass(frozen=True, kw_only=True)

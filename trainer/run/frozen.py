@@ -117,14 +117,17 @@ def check_same_recipe(run: Storage, recipe: Recipe) -> None:
         raise RecipeChanged(f"{run.url} was started with another recipe:\n  {lines}\n{advice}.")
 
 
+def lasting(recipe: Recipe) -> Recipe:
+    """Returns the recipe without ``training.stop_after``, which belongs to one command and not to the run."""
+    return recipe.model_copy(update={"training": recipe.training.model_copy(update={"stop_after": None})})
+
+
 def freeze_recipe(run: Storage, recipe: Recipe, driver: int | None = None) -> None:
     """Writes the resolved recipe and the provenance before the first commit. Afterwards, records what ``driver`` has
     changed, and writes the length of a run that becomes longer. Raises RecipeChanged."""
     check_same_recipe(run, recipe)
     if not has_commits(run):
-        # stop_after belongs to one command, not to the run.
-        lasting = recipe.model_copy(update={"training": recipe.training.model_copy(update={"stop_after": None})})
-        run.write(layout.RECIPE, dump(lasting).encode())
+        run.write(layout.RECIPE, dump(lasting(recipe)).encode())
         run.write_json(layout.PROVENANCE, provenance())
         return
     frozen = _read_frozen(run)

@@ -2,7 +2,8 @@
 
 One thread and a queue of one: while an upload runs, a newer snapshot replaces one that still waits (the two checkpoints
 are coalesced), so that the loop never waits and at most two snapshots are in memory. The final one is never replaced.
-The first error is kept and raised in the loop.
+That of the best evaluation is replaced only by a better one: another one that follows it is left out, and the final one
+waits until its turn has come. The first error is kept and raised in the loop.
 """
 
 from __future__ import annotations
@@ -72,6 +73,12 @@ class Committer:
     def submit(self, snapshot: Snapshot, held: CheckpointStall = NO_STALL) -> None:
         with self._ready:
             self._raise()
+            if self._waiting and self._waiting[0].best and not snapshot.best:
+                if not snapshot.final:
+                    self._coalesced += 1
+                    return
+                self._ready.wait_for(lambda: self._waiting is None or self._error is not None)
+                self._raise()
             if self._waiting:
                 assert not self._waiting[0].final, "nothing comes after the final snapshot"
                 self._coalesced += 1
@@ -117,6 +124,7 @@ class Committer:
                 if self._waiting is None:
                     return
                 (snapshot, held), self._waiting = self._waiting, None
+                self._ready.notify_all()
                 coalesced, self._coalesced = self._coalesced, 0
                 self._working = True
             try:
@@ -126,6 +134,7 @@ class Committer:
                 note_where(e, f"step {snapshot.step}, commit of the checkpoint")
                 with self._ready:
                     self._error = e
+                    self._ready.notify_all()
                 return
 
     def _run(self, snapshot: Snapshot, held: CheckpointStall, coalesced: int) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -40,7 +41,9 @@ from trainer.worker.hang_detector import (
     hang_text,
     store_of_group,
 )
+from trainer.worker.initial_weights import begin_from, begun_before
 from trainer.worker.job import Job
+from trainer.worker.judge import Judge
 from trainer.worker.loop import Loop
 from trainer.worker.profiler import Profiler
 from trainer.worker.recorder import Recorder
@@ -91,7 +94,8 @@ def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callab
         attempt = world.decide_on_rank0(lambda: claim_attempt(run, job.driver, dict(job.holder)))
     recorder = Recorder(run, recipe, world, attempt)
     log.info("attempt %d: rank %d of %d on %s (%s)", attempt, world.rank, world.size, world.host, world.device)
-    checkpointer = Checkpointer(job, parts, run, recorder, spec.chat_template)
+    judge = Judge(recipe, recorder, job.total_steps)
+    checkpointer = Checkpointer(job, parts, run, recorder, judge, spec.chat_template)
     detector = HangDetector(
         world,
         store_of_group(),
@@ -102,12 +106,15 @@ def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callab
         with _noted("restoring the checkpoint"):
             stream = Stream.of(recipe, data.train, run, cache=cache)
             restoring = time.monotonic()
-            start = checkpointer.restore(stream)
+            with checkpointer.newest() as found:
+                checkpointer.begins_from = None if found else _set_initial_weights(parts, recorder)
+                start = checkpointer.restore(found, stream)
             restored = time.monotonic()
-            _record_start(job, parts, recorder, start, restoring - began, restored - restoring)
+            begins_from = checkpointer.begins_from
+            _record_start(job, parts, recorder, start, begins_from, restoring - began, restored - restoring)
             startup.end(MODEL)
         end = start
-        if start.step < min(job.total_steps, recipe.training.stop_after or job.total_steps):
+        if not start.over and start.step < min(job.total_steps, recipe.training.stop_after or job.total_steps):
             mesh = parts.strategy.mesh
             mine = mesh.data_rank(world.rank), mesh.data_ranks
             prompts = PromptSource(data.eval, eval_cache, parts.tokenizer)
@@ -122,15 +129,21 @@ def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callab
                 Telemetry(recorder, checkpointer, startup, compiles=recipe.compute.compile),
                 checkpointer,
             ]
-            loop = Loop(parts, callbacks, stop_requested, total_steps=job.total_steps, eval_batches=evaluation)
+            loop = Loop(
+                parts,
+                callbacks,
+                stop_requested,
+                total_steps=job.total_steps,
+                eval_batches=evaluation,
+                judge=judge.evaluated,
+            )
             batches = closing(stream.prefetch(start.cursor, *mine))
             with closing(profiler), detector, batches as steps, _noted(detector.place):
                 end = loop.run(start, steps)
         checkpointer.close()
         world.all_gather(None)  # no rank leaves before the last commit is complete
-        finished = end.step == job.total_steps
-        recorder.event(EndEvent(state="succeeded" if finished else "interrupted", step=end.step))
-        if not finished:
+        recorder.event(EndEvent(state="succeeded" if end.over else "interrupted", step=end.step))
+        if not end.over:
             raise Interrupted(f"stopped after step {end.step} of {job.total_steps}, which is committed")
         return end
 
@@ -174,8 +187,30 @@ def _end_hang(found: list[Pulse], detector: HangDetector, recorder: Recorder) ->
         end_culprits(found, recorder.world.host)
 
 
+def _set_initial_weights(parts: Parts, recorder: Recorder) -> Mapping[str, Any] | None:
+    """Collective: loads the trained adapter that a run without a checkpoint begins from, and returns its record; None
+    if it begins with new values."""
+    uri = parts.recipe.adapter.begins_from
+    if uri is None:
+        return None
+    before = parts.world.decide_on_rank0(lambda: begun_before(recorder, uri))
+    begun = begin_from(parts, uri, before).to_json()
+    was = before["sha256"] if before else begun["sha256"]
+    if was == begun["sha256"]:
+        return begun
+    if parts.world.is_rank0:
+        log.warning("adapter.from %s has changed since the attempt before, which had no checkpoint yet", uri)
+    return {**begun, "was": was}
+
+
 def _record_start(
-    job: Job, parts: Parts, recorder: Recorder, start: Position, build_s: float, restore_s: float
+    job: Job,
+    parts: Parts,
+    recorder: Recorder,
+    start: Position,
+    begins_from: Mapping[str, Any] | None,
+    build_s: float,
+    restore_s: float,
 ) -> None:
     """Collective."""
     log.info("built; the attempt starts after step %d", start.step)
@@ -205,6 +240,7 @@ def _record_start(
             quantised_share=parts.coverage.quantised_share,
             trainable_parameters=strategy.trainable_elements(),
             models=parts.task.models(),
+            begins_from=begins_from,
             build_s=build_s,
             restore_s=restore_s,
         )

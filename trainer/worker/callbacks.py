@@ -14,10 +14,12 @@ from trainer.run.metrics import EvalMetrics, StepMetrics
 
 @dataclass(frozen=True)
 class Position:
-    """``step`` optimizer steps are done; ``cursor`` is the position of the next step's data."""
+    """``step`` optimizer steps are done; ``cursor`` is the position of the next step's data. ``over``: the run is
+    complete, at its last step or earlier (`training.early_stop`)."""
 
     step: int
     cursor: Cursor
+    over: bool = False
 
 
 class Callback:

@@ -10,20 +10,21 @@ import os
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from trainer.checkpoint import CommitRecord, Retention, commit, fetch, fetch_newest, put_checkpoint
-from trainer.checkpoint.publish import EPOCHS, TOTAL_STEPS, publish
+from trainer.checkpoint.publish import EPOCHS, TOTAL_STEPS, chosen_of, is_last, publish
 from trainer.data import Batch, Cursor, Stream
 from trainer.distributed.world import World
 from trainer.errors import InputError, MusterError
 from trainer.model.files.identity import differences, identity_of
 from trainer.run import layout
+from trainer.run.best import ended_early
 from trainer.run.events import CheckpointEvent, SkippedCheckpointEvent, StaleCheckpointEvent
 from trainer.run.frozen import read_provenance
 from trainer.run.metrics import StepMetrics
@@ -33,10 +34,13 @@ from trainer.worker.build import Parts
 from trainer.worker.callbacks import Callback, Position
 from trainer.worker.final_files import write_final_files
 from trainer.worker.job import Job
+from trainer.worker.judge import Judge
 from trainer.worker.recorder import Recorder
 from trainer.worker.train_state import Snapshot, TrainState
 
 log = logging.getLogger(__name__)
+BEGINS_FROM = "begins_from"
+"""Key of `Checkpointer.begins_from` in a commit record's state."""
 
 
 @contextmanager
@@ -57,32 +61,57 @@ def fetched_once_per_host(world: World, target: Path, fetch_target: Callable[[],
     world.all_gather(None)
 
 
-class Checkpointer(Callback):
-    """``chat_template``: the run's own, None for the tokenizer's. `restore` and `on_checkpoint` are collectives."""
+class Fetched(NamedTuple):
+    """A complete checkpoint; ``files``: its folder on this host."""
 
-    def __init__(self, job: Job, parts: Parts, run: Storage, recorder: Recorder, chat_template: str | None) -> None:
+    record: CommitRecord
+    files: Path
+
+
+class Checkpointer(Callback):
+    """``chat_template``: the run's own, None for the tokenizer's. `newest`, `restore` and `on_checkpoint` are
+    collectives."""
+
+    begins_from: Mapping[str, Any] | None = None
+    """The trained adapter that the run has begun with (`trainer.worker.initial_weights`), for the commit records."""
+
+    def __init__(
+        self, job: Job, parts: Parts, run: Storage, recorder: Recorder, judge: Judge, chat_template: str | None
+    ) -> None:
         section = job.recipe.checkpoint
         self._job, self._parts, self._run, self._recorder = job, parts, run, recorder
-        self._chat_template = chat_template
+        self._judge, self._chat_template = judge, chat_template
         self._state = TrainState(parts.strategy, parts.adapter, parts.task)
         self._retention = Retention(run, recorder.attempt, keep_last=section.keep_last, keep_for_s=section.keep_for_s)
         self._stale = StaleAlarm(section.max_age_s)
         self._stall_s = 0.0
         self._committer = Committer(self._commit, self._on_committed) if parts.world.is_rank0 else None
 
-    def restore(self, stream: Stream) -> Position:
-        """Collective: loads the newest complete checkpoint. Returns the position after it, or the stream's start.
-        Raises InputError if it was trained on another base model."""
+    @contextmanager
+    def newest(self) -> Iterator[Fetched | None]:
+        """Collective: yields the newest complete checkpoint, or None. Raises InputError if it was trained on another
+        base model."""
         world = self._parts.world
         with tempfile.TemporaryDirectory(prefix="muster-restore-") as folder:
             target = Path(folder, "checkpoint")
             record = world.decide_on_rank0(lambda: self._fetch_newest(target))
             if record is None:
-                return Position(0, stream.start())
+                yield None
+                return
             with fetched_once_per_host(world, target, lambda: fetch(self._run, record, target)) as files:
-                self._state.load(files, record.state)
-            self._recorder.resume_from(record.state.get("facts", {}))
-            return Position(record.step, Cursor.from_json(record.state["cursor"]))
+                yield Fetched(record, files)
+
+    def restore(self, found: Fetched | None, stream: Stream) -> Position:
+        """Collective: loads a checkpoint. Returns the position after it, or the stream's start without one."""
+        if found is None:
+            return Position(0, stream.start())
+        record, state = found.record, found.record.state
+        self._state.load(found.files, state)
+        self._recorder.resume_from(state.get("facts", {}))
+        self._judge.resume_from(state)
+        self.begins_from = state.get(BEGINS_FROM)
+        over = record.step >= self._job.total_steps or is_last(record, self._job.recipe.training)
+        return Position(record.step, Cursor.from_json(state["cursor"]), over)
 
     def on_step_end(self, metrics: StepMetrics, batches: Sequence[Batch]) -> None:
         """Raises the error of a commit that failed."""
@@ -106,6 +135,8 @@ class Checkpointer(Callback):
             TOTAL_STEPS: self._job.total_steps,
             EPOCHS: self._job.recipe.training.epochs,
             "facts": dict(self._recorder.last_metrics),
+            **self._judge.state(),
+            **({BEGINS_FROM: dict(self.begins_from)} if self.begins_from else {}),
         }
         copying = time.monotonic()
         snapshot = self._state.snapshot(position.step, state, final=last)
@@ -166,13 +197,13 @@ class Checkpointer(Callback):
         """Writes, verifies, uploads, commits, deletes old checkpoints. Runs on the committer's thread."""
         run = self._run
         self._state.write(snapshot, folder)
-        last = snapshot.step == self._job.total_steps
-        if last:
+        last = snapshot.step == self._job.total_steps or ended_early(snapshot.state) is not None
+        if last or snapshot.best:
             write_final_files(
                 folder,
                 self._parts,
                 chat_template=self._chat_template,
-                metrics=snapshot.state["facts"],
+                state=snapshot.state,
                 provenance=read_provenance(run),
                 base=self._base,
             )
@@ -191,7 +222,7 @@ class Checkpointer(Callback):
         commit(run, record)
         self._retention.apply(record)
         if last:
-            publish(run, record)
+            publish(run, chosen_of(run, record))
         return {"uri": run.uri(layout.checkpoint(unique)), "bytes": sum(f["bytes"] for f in files.values())}
 
     def _on_committed(self, done: CheckpointEvent) -> None:

@@ -1,4 +1,5 @@
-"""The files that only a run's last checkpoint has: the tokenizer, the model card, and `muster.json`."""
+"""The files that only the checkpoints have that may become the final adapter, the last and the best one: the tokenizer,
+the model card, and `muster.json`."""
 
 from __future__ import annotations
 
@@ -9,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from trainer.checkpoint.artifact_info import ArtifactInfo
 from trainer.checkpoint.model_card import model_card
 from trainer.model import save_head_config
-from trainer.run.frozen import Provenance
+from trainer.run.best import chosen_by
+from trainer.run.frozen import Provenance, lasting
 from trainer.worker.build import Parts
 
 if TYPE_CHECKING:
@@ -21,19 +23,22 @@ def write_final_files(
     parts: Parts,
     *,
     chat_template: str | None,
-    metrics: Mapping[str, Any],
+    state: Mapping[str, Any],
     provenance: Provenance,
     base: dict[str, Any],
 ) -> None:
-    """Completes the checkpoint in ``folder``. ``chat_template``: the run's own, None for the tokenizer's; ``metrics``:
-    the last ones, for the model card; ``base``: the identity of the base model's files."""
+    """Completes the checkpoint in ``folder``. ``chat_template``: the run's own, None for the tokenizer's; ``state``:
+    of the commit record; ``base``: the identity of the base model's files."""
     tokenizer = parts.tokenizer()
     if parts.task.labels:
         _finish_classifier(tokenizer, parts, folder)
     tokenizer.chat_template = chat_template or tokenizer.chat_template
     tokenizer.save_pretrained(folder)
-    (folder / "README.md").write_text(model_card(parts.recipe, metrics, provenance))
-    ArtifactInfo.of(parts.recipe)._replace(base=base).write(folder)
+    (folder / "README.md").write_text(model_card(lasting(parts.recipe), state, provenance))
+    best = chosen_by(state)
+    chosen = {"metric": best.metric, "value": best.value, "step": best.step} if best else None
+    info = ArtifactInfo.of(parts.recipe)._replace(base=base, best=chosen, begins_from=state.get("begins_from"))
+    info.write(folder)
 
 
 def _finish_classifier(tokenizer: PreTrainedTokenizerBase, parts: Parts, folder: Path) -> None:

@@ -28,6 +28,7 @@ from trainer.tasks import Task, Totals, Update
 from trainer.worker.build import Parts
 from trainer.worker.callbacks import Callback, Position, around_step
 from trainer.worker.hang_detector import CHECKPOINT, WAITING_FOR_DATA
+from trainer.worker.judge import Verdict
 from trainer.worker.rank_timer import RankTimer, of_this_rank, rank_record
 
 NAMED_SAMPLES = NAMED_RANKS = 8
@@ -54,7 +55,7 @@ class UpdateResult(NamedTuple):
 
 class Loop:
     """Trains from a position to the last step, to ``training.stop_after``, or until a rank's ``stop_requested`` returns
-    True."""
+    True. ``judge`` may end the run after an evaluation."""
 
     def __init__(
         self,
@@ -64,6 +65,7 @@ class Loop:
         *,
         total_steps: int,
         eval_batches: Callable[[], Iterator[Batch]] | None,
+        judge: Callable[[EvalMetrics], Verdict] = lambda metrics: Verdict(),
     ) -> None:
         self.recipe, self.world, self.adapter = parts.recipe, parts.world, parts.adapter
         self.strategy, self.task, self.meter = parts.strategy, parts.task, parts.meter
@@ -72,7 +74,7 @@ class Loop:
         self.counts = self.context_rank == 0
         self.callbacks, self.stop_requested = callbacks, stop_requested
         self.total_steps = total_steps
-        self.eval_batches = eval_batches
+        self.eval_batches, self.judge = eval_batches, judge
         self.own = RankTimer(self.world.device)
 
     def run(self, start: Position, steps: Iterator[RankStep]) -> Position:
@@ -91,24 +93,24 @@ class Loop:
                 self._phase(step, WAITING_FOR_DATA)
                 data = next(steps)
                 metrics, stop = self._step(step, data, began)
-            position = Position(step, data.plan.next)
             for callback in self.callbacks:
                 callback.on_step_end(metrics, data.batches if self.counts else [])
             if examples := self.task.example_rollouts():
                 for callback in self.callbacks:
                     callback.on_examples(step, examples)
-            every = training.eval_every
+            verdict, every = Verdict(), training.eval_every
             if self.eval_batches and (step == self.total_steps or (every is not None and step % every == 0)):
-                self.evaluate(step)
-            if step == self.total_steps:
+                verdict = self.judge(self.evaluate(step))
+            position = Position(step, data.plan.next, verdict.over or step == self.total_steps)
+            if position.over:
                 for callback in self.callbacks:
                     callback.on_last_step(step)
-            last = stop or step == end
-            if last or step % self.recipe.checkpoint.every_steps == 0:
+            last = stop or position.over or step == end
+            if last or verdict.best or step % self.recipe.checkpoint.every_steps == 0:
                 self._phase(step, CHECKPOINT)
                 for callback in self.callbacks:
                     callback.on_checkpoint(position, last=last)
-            if stop:
+            if last:
                 break
         return position
 
@@ -235,7 +237,7 @@ class Loop:
         return _first_of(of_ranks, NAMED_RANKS, "; ")
 
     @torch.no_grad()
-    def evaluate(self, step: int) -> None:
+    def evaluate(self, step: int) -> EvalMetrics:
         assert self.eval_batches is not None
         began = time.monotonic()
         totals = Totals()
@@ -262,6 +264,7 @@ class Loop:
         )
         for callback in self.callbacks:
             callback.on_evaluation(metrics)
+        return metrics
 
 
 def _samples(update: Update) -> list[str]:

@@ -30,6 +30,7 @@ from trainer.checkpoint.publish import MASTER_FILE, METHOD_FILE, OPTIMIZER_FILE
 from trainer.errors import CorruptObject
 from trainer.parsing import Malformed
 from trainer.records import Count, read_record
+from trainer.run.best import read_best
 from trainer.strategies import Strategy
 from trainer.tasks import Task
 
@@ -37,7 +38,8 @@ from trainer.tasks import Task
 @dataclass(frozen=True)
 class Snapshot:
     """A copy of the state after ``step``, in host memory; it does not change while it is uploaded. ``trained``: the
-    weights that training continues with, if ``weights`` are their average."""
+    weights that training continues with, if ``weights`` are their average. ``final``: no step of the attempt follows;
+    ``best``: its evaluation is the best so far."""
 
     step: int
     weights: Mapping[str, torch.Tensor]
@@ -46,6 +48,11 @@ class Snapshot:
     final: bool
     method: Mapping[str, torch.Tensor] = field(default_factory=dict)
     trained: Mapping[str, torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def best(self) -> bool:
+        best = read_best(self.state)
+        return best is not None and best.step == self.step
 
 
 class _Scaler(TypedDict):

@@ -233,7 +233,7 @@ def test_a_stored_optimizer_is_not_imported(tiny_model: Path, folder: Path, tmp_
     run.mkdir()
     (run / layout.RECIPE).write_text(dump(recipe))
     assert read_recipe(open_storage(str(run))).optimizer.name == "adamw"
-    with pytest.raises(UsageError, match="would run optimizer.name mine:Own"):
+    with pytest.raises(UsageError, match=r"would run optimizer.name mine:Own"):
         recipe_at(f"file://{run}/recipe.yaml")
     assert recipe_at(f"file://{run}/recipe.yaml", trust=True) == recipe == recipe_at(str(run / "recipe.yaml"))
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, WithJsonSchema, WrapValidator, model_validator
 
 from trainer.errors import UsageError
-from trainer.recipe.base import Conflict, Listed, Section, show, takes
+from trainer.recipe.base import Conflict, Listed, Location, Section, show, takes
 from trainer.recipe.methods import METHODS, MethodRow, methods_with
 
 BY_NAME = "peft"
@@ -63,6 +63,17 @@ class AdapterSection(Section):
     method: Annotated[str | dict[str, Any], WrapValidator(_method), WithJsonSchema(METHOD_SCHEMA)] = "lora"
     """How the base model is adapted; see [methods](#methods). `none` trains every parameter; its result is a plain
     model."""
+
+    # `from` is a keyword of Python, so that the field cannot be written as the others are.
+    __annotations__["from"] = Location | None
+    locals()["from"] = Field(
+        default=None,
+        examples=["s3://runs/sft-1"],
+        description="A trained adapter that the run begins with, in place of new initial values: a run (its final "
+        "adapter, else its newest checkpoint), the folder of an adapter (a path or an fsspec URL), or a Hub id. Its "
+        "method and its sizes must be those of this section. See "
+        "[concepts.md](concepts.md#begin-from-a-trained-adapter).",
+    )
 
     rank: int | None = Field(default=None, ge=1)
     """Rank of the update of each target module. Trainable parameters and adapter size grow in proportion."""
@@ -160,7 +171,22 @@ class AdapterSection(Section):
     def row(self) -> MethodRow:
         return METHODS[self.kind]
 
+    @property
+    def begins_from(self) -> str | None:
+        """The value of `from`."""
+        found: str | None = getattr(self, "from")
+        return found
+
     def conflicts(self) -> Iterator[Conflict]:
+        if self.begins_from is not None and self.method == "none":
+            message = "has no effect with method none, which trains the model itself; name the model in model.path"
+            yield Conflict((("from",), ("method",)), message)
+        elif self.begins_from is not None and self.row.residual:
+            message = (
+                f"does not work with method {self.label}, whose initial values are parts of the base model's weights; "
+                "merge that adapter (muster merge) and name the result in model.path"
+            )
+            yield Conflict((("from",), ("method",)), message)
         if self.target_rank is not None and self.rank is not None and self.target_rank >= self.rank:
             message = f"{self.target_rank} leaves nothing to prune from rank {self.rank}; set it lower"
             yield Conflict((("target_rank",), ("rank",)), message)
@@ -182,5 +208,5 @@ class AdapterSection(Section):
         return setting in self.row.settings
 
     def _without_effect(self) -> list[str]:
-        fields = [name for name in type(self).model_fields if name != "method"]
+        fields = [name for name in type(self).model_fields if name not in ("method", "from")]
         return [name for name in fields if not self.uses(name) and getattr(self, name) not in (None, ())]

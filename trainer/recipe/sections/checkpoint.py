@@ -24,6 +24,12 @@ class CheckpointSection(Section):
     """Seconds since the newest commit after which a running attempt warns (event `stale_checkpoint`): a failure would
     lose that much work. Training continues."""
 
+    keep_best: str | None = Field(default=None, examples=["eval_loss"])
+    """Metric of the evaluations that chooses the final adapter: that of the best evaluation and not that of the last
+    step. Each evaluation that is the best so far gets a checkpoint, which is kept until there is a better one. Of equal
+    values the earlier one counts. Needs `training.eval_every`. See
+    [concepts.md](concepts.md#the-best-checkpoint-and-early-stopping)."""
+
     @property
     def keep_for_s(self) -> float | None:
         return None if self.keep_for_hours is None else self.keep_for_hours * 3600.0

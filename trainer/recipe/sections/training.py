@@ -12,6 +12,20 @@ from trainer.recipe.base import MAY_CHANGE, Conflict, Section, takes
 LENGTH = (("steps",), ("epochs",))
 
 
+class EarlyStopSection(Section):
+    """The end of a run whose evaluations do not improve any more. It ends successfully, with a final adapter."""
+
+    metric: str = Field(examples=["eval_loss"])
+    """Metric of the evaluations, such as `eval_loss`; the task decides if lower or higher is better."""
+
+    patience: int = Field(ge=1, examples=[3])
+    """Evaluations in a row without an improvement after which the run ends."""
+
+    min_delta: float = Field(default=0.0, ge=0.0)
+    """An evaluation is an improvement if it is better than the best one before by more than this, in the metric's own
+    unit."""
+
+
 class TrainingSection(Section):
     """The length of the run and the sizes of its batches."""
 
@@ -45,6 +59,10 @@ class TrainingSection(Section):
 
     eval_every: Annotated[int | None, MAY_CHANGE] = Field(default=None, ge=1)
     """Steps between evaluations on `data.eval`; null evaluates after the last step only."""
+
+    early_stop: Annotated[EarlyStopSection | None, MAY_CHANGE] = None
+    """End the run before its last step when its evaluations do not improve any more; null trains to the last step.
+    Needs `eval_every`."""
 
     stop_after: Annotated[int | None, MAY_CHANGE] = Field(default=None, ge=1)
     """Stop this attempt at this step with a checkpoint and exit code 3; the same command without it resumes. Counted

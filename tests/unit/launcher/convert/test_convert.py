@@ -17,7 +17,7 @@ from launcher import convert
 from launcher.convert import axolotl, axolotl_data, common, llamafactory, llamafactory_data
 from launcher.convert.draft import OFF, Draft
 from tests.unit.launcher.cli.test_app import Muster
-from tests.unit.launcher.convert.convert_support import AXOLOTL, FACTORY, at, changed, registry, result
+from tests.unit.launcher.convert.convert_support import AXOLOTL, FACTORY, at, changed, recipe, registry, result
 from trainer.errors import UsageError
 from trainer.recipe import loads
 from trainer.recipe.formats import CHAT_TEMPLATES
@@ -365,3 +365,52 @@ def test_a_place_that_cannot_be_written_is_a_mistake(muster: Muster, tmp_path: P
 def muster(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Muster:
     monkeypatch.setenv("TERM", "dumb")
     return Muster(capsys, monkeypatch)
+
+
+COMPARED = {"val_set_size": 0.1, "val_size": 0.1, "dataset": "talks", "eval_steps": 20}
+BEGUN: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("axolotl", {"lora_model_dir": "runs/one"}, {"adapter.from": "runs/one"}),
+    ("llamafactory", {"adapter_name_or_path": "runs/one"}, {"adapter.from": "runs/one"}),
+    ("axolotl", {**COMPARED, "load_best_model_at_end": True}, {"checkpoint.keep_best": "eval_loss"}),
+    (
+        "llamafactory",
+        {**COMPARED, "load_best_model_at_end": True, "metric_for_best_model": "perplexity", "greater_is_better": False},
+        {"checkpoint.keep_best": "eval_perplexity"},
+    ),
+    (
+        "axolotl",
+        {**COMPARED, "early_stopping_patience": 3, "metric_for_best_model": "eval_loss"},
+        {"training.early_stop.metric": "eval_loss", "training.early_stop.patience": 3, "checkpoint.keep_best": None},
+    ),
+    ("llamafactory", {**COMPARED, "early_stopping_steps": 4}, {"training.early_stop.patience": 4}),
+]
+
+
+@pytest.mark.parametrize(("source", "change", "expected"), BEGUN)
+def test_where_a_run_begins_and_ends_is_carried_over(
+    source: str, change: dict[str, Any], expected: dict[str, Any], folder: Path
+) -> None:
+    made = recipe(source, (AXOLOTL if source == "axolotl" else FACTORY) | change, folder)
+    assert {path: at(made, path) for path in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"load_best_model_at_end": True}, "training.eval_every counts, which is not given"),
+        ({**COMPARED, "load_best_model_at_end": True, "metric_for_best_model": "bleu"}, "bleu (min) compares no"),
+        ({**COMPARED, "load_best_model_at_end": True, "greater_is_better": True}, "loss (max) compares no evaluations"),
+    ],
+)
+def test_a_comparison_that_a_recipe_cannot_make_is_named(change: dict[str, Any], reason: str, folder: Path) -> None:
+    draft, text, hindrances = result("axolotl", AXOLOTL | change, folder)
+    assert not hindrances
+    assert reason in draft.lost["load_best_model_at_end"]
+    assert "keep_best" not in text.partition("load_best_model_at_end")[0]
+
+
+def test_several_adapters_are_an_obstacle(folder: Path) -> None:
+    _, _, hindrances = result("llamafactory", FACTORY | {"adapter_name_or_path": "runs/one,runs/two"}, folder)
+    assert hindrances == [
+        "adapter_name_or_path: names several adapters; merge all but the last (muster merge), and train on the result"
+    ]

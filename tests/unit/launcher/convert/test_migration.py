@@ -14,6 +14,7 @@ from tests.unit.launcher.convert.convert_support import AXOLOTL, FACTORY, at, re
 from trainer.recipe import Recipe, parse
 
 TEXT = (Path(__file__).resolve().parents[4] / "docs" / "migration.md").read_text()
+EVALUATED = {"val_set_size": 0.1, "val_size": 0.1, "dataset": "talks", "eval_steps": 20}
 SETS: dict[str, dict[str, Any]] = {
     "fp16": {"bf16": False, "fp16": True},
     "quantization_bit": {"quantization_bit": 4},
@@ -31,6 +32,11 @@ SETS: dict[str, dict[str, Any]] = {
     "enable_liger_kernel": {"enable_liger_kernel": True},
     "save_steps": {"save_steps": 50},
     "save_total_limit": {"save_total_limit": 2},
+    "lora_model_dir": {"lora_model_dir": "runs/one"},
+    "adapter_name_or_path": {"adapter_name_or_path": "runs/one"},
+    "load_best_model_at_end": {"load_best_model_at_end": True, **EVALUATED},
+    "early_stopping_patience": {"early_stopping_patience": 3, **EVALUATED},
+    "early_stopping_steps": {"early_stopping_steps": 3, **EVALUATED},
 }
 """What the tests' whole files lack, by the key that is looked at."""
 

@@ -56,6 +56,61 @@ def test_the_newest_generation_counts_first_and_the_newest_stays_whatever_its_ag
     assert kept([], 1, HOUR, NOW) == set()
 
 
+def naming(storage: Storage, step: int, best: tuple[int, int], *, attempt: int = 1) -> CommitRecord:
+    """Commits a record that names the best one by its attempt and step."""
+    storage.write_json(layout.driver_claim(1), {})
+    storage.write_json(layout.attempt_claim(attempt), {})
+    name, files = put_checkpoint(storage, {"x": b"%d" % step}, attempt=attempt, step=step)
+    state = {"best": {"metric": "eval_loss", "value": 1.0, "attempt": best[0], "step": best[1]}}
+    plain = record(step, attempt=attempt, name=name)
+    made = CommitRecord(**{**plain.__dict__, "files": files, "state": state})
+    commit(storage, made)
+    return made
+
+
+def stored(storage: Storage) -> list[tuple[int, int]]:
+    """Returns (attempt, step) of the records whose files are all there, and fails for files of no record."""
+    records = list_commits(storage)
+    assert len(storage.folders(layout.CHECKPOINTS)) == len(records)
+    assert all(storage.info(one.file_key(name)) for one in records for name in one.files)
+    return sorted((one.attempt, one.step) for one in records)
+
+
+def test_the_best_one_stays_as_long_as_a_record_names_it() -> None:
+    storage, _ = faulty()
+    retention = Retention(storage, 1, keep_last=2)
+    found = []
+    for step, best in ((2, 2), (4, 2), (6, 2), (8, 8), (10, 8), (12, 8)):
+        retention.apply(naming(storage, step, (1, best)))
+        found.append([step for _, step in stored(storage)])
+    assert found == [[2], [2, 4], [2, 4, 6], [2, 6, 8], [8, 10], [8, 10, 12]]
+
+
+def test_the_best_one_of_an_earlier_attempt_stays() -> None:
+    storage, _ = faulty()
+    first = Retention(storage, 1, keep_last=1)
+    for step in (2, 4):
+        first.apply(naming(storage, step, (1, 2)))
+    second = Retention(storage, 2, keep_last=1)
+    for step in (5, 6):
+        second.apply(naming(storage, step, (1, 2), attempt=2))
+    assert stored(storage) == [(1, 2), (2, 6)]
+
+
+def test_a_best_one_that_cannot_be_read_now_is_not_deleted() -> None:
+    storage, _ = faulty()
+    retention = Retention(storage, 1, keep_last=1)
+    retention.apply(naming(storage, 2, (1, 2)))
+    whole = storage.read(layout.commit(1, 2))
+    storage.write(layout.commit(1, 2), b"not now")
+    later = Retention(storage, 2, keep_last=1)
+    for step in (4, 6):
+        later.apply(naming(storage, step, (1, 2), attempt=2))
+    storage.write(layout.commit(1, 2), whole)
+    assert [(one.attempt, one.step) for one in list_commits(storage)] == [(2, 6), (1, 2)]
+    assert storage.info(list_commits(storage)[1].file_key("x")) is not None
+
+
 def test_records_are_read_once_whatever_their_number() -> None:
     storage, backend = faulty()
     for step in range(1, 31):

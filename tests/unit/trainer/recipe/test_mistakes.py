@@ -137,7 +137,7 @@ def test_the_error_survives_pickling_and_exits_with_2() -> None:
             "training",
             5,
             "takes a mapping with steps, epochs, global_batch, micro_batch, gradient_checkpointing, "
-            "max_grad_norm, router_aux_loss_coef, eval_every, stop_after, got 5",
+            "max_grad_norm, router_aux_loss_coef, eval_every, early_stop, stop_after, got 5",
         ),
     ],
 )
@@ -356,3 +356,60 @@ def test_of_defaults_nothing_counts_as_given(kind: type[Section]) -> None:
 
 def test_what_differs_from_its_default_counts_as_given() -> None:
     assert list(MlflowSection(experiment="mine").given()) == ["experiment"]
+
+
+EVALUATED = {"eval": [{"path": "held-out", "format": "completion"}]}
+
+
+def compared(**changes: Any) -> list[tuple[str, str]]:
+    data = copy.deepcopy(GOOD)
+    data["data"] |= EVALUATED
+    data["training"] |= {"eval_every": 2}
+    for path, value in changes.items():
+        section, _, key = path.partition("__")
+        data.setdefault(section, {})[key] = value
+    return mistakes(data)
+
+
+def test_what_compares_evaluations_needs_them() -> None:
+    needs = "compares evaluations: give data.eval or data.eval_fraction, and training.eval_every; or leave it out"
+    stop = {"metric": "eval_loss", "patience": 2}
+    for changes in ({"training__eval_every": None}, {"data__eval": []}):
+        found = compared(checkpoint__keep_best="eval_loss", training__early_stop=stop, **changes)
+        assert {("checkpoint.keep_best", needs), ("training.early_stop", needs)} <= set(found)
+
+
+def test_a_metric_that_no_evaluation_has_is_named_with_those_that_it_has() -> None:
+    known = "is no metric that compares evaluations of task sft: eval_loss, eval_perplexity"
+    assert compared(checkpoint__keep_best="loss") == [
+        ("checkpoint.keep_best", f"'loss' {known}; did you mean 'eval_loss'?")
+    ]
+    stop = {"metric": "eval_accuracy", "patience": 2}
+    (found,) = compared(training__early_stop=stop)
+    assert found[0] == "training.early_stop.metric"
+    assert found[1].startswith(f"'eval_accuracy' {known}")
+    assert compared(training__early_stop={"metric": "eval_loss", "patience": 0})[0][0] == "training.early_stop.patience"
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (
+            {"method": "none"},
+            "has no effect with method none, which trains the model itself; name the model in model.path",
+        ),
+        (
+            {"method": "pissa"},
+            "does not work with method pissa, whose initial values are parts of the base model's weights",
+        ),
+        (
+            {"method": "olora"},
+            "does not work with method olora, whose initial values are parts of the base model's weights",
+        ),
+        ({"from": " "}, "is empty; give a folder, a file or a URL"),
+    ],
+)
+def test_what_cannot_begin_from_an_adapter(adapter: dict[str, Any], message: str) -> None:
+    ((path, found),) = mistakes(changed("adapter", {"from": "runs/one", **adapter}))
+    assert path == "adapter.from"
+    assert found.startswith(message)

@@ -31,7 +31,8 @@ OTHERS = {"adapter.method": "dora", "schedule.name": "linear", "schedule.warmup_
 def make(**changes: Any) -> Recipe:
     folder = Path("folder")
     evaluation = [{"path": "held-out", "format": "completion"}]
-    return small_recipe("run", folder / "model", folder, **{"data.eval": evaluation, **changes})
+    compared = {"training.eval_every": 2, "training.early_stop": {"metric": "eval_loss", "patience": 3}}
+    return small_recipe("run", folder / "model", folder, **{"data.eval": evaluation, **compared, **changes})
 
 
 def with_value(value: Any, path: KeyPath, new: Any) -> Any:
@@ -118,7 +119,11 @@ def test_who_cannot_train_longer_is_told_what_works(run: Storage) -> None:
 
     other = "Run it with its own recipe, or give the new recipe another name"
     begin = f"{other}; to train longer, begin another run from its result"
-    assert advice() == f"{begin}: `muster merge --run {run.url} --out DIR`, then model.path: DIR."
+    assert advice() == f"{begin}, with adapter.from: {run.url}."
+    assert (
+        advice(adapter={"method": "pissa"})
+        == f"{begin}: `muster merge --run {run.url} --out DIR`, then model.path: DIR."
+    )
     assert advice(adapter={"method": "none"}) == f"{begin}, with model.path: {run.url}/adapter."
     assert advice(adapter={"method": "prefix"}) == f"{other}."
 

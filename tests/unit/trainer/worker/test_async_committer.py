@@ -20,8 +20,9 @@ from trainer.worker.train_state import Snapshot
 WAIT_S = 30.0
 
 
-def snapshot(step: int, *, final: bool = False) -> Snapshot:
-    return Snapshot(step, {}, {}, {}, final)
+def snapshot(step: int, *, final: bool = False, best: bool = False) -> Snapshot:
+    state = {"best": {"metric": "eval_loss", "value": 1.0, "step": step, "attempt": 1}} if best else {}
+    return Snapshot(step, {}, {}, state, final)
 
 
 class Slow:
@@ -105,6 +106,58 @@ def test_the_final_snapshot_is_never_replaced() -> None:
     commit.finish(2)
     committer.close()
     assert commit.steps == [1, 3]
+
+
+def test_the_best_snapshot_is_replaced_only_by_a_better_one() -> None:
+    commit, told = Slow(), list[CheckpointEvent]()
+    committer = Committer(commit, told.append)
+    committer.submit(snapshot(1))
+    commit.wait_until_begun()
+    for step in (2, 4):
+        committer.submit(snapshot(step, best=True))
+    for step in (5, 6):
+        committer.submit(snapshot(step))
+    assert committer.lag().backlog == 2
+    commit.finish(2)
+    committer.close()
+    assert commit.steps == [1, 4]
+    assert [event.coalesced for event in told] == [0, 3]
+
+
+def test_the_final_snapshot_waits_for_the_best_one() -> None:
+    commit = Slow()
+    committer = Committer(commit, lambda event: None)
+    committer.submit(snapshot(1))
+    commit.wait_until_begun()
+    committer.submit(snapshot(2, best=True))
+    last = threading.Thread(target=committer.submit, args=[snapshot(3, final=True)])
+    last.start()
+    assert committer.lag().backlog == 2
+    commit.finish(3)
+    last.join(WAIT_S)
+    committer.close()
+    assert commit.steps == [1, 2, 3]
+
+
+def test_the_final_snapshot_does_not_wait_for_a_best_one_that_fails() -> None:
+    commit = Slow(fails_at=1)
+    committer = Committer(commit, lambda event: None)
+    committer.submit(snapshot(1))
+    commit.wait_until_begun()
+    committer.submit(snapshot(2, best=True))
+    raised: list[StorageError] = []
+
+    def submit() -> None:
+        try:
+            committer.submit(snapshot(3, final=True))
+        except StorageError as error:
+            raised.append(error)
+
+    last = threading.Thread(target=submit)
+    last.start()
+    commit.finish(1)
+    last.join(WAIT_S)
+    assert [str(error) for error in raised] == ["no reply for step 1"]
 
 
 def test_close_waits_for_what_was_submitted() -> None:

@@ -138,7 +138,7 @@ PROVENANCE = {"muster": "1.2", "packages": {"torch": "2.13", "ray": None}}
 
 
 def card_of(recipe: Recipe) -> tuple[dict[str, Any], str]:
-    card = model_card(recipe, FACTS, PROVENANCE)
+    card = model_card(recipe, {"facts": FACTS}, PROVENANCE)
     _, front, body = card.split("---\n", 2)
     found: dict[str, Any] = yaml.safe_load(front)
     return found, body
