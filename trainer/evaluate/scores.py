@@ -15,7 +15,9 @@ import torch
 
 from trainer.artifacts import Artifact, ArtifactRef, Generator, find, load
 from trainer.artifacts.chat import first_line, one_line
+from trainer.artifacts.locate import DEFAULT
 from trainer.artifacts.reward_model import reward_model
+from trainer.artifacts.start import fetch_start
 from trainer.artifacts.teacher import teacher_of
 from trainer.data import Batch, PreparationSpec, PreparedDataset, eval_batches, freeze, open_prepared, prepare_dataset
 from trainer.data.outputs import folder_of, open_outputs
@@ -118,15 +120,19 @@ class _Evaluation:
     def _with_outputs(self, prepared: PreparedDataset, folder: Path) -> PreparedDataset:
         """Returns the data with the outputs that the task needs of the model as it was before training: those that the
         run has stored, or computed here. Nothing is written to the storage."""
-        task = make_task(self.recipe)
-        settings = settings_of(self.recipe, task)
-        if settings is None:
+        if not self.recipe.stores_reference:
             return prepared
+        recipe, task, adapters, begun = self.recipe, make_task(self.recipe), {}, None
+        if recipe.adapter.begins_from:
+            adapters = {DEFAULT: folder / "start"}
+            begun = fetch_start(recipe.adapter.begins_from, adapters[DEFAULT], recipe.model)
+        settings = settings_of(recipe, task, begun.sha256 if begun else None)
+        assert settings is not None, "the task stores what it needs of its reference"
         stored = open_outputs(folder_of(prepared.storage, settings))
         if stored is not None:
             return replace(prepared, outputs=stored)
         self.say("computing the reference")
-        model = load(Artifact(self.recipe.model, self.recipe.task, "none"), self.placement, None)
+        model = load(Artifact(recipe.model, recipe.task, recipe.adapter.kind, adapters), self.placement, None)
         task.attach(model)
         size, ranks = self.recipe.training.micro_batch, Ranks()
         maker = OutputsMaker(task, model, self.device, size, ranks, self._autocast, lambda: None)

@@ -69,7 +69,7 @@ class TeacherModel:
         """Returns a rank's bytes under the recipe's strategy. ``load_budget``: what a sharded load takes besides."""
         row, mesh = recipe.strategy.row, Mesh.of(recipe, ranks)
         kind = "fsdp" if row.sharded else "ddp"
-        mine = share(kind, self.weights, mesh, rank, gradient_size=0, state=lambda elements: 0)
+        mine = share(kind, self.weights, mesh, rank, gradient_size=0, state=lambda weight, elements: 0)
         kept = mine.frozen + mine.padding + self.scales
         if not row.sharded:
             return TeacherBytes(kept, load=kept)

@@ -357,9 +357,9 @@ RULES = (
     ),
     Rule(
         (("adapter", "from"), ("task",)),
-        lambda r: r.adapter.begins_from is not None and TASKS[r.task].has_reference,
+        lambda r: r.adapter.begins_from is not None and with_adapter_off(TASKS[r.task]),
         lambda r: (
-            f"does not work with task {r.task}, whose reference is computed without that adapter; merge it into the "
+            f"does not work with task {r.task}, whose reference is the model without that adapter; merge it into the "
             "model (muster merge) and name the result in model.path"
         ),
     ),

@@ -109,8 +109,10 @@ class Recipe(Section):
         or because the reference is not the model with its adapter switched off."""
         if not TASKS[self.task].stores_reference:
             return False
-        no_switch = self.adapter.method == "none" or self.adapter.row.residual
-        return no_switch or self.adapter.bias not in (None, "none") or getattr(self, self.task).precompute_reference
+        adapter = self.adapter
+        changes_base = adapter.method == "none" or adapter.row.residual or adapter.bias not in (None, "none")
+        asked: bool = getattr(self, self.task).precompute_reference
+        return changes_base or adapter.begins_from is not None or asked
 
     def conflicts(self) -> Iterator[Conflict]:
         """Yields all values that are not valid together, inside the sections and across them."""

@@ -88,8 +88,6 @@ def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callab
         spec = data.train.spec
         reward = reward_model(recipe, world.device)
         parts = build(recipe, world, storage, spec.labels, reward, spec.chat_template)
-    with _noted("computing the outputs of the model before training"):
-        data = with_outputs(parts, data)
     with _noted("restoring the checkpoint"):
         attempt = world.decide_on_rank0(lambda: claim_attempt(run, job.driver, dict(job.holder)))
     recorder = Recorder(run, recipe, world, attempt)
@@ -104,13 +102,15 @@ def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callab
     )
     with _recorded(recorder, checkpointer, detector):
         with _noted("restoring the checkpoint"):
-            stream = Stream.of(recipe, data.train, run, cache=cache)
             restoring = time.monotonic()
             with checkpointer.newest() as found:
-                checkpointer.begins_from = None if found else _set_initial_weights(parts, recorder)
+                begins_from = found.begins_from if found else _set_initial_weights(parts, recorder)
+                checkpointer.begins_from = begins_from
+                with _noted("computing the outputs of the model before training"):
+                    data = with_outputs(parts, data, begins_from, is_initial=found is None)
+                stream = Stream.of(recipe, data.train, run, cache=cache)
                 start = checkpointer.restore(found, stream)
             restored = time.monotonic()
-            begins_from = checkpointer.begins_from
             _record_start(job, parts, recorder, start, begins_from, restoring - began, restored - restoring)
             startup.end(MODEL)
         end = start

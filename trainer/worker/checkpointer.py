@@ -67,13 +67,18 @@ class Fetched(NamedTuple):
     record: CommitRecord
     files: Path
 
+    @property
+    def begins_from(self) -> Mapping[str, Any] | None:
+        """The trained adapter that the run has begun with (`trainer.worker.initial_weights`)."""
+        return self.record.state.get(BEGINS_FROM)
+
 
 class Checkpointer(Callback):
     """``chat_template``: the run's own, None for the tokenizer's. `newest`, `restore` and `on_checkpoint` are
     collectives."""
 
     begins_from: Mapping[str, Any] | None = None
-    """The trained adapter that the run has begun with (`trainer.worker.initial_weights`), for the commit records."""
+    """See `Fetched.begins_from`; for the commit records."""
 
     def __init__(
         self, job: Job, parts: Parts, run: Storage, recorder: Recorder, judge: Judge, chat_template: str | None
@@ -109,7 +114,6 @@ class Checkpointer(Callback):
         self._state.load(found.files, state)
         self._recorder.resume_from(state.get("facts", {}))
         self._judge.resume_from(state)
-        self.begins_from = state.get(BEGINS_FROM)
         over = record.step >= self._job.total_steps or is_last(record, self._job.recipe.training)
         return Position(record.step, Cursor.from_json(state["cursor"]), over)
 

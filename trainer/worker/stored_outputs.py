@@ -29,12 +29,14 @@ from trainer.data.outputs import (
 )
 from trainer.data.run_data import RunData
 from trainer.distributed.world import World
+from trainer.errors import InputError
 from trainer.model.files.identity import identity_of
 from trainer.recipe import Recipe
 from trainer.storage import Storage
 from trainer.strategies import Strategy
 from trainer.tasks import Task
 from trainer.worker.build import Parts
+from trainer.worker.initial_weights import begin_from
 
 log = logging.getLogger(__name__)
 
@@ -64,8 +66,9 @@ class Ranks:
         return self.world.decide_on_rank0(look) if self.world else look()
 
 
-def settings_of(recipe: Recipe, task: Task) -> dict[str, Any] | None:
-    """Returns everything that decides the outputs; None if the task needs none."""
+def settings_of(recipe: Recipe, task: Task, begins_from: str | None) -> dict[str, Any] | None:
+    """Returns everything that decides the outputs; None if the task needs none. ``begins_from``: the sha256 of the
+    adapter that training begins with."""
     settings = task.output_settings()
     if settings is None:
         return None
@@ -74,16 +77,24 @@ def settings_of(recipe: Recipe, task: Task) -> dict[str, Any] | None:
         "quantization": recipe.model.quantization,
         "dtype": recipe.model.dtype,
     }
-    return {"task": recipe.task, **settings, "model": model}
+    return {"task": recipe.task, **settings, "model": model, **({"adapter": begins_from} if begins_from else {})}
 
 
-def with_outputs(parts: Parts, data: RunData) -> RunData:
-    """Returns the run's data with the outputs that its task needs. Collective: the model is as it is before training,
-    and every rank calls it."""
-    recipe, strategy = parts.recipe, parts.strategy
-    settings = parts.world.decide_on_rank0(lambda: settings_of(recipe, parts.task))
+def with_outputs(
+    parts: Parts, data: RunData, begins_from: Mapping[str, Any] | None = None, *, is_initial: bool = True
+) -> RunData:
+    """Returns the run's data with the outputs that its task needs. Collective: nothing has been restored yet, and every
+    rank calls it. ``begins_from``: the adapter that training begins with (`trainer.worker.initial_weights`);
+    ``is_initial``: its weights are in the model already."""
+    recipe, strategy, world = parts.recipe, parts.strategy, parts.world
+    sha256 = begins_from["sha256"] if begins_from else None
+    settings = world.decide_on_rank0(lambda: settings_of(recipe, parts.task, sha256))
     if settings is None:
         return data
+    folders = [folder_of(part.storage, settings) for part in (data.train, data.eval) if part]
+    missing = world.decide_on_rank0(lambda: None in map(open_outputs, folders))
+    if missing and begins_from and not is_initial:
+        _begin_again(parts, begins_from)
     module, device, size = strategy.module, parts.world.device, recipe.training.micro_batch
     maker = OutputsMaker(parts.task, module, device, size, Ranks.of(strategy), strategy.autocast, strategy.reshard)
     module.eval()
@@ -91,6 +102,15 @@ def with_outputs(parts: Parts, data: RunData) -> RunData:
     evaluation = data.eval and maker.with_outputs(data.eval, settings, "evaluation data")
     module.train()
     return replace(data, train=train, eval=evaluation)
+
+
+def _begin_again(parts: Parts, begun: Mapping[str, Any]) -> None:
+    """Loads the adapter that the run has begun with. Raises InputError if it is not the same any more."""
+    if begin_from(parts, begun["uri"], begun).sha256 != begun["sha256"]:
+        raise InputError(
+            f"adapter.from {begun['uri']} has changed since this run began, and the outputs of its weights for the "
+            "data are not stored any more; put the adapter back, or start a run under another name"
+        )
 
 
 @dataclass(frozen=True)

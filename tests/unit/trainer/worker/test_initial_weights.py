@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from launcher.driver.preflight import check_begins_from
 from tests.support.looping import bench
 from tests.support.saved import adapter_of, trained
+from tests.support.tasks import write_preferences
 from tests.support.training import adapter_bytes, losses, run_of, small_recipe, train_here, write_pairs
 from trainer.artifacts.adapter_files import ADAPTER_CONFIG, ADAPTER_WEIGHTS
 from trainer.checkpoint import list_commits
@@ -205,6 +207,28 @@ def test_a_run_that_trains_on_is_begun_from_at_the_same_step(
     assert first == second
     assert first is not None
     assert first["step"] == 2
+
+
+def test_the_reference_of_a_preference_is_the_adapter_that_it_begins_from(
+    tiny_model: Path, folder: Path, source: Recipe, tmp_path: Path
+) -> None:
+    """Also for an attempt that finds a checkpoint and no stored reference."""
+    write_preferences(folder / "pairs.jsonl", 24)
+
+    def recipe(name: str, **changes: Any) -> Recipe:
+        data = [{"path": f"{folder}/pairs.jsonl", "format": "preference"}]
+        usual = {"task": "dpo", "data.train": data, "data.packing": False, "training.steps": 4, "adapter.dropout": 0.0}
+        begins = {"adapter.from": run_of(source).url, "storage": str(tmp_path / "runs"), "checkpoint.every_steps": 2}
+        return small_recipe(name, tiny_model, folder, **{**usual, **begins, **changes})
+
+    straight = recipe("straight")
+    assert train_here(straight) == "succeeded"
+    assert losses(straight)[1] == pytest.approx(math.log(2), rel=1e-5)
+    assert train_here(recipe("resumed", **{"training.stop_after": 2})) == "interrupted"
+    for stored in (tmp_path / "runs" / layout.PREPARED).glob("*/outputs-*"):
+        shutil.rmtree(stored)
+    assert train_here(recipe("resumed")) == "succeeded"
+    assert adapter_bytes(recipe("resumed")) == adapter_bytes(straight)
 
 
 def interrupt(*given: Any) -> Any:
