@@ -17,13 +17,17 @@ FORMATS = {
     "classification": "classification",
     "reward": "preference",
     "dpo": "preference",
+    "orpo": "preference",
+    "simpo": "preference",
     "ppo": "completion",
 }
 SETTINGS: dict[str, dict[str, Any]] = {
-    "sft": {},
+    "sft": {"sft.neftune_alpha": 5.0, "sft.label_smoothing": 0.1},
     "classification": {"data.packing": False, "classification.class_weights": {"ferry": 2.0}},
     "reward": {"data.packing": False},
     "dpo": {"data.packing": False, "dpo.beta": 0.5, "dpo.label_smoothing": 0.1},
+    "orpo": {"data.packing": False, "orpo.beta": 0.5},
+    "simpo": {"data.packing": False, "simpo.gamma": 0.8, "simpo.cpo_alpha": 0.2, "simpo.label_smoothing": 0.1},
     "ppo": {
         "data.packing": False,
         "adapter.dropout": 0.0,
@@ -70,6 +74,8 @@ WRITERS = {
     "classification": write_texts,
     "reward": write_preferences,
     "dpo": write_preferences,
+    "orpo": write_preferences,
+    "simpo": write_preferences,
     "ppo": write_pairs,
 }
 

@@ -209,4 +209,6 @@ def _batch(recipe: Recipe) -> Batch:
         labels=np.zeros(shape[0], np.int64),
         pairs=pairs,
         margins=np.zeros(pairs, np.float32),
+        sources=np.zeros(packs, np.int64),
+        target_sources=np.zeros(shape[0] * shape[1], np.int64),
     )

@@ -22,7 +22,7 @@ from trainer.recipe.sections.resources import ResourcesSection
 from trainer.recipe.sections.samples import SamplesSection
 from trainer.recipe.sections.schedule import ScheduleSection
 from trainer.recipe.sections.strategy import StrategySection
-from trainer.recipe.sections.tasks import ClassificationSection, DPOSection
+from trainer.recipe.sections.tasks import ClassificationSection, DPOSection, ORPOSection, SFTSection, SimPOSection
 from trainer.recipe.sections.tracking import MlflowSection, PrometheusSection, TensorBoardSection, WandbSection
 from trainer.recipe.sections.training import TrainingSection
 from trainer.recipe.tasks import TASKS
@@ -58,15 +58,19 @@ class Recipe(Section):
 
     task: Annotated[str, OneOf(TASKS)] = "sft"
     """The task, which decides the loss: `sft` is supervised fine-tuning of a causal language model; `classification`
-    adds a head with an output per label to any model; `reward` learns from preferences to rate answers, `dpo` to give
-    the preferred ones; `ppo` learns from the rewards of texts that it writes itself. See [tasks.md](tasks.md)."""
+    adds a head with an output per label to any model; `reward` learns from preferences to rate answers, `dpo`, `orpo`
+    and `simpo` to give the preferred ones; `ppo` learns from the rewards of texts that it writes itself. See
+    [tasks.md](tasks.md)."""
 
     model: ModelSection = Field(json_schema_extra=_or_text)
     adapter: AdapterSection = AdapterSection()
     data: DataSection
     training: TrainingSection
+    sft: SFTSection = SFTSection()
     classification: ClassificationSection = ClassificationSection()
     dpo: DPOSection = DPOSection()
+    orpo: ORPOSection = ORPOSection()
+    simpo: SimPOSection = SimPOSection()
     ppo: PPOSection = PPOSection()
     optimizer: OptimizerSection
     schedule: ScheduleSection = ScheduleSection()

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from trainer.recipe.base import Section
 from trainer.recipe.sections.ppo import PPOSection
-from trainer.recipe.sections.tasks import ClassificationSection, DPOSection
+from trainer.recipe.sections.tasks import ClassificationSection, DPOSection, ORPOSection, SFTSection, SimPOSection
 from trainer.registry import Choice, Registry
 
 CAUSAL, SEQUENCE = "AutoModelForCausalLM", "AutoModelForSequenceClassification"
@@ -23,7 +23,8 @@ class TaskRow(Choice):
     class of the model; a sequence classifier has its own head, which is trained and saved with any adapter.
     ``has_reference``: compares with a reference, which is the same model with its adapter switched off. ``segments``:
     its forward pass gets the start of each sample and needs no mask. ``router_loss``: its loss may add the balance of a
-    mixture's experts. ``divides_texts``: its loss can be computed by ranks that each have a part of the tokens.
+    mixture's experts. ``margins``: its loss reads the margins of preferences. ``divides_texts``: its loss can be
+    computed by ranks that each have a part of the tokens.
     ``generates``: it learns from texts that the model generates for the samples' prompts; that is most of a step, and
     no formula of the MFU counts it. ``section``: its settings; their key in the recipe is the task's name."""
 
@@ -32,6 +33,7 @@ class TaskRow(Choice):
     has_reference: bool = False
     segments: bool = False
     router_loss: bool = False
+    margins: bool = False
     divides_texts: bool = False
     generates: bool = False
     section: type[Section] | None = None
@@ -46,12 +48,17 @@ TASKS = Registry(
     "task",
     {
         "sft": TaskRow(
-            "trainer.tasks.sft:SFT", ("prompted", "text"), segments=True, router_loss=True, divides_texts=True
+            "trainer.tasks.sft:SFT",
+            ("prompted", "text"),
+            segments=True,
+            router_loss=True,
+            divides_texts=True,
+            section=SFTSection,
         ),
         "classification": TaskRow(
             "trainer.tasks.classification:Classification", ("label",), SEQUENCE, section=ClassificationSection
         ),
-        "reward": TaskRow("trainer.tasks.reward:Reward", ("preference",), SEQUENCE, divides_texts=True),
+        "reward": TaskRow("trainer.tasks.reward:Reward", ("preference",), SEQUENCE, margins=True, divides_texts=True),
         "dpo": TaskRow(
             "trainer.tasks.dpo:DPO",
             ("preference",),
@@ -59,6 +66,12 @@ TASKS = Registry(
             segments=True,
             divides_texts=True,
             section=DPOSection,
+        ),
+        "orpo": TaskRow(
+            "trainer.tasks.orpo:ORPO", ("preference",), segments=True, divides_texts=True, section=ORPOSection
+        ),
+        "simpo": TaskRow(
+            "trainer.tasks.simpo:SimPO", ("preference",), segments=True, divides_texts=True, section=SimPOSection
         ),
         "ppo": TaskRow(
             "trainer.tasks.ppo.task:PPO",

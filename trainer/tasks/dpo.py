@@ -24,6 +24,7 @@ from trainer.tasks.inputs import to_device
 from trainer.tasks.lm_head_loss import TargetHead
 from trainer.tasks.pairs import evaluated, pair_metrics, pair_sums
 from trainer.tasks.reference import adapter_off
+from trainer.tasks.source_weights import weighted
 
 if TYPE_CHECKING:
     from trainer.data import Batch, StepPlan
@@ -52,6 +53,7 @@ class DPO(Task):
         chosen, rejected = rewards[: batch.pairs], rewards[batch.pairs :]
         difference, noise = chosen - rejected, section.label_smoothing
         loss = -(1 - noise) * logsigmoid(difference) - noise * logsigmoid(-difference)
+        loss = weighted(loss, batch.sources, self.recipe, training=module.training)
         return LossOutput(loss.sum(), pair_sums(chosen, rejected))
 
     def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:

@@ -135,4 +135,6 @@ def _batch(recipe: Recipe) -> Batch:
         labels=np.zeros(rows, np.int64),
         pairs=pairs,
         margins=np.zeros(pairs, np.float32),
+        sources=np.zeros(pairs or rows, np.int64),
+        target_sources=np.zeros(int(targets.sum()), np.int64),
     )

@@ -29,6 +29,9 @@ SETS: dict[str, dict[str, Any]] = {
     "liger_rope": {"plugins": ["axolotl.integrations.liger.LigerPlugin"], "liger_rope": True},
     "flash_attn": {"flash_attn": "fa2"},
     "enable_liger_kernel": {"enable_liger_kernel": True},
+    "neftune_noise_alpha": {"neftune_noise_alpha": 5},
+    "rl": {"rl": "simpo", "datasets": [{"path": "o/p", "type": "chatml.ultra"}]},
+    "pref_loss": {"stage": "dpo", "dataset": "pairs", "pref_loss": "simpo"},
     "save_steps": {"save_steps": 50},
     "save_total_limit": {"save_total_limit": 2},
 }
