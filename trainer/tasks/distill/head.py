@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from trainer.tasks.distill.divergences import at_tokens, divergence, with_rest
 from trainer.tasks.distill.teacher import TeacherOutputs
-from trainer.tasks.frozen_lm_head_loss import frozen_losses
+from trainer.tasks.frozen_lm_head_loss import frozen_values
 from trainer.tasks.inputs import to_device
 from trainer.tasks.lm_head_loss import TargetHead, in_chunks, rows_of_chunk, targets_of
 
@@ -82,7 +82,7 @@ class DistillHead(TargetHead):
         if self.plain:
             self._compare(output)
             return Compared(*output[0].unbind(-1))
-        of = self._formula(labels_T, teacher, lambda logits_nV: logits_nV)
+        of = self._comparison(labels_T, teacher, lambda logits_nV: logits_nV)
         return Compared(*in_chunks(of, output[0], _places(labels_T), self._vocabulary).unbind(-1))
 
     def _at_targets(
@@ -99,10 +99,10 @@ class DistillHead(TargetHead):
             return self._taught.nll[:, None]
         if self._teacher is None:
             return super()._of_targets(hidden_TD, labels_T)
-        of, places_T = self._formula(labels_T, self._teacher, self._project), _places(labels_T)
+        of, places_T = self._comparison(labels_T, self._teacher, self._project), _places(labels_T)
         if self._is_frozen(hidden_TD):
             rows = rows_of_chunk(self._vocabulary)
-            return frozen_losses(of, hidden_TD, places_T, rows, len(Compared._fields))
+            return frozen_values(of, hidden_TD, places_T, rows, len(Compared._fields))
         return in_chunks(of, hidden_TD, places_T, self._vocabulary)
 
     def _kept(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> TeacherOutputs:
@@ -136,7 +136,7 @@ class DistillHead(TargetHead):
         logps, ids = (shared_nV / self._section.temperature).log_softmax(-1).topk(self.k, -1)
         return ids[:, 0], nll, ids, logps
 
-    def _formula(
+    def _comparison(
         self, labels_T: torch.Tensor, teacher: TeacherOutputs, project: Callable[[torch.Tensor], torch.Tensor]
     ) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         """Returns a function that gives the columns of `Compared` [n, 3] for inputs of ``project`` and their places
