@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from trainer.recipe import matrix
 from trainer.recipe.base import Conflict, KeyPath
-from trainer.recipe.formats import formats_of
+from trainer.recipe.formats import FORMATS, formats_of
 from trainer.recipe.refusal import with_adapter_off
 from trainer.recipe.sections.compute import SIXTEEN_BIT
 from trainer.recipe.sections.data import SourceSection
@@ -331,6 +331,51 @@ RULES = (
         lambda r: f"has no effect with task {r.task}, whose model writes no texts; leave it out",
     ),
     Rule(
+        (("generative_eval", "count"), ("data", "eval")),
+        lambda r: r.generative_eval.count > 0 and not r.data.evaluates,
+        lambda r: (
+            "has no effect without data.eval or data.eval_fraction, whose questions it takes; add one, or leave it out"
+        ),
+    ),
+    Rule(
+        (("generative_eval", "count"), ("task",)),
+        lambda r: r.generative_eval.count > 0 and TASKS[r.task].has_head,
+        lambda r: f"has no effect with task {r.task}, whose model writes no texts; leave it out",
+    ),
+    Rule(
+        (("generative_eval", "count"), ("adapter", "method")),
+        lambda r: r.generative_eval.count > 0 and r.adapter.row.inserts_tokens,
+        lambda r: (
+            f"generates with a key-value cache, which {r.adapter.method} may fill itself; leave it out, and measure "
+            "with `muster evaluate` after training"
+        ),
+    ),
+    Rule(
+        (("generative_eval", "count"), ("data", "eval")),
+        lambda r: r.generative_eval.count > 0 and r.data.evaluates and not _asks(r),
+        lambda r: "needs questions with answers, and the evaluation data are texts only; leave it out",
+    ),
+    Rule(
+        (("generative_eval", "every"), ("training", "eval_every")),
+        lambda r: r.generative_eval.every is not None and r.training.eval_every is None,
+        lambda r: (
+            "needs training.eval_every, since answers are part of an evaluation; set that to the same number of "
+            "steps, or fewer"
+        ),
+    ),
+    Rule(
+        (("generative_eval", "every"), ("training", "eval_every")),
+        lambda r: (
+            r.generative_eval.every is not None
+            and r.training.eval_every is not None
+            and r.generative_eval.every % r.training.eval_every > 0
+        ),
+        lambda r: (
+            f"is {r.generative_eval.every}, which is no multiple of training.eval_every {r.training.eval_every}: "
+            "answers are part of an evaluation; change one of them"
+        ),
+    ),
+    Rule(
         (("training", "eval_every"), ("data", "eval")),
         lambda r: r.training.eval_every is not None and not r.data.evaluates,
         lambda r: "has no effect without data.eval or data.eval_fraction; add a source there, or leave it out",
@@ -392,6 +437,11 @@ def _groups(recipe: Recipe) -> str:
 def _writes_samples(recipe: Recipe) -> bool:
     # A frozen recipe contains every default, so defaults do not count as a request.
     return recipe.samples.count > 0 and recipe.samples != SamplesSection()
+
+
+def _asks(recipe: Recipe) -> bool:
+    sources = recipe.data.eval or recipe.data.train
+    return any(FORMATS[source.format].asks for source in sources)
 
 
 def across_sections(recipe: Recipe) -> Iterator[Conflict]:

@@ -116,6 +116,11 @@ class EvalMetrics(MetricsRow):
     eval_target_tokens: Count | None
     eval_s: float | None
     """Seconds that the evaluation took."""
+    eval_answers: Count | None = None
+    """Generated answers that were scored, over all ranks; only in an evaluation with answers. Their scores are in
+    ``task``."""
+    eval_answers_s: float | None = None
+    """Seconds of the evaluation for its answers."""
     compile_s: float | None = None
     """Seconds of it that torch.compile took; only if it compiled."""
 
