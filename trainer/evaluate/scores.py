@@ -62,10 +62,9 @@ def evaluate(
 ) -> dict[str, Any]:
     """Returns the metrics by name. ``limit``: use only so many examples, from the first. ``line``: called with the
     result for each example. ``metric``: scores the answers to all prompts of the data, as ``generative_eval.metric``
-    does; None scores questions of format ``qa`` and solutions of GSM8K. ``answered``: called with the number of answered
-    questions. ``limits``: bytes per device
-    for the weights, instead of the free memory. ``trust``: allows code that comes with the evaluated artifact; for code
-    of the recipe's own base model, the recipe's setting counts.
+    does; None scores questions of format ``qa`` and solutions of GSM8K. ``answered``: called with the number of
+    answered questions. ``limits``: bytes per device for the weights, instead of the free memory. ``trust``: allows code
+    that comes with the evaluated artifact; for code of the recipe's own base model, the recipe's setting counts.
 
     Raises InputError when there is no artifact or no evaluation data, or when they do not fit each other."""
     address.check()

@@ -332,19 +332,19 @@ RULES = (
     ),
     Rule(
         (("generative_eval", "count"), ("data", "eval")),
-        lambda r: r.generative_eval.count > 0 and not r.data.evaluates,
+        lambda r: bool(r.generative_eval.count) and not r.data.evaluates,
         lambda r: (
             "has no effect without data.eval or data.eval_fraction, whose questions it takes; add one, or leave it out"
         ),
     ),
     Rule(
         (("generative_eval", "count"), ("task",)),
-        lambda r: r.generative_eval.count > 0 and TASKS[r.task].has_head,
+        lambda r: bool(r.generative_eval.count) and TASKS[r.task].has_head,
         lambda r: f"has no effect with task {r.task}, whose model writes no texts; leave it out",
     ),
     Rule(
         (("generative_eval", "count"), ("adapter", "method")),
-        lambda r: r.generative_eval.count > 0 and r.adapter.row.inserts_tokens,
+        lambda r: bool(r.generative_eval.count) and r.adapter.row.inserts_tokens,
         lambda r: (
             f"generates with a key-value cache, which {r.adapter.method} may fill itself; leave it out, and measure "
             "with `muster evaluate` after training"
@@ -352,7 +352,7 @@ RULES = (
     ),
     Rule(
         (("generative_eval", "count"), ("data", "eval")),
-        lambda r: r.generative_eval.count > 0 and r.data.evaluates and not _asks(r),
+        lambda r: bool(r.generative_eval.count) and r.data.evaluates and not _asks(r),
         lambda r: "needs questions with answers, and the evaluation data are texts only; leave it out",
     ),
     Rule(

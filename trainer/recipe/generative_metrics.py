@@ -27,6 +27,9 @@ GENERATIVE_METRICS = Registry(
 FUNCTION_SCORES = ("score",)
 """The scores of a function that the recipe names."""
 
+ANSWER_SCORES = (*dict.fromkeys(name for _, row in GENERATIVE_METRICS.items() for name in row.scores), *FUNCTION_SCORES)
+"""The scores of all metrics."""
+
 
 def scores_of(metric: str) -> tuple[str, ...]:
     """Returns the names of a metric's scores. ``metric``: a name, or a function as ``package.module:function``."""

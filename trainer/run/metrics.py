@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
+from trainer.recipe.generative_metrics import ANSWER_SCORES
 from trainer.records import Count, UnixTime
 from trainer.run.rows import read_row, row_of
 
@@ -123,6 +124,12 @@ class EvalMetrics(MetricsRow):
     """Seconds of the evaluation for its answers."""
     compile_s: float | None = None
     """Seconds of it that torch.compile took; only if it compiled."""
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The scores of the generated answers, without their prefix; empty in an evaluation without answers."""
+        known = {f"eval_{name}": name for name in ANSWER_SCORES} if self.eval_answers else {}
+        return {known[name]: value for name, value in self.task.items() if name in known}
 
     @property
     def blocked_s(self) -> float:

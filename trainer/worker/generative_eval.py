@@ -163,7 +163,8 @@ def _questions(parts: Parts, source: PromptSource) -> list[Question]:
     section, positions = recipe.generative_eval, max_positions(parts.strategy.model)
     longest = None if positions is None else positions - section.max_new_tokens
     assert source.data is not None
-    found = QuestionReader(source.data, tokenizer, source.cache).first(section.count, longest, lambda question: True)
+    reader = QuestionReader(source.data, tokenizer, source.cache)
+    found = reader.first(section.count, longest, lambda question: True)
     if not found:
         raise InputError(
             f"generative_eval.count is {section.count}, and no sample of the evaluation data has a prompt and a "

@@ -13,7 +13,8 @@ from trainer.recipe.sections.ppo import function_name
 from trainer.registry import choose_hint
 
 
-def _metric(text: str) -> str:
+def metric_name(text: str) -> str:
+    """Returns the name of a metric, or of a function; raises ValueError for anything else."""
     if text in GENERATIVE_METRICS:
         return text
     if ":" in text:
@@ -30,9 +31,9 @@ class GenerativeEvalSection(Section):
     and a metric scores the answers. Language models only; no effect on the result of training. See
     [tasks.md](tasks.md#scores-of-generated-answers-while-training)."""
 
-    count: int = Field(default=0, ge=0)
-    """Number of questions, over all ranks, from the first samples of `data.eval` that have a prompt and an answer; 0
-    generates no answers."""
+    count: int | None = Field(default=None, ge=0, examples=[64])
+    """Number of questions, over all ranks, from the first samples of `data.eval` that have a prompt and an answer; null
+    and 0 generate no answers."""
 
     every: int | None = Field(default=None, ge=1)
     """Steps between two evaluations with answers, a multiple of `training.eval_every`; null answers in each
@@ -41,7 +42,7 @@ class GenerativeEvalSection(Section):
     max_new_tokens: int = Field(default=256, ge=1)
     """Maximum tokens of an answer; each token is a forward pass on every rank."""
 
-    metric: Annotated[str, AfterValidator(_metric)] = Field(default="auto", examples=["number"])
+    metric: Annotated[str, AfterValidator(metric_name)] = Field(default="auto", examples=["number"])
     """`exact_match`: SQuAD's exact match and F1 (`eval_exact_match`, `eval_f1`); `number`: the share of texts whose
     last number is that of the answer (`eval_accuracy`); `auto`: `number` for answers that end with `#### 42`, else
     `exact_match`. Or a function of your own, `package.module:function` or `path.py:function`, relative to the working
@@ -61,7 +62,7 @@ class GenerativeEvalSection(Section):
         return None if self.metric in GENERATIVE_METRICS else self.metric
 
     def conflicts(self) -> Iterator[Conflict]:
-        if not self.count:
+        if self.count is None:
             for name in self.given():
                 message = "has no effect without generative_eval.count; set it, or leave this out"
                 yield Conflict(((name,), ("count",)), message)
