@@ -26,6 +26,7 @@ from trainer.errors import InputError, NonFiniteLoss, UsageError
 from trainer.model import fetch_model, load_tokenizer
 from trainer.model.placement import Placement, placement_for
 from trainer.recipe import Recipe
+from trainer.recipe.tasks import TASKS
 from trainer.recipe.trust import Trust
 from trainer.run import layout
 from trainer.storage import open_storage
@@ -70,6 +71,10 @@ def evaluate(
     address.check()
     if len(address.adapters) > 1:
         raise UsageError("one adapter is evaluated at a time: name a single --adapter")
+    if metric is not None and TASKS[recipe.task].has_head:
+        raise UsageError(
+            f"--metric scores generated texts, and the model of task {recipe.task} writes none; leave it out"
+        )
     if not recipe.data.evaluates:
         raise InputError("data.eval of the recipe has no source; add one with path: and format:, or set eval_fraction")
     with tempfile.TemporaryDirectory(prefix="muster-evaluate-") as folder:

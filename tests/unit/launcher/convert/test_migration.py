@@ -30,6 +30,8 @@ SETS: dict[str, dict[str, Any]] = {
     "liger_rope": {"plugins": ["axolotl.integrations.liger.LigerPlugin"], "liger_rope": True},
     "flash_attn": {"flash_attn": "fa2"},
     "enable_liger_kernel": {"enable_liger_kernel": True},
+    "do_causal_lm_eval": {"do_causal_lm_eval": True, "val_set_size": 0.1},
+    "predict_with_generate": {"predict_with_generate": True, "val_size": 0.1, "dataset": "talks"},
     "save_steps": {"save_steps": 50},
     "save_total_limit": {"save_total_limit": 2},
     "lora_model_dir": {"lora_model_dir": "runs/one"},

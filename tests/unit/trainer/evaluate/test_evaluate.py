@@ -205,6 +205,8 @@ def test_a_metric_scores_answers_to_all_prompts(tiny_model: Path, folder: Path) 
     assert found["score"] == pytest.approx(sum(line["score"] for line in lines) / 3)
     assert "exact_match" in evaluate(recipe, base, metric="exact_match", limit=2, max_new_tokens=2)
     assert "exact_match" not in evaluate(recipe, base, limit=2)
+    with pytest.raises(UsageError, match="the model of task reward writes none"):
+        evaluate(small("reward", "none", tiny_model, folder), base, metric="number")
     with pytest.raises(InputError, match=r"--metric 'own\.py:rate' cannot be loaded"):
         evaluate(recipe, base, metric="own.py:rate")
 
