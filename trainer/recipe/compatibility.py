@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 ON_GPUS = ("flex", "flash")
 """Attention kernels that CPUs do not have, or not with a backward pass."""
+NEVER = 1 << 62
+"""Steps between events that do not happen."""
 MASKLESS_KERNELS = ("varlen", *ON_GPUS)
 """Attention kernels that take the start of each sample instead of a mask."""
 
@@ -332,9 +334,12 @@ RULES = (
     ),
     Rule(
         (("generative_eval", "count"), ("data", "eval")),
-        lambda r: bool(r.generative_eval.count) and not r.data.evaluates,
+        lambda r: bool(r.generative_eval.count) and not _asks(r),
         lambda r: (
-            "has no effect without data.eval or data.eval_fraction, whose questions it takes; add one, or leave it out"
+            "needs questions with answers, and the evaluation data are texts only; leave it out"
+            if r.data.evaluates
+            else "has no effect without data.eval or data.eval_fraction, whose questions it takes; add one, or leave "
+            "it out"
         ),
     ),
     Rule(
@@ -351,27 +356,13 @@ RULES = (
         ),
     ),
     Rule(
-        (("generative_eval", "count"), ("data", "eval")),
-        lambda r: bool(r.generative_eval.count) and r.data.evaluates and not _asks(r),
-        lambda r: "needs questions with answers, and the evaluation data are texts only; leave it out",
-    ),
-    Rule(
         (("generative_eval", "every"), ("training", "eval_every")),
-        lambda r: r.generative_eval.every is not None and r.training.eval_every is None,
+        lambda r: bool((r.generative_eval.every or 0) % (r.training.eval_every or NEVER)),
         lambda r: (
-            "needs training.eval_every, since answers are part of an evaluation; set that to the same number of "
-            "steps, or fewer"
-        ),
-    ),
-    Rule(
-        (("generative_eval", "every"), ("training", "eval_every")),
-        lambda r: (
-            r.generative_eval.every is not None
-            and r.training.eval_every is not None
-            and r.generative_eval.every % r.training.eval_every > 0
-        ),
-        lambda r: (
-            f"is {r.generative_eval.every}, which is no multiple of training.eval_every {r.training.eval_every}: "
+            "needs training.eval_every, since answers are part of an evaluation; set that to the same number of steps, "
+            "or to a part of it"
+            if r.training.eval_every is None
+            else f"is {r.generative_eval.every}, which is no multiple of training.eval_every {r.training.eval_every}: "
             "answers are part of an evaluation; change one of them"
         ),
     ),
@@ -440,8 +431,10 @@ def _writes_samples(recipe: Recipe) -> bool:
 
 
 def _asks(recipe: Recipe) -> bool:
-    sources = recipe.data.eval or recipe.data.train
-    return any(FORMATS[source.format].asks for source in sources)
+    """Returns True if the evaluation data may have prompts with answers."""
+    sources = recipe.data.eval or (recipe.data.train if recipe.data.evaluates else ())
+    # Formats of another kind than the task's are a mistake of their own.
+    return any(FORMATS[source.format].gives != "text" for source in sources)
 
 
 def across_sections(recipe: Recipe) -> Iterator[Conflict]:

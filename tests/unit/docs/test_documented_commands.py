@@ -55,7 +55,7 @@ ELSEWHERE = {
     r"muster run .*name=my-second": "starts a Ray; tests/ray/test_driver.py",
     r"muster rm": "asks on a terminal; tests/unit/launcher/cleanup/test_unused.py",
     r"muster push": "needs the Hub; tests/unit/trainer/artifacts/test_push.py",
-    r"muster evaluate .*--lm-eval (?!my_task)": "needs data sets of the Hub; tests/unit/trainer/evaluate/test_harness.py",
+    r"muster evaluate .*--lm-eval (?!my_task)": "needs the Hub; tests/unit/trainer/evaluate/test_harness.py",
     r"vllm serve": "is not part of this; tests/unit/trainer/progress/test_vllm_command.py holds the words",
     r"sbatch ": "needs Slurm; tests/cluster/test_slurm.py",
     r"(ray (start|job)|kubectl|docker)\b": "changes the machine, or needs a cluster",

@@ -326,4 +326,4 @@ def test_a_stored_function_is_foreign_code(make: Make) -> None:
     older = json.loads(json.dumps(recipe.model_dump(mode="json")))
     del older["generative_eval"]
     assert "generative_eval" in dump(recipe)
-    assert parse(older).generative_eval.count == 0
+    assert not parse(older).generative_eval.count
