@@ -31,7 +31,7 @@ class FormatRow(Choice):
     @property
     def asks(self) -> bool:
         """True if a sample has a prompt, and an answer to it."""
-        return self.gives in ("prompted", "preference")
+        return self.gives in ("prompted", "preference", "rated")
 
     def reads(self, style: str) -> tuple[str, ...]:
         """Returns the columns that it reads in this style, ``text`` or ``chat``."""

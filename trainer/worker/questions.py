@@ -90,7 +90,9 @@ class QuestionReader:
         for row, prompt in enumerate(prompts_of(batch)):
             source = sources[int(prompt.sample_id.partition(":")[0])]
             length = int((batch.position_ids[row] == np.arange(batch.position_ids.shape[1])).sum())
-            asks, line = FORMATS[source.format].asks, source.format == QA
+            # A pair may be two samples, of which one has the answer that was not preferred.
+            asks = FORMATS[source.format].asks and (not batch.desirable.size or bool(batch.desirable[row]))
+            line = source.format == QA
             chat = FORMATS[source.format].chats or source.style == "chat"
             text = chats.cut(self._text(prompt.answer)) if chat else self._text(prompt.answer)
             if asks and text.strip() and length < self.data.spec.sequence_length:

@@ -46,7 +46,7 @@ def broken(prompts: list[str], completions: list[str], references: list[str]) ->
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("answered")
-    for task in ("sft", "dpo"):
+    for task in ("sft", "dpo", "kto"):
         write_task_data(folder, task)
     lines(folder / "qa.jsonl", [{"question": q, "answer": a} for q, a in ASKED])
     lines(folder / "sums.jsonl", SUMS)
@@ -144,6 +144,7 @@ def test_every_accepted_answer_counts(make: Make, monkeypatch: pytest.MonkeyPatc
         ("sft", {}),
         ("sft", {"model.dtype": "bfloat16"}),
         ("dpo", {}),
+        ("kto", {}),
         ("sft", {"strategy.kind": "fsdp", "model.quantization": "nf4"}),
         ("sft", {"adapter": {"method": "none"}, "training.gradient_checkpointing": True}),
     ],
@@ -188,6 +189,15 @@ def test_a_function_scores_all_answers_at_once(make: Make) -> None:
     assert row["eval_score"] == sum(len(text) for text in call["completions"]) / 5
     assert "eval_exact_match" not in row
     assert [text["text"] for text in told(recipe)[0]["texts"]] == call["completions"][:4]
+
+
+def test_of_answers_that_are_good_or_bad_the_good_ones_are_references(make: Make, folder: Path) -> None:
+    CALLS.clear()
+    recipe = make(task="kto", **{"generative_eval.metric": f"{__name__}:length", "training.steps": 1})
+    assert train_here(recipe) == "succeeded"
+    rows = [json.loads(line) for line in (folder / "kto" / "eval.jsonl").read_text().splitlines()]
+    good = [row["completion"].strip() for row in rows if row["label"]]
+    assert CALLS[0]["references"] == good[:5]
 
 
 def test_a_function_that_gives_no_number_ends_the_run(make: Make) -> None:
