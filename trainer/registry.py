@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
-from collections.abc import ItemsView, Mapping
+from collections.abc import ItemsView, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
@@ -22,6 +22,11 @@ def choose_hint(name: str, names: tuple[str, ...]) -> str:
     """Returns ``; did you mean 'lora'?`` when one of the names is close to the given one, else an empty text."""
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
     return f"; did you mean {close[0]!r}?" if close else ""
+
+
+def close_names(name: str, names: Iterable[str]) -> list[str]:
+    """Returns the names that are close to the given one, the closest first."""
+    return difflib.get_close_matches(name, list(names), n=3, cutoff=0.6)
 
 
 @dataclass(frozen=True)

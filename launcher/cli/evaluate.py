@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from launcher.cli import completion
-from launcher.cli.options import ModelOption, Overrides, RunOption, TrustOption
+from launcher.cli.options import FrameOption, ModelOption, Overrides, RunOption, TrustOption
 from launcher.terminal.console import bar, hush_libraries, print_json, stderr
 from trainer.errors import UsageError
 
 if TYPE_CHECKING:
+    from trainer.artifacts.locate import ArtifactRef
     from trainer.evaluate.scores import Line
     from trainer.recipe import Recipe
 
@@ -45,36 +46,100 @@ def evaluate(
     max_new_tokens: Annotated[
         int | None, typer.Option(min=1, help="tokens of each generated answer; default: 32, and 512 for GSM8K")
     ] = None,
+    metric: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="score generated answers to all prompts: exact_match | number | package.module:function | "
+            "path.py:function",
+        ),
+    ] = None,
+    lm_eval: Annotated[
+        str | None,
+        typer.Option(
+            "--lm-eval", metavar="TASK,...", help="tasks of lm-evaluation-harness, in place of data.eval; needs lm_eval"
+        ),
+    ] = None,
+    lm_eval_tasks: Annotated[
+        str | None,
+        typer.Option("--lm-eval-tasks", metavar="FOLDER", help="folder with task files (YAML) of your own"),
+    ] = None,
+    frame: FrameOption = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Print metrics on evaluation data. A run, an adapter or a model is measured on data.eval of RECIPE; of a run, its
-    own recipe is known. The result is one JSON object."""
+    own recipe is known. With --lm-eval, the tasks bring their data. The result is one JSON object."""
     from trainer.artifacts.locate import ArtifactRef
 
     address = ArtifactRef.of(run, [adapter] if adapter else None, model)
-    loaded = _recipe(recipe, overrides or [], run)
-    with redirect_stdout(sys.stderr), _lines_into(output) as line:  # libraries print; stdout has the result alone
-        from launcher.monitor.progress import Progress
-        from trainer.evaluate import evaluate as scores_of
+    if lm_eval is not None:
+        _without({"--output": output, "--max-new-tokens": max_new_tokens, "--metric": metric}, "with --lm-eval")
+        names = tuple(name.strip() for name in lm_eval.split(",") if name.strip())
+        own = _recipe(recipe, overrides or [], run, evaluates=False) if recipe else None
+        scores = _of_tasks(names, lm_eval_tasks, limit, frame, address, own, trust=trust_remote_code)
+    else:
+        _without({"--lm-eval-tasks": lm_eval_tasks, "--frame": frame}, "without --lm-eval")
+        loaded = _recipe(recipe, overrides or [], run)
+        with redirect_stdout(sys.stderr), _lines_into(output) as line:  # libraries print; stdout has the result alone
+            from launcher.monitor.progress import Progress
+            from trainer.evaluate import evaluate as scores_of
 
-        hush_libraries()
-        say = Progress(stderr()).phase
-        with bar("answering") as answered:
-            scores = scores_of(
-                loaded,
-                address,
-                limit=limit,
-                line=line,
-                max_new_tokens=max_new_tokens,
-                say=say,
-                answered=answered,
-                trust=trust_remote_code,
-            )
+            hush_libraries()
+            say = Progress(stderr()).phase
+            with bar("answering") as answered:
+                scores = scores_of(
+                    loaded,
+                    address,
+                    limit=limit,
+                    line=line,
+                    metric=_metric(metric),
+                    max_new_tokens=max_new_tokens,
+                    say=say,
+                    answered=answered,
+                    trust=trust_remote_code,
+                )
     print_json(scores)
 
 
-def _recipe(path: str | None, overrides: list[str], run: str | None) -> Recipe:
-    """Reads the recipe, or the one that the run has frozen. Without a recipe, the first argument may be KEY=VALUE."""
+def _of_tasks(
+    names: tuple[str, ...],
+    folder: str | None,
+    limit: int | None,
+    frame: str | None,
+    address: ArtifactRef,
+    recipe: Recipe | None,
+    *,
+    trust: bool,
+) -> dict[str, Any]:
+    with redirect_stdout(sys.stderr):
+        from launcher.monitor.progress import Progress
+        from trainer.evaluate import HarnessTasks, evaluate_tasks
+
+        hush_libraries()
+        say = Progress(stderr()).phase
+        tasks = HarnessTasks(names, folder, limit, frame)
+        return evaluate_tasks(tasks, address, recipe, say=say, trust=trust)
+
+
+def _without(options: Mapping[str, object], where: str) -> None:
+    """Raises UsageError for the first of the options that was given."""
+    for name, value in options.items():
+        if value is not None:
+            raise UsageError(f"{name} has no effect {where}; leave it out")
+
+
+def _metric(text: str | None) -> str | None:
+    from trainer.recipe.sections.generative_eval import metric_name
+
+    try:
+        return None if text is None else metric_name(text)
+    except ValueError as error:
+        raise UsageError(f"--metric {error}") from None
+
+
+def _recipe(path: str | None, overrides: list[str], run: str | None, *, evaluates: bool = True) -> Recipe:
+    """Reads the recipe, or the one that the run has frozen. Without a recipe, the first argument may be KEY=VALUE.
+    ``evaluates``: the recipe of a run must have evaluation data."""
     from trainer.progress.ending import evaluate_command
     from trainer.recipe import load
     from trainer.run.frozen import changed_recipe
@@ -85,7 +150,7 @@ def _recipe(path: str | None, overrides: list[str], run: str | None) -> Recipe:
     if run is None:
         raise UsageError("name the RECIPE whose evaluation data are used; only a --run has its own")
     found = changed_recipe(open_storage(run), [path, *overrides] if path else overrides)
-    if not found.data.evaluates:
+    if evaluates and not found.data.evaluates:
         raise UsageError(f"the recipe of {run} has no evaluation data; name some: {evaluate_command(found, run)}")
     return found
 

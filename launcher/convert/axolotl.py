@@ -378,6 +378,11 @@ def _saving(draft: Draft) -> None:
     for key in ("eval_strategy", "evaluation_strategy"):
         draft.pass_over(key, seldom)
     common.comparisons(draft, "early_stopping_patience")
+    metrics = ", ".join(draft.names("eval_causal_lm_metrics")) or "sacrebleu, comet, ter and chrf"
+    common.answers(draft, "do_causal_lm_eval", "eval_max_new_tokens", 128, metrics)
+    draft.decide("eval_causal_lm_metrics", "generative_eval.metric has metrics of its own")
+    if "eval_max_new_tokens" not in draft.used:
+        draft.pass_over("eval_max_new_tokens", "no answers are generated")
 
 
 def _plugins(draft: Draft) -> None:

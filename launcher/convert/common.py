@@ -38,6 +38,8 @@ RATES = {
 }
 """Settings that decide when something happens, each with what a recipe does."""
 TASKS_ARE = f"the tasks are {', '.join(TASKS.names())}"
+ANSWERED = 64
+"""Questions of an evaluation by generated answers; the sources answer all of the evaluation data."""
 WRITTEN_NAMES = ("gptq", "awq", "aqlm", "hqq", "eetq", "fp8", "mxfp4", "exl2")
 """Quantisations that base models on the Hub have in their names."""
 
@@ -387,6 +389,25 @@ def is_elsewhere(path: str) -> bool:
 def has_evaluation(draft: Draft) -> bool:
     """Returns True if the recipe has sources of evaluation data, or holds rows out for it."""
     return any(draft.recipe["data"].get(key) for key in ("eval", "eval_fraction"))
+
+
+def answers(draft: Draft, key: str, tokens_key: str, tokens: int, theirs: str) -> None:
+    """Sets evaluation by generated answers. ``tokens_key``: the limit of an answer's tokens, with its default.
+    ``theirs``: the source's metrics."""
+    if not draft.is_on(key):
+        return
+    recipe = draft.recipe
+    sources = recipe["data"].get("eval") or recipe["data"].get("train", [])
+    asks = any(formats.FORMATS[source["format"]].asks for source in sources)
+    if not has_evaluation(draft) or not asks or TASKS[recipe.get("task", "sft")].has_head:
+        draft.pass_over(key, "there are no evaluation data with questions")
+        return
+    draft.put("generative_eval.count", ANSWERED, key)
+    draft.put("generative_eval.max_new_tokens", int(draft.number(tokens_key, tokens)), tokens_key)
+    draft.decisions.append(
+        f"generative_eval answers {ANSWERED} questions and scores them by exact match and F1, or by their number; for "
+        f"{theirs}, name a function of your own in generative_eval.metric"
+    )
 
 
 def hold_out(draft: Draft, key: str) -> None:

@@ -298,6 +298,7 @@ def _saving(draft: Draft) -> None:
         common.every(draft, "eval_steps", "training.eval_every", seldom)
     for key in ("eval_steps", "eval_strategy"):
         draft.pass_over(key, seldom if common.has_evaluation(draft) else "there are no evaluation data")
+    common.answers(draft, "predict_with_generate", "max_new_tokens", 1024, "BLEU-4 and ROUGE")
     common.rates(draft)
     common.comparisons(draft, "early_stopping_steps")
     named = draft.names("report_to")

@@ -71,6 +71,10 @@ def check_model(recipe: Recipe, warn: Callable[[str], None]) -> None:
         check_reward(recipe)
     if TASKS[recipe.task].has_teacher:
         check_teacher(recipe, warn)
+    if recipe.generative_eval.count:
+        from trainer.worker.generative_eval import AnswerMetric
+
+        AnswerMetric(recipe.generative_eval.metric)
 
 
 def check_teacher(recipe: Recipe, warn: Callable[[str], None]) -> None:

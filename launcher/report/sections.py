@@ -17,7 +17,14 @@ from launcher.report.metric_charts import (
 )
 from launcher.report.page import Card, Group
 from launcher.report.reading import RunRecord
-from launcher.report.tables import failure_texts, happenings, host_table, sample_tables, version_table
+from launcher.report.tables import (
+    answer_tables,
+    failure_texts,
+    happenings,
+    host_table,
+    sample_tables,
+    version_table,
+)
 from launcher.report.timeline_charts import checkpoint_chart, goodput_chart, rank_chart, straggler, timeline_chart
 
 Runs = Sequence[RunRecord]
@@ -34,9 +41,13 @@ def groups_of(runs: Runs) -> list[Group]:
         Card(f"samples-{at}", caption, tables=[("", told)], width="wide")
         for at, (caption, told) in enumerate(sample_tables(runs))
     ]
+    answers = [
+        Card(f"answers-{at}", f"Answers in evaluations{caption and f', {caption}'}", tables=[("", told)], width="wide")
+        for at, (caption, told) in enumerate(answer_tables(runs))
+    ]
     groups = [
         Group("loss", "Loss", _loss(runs)),
-        Group("samples", "Samples", samples),
+        Group("samples", "Samples", [*samples, *answers]),
         Group("machine", "Machine", _machine(runs)),
         Group("data", "Data", _data(runs)),
         Group("recipe", "Recipe", _recipe(runs)),

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
-from launcher.report.chart import Table, table
+from launcher.report.chart import Table, table, thin
 from launcher.report.reading import RunRecord
 from trainer.progress.texts import changes_text, early_stop_text, plural
 from trainer.run.events import (
@@ -27,6 +27,7 @@ from trainer.run.events import (
 MOST_FAILURES = 10
 """The number of failures whose stacks are shown."""
 MOST_BESIDE = 4
+EVALUATION = "evaluation"
 
 
 def happenings(runs: Sequence[RunRecord]) -> Table:
@@ -102,15 +103,29 @@ def _sample_table(moments: Sequence[tuple[str, TextsEvent]]) -> Table:
     for at, (_, event) in enumerate(moments, start=1):
         for text in event.texts:
             row = rows.setdefault(text.sample or text.prompt or "", [text.prompt, *(None for _ in columns[1:])])
-            reward = "" if text.reward is None else f"reward {text.reward:.4g}"
-            row[at], row[-1] = "\n\n".join(filter(None, (text.text, reward))), text.reference or row[-1]
+            rated = {"reward": text.reward, "score": text.score}
+            notes = [f"{name} {value:.4g}" for name, value in rated.items() if value is not None]
+            row[at], row[-1] = "\n\n".join(filter(None, (text.text, *notes))), text.reference or row[-1]
     used = [at for at in range(len(columns)) if any(row[at] for row in rows.values())]
     return table([columns[at] for at in used], [[row[at] for at in used] for row in rows.values()], prose=True)
 
 
+def answer_tables(runs: Sequence[RunRecord]) -> list[tuple[str, Table]]:
+    """Returns a table for each run with generated answers: a row per question, with its answer in a few evaluations,
+    the first and the last among them, and the reference."""
+    told = {run.label: moments for run in runs if (moments := _answers(run))}
+    return [(label if len(runs) > 1 else "", _sample_table(moments)) for label, moments in told.items()]
+
+
+def _answers(run: RunRecord) -> list[tuple[str, TextsEvent]]:
+    # A later attempt may have repeated an evaluation.
+    by_step = {event.step or 0: event for event in run.told(TextsEvent) if event.when == EVALUATION and event.texts}
+    return [(EVALUATION, event) for _, event in thin(sorted(by_step.items()), MOST_BESIDE)]
+
+
 def _texts(run: RunRecord) -> list[tuple[str, TextsEvent]]:
     """Returns the first and the last texts that were generated for comparison, else the first and the last of all."""
-    events = [event for event in run.told(TextsEvent) if event.texts]
+    events = [event for event in run.told(TextsEvent) if event.texts and event.when != EVALUATION]
     before = [event for event in events if event.when == "before"][:1]
     after = [event for event in events if event.when == "after"][-1:]
     if not before and not after:

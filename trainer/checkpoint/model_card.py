@@ -133,6 +133,8 @@ def _figures(state: Mapping[str, Any]) -> dict[str, str]:
         "loss": "loss of the last step",
         "eval_loss": "evaluation loss",
         "eval_accuracy": "evaluation accuracy",
+        "eval_exact_match": "exact match of generated answers",
+        "eval_score": "score of generated answers",
         "eval_pair_accuracy": "evaluation pair accuracy",
         "world_size": "ranks",
     }

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 
 from trainer.artifacts import Artifact, ArtifactRef, Generator, find, load
-from trainer.artifacts.chat import first_line, one_line
 from trainer.artifacts.locate import DEFAULT
 from trainer.artifacts.reward_model import reward_model
 from trainer.artifacts.start import fetch_start
@@ -24,19 +23,22 @@ from trainer.data.outputs import folder_of, open_outputs
 from trainer.data.prepare.label_set import label_set
 from trainer.data.run_data import eval_spec
 from trainer.errors import InputError, NonFiniteLoss, UsageError
-from trainer.evaluate.questions import Question, questions_of
 from trainer.model import fetch_model, load_tokenizer
 from trainer.model.placement import Placement, placement_for
 from trainer.recipe import Recipe
+from trainer.recipe.tasks import TASKS
 from trainer.recipe.trust import Trust
 from trainer.run import layout
 from trainer.storage import open_storage
 from trainer.tasks import GenerationContext, Task, Totals, make_task
+from trainer.tasks.answers import means
+from trainer.worker.generative_eval import AUTO, AnswerMetric
 from trainer.worker.loop import evaluated_sums
+from trainer.worker.questions import Question, QuestionReader
 from trainer.worker.stored_outputs import OutputsMaker, Ranks, settings_of
 
 ANSWER_TOKENS, SOLUTION_TOKENS = 32, 512
-"""Limits of new tokens for an answer in one line, and for a solution in steps."""
+"""Limits of new tokens for an answer in one line (format ``qa``), and for others."""
 
 GENERATED_AT_ONCE = 16
 
@@ -52,6 +54,7 @@ def evaluate(
     *,
     limit: int | None = None,
     line: Line | None = None,
+    metric: str | None = None,
     max_new_tokens: int | None = None,
     say: Callable[[str], None] = lambda phase: None,
     answered: Answered = lambda done, of: None,
@@ -59,14 +62,19 @@ def evaluate(
     trust: bool = False,
 ) -> dict[str, Any]:
     """Returns the metrics by name. ``limit``: use only so many examples, from the first. ``line``: called with the
-    result for each example. ``answered``: called with the number of answered questions. ``limits``: bytes per device
-    for the weights, instead of the free memory. ``trust``: allows code that comes with the evaluated artifact; for code
-    of the recipe's own base model, the recipe's setting counts.
+    result for each example. ``metric``: scores the answers to all prompts of the data, as ``generative_eval.metric``
+    does; None scores questions of format ``qa`` and solutions of GSM8K. ``answered``: called with the number of
+    answered questions. ``limits``: bytes per device for the weights, instead of the free memory. ``trust``: allows code
+    that comes with the evaluated artifact; for code of the recipe's own base model, the recipe's setting counts.
 
     Raises InputError when there is no artifact or no evaluation data, or when they do not fit each other."""
     address.check()
     if len(address.adapters) > 1:
         raise UsageError("one adapter is evaluated at a time: name a single --adapter")
+    if metric is not None and TASKS[recipe.task].has_head:
+        raise UsageError(
+            f"--metric scores generated texts, and the model of task {recipe.task} writes none; leave it out"
+        )
     if not recipe.data.evaluates:
         raise InputError("data.eval of the recipe has no source; add one with path: and format:, or set eval_fraction")
     with tempfile.TemporaryDirectory(prefix="muster-evaluate-") as folder:
@@ -74,13 +82,14 @@ def evaluate(
         subject = find(address, Path(folder, "subject"), recipe, trust=Trust(trust, recipe.model))
         files = fetch_model(subject.section, weights=False)
         with placement_for(subject.section, files.folder, limits) as placement:
-            options = _Options(limit, max_new_tokens, line, say, answered)
+            options = _Options(limit, metric, max_new_tokens, line, say, answered)
             return _Evaluation(recipe, subject, placement, options).run(Path(folder, "data"))
 
 
 @dataclass(frozen=True)
 class _Options:
     limit: int | None
+    metric: str | None
     max_new_tokens: int | None
     line: Line | None
     say: Callable[[str], None]
@@ -91,6 +100,7 @@ class _Evaluation:
     def __init__(self, recipe: Recipe, subject: Artifact, placement: Placement, options: _Options) -> None:
         self.recipe, self.subject, self.placement, self.options = recipe, subject, placement, options
         self.device, self.limit, self.line, self.say = placement.device, options.limit, options.line, options.say
+        self._metric = AnswerMetric(options.metric or AUTO, "--metric")
 
     def run(self, folder: Path) -> dict[str, Any]:
         recipe = self.recipe
@@ -110,7 +120,7 @@ class _Evaluation:
         task.teacher = teacher_of(recipe, self.device)
         reward = reward_model(recipe, self.device) if task.generates else None
         task.attach(model, GenerationContext(tokenizer, reward=reward) if task.generates else None)
-        questions = questions_of(prepared.spec.sources, self.limit) if recipe.task == "sft" else []
+        questions = self._questions(prepared, tokenizer)
         self.say(f"evaluating on {self.device}")
         scores = self._losses(model, task, prepared, None if questions else self.line)
         if questions:
@@ -166,6 +176,17 @@ class _Evaluation:
             raise NonFiniteLoss(f"the evaluation gives {found}; compute in float32 or bfloat16 (model.dtype)")
         return {**found, "samples": samples}
 
+    def _questions(self, prepared: PreparedDataset, tokenizer: Any) -> list[Question]:
+        metric = self.options.metric
+        if metric is None and self.recipe.task != "sft":
+            return []
+        found = QuestionReader(prepared, tokenizer).first(
+            self.limit, None, lambda question: metric is not None or question.line or question.numeric
+        )
+        if metric is not None and not found:
+            raise InputError("--metric scores answers, and no sample of the evaluation data has a prompt and an answer")
+        return found
+
     def _answers(self, model: Any, tokenizer: Any, questions: Sequence[Question]) -> dict[str, Any]:
         writer, done = Generator(model, tokenizer, self.device, GENERATED_AT_ONCE), 0
 
@@ -175,17 +196,20 @@ class _Evaluation:
             self.options.answered(done, len(questions))
 
         answers: dict[int, str] = {}
-        for numeric in (False, True):
-            mine = {n: q.prompt for n, q in enumerate(questions) if q.numeric is numeric}
-            tokens = self.options.max_new_tokens or (SOLUTION_TOKENS if numeric else ANSWER_TOKENS)
+        kinds = {(q.numeric, q.line): q for q in questions}
+        for kind, question in kinds.items():
+            mine = {n: q.tokens for n, q in enumerate(questions) if (q.numeric, q.line) == kind}
+            one_line = question.line and not question.numeric
+            tokens = self.options.max_new_tokens or (ANSWER_TOKENS if one_line else SOLUTION_TOKENS)
             with self._autocast():
-                texts = writer.answers(list(mine.values()), tokens, solved if numeric else one_line, answered)
-            answers.update(zip(mine, map(solution if numeric else first_line, texts), strict=True))
-        scored = [(question, answers[n], question.scores(answers[n])) for n, question in enumerate(questions)]
+                texts = writer.answers(list(mine.values()), tokens, question.ended, answered)
+            answers.update(zip(mine, texts, strict=True))
+        found = [question.answer(answers[n]) for n, question in enumerate(questions)]
+        scored = self._metric(questions, found)
         if self.line is not None:
-            for question, text, scores in scored:
+            for question, text, scores in zip(questions, found, scored, strict=True):
                 self.line({"prediction": text, "answers": list(question.answers), **scores})
-        return means([scores for _, _, scores in scored])
+        return means(scored)
 
     def _autocast(self) -> Any:
         dtype = getattr(torch, self.recipe.model.dtype)
@@ -208,19 +232,3 @@ def example(task: Task, batch: Batch, sums: Mapping[str, torch.Tensor]) -> dict[
         actual, predicted = (labels[int(on_host[name].argmax())] for name in ("actual", "predicted"))
         return {**sample, "label": actual, "predicted": predicted, "loss": float(on_host["loss"])}
     return {**sample, **task.metrics(on_host)}
-
-
-def means(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Returns the mean of each score over the examples that have it."""
-    names = dict.fromkeys(name for one in scores for name in one)
-    values = {name: [one[name] for one in scores if name in one] for name in names}
-    return {name: sum(some) / len(some) for name, some in values.items()}
-
-
-def solution(text: str) -> str:
-    """Cuts off further questions, which a base model may generate after its answer."""
-    return text.split("\nQuestion:")[0].strip()
-
-
-def solved(text: str) -> bool:
-    return "\nQuestion:" in text

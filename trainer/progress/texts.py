@@ -6,7 +6,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 from typing import Any
 
@@ -39,7 +39,8 @@ LONGEST_VALUE = 60
 class AttemptStatus:
     """The state of an attempt. ``saved``: the step of the last checkpoint, if any; ``saved_ago_s``: its age;
     ``losses``: the last ones, oldest first; ``epoch`` counts from 0 here, and from 1, as steps do, in texts. A run that
-    is not ``running`` has no speed and no end in sight. None: not known."""
+    is not ``running`` has no speed and no end in sight. ``scores``: of the last evaluation's generated
+    answers. None: not known."""
 
     step: int
     total_steps: int
@@ -51,6 +52,7 @@ class AttemptStatus:
     saved_ago_s: float | None = None
     losses: tuple[float, ...] = ()
     eval_loss: float | None = None
+    scores: Mapping[str, float] = field(default_factory=dict)
     lr: float | None = None
     grad_norm: float | None = None
     mfu: float | None = None
@@ -67,6 +69,7 @@ class AttemptStatus:
             "step": f"step {self.step}/{self.total_steps}",
             "loss": f"loss {self.loss:.4f}",
             "eval": _said("eval {:.4f}", self.eval_loss),
+            "scores": GAP.join(f"{name.replace('_', ' ')} {value:.4g}" for name, value in self.scores.items()),
             "lr": _said("lr {:.2e}", self.lr),
             "tokens": _said("{:,.0f} tokens/s", self.tokens_per_s if self.running else None),
             "mfu": _said("MFU {:.0%}", self.mfu if self.running else None),
@@ -86,6 +89,7 @@ def drawn(standing: AttemptStatus, width: int) -> str:
     learns = [
         parts["loss"],
         parts.get("eval", ""),
+        parts.get("scores", ""),
         parts.get("lr", ""),
         _said("gradient {:.3g}", s.grad_norm),
     ]

@@ -54,6 +54,7 @@ class View:
         self._next = clock()
         self._rows: deque[StepMetrics] = deque(maxlen=CURVE_STEPS)
         self._eval_loss: float | None = None
+        self._scores: dict[str, float] = {}
         self._hosts: tuple[str, ...] | None = None
         self._saved: tuple[int, float] | None = None
         self._cause: str | None = None
@@ -106,8 +107,9 @@ class View:
                 while self._rows and self._rows[-1].step >= row.step:
                     self._rows.pop()  # trained again after a failure
                 self._rows.append(row)
-            elif row.eval_loss is not None:
-                self._eval_loss = row.eval_loss
+            else:
+                self._eval_loss = self._eval_loss if row.eval_loss is None else row.eval_loss
+                self._scores = row.scores or self._scores
 
     def _standing(self) -> AttemptStatus | None:
         if not self._rows:
@@ -118,6 +120,7 @@ class View:
         standing = standing_of(
             recent, self._total, saved or None, losses=losses, eval_loss=self._eval_loss, hosts=self._hosts or ()
         )
+        standing = replace(standing, scores=self._scores)
         return replace(standing, left_s=0.0) if self._ended_early else standing
 
 

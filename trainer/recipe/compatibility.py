@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from trainer.recipe import matrix
 from trainer.recipe.base import Conflict, KeyPath
-from trainer.recipe.formats import formats_of
+from trainer.recipe.formats import FORMATS, formats_of
 from trainer.recipe.refusal import with_adapter_off
 from trainer.recipe.sections.compute import SIXTEEN_BIT
 from trainer.recipe.sections.data import SourceSection
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 ON_GPUS = ("flex", "flash")
 """Attention kernels that CPUs do not have, or not with a backward pass."""
+NEVER = 1 << 62
+"""Steps between events that do not happen."""
 MASKLESS_KERNELS = ("varlen", *ON_GPUS)
 """Attention kernels that take the start of each sample instead of a mask."""
 
@@ -331,6 +333,40 @@ RULES = (
         lambda r: f"has no effect with task {r.task}, whose model writes no texts; leave it out",
     ),
     Rule(
+        (("generative_eval", "count"), ("data", "eval")),
+        lambda r: bool(r.generative_eval.count) and not _asks(r),
+        lambda r: (
+            "needs questions with answers, and the evaluation data are texts only; leave it out"
+            if r.data.evaluates
+            else "has no effect without data.eval or data.eval_fraction, whose questions it takes; add one, or leave "
+            "it out"
+        ),
+    ),
+    Rule(
+        (("generative_eval", "count"), ("task",)),
+        lambda r: bool(r.generative_eval.count) and TASKS[r.task].has_head,
+        lambda r: f"has no effect with task {r.task}, whose model writes no texts; leave it out",
+    ),
+    Rule(
+        (("generative_eval", "count"), ("adapter", "method")),
+        lambda r: bool(r.generative_eval.count) and r.adapter.row.inserts_tokens,
+        lambda r: (
+            f"generates with a key-value cache, which {r.adapter.method} may fill itself; leave it out, and measure "
+            "with `muster evaluate` after training"
+        ),
+    ),
+    Rule(
+        (("generative_eval", "every"), ("training", "eval_every")),
+        lambda r: bool((r.generative_eval.every or 0) % (r.training.eval_every or NEVER)),
+        lambda r: (
+            "needs training.eval_every, since answers are part of an evaluation; set that to the same number of steps, "
+            "or to a part of it"
+            if r.training.eval_every is None
+            else f"is {r.generative_eval.every}, which is no multiple of training.eval_every {r.training.eval_every}: "
+            "answers are part of an evaluation; change one of them"
+        ),
+    ),
+    Rule(
         (("training", "eval_every"), ("data", "eval")),
         lambda r: r.training.eval_every is not None and not r.data.evaluates,
         lambda r: "has no effect without data.eval or data.eval_fraction; add a source there, or leave it out",
@@ -392,6 +428,13 @@ def _groups(recipe: Recipe) -> str:
 def _writes_samples(recipe: Recipe) -> bool:
     # A frozen recipe contains every default, so defaults do not count as a request.
     return recipe.samples.count > 0 and recipe.samples != SamplesSection()
+
+
+def _asks(recipe: Recipe) -> bool:
+    """Returns True if the evaluation data may have prompts with answers."""
+    sources = recipe.data.eval or (recipe.data.train if recipe.data.evaluates else ())
+    # Formats of another kind than the task's are a mistake of their own.
+    return any(FORMATS[source.format].gives != "text" for source in sources)
 
 
 def across_sections(recipe: Recipe) -> Iterator[Conflict]:

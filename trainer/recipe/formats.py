@@ -28,6 +28,11 @@ class FormatRow(Choice):
     as_chat: tuple[str, ...] = ()
     frame: str | None = None
 
+    @property
+    def asks(self) -> bool:
+        """True if a sample has a prompt, and an answer to it."""
+        return self.gives in ("prompted", "preference", "rated")
+
     def reads(self, style: str) -> tuple[str, ...]:
         """Returns the columns that it reads in this style, ``text`` or ``chat``."""
         return self.columns + (self.as_chat if style == "chat" else ())

@@ -14,6 +14,7 @@ from trainer.recipe.sections.checkpoint import CheckpointSection
 from trainer.recipe.sections.cluster import ClusterSection
 from trainer.recipe.sections.compute import ComputeSection
 from trainer.recipe.sections.data import DataSection
+from trainer.recipe.sections.generative_eval import GenerativeEvalSection
 from trainer.recipe.sections.model import ModelSection
 from trainer.recipe.sections.optimizer import OptimizerSection
 from trainer.recipe.sections.ppo import PPOSection
@@ -99,6 +100,7 @@ class Recipe(Section):
     prometheus: Annotated[PrometheusSection, MAY_CHANGE] = PrometheusSection()
 
     samples: Annotated[SamplesSection, MAY_CHANGE] = SamplesSection()
+    generative_eval: Annotated[GenerativeEvalSection, MAY_CHANGE] = GenerativeEvalSection()
     profile: Annotated[ProfileSection, MAY_CHANGE] = ProfileSection()
 
     @property

@@ -114,6 +114,12 @@ KEYS: Mapping[str, Here] = {
     **_each("use_gradient_checkpointing grad_checkpointing", "training.gradient_checkpointing"),
     **_each("clip_grad_norm gradient_clip_val gradient_clipping grad_clip", "training.max_grad_norm"),
     **_each("eval_steps evals_per_epoch eval_interval", "training.eval_every", None, STEPS),
+    **_each(
+        "predict_with_generate do_causal_lm_eval generate_during_eval",
+        *("generative_eval.count", None, "the number of questions that evaluations answer"),
+    ),
+    **_each("eval_max_new_tokens generation_max_length", "generative_eval.max_new_tokens"),
+    **_each("compute_metrics eval_causal_lm_metrics metric_for_generation", "generative_eval.metric"),
     **_each("eval_strategy evaluation_strategy do_eval", "training.eval_every", None, STEPS),
     **_each("learning_rate base_lr peak_lr", "optimizer.lr"),
     **_each("optim optimizer_name optimizer_type", "optimizer.name"),

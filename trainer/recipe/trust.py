@@ -29,7 +29,14 @@ def code_of(recipe: Recipe) -> list[str]:
         found.append(f"ppo.reward.function {function}")
     if recipe.optimizer.row.named_by_user:
         found.append(f"optimizer.name {recipe.optimizer.name}")
+    if _foreign_metric(recipe):
+        found.append(f"generative_eval.metric {recipe.generative_eval.metric}")
     return found
+
+
+def _foreign_metric(recipe: Recipe) -> bool:
+    function = recipe.generative_eval.function
+    return function is not None and not function.startswith(SHIPPED_REWARDS)
 
 
 def submitting_code_of(recipe: Recipe) -> list[str]:
@@ -52,6 +59,8 @@ def without_code(recipe: Recipe) -> Recipe:
         changes["ppo"] = recipe.ppo.model_copy(update={"reward": reward})
     if recipe.optimizer.row.named_by_user:
         changes["optimizer"] = recipe.optimizer.model_copy(update={"name": "adamw", "settings": {}})
+    if _foreign_metric(recipe):
+        changes["generative_eval"] = recipe.generative_eval.model_copy(update={"metric": "auto"})
     return recipe.model_copy(update=changes)
 
 

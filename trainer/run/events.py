@@ -174,13 +174,14 @@ class StaleCheckpointEvent(Event, kind="stale_checkpoint"):
 @dataclass(frozen=True, kw_only=True)
 class SampleText:
     """A generated text, cut to a length that can be shown. ``sample``: the id of the sample that gave the prompt;
-    ``reference``: the data's own answer. Task ``ppo`` adds the reward, the KL divergence from the reference model, and
-    whether the text ended by itself."""
+    ``reference``: the data's own answer. ``score``: that of an evaluation's answer. Task ``ppo`` adds the reward, the
+    KL divergence from the reference model, and whether the text ended by itself."""
 
     sample: str | None = None
     prompt: str | None = None
     text: str | None = None
     reference: str | None = None
+    score: float | None = None
     reward: float | None = None
     kl: float | None = None
     ended: bool | None = None
@@ -189,7 +190,8 @@ class SampleText:
 @dataclass(frozen=True, kw_only=True)
 class TextsEvent(Event, kind="texts"):
     """Rank 0 writes it when the model has generated texts: before the first step and after the last one (``when`` is
-    "before" or "after", ``seconds`` what it took), or as examples of a step of task ``ppo`` (both are None)."""
+    "before" or "after", ``seconds`` what it took), as the first answers of an evaluation (``when`` is "evaluation"), or
+    as examples of a step of task ``ppo`` (both are None)."""
 
     step: Count | None
     when: str | None = None

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Self
 
+from trainer.recipe.generative_metrics import ANSWER_SCORES
 from trainer.records import Count, UnixTime
 from trainer.run.rows import read_row, row_of
 
@@ -116,8 +117,19 @@ class EvalMetrics(MetricsRow):
     eval_target_tokens: Count | None
     eval_s: float | None
     """Seconds that the evaluation took."""
+    eval_answers: Count | None = None
+    """Generated answers that were scored, over all ranks; only in an evaluation with answers. Their scores are in
+    ``task``."""
+    eval_answers_s: float | None = None
+    """Seconds of the evaluation for its answers."""
     compile_s: float | None = None
     """Seconds of it that torch.compile took; only if it compiled."""
+
+    @property
+    def scores(self) -> dict[str, float]:
+        """The scores of the generated answers, without their prefix; empty in an evaluation without answers."""
+        known = {f"eval_{name}": name for name in ANSWER_SCORES} if self.eval_answers else {}
+        return {known[name]: value for name, value in self.task.items() if name in known}
 
     @property
     def blocked_s(self) -> float:

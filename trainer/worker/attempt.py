@@ -33,6 +33,7 @@ from trainer.storage import open_storage
 from trainer.worker.build import Parts, build
 from trainer.worker.callbacks import Position
 from trainer.worker.checkpointer import Checkpointer
+from trainer.worker.generative_eval import GenerativeEval
 from trainer.worker.hang_detector import (
     COMPILING_PATIENCE_S,
     LEAST_PATIENCE_S,
@@ -122,6 +123,8 @@ def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callab
             evaluation: Callable[[], Iterator[Batch]] | None = None
             if data.eval is not None:
                 evaluation = partial(eval_batches, data.eval, recipe.training.micro_batch, *mine, cache=eval_cache)
+            with _noted("reading the questions of the evaluation"):
+                answers = GenerativeEval.of(parts, recorder, prompts, detector.on_phase)
             callbacks = [
                 profiler,
                 detector,
@@ -136,6 +139,7 @@ def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callab
                 total_steps=job.total_steps,
                 eval_batches=evaluation,
                 judge=judge.evaluated,
+                answers=answers,
             )
             batches = closing(stream.prefetch(start.cursor, *mine))
             with closing(profiler), detector, batches as steps, _noted(detector.place):

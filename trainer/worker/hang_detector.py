@@ -7,7 +7,7 @@ percentile of the step times so far, at least ``LEAST_PATIENCE_S``), the culprit
 - rank 0, if the store itself does not answer, because its process hosts the store; or else
 - the ranks whose pulse stopped (a stopped process, a dead host); or else
 - the ranks with the least progress: the others wait for them in a collective. Phases that wait for storage get half an
-  hour: each call has a deadline of its own, but a phase may be many calls.
+  hour: each call has a deadline of its own, but a phase may be many calls. So does a function that scores answers.
 
 The lowest rank that is not a culprit reports the culprits and ends them (or itself, if they are on another host), so
 that the launcher starts the group again from the newest checkpoint.
@@ -53,8 +53,9 @@ WATCHERS = 4
 """The ranks with the lowest numbers, which look most often."""
 PULSES_S = 4096
 """Pulses that the watchers read per second, and that all others read."""
-WAITING_FOR_DATA, CHECKPOINT = "waiting for data", "checkpoint"
-STORAGE_PHASES = (WAITING_FOR_DATA, CHECKPOINT)
+WAITING_FOR_DATA, CHECKPOINT, SCORING = "waiting for data", "checkpoint", "scoring of the answers"
+PATIENT_PHASES = (WAITING_FOR_DATA, CHECKPOINT, SCORING)
+"""Phases that wait for storage, or for a function of the recipe."""
 STORAGE_PATIENCE_S = 1800.0
 
 
@@ -92,7 +93,7 @@ def look_interval_s(rank: int, ranks: int) -> float:
 
 def culprits(seen: Mapping[int, Seen], now: float, patience: float) -> list[Pulse]:
     """Returns the ranks that stop the others. Empty while a rank moves, or if all have the same progress and still
-    beat, unless all of them wait for storage."""
+    beat, unless all of them are in a phase that gets half an hour."""
     if not seen or any(now - s.moved_at < patience for s in seen.values()):
         return []
     silent = [s.pulse for s in seen.values() if now - s.beat_at >= STALE_S]
@@ -100,7 +101,7 @@ def culprits(seen: Mapping[int, Seen], now: float, patience: float) -> list[Puls
         return silent
     least = min(s.pulse.moves for s in seen.values())
     behind = [s.pulse for s in seen.values() if s.pulse.moves == least]
-    if any(p.phase in STORAGE_PHASES for p in behind):
+    if any(p.phase in PATIENT_PHASES for p in behind):
         return behind if all(now - s.moved_at >= STORAGE_PATIENCE_S for s in seen.values()) else []
     return behind if len(behind) < len(seen) else []
 

@@ -27,6 +27,7 @@ from trainer.run.metrics import EvalMetrics, StepMetrics
 from trainer.tasks import Task, Totals, Update
 from trainer.worker.build import Parts
 from trainer.worker.callbacks import Callback, Position, around_step
+from trainer.worker.generative_eval import GenerativeEval
 from trainer.worker.hang_detector import CHECKPOINT, WAITING_FOR_DATA
 from trainer.worker.judge import Verdict
 from trainer.worker.rank_timer import RankTimer, of_this_rank, rank_record
@@ -66,6 +67,7 @@ class Loop:
         total_steps: int,
         eval_batches: Callable[[], Iterator[Batch]] | None,
         judge: Callable[[EvalMetrics], Verdict] = lambda metrics: Verdict(),
+        answers: GenerativeEval | None = None,
     ) -> None:
         self.recipe, self.world, self.adapter = parts.recipe, parts.world, parts.adapter
         self.strategy, self.task, self.meter = parts.strategy, parts.task, parts.meter
@@ -74,7 +76,7 @@ class Loop:
         self.counts = self.context_rank == 0
         self.callbacks, self.stop_requested = callbacks, stop_requested
         self.total_steps = total_steps
-        self.eval_batches, self.judge = eval_batches, judge
+        self.eval_batches, self.judge, self.answers = eval_batches, judge, answers
         self.own = RankTimer(self.world.device)
 
     def run(self, start: Position, steps: Iterator[RankStep]) -> Position:
@@ -254,6 +256,10 @@ class Loop:
         self.strategy.module.train()
         sums = totals.named(self.world.all_reduce_sum(self._once(totals.numbers())))
         values = {f"eval_{name}": value for name, value in self.task.metrics(sums).items()}
+        answered = None
+        if self.answers and self.answers.due(step, self.total_steps):
+            answered = self.answers.evaluate(step)
+            values |= {f"eval_{name}": value for name, value in answered.scores.items()} if answered else {}
         metrics = EvalMetrics(
             step=step,
             eval_loss=values.pop("eval_loss", None),
@@ -261,6 +267,8 @@ class Loop:
             eval_tokens=int(sums["tokens"]),
             eval_target_tokens=int(sums["target_tokens"]),
             eval_s=time.monotonic() - began,
+            eval_answers=answered.count if answered else None,
+            eval_answers_s=answered.seconds if answered else None,
         )
         for callback in self.callbacks:
             callback.on_evaluation(metrics)

@@ -55,6 +55,7 @@ ELSEWHERE = {
     r"muster run .*name=my-second": "starts a Ray; tests/ray/test_driver.py",
     r"muster rm": "asks on a terminal; tests/unit/launcher/cleanup/test_unused.py",
     r"muster push": "needs the Hub; tests/unit/trainer/artifacts/test_push.py",
+    r"muster evaluate .*--lm-eval (?!my_task)": "needs the Hub; tests/unit/trainer/evaluate/test_harness.py",
     r"vllm serve": "is not part of this; tests/unit/trainer/progress/test_vllm_command.py holds the words",
     r"sbatch ": "needs Slurm; tests/cluster/test_slurm.py",
     r"(ray (start|job)|kubectl|docker)\b": "changes the machine, or needs a cluster",
@@ -122,6 +123,15 @@ def words_of(line: str) -> tuple[list[str], str]:
     return shlex.split(command)[1:], shlex.split(said)[1] + "\n" if said else ""
 
 
+def harness_task() -> str:
+    """The task file that the page shows."""
+    blocks = [
+        body for _, language, body in FENCE.findall((ROOT / "docs" / "tasks.md").read_text()) if language == "yaml"
+    ]
+    (task,) = [body for body in blocks if body.startswith("task: ")]
+    return task
+
+
 @pytest.fixture(scope="module")
 def scene(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the files and runs that the pages speak of."""
@@ -142,6 +152,12 @@ def scene(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "org" / "model").symlink_to(tiny_model)
     for name in ("recipes", "deepspeed", "slurm"):
         (folder / name).symlink_to(ROOT / name)
+    (folder / "my_metrics.py").write_text(
+        "def rate(prompts, completions, references):\n    return [1.0] * len(prompts)\n"
+    )
+    (folder / "tasks").mkdir()
+    (folder / "tasks" / "my_task.yaml").write_text(harness_task())
+    (folder / "data" / "choices.json").write_text(json.dumps({"question": "Q1:", "choices": ["a", "b"], "label": 0}))
     (folder / "questions.jsonl").write_text(json.dumps({"prompt": "Q1: "}) + "\n")
     theirs = {"base_model": "a/b", "learning_rate": 1e-4, "datasets": [{"path": "a/b", "type": "alpaca"}]}
     (folder / "qlora.yml").write_text(yaml.safe_dump(theirs))

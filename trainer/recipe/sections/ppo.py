@@ -13,7 +13,8 @@ from trainer.recipe.base import Conflict, Listed, Location, Section
 FUNCTION = re.compile(r"(?:[^:]+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):[A-Za-z_]\w*")
 
 
-def _function(text: str) -> str:
+def function_name(text: str) -> str:
+    """Returns the name of a function; raises ValueError for anything else."""
     if not FUNCTION.fullmatch(text) or "://" in text:
         raise ValueError(
             f"{text!r} names no function; write package.module:function, or path.py:function with a path on this "
@@ -25,7 +26,7 @@ def _function(text: str) -> str:
 class RewardSection(Section):
     """The reward of a text: exactly one of the two is given."""
 
-    function: Annotated[str, AfterValidator(_function)] | None = Field(
+    function: Annotated[str, AfterValidator(function_name)] | None = Field(
         default=None, examples=["trainer.tasks.ppo.rewards:gsm8k"]
     )
     """`package.module:function` or `path.py:function`, relative to the working folder. It is called with the lists of

@@ -1,4 +1,5 @@
-"""Rewards computed by a Python function that the recipe names and that is imported from the working folder."""
+"""Rewards and scores of texts, computed by a Python function that the recipe names and that is imported from the
+working folder."""
 
 from __future__ import annotations
 
@@ -16,17 +17,18 @@ from typing import Any
 from trainer.errors import InputError, RewardFailed
 
 Function = Callable[..., Any]
+REWARD = "ppo.reward.function"
 SHOWN = 200
 
 
 class Scorer:
-    """Calls the reward function and checks its result."""
+    """Calls the function that ``setting`` of the recipe names, and checks its result."""
 
-    def __init__(self, spec: str) -> None:
-        self.spec, self._function = spec, load(spec)
+    def __init__(self, spec: str, setting: str = REWARD) -> None:
+        self.spec, self._function = spec, load(spec, setting)
 
     def __call__(self, prompts: Sequence[str], completions: Sequence[str], references: Sequence[str]) -> list[float]:
-        """Returns a reward for each completion. Raises RewardFailed, which is not retried."""
+        """Returns a number for each completion. Raises RewardFailed, which is not retried."""
         if not completions:
             return []
         try:
@@ -42,14 +44,14 @@ class Scorer:
         if not isinstance(values, list | tuple):
             raise RewardFailed(f"{self.spec} returned {type(got).__name__}; it has to return a list of numbers")
         if len(values) != len(completions):
-            raise RewardFailed(f"{self.spec} returned {len(values)} rewards for {len(completions)} texts")
+            raise RewardFailed(f"{self.spec} returned {len(values)} numbers for {len(completions)} texts")
         for value, text in zip(values, completions, strict=True):
             if not isinstance(value, numbers.Real) or not math.isfinite(value):
                 raise RewardFailed(f"{self.spec} returned {value!r} for the text {text[:SHOWN]!r}; it has to be finite")
         return [float(value) for value in values]
 
 
-def load(spec: str) -> Function:
+def load(spec: str, setting: str = REWARD) -> Function:
     """Returns the function that ``spec`` names. Raises InputError if it cannot be loaded."""
     place, _, name = spec.rpartition(":")
     try:
@@ -57,11 +59,11 @@ def load(spec: str) -> Function:
             module = _from_file(Path(place)) if place.endswith(".py") else importlib.import_module(place)
     except Exception as error:
         raise InputError(
-            f"ppo.reward.function {spec!r} cannot be loaded from {Path.cwd()}: {type(error).__name__}: {error}"
+            f"{setting} {spec!r} cannot be loaded from {Path.cwd()}: {type(error).__name__}: {error}"
         ) from error
     function = getattr(module, name, None)
     if not callable(function):
-        raise InputError(f"ppo.reward.function {spec!r}: {place} has no function {name!r}")
+        raise InputError(f"{setting} {spec!r}: {place} has no function {name!r}")
     found: Function = function
     return found
 

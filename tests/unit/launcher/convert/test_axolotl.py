@@ -82,6 +82,12 @@ AXOLOTL_CASES: list[tuple[dict[str, Any], str, Any]] = [
     ({"fsdp": ["full_shard"], "dp_replicate_size": 4, "gpu_count": 8}, "strategy.replicas", 4),
     ({"save_steps": 50, "save_total_limit": 2}, "checkpoint.every_steps", 50),
     ({"val_set_size": 0.05}, "data.eval_fraction", 0.05),
+    ({"do_causal_lm_eval": True, "val_set_size": 0.05}, "generative_eval.count", 64),
+    (
+        {"do_causal_lm_eval": True, "eval_max_new_tokens": 32, "val_set_size": 0.05},
+        "generative_eval.max_new_tokens",
+        32,
+    ),
     ({"val_set_size": 100}, "data.eval.0.split", "train[-100:]"),
     ({"test_datasets": [{"path": "org/held", "type": "alpaca", "split": "test"}]}, "data.eval.0.split", "test"),
     ({"bf16": False, "fp16": True}, "model.dtype", "float16"),

@@ -119,6 +119,7 @@ def test_what_is_not_carried_over_is_named(
 IDLE = [
     ("axolotl", {"save_strategy": "epoch"}, "save_strategy"),
     ("axolotl", {"eval_steps": 20}, "eval_steps"),
+    ("axolotl", {"do_causal_lm_eval": True}, "do_causal_lm_eval"),
     ("axolotl", {"torch_dtype": "float16"}, "torch_dtype"),
     ("axolotl", {"float32": True}, "float32"),
     ("axolotl", {"max_steps": -1}, "max_steps"),

@@ -54,6 +54,8 @@ FACTORY_CASES: list[tuple[dict[str, Any], str, Any]] = [
     ({"dataset": "talks", "template": "qwen3"}, "data.chat_template", "qwen3"),
     ({"template": "qwen3"}, "data.train.0.as", "chat"),
     ({"eval_dataset": "talks", "eval_steps": 20}, "training.eval_every", 20),
+    ({"eval_dataset": "talks", "predict_with_generate": True}, "generative_eval.count", 64),
+    ({"eval_dataset": "talks", "predict_with_generate": True}, "generative_eval.max_new_tokens", 1024),
     ({"optim": "paged_adamw_8bit"}, "optimizer.name", "paged_adamw_8bit"),
     ({"lr_scheduler_type": ...}, "schedule.name", "linear"),
     ({"packing": True}, "data.packing", True),

@@ -33,6 +33,8 @@ SETS: dict[str, dict[str, Any]] = {
     "neftune_noise_alpha": {"neftune_noise_alpha": 5},
     "rl": {"rl": "simpo", "datasets": [{"path": "o/p", "type": "chatml.ultra"}]},
     "pref_loss": {"stage": "dpo", "dataset": "pairs", "pref_loss": "simpo"},
+    "do_causal_lm_eval": {"do_causal_lm_eval": True, "val_set_size": 0.1},
+    "predict_with_generate": {"predict_with_generate": True, "val_size": 0.1, "dataset": "talks"},
     "save_steps": {"save_steps": 50},
     "save_total_limit": {"save_total_limit": 2},
     "lora_model_dir": {"lora_model_dir": "runs/one"},

@@ -139,6 +139,11 @@ def test_a_typo_in_the_target_modules_lists_what_there_is(folder: Path) -> None:
     assert "q_proj, up_proj, v_proj" in text
 
 
+def test_a_metric_of_answers_that_is_not_there(folder: Path) -> None:
+    asked = {"generative_eval": {"count": 2, "metric": "own.py:rate"}, "data.eval_fraction": 0.1}
+    assert "generative_eval.metric 'own.py:rate' cannot be loaded" in refusal(recipe_of(folder, **asked))
+
+
 def test_more_tokens_than_positions(folder: Path) -> None:
     said: list[str] = []
     check_model(recipe_of(folder, **{"data.sequence_length": 1024}), said.append)

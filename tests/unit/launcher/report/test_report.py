@@ -228,6 +228,18 @@ def test_texts_of_a_few_runs_are_beside_each_other(first: RunRecord) -> None:
     assert rows_of(page, "samples-0") == [["Q", "not yet", "learnt", "knows", "R"]]
 
 
+def test_answers_are_shown_over_the_evaluations(first: RunRecord) -> None:
+    """Of many evaluations a few, of a step that was evaluated twice the later, and apart from the samples."""
+    told = [texts_event(step, {"Q": f"at {step}"}, "evaluation") for step in (10, 20, 30, 40, 50, 60, 70)]
+    again = {**texts_event(70, {"Q": "better"}, "evaluation"), "time": BEGAN + 99}
+    again["texts"] = [{**again["texts"][0], "score": 1.0}]
+    samples = texts_event(0, {"Q": "not yet"}, "before"), texts_event(80, {"Q": "learnt"}, "after")
+    page = report([with_texts(first, *told, again, *samples)])
+    assert rows_of(page, "answers-0") == [["Q", "at 10", "at 30", "at 50", "better\n\nscore 1", "R"]]
+    assert 'data-label="evaluation (step 70)"' in shown(page, "answers-0")
+    assert rows_of(page, "samples-0") == [["Q", "not yet", "learnt", "R"]]
+
+
 def compared_of(page: str) -> tuple[list[str], list[list[str]]]:
     (head,) = re.findall(r"<header>.*?</header>", page, re.DOTALL)
     columns = re.findall(r"<th [^>]*>(?:<i [^>]*></i>)?(.*?)</th>", head)

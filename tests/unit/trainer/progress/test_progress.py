@@ -15,6 +15,7 @@ from trainer.data.blocks import BadRow, Counts
 from trainer.data.prepare.prepare import PreparationProgress
 from trainer.progress.lines import BEAT_S, PLAIN_S, Plain, ProgressLines
 from trainer.progress.texts import (
+    GAP,
     AttemptStatus,
     age,
     curve,
@@ -265,6 +266,18 @@ def test_plain_lines_come_seldom_and_the_last_one_always(run: Storage) -> None:
     assert at(3, PLAIN_S)[0].startswith("step 3/20")
     assert at(4, 0.0, last=True)[0].startswith("step 4/20")
     assert at(4, PLAIN_S, last=True) == []
+
+
+def test_the_scores_of_answers_are_beside_the_evaluation_loss(run: Storage) -> None:
+    view = View(run, 0, 4, Clock(), now=lambda: 9.0)
+    scores = {"eval_exact_match": 0.71875, "eval_f1": 0.5, "eval_answers": 64, "eval_perplexity": 4.5}
+    evaluations = [{"attempt": 1, "step": 1, "eval_loss": 1.5, **scores}, {"attempt": 1, "step": 2, "eval_loss": 1.4}]
+    write_rows(run, "metrics/a000001-000000.jsonl", step_row(1), step_row(2), *evaluations)
+    standing = view.look(last=True)
+    assert standing is not None
+    assert GAP.join(standing.parts().values()).startswith(
+        "step 2/4  loss 2.0000  eval 1.4000  exact match 0.7188  f1 0.5  100 tokens/s"
+    )
 
 
 def test_plain_lines_end_with_what_was_saved_and_have_every_evaluation(run: Storage) -> None:

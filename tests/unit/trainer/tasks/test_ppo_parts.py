@@ -166,7 +166,7 @@ def test_a_function_is_found_by_file_and_by_module(rewards: None) -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("short", "returned 1 rewards for 2 texts"),
+        ("short", "returned 1 numbers for 2 texts"),
         ("nan", r"returned nan for the text 'abc'"),
         ("words", "returned 'good' for the text 'ab'"),
         ("nothing", "returned NoneType; it has to return a list of numbers"),

@@ -14,8 +14,10 @@ from __future__ import annotations
 import re
 import string
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
+
+Scores = dict[str, float]
 
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
@@ -57,7 +59,42 @@ def reference_number(answer: str) -> Decimal | None:
     return last_number(match[1]) if match else None
 
 
+def final_number(answer: str) -> Decimal | None:
+    """Returns the number of an answer: the one after ``####``, or else its last one."""
+    found = reference_number(answer)
+    return last_number(answer) if found is None else found
+
+
 def same_number(prediction: str, answers: Sequence[str]) -> float:
     """Returns 1 if the prediction's last number is that of one of the answers, else 0."""
     number = last_number(prediction)
-    return float(number is not None and number in [reference_number(answer) for answer in answers])
+    return float(number is not None and number in map(final_number, answers))
+
+
+def matches(prediction: str, answers: Sequence[str]) -> Scores:
+    return {"exact_match": exact_match(prediction, answers), "f1": f1(prediction, answers)}
+
+
+def final_numbers(prediction: str, answers: Sequence[str]) -> Scores:
+    return {"accuracy": same_number(prediction, answers)}
+
+
+def suggested(prediction: str, answers: Sequence[str]) -> Scores:
+    """Returns the scores that suit the answers: by their number if the first is a solution of GSM8K."""
+    return (matches if reference_number(answers[0]) is None else final_numbers)(prediction, answers)
+
+
+def means(scores: Sequence[Mapping[str, float]]) -> Scores:
+    """Returns the mean of each score over the answers that have it."""
+    names = dict.fromkeys(name for one in scores for name in one)
+    values = {name: [one[name] for one in scores if name in one] for name in names}
+    return {name: sum(some) / len(some) for name, some in values.items()}
+
+
+def solution(text: str) -> str:
+    """Cuts off further questions, which a base model may generate after its answer."""
+    return text.split("\nQuestion:")[0].strip()
+
+
+def solved(text: str) -> bool:
+    return "\nQuestion:" in text

@@ -7,8 +7,17 @@ from decimal import Decimal
 import pytest
 
 from trainer.artifacts.chat import first_line, one_line
-from trainer.evaluate.answers import exact_match, f1, last_number, normalised, reference_number, same_number
-from trainer.evaluate.scores import means, solution, solved
+from trainer.tasks.answers import (
+    exact_match,
+    f1,
+    last_number,
+    means,
+    normalised,
+    reference_number,
+    same_number,
+    solution,
+    solved,
+)
 
 
 def test_normalisation():
