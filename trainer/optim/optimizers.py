@@ -35,7 +35,8 @@ def make_optimizer(
     _check_device(section, parameters)
     members: dict[tuple[float, bool, bool], list[torch.nn.Parameter]] = defaultdict(list)
     for name, parameter in parameters.items():
-        members[lr_scale(name), parameter.ndim < 2, name in matrices].append(parameter)
+        shape = getattr(parameter, "ds_shape", parameter.shape)  # ZeRO-3 leaves empty vectors behind, with the shape
+        members[lr_scale(name), len(shape) < 2, name in matrices].append(parameter)
     groups = [
         {
             "params": members[scale, small, matrix],

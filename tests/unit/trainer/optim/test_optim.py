@@ -258,6 +258,13 @@ def test_only_matrices_decay() -> None:
         assert torch.equal(p, before[n] * (1 - 1e-2 * 0.1) if p.ndim == 2 else before[n]), n
 
 
+def test_a_matrix_that_zero3_has_cut_decays() -> None:
+    cut: Any = torch.nn.Parameter(torch.empty(0))
+    cut.ds_shape = torch.Size((96, 64))
+    [group] = make_optimizer(section(weight_decay=0.1), {"w": cut}).param_groups
+    assert group["weight_decay"] == 0.1
+
+
 def test_a_model_of_matrices_alone_has_one_group() -> None:
     named = {n: p for n, p in parameters().items() if p.ndim == 2}
     assert len(make_optimizer(section(), named).param_groups) == 1
