@@ -13,7 +13,7 @@ HINDRANCES = {
     "gptq": "a base model in GPTQ; muster takes unquantised ones, or bitsandbytes' NF4",
     "processor_type": "a model of images or sound; muster trains on text",
     "diffusion": "a model that diffuses tokens; muster trains causal language models",
-    "ebft": "another objective; the tasks are sft, classification, reward, dpo and ppo",
+    "ebft": f"another objective; {common.TASKS_ARE}",
     "use_eaft": "another loss; task sft has cross entropy",
     "model_quantization_config": "a base model in another quantisation; muster takes unquantised ones, or "
     "bitsandbytes' NF4",
@@ -105,6 +105,8 @@ IDLE = {
     "torchdistx_path": "a library for an optimizer",
     "loss_watchdog_*": "a loss that is not finite stops the run; there is no other threshold",
 }
+BETAS = {"dpo": ("dpo_beta",), "orpo": ("orpo_alpha",), "simpo": ()}
+"""The tasks that learn preferences, each with its own names of beta."""
 LIGER = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_layer_norm")
 ATTENTION = ("attention", "attn_implementation", "flash_attention", "flex_attention", "sdp_attention")
 PLUGINS = ("liger", "cut_cross_entropy", "kernels", "spectrum", "swanlab")
@@ -136,28 +138,42 @@ def convert(settings: dict[str, Any], file: Path, workers: int | None) -> Draft:
 
 
 def _task(draft: Draft) -> None:
-    kind = draft.take("rl")
-    if kind == "dpo":
-        draft.put("task", "dpo", "rl")
-        _dpo(draft)
+    kind = str(draft.take("rl", ""))
+    if kind in BETAS:
+        draft.put("task", kind, "rl")
+        _preferences(draft, kind)
     elif kind:
-        draft.hinder("rl", f"{kind} has no task; the tasks are sft, classification, reward, dpo and ppo")
+        draft.hinder("rl", f"{kind} has no task; {common.TASKS_ARE}")
     if draft.is_on("reward_model"):
         draft.put("task", "reward", "reward_model")
+    common.noise_and_smoothing(draft)
 
 
-def _dpo(draft: Draft) -> None:
+def _preferences(draft: Draft, task: str) -> None:
     trl = draft.part("trl", as_mapping(draft.take("trl")))
-    for part, key in ((trl, "beta"), (draft, "rl_beta"), (draft, "dpo_beta")):
+    for part, key in ((trl, "beta"), (draft, "rl_beta"), *((draft, key) for key in BETAS[task])):
         beta = part.number(key)
-        if beta is not None and "dpo" not in draft.recipe:
-            part.put("dpo.beta", float(beta), key)
+        if beta is not None and task not in draft.recipe:
+            part.put(f"{task}.beta", float(beta), key)
     if "trl.beta" in draft.used:
-        draft.use("dpo.beta", "trl")
+        draft.use(f"{task}.beta", "trl")
     trl.finish({})
     smoothing = draft.number("dpo_label_smoothing")
-    if smoothing:
+    if smoothing and task == "dpo":
         draft.put("dpo.label_smoothing", float(smoothing), "dpo_label_smoothing")
+    if task == "simpo":
+        _simpo(draft)
+
+
+def _simpo(draft: Draft) -> None:
+    """Sets what trl's defaults decide, which differ from muster's."""
+    if "simpo" not in draft.recipe:
+        draft.put("simpo.beta", 0.1)
+        draft.decisions.append("simpo.beta 0.1 is trl's default if no rl_beta is given")
+    draft.put("simpo.gamma", float(draft.number("simpo_gamma", 0.5)), "simpo_gamma")
+    draft.put("simpo.cpo_alpha", float(draft.number("cpo_alpha", 1.0)), "cpo_alpha")
+    if "cpo_alpha" not in draft.settings:
+        draft.decisions.append("simpo.cpo_alpha 1.0 is trl's default if no cpo_alpha is given")
 
 
 def _model(draft: Draft) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 from launcher.convert import common
 from launcher.convert.draft import Draft, as_mapping
 from trainer.recipe.sections.datasets import is_hub_dataset
+from trainer.recipe.tasks import TASKS
 
 Source = dict[str, Any]
 
@@ -30,7 +31,7 @@ IDLE = {
 
 
 def data(draft: Draft) -> None:
-    pairs = draft.recipe.get("task") in ("dpo", "reward")
+    pairs = TASKS[draft.recipe.get("task", "sft")].learns_from == ("preference",)
     draft.put("data.train", [])
     parts = list(_parts(draft, "datasets", "data.train"))
     parts += [*_parts(draft, "pretraining_dataset", "data.train"), *_parts(draft, "test_datasets", "data.eval")]

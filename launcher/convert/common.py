@@ -37,6 +37,7 @@ RATES = {
     "saves_per_epoch": "checkpoint.every_steps counts steps: 100 by default",
 }
 """Settings that decide when something happens, each with what a recipe does."""
+TASKS_ARE = f"the tasks are {', '.join(TASKS.names())}"
 WRITTEN_NAMES = ("gptq", "awq", "aqlm", "hqq", "eetq", "fp8", "mxfp4", "exl2")
 """Quantisations that base models on the Hub have in their names."""
 
@@ -58,6 +59,22 @@ def one_method(draft: Draft, requested: dict[str, str]) -> str:
     if ratio is not None:
         draft.put("adapter.lr_ratio", float(ratio), "loraplus_lr_ratio")
     return first
+
+
+def noise_and_smoothing(draft: Draft) -> None:
+    """Sets what transformers' Trainer does for every task, and muster for task sft."""
+    task = draft.recipe.get("task", "sft")
+    for key, path in (("neftune_noise_alpha", "sft.neftune_alpha"), ("label_smoothing_factor", "sft.label_smoothing")):
+        value = draft.number(key)
+        if value and task == "sft":
+            draft.put(path, float(value), key)
+        elif value:
+            draft.lose(key, f"task {task} has no such setting, only sft")
+    if "sft.neftune_alpha" in draft.used.values():
+        draft.decisions.append(
+            "sft.neftune_alpha counts the tokens of each sample; transformers counts those of a pack or a padded row, "
+            "so that its noise is smaller"
+        )
 
 
 def optimizer(draft: Draft, key: str, default: str) -> None:

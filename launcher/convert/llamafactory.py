@@ -100,6 +100,8 @@ OTHERS = {"full": ("lora_", "loraplus_", "oft_"), "oft": ("lora_", "loraplus_"),
 """Kind of fine-tuning to the prefixes of the other kinds' keys."""
 
 TASKS = {"sft": "sft", "pt": "sft", "rm": "reward", "dpo": "dpo", "ppo": "ppo"}
+PREFERENCES = {"sigmoid": "dpo", "orpo": "orpo", "simpo": "simpo"}
+"""The task by ``pref_loss``."""
 
 
 def convert(settings: dict[str, Any], file: Path, workers: int | None) -> Draft:
@@ -135,21 +137,31 @@ def convert(settings: dict[str, Any], file: Path, workers: int | None) -> Draft:
 def _task(draft: Draft) -> str:
     stage = str(draft.take("stage", "sft"))
     if stage not in TASKS:
-        draft.hinder("stage", f"{stage} has no task; the tasks are sft, classification, reward, dpo and ppo")
+        draft.hinder("stage", f"{stage} has no task; {common.TASKS_ARE}")
         return stage
     draft.put("task", TASKS[stage], "stage")
     if stage == "dpo":
-        loss = draft.take("pref_loss", "sigmoid")
-        if loss != "sigmoid":
-            draft.hinder("pref_loss", f"{loss} is not DPO's loss, which is sigmoid")
-        draft.pass_over("pref_loss", "the loss of dpo")
-        draft.put("dpo.beta", float(draft.number("pref_beta", 0.1)), "pref_beta")
-        smoothing = draft.number("dpo_label_smoothing")
-        if smoothing:
-            draft.put("dpo.label_smoothing", float(smoothing), "dpo_label_smoothing")
+        _preferences(draft)
     elif stage == "ppo":
         _ppo(draft)
+    common.noise_and_smoothing(draft)
     return stage
+
+
+def _preferences(draft: Draft) -> None:
+    loss = str(draft.take("pref_loss", "sigmoid"))
+    if loss not in PREFERENCES:
+        draft.hinder("pref_loss", f"{loss} is the loss of no task; {', '.join(PREFERENCES)} are")
+        return
+    task = PREFERENCES[loss]
+    draft.put("task", task, "pref_loss")
+    draft.put(f"{task}.beta", float(draft.number("pref_beta", 0.1)), "pref_beta")
+    smoothing = draft.number("dpo_label_smoothing")
+    if smoothing and task == "dpo":
+        draft.put("dpo.label_smoothing", float(smoothing), "dpo_label_smoothing")
+    if task == "simpo":
+        draft.put("simpo.gamma", float(draft.number("simpo_gamma", 0.5)), "simpo_gamma")
+        draft.put("simpo.cpo_alpha", float(draft.number("pref_ftx", 0.0)), "pref_ftx")
 
 
 def _ppo(draft: Draft) -> None:

@@ -90,7 +90,9 @@ def test_trains_like_one_process(runs: dict[tuple[str, str], Recipe], model: str
     assert ledger(many) == ledger(one)
 
 
-@pytest.mark.parametrize("task", ["dpo", "kto", "reward"])
+@pytest.mark.parametrize(
+    "task", ["dpo", "kto", "reward", *(pytest.param(task, marks=pytest.mark.night) for task in ("orpo", "simpo"))]
+)
 def test_preferences_are_learned_from_parts_of_the_texts(task: str, tiny_model: Path, tmp_path: Path) -> None:
     """With an odd number of pairs and rows that are no multiple of two tokens long."""
     rows = [
@@ -114,6 +116,21 @@ def test_preferences_are_learned_from_parts_of_the_texts(task: str, tiny_model: 
         assert samples == found[0][1]
         assert got == pytest.approx(found[0][0], rel=TOLERANCE)
         assert metrics == pytest.approx(found[0][2], rel=1e-3)
+
+
+@pytest.mark.night
+@pytest.mark.parametrize("shape", ["context-ddp", "context-fsdp"])
+def test_noise_on_parts_of_texts_repeats(shape: str, tiny_model: Path, tmp_path: Path) -> None:
+    write_pairs(tmp_path / "data" / "a.jsonl", 90)
+    runs = [
+        _recipe("lora", shape, tiny_model, tmp_path, **{"sft.neftune_alpha": alpha}).model_copy(update={"name": name})
+        for name, alpha in (("noisy", 5.0), ("again", 5.0), ("plain", None))
+    ]
+    train_in_processes(runs, SHAPES[shape][0])
+    noisy, again, plain = (losses(run) for run in runs)
+    assert noisy == again
+    assert noisy != plain
+    assert noisy == pytest.approx(plain, rel=0.05)
 
 
 def _metrics(recipe: Recipe) -> list[float]:

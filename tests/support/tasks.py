@@ -19,15 +19,19 @@ FORMATS = {
     "reward": "preference",
     "dpo": "preference",
     "kto": "unpaired_preference",
+    "orpo": "preference",
+    "simpo": "preference",
     "ppo": "completion",
     "distill": "completion",
 }
 SETTINGS: dict[str, dict[str, Any]] = {
-    "sft": {},
+    "sft": {"sft.neftune_alpha": 5.0, "sft.label_smoothing": 0.1},
     "classification": {"data.packing": False, "classification.class_weights": {"ferry": 2.0}},
     "reward": {"data.packing": False},
     "dpo": {"data.packing": False, "dpo.beta": 0.5, "dpo.label_smoothing": 0.1},
     "kto": {"data.packing": False, "kto.beta": 0.5, "kto.undesirable_weight": 1.5},
+    "orpo": {"data.packing": False, "orpo.beta": 0.5},
+    "simpo": {"data.packing": False, "simpo.gamma": 0.8, "simpo.cpo_alpha": 0.2, "simpo.label_smoothing": 0.1},
     "ppo": {
         "data.packing": False,
         "adapter.dropout": 0.0,
@@ -90,6 +94,8 @@ WRITERS = {
     "reward": write_preferences,
     "dpo": write_preferences,
     "kto": write_rated,
+    "orpo": write_preferences,
+    "simpo": write_preferences,
     "ppo": write_pairs,
     "distill": write_pairs,
 }

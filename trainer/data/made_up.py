@@ -30,6 +30,8 @@ def made_up_batch(recipe: Recipe, samples: int, input_ids: Ints, position_ids: I
         labels=np.zeros(samples, np.int64),
         pairs=pairs,
         margins=np.zeros(pairs, np.float32),
+        sources=np.zeros(samples, np.int64),
+        target_sources=np.zeros((samples + pairs) * int(targets.sum()), np.int64),
     )
     if row.unpairs:
         batch.desirable = np.arange(samples) % 2 == 0

@@ -120,6 +120,9 @@ class Batch:
     every pad, so that each pad is a segment of its own. ``targets`` bool [B, L], True at the tokens that are to be
     predicted (never the first of a sample, never a pad). ``tokens`` and ``target_tokens`` do not count pads.
 
+    ``sources`` int64 [samples] has the entry of ``data.train`` (in an evaluation of ``data.eval``) that each sample is
+    from, in the order of ``sample_ids``. ``target_sources`` int64 [target_tokens] has it for each target, row by row.
+
     Classification: ``labels`` int64 [samples], in the order of ``sample_ids``. That is also the order of the True
     elements of ``targets``, row by row: each marks the last token of its sample. ``token_types`` int64 [B, L], all 0
     for a single text.
@@ -148,6 +151,8 @@ class Batch:
     desirable: Bools = field(default_factory=lambda: np.zeros(0, np.bool_))
     unrelated: Batch | None = None
     outputs: dict[str, npt.NDArray[Any]] = field(default_factory=dict)
+    sources: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
+    target_sources: Ints = field(default_factory=lambda: np.zeros(0, np.int64))
 
     @property
     def samples(self) -> int:

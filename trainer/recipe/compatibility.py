@@ -401,6 +401,10 @@ def across_sections(recipe: Recipe) -> Iterator[Conflict]:
     yield from _formats_of_task(recipe)
     yield from _unused_sections(recipe)
     for path, source in _sources(recipe):
+        if TASKS[recipe.task].generates and source.loss_weight != 1.0:
+            paths = ((*path, "loss_weight"), ("task",))
+            message = f"has no effect with task {recipe.task}, which learns from its own texts; leave it out"
+            yield Conflict(paths, message)
         if "margin" in source.columns and not TASKS[recipe.task].margins:
             paths = ((*path, "columns", "margin"), ("task",))
             yield Conflict(paths, f"has no effect with task {recipe.task}, whose loss knows no margin; leave it out")

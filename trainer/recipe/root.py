@@ -17,13 +17,13 @@ from trainer.recipe.sections.data import DataSection
 from trainer.recipe.sections.model import ModelSection
 from trainer.recipe.sections.optimizer import OptimizerSection
 from trainer.recipe.sections.ppo import PPOSection
-from trainer.recipe.sections.preference import DPOSection, KTOSection
+from trainer.recipe.sections.preference import DPOSection, KTOSection, ORPOSection, SimPOSection
 from trainer.recipe.sections.profile import ProfileSection
 from trainer.recipe.sections.resources import ResourcesSection
 from trainer.recipe.sections.samples import SamplesSection
 from trainer.recipe.sections.schedule import ScheduleSection
 from trainer.recipe.sections.strategy import StrategySection
-from trainer.recipe.sections.tasks import ClassificationSection, DistillSection
+from trainer.recipe.sections.tasks import ClassificationSection, DistillSection, SFTSection
 from trainer.recipe.sections.tracking import MlflowSection, PrometheusSection, TensorBoardSection, WandbSection
 from trainer.recipe.sections.training import TrainingSection
 from trainer.recipe.tasks import TASKS
@@ -59,17 +59,21 @@ class Recipe(Section):
 
     task: Annotated[str, OneOf(TASKS)] = "sft"
     """The task, which decides the loss: `sft` is supervised fine-tuning of a causal language model; `classification`
-    adds a head with an output per label to any model; `reward` learns from preferences to rate answers, `dpo` to give
-    the preferred ones; `kto` learns from answers that are good or bad by themselves; `ppo` learns from the rewards of
-    texts that it writes itself; `distill` learns the distributions of a teacher. See [tasks.md](tasks.md)."""
+    adds a head with an output per label to any model; `reward` learns from preferences to rate answers, `dpo`, `orpo`
+    and `simpo` to give the preferred ones; `kto` learns from answers that are good or bad by themselves; `ppo` learns
+    from the rewards of texts that it writes itself; `distill` learns the distributions of a teacher. See
+    [tasks.md](tasks.md)."""
 
     model: ModelSection = Field(json_schema_extra=_or_text)
     adapter: AdapterSection = AdapterSection()
     data: DataSection
     training: TrainingSection
+    sft: SFTSection = SFTSection()
     classification: ClassificationSection = ClassificationSection()
     dpo: DPOSection = DPOSection()
     kto: KTOSection = KTOSection()
+    orpo: ORPOSection = ORPOSection()
+    simpo: SimPOSection = SimPOSection()
     ppo: PPOSection = PPOSection()
     distill: DistillSection = DistillSection()
     optimizer: OptimizerSection

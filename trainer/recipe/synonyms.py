@@ -153,6 +153,11 @@ KEYS: Mapping[str, Here] = {
     **_each("random_seed data_seed", "seed"),
     **_each("stage rl", "task"),
     **_each("pref_beta rl_beta dpo_beta", "dpo.beta", None, "with task: dpo"),
+    **_each("orpo_alpha", "orpo.beta", None, "with task: orpo"),
+    **_each("simpo_gamma", "simpo.gamma", None, "with task: simpo"),
+    **_each("pref_ftx", "simpo.cpo_alpha", None, "with task: simpo"),
+    **_each("neftune_noise_alpha", "sft.neftune_alpha"),
+    **_each("label_smoothing_factor", "sft.label_smoothing"),
     **_each("hub_model_id push_to_hub hub_token", "", None, "muster push sends the result"),
 }
 """Names of other trainers' settings. A recipe's own keys are not here: a message names their place by itself."""

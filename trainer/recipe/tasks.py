@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Literal
 
 from trainer.recipe.base import Section
 from trainer.recipe.sections.ppo import PPOSection
-from trainer.recipe.sections.preference import DPOSection, KTOSection
-from trainer.recipe.sections.tasks import ClassificationSection, DistillSection
+from trainer.recipe.sections.preference import DPOSection, KTOSection, ORPOSection, SimPOSection
+from trainer.recipe.sections.tasks import ClassificationSection, DistillSection, SFTSection
 from trainer.registry import Choice, Registry
 
 if TYPE_CHECKING:
@@ -82,6 +82,7 @@ TASKS = Registry(
             router_loss=True,
             divides_texts=True,
             evaluates={"loss": "min", "perplexity": "min"},
+            section=SFTSection,
         ),
         "classification": TaskRow(
             "trainer.tasks.classification:Classification",
@@ -119,6 +120,22 @@ TASKS = Registry(
             divides_texts=True,
             evaluates={"loss": "min", "reward_margin": "max"},
             section=KTOSection,
+        ),
+        "orpo": TaskRow(
+            "trainer.tasks.preference.orpo:ORPO",
+            ("preference",),
+            segments=True,
+            divides_texts=True,
+            evaluates=OF_PAIRS,
+            section=ORPOSection,
+        ),
+        "simpo": TaskRow(
+            "trainer.tasks.preference.simpo:SimPO",
+            ("preference",),
+            segments=True,
+            divides_texts=True,
+            evaluates=OF_PAIRS,
+            section=SimPOSection,
         ),
         "ppo": TaskRow(
             "trainer.tasks.ppo.task:PPO",

@@ -16,6 +16,7 @@ from torch.nn.functional import cross_entropy
 from trainer.tasks.base import GenerationContext, LossOutput, Task, ratio
 from trainer.tasks.inputs import to_device
 from trainer.tasks.sequences import SequenceOutputs
+from trainer.tasks.source_weights import weighted
 
 if TYPE_CHECKING:
     from trainer.data import Batch, StepPlan
@@ -39,7 +40,8 @@ class Classification(Task):
         labels = to_device(batch.labels, device)
         logits = self._outputs.of(module, batch, device)[: len(labels)].float()
         weights = None if self._weights is None else self._weights.to(device)
-        loss = cross_entropy(logits, labels, weight=weights, reduction="sum")
+        loss = cross_entropy(logits, labels, weight=weights, reduction="none")
+        loss = weighted(loss, batch.sources, self.recipe, training=module.training).sum()
         return LossOutput(loss, counts(logits.detach().argmax(-1), labels, logits.shape[1]))
 
     def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:

@@ -1,10 +1,11 @@
 """Losses of a frozen output head, with their derivative computed in the forward.
 
-With logits z = W h and p = softmax(z), the negative log-likelihood of a label y is logsumexp(z) - z_y, and its
-derivative by h is Wᵀ (p - onehot(y)). The gradient that arrives in the backward only adds one factor per row. So the
-derivative is computed while the logits of a chunk exist: no logits are kept, the head does not run again in the
-backward, and the backward is a product of two small arrays. The same holds for any loss of a row's logits. A trained
-head needs these factors for its own gradient, and uses `trainer.tasks.lm_head_loss.in_chunks` instead.
+With logits z = W h, the derivative of a target's cross entropy by h is Wᵀ times its derivative by z, which is
+softmax(z) - onehot(y) for the negative log-likelihood of a label y (`trainer.tasks.cross_entropy`). The gradient that
+arrives in the backward only adds one factor per row. So the derivative is computed while the logits of a chunk exist:
+no logits are kept, the head does not run again in the backward, and the backward is a product of two small arrays. The
+same holds for any loss of a row's logits. A trained head needs these factors for its own gradient, and uses
+`trainer.tasks.lm_head_loss.in_chunks` instead.
 
 Legend: T targets, D hidden size, V vocabulary, m values of a target, of which the first is its loss.
 """
@@ -18,6 +19,8 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
+from trainer.tasks.cross_entropy import CrossEntropy
+
 Project = Callable[[torch.Tensor], torch.Tensor]
 OfChunk = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 """Returns the values [n, m], and the derivative [n, D] of the first one, from hidden states [n, D] and a row of
@@ -26,10 +29,12 @@ OfRows = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Returns the values [n, m] with a graph."""
 
 
-def frozen_nll(project: Project, hidden_TD: torch.Tensor, labels_T: torch.Tensor, rows: int) -> torch.Tensor:
-    """Returns the negative log-likelihoods [T] in float32. ``project`` computes logits [n, V] for at most ``rows``
-    hidden states at a time. Only ``hidden_TD`` gets a gradient."""
-    return _frozen(partial(_of_chunk, project), hidden_TD, labels_T, rows, 1)[:, 0]
+def frozen_cross_entropy(
+    project: Project, hidden_TD: torch.Tensor, labels_T: torch.Tensor, rows: int, formula: CrossEntropy
+) -> torch.Tensor:
+    """Returns the losses [T] in float32. ``project`` computes logits [n, V] for at most ``rows`` hidden states at a
+    time. Only ``hidden_TD`` gets a gradient."""
+    return _frozen(partial(_of_chunk, project, formula), hidden_TD, labels_T, rows, 1)[:, 0]
 
 
 def frozen_losses(of: OfRows, hidden_TD: torch.Tensor, rows_T: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
@@ -71,17 +76,13 @@ class _Frozen(torch.autograd.Function):
         return (gradient[:, :1] * slope_TD).to(slope_TD.dtype), None, None, None, None
 
 
-def _of_chunk(project: Project, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def _of_chunk(
+    project: Project, formula: CrossEntropy, hidden_TD: torch.Tensor, labels_T: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the losses [n, 1] and their derivatives by the hidden states."""
     with torch.enable_grad():
         hidden_TD = hidden_TD.detach().requires_grad_()
         made_TV = project(hidden_TD)
-    logits_TV = made_TV.detach().float()
-    log_sums_T = logits_TV.logsumexp(-1)
-    labels_T1 = labels_T[:, None]
-    nll_T = log_sums_T - logits_TV.gather(-1, labels_T1)[:, 0]
-    # In place: the logits are not needed any more.
-    moved_TV = logits_TV.sub_(log_sums_T[:, None]).exp_()
-    moved_TV.scatter_add_(-1, labels_T1, torch.full_like(labels_T1, -1, dtype=moved_TV.dtype))
-    (slope_TD,) = torch.autograd.grad(made_TV, hidden_TD, moved_TV.to(made_TV.dtype))
-    return nll_T[:, None], slope_TD
+    losses_T, slopes_TV = formula.with_slopes(made_TV.detach().float(), labels_T)
+    (slope_TD,) = torch.autograd.grad(made_TV, hidden_TD, slopes_TV.to(made_TV.dtype))
+    return losses_T[:, None], slope_TD

@@ -37,13 +37,17 @@ def model_inputs(
     }
 
 
+def sample_bounds(position_ids: np.ndarray) -> np.ndarray:
+    """Returns the start of each sample in the flattened rows [B, L], and their end; each pad is a sample of its own."""
+    return np.append(np.flatnonzero(position_ids.ravel() == 0), position_ids.size).astype(np.int32)
+
+
 def segments(position_ids: np.ndarray, device: torch.device, kernel: str, *, packed: bool) -> dict[str, Any]:
-    """Returns the keyword arguments for the boundaries of the samples in the flattened rows [B, L]. A sample begins at
-    each position 0, so that a pad is a sample of its own.
+    """Returns the keyword arguments for the boundaries of the samples in the flattened rows [B, L].
 
     Packs have transformers' names for them. Rows of one sample do not: linear attention reads these names too, and
     refuses them where its kernel for packs is not installed."""
-    bounds = np.append(np.flatnonzero(position_ids.ravel() == 0), position_ids.size).astype(np.int32)
+    bounds = sample_bounds(position_ids)
     begins, longest = to_device(bounds, device), int(np.diff(bounds).max())
     if packed:
         return {"cu_seq_lens_q": begins, "cu_seq_lens_k": begins, "max_length_q": longest, "max_length_k": longest}

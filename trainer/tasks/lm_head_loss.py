@@ -4,10 +4,11 @@ In instruction data most tokens belong to prompts, and with vocabularies of 128 
 than a small model's layers. So the head processes the hidden states of target positions only. The selection happens
 *inside* the model's forward, where sharding strategies have gathered the head's weights.
 
-If the logits are the head's plain output, the head also turns them into per-token losses, chunk by chunk, so that at
-most ``CHUNK_LOGITS`` of them exist at a time. A frozen head computes the derivatives of the losses too
-(`trainer.tasks.frozen_lm_head_loss`). For models that scale or cap their logits after the head (``POST_HEAD``), the
-head returns the logits of the selected positions, and the loss is computed from the model's output.
+If the logits are the head's plain output, the head also turns them into per-token losses, by a formula
+(`trainer.tasks.cross_entropy`), chunk by chunk, so that at most ``CHUNK_LOGITS`` of them exist at a time. A frozen head
+computes the derivatives of the losses too (`trainer.tasks.frozen_lm_head_loss`). For models that scale or cap their
+logits after the head (``POST_HEAD``), the head returns the logits of the selected positions, and the loss is computed
+from the model's output.
 
 Shapes: B packs, L tokens, T targets in the micro-batch, D hidden size, V vocabulary.
 """
@@ -20,11 +21,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
 from trainer.errors import InputError
-from trainer.tasks.frozen_lm_head_loss import frozen_nll
+from trainer.tasks.cross_entropy import NLL, CrossEntropy
+from trainer.tasks.frozen_lm_head_loss import frozen_cross_entropy
 from trainer.tasks.inputs import model_inputs, to_device
 
 if TYPE_CHECKING:
@@ -62,28 +63,39 @@ class TargetHead:
         self._config, self._packed = text_config, packed
         self._at: torch.Tensor | None = None
         self._labels_T: torch.Tensor | None = None
+        self._cross_entropy = NLL
         self._last = False
         self.context: Context | None = None
         head.forward = self._forward
 
-    def losses(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> torch.Tensor:
-        """Returns the negative log-likelihood [T] of each target of the micro-batch, row by row, given the tokens
-        before it in its sample. ``module`` is the model, wrapped or not."""
+    def losses(
+        self, module: torch.nn.Module, batch: Batch, device: torch.device, formula: CrossEntropy = NLL
+    ) -> torch.Tensor:
+        """Returns the loss [T] of each target of the micro-batch, row by row, given the tokens before it in its sample.
+        ``module`` is the model, wrapped or not."""
         at, labels = targets_of(batch)
         if self.context is None:
             inputs = self.inputs(batch.input_ids, batch.position_ids, device)
-            return self._nll_at(module, inputs, to_device(at, device), to_device(labels, device))
+            return self._losses_at(module, inputs, to_device(at, device), to_device(labels, device), formula)
         mine, order = self.context.mine(at, batch.input_ids.shape[1])
         inputs = self.context.inputs(batch.input_ids, batch.position_ids, device)
-        nll = self._nll_at(module, inputs, to_device(mine, device), to_device(labels[order], device))
-        return self.context.whole(nll, to_device(order, device), len(labels))
+        losses = self._losses_at(module, inputs, to_device(mine, device), to_device(labels[order], device), formula)
+        return self.context.whole(losses, to_device(order, device), len(labels))
 
-    def _nll_at(
-        self, module: torch.nn.Module, inputs: dict[str, Any], at: torch.Tensor, labels_T: torch.Tensor
+    def _losses_at(
+        self,
+        module: torch.nn.Module,
+        inputs: dict[str, Any],
+        at: torch.Tensor,
+        labels_T: torch.Tensor,
+        formula: CrossEntropy,
     ) -> torch.Tensor:
-        with self.select(at, labels_T):
-            output = module(**inputs)
-        return self.nll(output.logits, labels_T)
+        with self.select(at, labels_T, formula):
+            output: torch.Tensor = module(**inputs).logits
+        if self.plain:
+            self._compare(output)
+            return output.reshape(-1)
+        return formula.losses(output.reshape(len(labels_T), -1).float(), labels_T)
 
     def inputs(self, input_ids: np.ndarray, position_ids: np.ndarray, device: torch.device) -> dict[str, Any]:
         """Returns the arguments with which `losses` calls the model, from arrays [B, L]."""
@@ -91,10 +103,10 @@ class TargetHead:
         return model_inputs(input_ids, position_ids, device, kernel, self._packed)
 
     @contextmanager
-    def select(self, at: torch.Tensor, labels_T: torch.Tensor) -> Iterator[None]:
+    def select(self, at: torch.Tensor, labels_T: torch.Tensor, formula: CrossEntropy = NLL) -> Iterator[None]:
         """Restricts the head to ``at`` inside the context: the positions whose *next* token is a target, as a mask
         [B, L] or as indices [T] into the flattened packs. ``labels_T``: those next tokens."""
-        self._at, self._labels_T = at, labels_T
+        self._at, self._labels_T, self._cross_entropy = at, labels_T, formula
         try:
             yield
         finally:
@@ -107,15 +119,6 @@ class TargetHead:
             return module(**inputs)
         finally:
             self._last = False
-
-    def nll(self, output: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
-        """Returns the negative log-likelihoods [T] in float32. ``output``: the model's ``logits`` under ``select``.
-
-        Raises InputError when the model changes its logits after the head in a way that ``POST_HEAD`` lacks."""
-        if self.plain:
-            self._compare(output)
-            return output.reshape(-1)
-        return cross_entropy(output.reshape(len(labels_T), -1).float(), labels_T, reduction="none")
 
     def _forward(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
         if self._last:
@@ -132,10 +135,11 @@ class TargetHead:
 
     def _of_targets(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
         """Returns the numbers [T, m] that the model returns in place of logits."""
-        return self._chunked_nll(hidden_TD, labels_T)[:, None]
+        return self._chunked_losses(hidden_TD, labels_T)[:, None]
 
     def _compare(self, output: torch.Tensor) -> None:
-        """Checks, in the first forward, that the model returns the head's output unchanged. Raises InputError."""
+        """Checks, in the first forward, that the model returns the head's output unchanged. Raises InputError for a
+        model that changes its logits after the head in a way that ``POST_HEAD`` lacks."""
         # Otherwise a model that scales its logits would silently train on scaled losses.
         if self._made is not None and self._made.any():
             if not torch.equal(output.detach(), self._made):
@@ -146,19 +150,21 @@ class TargetHead:
             self._compared = True
         self._made = None
 
-    def _chunked_nll(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+    def _chunked_losses(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+        formula = self._cross_entropy  # the backward computes chunks again, after the selection
+
+        def of_chunk(hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+            return formula.losses(self._project(hidden_TD).float(), labels_T)
+
         if self._is_frozen(hidden_TD):
-            return frozen_nll(self._project, hidden_TD, labels_T, rows_of_chunk(self._vocabulary))
-        return in_chunks(self._chunk_nll, hidden_TD, labels_T, self._vocabulary)
+            return frozen_cross_entropy(self._project, hidden_TD, labels_T, rows_of_chunk(self._vocabulary), formula)
+        return in_chunks(of_chunk, hidden_TD, labels_T, self._vocabulary)
 
     def _is_frozen(self, hidden_TD: torch.Tensor) -> bool:
         """Returns True if the derivatives of the losses can be computed in the forward."""
         trained = any(parameter.requires_grad for parameter in self._head.parameters())
         # Not in float16: small probabilities would underflow, because the loss scale is applied only later.
         return hidden_TD.requires_grad and hidden_TD.dtype != torch.float16 and not trained
-
-    def _chunk_nll(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
-        return cross_entropy(self._project(hidden_TD).float(), labels_T, reduction="none")
 
 
 def targets_of(batch: Batch) -> tuple[np.ndarray, np.ndarray]:

@@ -19,6 +19,7 @@ from trainer.tasks.base import GenerationContext, LossOutput, Task
 from trainer.tasks.inputs import to_device
 from trainer.tasks.preference.pairs import evaluated, pair_metrics, pair_sums
 from trainer.tasks.sequences import SequenceOutputs
+from trainer.tasks.source_weights import weighted
 
 if TYPE_CHECKING:
     from trainer.data import Batch, StepPlan
@@ -41,8 +42,8 @@ class Reward(Task):
         rewards = self._outputs.of(module, batch, device)[: 2 * batch.pairs, 0].float()
         chosen, rejected = rewards[: batch.pairs], rewards[batch.pairs :]
         margins = to_device(batch.margins, device)
-        loss = -logsigmoid(chosen - rejected - margins).sum()
-        return LossOutput(loss, pair_sums(chosen, rejected))
+        loss = weighted(-logsigmoid(chosen - rejected - margins), batch.sources, self.recipe, training=module.training)
+        return LossOutput(loss.sum(), pair_sums(chosen, rejected))
 
     def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
         return evaluated(sums)

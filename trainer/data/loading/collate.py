@@ -19,11 +19,15 @@ def read_batch(reader: BlockReader, micro_batch: MicroBatch) -> Batch:
     samples = iter(reader.samples(refs))
     packs = [[next(samples) for _ in pack] for pack in micro_batch.packs]
     indexes = {window: reader.prepared.index(window) for window in {ref.window for ref in refs}}
-    return collate(micro_batch.index, packs, [indexes[window].sample_id(sample) for window, sample in refs])
+    sample_ids = [indexes[window].sample_id(sample) for window, sample in refs]
+    return collate(micro_batch.index, packs, sample_ids, [int(indexes[w].source[sample]) for w, sample in refs])
 
 
-def collate(index: int, packs: Sequence[Sequence[Sample]], sample_ids: list[str]) -> Batch:
-    """Pads the packs to the longest one, and stacks them into arrays [B, L]. Pairs: one row per answer, see `Batch`."""
+def collate(
+    index: int, packs: Sequence[Sequence[Sample]], sample_ids: list[str], sources: Sequence[int] | None = None
+) -> Batch:
+    """Pads the packs to the longest one, and stacks them into arrays [B, L]. Pairs: one row per answer, see `Batch`.
+    ``sources``: of each sample; by default the first one."""
     samples = [sample for pack in packs for sample in pack]
     rejected = [sample.rejected for sample in samples if sample.rejected is not None]
     rows = [*packs, *([sample] for sample in rejected)]
@@ -49,6 +53,11 @@ def collate(index: int, packs: Sequence[Sequence[Sample]], sample_ids: list[str]
     for row, pack in enumerate(rows):
         batch.tokens += _fill_row(batch, row, pack)
     batch.target_tokens = int(batch.targets.sum())
+    batch.sources = np.zeros(len(samples), np.int64) if sources is None else np.array(sources, np.int64)
+    # The rejected answers are rows after all chosen ones, and each of them is from its pair's source.
+    answers = [*samples, *rejected]
+    counts = [int(sample.target.sum()) for sample in answers]
+    batch.target_sources = np.resize(batch.sources, len(answers)).repeat(counts)
     return batch
 
 

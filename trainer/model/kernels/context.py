@@ -79,14 +79,18 @@ class Context:
         padding = (0, 0), (0, -input_ids.shape[1] % self.size)
         ids, positions = np.pad(input_ids, padding), np.pad(position_ids, padding)
         bounds = np.append(np.flatnonzero(positions.ravel() == 0), positions.size).astype(np.int32)
-        n = ids.shape[1] // self.size
-        part = np.s_[:, self.rank * n : (self.rank + 1) * n]
         return {
-            "input_ids": to_device(np.ascontiguousarray(ids[part]), device),
-            "position_ids": to_device(np.ascontiguousarray(positions[part]), device),
+            "input_ids": to_device(self.part(ids), device),
+            "position_ids": to_device(self.part(positions), device),
             "use_cache": False,
             "sample_bounds": (to_device(bounds, device), int(np.diff(bounds).max())),
         }
+
+    def part(self, array_BL: np.ndarray) -> np.ndarray:
+        """Returns this rank's columns [B, n] of an array with a value per token; those of the padding are 0."""
+        padded = np.pad(array_BL, ((0, 0), (0, -array_BL.shape[1] % self.size)))
+        n = padded.shape[1] // self.size
+        return np.ascontiguousarray(padded[:, self.rank * n : (self.rank + 1) * n])
 
     def mine(self, at: np.ndarray, length: int) -> tuple[np.ndarray, np.ndarray]:
         """Selects this rank's elements of ``at``, indices into flattened rows of ``length`` tokens. Returns their

@@ -102,6 +102,10 @@ class SourceSection(Section):
     """Copies of each sample per epoch: 2 feeds every sample twice, 0.5 a random half of them,
     another half in each epoch."""
 
+    loss_weight: float = Field(default=1.0, gt=0.0)
+    """Factor of the loss of the source's units: target tokens, samples or pairs, whichever the task's loss is the mean
+    over. The loss is still divided by the number of units. Unlike `weight`, it changes no data."""
+
     @model_validator(mode="before")
     @classmethod
     def _fill_dataset(cls, data: Any) -> Any:
@@ -242,6 +246,9 @@ class DataSection(Section):
             message = "cannot be used with eval sources; leave one of them out"
             yield Conflict((("eval_fraction",), ("eval",)), message)
         for index, source in enumerate(self.eval):
+            if source.loss_weight != 1.0:
+                message = "has no effect on an evaluation, in which every source has the weight 1; leave it out"
+                yield Conflict((("eval", index, "loss_weight"),), message)
             if source.is_dataset and source.split is None:
                 message = "names no split, and the training split would be taken; add split: test (or validation)"
                 yield Conflict((("eval", index, "path"), ("eval", index, "split")), message)

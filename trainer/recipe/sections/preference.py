@@ -67,3 +67,29 @@ class KTOSection(Section):
 
     precompute_reference: bool = False
     """Compute the reference's log-likelihoods of all samples once and store them, as `dpo.precompute_reference`."""
+
+
+class ORPOSection(Section):
+    """Settings of `task: orpo`."""
+
+    beta: float = Field(default=0.1, gt=0)
+    """Factor of the odds ratio's loss, which is added to the negative log-likelihood of the chosen answer (λ in the
+    paper)."""
+
+
+class SimPOSection(Section):
+    """Settings of `task: simpo`."""
+
+    beta: float = Field(default=2.0, gt=0)
+    """Factor of the reward: the reward of an answer is beta times the mean log-likelihood of its tokens."""
+
+    gamma: float = Field(default=0.5, ge=0)
+    """Margin by which the reward of the chosen answer is to exceed that of the rejected one, itself (not its ratio to
+    beta). The paper has 0.3 to 1.6, with a beta of 2 to 2.5."""
+
+    cpo_alpha: float = Field(default=0.0, ge=0)
+    """Factor of the negative log-likelihood of the chosen answer, averaged over its tokens, that is added to the loss
+    (CPO); 0 adds nothing."""
+
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=0.5)
+    """Fraction of the preferences that are assumed to be swapped."""

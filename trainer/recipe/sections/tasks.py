@@ -10,6 +10,19 @@ from pydantic import Field
 from trainer.recipe.base import Conflict, Location, Section
 
 
+class SFTSection(Section):
+    """Settings of `task: sft`."""
+
+    neftune_alpha: float | None = Field(default=None, gt=0.0)
+    """NEFTune: noise on the input embeddings of training, drawn evenly from (-1, 1) times
+    neftune_alpha / sqrt(tokens of the sample · hidden size). The paper has 5, 10 and 15; null adds none. See
+    [tasks.md](tasks.md#sft)."""
+
+    label_smoothing: float = Field(default=0.0, ge=0.0, lt=1.0)
+    """Share of each target that is given evenly to all tokens of the vocabulary in the loss of training. Evaluations
+    are without it."""
+
+
 class ClassificationSection(Section):
     """Settings of `task: classification`."""
 

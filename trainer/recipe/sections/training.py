@@ -40,8 +40,8 @@ class TrainingSection(Section):
 
     micro_batch: Annotated[int, MAY_CHANGE] = Field(ge=1, examples=[4])
     """Packs per forward pass of one rank. Activation memory grows in proportion. The result stays the same, within the
-    rounding noise of float32, except for random numbers that belong to a forward pass: dropout, and the texts of task
-    `ppo`."""
+    rounding noise of float32, except for random numbers that belong to a forward pass: dropout, NEFTune, and the texts
+    of task `ppo`."""
 
     gradient_checkpointing: Annotated[bool, MAY_CHANGE] = False
     """Compute activations again in the backward pass instead of keeping them: needs much less memory, but one more

@@ -24,6 +24,7 @@ from trainer.tasks.preference.dpo_losses import LogRatios
 from trainer.tasks.preference.likelihoods import Answers, shared_length_weights
 from trainer.tasks.preference.pairs import evaluated, pair_metrics, pair_sums
 from trainer.tasks.preference.reference import Reference, to_store
+from trainer.tasks.source_weights import weighted
 
 if TYPE_CHECKING:
     from trainer.data import Batch, StepPlan
@@ -61,6 +62,7 @@ class DPO(Task):
         loss = self._loss(LogRatios(*gained, *tokens), section)
         if section.rpo_alpha:
             loss = loss - section.rpo_alpha * answers.log_likelihoods().view(2, -1)[0] / tokens[0]
+        loss = weighted(loss, batch.sources, self.recipe, training=module.training)
         return LossOutput(loss.sum(), pair_sums(*(section.beta * gained)))
 
     def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:

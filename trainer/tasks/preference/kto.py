@@ -26,6 +26,7 @@ from trainer.tasks.inputs import to_device
 from trainer.tasks.lm_head_loss import TargetHead
 from trainer.tasks.preference.likelihoods import Answers
 from trainer.tasks.preference.reference import Reference, to_store
+from trainer.tasks.source_weights import weighted
 
 if TYPE_CHECKING:
     from trainer.data import Batch, StepPlan
@@ -67,7 +68,8 @@ class KTO(Task):
         good = to_device(batch.desirable, device)
         weight = torch.where(good, section.desirable_weight, section.undesirable_weight)
         margin = torch.where(good, 1.0, -1.0) * (rewards - section.beta * self._kl)
-        return LossOutput((weight * (1 - margin.sigmoid())).sum(), _sums(rewards.detach(), good))
+        loss = weighted(weight * (1 - margin.sigmoid()), batch.sources, self.recipe, training=module.training)
+        return LossOutput(loss.sum(), _sums(rewards.detach(), good))
 
     def metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
         return {"loss": ratio(sums, "loss"), **_rewards(sums)}

@@ -26,6 +26,7 @@ def test_a_whole_file_of_axolotl(tmp_path: Path) -> None:
     assert (made.schedule.name, made.schedule.warmup_ratio) == ("cosine", 0.1)
 
 
+PAIRS = [{"path": "o/p", "type": "chatml.ultra"}]
 AXOLOTL_CASES: list[tuple[dict[str, Any], str, Any]] = [
     ({"adapter": "lora", "load_in_4bit": False, "load_in_8bit": True}, "model.quantization", "int8"),
     ({"adapter": ..., "load_in_4bit": ...}, "adapter.method", "none"),
@@ -119,6 +120,14 @@ AXOLOTL_CASES: list[tuple[dict[str, Any], str, Any]] = [
     ({"output_dir": "s3://bucket"}, "storage", "s3://bucket"),
     ({"output_dir": "/out"}, "storage", "/"),
     ({"rl": "dpo", "trl": {"beta": 0.3}, "datasets": [{"path": "o/p", "type": "chatml.ultra"}]}, "dpo.beta", 0.3),
+    ({"neftune_noise_alpha": 5}, "sft.neftune_alpha", 5.0),
+    ({"rl": "orpo", "orpo_alpha": 0.2, "datasets": PAIRS}, "orpo.beta", 0.2),
+    ({"rl": "orpo", "datasets": PAIRS}, "orpo.beta", 0.1),
+    ({"rl": "simpo", "rl_beta": 2, "datasets": PAIRS}, "simpo.beta", 2.0),
+    ({"rl": "simpo", "datasets": PAIRS}, "simpo.beta", 0.1),
+    ({"rl": "simpo", "simpo_gamma": 1.4, "datasets": PAIRS}, "simpo.gamma", 1.4),
+    ({"rl": "simpo", "datasets": PAIRS}, "simpo.cpo_alpha", 1.0),
+    ({"rl": "simpo", "cpo_alpha": 0, "datasets": PAIRS}, "simpo.cpo_alpha", 0.0),
     ({"use_ray": True, "ray_num_workers": 2, "batch_size": 64}, "training.global_batch", 16),
     ({"gradient_accumulation_steps": ..., "batch_size": 64}, "training.global_batch", 64),
 ]

@@ -29,7 +29,19 @@ def folder(tmp_path: Path) -> Path:
 
 
 LOST = [
-    ("axolotl", {"neftune_noise_alpha": 5}, "neftune_noise_alpha", "no such setting"),
+    ("axolotl", {"loss_of_another_kind": 5}, "loss_of_another_kind", "no such setting"),
+    (
+        "axolotl",
+        {"rl": "orpo", "datasets": [{"path": "a/b", "type": "chatml.intel"}], "neftune_noise_alpha": 5},
+        "neftune_noise_alpha",
+        "task orpo has no such setting",
+    ),
+    (
+        "llamafactory",
+        {"stage": "dpo", "dataset": "pairs", "pref_loss": "orpo", "pref_ftx": 0.5},
+        "pref_ftx",
+        "no such setting",
+    ),
     ("axolotl", {"special_tokens": {"eos_token": "<end>"}}, "special_tokens", "<end>"),
     (
         "axolotl",
@@ -216,7 +228,7 @@ HINDERED = [
     ("llamafactory", {"dataset": "unheard"}, "unheard is not in"),
     ("llamafactory", {"dataset_dir": "elsewhere"}, "elsewhere/dataset_info.json"),
     ("llamafactory", {"finetuning_type": "freeze"}, "finetuning_type: freeze"),
-    ("llamafactory", {"stage": "dpo", "dataset": "pairs", "pref_loss": "orpo"}, "pref_loss: orpo"),
+    ("llamafactory", {"stage": "dpo", "dataset": "pairs", "pref_loss": "kto_pair"}, "pref_loss: kto_pair"),
     ("llamafactory", {"quantization_bit": 4, "quantization_method": "hqq"}, "hqq"),
     ("llamafactory", {"stage": ..., "export_dir": "out"}, "export_dir"),
     ("llamafactory", {"do_train": ..., "do_predict": True}, "do_predict"),
@@ -232,10 +244,10 @@ def test_what_stands_in_the_way_is_named(source: str, change: dict[str, Any], wo
 
 def test_the_command_prints_the_recipe_alone(muster: Muster, tmp_path: Path) -> None:
     file = tmp_path / "a.yml"
-    file.write_text(yaml.safe_dump(AXOLOTL | {"neftune_noise_alpha": 5}))
+    file.write_text(yaml.safe_dump(AXOLOTL | {"loss_of_another_kind": 5}))
     assert muster("convert", "axolotl", str(file)) == 0
     assert loads(muster.out).name == "first"
-    assert "not carried over: neftune_noise_alpha" in muster.err
+    assert "not carried over: loss_of_another_kind" in muster.err
     assert muster("convert", "axolotl", str(file), "-o", str(tmp_path / "r.yaml")) == 0
     assert not muster.out
     assert muster("validate", str(tmp_path / "r.yaml")) == 0

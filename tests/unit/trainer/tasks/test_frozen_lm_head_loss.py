@@ -1,4 +1,4 @@
-"""Losses under a head that is not trained: those of cross entropy, their gradients, and what is kept for them."""
+"""Losses under a head that is not trained: those of autograd, their gradients, and what is kept for them."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from trainer.tasks.frozen_lm_head_loss import frozen_nll
+from trainer.tasks.cross_entropy import NLL, CrossEntropy
+from trainer.tasks.frozen_lm_head_loss import frozen_cross_entropy
 
 TARGETS, HIDDEN, VOCABULARY = 11, 6, 40
+
+
+FORMULAS = {"nll": NLL, "smoothed": CrossEntropy(0.3)}
 
 
 def drawn(dtype: torch.dtype) -> tuple[torch.nn.Linear, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -27,11 +31,14 @@ def drawn(dtype: torch.dtype) -> tuple[torch.nn.Linear, torch.Tensor, torch.Tens
 
 @pytest.mark.parametrize("rows", [1, 4, 11, 100])
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
-def test_losses_and_gradients_are_those_of_cross_entropy(rows: int, dtype: torch.dtype, bound: float) -> None:
+@pytest.mark.parametrize("formula", FORMULAS.values(), ids=FORMULAS)
+def test_losses_and_gradients_are_those_of_autograd(
+    formula: CrossEntropy, rows: int, dtype: torch.dtype, bound: float
+) -> None:
     head, hidden, labels, weights = drawn(dtype)
-    want = cross_entropy(head(hidden).float(), labels, reduction="none")
+    want = formula.losses(head(hidden).float(), labels)
     (slope,) = torch.autograd.grad((want * weights).sum(), hidden)
-    got = frozen_nll(head, hidden, labels, rows)
+    got = frozen_cross_entropy(head, hidden, labels, rows, formula)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, want, rtol=bound, atol=bound)
     (found,) = torch.autograd.grad((got * weights).sum(), hidden)
@@ -39,15 +46,38 @@ def test_losses_and_gradients_are_those_of_cross_entropy(rows: int, dtype: torch
     assert float((found - slope).norm() / slope.norm()) <= bound
 
 
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.9])
+def test_cross_entropy_is_the_papers(smoothing: float) -> None:
+    head, hidden, labels, _ = drawn(torch.float32)
+    logits = head(hidden).detach()
+    log_p = torch.log(torch.softmax(logits.double(), -1))
+    spread = torch.full_like(log_p, smoothing / VOCABULARY)
+    spread[torch.arange(TARGETS), labels] += 1 - smoothing
+    by_hand = -(spread * log_p).sum(-1)
+    formula = CrossEntropy(smoothing)
+    torch.testing.assert_close(formula.losses(logits, labels).double(), by_hand, rtol=1e-6, atol=1e-6)
+    losses, slopes = formula.with_slopes(logits.clone(), labels)
+    torch.testing.assert_close(losses.double(), by_hand, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(slopes.double(), log_p.exp() - spread, rtol=1e-5, atol=1e-6)
+
+
 def test_logits_of_any_size_are_no_overflow() -> None:
     head, hidden, labels, _ = drawn(torch.float32)
     with torch.no_grad():
         head.weight.mul_(1e4)
-    got = frozen_nll(head, hidden, labels, 4)
+    got = frozen_cross_entropy(head, hidden, labels, 4, NLL)
     torch.testing.assert_close(got, cross_entropy(head(hidden), labels, reduction="none"))
     got.sum().backward()
     assert hidden.grad is not None
     assert hidden.grad.isfinite().all()
+
+
+def test_logits_that_are_masked_out_are_no_loss() -> None:
+    logits, labels = torch.zeros(2, 5), torch.tensor([1, 2])
+    logits[:, 4] = -torch.inf
+    losses, slopes = NLL.with_slopes(logits, labels)
+    assert losses.tolist() == pytest.approx([1.386294] * 2)
+    assert slopes.isfinite().all()
 
 
 def test_no_logits_are_kept() -> None:
@@ -67,11 +97,11 @@ def test_no_logits_are_kept() -> None:
     logits = TARGETS * VOCABULARY
     assert logits > HIDDEN * VOCABULARY, "the head's weight is kept"
     assert largest_kept(lambda: cross_entropy(head(hidden), labels, reduction="none")) >= logits
-    assert largest_kept(lambda: frozen_nll(head, hidden, labels, TARGETS)) < logits
+    assert largest_kept(lambda: frozen_cross_entropy(head, hidden, labels, TARGETS, CrossEntropy(0.1))) < logits
 
 
 def test_no_targets_are_no_loss_and_a_gradient_of_zero() -> None:
     head, hidden, labels, _ = drawn(torch.float32)
-    frozen_nll(head, hidden[:0], labels[:0], 4).sum().backward()
+    frozen_cross_entropy(head, hidden[:0], labels[:0], 4, CrossEntropy(0.1)).sum().backward()
     assert hidden.grad is not None
     assert not hidden.grad.any()
