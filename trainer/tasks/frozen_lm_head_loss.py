@@ -1,13 +1,13 @@
 """Losses of a frozen output head, with their derivative computed in the forward.
 
-With logits z = W h, the derivative of a target's loss by h is Wᵀ times its derivative by z; for the negative
-log-likelihood of a label y that is softmax(z) - onehot(y). The gradient that arrives in the backward only adds one
-factor per row. So the derivative is computed while the logits of a chunk exist: no logits are kept, the head does not
-run again in the backward, and the backward is a product of two small arrays. A trained head needs these factors for its
-own gradient, and uses `trainer.tasks.lm_head_loss.in_chunks` instead.
+With logits z = W h, the derivative of a target's cross entropy by h is Wᵀ times its derivative by z, which is
+softmax(z) - onehot(y) for the negative log-likelihood of a label y (`trainer.tasks.cross_entropy`). The gradient that
+arrives in the backward only adds one factor per row. So the derivative is computed while the logits of a chunk exist:
+no logits are kept, the head does not run again in the backward, and the backward is a product of two small arrays. The
+same holds for any loss of a row's logits. A trained head needs these factors for its own gradient, and uses
+`trainer.tasks.lm_head_loss.in_chunks` instead.
 
-Legend: T targets, n of them in a chunk, D hidden size, V vocabulary, m values of a target, of which the first is its
-loss.
+Legend: T targets, D hidden size, V vocabulary, m values of a target, of which the first is its loss.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from trainer.tasks.token_losses import TokenLoss
+from trainer.tasks.cross_entropy import CrossEntropy
 
 Project = Callable[[torch.Tensor], torch.Tensor]
 OfChunk = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
@@ -29,15 +29,15 @@ OfRows = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 """Returns the values [n, m] with a graph."""
 
 
-def frozen_losses(
-    project: Project, hidden_TD: torch.Tensor, labels_T: torch.Tensor, rows: int, formula: TokenLoss
+def frozen_cross_entropy(
+    project: Project, hidden_TD: torch.Tensor, labels_T: torch.Tensor, rows: int, formula: CrossEntropy
 ) -> torch.Tensor:
     """Returns the losses [T] in float32. ``project`` computes logits [n, V] for at most ``rows`` hidden states at a
     time. Only ``hidden_TD`` gets a gradient."""
-    return _frozen(partial(_losses_of_chunk, project, formula), hidden_TD, labels_T, rows, 1)[:, 0]
+    return _frozen(partial(_of_chunk, project, formula), hidden_TD, labels_T, rows, 1)[:, 0]
 
 
-def frozen_values(of: OfRows, hidden_TD: torch.Tensor, rows_T: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
+def frozen_losses(of: OfRows, hidden_TD: torch.Tensor, rows_T: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
     """Returns the values [T, columns] of ``of`` in float32, which gets at most ``rows`` rows at a time. Only the first
     column has a gradient, and only ``hidden_TD`` gets one."""
 
@@ -76,13 +76,13 @@ class _Frozen(torch.autograd.Function):
         return (gradient[:, :1] * slope_TD).to(slope_TD.dtype), None, None, None, None
 
 
-def _losses_of_chunk(
-    project: Project, formula: TokenLoss, hidden_nD: torch.Tensor, labels_n: torch.Tensor
+def _of_chunk(
+    project: Project, formula: CrossEntropy, hidden_TD: torch.Tensor, labels_T: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the losses [n, 1] and their derivatives by the hidden states."""
     with torch.enable_grad():
-        hidden_nD = hidden_nD.detach().requires_grad_()
-        made_nV = project(hidden_nD)
-    losses_n, slopes_nV = formula.with_slopes(made_nV.detach().float(), labels_n)
-    (slope_nD,) = torch.autograd.grad(made_nV, hidden_nD, slopes_nV.to(made_nV.dtype))
-    return losses_n[:, None], slope_nD
+        hidden_TD = hidden_TD.detach().requires_grad_()
+        made_TV = project(hidden_TD)
+    losses_T, slopes_TV = formula.with_slopes(made_TV.detach().float(), labels_T)
+    (slope_TD,) = torch.autograd.grad(made_TV, hidden_TD, slopes_TV.to(made_TV.dtype))
+    return losses_T[:, None], slope_TD

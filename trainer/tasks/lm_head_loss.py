@@ -4,11 +4,11 @@ In instruction data most tokens belong to prompts, and with vocabularies of 128 
 than a small model's layers. So the head processes the hidden states of target positions only. The selection happens
 *inside* the model's forward, where sharding strategies have gathered the head's weights.
 
-If the logits are the head's plain output, the head also turns them into per-token losses, by the formula that the task
-gives (`trainer.tasks.token_losses`), chunk by chunk, so that at most ``CHUNK_LOGITS`` of them exist at a time. A frozen
-head computes the derivatives of the losses too (`trainer.tasks.frozen_lm_head_loss`). For models that scale or cap
-their logits after the head (``POST_HEAD``), the head returns the logits of the selected positions, and the loss is
-computed from the model's output.
+If the logits are the head's plain output, the head also turns them into per-token losses, by a formula
+(`trainer.tasks.cross_entropy`), chunk by chunk, so that at most ``CHUNK_LOGITS`` of them exist at a time. A frozen head
+computes the derivatives of the losses too (`trainer.tasks.frozen_lm_head_loss`). For models that scale or cap their
+logits after the head (``POST_HEAD``), the head returns the logits of the selected positions, and the loss is computed
+from the model's output.
 
 Shapes: B packs, L tokens, T targets in the micro-batch, D hidden size, V vocabulary.
 """
@@ -24,9 +24,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from trainer.errors import InputError
-from trainer.tasks.frozen_lm_head_loss import frozen_losses
+from trainer.tasks.cross_entropy import NLL, CrossEntropy
+from trainer.tasks.frozen_lm_head_loss import frozen_cross_entropy
 from trainer.tasks.inputs import model_inputs, to_device
-from trainer.tasks.token_losses import NLL, TokenLoss
 
 if TYPE_CHECKING:
     from trainer.data import Batch
@@ -63,13 +63,13 @@ class TargetHead:
         self._config, self._packed = text_config, packed
         self._at: torch.Tensor | None = None
         self._labels_T: torch.Tensor | None = None
-        self._formula: TokenLoss = NLL
+        self._cross_entropy = NLL
         self._last = False
         self.context: Context | None = None
         head.forward = self._forward
 
     def losses(
-        self, module: torch.nn.Module, batch: Batch, device: torch.device, formula: TokenLoss = NLL
+        self, module: torch.nn.Module, batch: Batch, device: torch.device, formula: CrossEntropy = NLL
     ) -> torch.Tensor:
         """Returns the loss [T] of each target of the micro-batch, row by row, given the tokens before it in its sample.
         ``module`` is the model, wrapped or not."""
@@ -88,7 +88,7 @@ class TargetHead:
         inputs: dict[str, Any],
         at: torch.Tensor,
         labels_T: torch.Tensor,
-        formula: TokenLoss,
+        formula: CrossEntropy,
     ) -> torch.Tensor:
         with self.select(at, labels_T, formula):
             output: torch.Tensor = module(**inputs).logits
@@ -103,10 +103,10 @@ class TargetHead:
         return model_inputs(input_ids, position_ids, device, kernel, self._packed)
 
     @contextmanager
-    def select(self, at: torch.Tensor, labels_T: torch.Tensor, formula: TokenLoss = NLL) -> Iterator[None]:
+    def select(self, at: torch.Tensor, labels_T: torch.Tensor, formula: CrossEntropy = NLL) -> Iterator[None]:
         """Restricts the head to ``at`` inside the context: the positions whose *next* token is a target, as a mask
         [B, L] or as indices [T] into the flattened packs. ``labels_T``: those next tokens."""
-        self._at, self._labels_T, self._formula = at, labels_T, formula
+        self._at, self._labels_T, self._cross_entropy = at, labels_T, formula
         try:
             yield
         finally:
@@ -151,13 +151,13 @@ class TargetHead:
         self._made = None
 
     def _chunked_losses(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
-        formula = self._formula  # the backward computes chunks again, after the selection
+        formula = self._cross_entropy  # the backward computes chunks again, after the selection
 
         def of_chunk(hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
             return formula.losses(self._project(hidden_TD).float(), labels_T)
 
         if self._is_frozen(hidden_TD):
-            return frozen_losses(self._project, hidden_TD, labels_T, rows_of_chunk(self._vocabulary), formula)
+            return frozen_cross_entropy(self._project, hidden_TD, labels_T, rows_of_chunk(self._vocabulary), formula)
         return in_chunks(of_chunk, hidden_TD, labels_T, self._vocabulary)
 
     def _is_frozen(self, hidden_TD: torch.Tensor) -> bool:

@@ -10,11 +10,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from trainer.tasks.base import GenerationContext, LossOutput, Task, ratio
+from trainer.tasks.cross_entropy import CrossEntropy
 from trainer.tasks.embedding_noise import EmbeddingNoise
 from trainer.tasks.lm_head_loss import TargetHead
 from trainer.tasks.router_loss import RouterLoss, router_metrics
 from trainer.tasks.source_weights import weighted
-from trainer.tasks.token_losses import CrossEntropy
 
 if TYPE_CHECKING:
     from trainer.data import Batch

@@ -26,6 +26,7 @@ from trainer.tasks.base import GenerationContext, LossOutput, Task, ratio
 from trainer.tasks.distill.head import DistillHead
 from trainer.tasks.distill.teacher import Teacher, TeacherOutputs
 from trainer.tasks.sft import MAX_EXPONENT
+from trainer.tasks.source_weights import weighted
 
 if TYPE_CHECKING:
     from trainer.data import Batch
@@ -61,7 +62,8 @@ class Distill(Task):
             micro_batch, teacher = batch, self.teacher.outputs(batch, module, device)
         found = self.head.compared(module, micro_batch, teacher, device)
         sums = {"nll": found.nll, "teacher_nll": teacher.nll, "agreement": found.agrees}
-        return LossOutput(found.losses.sum(), {name: values.detach().sum() for name, values in sums.items()})
+        losses = weighted(found.losses, micro_batch.target_sources, self.recipe, training=module.training)
+        return LossOutput(losses.sum(), {name: values.detach().sum() for name, values in sums.items()})
 
     def _uniform(self, batch: Batch, device: torch.device) -> TeacherOutputs:
         dtype, count = getattr(torch, self.recipe.model.dtype), int(batch.targets.sum())

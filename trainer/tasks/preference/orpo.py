@@ -15,7 +15,7 @@ from collections.abc import Mapping
 import torch
 from torch.nn.functional import logsigmoid
 
-from trainer.tasks.preference.by_mean_likelihood import ByMeanLikelihood
+from trainer.tasks.preference.mean_likelihoods import ByMeanLikelihood
 
 CERTAIN = -1e-7
 """The largest l(y) that has odds: those of a probability of 1 are infinite."""

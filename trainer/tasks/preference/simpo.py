@@ -17,7 +17,7 @@ from collections.abc import Mapping
 import torch
 from torch.nn.functional import logsigmoid
 
-from trainer.tasks.preference.by_mean_likelihood import ByMeanLikelihood
+from trainer.tasks.preference.mean_likelihoods import ByMeanLikelihood
 
 
 class SimPO(ByMeanLikelihood):

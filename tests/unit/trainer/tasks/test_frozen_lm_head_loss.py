@@ -8,21 +8,13 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from trainer.tasks.frozen_lm_head_loss import frozen_losses
-from trainer.tasks.token_losses import NLL, CrossEntropy, TokenLoss
+from trainer.tasks.cross_entropy import NLL, CrossEntropy
+from trainer.tasks.frozen_lm_head_loss import frozen_cross_entropy
 
 TARGETS, HIDDEN, VOCABULARY = 11, 6, 40
 
 
-class Focal(TokenLoss):
-    """Without a derivative of its own."""
-
-    def losses(self, logits_TV: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
-        nll_T = cross_entropy(logits_TV, labels_T, reduction="none")
-        return (1 - torch.exp(-nll_T)) ** 2 * nll_T
-
-
-FORMULAS = {"nll": NLL, "smoothed": CrossEntropy(0.3), "by autograd": Focal()}
+FORMULAS = {"nll": NLL, "smoothed": CrossEntropy(0.3)}
 
 
 def drawn(dtype: torch.dtype) -> tuple[torch.nn.Linear, torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -41,12 +33,12 @@ def drawn(dtype: torch.dtype) -> tuple[torch.nn.Linear, torch.Tensor, torch.Tens
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-6), (torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
 @pytest.mark.parametrize("formula", FORMULAS.values(), ids=FORMULAS)
 def test_losses_and_gradients_are_those_of_autograd(
-    formula: TokenLoss, rows: int, dtype: torch.dtype, bound: float
+    formula: CrossEntropy, rows: int, dtype: torch.dtype, bound: float
 ) -> None:
     head, hidden, labels, weights = drawn(dtype)
     want = formula.losses(head(hidden).float(), labels)
     (slope,) = torch.autograd.grad((want * weights).sum(), hidden)
-    got = frozen_losses(head, hidden, labels, rows, formula)
+    got = frozen_cross_entropy(head, hidden, labels, rows, formula)
     assert got.dtype == torch.float32
     torch.testing.assert_close(got, want, rtol=bound, atol=bound)
     (found,) = torch.autograd.grad((got * weights).sum(), hidden)
@@ -73,7 +65,7 @@ def test_logits_of_any_size_are_no_overflow() -> None:
     head, hidden, labels, _ = drawn(torch.float32)
     with torch.no_grad():
         head.weight.mul_(1e4)
-    got = frozen_losses(head, hidden, labels, 4, NLL)
+    got = frozen_cross_entropy(head, hidden, labels, 4, NLL)
     torch.testing.assert_close(got, cross_entropy(head(hidden), labels, reduction="none"))
     got.sum().backward()
     assert hidden.grad is not None
@@ -105,11 +97,11 @@ def test_no_logits_are_kept() -> None:
     logits = TARGETS * VOCABULARY
     assert logits > HIDDEN * VOCABULARY, "the head's weight is kept"
     assert largest_kept(lambda: cross_entropy(head(hidden), labels, reduction="none")) >= logits
-    assert largest_kept(lambda: frozen_losses(head, hidden, labels, TARGETS, CrossEntropy(0.1))) < logits
+    assert largest_kept(lambda: frozen_cross_entropy(head, hidden, labels, TARGETS, CrossEntropy(0.1))) < logits
 
 
 def test_no_targets_are_no_loss_and_a_gradient_of_zero() -> None:
     head, hidden, labels, _ = drawn(torch.float32)
-    frozen_losses(head, hidden[:0], labels[:0], 4, CrossEntropy(0.1)).sum().backward()
+    frozen_cross_entropy(head, hidden[:0], labels[:0], 4, CrossEntropy(0.1)).sum().backward()
     assert hidden.grad is not None
     assert not hidden.grad.any()

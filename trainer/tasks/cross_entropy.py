@@ -1,7 +1,7 @@
-"""Formulas of the loss of a target token, as functions of the logits before it.
+"""The cross entropy of a target token, as a function of the logits before it.
 
-`CrossEntropy` with a smoothing ε (Szegedy et al. 2015, arXiv:1512.00567) compares the model's distribution p with one
-that gives a share of ε evenly to all V tokens of the vocabulary:
+With a smoothing ε (Szegedy et al. 2015, arXiv:1512.00567) it compares the model's distribution p with one that gives a
+share of ε evenly to all V tokens of the vocabulary:
 
     loss = -(1 - ε) log p(y) - ε/V Σ_v log p(v)
 
@@ -10,38 +10,24 @@ Legend: T targets, V vocabulary.
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch.nn.functional import cross_entropy
 
 
-class TokenLoss(ABC):
-    """A loss of each target that depends on the target's own logits only. Logits and losses are in float32."""
-
-    @abstractmethod
-    def losses(self, logits_TV: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
-        """Returns the losses [T], with a gradient."""
-
-    def with_slopes(self, logits_TV: torch.Tensor, labels_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns the losses [T] and their derivatives by the logits [T, V], without a graph. May overwrite the
-        logits."""
-        with torch.enable_grad():
-            logits_TV = logits_TV.detach().requires_grad_()
-            losses_T = self.losses(logits_TV, labels_T)
-            (slopes_TV,) = torch.autograd.grad(losses_T.sum(), logits_TV)
-        return losses_T.detach(), slopes_TV
-
-
 @dataclass(frozen=True)
-class CrossEntropy(TokenLoss):
+class CrossEntropy:
+    """The formula with its smoothing. Logits and losses are in float32."""
+
     smoothing: float = 0.0
 
     def losses(self, logits_TV: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
+        """Returns the losses [T], with a gradient."""
         return cross_entropy(logits_TV, labels_T, reduction="none", label_smoothing=self.smoothing)
 
     def with_slopes(self, logits_TV: torch.Tensor, labels_T: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns the losses [T] and their derivatives by the logits [T, V], without a graph. Overwrites the logits."""
         log_sums_T, labels_T1 = logits_TV.logsumexp(-1), labels_T[:, None]
         losses_T = log_sums_T - logits_TV.gather(-1, labels_T1)[:, 0]
         if self.smoothing:  # a logit of -inf times a smoothing of 0 would not be a number
