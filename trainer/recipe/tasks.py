@@ -159,6 +159,6 @@ TASKS = Registry(
 
 def compared_metrics(recipe: Recipe) -> dict[str, Better]:
     """Returns the metrics of the recipe's evaluations that have a better direction, by their names in
-    `trainer.run.metrics.EvalMetrics`. A metric that something else than the task adds to an evaluation is added
-    here."""
-    return {f"{PREFIX}{name}": better for name, better in TASKS[recipe.task].evaluates.items()}
+    `trainer.run.metrics.EvalMetrics`: those of the task, and those of generated answers."""
+    of_task = {f"{PREFIX}{name}": better for name, better in TASKS[recipe.task].evaluates.items()}
+    return {**of_task, **recipe.generative_eval.metrics}

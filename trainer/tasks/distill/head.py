@@ -17,7 +17,7 @@ from torch.nn.functional import cross_entropy
 
 from trainer.tasks.distill.divergences import at_tokens, divergence, with_rest
 from trainer.tasks.distill.teacher import TeacherOutputs
-from trainer.tasks.frozen_lm_head_loss import frozen_values
+from trainer.tasks.frozen_lm_head_loss import frozen_losses
 from trainer.tasks.inputs import to_device
 from trainer.tasks.lm_head_loss import TargetHead, in_chunks, rows_of_chunk, targets_of
 
@@ -102,7 +102,7 @@ class DistillHead(TargetHead):
         of, places_T = self._comparison(labels_T, self._teacher, self._project), _places(labels_T)
         if self._is_frozen(hidden_TD):
             rows = rows_of_chunk(self._vocabulary)
-            return frozen_values(of, hidden_TD, places_T, rows, len(Compared._fields))
+            return frozen_losses(of, hidden_TD, places_T, rows, len(Compared._fields))
         return in_chunks(of, hidden_TD, places_T, self._vocabulary)
 
     def _kept(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> TeacherOutputs:
