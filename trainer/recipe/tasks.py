@@ -161,4 +161,5 @@ def compared_metrics(recipe: Recipe) -> dict[str, Better]:
     """Returns the metrics of the recipe's evaluations that have a better direction, by their names in
     `trainer.run.metrics.EvalMetrics`. A metric that something else than the task adds to an evaluation is added
     here."""
-    return {f"{PREFIX}{name}": better for name, better in TASKS[recipe.task].evaluates.items()}
+    of_task = {f"{PREFIX}{name}": better for name, better in TASKS[recipe.task].evaluates.items()}
+    return {**of_task, **recipe.generative_eval.metrics}

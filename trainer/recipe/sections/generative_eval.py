@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -51,10 +51,11 @@ class GenerativeEvalSection(Section):
     storage."""
 
     @property
-    def metrics(self) -> dict[str, str]:
+    def metrics(self) -> dict[str, Literal["max"]]:
         """The names of the metrics in an evaluation, with the direction that is better: ``max`` for all of them; empty
         without answers. Under `auto`, the data decide which of them there are."""
-        return {f"eval_{name}": "max" for name in scores_of(self.metric)} if self.count else {}
+        names = scores_of(self.metric) if self.count else ()
+        return {f"eval_{name}": "max" for name in names}
 
     @property
     def function(self) -> str | None:
