@@ -41,6 +41,7 @@ class Judge:
         self._total_steps = total_steps
         self._keep, self._stop = recipe.checkpoint.keep_best, recipe.training.early_stop
         self._better, self._recorder = compared_metrics(recipe), recorder
+        self._of_answers = recipe.generative_eval.metrics
         self._best: Best | None = None
         self._patience: Patience | None = None
         self._over = False
@@ -73,7 +74,8 @@ class Judge:
         if self._keep and (value := value_of(metrics, self._keep)) is not None:
             now = Best(self._keep, value, step, self._recorder.attempt)
             best = better_of(best, now, self._better[self._keep])
-        if (stop := self._stop) is not None:
+        # An evaluation without answers has no score, which is no sign that the score is worse.
+        if (stop := self._stop) is not None and (metrics.eval_answers or stop.metric not in self._of_answers):
             before = patience or Patience(stop.metric)
             value = value_of(metrics, stop.metric)
             patience = waited(before, value, step, self._better[stop.metric], stop.min_delta)

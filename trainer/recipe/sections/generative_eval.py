@@ -54,7 +54,8 @@ class GenerativeEvalSection(Section):
     def metrics(self) -> dict[str, Literal["max"]]:
         """The names of the metrics in an evaluation, with the direction that is better: ``max`` for all of them; empty
         without answers. Under `auto`, the data decide which of them there are."""
-        return {f"eval_{name}": "max" for name in scores_of(self.metric)} if self.count else {}
+        names = scores_of(self.metric) if self.count else ()
+        return {f"eval_{name}": "max" for name in names}
 
     @property
     def function(self) -> str | None:

@@ -200,6 +200,25 @@ def test_of_answers_that_are_good_or_bad_the_good_ones_are_references(make: Make
     assert CALLS[0]["references"] == good[:5]
 
 
+def declining(prompts: list[str], completions: list[str], references: list[str]) -> list[float]:
+    CALLS.append({})
+    return [-float(len(CALLS))] * len(completions)
+
+
+def test_a_run_keeps_the_best_answers_and_ends_early_by_them(make: Make) -> None:
+    """Evaluations without answers do not count."""
+    CALLS.clear()
+    asked = {"count": 2, "max_new_tokens": 2, "every": 2, "metric": f"{__name__}:declining"}
+    judged = {"checkpoint.keep_best": "eval_score", "training.early_stop": {"metric": "eval_score", "patience": 2}}
+    recipe = make(**{"training.steps": 20, "training.eval_every": 1, "generative_eval": asked, **judged})
+    assert train_here(recipe) in ("succeeded", "interrupted")
+    assert [row.get("eval_score") for row in evaluations(recipe)] == [None, -1.0, None, -2.0, None, -3.0]
+    best = [event for event in read_rows(run_of(recipe), layout.EVENTS) if event["event"] == "best"]
+    assert [(event["step"], event["value"]) for event in best] == [(2, -1.0)]
+    with pytest.raises(RecipeError, match="'eval_accuracy' is no metric that compares evaluations"):
+        make(**{"training.eval_every": 1, "checkpoint.keep_best": "eval_accuracy", "generative_eval": asked})
+
+
 def test_a_function_that_gives_no_number_ends_the_run(make: Make) -> None:
     with pytest.raises(RewardFailed, match="broken returned nan for the text"):
         train_here(make(**{"generative_eval.metric": f"{__name__}:broken"}))
