@@ -18,8 +18,8 @@ from trainer.recipe.optimizers import OPTIMIZERS
 from trainer.recipe.strategies import STRATEGIES
 
 RATES = {"sgd": 0.2, "lion": 5e-4, "lion_8bit": 5e-4, "adafactor": 5e-2}
-BY_DAY = [("adamw_8bit", "fsdp"), ("adamw_torchao_4bit", "fsdp"), ("schedule_free_adamw", "fsdp"), ("muon", "fsdp")]
-STEPS, STOP = 6, 3
+BY_DAY = [("adamw_8bit", "fsdp"), ("schedule_free_adamw", "fsdp"), ("muon", "fsdp")]
+STEPS, STOP = 4, 2
 
 
 def recipe_of(name: str, kind: str, what: str, model: Path, folder: Path, **more: Any) -> Recipe:
