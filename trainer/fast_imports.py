@@ -23,13 +23,24 @@ def load_libraries() -> None:
     logging.getLogger("DeepSpeed").addFilter(_says_more)
     if "peft" in sys.modules:
         return
-    with _collector_resting():
+    with _collector_resting(), _warnings_muted():
         import torch
 
         with _compiling_late(torch):
             import bitsandbytes  # noqa: F401
         import peft  # noqa: F401
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
+
+
+@contextmanager
+def _warnings_muted() -> Iterator[None]:
+    """Mutes the log of libraries within the block: torchao and bitsandbytes warn of kernels that other machines have."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _says_more(record: logging.LogRecord) -> bool:
