@@ -34,7 +34,7 @@ def load_libraries() -> None:
 
 @contextmanager
 def _warnings_muted() -> Iterator[None]:
-    """Mutes the log of libraries within the block: torchao and bitsandbytes warn of kernels that other machines have."""
+    """Mutes the logs of libraries within the block: torchao and bitsandbytes warn of missing kernels of GPUs."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
