@@ -27,6 +27,7 @@ Outputs = Mapping[str, npt.NDArray[Any]]
 
 MANIFEST = "outputs.json"
 ENDS = ".ends"
+FOLDER = "outputs-"
 
 
 @dataclass(frozen=True)
@@ -74,10 +75,12 @@ class _Manifest(TypedDict):
 
 @dataclass(frozen=True)
 class StoredOutputs:
-    """Complete outputs in ``folder``. ``blocks``: the sha256 of each object, by its key."""
+    """Complete outputs in ``folder``. ``blocks``: the sha256 of each object, by its key. ``settings``: everything that
+    decides the outputs."""
 
     folder: Storage
     blocks: Mapping[str, str]
+    settings: Any = None
 
     def sha256(self, window: int, block: int) -> str:
         return self.blocks[block_key(window, block)]
@@ -102,7 +105,7 @@ def block_key(window: int, block: int) -> str:
 def folder_of(prepared: Storage, settings: Mapping[str, Any]) -> Storage:
     """Returns the folder of the outputs that ``settings``, everything that decides them, lead to."""
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    return prepared.child(f"outputs-{digest[:24]}")
+    return prepared.child(f"{FOLDER}{digest[:24]}")
 
 
 def open_outputs(folder: Storage) -> StoredOutputs | None:
@@ -113,7 +116,13 @@ def open_outputs(folder: Storage) -> StoredOutputs | None:
         return None
     except Malformed as error:
         raise CorruptObject(f"{folder.uri(MANIFEST)} cannot be understood ({error}); delete {folder.url}") from error
-    return StoredOutputs(folder, found["blocks"])
+    return StoredOutputs(folder, found["blocks"], found["settings"])
+
+
+def all_outputs(prepared: Storage) -> list[StoredOutputs]:
+    """Returns all complete outputs that are stored beside the prepared data."""
+    folders = [prepared.child(name) for name in prepared.folders() if name.startswith(FOLDER)]
+    return [found for found in map(open_outputs, folders) if found is not None]
 
 
 def missing_blocks(folder: Storage, blocks: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:

@@ -1,5 +1,5 @@
-"""Computes what a task needs of the model as it is before the first step (`Task.outputs`), once for all samples of the
-run's data, and stores it beside the prepared data. Every attempt looks first whether that is done."""
+"""Computes what a task needs of a frozen model (`Task.outputs`), once for all samples of the run's data, before the
+first step, and stores it beside the prepared data. Every attempt looks first whether that is done."""
 
 from __future__ import annotations
 
@@ -67,11 +67,11 @@ class Ranks:
 
 
 def settings_of(recipe: Recipe, task: Task, begins_from: str | None) -> dict[str, Any] | None:
-    """Returns everything that decides the outputs; None if the task needs none. ``begins_from``: the sha256 of the
+    """Returns everything that decides the outputs; None if the task stores none. ``begins_from``: the sha256 of the
     adapter that training begins with."""
     settings = task.output_settings()
-    if settings is None:
-        return None
+    if settings is None or not task.outputs_from_model:
+        return settings and {"task": recipe.task, **settings}
     model = {
         "identity": identity_of(recipe.model),
         "quantization": recipe.model.quantization,
@@ -93,7 +93,7 @@ def with_outputs(
         return data
     folders = [folder_of(part.storage, settings) for part in (data.train, data.eval) if part]
     missing = world.decide_on_rank0(lambda: None in map(open_outputs, folders))
-    if missing and begins_from and not is_initial:
+    if missing and begins_from and not is_initial and parts.task.outputs_from_model:
         _begin_again(parts, begins_from)
     module, device, size = strategy.module, parts.world.device, recipe.training.micro_batch
     maker = OutputsMaker(parts.task, module, device, size, Ranks.of(strategy), strategy.autocast, strategy.reshard)
@@ -101,6 +101,7 @@ def with_outputs(
     train = maker.with_outputs(data.train, settings, "training data")
     evaluation = data.eval and maker.with_outputs(data.eval, settings, "evaluation data")
     module.train()
+    parts.task.outputs_are_stored()
     return replace(data, train=train, eval=evaluation)
 
 
@@ -138,7 +139,7 @@ class OutputsMaker:
             for number, (window, block) in enumerate(missing, 1):
                 outputs = self._of_block(prepared, window, block)
                 self.ranks.decide(partial(_put, folder, block_key(window, block), outputs))
-                log.info("%s: outputs of the model before training: block %d of %d", name, number, len(missing))
+                log.info("%s: outputs that are computed before training: block %d of %d", name, number, len(missing))
             self.ranks.decide(lambda: complete(folder, settings, blocks))
             stored = self.ranks.decide(lambda: open_outputs(folder))
         return replace(prepared, outputs=stored)
