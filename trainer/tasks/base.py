@@ -137,6 +137,10 @@ class Task(ABC):
         model; None if the task stores none."""
         return None
 
+    def bytes_of_target(self) -> int:
+        """Returns the bytes of the `outputs` for each target; 0 for outputs that are smaller than the samples."""
+        return 0
+
     def outputs(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> Mapping[str, Any]:
         """Returns the outputs for the samples of a micro-batch: by name, an array for each sample. They are computed
         once, without gradients, and come back in `Batch.outputs`."""

@@ -37,6 +37,11 @@ def settings_of_outputs(section: DistillSection, vocabulary: int, identity: Mapp
     }
 
 
+def bytes_of_target(section: DistillSection) -> int:
+    assert section.top_k is not None, "the recipe refuses distill.store without it"
+    return 8 * section.top_k + 4
+
+
 def to_store(taught: TeacherOutputs, batch: Batch) -> dict[str, list[npt.NDArray[Any]]]:
     """Returns the outputs of each sample. Each row of ``batch`` is one sample."""
     assert taught.ids is not None

@@ -25,7 +25,7 @@ import torch
 from trainer.parsing import Malformed
 from trainer.tasks.base import GenerationContext, LossOutput, Task, ratio
 from trainer.tasks.distill.head import DistillHead
-from trainer.tasks.distill.stored import StoredTeacher, check_top_k, settings_of_outputs, to_store
+from trainer.tasks.distill.stored import StoredTeacher, bytes_of_target, check_top_k, settings_of_outputs, to_store
 from trainer.tasks.distill.teacher import Teacher, TeacherOutputs, check_same_teacher
 from trainer.tasks.sft import MAX_EXPONENT
 from trainer.tasks.source_weights import weighted
@@ -64,6 +64,9 @@ class Distill(Task):
             return None
         assert self.teacher is not None
         return settings_of_outputs(self.recipe.distill, self._vocabulary, self.teacher.identity)
+
+    def bytes_of_target(self) -> int:
+        return bytes_of_target(self.recipe.distill)
 
     def outputs(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> Mapping[str, Any]:
         assert self.teacher is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from trainer.artifacts import teacher as teacher_file
 from trainer.artifacts.teacher import teacher_of
 from trainer.data import Batch
 from trainer.distributed.world import join_world
-from trainer.errors import InputError
+from trainer.errors import InputError, RecipeError
 from trainer.evaluate import evaluate
 from trainer.recipe import Recipe
 from trainer.run import layout
@@ -442,11 +443,26 @@ def no_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(teacher_file, name, lambda *given: pytest.fail("a teacher is loaded"))
 
 
-@pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize("kind", ["model", "shared"])
+@pytest.mark.parametrize(
+    ("kind", "packing"),
+    [
+        ("model", True),
+        ("shared", False),
+        pytest.param("model", False, marks=pytest.mark.night),
+        pytest.param("shared", True, marks=pytest.mark.night),
+    ],
+)
 def test_stored_outputs_teach_as_the_teacher_does(
-    tiny_model: Path, folder: Path, tmp_path: Path, shared_run: str, kind: str, packing: bool
+    tiny_model: Path,
+    folder: Path,
+    tmp_path: Path,
+    shared_run: str,
+    kind: str,
+    packing: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Outputs are in parts of a few samples."""
+    monkeypatch.setattr(stored_outputs, "PART_BYTES", 200 * (8 * 12 + 4))
     place = make_teacher(folder / "teacher", tiny_model) if kind == "model" else shared_run
     changes = {**STORED, "data.packing": packing, "storage": str(tmp_path), "training.eval_every": 3}
     found: list[tuple[list[float], dict[str, Any]]] = []
@@ -456,27 +472,39 @@ def test_stored_outputs_teach_as_the_teacher_does(
             assert isinstance(b.task.teacher, StoredTeacher) == store
             b.run()
             found.append((b.losses(), b.evaluations[0]))
+    assert len(outputs_of(recipe)) > 4, "several parts of a block"
     (online, scores), (stored, stored_scores) = found
     assert stored == pytest.approx(online, rel=1e-5)
     names = ("eval_loss", "eval_perplexity", "eval_teacher_perplexity", "eval_agreement")
     assert [stored_scores[n] for n in names] == pytest.approx([scores[n] for n in names], rel=1e-5)
 
 
-def test_bytes_for_each_target(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
-    place = make_teacher(folder / "teacher", tiny_model)
+def test_the_memory_of_the_teacher_is_freed_and_bytes_of_each_target_are_stored(
+    tiny_model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, loaded, load = make_teacher(folder / "teacher", tiny_model), [], teacher_file._second_model
+
+    def watched(*given: Any) -> ModelTeacher:
+        teacher = load(*given)
+        loaded.append(weakref.ref(teacher.model))
+        return teacher
+
+    monkeypatch.setattr(teacher_file, "_second_model", watched)
     with bench(learning(place, "sizes", tiny_model, folder, **STORED, storage=str(tmp_path))) as b:
+        assert [model() for model in loaded] == [None]
         totals = [part.totals for part in (b.data.train, b.data.eval) if part]
     of_targets = [sum(arrays[n].nbytes for n in ("ids", "logps", "nll")) for arrays in outputs_of(b.recipe).values()]
     assert sorted(of_targets) == sorted(total.target_tokens * (8 * 12 + 4) for total in totals)
 
 
+@pytest.mark.parametrize("kind", ["model", pytest.param("shared", marks=pytest.mark.night)])
 def test_a_run_resumes_and_another_student_learns_without_the_teacher(
-    tiny_model: Path, folder: Path, tmp_path: Path, request: pytest.FixtureRequest
+    tiny_model: Path, folder: Path, tmp_path: Path, shared_run: str, kind: str, request: pytest.FixtureRequest
 ) -> None:
     """The teacher's folder is deleted after the first attempt. A student that never had the teacher in memory learns
     the same bytes."""
     place = tmp_path / "teacher"
-    shutil.copytree(make_teacher(folder / "teacher", tiny_model), place)
+    shutil.copytree(shared_run if kind == "shared" else make_teacher(folder / "teacher", tiny_model), place)
     changes = {**STORED, "storage": str(tmp_path), "training.steps": 4, "checkpoint.every_steps": 1}
     first, other = (
         learning(place, name, tiny_model, folder, **changes, **{"adapter.dropout": 0.1}) for name in ("first", "other")
@@ -520,14 +548,14 @@ def test_a_start_that_was_killed_computes_what_is_missing(
         learning(place, name, tiny_model, folder, **STORED, storage=str(tmp_path / name))
         for name in ("killed", "plain")
     )
-    plain, put = OutputsMaker._of_block, stored_outputs._put
+    plain, put = OutputsMaker._of_part, stored_outputs._put
     monkeypatch.setattr(stored_outputs, "_put", lambda *given: (put(*given), 1 / 0))
     with pytest.raises(ZeroDivisionError):
         train_here(recipe)
     monkeypatch.undo()
     (done,) = outputs_of(recipe)
     computed: list[Any] = []
-    monkeypatch.setattr(OutputsMaker, "_of_block", lambda *given: (computed.append(given[1]), plain(*given))[1])
+    monkeypatch.setattr(OutputsMaker, "_of_part", lambda *given: (computed.append(given[1]), plain(*given))[1])
     assert train_here(recipe) == train_here(other) == "succeeded"
     assert len(computed) == 1 + 2, "the block of the evaluation data, and both of the other run"
     got, want = outputs_of(recipe), outputs_of(other)
@@ -572,5 +600,5 @@ def test_the_stored_tokens_are_a_part_of_the_vocabulary(tiny_model: Path, folder
     changes = {**STORED, "storage": str(tmp_path), "distill.top_k": 384}
     with pytest.raises(InputError, match="384 are all 384 tokens of the vocabulary"):
         train_here(learning(place, "all", tiny_model, folder, **changes))
-    with pytest.raises(InputError, match=r"distill\.store: .*set distill\.top_k"):
+    with pytest.raises(RecipeError, match=r"distill\.store: .*set distill\.top_k"):
         learning(place, "none", tiny_model, folder, **{**changes, "distill.top_k": None})
