@@ -145,9 +145,11 @@ def make(
 
 
 def _teacher(recipe: Recipe) -> tuple[TeacherModel | None, str]:
-    """Returns the sizes of a teacher that is a second model, and a note on the teacher; empty if there is none."""
+    """Returns the sizes of a second model that teaches in every step, and a note on the teacher; empty if there is
+    none."""
     from trainer.artifacts.teacher import planned_teacher
     from trainer.plan.config import read_base
+    from trainer.plan.memory import LOAD_BUDGET
     from trainer.plan.teacher_memory import TeacherModel
 
     found, place = planned_teacher(recipe), recipe.distill.teacher
@@ -162,7 +164,14 @@ def _teacher(recipe: Recipe) -> tuple[TeacherModel | None, str]:
         model = TeacherModel.of(section, base.config)
     except InputError as error:
         raise InputError(f"distill.teacher {place}: {error}") from error
-    return model, f"the teacher {place} is a second model of {model.elements:,} parameters. {base.note}".strip()
+    note = f"the teacher {place} is a second model of {model.elements:,} parameters. {base.note}".strip()
+    if not recipe.stores_outputs:
+        return model, note
+    kept = model.bytes(recipe, recipe.resources.min_workers, 0, LOAD_BUDGET).kept
+    return None, (
+        f"{note} It is not counted, since its outputs are stored: the first attempt has it in memory until then, "
+        f"{kept / 2**30:.2f} GiB more on each rank, before the optimizer's state"
+    )
 
 
 def gpu_here() -> tuple[str, int] | None:

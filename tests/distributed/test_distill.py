@@ -14,16 +14,17 @@ from trainer.run import layout
 from trainer.run.jsonl import read_rows
 
 PLACES = [("ddp", 1), ("ddp", 2), ("fsdp", 2), ("zero2", 2), ("zero3", 2), ("fsdp", 3)]
-BY_DAY = [("shared", "zero3", 2), ("adapted", "zero2", 2)]
+BY_DAY = [("shared", "zero3", 2), ("adapted", "zero2", 2), ("stored", "fsdp", 2)]
 METRICS = ("eval_loss", "eval_perplexity", "eval_teacher_perplexity", "eval_agreement")
 TEACHERS: dict[str, dict[str, Any]] = {
     "model": {"distill.top_k": 20},
     "nf4": {"distill.quantization": "nf4"},
     "shared": {"distill.loss": "reverse_kl", "distill.beta": 0.5},
     "adapted": {},
+    "stored": {"distill.top_k": 20, "distill.store": True},
 }
 """The kinds of teacher, and what else differs: a second model, the same in 4 bits, an adapter on the student's base
-model, and an adapter on another one."""
+model, an adapter on another one, and a second model whose outputs each run computes and stores."""
 FEW = {"training.steps": 4, "training.eval_every": None, "checkpoint.every_steps": 2}
 
 
@@ -46,7 +47,7 @@ def teachers(tiny_model: Path, folder: Path) -> dict[str, str]:
     for recipe in runs.values():
         assert train_here(recipe) == "succeeded"
     places = {kind: run_of(recipe).url for kind, recipe in runs.items()}
-    return {**places, "model": str(other), "nf4": str(other)}
+    return {**places, **dict.fromkeys(("model", "nf4", "stored"), str(other))}
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +67,7 @@ def runs(
                 tiny_model,
                 folder,
                 **{**FEW, **TEACHERS[teacher], "distill.teacher": teachers[teacher], "strategy.kind": kind},
+                storage=str(folder / f"{teacher}-{kind}-{ranks}"),
             )
             for teacher, kind, n in cells
             if n == ranks
@@ -97,6 +99,29 @@ def test_one_rank_and_several_learn_the_same(runs: Any, teacher: str, kind: str,
     assert {name: got[name] for name in METRICS} == pytest.approx({name: want[name] for name in METRICS}, rel=1e-5)
     begun = next(e for e in read_rows(run_of(many), layout.EVENTS) if e["event"] == "start")
     assert begun["models"]["teacher"]["location"] == many.distill.teacher
+
+
+@pytest.mark.night
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(("kind", "ranks"), [("ddp", 1), ("ddp", 2), ("fsdp", 2)])
+@pytest.mark.parametrize("teacher", ["model", "shared"])
+def test_stored_outputs_teach_as_the_teacher_does(
+    tiny_model: Path, folder: Path, teachers: dict[str, str], teacher: str, kind: str, ranks: int, packing: bool
+) -> None:
+    changes = {**FEW, "distill.teacher": teachers[teacher], "distill.top_k": 20, "distill.loss": "forward_kl"}
+    changes |= {"distill.beta": 0.5, "strategy.kind": kind, "data.packing": packing}
+    name = f"{teacher}-{kind}-{ranks}-{packing}"
+    online, stored = (
+        task_recipe(
+            "distill", name, tiny_model, folder, **changes, **{"distill.store": s, "storage": f"{folder}/{name}-{s}"}
+        )
+        for s in (False, True)
+    )
+    train_in_processes([online, stored], ranks)
+    for metric in ("loss", *METRICS):
+        want, got = ([row[metric] for row in rows_of(recipe, metric)] for recipe in (online, stored))
+        assert got == pytest.approx(want, rel=1e-5), metric
 
 
 @pytest.mark.night

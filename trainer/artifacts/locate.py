@@ -294,7 +294,7 @@ def _whole_model(recipe: Recipe | None, section: ModelSection, folder: Path, whe
     named = [str(name) for name in config.get("architectures") or []]
     head = any(name.endswith("ForSequenceClassification") for name in named)
     task = recipe.task if recipe else "classification" if head else "sft"
-    if TASKS[task].has_reference and not (recipe and recipe.stores_reference):
+    if TASKS[task].has_reference and not (recipe and recipe.stores_outputs):
         raise InputError(f"{where} is a whole model: task {task} compares an adapter with the base under it, name one")
     kind = TASKS[task].auto_class.removeprefix("AutoModel")
     if not kind.startswith("ForCausal") and not any(name.endswith(kind) for name in named):

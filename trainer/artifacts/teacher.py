@@ -62,6 +62,18 @@ def located(recipe: Recipe) -> Iterator[tuple[Artifact, bool]]:
         yield subject, _shared(subject, recipe) is not None
 
 
+def teacher_identity(recipe: Recipe) -> dict[str, Any]:
+    """Returns what identifies the recipe's teacher, without loading it. Raises InputError if it is not there, or has
+    another tokenizer than the student."""
+    with located(recipe) as (subject, _):
+        return _identity(subject, str(recipe.distill.teacher))
+
+
+def is_gone(place: str) -> bool:
+    """Returns True if nothing is stored at a teacher's location any more."""
+    return not (open_storage(place).list() if "://" in place else Path(place).exists())
+
+
 class PlannedTeacher(NamedTuple):
     """``section``: the teacher's base model. ``shared``: it is that of the student. ``as_stored``: it is loaded in the
     type of its files, which are not read here."""

@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from trainer.data.outputs import BlockOutputs
 from trainer.data.sample import Sample
 from trainer.data.types import Bools, Floats, Tokens, TokenTypes
 from trainer.parsing import Malformed, parse_json
@@ -233,7 +232,6 @@ class Block:
 
     ``labels``, ``margins`` and ``desirable`` have one entry per sample, ``token_types`` one per token. ``rejected``
     contains the rejected answers, sample i's in its row i. Each of them is None if the format has no such field.
-    ``outputs``: what a frozen model computed for the samples, if it was asked.
     """
 
     offsets: npt.NDArray[np.int32]
@@ -244,13 +242,11 @@ class Block:
     margins: Floats | None = None
     rejected: Block | None = None
     desirable: Bools | None = None
-    outputs: BlockOutputs | None = None
 
     @property
     def nbytes(self) -> int:
         arrays = (self.offsets, self.tokens, self.target, self.labels, self.token_types, self.margins, self.desirable)
-        further = sum(part.nbytes for part in (self.rejected, self.outputs) if part is not None)
-        return sum(a.nbytes for a in arrays if a is not None) + further
+        return sum(a.nbytes for a in arrays if a is not None) + (self.rejected.nbytes if self.rejected else 0)
 
     def sample(self, row: int) -> Sample:
         low, high = self.offsets[row], self.offsets[row + 1]
@@ -262,7 +258,6 @@ class Block:
             rejected=None if self.rejected is None else self.rejected.sample(row),
             margin=None if self.margins is None else float(self.margins[row]),
             desirable=None if self.desirable is None else bool(self.desirable[row]),
-            outputs=None if self.outputs is None else self.outputs.of(row),
         )
 
     def unrelated(self, row: int, sequence_length: int) -> Sample | None:

@@ -127,7 +127,7 @@ def _announced(shared: Storage, spec: PreparationSpec) -> str:
 
 def prepares_early(recipe: Recipe) -> bool:
     """Returns True if the first steps may run while the training data are still being prepared."""
-    return recipe.training.steps is not None and not recipe.stores_reference
+    return recipe.training.steps is not None and not recipe.stores_outputs
 
 
 def open_data(recipe: Recipe, run: Storage, shared: Storage) -> RunData:

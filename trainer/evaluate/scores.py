@@ -36,6 +36,7 @@ from trainer.worker.generative_eval import AUTO, AnswerMetric
 from trainer.worker.loop import evaluated_sums
 from trainer.worker.questions import Question, QuestionReader
 from trainer.worker.stored_outputs import OutputsMaker, Ranks, settings_of
+from trainer.worker.stored_teacher import find_stored
 
 ANSWER_TOKENS, SOLUTION_TOKENS = 32, 512
 """Limits of new tokens for an answer in one line (format ``qa``), and for others."""
@@ -112,12 +113,14 @@ class _Evaluation:
             self.subject.check_labels(task.labels)
         tokenizer = self._tokenizer()
         self.say("preparing the evaluation data")
-        prepared = self._with_outputs(
-            prepared_for(recipe, eval_spec(recipe, tokenizer, labels), tokenizer, folder), folder
-        )
+        prepared = prepared_for(recipe, eval_spec(recipe, tokenizer, labels), tokenizer, folder)
+        stored = find_stored(recipe, [prepared], self.subject.section)
+        if stored is not None:
+            prepared = replace(prepared, outputs=open_outputs(folder_of(prepared.storage, stored.settings)))
+        prepared = self._with_reference(prepared, folder)
         self.say("loading the model")
         model = load(self.subject, self.placement, task.labels, seed=recipe.seed)
-        task.teacher = teacher_of(recipe, self.device)
+        task.teacher = stored.teacher if stored else teacher_of(recipe, self.device)
         reward = reward_model(recipe, self.device) if task.generates else None
         task.attach(model, GenerationContext(tokenizer, reward=reward) if task.generates else None)
         questions = self._questions(prepared, tokenizer)
@@ -127,10 +130,10 @@ class _Evaluation:
             scores |= self._answers(model, tokenizer, questions)
         return {"task": recipe.task, **scores}
 
-    def _with_outputs(self, prepared: PreparedDataset, folder: Path) -> PreparedDataset:
+    def _with_reference(self, prepared: PreparedDataset, folder: Path) -> PreparedDataset:
         """Returns the data with the outputs that the task needs of the model as it was before training: those that the
         run has stored, or computed here. Nothing is written to the storage."""
-        if not self.recipe.stores_reference:
+        if not (self.recipe.stores_outputs and TASKS[self.recipe.task].has_reference):
             return prepared
         recipe, task, adapters, begun = self.recipe, make_task(self.recipe), {}, None
         if recipe.adapter.begins_from:

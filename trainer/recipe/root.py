@@ -110,10 +110,13 @@ class Recipe(Section):
         return f"{scheme}{separator}{path.rstrip('/')}/{self.name}"
 
     @property
-    def stores_reference(self) -> bool:
-        """True if what the task needs of its reference is computed once, before the first step, and stored: as asked,
-        or because the reference is not the model with its adapter switched off."""
-        if not TASKS[self.task].stores_reference:
+    def stores_outputs(self) -> bool:
+        """True if what the task needs of a frozen model is computed once, before the first step, and stored: as asked,
+        or because its reference is not the model with its adapter switched off."""
+        row = TASKS[self.task]
+        if row.has_teacher:
+            return self.distill.store
+        if not row.stores_reference:
             return False
         adapter = self.adapter
         changes_base = adapter.method == "none" or adapter.row.residual or adapter.bias not in (None, "none")

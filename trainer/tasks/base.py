@@ -87,6 +87,10 @@ class Task(ABC):
     teacher: Any = None
     """The `trainer.tasks.distill.teacher.Teacher` of a task that learns from one; set before `attach`."""
 
+    outputs_from_model = True
+    """True if `outputs` are those of the model that is trained, as it is before the first step; False if they do not
+    depend on it."""
+
     extra_module: str | None = None
     """Name of a module that the task adds to the model. It is trained with the adapter and saved in a file of its own,
     ``<extra_module>.safetensors``, under the names of its parameters."""
@@ -129,14 +133,21 @@ class Task(ABC):
         without gradients; in an evaluation once per batch, as step 0. The task keeps the result for `loss`."""
 
     def output_settings(self) -> dict[str, Any] | None:
-        """Returns the settings that decide `outputs`; None if the task needs no outputs of the model as it is before
-        the first step."""
+        """Returns everything besides the data that decides `outputs`, and besides the model where they are those of the
+        model; None if the task stores none."""
         return None
 
+    def bytes_of_target(self) -> int:
+        """Returns the bytes of the `outputs` for each target; 0 for outputs that are smaller than the samples."""
+        return 0
+
     def outputs(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> Mapping[str, Any]:
-        """Returns the model's outputs for the samples of a micro-batch: by name, an array for each sample. They are
-        computed once, without gradients, and come back in `Batch.outputs`."""
+        """Returns the outputs for the samples of a micro-batch: by name, an array for each sample. They are computed
+        once, without gradients, and come back in `Batch.outputs`."""
         raise NotImplementedError(f"{type(self).__name__} stores no outputs")
+
+    def outputs_are_stored(self) -> None:  # noqa: B027 - for tasks whose outputs need more than the model
+        """Releases what computed the `outputs`. The attempt calls it once, when those of all samples are stored."""
 
     def updates(self, step: int, plan: StepPlan, batches: Sequence[Batch]) -> Iterator[Update]:
         """Yields the step's updates, after `prepare_step`. Every rank has as many ``batches`` and updates."""

@@ -50,6 +50,7 @@ from trainer.worker.profiler import Profiler
 from trainer.worker.recorder import Recorder
 from trainer.worker.sample_texts import PromptSource, SampleTexts
 from trainer.worker.stored_outputs import with_outputs
+from trainer.worker.stored_teacher import stored_teacher
 from trainer.worker.telemetry import Telemetry
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,8 @@ def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callab
     with _noted("loading the model"):
         spec = data.train.spec
         reward = reward_model(recipe, world.device)
-        parts = build(recipe, world, storage, spec.labels, reward, spec.chat_template)
+        teacher = stored_teacher(recipe, world, data, run)
+        parts = build(recipe, world, storage, spec.labels, reward, spec.chat_template, teacher)
     with _noted("restoring the checkpoint"):
         attempt = world.decide_on_rank0(lambda: claim_attempt(run, job.driver, dict(job.holder)))
     recorder = Recorder(run, recipe, world, attempt)
@@ -107,7 +109,7 @@ def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callab
             with checkpointer.newest() as found:
                 begins_from = found.begins_from if found else _set_initial_weights(parts, recorder)
                 checkpointer.begins_from = begins_from
-                with _noted("computing the outputs of the model before training"):
+                with _noted("computing outputs before training"):
                     data = with_outputs(parts, data, begins_from, is_initial=found is None)
                 stream = Stream.of(recipe, data.train, run, cache=cache)
                 start = checkpointer.restore(found, stream)

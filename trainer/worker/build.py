@@ -56,6 +56,8 @@ from trainer.worker.unused import UnusedTargets, check_used
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from trainer.tasks.distill.teacher import Teacher
+
 log = logging.getLogger(__name__)
 
 
@@ -89,11 +91,13 @@ def build(
     labels: tuple[str, ...] = (),
     reward: Any = None,
     chat_template: str | None = None,
+    stored_teacher: Teacher | None = None,
 ) -> Parts:
     """Collective: every rank of the attempt calls it. ``storage``: the run's, which may have an NF4 copy of the model.
     ``labels``: the label set of the training data. ``reward``: the reward model of a task that generates texts, if it
-    has one. ``chat_template``: the run's own, None for the tokenizer's."""
-    teacher = teacher_of(recipe, world.device, world)
+    has one. ``chat_template``: the run's own, None for the tokenizer's. ``stored_teacher``: takes the place of the
+    recipe's teacher, which is then not loaded."""
+    teacher = stored_teacher or teacher_of(recipe, world.device, world)
     parts = partial(_build, recipe, world, storage, labels, reward, chat_template, teacher)
     try:
         return parts(frozenset())

@@ -156,7 +156,7 @@ def meter_of(recipe: Recipe, world: World, operations: Operations) -> Meter | No
 def _other_forwards(recipe: Recipe) -> int:
     """Returns the forwards of a step's tokens without gradients."""
     row = TASKS[recipe.task]
-    computed = row.has_reference and not recipe.stores_reference
+    computed = row.has_reference and not recipe.stores_outputs
     return row.judged_forwards + (1 + row.judged_forwards if computed else 0)
 
 

@@ -1,5 +1,5 @@
-"""Computes what a task needs of the model as it is before the first step (`Task.outputs`), once for all samples of the
-run's data, and stores it beside the prepared data. Every attempt looks first whether that is done."""
+"""Computes what a task needs of a frozen model (`Task.outputs`), once for all samples of the run's data, before the
+first step, and stores it beside the prepared data. Every attempt looks first whether that is done."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+import numpy as np
 import torch
 
 from trainer.data import Batch, MicroBatch, PreparedDataset, SampleRef
@@ -18,14 +19,17 @@ from trainer.data.loading.block_reader import BlockReader
 from trainer.data.loading.collate import read_batch
 from trainer.data.loading.next_use import NextUse, Use
 from trainer.data.outputs import (
+    PART_BYTES,
     Outputs,
+    Part,
     StoredOutputs,
-    block_key,
     complete,
     encode_outputs,
     folder_of,
-    missing_blocks,
+    missing_parts,
     open_outputs,
+    part_key,
+    part_numbers,
 )
 from trainer.data.run_data import RunData
 from trainer.distributed.world import World
@@ -40,10 +44,13 @@ from trainer.worker.initial_weights import begin_from
 
 log = logging.getLogger(__name__)
 
+LINES = 50
+"""Lines of the log, about, while outputs are computed."""
+
 
 @dataclass(frozen=True)
 class Ranks:
-    """How the micro-batches of a block are spread: number k goes to data-parallel rank k % ``count``. ``counts``: this
+    """How the micro-batches of a part are spread: number k goes to data-parallel rank k % ``count``. ``counts``: this
     process reports its micro-batches; of those that compute parts of the same tokens, one does."""
 
     world: World | None = None
@@ -67,11 +74,11 @@ class Ranks:
 
 
 def settings_of(recipe: Recipe, task: Task, begins_from: str | None) -> dict[str, Any] | None:
-    """Returns everything that decides the outputs; None if the task needs none. ``begins_from``: the sha256 of the
+    """Returns everything that decides the outputs; None if the task stores none. ``begins_from``: the sha256 of the
     adapter that training begins with."""
     settings = task.output_settings()
-    if settings is None:
-        return None
+    if settings is None or not task.outputs_from_model:
+        return settings and {"task": recipe.task, **settings}
     model = {
         "identity": identity_of(recipe.model),
         "quantization": recipe.model.quantization,
@@ -93,7 +100,7 @@ def with_outputs(
         return data
     folders = [folder_of(part.storage, settings) for part in (data.train, data.eval) if part]
     missing = world.decide_on_rank0(lambda: None in map(open_outputs, folders))
-    if missing and begins_from and not is_initial:
+    if missing and begins_from and not is_initial and parts.task.outputs_from_model:
         _begin_again(parts, begins_from)
     module, device, size = strategy.module, parts.world.device, recipe.training.micro_batch
     maker = OutputsMaker(parts.task, module, device, size, Ranks.of(strategy), strategy.autocast, strategy.reshard)
@@ -101,6 +108,7 @@ def with_outputs(
     train = maker.with_outputs(data.train, settings, "training data")
     evaluation = data.eval and maker.with_outputs(data.eval, settings, "evaluation data")
     module.train()
+    parts.task.outputs_are_stored()
     return replace(data, train=train, eval=evaluation)
 
 
@@ -115,7 +123,7 @@ def _begin_again(parts: Parts, begun: Mapping[str, Any]) -> None:
 
 @dataclass(frozen=True)
 class OutputsMaker:
-    """``forward``: the context of a forward pass. ``after_block``: called after the forwards of a block."""
+    """``forward``: the context of a forward pass. ``after_part``: called after the forwards of a part."""
 
     task: Task
     module: torch.nn.Module
@@ -123,7 +131,7 @@ class OutputsMaker:
     micro_batch: int
     ranks: Ranks
     forward: Callable[[], AbstractContextManager[Any]]
-    after_block: Callable[[], None]
+    after_part: Callable[[], None]
 
     def with_outputs(
         self, prepared: PreparedDataset, settings: Mapping[str, Any], name: str, storage: Storage | None = None
@@ -133,37 +141,51 @@ class OutputsMaker:
         folder = folder_of(storage or prepared.storage, settings)
         stored: StoredOutputs | None = self.ranks.decide(lambda: open_outputs(folder))
         if stored is None:
-            blocks = prepared.blocks()
-            missing = self.ranks.decide(lambda: missing_blocks(folder, blocks))
-            for number, (window, block) in enumerate(missing, 1):
-                outputs = self._of_block(prepared, window, block)
-                self.ranks.decide(partial(_put, folder, block_key(window, block), outputs))
-                log.info("%s: outputs of the model before training: block %d of %d", name, number, len(missing))
-            self.ranks.decide(lambda: complete(folder, settings, blocks))
+            size = self.task.bytes_of_target()
+            limit = max(1, PART_BYTES // size) if size else None
+            parts = _parts(prepared, limit)
+            missing = self.ranks.decide(lambda: missing_parts(folder, parts))
+            reader = BlockReader(replace(prepared, outputs=None), NextUse(lambda _: range(prepared.count)))
+            for number, part in enumerate(missing, 1):
+                outputs = self._of_part(reader, part, limit)
+                self.ranks.decide(partial(_put, folder, part_key(part), outputs))
+                if number % max(1, len(missing) // LINES) == 0:
+                    log.info("%s: outputs computed before training: part %d of %d", name, number, len(missing))
+            self.ranks.decide(lambda: complete(folder, settings, parts, limit))
             stored = self.ranks.decide(lambda: open_outputs(folder))
         return replace(prepared, outputs=stored)
 
     @torch.no_grad()
-    def _of_block(self, prepared: PreparedDataset, window: int, block: int) -> list[Outputs]:
-        upcoming = NextUse(lambda _: range(prepared.count))
-        upcoming.move(Use(0, window, 0))
-        reader = BlockReader(prepared, upcoming)
+    def _of_part(self, reader: BlockReader, part: Part, limit: int | None) -> list[Outputs]:
+        reader.upcoming.move(Use(0, part.window, 0))
         mine: dict[int, list[Outputs]] = {}
-        for k, batch in self._batches(reader, window, block):
+        for k, batch in self._batches(reader, part, limit):
             with self.forward():
                 found = self.task.outputs(self.module, batch, self.device)
             if batch.samples:
                 mine[k] = [{name: values[i] for name, values in found.items()} for i in range(batch.samples)]
-        self.after_block()
+        self.after_part()
         return self.ranks.gathered(mine)
 
-    def _batches(self, reader: BlockReader, window: int, block: int) -> Iterator[tuple[int, Batch]]:
-        """Yields this rank's micro-batches of a block, each sample by itself; every rank gets as many."""
-        index = reader.prepared.index(window)
-        refs = iter([SampleRef(window, int(row)) for row in (index.block == block).nonzero()[0]])
+    def _batches(self, reader: BlockReader, part: Part, limit: int | None) -> Iterator[tuple[int, Batch]]:
+        """Yields this rank's micro-batches of a part, each sample by itself; every rank gets as many."""
+        index = reader.prepared.index(part.window)
+        samples = (index.block == part.block).nonzero()[0]
+        samples = samples[part_numbers(index.targets[samples], limit) == part.number]
+        refs = iter([SampleRef(part.window, int(sample)) for sample in samples])
         parts = list(iter(lambda: list(islice(refs, self.micro_batch)), []))
         for k in range(self.ranks.rank, -(-len(parts) // self.ranks.count) * self.ranks.count, self.ranks.count):
             yield k, read_batch(reader, _micro_batch(k, parts[k])) if k < len(parts) else Batch.empty()
+
+
+def _parts(prepared: PreparedDataset, limit: int | None) -> list[Part]:
+    """Returns all parts. Reads all indexes."""
+    found = []
+    for window, block in prepared.blocks():
+        index = prepared.index(window)
+        numbers = np.unique(part_numbers(index.targets[index.block == block], limit))
+        found += [Part(window, block, int(number)) for number in numbers]
+    return found
 
 
 def _put(folder: Storage, key: str, outputs: Sequence[Outputs]) -> None:

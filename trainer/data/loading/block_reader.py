@@ -15,7 +15,8 @@ from dataclasses import replace
 from trainer.data.blocks import Block, decode_block
 from trainer.data.loading.disk_cache import DiskCache
 from trainer.data.loading.next_use import NextUse
-from trainer.data.outputs import decode_outputs
+from trainer.data.loading.outputs_reader import OutputsReader
+from trainer.data.outputs import Part
 from trainer.data.prepare.prepared import PreparedDataset
 from trainer.data.sample import Sample
 from trainer.data.types import SampleRef
@@ -56,6 +57,7 @@ class BlockReader:
         self._flights: dict[Key, Future[Block]] = {}
         self.held_bytes = 0
         self._lock = threading.Lock()
+        self._outputs = self._outputs_reader()
 
     def samples(self, refs: Sequence[SampleRef]) -> list[Sample]:
         """Returns the samples in the order of ``refs``. Fetches the blocks that are not in memory in parallel."""
@@ -77,7 +79,9 @@ class BlockReader:
             absent = [key for key in rows if key not in self._blocks]
         in_parallel(take, [key for key in rows if key not in absent], 1)
         in_parallel(take, absent, self.readers)
-        return [found[at] for at in range(len(refs))]
+        if self._outputs is None:
+            return [found[at] for at in range(len(refs))]
+        return [replace(found[at], outputs=outputs) for at, outputs in enumerate(self._outputs.of(refs))]
 
     def _sample(self, block: Block, row: int) -> Sample:
         sample = block.sample(row)
@@ -118,9 +122,6 @@ class BlockReader:
     def _fetch(self, key: Key, flight: Future[Block]) -> Block:
         try:
             block = decode_block(self._bytes(*key))
-            if (stored := self.prepared.outputs) is not None:
-                raw = self._cached(*key, stored.sha256(*key), stored.bytes_of)
-                block = replace(block, outputs=decode_outputs(raw))
         except BaseException as error:
             with self._lock:
                 del self._flights[key]
@@ -138,10 +139,20 @@ class BlockReader:
 
     def _bytes(self, window: int, block: int) -> bytes:
         sha256 = self.prepared.index(window).meta.blocks[block].sha256
-        return self._cached(window, block, sha256, self.prepared.block_bytes)
+        return self._cached(window, block, sha256, lambda: self.prepared.block_bytes(window, block))
 
-    def _cached(self, window: int, block: int, sha256: str, read: Callable[[int, int], bytes]) -> bytes:
+    def _cached(self, window: int, block: int, sha256: str, read: Callable[[], bytes]) -> bytes:
         """Returns bytes of this hash that belong to a block, from this host's disk if they are there."""
         if self.cache is None:
-            return read(window, block)
-        return self.cache.get(window, block, sha256, lambda: read(window, block), self.upcoming.next_use)
+            return read()
+        return self.cache.get(window, block, sha256, read, self.upcoming.next_use)
+
+    def _outputs_reader(self) -> OutputsReader | None:
+        stored = self.prepared.outputs
+        if stored is None:
+            return None
+
+        def read(part: Part) -> bytes:
+            return self._cached(part.window, part.block, stored.sha256(part), lambda: stored.bytes_of(part))
+
+        return OutputsReader(self.prepared, stored, read, self.memory_bytes // 4, self.readers)

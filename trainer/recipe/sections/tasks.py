@@ -63,9 +63,16 @@ class DistillSection(Section):
     """Number of the teacher's most likely tokens that are compared one by one; all other tokens together count as one
     outcome. null compares all tokens."""
 
+    store: bool = False
+    """Compute the `top_k` most likely tokens once for all samples, before the first step, and store them with the
+    prepared data: 8 · top_k + 4 bytes for each target. The teacher is then not in memory while the student learns, and
+    later attempts, and other students with the same data, teacher, `top_k` and `temperature`, do not load it."""
+
     ce_coef: float = Field(default=0.0, ge=0.0)
     """Weight of the negative log-likelihood of the targets, which is added to the divergence."""
 
     def conflicts(self) -> Iterator[Conflict]:
         if self.loss != "jsd" and self.beta != type(self).model_fields["beta"].default:
             yield Conflict((("beta",), ("loss",)), f"has no effect with loss {self.loss}; leave it out, or use jsd")
+        if self.store and self.top_k is None:
+            yield Conflict((("store",), ("top_k",)), "stores the top_k most likely tokens; set distill.top_k")

@@ -9,22 +9,24 @@ Gradients of the first term shrink as 1/τ² for large τ, so that Hinton et al.
 multiply it by τ². Agarwal et al. 2023 (arXiv:2306.13649) and trl do not, and neither does this: ``ce_coef`` is the only
 weight between both terms.
 
-The teacher's outputs are computed for one micro-batch at a time, before the student's forward.
+The teacher's outputs are computed for one micro-batch at a time, before the student's forward, or were stored for all
+samples before the first step.
 """
 
 from __future__ import annotations
 
+import gc
 import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from trainer.errors import InputError
 from trainer.parsing import Malformed
 from trainer.tasks.base import GenerationContext, LossOutput, Task, ratio
 from trainer.tasks.distill.head import DistillHead
-from trainer.tasks.distill.teacher import Teacher, TeacherOutputs
+from trainer.tasks.distill.stored import StoredTeacher, bytes_of_target, check_top_k, settings_of_outputs, to_store
+from trainer.tasks.distill.teacher import Teacher, TeacherOutputs, check_same_teacher
 from trainer.tasks.sft import MAX_EXPONENT
 from trainer.tasks.source_weights import weighted
 
@@ -39,13 +41,16 @@ class Untaught(NamedTuple):
 
 
 class Distill(Task):
+    outputs_from_model = False
     head: DistillHead
     teacher: Teacher | None
 
     def attach(self, model: torch.nn.Module, generation: GenerationContext | None = None) -> None:
         self.head = DistillHead(model, self.recipe.distill, packed=self.recipe.data.packing)
+        self._vocabulary = self.head.tokens
         if self.teacher is not None:
             self.teacher.attach(model, self.head)
+        check_top_k(self.recipe.distill, self.head)
 
     def owns_parameter(self, name: str) -> bool:
         return self.teacher is not None and self.teacher.owns_parameter(name)
@@ -53,6 +58,26 @@ class Distill(Task):
     def init_parameter(self, name: str, shape: torch.Size) -> torch.Tensor:
         assert self.teacher is not None
         return self.teacher.init_parameter(name)
+
+    def output_settings(self) -> dict[str, Any] | None:
+        if not self.recipe.stores_outputs:
+            return None
+        assert self.teacher is not None
+        return settings_of_outputs(self.recipe.distill, self._vocabulary, self.teacher.identity)
+
+    def bytes_of_target(self) -> int:
+        return bytes_of_target(self.recipe.distill)
+
+    def outputs(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> Mapping[str, Any]:
+        assert self.teacher is not None
+        return to_store(self.teacher.outputs(batch, module, device), batch)
+
+    def outputs_are_stored(self) -> None:
+        """A teacher on the student's base model stays in the student, switched off: its strategy has wrapped it."""
+        assert self.teacher is not None
+        self.teacher = StoredTeacher(self.teacher.identity)
+        self.teacher.attach(None, self.head)
+        gc.collect()
 
     def loss(self, module: torch.nn.Module, batch: Batch | Untaught, device: torch.device) -> LossOutput:
         if isinstance(batch, Untaught):
@@ -94,8 +119,5 @@ class Distill(Task):
         began = state.get("teacher")
         if set(state) != {"teacher"} or not isinstance(began, dict):
             raise Malformed("the state of task distill names no teacher")
-        if self.teacher is not None and began != self.models()["teacher"]:
-            raise InputError(
-                f"distill.teacher {self.recipe.distill.teacher} is not the model that this run has learnt from: its "
-                "files have changed; put them back, or start a run of another name"
-            )
+        if self.teacher is not None:
+            check_same_teacher(str(self.recipe.distill.teacher), began, self.models()["teacher"])

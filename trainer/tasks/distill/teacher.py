@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
+from trainer.errors import InputError
 from trainer.tasks.reference import adapter_of
 from trainer.tasks.shared_adapter import SharedAdapter
 
@@ -111,6 +112,15 @@ class SharedTeacher(Teacher):
     def outputs(self, batch: Batch, module: torch.nn.Module, device: torch.device) -> TeacherOutputs:
         with evaluating(self._model), adapter_of(self._model, self.adapter.name):
             return self._head.taught(module, batch, device)
+
+
+def check_same_teacher(place: str, began: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raises InputError if the run has ``began`` with another teacher."""
+    if began != now:
+        raise InputError(
+            f"distill.teacher {place} is not the model that this run has learnt from: its files have changed; put them "
+            "back, or start a run of another name"
+        )
 
 
 @contextmanager

@@ -42,7 +42,7 @@ class DPO(Task):
         return of.samples
 
     def output_settings(self) -> dict[str, Any] | None:
-        return {"ld_alpha": self.recipe.dpo.ld_alpha} if self.recipe.stores_reference else None
+        return {"ld_alpha": self.recipe.dpo.ld_alpha} if self.recipe.stores_outputs else None
 
     def outputs(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> Mapping[str, Any]:
         return to_store(self._likelihoods(self._answers(module, batch, device), batch))

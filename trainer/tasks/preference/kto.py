@@ -44,7 +44,7 @@ class KTO(Task):
         return of.samples
 
     def output_settings(self) -> dict[str, Any] | None:
-        return {} if self.recipe.stores_reference else None
+        return {} if self.recipe.stores_outputs else None
 
     def outputs(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> Mapping[str, Any]:
         return to_store(self._both(module, batch, device))

@@ -27,7 +27,7 @@ class Reference:
     and come with the micro-batches; otherwise the model computes them with its adapter switched off."""
 
     def __init__(self, recipe: Recipe, model: Any) -> None:
-        self.stored = recipe.stores_reference
+        self.stored = recipe.stores_outputs
         self._model = model
         self._values: dict[int, torch.Tensor] = {}
 

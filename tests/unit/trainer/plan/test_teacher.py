@@ -93,3 +93,12 @@ def test_the_command_finds_the_teacher(tmp_path: Path) -> None:
     report = make(distilling(tmp_path), None, None, None, None)
     assert report.plan.largest.teacher_bytes == weights(report.recipe)
     assert any("is a second model of" in note for note in report.plan.notes)
+
+
+def test_a_teacher_whose_outputs_are_stored_is_not_in_memory_while_the_student_learns(tmp_path: Path) -> None:
+    recipe = distilling(tmp_path, **{"distill.top_k": 4, "distill.store": True, "resources.workers": 2})
+    report = make(recipe, None, None, None, None)
+    without = Planner(read_base(recipe.model).config, Limits()).plan(recipe, 2)
+    assert report.plan.ranks == without.ranks
+    (note,) = (note for note in report.plan.notes if "is a second model of" in note)
+    assert f"{weights(recipe) / 2**30:.2f} GiB more on each rank" in note

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -25,13 +26,18 @@ from trainer.artifacts import teacher as teacher_file
 from trainer.artifacts.teacher import teacher_of
 from trainer.data import Batch
 from trainer.distributed.world import join_world
-from trainer.errors import InputError
+from trainer.errors import InputError, RecipeError
 from trainer.evaluate import evaluate
 from trainer.recipe import Recipe
+from trainer.run import layout
+from trainer.storage import open_storage
 from trainer.tasks import lm_head_loss
 from trainer.tasks.distill.divergences import LEAST_REST, at_tokens, divergence, with_rest
+from trainer.tasks.distill.stored import StoredTeacher
 from trainer.tasks.distill.task import Distill
 from trainer.tasks.distill.teacher import ModelTeacher, SharedTeacher
+from trainer.worker import stored_outputs
+from trainer.worker.stored_outputs import OutputsMaker
 
 LOSSES = ("forward_kl", "reverse_kl", "jsd")
 PLAIN = {"distill.beta": 0.5, "distill.temperature": 1.0, "distill.ce_coef": 0.0}
@@ -416,3 +422,183 @@ def test_training_sees_the_teacher_once_for_each_micro_batch(tiny_model: Path, f
         b.run()
         assert not any(p.grad is not None for p in teacher.model.parameters())
         assert calls == [False] * sum(len(batches) for _, batches in b.fed)
+
+
+STORED = {"distill.store": True, "distill.top_k": 12, "distill.temperature": 2.0}
+
+
+def outputs_of(recipe: Recipe) -> dict[str, dict[str, np.ndarray]]:
+    """Returns the arrays of all blocks of stored outputs beside the prepared data, by their keys."""
+    from safetensors.numpy import load
+
+    prepared = open_storage(recipe.storage).child(layout.PREPARED)
+    keys = [item.key for item in prepared.list() if "/outputs-" in item.key and item.key.endswith(".safetensors")]
+    return {key: load(prepared.read(key)) for key in keys}
+
+
+@pytest.fixture
+def no_teacher(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if a teacher is loaded."""
+    for name in ("_second_model", "_shared"):
+        monkeypatch.setattr(teacher_file, name, lambda *given: pytest.fail("a teacher is loaded"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "packing"),
+    [
+        ("model", True),
+        ("shared", False),
+        pytest.param("model", False, marks=pytest.mark.night),
+        pytest.param("shared", True, marks=pytest.mark.night),
+    ],
+)
+def test_stored_outputs_teach_as_the_teacher_does(
+    tiny_model: Path,
+    folder: Path,
+    tmp_path: Path,
+    shared_run: str,
+    kind: str,
+    packing: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Outputs are in parts of a few samples."""
+    monkeypatch.setattr(stored_outputs, "PART_BYTES", 200 * (8 * 12 + 4))
+    place = make_teacher(folder / "teacher", tiny_model) if kind == "model" else shared_run
+    changes = {**STORED, "data.packing": packing, "storage": str(tmp_path), "training.eval_every": 3}
+    found: list[tuple[list[float], dict[str, Any]]] = []
+    for store in (False, True):
+        recipe = learning(place, f"store-{store}", tiny_model, folder, **{**changes, "distill.store": store})
+        with bench(recipe) as b:
+            assert isinstance(b.task.teacher, StoredTeacher) == store
+            b.run()
+            found.append((b.losses(), b.evaluations[0]))
+    assert len(outputs_of(recipe)) > 4, "several parts of a block"
+    (online, scores), (stored, stored_scores) = found
+    assert stored == pytest.approx(online, rel=1e-5)
+    names = ("eval_loss", "eval_perplexity", "eval_teacher_perplexity", "eval_agreement")
+    assert [stored_scores[n] for n in names] == pytest.approx([scores[n] for n in names], rel=1e-5)
+
+
+def test_the_memory_of_the_teacher_is_freed_and_bytes_of_each_target_are_stored(
+    tiny_model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place, loaded, load = make_teacher(folder / "teacher", tiny_model), [], teacher_file._second_model
+
+    def watched(*given: Any) -> ModelTeacher:
+        teacher = load(*given)
+        loaded.append(weakref.ref(teacher.model))
+        return teacher
+
+    monkeypatch.setattr(teacher_file, "_second_model", watched)
+    with bench(learning(place, "sizes", tiny_model, folder, **STORED, storage=str(tmp_path))) as b:
+        assert [model() for model in loaded] == [None]
+        totals = [part.totals for part in (b.data.train, b.data.eval) if part]
+    of_targets = [sum(arrays[n].nbytes for n in ("ids", "logps", "nll")) for arrays in outputs_of(b.recipe).values()]
+    assert sorted(of_targets) == sorted(total.target_tokens * (8 * 12 + 4) for total in totals)
+
+
+@pytest.mark.parametrize("kind", ["model", pytest.param("shared", marks=pytest.mark.night)])
+def test_a_run_resumes_and_another_student_learns_without_the_teacher(
+    tiny_model: Path, folder: Path, tmp_path: Path, shared_run: str, kind: str, request: pytest.FixtureRequest
+) -> None:
+    """The teacher's folder is deleted after the first attempt. A student that never had the teacher in memory learns
+    the same bytes."""
+    place = tmp_path / "teacher"
+    shutil.copytree(shared_run if kind == "shared" else make_teacher(folder / "teacher", tiny_model), place)
+    changes = {**STORED, "storage": str(tmp_path), "training.steps": 4, "checkpoint.every_steps": 1}
+    first, other = (
+        learning(place, name, tiny_model, folder, **changes, **{"adapter.dropout": 0.1}) for name in ("first", "other")
+    )
+    stop = first.model_copy(update={"training": first.training.model_copy(update={"stop_after": 2})})
+    assert train_here(stop) == "interrupted"
+    shutil.rmtree(place)
+    before = outputs_of(first)
+    request.getfixturevalue("no_teacher")
+    check_model(first, pytest.fail)
+    check_model(other, pytest.fail)
+    assert train_here(first) == train_here(other) == "succeeded"
+    assert losses(first) == losses(other)
+    assert adapter_bytes(first) == adapter_bytes(other)
+    assert outputs_of(first).keys() == before.keys()
+    scores = evaluate(other, ArtifactRef(run=run_of(other).url))
+    assert scores["teacher_perplexity"] > 1
+    for change in ({"distill.top_k": 11}, {"distill.temperature": 1.0}, {"distill.quantization": "nf4"}):
+        unknown = learning(place, "unknown", tiny_model, folder, **{**changes, **change})
+        for start in (lambda recipe: check_model(recipe, pytest.fail), train_here):
+            refuse: Callable[..., Any] = start
+            with pytest.raises(InputError, match="teacher"):
+                refuse(unknown)
+
+
+def test_other_settings_lead_to_other_outputs(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
+    place = make_teacher(folder / "teacher", tiny_model)
+    counts = []
+    for change in ({}, {"distill.ce_coef": 0.5}, {"distill.top_k": 11}, {"distill.temperature": 1.0}):
+        recipe = learning(place, "other", tiny_model, folder, **{**STORED, "storage": str(tmp_path), **change})
+        with bench(recipe):
+            counts.append(len(outputs_of(recipe)))
+    assert counts == [2, 2, 4, 6]
+
+
+def test_a_start_that_was_killed_computes_what_is_missing(
+    tiny_model: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = make_teacher(folder / "teacher", tiny_model)
+    recipe, other = (
+        learning(place, name, tiny_model, folder, **STORED, storage=str(tmp_path / name))
+        for name in ("killed", "plain")
+    )
+    plain, put = OutputsMaker._of_part, stored_outputs._put
+    monkeypatch.setattr(stored_outputs, "_put", lambda *given: (put(*given), 1 / 0))
+    with pytest.raises(ZeroDivisionError):
+        train_here(recipe)
+    monkeypatch.undo()
+    (done,) = outputs_of(recipe)
+    computed: list[Any] = []
+    monkeypatch.setattr(OutputsMaker, "_of_part", lambda *given: (computed.append(given[1]), plain(*given))[1])
+    assert train_here(recipe) == train_here(other) == "succeeded"
+    assert len(computed) == 1 + 2, "the block of the evaluation data, and both of the other run"
+    got, want = outputs_of(recipe), outputs_of(other)
+    assert done in got
+    assert got.keys() == want.keys()
+    for key in want:
+        for name in want[key]:
+            np.testing.assert_array_equal(got[key][name], want[key][name])
+    assert adapter_bytes(recipe) == adapter_bytes(other)
+
+
+def test_a_run_with_a_checkpoint_learns_from_one_teacher(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
+    """It keeps to the stored outputs of the teacher that it began with, and is refused if they are gone."""
+    place = tmp_path / "teacher"
+    shutil.copytree(make_teacher(folder / "teacher", tiny_model), place)
+    changes = {**STORED, "storage": str(tmp_path), "checkpoint.every_steps": 1}
+    recipe = learning(place, "kept", tiny_model, folder, **changes)
+
+    def until(step: int) -> Recipe:
+        return recipe.model_copy(update={"training": recipe.training.model_copy(update={"stop_after": step})})
+
+    assert train_here(until(1)) == "interrupted"
+    other = make_other(tmp_path / "other", tiny_model)
+    for name in ("model.safetensors", "config.json"):
+        shutil.copyfile(other / name, place / name)
+    assert train_here(until(2)) == "interrupted"
+    assert len(outputs_of(recipe)) == 2, "nothing is computed by the other model"
+    second = learning(place, "second", tiny_model, folder, **changes)
+    assert train_here(second) == "succeeded"
+    shutil.rmtree(place)
+    with pytest.raises(InputError, match="outputs of 2 teachers that were there"):
+        train_here(learning(place, "third", tiny_model, folder, **changes))
+    shutil.copytree(other, place)
+    prepared = open_storage(recipe.storage).child(layout.PREPARED)
+    prepared.delete([item.key for item in prepared.list() if item.key.endswith("outputs.json")])
+    with pytest.raises(InputError, match="is not the model that this run has learnt from"):
+        train_here(recipe)
+
+
+def test_the_stored_tokens_are_a_part_of_the_vocabulary(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
+    place = make_teacher(folder / "teacher", tiny_model)
+    changes = {**STORED, "storage": str(tmp_path), "distill.top_k": 384}
+    with pytest.raises(InputError, match="384 are all 384 tokens of the vocabulary"):
+        train_here(learning(place, "all", tiny_model, folder, **changes))
+    with pytest.raises(RecipeError, match=r"distill\.store: .*set distill\.top_k"):
+        learning(place, "none", tiny_model, folder, **{**changes, "distill.top_k": None})
