@@ -15,8 +15,10 @@ if __name__ == "__main__":
 
 import logging
 
+from trainer.fast_imports import mute_libraries
+
 if __name__ == "__main__":
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns when the imports below import it
+    mute_libraries()
 
 import argparse
 import os

@@ -16,6 +16,15 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+KERNELS_MISSED = ("bitsandbytes", "torchao", "torch.utils._pytree")
+"""Loggers that warn, when a library is imported, of kernels that nothing here calls, and of the library itself."""
+
+
+def mute_libraries() -> None:
+    """Keeps the warnings of imports out of the log. Call it before the first import of transformers."""
+    for name in KERNELS_MISSED:
+        logging.getLogger(name).setLevel(logging.ERROR)
+
 
 def load_libraries() -> None:
     """Imports the libraries. Call it before any other import of peft or bitsandbytes; a second call does nothing."""
@@ -23,24 +32,14 @@ def load_libraries() -> None:
     logging.getLogger("DeepSpeed").addFilter(_says_more)
     if "peft" in sys.modules:
         return
-    with _collector_resting(), _warnings_muted():
+    mute_libraries()
+    with _collector_resting():
         import torch
 
         with _compiling_late(torch):
             import bitsandbytes  # noqa: F401
         import peft  # noqa: F401
         from transformers import AutoModelForCausalLM, AutoTokenizer  # noqa: F401
-
-
-@contextmanager
-def _warnings_muted() -> Iterator[None]:
-    """Mutes the logs of libraries within the block: torchao and bitsandbytes warn of missing kernels of GPUs."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def _says_more(record: logging.LogRecord) -> bool:

@@ -32,6 +32,7 @@ from launcher.cli import (
 from launcher.cli import validate as validation
 from launcher.cli.exit_codes import carried_out
 from launcher.cli.help import Command, Group
+from trainer.fast_imports import mute_libraries
 from trainer.terminal import LOG_FORMAT, shown
 
 COMMANDS: dict[str, tuple[tuple[str, Callable[..., None], str], ...]] = {
@@ -113,5 +114,5 @@ class ToStderr(logging.Handler):
 def main() -> None:
     """Ends the process with the designed exit codes: 0 done, 1 failed, 2 usage, 3 interrupted and resumable."""
     logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, handlers=[ToStderr()])
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels that nothing here calls
+    mute_libraries()
     sys.exit(carried_out(lambda: app(prog_name="muster")))

@@ -92,18 +92,20 @@ def short_name(key: str, recipes: Sequence[Settings]) -> str:
 
 def values_of(name: str, runs: Sequence[ListedRun]) -> list[Any]:
     """Returns the value of each run for a name: a field of the status, a setting by its key or the end of it, or a
-    metric. Raises UsageError for a name of nothing, or of several settings of which not exactly one differs."""
+    metric. A metric comes before several settings of its name (``loss``). Raises UsageError for a name of nothing, or
+    of several settings of which not exactly one differs."""
     if name in FIELDS:
         return [getattr(run.status, name) for run in runs]
     recipes = [run.settings for run in runs]
-    keys = _named(name, recipes)
+    keys, metrics = _named(name, recipes), dict.fromkeys(metric for run in runs for metric in run.status.metrics)
+    if len(keys) > 1 and name in metrics:
+        keys = []
     if len(keys) > 1:
         keys = [key for key in keys if key in differing(recipes)] or keys
     if len(keys) > 1:
         raise UsageError(f"{name} names several settings; write one of {', '.join(keys)}")
     if keys:
         return [recipe.get(keys[0]) for recipe in recipes]
-    metrics = dict.fromkeys(metric for run in runs for metric in run.status.metrics)
     if name not in metrics:
         known = [*FIELDS, *metrics, *dict.fromkeys(key for recipe in recipes for key in recipe)]
         raise UsageError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -112,7 +111,6 @@ def make(
     say: Callable[[str], None] = lambda phase: None,
 ) -> PlanReport:
     say("loading libraries")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it misses kernels that a plan does not call
     load_libraries()
     from trainer.plan.config import read_base
     from trainer.plan.memory import Planner

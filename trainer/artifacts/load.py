@@ -60,7 +60,7 @@ def check_base(subject: Artifact, folder: Path) -> None:
     if brings_code(folder) and not subject.section.trust_remote_code:
         check_code(subject.section, folder)
         log.warning("%s brings code that was not run; transformers' own takes its place", subject.section.path)
-    was = subject.origin.base if subject.origin else None
+    was = subject.origin.base if subject.origin and subject.adapters else None
     unlike = differences(was, identity_of(subject.section)) if was else []
     shape = [difference for difference in unlike if not difference.startswith(WEIGHTS)]
     if shape:

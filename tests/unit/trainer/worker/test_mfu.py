@@ -136,7 +136,7 @@ def test_utilisation_is_the_share_of_the_peak() -> None:
     recomputing = Meter(operations, peak=1e6, recomputes=True).utilisation(50, 0, 300.0, 2.0)
     assert recomputing == (step / 2e6, (step + again) / 2e6)
     reference = 2 * 100 * 50 + 4 * 300
-    referring = Meter(operations, peak=1e6, refers=True).utilisation(50, 0, 300.0, 2.0)
+    referring = Meter(operations, peak=1e6, other_forwards=1).utilisation(50, 0, 300.0, 2.0)
     assert referring == ((step + reference) / 2e6, (step + reference) / 2e6)
 
 
