@@ -84,13 +84,15 @@ def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callab
     run = storage.child(recipe.name)
     with _noted("opening the data"):
         data = open_data(recipe, run, storage.child(layout.PREPARED))
-        cache, eval_cache = open_caches(data.train, data.eval, recipe.data.cache_bytes)
         startup.end(DATA)
     with _noted("loading the model"):
         spec = data.train.spec
         reward = reward_model(recipe, world.device)
         teacher = stored_teacher(recipe, world, data, run)
         parts = build(recipe, world, storage, spec.labels, reward, spec.chat_template, teacher)
+    with _noted("opening the data"):
+        bytes_of_target = parts.task.bytes_of_target()
+        cache, eval_cache = open_caches(data.train, data.eval, recipe.data.cache_bytes, bytes_of_target)
     with _noted("restoring the checkpoint"):
         attempt = world.decide_on_rank0(lambda: claim_attempt(run, job.driver, dict(job.holder)))
     recorder = Recorder(run, recipe, world, attempt)

@@ -62,10 +62,15 @@ def open_cache(storage: Storage, name: str, limit: int, root: Path | None = None
 
 
 def open_caches(
-    train: PreparedDataset, evaluation: PreparedDataset | None, limit: int
+    train: PreparedDataset, evaluation: PreparedDataset | None, limit: int, bytes_of_target: int = 0
 ) -> tuple[DiskCache | None, DiskCache | None]:
-    """Opens caches of ``limit`` bytes in total. Evaluation data get the bytes that they need, up to a quarter of it."""
-    small = 0 if evaluation is None else min(limit // 4, _BYTES_PER_TOKEN * evaluation.totals.tokens + _SLACK)
+    """Opens caches of ``limit`` bytes in total. Evaluation data get the bytes that they need, up to a quarter of it.
+    ``bytes_of_target``: of stored outputs."""
+    small = 0
+    if evaluation is not None:
+        totals = evaluation.totals
+        needed = _BYTES_PER_TOKEN * totals.tokens + bytes_of_target * totals.target_tokens
+        small = min(limit // 4, needed + _SLACK)
     caches = open_cache(train.storage, train.fingerprint, limit - small)
     if evaluation is None or evaluation.fingerprint == train.fingerprint:
         return caches, caches

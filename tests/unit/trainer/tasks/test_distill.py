@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from launcher.driver.preflight import check_model
 from tests.support.looping import bench
 from tests.support.models import CPU, SMALL_SHAPE, packed, random_model, samples_of, stir
+from tests.support.s3 import S3
 from tests.support.tasks import make_encoder, make_teacher, task_recipe, write_task_data
 from tests.support.training import adapter_bytes, losses, run_of, train_here
 from trainer.artifacts import ArtifactRef
@@ -25,6 +26,7 @@ from trainer.artifacts import sharded as sharded_file
 from trainer.artifacts import teacher as teacher_file
 from trainer.artifacts.teacher import teacher_of
 from trainer.data import Batch
+from trainer.data.outputs import Part, StoredOutputs
 from trainer.distributed.world import join_world
 from trainer.errors import InputError, RecipeError
 from trainer.evaluate import evaluate
@@ -602,3 +604,30 @@ def test_the_stored_tokens_are_a_part_of_the_vocabulary(tiny_model: Path, folder
         train_here(learning(place, "all", tiny_model, folder, **changes))
     with pytest.raises(RecipeError, match=r"distill\.store: .*set distill\.top_k"):
         learning(place, "none", tiny_model, folder, **{**changes, "distill.top_k": None})
+
+
+@pytest.mark.night
+def test_in_object_storage_outputs_are_read_once_for_each_host(
+    tiny_model: Path, folder: Path, tmp_path: Path, moto: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MUSTER_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(stored_outputs, "PART_BYTES", 200 * (8 * 12 + 4))
+    place, read = make_teacher(folder / "teacher", tiny_model), StoredOutputs.bytes_of
+    fetched: list[tuple[str, Part]] = []
+
+    def counted(stored: StoredOutputs, part: Part) -> bytes:
+        fetched.append((stored.folder.url, part))
+        return read(stored, part)
+
+    monkeypatch.setattr(StoredOutputs, "bytes_of", counted)
+    changes = {**STORED, "training.steps": None, "training.epochs": 2}
+    remote, again, local = (
+        learning(place, name, tiny_model, folder, **changes, storage=storage)
+        for name, storage in (("remote", "s3://runs"), ("again", "s3://runs"), ("local", str(tmp_path)))
+    )
+    assert train_here(remote) == "succeeded"
+    assert len(fetched) == len(set(fetched)) > 1
+    assert train_here(again) == "succeeded"
+    assert len(fetched) == len(set(fetched)), "the second run has them from the host's disk"
+    assert train_here(local) == "succeeded"
+    assert adapter_bytes(remote) == adapter_bytes(again) == adapter_bytes(local)
