@@ -5,13 +5,12 @@
 A small Llama with random weights is the reference, or the teacher; the model that learns is the same one with every
 weight moved. muster writes, for each objective, a micro-batch of its own data path, the mean loss, and the gradient of
 every parameter. trl, as installed from the package index into an environment of its own, computes its loss of the same
-tokens and its gradients, and prints the largest differences: of the loss (over the
-loss where that is above 1), and of any element of a gradient over the
-largest element of all gradients. The exit code is 1 if one of them is above 1e-5.
+tokens and its gradients, and prints the largest differences: of the loss (over the loss where that is above 1), and of
+any element of a gradient over the largest element of all gradients. The exit code is 1 if one of them is above 1e-5.
 
-trl's ORPO counts the prompt's tokens in its SFT term, where the paper has the answer's: its rows have no prompt but the
-token that begins a text. Its SFT terms are means over the tokens of a micro-batch, muster's are means over the pairs of
-each pair's mean: those objectives have one pair.
+trl's ORPO counts the prompt's tokens in its SFT term, where the paper has the answer's: its rows have no prompt. trl's
+SFT terms of DPO, ORPO and SimPO are means over the tokens of a micro-batch, muster's are means over the pairs of each
+pair's mean: those objectives have one pair.
 """
 
 from __future__ import annotations
@@ -52,9 +51,21 @@ class Objective:
     prompts: bool = True
 
 
+KTO = {"beta": 0.3, "desirable_weight": 1.2, "undesirable_weight": 0.8}
+
+
 def _dpo(loss: str, trl: str | None = None, **more: Any) -> Objective:
     settings = {"loss_type": [trl or loss], **{k: v for k, v in more.items() if k != "rpo_alpha"}}
     return Objective("dpo", {"loss": loss, "beta": 0.3, **more}, "dpo", {"beta": 0.3, **settings})
+
+
+def _simpo(samples: int = 4, **more: Any) -> Objective:
+    settings = {"loss_type": "simpo", "beta": 2.0, "simpo_gamma": 0.7, "cpo_alpha": 0.0, **more}
+    return Objective("simpo", {"beta": 2.0, "gamma": 0.7, **more}, "simpo", settings, samples)
+
+
+def _distill(loss: str, beta: float) -> Objective:
+    return Objective("distill", {"loss": loss, "temperature": 2.0}, "distill", {"beta": beta, "temperature": 2.0})
 
 
 OBJECTIVES: dict[str, Objective] = {
@@ -74,12 +85,16 @@ OBJECTIVES: dict[str, Objective] = {
         {"beta": 0.3, "loss_type": ["sigmoid", "sft"], "loss_weights": [1.0, 0.5]},
         samples=1,
     ),
-    "kto": Objective(
-        "kto",
-        {"beta": 0.3, "desirable_weight": 1.2, "undesirable_weight": 0.8},
-        "kto",
-        {"beta": 0.3, "desirable_weight": 1.2, "undesirable_weight": 0.8},
-    ),
+    "kto": Objective("kto", KTO, "kto", KTO),
+    "orpo": Objective("orpo", {"beta": 0.3}, "orpo", {"beta": 0.3}, samples=1, prompts=False),
+    "simpo": _simpo(),
+    "simpo, label_smoothing": _simpo(label_smoothing=0.2),
+    "simpo, cpo_alpha": _simpo(samples=1, cpo_alpha=0.5),
+    "distill/forward_kl": _distill("forward_kl", 0.0),
+    "distill/reverse_kl": _distill("reverse_kl", 1.0),
+    "distill/jsd": _distill("jsd", 0.5),
+    "sft": Objective("sft", {}, "sft"),
+    "sft, label_smoothing": Objective("sft", {"label_smoothing": 0.1}, "sft", {"label_smoothing_factor": 0.1}),
 }
 
 
@@ -114,9 +129,10 @@ def muster(folder: Path, name: str) -> None:
     from trainer.strategies import Strategy
 
     objective, base = OBJECTIVES[name], folder.parent / "base"
+    teacher = {"teacher": str(base)} if objective.task == "distill" else {}
     changes: dict[str, Any] = {
         "task": objective.task,
-        objective.task: objective.section,
+        objective.task: objective.section | teacher,
         "adapter": {"method": "none"},
         "data.train": [
             {"path": str(write_rows(folder, objective)), "format": FORMATS.get(objective.task, "preference")}
@@ -177,12 +193,25 @@ class Theirs:
         lengths = positions.max(-1, keepdim=True).values
         return ids, (columns <= lengths).long(), targets.long()
 
+    def labelled(self) -> dict[str, Any]:
+        """Returns the inputs of a trainer that takes the answers as ``labels``."""
+        ids, mask, answers = self.tensors()
+        return {"input_ids": ids, "attention_mask": mask, "labels": ids.where(answers.bool(), -100)}
+
+    def sides(self) -> dict[str, Any]:
+        """Returns `labelled` with chosen and rejected answers apart."""
+        halves = {name: tensor.chunk(2) for name, tensor in self.labelled().items()}
+        return {
+            f"{side}_{name}": half
+            for name, both in halves.items()
+            for side, half in zip(("chosen", "rejected"), both, strict=True)
+        }
+
     def arguments(self, kind: Any, **settings: Any) -> Any:
         size = len(self.batch["input_ids"])
         return kind(
             output_dir=str(self.folder / "trl"), use_cpu=True, bf16=False, report_to="none", save_strategy="no",
-            per_device_train_batch_size=size, disable_dropout=False, max_length=LENGTH, gradient_checkpointing=False,
-            **settings,
+            per_device_train_batch_size=size, max_length=LENGTH, gradient_checkpointing=False, **settings,
         )  # fmt: skip
 
     def made(self, kind: Any, arguments: Any, rows: list[dict[str, Any]], **more: Any) -> Any:
@@ -192,11 +221,13 @@ class Theirs:
         return kind(train_dataset=Dataset.from_list(rows), **given)
 
 
+PAIRS = [{"prompt": "a ", "chosen": "b", "rejected": "c"}]
+
+
 def dpo(side: Theirs, settings: dict[str, Any]) -> Any:
     from trl import DPOConfig, DPOTrainer
 
-    rows = [{"prompt": "a ", "chosen": "b", "rejected": "c"}]
-    trainer = side.made(DPOTrainer, side.arguments(DPOConfig, **settings), rows, ref_model=side.base)
+    trainer = side.made(DPOTrainer, side.arguments(DPOConfig, **settings), PAIRS, ref_model=side.base)
     ids, mask, answers = side.tensors()
     inputs = {"input_ids": ids, "attention_mask": mask, "completion_mask": answers}
     return trainer._compute_loss(trainer.model.train(), inputs, False)
@@ -217,7 +248,44 @@ def kto(side: Theirs, settings: dict[str, Any]) -> Any:
     return trainer._compute_loss(trainer.model.train(), inputs, False)
 
 
-THEIRS: dict[str, Callable[[Theirs, dict[str, Any]], Any]] = {"dpo": dpo, "kto": kto}
+def orpo(side: Theirs, settings: dict[str, Any]) -> Any:
+    from trl.experimental.orpo import ORPOConfig, ORPOTrainer
+
+    trainer = side.made(ORPOTrainer, side.arguments(ORPOConfig, **settings), PAIRS)
+    return trainer.compute_loss(trainer.model.train(), side.sides())
+
+
+def simpo(side: Theirs, settings: dict[str, Any]) -> Any:
+    from trl.experimental.cpo import CPOConfig, CPOTrainer
+
+    trainer = side.made(CPOTrainer, side.arguments(CPOConfig, **settings), PAIRS)
+    return trainer.compute_loss(trainer.model.train(), side.sides())
+
+
+def distill(side: Theirs, settings: dict[str, Any]) -> Any:
+    import torch
+    from trl.experimental.gkd import GKDTrainer
+
+    inputs = side.labelled()
+    labels = inputs.pop("labels")[:, 1:]
+    student = side.policy(**inputs).logits[:, :-1]
+    with torch.no_grad():
+        teacher = side.base(**inputs).logits[:, :-1]
+    targets = (labels != -100).sum()
+    return GKDTrainer.generalized_jsd_loss(student, teacher, labels, num_items_in_batch=targets, **settings)
+
+
+def sft(side: Theirs, settings: dict[str, Any]) -> Any:
+    from trl import SFTConfig, SFTTrainer
+
+    rows = [{"prompt": "a ", "completion": "b"}]
+    trainer = side.made(SFTTrainer, side.arguments(SFTConfig, **settings), rows)
+    return trainer.compute_loss(trainer.model.train(), side.labelled())
+
+
+THEIRS: dict[str, Callable[[Theirs, dict[str, Any]], Any]] = {
+    one.__name__: one for one in (dpo, kto, orpo, simpo, distill, sft)
+}
 
 
 def trl(folder: Path, name: str) -> None:
