@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from launcher.convert import axolotl_data, common
-from launcher.convert.draft import Draft, as_mapping
+from launcher.convert.draft import Draft, as_mapping, as_number, is_number
+from trainer.recipe.tasks import TASKS
 
 HINDRANCES = {
     "process_reward_model": "rewards for steps of an answer; task reward rates complete answers",
@@ -18,6 +19,8 @@ HINDRANCES = {
     "model_quantization_config": "a base model in another quantisation; muster takes unquantised ones, or "
     "bitsandbytes' NF4",
     "relora": "merges and starts again during training; muster trains one adapter",
+    "dpo_use_weighting": "another loss (WPO), which weighs pairs by their likelihood; muster has those of dpo.loss",
+    "dpo_norm_loss": "another loss, of likelihoods per token; dpo.loss ipo and task simpo have such likelihoods",
     "use_onebitllms": "a base model with ternary weights; muster takes unquantised ones, or bitsandbytes' NF4",
 }
 CURVES = "every step's metrics are kept, and sent to the trackers"
@@ -59,6 +62,10 @@ IDLE = {
     "xformers_attention": KERNELS,
     "flex_*": KERNELS,
     "eager_attention": KERNELS,
+    "dpo_use_liger_kernel": KERNELS,
+    "dpo_use_logits_to_keep": KERNELS,
+    "dpo_padding_free": KERNELS,
+    "dpo_generate_during_eval": "samples and generative_eval generate texts",
     "lora_fan_in_fan_out": "peft finds it out by itself",
     "lora_on_cpu": "each rank loads what it keeps",
     "qlora_sharded_model_loading": "each rank loads what it keeps",
@@ -105,7 +112,7 @@ IDLE = {
     "torchdistx_path": "a library for an optimizer",
     "loss_watchdog_*": "a loss that is not finite stops the run; there is no other threshold",
 }
-BETAS = {"dpo": ("dpo_beta",), "orpo": ("orpo_alpha",), "simpo": ()}
+BETAS = {"dpo": ("dpo_beta",), "kto": (), "orpo": ("orpo_alpha",), "simpo": ()}
 """The tasks that learn preferences, each with its own names of beta."""
 LIGER = ("liger_rope", "liger_rms_norm", "liger_glu_activation", "liger_layer_norm")
 ATTENTION = ("attention", "attn_implementation", "flash_attention", "flex_attention", "sdp_attention")
@@ -139,9 +146,10 @@ def convert(settings: dict[str, Any], file: Path, workers: int | None) -> Draft:
 
 def _task(draft: Draft) -> None:
     kind = str(draft.take("rl", ""))
-    if kind in BETAS:
-        draft.put("task", kind, "rl")
-        _preferences(draft, kind)
+    task = "dpo" if kind == "ipo" else kind
+    if task in BETAS:
+        draft.put("task", task, "rl")
+        _preferences(draft, task)
     elif kind:
         draft.hinder("rl", f"{kind} has no task; {common.TASKS_ARE}")
     if draft.is_on("reward_model"):
@@ -158,11 +166,32 @@ def _preferences(draft: Draft, task: str) -> None:
     if "trl.beta" in draft.used:
         draft.use(f"{task}.beta", "trl")
     trl.finish({})
-    smoothing = draft.number("dpo_label_smoothing")
-    if smoothing and task == "dpo":
-        draft.put("dpo.label_smoothing", float(smoothing), "dpo_label_smoothing")
-    if task == "simpo":
+    if TASKS[task].stores_reference and draft.is_on("precompute_ref_log_probs"):
+        draft.put(f"{task}.precompute_reference", True, "precompute_ref_log_probs")
+    if task == "dpo":
+        _dpo(draft)
+    elif task == "kto":
+        common.weights_of_answers(draft, "kto_desirable_weight", "kto_undesirable_weight")
+    elif task == "simpo":
         _simpo(draft)
+
+
+def _dpo(draft: Draft) -> None:
+    """Sets the loss of a pair. trl adds up several losses; a recipe has one, and rpo_alpha for trl's loss sft."""
+    ipo = draft.take("rl") == "ipo"
+    losses = ["ipo"] if ipo else draft.names("dpo_loss_type") or ["sigmoid"]
+    given = draft.take("dpo_loss_weights") or [1.0] * len(losses)
+    numbers = [as_number(weight) for weight in given] if isinstance(given, list) else []
+    weights = dict(zip(losses, numbers, strict=False))
+    alpha = weights.pop("sft", draft.number("rpo_alpha") or 0.0)
+    if len(losses) != len(numbers) or list(weights.values()) != [1] or not is_number(alpha):
+        message = f"{', '.join(losses)} with the weights {given}; a recipe has one loss of weight 1, and sft beside it"
+        draft.hinder("dpo_loss_type", message)
+        return
+    common.dpo_loss(draft, *weights, "rl" if ipo else "dpo_loss_type")
+    draft.use("dpo.loss", "dpo_loss_weights")
+    if alpha:
+        draft.put("dpo.rpo_alpha", float(alpha), "rpo_alpha")
 
 
 def _simpo(draft: Draft) -> None:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from launcher.convert import common
 from launcher.convert.draft import Draft, as_mapping
+from trainer.recipe.formats import FORMATS
 from trainer.recipe.sections.datasets import is_hub_dataset
 from trainer.recipe.tasks import TASKS
 
@@ -31,12 +32,12 @@ IDLE = {
 
 
 def data(draft: Draft) -> None:
-    pairs = TASKS[draft.recipe.get("task", "sft")].learns_from == ("preference",)
+    kind = TASKS[draft.recipe.get("task", "sft")].learns_from[0]
     draft.put("data.train", [])
     parts = list(_parts(draft, "datasets", "data.train"))
     parts += [*_parts(draft, "pretraining_dataset", "data.train"), *_parts(draft, "test_datasets", "data.eval")]
     for part in parts:
-        source = _source(part, pairs)
+        source = _source(part, kind)
         if source is not None:
             draft.recipe["data"].setdefault(part.home.removeprefix("data."), []).append(source)
     for key, home in (("datasets", "train"), ("pretraining_dataset", "train"), ("test_datasets", "eval")):
@@ -44,7 +45,7 @@ def data(draft: Draft) -> None:
             draft.use(f"data.{home}", key)
     if not draft.recipe["data"]["train"] and not any(key.startswith("datasets[") for key in draft.hindrances):
         draft.hinder("datasets", "no data set is named that a recipe could take")
-    _packing(draft, pairs)
+    _packing(draft, kind)
     if draft.is_on("train_on_inputs"):
         draft.lose("train_on_inputs", "the loss is computed on answers only; format text computes it on every token")
     _template(draft, parts)
@@ -71,32 +72,33 @@ def _parts(draft: Draft, key: str, home: str) -> Iterator[Draft]:
             yield draft.part(where, {**entry, "name": name}, home)
 
 
-def _packing(draft: Draft, pairs: bool) -> None:
+def _packing(draft: Draft, kind: str) -> None:
     draft.put("data.sequence_length", int(draft.number("sequence_len", 512)), "sequence_len")
     texts = any(source["format"] == "text" for source in draft.recipe["data"]["train"])
     packed = draft.is_on("sample_packing") or (draft.is_on("pretraining_dataset") and texts)
-    draft.put("data.packing", packed and not pairs, "sample_packing")
+    draft.put("data.packing", packed and kind not in ANSWERED, "sample_packing")
     if draft.take("excess_length_strategy") == "truncate":
         draft.pass_over("excess_length_strategy", "samples are cut on the right")
     elif draft.is_on("excess_length_strategy"):
         draft.lose("excess_length_strategy", "longer samples are cut on the right, and counted")
 
 
-def _source(part: Draft, pairs: bool) -> Source | None:
-    kind = part.read("type")
+def _source(part: Draft, gives: str) -> Source | None:
+    """Returns the source. ``gives``: the kind of its samples (`trainer.recipe.formats.FormatRow`)."""
+    kind, judged = part.read("type"), ANSWERED.get(gives)
     if not part.is_on("path"):
         part.hinder("path", "is missing")
         return None
     if isinstance(kind, dict):
-        make = _own_pair if pairs else _own_prompt
-        made = make(part.part("type", kind))
+        own = part.part("type", kind)
+        made = _own_answers(own, judged) if judged else _own_prompt(own)
     else:
         name = str(kind).partition(":")[0]
-        known = (make for end, make in PAIRS.items() if name.endswith(end))
-        maker = next(known, None) if pairs else TYPES.get(name)
+        known = (make for end, make in (judged.types if judged else {}).items() if name.endswith(end))
+        maker = next(known, None) if judged else TYPES.get(name)
         made = maker(part) if maker else None
     if made is None:
-        part.hinder("type", f"{kind} has no format here; {'preference' if pairs else 'completion'} may do")
+        part.hinder("type", f"{kind} has no format here; {judged.format if judged else 'completion'} may do")
         return None
     style = str(kind).partition(":")[2] if isinstance(kind, str) else ""
     if style:
@@ -136,15 +138,21 @@ def _turns(prompt: str | None) -> Callable[[Draft], Source]:
     return make
 
 
-def _texts(prompt: str | None) -> Callable[[Draft], Source]:
-    """Returns a converter for pairs of texts, which axolotl formats with a template of its own."""
+def _texts(prompt: str | None, format: str = "preference") -> Callable[[Draft], Source]:
+    """Returns a converter for answers that are texts, which axolotl formats with a template of its own."""
 
     def make(part: Draft) -> Source:
         if part.take("type") != "passthrough":
             part.lose("type", f"{part.take('type')}: {UNCHANGED}")
-        return {"format": "preference", **_columns(prompt=prompt)}
+        return {"format": format, **_columns(prompt=prompt)}
 
     return make
+
+
+def _rated_turns(part: Draft) -> Source:
+    """Converts conversations whose last turn is rated."""
+    _named_template(part)
+    return {"format": "unpaired_preference"}
 
 
 def _named_template(part: Draft) -> None:
@@ -178,6 +186,28 @@ PAIRS: dict[str, Callable[[Draft], Source]] = {
     "passthrough": _texts(None),
 }
 """Converters by the end of a type's name; the part before it is the chat template."""
+RATED: dict[str, Callable[[Draft], Source]] = {
+    ".argilla_chat": _rated_turns,
+    ".argilla": _texts("instruction", "unpaired_preference"),
+    ".intel": _texts("question", "unpaired_preference"),
+    ".prompt_pairs": _texts(None, "unpaired_preference"),
+    ".ultra": _texts(None, "unpaired_preference"),
+}
+
+
+class Judged(NamedTuple):
+    """Answers that are judged: their format, the columns that axolotl's own types name, and its types."""
+
+    format: str
+    columns: tuple[str, ...]
+    types: dict[str, Callable[[Draft], Source]]
+
+
+ANSWERED = {
+    "preference": Judged("preference", ("prompt", "chosen", "rejected"), PAIRS),
+    "rated": Judged("unpaired_preference", ("prompt", "completion", "label"), RATED),
+}
+"""By the kind of the samples."""
 
 
 def _own_prompt(kind: Draft) -> Source:
@@ -206,15 +236,15 @@ def _own_prompt(kind: Draft) -> Source:
     return {"format": "completion", "template": wording, **_columns(completion=names["output"])}
 
 
-def _own_pair(kind: Draft) -> Source | None:
+def _own_answers(kind: Draft, judged: Judged) -> Source | None:
     """Converts a type with its own column names; returns None if its formats add text."""
-    for name in ("prompt", "chosen", "rejected"):
+    for name in judged.columns:
         if kind.take(f"{name}_format", f"{{{name}}}") != f"{{{name}}}":
             return None
         kind.pass_over(f"{name}_format", "adds nothing")
-    columns = {name: kind.read(f"field_{name}") for name in ("prompt", "chosen", "rejected")}
+    columns = {name: kind.read(f"field_{name}") for name in judged.columns}
     kind.finish({})
-    return {"format": "preference", **_columns(**columns)}
+    return {"format": judged.format, **_columns(**columns)}
 
 
 def _location(part: Draft) -> Source:
@@ -287,7 +317,7 @@ def _template(draft: Draft, parts: list[Draft]) -> None:
         return
     name, jinja = (owners[0].take(key) for key in keys)
     known = common.CHAT_TEMPLATES.get(str(name))
-    talks = any(source["format"] in ("messages", "preference") for source in draft.recipe["data"]["train"])
+    talks = any(FORMATS[source["format"]].chats for source in draft.recipe["data"]["train"])
     for one in owners:
         if [one.take(key) for key in keys] != [name, jinja]:
             for key in keys:

@@ -12,6 +12,7 @@ from typing import Any
 from launcher.convert.draft import OFF, Draft, as_mapping, as_number, is_number
 from trainer.parsing import parse_json
 from trainer.recipe import formats, optimizers, synonyms
+from trainer.recipe.dpo_losses import DPO_LOSSES
 from trainer.recipe.sections.datasets import is_hub_dataset
 from trainer.recipe.strategies import STRATEGIES
 from trainer.recipe.tasks import PREFIX, TASKS
@@ -61,6 +62,31 @@ def one_method(draft: Draft, requested: dict[str, str]) -> str:
     if ratio is not None:
         draft.put("adapter.lr_ratio", float(ratio), "loraplus_lr_ratio")
     return first
+
+
+def dpo_loss(draft: Draft, name: str, *keys: str) -> None:
+    """Sets the loss of task dpo that trl knows by this name, and its label smoothing."""
+    loss = DPO_LOSSES.also.get(name, name)
+    if loss not in DPO_LOSSES:
+        draft.hinder(keys[0], f"{name} is no loss of task dpo; {', '.join(DPO_LOSSES.names())} are")
+        return
+    draft.put("dpo.loss", loss, *keys)
+    smoothing = draft.number("dpo_label_smoothing")
+    if smoothing and "label_smoothing" in DPO_LOSSES[loss].uses:
+        draft.put("dpo.label_smoothing", float(smoothing), "dpo_label_smoothing")
+    else:
+        draft.pass_over("dpo_label_smoothing", f"{loss} does not use it")
+
+
+def weights_of_answers(draft: Draft, desirable: str, undesirable: str) -> None:
+    """Sets the weights of task kto. ``desirable``, ``undesirable``: their keys."""
+    for key, name in ((desirable, "desirable_weight"), (undesirable, "undesirable_weight")):
+        weight = draft.number(key)
+        if weight is not None:
+            draft.put(f"kto.{name}", float(weight), key)
+    draft.decisions.append(
+        "kto estimates the divergence over all answers of a step; trl estimates it for each micro-batch"
+    )
 
 
 def noise_and_smoothing(draft: Draft) -> None:

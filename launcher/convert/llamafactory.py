@@ -99,8 +99,8 @@ CUTS = (
 OTHERS = {"full": ("lora_", "loraplus_", "oft_"), "oft": ("lora_", "loraplus_"), "lora": ("oft_",)}
 """Kind of fine-tuning to the prefixes of the other kinds' keys."""
 
-TASKS = {"sft": "sft", "pt": "sft", "rm": "reward", "dpo": "dpo", "ppo": "ppo"}
-PREFERENCES = {"sigmoid": "dpo", "orpo": "orpo", "simpo": "simpo"}
+TASKS = {"sft": "sft", "pt": "sft", "rm": "reward", "dpo": "dpo", "kto": "kto", "ppo": "ppo"}
+PREFERENCES = {"sigmoid": "dpo", "hinge": "dpo", "ipo": "dpo", "orpo": "orpo", "simpo": "simpo"}
 """The task by ``pref_loss``."""
 
 
@@ -142,6 +142,9 @@ def _task(draft: Draft) -> str:
     draft.put("task", TASKS[stage], "stage")
     if stage == "dpo":
         _preferences(draft)
+    elif stage == "kto":
+        draft.put("kto.beta", float(draft.number("pref_beta", 0.1)), "pref_beta")
+        common.weights_of_answers(draft, "kto_chosen_weight", "kto_rejected_weight")
     elif stage == "ppo":
         _ppo(draft)
     common.noise_and_smoothing(draft)
@@ -156,12 +159,19 @@ def _preferences(draft: Draft) -> None:
     task = PREFERENCES[loss]
     draft.put("task", task, "pref_loss")
     draft.put(f"{task}.beta", float(draft.number("pref_beta", 0.1)), "pref_beta")
-    smoothing = draft.number("dpo_label_smoothing")
-    if smoothing and task == "dpo":
-        draft.put("dpo.label_smoothing", float(smoothing), "dpo_label_smoothing")
-    if task == "simpo":
+    if task == "dpo":
+        _dpo(draft, loss)
+    elif task == "simpo":
         draft.put("simpo.gamma", float(draft.number("simpo_gamma", 0.5)), "simpo_gamma")
         draft.put("simpo.cpo_alpha", float(draft.number("pref_ftx", 0.0)), "pref_ftx")
+
+
+def _dpo(draft: Draft, loss: str) -> None:
+    common.dpo_loss(draft, loss, "pref_loss")
+    if draft.is_on("pref_ftx"):
+        draft.put("dpo.rpo_alpha", float(draft.number("pref_ftx", 0.0)), "pref_ftx")
+    if "ld_alpha" in draft.settings:
+        draft.lose("ld_alpha", "it weighs the tokens of the model alone; dpo.ld_alpha weighs the reference's too")
 
 
 def _ppo(draft: Draft) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 from launcher.convert import common
 from launcher.convert.draft import Draft, as_mapping
+from trainer.recipe.formats import FORMATS
 from trainer.recipe.sections.datasets import is_hub_dataset
 
 Source = dict[str, Any]
@@ -89,15 +90,21 @@ def _format(entry: Draft, columns: Draft, stage: str) -> tuple[str, Source]:
     talks, ranks = entry.read("formatting", "alpaca") != "alpaca", entry.read("ranking")
     reason = _tags(entry) if talks else ""
     messages = "messages", "conversations"
+    first = messages if talks else ("prompt", "instruction")
+    if stage in ("rm", "dpo", "kto") and not talks and columns.is_on("query"):
+        columns.lose("query", "answers have a prompt alone; write it into the prompt")
     if stage in ("rm", "dpo"):
         if not ranks:
             reason = "is no data set of pairs (ranking)"
-        first = messages if talks else ("prompt", "instruction")
-        if not talks and columns.is_on("query"):
-            columns.lose("query", "format preference reads no such column; write it into the prompt")
         return reason, _read(columns, "preference", prompt=first, chosen=("chosen", ""), rejected=("rejected", ""))
     if ranks:
         reason = f"is a data set of pairs (ranking), which stage {stage} does not learn from"
+    if stage == "kto":
+        if not columns.is_on("kto_tag"):
+            reason = "has no column kto_tag, which says if an answer is good"
+        # A conversation contains the prompt and the answer.
+        names = {"completion": messages} if talks else {"prompt": first, "completion": ("response", "output")}
+        return reason, _read(columns, "unpaired_preference", **names, label=("kto_tag", ""))
     if stage == "pt" and not talks:
         return reason, _read(columns, "text", text=("prompt", "instruction"))
     if talks:
@@ -155,10 +162,12 @@ def _template(draft: Draft) -> None:
             source |= {"as": "chat"} if source["format"] == "instruction" else {}
     rows = draft.recipe["data"]["train"]
     formats = {source["format"] for source in rows}
-    framed = formats & {"messages", "preference"} or any("as" in source for source in rows)
+    framed = any("as" in source or FORMATS[source["format"]].chats for source in rows)
+    answers = "turns are formatted with the tokenizer's template, and plain texts are read unchanged"
     ways = {
         "messages": "turns are formatted with the tokenizer's template; data.chat_template sets another",
-        "preference": "turns are formatted with the tokenizer's template, and plain texts are read unchanged",
+        "preference": answers,
+        "unpaired_preference": answers,
         "instruction": "rows of instructions get Alpaca's prompt; format completion with a template can format them as "
         "the base model expects",
     }

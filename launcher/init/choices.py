@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from launcher.init.base_model import BaseModel
 from launcher.init.rows import Rows
 from trainer.errors import InputError
+from trainer.recipe.formats import FORMATS
 from trainer.recipe.methods import METHODS
 
 ON_A_CPU = 1_500_000_000
@@ -21,7 +22,16 @@ HALF = 0.5
 LONGEST = 8192
 UPDATES = 30
 """Optimizer steps that even a small file should give."""
-RATES = {"dpo": 5e-6, "classification": 5e-4}
+TASKS = {"preference": "dpo", "unpaired_preference": "kto", "classification": "classification"}
+"""The task by the format of the rows, where that is not sft."""
+RATES = {"dpo": 5e-6, "kto": 5e-6, "classification": 5e-4}
+
+WHAT = {
+    "preference": "prompt, chosen and rejected",
+    "unpaired_preference": "an answer and a label, true for a good one",
+    "qa": "Question: … Answer: …",
+}
+"""What rows of a format are."""
 
 
 class Choice(NamedTuple):
@@ -44,7 +54,7 @@ class Place:
 
 def choices(model: BaseModel, rows: Rows, gpus: tuple[int, ...]) -> list[Choice]:
     """Raises InputError when the model cannot learn from such rows."""
-    task = {"preference": "dpo", "classification": "classification"}.get(rows.format, "sft")
+    task = TASKS.get(rows.format, "sft")
     if model.encoder and task != "classification":
         raise InputError(
             f"{model.path} is an encoder, which learns to classify, and {rows.path} holds no text with a label; name a "
@@ -111,7 +121,7 @@ def _adapter() -> list[Choice]:
 
 def _data(model: BaseModel, rows: Rows) -> list[Choice]:
     source: dict[str, Any] = {"path": rows.path, "format": rows.format}
-    why = {"preference": "prompt, chosen and rejected", "qa": "Question: … Answer: …"}.get(rows.format, "")
+    why = WHAT.get(rows.format, "")
     if rows.pair and model.template:
         question, answer = _pair(rows)
         source |= {"format": "instruction", "as": "chat"}
@@ -123,7 +133,7 @@ def _data(model: BaseModel, rows: Rows) -> list[Choice]:
     source |= {"columns": columns} if columns else {}
     number = f"{rows.rows:,}" if rows.exact else f"about {rows.rows:,}"
     found = [Choice("data.train", [source], f"{number} rows{': ' if why else ''}{why}")]
-    chats = rows.format in ("messages", "preference") or "as" in source
+    chats = FORMATS[rows.format].chats or "as" in source
     if chats and not model.template:
         told = "the tokenizer has no chat template; this one's end of turn is the nearest"
         found.append(Choice("data.chat_template", model.nearest_template, told))
@@ -135,7 +145,7 @@ def _data(model: BaseModel, rows: Rows) -> list[Choice]:
     length, longer = _length(model, rows)
     cut = f"; {longer:.0%} of the rows are longer and are cut" if longer else "; the longest row fits"
     found.append(Choice("data.sequence_length", length, f"tokens per pack{cut}"))
-    packing = model.packs and rows.format not in ("preference", "classification")
+    packing = model.packs and FORMATS[rows.format].unpacked is None
     why = "several rows share a pack, and do not see each other"
     if not packing:
         why = (

@@ -24,8 +24,8 @@ LABELLED = ("text", "sentence", "sentence1", "text1", "question1", "review", "pr
 PARTNERS = ("text_pair", "sentence2", "text2", "question2", "hypothesis")
 LABELS = ("label", "labels", "category", "class")
 HINT = (
-    "a conversation under messages; prompt and completion; question and answer; instruction and output; prompt, chosen "
-    "and rejected; text and label; or text"
+    "a conversation under messages; prompt and completion, with a label that is true or false where answers are rated; "
+    "question and answer; instruction and output; prompt, chosen and rejected; text and label; or text"
 )
 
 
@@ -75,6 +75,9 @@ def format_of(row: Mapping[str, Any]) -> tuple[str | None, dict[str, str]]:
     text, label = (next((n for n in names if n in row), "") for names in (LABELLED, LABELS))
     if "chosen" in row and "rejected" in row:
         return "preference", {} if "prompt" in row or not first else {"prompt": first}
+    if isinstance(row.get(label), bool) and (talks or (first and second)):
+        answer = {"prompt": first, "completion": second} if first and second else {"completion": talks[0]}
+        return "unpaired_preference", _renamed(**answer, label=label)
     if talks:
         return "messages", {} if talks[0] in MESSAGES else {"messages": talks[0]}
     if "instruction" in row and second:

@@ -55,6 +55,13 @@ INFO = {
     "own": {"file_name": "own.json"},
     "talks": {"hf_hub_url": "org/talks", "formatting": "sharegpt", "columns": {"messages": "turns", "tools": "tools"}},
     "pairs": {"hf_hub_url": "org/pairs", "ranking": True, "columns": {"prompt": "q", "chosen": "a", "rejected": "b"}},
+    "rated": {
+        "hf_hub_url": "org/rated",
+        "formatting": "sharegpt",
+        "columns": {"messages": "messages", "kto_tag": "good"},
+        "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
+    },
+    "marked": {"hf_hub_url": "org/marked", "columns": {"prompt": "q", "response": "a", "kto_tag": "label"}},
     "plain": {"hf_hub_url": "org/plain", "subset": "en", "columns": {"prompt": "body"}},
     "pictures": {"file_name": "p.json", "formatting": "sharegpt", "columns": {"images": "images"}},
 }

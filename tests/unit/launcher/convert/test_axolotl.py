@@ -127,6 +127,21 @@ AXOLOTL_CASES: list[tuple[dict[str, Any], str, Any]] = [
     ({"output_dir": "/out"}, "storage", "/"),
     ({"rl": "dpo", "trl": {"beta": 0.3}, "datasets": [{"path": "o/p", "type": "chatml.ultra"}]}, "dpo.beta", 0.3),
     ({"neftune_noise_alpha": 5}, "sft.neftune_alpha", 5.0),
+    ({"rl": "dpo", "dpo_label_smoothing": 0.1, "datasets": PAIRS}, "dpo.label_smoothing", 0.1),
+    ({"rl": "dpo", "dpo_loss_type": ["sppo_hard"], "datasets": PAIRS}, "dpo.loss", "sppo"),
+    ({"rl": "dpo", "rpo_alpha": 0.5, "datasets": PAIRS}, "dpo.rpo_alpha", 0.5),
+    (
+        {"rl": "dpo", "dpo_loss_type": ["hinge", "sft"], "dpo_loss_weights": [1.0, 0.3], "datasets": PAIRS},
+        "dpo.rpo_alpha",
+        0.3,
+    ),
+    ({"rl": "dpo", "precompute_ref_log_probs": True, "datasets": PAIRS}, "dpo.precompute_reference", True),
+    ({"rl": "ipo", "rl_beta": 0.2, "datasets": PAIRS}, "dpo.loss", "ipo"),
+    ({"rl": "ipo", "rl_beta": 0.2, "datasets": PAIRS}, "dpo.beta", 0.2),
+    ({"rl": "kto", "rl_beta": 0.2, "datasets": PAIRS}, "kto.beta", 0.2),
+    ({"rl": "kto", "kto_desirable_weight": 1.2, "datasets": PAIRS}, "kto.desirable_weight", 1.2),
+    ({"rl": "kto", "kto_undesirable_weight": 0.5, "datasets": PAIRS}, "kto.undesirable_weight", 0.5),
+    ({"rl": "kto", "precompute_ref_log_probs": True, "datasets": PAIRS}, "kto.precompute_reference", True),
     ({"rl": "orpo", "orpo_alpha": 0.2, "datasets": PAIRS}, "orpo.beta", 0.2),
     ({"rl": "orpo", "datasets": PAIRS}, "orpo.beta", 0.1),
     ({"rl": "simpo", "rl_beta": 2, "datasets": PAIRS}, "simpo.beta", 2.0),
@@ -198,6 +213,26 @@ def test_a_data_set_of_axolotl(entry: dict[str, Any], wanted: dict[str, Any], tm
 def test_pairs_of_axolotl(change: dict[str, Any], task: str, columns: dict[str, str], tmp_path: Path) -> None:
     made = recipe("axolotl", AXOLOTL | change, tmp_path)
     assert (made.task, made.data.train[0].format, made.data.packing) == (task, "preference", False)
+    assert made.data.train[0].columns == columns
+
+
+RATED: list[tuple[str | dict[str, str], dict[str, str]]] = [
+    ("llama3.argilla", {"prompt": "instruction"}),
+    ("chatml.argilla_chat", {}),
+    ("chatml.intel", {"prompt": "question"}),
+    ("llama3.prompt_pairs", {}),
+    ("chatml.ultra", {}),
+    (
+        {"field_prompt": "q", "field_label": "good", "prompt_format": "{prompt}"},
+        {"prompt": "q", "label": "good"},
+    ),
+]
+
+
+@pytest.mark.parametrize(("kind", "columns"), RATED, ids=str)
+def test_rated_answers_of_axolotl(kind: str | dict[str, str], columns: dict[str, str], tmp_path: Path) -> None:
+    made = recipe("axolotl", AXOLOTL | {"rl": "kto", "datasets": [{"path": "o/p", "type": kind}]}, tmp_path)
+    assert (made.task, made.data.train[0].format, made.data.packing) == ("kto", "unpaired_preference", False)
     assert made.data.train[0].columns == columns
 
 

@@ -42,6 +42,19 @@ LOST = [
         "pref_ftx",
         "no such setting",
     ),
+    (
+        "llamafactory",
+        {"stage": "dpo", "dataset": "pairs", "ld_alpha": 0.5},
+        "ld_alpha",
+        "weighs the reference's too",
+    ),
+    ("llamafactory", {"stage": "kto", "dataset": "marked", "pref_ftx": 0.5}, "pref_ftx", "no such setting"),
+    (
+        "axolotl",
+        {"rl": "kto", "datasets": [{"path": "a/b", "type": "chatml.ultra"}]},
+        "datasets[0].type",
+        "read unchanged",
+    ),
     ("axolotl", {"special_tokens": {"eos_token": "<end>"}}, "special_tokens", "<end>"),
     (
         "axolotl",
@@ -125,6 +138,11 @@ IDLE = [
     ("axolotl", {"max_steps": -1}, "max_steps"),
     ("axolotl", {"batch_size": 8}, "batch_size"),
     ("axolotl", {"datasets": [{"path": "r.jsonl", "type": "alpaca", "ds_type": "json"}]}, "datasets[0].ds_type"),
+    (
+        "axolotl",
+        {"rl": "ipo", "dpo_label_smoothing": 0.1, "datasets": [{"path": "a/b", "type": "x.ultra"}]},
+        "dpo_label_smoothing",
+    ),
     ("llamafactory", {"eval_strategy": "steps"}, "eval_strategy"),
     ("llamafactory", {"eval_steps": 20}, "eval_steps"),
     ("llamafactory", {"run_name": "first"}, "run_name"),
@@ -204,7 +222,10 @@ def test_weights_of_the_base_that_were_trained_too_are_spoken_of_loudly(folder: 
 HINDERED = [
     *(("axolotl", {key: True}, key) for key in axolotl.HINDRANCES),
     *(("llamafactory", {key: True}, key) for key in llamafactory.HINDRANCES),
-    ("axolotl", {"rl": "kto"}, "rl: kto"),
+    ("axolotl", {"rl": "gdpo"}, "rl: gdpo"),
+    ("axolotl", {"rl": "dpo", "dpo_loss_type": ["sigmoid", "ipo"]}, "a recipe has one loss of weight 1"),
+    ("axolotl", {"rl": "dpo", "dpo_loss_type": ["nca_pair"]}, "nca_pair is no loss of task dpo"),
+    ("axolotl", {"rl": "kto"}, "datasets[0].type: alpaca has no format here; unpaired_preference may do"),
     ("axolotl", {"base_model": ...}, "base_model: is missing"),
     ("axolotl", {"learning_rate": ...}, "learning_rate: is missing"),
     ("axolotl", {"datasets": ...}, "datasets: no data set"),
@@ -224,7 +245,9 @@ HINDERED = [
     ),
     ("axolotl", {"lora_r": "many"}, "adapter.rank"),
     ("axolotl", {"micro_batch_size": "auto"}, "micro_batch_size: 'auto' is no number"),
-    ("llamafactory", {"stage": "kto"}, "stage: kto"),
+    ("llamafactory", {"stage": "unheard"}, "stage: unheard"),
+    ("llamafactory", {"stage": "kto", "dataset": "talks"}, "talks has no column kto_tag"),
+    ("llamafactory", {"stage": "kto", "dataset": "pairs"}, "pairs has no column kto_tag"),
     ("llamafactory", {"dataset": "pictures"}, "images or sound"),
     ("llamafactory", {"dataset": "unheard"}, "unheard is not in"),
     ("llamafactory", {"dataset_dir": "elsewhere"}, "elsewhere/dataset_info.json"),
@@ -257,7 +280,7 @@ def test_the_command_prints_the_recipe_alone(muster: Muster, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("source", "text", "words"),
     [
-        ("axolotl", yaml.safe_dump(AXOLOTL | {"rl": "kto"}), "kto has no task"),
+        ("axolotl", yaml.safe_dump(AXOLOTL | {"rl": "gdpo"}), "gdpo has no task"),
         ("axolotl", "a: [", "is not YAML"),
         ("axolotl", "- a", "no mapping"),
         ("axolotle", "a: 1", "did you mean 'axolotl'"),

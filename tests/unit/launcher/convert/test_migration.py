@@ -14,6 +14,7 @@ from tests.unit.launcher.convert.convert_support import AXOLOTL, FACTORY, at, re
 from trainer.recipe import Recipe, parse
 
 TEXT = (Path(__file__).resolve().parents[4] / "docs" / "migration.md").read_text()
+PAIRS = [{"path": "o/p", "type": "chatml.ultra"}]
 EVALUATED = {"val_set_size": 0.1, "val_size": 0.1, "dataset": "talks", "eval_steps": 20}
 SETS: dict[str, dict[str, Any]] = {
     "fp16": {"bf16": False, "fp16": True},
@@ -31,8 +32,13 @@ SETS: dict[str, dict[str, Any]] = {
     "flash_attn": {"flash_attn": "fa2"},
     "enable_liger_kernel": {"enable_liger_kernel": True},
     "neftune_noise_alpha": {"neftune_noise_alpha": 5},
-    "rl": {"rl": "simpo", "datasets": [{"path": "o/p", "type": "chatml.ultra"}]},
+    "rl": {"rl": "simpo", "datasets": PAIRS},
     "pref_loss": {"stage": "dpo", "dataset": "pairs", "pref_loss": "simpo"},
+    "dpo_loss_type": {"rl": "dpo", "dpo_loss_type": ["ipo"], "datasets": PAIRS},
+    "rpo_alpha": {"rl": "dpo", "rpo_alpha": 0.5, "datasets": PAIRS},
+    "pref_ftx": {"stage": "dpo", "dataset": "pairs", "pref_ftx": 0.5},
+    "kto_desirable_weight": {"rl": "kto", "kto_desirable_weight": 2, "datasets": PAIRS},
+    "kto_chosen_weight": {"stage": "kto", "dataset": "rated", "kto_chosen_weight": 2},
     "do_causal_lm_eval": {"do_causal_lm_eval": True, "val_set_size": 0.1},
     "predict_with_generate": {"predict_with_generate": True, "val_size": 0.1, "dataset": "talks"},
     "save_steps": {"save_steps": 50},

@@ -32,6 +32,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "asked": {"query": "1 + 1?", "response": "2"},
     "qa": {"question": "1 + 1?", "answer": "2"},
     "ranked": {"prompt": "1 + 1 =", "chosen": " 2", "rejected": " 3"},
+    "rated": {"prompt": "1 + 1 =", "completion": " 2", "label": True},
     "texts": {"text": "A fox is an animal."},
 }
 FORMATS = {
@@ -42,6 +43,7 @@ FORMATS = {
     "asked": "completion",
     "qa": "qa",
     "ranked": "preference",
+    "rated": "unpaired_preference",
     "texts": "text",
 }
 
@@ -140,6 +142,13 @@ def test_what_is_written_is_valid_previewed_and_planned(
         ({"instruction": "a", "response": "b"}, ("instruction", {"output": "response"})),
         ({"input": "a", "target": "b"}, ("completion", {"prompt": "input", "completion": "target"})),
         ({"prompt": "a", "chosen": "b", "rejected": "c", "messages": CHAT}, ("preference", {})),
+        (
+            {"question": "a", "answer": "b", "label": True},
+            ("unpaired_preference", {"prompt": "question", "completion": "answer"}),
+        ),
+        ({"messages": CHAT, "label": False}, ("unpaired_preference", {"completion": "messages"})),
+        ({"prompt": CHAT[:1], "completion": CHAT[1:], "label": False}, ("unpaired_preference", {})),
+        ({"prompt": "a", "completion": "b", "label": 1}, ("completion", {})),
         ({"question": "a", "chosen": "b", "rejected": "c"}, ("preference", {"prompt": "question"})),
         (
             {"sentence1": "a", "sentence2": "b", "label": 1},
