@@ -290,6 +290,7 @@ THEIRS: dict[str, Callable[[Theirs, dict[str, Any]], Any]] = {
 
 def trl(folder: Path, name: str) -> None:
     """Prints the differences from ``ours.safetensors``."""
+    import torch
     from safetensors.torch import load_file
 
     objective, side, ours = OBJECTIVES[name], Theirs(folder), load_file(folder / "ours.safetensors")
@@ -298,8 +299,9 @@ def trl(folder: Path, name: str) -> None:
     theirs = {n: p.grad for n, p in side.policy.named_parameters() if p.grad is not None}
     if theirs.keys() != ours.keys() - {"loss"}:
         raise SystemExit(f"other gradients: {sorted(theirs.keys() ^ (ours.keys() - {'loss'}))[:3]}")
-    largest = max(float(gradient.abs().max()) for gradient in theirs.values())
-    apart = max(float((theirs[n] - ours[n]).abs().max()) for n in theirs)
+    # torch's maximum of anything and NaN is NaN, Python's is not.
+    largest = float(torch.stack([gradient.abs().max() for gradient in theirs.values()]).max())
+    apart = float(torch.stack([(theirs[n] - ours[n]).abs().max() for n in theirs]).max())
     of_loss = abs(float(loss - ours["loss"])) / max(1.0, abs(float(loss)))
     print(json.dumps({"loss": float(loss), "of_loss": of_loss, "of_gradient": apart / largest}))
 
@@ -350,7 +352,7 @@ def main() -> None:
         python = python_of("trl", options.environments)
     except NotInstalled as reason:
         parser.error(str(reason))
-    worst = 0.0
+    missed = []
     print("| objective | loss | difference of the loss | of a gradient |\n|---|---|---|---|")
     with tempfile.TemporaryDirectory(prefix="muster-objectives-") as place:
         write_models(Path(place))
@@ -359,10 +361,11 @@ def main() -> None:
             folder.mkdir()
             run(sys.executable, "muster", folder, name)
             found = json.loads(run(python, "trl", folder, name))
-            worst = max(worst, found["of_loss"], found["of_gradient"])
+            if not (found["of_loss"] <= LIMIT and found["of_gradient"] <= LIMIT):
+                missed.append(name)
             print(f"| {name} | {found['loss']:.5f} | {found['of_loss']:.1e} | {found['of_gradient']:.1e} |", flush=True)
-    if worst > LIMIT:
-        raise SystemExit(f"a difference of {worst:.1e} is above {LIMIT:g}")
+    if missed:
+        raise SystemExit(f"not within {LIMIT:g}: {'; '.join(missed)}")
 
 
 if __name__ == "__main__":
