@@ -72,13 +72,13 @@ def check_model(recipe: Recipe, warn: Callable[[str], None]) -> None:
     if TASKS[recipe.task].has_teacher and not _has_stored(recipe, tokenizer):
         check_teacher(recipe, warn)
     if recipe.generative_eval.count:
-        from trainer.worker.generative_eval import AnswerMetric
+        from trainer.worker.texts.generative_eval import AnswerMetric
 
         AnswerMetric(recipe.generative_eval.metric)
 
 
 def _has_stored(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> bool:
-    from trainer.worker.stored_teacher import has_stored
+    from trainer.worker.start.stored_teacher import has_stored
 
     return has_stored(recipe, tokenizer)
 

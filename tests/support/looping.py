@@ -22,7 +22,7 @@ from trainer.tasks import Task
 from trainer.worker.build import Parts, build
 from trainer.worker.callbacks import Callback, Position
 from trainer.worker.loop import Loop
-from trainer.worker.stored_outputs import with_outputs
+from trainer.worker.start.stored_outputs import with_outputs
 from trainer.worker.train_state import TrainState
 
 

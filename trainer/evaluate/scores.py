@@ -32,11 +32,11 @@ from trainer.run import layout
 from trainer.storage import open_storage
 from trainer.tasks import GenerationContext, Task, Totals, make_task
 from trainer.tasks.answers import means
-from trainer.worker.generative_eval import AUTO, AnswerMetric
 from trainer.worker.loop import evaluated_sums
-from trainer.worker.questions import Question, QuestionReader
-from trainer.worker.stored_outputs import OutputsMaker, Ranks, settings_of
-from trainer.worker.stored_teacher import find_stored
+from trainer.worker.start.stored_outputs import OutputsMaker, Ranks, settings_of
+from trainer.worker.start.stored_teacher import find_stored
+from trainer.worker.texts.generative_eval import AUTO, AnswerMetric
+from trainer.worker.texts.questions import Question, QuestionReader
 
 ANSWER_TOKENS, SOLUTION_TOKENS = 32, 512
 """Limits of new tokens for an answer in one line (format ``qa``), and for others."""

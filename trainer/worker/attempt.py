@@ -33,7 +33,6 @@ from trainer.storage import open_storage
 from trainer.worker.build import Parts, build
 from trainer.worker.callbacks import Position
 from trainer.worker.checkpointer import Checkpointer
-from trainer.worker.generative_eval import GenerativeEval
 from trainer.worker.hang_detector import (
     COMPILING_PATIENCE_S,
     LEAST_PATIENCE_S,
@@ -42,16 +41,17 @@ from trainer.worker.hang_detector import (
     hang_text,
     store_of_group,
 )
-from trainer.worker.initial_weights import begin_from, begun_before
 from trainer.worker.job import Job
 from trainer.worker.judge import Judge
 from trainer.worker.loop import Loop
 from trainer.worker.profiler import Profiler
 from trainer.worker.recorder import Recorder
-from trainer.worker.sample_texts import PromptSource, SampleTexts
-from trainer.worker.stored_outputs import with_outputs
-from trainer.worker.stored_teacher import stored_teacher
+from trainer.worker.start.initial_weights import begin_from, begun_before
+from trainer.worker.start.stored_outputs import with_outputs
+from trainer.worker.start.stored_teacher import stored_teacher
 from trainer.worker.telemetry import Telemetry
+from trainer.worker.texts.generative_eval import GenerativeEval
+from trainer.worker.texts.sample_texts import PromptSource, SampleTexts
 
 log = logging.getLogger(__name__)
 

@@ -51,7 +51,7 @@ from trainer.storage import Storage
 from trainer.strategies import Strategy, make_strategy
 from trainer.tasks import GenerationContext, Task, make_task
 from trainer.worker.mfu import Meter, meter_of, operations_of
-from trainer.worker.unused import UnusedTargets, check_used
+from trainer.worker.start.unused import UnusedTargets, check_used
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -69,7 +69,7 @@ class Fetched(NamedTuple):
 
     @property
     def begins_from(self) -> Mapping[str, Any] | None:
-        """The trained adapter that the run has begun with (`trainer.worker.initial_weights`)."""
+        """The trained adapter that the run has begun with (`trainer.worker.start.initial_weights`)."""
         return self.record.state.get(BEGINS_FROM)
 
 

@@ -27,10 +27,10 @@ from trainer.run.metrics import EvalMetrics, StepMetrics
 from trainer.tasks import Task, Totals, Update
 from trainer.worker.build import Parts
 from trainer.worker.callbacks import Callback, Position, around_step
-from trainer.worker.generative_eval import GenerativeEval
 from trainer.worker.hang_detector import CHECKPOINT, WAITING_FOR_DATA
 from trainer.worker.judge import Verdict
 from trainer.worker.rank_timer import RankTimer, of_this_rank, rank_record
+from trainer.worker.texts.generative_eval import GenerativeEval
 
 NAMED_SAMPLES = NAMED_RANKS = 8
 NAMING = (

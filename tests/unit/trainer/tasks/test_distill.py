@@ -39,7 +39,7 @@ from trainer.tasks.distill.stored import StoredTeacher
 from trainer.tasks.distill.task import Distill
 from trainer.tasks.distill.teacher import ModelTeacher, SharedTeacher
 from trainer.worker import stored_outputs
-from trainer.worker.stored_outputs import OutputsMaker
+from trainer.worker.start.stored_outputs import OutputsMaker
 
 LOSSES = ("forward_kl", "reverse_kl", "jsd")
 PLAIN = {"distill.beta": 0.5, "distill.temperature": 1.0, "distill.ce_coef": 0.0}

@@ -20,7 +20,7 @@ from trainer.errors import InputError, RecipeError
 from trainer.recipe import Recipe, parse
 from trainer.recipe.dpo_losses import DPO_LOSSES
 from trainer.tasks.reference import adapter_off
-from trainer.worker.stored_outputs import with_outputs
+from trainer.worker.start.stored_outputs import with_outputs
 
 
 @pytest.fixture(scope="module")

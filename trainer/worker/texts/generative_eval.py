@@ -21,11 +21,11 @@ from trainer.tasks.answers import Scores, final_number, means
 from trainer.tasks.ppo.reward_function import Scorer
 from trainer.tasks.sampling import SHOWN_CHARACTERS, max_positions
 from trainer.worker.build import Parts
-from trainer.worker.generation import Generation
 from trainer.worker.hang_detector import SCORING
-from trainer.worker.questions import Question, QuestionReader
 from trainer.worker.recorder import Recorder
-from trainer.worker.sample_texts import PromptSource
+from trainer.worker.texts.generation import Generation
+from trainer.worker.texts.questions import Question, QuestionReader
+from trainer.worker.texts.sample_texts import PromptSource
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,7 @@ from trainer.recipe import Recipe
 from trainer.run import layout
 from trainer.run.events import StartEvent
 from trainer.run.jsonl import read_events
-from trainer.worker.initial_weights import begin_from
+from trainer.worker.start.initial_weights import begin_from
 
 Make = Callable[..., Recipe]
 

@@ -17,8 +17,8 @@ from trainer.run.events import TextsEvent
 from trainer.tasks.sampling import PolicySampler, SamplingPrompt, prompts_of, shown
 from trainer.worker.build import Parts
 from trainer.worker.callbacks import Callback, Position
-from trainer.worker.generation import Generation
 from trainer.worker.recorder import Recorder
+from trainer.worker.texts.generation import Generation
 
 if TYPE_CHECKING:
     from trainer.data import DiskCache

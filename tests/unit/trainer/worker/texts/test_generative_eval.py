@@ -21,7 +21,7 @@ from trainer.run import layout
 from trainer.run.jsonl import read_rows
 from trainer.tasks.answers import exact_match, f1
 from trainer.tasks.lm_head_loss import TargetHead
-from trainer.worker.generative_eval import GenerativeEval, batches
+from trainer.worker.texts.generative_eval import GenerativeEval, batches
 
 Make = Callable[..., Recipe]
 CALLS: list[dict[str, list[str]]] = []

@@ -20,7 +20,7 @@ from trainer.run.jsonl import read_rows
 from trainer.strategies.ddp import DDP
 from trainer.tasks.lm_head_loss import TargetHead
 from trainer.tasks.sampling import SamplingPrompt
-from trainer.worker.sample_texts import SampleTexts, fitting
+from trainer.worker.texts.sample_texts import SampleTexts, fitting
 
 Make = Callable[..., Recipe]
 SOME = {"count": 3, "max_new_tokens": 8}

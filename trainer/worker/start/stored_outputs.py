@@ -40,7 +40,7 @@ from trainer.storage import Storage
 from trainer.strategies import Strategy
 from trainer.tasks import Task
 from trainer.worker.build import Parts
-from trainer.worker.initial_weights import begin_from
+from trainer.worker.start.initial_weights import begin_from
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ def with_outputs(
     parts: Parts, data: RunData, begins_from: Mapping[str, Any] | None = None, *, is_initial: bool = True
 ) -> RunData:
     """Returns the run's data with the outputs that its task needs. Collective: nothing has been restored yet, and every
-    rank calls it. ``begins_from``: the adapter that training begins with (`trainer.worker.initial_weights`);
+    rank calls it. ``begins_from``: the adapter that training begins with (`trainer.worker.start.initial_weights`);
     ``is_initial``: its weights are in the model already."""
     recipe, strategy, world = parts.recipe, parts.strategy, parts.world
     sha256 = begins_from["sha256"] if begins_from else None
