@@ -173,6 +173,7 @@ def test_a_classifier_and_virtual_tokens_are_refused(own_tasks_only: None, tiny_
             evaluate_tasks(tasks_of(folder, CHOICE), ArtifactRef(run=run_of(recipe).url))
 
 
+@pytest.mark.night
 @pytest.mark.timeout(120)
 def test_the_command_prints_json_alone(trained: Recipe, folder: Path) -> None:
     done = muster("--run", run_of(trained).url, "--lm-eval", CHOICE, "--lm-eval-tasks", folder / "tasks", "--limit", 2)

@@ -56,6 +56,7 @@ def test_ddp_keeps_all_of_a_teacher_and_other_strategies_a_shard(tmp_path: Path)
     assert whole.peak_device_bytes - without.ranks[1].peak_device_bytes == size
 
 
+@pytest.mark.night
 def test_a_quantised_teacher_is_counted_as_a_quantised_student(tmp_path: Path) -> None:
     recipe = distilling(tmp_path, **{"distill.quantization": "nf4"})
     student = small_recipe("nf4", tmp_path / "teacher", tmp_path, **{"model.quantization": "nf4", **GPU})
@@ -65,6 +66,7 @@ def test_a_quantised_teacher_is_counted_as_a_quantised_student(tmp_path: Path) -
     assert plan(recipe).largest.teacher_bytes == alone.frozen_bytes + alone.quant_state_bytes < weights(recipe)
 
 
+@pytest.mark.night
 def test_logits_of_the_teacher_are_kept_for_all_targets_or_its_most_likely_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

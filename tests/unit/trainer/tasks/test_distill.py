@@ -38,7 +38,7 @@ from trainer.tasks.distill.divergences import LEAST_REST, at_tokens, divergence,
 from trainer.tasks.distill.stored import StoredTeacher
 from trainer.tasks.distill.task import Distill
 from trainer.tasks.distill.teacher import ModelTeacher, SharedTeacher
-from trainer.worker import stored_outputs
+from trainer.worker.start import stored_outputs
 from trainer.worker.start.stored_outputs import OutputsMaker
 
 LOSSES = ("forward_kl", "reverse_kl", "jsd")
@@ -353,6 +353,7 @@ def test_a_sharded_teacher_gives_what_a_complete_one_gives(
     torch.testing.assert_close(got.logits, want.logits, rtol=0, atol=1e-5)
 
 
+@pytest.mark.night
 def test_a_run_goes_on_with_the_teacher_that_it_began_with(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
     place = tmp_path / "teacher"
     shutil.copytree(make_teacher(folder / "teacher", tiny_model), place)
@@ -532,6 +533,7 @@ def test_a_run_resumes_and_another_student_learns_without_the_teacher(
                 refuse(unknown)
 
 
+@pytest.mark.night
 def test_other_settings_lead_to_other_outputs(tiny_model: Path, folder: Path, tmp_path: Path) -> None:
     place = make_teacher(folder / "teacher", tiny_model)
     counts = []

@@ -10,6 +10,7 @@ import torch
 
 from tests.support.looping import Bench, bench
 from tests.support.models import CPU, stir
+from tests.support.nights import few_by_day
 from tests.support.tasks import task_recipe, write_task_data
 from trainer.data import Batch, eval_batches
 from trainer.data.run_data import RunData
@@ -105,7 +106,7 @@ def test_targets_of_a_pack_have_the_weights_of_their_samples(tiny_model: Path, f
         assert b.task.loss(b.model, batch, CPU).loss_sum.item() == pytest.approx(wanted, rel=1e-5)
 
 
-@pytest.mark.parametrize("task", ["sft", "dpo"])
+@pytest.mark.parametrize("task", few_by_day(["sft", "dpo"], 1))
 def test_micro_batches_do_not_change_the_result(task: str, tiny_model: Path, folder: Path) -> None:
     curves = []
     for micro in (1, 2, 4):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.distributed.tensor import DTensor
 
 from tests.support.looping import Bench, bench
 from tests.support.models import CPU, stir
+from tests.support.nights import few_by_day
 from tests.support.tasks import make_encoder, task_recipe, write_task_data
 from tests.support.training import adapter_bytes, losses, train_here
 from trainer.data import Batch, eval_batches
@@ -82,8 +84,12 @@ def _peft_runs(method: str, task: str) -> bool:
     return not (method == "prefix" and TASKS[task].auto_class == SEQUENCE and "past_key_values" not in takes)
 
 
-@pytest.mark.parametrize("task", TASKS.names())
-@pytest.mark.parametrize("method", ["lora", "dora", "prefix", "none"])
+@pytest.mark.parametrize(
+    ("task", "method"),
+    few_by_day(
+        [*product(TASKS.names(), ["lora"]), *product(TASKS.names(), ["dora", "prefix", "none"])], len(TASKS.names())
+    ),
+)
 def test_what_is_saved_gives_the_same_outputs_by_plain_peft(
     task: str, method: str, tiny_model: Path, folder: Path, tmp_path: Path
 ) -> None:

@@ -12,6 +12,7 @@ import pytest
 
 from launcher.monitor.status import read_status
 from launcher.monitor.tables import checkpoint_lines, runs_table
+from tests.support.nights import few_by_day
 from tests.support.training import adapter_bytes, losses, run_of, small_recipe, train_here, write_pairs
 from trainer.artifacts import ArtifactRef, find
 from trainer.artifacts.inspect import describe
@@ -156,20 +157,20 @@ def one_after_the_other(patch: pytest.MonkeyPatch) -> None:
 
 
 PLACES: list[tuple[Any, str, int, bool]] = [
-    (checkpointer, "put_checkpoint", 3, False),
     (checkpointer, "commit", 3, False),
-    (checkpointer, "commit", 3, True),
+    (checkpointer, "publish", 1, False),
     (Retention, "apply", 3, True),
+    (checkpointer, "put_checkpoint", 3, False),
+    (checkpointer, "commit", 3, True),
     (Storage, "delete", 3, True),
     (checkpointer, "commit", 5, True),
     (Retention, "apply", 5, True),
-    (checkpointer, "publish", 1, False),
     (Storage, "upload", -1, True),
     (checkpointer, "publish", 1, True),
 ]
 
 
-@pytest.mark.parametrize(("owner", "name", "call", "after"), PLACES)
+@pytest.mark.parametrize(("owner", "name", "call", "after"), few_by_day(PLACES, 3))
 def test_the_same_adapter_wherever_the_process_dies(
     make: Make, straight: Recipe, owner: Any, name: str, call: int, after: bool
 ) -> None:
@@ -259,6 +260,7 @@ def test_the_early_end_is_found_by_a_resumed_run_too(make: Make) -> None:
     assert published(resumed) == published(make("straight", **both))
 
 
+@pytest.mark.night
 def test_a_run_that_ended_early_continues_with_more_patience(make: Make) -> None:
     longer = {"training.steps": 10}
     assert train_here(make("longer", **STOP, **longer)) == "succeeded"
@@ -272,6 +274,7 @@ def test_a_run_that_ended_early_continues_with_more_patience(make: Make) -> None
     assert adapter_bytes(patient) == adapter_bytes(make("straight"))
 
 
+@pytest.mark.night
 def test_another_choice_begins_where_the_run_is(make: Make) -> None:
     """It was switched on after step 5: the evaluation of step 6 is the first that it compares."""
     assert train_here(make("later", **{"training.steps": 6, "training.stop_after": 5})) == "interrupted"

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from launcher.driver.preflight import check_begins_from
 from tests.support.looping import bench
+from tests.support.nights import few_by_day
 from tests.support.saved import adapter_of, trained
 from tests.support.tasks import write_preferences
 from tests.support.training import adapter_bytes, losses, run_of, small_recipe, train_here, write_pairs
@@ -95,7 +96,7 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", few_by_day(METHODS, 3))
 def test_every_method_begins_with_the_weights_of_the_file(
     method: str, tiny_model: Path, folder: Path, make: Make
 ) -> None:
@@ -109,14 +110,17 @@ def test_every_method_begins_with_the_weights_of_the_file(
 
 @pytest.mark.parametrize(
     "changes",
-    [
-        {"strategy.kind": "fsdp"},
-        {"strategy.kind": "zero2"},
-        {"model.quantization": "nf4", "model.dtype": "bfloat16"},
-        {"adapter.modules_to_save": ["lm_head"]},
-        {"adapter.trainable_tokens": [5, 9]},
-        {"adapter.target_modules": ["q_proj", "v_proj"], "adapter.bias": "lora_only"},
-    ],
+    few_by_day(
+        [
+            {"strategy.kind": "fsdp"},
+            {"adapter.modules_to_save": ["lm_head"]},
+            {"strategy.kind": "zero2"},
+            {"model.quantization": "nf4", "model.dtype": "bfloat16"},
+            {"adapter.trainable_tokens": [5, 9]},
+            {"adapter.target_modules": ["q_proj", "v_proj"], "adapter.bias": "lora_only"},
+        ],
+        2,
+    ),
 )
 def test_every_strategy_and_part_begins_with_the_weights_of_the_file(
     changes: dict[str, Any], tiny_model: Path, folder: Path, make: Make
@@ -187,6 +191,7 @@ def test_a_source_that_changes_before_the_first_checkpoint_is_reported(
     assert "which has changed since the attempt before" in str(event_text(second))
 
 
+@pytest.mark.night
 def test_a_run_that_trains_on_is_begun_from_at_the_same_step(
     tiny_model: Path, folder: Path, make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

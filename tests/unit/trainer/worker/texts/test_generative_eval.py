@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.nights import few_by_day
 from tests.support.tasks import task_recipe, write_task_data
 from tests.support.training import adapter_bytes, losses, run_of, small_recipe, train_here
 from trainer.errors import InputError, RecipeError, RewardFailed
@@ -140,14 +141,17 @@ def test_every_accepted_answer_counts(make: Make, monkeypatch: pytest.MonkeyPatc
 
 @pytest.mark.parametrize(
     ("task", "changes"),
-    [
-        ("sft", {}),
-        ("sft", {"model.dtype": "bfloat16"}),
-        ("dpo", {}),
-        ("kto", {}),
-        ("sft", {"strategy.kind": "fsdp", "model.quantization": "nf4"}),
-        ("sft", {"adapter": {"method": "none"}, "training.gradient_checkpointing": True}),
-    ],
+    few_by_day(
+        [
+            ("sft", {}),
+            ("dpo", {}),
+            ("kto", {}),
+            ("sft", {"model.dtype": "bfloat16"}),
+            ("sft", {"strategy.kind": "fsdp", "model.quantization": "nf4"}),
+            ("sft", {"adapter": {"method": "none"}, "training.gradient_checkpointing": True}),
+        ],
+        2,
+    ),
 )
 def test_training_does_not_notice(make: Make, task: str, changes: dict[str, Any]) -> None:
     """To the last bit, with dropout, packs and an evaluation between."""
@@ -262,7 +266,7 @@ def test_without_a_complete_answer_there_is_no_question(make: Make) -> None:
         train_here(make(**{"data.sequence_length": 24, "generative_eval.count": 2}))
 
 
-@pytest.mark.parametrize("failing", [1, 3])
+@pytest.mark.parametrize("failing", few_by_day([1, 3], 1))
 def test_a_model_that_cannot_generate_trains_all_the_same(
     make: Make, failing: int, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
