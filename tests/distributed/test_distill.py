@@ -14,7 +14,7 @@ from trainer.run import layout
 from trainer.run.jsonl import read_rows
 
 PLACES = [("ddp", 1), ("ddp", 2), ("fsdp", 2), ("zero2", 2), ("zero3", 2), ("fsdp", 3)]
-BY_DAY = [("shared", "zero3", 2), ("adapted", "zero2", 2), ("stored", "fsdp", 2)]
+BY_DAY = [("adapted", "zero2", 2), ("stored", "fsdp", 2)]
 METRICS = ("eval_loss", "eval_perplexity", "eval_teacher_perplexity", "eval_agreement")
 TEACHERS: dict[str, dict[str, Any]] = {
     "model": {"distill.top_k": 20},

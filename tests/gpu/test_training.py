@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -12,11 +12,13 @@ from safetensors.torch import save_file
 
 from tests.support.device import DEVICE, ON_DEVICE
 from tests.support.training import losses, run_of, small_recipe, train_here, write_pairs
+from trainer.distributed.world import World
 from trainer.optim import make_optimizer
 from trainer.recipe import OptimizerSection, Recipe
 from trainer.run import layout
 from trainer.run.jsonl import read_rows
-from trainer.strategies.optimizer_state import load_optimizer_state, optimizer_state
+from trainer.strategies.held import Itself
+from trainer.strategies.optimizer_state import OptimizerState
 
 FLOAT32, FOUR_BIT, MIXED = 1e-3, 5e-3, 2e-2
 """Relative difference between a loss on the device and on the CPU, over ten steps. Kernels add in another order, and
@@ -134,25 +136,28 @@ def test_a_stopped_run_goes_on_as_if_it_had_not_been_stopped(case: str, tiny_mod
 
 
 def test_paged_moments_are_saved_and_come_back_paged(tmp_path: Path) -> None:
-    def made(parameter: torch.nn.Parameter) -> Any:
-        return make_optimizer(OptimizerSection(name="paged_adamw_8bit", lr=1e-2), {"w": parameter})
+    section, nobody = OptimizerSection(name="paged_adamw_8bit", lr=1e-2), cast(World, None)
+
+    def made(parameter: torch.nn.Parameter) -> tuple[Any, OptimizerState]:
+        optimizer, held = make_optimizer(section, {"w": parameter}), {"w": Itself(parameter)}
+        like = lambda saved, existing: saved.to(existing.device, existing.dtype)  # noqa: E731
+        return optimizer, OptimizerState(optimizer, section.row, held, nobody, lambda tensor: tensor, like)
 
     def step(optimizer: Any, parameter: torch.nn.Parameter, number: int) -> None:
         parameter.grad = torch.full_like(parameter, 1.0 + number)
         optimizer.step()
 
     one = torch.nn.Parameter(torch.linspace(-1, 1, 512 * 512, device=DEVICE).view(512, 512))
-    first = made(one)
+    first, saved = made(one)
     for number in range(3):
         step(first, one, number)
-    state = dict(optimizer_state(first, {"w": one}, lambda tensor: tensor))
+    state = dict(saved.tensors())
     assert state["w.state1"].any()
     save_file({name: tensor.clone() for name, tensor in state.items()}, tmp_path / "moments.safetensors")
 
     two = torch.nn.Parameter(one.detach().clone())
-    second = made(two)
-    names = {"w": [name.removeprefix("w.") for name in state]}
-    load_optimizer_state(second, {"w": two}, names, state.__getitem__, lambda whole, like: whole.to(like.device))
+    second, loaded = made(two)
+    loaded.load({"w": [name.removeprefix("w.") for name in state]}, state.__getitem__)
     for optimizer, parameter in ((first, one), (second, two)):
         assert optimizer.state[parameter]["state1"].is_paged
         assert optimizer.state[parameter]["state2"].is_paged
