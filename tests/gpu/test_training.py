@@ -145,6 +145,7 @@ def test_paged_moments_are_saved_and_come_back_paged(tmp_path: Path) -> None:
 
     def step(optimizer: Any, parameter: torch.nn.Parameter, number: int) -> None:
         parameter.grad = torch.full_like(parameter, 1.0 + number)
+        optimizer.param_groups[0]["lr"] = section.lr  # as a strategy does; a load leaves 0
         optimizer.step()
 
     one = torch.nn.Parameter(torch.linspace(-1, 1, 512 * 512, device=DEVICE).view(512, 512))
