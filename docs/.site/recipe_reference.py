@@ -11,10 +11,10 @@ from typing import Any
 from pydantic.fields import FieldInfo
 
 from trainer.recipe.base import KeyPath, Section
-from trainer.recipe.compatibility import RULES
-from trainer.recipe.matrix import refusals, sides_of, values_of
 from trainer.recipe.methods import METHODS
 from trainer.recipe.root import Recipe
+from trainer.recipe.rules.compatibility import RULES
+from trainer.recipe.rules.matrix import refusals, sides_of, values_of
 from trainer.recipe.sections.datasets import DATASETS
 from trainer.recipe.tree import dotted, element, section_of
 from trainer.recipe.writing import changeable, schema

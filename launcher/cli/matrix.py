@@ -13,8 +13,8 @@ from rich.text import Text
 
 from launcher.cli import completion
 from launcher.terminal.console import stdout
-from trainer.recipe.matrix import SIGNS, alike, axes, cells, refusal, refusals, sides_of, signs, values_of
-from trainer.recipe.refusal import Refusal
+from trainer.recipe.rules.matrix import SIGNS, alike, axes, cells, refusal, refusals, sides_of, signs, values_of
+from trainer.recipe.rules.refusal import Refusal
 from trainer.recipe.tasks import TASKS
 
 WIDTH = 80

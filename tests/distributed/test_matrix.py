@@ -15,8 +15,8 @@ import pytest
 from tests.support.tasks import task_recipe, write_task_data
 from tests.support.training import losses, run_of, train_in_processes
 from trainer.recipe import Recipe
-from trainer.recipe.matrix import Cell, axes, cells, refusal
 from trainer.recipe.methods import METHODS
+from trainer.recipe.rules.matrix import Cell, axes, cells, refusal
 from trainer.run import layout
 from trainer.storage import Storage
 

@@ -13,8 +13,8 @@ from tests.support.ranks import run_ranks
 from tests.support.training import adapter_bytes, losses, small_recipe, train_rank, write_pairs
 from trainer.recipe import Recipe
 from trainer.recipe.base import Conflict
-from trainer.recipe.compatibility import across_sections
 from trainer.recipe.optimizers import OPTIMIZERS
+from trainer.recipe.rules.compatibility import across_sections
 from trainer.recipe.strategies import STRATEGIES
 
 RATES = {"sgd": 0.2, "lion": 5e-4, "lion_8bit": 5e-4, "adafactor": 5e-2}

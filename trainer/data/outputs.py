@@ -80,7 +80,7 @@ def decode_outputs(raw: bytes) -> PartOutputs:
     return PartOutputs({name: arrays[name] for name in ends}, ends)
 
 
-class _Manifest(TypedDict, total=False):
+class _OutputsManifest(TypedDict, total=False):
     settings: Required[Any]
     blocks: Required[dict[str, str]]
     part_targets: int | None
@@ -132,7 +132,7 @@ def folder_of(prepared: Storage, settings: Mapping[str, Any]) -> Storage:
 def open_outputs(folder: Storage) -> StoredOutputs | None:
     """Returns None if the outputs are missing or not complete."""
     try:
-        found = read_record(_Manifest, folder.read_json(MANIFEST))
+        found = read_record(_OutputsManifest, folder.read_json(MANIFEST))
     except FileNotFoundError:
         return None
     except Malformed as error:

@@ -23,7 +23,7 @@ TIMESCALE = 10_000
 """The steps in place of the warm-up, in a run without one, of `inverse_sqrt`."""
 
 
-class Place(NamedTuple):
+class ScheduleStep(NamedTuple):
     """A step of a run: ``after`` steps after the warm-up, from 0, of ``warmup`` and ``total`` steps."""
 
     after: int
@@ -35,25 +35,25 @@ class Place(NamedTuple):
         return min(1.0, self.after / max(1, self.total - self.warmup))
 
 
-def constant(place: Place, section: ScheduleSection) -> float:
+def constant(place: ScheduleStep, section: ScheduleSection) -> float:
     return 1.0
 
 
-def linear(place: Place, section: ScheduleSection) -> float:
+def linear(place: ScheduleStep, section: ScheduleSection) -> float:
     return 1.0 - place.progress
 
 
-def cosine(place: Place, section: ScheduleSection) -> float:
+def cosine(place: ScheduleStep, section: ScheduleSection) -> float:
     if place.progress >= 1.0:  # the end of the last fall is not the beginning of another one
         return 0.0
     return half_cosine(section.cycles * place.progress % 1.0)
 
 
-def polynomial(place: Place, section: ScheduleSection) -> float:
+def polynomial(place: ScheduleStep, section: ScheduleSection) -> float:
     return math.pow(1.0 - place.progress, section.power)
 
 
-def wsd(place: Place, section: ScheduleSection) -> float:
+def wsd(place: ScheduleStep, section: ScheduleSection) -> float:
     """The forms of the fall are compared in arXiv:2405.18392, which calls ``sqrt`` 1-sqrt."""
     after_warmup = place.total - place.warmup
     decay = min(math.ceil(place.total * section.decay_ratio), after_warmup)
@@ -63,7 +63,7 @@ def wsd(place: Place, section: ScheduleSection) -> float:
     return 1.0 - (math.sqrt(fallen) if section.decay_shape == "sqrt" else fallen)
 
 
-def inverse_sqrt(place: Place, section: ScheduleSection) -> float:
+def inverse_sqrt(place: ScheduleStep, section: ScheduleSection) -> float:
     scale = place.warmup or TIMESCALE
     return math.sqrt(scale / (scale + place.after))
 
@@ -81,5 +81,5 @@ def learning_rate(section: ScheduleSection, peak: float, step: int, total_steps:
     if step <= warmup:
         return peak * step / warmup
     floor = section.min_lr_ratio
-    factor: float = SCHEDULES.load(section.name)(Place(step - warmup - 1, warmup, total_steps), section)
+    factor: float = SCHEDULES.load(section.name)(ScheduleStep(step - warmup - 1, warmup, total_steps), section)
     return peak * (floor + (1.0 - floor) * factor)

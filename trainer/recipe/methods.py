@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from trainer.recipe.refusal import Refusal, on_sharded, that_generates, with_adapter_off, with_head
+from trainer.recipe.rules.refusal import Refusal, on_sharded, that_generates, with_adapter_off, with_head
 from trainer.registry import Choice, Registry
 
 

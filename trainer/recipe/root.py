@@ -125,7 +125,7 @@ class Recipe(Section):
 
     def conflicts(self) -> Iterator[Conflict]:
         """Yields all values that are not valid together, inside the sections and across them."""
-        from trainer.recipe.compatibility import across_sections
+        from trainer.recipe.rules.compatibility import across_sections
 
         for name in type(self).model_fields:
             section = getattr(self, name)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.recipe.base import Section
 from trainer.recipe.sections.ppo import PPOSection
@@ -35,7 +35,7 @@ class TaskRow(Choice):
     ``has_reference``: compares with a reference, the model as it was before the first step. ``stores_reference``: what
     it needs of the reference can be computed before the first step and stored, since it learns from the data's own
     texts; otherwise the reference has to be the model with its adapter switched off. ``unpairs``: a pair of answers is
-    two samples. ``margins``: its loss reads a pair's margin. ``judged_forwards``: forwards without gradients of a
+    two samples. ``margins``: its loss reads a pair's margin. ``extra_forwards``: forwards without gradients of a
     step's tokens, besides those of the reference, which runs one more. ``segments``: its forward pass gets the start of
     each sample and needs no mask. ``router_loss``: its loss may add the balance of a mixture's experts.
     ``divides_texts``: its loss can be computed by ranks that each have a part of the tokens. ``generates``: it learns
@@ -50,7 +50,7 @@ class TaskRow(Choice):
     stores_reference: bool = False
     unpairs: bool = False
     margins: bool = False
-    judged_forwards: int = 0
+    extra_forwards: int = 0
     segments: bool = False
     router_loss: bool = False
     divides_texts: bool = False
@@ -71,6 +71,13 @@ class TaskRow(Choice):
 
 
 OF_PAIRS: Mapping[str, Better] = {"loss": "min", "pair_accuracy": "max", "reward_margin": "max"}
+PREFERENCE: dict[str, Any] = {
+    "learns_from": ("preference",),
+    "segments": True,
+    "divides_texts": True,
+    "evaluates": OF_PAIRS,
+}
+"""The facts that the tasks share which compare the likelihoods of two answers."""
 
 TASKS = Registry(
     "task",
@@ -101,12 +108,9 @@ TASKS = Registry(
         ),
         "dpo": TaskRow(
             "trainer.tasks.preference.dpo:DPO",
-            ("preference",),
+            **PREFERENCE,
             has_reference=True,
             stores_reference=True,
-            segments=True,
-            divides_texts=True,
-            evaluates=OF_PAIRS,
             section=DPOSection,
         ),
         "kto": TaskRow(
@@ -115,28 +119,14 @@ TASKS = Registry(
             has_reference=True,
             stores_reference=True,
             unpairs=True,
-            judged_forwards=1,
+            extra_forwards=1,
             segments=True,
             divides_texts=True,
             evaluates={"loss": "min", "reward_margin": "max"},
             section=KTOSection,
         ),
-        "orpo": TaskRow(
-            "trainer.tasks.preference.orpo:ORPO",
-            ("preference",),
-            segments=True,
-            divides_texts=True,
-            evaluates=OF_PAIRS,
-            section=ORPOSection,
-        ),
-        "simpo": TaskRow(
-            "trainer.tasks.preference.simpo:SimPO",
-            ("preference",),
-            segments=True,
-            divides_texts=True,
-            evaluates=OF_PAIRS,
-            section=SimPOSection,
-        ),
+        "orpo": TaskRow("trainer.tasks.preference.orpo:ORPO", **PREFERENCE, section=ORPOSection),
+        "simpo": TaskRow("trainer.tasks.preference.simpo:SimPO", **PREFERENCE, section=SimPOSection),
         "ppo": TaskRow(
             "trainer.tasks.ppo.task:PPO",
             ("prompted", "preference"),

@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from trainer.layers.find import separate_blocks
 from trainer.recipe.strategies import Mesh
 from trainer.strategies.base import ShardSlice, Strategy
-from trainer.strategies.held import Complete, Itself, Part, Shard, owners
+from trainer.strategies.held import Complete, HeldPart, Itself, Shard, owners
 from trainer.strategies.shards import Kept, Sent, Weight, chunk_rows, gathered_itemsize, reduced_to_all
 
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class FSDP(Strategy):
         if form == "shards":
             saved = self.world.rank < self.mesh.ranks_per_replica
             parts = {name: _piece(name, p) for name, p in trainable.items()}
-            return {n: Shard(p, Part(parts[n].start, parts[n].local.numel(), saved)) for n, p in trainable.items()}
+            return {n: Shard(p, HeldPart(parts[n].start, parts[n].local.numel(), saved)) for n, p in trainable.items()}
         complete = {name: p for name, p in trainable.items() if form == "complete" or name in matrices}
         owned_by = owners(complete, self.world.size)
         rank, device = self.world.rank, self.world.device

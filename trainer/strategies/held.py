@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 
-class Part(NamedTuple):
+class HeldPart(NamedTuple):
     """The elements of a flattened parameter that an optimizer updates on this rank; ``numel`` may be 0. ``saved``: this
     rank stores the state of them; other ranks may have the same elements."""
 
@@ -27,7 +27,7 @@ class Part(NamedTuple):
 class Itself:
     """The strategy's own parameter."""
 
-    part: Part | None = None
+    part: HeldPart | None = None
     """None: the strategy's functions convert the state, as they do with the parameter."""
 
     source: Any
@@ -46,7 +46,7 @@ class Itself:
 class Shard(Itself):
     """The elements of a sharded parameter that are on this rank, as a plain tensor in the same memory."""
 
-    def __init__(self, source: Any, part: Part) -> None:
+    def __init__(self, source: Any, part: HeldPart) -> None:
         self.source, self.part = source, part
         self.parameter = torch.nn.Parameter(source.to_local().detach())
 
@@ -67,7 +67,7 @@ class Complete(Itself):
 
     def __init__(self, source: Any, owner: int, mine: bool, device: torch.device) -> None:
         self.source, self.owner, self.mine = source, owner, mine
-        self.part = Part(0, math.prod(source.shape) if mine else 0, mine)
+        self.part = HeldPart(0, math.prod(source.shape) if mine else 0, mine)
         self.parameter = torch.nn.Parameter(torch.empty((0,) * source.ndim, dtype=source.dtype, device=device))
 
     def take(self, values: torch.Tensor, gradient: torch.Tensor) -> None:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from trainer.distributed.world import World
 from trainer.errors import CorruptObject, InputError
-from trainer.strategies.held import Itself, Part
+from trainer.strategies.held import HeldPart, Itself
 
 if TYPE_CHECKING:
     from trainer.recipe.optimizers import OptimizerRow
@@ -75,7 +75,7 @@ class OptimizerState:
             for key, number in self._counted(held).items():
                 yield f"{name}.{GROUP}{key}", as_tensor(number)
 
-    def _parts(self) -> list[tuple[str, Part]]:
+    def _parts(self) -> list[tuple[str, HeldPart]]:
         return [(name, held.part) for name, held in self.held.items() if held.part is not None]
 
     def _entries(self, held: Itself) -> dict[str, torch.Tensor]:
@@ -170,7 +170,7 @@ class OptimizerState:
                 raise CorruptObject(f"{name}.{key} is missing in the optimizer's state")
             state[key] = self._copied(f"{name}.{key}", existing, read(f"{name}.{key}"))
         if self.codec:
-            part = held.part or Part(0, held.parameter.numel())
+            part = held.part or HeldPart(0, held.parameter.numel())
             _Saved(name, [k for k in keys if k not in state or k in values], read, self.codec).into(
                 state, part, held.source.shape.numel()
             )
@@ -196,7 +196,7 @@ class _Saved:
             self._entries[int(start or 0)][entry] = f"{name}.{key}"
         self._read, self._starts, self._name = read, sorted(self._entries), name
 
-    def into(self, state: dict[str, Any], part: Part, total: int) -> None:
+    def into(self, state: dict[str, Any], part: HeldPart, total: int) -> None:
         """Copies the saved part that has the same elements, to the byte; if there is none, quantises again."""
         ends = dict(zip(self._starts, [*self._starts[1:], total], strict=True))
         if ends.get(part.start) == part.start + part.numel and self.codec.restore(state, self._raw(part.start)):

@@ -52,11 +52,11 @@ def frozen_losses(of: OfRows, hidden_TD: torch.Tensor, rows_T: torch.Tensor, row
 
 
 def _frozen(of_chunk: OfChunk, hidden_TD: torch.Tensor, rows_T: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
-    found: torch.Tensor = _Frozen.apply(hidden_TD, rows_T, of_chunk, rows, columns)  # type: ignore[no-untyped-call]
+    found: torch.Tensor = _FrozenValues.apply(hidden_TD, rows_T, of_chunk, rows, columns)  # type: ignore[no-untyped-call]
     return found
 
 
-class _Frozen(torch.autograd.Function):
+class _FrozenValues(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_TD: torch.Tensor, rows_T: torch.Tensor, of_chunk: OfChunk, rows: int, columns: int

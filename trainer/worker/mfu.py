@@ -157,7 +157,7 @@ def _other_forwards(recipe: Recipe) -> int:
     """Returns the forwards of a step's tokens without gradients."""
     row = TASKS[recipe.task]
     computed = row.has_reference and not recipe.stores_outputs
-    return row.judged_forwards + (1 + row.judged_forwards if computed else 0)
+    return row.extra_forwards + (1 + row.extra_forwards if computed else 0)
 
 
 def operations_of(model: Any) -> Operations:

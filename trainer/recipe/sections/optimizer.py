@@ -12,7 +12,7 @@ from trainer.recipe.base import Conflict, Section, takes
 from trainer.recipe.optimizers import CODE, OPTIMIZERS, OptimizerRow, optimizer_row
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
-SETTINGS = ("weight_decay", "betas", "eps", "momentum")
+SETTINGS = tuple(dict.fromkeys(setting for _, row in OPTIMIZERS.items() for setting in row.uses))
 """The fields that an optimizer may use or not."""
 
 

@@ -11,7 +11,7 @@ from pydantic import Field
 from trainer.recipe.base import Conflict, OneOf, Section
 from trainer.recipe.optimizers import SCHEDULES
 
-SETTINGS = ("min_lr_ratio", "cycles", "decay_ratio", "decay_shape", "power")
+SETTINGS = tuple(dict.fromkeys(setting for _, row in SCHEDULES.items() for setting in row.settings))
 """The fields that have an effect on some schedules only."""
 
 

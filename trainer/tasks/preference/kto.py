@@ -16,6 +16,7 @@ The reference is that of `trainer.tasks.preference.dpo`.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -58,9 +59,11 @@ class KTO(Task):
     def _divergence(self, module: torch.nn.Module, batches: Sequence[Batch], device: torch.device) -> float:
         """Returns z. Collective."""
         moved = [self._unrelated(module, batch, device) - self._reference.of(batch)[1] for batch in batches]
-        sums = [float(torch.cat(moved).double().sum()), float(sum(len(part) for part in moved))]
-        total, count = self.world.all_reduce_sum(sums) if self.world else sums
-        return max(0.0, total / max(1.0, count))
+        values: list[float] = torch.cat(moved).tolist()
+        if self.world:
+            values = [value for of_rank in self.world.all_gather(values) for value in of_rank]
+        # fsum rounds once, so that the result does not depend on which rank has which values.
+        return max(0.0, math.fsum(values) / max(1, len(values)))
 
     def loss(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> LossOutput:
         section = self.recipe.kto

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 Identity = Mapping[str, Any]
 
 
-class Found(NamedTuple):
+class KnownTeacher(NamedTuple):
     """The teacher, and the settings of its stored outputs."""
 
     teacher: StoredTeacher
@@ -49,7 +49,7 @@ def stored_teacher(recipe: Recipe, world: World, data: RunData, run: Storage) ->
 
 def find_stored(
     recipe: Recipe, parts: Sequence[PreparedDataset], student: ModelSection, begun: Identity | None = None
-) -> Found | None:
+) -> KnownTeacher | None:
     """Returns the teacher if its outputs for ``parts`` of the data are complete, else None. ``begun``: identifies the
     teacher that a run has begun with; by default the teacher is the one that is at its location now, and if nothing is
     there, the one whose outputs are stored."""
@@ -109,14 +109,14 @@ def _vocabulary(section: ModelSection) -> int:
     return int(config.get_text_config().vocab_size)
 
 
-def _complete(recipe: Recipe, parts: Sequence[PreparedDataset], rows: int, identity: Identity) -> Found | None:
+def _complete(recipe: Recipe, parts: Sequence[PreparedDataset], rows: int, identity: Identity) -> KnownTeacher | None:
     settings = {"task": recipe.task, **settings_of_outputs(recipe.distill, rows, identity)}
     if any(open_outputs(folder_of(part.storage, settings)) is None for part in parts):
         return None
-    return Found(StoredTeacher(identity), settings)
+    return KnownTeacher(StoredTeacher(identity), settings)
 
 
-def _remembered(recipe: Recipe, parts: Sequence[PreparedDataset], rows: int) -> Found | None:
+def _remembered(recipe: Recipe, parts: Sequence[PreparedDataset], rows: int) -> KnownTeacher | None:
     """Returns the teacher that was at the recipe's location when its outputs were stored; None if there is no such one.
     Raises InputError if there are several."""
     place, kind = recipe.distill.teacher, recipe.distill.quantization

@@ -18,8 +18,8 @@ from trainer.adapters import make_adapter, verify_saved
 from trainer.errors import CorruptObject, InputError
 from trainer.plan.meta_model import skeleton
 from trainer.recipe import Recipe
-from trainer.recipe.matrix import Cell, refusal
 from trainer.recipe.methods import METHODS
+from trainer.recipe.rules.matrix import Cell, refusal
 
 Make = Callable[..., Recipe]
 ADAPTERS = [m for m in METHODS.names() if m != "none"]

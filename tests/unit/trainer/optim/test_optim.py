@@ -18,7 +18,7 @@ from trainer.errors import CorruptObject, InputError
 from trainer.optim import make_optimizer
 from trainer.recipe import OptimizerSection
 from trainer.recipe.optimizers import OPTIMIZERS
-from trainer.strategies.held import Itself, Part
+from trainer.strategies.held import HeldPart, Itself
 from trainer.strategies.optimizer_state import OptimizerState
 
 Parameters = dict[str, torch.nn.Parameter]
@@ -133,7 +133,7 @@ class Elements(Itself):
     """Some of a parameter's elements, as a rank has them."""
 
     def __init__(self, source: torch.nn.Parameter, start: int, stop: int) -> None:
-        self.source, self.part = source, Part(start, stop - start)
+        self.source, self.part = source, HeldPart(start, stop - start)
         self.parameter = torch.nn.Parameter(source.detach().reshape(-1)[start:stop])
 
 

@@ -13,7 +13,7 @@ from tests.support.looping import bench
 from tests.support.models import CPU, stir
 from tests.support.tasks import task_recipe, write_task_data
 from tests.unit.trainer.tasks.test_preferences import first_batch, mistakes, rows_of, sigmoid
-from trainer.recipe.matrix import Cell, refusal
+from trainer.recipe.rules.matrix import Cell, refusal
 from trainer.tasks.preference.orpo import log_odds
 
 ORPO_SETTINGS = [{"orpo.beta": 0.1}, {"orpo.beta": 1.5}]

@@ -20,7 +20,7 @@ from tests.support.tasks import make_encoder, task_recipe, write_task_data
 from tests.support.training import adapter_bytes, losses, train_here
 from trainer.data import Batch, eval_batches
 from trainer.recipe import Recipe
-from trainer.recipe.matrix import Cell, refusal
+from trainer.recipe.rules.matrix import Cell, refusal
 from trainer.recipe.tasks import SEQUENCE, TASKS
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
-from trainer.recipe import matrix
 from trainer.recipe.base import Conflict, KeyPath
 from trainer.recipe.formats import FORMATS, formats_of
-from trainer.recipe.refusal import with_adapter_off
+from trainer.recipe.rules import matrix
+from trainer.recipe.rules.refusal import with_adapter_off
 from trainer.recipe.sections.compute import SIXTEEN_BIT
 from trainer.recipe.sections.data import SourceSection
 from trainer.recipe.sections.samples import SamplesSection

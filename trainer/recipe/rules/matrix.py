@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, get_args
 
 from trainer.recipe.base import Conflict, KeyPath
 from trainer.recipe.methods import METHODS
-from trainer.recipe.refusal import Refusal, on_sharded, that_generates, with_adapter_off, with_head
+from trainer.recipe.rules.refusal import Refusal, on_sharded, that_generates, with_adapter_off, with_head
 from trainer.recipe.sections.model import ModelSection
 from trainer.recipe.strategies import STRATEGIES
 from trainer.recipe.tasks import TASKS

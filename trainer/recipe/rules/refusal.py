@@ -1,4 +1,4 @@
-"""A refusal: values of the support matrix (`trainer.recipe.matrix`) that do not work together."""
+"""A refusal: values of the support matrix (`trainer.recipe.rules.matrix`) that do not work together."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import pytest
 from typer.testing import CliRunner
 
 from launcher.cli.app import app
-from trainer.recipe.matrix import Cell, alike, axes, cells, nearest, refusal, refusals, sides_of, values_of
+from trainer.recipe.rules.matrix import Cell, alike, axes, cells, nearest, refusal, refusals, sides_of, values_of
 
 
 def test_every_refusal_refuses_something_that_no_other_does() -> None:
