@@ -322,14 +322,14 @@ def test_a_quantised_copy_gives_the_same_for_fewer_bytes(make: Make, tmp_path: P
 def test_no_rank_holds_more_than_its_part(make: Make, tmp_path: Path, quantization: str) -> None:
     big = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 6}
     folder = make_model(tmp_path / "big", dtype=torch.float32, **big)
+    small = make_model(tmp_path / "small")  # loaded first: what libraries take at their first use is not measured
     size = size_of(folder)
     assert size > 160e6
-    (seen,) = load_in_processes(
-        [(make(**{"model.path": str(folder), "model.quantization": quantization}), True)], 2, tmp_path
-    )
+    recipes = [make(**{"model.path": str(f), "model.quantization": quantization}) for f in (small, folder)]
+    _, seen = load_in_processes([(recipe, True) for recipe in recipes], 2, tmp_path)
     kept = size / 2 if quantization == "none" else size / 2 / 7
     for row in seen.load:
-        assert row["peak_host_bytes"] < kept + 60e6
+        assert row["peak_host_bytes"] < kept + 80e6, "the tensors in hand; a part unquantised, or a whole, would be more"
     if quantization == "none":
         assert all(row["peak_host_bytes"] > 0.9 * kept for row in seen.load), "it is really measured"
 
