@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -80,25 +80,34 @@ def evaluate(
     else:
         _without({"--lm-eval-tasks": lm_eval_tasks, "--frame": frame}, "without --lm-eval")
         loaded = _recipe(recipe, overrides or [], run)
-        with redirect_stdout(sys.stderr), _lines_into(output) as line:  # libraries print; stdout has the result alone
-            from launcher.monitor.progress import Progress
-            from trainer.evaluate import evaluate as scores_of
-
-            hush_libraries()
-            say = Progress(stderr()).phase
-            with bar("answering") as answered:
-                scores = scores_of(
-                    loaded,
-                    address,
-                    limit=limit,
-                    line=line,
-                    metric=_metric(metric),
-                    max_new_tokens=max_new_tokens,
-                    say=say,
-                    answered=answered,
-                    trust=trust_remote_code,
-                )
+        scores = _of_recipe(loaded, address, limit, output, max_new_tokens, _metric(metric), trust=trust_remote_code)
     print_json(scores)
+
+
+def _of_recipe(
+    recipe: Recipe,
+    address: ArtifactRef,
+    limit: int | None,
+    output: str | None,
+    max_new_tokens: int | None,
+    metric: str | None,
+    *,
+    trust: bool,
+) -> dict[str, Any]:
+    with _said() as say, _lines_into(output) as line, bar("answering") as answered:
+        from trainer.evaluate import evaluate as scores_of
+
+        return scores_of(
+            recipe,
+            address,
+            limit=limit,
+            line=line,
+            metric=metric,
+            max_new_tokens=max_new_tokens,
+            say=say,
+            answered=answered,
+            trust=trust,
+        )
 
 
 def _of_tasks(
@@ -111,14 +120,20 @@ def _of_tasks(
     *,
     trust: bool,
 ) -> dict[str, Any]:
-    with redirect_stdout(sys.stderr):
-        from launcher.monitor.progress import Progress
+    with _said() as say:
         from trainer.evaluate import HarnessTasks, evaluate_tasks
 
+        return evaluate_tasks(HarnessTasks(names, folder, limit, frame), address, recipe, say=say, trust=trust)
+
+
+@contextmanager
+def _said() -> Iterator[Callable[[str], None]]:
+    """Yields what prints a phase. Libraries print too: stdout has the result alone."""
+    from launcher.monitor.progress import Progress
+
+    with redirect_stdout(sys.stderr):
         hush_libraries()
-        say = Progress(stderr()).phase
-        tasks = HarnessTasks(names, folder, limit, frame)
-        return evaluate_tasks(tasks, address, recipe, say=say, trust=trust)
+        yield Progress(stderr()).phase
 
 
 def _without(options: Mapping[str, object], where: str) -> None:

@@ -69,18 +69,15 @@ def check_model(recipe: Recipe, warn: Callable[[str], None]) -> None:
         from trainer.artifacts.reward_model import check_reward
 
         check_reward(recipe)
-    if TASKS[recipe.task].has_teacher and not _has_stored(recipe, tokenizer):
-        check_teacher(recipe, warn)
+    if TASKS[recipe.task].has_teacher:
+        from trainer.worker.start.stored_teacher import has_stored
+
+        if not has_stored(recipe, tokenizer):
+            check_teacher(recipe, warn)
     if recipe.generative_eval.count:
         from trainer.worker.texts.generative_eval import AnswerMetric
 
         AnswerMetric(recipe.generative_eval.metric)
-
-
-def _has_stored(recipe: Recipe, tokenizer: PreTrainedTokenizerBase) -> bool:
-    from trainer.worker.start.stored_teacher import has_stored
-
-    return has_stored(recipe, tokenizer)
 
 
 def check_teacher(recipe: Recipe, warn: Callable[[str], None]) -> None:

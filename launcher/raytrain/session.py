@@ -86,14 +86,6 @@ def connect(address: str | None, resources: ResourcesSection) -> None:
     quiet_logs()
 
 
-def _put_back(variables: Mapping[str, str | None]) -> None:
-    for name, value in variables.items():
-        if value is None:
-            os.environ.pop(name, None)
-        else:
-            os.environ[name] = value
-
-
 @contextmanager
 def session_folder() -> Iterator[Path]:
     """The temporary folder of a local Ray, its workers and this process, private to the user. It is removed with
@@ -114,7 +106,11 @@ def session_folder() -> Iterator[Path]:
         yield folders[0]
     finally:
         tempfile.tempdir = before_dir
-        _put_back(before)
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
         remove()
 
 

@@ -113,14 +113,14 @@ def _sample_table(moments: Sequence[tuple[str, TextsEvent]]) -> Table:
 def answer_tables(runs: Sequence[RunRecord]) -> list[tuple[str, Table]]:
     """Returns a table for each run with generated answers: a row per question, with its answer in a few evaluations,
     the first and the last among them, and the reference."""
-    told = {run.label: moments for run in runs if (moments := _answers(run))}
-    return [(label if len(runs) > 1 else "", _sample_table(moments)) for label, moments in told.items()]
-
-
-def _answers(run: RunRecord) -> list[tuple[str, TextsEvent]]:
-    # A later attempt may have repeated an evaluation.
-    by_step = {event.step or 0: event for event in run.told(TextsEvent) if event.when == EVALUATION and event.texts}
-    return [(EVALUATION, event) for _, event in thin(sorted(by_step.items()), MOST_BESIDE)]
+    tables = []
+    for run in runs:
+        # A later attempt may have repeated an evaluation.
+        by_step = {e.step or 0: e for e in run.told(TextsEvent) if e.when == EVALUATION and e.texts}
+        if by_step:
+            moments = [(EVALUATION, event) for _, event in thin(sorted(by_step.items()), MOST_BESIDE)]
+            tables.append((run.label if len(runs) > 1 else "", _sample_table(moments)))
+    return tables
 
 
 def _texts(run: RunRecord) -> list[tuple[str, TextsEvent]]:

@@ -329,7 +329,9 @@ def test_no_rank_holds_more_than_its_part(make: Make, tmp_path: Path, quantizati
     _, seen = load_in_processes([(recipe, True) for recipe in recipes], 2, tmp_path)
     kept = size / 2 if quantization == "none" else size / 2 / 7
     for row in seen.load:
-        assert row["peak_host_bytes"] < kept + 80e6, "the tensors in hand; a part unquantised, or a whole, would be more"
+        assert row["peak_host_bytes"] < kept + 80e6, (
+            "the tensors in hand; a part unquantised, or a whole, would be more"
+        )
     if quantization == "none":
         assert all(row["peak_host_bytes"] > 0.9 * kept for row in seen.load), "it is really measured"
 

@@ -74,7 +74,11 @@ def _by_shard(subject: Artifact, world: World, settings: dict[str, Any], kept_on
         def initial(name: str, shape: torch.Size, start: int, stop: int, rows: RowReader) -> torch.Tensor:
             return own.pop(name).reshape(-1)[start:stop]
 
-        weights.fill(allocate(model, kept_on), initial, lambda name: _full(model, name))
+        def full(name: str) -> torch.Tensor:
+            parameter = model.get_parameter(name).detach()
+            return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
+
+        weights.fill(allocate(model, kept_on), initial, full)
     return model
 
 
@@ -84,8 +88,3 @@ def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:
         for name, buffer in module._buffers.items():
             if buffer is not None and not buffer.is_meta:
                 module._buffers[name] = buffer.to(device)
-
-
-def _full(model: torch.nn.Module, name: str) -> torch.Tensor:
-    parameter = model.get_parameter(name).detach()
-    return parameter.full_tensor() if isinstance(parameter, DTensor) else parameter

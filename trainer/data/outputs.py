@@ -52,10 +52,8 @@ class PartOutputs:
 
     def of(self, row: int) -> dict[str, npt.NDArray[Any]]:
         """Returns the outputs for the sample in this row of the part."""
-        return {name: values[self._start(name, row) : self.ends[name][row]] for name, values in self.joined.items()}
-
-    def _start(self, name: str, row: int) -> int:
-        return int(self.ends[name][row - 1]) if row else 0
+        starts = {name: ends[row - 1] if row else 0 for name, ends in self.ends.items()}
+        return {name: values[starts[name] : self.ends[name][row]] for name, values in self.joined.items()}
 
     @property
     def nbytes(self) -> int:

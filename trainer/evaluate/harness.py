@@ -84,7 +84,9 @@ def evaluate_tasks(
                 raise InputError(
                     f"adapter.method {subject.method} puts vectors before the text, which {LIBRARY} takes for text"
                 )
-            framed = _framed(subject, tokenizer, tasks.frame)
+            origin = subject.origin
+            format, template = (origin.format, origin.template) if origin else (None, None)
+            framed = frame_for(tokenizer, tasks.frame, format, template) == CHAT
             say(f"evaluating on {placement.device}, {'with' if framed else 'without'} the chat template")
             found = _results(manager, names, _language_model(subject, model, tokenizer), tasks.limit, framed)
     return {"lm_eval": {name: _plain(found, name) for name in found["results"]}, "chat_template": framed}
@@ -105,12 +107,6 @@ def _known(tasks: HarnessTasks) -> tuple[Any, list[str]]:
             hint = f"; close names are {', '.join(close)}" if close else ""
             raise UsageError(f"{LIBRARY} knows no task {name!r}{hint} (`lm_eval ls tasks` lists all)")
     return manager, list(dict.fromkeys(n for name in tasks.names for n in fnmatch.filter(manager.all_tasks, name)))
-
-
-def _framed(subject: Artifact, tokenizer: Any, frame: str | None) -> bool:
-    origin = subject.origin
-    format, template = (origin.format, origin.template) if origin else (None, None)
-    return frame_for(tokenizer, frame, format, template) == CHAT
 
 
 def _language_model(subject: Artifact, model: Any, tokenizer: Any) -> Any:

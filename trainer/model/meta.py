@@ -61,6 +61,14 @@ def meta_model(
     return model
 
 
+def move_buffers(model: torch.nn.Module, device: torch.device) -> None:
+    """Moves the buffers that an adapter has added to a `meta_model`; they are small, and not on the meta device."""
+    for module in model.modules():
+        for name, buffer in module._buffers.items():
+            if buffer is not None and not buffer.is_meta:
+                module._buffers[name] = buffer.to(device)
+
+
 def from_config(
     section: ModelSection, config: Any, *, full: bool, checkpointing: bool, auto_class: Any = None
 ) -> PreTrainedModel:

@@ -153,7 +153,15 @@ class Planner:
         on_host = recipe.resources.gpus_per_worker == 0
         # The first rank's host holds a checkpoint while it is uploaded.
         each = (
-            _rank(recipe, model, working, ranks, rank, 0 if rank else stored, self._teacher_bytes(recipe, ranks, rank))
+            _rank(
+                recipe,
+                model,
+                working,
+                ranks,
+                rank,
+                0 if rank else stored,
+                self.teacher.bytes(recipe, ranks, rank, LOAD_BUDGET) if self.teacher else TeacherBytes(),
+            )
             for rank in range(ranks)
         )
         return Plan(
@@ -172,9 +180,6 @@ class Planner:
             host_reserve_bytes=HOST_RESERVE,
             notes=notes,
         )
-
-    def _teacher_bytes(self, recipe: Recipe, ranks: int, rank: int) -> TeacherBytes:
-        return self.teacher.bytes(recipe, ranks, rank, LOAD_BUDGET) if self.teacher else TeacherBytes()
 
 
 def _key(recipe: Recipe, *more: object) -> str:

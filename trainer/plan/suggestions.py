@@ -106,13 +106,16 @@ def _flat(changes: list[Change]) -> Change:
 def _kinds(recipe: Recipe, ranks: int, heads: int) -> Iterator[list[Change]]:
     """Yields the changes by kind: the kind with the least effect first, and in each kind the smallest change first."""
     micro_batch = recipe.training.micro_batch
+    context, common = recipe.strategy.context_parallel, math.gcd(ranks, heads)
     doubled = (ranks << n for n in range(1, MOST_RANKS.bit_length()))
     found: list[list[Change]] = [
         [(f"training.micro_batch={micro_batch >> n}",) for n in range(1, micro_batch.bit_length())],
         [] if recipe.training.gradient_checkpointing else [CHECKPOINTING],
         list(_tiles(recipe)),
         list(_offloaded_activations(recipe)),
-        list(_contexts(recipe, ranks, heads)),
+        # Groups of ranks that divide a text: each takes a micro-batch together, so that its exchange is paid for in
+        # every layer.
+        [(f"strategy.context_parallel={n}",) for n in range(context + 1, common + 1) if common % n == 0],
         list(_strategies(recipe, ranks)),
         list(_offloads(recipe)),
         [("model.quantization=nf4",)] if recipe.model.quantization != "nf4" else [],
@@ -135,14 +138,6 @@ def _offloaded_activations(recipe: Recipe) -> Iterator[Change]:
     if recipe.resources.gpus_per_worker and not recipe.compute.offload_activations:
         checkpointing = () if recipe.training.gradient_checkpointing else CHECKPOINTING
         yield (*checkpointing, "compute.offload_activations=true")
-
-
-def _contexts(recipe: Recipe, ranks: int, heads: int) -> Iterator[Change]:
-    """Yields groups of ranks that divide a text: each takes a micro-batch together, so that its exchange is paid for in
-    every layer."""
-    common = math.gcd(ranks, heads)
-    context = recipe.strategy.context_parallel
-    yield from ((f"strategy.context_parallel={n}",) for n in range(context + 1, common + 1) if common % n == 0)
 
 
 def _strategies(recipe: Recipe, ranks: int) -> Iterator[Change]:

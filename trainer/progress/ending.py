@@ -13,7 +13,7 @@ from trainer.progress.program import program
 from trainer.progress.texts import duration
 from trainer.recipe import Recipe
 from trainer.recipe.tasks import TASKS
-from trainer.run.best import Best, read_best
+from trainer.run.best import read_best
 from trainer.run.jsonl import metrics_backwards
 from trainer.run.metrics import EvalMetrics, Metrics, StepMetrics
 from trainer.storage import Storage
@@ -25,17 +25,13 @@ def last_lines(recipe: Recipe, run: Storage, adapter: str) -> Iterator[str]:
     with suppress(MusterError, OSError):
         if summary := summarised(metrics_backwards(run)):
             yield summary
-        if recipe.checkpoint.keep_best and (best := _best(run)) is not None:
+        newest = next(iter(list_commits(run, newest=1)), None) if recipe.checkpoint.keep_best else None
+        if newest is not None and (best := read_best(newest.state)) is not None:
             yield f"the adapter is that of step {best.step}, the best evaluation: {best.metric} {best.value:.4g}"
     writes_texts = not TASKS[recipe.task].has_head
     yield shlex.join([program(), "chat", "--run", run.url]) if writes_texts else evaluate_command(recipe, run.url)
     yield shlex.join([program(), "report", run.url])
     yield from vllm_command.of_recipe(recipe, adapter)
-
-
-def _best(run: Storage) -> Best | None:
-    newest = next(iter(list_commits(run, newest=1)), None)
-    return read_best(newest.state) if newest else None
 
 
 def evaluate_command(recipe: Recipe, run: str) -> str:

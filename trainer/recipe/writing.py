@@ -49,11 +49,9 @@ def changeable_values(recipe: Recipe) -> dict[str, Any]:
     keys = [path for path in fields_below(Recipe, ()) if may_change(path) or path in LENGTH]
     sections = {path[:-1] for path in keys}
     found: Any = recipe.model_dump(mode="json")
-    return {dotted(path): reduce(_inside, path, found) for path in keys if path not in sections}
-
-
-def _inside(value: Any, key: str | int) -> Any:
-    return None if value is None else value[key]  # a section that is left out has no values
+    # A section that is left out has no values.
+    values = {path: reduce(lambda value, key: value and value[key], path, found) for path in keys}
+    return {dotted(path): value for path, value in values.items() if path not in sections}
 
 
 def length_decides(recipe: Recipe) -> str:

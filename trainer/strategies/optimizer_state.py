@@ -64,7 +64,11 @@ class OptimizerState:
     def tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         """Yields (name, tensor on the CPU). Collective: every rank iterates to the end."""
         mine = {name: self._entries(held) for name, held in self.held.items()}
-        forms = {name: {key: _form(v) for key, v in mine[name].items()} for name, h in self.held.items() if h.part}
+        forms = {
+            name: {key: (str(v.dtype).removeprefix("torch."), list(v.shape)) for key, v in mine[name].items()}
+            for name, held in self.held.items()
+            if held.part
+        }
         told = self.world.all_gather([(forms[name], part.start) for name, part in self._parts()]) if forms else []
         for index, (name, _) in enumerate(self._parts()):
             pieces = self._pieces(mine[name], [rank[index] for rank in told])
@@ -138,17 +142,15 @@ class OptimizerState:
         self.optimizer.state.clear()
         self._allocate([self.held[name] for name, keys in entries.items() if keys])
         for name, held in self.held.items():
-            self._load_counts(name, held, [key for key in names.get(name, []) if key.startswith(GROUP)], read)
+            group = self._group[id(held.parameter)]
+            counts = [key for key in names.get(name, []) if key.startswith(GROUP)]
+            group.update({key: self._initial[id(group)][key] for key in self._counted(held)})  # undoes `_allocate`
+            group.update({key.removeprefix(GROUP): read(f"{name}.{key}").item() for key in counts})
             state = self.optimizer.state.get(held.parameter)
             if state:
                 self._load_one(name, state, held, entries[name], read)
             elif entries[name] and (held.part is None or held.part.numel):
                 raise CorruptObject(f"{name}.{entries[name][0]} is no part of the state of {self.row.code}")
-
-    def _load_counts(self, name: str, held: Itself, keys: Sequence[str], read: Read) -> None:
-        group = self._group[id(held.parameter)]
-        group.update({key: self._initial[id(group)][key] for key in self._counted(held)})  # undoes `_allocate`
-        group.update({key.removeprefix(GROUP): read(f"{name}.{key}").item() for key in keys})
 
     def _allocate(self, held: Sequence[Itself]) -> None:
         for group in self.optimizer.param_groups:
@@ -238,7 +240,3 @@ def as_tensor(value: Any) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value.detach()
     return torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64)
-
-
-def _form(tensor: torch.Tensor) -> tuple[str, list[int]]:
-    return str(tensor.dtype).removeprefix("torch."), list(tensor.shape)

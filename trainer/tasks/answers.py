@@ -37,14 +37,12 @@ def exact_match(prediction: str, answers: Sequence[str]) -> float:
 
 def f1(prediction: str, answers: Sequence[str]) -> float:
     """Returns the highest F1 over the accepted answers."""
-    return max(_f1(normalised(prediction).split(), normalised(answer).split()) for answer in answers)
-
-
-def _f1(predicted: list[str], accepted: list[str]) -> float:
-    if not predicted or not accepted:
-        return float(predicted == accepted)
-    common = (Counter(predicted) & Counter(accepted)).total()
-    return 2 * common / (len(predicted) + len(accepted))
+    predicted, found = normalised(prediction).split(), []
+    for accepted in (normalised(answer).split() for answer in answers):
+        common = (Counter(predicted) & Counter(accepted)).total()
+        both = len(predicted) + len(accepted)
+        found.append(2 * common / both if predicted and accepted else float(predicted == accepted))
+    return max(found)
 
 
 def last_number(text: str) -> Decimal | None:

@@ -18,18 +18,19 @@ import torch
 
 from trainer.artifacts.reward_model import reward_model
 from trainer.checkpoint import claim_attempt
-from trainer.data import Batch, Stream, eval_batches, open_caches
-from trainer.data.run_data import open_data
+from trainer.data import Stream, eval_batches, open_caches
+from trainer.data.run_data import RunData, open_data
 from trainer.distributed.replica_nodes import placement_text, replica_nodes
 from trainer.distributed.world import World, device_name, join_world
 from trainer.errors import Interrupted, MusterError, note_where
 from trainer.fast_imports import load_libraries
+from trainer.recipe import Recipe
 from trainer.run import layout
 from trainer.run.events import BrokenEvent, EndEvent, HangEvent, Pulse, StartEvent
 from trainer.run.failure import COLLECTIVE
 from trainer.run.frozen import versions
 from trainer.run.startup_phases import DATA, MODEL, WORKERS, Phases
-from trainer.storage import open_storage
+from trainer.storage import Storage, open_storage
 from trainer.worker.build import Parts, build
 from trainer.worker.callbacks import Position
 from trainer.worker.checkpointer import Checkpointer
@@ -86,74 +87,64 @@ def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callab
         data = open_data(recipe, run, storage.child(layout.PREPARED))
         startup.end(DATA)
     with _noted("loading the model"):
-        spec = data.train.spec
-        reward = reward_model(recipe, world.device)
-        teacher = stored_teacher(recipe, world, data, run)
-        parts = build(recipe, world, storage, spec.labels, reward, spec.chat_template, teacher)
+        parts = _build(recipe, world, storage, run, data)
     with _noted("opening the data"):
-        bytes_of_target = parts.task.bytes_of_target()
-        cache, eval_cache = open_caches(data.train, data.eval, recipe.data.cache_bytes, bytes_of_target)
+        size = parts.task.bytes_of_target()
+        cache, eval_cache = open_caches(data.train, data.eval, recipe.data.cache_bytes, size)
     with _noted("restoring the checkpoint"):
         attempt = world.decide_on_rank0(lambda: claim_attempt(run, job.driver, dict(job.holder)))
     recorder = Recorder(run, recipe, world, attempt)
     log.info("attempt %d: rank %d of %d on %s (%s)", attempt, world.rank, world.size, world.host, world.device)
     judge = Judge(recipe, recorder, job.total_steps)
-    checkpointer = Checkpointer(job, parts, run, recorder, judge, spec.chat_template)
-    detector = HangDetector(
-        world,
-        store_of_group(),
-        lambda found: _end_hang(found, detector, recorder),
-        least_patience_s=COMPILING_PATIENCE_S if recipe.compute.compile else LEAST_PATIENCE_S,
-    )
+    checkpointer = Checkpointer(job, parts, run, recorder, judge, data.train.spec.chat_template)
+    detector = _hang_detector(recorder, compiles=recipe.compute.compile)
     with _recorded(recorder, checkpointer, detector):
         with _noted("restoring the checkpoint"):
             restoring = time.monotonic()
             with checkpointer.newest() as found:
-                begins_from = found.begins_from if found else _set_initial_weights(parts, recorder)
-                checkpointer.begins_from = begins_from
+                checkpointer.begins_from = found.begins_from if found else _set_initial_weights(parts, recorder)
                 with _noted("computing outputs before training"):
-                    data = with_outputs(parts, data, begins_from, is_initial=found is None)
+                    data = with_outputs(parts, data, checkpointer.begins_from, is_initial=found is None)
                 stream = Stream.of(recipe, data.train, run, cache=cache)
                 start = checkpointer.restore(found, stream)
-            restored = time.monotonic()
-            _record_start(job, parts, recorder, start, begins_from, restoring - began, restored - restoring)
+            times_s = restoring - began, time.monotonic() - restoring
+            _record_start(job, parts, recorder, start, checkpointer.begins_from, *times_s)
             startup.end(MODEL)
         end = start
         if not start.over and start.step < min(job.total_steps, recipe.training.stop_after or job.total_steps):
-            mesh = parts.strategy.mesh
-            mine = mesh.data_rank(world.rank), mesh.data_ranks
+            mine = parts.strategy.mesh.data_rank(world.rank), parts.strategy.mesh.data_ranks
             prompts = PromptSource(data.eval, eval_cache, parts.tokenizer)
-            profiler = Profiler(recipe, world, run, attempt, recorder.event_from_any_rank)
-            evaluation: Callable[[], Iterator[Batch]] | None = None
-            if data.eval is not None:
-                evaluation = partial(eval_batches, data.eval, recipe.training.micro_batch, *mine, cache=eval_cache)
             with _noted("reading the questions of the evaluation"):
                 answers = GenerativeEval.of(parts, recorder, prompts, detector.on_phase)
-            callbacks = [
-                profiler,
-                detector,
-                SampleTexts(parts, recorder, prompts, detector.on_phase),
-                Telemetry(recorder, checkpointer, startup, compiles=recipe.compute.compile),
-                checkpointer,
-            ]
+            profiler = Profiler(recipe, world, run, attempt, recorder.event_from_any_rank)
+            samples = SampleTexts(parts, recorder, prompts, detector.on_phase)
+            telemetry = Telemetry(recorder, checkpointer, startup, compiles=recipe.compute.compile)
+            at_once = recipe.training.micro_batch
+            evaluation = partial(eval_batches, data.eval, at_once, *mine, cache=eval_cache) if data.eval else None
             loop = Loop(
                 parts,
-                callbacks,
+                [profiler, detector, samples, telemetry, checkpointer],
                 stop_requested,
                 total_steps=job.total_steps,
                 eval_batches=evaluation,
                 judge=judge.evaluated,
                 answers=answers,
             )
-            batches = closing(stream.prefetch(start.cursor, *mine))
-            with closing(profiler), detector, batches as steps, _noted(detector.place):
-                end = loop.run(start, steps)
+            batches = stream.prefetch(start.cursor, *mine)
+            with closing(profiler), detector, closing(batches), _noted(detector.place):
+                end = loop.run(start, batches)
         checkpointer.close()
         world.all_gather(None)  # no rank leaves before the last commit is complete
         recorder.event(EndEvent(state="succeeded" if end.over else "interrupted", step=end.step))
         if not end.over:
             raise Interrupted(f"stopped after step {end.step} of {job.total_steps}, which is committed")
         return end
+
+
+def _build(recipe: Recipe, world: World, storage: Storage, run: Storage, data: RunData) -> Parts:
+    reward, teacher = reward_model(recipe, world.device), stored_teacher(recipe, world, data, run)
+    spec = data.train.spec
+    return build(recipe, world, storage, spec.labels, reward, spec.chat_template, teacher)
 
 
 @contextmanager
@@ -184,6 +175,17 @@ def _recorded(recorder: Recorder, checkpointer: Checkpointer, detector: HangDete
             log.warning("the records of attempt %d are not complete: %s", recorder.attempt, incomplete)
         raise
     recorder.close()
+
+
+def _hang_detector(recorder: Recorder, *, compiles: bool) -> HangDetector:
+    patience_s = COMPILING_PATIENCE_S if compiles else LEAST_PATIENCE_S
+    detector = HangDetector(
+        recorder.world,
+        store_of_group(),
+        lambda found: _end_hang(found, detector, recorder),
+        least_patience_s=patience_s,
+    )
+    return detector
 
 
 def _end_hang(found: list[Pulse], detector: HangDetector, recorder: Recorder) -> None:

@@ -143,21 +143,16 @@ def meter_of(recipe: Recipe, world: World, operations: Operations) -> Meter | No
     elif world.device.type == "cuda":
         peak = peak_flops(torch.cuda.get_device_name(world.device))
     peaks = world.all_gather(peak)
-    if None in peaks or TASKS[recipe.task].generates:
+    row = TASKS[recipe.task]
+    if None in peaks or row.generates:
         return None
+    computed = row.has_reference and not recipe.stores_outputs
     return Meter(
         operations,
         float(sum(peaks)),
         recomputes=recipe.training.gradient_checkpointing,
-        other_forwards=_other_forwards(recipe),
+        other_forwards=row.extra_forwards + (1 + row.extra_forwards if computed else 0),
     )
-
-
-def _other_forwards(recipe: Recipe) -> int:
-    """Returns the forwards of a step's tokens without gradients."""
-    row = TASKS[recipe.task]
-    computed = row.has_reference and not recipe.stores_outputs
-    return row.extra_forwards + (1 + row.extra_forwards if computed else 0)
 
 
 def operations_of(model: Any) -> Operations:

@@ -136,7 +136,10 @@ class TrainState:
                 keys[parameter].append(key)
             self.strategy.load_optimizer_state(keys, moments.get_tensor)
             self.strategy.load_weights(self._weight_reader(folder, reader))
-            self._load_method(folder, reader)
+            self.adapter.after_restore(self.strategy.model, reader(self.adapter.weights_file).get_tensor)
+            kept = reader(METHOD_FILE) if (folder / METHOD_FILE).exists() else None
+            method = {name: kept.get_tensor(name) for name in kept.keys()} if kept else {}  # noqa: SIM118
+            self.adapter.load_state(self.strategy.model, method)
         if state.get("scaler"):
             self.strategy.scaler.load_state_dict(state["scaler"])
         self.task.load_state(state.get("task", {}))
@@ -152,7 +155,7 @@ class TrainState:
 
     def _weight_reader(self, folder: Path, reader: Callable[[str], Any]) -> Callable[[str], torch.Tensor]:
         read = reader(self.adapter.weights_file).get_tensor
-        others: Callable[[str], torch.Tensor] = partial(self._trained, read=read)
+        others: Callable[[str], torch.Tensor] = partial(self.adapter.read_parameter, self.strategy.model, read=read)
         if self._beside:
             others = self._beside.reading(others, reader)
         if not (folder / MASTER_FILE).exists():
@@ -160,15 +163,6 @@ class TrainState:
         master = reader(MASTER_FILE)
         kept = set(master.keys())
         return lambda name: master.get_tensor(name) if name in kept else others(name)
-
-    def _trained(self, name: str, read: Callable[[str], torch.Tensor]) -> torch.Tensor:
-        return self.adapter.read_parameter(self.strategy.model, name, read)
-
-    def _load_method(self, folder: Path, reader: Callable[[str], Any]) -> None:
-        model, adapter = self.strategy.model, self.adapter
-        adapter.after_restore(model, reader(adapter.weights_file).get_tensor)
-        kept = reader(METHOD_FILE) if (folder / METHOD_FILE).exists() else None
-        adapter.load_state(model, {n: kept.get_tensor(n) for n in kept.keys()} if kept else {})  # noqa: SIM118
 
 
 class ExtraModule:

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from trainer.chat_templates.turn import Turn
 from trainer.data.formats.chat import MISSING, Conversation, chat_or_none
 from trainer.data.formats.columns import Columns, as_text
 from trainer.data.formats.joined import Joiner, Pair, both
@@ -29,12 +28,11 @@ class AnswerEncoder:
     def encode(self, rows: Sequence[Row], column: str) -> list[Sample | RowError]:
         """Encodes the answers in one column: texts as one batch, conversations one by one."""
         parts = [self._read(row, column) for row in rows]
-        texts = [part for part in parts if not isinstance(part, list)]
-        joined = iter(self.joiner.encode(texts))
-        conversations = iter(self.chat.encode([self._ended(part) for part in parts if isinstance(part, list)]))
-        return [_single(next(conversations)) if isinstance(part, list) else next(joined) for part in parts]
+        joined = iter(self.joiner.encode([part for part in parts if not isinstance(part, Conversation)]))
+        conversations = iter(self.chat.encode([part for part in parts if isinstance(part, Conversation)]))
+        return [_single(next(conversations)) if isinstance(part, Conversation) else next(joined) for part in parts]
 
-    def _read(self, row: Row, column: str) -> Pair | list[Turn] | RowError:
+    def _read(self, row: Row, column: str) -> Pair | Conversation | RowError:
         sharegpt = "prompt" not in self.columns.names and "prompt" not in row and "conversations" in row
         prompt = row["conversations"] if sharegpt else self.columns.value(row, "prompt")
         answer = self.columns.value(row, column)
@@ -43,14 +41,13 @@ class AnswerEncoder:
         if isinstance(prompt, str | RowError) and isinstance(answer, str):
             return both(as_text(prompt, "prompt"), as_text(answer, column))
         turns = turns_of(_listed(answer, "assistant"))
-        if isinstance(turns, RowError) or turns[0].role != "assistant":
+        if isinstance(turns, RowError):
             return turns
-        before = turns_of(prompt if isinstance(prompt, RowError) else _listed(prompt, "user"))
-        if isinstance(before, RowError):
-            return before
-        return [*before, *(replace(turn, number=turn.number + len(before)) for turn in turns)]
-
-    def _ended(self, turns: list[Turn]) -> Conversation | RowError:
+        if turns[0].role == "assistant":
+            before = turns_of(prompt if isinstance(prompt, RowError) else _listed(prompt, "user"))
+            if isinstance(before, RowError):
+                return before
+            turns = [*before, *(replace(turn, number=turn.number + len(before)) for turn in turns)]
         if not self.chat.template:
             return RowError(MISSING)
         if turns[-1].role != "assistant":

@@ -121,7 +121,8 @@ class BlockReader:
 
     def _fetch(self, key: Key, flight: Future[Block]) -> Block:
         try:
-            block = decode_block(self._bytes(*key))
+            sha256 = self.prepared.index(key[0]).meta.blocks[key[1]].sha256
+            block = decode_block(self._cached(*key, sha256, lambda: self.prepared.block_bytes(*key)))
         except BaseException as error:
             with self._lock:
                 del self._flights[key]
@@ -136,10 +137,6 @@ class BlockReader:
                     self.held_bytes -= self._blocks.pop(other).nbytes
         flight.set_result(block)
         return block
-
-    def _bytes(self, window: int, block: int) -> bytes:
-        sha256 = self.prepared.index(window).meta.blocks[block].sha256
-        return self._cached(window, block, sha256, lambda: self.prepared.block_bytes(window, block))
 
     def _cached(self, window: int, block: int, sha256: str, read: Callable[[], bytes]) -> bytes:
         """Returns bytes of this hash that belong to a block, from this host's disk if they are there."""

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from trainer.data.loading.block_reader import BlockReader
-from trainer.data.outputs import Outputs
 from trainer.data.sample import Sample
 from trainer.data.types import Batch, MicroBatch
 
@@ -32,6 +29,7 @@ def collate(
     rejected = [sample.rejected for sample in samples if sample.rejected is not None]
     rows = [*packs, *([sample] for sample in rejected)]
     length = max(sum(len(sample.tokens) for sample in pack) for pack in rows)
+    outputs = [sample.outputs for sample in samples if sample.outputs is not None]
     batch = Batch(
         index,
         np.zeros((len(rows), length), np.int64),
@@ -45,7 +43,7 @@ def collate(
         pairs=len(rejected),
         margins=np.array([s.margin or 0.0 for s in samples if s.rejected is not None], np.float32),
         desirable=np.array([s.desirable for s in samples if s.desirable is not None], np.bool_),
-        outputs=_joined([s.outputs for s in samples if s.outputs is not None]),
+        outputs={name: np.concatenate([o[name] for o in outputs]) for name in (outputs[0] if outputs else ())},
     )
     unrelated = [[s.unrelated] for s in samples if s.unrelated is not None]
     if unrelated:
@@ -59,10 +57,6 @@ def collate(
     counts = [int(sample.target.sum()) for sample in answers]
     batch.target_sources = np.resize(batch.sources, len(answers)).repeat(counts)
     return batch
-
-
-def _joined(outputs: Sequence[Outputs]) -> dict[str, npt.NDArray[Any]]:
-    return {name: np.concatenate([sample[name] for sample in outputs]) for name in (outputs[0] if outputs else ())}
 
 
 def _fill_row(batch: Batch, row: int, pack: Sequence[Sample]) -> int:

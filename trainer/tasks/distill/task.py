@@ -81,7 +81,9 @@ class Distill(Task):
 
     def loss(self, module: torch.nn.Module, batch: Batch | Untaught, device: torch.device) -> LossOutput:
         if isinstance(batch, Untaught):
-            micro_batch, teacher = batch.micro_batch, self._uniform(batch.micro_batch, device)
+            micro_batch, dtype = batch.micro_batch, getattr(torch, self.recipe.model.dtype)
+            count = int(micro_batch.targets.sum())
+            teacher = TeacherOutputs.uniform(count, self.head.tokens, self.head.k, dtype, device)
         else:
             assert self.teacher is not None, "the teacher is set before the first loss"
             micro_batch, teacher = batch, self.teacher.outputs(batch, module, device)
@@ -89,10 +91,6 @@ class Distill(Task):
         sums = {"nll": found.nll, "teacher_nll": teacher.nll, "agreement": found.agrees}
         losses = weighted(found.losses, micro_batch.target_sources, self.recipe, training=module.training)
         return LossOutput(losses.sum(), {name: values.detach().sum() for name, values in sums.items()})
-
-    def _uniform(self, batch: Batch, device: torch.device) -> TeacherOutputs:
-        dtype, count = getattr(torch, self.recipe.model.dtype), int(batch.targets.sum())
-        return TeacherOutputs.uniform(count, self.head.tokens, self.head.k, dtype, device)
 
     def dummy_batch(self, batch: Batch) -> Untaught:
         return Untaught(batch)

@@ -33,8 +33,11 @@ class Reference:
 
     def prepare(self, batches: Sequence[Batch], compute: Callable[[Batch], torch.Tensor], device: torch.device) -> None:
         """Takes the values of a step's micro-batches: stored ones, or those that ``compute`` returns, [2, N]."""
+        self._values = {}
         if self.stored:
-            self._values = {batch.index: _stored(batch, device) for batch in batches}
+            for batch in batches:
+                values = batch.outputs[NAME] if batch.samples else np.zeros(0, np.float32)
+                self._values[batch.index] = to_device(values.reshape(-1, 2).T.copy(), device)
             return
         with adapter_off(self._model):
             self._values = {batch.index: compute(batch) for batch in batches}
@@ -47,8 +50,3 @@ class Reference:
 def to_store(values_2N: torch.Tensor) -> dict[str, npt.NDArray[np.float32]]:
     """Returns the values as `Task.outputs`."""
     return {NAME: values_2N.T.float().cpu().numpy()}
-
-
-def _stored(batch: Batch, device: torch.device) -> torch.Tensor:
-    values = batch.outputs[NAME] if batch.samples else np.zeros(0, np.float32)
-    return to_device(values.reshape(-1, 2).T.copy(), device)

@@ -4,10 +4,9 @@ first step, and stores it beside the prepared data. Every attempt looks first wh
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -147,8 +146,7 @@ class OutputsMaker:
             missing = self.ranks.decide(lambda: missing_parts(folder, parts))
             reader = BlockReader(replace(prepared, outputs=None), NextUse(lambda _: range(prepared.count)))
             for number, part in enumerate(missing, 1):
-                outputs = self._of_part(reader, part, limit)
-                self.ranks.decide(partial(_put, folder, part_key(part), outputs))
+                self._store(folder, reader, part, limit)
                 if number % max(1, len(missing) // LINES) == 0:
                     log.info("%s: outputs computed before training: part %d of %d", name, number, len(missing))
             self.ranks.decide(lambda: complete(folder, settings, parts, limit))
@@ -156,7 +154,7 @@ class OutputsMaker:
         return replace(prepared, outputs=stored)
 
     @torch.no_grad()
-    def _of_part(self, reader: BlockReader, part: Part, limit: int | None) -> list[Outputs]:
+    def _store(self, folder: Storage, reader: BlockReader, part: Part, limit: int | None) -> None:
         reader.upcoming.move(Use(0, part.window, 0))
         mine: dict[int, list[Outputs]] = {}
         for k, batch in self._batches(reader, part, limit):
@@ -165,7 +163,8 @@ class OutputsMaker:
             if batch.samples:
                 mine[k] = [{name: values[i] for name, values in found.items()} for i in range(batch.samples)]
         self.after_part()
-        return self.ranks.gathered(mine)
+        outputs = self.ranks.gathered(mine)
+        self.ranks.decide(lambda: folder.put_if_absent(part_key(part), encode_outputs(outputs)))
 
     def _batches(self, reader: BlockReader, part: Part, limit: int | None) -> Iterator[tuple[int, Batch]]:
         """Yields this rank's micro-batches of a part, each sample by itself; every rank gets as many."""
@@ -175,7 +174,8 @@ class OutputsMaker:
         refs = iter([SampleRef(part.window, int(sample)) for sample in samples])
         parts = list(iter(lambda: list(islice(refs, self.micro_batch)), []))
         for k in range(self.ranks.rank, -(-len(parts) // self.ranks.count) * self.ranks.count, self.ranks.count):
-            yield k, read_batch(reader, _micro_batch(k, parts[k])) if k < len(parts) else Batch.empty()
+            of_k = MicroBatch(k, tuple((ref,) for ref in parts[k]), 0, 0) if k < len(parts) else None
+            yield k, read_batch(reader, of_k) if of_k else Batch.empty()
 
 
 def _parts(prepared: PreparedDataset, limit: int | None) -> list[Part]:
@@ -186,11 +186,3 @@ def _parts(prepared: PreparedDataset, limit: int | None) -> list[Part]:
         numbers = np.unique(part_numbers(index.targets[index.block == block], limit))
         found += [Part(window, block, int(number)) for number in numbers]
     return found
-
-
-def _put(folder: Storage, key: str, outputs: Sequence[Outputs]) -> None:
-    folder.put_if_absent(key, encode_outputs(outputs))
-
-
-def _micro_batch(k: int, refs: Sequence[SampleRef]) -> MicroBatch:
-    return MicroBatch(k, tuple((ref,) for ref in refs), 0, 0)

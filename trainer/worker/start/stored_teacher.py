@@ -55,7 +55,8 @@ def find_stored(
     there, the one whose outputs are stored."""
     if not _stores(recipe):
         return None
-    rows = _vocabulary(student)
+    config = load_config(student, fetch_model(student, weights=False).folder, None)
+    rows = int(config.get_text_config().vocab_size)  # of the output head
     found = _complete(recipe, parts, rows, begun) if begun else None
     if found is not None:
         return found
@@ -101,12 +102,6 @@ def _begun_with(run: Storage) -> Identity | None:
         return None
     models = [event.models for event in read_events(run) if isinstance(event, StartEvent)]
     return next((of["teacher"] for of in reversed(models) if isinstance(of.get("teacher"), dict)), None)
-
-
-def _vocabulary(section: ModelSection) -> int:
-    """Returns the number of rows of a model's output head."""
-    config = load_config(section, fetch_model(section, weights=False).folder, None)
-    return int(config.get_text_config().vocab_size)
 
 
 def _complete(recipe: Recipe, parts: Sequence[PreparedDataset], rows: int, identity: Identity) -> KnownTeacher | None:

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from trainer.adapters import Adapter
-from trainer.data import Batch
 from trainer.data.made_up import made_up_batch
 from trainer.distributed.world import World
 from trainer.errors import InputError
@@ -79,7 +78,9 @@ def _unused(recipe: Recipe, task: Task, strategy: Strategy) -> list[str]:
 
 
 def _loss(recipe: Recipe, task: Task, strategy: Strategy) -> torch.Tensor:
-    batch, device = _batch(recipe), strategy.world.device
+    places = np.arange(min(LONGEST, recipe.data.sequence_length))
+    targets = places == places[-1] if TASKS[recipe.task].auto_class == SEQUENCE else places > 0
+    batch, device = made_up_batch(recipe, 1, places, places, targets), strategy.world.device
     if task.prepares_steps and not task.generates:
         strategy.module.eval()
         with torch.no_grad(), strategy.autocast():
@@ -114,11 +115,3 @@ def _leaves(loss: torch.Tensor) -> Iterator[torch.Tensor]:
         if hasattr(node, "variable"):
             yield node.variable
         waiting.extend(following for following, _ in node.next_functions)
-
-
-def _batch(recipe: Recipe) -> Batch:
-    """Returns a micro-batch of one sample, or one pair."""
-    length = min(LONGEST, recipe.data.sequence_length)
-    places = np.arange(length)
-    targets = places == length - 1 if TASKS[recipe.task].auto_class == SEQUENCE else places > 0
-    return made_up_batch(recipe, 1, places, places, targets)

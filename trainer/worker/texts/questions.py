@@ -75,15 +75,13 @@ class QuestionReader:
         may be cut is left out, since its answer would be incomplete.
 
         Raises InputError if the rows of a source with several accepted answers cannot be read."""
-        found = (q for q in self._all() if wanted(q) and (longest is None or len(q.tokens) <= longest))
+        batches = eval_batches(self.data, READ_AT_ONCE, 0, 1, cache=self.cache, singly=True)
+        questions = chain.from_iterable(map(self._of_batch, batches))
+        found = (q for q in questions if wanted(q) and (longest is None or len(q.tokens) <= longest))
         return self._with_accepted(list(islice(found, count)))
 
     def source_of(self, question: Question) -> FrozenSource:
         return self.data.spec.sources[_place(question)[0]]
-
-    def _all(self) -> Iterator[Question]:
-        batches = eval_batches(self.data, READ_AT_ONCE, 0, 1, cache=self.cache, singly=True)
-        return chain.from_iterable(map(self._of_batch, batches))
 
     def _of_batch(self, batch: Batch) -> Iterator[Question]:
         chats, sources = turn_end(self.tokenizer), self.data.spec.sources
