@@ -9,7 +9,7 @@ import pytest
 
 from tests.support.ranks import run_ranks
 from tests.support.tasks import make_encoder, task_recipe, write_task_data
-from tests.support.training import ledger, run_of, train_in_processes, train_rank
+from tests.support.training import adapter_bytes, ledger, run_of, train_in_processes, train_rank
 from trainer.recipe import Recipe
 from trainer.recipe.tasks import TASKS, compared_metrics
 from trainer.run import layout
@@ -98,6 +98,21 @@ def test_a_task_does_not_know_how_many_ranks_there_are(runs: Any, task: str, kin
     assert samples_of(many) == samples_of(one)
     told = [(step, when, len(texts)) for step, when, texts in samples_of(one)]
     assert told == ([(0, "before", 3), (6, "after", 3)] if task in WRITING else [])
+
+
+@pytest.mark.night
+@pytest.mark.timeout(900)
+def test_an_exact_run_is_the_same_on_any_number_of_ranks(tiny_model: Path, tmp_path: Path) -> None:
+    exact = {"exact": True, "training.steps": 3, "training.eval_every": None}
+    recipes: dict[int, list[Recipe]] = {1: [], 2: []}
+    for task in TASKS.names():
+        write_task_data(tmp_path, task)
+        for ranks, its in recipes.items():
+            its.append(task_recipe(task, f"exact-{ranks}", tiny_model, tmp_path, **exact))
+    for ranks, its in recipes.items():
+        train_in_processes(its, ranks)
+    differ = [a.task for a, b in zip(*recipes.values(), strict=True) if adapter_bytes(a) != adapter_bytes(b)]
+    assert differ == []
 
 
 def train_with_a_rank_that_cannot_write(rank: int, recipes: list[Recipe]) -> None:
