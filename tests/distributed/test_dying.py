@@ -89,6 +89,7 @@ def test_a_killed_rank_ends_the_group_and_the_same_command_goes_on(
     assert ledger(recipe) == ledger(undisturbed)
 
 
+@pytest.mark.night  # by day, a terminated `muster run`
 def test_a_terminated_rank_commits_and_says_that_it_can_go_on(
     undisturbed: Recipe, tiny_model: Path, folder: Path
 ) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch.multiprocessing as mp
 
+from tests.support.nights import few_by_day
 from tests.support.ranks import run_ranks
 from tests.support.training import run_of, small_recipe, train_rank, write_pairs
 from trainer.data import Batch
@@ -89,7 +90,7 @@ def _evaluating_rank(rank: int, recipe: Recipe, how: str) -> None:
     train_rank(rank, [recipe])
 
 
-@pytest.mark.parametrize("how", [pytest.param("slow batches", marks=pytest.mark.night), "slow storage", "stuck"])
+@pytest.mark.parametrize("how", few_by_day(["stuck", "slow batches", "slow storage"], 1))
 def test_an_evaluation_may_take_long_as_long_as_it_goes_on(how: str, tiny_model: Path, tmp_path: Path) -> None:
     write_pairs(tmp_path / "data" / "a.jsonl", 30)
     write_pairs(tmp_path / "held-out" / "b.jsonl", 24)

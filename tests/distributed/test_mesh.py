@@ -12,6 +12,7 @@ from safetensors import safe_open
 from torch.multiprocessing import ProcessRaisedException
 
 from tests.support.models import SMALL_SHAPE, random_model
+from tests.support.nights import few_by_day
 from tests.support.ranks import run_ranks
 from tests.support.traffic import CountedTraffic
 from tests.support.training import ledger, losses, run_of, small_recipe, train_in_processes, train_rank, write_pairs
@@ -90,9 +91,7 @@ def test_trains_like_one_process(runs: dict[tuple[str, str], Recipe], model: str
     assert ledger(many) == ledger(one)
 
 
-@pytest.mark.parametrize(
-    "task", ["dpo", "reward", *(pytest.param(task, marks=pytest.mark.night) for task in ("kto", "orpo", "simpo"))]
-)
+@pytest.mark.parametrize("task", few_by_day(["dpo", "reward", "kto", "orpo", "simpo"], 1))
 def test_preferences_are_learned_from_parts_of_the_texts(task: str, tiny_model: Path, tmp_path: Path) -> None:
     """With an odd number of pairs and rows that are no multiple of two tokens long."""
     rows = [

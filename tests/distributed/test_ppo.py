@@ -49,6 +49,7 @@ def texts_of(recipe: Recipe) -> list[list[Any]]:
     return [[(text["sample"], text["text"]) for text in event["texts"]] for event in events]
 
 
+@pytest.mark.night  # by day, test_tasks has two ranks
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("kind", "ranks"), PLACES[1:])
 def test_one_rank_and_several_write_and_learn_the_same(runs: Any, kind: str, ranks: int) -> None:

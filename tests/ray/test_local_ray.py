@@ -150,6 +150,7 @@ def guarded(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
                 process.kill()
 
 
+@pytest.mark.night
 def test_a_cluster_with_a_token_is_joined_with_it(guarded: str, tiny_model: Path, folder: Path) -> None:
     recipe = small_recipe("guarded", tiny_model, folder, **{"training.steps": 3})
     command = muster_run(recipe, folder)

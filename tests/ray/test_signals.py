@@ -91,7 +91,7 @@ def send(run: LocalRun, number: signal.Signals, *, twice: bool) -> float:
         ("raylet", HUP, True),
         ("checked", INT, False),
         ("starting workers", TERM, False),
-        ("attempt", TERM, True),
+        pytest.param("attempt", TERM, True, marks=pytest.mark.night),
     ],
 )
 def test_a_signal_during_the_start(started: LocalRun, moment: str, number: signal.Signals, twice: bool) -> None:
