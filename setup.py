@@ -8,5 +8,5 @@ from setuptools import find_namespace_packages, setup
 
 SHIPPED = ["launcher", "launcher.*", "cluster", "cluster.*", "trainer", "trainer.*", "recipes", "deepspeed", "slurm"]
 
-found = find_namespace_packages(include=SHIPPED, exclude=["*__pycache__*"])
-setup(packages=[f"muster.{package}" for package in found])
+found = find_namespace_packages(include=SHIPPED, exclude=["*__pycache__*", "launcher.muster"])
+setup(packages=["muster", *(f"muster.{package}" for package in found)])

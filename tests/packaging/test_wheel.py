@@ -66,7 +66,9 @@ def shipped(source: Path) -> set[str]:
     data |= {p for p in (source / "cluster" / "kubernetes").iterdir() if p.suffix == ".yaml" or p.name == "Dockerfile"}
     data |= {p for p in (source / "launcher" / "report").iterdir() if p.suffix in (".css", ".js")}
     data |= {*(source / "trainer" / "chat_templates").glob("*.jinja")}
-    return {f"muster/{p.relative_to(source).as_posix()}" for p in code | data}
+    interface = source / "launcher" / "muster" / "__init__.py"
+    paths = {p.relative_to(source).as_posix() for p in (code | data) - {interface}}
+    return {f"muster/{path}" for path in paths | {"__init__.py"}}
 
 
 def test_the_wheel_carries_every_module_and_recipe_and_nothing_else(source: Path, wheel: Path) -> None:
@@ -98,6 +100,9 @@ def test_the_wheel_knows_its_version_and_every_shipped_recipe_is_valid(installed
     assert named.returncode == 0, named.stderr
     written = run(installed / "bin" / "muster", "init", "qwen3-0.6b-chat", cwd=Path("/"))
     assert written.stdout.startswith("# muster run my.yaml"), written.stderr
+    python = "import muster; print(muster.Recipe.load('qwen3-0.6b-chat').name)"
+    loaded = run(installed / "bin" / "python", "-c", python, cwd=Path("/"))
+    assert loaded.stdout == "qwen3-0.6b-chat\n", loaded.stderr
     where = run(installed / "bin" / "python", "-c", "import muster.launcher as m; print(m.__path__)", cwd=Path("/"))
     assert str(site) in where.stdout
     for recipe in (ROOT / "recipes").glob("*.yaml"):

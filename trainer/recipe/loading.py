@@ -11,7 +11,7 @@ import copy
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -29,7 +29,8 @@ from trainer.recipe.tree import annotation_at, dotted, field_at, section_of, sta
 from trainer.redact import redact
 from trainer.registry import choose_hint
 
-COMMAND_LINE = "command line"
+COMMAND_LINE, OVERRIDE = "command line", "override"
+"""Where a mistake is that is in no file."""
 LARGEST_RECIPE = 1 << 20
 """In bytes. A text of this size takes seconds to parse."""
 LONGEST_PATH, LONGEST_MESSAGE = 200, 1500
@@ -77,6 +78,17 @@ def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Recipe:
     return loads(body, str(path), overrides)
 
 
+def load_with(source: str | pathlib.Path | dict[str, Any], values: Mapping[str, Any]) -> Recipe:
+    """Reads a recipe from a file, by the name of a shipped one, or from plain data, and sets ``values`` by dotted key;
+    raises RecipeError with all mistakes."""
+    overrides = [f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in values.items()]
+    try:
+        return parse(source, overrides) if isinstance(source, dict) else load(source, overrides)
+    except RecipeError as error:
+        mistakes = (m._replace(where=OVERRIDE) if m.where == COMMAND_LINE else m for m in error.mistakes)
+        raise RecipeError(tuple(mistakes)) from None
+
+
 def loads(
     text: str | bytes, where: str = "recipe.yaml", overrides: Sequence[str] = (), *, stored: bool = False
 ) -> Recipe:
@@ -108,15 +120,23 @@ def loads(
     return recipe
 
 
-def parse(data: dict[str, Any]) -> Recipe:
-    """Makes a recipe from plain data without changing the data; raises RecipeError with all mistakes, without lines."""
+def parse(data: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Makes a recipe from plain data without changing the data, and applies overrides; raises RecipeError with all
+    mistakes, without lines."""
     if is_deep(data):
         raise _one("recipe", f"is nested deeper than {DEEPEST} levels")
     if not isinstance(data, dict):
         raise _one("recipe", f"is a mapping of sections, got {show(data)}")
-    found, recipe = _validate(copy.deepcopy(data))
-    if found or recipe is None:
-        raise RecipeError(tuple(_mistake("recipe", path, message) for (path, *_), message in found))
+    data = copy.deepcopy(data)
+    expand(data)
+    applied = apply(data, overrides)
+    found, recipe = _validate(data)
+    mistakes = [
+        _mistake(COMMAND_LINE if path in applied.paths else "recipe", path, message) for (path, *_), message in found
+    ]
+    mistakes += [_mistake(COMMAND_LINE, path, message) for path, message in applied.mistakes]
+    if mistakes or recipe is None:
+        raise RecipeError(tuple(mistakes))
     return recipe
 
 

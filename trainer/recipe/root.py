@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
@@ -102,6 +103,16 @@ class Recipe(Section):
     samples: Annotated[SamplesSection, MAY_CHANGE] = SamplesSection()
     generative_eval: Annotated[GenerativeEvalSection, MAY_CHANGE] = GenerativeEvalSection()
     profile: Annotated[ProfileSection, MAY_CHANGE] = ProfileSection()
+
+    @classmethod
+    def load(cls, source: str | Path | dict[str, Any], /, **overrides: Any) -> Recipe:
+        """Reads a recipe from a YAML or JSON file, by the name of a shipped one, or from the same as a mapping.
+
+        ``overrides``: values by dotted key, as in ``**{"optimizer.lr": 1e-4}``. Raises RecipeError with all mistakes.
+        """
+        from trainer.recipe.loading import load_with
+
+        return load_with(source, overrides)
 
     @property
     def run_uri(self) -> str:
