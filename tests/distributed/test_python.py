@@ -12,7 +12,6 @@ import pytest
 from nbclient import NotebookClient
 
 from tests.support.jobs import Command, start, wait_for_step, write_recipe
-from tests.support.nights import few_by_day
 from tests.support.training import adapter_bytes, ledger, run_of, small_recipe, train_here, write_pairs
 from tests.support.waiting import wait_for
 from trainer.recipe import Recipe
@@ -39,7 +38,8 @@ def script(recipe: Recipe, folder: Path) -> Command:
     return start(["-c", SCRIPT.format(recipe=write_recipe(recipe, folder))], {})
 
 
-@pytest.mark.parametrize("end", few_by_day([signal.SIGKILL, signal.SIGINT], 1))
+@pytest.mark.night
+@pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGINT])
 def test_the_workers_commit_when_the_caller_ends(end: signal.Signals, tiny_model: Path, folder: Path) -> None:
     recipe = small_recipe("ended", tiny_model, folder, **CHANGES)
     undisturbed = small_recipe("undisturbed", tiny_model, folder, **CHANGES)
