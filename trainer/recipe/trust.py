@@ -45,6 +45,8 @@ def submitting_code_of(recipe: Recipe) -> list[str]:
     values = {
         "cluster.slurm.options": " ".join(cluster.slurm.options),
         "cluster.kubernetes.image": cluster.kubernetes.image,
+        "cluster.kubernetes.pod": cluster.kubernetes.pod,
+        "cluster.kubernetes.head_pod": cluster.kubernetes.head_pod,
         "cluster.ray.address": cluster.ray.address,
     }
     return [f"{name} {value}" for name, value in values.items() if value]

@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -14,11 +14,13 @@ import yaml
 from cluster import cluster_of
 from cluster.job import ClusterError
 from cluster.kubernetes import Kubernetes
-from cluster.kubernetes.manifests import RECIPE_BYTES, manifest
+from cluster.kubernetes.kinds import KINDS, manifests
 from cluster.kubernetes.names import JOBSET_LENGTH, RAYJOB_LENGTH, fitted
+from cluster.kubernetes.pods import RECIPE_BYTES
 from cluster.kubernetes.quantity import from_bytes, to_bytes
 from cluster.ray_nodes import NODE_SETTINGS
-from tests.support.kubernetes import RECIPE, job, mistakes
+from tests.support.kubernetes import RECIPE, job, manifest, mistakes
+from trainer.recipe.sections.cluster import KubernetesSection
 
 ROOT = Path(__file__).resolve().parents[3]
 NASTY = "a: \"x\" 'y' `z`\n$(MUSTER_RAYJOB): $HOME  \n\t- é 😀\u2028\r\nend"
@@ -42,7 +44,7 @@ def test_the_table_of_kinds_finds_it() -> None:
     assert isinstance(cluster_of("kubernetes"), Kubernetes)
 
 
-SIZES = [("rayjob", (1, 1)), ("rayjob", (2, 7)), ("jobset", (4, 4))]
+SIZES = [("rayjob", (1, 1)), ("rayjob", (2, 7)), ("jobset", (4, 4)), ("trainjob", (4, 4))]
 
 
 @pytest.mark.parametrize(("kind", "workers"), SIZES)
@@ -57,13 +59,21 @@ def test_every_variant_keeps_to_the_schema(
         "node_selector": {"on": "y", "pool": "1e3"},
         "service_account": "trainer",
         "namespace": "ml",
+        "ttl_s": 0,
+        "deadline_s": 60,
+        "model_cache": "models",
     }
     wanted = job(name, workers, gpus, kind=kind, queue=queue, secrets=secrets, recipe=NASTY, **given)
     text = Kubernetes().render(wanted)
     documents = list(yaml.safe_load_all(text))
-    assert len(documents) == 1
-    assert mistakes(documents[0]) == []
-    assert documents[0] == manifest(wanted)
+    assert [mistakes(document) for document in documents] == [[]] * len(documents)
+    assert documents == manifests(wanted)
+    assert documents[-1]["kind"].lower() == kind
+    assert {document["metadata"]["name"] for document in documents} == {documents[-1]["metadata"]["name"]}
+
+
+def test_a_recipe_can_name_every_kind_of_job() -> None:
+    assert set(get_args(KubernetesSection.model_fields["kind"].annotation)) == set(KINDS)
 
 
 Change = Callable[[dict[str, Any]], object]
@@ -185,7 +195,7 @@ def test_the_end_of_the_job_and_its_retries() -> None:
     assert "suspend" not in spec
 
 
-@pytest.mark.parametrize("kind", ["rayjob", "jobset"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_queue_suspends_the_job_until_it_is_admitted(kind: str) -> None:
     made = manifest(job(queue="team", kind=kind))
     assert made["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"

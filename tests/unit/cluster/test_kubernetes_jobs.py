@@ -14,10 +14,10 @@ import yaml
 from cluster.job import ClusterError
 from cluster.kubernetes import Kubernetes
 from cluster.kubernetes.following import PATIENCE_S, POLL_S, Follower
+from cluster.kubernetes.kinds import KINDS, manifests
 from cluster.kubernetes.kubectl import Kubectl
-from cluster.kubernetes.manifests import manifest
-from cluster.kubernetes.reading import read, waits_for
-from tests.support.kubernetes import job, mistakes
+from cluster.kubernetes.reading import waits_for
+from tests.support.kubernetes import job, manifest, mistakes
 
 STAND_IN = '''#!{python} -S
 """Writes its words and its standard input down, and answers with the next file for its verb and resource."""
@@ -283,7 +283,7 @@ def test_lines_are_passed_on_once_though_the_stream_breaks(kubectl: StandIn) -> 
     assert said[0] == "rayjob gsm8k: Running"
     first, second = kubectl.called("logs")[:2]
     assert first[-1] == "new"
-    assert {"--follow", "--timestamps", "--container=ray-job-submitter", "--request-timeout=0"} <= set(first)
+    assert {"--follow", "--timestamps", "--container=muster", "--request-timeout=0"} <= set(first)
     assert "--since-time=2026-01-01T00:00:02.5Z" in second
 
 
@@ -396,4 +396,4 @@ def test_pods_that_are_only_starting_are_no_news() -> None:
 )
 def test_what_a_jobset_says(kind: str, state: str) -> None:
     made = {"kind": "JobSet", "metadata": {}, "status": {"conditions": [{"type": kind, "status": "True"}]}}
-    assert read(made).state == state
+    assert KINDS["jobset"].reading(made).state == state

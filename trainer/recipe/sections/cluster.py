@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -60,8 +60,9 @@ class SlurmSection(Section):
 class KubernetesSection(Section):
     """Settings of the manifest for `--on kubernetes`. The workers are computed from `resources`."""
 
-    kind: Literal["rayjob", "jobset"] = "rayjob"
-    """`rayjob` needs KubeRay and is elastic; `jobset` runs torchrun on clusters without it, with a fixed size."""
+    kind: Literal["rayjob", "jobset", "trainjob"] = "rayjob"
+    """`rayjob` needs KubeRay and is elastic. `jobset` (JobSet) and `trainjob` (Kubeflow Trainer v2) run torchrun with a
+    fixed number of workers, without Ray."""
 
     image: Line | None = None
     """Container image with muster, by digest or tag, built from `cluster/kubernetes/Dockerfile`; null takes
@@ -109,6 +110,29 @@ class KubernetesSection(Section):
 
     retries: int = Field(default=3, ge=0)
     """Times that the job is started again when it fails; each resumes from the newest checkpoint."""
+
+    ttl_s: int | None = Field(default=None, ge=0)
+    """Seconds after its end until a job's pods are deleted; null: 600 for a RayJob, a day for the others. The
+    checkpoints are in the storage, and resuming needs no pod."""
+
+    deadline_s: int | None = Field(default=None, ge=1)
+    """Seconds after its start until the cluster ends a job that still runs; null: no limit. The workers commit, and the
+    run can be resumed. For a JobSet, the time begins again with each retry."""
+
+    model_cache: Line | None = None
+    """Name of a PersistentVolumeClaim for base models, mounted in every pod that loads them, so that each model is
+    fetched once. Pods on several nodes need the access mode ReadWriteMany and a file system with locks (`flock`)."""
+
+    pod: dict[str, Any] = Field(default_factory=dict)
+    """Fields of a pod's `spec`, and `metadata` for its labels and annotations, merged over every pod as a strategic
+    merge patch. muster's container is called `muster`; its `resources` here are the workers'. A pod that only submits
+    takes what concerns its identity and its nodes."""
+
+    head_pod: dict[str, Any] = Field(default_factory=dict)
+    """The same, over a RayJob's head pod only, after `pod`: its size (2 CPUs and 8Gi by default) and its nodes."""
+
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    """Labels and annotations of the job itself, merged over its `metadata`."""
 
 
 class ClusterSection(Section):
