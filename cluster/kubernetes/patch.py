@@ -71,6 +71,7 @@ _CONTAINER = _shapes(
 _METADATA = _shapes(mapping="annotations labels", list="finalizers ownerReferences", text="generateName name namespace")
 _ANY_KEY = {"*": "text"}
 SHAPES: dict[str, dict[str, str]] = {
+    "": _shapes(mapping="metadata spec"),
     "metadata": _METADATA,
     "metadata.annotations": _ANY_KEY,
     "metadata.labels": _ANY_KEY,
@@ -89,12 +90,13 @@ SHAPES: dict[str, dict[str, str]] = {
 
 def merged(old: Mapping[str, Any], patch: Mapping[str, Any], where: str, at: str) -> Fields:
     """Returns ``old`` with ``patch`` over it; neither is changed. ``at``: the path of both in a pod's template, such as
-    ``spec.containers[]``. ``where``: the path of the patch in the recipe, for messages. Raises ClusterError."""
+    ``spec.containers[]``; empty for the template itself. ``where``: the path of the patch in the recipe, for messages.
+    Raises ClusterError."""
     made = {} if _directive(patch, where) == "replace" else deepcopy(dict(old))
     for key, value in patch.items():
         if key == "$patch":
             continue
-        path, below = f"{where}.{key}", f"{at}.{key}"
+        path, below = f"{where}.{key}", f"{at}.{key}" if at else key
         _check_shape(key, value, made.get(key), path, at)
         if value is None or (isinstance(value, Mapping) and _directive(value, path) == "delete"):
             made.pop(key, None)

@@ -206,6 +206,7 @@ def _needed(template: Fields) -> dict[str, Any]:
         f"the volume {RECIPE_VOLUME}": volumes.get(RECIPE_VOLUME),
         "the mount of the recipe": mounts.get(RECIPE_PATH.rpartition("/")[0]),
         **{f"the variable {name}": variables.get(name) for name in OWN_VARIABLES},
+        f"the arguments of {MAIN}": first.get("args") if "command" in first else None,
     }
 
 

@@ -1,7 +1,7 @@
 """Jobs for Kubernetes, and strict schemas of what muster writes for it: a field that is not here is a mistake.
 
-Written by hand after KubeRay 1.7.0, JobSet 0.12.0, Kubeflow Trainer 2.3.0 and Kubernetes 1.36; the real schemas know far
-more fields, and `tests.support.crds` checks against them where they are at hand.
+Written by hand after KubeRay 1.7.0, JobSet 0.12.0, Kubeflow Trainer 2.3.0 and Kubernetes 1.36. The real schemas know
+far more fields; `tests.support.crds` checks against them where they are at hand.
 The schemas also have those rules of KubeRay's operator that concern these fields. A job that breaks one is accepted by
 a cluster without the operator's webhook, and then stays `ValidationFailed`.
 """

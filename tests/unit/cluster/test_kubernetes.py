@@ -206,10 +206,11 @@ def test_a_queue_suspends_the_job_until_it_is_admitted(kind: str) -> None:
 
 
 @pytest.mark.parametrize("recipe", [RECIPE, NASTY, "y", "null", "", "\n\n", " lead: 1\n", "x: |\n  $(A)\n\n\n"])
-@pytest.mark.parametrize("kind", ["rayjob", "jobset"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_recipe_is_mounted_as_it_was(recipe: str, kind: str) -> None:
-    made = yaml.safe_load(Kubernetes().render(job(recipe=recipe, kind=kind)))
-    pod = groups(made)[0] if kind == "rayjob" else made["spec"]["replicatedJobs"][0]["template"]["spec"]
+    objects = list(yaml.safe_load_all(Kubernetes().render(job(recipe=recipe, kind=kind))))
+    made = objects[0]
+    pod = groups(made)[0] if kind == "rayjob" else jobset_of(objects)["replicatedJobs"][0]["template"]["spec"]
     template = pod["template"]
     key = re.fullmatch(
         r"metadata\.annotations\['(.+)'\]",
@@ -306,17 +307,40 @@ def test_versions_are_those_of_the_project() -> None:
 # ------------------------------------------------------------------------------------------------ JobSet
 
 
-def test_torchrun_meets_at_the_first_pod_without_a_shell() -> None:
-    made = manifest(job(workers=(8, 8), workers_per_pod=4, kind="jobset", retries=7))
-    indexed = made["spec"]["replicatedJobs"][0]["template"]["spec"]
+def jobset_of(objects: list[dict[str, Any]]) -> dict[str, Any]:
+    spec = objects[0]["spec"]
+    found: dict[str, Any] = spec["template"]["spec"] if objects[0]["kind"] == "TrainingRuntime" else spec
+    return found
+
+
+@pytest.mark.parametrize("kind", ["jobset", "trainjob"])
+def test_torchrun_meets_at_the_first_pod_without_a_shell(kind: str) -> None:
+    objects = manifests(job(workers=(8, 8), workers_per_pod=4, kind=kind, retries=7))
+    spec = jobset_of(objects)
+    indexed = spec["replicatedJobs"][0]["template"]["spec"]
+    if kind == "trainjob":
+        assert objects[0]["spec"]["mlPolicy"] == {"numNodes": 2}
     assert (indexed["completions"], indexed["parallelism"], indexed["backoffLimit"]) == (2, 2, 0)
     assert container(indexed)["command"] == ["torchrun"]
     assert container(indexed)["args"] == [
         "--nnodes", "2", "--nproc-per-node", "4", "--rdzv-id", "gsm8k", "--rdzv-backend", "c10d",
         "--rdzv-endpoint", "gsm8k-node-0-0.gsm8k:29400", "-m", "trainer", "/etc/muster/recipe.yaml",
     ]  # fmt: skip
-    assert made["spec"]["network"]["subdomain"] == "gsm8k"
-    assert made["spec"]["failurePolicy"]["maxRestarts"] == 7
+    assert spec["network"]["subdomain"] == "gsm8k"
+    assert spec["failurePolicy"]["maxRestarts"] == 7
+
+
+def test_a_trainjob_keeps_to_the_rules_of_its_operator() -> None:
+    """Its webhook wants one replica, this container and this label; the JobSet gets the TrainJob's name."""
+    runtime, made = manifests(job(workers=(4, 4), kind="trainjob", namespace="ml"))
+    (group,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    assert group["replicas"] == 1
+    assert group["template"]["metadata"]["labels"] == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
+    assert container(group["template"]["spec"])["name"] == "node"
+    assert "suspend" not in runtime["spec"]["template"]["spec"]
+    assert runtime["metadata"]["name"] == made["metadata"]["name"] == made["spec"]["runtimeRef"]["name"]
+    assert runtime["metadata"]["namespace"] == made["metadata"]["namespace"] == "ml"
+    assert runtime["metadata"]["annotations"] == made["metadata"]["annotations"]
 
 
 @pytest.mark.parametrize(
@@ -327,6 +351,8 @@ def test_torchrun_meets_at_the_first_pod_without_a_shell() -> None:
         ({"command": ("doctor", "--json")}, "use kind: rayjob"),
     ],
 )
-def test_what_a_jobset_cannot_do_is_said(given: dict[str, Any], said: str) -> None:
-    with pytest.raises(ClusterError, match=said):
-        manifest(job(kind="jobset", **given))
+@pytest.mark.parametrize("kind", ["jobset", "trainjob"])
+def test_what_torchrun_cannot_do_is_said(kind: str, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ClusterError, match=said) as caught:
+        manifest(job(kind=kind, **given))
+    assert f"kind: {kind}" in str(caught.value)
