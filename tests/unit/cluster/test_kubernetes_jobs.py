@@ -217,8 +217,9 @@ def test_without_kubectl_the_way_out_is_said(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("said", "hint", "usage"),
     [
-        ('no matches for kind "RayJob" in version "ray.io/v1"', "has no KubeRay", True),
+        ('no matches for kind "RayJob" in version "ray.io/v1"', "lacks the operator", True),
         ('strict decoding error: unknown field "spec.rayClusterSpec.authOptions"', "older than 1.5", True),
+        ('strict decoding error: unknown field "spec.template.spec.imagePullSecret"', "misspelt in cluster", True),
         ("forbidden: User cannot create", "forbidden", True),
         ('The RayJob "x" is invalid: metadata.namespace: Invalid value: "ML"', 'Invalid value: "ML"', True),
         ("Unable to connect to the server: EOF", "EOF", False),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -343,6 +344,21 @@ def test_a_cluster_takes_it(kind: str) -> None:
         input=yaml.safe_dump(made), capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+DOCUMENTED = re.findall(r"```yaml\n(.*?)```", (ROOT / "docs/clusters/kubernetes.md").read_text(), re.DOTALL)
+
+
+@pytest.mark.parametrize("block", [block for block in DOCUMENTED if block.startswith("cluster:")])
+def test_what_the_page_shows_is_rendered(block: str) -> None:
+    given = yaml.safe_load(block)["cluster"]["kubernetes"]
+    (made,) = manifests(job(workers=(4, 4), **given))
+    for template in templates([made]).values():
+        patch = given.get("pod", {})
+        assert template["spec"].get("priorityClassName") == patch.get("priorityClassName")
+        assert template.get("metadata", {}).get("labels") == patch.get("metadata", {}).get("labels")
+    if schemas := crds():
+        assert list(refused(made, schemas["ray.io/v1", "RayJob"])) == []
 
 
 @pytest.mark.parametrize("kind", KINDS)
