@@ -1,6 +1,6 @@
 """What all manifests share: loading, metadata, and writing as YAML. Pure, data in, data out.
 
-The manifests next to this file (`rayjob.yaml`, `jobset.yaml`) are loaded, patched as data and dumped.
+The manifests next to this file (`rayjob.yaml`, `jobset.yaml`) are loaded, changed as data and dumped.
 """
 
 from __future__ import annotations

@@ -16,6 +16,7 @@ in the patch, and checked by the cluster.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from copy import deepcopy
 from difflib import get_close_matches
@@ -164,8 +165,11 @@ def _check_shape(key: str, value: Any, old: Any, where: str, at: str) -> None:
     shapes = SHAPES.get(at, {})
     expected = shapes.get(key, shapes.get("*"))
     if expected is None:
-        if near := get_close_matches(key, shapes, 1, 0.85):
-            raise ClusterError(f"{where}: there is no such field; did you mean {near[0]!r}?")
+        folded = {name.lower(): name for name in shapes}
+        if near := get_close_matches(re.sub("[-_]", "", key).lower(), folded, 1, 0.85):
+            raise ClusterError(f"{where}: there is no such field; did you mean {folded[near[0]]!r}?")
+        if shapes and (home := next((home for at, home in _HOMES.items() if key in SHAPES[at]), None)):
+            raise ClusterError(f"{where}: there is no such field here; it belongs to {home}")
         # A quantity may be a number or a text.
         scalars = old is not None and {_shape(old), _shape(value)}.isdisjoint(("mapping", "list"))
         expected = _shape(value) if old is None or scalars else _shape(old)
@@ -174,6 +178,7 @@ def _check_shape(key: str, value: Any, old: Any, where: str, at: str) -> None:
         raise ClusterError(f"{where}: expected {_ARTICLES[expected]}, got {_shown(value)}{quote}")
 
 
+_HOMES = {"metadata": "`metadata`", "spec": "the pod's `spec`", "spec.containers[]": "an entry of `containers`"}
 _ARTICLES = {"text": "a text", "number": "a number", "flag": "true or false", "mapping": "a mapping", "list": "a list"}
 
 

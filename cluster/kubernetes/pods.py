@@ -6,7 +6,7 @@ is mounted from there: no shell reads it, and Kubernetes' own ``$(NAME)`` is not
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from cluster.job import ClusterError, ClusterJob
@@ -155,7 +155,7 @@ class _Patch:
         return made | {"spec": merged(template["spec"], self.spec, self.spec_where, "spec")}
 
 
-def _with_container(spec: Fields, wanted: Any) -> Fields:
+def _with_container(spec: Fields, wanted: Callable[[str], bool]) -> Fields:
     """Returns the patch with the ``wanted`` fields of the main container only."""
     if not isinstance(spec.get("containers"), list | tuple):
         return spec

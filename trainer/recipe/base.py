@@ -64,6 +64,9 @@ class Section(BaseModel):
     shorthand: ClassVar[str | None] = None
     """The field that a text in place of the section gives."""
 
+    others: ClassVar[str | None] = None
+    """A clause for the message about an unknown key: where everything that the section has no key for is set."""
+
     @field_validator("*")
     @classmethod
     def _without_credentials(cls, value: Any, info: ValidationInfo) -> Any:

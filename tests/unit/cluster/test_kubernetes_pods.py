@@ -320,6 +320,24 @@ def test_the_check_of_restricted_sees_what_breaks_it(patch: dict[str, Any], said
 # ------------------------------------------------------------------------------------------------ the real schemas
 
 
+def test_the_check_by_definitions_sees_what_they_refuse() -> None:
+    size = {"x-kubernetes-int-or-string": True}
+    entry = {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}, "size": size}}
+    entries = {"type": "array", "items": entry, "x-kubernetes-list-map-keys": ["name"]}
+    schema = {"type": "object", "properties": {"entries": entries, "count": {"type": "integer", "minimum": 1}}}
+    made = {"apiVersion": "v1", "count": 1, "entries": [{"name": "a", "size": 1}, {"name": "b", "size": "1Gi"}]}
+    assert list(refused(made, schema)) == []
+    for change, said in [
+        ({"counts": 1}, ".counts: unknown field"),
+        ({"count": 0}, ".count: 0 is out of bounds"),
+        ({"count": "1"}, ".count: '1' is no integer"),
+        ({"entries": [{"name": "a"}, {"name": "a"}]}, ".entries: ('a',) is given twice"),
+        ({"entries": [{"size": 1}]}, ".entries[0]: name is missing"),
+        ({"entries": [{"name": "a", "size": []}]}, ".entries[0].size: [] is neither a number nor a text"),
+    ]:
+        assert said in list(refused(made | change, schema))
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_real_definitions_take_every_object(kind: str) -> None:
     schemas = crds()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field
 
@@ -59,6 +59,11 @@ class SlurmSection(Section):
 
 class KubernetesSection(Section):
     """Settings of the manifest for `--on kubernetes`. The workers are computed from `resources`."""
+
+    others: ClassVar[str | None] = (
+        "every other field of pods is set under cluster.kubernetes.pod, in Kubernetes' own words, and labels and "
+        "annotations of the job under cluster.kubernetes.metadata"
+    )
 
     kind: Literal["rayjob", "jobset", "trainjob"] = "rayjob"
     """`rayjob` needs KubeRay and is elastic. `jobset` (JobSet) and `trainjob` (Kubeflow Trainer v2) run torchrun with a
