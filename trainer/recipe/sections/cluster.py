@@ -97,7 +97,7 @@ class KubernetesSection(Section):
     memory of the pod."""
 
     ray_auth: Literal["token", "disabled"] = "token"
-    """Who may connect to the run's Ray. With `token`: its own pods only, by a secret that KubeRay (1.5 or newer) makes
+    """Who may connect to the run's Ray. With `token`: its own pods only, by a secret that KubeRay (1.5.1 or newer) makes
     for each run. With `disabled`: everyone who reaches the head's port, who can also run code there with the pods'
     credentials."""
 
