@@ -97,9 +97,9 @@ class KubernetesSection(Section):
     memory of the pod."""
 
     ray_auth: Literal["token", "disabled"] = "token"
-    """Who may connect to the run's Ray. With `token`: its own pods only, by a secret that KubeRay (1.5.1 or newer) makes
-    for each run. With `disabled`: everyone who reaches the head's port, who can also run code there with the pods'
-    credentials."""
+    """Who may connect to the run's Ray. With `token`: its own pods only, by a secret that KubeRay (1.5.1 or newer)
+    makes for each run. With `disabled`: everyone who reaches the head's port, who can also run code there with the
+    pods' credentials."""
 
     gpu_resource: Line = "nvidia.com/gpu"
     """Name of the GPUs in the cluster's resources."""
