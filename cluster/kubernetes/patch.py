@@ -119,7 +119,7 @@ def _merged_list(old: list[Any], patch: list[Any] | tuple[Any, ...], where: str,
                     f"{where}.{index}: this list has no merge key, so the patch replaces it; remove $patch"
                 )
         return deepcopy(list(patch))
-    entries: dict[Any, Fields] = {item[merge_key]: deepcopy(item) for item in old}
+    entries: dict[Any, Fields] = {item[merge_key]: item for item in old}
     if any(isinstance(item, Mapping) and item.get("$patch") == "replace" for item in patch):
         entries = {}
     for index, item in enumerate(patch):

@@ -119,19 +119,18 @@ def patch_workers(template: Fields, job: ClusterJob) -> Fields:
 
 
 def patch_head(template: Fields, job: ClusterJob) -> Fields:
-    """`pod` without the main container's resources, which are the workers', and `head_pod` over it."""
+    """Applies `pod` without the main container's resources, which are the workers', and then `head_pod`."""
     pod = _Patch(job, "pod")
     pod.spec = _with_container(pod.spec, lambda key: key != "resources")
     return _patched(template, [pod, _Patch(job, "head_pod")])
 
 
 def patch_submitter(template: Fields, job: ClusterJob) -> Fields:
+    """Applies the part of `pod` that SUBMITTER_FIELDS describe."""
     pod = _Patch(job, "pod")
-    own = {key: value for key, value in pod.spec.items() if key in SUBMITTER_FIELDS}
-    mine = _with_container(pod.spec, lambda key: key in SUBMITTER_CONTAINER_FIELDS).get("containers", [])
-    if mine := [item for item in mine if isinstance(item, Mapping) and item.get("name") == MAIN]:
-        own["containers"] = mine
-    pod.spec = own
+    containers = _with_container(pod.spec, lambda key: key in SUBMITTER_CONTAINER_FIELDS).get("containers") or []
+    main = [item for item in containers if isinstance(item, Mapping) and item.get("name") == MAIN]
+    pod.spec = {key: value for key, value in pod.spec.items() if key in SUBMITTER_FIELDS} | {"containers": main}
     return _patched(template, [pod])
 
 

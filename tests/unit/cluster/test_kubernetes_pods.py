@@ -173,6 +173,14 @@ def test_the_submitter_takes_what_concerns_its_identity_and_its_nodes() -> None:
     assert container["resources"]["limits"] == {"cpu": "1", "memory": "1Gi"}
 
 
+def test_a_sidecar_runs_beside_the_head_and_the_workers_only() -> None:
+    sidecar = {"name": "exporter", "image": "exporter:1"}
+    found = templates(manifests(job(pod={"containers": [sidecar, MUSTER | {"imagePullPolicy": "Always"}]})))
+    names = {role: [container["name"] for container in made["spec"]["containers"]] for role, made in found.items()}
+    assert names == {"submitter": ["muster"], "head": ["muster", "exporter"], "worker": ["muster", "exporter"]}
+    assert main(found["submitter"])["imagePullPolicy"] == "Always"
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_patch_may_have_the_form_of_a_template(kind: str) -> None:
     fields = {key: value for key, value in POD.items() if key != "metadata"}
