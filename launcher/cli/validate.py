@@ -11,6 +11,7 @@ import typer
 from rich.text import Text
 
 from launcher.cli.exit_codes import error_text
+from launcher.cli.options import PluginsOption
 from launcher.terminal.console import stderr
 from trainer.errors import UsageError
 
@@ -60,8 +61,12 @@ def validate(
         raise typer.Exit(2)
 
 
-def schema() -> None:
+def schema(plugins: PluginsOption = False) -> None:
     """Print the recipe's JSON Schema, for editors."""
     from trainer.recipe import schema as recipe_schema
+    from trainer.recipe.plugins import use_installed
+
+    if plugins:
+        use_installed()
 
     print(json.dumps(recipe_schema(), indent=2))

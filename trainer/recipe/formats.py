@@ -95,6 +95,8 @@ FORMATS = Registry(
     },
     # Not alpaca: trainers differ in whether its rows get Alpaca's prompt or the chat template (see `synonyms`).
     also={"sharegpt": "messages", "openai": "messages", "chatml": "messages"},
+    group="muster.formats",
+    held=FormatRow("", (), "prompted"),
 )
 
 

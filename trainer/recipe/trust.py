@@ -3,7 +3,8 @@
 A user who gives a recipe file trusts that file. A recipe in a storage (a run's recipe, `muster.json` next to an
 adapter) may be written by anyone with write access, and its code would run with the reader's credentials. So everything
 that is read from a storage passes through this module: `without_code` removes the code, `granted` accepts it if the
-command's option allows it, and `Trust` decides which models may run code.
+command's option allows it, and `Trust` decides which models may run code. The names of plug-ins' rows stay: reading a
+recipe from a storage imports none of them (`trainer.recipe.plugins`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trainer.errors import UsageError
+from trainer.recipe.plugins import plugins_of
 from trainer.recipe.root import Recipe
 from trainer.recipe.sections.model import ModelSection
 
@@ -31,7 +33,7 @@ def code_of(recipe: Recipe) -> list[str]:
         found.append(f"optimizer.name {recipe.optimizer.name}")
     if _foreign_metric(recipe):
         found.append(f"generative_eval.metric {recipe.generative_eval.metric}")
-    return found
+    return [*found, *(f"the plug-in {key} {name}" for key, name in plugins_of(recipe))]
 
 
 def _foreign_metric(recipe: Recipe) -> bool:
@@ -54,7 +56,7 @@ def submitting_code_of(recipe: Recipe) -> list[str]:
 
 def without_code(recipe: Recipe) -> Recipe:
     """Returns a recipe from a storage without the values that lead to foreign code."""
-    changes: dict[str, object] = {"model": recipe.model.model_copy(update={"trust_remote_code": False})}
+    changes: dict[str, object] = {"model": recipe.model.model_copy(update={"trust_remote_code": False}), "plugins": ()}
     function = recipe.ppo.reward.function
     if function is not None and not function.startswith(SHIPPED_REWARDS):
         reward = recipe.ppo.reward.model_copy(update={"function": None})
