@@ -18,7 +18,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, ItemsView, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import EntryPoint, entry_points
 from pathlib import Path
 from types import MappingProxyType
@@ -48,9 +48,11 @@ def close_names(name: str, names: Iterable[str]) -> list[str]:
 
 @dataclass(frozen=True)
 class Choice:
-    """A row. ``code``: what the name selects, as ``module:attribute``."""
+    """A row. ``code``: what the name selects, as ``module:attribute``. ``example``: settings of a recipe, by dotted
+    path, that the contract tests of a plug-in need (`launcher.testing`)."""
 
     code: str
+    example: Mapping[str, Any] = field(default_factory=dict, kw_only=True, hash=False)
 
 
 Row = TypeVar("Row", bound=Choice)

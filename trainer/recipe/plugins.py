@@ -112,10 +112,12 @@ def plugins_of(recipe: Recipe) -> list[tuple[str, str]]:
 def providers(recipe: Recipe) -> list[dict[str, str]]:
     """Returns the plug-ins that a recipe names, each with the package that it is from and its version; "" for one in
     the working folder."""
+    if not (found := plugins_of(recipe)):
+        return []
     packages = {name: provider(point) for table in TABLES.values() for name, point in table.offered().items()}
     return [
         {"key": key, "name": name, "package": packages.get(name) or _package_of(name.partition(":")[0])}
-        for key, name in plugins_of(recipe)
+        for key, name in found
     ]
 
 
