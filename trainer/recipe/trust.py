@@ -33,7 +33,9 @@ def code_of(recipe: Recipe) -> list[str]:
         found.append(f"optimizer.name {recipe.optimizer.name}")
     if _foreign_metric(recipe):
         found.append(f"generative_eval.metric {recipe.generative_eval.metric}")
-    return [*found, *(f"the plug-in {key} {name}" for key, name in plugins_of(recipe))]
+    if plugins := [f"{key} {name}" for key, name in plugins_of(recipe)]:
+        found.append(f"the plug-in {', '.join(plugins)}")
+    return found
 
 
 def _foreign_metric(recipe: Recipe) -> bool:

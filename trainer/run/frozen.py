@@ -93,16 +93,19 @@ def _loaded(run: Storage, text: bytes, overrides: Sequence[str] = (), *, imports
 
 
 def missing_plugins(run: Storage) -> list[Mistake]:
-    """Returns a mistake for each plug-in of the run's recipe that is not installed here, which names its package."""
+    """Returns a mistake for each package whose plug-ins the run's recipe names, and which is not installed here."""
+    named: dict[str, list[str]] = {}
+    for plugin in read_provenance(run).get("plugins", []):
+        if (package := plugin.get("package")) and _version(package.partition(" ")[0]) is None:
+            named.setdefault(package, []).append(f"{plugin.get('key')} {plugin.get('name')}")
     return [
         Mistake(
             run.uri(layout.RECIPE),
-            str(plugin.get("key")),
-            f"{plugin.get('name')} was that of the plug-in {package} when the run was started, which is not installed "
-            f"here: pip install {package.replace(' ', '==')}",
+            "",
+            f"when the run was started, {', '.join(names)} came from {package}, which is not installed here: pip "
+            f"install {package.replace(' ', '==')}",
         )
-        for plugin in read_provenance(run).get("plugins", [])
-        if (package := plugin.get("package")) and _version(package.partition(" ")[0]) is None
+        for package, names in named.items()
     ]
 
 

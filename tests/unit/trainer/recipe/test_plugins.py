@@ -167,8 +167,8 @@ def test_a_stored_recipe_imports_nothing(site: Path, mark: Path) -> None:
     stored = loads(yaml.safe_dump(STORED), stored=True, imports=False)
     assert stored.task == "focal"
     assert not mark.exists()
-    assert code_of(stored) == ["the plug-in task focal", "the plug-in plugins plugged_p"]
-    with pytest.raises(UsageError, match="would run the plug-in task focal and the plug-in plugins plugged_p: check"):
+    assert code_of(stored) == ["the plug-in task focal, plugins plugged_p"]
+    with pytest.raises(UsageError, match="would run the plug-in task focal, plugins plugged_p: check"):
         granted(stored, "s3://runs/a", trust=False)
     with pytest.raises(UsageError, match="a stored run named it: it was not imported"):
         TASKS.load(stored.task)

@@ -263,4 +263,5 @@ def test_a_run_names_the_package_of_a_plug_in_that_is_not_there_any_more(
         with pytest.raises(RecipeError, match=r"pip install muster-plugged==1\.2") as refused:
             resume()
         assert "task 'focal' is not one of" in str(refused.value)
+        assert "when the run was started, task focal came from muster-plugged 1.2, which is not" in str(refused.value)
     assert not mark.exists()
