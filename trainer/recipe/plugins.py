@@ -19,8 +19,8 @@ from trainer.recipe.methods import METHODS
 from trainer.recipe.optimizers import OPTIMIZERS, SCHEDULES
 from trainer.recipe.root import Recipe
 from trainer.recipe.strategies import STRATEGIES
-from trainer.recipe.tasks import TASKS, TaskRow
-from trainer.recipe.trackers import TRACKERS, TrackerRow
+from trainer.recipe.tasks import TASKS
+from trainer.recipe.trackers import TRACKERS
 from trainer.registry import Registry, import_plugin, is_module, key_of, provider
 
 TABLES: dict[tuple[str, ...], Registry[Any]] = {
@@ -80,9 +80,10 @@ def use(data: dict[str, Any], *, imports: bool, known: Collection[str] = ()) -> 
                 table.use(name)
         except UsageError as error:
             mistakes.append((path, error.cause))
-        may_be = ":" in name or name in known or name in table.offered()
+        if name in table:
+            continue
         # After a mistake, the name may be that of a plug-in that was not imported: one sentence is enough.
-        if name not in table and (mistakes or (may_be and not imports)):
+        if mistakes or (not imports and (":" in name or name in known or name in table.offered())):
             table.hold(name)
     return mistakes
 
@@ -127,14 +128,6 @@ def _package_of(module: str) -> str:
     return ", ".join(f"{name} {version(name)}" for name in packages_distributions().get(top, []))
 
 
-def _add_task_section(name: str, row: TaskRow) -> None:
-    _add_section(name, row.section)
-
-
-def _add_tracker_section(name: str, row: TrackerRow) -> None:
-    _add_section(name, row.section, MAY_CHANGE)
-
-
 def _add_section(name: str, section: type[Section] | None, *metadata: object) -> None:
     """Adds a plug-in's settings to the recipe's model, as a section with the key of the row's name."""
     key = key_of(name)
@@ -148,5 +141,5 @@ def _add_section(name: str, section: type[Section] | None, *metadata: object) ->
     Recipe.model_rebuild(force=True)
 
 
-TASKS.on_add = _add_task_section
-TRACKERS.on_add = _add_tracker_section
+TASKS.on_add = lambda name, row: _add_section(name, row.section)
+TRACKERS.on_add = lambda name, row: _add_section(name, row.section, MAY_CHANGE)
