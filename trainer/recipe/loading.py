@@ -153,7 +153,8 @@ def _overridden(
     data: dict[str, Any], overrides: Sequence[str], *, imports: bool, known: Collection[str] = ()
 ) -> tuple[list[LocatedMistake], Applied]:
     """Imports the plug-ins of the recipe with its overrides, whose keys are known only then, and applies the overrides
-    to ``data``. Returns a mistake for each plug-in that cannot be imported. ``imports``, ``known``: see `plugins.use`."""
+    to ``data``. Returns a mistake for each plug-in that cannot be imported. ``imports``, ``known``: see `plugins.use`.
+    """
     apply(resolved := copy.deepcopy(data), overrides)
     missing = [LocatedMistake((path,), said) for path, said in plugins.use(resolved, imports=imports, known=known)]
     return missing, apply(data, overrides)
