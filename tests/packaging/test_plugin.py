@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.packages import ROOT, borrow_libraries, run
+from tests.support.packages import LIBRARIES, ROOT, run
 from trainer.run import layout
 from trainer.run.jsonl import read_rows
 from trainer.storage import open_storage
@@ -49,22 +49,20 @@ CONTRACTS = "format or optimizer or code_of_a_row"
 def test_the_rows_of_a_plug_in_keep_the_contracts_where_muster_is_installed(
     chosen: str, installed: Path, plugin: Path, tmp_path: Path
 ) -> None:
-    borrow_libraries(installed)
     words = ["-m", "pytest", "-q", "-rN", "-p", "no:cacheprovider", "--pyargs", "muster.testing", "-k", chosen]
-    tested = run(installed / "bin" / "python", *words, cwd=tmp_path, PYTHONPATH=str(plugin))
+    tested = run(installed / "bin" / "python", *words, cwd=tmp_path, PYTHONPATH=f"{plugin}:{LIBRARIES}")
     assert tested.returncode == 0, tested.stdout + tested.stderr
     assert "passed" in tested.stdout
 
 
 def test_a_row_that_breaks_its_contract_is_found(installed: Path, plugin: Path, tmp_path: Path) -> None:
-    borrow_libraries(installed)
     broken = shutil.copytree(plugin, tmp_path / "broken") / "muster_example"
     optimizer = (broken / "sign_sgd.py").read_text()
     (broken / "sign_sgd.py").write_text(optimizer.replace("self.state[parameter].setdefault", "{}.setdefault"))
     (broken / "rows.py").write_text("import torch\n" + (broken / "rows.py").read_text())
     words = ["-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", "--pyargs", "muster.testing"]
     words += ["-k", "signsgd and (heavy or saved_state)"]
-    tested = run(installed / "bin" / "python", *words, cwd=tmp_path, PYTHONPATH=str(broken.parent))
+    tested = run(installed / "bin" / "python", *words, cwd=tmp_path, PYTHONPATH=f"{broken.parent}:{LIBRARIES}")
     assert tested.returncode == 1, tested.stderr
     assert "import them in the module of the code, not in that of the row" in tested.stdout
     assert "test_an_optimizer[signsgd-continues_from_its_saved_state_to_the_bit]" in tested.stdout

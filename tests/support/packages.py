@@ -9,6 +9,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("launcher", "cluster", "trainer")
+LIBRARIES = sysconfig.get_path("purelib")
+"""The libraries of this environment, which other ones borrow without its editable installation of muster."""
 
 
 def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -24,8 +26,3 @@ def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.Compl
 
 def site_packages(home: Path) -> Path:
     return next((home / "lib").glob("python*/site-packages"))
-
-
-def borrow_libraries(home: Path) -> None:
-    """Adds this environment's libraries to another one by a path file, without its editable installation of muster."""
-    (site_packages(home) / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
