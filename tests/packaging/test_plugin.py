@@ -55,6 +55,7 @@ def test_the_rows_of_a_plug_in_keep_the_contracts_where_muster_is_installed(
     assert "passed" in tested.stdout
 
 
+@pytest.mark.night
 def test_a_row_that_breaks_its_contract_is_found(installed: Path, plugin: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(plugin, tmp_path / "broken") / "muster_example"
     optimizer = (broken / "sign_sgd.py").read_text()
@@ -99,9 +100,10 @@ def test_it_trains_by_torchrun_on_two_ranks(plugin: Path, words: list[str], tmp_
     assert stored == [{"key": key, "name": name, "package": "muster-example 1.0"} for key, name in NAMES.items()]
 
 
-WORKERS = [1, pytest.param(2, marks=[pytest.mark.ray, pytest.mark.night])]
+WORKERS = [1, pytest.param(2, marks=pytest.mark.ray)]
 
 
+@pytest.mark.night
 @pytest.mark.parametrize("workers", WORKERS)
 def test_it_trains_by_muster_run(workers: int, plugin: Path, words: list[str], tmp_path: Path) -> None:
     """One worker is a process of its own, two are Ray's."""
