@@ -171,8 +171,12 @@ def _with_container(spec: Fields, wanted: Callable[[str], bool]) -> Fields:
 def _patched(template: Fields, patches: list[_Patch]) -> Fields:
     made = template
     for patch in patches:
-        before, made = made, patch.over(made)
-        _check_kept(_needed(before), made, patch)
+        before, made = _needed(made), patch.over(made)
+        for what, now in _needed(made).items():
+            if now != before[what]:
+                raise ClusterError(
+                    f"{patch.where} changes {what}, which muster needs as it is; remove that from the patch"
+                )
         for group in ("containers", "initContainers"):
             for container in made["spec"].get(group, []):
                 if not container.get("image"):
@@ -207,10 +211,3 @@ def _needed(template: Fields) -> dict[str, Any]:
         **{f"the variable {name}": variables.get(name) for name in OWN_VARIABLES},
         f"the arguments of {MAIN}": first.get("args") if "command" in first else None,
     }
-
-
-def _check_kept(needed: dict[str, Any], made: Fields, patch: _Patch) -> None:
-    now = _needed(made)
-    for what, value in needed.items():
-        if now[what] != value:
-            raise ClusterError(f"{patch.where} changes {what}, which muster needs as it is; remove that from the patch")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -94,17 +95,9 @@ class Bench(Callback):
             return self.loop(stop_requested).run(begin, steps)
 
     def loop(self, stop_requested: Callable[[], bool] = lambda: False) -> Loop:
-        return Loop(
-            self.parts,
-            [self],
-            stop_requested,
-            total_steps=self.data.total_steps,
-            eval_batches=self._eval_batches if self.data.eval else None,
-        )
-
-    def _eval_batches(self) -> Iterator[Batch]:
-        assert self.data.eval is not None
-        return eval_batches(self.data.eval, self.recipe.training.micro_batch, 0, 1)
+        micro_batch = self.recipe.training.micro_batch
+        evaluation = partial(eval_batches, self.data.eval, micro_batch, 0, 1) if self.data.eval else None
+        return Loop(self.parts, [self], stop_requested, total_steps=self.data.total_steps, eval_batches=evaluation)
 
     def losses(self) -> list[float]:
         return [row["loss"] for row in self.rows]

@@ -18,7 +18,7 @@ from trainer.errors import InputError
 from trainer.model import fetch_model
 from trainer.model.files.weight_source import WeightSource
 from trainer.model.key_mapping import check_by_shard
-from trainer.model.meta import NeedsFullLoad, meta_model
+from trainer.model.meta import NeedsFullLoad, meta_model, move_buffers
 from trainer.model.placement import Placement
 from trainer.model.sharded_load import RowReader, ShardLoader
 from trainer.recipe.strategies import Mesh
@@ -67,7 +67,7 @@ def _by_shard(subject: Artifact, world: World, settings: dict[str, Any], kept_on
         if any(p.is_meta and p not in of_base for p in model.parameters()):
             raise NeedsFullLoad(f"peft makes the adapter of {subject.method} on a base model with its weights")
         own = take_values(model)
-        _move_buffers(model, world.device)
+        move_buffers(model, world.device)
         weights.attached(model)
         shard(model, settings, settings)
 
@@ -80,11 +80,3 @@ def _by_shard(subject: Artifact, world: World, settings: dict[str, Any], kept_on
 
         weights.fill(allocate(model, kept_on), initial, full)
     return model
-
-
-def _move_buffers(model: torch.nn.Module, device: torch.device) -> None:
-    """Moves the buffers that an adapter has added; they are small, and not on the meta device."""
-    for module in model.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is not None and not buffer.is_meta:
-                module._buffers[name] = buffer.to(device)

@@ -72,11 +72,12 @@ class ShardLoader:
         self._tensors = [tensors[name] for name in names]
         self._places = {
             id(tensors[name]): _WeightLocation(
-                located(self.stored, keys, _full_shape(tensors[name], packings)),
-                packings.get(id(tensors[name])),
+                located(self.stored, keys, torch.Size(packing.quant_state.shape) if packing else tensors[name].shape),
+                packing,
                 state_in(self.stored, keys[0]),
             )
             for name, keys in names.items()
+            for packing in [packings.get(id(tensors[name]))]
         }
         _check_shapes(path, {name: (tensors[name], self._places[id(tensors[name])]) for name in names})
         # A joined tensor is stored by its name in the model, which transformers' rules leave as it is.
@@ -299,11 +300,6 @@ def _packings(base: Any) -> dict[int, Any]:
     """Returns the 4-bit layers and packed experts, by the ``id`` of their packed weight."""
     layers = {id(layer.weight): layer for layer in four_bit_layers(base).values()}
     return layers | {id(weight): packing for weight, packing in packed_experts(base)}
-
-
-def _full_shape(tensor: torch.Tensor, packings: Mapping[int, Any]) -> torch.Size:
-    packing = packings.get(id(tensor))
-    return tensor.shape if packing is None else torch.Size(packing.quant_state.shape)
 
 
 def _set_state(packing: Any, state: Any) -> None:

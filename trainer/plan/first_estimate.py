@@ -89,7 +89,8 @@ def first_estimate(recipe: Recipe, config: Mapping[str, Any], ranks: int) -> Fir
     """Returns None for a model of another form."""
     text = config.get("text_config", config)
     try:
-        layers, embeddings = linears(text), _embeddings(text)
+        layers, tied = linears(text), text.get("tie_word_embeddings", str(text.get("model_type", "")).startswith(TIED))
+        embeddings = int(text["vocab_size"]) * int(text["hidden_size"]) * (1 if tied else 2)
     except (KeyError, TypeError, ZeroDivisionError):
         return None
     linear = sum(layer.elements for layer in layers)
@@ -139,11 +140,6 @@ def linears(text: Mapping[str, Any]) -> list[Linear]:
 def _feed_forward(hidden: int, inner: int, gates: int, count: int) -> list[Linear]:
     gate = [Linear("gate_proj", hidden, inner, count)] * gates
     return [*gate, Linear("up_proj", hidden, inner, count), Linear("down_proj", inner, hidden, count)]
-
-
-def _embeddings(text: Mapping[str, Any]) -> int:
-    tied = text.get("tie_word_embeddings", str(text.get("model_type", "")).startswith(TIED))
-    return int(text["vocab_size"]) * int(text["hidden_size"]) * (1 if tied else 2)
 
 
 def _weight_bytes(recipe: Recipe, linear: int, embeddings: int, ranks: int) -> float:

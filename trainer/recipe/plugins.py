@@ -116,16 +116,13 @@ def providers(recipe: Recipe) -> list[dict[str, str]]:
     if not (found := plugins_of(recipe)):
         return []
     packages = {name: provider(point) for table in TABLES.values() for name, point in table.offered().items()}
-    return [
-        {"key": key, "name": name, "package": packages.get(name) or _package_of(name.partition(":")[0])}
-        for key, name in found
-    ]
+    tops = packages_distributions()
 
+    def package(name: str) -> str:
+        top = name.partition(":")[0].partition(".")[0]
+        return ", ".join(f"{one} {version(one)}" for one in tops.get(top, []))
 
-def _package_of(module: str) -> str:
-    """Returns the name and version of the package that a module is from; empty for one in the working folder."""
-    top = module.partition(".")[0]
-    return ", ".join(f"{name} {version(name)}" for name in packages_distributions().get(top, []))
+    return [{"key": key, "name": name, "package": packages.get(name) or package(name)} for key, name in found]
 
 
 def _add_section(name: str, section: type[Section] | None, *metadata: object) -> None:

@@ -39,7 +39,7 @@ from trainer.model.kernels.attention import settle_attention
 from trainer.model.kernels.context import Context, settle_context
 from trainer.model.kernels.liger import use_liger
 from trainer.model.key_mapping import check_by_shard
-from trainer.model.meta import NeedsFullLoad, meta_model
+from trainer.model.meta import NeedsFullLoad, meta_model, move_buffers
 from trainer.model.peak_rss import HostPeak
 from trainer.model.prequantised import copy_of
 from trainer.model.sharded_load import RowReader, ShardLoader
@@ -294,11 +294,7 @@ class ShardedLoader:
 
     def attach_adapter(self) -> torch.nn.Module:
         model = self._adapter.attach_without_weights(self.base)
-        # Buffers that the adapter has added are small, and not on the meta device.
-        for module in model.modules():
-            for name, buffer in module._buffers.items():
-                if buffer is not None and not buffer.is_meta:
-                    module._buffers[name] = buffer.to(self._world.device)
+        move_buffers(model, self._world.device)
         return model
 
     def setup_strategy(self, model: torch.nn.Module) -> None:
