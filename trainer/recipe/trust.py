@@ -31,6 +31,8 @@ def code_of(recipe: Recipe) -> list[str]:
         found.append(f"optimizer.name {recipe.optimizer.name}")
     if _foreign_metric(recipe):
         found.append(f"generative_eval.metric {recipe.generative_eval.metric}")
+    if recipe.cluster.env:  # some name a library to load, or the server that files and credentials are exchanged with
+        found.append(f"libraries with the variables of cluster.env ({', '.join(recipe.cluster.env)})")
     return found
 
 
@@ -61,6 +63,8 @@ def without_code(recipe: Recipe) -> Recipe:
         changes["optimizer"] = recipe.optimizer.model_copy(update={"name": "adamw", "settings": {}})
     if _foreign_metric(recipe):
         changes["generative_eval"] = recipe.generative_eval.model_copy(update={"metric": "auto"})
+    if recipe.cluster.env:
+        changes["cluster"] = recipe.cluster.model_copy(update={"env": {}})
     return recipe.model_copy(update=changes)
 
 

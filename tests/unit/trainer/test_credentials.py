@@ -256,7 +256,8 @@ SPILL = """
 import logging, os, sys, warnings
 sys.path.insert(0, {root!r})
 import trainer.__main__ as program
-real, secrets = program.train, {names!r}
+import trainer.worker.attempt as attempt
+real, secrets = attempt.train, {names!r}
 def train(job, stop):
     real(job, stop)
     values = [os.environ[name] for name in secrets]
@@ -268,7 +269,7 @@ def train(job, stop):
         logging.getLogger("trainer.x").warning("warned of %s", value)
         warnings.warn(value)
     raise RuntimeError("failed of " + " and ".join(values))
-program.train = train
+attempt.train = train
 sys.exit(program.main([{recipe!r}]))
 """
 

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import AfterValidator, Field
 
 from trainer.recipe.base import Listed, Location, Section
+from trainer.recipe.variables import Variables
 
 
 def _one_line(text: str) -> str:
@@ -112,8 +113,13 @@ class KubernetesSection(Section):
 
 
 class ClusterSection(Section):
-    """The target of a job that is started from another machine: `--on ray`, `--on slurm`, `--on kubernetes`. The result
-    does not depend on these settings."""
+    """The target of a job that is started from another machine: `--on ray`, `--on slurm`, `--on kubernetes`, and the
+    environment of the workers. The result does not depend on these settings."""
+
+    env: Variables = Field(default_factory=dict)
+    """Environment variables of the driver and of the workers, on every kind of cluster and on this machine, e.g.
+    `{NCCL_SOCKET_IFNAME: eth0, HF_HOME: /scratch/hf}`. They replace variables of the same name, and are set before the
+    libraries that read them are imported. Credentials are refused: a recipe is stored and printed."""
 
     ray: RaySection = RaySection()
     slurm: SlurmSection = SlurmSection()
