@@ -48,6 +48,7 @@ def submitting_code_of(recipe: Recipe) -> list[str]:
         "cluster.slurm.options": " ".join(cluster.slurm.options),
         "cluster.kubernetes.image": cluster.kubernetes.image,
         "cluster.ray.address": cluster.ray.address,
+        "cluster.ray.runtime_env": ", ".join(cluster.ray.runtime_env),
     }
     return [f"{name} {value}" for name, value in values.items() if value]
 

@@ -313,6 +313,7 @@ def test_where_transformers_has_the_model_its_code_is_left_alone_aloud(
         ("slurm", {"options": ("--export=MUSTER_ACTIVATE=/tmp/evil",)}),
         ("kubernetes", {"image": "registry.example/evil"}),
         ("ray", {"address": "http://evil.example:8265"}),
+        ("ray", {"runtime_env": {"pip": ["evil"]}}),
     ],
 )
 def test_a_stored_recipe_is_not_submitted_as_it_likes(

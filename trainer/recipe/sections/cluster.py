@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationInfo
 
-from trainer.recipe.base import Listed, Location, Section
-from trainer.recipe.variables import Variables
+from trainer.recipe.base import STORED, Listed, Location, Section
+from trainer.recipe.variables import Variables, credentials
 
 
 def _one_line(text: str) -> str:
@@ -20,11 +21,63 @@ Line = Annotated[str, AfterValidator(_one_line)]
 """A text that is passed to another program as one argument or value, never through a shell."""
 
 
+def _submission_id(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(f"{name!r} cannot name a job of Ray: use letters, digits, '.', '_' and '-'")
+    return name
+
+
+def _runtime_env(value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    """Accepts what Ray takes from a client: files of this machine are read by muster, and only where it says so."""
+    for name in ("pip", "uv", "conda"):
+        packages = value.get(name)
+        path = isinstance(packages, str) and (name != "conda" or packages.endswith((".yml", ".yaml")))
+        if path or (isinstance(packages, dict) and isinstance(packages.get("packages"), str)):
+            raise ValueError(f"{name} names a file; write its packages here, as a list")
+    folder, modules, variables = value.get("working_dir"), value.get("py_modules", []), value.get("env_vars", {})
+    if folder is not None and (not isinstance(folder, str) or "://" in folder or folder.endswith(".zip")):
+        raise ValueError("working_dir is a folder of this machine, whose files are added to muster's own")
+    if "excludes" in value:
+        raise ValueError("excludes has no effect here; name a folder with the code only")
+    if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
+        raise ValueError("py_modules is a list of folders, wheels or URLs")
+    if not isinstance(variables, dict) or not all(isinstance(v, str) for v in variables.values()):
+        raise ValueError("env_vars is a mapping of names to texts; write numbers in quotes")
+    if not (info.context or {}).get(STORED) and (found := list(credentials(variables))):
+        raise ValueError("; ".join(found))
+    return value
+
+
+RuntimeEnv = Annotated[dict[str, Any], AfterValidator(_runtime_env)]
+
+
 class RaySection(Section):
     """A Ray cluster that jobs are submitted to (`--on ray`)."""
 
     address: Location | None = None
     """The dashboard of the cluster's head, e.g. `http://head:8265`; null takes `RAY_API_SERVER_ADDRESS`."""
+
+    runtime_env: RuntimeEnv = Field(default_factory=dict)
+    """Ray's runtime environment of the submitted job, e.g. `{pip: [sentencepiece], env_vars: {…}}`. `working_dir` is a
+    local folder, whose files are added to muster's own. A driver that joins a cluster (`RAY_ADDRESS`) ignores it."""
+
+    submission_id: Annotated[Line, AfterValidator(_submission_id)] | None = None
+    """Name of the job in Ray; null makes one from the run's name. A job of that name that has ended is replaced."""
+
+    metadata: dict[str, Line] = Field(default_factory=dict)
+    """Metadata of the job, which Ray shows. `run` is always the run's URI."""
+
+    entrypoint_num_cpus: float | None = Field(default=None, ge=0)
+    """CPUs that the driver takes of its node; null takes none."""
+
+    entrypoint_num_gpus: float | None = Field(default=None, ge=0)
+    """GPUs that the driver takes; with one, it runs on a node with GPUs."""
+
+    entrypoint_memory: int | None = Field(default=None, ge=0)
+    """Memory that the driver takes, in bytes."""
+
+    entrypoint_resources: dict[str, float] = Field(default_factory=dict)
+    """Custom resources that the driver takes, e.g. `{head_node: 0.01}` to run on a node that has them."""
 
 
 class SlurmSection(Section):
