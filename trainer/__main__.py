@@ -245,6 +245,8 @@ def _import_libraries() -> None:
 
 def _job() -> str | None:
     """Returns the same name as the driver on Ray, so that a requeued Slurm job takes over its own run at once."""
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        return f"slurm:{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     slurm = os.environ.get("SLURM_JOB_ID")
     return f"slurm:{slurm}" if slurm else None
 

@@ -46,6 +46,7 @@ def submitting_code_of(recipe: Recipe) -> list[str]:
     cluster = recipe.cluster
     values = {
         "cluster.slurm.options": " ".join(cluster.slurm.options),
+        "cluster.slurm.container": cluster.slurm.container,
         "cluster.kubernetes.image": cluster.kubernetes.image,
         "cluster.ray.address": cluster.ray.address,
         "cluster.ray.runtime_env": ", ".join(cluster.ray.runtime_env),

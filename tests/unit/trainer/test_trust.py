@@ -311,6 +311,7 @@ def test_where_transformers_has_the_model_its_code_is_left_alone_aloud(
     ("section", "settings"),
     [
         ("slurm", {"options": ("--export=MUSTER_ACTIVATE=/tmp/evil",)}),
+        ("slurm", {"container": "registry.example#evil"}),
         ("kubernetes", {"image": "registry.example/evil"}),
         ("ray", {"address": "http://evil.example:8265"}),
         ("ray", {"runtime_env": {"pip": ["evil"]}}),

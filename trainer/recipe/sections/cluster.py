@@ -110,6 +110,14 @@ class SlurmSection(Section):
     options: Listed[Line] = ()
     """More options for `sbatch`, one per entry, e.g. `--reservation=course`."""
 
+    container: Line | None = None
+    """Image that the job runs in: a file `*.sif` or a folder for Apptainer, anything else (`image.sqsh`,
+    `registry#name:tag`) for enroot through Slurm's plugin pyxis. Null runs in the environment of the submission."""
+
+    container_mounts: Listed[Line] = ()
+    """Folders of the nodes that the container has, as `SOURCE:TARGET`, or `SOURCE:TARGET:ro`. The submission folder is
+    always there."""
+
 
 class KubernetesSection(Section):
     """Settings of the manifest for `--on kubernetes`. The workers are computed from `resources`."""
