@@ -49,6 +49,8 @@ def submitting_code_of(recipe: Recipe) -> list[str]:
         "cluster.slurm.container": cluster.slurm.container,
         "cluster.kubernetes.image": cluster.kubernetes.image,
         "cluster.ray.address": cluster.ray.address,
+        "cluster.skypilot.setup": cluster.skypilot.setup,
+        "cluster.skypilot.options": ", ".join(cluster.skypilot.options),
         "cluster.ray.runtime_env": ", ".join(cluster.ray.runtime_env),
     }
     return [f"{name} {value}" for name, value in values.items() if value]

@@ -14,7 +14,7 @@ import pytest
 
 import cluster.ray
 import launcher.driver.driver
-from cluster import cluster_of
+from cluster import cluster_of, renderer_of
 from cluster.slurm import Slurm
 from launcher.cli.app import main
 from launcher.submit.submit import job_of
@@ -196,7 +196,7 @@ def test_what_is_submitted(kind: str, tmp_path: Path, monkeypatch: pytest.Monkey
         recipe = parse(with_value(recipe.model_dump(mode="json"), "cluster.kubernetes.kind", "jobset"))
     settings = {"address": "http://head:8265"} if kind == "ray" else {}
     job = job_of(recipe, place, arguments=["r.yaml", "seed=1"], **settings)
-    sent: list[str | bytes] = [repr(job), cluster_of(place).render(job)]
+    sent: list[str | bytes] = [repr(job), renderer_of(place).render(job)]
     if kind == "ray":
 
         def call(self: object, method: str, path: str, body: bytes | None = None) -> bytes:

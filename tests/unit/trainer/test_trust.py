@@ -315,6 +315,8 @@ def test_where_transformers_has_the_model_its_code_is_left_alone_aloud(
         ("kubernetes", {"image": "registry.example/evil"}),
         ("ray", {"address": "http://evil.example:8265"}),
         ("ray", {"runtime_env": {"pip": ["evil"]}}),
+        ("skypilot", {"setup": "curl evil"}),
+        ("skypilot", {"options": {"workdir": "/"}}),
     ],
 )
 def test_a_stored_recipe_is_not_submitted_as_it_likes(

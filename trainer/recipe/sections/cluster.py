@@ -173,6 +173,34 @@ class KubernetesSection(Section):
     """Times that the job is started again when it fails; each resumes from the newest checkpoint."""
 
 
+def _task_options(value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    if not (info.context or {}).get(STORED):
+        named = [value[name] for name in ("envs", "secrets") if isinstance(value.get(name), dict)]
+        if found := [text for each in named for text in credentials({k: v for k, v in each.items() if v is not None})]:
+            raise ValueError("; ".join(found))
+    return value
+
+
+class SkyPilotSection(Section):
+    """Settings of the task that `muster render RECIPE --on skypilot` writes. The nodes and workers are computed from
+    `resources`."""
+
+    accelerators: Line | None = None
+    """Kind of the GPUs in SkyPilot's words, e.g. `H100`; their number per node is computed."""
+
+    gpus_per_node: int = Field(default=8, ge=1)
+    """GPUs of a node, which decide how many workers fit on one; without GPUs each worker gets its own node."""
+
+    resources: dict[str, Any] = Field(default_factory=dict)
+    """More of the task's `resources`, e.g. `{infra: aws, use_spot: true}` or `any_of`; replaces what is computed."""
+
+    setup: str | None = None
+    """Commands that install muster on a node; null installs the version of this machine from the package index."""
+
+    options: Annotated[dict[str, Any], AfterValidator(_task_options)] = Field(default_factory=dict)
+    """More fields of the task, e.g. `{file_mounts: {/data: s3://corpus}, secrets: {AWS_ACCESS_KEY_ID: null}}`."""
+
+
 class ClusterSection(Section):
     """The target of a job that is started from another machine: `--on ray`, `--on slurm`, `--on kubernetes`, and the
     environment of the workers. The result does not depend on these settings."""
@@ -185,3 +213,4 @@ class ClusterSection(Section):
     ray: RaySection = RaySection()
     slurm: SlurmSection = SlurmSection()
     kubernetes: KubernetesSection = KubernetesSection()
+    skypilot: SkyPilotSection = SkyPilotSection()
