@@ -9,4 +9,6 @@ from setuptools import find_namespace_packages, setup
 SHIPPED = ["launcher", "launcher.*", "cluster", "cluster.*", "trainer", "trainer.*", "recipes", "deepspeed", "slurm"]
 
 found = find_namespace_packages(include=SHIPPED, exclude=["*__pycache__*"])
-setup(packages=[f"muster.{package}" for package in found])
+# `import muster`, and `pytest --pyargs muster.testing` for authors of plug-ins.
+short = {"launcher.muster": "muster", "launcher.testing": "muster.testing"}
+setup(packages=[short.get(package, f"muster.{package}") for package in found])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import pickle
 import time
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from trainer.errors import InputError
 from trainer.run.failure import Failure, WorkerError, useful_stack
 
 if TYPE_CHECKING:
@@ -41,6 +43,16 @@ def run_rank(job: Job, rank: int, ranks: int) -> None:
         raise
     except Exception as error:
         raise WorkerError.of(error, time.time(), rank, os.uname().nodename, useful_stack(error)) from None
+
+
+def run_packed(job: bytes, rank: int, ranks: int) -> None:
+    """Does this with a pickled job. Raises WorkerError where a plug-in of its recipe is not installed."""
+    try:
+        unpacked = pickle.loads(job)
+    except Exception as error:
+        missing = InputError(f"a plug-in of the recipe cannot be imported on this host: {error}")
+        raise WorkerError.of(missing, time.time(), rank, os.uname().nodename, "") from None
+    run_rank(unpacked, rank, ranks)
 
 
 def _train(job: Job, rank: int, ranks: int) -> None:

@@ -55,11 +55,9 @@ def rewrite_golden(request: pytest.FixtureRequest) -> bool:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with an untrained Llama (hidden 64, 2 layers) and its tokenizer. Treat it as read-only."""
-    from launcher.quickstart.corpus import pretraining_texts
-    from launcher.quickstart.model import LlamaShape, make_model
+    from launcher.testing.models import make_tiny_model
 
-    shape = LlamaShape(hidden=64, layers=2, heads=4, kv_heads=2, intermediate=128, vocabulary=384, positions=512)
-    return make_model(tmp_path_factory.mktemp("tiny-model"), shape, pretraining_texts(seed=3, count=200), seed=3)
+    return make_tiny_model(tmp_path_factory.mktemp("tiny-model"))
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,6 @@
-"""A run as a RayJob (KubeRay, elastic) or as a JobSet (torchrun, fixed size). See docs/clusters/kubernetes.md."""
+"""A run as a RayJob (KubeRay, elastic), a JobSet or a TrainJob (torchrun, fixed size).
+
+See docs/clusters/kubernetes.md."""
 
 from cluster.kubernetes.jobs import Kubernetes
 

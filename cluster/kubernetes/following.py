@@ -7,13 +7,13 @@ from collections.abc import Callable
 from contextlib import ExitStack
 
 from cluster.job import ClusterError, Say
+from cluster.kubernetes.kinds import KINDS
 from cluster.kubernetes.kubectl import Kubectl, ProcessLines
-from cluster.kubernetes.reading import INTERRUPTED, Fields, newest_started, read, waits_for
+from cluster.kubernetes.reading import INTERRUPTED, Fields, newest_started, waits_for
 
 POLL_S = 3.0
 PATIENCE_S = 600.0
 """Time for which the cluster may not answer before `follow` raises an error; the job continues."""
-SUBMITTER = "ray-job-submitter"
 
 
 class Follower:
@@ -23,6 +23,7 @@ class Follower:
         self, kubectl: Kubectl, resource: str, name: str, say: Say, sleep: Callable[[float], None] = time.sleep
     ) -> None:
         self._kubectl, self._resource, self._name, self._say, self._sleep = kubectl, resource, name, say, sleep
+        self._kind = KINDS[resource]
         self._said: dict[str, object] = {}
         self._away_s = 0.0
         self._pod: str | None = None
@@ -45,7 +46,7 @@ class Follower:
                     f"{self._resource} {self._name} no longer exists: it was deleted, or its time to live was over"
                 )
                 return INTERRUPTED
-            reading = read(made)
+            reading = self._kind.reading(made)
             self._once("state", reading.state, f"{self._resource} {self._name}: {reading.state}")
             if reading.exit_code is None:
                 self._watch_pods(made)
@@ -68,7 +69,7 @@ class Follower:
             self._say(text)
 
     def _watch_pods(self, made: Fields) -> None:
-        mine, speaking = self._selectors(made)
+        mine, speaking = self._kind.selectors(self._name, made)
         if self._lines is None and mine:
             reasons = waits_for(self._kubectl.list("pods", mine))
             self._said.setdefault("reasons", [])
@@ -77,21 +78,12 @@ class Follower:
         if self._lines is None:
             self._open(newest_started(self._kubectl.list("pods", speaking)))
 
-    def _selectors(self, made: Fields) -> tuple[str | None, str]:
-        """Returns the selectors of the pods that train, and of the pod whose lines are the run's."""
-        if self._resource == "jobset":
-            mine = f"jobset.sigs.k8s.io/jobset-name={self._name}"
-            return mine, f"{mine},batch.kubernetes.io/job-completion-index=0"
-        ray_cluster = (made.get("status") or {}).get("rayClusterName")
-        return (f"ray.io/cluster={ray_cluster}" if ray_cluster else None), f"job-name={self._name}"
-
     def _open(self, pod: str | None) -> None:
         if pod is None:
             return
         if pod != self._pod:
             self._pod, self._last = pod, ""
-        container = "node" if self._resource == "jobset" else SUBMITTER
-        self._lines = self._streams.enter_context(self._kubectl.logs(pod, container, self._last or None))
+        self._lines = self._streams.enter_context(self._kubectl.logs(pod, self._kind.container, self._last or None))
 
     def _pass_on(self) -> None:
         """Prints new lines for one interval. A stream that broke is opened again in the next one."""
@@ -120,7 +112,7 @@ class Follower:
         """Prints the rest of the ended job's lines; its pod ends the stream."""
         if self._lines is None:
             try:
-                self._open(newest_started(self._kubectl.list("pods", self._selectors({})[1])))
+                self._open(newest_started(self._kubectl.list("pods", self._kind.selectors(self._name, {})[1])))
             except ClusterError:
                 return
         until = time.monotonic() + POLL_S

@@ -1,7 +1,7 @@
-"""The kind of cluster "kubernetes": a RayJob for KubeRay, or a JobSet, through `kubectl`.
+"""The kind of cluster "kubernetes": a RayJob for KubeRay, a JobSet or a TrainJob, through `kubectl`.
 
-A job's id is ``<namespace>/<name>`` or ``<name>`` (the namespace of kubectl's context); a JobSet's has ``jobset:``
-before it.
+A job's id is ``<namespace>/<name>`` or ``<name>`` (the namespace of kubectl's context); for another kind than a RayJob,
+``jobset:`` or ``trainjob:`` stands before it.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass, replace
 
 from cluster.job import ClusterError, ClusterJob, Say
 from cluster.kubernetes.following import Follower
+from cluster.kubernetes.kinds import DEFAULT, KINDS, manifests
 from cluster.kubernetes.kubectl import Kubectl
-from cluster.kubernetes.manifests import RUN_ANNOTATION, manifest, to_yaml
-from cluster.kubernetes.reading import read
+from cluster.kubernetes.manifests import RUN_ANNOTATION, to_yaml
 
 DELETE_S = 300
 """Time for the deletion of an ended job with its pods, before the same run is submitted again."""
@@ -33,23 +33,24 @@ class KubernetesRef:
     def of(job_id: str) -> KubernetesRef:
         resource, _, place = job_id.rpartition(":")
         namespace, _, name = place.rpartition("/")
-        if resource not in ("", "jobset") or not name:
+        if resource not in ("", *KINDS) or not name:
             raise ClusterError(f"{job_id!r} names no job; write NAMESPACE/NAME or jobset:NAMESPACE/NAME")
-        return KubernetesRef(resource or "rayjob", namespace or None, name)
+        return KubernetesRef(resource or DEFAULT, namespace or None, name)
 
     def __str__(self) -> str:
-        kind = "jobset:" if self.resource == "jobset" else ""
+        kind = "" if self.resource == DEFAULT else f"{self.resource}:"
         return f"{kind}{self.namespace}/{self.name}" if self.namespace else f"{kind}{self.name}"
 
     def command(self, verb: str) -> str:
         """Returns the command as a user types it."""
         place = f" --namespace {self.namespace}" if self.namespace else ""
-        return f"kubectl{place} {verb} {self.resource} {self.name}"
+        return f"kubectl{place} {verb} {','.join((self.resource, *KINDS[self.resource].beside))} {self.name}"
 
 
-_NO_REFUSAL = re.compile(r"exceeded quota|support dry[- ]run|for \"--dry-run\"")
+_NO_REFUSAL = re.compile(r"exceeded quota|support dry[- ]run|for \"--dry-run\"|must be created before the TrainJob")
 """Errors of a dry run that do not refuse the job: the ended job still counts in a quota, which it leaves when it is
-deleted, and some admission webhooks and old versions of kubectl know no dry run."""
+deleted, some admission webhooks and old versions of kubectl know no dry run, and the runtime that a TrainJob refers to
+does not exist after its own dry run."""
 
 
 class Kubernetes:
@@ -59,8 +60,8 @@ class Kubernetes:
         self._sleep = sleep
 
     def render(self, job: ClusterJob) -> str:
-        """Returns one YAML document: a RayJob, or a JobSet with ``kind: jobset``. Raises ClusterError."""
-        return to_yaml(manifest(job))
+        """Returns YAML: one document per object of the job, in the order of their creation. Raises ClusterError."""
+        return "---\n".join(map(to_yaml, manifests(job)))
 
     def address(self, job: ClusterJob) -> str | None:
         return None
@@ -69,41 +70,49 @@ class Kubernetes:
         """Submits the manifest, which contains the recipe, so ``recipe_path`` is not used. An ended job of this run is
         deleted first, and the run resumes. If a job has not ended, or belongs to another run, or if the cluster refuses
         the new one, nothing is deleted. Raises ClusterError."""
-        made = manifest(job)
-        namespace = made["metadata"].get("namespace")
-        address = KubernetesRef(made["kind"].lower(), namespace, made["metadata"]["name"])
+        objects = manifests(job)
+        metadata = objects[-1]["metadata"]
+        namespace = metadata.get("namespace")
+        address = KubernetesRef(objects[-1]["kind"].lower(), namespace, metadata["name"])
         kubectl = Kubectl(namespace)
         self._make_room(kubectl, address, job)
-        taken = kubectl.create(to_yaml(made))["metadata"]
+        try:
+            taken = [kubectl.create(to_yaml(made)) for made in objects][-1]["metadata"]
+        except ClusterError:
+            for resource in KINDS[address.resource].beside:
+                kubectl.delete(resource, address.name, wait_s=0)
+            raise
         return str(KubernetesRef(address.resource, taken.get("namespace", namespace), taken["name"]))
 
     def _make_room(self, kubectl: Kubectl, address: KubernetesRef, job: ClusterJob) -> None:
-        existing = kubectl.get(address.resource, address.name)
-        if existing is None:
-            return
-        other = existing["metadata"].get("annotations", {}).get(RUN_ANNOTATION)
-        if other != job.run_uri:
-            raise ClusterError(
-                f"{address} exists and belongs to another run ({other or 'not of muster'}); give this one another name "
-                f"or namespace, or delete that one: {address.command('delete')}"
-            )
-        reading = read(existing)
-        if reading.exit_code is None and reading.state != "Terminating":
-            raise ClusterError(
-                f"{address} has not ended ({reading.state}); look at it with `{address.command('describe')}`, "
-                f"end it with `{address.command('delete')}`"
-            )
-        self._check_accepted(kubectl, job)
-        kubectl.delete(address.resource, address.name, wait_s=DELETE_S)
+        resources = (address.resource, *KINDS[address.resource].beside)
+        found = {resource: made for resource in resources if (made := kubectl.get(resource, address.name))}
+        for resource, made in found.items():
+            other = made["metadata"].get("annotations", {}).get(RUN_ANNOTATION)
+            if other != job.run_uri:
+                raise ClusterError(
+                    f"{resource} {address.name} exists and belongs to another run ({other or 'not of muster'}); give "
+                    f"this one another name or namespace, or delete that one: {address.command('delete')}"
+                )
+        if existing := found.get(address.resource):
+            reading = KINDS[address.resource].reading(existing)
+            if reading.exit_code is None and reading.state != "Terminating":
+                raise ClusterError(
+                    f"{address} has not ended ({reading.state}); look at it with `{address.command('describe')}`, "
+                    f"end it with `{address.command('delete')}`"
+                )
+            self._check_accepted(kubectl, job)
+        for resource in found:
+            kubectl.delete(resource, address.name, wait_s=DELETE_S)
 
     def _check_accepted(self, kubectl: Kubectl, job: ClusterJob) -> None:
         """Raises ClusterError if the cluster would refuse the job, by a dry run under a name that is not in use."""
-        text = self.render(replace(job, name=f"{job.name} (dry run)"))  # not a Kubernetes name, so it gets a hash
-        try:
-            kubectl.create(text, dry_run=True)
-        except ClusterError as error:
-            if not _NO_REFUSAL.search(str(error)):
-                raise
+        for made in manifests(replace(job, name=f"{job.name} (dry run)")):  # not a Kubernetes name, so it gets a hash
+            try:
+                kubectl.create(to_yaml(made), dry_run=True)
+            except ClusterError as error:
+                if not _NO_REFUSAL.search(str(error)):
+                    raise
 
     def follow(self, job_id: str, say: Say) -> int:
         """Prints each change of state, why pods wait, and the driver's lines. Returns the driver's exit code (0, 1, 2,
@@ -114,7 +123,7 @@ class Kubernetes:
     def state(self, job_id: str) -> str | None:
         address = KubernetesRef.of(job_id)
         made = Kubectl(address.namespace).get(address.resource, address.name)
-        return read(made).state if made else None
+        return KINDS[address.resource].reading(made).state if made else None
 
     def cancel(self, job_id: str, run_uri: str) -> None:
         """Deletes the job and does not wait: its pods have their grace period to commit a checkpoint."""
@@ -122,4 +131,5 @@ class Kubernetes:
         kubectl = Kubectl(address.namespace)
         made = kubectl.get(address.resource, address.name)
         if made is not None and made["metadata"].get("annotations", {}).get(RUN_ANNOTATION) == run_uri:
-            kubectl.delete(address.resource, address.name, wait_s=0)
+            for resource in (address.resource, *KINDS[address.resource].beside):
+                kubectl.delete(resource, address.name, wait_s=0)

@@ -133,9 +133,12 @@ def _helped(said: str) -> str:
         or "doesn't have a resource type" in said
         or "could not find the requested" in said
     ):
-        return f"{said} (the cluster has no KubeRay, or no JobSet: see docs/clusters/kubernetes.md)"
-    if "unknown field" in said:
+        return f"{said} (the cluster lacks the operator of cluster.kubernetes.kind: see docs/clusters/kubernetes.md)"
+    if "unknown field" in said and "authOptions" in said:
         return (
-            f"{said} (the cluster's KubeRay is older than 1.5: update it, or set cluster.kubernetes.ray_auth: disabled)"
+            f"{said} (the cluster's KubeRay is older than 1.5.1: update it, or set "
+            "cluster.kubernetes.ray_auth: disabled)"
         )
+    if "unknown field" in said:
+        return f"{said} (it is misspelt in cluster.kubernetes.pod, head_pod or metadata, or newer than the cluster)"
     return said

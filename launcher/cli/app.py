@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated
 
 import typer
@@ -30,8 +30,9 @@ from launcher.cli import (
     submit,
 )
 from launcher.cli import validate as validation
-from launcher.cli.exit_codes import carried_out
+from launcher.cli.exit_codes import carried_out, print_error
 from launcher.cli.help import Command, Group
+from trainer.errors import MusterError
 from trainer.fast_imports import mute_libraries
 from trainer.terminal import LOG_FORMAT, shown
 
@@ -111,8 +112,9 @@ class ToStderr(logging.Handler):
         print(shown(self.format(record)), file=sys.stderr)
 
 
-def main() -> None:
-    """Ends the process with the designed exit codes: 0 done, 1 failed, 2 usage, 3 interrupted and resumable."""
+def main(words: Sequence[str] | None = None, report: Callable[[MusterError], None] = print_error) -> None:
+    """Ends the process with the designed exit codes: 0 done, 1 failed, 2 usage, 3 interrupted and resumable. ``words``:
+    by default those of the command line. ``report``: is given the command's failure."""
     logging.basicConfig(level=logging.WARNING, format=LOG_FORMAT, handlers=[ToStderr()])
     mute_libraries()
-    sys.exit(carried_out(lambda: app(prog_name="muster")))
+    sys.exit(carried_out(lambda: app(words, prog_name="muster"), report))

@@ -19,13 +19,18 @@ KEYBOARD = 130
 """The exit code that typer makes of a KeyboardInterrupt."""
 
 
-def carried_out(command: Callable[[], int | None]) -> int:
-    """Calls a command, reports its failure, and returns its exit code; the process must end afterwards. After a signal,
-    any error counts as its consequence: other processes may have received the signal too."""
+def print_error(error: MusterError) -> None:
+    kind = "interrupted" if isinstance(error, Interrupted) else "error"
+    print(shown(f"muster: {kind}: {error_text(error)}"), file=sys.stderr)
+
+
+def carried_out(command: Callable[[], int | None], report: Callable[[MusterError], None] = print_error) -> int:
+    """Calls a command, gives its failure to ``report``, and returns its exit code; the process must end afterwards.
+    After a signal, any error counts as its consequence: other processes may have received the signal too."""
     current.command("the same command does it again")
     try:
         with own_streams():
-            code = _code_of(command)
+            code = _code_of(command, report)
             if code:
                 sys.exit(code)  # a failed command keeps its exit code if nobody reads its output
     except SystemExit as ended:
@@ -34,14 +39,14 @@ def carried_out(command: Callable[[], int | None]) -> int:
     return code
 
 
-def _code_of(command: Callable[[], int | None]) -> int:
+def _code_of(command: Callable[[], int | None], report: Callable[[MusterError], None]) -> int:
     try:
         return command() or 0
     except MusterError as error:
-        interrupted = isinstance(error, Interrupted)
         if current.heard:
+            interrupted = isinstance(error, Interrupted)
             current.leave(error_text(error) if interrupted else f"{current.sentence()} ({error.cause})")
-        print(shown(f"muster: {'interrupted' if interrupted else 'error'}: {error_text(error)}"), file=sys.stderr)
+        report(error)
         return exit_code(error)
     except SystemExit as ended:
         if current.heard and ended.code:

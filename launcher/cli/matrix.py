@@ -12,7 +12,9 @@ from rich.table import Table
 from rich.text import Text
 
 from launcher.cli import completion
+from launcher.cli.options import PluginsOption
 from launcher.terminal.console import stdout
+from trainer.recipe.plugins import use_installed
 from trainer.recipe.rules.matrix import SIGNS, alike, axes, cells, refusal, refusals, sides_of, signs, values_of
 from trainer.recipe.rules.refusal import Refusal
 from trainer.recipe.tasks import TASKS
@@ -25,10 +27,14 @@ def matrix(
         str | None, typer.Option(autocompletion=completion.one_of(*TASKS.names()), help="only this task")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="all cells as a JSON list on stdout")] = False,
+    plugins: PluginsOption = False,
 ) -> None:
     """Show which method, quantisation, strategy and task work together."""
+    if plugins:
+        use_installed()
     tasks = TASKS.names()
     if task is not None:
+        TASKS.use(task)
         TASKS[task]  # raises UsageError for an unknown name
         tasks = (task,)
     if as_json:

@@ -22,6 +22,9 @@ RunUri = Annotated[
     typer.Argument(metavar="RUN_URI", help="the run's URI, as muster ls prints it", autocompletion=completion.runs),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="one JSON object on stdout")]
+PluginsOption = Annotated[
+    bool, typer.Option("--plugins", help="with what installed plug-ins offer, whose rows are imported")
+]
 TrustOption = Annotated[
     bool, typer.Option(FLAG, help="run the Python code that comes with the model, or that a stored recipe names")
 ]

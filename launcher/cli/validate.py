@@ -11,6 +11,7 @@ import typer
 from rich.text import Text
 
 from launcher.cli.exit_codes import error_text
+from launcher.cli.options import PluginsOption
 from launcher.terminal.console import stderr
 from trainer.errors import UsageError
 
@@ -27,7 +28,9 @@ def validate(
 ) -> None:
     """Report every mistake of each RECIPE, with its line. Nothing is created, and nothing is contacted without
     --inputs."""
+    from cluster import KINDS, renderer_of
     from launcher.replica_warnings import replica_warnings
+    from launcher.submit.submit import cluster_errors, job_of
     from trainer.recipe import load
     from trainer.recipe.loading import shipped
 
@@ -40,6 +43,9 @@ def validate(
     for path in paths:
         try:
             loaded = load(path, overrides)
+            for kind in (name for name in loaded.cluster.given() if name in KINDS):
+                with cluster_errors():
+                    renderer_of(kind).render(job_of(loaded, kind, arguments=(path,)))
             if inputs:
                 from launcher.driver.driver import check_inputs
                 from launcher.monitor.progress import Progress
@@ -55,8 +61,12 @@ def validate(
         raise typer.Exit(2)
 
 
-def schema() -> None:
+def schema(plugins: PluginsOption = False) -> None:
     """Print the recipe's JSON Schema, for editors."""
     from trainer.recipe import schema as recipe_schema
+    from trainer.recipe.plugins import use_installed
+
+    if plugins:
+        use_installed()
 
     print(json.dumps(recipe_schema(), indent=2))

@@ -58,6 +58,12 @@ class PlanReport:
         self.recipe, self.plan, self.suggestions = recipe, plan, suggestions
         self.outlook, self.price, self.network = outlook, price, network
 
+    def __str__(self) -> str:
+        """Returns the table that `muster plan` prints."""
+        from launcher.plan.table import report
+
+        return "\n".join(report(self))
+
     @property
     def step_s(self) -> float | None:
         """Seconds of a step."""

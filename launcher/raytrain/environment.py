@@ -11,6 +11,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from trainer.registry import IMPORTED, look_in_working_folder
+
 PREFIXES = ("AWS_", "FSSPEC_", "S3FS_", "GOOGLE_", "GCS_", "AZURE_", "HF_", "HUGGING_FACE_", "MUSTER_")
 NAMES = ("HTTP_PROXY", "HTTPS_PROXY", "NO_PROXY", "http_proxy", "https_proxy", "no_proxy", "REQUESTS_CA_BUNDLE")
 
@@ -34,3 +36,5 @@ class Environment:
         os.environ.update(self.variables)
         if Path(self.folder).is_dir():
             os.chdir(self.folder)
+        if IMPORTED in os.environ:  # pickles may hold classes of plug-ins
+            look_in_working_folder()

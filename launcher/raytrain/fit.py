@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pickle
 import socket
 import tempfile
 from collections.abc import Mapping
@@ -16,7 +17,7 @@ from ray.train.v2.api.config import FailureConfig, RunConfig, ScalingConfig
 from ray.train.v2.api.data_parallel_trainer import DataParallelTrainer
 from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-from launcher.attempt import AttemptFailed, ResizeRequested, run_rank
+from launcher.attempt import AttemptFailed, ResizeRequested, run_packed
 from launcher.raytrain.environment import Environment
 from launcher.raytrain.failures import first_cause, first_line, last_error, unwrapped
 from trainer.errors import InputError
@@ -26,15 +27,16 @@ from trainer.worker.job import Job
 
 
 class Worker:
-    """The function that Ray Train calls on each worker. It is pickled, with the environment inside."""
+    """The function that Ray Train calls on each worker. It is pickled, with the environment inside. The job is read in
+    that environment: its recipe may hold classes of plug-ins."""
 
     def __init__(self, job: Job, environment: Environment) -> None:
-        self._job, self._environment = job, environment
+        self._job, self._environment = pickle.dumps(job), environment
 
     def __call__(self) -> None:
         self._environment.apply()
         context = get_context()
-        run_rank(self._job, context.get_world_rank(), context.get_world_size())
+        run_packed(self._job, context.get_world_rank(), context.get_world_size())
 
 
 def fit(job: Job, workers: int, environment: Environment, variables: Mapping[str, str]) -> None:

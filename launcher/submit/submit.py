@@ -51,7 +51,7 @@ def submit(job: ClusterJob, kind: str, recipe: Recipe, say: Say) -> Submission:
         cluster = cluster_of(kind)
     check_places(recipe, kind)
     check_address(job, kind)
-    for text in replica_warnings(recipe, kind):
+    for text in (*replica_warnings(recipe, kind), *plugin_warnings(recipe, kind)):
         say(f"warning: {text}")
     storage = open_storage(recipe.storage, deadline_s=FIRST_LOOK_S)
     run = storage.child(recipe.name)
@@ -136,6 +136,18 @@ def check_places(recipe: Recipe, kind: str) -> None:
             f"{', '.join(relative)}: a relative path is another place on the machines of --on {kind}; give a URL, or "
             "the absolute path of a folder that all of them share"
         )
+
+
+def plugin_warnings(recipe: Recipe, kind: str) -> Iterator[str]:
+    """Yields a sentence for each plug-in that is in this machine's working folder, if the cluster does not share it."""
+    from trainer.recipe.plugins import providers
+
+    for plugin in providers(recipe) if not KINDS[kind].shares_folder else ():
+        if not plugin["package"]:
+            yield (
+                f"{plugin['key']} {plugin['name']} is in this folder and in no installed package: the machines of "
+                f"--on {kind} need a package of it, or the file on their PYTHONPATH"
+            )
 
 
 def check_address(job: ClusterJob, kind: str) -> None:

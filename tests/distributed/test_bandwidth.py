@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from launcher.cli.plan import bandwidths
 from launcher.doctor.collectives import Call, Calls, groups_of, measure_groups, network_option
 from launcher.doctor.diagnosis import diagnose
 from launcher.doctor.observations import GroupBandwidth
 from launcher.doctor.probes import measure_bandwidth, open_store
 from launcher.doctor.report import tables, to_json
+from launcher.plan.units import bandwidths
 from tests.unit.launcher.doctor.test_diagnosis import cluster
 from trainer.recipe.strategies import Mesh
 

@@ -115,6 +115,7 @@ def test_a_terminated_rank_commits_and_says_that_it_can_go_on(
     assert adapter_bytes(recipe) == adapter_bytes(undisturbed)
 
 
+@pytest.mark.night
 def test_a_stopped_driver_is_overtaken_and_fenced_when_it_wakes(
     undisturbed: Recipe, tiny_model: Path, folder: Path
 ) -> None:

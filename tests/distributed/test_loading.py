@@ -13,6 +13,7 @@ import torch
 
 from tests.support.experts import experts_model
 from tests.support.models import packed
+from tests.support.nights import few_by_day
 from tests.support.quantised import in_fp8, in_mxfp4
 from tests.support.ranks import run_ranks
 from tests.support.s3 import S3
@@ -220,6 +221,7 @@ def test_files_of_all_kinds(make: Make, tmp_path: Path) -> None:
         assert max(row["bytes_read"] for row in got.load) < max(row["bytes_read"] for row in want.load)
 
 
+@pytest.mark.night
 @pytest.mark.timeout(300)
 def test_a_base_in_fp8_or_mxfp4_is_dequantised_by_shard(make: Make, base: Path, tmp_path: Path) -> None:
     from transformers import GptOssConfig, GptOssForCausalLM
@@ -251,6 +253,7 @@ def test_a_base_in_fp8_or_mxfp4_is_dequantised_by_shard(make: Make, base: Path, 
         assert next(rows) < 0.8 * next(rows)
 
 
+@pytest.mark.night
 @pytest.mark.timeout(300)
 def test_a_head_is_drawn_or_read_alike(base: Path, tmp_path: Path) -> None:
     """On a decoder without one, on an encoder whose head has another size, and on a whole reward model."""
@@ -318,7 +321,7 @@ def test_a_quantised_copy_gives_the_same_for_fewer_bytes(make: Make, tmp_path: P
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
+@pytest.mark.parametrize("quantization", few_by_day(["nf4", "none"], 1))
 def test_no_rank_holds_more_than_its_part(make: Make, tmp_path: Path, quantization: str) -> None:
     big = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 6}
     folder = make_model(tmp_path / "big", dtype=torch.float32, **big)

@@ -195,6 +195,7 @@ def test_a_model_whose_texts_cannot_be_divided_is_refused(
         train_in_processes([recipe], ranks)
 
 
+@pytest.mark.night
 def test_a_run_moves_between_shapes(tiny_model: Path, tmp_path: Path) -> None:
     """With its optimizer state: forgetting the moments would show in the first step after a move."""
     write_pairs(tmp_path / "data" / "a.jsonl", 90)

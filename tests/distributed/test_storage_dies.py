@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.backing import watch
+from tests.support.nights import few_by_day
 from tests.support.training import adapter_bytes, ledger, prepare, run_of, small_recipe, train_here, write_pairs
 from trainer.checkpoint.publish import finished
 from trainer.errors import MusterError
@@ -14,7 +15,7 @@ from trainer.recipe import Recipe
 from trainer.storage import open_storage
 from trainer.storage.backend import Transient
 
-MOST_PUTS = 200
+MOST_PUTS, EVERY = 200, 3
 CHANGES = {
     "training": {"steps": 3, "global_batch": 2, "micro_batch": 2},
     "checkpoint": {"every_steps": 1, "keep_last": 1},
@@ -42,13 +43,14 @@ def begun(name: str, model: Path, folder: Path) -> Recipe:
     return recipe
 
 
+@pytest.mark.parametrize("first", few_by_day(range(EVERY), 1))
 def test_going_on_after_any_number_of_puts_ends_the_same(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    first: int, tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     write_pairs(tmp_path / "data" / "a.jsonl", 12)
     healthy = begun("healthy", tiny_model, tmp_path)
     train_here(healthy)
-    for puts in range(MOST_PUTS):
+    for puts in range(first, MOST_PUTS, EVERY):
         recipe = begun(f"dies-after-{puts}", tiny_model, tmp_path)
         with monkeypatch.context() as patched:
             watch(patched, Path(recipe.storage), deadline_s=0.05).before = Dies(puts)
@@ -64,4 +66,4 @@ def test_going_on_after_any_number_of_puts_ends_the_same(
             assert train_here(recipe, takeover=True) == "succeeded", f"after {puts} puts"
         assert adapter_bytes(recipe) == adapter_bytes(healthy), f"after {puts} puts"
         assert ledger(recipe) == ledger(healthy), f"after {puts} puts"
-    assert 20 < puts < MOST_PUTS - 1
+    assert 20 < puts < MOST_PUTS - EVERY

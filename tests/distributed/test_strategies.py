@@ -62,8 +62,8 @@ BY_DAY = [
     *(("lora", place, 2) for place in PLACES),
     ("full", "fsdp", 2),
     ("qdora", "fsdp", 3),
-    *((model, "zero3", 3) for model in ("qdora", "full")),
-    *(("lora-int8", "ddp", 2), ("float16", "fsdp", 2), ("full-bfloat16", "zero3", 2)),
+    ("qdora", "zero3", 3),
+    ("full-bfloat16", "zero3", 2),
 ]
 CELLS = [pytest.param(*cell, marks=[] if cell in BY_DAY else [pytest.mark.night]) for cell in EVERY]
 

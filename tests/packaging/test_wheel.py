@@ -2,60 +2,10 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
-import sysconfig
-import venv
 import zipfile
 from pathlib import Path
 
-import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("launcher", "cluster", "trainer")
-
-
-def run(*command: str | Path, cwd: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(c) for c in command], cwd=cwd, capture_output=True, text=True, timeout=120)
-
-
-@pytest.fixture(scope="session")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what the wheel is built from: a build leaves build/ and *.egg-info beside its sources."""
-    source = tmp_path_factory.mktemp("source")
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, source)
-    for name in (*PACKAGES, "recipes", "deepspeed", "slurm"):
-        shutil.copytree(ROOT / name, source / name)
-    return source
-
-
-@pytest.fixture(scope="session")
-def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("wheel")
-    built = run(
-        sys.executable, "-m", "pip", "wheel", "-q", ".", "--no-deps", "--no-build-isolation", "-w", out, cwd=source
-    )
-    assert built.returncode == 0, built.stderr
-    return next(out.glob("muster_train-*.whl"))
-
-
-@pytest.fixture(scope="session")
-def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A new environment with the wheel in it; it borrows the dependencies of this one."""
-    home = tmp_path_factory.mktemp("elsewhere") / "venv"
-    venv.create(home, with_pip=False, symlinks=True)
-    python = home / "bin" / "python"
-    result = run(
-        sys.executable, "-m", "pip", "--python", python, "install", "-q", "--no-deps", "--no-index", wheel, cwd=home
-    )
-    assert result.returncode == 0, result.stderr
-    return home
-
-
-def site_packages(home: Path) -> Path:
-    return next((home / "lib").glob("python*/site-packages"))
+from tests.support.packages import PACKAGES, ROOT, borrow_libraries, run, site_packages
 
 
 def shipped(source: Path) -> set[str]:
@@ -66,7 +16,11 @@ def shipped(source: Path) -> set[str]:
     data |= {p for p in (source / "cluster" / "kubernetes").iterdir() if p.suffix == ".yaml" or p.name == "Dockerfile"}
     data |= {p for p in (source / "launcher" / "report").iterdir() if p.suffix in (".css", ".js")}
     data |= {*(source / "trainer" / "chat_templates").glob("*.jinja")}
-    return {f"muster/{p.relative_to(source).as_posix()}" for p in code | data}
+    names = {p.relative_to(source).as_posix() for p in code | data}
+    short = {"launcher/testing/": "testing/", "launcher/muster/": ""}
+    for folder, place in short.items():
+        names = {place + name.removeprefix(folder) if name.startswith(folder) else name for name in names}
+    return {f"muster/{name}" for name in names}
 
 
 def test_the_wheel_carries_every_module_and_recipe_and_nothing_else(source: Path, wheel: Path) -> None:
@@ -84,8 +38,7 @@ def test_site_packages_gains_only_muster(installed: Path) -> None:
 
 def test_the_wheel_knows_its_version_and_every_shipped_recipe_is_valid(installed: Path, wheel: Path) -> None:
     site = site_packages(installed)
-    # A path file adds this environment's libraries without running its editable install of muster.
-    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    borrow_libraries(installed)
     inside = run(
         installed / "bin" / "python", "-c", "from trainer.run.frozen import code_version as v; print(v())",
         cwd=site / "muster",
@@ -98,6 +51,9 @@ def test_the_wheel_knows_its_version_and_every_shipped_recipe_is_valid(installed
     assert named.returncode == 0, named.stderr
     written = run(installed / "bin" / "muster", "init", "qwen3-0.6b-chat", cwd=Path("/"))
     assert written.stdout.startswith("# muster run my.yaml"), written.stderr
+    python = "import muster; print(muster.Recipe.load('qwen3-0.6b-chat').name)"
+    loaded = run(installed / "bin" / "python", "-c", python, cwd=Path("/"))
+    assert loaded.stdout == "qwen3-0.6b-chat\n", loaded.stderr
     where = run(installed / "bin" / "python", "-c", "import muster.launcher as m; print(m.__path__)", cwd=Path("/"))
     assert str(site) in where.stdout
     for recipe in (ROOT / "recipes").glob("*.yaml"):

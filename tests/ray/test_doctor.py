@@ -81,6 +81,7 @@ def test_a_storage_that_cannot_be_written_and_workers_that_do_not_fit(
     assert "has room for 4" in said
 
 
+@pytest.mark.night
 def test_a_ray_of_this_machine_is_started_where_no_cluster_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RAY_ADDRESS", "RAY_AUTH_MODE"):
         monkeypatch.delenv(name, raising=False)

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
+from launcher.testing.data import LABELS, write_preferences, write_rated, write_texts
 from tests.support.training import PHRASES, small_recipe, write_pairs
 from trainer.recipe import Recipe
 from trainer.recipe.tasks import TASKS
 
-LABELS = ("bread", "ferry", "hills", "lighthouse")
-"""Of `write_texts`, in the order of their numbers."""
-
+__all__ = [
+    "FORMATS",
+    "LABELS",
+    "SETTINGS",
+    "WRITERS",
+    "make_encoder",
+    "make_teacher",
+    "share_of_vowels",
+    "task_recipe",
+    "write_preferences",
+    "write_rated",
+    "write_task_data",
+    "write_texts",
+]
 FORMATS = {
     "sft": "completion",
     "classification": "classification",
@@ -47,45 +58,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "distill": {"distill.loss": "jsd", "distill.beta": 0.3, "distill.temperature": 1.5, "distill.ce_coef": 0.2},
 }
 """What a recipe of each task needs beside its data; settings of its own away from their defaults."""
-
-
-def write_texts(path: Path, rows: int) -> None:
-    """Texts and pairs of texts of differing lengths; the last word of the first decides the label."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [
-        {"text": f"{i}: {PHRASES[i % 4]}", "text_pair": "and so on " * (i % 3) or None, "label": LABELS[i % 4]}
-        for i in range(rows)
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def write_preferences(path: Path, rows: int) -> None:
-    """Prompts with two answers of differing lengths: what is chosen knows the phrase. Some have a margin."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [
-        {
-            "prompt": f"Q{i}: {PHRASES[i % 4].split()[1]}? ",
-            "chosen": " ".join(PHRASES[i % 4 : i % 4 + 1 + i % 2]),
-            "rejected": f"no idea {i} " * (1 + i % 3),
-            **({"margin": 0.5} if i % 3 == 0 else {}),
-        }
-        for i in range(rows)
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def write_rated(path: Path, rows: int) -> None:
-    """Prompts with one answer each: good ones know the phrase."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = [
-        {
-            "prompt": f"Q{i}: {PHRASES[i % 4].split()[1]}? ",
-            "completion": PHRASES[i % 4] if i % 2 else f"no idea {i} " * (1 + i % 3),
-            "label": bool(i % 2),
-        }
-        for i in range(rows)
-    ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 WRITERS = {

@@ -69,8 +69,8 @@ class ArtifactInfo(NamedTuple):
             if stored["task"] not in TASKS:
                 return None
             format, template = stored.get("format"), stored.get("template")
-            if format is not None and format not in FORMATS:
-                return None
+            if format not in FORMATS:  # that of a plug-in, whose prompts are plain texts
+                format = None
             template = template and checked_template(template)
             further = [stored.get("base"), stored.get("best"), stored.get("begins_from")]
             return cls(stored["task"], stored["method"], model, format, template, *further)

@@ -31,6 +31,7 @@ _LATER: dict[str, Any] = {
     "nulls": "empty",
     "eval_fraction": 0.0,
     "part": "train",
+    "code": "",
 }
 _LATER_SPEC: dict[str, Any] = {
     "labels": (),
@@ -59,7 +60,7 @@ class FrozenSource:
     ``header`` names the columns of CSV and TSV files without a header line. ``sample_by`` is the unit of a text file
     that makes a sample. ``labels`` are the names of a classification source's labels. ``style``, ``train_on``,
     ``limit``, ``nulls``: as the recipe's source has them. ``eval_fraction``, ``part``: the share of rows that is held
-    out, and which part of the rows this is.
+    out, and which part of the rows this is. ``code``: of a plug-in's format, the hash of its file.
     """
 
     path: str
@@ -76,6 +77,7 @@ class FrozenSource:
     nulls: str = "empty"
     eval_fraction: float = 0.0
     part: str = "train"
+    code: str = ""
 
     @property
     def is_hub(self) -> bool:

@@ -48,7 +48,7 @@ class _Advisor:
     def changed(self, change: Change) -> tuple[Recipe, int] | None:
         """Returns the recipe and its number of ranks, None when the change is not valid."""
         try:
-            recipe = loads(self.text, overrides=change)
+            recipe = loads(self.text, overrides=change, imports=False)
         except RecipeError:
             return None
         ranks = recipe.resources.min_workers if any(c.startswith("resources.workers=") for c in change) else self.ranks

@@ -164,7 +164,10 @@ def event_text(event: Event, before: Sequence[str] | None = None) -> str | None:
             begins = f"continues after step {event.step}" if event.step else _begins(event)
             strategy = str(event.strategy.get("kind") or "")
             told = [f"{_changed(before, event.hosts)}workers {placed(event.hosts)}", strategy, _replicas(event), begins]
-            told.append(_covered(event))
+            adapted, quantised = event.adapted_share, event.quantised_share
+            if adapted and adapted != 1:  # neither of full fine-tuning nor unknown
+                told.append(f"{adapted:.0%} of the weights adapted")
+                told.append(f"{quantised:.0%} quantised" if quantised else "")
             return f"attempt {event.attempt}: {', '.join(filter(None, told))}"
         case ChangeEvent():
             return f"changed since the attempt before: {changes_text(event)}"
@@ -213,14 +216,6 @@ def _replicas(event: StartEvent) -> str:
     if len(sizes) != 3 or math.prod(sizes) != len(event.hosts):
         return ""  # a row that muster did not write
     return placement_text(Mesh(*sizes), event.hosts)
-
-
-def _covered(event: StartEvent) -> str:
-    """Returns what an adapter and a quantisation cover; empty for full fine-tuning and unknown shares."""
-    adapted, quantised = event.adapted_share, event.quantised_share
-    if not adapted or adapted == 1:
-        return ""
-    return f"{adapted:.0%} of the weights adapted" + (f", {quantised:.0%} quantised" if quantised else "")
 
 
 def watched_text(event: Event, before: Sequence[str] | None = None) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, NamedTuple, TypeVar
 
@@ -22,7 +22,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from trainer.errors import UsageError
 from trainer.redact import credential_in, redact
-from trainer.registry import Registry
+from trainer.registry import CODE, Registry
 
 STORED = "stored"
 """A key of the validation's context: the recipe is read from a run, which an earlier version may have frozen."""
@@ -64,6 +64,9 @@ class Section(BaseModel):
     shorthand: ClassVar[str | None] = None
     """The field that a text in place of the section gives."""
 
+    others: ClassVar[str | None] = None
+    """A clause for the message about an unknown key: where everything that the section has no key for is set."""
+
     @field_validator("*")
     @classmethod
     def _without_credentials(cls, value: Any, info: ValidationInfo) -> Any:
@@ -103,6 +106,8 @@ class OneOf:
 
     def __get_pydantic_json_schema__(self, schema: CoreSchema, handler: GetJsonSchemaHandler) -> dict[str, Any]:
         names = (*self.registry.names(), *self.registry.also)
+        if self.registry.group:
+            return names_or_code(names)
         return handler(schema) | ({"enum": list(names)} if names else {})
 
     def _check(self, name: str) -> str:
@@ -112,6 +117,11 @@ class OneOf:
         except UsageError as error:
             raise ValueError(str(error)) from None
         return name
+
+
+def names_or_code(names: Iterable[str]) -> dict[str, Any]:
+    """Returns the JSON Schema of a name, or of ``module:Attribute``."""
+    return {"anyOf": [{"enum": list(names)}, {"type": "string", "pattern": f"^{CODE.pattern}$"}]}
 
 
 def takes(right: str) -> WrapValidator:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from trainer.recipe.tasks import TASKS
 from trainer.registry import Choice, Registry
@@ -17,7 +19,8 @@ class FormatRow(Choice):
     ``optional``: columns that rows may lack. ``chats``: its rows may be conversations. ``templated``: a `template` may
     render the prompt or the text. ``unpacked``: why its samples cannot share a pack, if they cannot. ``as_chat``:
     columns that it reads besides when the chat template frames it (`as: chat`); () if that cannot be. ``frame``: how a
-    prompt is framed when the model is used (`trainer.artifacts.chat.FRAMES`); None: as plain text."""
+    prompt is framed when the model is used (`trainer.artifacts.chat.FRAMES`); None: as plain text. ``examples``: rows
+    that it takes, for its contract test."""
 
     columns: tuple[str, ...]
     gives: str
@@ -27,6 +30,7 @@ class FormatRow(Choice):
     unpacked: str | None = None
     as_chat: tuple[str, ...] = ()
     frame: str | None = None
+    examples: tuple[Mapping[str, Any], ...] = ()
 
     @property
     def asks(self) -> bool:
@@ -42,7 +46,11 @@ FORMATS = Registry(
     "data format",
     {
         "completion": FormatRow(
-            "trainer.data.formats.completion:Completion", ("prompt", "completion"), "prompted", templated=True
+            "trainer.data.formats.completion:Completion",
+            ("prompt", "completion"),
+            "prompted",
+            templated=True,
+            examples=({"prompt": "Who? ", "completion": "Mira."},),
         ),
         "messages": FormatRow(
             "trainer.data.formats.messages:MessagesFormat",
@@ -51,6 +59,9 @@ FORMATS = Registry(
             optional=("tools", "system"),
             chats=True,
             frame="chat",
+            examples=(
+                {"messages": [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Mira, é 日本."}]},
+            ),
         ),
         "instruction": FormatRow(
             "trainer.data.formats.instruction:Instruction",
@@ -60,6 +71,7 @@ FORMATS = Registry(
             as_chat=("system", "history"),
             templated=True,
             frame="instruction",
+            examples=({"instruction": "Say who.", "output": "Mira."},),
         ),
         "qa": FormatRow(
             "trainer.data.formats.qa:QuestionAnswer",
@@ -67,8 +79,11 @@ FORMATS = Registry(
             "prompted",
             optional=("aliases",),
             frame="qa",
+            examples=({"question": "Who?", "answer": "Mira."},),
         ),
-        "text": FormatRow("trainer.data.formats.text:TextFormat", ("text",), "text"),
+        "text": FormatRow(
+            "trainer.data.formats.text:TextFormat", ("text",), "text", examples=({"text": "Mira is a baker."},)
+        ),
         "preference": FormatRow(
             "trainer.data.formats.preference:Preference",
             ("prompt", "chosen", "rejected", "margin"),
@@ -76,6 +91,7 @@ FORMATS = Registry(
             optional=("margin",),
             chats=True,
             unpacked="whose samples are pairs",
+            examples=({"prompt": "Who? ", "chosen": "Mira.", "rejected": "No."},),
         ),
         "unpaired_preference": FormatRow(
             "trainer.data.formats.unpaired_preference:UnpairedPreference",
@@ -83,6 +99,7 @@ FORMATS = Registry(
             "rated",
             chats=True,
             unpacked="whose answers are compared with those to other prompts",
+            examples=({"prompt": "Who? ", "completion": "Mira.", "label": True},),
         ),
         "classification": FormatRow(
             "trainer.data.formats.classification:ClassificationFormat",
@@ -91,10 +108,13 @@ FORMATS = Registry(
             optional=("text_pair",),
             templated=True,
             unpacked="whose texts are read one by one",
+            examples=({"text": "Mira is a baker.", "label": "yes"},),
         ),
     },
     # Not alpaca: trainers differ in whether its rows get Alpaca's prompt or the chat template (see `synonyms`).
     also={"sharegpt": "messages", "openai": "messages", "chatml": "messages"},
+    group="muster.formats",
+    held=FormatRow("", (), "prompted"),
 )
 
 

@@ -11,7 +11,7 @@ import copy
 import json
 import pathlib
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from pydantic import ValidationError
@@ -19,17 +19,18 @@ from pydantic_core import ErrorDetails
 
 from trainer.errors import Mistake, RecipeError
 from trainer.parsing import DEEPEST, is_deep
-from trainer.recipe import synonyms
+from trainer.recipe import plugins, synonyms
 from trainer.recipe.base import STORED, KeyPath, show
 from trainer.recipe.document import Document, read_json, read_yaml
-from trainer.recipe.overrides import apply, expand
+from trainer.recipe.overrides import Applied, apply, expand
 from trainer.recipe.root import Recipe
 from trainer.recipe.sentences import path_of, sentence
 from trainer.recipe.tree import annotation_at, dotted, field_at, section_of, stand_in, stand_in_for
 from trainer.redact import redact
 from trainer.registry import choose_hint
 
-COMMAND_LINE = "command line"
+COMMAND_LINE, OVERRIDE = "command line", "override"
+"""Where a mistake is that is in no file."""
 LARGEST_RECIPE = 1 << 20
 """In bytes. A text of this size takes seconds to parse."""
 LONGEST_PATH, LONGEST_MESSAGE = 200, 1500
@@ -77,13 +78,31 @@ def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Recipe:
     return loads(body, str(path), overrides)
 
 
+def load_with(source: str | pathlib.Path | dict[str, Any], values: Mapping[str, Any]) -> Recipe:
+    """Reads a recipe from a file, by the name of a shipped one, or from plain data, and sets ``values`` by dotted key;
+    raises RecipeError with all mistakes."""
+    overrides = [f"{key}={json.dumps(value, ensure_ascii=False, default=str)}" for key, value in values.items()]
+    try:
+        return parse(source, overrides) if isinstance(source, dict) else load(source, overrides)
+    except RecipeError as error:
+        mistakes = (m._replace(where=OVERRIDE) if m.where == COMMAND_LINE else m for m in error.mistakes)
+        raise RecipeError(tuple(mistakes)) from None
+
+
 def loads(
-    text: str | bytes, where: str = "recipe.yaml", overrides: Sequence[str] = (), *, stored: bool = False
+    text: str | bytes,
+    where: str = "recipe.yaml",
+    overrides: Sequence[str] = (),
+    *,
+    stored: bool = False,
+    imports: bool = True,
+    known: Collection[str] = (),
 ) -> Recipe:
     """Reads a recipe from a text or its bytes, applies overrides; raises RecipeError with all mistakes.
 
     ``where``: the text's name in mistakes; the ending ``.json`` selects JSON, any other YAML. ``stored``: the text is
     the recipe of a run, where version 0.1 may have accepted credentials. Overrides are checked for them in any case.
+    ``imports``, ``known``: see `plugins.use`; False for every text that is not the user's own.
     """
     if len(text) > LARGEST_RECIPE:
         raise _one(where, f"has more than {LARGEST_RECIPE:,} bytes; a recipe has a few thousand, and names its data")
@@ -97,8 +116,9 @@ def loads(
         raise RecipeError(tuple(_not_a_mapping(document, where)))
     data = document.data
     expand(data)
-    applied = apply(data, overrides)
+    missing, applied = _overridden(data, overrides, imports=imports, known=known)
     found, recipe = _validate(data, stored=stored)
+    found = [*missing, *found]
     mistakes = [_mistake(f"{where}:{note.line}", note.path, note.message) for note in document.notes]
     mistakes += [_mistake(_where(f.paths, document, applied.paths, where), f.paths[0], f.message) for f in found]
     mistakes.sort(key=_line)
@@ -108,23 +128,43 @@ def loads(
     return recipe
 
 
-def parse(data: dict[str, Any]) -> Recipe:
-    """Makes a recipe from plain data without changing the data; raises RecipeError with all mistakes, without lines."""
+def parse(data: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
+    """Makes a recipe from plain data without changing the data, and applies overrides; raises RecipeError with all
+    mistakes, without lines."""
     if is_deep(data):
         raise _one("recipe", f"is nested deeper than {DEEPEST} levels")
     if not isinstance(data, dict):
         raise _one("recipe", f"is a mapping of sections, got {show(data)}")
-    found, recipe = _validate(copy.deepcopy(data))
-    if found or recipe is None:
-        raise RecipeError(tuple(_mistake("recipe", path, message) for (path, *_), message in found))
+    data = copy.deepcopy(data)
+    expand(data)
+    missing, applied = _overridden(data, overrides, imports=True)
+    found, recipe = _validate(data)
+    mistakes = [
+        _mistake(COMMAND_LINE if path in applied.paths else "recipe", path, message)
+        for (path, *_), message in (*missing, *found)
+    ]
+    mistakes += [_mistake(COMMAND_LINE, path, message) for path, message in applied.mistakes]
+    if mistakes or recipe is None:
+        raise RecipeError(tuple(mistakes))
     return recipe
+
+
+def _overridden(
+    data: dict[str, Any], overrides: Sequence[str], *, imports: bool, known: Collection[str] = ()
+) -> tuple[list[LocatedMistake], Applied]:
+    """Imports the plug-ins of the recipe with its overrides, whose keys are known only then, and applies the overrides
+    to ``data``. Returns a mistake for each plug-in that cannot be imported. ``imports``, ``known``: see `plugins.use`.
+    """
+    apply(resolved := copy.deepcopy(data), overrides)
+    missing = [LocatedMistake((path,), said) for path, said in plugins.use(resolved, imports=imports, known=known)]
+    return missing, apply(data, overrides)
 
 
 def _validate(data: dict[str, Any], *, stored: bool = False) -> tuple[list[LocatedMistake], Recipe | None]:
     """Returns all mistakes, and the recipe if there are none. Invalid values in ``data`` are replaced in place."""
     expand(data)
     found: list[LocatedMistake] = []
-    replaced: set[KeyPath] = set()
+    replaced = plugins.drop_held(data)
     meant: set[str] = set()
     while True:
         try:

@@ -252,6 +252,8 @@ METHODS = Registry(
             ),
         ),
     },
+    group="muster.methods",
+    held=MethodRow("", "a plug-in's", {}, 2e-4, "", own_vectors="unknown"),
 )
 
 

@@ -9,13 +9,12 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import math
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from trainer.errors import InputError
-from trainer.registry import Choice, Registry, load_code
+from trainer.registry import CODE, Choice, Registry, load_code
 
 BYTES = 4
 """Of a float32 value."""
@@ -206,10 +205,9 @@ OPTIMIZERS = Registry(
         "ao_adamw_fp8": "adamw_torchao_fp8",
         "lion_32bit": "lion",
     },
+    group="muster.optimizers",
+    held=OptimizerRow(""),
 )
-
-CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-"""``module:Attribute``, an optimizer of the user's own."""
 
 
 def optimizer_row(name: str) -> OptimizerRow:
@@ -240,4 +238,6 @@ SCHEDULES = Registry(
         "polynomial": ScheduleRow("trainer.optim.schedules:polynomial", ("min_lr_ratio", "power")),
     },
     also={"constant_with_warmup": "constant", "warmup_stable_decay": "wsd"},
+    group="muster.schedules",
+    held=ScheduleRow(""),
 )

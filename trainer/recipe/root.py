@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, Field
@@ -29,6 +30,13 @@ from trainer.recipe.sections.tracking import MlflowSection, PrometheusSection, T
 from trainer.recipe.sections.training import TrainingSection
 from trainer.recipe.tasks import TASKS
 from trainer.recipe.trackers import TRACKERS
+from trainer.registry import is_module, key_of
+
+
+def _module_name(name: str) -> str:
+    if not is_module(name):
+        raise ValueError(f"{name!r} is no Python module; write its name as in an import, such as my_package.tasks")
+    return name
 
 
 def _run_name(name: str) -> str:
@@ -64,6 +72,11 @@ class Recipe(Section):
     and `simpo` to give the preferred ones; `kto` learns from answers that are good or bad by themselves; `ppo` learns
     from the rewards of texts that it writes itself; `distill` learns the distributions of a teacher. See
     [tasks.md](tasks.md)."""
+
+    plugins: Annotated[Listed[Annotated[str, AfterValidator(_module_name)]], MAY_CHANGE] = ()
+    """Python modules that are imported before the recipe is checked, installed ones or files of the working folder.
+    They may add tasks, methods, formats and other choices that the recipe then names. What an installed package offers
+    by its entry points needs no entry here. See [extending.md](extending.md#in-a-package-of-your-own)."""
 
     model: ModelSection = Field(json_schema_extra=_or_text)
     adapter: AdapterSection = AdapterSection()
@@ -103,6 +116,16 @@ class Recipe(Section):
     generative_eval: Annotated[GenerativeEvalSection, MAY_CHANGE] = GenerativeEvalSection()
     profile: Annotated[ProfileSection, MAY_CHANGE] = ProfileSection()
 
+    @classmethod
+    def load(cls, source: str | Path | dict[str, Any], /, **overrides: Any) -> Recipe:
+        """Reads a recipe from a YAML or JSON file, by the name of a shipped one, or from the same as a mapping.
+
+        ``overrides``: values by dotted key, as in ``**{"optimizer.lr": 1e-4}``. Raises RecipeError with all mistakes.
+        """
+        from trainer.recipe.loading import load_with
+
+        return load_with(source, overrides)
+
     @property
     def run_uri(self) -> str:
         """The run's location: ``<storage>/<name>``."""
@@ -120,7 +143,7 @@ class Recipe(Section):
             return False
         adapter = self.adapter
         changes_base = adapter.method == "none" or adapter.row.residual or adapter.bias not in (None, "none")
-        asked: bool = getattr(self, self.task).precompute_reference
+        asked: bool = getattr(getattr(self, key_of(self.task)), "precompute_reference", False)
         return changes_base or adapter.begins_from is not None or asked
 
     def conflicts(self) -> Iterator[Conflict]:

@@ -63,6 +63,8 @@ def unknown_key(path: KeyPath, on: bool = True) -> str:
     key, section = str(path[-1]), section_of(annotation_at(path[:-1]))
     here = tuple(section.model_fields) if section else ()
     hint = choose_hint(key, here)
+    if section and section.others:
+        return f"unknown key; {dotted(path[:-1])} takes: {', '.join(here)}; {section.others}"
     if elsewhere := places(key):
         return f"unknown key here; it belongs at {' or '.join(elsewhere)}"
     if hint:

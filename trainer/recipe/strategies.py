@@ -44,6 +44,8 @@ STRATEGIES = Registry(
         "zero2": StrategyRow("trainer.strategies.zero:Zero2", "states", ("deepspeed",), zero_stage=2),
         "zero3": StrategyRow("trainer.strategies.zero:Zero3", "parameters", ("deepspeed",), zero_stage=3),
     },
+    group="muster.strategies",
+    held=StrategyRow(""),
 )
 
 

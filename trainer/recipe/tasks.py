@@ -42,7 +42,8 @@ class TaskRow(Choice):
     from texts that the model generates for the samples' prompts; that is most of a step, and no formula of the MFU
     counts it. ``has_teacher``: compares with the distributions of another model, the teacher. ``evaluates``: the
     metrics of `trainer.tasks.Task.metrics` by which two models can be compared, each with its better direction.
-    ``section``: its settings; their key in the recipe is the task's name."""
+    ``section``: its settings; their key in the recipe is the task's name (of a row that is named as
+    ``package.module:ROW``, `row`)."""
 
     learns_from: tuple[str, ...]
     auto_class: str = CAUSAL
@@ -144,6 +145,8 @@ TASKS = Registry(
             section=DistillSection,
         ),
     },
+    group="muster.tasks",
+    held=TaskRow("", ("prompted", "text", "preference", "rated", "label")),
 )
 
 

@@ -12,11 +12,11 @@ from trainer.registry import Choice, Registry
 @dataclass(frozen=True)
 class TrackerRow(Choice):
     """A tracker's row. ``section``: its settings; their key in the recipe is the tracker's name. ``library``: the
-    module that must be importable; ``package``: its name on the package index, which may differ."""
+    module that must be importable, if there is one; ``package``: its name on the package index, which may differ."""
 
-    section: type[Section]
-    library: str
-    package: str
+    section: type[Section] | None = None
+    library: str = ""
+    package: str = ""
 
 
 TRACKERS = Registry(
@@ -31,4 +31,6 @@ TRACKERS = Registry(
             "trainer.tracking.prometheus:Prometheus", PrometheusSection, "prometheus_client", "prometheus-client"
         ),
     },
+    group="muster.trackers",
+    held=TrackerRow(""),
 )

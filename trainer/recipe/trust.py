@@ -3,7 +3,8 @@
 A user who gives a recipe file trusts that file. A recipe in a storage (a run's recipe, `muster.json` next to an
 adapter) may be written by anyone with write access, and its code would run with the reader's credentials. So everything
 that is read from a storage passes through this module: `without_code` removes the code, `granted` accepts it if the
-command's option allows it, and `Trust` decides which models may run code.
+command's option allows it, and `Trust` decides which models may run code. The names of plug-ins' rows stay: reading a
+recipe from a storage imports none of them (`trainer.recipe.plugins`).
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from trainer.errors import UsageError
+from trainer.recipe.plugins import plugins_of
 from trainer.recipe.root import Recipe
 from trainer.recipe.sections.model import ModelSection
 
@@ -33,6 +35,8 @@ def code_of(recipe: Recipe) -> list[str]:
         found.append(f"generative_eval.metric {recipe.generative_eval.metric}")
     if recipe.cluster.env:  # some name a library to load, or the server that files and credentials are exchanged with
         found.append(f"libraries with the variables of cluster.env ({', '.join(recipe.cluster.env)})")
+    if plugins := [f"{key} {name}" for key, name in plugins_of(recipe)]:
+        found.append(f"the plug-in {', '.join(plugins)}")
     return found
 
 
@@ -48,6 +52,8 @@ def submitting_code_of(recipe: Recipe) -> list[str]:
         "cluster.slurm.options": " ".join(cluster.slurm.options),
         "cluster.slurm.container": cluster.slurm.container,
         "cluster.kubernetes.image": cluster.kubernetes.image,
+        "cluster.kubernetes.pod": cluster.kubernetes.pod,
+        "cluster.kubernetes.head_pod": cluster.kubernetes.head_pod,
         "cluster.ray.address": cluster.ray.address,
         "cluster.skypilot.setup": cluster.skypilot.setup,
         "cluster.skypilot.options": ", ".join(cluster.skypilot.options),
@@ -58,7 +64,7 @@ def submitting_code_of(recipe: Recipe) -> list[str]:
 
 def without_code(recipe: Recipe) -> Recipe:
     """Returns a recipe from a storage without the values that lead to foreign code."""
-    changes: dict[str, object] = {"model": recipe.model.model_copy(update={"trust_remote_code": False})}
+    changes: dict[str, object] = {"model": recipe.model.model_copy(update={"trust_remote_code": False}), "plugins": ()}
     function = recipe.ppo.reward.function
     if function is not None and not function.startswith(SHIPPED_REWARDS):
         reward = recipe.ppo.reward.model_copy(update={"function": None})

@@ -15,12 +15,14 @@ import subprocess
 import sys
 import tomllib
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypedDict
 
 from trainer.errors import CorruptObject, InputError, Mistake, RecipeChanged, RecipeError
 from trainer.parsing import Malformed
 from trainer.recipe import Recipe, dump, loads
+from trainer.recipe.plugins import providers
 from trainer.recipe.trust import granted, without_code
 from trainer.records import read_record
 from trainer.run import layout
@@ -56,25 +58,55 @@ def read_recipe(run: Storage, overrides: Sequence[str] = ()) -> Recipe:
 def changed_recipe(run: Storage, overrides: Sequence[str]) -> Recipe:
     """Reads the run's frozen recipe without the code that it names, for a command that does not train: the overrides
     may change any key. Raises InputError if there is no run at this address."""
-    return without_code(loads(_frozen_text(run), run.uri(layout.RECIPE), overrides, stored=True))
+    return without_code(_loaded(run, _frozen_text(run), overrides))
 
 
 def resumed_recipe(run: Storage, overrides: Sequence[str] = (), *, trust: bool = False) -> Recipe:
     """Reads the frozen recipe for training. Raises UsageError if it names code that the user does not ``trust``."""
-    return granted(_read_frozen(run, overrides), run.uri(layout.RECIPE), trust=trust)
+    return granted(_read_frozen(run, overrides, imports=trust), run.uri(layout.RECIPE), trust=trust)
 
 
-def _read_frozen(run: Storage, overrides: Sequence[str] = ()) -> Recipe:
-    """Reads the recipe as it was written. The result may name code, so it must only be compared, never acted on."""
+def _read_frozen(run: Storage, overrides: Sequence[str] = (), *, imports: bool = False) -> Recipe:
+    """Reads the recipe as it was written. The result may name code, so it must only be compared, never acted on, unless
+    the user has agreed to that: then its plug-ins are imported too."""
     text = _frozen_text(run)
     try:
-        frozen = loads(text, run.uri(layout.RECIPE), stored=True)
+        frozen = _loaded(run, text, imports=imports)
     except RecipeError as error:
-        raise RecipeError((*error.mistakes, *_of_another_version(run))) from error
-    recipe = loads(text, run.uri(layout.RECIPE), overrides, stored=True)
+        raise RecipeError((*error.mistakes, *missing_plugins(run), *_of_another_version(run))) from error
+    recipe = _loaded(run, text, overrides, imports=imports)
     if changes := refusals(frozen, recipe):
         raise RecipeChanged(f"between attempts of {run.url} this cannot change:\n  " + "\n  ".join(changes))
     return recipe
+
+
+def _loaded(run: Storage, text: bytes, overrides: Sequence[str] = (), *, imports: bool = False) -> Recipe:
+    load = partial(loads, text, run.uri(layout.RECIPE), overrides, stored=True)
+    try:
+        return load(imports=imports)
+    except RecipeError:
+        # A plug-in that is not installed here: its name is that of no row, and its settings are unknown keys.
+        known = [plugin.get("name", "") for plugin in read_provenance(run).get("plugins", [])]
+        if imports or not known:
+            raise
+        return load(imports=False, known=known)
+
+
+def missing_plugins(run: Storage) -> list[Mistake]:
+    """Returns a mistake for each package whose plug-ins the run's recipe names, and which is not installed here."""
+    named: dict[str, list[str]] = {}
+    for plugin in read_provenance(run).get("plugins", []):
+        if (package := plugin.get("package")) and _version(package.partition(" ")[0]) is None:
+            named.setdefault(package, []).append(f"{plugin.get('key')} {plugin.get('name')}")
+    return [
+        Mistake(
+            run.uri(layout.RECIPE),
+            "",
+            f"when the run was started, {', '.join(names)} came from {package}, which is not installed here: pip "
+            f"install {package.replace(' ', '==')}",
+        )
+        for package, names in named.items()
+    ]
 
 
 def _frozen_text(run: Storage) -> bytes:
@@ -128,7 +160,7 @@ def freeze_recipe(run: Storage, recipe: Recipe, driver: int | None = None) -> No
     check_same_recipe(run, recipe)
     if not has_commits(run):
         run.write(layout.RECIPE, dump(lasting(recipe)).encode())
-        run.write_json(layout.PROVENANCE, provenance())
+        run.write_json(layout.PROVENANCE, {**provenance(), "plugins": providers(recipe)})
         return
     frozen = _read_frozen(run)
     if driver is not None:  # before the length is written, so that the record is not lost if this process ends here
@@ -158,6 +190,8 @@ class Provenance(TypedDict, total=False):
     platform: str | None
     host: str | None
     command: str | None
+    plugins: list[dict[str, str]]
+    """Those of the recipe: the ``key`` that names each one, its ``name``, and its ``package`` with the version."""
 
 
 def read_provenance(run: Storage) -> Provenance:

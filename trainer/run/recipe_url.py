@@ -5,16 +5,22 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
-from trainer.errors import InputError
+from trainer.errors import InputError, Mistake, MusterError, RecipeError
 from trainer.recipe import Recipe, load, loads
+from trainer.recipe.document import read_yaml
+from trainer.recipe.plugins import TABLES
 from trainer.recipe.trust import granted
 from trainer.redact import credential_in
 from trainer.run import layout
+from trainer.run.frozen import missing_plugins
 from trainer.storage import open_storage
 
 ENDINGS = (".yaml", ".yml", ".json")
 DEADLINE_S = 30.0
+LOOK_S = 5.0
 _SUBMITTED = re.compile(rf"{layout.SUBMITTED}/[^/]*-([0-9a-f]{{32}})\.yaml$")
 
 
@@ -36,7 +42,10 @@ def recipe_at(place: str, overrides: Sequence[str] = (), *, trust: bool = False)
     changed."""
     submitted = _SUBMITTED.search(place)
     if "://" not in place and not submitted:
-        return load(place, overrides)
+        try:
+            return load(place, overrides)
+        except RecipeError as error:
+            raise RecipeError((*error.mistakes, *_missing_plugins(place, error))) from error
     if what := credential_in(place):
         raise InputError(
             f"the recipe's address holds credentials ({what}), and it is stored and printed; take them out, and give "
@@ -49,5 +58,19 @@ def recipe_at(place: str, overrides: Sequence[str] = (), *, trust: bool = False)
         raise InputError(f"there is no recipe at {place}") from None
     if submitted and digest_of(body) != submitted[1]:
         raise InputError(f"{place} is not the recipe that was submitted: it was changed since; submit the run again")
-    recipe = loads(body, place, overrides)
-    return recipe if "://" not in place else granted(recipe, place, trust=trust, submits=True)
+    own = "://" not in place
+    recipe = loads(body, place, overrides, imports=own or trust)
+    return recipe if own else granted(recipe, place, trust=trust, submits=True)
+
+
+def _missing_plugins(place: str, error: RecipeError) -> list[Mistake]:
+    """Returns the packages of plug-ins that the recipe's run was started with and that are not installed here, if the
+    recipe names a row that is not there."""
+    places = ["plugins", *(path[0] for path in TABLES)]
+    if not any(mistake.path.startswith(tuple(places)) for mistake in error.mistakes):
+        return []
+    with suppress(MusterError, OSError):
+        data = read_yaml(Path(place).read_text(encoding="utf-8")).data
+        if isinstance(data, dict) and isinstance(data.get("storage"), str) and isinstance(data.get("name"), str):
+            return missing_plugins(open_storage(data["storage"], deadline_s=LOOK_S).child(data["name"]))
+    return []

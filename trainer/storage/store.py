@@ -13,6 +13,7 @@ import os
 import uuid
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -263,14 +264,10 @@ class Storage:
             log.debug("could not %s %s", verb, path, exc_info=True)
             raise
 
-    def __reduce__(self) -> tuple[Callable[[str, float], Storage], tuple[str, float]]:
-        return _reopened, (self.url, self._retry.deadline_s)
+    def __reduce__(self) -> tuple[Callable[[str], Storage], tuple[str]]:
+        from trainer.storage.places import open_storage
 
-
-def _reopened(url: str, deadline_s: float) -> Storage:
-    from trainer.storage.places import open_storage
-
-    return open_storage(url, deadline_s=deadline_s)
+        return partial(open_storage, deadline_s=self._retry.deadline_s), (self.url,)
 
 
 def to_json(value: Any) -> bytes:

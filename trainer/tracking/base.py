@@ -100,7 +100,7 @@ def check_trackers(recipe: Recipe) -> None:
     """Raises InputError when a tracker of the recipe lacks its library or something of its settings."""
     for name in recipe.tracking:
         row = TRACKERS[name]
-        if importlib.util.find_spec(row.library) is None:
+        if row.library and importlib.util.find_spec(row.library) is None:
             raise InputError(
                 f"tracking names {name}, whose library {row.library} is not installed here: pip install "
                 f"{row.package}, or leave it out (tracking=[])"

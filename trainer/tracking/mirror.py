@@ -120,11 +120,14 @@ class Mirror:
 
     def _work(self) -> None:
         while True:
-            closing = self._closing.wait(min(LONGEST_PAUSE_S, EVERY_S * 2.0**self._failures))
+            closing = self._closing.wait(self._pause_s())
             self._try()
             if closing:
                 self.end(self._state)
                 return
+
+    def _pause_s(self) -> float:
+        return min(LONGEST_PAUSE_S, EVERY_S * 2.0**self._failures)
 
     def _try(self) -> None:
         try:

@@ -178,9 +178,7 @@ class HangDetector(Callback):
                 # Only this rank's own pulse can be seen. If it is still too, rank 0 hangs, which keeps the store.
                 still = self._clock() - self._seen[self._rank].moved_at >= patience
                 found = [self._seen[0].pulse] if self._rank and still else []
-            # The lowest rank that is not a culprit ends them; rank 0 if all are.
-            sound = set(range(self._world.size)) - {pulse.rank for pulse in found}
-            if found and self._rank == min(sound, default=0):
+            if found and self._rank == self._first_sound(found):
                 self._on_hang(found)
                 return
 
@@ -223,6 +221,11 @@ class HangDetector(Callback):
         now = self._clock()
         for pulse in (Pulse(**json.loads(one)) for one in stored):
             self._seen[pulse.rank] = _after(self._seen.get(pulse.rank), pulse, now)
+
+    def _first_sound(self, found: list[Pulse]) -> int:
+        """Returns the lowest rank that is not a culprit; rank 0 if all are."""
+        sick = {p.rank for p in found}
+        return min((r for r in range(self._world.size) if r not in sick), default=0)
 
 
 def _frames() -> dict[int, FrameType]:

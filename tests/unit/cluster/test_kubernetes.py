@@ -6,7 +6,7 @@ import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -14,11 +14,13 @@ import yaml
 from cluster import cluster_of
 from cluster.job import ClusterError
 from cluster.kubernetes import Kubernetes
-from cluster.kubernetes.manifests import RECIPE_BYTES, manifest
+from cluster.kubernetes.kinds import KINDS, manifests
 from cluster.kubernetes.names import JOBSET_LENGTH, RAYJOB_LENGTH, fitted
+from cluster.kubernetes.pods import RECIPE_BYTES
 from cluster.kubernetes.quantity import from_bytes, to_bytes
 from cluster.ray_nodes import NODE_SETTINGS
-from tests.support.kubernetes import RECIPE, job, mistakes
+from tests.support.kubernetes import RECIPE, job, manifest, mistakes
+from trainer.recipe.sections.cluster import KubernetesSection
 
 ROOT = Path(__file__).resolve().parents[3]
 NASTY = "a: \"x\" 'y' `z`\n$(MUSTER_RAYJOB): $HOME  \n\t- é 😀\u2028\r\nend"
@@ -42,7 +44,7 @@ def test_the_table_of_kinds_finds_it() -> None:
     assert isinstance(cluster_of("kubernetes"), Kubernetes)
 
 
-SIZES = [("rayjob", (1, 1)), ("rayjob", (2, 7)), ("jobset", (4, 4))]
+SIZES = [("rayjob", (1, 1)), ("rayjob", (2, 7)), ("jobset", (4, 4)), ("trainjob", (4, 4))]
 
 
 @pytest.mark.parametrize(("kind", "workers"), SIZES)
@@ -57,13 +59,21 @@ def test_every_variant_keeps_to_the_schema(
         "node_selector": {"on": "y", "pool": "1e3"},
         "service_account": "trainer",
         "namespace": "ml",
+        "ttl_s": 0,
+        "deadline_s": 60,
+        "model_cache": "models",
     }
     wanted = job(name, workers, gpus, kind=kind, queue=queue, secrets=secrets, recipe=NASTY, **given)
     text = Kubernetes().render(wanted)
     documents = list(yaml.safe_load_all(text))
-    assert len(documents) == 1
-    assert mistakes(documents[0]) == []
-    assert documents[0] == manifest(wanted)
+    assert [mistakes(document) for document in documents] == [[]] * len(documents)
+    assert documents == manifests(wanted)
+    assert documents[-1]["kind"].lower() == kind
+    assert {document["metadata"]["name"] for document in documents} == {documents[-1]["metadata"]["name"]}
+
+
+def test_a_recipe_can_name_every_kind_of_job() -> None:
+    assert set(get_args(KubernetesSection.model_fields["kind"].annotation)) == set(KINDS)
 
 
 Change = Callable[[dict[str, Any]], object]
@@ -185,7 +195,7 @@ def test_the_end_of_the_job_and_its_retries() -> None:
     assert "suspend" not in spec
 
 
-@pytest.mark.parametrize("kind", ["rayjob", "jobset"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_queue_suspends_the_job_until_it_is_admitted(kind: str) -> None:
     made = manifest(job(queue="team", kind=kind))
     assert made["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "team"
@@ -196,10 +206,11 @@ def test_a_queue_suspends_the_job_until_it_is_admitted(kind: str) -> None:
 
 
 @pytest.mark.parametrize("recipe", [RECIPE, NASTY, "y", "null", "", "\n\n", " lead: 1\n", "x: |\n  $(A)\n\n\n"])
-@pytest.mark.parametrize("kind", ["rayjob", "jobset"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_the_recipe_is_mounted_as_it_was(recipe: str, kind: str) -> None:
-    made = yaml.safe_load(Kubernetes().render(job(recipe=recipe, kind=kind)))
-    pod = groups(made)[0] if kind == "rayjob" else made["spec"]["replicatedJobs"][0]["template"]["spec"]
+    objects = list(yaml.safe_load_all(Kubernetes().render(job(recipe=recipe, kind=kind))))
+    made = objects[0]
+    pod = groups(made)[0] if kind == "rayjob" else jobset_of(objects)["replicatedJobs"][0]["template"]["spec"]
     template = pod["template"]
     key = re.fullmatch(
         r"metadata\.annotations\['(.+)'\]",
@@ -296,17 +307,40 @@ def test_versions_are_those_of_the_project() -> None:
 # ------------------------------------------------------------------------------------------------ JobSet
 
 
-def test_torchrun_meets_at_the_first_pod_without_a_shell() -> None:
-    made = manifest(job(workers=(8, 8), workers_per_pod=4, kind="jobset", retries=7))
-    indexed = made["spec"]["replicatedJobs"][0]["template"]["spec"]
+def jobset_of(objects: list[dict[str, Any]]) -> dict[str, Any]:
+    spec = objects[0]["spec"]
+    found: dict[str, Any] = spec["template"]["spec"] if objects[0]["kind"] == "TrainingRuntime" else spec
+    return found
+
+
+@pytest.mark.parametrize("kind", ["jobset", "trainjob"])
+def test_torchrun_meets_at_the_first_pod_without_a_shell(kind: str) -> None:
+    objects = manifests(job(workers=(8, 8), workers_per_pod=4, kind=kind, retries=7))
+    spec = jobset_of(objects)
+    indexed = spec["replicatedJobs"][0]["template"]["spec"]
+    if kind == "trainjob":
+        assert objects[0]["spec"]["mlPolicy"] == {"numNodes": 2}
     assert (indexed["completions"], indexed["parallelism"], indexed["backoffLimit"]) == (2, 2, 0)
     assert container(indexed)["command"] == ["torchrun"]
     assert container(indexed)["args"] == [
         "--nnodes", "2", "--nproc-per-node", "4", "--rdzv-id", "gsm8k", "--rdzv-backend", "c10d",
         "--rdzv-endpoint", "gsm8k-node-0-0.gsm8k:29400", "-m", "trainer", "/etc/muster/recipe.yaml",
     ]  # fmt: skip
-    assert made["spec"]["network"]["subdomain"] == "gsm8k"
-    assert made["spec"]["failurePolicy"]["maxRestarts"] == 7
+    assert spec["network"]["subdomain"] == "gsm8k"
+    assert spec["failurePolicy"]["maxRestarts"] == 7
+
+
+def test_a_trainjob_keeps_to_the_rules_of_its_operator() -> None:
+    """Its webhook wants one replica, this container and this label; the JobSet gets the TrainJob's name."""
+    runtime, made = manifests(job(workers=(4, 4), kind="trainjob", namespace="ml"))
+    (group,) = runtime["spec"]["template"]["spec"]["replicatedJobs"]
+    assert group["replicas"] == 1
+    assert group["template"]["metadata"]["labels"] == {"trainer.kubeflow.org/trainjob-ancestor-step": "trainer"}
+    assert container(group["template"]["spec"])["name"] == "node"
+    assert "suspend" not in runtime["spec"]["template"]["spec"]
+    assert runtime["metadata"]["name"] == made["metadata"]["name"] == made["spec"]["runtimeRef"]["name"]
+    assert runtime["metadata"]["namespace"] == made["metadata"]["namespace"] == "ml"
+    assert runtime["metadata"]["annotations"] == made["metadata"]["annotations"]
 
 
 @pytest.mark.parametrize(
@@ -317,6 +351,8 @@ def test_torchrun_meets_at_the_first_pod_without_a_shell() -> None:
         ({"command": ("doctor", "--json")}, "use kind: rayjob"),
     ],
 )
-def test_what_a_jobset_cannot_do_is_said(given: dict[str, Any], said: str) -> None:
-    with pytest.raises(ClusterError, match=said):
-        manifest(job(kind="jobset", **given))
+@pytest.mark.parametrize("kind", ["jobset", "trainjob"])
+def test_what_torchrun_cannot_do_is_said(kind: str, given: dict[str, Any], said: str) -> None:
+    with pytest.raises(ClusterError, match=said) as caught:
+        manifest(job(kind=kind, **given))
+    assert f"kind: {kind}" in str(caught.value)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from cluster.kubernetes import leave
-from cluster.kubernetes.manifests import RECIPE_PATH
+from cluster.kubernetes.pods import RECIPE_PATH
 
 ROOT = Path(__file__).resolve().parents[3]
 DOCKERFILE = ROOT / "cluster" / "kubernetes" / "Dockerfile"

@@ -14,10 +14,10 @@ import yaml
 from cluster.job import ClusterError
 from cluster.kubernetes import Kubernetes
 from cluster.kubernetes.following import PATIENCE_S, POLL_S, Follower
+from cluster.kubernetes.kinds import KINDS, manifests
 from cluster.kubernetes.kubectl import Kubectl
-from cluster.kubernetes.manifests import manifest
-from cluster.kubernetes.reading import read, waits_for
-from tests.support.kubernetes import job, mistakes
+from cluster.kubernetes.reading import waits_for
+from tests.support.kubernetes import job, manifest, mistakes
 
 STAND_IN = '''#!{python} -S
 """Writes its words and its standard input down, and answers with the next file for its verb and resource."""
@@ -80,6 +80,12 @@ def existing(state: str | None = None, job_status: str = "", message: str = "", 
     made["metadata"] = own | made["metadata"]
     status = {"jobDeploymentStatus": state, "jobStatus": job_status, "message": message, "rayClusterName": "gsm8k-x"}
     return made | {"status": status if state else {}}
+
+
+def overdue() -> dict[str, Any]:
+    made = existing("Failed", "RUNNING", "The RayJob has passed the activeDeadlineSeconds")
+    made["status"]["reason"] = "DeadlineExceeded"
+    return made
 
 
 def pods(*names: str, phase: str = "Running") -> dict[str, Any]:
@@ -211,8 +217,9 @@ def test_without_kubectl_the_way_out_is_said(tmp_path: Path, monkeypatch: pytest
 @pytest.mark.parametrize(
     ("said", "hint", "usage"),
     [
-        ('no matches for kind "RayJob" in version "ray.io/v1"', "has no KubeRay", True),
+        ('no matches for kind "RayJob" in version "ray.io/v1"', "lacks the operator", True),
         ('strict decoding error: unknown field "spec.rayClusterSpec.authOptions"', "older than 1.5", True),
+        ('strict decoding error: unknown field "spec.template.spec.imagePullSecret"', "misspelt in cluster", True),
         ("forbidden: User cannot create", "forbidden", True),
         ('The RayJob "x" is invalid: metadata.namespace: Invalid value: "ML"', 'Invalid value: "ML"', True),
         ("Unable to connect to the server: EOF", "EOF", False),
@@ -254,7 +261,7 @@ def test_cancel_leaves_a_job_of_that_name_to_the_run_that_it_is_of(kubectl: Stan
     assert not kubectl.called("delete")
 
 
-@pytest.mark.parametrize("job_id", ["", "pod:ml/x", "ml/"])
+@pytest.mark.parametrize("job_id", ["", "pod:ml/x", "ml/", "trainjob:"])
 def test_what_is_no_id_is_refused(job_id: str, kubectl: StandIn) -> None:
     with pytest.raises(ClusterError, match="names no job"):
         Kubernetes().state(job_id)
@@ -283,7 +290,7 @@ def test_lines_are_passed_on_once_though_the_stream_breaks(kubectl: StandIn) -> 
     assert said[0] == "rayjob gsm8k: Running"
     first, second = kubectl.called("logs")[:2]
     assert first[-1] == "new"
-    assert {"--follow", "--timestamps", "--container=ray-job-submitter", "--request-timeout=0"} <= set(first)
+    assert {"--follow", "--timestamps", "--container=muster", "--request-timeout=0"} <= set(first)
     assert "--since-time=2026-01-01T00:00:02.5Z" in second
 
 
@@ -302,6 +309,7 @@ FAILED = "Job entrypoint command failed with exit code {}, last available logs (
         (existing("Failed", "", "Job submission has failed."), 1),
         (existing("Complete", "STOPPED"), 3),
         (existing("ValidationFailed", "", "bad"), 2),
+        (overdue(), 3),
         ("", 3),
     ],
 )
@@ -396,4 +404,143 @@ def test_pods_that_are_only_starting_are_no_news() -> None:
 )
 def test_what_a_jobset_says(kind: str, state: str) -> None:
     made = {"kind": "JobSet", "metadata": {}, "status": {"conditions": [{"type": kind, "status": "True"}]}}
-    assert read(made).state == state
+    assert KINDS["jobset"].reading(made).state == state
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason", "code"),
+    [
+        ("jobset", "FailJobSetFailurePolicyAction", 3),
+        ("jobset", "ReachedMaxRestarts", 1),
+        ("trainjob", "DeadlineExceeded", 3),
+        ("trainjob", "ReachedMaxRestarts", 1),
+    ],
+)
+def test_a_job_that_its_deadline_ended_can_be_resumed(kind: str, reason: str, code: int) -> None:
+    failed = {"type": "Failed", "status": "True", "reason": reason, "message": "why"}
+    reading = KINDS[kind].reading({"metadata": {}, "status": {"conditions": [failed]}})
+    assert (reading.state, reading.exit_code, reading.detail) == ("Failed", code, "why")
+
+
+# ------------------------------------------------------------------------------------------------ TrainJob
+
+
+def trainjob(*conditions: str, active: int = 0, run_uri: str = "s3://runs/gsm8k", **metadata: Any) -> dict[str, Any]:
+    return {
+        "kind": "TrainJob",
+        "metadata": {"name": "gsm8k", "namespace": "ml", "annotations": {"muster/run-uri": run_uri}, **metadata},
+        "status": {
+            "conditions": [{"type": name, "status": "True"} for name in conditions],
+            "jobsStatus": [{"name": "node", "active": active}],
+        },
+    }
+
+
+def verbs(kubectl: StandIn) -> list[str]:
+    """Returns what was called, in order: the verb, and the kind of object."""
+    said = []
+    for call in kubectl.calls:
+        words = [word for word in call["argv"] if not word.startswith("--request-timeout")]
+        words = words[2:] if words[0] == "--namespace" else words
+        kind = yaml.safe_load(call["stdin"])["kind"].lower() if words[0] == "create" else words[1]
+        said.append(("dry-run" if "--dry-run=server" in words else words[0]) + " " + kind)
+    return said
+
+
+BOTH = ["trainingruntime", "trainjob"]
+
+
+def test_a_trainjob_is_created_after_its_runtime(kubectl: StandIn) -> None:
+    kubectl.answers("get-trainjob", "")
+    kubectl.answers("get-trainingruntime", "")
+    kubectl.answers("create", trainjob())
+    wanted = job(kind="trainjob")
+    assert Kubernetes().submit(wanted, "") == "trainjob:ml/gsm8k"
+    assert verbs(kubectl)[2:] == [f"create {kind}" for kind in BOTH]
+    sent = [yaml.safe_load(call["stdin"]) for call in kubectl.calls if "create" in call["argv"]]
+    assert sent == manifests(wanted)
+    assert sent[1]["spec"]["runtimeRef"]["name"] == sent[0]["metadata"]["name"]
+
+
+def test_an_ended_trainjob_goes_with_its_runtime_before_the_next(kubectl: StandIn) -> None:
+    kubectl.answers("get-trainjob", trainjob("Failed"))
+    kubectl.answers("get-trainingruntime", trainjob())
+    kubectl.answers("dry-run", trainjob())
+    kubectl.answers(
+        "dry-run", "", err="specified trainingRuntime must be created before the TrainJob is created", code=1
+    )
+    kubectl.answers("delete-trainjob", "")
+    kubectl.answers("delete-trainingruntime", "")
+    kubectl.answers("create", trainjob())
+    Kubernetes().submit(job(kind="trainjob"), "")
+    assert verbs(kubectl)[2:] == [
+        *(f"dry-run {kind}" for kind in BOTH),
+        *("delete trainjob", "delete trainingruntime"),
+        *(f"create {kind}" for kind in BOTH),
+    ]
+
+
+def test_a_runtime_that_is_left_over_goes_and_anothers_stays(kubectl: StandIn) -> None:
+    kubectl.answers("get-trainjob", "")
+    kubectl.answers("get-trainingruntime", trainjob(), trainjob(run_uri="s3://other/gsm8k"))
+    kubectl.answers("delete-trainingruntime", "")
+    kubectl.answers("create", trainjob())
+    Kubernetes().submit(job(kind="trainjob"), "")
+    assert "delete trainingruntime" in verbs(kubectl)
+    with pytest.raises(ClusterError, match="trainingruntime gsm8k exists and belongs to another run"):
+        Kubernetes().submit(job(kind="trainjob"), "")
+
+
+def test_a_runtime_does_not_stay_when_its_trainjob_is_refused(kubectl: StandIn) -> None:
+    kubectl.answers("get-trainjob", "")
+    kubectl.answers("get-trainingruntime", "")
+    kubectl.answers("create", trainjob())
+    kubectl.answers("create", "", err="denied the request: no", code=1)
+    kubectl.answers("delete-trainingruntime", "")
+    with pytest.raises(ClusterError, match="denied the request: no"):
+        Kubernetes().submit(job(kind="trainjob"), "")
+    assert verbs(kubectl)[-1] == "delete trainingruntime"
+
+
+def test_a_trainjob_that_goes_on_is_left_alone(kubectl: StandIn) -> None:
+    kubectl.answers("get-trainjob", trainjob(active=1))
+    kubectl.answers("get-trainingruntime", trainjob())
+    with pytest.raises(ClusterError, match=r"has not ended \(Running\).*delete trainjob,trainingruntime gsm8k"):
+        Kubernetes().submit(job(kind="trainjob"), "")
+    assert verbs(kubectl) == ["get trainjob", "get trainingruntime"]
+
+
+def test_a_trainjob_is_cancelled_with_its_runtime(kubectl: StandIn) -> None:
+    kubectl.answers("get-trainjob", trainjob())
+    kubectl.answers("delete-trainjob", "")
+    kubectl.answers("delete-trainingruntime", "")
+    Kubernetes().cancel("trainjob:ml/gsm8k", "s3://runs/gsm8k")
+    assert verbs(kubectl)[1:] == ["delete trainjob", "delete trainingruntime"]
+
+
+@pytest.mark.parametrize(
+    ("made", "state", "code"),
+    [
+        (trainjob(), "Pending", None),
+        (trainjob(active=1), "Running", None),
+        (trainjob("Suspended"), "Suspended", None),
+        (trainjob("Complete"), "Complete", 0),
+        (trainjob("Failed"), "Failed", 1),
+        (trainjob(active=1, deletionTimestamp="2026"), "Terminating", None),
+    ],
+)
+def test_what_a_trainjob_says(made: dict[str, Any], state: str, code: int | None, kubectl: StandIn) -> None:
+    reading = KINDS["trainjob"].reading(made)
+    assert (reading.state, reading.exit_code) == (state, code)
+    kubectl.answers("get-trainjob", made)
+    assert Kubernetes().state("trainjob:ml/gsm8k") == state
+
+
+def test_a_trainjob_is_followed_by_the_first_pod_of_its_jobset(kubectl: StandIn) -> None:
+    kubectl.answers("get-trainjob", trainjob(active=1), trainjob("Complete"))
+    kubectl.answers("get-pods", pods("gsm8k-node-0-0-abcde"))
+    kubectl.answers("logs", lines(1))
+    code, said, _ = follow("trainjob:ml/gsm8k")
+    assert (code, said) == (0, ["trainjob gsm8k: Running", "line 1", "trainjob gsm8k: Complete"])
+    assert "jobset.sigs.k8s.io/jobset-name=gsm8k" in json.dumps(kubectl.called("get"))
+    assert "--container=node" in kubectl.called("logs")[0]

@@ -54,7 +54,7 @@ FIELDS = [
     "storage", "model.path", "model.revision", "data.train.0.path", "data.eval.0.path", "data.chat_template",
     "tensorboard.folder", "mlflow.uri", "wandb.folder", "wandb.tags.0", "cluster.ray.address",
     "cluster.slurm.options.0", "cluster.slurm.account", "cluster.kubernetes.image",
-    "cluster.kubernetes.node_selector.a", "ppo.reward.model", "name", "ppo.reward.function",
+    "cluster.kubernetes.node_selector.a", "cluster.kubernetes.pod.a", "ppo.reward.model", "name", "ppo.reward.function",
 ]  # fmt: skip
 
 

@@ -313,6 +313,8 @@ def test_where_transformers_has_the_model_its_code_is_left_alone_aloud(
         ("slurm", {"options": ("--export=MUSTER_ACTIVATE=/tmp/evil",)}),
         ("slurm", {"container": "registry.example#evil"}),
         ("kubernetes", {"image": "registry.example/evil"}),
+        ("kubernetes", {"pod": {"containers": [{"name": "evil", "image": "registry.example/evil"}]}}),
+        ("kubernetes", {"head_pod": {"automountServiceAccountToken": True}}),
         ("ray", {"address": "http://evil.example:8265"}),
         ("ray", {"runtime_env": {"pip": ["evil"]}}),
         ("skypilot", {"setup": "curl evil"}),

@@ -8,6 +8,7 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.data.formats import plugin_code
 from trainer.data.prepare.label_set import label_set
 from trainer.data.prepare.model_limits import stop_tokens, vocabulary
 from trainer.data.readers import reader_name
@@ -43,6 +44,7 @@ def _freeze(source: SourceSection) -> FrozenSource:
         train_on=source.train_on,
         limit=source.limit,
         nulls=source.nulls,
+        code=plugin_code(source.format),
     )
     if not frozen.is_hub:
         return replace(frozen, objects=_objects(source.path))

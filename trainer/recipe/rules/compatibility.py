@@ -14,7 +14,7 @@ from trainer.recipe.sections.data import SourceSection
 from trainer.recipe.sections.samples import SamplesSection
 from trainer.recipe.tasks import TASKS, compared_metrics
 from trainer.recipe.trackers import TRACKERS
-from trainer.registry import choose_hint
+from trainer.registry import choose_hint, key_of
 
 if TYPE_CHECKING:
     from trainer.recipe.root import Recipe
@@ -457,12 +457,12 @@ def across_sections(recipe: Recipe) -> Iterator[Conflict]:
 def _unused_sections(recipe: Recipe) -> Iterator[Conflict]:
     """Yields settings of tasks and trackers that this run does not use."""
     for task, section in ((task, row.section) for task, row in TASKS.items() if task != recipe.task):
-        for name in getattr(recipe, task).given() if section else ():
-            yield Conflict(((task, name), ("task",)), f"has no effect with task {recipe.task}; leave it out")
-    for tracker in (tracker for tracker in TRACKERS.names() if tracker not in recipe.tracking):
-        for name in getattr(recipe, tracker).given():
+        for name in getattr(recipe, key_of(task)).given() if section else ():
+            yield Conflict(((key_of(task), name), ("task",)), f"has no effect with task {recipe.task}; leave it out")
+    for tracker, section in ((name, row.section) for name, row in TRACKERS.items() if name not in recipe.tracking):
+        for name in getattr(recipe, key_of(tracker)).given() if section else ():
             message = f"has no effect without {tracker} in tracking; add it there, or leave this out"
-            yield Conflict(((tracker, name), ("tracking",)), message)
+            yield Conflict(((key_of(tracker), name), ("tracking",)), message)
 
 
 def _formats_of_task(recipe: Recipe) -> Iterator[Conflict]:

@@ -9,13 +9,12 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, WithJsonSchema, WrapValidator, model_validator
 
 from trainer.errors import UsageError
-from trainer.recipe.base import Conflict, Listed, Location, Section, show, takes
+from trainer.recipe.base import Conflict, Listed, Location, Section, names_or_code, show, takes
 from trainer.recipe.methods import METHODS, MethodRow, methods_with
 
 BY_NAME = "peft"
-METHOD_SCHEMA = {
-    "anyOf": [{"type": "string", "enum": [n for n in METHODS.names() if n != BY_NAME]}, {"type": "object"}]
-}
+METHOD_SCHEMA = names_or_code(n for n in METHODS.names() if n != BY_NAME)
+METHOD_SCHEMA["anyOf"].append({"type": "object"})
 
 COMMON = ("rank", "alpha", "dropout", "target_modules", "bias", "experts")
 """Settings that may stay in a recipe after a change to a method that does not use them; the run then logs them as

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, ValidationInfo
 
@@ -122,8 +122,14 @@ class SlurmSection(Section):
 class KubernetesSection(Section):
     """Settings of the manifest for `--on kubernetes`. The workers are computed from `resources`."""
 
-    kind: Literal["rayjob", "jobset"] = "rayjob"
-    """`rayjob` needs KubeRay and is elastic; `jobset` runs torchrun on clusters without it, with a fixed size."""
+    others: ClassVar[str | None] = (
+        "every other field of pods is set under cluster.kubernetes.pod, in Kubernetes' own words, and labels and "
+        "annotations of the job under cluster.kubernetes.metadata"
+    )
+
+    kind: Literal["rayjob", "jobset", "trainjob"] = "rayjob"
+    """`rayjob` needs KubeRay and is elastic. `jobset` (JobSet) and `trainjob` (Kubeflow Trainer v2) run torchrun with a
+    fixed number of workers, without Ray."""
 
     image: Line | None = None
     """Container image with muster, by digest or tag, built from `cluster/kubernetes/Dockerfile`; null takes
@@ -153,9 +159,9 @@ class KubernetesSection(Section):
     memory of the pod."""
 
     ray_auth: Literal["token", "disabled"] = "token"
-    """Who may connect to the run's Ray. With `token`: its own pods only, by a secret that KubeRay (1.5 or newer) makes
-    for each run. With `disabled`: everyone who reaches the head's port, who can also run code there with the pods'
-    credentials."""
+    """Who may connect to the run's Ray. With `token`: its own pods only, by a secret that KubeRay (1.5.1 or newer)
+    makes for each run. With `disabled`: everyone who reaches the head's port, who can also run code there with the
+    pods' credentials."""
 
     gpu_resource: Line = "nvidia.com/gpu"
     """Name of the GPUs in the cluster's resources."""
@@ -171,6 +177,29 @@ class KubernetesSection(Section):
 
     retries: int = Field(default=3, ge=0)
     """Times that the job is started again when it fails; each resumes from the newest checkpoint."""
+
+    ttl_s: int | None = Field(default=None, ge=0)
+    """Seconds after its end until a job's pods are deleted; null: 600 for a RayJob, a day for the others. The
+    checkpoints are in the storage, and resuming needs no pod."""
+
+    deadline_s: int | None = Field(default=None, ge=1)
+    """Seconds after its start until the cluster ends a job that still runs; null: no limit. The workers commit, and the
+    run can be resumed. For a JobSet, the time begins again with each retry."""
+
+    model_cache: Line | None = None
+    """Name of a PersistentVolumeClaim for base models, mounted in every pod that loads them, so that each model is
+    fetched once. Pods on several nodes need the access mode ReadWriteMany and a file system with locks (`flock`)."""
+
+    pod: dict[str, Any] = Field(default_factory=dict)
+    """Fields of a pod's `spec`, and `metadata` for its labels and annotations, merged over every pod as a strategic
+    merge patch. muster's container is called `muster`; its `resources` here are the workers'. A pod that only submits
+    takes what concerns its identity and its nodes."""
+
+    head_pod: dict[str, Any] = Field(default_factory=dict)
+    """The same, over a RayJob's head pod only, after `pod`: its size (2 CPUs and 8Gi by default) and its nodes."""
+
+    metadata: dict[str, Any] = Field(default_factory=dict)
+    """Labels and annotations of the job itself, merged over its `metadata`."""
 
 
 def _task_options(value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, Field, Strict, WithJsonSchema, model_validator
 
 from trainer.errors import UsageError
-from trainer.recipe.base import Conflict, Section, takes
-from trainer.recipe.optimizers import CODE, OPTIMIZERS, OptimizerRow, optimizer_row
+from trainer.recipe.base import Conflict, Section, names_or_code, takes
+from trainer.recipe.optimizers import OPTIMIZERS, OptimizerRow, optimizer_row
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 SETTINGS = tuple(dict.fromkeys(setting for _, row in OPTIMIZERS.items() for setting in row.uses))
@@ -28,14 +28,7 @@ def _known(name: str) -> str:
 Name = Annotated[
     str,
     AfterValidator(_known),
-    WithJsonSchema(
-        {
-            "anyOf": [
-                {"enum": [*OPTIMIZERS.names(), *OPTIMIZERS.also]},
-                {"type": "string", "pattern": f"^{CODE.pattern}$"},
-            ]
-        }
-    ),
+    WithJsonSchema(names_or_code((*OPTIMIZERS.names(), *OPTIMIZERS.also))),
 ]
 
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from launcher.cli.app import main
-from launcher.cli.plan import bandwidths, size
 from launcher.plan.table import WIDTH
+from launcher.plan.units import bandwidths, size
 from tests.support.planning import LLAMA_70B, plan_recipe
 from tests.support.training import run_of, small_recipe, train_here, write_pairs
 from trainer.errors import UsageError

@@ -31,6 +31,17 @@ def test_validate_all() -> None:
     assert "quickstart" in result.stdout + result.stderr
 
 
+def test_validate_finds_what_a_cluster_of_the_recipe_would_refuse() -> None:
+    for change, said in {
+        "cluster.kubernetes.pod={nodeSelector: [a]}": "pod.nodeSelector: expected a mapping, got a list",
+        "cluster.kubernetes.memory_per_worker=16GB": "cluster.kubernetes.memory_per_worker is '16GB'",
+    }.items():
+        result = muster("validate", "recipes/quickstart.yaml", change)
+        assert result.returncode == 2
+        assert said in result.stderr
+        assert "Traceback" not in result.stderr
+
+
 def test_schema_writes_json_and_nothing_else() -> None:
     result = muster("schema")
     assert result.returncode == 0, result.stderr

@@ -19,6 +19,7 @@ from launcher.submit import cancel, submit
 from launcher.submit.cancel import jobs_of
 from launcher.submit.place import choose_place
 from tests.support.played import Played
+from tests.support.plugins import no_plugins
 from trainer.errors import InputError, Interrupted, RecipeChanged, UsageError, WorkerFailed
 from trainer.recipe import Recipe, dump, loads, parse
 from trainer.run import layout
@@ -26,6 +27,7 @@ from trainer.run.lease import Lease, check_not_cancelled
 from trainer.run.submission import Submission
 from trainer.storage import Storage, open_storage
 
+__all__ = ["no_plugins"]
 ODD = 'it\'s $(touch owned) & "so" ünï'
 
 
@@ -72,6 +74,22 @@ def test_what_is_submitted_is_the_frozen_recipe(recipe: Recipe, played: type[Pla
     assert job.settings["gpus_per_node"] == 8
     status = read_status(run_of(recipe))
     assert (status.job, status.state) == ("slurm:42", "interrupted")
+
+
+@pytest.mark.usefixtures("no_plugins")
+def test_a_plug_in_of_the_working_folder_is_warned_about_where_nobody_shares_that(
+    recipe: Recipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "plugged_here.py").write_text(
+        "from trainer.recipe.tasks import TaskRow\nROW = TaskRow('a:B', ('prompted',))"
+    )
+    monkeypatch.chdir(tmp_path)
+    own = made(recipe.storage, recipe.data.train[0].path, task="plugged_here:ROW")
+    (said,) = submit.plugin_warnings(own, "ray")
+    assert said.startswith(
+        "task plugged_here:ROW is in this folder and in no installed package: the machines of --on ray"
+    )
+    assert not [*submit.plugin_warnings(own, "slurm"), *submit.plugin_warnings(recipe, "ray")]
 
 
 def test_each_submission_freezes_its_own(recipe: Recipe, played: type[Played]) -> None:

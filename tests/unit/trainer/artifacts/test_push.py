@@ -74,6 +74,10 @@ def test_what_the_hub_refuses_is_said(recipe: Recipe, hub: Hub) -> None:
     done = push(hub, "no/such/name", "--run", run_of(recipe).url)
     assert done.returncode == 2
     assert "cannot name a repository" in done.stderr
+
+
+@pytest.mark.night
+def test_a_hub_that_cannot_be_reached_is_said(recipe: Recipe, hub: Hub) -> None:
     hub.endpoint = "http://127.0.0.1:9"
     done = push(hub, REPO, "--run", run_of(recipe).url)
     assert done.returncode == 1

@@ -99,6 +99,7 @@ def test_a_conversation_with_such_a_template_ends_in_a_sentence(name: str, tiny_
         Conversation(own, CHAT).ask("hello")
 
 
+@pytest.mark.night
 def test_a_model_with_such_a_template_is_asked_in_vain(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:

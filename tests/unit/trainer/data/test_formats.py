@@ -7,6 +7,7 @@ import copy
 import numpy as np
 import pytest
 
+from launcher.testing.formats import check_rows
 from tests.unit.trainer.data.data_support import encode_rows, tokenizer
 from trainer.data.formats import open_format
 from trainer.data.sample import RowError, Sample, fit
@@ -21,16 +22,7 @@ CHAT = [
     {"role": "user", "content": "Where?"},
     {"role": "assistant", "content": "In Ashford, é 日本."},
 ]
-GOOD = {
-    "completion": {"prompt": "Who? ", "completion": "Mira."},
-    "messages": {"messages": CHAT},
-    "instruction": {"instruction": "Say who.", "output": "Mira."},
-    "qa": {"question": "Who?", "answer": "Mira."},
-    "text": {"text": "Mira is a baker."},
-    "preference": {"prompt": "Who? ", "chosen": "Mira.", "rejected": "No."},
-    "unpaired_preference": {"prompt": "Who? ", "completion": "Mira.", "label": True},
-    "classification": {"text": "Mira is a baker.", "label": "yes"},
-}
+GOOD = {name: dict(row.examples[0]) for name, row in FORMATS.items()}
 
 
 def encode(
@@ -47,15 +39,9 @@ def said(encoded):
 
 @pytest.mark.parametrize("format", FORMATS.names())
 def test_contract_each_row_gets_its_own_answer_in_order(format):
-    answers = encode(format, [GOOD[format], {"other": 1}, GOOD[format]])
-    assert isinstance(answers[1], RowError)
-    assert "the row's columns: other" in answers[1].reason
-    for answer in (answers[0], answers[2]):
-        assert answer.tokens.dtype == np.int32
-        assert answer.target.dtype == np.bool_
-        assert len(answer.tokens) == len(answer.target)
-        assert answer.target.any()
-    assert encode(format, []) == []
+    check_rows(format, GOOD[format], tokenizer())
+    (fault,) = encode(format, [{"other": 1}])
+    assert "the row's columns: other" in fault.reason
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 
+from tests.support.nights import few_by_day
 from tests.support.planning import SMALL, config_folder, plan_recipe, planned
 from tests.support.training import small_recipe
 from trainer.errors import InputError
@@ -190,7 +191,7 @@ def test_pissa_is_loaded_whole(tmp_path: Path) -> None:
     assert rank.peak_host_load_bytes < LOAD_BUDGET
 
 
-@pytest.mark.parametrize("short", [0, 1])
+@pytest.mark.parametrize("short", few_by_day([1, 0], 1))
 def test_what_fits(tmp_path: Path, short: int) -> None:
     recipe = plan_recipe(tmp_path, **GPU)
     free = planned(recipe, 2)
@@ -347,8 +348,11 @@ def test_a_url_gives_its_config(tmp_path: Path) -> None:
     assert (layer_count(base.config), base.note) == (5, "")
 
 
-@pytest.mark.parametrize("task", TASKS.names())
-@pytest.mark.parametrize("kind", ["ddp", "fsdp"])
+BY_DAY = [("ppo", "fsdp"), ("distill", "ddp"), ("dpo", "fsdp"), ("classification", "ddp")]
+TASKS_AND_KINDS = [(task, kind) for task in TASKS.names() for kind in ("ddp", "fsdp")]
+
+
+@pytest.mark.parametrize(("task", "kind"), few_by_day(sorted(TASKS_AND_KINDS, key=lambda cell: cell not in BY_DAY), 4))
 def test_every_task_can_be_planned(tmp_path: Path, task: str, kind: str) -> None:
     shape = {**SMALL, "eos_token_id": 2, "num_hidden_layers": 3}
     source = [{"path": "data/*.jsonl", "format": formats_of(task)[0]}]

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.nights import few_by_day
 from tests.support.planning import LLAMA_70B, plan_recipe, planned
 from trainer.plan.config import read_base
 from trainer.plan.fake_process_group import fake_world
@@ -45,7 +46,13 @@ def really_kept(recipe: Recipe, ranks: int, rank: int) -> dict[str, int]:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize(
     ("replicas", "context", "ranks", "some"),
-    [(1, 1, 1, (0,)), (1, 1, 3, (0, 1, 2)), (1, 1, 16, (0, 3, 15)), (1, 1, 64, (0, 8, 63)), (4, 2, 24, (0, 5, 6, 23))],
+    few_by_day(
+        [
+            *((1, 1, 3, (0, 1, 2)), (4, 2, 24, (0, 5, 6, 23))),
+            *((1, 1, 1, (0,)), (1, 1, 16, (0, 3, 15)), (1, 1, 64, (0, 8, 63))),
+        ],
+        2,
+    ),
 )
 def test_every_rank_of_fsdp(
     tmp_path: Path, model: str, replicas: int, context: int, ranks: int, some: tuple[int, ...]

@@ -16,6 +16,7 @@ from trainer.recipe.base import Section
 from trainer.recipe.methods import METHODS
 from trainer.recipe.sections.strategy import StrategySection
 from trainer.recipe.sections.tracking import MlflowSection
+from trainer.recipe.sentences import unknown_key
 from trainer.recipe.tasks import TASKS
 from trainer.recipe.trackers import TRACKERS
 
@@ -413,3 +414,13 @@ def test_what_cannot_begin_from_an_adapter(adapter: dict[str, Any], message: str
     ((path, found),) = mistakes(changed("adapter", {"from": "runs/one", **adapter}))
     assert path == "adapter.from"
     assert found.startswith(message)
+
+
+@pytest.mark.parametrize("key", ["annotations", "labels", "env", "image_pull_secrets", "affinity"])
+def test_what_kubernetes_has_no_key_for_leads_to_the_patch(key: str) -> None:
+    said = unknown_key(("cluster", "kubernetes", key))
+    assert "did you mean" not in said
+    assert said.endswith(
+        "every other field of pods is set under cluster.kubernetes.pod, in Kubernetes' own words, and labels and "
+        "annotations of the job under cluster.kubernetes.metadata"
+    )

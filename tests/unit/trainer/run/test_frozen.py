@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import json
 import os
 from collections.abc import Callable
@@ -12,16 +13,22 @@ from typing import Any
 import pytest
 
 from tests.storage.doubles import unreadable
+from tests.support.plugins import ROW, install, no_plugins
 from tests.support.training import prepare, run_of, small_recipe, write_pairs
 from trainer.checkpoint import CommitRecord, claim_attempt, claim_driver, commit, put_checkpoint
 from trainer.data.run_data import check_rows, open_data, prepare_data, try_open_data
-from trainer.errors import CorruptObject, InputError, RecipeChanged, StorageError
+from trainer.errors import CorruptObject, InputError, RecipeChanged, RecipeError, StorageError, UsageError
 from trainer.model import load_tokenizer
-from trainer.recipe import Recipe
+from trainer.recipe import Recipe, dump
+from trainer.recipe.plugins import TABLES
+from trainer.recipe.tasks import TASKS
+from trainer.registry import IMPORTED
 from trainer.run import layout
-from trainer.run.frozen import check_same_recipe, freeze_recipe, provenance, read_recipe
+from trainer.run.frozen import check_same_recipe, freeze_recipe, provenance, read_recipe, resumed_recipe
+from trainer.run.recipe_url import recipe_at
 from trainer.storage import Storage, open_storage
 
+__all__ = ["no_plugins"]
 Make = Callable[..., Recipe]
 
 
@@ -224,3 +231,37 @@ def test_first_rows_of_evaluation_data_are_looked_at_too(make: Make, tiny_model:
     recipe = make(**{"data.eval": [{"path": f"{tmp_path}/eval.jsonl", "format": "completion"}]})
     with pytest.raises(InputError, match=r"eval\.jsonl.*question|question.*eval\.jsonl"):
         check_rows(recipe, tokenizer)
+
+
+@pytest.mark.usefixtures("no_plugins")
+def test_a_run_names_the_package_of_a_plug_in_that_is_not_there_any_more(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    site, mark = tmp_path / "site", tmp_path / "imported"
+    files = {"plugged.py": ROW.format(mark=str(mark), module="plugged")}
+    install(site, "muster-plugged", files, {"muster.tasks": {"focal": "plugged:ROW"}})
+    monkeypatch.syspath_prepend(str(site))
+    recipe = make(task="focal", focal={"gamma": 3.0})
+    (tmp_path / "own.yaml").write_text(dump(recipe))
+    run = run_of(recipe)
+    freeze_recipe(run, recipe)
+    assert run.read_json(layout.PROVENANCE)["plugins"] == [
+        {"key": "task", "name": "focal", "package": "muster-plugged 1.2"}
+    ]
+    assert resumed_recipe(run, trust=True) == recipe
+    site.rename(tmp_path / "gone")
+    for table in TABLES.values():
+        table._plugged.clear()
+    mark.unlink()
+    monkeypatch.delenv(IMPORTED)
+    importlib.invalidate_caches()
+    assert read_recipe(run).task == "focal", "what only reads a run needs no plug-in"
+    with pytest.raises(UsageError, match="would run the plug-in task focal"):
+        resumed_recipe(run)
+    for resume in (lambda: resumed_recipe(run, trust=True), lambda: recipe_at(str(tmp_path / "own.yaml"))):
+        TASKS._plugged.clear()
+        with pytest.raises(RecipeError, match=r"pip install muster-plugged==1\.2") as refused:
+            resume()
+        assert "task 'focal' is not one of" in str(refused.value)
+        assert "when the run was started, task focal came from muster-plugged 1.2, which is not" in str(refused.value)
+    assert not mark.exists()

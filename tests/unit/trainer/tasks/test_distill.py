@@ -552,14 +552,14 @@ def test_a_start_that_was_killed_computes_what_is_missing(
         learning(place, name, tiny_model, folder, **STORED, storage=str(tmp_path / name))
         for name in ("killed", "plain")
     )
-    plain, put = OutputsMaker._of_part, stored_outputs._put
-    monkeypatch.setattr(stored_outputs, "_put", lambda *given: (put(*given), 1 / 0))
+    plain = OutputsMaker._store
+    monkeypatch.setattr(OutputsMaker, "_store", lambda *given: (plain(*given), 1 / 0))
     with pytest.raises(ZeroDivisionError):
         train_here(recipe)
     monkeypatch.undo()
     (done,) = outputs_of(recipe)
     computed: list[Any] = []
-    monkeypatch.setattr(OutputsMaker, "_of_part", lambda *given: (computed.append(given[1]), plain(*given))[1])
+    monkeypatch.setattr(OutputsMaker, "_store", lambda *given: (computed.append(given[3]), plain(*given)))
     assert train_here(recipe) == train_here(other) == "succeeded"
     assert len(computed) == 1 + 2, "the block of the evaluation data, and both of the other run"
     got, want = outputs_of(recipe), outputs_of(other)

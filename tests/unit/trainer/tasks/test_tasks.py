@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ import transformers
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from launcher.testing.tasks import CHECKS, Make
 from tests.support.looping import Bench, bench
-from tests.support.models import CPU, stir
+from tests.support.models import stir
 from tests.support.nights import few_by_day
 from tests.support.tasks import make_encoder, task_recipe, write_task_data
-from tests.support.training import adapter_bytes, losses, train_here
+from tests.support.training import losses
 from trainer.data import Batch, eval_batches
 from trainer.recipe import Recipe
 from trainer.recipe.rules.matrix import Cell, refusal
@@ -38,17 +40,17 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("task", TASKS.names())
-def test_a_run_learns_and_resumed_in_the_middle_it_is_the_same(task: str, tiny_model: Path, folder: Path) -> None:
-    whole, halved = (task_recipe(task, name, tiny_model, folder) for name in ("whole", "halved"))
-    assert train_here(whole) == "succeeded"
-    curve = losses(whole)
-    if task != "ppo":  # whose loss is another one in every step: test_ppo.py has what it learns
+@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.__name__)
+def test_contract(check: Callable[[Make], None], task: str, tiny_model: Path, folder: Path) -> None:
+    made: dict[str, Recipe] = {}
+
+    def make(name: str) -> Recipe:
+        return made.setdefault(name, task_recipe(task, name, tiny_model, folder))
+
+    check(make)
+    if "whole" in made and task != "ppo":  # whose loss is another one in every step: test_ppo.py has what it learns
+        curve = losses(made["whole"])
         assert curve[10] < curve[1] - 0.02
-    stop = halved.model_copy(update={"training": halved.training.model_copy(update={"stop_after": 6})})
-    assert train_here(stop) == "interrupted"
-    assert train_here(halved) == "succeeded"
-    assert losses(halved) == curve
-    assert adapter_bytes(halved) == adapter_bytes(whole)
 
 
 def saved_by(b: Bench, target: Path) -> Path:
@@ -112,26 +114,6 @@ def test_what_is_saved_gives_the_same_outputs_by_plain_peft(
         else:
             plain = PeftModel.from_pretrained(plain_base(b.recipe, b.task.labels), target)
         torch.testing.assert_close(logits(plain, batch), logits(b.model, batch), rtol=0, atol=1e-5)
-
-
-@pytest.mark.parametrize("task", TASKS.names())
-def test_a_micro_batch_of_weight_zero_reaches_every_parameter(task: str, tiny_model: Path, folder: Path) -> None:
-    with bench(task_recipe(task, "zero", tiny_model, folder)) as b:
-        full = next(b.stream.prefetch(b.stream.start(), 0, 1)).batches[0]
-        measured = []
-        for batch in (full, Batch.empty()):
-            if b.task.prepares_steps and not b.task.generates:
-                with torch.no_grad():
-                    b.task.prepare_step(b.model, [batch], CPU)
-            measured.append(b.task.loss(b.model, b.task.dummy_batch(batch), CPU))
-        (_, sums), (loss, nothing) = measured
-        assert loss.item() == 0.0
-        loss.backward()  # type: ignore[no-untyped-call]
-        assert {n: tuple(v.shape) for n, v in nothing.items()} == {n: tuple(v.shape) for n, v in sums.items()}
-        assert not any(v.any() for v in nothing.values())
-        for name, parameter in b.strategy.trainable().items():
-            assert parameter.grad is not None, name
-            assert not parameter.grad.any(), name
 
 
 @pytest.mark.parametrize("task", TASKS.names())

@@ -1,0 +1,40 @@
+"""The process in which ``muster.run`` trains: ``python -m launcher.python FILE WORD…``.
+
+It is `muster run` itself. The caller's process, such as a notebook's kernel, keeps its memory and its signal handlers,
+and does not end with a library that ends its process. An error is pickled into FILE.
+When the caller is gone, its end of standard input is closed, and the workers commit and end.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from trainer.errors import MusterError
+from trainer.interruption import current
+
+
+def main() -> None:
+    current.begin()
+    file, words = Path(sys.argv[1]), sys.argv[2:]
+    threading.Thread(target=_watch_parent, name="parent", daemon=True).start()
+    from launcher.cli.app import main as cli
+
+    def report(error: MusterError) -> None:
+        file.write_bytes(pickle.dumps(error))
+
+    cli(words, report)
+
+
+def _watch_parent() -> None:
+    while os.read(0, 1024):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main()
