@@ -41,9 +41,8 @@ class ClusterJob:
 Say = Callable[[str], None]
 
 
-class Cluster(Protocol):
-    """A kind of cluster: one file, and one row in `cluster.KINDS`. No method goes through a shell, and each waits for
-    a bounded time only, except `follow`, which waits for the job."""
+class Renderer(Protocol):
+    """A kind of cluster whose jobs are rendered; a person submits them."""
 
     def render(self, job: ClusterJob) -> str:
         """Returns what would be submitted. Pure: contacts and writes nothing."""
@@ -52,6 +51,11 @@ class Cluster(Protocol):
     def address(self, job: ClusterJob) -> str | None:
         """Returns the address of the cluster if it becomes a part of the job's id, which is stored and printed."""
         ...
+
+
+class Cluster(Renderer, Protocol):
+    """A kind of cluster: one file, and one row in `cluster.KINDS`. No method goes through a shell, and each waits for
+    a bounded time only, except `follow`, which waits for the job."""
 
     def submit(self, job: ClusterJob, recipe_path: str) -> str:
         """Submits; returns the job's id in this kind of cluster. ``recipe_path`` is where the job's recipe was frozen,

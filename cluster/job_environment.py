@@ -30,6 +30,8 @@ def job_environment(environment: Mapping[str, str]) -> JobEnvironment:
 
 
 def _job(environment: Mapping[str, str]) -> str | None:
+    if array := environment.get("SLURM_ARRAY_JOB_ID"):  # the number alone may mean all jobs of the array
+        return f"slurm:{array}_{environment['SLURM_ARRAY_TASK_ID']}"
     if slurm := environment.get("SLURM_JOB_ID"):
         return f"slurm:{slurm}"
     if rayjob := environment.get("MUSTER_RAYJOB"):

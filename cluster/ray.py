@@ -1,15 +1,13 @@
 """Ray clusters: a job is submitted through the job API of the cluster's head, and followed there.
 
-The job's working directory is this program's own tree with the frozen recipe in it, so that the entrypoint, which Ray
-gives to a shell, is made of constant words.
+The job's working directory has the frozen recipe in it (`cluster.ray_package`), so that the entrypoint, which Ray gives
+to a shell, is made of constant words.
 
 API: https://docs.ray.io/en/latest/cluster/running-applications/job-submission/rest.html
 """
 
 from __future__ import annotations
 
-import hashlib
-import io
 import json
 import os
 import re
@@ -18,16 +16,12 @@ import shlex
 import time
 import urllib.error
 import urllib.request
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from cluster.job import ClusterError, ClusterJob, Say
+from cluster.ray_package import RECIPE, runtime_env, shell_commands
 
-ROOT = Path(__file__).resolve().parents[1]
-PARTS = ("launcher", "cluster", "trainer", "recipes", "deepspeed", "slurm")
-RECIPE = "submitted.yaml"
 CALL_S = 30.0
 POLL_S = 1.0
 SLOWEST_POLL_S = 10.0
@@ -48,32 +42,31 @@ class Ray:
 
     def render(self, job: ClusterJob) -> str:
         """Returns the commands that submit the same by hand, in any folder of this machine: for a shell."""
-        address = self.address(job) or "http://HEAD:8265"
-        end = "END_OF_RECIPE"
-        while end in job.recipe:
-            end += "_"
-        submit = shlex.join(["ray", "job", "submit", "--address", address, "--working-dir"])
-        return (
-            "job=$(mktemp -d)\n"
-            f'{shlex.join(["cp", "-R", *(str(ROOT / part) for part in PARTS)])} "$job"\n'
-            f"cat > \"$job\"/{RECIPE} <<'{end}'\n{job.recipe.rstrip()}\n{end}\n"
-            f'{submit} "$job" -- {self._entrypoint(job)}\n'
-        )
+        commands, environment = shell_commands(job.settings, job.recipe)
+        submit = shlex.join(["ray", "job", "submit", "--address", self.address(job) or "http://HEAD:8265"])
+        options = {
+            "submission-id": named_id(job),
+            "runtime-env-json": json.dumps(environment) if environment else None,
+            "metadata-json": json.dumps(metadata(job)),
+            **{k.replace("_", "-"): json.dumps(v) for k, v in entrypoint_resources(job.settings).items()},
+        }
+        words = [word for name, value in options.items() if value is not None for word in (f"--{name}", value)]
+        return f'{commands}{submit} --working-dir "$job" {shlex.join(words)} -- {self._entrypoint(job)}\n'
 
     def address(self, job: ClusterJob) -> str | None:
         return api_address(job.settings, self._environment)
 
     def submit(self, job: ClusterJob, recipe_path: str) -> str:
         api = Api(self._address(job.settings), self._environment)
-        package = working_directory(job.recipe)
-        name = f"_ray_pkg_{hashlib.sha256(package).hexdigest()[:32]}.zip"
-        api.call("PUT", f"/api/packages/gcs/{name}", package)
-        plain = re.sub(r"[^A-Za-z0-9_-]+", "-", job.name)
+        name = named_id(job)
+        if name is not None:
+            self._make_room(api, name, job.run_uri)
         body = {
             "entrypoint": self._entrypoint(job),
-            "submission_id": f"muster-{plain}-{secrets.token_hex(4)}",
-            "runtime_env": {"working_dir": f"gcs://{name}"},
-            "metadata": {"run": job.run_uri},
+            "submission_id": name or f"muster-{re.sub(r'[^A-Za-z0-9_-]+', '-', job.name)}-{secrets.token_hex(4)}",
+            "runtime_env": runtime_env(job.settings, job.recipe, api.upload),
+            "metadata": metadata(job),
+            **entrypoint_resources(job.settings),
         }
         request = json.dumps(body).encode()
         answer = self._patiently(lambda: api.call("POST", "/api/jobs/", request), of=Busy)
@@ -109,6 +102,18 @@ class Ray:
         api, name = self._split(job_id)
         if self.state(job_id) not in (None, *ENDED):
             api.call("POST", f"/api/jobs/{name}/stop")
+
+    def _make_room(self, api: Api, name: str, run_uri: str) -> None:
+        """Removes the job of this name if it is the run's own and has ended: Ray takes each name once."""
+        try:
+            found = json.loads(api.call("GET", f"/api/jobs/{name}"))
+        except Unknown:
+            return
+        if (found.get("metadata") or {}).get("run") != run_uri:
+            raise ClusterError(f"the Ray cluster has a job {name} of something else: change cluster.ray.submission_id")
+        if found["status"] not in ENDED:
+            raise ClusterError(f"job {name} is {found['status']}; `muster cancel {run_uri}` ends it")
+        api.call("DELETE", f"/api/jobs/{name}")
 
     def _entrypoint(self, job: ClusterJob) -> str:
         return shlex.join(["python", "-m", "launcher", *job.command, RECIPE])
@@ -164,6 +169,11 @@ class Api:
         if environment.get("RAY_AUTH_MODE") == "token" and environment.get("RAY_AUTH_TOKEN"):
             self._headers["Authorization"] = f"Bearer {environment['RAY_AUTH_TOKEN']}"
 
+    def upload(self, name: str, package: bytes) -> str:
+        """Stores a package in the cluster and returns its URI."""
+        self.call("PUT", f"/api/packages/gcs/{name}", package)
+        return f"gcs://{name}"
+
     def call(self, method: str, path: str, body: bytes | None = None) -> bytes:
         request = urllib.request.Request(self.address + path, body, self._headers, method=method)
         try:
@@ -210,19 +220,16 @@ def api_address(settings: Mapping[str, Any], environment: Mapping[str, str]) -> 
     return next((a for a in named if a and a.startswith(("http://", "https://"))), None)
 
 
-def working_directory(recipe: str) -> bytes:
-    """A zip of this program and the recipe; the same bytes for the same files, since Ray keeps it under its hash."""
-    content = io.BytesIO()
-    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as package:
-        for part in PARTS:
-            for path in sorted((ROOT / part).rglob("*")):
-                if path.is_file() and "__pycache__" not in path.parts:
-                    _add(package, str(path.relative_to(ROOT)), path.read_bytes())
-        _add(package, RECIPE, recipe.encode())
-    return content.getvalue()
+def named_id(job: ClusterJob) -> str | None:
+    """Returns the submission id that the recipe names; None for a job that is not the run itself."""
+    return job.settings["submission_id"] if job.command[0] == "run" else None
 
 
-def _add(package: zipfile.ZipFile, name: str, body: bytes) -> None:
-    entry = zipfile.ZipInfo(name, (1980, 1, 1, 0, 0, 0))
-    entry.external_attr = 0o644 << 16
-    package.writestr(entry, body, zipfile.ZIP_DEFLATED)
+def metadata(job: ClusterJob) -> dict[str, str]:
+    return {**job.settings["metadata"], "run": job.run_uri}
+
+
+def entrypoint_resources(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns what the driver's process takes of its node, under the names of Ray's job API."""
+    names = ("entrypoint_num_cpus", "entrypoint_num_gpus", "entrypoint_memory", "entrypoint_resources")
+    return {name: settings[name] for name in names if settings[name]}

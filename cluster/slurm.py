@@ -5,7 +5,6 @@ Only argument lists are made here: sbatch's options override the script's ``#SBA
 
 from __future__ import annotations
 
-import math
 import os
 import shlex
 import shutil
@@ -14,8 +13,10 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from cluster.job import ClusterError, ClusterJob, Say
+from cluster.job_shape import JobShape
 
 SCRIPT = Path(__file__).resolve().parents[1] / "slurm" / "train.sbatch"
 CALL_S = 60.0
@@ -55,14 +56,16 @@ class Slurm:
         self._environment, self._call = {**environment, "PATH": path}, call
 
     def render(self, job: ClusterJob) -> str:
-        return shlex.join([*options(job), str(SCRIPT), *job.arguments]) + "\n"
+        variables = [f"{name}={value}" for name, value in container(job.settings).items()]
+        asked = [*options(job), str(SCRIPT), *job.arguments]
+        return shlex.join(["env", *variables, *asked] if variables else asked) + "\n"
 
     def address(self, job: ClusterJob) -> str | None:
         return None
 
     def submit(self, job: ClusterJob, recipe_path: str) -> str:
         command, *flags = job.command
-        environment = {**self._environment, "MUSTER_COMMAND": command}
+        environment = {**self._environment, **container(job.settings), "MUSTER_COMMAND": command}
         told = self._run([*options(job), "--parsable", str(SCRIPT), recipe_path, *flags], environment)
         return told.split(";")[0].strip()
 
@@ -144,7 +147,7 @@ def options(job: ClusterJob) -> list[str]:
     """Returns ``sbatch`` and its options: nodes, GPUs and CPUs as the workers need them, then the recipe's settings for
     Slurm."""
     settings = job.settings
-    shape = JobShape.of(job)
+    shape = JobShape.of(job, "cluster.slurm")
     asked = ["sbatch", f"--job-name={job.name}", f"--nodes={shape.nodes}", f"--cpus-per-task={shape.cpus_per_node}"]
     if shape.gpus_per_node:
         asked.append(f"--gpus-per-node={shape.gpus_per_node}")
@@ -158,47 +161,24 @@ def options(job: ClusterJob) -> list[str]:
     return asked
 
 
-class JobShape:
-    """How many nodes a job has, and what each gives it. ``nodes`` is as sbatch takes it: ``4``, or ``2-4``."""
-
-    def __init__(self, nodes: str, workers_per_node: int, job: ClusterJob) -> None:
-        self.nodes, self.workers_per_node = nodes, workers_per_node
-        self.gpus_per_node = workers_per_node * job.gpus_per_worker
-        self.cpus_per_node = workers_per_node * job.cpus_per_worker
-
-    @classmethod
-    def of(cls, job: ClusterJob) -> JobShape:
-        """Workers are spread evenly over as few nodes as hold them; a worker without a GPU has a node of its own.
-        Replicas are not divided between nodes, or have complete nodes, where GPUs and workers allow it."""
-        least, most = job.workers
-        asked: int | None = job.settings["nodes"]
-        per_node = math.ceil(most / asked) if asked else _workers_per_node(job, most)
-        nodes = [asked] if asked else [math.ceil(count / per_node) for count in (least, most)]
-        return cls("-".join(map(str, dict.fromkeys(nodes))), per_node, job)
+def container(settings: Mapping[str, Any]) -> dict[str, str]:
+    """Returns the variables by which the script knows the container; those of the submission's environment stay where
+    the recipe has none. Raises ClusterError."""
+    image, mounts = settings["container"], settings["container_mounts"]
+    if image is None:
+        if mounts:
+            raise ClusterError("cluster.slurm.container_mounts has folders for a container, and there is no container")
+        return {}
+    for mount in mounts:
+        if not 2 <= len(mount.split(":")) <= 3 or "," in mount:
+            raise ClusterError(
+                f"cluster.slurm.container_mounts: {mount!r} is not SOURCE:TARGET or SOURCE:TARGET:OPTIONS"
+            )
+    return {"MUSTER_CONTAINER": image, "MUSTER_CONTAINER_MOUNTS": ",".join(mounts)}
 
 
 def workers_per_node(job: ClusterJob) -> int:
-    return JobShape.of(job).workers_per_node
-
-
-def _workers_per_node(job: ClusterJob, workers: int) -> int:
-    gpus: int = job.settings["gpus_per_node"]
-    if not job.gpus_per_worker:
-        return 1
-    fit = gpus // job.gpus_per_worker
-    if fit == 0:
-        raise ClusterError(
-            f"a worker takes {job.gpus_per_worker} GPUs (resources.gpus_per_worker), and a node has {gpus} "
-            "(cluster.slurm.gpus_per_node): correct one of them"
-        )
-    if job.replicas > 1:
-        each = workers // job.replicas
-        if each <= fit:  # a node has complete replicas
-            return math.ceil(job.replicas / math.ceil(job.replicas / (fit // each))) * each
-        nodes = math.ceil(each / fit)
-        if each % nodes == 0:  # a replica has complete nodes
-            return each // nodes
-    return math.ceil(workers / math.ceil(workers / fit))
+    return JobShape.of(job, "cluster.slurm").workers_per_node
 
 
 def fields(line: str) -> dict[str, str]:

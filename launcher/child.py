@@ -24,7 +24,7 @@ BEAT_S = 1.0
 TRACKER = "ignore::UserWarning:multiprocessing.resource_tracker"
 SILENCE_S = 120.0
 """A child that has sent nothing for so long is stopped or hangs, and is killed."""
-PARENTS_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM)
+PARENTS_SIGNALS = (signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1)
 """Signals that a terminal or a scheduler sends to the whole group of processes: the parent handles them."""
 DEBUG = "MUSTER_DEBUG"
 
@@ -183,9 +183,10 @@ def _serve(pipe: Connection, served: Callable[[], Any], threads: int) -> None:
 
 
 def _leave_signals_to_the_parent() -> None:
-    """Processes that are started from here ignore SIGINT and SIGHUP too; SIGTERM is for them to handle."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    """Processes that are started from here ignore SIGINT, SIGHUP and SIGUSR1 too (srun passes a scheduler's warning on
+    to all processes of its step); SIGTERM is for them to handle."""
+    for name in (signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+        signal.signal(name, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: None)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, PARENTS_SIGNALS)
 

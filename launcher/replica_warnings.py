@@ -33,7 +33,7 @@ def replica_warnings(recipe: Recipe, kind: str | None = None) -> Iterator[str]:
     the recipe has settings of."""
     if recipe.strategy.replicas == 1:
         return
-    for name in recipe.cluster.given() if kind is None else [kind]:
+    for name in [given for given in recipe.cluster.given() if given in KINDS] if kind is None else [kind]:
         try:
             per_node = workers_per_node(name, job_shape(recipe, name))
         except ClusterError:

@@ -11,16 +11,10 @@ from __future__ import annotations
 from trainer.interruption import CODE, RESUMES, STARTS, Terminated, current
 
 if __name__ == "__main__":
-    current.begin()  # the other imports take seconds
-
-import logging
-
-from trainer.fast_imports import mute_libraries
-
-if __name__ == "__main__":
-    mute_libraries()
+    current.begin()  # the other imports take a moment
 
 import argparse
+import logging
 import os
 import sys
 import threading
@@ -34,10 +28,9 @@ from typing import TYPE_CHECKING
 
 from trainer.checkpoint import read_claims
 from trainer.checkpoint.publish import completed_text, finished
-from trainer.data.run_data import RunData, prepare_data, try_open_data
 from trainer.errors import InputError, Interrupted, MusterError
+from trainer.fast_imports import mute_libraries
 from trainer.logs.rank import rank_log
-from trainer.model import fetch_model, load_tokenizer
 from trainer.progress.ending import last_lines
 from trainer.progress.lines import ProgressLines, called_often
 from trainer.recipe import Recipe
@@ -50,12 +43,13 @@ from trainer.run.startup_phases import DATA, IMPORT, Phases, process_began
 from trainer.storage import Storage, open_storage
 from trainer.terminal import ShownFormatter, shown
 from trainer.torchrun_failure import RankFailed, RunRank, explain_failure
-from trainer.worker.attempt import train
 from trainer.worker.held_run import hold_run
 from trainer.worker.job import Job
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+    from trainer.data.run_data import RunData
 
 PREPARED_WAIT_S = 3600.0
 POLL_S = 0.5
@@ -72,7 +66,6 @@ def main(arguments: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.WARNING)
     for handler in logging.getLogger().handlers:
         handler.setFormatter(ShownFormatter())
-    _hush_libraries()
     current.command(STARTS)
     current.on_force(_leave_code_of_signal)
     code = 0
@@ -116,7 +109,9 @@ def _run(place: str, overrides: list[str], *, takeover: bool, trust: bool) -> No
         if _rank() == 0:
             print(f"muster: {run.url} {completed_text(last)}; its adapter is {run.uri(layout.ADAPTER)}")
             _print_end(recipe, run)
-    elif _rank() == 0:
+        return
+    _import_libraries()
+    if _rank() == 0:
         _drive(storage, run, recipe, stop, takeover=takeover)
     else:
         total = _await_data(recipe, run, storage)
@@ -124,16 +119,20 @@ def _run(place: str, overrides: list[str], *, takeover: bool, trust: bool) -> No
 
 
 def _find(place: str, overrides: list[str], *, trust: bool) -> tuple[Recipe, Storage, Storage]:
-    """Returns the recipe, its storage and its run. Raises RecipeChanged if the run was started with another recipe."""
+    """Returns the recipe, its storage and its run, and sets the recipe's environment variables. Raises RecipeChanged if
+    the run was started with another recipe."""
     if is_recipe(place):
         recipe = recipe_at(place, overrides, trust=trust)
+        os.environ.update(recipe.cluster.env)
         storage = open_storage(recipe.storage)
         run = storage.child(recipe.name)
         check_same_recipe(run, recipe)
         return recipe, storage, run
     folder, _, name = place.rstrip("/").rpartition("/")
     storage = open_storage(folder or ".")
-    return resumed_recipe(storage.child(name), overrides, trust=trust), storage, storage.child(name)
+    recipe = resumed_recipe(storage.child(name), overrides, trust=trust)
+    os.environ.update(recipe.cluster.env)
+    return recipe, storage, storage.child(name)
 
 
 def _drive(storage: Storage, run: Storage, recipe: Recipe, stop: Stop, *, takeover: bool) -> None:
@@ -169,6 +168,8 @@ def _print_end(recipe: Recipe, run: Storage) -> None:
 
 
 def _train(job: Job, stop_requested: Callable[[], bool], of: RunRank) -> None:
+    from trainer.worker.attempt import train
+
     try:
         with rank_log(of.run, of.rank, int(os.environ.get("WORLD_SIZE", "1"))):
             train(job, stop_requested)
@@ -190,6 +191,9 @@ def _line_printer() -> Callable[[str, str], None]:
 
 
 def _prepare(recipe: Recipe, run: Storage, storage: Storage, progress: ProgressLines) -> RunData:
+    from trainer.data.run_data import prepare_data
+    from trainer.model import fetch_model, load_tokenizer
+
     def tokenizer() -> PreTrainedTokenizerBase:
         files = fetch_model(recipe.model, weights=False)
         return load_tokenizer(files.folder, trust_remote_code=recipe.model.trust_remote_code)
@@ -201,6 +205,8 @@ def _prepare(recipe: Recipe, run: Storage, storage: Storage, progress: ProgressL
 def _await_data(recipe: Recipe, run: Storage, storage: Storage) -> int:
     """Waits until rank 0 has prepared the data; returns the number of steps. The other ranks join the process group
     only then, so that no rank waits for a tokenizer in a collective."""
+    from trainer.data.run_data import try_open_data
+
     deadline = time.monotonic() + PREPARED_WAIT_S
     while time.monotonic() < deadline:
         data = try_open_data(recipe, run, storage.child(layout.PREPARED))
@@ -223,9 +229,13 @@ class Stop:
         return self._requested.is_set()
 
 
-def _hush_libraries() -> None:
-    """Turns off progress bars and notices of libraries, which would appear once per rank."""
+def _import_libraries() -> None:
+    """Imports the libraries, which takes seconds, once the environment that they read is set. Turns off their progress
+    bars and notices, which would appear once per rank."""
+    mute_libraries()
     from transformers.utils import logging as transformers_logging
+
+    import trainer.worker.attempt  # noqa: F401
 
     transformers_logging.disable_progress_bar()
     transformers_logging.set_verbosity_error()
@@ -235,6 +245,8 @@ def _hush_libraries() -> None:
 
 def _job() -> str | None:
     """Returns the same name as the driver on Ray, so that a requeued Slurm job takes over its own run at once."""
+    if array := os.environ.get("SLURM_ARRAY_JOB_ID"):
+        return f"slurm:{array}_{os.environ['SLURM_ARRAY_TASK_ID']}"
     slurm = os.environ.get("SLURM_JOB_ID")
     return f"slurm:{slurm}" if slurm else None
 

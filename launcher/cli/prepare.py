@@ -41,6 +41,7 @@ def prepare(
     from trainer.recipe import load
 
     loaded = load(recipe, overrides or [])
+    os.environ.update(loaded.cluster.env)  # before the libraries that read it are imported
     if model:
         copy = prepare_model(loaded, Progress(stderr()))
         if as_json:

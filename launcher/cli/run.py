@@ -47,6 +47,7 @@ def run(
     if place is not None:
         submit.run_elsewhere(loaded, place, ["--takeover"] if takeover else [], address, detach=detach)
         return
+    os.environ.update(loaded.cluster.env)  # before the libraries that read it are imported
     if recipe == "quickstart" and not os.path.isfile(recipe):
         from launcher.quickstart.prepare import make_inputs
         from trainer.progress.lines import ProgressLines, called_often

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from cluster import cluster_of
+from cluster import KINDS, renderer_of
 from launcher.cli import completion
 from launcher.cli.options import PLACES, Overrides, RecipeFile, RunUri, TrustOption
 from launcher.replica_warnings import replica_warnings
-from launcher.submit.submit import check_address, cluster_errors, job_of
+from launcher.submit.submit import check_address, check_places, cluster_errors, job_of
 from launcher.terminal.console import stderr
 from trainer.recipe.trust import FLAG
 from trainer.run.recipe_url import recipe_at
@@ -23,8 +23,8 @@ def render(
         str,
         typer.Option(
             metavar="PLACE",
-            autocompletion=completion.one_of(*PLACES),
-            help="slurm | kubernetes | ray, or local for the recipe with all defaults filled in",
+            autocompletion=completion.one_of(*PLACES, "skypilot"),
+            help="slurm | kubernetes | ray | skypilot, or local for the recipe with all defaults filled in",
         ),
     ] = "slurm",
     trust_remote_code: TrustOption = False,
@@ -36,11 +36,13 @@ def render(
         print(dump(recipe_at(recipe, overrides or [], trust=trust_remote_code)), end="")
         return
     with cluster_errors():
-        cluster = cluster_of(on)
+        cluster = renderer_of(on)
         loaded = recipe_at(recipe, overrides or [], trust=trust_remote_code)
         words = [recipe, *(overrides or []), *([FLAG] if trust_remote_code else [])]
         job = job_of(loaded, on, arguments=words)
         check_address(job, on)
+        if KINDS[on].by_hand:  # there is no later check
+            check_places(loaded, on)
         for text in replica_warnings(loaded, on):
             stderr().print(f"warning: {text}", soft_wrap=True, markup=False)
         print(cluster.render(job), end="")

@@ -28,7 +28,7 @@ def validate(
 ) -> None:
     """Report every mistake of each RECIPE, with its line. Nothing is created, and nothing is contacted without
     --inputs."""
-    from cluster import KINDS, cluster_of
+    from cluster import KINDS, renderer_of
     from launcher.replica_warnings import replica_warnings
     from launcher.submit.submit import cluster_errors, job_of
     from trainer.recipe import load
@@ -45,7 +45,7 @@ def validate(
             loaded = load(path, overrides)
             for kind in (name for name in loaded.cluster.given() if name in KINDS):
                 with cluster_errors():
-                    cluster_of(kind).render(job_of(loaded, kind, arguments=(path,)))
+                    renderer_of(kind).render(job_of(loaded, kind, arguments=(path,)))
             if inputs:
                 from launcher.driver.driver import check_inputs
                 from launcher.monitor.progress import Progress

@@ -24,6 +24,7 @@ def examine(recipe: Recipe | None, say: Callable[[str], None]) -> tuple[Examinat
     from launcher.doctor.diagnosis import diagnose
     from launcher.raytrain.session import not_started, session_folder
 
+    os.environ.update(recipe.cluster.env if recipe else {})
     address = job_environment(os.environ).ray_address
     say(f"joining Ray at {address}" if address else "starting Ray")
     with ExitStack() as stack:

@@ -96,7 +96,8 @@ class Stages:
             self.examination.ranks = [self._ranks[rank] for rank in sorted(self._ranks)]
 
     def _begin(self, placed: Placed) -> None:
-        environment, folders = Environment.current(), self._folders()
+        variables = self.recipe.cluster.env if self.recipe else {}
+        environment, folders = Environment.current(variables), self._folders()
         calls = {i: actor.begin.remote(environment, folders) for i, actor in enumerate(placed.actors)}
         answers, errors = gather(calls, self._left.within(BEGIN_S))
         for i, (facts, gpu_ids, auth_mode, settings) in sorted(answers.items()):

@@ -7,7 +7,7 @@ the cluster and shown on its dashboard, and credentials are among these variable
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,8 +25,9 @@ class Environment:
     folder: str = field(repr=False)
 
     @classmethod
-    def current(cls) -> Environment:
-        chosen = {k: v for k, v in os.environ.items() if k.startswith(PREFIXES) or k in NAMES}
+    def current(cls, also: Collection[str] = ()) -> Environment:
+        """``also``: the names of further variables (`cluster.env`)."""
+        chosen = {k: v for k, v in os.environ.items() if k.startswith(PREFIXES) or k in NAMES or k in also}
         return cls(chosen, os.getcwd())
 
     def apply(self) -> None:

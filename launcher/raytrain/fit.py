@@ -39,12 +39,18 @@ class Worker:
         run_packed(self._job, context.get_world_rank(), context.get_world_size())
 
 
-def fit(job: Job, workers: int, environment: Environment) -> None:
-    """Trains an attempt. Raises ResizeRequested or AttemptFailed. The folder is Ray Train's scratch space on the
-    driver's host: checkpoints do not go through it."""
+def fit(job: Job, workers: int, environment: Environment, variables: Mapping[str, str]) -> None:
+    """Trains an attempt. Raises ResizeRequested or AttemptFailed. ``variables`` are set when a worker's process starts,
+    before Ray Train imports torch there. The folder is Ray Train's scratch space on the driver's host: checkpoints do
+    not go through it."""
     with tempfile.TemporaryDirectory(prefix="muster-ray-train-") as folder:
         no_restarts = FailureConfig(max_failures=0, controller_failure_limit=0)
-        run: Any = RunConfig(name=job.recipe.name, storage_path=folder, failure_config=no_restarts)
+        run: Any = RunConfig(
+            name=job.recipe.name,
+            storage_path=folder,
+            failure_config=no_restarts,
+            worker_runtime_env={"env_vars": dict(variables)} if variables else None,
+        )
         trainer = DataParallelTrainer(
             Worker(job, environment),
             backend_config=GroupConfig(),

@@ -10,6 +10,7 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, wait
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 from launcher.capacity import RESOURCE_WAIT_S, Node, check_resources, each
@@ -33,7 +34,7 @@ class RayRunner:
     """Entered, it is connected to Ray. ``address``: of the cluster, None for a Ray of this machine's own."""
 
     def __init__(self, recipe: Recipe, address: str | None) -> None:
-        self._resources, self._address = recipe.resources, address
+        self._resources, self._variables, self._address = recipe.resources, recipe.cluster.env, address
         self._asked = False
         self._exit = ExitStack()
 
@@ -45,7 +46,7 @@ class RayRunner:
         with ExitStack() as entered:
             if self._address is None:
                 entered.enter_context(session_folder())
-            self._ray = Child(RayServer, "muster-ray", CALLS)
+            self._ray = Child(partial(RayServer, self._variables), "muster-ray", CALLS)
             entered.callback(self._leave)
             connected = self._ray.submit("connect", self._address, self._resources)
             if not wait([connected], START_S).done:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from launcher.capacity import Node
@@ -21,13 +21,16 @@ END = ("no more results",)
 class RayServer:
     """Its methods are called from the driver, several at a time."""
 
-    def __init__(self) -> None:
-        self._environment = Environment.current()
+    def __init__(self, variables: Mapping[str, str]) -> None:
+        """``variables``: `cluster.env`."""
+        self._variables, self._joined = variables, False
+        self._environment = Environment.current(variables)
         self._maps: dict[int, tuple[Iterator[Any], threading.Event]] = {}
         self._numbers = itertools.count()
 
     def connect(self, address: str | None, resources: ResourcesSection) -> None:
         connect(address, resources)
+        self._joined = address is not None
 
     def prepare(self) -> None:
         """Imports Ray Train, which takes more than a second."""
@@ -63,7 +66,8 @@ class RayServer:
         """Trains an attempt. Raises ResizeRequested or AttemptFailed."""
         from launcher.raytrain.fit import fit
 
-        fit(job, workers, self._environment)
+        # The processes of a Ray of this machine's own have the driver's environment.
+        fit(job, workers, self._environment, self._variables if self._joined else {})
 
     def leave(self) -> None:
         """Leaves the cluster, which then sees the job as ended."""

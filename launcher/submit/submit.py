@@ -13,7 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cluster import KINDS, ClusterError, ClusterJob, cluster_of
+from cluster import KINDS, ClusterError, ClusterJob, cluster_of, renderer_of
 from cluster.job import Say
 from launcher.replica_warnings import job_shape, replica_warnings
 from launcher.terminal.console import stderr
@@ -47,6 +47,8 @@ def submit(job: ClusterJob, kind: str, recipe: Recipe, say: Say) -> Submission:
     from trainer.run.frozen import check_same_recipe
     from trainer.run.lease import withdraw_end
 
+    with cluster_errors():
+        cluster = cluster_of(kind)
     check_places(recipe, kind)
     check_address(job, kind)
     for text in (*replica_warnings(recipe, kind), *plugin_warnings(recipe, kind)):
@@ -64,7 +66,7 @@ def submit(job: ClusterJob, kind: str, recipe: Recipe, say: Say) -> Submission:
     key = f"{layout.SUBMITTED}/{unique}-{digest_of(job.recipe.encode())}.yaml"
     run.write(key, job.recipe.encode())
     with cluster_errors():
-        made = Submission(kind, cluster_of(kind).submit(job, run.uri(key)), time.time(), run.uri(key))
+        made = Submission(kind, cluster.submit(job, run.uri(key)), time.time(), run.uri(key))
     if trains:
         run.write_json(layout.SUBMISSION, vars(made))
     say(f"submitted as {made.job}")
@@ -150,7 +152,7 @@ def plugin_warnings(recipe: Recipe, kind: str) -> Iterator[str]:
 
 def check_address(job: ClusterJob, kind: str) -> None:
     """Raises UsageError if the job's id would contain credentials, in the address of the cluster."""
-    address = cluster_of(kind).address(job)
+    address = renderer_of(kind).address(job)
     if address and (what := credential_in(address)):
         raise UsageError(
             f"the address of the cluster holds credentials ({what}), and it is stored and printed as a part of the "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import pytest
 
 from launcher.monitor.status import read_status
+from tests.support.environment import notes, noting_recipe
 from tests.support.hosts import Hosts
 from tests.support.jobs import Command, start, wait_for_step, write_recipe
 from tests.support.ray_hosts import RAY, RayOnHosts
@@ -104,3 +107,38 @@ def test_doctor_names_a_host_that_is_cut_off(ray: RayOnHosts) -> None:
     named = [f for f in told["findings"] if f["level"] == "failure" and ray.hosts.name(3) in f["where"]]
     assert named, told["findings"]
     assert all(f["do"] for f in named)
+
+
+@pytest.mark.night
+def test_a_job_has_the_users_files_and_environment(ray: RayOnHosts, tiny_model: Path, tmp_path: Path) -> None:
+    """Submitted by muster, again under the same name, and by the printed commands."""
+    recipe = noting_recipe("own-files", tiny_model, tmp_path, 2)
+    (tmp_path / "code").mkdir()
+    (tmp_path / "noting.py").rename(tmp_path / "code" / "noting.py")
+    section = recipe.cluster.ray.model_copy(
+        update={
+            "address": ray.dashboard,
+            "runtime_env": {"working_dir": str(tmp_path / "code"), "env_vars": {"NCCL_DEBUG": "INFO"}},
+            "submission_id": "own-files",
+            "metadata": {"team": "nlp"},
+            "entrypoint_num_cpus": 0.5,
+        }
+    )
+    recipe = recipe.model_copy(update={"cluster": recipe.cluster.model_copy(update={"ray": section})})
+    arguments = ["-m", "launcher", "run", write_recipe(recipe, tmp_path), "--on", "ray"]
+    for told in ("finished: the adapter is", "already"):
+        command = start(arguments)
+        assert command.wait(200) == 0, command.output()
+        assert f"submitted as ray:{ray.dashboard}/own-files" in command.output()
+        assert told in command.output()
+    assert [(seen["hub"], seen["now"]) for seen in notes(tmp_path)] == [(str(tmp_path / "hub"), "WARN")] * 2
+
+    overrides = ["name=by-hand", "cluster.ray.submission_id=by-hand"]
+    render = [sys.executable, "-m", "launcher", "render", str(tmp_path / "own-files.yaml"), *overrides, "--on", "ray"]
+    commands = subprocess.run(render, capture_output=True, text=True, check=True, timeout=60).stdout
+    environment = {**os.environ, **ray.env, "RAY_ADDRESS": ray.dashboard}
+    by_hand = subprocess.run(
+        ["sh", "-eu"], input=commands, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=200
+    )
+    assert by_hand.returncode == 0, by_hand.stdout + by_hand.stderr
+    assert len(notes(tmp_path)) == 4

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -272,3 +273,87 @@ def test_torchrun_commits_before_the_limit_and_ends_with_the_same_bytes(site: Si
     assert len(set(hosts_by_attempt(recipe)[2])) == 2
     assert read_status(run_of(recipe)).state == "succeeded"
     assert adapter_bytes(recipe) == adapter_bytes(undisturbed)
+
+
+STAND_INS = {
+    "srun": """#!/bin/bash
+# pyxis is not installed here: notes its options, and runs the step without a container.
+echo srun "$@" >>"$NOTES"
+[[ $1 != --help ]] || { echo "  --container-image=[USER@][REGISTRY#]IMAGE[:TAG]|PATH"; exit; }
+words=()
+for word in "$@"; do [[ $word == --container-* ]] || words+=("$word"); done
+exec REAL "${words[@]}"
+""",
+    "apptainer": """#!/bin/bash
+# Apptainer is not installed here: notes its options, and runs the command without a container.
+echo apptainer "$@" >>"$NOTES"
+until [[ $1 == *.sif ]]; do shift; done
+exec "${@:2}"
+""",
+}
+
+
+@pytest.mark.night
+@pytest.mark.parametrize(
+    ("script", "image", "driver"),
+    [
+        ("train", "image.sif", "apptainer exec "),
+        ("train", "image.sqsh", "srun --overlap "),
+        ("train_torchrun", "image.sqsh", "srun --no-kill --wait=60 "),
+        ("train_torchrun", "image.sif", "srun --no-kill --wait=60 "),
+    ],
+)
+def test_a_job_in_a_container_hears_the_warning_and_requeues_itself(
+    script: str, image: str, driver: str, site: Site, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With stand-ins for the programs that make the container: the command lines, signals and exit codes are real."""
+    (tmp_path / "bin").mkdir()
+    for name, text in STAND_INS.items():
+        (tmp_path / "bin" / name).write_text(text.replace("REAL", str(shutil.which("srun"))))
+        (tmp_path / "bin" / name).chmod(0o755)
+    (tmp_path / image).touch()
+    for name, value in {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "NOTES": str(tmp_path / "notes"),
+        "MUSTER_CONTAINER": image,
+    }.items():
+        monkeypatch.setenv(name, value)
+    recipe = site.recipe("boxed", 2, **LONG)
+    job = site.submit(script, recipe, "--nodes=2")
+    site.until_step(recipe, 5)
+    site.slurm.run("scancel", "--batch", "--signal=USR1", job)
+    site.until(recipe, lambda: 2 in hosts_by_attempt(recipe), 150, "the second start")
+    assert "requeued" in site.said(recipe)
+    assert read_status(run_of(recipe)).checkpoints[-1].step >= 5
+    site.slurm.run("scancel", job)
+    site.until_ended(recipe, job, 60)
+    noted = (tmp_path / "notes").read_text().splitlines()
+    started = [line for line in noted if line.startswith(driver) and (script != "train" or " --on ray " in line)]
+    assert len(started) == 2, noted
+    assert all(str(tmp_path / image) in line for line in started), started
+
+
+@pytest.mark.night
+def test_the_jobs_of_an_array_are_requeued_and_cancelled_one_by_one(site: Site) -> None:
+    recipe = site.recipe("array", 1, **LONG)
+    path, script = write_recipe(recipe, site.folder), ROOT / "slurm" / "train.sbatch"
+    array = site.slurm.submit(
+        "--array=0-1", f"--output={site.folder}/%a.log", script, path, "name=array-%a", "seed=%a", cwd=site.folder
+    )
+    recipes = [recipe.model_copy(update={"name": f"array-{index}", "seed": index}) for index in (0, 1)]
+    for one in recipes:
+        site.until_step(one, 3)
+    # The array's own number is also that of its last job.
+    for index, one in enumerate(recipes):
+        assert read_status(run_of(one)).job == f"slurm:{array}_{index}"
+        site.slurm.run("scancel", "--batch", "--signal=USR1", f"{array}_{index}")
+        site.until(one, lambda one=one: 2 in hosts_by_attempt(one), 120, "the second start")
+        assert site.slurm.job(f"{array}_{index}")["Restarts"] == "1"
+        assert len(hosts_by_attempt(recipes[1 - index])) == index + 1, "the other one was left alone"
+    site.until_step(recipes[1], read_status(run_of(recipes[1])).checkpoints[-1].step + 3)
+    cancelled = start(["-m", "launcher", "cancel", run_of(recipes[1]).url])
+    assert cancelled.wait(60) == 0, cancelled.output()
+    site.until(recipes[1], lambda: site.slurm.job_state(f"{array}_1") in ENDED, 60, "the end of the second")
+    assert site.slurm.job_state(f"{array}_0") == "RUNNING"
+    site.slurm.run("scancel", array)
+    site.until(recipes[0], lambda: site.slurm.job_state(f"{array}_0") in ENDED, 60, "the end of the first")

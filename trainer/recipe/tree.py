@@ -39,6 +39,8 @@ def kinds(annotation: Any) -> set[type]:
 def descend(annotation: Any, key: str | int) -> Any:
     """Returns the annotation of the value under ``key``; None if a value of this annotation has no such key."""
     for option in options(annotation):
+        if option is Any:
+            return Any
         if isinstance(option, type) and issubclass(option, Section) and key in option.model_fields:
             return option.model_fields[str(key)].annotation
         origin, arguments = get_origin(option), get_args(option)

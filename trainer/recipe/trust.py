@@ -33,6 +33,8 @@ def code_of(recipe: Recipe) -> list[str]:
         found.append(f"optimizer.name {recipe.optimizer.name}")
     if _foreign_metric(recipe):
         found.append(f"generative_eval.metric {recipe.generative_eval.metric}")
+    if recipe.cluster.env:  # some name a library to load, or the server that files and credentials are exchanged with
+        found.append(f"libraries with the variables of cluster.env ({', '.join(recipe.cluster.env)})")
     if plugins := [f"{key} {name}" for key, name in plugins_of(recipe)]:
         found.append(f"the plug-in {', '.join(plugins)}")
     return found
@@ -48,10 +50,14 @@ def submitting_code_of(recipe: Recipe) -> list[str]:
     cluster = recipe.cluster
     values = {
         "cluster.slurm.options": " ".join(cluster.slurm.options),
+        "cluster.slurm.container": cluster.slurm.container,
         "cluster.kubernetes.image": cluster.kubernetes.image,
         "cluster.kubernetes.pod": cluster.kubernetes.pod,
         "cluster.kubernetes.head_pod": cluster.kubernetes.head_pod,
         "cluster.ray.address": cluster.ray.address,
+        "cluster.skypilot.setup": cluster.skypilot.setup,
+        "cluster.skypilot.options": ", ".join(cluster.skypilot.options),
+        "cluster.ray.runtime_env": ", ".join(cluster.ray.runtime_env),
     }
     return [f"{name} {value}" for name, value in values.items() if value]
 
@@ -67,6 +73,8 @@ def without_code(recipe: Recipe) -> Recipe:
         changes["optimizer"] = recipe.optimizer.model_copy(update={"name": "adamw", "settings": {}})
     if _foreign_metric(recipe):
         changes["generative_eval"] = recipe.generative_eval.model_copy(update={"metric": "auto"})
+    if recipe.cluster.env:
+        changes["cluster"] = recipe.cluster.model_copy(update={"env": {}})
     return recipe.model_copy(update=changes)
 
 

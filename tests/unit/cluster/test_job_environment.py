@@ -18,6 +18,11 @@ from cluster.job_environment import JobEnvironment, job_environment
         ({"RAY_JOB_CONFIG_JSON_ENV_VAR": '{"metadata": {"job_submission_id": "j1"}}'}, "ray:j1", "auto"),
         ({"RAY_JOB_CONFIG_JSON_ENV_VAR": "not json"}, None, "auto"),
         ({"SLURM_JOB_ID": "4711"}, "slurm:4711", None),
+        (
+            {"SLURM_JOB_ID": "4712", "SLURM_ARRAY_JOB_ID": "4711", "SLURM_ARRAY_TASK_ID": "3"},
+            "slurm:4711_3",
+            None,
+        ),
         ({"MUSTER_RAYJOB": "fine-tune"}, "kubernetes:fine-tune", None),
         ({"MUSTER_RAYJOB": "fine-tune", "MUSTER_NAMESPACE": "ml"}, "kubernetes:ml/fine-tune", None),
         ({"TORCHELASTIC_RUN_ID": "none"}, None, None),

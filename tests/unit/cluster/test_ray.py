@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shlex
 import subprocess
 import threading
 import zipfile
@@ -17,10 +18,19 @@ from typing import Any
 import pytest
 
 from cluster import ClusterError, ClusterJob
-from cluster.ray import RECIPE, Ray, api_address, working_directory
+from cluster.ray import Ray, api_address
+from cluster.ray_package import PARTS, RECIPE, ROOT, working_directory
+from trainer.recipe.sections.cluster import RaySection
 
 ODD = 'name: it\'s $(touch x) `id` "q" ünï\n'
-JOB = ClusterJob("a.run", "s3://runs/a.run", ODD, (1, 1), 0, 1, {"address": None}, arguments=("r.yaml",))
+
+
+def job_with(**settings: Any) -> ClusterJob:
+    section = RaySection.model_validate(settings).model_dump(mode="json")
+    return ClusterJob("a.run", "s3://runs/a.run", ODD, (1, 1), 0, 1, section, arguments=("r.yaml",))
+
+
+JOB = job_with()
 
 
 class Head(BaseHTTPRequestHandler):
@@ -34,7 +44,7 @@ class Head(BaseHTTPRequestHandler):
         self.end_headers()
         self.wfile.write(json.dumps(answer).encode())
 
-    do_GET = do_PUT = do_POST = _answer
+    do_GET = do_PUT = do_POST = do_DELETE = _answer
 
     def log_message(self, *arguments: Any) -> None:
         pass
@@ -61,6 +71,8 @@ class Server(ThreadingHTTPServer):
             return 500, "No available agent to submit job, please try again later."
         if self.refuse:
             return self.refuse
+        if path == "/api/jobs/taken" and method == "GET" and not self.details:
+            return 404, "unknown"
         if path.endswith("/logs"):
             return 200, {"logs": self.logs.pop(0) if len(self.logs) > 1 else self.logs[0]}
         if method == "POST" and path == "/api/jobs/":
@@ -203,7 +215,105 @@ def test_the_printed_commands_submit_the_same_from_any_folder(tmp_path: Path) ->
     subprocess.run(["sh", "-eu"], input=Ray({}).render(odd).encode(), env=environment, cwd=tmp_path, check=True)
     words = (tmp_path / "words").read_text().splitlines()
     assert words[:5] == ["job", "submit", "--address", "http://HEAD:8265", "--working-dir"]
-    assert words[6:] == ["--", "python", "-m", "launcher", "run", "--takeover", RECIPE]
+    assert words[6:8] == ["--metadata-json", '{"run": "s3://runs/a.run"}']
+    assert words[8:] == ["--", "python", "-m", "launcher", "run", "--takeover", RECIPE]
     assert (tmp_path / "sent" / RECIPE).read_text() == odd.recipe
     with zipfile.ZipFile(io.BytesIO(working_directory(odd.recipe))) as package:
         assert all((tmp_path / "sent" / name).read_bytes() == package.read(name) for name in package.namelist())
+
+
+@pytest.fixture
+def site(tmp_path: Path) -> Path:
+    """A folder with code of the user's own, and a module beside it."""
+    (tmp_path / "site" / "mine").mkdir(parents=True)
+    (tmp_path / "site" / "mine" / "rewards.py").write_text("def length(): ...\n")
+    (tmp_path / "site" / ".git").mkdir()
+    (tmp_path / "site" / ".git" / "config").write_text("")
+    (tmp_path / "helpers").mkdir()
+    (tmp_path / "helpers" / "__init__.py").write_text("")
+    return tmp_path
+
+
+def test_what_the_recipe_says_of_rays_job_is_sent(head: Server, site: Path) -> None:
+    environment = {
+        "pip": ["sentencepiece"],
+        "env_vars": {"A": "1"},
+        "working_dir": str(site / "site"),
+        "py_modules": [str(site / "helpers"), "s3://bucket/other.zip"],
+    }
+    made = job_with(
+        runtime_env=environment,
+        metadata={"team": "nlp", "run": "another"},
+        entrypoint_num_cpus=0.5,
+        entrypoint_memory=2_000_000_000,
+        entrypoint_resources={"head_node": 0.01},
+    )
+    ray(head).submit(made, "r")
+    *uploads, (_, _, body, _) = head.calls
+    sent = json.loads(body)
+    packages = {f"gcs://{path.rsplit('/', 1)[1]}": package for _, path, package, _ in uploads}
+    files = {uri: set(zipfile.ZipFile(io.BytesIO(package)).namelist()) for uri, package in packages.items()}
+    assert {"mine/rewards.py", "launcher/__main__.py", RECIPE} < files[sent["runtime_env"]["working_dir"]]
+    assert not [name for name in files[sent["runtime_env"]["working_dir"]] if name.startswith(".git")]
+    mine, other = sent["runtime_env"]["py_modules"]
+    assert (files[mine], other) == ({"helpers/__init__.py"}, "s3://bucket/other.zip")
+    assert (sent["runtime_env"]["pip"], sent["runtime_env"]["env_vars"]) == (["sentencepiece"], {"A": "1"})
+    assert sent["metadata"] == {"team": "nlp", "run": "s3://runs/a.run"}
+    assert (sent["entrypoint_num_cpus"], sent["entrypoint_memory"]) == (0.5, 2_000_000_000)
+    assert sent["entrypoint_resources"] == {"head_node": 0.01}
+    assert "entrypoint_num_gpus" not in sent
+
+
+def test_a_working_directory_of_the_users_keeps_musters_files(site: Path) -> None:
+    assert working_directory("a", str(ROOT)).count(b"launcher/__main__.py") == 2, "in the zip, and in its directory"
+    (site / "site" / "trainer").mkdir()
+    with pytest.raises(ClusterError, match=r"working_dir .* has trainer, where the job has muster's own files"):
+        working_directory("a", str(site / "site"))
+    with pytest.raises(ClusterError, match="is no folder of this machine"):
+        working_directory("a", str(site / "absent"))
+
+
+def test_a_package_that_ray_refuses_is_not_uploaded(head: Server, site: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ClusterError, match="is no folder and no wheel"):
+        ray(head).submit(job_with(runtime_env={"py_modules": [str(site / "absent.whl")]}), "r")
+    head.calls.clear()
+    monkeypatch.setattr("cluster.ray_package.LARGEST_PACKAGE", 1000)
+    with pytest.raises(ClusterError, match="Ray takes at most"):
+        ray(head).submit(job_with(runtime_env={"working_dir": str(site / "site")}), "r")
+    assert not head.calls
+
+
+@pytest.mark.parametrize(
+    ("details", "told"),
+    [
+        ([], None),
+        ([{"status": "FAILED", "metadata": {"run": "s3://runs/a.run"}}], None),
+        ([{"status": "RUNNING", "metadata": {"run": "s3://runs/a.run"}}], r"taken is RUNNING; `muster cancel s3"),
+        ([{"status": "FAILED", "metadata": {"run": "s3://runs/b"}}], "a job taken of something else"),
+    ],
+)
+def test_a_named_job_replaces_only_its_own_run(head: Server, details: list[dict[str, Any]], told: str | None) -> None:
+    head.details = details
+    made = job_with(submission_id="taken")
+    if told:
+        with pytest.raises(ClusterError, match=told):
+            ray(head).submit(made, "r")
+        assert [method for method, *_ in head.calls] == ["GET"]
+        return
+    assert ray(head).submit(made, "r") == f"{head.url}/taken"
+    methods = [method for method, *_ in head.calls]
+    assert methods == (["GET", "DELETE", "PUT", "POST"] if details else ["GET", "PUT", "POST"])
+    assert "taken" not in ray(head).submit(replace(made, command=("doctor",)), "r"), "another job than the run"
+
+
+def test_the_printed_commands_have_the_settings_too(site: Path) -> None:
+    environment = {"pip": ["x y"], "working_dir": str(site / "site"), "py_modules": [str(site / "helpers")]}
+    made = job_with(runtime_env=environment, submission_id="mine", entrypoint_num_gpus=1, entrypoint_memory=2 * 10**9)
+    commands = Ray({}).render(made)
+    assert f"cp -R {site}/site/mine {ROOT}/{PARTS[0]}" in commands
+    words = shlex.split(commands.splitlines()[-1])
+    options = dict(zip(words[5:-6:2], words[6:-6:2], strict=True))
+    assert words[-6:] == ["--", "python", "-m", "launcher", "run", RECIPE]
+    assert json.loads(options["--runtime-env-json"]) == {"pip": ["x y"], "py_modules": [str(site / "helpers")]}
+    assert (options["--submission-id"], options["--working-dir"]) == ("mine", "$job")
+    assert (options["--entrypoint-num-gpus"], options["--entrypoint-memory"]) == ("1.0", "2000000000")

@@ -106,6 +106,31 @@ def test_what_the_recipe_says_of_slurm_is_asked_for_word_by_word() -> None:
         asked(job(options=["exclusive"]))
 
 
+def test_a_container_is_named_to_the_script() -> None:
+    made = job(container="my image.sqsh", container_mounts=["/data:/data:ro", "/scratch:/tmp/x"])
+    words = asked(made)
+    variables = ["MUSTER_CONTAINER=my image.sqsh", "MUSTER_CONTAINER_MOUNTS=/data:/data:ro,/scratch:/tmp/x"]
+    assert words[:4] == ["env", *variables, "sbatch"]
+    commands = Commands(sbatch=(0, "12\n", ""))
+    Slurm({"MUSTER_CONTAINER": "another.sif"}, commands).submit(made, "r.yaml")
+    assert commands.environments[0]["MUSTER_CONTAINER"] == "my image.sqsh"
+    Slurm({"MUSTER_CONTAINER": "another.sif"}, commands).submit(job(), "r.yaml")
+    assert commands.environments[1]["MUSTER_CONTAINER"] == "another.sif", "the shell's, where the recipe has none"
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"container_mounts": ["/a:/b"]}, "there is no container"),
+        ({"container": "a.sif", "container_mounts": ["/a"]}, "'/a' is not SOURCE:TARGET"),
+        ({"container": "a.sif", "container_mounts": ["/a:/b,/c:/d"]}, "is not SOURCE:TARGET"),
+    ],
+)
+def test_mounts_that_a_container_cannot_have(settings: dict[str, Any], told: str) -> None:
+    with pytest.raises(ClusterError, match=told):
+        asked(job(**settings))
+
+
 def test_no_word_is_left_to_a_shell() -> None:
     """The printed command means the same to a shell; the submitted one never meets a shell."""
     odd = replace(job(), arguments=(ODD, f"name={ODD}"))
@@ -238,6 +263,60 @@ def test_scripts_say_what_is_missing_and_ask_for_no_hardware(name: str) -> None:
     assert {"#SBATCH --no-kill", "#SBATCH --requeue"} < set(lines)
     assert not re.search(r"--(gpus|gres|mem|exclusive)", "\n".join(lines))
     assert "$0" not in script.read_text()
+
+
+STANDING_IN = """#!/bin/bash
+# Notes the words of each call, and runs the command in them, outside of any container.
+echo "$(basename "$0")" "$@" >>"$NOTES"
+[[ $1 == --help ]] && {{ echo "{help}"; exit; }}
+while [[ $1 == -* || $1 == exec || $1 == *.sif ]]; do [[ $1 == --bind || $1 == --pwd ]] && shift; shift; done
+exec "$@"
+"""
+
+
+@pytest.mark.parametrize("name", ["train", "train_torchrun"])
+@pytest.mark.parametrize(
+    ("image", "told"),
+    [("image.sif", ""), ("image.sqsh", ""), ("absent.sif", "there is no image absent.sif"), ("r#n:1", "pyxis")],
+)
+def test_the_scripts_look_at_the_recipe_in_the_container(name: str, image: str, told: str, tmp_path: Path) -> None:
+    """Until the recipe is read, which ends the script here with 7."""
+    helps = "" if "pyxis" in told else "--container-image=IMAGE"
+    programs = {tool: STANDING_IN.format(help=helps) for tool in ("apptainer", "srun")}
+    ends = '#!/bin/bash\n[[ " $* " == *" render "* ]] && exit 7\necho 1 2 3\n'
+    programs |= dict.fromkeys(("muster", "ray", "python", "torchrun"), ends)
+    for tool, text in programs.items():
+        (tmp_path / tool).write_text(text)
+        (tmp_path / tool).chmod(0o755)
+    for file in ("image.sif", "image.sqsh"):
+        (tmp_path / file).touch()
+    environment = {
+        "PATH": f"{tmp_path}:/usr/bin:/bin",
+        "NOTES": str(tmp_path / "notes"),
+        "SLURM_JOB_ID": "1",
+        "SLURM_SUBMIT_DIR": str(tmp_path),
+        "SLURMD_NODENAME": "node7",
+        "SLURM_GPUS_ON_NODE": "2",
+        "MUSTER_CONTAINER": image,
+        "MUSTER_CONTAINER_MOUNTS": "/data:/data:ro",
+    }
+    done = subprocess.run(
+        ["bash", str(SCRIPT.with_name(f"{name}.sbatch")), "r.yaml"],
+        env=environment, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    if told:
+        assert done.returncode == 2, done.stderr
+        assert told in done.stderr
+        return
+    assert done.returncode == 7, done.stderr
+    call = next(line for line in (tmp_path / "notes").read_text().splitlines() if " render " in line)
+    mounts = f"{tmp_path}:{tmp_path}{',/tmp:/tmp' if name == 'train' else ''},/data:/data:ro"
+    if image == "image.sif":
+        assert call.startswith(f"apptainer exec --bind {mounts} --pwd {tmp_path} --nv {tmp_path}/image.sif ")
+    else:
+        assert call.startswith("srun --overlap --no-kill --nodes=1 --ntasks=1 --nodelist=node7 ")
+        inside = f"--container-image={tmp_path}/image.sqsh --container-mounts={mounts} --container-workdir={tmp_path} "
+        assert inside in call
 
 
 def test_scripts_are_clean() -> None:

@@ -100,7 +100,7 @@ def test_its_output_goes_nowhere_and_all_that_it_started_ends_with_it(
         child.submit("add", 1, 2).result(LIMIT_S)
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGTERM, signal.SIGUSR1])
 def test_signals_to_the_group_are_the_parents(child: Child, number: int) -> None:
     assert child.submit("raise_signal", number).result(LIMIT_S) == "alive"
 

@@ -14,7 +14,7 @@ import pytest
 
 import cluster.ray
 import launcher.driver.driver
-from cluster import cluster_of
+from cluster import cluster_of, renderer_of
 from cluster.slurm import Slurm
 from launcher.cli.app import main
 from launcher.submit.submit import job_of
@@ -196,7 +196,7 @@ def test_what_is_submitted(kind: str, tmp_path: Path, monkeypatch: pytest.Monkey
         recipe = parse(with_value(recipe.model_dump(mode="json"), "cluster.kubernetes.kind", "jobset"))
     settings = {"address": "http://head:8265"} if kind == "ray" else {}
     job = job_of(recipe, place, arguments=["r.yaml", "seed=1"], **settings)
-    sent: list[str | bytes] = [repr(job), cluster_of(place).render(job)]
+    sent: list[str | bytes] = [repr(job), renderer_of(place).render(job)]
     if kind == "ray":
 
         def call(self: object, method: str, path: str, body: bytes | None = None) -> bytes:
@@ -256,7 +256,8 @@ SPILL = """
 import logging, os, sys, warnings
 sys.path.insert(0, {root!r})
 import trainer.__main__ as program
-real, secrets = program.train, {names!r}
+import trainer.worker.attempt as attempt
+real, secrets = attempt.train, {names!r}
 def train(job, stop):
     real(job, stop)
     values = [os.environ[name] for name in secrets]
@@ -268,7 +269,7 @@ def train(job, stop):
         logging.getLogger("trainer.x").warning("warned of %s", value)
         warnings.warn(value)
     raise RuntimeError("failed of " + " and ".join(values))
-program.train = train
+attempt.train = train
 sys.exit(program.main([{recipe!r}]))
 """
 

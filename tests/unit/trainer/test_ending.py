@@ -270,7 +270,6 @@ def test_what_may_pass_leaves_no_exit_code_as_a_killed_rank_leaves_none(
         raise error
 
     monkeypatch.setattr(torchrun, "_run", run)
-    monkeypatch.setattr(torchrun, "_hush_libraries", lambda: None)
     monkeypatch.setenv("MUSTER_EXIT_FILE", str(tmp_path / "exit"))
     monkeypatch.delenv("RANK", raising=False)
     assert torchrun.main(["x"]) == code

@@ -238,6 +238,19 @@ def test_a_stored_optimizer_is_not_imported(tiny_model: Path, folder: Path, tmp_
     assert recipe_at(f"file://{run}/recipe.yaml", trust=True) == recipe == recipe_at(str(run / "recipe.yaml"))
 
 
+def test_the_variables_of_a_stored_recipe_are_not_set(honest: Recipe, tmp_path: Path) -> None:
+    """Some of them name a library to load (NCCL_NET_PLUGIN), or the server that gets a token (HF_ENDPOINT)."""
+    variables = {"HF_ENDPOINT": "http://evil.example"}
+    recipe = honest.model_copy(update={"cluster": honest.cluster.model_copy(update={"env": variables})})
+    (tmp_path / layout.RECIPE).write_text(dump(recipe))
+    run = open_storage(str(tmp_path))
+    assert read_recipe(run).cluster.env == {}
+    for refused in (lambda: resumed_recipe(run), lambda: recipe_at(f"file://{tmp_path}/recipe.yaml")):
+        with pytest.raises(UsageError, match=r"would run libraries with the variables of cluster\.env \(HF_ENDPOINT\)"):
+            refused()
+    assert resumed_recipe(run, trust=True) == recipe == recipe_at(str(tmp_path / layout.RECIPE))
+
+
 SHIPPED = "trainer.tasks.ppo.rewards:gsm8k"
 
 
@@ -298,10 +311,14 @@ def test_where_transformers_has_the_model_its_code_is_left_alone_aloud(
     ("section", "settings"),
     [
         ("slurm", {"options": ("--export=MUSTER_ACTIVATE=/tmp/evil",)}),
+        ("slurm", {"container": "registry.example#evil"}),
         ("kubernetes", {"image": "registry.example/evil"}),
         ("kubernetes", {"pod": {"containers": [{"name": "evil", "image": "registry.example/evil"}]}}),
         ("kubernetes", {"head_pod": {"automountServiceAccountToken": True}}),
         ("ray", {"address": "http://evil.example:8265"}),
+        ("ray", {"runtime_env": {"pip": ["evil"]}}),
+        ("skypilot", {"setup": "curl evil"}),
+        ("skypilot", {"options": {"workdir": "/"}}),
     ],
 )
 def test_a_stored_recipe_is_not_submitted_as_it_likes(

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, ValidationInfo
 
-from trainer.recipe.base import Listed, Location, Section
+from trainer.recipe.base import STORED, Listed, Location, Section
+from trainer.recipe.variables import Variables, credentials
 
 
 def _one_line(text: str) -> str:
@@ -19,11 +21,63 @@ Line = Annotated[str, AfterValidator(_one_line)]
 """A text that is passed to another program as one argument or value, never through a shell."""
 
 
+def _submission_id(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", name):
+        raise ValueError(f"{name!r} cannot name a job of Ray: use letters, digits, '.', '_' and '-'")
+    return name
+
+
+def _runtime_env(value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    """Accepts what Ray takes from a client: files of this machine are read by muster, and only where it says so."""
+    for name in ("pip", "uv", "conda"):
+        packages = value.get(name)
+        path = isinstance(packages, str) and (name != "conda" or packages.endswith((".yml", ".yaml")))
+        if path or (isinstance(packages, dict) and isinstance(packages.get("packages"), str)):
+            raise ValueError(f"{name} names a file; write its packages here, as a list")
+    folder, modules, variables = value.get("working_dir"), value.get("py_modules", []), value.get("env_vars", {})
+    if folder is not None and (not isinstance(folder, str) or "://" in folder or folder.endswith(".zip")):
+        raise ValueError("working_dir is a folder of this machine, whose files are added to muster's own")
+    if "excludes" in value:
+        raise ValueError("excludes has no effect here; name a folder with the code only")
+    if not isinstance(modules, list) or not all(isinstance(module, str) for module in modules):
+        raise ValueError("py_modules is a list of folders, wheels or URLs")
+    if not isinstance(variables, dict) or not all(isinstance(v, str) for v in variables.values()):
+        raise ValueError("env_vars is a mapping of names to texts; write numbers in quotes")
+    if not (info.context or {}).get(STORED) and (found := list(credentials(variables))):
+        raise ValueError("; ".join(found))
+    return value
+
+
+RuntimeEnv = Annotated[dict[str, Any], AfterValidator(_runtime_env)]
+
+
 class RaySection(Section):
     """A Ray cluster that jobs are submitted to (`--on ray`)."""
 
     address: Location | None = None
     """The dashboard of the cluster's head, e.g. `http://head:8265`; null takes `RAY_API_SERVER_ADDRESS`."""
+
+    runtime_env: RuntimeEnv = Field(default_factory=dict)
+    """Ray's runtime environment of the submitted job, e.g. `{pip: [sentencepiece], env_vars: {…}}`. `working_dir` is a
+    local folder, whose files are added to muster's own. A driver that joins a cluster (`RAY_ADDRESS`) ignores it."""
+
+    submission_id: Annotated[Line, AfterValidator(_submission_id)] | None = None
+    """Name of the job in Ray; null makes one from the run's name. A job of that name that has ended is replaced."""
+
+    metadata: dict[str, Line] = Field(default_factory=dict)
+    """Metadata of the job, which Ray shows. `run` is always the run's URI."""
+
+    entrypoint_num_cpus: float | None = Field(default=None, ge=0)
+    """CPUs that the driver takes of its node; null takes none."""
+
+    entrypoint_num_gpus: float | None = Field(default=None, ge=0)
+    """GPUs that the driver takes; with one, it runs on a node with GPUs."""
+
+    entrypoint_memory: int | None = Field(default=None, ge=0)
+    """Memory that the driver takes, in bytes."""
+
+    entrypoint_resources: dict[str, float] = Field(default_factory=dict)
+    """Custom resources that the driver takes, e.g. `{head_node: 0.01}` to run on a node that has them."""
 
 
 class SlurmSection(Section):
@@ -55,6 +109,14 @@ class SlurmSection(Section):
 
     options: Listed[Line] = ()
     """More options for `sbatch`, one per entry, e.g. `--reservation=course`."""
+
+    container: Line | None = None
+    """Image that the job runs in: a file `*.sif` or a folder for Apptainer, anything else (`image.sqsh`,
+    `registry#name:tag`) for enroot through Slurm's plugin pyxis. Null runs in the environment of the submission."""
+
+    container_mounts: Listed[Line] = ()
+    """Folders of the nodes that the container has, as `SOURCE:TARGET`, or `SOURCE:TARGET:ro`. The submission folder is
+    always there."""
 
 
 class KubernetesSection(Section):
@@ -140,10 +202,44 @@ class KubernetesSection(Section):
     """Labels and annotations of the job itself, merged over its `metadata`."""
 
 
+def _task_options(value: dict[str, Any], info: ValidationInfo) -> dict[str, Any]:
+    if not (info.context or {}).get(STORED):
+        named = [value[name] for name in ("envs", "secrets") if isinstance(value.get(name), dict)]
+        if found := [text for each in named for text in credentials({k: v for k, v in each.items() if v is not None})]:
+            raise ValueError("; ".join(found))
+    return value
+
+
+class SkyPilotSection(Section):
+    """Settings of the task that `muster render RECIPE --on skypilot` writes. The nodes and workers are computed from
+    `resources`."""
+
+    accelerators: Line | None = None
+    """Kind of the GPUs in SkyPilot's words, e.g. `H100`; their number per node is computed."""
+
+    gpus_per_node: int = Field(default=8, ge=1)
+    """GPUs of a node, which decide how many workers fit on one; without GPUs each worker gets its own node."""
+
+    resources: dict[str, Any] = Field(default_factory=dict)
+    """More of the task's `resources`, e.g. `{infra: aws, use_spot: true}` or `any_of`; replaces what is computed."""
+
+    setup: str | None = None
+    """Commands that install muster on a node; null installs the version of this machine from the package index."""
+
+    options: Annotated[dict[str, Any], AfterValidator(_task_options)] = Field(default_factory=dict)
+    """More fields of the task, e.g. `{file_mounts: {/data: s3://corpus}, secrets: {AWS_ACCESS_KEY_ID: null}}`."""
+
+
 class ClusterSection(Section):
-    """The target of a job that is started from another machine: `--on ray`, `--on slurm`, `--on kubernetes`. The result
-    does not depend on these settings."""
+    """The target of a job that is started from another machine: `--on ray`, `--on slurm`, `--on kubernetes`, and the
+    environment of the workers. The result does not depend on these settings."""
+
+    env: Variables = Field(default_factory=dict)
+    """Environment variables of the driver and of the workers, on every kind of cluster and on this machine, e.g.
+    `{NCCL_SOCKET_IFNAME: eth0, HF_HOME: /scratch/hf}`. They replace variables of the same name, and are set before the
+    libraries that read them are imported. Credentials are refused: a recipe is stored and printed."""
 
     ray: RaySection = RaySection()
     slurm: SlurmSection = SlurmSection()
     kubernetes: KubernetesSection = KubernetesSection()
+    skypilot: SkyPilotSection = SkyPilotSection()

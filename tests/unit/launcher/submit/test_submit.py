@@ -341,3 +341,25 @@ def test_a_request_to_end_is_for_one_driver_only(tmp_path: Path) -> None:
     time.sleep(0.1)
     assert not second.asked.is_set()
     second.release("interrupted")
+
+
+def test_a_kind_that_is_only_rendered_says_how_it_is_launched(recipe: Recipe, tmp_path: Path) -> None:
+    for start in (
+        lambda: submit.run_elsewhere(recipe, "skypilot", [], None, detach=True),
+        lambda: submit.doctor_elsewhere(recipe, "skypilot", as_json=False),
+    ):
+        with pytest.raises(UsageError, match=r"muster render RECIPE --on skypilot > task.yaml.*sky jobs launch"):
+            start()
+    assert not (tmp_path / "runs").exists(), "nothing is written for a job that does not come"
+
+
+def test_a_task_that_is_launched_by_hand_has_a_storage_that_its_machines_reach(tmp_path: Path) -> None:
+    path = tmp_path / "r.yaml"
+    settings = {"cluster": {"skypilot": {"accelerators": "H100"}}}
+    path.write_text(dump(made("runs", "s3://corpus/data.jsonl", **settings)))
+    render = ["render", str(path), "--on", "skypilot"]
+    refused = CliRunner().invoke(app, render)
+    assert isinstance(refused.exception, UsageError)
+    assert "storage: a relative path is another place" in str(refused.exception)
+    written = CliRunner().invoke(app, [*render, "storage=s3://runs"])
+    assert (written.exit_code, written.stdout.splitlines()[0]) == (0, "name: r")

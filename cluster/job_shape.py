@@ -1,0 +1,47 @@
+"""How many nodes a job has, and how its workers are spread over them."""
+
+from __future__ import annotations
+
+import math
+
+from cluster.job import ClusterError, ClusterJob
+
+
+class JobShape:
+    """How many nodes a job has, and what each gives it. ``nodes`` is as sbatch takes it: ``4``, or ``2-4``."""
+
+    def __init__(self, nodes: str, workers_per_node: int, job: ClusterJob) -> None:
+        self.nodes, self.workers_per_node = nodes, workers_per_node
+        self.gpus_per_node = workers_per_node * job.gpus_per_worker
+        self.cpus_per_node = workers_per_node * job.cpus_per_worker
+
+    @classmethod
+    def of(cls, job: ClusterJob, section: str) -> JobShape:
+        """Workers are spread evenly over as few nodes as hold them; a worker without a GPU has a node of its own.
+        Replicas are not divided between nodes, or have complete nodes, where GPUs and workers allow it. ``section``:
+        where the recipe has the job's settings."""
+        least, most = job.workers
+        asked: int | None = job.settings.get("nodes")
+        per_node = math.ceil(most / asked) if asked else _workers_per_node(job, most, section)
+        nodes = [asked] if asked else [math.ceil(count / per_node) for count in (least, most)]
+        return cls("-".join(map(str, dict.fromkeys(nodes))), per_node, job)
+
+
+def _workers_per_node(job: ClusterJob, workers: int, section: str) -> int:
+    gpus: int = job.settings["gpus_per_node"]
+    if not job.gpus_per_worker:
+        return 1
+    fit = gpus // job.gpus_per_worker
+    if fit == 0:
+        raise ClusterError(
+            f"a worker takes {job.gpus_per_worker} GPUs (resources.gpus_per_worker), and a node has {gpus} "
+            f"({section}.gpus_per_node): correct one of them"
+        )
+    if job.replicas > 1:
+        each = workers // job.replicas
+        if each <= fit:  # a node has complete replicas
+            return math.ceil(job.replicas / math.ceil(job.replicas / (fit // each))) * each
+        nodes = math.ceil(each / fit)
+        if each % nodes == 0:  # a replica has complete nodes
+            return each // nodes
+    return math.ceil(workers / math.ceil(workers / fit))
