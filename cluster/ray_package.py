@@ -10,7 +10,7 @@ import hashlib
 import io
 import shlex
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -99,17 +99,12 @@ def _zipped(entries: list[Path], texts: Mapping[str, bytes]) -> bytes:
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as package:
         for entry in entries:
-            for path in _files(entry):
-                _add(package, str(path.relative_to(entry.parent)), path.read_bytes())
+            for path in sorted(entry.rglob("*")) if entry.is_dir() else [entry]:
+                if path.is_file() and "__pycache__" not in path.parts:
+                    _add(package, str(path.relative_to(entry.parent)), path.read_bytes())
         for name, body in texts.items():
             _add(package, name, body)
     return content.getvalue()
-
-
-def _files(entry: Path) -> Iterator[Path]:
-    for path in sorted(entry.rglob("*")) if entry.is_dir() else [entry]:
-        if path.is_file() and "__pycache__" not in path.parts:
-            yield path
 
 
 def _add(package: zipfile.ZipFile, name: str, body: bytes) -> None:

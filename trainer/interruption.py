@@ -196,13 +196,10 @@ class Interruption:
                 if number not in SIGNALS or now - arrived < TWICE_S.get(signal.Signals(number), SAME_S):
                     continue
                 arrived = now
-                self._stuck(number, now)
-
-    def _stuck(self, number: int, now: float) -> None:
-        """Notes a signal that the main thread has not handled yet, and perhaps never will."""
-        if self._unhandled != float("inf"):
-            self._force()
-        self._unhandled, self._arrived = now, signal.Signals(number).name
+                # The main thread has not handled it yet, and perhaps never will.
+                if self._unhandled != float("inf"):
+                    self._force()
+                self._unhandled, self._arrived = now, signal.Signals(number).name
 
     def _force(self) -> NoReturn:
         """Ends the process without unwinding."""

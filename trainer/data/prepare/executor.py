@@ -35,7 +35,9 @@ def process_pool(processes: int) -> Map:
             resource_tracker.ensure_running()
         with ProcessPoolExecutor(count, context, initializer=_take_task, initargs=(task,)) as pool:
             try:
-                yield from _mapped(pool, jobs)
+                with _inherited_mask():
+                    results = pool.map(_call, jobs)  # starts the processes
+                yield from results
             except (KeyboardInterrupt, SystemExit):
                 for child in multiprocessing.active_children():  # a window may take longer than the time left to stop
                     child.kill()
@@ -44,12 +46,6 @@ def process_pool(processes: int) -> Map:
                 pool.shutdown(wait=True, cancel_futures=True)
 
     return run
-
-
-def _mapped(pool: ProcessPoolExecutor, jobs: Sequence[Any]) -> Iterator[Any]:
-    """Submits the jobs, which starts the processes, and returns the results."""
-    with _inherited_mask():
-        return pool.map(_call, jobs)
 
 
 @contextmanager

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, Field, ValidationInfo
 
 from trainer.recipe.base import STORED, Listed, Location, Section
-from trainer.recipe.variables import Variables, credentials
+from trainer.recipe.rules.variables import Variables, credentials
 
 
 def _one_line(text: str) -> str:
