@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import logging
 import os
-import pickle
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from trainer.errors import InputError
 from trainer.run.failure import Failure, WorkerError, useful_stack
@@ -45,10 +44,12 @@ def run_rank(job: Job, rank: int, ranks: int) -> None:
         raise WorkerError.of(error, time.time(), rank, os.uname().nodename, useful_stack(error)) from None
 
 
-def run_packed(job: bytes, rank: int, ranks: int) -> None:
-    """Does this with a pickled job. Raises WorkerError where a plug-in of its recipe is not installed."""
+def run_packed(job: dict[str, Any], rank: int, ranks: int) -> None:
+    """Does this with a packed job. Raises WorkerError where a plug-in of its recipe is not installed."""
+    from trainer.worker.job import Job
+
     try:
-        unpacked = pickle.loads(job)
+        unpacked = Job.unpacked(job)
     except Exception as error:
         missing = InputError(f"a plug-in of the recipe cannot be imported on this host: {error}")
         raise WorkerError.of(missing, time.time(), rank, os.uname().nodename, "") from None

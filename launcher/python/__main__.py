@@ -1,14 +1,14 @@
 """The process in which ``muster.run`` trains: ``python -m launcher.python FILE WORD…``.
 
 It is `muster run` itself. The caller's process, such as a notebook's kernel, keeps its memory and its signal handlers,
-and does not end with a library that ends its process. An error is pickled into FILE.
+and does not end with a library that ends its process. An error is written to FILE as JSON.
 When the caller is gone, its end of standard input is closed, and the workers commit and end.
 """
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 import signal
 import sys
 import threading
@@ -25,7 +25,8 @@ def main() -> None:
     from launcher.cli.app import main as cli
 
     def report(error: MusterError) -> None:
-        file.write_bytes(pickle.dumps(error))
+        told = {"error": type(error).__name__, "arguments": error.args}
+        file.write_text(json.dumps(told, default=str), encoding="utf-8")
 
     cli(words, report)
 

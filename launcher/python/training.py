@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-import pickle
 import signal
 import subprocess
 import sys
@@ -12,6 +12,7 @@ from pathlib import Path
 
 from launcher.python.notebook import NotebookDisplay, in_notebook
 from launcher.python.stored_run import Run
+from trainer import errors
 from trainer.errors import Interrupted, MusterError, WorkerFailed
 from trainer.interruption import RESUMES
 from trainer.recipe import Recipe, dump
@@ -68,13 +69,21 @@ def _drive(words: list[str], run_uri: str, error: Path) -> None:
         if display:
             display.close()
     if error.is_file():
-        raised: MusterError = pickle.loads(error.read_bytes())
-        raise raised
+        raise _read(error)
     if code == Interrupted.exit_code:
         raise Interrupted(f"interrupted; {RESUMES}")
     if code:
         how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
         raise WorkerFailed(f"the driver {how}; the same recipe resumes from the newest checkpoint")
+
+
+def _read(file: Path) -> MusterError:
+    told = json.loads(file.read_text(encoding="utf-8"))
+    kind, arguments = getattr(errors, told["error"], MusterError), told["arguments"]
+    if kind is errors.RecipeError:
+        arguments = [tuple(errors.Mistake(*mistake) for mistake in arguments[0])]
+    raised: MusterError = kind(*arguments)
+    return raised
 
 
 def _ended(driver: subprocess.Popen[bytes], display: NotebookDisplay | None) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 import socket
 import tempfile
 from collections.abc import Mapping
@@ -27,11 +26,11 @@ from trainer.worker.job import Job
 
 
 class Worker:
-    """The function that Ray Train calls on each worker. It is pickled, with the environment inside. The job is read in
-    that environment: its recipe may hold classes of plug-ins."""
+    """The function that Ray Train calls on each worker. It is pickled, with the environment inside. The job is unpacked
+    in that environment, where its plug-ins are found."""
 
     def __init__(self, job: Job, environment: Environment) -> None:
-        self._job, self._environment = pickle.dumps(job), environment
+        self._job, self._environment = job.packed(), environment
 
     def __call__(self) -> None:
         self._environment.apply()

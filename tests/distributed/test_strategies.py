@@ -108,9 +108,9 @@ def test_what_was_wrapped_is_what_the_recipe_asks_for(runs: dict[tuple[str, str,
 
 
 def test_zero_says_what_it_keeps_whole(runs: dict[tuple[str, str, int], Recipe]) -> None:
-    zero2, zero3 = _started(runs["lora", "zero2", 2]), _started(runs["full", "zero3", 3])
+    zero2, zero3 = _started(runs["lora", "zero2", 2]), _started(runs["full-bfloat16", "zero3", 2])
     assert zero2["sharded_bytes"] == [zero2["total_bytes"]] * 2
-    assert max(zero3["sharded_bytes"]) < zero3["total_bytes"] / 3 * 1.2
+    assert max(zero3["sharded_bytes"]) < zero3["total_bytes"] / 2 * 1.2
     assert zero3["wrapped"] == ["", "model.layers.0", "model.layers.1"]
     # Adapters this small stay whole beside their slices, and are counted.
     assert sum(_started(runs["lora", "zero3", 2])["sharded_bytes"]) > _started(runs["lora", "zero3", 2])["total_bytes"]

@@ -42,19 +42,27 @@ def install(folder: Path, name: str, files: Mapping[str, str], points: Mapping[s
     (about / "entry_points.txt").write_text("\n".join(lines))
 
 
+FIELDS = dict(Recipe.__pydantic_fields__)
+
+
+def forget_rows() -> None:
+    """Leaves the tables and the recipe as they are in a new process."""
+    for table in TABLES.values():
+        table._plugged.clear()
+    Recipe.__pydantic_fields__.clear()
+    Recipe.__pydantic_fields__.update(FIELDS)
+    Recipe.model_rebuild(force=True)
+
+
 @pytest.fixture
 def no_plugins(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Afterwards no table has rows of plug-ins, and the recipe has no settings of them."""
-    fields, modules = dict(Recipe.__pydantic_fields__), set(sys.modules)
+    modules = set(sys.modules)
     monkeypatch.setenv(IMPORTED, "")
     monkeypatch.delenv(IMPORTED)
     monkeypatch.setattr(sys, "path", [*sys.path])
     yield
-    for table in TABLES.values():
-        table._plugged.clear()
-    Recipe.__pydantic_fields__.clear()
-    Recipe.__pydantic_fields__.update(fields)
-    Recipe.model_rebuild(force=True)
+    forget_rows()
     for name in sys.modules.keys() - modules:
         if name.split(".")[0].startswith("plugged"):
             del sys.modules[name]

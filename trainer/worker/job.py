@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from trainer.recipe import Recipe
+from trainer.errors import InputError
+from trainer.recipe import Recipe, plugins
+from trainer.recipe.base import STORED
 
 
 @dataclass(frozen=True)
@@ -22,3 +24,14 @@ class Job:
     holder: Mapping[str, Any]
     spent: Mapping[str, float] = field(default_factory=dict)
     asked_at: float | None = None
+
+    def packed(self) -> dict[str, Any]:
+        """Returns plain values: the recipe may hold classes of plug-ins, which a process has to import first."""
+        return {**vars(self), "recipe": self.recipe.model_dump(mode="json")}
+
+    @staticmethod
+    def unpacked(values: dict[str, Any]) -> Job:
+        """Imports the plug-ins that the recipe names. Raises an exception of any type if one is missing."""
+        for _, mistake in plugins.use(values["recipe"], imports=True):
+            raise InputError(mistake)
+        return Job(**{**values, "recipe": Recipe.model_validate(values["recipe"], context={STORED: True})})
