@@ -55,7 +55,7 @@ def test_a_worker_without_the_plug_in_says_so_and_another_attempt_is_in_vain(
     (tmp_path / "other").mkdir()
     forget(monkeypatch, tmp_path / "other")
     with pytest.raises(
-        WorkerError, match=r"a plug-in of the recipe cannot be imported on this host: .*No module"
+        WorkerError, match=r"plug-in of the recipe cannot be imported on this host: .*No module"
     ) as said:
         attempt.run_packed(job, 1, 2)
     assert said.value.fatal
