@@ -21,7 +21,13 @@ from trainer.interruption import current
 def main() -> None:
     current.begin()
     file, words = Path(sys.argv[1]), sys.argv[2:]
-    threading.Thread(target=_watch_parent, name="parent", daemon=True).start()
+
+    def watch_parent() -> None:
+        while os.read(0, 1024):
+            pass
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=watch_parent, name="parent", daemon=True).start()
     from launcher.cli.app import main as cli
 
     def report(error: MusterError) -> None:
@@ -29,12 +35,6 @@ def main() -> None:
         file.write_text(json.dumps(told, default=str), encoding="utf-8")
 
     cli(words, report)
-
-
-def _watch_parent() -> None:
-    while os.read(0, 1024):
-        pass
-    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":
