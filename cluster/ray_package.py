@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.job import ClusterError
+from cluster.shell import written
 
 ROOT = Path(__file__).resolve().parents[1]
 PARTS = ("launcher", "cluster", "trainer", "recipes", "deepspeed", "slurm")
@@ -39,15 +40,10 @@ def shell_commands(settings: Mapping[str, Any], recipe: str) -> tuple[str, dict[
     """Returns the commands for a shell that put the working directory together in ``$job``, and the rest of the runtime
     environment, whose local files `ray job submit` uploads."""
     given = dict(settings["runtime_env"])
-    folder, end = given.pop("working_dir", None), "END_OF_RECIPE"
-    while end in recipe:
-        end += "_"
+    folder = given.pop("working_dir", None)
     own = [str(path) for path in _entries(folder)] if folder else []
-    commands = (
-        "job=$(mktemp -d)\n"
-        f'{shlex.join(["cp", "-R", *own, *(str(ROOT / part) for part in PARTS)])} "$job"\n'
-        f"cat > \"$job\"/{RECIPE} <<'{end}'\n{recipe.rstrip()}\n{end}\n"
-    )
+    commands = f'job=$(mktemp -d)\n{shlex.join(["cp", "-R", *own, *(str(ROOT / part) for part in PARTS)])} "$job"\n'
+    commands += written(f'"$job"/{RECIPE}', recipe) + "\n"
     if modules := given.get("py_modules"):
         given["py_modules"] = [module if "://" in module else str(Path(module).resolve()) for module in modules]
     return commands, given

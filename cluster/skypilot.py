@@ -13,10 +13,10 @@ import shlex
 from dataclasses import replace
 from typing import Any
 
-import yaml
-
 from cluster.job import ClusterError, ClusterJob
 from cluster.job_shape import JobShape
+from cluster.shell import written
+from cluster.yaml_text import to_yaml
 
 DISTRIBUTION = "muster-train"
 RENDEZVOUS_PORT = 29400
@@ -27,9 +27,7 @@ COMPUTED = ("name", "num_nodes", "resources", "setup", "run")
 RUN = """\
 set -eu
 recipe=$HOME/{name}.yaml
-cat >"$recipe" <<'{end}'
 {recipe}
-{end}
 if [ ! -f trainer/__main__.py ]; then
   root=$(python -c '
 import importlib.util as u, os
@@ -46,21 +44,10 @@ class SkyPilot:
     """A task that is launched by hand (`cluster.Kind.by_hand`)."""
 
     def render(self, job: ClusterJob) -> str:
-        made: str = yaml.dump(task(job), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
-        return made
+        return to_yaml(task(job))
 
     def address(self, job: ClusterJob) -> str | None:
         return None
-
-
-class _Dumper(yaml.SafeDumper):
-    """Writes texts of several lines as they are."""
-
-
-_Dumper.add_representer(
-    str,
-    lambda dumper, text: dumper.represent_scalar("tag:yaml.org,2002:str", text, style="|" if "\n" in text else None),
-)
 
 
 def task(job: ClusterJob) -> dict[str, Any]:
@@ -76,13 +63,9 @@ def task(job: ClusterJob) -> dict[str, Any]:
         raise ClusterError(
             f"cluster.skypilot.options cannot set {', '.join(taken)}: muster computes it, or it has a key of its own"
         )
-    end = "END_OF_RECIPE"
-    while end in job.recipe:
-        end += "_"
     commands = RUN.format(
         name=shlex.quote(job.name),
-        end=end,
-        recipe=job.recipe.rstrip(),
+        recipe=written('"$recipe"', job.recipe),
         workers=shape.workers_per_node,
         port=RENDEZVOUS_PORT,
     )

@@ -15,7 +15,9 @@ from cluster.job import ClusterError, ClusterJob, Say
 from cluster.kubernetes.following import Follower
 from cluster.kubernetes.kinds import DEFAULT, KINDS, manifests
 from cluster.kubernetes.kubectl import Kubectl
-from cluster.kubernetes.manifests import RUN_ANNOTATION, to_yaml
+from cluster.kubernetes.manifests import RUN_ANNOTATION
+from cluster.kubernetes.patch import Fields
+from cluster.yaml_text import to_yaml
 
 DELETE_S = 300
 """Time for the deletion of an ended job with its pods, before the same run is submitted again."""
@@ -76,13 +78,23 @@ class Kubernetes:
         address = KubernetesRef(objects[-1]["kind"].lower(), namespace, metadata["name"])
         kubectl = Kubectl(namespace)
         self._make_room(kubectl, address, job)
+        created = self._create(kubectl, address, objects)
+        return str(KubernetesRef(address.resource, created.get("namespace", namespace), created["name"]))
+
+    def _create(self, kubectl: Kubectl, address: KubernetesRef, objects: list[Fields]) -> Fields:
+        """Creates the objects, and returns the metadata of the job, which is the last one. If the cluster refuses one,
+        deletes those that it has taken; if it does not answer, the job may exist, and nothing is deleted."""
+        created: list[Fields] = []
         try:
-            taken = [kubectl.create(to_yaml(made)) for made in objects][-1]["metadata"]
-        except ClusterError:
-            for resource in KINDS[address.resource].beside:
-                kubectl.delete(resource, address.name, wait_s=0)
+            for made in objects:
+                created.append(kubectl.create(to_yaml(made)))
+        except ClusterError as error:
+            if error.usage:
+                for resource, _ in zip(KINDS[address.resource].beside, created, strict=False):
+                    kubectl.delete(resource, address.name, wait_s=0)
             raise
-        return str(KubernetesRef(address.resource, taken.get("namespace", namespace), taken["name"]))
+        metadata: Fields = created[-1]["metadata"]
+        return metadata
 
     def _make_room(self, kubectl: Kubectl, address: KubernetesRef, job: ClusterJob) -> None:
         resources = (address.resource, *KINDS[address.resource].beside)

@@ -18,7 +18,7 @@ from cluster.kubernetes.pods import (
     place,
     set_worker_resources,
 )
-from cluster.kubernetes.reading import FAILED, INTERRUPTED, SUCCEEDED, Reading
+from cluster.kubernetes.reading import Reading, of_conditions
 
 RENDEZVOUS_PORT = 29400
 
@@ -85,18 +85,8 @@ def _nodes(job: ClusterJob) -> int:
 
 
 def read(made: Fields) -> Reading:
-    status = made.get("status") or {}
-    held = {c["type"]: c for c in status.get("conditions", []) if c.get("status") == "True"}
-    if "Completed" in held:
-        return Reading("Completed", SUCCEEDED)
-    if failed := held.get("Failed"):
-        # The only rule that fails a JobSet is the deadline's.
-        code = INTERRUPTED if failed.get("reason") == "FailJobSetFailurePolicyAction" else FAILED
-        return Reading("Failed", code, failed.get("message", ""))
-    if "Suspended" in held:
-        return Reading("Suspended", None)
-    active = any(group.get("active") for group in status.get("replicatedJobsStatus", []))
-    return Reading("Running" if active else "Pending", None)
+    # The only rule that fails a JobSet is the deadline's.
+    return of_conditions(made, "Completed", "FailJobSetFailurePolicyAction", "replicatedJobsStatus")
 
 
 def selectors(name: str, made: Fields) -> tuple[str | None, str]:

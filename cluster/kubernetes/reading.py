@@ -23,6 +23,22 @@ class Reading:
     detail: str = ""
 
 
+def of_conditions(made: Fields, completed: str, deadline: str, groups: str) -> Reading:
+    """Reads a job whose status has conditions. ``completed``: the condition of one that succeeded; ``deadline``: the
+    reason of one that failed because its time was over; ``groups``: the field with the numbers of active pods."""
+    status = made.get("status") or {}
+    held = {c["type"]: c for c in status.get("conditions", []) if c.get("status") == "True"}
+    if completed in held:
+        return Reading(completed, SUCCEEDED)
+    if failed := held.get("Failed"):
+        code = INTERRUPTED if failed.get("reason") == deadline else FAILED
+        return Reading("Failed", code, failed.get("message", ""))
+    if "Suspended" in held:
+        return Reading("Suspended", None)
+    active = any(group.get("active") for group in status.get(groups, []))
+    return Reading("Running" if active else "Pending", None)
+
+
 def waits_for(pods: Iterable[Fields]) -> list[str]:
     """Returns the reasons why pods do not run yet, each once: no room, no image, no secret."""
     reasons: dict[str, int] = {}

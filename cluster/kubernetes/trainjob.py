@@ -17,7 +17,7 @@ from cluster.kubernetes.kind import JobKind
 from cluster.kubernetes.manifests import loaded, set_metadata
 from cluster.kubernetes.names import JOBSET_LENGTH
 from cluster.kubernetes.patch import Fields
-from cluster.kubernetes.reading import FAILED, INTERRUPTED, SUCCEEDED, Reading
+from cluster.kubernetes.reading import Reading, of_conditions
 
 GROUP = "trainer.kubeflow.org"
 CONTAINER = "node"
@@ -56,17 +56,7 @@ def manifests(job: ClusterJob) -> list[Fields]:
 
 
 def read(made: Fields) -> Reading:
-    status = made.get("status") or {}
-    held = {c["type"]: c for c in status.get("conditions", []) if c.get("status") == "True"}
-    if "Complete" in held:
-        return Reading("Complete", SUCCEEDED)
-    if failed := held.get("Failed"):
-        code = INTERRUPTED if failed.get("reason") == "DeadlineExceeded" else FAILED
-        return Reading("Failed", code, failed.get("message", ""))
-    if "Suspended" in held:
-        return Reading("Suspended", None)
-    active = any(group.get("active") for group in status.get("jobsStatus", []))
-    return Reading("Running" if active else "Pending", None)
+    return of_conditions(made, "Complete", "DeadlineExceeded", "jobsStatus")
 
 
 # The operator gives the JobSet the TrainJob's name.

@@ -18,6 +18,7 @@ from trainer.recipe.rules.matrix import refusals, sides_of, values_of
 from trainer.recipe.sections.datasets import DATASETS
 from trainer.recipe.tree import dotted, element, section_of
 from trainer.recipe.writing import changeable, schema
+from trainer.registry import CODE
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 CITATION = re.compile(r"^(arXiv:[\d.]+(?:, (?:section|appendix) [\w.]+)?): .*")
@@ -95,6 +96,8 @@ def shape(described: dict[str, Any]) -> str:
     """Describes the JSON Schema of one value in a few words."""
     if "anyOf" in described:
         return " or ".join(shape(option) for option in described["anyOf"])
+    if described.get("pattern") == f"^{CODE.pattern}$":
+        return "`package.module:NAME`"
     if "enum" in described:
         return ", ".join(f"`{name}`" for name in described["enum"])
     if described.get("type") == "array":

@@ -28,7 +28,7 @@ def doctor(
         typer.Option(
             metavar="PLACE",
             autocompletion=completion.one_of(*PLACES),
-            help="local | ray | slurm | kubernetes: where to look; without it, RAY_ADDRESS decides",
+            help=f"{' | '.join(PLACES)}: where to look; without it, RAY_ADDRESS decides",
         ),
     ] = None,
     as_json: JsonOption = False,

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from cluster import KINDS
 from launcher.cli import completion
 from trainer.recipe.trust import FLAG
 
@@ -16,7 +17,8 @@ RecipeFile = Annotated[
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="changes to the recipe, by dotted path")
 ]
-PLACES = ("local", "ray", "slurm", "kubernetes")
+PLACES = ("local", *(name for name, kind in KINDS.items() if not kind.by_hand))
+"""The values of ``--on``; `render` takes every kind of cluster."""
 RunUri = Annotated[
     str,
     typer.Argument(metavar="RUN_URI", help="the run's URI, as muster ls prints it", autocompletion=completion.runs),

@@ -26,7 +26,7 @@ def run(
         typer.Option(
             metavar="PLACE",
             autocompletion=completion.one_of(*PLACES),
-            help="local | ray | slurm | kubernetes: where to run; without it, RAY_ADDRESS decides",
+            help=f"{' | '.join(PLACES)}: where to run; without it, RAY_ADDRESS decides",
         ),
     ] = None,
     address: Annotated[

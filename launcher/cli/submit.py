@@ -8,7 +8,7 @@ import typer
 
 from cluster import KINDS, renderer_of
 from launcher.cli import completion
-from launcher.cli.options import PLACES, Overrides, RecipeFile, RunUri, TrustOption
+from launcher.cli.options import Overrides, RecipeFile, RunUri, TrustOption
 from launcher.replica_warnings import replica_warnings
 from launcher.submit.submit import check_address, check_places, cluster_errors, job_of
 from launcher.terminal.console import stderr
@@ -23,8 +23,8 @@ def render(
         str,
         typer.Option(
             metavar="PLACE",
-            autocompletion=completion.one_of(*PLACES, "skypilot"),
-            help="slurm | kubernetes | ray | skypilot, or local for the recipe with all defaults filled in",
+            autocompletion=completion.one_of("local", *KINDS),
+            help=f"{' | '.join(KINDS)}, or local for the recipe with all defaults filled in",
         ),
     ] = "slurm",
     trust_remote_code: TrustOption = False,

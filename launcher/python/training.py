@@ -28,7 +28,6 @@ def run(
     address: str | None = None,
     takeover: bool = False,
     detach: bool = False,
-    trust_remote_code: bool = False,
 ) -> Run:
     """Trains a recipe to its end, or resumes it from its newest checkpoint, as ``muster run`` does; returns the run.
 
@@ -40,7 +39,7 @@ def run(
     Raises UsageError for what the user can fix, Interrupted for a run that can be resumed, and other MusterErrors for a
     run that failed."""
     options = {"--on": on, "--address": address}
-    flags = {"--takeover": takeover, "--detach": detach, "--trust-remote-code": trust_remote_code}
+    flags = {"--takeover": takeover, "--detach": detach}
     words = [word for name, value in options.items() if value is not None for word in (name, value)]
     with tempfile.TemporaryDirectory(prefix="muster-run-") as folder:
         file = Path(folder, "recipe.yaml")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from .training import PHRASES, write_pairs
+from .training import PHRASES, write_pairs, write_rows
 
 LABELS = ("bread", "ferry", "hills", "lighthouse")
 """Of `write_texts`, in the order of their numbers."""
@@ -14,17 +13,15 @@ LABELS = ("bread", "ferry", "hills", "lighthouse")
 
 def write_texts(path: Path, rows: int) -> None:
     """Texts and pairs of texts of differing lengths; the last word of the first decides the label."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [
         {"text": f"{i}: {PHRASES[i % 4]}", "text_pair": "and so on " * (i % 3) or None, "label": LABELS[i % 4]}
         for i in range(rows)
     ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_rows(path, lines)
 
 
 def write_preferences(path: Path, rows: int) -> None:
     """Prompts with two answers of differing lengths: what is chosen knows the phrase. Some have a margin."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [
         {
             "prompt": f"Q{i}: {PHRASES[i % 4].split()[1]}? ",
@@ -34,12 +31,11 @@ def write_preferences(path: Path, rows: int) -> None:
         }
         for i in range(rows)
     ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_rows(path, lines)
 
 
 def write_rated(path: Path, rows: int) -> None:
     """Prompts with one answer each: good ones know the phrase."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [
         {
             "prompt": f"Q{i}: {PHRASES[i % 4].split()[1]}? ",
@@ -48,14 +44,13 @@ def write_rated(path: Path, rows: int) -> None:
         }
         for i in range(rows)
     ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_rows(path, lines)
 
 
 def write_plain(path: Path, rows: int) -> None:
     """Texts of differing lengths."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [{"text": " ".join([f"{i}:", *PHRASES[: 1 + i % 4]])} for i in range(rows)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_rows(path, lines)
 
 
 KINDS: Mapping[str, tuple[str, Callable[[Path, int], None]]] = {

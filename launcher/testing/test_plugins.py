@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import subprocess
@@ -26,7 +25,7 @@ from trainer.registry import Registry, key_of
 from . import methods, optimizers, tasks
 from .data import KINDS
 from .formats import check_rows
-from .training import losses, small_recipe, train_here, write_pairs
+from .training import losses, small_recipe, train_here, write_pairs, write_rows
 
 HEAVY = "torch numpy transformers peft ray pyarrow"
 """Libraries that a recipe is checked without."""
@@ -41,7 +40,11 @@ def test_a_row_is_imported_without_heavy_libraries(table_and_name: tuple[Registr
     )
     path = os.pathsep.join(filter(None, sys.path))
     child = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert child.returncode == 0, child.stderr
     assert child.stdout.split() == [], "import them in the module of the code, not in that of the row"
@@ -82,7 +85,7 @@ def data_for(task: str, row: TaskRow, folder: Path) -> dict[str, str]:
     own = next((name for name in formats_of(task) if FORMATS[name].examples), None)
     assert own is not None, f"no installed format with examples gives {' or '.join(row.learns_from)}"
     rows = FORMATS[own].examples
-    path.write_text("".join(json.dumps(rows[i % len(rows)]) + "\n" for i in range(48)))
+    write_rows(path, [rows[i % len(rows)] for i in range(48)])
     return {"path": str(path), "format": own}
 
 

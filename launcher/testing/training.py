@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +19,19 @@ from trainer.storage import Storage, open_storage
 PHRASES = ("the baker sells bread", "a ferry crosses the sound", "rain fell on the hills", "who keeps the lighthouse")
 
 
+def write_rows(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Writes JSON Lines, with the folder."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def write_pairs(path: Path, rows: int) -> None:
     """Deterministic prompt/completion rows of differing lengths."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     lines = [
         {"prompt": f"Q{i}: {PHRASES[i % 4]}?", "completion": " ".join(["", *PHRASES[: 1 + i % 4], f"{i}."])}
         for i in range(rows)
     ]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    write_rows(path, lines)
 
 
 def small_recipe(name: str, model: Path, folder: Path, /, **changes: Any) -> Recipe:

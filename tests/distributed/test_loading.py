@@ -323,7 +323,8 @@ def test_a_quantised_copy_gives_the_same_for_fewer_bytes(make: Make, tmp_path: P
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize("quantization", few_by_day(["nf4", "none"], 1))
 def test_no_rank_holds_more_than_its_part(make: Make, tmp_path: Path, quantization: str) -> None:
-    big = {"hidden_size": 512, "intermediate_size": 4096, "num_hidden_layers": 6}
+    # Many small matrices: a few of them are read ahead, and copied while they are quantised.
+    big = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 12}
     folder = make_model(tmp_path / "big", dtype=torch.float32, **big)
     small = make_model(tmp_path / "small")  # loaded first: what libraries take at their first use is not measured
     size = size_of(folder)
@@ -332,9 +333,7 @@ def test_no_rank_holds_more_than_its_part(make: Make, tmp_path: Path, quantizati
     _, seen = load_in_processes([(recipe, True) for recipe in recipes], 2, tmp_path)
     kept = size / 2 if quantization == "none" else size / 2 / 7
     for row in seen.load:
-        assert row["peak_host_bytes"] < kept + 80e6, (
-            "the tensors in hand; a part unquantised, or a whole, would be more"
-        )
+        assert row["peak_host_bytes"] < kept + 60e6
     if quantization == "none":
         assert all(row["peak_host_bytes"] > 0.9 * kept for row in seen.load), "it is really measured"
 

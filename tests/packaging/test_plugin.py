@@ -17,6 +17,7 @@ from trainer.run.jsonl import read_rows
 from trainer.storage import open_storage
 
 pytestmark = pytest.mark.timeout(300)
+TRAINS_S = 240
 EXAMPLE = ROOT / "docs" / "extending" / "plugin"
 NAMES = {"task": "focal", "adapter.method": "miss", "data.train.0.format": "translation", "optimizer.name": "signsgd"}
 
@@ -50,7 +51,9 @@ def test_the_rows_of_a_plug_in_keep_the_contracts_where_muster_is_installed(
     chosen: str, installed: Path, plugin: Path, tmp_path: Path
 ) -> None:
     words = ["-m", "pytest", "-q", "-rN", "-p", "no:cacheprovider", "--pyargs", "muster.testing", "-k", chosen]
-    tested = run(installed / "bin" / "python", *words, cwd=tmp_path, PYTHONPATH=f"{plugin}:{LIBRARIES}")
+    tested = run(
+        installed / "bin" / "python", *words, cwd=tmp_path, timeout_s=TRAINS_S, PYTHONPATH=f"{plugin}:{LIBRARIES}"
+    )
     assert tested.returncode == 0, tested.stdout + tested.stderr
     assert "passed" in tested.stdout
 
@@ -63,7 +66,13 @@ def test_a_row_that_breaks_its_contract_is_found(installed: Path, plugin: Path, 
     (broken / "rows.py").write_text("import torch\n" + (broken / "rows.py").read_text())
     words = ["-m", "pytest", "-q", "-rf", "-p", "no:cacheprovider", "--pyargs", "muster.testing"]
     words += ["-k", "signsgd and (heavy or saved_state)"]
-    tested = run(installed / "bin" / "python", *words, cwd=tmp_path, PYTHONPATH=f"{broken.parent}:{LIBRARIES}")
+    tested = run(
+        installed / "bin" / "python",
+        *words,
+        cwd=tmp_path,
+        timeout_s=TRAINS_S,
+        PYTHONPATH=f"{broken.parent}:{LIBRARIES}",
+    )
     assert tested.returncode == 1, tested.stderr
     assert "import them in the module of the code, not in that of the row" in tested.stdout
     assert "test_an_optimizer[signsgd-continues_from_its_saved_state_to_the_bit]" in tested.stdout
@@ -92,7 +101,15 @@ def test_a_recipe_of_a_plug_in_is_checked_and_described_without_heavy_libraries(
 
 def test_it_trains_by_torchrun_on_two_ranks(plugin: Path, words: list[str], tmp_path: Path) -> None:
     torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "trainer")
-    result = run(sys.executable, *torchrun, *words, cwd=tmp_path, PYTHONPATH=paths(plugin), OMP_NUM_THREADS="1")
+    result = run(
+        sys.executable,
+        *torchrun,
+        *words,
+        cwd=tmp_path,
+        timeout_s=TRAINS_S,
+        PYTHONPATH=paths(plugin),
+        OMP_NUM_THREADS="1",
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     losses = trained(tmp_path)
     assert losses[4] < losses[1]
@@ -108,7 +125,9 @@ WORKERS = [1, pytest.param(2, marks=pytest.mark.ray)]
 def test_it_trains_by_muster_run(workers: int, plugin: Path, words: list[str], tmp_path: Path) -> None:
     """One worker is a process of its own, two are Ray's."""
     words = ["-m", "launcher", "run", *words, f"resources.workers={workers}", "--on", "local"]
-    result = run(sys.executable, *words, cwd=tmp_path, PYTHONPATH=paths(plugin), OMP_NUM_THREADS="1")
+    result = run(
+        sys.executable, *words, cwd=tmp_path, timeout_s=TRAINS_S, PYTHONPATH=paths(plugin), OMP_NUM_THREADS="1"
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert sorted(trained(tmp_path)) == [1, 2, 3, 4]
 
@@ -127,6 +146,8 @@ def test_files_of_the_working_folder_are_a_plug_in_too(
     named = ["plugins=[extras]", "adapter.method=muster_example.rows:MISS"]
     named += ["data.train.0.format=muster_example.rows:TRANSLATION"]
     words = ["-m", "launcher", "run", *words, *named, f"resources.workers={workers}", "--on", "local"]
-    result = run(sys.executable, "-P", *words, cwd=tmp_path, PYTHONPATH=paths(), OMP_NUM_THREADS="1")
+    result = run(
+        sys.executable, "-P", *words, cwd=tmp_path, timeout_s=TRAINS_S, PYTHONPATH=paths(), OMP_NUM_THREADS="1"
+    )
     assert result.returncode == 0, result.stderr[-3000:]
     assert sorted(trained(tmp_path)) == [1, 2, 3, 4]

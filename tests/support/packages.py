@@ -13,14 +13,16 @@ LIBRARIES = sysconfig.get_path("purelib")
 """The libraries of this environment, which other ones borrow without its editable installation of muster."""
 
 
-def run(*command: str | Path, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+def run(
+    *command: str | Path, cwd: Path, timeout_s: float = 120, **environment: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [str(c) for c in command],
         cwd=cwd,
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=timeout_s,
     )
 
 

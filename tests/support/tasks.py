@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from launcher.testing.data import LABELS, write_preferences, write_rated, write_texts
-from tests.support.training import PHRASES, small_recipe, write_pairs
+from launcher.testing.data import KINDS, LABELS, write_preferences, write_rated, write_texts
+from tests.support.training import PHRASES, small_recipe
 from trainer.recipe import Recipe
 from trainer.recipe.tasks import TASKS
 
@@ -14,7 +14,6 @@ __all__ = [
     "FORMATS",
     "LABELS",
     "SETTINGS",
-    "WRITERS",
     "make_encoder",
     "make_teacher",
     "share_of_vowels",
@@ -24,17 +23,7 @@ __all__ = [
     "write_task_data",
     "write_texts",
 ]
-FORMATS = {
-    "sft": "completion",
-    "classification": "classification",
-    "reward": "preference",
-    "dpo": "preference",
-    "kto": "unpaired_preference",
-    "orpo": "preference",
-    "simpo": "preference",
-    "ppo": "completion",
-    "distill": "completion",
-}
+FORMATS = {task: KINDS[row.learns_from[0]][0] for task, row in TASKS.items()}
 SETTINGS: dict[str, dict[str, Any]] = {
     "sft": {"sft.neftune_alpha": 5.0, "sft.label_smoothing": 0.1},
     "classification": {"data.packing": False, "classification.class_weights": {"ferry": 2.0}},
@@ -60,19 +49,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
 """What a recipe of each task needs beside its data; settings of its own away from their defaults."""
 
 
-WRITERS = {
-    "sft": write_pairs,
-    "classification": write_texts,
-    "reward": write_preferences,
-    "dpo": write_preferences,
-    "kto": write_rated,
-    "orpo": write_preferences,
-    "simpo": write_preferences,
-    "ppo": write_pairs,
-    "distill": write_pairs,
-}
-
-
 def share_of_vowels(prompts: list[str], completions: list[str], references: list[str]) -> list[float]:
     """A reward: how much of a text are the vowels of English."""
     assert len(prompts) == len(completions) == len(references)
@@ -81,8 +57,9 @@ def share_of_vowels(prompts: list[str], completions: list[str], references: list
 
 def write_task_data(folder: Path, task: str) -> None:
     """``folder/<task>/train.jsonl`` and ``eval.jsonl``: 48 rows, and 11 that are others."""
-    WRITERS[task](folder / task / "train.jsonl", 48)
-    WRITERS[task](folder / task / "eval.jsonl", 11)
+    _, write = KINDS[TASKS[task].learns_from[0]]
+    write(folder / task / "train.jsonl", 48)
+    write(folder / task / "eval.jsonl", 11)
 
 
 def task_recipe(task: str, name: str, model: Path, folder: Path, **changes: Any) -> Recipe:

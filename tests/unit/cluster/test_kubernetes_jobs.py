@@ -502,6 +502,26 @@ def test_a_runtime_does_not_stay_when_its_trainjob_is_refused(kubectl: StandIn) 
     assert verbs(kubectl)[-1] == "delete trainingruntime"
 
 
+def test_a_runtime_that_somebody_else_has_just_created_stays(kubectl: StandIn) -> None:
+    kubectl.answers("get-trainjob", "")
+    kubectl.answers("get-trainingruntime", "")
+    kubectl.answers("create", "", err='trainingruntimes "gsm8k" already exists', code=1)
+    with pytest.raises(ClusterError, match="already exists"):
+        Kubernetes().submit(job(kind="trainjob"), "")
+    assert verbs(kubectl)[-1] == "create trainingruntime"
+
+
+def test_a_runtime_stays_when_nobody_knows_whether_its_trainjob_was_created(kubectl: StandIn) -> None:
+    kubectl.answers("get-trainjob", "")
+    kubectl.answers("get-trainingruntime", "")
+    kubectl.answers("create", trainjob())
+    kubectl.answers("create", "", err="net/http: TLS handshake timeout", code=1)
+    with pytest.raises(ClusterError, match="handshake") as raised:
+        Kubernetes().submit(job(kind="trainjob"), "")
+    assert not raised.value.usage
+    assert verbs(kubectl)[-1] == "create trainjob"
+
+
 def test_a_trainjob_that_goes_on_is_left_alone(kubectl: StandIn) -> None:
     kubectl.answers("get-trainjob", trainjob(active=1))
     kubectl.answers("get-trainingruntime", trainjob())

@@ -20,6 +20,7 @@ import pytest
 from cluster import ClusterError, ClusterJob
 from cluster.ray import Ray, api_address
 from cluster.ray_package import PARTS, RECIPE, ROOT, working_directory
+from cluster.shell import END
 from trainer.recipe.sections.cluster import RaySection
 
 ODD = 'name: it\'s $(touch x) `id` "q" ünï\n'
@@ -210,7 +211,7 @@ def test_the_printed_commands_submit_the_same_from_any_folder(tmp_path: Path) ->
     fake = tmp_path / "ray"
     fake.write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/words\nmv "$6" {tmp_path}/sent\n')
     fake.chmod(0o755)
-    odd = replace(JOB, recipe=f"{ODD}END_OF_RECIPE\n", command=("run", "--takeover"))
+    odd = replace(JOB, recipe=f"{ODD}{END}\n", command=("run", "--takeover"))
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
     subprocess.run(["sh", "-eu"], input=Ray({}).render(odd).encode(), env=environment, cwd=tmp_path, check=True)
     words = (tmp_path / "words").read_text().splitlines()

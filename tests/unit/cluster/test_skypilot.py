@@ -14,10 +14,11 @@ import pytest
 import yaml
 
 from cluster import ClusterError, ClusterJob, cluster_of
+from cluster.shell import END
 from cluster.skypilot import SkyPilot, workers_per_node
 from trainer.recipe.sections.cluster import SkyPilotSection
 
-ODD = 'name: it\'s $(touch x) `id` "q" ünï ${HOME}\nEND_OF_RECIPE\nempty:\n\nlast: 1\n'
+ODD = f'name: it\'s $(touch x) `id` "q" ünï ${{HOME}}\n{END}\nempty:\n\nlast: 1\n'
 
 
 def job(workers: tuple[int, int] = (16, 16), gpus: int = 1, cpus: int = 8, **settings: Any) -> ClusterJob:

@@ -7,7 +7,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cluster.kubernetes.manifests import to_yaml
+from cluster.yaml_text import to_yaml
 
 TRAPS = [
     "y", "n", "Y", "N", "on", "Off", "yes", "1e3", "-1E3", "+.5e1", "0x10", "0o7", "010", "0b1", "1_000", "null", "~",
