@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections import deque
 from collections.abc import Sequence
 from html import escape
 from typing import IO, Any
@@ -17,7 +16,8 @@ from trainer.storage import open_storage
 
 WIDTH, HEIGHT, MARGIN = 640, 160, 20
 """Of the curve, in pixels."""
-SHOWN_LINES = 6
+SHOWN_LINES, KEPT_LINES = 6, 1000
+"""Lines of the driver: the last ones, and those that can be unfolded above them."""
 DEADLINE_S = 10.0
 OUTPUT_S = 2.0
 
@@ -36,7 +36,7 @@ class NotebookDisplay:
 
         self._html: Any = HTML
         self._run_uri = run_uri
-        self._lines: deque[str] = deque(maxlen=SHOWN_LINES)
+        self._lines: tuple[str, ...] = ()  # replaced as a whole, since a thread adds to it
         self._watch: Watch | None = None
         self._due = 0.0
         self._cell: Any = display(HTML("<pre>starting</pre>"), display_id=True)
@@ -56,7 +56,7 @@ class NotebookDisplay:
 
     def _read(self, output: IO[bytes]) -> None:
         for line in output:
-            self._lines.append(line.decode(errors="replace").rstrip())
+            self._lines = (*self._lines, line.decode(errors="replace").rstrip())[-KEPT_LINES:]
 
     def _draw(self) -> None:
         try:
@@ -71,8 +71,14 @@ class NotebookDisplay:
             standing, status = self._watch.standing, self._watch.status
             parts = [status.name, status.state, *(standing.parts().values() if standing else ["no step yet"])]
             text, curve = "  ".join(parts), svg_curve(standing.losses, standing.step) if standing else ""
-        lines = "\n".join([text, *self._lines] if text else self._lines)
-        self._cell.update(self._html(f"{curve}<pre>{escape(lines)}</pre>"))
+        before, last = self._lines[:-SHOWN_LINES], self._lines[-SHOWN_LINES:]
+        folded = f"<details><summary>{len(before)} earlier lines</summary>{_block(before)}</details>" if before else ""
+        self._cell.update(self._html(f"{curve}{folded}{_block((text, *last) if text else last)}"))
+
+
+def _block(lines: Sequence[str]) -> str:
+    text = "\n".join(lines)
+    return f"<pre>{escape(text)}</pre>"
 
 
 def svg_curve(losses: Sequence[float], last_step: int) -> str:

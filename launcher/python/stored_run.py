@@ -59,8 +59,8 @@ class Run:
 
     @property
     def adapter_uri(self) -> str:
-        """The folder of the final adapter or, until the last step, that of the newest checkpoint. peft loads both.
-        Raises InputError if there is none yet."""
+        """The folder of the final adapter or, until the last step, that of the newest checkpoint. peft loads both
+        from a local folder. Raises InputError if there is none yet."""
         from trainer.checkpoint.protocol import list_commits
         from trainer.checkpoint.publish import is_last
         from trainer.run import layout

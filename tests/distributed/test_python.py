@@ -77,5 +77,7 @@ def test_a_notebook_shows_the_curve(tiny_model: Path, folder: Path) -> None:
     assert "<polyline" in html
     assert "noted  succeeded  step 60/60  loss " in html
     assert "finished: the adapter is" in html
+    assert "earlier lines</summary>" in html
+    assert "storage, model and data are checked" in html, "no line of the driver is lost"
     assert state[0].data["text/plain"] == "'succeeded'"
     assert not any(output.output_type == "stream" for output in shown), "the driver's lines are in the display"
