@@ -31,8 +31,8 @@ log = logging.getLogger(__name__)
 CODE = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 """``module:Attribute``: code that a recipe names."""
 IMPORTED = "MUSTER_PLUGINS"
-"""The variable that lists the plug-ins that this process has imported, because its user's recipe names them: modules, and
-rows as ``muster.tasks=name``. The processes that it starts import them too."""
+"""The variable that lists the plug-ins that this process has imported, because its user's recipe names them: modules,
+and rows as ``muster.tasks=name``. The processes that it starts import them too."""
 
 
 def choose_hint(name: str, names: tuple[str, ...]) -> str:
