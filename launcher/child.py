@@ -20,6 +20,8 @@ from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
+from trainer.interruption import kill_tree
+
 BEAT_S = 1.0
 TRACKER = "ignore::UserWarning:multiprocessing.resource_tracker"
 SILENCE_S = 120.0
@@ -80,12 +82,7 @@ class Child:
 
     def kill(self) -> None:
         """SIGKILL to the child and to all that it has started. Waits until it is gone."""
-        import psutil
-
-        with suppress(psutil.Error):
-            for process in [*psutil.Process(self.pid).children(recursive=True), psutil.Process(self.pid)]:
-                with suppress(psutil.Error):
-                    process.kill()
+        kill_tree(self.pid)
         self._listener.join()
 
     def _listen(self) -> None:

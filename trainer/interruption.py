@@ -225,7 +225,7 @@ class Interruption:
     def _end(self, code: int = CODE) -> NoReturn:
         self._deadline = self._unhandled = float("inf")
         with suppress(Exception):
-            kill_descendants()
+            kill_tree()
         for undo in reversed(self._undo):
             with suppress(Exception):
                 undo()
@@ -253,11 +253,22 @@ class Interruption:
         self._after_fork()
 
 
-def kill_descendants() -> None:
-    """Sends SIGKILL to every descendant of this process."""
+def kill_tree(pid: int | None = None) -> None:
+    """Sends SIGKILL to a process and to every descendant of it; None: to the descendants of this process. They are
+    stopped before, parents first: a process that one of them starts meanwhile would be in no list."""
     import psutil
 
-    for process in psutil.Process().children(recursive=True):
+    stopped = set[psutil.Process]()
+    with suppress(psutil.NoSuchProcess):  # it has ended
+        root = psutil.Process(pid)
+        found = {root} if pid is not None else set(root.children(recursive=True))
+        while found:
+            for process in found:
+                with suppress(psutil.Error):
+                    process.suspend()
+            stopped |= found
+            found = set(root.children(recursive=True)) - stopped
+    for process in stopped:
         with suppress(psutil.Error):
             process.kill()
 

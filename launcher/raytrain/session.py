@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 ROOT = Path(__file__).resolve().parents[2]
 ANSWER_WAIT_S = 15.0
 POLL_S = 1.0
+REMOVE_S, REMOVE_POLL_S = 5.0, 0.05
 DIAL_S = 3.0
 CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 """Ray listens on the loopback address alone where no cluster can be made of it."""
@@ -131,8 +132,14 @@ def _made_in(parent: str | None) -> Path:
 
 
 def _remove(folders: Sequence[Path]) -> None:
-    for folder in folders:
-        shutil.rmtree(folder, ignore_errors=True)
+    """A process that was killed a moment ago may still write a file while its folder is removed."""
+    deadline = time.monotonic() + REMOVE_S
+    while left := [folder for folder in folders if folder.exists()]:
+        for folder in left:
+            shutil.rmtree(folder, ignore_errors=True)
+        if time.monotonic() >= deadline:
+            return
+        time.sleep(REMOVE_POLL_S)
 
 
 def _start_local(resources: ResourcesSection) -> None:

@@ -6,12 +6,15 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
 
 from tests.support.waiting import wait_for
+from trainer.interruption import kill_tree
 
 ROOT = Path(__file__).resolve().parents[3]
 TERM, INT, HUP, USR1 = signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1
@@ -158,3 +161,27 @@ def test_a_forked_process_has_signals_of_its_own() -> None:
     )
     end = ended(process_of(code), time.monotonic())
     assert (end.code, end.output) == (0, f"-{int(TERM)} None\n")
+
+
+def test_a_tree_that_grows_while_it_is_killed_is_killed_as_a_whole() -> None:
+    mark = f"grown-{uuid.uuid4().hex}"
+    grow = f"import subprocess\nfor n in range(400): subprocess.Popen(['sleep', '600'], env={{'MARK': {mark!r}}})"
+    root = subprocess.Popen([sys.executable, "-c", grow], env={"MARK": mark})
+
+    def grown() -> list[psutil.Process]:
+        found = []
+        for process in psutil.process_iter():
+            with suppress(psutil.Error):
+                if process.environ().get("MARK") == mark and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process)
+        return found
+
+    try:
+        wait_for(lambda: len(psutil.Process(root.pid).children()) > 20, "a tree that grows", timeout_s=60, every_s=0.01)
+        kill_tree(root.pid)
+        wait_for(lambda: not grown(), "no process of the tree", timeout_s=20, logs=lambda: str(grown()))
+    finally:
+        root.kill()
+        root.wait()
+        for process in grown():
+            process.kill()
