@@ -44,6 +44,20 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "ppo.missing_eos_penalty": 0.1,
         "ppo.entropy_coef": 0.01,
     },
+    "grpo": {
+        "data.packing": False,
+        "adapter.dropout": 0.0,
+        "grpo.reward": {"function": "tests.support.tasks:share_of_vowels"},
+        "grpo.group_size": 3,
+        "grpo.max_new_tokens": 6,
+        "grpo.minibatches": 2,
+        "grpo.kl_coef": 0.1,
+        "grpo.dynamic_sampling": 1,
+        "grpo.overlong_buffer": 3,
+        "grpo.overlong_penalty": 0.2,
+        "grpo.entropy_coef": 0.01,
+        "grpo.eval_answers": 2,
+    },
     "distill": {"distill.loss": "jsd", "distill.beta": 0.3, "distill.temperature": 1.5, "distill.ce_coef": 0.2},
 }
 """What a recipe of each task needs beside its data; settings of its own away from their defaults."""

@@ -16,12 +16,14 @@ from trainer.recipe.sections.cluster import ClusterSection
 from trainer.recipe.sections.compute import ComputeSection
 from trainer.recipe.sections.data import DataSection
 from trainer.recipe.sections.generative_eval import GenerativeEvalSection
+from trainer.recipe.sections.grpo import GRPOSection
 from trainer.recipe.sections.model import ModelSection
 from trainer.recipe.sections.optimizer import OptimizerSection
 from trainer.recipe.sections.ppo import PPOSection
 from trainer.recipe.sections.preference import DPOSection, KTOSection, ORPOSection, SimPOSection
 from trainer.recipe.sections.profile import ProfileSection
 from trainer.recipe.sections.resources import ResourcesSection
+from trainer.recipe.sections.rollout import RolloutSection
 from trainer.recipe.sections.samples import SamplesSection
 from trainer.recipe.sections.schedule import ScheduleSection
 from trainer.recipe.sections.strategy import StrategySection
@@ -69,9 +71,9 @@ class Recipe(Section):
     task: Annotated[str, OneOf(TASKS)] = "sft"
     """The task, which decides the loss: `sft` is supervised fine-tuning of a causal language model; `classification`
     adds a head with an output per label to any model; `reward` learns from preferences to rate answers, `dpo`, `orpo`
-    and `simpo` to give the preferred ones; `kto` learns from answers that are good or bad by themselves; `ppo` learns
-    from the rewards of texts that it writes itself; `distill` learns the distributions of a teacher. See
-    [tasks.md](tasks.md)."""
+    and `simpo` to give the preferred ones; `kto` learns from answers that are good or bad by themselves; `ppo` and
+    `grpo` learn from the rewards of texts that the model writes itself; `distill` learns the distributions of a
+    teacher. See [tasks.md](tasks.md)."""
 
     plugins: Annotated[Listed[Annotated[str, AfterValidator(_module_name)]], MAY_CHANGE] = ()
     """Python modules that are imported before the recipe is checked, installed ones or files of the working folder.
@@ -89,6 +91,8 @@ class Recipe(Section):
     orpo: ORPOSection = ORPOSection()
     simpo: SimPOSection = SimPOSection()
     ppo: PPOSection = PPOSection()
+    grpo: GRPOSection = GRPOSection()
+    rollout: RolloutSection = RolloutSection()
     distill: DistillSection = DistillSection()
     optimizer: OptimizerSection
     schedule: ScheduleSection = ScheduleSection()

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.recipe.base import Section
+from trainer.recipe.sections.grpo import GRPOSection
 from trainer.recipe.sections.ppo import PPOSection
 from trainer.recipe.sections.preference import DPOSection, KTOSection, ORPOSection, SimPOSection
 from trainer.recipe.sections.tasks import ClassificationSection, DistillSection, SFTSection
@@ -135,6 +136,13 @@ TASKS = Registry(
             generates=True,
             evaluates={"loss": "min", "reward": "max"},
             section=PPOSection,
+        ),
+        "grpo": TaskRow(
+            "trainer.tasks.grpo.task:GRPO",
+            ("prompted", "preference"),
+            generates=True,
+            evaluates={"loss": "min", "reward": "max", "pass_at_1": "max", "pass_at_k": "max"},
+            section=GRPOSection,
         ),
         "distill": TaskRow(
             "trainer.tasks.distill.task:Distill",

@@ -14,6 +14,7 @@ logs/                          what each rank printed, in parts
 trackers/                      how far each tracker has received the metrics
 tensorboard/, wandb/           files of these trackers; wandb/ only in a folder of this machine
 profiles/attempt-…/rank-….…     traces of steps (`trainer.worker.profiler`)
+rollouts/000000000012.jsonl.gz  the texts that a step learns from, where they cannot be written again
 plan/                          the packing plan, one object per window
 """
 
@@ -42,6 +43,7 @@ TENSORBOARD = "tensorboard"
 WANDB = "wandb"
 PLAN = "plan"
 PROFILES = "profiles"
+ROLLOUTS = "rollouts"
 PREPARED = "_data"
 """Prepared data, shared between runs: next to the runs, not inside one."""
 MODELS = "_models"
@@ -50,7 +52,7 @@ MODELS = "_models"
 _OF_A_RUN = frozenset(
     [
         *(RECIPE, PROVENANCE, DATA, LEASE, STOP, SUBMISSION, SUBMITTED, CLAIMS, COMMITS, CHECKPOINTS, ADAPTER),
-        *(METRICS, EVENTS, LEDGER, LOGS, TRACKERS, TENSORBOARD, WANDB, PLAN, PROFILES),
+        *(METRICS, EVENTS, LEDGER, LOGS, TRACKERS, TENSORBOARD, WANDB, PLAN, PROFILES, ROLLOUTS),
     ]
 )
 _LAST_STEP = 10**12 - 1
@@ -124,3 +126,13 @@ def parse_log_part(key: str) -> tuple[int, int, int] | None:
 def profile(attempt: int, rank: int) -> str:
     """Returns the key of a rank's trace without its suffix."""
     return f"{PROFILES}/attempt-{attempt:06d}/rank-{rank:05d}"
+
+
+def rollouts(step: int) -> str:
+    return f"{ROLLOUTS}/{step:012d}.jsonl.gz"
+
+
+def parse_rollouts(key: str) -> int | None:
+    """Returns the step of a key of `rollouts`, None for any other key."""
+    match = re.fullmatch(rf"{ROLLOUTS}/(\d{{12}})\.jsonl\.gz", key)
+    return int(match[1]) if match else None

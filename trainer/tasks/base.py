@@ -57,12 +57,15 @@ class GenerationContext:
     """Everything except the model that a task needs to generate texts. ``world``: the ranks that generate together,
     None for one process. ``forward_is_collective``: the strategy gathers parameters in a forward pass, so that every
     rank must run the same number of them. ``reward``: the reward model (`trainer.tasks.ppo.reward_models`), if the
-    recipe names one."""
+    recipe names one. ``servers``: the servers that write the texts (`trainer.tasks.rollouts.engine.TextServers`), None
+    if the model does. ``store``: the run's `trainer.tasks.rollouts.store.RolloutStore`."""
 
     tokenizer: PreTrainedTokenizerBase
     world: World | None = None
     forward_is_collective: bool = False
     reward: Any = None
+    servers: Any = None
+    store: Any = None
 
 
 class Task(ABC):
@@ -131,6 +134,20 @@ class Task(ABC):
 
         Every rank calls it once per step, with as many micro-batches as every other rank, in evaluation mode and
         without gradients; in an evaluation once per batch, as step 0. The task keeps the result for `loss`."""
+
+    @property
+    def steps_ahead(self) -> int:
+        """The number of later steps that `prepare_ahead` gets during a step."""
+        return 0
+
+    def prepare_ahead(  # noqa: B027
+        self, module: torch.nn.Module, batches: Sequence[Batch], device: torch.device, step: int
+    ) -> None:
+        """Begins what a later step needs, between `prepare_step` and the losses of a step. Called as `prepare_step`
+        is, in the order of the steps, and several times for a step."""
+
+    def close(self) -> None:  # noqa: B027
+        """Ends what the task has started on this rank. Called once, also after a failure."""
 
     def output_settings(self) -> dict[str, Any] | None:
         """Returns everything besides the data that decides `outputs`, and besides the model where they are those of the

@@ -9,7 +9,7 @@ Shapes: B prompts, P tokens of the longest, V vocabulary.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -57,11 +57,14 @@ def prompts_of(batch: Any, answer: int = -1) -> list[SamplingPrompt]:
 @dataclass
 class Completion:
     """A sampled text. ``tokens``: with the end-of-text token, if it was sampled. ``ended``: True if the text ended by
-    that token or by a stop string. ``words``: the text that the reward is computed for."""
+    that token or by a stop string. ``words``: the text that the reward is computed for. ``logps``: log-probability of
+    each token by an engine other than the model itself. ``version``: steps after which the engine got its weights."""
 
     tokens: list[int] = field(default_factory=list)
     ended: bool = False
     words: str = ""
+    logps: list[float] = field(default_factory=list)
+    version: int = 0
 
 
 def shown(prompt: SamplingPrompt, words: str, tokenizer: Any) -> SampleText:
@@ -88,7 +91,12 @@ def drawn(logits_BV: torch.Tensor, uniform_B: torch.Tensor, temperature: float, 
     (Holtzman et al. 2019, arXiv:1904.09751). At a temperature of 0, returns the most likely token."""
     if temperature == 0.0:
         return logits_BV.argmax(-1)
-    probabilities, order = (logits_BV.double() / temperature).softmax(-1).sort(dim=-1, descending=True, stable=True)
+    probabilities = (logits_BV.double() / temperature).softmax(-1)
+    if top_p >= 1.0:  # in the order of the vocabulary: sorting takes longer than everything else here
+        cumulative = probabilities.cumsum(-1)
+        place = (cumulative <= uniform_B[:, None].double() * cumulative[:, -1:]).sum(-1)
+        return place.clamp(max=logits_BV.shape[-1] - 1)
+    probabilities, order = probabilities.sort(dim=-1, descending=True, stable=True)
     cumulative = probabilities.cumsum(-1)
     kept = cumulative - probabilities < top_p
     reached = (cumulative * kept).amax(-1, keepdim=True)
@@ -112,10 +120,12 @@ class PolicySampler:
         top_p: float,
         stop: Sequence[str],
         agree: Agree,
+        setting: str = "max_new_tokens",
     ) -> None:
+        """``setting``: the recipe's name of ``max_new_tokens``, for errors."""
         self.head, self.tokenizer, self.agree = head, tokenizer, agree
         self.max_new_tokens, self.temperature, self.top_p, self.stop = max_new_tokens, temperature, top_p, stop
-        self.ends = end_tokens(model, tokenizer)
+        self.ends, self.setting = end_tokens(model, tokenizer), setting
         if not self.ends:  # no text would ever end
             raise InputError(
                 "neither the tokenizer nor the model names an end-of-text token, which generating texts needs"
@@ -125,55 +135,111 @@ class PolicySampler:
 
     @torch.no_grad()
     def write(
-        self, module: torch.nn.Module, prompts: Sequence[Sequence[int]], keys: Sequence[str], device: torch.device
+        self,
+        module: torch.nn.Module,
+        prompts: Sequence[Sequence[int]],
+        keys: Sequence[str],
+        device: torch.device,
+        answers: int = 1,
     ) -> list[Completion]:
-        """Returns a completion for each prompt. Without prompts, this rank only takes part in the forward passes of
-        the other ranks."""
-        self._check_room(prompts)
+        """Returns ``answers`` completions for each prompt, prompt by prompt. ``keys``: one for each completion. Without
+        prompts, this rank only takes part in the forward passes of the other ranks."""
+        self.check_room(prompts)
         rows = prompts or [[0]]
-        texts = [Completion() for _ in prompts]
-        draws = torch.tensor(np.array([uniforms(key, self.max_new_tokens) for key in keys or [""]])).to(device)
-        ids, mask = padded_left(rows, 0, device)
-        positions, cache = (mask.cumsum(-1) - 1).clamp(min=0), None
-        going = list(range(len(prompts)))
+        batch = _Decoding(rows, device)
+        texts = [Completion() for _ in keys]
+        draws = torch.tensor(np.array([uniforms(k, self.max_new_tokens) for k in keys or [""] * answers])).to(device)
+        going = set(range(len(texts)))
         for n in range(self.max_new_tokens):
             if not self.agree(bool(going)):
                 break
-            output = self.head.last_logits(
-                module,
-                input_ids=ids,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            cache = output.past_key_values
-            chosen = drawn(output.logits[:, -1], draws[:, n], self.temperature, self.top_p)
-            going = self._add(texts, going, chosen.tolist())
-            ids, positions = chosen[:, None], positions[:, -1:] + 1
-            mask = torch.cat([mask, torch.ones_like(mask[:, :1])], -1)
+            logits = batch.forward(self.head, module)
+            if n == 0 and answers > 1:
+                if selects_rows(batch.cache):
+                    logits = batch.repeat(logits, answers)
+                else:
+                    batch = _Decoding([row for row in rows for _ in range(answers)], device)
+                    logits = batch.forward(self.head, module)
+            chosen = drawn(logits, draws[batch.texts, n], self.temperature, self.top_p)
+            batch.append(chosen)
+            for row, token in zip(batch.texts, chosen.tolist(), strict=True):
+                if row in going:
+                    self._add(texts[row], token)
+            going = {row for row in going if not texts[row].ended}
+            batch.keep(going)
         for text in texts:
-            words = self.tokenizer.decode(text.tokens, skip_special_tokens=True)
-            cuts = [words.index(string) for string in self.stop if string in words]
-            text.words = words[: min(cuts)] if cuts else words
+            text.words = self.words(text.tokens)
         return texts
 
-    def _add(self, texts: list[Completion], going: list[int], chosen: list[int]) -> list[int]:
-        """Appends the chosen tokens. Returns the rows that have not ended."""
-        for row in going:
-            text = texts[row]
-            text.tokens.append(chosen[row])
-            tail = self.tokenizer.decode(text.tokens[-self._window :], skip_special_tokens=True) if self.stop else ""
-            text.ended = chosen[row] in self.ends or any(string in tail for string in self.stop)
-        return [row for row in going if not texts[row].ended]
+    def words(self, tokens: Sequence[int]) -> str:
+        """Returns the text of a completion, up to a stop string."""
+        words: str = self.tokenizer.decode(tokens, skip_special_tokens=True)
+        cuts = [words.index(string) for string in self.stop if string in words]
+        return words[: min(cuts)] if cuts else words
 
-    def _check_room(self, prompts: Sequence[Sequence[int]]) -> None:
+    def _add(self, text: Completion, token: int) -> None:
+        text.tokens.append(token)
+        tail = self.tokenizer.decode(text.tokens[-self._window :], skip_special_tokens=True) if self.stop else ""
+        text.ended = token in self.ends or any(string in tail for string in self.stop)
+
+    def check_room(self, prompts: Sequence[Sequence[int]]) -> None:
         longest = max(map(len, prompts), default=0)
         if self.positions and longest + self.max_new_tokens > self.positions:
             raise InputError(
-                f"a prompt of {longest} tokens and ppo.max_new_tokens {self.max_new_tokens} are more than the model's "
+                f"a prompt of {longest} tokens and {self.setting} {self.max_new_tokens} are more than the model's "
                 f"{self.positions} positions; lower it, or data.sequence_length"
             )
+
+
+class _Decoding:
+    """The rows of one `PolicySampler.write`, with their cache. ``texts``: the text of each row, by its number."""
+
+    def __init__(self, prompts: Sequence[Sequence[int]], device: torch.device) -> None:
+        self.ids, self.mask = padded_left(prompts, 0, device)
+        self.positions = (self.mask.cumsum(-1) - 1).clamp(min=0)
+        self.texts = list(range(len(prompts)))
+        self.cache: Any = None
+
+    def forward(self, head: TargetHead, module: torch.nn.Module) -> torch.Tensor:
+        """Returns the logits [B, V] of the next tokens."""
+        output = head.last_logits(
+            module,
+            input_ids=self.ids,
+            attention_mask=self.mask,
+            position_ids=self.positions,
+            past_key_values=self.cache,
+            use_cache=True,
+        )
+        self.cache = output.past_key_values
+        logits: torch.Tensor = output.logits[:, -1]
+        return logits
+
+    def repeat(self, logits_BV: torch.Tensor, answers: int) -> torch.Tensor:
+        """Makes ``answers`` rows of each prompt's row, after the prompts' forward."""
+        self.cache.batch_repeat_interleave(answers)
+        self.mask, self.positions = (t.repeat_interleave(answers, 0) for t in (self.mask, self.positions))
+        self.texts = list(range(len(self.texts) * answers))
+        return logits_BV.repeat_interleave(answers, 0)
+
+    def append(self, tokens_B: torch.Tensor) -> None:
+        self.ids, self.positions = tokens_B[:, None], self.positions[:, -1:] + 1
+        self.mask = torch.cat([self.mask, torch.ones_like(self.mask[:, :1])], -1)
+
+    def keep(self, going: Set[int]) -> None:
+        """Drops the rows of texts that have ended, once they are half of the rows."""
+        rows = [n for n, text in enumerate(self.texts) if text in going] or [0]
+        if len(rows) > len(self.texts) // 2 or not selects_rows(self.cache):
+            return
+        kept = torch.tensor(rows, device=self.ids.device)
+        self.cache.batch_select_indices(kept)
+        self.ids, self.mask, self.positions = self.ids[kept], self.mask[kept], self.positions[kept]
+        self.texts = [self.texts[n] for n in rows]
+
+
+def selects_rows(cache: Any) -> bool:
+    """Returns True if rows of the cache can be repeated and dropped; a layer of linear attention cannot."""
+    layers = getattr(cache, "layers", ())
+    return bool(layers) and all(hasattr(layer, "batch_select_indices") for layer in layers)
 
 
 def padded_left(rows: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -131,7 +131,7 @@ def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callab
                 answers=answers,
             )
             batches = stream.prefetch(start.cursor, *mine)
-            with closing(profiler), detector, closing(batches), _noted(detector.place):
+            with closing(profiler), closing(parts.task), detector, closing(batches), _noted(detector.place):
                 end = loop.run(start, batches)
         checkpointer.close()
         world.all_gather(None)  # no rank leaves before the last commit is complete

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from functools import reduce
 from typing import NamedTuple
@@ -83,7 +84,7 @@ class Loop:
         """Returns the position reached, after its checkpoint was taken."""
         training = self.recipe.training
         end = min(self.total_steps, training.stop_after or self.total_steps)
-        position = start
+        position, ahead = start, deque[RankStep]()
         self.strategy.module.train()
         for callback in self.callbacks:
             callback.on_start(start)
@@ -93,8 +94,8 @@ class Loop:
                 began = time.monotonic()
                 self.own.start()
                 self._phase(step, WAITING_FOR_DATA)
-                data = next(steps)
-                metrics, stop = self._step(step, data, began)
+                data = ahead.popleft() if ahead else next(steps)
+                metrics, stop = self._step(step, data, began, self._later(step, end, steps, ahead))
             for callback in self.callbacks:
                 callback.on_step_end(metrics, data.batches if self.counts else [])
             if examples := self.task.example_rollouts():
@@ -116,15 +117,30 @@ class Loop:
                 break
         return position
 
+    def _later(
+        self, step: int, end: int, steps: Iterator[RankStep], ahead: deque[RankStep]
+    ) -> Iterator[tuple[int, Sequence[Batch]]]:
+        """Yields the later steps that the task may begin during ``step``, and keeps their data in ``ahead``."""
+        for n in range(min(self.task.steps_ahead, end - step)):
+            if n == len(ahead):
+                ahead.append(next(steps))
+            yield step + 1 + n, self._filled(ahead[n])
+
+    def _filled(self, data: RankStep) -> list[Batch]:
+        """Returns the micro-batches of this rank, as many as every other rank has."""
+        return data.batches + [Batch.empty()] * (data.plan.rounds(self.mesh.data_ranks) - len(data.batches))
+
     def _phase(self, step: int, phase: str) -> None:
         for callback in self.callbacks:
             callback.on_phase(step, phase)
 
-    def _step(self, step: int, data: RankStep, began: float) -> tuple[StepMetrics, bool]:
-        batches = data.batches + [Batch.empty()] * (data.plan.rounds(self.mesh.data_ranks) - len(data.batches))
+    def _step(
+        self, step: int, data: RankStep, began: float, later: Iterator[tuple[int, Sequence[Batch]]]
+    ) -> tuple[StepMetrics, bool]:
+        batches = self._filled(data)
         if self.task.prepares_steps:
             self._phase(step, "phase before the losses")
-            self._prepare(step, batches)
+            self._prepare(step, batches, later)
         lr = learning_rate(self.recipe.schedule, self.recipe.optimizer.lr, step, self.total_steps)
         done = [self._update(step, update, lr) for update in self.task.updates(step, data.plan, batches)]
         return self._metrics(step, data.plan, lr, done, time.monotonic() - began), any(update.stop for update in done)
@@ -197,10 +213,12 @@ class Loop:
         return float(total), totals
 
     @torch.no_grad()
-    def _prepare(self, step: int, batches: Sequence[Batch]) -> None:
+    def _prepare(self, step: int, batches: Sequence[Batch], later: Iterator[tuple[int, Sequence[Batch]]]) -> None:
         self.strategy.module.eval()
         with self.strategy.autocast():
             self.task.prepare_step(self.strategy.module, batches, self.world.device, step)
+            for number, ahead in later:
+                self.task.prepare_ahead(self.strategy.module, ahead, self.world.device, number)
         self.strategy.reshard()
         self.strategy.module.train()
 

@@ -11,6 +11,8 @@ from trainer.recipe.rules import matrix
 from trainer.recipe.rules.refusal import with_adapter_off
 from trainer.recipe.sections.compute import SIXTEEN_BIT
 from trainer.recipe.sections.data import SourceSection
+from trainer.recipe.sections.grpo import GRPOSection
+from trainer.recipe.sections.rollouts import RolloutTaskSection
 from trainer.recipe.sections.samples import SamplesSection
 from trainer.recipe.tasks import TASKS, compared_metrics
 from trainer.recipe.trackers import TRACKERS
@@ -197,26 +199,14 @@ RULES = (
         lambda r: f"cannot be used with task {r.task}, whose packs are prompts; write packing: false",
     ),
     Rule(
-        (("ppo", "reward"), ("task",)),
-        lambda r: r.task == "ppo" and (r.ppo.reward.function is None) == (r.ppo.reward.model is None),
-        lambda r: "task ppo needs one of ppo.reward.function and ppo.reward.model",
-    ),
-    Rule(
-        (("ppo", "minibatches"), ("training", "global_batch")),
-        lambda r: r.task == "ppo" and r.ppo.minibatches > r.training.global_batch,
-        lambda r: (
-            f"{r.ppo.minibatches} minibatches cannot be made of training.global_batch {r.training.global_batch} texts"
-        ),
+        (("rollout", "max_staleness"), ("rollout", "engine")),
+        lambda r: r.rollout.max_staleness > 0 and not r.rollout.row.serves,
+        lambda r: f"has no effect with engine {r.rollout.engine}, where the model in training writes; leave it out",
     ),
     Rule(
         (("distill", "teacher"), ("task",)),
         lambda r: TASKS[r.task].has_teacher and r.distill.teacher is None,
         lambda r: f"task {r.task} needs a teacher: a run, the folder of an adapter, or a causal language model",
-    ),
-    Rule(
-        (("model", "dtype"), ("task",)),
-        lambda r: r.task == "ppo" and r.model.dtype == "float16",
-        lambda r: "float16 skips updates whose scaled gradients overflow, and ppo needs every update; use bfloat16",
     ),
     Rule(
         (("schedule", "warmup_steps"), ("training", "steps")),
@@ -442,6 +432,7 @@ def across_sections(recipe: Recipe) -> Iterator[Conflict]:
     yield from (Conflict(rule.paths, rule.message(recipe)) for rule in RULES if rule.broken(recipe))
     yield from matrix.conflicts(recipe)
     yield from _formats_of_task(recipe)
+    yield from _of_rollouts(recipe)
     yield from _unused_sections(recipe)
     for path, source in _sources(recipe):
         task = TASKS[recipe.task]
@@ -463,6 +454,39 @@ def _unused_sections(recipe: Recipe) -> Iterator[Conflict]:
         for name in getattr(recipe, key_of(tracker)).given() if section else ():
             message = f"has no effect without {tracker} in tracking; add it there, or leave this out"
             yield Conflict(((key_of(tracker), name), ("tracking",)), message)
+
+
+def _of_rollouts(recipe: Recipe) -> Iterator[Conflict]:
+    """Yields what a task cannot use that learns from texts of the model."""
+    key, task = key_of(recipe.task), recipe.task
+    section = getattr(recipe, key, None)
+    if not isinstance(section, RolloutTaskSection):
+        for name in recipe.rollout.given():
+            yield Conflict((("rollout", name), ("task",)), f"has no effect with task {task}; leave it out")
+        return
+    if (section.reward.function is None) == (section.reward.model is None):
+        message = f"task {task} needs one of {key}.reward.function and {key}.reward.model"
+        yield Conflict(((key, "reward"), ("task",)), message)
+    texts = recipe.training.global_batch * (section.group_size if isinstance(section, GRPOSection) else 1)
+    if section.minibatches > texts:
+        message = f"{section.minibatches} minibatches cannot be made of the {texts} texts of a step"
+        yield Conflict(((key, "minibatches"), ("training", "global_batch")), message)
+    if recipe.model.dtype == "float16":
+        message = f"float16 skips updates whose scaled gradients overflow, and {task} needs every one; use bfloat16"
+        yield Conflict((("model", "dtype"), ("task",)), message)
+    if isinstance(section, GRPOSection) and section.kl_coef > 0:
+        yield from _of_reference(recipe)
+
+
+def _of_reference(recipe: Recipe) -> Iterator[Conflict]:
+    """Yields what keeps the model with its adapter off from being the reference of `grpo.kl_coef`."""
+    method, bias = recipe.adapter.method, recipe.adapter.bias
+    if recipe.adapter.row.residual or method == "none":
+        message = f"needs the model with its adapter off as reference, which method {method} does not give; write 0"
+        yield Conflict((("grpo", "kl_coef"), ("adapter", "method")), message)
+    if bias not in (None, "none"):
+        message = f"{bias} changes the model with its adapter off, the reference of grpo.kl_coef; use none"
+        yield Conflict((("adapter", "bias"), ("grpo", "kl_coef")), message)
 
 
 def _formats_of_task(recipe: Recipe) -> Iterator[Conflict]:

@@ -1,65 +1,18 @@
-"""Reinforcement learning with PPO: the source of rewards, the sampling of texts, the limits on the policy's change."""
+"""Reinforcement learning with PPO: the limits on the policy's change, and the critic."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
-from trainer.recipe.base import Conflict, Listed, Location, Section
-
-FUNCTION = re.compile(r"(?:[^:]+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):[A-Za-z_]\w*")
-
-
-def function_name(text: str) -> str:
-    """Returns the name of a function; raises ValueError for anything else."""
-    if not FUNCTION.fullmatch(text) or "://" in text:
-        raise ValueError(
-            f"{text!r} names no function; write package.module:function, or path.py:function with a path on this "
-            "machine (nothing is loaded from a storage)"
-        )
-    return text
+from trainer.recipe.base import Conflict
+from trainer.recipe.sections.rollouts import RolloutTaskSection
 
 
-class RewardSection(Section):
-    """The reward of a text: exactly one of the two is given."""
-
-    function: Annotated[str, AfterValidator(function_name)] | None = Field(
-        default=None, examples=["trainer.tasks.ppo.rewards:gsm8k"]
-    )
-    """`package.module:function` or `path.py:function`, relative to the working folder. It is called with the lists of
-    texts `prompts`, `completions` and `references` (the answers in the data) of a micro-batch, and returns a list of
-    finite numbers, one per completion. It is the recipe's own code: nothing is ever loaded from a run or a
-    checkpoint."""
-
-    model: Location | None = Field(default=None, examples=["s3://runs/my-reward"])
-    """A run of `task: reward`, the folder of its adapter, or any sequence classifier with one output (folder, URL or
-    Hub id). A LoRA adapter whose base model is that of the run, with the same types, shares that base model with the
-    policy; any other model is loaded completely, in addition, on each worker."""
-
-
-class PPOSection(Section):
+class PPOSection(RolloutTaskSection):
     """Settings of `task: ppo`. A step of the run is an iteration: texts for its prompts, rewards, and updates."""
-
-    reward: RewardSection = RewardSection()
-
-    max_new_tokens: int = Field(default=128, ge=1)
-    """Maximum tokens of a text. Together with the prompt they must fit the model's positions."""
-
-    temperature: float = Field(default=1.0, gt=0.0)
-    """Logits are divided by it, for the sampling of texts and for their probabilities."""
-
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Tokens are drawn from the smallest set whose probabilities add up to this (arXiv:1904.09751). Below 1 the texts
-    are drawn from another distribution than the one that the loss assumes; 1 is recommended."""
-
-    stop: Listed[Annotated[str, Field(min_length=1)]] = ()
-    """Strings that also end a text; its reward does not see them."""
-
-    missing_eos_penalty: float = Field(default=0.0, ge=0.0)
-    """Subtracted from the reward of a text that ended neither by itself nor with a `stop` string."""
 
     kl_coef: float = Field(default=0.05, ge=0.0)
     """Cost of a nat of divergence from the reference (the model with its adapter off), in units of the reward; with
@@ -85,9 +38,6 @@ class PPOSection(Section):
     epochs: int = Field(default=4, ge=1)
     """Passes over an iteration's texts."""
 
-    minibatches: int = Field(default=1, ge=1)
-    """Optimizer updates per epoch, each on a random part of the iteration's texts, over all ranks."""
-
     clip_range: float = Field(default=0.2, gt=0.0)
     """ε of the policy's loss (arXiv:1707.06347, equation 7): a token's probability ratio is clipped to 1 ± ε."""
 
@@ -96,9 +46,6 @@ class PPOSection(Section):
 
     value_coef: float = Field(default=0.1, gt=0.0)
     """Weight of the value head's loss relative to the policy's. trl has 0.1."""
-
-    entropy_coef: float = Field(default=0.0, ge=0.0)
-    """Weight of the entropy per token (nats), which is subtracted from the loss."""
 
     whiten_rewards: bool = False
     """Divide the tokens' rewards by their standard deviation over the iteration; the mean is not subtracted."""

@@ -14,9 +14,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from trainer.tasks.ppo.policy import PolicyHead
-from trainer.tasks.ppo.rollouts import PromptCompletionBatch, Rollout
 from trainer.tasks.reference import adapter_of
+from trainer.tasks.rollouts.policy import PolicyHead
+from trainer.tasks.rollouts.rollout import PromptCompletionBatch, Rollout
 from trainer.tasks.shared_adapter import SharedAdapter
 
 ADAPTER, HEAD = "reward", "reward_head"
@@ -81,7 +81,7 @@ class SharedReward:
     ) -> list[float]:
         """Returns the score of each rollout. Runs one forward, also without rollouts: under a strategy that gathers
         parameters, every rank must call it."""
-        texts = PromptCompletionBatch.of([(r.prompt.tokens, r.tokens) for r in rollouts], -1, [])
+        texts = PromptCompletionBatch.of_rollouts(rollouts, -1)
         read = np.zeros_like(texts.targets)
         for row, rollout in enumerate(rollouts):
             ids = np.array([*rollout.prompt.tokens, *rollout.tokens])

@@ -20,8 +20,8 @@ from trainer.recipe import Recipe
 from trainer.run import layout
 from trainer.run.jsonl import read_rows
 from trainer.strategies.ddp import DDP
-from trainer.tasks.ppo.policy import PolicyHead
-from trainer.tasks.ppo.rollouts import PromptCompletionBatch
+from trainer.tasks.rollouts.policy import PolicyHead
+from trainer.tasks.rollouts.rollout import PromptCompletionBatch
 from trainer.tasks.sampling import PolicySampler
 
 Make = Callable[..., Recipe]
@@ -113,7 +113,7 @@ def test_who_has_no_prompt_takes_part_until_all_have_ended(make: Make) -> None:
 
 
 def test_a_prompt_that_leaves_no_room_is_said(make: Make) -> None:
-    with bench(make()) as b, pytest.raises(InputError, match=r"a prompt of 600 tokens and ppo\.max_new_tokens 12"):
+    with bench(make()) as b, pytest.raises(InputError, match=r"a prompt of 600 tokens and max_new_tokens 12"):
         author(b).write(b.model, [[5] * 600], ["1"], CPU)
 
 
@@ -296,4 +296,5 @@ def test_other_bases_train_too(make: Make, change: dict[str, Any]) -> None:
 
 def test_an_iteration_without_prompts_of_its_own_learns_nothing(make: Make) -> None:
     with bench(make()) as b, torch.no_grad():
-        assert b.task._rollouts(b.model, [Batch.empty()], CPU, "{}{}".format) == []  # type: ignore[attr-defined]
+        task: Any = b.task
+        assert task.evaluated(b.model, Batch.empty(), CPU, 1) == []

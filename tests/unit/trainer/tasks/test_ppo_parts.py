@@ -16,7 +16,7 @@ from trainer.tasks.ppo.advantages import adapted_kl_coef, divergence, explained_
 from trainer.tasks.ppo.losses import policy_loss, value_loss
 from trainer.tasks.ppo.reward_function import Scorer, load
 from trainer.tasks.ppo.rewards import final_number, gsm8k
-from trainer.tasks.ppo.rollouts import PromptCompletionBatch
+from trainer.tasks.rollouts.rollout import PromptCompletionBatch
 from trainer.tasks.sampling import drawn, prompts_of, uniforms
 
 
@@ -74,12 +74,15 @@ def test_losses_by_hand() -> None:
 def test_a_token_is_where_the_cumulative_distribution_passes_the_number() -> None:
     logits = torch.tensor([0.1, 0.6, 0.3]).log().repeat(4, 1)
     numbers = torch.tensor([0.0, 0.59, 0.61, 0.95], dtype=torch.float64)
-    assert drawn(logits, numbers, 1.0, 1.0).tolist() == [1, 1, 2, 0]
+    assert drawn(logits, numbers, 1.0, 1.0).tolist() == [0, 1, 1, 2], "in the order of the vocabulary"
+    assert drawn(logits, numbers, 1.0, 0.999).tolist() == [1, 1, 2, 0], "in the order of the probabilities"
     # The set of 0.7 is {1, 2} with 0.9 in all: 2 from 2/3 on.
     assert drawn(logits, numbers, 1.0, 0.7).tolist() == [1, 1, 1, 2]
     assert drawn(logits, torch.tensor([0.6, 0.66, 0.67, 0.999]), 1.0, 0.7).tolist() == [1, 1, 2, 2]
     assert drawn(logits, numbers, 1.0, 0.5).tolist() == [1, 1, 1, 1]
-    assert drawn(logits, numbers, 0.01, 1.0).tolist() == [1, 1, 1, 1], "a low temperature takes the likeliest"
+    assert drawn(logits, numbers.clamp(min=0.001), 0.01, 1.0).tolist() == [1, 1, 1, 1], (
+        "a low temperature takes the likeliest"
+    )
 
 
 def test_draws_follow_the_distribution() -> None:
@@ -193,7 +196,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"ppo.reward": {}}, "task ppo needs one of ppo.reward.function and ppo.reward.model"),
     ({"ppo.reward.model": "runs/x"}, "task ppo needs one of ppo.reward.function and ppo.reward.model"),
     ({"ppo.reward": {"function": "s3://there/x.py:f"}}, "names no function"),
-    ({"ppo.minibatches": 7}, "7 minibatches cannot be made of training.global_batch 6 texts"),
+    ({"ppo.minibatches": 7}, "7 minibatches cannot be made of the 6 texts of a step"),
     ({"ppo.kl_horizon": 5, "ppo.kl_target": None}, "has no effect without kl_target"),
     ({"ppo.kl_coef": 0.0}, "0 cannot be adapted"),
     ({"model.dtype": "float16"}, "use bfloat16"),

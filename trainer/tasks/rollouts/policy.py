@@ -1,14 +1,13 @@
 """Log-probabilities, entropies and values of texts under the policy, computed inside the model's forward.
 
-Inside the forward, sharding strategies have gathered the output head and the value head. Therefore the value head is a
-module of the model (``VALUE_HEAD``), next to the adapter: one linear layer in float32 on the last hidden states.
+Inside the forward, sharding strategies have gathered the output head and a critic's head. Therefore that head is a
+module of the model, next to the adapter: one linear layer in float32 on the last hidden states.
 
 Shapes: B rows, L tokens, T tokens of texts in the micro-batch, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-import hashlib
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,17 +16,14 @@ from trainer.errors import InputError
 from trainer.tasks.inputs import to_device
 from trainer.tasks.lm_head_loss import TargetHead, in_chunks, selected
 
-VALUE_HEAD = "value_head"
-INITIAL_STD = 0.02
-
 
 class TokenStats(NamedTuple):
     """Statistics of the tokens of the texts, each [T]: ``logps``, the log-probability of a token; ``entropies``, the
-    entropy of its distribution; ``values``, the value of the state before it."""
+    entropy of its distribution; ``values``, the value of the state before it, if there is a critic."""
 
     logps: torch.Tensor
     entropies: torch.Tensor
-    values: torch.Tensor
+    values: torch.Tensor | None = None
 
 
 class CompletionRows(Protocol):
@@ -39,23 +35,19 @@ class CompletionRows(Protocol):
 
 
 class PolicyHead(TargetHead):
-    """Replaces the forward of the output embeddings. In `score_tokens`, it turns logits into three numbers per token,
-    chunk by chunk."""
+    """Replaces the forward of the output embeddings. In `score_tokens`, it turns logits into two numbers per token, or
+    three with a critic, chunk by chunk."""
 
-    def __init__(self, model: Any, temperature: float, seed: int) -> None:
+    def __init__(
+        self, model: Any, temperature: float, task: str, *, critic: torch.nn.Module | None = None, entropy: bool = False
+    ) -> None:
+        """``critic``: a layer of the model from D to 1, which gives the values. ``entropy``: the loss depends on the
+        entropies, which otherwise have no gradient."""
         super().__init__(model)
         if not self.plain:
-            raise InputError("task ppo does not take models that scale or cap their logits after the output head")
-        self._temperature = temperature
+            raise InputError(f"task {task} does not take models that scale or cap their logits after the output head")
+        self._temperature, self._critic, self._entropy = temperature, critic, entropy
         self._by: torch.nn.Module | None = None
-        output = model.get_output_embeddings().weight
-        linear: Any = torch.nn.Linear
-        # skip_init: Linear's own initial values would advance the global random number generator.
-        self._value = torch.nn.utils.skip_init(linear, output.shape[-1], 1, device=output.device, dtype=torch.float32)
-        for name, parameter in self._value.named_parameters():
-            if not parameter.is_meta:
-                parameter.data.copy_(first_value(name, parameter.shape, seed))
-        model.add_module(VALUE_HEAD, self._value)
 
     def score_tokens(self, module: torch.nn.Module, texts: CompletionRows, device: torch.device) -> TokenStats:
         input_ids = to_device(texts.input_ids, device)
@@ -66,8 +58,7 @@ class PolicyHead(TargetHead):
             positions = to_device(texts.position_ids, device)
             made = module(input_ids=input_ids, position_ids=positions, use_cache=False).logits
         self._compare(made)
-        logps, entropies, values = made[0].unbind(-1)
-        return TokenStats(logps, entropies, values)
+        return TokenStats(*made[0].unbind(-1))
 
     def read(
         self, module: torch.nn.Module, texts: CompletionRows, at_BL: Any, by: torch.nn.Module, device: torch.device
@@ -96,11 +87,12 @@ class PolicyHead(TargetHead):
             with torch.autocast(hidden_TD.device.type, enabled=False):
                 read: torch.Tensor = self._by(hidden_TD.float())
             return read[None].clone()
-        of_logits = in_chunks(self._of_logits, hidden_TD, self._labels_T, self._vocabulary)
-        with torch.autocast(hidden_TD.device.type, enabled=False):
-            values = self._value(hidden_TD.float())
+        columns = [in_chunks(self._of_logits, hidden_TD, self._labels_T, self._vocabulary)]
+        if self._critic is not None:
+            with torch.autocast(hidden_TD.device.type, enabled=False):
+                columns.append(self._critic(hidden_TD.float()))
         # A clone: FSDP2 adds a hook to the tensor that the model returns, and would lose it on a view.
-        made = torch.cat([of_logits, values], -1)[None].clone()
+        made = torch.cat(columns, -1)[None].clone()
         self._made = None if self._compared else made.detach().clone()
         return made
 
@@ -108,14 +100,6 @@ class PolicyHead(TargetHead):
         """Returns the log-probability of the label, and the entropy: [T, 2]."""
         logps_TV = (self._project(hidden_TD).float() / self._temperature).log_softmax(-1)
         chosen = logps_TV.gather(-1, labels_T[:, None])
-        return torch.cat([chosen, -(logps_TV.exp() * logps_TV).sum(-1, keepdim=True)], -1)
-
-
-def first_value(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
-    """Returns the initial value of a parameter of the value head, drawn from (seed, name) only: N(0, 0.02²), or 0 for
-    the bias."""
-    if name.endswith("bias"):
-        return torch.zeros(shape)
-    digest = hashlib.sha256(f"{seed}:{VALUE_HEAD}.{name.rpartition('.')[2]}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    return torch.empty(shape, dtype=torch.float32).normal_(0.0, INITIAL_STD, generator=generator)
+        with torch.set_grad_enabled(self._entropy and torch.is_grad_enabled()):
+            entropies = -(logps_TV.exp() * logps_TV).sum(-1, keepdim=True)
+        return torch.cat([chosen, entropies], -1)

@@ -1,0 +1,19 @@
+"""The engines that write texts in training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainer.registry import Choice, Registry
+
+
+@dataclass(frozen=True)
+class RolloutEngineRow(Choice):
+    """An engine's row. ``serves``: servers write, which have the base model and get the adapter."""
+
+    serves: bool = False
+
+
+ROLLOUT_ENGINES = Registry(
+    "rollout engine", {"transformers": RolloutEngineRow("trainer.tasks.rollouts.engine:ModelEngine")}
+)
