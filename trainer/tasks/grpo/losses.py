@@ -29,7 +29,7 @@ from trainer.recipe.grpo_losses import Level
 
 
 class TokenLoss(NamedTuple):
-    """``loss`` with a gradient; ``low`` and ``high``: where the limit below or above decides, which ends the gradient."""
+    """``loss``: with a gradient. ``low``, ``high``: where the limit below or above decides, which ends the gradient."""
 
     loss: torch.Tensor
     low: torch.Tensor
@@ -43,8 +43,13 @@ def log_ratios(logps: torch.Tensor, old_logps: torch.Tensor, lengths: Sequence[i
         return ratios
     # Split and not index_add, whose order of additions is not fixed on GPUs.
     joined = [row.mean() if level == "sequence" else row.sum() for row in ratios.split(list(lengths))]
-    repeats = torch.tensor(lengths, device=logps.device)
-    return torch.stack(joined).repeat_interleave(repeats, output_size=len(logps))
+    return per_token(torch.stack(joined), lengths)
+
+
+def per_token(values: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
+    """Repeats the value of each text for its tokens."""
+    repeats = torch.tensor(lengths, dtype=torch.int64, device=values.device)
+    return values.repeat_interleave(repeats, output_size=sum(lengths))
 
 
 def clipped(

@@ -16,7 +16,7 @@ from trainer.recipe.grpo_losses import GRPO_LOSSES
 from trainer.tasks.base import LossOutput, ratio
 from trainer.tasks.grpo.experience import GRPOExperience, GRPOMicroBatch
 from trainer.tasks.grpo.groups import overlong_penalty
-from trainer.tasks.grpo.losses import divergence, importance, log_ratios
+from trainer.tasks.grpo.losses import divergence, importance, log_ratios, per_token
 from trainer.tasks.inputs import to_device
 from trainer.tasks.rollouts.rollout import PromptCompletionBatch, Rollout
 from trainer.tasks.rollouts.task import RolloutTask
@@ -82,8 +82,8 @@ class GRPO(RolloutTask):
         if section.entropy_coef:
             loss = loss - section.entropy_coef * stats.entropies
         if row.mean == "texts":
-            lengths = torch.tensor(batch.lengths, device=device)
-            loss = loss / lengths.repeat_interleave(lengths, output_size=len(loss))
+            lengths = torch.tensor(batch.lengths, dtype=loss.dtype, device=device)
+            loss = loss / per_token(lengths, batch.lengths)
         return LossOutput(loss.sum(), sums)
 
     def _is_of_servers(self) -> bool:

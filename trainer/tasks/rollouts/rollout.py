@@ -24,11 +24,12 @@ NOTHING: Row = np.zeros(0)
 
 @dataclass
 class Rollout:
-    """A text written for a prompt. ``place``: the number of the prompt in the step, and that of the answer. ``sampled`` [R]: log-probabilities by the engine that wrote it, if that is not the model itself. ``version``:
-    the number of steps after which the weights were taken that wrote it. ``logps`` and ``reference`` [R]:
-    log-probabilities under the policy as it is before the step's updates and under the reference; ``values`` [R]: of a
-    critic before each token. ``rewards``: by their source; ``reward``: their weighted sum; ``score``: the reward
-    without the penalties."""
+    """A text written for a prompt. ``place``: the number of the prompt in the step, and that of the answer.
+    ``sampled`` [R]: log-probabilities by the engine that wrote it, if that is not the model itself. ``version``: the
+    number of steps after which the weights were taken that wrote it. ``logps`` and ``reference`` [R]: log-probabilities
+    under the policy as it is before the step's updates, and under the reference; ``values`` [R]: of a critic before
+    each token. ``rewards``: by their source; ``reward``: their weighted sum; ``score``: the reward without the
+    penalties."""
 
     place: tuple[int, int]
     prompt: SamplingPrompt
@@ -117,10 +118,12 @@ class Experience(ABC):
         }
 
     def parts(self, minibatches: int, key: str) -> Iterator[Ints]:
-        """Yields the indices of the rollouts of each minibatch of an epoch: random parts of equal size."""
+        """Yields the indices of the rollouts of each minibatch of an epoch: random parts of equal size; one without any
+        if there is nothing to learn from."""
         digest = hashlib.sha256(f"minibatches:{key}".encode()).digest()
         order = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16], "big"))).permutation(self.learned())
-        yield from (part for part in np.array_split(order, minibatches) if len(part))
+        parts = np.array_split(order, minibatches)
+        yield from [part for part in parts if len(part)] or parts[:1]
 
     def learned(self) -> Ints:
         """Returns the indices of the rollouts that take part in the loss."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,7 +46,7 @@ class Request:
     def of_round(self, number: int, prompts: Prompts) -> Request:
         """Returns the request for other texts, with other random numbers."""
         key = lambda prompt, answer, sample: f"{self.key(prompt, answer, sample)}:{number}"  # noqa: E731
-        return Request(prompts, self.answers, key, self.version, self.where)
+        return replace(self, prompts=prompts, key=key)
 
     def asked(self) -> list[list[Asked]]:
         return [
