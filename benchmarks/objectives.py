@@ -22,7 +22,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +68,16 @@ def _distill(loss: str, beta: float) -> Objective:
     return Objective("distill", {"loss": loss, "temperature": 2.0}, "distill", {"beta": beta, "temperature": 2.0})
 
 
+GROUPS = {"group_size": 4, "max_new_tokens": 10, "epochs": 2}
+
+
+def _grpo(loss: str, ours: dict[str, Any] | None = None, *, of_servers: bool = False, **theirs: Any) -> Objective:
+    reward = {"reward": {"function": "tests.support.tasks:share_of_vowels"}}
+    shared = {"num_generations": 4, "max_completion_length": 10, "num_iterations": 2, "epsilon": 0.2}
+    settings = {**shared, "loss_type": loss, "use_vllm": of_servers, **theirs}
+    return Objective("grpo", {"loss": loss, **GROUPS, **reward, **(ours or {})}, "grpo", settings, samples=3)
+
+
 OBJECTIVES: dict[str, Objective] = {
     "dpo/sigmoid": _dpo("sigmoid"),
     "dpo/ipo": _dpo("ipo"),
@@ -90,6 +100,22 @@ OBJECTIVES: dict[str, Objective] = {
     "simpo": _simpo(),
     "simpo, label_smoothing": _simpo(label_smoothing=0.2),
     "simpo, cpo_alpha": _simpo(samples=1, cpo_alpha=0.5),
+    "grpo/grpo": _grpo("grpo"),
+    "grpo/grpo, kl_coef": _grpo("grpo", {"kl_coef": 0.3}, beta=0.3),
+    "grpo/grpo, importance_cap": _grpo("grpo", of_servers=True, vllm_importance_sampling_mode="token_truncate"),
+    "grpo/dr_grpo": _grpo("dr_grpo"),
+    "grpo/dapo": _grpo("dapo", epsilon_high=0.28),
+    "grpo/dapo, entropy_coef": _grpo("dapo", {"entropy_coef": 0.1}, epsilon_high=0.28, entropy_coef=0.1),
+    "grpo/gspo": _grpo(
+        "gspo",
+        {"clip_low": 0.05, "clip_high": 0.06},
+        loss_type="grpo",
+        importance_sampling_level="sequence",
+        epsilon=0.05,
+        epsilon_high=0.06,
+    ),
+    "grpo/cispo": _grpo("cispo", {"clip_high": 0.3}, epsilon_high=1.3),
+    "grpo/rloo": replace(_grpo("rloo"), theirs="rloo", settings={"num_generations": 4, "epsilon": 0.2}),
     "distill/forward_kl": _distill("forward_kl", 0.0),
     "distill/reverse_kl": _distill("reverse_kl", 1.0),
     "distill/jsd": _distill("jsd", 0.5),
@@ -106,7 +132,7 @@ def write_rows(folder: Path, objective: Objective) -> Path:
         good, bad = (" ".join(WORDS[(i * k) % 7 : (i * k) % 7 + 2 + (i + k) % 4]) for k in (1, 2))
         if objective.task == "kto":
             rows.append({"prompt": prompt, "completion": good if i % 2 else bad, "label": bool(i % 2)})
-        elif objective.task in ("sft", "distill"):
+        elif objective.task in ("sft", "distill", "grpo"):
             rows.append({"prompt": prompt, "completion": good})
         else:
             rows.append({"prompt": prompt, "chosen": good, "rejected": bad})
@@ -115,7 +141,39 @@ def write_rows(folder: Path, objective: Objective) -> Path:
     return path
 
 
-FORMATS = {"kto": "unpaired_preference", "sft": "completion", "distill": "completion"}
+FORMATS = {"kto": "unpaired_preference", "sft": "completion", "distill": "completion", "grpo": "completion"}
+NOISE = 0.15
+"""Of log-probabilities: some ratios are then past their limits."""
+
+
+def rollouts_of(task: Any, model: Any, batch: Any, kl_coef: float) -> tuple[Any, int]:
+    """Returns a micro-batch of texts that the model writes, and the number that its loss is divided by. Their former
+    log-probabilities, the reference's and a server's are the model's, moved at random."""
+    import numpy as np
+    import torch
+
+    from trainer.tasks.rollouts.rollout import PromptCompletionBatch
+
+    device, random = torch.device("cpu"), np.random.default_rng(3)
+    task._grpo = task._grpo.model_copy(update={"kl_coef": kl_coef})
+    writer, request = task._writer, task._request([batch], 1)
+    (rollouts,) = writer.finish(model, device, request, writer.begin(model, device, request))
+    for rollout in rollouts:
+        texts = PromptCompletionBatch.of_rollouts([rollout], 0)
+        logps = task._policy.score_tokens(model, texts, device).logps.double().numpy()
+        rollout.logps, rollout.reference, rollout.sampled = (
+            logps + random.normal(0.0, NOISE, logps.shape) for _ in range(3)
+        )
+    experience = task.experience(rollouts)
+    every = np.arange(len(rollouts))
+    return experience.micro_batch(every, 0), experience.units(every)
+
+
+def arrays_of_rollouts(batch: Any) -> dict[str, Any]:
+    return {
+        "input_ids": batch.texts.input_ids, "position_ids": batch.texts.position_ids, "targets": batch.texts.targets,
+        **{name: getattr(batch, name) for name in ("advantages", "logps", "reference", "sampled")},
+    }  # fmt: skip
 
 
 def muster(folder: Path, name: str) -> None:
@@ -130,9 +188,11 @@ def muster(folder: Path, name: str) -> None:
 
     objective, base = OBJECTIVES[name], folder.parent / "base"
     teacher = {"teacher": str(base)} if objective.task == "distill" else {}
+    # Without an adapter no recipe has a reference: the rollouts get one below.
+    section = {name: value for name, value in objective.section.items() if name != "kl_coef"}
     changes: dict[str, Any] = {
         "task": objective.task,
-        objective.task: objective.section | teacher,
+        objective.task: section | teacher,
         "adapter": {"method": "none"},
         "data.train": [
             {"path": str(write_rows(folder, objective)), "format": FORMATS.get(objective.task, "preference")}
@@ -146,19 +206,27 @@ def muster(folder: Path, name: str) -> None:
         b.model.load_state_dict(load_file(folder.parent / "policy" / "model.safetensors"), strict=False)
         b.model.eval()
         (batch,) = next(b.stream.prefetch(b.stream.start(), 0, 1)).batches
-        if b.task.prepares_steps:
-            with torch.no_grad():
+        units = b.task.loss_units(batch)
+        with torch.no_grad():
+            if objective.task == "grpo":
+                task: Any = b.task
+                batch, units = rollouts_of(task, b.model, batch, objective.section.get("kl_coef", 0.0))
+                task._writer.engine.reproducible = not objective.settings.get("use_vllm", False)
+            elif b.task.prepares_steps:
                 b.task.prepare_step(b.model, [batch], strategy.world.device, 1)
         b.model.train()
-        loss = b.task.loss(b.model, batch, strategy.world.device).loss_sum / b.task.loss_units(batch)
+        loss = b.task.loss(b.model, batch, strategy.world.device).loss_sum / units
         loss.backward()
-        arrays = {"": batch, **({"unrelated_": batch.unrelated} if batch.unrelated else {})}
-        kept = {
-            prefix + field: getattr(one, field)
-            for prefix, one in arrays.items()
-            for field in ("input_ids", "position_ids", "targets")
-        }
-        np.savez(folder / "batch.npz", desirable=batch.desirable, pairs=batch.pairs, **kept)
+        if objective.task == "grpo":
+            np.savez(folder / "batch.npz", **arrays_of_rollouts(batch))
+        else:
+            arrays = {"": batch, **({"unrelated_": batch.unrelated} if batch.unrelated else {})}
+            kept = {
+                prefix + field: getattr(one, field)
+                for prefix, one in arrays.items()
+                for field in ("input_ids", "position_ids", "targets")
+            }
+            np.savez(folder / "batch.npz", desirable=batch.desirable, pairs=batch.pairs, **kept)
         gradients = {n: p.grad for n, p in b.model.named_parameters() if p.grad is not None}
         save_file({"loss": loss.detach(), **gradients}, folder / "ours.safetensors")
 
@@ -283,8 +351,70 @@ def sft(side: Theirs, settings: dict[str, Any]) -> Any:
     return trainer.compute_loss(trainer.model.train(), side.labelled())
 
 
+def completions(side: Theirs) -> dict[str, Any]:
+    """Returns the inputs of trl's losses of rollouts: prompts padded on the left, completions on the right."""
+    import torch
+
+    ids, _, targets = side.tensors()
+    lengths = targets.sum(-1)
+    starts = targets.argmax(-1)
+    width, before = int(lengths.max()), int(starts.max())
+
+    def text_rows(name: str) -> Any:
+        rows = torch.zeros(len(ids), width)
+        for row, part in zip(rows, torch.from_numpy(side.batch[name]).split(lengths.tolist()), strict=True):
+            row[: len(part)] = part
+        return rows
+
+    prompts, prompt_mask = (torch.zeros(len(ids), before, dtype=torch.long) for _ in range(2))
+    answers, answer_mask = (torch.zeros(len(ids), width, dtype=torch.long) for _ in range(2))
+    for n, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        prompts[n, before - start :], prompt_mask[n, before - start :] = ids[n, :start], 1
+        answers[n, :length], answer_mask[n, :length] = ids[n, start : start + length], 1
+    old = text_rows("logps")
+    return {
+        "prompt_ids": prompts, "prompt_mask": prompt_mask, "completion_ids": answers, "completion_mask": answer_mask,
+        "advantages": text_rows("advantages")[:, 0], "old_per_token_logps": old, "old_logps": old.sum(-1),
+        "ref_per_token_logps": text_rows("reference"), "num_items_in_batch": answer_mask.sum(),
+        "importance_sampling_ratio": (old - text_rows("sampled")).exp().clamp(max=2.0),
+    }  # fmt: skip
+
+
+def nothing(completions: list[str], **_: Any) -> list[float]:
+    return [0.0] * len(completions)
+
+
+def grpo(side: Theirs, settings: dict[str, Any]) -> Any:
+    from trl import GRPOConfig, GRPOTrainer
+
+    return of_rollouts(side, GRPOTrainer, GRPOConfig, settings)
+
+
+def rloo(side: Theirs, settings: dict[str, Any]) -> Any:
+    from trl import RLOOConfig, RLOOTrainer
+
+    return of_rollouts(side, RLOOTrainer, RLOOConfig, settings)
+
+
+def of_rollouts(side: Theirs, trainer_class: Any, config: Any, settings: dict[str, Any]) -> Any:
+    from datasets import Dataset
+
+    inputs, of_servers = completions(side), settings.get("use_vllm", False)
+    arguments = config(
+        output_dir=str(side.folder / "trl"), use_cpu=True, bf16=False, report_to="none", save_strategy="no",
+        per_device_train_batch_size=len(inputs["prompt_ids"]), gradient_checkpointing=False, disable_dropout=True,
+        **{name: value for name, value in settings.items() if name != "use_vllm"},
+    )  # fmt: skip
+    rows = Dataset.from_list([{"prompt": "a "}])
+    trainer = trainer_class(
+        model=side.policy, args=arguments, reward_funcs=nothing, train_dataset=rows, processing_class=side.tokenizer
+    )
+    trainer.use_vllm, trainer.current_gradient_accumulation_steps = of_servers, 1
+    return trainer._compute_loss(trainer.model.train(), inputs)
+
+
 THEIRS: dict[str, Callable[[Theirs, dict[str, Any]], Any]] = {
-    one.__name__: one for one in (dpo, kto, orpo, simpo, distill, sft)
+    one.__name__: one for one in (dpo, kto, orpo, simpo, distill, sft, grpo, rloo)
 }
 
 

@@ -55,9 +55,8 @@ class GRPO(RolloutTask):
         stats = self._policy.score_tokens(module, batch.texts, device)
         logps, advantages = stats.logps, to_device(batch.advantages, device)
         old_logps = to_device(batch.logps, device) if len(batch.logps) else logps.detach()
-        of_policy = self._token_loss(
-            logps, log_ratios(logps, old_logps, batch.lengths, row.level), advantages, section.clip
-        )
+        ratios = log_ratios(logps, old_logps, batch.lengths, row.level)
+        of_policy = self._token_loss(logps, ratios, advantages, section.clip)
         loss, tokens = of_policy.loss, logps.new_tensor(len(advantages))
         sums = {
             "updated_tokens": tokens,
@@ -76,7 +75,9 @@ class GRPO(RolloutTask):
                 "importance_weight": weights.sum(),
             }
         if section.kl_coef and not row.kl_in_reward:
-            kl = divergence(logps, to_device(batch.reference, device))
+            # With the ratio its gradient is the one of the divergence of what the policy writes now, without a bias
+            # (DeepSeek-V3.2, arXiv:2512.02556, 3.1).
+            kl = ratios.exp() * divergence(logps, to_device(batch.reference, device))
             loss = loss + section.kl_coef * kl
             sums["kl"] = kl.sum().detach()
         if section.entropy_coef:
