@@ -198,8 +198,8 @@ RULES = (
     ),
     Rule(
         (("ppo", "reward"), ("task",)),
-        lambda r: r.task == "ppo" and (r.ppo.reward.function is None) == (r.ppo.reward.model is None),
-        lambda r: "task ppo needs one of ppo.reward.function and ppo.reward.model",
+        lambda r: r.task == "ppo" and not r.ppo.reward.weights,
+        lambda r: "task ppo needs a reward: ppo.reward.function, ppo.reward.functions or ppo.reward.model",
     ),
     Rule(
         (("ppo", "minibatches"), ("training", "global_batch")),

@@ -1,43 +1,14 @@
-"""Reinforcement learning with PPO: the source of rewards, the sampling of texts, the limits on the policy's change."""
+"""Reinforcement learning with PPO: the sampling of texts, the limits on the policy's change."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
-from trainer.recipe.base import Conflict, Listed, Location, Section
-
-FUNCTION = re.compile(r"(?:[^:]+\.py|[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):[A-Za-z_]\w*")
-
-
-def function_name(text: str) -> str:
-    """Returns the name of a function; raises ValueError for anything else."""
-    if not FUNCTION.fullmatch(text) or "://" in text:
-        raise ValueError(
-            f"{text!r} names no function; write package.module:function, or path.py:function with a path on this "
-            "machine (nothing is loaded from a storage)"
-        )
-    return text
-
-
-class RewardSection(Section):
-    """The reward of a text: exactly one of the two is given."""
-
-    function: Annotated[str, AfterValidator(function_name)] | None = Field(
-        default=None, examples=["trainer.tasks.ppo.rewards:gsm8k"]
-    )
-    """`package.module:function` or `path.py:function`, relative to the working folder. It is called with the lists of
-    texts `prompts`, `completions` and `references` (the answers in the data) of a micro-batch, and returns a list of
-    finite numbers, one per completion. It is the recipe's own code: nothing is ever loaded from a run or a
-    checkpoint."""
-
-    model: Location | None = Field(default=None, examples=["s3://runs/my-reward"])
-    """A run of `task: reward`, the folder of its adapter, or any sequence classifier with one output (folder, URL or
-    Hub id). A LoRA adapter whose base model is that of the run, with the same types, shares that base model with the
-    policy; any other model is loaded completely, in addition, on each worker."""
+from trainer.recipe.base import Conflict, Listed, Section
+from trainer.recipe.sections.reward import RewardSection
 
 
 class PPOSection(Section):
@@ -107,6 +78,7 @@ class PPOSection(Section):
     """Normalise advantages to mean 0 and standard deviation 1 over all tokens of the iteration, on all ranks."""
 
     def conflicts(self) -> Iterator[Conflict]:
+        yield from (conflict.under("reward") for conflict in self.reward.conflicts())
         if self.kl_target is not None and self.kl_coef == 0.0:
             yield Conflict((("kl_coef",), ("kl_target",)), "0 cannot be adapted, only multiplied; set it above 0")
         if self.kl_target is None and self.kl_horizon != type(self).model_fields["kl_horizon"].default:
