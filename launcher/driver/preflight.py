@@ -77,7 +77,7 @@ def check_model(recipe: Recipe, warn: Callable[[str], None]) -> None:
     if recipe.generative_eval.count:
         from trainer.worker.texts.generative_eval import AnswerMetric
 
-        AnswerMetric(recipe.generative_eval.metric)
+        AnswerMetric(recipe.generative_eval.metric).close()
 
 
 def check_teacher(recipe: Recipe, warn: Callable[[str], None]) -> None:

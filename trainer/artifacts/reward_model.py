@@ -17,8 +17,8 @@ from trainer.model.placement import Placement
 from trainer.recipe import Recipe
 from trainer.recipe.tasks import TASKS
 from trainer.recipe.trust import Trust
-from trainer.tasks.ppo.reward_function import load as load_function
-from trainer.tasks.ppo.reward_models import ADAPTER, ModelRater, SharedReward
+from trainer.tasks.rewards.functions import RewardFunctions
+from trainer.tasks.rewards.models import ADAPTER, ModelRater, SharedReward
 
 log = logging.getLogger(__name__)
 
@@ -41,11 +41,11 @@ def reward_model(recipe: Recipe, device: torch.device) -> ModelRater | SharedRew
 
 
 def check_reward(recipe: Recipe) -> None:
-    """Checks that the reward function or the reward model of `task: ppo` exists. Raises InputError. Does not read the
-    weights of a model."""
+    """Checks that the reward functions can be loaded, in a process that ends afterwards, and that the reward model of
+    `task: ppo` exists. Raises InputError. Does not read the weights of a model."""
     section = recipe.ppo.reward
-    if section.function is not None:
-        load_function(section.function)
+    if section.rows:
+        RewardFunctions(section.rows).close()
     if section.model is not None:
         with tempfile.TemporaryDirectory(prefix="muster-reward-") as folder:
             _found(recipe, section.model, Path(folder))

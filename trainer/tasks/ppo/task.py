@@ -23,6 +23,7 @@ import numpy as np
 import torch
 
 from trainer.errors import RewardFailed
+from trainer.recipe.sections.reward import MODEL
 from trainer.records import read_record
 from trainer.run.events import SampleText
 from trainer.tasks.base import GenerationContext, LossOutput, Task, Update, ratio
@@ -30,10 +31,10 @@ from trainer.tasks.inputs import to_device
 from trainer.tasks.ppo.advantages import adapted_kl_coef
 from trainer.tasks.ppo.losses import policy_loss, value_loss
 from trainer.tasks.ppo.policy import VALUE_HEAD, PolicyHead, first_value
-from trainer.tasks.ppo.reward_function import Scorer
-from trainer.tasks.ppo.reward_models import ModelRater, SharedReward
 from trainer.tasks.ppo.rollouts import Experience, PPOMicroBatch, PromptCompletionBatch, Rollout
 from trainer.tasks.reference import adapter_off
+from trainer.tasks.rewards.functions import RewardFunctions, weighted
+from trainer.tasks.rewards.models import ModelRater, SharedReward
 from trainer.tasks.sampling import PolicySampler, prompts_of, shown, stop_strings
 
 if TYPE_CHECKING:
@@ -77,8 +78,8 @@ class PPO(Task):
             )
         if generation is not None:
             self.generation = generation
-            if section.reward.function is not None:
-                self._scorer = Scorer(section.reward.function)
+            if section.reward.rows:
+                self._functions = RewardFunctions(section.reward.rows, section.reward.processes)
             self._author = PolicySampler(
                 model,
                 self._policy,
@@ -157,10 +158,9 @@ class PPO(Task):
         with adapter_off(self._model):
             for texts, some in zip(rows, by_batch, strict=True):
                 _split_rows(some, "reference", self._policy.score_tokens(module, texts, device).logps)
-        for some in by_batch:
-            for rollout, score in zip(some, self._scores(some, module, device), strict=True):
-                if not math.isfinite(score):
-                    raise RewardFailed(f"{self.recipe.ppo.reward.model} rates the text {rollout.words!r:.200} {score}")
+        by_model = [self._model_scores(some, module, device) for some in by_batch]
+        for some, rated in zip(by_batch, by_model, strict=True):
+            for rollout, score in zip(some, self._scores(some, rated), strict=True):
                 rollout.score = score - (0.0 if rollout.ended else self.recipe.ppo.missing_eos_penalty)
         return [rollout for some in by_batch for rollout in some]
 
@@ -173,14 +173,29 @@ class PPO(Task):
             for row, (prompt, text) in enumerate(zip(prompts, texts, strict=True))
         ]
 
-    def _scores(self, rollouts: Sequence[Rollout], module: torch.nn.Module, device: torch.device) -> list[float]:
+    def _model_scores(self, rollouts: Sequence[Rollout], module: torch.nn.Module, device: torch.device) -> list[float]:
+        """Returns the scores of the reward model, empty without one. Every rank calls it for each micro-batch."""
         if self._shared is not None:
             return self._shared.rate(self._model, self._policy, module, rollouts, device)
-        words, prompts = [r.words for r in rollouts], [self._text(r.prompt.tokens) for r in rollouts]
-        if self.recipe.ppo.reward.function is None:
-            rater: ModelRater = self.generation.reward
-            return rater(prompts, words, [r.ended for r in rollouts])
-        return self._scorer(prompts, words, [self._text(r.prompt.answer) for r in rollouts])
+        rater: ModelRater | None = self.generation.reward
+        if rater is None:
+            return []
+        prompts = [self._text(r.prompt.tokens) for r in rollouts]
+        return rater(prompts, [r.words for r in rollouts], [r.ended for r in rollouts])
+
+    def _scores(self, rollouts: Sequence[Rollout], by_model: Sequence[float]) -> list[float]:
+        """Returns the weighted sum of all rewards of each text. Raises RewardFailed."""
+        section, rewards = self.recipe.ppo.reward, dict[str, Sequence[float]]()
+        if section.model is not None:
+            for rollout, score in zip(rollouts, by_model, strict=True):
+                if not math.isfinite(score):
+                    raise RewardFailed(f"{section.model} rates the text {rollout.words!r:.200} {score}")
+            rewards[MODEL] = by_model
+        if section.rows:
+            prompts = [self._text(r.prompt.tokens) for r in rollouts]
+            references = [self._text(r.prompt.answer) for r in rollouts]
+            rewards |= self._functions(prompts, [r.words for r in rollouts], references)
+        return weighted(rewards, section.weights)
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self.generation.tokenizer.decode(list(ids), skip_special_tokens=True))
