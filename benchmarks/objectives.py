@@ -72,7 +72,7 @@ GROUPS = {"group_size": 4, "max_new_tokens": 10, "epochs": 2}
 
 
 def _grpo(loss: str, ours: dict[str, Any] | None = None, *, of_servers: bool = False, **theirs: Any) -> Objective:
-    reward = {"reward": {"function": "tests.support.tasks:share_of_vowels"}}
+    reward = {"reward": {"function": "tests.support.rewards:share_of_vowels"}}
     shared = {"num_generations": 4, "max_completion_length": 10, "num_iterations": 2, "epsilon": 0.2}
     settings = {**shared, "loss_type": loss, "use_vllm": of_servers, **theirs}
     return Objective("grpo", {"loss": loss, **GROUPS, **reward, **(ours or {})}, "grpo", settings, samples=3)

@@ -10,7 +10,7 @@
     ├── CorruptObject               1  an object's bytes are not those that were written
     ├── Fenced                      1  a newer attempt owns the run; this one must stop writing
     ├── NonFiniteLoss               1  the loss became inf or nan
-    ├── RewardFailed                1  a function of the recipe that rates texts raised, or gave no number
+    ├── RewardFailed                1  a function of the recipe that rates texts failed, hung, or gave no number
     ├── WorkerFailed                1  a training worker died or raised
     │   └── RankFailed              1  under torchrun, for a cause that may be temporary (trainer/torchrun_failure.py)
     └── Interrupted                 3  stopped on request; the same command resumes

@@ -65,7 +65,7 @@ def check_model(recipe: Recipe, warn: Callable[[str], None]) -> None:
     check_positions(recipe, model, warn)
     for odd in check_rows(recipe, tokenizer):
         warn(odd)
-    if recipe.task == "ppo":
+    if recipe.rollout_section is not None:
         from trainer.artifacts.reward_model import check_reward
 
         check_reward(recipe)
@@ -77,7 +77,7 @@ def check_model(recipe: Recipe, warn: Callable[[str], None]) -> None:
     if recipe.generative_eval.count:
         from trainer.worker.texts.generative_eval import AnswerMetric
 
-        AnswerMetric(recipe.generative_eval.metric)
+        AnswerMetric(recipe.generative_eval.metric).close()
 
 
 def check_teacher(recipe: Recipe, warn: Callable[[str], None]) -> None:

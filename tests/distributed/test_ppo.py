@@ -72,18 +72,23 @@ def test_exact_holds_for_it_too(tiny_model: Path, folder: Path) -> None:
     assert adapter_bytes(recipes[0]) == adapter_bytes(recipes[1])
 
 
-def nan_on_the_second_rank(prompts: list[str], completions: list[str], references: list[str]) -> list[float]:
-    import torch.distributed as dist
-
-    return [float("nan") if dist.get_rank() == 1 else 0.0] * len(completions)
-
-
 def expect_a_broken_reward(rank: int, recipe: Recipe) -> None:
-    with pytest.raises(RewardFailed, match=r"step 1, rank 1: .*nan_on_the_second_rank returned nan"):
+    with pytest.raises(RewardFailed, match=r"step 1, rank 1: .*broken_on_the_second_rank returned nan"):
         train_rank(rank, [recipe])
 
 
 @pytest.mark.timeout(120)
 def test_a_reward_that_breaks_on_one_rank_ends_all_of_them(tiny_model: Path, folder: Path) -> None:
-    spec = {"ppo.reward": {"function": f"{__name__}:nan_on_the_second_rank"}}
+    spec = {"ppo.reward": {"function": "tests.support.rewards:broken_on_the_second_rank"}}
     run_ranks(expect_a_broken_reward, 2, task_recipe("ppo", "broken", tiny_model, folder, **spec))
+
+
+@pytest.mark.timeout(180)
+def test_it_ends_them_where_a_model_rates_too(tiny_model: Path, folder: Path) -> None:
+    """The model's forward is a collective under fsdp: no rank may fail before the last one of a step."""
+    few = {"training.steps": 1, "training.eval_every": None, "training.micro_batch": 1}
+    rater = task_recipe("reward", "beside", tiny_model, folder, **few)
+    train_in_processes([rater], 1)
+    both = {"function": "tests.support.rewards:broken_on_the_second_rank", "model": run_of(rater).url}
+    changes = {**few, "ppo.reward": both, "strategy.kind": "fsdp"}
+    run_ranks(expect_a_broken_reward, 2, task_recipe("ppo", "both-broken", tiny_model, folder, **changes))

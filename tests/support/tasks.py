@@ -16,7 +16,6 @@ __all__ = [
     "SETTINGS",
     "make_encoder",
     "make_teacher",
-    "share_of_vowels",
     "task_recipe",
     "write_preferences",
     "write_rated",
@@ -35,7 +34,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "ppo": {
         "data.packing": False,
         "adapter.dropout": 0.0,
-        "ppo.reward": {"function": "tests.support.tasks:share_of_vowels"},
+        "ppo.reward": {"function": "tests.support.rewards:share_of_vowels"},
         "ppo.max_new_tokens": 6,
         "ppo.minibatches": 2,
         "ppo.epochs": 2,
@@ -47,7 +46,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "grpo": {
         "data.packing": False,
         "adapter.dropout": 0.0,
-        "grpo.reward": {"function": "tests.support.tasks:share_of_vowels"},
+        "grpo.reward": {"function": "tests.support.rewards:share_of_vowels"},
         "grpo.group_size": 3,
         "grpo.max_new_tokens": 6,
         "grpo.minibatches": 2,
@@ -61,12 +60,6 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "distill": {"distill.loss": "jsd", "distill.beta": 0.3, "distill.temperature": 1.5, "distill.ce_coef": 0.2},
 }
 """What a recipe of each task needs beside its data; settings of its own away from their defaults."""
-
-
-def share_of_vowels(prompts: list[str], completions: list[str], references: list[str]) -> list[float]:
-    """A reward: how much of a text are the vowels of English."""
-    assert len(prompts) == len(completions) == len(references)
-    return [sum(text.count(v) for v in "aeiou") / max(1, len(text)) for text in completions]
 
 
 def write_task_data(folder: Path, task: str) -> None:

@@ -1,4 +1,4 @@
-"""Loading of the reward model of a recipe with `task: ppo`: on the policy's base model, or as a separate model."""
+"""Loading of the reward model of a recipe: on the policy's base model, or as a separate model."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from trainer.model.placement import Placement
 from trainer.recipe import Recipe
 from trainer.recipe.tasks import TASKS
 from trainer.recipe.trust import Trust
-from trainer.tasks.ppo.reward_function import load as load_function
-from trainer.tasks.ppo.reward_models import ADAPTER, ModelRater, SharedReward
+from trainer.tasks.rewards.functions import RewardFunctions
+from trainer.tasks.rewards.models import ADAPTER, ModelRater, SharedReward
 
 log = logging.getLogger(__name__)
 
@@ -27,12 +27,13 @@ HEAD_KEY = "base_model.model.score.weight"
 
 def reward_model(recipe: Recipe, device: torch.device) -> ModelRater | SharedReward | None:
     """Returns the recipe's reward model; None if the recipe names none. Raises InputError for any other model."""
-    place = recipe.ppo.reward.model
-    if recipe.task != "ppo" or place is None:
+    section = recipe.rollout_section
+    place = section.reward.model if section else None
+    if place is None:
         return None
     with tempfile.TemporaryDirectory(prefix="muster-reward-") as folder:
         subject = _found(recipe, place, Path(folder))
-        shared = _shared(subject, recipe)
+        shared = _shared(subject, recipe, place)
         if shared is not None:
             return shared
         seed = subject.recipe.seed if subject.recipe else 0
@@ -41,34 +42,39 @@ def reward_model(recipe: Recipe, device: torch.device) -> ModelRater | SharedRew
 
 
 def check_reward(recipe: Recipe) -> None:
-    """Checks that the reward function or the reward model of `task: ppo` exists. Raises InputError. Does not read the
-    weights of a model."""
-    section = recipe.ppo.reward
-    if section.function is not None:
-        load_function(section.function)
-    if section.model is not None:
+    """Checks that the reward functions can be loaded, in a process that ends afterwards, and that the reward model of
+    task exists. Raises InputError. Does not read the weights of a model."""
+    section = recipe.rollout_section
+    if section is None:
+        return
+    if section.reward.rows:
+        RewardFunctions(section.reward.rows, setting=f"{recipe.task}.reward.function").close()
+    if section.reward.model is not None:
         with tempfile.TemporaryDirectory(prefix="muster-reward-") as folder:
-            _found(recipe, section.model, Path(folder))
+            _found(recipe, section.reward.model, Path(folder))
 
 
 def _found(recipe: Recipe, place: str, folder: Path) -> Artifact:
     """Locates the reward model. Its code may run only if it is the recipe's own base model and the recipe trusts it."""
     subject = find(address_of(place), folder, trust=Trust(model=recipe.model))
     if not TASKS[subject.task].has_head:
-        raise InputError(f"ppo.reward.model {place} is for task {subject.task}; a reward model is wanted")
+        raise InputError(f"{recipe.task}.reward.model {place} is for task {subject.task}; a reward model is wanted")
     outputs = subject.outputs or len(subject.classes or ())
     if outputs != 1:
-        raise InputError(f"ppo.reward.model {place} has a head with {outputs} outputs; a reward model has one")
+        raise InputError(
+            f"{recipe.task}.reward.model {place} has a head with {outputs} outputs; a reward model has one"
+        )
     return subject
 
 
-def _shared(subject: Artifact, recipe: Recipe) -> SharedReward | None:
+def _shared(subject: Artifact, recipe: Recipe, place: str) -> SharedReward | None:
     """Returns the reward model for the policy's base model; None if it has another base model, or an adapter that
     cannot share the model with the policy's."""
-    found = shared_adapter(subject, recipe, ADAPTER, f"ppo.reward.model {recipe.ppo.reward.model}", beside=(HEAD_KEY,))
+    named = f"{recipe.task}.reward.model {place}"
+    found = shared_adapter(subject, recipe, ADAPTER, named, beside=(HEAD_KEY,))
     folder = next(iter(subject.adapters.values()), Path())
     if found is None or HEAD_KEY not in found.beside or not (folder / MODEL_CONFIG).is_file():
         return None
     pad = read_config(folder / MODEL_CONFIG, str(folder)).get("pad_token_id")
-    log.info("%s is loaded on the policy's base model", recipe.ppo.reward.model)
+    log.info("%s is loaded on the policy's base model", place)
     return SharedReward(found.adapter, found.beside[HEAD_KEY], -1 if pad is None else int(pad))

@@ -20,11 +20,15 @@ class Applied(NamedTuple):
     mistakes: list[tuple[KeyPath, str]]
 
 
-def expand(data: dict[str, Any]) -> None:
-    """Replaces each text that stands for a section (``model: Qwen/Qwen3-8B``) with the section."""
-    for name, value in data.items():
-        if isinstance(value, str) and (field := _shorthand((name,))):
-            data[name] = {field: value}
+def expand(data: Any, path: KeyPath = ()) -> None:
+    """Replaces each text that stands for a section (``model: Qwen/Qwen3-8B``) with the section, at any depth."""
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    for key, value in items:
+        if isinstance(value, str):
+            if field := _shorthand((*path, key)):
+                data[key] = {field: value}
+        elif isinstance(value, dict | list):
+            expand(value, (*path, key))
 
 
 def _shorthand(path: KeyPath) -> str | None:

@@ -16,14 +16,15 @@ from trainer.recipe.sections.cluster import ClusterSection
 from trainer.recipe.sections.compute import ComputeSection
 from trainer.recipe.sections.data import DataSection
 from trainer.recipe.sections.generative_eval import GenerativeEvalSection
-from trainer.recipe.sections.grpo import GRPOSection
 from trainer.recipe.sections.model import ModelSection
 from trainer.recipe.sections.optimizer import OptimizerSection
-from trainer.recipe.sections.ppo import PPOSection
 from trainer.recipe.sections.preference import DPOSection, KTOSection, ORPOSection, SimPOSection
 from trainer.recipe.sections.profile import ProfileSection
 from trainer.recipe.sections.resources import ResourcesSection
-from trainer.recipe.sections.rollout import RolloutSection
+from trainer.recipe.sections.rollouts.engine import RolloutSection
+from trainer.recipe.sections.rollouts.grpo import GRPOSection
+from trainer.recipe.sections.rollouts.ppo import PPOSection
+from trainer.recipe.sections.rollouts.task import RolloutTaskSection
 from trainer.recipe.sections.samples import SamplesSection
 from trainer.recipe.sections.schedule import ScheduleSection
 from trainer.recipe.sections.strategy import StrategySection
@@ -135,6 +136,12 @@ class Recipe(Section):
         """The run's location: ``<storage>/<name>``."""
         scheme, separator, path = self.storage.rpartition("://")
         return f"{scheme}{separator}{path.rstrip('/')}/{self.name}"
+
+    @property
+    def rollout_section(self) -> RolloutTaskSection | None:
+        """The settings of a task that learns from texts of the model; None for any other task."""
+        section = getattr(self, key_of(self.task), None)
+        return section if isinstance(section, RolloutTaskSection) else None
 
     @property
     def stores_outputs(self) -> bool:

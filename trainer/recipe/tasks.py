@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from trainer.recipe.base import Section
-from trainer.recipe.sections.grpo import GRPOSection
-from trainer.recipe.sections.ppo import PPOSection
 from trainer.recipe.sections.preference import DPOSection, KTOSection, ORPOSection, SimPOSection
+from trainer.recipe.sections.rollouts.grpo import GRPOSection
+from trainer.recipe.sections.rollouts.ppo import PPOSection
 from trainer.recipe.sections.tasks import ClassificationSection, DistillSection, SFTSection
 from trainer.registry import Choice, Registry
 

@@ -15,9 +15,12 @@ from trainer.errors import UsageError
 from trainer.recipe.plugins import plugins_of
 from trainer.recipe.root import Recipe
 from trainer.recipe.sections.model import ModelSection
+from trainer.recipe.sections.rollouts.reward import RewardSection
 
 FLAG = "--trust-remote-code"
-SHIPPED_REWARDS = "trainer.tasks.ppo.rewards:"
+SHIPPED_REWARDS = ("trainer.tasks.rewards.shipped:", "trainer.tasks.ppo.rewards:")
+RUNS_TEXTS = ("trainer.tasks.rewards.shipped:python_tests",)
+"""Shipped rewards that run the code in the texts and in the data, which a stored recipe chooses."""
 
 
 def code_of(recipe: Recipe) -> list[str]:
@@ -26,12 +29,13 @@ def code_of(recipe: Recipe) -> list[str]:
     found = []
     if recipe.model.trust_remote_code:
         found.append(f"the code that comes with model.path {recipe.model.path} (model.trust_remote_code)")
-    function = recipe.ppo.reward.function
-    if function is not None and not function.startswith(SHIPPED_REWARDS):
-        found.append(f"ppo.reward.function {function}")
+    for key, reward in rewards_of(recipe).items():
+        if _is_foreign(reward.function):
+            found.append(f"{key}.reward.function {reward.function}")
+        found += [f"{key}.reward.functions {row.function}" for row in reward.functions if _is_foreign(row.function)]
     if recipe.optimizer.row.named_by_user:
         found.append(f"optimizer.name {recipe.optimizer.name}")
-    if _foreign_metric(recipe):
+    if _is_foreign(recipe.generative_eval.function):
         found.append(f"generative_eval.metric {recipe.generative_eval.metric}")
     if recipe.cluster.env:  # some name a library to load, or the server that files and credentials are exchanged with
         found.append(f"libraries with the variables of cluster.env ({', '.join(recipe.cluster.env)})")
@@ -40,9 +44,14 @@ def code_of(recipe: Recipe) -> list[str]:
     return found
 
 
-def _foreign_metric(recipe: Recipe) -> bool:
-    function = recipe.generative_eval.function
-    return function is not None and not function.startswith(SHIPPED_REWARDS)
+def rewards_of(recipe: Recipe) -> dict[str, RewardSection]:
+    """Returns the rewards of every task that has some, by the key of the task's section."""
+    sections = {name: getattr(getattr(recipe, name), "reward", None) for name in Recipe.model_fields}
+    return {name: reward for name, reward in sections.items() if isinstance(reward, RewardSection)}
+
+
+def _is_foreign(function: str | None) -> bool:
+    return function is not None and (function in RUNS_TEXTS or not function.startswith(SHIPPED_REWARDS))
 
 
 def submitting_code_of(recipe: Recipe) -> list[str]:
@@ -65,13 +74,15 @@ def submitting_code_of(recipe: Recipe) -> list[str]:
 def without_code(recipe: Recipe) -> Recipe:
     """Returns a recipe from a storage without the values that lead to foreign code."""
     changes: dict[str, object] = {"model": recipe.model.model_copy(update={"trust_remote_code": False}), "plugins": ()}
-    function = recipe.ppo.reward.function
-    if function is not None and not function.startswith(SHIPPED_REWARDS):
-        reward = recipe.ppo.reward.model_copy(update={"function": None})
-        changes["ppo"] = recipe.ppo.model_copy(update={"reward": reward})
+    for key, reward in rewards_of(recipe).items():
+        if any(_is_foreign(row.function) for row in reward.rows):
+            own = tuple(row for row in reward.functions if not _is_foreign(row.function))
+            single = None if _is_foreign(reward.function) else reward.function
+            reward = reward.model_copy(update={"function": single, "functions": own})
+            changes[key] = getattr(recipe, key).model_copy(update={"reward": reward})
     if recipe.optimizer.row.named_by_user:
         changes["optimizer"] = recipe.optimizer.model_copy(update={"name": "adamw", "settings": {}})
-    if _foreign_metric(recipe):
+    if _is_foreign(recipe.generative_eval.function):
         changes["generative_eval"] = recipe.generative_eval.model_copy(update={"metric": "auto"})
     if recipe.cluster.env:
         changes["cluster"] = recipe.cluster.model_copy(update={"env": {}})

@@ -56,7 +56,7 @@ class Update(NamedTuple):
 class GenerationContext:
     """Everything except the model that a task needs to generate texts. ``world``: the ranks that generate together,
     None for one process. ``forward_is_collective``: the strategy gathers parameters in a forward pass, so that every
-    rank must run the same number of them. ``reward``: the reward model (`trainer.tasks.ppo.reward_models`), if the
+    rank must run the same number of them. ``reward``: the reward model (`trainer.tasks.rewards.models`), if the
     recipe names one. ``servers``: the servers that write the texts (`trainer.tasks.rollouts.engine.TextServers`), None
     if the model does. ``store``: the run's `trainer.tasks.rollouts.store.RolloutStore`."""
 

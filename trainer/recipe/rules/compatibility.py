@@ -11,8 +11,7 @@ from trainer.recipe.rules import matrix
 from trainer.recipe.rules.refusal import with_adapter_off
 from trainer.recipe.sections.compute import SIXTEEN_BIT
 from trainer.recipe.sections.data import SourceSection
-from trainer.recipe.sections.grpo import GRPOSection
-from trainer.recipe.sections.rollouts import RolloutTaskSection
+from trainer.recipe.sections.rollouts.grpo import GRPOSection
 from trainer.recipe.sections.samples import SamplesSection
 from trainer.recipe.tasks import TASKS, compared_metrics
 from trainer.recipe.trackers import TRACKERS
@@ -459,13 +458,13 @@ def _unused_sections(recipe: Recipe) -> Iterator[Conflict]:
 def _of_rollouts(recipe: Recipe) -> Iterator[Conflict]:
     """Yields what a task cannot use that learns from texts of the model."""
     key, task = key_of(recipe.task), recipe.task
-    section = getattr(recipe, key, None)
-    if not isinstance(section, RolloutTaskSection):
+    section = recipe.rollout_section
+    if section is None:
         for name in recipe.rollout.given():
             yield Conflict((("rollout", name), ("task",)), f"has no effect with task {task}; leave it out")
         return
-    if (section.reward.function is None) == (section.reward.model is None):
-        message = f"task {task} needs one of {key}.reward.function and {key}.reward.model"
+    if not section.reward.weights:
+        message = f"task {task} needs a reward: {key}.reward.function, {key}.reward.functions or {key}.reward.model"
         yield Conflict(((key, "reward"), ("task",)), message)
     texts = recipe.training.global_batch * (section.group_size if isinstance(section, GRPOSection) else 1)
     if section.minibatches > texts:

@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field
 
 from trainer.recipe.base import Conflict, Section
 from trainer.recipe.generative_metrics import GENERATIVE_METRICS, scores_of
-from trainer.recipe.sections.reward import function_name
+from trainer.recipe.sections.rollouts.reward import function_name
 from trainer.registry import choose_hint
 
 

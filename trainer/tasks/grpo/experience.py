@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.recipe.sections.grpo import GRPOSection
+from trainer.recipe.sections.rollouts.grpo import GRPOSection
 from trainer.tasks.grpo.groups import advantages
 from trainer.tasks.rollouts.rollout import (
     Experience,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.recipe.sections.ppo import PPOSection
+from trainer.recipe.sections.rollouts.ppo import PPOSection
 from trainer.tasks.ppo.advantages import divergence, explained_variance, gae, token_rewards, whitened
 from trainer.tasks.rollouts.rollout import (
     Experience,

@@ -1,4 +1,4 @@
-"""The rewards of rollouts: of a function or a model."""
+"""The rewards of rollouts: the weighted sum of functions and a model."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.errors import RewardFailed
-from trainer.recipe.sections.reward import RewardSection
-from trainer.tasks.ppo.reward_function import Scorer
-from trainer.tasks.ppo.reward_models import ModelRater, SharedReward
+from trainer.recipe.sections.rollouts.reward import MODEL, RewardSection
+from trainer.tasks.rewards.functions import RewardFunctions, weighted
+from trainer.tasks.rewards.models import ModelRater, SharedReward
 from trainer.tasks.rollouts.policy import PolicyHead
 from trainer.tasks.rollouts.rollout import Rollout
 
@@ -20,10 +20,14 @@ if TYPE_CHECKING:
 
 
 class Scoring:
-    def __init__(self, section: RewardSection, task: str, generation: GenerationContext) -> None:
-        self._section, self._tokenizer, self._model = section, generation.tokenizer, generation.reward
+    """``key``: of the task's section in the recipe."""
+
+    def __init__(self, section: RewardSection, key: str, generation: GenerationContext) -> None:
+        self._section, self._tokenizer, self._rater = section, generation.tokenizer, generation.reward
         self._shared = generation.reward if isinstance(generation.reward, SharedReward) else None
-        self._function = Scorer(section.function, f"{task}.reward.function") if section.function else None
+        self._functions: RewardFunctions | None = None
+        if section.rows:
+            self._functions = RewardFunctions(section.rows, section.processes, f"{key}.reward.function")
 
     def attach(self, model: Any) -> None:
         """Adds a reward model on the policy's base model to the policy's model."""
@@ -38,26 +42,48 @@ class Scoring:
         return self._shared.init_parameter(name)
 
     def score(
-        self, rollouts: Sequence[Rollout], model: Any, head: PolicyHead, module: torch.nn.Module, device: torch.device
+        self,
+        batches: Sequence[Sequence[Rollout]],
+        model: Any,
+        head: PolicyHead,
+        module: torch.nn.Module,
+        device: torch.device,
     ) -> None:
-        """Sets the rollouts' rewards. Raises RewardFailed. Every rank calls it as often: a reward model on the policy's
-        base model runs a forward pass, also without rollouts."""
+        """Sets the rewards of the rollouts of each micro-batch. Raises RewardFailed. Every rank calls it with as many
+        micro-batches: a reward model on the policy's base model runs a forward pass for each, also without rollouts."""
+        by_model = [score for some in batches for score in self._model_scores(some, model, head, module, device)]
+        self._set([rollout for some in batches for rollout in some], by_model)
+
+    def _model_scores(
+        self, rollouts: Sequence[Rollout], model: Any, head: PolicyHead, module: torch.nn.Module, device: torch.device
+    ) -> list[float]:
+        """Returns the scores of the reward model, empty without one."""
         if self._shared is not None:
-            values = self._shared.rate(model, head, module, rollouts, device)
-        else:
-            words, prompts = [r.words for r in rollouts], [self._text(r.prompt.tokens) for r in rollouts]
-            if self._function is None:
-                rater: ModelRater = self._model
-                values = rater(prompts, words, [r.ended for r in rollouts])
-            else:
-                values = self._function(prompts, words, [self._text(r.prompt.answer) for r in rollouts])
-        for rollout, value in zip(rollouts, values, strict=True):
-            if not math.isfinite(value):
-                raise RewardFailed(f"{self._section.model} rates the text {rollout.words!r:.200} {value}")
-            rollout.reward = value
+            return self._shared.rate(model, head, module, rollouts, device)
+        if self._rater is None:
+            return []
+        rater: ModelRater = self._rater
+        prompts = [self._text(r.prompt.tokens) for r in rollouts]
+        return rater(prompts, [r.words for r in rollouts], [r.ended for r in rollouts])
+
+    def _set(self, rollouts: Sequence[Rollout], by_model: Sequence[float]) -> None:
+        rewards: dict[str, Sequence[float]] = {}
+        if self._functions is not None:
+            prompts = [self._text(r.prompt.tokens) for r in rollouts]
+            references = [self._text(r.prompt.answer) for r in rollouts]
+            rewards |= self._functions(prompts, [r.words for r in rollouts], references)
+        if self._section.model is not None:
+            rewards[MODEL] = by_model
+            for rollout, score in zip(rollouts, by_model, strict=True):
+                if not math.isfinite(score):
+                    raise RewardFailed(f"{self._section.model} rates the text {rollout.words!r:.200} {score}")
+        for n, (rollout, reward) in enumerate(zip(rollouts, weighted(rewards, self._section.weights), strict=True)):
+            rollout.rewards = {name: float(values[n]) for name, values in rewards.items()}
+            rollout.reward = reward
 
     def _text(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
 
     def close(self) -> None:
-        pass
+        if self._functions is not None:
+            self._functions.close()

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from trainer.recipe.sections.rollouts import RolloutTaskSection
+from trainer.recipe.sections.rollouts.task import RolloutTaskSection
 from trainer.run.events import SampleText
 from trainer.tasks.base import GenerationContext, Task, Update
 from trainer.tasks.reference import adapter_off
@@ -44,7 +44,8 @@ class RolloutTask(Task):
 
     @property
     def section(self) -> RolloutTaskSection:
-        section: RolloutTaskSection = getattr(self.recipe, self.recipe.task)
+        section = self.recipe.rollout_section
+        assert section is not None
         return section
 
     def attach(self, model: Any, generation: GenerationContext | None = None) -> None:

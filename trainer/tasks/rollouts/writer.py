@@ -118,10 +118,9 @@ class RolloutWriter:
             failure = error
         self._ranks.raise_together(failure, request.where)
         try:
-            for rollouts in made:
-                self.scoring.score(rollouts, self._model, self._head, module, device)
-                for rollout in rollouts:
-                    rollout.score = rollout.reward - self._penalty(rollout)
+            self.scoring.score(made, self._model, self._head, module, device)
+            for rollout in (rollout for some in made for rollout in some):
+                rollout.score = rollout.reward - self._penalty(rollout)
         except RewardFailed as error:
             failure = error
         self._ranks.raise_together(failure, request.where)

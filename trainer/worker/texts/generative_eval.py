@@ -16,9 +16,10 @@ from typing import Any
 
 from trainer.errors import InputError
 from trainer.recipe.generative_metrics import FUNCTION_SCORES, GENERATIVE_METRICS
+from trainer.recipe.sections.rollouts.reward import RewardFunctionSection
 from trainer.run.events import SampleText, TextsEvent
 from trainer.tasks.answers import Scores, final_number, means
-from trainer.tasks.ppo.reward_function import Scorer
+from trainer.tasks.rewards.functions import RewardFunctions
 from trainer.tasks.sampling import SHOWN_CHARACTERS, max_positions
 from trainer.worker.build import Parts
 from trainer.worker.hang_detector import SCORING
@@ -35,6 +36,9 @@ AUTO, NUMBER = "auto", "number"
 SHOWN = 4
 """Answers of an evaluation that are stored as texts."""
 LOG_EVERY_S = 10.0
+FUNCTION_S = 1500.0
+"""Seconds that a function of the recipe may take: fewer than a hang takes to be found, after which the run would begin
+again."""
 
 Phase = Callable[[int, str], None]
 
@@ -44,20 +48,26 @@ class AnswerMetric:
 
     def __init__(self, metric: str, setting: str = SETTING) -> None:
         """Raises InputError for a function that cannot be loaded."""
-        self._by_answer, self._scorer = None, None
+        self._by_answer, self._function = None, None
         if metric in GENERATIVE_METRICS:
             self._by_answer = GENERATIVE_METRICS.load(metric)
         else:
-            self._scorer = Scorer(metric, setting)
+            row = RewardFunctionSection(function=metric, timeout_s=FUNCTION_S)
+            self._function = RewardFunctions((row,), setting=setting)
 
     def __call__(self, questions: Sequence[Question], texts: Sequence[str]) -> list[Scores]:
         """Returns the scores of each answer. Raises RewardFailed for a function that fails."""
         if self._by_answer is not None:
             return [self._by_answer(text, q.answers) for q, text in zip(questions, texts, strict=True)]
-        assert self._scorer is not None
+        assert self._function is not None
         references = [question.answers[0] for question in questions]
-        values = self._scorer([question.prompt for question in questions], texts, references)
+        (values,) = self._function([question.prompt for question in questions], texts, references).values()
         return [dict.fromkeys(FUNCTION_SCORES, value) for value in values]
+
+    def close(self) -> None:
+        """Ends the process of a function."""
+        if self._function is not None:
+            self._function.close()
 
 
 @dataclass(frozen=True)

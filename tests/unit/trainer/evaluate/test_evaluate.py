@@ -191,15 +191,12 @@ def test_gsm8k_counts_the_last_number(tiny_model: Path, folder: Path) -> None:
     assert "exact_match" not in found
 
 
-def share(prompts: list[str], completions: list[str], references: list[str]) -> list[float]:
-    assert prompts[0].startswith("Q0: ")
-    return [len(text) / 100 for text in completions]
-
-
 def test_a_metric_scores_answers_to_all_prompts(tiny_model: Path, folder: Path) -> None:
     recipe, base = small("sft", "asked-for", tiny_model, folder), ArtifactRef(model=str(tiny_model))
     lines: list[Any] = []
-    found = evaluate(recipe, base, metric=f"{__name__}:share", line=lines.append, limit=3, max_new_tokens=6)
+    found = evaluate(
+        recipe, base, metric="tests.support.rewards:hundredths", line=lines.append, limit=3, max_new_tokens=6
+    )
     assert [line["score"] for line in lines] == [len(line["prediction"]) / 100 for line in lines]
     assert lines[1]["answers"] == ["the baker sells bread a ferry crosses the sound 1."]
     assert found["score"] == pytest.approx(sum(line["score"] for line in lines) / 3)

@@ -13,8 +13,8 @@ import torch
 from tests.support.tasks import task_recipe
 from trainer.errors import RecipeError
 from trainer.recipe.grpo_losses import GRPO_LOSSES
-from trainer.recipe.sections.grpo import GRPOSection
-from trainer.recipe.sections.reward import RewardSection
+from trainer.recipe.sections.rollouts.grpo import GRPOSection
+from trainer.recipe.sections.rollouts.reward import RewardSection
 from trainer.tasks.grpo.experience import GRPOExperience
 from trainer.tasks.grpo.groups import advantages, overlong_penalty
 from trainer.tasks.grpo.losses import divergence, importance, log_ratios
@@ -149,7 +149,7 @@ def test_with_rloo_the_divergence_is_taken_off_the_reward() -> None:
 
 
 MISTAKES = [
-    ({"grpo.reward": {}}, "task grpo needs one of grpo.reward.function and grpo.reward.model"),
+    ({"grpo.reward": {}}, "task grpo needs a reward: grpo.reward.function, grpo.reward.functions or grpo.reward.model"),
     ({"grpo.group_size": 1}, "grpo.group_size"),
     ({"grpo.loss": "grop"}, "did you mean 'grpo'"),
     ({"grpo.minibatches": 19}, "19 minibatches cannot be made of the 18 texts of a step"),

@@ -169,10 +169,6 @@ def test_every_text_is_learned_from_once_per_epoch(make: Make) -> None:
         assert sum(u.units for u in updates) == 3 * sum(len(r.tokens) for r in task._experience.rollouts)
 
 
-def share_of_e(prompts: list[str], completions: list[str], references: list[str]) -> list[float]:
-    return [text.count("e") / max(1, len(text)) for text in completions]
-
-
 @pytest.mark.timeout(120)
 def test_it_learns_to_write_one_letter(make: Make) -> None:
     """The output head is adapted too: an untrained model's logits are too flat for any hidden state to decide."""
@@ -184,7 +180,7 @@ def test_it_learns_to_write_one_letter(make: Make) -> None:
             "dropout": 0.0,
             "target_modules": ["lm_head", "down_proj"],
         },
-        "ppo": {"reward": {"function": f"{__name__}:share_of_e"}, "max_new_tokens": 8, "kl_coef": 0.0},
+        "ppo": {"reward": {"function": "tests.support.rewards:share_of_e"}, "max_new_tokens": 8, "kl_coef": 0.0},
         "training": {"steps": 40, "global_batch": 48, "micro_batch": 48},
         "optimizer.lr": 1e-2,
     }
@@ -257,15 +253,9 @@ def test_what_is_left_behind(make: Make) -> None:
     assert events[0]["texts"][0]["prompt"].startswith("Q")
 
 
-def gives_nan(prompts: list[str], completions: list[str], references: list[str]) -> list[float]:
-    return [float("nan")] * len(completions)
-
-
 def test_a_broken_reward_stops_the_run_with_its_cause(make: Make) -> None:
-    recipe = make(**{"ppo.reward": {"function": f"{__name__}:gives_nan"}})
-    with pytest.raises(
-        RewardFailed, match=r"step 1, rank 0: tests\.unit\.trainer\.tasks\.test_ppo:gives_nan returned nan for the text"
-    ):
+    recipe = make(**{"ppo.reward": {"function": "tests.support.rewards:broken"}})
+    with pytest.raises(RewardFailed, match=r"step 1, rank 0: tests\.support\.rewards:broken returned nan for the text"):
         train_here(recipe)
 
 

@@ -1,4 +1,4 @@
-"""The arithmetic of PPO against values computed by hand, how tokens are drawn, and rewards that are none."""
+"""The arithmetic of PPO against values computed by hand, how tokens are drawn, and what a recipe cannot ask for."""
 
 from __future__ import annotations
 
@@ -10,12 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from trainer.errors import InputError, RewardFailed
-from trainer.run.failure import FATAL
 from trainer.tasks.ppo.advantages import adapted_kl_coef, divergence, explained_variance, gae, token_rewards, whitened
 from trainer.tasks.ppo.losses import policy_loss, value_loss
-from trainer.tasks.ppo.reward_function import Scorer, load
-from trainer.tasks.ppo.rewards import final_number, gsm8k
 from trainer.tasks.rollouts.rollout import PromptCompletionBatch
 from trainer.tasks.sampling import drawn, prompts_of, uniforms
 
@@ -114,87 +110,11 @@ def test_rows_are_padded_behind() -> None:
     assert texts.targets.tolist() == [[False, False, True, False], [False, True, True, True]]
 
 
-@pytest.mark.parametrize(
-    ("text", "number"),
-    [("so 3 + 4 = 7", 7.0), ("#### 1,234", 1234.0), ("#### -2.5 and 9", -2.5), ("none", None), ("", None), ("-", None)],
-)
-def test_the_final_number(text: str, number: float | None) -> None:
-    assert final_number(text) == number
-
-
-def test_gsm8k_compares_numbers() -> None:
-    completions = ["It is 1,234.", "It is 12.", "no idea", "18.0"]
-    references = ["… #### 1234", "… #### 13", "#### 1", "#### 18"]
-    assert gsm8k(prompts=[""] * 4, completions=completions, references=references) == [1.0, 0.0, 0.0, 1.0]
-
-
-REWARDS = """
-import numpy as np
-
-def right(prompts, completions, references):
-    return np.array([len(text) for text in completions])
-
-def short(prompts, completions, references):
-    return [1.0]
-
-def nan(prompts, completions, references):
-    return [1.0, float("nan")]
-
-def words(prompts, completions, references):
-    return ["good", "bad"]
-
-def nothing(prompts, completions, references):
-    return None
-
-def broken(prompts, completions, references):
-    raise KeyError("answer")
-"""
-
-
-@pytest.fixture
-def rewards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "own_rewards.py").write_text(REWARDS)
-    monkeypatch.chdir(tmp_path)
-
-
-def rated(spec: str) -> list[float]:
-    return Scorer(spec)(["p", "q"], ["ab", "abc"], ["r", "s"])
-
-
-def test_a_function_is_found_by_file_and_by_module(rewards: None) -> None:
-    assert rated("own_rewards.py:right") == [2.0, 3.0]
-    assert rated("own_rewards:right") == [2.0, 3.0]
-
-
-@pytest.mark.parametrize(
-    ("name", "said"),
-    [
-        ("short", "returned 1 numbers for 2 texts"),
-        ("nan", r"returned nan for the text 'abc'"),
-        ("words", "returned 'good' for the text 'ab'"),
-        ("nothing", "returned NoneType; it has to return a list of numbers"),
-        ("broken", r"raised KeyError: 'answer' \(line \d+ of .*own_rewards.py\)"),
-    ],
-)
-def test_what_is_no_reward_is_said(rewards: None, name: str, said: str) -> None:
-    with pytest.raises(RewardFailed, match=said):
-        rated(f"own_rewards.py:{name}")
-
-
-@pytest.mark.parametrize("spec", ["missing.py:right", "own_rewards.py:left", "no_such_module:right"])
-def test_a_function_that_is_not_there_is_a_mistake_of_the_recipe(rewards: None, spec: str) -> None:
-    with pytest.raises(InputError, match=r"ppo\.reward\.function"):
-        load(spec)
-
-
-def test_a_broken_reward_is_not_tried_again() -> None:
-    assert issubclass(RewardFailed, FATAL)
-
-
 MISTAKES: list[tuple[dict[str, Any], str]] = [
     ({"data.packing": True}, "whose packs are prompts; write packing: false"),
-    ({"ppo.reward": {}}, "task ppo needs one of ppo.reward.function and ppo.reward.model"),
-    ({"ppo.reward.model": "runs/x"}, "task ppo needs one of ppo.reward.function and ppo.reward.model"),
+    ({"ppo.reward": {}}, "task ppo needs a reward: ppo.reward.function, ppo.reward.functions or ppo.reward.model"),
+    ({"ppo.reward.functions": ["x.py:share_of_vowels"]}, "has two rewards of the name 'share_of_vowels'"),
+    ({"ppo.reward.model_weight": 0.5}, "has no effect without a model"),
     ({"ppo.reward": {"function": "s3://there/x.py:f"}}, "names no function"),
     ({"ppo.minibatches": 7}, "7 minibatches cannot be made of the 6 texts of a step"),
     ({"ppo.kl_horizon": 5, "ppo.kl_target": None}, "has no effect without kl_target"),

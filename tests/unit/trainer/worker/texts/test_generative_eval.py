@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support import rewards
 from tests.support.nights import few_by_day
 from tests.support.tasks import task_recipe, write_task_data
 from tests.support.training import adapter_bytes, losses, run_of, small_recipe, train_here
@@ -25,7 +26,7 @@ from trainer.tasks.lm_head_loss import TargetHead
 from trainer.worker.texts.generative_eval import GenerativeEval, batches
 
 Make = Callable[..., Recipe]
-CALLS: list[dict[str, list[str]]] = []
+FUNCTIONS = "tests.support.rewards"
 ASKED = [
     ("what does the baker sell", ["bread"]),
     ("what is sold", ["a loaf", "bread"]),
@@ -35,13 +36,9 @@ ASKED = [
 SUMS = [{"question": f"{n} + 1?", "answer": f"It is {n + 1}.\n#### {n + 1}"} for n in range(6)]
 
 
-def length(prompts: list[str], completions: list[str], references: list[str]) -> list[float]:
-    CALLS.append({"prompts": prompts, "completions": completions, "references": references})
-    return [float(len(text)) for text in completions]
-
-
-def broken(prompts: list[str], completions: list[str], references: list[str]) -> list[float]:
-    return [float("nan")] * len(completions)
+@pytest.fixture(autouse=True)
+def calls_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(rewards.CALLS, str(tmp_path / "calls.jsonl"))
 
 
 @pytest.fixture(scope="module")
@@ -183,10 +180,9 @@ def test_answers_come_every_so_many_steps_and_after_the_last(make: Make) -> None
 
 
 def test_a_function_scores_all_answers_at_once(make: Make) -> None:
-    CALLS.clear()
-    recipe = make(**{"generative_eval.metric": f"{__name__}:length"})
+    recipe = make(**{"generative_eval.metric": f"{FUNCTIONS}:length"})
     assert train_here(recipe) == "succeeded"
-    (call,) = CALLS
+    (call,) = rewards.calls()
     assert call["prompts"][1] == "Q1: a ferry crosses the sound?"
     assert call["references"][1] == "the baker sells bread a ferry crosses the sound 1."
     (row,) = evaluations(recipe)
@@ -196,23 +192,16 @@ def test_a_function_scores_all_answers_at_once(make: Make) -> None:
 
 
 def test_of_answers_that_are_good_or_bad_the_good_ones_are_references(make: Make, folder: Path) -> None:
-    CALLS.clear()
-    recipe = make(task="kto", **{"generative_eval.metric": f"{__name__}:length", "training.steps": 1})
+    recipe = make(task="kto", **{"generative_eval.metric": f"{FUNCTIONS}:length", "training.steps": 1})
     assert train_here(recipe) == "succeeded"
     rows = [json.loads(line) for line in (folder / "kto" / "eval.jsonl").read_text().splitlines()]
     good = [row["completion"].strip() for row in rows if row["label"]]
-    assert CALLS[0]["references"] == good[:5]
-
-
-def declining(prompts: list[str], completions: list[str], references: list[str]) -> list[float]:
-    CALLS.append({})
-    return [-float(len(CALLS))] * len(completions)
+    assert rewards.calls()[0]["references"] == good[:5]
 
 
 def test_a_run_keeps_the_best_answers_and_ends_early_by_them(make: Make) -> None:
     """Evaluations without answers do not count."""
-    CALLS.clear()
-    asked = {"count": 2, "max_new_tokens": 2, "every": 2, "metric": f"{__name__}:declining"}
+    asked = {"count": 2, "max_new_tokens": 2, "every": 2, "metric": f"{FUNCTIONS}:declining"}
     judged = {"checkpoint.keep_best": "eval_score", "training.early_stop": {"metric": "eval_score", "patience": 2}}
     recipe = make(**{"training.steps": 20, "training.eval_every": 1, "generative_eval": asked, **judged})
     assert train_here(recipe) in ("succeeded", "interrupted")
@@ -225,19 +214,18 @@ def test_a_run_keeps_the_best_answers_and_ends_early_by_them(make: Make) -> None
 
 def test_a_function_that_gives_no_number_ends_the_run(make: Make) -> None:
     with pytest.raises(RewardFailed, match="broken returned nan for the text"):
-        train_here(make(**{"generative_eval.metric": f"{__name__}:broken"}))
-    with pytest.raises(InputError, match=r"generative_eval\.metric '.*:missing': .* has no function 'missing'"):
-        train_here(make("-missing", **{"generative_eval.metric": f"{__name__}:missing"}))
+        train_here(make(**{"generative_eval.metric": f"{FUNCTIONS}:broken"}))
+    with pytest.raises(InputError, match=r"generative_eval\.metric '.*:missing' .*has no function 'missing'"):
+        train_here(make("-missing", **{"generative_eval.metric": f"{FUNCTIONS}:missing"}))
 
 
 def test_a_chat_is_asked_up_to_its_last_answer(make: Make) -> None:
     from transformers import AutoTokenizer
 
-    CALLS.clear()
-    template = {"data.chat_template": "vicuna", "generative_eval.metric": f"{__name__}:length"}
+    template = {"data.chat_template": "vicuna", "generative_eval.metric": f"{FUNCTIONS}:length"}
     recipe = make(file="chat.jsonl", format="messages", **LEARNS, **template)
     assert train_here(recipe) == "succeeded"
-    (call,) = CALLS
+    (call,) = rewards.calls()
     assert call["references"][:2] == ["the baker", "hi there"]
     assert call["prompts"][0].endswith("who sells bread? ASSISTANT:")
     assert "hi there" in call["prompts"][0]
@@ -348,7 +336,7 @@ def test_the_metrics_are_known_from_the_recipe(make: Make) -> None:
         "eval_exact_match": "max",
         "eval_f1": "max",
     }
-    assert make(**{"generative_eval.metric": f"{__name__}:length"}).generative_eval.metrics == {"eval_score": "max"}
+    assert make(**{"generative_eval.metric": f"{FUNCTIONS}:length"}).generative_eval.metrics == {"eval_score": "max"}
     assert make(**{"generative_eval": {}}).generative_eval.metrics == {}
 
 

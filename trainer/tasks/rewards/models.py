@@ -81,7 +81,7 @@ class SharedReward:
     ) -> list[float]:
         """Returns the score of each rollout. Runs one forward, also without rollouts: under a strategy that gathers
         parameters, every rank must call it."""
-        texts = PromptCompletionBatch.of_rollouts(rollouts, -1)
+        texts = PromptCompletionBatch.of([(r.prompt.tokens, r.tokens) for r in rollouts], -1, [])
         read = np.zeros_like(texts.targets)
         for row, rollout in enumerate(rollouts):
             ids = np.array([*rollout.prompt.tokens, *rollout.tokens])

@@ -12,6 +12,7 @@ import torch
 from launcher.driver.preflight import check_model
 from tests.support.looping import bench
 from tests.support.models import CPU
+from tests.support.rewards import share_of_vowels
 from tests.support.tasks import task_recipe, write_task_data
 from tests.support.training import adapter_bytes, run_of, train_here
 from trainer.artifacts import ArtifactRef
@@ -20,7 +21,7 @@ from trainer.artifacts.reward_model import reward_model
 from trainer.errors import InputError
 from trainer.evaluate import evaluate
 from trainer.recipe import Recipe
-from trainer.tasks.ppo.reward_models import ModelRater, SharedReward
+from trainer.tasks.rewards.models import ModelRater, SharedReward
 
 FEW = {"training.steps": 3, "checkpoint.every_steps": 3, "training.eval_every": None}
 
@@ -135,3 +136,22 @@ def test_another_base_is_another_model(tiny_model: Path, folder: Path, tmp_path:
 def test_a_function_needs_no_model(tiny_model: Path, folder: Path) -> None:
     assert reward_model(task_recipe("ppo", "function", tiny_model, folder), CPU) is None
     assert reward_model(task_recipe("sft", "function", tiny_model, folder), CPU) is None
+
+
+def test_functions_and_a_model_are_added_by_their_weights(tiny_model: Path, folder: Path, reward_run: str) -> None:
+    functions = [{"function": "tests.support.rewards:share_of_vowels", "weight": 3.0, "timeout_s": 30.0}]
+    both = {"model": reward_run, "model_weight": -0.5, "functions": functions}
+    recipe = asking("", "both", tiny_model, folder, **{"ppo.reward": both, "ppo.missing_eos_penalty": 0.0})
+    with bench(recipe, reward_model(recipe, CPU)) as b:
+        b.run()
+        task: Any = b.task
+        rollouts = task._experience.rollouts
+        b.model.eval()
+        with torch.no_grad():
+            by_model = task._scoring._model_scores(rollouts, b.model, task._policy, b.model, CPU)
+        vowels = share_of_vowels([""] * len(rollouts), [r.words for r in rollouts], [""] * len(rollouts))
+        wanted = [3.0 * v - 0.5 * m for v, m in zip(vowels, by_model, strict=True)]
+        # The model has been updated since it rated them; its reward adapter and the base have not.
+        assert [r.score for r in rollouts] == pytest.approx(wanted, abs=1e-4)
+        assert set(rollouts[0].rewards) == {"share_of_vowels", "model"}
+        assert len(set(vowels)) > 1

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from trainer.recipe.base import Conflict, OneOf
 from trainer.recipe.grpo_losses import GRPO_LOSSES, GRPOLossRow
-from trainer.recipe.sections.rollouts import RolloutTaskSection
+from trainer.recipe.sections.rollouts.task import RolloutTaskSection
 
 
 class GRPOSection(RolloutTaskSection):
@@ -36,8 +36,8 @@ class GRPOSection(RolloutTaskSection):
 
     kl_coef: float = Field(default=0.0, ge=0.0)
     """Cost of a nat of divergence from the reference, the model with its adapter off; 0 needs no reference and saves
-    its forward pass. It is added to the loss of each token (k3, times the ratio of probabilities), with `rloo` it is taken
-    off the reward (k1)."""
+    its forward pass. It is added to the loss of each token (k3, times the ratio of probabilities); with `rloo` it is
+    taken off the reward (k1)."""
 
     dynamic_sampling: int = Field(default=0, ge=0)
     """How often the answers of a group are written again, with other random numbers, while all of them have the same
@@ -75,6 +75,7 @@ class GRPOSection(RolloutTaskSection):
         return self.scale_rewards or self.row.scale
 
     def conflicts(self) -> Iterator[Conflict]:
+        yield from super().conflicts()
         if self.overlong_buffer >= self.max_new_tokens:
             yield Conflict(
                 (("overlong_buffer",), ("max_new_tokens",)),

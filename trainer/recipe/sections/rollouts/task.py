@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated
 
 from pydantic import Field
 
-from trainer.recipe.base import Listed, Section
-from trainer.recipe.sections.reward import RewardSection
+from trainer.recipe.base import Conflict, Listed, Section
+from trainer.recipe.sections.rollouts.reward import RewardSection
 
 
 class RolloutTaskSection(Section):
@@ -39,3 +40,6 @@ class RolloutTaskSection(Section):
 
     entropy_coef: float = Field(default=0.0, ge=0.0)
     """Weight of the entropy per token (nats), which is subtracted from the loss."""
+
+    def conflicts(self) -> Iterator[Conflict]:
+        yield from (conflict.under("reward") for conflict in self.reward.conflicts())

@@ -8,7 +8,7 @@ from typing import Literal
 from pydantic import Field
 
 from trainer.recipe.base import Conflict
-from trainer.recipe.sections.rollouts import RolloutTaskSection
+from trainer.recipe.sections.rollouts.task import RolloutTaskSection
 
 
 class PPOSection(RolloutTaskSection):
@@ -54,6 +54,7 @@ class PPOSection(RolloutTaskSection):
     """Normalise advantages to mean 0 and standard deviation 1 over all tokens of the iteration, on all ranks."""
 
     def conflicts(self) -> Iterator[Conflict]:
+        yield from super().conflicts()
         if self.kl_target is not None and self.kl_coef == 0.0:
             yield Conflict((("kl_coef",), ("kl_target",)), "0 cannot be adapted, only multiplied; set it above 0")
         if self.kl_target is None and self.kl_horizon != type(self).model_fields["kl_horizon"].default:
