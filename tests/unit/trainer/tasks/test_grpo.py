@@ -69,7 +69,9 @@ def share_of_e(prompts: list[str], completions: list[str], references: list[str]
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("loss", ["dapo", "gspo", "cispo", "rloo"])
+@pytest.mark.parametrize(
+    "loss", ["dapo", *(pytest.param(loss, marks=pytest.mark.night) for loss in ("gspo", "cispo", "rloo"))]
+)
 def test_it_learns_to_write_one_letter(make: Make, loss: str) -> None:
     changes = {
         "adapter": HEAD,
