@@ -11,6 +11,7 @@
     ├── Fenced                      1  a newer attempt owns the run; this one must stop writing
     ├── NonFiniteLoss               1  the loss became inf or nan
     ├── RewardFailed                1  a function of the recipe that rates texts failed, hung, or gave no number
+    ├── EngineFailed                1  an inference server does not answer, or not as it should; may be temporary
     ├── WorkerFailed                1  a training worker died or raised
     │   └── RankFailed              1  under torchrun, for a cause that may be temporary (trainer/torchrun_failure.py)
     └── Interrupted                 3  stopped on request; the same command resumes
@@ -117,6 +118,10 @@ class NonFiniteLoss(MusterError):
 
 
 class RewardFailed(MusterError):
+    pass
+
+
+class EngineFailed(MusterError):
     pass
 
 

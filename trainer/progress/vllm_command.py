@@ -9,12 +9,10 @@ from typing import TYPE_CHECKING
 
 from trainer.progress.program import program
 from trainer.recipe.tasks import CAUSAL, TASKS
+from trainer.rollouts.lora_ranks import lora_room
 
 if TYPE_CHECKING:
     from trainer.recipe import Recipe
-
-LORA_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)
-"""Of `--max-lora-rank`."""
 
 
 def of_recipe(recipe: Recipe, adapter: str) -> list[str]:
@@ -37,7 +35,7 @@ def of_recipe(recipe: Recipe, adapter: str) -> list[str]:
 
 
 def with_adapter(base: str, name: str, folder: str, rank: int) -> str:
-    room = next((r for r in LORA_RANKS if r >= rank), rank)
+    room = lora_room(rank) or rank
     modules = json.dumps({"name": name, "path": folder})
     return _command(base, "--enable-lora", "--max-lora-rank", str(room), "--lora-modules", modules)
 

@@ -1,0 +1,242 @@
+"""One server of an inference engine."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict
+
+from trainer.errors import EngineFailed, InputError
+from trainer.parsing import JsonReader, Malformed
+from trainer.records import read_record
+from trainer.rollouts.dialects import EngineDialect
+from trainer.rollouts.exchange import Address, Answer, NotAnswered, exchange
+from trainer.rollouts.sampling import Aborted, EngineText, SamplingSettings, read_text
+
+COMPLETIONS, MODELS = "/v1/completions", "/v1/models"
+_AGAIN = (408, 425, 429)
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Limits of every request. ``connect_s``: until there is a connection; ``answer_s``: until the answer is complete,
+    which for a text includes its wait among the others; ``patience_s``: no further attempt begins later than this after
+    the first one; ``first_wait_s``, ``longest_wait_s``: waits between attempts, which double and vary by half;
+    ``files_s``: how long a server may refuse an adapter because it does not see its files yet (network file systems
+    show them late); ``loads``: how often one text's adapter is loaded again."""
+
+    connect_s: float = 10.0
+    answer_s: float = 600.0
+    patience_s: float = 300.0
+    first_wait_s: float = 0.5
+    longest_wait_s: float = 15.0
+    files_s: float = 30.0
+    loads: int = 3
+
+
+class _Card(TypedDict, total=False):
+    id: str
+    root: str | None
+    parent: str | None
+
+
+class _Models(TypedDict):
+    data: list[_Card]
+
+
+class Engine:
+    """One server. Thread-safe. ``base``: the name that the server gives to the base model; None takes the only one that
+    it has. ``watch`` is called after each failed attempt; it returns True if it has started the server again, so that
+    patience begins again, and raises if there is no hope."""
+
+    def __init__(
+        self,
+        address: str,
+        settings: SamplingSettings,
+        *,
+        base: str | None,
+        dialect: EngineDialect,
+        bounds: Bounds,
+        api_key: str | None,
+        watch: Callable[[], bool],
+        sleep: Callable[[float], None] = time.sleep,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._address, self._settings, self._dialect, self._bounds = Address.of(address), settings, dialect, bounds
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._base, self._watch, self._sleep, self._clock = base, watch, sleep, clock
+        self._folders: dict[str, str] = {}
+        self._loading = threading.Lock()
+
+    def __str__(self) -> str:
+        return str(self._address)
+
+    def base(self) -> str:
+        """Returns the base model's name. Raises InputError for a server that does not have it."""
+        cards = self._cards()
+        names = [card["id"] for card in cards if not card.get("parent")]
+        if self._base is None and len(names) == 1:
+            self._base = names[0]
+        if self._base not in names:
+            wanted = "one base model" if self._base is None else f"the base model {self._base!r}"
+            raise InputError(f"{self} serves {', '.join(names) or 'nothing'}, and {wanted} is needed")
+        return self._base
+
+    def adapters(self) -> dict[str, str]:
+        """Returns the adapters that the server has: name and folder."""
+        return {card["id"]: card.get("root") or "" for card in self._cards() if card.get("parent")}
+
+    def check_updates(self) -> None:
+        """Raises InputError for a server that does not take adapters while it runs."""
+        # 405: the path is known, and takes POST only.
+        answer = self._ask("say if it takes adapters", "GET", self._dialect.load)
+        if answer.status == 404:
+            raise InputError(f"{self} does not take adapters while it runs; start it with {self._dialect.updates}")
+        if answer.status != 405:
+            raise self._refused("say if it takes adapters", answer)
+
+    def check_texts(self) -> None:
+        """Raises InputError for a server whose answers lack token ids or log-probabilities, or have those of another
+        distribution than the one that tokens are drawn from."""
+        base, prompt = self.base(), [1, 2, 3]
+        self.write(prompt, 0, base, SamplingSettings(1))
+        if (self._settings.temperature, self._settings.top_p) == (1.0, 1.0) or self._settings.temperature == 0.0:
+            return
+        # Far apart, so that even the flat distribution of an untrained model shows a difference; vLLM takes up to 2.
+        cold, hot = (self._highest(prompt, base, temperature) for temperature in (0.2, 2.0))
+        if abs(cold - hot) < 1e-3:
+            raise InputError(
+                f"{self} returns log-probabilities that do not depend on the temperature; start it with "
+                f"{self._dialect.drawn}"
+            )
+
+    def load(self, adapter: str, folder: str) -> None:
+        """Loads an adapter, unless the server has it, and from now on again when the server has lost it. Raises
+        InputError for one that it cannot use, and where it has the name from another folder: texts of one name must
+        come from one adapter."""
+        self._folders[adapter] = folder
+        with self._loading:
+            self._load(adapter, folder)
+
+    def unload(self, adapter: str) -> None:
+        """Removes an adapter, if the server has it."""
+        self._folders.pop(adapter, None)
+        what = f"remove the adapter {adapter}"
+        answer = self._ask(what, "POST", self._dialect.unload, {"lora_name": adapter})
+        if answer.status != 200 and adapter in self.adapters():
+            raise self._refused(what, answer)
+
+    def write(
+        self, prompt: Sequence[int], seed: int, adapter: str, settings: SamplingSettings | None = None
+    ) -> EngineText:
+        """Returns a text. An adapter that `load` was called for, and that the server has lost, is loaded again."""
+        settings = settings or self._settings
+        asked = settings.request(prompt, seed, self._dialect.model(self._base or self.base(), adapter))
+        what, came = f"write a text with {adapter}", ""
+        for _ in range(self._bounds.loads + 1):
+            answer = self._ask(what, "POST", COMPLETIONS, asked)
+            if answer.status == 200:
+                try:
+                    return read_text(answer.body, asked, adapter, str(self))
+                except Aborted as aborted:
+                    came = str(aborted)
+            # After 404 the list may have it again: another thread was faster. SGLang answers 400, as to any mistake.
+            elif adapter in self._folders and (answer.status == 404 or adapter not in self.adapters()):
+                came = answer.words
+                self.load(adapter, self._folders[adapter])
+            else:
+                raise self._refused(what, answer)
+        raise EngineFailed(f"{self} could not {what}: {self._bounds.loads + 1} times it answered with {came}")
+
+    def _highest(self, prompt: Sequence[int], base: str, temperature: float) -> float:
+        """Returns the log-probability of the most likely first token."""
+        asked = SamplingSettings(1, temperature).request(prompt, 0, base)
+        answer = self._ask("write a text", "POST", COMPLETIONS, asked)
+        if answer.status != 200:
+            raise self._refused("write a text", answer)
+        try:
+            value = JsonReader(unique=False).read(answer.body)
+            return max(value["choices"][0]["logprobs"]["top_logprobs"][0].values())  # type: ignore[no-any-return]
+        except (Malformed, LookupError, TypeError, AttributeError, ValueError) as error:
+            raise InputError(f"{self} returns no log-probabilities of the most likely tokens") from error
+
+    def _load(self, adapter: str, folder: str) -> None:
+        what, started = f"load the adapter {adapter} from {folder}", self._clock()
+        for wait_s in self._waits():
+            if self._has(adapter, folder):
+                return
+            # 500: vLLM's answer to an adapter that it cannot use, as of a rank for which it has no room.
+            answer = self._ask(what, "POST", self._dialect.load, {"lora_name": adapter, "lora_path": folder}, final=500)
+            # Another client may have loaded it meanwhile.
+            if answer.status == 200 or self._has(adapter, folder):
+                return
+            if self._clock() - started + wait_s > self._bounds.files_s:
+                if self._ask("say how it is", "GET", "/health", final=503).status != 200:
+                    raise EngineFailed(f"{self} did not {what}: {answer.status}: {answer.words}")
+                raise self._refused(what, answer)
+            self._sleep(wait_s)
+
+    def _has(self, adapter: str, folder: str) -> bool:
+        other = self.adapters().get(adapter)
+        if other and other.rstrip("/") != folder.rstrip("/"):
+            raise InputError(
+                f"{self} has an adapter {adapter} from {other}, and {folder} is another; give it a name of its own, or "
+                "remove the other one"
+            )
+        return other is not None
+
+    def _cards(self) -> list[_Card]:
+        answer = self._ask("list its models", "GET", MODELS)
+        if answer.status != 200:
+            raise self._refused("list its models", answer)
+        try:
+            cards = read_record(_Models, JsonReader(unique=False).read(answer.body))["data"]
+        except Malformed as error:
+            raise EngineFailed(f"{self} answered a list of models that cannot be read: {error}") from error
+        return [card for card in cards if "id" in card]
+
+    def _ask(self, what: str, method: str, path: str, body: Any = None, final: int = 0) -> Answer:
+        """Returns the server's answer, which may be a refusal (4xx). Tries again while the server cannot be reached or
+        fails (5xx, but for ``final``); raises EngineFailed when it takes too long."""
+        started = self._clock()
+        for attempt, wait_s in enumerate(self._waits(), 1):
+            try:
+                answer = exchange(
+                    self._address,
+                    method,
+                    path,
+                    body,
+                    headers=self._headers,
+                    connect_s=self._bounds.connect_s,
+                    answer_s=self._bounds.answer_s,
+                )
+            except NotAnswered as error:
+                came = str(error)
+            else:
+                if answer.status == final or (answer.status < 500 and answer.status not in _AGAIN):
+                    return answer
+                came = f"{answer.status}: {answer.words}"
+            if self._watch():
+                started = self._clock()
+                continue
+            elapsed_s = self._clock() - started
+            if elapsed_s + wait_s > self._bounds.patience_s:
+                raise EngineFailed(
+                    f"the inference server {self} did not {what}: {attempt} attempts within {elapsed_s:.0f} s failed, "
+                    f"the last one with {came}. Look at the server and its log."
+                )
+            self._sleep(wait_s)
+        raise AssertionError("waits never end")
+
+    def _waits(self) -> Iterator[float]:
+        """Yields the waits between attempts."""
+        for failed in itertools.count():
+            longest = min(self._bounds.longest_wait_s, self._bounds.first_wait_s * 2.0 ** min(failed, 30))
+            yield longest * random.uniform(0.5, 1.0)
+
+    def _refused(self, what: str, answer: Answer) -> InputError:
+        return InputError(f"the inference server {self} refuses to {what}: {answer.status}: {answer.words}")
