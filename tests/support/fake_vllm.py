@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from trainer.rollouts.dialects import DIALECTS, EngineDialect
+from trainer.inference.dialects import DIALECTS, EngineDialect
 
 BASE = "base"
 

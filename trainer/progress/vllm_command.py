@@ -7,9 +7,9 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from trainer.inference.lora_ranks import lora_room
 from trainer.progress.program import program
 from trainer.recipe.tasks import CAUSAL, TASKS
-from trainer.rollouts.lora_ranks import lora_room
 
 if TYPE_CHECKING:
     from trainer.recipe import Recipe
@@ -24,9 +24,7 @@ def of_recipe(recipe: Recipe, adapter: str) -> list[str]:
         return [_command(adapter)] if _is_local(adapter) else [_fetch(adapter, recipe.name), _command(recipe.name)]
     merged = f"{recipe.name}-merged"
     apart = [program(), "merge", "--run", recipe.run_uri, "--out", merged]
-    if not (
-        facts.plain_lora and section.bias == "none" and not section.modules_to_save and not section.trainable_tokens
-    ):
+    if not section.is_plain_lora:
         return [shlex.join(apart), _command(merged)]
     rank = (section.rank or 0) * facts.plain_lora
     folder = adapter if _is_local(adapter) else recipe.name

@@ -9,11 +9,20 @@ from trainer.registry import Choice, Registry
 
 @dataclass(frozen=True)
 class RolloutEngineRow(Choice):
-    """An engine's row. ``serves``: servers write, which have the base model and get the adapter."""
+    """An engine's row. ``serves``: servers write, which have the base model and get the adapter. ``starts``: muster can
+    start the servers."""
 
-    serves: bool = False
+    serves: bool = True
+    starts: bool = False
 
+
+_SERVERS = "trainer.tasks.rollouts.engine:ServerEngine"
 
 ROLLOUT_ENGINES = Registry(
-    "rollout engine", {"transformers": RolloutEngineRow("trainer.tasks.rollouts.engine:ModelEngine")}
+    "rollout engine",
+    {
+        "transformers": RolloutEngineRow("trainer.tasks.rollouts.engine:ModelEngine", serves=False),
+        "vllm": RolloutEngineRow(_SERVERS, starts=True),
+        "openai": RolloutEngineRow(_SERVERS),
+    },
 )

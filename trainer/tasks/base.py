@@ -57,15 +57,12 @@ class GenerationContext:
     """Everything except the model that a task needs to generate texts. ``world``: the ranks that generate together,
     None for one process. ``forward_is_collective``: the strategy gathers parameters in a forward pass, so that every
     rank must run the same number of them. ``reward``: the reward model (`trainer.tasks.rewards.models`), if the
-    recipe names one. ``servers``: the servers that write the texts (`trainer.tasks.rollouts.engine.TextServers`), None
-    if the model does. ``store``: the run's `trainer.tasks.rollouts.store.RolloutStore`."""
+    recipe names one."""
 
     tokenizer: PreTrainedTokenizerBase
     world: World | None = None
     forward_is_collective: bool = False
     reward: Any = None
-    servers: Any = None
-    store: Any = None
 
 
 class Task(ABC):

@@ -47,6 +47,7 @@ from trainer.worker.judge import Judge
 from trainer.worker.loop import Loop
 from trainer.worker.profiler import Profiler
 from trainer.worker.recorder import Recorder
+from trainer.worker.rollout_servers import use_servers
 from trainer.worker.start.initial_weights import begin_from, begun_before
 from trainer.worker.start.stored_outputs import with_outputs
 from trainer.worker.start.stored_teacher import stored_teacher
@@ -88,6 +89,7 @@ def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callab
         startup.end(DATA)
     with _noted("loading the model"):
         parts = _build(recipe, world, storage, run, data)
+        use_servers(parts, run)
     with _noted("opening the data"):
         size = parts.task.bytes_of_target()
         cache, eval_cache = open_caches(data.train, data.eval, recipe.data.cache_bytes, size)

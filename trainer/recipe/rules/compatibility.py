@@ -198,9 +198,12 @@ RULES = (
         lambda r: f"cannot be used with task {r.task}, whose packs are prompts; write packing: false",
     ),
     Rule(
-        (("rollout", "max_staleness"), ("rollout", "engine")),
-        lambda r: r.rollout.max_staleness > 0 and not r.rollout.row.serves,
-        lambda r: f"has no effect with engine {r.rollout.engine}, where the model in training writes; leave it out",
+        (("rollout", "engine"), ("adapter", "method")),
+        lambda r: r.rollout.row.serves and not r.adapter.is_plain_lora,
+        lambda r: (
+            f"{r.rollout.engine} loads plain LoRA adapters only: not of method {r.adapter.label}, and without bias, "
+            "modules_to_save and trainable_tokens; use method lora, or engine transformers"
+        ),
     ),
     Rule(
         (("distill", "teacher"), ("task",)),

@@ -162,6 +162,12 @@ class AdapterSection(Section):
         return self.method if isinstance(self.method, str) else BY_NAME
 
     @property
+    def is_plain_lora(self) -> bool:
+        """True if it is saved as plain LoRA and nothing else, which other programs load."""
+        also = self.modules_to_save or self.trainable_tokens or self.bias not in (None, "none")
+        return bool(self.row.plain_lora) and not also
+
+    @property
     def label(self) -> str:
         """The method's name for people."""
         return self.method if isinstance(self.method, str) else str(self.method[BY_NAME])

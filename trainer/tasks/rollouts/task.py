@@ -16,11 +16,12 @@ from trainer.recipe.sections.rollouts.task import RolloutTaskSection
 from trainer.run.events import SampleText
 from trainer.tasks.base import GenerationContext, Task, Update
 from trainer.tasks.reference import adapter_off
-from trainer.tasks.rollouts.engine import ModelEngine, ServerEngine, Texts
+from trainer.tasks.rollouts.engine import ModelEngine, ServerEngine, Texts, TextServers
 from trainer.tasks.rollouts.policy import PolicyHead
 from trainer.tasks.rollouts.ranks import Ranks
 from trainer.tasks.rollouts.rollout import Experience, PromptCompletionBatch, Rollout, RolloutMicroBatch
 from trainer.tasks.rollouts.scoring import Scoring
+from trainer.tasks.rollouts.store import RolloutStore
 from trainer.tasks.rollouts.writer import Prompt, Prompts, Request, RolloutWriter
 from trainer.tasks.sampling import PolicySampler, prompts_of, shown, stop_strings
 
@@ -59,6 +60,7 @@ class RolloutTask(Task):
             no_effect = "adapter.dropout %g has no effect: task %s trains without dropout"
             log.warning(no_effect, self.recipe.adapter.dropout, self.recipe.task)
         self._writer: RolloutWriter | None = None
+        self._store: RolloutStore | None = None
         if generation is not None:
             self.generation, self._ranks = generation, Ranks(generation.world)
             self._writer = self._make_writer(generation)
@@ -71,8 +73,8 @@ class RolloutTask(Task):
         return PolicyHead(model, section.temperature, self.recipe.task, entropy=section.entropy_coef > 0)
 
     def _make_writer(self, generation: GenerationContext) -> RolloutWriter:
-        section, servers = self.section, generation.servers
-        sampler = PolicySampler(
+        section = self.section
+        self.sampler = PolicySampler(
             self._model,
             self._policy,
             generation.tokenizer,
@@ -83,9 +85,15 @@ class RolloutTask(Task):
             agree=self._agree,
             setting=f"{self.recipe.task}.max_new_tokens",
         )
-        engine = ModelEngine(sampler) if servers is None else ServerEngine(servers, sampler)
         assert self._scoring is not None
-        return RolloutWriter(engine, self._scoring, self._ranks, self._model, self._policy, self.penalty)
+        return RolloutWriter(
+            ModelEngine(self.sampler), self._scoring, self._ranks, self._model, self._policy, self.penalty
+        )
+
+    def write_with(self, servers: TextServers, store: RolloutStore) -> None:
+        """Lets servers write the texts, which ``store`` keeps. Called before the first step."""
+        assert self._writer is not None
+        self._writer.engine, self._store = ServerEngine(servers, self.sampler), store
 
     def _agree(self, going: bool) -> bool:
         """Returns True if any rank passes True. Collective if a forward is; otherwise returns ``going``."""
@@ -131,26 +139,24 @@ class RolloutTask(Task):
     ) -> None:
         assert self._writer is not None
         self._step, began = step, time.monotonic()
-        exact, store = self._writer.engine.reproducible, self.generation.store
-        request = self._request(batches, step)
-        mine = None if exact or store is None else store.load(step, self._ranks, request.prompts, self.answers)
+        request, store = self._request(batches, step), self._store
+        mine = store.load(step, self._ranks, request.prompts, self.answers) if store else None
         if mine is None:
             begun = self._ahead.pop(step, None) or (request, self._writer.begin(module, device, request))
             mine = self._writer.finish(module, device, *begun)
-            if store is not None and not exact:
+            if store:
                 store.save(step, self._ranks, [rollout for some in mine for rollout in some])
         waited_s = time.monotonic() - began
         self._score_tokens(module, mine, device)
         self._experience = self.experience(self._ranks.joined([rollout for some in mine for rollout in some]))
         self._metrics = {**self._experience.metrics(), "rollout_s": waited_s}
-        if not exact:
+        if store:
             stale = [step - 1 - rollout.version for rollout in self._experience.rollouts]
             self._metrics |= {"staleness": float(np.mean(stale)), "staleness_max": float(max(stale))}
 
     def prepare_ahead(self, module: torch.nn.Module, batches: Sequence[Batch], device: torch.device, step: int) -> None:
         assert self._writer is not None
-        store = self.generation.store
-        if step not in self._ahead and not (store and step in store.steps_before(self._ranks)):
+        if step not in self._ahead and not (self._store and step in self._store.steps_before(self._ranks)):
             request = self._request(batches, step)
             self._ahead[step] = request, self._writer.begin(module, device, request)
 

@@ -2,12 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated
 
 from pydantic import Field
 
-from trainer.recipe.base import OneOf, Section
+from trainer.recipe.base import MAY_CHANGE, Conflict, Listed, Location, OneOf, Section
 from trainer.recipe.rollout_engines import ROLLOUT_ENGINES, RolloutEngineRow
+
+
+class VLLMSection(Section):
+    """The servers of vLLM that muster starts, one on each node."""
+
+    python: Location | None = Field(default=None, examples=["/opt/vllm/bin/python"])
+    """The Python of an environment of its own in which vLLM is installed, under the same path on every node."""
+
+    gpu_memory_utilization: float = Field(default=0.4, gt=0.0, lt=1.0)
+    """Share of the memory of its GPUs that a server takes, beside the training on the same GPUs."""
+
+    tensor_parallel: int = Field(default=1, ge=1)
+    """GPUs over which a server divides the model."""
+
+    arguments: Listed[str] = Field(default=(), examples=[["--quantization", "bitsandbytes"]])
+    """More arguments of `vllm serve`."""
 
 
 class RolloutSection(Section):
@@ -15,7 +32,8 @@ class RolloutSection(Section):
 
     engine: Annotated[str, OneOf(ROLLOUT_ENGINES)] = "transformers"
     """`transformers`: the model in training writes them, the same texts on any number of workers. `vllm`: servers of
-    vLLM, which muster starts or which are given by their addresses; they get the adapter before each step."""
+    vLLM, which muster starts or which are given by their addresses; they get the adapter before each step. `openai`:
+    other servers with the interface of OpenAI that can load adapters while they run, by their addresses."""
 
     max_staleness: int = Field(default=0, ge=0)
     """How many updates older than the policy the weights may be that write a text. 0 waits for each step's texts; 1
@@ -25,6 +43,35 @@ class RolloutSection(Section):
     """Largest weight of a token by the ratio of its probabilities in training and by the server, which differ
     (truncated importance sampling); null gives every token the weight 1. For servers only."""
 
+    addresses: Annotated[Listed[str], MAY_CHANGE] = Field(default=(), examples=[["http://10.0.0.7:8000"]])
+    """Servers that run already, all with the same base model. A key that they want is in the environment variable
+    `MUSTER_ROLLOUT_API_KEY`."""
+
+    adapter_folder: Annotated[Location, MAY_CHANGE] | None = Field(default=None, examples=["/shared/adapters"])
+    """A folder that the servers at `addresses` and the workers see under the same path, for the adapters; null: a
+    temporary folder, for servers on the machine of the first worker."""
+
+    timeout_s: Annotated[float, MAY_CHANGE] = Field(default=600.0, gt=0.0)
+    """Seconds in which a server has to complete a text, with its wait among the others."""
+
+    vllm: Annotated[VLLMSection, MAY_CHANGE] = VLLMSection()
+
     @property
     def row(self) -> RolloutEngineRow:
         return ROLLOUT_ENGINES[self.engine]
+
+    def conflicts(self) -> Iterator[Conflict]:
+        if not self.row.serves:
+            for name in (name for name in self.given() if name != "engine"):
+                message = f"has no effect with engine {self.engine}, where the model in training writes; leave it out"
+                yield Conflict(((name,), ("engine",)), message)
+            return
+        if not self.addresses and not (self.row.starts and self.vllm.python):
+            started = " or vllm.python, so that muster starts some" if self.row.starts else ""
+            yield Conflict(
+                (("addresses",), ("engine",)), f"engine {self.engine} needs servers: give addresses{started}"
+            )
+        if self.addresses and any(self.vllm.given()):
+            yield Conflict((("vllm",), ("addresses",)), "has no effect on servers that run already; leave one out")
+        if self.adapter_folder and not self.addresses:
+            yield Conflict((("adapter_folder",), ("addresses",)), "has no effect without addresses; leave it out")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from trainer.errors import InputError
-from trainer.rollouts.dialects import DIALECTS
-from trainer.rollouts.engine import Bounds, Engine
-from trainer.rollouts.sampling import EngineText, SamplingSettings
+from trainer.inference.dialects import DIALECTS
+from trainer.inference.engine import Bounds, Engine
+from trainer.inference.sampling import EngineText, SamplingSettings
 from trainer.storage import in_parallel
 
 IN_FLIGHT = 64
@@ -22,7 +22,7 @@ class EngineClient:
     reads it again.
 
     ``base``: the name that the servers give to the base model, None for the only one; ``engine``: a key of
-    `trainer.rollouts.dialects.DIALECTS`; ``in_flight``: requests at a time for each server; a slow one may have more
+    `trainer.inference.dialects.DIALECTS`; ``in_flight``: requests at a time for each server; a slow one may have more
     of them, and queues them. ``watch``: called after each failed attempt, from any thread, as `VLLMServer.revive` of
     a server of our own; True means that a server was started again."""
 

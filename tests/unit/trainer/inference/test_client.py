@@ -16,11 +16,11 @@ import torch
 from tests.support.fake_vllm import BASE, FakeVLLM, Faults, save_adapter, serving
 from tests.support.waiting import wait_for
 from trainer.errors import EngineFailed, InputError
-from trainer.rollouts.client import EngineClient
-from trainer.rollouts.dialects import DIALECTS
-from trainer.rollouts.engine import Bounds
-from trainer.rollouts.exchange import Address
-from trainer.rollouts.sampling import EngineText, SamplingSettings
+from trainer.inference.client import EngineClient
+from trainer.inference.dialects import DIALECTS
+from trainer.inference.engine import Bounds
+from trainer.inference.exchange import Address
+from trainer.inference.sampling import EngineText, SamplingSettings
 from trainer.run.failure import FailureKind
 
 QUICK = Bounds(connect_s=2, answer_s=60, patience_s=1.0, first_wait_s=0.05, longest_wait_s=0.2, files_s=0.3)

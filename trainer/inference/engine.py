@@ -11,11 +11,11 @@ from dataclasses import dataclass
 from typing import Any, TypedDict
 
 from trainer.errors import EngineFailed, InputError
+from trainer.inference.dialects import EngineDialect
+from trainer.inference.exchange import Address, Answer, NotAnswered, exchange
+from trainer.inference.sampling import Aborted, EngineText, SamplingSettings, read_text
 from trainer.parsing import JsonReader, Malformed
 from trainer.records import read_record
-from trainer.rollouts.dialects import EngineDialect
-from trainer.rollouts.exchange import Address, Answer, NotAnswered, exchange
-from trainer.rollouts.sampling import Aborted, EngineText, SamplingSettings, read_text
 
 COMPLETIONS, MODELS = "/v1/completions", "/v1/models"
 _AGAIN = (408, 425, 429)

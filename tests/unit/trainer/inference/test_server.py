@@ -19,9 +19,9 @@ import pytest
 from tests.support.fake_vllm_program import make_package
 from tests.support.waiting import listening, wait_for
 from trainer.errors import EngineFailed, InputError
-from trainer.rollouts import guard
-from trainer.rollouts.lora_ranks import lora_room
-from trainer.rollouts.server import Restarts, VLLMServer
+from trainer.inference import guard
+from trainer.inference.lora_ranks import lora_room
+from trainer.inference.server import Restarts, VLLMServer
 
 Make = Callable[..., VLLMServer]
 
@@ -124,7 +124,7 @@ def test_nothing_is_left_when_a_part_is_killed(make: Make, tmp_path: Path, which
     server.start()
     server.wait_ready(60)
     (note,) = notes(tmp_path)
-    (process,) = (child for child in psutil.Process().children() if "trainer.rollouts.guard" in child.cmdline())
+    (process,) = (child for child in psutil.Process().children() if "trainer.inference.guard" in child.cmdline())
     os.kill(note["server"] if which == "server" else process.pid, signal.SIGKILL)
     wait_for(lambda: not server.alive, "the death is seen", 60)
     if which == "server":
@@ -141,7 +141,7 @@ def test_a_server_ends_with_the_process_that_started_it(tmp_path: Path, way: str
     program = f"""
 import os, sys, time
 from pathlib import Path
-from trainer.rollouts.server import VLLMServer
+from trainer.inference.server import VLLMServer
 server = VLLMServer(sys.executable, "model", lora_rank=8, dtype="auto", max_model_len=64, device="cpu",
                     log=Path({str(tmp_path / "log")!r}), variables={package!r})
 server.start()

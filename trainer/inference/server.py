@@ -22,9 +22,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from trainer.errors import EngineFailed, InputError
-from trainer.rollouts.exchange import Address, NotAnswered, exchange
-from trainer.rollouts.guard import GRACE_S, ServerStart
-from trainer.rollouts.lora_ranks import LORA_RANKS, lora_room
+from trainer.inference.exchange import Address, NotAnswered, exchange
+from trainer.inference.guard import GRACE_S, ServerStart
+from trainer.inference.lora_ranks import LORA_RANKS, lora_room
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ class VLLMServer:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         start = ServerStart(self._command, self._environment(), str(self.log.parent), str(self.log))
         self._guard = subprocess.Popen(
-            [sys.executable, "-m", "trainer.rollouts.guard"],
+            [sys.executable, "-m", "trainer.inference.guard"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])},

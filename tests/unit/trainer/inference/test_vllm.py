@@ -20,10 +20,10 @@ from launcher.quickstart.model import LlamaShape, make_model
 from tests.support.fake_vllm import save_adapter
 from tests.support.waiting import tail, wait_for
 from trainer.errors import InputError
-from trainer.rollouts.client import EngineClient
-from trainer.rollouts.engine import Bounds
-from trainer.rollouts.sampling import EngineText, SamplingSettings
-from trainer.rollouts.server import BASE, VLLMServer
+from trainer.inference.client import EngineClient
+from trainer.inference.engine import Bounds
+from trainer.inference.sampling import EngineText, SamplingSettings
+from trainer.inference.server import BASE, VLLMServer
 
 PYTHON = os.environ.get("MUSTER_TEST_VLLM", "")
 TEMPERATURE = 0.7
@@ -184,7 +184,7 @@ def test_nothing_is_left_of_a_server_whose_parent_was_killed(model: Path, tmp_pa
     program = f"""
 import sys, time
 from pathlib import Path
-from trainer.rollouts.server import VLLMServer
+from trainer.inference.server import VLLMServer
 server = VLLMServer({PYTHON!r}, {str(model)!r}, lora_rank=8, dtype="float32", max_model_len=128, device="cpu",
                     log=Path({str(tmp_path / "log")!r}))
 server.start()

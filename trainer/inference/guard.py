@@ -1,4 +1,4 @@
-"""``python -m trainer.rollouts.guard``: a small process between this one and a server of ours, which ends the server
+"""``python -m trainer.inference.guard``: a small process between this one and a server of ours, which ends the server
 and every process that it started as soon as this process has ended, however that happened.
 
 vLLM's engine processes do not notice that their server was killed: they keep their memory, and that of the GPU. The
