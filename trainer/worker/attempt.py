@@ -89,7 +89,6 @@ def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callab
         startup.end(DATA)
     with _noted("loading the model"):
         parts = _build(recipe, world, storage, run, data)
-        use_servers(parts, run)
     with _noted("opening the data"):
         size = parts.task.bytes_of_target()
         cache, eval_cache = open_caches(data.train, data.eval, recipe.data.cache_bytes, size)
@@ -118,6 +117,8 @@ def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callab
             prompts = PromptSource(data.eval, eval_cache, parts.tokenizer)
             with _noted("reading the questions of the evaluation"):
                 answers = GenerativeEval.of(parts, recorder, prompts, detector.on_phase)
+            with _noted("connecting to the inference servers"):
+                use_servers(parts, run)
             profiler = Profiler(recipe, world, run, attempt, recorder.event_from_any_rank)
             samples = SampleTexts(parts, recorder, prompts, detector.on_phase)
             telemetry = Telemetry(recorder, checkpointer, startup, compiles=recipe.compute.compile)

@@ -86,9 +86,8 @@ class RolloutTask(Task):
             setting=f"{self.recipe.task}.max_new_tokens",
         )
         assert self._scoring is not None
-        return RolloutWriter(
-            ModelEngine(self.sampler), self._scoring, self._ranks, self._model, self._policy, self.penalty
-        )
+        engine, model = ModelEngine(self.sampler), (self._model, self._policy)
+        return RolloutWriter(engine, self._scoring, self._ranks, *model, self.penalty)
 
     def write_with(self, servers: TextServers, store: RolloutStore) -> None:
         """Lets servers write the texts, which ``store`` keeps. Called before the first step."""
