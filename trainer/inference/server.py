@@ -100,7 +100,8 @@ class VLLMServer:
         self._python, self._restarts, self._clock = python, restarts, clock
         self._variables = _VARIABLES | (_CPU_VARIABLES if device == "cpu" else {})
         self._given = dict(variables or {})
-        on_device = ["--enforce-eager"] if device == "cpu" else []
+        # On a CPU a request with a seed ends vLLM's engine if its prompt is computed in parts (vLLM 0.32).
+        on_device = ["--enforce-eager", "--no-enable-chunked-prefill"] if device == "cpu" else []
         if gpu_memory_utilization is not None and device != "cpu":
             on_device += ["--gpu-memory-utilization", str(gpu_memory_utilization)]
         self._command = [

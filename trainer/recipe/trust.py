@@ -15,6 +15,7 @@ from trainer.errors import UsageError
 from trainer.recipe.plugins import plugins_of
 from trainer.recipe.root import Recipe
 from trainer.recipe.sections.model import ModelSection
+from trainer.recipe.sections.rollouts.engine import RolloutSection
 from trainer.recipe.sections.rollouts.reward import RewardSection
 
 FLAG = "--trust-remote-code"
@@ -35,6 +36,10 @@ def code_of(recipe: Recipe) -> list[str]:
         found += [f"{key}.reward.functions {row.function}" for row in reward.functions if _is_foreign(row.function)]
     if recipe.optimizer.row.named_by_user:
         found.append(f"optimizer.name {recipe.optimizer.name}")
+    if recipe.rollout.vllm.python is not None:
+        found.append(f"rollout.vllm.python {recipe.rollout.vllm.python}")
+    if recipe.rollout.addresses:
+        found.append(f"the servers of rollout.addresses ({', '.join(recipe.rollout.addresses)})")
     if _is_foreign(recipe.generative_eval.function):
         found.append(f"generative_eval.metric {recipe.generative_eval.metric}")
     if recipe.cluster.env:  # some name a library to load, or the server that files and credentials are exchanged with
@@ -80,6 +85,8 @@ def without_code(recipe: Recipe) -> Recipe:
             single = None if _is_foreign(reward.function) else reward.function
             reward = reward.model_copy(update={"function": single, "functions": own})
             changes[key] = getattr(recipe, key).model_copy(update={"reward": reward})
+    if recipe.rollout.row.serves:
+        changes["rollout"] = RolloutSection()
     if recipe.optimizer.row.named_by_user:
         changes["optimizer"] = recipe.optimizer.model_copy(update={"name": "adamw", "settings": {}})
     if _is_foreign(recipe.generative_eval.function):

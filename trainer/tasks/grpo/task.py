@@ -94,9 +94,10 @@ class GRPO(RolloutTask):
         """Returns the metrics of the texts, and means over the tokens of all updates. ``approx_kl``: divergence of the
         policy from what it was before the step (k3). ``logp_mismatch``: mean absolute difference of log-probabilities
         from those of the servers."""
-        tokens = max(1.0, float(sums["updated_tokens"]))
-        of_updates = {name: float(value) / tokens for name, value in sums.items() if name != "updated_tokens"}
-        return {**self._metrics, **of_updates}
+        tokens = float(sums["updated_tokens"])
+        # No text had an advantage: nothing was computed, and nothing is known of these.
+        names = [name for name in sums if name != "updated_tokens"] if tokens else []
+        return {**self._metrics, **{name: float(sums[name]) / tokens for name in names}}
 
     def eval_loss(self, module: torch.nn.Module, batch: Batch, device: torch.device) -> LossOutput:
         """Returns the negative reward of texts written for held-out prompts. All sums are means of a prompt's answers,
