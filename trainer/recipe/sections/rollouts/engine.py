@@ -67,7 +67,7 @@ class RolloutSection(Section):
                 yield Conflict(((name,), ("engine",)), message)
             return
         if not self.addresses and not (self.row.starts and self.vllm.python):
-            started = " or vllm.python, so that muster starts some" if self.row.starts else ""
+            started = ", or vllm.python to start some" if self.row.starts else ""
             yield Conflict(
                 (("addresses",), ("engine",)), f"engine {self.engine} needs servers: give addresses{started}"
             )
