@@ -135,7 +135,7 @@ def test_a_reward_run_on_the_same_base_is_not_counted_and_one_out_of_reach_is_re
     place = tmp_path / "rating"
     policy = writing(tmp_path, **{"grpo.reward": {"model": str(place)}})
     pairs = [{"path": f"{tmp_path}/*.jsonl", "format": "preference"}]
-    rating = plan_recipe(tmp_path, **{"task": "reward", "data.train": pairs})
+    rating = plan_recipe(tmp_path, **{"task": "reward", "data.train": pairs, "data.packing": False})
     place.mkdir()
     (place / layout.RECIPE).write_text(dump(rating))
     plan = make(policy, None, None, None, None).plan
