@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from launcher.convert import axolotl_data, common
+from launcher.convert import axolotl_data, axolotl_grpo, common
 from launcher.convert.draft import Draft, as_mapping, as_number, is_number
 from trainer.recipe.tasks import TASKS
 
@@ -150,6 +150,8 @@ def _task(draft: Draft) -> None:
     if task in BETAS:
         draft.put("task", task, "rl")
         _preferences(draft, task)
+    elif kind == "grpo":
+        axolotl_grpo.task(draft)
     elif kind:
         draft.hinder("rl", f"{kind} has no task; {common.TASKS_ARE}")
     if draft.is_on("reward_model"):
@@ -346,6 +348,8 @@ def _training(draft: Draft, workers: int | None) -> None:
     shards = draft.number("dp_shard_size", 1) * draft.number("dp_replicate_size", 1)
     named = draft.number("ray_num_workers") or draft.number("gpu_count") or (shards if shards > 1 else None)
     common.batches(draft, micro, max(1, accumulation), workers, named)
+    if draft.recipe.get("task") == "grpo":
+        axolotl_grpo.prompts(draft)
     draft.use("training.micro_batch", "micro_batch_size")
     draft.use("training.global_batch", "gradient_accumulation_steps")
     if "gradient_accumulation_steps" not in draft.settings:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 from launcher.convert import common
+from launcher.convert.axolotl_grpo import FUNCTION
 from launcher.convert.draft import Draft, as_mapping
 from trainer.recipe.formats import FORMATS
 from trainer.recipe.sections.datasets import is_hub_dataset
@@ -76,7 +77,8 @@ def _packing(draft: Draft, kind: str) -> None:
     draft.put("data.sequence_length", int(draft.number("sequence_len", 512)), "sequence_len")
     texts = any(source["format"] == "text" for source in draft.recipe["data"]["train"])
     packed = draft.is_on("sample_packing") or (draft.is_on("pretraining_dataset") and texts)
-    draft.put("data.packing", packed and kind not in ANSWERED, "sample_packing")
+    generates = TASKS[draft.recipe.get("task", "sft")].generates
+    draft.put("data.packing", packed and kind not in ANSWERED and not generates, "sample_packing")
     if draft.take("excess_length_strategy") == "truncate":
         draft.pass_over("excess_length_strategy", "samples are cut on the right")
     elif draft.is_on("excess_length_strategy"):
@@ -97,6 +99,9 @@ def _source(part: Draft, gives: str) -> Source | None:
         known = (make for end, make in (judged.types if judged else {}).items() if name.endswith(end))
         maker = next(known, None) if judged else TYPES.get(name)
         made = maker(part) if maker else None
+    if made is None and part.recipe.get("task") == "grpo" and FUNCTION.fullmatch(str(kind)):
+        part.lose("type", f"{kind} makes the rows by code; write rows with a prompt, and the answer as completion")
+        made = {"format": "completion"}
     if made is None:
         part.hinder("type", f"{kind} has no format here; {judged.format if judged else 'completion'} may do")
         return None

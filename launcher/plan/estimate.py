@@ -5,18 +5,20 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trainer.errors import InputError
+from trainer.errors import InputError, MusterError
 from trainer.fast_imports import load_libraries
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
 
+    from trainer.artifacts.shared_base import PlannedModel
+    from trainer.plan.config import Base
     from trainer.plan.result import Plan
     from trainer.plan.run_length import RunLength
     from trainer.plan.suggestions import Suggestion
     from trainer.plan.teacher_memory import TeacherModel
     from trainer.plan.traffic import Traffic
-    from trainer.recipe import Recipe
+    from trainer.recipe import ModelSection, Recipe
 
 
 @dataclass(frozen=True)
@@ -133,8 +135,9 @@ def make(
         limits = Limits(here[1], host)
         notes.append(f"measured against the GPU here: {here[0]}")
     teacher, note = _teacher(recipe)
-    notes += [note] if note else []
-    planner, ranks = Planner(base.config, limits, teacher), recipe.resources.min_workers
+    reward, of_reward = _reward(recipe)
+    notes += [text for text in (note, of_reward, _server(recipe, limits.device)) if text]
+    planner, ranks = Planner(base.config, limits, teacher, reward), recipe.resources.min_workers
     if recipe.resources.max_workers != ranks:
         notes.append(
             f"planned for the fewest workers, {ranks}; each keeps less with more, up to {recipe.resources.max_workers}"
@@ -163,9 +166,7 @@ def _teacher(recipe: Recipe) -> tuple[TeacherModel | None, str]:
         return None, f"the teacher {place} shares the student's base model; its own adapter is not counted"
     try:
         base = read_base(found.section)
-        stored = str(getattr(base.config, "dtype", None)).removeprefix("torch.") if found.as_stored else "None"
-        section = found.section.model_copy(update={} if stored == "None" else {"dtype": stored})
-        model = TeacherModel.of(section, base.config)
+        model = TeacherModel.of(_typed(found, base), base.config)
     except InputError as error:
         raise InputError(f"distill.teacher {place}: {error}") from error
     note = f"the teacher {place} is a second model of {model.elements:,} parameters. {base.note}".strip()
@@ -176,6 +177,52 @@ def _teacher(recipe: Recipe) -> tuple[TeacherModel | None, str]:
         f"{note} It is not counted, since its outputs are stored: the first attempt has it in memory until then, "
         f"{kept / 2**30:.2f} GiB more on each rank, before the optimizer's state"
     )
+
+
+def _reward(recipe: Recipe) -> tuple[int, str]:
+    """Returns the bytes of a reward model that is a model of its own, and a note on it; 0 and empty if there is
+    none."""
+    from trainer.artifacts.reward_model import planned_reward
+    from trainer.plan.config import REACH_S, read_base
+    from trainer.plan.reward_memory import reward_bytes
+    from trainer.recipe.tasks import SEQUENCE
+    from trainer.storage.limit import limited
+
+    section = recipe.rollout_section
+    if section is None or section.reward.model is None:
+        return 0, ""
+    place = section.reward.model
+    try:
+        found = limited(lambda _: planned_reward(recipe), REACH_S)
+        if found is None or found.shared:
+            return 0, f"the reward model {place} shares the policy's base model; its own adapter is not counted"
+        base = read_base(found.section, SEQUENCE)
+        size = reward_bytes(_typed(found, base), base.config)
+    except (MusterError, OSError, TimeoutError) as error:
+        return 0, f"the reward model {place} is NOT counted, since it cannot be read from here: {error}"
+    return size, f"the reward model {place} is a second model, complete on each rank. {base.note}".strip()
+
+
+def _typed(found: PlannedModel, base: Base) -> ModelSection:
+    """Returns the model's section with the type in which it is loaded."""
+    stored = str(getattr(base.config, "dtype", None)).removeprefix("torch.")
+    keep = not found.as_stored or stored == "None"
+    return found.section if keep else found.section.model_copy(update={"dtype": stored})
+
+
+def _server(recipe: Recipe, device: int | None) -> str:
+    """Returns a note on the servers that muster starts beside the training; empty if there are none."""
+    from trainer.plan.rollout_memory import has_server
+
+    if not has_server(recipe):
+        return ""
+    vllm = recipe.rollout.vllm
+    if not recipe.resources.gpus_per_worker:
+        return "the memory of the vLLM server on each node is not counted"
+    if device is None:
+        return f"the vLLM server takes {vllm.gpu_memory_utilization:.0%} of a GPU; --gpu-memory counts it"
+    gpus = f"{vllm.tensor_parallel} GPUs" if vllm.tensor_parallel > 1 else "GPU"
+    return f"the vLLM server is on the first {gpus} of each node, and counted on every rank"
 
 
 def gpu_here() -> tuple[str, int] | None:

@@ -23,8 +23,11 @@ PARTS = (
     ("optimizer_bytes", "optimizer state"),
     ("padding_bytes", "left empty by uneven shards"),
     ("teacher_bytes", "weights of the teacher"),
+    ("reward_bytes", "weights of the reward model"),
+    ("server_bytes", "the vLLM server"),
     ("activation_bytes", "activations, at their peak"),
     ("unsharded_bytes", "gathered weights and their buffers"),
+    ("writing_bytes", "or, before the forward: texts"),
     ("update_bytes", "or, after the backward: the update"),
 )
 SMALL = 2**20
@@ -57,6 +60,7 @@ def report(found: PlanReport) -> Iterator[str]:
 def first_lines(recipe: Recipe, device: int | None) -> Iterator[str]:
     """Yields what is known before anything is measured. ``device``: the bytes of each GPU, if they are known."""
     from trainer.plan.first_estimate import first_estimate, read_numbers
+    from trainer.plan.rollout_memory import server_bytes
 
     ranks, numbers = recipe.resources.min_workers, read_numbers(recipe.model.path)
     found = None if numbers is None else first_estimate(recipe, numbers, ranks)
@@ -76,9 +80,14 @@ def first_lines(recipe: Recipe, device: int | None) -> Iterator[str]:
     }
     if found.training_bytes is not None:
         lines["GiB per rank: trained weights and state"] = gib(found.training_bytes)
+    if found.writing_bytes:
+        lines["GiB per rank: cache of texts"] = gib(found.writing_bytes)
+    server = server_bytes(recipe, device)
+    if server:
+        lines["GiB per rank: the vLLM server"] = gib(server)
     yield from (f"  {label:<{LABEL + 4}}{text}" for label, text in lines.items())
     if device is not None:
-        left = device - found.bytes
+        left = device - found.bytes - server
         yield (
             f"  {gib(left)} of {gib(device)} GiB are left for activations"
             if left > 0
@@ -103,13 +112,20 @@ def _facts(found: PlanReport) -> Iterator[str]:
     if recipe.adapter.method != "none":
         quantised = f", {plan.quantised_parameters / base:.0%} quantised" if plan.quantised_parameters else ""
         yield _row("weights", f"{plan.adapted_parameters / base:.0%} adapted{quantised}")
-    packs = f"{recipe.training.global_batch:,} packs of {recipe.data.sequence_length:,}"
-    yield _row("tokens per step", f"{plan.tokens_per_step:,} ({packs})")
+    yield _work(recipe, plan)
     if outlook.samples_per_epoch is not None:
         yield _row("samples per epoch", f"{outlook.samples_per_epoch:,} ({outlook.steps_per_epoch:,} steps)")
     yield _row("steps", "known after the data are prepared" if outlook.steps is None else f"{outlook.steps:,}")
     yield _row("a checkpoint", f"{gib(plan.checkpoint_bytes)} GiB")
     yield from _time(found)
+
+
+def _work(recipe: Recipe, plan: Plan) -> str:
+    batch, section = recipe.training.global_batch, recipe.rollout_section
+    if section is None:
+        return _row("tokens per step", f"{plan.tokens_per_step:,} ({batch:,} packs of {recipe.data.sequence_length:,})")
+    answers = recipe.grpo.group_size if section is recipe.grpo else 1
+    return _row("texts per step", f"{batch * answers:,} ({batch:,} prompts; {section.max_new_tokens:,} tokens at most)")
 
 
 def _time(found: PlanReport) -> Iterator[str]:

@@ -10,13 +10,15 @@ import torch
 
 from trainer.artifacts import Artifact, find, load
 from trainer.artifacts.locate import MODEL_CONFIG, tokenizer_of
-from trainer.artifacts.shared_base import address_of, shared_adapter
+from trainer.artifacts.shared_base import PlannedModel, address_of, is_same_base, shared_adapter
 from trainer.errors import InputError
 from trainer.model.files.configs import read_config
 from trainer.model.placement import Placement
-from trainer.recipe import Recipe
+from trainer.recipe import ModelSection, Recipe
 from trainer.recipe.tasks import TASKS
 from trainer.recipe.trust import Trust
+from trainer.run.frozen import read_recipe
+from trainer.storage import open_storage
 from trainer.tasks.rewards.functions import RewardFunctions
 from trainer.tasks.rewards.models import ADAPTER, ModelRater, SharedReward
 
@@ -52,6 +54,23 @@ def check_reward(recipe: Recipe) -> None:
     if section.reward.model is not None:
         with tempfile.TemporaryDirectory(prefix="muster-reward-") as folder:
             _found(recipe, section.reward.model, Path(folder))
+
+
+def planned_reward(recipe: Recipe) -> PlannedModel | None:
+    """Returns the reward model for a plan, which reads no weights of a base model; None if the recipe names none."""
+    section = recipe.rollout_section
+    place = section.reward.model if section else None
+    if place is None:
+        return None
+    address = address_of(place)
+    if address.model is not None:
+        return PlannedModel(ModelSection(path=place), as_stored=True)
+    if address.adapters:
+        with tempfile.TemporaryDirectory(prefix="muster-reward-") as folder:
+            subject = _found(recipe, place, Path(folder))
+            return PlannedModel(subject.section, _shared(subject, recipe, place) is not None)
+    begun = read_recipe(open_storage(place))
+    return PlannedModel(begun.model, begun.adapter.row.plain_lora == 1 and is_same_base(begun.model, recipe))
 
 
 def _found(recipe: Recipe, place: str, folder: Path) -> Artifact:

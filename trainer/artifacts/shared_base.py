@@ -19,6 +19,15 @@ if TYPE_CHECKING:
     from peft import PeftConfig
 
 
+class PlannedModel(NamedTuple):
+    """A further model in a plan, which reads no weights. ``section``: its base model. ``shared``: that is the one which
+    is trained. ``as_stored``: it is loaded in the type of its files, which are not read here."""
+
+    section: ModelSection
+    shared: bool = False
+    as_stored: bool = False
+
+
 class Found(NamedTuple):
     """The adapter, and the tensors that are saved ``beside`` it, by their names in the file."""
 

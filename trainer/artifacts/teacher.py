@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -20,7 +20,7 @@ from trainer.artifacts.adapter_files import ADAPTER_WEIGHTS
 from trainer.artifacts.load import load
 from trainer.artifacts.locate import Artifact, find, tokenizer_of
 from trainer.artifacts.sharded import load_sharded
-from trainer.artifacts.shared_base import address_of, is_same_base, shared_adapter
+from trainer.artifacts.shared_base import PlannedModel, address_of, is_same_base, shared_adapter
 from trainer.distributed.world import World
 from trainer.errors import InputError
 from trainer.model import check_isolation, check_left_to_right, fetch_model, load_tokenizer
@@ -74,16 +74,7 @@ def is_gone(place: str) -> bool:
     return not (open_storage(place).list() if "://" in place else Path(place).exists())
 
 
-class PlannedTeacher(NamedTuple):
-    """``section``: the teacher's base model. ``shared``: it is that of the student. ``as_stored``: it is loaded in the
-    type of its files, which are not read here."""
-
-    section: ModelSection
-    shared: bool = False
-    as_stored: bool = False
-
-
-def planned_teacher(recipe: Recipe) -> PlannedTeacher | None:
+def planned_teacher(recipe: Recipe) -> PlannedModel | None:
     """Returns the teacher for a plan, which reads no weights; None if the task has none."""
     place = recipe.distill.teacher
     if not TASKS[recipe.task].has_teacher or place is None:
@@ -91,12 +82,12 @@ def planned_teacher(recipe: Recipe) -> PlannedTeacher | None:
     address = address_of(place)
     if address.adapters:
         with _located(recipe) as subject:
-            return PlannedTeacher(subject.section, _shared(subject, recipe) is not None)
+            return PlannedModel(subject.section, _shared(subject, recipe) is not None)
     if address.model is not None:
-        return PlannedTeacher(_quantised(ModelSection(path=place), recipe), as_stored=True)
+        return PlannedModel(_quantised(ModelSection(path=place), recipe), as_stored=True)
     begun = read_recipe(open_storage(place))
     section = _quantised(begun.model, recipe)
-    return PlannedTeacher(section, begun.adapter.row.plain_lora == 1 and is_same_base(section, recipe))
+    return PlannedModel(section, begun.adapter.row.plain_lora == 1 and is_same_base(section, recipe))
 
 
 @contextmanager

@@ -7,7 +7,8 @@ experts. With h = hidden_size, n and n_kv heads of d values, m = intermediate_si
     feed-forward    3 h m (2 h m without a gate); with experts the same of each, and h values per expert of the router
     embeddings      V h, twice unless tied
 
-Norms and biases (below 0.1 %) and activations are left out, so that a recipe whose sum does not fit cannot fit.
+Norms and biases (below 0.1 %) and activations are left out, so that a recipe whose sum does not fit cannot fit. Where
+the model writes texts, `trainer.plan.rollout_memory` adds what that takes.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from trainer.plan.known_configs import known_shape
+from trainer.plan.rollout_memory import DTYPE_BYTES, writing_bytes
 from trainer.recipe import Recipe
 from trainer.recipe.strategies import Mesh
 
@@ -28,7 +30,6 @@ TIED = ("gemma", "starcoder2", "opt", "bloom", "falcon")
 """Types of models whose output layer is the embeddings unless the configuration says otherwise."""
 OTHER_LAYERS = ("kv_lora_rank", "linear_num_value_heads", "mamba_d_state", "ssm_cfg")
 """Keys of models whose layers have another form."""
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 NF4_BYTES, NF4_SCALE_BYTES = 0.5, 0.0161
 """Per element: four bits, and the scale of a block of 64, quantised in turn."""
 TRAINED_BYTES = 4
@@ -59,10 +60,11 @@ class FirstEstimate:
     trained: int | None
     weight_bytes: int
     training_bytes: int | None
+    writing_bytes: int = 0
 
     @property
     def bytes(self) -> int:
-        return self.weight_bytes + (self.training_bytes or 0)
+        return self.weight_bytes + (self.training_bytes or 0) + self.writing_bytes
 
 
 def read_numbers(path: str) -> Mapping[str, Any] | None:
@@ -91,6 +93,7 @@ def first_estimate(recipe: Recipe, config: Mapping[str, Any], ranks: int) -> Fir
     try:
         layers, tied = linears(text), text.get("tie_word_embeddings", str(text.get("model_type", "")).startswith(TIED))
         embeddings = int(text["vocab_size"]) * int(text["hidden_size"]) * (1 if tied else 2)
+        writing = writing_bytes(recipe, text)
     except (KeyError, TypeError, ZeroDivisionError):
         return None
     linear = sum(layer.elements for layer in layers)
@@ -100,12 +103,12 @@ def first_estimate(recipe: Recipe, config: Mapping[str, Any], ranks: int) -> Fir
     ranks = Mesh.of(recipe, ranks).ranks_per_replica  # which keep one copy together
     weights = 0.0 if recipe.adapter.method == "none" else _weight_bytes(recipe, linear, embeddings, ranks)
     if trained is None:
-        return FirstEstimate(total, None, round(weights), None)
+        return FirstEstimate(total, None, round(weights), None, writing)
     state = recipe.optimizer.row.bytes_per_element
     state += TRAINED_BYTES if row.zero_stage else 0  # DeepSpeed's own copy
     kept = TRAINED_BYTES / (ranks if row.shards == "parameters" else 1)
     states = (TRAINED_BYTES + state) / (ranks if row.sharded else 1)
-    return FirstEstimate(total, trained, round(weights), round(trained * (kept + states)))
+    return FirstEstimate(total, trained, round(weights), round(trained * (kept + states)), writing)
 
 
 def linears(text: Mapping[str, Any]) -> list[Linear]:

@@ -15,6 +15,7 @@ from trainer.plan.fake_quantized_linear import packed_sizes
 from trainer.plan.meta_model import skeleton
 from trainer.plan.optimizer_memory import WHOLE, checkpoint_bytes, partition_bytes
 from trainer.plan.result import Limits, Plan, RankPlan
+from trainer.plan.rollout_memory import RolloutBytes, text_numbers
 from trainer.plan.shards import Share, share, weights_of
 from trainer.plan.teacher_memory import TeacherBytes, TeacherModel
 from trainer.plan.traffic import Traffic, traffic
@@ -99,10 +100,13 @@ def _by_shard(recipe: Recipe, model: torch.nn.Module) -> bool:
 
 
 class Planner:
-    """Plans recipes that share a base, and caches their common parts. ``teacher``: a second model that they have."""
+    """Plans recipes that share a base, and caches their common parts. ``teacher``: a second model that they have.
+    ``reward``: bytes of the weights of a reward model that is a model of its own."""
 
-    def __init__(self, config: PreTrainedConfig, limits: Limits, teacher: TeacherModel | None = None) -> None:
-        self.config, self.limits, self.teacher = config, limits, teacher
+    def __init__(
+        self, config: PreTrainedConfig, limits: Limits, teacher: TeacherModel | None = None, reward: int = 0
+    ) -> None:
+        self.config, self.limits, self.teacher, self.reward = config, limits, teacher, reward
         self._models: dict[str, Model] = {}
         self._working: dict[str, Working] = {}
 
@@ -151,6 +155,8 @@ class Planner:
         model = self._model(recipe)
         stored = checkpoint_bytes(recipe, model.weights)
         on_host = recipe.resources.gpus_per_worker == 0
+        text = text_numbers(self.config.get_text_config())
+        rollouts = RolloutBytes.of(recipe, text, self.limits.device, self.reward)
         # The first rank's host holds a checkpoint while it is uploaded.
         each = (
             _rank(
@@ -161,6 +167,7 @@ class Planner:
                 rank,
                 0 if rank else stored,
                 self.teacher.bytes(recipe, ranks, rank, LOAD_BUDGET) if self.teacher else TeacherBytes(),
+                rollouts,
             )
             for rank in range(ranks)
         )
@@ -206,19 +213,28 @@ def gathered(recipe: Recipe, model: Model, working: Working) -> Working:
 
 
 def _rank(
-    recipe: Recipe, model: Model, working: Working, ranks: int, rank: int, snapshot: int, teacher: TeacherBytes
+    recipe: Recipe,
+    model: Model,
+    working: Working,
+    ranks: int,
+    rank: int,
+    snapshot: int,
+    teacher: TeacherBytes,
+    rollouts: RolloutBytes,
 ) -> RankPlan:
     kept = _kept(recipe, model, ranks, rank)
     update, on_host = _update_bytes(recipe, model, kept), _states_on_host(recipe)
     offloaded, on_cpus = _offloaded(recipe, kept) + teacher.on_host, recipe.resources.gpus_per_worker == 0
     steady = kept.frozen + kept.trainable + kept.gradient + kept.optimizer + kept.padding + teacher.kept
-    # The teacher's forward comes before the student's.
-    computing = max(working.activations + working.unsharded, teacher.gathered)
+    steady += rollouts.reward + rollouts.server
+    # The teacher's forward comes before the student's, and texts are written before anything is learned from them.
+    computing = max(max(working.activations, rollouts.writing) + working.unsharded, teacher.gathered)
     peak = steady - offloaded + model.quant_state + max(computing, 0 if on_host else update)
     load = model.bytes + model.mapped
     if model.by_shard:
         load = kept.frozen + kept.trainable + kept.padding + model.quant_state + LOAD_BUDGET
-    load = max(teacher.load, load + (teacher.kept if on_cpus else teacher.on_host))
+    load += teacher.kept + rollouts.reward if on_cpus else teacher.on_host
+    load = max(teacher.load, rollouts.reward, load)
     host = offloaded + snapshot + max(working.on_host, update if on_host else 0)
     host += peak if on_cpus else 0
     return RankPlan(
@@ -230,8 +246,11 @@ def _rank(
         quant_state_bytes=model.quant_state,
         padding_bytes=kept.padding,
         teacher_bytes=teacher.kept,
+        reward_bytes=rollouts.reward,
+        server_bytes=rollouts.server,
         activation_bytes=working.activations,
         unsharded_bytes=working.unsharded,
+        writing_bytes=rollouts.writing,
         update_bytes=update,
         offloaded_bytes=offloaded + working.on_host,
         peak_device_bytes=peak,

@@ -15,9 +15,10 @@ class RankPlan:
 
     Kept between steps: ``frozen_bytes`` and ``trainable_bytes`` of parameters, ``gradient_bytes``, ``optimizer_bytes``,
     ``quant_state_bytes`` (scales of quantised weights, not sharded), ``padding_bytes`` (allocated where sharding does
-    not divide evenly), ``teacher_bytes`` (weights of a teacher of its own, with padding and scales). In forward and
-    backward: ``activation_bytes`` at their peak, ``unsharded_bytes`` of gathered parameters and their buffers. In the
-    optimizer's step: ``update_bytes``.
+    not divide evenly), ``teacher_bytes`` (weights of a teacher of its own, with padding and scales), ``reward_bytes``
+    (weights of a reward model of its own), ``server_bytes`` (the share of a vLLM server). In forward and backward:
+    ``activation_bytes`` at their peak, ``unsharded_bytes`` of gathered parameters and their buffers. While texts are
+    written: ``writing_bytes`` (keys and values, and what draws a token). In the optimizer's step: ``update_bytes``.
 
     ``peak_device_bytes`` is the largest sum on the device at one time; ``offloaded_bytes`` are in the host's memory
     instead. ``peak_host_load_bytes``: while the base is loaded; ``peak_host_bytes``: at any time.
@@ -31,8 +32,11 @@ class RankPlan:
     quant_state_bytes: int
     padding_bytes: int
     teacher_bytes: int
+    reward_bytes: int
+    server_bytes: int
     activation_bytes: int
     unsharded_bytes: int
+    writing_bytes: int
     update_bytes: int
     offloaded_bytes: int
     peak_device_bytes: int

@@ -16,6 +16,11 @@ from trainer.recipe import Recipe, parse
 TEXT = (Path(__file__).resolve().parents[4] / "docs" / "migration.md").read_text()
 PAIRS = [{"path": "o/p", "type": "chatml.ultra"}]
 EVALUATED = {"val_set_size": 0.1, "val_size": 0.1, "dataset": "talks", "eval_steps": 20}
+GROUPS: dict[str, Any] = {
+    "rl": "grpo",
+    "trl": {"num_generations": 4, "loss_type": "grpo", "reward_funcs": ["rewards.right"]},
+    "datasets": [{"path": "o/p", "type": "chat_template"}],
+}
 SETS: dict[str, dict[str, Any]] = {
     "fp16": {"bf16": False, "fp16": True},
     "quantization_bit": {"quantization_bit": 4},
@@ -33,6 +38,9 @@ SETS: dict[str, dict[str, Any]] = {
     "enable_liger_kernel": {"enable_liger_kernel": True},
     "neftune_noise_alpha": {"neftune_noise_alpha": 5},
     "rl": {"rl": "simpo", "datasets": PAIRS},
+    "trl.num_generations": GROUPS,
+    "trl.loss_type": GROUPS,
+    "trl.reward_funcs": GROUPS,
     "pref_loss": {"stage": "dpo", "dataset": "pairs", "pref_loss": "simpo"},
     "dpo_loss_type": {"rl": "dpo", "dpo_loss_type": ["ipo"], "datasets": PAIRS},
     "rpo_alpha": {"rl": "dpo", "rpo_alpha": 0.5, "datasets": PAIRS},
