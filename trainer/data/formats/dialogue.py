@@ -61,6 +61,12 @@ class ChatDialogue:
         at = whole.find(self._end, start) if self._end else -1
         if at >= 0 and not whole[start:at].strip() and (ended or self._wrote_end(turn)):
             start = at + len(self._end)
+        ids = self._tokens(whole, start)
+        # Some templates end a turn with the mark of the next one, which the model has written then.
+        return ids[1:] if ended and ids[:1] == list(turn[-1:]) else ids
+
+    def _tokens(self, whole: str, start: int) -> list[int]:
+        """Returns the tokens of what stands in the text from a character on."""
         span = start, len(whole)
         if self._marks is not None:
             marked = self._marks.tokenise(whole)

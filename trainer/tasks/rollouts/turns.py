@@ -86,7 +86,7 @@ class TurnWriter:
             rollout.ended = text.going = not last and self._has_room(rollout, len(answer))
             if text.going:
                 rollout.given.append((len(rollout.tokens), len(rollout.tokens) + len(answer)))
-                rollout.tokens += answer
+                rollout.tokens = [*rollout.tokens, *answer]
 
     def _has_room(self, rollout: Rollout, answer: int) -> bool:
         """Returns True if an answer of so many tokens and another turn of the model fit."""
@@ -110,7 +110,7 @@ class _Text:
 
     def add(self, completion: Completion, tokenizer: Any) -> None:
         rollout, self.turn, self.begin = self.rollout, completion.words, len(self.rollout.tokens)
-        rollout.tokens += completion.tokens
+        rollout.tokens = [*rollout.tokens, *completion.tokens]
         rollout.ended = completion.ended
         rollout.sampled = np.append(rollout.sampled, completion.logps)
         # All words up to what ended the last turn, which its own words leave out.
