@@ -114,6 +114,34 @@ def test_a_text_that_computes_with_the_calculator(make: Make, tmp_path: Path, mo
         assert row["response_tokens"] == 4 * sum(lengths)
 
 
+def test_a_chat_goes_on_as_its_template_writes_it(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PolicySampler, "write", scripted(["<<3*4>></s>", "#### 12</s>"]))
+    messages = [{"role": "user", "content": "3 times 4?"}, {"role": "assistant", "content": "#### 12"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": messages}))
+    settings = {
+        "data.train": [{"path": f"{tmp_path}/chats.jsonl", "format": "messages"}],
+        "grpo": {"environment": CALCULATOR, "group_size": 2, "max_new_tokens": 24, "max_text_tokens": 90},
+        "training": {"steps": 1, "global_batch": 1, "micro_batch": 1},
+    }
+    with bench(make(**settings)) as b:
+        b.run()
+        said = [
+            *messages[:1],
+            {"role": "assistant", "content": "<<3*4>>"},
+            {"role": "tool", "content": "12"},
+            messages[1],
+        ]
+        whole = b.task.generation.tokenizer.apply_chat_template(said, return_dict=False)
+        for rollout in rollouts_of(b):
+            ids = [*rollout.prompt.tokens, *rollout.tokens]
+            assert ids == whole[: len(ids)]
+            assert rollout.rewards == {"environment": 1.0}
+            ((start, end),) = rollout.given
+            assert (
+                b.task.generation.tokenizer.decode(rollout.tokens[start:end]) == "\n<|tool|>\n12</s>\n<|assistant|>\n"
+            )
+
+
 def test_only_the_tokens_of_the_model_are_targets(make: Make) -> None:
     """Their log-probabilities are those of a plain forward pass, behind everything that was written before."""
     with bench(make(**{"grpo.minibatches": 1, "training.steps": 1})) as b:
@@ -248,9 +276,12 @@ def test_servers_write_the_turns_and_they_are_stored(make: Make, tiny_model: Pat
         for text in stored:
             assert len(text.sampled) == text.length
             assert text.rewards.keys() == {"environment"}
-        prompts = [body["prompt"] for body in fake.completions()]
-        joined = [[*t.prompt.tokens, *t.tokens[: t.given[-1][1]]] for t in stored if t.given]
-        assert all(prompt in prompts for prompt in joined), "the last turn was written behind the last answer"
+        writers: dict[tuple[int, ...], set[str]] = {}
+        for body in fake.completions():
+            writers.setdefault(tuple(body["prompt"]), set()).add(body["model"])
+        for text in (text for text in stored if text.given):
+            before_last = (*text.prompt.tokens, *text.tokens[: text.given[-1][1]])
+            assert writers[before_last] == writers[tuple(text.prompt.tokens)], "by the weights of the first turn"
     first, *others = [row for row in read_rows(run_of(recipe), layout.METRICS) if "turns" in row]
     assert first["logp_mismatch"] < 1e-3, "the log-probabilities are those of the model's tokens"
     assert {row["staleness"] for row in others} == {1.0}
