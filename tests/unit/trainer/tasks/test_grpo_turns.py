@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import torch
 
+from launcher.driver.preflight import check_model
 from tests.support.fake_vllm import FakeVLLM, serving
 from tests.support.looping import bench
 from tests.support.models import CPU
 from tests.support.tasks import task_recipe, write_task_data
 from tests.support.training import adapter_bytes, run_of, train_here
 from tests.unit.trainer.tasks.test_grpo import QUIET, Killed, dying
-from trainer.errors import RecipeError, RewardFailed
+from trainer.errors import InputError, RecipeError, RewardFailed
 from trainer.recipe import Recipe
 from trainer.recipe.trust import code_of, without_code
 from trainer.run import layout
@@ -293,6 +294,20 @@ def test_a_failure_ends_the_run_and_names_step_and_environment(make: Make) -> No
         pytest.raises(RewardFailed, match=r"step 1, rank 0: tests\.support\.environments:Broken\.step raised KeyError"),
     ):
         b.run()
+
+
+REWRITES = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else '' }}</s>{% endfor %}"
+
+
+def test_the_driver_finds_out_before_anything_is_submitted(make: Make, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"grpo\.environment '.*:NoSteps' has no method step"):
+        check_model(make(environment=f"{ENVIRONMENTS}:NoSteps"), pytest.fail)
+    messages = [{"role": "user", "content": "3 times 4?"}, {"role": "assistant", "content": "#### 12"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": messages}))
+    chats = {"data.train": [{"path": f"{tmp_path}/chats.jsonl", "format": "messages"}]}
+    check_model(make(**chats), print)
+    with pytest.raises(InputError, match="writes an assistant's turn differently"):
+        check_model(make(**chats, **{"data.chat_template": REWRITES}), print)
 
 
 MISTAKES = [
