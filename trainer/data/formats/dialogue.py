@@ -23,7 +23,7 @@ ROLES = ("tool", "user")
 
 
 class PlainDialogue:
-    """Of rows that are no chats: the answer as it is. ``literal``: what looks like a special token is text."""
+    """Puts an answer as it is, for rows that are no chats. ``literal``: what looks like a special token is text."""
 
     def __init__(self, tokenizer: Any, *, literal: bool) -> None:
         self._tokenizer, self._literal = tokenizer, literal
@@ -36,9 +36,9 @@ class PlainDialogue:
 
 
 class ChatDialogue:
-    """Of chats: what the chat template writes between an assistant's words and those that follow the answer.
+    """Puts an answer as the chat template does: with all that it writes between two turns of the assistant.
 
-    It is found with a conversation of its own in place of the text's, which is never tokenised again. So the template
+    That is found with a conversation of its own in place of the text's, which is never tokenised again. So the template
     must leave the assistant's words as they are once another turn follows."""
 
     def __init__(self, tokenizer: Any, template: str | None, *, literal: bool) -> None:
@@ -59,7 +59,9 @@ class ChatDialogue:
             raise RewardFailed(f"the chat template refuses the environment's answer {text!r:.100}: {error}") from error
         start = whole.index(ANSWERED) + len(ANSWERED)
         at = whole.find(self._end, start) if self._end else -1
-        if at >= 0 and not whole[start:at].strip() and (ended or self._wrote_end(turn)):
+        # The model has written the end of its turn itself, unless a `stop` string of the recipe ended it.
+        tail = self._tokenizer.decode(turn[-2 * len(self._end.encode()) - 4 :])
+        if at >= 0 and not whole[start:at].strip() and (ended or self._end in tail):
             start = at + len(self._end)
         ids = self._tokens(whole, start)
         # Some templates end a turn with the mark of the next one, which the model has written then.
@@ -73,10 +75,6 @@ class ChatDialogue:
             return marked.ids[marked.span(span)]
         (made,) = tokenise(self._tokenizer, [whole], special=False)
         return made.ids[made.span(span)]
-
-    def _wrote_end(self, turn: Sequence[int]) -> bool:
-        """Returns True if the turn ends with the template's own text for that, not only with the recipe's `stop`."""
-        return self._end in self._tokenizer.decode(turn[-2 * len(self._end.encode()) - 4 :])
 
     def _render(self, text: str, role: str, before: Turn | None = None) -> str:
         more = {"tool_call_id": CALLED.id, "name": CALLED.name} if role == "tool" else {}

@@ -13,7 +13,7 @@ class Step(NamedTuple):
     reward: float = 0.0
 
 
-class Environment(Protocol):
+class TextEnvironment(Protocol):
     """Answers the turns of one text. The recipe names its class, which is called without arguments for each text; an
     object stays in its process, and is freed after its text.
 

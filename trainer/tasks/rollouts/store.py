@@ -28,7 +28,7 @@ from trainer.tasks.sampling import SamplingPrompt
 log = logging.getLogger(__name__)
 
 
-class Span(NamedTuple):
+class GivenTokens(NamedTuple):
     """A range of the tokens of a text."""
 
     start: int
@@ -51,7 +51,7 @@ class StoredRollout:
     rewards: dict[str, float]
     reward: float
     score: float
-    given: tuple[Span, ...] = ()
+    given: tuple[GivenTokens, ...] = ()
 
     @classmethod
     def of(cls, rollout: Rollout) -> StoredRollout:
@@ -60,7 +60,7 @@ class StoredRollout:
         sampled = tuple(float(value) for value in rollout.sampled)
         outcome = dict(rollout.rewards), float(rollout.reward), float(rollout.score)
         text = rollout.ended, rollout.words, rollout.version
-        given = tuple(Span(*span) for span in rollout.given)
+        given = tuple(GivenTokens(*span) for span in rollout.given)
         return cls(rollout.place, prompt.sample_id, *tokens, *text, sampled, *outcome, given)
 
     def rollout(self) -> Rollout:

@@ -23,7 +23,7 @@ from trainer.tasks.rollouts.ranks import Ranks
 from trainer.tasks.rollouts.rollout import Experience, PromptCompletionBatch, Rollout, RolloutMicroBatch
 from trainer.tasks.rollouts.scoring import Scoring
 from trainer.tasks.rollouts.store import RolloutStore
-from trainer.tasks.rollouts.turns import Limits, TurnWriter
+from trainer.tasks.rollouts.turns import TurnLimits, TurnWriter
 from trainer.tasks.rollouts.writer import Prompt, Prompts, Request, RolloutWriter
 from trainer.tasks.sampling import PolicySampler, max_positions, prompts_of, shown, stop_strings
 
@@ -99,7 +99,9 @@ class RolloutTask(Task):
         assert dialogue is not None
         how = section.environment_processes, section.environment_timeout_s, f"{self.recipe.task}.environment"
         environments = Environments(section.environment, *how)
-        return TurnWriter(environments, dialogue, self.sampler, Limits(section.max_turns, section.longest), self._ranks)
+        return TurnWriter(
+            environments, dialogue, self.sampler, TurnLimits(section.max_turns, section.longest), self._ranks
+        )
 
     def write_with(self, servers: TextServers, store: RolloutStore) -> None:
         """Lets servers write the texts, which ``store`` keeps. Called before the first step."""

@@ -26,7 +26,7 @@ Ask = Callable[[Sequence[Sequence[Asked]]], Callable[[], Texts]]
 """Collective: lets the engine begin to write a text for each prompt (`trainer.tasks.rollouts.engine.Engine.ask`)."""
 
 
-class Limits(NamedTuple):
+class TurnLimits(NamedTuple):
     """``turns``: the most turns of a text; ``longest``: the most tokens after its prompt."""
 
     turns: int
@@ -37,7 +37,7 @@ class TurnWriter:
     """``ranks``: those that write together."""
 
     def __init__(
-        self, environments: Environments, dialogue: Dialogue, sampler: PolicySampler, limits: Limits, ranks: Ranks
+        self, environments: Environments, dialogue: Dialogue, sampler: PolicySampler, limits: TurnLimits, ranks: Ranks
     ) -> None:
         self._environments, self._dialogue, self._sampler = environments, dialogue, sampler
         self._limits, self._ranks = limits, ranks
@@ -73,13 +73,13 @@ class TurnWriter:
         self._environments.reset([(words(r.prompt.tokens), words(r.prompt.answer)) for r in rollouts])
 
     def _answer(self, texts: Sequence[_Text], *, last: bool) -> None:
-        """Gives the last turn of each text that goes on to the environment, and puts the answer behind it."""
+        """Lets the environment answer the last turn of each text that goes on. A text that ends keeps its tokens."""
         steps = self._environments.step({n: text.turn for n, text in enumerate(texts) if text.going})
         for n, step in steps.items():
             text, rollout = texts[n], texts[n].rollout
             rollout.rewards[ENVIRONMENT] += step.reward
-            text.going = step.answer is not None and rollout.ended
-            if not text.going or step.answer is None:
+            text.going = False
+            if step.answer is None or not rollout.ended:
                 continue
             turn = rollout.tokens[text.begin :]
             answer = self._dialogue.answer(step.answer, turn, ended=turn[-1] in self._sampler.ends)
