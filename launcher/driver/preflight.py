@@ -9,6 +9,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainer.data import resolve_chat_template
+from trainer.data.formats.dialogue import dialogue_of
 from trainer.data.run_data import check_rows
 from trainer.errors import InputError, StorageError
 from trainer.fast_imports import load_libraries
@@ -69,6 +71,7 @@ def check_model(recipe: Recipe, warn: Callable[[str], None]) -> None:
         from trainer.artifacts.reward_model import check_reward
 
         check_reward(recipe)
+        dialogue_of(recipe, tokenizer, resolve_chat_template(recipe.data.chat_template))
     if TASKS[recipe.task].has_teacher:
         from trainer.worker.start.stored_teacher import has_stored
 

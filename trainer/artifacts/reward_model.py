@@ -19,6 +19,7 @@ from trainer.recipe.tasks import TASKS
 from trainer.recipe.trust import Trust
 from trainer.run.frozen import read_recipe
 from trainer.storage import open_storage
+from trainer.tasks.environments.environments import Environments
 from trainer.tasks.rewards.functions import RewardFunctions
 from trainer.tasks.rewards.models import ADAPTER, ModelRater, SharedReward
 
@@ -44,13 +45,15 @@ def reward_model(recipe: Recipe, device: torch.device) -> ModelRater | SharedRew
 
 
 def check_reward(recipe: Recipe) -> None:
-    """Checks that the reward functions can be loaded, in a process that ends afterwards, and that the reward model of
-    task exists. Raises InputError. Does not read the weights of a model."""
+    """Checks that the reward functions and the environment can be loaded, in processes that end afterwards, and that
+    the reward model of the task exists. Raises InputError. Does not read the weights of a model."""
     section = recipe.rollout_section
     if section is None:
         return
     if section.reward.rows:
         RewardFunctions(section.reward.rows, setting=f"{recipe.task}.reward.function").close()
+    if section.environment is not None:
+        Environments(section.environment, 1, section.environment_timeout_s, f"{recipe.task}.environment").close()
     if section.reward.model is not None:
         with tempfile.TemporaryDirectory(prefix="muster-reward-") as folder:
             _found(recipe, section.reward.model, Path(folder))

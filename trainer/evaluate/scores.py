@@ -19,6 +19,7 @@ from trainer.artifacts.reward_model import reward_model
 from trainer.artifacts.start import fetch_start
 from trainer.artifacts.teacher import teacher_of
 from trainer.data import Batch, PreparationSpec, PreparedDataset, eval_batches, freeze, open_prepared, prepare_dataset
+from trainer.data.formats.dialogue import dialogue_of
 from trainer.data.outputs import folder_of, open_outputs
 from trainer.data.prepare.label_set import label_set
 from trainer.data.run_data import eval_spec
@@ -122,7 +123,8 @@ class _Evaluation:
         model = load(self.subject, self.placement, task.labels, seed=recipe.seed)
         task.teacher = stored.teacher if stored else teacher_of(recipe, self.device)
         reward = reward_model(recipe, self.device) if task.generates else None
-        task.attach(model, GenerationContext(tokenizer, reward=reward) if task.generates else None)
+        dialogue = dialogue_of(recipe, tokenizer, None)
+        task.attach(model, GenerationContext(tokenizer, reward=reward, dialogue=dialogue) if task.generates else None)
         questions = self._questions(prepared, tokenizer)
         self.say(f"evaluating on {self.device}")
         scores = self._losses(model, task, prepared, None if questions else self.line)

@@ -10,6 +10,7 @@ recipe from a storage imports none of them (`trainer.recipe.plugins`).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from trainer.errors import UsageError
 from trainer.recipe.plugins import plugins_of
@@ -17,9 +18,11 @@ from trainer.recipe.root import Recipe
 from trainer.recipe.sections.model import ModelSection
 from trainer.recipe.sections.rollouts.engine import RolloutSection
 from trainer.recipe.sections.rollouts.reward import RewardSection
+from trainer.recipe.sections.rollouts.task import RolloutTaskSection
 
 FLAG = "--trust-remote-code"
 SHIPPED_REWARDS = ("trainer.tasks.rewards.shipped:", "trainer.tasks.ppo.rewards:")
+SHIPPED_ENVIRONMENTS = ("trainer.tasks.environments.calculator:Calculator",)
 RUNS_TEXTS = ("trainer.tasks.rewards.shipped:python_tests",)
 """Shipped rewards that run the code in the texts and in the data, which a stored recipe chooses."""
 
@@ -34,6 +37,7 @@ def code_of(recipe: Recipe) -> list[str]:
         if _is_foreign(reward.function):
             found.append(f"{key}.reward.function {reward.function}")
         found += [f"{key}.reward.functions {row.function}" for row in reward.functions if _is_foreign(row.function)]
+    found += [f"{key}.environment {name}" for key, name in foreign_environments(recipe).items()]
     if recipe.optimizer.row.named_by_user:
         found.append(f"optimizer.name {recipe.optimizer.name}")
     if recipe.rollout.vllm.python is not None:
@@ -53,6 +57,13 @@ def rewards_of(recipe: Recipe) -> dict[str, RewardSection]:
     """Returns the rewards of every task that has some, by the key of the task's section."""
     sections = {name: getattr(getattr(recipe, name), "reward", None) for name in Recipe.model_fields}
     return {name: reward for name, reward in sections.items() if isinstance(reward, RewardSection)}
+
+
+def foreign_environments(recipe: Recipe) -> dict[str, str]:
+    """Returns the environments that are not muster's own, by the key of the task's section."""
+    sections = {name: getattr(recipe, name) for name in Recipe.model_fields}
+    named = {key: s.environment for key, s in sections.items() if isinstance(s, RolloutTaskSection)}
+    return {key: name for key, name in named.items() if name is not None and name not in SHIPPED_ENVIRONMENTS}
 
 
 def _is_foreign(function: str | None) -> bool:
@@ -78,13 +89,15 @@ def submitting_code_of(recipe: Recipe) -> list[str]:
 
 def without_code(recipe: Recipe) -> Recipe:
     """Returns a recipe from a storage without the values that lead to foreign code."""
-    changes: dict[str, object] = {"model": recipe.model.model_copy(update={"trust_remote_code": False}), "plugins": ()}
+    changes: dict[str, Any] = {"model": recipe.model.model_copy(update={"trust_remote_code": False}), "plugins": ()}
     for key, reward in rewards_of(recipe).items():
         if any(_is_foreign(row.function) for row in reward.rows):
             own = tuple(row for row in reward.functions if not _is_foreign(row.function))
             single = None if _is_foreign(reward.function) else reward.function
             reward = reward.model_copy(update={"function": single, "functions": own})
             changes[key] = getattr(recipe, key).model_copy(update={"reward": reward})
+    for key in foreign_environments(recipe):
+        changes[key] = (changes.get(key) or getattr(recipe, key)).model_copy(update={"environment": None})
     if recipe.rollout.row.serves:
         changes["rollout"] = RolloutSection()
     if recipe.optimizer.row.named_by_user:

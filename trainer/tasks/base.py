@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from trainer.model.kernels.context import Context
     from trainer.recipe import Recipe
     from trainer.run.events import SampleText
+    from trainer.tasks.rollouts.dialogue import Dialogue
 
 
 class LossOutput(NamedTuple):
@@ -57,12 +58,13 @@ class GenerationContext:
     """Everything except the model that a task needs to generate texts. ``world``: the ranks that generate together,
     None for one process. ``forward_is_collective``: the strategy gathers parameters in a forward pass, so that every
     rank must run the same number of them. ``reward``: the reward model (`trainer.tasks.rewards.models`), if the
-    recipe names one."""
+    recipe names one. ``dialogue``: the form of an environment's answers, if the recipe names one."""
 
     tokenizer: PreTrainedTokenizerBase
     world: World | None = None
     forward_is_collective: bool = False
     reward: Any = None
+    dialogue: Dialogue | None = None
 
 
 class Task(ABC):

@@ -21,6 +21,7 @@ import torch
 from trainer.adapters import Adapter, make_adapter
 from trainer.adapters.coverage import Coverage, coverage_of
 from trainer.artifacts.teacher import teacher_of
+from trainer.data.formats.dialogue import dialogue_of
 from trainer.distributed.world import World
 from trainer.errors import InputError, MusterError
 from trainer.layers import change_layers
@@ -133,7 +134,8 @@ def _build(
         generation = None
         if task.generates:
             tokenizer = _tokenizer(recipe, loader.files.folder, chat_template)
-            generation = GenerationContext(tokenizer, world, strategy.forward_is_collective, reward)
+            dialogue = dialogue_of(recipe, tokenizer, chat_template)
+            generation = GenerationContext(tokenizer, world, strategy.forward_is_collective, reward, dialogue)
         coverage = coverage_of(model)
         task.attach(model, generation)
         # Counted before the strategy wraps the model: some strategies leave empty parameters behind.

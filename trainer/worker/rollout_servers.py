@@ -104,7 +104,7 @@ class AdapterServers:
     def _start_server(self) -> None:
         recipe, section = self._parts.recipe, self._parts.recipe.rollout.vllm
         assert section.python is not None
-        longest = recipe.data.sequence_length + self._task.section.max_new_tokens
+        longest = recipe.data.sequence_length + self._task.section.longest
         on_gpu = self._parts.world.device.type != "cpu"
         self._server = VLLMServer(
             section.python,

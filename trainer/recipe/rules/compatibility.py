@@ -466,8 +466,9 @@ def _of_rollouts(recipe: Recipe) -> Iterator[Conflict]:
         for name in recipe.rollout.given():
             yield Conflict((("rollout", name), ("task",)), f"has no effect with task {task}; leave it out")
         return
-    if not section.reward.weights:
-        message = f"task {task} needs a reward: {key}.reward.function, {key}.reward.functions or {key}.reward.model"
+    if not section.weights:
+        sources = f"{key}.reward.function, {key}.reward.functions or {key}.reward.model, or {key}.environment"
+        message = f"task {task} needs a reward: {sources}"
         yield Conflict(((key, "reward"), ("task",)), message)
     texts = recipe.training.global_batch * (section.group_size if isinstance(section, GRPOSection) else 1)
     if section.minibatches > texts:

@@ -69,12 +69,12 @@ class GRPOExperience(Experience):
     def units(self, part: Ints) -> int:
         mean = self._section.row.mean
         if mean == "tokens":
-            return sum(len(self.rollouts[n].tokens) for n in part)
-        return len(part) * (self._section.max_new_tokens if mean == "length" else 1)
+            return sum(self.rollouts[n].length for n in part)
+        return len(part) * (self._section.longest if mean == "length" else 1)
 
     def micro_batch(self, part: Ints, index: int) -> GRPOMicroBatch:
         some = [self.rollouts[n] for n in part]
-        lengths = [len(r.tokens) for r in some]
+        lengths = [r.length for r in some]
         return GRPOMicroBatch(
             PromptCompletionBatch.of_rollouts(some, index),
             lengths,

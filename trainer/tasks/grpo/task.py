@@ -36,7 +36,7 @@ class GRPO(RolloutTask):
 
     def penalty(self, rollout: Rollout) -> float:
         section = self._grpo
-        long = overlong_penalty(len(rollout.tokens), section.max_new_tokens, section.overlong_buffer)
+        long = overlong_penalty(rollout.length, section.longest, section.overlong_buffer)
         return super().penalty(rollout) + section.overlong_penalty * long
 
     def experience(self, rollouts: Sequence[Rollout]) -> GRPOExperience:
@@ -110,7 +110,7 @@ class GRPO(RolloutTask):
             "reward": sum(r.score for r in rollouts) / answers,
             "pass_at_1": sum(passed) / answers,
             "pass_at_k": sum(any(r.reward >= self._grpo.pass_reward for r in group) for group in groups),
-            "response_length": sum(len(r.tokens) for r in rollouts) / answers,
+            "response_length": sum(r.length for r in rollouts) / answers,
             "ended": sum(r.ended for r in rollouts) / answers,
         }
         sums = {name: torch.tensor(float(value), device=device) for name, value in numbers.items()}

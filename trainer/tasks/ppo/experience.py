@@ -57,7 +57,7 @@ class PPOExperience(Experience):
         return {**super().metrics(), "kl": self.kl, "value_explained_variance": explained}
 
     def units(self, part: Ints) -> int:
-        return sum(len(self.rollouts[n].tokens) for n in part)
+        return sum(self.rollouts[n].length for n in part)
 
     def micro_batch(self, part: Ints, index: int) -> PPOMicroBatch:
         some = [self.rollouts[n] for n in part]

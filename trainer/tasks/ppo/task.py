@@ -109,7 +109,7 @@ class PPO(RolloutTask):
         numbers: dict[str, list[float]] = {
             "reward": [r.score for r in rollouts],
             "kl": [r.kl for r in rollouts],
-            "response_length": [len(r.tokens) for r in rollouts],
+            "response_length": [r.length for r in rollouts],
             "ended": [r.ended for r in rollouts],
         }
         sums = {name: torch.tensor(float(np.sum(values)), device=device) for name, values in numbers.items()}

@@ -102,12 +102,17 @@ def failure(spec: str) -> str | None:
     return _failures.get(spec)
 
 
+def loaded(spec: str) -> Function:
+    """Returns the function or class, which `begin` has loaded."""
+    return _functions[spec]
+
+
 def call(spec: str, prompts: list[str], completions: list[str], references: list[str]) -> list[float]:
     """Returns a number for each completion. Raises RewardFailed for a function that raises or returns something
     else."""
-    function = _functions[spec]
+    called = _functions[spec]
     try:
-        got = function(prompts=prompts, completions=completions, references=references)
+        got = called(prompts=prompts, completions=completions, references=references)
         if inspect.iscoroutine(got):
             got = asyncio.run(got)
         return _checked(spec, got, completions)
@@ -115,13 +120,15 @@ def call(spec: str, prompts: list[str], completions: list[str], references: list
         raise
     except BaseException as error:  # SystemExit too: the function is not to end the process
         traceback.print_exc()
-        raise RewardFailed(f"{spec} raised {type(error).__name__}: {error} ({_where(function, error)})") from None
+        raise RewardFailed(f"{spec} raised {type(error).__name__}: {error} ({where(called, error)})") from None
 
 
-def _where(function: Function, error: BaseException) -> str:
-    """Returns the line that raised: the innermost one of the function's own file, if it is in the traceback."""
+def where(function: Function, error: BaseException) -> str:
+    """Returns the line that raised: the innermost one of the file of the function (or class), if it is in the
+    traceback."""
     frames = [(frame.f_code.co_filename, line) for frame, line in traceback.walk_tb(error.__traceback__)]
-    file = getattr(getattr(function, "__code__", None), "co_filename", None)
+    module = sys.modules.get(getattr(function, "__module__", ""))
+    file = getattr(getattr(function, "__code__", module), "co_filename", getattr(module, "__file__", None))
     file, line = next((frame for frame in reversed(frames) if frame[0] == file), frames[-1])
     return f"line {line} of {file}"
 

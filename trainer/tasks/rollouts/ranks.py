@@ -35,6 +35,18 @@ class Ranks:
         """Calls ``decide`` on rank 0; every rank returns its result or raises its exception."""
         return self.world.decide_on_rank0(decide) if self.world else decide()
 
+    def together(self, do: Callable[[], T], where: str) -> T:
+        """Calls ``do`` on each rank and returns its own result, or raises on all ranks what one of them raises, with
+        ``where`` in a RewardFailed."""
+        made: list[T] = []
+        failure: MusterError | None = None
+        try:
+            made.append(do())
+        except MusterError as error:
+            failure = error
+        self.raise_together(failure, where)
+        return made[0]
+
     def raise_together(self, failure: MusterError | None, where: str) -> None:
         """Raises on all ranks what failed on one, so that none waits for another."""
         for rank, failed in enumerate(self.joined([failure])):

@@ -1,6 +1,6 @@
 """Rollouts of a step: the texts of all ranks with their rewards, and the micro-batches that are made of them.
 
-Legend: R tokens of a text, B rows and L tokens of a micro-batch, T tokens of its texts.
+Legend: R tokens of a text that the model wrote, B rows and L tokens of a micro-batch, T tokens of its texts.
 """
 
 from __future__ import annotations
@@ -24,12 +24,13 @@ NOTHING: Row = np.zeros(0)
 
 @dataclass
 class Rollout:
-    """A text written for a prompt. ``place``: the number of the prompt in the step, and that of the answer.
-    ``sampled`` [R]: log-probabilities by the engine that wrote it, if that is not the model itself. ``version``: the
-    number of steps after which the weights were taken that wrote it. ``logps`` and ``reference`` [R]: log-probabilities
-    under the policy as it is before the step's updates, and under the reference; ``values`` [R]: of a critic before
-    each token. ``rewards``: by their source; ``reward``: their weighted sum; ``score``: the reward without the
-    penalties."""
+    """A text written for a prompt. ``place``: the number of the prompt in the step, and that of the answer. ``tokens``:
+    all that follow the prompt. ``given``: where those begin and end that an environment gave (`turns`); the model wrote
+    all others. ``ended``: False for a text that was cut off. ``sampled`` [R]: log-probabilities by the engine that
+    wrote it, if that is not the model itself. ``version``: the number of steps after which the weights were taken that
+    wrote it. ``logps`` and ``reference`` [R]: log-probabilities under the policy as it is before the step's updates,
+    and under the reference; ``values`` [R]: of a critic before each token. ``rewards``: by their source; ``reward``:
+    their weighted sum; ``score``: the reward without the penalties."""
 
     place: tuple[int, int]
     prompt: SamplingPrompt
@@ -44,6 +45,12 @@ class Rollout:
     rewards: dict[str, float] = field(default_factory=dict)
     reward: float = 0.0
     score: float = 0.0
+    given: list[tuple[int, int]] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        """The number of tokens that the model wrote."""
+        return len(self.tokens) - sum(end - start for start, end in self.given)
 
     @property
     def kl(self) -> float:
@@ -54,7 +61,7 @@ class Rollout:
 @dataclass
 class PromptCompletionBatch:
     """Prompts, each followed by its text, in the layout of `trainer.data.Batch`: pads are at the end, at position 0.
-    ``targets`` marks the tokens of the texts, T in total. A micro-batch of weight zero has no target."""
+    ``targets`` marks the tokens that the model wrote, T in total. A micro-batch of weight zero has no target."""
 
     index: int
     input_ids: Ints
@@ -79,7 +86,13 @@ class PromptCompletionBatch:
 
     @classmethod
     def of_rollouts(cls, rollouts: Sequence[Rollout], index: int) -> PromptCompletionBatch:
-        return cls.of([(r.prompt.tokens, r.tokens) for r in rollouts], index, [r.prompt.sample_id for r in rollouts])
+        rows = [(r.prompt.tokens, r.tokens) for r in rollouts]
+        made = cls.of(rows, index, [r.prompt.sample_id for r in rollouts])
+        for row, rollout in enumerate(rollouts):
+            for start, end in rollout.given:
+                before = len(rollout.prompt.tokens)
+                made.targets[row, before + start : before + end] = False
+        return made
 
 
 @dataclass
@@ -105,7 +118,7 @@ class Experience(ABC):
 
     def metrics(self) -> dict[str, float]:
         scores = np.array([r.score for r in self.rollouts])
-        lengths = np.array([len(r.tokens) for r in self.rollouts])
+        lengths = np.array([r.length for r in self.rollouts])
         by_source = {f"reward_{name}": [r.rewards[name] for r in self.rollouts] for name in self.rollouts[0].rewards}
         return {
             "reward": float(scores.mean()),

@@ -1,4 +1,4 @@
-"""The rewards of rollouts: the weighted sum of functions and a model."""
+"""The rewards of rollouts: the weighted sum of an environment's, functions and a model."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainer.errors import RewardFailed
-from trainer.recipe.sections.rollouts.reward import MODEL, RewardSection
+from trainer.recipe.sections.rollouts.reward import MODEL
+from trainer.recipe.sections.rollouts.task import RolloutTaskSection
 from trainer.tasks.rewards.functions import RewardFunctions, weighted
 from trainer.tasks.rewards.models import ModelRater, SharedReward
 from trainer.tasks.rollouts.policy import PolicyHead
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
 class Scoring:
     """``key``: of the task's section in the recipe."""
 
-    def __init__(self, section: RewardSection, key: str, generation: GenerationContext) -> None:
+    def __init__(self, task: RolloutTaskSection, key: str, generation: GenerationContext) -> None:
+        section, self._weights = task.reward, task.weights
         self._section, self._tokenizer, self._rater = section, generation.tokenizer, generation.reward
         self._shared = generation.reward if isinstance(generation.reward, SharedReward) else None
         self._functions: RewardFunctions | None = None
@@ -49,8 +51,9 @@ class Scoring:
         module: torch.nn.Module,
         device: torch.device,
     ) -> None:
-        """Sets the rewards of the rollouts of each micro-batch. Raises RewardFailed. Every rank calls it with as many
-        micro-batches: a reward model on the policy's base model runs a forward pass for each, also without rollouts."""
+        """Adds the rewards of the rollouts of each micro-batch to those of an environment. Raises RewardFailed. Every
+        rank calls it with as many micro-batches: a reward model on the policy's base model runs a forward pass for
+        each, also without rollouts."""
         by_model = [score for some in batches for score in self._model_scores(some, model, head, module, device)]
         self._set([rollout for some in batches for rollout in some], by_model)
 
@@ -77,8 +80,10 @@ class Scoring:
             for rollout, score in zip(rollouts, by_model, strict=True):
                 if not math.isfinite(score):
                     raise RewardFailed(f"{self._section.model} rates the text {rollout.words!r:.200} {score}")
-        for n, (rollout, reward) in enumerate(zip(rollouts, weighted(rewards, self._section.weights), strict=True)):
-            rollout.rewards = {name: float(values[n]) for name, values in rewards.items()}
+        for n, rollout in enumerate(rollouts):
+            rollout.rewards |= {name: float(values[n]) for name, values in rewards.items()}
+        by_name = {name: [rollout.rewards[name] for rollout in rollouts] for name in self._weights}
+        for rollout, reward in zip(rollouts, weighted(by_name, self._weights), strict=True):
             rollout.reward = reward
 
     def _text(self, ids: Sequence[int]) -> str:

@@ -11,7 +11,7 @@ import json
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -26,6 +26,13 @@ from trainer.tasks.rollouts.writer import Prompts, by_prompt
 from trainer.tasks.sampling import SamplingPrompt
 
 log = logging.getLogger(__name__)
+
+
+class GivenTokens(NamedTuple):
+    """A range of the tokens of a text."""
+
+    start: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -44,6 +51,7 @@ class StoredRollout:
     rewards: dict[str, float]
     reward: float
     score: float
+    given: tuple[GivenTokens, ...] = ()
 
     @classmethod
     def of(cls, rollout: Rollout) -> StoredRollout:
@@ -52,12 +60,15 @@ class StoredRollout:
         sampled = tuple(float(value) for value in rollout.sampled)
         outcome = dict(rollout.rewards), float(rollout.reward), float(rollout.score)
         text = rollout.ended, rollout.words, rollout.version
-        return cls(rollout.place, prompt.sample_id, *tokens, *text, sampled, *outcome)
+        given = tuple(GivenTokens(*span) for span in rollout.given)
+        return cls(rollout.place, prompt.sample_id, *tokens, *text, sampled, *outcome, given)
 
     def rollout(self) -> Rollout:
         prompt = SamplingPrompt(self.sample, list(self.prompt), list(self.answer))
         text = list(self.tokens), self.ended, self.words, self.version, np.array(self.sampled, np.float64)
-        return Rollout(self.place, prompt, *text, rewards=self.rewards, reward=self.reward, score=self.score)
+        made = Rollout(self.place, prompt, *text, rewards=self.rewards, reward=self.reward, score=self.score)
+        made.given = [(span.start, span.end) for span in self.given]
+        return made
 
 
 class RolloutStore:

@@ -15,6 +15,7 @@ import torch
 from trainer.recipe.sections.rollouts.task import RolloutTaskSection
 from trainer.run.events import SampleText
 from trainer.tasks.base import GenerationContext, Task, Update
+from trainer.tasks.environments.environments import Environments
 from trainer.tasks.reference import adapter_off
 from trainer.tasks.rollouts.engine import ModelEngine, ServerEngine, Texts, TextServers
 from trainer.tasks.rollouts.policy import PolicyHead
@@ -22,8 +23,9 @@ from trainer.tasks.rollouts.ranks import Ranks
 from trainer.tasks.rollouts.rollout import Experience, PromptCompletionBatch, Rollout, RolloutMicroBatch
 from trainer.tasks.rollouts.scoring import Scoring
 from trainer.tasks.rollouts.store import RolloutStore
+from trainer.tasks.rollouts.turns import TurnLimits, TurnWriter
 from trainer.tasks.rollouts.writer import Prompt, Prompts, Request, RolloutWriter
-from trainer.tasks.sampling import PolicySampler, prompts_of, shown, stop_strings
+from trainer.tasks.sampling import PolicySampler, max_positions, prompts_of, shown, stop_strings
 
 if TYPE_CHECKING:
     from trainer.data import Batch, StepPlan
@@ -50,7 +52,7 @@ class RolloutTask(Task):
         return section
 
     def attach(self, model: Any, generation: GenerationContext | None = None) -> None:
-        self._scoring = Scoring(self.section.reward, self.recipe.task, generation) if generation else None
+        self._scoring = Scoring(self.section, self.recipe.task, generation) if generation else None
         if self._scoring:
             self._scoring.attach(model)
         self._model, self._policy = model, self.policy_head(model)
@@ -87,7 +89,19 @@ class RolloutTask(Task):
         )
         assert self._scoring is not None
         engine, model = ModelEngine(self.sampler), (self._model, self._policy)
-        return RolloutWriter(engine, self._scoring, self._ranks, *model, self.penalty)
+        return RolloutWriter(engine, self._scoring, self._ranks, *model, self.penalty, self._turns())
+
+    def _turns(self) -> TurnWriter | None:
+        """Starts the recipe's environment, and returns what continues texts with it."""
+        section, dialogue = self.section, self.generation.dialogue
+        if section.environment is None:
+            return None
+        assert dialogue is not None
+        how = section.environment_processes, section.environment_timeout_s, f"{self.recipe.task}.environment"
+        environments = Environments(section.environment, *how)
+        return TurnWriter(
+            environments, dialogue, self.sampler, TurnLimits(section.max_turns, section.longest), self._ranks
+        )
 
     def write_with(self, servers: TextServers, store: RolloutStore) -> None:
         """Lets servers write the texts, which ``store`` keeps. Called before the first step."""
@@ -107,8 +121,7 @@ class RolloutTask(Task):
 
     def close(self) -> None:
         if self._writer is not None:
-            self._writer.engine.close()
-            self._writer.scoring.close()
+            self._writer.close()
 
     def loss_units(self, of: StepPlan | Batch) -> int:
         return of.samples
@@ -149,6 +162,8 @@ class RolloutTask(Task):
         self._score_tokens(module, mine, device)
         self._experience = self.experience(self._ranks.joined([rollout for some in mine for rollout in some]))
         self._metrics = {**self._experience.metrics(), "rollout_s": waited_s}
+        if self.section.environment:
+            self._metrics["turns"] = float(np.mean([1 + len(r.given) for r in self._experience.rollouts]))
         if store:
             stale = [step - 1 - rollout.version for rollout in self._experience.rollouts]
             self._metrics |= {"staleness": float(np.mean(stale)), "staleness_max": float(max(stale))}
@@ -229,11 +244,14 @@ class RolloutTask(Task):
         return rollouts
 
     def dummy_batch(self, batch: Batch) -> RolloutMicroBatch:
-        """Returns a micro-batch that learns from every target, with rows longer by ``max_new_tokens``."""
-        longer = ((0, 0), (0, self.section.max_new_tokens))
+        """Returns a micro-batch that learns from every target, with rows longer by the longest texts."""
+        more, positions = self.section.longest, max_positions(self._model)
+        if self.section.environment and positions:
+            more = max(1, min(more, positions - batch.input_ids.shape[1]))
+        longer = ((0, 0), (0, more))
         targets = np.pad(batch.targets, longer, constant_values=bool(batch.targets.any()))
-        ids, positions = (np.pad(a, longer) for a in (batch.input_ids, batch.position_ids))
-        return self.dummy_micro_batch(PromptCompletionBatch(batch.index, ids, positions, targets, batch.sample_ids))
+        ids, places = (np.pad(a, longer) for a in (batch.input_ids, batch.position_ids))
+        return self.dummy_micro_batch(PromptCompletionBatch(batch.index, ids, places, targets, batch.sample_ids))
 
     @abstractmethod
     def dummy_micro_batch(self, texts: PromptCompletionBatch) -> RolloutMicroBatch:
@@ -252,6 +270,6 @@ def without_dropout(model: Any) -> None:
 def _split_rows(rollouts: Sequence[Rollout], name: str, flat: torch.Tensor) -> None:
     """Sets the field ``name`` of each rollout to the part of ``flat`` [T] of its own tokens."""
     values = flat.double().cpu().numpy()
-    ends = np.cumsum([len(r.tokens) for r in rollouts])
+    ends = np.cumsum([r.length for r in rollouts])
     for rollout, part in zip(rollouts, np.split(values, ends[:-1]) if len(rollouts) else [], strict=True):
         setattr(rollout, name, part)

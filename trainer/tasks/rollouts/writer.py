@@ -9,12 +9,12 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from trainer.errors import MusterError, RewardFailed
 from trainer.tasks.rollouts.engine import Asked, Engine, Texts
 from trainer.tasks.rollouts.policy import PolicyHead
 from trainer.tasks.rollouts.ranks import Ranks
 from trainer.tasks.rollouts.rollout import Rollout
 from trainer.tasks.rollouts.scoring import Scoring
+from trainer.tasks.rollouts.turns import TurnWriter
 from trainer.tasks.sampling import SamplingPrompt
 
 
@@ -68,7 +68,7 @@ class Request:
 
 
 class RolloutWriter:
-    """``penalty``: what is subtracted from the reward of a text."""
+    """``penalty``: what is subtracted from the reward of a text. ``turns``: for texts of several turns."""
 
     def __init__(
         self,
@@ -78,7 +78,9 @@ class RolloutWriter:
         model: Any,
         head: PolicyHead,
         penalty: Callable[[Rollout], float],
+        turns: TurnWriter | None = None,
     ) -> None:
+        self._turns = turns
         self.engine, self.scoring, self._ranks = engine, scoring, ranks
         self._model, self._head, self._penalty = model, head, penalty
 
@@ -110,21 +112,24 @@ class RolloutWriter:
     def _rewarded(
         self, module: torch.nn.Module, device: torch.device, request: Request, write: Callable[[], Texts]
     ) -> list[list[Rollout]]:
-        made: list[list[Rollout]] = []
-        failure: MusterError | None = None
-        try:
-            made = request.rollouts(write())
-        except MusterError as error:
-            failure = error
-        self._ranks.raise_together(failure, request.where)
-        try:
-            self.scoring.score(made, self._model, self._head, module, device)
-            for rollout in (rollout for some in made for rollout in some):
-                rollout.score = rollout.reward - self._penalty(rollout)
-        except RewardFailed as error:
-            failure = error
-        self._ranks.raise_together(failure, request.where)
+        made = self._ranks.together(lambda: request.rollouts(write()), request.where)
+        if self._turns is not None:
+            keys = [[key for prompt in batch for key in prompt.keys] for batch in request.asked()]
+            ask = lambda batches: self.engine.ask(module, device, batches, 1, request.version)  # noqa: E731
+            self._turns.complete(made, keys, ask, request.where)
+        self._ranks.together(lambda: self._score(made, module, device), request.where)
         return made
+
+    def _score(self, made: Sequence[Sequence[Rollout]], module: torch.nn.Module, device: torch.device) -> None:
+        self.scoring.score(made, self._model, self._head, module, device)
+        for rollout in (rollout for some in made for rollout in some):
+            rollout.score = rollout.reward - self._penalty(rollout)
+
+    def close(self) -> None:
+        self.engine.close()
+        self.scoring.close()
+        if self._turns is not None:
+            self._turns.close()
 
 
 def by_prompt(rollouts: Sequence[Rollout]) -> dict[int, list[Rollout]]:

@@ -45,11 +45,13 @@ class GRPOSection(RolloutTaskSection):
     left out of the loss. 0 writes every group once and leaves none out."""
 
     overlong_filter: bool = False
-    """Leave texts that did not end within `max_new_tokens` out of the loss (arXiv:2503.14476, 3.4)."""
+    """Leave texts that did not end within `max_new_tokens`, or with `environment` within its limits, out of the loss
+    (arXiv:2503.14476, 3.4)."""
 
     overlong_buffer: int = Field(default=0, ge=0)
-    """The last tokens of `max_new_tokens`, in which a text's reward falls by up to `overlong_penalty`, in proportion to
-    the tokens that it has there (arXiv:2503.14476, equation 13); 0: no such penalty."""
+    """The last tokens of `max_new_tokens` (with `environment`, of `max_text_tokens`), in which a text's reward falls by
+    up to `overlong_penalty`, in proportion to the model's tokens there (arXiv:2503.14476, equation 13); 0: no such
+    penalty."""
 
     overlong_penalty: float = Field(default=1.0, gt=0.0)
     """Largest penalty for a long text, in units of the reward; with `overlong_buffer` only."""
@@ -76,10 +78,10 @@ class GRPOSection(RolloutTaskSection):
 
     def conflicts(self) -> Iterator[Conflict]:
         yield from super().conflicts()
-        if self.overlong_buffer >= self.max_new_tokens:
+        if self.overlong_buffer >= self.longest:
             yield Conflict(
                 (("overlong_buffer",), ("max_new_tokens",)),
-                f"{self.overlong_buffer} is not less than {self.max_new_tokens}, so that every text has a penalty",
+                f"{self.overlong_buffer} is not less than {self.longest}, so that every text has a penalty",
             )
         if not self.overlong_buffer and self.overlong_penalty != type(self).model_fields["overlong_penalty"].default:
             yield Conflict((("overlong_penalty",), ("overlong_buffer",)), "has no effect without overlong_buffer")

@@ -1,0 +1,1 @@
+"""Environments, which answer the turns of a text: the interface, the processes that they run in, and a calculator."""
