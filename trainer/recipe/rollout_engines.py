@@ -9,11 +9,16 @@ from trainer.registry import Choice, Registry
 
 @dataclass(frozen=True)
 class RolloutEngineRow(Choice):
-    """An engine's row. ``serves``: servers write, which have the base model and get the adapter. ``starts``: muster can
-    start the servers."""
+    """An engine's row. ``dialect``: of the servers that write, which have the base model and get the adapter
+    (`trainer.inference.dialects`); empty if no server does. ``starts``: muster can start the servers."""
 
-    serves: bool = True
+    dialect: str = ""
     starts: bool = False
+
+    @property
+    def serves(self) -> bool:
+        """True if servers write."""
+        return bool(self.dialect)
 
 
 _SERVERS = "trainer.tasks.rollouts.engine:ServerEngine"
@@ -21,8 +26,9 @@ _SERVERS = "trainer.tasks.rollouts.engine:ServerEngine"
 ROLLOUT_ENGINES = Registry(
     "rollout engine",
     {
-        "transformers": RolloutEngineRow("trainer.tasks.rollouts.engine:ModelEngine", serves=False),
-        "vllm": RolloutEngineRow(_SERVERS, starts=True),
-        "openai": RolloutEngineRow(_SERVERS),
+        "transformers": RolloutEngineRow("trainer.tasks.rollouts.engine:ModelEngine"),
+        "vllm": RolloutEngineRow(_SERVERS, "vllm", starts=True),
+        "openai": RolloutEngineRow(_SERVERS, "vllm"),
+        "sglang": RolloutEngineRow(_SERVERS, "sglang"),
     },
 )

@@ -140,6 +140,7 @@ class AdapterServers:
             settings,
             base=BASE if own else None,
             api_key=self._place.api_key,
+            engine=recipe.rollout.row.dialect,
             bounds=Bounds(answer_s=recipe.rollout.timeout_s),
             watch=self._server.revive if self._server is not None else lambda: False,
         )

@@ -32,8 +32,8 @@ class RolloutSection(Section):
 
     engine: Annotated[str, OneOf(ROLLOUT_ENGINES)] = "transformers"
     """`transformers`: the model in training writes them, the same texts on any number of workers. `vllm`: servers of
-    vLLM, which muster starts or which are given by their addresses; they get the adapter before each step. `openai`:
-    other servers with the interface of OpenAI that can load adapters while they run, by their addresses."""
+    vLLM, which muster starts or which are given by their addresses; they get the adapter before each step. `openai`
+    and `sglang`: servers that run already, with the interface of vLLM or of SGLang."""
 
     max_staleness: int = Field(default=0, ge=0)
     """How many updates older than the policy the weights may be that write a text. 0 waits for each step's texts; 1
