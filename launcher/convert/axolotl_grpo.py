@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 from launcher.convert.draft import Draft, as_mapping, is_number
-from trainer.recipe.grpo_losses import GRPO_LOSSES
+from trainer.recipe.sections.rollouts.losses import GRPO_LOSSES
 
 LOSSES = ("grpo", "dr_grpo", "dapo", "cispo")
 """trl's names of losses that muster has by the same name."""

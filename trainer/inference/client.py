@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from trainer.errors import InputError
 from trainer.inference.dialects import DIALECTS
-from trainer.inference.engine import Bounds, Engine
+from trainer.inference.http_server import Bounds, InferenceServer
 from trainer.inference.sampling import EngineText, SamplingSettings
 from trainer.storage import in_parallel
 
@@ -42,7 +42,7 @@ class EngineClient:
             raise InputError("no inference server is named; write addresses such as http://host:port")
         dialect = DIALECTS[engine]
         self._engines = [
-            Engine(address, settings, base=base, dialect=dialect, bounds=bounds, api_key=api_key, watch=watch)
+            InferenceServer(address, settings, base=base, dialect=dialect, bounds=bounds, api_key=api_key, watch=watch)
             for address in dict.fromkeys(addresses)
         ]
         self._in_flight = in_flight
@@ -54,23 +54,25 @@ class EngineClient:
     def check(self) -> None:
         """Raises InputError for a server that cannot do what is needed: it lacks the base model, takes no adapters
         while it runs, or returns no token ids or no log-probabilities, or those of another distribution."""
-        self._on_all(Engine.base)
-        self._on_all(Engine.check_updates)
-        self._on_all(Engine.check_texts)
+        self._on_all(InferenceServer.base)
+        self._on_all(InferenceServer.check_updates)
+        self._on_all(InferenceServer.check_texts)
 
     def load(self, adapter: str, folder: str) -> None:
         """Loads an adapter on every server that does not have it. Every process that writes texts with it calls this:
         a server that is started again gets it from whoever meets it first. The servers have to see ``folder`` under
         this path. Raises InputError for an adapter that a server cannot use."""
-        self._on_all(lambda engine: engine.load(adapter, folder))
+        self._on_all(lambda server: server.load(adapter, folder))
 
     def unload(self, adapter: str) -> None:
         """Removes an adapter from every server that has it."""
-        self._on_all(lambda engine: engine.unload(adapter))
+        self._on_all(lambda server: server.unload(adapter))
 
     def adapters(self) -> dict[str, dict[str, str]]:
         """Returns the adapters of each server: name and folder."""
-        return dict(zip(self.servers, in_parallel(Engine.adapters, self._engines, len(self._engines)), strict=True))
+        return dict(
+            zip(self.servers, in_parallel(InferenceServer.adapters, self._engines, len(self._engines)), strict=True)
+        )
 
     def write(self, prompts: Sequence[Sequence[int]], seeds: Sequence[int], adapter: str) -> list[EngineText]:
         """Returns a text for each prompt, in their order. ``adapter``: one that is loaded, or the base model's name.
@@ -93,5 +95,5 @@ class EngineClient:
         in_parallel(write, turns, self._in_flight * len(self._engines))
         return [texts[i] for i in range(len(prompts))]
 
-    def _on_all(self, task: Callable[[Engine], object]) -> None:
+    def _on_all(self, task: Callable[[InferenceServer], object]) -> None:
         in_parallel(task, self._engines, len(self._engines))

@@ -90,8 +90,7 @@ def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callab
     with _noted("loading the model"):
         parts = _build(recipe, world, storage, run, data)
     with _noted("opening the data"):
-        size = parts.task.bytes_of_target()
-        cache, eval_cache = open_caches(data.train, data.eval, recipe.data.cache_bytes, size)
+        cache, eval_cache = open_caches(data.train, data.eval, recipe.data.cache_bytes, parts.task.bytes_of_target())
     with _noted("restoring the checkpoint"):
         attempt = world.decide_on_rank0(lambda: claim_attempt(run, job.driver, dict(job.holder)))
     recorder = Recorder(run, recipe, world, attempt)
@@ -101,15 +100,16 @@ def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callab
     detector = _hang_detector(recorder, compiles=recipe.compute.compile)
     with _recorded(recorder, checkpointer, detector):
         with _noted("restoring the checkpoint"):
-            restoring = time.monotonic()
+            built = time.monotonic()
             with checkpointer.newest() as found:
                 checkpointer.begins_from = found.begins_from if found else _set_initial_weights(parts, recorder)
                 with _noted("computing outputs before training"):
                     data = with_outputs(parts, data, checkpointer.begins_from, is_initial=found is None)
                 stream = Stream.of(recipe, data.train, run, cache=cache)
                 start = checkpointer.restore(found, stream)
-            times_s = restoring - began, time.monotonic() - restoring
-            _record_start(job, parts, recorder, start, checkpointer.begins_from, *times_s)
+            _record_start(
+                job, parts, recorder, start, checkpointer.begins_from, built - began, time.monotonic() - built
+            )
             startup.end(MODEL)
         end = start
         if not start.over and start.step < min(job.total_steps, recipe.training.stop_after or job.total_steps):

@@ -19,11 +19,11 @@ import torch
 
 from trainer.errors import InputError, MusterError
 from trainer.inference.client import EngineClient
-from trainer.inference.engine import Bounds
+from trainer.inference.http_server import Bounds
 from trainer.inference.sampling import SamplingSettings
 from trainer.inference.server import BASE, VLLMServer
 from trainer.storage import Storage
-from trainer.tasks.rollouts.ranks import Ranks
+from trainer.tasks.rollouts.ranks import RankExchange
 from trainer.tasks.rollouts.store import RolloutStore
 from trainer.tasks.rollouts.task import RolloutTask
 from trainer.tasks.sampling import Completion, max_positions
@@ -32,7 +32,8 @@ from trainer.worker.build import Parts
 log = logging.getLogger(__name__)
 
 API_KEY = "MUSTER_ROLLOUT_API_KEY"
-READY_S = 3600.0
+READY_S = 1500.0
+"""Less than the time limit of collectives, in which the other ranks wait."""
 
 
 def use_servers(parts: Parts, run: Storage) -> None:
@@ -44,7 +45,7 @@ def use_servers(parts: Parts, run: Storage) -> None:
     task.write_with(AdapterServers(parts, task), RolloutStore(run, keep))
 
 
-class Place(NamedTuple):
+class ServersOfNode(NamedTuple):
     """Servers, and the folder from which they read adapters."""
 
     addresses: tuple[str, ...]
@@ -56,7 +57,7 @@ class AdapterServers:
     """See `trainer.tasks.rollouts.engine.TextServers`. The constructor is a collective."""
 
     def __init__(self, parts: Parts, task: RolloutTask) -> None:
-        self._parts, self._task, self._ranks = parts, task, Ranks(parts.world)
+        self._parts, self._task, self._ranks = parts, task, RankExchange(parts.world)
         given, hosts = parts.recipe.rollout.addresses, self._ranks.joined([parts.world.host])
         leader = 0 if given else hosts.index(parts.world.host)
         self._leads = leader == parts.world.rank
@@ -123,11 +124,11 @@ class AdapterServers:
         self._server.start()
         self._server.wait_ready(READY_S)
 
-    def _own_place(self) -> Place:
+    def _own_place(self) -> ServersOfNode:
         section = self._parts.recipe.rollout
         if self._server is not None:
-            return Place((self._server.address,), self._server.api_key, self._temporary.name)
-        return Place(section.addresses, os.environ.get(API_KEY), section.adapter_folder or self._temporary.name)
+            return ServersOfNode((self._server.address,), self._server.api_key, self._temporary.name)
+        return ServersOfNode(section.addresses, os.environ.get(API_KEY), section.adapter_folder or self._temporary.name)
 
     def _connected(self) -> EngineClient:
         recipe, sampler = self._parts.recipe, self._task.sampler

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 import torch
 
-from trainer.recipe.grpo_losses import Level
+from trainer.recipe.sections.rollouts.losses import Level
 
 
 class TokenLoss(NamedTuple):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from trainer.recipe.grpo_losses import GRPO_LOSSES
+from trainer.recipe.sections.rollouts.losses import GRPO_LOSSES
 from trainer.tasks.base import LossOutput, ratio
 from trainer.tasks.grpo.experience import GRPOExperience, GRPOMicroBatch
 from trainer.tasks.grpo.groups import overlong_penalty

@@ -19,7 +19,7 @@ from trainer.tasks.environments.environments import Environments
 from trainer.tasks.reference import adapter_off
 from trainer.tasks.rollouts.engine import ModelEngine, ServerEngine, Texts, TextServers
 from trainer.tasks.rollouts.policy import PolicyHead
-from trainer.tasks.rollouts.ranks import Ranks
+from trainer.tasks.rollouts.ranks import RankExchange
 from trainer.tasks.rollouts.rollout import Experience, PromptCompletionBatch, Rollout, RolloutMicroBatch
 from trainer.tasks.rollouts.scoring import Scoring
 from trainer.tasks.rollouts.store import RolloutStore
@@ -64,7 +64,7 @@ class RolloutTask(Task):
         self._writer: RolloutWriter | None = None
         self._store: RolloutStore | None = None
         if generation is not None:
-            self.generation, self._ranks = generation, Ranks(generation.world)
+            self.generation, self._ranks = generation, RankExchange(generation.world)
             self._writer = self._make_writer(generation)
         self._ahead: dict[int, tuple[Request, Callable[[], Texts]]] = {}
         self._step = 0

@@ -18,7 +18,7 @@ from trainer.recipe.sections.rollouts.task import ENVIRONMENT
 from trainer.tasks.environments.environments import Environments
 from trainer.tasks.rollouts.dialogue import Dialogue
 from trainer.tasks.rollouts.engine import Asked, Texts
-from trainer.tasks.rollouts.ranks import Ranks
+from trainer.tasks.rollouts.ranks import RankExchange
 from trainer.tasks.rollouts.rollout import Rollout
 from trainer.tasks.sampling import Completion, PolicySampler
 
@@ -37,7 +37,12 @@ class TurnWriter:
     """``ranks``: those that write together."""
 
     def __init__(
-        self, environments: Environments, dialogue: Dialogue, sampler: PolicySampler, limits: TurnLimits, ranks: Ranks
+        self,
+        environments: Environments,
+        dialogue: Dialogue,
+        sampler: PolicySampler,
+        limits: TurnLimits,
+        ranks: RankExchange,
     ) -> None:
         self._environments, self._dialogue, self._sampler = environments, dialogue, sampler
         self._limits, self._ranks = limits, ranks

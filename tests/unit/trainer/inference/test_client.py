@@ -18,8 +18,8 @@ from tests.support.waiting import wait_for
 from trainer.errors import EngineFailed, InputError
 from trainer.inference.client import EngineClient
 from trainer.inference.dialects import DIALECTS
-from trainer.inference.engine import Bounds
 from trainer.inference.exchange import Address
+from trainer.inference.http_server import Bounds
 from trainer.inference.sampling import EngineText, SamplingSettings
 from trainer.run.failure import FailureKind
 

@@ -12,8 +12,8 @@ import torch
 
 from tests.support.tasks import task_recipe
 from trainer.errors import RecipeError
-from trainer.recipe.grpo_losses import GRPO_LOSSES
 from trainer.recipe.sections.rollouts.grpo import GRPOSection
+from trainer.recipe.sections.rollouts.losses import GRPO_LOSSES
 from trainer.recipe.sections.rollouts.reward import RewardSection
 from trainer.tasks.grpo.experience import GRPOExperience
 from trainer.tasks.grpo.groups import advantages, overlong_penalty

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from trainer.recipe.base import MAY_CHANGE, Conflict, Listed, Location, OneOf, Section
-from trainer.recipe.rollout_engines import ROLLOUT_ENGINES, RolloutEngineRow
+from trainer.recipe.sections.rollouts.engines import ROLLOUT_ENGINES, RolloutEngineRow
 
 
 class VLLMSection(Section):

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from trainer.recipe.base import Conflict, OneOf
-from trainer.recipe.grpo_losses import GRPO_LOSSES, GRPOLossRow
+from trainer.recipe.sections.rollouts.losses import GRPO_LOSSES, GRPOLossRow
 from trainer.recipe.sections.rollouts.task import RolloutTaskSection
 
 

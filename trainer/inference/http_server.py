@@ -48,7 +48,7 @@ class _Models(TypedDict):
     data: list[_Card]
 
 
-class Engine:
+class InferenceServer:
     """One server. Thread-safe. ``base``: the name that the server gives to the base model; None takes the only one that
     it has. ``watch`` is called after each failed attempt; it returns True if it has started the server again, so that
     patience begins again, and raises if there is no hope."""
