@@ -100,16 +100,15 @@ def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callab
     detector = _hang_detector(recorder, compiles=recipe.compute.compile)
     with _recorded(recorder, checkpointer, detector):
         with _noted("restoring the checkpoint"):
-            built = time.monotonic()
+            load_s = time.monotonic() - began
             with checkpointer.newest() as found:
                 checkpointer.begins_from = found.begins_from if found else _set_initial_weights(parts, recorder)
                 with _noted("computing outputs before training"):
                     data = with_outputs(parts, data, checkpointer.begins_from, is_initial=found is None)
                 stream = Stream.of(recipe, data.train, run, cache=cache)
                 start = checkpointer.restore(found, stream)
-            _record_start(
-                job, parts, recorder, start, checkpointer.begins_from, built - began, time.monotonic() - built
-            )
+            times_s = load_s, time.monotonic() - began - load_s
+            _record_start(job, parts, recorder, start, checkpointer.begins_from, *times_s)
             startup.end(MODEL)
         end = start
         if not start.over and start.step < min(job.total_steps, recipe.training.stop_after or job.total_steps):
@@ -122,8 +121,8 @@ def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callab
             profiler = Profiler(recipe, world, run, attempt, recorder.event_from_any_rank)
             samples = SampleTexts(parts, recorder, prompts, detector.on_phase)
             telemetry = Telemetry(recorder, checkpointer, startup, compiles=recipe.compute.compile)
-            at_once = recipe.training.micro_batch
-            evaluation = partial(eval_batches, data.eval, at_once, *mine, cache=eval_cache) if data.eval else None
+            size = recipe.training.micro_batch
+            evaluation = partial(eval_batches, data.eval, size, *mine, cache=eval_cache) if data.eval else None
             loop = Loop(
                 parts,
                 [profiler, detector, samples, telemetry, checkpointer],

@@ -23,7 +23,7 @@ from trainer.inference.http_server import Bounds
 from trainer.inference.sampling import SamplingSettings
 from trainer.inference.server import BASE, VLLMServer
 from trainer.storage import Storage
-from trainer.tasks.rollouts.ranks import RankExchange
+from trainer.tasks.rollouts.ranks import Peers
 from trainer.tasks.rollouts.store import RolloutStore
 from trainer.tasks.rollouts.task import RolloutTask
 from trainer.tasks.sampling import Completion, max_positions
@@ -57,7 +57,7 @@ class AdapterServers:
     """See `trainer.tasks.rollouts.engine.TextServers`. The constructor is a collective."""
 
     def __init__(self, parts: Parts, task: RolloutTask) -> None:
-        self._parts, self._task, self._ranks = parts, task, RankExchange(parts.world)
+        self._parts, self._task, self._ranks = parts, task, Peers(parts.world)
         given, hosts = parts.recipe.rollout.addresses, self._ranks.joined([parts.world.host])
         leader = 0 if given else hosts.index(parts.world.host)
         self._leads = leader == parts.world.rank

@@ -66,7 +66,7 @@ class GRPO(RolloutTask):
             "clip_fraction_high": of_policy.high.sum(),
             "approx_kl": divergence(logps.detach(), old_logps).sum(),
         }
-        if self._is_of_servers():
+        if self._writer is not None and not self._writer.engine.reproducible:
             sampled = to_device(batch.sampled, device)
             weights = importance(old_logps, sampled, self.recipe.rollout.importance_cap)
             loss = loss * weights
@@ -86,9 +86,6 @@ class GRPO(RolloutTask):
             lengths = torch.tensor(batch.lengths, dtype=loss.dtype, device=device)
             loss = loss / per_token(lengths, batch.lengths)
         return LossOutput(loss.sum(), sums)
-
-    def _is_of_servers(self) -> bool:
-        return self._writer is not None and not self._writer.engine.reproducible
 
     def step_metrics(self, sums: Mapping[str, torch.Tensor]) -> dict[str, float]:
         """Returns the metrics of the texts, and means over the tokens of all updates. ``approx_kl``: divergence of the

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class RankExchange:
+class Peers:
     """``world``: None in a process of its own. All methods are collectives."""
 
     world: World | None

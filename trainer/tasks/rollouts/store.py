@@ -20,7 +20,7 @@ from trainer.parsing import Malformed
 from trainer.records import read_record
 from trainer.run import layout
 from trainer.storage import Storage
-from trainer.tasks.rollouts.ranks import RankExchange
+from trainer.tasks.rollouts.ranks import Peers
 from trainer.tasks.rollouts.rollout import Rollout
 from trainer.tasks.rollouts.writer import Prompts, by_prompt
 from trainer.tasks.sampling import SamplingPrompt
@@ -78,13 +78,13 @@ class RolloutStore:
         self._run, self._keep = run, keep
         self._before: frozenset[int] | None = None
 
-    def steps_before(self, ranks: RankExchange) -> frozenset[int]:
+    def steps_before(self, ranks: Peers) -> frozenset[int]:
         """Collective: returns the steps whose rollouts were stored before this attempt's first call."""
         if self._before is None:
             self._before = ranks.decide(self._steps)
         return self._before
 
-    def load(self, step: int, ranks: RankExchange, prompts: Prompts, answers: int) -> list[list[Rollout]] | None:
+    def load(self, step: int, ranks: Peers, prompts: Prompts, answers: int) -> list[list[Rollout]] | None:
         """Collective: returns the rollouts for this rank's prompts, which an attempt before has stored; None if there
         are none, or none for these prompts."""
         if step not in self.steps_before(ranks):
@@ -105,7 +105,7 @@ class RolloutStore:
             return None
         return [[rollout for _, group in batch for rollout in group] for batch in found]
 
-    def save(self, step: int, ranks: RankExchange, mine: Sequence[Rollout]) -> None:
+    def save(self, step: int, ranks: Peers, mine: Sequence[Rollout]) -> None:
         """Collective: stores the rollouts of all ranks."""
         rollouts = sorted(ranks.joined(mine), key=lambda r: r.place)
         ranks.decide(lambda: self._write(step, rollouts))

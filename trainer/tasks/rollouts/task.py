@@ -19,7 +19,7 @@ from trainer.tasks.environments.environments import Environments
 from trainer.tasks.reference import adapter_off
 from trainer.tasks.rollouts.engine import ModelEngine, ServerEngine, Texts, TextServers
 from trainer.tasks.rollouts.policy import PolicyHead
-from trainer.tasks.rollouts.ranks import RankExchange
+from trainer.tasks.rollouts.ranks import Peers
 from trainer.tasks.rollouts.rollout import Experience, PromptCompletionBatch, Rollout, RolloutMicroBatch
 from trainer.tasks.rollouts.scoring import Scoring
 from trainer.tasks.rollouts.store import RolloutStore
@@ -64,7 +64,7 @@ class RolloutTask(Task):
         self._writer: RolloutWriter | None = None
         self._store: RolloutStore | None = None
         if generation is not None:
-            self.generation, self._ranks = generation, RankExchange(generation.world)
+            self.generation, self._ranks = generation, Peers(generation.world)
             self._writer = self._make_writer(generation)
         self._ahead: dict[int, tuple[Request, Callable[[], Texts]]] = {}
         self._step = 0
@@ -84,7 +84,8 @@ class RolloutTask(Task):
             temperature=section.temperature,
             top_p=section.top_p,
             stop=(*section.stop, *stop_strings(self.recipe, generation.tokenizer)),
-            agree=self._agree,
+            # A forward that gathers parameters is run by all ranks, as long as one has texts to write.
+            agree=lambda going: self._ranks.any(going) if generation.forward_is_collective else going,
             setting=f"{self.recipe.task}.max_new_tokens",
         )
         assert self._scoring is not None
@@ -107,10 +108,6 @@ class RolloutTask(Task):
         """Lets servers write the texts, which ``store`` keeps. Called before the first step."""
         assert self._writer is not None
         self._writer.engine, self._store = ServerEngine(servers, self.sampler), store
-
-    def _agree(self, going: bool) -> bool:
-        """Returns True if any rank passes True. Collective if a forward is; otherwise returns ``going``."""
-        return self._ranks.any(going) if self.generation.forward_is_collective else going
 
     def owns_parameter(self, name: str) -> bool:
         return self._scoring is not None and self._scoring.owns_parameter(name)

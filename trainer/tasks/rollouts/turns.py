@@ -18,7 +18,7 @@ from trainer.recipe.sections.rollouts.task import ENVIRONMENT
 from trainer.tasks.environments.environments import Environments
 from trainer.tasks.rollouts.dialogue import Dialogue
 from trainer.tasks.rollouts.engine import Asked, Texts
-from trainer.tasks.rollouts.ranks import RankExchange
+from trainer.tasks.rollouts.ranks import Peers
 from trainer.tasks.rollouts.rollout import Rollout
 from trainer.tasks.sampling import Completion, PolicySampler
 
@@ -42,7 +42,7 @@ class TurnWriter:
         dialogue: Dialogue,
         sampler: PolicySampler,
         limits: TurnLimits,
-        ranks: RankExchange,
+        ranks: Peers,
     ) -> None:
         self._environments, self._dialogue, self._sampler = environments, dialogue, sampler
         self._limits, self._ranks = limits, ranks

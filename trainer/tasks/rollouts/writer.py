@@ -11,7 +11,7 @@ import torch
 
 from trainer.tasks.rollouts.engine import Asked, Engine, Texts
 from trainer.tasks.rollouts.policy import PolicyHead
-from trainer.tasks.rollouts.ranks import RankExchange
+from trainer.tasks.rollouts.ranks import Peers
 from trainer.tasks.rollouts.rollout import Rollout
 from trainer.tasks.rollouts.scoring import Scoring
 from trainer.tasks.rollouts.turns import TurnWriter
@@ -74,7 +74,7 @@ class RolloutWriter:
         self,
         engine: Engine,
         scoring: Scoring,
-        ranks: RankExchange,
+        ranks: Peers,
         model: Any,
         head: PolicyHead,
         penalty: Callable[[Rollout], float],
