@@ -6,16 +6,17 @@ import re
 import resource
 from pathlib import Path
 
-STATUS = Path("/proc/self/status")
+PROCESSES = Path("/proc")
 
 
-def peak_mib() -> float:
-    """The peak of this process's resident memory since it was started, in MiB.
+def peak_mib(process: str = "self") -> float:
+    """The peak of the resident memory of a process since it was started, in MiB; of another than this one only where
+    there is /proc.
 
     Not ``getrusage`` where there is /proc: on Linux a new program inherits its parent's peak there.
     """
-    if STATUS.exists():
-        found = re.search(r"VmHWM:\s+(\d+) kB", STATUS.read_text())
+    if (status := PROCESSES / process / "status").exists():
+        found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text())
         if found:
             return int(found[1]) / 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
