@@ -115,7 +115,7 @@ class VLLMServer:
             *on_device,
             *arguments,
         ]
-        self._reviving = threading.Lock()
+        self._reviving, self._closed = threading.Lock(), False
         self._guard: subprocess.Popen[bytes] | None = None
         self._pid = 0
         self._restarted_at: list[float] = []
@@ -190,7 +190,7 @@ class VLLMServer:
                 self.last_lines(),
             )
         self._restarted_at.append(now)
-        self.close()
+        self._end()
         self.start()
 
     def revive(self) -> bool:
@@ -199,13 +199,19 @@ class VLLMServer:
         with self._reviving:
             if self.alive:
                 return False
+            if self._closed:
+                raise EngineFailed(f"the vLLM server at {self.address} was closed")
             log.warning("%s", self._ended())
             self.restart()
             self.wait_ready()
             return True
 
     def close(self) -> None:
-        """Ends the server and what it started. Returns once all of it is gone."""
+        """Ends the server and what it started. Returns once all of it is gone; `revive` raises from now on."""
+        self._closed = True
+        self._end()
+
+    def _end(self) -> None:
         if self._guard is None:
             return
         guard = self._guard

@@ -7,14 +7,16 @@ them while the task does something else.
 from __future__ import annotations
 
 import hashlib
+import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple, Protocol
+from concurrent.futures import Future
+from typing import NamedTuple, Protocol, TypeVar
 
 import torch
 
 from trainer.tasks.sampling import Completion, PolicySampler
 
+T = TypeVar("T")
 Texts = list[list[Completion]]
 """The completions of each micro-batch, prompt by prompt."""
 
@@ -89,7 +91,6 @@ class ServerEngine:
 
     def __init__(self, servers: TextServers, sampler: PolicySampler) -> None:
         self._servers, self._sampler = servers, sampler
-        self._threads = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
 
     def ask(
         self, module: torch.nn.Module, device: torch.device, batches: Batches, answers: int, version: int
@@ -97,9 +98,8 @@ class ServerEngine:
         adapter = self._servers.sync(version)
         asked = [(prompt.tokens, key) for batch in batches for prompt in batch for key in prompt.keys]
         self._sampler.check_room([tokens for tokens, _ in asked])
-        future = self._threads.submit(
-            self._servers.write, adapter, [tokens for tokens, _ in asked], [seed_of(key) for _, key in asked]
-        )
+        prompts, seeds = [tokens for tokens, _ in asked], [seed_of(key) for _, key in asked]
+        future = in_background(lambda: self._servers.write(adapter, prompts, seeds))
 
         def texts() -> Texts:
             written = iter(future.result())
@@ -113,8 +113,22 @@ class ServerEngine:
         return text
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
         self._servers.close()
+
+
+def in_background(task: Callable[[], T]) -> Future[T]:
+    """Runs the task in a thread that does not delay the end of the process, as those of an executor do: texts of a
+    later step may be in work when a run ends."""
+    future = Future[T]()
+
+    def run() -> None:
+        try:
+            future.set_result(task())
+        except BaseException as error:
+            future.set_exception(error)
+
+    threading.Thread(target=run, name="rollouts", daemon=True).start()
+    return future
 
 
 def seed_of(key: str) -> int:

@@ -241,3 +241,14 @@ def test_the_guard_needs_no_heavy_library() -> None:
     )
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert out.stdout.split() == ["False"] * 3
+
+
+def test_a_closed_server_is_not_started_again(make: Make) -> None:
+    """A text that is still in work meets a server that is gone."""
+    server = make()
+    server.start()
+    server.wait_ready()
+    server.close()
+    with pytest.raises(EngineFailed, match="was closed"):
+        server.revive()
+    assert not server.alive

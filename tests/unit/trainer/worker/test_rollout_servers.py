@@ -3,6 +3,7 @@ a kill, a server without memory and a broken object change."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -184,3 +185,21 @@ def test_what_a_recipe_cannot_ask_for(make: Make, change: dict[str, Any], said: 
     with pytest.raises(RecipeError) as found:
         make(**change)
     assert said in str(found.value)
+
+
+def test_a_run_that_ends_early_does_not_wait_for_the_texts_in_work(make: Make, fake: FakeVLLM) -> None:
+    """The texts of the next step are asked for, and the server never answers."""
+    recipe = make(**{"rollout.max_staleness": 1})
+    plain, calls = RolloutTask.prepare_ahead, [0]
+
+    def ahead(self: Any, *given: Any) -> None:
+        calls[0] += 1
+        fake.faults.hang = threading.Event()
+        plain(self, *given)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RolloutTask, "prepare_ahead", ahead)
+        assert train_here(recipe, lambda: calls[0] > 0) == "interrupted"
+    alive = [thread for thread in threading.enumerate() if thread.name == "rollouts"]
+    assert all(thread.daemon for thread in alive)
+    assert metrics(recipe)[-1]["step"] == 1
