@@ -13,6 +13,7 @@ from tests.unit.trainer.run.test_frozen import committed
 from trainer.errors import RecipeChanged
 from trainer.recipe import Recipe, fingerprint
 from trainer.recipe.base import KeyPath
+from trainer.recipe.sections.rollouts.reward import RewardFunctionSection
 from trainer.recipe.trackers import TRACKERS
 from trainer.recipe.tree import dotted, fields_below
 from trainer.recipe.writing import LENGTH, changeable, changeable_values, may_change
@@ -53,6 +54,9 @@ def run(tmp_path: Path) -> Storage:
 @pytest.mark.parametrize("path", LEAVES, ids=dotted)
 def test_every_field_decides_the_result_or_may_change_and_is_recorded(path: KeyPath) -> None:
     frozen = make()
+    for task in ("ppo", "grpo"):  # which refuse to be given with this recipe's task
+        functions = (RewardFunctionSection(function="rewards.py:short"),)
+        frozen = with_value(frozen, (task, "reward", "functions"), functions)
     new = with_value(frozen, path, OTHERS.get(dotted(path), "another value"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # pydantic's, of the value
