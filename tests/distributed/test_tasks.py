@@ -27,6 +27,7 @@ TIMES = {
     *("time", "step_s", "eval_s", "stall_s", "checkpoint_age_s", "backlog", "world_size", "attempt", "memory_bytes"),
     *(
         "tokens_per_s",
+        "rollout_s",
         "tokens_per_s_per_worker",
         "slowest_rank",
         "slowest_rank_s",
