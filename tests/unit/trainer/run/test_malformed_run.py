@@ -202,3 +202,9 @@ def test_a_run_of_a_newer_version_is_shown_and_its_recipe_names_the_version() ->
         RecipeError, match=r"started with muster 7\.0\.0\+abc, and this is .*; continue with that version"
     ):
         read_recipe(run)
+
+
+def test_a_number_whose_range_overflows_is_shown() -> None:
+    rows = list(ROWS["metrics"])
+    rows[0] = {**rows[0], "writer": 8.98846567431158e307}
+    look_at(run_with("metrics", rows))
