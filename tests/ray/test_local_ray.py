@@ -116,6 +116,7 @@ def endless(tiny_model: Path, folder: Path) -> Iterator[LocalRun]:
     run.clean()
 
 
+@pytest.mark.night
 def test_a_ray_that_dies_is_one_sentence_and_the_run_can_go_on(endless: LocalRun) -> None:
     """Ray ends every process that uses it."""
     endless.reach(lambda: max(losses(endless.recipe), default=0) >= 3, "the third step")

@@ -47,6 +47,7 @@ def test_rows_are_dictionaries_without_pandas(run: muster.Run, monkeypatch: pyte
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.night
 def test_a_run_that_has_not_ended_has_the_adapter_of_its_newest_checkpoint(tiny_model: Path, folder: Path) -> None:
     recipe = small_recipe("stopped", tiny_model, folder, **CHANGES, **{"training.stop_after": 4})
     with pytest.raises(muster.Interrupted, match="stopped on request"):

@@ -109,6 +109,7 @@ def test_the_environment(make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert server.api_key not in server.log.read_text()
 
 
+@pytest.mark.night
 def test_an_engine_that_does_not_listen_is_killed(make: Make, tmp_path: Path) -> None:
     server = make({"FAKE_DEAF": "1"})
     server.start()

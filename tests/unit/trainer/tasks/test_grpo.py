@@ -113,6 +113,7 @@ def test_groups_without_a_difference_are_written_again_and_then_left_out(make: M
             assert torch.equal(parameter, before[name]), "nothing to learn from"
 
 
+@pytest.mark.night
 def test_an_update_is_the_same_without_the_texts_that_cannot_move_it(make: Make) -> None:
     """Texts without an advantage count in the mean, and are left out of the forward passes."""
     from trainer.tasks.grpo.experience import GRPOExperience

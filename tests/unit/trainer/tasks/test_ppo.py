@@ -169,6 +169,7 @@ def test_every_text_is_learned_from_once_per_epoch(make: Make) -> None:
         assert sum(u.units for u in updates) == 3 * sum(len(r.tokens) for r in task._experience.rollouts)
 
 
+@pytest.mark.night
 @pytest.mark.timeout(120)
 def test_it_learns_to_write_one_letter(make: Make) -> None:
     """The output head is adapted too: an untrained model's logits are too flat for any hidden state to decide."""

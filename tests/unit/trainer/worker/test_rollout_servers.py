@@ -112,7 +112,7 @@ def killed_in_step(recipe: Recipe, update: int) -> None:
             train_here(recipe)
 
 
-@pytest.mark.parametrize("staleness", [0, 1])
+@pytest.mark.parametrize("staleness", [0, pytest.param(1, marks=pytest.mark.night)])
 def test_a_killed_run_learns_from_the_stored_texts(make: Make, fake: FakeVLLM, staleness: int) -> None:
     """Killed in step 3, whose texts are stored; the newest checkpoint is that of step 2."""
     more = {"rollout.max_staleness": staleness}
@@ -130,6 +130,7 @@ def test_a_killed_run_learns_from_the_stored_texts(make: Make, fake: FakeVLLM, s
         assert adapter_bytes(killed) == adapter_bytes(whole)
 
 
+@pytest.mark.night
 def test_texts_that_cannot_be_read_are_written_again(make: Make, fake: FakeVLLM) -> None:
     whole, killed = make("-whole"), make("-killed")
     assert train_here(whole) == "succeeded"
