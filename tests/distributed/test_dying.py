@@ -68,7 +68,8 @@ def rank(command: Command, number: int) -> psutil.Process:
     raise AssertionError(f"rank {number} is not running:\n{command.output()[-2000:]}")
 
 
-@pytest.mark.parametrize("victim", [0, pytest.param(1, marks=pytest.mark.night)])
+@pytest.mark.night  # by day, tests/ray kills a worker and test_local one without Ray
+@pytest.mark.parametrize("victim", [0, 1])
 def test_a_killed_rank_ends_the_group_and_the_same_command_goes_on(
     victim: int, undisturbed: Recipe, tiny_model: Path, folder: Path
 ) -> None:

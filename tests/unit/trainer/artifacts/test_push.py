@@ -65,6 +65,7 @@ def test_a_model_without_a_card_gets_one(tiny_model: Path, hub: Hub) -> None:
     assert sent["README.md"].startswith(b"---\nlibrary_name: transformers")
 
 
+@pytest.mark.night
 def test_what_the_hub_refuses_is_said(recipe: Recipe, hub: Hub) -> None:
     done = push(hub, REPO, "--run", run_of(recipe).url, token="hf_wrong")
     assert (done.returncode, done.stdout) == (2, "")
