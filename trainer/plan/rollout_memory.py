@@ -59,7 +59,7 @@ def rows_of(recipe: Recipe) -> int:
     section = recipe.rollout_section
     if section is None or recipe.rollout.row.serves:
         return 0
-    answers = max(section.group_size, section.eval_answers) if isinstance(section, GRPOSection) else 1
+    answers = max(section.answers, section.eval_answers if isinstance(section, GRPOSection) else 1)
     return recipe.training.micro_batch * answers
 
 

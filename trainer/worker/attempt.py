@@ -116,8 +116,7 @@ def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callab
             prompts = PromptSource(data.eval, eval_cache, parts.tokenizer)
             with _noted("reading the questions of the evaluation"):
                 answers = GenerativeEval.of(parts, recorder, prompts, detector.on_phase)
-            with _noted("connecting to the inference servers"):
-                use_servers(parts, run)
+            use_servers(parts, run)  # its errors name the server
             profiler = Profiler(recipe, world, run, attempt, recorder.event_from_any_rank)
             samples = SampleTexts(parts, recorder, prompts, detector.on_phase)
             telemetry = Telemetry(recorder, checkpointer, startup, compiles=recipe.compute.compile)

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import torch
 
-from trainer.errors import InputError, MusterError
+from trainer.errors import InputError
 from trainer.inference.client import EngineClient
 from trainer.inference.http_server import Bounds
 from trainer.inference.sampling import SamplingSettings
@@ -64,21 +64,21 @@ class AdapterServers:
         self._temporary = tempfile.TemporaryDirectory(prefix="muster-adapters-")
         self._server: VLLMServer | None = None
         self._names: dict[int, str] = {}
-        self._together("start", self._start_server if self._leads and not given else None)
+        self._on_leader("start", self._start_server if not given else lambda: None)
         self._place = self._ranks.joined([self._own_place()])[leader]
         # A name stands for one set of weights, also for a server that outlives the run.
         self._unique = self._ranks.decide(lambda: uuid.uuid4().hex[:12])
         self._client = self._connected()
-        self._together("check", self._client.check if self._leads else None)
+        self._on_leader("check", self._client.check)
 
     def sync(self, version: int) -> str:
         if version not in self._names:
             name = f"{self._parts.recipe.name}-{self._unique}-{version}"
             folder = Path(self._place.folder, name)
             weights = self._weights()
-            self._together(f"save {name}", (lambda: self._save(weights, folder)) if self._leads else None)
+            self._on_leader(f"save {name}", lambda: self._save(weights, folder))
             # On every rank: each meets a server that was started again, and has lost the adapter.
-            self._together(f"load {name}", lambda: self._client.load(name, str(folder)))
+            self._ranks.together(lambda: self._client.load(name, str(folder)), f"load {name}")
             self._names[version] = name
             self._forget(version - 1 - self._parts.recipe.rollout.max_staleness)
         return self._names[version]
@@ -92,15 +92,9 @@ class AdapterServers:
             self._server.close()
         self._temporary.cleanup()
 
-    def _together(self, what: str, do: Callable[[], object] | None) -> None:
-        """Collective: raises on all ranks what one of them raises."""
-        failure: MusterError | None = None
-        try:
-            if do is not None:
-                do()
-        except MusterError as error:
-            failure = error
-        self._ranks.raise_together(failure, what)
+    def _on_leader(self, what: str, do: Callable[[], None]) -> None:
+        """Collective: calls ``do`` on the rank that leads a node's (or all) ranks; its error is raised on all."""
+        self._ranks.together(do if self._leads else lambda: None, what)
 
     def _start_server(self) -> None:
         recipe, section = self._parts.recipe, self._parts.recipe.rollout.vllm

@@ -201,8 +201,8 @@ RULES = (
         (("rollout", "engine"), ("adapter", "method")),
         lambda r: r.rollout.row.serves and not r.adapter.is_plain_lora,
         lambda r: (
-            f"{r.rollout.engine} loads plain LoRA adapters only: not of method {r.adapter.label}, and without bias, "
-            "modules_to_save and trainable_tokens; use method lora, or engine transformers"
+            f"{r.rollout.engine} takes LoRA's matrices only, and method {r.adapter.label}, bias, modules_to_save or "
+            "trainable_tokens add something else; use method lora without them, or engine transformers"
         ),
     ),
     Rule(
@@ -470,7 +470,7 @@ def _of_rollouts(recipe: Recipe) -> Iterator[Conflict]:
         sources = f"{key}.reward.function, {key}.reward.functions or {key}.reward.model, or {key}.environment"
         message = f"task {task} needs a reward: {sources}"
         yield Conflict(((key, "reward"), ("task",)), message)
-    texts = recipe.training.global_batch * (section.group_size if isinstance(section, GRPOSection) else 1)
+    texts = recipe.training.global_batch * section.answers
     if section.minibatches > texts:
         message = f"{section.minibatches} minibatches cannot be made of the {texts} texts of a step"
         yield Conflict(((key, "minibatches"), ("training", "global_batch")), message)

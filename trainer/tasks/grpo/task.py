@@ -31,7 +31,7 @@ class GRPO(RolloutTask):
     def __init__(self, recipe: Recipe, labels: tuple[str, ...] = ()) -> None:
         super().__init__(recipe, labels)
         self._grpo = section = recipe.grpo
-        self.answers, self.rewrites = section.group_size, section.dynamic_sampling
+        self.rewrites = section.dynamic_sampling
         self._token_loss = GRPO_LOSSES.load(section.loss)
 
     def penalty(self, rollout: Rollout) -> float:

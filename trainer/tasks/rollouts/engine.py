@@ -102,15 +102,13 @@ class ServerEngine:
         future = in_background(lambda: self._servers.write(adapter, prompts, seeds))
 
         def texts() -> Texts:
-            written = iter(future.result())
-            return [[self._read(next(written), version) for prompt in batch for _ in prompt.keys] for batch in batches]
+            written = future.result()
+            for text in written:
+                text.version, text.words = version, self._sampler.words(text.tokens)
+            rest = iter(written)
+            return [[next(rest) for prompt in batch for _ in prompt.keys] for batch in batches]
 
         return texts
-
-    def _read(self, text: Completion, version: int) -> Completion:
-        text.version = version
-        text.words = self._sampler.words(text.tokens)
-        return text
 
     def close(self) -> None:
         self._servers.close()

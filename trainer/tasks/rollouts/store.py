@@ -108,7 +108,14 @@ class RolloutStore:
     def save(self, step: int, ranks: Peers, mine: Sequence[Rollout]) -> None:
         """Collective: stores the rollouts of all ranks."""
         rollouts = sorted(ranks.joined(mine), key=lambda r: r.place)
-        ranks.decide(lambda: self._write(step, rollouts))
+
+        def write() -> None:
+            lines = [json.dumps(asdict(StoredRollout.of(rollout))) for rollout in rollouts]
+            self._run.write(layout.rollouts(step), gzip.compress("\n".join(lines).encode(), compresslevel=3, mtime=0))
+            if step > self._keep:
+                self._run.delete([layout.rollouts(step - self._keep)])
+
+        ranks.decide(write)
 
     def _steps(self) -> frozenset[int]:
         keys = (info.key for info in self._run.list(layout.ROLLOUTS))
@@ -121,9 +128,3 @@ class RolloutStore:
             return [read_record(StoredRollout, line).rollout() for line in lines]
         except (OSError, EOFError, ValueError, Malformed) as error:
             raise CorruptObject(f"{self._run.uri(key)} is not the rollouts of a step: {error}") from error
-
-    def _write(self, step: int, rollouts: Sequence[Rollout]) -> None:
-        lines = [json.dumps(asdict(StoredRollout.of(rollout))) for rollout in rollouts]
-        self._run.write(layout.rollouts(step), gzip.compress("\n".join(lines).encode(), compresslevel=3, mtime=0))
-        if step > self._keep:
-            self._run.delete([layout.rollouts(step - self._keep)])

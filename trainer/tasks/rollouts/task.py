@@ -36,11 +36,10 @@ EXAMPLES = 2
 
 
 class RolloutTask(Task):
-    """``answers``: texts that a step writes for each prompt. ``rewrites``: see `Request`."""
+    """``rewrites``: see `Request`."""
 
     prepares_steps = True
     generates = True
-    answers = 1
     rewrites = 0
 
     generation: GenerationContext
@@ -149,7 +148,7 @@ class RolloutTask(Task):
         assert self._writer is not None
         self._step, began = step, time.monotonic()
         request, store = self._request(batches, step), self._store
-        mine = store.load(step, self._ranks, request.prompts, self.answers) if store else None
+        mine = store.load(step, self._ranks, request.prompts, self.section.answers) if store else None
         if mine is None:
             begun = self._ahead.pop(step, None) or (request, self._writer.begin(module, device, request))
             mine = self._writer.finish(module, device, *begun)
@@ -178,7 +177,7 @@ class RolloutTask(Task):
             return f"{self.recipe.seed}:{step}:{prompt}/{answer}:{sample}"
 
         prompts = self._prompts(batches)
-        return Request(prompts, self.answers, key, self._step - 1, f"step {step}", self.rewrites)
+        return Request(prompts, self.section.answers, key, self._step - 1, f"step {step}", self.rewrites)
 
     def _prompts(self, batches: Sequence[Batch]) -> Prompts:
         size = self.recipe.training.micro_batch
@@ -192,7 +191,7 @@ class RolloutTask(Task):
     ) -> None:
         """Collective: every rank has as many ``batches``, and runs as many forward passes."""
         size = self.recipe.training.micro_batch
-        cuts = [some[n * size : (n + 1) * size] for some in batches for n in range(self.answers)]
+        cuts = [some[n * size : (n + 1) * size] for some in batches for n in range(self.section.answers)]
         texts = [PromptCompletionBatch.of_rollouts(some, n) for n, some in enumerate(cuts)]
         if self.needs_policy():
             for some, batch in zip(cuts, texts, strict=True):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.dying import train_until
 from tests.support.looping import bench
 from tests.support.models import CPU, stir
 from tests.support.tasks import task_recipe, write_task_data
@@ -134,33 +135,13 @@ def test_an_update_is_the_same_without_the_texts_that_cannot_move_it(make: Make)
             torch.testing.assert_close(parameter, fewer[name], rtol=1e-5, atol=1e-7)
 
 
-class Killed(BaseException):
-    """No handler of the program's own takes it for a failure of its own."""
-
-
-def dying(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
-    """``owner.name`` raises at its ``call``-th call."""
-    plain, calls = getattr(owner, name), [0]
-
-    def counted(*given: Any, **named: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == call:
-            raise Killed
-        return plain(*given, **named)
-
-    monkeypatch.setattr(owner, name, counted)
-
-
 def test_a_kill_in_the_middle_of_a_step_leaves_no_trace(make: Make) -> None:
     """Killed while texts are written and between two updates, it ends with the same bytes."""
     often = {"checkpoint.every_steps": 2, "training.steps": 6}
     whole, killed = make("-whole", **often), make("-killed", **often)
     assert train_here(whole) == "succeeded"
     for owner, name, call in ((PolicySampler, "write", 8), (DDP, "step", 5)):
-        with pytest.MonkeyPatch.context() as patch:
-            dying(patch, owner, name, call)
-            with pytest.raises(Killed):
-                train_here(killed)
+        train_until(killed, owner, name, call)
     assert train_here(killed) == "succeeded"
     assert adapter_bytes(killed) == adapter_bytes(whole)
     assert [key.key for key in run_of(whole).list(layout.ROLLOUTS)] == [], "they are written again, exactly"

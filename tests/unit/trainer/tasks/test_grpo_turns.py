@@ -12,12 +12,13 @@ import pytest
 import torch
 
 from launcher.driver.preflight import check_model
+from tests.support.dying import train_until
 from tests.support.fake_vllm import FakeVLLM, serving
 from tests.support.looping import bench
 from tests.support.models import CPU
 from tests.support.tasks import task_recipe, write_task_data
 from tests.support.training import adapter_bytes, run_of, train_here
-from tests.unit.trainer.tasks.test_grpo import QUIET, Killed, dying
+from tests.unit.trainer.tasks.test_grpo import QUIET
 from trainer.errors import InputError, RecipeError, RewardFailed
 from trainer.recipe import Recipe
 from trainer.recipe.trust import code_of, without_code
@@ -227,10 +228,7 @@ def test_a_kill_between_two_turns_leaves_no_trace(make: Make) -> None:
     whole, killed = make("-whole", **often), make("-killed", **often)
     assert train_here(whole) == "succeeded"
     for owner, name, call in ((PolicySampler, "write", 11), (DDP, "step", 3)):
-        with pytest.MonkeyPatch.context() as patch:
-            dying(patch, owner, name, call)
-            with pytest.raises(Killed):
-                train_here(killed)
+        train_until(killed, owner, name, call)
     assert train_here(killed) == "succeeded"
     assert adapter_bytes(killed) == adapter_bytes(whole)
     rows = {r["step"]: r for r in read_rows(run_of(killed), layout.METRICS)}
@@ -263,10 +261,7 @@ def test_servers_write_the_turns_and_they_are_stored(make: Make, tiny_model: Pat
     rollout = {"engine": "vllm", "addresses": [fake.address], "max_staleness": 1}
     recipe = make(rollout=rollout, **{"training.steps": 3, "checkpoint.every_steps": 1, "grpo.dynamic_sampling": 0})
     with serving(fake):
-        with pytest.MonkeyPatch.context() as patch:
-            dying(patch, DDP, "step", 3)
-            with pytest.raises(Killed):
-                train_here(recipe)
+        train_until(recipe, DDP, "step", 3)
         store = RolloutStore(run_of(recipe), 10)
         stored = store._read(2)
         before = len(fake.completions())

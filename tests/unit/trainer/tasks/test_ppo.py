@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.dying import train_until
 from tests.support.looping import Bench, bench
 from tests.support.models import CPU, stir
 from tests.support.tasks import task_recipe, write_task_data
@@ -194,23 +195,6 @@ def test_it_learns_to_write_one_letter(make: Make) -> None:
         assert b.rows[-1]["entropy"] < b.rows[0]["entropy"]
 
 
-class Killed(BaseException):
-    """No handler of the program's own takes it for a failure of its own."""
-
-
-def dying(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int) -> None:
-    """``owner.name`` raises at its ``call``-th call."""
-    plain, calls = getattr(owner, name), [0]
-
-    def counted(*given: Any, **named: Any) -> Any:
-        calls[0] += 1
-        if calls[0] == call:
-            raise Killed
-        return plain(*given, **named)
-
-    monkeypatch.setattr(owner, name, counted)
-
-
 def files_of(recipe: Recipe) -> dict[str, str]:
     return {n: i["sha256"] for n, i in list_commits(run_of(recipe))[0].files.items() if n.endswith(".safetensors")}
 
@@ -222,10 +206,7 @@ def test_a_kill_in_the_middle_of_an_iteration_leaves_no_trace(make: Make) -> Non
     assert train_here(whole) == "succeeded"
     per_step = 3  # micro-batches: each is written once, and learned from in two minibatches of two epochs
     for owner, name, call in ((PolicySampler, "write", 2 * per_step + 2), (DDP, "step", 4 + 3)):
-        with pytest.MonkeyPatch.context() as patch:
-            dying(patch, owner, name, call)
-            with pytest.raises(Killed):
-                train_here(killed)
+        train_until(killed, owner, name, call)
     assert train_here(killed) == "succeeded"
     assert adapter_bytes(killed) == adapter_bytes(whole)
     assert files_of(killed) == files_of(whole)

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from tests.support.dying import train_until
 from tests.support.fake_vllm import FakeVLLM, serving
 from tests.support.tasks import task_recipe, write_task_data
 from tests.support.training import adapter_bytes, run_of, train_here
@@ -92,33 +93,13 @@ def test_with_a_staleness_of_one_the_next_texts_are_written_meanwhile(make: Make
     assert stored_steps(recipe) == [1, 2, 3, 4]
 
 
-class Killed(BaseException):
-    """No handler of the program's own takes it for a failure of its own."""
-
-
-def killed_in_step(recipe: Recipe, update: int) -> None:
-    """Trains until the given update, which is not done."""
-    plain, calls = DDP.step, [0]
-
-    def step(self: Any, *given: Any) -> float:
-        calls[0] += 1
-        if calls[0] == update:
-            raise Killed
-        return plain(self, *given)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DDP, "step", step)
-        with pytest.raises(Killed):
-            train_here(recipe)
-
-
 @pytest.mark.parametrize("staleness", [0, pytest.param(1, marks=pytest.mark.night)])
 def test_a_killed_run_learns_from_the_stored_texts(make: Make, fake: FakeVLLM, staleness: int) -> None:
     """Killed in step 3, whose texts are stored; the newest checkpoint is that of step 2."""
     more = {"rollout.max_staleness": staleness}
     whole, killed = make("-whole", **more), make("-killed", **more)
     assert train_here(whole) == "succeeded"
-    killed_in_step(killed, 2 * 2 + 1)  # two updates in a step
+    train_until(killed, DDP, "step", 2 * 2 + 1)  # two updates in a step
     before = {step: run_of(killed).read(layout.rollouts(step)) for step in stored_steps(killed)}
     assert list(before) == [1, 2, 3]
     asked = len(fake.completions())
@@ -134,7 +115,7 @@ def test_a_killed_run_learns_from_the_stored_texts(make: Make, fake: FakeVLLM, s
 def test_texts_that_cannot_be_read_are_written_again(make: Make, fake: FakeVLLM) -> None:
     whole, killed = make("-whole"), make("-killed")
     assert train_here(whole) == "succeeded"
-    killed_in_step(killed, 2 * 2 + 1)
+    train_until(killed, DDP, "step", 2 * 2 + 1)
     run_of(killed).write(layout.rollouts(3), b"broken")
     assert train_here(killed) == "succeeded"
     assert adapter_bytes(killed) == adapter_bytes(whole)
@@ -176,7 +157,7 @@ MISTAKES = [
     ({"rollout": {"engine": "vllm"}}, "engine vllm needs servers: give addresses, or vllm.python to start some"),
     ({"rollout": {"engine": "openai"}}, "engine openai needs servers: give addresses"),
     ({"rollout": {"addresses": ["http://h:1"]}}, "has no effect with engine transformers"),
-    ({"adapter.method": "dora"}, "loads plain LoRA adapters only: not of method dora"),
+    ({"adapter.method": "dora"}, "takes LoRA's matrices only, and method dora"),
     ({"rollout.vllm": {"tensor_parallel": 2}}, "has no effect on servers that run already"),
 ]
 
@@ -202,5 +183,6 @@ def test_a_run_that_ends_early_does_not_wait_for_the_texts_in_work(make: Make, f
         patch.setattr(RolloutTask, "prepare_ahead", ahead)
         assert train_here(recipe, lambda: calls[0] > 0) == "interrupted"
     alive = [thread for thread in threading.enumerate() if thread.name == "rollouts"]
+    assert alive
     assert all(thread.daemon for thread in alive)
     assert metrics(recipe)[-1]["step"] == 1

@@ -63,6 +63,10 @@ class GRPOSection(RolloutTaskSection):
     """An answer passes if its reward, without penalties, is at least this."""
 
     @property
+    def answers(self) -> int:
+        return self.group_size
+
+    @property
     def row(self) -> GRPOLossRow:
         return GRPO_LOSSES[self.loss]
 

@@ -69,6 +69,11 @@ class RolloutTaskSection(Section):
     """Weight of the entropy per token (nats), which is subtracted from the loss."""
 
     @property
+    def answers(self) -> int:
+        """The texts that a step writes for each prompt."""
+        return 1
+
+    @property
     def longest(self) -> int:
         """The most tokens that may follow a prompt."""
         if self.environment is None:

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support.dying import train_until
 from tests.support.tasks import task_recipe, write_task_data
 from tests.support.training import adapter_bytes, losses, run_of, train_here
 from trainer.errors import RecipeError
@@ -177,24 +178,10 @@ def test_a_model_that_has_been_trained_is_not_what_was_before(make: Make) -> Non
     assert [(e["attempt"], e["when"]) for e in told(recipe)] == [(2, "after")]
 
 
-class Killed(BaseException):
-    pass
-
-
 def test_a_run_that_begins_anew_does_not_write_them_again(make: Make) -> None:
     """It died after its first step, and before its first checkpoint."""
-    recipe, plain, steps = make(), DDP.step, []
-
-    def step(self: DDP, *given: Any, **named: Any) -> float:
-        steps.append(1)
-        if len(steps) == 2:
-            raise Killed
-        return plain(self, *given, **named)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DDP, "step", step)
-        with pytest.raises(Killed):
-            train_here(recipe)
+    recipe = make()
+    train_until(recipe, DDP, "step", 2)
     assert train_here(recipe) == "succeeded"
     starts = told(recipe, "start")
     assert [(e["attempt"], e["step"]) for e in starts] == [(1, 0), (2, 0)]
