@@ -68,6 +68,19 @@ def train(job: Job, stop_requested: Callable[[], bool]) -> Position:
     ``stop_requested`` is called on every rank after each step; True on one rank ends the attempt with a commit.
     Raises Interrupted if it ended before the last step, after its state was committed.
     """
+    with join(job) as (world, startup):
+        storage = open_storage(job.storage)
+        run = storage.child(job.recipe.name)
+        began, data = time.monotonic(), opened_data(job, storage, startup)
+        with noted("loading the model"):
+            parts = _build(job.recipe, world, storage, run, data)
+        return train_built(job, parts, data, startup, stop_requested, began)
+
+
+@contextmanager
+def join(job: Job) -> Iterator[tuple[World, Phases]]:
+    """Joins the process group, with torch's settings of the job's recipe. Yields the group, and the phases of the
+    start-up."""
     waited_s = 0.0 if job.asked_at is None else max(0.0, time.time() - job.asked_at)
     startup = Phases(time.monotonic() - waited_s, job.spent)
     load_libraries()
@@ -77,33 +90,38 @@ def train(job: Job, stop_requested: Callable[[], bool]) -> Position:
         torch.set_float32_matmul_precision("high")
     with join_world(gpu=job.recipe.resources.gpus_per_worker > 0) as world:
         startup.end(WORKERS)
-        return _run_attempt(job, world, startup, stop_requested)
+        yield world, startup
 
 
-def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callable[[], bool]) -> Position:
-    recipe, began = job.recipe, time.monotonic()
-    storage = open_storage(job.storage)
-    run = storage.child(recipe.name)
-    with _noted("opening the data"):
-        data = open_data(recipe, run, storage.child(layout.PREPARED))
+def opened_data(job: Job, storage: Storage, startup: Phases) -> RunData:
+    with noted("opening the data"):
+        data = open_data(job.recipe, storage.child(job.recipe.name), storage.child(layout.PREPARED))
         startup.end(DATA)
-    with _noted("loading the model"):
-        parts = _build(recipe, world, storage, run, data)
-    with _noted("opening the data"):
+    return data
+
+
+def train_built(
+    job: Job, parts: Parts, data: RunData, startup: Phases, stop_requested: Callable[[], bool], began: float
+) -> Position:
+    """Does what `train` does, with a model that is built. ``began``: when the build began, in seconds of
+    `time.monotonic`."""
+    recipe, world = job.recipe, parts.world
+    run = open_storage(job.storage).child(recipe.name)
+    with noted("opening the data"):
         cache, eval_cache = open_caches(data.train, data.eval, recipe.data.cache_bytes, parts.task.bytes_of_target())
-    with _noted("restoring the checkpoint"):
+    with noted("restoring the checkpoint"):
         attempt = world.decide_on_rank0(lambda: claim_attempt(run, job.driver, dict(job.holder)))
     recorder = Recorder(run, recipe, world, attempt)
     log.info("attempt %d: rank %d of %d on %s (%s)", attempt, world.rank, world.size, world.host, world.device)
     judge = Judge(recipe, recorder, job.total_steps)
     checkpointer = Checkpointer(job, parts, run, recorder, judge, data.train.spec.chat_template)
-    detector = _hang_detector(recorder, compiles=recipe.compute.compile)
+    detector = _hang_detector(recorder, recipe)
     with _recorded(recorder, checkpointer, detector):
-        with _noted("restoring the checkpoint"):
+        with noted("restoring the checkpoint"):
             load_s = time.monotonic() - began
             with checkpointer.newest() as found:
                 checkpointer.begins_from = found.begins_from if found else _set_initial_weights(parts, recorder)
-                with _noted("computing outputs before training"):
+                with noted("computing outputs before training"):
                     data = with_outputs(parts, data, checkpointer.begins_from, is_initial=found is None)
                 stream = Stream.of(recipe, data.train, run, cache=cache)
                 start = checkpointer.restore(found, stream)
@@ -114,7 +132,7 @@ def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callab
         if not start.over and start.step < min(job.total_steps, recipe.training.stop_after or job.total_steps):
             mine = parts.strategy.mesh.data_rank(world.rank), parts.strategy.mesh.data_ranks
             prompts = PromptSource(data.eval, eval_cache, parts.tokenizer)
-            with _noted("reading the questions of the evaluation"):
+            with noted("reading the questions of the evaluation"):
                 answers = GenerativeEval.of(parts, recorder, prompts, detector.on_phase)
             use_servers(parts, run)  # its errors name the server
             profiler = Profiler(recipe, world, run, attempt, recorder.event_from_any_rank)
@@ -132,7 +150,7 @@ def _run_attempt(job: Job, world: World, startup: Phases, stop_requested: Callab
                 answers=answers,
             )
             batches = stream.prefetch(start.cursor, *mine)
-            with closing(profiler), closing(parts.task), detector, closing(batches), _noted(detector.place):
+            with closing(profiler), closing(parts.task), detector, closing(batches), noted(detector.place):
                 end = loop.run(start, batches)
         checkpointer.close()
         world.all_gather(None)  # no rank leaves before the last commit is complete
@@ -149,7 +167,7 @@ def _build(recipe: Recipe, world: World, storage: Storage, run: Storage, data: R
 
 
 @contextmanager
-def _noted(place: str | Callable[[], str]) -> Iterator[None]:
+def noted(place: str | Callable[[], str]) -> Iterator[None]:
     """Notes on an error where it was raised."""
     try:
         yield
@@ -178,13 +196,13 @@ def _recorded(recorder: Recorder, checkpointer: Checkpointer, detector: HangDete
     recorder.close()
 
 
-def _hang_detector(recorder: Recorder, *, compiles: bool) -> HangDetector:
-    patience_s = COMPILING_PATIENCE_S if compiles else LEAST_PATIENCE_S
+def _hang_detector(recorder: Recorder, recipe: Recipe) -> HangDetector:
     detector = HangDetector(
         recorder.world,
         store_of_group(),
         lambda found: _end_hang(found, detector, recorder),
-        least_patience_s=patience_s,
+        least_patience_s=COMPILING_PATIENCE_S if recipe.compute.compile else LEAST_PATIENCE_S,
+        name=recipe.name,
     )
     return detector
 

@@ -25,6 +25,7 @@ from trainer.data.formats.dialogue import dialogue_of
 from trainer.distributed.world import World
 from trainer.errors import InputError, MusterError
 from trainer.layers import change_layers
+from trainer.layers.tiling import Tiles
 from trainer.model import (
     Head,
     ModelFiles,
@@ -127,7 +128,7 @@ def _build(
     """Raises UnusedTargets for layers besides ``left_out`` that take no part in the loss."""
     adapter, task, strategy = make_adapter(recipe), make_task(recipe, labels), make_strategy(recipe, world)
     adapter.left_out, task.world, task.teacher = left_out, world, teacher
-    with closing(_loader(recipe, world, storage, adapter, task, strategy)) as loader:
+    with closing(loader_of(recipe, world, storage, adapter, task, strategy)) as loader:
         if recipe.compute.kernels == "liger":
             use_liger(loader.base)
         model = loader.attach_adapter()
@@ -144,24 +145,8 @@ def _build(
             log.warning("compute.offload_activations has no effect on a CPU, whose memory is the host's")
         tiles = change_layers(model, recipe.compute, world.device)
         loader.setup_strategy(model)
-        with _as_told(recipe, strategy), strategy.autocast():
-            attention = settle_attention(recipe, strategy.model, strategy.module, task.inputs, world.device)
-            strategy.reshard()
-            asked = strategy.model, strategy.module, task.inputs, world.device, recipe.model.path
-            length = recipe.data.sequence_length
-            if tiles is not None:
-                check_tiles(*asked, tiles)
-            if task.head is not None:
-                check_left_to_right(*asked, length)
-            if recipe.data.packing:
-                check_isolation(*asked, length)
-            if strategy.mesh.context > 1:
-                context = Context.of(strategy.mesh, world.device)
-                strategy.reshard()
-                settle_context(recipe, *asked[:2], context, task.inputs, attention, world)
-                task.compute_together(context)
-        strategy.reshard()
-        with _as_told(recipe, strategy):
+        attention = settle_model(recipe, world, strategy, task, strategy.model, tiles)
+        with as_told(recipe, strategy.model):
             check_used(recipe, world, adapter, task, strategy)
         load = world.all_gather({"rank": world.rank, **loader.statistics()})
     meter = meter_of(recipe, world, operations)
@@ -169,13 +154,37 @@ def _build(
     return Parts(recipe, world, *parts, chat_template)
 
 
+def settle_model(
+    recipe: Recipe, world: World, strategy: Strategy, task: Task, model: torch.nn.Module, tiles: Tiles | None
+) -> str:
+    """Collective: sets the attention kernel on ``model``, which ``strategy.module`` computes with, and checks that the
+    model reads texts as training does. Returns the kernel's name."""
+    with as_told(recipe, model), strategy.autocast():
+        attention = settle_attention(recipe, model, strategy.module, task.inputs, world.device)
+        strategy.reshard()
+        asked = model, strategy.module, task.inputs, world.device, recipe.model.path
+        length = recipe.data.sequence_length
+        if tiles is not None:
+            check_tiles(*asked, tiles)
+        if task.head is not None:
+            check_left_to_right(*asked, length)
+        if recipe.data.packing:
+            check_isolation(*asked, length)
+        if strategy.mesh.context > 1:
+            context = Context.of(strategy.mesh, world.device)
+            strategy.reshard()
+            settle_context(recipe, *asked[:2], context, task.inputs, attention, world)
+            task.compute_together(context)
+    strategy.reshard()
+    return attention
+
+
 @contextmanager
-def _as_told(recipe: Recipe, strategy: Strategy) -> Iterator[None]:
+def as_told(recipe: Recipe, model: Any) -> Iterator[None]:
     """Names the quantisation where a quantised model's forward fails: its code may read weights outside of layers."""
     try:
         yield
     except (RuntimeError, ValueError, KeyError) as error:
-        model: Any = strategy.model
         kind = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
         if recipe.model.quantization == "none" or isinstance(error, torch.OutOfMemoryError | MusterError):
             raise
@@ -209,7 +218,7 @@ class BaseLoader(Protocol):
         """Closes the files."""
 
 
-def _loader(
+def loader_of(
     recipe: Recipe, world: World, storage: Storage, adapter: Adapter, task: Task, strategy: Strategy
 ) -> BaseLoader:
     if strategy.loads_sharded(recipe):

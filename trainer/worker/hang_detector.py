@@ -109,7 +109,8 @@ def culprits(seen: Mapping[int, Seen], now: float, patience: float) -> list[Puls
 class HangDetector(Callback):
     """Publishes this rank's pulse and watches the others'.
 
-    ``on_hang(culprits)`` is called once, in the monitor's thread, on the rank that must act.
+    ``on_hang(culprits)`` is called once, in the monitor's thread, on the rank that must act. ``name``: of the run;
+    several may be trained in the same processes.
     """
 
     def __init__(
@@ -119,11 +120,12 @@ class HangDetector(Callback):
         on_hang: Callable[[list[Pulse]], None],
         clock: Callable[[], float] = time.monotonic,
         least_patience_s: float = LEAST_PATIENCE_S,
+        name: str = "run",
     ) -> None:
         self._least_patience_s = least_patience_s
         self._world, self._rank, self._store = world, world.rank, store
         self._on_hang, self._clock = on_hang, clock
-        self._now = (0, "starting", 0)
+        self._name, self._now = name, (0, "starting", 0)
         self._beat = 0
         self._seen: dict[int, Seen] = {}
         self._all_published = False
@@ -193,7 +195,7 @@ class HangDetector(Callback):
         """Writes this rank's pulse."""
         pulse = self._pulse()
         self._seen[self._rank] = _after(self._seen.get(self._rank), pulse, self._clock())
-        self._store.set(_key(self._rank), json.dumps(asdict(pulse)))
+        self._store.set(self._key(self._rank), json.dumps(asdict(pulse)))
 
     def _pulse(self) -> Pulse:
         (step, phase, moves), frame = self._now, _frames().get(self._main)
@@ -211,7 +213,7 @@ class HangDetector(Callback):
 
     def look(self) -> None:
         """Reads the newest pulse of every rank."""
-        keys = [_key(rank) for rank in range(self._world.size)]
+        keys = [self._key(rank) for rank in range(self._world.size)]
         # One request for all; it would wait for a key that is missing, because its rank stopped before its first beat.
         self._all_published = self._all_published or self._store.check(keys)
         if self._all_published:
@@ -221,6 +223,9 @@ class HangDetector(Callback):
         now = self._clock()
         for pulse in (Pulse(**json.loads(one)) for one in stored):
             self._seen[pulse.rank] = _after(self._seen.get(pulse.rank), pulse, now)
+
+    def _key(self, rank: int) -> str:
+        return f"muster/pulse/{self._name}/{rank}"
 
     def _first_sound(self, found: list[Pulse]) -> int:
         """Returns the lowest rank that is not a culprit; rank 0 if all are."""
@@ -247,10 +252,6 @@ def _after(before: Seen | None, pulse: Pulse, now: float) -> Seen:
     beat_at = before.beat_at if before.pulse.beat == pulse.beat else now
     moved_at = before.moved_at if before.pulse.moves == pulse.moves else now
     return Seen(pulse, beat_at, moved_at)
-
-
-def _key(rank: int) -> str:
-    return f"muster/pulse/{rank}"
 
 
 def hang_text(found: Sequence[Pulse], silent_s: float) -> str:

@@ -1,0 +1,58 @@
+"""Runs that share a base model have the losses, samples and adapters of runs alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load
+
+from tests.support.together import train_group
+from tests.support.training import adapter_bytes, ledger, losses, small_recipe, train_in_processes, write_pairs
+from trainer.recipe import Recipe
+
+DIFFERENT: list[dict[str, Any]] = [
+    {"adapter.rank": 4, "optimizer.lr": 1e-2, "adapter.dropout": 0.2},
+    {"adapter.rank": 8, "adapter.alpha": 4, "seed": 3, "optimizer.lr": 3e-3, "training.steps": 5},
+    {"adapter.method": "rslora", "adapter.rank": 2, "training.global_batch": 6, "schedule.name": "linear"},
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("together")
+    write_pairs(folder / "data" / "pairs.jsonl", 60)
+    return folder
+
+
+def group(name: str, model: Path, folder: Path, **changes: Any) -> list[Recipe]:
+    return [
+        small_recipe(f"{name}-{n}", model, folder, **{**changes, **different})
+        for n, different in enumerate(DIFFERENT)
+    ]
+
+
+def assert_same_runs(alone: Recipe, together: Recipe) -> None:
+    assert losses(together) == pytest.approx(losses(alone), abs=1e-5)
+    assert ledger(together) == ledger(alone)
+    want, got = load(adapter_bytes(alone)), load(adapter_bytes(together))
+    assert want.keys() == got.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("kind", "ranks"), [("ddp", 1), ("fsdp", 2)])
+@pytest.mark.parametrize("packing", [True, False])
+def test_runs_together_are_those_alone(
+    kind: str, ranks: int, packing: bool, tiny_model: Path, folder: Path
+) -> None:
+    changes = {"strategy.kind": kind, "data.packing": packing}
+    alone = group(f"alone-{kind}-{packing}", tiny_model, folder, **changes)
+    together = group(f"together-{kind}-{packing}", tiny_model, folder, **changes)
+    train_in_processes(alone, ranks)
+    train_group(together, ranks)
+    for one, other in zip(alone, together, strict=True):
+        assert_same_runs(one, other)

@@ -1,0 +1,59 @@
+"""One rank of one attempt of several runs, which train adapters of their own on one base model.
+
+Each run is an ordinary run of the storage, with its own data order, optimizer, checkpoints, metrics and events."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import time
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+
+from trainer.checkpoint.publish import finished
+from trainer.distributed.world import World
+from trainer.errors import Interrupted, NonFiniteLoss
+from trainer.storage import open_storage
+from trainer.worker.attempt import join, noted, opened_data, train_built
+from trainer.worker.callbacks import Position
+from trainer.worker.job import Job
+from trainer.worker.together.build import RunSpec, build_together
+
+log = logging.getLogger(__name__)
+
+
+def train_together(jobs: Sequence[Job], stop_requested: Sequence[Callable[[], bool]]) -> None:
+    """Trains the runs to their last steps; every rank of the attempt calls it. Runs that are complete are left out.
+
+    ``stop_requested``: of each run, see `trainer.worker.attempt.train`. A run whose loss is not finite ends alone, and
+    its error is raised once the others have ended; any other error ends all of them. Raises Interrupted if one of them
+    ended before its last step."""
+    with join(jobs[0]) as (world, startup):
+        storage, began = open_storage(jobs[0].storage), time.monotonic()
+        left = world.decide_on_rank0(lambda: _incomplete(jobs))
+        jobs, stops = [jobs[n] for n in left], [stop_requested[n] for n in left]
+        data = [opened_data(job, storage, startup) for job in jobs]
+        with noted("loading the model"):
+            specs = [RunSpec(job.recipe, d.train.spec.chat_template) for job, d in zip(jobs, data, strict=True)]
+            parts, turns = build_together(specs, world, storage, lambda e: isinstance(e, NonFiniteLoss | Interrupted))
+        runs: list[Callable[[], Position]] = [
+            partial(train_built, job, part, d, copy.copy(startup), stop, began)
+            for job, part, d, stop in zip(jobs, parts, data, stops, strict=True)
+        ]
+        ends = turns.run(runs, partial(_use_device, world))
+    errors = {job.recipe.name: error for job, end in zip(jobs, ends, strict=True) if (error := end.exception())}
+    for name, error in sorted(errors.items(), key=lambda item: isinstance(item[1], Interrupted)):
+        raise type(error)(f"run {name}: {error}") from error
+
+
+def _incomplete(jobs: Sequence[Job]) -> list[int]:
+    runs = [open_storage(job.storage).child(job.recipe.name) for job in jobs]
+    return [n for n, (job, run) in enumerate(zip(jobs, runs, strict=True)) if not finished(run, job.recipe.training)]
+
+
+def _use_device(world: World) -> None:
+    # torch's current device belongs to a thread.
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
