@@ -29,8 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def group(name: str, model: Path, folder: Path, **changes: Any) -> list[Recipe]:
     return [
-        small_recipe(f"{name}-{n}", model, folder, **{**changes, **different})
-        for n, different in enumerate(DIFFERENT)
+        small_recipe(f"{name}-{n}", model, folder, **{**changes, **different}) for n, different in enumerate(DIFFERENT)
     ]
 
 
@@ -46,9 +45,7 @@ def assert_same_runs(alone: Recipe, together: Recipe) -> None:
 @pytest.mark.timeout(300)
 @pytest.mark.parametrize(("kind", "ranks"), [("ddp", 1), ("fsdp", 2)])
 @pytest.mark.parametrize("packing", [True, False])
-def test_runs_together_are_those_alone(
-    kind: str, ranks: int, packing: bool, tiny_model: Path, folder: Path
-) -> None:
+def test_runs_together_are_those_alone(kind: str, ranks: int, packing: bool, tiny_model: Path, folder: Path) -> None:
     changes = {"strategy.kind": kind, "data.packing": packing}
     alone = group(f"alone-{kind}-{packing}", tiny_model, folder, **changes)
     together = group(f"together-{kind}-{packing}", tiny_model, folder, **changes)

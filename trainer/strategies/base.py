@@ -239,6 +239,27 @@ class Strategy(ABC):
     def wrapped(self) -> list[str]:
         """Returns the names of the modules that are wrapped, as found in the model. Not a collective."""
 
+    @contextmanager
+    def names_in_forward(self) -> Iterator[dict[int, str]]:
+        """Yields the names of the parameters by the identity of the objects that a forward in the context uses: a
+        strategy that gathers parameters puts other objects in their place. Not a collective."""
+        seen: dict[int, str] = {}
+
+        def note(prefix: str, module: torch.nn.Module) -> None:
+            seen.update((id(parameter), f"{prefix}{name}") for name, parameter in module.named_parameters())
+
+        gathered = {"", *self.wrapped()}
+        hooks = [
+            module.register_forward_pre_hook(lambda module, _, prefix=f"{name}." if name else "": note(prefix, module))
+            for name, module in self.model.named_modules()
+            if name in gathered
+        ]
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()
+
     def describe(self) -> dict[str, Any]:
         """Returns the strategy's fields of the start event."""
         total = sum(math.prod(self.shape_of(p)) * p.element_size() for p in self.model.parameters())

@@ -58,18 +58,12 @@ def check_used(recipe: Recipe, world: World, adapter: Adapter, task: Task, strat
 
 def _unused(recipe: Recipe, task: Task, strategy: Strategy) -> list[str]:
     """Returns the names of the trained parameters that are not in the loss's graph."""
-    seen: dict[int, str] = {}
-    gathered = {"", *strategy.wrapped()}
-    modules = [(name, module) for name, module in strategy.model.named_modules() if name in gathered]
-    hooks = [module.register_forward_pre_hook(_Seen(name, seen)) for name, module in modules]
     was_training = strategy.module.training
     try:
         # Compiled layers would be compiled for this micro-batch alone.
-        with torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
+        with strategy.names_in_forward() as seen, torch.random.fork_rng(), torch.compiler.set_stance("force_eager"):
             loss = _loss(recipe, task, strategy)
     finally:
-        for hook in hooks:
-            hook.remove()
         strategy.module.train(was_training)
     reached = {seen.get(id(leaf)) for leaf in _leaves(loss)}
     del loss
@@ -90,18 +84,6 @@ def _loss(recipe: Recipe, task: Task, strategy: Strategy) -> torch.Tensor:
     # Not the last micro-batch of a step, so that no gradients are exchanged.
     with strategy.micro_batch(last=False), strategy.autocast():
         return task.loss(strategy.module, task.dummy_batch(batch), device).loss_sum
-
-
-class _Seen:
-    """Records the parameters of a module by identity when its forward begins: a strategy that gathers parameters puts
-    other objects in their place for the forward."""
-
-    def __init__(self, name: str, seen: dict[int, str]) -> None:
-        self._prefix, self._seen = f"{name}." if name else "", seen
-
-    def __call__(self, module: torch.nn.Module, *_: Any) -> None:
-        for name, parameter in module.named_parameters():
-            self._seen[id(parameter)] = f"{self._prefix}{name}"
 
 
 def _leaves(loss: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -70,9 +70,7 @@ def build_together(
     return _build(specs, world, storage, apart, left_out)
 
 
-def _build(
-    specs: Sequence[RunSpec], world: World, storage: Storage, apart: Any, left_out: frozenset[str]
-) -> Together:
+def _build(specs: Sequence[RunSpec], world: World, storage: Storage, apart: Any, left_out: frozenset[str]) -> Together:
     first = specs[0].recipe
     host = make_host(first, world)
     adapters = AdaptersOfRuns([spec.recipe for spec in specs], left_out)
@@ -83,8 +81,7 @@ def _build(
         base = SharedBase(loader.base, world.device)
         turns: Turns[Any] = Turns(base.answer, apart)
         built = [
-            _build_run(n, spec, world, host, base, turns, adapters, loader.files.folder)
-            for n, spec in enumerate(specs)
+            _build_run(n, spec, world, host, base, turns, adapters, loader.files.folder) for n, spec in enumerate(specs)
         ]
         adapters.joined(base.model)
         change_layers(base.model, first.compute, world.device)

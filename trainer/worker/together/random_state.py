@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 
@@ -24,12 +23,9 @@ class RandomState:
         self._before: dict[str, list[torch.Tensor]] = {}
 
     @contextmanager
-    def drawn(self, name: str, layer: Any, *, again: bool) -> Iterator[None]:
-        """Lets a LoRA layer draw from the run's random numbers inside the context. ``again``: the same numbers as the
-        last time."""
-        if not (layer.training and any(getattr(part, "p", 0.0) for part in layer.lora_dropout.values())):
-            yield
-            return
+    def drawn(self, name: str, *, again: bool) -> Iterator[None]:
+        """Lets the layer ``name`` draw from the run's random numbers inside the context. ``again``: the same numbers as
+        the last time."""
         now = self._before[name] if again else self._now or self._first
         if self._keeps and not again:
             self._before[name] = now

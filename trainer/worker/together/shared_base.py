@@ -1,25 +1,26 @@
 """One base model with the adapters of several runs: a forward has rows of all of them, and each row gets the product of
 its own run's adapter.
 
-The layers of the base model compute all rows at once. The LoRA layers of a run (peft's own, built on a model without
-weights) compute the run's rows: after each adapted layer of the base, they get the layer's input and its output for
-these rows. In the same way each run's head computes the losses of its rows. So a run's numbers are those that it would
-have alone, up to the rounding of larger matrix products (Chen et al. 2023, arXiv:2310.18547, *Punica*, batch LoRA
-products of several adapters in this way for inference).
+The layers of the base model compute all rows at once. After each adapted layer, the product of each run's adapter is
+added to the run's rows (`trainer.worker.together.lora_products`). In the same way each run's head computes the losses
+of its rows. So a run's numbers are those that it would have alone, up to the rounding of larger matrix products.
 
 Legend: B rows, L tokens of the longest row, D features.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch.nn.functional import pad
 
+from trainer.adapters.peft_method import ADAPTER_NAME
 from trainer.errors import InputError
+from trainer.worker.together.lora_products import LoraProduct, with_products
 from trainer.worker.together.random_state import RandomState
 from trainer.worker.together.turns import BACKWARD, Call
 
@@ -75,17 +76,6 @@ class Backward:
     last: bool
 
 
-class Computed(torch.nn.Module):
-    """Takes the place of the base layer in a run's LoRA layer: returns what the shared one has computed."""
-
-    output: torch.Tensor | None = None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        output, self.output = self.output, None
-        assert output is not None
-        return output
-
-
 class BorrowedHead(torch.nn.Module):
     """Takes the place of the output embeddings in a run's model: computes with those of the shared base model."""
 
@@ -110,21 +100,34 @@ class SharedBase:
         self._vocabulary = int(getattr(head, "out_features", 0) or model.config.get_text_config().vocab_size)
         head.forward = self._of_each_run
         self._parts: list[Part] = []
+        self._rows: list[int] = []
         self._tokens = torch.Size()
         self._recomputes = False
+        self._note: Callable[[Any], None] = lambda layer: None
+
+    @contextmanager
+    def noting(self, note: Callable[[Any], None]) -> Iterator[None]:
+        """Calls ``note`` with each run's LoRA layer that a forward in the context uses."""
+        before, self._note = self._note, note
+        try:
+            yield
+        finally:
+            self._note = before
 
     def head_for_run(self) -> BorrowedHead:
         return BorrowedHead(self._project, self._vocabulary)
 
     def adapt(self, name: str, run: int, layer: Any) -> None:
-        """Gives the layer ``name`` of the base model a run's LoRA layer."""
+        """Gives the layer ``name`` of the base model the matrices of a run's LoRA layer. Raises InputError for another
+        kind of adapter."""
+        check_plain(name, layer)
         adapted = self.model.get_submodule(name)
         if ADAPTERS not in dict(adapted.named_children()):
             adapted.add_module(ADAPTERS, torch.nn.ModuleDict())
             adapted.register_forward_hook(lambda module, args, output: self._adapted(name, args[0], output))
-        layer.base_layer = Computed()
-        # A child of the layer that it adapts, so that a strategy shards it with that layer.
-        adapted.get_submodule(ADAPTERS)[str(run)] = layer
+        # Children of the layer that they adapt, so that a strategy shards them with that layer.
+        matrices = torch.nn.ModuleDict({"A": layer.lora_A, "B": layer.lora_B})
+        adapted.get_submodule(ADAPTERS).add_module(str(run), matrices)
 
     def answer(self, calls: Sequence[Call]) -> None:
         """Answers calls that go together by one forward or one backward."""
@@ -139,6 +142,7 @@ class SharedBase:
         first = asked[0]
         inputs = joined([one.inputs for one in asked]) if len(asked) > 1 else first.inputs
         self._tokens, self._parts = inputs["input_ids"].shape, parts_of(asked)
+        self._rows = [one.rows for one in asked]
         if self.module.training != first.training:
             self.module.train(first.training)
         enabled = first.autocast is not None
@@ -172,28 +176,60 @@ class SharedBase:
                 f"{name} gets its tokens as {tuple(x.shape[:-1])} and not row by row, so that the adapters of several "
                 "runs cannot share it: leave it out of adapter.target_modules, or train the runs apart"
             )
-        done = [self._of_part(name, part, x, output) for part in self._parts]
-        return done[0] if len(done) == 1 else torch.cat(done)
+        products, length = [], self._tokens[1]
+        for part in self._parts:
+            layer = part.layers.get(name)
+            if layer is not None and not layer.disable_adapters:
+                self._note(layer)
+                products.append(LoraProduct(part.rows.start * length, part.rows.stop * length, *matrices_of(layer)))
+        return with_products(output, self._dropped(name, x), products)
 
-    def _of_part(self, name: str, part: Part, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
-        layer = part.layers.get(name)
-        if layer is None:
-            return output[part.rows]
-        layer.base_layer.output = output[part.rows, : part.length]
-        with part.random.drawn(name, layer, again=self._recomputes):
-            mine: torch.Tensor = layer(x[part.rows, : part.length])
-        if part.length == output.shape[1]:
-            return mine
-        return torch.cat([mine, output[part.rows, part.length :]], dim=1)
+    def _dropped(self, name: str, x: torch.Tensor) -> torch.Tensor:
+        """Returns the input of the LoRA layers ``name``, after the dropout of those that have one."""
+        layers = [part.layers.get(name) for part in self._parts]
+        if not any(drops(layer) for layer in layers):
+            return x
+        done = []
+        for part, layer, mine in zip(self._parts, layers, x.split(self._rows), strict=True):
+            if drops(layer):
+                assert layer is not None
+                with part.random.drawn(name, again=self._recomputes):
+                    own = layer.lora_dropout[ADAPTER_NAME](mine[:, : part.length])
+                mine = torch.cat([own, mine[:, part.length :]], dim=1)
+            done.append(mine)
+        return torch.cat(done)
 
     def _of_each_run(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
         """Returns what the runs' heads make of their rows, as one row, and notes its shapes."""
         made = []
-        for part in self._parts:
-            mine = part.head(hidden_BLD[part.rows, : part.length])
+        for part, rows_BLD in zip(self._parts, hidden_BLD.split(self._rows), strict=True):
+            mine = part.head(rows_BLD[:, : part.length])
             part.shape = mine.shape
             made.append(mine.reshape(1, -1, mine.shape[-1]))
         return torch.cat(made, dim=1)
+
+
+def check_plain(name: str, layer: Any) -> None:
+    """Raises InputError unless the layer computes W x + s B A x."""
+    plain = not layer.lora_variant and not getattr(layer, "parameter_name", None)
+    if not (plain and all(isinstance(m, torch.nn.Linear) for m in (*layer.lora_A.values(), *layer.lora_B.values()))):
+        raise InputError(
+            f"the adapter of {name} is no plain LoRA of a linear layer, and only those can share a base model: leave "
+            "it out of adapter.target_modules, or train the runs apart"
+        )
+
+
+def matrices_of(layer: Any) -> tuple[float, torch.Tensor, torch.Tensor]:
+    """Returns the scale, A and B of a run's LoRA layer."""
+    return layer.scaling[ADAPTER_NAME], layer.lora_A[ADAPTER_NAME].weight, layer.lora_B[ADAPTER_NAME].weight
+
+
+def drops(layer: Any) -> bool:
+    """Returns True if a run's LoRA layer drops elements of its input now."""
+    if layer is None or layer.disable_adapters:
+        return False
+    dropout = layer.lora_dropout[ADAPTER_NAME]
+    return dropout.training and getattr(dropout, "p", 0.0) > 0
 
 
 def parts_of(asked: Sequence[Forward]) -> list[Part]:
@@ -235,4 +271,3 @@ def joined_bounds(runs: Sequence[tuple[torch.Size, torch.Tensor, int]]) -> tuple
     ends = torch.tensor([start], dtype=torch.int32, device=runs[0][1].device)
     longest = max(max(most, length - shape[1]) for shape, _, most in runs)
     return torch.cat([torch.cat(found).to(torch.int32).sort().values, ends]), longest
-

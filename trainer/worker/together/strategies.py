@@ -109,8 +109,18 @@ class OfRun(Strategy):
         self._host.reshard()
 
     def wrapped(self) -> list[str]:
-        found = {id(layer) for layer in self.layers.values()}
-        return [name for name, module in self.model.named_modules() if id(module) in found]
+        return self._host.wrapped()
+
+    @contextmanager
+    def names_in_forward(self) -> Iterator[dict[int, str]]:
+        names = {id(module): name for name, module in self.model.named_modules()}
+        seen: dict[int, str] = {}
+
+        def note(layer: Any) -> None:
+            seen.update((id(p), f"{names[id(layer)]}.{name}") for name, p in layer.named_parameters())
+
+        with self._base.noting(note):
+            yield seen
 
     def describe(self) -> dict[str, Any]:
         return self._host.describe()

@@ -1,9 +1,9 @@
 """Runs that take turns in one process, and wait for each other before each forward and backward.
 
-Each run has a thread with the ordinary training loop. Only one thread works at a time, in the order of the runs, so that
-every rank enters the collectives of all runs in the same order. A thread that needs the model leaves a `Call` and waits.
-Once all runs wait, the calls that go together are answered by one pass of the model, in the thread that has started the
-runs.
+Each run has a thread with the ordinary training loop. Only one thread works at a time, in the order of the runs, so
+that every rank enters the collectives of all runs in the same order. A thread that needs the model leaves a `Call` and
+waits. Once all runs wait, the calls that go together are answered by one pass of the model, in the thread that has
+started the runs.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 
 BACKWARD, EVALUATION, TRAINING = range(3)
-"""The order in which waiting calls are answered. A backward comes first, since it needs what its forward has left in the
-model; then the forwards of runs that evaluate, for which those that train wait."""
+"""The order in which waiting calls are answered. A backward comes first, since it needs what its forward has left in
+the model; then the forwards of runs that evaluate, for which those that train wait."""
 
 
 class Call:
