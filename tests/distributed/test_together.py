@@ -10,8 +10,19 @@ import torch
 from safetensors.torch import load
 
 from tests.support.together import train_group
-from tests.support.training import adapter_bytes, ledger, losses, small_recipe, train_in_processes, write_pairs
+from tests.support.training import (
+    adapter_bytes,
+    ledger,
+    losses,
+    run_of,
+    small_recipe,
+    train_in_processes,
+    write_pairs,
+)
 from trainer.recipe import Recipe
+from trainer.run import layout
+from trainer.run.events import TextsEvent
+from trainer.run.jsonl import read_events, read_rows
 
 DIFFERENT: list[dict[str, Any]] = [
     {"adapter.rank": 4, "optimizer.lr": 1e-2, "adapter.dropout": 0.2},
@@ -33,9 +44,19 @@ def group(name: str, model: Path, folder: Path, **changes: Any) -> list[Recipe]:
     ]
 
 
+def texts(recipe: Recipe) -> list[Any]:
+    return [e.texts for e in read_events(run_of(recipe)) if isinstance(e, TextsEvent)]
+
+
+def evaluations(recipe: Recipe) -> dict[int, float]:
+    return {row["step"]: row["eval_loss"] for row in read_rows(run_of(recipe), layout.METRICS) if "eval_loss" in row}
+
+
 def assert_same_runs(alone: Recipe, together: Recipe) -> None:
     assert losses(together) == pytest.approx(losses(alone), abs=1e-5)
     assert ledger(together) == ledger(alone)
+    assert texts(together) == texts(alone)
+    assert evaluations(together) == pytest.approx(evaluations(alone), abs=1e-5)
     want, got = load(adapter_bytes(alone)), load(adapter_bytes(together))
     assert want.keys() == got.keys()
     for name in want:
@@ -46,7 +67,8 @@ def assert_same_runs(alone: Recipe, together: Recipe) -> None:
 @pytest.mark.parametrize(("kind", "ranks"), [("ddp", 1), ("fsdp", 2)])
 @pytest.mark.parametrize("packing", [True, False])
 def test_runs_together_are_those_alone(kind: str, ranks: int, packing: bool, tiny_model: Path, folder: Path) -> None:
-    changes = {"strategy.kind": kind, "data.packing": packing}
+    changes = {"strategy.kind": kind, "data.packing": packing, "samples.count": 2, "data.eval_fraction": 0.2}
+    changes |= {"training.eval_every": 2, "training.gradient_checkpointing": packing}
     alone = group(f"alone-{kind}-{packing}", tiny_model, folder, **changes)
     together = group(f"together-{kind}-{packing}", tiny_model, folder, **changes)
     train_in_processes(alone, ranks)
