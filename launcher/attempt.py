@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import time
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -62,15 +63,21 @@ def _train(job: Job, rank: int, ranks: int) -> None:
     from trainer.run.stop_poller import StopPoller
     from trainer.storage import open_storage
     from trainer.worker.attempt import train
+    from trainer.worker.together.attempt import train_together
 
-    run = open_storage(job.storage).child(job.recipe.name)
-    with StopPoller(run, job.driver, enabled=rank == 0) as watch:
+    storage = open_storage(job.storage)
+    with ExitStack() as stack:
+        polled = [(storage.child(one.recipe.name), one.driver) for one in job.runs]
+        watches = [stack.enter_context(StopPoller(run, driver, enabled=rank == 0)) for run, driver in polled]
         try:
-            with rank_log(run, rank, ranks):
-                train(job, watch.stop_requested)
+            with rank_log(storage.child(job.recipe.name), rank, ranks):
+                if job.others:
+                    train_together(job.runs, [watch.stop_requested for watch in watches])
+                else:
+                    train(job, watches[0].stop_requested)
         except Interrupted as stopped:
             log.info("%s", stopped)
-            if watch.resize:
+            if any(watch.resize for watch in watches):
                 raise ResizeRequested(str(stopped)) from None
 
 

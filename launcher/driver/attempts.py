@@ -9,6 +9,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Protocol, TypeVar
 
 from launcher.attempt import AttemptFailed, ResizeRequested, placed_death
@@ -21,7 +22,7 @@ from trainer.data.prepare.executor import Map
 from trainer.errors import StartAgain
 from trainer.recipe import ResourcesSection
 from trainer.run import symptoms
-from trainer.run.events import BrokenEvent, HangEvent
+from trainer.run.events import BrokenEvent, Event, HangEvent
 from trainer.run.failure import Failure
 from trainer.run.jsonl import Events, metrics_backwards, newest_event
 from trainer.run.metrics import StepMetrics
@@ -181,22 +182,28 @@ class Attempts:
     def _judge(self, failed: AttemptFailed) -> None:
         """Records the failure; raises its cause unless there will be another attempt."""
         recipe = self._job.recipe
-        run = open_storage(self._job.storage, deadline_s=READ_S).child(recipe.name)
-        step = _tried("the step of the failure", None, lambda: last_step(run))
-        cause = _tried("the run's events", failed.cause, lambda: explained(failed.cause, run, step, self._since))
-        newest = _tried("the run's checkpoints", None, lambda: next(iter(list_commits(run, newest=1)), None))
-        committed = newest.step if newest else 0
-        cause, retried = self._history.judge(AttemptFailed(cause, starting=failed.starting), step, committed)
+        storage = open_storage(self._job.storage, deadline_s=READ_S)
+        runs = [storage.child(job.recipe.name) for job in self._job.runs]
+        steps = [_tried("the step of the failure", None, partial(last_step, run)) for run in runs]
+        commits = [_tried("the run's checkpoints", 0, partial(last_commit, run)) for run in runs]
+        step = max((step for step in steps if step is not None), default=None)
+        cause = _tried("the run's events", failed.cause, lambda: explained(failed.cause, runs[0], step, self._since))
+        cause, retried = self._history.judge(AttemptFailed(cause, starting=failed.starting), step, sum(commits))
         # Workers that start again do not wait for a plan of what would fit.
-        said = symptoms.advise(cause, recipe, run.url) if retried else advise(cause, recipe, run.url)
-        _tried("the failure", None, lambda: self._record(run, cause, said, step, retried=retried))
+        said = symptoms.advise(cause, recipe, runs[0].url) if retried else advise(cause, recipe, runs[0].url)
+        for job, run, done, committed in zip(self._job.runs, runs, steps, commits, strict=True):
+            if committed < job.total_steps:
+                event = cause.event(said, retried=retried, driver=job.driver, step=done)
+                _tried("the failure", None, partial(record, run, f"driver{job.driver}-controller", event))
         if not retried:
             raise cause.as_error(said) from failed
 
-    def _record(self, run: Storage, cause: Failure, said: str, step: int | None, *, retried: bool) -> None:
-        events = Events(run, read_claims(run).attempt, f"driver{self._job.driver}-controller")
-        events.emit(cause.event(said, retried=retried, driver=self._job.driver, step=step))
-        events.close()
+
+def record(run: Storage, writer: str, event: Event) -> None:
+    """Writes an event of the driver."""
+    events = Events(run, read_claims(run).attempt, writer)
+    events.emit(event)
+    events.close()
 
 
 def _tried(what: str, otherwise: T, look: Callable[[], T]) -> T:
@@ -211,6 +218,12 @@ def _tried(what: str, otherwise: T, look: Callable[[], T]) -> T:
 def last_step(run: Storage) -> int:
     """Returns the last step in the run's metrics, 0 before the first."""
     return next((row.step for row in metrics_backwards(run) if isinstance(row, StepMetrics)), 0)
+
+
+def last_commit(run: Storage) -> int:
+    """Returns the step of the newest checkpoint, 0 without one."""
+    newest = next(iter(list_commits(run, newest=1)), None)
+    return newest.step if newest else 0
 
 
 def explained(cause: Failure, run: Storage, step: int | None, since: float) -> Failure:

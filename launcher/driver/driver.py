@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from functools import cached_property, partial
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from cluster.job_environment import job_environment
@@ -28,7 +28,7 @@ from trainer.recipe import Recipe
 from trainer.run import layout
 from trainer.run.events import ResizeEvent, StartupEvent
 from trainer.run.frozen import check_same_recipe, freeze_recipe, has_commits
-from trainer.run.jsonl import Events, newest_event
+from trainer.run.jsonl import newest_event
 from trainer.run.lease import Lease, check_not_cancelled
 from trainer.run.startup_phases import DATA, IMPORT, RAY, Phases, process_began
 from trainer.storage import Storage, local_path, open_storage
@@ -38,6 +38,8 @@ from trainer.worker.job import Job
 
 if TYPE_CHECKING:
     from launcher.driver.attempts import Runner
+    from launcher.driver.background_prepare import EarlyStart
+    from trainer.data.run_data import RunData
 
 FIRST_LOOK_S = 30.0  # a storage that does not answer now is more likely a wrong address than a bad minute
 
@@ -48,28 +50,59 @@ def run(recipe: Recipe, progress: Progress, *, takeover: bool = False) -> str:
     Raises UsageError (2) before anything is started, if the mistake can be known by then, Interrupted (3) after a stop
     that lost nothing, and any other MusterError (1) with the first cause of a failure.
     """
-    storage = open_storage(recipe.storage)
-    run_storage = storage.child(recipe.name)
-    first_look = open_storage(recipe.storage, deadline_s=FIRST_LOOK_S).child(recipe.name)
-    check_same_recipe(first_look, recipe)
-    if last := finished(first_look, recipe.training):
-        progress.say(f"{run_storage.url} {completed_text(last)} already")
-        return run_storage.uri(layout.ADAPTER)
-    begun = has_commits(first_look)
-    if not begun:
+    return run_together([recipe], progress, takeover=takeover)[0]
+
+
+def run_together(recipes: Sequence[Recipe], progress: Progress, *, takeover: bool = False) -> list[str]:
+    """Does what `run` does for several runs, in the same processes and on one base model. The recipes have one storage,
+    and fit together (`trainer.recipe.rules.together`)."""
+    storage = open_storage(recipes[0].storage)
+    first_look = open_storage(recipes[0].storage, deadline_s=FIRST_LOOK_S)
+    for recipe in recipes:
+        check_same_recipe(first_look.child(recipe.name), recipe)
+    left = [recipe for recipe in recipes if not _is_complete(recipe, first_look, progress)]
+    if left:
+        _hold_and_train(left, storage, first_look, progress, takeover=takeover)
+    return [storage.child(recipe.name).uri(layout.ADAPTER) for recipe in recipes]
+
+
+def _is_complete(recipe: Recipe, storage: Storage, progress: Progress) -> bool:
+    run = storage.child(recipe.name)
+    last = finished(run, recipe.training)
+    if last:
+        progress.say(f"{run.url} {completed_text(last)} already")
+    return last is not None
+
+
+def _hold_and_train(
+    recipes: Sequence[Recipe], storage: Storage, first_look: Storage, progress: Progress, *, takeover: bool
+) -> None:
+    begun = [has_commits(first_look.child(recipe.name)) for recipe in recipes]
+    if not any(begun):
         current.command(STARTS)
     phases, here = Phases(process_began()), job_environment(os.environ)
-    with one_at_a_time(run_storage.url, takeover=takeover) as starting, called_often(progress.repeat):
+    runs = [storage.child(recipe.name) for recipe in recipes]
+    with ExitStack() as stack, called_often(progress.repeat):
+        starting = [stack.enter_context(one_at_a_time(run.url, takeover=takeover)) for run in runs]
         signals = Signals(progress)
-        check_inputs(recipe, progress, begun=begun)
+        for recipe, has_begun in zip(recipes, begun, strict=True):
+            check_inputs(recipe, progress, begun=has_begun)
         phases.end(IMPORT)
-        check_not_cancelled(run_storage, here.job)
-        with current.asking(signals.note):  # an exception within would leave a lease that nobody releases
-            lease = Lease.acquire(run_storage, job=here.job, takeover=takeover, sleep=signals.sleep)
-        signals.tell(lease)
-        if starting:
-            starting.close()
-        return RunDriver(recipe, storage, lease, signals, progress, phases).drive()
+        held = []
+        try:
+            for recipe, run in zip(recipes, runs, strict=True):
+                check_not_cancelled(run, here.job)
+                with current.asking(signals.note):  # an exception within would leave a lease that nobody releases
+                    lease = Lease.acquire(run, job=here.job, takeover=takeover, sleep=signals.sleep)
+                signals.tell(lease)
+                held.append(HeldRun(recipe, run, lease))
+        except BaseException:
+            for one in held:
+                one.lease.release("interrupted")
+            raise
+        for file in filter(None, starting):
+            file.close()
+        RunDriver(tuple(held), storage, signals, progress, phases).drive()
 
 
 def check_inputs(recipe: Recipe, progress: Progress, *, begun: bool = False) -> None:
@@ -110,64 +143,105 @@ def check_lasting(recipe: Recipe, job: str | None) -> None:
 
 
 @dataclass(frozen=True)
-class RunDriver:
-    """A run whose lease this driver holds, and all that it drives the run with."""
+class HeldRun:
+    """A run whose lease this driver holds."""
 
     recipe: Recipe
-    storage: Storage
+    run: Storage
     lease: Lease
+
+    def is_complete(self) -> bool:
+        return finished(self.run, self.recipe.training) is not None
+
+    def has_stopped(self) -> bool:
+        """Returns True if the step of ``training.stop_after`` is committed."""
+        step = self.recipe.training.stop_after
+        return step is not None and any(record.step >= step for record in list_commits(self.run))
+
+
+@dataclass(frozen=True)
+class RunDriver:
+    """The runs that are trained together, most often one, and all that this driver drives them with. The processes are
+    those of the first one: its resources, strategy and cluster."""
+
+    held: tuple[HeldRun, ...]
+    storage: Storage
     signals: Signals
     progress: Progress
     phases: Phases
 
-    @cached_property
-    def run(self) -> Storage:
-        return self.storage.child(self.recipe.name)
+    @property
+    def recipe(self) -> Recipe:
+        return self.held[0].recipe
 
-    def drive(self) -> str:
-        """Trains to the last step; returns the final adapter's URI."""
-        with hold_run(self.recipe, self.run, self.lease, stopped=self._was_stopped):
+    @property
+    def run(self) -> Storage:
+        return self.held[0].run
+
+    def drive(self) -> None:
+        """Trains all runs to their last steps."""
+        with ExitStack() as stack:
+            for one in self.held:
+                stack.enter_context(self._holding(one))
             self._train()
-            if (self.signals.stopped or self._has_stopped()) and finished(self.run, self.recipe.training) is None:
-                raise Interrupted(f"stopped on request; {RESUMES} of {self.run.url}")
-        return self.run.uri(layout.ADAPTER)
+            left = [one for one in self.held if not one.is_complete()]
+            if left and (self.signals.stopped or all(one.has_stopped() for one in left)):
+                raise Interrupted(f"stopped on request; {RESUMES} of {left[0].run.url}")
+
+    @contextmanager
+    def _holding(self, one: HeldRun) -> Iterator[None]:
+        """Holds a run. What has ended others is no failure of a run that is complete."""
+        ended: BaseException | None = None
+        with hold_run(one.recipe, one.run, one.lease, stopped=self._was_stopped):
+            try:
+                yield
+            except BaseException as error:
+                if len(self.held) == 1 or not one.is_complete():
+                    raise
+                ended = error
+        if ended is not None:
+            raise ended
 
     def _was_stopped(self, error: BaseException) -> bool:
         # After a signal, errors are its consequence, and what is committed counts.
         by_signal = current.heard is not None or interrupted(error)
         return by_signal or (isinstance(error, MusterError) and self.signals.stopped)
 
-    def _has_stopped(self) -> bool:
-        """Returns True if the step of ``training.stop_after`` is committed."""
-        step = self.recipe.training.stop_after
-        return step is not None and any(record.step >= step for record in list_commits(self.run))
-
     def _train(self) -> None:
-        from launcher.driver.background_prepare import EarlyStart
-        from launcher.driver.preflight import load_run_tokenizer
-
-        recipe, progress, here = self.recipe, self.progress, job_environment(os.environ)
+        here = job_environment(os.environ)
         self.signals.check()
         with self._runner(here.ray_address) as runner:
             runner.await_resources(here.nodes, lambda: self.signals.stopped)
             self.phases.end(RAY)
-            progress.phase("preparing data")
-            on_window = partial(progress.prepared, "train")
-            with EarlyStart(recipe.seed, runner.map_beside, on_window, lambda: self.signals.stopped) as early:
-                data = prepare_data(
-                    recipe,
-                    self.run,
-                    self.storage.child(layout.PREPARED),
-                    lambda: load_run_tokenizer(recipe),
-                    map_windows=runner.map(stopped=lambda: self.signals.stopped),
-                    on_progress=progress.prepared,
-                    early=early.prepare,
-                )
-                progress.data(data)
-                freeze_recipe(self.run, recipe, self.lease.driver)
+            self.progress.phase("preparing data")
+            with self._early_start(runner) as early:
+                steps = [self._prepare(one, runner, early).total_steps for one in self.held]
                 self.signals.check()
                 self.phases.end(DATA)
-                self._fit(runner, data.total_steps, early.check)
+                self._fit(runner, steps, early.check)
+
+    def _early_start(self, runner: Runner) -> EarlyStart:
+        from launcher.driver.background_prepare import EarlyStart
+
+        on_window = partial(self.progress.prepared, "train")
+        return EarlyStart(self.recipe.seed, runner.map_beside, on_window, lambda: self.signals.stopped)
+
+    def _prepare(self, one: HeldRun, runner: Runner, early: EarlyStart) -> RunData:
+        """Prepares a run's data and freezes its recipe."""
+        from launcher.driver.preflight import load_run_tokenizer
+
+        data = prepare_data(
+            one.recipe,
+            one.run,
+            self.storage.child(layout.PREPARED),
+            lambda: load_run_tokenizer(one.recipe),
+            map_windows=runner.map(stopped=lambda: self.signals.stopped),
+            on_progress=self.progress.prepared,
+            early=early.prepare if len(self.held) == 1 else None,
+        )
+        self.progress.data(data)
+        freeze_recipe(one.run, one.recipe, one.lease.driver)
+        return data
 
     def _runner(self, address: str | None) -> Runner:
         from launcher.driver.local import LocalRunner, needs_no_ray
@@ -179,14 +253,26 @@ class RunDriver:
         self.progress.phase(f"joining Ray at {address}" if address else "starting Ray")
         return RayRunner(self.recipe, address)
 
-    def _fit(self, runner: Runner, total_steps: int, check_data: Callable[[], None]) -> None:
+    def _job(self, steps: Sequence[int]) -> Job:
+        """Returns the workers' assignment. ``steps``: of each run, in all."""
+        jobs = [
+            Job(
+                one.recipe.storage,
+                one.lease.driver,
+                one.recipe,
+                total,
+                {**asdict(one.lease.holder), "by": "muster run"},
+            )
+            for one, total in zip(self.held, steps, strict=True)
+        ]
+        return replace(jobs[0], others=tuple(jobs[1:]))
+
+    def _fit(self, runner: Runner, steps: Sequence[int], check_data: Callable[[], None]) -> None:
         from launcher.driver.attempts import Attempts
 
-        lease = self.lease
-        by = {**asdict(lease.holder), "by": "muster run"}
-        attempts = Attempts(runner, Job(self.recipe.storage, lease.driver, self.recipe, total_steps, by), self.phases)
-        before = read_claims(self.run).attempt
-        shown = self.progress.training(self.run, before, total_steps, lambda: attempts.stage, driver=lease.driver)
+        attempts = Attempts(runner, self._job(steps), self.phases)
+        before, driver = read_claims(self.run).attempt, self.held[0].lease.driver
+        shown = self.progress.training(self.run, before, steps[0], lambda: attempts.stage, driver=driver)
         with shown as show, self._watching(runner, before) as check_cluster, current.asking(self.signals.ask):
 
             def every() -> None:
@@ -196,8 +282,9 @@ class RunDriver:
                 check_cluster()
                 if self.signals.stopped and not self._has_steps(before):
                     raise Interrupted(f"stopped before the first step; {current.promise}")
-                if lease.lost.is_set():
-                    raise WorkerFailed(f"another driver has taken {self.run.url} over; this one has stopped")
+                for one in self.held:
+                    if one.lease.lost.is_set():
+                        raise WorkerFailed(f"another driver has taken {one.run.url} over; this one has stopped")
 
             attempts.run(every)
 
@@ -236,11 +323,13 @@ class RunDriver:
             yield watch.check
 
     def _resize(self, reason: str) -> None:
+        from launcher.driver.attempts import record
+
         self.progress.say(f"{reason}: the workers commit and start again")
-        events = Events(self.run, read_claims(self.run).attempt, f"driver{self.lease.driver}-resize")
-        events.emit(ResizeEvent(reason=reason, driver=self.lease.driver))
-        events.close()
-        self.lease.request_resize()
+        for one in self.held:
+            driver = one.lease.driver
+            record(one.run, f"driver{driver}-resize", ResizeEvent(reason=reason, driver=driver))
+        self.held[0].lease.request_resize()
 
 
 class Signals:
@@ -254,17 +343,17 @@ class Signals:
         self._progress = progress
         self._stepped = False
         self._asked = threading.Event()
-        self._lease: Lease | None = None
+        self._leases: list[Lease] = []
 
     @property
     def stopped(self) -> bool:
-        """True after a signal, or after a request in the run's storage."""
-        if self._lease is not None and self._lease.asked.is_set():
+        """True after a signal, or after a request in the storage of all runs."""
+        if self._leases and all(lease.asked.is_set() for lease in self._leases):
             self.ask("muster cancel")
         return self._asked.is_set()
 
     def tell(self, lease: Lease) -> None:
-        self._lease = lease
+        self._leases.append(lease)
 
     def check(self) -> None:
         if self.stopped:
@@ -293,5 +382,5 @@ class Signals:
             "the workers commit and end" if self._stepped else "the run ends, with a checkpoint if it has done a step"
         )
         self._progress.say(f"{who}: {does}; once more to leave at once")
-        if self._lease:
-            self._lease.request_stop()
+        for lease in self._leases:
+            lease.request_stop()

@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load
+from torch.multiprocessing import ProcessRaisedException
 
+from tests.support.tasks import task_recipe, write_task_data
 from tests.support.together import train_group
 from tests.support.training import (
     adapter_bytes,
@@ -75,3 +77,64 @@ def test_runs_together_are_those_alone(kind: str, ranks: int, packing: bool, tin
     train_group(together, ranks)
     for one, other in zip(alone, together, strict=True):
         assert_same_runs(one, other)
+
+
+@pytest.mark.night
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(
+    ("ranks", "changes"),
+    [
+        (2, {"strategy.kind": "ddp"}),
+        (2, {"exact": True}),
+        (2, {"strategy.kind": "fsdp", "model.quantization": "nf4"}),
+        (1, {"model.quantization": "nf4", "training.gradient_checkpointing": True}),
+        (3, {"strategy.kind": "fsdp", "optimizer.name": "muon", "optimizer.weight_decay": 0.1}),
+        (1, {"optimizer.name": "schedule_free_adamw", "schedule.name": "constant", "data.eval_fraction": 0.2}),
+    ],
+)
+def test_strategies_optimizers_and_packed_weights(
+    ranks: int, changes: dict[str, Any], tiny_model: Path, folder: Path
+) -> None:
+    different = [{**one, "schedule.name": "constant"} for one in DIFFERENT] if "schedule.name" in changes else DIFFERENT
+    name = "-".join(map(str, [ranks, *changes.values()]))
+    alone, together = (
+        [
+            small_recipe(f"{kind}-{name}-{n}", tiny_model, folder, **{**changes, **one})
+            for n, one in enumerate(different)
+        ]
+        for kind in ("alone", "together")
+    )
+    train_in_processes(alone, ranks)
+    train_group(together, ranks)
+    for one, other in zip(alone, together, strict=True):
+        assert_same_runs(one, other)
+
+
+@pytest.mark.night
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("task", ["dpo", "kto", "orpo", "simpo"])
+def test_tasks_that_compare_answers(task: str, tiny_model: Path, tmp_path: Path) -> None:
+    write_task_data(tmp_path, task)
+    alone, together = (
+        [
+            task_recipe(task, f"{kind}-{n}", tiny_model, tmp_path, **{"training.steps": 4, **one})
+            for n, one in enumerate(DIFFERENT[:2])
+        ]
+        for kind in ("alone", "together")
+    )
+    train_in_processes(alone, 2)
+    train_group(together, 2)
+    for one, other in zip(alone, together, strict=True):
+        assert_same_runs(one, other)
+
+
+@pytest.mark.timeout(120)
+def test_a_run_that_diverges_ends_alone(tiny_model: Path, folder: Path) -> None:
+    changes = [{"optimizer.lr": 1e-3}, {"optimizer.lr": 1e30, "training.max_grad_norm": None}]
+    recipes = [small_recipe(f"diverges-{n}", tiny_model, folder, **one) for n, one in enumerate(changes)]
+    alone = small_recipe("does-not-diverge", tiny_model, folder, **changes[0])
+    train_in_processes([alone], 1)
+    with pytest.raises(ProcessRaisedException, match=r"run diverges-1: .*not finite"):
+        train_group(recipes, 1)
+    assert_same_runs(alone, recipes[0])
+    assert len(losses(recipes[1])) < 10

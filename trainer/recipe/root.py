@@ -83,6 +83,13 @@ class Recipe(Section):
 
     model: ModelSection = Field(json_schema_extra=_or_text)
     adapter: AdapterSection = AdapterSection()
+
+    adapters: Annotated[dict[str, dict[str, Any]], MAY_CHANGE] = Field(
+        default_factory=dict, examples=[{"low": {"optimizer.lr": 1e-4}, "high": {"optimizer.lr": 3e-4}}]
+    )
+    """Several runs on one base model, in the same processes: by the ending of each run's name, the settings that it
+    changes, by their dotted path. `muster run` trains all of them together. See [sweeps.md](sweeps.md#together)."""
+
     data: DataSection
     training: TrainingSection
     sft: SFTSection = SFTSection()

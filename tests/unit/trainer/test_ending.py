@@ -107,9 +107,9 @@ class Driven(driver.RunDriver):
 
 def drive(held: Held, recipe: Recipe, train: Callable[[], object], *, stopped: bool = False) -> MusterError:
     run, _, lease = held
-    parts: Any = SimpleNamespace(child=lambda name: run), lease, SimpleNamespace(stopped=stopped), None, train
+    parts: Any = SimpleNamespace(child=lambda name: run), SimpleNamespace(stopped=stopped), None, train
     with pytest.raises(MusterError) as found:
-        Driven(recipe, *parts).drive()
+        Driven((driver.HeldRun(recipe, run, lease),), *parts).drive()
     return found.value
 
 

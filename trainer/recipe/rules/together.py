@@ -1,0 +1,104 @@
+"""Which runs can be trained together: in the same processes, on one frozen base model (`trainer.worker.together`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from trainer.errors import Mistake, RecipeError
+from trainer.recipe.tasks import TASKS
+
+if TYPE_CHECKING:
+    from trainer.recipe.root import Recipe
+
+SAME = ("model", "strategy", "compute", "resources", "cluster", "storage", "exact", "plugins")
+"""Top-level keys with one value for all runs. The strategy and what follows it are those of the processes."""
+
+
+class Rule(NamedTuple):
+    """What a run cannot have together with others. ``path``: the value's key; ``message``: follows it."""
+
+    path: str
+    broken: Callable[[Recipe], bool]
+    message: str
+
+
+RULES = (
+    Rule(
+        "task",
+        lambda r: TASKS[r.task].has_head or TASKS[r.task].generates or TASKS[r.task].has_teacher,
+        "learns with a model or a head of its own; together work sft, dpo, kto, orpo and simpo",
+    ),
+    Rule(
+        "adapter.method",
+        lambda r: r.adapter.row.plain_lora != 1,
+        "changes the base model or its layers in its own way; together work lora, rslora and loraplus",
+    ),
+    Rule(
+        "adapter.bias", lambda r: r.adapter.bias not in (None, "none"), "trains the base model's biases; set it to none"
+    ),
+    Rule(
+        "adapter.modules_to_save",
+        lambda r: bool(r.adapter.modules_to_save),
+        "copies parts of the base model; omit it",
+    ),
+    Rule(
+        "adapter.trainable_tokens",
+        lambda r: bool(r.adapter.trainable_tokens),
+        "trains rows of the base model; empty it",
+    ),
+    Rule(
+        "strategy.kind",
+        lambda r: r.strategy.kind not in ("ddp", "fsdp"),
+        "has one optimizer for the whole model; together work ddp and fsdp",
+    ),
+    Rule(
+        "strategy.context_parallel",
+        lambda r: r.strategy.context_parallel > 1,
+        "divides the rows, which belong to several runs; set it to 1",
+    ),
+    Rule("compute.compile", lambda r: r.compute.compile, "compiles layers for one adapter; set it to false"),
+    Rule(
+        "compute.tile_tokens", lambda r: bool(r.compute.tile_tokens), "divides the rows of several runs; set it to null"
+    ),
+    Rule("sft.neftune_alpha", lambda r: r.sft.neftune_alpha is not None, "changes the shared embeddings; leave it out"),
+    Rule(
+        "training.router_aux_loss_coef",
+        lambda r: r.training.router_aux_loss_coef is not None,
+        "balances the experts over the tokens of all runs; set it to null",
+    ),
+)
+
+
+def check_together(recipes: Sequence[Recipe]) -> None:
+    """Raises RecipeError, with all mistakes, if the runs of the recipes cannot be trained together."""
+    found = dict.fromkeys((*_different(recipes), *_unfit(recipes)))
+    if found:
+        raise RecipeError(tuple(Mistake("together", path, message) for path, message in found))
+
+
+def _different(recipes: Sequence[Recipe]) -> Iterator[tuple[str, str]]:
+    for key in SAME:
+        first = getattr(recipes[0], key)
+        others = [recipe.name for recipe in recipes if getattr(recipe, key) != first]
+        if others:
+            yield key, f"has to be the same for all runs together, and {others[0]} has another one; train it apart"
+    if len({recipe.training.gradient_checkpointing for recipe in recipes}) > 1:
+        yield "training.gradient_checkpointing", "has to be the same for all runs together"
+    names = [recipe.name for recipe in recipes]
+    for name in {name for name in names if names.count(name) > 1}:
+        yield "name", f"is {name} for several of the runs; give each its own"
+
+
+def _unfit(recipes: Sequence[Recipe]) -> Iterator[tuple[str, str]]:
+    for rule in RULES:
+        for recipe in filter(rule.broken, recipes):
+            yield rule.path, f"{_shown(recipe, rule.path)} {rule.message}, or train the runs apart"
+            break
+
+
+def _shown(recipe: Recipe, path: str) -> str:
+    value: Any = recipe
+    for part in path.split("."):
+        value = getattr(value, part)
+    return str(value)
