@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -42,8 +43,17 @@ if TYPE_CHECKING:
 FIRST_LOOK_S = 30.0  # a storage that does not answer now is more likely a wrong address than a bad minute
 
 
-def run(recipe: Recipe, progress: Progress, *, takeover: bool = False) -> str:
-    """Trains the recipe's run to its end, from its newest checkpoint; returns the final adapter's URI.
+def run(
+    recipe: Recipe,
+    progress: Progress,
+    *,
+    takeover: bool = False,
+    signals: Signals | None = None,
+    runner: Runner | None = None,
+) -> str:
+    """Trains the recipe's run to its end, from its newest checkpoint; returns the final adapter's URI. ``signals``:
+    what can stop it besides the process's own signals; ``runner``: where it trains, by default where the environment
+    says.
 
     Raises UsageError (2) before anything is started, if the mistake can be known by then, Interrupted (3) after a stop
     that lost nothing, and any other MusterError (1) with the first cause of a failure.
@@ -58,9 +68,9 @@ def run(recipe: Recipe, progress: Progress, *, takeover: bool = False) -> str:
     begun = has_commits(first_look)
     if not begun:
         current.command(STARTS)
-    phases, here = Phases(process_began()), job_environment(os.environ)
+    phases, here = Phases(process_began() if runner is None else time.monotonic()), job_environment(os.environ)
     with one_at_a_time(run_storage.url, takeover=takeover) as starting, called_often(progress.repeat):
-        signals = Signals(progress)
+        signals = signals or Signals(progress)
         check_inputs(recipe, progress, begun=begun)
         phases.end(IMPORT)
         check_not_cancelled(run_storage, here.job)
@@ -69,7 +79,7 @@ def run(recipe: Recipe, progress: Progress, *, takeover: bool = False) -> str:
         signals.tell(lease)
         if starting:
             starting.close()
-        return RunDriver(recipe, storage, lease, signals, progress, phases).drive()
+        return RunDriver(recipe, storage, lease, signals, progress, phases, runner).drive()
 
 
 def check_inputs(recipe: Recipe, progress: Progress, *, begun: bool = False) -> None:
@@ -119,6 +129,7 @@ class RunDriver:
     signals: Signals
     progress: Progress
     phases: Phases
+    runner: Runner | None = None
 
     @cached_property
     def run(self) -> Storage:
@@ -172,6 +183,8 @@ class RunDriver:
     def _runner(self, address: str | None) -> Runner:
         from launcher.driver.local import LocalRunner, needs_no_ray
 
+        if self.runner is not None:
+            return self.runner
         if address is None and needs_no_ray(self.recipe.resources):
             return LocalRunner(self.recipe)
         from launcher.raytrain.runner import RayRunner
