@@ -13,12 +13,11 @@ from launcher.raytrain.samplers import sampler
 from launcher.raytrain.stopping import VALUE
 from trainer.recipe.sections.sweep import RangeSection, SweepSection
 from trainer.recipe.trials import Values, takes_integers, trial_name
-from trainer.run.sweep import FAILED, RUNNING, TrialRecord, change_trial, write_trial
+from trainer.run.sweep import RUNNING, TrialRecord, write_trial
 from trainer.storage import Storage
 
 AGAIN = "again"
 """The key of a trial's result that says why the whole sweep has to be started again."""
-DIED = "the process of its driver ended several times; look at the memory of the driver's host"
 
 
 class TrialSearch(Searcher):
@@ -64,9 +63,8 @@ class TrialSearch(Searcher):
     def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
         if self._optuna:
             self._optuna.search.on_trial_complete(trial_id, result, error)
-        if error:
-            change_trial(self._sweep, self._numbers[trial_id], state=FAILED, cause=DIED)
-        self._told(self._numbers[trial_id], result or {})
+        if not error:  # `launcher.raytrain.tune.Reports` has the cause
+            self._told(self._numbers[trial_id], result or {})
 
     def save(self, checkpoint_path: str) -> None:
         """Nothing to save: the records have it."""

@@ -16,6 +16,7 @@ import ray
 from ray import tune
 
 from launcher.child import tell
+from launcher.raytrain.failures import last_error
 from launcher.raytrain.searching import AGAIN, OptunaValues, TrialSearch
 from launcher.raytrain.stopping import REPLAYED, STEP, VALUE, Decides
 from launcher.raytrain.sweeps import SweepPlan
@@ -31,7 +32,6 @@ SETTINGS = {
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
     # A trial that failed has no metric in its last result.
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
     "TUNE_WARN_INSUFFICENT_RESOURCE_THRESHOLD_S": "-1",
 }
 
@@ -78,6 +78,7 @@ class Tuning:
                     name=self._plan.name,
                     storage_path=folder,
                     failure_config=tune.FailureConfig(max_failures=DEATHS),
+                    checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),
                     callbacks=[self._reports],
                     verbose=0,
                 ),
@@ -117,6 +118,14 @@ class Reports(tune.Callback):
             tell(f"{trial.run}: {trial.cause or f'stopped by {self._plan.section.stop}'} after step {trial.step}")
         else:
             tell(f"{trial.run}: {trial.state if trial.is_over else 'interrupted'}")
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Records that a trial's process has failed, each time that it was started."""
+        number = trial.config["number"]
+        record = read_trial(self._sweep, number)
+        if record is not None and not record.is_over:
+            change_trial(self._sweep, number, state=FAILED, cause=f"its driver: {last_error(str(trial.get_error()))}")
+            self.on_trial(number, {})
 
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any

@@ -110,9 +110,12 @@ def table(rows: Sequence[TrialRow], metric: str, price_per_gpu_hour: float | Non
     keys = list(dict.fromkeys(key for row in rows for key in row.values))
     settings = [row.values for row in rows]
     titles = ["run", *(short_name(key, settings) for key in keys), metric, "best", "steps", "state", "worker h"]
-    found = Table(*titles, *([] if price_per_gpu_hour is None else ["cost"]), box=box.SIMPLE_HEAD, pad_edge=False)
+    titles += [] if price_per_gpu_hour is None else ["cost"]
+    found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    for title in titles:
+        found.add_column(title, no_wrap=title != "run", overflow="fold")
     for row in rows:
-        best = "-" if row.best is None else f"{number(row.best)} at {row.best_step}"
+        best = "-" if row.best is None else f"{number(row.best)} @{row.best_step}"
         cells = [row.run, *(cell(row.values.get(key)) for key in keys), number(row.value), best, f"{row.step:,}"]
         hours = [f"{row.worker_hours:.2f}"]
         cost = [] if price_per_gpu_hour is None else [f"{row.gpu_hours * price_per_gpu_hour:,.2f}"]

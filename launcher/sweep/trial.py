@@ -103,13 +103,15 @@ class Training:
             while not driving.ended(POLL_S):
                 if self.stopped():
                     driving.stop()
-                    continue
-                for reading in self.found.new_or_none():
-                    if not self.found.is_last(reading):  # that one comes with the end, which nothing can stop
-                        yield _judged(reading)
-                        if self._is_decided():
-                            driving.stop()
-        yield from map(_replayed, self.found.new()[:-1])
+                for reading in [] if driving.stopped else self.found.new_or_none():
+                    if self.found.is_last(reading):
+                        break  # it comes with the end, which nothing can stop
+                    yield _judged(reading)
+                    if self._is_decided():
+                        driving.stop()
+                        break
+        if not driving.stopped:
+            yield from map(_replayed, self.found.new()[:-1])
         yield self._ended(driving.error)
 
     def _is_decided(self) -> bool:
@@ -205,6 +207,7 @@ class Driving:
     def __init__(self, recipe: Recipe, runner: Runner) -> None:
         progress = Progress(Console(quiet=True))
         self._signals = Signals(progress)
+        self.stopped = False
         self._pool = ThreadPoolExecutor(1, "driver")
         self._outcome: Future[None] = self._pool.submit(_drive, recipe, progress, self._signals, runner)
 
@@ -217,13 +220,14 @@ class Driving:
         return bool(wait([self._outcome], timeout_s).done)
 
     def stop(self) -> None:
+        self.stopped = True
         self._signals.ask("muster sweep")
 
     def __enter__(self) -> Driving:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.stop()
+        self._signals.ask("muster sweep")
         self._pool.shutdown(wait=True)
 
 
