@@ -9,6 +9,12 @@ from dataclasses import dataclass
 RAY_JOB = "RAY_JOB_CONFIG_JSON_ENV_VAR"
 """The variable in which Ray tells the driver of a submitted job what it was submitted with."""
 
+VARIABLES = (
+    *("RAY_ADDRESS", RAY_JOB, "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID", "SLURM_JOB_ID", "SLURM_JOB_NUM_NODES"),
+    *("MUSTER_RAYJOB", "MUSTER_NAMESPACE", "TORCHELASTIC_RUN_ID"),
+)
+"""All variables that are read here."""
+
 
 @dataclass(frozen=True)
 class JobEnvironment:

@@ -28,6 +28,7 @@ from launcher.cli import (
     run,
     status,
     submit,
+    sweep,
 )
 from launcher.cli import validate as validation
 from launcher.cli.exit_codes import carried_out, print_error
@@ -50,6 +51,7 @@ COMMANDS: dict[str, tuple[tuple[str, Callable[..., None], str], ...]] = {
         ("prepare", prepare.prepare, "muster prepare my.yaml"),
         ("doctor", doctor.doctor, "muster doctor my.yaml"),
         ("run", run.run, "muster run my.yaml optimizer.lr=1e-4 training.epochs=2"),
+        ("sweep", sweep.sweep, "muster sweep my.yaml optimizer.lr=1e-4,3e-4 adapter.rank=8,16 --stop asha"),
         ("render", submit.render, "muster render my.yaml --on slurm"),
         ("cancel", submit.cancel, "muster cancel runs/my"),
     ),

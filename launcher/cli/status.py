@@ -119,7 +119,9 @@ def logs(
 
 
 def report(
-    run_uris: Annotated[list[str], typer.Argument(metavar="RUN_URI...", help="a run, or several to compare")],
+    run_uris: Annotated[
+        list[str], typer.Argument(metavar="RUN_URI...", help="a run, or several to compare; a sweep: its runs")
+    ],
     output: Annotated[
         Path | None,
         typer.Option("--output", "-o", metavar="FILE", help="file of the page; default: NAME.html of the first run"),
@@ -129,8 +131,10 @@ def report(
     from launcher.report import report as write
     from launcher.report.reading import read_runs
     from trainer.errors import UsageError
+    from trainer.run.sweep import runs_at
 
-    runs = read_runs(list(dict.fromkeys(run_uris)), REPORT_DEADLINE_S)
+    found = [run for uri in dict.fromkeys(run_uris) for run in runs_at(uri, deadline_s=REPORT_DEADLINE_S)]
+    runs = read_runs(list(dict.fromkeys(found)), REPORT_DEADLINE_S)
     target = output or Path(f"{runs[0].status.name}.html")
     text = write(runs)
     try:

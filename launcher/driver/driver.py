@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -44,16 +45,32 @@ if TYPE_CHECKING:
 FIRST_LOOK_S = 30.0  # a storage that does not answer now is more likely a wrong address than a bad minute
 
 
-def run(recipe: Recipe, progress: Progress, *, takeover: bool = False) -> str:
-    """Trains the recipe's run to its end, from its newest checkpoint; returns the final adapter's URI.
+def run(
+    recipe: Recipe,
+    progress: Progress,
+    *,
+    takeover: bool = False,
+    signals: Signals | None = None,
+    runner: Runner | None = None,
+) -> str:
+    """Trains the recipe's run to its end, from its newest checkpoint; returns the final adapter's URI. ``signals``:
+    what can stop it besides the process's own signals; ``runner``: where it trains, by default where the environment
+    says.
 
     Raises UsageError (2) before anything is started, if the mistake can be known by then, Interrupted (3) after a stop
     that lost nothing, and any other MusterError (1) with the first cause of a failure.
     """
-    return run_together([recipe], progress, takeover=takeover)[0]
+    return run_together([recipe], progress, takeover=takeover, signals=signals, runner=runner)[0]
 
 
-def run_together(recipes: Sequence[Recipe], progress: Progress, *, takeover: bool = False) -> list[str]:
+def run_together(
+    recipes: Sequence[Recipe],
+    progress: Progress,
+    *,
+    takeover: bool = False,
+    signals: Signals | None = None,
+    runner: Runner | None = None,
+) -> list[str]:
     """Does what `run` does for several runs, in the same processes and on one base model. The recipes have one storage,
     and fit together (`trainer.recipe.rules.together`)."""
     storage = open_storage(recipes[0].storage)
@@ -62,7 +79,21 @@ def run_together(recipes: Sequence[Recipe], progress: Progress, *, takeover: boo
         check_same_recipe(first_look.child(recipe.name), recipe)
     left = [recipe for recipe in recipes if not _is_complete(recipe, first_look, progress)]
     if left:
-        _hold_and_train(left, storage, first_look, progress, takeover=takeover)
+        begun = [has_commits(first_look.child(recipe.name)) for recipe in left]
+        if not any(begun):
+            current.command(STARTS)
+        phases = Phases(process_began() if runner is None else time.monotonic())
+        with ExitStack() as stack, called_often(progress.repeat):
+            urls = [storage.child(recipe.name).url for recipe in left]
+            starting = [stack.enter_context(one_at_a_time(url, takeover=takeover)) for url in urls]
+            signals = signals or Signals(progress)
+            for recipe, has_begun in zip(left, begun, strict=True):
+                check_inputs(recipe, progress, begun=has_begun)
+            phases.end(IMPORT)
+            held = _hold(left, storage, signals, takeover=takeover)
+            for file in filter(None, starting):
+                file.close()
+            RunDriver(held, storage, signals, progress, phases, runner).drive()
     return [storage.child(recipe.name).uri(layout.ADAPTER) for recipe in recipes]
 
 
@@ -74,35 +105,23 @@ def _is_complete(recipe: Recipe, storage: Storage, progress: Progress) -> bool:
     return last is not None
 
 
-def _hold_and_train(
-    recipes: Sequence[Recipe], storage: Storage, first_look: Storage, progress: Progress, *, takeover: bool
-) -> None:
-    begun = [has_commits(first_look.child(recipe.name)) for recipe in recipes]
-    if not any(begun):
-        current.command(STARTS)
-    phases, here = Phases(process_began()), job_environment(os.environ)
-    runs = [storage.child(recipe.name) for recipe in recipes]
-    with ExitStack() as stack, called_often(progress.repeat):
-        starting = [stack.enter_context(one_at_a_time(run.url, takeover=takeover)) for run in runs]
-        signals = Signals(progress)
-        for recipe, has_begun in zip(recipes, begun, strict=True):
-            check_inputs(recipe, progress, begun=has_begun)
-        phases.end(IMPORT)
-        held = []
-        try:
-            for recipe, run in zip(recipes, runs, strict=True):
-                check_not_cancelled(run, here.job)
-                with current.asking(signals.note):  # an exception within would leave a lease that nobody releases
-                    lease = Lease.acquire(run, job=here.job, takeover=takeover, sleep=signals.sleep)
-                signals.tell(lease)
-                held.append(HeldRun(recipe, run, lease))
-        except BaseException:
-            for one in held:
-                one.lease.release("interrupted")
-            raise
-        for file in filter(None, starting):
-            file.close()
-        RunDriver(tuple(held), storage, signals, progress, phases).drive()
+def _hold(recipes: Sequence[Recipe], storage: Storage, signals: Signals, *, takeover: bool) -> tuple[HeldRun, ...]:
+    """Takes the leases of all runs, or of none."""
+    held: list[HeldRun] = []
+    job = job_environment(os.environ).job
+    try:
+        for recipe in recipes:
+            run = storage.child(recipe.name)
+            check_not_cancelled(run, job)
+            with current.asking(signals.note):  # an exception within would leave a lease that nobody releases
+                lease = Lease.acquire(run, job=job, takeover=takeover, sleep=signals.sleep)
+            signals.tell(lease)
+            held.append(HeldRun(recipe, run, lease))
+    except BaseException:
+        for one in held:
+            one.lease.release("interrupted")
+        raise
+    return tuple(held)
 
 
 def check_inputs(recipe: Recipe, progress: Progress, *, begun: bool = False) -> None:
@@ -169,6 +188,7 @@ class RunDriver:
     signals: Signals
     progress: Progress
     phases: Phases
+    runner: Runner | None = None
 
     @property
     def recipe(self) -> Recipe:
@@ -246,6 +266,8 @@ class RunDriver:
     def _runner(self, address: str | None) -> Runner:
         from launcher.driver.local import LocalRunner, needs_no_ray
 
+        if self.runner is not None:
+            return self.runner
         if address is None and needs_no_ray(self.recipe.resources):
             return LocalRunner(self.recipe)
         from launcher.raytrain.runner import RayRunner

@@ -33,6 +33,8 @@ CALLS = 16
 class RayRunner:
     """Entered, it is connected to Ray. ``address``: of the cluster, None for a Ray of this machine's own."""
 
+    server: type[RayServer] = RayServer
+
     def __init__(self, recipe: Recipe, address: str | None) -> None:
         self._resources, self._variables, self._address = recipe.resources, recipe.cluster.env, address
         self._asked = False
@@ -46,7 +48,7 @@ class RayRunner:
         with ExitStack() as entered:
             if self._address is None:
                 entered.enter_context(session_folder())
-            self._ray = Child(partial(RayServer, self._variables), "muster-ray", CALLS)
+            self._ray = Child(partial(self.server, self._variables), "muster-ray", CALLS, self._told)
             entered.callback(self._leave)
             connected = self._ray.submit("connect", self._address, self._resources)
             if not wait([connected], START_S).done:
@@ -67,6 +69,9 @@ class RayRunner:
             calls = [self._ray.submit("request", [])] if self._asked else []
             wait([*calls, self._ray.submit("leave")], LEAVE_S)
         self._ray.kill()
+
+    def _told(self, text: str) -> None:
+        """Gets each text that Ray's process passes on."""
 
     def nodes(self) -> list[Node]:
         return self._looked("nodes")

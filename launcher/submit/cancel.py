@@ -21,7 +21,7 @@ def cancel_run(run_uri: str, say: Say) -> None:
     WorkerFailed if it did not end in time."""
     from trainer.run.lease import is_held, read_lease, request_end
 
-    run = open_storage(run_uri, deadline_s=FIRST_LOOK_S)
+    run = _run_or_sweep(run_uri)
     lease, made = read_lease(run), read_submission(run)
     if lease is None and made is None and run.info(layout.RECIPE) is None:
         raise InputError(f"there is no run at {run.url}; `muster ls` with the folder above it lists its runs")
@@ -36,6 +36,20 @@ def cancel_run(run_uri: str, say: Say) -> None:
     if not ended and not any(gone):
         raise WorkerFailed(f"the driver of {run.url} did not end within {END_WAIT_S:.0f} s; look at its host")
     say(f"{run.url} is stopped; the command that started it resumes from the newest checkpoint")
+
+
+def _run_or_sweep(run_uri: str) -> Storage:
+    """Returns the run, or the records of the sweep of this name (`trainer.run.sweep`), whose trials then end: if there
+    is no run, or if the sweep is what is running."""
+    from trainer.run.lease import is_held, read_lease
+    from trainer.run.sweep import sweep_at
+
+    run, sweep = open_storage(run_uri, deadline_s=FIRST_LOOK_S), sweep_at(run_uri, deadline_s=FIRST_LOOK_S)
+    if sweep is None:
+        return run
+    lease = read_lease(sweep)
+    running = lease is not None and is_held(sweep, lease)
+    return sweep if running or run.info(layout.RECIPE) is None else run
 
 
 def name_in_driver(job: str) -> str:

@@ -46,6 +46,7 @@ def submit(job: ClusterJob, kind: str, recipe: Recipe, say: Say) -> Submission:
     """Freezes the recipe in the run's storage and submits its job. Raises UsageError for what the user can fix."""
     from trainer.run.frozen import check_same_recipe
     from trainer.run.lease import withdraw_end
+    from trainer.run.sweep import folder_of
 
     with cluster_errors():
         cluster = cluster_of(kind)
@@ -53,11 +54,11 @@ def submit(job: ClusterJob, kind: str, recipe: Recipe, say: Say) -> Submission:
     check_address(job, kind)
     for text in (*replica_warnings(recipe, kind), *plugin_warnings(recipe, kind)):
         say(f"warning: {text}")
-    storage = open_storage(recipe.storage, deadline_s=FIRST_LOOK_S)
-    run = storage.child(recipe.name)
-    trains = job.command[0] == "run"
-    if trains:
+    storage, command = open_storage(recipe.storage, deadline_s=FIRST_LOOK_S), job.command[0]
+    run = folder_of(storage, recipe.name) if command == "sweep" else storage.child(recipe.name)
+    if command == "run":
         check_same_recipe(run, recipe)
+    if command in ("run", "sweep"):
         withdraw_end(run)
     # A recipe in the storage is not trusted, so the option that trusts it must be in the command.
     if KINDS[kind].stores_recipe and (code_of(recipe) or submitting_code_of(recipe)):
@@ -67,7 +68,7 @@ def submit(job: ClusterJob, kind: str, recipe: Recipe, say: Say) -> Submission:
     run.write(key, job.recipe.encode())
     with cluster_errors():
         made = Submission(kind, cluster.submit(job, run.uri(key)), time.time(), run.uri(key))
-    if trains:
+    if command in ("run", "sweep"):
         run.write_json(layout.SUBMISSION, vars(made))
     say(f"submitted as {made.job}")
     return made
@@ -93,7 +94,27 @@ def run_elsewhere(recipe: Recipe, kind: str, flags: Sequence[str], address: str 
             "options; end the other driver with `muster cancel` first"
         )
     settings = {"address": address} if address else {}
-    made = submit(job_of(recipe, kind, ("run", *flags), **settings), kind, recipe, _report)
+    _follow_to_end(submit(job_of(recipe, kind, ("run", *flags), **settings), kind, recipe, _report), recipe, detach)
+
+
+def sweep_elsewhere(
+    recipe: Recipe, text: str, kind: str, flags: Sequence[str], address: str | None, *, detach: bool
+) -> None:
+    """Submits a sweep and follows it, as `run_elsewhere` does. ``text``: its recipe as the user gave it. The job has
+    room for `sweep.parallel` trials."""
+    if flags and KINDS[kind].restarts:
+        raise UsageError(
+            f"{' '.join(flags)} is not possible with --on {kind}; end the other driver with `muster cancel`"
+        )
+    settings = {"address": address} if address else {}
+    job = job_of(recipe, kind, ("sweep", *flags), **settings)
+    parallel = (recipe.sweep and recipe.sweep.parallel) or 1
+    workers = job.workers[0], job.workers[1] * parallel
+    job = replace(job, name=f"{job.name}-sweep", recipe=text, workers=workers)
+    _follow_to_end(submit(job, kind, recipe, _report), recipe, detach)
+
+
+def _follow_to_end(made: Submission, recipe: Recipe, detach: bool) -> None:
     if detach:
         return
     if code := follow(made, recipe.run_uri, _report):

@@ -59,6 +59,11 @@ class LocatedMistake(NamedTuple):
 def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Recipe:
     """Reads a ``.yaml`` or ``.json`` recipe, or a shipped one by its name, and applies ``KEY=VALUE`` overrides; raises
     RecipeError with all mistakes."""
+    return loads(*read_file(path), overrides)
+
+
+def read_file(path: str | pathlib.Path) -> tuple[bytes, str]:
+    """Returns the bytes and the path of a recipe's file, or of a shipped recipe by its name; raises RecipeError."""
     named = shipped().get(recipe_name(path)) if isinstance(path, str) else None
     path = pathlib.Path(path)
     try:
@@ -75,7 +80,7 @@ def load(path: str | pathlib.Path, overrides: Sequence[str] = ()) -> Recipe:
         raise _one(str(path), f"there is no such file{hint}") from None
     except (OSError, ValueError) as error:
         raise _one(str(path), f"cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    return loads(body, str(path), overrides)
+    return body, str(path)
 
 
 def load_with(source: str | pathlib.Path | dict[str, Any], values: Mapping[str, Any]) -> Recipe:
@@ -147,6 +152,16 @@ def parse(data: dict[str, Any], overrides: Sequence[str] = ()) -> Recipe:
     if mistakes or recipe is None:
         raise RecipeError(tuple(mistakes))
     return recipe
+
+
+def given(text: str | bytes, where: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns a valid recipe (`loads` accepts it) as plain data with the overrides, without filled-in defaults."""
+    text = text.decode() if isinstance(text, bytes) else text
+    data: dict[str, Any] = (read_json(text) if where.endswith(".json") else read_yaml(text)).data
+    expand(data)
+    apply(data, overrides)
+    expand(data)
+    return data
 
 
 def _overridden(

@@ -42,9 +42,9 @@ def apply(data: dict[str, Any], overrides: Sequence[str]) -> Applied:
     mistakes: list[tuple[KeyPath, str]] = []
     for override in overrides:
         key, separator, text = override.partition("=")
-        path = tuple(int(part) if part.isdecimal() and len(part) < 10 else part for part in key.strip().split("."))
+        path = path_of(key)
         on = read_value(text.strip()) not in (False, None)
-        wrong = _wrong_key(path, on) if separator else f"{override!r:.80} is not KEY=VALUE, such as optimizer.lr=1e-4"
+        wrong = wrong_key(path, on) if separator else f"{override!r:.80} is not KEY=VALUE, such as optimizer.lr=1e-4"
         if not is_unicode(override):
             wrong, path = f"{override!r:.80} is not text in UTF-8", ()
         wrong = wrong or credentials_refused(text) or ""
@@ -70,7 +70,12 @@ def typed(text: str, annotation: Any) -> Any:
     return value
 
 
-def _wrong_key(path: KeyPath, on: bool) -> str:
+def path_of(key: str) -> KeyPath:
+    """Returns the path of a dotted key; a number is the index of an entry in a list."""
+    return tuple(int(part) if part.isdecimal() and len(part) < 10 else part for part in key.strip().split("."))
+
+
+def wrong_key(path: KeyPath, on: bool = True) -> str:
     """Returns the reason why a path names no value of a recipe; empty if it names one. ``on``: see `unknown_key`."""
     for length in range(1, len(path) + 1):
         if annotation_at(path[:length]) is None:

@@ -28,6 +28,7 @@ from trainer.recipe.sections.rollouts.task import RolloutTaskSection
 from trainer.recipe.sections.samples import SamplesSection
 from trainer.recipe.sections.schedule import ScheduleSection
 from trainer.recipe.sections.strategy import StrategySection
+from trainer.recipe.sections.sweep import SweepSection
 from trainer.recipe.sections.tasks import ClassificationSection, DistillSection, SFTSection
 from trainer.recipe.sections.tracking import MlflowSection, PrometheusSection, TensorBoardSection, WandbSection
 from trainer.recipe.sections.training import TrainingSection
@@ -127,6 +128,7 @@ class Recipe(Section):
     samples: Annotated[SamplesSection, MAY_CHANGE] = SamplesSection()
     generative_eval: Annotated[GenerativeEvalSection, MAY_CHANGE] = GenerativeEvalSection()
     profile: Annotated[ProfileSection, MAY_CHANGE] = ProfileSection()
+    sweep: Annotated[SweepSection | None, MAY_CHANGE] = None
 
     @classmethod
     def load(cls, source: str | Path | dict[str, Any], /, **overrides: Any) -> Recipe:

@@ -48,6 +48,8 @@ PREPARED = "_data"
 """Prepared data, shared between runs: next to the runs, not inside one."""
 MODELS = "_models"
 """Quantised copies of base models, also next to the runs."""
+SWEEPS = "_sweeps"
+"""The records of sweeps (`trainer.run.sweep`), also next to the runs."""
 
 _OF_A_RUN = frozenset(
     [

@@ -7,10 +7,12 @@ import re
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from trainer.errors import InputError, Mistake, MusterError, RecipeError
 from trainer.recipe import Recipe, load, loads
 from trainer.recipe.document import read_yaml
+from trainer.recipe.loading import given, read_file
 from trainer.recipe.plugins import TABLES
 from trainer.recipe.trust import granted
 from trainer.redact import credential_in
@@ -61,6 +63,14 @@ def recipe_at(place: str, overrides: Sequence[str] = (), *, trust: bool = False)
     own = "://" not in place
     recipe = loads(body, place, overrides, imports=own or trust)
     return recipe if own else granted(recipe, place, trust=trust, submits=True)
+
+
+def given_at(place: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Returns a recipe that `recipe_at` accepts as plain data with the overrides, without filled-in defaults."""
+    if "://" not in place and not _SUBMITTED.search(place):
+        return given(*read_file(place), overrides)
+    folder, _, name = place.rpartition("/")
+    return given(open_storage(folder, deadline_s=DEADLINE_S).read(name), place, overrides)
 
 
 def _missing_plugins(place: str, error: RecipeError) -> list[Mistake]:

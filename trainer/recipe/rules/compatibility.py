@@ -28,6 +28,10 @@ MASKLESS_KERNELS = ("varlen", *ON_GPUS)
 """Attention kernels that take the start of each sample instead of a mask."""
 
 
+SAME_IN_A_SWEEP = ("name", "storage", "cluster", "resources", "plugins", "sweep")
+"""Settings that say where and how trials run; their sweep sets them."""
+
+
 class Rule(NamedTuple):
     """A rule across sections. ``paths``: the values that it compares, the main one first. ``broken``: true if the
     recipe breaks the rule. ``message``: the sentence for the user, which follows the main value's path."""
@@ -384,6 +388,26 @@ RULES = (
         lambda r: _no_metric(r, r.training.early_stop.metric if r.training.early_stop else None),
     ),
     Rule(
+        (("sweep", "metric"), ("task",)),
+        lambda r: r.sweep is not None and r.sweep.metric not in compared_metrics(r),
+        lambda r: _no_metric(r, r.sweep.metric if r.sweep else None),
+    ),
+    Rule(
+        (("sweep", "metric"), ("data", "eval")),
+        lambda r: r.sweep is not None and not r.data.evaluates,
+        lambda r: "is never measured: give data.eval or data.eval_fraction",
+    ),
+    Rule(
+        (("sweep", "stop"), ("training", "eval_every")),
+        lambda r: r.sweep is not None and r.sweep.stop != "none" and r.training.eval_every is None,
+        lambda r: "compares evaluations during training: give training.eval_every",
+    ),
+    Rule(
+        (("sweep", "parameters"), ("training", "stop_after")),
+        lambda r: r.sweep is not None and r.training.stop_after is not None,
+        lambda r: "trains each trial to its end, and training.stop_after interrupts it; leave that out",
+    ),
+    Rule(
         (("adapter", "from"), ("task",)),
         lambda r: r.adapter.begins_from is not None and with_adapter_off(TASKS[r.task]),
         lambda r: (
@@ -436,6 +460,7 @@ def across_sections(recipe: Recipe) -> Iterator[Conflict]:
     yield from _formats_of_task(recipe)
     yield from _of_rollouts(recipe)
     yield from _unused_sections(recipe)
+    yield from _parameters_of_sweep(recipe)
     for path, source in _sources(recipe):
         task = TASKS[recipe.task]
         if task.generates and source.loss_weight != 1.0:
@@ -445,6 +470,18 @@ def across_sections(recipe: Recipe) -> Iterator[Conflict]:
         if "margin" in source.columns and not task.margins and not task.generates:
             paths = ((*path, "columns", "margin"), ("task",))
             yield Conflict(paths, f"has no effect with task {recipe.task}, whose loss knows no margin; leave it out")
+
+
+def _parameters_of_sweep(recipe: Recipe) -> Iterator[Conflict]:
+    """Yields the parameters of a sweep that are no settings of a recipe, or that have to be the same for all trials."""
+    from trainer.recipe.overrides import path_of, wrong_key
+
+    for key in recipe.sweep.parameters if recipe.sweep else ():
+        path = path_of(key)
+        if said := wrong_key(path):
+            yield Conflict((("sweep", "parameters", key),), said)
+        elif path[0] in SAME_IN_A_SWEEP:
+            yield Conflict((("sweep", "parameters", key),), f"cannot vary: {path[0]} is the same for all trials")
 
 
 def _unused_sections(recipe: Recipe) -> Iterator[Conflict]:

@@ -1,0 +1,102 @@
+"""``muster sweep``: trains a recipe with several settings, and compares the runs."""
+
+from __future__ import annotations
+
+import json
+import os
+from typing import Annotated, Any
+
+import typer
+
+from launcher.cli import completion
+from launcher.cli.options import PLACES, RecipeFile, TrustOption
+from launcher.submit import submit
+from launcher.submit.place import choose_place
+from launcher.terminal.console import print_json, stderr, stdout
+from trainer.errors import Interrupted, WorkerFailed
+from trainer.interruption import current
+from trainer.recipe import Recipe
+from trainer.recipe.trials import as_text, split_words
+from trainer.run.recipe_url import given_at, recipe_at
+from trainer.run.sweep import FAILED
+
+
+def sweep(
+    recipe: RecipeFile,
+    words: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=V1,V2...]...", help="settings that vary, and KEY=VALUE for all trials"),
+    ] = None,
+    metric: Annotated[str | None, typer.Option(metavar="NAME", help="metric that compares the trials")] = None,
+    trials: Annotated[int | None, typer.Option(min=1, metavar="N", help="number of trials")] = None,
+    parallel: Annotated[int | None, typer.Option(min=1, metavar="N", help="trials that train at the same time")] = None,
+    search: Annotated[
+        str | None, typer.Option(metavar="NAME", help="how trials are chosen: grid | random | tpe | gp")
+    ] = None,
+    stop: Annotated[
+        str | None, typer.Option(metavar="NAME", help="rule that stops trials early: none | asha | median")
+    ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(
+            metavar="PLACE",
+            autocompletion=completion.one_of(*PLACES),
+            help=f"{' | '.join(PLACES)}: where to run; without it, RAY_ADDRESS decides",
+        ),
+    ] = None,
+    address: Annotated[
+        str | None, typer.Option(help="the Ray cluster: http://HEAD:8265 submits a job to it, HOST:PORT joins it")
+    ] = None,
+    takeover: Annotated[
+        bool, typer.Option("--takeover", help="take over the sweep from a driver that still holds it")
+    ] = False,
+    detach: Annotated[
+        bool, typer.Option("--detach", help="do not wait for the submitted job; exit code 0 means submitted")
+    ] = False,
+    price_per_gpu_hour: Annotated[
+        float | None, typer.Option(min=0, metavar="PRICE", help="price of a GPU, in any currency, to show the cost")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="the table as a JSON list on stdout")] = False,
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Train RECIPE with several settings, each as a run, and compare them. Running it again resumes it."""
+    options = {"metric": metric, "trials": trials, "parallel": parallel, "search": search, "stop": stop}
+    loaded, base = read_sweep(recipe, words or [], options, trust=trust_remote_code)
+    place = choose_place(on, address, loaded)
+    if place is not None:
+        flags = ["--takeover"] if takeover else []
+        submit.sweep_elsewhere(loaded, as_text(base), place, flags, address, detach=detach)
+        return
+    os.environ.update(loaded.cluster.env)  # before the libraries that read it are imported
+    from launcher.monitor.progress import Progress
+    from launcher.sweep.ending import show_end
+    from launcher.sweep.sweep import RESUMES
+    from launcher.sweep.sweep import sweep as drive
+
+    current.command(RESUMES)
+    console = stderr()
+    try:
+        rows = drive(loaded, base, Progress(console), takeover=takeover)
+    except KeyboardInterrupt:  # typer would make an exit code of its own of it
+        raise Interrupted(current.sentence() if current.heard else RESUMES) from None
+    if as_json:
+        print_json([row.to_json() for row in rows])
+    show_end(loaded, base, rows, None if as_json else stdout(), console, price_per_gpu_hour)
+    if failed := sum(row.state == FAILED for row in rows):
+        raise WorkerFailed(f"{failed} of {len(rows)} trials failed; their causes are above")
+
+
+def read_sweep(
+    place: str, words: list[str], options: dict[str, Any], *, trust: bool = False
+) -> tuple[Recipe, dict[str, Any]]:
+    """Returns the recipe with its section `sweep`, and the same as plain data without filled-in defaults. ``words``
+    and ``options`` that are not None go before what the section has. Raises RecipeError with all mistakes."""
+    overrides, parameters = split_words(words)
+    recipe_at(place, overrides, trust=trust)  # so that mistakes have the lines of the user's file
+    section = dict(given_at(place, overrides).get("sweep") or {})
+    fixed = {word.partition("=")[0].strip() for word in overrides}
+    varied = {key: value for key, value in (section.get("parameters") or {}).items() if key not in fixed}
+    section |= {key: value for key, value in options.items() if value is not None}
+    section["parameters"] = {**varied, **parameters}
+    whole = [*overrides, f"sweep={json.dumps(section, ensure_ascii=False, default=str)}"]
+    return recipe_at(place, whole, trust=trust), given_at(place, whole)
