@@ -13,9 +13,10 @@ from launcher.cli.options import PLACES, Overrides, RecipeFile, TrustOption
 from launcher.submit import submit
 from launcher.submit.place import choose_place
 from launcher.terminal.console import hush_libraries, stderr
-from trainer.errors import Interrupted
+from trainer.errors import Interrupted, UsageError
 from trainer.interruption import RESUMES, current
-from trainer.run.recipe_url import recipe_at
+from trainer.recipe.variants import variants
+from trainer.run.recipe_url import given_at, recipe_at
 
 
 def run(
@@ -44,6 +45,11 @@ def run(
     console = stderr()
     loaded = recipe_at(recipe, overrides or [], trust=trust_remote_code)
     place = choose_place(on, address, loaded)
+    recipes = variants(given_at(recipe, overrides or [])) if loaded.adapters else [loaded]
+    if place is not None and loaded.adapters:
+        raise UsageError(
+            f"adapters: runs together are submitted as a sweep: muster sweep {recipe} KEY=V1,V2 --together --on {place}"
+        )
     if place is not None:
         submit.run_elsewhere(loaded, place, ["--takeover"] if takeover else [], address, detach=detach)
         return
@@ -56,15 +62,18 @@ def run(
         lines = ProgressLines(lambda text, style: console.print(Text(text, style=style), soft_wrap=True))
         with called_often(lines.repeat):
             make_inputs(loaded, lines)
-    from launcher.driver.driver import run as drive
+    from launcher.driver.driver import run_together
     from launcher.monitor.progress import Progress
     from trainer.progress.ending import last_lines
     from trainer.storage import open_storage
 
     current.command(RESUMES)
     try:
-        adapter = drive(loaded, Progress(console), takeover=takeover)
+        adapters = run_together(recipes, Progress(console), takeover=takeover)
     except KeyboardInterrupt:  # typer would make an exit code of its own of it
         raise Interrupted(current.sentence() if current.heard else RESUMES) from None
-    for line in (f"finished: the adapter is {adapter}", *last_lines(loaded, open_storage(loaded.run_uri), adapter)):
+    said = [f"finished: the adapter is {adapter}" for adapter in adapters]
+    if not loaded.adapters:
+        said += last_lines(loaded, open_storage(loaded.run_uri), adapters[0])
+    for line in said:
         console.print(Text(line), soft_wrap=True)  # without line breaks, so that a command can be copied
