@@ -38,8 +38,12 @@ def plan(
     from launcher.replica_warnings import replica_warnings
     from launcher.terminal.console import print_json, stderr, stdout
     from trainer.recipe import load
+    from trainer.recipe.variants import variants
+    from trainer.run.recipe_url import given_at
 
     loaded = load(recipe, overrides or [])
+    together = variants(given_at(recipe, overrides or [])) if loaded.adapters else []
+    loaded = together[0] if together else loaded
     device, host = (None if text is None else size(text) for text in (gpu_memory, host_memory))
     bandwidth = None if network is None else bandwidths(network)
     console = stderr()
@@ -50,7 +54,7 @@ def plan(
         console.print(Text(f"warning: {text}"), soft_wrap=True)
     from launcher.plan.estimate import make
 
-    found = make(loaded, device, host, tokens_per_s, price_per_gpu_hour, bandwidth, say)
+    found = make(loaded, device, host, tokens_per_s, price_per_gpu_hour, bandwidth, say, together)
     if as_json:
         print_json(found.to_json())
     else:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from trainer.errors import InputError, MusterError
+from trainer.errors import InputError, MusterError, UsageError
 from trainer.fast_imports import load_libraries
 
 if TYPE_CHECKING:
@@ -117,7 +117,9 @@ def make(
     price: float | None,
     bandwidths: tuple[float, float] | None = None,
     say: Callable[[str], None] = lambda phase: None,
+    together: Sequence[Recipe] = (),
 ) -> PlanReport:
+    """``together``: the runs of a recipe with `adapters`, of which ``recipe`` is the first."""
     say("loading libraries")
     load_libraries()
     from trainer.plan.config import read_base
@@ -144,11 +146,35 @@ def make(
         )
     say("measuring the memory on a model without weights")
     plan = planner.plan(recipe, ranks, tuple(notes))
+    if note := _together(plan, recipe, [planner.plan(other, ranks) for other in together]):
+        plan = replace(plan, notes=(*plan.notes, note))
     if plan.fits is False:
         say("it does not fit; looking for what does")
     advice = suggestions(planner, recipe, ranks) if plan.fits is False else []
     network = bandwidths and Network(*bandwidths, planner.traffic_by_strategy(recipe, ranks))
     return PlanReport(recipe, plan, advice, inquiry.outlook(), price, network)
+
+
+def _together(plan: Plan, recipe: Recipe, plans: Sequence[Plan]) -> str:
+    """Returns a note on runs that share the base model; empty if this
+    one cannot, or without a limit."""
+    from trainer.plan.together import added_bytes, most_together, together_bytes
+    from trainer.recipe.rules.together import check_together
+
+    if plans:
+        size, limit = together_bytes(plans), plan.limits.device
+        fits = limit is None or size + plan.device_reserve_bytes <= limit
+        answer = "" if limit is None else f", which {'fits' if fits else 'does NOT fit'}"
+        return f"the table is that of the first run; all {len(plans)} together need {size / 2**30:.2f} GiB{answer}"
+    most = most_together(plan)
+    try:
+        check_together([recipe])
+    except UsageError:
+        return ""
+    if not most:
+        return ""
+    each = added_bytes(plan.largest) / 2**30
+    return f"{most} runs like this one fit on one base model (muster sweep --together); each adds {each:.2f} GiB"
 
 
 def _teacher(recipe: Recipe) -> tuple[TeacherModel | None, str]:
