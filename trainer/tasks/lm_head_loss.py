@@ -15,7 +15,7 @@ Shapes: B packs, L tokens, T targets in the micro-batch, D hidden size, V vocabu
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -66,7 +66,7 @@ class TargetHead:
         self._cross_entropy = NLL
         self._last = False
         self.context: Context | None = None
-        head.forward = self._forward
+        head.forward = self.output
 
     def losses(
         self, module: torch.nn.Module, batch: Batch, device: torch.device, formula: CrossEntropy = NLL
@@ -120,7 +120,8 @@ class TargetHead:
         finally:
             self._last = False
 
-    def _forward(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
+    def output(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
+        """Returns what the model returns in place of its head's output."""
         if self._last:
             return self._project(hidden_BLD[:, -1:])
         if self._at is None or self._labels_T is None:
@@ -129,9 +130,17 @@ class TargetHead:
         if not self.plain:
             return self._project(hidden_TD[None])
         # A clone: FSDP2 adds a hook to the tensor that the model returns, and would lose it on a view.
-        made = self._of_targets(hidden_TD, self._labels_T)[None].clone()
+        return self._noted(self._of_targets(hidden_TD, self._labels_T)[None].clone())
+
+    def _noted(self, made: torch.Tensor) -> torch.Tensor:
         self._made = None if self._compared else made.detach().clone()
         return made
+
+    def computes_as(self, other: TargetHead) -> bool:
+        """Returns True if both are asked for the same numbers of their targets now."""
+        alike = type(self) is type(other) and self._cross_entropy == other._cross_entropy
+        selects = all(head._at is not None and head.plain and not head._last for head in (self, other))
+        return alike and selects
 
     def _of_targets(self, hidden_TD: torch.Tensor, labels_T: torch.Tensor) -> torch.Tensor:
         """Returns the numbers [T, m] that the model returns in place of logits."""
@@ -165,6 +174,21 @@ class TargetHead:
         trained = any(parameter.requires_grad for parameter in self._head.parameters())
         # Not in float16: small probabilities would underflow, because the loss scale is applied only later.
         return hidden_TD.requires_grad and hidden_TD.dtype != torch.float16 and not trained
+
+
+def outputs_of_several(heads: Sequence[TargetHead], hidden: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Returns the `TargetHead.output` of each head for its hidden states [B, L, D]. Those of heads with the same
+    projection are computed at once, if all are asked for the same numbers."""
+    first = heads[0]
+    if not all(head.computes_as(first) for head in heads):
+        return [head.output(rows_BLD) for head, rows_BLD in zip(heads, hidden, strict=True)]
+    picked = [
+        selected(rows_BLD, head._at) for head, rows_BLD in zip(heads, hidden, strict=True) if head._at is not None
+    ]
+    labels_T = torch.cat([head._labels_T for head in heads if head._labels_T is not None])
+    made = first._of_targets(torch.cat(picked), labels_T)[None]
+    parts = made.split([len(rows_TD) for rows_TD in picked], dim=1)
+    return [head._noted(part) for head, part in zip(heads, parts, strict=True)]
 
 
 def targets_of(batch: Batch) -> tuple[np.ndarray, np.ndarray]:

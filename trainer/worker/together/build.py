@@ -151,7 +151,7 @@ def _build_run(
     for target, layer in layers.items():
         base.adapt(target, number, layer)
     strategy = strategy_of_run(recipe, world, host, base, turns, number)
-    strategy.layers = layers
+    strategy.layers, strategy.head = layers, task.head
     adapters.models.append(model)
     return _BuiltRun(recipe, adapter, task, strategy, model, coverage, operations)
 

@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 
 from trainer.adapters.peft_method import ADAPTER_NAME
 from trainer.errors import InputError
+from trainer.tasks.lm_head_loss import TargetHead, outputs_of_several
 from trainer.worker.together.lora_products import LoraProduct, with_products
 from trainer.worker.together.random_state import RandomState
 from trainer.worker.together.turns import BACKWARD, Call
@@ -36,13 +37,13 @@ JOINED = {"input_ids", "position_ids", "use_cache", BOUNDS, *PACKED, *LONGEST}
 @dataclass
 class Part:
     """The rows of one run in a forward, of which the first ``length`` tokens are the run's own. ``layers``: its LoRA
-    layers, by the name of the adapted layer; ``head``: turns its hidden states into what the model returns; ``shape``:
+    layers, by the name of the adapted layer; ``head``: makes of its hidden states what the model returns; ``shape``:
     of that."""
 
     rows: slice
     length: int
     layers: Mapping[str, Any]
-    head: Callable[[torch.Tensor], torch.Tensor]
+    head: TargetHead
     random: RandomState
     shape: torch.Size = field(default_factory=torch.Size)
 
@@ -53,7 +54,7 @@ class Forward:
 
     inputs: Mapping[str, Any]
     layers: Mapping[str, Any]
-    head: Callable[[torch.Tensor], torch.Tensor]
+    head: TargetHead
     random: RandomState
     training: bool
     gradients: bool
@@ -201,12 +202,11 @@ class SharedBase:
 
     def _of_each_run(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
         """Returns what the runs' heads make of their rows, as one row, and notes its shapes."""
-        made = []
-        for part, rows_BLD in zip(self._parts, hidden_BLD.split(self._rows), strict=True):
-            mine = part.head(rows_BLD[:, : part.length])
+        rows = zip(self._parts, hidden_BLD.split(self._rows), strict=True)
+        made = outputs_of_several([p.head for p in self._parts], [mine_BLD[:, : p.length] for p, mine_BLD in rows])
+        for part, mine in zip(self._parts, made, strict=True):
             part.shape = mine.shape
-            made.append(mine.reshape(1, -1, mine.shape[-1]))
-        return torch.cat(made, dim=1)
+        return torch.cat([mine.reshape(1, -1, mine.shape[-1]) for mine in made], dim=1)
 
 
 def check_plain(name: str, layer: Any) -> None:

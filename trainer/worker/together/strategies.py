@@ -20,6 +20,7 @@ from trainer.strategies.base import Fill, MakeOptimizer, Strategy, strategy_clas
 from trainer.strategies.ddp import DDP
 from trainer.strategies.exact import ExactDDP
 from trainer.strategies.fsdp import FSDP
+from trainer.tasks.lm_head_loss import TargetHead
 from trainer.worker.together.random_state import RandomState
 from trainer.worker.together.shared_base import JOINED, Backward, Forward, SharedBase
 from trainer.worker.together.turns import BACKWARD, EVALUATION, TRAINING, Call, Turns
@@ -57,16 +58,20 @@ def make_host(recipe: Recipe, world: World) -> HostFSDP | HostDDP:
 
 class RunModel(torch.nn.Module):
     """The model of one run, as its loop and its task call it. ``model``: the run's model without weights, with its
-    adapter; ``layers``: the LoRA layers, by the names of the layers that they adapt."""
+    adapter; ``layers``: the LoRA layers, by the names of the layers that they adapt; ``head``: of the run's task."""
 
     def __init__(
-        self, model: torch.nn.Module, layers: Mapping[str, Any], base: SharedBase, turns: Turns[Any], run: int
+        self,
+        model: torch.nn.Module,
+        layers: Mapping[str, Any],
+        head: TargetHead,
+        base: SharedBase,
+        turns: Turns[Any],
+        run: int,
     ) -> None:
         super().__init__()
         self.model = model
-        self._layers, self._base, self._turns, self._run = layers, base, turns, run
-        whole: Any = model
-        self._head = whole.get_output_embeddings()
+        self._layers, self._head, self._base, self._turns, self._run = layers, head, base, turns, run
 
     def forward(self, **inputs: Any) -> Any:
         device = inputs["input_ids"].device
@@ -84,7 +89,10 @@ class RunModel(torch.nn.Module):
 
 
 class OfRun(Strategy):
-    """What the strategies of runs have in common. ``layers``: see `RunModel`."""
+    """What the strategies of runs have in common. ``layers``, ``head``: see `RunModel`; set before `setup`."""
+
+    layers: Mapping[str, Any]
+    head: TargetHead
 
     def __init__(
         self, recipe: Recipe, world: World, host: Strategy, base: SharedBase, turns: Turns[Any], run: int
@@ -92,10 +100,9 @@ class OfRun(Strategy):
         super().__init__(recipe, world)
         self._host, self._base, self._turns, self._run = host, base, turns, run
         self._last = False
-        self.layers: Mapping[str, Any] = {}
 
     def wrap(self, model: torch.nn.Module) -> torch.nn.Module:
-        return RunModel(model, self.layers, self._base, self._turns, self._run)
+        return RunModel(model, self.layers, self.head, self._base, self._turns, self._run)
 
     def backward(self, loss: torch.Tensor) -> None:
         self._turns.wait_for(Call(BACKWARD, None, Backward(self.scaler.scale(loss), self._last)))
