@@ -15,12 +15,12 @@ from tests.support.fake_vllm import FakeVLLM, serving
 from tests.support.tasks import task_recipe, write_task_data
 from tests.support.training import adapter_bytes, run_of, train_here
 from trainer.errors import EngineFailed, InputError, RecipeError
+from trainer.inference.host import API_KEY
 from trainer.recipe import Recipe
 from trainer.run import layout
 from trainer.run.jsonl import read_rows
 from trainer.strategies.ddp import DDP
 from trainer.tasks.rollouts.task import RolloutTask
-from trainer.worker.rollout_servers import API_KEY
 
 Make = Callable[..., Recipe]
 STEPS = 4
