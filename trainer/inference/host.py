@@ -11,19 +11,17 @@ import os
 import secrets
 import shutil
 import signal
-import socket
 import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Literal, TypedDict
 
-from trainer.errors import InputError, MusterError
-from trainer.inference.receiver import AdapterFolder, AdapterReceiver
+from trainer.errors import EngineFailed, InputError, MusterError
+from trainer.inference.receiver import AdapterFolder, AdapterReceiver, own_address
 from trainer.inference.server import LOOPBACK, VLLMServer
 from trainer.recipe.sections.rollouts.engine import OWN_GPU
 from trainer.redact import redact
@@ -32,7 +30,7 @@ API_KEY = "MUSTER_ROLLOUT_API_KEY"
 """The variable with the key that servers want."""
 ADDRESSES = "MUSTER_ROLLOUT_ADDRESSES"
 """The variable by which workers get the addresses of servers that were placed for their attempt, with commas."""
-POLL_S = 0.5
+POLL_S, KEEPER_S = 0.5, 20.0
 
 
 class HostState(TypedDict):
@@ -100,6 +98,8 @@ class ServerHost:
 
     def state(self) -> HostState:
         state, failure = self._state, self._failure
+        if state == "ready" and not self.server.alive:
+            state = "starting"  # as soon as that is noticed
         return HostState(
             port=self.server.port,
             folder=str(self._adapters.folder),
@@ -113,6 +113,9 @@ class ServerHost:
         self._closed.set()
         self._settled.set()
         self.server.close()
+        if self._keeper.is_alive():
+            self._keeper.join(KEEPER_S)
+            self.server.close()  # it may have been starting it again
         self._receiver.close()
         shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -126,18 +129,11 @@ class ServerHost:
                     self._state = "starting"
                     self.server.revive()
                     self._state = "ready"
-        except MusterError as error:
+        except Exception as error:
             if not self._closed.is_set():
-                self._failure, self._state = error, "failed"
+                own = error if isinstance(error, MusterError) else EngineFailed(f"{type(error).__name__}: {error}")
+                self._failure, self._state = own, "failed"
         self._settled.set()
-
-
-def own_address() -> str:
-    """Returns the address by which other hosts reach this one; that of the loopback without a network."""
-    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect(("192.0.2.1", 9))  # sends nothing: only the route is looked up
-        return str(probe.getsockname()[0])
-    return LOOPBACK
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

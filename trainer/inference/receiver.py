@@ -141,7 +141,8 @@ class AdapterReceiver:
                 """A client that went away is no news."""
 
         self.api_key, self.adapters, self.state = api_key, adapters, state
-        self._host, self._server = host, Server((host, port), Handler)
+        self._host = own_address() if host in ("0.0.0.0", "::") else host
+        self._server = Server((host, port), Handler)
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True, name="receiver")
 
     @property
@@ -265,3 +266,11 @@ def _files(text: str) -> list[tuple[str, int]]:
 
 def _message(text: str) -> dict[str, Any]:
     return {"error": {"message": text}}
+
+
+def own_address() -> str:
+    """Returns the address by which other hosts reach this one; that of the loopback without a network."""
+    with suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect(("192.0.2.1", 9))  # sends nothing: only the route is looked up
+        return str(probe.getsockname()[0])
+    return "127.0.0.1"

@@ -96,7 +96,7 @@ def server_bytes(recipe: Recipe, device: int | None) -> int:
     """Returns what a server of muster's own takes of a GPU with ``device`` bytes; 0 if there is none."""
     if device is None or not has_server(recipe) or not recipe.resources.gpus_per_worker:
         return 0
-    return int(recipe.rollout.vllm.gpu_memory_utilization * device)
+    return int(recipe.rollout.vllm.memory_share * device)
 
 
 def has_server(recipe: Recipe) -> bool:
