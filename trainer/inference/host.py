@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import Literal, TypedDict
+from typing import TypedDict
 
 from trainer.errors import EngineFailed, InputError, MusterError
 from trainer.inference.receiver import AdapterFolder, AdapterReceiver, own_address
@@ -34,12 +34,13 @@ POLL_S, KEEPER_S = 0.5, 20.0
 
 
 class HostState(TypedDict):
-    """The answer to ``GET /muster``. ``port``: the server's, on the same host; ``folder``: where adapters are; ``why``:
-    what has happened to a server that is not ready; ``log``: the end of its log then."""
+    """The answer to ``GET /muster``. ``port``: the server's, on the same host; ``folder``: where adapters are;
+    ``state``: ``starting`` (also again), ``ready`` or ``failed``, for good; ``why``: for what reason, with the end of
+    the ``log``."""
 
     port: int
     folder: str
-    state: Literal["starting", "ready", "failed"]
+    state: str
     why: str
     log: str
 
@@ -69,7 +70,7 @@ class ServerHost:
             raise
         self._adapters = adapters
         self._failure: MusterError | None = None
-        self._state: Literal["starting", "ready", "failed"] = "starting"
+        self._state = "starting"
         self._closed, self._settled = threading.Event(), threading.Event()
         self._keeper = threading.Thread(target=self._keep, daemon=True, name="server-keeper")
 
