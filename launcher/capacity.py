@@ -204,10 +204,8 @@ def missing(resources: ResourcesSection, nodes: Sequence[Node], servers: Servers
     if lacking:
         absent = f"missing: {_amounts(lacking)}"
     else:
-        one = (
-            "for all servers" if servers.count and _placed(servers, suitable) < servers.count else "for one more worker"
-        )
-        absent = f"enough in all, but no single node has enough {one}"
+        short = servers.count > 0 and _placed(servers, suitable) < servers.count
+        absent = f"enough in all, but no single node has enough for one more {'server' if short else 'worker'}"
     there = _many(len(nodes), "node")
     if len(suitable) != len(nodes):
         there = f"{len(suitable)} of {there}, those of the asked accelerator_type and labels"

@@ -68,8 +68,8 @@ class FakeVLLM:
         self._server: ThreadingHTTPServer | None = None
         self._open: set[socket.socket] = set()
         with socket.socket() as probe:
-            probe.bind((host, port))
-            self.port = probe.getsockname()[1]
+            probe.bind((host, 0))
+            self.port = port or probe.getsockname()[1]
         self.host, self.address = host, f"http://{host}:{self.port}"
 
     def start(self) -> None:

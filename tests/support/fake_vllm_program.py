@@ -15,6 +15,9 @@ print("starting with", sys.argv[1:], flush=True)
 if mode := os.environ.get("FAKE_FAILS"):
     print("fake: cannot start:", mode, flush=True)
     sys.exit(int(mode))
+if os.path.exists(os.environ["FAKE_NOTES"] + ".fails"):
+    os.remove(os.environ["FAKE_NOTES"] + ".fails")
+    sys.exit(1)
 if os.environ.get("FAKE_SILENT"):
     time.sleep(3600)
 # Like vLLM's engine process: it does not notice that the server is gone.
@@ -36,7 +39,8 @@ http.server.ThreadingHTTPServer((arguments["--host"], int(arguments["--port"])),
 
 def make_package(folder: Path) -> dict[str, str]:
     """Makes a package `vllm` whose server answers /health and starts a process of its own. Returns the environment with
-    which Python finds it; each server appends a line about itself to the file FAKE_NOTES."""
+    which Python finds it; each server appends a line about itself to the file FAKE_NOTES. Where there is a file
+    FAKE_NOTES.fails, the next start removes it and fails."""
     package = folder / "package" / "vllm" / "entrypoints" / "openai"
     package.mkdir(parents=True)
     for part in (package, package.parent, package.parent.parent):

@@ -128,13 +128,24 @@ class ServerHost:
             while not self._closed.wait(POLL_S):
                 if not self.server.alive:
                     self._state = "starting"
-                    self.server.revive()
+                    self._revive()
                     self._state = "ready"
         except Exception as error:
             if not self._closed.is_set():
                 own = error if isinstance(error, MusterError) else EngineFailed(f"{type(error).__name__}: {error}")
                 self._failure, self._state = own, "failed"
         self._settled.set()
+
+    def _revive(self) -> None:
+        """Starts the server again; once more where that fails, for as often as it may be: a GPU's memory may come back
+        late."""
+        while not self._closed.is_set():
+            try:
+                self.server.revive()
+                return
+            except EngineFailed:
+                if self.server.alive or self.server.restarts_left <= 0:
+                    raise
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

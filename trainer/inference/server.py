@@ -182,17 +182,22 @@ class VLLMServer:
         if not self.alive:
             raise self._ended()
 
-    def restart(self) -> None:
-        """Starts the server again. Raises EngineFailed once it was started again too often."""
+    @property
+    def restarts_left(self) -> int:
+        """How often the server may be started again now."""
         now = self._clock()
         self._restarted_at = [at for at in self._restarted_at if now - at < self._restarts.within_s]
-        if len(self._restarted_at) >= self._restarts.most:
+        return self._restarts.most - len(self._restarted_at)
+
+    def restart(self) -> None:
+        """Starts the server again. Raises EngineFailed once it was started again too often."""
+        if self.restarts_left <= 0:
             raise EngineFailed(
                 f"the vLLM server was started again {self._restarts.most} times within "
                 f"{self._restarts.within_s / 60:.0f} minutes and has ended again; its log is {self.log}",
                 self.last_lines(),
             )
-        self._restarted_at.append(now)
+        self._restarted_at.append(self._clock())
         self._end()
         self.start()
 

@@ -77,6 +77,16 @@ def test_a_server_that_dies_is_started_again_and_keeps_its_address_and_adapters(
     assert Path(client.folder("a"), "adapter_config.json").exists()
 
 
+def test_a_start_again_that_fails_is_tried_once_more(make: Make, tmp_path: Path) -> None:
+    host = make()
+    host.wait_ready(60)
+    (tmp_path / "notes.fails").touch()
+    os.kill(notes(tmp_path)[0]["server"], signal.SIGKILL)
+    wait_for(lambda: len(notes(tmp_path)) == 2 and host.state()["state"] == "ready", "the second start", timeout_s=60)
+    assert not (tmp_path / "notes.fails").exists()
+    host.check()
+
+
 def test_a_server_is_given_up_with_its_log(make: Make, tmp_path: Path) -> None:
     host = make(restarts=Restarts(most=0))
     host.wait_ready(60)
