@@ -118,7 +118,11 @@ class PlacedServers:
         """Returns the outcome of an attempt, with the servers that have ended before what followed from that."""
         if isinstance(outcome, ResizeRequested) or outcome.cause.fatal:
             return outcome
-        ended = [f"the vLLM server on {server.node} {how}" for server in self.servers if (how := _end_of(server.actor))]
+        ended = [
+            f"the vLLM server on {server.node} has ended: {how}"
+            for server in self.servers
+            if (how := _end_of(server.actor))
+        ]
         if not ended:
             return outcome
         return AttemptFailed(Failure("; ".join([*ended, outcome.cause.message]), own=True), outcome.starting)
@@ -224,9 +228,9 @@ def _end_of(actor: Any) -> str | None:
     try:
         ray.get(actor.place.remote(), timeout=5.0)
     except ray.exceptions.GetTimeoutError:
-        return "does not answer"
+        return "its process does not answer"
     except ray.exceptions.RayError as error:
-        return f"has ended: {first_line(error)}"
+        return first_line(error)
     return None
 
 

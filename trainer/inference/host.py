@@ -7,6 +7,7 @@ The server is started again when it ends, up to three times in an hour.
 from __future__ import annotations
 
 import argparse
+import fcntl
 import os
 import secrets
 import shutil
@@ -15,10 +16,11 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from types import FrameType
-from typing import TypedDict
+from typing import IO, TypedDict
 
 from trainer.errors import EngineFailed, InputError, MusterError
 from trainer.inference.receiver import AdapterFolder, AdapterReceiver, own_address
@@ -31,6 +33,7 @@ API_KEY = "MUSTER_ROLLOUT_API_KEY"
 ADDRESSES = "MUSTER_ROLLOUT_ADDRESSES"
 """The variable by which workers get the addresses of servers that were placed for their attempt, with commas."""
 POLL_S, KEEPER_S = 0.5, 20.0
+FOLDER, LOCK = "muster-vllm-", "lock"
 
 
 class HostState(TypedDict):
@@ -57,7 +60,7 @@ class ServerHost:
         port: int = 0,
         api_key: str | None = None,
     ) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="muster-vllm-"))
+        self._folder, self._lock = _own_folder()
         self.api_key = api_key or secrets.token_hex(16)
         try:
             self.server = make(self._folder, self.api_key)
@@ -119,6 +122,7 @@ class ServerHost:
             self.server.close()  # it may have been starting it again
         self._receiver.close()
         shutil.rmtree(self._folder, ignore_errors=True)
+        self._lock.close()
 
     def _keep(self) -> None:
         try:
@@ -146,6 +150,20 @@ class ServerHost:
             except EngineFailed:
                 if self.server.alive or self.server.restarts_left <= 0:
                     raise
+
+
+def _own_folder() -> tuple[Path, IO[str]]:
+    """Returns a new temporary folder, and a lock that says that it is in use. Removes those of hosts that were killed
+    with all of their processes."""
+    for old in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
+        with suppress(OSError), (old / LOCK).open("a") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(old, ignore_errors=True)
+    folder = Path(tempfile.mkdtemp(prefix=FOLDER))
+    lock = (folder / f"{LOCK}-new").open("a")
+    fcntl.flock(lock, fcntl.LOCK_EX)
+    (folder / f"{LOCK}-new").rename(folder / LOCK)  # others see it locked only
+    return folder, lock
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -107,6 +108,21 @@ def test_a_closed_host_leaves_nothing(make: Make, tmp_path: Path) -> None:
     host.close()
     assert not folder.exists()
     assert is_gone(notes(tmp_path)[0]["server"])
+
+
+def test_the_folder_of_a_host_that_was_killed_is_removed_by_the_next(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    killed, another = tmp_path / "muster-vllm-killed", tmp_path / "muster-vllm-of-another-program"
+    killed.mkdir()
+    another.mkdir()
+    (killed / "lock").touch()
+    first = make()
+    assert not killed.exists()
+    assert another.exists()
+    make()
+    assert first.server.log.parent.exists()
 
 
 def command(tmp_path: Path, package: dict[str, str], **environment: str) -> subprocess.Popen[str]:
