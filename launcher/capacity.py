@@ -209,14 +209,14 @@ def missing(resources: ResourcesSection, nodes: Sequence[Node], servers: Servers
     there = _many(len(nodes), "node")
     if len(suitable) != len(nodes):
         there = f"{len(suitable)} of {there}, those of the asked accelerator_type and labels"
-    beside, fit = "", f"room for {workers_that_fit(resources, nodes, servers)}"
+    beside, fit = "", f"{workers_that_fit(resources, nodes, servers)}"
     if servers.count:
         beside = f", rollout.vllm.servers for {_many(servers.count, 'server')} with {_amounts(servers.each)} each"
-        fit = f"room for {_placed(servers, suitable)} servers and {workers_that_fit(resources, nodes, servers)} workers"
+        fit = f"{_placed(servers, suitable)} servers and {fit} workers"
     return (
         f"resources.workers asks for {_many(resources.min_workers, 'worker')} with {_amounts(each(resources))} each"
-        f"{beside}, and the cluster has {fit} ({there} with {_amounts(have)} in all; {absent}): add nodes, or lower "
-        f"{' or '.join(_to_lower(resources, servers))}"
+        f"{beside}, and the cluster has room for {fit} ({there} with {_amounts(have)} in all; {absent}): add nodes, or "
+        f"lower {' or '.join(_to_lower(resources, servers))}"
     )
 
 

@@ -156,7 +156,7 @@ def _own_folder() -> tuple[Path, IO[str]]:
     """Returns a new temporary folder, and a lock that says that it is in use. Removes those of hosts that were killed
     with all of their processes."""
     for old in Path(tempfile.gettempdir()).glob(f"{FOLDER}*"):
-        with suppress(OSError), (old / LOCK).open("a") as lock:
+        with suppress(OSError), (old / LOCK).open("r+") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             shutil.rmtree(old, ignore_errors=True)
     folder = Path(tempfile.mkdtemp(prefix=FOLDER))
