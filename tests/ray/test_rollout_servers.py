@@ -70,8 +70,15 @@ def test_both_servers_write_and_end_with_the_run(
     joined: str, python: WritingPython, tiny_model: Path, tmp_path: Path
 ) -> None:
     recipe = beside("both", python, tiny_model, tmp_path)
-    finished(muster_run(recipe, tmp_path))
+    output = finished(muster_run(recipe, tmp_path))
     assert not failures(recipe)
+    (key,) = python.keys()
+    assert key not in output
+    run = run_of(recipe)
+    assert not [info.key for info in run.list() if key.encode() in run.read(info.key)]
+    logs = [path for path in Path("/tmp/ray/session_latest/logs").rglob("*") if path.is_file()]
+    assert logs
+    assert not [path for path in logs if key.encode() in path.read_bytes()]
     pids = python.pids()
     assert len(pids) == 2
     written = python.writers()

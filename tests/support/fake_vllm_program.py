@@ -66,7 +66,7 @@ fake = FakeVLLM(
 )
 fake.start()
 with open({notes!r}, "a") as notes:
-    notes.write(json.dumps({{"pid": os.getpid(), "port": fake.port}}) + "\\n")
+    notes.write(json.dumps({{"pid": os.getpid(), "key": os.environ["VLLM_API_KEY"]}}) + "\\n")
 told = 0
 while True:
     time.sleep(0.05)
@@ -101,6 +101,9 @@ class WritingPython:
     def pids(self) -> list[int]:
         """The servers that were started, in their order."""
         return [json.loads(line)["pid"] for line in _lines(self._notes)]
+
+    def keys(self) -> set[str]:
+        return {json.loads(line)["key"] for line in _lines(self._notes)}
 
     def writers(self) -> dict[int, set[str]]:
         """The adapters that each server was asked to write with."""
