@@ -22,6 +22,7 @@ class ClusterError(Exception):
 class ClusterJob:
     """``recipe`` is the resolved recipe as YAML: nothing reads the user's file after it was made. ``workers`` is
     (min, max); ``replicas`` is the number of copies of the parameters that the largest number of workers keeps;
+    ``servers`` is the number of inference servers that Ray places beside the workers (`rollout.vllm.servers`);
     ``settings`` are the recipe's for this kind of cluster; ``command`` is muster's own, with its options
     (``("run", "--takeover")``, ``("doctor",)``) and without the recipe; ``arguments`` are the user's own: the recipe's
     file and the overrides, for what is printed to be used by hand."""
@@ -36,6 +37,19 @@ class ClusterJob:
     command: tuple[str, ...] = ("run",)
     arguments: tuple[str, ...] = ()
     replicas: int = 1
+    servers: int = 0
+    gpus_per_server: int = 0
+
+    @property
+    def places_per_server(self) -> int:
+        """How many workers would have room where a server is; its CPUs are those of one."""
+        return max(1, -(-self.gpus_per_server // self.gpus_per_worker)) if self.gpus_per_worker else 1
+
+    @property
+    def places(self) -> tuple[int, int]:
+        """The workers (min, max) that would have room on nodes for the workers and the servers."""
+        low, high = self.workers
+        return low + self.servers * self.places_per_server, high + self.servers * self.places_per_server
 
 
 Say = Callable[[str], None]

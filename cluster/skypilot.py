@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Any
 
 from cluster.job import ClusterError, ClusterJob
-from cluster.job_shape import JobShape
+from cluster.job_shape import JobShape, refuse_servers
 from cluster.shell import written
 from cluster.yaml_text import to_yaml
 
@@ -53,6 +53,7 @@ class SkyPilot:
 def task(job: ClusterJob) -> dict[str, Any]:
     """Returns the job as a task of SkyPilot, of the largest size that the recipe allows. Raises ClusterError for
     settings that exclude each other."""
+    refuse_servers(job, "SkyPilot's task")
     settings, most, shape = job.settings, job.workers[1], _shape(job)
     if int(shape.nodes) * shape.workers_per_node != most:
         raise ClusterError(

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 def job_shape(recipe: Recipe, kind: str, **settings: Any) -> ClusterJob:
     """Returns the recipe's job without the recipe itself; ``settings`` replace the recipe's own."""
-    resources = recipe.resources
+    resources, rollout = recipe.resources, recipe.rollout
     return ClusterJob(
         name=recipe.name,
         run_uri=recipe.run_uri,
@@ -25,6 +25,8 @@ def job_shape(recipe: Recipe, kind: str, **settings: Any) -> ClusterJob:
         cpus_per_worker=resources.cpus_per_worker,
         settings={**getattr(recipe.cluster, kind).model_dump(mode="json"), **settings},
         replicas=recipe.strategy.replicas,
+        servers=rollout.servers_beside,
+        gpus_per_server=rollout.vllm.tensor_parallel if resources.gpus_per_worker else 0,
     )
 
 

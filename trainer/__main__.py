@@ -30,6 +30,7 @@ from trainer.checkpoint import read_claims
 from trainer.checkpoint.publish import completed_text, finished
 from trainer.errors import InputError, Interrupted, MusterError
 from trainer.fast_imports import mute_libraries
+from trainer.inference.server_of_recipe import shared_servers
 from trainer.logs.rank import rank_log
 from trainer.progress.ending import last_lines
 from trainer.progress.lines import ProgressLines, called_often
@@ -110,6 +111,7 @@ def _run(place: str, overrides: list[str], *, takeover: bool, trust: bool) -> No
             print(f"muster: {run.url} {completed_text(last)}; its adapter is {run.uri(layout.ADAPTER)}")
             _print_end(recipe, run)
         return
+    shared_servers(recipe)  # raises for servers that Ray would have to place
     _import_libraries()
     if _rank() == 0:
         _drive(storage, run, recipe, stop, takeover=takeover)

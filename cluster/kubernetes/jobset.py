@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 
 from cluster.job import ClusterError, ClusterJob
+from cluster.job_shape import refuse_servers
 from cluster.kubernetes.kind import JobKind
 from cluster.kubernetes.manifests import loaded, set_metadata
 from cluster.kubernetes.names import JOBSET_LENGTH
@@ -67,6 +68,7 @@ def fill_spec(spec: Fields, job: ClusterJob, name: str) -> int:
 def _nodes(job: ClusterJob) -> int:
     (low, high), per_pod = job.workers, job.settings["workers_per_pod"]
     kind = job.settings.get("kind")
+    refuse_servers(job, f"cluster.kubernetes.kind: {kind}")
     if low != high:
         raise ClusterError(
             f"resources.workers is [{low}, {high}], and cluster.kubernetes.kind: {kind} runs torchrun with a fixed "

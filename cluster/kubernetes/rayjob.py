@@ -6,6 +6,7 @@ import re
 import shlex
 
 from cluster.job import ClusterError, ClusterJob
+from cluster.job_shape import nodes_for
 from cluster.kubernetes.kind import JobKind
 from cluster.kubernetes.manifests import loaded, set_metadata
 from cluster.kubernetes.names import RAYJOB_LENGTH
@@ -68,13 +69,24 @@ def manifest(job: ClusterJob) -> Fields:
     workers["template"] = patch_workers(workers["template"], job)
     spec["submitterPodTemplate"] = patch_submitter(spec["submitterPodTemplate"], job)
 
-    low, high = (-(-bound // settings["workers_per_pod"]) for bound in job.workers)
+    low, high = (nodes_for(job, places, _places_per_pod(job)) for places in job.places)
     elastic = low < high and not settings.get("queue")
     workers |= {"replicas": low if elastic else high, "minReplicas": low, "maxReplicas": high}
     cluster["enableInTreeAutoscaling"] = elastic
     if not elastic:
         cluster.pop("autoscalerOptions")
     return made
+
+
+def _places_per_pod(job: ClusterJob) -> int:
+    per_pod: int = job.settings["workers_per_pod"]
+    if job.servers and job.places_per_server > per_pod:
+        raise ClusterError(
+            f"a vLLM server takes {job.gpus_per_server} GPUs (rollout.vllm.tensor_parallel), and a pod has "
+            f"{per_pod * job.gpus_per_worker}: set cluster.kubernetes.workers_per_pod to {job.places_per_server} or "
+            "more"
+        )
+    return per_pod
 
 
 def words(job: ClusterJob) -> list[str]:

@@ -43,6 +43,7 @@ class Examiner:
     """In the process that uses Ray."""
 
     def examine(self, recipe: Recipe | None, address: str | None) -> Examination:
+        from launcher.capacity import NO_SERVERS, Servers
         from launcher.child import tell
         from launcher.doctor.observations import Examination
         from launcher.doctor.stages import Stages, Time, wanted
@@ -50,7 +51,8 @@ class Examiner:
         from trainer.recipe import ResourcesSection
 
         left, seen = Time(), Examination(address, wanted(recipe) if recipe else None)
-        connect(address, recipe.resources if recipe else ResourcesSection())
+        servers = Servers.of(recipe) if recipe else NO_SERVERS
+        connect(address, recipe.resources if recipe else ResourcesSection(), servers)
         import ray  # not before `connect`, which sets the token that Ray reads when it is imported
 
         try:

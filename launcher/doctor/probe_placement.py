@@ -7,7 +7,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from launcher.capacity import ACCELERATOR, Node, check_resources, each, room
+from launcher.capacity import ACCELERATOR, NO_SERVERS, Node, Servers, check_resources, each, room
 from launcher.doctor.observations import NodeObservation
 from launcher.doctor.probe import Probe
 from trainer.errors import InputError
@@ -40,8 +40,13 @@ class Placed:
                 remove_placement_group(self._group)
 
 
-def place(resources: ResourcesSection | None, nodes: Sequence[NodeObservation], listed: Sequence[Node]) -> Placed:
-    """Starts the probes.
+def place(
+    resources: ResourcesSection | None,
+    nodes: Sequence[NodeObservation],
+    listed: Sequence[Node],
+    servers: Servers = NO_SERVERS,
+) -> Placed:
+    """Starts the probes. ``servers``: those that a run would place beside its workers; they get no probe.
 
     Without ``resources``: one probe on every node that answers. With them: one where each worker would run, for as many
     workers as fit now. If fewer than ``min_workers`` fit: one on every node, and ``error`` is what is missing.
@@ -52,10 +57,10 @@ def place(resources: ResourcesSection | None, nodes: Sequence[NodeObservation], 
     if resources is None:
         return _everywhere(answering)
     try:
-        check_resources(resources, lambda: there, timeout_s=0.0)
+        check_resources(resources, lambda: there, servers=servers, timeout_s=0.0)
     except InputError as error:
         return _everywhere(answering, str(error))
-    return _reserved(resources, nodes, there) or _everywhere(answering, _not_placed(resources))
+    return _reserved(resources, nodes, there, servers) or _everywhere(answering, _not_placed(resources))
 
 
 def _everywhere(nodes: Sequence[NodeObservation], error: str | None = None) -> Placed:
@@ -69,7 +74,9 @@ def _everywhere(nodes: Sequence[NodeObservation], error: str | None = None) -> P
     return Placed([start(node) for node in nodes], list(nodes), True, error)
 
 
-def _reserved(resources: ResourcesSection, nodes: Sequence[NodeObservation], there: Sequence[Node]) -> Placed | None:
+def _reserved(
+    resources: ResourcesSection, nodes: Sequence[NodeObservation], there: Sequence[Node], servers: Servers
+) -> Placed | None:
     """Reserves the workers' places; returns None if the cluster does not provide them in time."""
     from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
@@ -77,7 +84,7 @@ def _reserved(resources: ResourcesSection, nodes: Sequence[NodeObservation], the
     # Ray may still list a host that is cut off as alive.
     labels = {**resources.labels, **({"ray.io/node-id": f"!in({','.join(cut_off)})"} if cut_off else {})}
     kind = {f"{ACCELERATOR}{resources.accelerator_type}": 0.001} if resources.accelerator_type else {}
-    most = max(resources.min_workers, min(resources.max_workers, room(resources, there, {})))
+    most = max(resources.min_workers, min(resources.max_workers, room(resources, there, {}, servers)))
     for count in dict.fromkeys((most, resources.min_workers)):
         group = placement_group(
             [{**each(resources), **kind}] * count,

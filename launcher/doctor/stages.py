@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, TypeVar
 
+from launcher.capacity import NO_SERVERS, Servers
 from launcher.doctor.collectives import Calls, measure_groups
 from launcher.doctor.nodes import dial, read_nodes
 from launcher.doctor.observations import (
@@ -76,7 +77,8 @@ class Stages:
         nodes, ports = read_nodes()
         self.examination.nodes = nodes
         self._say("starting probes")
-        placed = place(self.recipe.resources if self.recipe else None, nodes, nodes_of_cluster())
+        servers = Servers.of(self.recipe) if self.recipe else NO_SERVERS
+        placed = place(self.recipe.resources if self.recipe else None, nodes, nodes_of_cluster(), servers)
         self.examination.placement_error = placed.error
         try:
             self._begin(placed)

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Protocol, TypeVar
 
 from launcher.attempt import AttemptFailed, ResizeRequested, placed_death
-from launcher.capacity import Node, room, workers_that_fit
+from launcher.capacity import NO_SERVERS, Node, Servers, room, workers_that_fit
 from launcher.driver.crash_loop import CrashSignature, in_a_row, is_hopeless
 from launcher.driver.failure_advice import advise
 from launcher.driver.resize import newest_group
@@ -79,17 +79,20 @@ class Runner(Protocol):
         """Returns every node that the cluster knows of, the lost ones too."""
 
     def ask_for(self, workers: int) -> None:
-        """Requests nodes for so many workers, where nodes can be added. Does not wait for them."""
+        """Requests nodes for so many workers and for the recipe's servers, where nodes can be added. Does not wait for
+        them."""
 
     def start(self, job: Job, workers: int) -> Attempt: ...
 
 
 class WorkerCount:
     """Decides how many workers the next attempt gets: as many as there is room for, up to the maximum, and a multiple
-    of ``multiple`` (`strategy.context_parallel`)."""
+    of ``multiple`` (`strategy.context_parallel`). ``servers``: those that the attempt places before its workers."""
 
-    def __init__(self, resources: ResourcesSection, now: float, multiple: int = 1) -> None:
-        self._resources, self._since, self._multiple = resources, now, multiple
+    def __init__(
+        self, resources: ResourcesSection, now: float, multiple: int = 1, servers: Servers = NO_SERVERS
+    ) -> None:
+        self._resources, self._since, self._multiple, self._servers = resources, now, multiple, servers
 
     def decide(self, nodes: Sequence[Node], now: float) -> int | None:
         """Returns the number, or None to look again. ``now`` is in seconds of the clock of ``__init__``. Raises
@@ -97,14 +100,18 @@ class WorkerCount:
         resources, waited = self._resources, now - self._since
         count, possible = (
             min(resources.max_workers, workers - workers % self._multiple)
-            for workers in (room(resources, nodes, {}), workers_that_fit(resources, nodes))
+            for workers in (
+                room(resources, nodes, {}, self._servers),
+                workers_that_fit(resources, nodes, self._servers),
+            )
         )
         if count >= resources.min_workers and (count >= possible or waited >= SETTLE_S):
             return count
         if waited >= PATIENCE_S:
+            beside = f" beside {self._servers.count} vLLM servers" if self._servers.count else ""
             raise StartAgain(
-                f"for {PATIENCE_S:.0f} s there was room for {count} of {resources.min_workers} workers: other jobs "
-                "hold the rest of the cluster's CPUs and GPUs; see `ray status`"
+                f"for {PATIENCE_S:.0f} s there was room for {count} of {resources.min_workers} workers{beside}: other "
+                "jobs hold the rest of the cluster's CPUs and GPUs; see `ray status`"
             )
         return None
 
@@ -143,6 +150,7 @@ class Attempts:
     def __init__(self, runner: Runner, job: Job, phases: Phases) -> None:
         self.stage = ""
         self._runner, self._job, self._phases = runner, job, phases
+        self._servers = Servers.of(job.recipe)
         self._history = FailureHistory(job.recipe.resources.max_failures)
         self._since = time.time()
 
@@ -151,7 +159,11 @@ class Attempts:
         is not worth another attempt."""
         while True:
             workers = self._workers(every)
-            self.stage = f"starting {workers} worker{'' if workers == 1 else 's'} and loading the model"
+            first = f"{self._servers.count} vLLM server{'' if self._servers.count == 1 else 's'}, then "
+            self.stage = (
+                f"starting {first if self._servers.count else ''}{workers} worker{'' if workers == 1 else 's'} and "
+                "loading the model"
+            )
             self._phases.end(WORKERS)
             job = replace(self._job, spent=self._phases.spent(), asked_at=time.time())
             attempt = self._runner.start(job, workers)
@@ -168,11 +180,12 @@ class Attempts:
 
     def _workers(self, every: Callable[[], None]) -> int:
         resources = self._job.recipe.resources
-        count = WorkerCount(resources, time.monotonic(), self._job.recipe.strategy.context_parallel)
+        multiple = self._job.recipe.strategy.context_parallel
+        count = WorkerCount(resources, time.monotonic(), multiple, self._servers)
         self.stage = "waiting for CPUs and GPUs"
         while True:
             nodes = self._runner.nodes()
-            if room(resources, nodes, {}) < resources.max_workers:
+            if room(resources, nodes, {}, self._servers) < resources.max_workers:
                 self._runner.ask_for(resources.max_workers)
             if (workers := count.decide(nodes, time.monotonic())) is not None:
                 return workers

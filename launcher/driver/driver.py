@@ -268,7 +268,7 @@ class RunDriver:
 
         if self.runner is not None:
             return self.runner
-        if address is None and needs_no_ray(self.recipe.resources):
+        if address is None and needs_no_ray(self.recipe.resources, self.recipe.rollout.servers_beside):
             return LocalRunner(self.recipe)
         from launcher.raytrain.runner import RayRunner
 
@@ -323,7 +323,7 @@ class RunDriver:
     def _watching(self, runner: Runner, before: int) -> Iterator[Callable[[], None]]:
         """Looks at a cluster's nodes while the workers train; yields what raises StartAgain when too few are left. A
         Ray of this machine's own has one node, which stays. ``before``: the number of the newest attempt before."""
-        from launcher.capacity import missing
+        from launcher.capacity import Servers, missing
         from launcher.driver.resize import (
             LOST_PATIENCE_IN_JOB_S,
             LOST_PATIENCE_S,
@@ -337,8 +337,13 @@ class RunDriver:
             yield lambda: None
             return
         patience_s = LOST_PATIENCE_IN_JOB_S if here.nodes else LOST_PATIENCE_S
+        servers = Servers.of(self.recipe)
         lookout = ResizePolicy(
-            resources, partial(missing, resources), patience_s, self.recipe.strategy.context_parallel
+            resources,
+            partial(missing, resources, servers=servers),
+            patience_s,
+            self.recipe.strategy.context_parallel,
+            servers,
         )
         group = partial(newest_group, self.run, before)
         with NodeMonitor(lookout, runner.all_nodes, group, self._resize) as watch:

@@ -20,9 +20,9 @@ from trainer.run.failure import WorkerError
 from trainer.worker.job import Job
 
 
-def needs_no_ray(resources: ResourcesSection) -> bool:
-    """Returns True for one worker that may run anywhere."""
-    return resources.max_workers == 1 and not resources.labels and resources.accelerator_type is None
+def needs_no_ray(resources: ResourcesSection, servers: int = 0) -> bool:
+    """Returns True for one worker that may run anywhere, without ``servers`` beside it."""
+    return resources.max_workers == 1 and not (servers or resources.labels or resources.accelerator_type)
 
 
 class LocalRunner:

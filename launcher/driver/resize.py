@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from launcher.capacity import Node, room, workers_that_fit
+from launcher.capacity import NO_SERVERS, Node, Servers, room, workers_that_fit
 from trainer.errors import MusterError, StartAgain
 from trainer.recipe import ResourcesSection
 from trainer.run.events import EndEvent, FailureEvent, ResizeEvent, StartEvent
@@ -58,8 +58,9 @@ class Lost:
 class ResizePolicy:
     """Decides from one look at the nodes after another; has no side effects.
 
-    ``missing`` returns what the live nodes lack; the number of workers is a multiple of ``multiple``. ``group`` is
-    called only if necessary, since it reads the storage.
+    ``missing`` returns what the live nodes lack; the number of workers is a multiple of ``multiple``. ``servers`` run
+    beside the workers, and hold what they need until the attempt ends. ``group`` is called only if necessary, since it
+    reads the storage.
     """
 
     def __init__(
@@ -68,9 +69,10 @@ class ResizePolicy:
         missing: Callable[[Sequence[Node]], str],
         patience_s: float = LOST_PATIENCE_S,
         multiple: int = 1,
+        servers: Servers = NO_SERVERS,
     ) -> None:
         self._resources, self._missing, self._patience_s = resources, missing, patience_s
-        self._multiple = multiple
+        self._multiple, self._servers = multiple, servers
         self._short_since: float | None = None
         self._left: set[str] = set()
         self._room_seen = False
@@ -84,7 +86,7 @@ class ResizePolicy:
         return self._lost(nodes, now) or self._leaving(nodes, group) or self._growing(nodes, group, now)
 
     def _lost(self, nodes: Sequence[Node], now: float) -> Lost | None:
-        if workers_that_fit(self._resources, nodes) >= self._resources.min_workers:
+        if workers_that_fit(self._resources, nodes, self._servers) >= self._resources.min_workers:
             self._short_since = None
             return None
         self._short_since = self._short_since or now
@@ -99,7 +101,7 @@ class ResizePolicy:
         if not new or (now_training := group()) is None:
             return None
         self._left |= {node.id for node in new}
-        ours = [str(node) for node in new if node.host in now_training.hosts]
+        ours = [str(node) for node in new if node.host in now_training.hosts or node.serves]
         return Resize(f"{', '.join(ours)} will be taken away") if ours else None
 
     def _growing(self, nodes: Sequence[Node], group: Callable[[], CurrentWorkers | None], now: float) -> Resize | None:

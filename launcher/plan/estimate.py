@@ -237,18 +237,37 @@ def _typed(found: PlannedModel, base: Base) -> ModelSection:
 
 
 def _server(recipe: Recipe, device: int | None) -> str:
-    """Returns a note on the servers that muster starts beside the training; empty if there are none."""
+    """Returns a note on the servers that muster starts; empty if there are none."""
     from trainer.plan.rollout_memory import has_server
 
+    if recipe.rollout_section is not None and recipe.rollout.servers_beside:
+        return _beside(recipe)
     if not has_server(recipe):
         return ""
     vllm = recipe.rollout.vllm
     if not recipe.resources.gpus_per_worker:
         return "the memory of the vLLM server on each node is not counted"
     if device is None:
-        return f"the vLLM server takes {vllm.gpu_memory_utilization:.0%} of a GPU; --gpu-memory counts it"
+        return f"the vLLM server takes {vllm.memory_share:.0%} of a GPU; --gpu-memory counts it"
     gpus = f"{vllm.tensor_parallel} GPUs" if vllm.tensor_parallel > 1 else "GPU"
     return f"the vLLM server is on the first {gpus} of each node, and counted on every rank"
+
+
+def _beside(recipe: Recipe) -> str:
+    """Returns a note on servers with GPUs of their own."""
+    from trainer.plan.first_estimate import first_estimate, read_numbers
+    from trainer.plan.rollout_memory import DTYPE_BYTES
+
+    vllm, count = recipe.rollout.vllm, recipe.rollout.servers_beside
+    numbers = read_numbers(recipe.model.path)
+    found = None if numbers is None else first_estimate(recipe, numbers, recipe.resources.min_workers)
+    need = "the weights"
+    if found is not None:
+        weights = found.parameters * DTYPE_BYTES[recipe.model.dtype] / vllm.tensor_parallel
+        need = f"{weights / 2**30:.1f} GiB of weights"
+    kind = "GPU" if recipe.resources.gpus_per_worker else "process"
+    servers = f"{count} vLLM server{'' if count == 1 else 's'}"
+    return f"{servers} beside the training take nothing from it; each {kind} of theirs holds {need}, and a cache"
 
 
 def gpu_here() -> tuple[str, int] | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from inspect import signature
 from typing import Any
 
@@ -38,10 +38,19 @@ class Worker:
         run_packed(self._job, context.get_world_rank(), context.get_world_size())
 
 
-def fit(job: Job, workers: int, environment: Environment, variables: Mapping[str, str]) -> None:
-    """Trains an attempt. Raises ResizeRequested or AttemptFailed. ``variables`` are set when a worker's process starts,
-    before Ray Train imports torch there. The folder is Ray Train's scratch space on the driver's host: checkpoints do
-    not go through it."""
+Outcome = ResizeRequested | AttemptFailed
+
+
+def fit(
+    job: Job,
+    workers: int,
+    environment: Environment,
+    variables: Mapping[str, str],
+    explained: Callable[[Outcome], Outcome] = lambda outcome: outcome,
+) -> None:
+    """Trains an attempt. Raises ResizeRequested or AttemptFailed, as ``explained``. ``variables`` are set when a
+    worker's process starts, before Ray Train imports torch there. The folder is Ray Train's scratch space on the
+    driver's host: checkpoints do not go through it."""
     with tempfile.TemporaryDirectory(prefix="muster-ray-train-") as folder:
         no_restarts = FailureConfig(max_failures=0, controller_failure_limit=0)
         run: Any = RunConfig(
@@ -59,7 +68,7 @@ def fit(job: Job, workers: int, environment: Environment, variables: Mapping[str
         try:
             trainer.fit()
         except Exception as error:
-            raise outcome_of(error) from error
+            raise explained(outcome_of(error)) from error
 
 
 def scaling(resources: ResourcesSection, workers: int) -> ScalingConfig:
@@ -80,7 +89,7 @@ def scaling(resources: ResourcesSection, workers: int) -> ScalingConfig:
     )
 
 
-def outcome_of(error: BaseException) -> ResizeRequested | AttemptFailed:
+def outcome_of(error: BaseException) -> Outcome:
     """Returns what the error of a ``fit()`` means."""
     if isinstance(error, WorkerGroupError) and error.worker_failures:
         failures: Mapping[int, BaseException] = {r: unwrapped(e) for r, e in error.worker_failures.items()}

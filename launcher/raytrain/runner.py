@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
-from launcher.capacity import RESOURCE_WAIT_S, Node, check_resources, each
+from launcher.capacity import RESOURCE_WAIT_S, Node, Servers, check_resources, each
 from launcher.child import Child, ChildEnded
 from launcher.raytrain.server import END, RayServer
 from launcher.raytrain.session import not_started, session_folder
@@ -37,7 +37,7 @@ class RayRunner:
 
     def __init__(self, recipe: Recipe, address: str | None) -> None:
         self._resources, self._variables, self._address = recipe.resources, recipe.cluster.env, address
-        self._asked = False
+        self._servers, self._asked = Servers.of(recipe), False
         self._exit = ExitStack()
 
     def __enter__(self) -> RayRunner:
@@ -50,7 +50,7 @@ class RayRunner:
                 entered.enter_context(session_folder())
             self._ray = Child(partial(self.server, self._variables), "muster-ray", CALLS, self._told)
             entered.callback(self._leave)
-            connected = self._ray.submit("connect", self._address, self._resources)
+            connected = self._ray.submit("connect", self._address, self._resources, self._servers)
             if not wait([connected], START_S).done:
                 raise not_started(f"it has not answered within {START_S / 60:g} minutes")
             try:
@@ -94,12 +94,19 @@ class RayRunner:
         joined = self._address is not None
         timeout_s = RESOURCE_WAIT_S if joined else 0.0
         nodes = expected_nodes if joined else 0
-        check_resources(self._resources, self.all_nodes, timeout_s=timeout_s, expected_nodes=nodes, stopped=stopped)
+        check_resources(
+            self._resources,
+            self.all_nodes,
+            servers=self._servers,
+            timeout_s=timeout_s,
+            expected_nodes=nodes,
+            stopped=stopped,
+        )
 
     def ask_for(self, workers: int) -> None:
         if self._address is not None and not self._asked:
             self._asked = True
-            self._ray.submit("request", [each(self._resources)] * workers)
+            self._ray.submit("request", [each(self._resources)] * workers + self._servers.bundles)
 
     def map(self, stopped: Callable[[], bool]) -> Map:
         return self._mapped(None, stopped)

@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from launcher.capacity import Node
+from launcher.capacity import Node, Servers
 from launcher.raytrain.environment import Environment
 from launcher.raytrain.nodes import answering, nodes_of_cluster
 from launcher.raytrain.session import connect
@@ -27,9 +28,10 @@ class RayServer:
         self._environment = Environment.current(variables)
         self._maps: dict[int, tuple[Iterator[Any], threading.Event]] = {}
         self._numbers = itertools.count()
+        self._serving: frozenset[str] = frozenset()
 
-    def connect(self, address: str | None, resources: ResourcesSection) -> None:
-        connect(address, resources)
+    def connect(self, address: str | None, resources: ResourcesSection, servers: Servers) -> None:
+        connect(address, resources, servers)
         self._joined = address is not None
 
     def prepare(self) -> None:
@@ -41,7 +43,7 @@ class RayServer:
         return answering(nodes_of_cluster())
 
     def all_nodes(self) -> list[Node]:
-        return nodes_of_cluster()
+        return [replace(node, serves=node.id in self._serving) for node in nodes_of_cluster()]
 
     def request(self, bundles: list[dict[str, float]]) -> None:
         from ray.autoscaler.sdk import request_resources
@@ -63,11 +65,15 @@ class RayServer:
         self._maps[number][1].set()
 
     def fit(self, job: Job, workers: int) -> None:
-        """Trains an attempt. Raises ResizeRequested or AttemptFailed."""
+        """Trains an attempt, with its servers beside it. Raises ResizeRequested or AttemptFailed."""
         from launcher.raytrain.fit import fit
+        from launcher.raytrain.rollout_servers import placed_servers
 
         # The processes of a Ray of this machine's own have the driver's environment.
-        fit(job, workers, self._environment, self._variables if self._joined else {})
+        variables = self._variables if self._joined else {}
+        with placed_servers(job, self.nodes, self._environment, variables) as servers:
+            self._serving = servers.nodes
+            fit(job, workers, servers.environment, variables, servers.explained)
 
     def leave(self) -> None:
         """Leaves the cluster, which then sees the job as ended."""

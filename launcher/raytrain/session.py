@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.job_environment import RAY_JOB
+from launcher.capacity import NO_SERVERS, Servers
 from trainer.errors import InputError, MusterError
 from trainer.interruption import current
 from trainer.recipe import ResourcesSection
@@ -72,7 +73,7 @@ def set_up(address: str | None, workers: int = 1) -> None:
     import ray  # noqa: F401
 
 
-def connect(address: str | None, resources: ResourcesSection) -> None:
+def connect(address: str | None, resources: ResourcesSection, servers: Servers = NO_SERVERS) -> None:
     """Joins the cluster at ``address``, or starts a Ray of this machine's own, in a process that does nothing else.
 
     Raises InputError when no cluster answers there, or MusterError when this machine has no room for one."""
@@ -81,7 +82,7 @@ def connect(address: str | None, resources: ResourcesSection) -> None:
     given = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     os.environ["PYTHONPATH"] = os.pathsep.join(dict.fromkeys([str(ROOT), *filter(None, given)]))
     if address is None:
-        _start_local(resources)
+        _start_local(resources, servers)
     else:
         _join(address)
     quiet_logs()
@@ -142,10 +143,10 @@ def _remove(folders: Sequence[Path]) -> None:
         time.sleep(REMOVE_POLL_S)
 
 
-def _start_local(resources: ResourcesSection) -> None:
+def _start_local(resources: ResourcesSection, servers: Servers) -> None:
     import ray
 
-    cpus = resources.max_workers * resources.cpus_per_worker
+    cpus = resources.max_workers * resources.cpus_per_worker + int(servers.count * servers.each.get("CPU", 0.0))
     try:
         ray.init(
             address="local",

@@ -46,7 +46,15 @@ class Faults:
 class FakeVLLM:
     """``requests``: path and body of each one, in the order of their arrival."""
 
-    def __init__(self, model: Path, *, api_key: str | None = None, dialect: EngineDialect = DIALECTS["vllm"]) -> None:
+    def __init__(
+        self,
+        model: Path,
+        *,
+        api_key: str | None = None,
+        dialect: EngineDialect = DIALECTS["vllm"],
+        host: str = "127.0.0.1",
+        port: int = 0,
+    ) -> None:
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         self.base = AutoModelForCausalLM.from_pretrained(model).eval()
@@ -60,9 +68,9 @@ class FakeVLLM:
         self._server: ThreadingHTTPServer | None = None
         self._open: set[socket.socket] = set()
         with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            self.port = probe.getsockname()[1]
-        self.address = f"http://127.0.0.1:{self.port}"
+            probe.bind((host, 0))
+            self.port = port or probe.getsockname()[1]
+        self.host, self.address = host, f"http://{host}:{self.port}"
 
     def start(self) -> None:
         fake = self
@@ -74,7 +82,7 @@ class FakeVLLM:
             daemon_threads = True
             request_queue_size = 128
 
-        self._server = Server(("127.0.0.1", self.port), Handler)
+        self._server = Server((self.host, self.port), Handler)
         threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
 
     def die(self) -> None:

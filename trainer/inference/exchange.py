@@ -9,7 +9,7 @@ from __future__ import annotations
 import http.client
 import json
 import socket
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -23,6 +23,8 @@ from trainer.storage.limit import limited
 LARGEST_BYTES = 2**28
 """A larger answer is refused; a text of 100,000 tokens needs a twentieth of it."""
 _SHOWN_CHARACTERS = 600
+KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 4}
+"""Seconds of silence before the first probe of a connection, between probes, and the probes without an answer."""
 
 
 class NotAnswered(Exception):
@@ -67,30 +69,48 @@ class Address:
         return f"{self.scheme}://{host}{f':{self.port}' if self.port else ''}{self.prefix}"
 
 
+class Upload(NamedTuple):
+    """Bytes that are sent as they are. ``size``: how many; ``pieces``: called for each attempt; ``headers``: what
+    describes them."""
+
+    size: int
+    pieces: Callable[[], Iterator[bytes]]
+    headers: Mapping[str, str]
+
+
 def exchange(
     address: Address,
     method: str,
     path: str,
     body: Any = None,
     *,
+    upload: Upload | None = None,
     headers: Mapping[str, str],
     connect_s: float,
     answer_s: float,
 ) -> Answer:
-    """Returns the server's answer, whatever its status. Raises NotAnswered without a complete one: after ``connect_s``
-    without a connection, or ``answer_s`` after the request."""
+    """Sends ``body`` as JSON, or an ``upload``. Returns the server's answer, whatever its status. Raises NotAnswered
+    without a complete one: after ``connect_s`` without a connection, or ``answer_s`` after the request."""
     kind = http.client.HTTPSConnection if address.scheme == "https" else http.client.HTTPConnection
     connection = kind(address.host, address.port, timeout=connect_s)
     sent = None if body is None else json.dumps(body).encode()
     own = {"Connection": "close", **({} if sent is None else {"Content-Type": "application/json"})}
+    if upload is not None:
+        own |= {"Content-Length": str(upload.size), **upload.headers}
 
     connected: list[socket.socket] = []  # the connection forgets its socket once an answer has begun
 
     def ask(moved: Moved) -> Answer:
         connection.connect()
         connected.append(connection.sock)
+        _notice_dead_hosts(connection.sock)
         connection.sock.settimeout(answer_s)
-        connection.request(method, address.prefix + path, sent, {**own, **headers})
+        content = sent if upload is None else _moving(upload.pieces(), moved)
+        # A server that refuses an upload answers before it has read it, and may then close the connection.
+        refused_early = () if upload is None else (BrokenPipeError, ConnectionResetError)
+        with suppress(*refused_early):
+            connection.request(method, address.prefix + path, content, {**own, **headers})
+        moved()
         response = connection.getresponse()
         return Answer(response.status, response.read(LARGEST_BYTES))
 
@@ -111,3 +131,17 @@ def exchange(
     if len(answer.body) == LARGEST_BYTES:
         raise NotAnswered(f"an answer of {LARGEST_BYTES} bytes or more")
     return answer
+
+
+def _moving(pieces: Iterator[bytes], moved: Moved) -> Iterator[bytes]:
+    for piece in pieces:
+        moved()
+        yield piece
+
+
+def _notice_dead_hosts(connection: socket.socket) -> None:
+    """A host without power answers nothing: without probes, a request to it would wait for its whole time."""
+    connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for name, value in KEEPALIVE.items():
+        if hasattr(socket, name):  # not on every system
+            connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)

@@ -16,6 +16,7 @@ import ctypes
 import json
 import os
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -35,12 +36,14 @@ _PR_SET_PDEATHSIG, _PR_SET_CHILD_SUBREAPER = 1, 36
 
 @dataclass(frozen=True)
 class ServerStart:
-    """The server's command, its environment, its working folder, and the file that its output is appended to."""
+    """The server's command, its environment, its working folder, and the file that its output is appended to.
+    ``temporary``: a folder that is removed once the server was stopped."""
 
     command: list[str]
     environment: dict[str, str]
     folder: str
     log: str
+    temporary: str | None = None
 
     def line(self) -> bytes:
         return json.dumps(asdict(self)).encode() + b"\n"
@@ -48,7 +51,7 @@ class ServerStart:
 
 class Guard:
     def __init__(self, start: ServerStart) -> None:
-        self._parent, self._stopping = os.getppid(), False
+        self._parent, self._stopping, self._temporary = os.getppid(), False, start.temporary
         signal.signal(signal.SIGTERM, self._stop)
         _control(_PR_SET_CHILD_SUBREAPER, 1)
         with open(start.log, "ab") as log:
@@ -79,6 +82,8 @@ class Guard:
         kill_tree()
         self._signal_group(signal.SIGKILL)
         self._wait_for_all()
+        if self._stopping and self._temporary:  # a server that ended by itself may be started again
+            shutil.rmtree(self._temporary, ignore_errors=True)
         code = self._server.returncode or 0
         return code if code >= 0 else 128 - code
 

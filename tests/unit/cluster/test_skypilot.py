@@ -164,3 +164,8 @@ def test_skypilots_own_parser_reads_the_task(made: ClusterJob, sky: str, tmp_pat
     if made.gpus_per_worker:
         assert [each["accelerators"] for each in read["resources"]] == [{"H100": 8}] * 2
         assert all(each["spot"] for each in read["resources"])
+
+
+def test_servers_that_ray_places_are_refused() -> None:
+    with pytest.raises(ClusterError, match=r"rollout\.vllm\.servers is 2: Ray places them, and SkyPilot's task runs"):
+        task(replace(job(), servers=2, gpus_per_server=1))

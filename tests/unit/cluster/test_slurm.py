@@ -47,6 +47,10 @@ class Commands:
         return subprocess.CompletedProcess(arguments, code, out, err)
 
 
+def beside(made: ClusterJob, servers: int, gpus: int) -> ClusterJob:
+    return replace(made, servers=servers, gpus_per_server=gpus)
+
+
 @pytest.mark.parametrize(
     ("made", "nodes", "gpus", "cpus"),
     [
@@ -61,6 +65,13 @@ class Commands:
         (job((8, 8), nodes=4), "4", 2, 8),
         (job((4, 4), nodes=3), "3", 2, 8),
         (job((2, 8), nodes=4), "4", 2, 8),
+        (beside(job((4, 4)), 1, 4), "1", 8, 32),
+        (beside(job((4, 4)), 2, 4), "2", 8, 32),
+        (beside(job((1, 1)), 3, 5), "3", 8, 32),  # 16 GPUs, and none of two nodes holds two servers
+        (beside(job((2, 10)), 2, 2), "1-2", 8, 32),
+        (beside(job((4, 4), gpus=2), 1, 3), "2", 8, 16),
+        (beside(job((4, 4), gpus=0), 2, 0), "6", None, 4),
+        (beside(job((1, 1), nodes=2), 4, 3), "2", 7, 28),
     ],
 )
 def test_nodes_have_what_their_workers_need(made: ClusterJob, nodes: str, gpus: int | None, cpus: int) -> None:
@@ -326,3 +337,8 @@ def test_scripts_are_clean() -> None:
     scripts = sorted(map(str, SCRIPT.parent.glob("*.sbatch")))
     done = subprocess.run(["shellcheck", *scripts], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_a_server_that_no_node_holds_is_refused() -> None:
+    with pytest.raises(ClusterError, match=r"a vLLM server takes 16 GPUs \(rollout.vllm.tensor_parallel\), and a node"):
+        asked(beside(job(), 1, 16))

@@ -69,6 +69,7 @@ ELSEWHERE = {
     r"python -c": "prints a version",
     r"python benchmarks/": "minutes to an hour each",
     r"python -m (launcher|tests.support)": "the same as muster, or draws pictures; tests/unit/launcher/report",
+    r"python -m trainer.inference.host": "needs vLLM; tests/unit/trainer/inference/test_host.py",
     r"python -m pytest tests/gpu": "needs a GPU",
 }
 """By a pattern, the commands that are not run here and why."""

@@ -16,6 +16,7 @@ from launcher.driver import attempts as module
 from launcher.driver.attempts import PATIENCE_S, SETTLE_S, Attempts, WorkerCount
 from launcher.raytrain.failures import first_cause
 from tests.support.nodes import node
+from tests.support.tasks import task_recipe
 from tests.support.training import run_of, small_recipe
 from trainer.checkpoint import claim_attempt, claim_driver
 from trainer.errors import CorruptObject, MusterError, NonFiniteLoss, StartAgain, note_where
@@ -233,3 +234,14 @@ def test_a_cluster_that_others_use_is_not_waited_for_for_ever() -> None:
     assert decide(PATIENCE_S - 1) is None
     with pytest.raises(StartAgain, match=r"room for 1 of 2 workers: other jobs hold"):
         decide(PATIENCE_S)
+
+
+def test_servers_beside_the_workers_take_their_room_first(tiny_model: Path, tmp_path: Path) -> None:
+    """Eight CPUs: two for each of the servers and of the workers; more nodes are asked for."""
+    changes = {
+        "rollout": {"engine": "vllm", "vllm": {"python": "/opt/vllm/bin/python", "servers": 2}},
+        "resources": {"workers": [1, 4], "cpus_per_worker": 2},
+    }
+    runner = Played(None)
+    train(task_recipe("grpo", "beside", tiny_model, tmp_path, **changes), runner)
+    assert (runner.started, runner.asked) == ([2], [4])

@@ -19,7 +19,7 @@ from trainer.errors import EngineFailed, InputError
 from trainer.inference.client import EngineClient
 from trainer.inference.dialects import DIALECTS
 from trainer.inference.exchange import Address
-from trainer.inference.http_server import Bounds
+from trainer.inference.patience import Bounds
 from trainer.inference.sampling import EngineText, SamplingSettings
 from trainer.run.failure import FailureKind
 

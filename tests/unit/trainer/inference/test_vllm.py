@@ -21,7 +21,7 @@ from tests.support.fake_vllm import save_adapter
 from tests.support.waiting import tail, wait_for
 from trainer.errors import InputError
 from trainer.inference.client import EngineClient
-from trainer.inference.http_server import Bounds
+from trainer.inference.patience import Bounds
 from trainer.inference.sampling import EngineText, SamplingSettings
 from trainer.inference.server import BASE, VLLMServer
 

@@ -102,6 +102,14 @@ def test_a_server_takes_its_share_of_the_gpu(tmp_path: Path) -> None:
     assert "  GiB per rank: the vLLM server             4.00" in list(first_lines(recipe, 10 * GIB))
 
 
+def test_servers_with_gpus_of_their_own_take_nothing(tmp_path: Path) -> None:
+    beside = {"rollout": {"engine": "vllm", "vllm": {"python": "/opt/vllm/bin/python", "servers": 2}}}
+    recipe = writing(tmp_path, **GPU, **beside)
+    assert planned(recipe, limits=Limits(10 * GIB)).largest.server_bytes == 0
+    notes = make(recipe, 10 * GIB, None, None, None).plan.notes
+    assert any(note.startswith("2 vLLM servers beside the training take nothing from it; each GPU") for note in notes)
+
+
 def test_the_table_names_what_texts_take(tmp_path: Path) -> None:
     found = make(writing(tmp_path, **GPU, **VLLM), 10 * GIB, None, None, None)
     lines = list(report(found))

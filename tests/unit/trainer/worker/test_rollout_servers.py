@@ -15,12 +15,13 @@ from tests.support.fake_vllm import FakeVLLM, serving
 from tests.support.tasks import task_recipe, write_task_data
 from tests.support.training import adapter_bytes, run_of, train_here
 from trainer.errors import EngineFailed, InputError, RecipeError
+from trainer.inference.host import API_KEY, HostState
+from trainer.inference.receiver import AdapterFolder, AdapterReceiver
 from trainer.recipe import Recipe
 from trainer.run import layout
 from trainer.run.jsonl import read_rows
 from trainer.strategies.ddp import DDP
 from trainer.tasks.rollouts.task import RolloutTask
-from trainer.worker.rollout_servers import API_KEY
 
 Make = Callable[..., Recipe]
 STEPS = 4
@@ -153,7 +154,47 @@ def test_a_key_is_sent_to_given_servers(make: Make, fake: FakeVLLM, monkeypatch:
     assert not [info.key for info in run.list() if fake.api_key.encode() in run.read(info.key)]
 
 
+def test_a_host_gets_the_adapters_and_no_folder_is_shared(
+    make: Make, fake: FakeVLLM, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server reads what the host has received, and loses its adapters in between."""
+    fake.api_key = key = "a-secret-of-this-test"
+    monkeypatch.setenv(API_KEY, key)
+    state = HostState(port=fake.port, folder=str(tmp_path / "received"), state="ready", why="", log="")
+    host = AdapterReceiver("127.0.0.1", 0, key, AdapterFolder(tmp_path / "received"), lambda: state)
+    host.start()
+    read: list[str] = []
+    plain, shared = fake._load, make("-shared")
+
+    def load(body: Any) -> tuple[int, Any]:
+        read.append(body["lora_path"])
+        fake.forget()
+        return plain(body)
+
+    monkeypatch.setattr(fake, "_load", load)
+    assert train_here(shared) == "succeeded"
+    read.clear()
+    recipe = make("-host", **{"rollout": {"engine": "vllm", "addresses": [host.address]}})
+    assert train_here(recipe) == "succeeded"
+    host.close()
+    assert len({Path(path) for path in read}) == STEPS
+    assert {Path(path).parent for path in read} == {tmp_path / "received"}
+    assert len(list((tmp_path / "received").iterdir())) == 2, "older adapters are removed"
+    assert adapter_bytes(recipe) == adapter_bytes(shared)
+    run = run_of(recipe)
+    assert not [info.key for info in run.list() if key.encode() in run.read(info.key)]
+
+
+def test_servers_beside_the_training_need_ray(make: Make) -> None:
+    recipe = make(**{"rollout": {"engine": "vllm", "vllm": {"python": "/opt/vllm/bin/python", "servers": 2}}})
+    with pytest.raises(InputError, match=r"Ray places them, and torchrun runs without it; train with `muster run`"):
+        train_here(recipe)
+
+
 MISTAKES = [
+    ({"rollout": {"engine": "vllm", "vllm": {"servers": 2}}}, "engine vllm needs servers: give addresses"),
+    ({"rollout.vllm": {"servers": 2}}, "has no effect on servers that run already"),
+    ({"rollout": {"engine": "vllm", "vllm": {"python": "p", "servers": 0}}}, "must be at least 1, got 0"),
     ({"rollout": {"engine": "vllm"}}, "engine vllm needs servers: give addresses, or vllm.python to start some"),
     ({"rollout": {"engine": "openai"}}, "engine openai needs servers: give addresses"),
     ({"rollout": {"addresses": ["http://h:1"]}}, "has no effect with engine transformers"),

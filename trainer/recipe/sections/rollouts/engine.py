@@ -10,21 +10,34 @@ from pydantic import Field
 from trainer.recipe.base import MAY_CHANGE, Conflict, Listed, Location, OneOf, Section
 from trainer.recipe.sections.rollouts.engines import ROLLOUT_ENGINES, RolloutEngineRow
 
+SHARED_GPU, OWN_GPU = 0.4, 0.9
+"""The share of a GPU's memory that a server takes beside the training, and where it has the GPU alone."""
+
 
 class VLLMSection(Section):
-    """The servers of vLLM that muster starts, one on each node."""
+    """The servers of vLLM that muster starts."""
 
     python: Location | None = Field(default=None, examples=["/opt/vllm/bin/python"])
     """The Python of an environment of its own in which vLLM is installed, under the same path on every node."""
 
-    gpu_memory_utilization: float = Field(default=0.4, gt=0.0, lt=1.0)
-    """Share of the memory of its GPUs that a server takes, beside the training on the same GPUs."""
+    servers: int | None = Field(default=None, ge=1)
+    """Number of servers that Ray places on GPUs of their own, `tensor_parallel` for each; on a CPU cluster, each has as
+    many CPUs as a worker. null: one on each node, on GPUs of the training."""
+
+    gpu_memory_utilization: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Share of the memory of its GPUs that a server takes; null: 0.4 beside the training on the same GPUs, 0.9 on GPUs
+    of its own."""
 
     tensor_parallel: int = Field(default=1, ge=1)
     """GPUs over which a server divides the model."""
 
     arguments: Listed[str] = Field(default=(), examples=[["--quantization", "bitsandbytes"]])
     """More arguments of `vllm serve`."""
+
+    @property
+    def memory_share(self) -> float:
+        """The share of its GPUs' memory that a server takes."""
+        return self.gpu_memory_utilization or (SHARED_GPU if self.servers is None else OWN_GPU)
 
 
 class RolloutSection(Section):
@@ -49,7 +62,7 @@ class RolloutSection(Section):
 
     adapter_folder: Annotated[Location, MAY_CHANGE] | None = Field(default=None, examples=["/shared/adapters"])
     """A folder that the servers at `addresses` and the workers see under the same path, for the adapters; null: a
-    temporary folder, for servers on the machine of the first worker."""
+    temporary folder, for servers on the machine of the first worker. Servers of `trainer.inference.host` need none."""
 
     timeout_s: Annotated[float, MAY_CHANGE] = Field(default=600.0, gt=0.0)
     """Seconds in which a server has to complete a text, with its wait among the others."""
@@ -59,6 +72,11 @@ class RolloutSection(Section):
     @property
     def row(self) -> RolloutEngineRow:
         return ROLLOUT_ENGINES[self.engine]
+
+    @property
+    def servers_beside(self) -> int:
+        """The number of servers that Ray places beside the workers."""
+        return (self.vllm.servers or 0) if self.row.starts and not self.addresses else 0
 
     def conflicts(self) -> Iterator[Conflict]:
         if not self.row.serves:
