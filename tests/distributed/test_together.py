@@ -6,25 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from safetensors.torch import load
 from torch.multiprocessing import ProcessRaisedException
 
 from tests.support.tasks import task_recipe, write_task_data
-from tests.support.together import train_group
+from tests.support.together import assert_same_runs, train_group
 from tests.support.training import (
-    adapter_bytes,
-    ledger,
     losses,
-    run_of,
     small_recipe,
     train_in_processes,
     write_pairs,
 )
 from trainer.recipe import Recipe
-from trainer.run import layout
-from trainer.run.events import TextsEvent
-from trainer.run.jsonl import read_events, read_rows
 
 DIFFERENT: list[dict[str, Any]] = [
     {"adapter.rank": 4, "optimizer.lr": 1e-2, "adapter.dropout": 0.2},
@@ -44,25 +36,6 @@ def group(name: str, model: Path, folder: Path, **changes: Any) -> list[Recipe]:
     return [
         small_recipe(f"{name}-{n}", model, folder, **{**changes, **different}) for n, different in enumerate(DIFFERENT)
     ]
-
-
-def texts(recipe: Recipe) -> list[Any]:
-    return [e.texts for e in read_events(run_of(recipe)) if isinstance(e, TextsEvent)]
-
-
-def evaluations(recipe: Recipe) -> dict[int, float]:
-    return {row["step"]: row["eval_loss"] for row in read_rows(run_of(recipe), layout.METRICS) if "eval_loss" in row}
-
-
-def assert_same_runs(alone: Recipe, together: Recipe) -> None:
-    assert losses(together) == pytest.approx(losses(alone), abs=1e-5)
-    assert ledger(together) == ledger(alone)
-    assert texts(together) == texts(alone)
-    assert evaluations(together) == pytest.approx(evaluations(alone), abs=1e-5)
-    want, got = load(adapter_bytes(alone)), load(adapter_bytes(together))
-    assert want.keys() == got.keys()
-    for name in want:
-        torch.testing.assert_close(got[name], want[name], rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.timeout(300)

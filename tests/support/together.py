@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import pytest
+import torch
+from safetensors.torch import load
+
 from tests.support.ranks import run_ranks
-from tests.support.training import prepare, run_of
+from tests.support.training import adapter_bytes, ledger, losses, prepare, run_of
 from trainer.recipe import Recipe
+from trainer.run import layout
+from trainer.run.events import TextsEvent
 from trainer.run.frozen import freeze_recipe
+from trainer.run.jsonl import read_events, read_rows
 from trainer.run.lease import Lease
 from trainer.storage import open_storage
 
@@ -41,3 +48,22 @@ def _prepared(recipe: Recipe, lease: Lease) -> int:
     total = prepare(recipe, open_storage(recipe.storage)).total_steps
     freeze_recipe(run_of(recipe), recipe, lease.driver)
     return total
+
+
+def texts(recipe: Recipe) -> list[Any]:
+    return [e.texts for e in read_events(run_of(recipe)) if isinstance(e, TextsEvent)]
+
+
+def evaluations(recipe: Recipe) -> dict[int, float]:
+    return {row["step"]: row["eval_loss"] for row in read_rows(run_of(recipe), layout.METRICS) if "eval_loss" in row}
+
+
+def assert_same_runs(alone: Recipe, together: Recipe) -> None:
+    assert losses(together) == pytest.approx(losses(alone), abs=1e-5)
+    assert ledger(together) == ledger(alone)
+    assert texts(together) == texts(alone)
+    assert evaluations(together) == pytest.approx(evaluations(alone), abs=1e-5)
+    want, got = load(adapter_bytes(alone)), load(adapter_bytes(together))
+    assert want.keys() == got.keys()
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], rtol=1e-3, atol=1e-4)
