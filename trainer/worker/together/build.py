@@ -78,7 +78,7 @@ def _build(specs: Sequence[RunSpec], world: World, storage: Storage, apart: Any,
         if first.compute.kernels == "liger":
             use_liger(loader.base)
         check_no_dropout(loader.base)
-        base = SharedBase(loader.base, world.device)
+        base = SharedBase(loader.base, world.device, recomputes=first.training.gradient_checkpointing)
         turns: Turns[Any] = Turns(base.answer, apart)
         built = [
             _build_run(n, spec, world, host, base, turns, adapters, loader.files.folder) for n, spec in enumerate(specs)

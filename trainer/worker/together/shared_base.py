@@ -90,10 +90,10 @@ class BorrowedHead(torch.nn.Module):
 
 class SharedBase:
     """``model``: the base model, whose layers are adapted in place by `adapt`; ``synchronise(last)`` tells the strategy
-    before a backward if gradients are exchanged after it."""
+    before a backward if gradients are exchanged after it; ``recomputes``: a backward computes the layers again."""
 
-    def __init__(self, model: Any, device: torch.device) -> None:
-        self.model, self._device = model, device
+    def __init__(self, model: Any, device: torch.device, *, recomputes: bool) -> None:
+        self.model, self._device, self.recomputes = model, device, recomputes
         self.module: torch.nn.Module = model
         self.synchronise: Callable[[bool], None] = lambda last: None
         head = model.get_output_embeddings()
@@ -103,7 +103,7 @@ class SharedBase:
         self._parts: list[Part] = []
         self._rows: list[int] = []
         self._tokens = torch.Size()
-        self._recomputes = False
+        self._recomputing = False
         self._note: Callable[[Any], None] = lambda layer: None
 
     @contextmanager
@@ -164,11 +164,11 @@ class SharedBase:
 
     def _backward(self, asked: Sequence[Backward]) -> None:
         self.synchronise(any(one.last for one in asked))
-        self._recomputes = True
+        self._recomputing = True
         try:
             torch.autograd.backward([one.loss for one in asked])
         finally:
-            self._recomputes = False
+            self._recomputing = False
 
     def _adapted(self, name: str, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
         """Returns the output [B, L, D] of an adapted layer with the adapters' products added."""
@@ -194,7 +194,7 @@ class SharedBase:
         for part, layer, mine in zip(self._parts, layers, x.split(self._rows), strict=True):
             if drops(layer):
                 assert layer is not None
-                with part.random.drawn(name, again=self._recomputes):
+                with part.random.drawn(name, again=self._recomputing):
                     own = layer.lora_dropout[ADAPTER_NAME](mine[:, : part.length])
                 mine = torch.cat([own, mine[:, part.length :]], dim=1)
             done.append(mine)

@@ -75,8 +75,7 @@ class RunModel(torch.nn.Module):
 
     def forward(self, **inputs: Any) -> Any:
         device = inputs["input_ids"].device
-        keeps = bool(getattr(self._base.model, "is_gradient_checkpointing", False))
-        random = RandomState(device, keeps=keeps)
+        random = RandomState(device, keeps=self._base.recomputes)
         autocast = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
         gradients = torch.is_grad_enabled()
         asked = Forward(inputs, self._layers, self._head, random, self.training, gradients, autocast)
