@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.text import Text
 
 from launcher.sweep.best import best_text, write_best
-from launcher.sweep.table import TrialRow, best_of, number, table, total
+from launcher.sweep.table import TrialRow, best_of, number, print_table, table, total
 from trainer.recipe import Recipe
 from trainer.recipe.trials import described
 from trainer.run.sweep import FAILED, folder_of
@@ -30,7 +30,7 @@ def show_end(
     assert recipe.sweep is not None
     metric = recipe.sweep.metric
     if out is not None:
-        out.print(table(rows, metric, price_per_gpu_hour))
+        print_table(out, table(rows, metric, price_per_gpu_hour))
     lines = [total(rows), *(f"{row.run} failed: {row.cause}" for row in rows if row.state == FAILED)]
     if best := best_of(rows):
         sweep = folder_of(open_storage(recipe.storage), recipe.name)

@@ -7,6 +7,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich import box
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
@@ -23,6 +25,7 @@ from trainer.run.sweep import COMPLETE, ENDED, FAILED, STOPPED, STOPPING, TrialR
 from trainer.storage import Storage, in_parallel
 
 PARALLEL_RUNS = 16
+MOST_WIDTH = 1000
 STYLES = {**STATE_STYLES, COMPLETE: "green", STOPPED: "", FAILED: "red"}
 
 
@@ -106,22 +109,34 @@ def worker_hours(metrics: Sequence[Any], events: Sequence[Event], driver: int | 
 
 
 def table(rows: Sequence[TrialRow], metric: str, price_per_gpu_hour: float | None = None) -> Table:
-    """Returns a table for a terminal. ``price_per_gpu_hour`` adds what each trial has cost."""
+    """Returns a table for a terminal; its hours are those of all workers. ``price_per_gpu_hour`` adds what each trial
+    has cost."""
     keys = list(dict.fromkeys(key for row in rows for key in row.values))
     settings = [row.values for row in rows]
-    titles = ["run", *(short_name(key, settings) for key in keys), metric, "best", "steps", "state", "worker h"]
+    titles = ["run", *(short_name(key, settings) for key in keys), metric, "best", "steps", "state", "hours"]
     titles += [] if price_per_gpu_hour is None else ["cost"]
     found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for title in titles:
         found.add_column(title, no_wrap=title != "run", overflow="fold")
     for row in rows:
         best = "-" if row.best is None else f"{number(row.best)} @{row.best_step}"
-        cells = [row.run, *(cell(row.values.get(key)) for key in keys), number(row.value), best, f"{row.step:,}"]
+        cells = [row.run, *(setting(row.values.get(key)) for key in keys), number(row.value), best, f"{row.step:,}"]
         hours = [f"{row.worker_hours:.2f}"]
         cost = [] if price_per_gpu_hour is None else [f"{row.gpu_hours * price_per_gpu_hour:,.2f}"]
         state = Text(row.state, style=STYLES.get(row.state, ""))
         found.add_row(*map(Text, cells), state, *map(Text, [*hours, *cost]))
     return found
+
+
+def setting(value: Any) -> str:
+    """Returns the value of a setting, a number with four digits."""
+    return f"{value:.4g}".replace("e-0", "e-") if isinstance(value, float) else cell(value)
+
+
+def print_table(console: Console, found: Table) -> None:
+    """Prints a table without cutting it; outside of a terminal no line is folded either."""
+    natural = Measurement.get(console, console.options.update(max_width=MOST_WIDTH), found).maximum
+    console.print(found, width=None if console.is_terminal else max(natural, console.width), crop=False)
 
 
 def number(value: float | None) -> str:
