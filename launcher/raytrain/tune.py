@@ -130,6 +130,6 @@ class Reports(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        if VALUE in result and not result.get(REPLAYED) and not result.get("done"):
+        if VALUE in result and not any(result.get(key) for key in (REPLAYED, "stored", "done")):
             name = trial_name(self._plan.name, trial.config["number"])
             tell(f"{name}: {self._plan.section.metric} {result[VALUE]:.4f} after step {result[STEP]}")

@@ -39,8 +39,8 @@ POLL_S = 1.0
 CANCELLED = "ended by `muster cancel`"
 MakeRunner = Callable[[Recipe], Runner]
 Result = dict[str, Any]
-"""``value``, ``step``, ``replayed`` (`launcher.raytrain.stopping`), ``done``, and ``again``: why the sweep has to be
-started again."""
+"""``value``, ``step``, ``replayed`` (`launcher.raytrain.stopping`), ``stored`` if it is not new, ``done``, and ``again``:
+why the sweep has to be started again."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Trials:
             yield _end(None if trial.state == FAILED else found.last)
             return
         yield from map(_replayed, stored[:-1])
-        yield from (_judged(reading) for reading in stored[-1:] if not found.is_last(reading))
+        yield from (_judged(reading) | {"stored": True} for reading in stored[-1:] if not found.is_last(reading))
         with StopPoller(sweep, self.driver, enabled=True) as poller:
             yield from Training(self, sweep, trial, found, poller.stop_requested).results(make_runner)
 
