@@ -39,8 +39,8 @@ POLL_S = 1.0
 CANCELLED = "ended by `muster cancel`"
 MakeRunner = Callable[[Recipe], Runner]
 Result = dict[str, Any]
-"""``value``, ``step``, ``replayed`` (`launcher.raytrain.stopping`), ``stored`` if it is not new, ``done``, and ``again``:
-why the sweep has to be started again."""
+"""``value``, ``step``, ``replayed`` (`launcher.raytrain.stopping`), ``stored`` if it is not new, ``done``, and
+``again``: why the sweep has to be started again."""
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,8 @@ def sweep_at(uri: str, *, deadline_s: float = 120.0) -> Storage | None:
     """Returns the folder of the sweep with this URI, ``<storage>/<name>``; None if there is none."""
     home, name = locate(uri.rstrip("/"))
     folder = folder_of(open_storage(home.url, deadline_s=deadline_s), name)
-    return folder if folder.info(layout.RECIPE) is not None else None
+    there = any(folder.info(key) is not None for key in (layout.RECIPE, layout.SUBMISSION))
+    return folder if there else None
 
 
 def read_trial(sweep: Storage, number: int) -> TrialRecord | None:

@@ -207,7 +207,7 @@ def test_its_recipe_is_valid_with_what_is_set(one: Shown, scene: Path, monkeypat
     sets = [word for word in words if re.match(r"[a-z_]+(\.[a-z_0-9]+)*=", word)]
     file = files[0] if files else "my.yaml"
     if one.text.startswith("muster sweep"):
-        recipe, base = read_sweep(file, [*sets, "data.eval_fraction=0.1"], {})
+        recipe, base = read_sweep(file, [*sets, "data.eval=[]", "data.eval_fraction=0.1"], {})
         assert recipe.sweep
         check_trials(base, recipe.sweep)
     else:
