@@ -33,7 +33,7 @@ def validate(
     from launcher.submit.submit import cluster_errors, job_of
     from trainer.recipe import load
     from trainer.recipe.loading import shipped
-    from trainer.recipe.trials import check_trials
+    from trainer.recipe.sweeps.trials import check_trials
     from trainer.run.recipe_url import given_at
 
     overrides = [word for word in words or [] if OVERRIDE.match(word) and not os.path.exists(word)]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainer.errors import InputError
-from trainer.recipe.searches import SEARCHES
+from trainer.recipe.sweeps.searches import SEARCHES
 
 
 def sampler(search: str, seed: int) -> Any:

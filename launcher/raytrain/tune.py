@@ -21,8 +21,8 @@ from launcher.raytrain.searching import AGAIN, OptunaValues, TrialSearch
 from launcher.raytrain.stopping import REPLAYED, STEP, VALUE, Decides
 from launcher.raytrain.sweeps import SweepPlan
 from launcher.raytrain.trials import Crew, TrialActor, environment_of_trials
-from trainer.recipe.searches import STOPS
-from trainer.recipe.trials import described, listed, number_of_trials, trial_name
+from trainer.recipe.sweeps.searches import STOPS
+from trainer.recipe.sweeps.trials import described, listed, number_of_trials, trial_name
 from trainer.run.sweep import FAILED, STOPPED, STOPPING, change_trial, read_trial
 from trainer.storage import open_storage
 

@@ -13,7 +13,7 @@ from rich.text import Text
 from launcher.sweep.best import best_text, write_best
 from launcher.sweep.table import TrialRow, best_of, number, print_table, table, total
 from trainer.recipe import Recipe
-from trainer.recipe.trials import described
+from trainer.recipe.sweeps.trials import described
 from trainer.run.sweep import FAILED, folder_of
 from trainer.storage import open_storage
 

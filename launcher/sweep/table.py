@@ -16,7 +16,7 @@ from launcher.monitor.compare import cell, short_name
 from launcher.monitor.goodput import WAITING, goodput, newest_driver
 from launcher.monitor.tables import STATE_STYLES
 from trainer.recipe import Recipe
-from trainer.recipe.trials import direction
+from trainer.recipe.sweeps.trials import direction
 from trainer.run.best import value_of
 from trainer.run.events import Event, StartEvent
 from trainer.run.jsonl import read_events, read_metrics

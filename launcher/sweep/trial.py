@@ -23,7 +23,7 @@ from launcher.driver.driver import run as drive
 from launcher.monitor.progress import Progress
 from trainer.errors import Interrupted, MusterError, StartAgain
 from trainer.recipe import Recipe, ResourcesSection
-from trainer.recipe.trials import trial_recipe
+from trainer.recipe.sweeps.trials import trial_recipe
 from trainer.run import layout
 from trainer.run.best import value_of
 from trainer.run.failure import message_of

@@ -17,7 +17,7 @@ from tests.support.jobs import ROOT, Command, start
 from tests.support.training import write_pairs
 from tests.support.waiting import wait_for
 from trainer.recipe import load
-from trainer.recipe.trials import as_text
+from trainer.recipe.sweeps.trials import as_text
 from trainer.run.jsonl import read_events
 from trainer.run.lease import read_lease
 from trainer.run.sweep import TrialRecord, folder_of, read_trials

@@ -19,7 +19,7 @@ from typing import Any
 from trainer.errors import CorruptObject, RecipeChanged, RecipeError
 from trainer.parsing import Malformed
 from trainer.recipe import Recipe, loads
-from trainer.recipe.trials import number_of_trials
+from trainer.recipe.sweeps.trials import number_of_trials
 from trainer.records import Count, read_record
 from trainer.run import layout
 from trainer.run.changes import refusals

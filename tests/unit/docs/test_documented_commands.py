@@ -29,7 +29,7 @@ from tests.support.training import write_pairs
 from tests.unit.docs.test_documents import DOCUMENTS
 from tests.unit.launcher.cli.test_app import Muster
 from trainer.recipe import dump, load
-from trainer.recipe.trials import check_trials
+from trainer.recipe.sweeps.trials import check_trials
 from trainer.run import layout
 from trainer.storage import open_storage
 

@@ -10,10 +10,10 @@ import pytest
 from launcher.cli.sweep import read_sweep
 from launcher.submit.cancel import _run_or_sweep
 from tests.unit.launcher.cli.test_app import Muster
-from tests.unit.trainer.recipe.test_trials import base
+from tests.unit.trainer.recipe.sweeps.test_trials import base
 from trainer.errors import RecipeError
 from trainer.recipe import dump, loads
-from trainer.recipe.trials import as_text
+from trainer.recipe.sweeps.trials import as_text
 from trainer.run import layout
 from trainer.run.lease import Lease
 from trainer.run.sweep import folder_of

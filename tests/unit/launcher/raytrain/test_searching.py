@@ -13,7 +13,7 @@ from launcher.raytrain import samplers
 from launcher.raytrain.searching import OptunaValues, TrialSearch
 from trainer.errors import InputError, StorageError
 from trainer.recipe.sections.sweep import SweepSection
-from trainer.recipe.trials import Values, listed
+from trainer.recipe.sweeps.trials import Values, listed
 from trainer.run.sweep import TrialRecord, folder_of, read_trials, write_trial
 from trainer.storage import Storage, open_storage
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from launcher.raytrain.stopping import Decides
-from trainer.recipe.searches import STOPS
 from trainer.recipe.sections.sweep import SweepSection
+from trainer.recipe.sweeps.searches import STOPS
 
 GRACE = 5
 

@@ -22,7 +22,7 @@ from tests.support.played import Played
 from tests.support.plugins import no_plugins
 from trainer.errors import InputError, Interrupted, RecipeChanged, UsageError, WorkerFailed
 from trainer.recipe import Recipe, dump, loads, parse
-from trainer.recipe.trials import as_text
+from trainer.recipe.sweeps.trials import as_text
 from trainer.run import layout
 from trainer.run.lease import Lease, check_not_cancelled
 from trainer.run.submission import Submission

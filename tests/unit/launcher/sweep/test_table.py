@@ -13,7 +13,7 @@ from launcher.sweep.ending import show_end
 from launcher.sweep.table import TrialRow, best_of, ordered, read_rows, table, total
 from launcher.testing.training import small_recipe
 from tests.unit.launcher.sweep.test_trial import eval_row, step_row
-from tests.unit.trainer.recipe.test_trials import base
+from tests.unit.trainer.recipe.sweeps.test_trials import base
 from trainer.recipe import Recipe, loads
 from trainer.run import layout
 from trainer.run.events import EndEvent, StartEvent

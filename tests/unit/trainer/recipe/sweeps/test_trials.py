@@ -12,7 +12,7 @@ from launcher.testing.training import small_recipe
 from trainer.errors import RecipeError
 from trainer.recipe import loads
 from trainer.recipe.sections.sweep import SweepSection
-from trainer.recipe.trials import (
+from trainer.recipe.sweeps.trials import (
     as_text,
     best_recipe,
     check_trials,
