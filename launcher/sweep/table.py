@@ -15,6 +15,7 @@ from rich.text import Text
 from launcher.monitor.compare import cell, short_name
 from launcher.monitor.goodput import WAITING, goodput, newest_driver
 from launcher.monitor.tables import STATE_STYLES
+from trainer.progress.texts import plural
 from trainer.recipe import Recipe
 from trainer.recipe.sweeps.trials import direction
 from trainer.run.best import value_of
@@ -147,4 +148,4 @@ def total(rows: Sequence[TrialRow]) -> str:
     """Returns the counts and the hours of all trials in one line."""
     states = {state: sum(row.state == state for row in rows) for state in (COMPLETE, STOPPED, FAILED, "interrupted")}
     said = ", ".join(f"{count} {state}" for state, count in states.items() if count)
-    return f"{len(rows)} trials: {said}; {sum(row.worker_hours for row in rows):.2f} worker hours"
+    return f"{plural(len(rows), 'trial')}: {said}; {sum(row.worker_hours for row in rows):.2f} worker hours"

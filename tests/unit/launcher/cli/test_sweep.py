@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +17,7 @@ from trainer.recipe import dump, loads
 from trainer.recipe.sweeps.trials import as_text
 from trainer.run import layout
 from trainer.run.lease import Lease
-from trainer.run.sweep import folder_of
+from trainer.run.sweep import TrialRecord, folder_of, write_trial
 from trainer.storage import open_storage
 
 SECTION = {"parameters": {"optimizer.lr": [1e-4, 3e-4], "adapter.rank": [2, 4]}, "stop": "asha"}
@@ -79,6 +80,18 @@ def test_validate_builds_the_trials(muster: Muster, tmp_path: Path) -> None:
     file.write_text(as_text(base(sweep={"parameters": {"adapter.rank": [8, 0]}})))
     assert muster("validate", str(file)) == 2
     assert "adapter.rank: must be at least 1, got 0 (in the trial with adapter.rank 0)" in muster.err
+
+
+def test_status_shows_the_trials_of_a_sweep(muster: Muster, tmp_path: Path) -> None:
+    sweep = folder_of(open_storage(str(tmp_path / "runs")), "toy")
+    sweep.write(layout.RECIPE, as_text(base(sweep=SECTION)).encode())
+    write_trial(sweep, TrialRecord(1, "toy-001", {"adapter.rank": 2, "optimizer.lr": 1e-4}))
+    assert muster("status", str(tmp_path / "runs" / "toy")) == 0
+    assert "toy-001" in muster.out
+    assert "1 trial: 1 interrupted" in muster.out
+    assert muster("status", str(tmp_path / "runs" / "toy"), "--json") == 0
+    (row,) = json.loads(muster.out)
+    assert (row["run"], row["values"]["adapter.rank"]) == ("toy-001", 2)
 
 
 @pytest.fixture

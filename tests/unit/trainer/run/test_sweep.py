@@ -7,15 +7,18 @@ from typing import Any
 
 import pytest
 
+from launcher.cleanup.stored_run import delete_run, find_run
 from launcher.testing.training import run_of, small_recipe
 from trainer.errors import CorruptObject, RecipeChanged
 from trainer.recipe import Recipe, dump
 from trainer.run import layout
+from trainer.run.lease import Lease
 from trainer.run.sweep import (
     TrialRecord,
     change_trial,
     folder_of,
     freeze_sweep,
+    parts_at,
     read_trial,
     read_trials,
     runs_at,
@@ -98,5 +101,13 @@ def test_the_runs_of_a_sweep_are_found_by_its_name(sweep: Storage, tmp_path: Pat
     write_trial(sweep, TrialRecord(1, "toy-001"))
     write_trial(sweep, TrialRecord(2, "toy-002"))
     assert runs_at(f"{uri}/") == [f"{uri}-001", f"{uri}-002"]
+    assert parts_at(uri) == [sweep.url]
+    Lease.acquire(open_storage(f"{uri}-002")).release("interrupted")
+    assert parts_at(uri) == [f"{uri}-002", sweep.url]
+    found = find_run(open_storage(str(tmp_path / "runs" / "_sweeps")), "toy")
+    assert found.others == []
+    assert delete_run(found) > 0
+    assert sweep.list() == []
+    freeze_sweep(sweep, recipe, dump(recipe))
     run_of(recipe).write(layout.RECIPE, dump(recipe).encode())
     assert runs_at(uri) == [uri]  # a run of that name comes first
