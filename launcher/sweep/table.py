@@ -14,6 +14,7 @@ from rich.text import Text
 
 from launcher.monitor.compare import cell, short_name
 from launcher.monitor.goodput import WAITING, goodput, newest_driver
+from launcher.monitor.status import read_state
 from launcher.monitor.tables import STATE_STYLES
 from trainer.progress.texts import plural
 from trainer.recipe import Recipe
@@ -22,11 +23,12 @@ from trainer.run.best import value_of
 from trainer.run.events import Event, StartEvent
 from trainer.run.jsonl import read_events, read_metrics
 from trainer.run.metrics import EvalMetrics, StepMetrics
-from trainer.run.sweep import COMPLETE, ENDED, FAILED, STOPPED, STOPPING, TrialRecord, read_trials
+from trainer.run.sweep import COMPLETE, ENDED, FAILED, RUNNING, STOPPED, STOPPING, TrialRecord, read_trials
 from trainer.storage import Storage, in_parallel
 
 PARALLEL_RUNS = 16
 MOST_WIDTH = 1000
+INTERRUPTED = "interrupted"
 STYLES = {**STATE_STYLES, COMPLETE: "green", STOPPED: "", FAILED: "red"}
 
 
@@ -87,7 +89,7 @@ def _row(recipe: Recipe, trial: TrialRecord, run: Storage) -> TrialRow:
         run=trial.run,
         uri=run.url,
         values=trial.values,
-        state=STOPPED if trial.state == STOPPING else trial.state if trial.state in ENDED else "interrupted",
+        state=_state(trial, run),
         step=max((row.step for row in metrics if isinstance(row, StepMetrics)), default=0),
         value=best if recipe.checkpoint.keep_best == metric else last,
         best=best,
@@ -97,6 +99,13 @@ def _row(recipe: Recipe, trial: TrialRecord, run: Storage) -> TrialRow:
         gpu_hours=hours * recipe.resources.gpus_per_worker,
         cause=trial.cause,
     )
+
+
+def _state(trial: TrialRecord, run: Storage) -> str:
+    if trial.state in ENDED:
+        return trial.state
+    held = read_state(run) == RUNNING
+    return RUNNING if held else STOPPED if trial.state == STOPPING else INTERRUPTED
 
 
 def worker_hours(metrics: Sequence[Any], events: Sequence[Event], driver: int | None) -> float:
@@ -146,6 +155,8 @@ def number(value: float | None) -> str:
 
 def total(rows: Sequence[TrialRow]) -> str:
     """Returns the counts and the hours of all trials in one line."""
-    states = {state: sum(row.state == state for row in rows) for state in (COMPLETE, STOPPED, FAILED, "interrupted")}
+    states = {
+        state: sum(row.state == state for row in rows) for state in (COMPLETE, STOPPED, FAILED, RUNNING, INTERRUPTED)
+    }
     said = ", ".join(f"{count} {state}" for state, count in states.items() if count)
     return f"{plural(len(rows), 'trial')}: {said}; {sum(row.worker_hours for row in rows):.2f} worker hours"
