@@ -24,11 +24,13 @@ def rm(
     yes: YesOption = False,
 ) -> None:
     """Delete runs with their checkpoints and adapters. A run that is running is refused. Prepared data, which runs
-    share, stay: see muster gc."""
+    share, stay: see muster gc. The name of a sweep deletes its runs and its records."""
     from launcher.cleanup.stored_run import delete_run, find_run
+    from trainer.run.sweep import parts_at
     from trainer.storage import locate
 
-    found = [find_run(*locate(uri)) for uri in dict.fromkeys(uri.rstrip("/") for uri in run_uris)]
+    parts = [part for uri in run_uris for part in parts_at(uri.rstrip("/"))]
+    found = [find_run(*locate(uri)) for uri in dict.fromkeys(parts)]
     for one in found:
         what = f"{one.state}, {plural(one.checkpoints, 'checkpoint')}, {plural(len(one.objects), 'object')}"
         _say(f"{one.run.url}: {what}, {size(one.bytes)}")

@@ -44,6 +44,11 @@ def run(
     """Train RECIPE to its end. Running it again resumes it."""
     console = stderr()
     loaded = recipe_at(recipe, overrides or [], trust=trust_remote_code)
+    if loaded.sweep is not None:
+        note = (
+            "the recipe has a section sweep, which muster sweep reads; this trains it once, without what varies there"
+        )
+        console.print(Text(note), soft_wrap=True)
     place = choose_place(on, address, loaded)
     recipes = variants(given_at(recipe, overrides or [])) if loaded.adapters else [loaded]
     if place is not None and loaded.adapters:

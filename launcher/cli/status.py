@@ -28,11 +28,17 @@ def status(
     ] = False,
     watch: Annotated[bool, typer.Option("--watch", help="update until the run has ended, or Ctrl-C")] = False,
 ) -> None:
-    """Show what a run is doing, from its storage alone."""
+    """Show what a run is doing, or the trials of a sweep, from the storage alone."""
     from launcher.monitor.status import read_status
     from launcher.monitor.tables import checkpoint_lines
+    from trainer.run.sweep import sweep_instead
     from trainer.storage import open_storage
 
+    if (sweep := sweep_instead(run_uri, deadline_s=LOOK_DEADLINE_S)) is not None:
+        from launcher.sweep.ending import show_trials
+
+        show_trials(*sweep, None if as_json else stdout())
+        return
     run = open_storage(run_uri, deadline_s=LOOK_DEADLINE_S)
     found = read_status(run)
     if watch:

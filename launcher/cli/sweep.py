@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -16,9 +16,12 @@ from launcher.terminal.console import print_json, stderr, stdout
 from trainer.errors import Interrupted, WorkerFailed
 from trainer.interruption import current
 from trainer.recipe import Recipe
-from trainer.recipe.trials import as_text, split_words
+from trainer.recipe.sweeps.trials import as_text, split_words
 from trainer.run.recipe_url import given_at, recipe_at
 from trainer.run.sweep import FAILED
+
+if TYPE_CHECKING:
+    from launcher.sweep.table import TrialRow
 
 
 def sweep(
@@ -62,28 +65,31 @@ def sweep(
     """Train RECIPE with several settings, each as a run, and compare them. Running it again resumes it."""
     options = {"metric": metric, "trials": trials, "parallel": parallel, "search": search, "stop": stop}
     loaded, base = read_sweep(recipe, words or [], options, trust=trust_remote_code)
-    place = choose_place(on, address, loaded)
-    if place is not None:
+    if (place := choose_place(on, address, loaded)) is not None:
         flags = ["--takeover"] if takeover else []
         submit.sweep_elsewhere(loaded, as_text(base), place, flags, address, detach=detach)
         return
-    os.environ.update(loaded.cluster.env)  # before the libraries that read it are imported
-    from launcher.monitor.progress import Progress
     from launcher.sweep.ending import show_end
-    from launcher.sweep.sweep import RESUMES
-    from launcher.sweep.sweep import sweep as drive
 
-    current.command(RESUMES)
-    console = stderr()
-    try:
-        rows = drive(loaded, base, Progress(console), takeover=takeover)
-    except KeyboardInterrupt:  # typer would make an exit code of its own of it
-        raise Interrupted(current.sentence() if current.heard else RESUMES) from None
+    rows = sweep_here(loaded, base, takeover=takeover)
     if as_json:
         print_json([row.to_json() for row in rows])
-    show_end(loaded, base, rows, None if as_json else stdout(), console, price_per_gpu_hour)
+    show_end(loaded, base, rows, None if as_json else stdout(), stderr(), price_per_gpu_hour)
     if failed := sum(row.state == FAILED for row in rows):
         raise WorkerFailed(f"{failed} of {len(rows)} trials failed; their causes are above")
+
+
+def sweep_here(recipe: Recipe, base: dict[str, Any], *, takeover: bool) -> list[TrialRow]:
+    """Runs a sweep from this process, and returns its trials."""
+    os.environ.update(recipe.cluster.env)  # before the libraries that read it are imported
+    from launcher.monitor.progress import Progress
+    from launcher.sweep.sweep import RESUMES, sweep
+
+    current.command(RESUMES)
+    try:
+        return sweep(recipe, base, Progress(stderr()), takeover=takeover)
+    except KeyboardInterrupt:  # typer would make an exit code of its own of it
+        raise Interrupted(current.sentence() if current.heard else RESUMES) from None
 
 
 def read_sweep(

@@ -33,6 +33,8 @@ def validate(
     from launcher.submit.submit import cluster_errors, job_of
     from trainer.recipe import load
     from trainer.recipe.loading import shipped
+    from trainer.recipe.sweeps.trials import check_trials
+    from trainer.run.recipe_url import given_at
 
     overrides = [word for word in words or [] if OVERRIDE.match(word) and not os.path.exists(word)]
     paths = [word for word in words or [] if word not in overrides]
@@ -43,6 +45,8 @@ def validate(
     for path in paths:
         try:
             loaded = load(path, overrides)
+            if loaded.sweep is not None:
+                check_trials(given_at(path, overrides), loaded.sweep)
             for kind in (name for name in loaded.cluster.given() if name in KINDS):
                 with cluster_errors():
                     renderer_of(kind).render(job_of(loaded, kind, arguments=(path,)))

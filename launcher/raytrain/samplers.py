@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from trainer.errors import InputError
-from trainer.recipe.searches import SEARCHES
+from trainer.recipe.sweeps.searches import SEARCHES
 
 
 def sampler(search: str, seed: int) -> Any:
@@ -17,6 +17,6 @@ def sampler(search: str, seed: int) -> Any:
         return SEARCHES.load(search)(seed=seed, **SEARCHES[search].settings)
     except ImportError as error:
         raise InputError(
-            f"sweep.search {search} needs Optuna, and it cannot be imported ({error}): pip install optuna scipy, or "
-            "choose search: random"
+            f"sweep.search {search} needs Optuna, and it cannot be imported ({error}): pip install optuna, and "
+            "scipy for gp; or choose search: random"
         ) from error

@@ -12,7 +12,7 @@ from ray.tune.search import Searcher
 from launcher.raytrain.samplers import sampler
 from launcher.raytrain.stopping import VALUE
 from trainer.recipe.sections.sweep import RangeSection, SweepSection
-from trainer.recipe.trials import Values, takes_integers, trial_name
+from trainer.recipe.sweeps.trials import Values, takes_integers, trial_name
 from trainer.run.sweep import RUNNING, TrialRecord, write_trial
 from trainer.storage import Storage
 

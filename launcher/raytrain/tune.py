@@ -21,8 +21,8 @@ from launcher.raytrain.searching import AGAIN, OptunaValues, TrialSearch
 from launcher.raytrain.stopping import REPLAYED, STEP, VALUE, Decides
 from launcher.raytrain.sweeps import SweepPlan
 from launcher.raytrain.trials import Crew, TrialActor, environment_of_trials
-from trainer.recipe.searches import STOPS
-from trainer.recipe.trials import described, listed, number_of_trials, trial_name
+from trainer.recipe.sweeps.searches import STOPS
+from trainer.recipe.sweeps.trials import described, listed, number_of_trials, trial_name
 from trainer.run.sweep import FAILED, STOPPED, STOPPING, change_trial, read_trial
 from trainer.storage import open_storage
 
@@ -130,6 +130,6 @@ class Reports(tune.Callback):
     def on_trial_result(
         self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
     ) -> None:
-        if VALUE in result and not result.get(REPLAYED) and not result.get("done"):
+        if VALUE in result and not any(result.get(key) for key in (REPLAYED, "stored", "done")):
             name = trial_name(self._plan.name, trial.config["number"])
             tell(f"{name}: {self._plan.section.metric} {result[VALUE]:.4f} after step {result[STEP]}")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from launcher.sweep.table import TrialRow, number
-from trainer.recipe.trials import as_text, best_recipe
+from trainer.recipe.sweeps.trials import as_text, best_recipe
 from trainer.run.sweep import BEST
 from trainer.storage import Storage
 

@@ -11,11 +11,24 @@ from rich.console import Console
 from rich.text import Text
 
 from launcher.sweep.best import best_text, write_best
-from launcher.sweep.table import TrialRow, best_of, number, table, total
+from launcher.sweep.table import TrialRow, best_of, number, print_table, read_rows, table, total
+from launcher.terminal.console import print_json
 from trainer.recipe import Recipe
-from trainer.recipe.trials import described
-from trainer.run.sweep import FAILED, folder_of
-from trainer.storage import open_storage
+from trainer.recipe.sweeps.trials import described
+from trainer.run.sweep import FAILED, folder_of, read_sweep_recipe
+from trainer.storage import Storage, open_storage
+
+
+def show_trials(sweep: Storage, home: Storage, out: Console | None) -> None:
+    """Prints the trials of a stored sweep as they are now: as a table, or as JSON if ``out`` is None."""
+    recipe = read_sweep_recipe(sweep)
+    assert recipe.sweep is not None
+    rows = read_rows(recipe, sweep, home)
+    if out is None:
+        print_json([row.to_json() for row in rows])
+    else:
+        print_table(out, table(rows, recipe.sweep.metric))
+        out.print(Text(total(rows)))
 
 
 def show_end(
@@ -30,7 +43,7 @@ def show_end(
     assert recipe.sweep is not None
     metric = recipe.sweep.metric
     if out is not None:
-        out.print(table(rows, metric, price_per_gpu_hour))
+        print_table(out, table(rows, metric, price_per_gpu_hour))
     lines = [total(rows), *(f"{row.run} failed: {row.cause}" for row in rows if row.state == FAILED)]
     if best := best_of(rows):
         sweep = folder_of(open_storage(recipe.storage), recipe.name)

@@ -27,9 +27,9 @@ from trainer.errors import Interrupted, StartAgain, UsageError, WorkerFailed
 from trainer.interruption import current
 from trainer.progress.lines import called_often
 from trainer.recipe import Recipe, ResourcesSection
-from trainer.recipe.searches import SEARCHES
 from trainer.recipe.sections.sweep import SweepSection
-from trainer.recipe.trials import as_text, check_trials, direction, first_values, number_of_trials, trial_recipe
+from trainer.recipe.sweeps.searches import SEARCHES
+from trainer.recipe.sweeps.trials import as_text, check_trials, direction, first_values, number_of_trials, trial_recipe
 from trainer.run.lease import Lease, check_not_cancelled
 from trainer.run.outcome import leave
 from trainer.run.sweep import folder_of, freeze_sweep, read_trials

@@ -7,22 +7,28 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich import box
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
 from launcher.monitor.compare import cell, short_name
 from launcher.monitor.goodput import WAITING, goodput, newest_driver
+from launcher.monitor.status import read_state
 from launcher.monitor.tables import STATE_STYLES
+from trainer.progress.texts import plural
 from trainer.recipe import Recipe
-from trainer.recipe.trials import direction
+from trainer.recipe.sweeps.trials import direction
 from trainer.run.best import value_of
 from trainer.run.events import Event, StartEvent
 from trainer.run.jsonl import read_events, read_metrics
 from trainer.run.metrics import EvalMetrics, StepMetrics
-from trainer.run.sweep import COMPLETE, ENDED, FAILED, STOPPED, STOPPING, TrialRecord, read_trials
+from trainer.run.sweep import COMPLETE, ENDED, FAILED, RUNNING, STOPPED, STOPPING, TrialRecord, read_trials
 from trainer.storage import Storage, in_parallel
 
 PARALLEL_RUNS = 16
+MOST_WIDTH = 1000
+INTERRUPTED = "interrupted"
 STYLES = {**STATE_STYLES, COMPLETE: "green", STOPPED: "", FAILED: "red"}
 
 
@@ -83,7 +89,7 @@ def _row(recipe: Recipe, trial: TrialRecord, run: Storage) -> TrialRow:
         run=trial.run,
         uri=run.url,
         values=trial.values,
-        state=STOPPED if trial.state == STOPPING else trial.state if trial.state in ENDED else "interrupted",
+        state=_state(trial, run),
         step=max((row.step for row in metrics if isinstance(row, StepMetrics)), default=0),
         value=best if recipe.checkpoint.keep_best == metric else last,
         best=best,
@@ -93,6 +99,13 @@ def _row(recipe: Recipe, trial: TrialRecord, run: Storage) -> TrialRow:
         gpu_hours=hours * recipe.resources.gpus_per_worker,
         cause=trial.cause,
     )
+
+
+def _state(trial: TrialRecord, run: Storage) -> str:
+    if trial.state in ENDED:
+        return trial.state
+    held = read_state(run) == RUNNING
+    return RUNNING if held else STOPPED if trial.state == STOPPING else INTERRUPTED
 
 
 def worker_hours(metrics: Sequence[Any], events: Sequence[Event], driver: int | None) -> float:
@@ -106,22 +119,34 @@ def worker_hours(metrics: Sequence[Any], events: Sequence[Event], driver: int | 
 
 
 def table(rows: Sequence[TrialRow], metric: str, price_per_gpu_hour: float | None = None) -> Table:
-    """Returns a table for a terminal. ``price_per_gpu_hour`` adds what each trial has cost."""
+    """Returns a table for a terminal; its hours are those of all workers. ``price_per_gpu_hour`` adds what each trial
+    has cost."""
     keys = list(dict.fromkeys(key for row in rows for key in row.values))
     settings = [row.values for row in rows]
-    titles = ["run", *(short_name(key, settings) for key in keys), metric, "best", "steps", "state", "worker h"]
+    titles = ["run", *(short_name(key, settings) for key in keys), metric, "best", "steps", "state", "hours"]
     titles += [] if price_per_gpu_hour is None else ["cost"]
     found = Table(box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
     for title in titles:
         found.add_column(title, no_wrap=title != "run", overflow="fold")
     for row in rows:
         best = "-" if row.best is None else f"{number(row.best)} @{row.best_step}"
-        cells = [row.run, *(cell(row.values.get(key)) for key in keys), number(row.value), best, f"{row.step:,}"]
+        cells = [row.run, *(setting(row.values.get(key)) for key in keys), number(row.value), best, f"{row.step:,}"]
         hours = [f"{row.worker_hours:.2f}"]
         cost = [] if price_per_gpu_hour is None else [f"{row.gpu_hours * price_per_gpu_hour:,.2f}"]
         state = Text(row.state, style=STYLES.get(row.state, ""))
         found.add_row(*map(Text, cells), state, *map(Text, [*hours, *cost]))
     return found
+
+
+def setting(value: Any) -> str:
+    """Returns the value of a setting, a number with four digits."""
+    return f"{value:.4g}".replace("e-0", "e-") if isinstance(value, float) else cell(value)
+
+
+def print_table(console: Console, found: Table) -> None:
+    """Prints a table without cutting it; outside of a terminal no line is folded either."""
+    natural = Measurement.get(console, console.options.update(max_width=MOST_WIDTH), found).maximum
+    console.print(found, width=None if console.is_terminal else max(natural, console.width), crop=False)
 
 
 def number(value: float | None) -> str:
@@ -130,6 +155,8 @@ def number(value: float | None) -> str:
 
 def total(rows: Sequence[TrialRow]) -> str:
     """Returns the counts and the hours of all trials in one line."""
-    states = {state: sum(row.state == state for row in rows) for state in (COMPLETE, STOPPED, FAILED, "interrupted")}
+    states = {
+        state: sum(row.state == state for row in rows) for state in (COMPLETE, STOPPED, FAILED, RUNNING, INTERRUPTED)
+    }
     said = ", ".join(f"{count} {state}" for state, count in states.items() if count)
-    return f"{len(rows)} trials: {said}; {sum(row.worker_hours for row in rows):.2f} worker hours"
+    return f"{plural(len(rows), 'trial')}: {said}; {sum(row.worker_hours for row in rows):.2f} worker hours"

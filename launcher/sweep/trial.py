@@ -23,7 +23,7 @@ from launcher.driver.driver import run as drive
 from launcher.monitor.progress import Progress
 from trainer.errors import Interrupted, MusterError, StartAgain
 from trainer.recipe import Recipe, ResourcesSection
-from trainer.recipe.trials import trial_recipe
+from trainer.recipe.sweeps.trials import trial_recipe
 from trainer.run import layout
 from trainer.run.best import value_of
 from trainer.run.failure import message_of
@@ -39,8 +39,8 @@ POLL_S = 1.0
 CANCELLED = "ended by `muster cancel`"
 MakeRunner = Callable[[Recipe], Runner]
 Result = dict[str, Any]
-"""``value``, ``step``, ``replayed`` (`launcher.raytrain.stopping`), ``done``, and ``again``: why the sweep has to be
-started again."""
+"""``value``, ``step``, ``replayed`` (`launcher.raytrain.stopping`), ``stored`` if it is not new, ``done``, and
+``again``: why the sweep has to be started again."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Trials:
             yield _end(None if trial.state == FAILED else found.last)
             return
         yield from map(_replayed, stored[:-1])
-        yield from (_judged(reading) for reading in stored[-1:] if not found.is_last(reading))
+        yield from (_judged(reading) | {"stored": True} for reading in stored[-1:] if not found.is_last(reading))
         with StopPoller(sweep, self.driver, enabled=True) as poller:
             yield from Training(self, sweep, trial, found, poller.stop_requested).results(make_runner)
 

@@ -60,13 +60,13 @@ class Command:
         self.process.wait(20)
 
 
-def start(arguments: Sequence[str], environment: Mapping[str, str] | None = None) -> Command:
-    """Starts ``python …`` in the project's root."""
+def start(arguments: Sequence[str], environment: Mapping[str, str] | None = None, folder: Path = ROOT) -> Command:
+    """Starts ``python …`` in a folder, by default the project's root."""
     log = Path(tempfile.mkdtemp(prefix="muster-test-"), "log")
     with log.open("wb") as out:
         process = subprocess.Popen(
             [sys.executable, *arguments],
-            cwd=ROOT,
+            cwd=folder,
             stdout=out,
             stderr=subprocess.STDOUT,
             stdin=subprocess.DEVNULL,

@@ -54,6 +54,7 @@ SWEEPS = "_sweeps"
 _OF_A_RUN = frozenset(
     [
         *(RECIPE, PROVENANCE, DATA, LEASE, STOP, SUBMISSION, SUBMITTED, CLAIMS, COMMITS, CHECKPOINTS, ADAPTER),
+        *("trials", "best.yaml"),  # in the records of a sweep
         *(METRICS, EVENTS, LEDGER, LOGS, TRACKERS, TENSORBOARD, WANDB, PLAN, PROFILES, ROLLOUTS),
     ]
 )

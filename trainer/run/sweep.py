@@ -19,7 +19,8 @@ from typing import Any
 from trainer.errors import CorruptObject, RecipeChanged, RecipeError
 from trainer.parsing import Malformed
 from trainer.recipe import Recipe, loads
-from trainer.recipe.trials import number_of_trials
+from trainer.recipe.sweeps.trials import number_of_trials
+from trainer.recipe.trust import without_code
 from trainer.records import Count, read_record
 from trainer.run import layout
 from trainer.run.changes import refusals
@@ -63,7 +64,8 @@ def sweep_at(uri: str, *, deadline_s: float = 120.0) -> Storage | None:
     """Returns the folder of the sweep with this URI, ``<storage>/<name>``; None if there is none."""
     home, name = locate(uri.rstrip("/"))
     folder = folder_of(open_storage(home.url, deadline_s=deadline_s), name)
-    return folder if folder.info(layout.RECIPE) is not None else None
+    there = any(folder.info(key) is not None for key in (layout.RECIPE, layout.SUBMISSION))
+    return folder if there else None
 
 
 def read_trial(sweep: Storage, number: int) -> TrialRecord | None:
@@ -111,6 +113,12 @@ def freeze_sweep(sweep: Storage, recipe: Recipe, text: str) -> None:
     sweep.write(layout.RECIPE, text.encode())
 
 
+def read_sweep_recipe(sweep: Storage) -> Recipe:
+    """Reads the sweep's recipe, without code that it names."""
+    text = sweep.read(layout.RECIPE)
+    return without_code(loads(text, sweep.uri(layout.RECIPE), stored=True, imports=False))
+
+
 def sweep_changes(sweep: Storage, recipe: Recipe) -> list[str]:
     """Returns each setting with which the stored sweep cannot be resumed, as ``path: old -> new``."""
     try:
@@ -133,13 +141,32 @@ def sweep_changes(sweep: Storage, recipe: Recipe) -> list[str]:
     return [*refusals(frozen, recipe), *changes]
 
 
-def runs_at(uri: str, *, deadline_s: float = 120.0) -> list[str]:
-    """Returns the URI itself if there is a run; that of each trial's run if there is a sweep instead."""
+def sweep_instead(uri: str, *, deadline_s: float = 120.0) -> tuple[Storage, Storage] | None:
+    """Returns the folder of the sweep with this URI and the storage of its runs, unless there is a run at the URI, or
+    no sweep."""
     home, name = locate(uri.rstrip("/"))
     home = open_storage(home.url, deadline_s=deadline_s)
     if home.child(name).info(layout.RECIPE) is not None or (sweep := sweep_at(uri, deadline_s=deadline_s)) is None:
+        return None
+    return sweep, home
+
+
+def runs_at(uri: str, *, deadline_s: float = 120.0) -> list[str]:
+    """Returns the URI itself if there is a run; that of each trial's run if there is a sweep instead."""
+    found = sweep_instead(uri, deadline_s=deadline_s)
+    return [uri] if found is None else [found[1].uri(trial.run) for trial in read_trials(found[0])]
+
+
+def parts_at(uri: str) -> list[str]:
+    """Returns the URI itself, or what can be deleted of a sweep with this URI: its runs that have begun, and then its
+    records."""
+    if (found := sweep_instead(uri)) is None:
         return [uri]
-    return [home.uri(trial.run) for trial in read_trials(sweep)]
+    sweep, home = found
+    return [
+        *(home.uri(trial.run) for trial in read_trials(sweep) if home.child(trial.run).list(layout.CLAIMS)),
+        sweep.url,
+    ]
 
 
 def _key(number: int) -> str:

@@ -23,11 +23,13 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 from launcher.cli.app import app
+from launcher.cli.sweep import read_sweep
 from tests.support.saved import trained
 from tests.support.training import write_pairs
 from tests.unit.docs.test_documents import DOCUMENTS
 from tests.unit.launcher.cli.test_app import Muster
 from trainer.recipe import dump, load
+from trainer.recipe.sweeps.trials import check_trials
 from trainer.run import layout
 from trainer.storage import open_storage
 
@@ -53,6 +55,7 @@ ELSEWHERE = {
     r"muster doctor": "starts a Ray; tests/ray/test_doctor.py",
     r"muster run recipes/quickstart.yaml": "starts a Ray; launcher/quickstart/__main__.py, tests/ray",
     r"muster run .*name=my-second": "starts a Ray; tests/ray/test_driver.py",
+    r"muster sweep": "starts a Ray; tests/ray/test_sweep.py",
     r"muster rm": "asks on a terminal; tests/unit/launcher/cleanup/test_unused.py",
     r"muster push": "needs the Hub; tests/unit/trainer/artifacts/test_push.py",
     r"muster evaluate .*--lm-eval (?!my_task)": "needs the Hub; tests/unit/trainer/evaluate/test_harness.py",
@@ -203,7 +206,13 @@ def test_its_recipe_is_valid_with_what_is_set(one: Shown, scene: Path, monkeypat
     words, _ = words_of(one.text)
     files = [word for word in words if word.endswith(".yaml")]
     sets = [word for word in words if re.match(r"[a-z_]+(\.[a-z_0-9]+)*=", word)]
-    assert load(Path(files[0] if files else "my.yaml"), sets)
+    file = files[0] if files else "my.yaml"
+    if one.text.startswith("muster sweep"):
+        recipe, base = read_sweep(file, [*sets, "data.eval=[]", "data.eval_fraction=0.1"], {})
+        assert recipe.sweep
+        check_trials(base, recipe.sweep)
+    else:
+        assert load(Path(file), sets)
 
 
 def test_what_is_run_elsewhere_is_run_by_a_file_that_is_there() -> None:

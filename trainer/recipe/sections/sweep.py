@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from pydantic import Field, Strict
 
 from trainer.recipe.base import Conflict, OneOf, Section, takes
-from trainer.recipe.searches import SEARCHES, STOPS
+from trainer.recipe.sweeps.searches import SEARCHES, STOPS
 
 STOP_SETTINGS = ("grace_steps", "reduction_factor")
 DEFAULT_TRIALS = 10

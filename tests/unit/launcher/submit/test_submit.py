@@ -22,9 +22,11 @@ from tests.support.played import Played
 from tests.support.plugins import no_plugins
 from trainer.errors import InputError, Interrupted, RecipeChanged, UsageError, WorkerFailed
 from trainer.recipe import Recipe, dump, loads, parse
+from trainer.recipe.sweeps.trials import as_text
 from trainer.run import layout
 from trainer.run.lease import Lease, check_not_cancelled
 from trainer.run.submission import Submission
+from trainer.run.sweep import folder_of
 from trainer.storage import Storage, open_storage
 
 __all__ = ["no_plugins"]
@@ -74,6 +76,23 @@ def test_what_is_submitted_is_the_frozen_recipe(recipe: Recipe, played: type[Pla
     assert job.settings["gpus_per_node"] == 8
     status = read_status(run_of(recipe))
     assert (status.job, status.state) == ("slurm:42", "interrupted")
+
+
+def test_a_sweep_is_one_job_with_room_for_its_trials(recipe: Recipe, played: type[Played]) -> None:
+    sweep = {"parameters": {"optimizer.name": ["adamw", "muon"]}, "parallel": 3}
+    data = {**recipe.model_dump(mode="json", exclude_defaults=True), "sweep": sweep}
+    data["data"]["eval_fraction"] = 0.1
+    text, loaded = as_text(data), parse(data)
+    submit.sweep_elsewhere(loaded, text, "slurm", ["--takeover"], None, detach=True)
+    ((job, path),) = played.submitted
+    assert Path(path).read_text() == job.recipe == text  # without defaults that depend on the optimizer
+    assert (job.command, job.name, job.workers) == (("sweep", "--takeover"), "r-sweep", (2, 12))
+    folder = folder_of(open_storage(loaded.storage), "r")
+    assert Path(path).is_relative_to(folder.url)
+    assert run_of(loaded).list() == []
+    cancel.cancel_run(loaded.run_uri, print)  # before it has started
+    with pytest.raises(Interrupted, match="was cancelled"):
+        check_not_cancelled(folder, "slurm:42")
 
 
 @pytest.mark.usefixtures("no_plugins")

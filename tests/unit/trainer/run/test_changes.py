@@ -32,7 +32,7 @@ OTHERS = {"adapter.method": "dora", "schedule.name": "linear", "schedule.warmup_
 def make(**changes: Any) -> Recipe:
     folder = Path("folder")
     evaluation = [{"path": "held-out", "format": "completion"}]
-    compared = {"training.eval_every": 2, "training.early_stop": {"metric": "eval_loss", "patience": 3}}
+    compared = {"training.eval_every": 2, "training.early_stop": {"metric": "eval_loss", "patience": 3}, "sweep": {}}
     return small_recipe("run", folder / "model", folder, **{"data.eval": evaluation, **compared, **changes})
 
 

@@ -21,8 +21,8 @@ from trainer.recipe.document import Dumper, read_value
 from trainer.recipe.loading import parse
 from trainer.recipe.overrides import apply, path_of, typed
 from trainer.recipe.root import Recipe
-from trainer.recipe.searches import SEARCHES
 from trainer.recipe.sections.sweep import DEFAULT_TRIALS, RangeSection, SweepSection
+from trainer.recipe.sweeps.searches import SEARCHES
 from trainer.recipe.tasks import Better, compared_metrics
 from trainer.recipe.tree import annotation_at, kinds
 

@@ -12,7 +12,7 @@ from trainer.registry import Choice, Registry
 @dataclass(frozen=True)
 class SearchRow(Choice):
     """A search's row. ``code``: a function of the sweep's settings that lists the values of all trials
-    (`trainer.recipe.trials`); or, if it ``learns`` from the trials before, a sampler class of Optuna.
+    (`trainer.recipe.sweeps.trials`); or, if it ``learns`` from the trials before, a sampler class of Optuna.
     ``settings``: arguments of that class, besides its seed."""
 
     learns: bool = False
@@ -22,8 +22,8 @@ class SearchRow(Choice):
 SEARCHES = Registry(
     "search",
     {
-        "grid": SearchRow("trainer.recipe.trials:grid"),
-        "random": SearchRow("trainer.recipe.trials:random_values"),
+        "grid": SearchRow("trainer.recipe.sweeps.trials:grid"),
+        "random": SearchRow("trainer.recipe.sweeps.trials:random_values"),
         # A sweep has fewer trials than Optuna expects, which draws its first ten at random.
         "tpe": SearchRow("optuna.samplers:TPESampler", learns=True, settings={"n_startup_trials": 5}),
         "gp": SearchRow("optuna.samplers:GPSampler", learns=True, settings={"n_startup_trials": 5}),

@@ -1,0 +1,1 @@
+"""Sweeps: how trials are chosen and stopped, and the recipe of each."""
