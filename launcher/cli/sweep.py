@@ -39,6 +39,9 @@ def sweep(
     stop: Annotated[
         str | None, typer.Option(metavar="NAME", help="rule that stops trials early: none | asha | median")
     ] = None,
+    together: Annotated[
+        bool, typer.Option("--together", help="all trials in the same processes, on one base model")
+    ] = False,
     on: Annotated[
         str | None,
         typer.Option(
@@ -64,6 +67,7 @@ def sweep(
 ) -> None:
     """Train RECIPE with several settings, each as a run, and compare them. Running it again resumes it."""
     options = {"metric": metric, "trials": trials, "parallel": parallel, "search": search, "stop": stop}
+    options["together"] = together or None
     loaded, base = read_sweep(recipe, words or [], options, trust=trust_remote_code)
     if (place := choose_place(on, address, loaded)) is not None:
         flags = ["--takeover"] if takeover else []

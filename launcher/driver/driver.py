@@ -87,8 +87,9 @@ def run_together(
             urls = [storage.child(recipe.name).url for recipe in left]
             starting = [stack.enter_context(one_at_a_time(url, takeover=takeover)) for url in urls]
             signals = signals or Signals(progress)
-            for recipe, has_begun in zip(left, begun, strict=True):
-                check_inputs(recipe, progress, begun=has_begun)
+            with _checking(progress):
+                for recipe, has_begun in zip(left, begun, strict=True):
+                    _check(recipe, progress, begun=has_begun)
             phases.end(IMPORT)
             held = _hold(left, storage, signals, takeover=takeover)
             for file in filter(None, starting):
@@ -127,10 +128,22 @@ def _hold(recipes: Sequence[Recipe], storage: Storage, signals: Signals, *, take
 def check_inputs(recipe: Recipe, progress: Progress, *, begun: bool = False) -> None:
     """Checks trackers, storage, model and data before anything is started. Raises InputError. A run that has ``begun``
     continues without a missing tracker, with a warning."""
+    with _checking(progress):
+        _check(recipe, progress, begun=begun)
+
+
+@contextmanager
+def _checking(progress: Progress) -> Iterator[None]:
+    progress.phase("checking storage, model and data")
+    yield
+    progress.phase("")
+    progress.dated("storage, model and data are checked")
+
+
+def _check(recipe: Recipe, progress: Progress, *, begun: bool) -> None:
     from launcher.driver.preflight import check_begins_from, check_model, check_storage
 
     check_lasting(recipe, job_environment(os.environ).job)
-    progress.phase("checking storage, model and data")
     try:
         check_trackers(recipe)
     except InputError as error:
@@ -148,8 +161,6 @@ def check_inputs(recipe: Recipe, progress: Progress, *, begun: bool = False) -> 
     # A run with a checkpoint has its own weights, and that adapter may be gone.
     if recipe.adapter.begins_from and not (begun or has_commits(storage.child(recipe.name))):
         check_begins_from(recipe, progress.warn)
-    progress.phase("")
-    progress.dated("storage, model and data are checked")
 
 
 def check_lasting(recipe: Recipe, job: str | None) -> None:
@@ -235,10 +246,12 @@ class RunDriver:
             self.phases.end(RAY)
             self.progress.phase("preparing data")
             with self._early_start(runner) as early:
-                steps = [self._prepare(one, runner, early).total_steps for one in self.held]
+                data = [self._prepare(one, runner, early) for one in self.held]
+                for prepared in {(one.train.fingerprint, one.total_steps): one for one in data}.values():
+                    self.progress.data(prepared)
                 self.signals.check()
                 self.phases.end(DATA)
-                self._fit(runner, steps, early.check)
+                self._fit(runner, [one.total_steps for one in data], early.check)
 
     def _early_start(self, runner: Runner) -> EarlyStart:
         from launcher.driver.background_prepare import EarlyStart
@@ -259,7 +272,6 @@ class RunDriver:
             on_progress=self.progress.prepared,
             early=early.prepare if len(self.held) == 1 else None,
         )
-        self.progress.data(data)
         freeze_recipe(one.run, one.recipe, one.lease.driver)
         return data
 
@@ -371,16 +383,19 @@ class Signals:
         self._stepped = False
         self._asked = threading.Event()
         self._leases: list[Lease] = []
+        self._of_all: list[Lease] = []
 
     @property
     def stopped(self) -> bool:
-        """True after a signal, or after a request in the storage of all runs."""
-        if self._leases and all(lease.asked.is_set() for lease in self._leases):
+        """True after a signal, or after a request in the storage of all runs, or of what they belong to."""
+        each = [lease.asked.is_set() for lease in self._leases]
+        if (each and all(each)) or any(lease.asked.is_set() for lease in self._of_all):
             self.ask("muster cancel")
         return self._asked.is_set()
 
-    def tell(self, lease: Lease) -> None:
-        self._leases.append(lease)
+    def tell(self, lease: Lease, *, of_all: bool = False) -> None:
+        """``of_all``: the lease of a sweep, which all runs belong to."""
+        (self._of_all if of_all else self._leases).append(lease)
 
     def check(self) -> None:
         if self.stopped:
@@ -409,5 +424,5 @@ class Signals:
             "the workers commit and end" if self._stepped else "the run ends, with a checkpoint if it has done a step"
         )
         self._progress.say(f"{who}: {does}; once more to leave at once")
-        for lease in self._leases:
+        for lease in (*self._of_all, *self._leases):
             lease.request_stop()

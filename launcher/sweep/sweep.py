@@ -22,6 +22,7 @@ from launcher.driver.start_lock import one_at_a_time
 from launcher.monitor.progress import Progress
 from launcher.raytrain.sweeps import SweepPlan, SweepRunner
 from launcher.sweep.table import TrialRow, read_rows
+from launcher.sweep.together import recipes_together, train_trials
 from launcher.sweep.trial import Trials, with_workers
 from trainer.errors import Interrupted, StartAgain, UsageError, WorkerFailed
 from trainer.interruption import current
@@ -51,6 +52,8 @@ def sweep(recipe: Recipe, base: Mapping[str, Any], progress: Progress, *, takeov
     section = section_of(recipe)
     check_trials(base, section)
     check_search(section)
+    if section.together:
+        recipes_together(base, section)
     first_look = folder_of(open_storage(recipe.storage, deadline_s=FIRST_LOOK_S), recipe.name)
     folder, here = folder_of(open_storage(recipe.storage), recipe.name), job_environment(os.environ)
     with one_at_a_time(folder.url, takeover=takeover) as starting, called_often(progress.repeat):
@@ -60,7 +63,7 @@ def sweep(recipe: Recipe, base: Mapping[str, Any], progress: Progress, *, takeov
         check_not_cancelled(folder, here.job)
         with current.asking(signals.note):
             lease = Lease.acquire(folder, job=here.job, takeover=takeover, sleep=signals.sleep)
-        signals.tell(lease)
+        signals.tell(lease, of_all=True)
         if starting:
             starting.close()
         with held(folder, lease, signals):
@@ -122,6 +125,9 @@ class SweepDriver:
         if known:
             self.progress.say(f"resumes {self.folder.url}: {count - left} of {count} trials have ended")
         if not left:
+            return
+        if self.section.together:
+            train_trials(self.recipe, self.base, self.folder, self.signals, self.progress)
             return
         here = job_environment(os.environ)
         address = here.ray_address

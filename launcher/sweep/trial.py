@@ -135,12 +135,12 @@ class Training:
         if isinstance(error, Interrupted):
             change_trial(self.sweep, number, state=STOPPED, step=steps, cause=CANCELLED)
             return _end(self.found.last)
-        cause, final = message_of(error), _is_final(error)
+        cause, final = message_of(error), is_final(error)
         change_trial(self.sweep, number, state=FAILED, step=steps, cause=cause, final=final)
         return _end(None)
 
 
-def _is_final(error: BaseException) -> bool:
+def is_final(error: BaseException) -> bool:
     """Returns True for a failure that would repeat and that the user cannot correct: a loss that is not finite."""
     failed = error.__cause__
     return isinstance(failed, AttemptFailed) and failed.cause.fatal and not failed.cause.usage

@@ -31,7 +31,7 @@ TRIALS = "trials"
 RUNNING, STOPPING = "running", "stopping"
 COMPLETE, STOPPED, FAILED = "complete", "stopped", "failed"
 ENDED = (COMPLETE, STOPPED, FAILED)
-MAY_DIFFER = ("trials", "parallel")
+MAY_DIFFER = ("trials", "parallel", "together")
 """Settings of the section `sweep` that may change when the sweep is resumed; trials may only grow."""
 _PARALLEL = 16
 

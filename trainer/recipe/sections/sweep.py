@@ -95,6 +95,10 @@ class SweepSection(Section):
     reduction_factor: float = Field(default=3.0, gt=1)
     """With `stop: asha`: one of so many trials continues at each of its checks."""
 
+    together: bool = False
+    """All trials in the same processes, on one base model that they share: each forward has rows of all of them. For
+    LoRA adapters under `ddp` and `fsdp`. See [sweeps.md](sweeps.md#together)."""
+
     parallel: int | None = Field(default=None, ge=1)
     """Trials that train at the same time; null is as many as the cluster has room for."""
 
@@ -122,6 +126,8 @@ class SweepSection(Section):
                     yield Conflict((path, ("search",)), message)
             elif len({json.dumps(value, default=str) for value in found}) < len(found):
                 yield Conflict((path,), f"names a value twice: {', '.join(map(str, found))}")
+        if self.together:
+            yield from self._against_together(search)
         if search == "grid" and self.trials is not None:
             message = "has no effect with search grid, which takes every combination; leave it out, or use random"
             yield Conflict((("trials",), ("search",)), message)
@@ -137,6 +143,15 @@ class SweepSection(Section):
         for name in STOP_SETTINGS:
             if name in self.given() and name not in STOPS[self.stop].uses:
                 yield Conflict(((name,), ("stop",)), f"has no effect with stop {self.stop}; leave it out")
+
+    def _against_together(self, search: str) -> Iterator[Conflict]:
+        if SEARCHES[search].learns:
+            message = f"chooses trials by the results of others ({search}), and together all begin at once; use random"
+            yield Conflict((("search",), ("together",)), message)
+        if self.stop != "none":
+            yield Conflict((("stop",), ("together",)), "has no effect on trials together; use training.early_stop")
+        if self.parallel is not None:
+            yield Conflict((("parallel",), ("together",)), "has no effect on trials together; leave it out")
 
     @property
     def combinations(self) -> int:
