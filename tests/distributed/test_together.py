@@ -10,13 +10,10 @@ from torch.multiprocessing import ProcessRaisedException
 
 from tests.support.tasks import task_recipe, write_task_data
 from tests.support.together import assert_same_runs, train_group
-from tests.support.training import (
-    losses,
-    small_recipe,
-    train_in_processes,
-    write_pairs,
-)
+from tests.support.training import losses, run_of, small_recipe, train_in_processes, write_pairs
 from trainer.recipe import Recipe
+from trainer.run import layout
+from trainer.run.jsonl import read_rows
 
 DIFFERENT: list[dict[str, Any]] = [
     {"adapter.rank": 4, "optimizer.lr": 1e-2, "adapter.dropout": 0.2},
@@ -39,8 +36,9 @@ def group(name: str, model: Path, folder: Path, **changes: Any) -> list[Recipe]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("kind", "ranks"), [("ddp", 1), ("fsdp", 2)])
-@pytest.mark.parametrize("packing", [True, False])
+@pytest.mark.parametrize(
+    ("kind", "ranks", "packing"), [pytest.param("ddp", 1, False, marks=pytest.mark.night), ("fsdp", 2, True)]
+)
 def test_runs_together_are_those_alone(kind: str, ranks: int, packing: bool, tiny_model: Path, folder: Path) -> None:
     changes = {"strategy.kind": kind, "data.packing": packing, "samples.count": 2, "data.eval_fraction": 0.2}
     changes |= {"training.eval_every": 2, "training.gradient_checkpointing": packing}
@@ -61,6 +59,7 @@ def test_runs_together_are_those_alone(kind: str, ranks: int, packing: bool, tin
         (2, {"exact": True}),
         (2, {"strategy.kind": "fsdp", "model.quantization": "nf4"}),
         (1, {"model.quantization": "nf4", "training.gradient_checkpointing": True}),
+        (4, {"strategy.kind": "fsdp", "strategy.replicas": 2, "resources.workers": 4}),
         (3, {"strategy.kind": "fsdp", "optimizer.name": "muon", "optimizer.weight_decay": 0.1}),
         (1, {"optimizer.name": "schedule_free_adamw", "schedule.name": "constant", "data.eval_fraction": 0.2}),
     ],
@@ -111,3 +110,43 @@ def test_a_run_that_diverges_ends_alone(tiny_model: Path, folder: Path) -> None:
         train_group(recipes, 1)
     assert_same_runs(alone, recipes[0])
     assert len(losses(recipes[1])) < 10
+
+
+@pytest.mark.night
+@pytest.mark.timeout(300)
+def test_runs_that_begin_from_an_adapter_and_stop_early(tiny_model: Path, folder: Path) -> None:
+    before = small_recipe("before", tiny_model, folder, **{"training.steps": 3})
+    train_in_processes([before], 1)
+    changes = {
+        "adapter.from": before.run_uri,
+        "data.eval_fraction": 0.2,
+        "training.eval_every": 1,
+        "training.early_stop": {"metric": "eval_loss", "patience": 1},
+        "checkpoint.keep_best": "eval_loss",
+        "optimizer.lr": 0.1,
+    }
+    alone, together = (
+        [small_recipe(f"{kind}-begun-{n}", tiny_model, folder, **changes, seed=n) for n in range(3)]
+        for kind in ("alone", "together")
+    )
+    train_in_processes(alone, 2)
+    train_group(together, 2)
+    assert len({len(losses(one)) for one in alone} | {10}) > 1, "one stops early"
+    for one, other in zip(alone, together, strict=True):
+        assert_same_runs(one, other)
+
+
+@pytest.mark.night
+@pytest.mark.timeout(300)
+def test_a_run_that_is_stopped_leaves_and_continues_later(tiny_model: Path, folder: Path) -> None:
+    alone = [small_recipe(f"whole-{n}", tiny_model, folder, seed=n) for n in range(3)]
+    together = [small_recipe(f"stopped-{n}", tiny_model, folder, seed=n) for n in range(3)]
+    train_in_processes(alone, 1)
+    with pytest.raises(ProcessRaisedException, match="run stopped-1: stopped after step 4"):
+        train_group(together, 1, stops={1: 4})
+    assert [len(losses(one)) for one in together] == [10, 4, 10]
+    train_group(together, 2)
+    for one, other in zip(alone, together, strict=True):
+        assert_same_runs(one, other)
+    attempts = {row["attempt"] for row in read_rows(run_of(together[0]), layout.EVENTS)}
+    assert attempts == {1}, "a run that is complete is left out"

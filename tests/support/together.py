@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -20,12 +20,25 @@ from trainer.run.lease import Lease
 from trainer.storage import open_storage
 
 
-def train_group(recipes: Sequence[Recipe], world_size: int) -> None:
-    """Trains the runs together on ``world_size`` gloo processes."""
-    run_ranks(train_group_rank, world_size, list(recipes))
+def train_group(recipes: Sequence[Recipe], world_size: int, stops: Mapping[int, int] | None = None) -> None:
+    """Trains the runs together on ``world_size`` gloo processes. ``stops``: the step after which a run is requested to
+    stop, by its number."""
+    run_ranks(train_group_rank, world_size, list(recipes), dict(stops or {}))
 
 
-def train_group_rank(rank: int, recipes: Sequence[Recipe]) -> None:
+class StopAfter:
+    """A stop request after so many steps; never without them."""
+
+    def __init__(self, steps: int | None) -> None:
+        self._left = steps
+
+    def __call__(self) -> bool:
+        if self._left is not None:
+            self._left -= 1
+        return self._left == 0
+
+
+def train_group_rank(rank: int, recipes: Sequence[Recipe], stops: Mapping[int, int]) -> None:
     import torch.distributed as dist
 
     from trainer.worker.job import Job
@@ -38,7 +51,7 @@ def train_group_rank(rank: int, recipes: Sequence[Recipe]) -> None:
     dist.broadcast_object_list(box)
     jobs = [Job(r.storage, driver, r, total, {}) for r, (driver, total) in zip(recipes, box[0], strict=True)]
     try:
-        train_together(jobs, [lambda: False] * len(jobs))
+        train_together(jobs, [StopAfter(stops.get(n)) for n in range(len(jobs))])
     finally:
         for lease in leases:
             lease.release("succeeded")

@@ -48,6 +48,11 @@ RULES = (
         "trains rows of the base model; empty it",
     ),
     Rule(
+        "model.quantization",
+        lambda r: r.model.quantization == "int8",
+        "rounds a row by the others of its batch, which are those of other runs; together work nf4 and none",
+    ),
+    Rule(
         "strategy.kind",
         lambda r: r.strategy.kind not in ("ddp", "fsdp"),
         "has one optimizer for the whole model; together work ddp and fsdp",

@@ -43,6 +43,7 @@ UNFIT: dict[str, dict[str, Any]] = {
     "adapter.bias": {"adapter.bias": "all"},
     "adapter.modules_to_save": {"adapter.modules_to_save": ["lm_head"]},
     "adapter.trainable_tokens": {"adapter.trainable_tokens": [3]},
+    "model.quantization": {"model.quantization": "int8", "model.dtype": "bfloat16"},
     "strategy.kind": {"strategy.kind": "zero2"},
     "strategy.context_parallel": {"strategy.kind": "fsdp", "strategy.context_parallel": 2, "resources.workers": 2},
     "compute.compile": {"compute.compile": True},
