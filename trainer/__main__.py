@@ -125,6 +125,8 @@ def _find(place: str, overrides: list[str], *, trust: bool) -> tuple[Recipe, Sto
     the run was started with another recipe."""
     if is_recipe(place):
         recipe = recipe_at(place, overrides, trust=trust)
+        if recipe.adapters:
+            raise InputError("adapters: runs together are started by `muster run`, also for one worker without Ray")
         os.environ.update(recipe.cluster.env)
         storage = open_storage(recipe.storage)
         run = storage.child(recipe.name)

@@ -33,7 +33,9 @@ def validate(
     from launcher.submit.submit import cluster_errors, job_of
     from trainer.recipe import load
     from trainer.recipe.loading import shipped
-    from trainer.recipe.sweeps.trials import check_trials
+    from trainer.recipe.rules.together import check_together
+    from trainer.recipe.sweeps.trials import check_trials, trials_of
+    from trainer.recipe.variants import variants
     from trainer.run.recipe_url import given_at
 
     overrides = [word for word in words or [] if OVERRIDE.match(word) and not os.path.exists(word)]
@@ -47,6 +49,10 @@ def validate(
             loaded = load(path, overrides)
             if loaded.sweep is not None:
                 check_trials(given_at(path, overrides), loaded.sweep)
+            if loaded.sweep is not None and loaded.sweep.together:
+                check_together(trials_of(given_at(path, overrides), loaded.sweep))
+            if loaded.adapters:
+                variants(given_at(path, overrides))
             for kind in (name for name in loaded.cluster.given() if name in KINDS):
                 with cluster_errors():
                     renderer_of(kind).render(job_of(loaded, kind, arguments=(path,)))

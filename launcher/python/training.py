@@ -13,7 +13,7 @@ from pathlib import Path
 from launcher.python.notebook import NotebookDisplay, in_notebook
 from launcher.python.stored_run import Run
 from trainer import errors
-from trainer.errors import Interrupted, MusterError, WorkerFailed
+from trainer.errors import Interrupted, MusterError, UsageError, WorkerFailed
 from trainer.interruption import RESUMES
 from trainer.recipe import Recipe, dump
 
@@ -38,6 +38,8 @@ def run(
 
     Raises UsageError for what the user can fix, Interrupted for a run that can be resumed, and other MusterErrors for a
     run that failed."""
+    if recipe.adapters:
+        raise UsageError("adapters: several runs together are trained by the command `muster run`; leave them out here")
     options = {"--on": on, "--address": address}
     flags = {"--takeover": takeover, "--detach": detach}
     words = [word for name, value in options.items() if value is not None for word in (name, value)]

@@ -22,15 +22,24 @@ from launcher.driver.start_lock import one_at_a_time
 from launcher.monitor.progress import Progress
 from launcher.raytrain.sweeps import SweepPlan, SweepRunner
 from launcher.sweep.table import TrialRow, read_rows
-from launcher.sweep.together import recipes_together, train_trials
+from launcher.sweep.together import train_trials
 from launcher.sweep.trial import Trials, with_workers
 from trainer.errors import Interrupted, StartAgain, UsageError, WorkerFailed
 from trainer.interruption import current
 from trainer.progress.lines import called_often
 from trainer.recipe import Recipe, ResourcesSection
+from trainer.recipe.rules.together import check_together
 from trainer.recipe.sections.sweep import SweepSection
 from trainer.recipe.sweeps.searches import SEARCHES
-from trainer.recipe.sweeps.trials import as_text, check_trials, direction, first_values, number_of_trials, trial_recipe
+from trainer.recipe.sweeps.trials import (
+    as_text,
+    check_trials,
+    direction,
+    first_values,
+    number_of_trials,
+    trial_recipe,
+    trials_of,
+)
 from trainer.run.lease import Lease, check_not_cancelled
 from trainer.run.outcome import leave
 from trainer.run.sweep import folder_of, freeze_sweep, read_trials
@@ -53,7 +62,7 @@ def sweep(recipe: Recipe, base: Mapping[str, Any], progress: Progress, *, takeov
     check_trials(base, section)
     check_search(section)
     if section.together:
-        recipes_together(base, section)
+        check_together(trials_of(base, section))
     first_look = folder_of(open_storage(recipe.storage, deadline_s=FIRST_LOOK_S), recipe.name)
     folder, here = folder_of(open_storage(recipe.storage), recipe.name), job_environment(os.environ)
     with one_at_a_time(folder.url, takeover=takeover) as starting, called_often(progress.repeat):

@@ -12,19 +12,10 @@ from launcher.sweep.trial import is_final
 from trainer.checkpoint.publish import finished
 from trainer.errors import MusterError
 from trainer.recipe import Recipe
-from trainer.recipe.rules.together import check_together
-from trainer.recipe.sections.sweep import SweepSection
 from trainer.recipe.sweeps.trials import listed, trial_name, trial_recipe
 from trainer.run.failure import message_of
 from trainer.run.sweep import COMPLETE, FAILED, TrialRecord, change_trial, read_trials, write_trial
 from trainer.storage import Storage, open_storage
-
-
-def recipes_together(base: Mapping[str, Any], section: SweepSection) -> list[Recipe]:
-    """Returns the recipes of all trials. Raises RecipeError if they cannot be trained together."""
-    recipes = [trial_recipe(base, number, values) for number, values in enumerate(listed(section) or [], 1)]
-    check_together(recipes)
-    return recipes
 
 
 def train_trials(

@@ -100,6 +100,7 @@ def test_trials_are_compared_and_one_that_fails_costs_only_itself(folder: SweepF
     assert load(folder.folder / "compared-best.yaml").optimizer.lr == 1e-2
 
 
+@pytest.mark.night
 def test_interrupted_it_commits_and_a_cancelled_sweep_resumes(folder: SweepFolder, joined: str) -> None:
     words = ("optimizer.lr=1e-4,1e-3", "--parallel", "2")
     first = folder.start("stopped", *words, steps=600)

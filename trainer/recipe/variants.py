@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from trainer.errors import Mistake, RecipeError
 from trainer.recipe.loading import parse
 from trainer.recipe.root import Recipe
 from trainer.recipe.rules.together import check_together
+from trainer.recipe.sweeps.trials import as_override
 
 KEY = "adapters"
 
@@ -21,7 +21,7 @@ def variants(data: Mapping[str, Any]) -> list[Recipe]:
     found: list[Recipe] = []
     mistakes: list[Mistake] = []
     for name, changes in given.items():
-        overrides = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in changes.items()]
+        overrides = [as_override(key, value) for key, value in changes.items()]
         try:
             found.append(parse({**rest, "name": f"{data['name']}-{name}"}, overrides))
         except RecipeError as error:

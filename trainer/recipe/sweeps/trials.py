@@ -112,6 +112,11 @@ def trial_recipe(base: Mapping[str, Any], number: int, values: Values) -> Recipe
     return parse(trial_data(base, number), [as_override(*item) for item in values.items()])
 
 
+def trials_of(base: Mapping[str, Any], section: SweepSection) -> list[Recipe]:
+    """Returns the recipes of all trials, for a search that lists them."""
+    return [trial_recipe(base, number, values) for number, values in enumerate(listed(section) or [], 1)]
+
+
 def trial_data(base: Mapping[str, Any], number: int) -> dict[str, Any]:
     data = {key: value for key, value in copy.deepcopy(dict(base)).items() if key != "sweep"}
     return {**data, "name": trial_name(str(base.get("name")), number)}

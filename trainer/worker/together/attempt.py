@@ -44,8 +44,9 @@ def train_together(jobs: Sequence[Job], stop_requested: Sequence[Callable[[], bo
         ]
         ends = turns.run(runs, partial(_use_device, world))
     errors = {job.recipe.name: error for job, end in zip(jobs, ends, strict=True) if (error := end.exception())}
-    for name, error in sorted(errors.items(), key=lambda item: isinstance(item[1], Interrupted)):
-        raise type(error)(f"run {name}: {error}") from error
+    for kind in (NonFiniteLoss, Interrupted):
+        if found := {name: error for name, error in errors.items() if isinstance(error, kind)}:
+            raise kind("; ".join(f"run {name}: {error}" for name, error in found.items()))
 
 
 def _incomplete(jobs: Sequence[Job]) -> list[int]:
