@@ -38,7 +38,7 @@ def plan(
     from launcher.replica_warnings import replica_warnings
     from launcher.terminal.console import print_json, stderr, stdout
     from trainer.recipe import load
-    from trainer.recipe.variants import variants
+    from trainer.recipe.sweeps.variants import variants
     from trainer.run.recipe_url import given_at
 
     loaded = load(recipe, overrides or [])

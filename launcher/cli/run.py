@@ -15,7 +15,7 @@ from launcher.submit.place import choose_place
 from launcher.terminal.console import hush_libraries, stderr
 from trainer.errors import Interrupted, UsageError
 from trainer.interruption import RESUMES, current
-from trainer.recipe.variants import variants
+from trainer.recipe.sweeps.variants import variants
 from trainer.run.recipe_url import given_at, recipe_at
 
 

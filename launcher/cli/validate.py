@@ -35,7 +35,7 @@ def validate(
     from trainer.recipe.loading import shipped
     from trainer.recipe.rules.together import check_together
     from trainer.recipe.sweeps.trials import check_trials, trials_of
-    from trainer.recipe.variants import variants
+    from trainer.recipe.sweeps.variants import variants
     from trainer.run.recipe_url import given_at
 
     overrides = [word for word in words or [] if OVERRIDE.match(word) and not os.path.exists(word)]

@@ -33,7 +33,7 @@ Train = Callable[[int, MakeRunner], Results]
 
 @dataclass(frozen=True)
 class Crew:
-    """What every actor needs. ``environment``: that of the sweep's driver; ``joined``: Ray is a cluster, and not of
+    """The things that every actor needs. ``environment``: that of the sweep's driver; ``joined``: Ray is a cluster, and not of
     this machine's own."""
 
     train: Train

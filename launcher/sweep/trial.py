@@ -45,7 +45,7 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Trials:
-    """What the trials of a sweep share. ``base``: the recipe as the user gave it; ``workers``: `resources.workers` of a
+    """The things that the trials of a sweep share. ``base``: the recipe as the user gave it; ``workers``: `resources.workers` of a
     trial; ``driver``: the number of the sweep's driver."""
 
     storage: str

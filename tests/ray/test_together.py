@@ -14,7 +14,7 @@ from tests.support.together import assert_same_runs
 from tests.support.training import small_recipe, train_in_processes, write_pairs
 from trainer.recipe import Recipe, dump
 from trainer.recipe.document import read_yaml
-from trainer.recipe.variants import variants
+from trainer.recipe.sweeps.variants import variants
 from trainer.run import layout
 from trainer.run.jsonl import read_rows
 from trainer.run.lease import read_lease

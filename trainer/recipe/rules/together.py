@@ -1,4 +1,4 @@
-"""Which runs can be trained together: in the same processes, on one frozen base model (`trainer.worker.together`)."""
+"""Rules for runs that are trained together: in the same processes, on one frozen base model (`trainer.worker.together`)."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ SAME = ("model", "strategy", "compute", "resources", "cluster", "storage", "exac
 """Top-level keys with one value for all runs. The strategy and what follows it are those of the processes."""
 
 
-class Rule(NamedTuple):
-    """What a run cannot have together with others. ``path``: the value's key; ``message``: follows it."""
+class TogetherRule(NamedTuple):
+    """A setting that a run cannot have together with others. ``path``: the value's key; ``message``: follows it."""
 
     path: str
     broken: Callable[[Recipe], bool]
@@ -24,50 +24,52 @@ class Rule(NamedTuple):
 
 
 RULES = (
-    Rule(
+    TogetherRule(
         "task",
         lambda r: TASKS[r.task].has_head or TASKS[r.task].generates or TASKS[r.task].has_teacher,
         "learns with a model or a head of its own; together work sft, dpo, kto, orpo and simpo",
     ),
-    Rule(
+    TogetherRule(
         "adapter.method",
         lambda r: r.adapter.row.plain_lora != 1,
         "changes the base model or its layers in its own way; together work lora, rslora and loraplus",
     ),
-    Rule(
+    TogetherRule(
         "adapter.bias", lambda r: r.adapter.bias not in (None, "none"), "trains the base model's biases; set it to none"
     ),
-    Rule(
+    TogetherRule(
         "adapter.modules_to_save",
         lambda r: bool(r.adapter.modules_to_save),
         "copies parts of the base model; omit it",
     ),
-    Rule(
+    TogetherRule(
         "adapter.trainable_tokens",
         lambda r: bool(r.adapter.trainable_tokens),
         "trains rows of the base model; empty it",
     ),
-    Rule(
+    TogetherRule(
         "model.quantization",
         lambda r: r.model.quantization == "int8",
         "rounds a row by the others of its batch, which are those of other runs; together work nf4 and none",
     ),
-    Rule(
+    TogetherRule(
         "strategy.kind",
         lambda r: r.strategy.kind not in ("ddp", "fsdp"),
         "has one optimizer for the whole model; together work ddp and fsdp",
     ),
-    Rule(
+    TogetherRule(
         "strategy.context_parallel",
         lambda r: r.strategy.context_parallel > 1,
         "divides the rows, which belong to several runs; set it to 1",
     ),
-    Rule("compute.compile", lambda r: r.compute.compile, "compiles layers for one adapter; set it to false"),
-    Rule(
+    TogetherRule("compute.compile", lambda r: r.compute.compile, "compiles layers for one adapter; set it to false"),
+    TogetherRule(
         "compute.tile_tokens", lambda r: bool(r.compute.tile_tokens), "divides the rows of several runs; set it to null"
     ),
-    Rule("sft.neftune_alpha", lambda r: r.sft.neftune_alpha is not None, "changes the shared embeddings; leave it out"),
-    Rule(
+    TogetherRule(
+        "sft.neftune_alpha", lambda r: r.sft.neftune_alpha is not None, "changes the shared embeddings; leave it out"
+    ),
+    TogetherRule(
         "training.router_aux_loss_coef",
         lambda r: r.training.router_aux_loss_coef is not None,
         "balances the experts over the tokens of all runs; set it to null",

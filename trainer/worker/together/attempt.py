@@ -32,7 +32,7 @@ def train_together(jobs: Sequence[Job], stop_requested: Sequence[Callable[[], bo
     ended before its last step."""
     with join(jobs[0]) as (world, startup):
         storage, began = open_storage(jobs[0].storage), time.monotonic()
-        left = world.decide_on_rank0(lambda: _incomplete(jobs))
+        left = world.decide_on_rank0(lambda: [n for n, job in enumerate(jobs) if not _is_complete(job)])
         jobs, stops = [jobs[n] for n in left], [stop_requested[n] for n in left]
         data = [opened_data(job, storage, startup) for job in jobs]
         with noted("loading the model"):
@@ -49,9 +49,9 @@ def train_together(jobs: Sequence[Job], stop_requested: Sequence[Callable[[], bo
             raise kind("; ".join(f"run {name}: {error}" for name, error in found.items()))
 
 
-def _incomplete(jobs: Sequence[Job]) -> list[int]:
-    runs = [open_storage(job.storage).child(job.recipe.name) for job in jobs]
-    return [n for n, (job, run) in enumerate(zip(jobs, runs, strict=True)) if not finished(run, job.recipe.training)]
+def _is_complete(job: Job) -> bool:
+    run = open_storage(job.storage).child(job.recipe.name)
+    return finished(run, job.recipe.training) is not None
 
 
 def _use_device(world: World) -> None:

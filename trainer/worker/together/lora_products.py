@@ -28,7 +28,7 @@ class LoraProduct(NamedTuple):
     b_Or: torch.Tensor
 
 
-class Group(NamedTuple):
+class RunGroup(NamedTuple):
     """Runs that follow each other, with T tokens each. ``ranks``: of their adapters."""
 
     start: int
@@ -52,19 +52,19 @@ def with_products(output: torch.Tensor, x: torch.Tensor, products: Sequence[Lora
     return added
 
 
-def groups_of(products: Sequence[LoraProduct]) -> list[Group]:
-    found: list[Group] = []
+def groups_of(products: Sequence[LoraProduct]) -> list[RunGroup]:
+    found: list[RunGroup] = []
     for p in products:
         if not (found and found[-1].stop == p.start and found[-1].tokens == p.stop - p.start):
-            found.append(Group(p.start, p.stop - p.start, [], []))
+            found.append(RunGroup(p.start, p.stop - p.start, [], []))
         found[-1].scales.append(p.scale)
         found[-1].ranks.append(len(p.a_rD))
     return found
 
 
 def stacked(
-    groups: Sequence[Group], matrices: Sequence[torch.Tensor], dtype: torch.dtype
-) -> Iterator[tuple[Group, torch.Tensor, torch.Tensor, torch.Tensor]]:
+    groups: Sequence[RunGroup], matrices: Sequence[torch.Tensor], dtype: torch.dtype
+) -> Iterator[tuple[RunGroup, torch.Tensor, torch.Tensor, torch.Tensor]]:
     """Yields each group with its scales [N, 1, 1], its A [N, r, D] and its B [N, O, r]. ``matrices``: A and B of each
     run."""
     pairs = list(zip(matrices[::2], matrices[1::2], strict=True))
@@ -79,7 +79,7 @@ def stacked(
 class _Products(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, output: torch.Tensor, x: torch.Tensor, groups: Sequence[Group], *matrices: torch.Tensor
+        ctx: Any, output: torch.Tensor, x: torch.Tensor, groups: Sequence[RunGroup], *matrices: torch.Tensor
     ) -> torch.Tensor:
         dtype = output.dtype
         x_TD, y_TO = x.reshape(-1, x.shape[-1]).to(dtype), output.reshape(-1, output.shape[-1]).clone()

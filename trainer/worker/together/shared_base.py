@@ -23,7 +23,7 @@ from trainer.errors import InputError
 from trainer.tasks.lm_head_loss import TargetHead, outputs_of_several
 from trainer.worker.together.lora_products import LoraProduct, with_products
 from trainer.worker.together.random_state import RandomState
-from trainer.worker.together.turns import BACKWARD, Call
+from trainer.worker.together.turns import BACKWARD, ModelPass
 
 ADAPTERS = "adapters_of_runs"
 """The name of the submodule of an adapted layer that has the runs' LoRA layers."""
@@ -35,7 +35,7 @@ JOINED = {"input_ids", "position_ids", "use_cache", BOUNDS, *PACKED, *LONGEST}
 
 
 @dataclass
-class Part:
+class RunRows:
     """The rows of one run in a forward, of which the first ``length`` tokens are the run's own. ``layers``: its LoRA
     layers, by the name of the adapted layer; ``head``: makes of its hidden states what the model returns; ``shape``:
     of that."""
@@ -100,7 +100,7 @@ class SharedBase:
         self._project = head.forward
         self._vocabulary = int(getattr(head, "out_features", 0) or model.config.get_text_config().vocab_size)
         head.forward = self._of_each_run
-        self._parts: list[Part] = []
+        self._parts: list[RunRows] = []
         self._rows: list[int] = []
         self._tokens = torch.Size()
         self._recomputing = False
@@ -130,7 +130,7 @@ class SharedBase:
         matrices = torch.nn.ModuleDict({"A": layer.lora_A, "B": layer.lora_B})
         adapted.get_submodule(ADAPTERS).add_module(str(run), matrices)
 
-    def answer(self, calls: Sequence[Call]) -> None:
+    def answer(self, calls: Sequence[ModelPass]) -> None:
         """Answers calls that go together by one forward or one backward."""
         if calls[0].order == BACKWARD:
             self._backward([call.asked for call in calls])
@@ -211,7 +211,7 @@ class SharedBase:
 
 def check_plain(name: str, layer: Any) -> None:
     """Raises InputError unless the layer computes W x + s B A x."""
-    plain = not layer.lora_variant and not getattr(layer, "parameter_name", None)
+    plain = ADAPTER_NAME in layer.lora_A and not layer.lora_variant and not getattr(layer, "parameter_name", None)
     if not (plain and all(isinstance(m, torch.nn.Linear) for m in (*layer.lora_A.values(), *layer.lora_B.values()))):
         raise InputError(
             f"the adapter of {name} is no plain LoRA of a linear layer, and only those can share a base model: leave "
@@ -232,10 +232,10 @@ def drops(layer: Any) -> bool:
     return dropout.training and getattr(dropout, "p", 0.0) > 0
 
 
-def parts_of(asked: Sequence[Forward]) -> list[Part]:
+def parts_of(asked: Sequence[Forward]) -> list[RunRows]:
     found, start = [], 0
     for one in asked:
-        found.append(Part(slice(start, start + one.rows), one.length, one.layers, one.head, one.random))
+        found.append(RunRows(slice(start, start + one.rows), one.length, one.layers, one.head, one.random))
         start += one.rows
     return found
 

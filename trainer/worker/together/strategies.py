@@ -23,7 +23,7 @@ from trainer.strategies.fsdp import FSDP
 from trainer.tasks.lm_head_loss import TargetHead
 from trainer.worker.together.random_state import RandomState
 from trainer.worker.together.shared_base import JOINED, Backward, Forward, SharedBase
-from trainer.worker.together.turns import BACKWARD, EVALUATION, TRAINING, Call, Turns
+from trainer.worker.together.turns import BACKWARD, EVALUATION, TRAINING, ModelPass, Turns
 
 if TYPE_CHECKING:
     from trainer.recipe import Recipe
@@ -82,13 +82,13 @@ class RunModel(torch.nn.Module):
         # A forward with other arguments, such as a KV cache, cannot be joined with those of other runs.
         alone = None if set(inputs) <= JOINED and not inputs.get("use_cache") else self._run
         kind = (alone, self.training, gradients, autocast, *sorted(inputs))
-        answer = self._turns.wait_for(Call(TRAINING if self.training else EVALUATION, kind, asked))
+        answer = self._turns.wait_for(ModelPass(TRAINING if self.training else EVALUATION, kind, asked))
         random.leave()
         return answer
 
 
 class OfRun(Strategy):
-    """What the strategies of runs have in common. ``layers``, ``head``: see `RunModel`; set before `setup`."""
+    """The common part of the strategies of runs. ``layers``, ``head``: see `RunModel`; set before `setup`."""
 
     layers: Mapping[str, Any]
     head: TargetHead
@@ -104,7 +104,7 @@ class OfRun(Strategy):
         return RunModel(model, self.layers, self.head, self._base, self._turns, self._run)
 
     def backward(self, loss: torch.Tensor) -> None:
-        self._turns.wait_for(Call(BACKWARD, None, Backward(self.scaler.scale(loss), self._last)))
+        self._turns.wait_for(ModelPass(BACKWARD, None, Backward(self.scaler.scale(loss), self._last)))
 
     @contextmanager
     def micro_batch(self, last: bool) -> Iterator[None]:

@@ -1,7 +1,7 @@
 """Runs that take turns in one process, and wait for each other before each forward and backward.
 
 Each run has a thread with the ordinary training loop. Only one thread works at a time, in the order of the runs, so
-that every rank enters the collectives of all runs in the same order. A thread that needs the model leaves a `Call` and
+that every rank enters the collectives of all runs in the same order. A thread that needs the model leaves a `ModelPass` and
 waits. Once all runs wait, the calls that go together are answered by one pass of the model, in the thread that has
 started the runs.
 """
@@ -20,7 +20,7 @@ BACKWARD, EVALUATION, TRAINING = range(3)
 the model; then the forwards of runs that evaluate, for which those that train wait."""
 
 
-class Call:
+class ModelPass:
     """A pass of the model that a run waits for. Calls of one ``order`` and ``kind`` are answered together. ``answer``:
     the result."""
 
@@ -38,11 +38,11 @@ class Turns(Generic[T]):
     """``answer`` gets calls that go together, in the order of their runs, and sets their answers. ``apart(error)``
     returns True for an error of a run that all ranks have at the same place, so that the other runs continue."""
 
-    def __init__(self, answer: Callable[[Sequence[Call]], None], apart: Callable[[BaseException], bool]) -> None:
+    def __init__(self, answer: Callable[[Sequence[ModelPass]], None], apart: Callable[[BaseException], bool]) -> None:
         self._answer, self._apart = answer, apart
         self._changed = threading.Condition()
         self._turn: int | None = None  # the run that works; None: the thread that has started them
-        self._waiting: dict[int, Call] = {}
+        self._waiting: dict[int, ModelPass] = {}
         self._leaving = False
         self._mine = threading.local()
 
@@ -68,7 +68,7 @@ class Turns(Generic[T]):
             raise
         return ends
 
-    def wait_for(self, call: Call) -> Any:
+    def wait_for(self, call: ModelPass) -> Any:
         """Returns the answer of a call. In the thread of a run it waits for the others; elsewhere nobody else has to
         be waited for."""
         number: int | None = getattr(self._mine, "number", None)

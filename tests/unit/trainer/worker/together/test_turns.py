@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from trainer.worker.together.turns import BACKWARD, EVALUATION, TRAINING, Call, Left, Turns
+from trainer.worker.together.turns import BACKWARD, EVALUATION, TRAINING, Left, ModelPass, Turns
 
 
 class Model:
@@ -18,7 +18,7 @@ class Model:
     def __init__(self) -> None:
         self.passes: list[list[Any]] = []
 
-    def answer(self, calls: Sequence[Call]) -> None:
+    def answer(self, calls: Sequence[ModelPass]) -> None:
         asked = [call.asked for call in calls]
         self.passes.append(asked)
         for call in calls:
@@ -36,8 +36,8 @@ def started(model: Model) -> Turns[Any]:
 def steps(turns: Turns[Any], name: str, count: int) -> Callable[[], str]:
     def run() -> str:
         for _ in range(count):
-            turns.wait_for(Call(TRAINING, None, name))
-            turns.wait_for(Call(BACKWARD, None, name))
+            turns.wait_for(ModelPass(TRAINING, None, name))
+            turns.wait_for(ModelPass(BACKWARD, None, name))
         return name
 
     return run
@@ -58,7 +58,7 @@ def test_an_evaluation_comes_before_the_next_step_of_the_others() -> None:
     def evaluates() -> str:
         steps(turns, "e", 1)()
         for _ in range(3):
-            turns.wait_for(Call(EVALUATION, "e", "eval"))
+            turns.wait_for(ModelPass(EVALUATION, "e", "eval"))
         return steps(turns, "e", 1)()
 
     turns.run([steps(turns, "a", 2), evaluates], lambda: None)
@@ -68,7 +68,7 @@ def test_an_evaluation_comes_before_the_next_step_of_the_others() -> None:
 def test_calls_of_another_kind_are_answered_apart() -> None:
     model = Model()
     turns = started(model)
-    runs = [lambda kind=kind: turns.wait_for(Call(TRAINING, kind, kind)) for kind in ("x", "y", "x")]
+    runs = [lambda kind=kind: turns.wait_for(ModelPass(TRAINING, kind, kind)) for kind in ("x", "y", "x")]
     ends = turns.run(runs, lambda: None)
     assert [end.result() for end in ends] == [["x", "x"], ["y"], ["x", "x"]]
 
@@ -83,7 +83,7 @@ def test_only_one_run_works_at_a_time() -> None:
                 assert working.acquire(blocking=False)
                 seen.append(name)
                 working.release()
-                turns.wait_for(Call(TRAINING, None, name))
+                turns.wait_for(ModelPass(TRAINING, None, name))
 
         return work
 
@@ -96,7 +96,7 @@ def test_a_run_that_fails_apart_leaves_the_others() -> None:
     turns = started(model)
 
     def fails() -> str:
-        turns.wait_for(Call(TRAINING, None, "f"))
+        turns.wait_for(ModelPass(TRAINING, None, "f"))
         raise Apart
 
     ends = turns.run([fails, steps(turns, "b", 2)], lambda: None)
@@ -117,10 +117,10 @@ def test_any_other_failure_ends_all_and_is_raised(place: str) -> None:
             raise
 
     def fails() -> None:
-        turns.wait_for(Call(TRAINING, None, "f"))
+        turns.wait_for(ModelPass(TRAINING, None, "f"))
         if place == "run":
             raise ZeroDivisionError
-        turns.wait_for(Call(BACKWARD, None, 1 / 0))
+        turns.wait_for(ModelPass(BACKWARD, None, 1 / 0))
 
     with pytest.raises(ZeroDivisionError):
         turns.run([waits, fails], lambda: None)
@@ -128,7 +128,7 @@ def test_any_other_failure_ends_all_and_is_raised(place: str) -> None:
 
 
 def test_outside_of_runs_nobody_is_waited_for() -> None:
-    assert started(Model()).wait_for(Call(TRAINING, None, "alone")) == ["alone"]
+    assert started(Model()).wait_for(ModelPass(TRAINING, None, "alone")) == ["alone"]
 
 
 def test_each_thread_is_prepared() -> None:

@@ -10,7 +10,7 @@ import pytest
 from tests.support.training import small_recipe
 from trainer.errors import RecipeError
 from trainer.recipe.rules.together import RULES, check_together
-from trainer.recipe.variants import variants
+from trainer.recipe.sweeps.variants import variants
 
 BASE: dict[str, Any] = {
     "name": "tuned",
