@@ -33,8 +33,8 @@ Train = Callable[[int, MakeRunner], Results]
 
 @dataclass(frozen=True)
 class Crew:
-    """The things that every actor needs. ``environment``: that of the sweep's driver; ``joined``: Ray is a cluster, and not of
-    this machine's own."""
+    """The things that every actor needs. ``environment``: that of the sweep's driver; ``joined``: Ray is a cluster, and
+    not of this machine's own."""
 
     train: Train
     environment: Environment

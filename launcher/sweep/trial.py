@@ -45,8 +45,8 @@ Result = dict[str, Any]
 
 @dataclass(frozen=True)
 class Trials:
-    """The things that the trials of a sweep share. ``base``: the recipe as the user gave it; ``workers``: `resources.workers` of a
-    trial; ``driver``: the number of the sweep's driver."""
+    """The things that the trials of a sweep share. ``base``: the recipe as the user gave it; ``workers``:
+    `resources.workers` of a trial; ``driver``: the number of the sweep's driver."""
 
     storage: str
     name: str

@@ -1,4 +1,4 @@
-"""Rules for runs that are trained together: in the same processes, on one frozen base model (`trainer.worker.together`)."""
+"""Rules for runs that are trained together: in the same processes, on one base model (`trainer.worker.together`)."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ RULES = (
         "compute.tile_tokens", lambda r: bool(r.compute.tile_tokens), "divides the rows of several runs; set it to null"
     ),
     TogetherRule(
-        "sft.neftune_alpha", lambda r: r.sft.neftune_alpha is not None, "changes the shared embeddings; leave it out"
+        "sft.neftune_alpha", lambda r: r.sft.neftune_alpha is not None, "changes the shared embeddings; omit it"
     ),
     TogetherRule(
         "training.router_aux_loss_coef",

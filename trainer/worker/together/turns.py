@@ -1,8 +1,8 @@
 """Runs that take turns in one process, and wait for each other before each forward and backward.
 
 Each run has a thread with the ordinary training loop. Only one thread works at a time, in the order of the runs, so
-that every rank enters the collectives of all runs in the same order. A thread that needs the model leaves a `ModelPass` and
-waits. Once all runs wait, the calls that go together are answered by one pass of the model, in the thread that has
+that every rank enters the collectives of all runs in the same order. A thread that needs the model leaves a `ModelPass`
+and waits. Once all runs wait, those that go together are answered by one pass of the model, in the thread that has
 started the runs.
 """
 
