@@ -11,7 +11,7 @@ Legend: B rows, L tokens of the longest row, D features.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 
 from trainer.adapters.peft_method import ADAPTER_NAME
 from trainer.errors import InputError
+from trainer.model.kernels.attention import by_mask
 from trainer.tasks.lm_head_loss import TargetHead, outputs_of_several
 from trainer.worker.together.lora_products import LoraProduct, with_products
 from trainer.worker.together.random_state import RandomState
@@ -147,7 +148,9 @@ class SharedBase:
         if self.module.training != first.training:
             self.module.train(first.training)
         enabled = first.autocast is not None
+        # Runs that write texts at the same time share the kernel of the model, and the first that ends sets it back.
         with (
+            by_mask(self.model) if "attention_mask" in inputs else nullcontext(),
             torch.set_grad_enabled(first.gradients),
             torch.autocast(self._device.type, first.autocast, enabled=enabled),
         ):
