@@ -48,6 +48,7 @@ EVALUATED = 4
 """Rows of the evaluation."""
 CASES = ("16", "32", "128", "16-bfloat16", "32-bfloat16", "128-bfloat16")
 ALONE, TOGETHER, PARALLEL, TRL = "one by one", "together", "parallel 1", "trl"
+SIDES = (ALONE, TOGETHER, PARALLEL, TRL)
 FASTER, MEMORY = 2.5, 1.4
 """The aims of trials together: times as fast as one by one, and times the memory of one run."""
 LOOK_S = 0.25
@@ -112,6 +113,7 @@ def write_recipe(folder: Path, inputs: Path, case: Case, steps: int) -> Path:
         "strategy": {"kind": "ddp"},
         "resources": {"workers": 1, "cpus_per_worker": THREADS},
         "checkpoint": {"every_steps": 10**6},
+        "samples": {"count": 0},  # trl writes no texts
         "storage": str(folder / "runs"),
     }
     path = folder / "recipe.yaml"
@@ -141,15 +143,16 @@ def measured(commands: Sequence[Sequence[str]], folder: Path) -> tuple[float, fl
     return time.monotonic() - began, peak
 
 
-def ends_of_steps(folder: Path) -> Iterator[list[float]]:
-    """Yields the times at which each run's steps ended. Asserts that no token of a row was left out or padded."""
+def ends_of_steps(folder: Path, tokens: int) -> Iterator[list[float]]:
+    """Yields the times at which each run's steps ended."""
     from trainer.run import layout
     from trainer.run.jsonl import read_rows
     from trainer.storage import open_storage
 
-    for run in sorted(path.name for path in (folder / "runs").glob("trial-0*")):
-        rows = [row for row in read_rows(open_storage(str(folder / "runs" / run)), layout.METRICS) if "step_s" in row]
-        yield [row["time"] for row in sorted(rows, key=lambda row: row["step"])]
+    for run in sorted((folder / "runs").glob("trial-0*")):
+        steps = [row for row in read_rows(open_storage(str(run)), layout.METRICS) if "step_s" in row]
+        assert {row["tokens"] for row in steps} == {tokens}, "no row is cut, and no pack is half empty"
+        yield [row["time"] for row in sorted(steps, key=lambda row: row["step"])]
 
 
 def training_s(runs: Sequence[Sequence[float]], steps: int, *, at_once: bool) -> float:
@@ -174,7 +177,7 @@ class Bench(NamedTuple):
         recipe = str(write_recipe(folder, self.inputs, case, self.steps))
         whole_s, peak = measured(self._commands(side, case, recipe, folder), folder)
         trials = sorted(folder.glob("trl-*.json"))
-        ends = [json.loads(path.read_text()) for path in trials] if side == TRL else list(ends_of_steps(folder))
+        ends = [json.loads(path.read_text()) for path in trials] if side == TRL else list(ends_of_steps(folder, case.tokens))
         return Run(whole_s, training_s(ends, self.steps, at_once=side == TOGETHER), peak)
 
     def _commands(self, side: str, case: Case, recipe: str, folder: Path) -> list[list[str]]:
@@ -311,9 +314,6 @@ def main() -> None:
         figures = measure(Bench(Path(folder), theirs, options.steps), options.cases or CASES, sides, options.rounds)
     if options.json:
         write(options.json, "sweep", figures)
-
-
-SIDES = (ALONE, TOGETHER, PARALLEL, TRL)
 
 
 def parsed() -> argparse.Namespace:
