@@ -177,7 +177,11 @@ class Bench(NamedTuple):
         recipe = str(write_recipe(folder, self.inputs, case, self.steps))
         whole_s, peak = measured(self._commands(side, case, recipe, folder), folder)
         trials = sorted(folder.glob("trl-*.json"))
-        ends = [json.loads(path.read_text()) for path in trials] if side == TRL else list(ends_of_steps(folder, case.tokens))
+        ends = (
+            [json.loads(path.read_text()) for path in trials]
+            if side == TRL
+            else list(ends_of_steps(folder, case.tokens))
+        )
         return Run(whole_s, training_s(ends, self.steps, at_once=side == TOGETHER), peak)
 
     def _commands(self, side: str, case: Case, recipe: str, folder: Path) -> list[list[str]]:
