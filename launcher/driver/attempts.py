@@ -18,6 +18,7 @@ from launcher.driver.crash_loop import CrashSignature, in_a_row, is_hopeless
 from launcher.driver.failure_advice import advise
 from launcher.driver.resize import newest_group
 from trainer.checkpoint import list_commits, read_claims
+from trainer.checkpoint.publish import is_last
 from trainer.data.prepare.executor import Map
 from trainer.errors import StartAgain
 from trainer.recipe import ResourcesSection
@@ -200,12 +201,12 @@ class Attempts:
         steps = [_tried("the step of the failure", None, partial(last_step, run)) for run in runs]
         commits = [_tried("the run's checkpoints", 0, partial(last_commit, run)) for run in runs]
         step = max((step for step in steps if step is not None), default=None)
-        cause = _tried("the run's events", failed.cause, lambda: explained(failed.cause, runs[0], step, self._since))
+        cause = _tried("the run's events", failed.cause, lambda: explained(failed.cause, runs, step, self._since))
         cause, retried = self._history.judge(AttemptFailed(cause, starting=failed.starting), step, sum(commits))
         # Workers that start again do not wait for a plan of what would fit.
         said = symptoms.advise(cause, recipe, runs[0].url) if retried else advise(cause, recipe, runs[0].url)
-        for job, run, done, committed in zip(self._job.runs, runs, steps, commits, strict=True):
-            if committed < job.total_steps:
+        for job, run, done in zip(self._job.runs, runs, steps, strict=True):
+            if len(runs) == 1 or not _tried("the run's checkpoints", False, partial(is_complete, job, run)):
                 event = cause.event(said, retried=retried, driver=job.driver, step=done)
                 _tried("the failure", None, partial(record, run, f"driver{job.driver}-controller", event))
         if not retried:
@@ -239,17 +240,27 @@ def last_commit(run: Storage) -> int:
     return newest.step if newest else 0
 
 
-def explained(cause: Failure, run: Storage, step: int | None, since: float) -> Failure:
-    """Returns the cause with what the run's events add. A group whose ranks were ended because one blocked them failed
-    of that; a rank that died did so on a host, and others have seen it. ``step``: the last one that the run has done;
-    ``since``: the Unix time in seconds before which no group of this driver started."""
+def is_complete(job: Job, run: Storage) -> bool:
+    """Returns True if the run's last step is committed, which may have come early."""
+    newest = next(iter(list_commits(run, newest=1)), None)
+    return newest is not None and is_last(newest, job.recipe.training)
+
+
+def explained(cause: Failure, runs: Sequence[Storage], step: int | None, since: float) -> Failure:
+    """Returns the cause with what the events of the runs add, which are trained in the same processes. A group whose
+    ranks were ended because one blocked them failed of that; a rank that died did so on a host, and others have seen
+    it. ``step``: the last one that a run has done; ``since``: the Unix time in seconds before which no group of this
+    driver started."""
     if not cause.by_another:
         return cause
-    if (hang := newest_event(run, read_claims(run).attempt, HangEvent)) is not None:
+    attempts = [(run, read_claims(run).attempt) for run in runs]
+    hangs = (newest_event(run, attempt, HangEvent) for run, attempt in attempts)
+    if (hang := next(filter(None, hangs), None)) is not None:
         return cause.of_hang(hang)
     if not cause.died or cause.rank is None:
         return cause
-    group = newest_group(run, 0)
+    groups = ((run, group) for run in runs if (group := newest_group(run, 0)) is not None)
+    run, group = max(groups, key=lambda found: found[1].since, default=(runs[0], None))
     if group is None or group.since < since or cause.rank >= len(group.hosts):
         return placed_death(cause, None, "", step)
     seen = _seen(run, group.attempt, cause.rank) if len(group.hosts) > 1 else ""

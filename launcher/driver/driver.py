@@ -31,6 +31,7 @@ from trainer.run.events import ResizeEvent, StartupEvent
 from trainer.run.frozen import check_same_recipe, freeze_recipe, has_commits
 from trainer.run.jsonl import newest_event
 from trainer.run.lease import Lease, check_not_cancelled
+from trainer.run.outcome import leave
 from trainer.run.startup_phases import DATA, IMPORT, RAY, Phases, process_began
 from trainer.storage import Storage, local_path, open_storage
 from trainer.tracking import check_trackers
@@ -40,6 +41,7 @@ from trainer.worker.job import Job
 if TYPE_CHECKING:
     from launcher.driver.attempts import Runner
     from launcher.driver.background_prepare import EarlyStart
+    from launcher.driver.resize import CurrentWorkers
     from trainer.data.run_data import RunData
 
 FIRST_LOOK_S = 30.0  # a storage that does not answer now is more likely a wrong address than a bad minute
@@ -118,9 +120,9 @@ def _hold(recipes: Sequence[Recipe], storage: Storage, signals: Signals, *, take
                 lease = Lease.acquire(run, job=job, takeover=takeover, sleep=signals.sleep)
             signals.tell(lease)
             held.append(HeldRun(recipe, run, lease))
-    except BaseException:
+    except BaseException as error:
         for one in held:
-            one.lease.release("interrupted")
+            leave(one.run, one.lease, "interrupted", error)
         raise
     return tuple(held)
 
@@ -205,10 +207,6 @@ class RunDriver:
     def recipe(self) -> Recipe:
         return self.held[0].recipe
 
-    @property
-    def run(self) -> Storage:
-        return self.held[0].run
-
     def drive(self) -> None:
         """Trains all runs to their last steps."""
         with ExitStack() as stack:
@@ -216,14 +214,14 @@ class RunDriver:
                 stack.enter_context(self._holding(one))
             self._train()
             left = [one for one in self.held if not one.is_complete()]
-            if left and (self.signals.stopped or all(one.has_stopped() for one in left)):
+            if left and (self.signals.stopped or all(one.lease.asked.is_set() or one.has_stopped() for one in left)):
                 raise Interrupted(f"stopped on request; {RESUMES} of {left[0].run.url}")
 
     @contextmanager
     def _holding(self, one: HeldRun) -> Iterator[None]:
         """Holds a run. What has ended others is no failure of a run that is complete."""
         ended: BaseException | None = None
-        with hold_run(one.recipe, one.run, one.lease, stopped=self._was_stopped):
+        with hold_run(one.recipe, one.run, one.lease, stopped=partial(self._was_stopped, one)):
             try:
                 yield
             except BaseException as error:
@@ -233,10 +231,10 @@ class RunDriver:
         if ended is not None:
             raise ended
 
-    def _was_stopped(self, error: BaseException) -> bool:
+    def _was_stopped(self, one: HeldRun, error: BaseException) -> bool:
         # After a signal, errors are its consequence, and what is committed counts.
         by_signal = current.heard is not None or interrupted(error)
-        return by_signal or (isinstance(error, MusterError) and self.signals.stopped)
+        return by_signal or (isinstance(error, MusterError) and (self.signals.stopped or one.lease.asked.is_set()))
 
     def _train(self) -> None:
         here = job_environment(os.environ)
@@ -305,8 +303,13 @@ class RunDriver:
         from launcher.driver.attempts import Attempts
 
         attempts = Attempts(runner, self._job(steps), self.phases)
-        before, driver = read_claims(self.run).attempt, self.held[0].lease.driver
-        shown = self.progress.training(self.run, before, steps[0], lambda: attempts.stage, driver=driver)
+        before = [read_claims(one.run).attempt for one in self.held]
+        longest = max(range(len(steps)), key=lambda n: steps[n])
+        lead, claimed = self.held[longest], before[longest]
+        shown = self.progress.training(
+            lead.run, claimed, steps[longest], lambda: attempts.stage, driver=lead.lease.driver
+        )
+        ending: set[str] = set()
         with shown as show, self._watching(runner, before) as check_cluster, current.asking(self.signals.ask):
 
             def every() -> None:
@@ -314,27 +317,23 @@ class RunDriver:
                     self.signals.note_step()
                 check_data()
                 check_cluster()
-                if self.signals.stopped and not self._has_steps(before):
+                if self.signals.stopped and not _has_steps(lead.run, claimed):
                     raise Interrupted(f"stopped before the first step; {current.promise}")
                 for one in self.held:
                     if one.lease.lost.is_set():
                         raise WorkerFailed(f"another driver has taken {one.run.url} over; this one has stopped")
+                    if one.lease.asked.is_set() and not self.signals.stopped and one.run.url not in ending:
+                        ending.add(one.run.url)
+                        self.progress.say(f"muster cancel: {one.run.url} commits and ends; the others continue")
+                        one.lease.request_stop()
 
             attempts.run(every)
 
-    def _has_steps(self, before: int) -> bool:
-        """Returns True if the current attempt has done a step, which can be committed, or if the storage does not
-        answer."""
-        try:
-            attempt = read_claims(self.run).attempt
-            return attempt > before and newest_event(self.run, attempt, StartupEvent) is not None
-        except MusterError:
-            return True
-
     @contextmanager
-    def _watching(self, runner: Runner, before: int) -> Iterator[Callable[[], None]]:
+    def _watching(self, runner: Runner, before: Sequence[int]) -> Iterator[Callable[[], None]]:
         """Looks at a cluster's nodes while the workers train; yields what raises StartAgain when too few are left. A
-        Ray of this machine's own has one node, which stays. ``before``: the number of the newest attempt before."""
+        Ray of this machine's own has one node, which stays. ``before``: the number of each run's newest attempt before
+        this driver's."""
         from launcher.capacity import Servers, missing
         from launcher.driver.resize import (
             LOST_PATIENCE_IN_JOB_S,
@@ -357,7 +356,12 @@ class RunDriver:
             self.recipe.strategy.context_parallel,
             servers,
         )
-        group = partial(newest_group, self.run, before)
+
+        def group() -> CurrentWorkers | None:
+            """Of the first run that trains: the others are complete."""
+            found = (newest_group(one.run, attempt) for one, attempt in zip(self.held, before, strict=True))
+            return next(filter(None, found), None)
+
         with NodeMonitor(lookout, runner.all_nodes, group, self._resize) as watch:
             yield watch.check
 
@@ -368,7 +372,17 @@ class RunDriver:
         for one in self.held:
             driver = one.lease.driver
             record(one.run, f"driver{driver}-resize", ResizeEvent(reason=reason, driver=driver))
-        self.held[0].lease.request_resize()
+            one.lease.request_resize()
+
+
+def _has_steps(run: Storage, before: int) -> bool:
+    """Returns True if an attempt after ``before`` has done a step, which can be committed, or if the storage does not
+    answer."""
+    try:
+        attempt = read_claims(run).attempt
+        return attempt > before and newest_event(run, attempt, StartupEvent) is not None
+    except MusterError:
+        return True
 
 
 class Signals:

@@ -111,7 +111,8 @@ class ResizePolicy:
         seen, self._room_seen = self._room_seen, more > 0
         if not (seen and more) or (training := group()) is None:
             return None
-        if self._grown_from and training.attempt > self._grown_from.attempt:
+        # Runs that are trained together number their attempts each by itself, so that a later one may have a lower one.
+        if self._grown_from and training != self._grown_from:
             vain = len(training.hosts) <= len(self._grown_from.hosts)
             self._resize_s = min(2 * self._resize_s, LONGEST_RESIZE_S) if vain else RESIZE_S
             self._grown_from = None

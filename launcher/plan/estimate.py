@@ -156,8 +156,7 @@ def make(
 
 
 def _together(plan: Plan, recipe: Recipe, plans: Sequence[Plan]) -> str:
-    """Returns a note on runs that share the base model; empty if this
-    one cannot, or without a limit."""
+    """Returns a note on runs that share the base model; empty if this one cannot, or without a limit."""
     from trainer.plan.together import added_bytes, most_together, together_bytes
     from trainer.recipe.rules.together import check_together
 

@@ -86,15 +86,15 @@ class OptunaValues:
             mode=mode,
             # Another seed for each resume: the same one would draw the first trials again.
             sampler=sampler(section.chosen_search, section.seed + len(known)),
-            points_to_evaluate=[self._encoded(trial.values) for trial in known],
+            points_to_evaluate=[
+                {key: json.dumps(value) if key in self._lists else value for key, value in trial.values.items()}
+                for trial in known
+            ],
         )
 
     def suggest(self, trial_id: str) -> Values:
         found = self.search.suggest(trial_id)
         return {key: json.loads(value) if key in self._lists else value for key, value in found.items()}
-
-    def _encoded(self, values: Values) -> dict[str, Any]:
-        return {key: json.dumps(value) if key in self._lists else value for key, value in values.items()}
 
 
 def _distribution(key: str, found: tuple[Any, ...] | RangeSection) -> Any:

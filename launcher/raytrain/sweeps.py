@@ -42,6 +42,7 @@ class SweepServer(RayServer):
     """The process that uses Ray for a sweep."""
 
     _tuning: Tuning | None = None
+    _stopped = False
 
     def prepare(self) -> None:
         super().prepare()
@@ -52,10 +53,13 @@ class SweepServer(RayServer):
         from launcher.raytrain.tune import Tuning
 
         self._tuning = Tuning(plan, tuple(self._variables), joined=self._joined)
+        if self._stopped:
+            self._tuning.stop()
         return self._tuning.run()
 
     def stop(self) -> None:
         """No further trial begins. Those that train read the sweep's lease."""
+        self._stopped = True  # also for a tuning that is being made
         if self._tuning is not None:
             self._tuning.stop()
 

@@ -7,6 +7,7 @@ import os
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from ray import tune
@@ -66,10 +67,7 @@ class TrialActor(tune.Trainable):
         for name in VARIABLES:
             os.environ.pop(name, None)
         self._crew.environment.apply()  # again for each trial: Tune may change the working directory
-        self._results = self._crew.train(config["number"], self._runner)
-
-    def _runner(self, recipe: Recipe) -> ConnectedRunner:
-        return ConnectedRunner(recipe, joined=self._crew.joined)
+        self._results = self._crew.train(config["number"], partial(ConnectedRunner, joined=self._crew.joined))
 
 
 class ConnectedRunner:

@@ -14,18 +14,22 @@ from trainer.storage import Storage, open_storage
 
 END_WAIT_S = 120.0
 LOOK_S = 1.0
+HELD_S = 10.0
+"""A run that has ended and is held for longer is one of several that are trained together: the others continue."""
 
 
 def cancel_run(run_uri: str, say: Say) -> None:
     """Stops a run: its workers commit, and its job is not started again. Raises InputError if there is no such run,
     WorkerFailed if it did not end in time."""
     from trainer.run.lease import is_held, read_lease, request_end
+    from trainer.run.sweep import is_trial
 
     run = _run_or_sweep(run_uri)
     lease, made = read_lease(run), read_submission(run)
     if lease is None and made is None and run.info(layout.RECIPE) is None:
         raise InputError(f"there is no run at {run.url}; `muster ls` with the folder above it lists its runs")
-    jobs = jobs_of(made, lease.holder.job if lease else None)
+    # The job that trains a trial trains the others of its sweep too.
+    jobs = jobs_of(made, lease.holder.job if lease and not is_trial(run_uri) else None)
     # A job that starts later, or is started again, reads this request and ends at once.
     request_end(run, lease.driver if lease else None, sorted({*jobs, *map(name_in_driver, jobs)}))
     ended = True
@@ -67,13 +71,20 @@ def jobs_of(made: Submission | None, holder: str | None) -> list[str]:
 
 
 def _await_end(run: Storage, driver: int) -> bool:
-    """Returns True if the driver ends within ``END_WAIT_S`` after the request."""
+    """Returns True if the run ends within ``END_WAIT_S`` after the request."""
+    from trainer.run.claims import read_claims
+    from trainer.run.events import EndEvent
+    from trainer.run.jsonl import newest_event
     from trainer.run.lease import is_held, read_lease
 
-    deadline = time.monotonic() + END_WAIT_S
-    while time.monotonic() < deadline:
+    deadline, ended_at = time.monotonic() + END_WAIT_S, float("inf")
+    while (now := time.monotonic()) < deadline:
         lease = read_lease(run)
         if lease is None or lease.driver != driver or not is_held(run, lease):
+            return True
+        if newest_event(run, read_claims(run).attempt, EndEvent) is not None:
+            ended_at = min(ended_at, now)
+        if now - ended_at >= HELD_S:
             return True
         time.sleep(LOOK_S)
     return False

@@ -27,6 +27,7 @@ from launcher.sweep.trial import Trials, with_workers
 from trainer.errors import Interrupted, StartAgain, UsageError, WorkerFailed
 from trainer.interruption import current
 from trainer.progress.lines import called_often
+from trainer.progress.texts import plural
 from trainer.recipe import Recipe, ResourcesSection
 from trainer.recipe.rules.together import check_together
 from trainer.recipe.sections.sweep import SweepSection
@@ -42,7 +43,7 @@ from trainer.recipe.sweeps.trials import (
 )
 from trainer.run.lease import Lease, check_not_cancelled
 from trainer.run.outcome import leave
-from trainer.run.sweep import folder_of, freeze_sweep, read_trials
+from trainer.run.sweep import RUNNING, folder_of, freeze_sweep, read_trials
 from trainer.storage import Storage, open_storage
 
 RESUMES = "the same command resumes the sweep"
@@ -77,7 +78,8 @@ def sweep(recipe: Recipe, base: Mapping[str, Any], progress: Progress, *, takeov
             starting.close()
         with held(folder, lease, signals):
             freeze_sweep(folder, recipe, as_text(base))
-            SweepDriver(recipe, base, folder, lease, signals, progress).drive()
+            SweepDriver(recipe, base, folder, lease, signals, progress, takeover).drive()
+            check_ended(recipe, folder)
     return read_rows(recipe, folder, open_storage(recipe.storage))
 
 
@@ -97,6 +99,14 @@ def check_search(section: SweepSection) -> None:
         from launcher.raytrain.samplers import sampler
 
         sampler(section.chosen_search, section.seed)
+
+
+def check_ended(recipe: Recipe, folder: Storage) -> None:
+    """Raises Interrupted if a trial has not ended, as when another driver has taken the sweep over."""
+    count = number_of_trials(section_of(recipe))
+    ended = sum(trial.state != RUNNING for trial in read_trials(folder))
+    if ended < count:
+        raise Interrupted(f"{count - ended} of {count} trials have not ended; {RESUMES} {recipe.name}")
 
 
 @contextmanager
@@ -122,6 +132,7 @@ class SweepDriver:
     lease: Lease
     signals: Signals
     progress: Progress
+    takeover: bool = False
 
     @property
     def section(self) -> SweepSection:
@@ -136,7 +147,7 @@ class SweepDriver:
         if not left:
             return
         if self.section.together:
-            train_trials(self.recipe, self.base, self.folder, self.signals, self.progress)
+            train_trials(self.recipe, self.base, self.folder, self.signals, self.progress, takeover=self.takeover)
             return
         here = job_environment(os.environ)
         address = here.ray_address
@@ -146,7 +157,8 @@ class SweepDriver:
             self.progress.phase("")
             ray.await_resources(here.nodes, lambda: self.signals.stopped)
             parallel, workers = self._shares(ray, left)
-            self.progress.say(f"{left} of {count} trials, {parallel} at a time, with {_many(workers)} each")
+            many = plural(workers, "worker") if isinstance(workers, int) else f"{workers[0]} to {workers[1]} workers"
+            self.progress.say(f"{left} of {count} trials, {parallel} at a time, with {many} each")
             trials = Trials(
                 self.recipe.storage, self.recipe.name, self.lease.driver, self.base, self.section.metric, workers
             )
@@ -227,9 +239,3 @@ def share(recipe: Recipe, places: int, parallel: int) -> int | tuple[int, int]:
         return resources.workers
     most = places // parallel // multiple * multiple
     return resources.min_workers, max(least_workers(recipe), min(resources.max_workers, most))
-
-
-def _many(workers: int | tuple[int, int]) -> str:
-    if isinstance(workers, int):
-        return f"{workers} worker{'' if workers == 1 else 's'}"
-    return f"{workers[0]} to {workers[1]} workers"

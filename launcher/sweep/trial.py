@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Generator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 from rich.console import Console
@@ -22,7 +22,7 @@ from launcher.driver.driver import Signals
 from launcher.driver.driver import run as drive
 from launcher.monitor.progress import Progress
 from trainer.errors import Interrupted, MusterError, StartAgain
-from trainer.recipe import Recipe, ResourcesSection
+from trainer.recipe import Recipe
 from trainer.recipe.sweeps.trials import trial_recipe
 from trainer.run import layout
 from trainer.run.best import value_of
@@ -30,7 +30,18 @@ from trainer.run.failure import message_of
 from trainer.run.jsonl_tail import JsonLinesTail
 from trainer.run.metrics import StepMetrics, read_metrics_row
 from trainer.run.stop_poller import StopPoller
-from trainer.run.sweep import COMPLETE, FAILED, STOPPED, STOPPING, TrialRecord, change_trial, folder_of, read_trial
+from trainer.run.sweep import (
+    COMPLETE,
+    FAILED,
+    RUNNING,
+    STOPPED,
+    STOPPING,
+    TrialRecord,
+    change_trial,
+    folder_of,
+    read_trial,
+    write_trial,
+)
 from trainer.storage import Storage, open_storage
 
 log = logging.getLogger(__name__)
@@ -61,6 +72,9 @@ class Trials:
         sweep = folder_of(storage, self.name)
         trial = read_trial(sweep, number)
         assert trial is not None, f"trial {number} has begun"
+        if trial.state == FAILED and not trial.final:  # its driver ended, and Tune has started it again
+            trial = replace(trial, state=RUNNING, cause="")
+            write_trial(sweep, trial)
         found = Evaluations(storage.child(trial.run), self.metric)
         stored = found.new()
         if trial.is_over:
@@ -239,9 +253,6 @@ def _drive(recipe: Recipe, progress: Progress, signals: Signals, runner: Runner)
             drive(recipe, progress, signals=signals, runner=runner)
             return
         except StartAgain:
-            if signals.stopped or not _fits(recipe.resources, runner):
+            fit = workers_that_fit(recipe.resources, runner.all_nodes())
+            if signals.stopped or fit < recipe.resources.min_workers:
                 raise
-
-
-def _fits(resources: ResourcesSection, runner: Runner) -> bool:
-    return workers_that_fit(resources, runner.all_nodes()) >= resources.min_workers

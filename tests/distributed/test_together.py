@@ -9,7 +9,7 @@ import pytest
 from torch.multiprocessing import ProcessRaisedException
 
 from tests.support.tasks import task_recipe, write_task_data
-from tests.support.together import assert_same_runs, texts, train_group
+from tests.support.together import ALL, assert_same_runs, texts, train_group
 from tests.support.training import losses, run_of, small_recipe, train_in_processes, write_pairs
 from trainer.recipe import Recipe
 from trainer.run import layout
@@ -112,6 +112,8 @@ def test_a_run_that_diverges_ends_alone(tiny_model: Path, folder: Path) -> None:
         train_group(recipes, 1)
     assert_same_runs(alone, recipes[0])
     assert len(losses(recipes[1])) < 10
+    with pytest.raises(ProcessRaisedException, match=r"run diverges-1: .*not finite"):
+        train_group(recipes, 1)  # the other is complete
 
 
 @pytest.mark.night
@@ -152,3 +154,28 @@ def test_a_run_that_is_stopped_leaves_and_continues_later(tiny_model: Path, fold
         assert_same_runs(one, other)
     attempts = {row["attempt"] for row in read_rows(run_of(together[0]), layout.EVENTS)}
     assert attempts == {1}, "a run that is complete is left out"
+
+
+@pytest.mark.timeout(120)
+def test_a_group_whose_runs_are_complete_has_nothing_to_do(tiny_model: Path, folder: Path) -> None:
+    """As after the death of a rank behind the last commit."""
+    recipes = [small_recipe(f"complete-{n}", tiny_model, folder, **{"training.steps": 2}) for n in range(2)]
+    train_group(recipes, 1)
+    train_group(recipes, 1)
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize(
+    ("whose", "said"),
+    [("all", r"Interrupted: run asked-all-0: stopped after step"), ("one", r"NonFiniteLoss: run asked-one-1: ")],
+)
+def test_a_request_to_all_runs_is_no_failure_of_one(whose: str, said: str, tiny_model: Path, folder: Path) -> None:
+    """The middle run diverges at once; the first one is asked to stop later, alone or together with the others."""
+    changes = {"optimizer.lr": 1e-3, "training.steps": 30}
+    diverges = {"optimizer.lr": 1e30, "training.max_grad_norm": None, "training.steps": 30}
+    recipes = [
+        small_recipe(f"asked-{whose}-{n}", tiny_model, folder, **one)
+        for n, one in enumerate([changes, diverges, {**changes, "training.steps": 30 if whose == "all" else 3}])
+    ]
+    with pytest.raises(ProcessRaisedException, match=said):
+        train_group(recipes, 1, stops={ALL: 40} if whose == "all" else {0: 15})

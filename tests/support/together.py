@@ -19,10 +19,12 @@ from trainer.run.jsonl import read_events, read_rows
 from trainer.run.lease import Lease
 from trainer.storage import open_storage
 
+ALL = -1
+
 
 def train_group(recipes: Sequence[Recipe], world_size: int, stops: Mapping[int, int] | None = None) -> None:
     """Trains the runs together on ``world_size`` gloo processes. ``stops``: the step after which a run is requested to
-    stop, by its number."""
+    stop, by its number; with ``ALL``, the number of steps of all runs after which every run is."""
     run_ranks(train_group_rank, world_size, list(recipes), dict(stops or {}))
 
 
@@ -35,7 +37,7 @@ class StopAfter:
     def __call__(self) -> bool:
         if self._left is not None:
             self._left -= 1
-        return self._left == 0
+        return self._left is not None and self._left <= 0
 
 
 def train_group_rank(rank: int, recipes: Sequence[Recipe], stops: Mapping[int, int]) -> None:
@@ -50,8 +52,10 @@ def train_group_rank(rank: int, recipes: Sequence[Recipe], stops: Mapping[int, i
         box = [[(lease.driver, _prepared(r, lease)) for r, lease in zip(recipes, leases, strict=True)]]
     dist.broadcast_object_list(box)
     jobs = [Job(r.storage, driver, r, total, {}) for r, (driver, total) in zip(recipes, box[0], strict=True)]
+    every = [StopAfter(stops[ALL])] * len(jobs) if ALL in stops else []
+    requests = every or [StopAfter(stops.get(n)) for n in range(len(jobs))]
     try:
-        train_together(jobs, [StopAfter(stops.get(n)) for n in range(len(jobs))])
+        train_together(jobs, requests)
     finally:
         for lease in leases:
             lease.release("succeeded")

@@ -23,7 +23,7 @@ from types import FrameType
 from typing import IO, TypedDict
 
 from trainer.errors import EngineFailed, InputError, MusterError
-from trainer.inference.receiver import AdapterFolder, AdapterReceiver, own_address
+from trainer.inference.receiver import NEWEST, AdapterFolder, AdapterReceiver, own_address
 from trainer.inference.server import LOOPBACK, VLLMServer
 from trainer.recipe.sections.rollouts.engine import OWN_GPU
 from trainer.redact import redact
@@ -64,7 +64,8 @@ class ServerHost:
         self.api_key = api_key or secrets.token_hex(16)
         try:
             self.server = make(self._folder, self.api_key)
-            adapters = AdapterFolder(self._folder / "adapters")
+            # Twice as many as are used at a time: those of an attempt that was killed are never removed by it.
+            adapters = AdapterFolder(self._folder / "adapters", newest=max(NEWEST, 2 * self.server.adapters))
             self._receiver = AdapterReceiver(host, port, self.api_key, adapters, self.state)
         except BaseException as error:
             shutil.rmtree(self._folder, ignore_errors=True)

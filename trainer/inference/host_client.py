@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -42,7 +41,6 @@ class HostClient:
         self._requests = PatientRequests(address, bounds, api_key, watch=self.watch, sleep=sleep)
         self._asks = PatientRequests(address, replace(bounds, answer_s=STATE_S), api_key)
         self._folder, self._sleep, self._clock = state["folder"], sleep, clock
-        self._watching = threading.Lock()
         # The name that leads to the host from here: it may know itself by another.
         self.server = str(Address("http", self._requests.address.host, state["port"], ""))
 
@@ -78,7 +76,9 @@ class HostClient:
             try:
                 state = _state_of(self._asks.once("GET", STATE))
             except NotAnswered as error:
-                if self._clock() - silent_since >= self._patience_s(error):
+                # A machine that refuses connections is there, and the process on it is not.
+                refused = isinstance(error.__cause__, ConnectionRefusedError)
+                if self._clock() - silent_since >= (2 * _POLL_S if refused else GONE_S):
                     raise EngineFailed(
                         f"the host of the vLLM server {self.server} has gone: {self}: {error}"
                     ) from error
@@ -92,10 +92,6 @@ class HostClient:
                     return waited
                 waited = True
             self._sleep(_POLL_S)
-
-    def _patience_s(self, error: NotAnswered) -> float:
-        """A machine that refuses connections is there, and the process on it is not."""
-        return 2 * _POLL_S if isinstance(error.__cause__, ConnectionRefusedError) else GONE_S
 
 
 def find_host(address: str, bounds: Bounds, api_key: str | None) -> HostClient | None:

@@ -71,7 +71,10 @@ class AdapterFolder:
             with self._changing:
                 if not target.exists():
                     part.rename(target)
-                self._drop_oldest()
+                there = [path for path in self.folder.iterdir() if not path.name.startswith(".")]
+                there.sort(key=lambda path: path.stat().st_mtime)
+                for old in there[: -self._newest]:
+                    shutil.rmtree(old, ignore_errors=True)
         except OSError as error:
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise Refused(507, f"{self._where()} has no room for the adapter {name}: {error.strerror}") from error
@@ -100,12 +103,6 @@ class AdapterFolder:
             raise Refused(413, f"the adapter has {size} bytes, and {self._most_bytes} are the most")
         if size > free:
             raise Refused(507, f"{self._where()} has {free} bytes free, and the adapter has {size}")
-
-    def _drop_oldest(self) -> None:
-        there = [path for path in self.folder.iterdir() if not path.name.startswith(".")]
-        there.sort(key=lambda path: path.stat().st_mtime)
-        for path in there[: -self._newest]:
-            shutil.rmtree(path, ignore_errors=True)
 
     def _where(self) -> str:
         return f"{self.folder} on {os.uname().nodename}"

@@ -95,6 +95,7 @@ class VLLMServer:
         room = lora_room(lora_rank)
         if room is None:
             raise InputError(f"vLLM serves adapters up to rank {LORA_RANKS[-1]}, and adapter.rank is {lora_rank}")
+        self.adapters = adapters
         self.log, self.api_key = log.absolute(), api_key or secrets.token_hex(16)
         self._host, self._temporary = host, None if temporary is None else str(temporary.absolute())
         with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:

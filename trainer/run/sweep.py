@@ -137,7 +137,8 @@ def sweep_changes(sweep: Storage, recipe: Recipe) -> list[str]:
     if old.chosen_search != new.chosen_search:
         changes.append(f"sweep.search: {old.chosen_search} -> {new.chosen_search}")
     elif number_of_trials(new) < number_of_trials(old):
-        changes.append(f"sweep.trials: {old.trials} -> {new.trials}, and a sweep may only grow")
+        fewer = f"{number_of_trials(old)} -> {number_of_trials(new)}"
+        changes.append(f"sweep.trials: {fewer}, and a sweep may only grow")
     return [*refusals(frozen, recipe), *changes]
 
 
@@ -149,6 +150,14 @@ def sweep_instead(uri: str, *, deadline_s: float = 120.0) -> tuple[Storage, Stor
     if home.child(name).info(layout.RECIPE) is not None or (sweep := sweep_at(uri, deadline_s=deadline_s)) is None:
         return None
     return sweep, home
+
+
+def is_trial(uri: str) -> bool:
+    """Returns True if the run with this URI is a trial of a sweep."""
+    home, name = locate(uri.rstrip("/"))
+    sweep, _, number = name.rpartition("-")
+    trial = read_trial(folder_of(home, sweep), int(number)) if sweep and number.isdecimal() else None
+    return trial is not None and trial.run == name
 
 
 def runs_at(uri: str, *, deadline_s: float = 120.0) -> list[str]:

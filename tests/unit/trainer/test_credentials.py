@@ -171,10 +171,10 @@ def test_what_a_command_line_holds_is_not_repeated(arguments: list[str], muster:
 def test_what_an_error_holds(
     kind: type[Exception], muster: Muster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def drive(*_: object, **__: object) -> str:
+    def drive(*_: object, **__: object) -> list[str]:
         raise kind("\n".join(ENVIRONMENT.values()))
 
-    monkeypatch.setattr(launcher.driver.driver, "run", drive)
+    monkeypatch.setattr(launcher.driver.driver, "run_together", drive)
     (tmp_path / "r.yaml").write_text(dump(parse(plain(tmp_path))))
     code, said = muster("run", str(tmp_path / "r.yaml"))
     assert code == 1

@@ -408,6 +408,16 @@ RULES = (
         lambda r: "trains each trial to its end, and training.stop_after interrupts it; leave that out",
     ),
     Rule(
+        (("adapters",), ("sweep",)),
+        lambda r: r.sweep is not None and bool(r.adapters),
+        lambda r: "are several runs, and so is a sweep; leave one of them out (adapters={})",
+    ),
+    Rule(
+        (("rollout", "vllm", "servers"), ("sweep",)),
+        lambda r: r.sweep is not None and r.rollout.servers_beside > 0,
+        lambda r: "cannot be placed for the trials of a sweep; set it to null, for a server on each node's own GPUs",
+    ),
+    Rule(
         (("adapter", "from"), ("task",)),
         lambda r: r.adapter.begins_from is not None and with_adapter_off(TASKS[r.task]),
         lambda r: (

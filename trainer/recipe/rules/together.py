@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.errors import Mistake, RecipeError
@@ -100,12 +101,6 @@ def _different(recipes: Sequence[Recipe]) -> Iterator[tuple[str, str]]:
 def _unfit(recipes: Sequence[Recipe]) -> Iterator[tuple[str, str]]:
     for rule in RULES:
         for recipe in filter(rule.broken, recipes):
-            yield rule.path, f"{_shown(recipe, rule.path)} {rule.message}, or train the runs apart"
+            value: Any = reduce(getattr, rule.path.split("."), recipe)
+            yield rule.path, f"{value} {rule.message}, or train the runs apart"
             break
-
-
-def _shown(recipe: Recipe, path: str) -> str:
-    value: Any = recipe
-    for part in path.split("."):
-        value = getattr(value, part)
-    return str(value)

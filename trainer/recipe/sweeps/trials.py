@@ -162,15 +162,13 @@ def best_recipe(base: Mapping[str, Any], name: str, values: Values) -> dict[str,
 
 def _corners(section: SweepSection) -> Iterator[Values]:
     """Yields combinations that together have each value of a list and both ends of each range."""
-    ends = {key: _ends(found) for key, found in section.parameters.items()}
+    ends: dict[str, Sequence[Any]] = {
+        key: found if isinstance(found, tuple) else [found.min, found.max] for key, found in section.parameters.items()
+    }
     first = {key: values[0] for key, values in ends.items()}
     yield first
     for key, values in ends.items():
         yield from ({**first, key: value} for value in values[1:])
-
-
-def _ends(found: tuple[Any, ...] | RangeSection) -> Sequence[Any]:
-    return found if isinstance(found, tuple) else [found.min, found.max]
 
 
 def shown(value: Any) -> str:

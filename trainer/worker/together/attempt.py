@@ -29,10 +29,17 @@ def train_together(jobs: Sequence[Job], stop_requested: Sequence[Callable[[], bo
 
     ``stop_requested``: of each run, see `trainer.worker.attempt.train`. A run whose loss is not finite ends alone, and
     its error is raised once the others have ended; any other error ends all of them. Raises Interrupted if one of them
-    ended before its last step."""
+    ended before its last step: also in place of the error of another run if all were asked to stop, since that run
+    fails again when they continue."""
     with join(jobs[0]) as (world, startup):
         storage, began = open_storage(jobs[0].storage), time.monotonic()
-        left = world.decide_on_rank0(lambda: [n for n, job in enumerate(jobs) if not _is_complete(job)])
+        left = world.decide_on_rank0(
+            lambda: [
+                n for n, job in enumerate(jobs) if not finished(storage.child(job.recipe.name), job.recipe.training)
+            ]
+        )
+        if not left:
+            return  # a rank died after the last commit
         jobs, stops = [jobs[n] for n in left], [stop_requested[n] for n in left]
         data = [opened_data(job, storage, startup) for job in jobs]
         with noted("loading the model"):
@@ -43,15 +50,13 @@ def train_together(jobs: Sequence[Job], stop_requested: Sequence[Callable[[], bo
             for job, part, d, stop in zip(jobs, parts, data, stops, strict=True)
         ]
         ends = turns.run(runs, partial(_use_device, world))
-    errors = {job.recipe.name: error for job, end in zip(jobs, ends, strict=True) if (error := end.exception())}
-    for kind in (NonFiniteLoss, Interrupted):
-        if found := {name: error for name, error in errors.items() if isinstance(error, kind)}:
-            raise kind("; ".join(f"run {name}: {error}" for name, error in found.items()))
-
-
-def _is_complete(job: Job) -> bool:
-    run = open_storage(job.storage).child(job.recipe.name)
-    return finished(run, job.recipe.training) is not None
+        errors = {job.recipe.name: error for job, end in zip(jobs, ends, strict=True) if (error := end.exception())}
+        failed = [f"run {name}: {error}" for name, error in errors.items() if isinstance(error, NonFiniteLoss)]
+        stopped = [f"run {name}: {error}" for name, error in errors.items() if isinstance(error, Interrupted)]
+        if stopped and (not failed or world.decide_on_rank0(lambda: all(stop() for stop in stops))):
+            raise Interrupted("; ".join(stopped))
+        if failed:
+            raise NonFiniteLoss("\n".join(failed))
 
 
 def _use_device(world: World) -> None:

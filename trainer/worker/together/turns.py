@@ -31,7 +31,7 @@ class ModelPass:
 
 class Left(BaseException):
     """Ends a run's thread, since another run has failed in a way that concerns all. Not an Exception, so that nothing
-    in the run takes it for a failure of its own."""
+    in the run takes it for a failure of its own. Its text is that of the failure."""
 
 
 class Turns(Generic[T]):
@@ -42,8 +42,8 @@ class Turns(Generic[T]):
         self._answer, self._apart = answer, apart
         self._changed = threading.Condition()
         self._turn: int | None = None  # the run that works; None: the thread that has started them
-        self._waiting: dict[int, ModelPass] = {}
-        self._leaving = False
+        self._waiting: dict[int, ModelPass] = {}  # in the order in which they began to wait
+        self._why_leave: str | None = None
         self._mine = threading.local()
 
     def run(self, runs: Sequence[Callable[[], T]], prepare_thread: Callable[[], None]) -> list[Future[T]]:
@@ -58,11 +58,14 @@ class Turns(Generic[T]):
             while ready:
                 for number in ready:
                     self._give_turn(number)
-                    if (error := _error_of(ends[number])) is not None and not self._apart(error):
+                    error = ends[number].exception() if ends[number].done() else None
+                    if error is not None and not self._apart(error):
                         raise error
                 ready = self._answered()
-        except Exception:
-            self._leaving = True
+        except BaseException as error:
+            self._why_leave = str(error)
+            with self._changed:  # a signal may come while a run works
+                self._changed.wait_for(lambda: self._turn is None)
             for number in [n for n, end in enumerate(ends) if not end.done()]:
                 self._give_turn(number)
             raise
@@ -79,17 +82,17 @@ class Turns(Generic[T]):
             self._waiting[number] = call
             self._pass_turn(None)
             self._changed.wait_for(lambda: self._turn == number)
-        if self._leaving:
-            raise Left
+        if self._why_leave is not None:
+            raise Left(self._why_leave)
         return call.answer
 
     def _answered(self) -> list[int]:
         """Answers the calls that come first, and returns their runs; none if no run is left."""
         if not self._waiting:
             return []
-        first = min(((call.order, number) for number, call in self._waiting.items()))[1]
-        order, kind = self._waiting[first].order, self._waiting[first].kind
-        together = sorted(n for n, call in self._waiting.items() if (call.order, call.kind) == (order, kind))
+        # Of one order the call that has waited longest, so that a run whose calls are of another kind gets its turns.
+        first = min(self._waiting.values(), key=lambda call: call.order)
+        together = sorted(n for n, c in self._waiting.items() if (c.order, c.kind) == (first.order, first.kind))
         self._answer([self._waiting[number] for number in together])
         for number in together:
             del self._waiting[number]
@@ -110,8 +113,8 @@ class Turns(Generic[T]):
         with self._changed:
             self._changed.wait_for(lambda: self._turn == number)
         try:
-            if self._leaving:
-                raise Left
+            if self._why_leave is not None:
+                raise Left(self._why_leave)
             prepare_thread()
             end.set_result(run())
         except BaseException as error:  # whatever it is, it belongs to the thread that has started the runs
@@ -119,7 +122,3 @@ class Turns(Generic[T]):
         finally:
             with self._changed:
                 self._pass_turn(None)
-
-
-def _error_of(end: Future[Any]) -> BaseException | None:
-    return end.exception() if end.done() else None

@@ -70,10 +70,10 @@ def recipe(tmp_path: Path) -> Path:
 def test_how_a_run_ends(
     muster: Muster, recipe: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, said: str
 ) -> None:
-    def drive(loaded: Recipe, progress: object, *, takeover: bool) -> str:
+    def drive(recipes: list[Recipe], progress: object, *, takeover: bool) -> list[str]:
         raise error
 
-    monkeypatch.setattr(launcher.driver.driver, "run", drive)
+    monkeypatch.setattr(launcher.driver.driver, "run_together", drive)
     assert muster("run", str(recipe)) == code
     assert muster.last_line() == said
     assert muster.out == ""
@@ -82,11 +82,11 @@ def test_how_a_run_ends(
 def test_a_run_that_succeeds(muster: Muster, recipe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[tuple[int | None, bool]] = []
 
-    def drive(loaded: Recipe, progress: object, *, takeover: bool) -> str:
-        seen.append((loaded.training.steps, takeover))
-        return "s3://runs/cli/adapter"
+    def drive(recipes: list[Recipe], progress: object, *, takeover: bool) -> list[str]:
+        seen.append((recipes[0].training.steps, takeover))
+        return ["s3://runs/cli/adapter"]
 
-    monkeypatch.setattr(launcher.driver.driver, "run", drive)
+    monkeypatch.setattr(launcher.driver.driver, "run_together", drive)
     assert muster("run", str(recipe), "training.steps=7", "--takeover") == 0
     run = f"{recipe.parent}/runs/cli"
     finished, chat, report, *serve = muster.err.strip().splitlines()
@@ -101,7 +101,8 @@ def test_the_last_lines_are_not_wrapped_in_a_narrow_terminal(
 ) -> None:
     screen = Console(sys.stderr, results=False, force_terminal=True, width=20)
     monkeypatch.setattr("launcher.cli.run.stderr", lambda: screen)
-    monkeypatch.setattr(launcher.driver.driver, "run", lambda *given, **options: f"{recipe.parent}/runs/cli/adapter")
+    adapters = [f"{recipe.parent}/runs/cli/adapter"]
+    monkeypatch.setattr(launcher.driver.driver, "run_together", lambda *given, **options: adapters)
     monkeypatch.setattr(sys, "argv", ["muster", "run", str(recipe)])
     with pytest.raises(SystemExit):
         main()
@@ -158,6 +159,19 @@ def test_every_mistake_of_every_recipe_is_said(muster: Muster, recipe: Path) -> 
     assert "none.yaml" in muster.err
     assert muster("validate", str(recipe), "training.steps=many") == 2
     assert len(muster.err.splitlines()) == 1, "one mistake is one sentence"
+
+
+def test_validate_looks_at_each_of_the_runs_together(muster: Muster, recipe: Path) -> None:
+    assert muster("validate", str(recipe), 'adapters={"low": {"optimizer.lr": -1}, "all": {"adapter.bias": all}}') == 2
+    assert "adapters.low: optimizer.lr" in muster.err
+    assert muster("validate", str(recipe), 'adapters={"low": {"optimizer.lr": 1e-5}}') == 0
+
+
+def test_torchrun_trains_one_run(recipe: Path) -> None:
+    from trainer.__main__ import _find
+
+    with pytest.raises(InputError, match=r"adapters: runs together are started by `muster run`"):
+        _find(str(recipe), ["adapters={low: {optimizer.lr: 1e-5}}"], trust=False)
 
 
 def test_validate_takes_overrides_for_all_its_recipes(
@@ -284,11 +298,11 @@ def test_the_quickstart_by_its_name_makes_its_inputs_first(
 
     monkeypatch.setattr(launcher.quickstart.prepare, "prepare_base", prepare_base)
 
-    def drive(loaded: Recipe, progress: object, *, takeover: bool) -> str:
-        made.append(loaded.name)
-        return "runs/storage/quickstart/adapter"
+    def drive(recipes: list[Recipe], progress: object, *, takeover: bool) -> list[str]:
+        made.append(recipes[0].name)
+        return ["runs/storage/quickstart/adapter"]
 
-    monkeypatch.setattr(launcher.driver.driver, "run", drive)
+    monkeypatch.setattr(launcher.driver.driver, "run_together", drive)
     assert muster("run", "quickstart", "training.steps=7") == 0
     assert made == ["runs/quickstart/base", "quickstart"]
     assert list((tmp_path / "runs" / "quickstart" / "data").glob("*.jsonl"))

@@ -22,7 +22,7 @@ from trainer.checkpoint import claim_attempt, claim_driver
 from trainer.errors import CorruptObject, MusterError, NonFiniteLoss, StartAgain, note_where
 from trainer.recipe import Recipe, ResourcesSection
 from trainer.run import layout
-from trainer.run.events import BrokenEvent, StartEvent
+from trainer.run.events import BrokenEvent, HangEvent, StartEvent
 from trainer.run.failure import Failure, WorkerError
 from trainer.run.jsonl import Events, JsonLinesWriter, read_rows
 from trainer.run.startup_phases import Phases
@@ -188,6 +188,31 @@ def test_what_can_only_fail_again_is_not_tried_again(recipe: Recipe) -> None:
     with pytest.raises(MusterError, match="step 3"):
         train(recipe, runner)
     assert runner.started == [2]
+
+
+def test_a_failure_is_none_of_a_run_that_is_complete(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of runs that are trained together one may have ended early, before its last step."""
+    ended = recipe.model_copy(update={"name": "b-run"})
+    record = SimpleNamespace(step=5, state={})
+    monkeypatch.setattr(module, "list_commits", lambda run, newest: [record] if run.url.endswith("b-run") else [])
+    monkeypatch.setattr(module, "is_last", lambda commit, length: commit is record)
+    job = Job(recipe.storage, 1, recipe, 10, {}, others=(Job(recipe.storage, 1, ended, 10, {}),))
+    with pytest.raises(MusterError, match="step 3"):
+        Attempts(Played(failed(NonFiniteLoss("step 3"))), job, Phases(0.0)).run(lambda: None)
+    assert len(failures(recipe)) == 1
+    assert not failures(ended)
+
+
+def test_a_hang_is_that_of_whichever_run_has_seen_it(recipe: Recipe) -> None:
+    other = recipe.model_copy(update={"name": "b-run"})
+    claim_attempt(run_of(other), claim_driver(run_of(other), {}), {})
+    events = Events(run_of(other), 1, "rank0")
+    events.emit(HangEvent(cause="nothing has moved for 30 s; held up by rank 1", ranks=()))
+    events.close()
+    job = Job(recipe.storage, 1, recipe, 10, {}, others=(Job(recipe.storage, 1, other, 10, {}),))
+    dead = AttemptFailed(first_cause({1: RuntimeError("The actor died unexpectedly")}))
+    with pytest.raises(MusterError, match="nothing has moved for 30 s"):
+        Attempts(Played(dead, dead, dead), job, Phases(0.0)).run(lambda: None)
 
 
 def test_an_error_of_the_driver_ends_the_wait(recipe: Recipe) -> None:

@@ -20,13 +20,16 @@ from launcher.submit.cancel import jobs_of
 from launcher.submit.place import choose_place
 from tests.support.played import Played
 from tests.support.plugins import no_plugins
+from trainer.checkpoint import claim_attempt
 from trainer.errors import InputError, Interrupted, RecipeChanged, UsageError, WorkerFailed
 from trainer.recipe import Recipe, dump, loads, parse
 from trainer.recipe.sweeps.trials import as_text
 from trainer.run import layout
-from trainer.run.lease import Lease, check_not_cancelled
+from trainer.run.events import EndEvent
+from trainer.run.jsonl import Events
+from trainer.run.lease import Lease, check_not_cancelled, end_is_requested
 from trainer.run.submission import Submission
-from trainer.run.sweep import folder_of
+from trainer.run.sweep import TrialRecord, folder_of, write_trial
 from trainer.storage import Storage, open_storage
 
 __all__ = ["no_plugins"]
@@ -175,6 +178,38 @@ def test_a_new_submission_is_not_the_cancelled_one(recipe: Recipe, played: type[
     check_not_cancelled(run_of(recipe), "kubernetes:42")
     with pytest.raises(UsageError, match="--takeover is not possible with --on kubernetes"):
         submit.run_elsewhere(recipe, "kubernetes", ["--takeover"], None, detach=True)
+
+
+def test_a_trial_is_cancelled_without_the_job_of_its_sweep(recipe: Recipe, played: type[Played]) -> None:
+    storage = open_storage(recipe.storage)
+    write_trial(folder_of(storage, "r"), TrialRecord(7, "r-007"))
+    for name, cancelled in (("r-007", []), ("r-008", ["7"])):
+        lease = Lease.acquire(storage.child(name), job="slurm:7")
+        lease.release("interrupted")
+        cancel.cancel_run(storage.child(name).url, print)
+        assert played.cancelled == cancelled
+        assert end_is_requested(storage.child(name), lease.driver)
+
+
+def test_one_of_several_runs_ends_while_its_driver_holds_it(recipe: Recipe, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cancel, "LOOK_S", 0.05)
+    monkeypatch.setattr(cancel, "HELD_S", 0.2)
+    run = run_of(recipe)
+    lease = Lease.acquire(run)
+    claim_attempt(run, lease.driver, {})
+    said: list[str] = []
+    ended = threading.Timer(0.5, end, (run,))
+    ended.start()
+    cancel.cancel_run(run.url, said.append)
+    ended.join()
+    assert said[-1].startswith(f"{run.url} is stopped")
+    lease.release("interrupted")
+
+
+def end(run: Storage) -> None:
+    events = Events(run, 1, "rank0")
+    events.emit(EndEvent(state="interrupted", step=3))
+    events.close()
 
 
 def test_one_job_is_cancelled_once_by_the_name_that_it_was_submitted_under() -> None:

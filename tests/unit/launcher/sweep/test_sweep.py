@@ -9,11 +9,14 @@ from typing import Any
 import pytest
 
 from launcher.sweep import sweep as module
-from launcher.sweep.sweep import check_search, free_places, least_workers, section_of, share
+from launcher.sweep.sweep import check_ended, check_search, free_places, least_workers, section_of, share
 from launcher.testing.training import small_recipe
 from tests.support.nodes import nodes
-from trainer.errors import UsageError
+from trainer.errors import Interrupted, UsageError
 from trainer.recipe import Recipe, ResourcesSection
+from trainer.recipe.sections.sweep import SweepSection
+from trainer.run.sweep import TrialRecord, folder_of, write_trial
+from trainer.storage import open_storage
 
 
 def recipe_of(folder: Path, workers: Any, context: int = 1) -> Recipe:
@@ -52,6 +55,17 @@ def test_places_that_have_just_been_left_are_waited_for(monkeypatch: pytest.Monk
     monkeypatch.setattr(module.time, "sleep", lambda _: None)
     ray: Any = SimpleNamespace(nodes=lambda: next(looks))
     assert free_places(ResourcesSection(workers=1), ray, 4, lambda: False) == 4
+
+
+def test_a_sweep_has_not_ended_before_all_of_its_trials(tmp_path: Path) -> None:
+    recipe = recipe_of(tmp_path, 1)
+    recipe = recipe.model_copy(update={"sweep": SweepSection.model_validate({"parameters": {"seed": [1, 2]}})})
+    folder = folder_of(open_storage(str(tmp_path / "runs")), recipe.name)
+    write_trial(folder, TrialRecord(1, f"{recipe.name}-001", {"seed": 1}, state="complete"))
+    with pytest.raises(Interrupted, match="1 of 2 trials have not ended; the same command resumes"):
+        check_ended(recipe, folder)
+    write_trial(folder, TrialRecord(2, f"{recipe.name}-002", {"seed": 2}, state="failed"))
+    check_ended(recipe, folder)
 
 
 def test_without_parameters_there_is_no_sweep(tmp_path: Path) -> None:

@@ -242,6 +242,16 @@ def test_a_failure_is_a_record_and_no_error(sweep: Sweep, driven: Any, cause: Fa
     assert (sweep.record.state, sweep.record.cause, sweep.record.final) == ("failed", said, final)
 
 
+def test_a_trial_that_is_tried_again_runs(sweep: Sweep, driven: Any) -> None:
+    """Its driver was killed, which was recorded as a failure, and Ray Tune has started it again."""
+    change_trial(sweep.folder, 1, state="failed", cause="its driver: killed")
+    states: list[tuple[str, str]] = []
+    driven(lambda recipe, signals: states.append((sweep.record.state, sweep.record.cause)))
+    list(sweep.train())
+    assert states == [("running", "")]
+    assert sweep.record.state == "complete"
+
+
 def test_a_cluster_that_is_too_small_ends_the_sweep_to_be_started_again(sweep: Sweep, driven: Any) -> None:
     def drive(recipe: Recipe, signals: Signals) -> None:
         raise StartAgain("lost b: add nodes")

@@ -184,12 +184,12 @@ def test_a_command_line_that_is_wrong(muster: Run) -> None:
 
 @pytest.mark.parametrize("error", [WorkerFailed(EVIL), ValueError(EVIL)], ids=["foreseen", "unforeseen"])
 def test_an_error_and_a_warning(muster: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    def drive(*_: object, **__: object) -> str:
+    def drive(*_: object, **__: object) -> list[str]:
         logging.getLogger("trainer").warning("warned of %s", EVIL)
         print(f"a library said {EVIL}", file=sys.stderr)
         raise error
 
-    monkeypatch.setattr(launcher.driver.driver, "run", drive)
+    monkeypatch.setattr(launcher.driver.driver, "run_together", drive)
     monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own are there instead of the program's
     (tmp_path / "r.yaml").write_text(dump(small_recipe("evil", tmp_path / "model", tmp_path)))
     code, out, err = muster("run", str(tmp_path / "r.yaml"), terminal=True)

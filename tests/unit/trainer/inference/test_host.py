@@ -78,6 +78,18 @@ def test_a_server_that_dies_is_started_again_and_keeps_its_address_and_adapters(
     assert Path(client.folder("a"), "adapter_config.json").exists()
 
 
+def test_adapters_in_use_are_kept_however_many_they_are(make: Make, tmp_path: Path) -> None:
+    host = make(adapters=10)
+    client = find_host(host.address, Bounds(), host.api_key)
+    assert client is not None
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    for number in range(21):
+        client.send(f"a{number}", adapter)
+    assert [number for number in range(21) if Path(client.folder(f"a{number}")).exists()] == list(range(1, 21))
+
+
 def test_a_start_again_that_fails_is_tried_once_more(make: Make, tmp_path: Path) -> None:
     host = make()
     host.wait_ready(60)

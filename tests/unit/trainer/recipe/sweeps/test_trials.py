@@ -170,6 +170,11 @@ def test_a_metric_that_is_never_measured_is_refused() -> None:
     assert "training.stop_after interrupts it" in mistakes({"parameters": {LR: [1, 2]}}, training=training)
 
 
+def test_what_a_sweep_would_ignore_is_refused() -> None:
+    varied = {"parameters": {LR: [1, 2]}}
+    assert "adapters: are several runs, and so is a sweep" in mistakes(varied, adapters={"a": {LR: 1e-3}})
+
+
 def test_every_mistake_of_the_trials_is_reported_once_and_at_once() -> None:
     with pytest.raises(RecipeError) as raised:
         check_trials(base(), section(parameters={LR: [1e-4, -1.0], RANK: [8, 0], "training.micro_batch": [2, 7]}))

@@ -73,6 +73,23 @@ def test_calls_of_another_kind_are_answered_apart() -> None:
     assert [end.result() for end in ends] == [["x", "x"], ["y"], ["x", "x"]]
 
 
+def test_calls_of_another_kind_get_their_turns() -> None:
+    """The run with the lowest number does not keep the model until it has ended."""
+    model = Model()
+    turns = started(model)
+
+    def run(kind: str) -> Callable[[], None]:
+        def work() -> None:
+            for _ in range(3):
+                turns.wait_for(ModelPass(TRAINING, kind, kind))
+                turns.wait_for(ModelPass(BACKWARD, None, kind))
+
+        return work
+
+    turns.run([run("x"), run("y")], lambda: None)
+    assert model.passes == [["x"], ["x"], ["y"], ["y"]] * 3
+
+
 def test_only_one_run_works_at_a_time() -> None:
     model, working, seen = Model(), threading.Semaphore(1), list[str]()
     turns = started(model)
@@ -125,6 +142,29 @@ def test_any_other_failure_ends_all_and_is_raised(place: str) -> None:
     with pytest.raises(ZeroDivisionError):
         turns.run([waits, fails], lambda: None)
     assert [type(error) for error in ended] == [Left], "it could put its records away"
+    assert str(ended[0]) == ("" if place == "run" else "division by zero"), "and knows why"
+
+
+def test_a_signal_in_the_starting_thread_ends_all_runs() -> None:
+    ended = list[str]()
+
+    def answer(calls: Sequence[ModelPass]) -> None:
+        raise KeyboardInterrupt
+
+    turns: Turns[Any] = Turns(answer, lambda error: False)
+
+    def run(name: str) -> Callable[[], None]:
+        def work() -> None:
+            try:
+                turns.wait_for(ModelPass(TRAINING, None, name))
+            finally:
+                ended.append(name)
+
+        return work
+
+    with pytest.raises(KeyboardInterrupt):
+        turns.run([run("a"), run("b")], lambda: None)
+    assert ended == ["a", "b"]
 
 
 def test_outside_of_runs_nobody_is_waited_for() -> None:
