@@ -77,7 +77,7 @@ class PolicyHead(TargetHead):
         scores: torch.Tensor = made[0, :, 0]
         return scores
 
-    def _forward(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
+    def output(self, hidden_BLD: torch.Tensor) -> torch.Tensor:
         if self._last:
             return self._project(hidden_BLD[:, -1:])
         if self._at is None or self._labels_T is None:
