@@ -104,7 +104,7 @@ def look_at(run: Storage) -> None:
     report([read_run(run)])
     newest_group(run, 0)
     newest_failure(run, 1)
-    explained(Failure("killed", died=True), run, 4, 0.0)
+    explained(Failure("killed", died=True), [run], 4, 0.0)
     show_curve(console, run)
     for metrics in read_metrics(run):
         point_of(metrics)

@@ -238,7 +238,10 @@ def test_a_function_that_hangs_is_killed_with_what_it_started(folder: Path, name
 
 
 def alive(pid: int) -> bool:
-    return psutil.pid_exists(pid) and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except (psutil.NoSuchProcess, FileNotFoundError):  # the latter: it ends while it is looked at
+        return False
 
 
 def test_a_failure_does_not_wait_for_the_others() -> None:
