@@ -103,8 +103,8 @@ def _load(recipe: Recipe, world: Any, *, by_shard: bool) -> Seen:
     def whole(recipe: Recipe, world: Any, storage: Storage, *parts: Any) -> Any:
         return build.WholeLoader(recipe, world, *parts)
 
-    loader = build._loader if by_shard else whole
-    with mock.patch.object(build, "_loader", loader):
+    loader = build.loader_of if by_shard else whole
+    with mock.patch.object(build, "loader_of", loader):
         built = build.build(recipe, world, open_storage(recipe.storage))
     strategy = built.strategy
     parameters = {n: strategy.full_parameter(n).clone() for n, _ in strategy.model.named_parameters()}
