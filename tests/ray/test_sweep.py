@@ -87,6 +87,7 @@ def until(command: Command, text: str) -> None:
     wait_for(said, repr(text), timeout_s=240, logs=command.output)
 
 
+@pytest.mark.night
 def test_trials_are_compared_and_one_that_fails_costs_only_itself(folder: SweepFolder, joined: str) -> None:
     words = ("optimizer.lr=1e-3,1e-2", "adapter.from=null,/nowhere", "--parallel", "2", "--json")
     command = folder.start("compared", *words, steps=40)
