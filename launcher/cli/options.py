@@ -19,6 +19,23 @@ Overrides = Annotated[
 ]
 PLACES = ("local", *(name for name, kind in KINDS.items() if not kind.by_hand))
 """The values of ``--on``; `render` takes every kind of cluster."""
+PlaceOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="PLACE",
+        autocompletion=completion.one_of(*PLACES),
+        help=f"{' | '.join(PLACES)}: where to run; without it, RAY_ADDRESS decides",
+    ),
+]
+AddressOption = Annotated[
+    str | None, typer.Option(help="the Ray cluster: http://HEAD:8265 submits a job to it, HOST:PORT joins it")
+]
+TakeoverOption = Annotated[
+    bool, typer.Option("--takeover", help="take over the run or sweep from a driver that still holds it")
+]
+DetachOption = Annotated[
+    bool, typer.Option("--detach", help="do not wait for the submitted job; exit code 0 means submitted")
+]
 RunUri = Annotated[
     str,
     typer.Argument(metavar="RUN_URI", help="the run's URI, as muster ls prints it", autocompletion=completion.runs),

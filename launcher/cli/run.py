@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import os
-from typing import Annotated
 
-import typer
 from rich.text import Text
 
-from launcher.cli import completion
-from launcher.cli.options import PLACES, Overrides, RecipeFile, TrustOption
+from launcher.cli.options import (
+    AddressOption,
+    DetachOption,
+    Overrides,
+    PlaceOption,
+    RecipeFile,
+    TakeoverOption,
+    TrustOption,
+)
 from launcher.submit import submit
 from launcher.submit.place import choose_place
 from launcher.terminal.console import hush_libraries, stderr
@@ -22,23 +27,10 @@ from trainer.run.recipe_url import given_at, recipe_at
 def run(
     recipe: RecipeFile,
     overrides: Overrides = None,
-    on: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PLACE",
-            autocompletion=completion.one_of(*PLACES),
-            help=f"{' | '.join(PLACES)}: where to run; without it, RAY_ADDRESS decides",
-        ),
-    ] = None,
-    address: Annotated[
-        str | None, typer.Option(help="the Ray cluster: http://HEAD:8265 submits a job to it, HOST:PORT joins it")
-    ] = None,
-    takeover: Annotated[
-        bool, typer.Option("--takeover", help="take over the run from a driver that still holds it")
-    ] = False,
-    detach: Annotated[
-        bool, typer.Option("--detach", help="do not wait for the submitted job; exit code 0 means submitted")
-    ] = False,
+    on: PlaceOption = None,
+    address: AddressOption = None,
+    takeover: TakeoverOption = False,
+    detach: DetachOption = False,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Train RECIPE to its end. Running it again resumes it."""

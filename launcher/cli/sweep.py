@@ -8,8 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from launcher.cli import completion
-from launcher.cli.options import PLACES, RecipeFile, TrustOption
+from launcher.cli.options import AddressOption, DetachOption, PlaceOption, RecipeFile, TakeoverOption, TrustOption
 from launcher.submit import submit
 from launcher.submit.place import choose_place
 from launcher.terminal.console import print_json, stderr, stdout
@@ -42,23 +41,10 @@ def sweep(
     together: Annotated[
         bool, typer.Option("--together", help="all trials in the same processes, on one base model")
     ] = False,
-    on: Annotated[
-        str | None,
-        typer.Option(
-            metavar="PLACE",
-            autocompletion=completion.one_of(*PLACES),
-            help=f"{' | '.join(PLACES)}: where to run; without it, RAY_ADDRESS decides",
-        ),
-    ] = None,
-    address: Annotated[
-        str | None, typer.Option(help="the Ray cluster: http://HEAD:8265 submits a job to it, HOST:PORT joins it")
-    ] = None,
-    takeover: Annotated[
-        bool, typer.Option("--takeover", help="take over the sweep from a driver that still holds it")
-    ] = False,
-    detach: Annotated[
-        bool, typer.Option("--detach", help="do not wait for the submitted job; exit code 0 means submitted")
-    ] = False,
+    on: PlaceOption = None,
+    address: AddressOption = None,
+    takeover: TakeoverOption = False,
+    detach: DetachOption = False,
     price_per_gpu_hour: Annotated[
         float | None, typer.Option(min=0, metavar="PRICE", help="price of a GPU, in any currency, to show the cost")
     ] = None,

@@ -40,6 +40,11 @@ class MethodRow(Choice):
     refuses: tuple[Refusal, ...] = ()
 
     @property
+    def takes_several(self) -> bool:
+        """True if adapters of several runs can be on one model: each adds a product, and leaves the model as it is."""
+        return self.plain_lora == 1
+
+    @property
     def inserts_tokens(self) -> bool:
         """True if it inserts its own tokens between those of the samples."""
         return self.own_vectors in ("tokens", "keys")

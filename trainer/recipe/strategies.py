@@ -18,12 +18,14 @@ class StrategyRow(Choice):
 
     ``shards``: what is divided between the ranks: nothing, gradients and optimizer states, or parameters as well.
     ``settings``: the fields of the recipe's section that have an effect on it. ``zero_stage``: DeepSpeed's, or 0.
-    ``plan_runs_wrap``: `wrap` works in a fake process group, so that the plan can measure what it gathers."""
+    ``plan_runs_wrap``: `wrap` works in a fake process group, so that the plan can measure what it gathers.
+    ``takes_several``: runs with an optimizer each can share the model (`trainer.worker.together`)."""
 
     shards: Literal["nothing", "states", "parameters"] = "nothing"
     settings: tuple[str, ...] = ()
     zero_stage: int = 0
     plan_runs_wrap: bool = False
+    takes_several: bool = False
 
     @property
     def sharded(self) -> bool:
@@ -34,12 +36,13 @@ class StrategyRow(Choice):
 STRATEGIES = Registry(
     "strategy",
     {
-        "ddp": StrategyRow("trainer.strategies.ddp:DDP", settings=("context_parallel",)),
+        "ddp": StrategyRow("trainer.strategies.ddp:DDP", settings=("context_parallel",), takes_several=True),
         "fsdp": StrategyRow(
             "trainer.strategies.fsdp:FSDP",
             "parameters",
             ("replicas", "context_parallel", "reshard_after_forward", "offload"),
             plan_runs_wrap=True,
+            takes_several=True,
         ),
         "zero2": StrategyRow("trainer.strategies.zero:Zero2", "states", ("deepspeed",), zero_stage=2),
         "zero3": StrategyRow("trainer.strategies.zero:Zero3", "parameters", ("deepspeed",), zero_stage=3),

@@ -67,6 +67,11 @@ class TaskRow(Choice):
         return self.learns_from == ("preference",)
 
     @property
+    def takes_several(self) -> bool:
+        """True if runs can share the model that is trained: it learns with the base model's own head, from the data."""
+        return not (self.has_head or self.generates or self.has_teacher)
+
+    @property
     def has_head(self) -> bool:
         """True if the model has a head of its own in place of the one that predicts tokens; it writes no texts."""
         return self.auto_class == SEQUENCE

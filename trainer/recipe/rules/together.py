@@ -7,7 +7,10 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from trainer.errors import Mistake, RecipeError
+from trainer.recipe.methods import METHODS
+from trainer.recipe.strategies import STRATEGIES
 from trainer.recipe.tasks import TASKS
+from trainer.registry import Registry
 
 if TYPE_CHECKING:
     from trainer.recipe.root import Recipe
@@ -24,16 +27,21 @@ class TogetherRule(NamedTuple):
     message: str
 
 
+def fitting(table: Registry[Any]) -> str:
+    """Returns the names of the rows that take several runs, for a message."""
+    return f"together work {', '.join(name for name, row in table.items() if row.takes_several)}"
+
+
 RULES = (
     TogetherRule(
         "task",
-        lambda r: TASKS[r.task].has_head or TASKS[r.task].generates or TASKS[r.task].has_teacher,
-        "learns with a model or a head of its own; together work sft, dpo, kto, orpo and simpo",
+        lambda r: not TASKS[r.task].takes_several,
+        f"learns with a model or a head of its own; {fitting(TASKS)}",
     ),
     TogetherRule(
         "adapter.method",
-        lambda r: r.adapter.row.plain_lora != 1,
-        "changes the base model or its layers in its own way; together work lora, rslora and loraplus",
+        lambda r: not r.adapter.row.takes_several,
+        f"changes the base model or its layers in its own way; {fitting(METHODS)}",
     ),
     TogetherRule(
         "adapter.bias", lambda r: r.adapter.bias not in (None, "none"), "trains the base model's biases; set it to none"
@@ -55,8 +63,8 @@ RULES = (
     ),
     TogetherRule(
         "strategy.kind",
-        lambda r: r.strategy.kind not in ("ddp", "fsdp"),
-        "has one optimizer for the whole model; together work ddp and fsdp",
+        lambda r: not r.strategy.row.takes_several,
+        f"has one optimizer for the whole model; {fitting(STRATEGIES)}",
     ),
     TogetherRule(
         "strategy.context_parallel",
@@ -75,6 +83,7 @@ RULES = (
         lambda r: r.training.router_aux_loss_coef is not None,
         "balances the experts over the tokens of all runs; set it to null",
     ),
+    TogetherRule("profile.steps", lambda r: bool(r.profile.steps), "traces all runs of the process; empty it"),
 )
 
 

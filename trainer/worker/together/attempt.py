@@ -28,9 +28,9 @@ def train_together(jobs: Sequence[Job], stop_requested: Sequence[Callable[[], bo
     """Trains the runs to their last steps; every rank of the attempt calls it. Runs that are complete are left out.
 
     ``stop_requested``: of each run, see `trainer.worker.attempt.train`. A run whose loss is not finite ends alone, and
-    its error is raised once the others have ended; any other error ends all of them. Raises Interrupted if one of them
-    ended before its last step: also in place of the error of another run if all were asked to stop, since that run
-    fails again when they continue."""
+    its error is raised once the others have ended. Any other error ends all of them. Raises Interrupted if a run was
+    stopped before its last step. If all were requested to stop, it raises Interrupted even if the loss of one was not
+    finite: that run fails again when they continue."""
     with join(jobs[0]) as (world, startup):
         storage, began = open_storage(jobs[0].storage), time.monotonic()
         left = world.decide_on_rank0(

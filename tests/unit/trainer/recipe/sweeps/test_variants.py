@@ -50,6 +50,7 @@ UNFIT: dict[str, dict[str, Any]] = {
     "compute.tile_tokens": {"compute.tile_tokens": 256},
     "sft.neftune_alpha": {"sft.neftune_alpha": 5.0},
     "training.router_aux_loss_coef": {"training.router_aux_loss_coef": 0.01},
+    "profile.steps": {"profile.steps": [2, 3]},
 }
 
 
