@@ -91,7 +91,7 @@ class Tuning:
 
 
 class Reports(tune.Callback):
-    """Passes what happens to the trials on to the driver, and records decisions."""
+    """Reports to the driver what happens to the trials, and records decisions."""
 
     search: TrialSearch
 

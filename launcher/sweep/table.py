@@ -1,4 +1,4 @@
-"""What the trials of a sweep have shown, read from the storage: one row per trial, the best first."""
+"""The results of a sweep's trials, read from the storage: one row per trial, the best first."""
 
 from __future__ import annotations
 
