@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
@@ -29,7 +30,9 @@ from trainer.worker.job import Job
 
 PLACE_S = 120.0
 """How long Ray may take to start the actors, on nodes that have room for them."""
-POLL_S = 1.0
+READY_S = 7200.0
+"""How long all servers may take to fetch the model and to load it. Each of them gives up earlier by itself, unless its
+process hangs."""
 CLOSE_S = 40.0
 
 
@@ -132,7 +135,7 @@ class PlacedServers:
 def placed_servers(
     job: Job, nodes: Callable[[], Sequence[Node]], environment: Environment, variables: Mapping[str, str]
 ) -> Iterator[PlacedServers]:
-    """The recipe's servers, ready; none if it asks for none. Raises AttemptFailed if they cannot be placed or started.
+    """Yields the recipe's servers once they are ready; none if it asks for none. Raises AttemptFailed if they cannot be placed or started.
     ``variables``: see `launcher.raytrain.fit.fit`."""
     wanted = Servers.of(job.recipe)
     if not wanted.count:
@@ -203,8 +206,12 @@ def _ready(placed: Sequence[PlacedServer]) -> list[str]:
     import ray
 
     left, of = [server.pending for server in placed], {server.pending: server.node for server in placed}
+    deadline = time.monotonic() + READY_S
     while left:
-        done, left = ray.wait(left)
+        done, left = ray.wait(left, timeout=max(0.0, deadline - time.monotonic()))
+        if not done:
+            why = f"the vLLM server on {of[left[0]]} was not ready within {READY_S / 3600:g} hours"
+            raise AttemptFailed(Failure(why), starting=True)
         try:
             ray.get(done)
         except Exception as error:

@@ -135,7 +135,7 @@ class AdapterReceiver:
             request_queue_size = 128
 
             def handle_error(self, request: Any, client_address: Any) -> None:
-                """A client that went away is no news."""
+                """Logs nothing: a client may go away at any time."""
 
         self.api_key, self.adapters, self.state = api_key, adapters, state
         self._host = own_address() if host in ("0.0.0.0", "::") else host
