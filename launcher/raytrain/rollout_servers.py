@@ -135,8 +135,8 @@ class PlacedServers:
 def placed_servers(
     job: Job, nodes: Callable[[], Sequence[Node]], environment: Environment, variables: Mapping[str, str]
 ) -> Iterator[PlacedServers]:
-    """Yields the recipe's servers once they are ready; none if it asks for none. Raises AttemptFailed if they cannot be placed or started.
-    ``variables``: see `launcher.raytrain.fit.fit`."""
+    """Yields the recipe's servers once they are ready; none if it asks for none. Raises AttemptFailed if they cannot be
+    placed or started. ``variables``: see `launcher.raytrain.fit.fit`."""
     wanted = Servers.of(job.recipe)
     if not wanted.count:
         yield PlacedServers(environment)
