@@ -223,6 +223,7 @@ class Checkpointer(Callback):
             state={**snapshot.state, "base": self._base},
             committed_at=datetime.now(UTC).isoformat(),
         )
+        self._recorder.store_metrics()
         commit(run, record)
         self._retention.apply(record)
         if last:

@@ -79,6 +79,12 @@ class Recorder:
                     }
                 )
 
+    def store_metrics(self) -> None:
+        """Stores the rows so far, so that a commit may follow: what is committed is not trained again, and its rows
+        would be missing for ever. A storage that does not take them is a warning."""
+        if self._metrics:
+            self._metrics.flush()
+
     def settle_ledger(self) -> None:
         """Collective: after it, every rank's ledger is in the storage, so that a commit may follow."""
         if self._ledger:

@@ -13,7 +13,8 @@ import yaml
 
 from tests.storage.doubles import faulty
 from tests.support.models import packed
-from tests.support.training import small_recipe
+from tests.support.training import small_recipe, train_here, write_pairs
+from trainer.checkpoint import CommitRecord, commit
 from trainer.checkpoint.model_card import model_card
 from trainer.distributed.world import World
 from trainer.errors import StorageError
@@ -22,6 +23,8 @@ from trainer.run import layout
 from trainer.run.events import BrokenEvent, StartEvent
 from trainer.run.jsonl import read_rows
 from trainer.run.metrics import EvalMetrics, StepMetrics
+from trainer.storage import Storage
+from trainer.worker import checkpointer
 from trainer.worker.recorder import Recorder
 
 Make = Callable[..., Recipe]
@@ -175,3 +178,26 @@ def test_the_card_of_a_full_model_speaks_of_no_adapter(make: Make) -> None:
 def test_the_code_on_the_card_is_python(make: Make, method: str) -> None:
     _, body = card_of(make(**{"adapter.method": method}))
     compile(body.split("```python\n")[1].split("```")[0], "card", "exec")
+
+
+def test_what_is_committed_has_its_metrics_stored(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A driver and its workers may be killed right after a commit, whose steps are not trained again."""
+    write_pairs(tmp_path / "data" / "a.jsonl", 30)
+    changes = {"data.eval_fraction": 0.2, "training.eval_every": 2, "checkpoint.every_steps": 2}
+    recipe = small_recipe("stored", tiny_model, tmp_path, **changes)
+    seen: list[tuple[int, set[int], set[int]]] = []
+
+    def committed(run: Storage, record: CommitRecord) -> None:
+        rows = read_rows(run, layout.METRICS)
+        trained, evaluated = ({row["step"] for row in rows if name in row} for name in ("loss", "eval_loss"))
+        seen.append((record.step, trained, evaluated))
+        commit(run, record)
+
+    monkeypatch.setattr(checkpointer, "commit", committed)
+    assert train_here(recipe) == "succeeded"
+    assert [step for step, _, _ in seen][-1] == 10
+    for step, trained, evaluated in seen:
+        assert trained >= set(range(1, step + 1))
+        assert evaluated >= set(range(2, step + 1, 2))
